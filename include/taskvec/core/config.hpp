@@ -1,0 +1,57 @@
+// taskvec: tensor algorithms for reusing fine-tuned models.
+// SPDX-License-Identifier: Apache-2.0
+//
+// The version, and the few macros that every header shares.
+#pragma once
+
+#define TASKVEC_VERSION_MAJOR 0
+#define TASKVEC_VERSION_MINOR 1
+#define TASKVEC_VERSION_PATCH 0
+
+// TASKVEC_NO_EXCEPTIONS: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
+#if !defined(TASKVEC_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
+#define TASKVEC_NO_EXCEPTIONS 1
+#endif
+
+// Everything lives in an inline namespace that names the version, the options that change a type's meaning, and the
+// Thrust system (see backend/thrust): translation units that disagree link side by side instead of silently mixing.
+#if defined(TASKVEC_NO_EXCEPTIONS)
+#define TASKVEC_ABI_ERRORS noexcept_
+#else
+#define TASKVEC_ABI_ERRORS throw_
+#endif
+#ifndef TASKVEC_ABI_SYSTEM
+#if defined(__CUDACC__)
+#define TASKVEC_ABI_SYSTEM cuda
+#else
+#define TASKVEC_ABI_SYSTEM host
+#endif
+#endif
+#define TASKVEC_ABI_JOIN_(a, b, c, d) v##a##_##b##_##c##_##d
+#define TASKVEC_ABI_JOIN(a, b, c, d) TASKVEC_ABI_JOIN_(a, b, c, d)
+#define TASKVEC_ABI TASKVEC_ABI_JOIN(TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_ABI_ERRORS, TASKVEC_ABI_SYSTEM)
+
+#if defined(__CUDACC__)
+#define TASKVEC_HOST_DEVICE __host__ __device__
+#else
+#define TASKVEC_HOST_DEVICE
+#endif
+
+// Elementwise kernels are bit-reproducible: each product and each sum rounds separately, whatever flags the user
+// builds with (short of -ffast-math, and -ffp-contract=fast under clang). A kernel is a function of its own, never
+// inlined, between TASKVEC_KERNELS_BEGIN and TASKVEC_KERNELS_END, whose body starts with TASKVEC_STRICT_FP: the
+// optimiser then sees one flat loop over restrict pointers and vectorises it, and no multiply-add is fused.
+#define TASKVEC_NOINLINE [[gnu::noinline]]
+#define TASKVEC_RESTRICT __restrict
+#if defined(__clang__)
+#define TASKVEC_KERNELS_BEGIN
+#define TASKVEC_KERNELS_END
+#define TASKVEC_STRICT_FP _Pragma("clang fp contract(off)")
+#elif defined(__GNUC__)
+#define TASKVEC_KERNELS_BEGIN                                                                                                                                  \
+    _Pragma("GCC push_options") _Pragma("GCC optimize(\"fp-contract=off\",\"no-trapping-math\",\"tree-vectorize\",\"vect-cost-model=dynamic\")")
+#define TASKVEC_KERNELS_END _Pragma("GCC pop_options")
+#define TASKVEC_STRICT_FP
+#else
+#error "taskvec needs g++ 12 or clang 14 (or later): its bit-exact kernels rely on their floating-point pragmas"
+#endif

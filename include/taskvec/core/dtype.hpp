@@ -1,0 +1,237 @@
+// Element types: what a tensor can hold, and the bit-exact conversions between storage and arithmetic types.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/error.hpp>
+
+#include <Eigen/Core>
+
+#include <bit>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// 16-bit storage types. Only their bits are used here: arithmetic runs in f32.
+using bf16 = Eigen::bfloat16;
+using f16 = Eigen::half;
+
+/// Every element type of the safetensors format, in the order of its reference implementation (which is the order in
+/// which that writer sorts tensors, descending).
+enum class dtype : std::uint8_t { boolean, f4, f6_e2m3, f6_e3m2, u8, i8, f8_e5m2, f8_e4m3, f8_e8m0, i16, u16, f16, bf16, i32, u32, f32, c64, f64, i64, u64 };
+
+namespace detail {
+struct dtype_row {
+    dtype type;
+    std::string_view name; // as safetensors spells it
+    unsigned bits;
+};
+inline constexpr dtype_row dtype_table[] = {
+    {dtype::boolean, "BOOL", 8},
+    {dtype::f4, "F4", 4},
+    {dtype::f6_e2m3, "F6_E2M3", 6},
+    {dtype::f6_e3m2, "F6_E3M2", 6},
+    {dtype::u8, "U8", 8},
+    {dtype::i8, "I8", 8},
+    {dtype::f8_e5m2, "F8_E5M2", 8},
+    {dtype::f8_e4m3, "F8_E4M3", 8},
+    {dtype::f8_e8m0, "F8_E8M0", 8},
+    {dtype::i16, "I16", 16},
+    {dtype::u16, "U16", 16},
+    {dtype::f16, "F16", 16},
+    {dtype::bf16, "BF16", 16},
+    {dtype::i32, "I32", 32},
+    {dtype::u32, "U32", 32},
+    {dtype::f32, "F32", 32},
+    {dtype::c64, "C64", 64},
+    {dtype::f64, "F64", 64},
+    {dtype::i64, "I64", 64},
+    {dtype::u64, "U64", 64},
+};
+} // namespace detail
+
+/// The name of a dtype as safetensors spells it ("BF16").
+[[nodiscard]] constexpr std::string_view name(dtype type) noexcept
+{
+    return detail::dtype_table[static_cast<std::size_t>(type)].name;
+}
+
+/// Bits of one element: 4 and 6 for the packed types, otherwise a multiple of 8.
+[[nodiscard]] constexpr unsigned bits(dtype type) noexcept
+{
+    return detail::dtype_table[static_cast<std::size_t>(type)].bits;
+}
+
+/// The dtype with this safetensors name, or nothing.
+[[nodiscard]] constexpr std::optional<dtype> parse_dtype(std::string_view text) noexcept
+{
+    for (const auto& row : detail::dtype_table) {
+        if (row.name == text) { return row.type; }
+    }
+    return std::nullopt;
+}
+
+/// The storage types that the algorithms compute with: f64, f32, bf16, f16.
+template <class T>
+concept storage_element = std::same_as<T, double> || std::same_as<T, float> || std::same_as<T, bf16> || std::same_as<T, f16>;
+
+/// The types that arithmetic runs in.
+template <class T>
+concept arithmetic_element = std::same_as<T, double> || std::same_as<T, float>;
+
+/// The type that arithmetic on T runs in: f64 for f64, otherwise f32.
+template <storage_element T>
+using arithmetic_type = std::conditional_t<std::same_as<T, double>, double, float>;
+
+template <storage_element T>
+inline constexpr dtype dtype_of = std::same_as<T, double> ? dtype::f64
+    : std::same_as<T, float>                              ? dtype::f32
+    : std::same_as<T, bf16>                               ? dtype::bf16
+                                                          : dtype::f16;
+
+/// True for the dtypes that merges compute with directly (f64, f32, bf16, f16).
+[[nodiscard]] constexpr bool is_storage(dtype type) noexcept
+{
+    return type == dtype::f64 || type == dtype::f32 || type == dtype::bf16 || type == dtype::f16;
+}
+
+/// True for 8-bit floats that are dequantised to f32 on reading.
+[[nodiscard]] constexpr bool is_fp8(dtype type) noexcept
+{
+    return type == dtype::f8_e4m3 || type == dtype::f8_e5m2;
+}
+
+TASKVEC_KERNELS_BEGIN
+
+/// bf16 bits to f32, exact.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr float bf16_to_f32(std::uint16_t value) noexcept
+{
+    return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16);
+}
+
+/// f32 to bf16 bits, to nearest even; NaN stays a quiet NaN of the same sign.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint16_t f32_to_bf16(float value) noexcept
+{
+    const auto word = std::bit_cast<std::uint32_t>(value);
+    const std::uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+    const std::uint32_t quiet = (word >> 16) | 0x0040u;
+    return static_cast<std::uint16_t>((word & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+
+/// f16 bits to f32, exact (subnormals too). Branch-free, so that loops of it vectorise.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr float f16_to_f32(std::uint16_t value) noexcept
+{
+    const std::uint32_t sign = (value & 0x8000u) << 16;
+    const std::uint32_t magnitude = value & 0x7fffu;
+    // Exponent and mantissa moved into place are 2^112 too small; an exact product by a power of two mends normals and
+    // subnormals alike. Infinity and NaN keep their all-ones exponent.
+    const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+    const std::uint32_t special = (magnitude << 13) | 0x7f800000u;
+    const std::uint32_t word = magnitude >= 0x7c00u ? special : std::bit_cast<std::uint32_t>(scaled);
+    return std::bit_cast<float>(word | sign);
+}
+
+/// f32 to f16 bits, to nearest even, overflow to infinity, subnormals exact; NaN stays a quiet NaN of the same sign.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint16_t f32_to_f16(float value) noexcept
+{
+    const auto word = std::bit_cast<std::uint32_t>(value);
+    const std::uint32_t sign = (word >> 16) & 0x8000u;
+    const std::uint32_t magnitude = word & 0x7fffffffu;
+    const std::uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Below 2^-14 an addition of 1/2 aligns the mantissa to f16's subnormal spacing and rounds it to nearest even.
+    const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const std::uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x03ffu);
+    std::uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+    result = magnitude >= 0x477ff000u ? 0x7c00u : result;
+    result = magnitude > 0x7f800000u ? nan : result;
+    return static_cast<std::uint16_t>(result | sign);
+}
+
+/// f64 to f32 and back are the hardware's conversions; 16-bit types go through f32 (f64 to a 16-bit type therefore
+/// rounds to odd first, so that the result is rounded once).
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr float f64_to_f32_odd(double value) noexcept
+{
+    const float nearest = static_cast<float>(value);
+    const double back = static_cast<double>(nearest);
+    auto word = std::bit_cast<std::uint32_t>(nearest);
+    if (back == value || value != value || (word & 0x7fffffffu) == 0x7f800000u) { return nearest; }
+    // Truncate toward zero, then set the last bit: an inexact value can no longer look like a tie.
+    const double magnitude = value < 0 ? -value : value;
+    const double rounded = back < 0 ? -back : back;
+    if (rounded > magnitude) { --word; }
+    return std::bit_cast<float>(word | 1u);
+}
+
+/// Converts one stored element to an arithmetic type. Exact, except f64 to f32 (to nearest even).
+template <arithmetic_element A, storage_element T>
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr A widen(T value) noexcept
+{
+    if constexpr (std::same_as<T, bf16>) { return static_cast<A>(bf16_to_f32(std::bit_cast<std::uint16_t>(value))); }
+    else if constexpr (std::same_as<T, f16>) {
+        return static_cast<A>(f16_to_f32(std::bit_cast<std::uint16_t>(value)));
+    }
+    else {
+        return static_cast<A>(value);
+    }
+}
+
+/// Rounds an arithmetic value to a storage type once, to nearest even.
+template <storage_element T, arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr T narrow(A value) noexcept
+{
+    if constexpr (std::same_as<T, bf16> || std::same_as<T, f16>) {
+        float single;
+        if constexpr (std::same_as<A, double>) { single = f64_to_f32_odd(value); }
+        else {
+            single = value;
+        }
+        if constexpr (std::same_as<T, bf16>) { return std::bit_cast<bf16>(f32_to_bf16(single)); }
+        else {
+            return std::bit_cast<f16>(f32_to_f16(single));
+        }
+    }
+    else {
+        return static_cast<T>(value);
+    }
+}
+
+TASKVEC_KERNELS_END
+
+/// Unsigned words as wide as the arithmetic type; magnitudes compare as these once the sign is cleared.
+template <arithmetic_element A>
+using bits_type = std::conditional_t<std::same_as<A, double>, std::uint64_t, std::uint32_t>;
+
+template <arithmetic_element A>
+inline constexpr bits_type<A> sign_mask = std::same_as<A, double> ? static_cast<bits_type<A>>(std::uint64_t{1} << 63) : static_cast<bits_type<A>>(0x80000000u);
+
+template <arithmetic_element A>
+inline constexpr bits_type<A> exponent_mask = std::same_as<A, double> ? static_cast<bits_type<A>>(0x7ff0000000000000ull)
+                                                                      : static_cast<bits_type<A>>(0x7f800000u);
+
+/// The bits of |x|: ordered as the magnitudes are.
+template <arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr bits_type<A> magnitude_bits(A value) noexcept
+{
+    return std::bit_cast<bits_type<A>>(value) & static_cast<bits_type<A>>(~sign_mask<A>);
+}
+
+/// Calls f with a value of the storage type that `type` names (std::type_identity<T>{}); other types are an error that
+/// names `what`.
+template <class F>
+decltype(auto) visit_storage(dtype type, std::string_view what, F&& f)
+{
+    switch (type) {
+    case dtype::f64: return f(std::type_identity<double>{});
+    case dtype::f32: return f(std::type_identity<float>{});
+    case dtype::bf16: return f(std::type_identity<bf16>{});
+    case dtype::f16: return f(std::type_identity<f16>{});
+    default: break;
+    }
+    raise<dtype_mismatch>(message("tensor '", what, "' has dtype ", name(type), "; expected one of F64, F32, BF16, F16: exclude it or convert it first"));
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,53 @@
+// Where a model-wide algorithm puts its result: tensors in memory, or a file that is written block by block.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/tensor_ref.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A tensor that is yet to be written.
+struct tensor_spec {
+    std::string name;
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+
+    [[nodiscard]] std::size_t size() const { return element_count(shape, name); }
+    [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
+};
+
+/// Receives the bytes of a fixed list of tensors, in any order and from several threads at once, each byte exactly once
+/// or with the same final value: blocks never overlap while they are written.
+class tensor_sink {
+public:
+    virtual ~tensor_sink() = default;
+    /// The host memory of tensor `index`, to be written in place; nullptr when bytes must go through write().
+    [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
+    /// Writes `size` bytes at byte `offset` of tensor `index`.
+    virtual void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) = 0;
+};
+
+/// The sink over tensors that the caller owns, in the order of `tensors`.
+class memory_sink final : public tensor_sink {
+public:
+    explicit memory_sink(std::vector<void*> tensors)
+        : tensors_(std::move(tensors))
+    { }
+    [[nodiscard]] void* direct(std::size_t index) override { return tensors_[index]; }
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        std::memcpy(static_cast<std::byte*>(tensors_[index]) + offset, data, size);
+    }
+
+private:
+    std::vector<void*> tensors_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,165 @@
+// Tensors and models as the run-time layer sees them: a pointer, a dtype, a shape. Nothing here owns memory.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/view.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+using extents = std::vector<std::int64_t>;
+
+/// "[2, 3]"
+[[nodiscard]] inline std::string to_string(const extents& shape)
+{
+    std::string text = "[";
+    for (std::size_t i = 0; i < shape.size(); ++i) { text += (i ? ", " : "") + std::to_string(shape[i]); }
+    return text + "]";
+}
+
+/// Number of elements of a shape; a negative extent or a product above 2^63-1 is an error that names `what`.
+[[nodiscard]] inline std::size_t element_count(const extents& shape, std::string_view what = "tensor")
+{
+    std::uint64_t count = 1;
+    bool empty = false;
+    for (const auto extent : shape) {
+        if (extent < 0) { raise<shape_mismatch>(message("tensor '", what, "' has a negative extent in ", to_string(shape))); }
+        empty = empty || extent == 0;
+    }
+    if (empty) { return 0; }
+    for (const auto extent : shape) {
+        if (count > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()) / static_cast<std::uint64_t>(extent)) {
+            raise<shape_mismatch>(message("tensor '", what, "' of shape ", to_string(shape), " has more than 2^63-1 elements"));
+        }
+        count *= static_cast<std::uint64_t>(extent);
+    }
+    return static_cast<std::size_t>(count);
+}
+
+/// Bytes of `count` elements of `type` (packed sub-byte types round up to whole bytes).
+[[nodiscard]] constexpr std::size_t byte_count(dtype type, std::size_t count) noexcept
+{
+    const std::size_t width = bits(type);
+    return width % 8 == 0 ? count * (width / 8) : (count * width + 7) / 8;
+}
+
+/// {pointer, dtype, shape, strides, device}: DLPack's fields without the ownership. Byte is `void` or `const void`.
+/// Strides count elements; empty strides mean row-major and contiguous.
+template <class Byte>
+    requires std::is_void_v<Byte>
+struct basic_tensor_ref {
+    Byte* data = nullptr;
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+    extents strides{};
+    memory_space space = memory_space::host;
+    int device = 0;
+
+    [[nodiscard]] std::size_t size(std::string_view what = "tensor") const { return element_count(shape, what); }
+    [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const { return byte_count(dtype, size(what)); }
+    /// True when the elements lie row-major without holes.
+    [[nodiscard]] bool contiguous() const noexcept
+    {
+        if (strides.empty()) { return true; }
+        std::int64_t expected = 1;
+        for (std::size_t i = shape.size(); i-- > 0;) {
+            if (shape[i] == 0) { return true; }
+            if (shape[i] != 1 && strides[i] != expected) { return false; }
+            expected *= shape[i];
+        }
+        return true;
+    }
+    operator basic_tensor_ref<const void>() const requires(!std::is_const_v<Byte>) { return {data, dtype, shape, strides, space, device}; }
+};
+
+using tensor_ref = basic_tensor_ref<void>;
+using const_tensor_ref = basic_tensor_ref<const void>;
+
+/// The tensor that a view's memory makes with this shape (default: one flat dimension).
+template <class T, memory_space S>
+[[nodiscard]] auto as_tensor(view<T, S> flat, extents shape)
+{
+    using ref = basic_tensor_ref<std::conditional_t<std::is_const_v<T>, const void, void>>;
+    if (element_count(shape) != flat.size()) { raise<shape_mismatch>(message("a view of ", flat.size(), " elements cannot have shape ", to_string(shape))); }
+    return ref{flat.data(), dtype_of<std::remove_const_t<T>>, std::move(shape), {}, S, 0};
+}
+template <class T, memory_space S>
+[[nodiscard]] auto as_tensor(view<T, S> flat)
+{
+    return as_tensor(flat, {static_cast<std::int64_t>(flat.size())});
+}
+
+/// The flat view of a contiguous tensor of element type T in memory space S; anything else is an error naming `what`.
+template <storage_element T, memory_space S = memory_space::host>
+[[nodiscard]] auto flat_view(const const_tensor_ref& tensor, std::string_view what)
+{
+    if (tensor.dtype != dtype_of<T>) { raise<dtype_mismatch>(message("tensor '", what, "' has dtype ", name(tensor.dtype), "; expected ", name(dtype_of<T>))); }
+    if (tensor.space != S) {
+        raise<invalid_argument>(message("tensor '", what, "' lives in ", tensor.space == memory_space::host ? "host" : "device",
+            " memory; copy it to the policy's own memory space first"));
+    }
+    if (!tensor.contiguous()) { raise<invalid_argument>(message("tensor '", what, "' is not contiguous; copy it to row-major memory first")); }
+    return view<const T, S>{static_cast<const T*>(tensor.data), tensor.size(what)};
+}
+
+/// A model: tensors by name. Kept sorted by the bytes of the name, which is the order that model-wide algorithms use.
+template <class Ref>
+class basic_model {
+public:
+    struct entry {
+        std::string name;
+        Ref tensor;
+    };
+
+    basic_model() = default;
+    basic_model(std::initializer_list<entry> entries)
+    {
+        for (const auto& [name, tensor] : entries) { insert(name, tensor); }
+    }
+    /// A model of mutable tensors is a model of const ones.
+    template <class Other>
+        requires(!std::same_as<Other, Ref> && std::convertible_to<Other, Ref>)
+    basic_model(const basic_model<Other>& other)
+    {
+        for (const auto& [name, tensor] : other) { entries_.push_back({name, Ref(tensor)}); }
+    }
+
+    /// Adds a tensor; a name that is already there is an error. Cost: O(log n) and a shift.
+    void insert(std::string name, Ref tensor)
+    {
+        const auto place = lower_bound(name);
+        if (place != entries_.end() && place->name == name) { raise<invalid_argument>(message("tensor '", name, "' occurs twice in one model")); }
+        entries_.insert(place, entry{std::move(name), std::move(tensor)});
+    }
+    /// The tensor of that name, or nullptr.
+    [[nodiscard]] const Ref* find(std::string_view name) const
+    {
+        const auto place = const_cast<basic_model*>(this)->lower_bound(name);
+        return place != entries_.end() && place->name == name ? &place->tensor : nullptr;
+    }
+    [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
+    [[nodiscard]] auto end() const noexcept { return entries_.end(); }
+    [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
+    [[nodiscard]] bool empty() const noexcept { return entries_.empty(); }
+    [[nodiscard]] const entry& operator[](std::size_t index) const noexcept { return entries_[index]; }
+
+private:
+    auto lower_bound(std::string_view name)
+    {
+        return std::lower_bound(entries_.begin(), entries_.end(), name, [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
+    }
+    std::vector<entry> entries_;
+};
+
+using model_ref = basic_model<tensor_ref>;
+using const_model_ref = basic_model<const_tensor_ref>;
+
+} // namespace taskvec::inline TASKVEC_ABI

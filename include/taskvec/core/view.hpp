@@ -1,0 +1,91 @@
+// Flat views of somebody else's memory. The memory space is part of the type: mixing spaces does not compile.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/dtype.hpp>
+
+#include <cstddef>
+#include <memory>
+#include <ranges>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+enum class memory_space : std::uint8_t { host, device };
+
+/// A contiguous run of `size` elements of T in memory space S; does not own them. T may be const.
+template <class T, memory_space S>
+    requires storage_element<std::remove_const_t<T>>
+class view {
+public:
+    using element_type = T;
+    using value_type = std::remove_const_t<T>;
+    static constexpr memory_space space = S;
+
+    constexpr view() noexcept = default;
+    constexpr view(T* data, std::size_t size) noexcept
+        : data_(data)
+        , size_(size)
+    { }
+    /// A view of mutable elements is a view of const ones.
+    constexpr view(const view<value_type, S>& other) noexcept requires std::is_const_v<T> : data_(other.data()), size_(other.size()) { }
+
+    [[nodiscard]] constexpr T* data() const noexcept { return data_; }
+    [[nodiscard]] constexpr std::size_t size() const noexcept { return size_; }
+    [[nodiscard]] constexpr bool empty() const noexcept { return size_ == 0; }
+
+    // Only memory that the host can read has elements.
+    [[nodiscard]] constexpr T& operator[](std::size_t index) const noexcept requires(S == memory_space::host) { return data_[index]; }
+    [[nodiscard]] constexpr T* begin() const noexcept requires(S == memory_space::host) { return data_; }
+    [[nodiscard]] constexpr T* end() const noexcept requires(S == memory_space::host) { return data_ + size_; }
+
+private:
+    T* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+template <class T>
+using host_view = view<T, memory_space::host>;
+template <class T>
+using device_view = view<T, memory_space::device>;
+
+/// How a type becomes a view. Specialised for views and contiguous ranges here, for Eigen and xtensor in interop/.
+/// A specialisation has `static view<…> get(X&)`, and refuses with an error what is not contiguous.
+template <class X>
+struct view_traits;
+
+template <class T, memory_space S>
+struct view_traits<view<T, S>> {
+    static constexpr view<T, S> get(const view<T, S>& x) noexcept { return x; }
+};
+template <class T, memory_space S>
+struct view_traits<const view<T, S>> : view_traits<view<T, S>> { };
+
+template <class X>
+    requires std::ranges::contiguous_range<X> && std::ranges::sized_range<X> && storage_element<std::ranges::range_value_t<X>>
+struct view_traits<X> {
+    using element = std::remove_reference_t<std::ranges::range_reference_t<X>>;
+    static constexpr host_view<element> get(X& x) noexcept { return {std::ranges::data(x), std::ranges::size(x)}; }
+};
+
+/// Something that as_view() turns into a view: a view, a vector, array or span, an Eigen or xtensor container.
+template <class X>
+concept viewable = requires(std::remove_reference_t<X>& x)
+{
+    view_traits<std::remove_reference_t<X>>::get(x);
+};
+
+/// The view of x, without a copy.
+template <viewable X>
+[[nodiscard]] constexpr auto as_view(X&& x)
+{
+    return view_traits<std::remove_reference_t<X>>::get(x);
+}
+
+/// The type of as_view(x), its element type (never const) and its memory space.
+template <viewable X>
+using view_of = decltype(as_view(std::declval<X>()));
+template <viewable X>
+using element_of = typename view_of<X>::value_type;
+
+} // namespace taskvec::inline TASKVEC_ABI
