@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+# Flags of taskvec's own programs (tests, tool, examples, benchmarks). None of this reaches a project that uses taskvec.
+
+add_library(taskvec_developer INTERFACE)
+target_compile_options(taskvec_developer INTERFACE -Wall -Wextra $<$<BOOL:${TASKVEC_WERROR}>:-Werror>)
+
+if(TASKVEC_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+    find_program(TASKVEC_CCACHE_PROGRAM ccache)
+    if(TASKVEC_CCACHE_PROGRAM)
+        set(CMAKE_CXX_COMPILER_LAUNCHER ${TASKVEC_CCACHE_PROGRAM})
+    endif()
+endif()
+
+# A program of the project: add_executable with the house's flags.
+function(taskvec_add_program name)
+    add_executable(${name} ${ARGN})
+    target_link_libraries(${name} PRIVATE taskvec::taskvec taskvec_developer)
+    set_target_properties(${name} PROPERTIES CXX_EXTENSIONS OFF)
+endfunction()
+
+# What the release preset builds: the tool and the examples.
+add_custom_target(programs)

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+# Run by ctest: COMPILER, SOURCE, INCLUDES. See CMakeLists.txt beside this file.
+set(command ${COMPILER} -std=c++20 -fsyntax-only)
+foreach(folder IN LISTS INCLUDES)
+    list(APPEND command -isystem ${folder})
+endforeach()
+
+file(STRINGS ${SOURCE} expected REGEX "^// error: ")
+string(REGEX REPLACE "^// error: " "" expected "${expected}")
+if(NOT expected)
+    message(FATAL_ERROR "${SOURCE} has no line '// error: <regular expression>'")
+endif()
+
+execute_process(COMMAND ${command} ${SOURCE} RESULT_VARIABLE code ERROR_VARIABLE output)
+if(NOT code EQUAL 0)
+    message(FATAL_ERROR "without TASKVEC_FAULT it should compile:\n${output}")
+endif()
+execute_process(COMMAND ${command} -DTASKVEC_FAULT ${SOURCE} RESULT_VARIABLE code ERROR_VARIABLE output)
+if(code EQUAL 0)
+    message(FATAL_ERROR "with TASKVEC_FAULT it should not compile, and did")
+endif()
+if(NOT output MATCHES "${expected}")
+    message(FATAL_ERROR "the compiler did not say '${expected}':\n${output}")
+endif()
