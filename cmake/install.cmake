@@ -6,13 +6,13 @@ include(CMakePackageConfigHelpers)
 # The library has no machine code, so its package file lives in share/.
 set(taskvec_config_dir ${CMAKE_INSTALL_DATADIR}/cmake/taskvec)
 
-install(TARGETS taskvec EXPORT taskvecTargets FILE_SET HEADERS DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
-install(EXPORT taskvecTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir})
+install(TARGETS taskvec EXPORT taskvecTargets FILE_SET HEADERS DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT headers)
+install(EXPORT taskvecTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir} COMPONENT headers)
 install(TARGETS taskvec_io EXPORT taskvec-ioTargets)
-install(EXPORT taskvec-ioTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir})
+install(EXPORT taskvec-ioTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir} COMPONENT headers)
 
 configure_package_config_file(${PROJECT_SOURCE_DIR}/cmake/taskvecConfig.cmake.in ${PROJECT_BINARY_DIR}/taskvecConfig.cmake
     INSTALL_DESTINATION ${taskvec_config_dir} NO_SET_AND_CHECK_MACRO)
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/taskvecConfigVersion.cmake COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
-install(FILES ${PROJECT_BINARY_DIR}/taskvecConfig.cmake ${PROJECT_BINARY_DIR}/taskvecConfigVersion.cmake DESTINATION ${taskvec_config_dir})
-install(FILES ${PROJECT_SOURCE_DIR}/LICENSE DESTINATION ${CMAKE_INSTALL_DOCDIR})
+install(FILES ${PROJECT_BINARY_DIR}/taskvecConfig.cmake ${PROJECT_BINARY_DIR}/taskvecConfigVersion.cmake DESTINATION ${taskvec_config_dir} COMPONENT headers)
+install(FILES ${PROJECT_SOURCE_DIR}/LICENSE DESTINATION ${CMAKE_INSTALL_DOCDIR} COMPONENT headers)

@@ -1,0 +1,14 @@
+// Everything that needs only the standard library and Eigen.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/backend/parallel.hpp>
+#include <taskvec/core/config.hpp>
+#include <taskvec/core/dtype.hpp>
+#include <taskvec/core/error.hpp>
+#include <taskvec/core/hash.hpp>
+#include <taskvec/core/policy.hpp>
+#include <taskvec/core/random.hpp>
+#include <taskvec/core/sink.hpp>
+#include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/core/view.hpp>
