@@ -4,7 +4,9 @@
 
 #include <taskvec/core/dtype.hpp>
 
+#include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <ranges>
 #include <type_traits>
@@ -28,7 +30,12 @@ public:
         , size_(size)
     { }
     /// A view of mutable elements is a view of const ones.
-    constexpr view(const view<value_type, S>& other) noexcept requires std::is_const_v<T> : data_(other.data()), size_(other.size()) { }
+    template <std::same_as<value_type> Mutable>
+        requires std::is_const_v<T>
+    constexpr view(const view<Mutable, S>& other) noexcept
+        : data_(other.data())
+        , size_(other.size())
+    { }
 
     [[nodiscard]] constexpr T* data() const noexcept { return data_; }
     [[nodiscard]] constexpr std::size_t size() const noexcept { return size_; }
