@@ -107,19 +107,28 @@ inline constexpr dtype dtype_of = std::same_as<T, double> ? dtype::f64
 
 TASKVEC_KERNELS_BEGIN
 
+/// std::bit_cast, compiled under the kernels' options: g++ inlines no function into a kernel that was compiled without them.
+template <class To, class From>
+    requires(sizeof(To) == sizeof(From))
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr To reinterpret_bits(From value) noexcept
+{
+    return __builtin_bit_cast(To, value);
+}
+
 /// bf16 bits to f32, exact.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr float bf16_to_f32(std::uint16_t value) noexcept
 {
-    return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16);
+    return reinterpret_bits<float>(static_cast<std::uint32_t>(value) << 16);
 }
 
 /// f32 to bf16 bits, to nearest even; NaN stays a quiet NaN of the same sign.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint16_t f32_to_bf16(float value) noexcept
 {
-    const auto word = std::bit_cast<std::uint32_t>(value);
+    const auto word = reinterpret_bits<std::uint32_t>(value);
     const std::uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
     const std::uint32_t quiet = (word >> 16) | 0x0040u;
-    return static_cast<std::uint16_t>((word & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+    const std::uint32_t nan = 0u - static_cast<std::uint32_t>((word & 0x7fffffffu) > 0x7f800000u);
+    return static_cast<std::uint16_t>((quiet & nan) | (rounded & ~nan));
 }
 
 /// f16 bits to f32, exact (subnormals too). Branch-free, so that loops of it vectorise.
@@ -129,25 +138,30 @@ TASKVEC_KERNELS_BEGIN
     const std::uint32_t magnitude = value & 0x7fffu;
     // Exponent and mantissa moved into place are 2^112 too small; an exact product by a power of two mends normals and
     // subnormals alike. Infinity and NaN keep their all-ones exponent.
-    const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+    const float scaled = reinterpret_bits<float>(magnitude << 13) * 0x1p112f;
     const std::uint32_t special = (magnitude << 13) | 0x7f800000u;
-    const std::uint32_t word = magnitude >= 0x7c00u ? special : std::bit_cast<std::uint32_t>(scaled);
-    return std::bit_cast<float>(word | sign);
+    const std::uint32_t extreme = 0u - static_cast<std::uint32_t>(magnitude >= 0x7c00u);
+    const std::uint32_t word = (special & extreme) | (reinterpret_bits<std::uint32_t>(scaled) & ~extreme);
+    return reinterpret_bits<float>(word | sign);
 }
 
 /// f32 to f16 bits, to nearest even, overflow to infinity, subnormals exact; NaN stays a quiet NaN of the same sign.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint16_t f32_to_f16(float value) noexcept
 {
-    const auto word = std::bit_cast<std::uint32_t>(value);
+    const auto word = reinterpret_bits<std::uint32_t>(value);
     const std::uint32_t sign = (word >> 16) & 0x8000u;
     const std::uint32_t magnitude = word & 0x7fffffffu;
     const std::uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
     // Below 2^-14 an addition of 1/2 aligns the mantissa to f16's subnormal spacing and rounds it to nearest even.
-    const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const std::uint32_t subnormal = reinterpret_bits<std::uint32_t>(reinterpret_bits<float>(magnitude) + 0.5f) - 0x3f000000u;
     const std::uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x03ffu);
-    std::uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-    result = magnitude >= 0x477ff000u ? 0x7c00u : result;
-    result = magnitude > 0x7f800000u ? nan : result;
+    const auto select = [](bool condition, std::uint32_t yes, std::uint32_t no) {
+        const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
+        return (yes & mask) | (no & ~mask);
+    };
+    std::uint32_t result = select(magnitude < 0x38800000u, subnormal, normal);
+    result = select(magnitude >= 0x477ff000u, 0x7c00u, result);
+    result = select(magnitude > 0x7f800000u, nan, result);
     return static_cast<std::uint16_t>(result | sign);
 }
 
@@ -157,25 +171,52 @@ TASKVEC_KERNELS_BEGIN
 {
     const float nearest = static_cast<float>(value);
     const double back = static_cast<double>(nearest);
-    auto word = std::bit_cast<std::uint32_t>(nearest);
+    auto word = reinterpret_bits<std::uint32_t>(nearest);
     if (back == value || value != value || (word & 0x7fffffffu) == 0x7f800000u) { return nearest; }
     // Truncate toward zero, then set the last bit: an inexact value can no longer look like a tie.
     const double magnitude = value < 0 ? -value : value;
     const double rounded = back < 0 ? -back : back;
     if (rounded > magnitude) { --word; }
-    return std::bit_cast<float>(word | 1u);
+    return reinterpret_bits<float>(word | 1u);
 }
 
-/// Converts one stored element to an arithmetic type. Exact, except f64 to f32 (to nearest even).
+/// What the loops load and store for an element of T: the number itself, or the bits of a 16-bit type (a class there
+/// keeps the vectoriser away).
+template <storage_element T>
+using storage_word = std::conditional_t<sizeof(T) == 2, std::uint16_t, T>;
+
+/// Converts the stored word of a T to an arithmetic type. Exact, except f64 to f32 (to nearest even).
+template <arithmetic_element A, storage_element T>
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr A widen_word(storage_word<T> word) noexcept
+{
+    if constexpr (std::same_as<T, bf16>) { return static_cast<A>(bf16_to_f32(word)); }
+    else if constexpr (std::same_as<T, f16>) {
+        return static_cast<A>(f16_to_f32(word));
+    }
+    else {
+        return static_cast<A>(word);
+    }
+}
+
+/// Converts one stored element to an arithmetic type.
 template <arithmetic_element A, storage_element T>
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr A widen(T value) noexcept
 {
-    if constexpr (std::same_as<T, bf16>) { return static_cast<A>(bf16_to_f32(std::bit_cast<std::uint16_t>(value))); }
-    else if constexpr (std::same_as<T, f16>) {
-        return static_cast<A>(f16_to_f32(std::bit_cast<std::uint16_t>(value)));
-    }
+    return widen_word<A, T>(reinterpret_bits<storage_word<T>>(value));
+}
+
+/// Rounds an arithmetic value to the stored word of a T once, to nearest even.
+template <storage_element T, arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr storage_word<T> narrow_word(A value) noexcept
+{
+    if constexpr (sizeof(T) != 2) { return static_cast<T>(value); }
     else {
-        return static_cast<A>(value);
+        float single;
+        if constexpr (std::same_as<A, double>) { single = f64_to_f32_odd(value); }
+        else {
+            single = value;
+        }
+        return std::same_as<T, bf16> ? f32_to_bf16(single) : f32_to_f16(single);
     }
 }
 
@@ -183,23 +224,8 @@ template <arithmetic_element A, storage_element T>
 template <storage_element T, arithmetic_element A>
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr T narrow(A value) noexcept
 {
-    if constexpr (std::same_as<T, bf16> || std::same_as<T, f16>) {
-        float single;
-        if constexpr (std::same_as<A, double>) { single = f64_to_f32_odd(value); }
-        else {
-            single = value;
-        }
-        if constexpr (std::same_as<T, bf16>) { return std::bit_cast<bf16>(f32_to_bf16(single)); }
-        else {
-            return std::bit_cast<f16>(f32_to_f16(single));
-        }
-    }
-    else {
-        return static_cast<T>(value);
-    }
+    return reinterpret_bits<T>(narrow_word<T>(value));
 }
-
-TASKVEC_KERNELS_END
 
 /// Unsigned words as wide as the arithmetic type; magnitudes compare as these once the sign is cleared.
 template <arithmetic_element A>
@@ -216,8 +242,10 @@ inline constexpr bits_type<A> exponent_mask = std::same_as<A, double> ? static_c
 template <arithmetic_element A>
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr bits_type<A> magnitude_bits(A value) noexcept
 {
-    return std::bit_cast<bits_type<A>>(value) & static_cast<bits_type<A>>(~sign_mask<A>);
+    return reinterpret_bits<bits_type<A>>(value) & static_cast<bits_type<A>>(~sign_mask<A>);
 }
+
+TASKVEC_KERNELS_END
 
 /// Calls f with a value of the storage type that `type` names (std::type_identity<T>{}); other types are an error that
 /// names `what`.

@@ -1,0 +1,240 @@
+// Blocks: a few thousand elements of every aligned model, widened to the arithmetic type on demand.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/arithmetic/aligned_models.hpp>
+#include <taskvec/backend/kernels.hpp>
+
+#include <cmath>
+#include <limits>
+#include <memory_resource>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// fp8 values by their bits. e4m3 (fn) has no infinity; e5m2 is the upper byte of f16.
+[[nodiscard]] inline float fp8_value(taskvec::dtype type, unsigned code) noexcept
+{
+    if (type == taskvec::dtype::f8_e5m2) { return f16_to_f32(static_cast<std::uint16_t>(code << 8)); }
+    const unsigned exponent = (code >> 3) & 15u, mantissa = code & 7u;
+    float value = std::ldexp(1.0f + static_cast<float>(mantissa) / 8.0f, static_cast<int>(exponent) - 7);
+    if (exponent == 15 && mantissa == 7) { value = std::numeric_limits<float>::quiet_NaN(); }
+    if (exponent == 0) { value = static_cast<float>(mantissa) * 0x1p-9f; }
+    return code & 0x80u ? -value : value;
+}
+
+/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements and
+/// fp8 go through `raw` (room for block_size doubles).
+template <class Use>
+decltype(auto) with_elements(const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
+{
+    if (is_fp8(from.dtype)) {
+        const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
+        auto* const values = reinterpret_cast<float*>(raw);
+        for (std::size_t i = 0; i < size; ++i) { values[i] = fp8_value(from.dtype, codes[i]); }
+        return use(static_cast<const float*>(values));
+    }
+    return visit_storage(from.dtype, "operand", [&]<class T>(std::type_identity<T>) -> decltype(auto) {
+        const std::byte* place = from.data + offset * sizeof(T);
+        if (reinterpret_cast<std::uintptr_t>(place) % alignof(T) != 0) {
+            std::memcpy(raw, place, size * sizeof(T));
+            place = raw;
+        }
+        return use(reinterpret_cast<const T*>(place));
+    });
+}
+
+} // namespace detail
+
+/// Elements of a block: a row of f32 takes 8 KiB, so a dozen rows stay in the second-level cache.
+inline constexpr std::size_t block_size = 2048;
+
+/// The rows of one block: base(), task(t) and delta(t) = task(t) − base() in the arithmetic type A, loaded on demand, and
+/// scratch rows. There is one for each worker; open() moves it on.
+template <arithmetic_element A>
+class block {
+public:
+    block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory)
+        : models_(&models)
+        , rows_((models.task_count() + 1 + scratch_rows) * block_size, memory)
+        , raw_(block_size, memory)
+    { }
+
+    /// Moves to elements [offset, offset + size) of a tensor; size ≤ block_size.
+    void open(const aligned_tensor& tensor, std::uint64_t offset, std::size_t size)
+    {
+        tensor_ = &tensor;
+        offset_ = offset;
+        size_ = size;
+        base_ = nullptr;
+        largest_ = 0;
+    }
+
+    [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
+    [[nodiscard]] std::uint64_t position() const noexcept { return tensor_->position + offset_; }
+    [[nodiscard]] const aligned_tensor& tensor() const noexcept { return *tensor_; }
+    [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
+    [[nodiscard]] std::size_t task_count() const noexcept { return models_->task_count(); }
+
+    /// θ0 of this block.
+    const A* base()
+    {
+        if (!base_) { base_ = load(tensor_->base, rows_.data()); }
+        return base_;
+    }
+    /// θt of this block: in place where it is stored as A, otherwise in row(t), which it shares with delta(t).
+    const A* task(std::size_t t) { return load(tensor_->tasks[t], row(t)); }
+    /// τt of this block (θt itself when there is no base).
+    const A* delta(std::size_t t)
+    {
+        if (!tensor_->base.data) { return task(t); }
+        const A* const from = base();
+        detail::with_elements(tensor_->tasks[t], offset_, size_, raw(), [&](const auto* values) { note(kernels::subtract(values, from, row(t), size_)); });
+        return row(t);
+    }
+    /// τt of this block, always in row(t), so that it may be changed.
+    A* mutable_delta(std::size_t t)
+    {
+        const A* const values = delta(t);
+        if (values != row(t)) { std::memcpy(row(t), values, size_ * sizeof(A)); }
+        return row(t);
+    }
+    /// Row of task t. Rows of tasks and scratch rows are consecutive, block_size apart.
+    [[nodiscard]] A* row(std::size_t t) noexcept { return rows_.data() + (1 + t) * block_size; }
+    [[nodiscard]] A* scratch(std::size_t i) noexcept { return row(task_count() + i); }
+
+    /// Throws nonfinite_error if an input of this block that was loaded holds NaN or infinity (unless propagation was
+    /// asked for). A difference of finite values that overflows is not an input.
+    void check_finite()
+    {
+        if (largest_ < exponent_mask<A> || models_->options().on_nonfinite == nonfinite::propagate) { return; }
+        for (std::size_t i = 0; i < size_; ++i) {
+            if (tensor_->base.data) { check(tensor_->base, i, models_->options().base_label); }
+            for (std::size_t t = 0; t < task_count(); ++t) { check(tensor_->tasks[t], i, models_->label(t)); }
+        }
+    }
+
+private:
+    [[nodiscard]] std::byte* raw() noexcept { return reinterpret_cast<std::byte*>(raw_.data()); }
+    void note(bits_type<A> magnitude) noexcept { largest_ = std::max(largest_, magnitude); }
+
+    const A* load(const aligned_tensor::operand& from, A* out)
+    {
+        return detail::with_elements(from, offset_, size_, raw(), [&]<class T>(const T* values) -> const A* {
+            if constexpr (std::same_as<T, A>) {
+                if (static_cast<const void*>(values) != raw()) {
+                    note(kernels::largest_magnitude(values, size_));
+                    return values;
+                }
+            }
+            note(kernels::widen(values, out, size_));
+            return out;
+        });
+    }
+
+    void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
+    {
+        const double found = detail::with_elements(from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
+        if (std::isfinite(found)) { return; }
+        raise<nonfinite_error>(message("tensor '", tensor_->name, "' of ", where, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", offset_ + i,
+            ": repair it, exclude the tensor, or ask for non-finite values to propagate"));
+    }
+
+    const aligned_models* models_;
+    std::pmr::vector<A> rows_;
+    std::pmr::vector<double> raw_;
+    const aligned_tensor* tensor_ = nullptr;
+    std::uint64_t offset_ = 0;
+    std::size_t size_ = 0;
+    const A* base_ = nullptr;
+    bits_type<A> largest_ = 0;
+};
+
+/// The blocks of one worker: in f32 and, where a tensor needs it, in f64.
+class workspace {
+public:
+    workspace(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory)
+        : models_(&models)
+        , scratch_rows_(scratch_rows)
+        , memory_(memory)
+    { }
+    template <arithmetic_element A>
+    block<A>& get()
+    {
+        std::optional<block<A>>* slot;
+        if constexpr (std::same_as<A, double>) { slot = &wide_; }
+        else {
+            slot = &single_;
+        }
+        if (!*slot) { slot->emplace(*models_, scratch_rows_, memory_); }
+        return **slot;
+    }
+    /// Calls use(block) with the block type that the tensor's arithmetic asks for.
+    template <class Use>
+    decltype(auto) with_block(const aligned_tensor& tensor, Use&& use)
+    {
+        return tensor.wide ? use(get<double>()) : use(get<float>());
+    }
+
+private:
+    const aligned_models* models_;
+    std::size_t scratch_rows_;
+    std::pmr::memory_resource* memory_;
+    std::optional<block<float>> single_;
+    std::optional<block<double>> wide_;
+};
+
+/// A range of chunks, by index.
+struct chunk_range {
+    std::size_t first = 0, last = 0;
+};
+[[nodiscard]] inline chunk_range all_chunks(const aligned_models& models) noexcept
+{
+    return {0, models.chunks().size()};
+}
+[[nodiscard]] inline chunk_range chunks_of(const aligned_models& models, std::size_t tensor) noexcept
+{
+    return {models.first_chunk(tensor), models.first_chunk(tensor + 1)};
+}
+
+/// One workspace for each worker that a walk over `count` chunks may use.
+[[nodiscard]] inline std::vector<workspace> make_workspaces(const cpu& policy, const aligned_models& models, std::size_t count, std::size_t scratch_rows)
+{
+    std::vector<workspace> workspaces;
+    const std::size_t workers = worker_count(policy, count);
+    workspaces.reserve(workers);
+    for (std::size_t w = 0; w < workers; ++w) { workspaces.emplace_back(models, scratch_rows, memory_of(policy)); }
+    return workspaces;
+}
+
+/// Opens each block of a chunk in turn, calls body(block), and reports non-finite inputs after it.
+template <arithmetic_element A, class Body>
+void for_each_block_of(block<A>& rows, const chunk& piece, Body&& body)
+{
+    const aligned_tensor& tensor = rows.models().tensors()[piece.tensor];
+    for (std::size_t at = 0; at < piece.size; at += block_size) {
+        rows.open(tensor, piece.offset + at, std::min(block_size, piece.size - at));
+        body(rows);
+        rows.check_finite();
+    }
+}
+
+/// Calls body(chunk index, worker, block) for every block of a range of chunks: chunks in parallel, the blocks of a chunk
+/// in ascending order. `block` is a block<float>& or a block<double>&, `worker` as in for_each_index.
+template <class Body>
+void for_each_block(const cpu& policy, const aligned_models& models, chunk_range range, std::size_t scratch_rows, std::string_view phase, Body&& body)
+{
+    const std::size_t count = range.last - range.first;
+    auto workspaces = make_workspaces(policy, models, count, scratch_rows);
+    detail::progress_meter meter(policy, phase, count);
+    for_each_index(policy, count, [&](std::size_t index, std::size_t worker) {
+        const chunk& piece = models.chunks()[range.first + index];
+        workspaces[worker].with_block(models.tensors()[piece.tensor],
+            [&](auto& rows) { for_each_block_of(rows, piece, [&](auto& opened) { body(range.first + index, worker, opened); }); });
+        if (!meter.advance(1)) { raise<cancelled>(); }
+    });
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

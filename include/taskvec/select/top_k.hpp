@@ -1,0 +1,502 @@
+// Exact top-k by magnitude, over one tensor or a whole model, in constant memory.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every task vector has a threshold {magnitude, equal_end}: an entry is kept when its magnitude is larger, or equal and
+// its place comes before equal_end. So exactly k entries are kept, among equal magnitudes those of lowest index, and
+// whoever processes an entry later needs nothing but its value and its place.
+//
+// The k-th magnitude is found on the bits of |x|, never by a sort: a sample brackets it, one walk over the data counts
+// what lies above the bracket and collects what lies inside; an answer outside the bracket, or too much inside, narrows
+// the bracket and walks again; what sampling cannot narrow, a histogram does.
+#pragma once
+
+#include <taskvec/arithmetic/block.hpp>
+#include <taskvec/core/random.hpp>
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <mutex>
+#include <utility>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Which entries of a task vector are kept: those with bits of |x| above `magnitude`, and those equal to it whose place
+/// in the scope comes before `equal_end`.
+template <arithmetic_element A>
+struct top_k_threshold {
+    bits_type<A> magnitude = 0;
+    std::uint64_t equal_end = std::numeric_limits<std::uint64_t>::max();
+
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr bool keeps(A value, std::uint64_t place) const noexcept
+    {
+        const bits_type<A> bits = magnitude_bits(value);
+        return bits > magnitude || (bits == magnitude && place < equal_end);
+    }
+    friend bool operator==(const top_k_threshold&, const top_k_threshold&) = default;
+};
+
+/// k(n) = floor(density · n) in double, at least 1 when n > 0. Errors: invalid_argument unless 0 < density ≤ 1.
+[[nodiscard]] inline std::uint64_t top_k_count(double density, std::uint64_t n)
+{
+    if (!(density > 0.0 && density <= 1.0)) { raise<invalid_argument>(message("density is ", density, "; expected a share in (0, 1], such as 0.2 for 20%")); }
+    if (n == 0) { return 0; }
+    return std::max<std::uint64_t>(1, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))));
+}
+
+/// The threshold on f32 values that selects what an f64 threshold selects (f32 values are exact in f64).
+template <arithmetic_element To, arithmetic_element From>
+[[nodiscard]] top_k_threshold<To> threshold_as(const top_k_threshold<From>& threshold) noexcept
+{
+    if constexpr (std::same_as<To, From>) { return threshold; }
+    else {
+        static_assert(std::same_as<To, float>, "a threshold on f32 magnitudes says nothing about f64 ones");
+        const double exact = std::bit_cast<double>(threshold.magnitude);
+        float below = static_cast<float>(exact);
+        if (static_cast<double>(below) > exact) { below = std::bit_cast<float>(std::bit_cast<std::uint32_t>(below) - 1); }
+        if (static_cast<double>(below) == exact || std::isnan(exact)) { return {magnitude_bits(below), threshold.equal_end}; }
+        return {magnitude_bits(below), 0}; // between two floats: only larger ones are kept
+    }
+}
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// Elements that are counted together: a run without anything inside the bracket is not looked at again.
+inline constexpr std::size_t count_group = 64;
+
+/// Counts magnitudes above `high`, and for each group of 64 those in [low, high] (into `inside`).
+template <arithmetic_element A>
+TASKVEC_NOINLINE std::uint32_t count_groups(
+    const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low, bits_type<A> high, std::uint8_t* TASKVEC_RESTRICT inside)
+{
+    using word = std::make_signed_t<bits_type<A>>; // magnitudes have no sign bit: signed compares are the cheap ones
+    const word lower = static_cast<word>(low), upper = static_cast<word>(high);
+    std::uint32_t total = 0;
+    std::size_t at = 0;
+    for (; at + count_group <= n; at += count_group) {
+        word above = 0, reached = 0;
+        for (std::size_t i = 0; i < count_group; ++i) {
+            const word magnitude = static_cast<word>(magnitude_bits(x[at + i]));
+            above += magnitude > upper;
+            reached += magnitude >= lower;
+        }
+        total += static_cast<std::uint32_t>(above);
+        inside[at / count_group] = static_cast<std::uint8_t>(reached - above);
+    }
+    if (at < n) {
+        word above = 0, reached = 0;
+        for (std::size_t i = at; i < n; ++i) {
+            const word magnitude = static_cast<word>(magnitude_bits(x[i]));
+            above += magnitude > upper;
+            reached += magnitude >= lower;
+        }
+        total += static_cast<std::uint32_t>(above);
+        inside[at / count_group] = static_cast<std::uint8_t>(reached - above);
+    }
+    return total;
+}
+
+/// Appends the magnitudes in [low, high] to `out` (room for n), in order; returns how many.
+template <arithmetic_element A>
+TASKVEC_NOINLINE std::size_t collect(const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low, bits_type<A> high, bits_type<A>* TASKVEC_RESTRICT out)
+{
+    std::size_t count = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        const bits_type<A> magnitude = magnitude_bits(x[i]);
+        out[count] = magnitude;
+        count += static_cast<std::size_t>(magnitude >= low) & static_cast<std::size_t>(magnitude <= high);
+    }
+    return count;
+}
+
+/// Zeroes the entries whose magnitude is below `least`.
+template <arithmetic_element A>
+TASKVEC_NOINLINE void keep_at_least(A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> least)
+{
+    using word = std::make_signed_t<bits_type<A>>;
+    const word bound = static_cast<word>(least);
+    for (std::size_t i = 0; i < n; ++i) { x[i] = static_cast<word>(magnitude_bits(x[i])) >= bound ? x[i] : A{0}; }
+}
+
+TASKVEC_KERNELS_END
+
+/// Zeroes the entries of a row that a threshold drops; x[0] has place `place`. Kept entries are unchanged.
+template <arithmetic_element A>
+void trim(A* x, std::size_t n, std::uint64_t place, const top_k_threshold<A>& threshold)
+{
+    const std::size_t equal = threshold.equal_end > place ? static_cast<std::size_t>(std::min<std::uint64_t>(threshold.equal_end - place, n)) : 0;
+    if (equal > 0 && threshold.magnitude > 0) { keep_at_least(x, equal, threshold.magnitude); }
+    if (equal < n) { keep_at_least(x + equal, n - equal, threshold.magnitude + 1); }
+}
+
+} // namespace kernels
+
+namespace detail {
+
+/// Finds the thresholds of several task vectors ("channels") over a range of chunks in common walks.
+template <arithmetic_element A>
+class top_k_search {
+    using bits = bits_type<A>;
+    static constexpr bits highest = static_cast<bits>(~sign_mask<A>);
+    static constexpr std::uint64_t all = std::numeric_limits<std::uint64_t>::max();
+
+    // What is known of a channel: the answer lies in [low, high], `above` entries lie above it and `inside` within.
+    struct channel {
+        std::uint64_t k = 0, above = 0, inside = 0;
+        bits low = 0, high = highest;
+        bool done = false;
+        int sampled_rounds = 0;
+        top_k_threshold<A> threshold{};
+    };
+    // What a walk tries: the pivots, and what it saw of them.
+    struct attempt {
+        bits low = 0, high = 0;
+        bool active = false, collecting = false, counting_bins = false;
+        unsigned shift = 0;
+        std::uint64_t above = 0, inside = 0;
+    };
+    struct segment {
+        std::size_t chunk = 0;
+        std::size_t begin = 0, end = 0;
+    };
+    struct collected {
+        std::uint64_t above = 0, inside = 0;
+        std::vector<bits> values;
+        std::vector<segment> segments;
+        std::vector<std::uint64_t> bins;
+        bool overflow = false;
+    };
+    static constexpr unsigned bin_bits = 11;
+
+public:
+    top_k_search(const cpu& policy, const aligned_models& models, chunk_range range, std::size_t capacity)
+        : policy_(policy)
+        , models_(models)
+        , range_(range)
+        , capacity_(capacity)
+        , workspaces_(make_workspaces(policy, models, range.last - range.first, 1))
+    {
+        for (std::size_t c = range.first; c < range.last; ++c) { elements_ += models.chunks()[c].size; }
+        begin_ = range.first < range.last ? place_of(range.first) : 0;
+    }
+
+    /// counts[t] of task vector t are kept. `walks` receives how often the data were read from end to end.
+    std::vector<top_k_threshold<A>> run(std::span<const std::uint64_t> counts, unsigned* walks)
+    {
+        channels_.resize(counts.size());
+        for (std::size_t t = 0; t < counts.size(); ++t) {
+            auto& c = channels_[t];
+            c.k = counts[t];
+            c.inside = elements_;
+            c.done = c.k >= elements_; // everything is kept
+        }
+        walks_ = 0;
+        while (!std::all_of(channels_.begin(), channels_.end(), [](const channel& c) { return c.done; })) { round(); }
+        if (walks) { *walks = walks_; }
+        std::vector<top_k_threshold<A>> thresholds;
+        for (const auto& c : channels_) { thresholds.push_back(c.threshold); }
+        return thresholds;
+    }
+
+private:
+    [[nodiscard]] std::uint64_t place_of(std::size_t chunk) const
+    {
+        const auto& piece = models_.chunks()[chunk];
+        return models_.tensors()[piece.tensor].position + piece.offset;
+    }
+
+    void round()
+    {
+        std::vector<attempt> attempts(channels_.size());
+        const auto samples = sample();
+        for (std::size_t t = 0; t < channels_.size(); ++t) {
+            if (!channels_[t].done) { plan(channels_[t], attempts[t], samples[t]); }
+        }
+        std::vector<std::vector<collected>> seen(workspaces_.size(), std::vector<collected>(channels_.size()));
+        std::vector<std::vector<std::uint32_t>> inside_of(channels_.size());
+        for (std::size_t t = 0; t < channels_.size(); ++t) {
+            if (attempts[t].active) { inside_of[t].assign(range_.last - range_.first, 0); }
+        }
+        walk(attempts, seen, inside_of);
+        ++walks_;
+        for (std::size_t t = 0; t < channels_.size(); ++t) {
+            if (attempts[t].active) { learn(t, attempts[t], seen, inside_of[t]); }
+        }
+    }
+
+    /// Magnitudes of entries at places spread over the scope, those inside each channel's bracket, descending.
+    std::vector<std::vector<bits>> sample()
+    {
+        constexpr std::size_t run = 32;
+        std::vector<std::vector<bits>> samples(channels_.size());
+        const std::uint64_t wanted = std::clamp<std::uint64_t>(elements_ / 256, 1024, 262144), runs = wanted / run;
+        bool worth = false;
+        for (const auto& c : channels_) { worth = worth || (!c.done && c.inside > capacity_ / 16 && c.sampled_rounds < 3); }
+        if (!worth || elements_ < 8 * wanted) { return samples; }
+        const random_stream places(0x746f702d6bull, static_cast<std::uint32_t>(walks_));
+        for (std::uint64_t r = 0; r < runs; ++r) {
+            const std::uint64_t stratum = elements_ / runs;
+            std::uint64_t place = begin_ + r * stratum + places.word(r) % stratum;
+            const aligned_tensor& tensor = models_.tensors()[models_.tensor_at(place)];
+            const std::uint64_t offset = place - tensor.position;
+            const std::size_t n = static_cast<std::size_t>(std::min<std::uint64_t>(run, tensor.size - offset));
+            workspaces_[0].with_block(tensor, [&](auto& rows) {
+                rows.open(tensor, offset, n);
+                for (std::size_t t = 0; t < channels_.size(); ++t) {
+                    const auto& c = channels_[t];
+                    if (c.done) { continue; }
+                    const auto* const values = rows.delta(t);
+                    for (std::size_t i = 0; i < n; ++i) {
+                        const bits magnitude = magnitude_bits(static_cast<A>(values[i]));
+                        if (magnitude >= c.low && magnitude <= c.high) { samples[t].push_back(magnitude); }
+                    }
+                }
+            });
+        }
+        for (auto& s : samples) { std::sort(s.begin(), s.end(), std::greater<>()); }
+        return samples;
+    }
+
+    /// Chooses what the next walk asks of a channel.
+    void plan(channel& c, attempt& a, const std::vector<bits>& sample)
+    {
+        a = {c.low, c.high, true, false, false, 0, 0, 0};
+        if (c.low == c.high) { return; }
+        if (c.inside <= capacity_ / 16) {
+            a.collecting = true;
+            return;
+        }
+        if (sample.size() >= 64 && c.sampled_rounds < 3) {
+            ++c.sampled_rounds;
+            const double m = static_cast<double>(sample.size()), share = static_cast<double>(c.k - c.above) / static_cast<double>(c.inside);
+            // Neighbours are alike, so the sample's rank is a little less certain than that of independent draws.
+            const double margin = 6.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
+            const double first = share * m - margin, last = share * m + margin;
+            a.high = first < 0 ? c.high : sample[static_cast<std::size_t>(first)];
+            a.low = last >= m ? c.low : sample[static_cast<std::size_t>(last)];
+            // The values that the target's own rank meets, when one value fills the bracket from the middle to an edge.
+            const bits middle = sample[std::min(sample.size() - 1, static_cast<std::size_t>(share * m))];
+            const auto same = std::equal_range(sample.begin(), sample.end(), middle, std::greater<>());
+            if (static_cast<double>(same.second - same.first) > margin) { a.low = a.high = middle; }
+            a.collecting = true;
+            return;
+        }
+        a.counting_bins = true;
+        unsigned width = 0;
+        for (bits rest = c.high - c.low; rest; rest >>= 1) { ++width; }
+        a.shift = width > bin_bits ? width - bin_bits : 0;
+    }
+
+    void walk(const std::vector<attempt>& attempts, std::vector<std::vector<collected>>& seen, std::vector<std::vector<std::uint32_t>>& inside_of)
+    {
+        const std::size_t count = range_.last - range_.first, share = std::max<std::size_t>(1, capacity_ / workspaces_.size());
+        progress_meter meter(policy_, "select", count);
+        for_each_index(policy_, count, [&](std::size_t index, std::size_t worker) {
+            const chunk& piece = models_.chunks()[range_.first + index];
+            const aligned_tensor& tensor = models_.tensors()[piece.tensor];
+            workspaces_[worker].with_block(tensor, [&]<class B>(block<B>& rows) {
+                for_each_block_of(rows, piece, [&](block<B>& opened) {
+                    for (std::size_t t = 0; t < attempts.size(); ++t) {
+                        if (!attempts[t].active) { continue; }
+                        const B* const values = opened.delta(t);
+                        if constexpr (std::same_as<A, B>) { look(attempts[t], values, opened.size(), seen[worker][t], index, share, inside_of[t]); }
+                        else {
+                            // An f32 tensor beside f64 ones: its magnitudes compare as f64, exactly.
+                            std::array<A, block_size> wide;
+                            for (std::size_t i = 0; i < opened.size(); ++i) { wide[i] = static_cast<A>(values[i]); }
+                            look(attempts[t], wide.data(), opened.size(), seen[worker][t], index, share, inside_of[t]);
+                        }
+                    }
+                });
+            });
+            if (!meter.advance(1)) { raise<cancelled>(); }
+        });
+    }
+
+    static void look(
+        const attempt& a, const A* values, std::size_t n, collected& into, std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
+    {
+        std::array<std::uint8_t, block_size / kernels::count_group> groups;
+        into.above += kernels::count_groups(values, n, a.low, a.high, groups.data());
+        const std::size_t group_count = (n + kernels::count_group - 1) / kernels::count_group;
+        std::uint32_t inside = 0;
+        for (std::size_t g = 0; g < group_count; ++g) { inside += groups[g]; }
+        into.inside += inside;
+        inside_of[index] += inside;
+        if (inside == 0) { return; }
+        if (a.counting_bins) {
+            if (into.bins.empty()) { into.bins.assign(std::size_t{1} << bin_bits, 0); }
+            for (std::size_t i = 0; i < n; ++i) {
+                const bits magnitude = magnitude_bits(values[i]);
+                if (magnitude >= a.low && magnitude <= a.high) { ++into.bins[static_cast<std::size_t>((magnitude - a.low) >> a.shift)]; }
+            }
+        }
+        if (!a.collecting || a.low == a.high || into.overflow) { return; }
+        if (into.values.size() + inside > share) {
+            into.overflow = true;
+            into.values = {};
+            into.segments = {};
+            return;
+        }
+        const std::size_t begin = into.values.size();
+        into.values.resize(begin + inside + kernels::count_group);
+        std::size_t end = begin;
+        for (std::size_t g = 0; g < group_count; ++g) {
+            if (groups[g]) {
+                const std::size_t at = g * kernels::count_group;
+                end += kernels::collect(values + at, std::min(kernels::count_group, n - at), a.low, a.high, into.values.data() + end);
+            }
+        }
+        into.values.resize(end);
+        if (!into.segments.empty() && into.segments.back().chunk == index) { into.segments.back().end = end; }
+        else {
+            into.segments.push_back({index, begin, end});
+        }
+    }
+
+    void learn(std::size_t t, attempt& a, std::vector<std::vector<collected>>& seen, const std::vector<std::uint32_t>& inside_of)
+    {
+        channel& c = channels_[t];
+        bool overflow = false;
+        for (const auto& worker : seen) {
+            a.above += worker[t].above;
+            a.inside += worker[t].inside;
+            overflow = overflow || worker[t].overflow;
+        }
+        if (c.k <= a.above) { // the answer is above the bracket
+            c.low = a.high + 1;
+            c.inside = a.above - c.above;
+            return;
+        }
+        if (c.k > a.above + a.inside) { // below it
+            c.inside -= a.above + a.inside - c.above;
+            c.above = a.above + a.inside;
+            c.high = a.low - 1;
+            return;
+        }
+        c = {c.k, a.above, a.inside, a.low, a.high, false, c.sampled_rounds, {}};
+        if (c.low == c.high) { finish(t, c.low, inside_of); }
+        else if (a.counting_bins) {
+            for (std::size_t bin = std::size_t{1} << bin_bits; bin-- > 0;) {
+                std::uint64_t count = 0;
+                for (const auto& worker : seen) { count += worker[t].bins.empty() ? 0 : worker[t].bins[bin]; }
+                if (c.k <= c.above + count) {
+                    const bits floor = a.low + (static_cast<bits>(bin) << a.shift);
+                    c.low = floor;
+                    c.high = std::min<bits>(a.high, floor + ((bits{1} << a.shift) - 1));
+                    c.inside = count;
+                    return;
+                }
+                c.above += count;
+            }
+        }
+        else if (!overflow) {
+            std::vector<bits> values;
+            values.reserve(static_cast<std::size_t>(a.inside));
+            for (const auto& worker : seen) { values.insert(values.end(), worker[t].values.begin(), worker[t].values.end()); }
+            const auto nth = values.begin() + static_cast<std::ptrdiff_t>(c.k - c.above - 1);
+            std::nth_element(values.begin(), nth, values.end(), std::greater<>());
+            const bits answer = *nth;
+            std::vector<std::uint32_t> equal(range_.last - range_.first, 0);
+            for (const auto& worker : seen) {
+                for (const auto& [index, begin, end] : worker[t].segments) {
+                    for (std::size_t i = begin; i < end; ++i) {
+                        equal[index] += worker[t].values[i] == answer;
+                        c.above += worker[t].values[i] > answer;
+                    }
+                }
+            }
+            finish(t, answer, equal);
+        }
+    }
+
+    /// The answer is known, c.above entries lie above it and equal[chunk] are equal: finds the place where equals end.
+    void finish(std::size_t t, bits answer, const std::vector<std::uint32_t>& equal)
+    {
+        channel& c = channels_[t];
+        c.done = true;
+        c.threshold = {answer, all};
+        std::uint64_t wanted = c.k - c.above;
+        std::size_t index = 0;
+        while (index < equal.size() && equal[index] < wanted) { wanted -= equal[index++]; }
+        if (index == equal.size()) { return; }
+        const chunk& piece = models_.chunks()[range_.first + index];
+        workspaces_[0].with_block(models_.tensors()[piece.tensor], [&](auto& rows) {
+            for_each_block_of(rows, piece, [&](auto& opened) {
+                const auto* const values = opened.delta(t);
+                for (std::size_t i = 0; i < opened.size() && wanted > 0; ++i) {
+                    if (magnitude_bits(static_cast<A>(values[i])) == answer && --wanted == 0) { c.threshold.equal_end = opened.position() + i + 1; }
+                }
+            });
+        });
+    }
+
+    const cpu& policy_;
+    const aligned_models& models_;
+    chunk_range range_;
+    std::size_t capacity_;
+    std::vector<workspace> workspaces_;
+    std::uint64_t elements_ = 0, begin_ = 0;
+    std::vector<channel> channels_;
+    unsigned walks_ = 0;
+};
+
+} // namespace detail
+
+/// The threshold that keeps the counts[t] largest entries of each task vector τt = θt − θ0 (θt when there is no base)
+/// over a range of chunks. Exact; the same bits for any threads, chunk and memory. Magnitudes compare in A: use f64 when
+/// models.any_wide(). `capacity`: entries that may be collected at a time (4 or 8 bytes each), for each task.
+/// `walks`: receives how often the data were read from end to end (1 on smooth data; a few at worst).
+/// Errors: nonfinite_error (unless propagation was asked for; NaN then counts as larger than infinity).
+///
+///     auto thresholds = top_k_thresholds<float>(cpu{}, models, all_chunks(models), counts);
+template <arithmetic_element A>
+[[nodiscard]] std::vector<top_k_threshold<A>> top_k_thresholds(const cpu& policy, const aligned_models& models, chunk_range range,
+    std::span<const std::uint64_t> counts, std::size_t capacity = std::size_t{1} << 22, unsigned* walks = nullptr)
+{
+    return detail::top_k_search<A>(policy, models, range, std::max<std::size_t>(1024, capacity)).run(counts, walks);
+}
+
+namespace detail {
+/// A model that is one flat view: how the typed functions use the model-wide machinery.
+template <class T>
+[[nodiscard]] const_model_ref flat_model(view<T, memory_space::host> values, std::string_view name = "values")
+{
+    const_model_ref model;
+    model.insert(std::string(name), as_tensor(view<const std::remove_const_t<T>, memory_space::host>(values)));
+    return model;
+}
+} // namespace detail
+
+/// The threshold that keeps the k entries of largest magnitude of a flat view, lowest index first among equals.
+/// Bit-exact. Errors: invalid_argument unless 0 < k ≤ n (k = 0 only for n = 0); nonfinite_error. Cost: a little more than
+/// one read of x.
+///
+///     std::vector<float> x = …;
+///     auto threshold = top_k(cpu{}, x, 100);
+///     bool kept = threshold.keeps(x[7], 7);
+template <input_of<cpu> X>
+[[nodiscard]] auto top_k(const cpu& policy, const X& x, std::uint64_t k, unsigned* walks = nullptr)
+{
+    const auto values = as_view(x);
+    using A = arithmetic_type<element_of<const X>>;
+    if (k > values.size() || (k == 0 && !values.empty())) {
+        raise<invalid_argument>(message("k is ", k, " for ", values.size(), " entries; expected 1 to ", values.size()));
+    }
+    const const_model_ref model = detail::flat_model(values);
+    const aligned_models models(nullptr, {&model, 1});
+    return top_k_thresholds<A>(policy, models, all_chunks(models), std::array{k}, std::size_t{1} << 22, walks)[0];
+}
+
+/// The k-th largest magnitude of a flat view.
+template <input_of<cpu> X>
+[[nodiscard]] auto kth_magnitude(const cpu& policy, const X& x, std::uint64_t k)
+{
+    using A = arithmetic_type<element_of<const X>>;
+    if (k == 0) { raise<invalid_argument>("k is 0; expected at least 1"); }
+    return std::bit_cast<A>(top_k(policy, x, k).magnitude);
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,139 @@
+// Exact top-k against a full sort.
+// SPDX-License-Identifier: Apache-2.0
+#include <taskvec/select/top_k.hpp>
+
+#include <doctest/doctest.h>
+
+#include <numeric>
+#include <random>
+
+using namespace taskvec;
+
+namespace {
+
+// The definition: sort by magnitude, then by index; the k first are kept.
+template <class T>
+std::vector<bool> kept_by_sorting(const std::vector<T>& x, std::uint64_t k)
+{
+    std::vector<std::size_t> order(x.size());
+    std::iota(order.begin(), order.end(), 0u);
+    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return std::abs(widen<double>(x[a])) > std::abs(widen<double>(x[b])); });
+    std::vector<bool> kept(x.size(), false);
+    for (std::uint64_t i = 0; i < k; ++i) { kept[order[i]] = true; }
+    return kept;
+}
+
+template <class T>
+void check_against_sorting(const std::vector<T>& x, std::uint64_t k, unsigned threads = 2)
+{
+    const auto threshold = top_k(cpu{.threads = threads}, x, k);
+    const auto expected = kept_by_sorting(x, k);
+    std::size_t wrong = 0;
+    for (std::size_t i = 0; i < x.size(); ++i) { wrong += threshold.keeps(widen<arithmetic_type<T>>(x[i]), i) != expected[i]; }
+    CAPTURE(x.size());
+    CAPTURE(k);
+    CHECK(wrong == 0);
+}
+
+template <class T>
+std::vector<T> random_values(std::size_t n, unsigned seed)
+{
+    std::mt19937 generator(seed);
+    std::normal_distribution<float> normal;
+    std::vector<T> x(n);
+    for (auto& value : x) { value = narrow<T>(normal(generator)); }
+    return x;
+}
+
+} // namespace
+
+TEST_CASE_TEMPLATE("top_k keeps what sorting keeps, in every storage type", T, float, double, bf16, f16)
+{
+    for (const std::size_t n : {1, 2, 63, 64, 65, 2047, 2049, 70001, 600000}) {
+        const auto x = random_values<T>(n, static_cast<unsigned>(n));
+        for (const double density : {1e-9, 0.001, 0.1, 0.2, 0.5, 0.99, 1.0}) { check_against_sorting(x, top_k_count(density, n), 1 + n % 4); }
+    }
+}
+
+TEST_CASE("top_k breaks ties by the lowest index, however many there are")
+{
+    const std::size_t n = 1 << 20;
+    std::vector<float> equal(n, -0.5f);
+    check_against_sorting(equal, 12345);
+    std::vector<float> few(n), sorted(n), mostly_zero(n, 0.0f), steps(n);
+    std::mt19937 generator(7);
+    for (std::size_t i = 0; i < n; ++i) {
+        few[i] = static_cast<float>(generator() % 3) - 1.0f;
+        sorted[i] = static_cast<float>(i);
+        if (generator() % 1000 == 0) { mostly_zero[i] = static_cast<float>(generator() % 5); }
+        steps[i] = static_cast<float>(i / 4096);
+    }
+    for (const double density : {0.001, 0.2, 0.34, 0.6667, 0.999}) {
+        for (const auto* x : {&few, &sorted, &mostly_zero, &steps}) { check_against_sorting(*x, top_k_count(density, n)); }
+    }
+}
+
+TEST_CASE("adversarial data need at most five walks")
+{
+    const std::size_t n = 1 << 22;
+    std::mt19937 generator(11);
+    std::vector<float> equal(n, 1.0f), few(n), sorted(n), heavy(n);
+    for (std::size_t i = 0; i < n; ++i) {
+        few[i] = static_cast<float>(generator() % 4);
+        sorted[i] = static_cast<float>(n - i);
+        heavy[i] = std::bit_cast<float>(static_cast<std::uint32_t>(generator() % 0x7f000000u)); // every exponent alike
+    }
+    for (const auto* x : {&equal, &few, &sorted, &heavy}) {
+        for (const double density : {0.01, 0.2, 0.5, 0.75}) {
+            unsigned walks = 0;
+            (void)top_k(cpu{}, *x, top_k_count(density, n), &walks);
+            CHECK(walks <= 4);
+        }
+    }
+    unsigned walks = 0;
+    (void)top_k(cpu{}, random_values<float>(n, 3), top_k_count(0.2, n), &walks);
+    CHECK(walks == 1);
+}
+
+TEST_CASE("little memory, threads and chunks change nothing")
+{
+    const auto x = random_values<bf16>(500000, 5), y = random_values<bf16>(500000, 6);
+    const const_model_ref base{{"a", as_tensor(as_view(x))}}, task{{"a", as_tensor(as_view(y))}};
+    std::vector<top_k_threshold<float>> found;
+    for (const unsigned threads : {1u, 3u}) {
+        for (const std::size_t chunk : {64u, 1000u, 65536u}) {
+            for (const std::size_t capacity : {1024u, 4194304u}) {
+                model_options options;
+                options.chunk = chunk;
+                const aligned_models models(&base, {&task, 1}, options);
+                found.push_back(
+                    top_k_thresholds<float>(cpu{.threads = threads}, models, all_chunks(models), std::array<std::uint64_t, 1>{100000}, capacity)[0]);
+            }
+        }
+    }
+    for (const auto& threshold : found) { CHECK(threshold == found[0]); }
+}
+
+TEST_CASE("an f64 threshold selects the same f32 entries")
+{
+    std::mt19937 generator(2);
+    for (int i = 0; i < 2000; ++i) {
+        const double exact = std::ldexp(static_cast<double>(generator()) + generator() * 0x1p-32, -32);
+        const top_k_threshold<double> wide{magnitude_bits(i % 2 ? exact : static_cast<double>(static_cast<float>(exact))), generator() % 3};
+        const auto single = threshold_as<float>(wide);
+        const float near_it = static_cast<float>(exact);
+        for (const float x : {near_it, std::nextafter(near_it, 2.0f), -std::nextafter(near_it, 0.0f)}) { CHECK(single.keeps(x, 1) == wide.keeps(x, 1)); }
+    }
+}
+
+TEST_CASE("bad arguments are named")
+{
+    const std::vector<float> x{1, 2, 3}, poisoned{1, std::numeric_limits<float>::infinity(), 2};
+    CHECK_THROWS_AS((void)top_k(cpu{}, x, 0), invalid_argument);
+    CHECK_THROWS_AS((void)top_k(cpu{}, x, 4), invalid_argument);
+    CHECK_THROWS_AS((void)top_k_count(0.0, 5), invalid_argument);
+    CHECK_THROWS_AS((void)top_k_count(1.5, 5), invalid_argument);
+    CHECK_THROWS_AS((void)top_k_count(std::nan(""), 5), invalid_argument);
+    CHECK_THROWS_WITH_AS((void)top_k(cpu{}, poisoned, 1),
+        "tensor 'values' of task 1 holds infinity at index 1: repair it, exclude the tensor, or ask for non-finite values to propagate", nonfinite_error);
+}
