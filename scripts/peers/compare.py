@@ -52,6 +52,9 @@ def main():
             new, old = json.loads((arguments.fresh / path).read_text()), json.loads((arguments.stored / path).read_text())
             for side in (new, old):
                 side.pop("peft_version", None)
+                for key, value in side.items():  # PEFT keeps sets of names and writes them in any order
+                    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                        side[key] = sorted(value)
             if new != old:
                 failures.append(f"{path} differs")
     if failures:

@@ -1,0 +1,112 @@
+"""Round trips through the taskvec tool: adapters that it writes load in PEFT, and give the update that they should."""
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import json
+import logging
+import pathlib
+import subprocess
+import tempfile
+import warnings
+
+import torch
+
+from common import largest_difference, load
+from tiny_model import deltas, load_adapter
+
+TOLERANCE = 1e-5
+
+
+class Checks:
+    def __init__(self, tool, data):
+        self.tool, self.data, self.count, self.failures = tool, data, 0, []
+
+    def run(self, *arguments):
+        done = subprocess.run([self.tool, *map(str, arguments)], capture_output=True, text=True)
+        return done.returncode, done.stderr.strip()
+
+    def same_updates(self, what, folder, expected, tolerance=TOLERANCE):
+        """PEFT loads `folder` and computes `expected` from it: every module, nothing but those modules, and a forward pass."""
+        self.count += 1
+        try:
+            model, _ = load_adapter(folder)
+            found = deltas(model)
+            with torch.no_grad():
+                model(torch.arange(9)[None])
+        except Exception as problem:  # whatever PEFT dislikes is the finding
+            self.failures.append(f"{what}: PEFT does not load it: {problem}")
+            return
+        if set(found) != set(expected):
+            self.failures.append(f"{what}: modules {sorted(found)}; expected {sorted(expected)}")
+            return
+        apart = max(largest_difference(found[module], expected[module]) for module in expected)
+        print(f"  {what:44s} apart by {apart:.1e}")
+        if not apart <= tolerance:
+            self.failures.append(f"{what}: the update is off by {apart:.2e}, allowed {tolerance:.0e}")
+
+
+def truncated(update, rank):
+    u, s, vt = torch.linalg.svd(update.double(), full_matrices=False)
+    return (u[:, :rank] * s[:rank] @ vt[:rank]).float()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tool", required=True)
+    parser.add_argument("--data", type=pathlib.Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    checks, data = Checks(arguments.tool, arguments.data / "peft"), arguments.data / "peft"
+    index = json.loads((data / "index.json").read_text())
+
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = pathlib.Path(scratch)
+
+        def attempt(what, *command):
+            out = scratch / what.replace(" ", "_")
+            code, words = checks.run(*command, "--out", out)
+            if code != 0:
+                checks.failures.append(f"{what}: the tool answers {code}: {words}")
+                return None
+            return out
+
+        for name, row in index.items():
+            folder = data / name
+            if row["read"] == "no":
+                checks.count += 1
+                out = scratch / f"refused_{name}"
+                code, words = checks.run("peru-lora", "--adapter", folder, "--rank", 1, "--out", out)
+                print(f"  {name:44s} exit code {code}: {words.splitlines()[0] if words else ''}")
+                if code != 1 or out.exists():
+                    checks.failures.append(f"{name}: should be refused with exit code 1 and no output, and got {code}")
+                continue
+            if row["read"] != "yes":
+                continue
+            expected, metadata = load(folder / "expected.safetensors")
+            wanted = 1e-2 if name == "bf16" else TOLERANCE
+            # bf16 factors are compared in f32: the tool may write them back as bf16.
+            out = attempt(f"peru-lora {name} rank 1", "peru-lora", "--adapter", folder, "--rank", 1)
+            if out:
+                checks.same_updates(f"peru-lora {name} rank 1", out, {module: truncated(value, 1) for module, value in expected.items()}, wanted)
+            out = attempt(f"merge-lora {name} alone", "merge-lora", "--method", "linear", "--adapter", f"{folder}=1.5")
+            if out:
+                checks.same_updates(f"merge-lora {name} alone", out, {module: 1.5 * value for module, value in expected.items()}, wanted)
+
+        expected, metadata = load(data / "merged_a_b.safetensors")
+        a, b = json.loads(metadata["weights"])
+        pair = ["--adapter", f"{data / 'merge_a'}={a}", "--adapter", f"{data / 'merge_b'}={b}"]
+        out = attempt("merge-lora exact", "merge-lora", "--method", "linear", *pair)
+        if out:
+            checks.same_updates("merge-lora exact", out, expected)
+        out = attempt("merge-lora rank 2", "merge-lora", "--method", "linear", *pair, "--rank", 2)
+        if out:
+            checks.same_updates("merge-lora rank 2", out, {module: truncated(value, 2) for module, value in expected.items()})
+
+    if checks.failures:
+        raise SystemExit("\n".join(checks.failures))
+    print(f"{checks.count} round trips")
+
+
+if __name__ == "__main__":
+    main()
