@@ -47,9 +47,6 @@
 #define minor ]poison[
 #define unix ]poison[          // gnu++ modes
 #define linux ]poison[
-#define check ]poison[         // <AssertMacros.h>
-#define verify ]poison[
-#define require ]poison[
 #define nil ]poison[
 #define B0 ]poison[            // <termios.h>
 #define ECHO ]poison[
