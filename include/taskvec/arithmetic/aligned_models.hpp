@@ -90,14 +90,15 @@ public:
             }
         }
         for (const auto& [name, tensor] : reference) { add(name, tensor, tasks); }
-        const std::size_t step = std::max<std::size_t>(64, (options_.chunk + 63) / 64 * 64);
-        for (std::size_t i = 0; i < tensors_.size(); ++i) {
-            first_chunk_.push_back(chunks_.size());
-            for (std::size_t offset = 0; offset < tensors_[i].size; offset += step) {
-                chunks_.push_back({i, offset, std::min(step, tensors_[i].size - offset)});
-            }
-        }
-        first_chunk_.push_back(chunks_.size());
+        cut();
+    }
+
+    /// The same models, handed to threads in other chunks.
+    aligned_models(const aligned_models& other, std::size_t chunk)
+        : aligned_models(other)
+    {
+        options_.chunk = chunk;
+        cut();
     }
 
     /// The tensors that the result holds, in name order.
@@ -135,6 +136,20 @@ public:
     }
 
 private:
+    void cut()
+    {
+        chunks_.clear();
+        first_chunk_.clear();
+        const std::size_t step = std::max<std::size_t>(64, (options_.chunk + 63) / 64 * 64);
+        for (std::size_t i = 0; i < tensors_.size(); ++i) {
+            first_chunk_.push_back(chunks_.size());
+            for (std::size_t offset = 0; offset < tensors_[i].size; offset += step) {
+                chunks_.push_back({i, offset, std::min(step, tensors_[i].size - offset)});
+            }
+        }
+        first_chunk_.push_back(chunks_.size());
+    }
+
     [[nodiscard]] std::string reference_label() const { return has_base_ ? options_.base_label : label(0); }
     static void check_host(const const_tensor_ref& tensor, const std::string& name, const std::string& where)
     {
@@ -219,5 +234,16 @@ private:
     std::size_t task_count_ = 0;
     bool has_base_ = false, any_wide_ = false;
 };
+
+namespace detail {
+/// A model that is one flat view: how the typed functions use the model-wide machinery.
+template <class T>
+[[nodiscard]] const_model_ref flat_model(view<T, memory_space::host> values, std::string_view name = "values")
+{
+    const_model_ref model;
+    model.insert(std::string(name), as_tensor(view<const std::remove_const_t<T>, memory_space::host>(values)));
+    return model;
+}
+} // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI

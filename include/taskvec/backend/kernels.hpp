@@ -130,14 +130,14 @@ TASKVEC_NOINLINE void begin_sum(A* TASKVEC_RESTRICT sum, const A* TASKVEC_RESTRI
     }
 }
 
-/// out = base + lambda · x
+/// x = base + lambda · x
 template <arithmetic_element A>
-TASKVEC_NOINLINE void add_scaled(const A* TASKVEC_RESTRICT base, const A* TASKVEC_RESTRICT x, A lambda, A* TASKVEC_RESTRICT out, std::size_t n)
+TASKVEC_NOINLINE void add_scaled(A* TASKVEC_RESTRICT x, const A* TASKVEC_RESTRICT base, A lambda, std::size_t n)
 {
     TASKVEC_STRICT_FP
     for (std::size_t i = 0; i < n; ++i) {
         const A product = lambda * x[i];
-        out[i] = base[i] + product;
+        x[i] = base[i] + product;
     }
 }
 

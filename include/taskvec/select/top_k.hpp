@@ -459,17 +459,6 @@ template <arithmetic_element A>
     return detail::top_k_search<A>(policy, models, range, std::max<std::size_t>(1024, capacity)).run(counts, walks);
 }
 
-namespace detail {
-/// A model that is one flat view: how the typed functions use the model-wide machinery.
-template <class T>
-[[nodiscard]] const_model_ref flat_model(view<T, memory_space::host> values, std::string_view name = "values")
-{
-    const_model_ref model;
-    model.insert(std::string(name), as_tensor(view<const std::remove_const_t<T>, memory_space::host>(values)));
-    return model;
-}
-} // namespace detail
-
 /// The threshold that keeps the k entries of largest magnitude of a flat view, lowest index first among equals.
 /// Bit-exact. Errors: invalid_argument unless 0 < k ≤ n (k = 0 only for n = 0); nonfinite_error. Cost: a little more than
 /// one read of x.

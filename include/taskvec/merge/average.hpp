@@ -1,0 +1,47 @@
+// Weighted average of models: Model Soups (Wortsman et al. 2022), AdapterSoup, WiSE-FT with two models.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/merge/merge.hpp>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// θ* = Σ wt·θt / Σ wt, elementwise. Needs no base. Weights: one for each task, or none for all 1; any sign, but their
+/// sum may not be 0. Sums run in f32 (f64 for f64) in task order; bit-exact.
+///
+///     merge(cpu{}, average_options{.weights = {0.25, 0.75}}, tasks, out);
+struct average_options {
+    std::vector<double> weights{};
+};
+
+template <>
+class detail::merger<average_options> {
+public:
+    static constexpr bool needs_base = false, in_place = true;
+    static constexpr std::size_t scratch_rows = 0;
+
+    merger(const cpu&, const aligned_models& models, const average_options& options)
+        : weights_(checked_weights(options.weights, models.task_count()))
+    {
+        double total = 0;
+        for (const double weight : weights_) { total += weight; }
+        if (total == 0) { raise<invalid_argument>("the weights of an average sum to 0"); }
+    }
+    template <arithmetic_element A>
+    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    {
+        A total = 0;
+        for (std::size_t t = 0; t < weights_.size(); ++t) {
+            const A weight = static_cast<A>(weights_[t]);
+            t == 0 ? kernels::begin_sum(merged, rows.task(t), weight, rows.size()) : kernels::accumulate(merged, rows.task(t), weight, rows.size());
+            total += weight;
+        }
+        kernels::divide(merged, total, rows.size());
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return 0; }
+
+private:
+    std::vector<double> weights_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,381 @@
+// merge(): one walk over aligned models that writes the merged model, for every elementwise method.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A method is an options struct (average_options, ties_options, …) with a detail::merger<Options> beside it, which
+// makes the passes that must come first (thresholds, norms) in its constructor and then merges one block at a time.
+// Adding a method is adding those two.
+#pragma once
+
+#include <taskvec/arithmetic/block.hpp>
+#include <taskvec/arithmetic/reduce.hpp>
+#include <taskvec/core/sink.hpp>
+
+#include <atomic>
+#include <concepts>
+#include <cstdint>
+#include <ranges>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What a merge can say about itself; filled where model_options::statistics asks for it.
+struct merge_report {
+    struct tensor_norm {
+        std::string name;
+        double merged = 0; ///< ‖θ*‖ before rounding to storage
+        double change = 0; ///< ‖θ* − θ0‖, 0 without a base
+    };
+    std::vector<std::uint64_t> kept{}; ///< for each task: nonzero entries of its task vector that took part
+    std::vector<std::uint64_t> conflicting{}; ///< for each task: those of them whose sign lost the election (TIES)
+    std::vector<tensor_norm> norms{};
+    unsigned walks = 0; ///< how often the inputs were read from end to end
+};
+
+namespace detail {
+
+/// What a block tells its chunk.
+struct merge_tally {
+    std::int64_t sign_sum = 0; ///< Σ of elected signs
+    std::uint64_t unresolved = 0; ///< entries whose election sum is 0 while some task vector is not
+    std::vector<std::uint64_t> kept{}, conflicting{};
+};
+
+template <class Options>
+class merger;
+
+} // namespace detail
+
+/// The options of an elementwise merge method.
+template <class Options>
+concept merge_method = requires(const cpu& policy, const aligned_models& models, const Options& options)
+{
+    detail::merger<Options>(policy, models, options);
+};
+
+namespace detail {
+
+/// Weights as many as tasks: given, or all 1. Rounded to A once, when used.
+inline std::vector<double> checked_weights(const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
+{
+    if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
+    if (weights.size() != tasks) { raise<invalid_argument>(message(weights.size(), " weights for ", tasks, " tasks: give one each, or none")); }
+    for (std::size_t t = 0; t < tasks; ++t) {
+        if (!std::isfinite(weights[t])) { raise<invalid_argument>(message("the weight of task ", t + 1, " is not finite")); }
+        if (!negative_allowed && weights[t] < 0) {
+            raise<invalid_argument>(message("the weight of task ", t + 1, " is ", weights[t], ": this method has no meaning for negative weights"));
+        }
+    }
+    return weights;
+}
+
+inline void check_factor(double value, std::string_view what)
+{
+    if (!std::isfinite(value)) { raise<invalid_argument>(message(what, " is not finite")); }
+}
+
+/// Outputs must not overlap inputs, except that a method which reads each element for the last time before it writes
+/// it may work in place.
+inline void check_aliases(const aligned_models& models, tensor_sink& out, bool in_place)
+{
+    struct range {
+        const std::byte *begin, *end;
+        std::size_t tensor;
+    };
+    std::vector<range> written;
+    for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+        const auto& tensor = models.tensors()[i];
+        if (auto* const begin = static_cast<const std::byte*>(out.direct(tensor.output)); begin && tensor.size > 0) {
+            written.push_back({begin, begin + byte_count(tensor.output_dtype, tensor.size), i});
+        }
+    }
+    if (written.empty()) { return; }
+    std::sort(written.begin(), written.end(), [](const range& a, const range& b) { return std::less<>()(a.begin, b.begin); });
+    for (std::size_t i = 1; i < written.size(); ++i) {
+        if (std::less<>()(written[i].begin, written[i - 1].end)) {
+            raise<invalid_argument>(
+                message("the outputs '", models.tensors()[written[i - 1].tensor].name, "' and '", models.tensors()[written[i].tensor].name, "' share memory"));
+        }
+    }
+    const auto check = [&](const aligned_tensor::operand& input, std::size_t index) {
+        if (!input.data) { return; }
+        const auto& tensor = models.tensors()[index];
+        const std::byte* const end = input.data + byte_count(input.dtype, tensor.size);
+        auto place = std::lower_bound(written.begin(), written.end(), input.data, [](const range& r, const std::byte* p) { return !std::less<>()(p, r.end); });
+        if (place == written.end() || !std::less<>()(place->begin, end)) { return; }
+        const bool same = place->tensor == index && place->begin == input.data && place->end == end;
+        if (!same || !in_place) {
+            raise<invalid_argument>(message("the output '", models.tensors()[place->tensor].name, "' shares memory with the input '", tensor.name,
+                "': this method cannot work in place there; give it memory of its own"));
+        }
+    };
+    for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+        check(models.tensors()[i].base, i);
+        for (const auto& task : models.tensors()[i].tasks) { check(task, i); }
+    }
+}
+
+/// Writes the tensors that take no part.
+inline void copy_through(const cpu& policy, const aligned_models& models, tensor_sink& out)
+{
+    constexpr std::size_t piece = std::size_t{1} << 20;
+    for (const auto& tensor : models.copied()) {
+        const auto* const from = static_cast<const std::byte*>(tensor.source.data);
+        const std::size_t size = tensor.source.bytes();
+        if (size == 0 || out.direct(tensor.output) == from) { continue; }
+        for_each_index(policy, (size + piece - 1) / piece,
+            [&](std::size_t i, std::size_t) { out.write(tensor.output, i * piece, from + i * piece, std::min(piece, size - i * piece)); });
+    }
+}
+
+/// Stores merged rows as the output's dtype, in place where the sink has memory, otherwise chunk by chunk.
+class row_writer {
+public:
+    row_writer(tensor_sink& out, bool stream, std::pmr::memory_resource* memory)
+        : out_(&out)
+        , stream_(stream)
+        , buffer_(memory)
+    { }
+
+    void open(const aligned_tensor& tensor, const chunk& piece)
+    {
+        tensor_ = &tensor;
+        piece_ = &piece;
+        direct_ = static_cast<std::byte*>(out_->direct(tensor.output));
+        const std::size_t needed = byte_count(tensor.output_dtype, direct_ ? block_size : piece.size);
+        if (buffer_.size() < needed) { buffer_.resize(needed); }
+    }
+    template <arithmetic_element A>
+    void write(std::uint64_t offset, const A* values, std::size_t n)
+    {
+        visit_storage(tensor_->output_dtype, tensor_->name, [&]<class T>(std::type_identity<T>) {
+            if (!direct_) { kernels::narrow(values, reinterpret_cast<T*>(buffer_.data() + (offset - piece_->offset) * sizeof(T)), n); }
+            else if (!stream_ || reinterpret_cast<std::uintptr_t>(direct_) % alignof(T) != 0) {
+                if constexpr (std::same_as<T, A>) { std::memcpy(direct_ + offset * sizeof(T), values, n * sizeof(T)); }
+                else {
+                    kernels::narrow(values, reinterpret_cast<T*>(buffer_.data()), n);
+                    std::memcpy(direct_ + offset * sizeof(T), buffer_.data(), n * sizeof(T));
+                }
+            }
+            else {
+                if constexpr (std::same_as<T, A>) { kernels::stream_copy(direct_ + offset * sizeof(T), values, n * sizeof(T)); }
+                else {
+                    kernels::narrow(values, reinterpret_cast<T*>(buffer_.data()), n);
+                    kernels::stream_copy(direct_ + offset * sizeof(T), buffer_.data(), n * sizeof(T));
+                }
+            }
+        });
+    }
+    void close()
+    {
+        if (direct_) {
+            if (stream_) { kernels::stream_fence(); }
+            return;
+        }
+        const std::size_t width = bits(tensor_->output_dtype) / 8;
+        out_->write(tensor_->output, piece_->offset * width, buffer_.data(), piece_->size * width);
+    }
+
+private:
+    tensor_sink* out_;
+    bool stream_;
+    std::pmr::vector<std::byte> buffer_;
+    const aligned_tensor* tensor_ = nullptr;
+    const chunk* piece_ = nullptr;
+    std::byte* direct_ = nullptr;
+};
+
+/// Outputs larger than this do not stay in the cache: they are written past it.
+inline constexpr std::uint64_t streaming_bytes = std::uint64_t{8} << 20;
+
+/// Merges the given chunks with a prepared method. tallies[i] receives what chunk chunks[i] said.
+template <class Merger>
+void merge_chunks(const cpu& policy, const aligned_models& models, const Merger& method, std::span<const std::size_t> chunks, tensor_sink& out,
+    std::span<merge_tally> tallies, std::string_view phase)
+{
+    std::uint64_t written = 0;
+    for (const auto& tensor : models.tensors()) { written += byte_count(tensor.output_dtype, tensor.size); }
+    auto workspaces = make_workspaces(policy, models, chunks.size(), 1 + Merger::scratch_rows);
+    std::vector<row_writer> writers;
+    for (std::size_t w = 0; w < workspaces.size(); ++w) { writers.emplace_back(out, written > streaming_bytes, memory_of(policy)); }
+    progress_meter meter(policy, phase, chunks.size());
+    for_each_index(policy, chunks.size(), [&](std::size_t index, std::size_t worker) {
+        const chunk& piece = models.chunks()[chunks[index]];
+        const aligned_tensor& tensor = models.tensors()[piece.tensor];
+        row_writer& writer = writers[worker];
+        writer.open(tensor, piece);
+        workspaces[worker].with_block(tensor, [&](auto& rows) {
+            for_each_block_of(rows, piece, [&](auto& opened) {
+                auto* const merged = opened.scratch(0);
+                method(opened, merged, tallies[index]);
+                writer.write(opened.offset(), merged, opened.size());
+            });
+        });
+        writer.close();
+        if (!meter.advance(1)) { raise<cancelled>(); }
+    });
+}
+
+/// Norms of the merged model as it was stored, read back where the sink has memory.
+inline void add_norms(const cpu& policy, const aligned_models& merged_and_base, merge_report& report)
+{
+    const auto sums = tensor_sums(policy, merged_and_base, 2, 0, "norms", [](auto& rows, double* sum) {
+        const auto* const merged = rows.task(0);
+        sum[0] = kernels::dot(merged, merged, rows.size());
+        sum[1] = 0;
+        if (rows.models().has_base()) {
+            const auto* const change = rows.delta(0);
+            sum[1] = kernels::dot(change, change, rows.size());
+        }
+    });
+    for (std::size_t i = 0; i < sums.size(); ++i) { report.norms.push_back({merged_and_base.tensors()[i].name, std::sqrt(sums[i][0]), std::sqrt(sums[i][1])}); }
+}
+
+} // namespace detail
+
+/// θ* = method(θ0, θ1 … θT): merges aligned models into a sink, whose tensors are those of models.outputs() in that
+/// order. Elementwise, streaming: memory is a few rows for each thread, whatever the size of the models.
+/// Bit-exact for any threads, chunks and sinks. Errors: invalid_argument (options; aliased outputs), nonfinite_error,
+/// cancelled; what the sink throws. After an error an in-memory output is unspecified.
+///
+///     aligned_models models(&base, tasks);
+///     merge(cpu{}, ties_options{.density = 0.2}, models, sink);
+template <merge_method Options>
+merge_report merge(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+{
+    using method_type = detail::merger<Options>;
+    if (method_type::needs_base && !models.has_base()) { raise<invalid_argument>("this merge method needs a base model"); }
+    detail::check_aliases(models, out, method_type::in_place);
+    method_type method(policy, models, options);
+    std::vector<std::size_t> chunks(models.chunks().size());
+    for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
+    std::vector<detail::merge_tally> tallies(chunks.size());
+    detail::merge_chunks(policy, models, method, chunks, out, tallies, "merge");
+    if constexpr (requires { method.settle(models, std::as_const(tallies)); }) {
+        const std::vector<std::size_t> again = method.settle(models, std::as_const(tallies));
+        if (!again.empty()) {
+            std::vector<detail::merge_tally> redone(again.size());
+            detail::merge_chunks(policy, models, method, again, out, redone, "settle");
+            for (std::size_t i = 0; i < again.size(); ++i) { tallies[again[i]] = std::move(redone[i]); }
+        }
+    }
+    detail::copy_through(policy, models, out);
+    merge_report report;
+    report.walks = method.walks() + 1;
+    for (const auto& tally : tallies) {
+        report.kept.resize(std::max(report.kept.size(), tally.kept.size()));
+        report.conflicting.resize(std::max(report.conflicting.size(), tally.conflicting.size()));
+        for (std::size_t t = 0; t < tally.kept.size(); ++t) { report.kept[t] += tally.kept[t]; }
+        for (std::size_t t = 0; t < tally.conflicting.size(); ++t) { report.conflicting[t] += tally.conflicting[t]; }
+    }
+    return report;
+}
+
+namespace detail {
+
+/// The sink over a model in memory, checked against what a merge writes.
+inline memory_sink sink_over(const aligned_models& models, const model_ref& out)
+{
+    std::vector<void*> tensors;
+    for (const auto& spec : models.outputs()) {
+        const tensor_ref* const tensor = out.find(spec.name);
+        if (!tensor) { raise<invalid_argument>(message("tensor '", spec.name, "' is missing in the output")); }
+        if (tensor->space != memory_space::host || !tensor->contiguous()) {
+            raise<invalid_argument>(message("tensor '", spec.name, "' of the output must be contiguous host memory"));
+        }
+        if (tensor->shape != spec.shape) {
+            raise<shape_mismatch>(message("tensor '", spec.name, "' of the output has shape ", to_string(tensor->shape), "; expected ", to_string(spec.shape)));
+        }
+        if (tensor->dtype != spec.dtype) {
+            raise<dtype_mismatch>(message("tensor '", spec.name, "' of the output has dtype ", name(tensor->dtype), "; expected ", name(spec.dtype)));
+        }
+        if (!tensor->data && spec.bytes() > 0) { raise<invalid_argument>(message("tensor '", spec.name, "' of the output has no data (null pointer)")); }
+        tensors.push_back(tensor->data);
+    }
+    return memory_sink(std::move(tensors));
+}
+
+/// Outputs of an in-memory merge decide their own dtype, tensor by tensor, unless one is asked for.
+template <merge_method Options>
+merge_report merge_in_memory(const cpu& policy, const Options& options, const const_model_ref* base, std::span<const const_model_ref> tasks,
+    const model_ref& out, const model_options& how)
+{
+    const aligned_models models(base, tasks, how);
+    memory_sink sink = sink_over(models, out);
+    merge_report report = merge(policy, options, models, sink);
+    if (how.statistics) {
+        const const_model_ref merged(out);
+        model_options reading = how;
+        reading.labels.clear();
+        reading.on_nonfinite = nonfinite::propagate;
+        add_norms(policy, aligned_models(base, {&merged, 1}, reading), report);
+    }
+    return report;
+}
+
+} // namespace detail
+
+/// Merges models in memory. `out` holds, for each tensor of the base, memory of its shape and dtype (or of
+/// model_options::output). With a base:
+///
+///     merge(cpu{}, task_arithmetic_options{.lambda = 0.3}, base, tasks, out);
+template <merge_method Options>
+merge_report merge(const cpu& policy, const Options& options, const const_model_ref& base, std::span<const const_model_ref> tasks, const model_ref& out,
+    const model_options& how = {})
+{
+    return detail::merge_in_memory(policy, options, &base, tasks, out, how);
+}
+
+/// Merges models in memory by a method that needs no base (average). The first model gives names and dtypes.
+template <merge_method Options>
+    requires(!detail::merger<Options>::needs_base)
+merge_report merge(const cpu& policy, const Options& options, std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how = {})
+{
+    return detail::merge_in_memory(policy, options, nullptr, tasks, out, how);
+}
+
+/// A list of flat views (or what converts to one) of one storage type in P's memory space: one for each task.
+template <class Tasks, class P>
+concept tasks_of = std::ranges::input_range<const Tasks> && input_of<std::ranges::range_reference_t<const Tasks>, P>;
+
+namespace detail {
+template <class Tasks>
+[[nodiscard]] std::vector<const_model_ref> flat_models(const Tasks& tasks)
+{
+    std::vector<const_model_ref> models;
+    for (const auto& task : tasks) { models.push_back(flat_model(as_view(task))); }
+    return models;
+}
+template <class T>
+[[nodiscard]] model_ref flat_output(view<T, memory_space::host> out)
+{
+    model_ref model;
+    model.insert("values", as_tensor(out));
+    return model;
+}
+} // namespace detail
+
+/// Merges flat views of one length. Storage types may differ between base, tasks and output; the output rounds once.
+///
+///     std::vector<float> base = …, out(base.size());
+///     std::vector<std::vector<float>> tasks = …;
+///     merge(cpu{}, ties_options{.density = 0.2, .lambda = 1.0}, base, tasks, out);
+template <merge_method Options, input_of<cpu> Base, tasks_of<cpu> Tasks, output_of<cpu> Out>
+merge_report merge(const cpu& policy, const Options& options, const Base& base, const Tasks& tasks, Out&& out, model_options how = {})
+{
+    const const_model_ref base_model = detail::flat_model(as_view(base));
+    how.output = dtype_of<element_of<Out>>;
+    return detail::merge_in_memory(policy, options, &base_model, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
+}
+
+/// Merges flat views by a method that needs no base.
+template <merge_method Options, tasks_of<cpu> Tasks, output_of<cpu> Out>
+    requires(!detail::merger<Options>::needs_base)
+merge_report merge(const cpu& policy, const Options& options, const Tasks& tasks, Out&& out, model_options how = {})
+{
+    how.output = dtype_of<element_of<Out>>;
+    return detail::merge_in_memory(policy, options, nullptr, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

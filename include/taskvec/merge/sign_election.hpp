@@ -1,0 +1,235 @@
+// Electing a sign and merging the entries that agree with it: the second and third step of TIES, on rows of a block.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/backend/kernels.hpp>
+#include <taskvec/core/error.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// How the entries whose sign was elected become one.
+enum class disjoint_merge : std::uint8_t { mean, sum, max };
+
+/// The factors of one task in the election: in the sum that elects, in the value that is merged, in the divisor of the
+/// mean, and in the test of agreement (where only its sign counts).
+struct election_weights {
+    std::vector<double> elect{}, value{}, divide{}, agree{};
+};
+
+/// What an election over one row saw.
+struct election_tally {
+    std::int64_t sign_sum = 0; ///< Σ of the signs of nonzero sums
+    std::uint64_t unresolved = 0; ///< entries whose sum is exactly 0 while some task vector's entry is not
+};
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// Rows of the row-by-row election: the slow, general twin of elect_and_merge.
+template <arithmetic_element A>
+TASKVEC_NOINLINE void election_sum(A* TASKVEC_RESTRICT sum, A* TASKVEC_RESTRICT seen, const A* TASKVEC_RESTRICT x, A weight, std::size_t n)
+{
+    TASKVEC_STRICT_FP
+    for (std::size_t i = 0; i < n; ++i) {
+        const A product = weight * x[i];
+        sum[i] = sum[i] + product;
+        seen[i] = reinterpret_bits<A>(magnitude_bits(seen[i]) | magnitude_bits(x[i]));
+    }
+}
+
+/// sign = the elected sign (1, −1, 0; NaN for a sum that is NaN). A sum of 0 elects `zero`.
+template <arithmetic_element A>
+TASKVEC_NOINLINE election_tally elect(A* TASKVEC_RESTRICT sum, const A* TASKVEC_RESTRICT seen, A zero, std::size_t n)
+{
+    using word = std::make_signed_t<bits_type<A>>;
+    word signs = 0, unresolved = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        const A s = sum[i];
+        const bool positive = s > 0, negative = s < 0, none = s == 0;
+        signs += static_cast<word>(positive) - static_cast<word>(negative);
+        unresolved += static_cast<word>(none & (magnitude_bits(seen[i]) != 0));
+        A sign = positive ? A{1} : s;
+        sign = negative ? A{-1} : sign;
+        sum[i] = none ? zero : sign;
+    }
+    return {signs, static_cast<std::uint64_t>(unresolved)};
+}
+
+template <arithmetic_element A>
+TASKVEC_NOINLINE void merge_agreeing(A* TASKVEC_RESTRICT total, A* TASKVEC_RESTRICT divisor, const A* TASKVEC_RESTRICT sign, const A* TASKVEC_RESTRICT x,
+    A value, A divide, A agree, std::size_t n)
+{
+    TASKVEC_STRICT_FP
+    for (std::size_t i = 0; i < n; ++i) {
+        const A side = agree * x[i];
+        const A test = side * sign[i];
+        const A product = value * x[i];
+        total[i] = total[i] + (test > 0 ? product : A{0});
+        divisor[i] = divisor[i] + (test > 0 ? divide : A{0});
+    }
+}
+
+template <arithmetic_element A>
+TASKVEC_NOINLINE void largest_agreeing(
+    A* TASKVEC_RESTRICT largest, const A* TASKVEC_RESTRICT sign, const A* TASKVEC_RESTRICT x, A value, A agree, std::size_t n)
+{
+    TASKVEC_STRICT_FP
+    for (std::size_t i = 0; i < n; ++i) {
+        const A side = agree * x[i];
+        const A test = side * sign[i];
+        const A product = value * x[i];
+        const A candidate = test > 0 ? product : A{0};
+        largest[i] = magnitude_bits(candidate) > magnitude_bits(largest[i]) ? candidate : largest[i];
+    }
+}
+
+/// total / divisor (a divisor of 0 counts as 1); a NaN sign spreads.
+template <arithmetic_element A>
+TASKVEC_NOINLINE void finish_mean(A* TASKVEC_RESTRICT total, const A* TASKVEC_RESTRICT divisor, const A* TASKVEC_RESTRICT sign, std::size_t n)
+{
+    for (std::size_t i = 0; i < n; ++i) {
+        const A by = divisor[i] == 0 ? A{1} : divisor[i];
+        const A mean = total[i] / by;
+        total[i] = sign[i] == sign[i] ? mean : sign[i];
+    }
+}
+
+/// Counts the nonzero entries of a row, and those of them that do not agree with the elected sign.
+template <arithmetic_element A>
+TASKVEC_NOINLINE std::uint32_t count_conflicts(const A* TASKVEC_RESTRICT sign, const A* TASKVEC_RESTRICT x, A agree, std::size_t n, std::uint32_t& kept)
+{
+    TASKVEC_STRICT_FP
+    using word = std::make_signed_t<bits_type<A>>;
+    word nonzero = 0, agreeing = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        const A side = agree * x[i];
+        const A test = side * sign[i];
+        nonzero += x[i] != 0;
+        agreeing += test > 0;
+    }
+    kept = static_cast<std::uint32_t>(nonzero);
+    return static_cast<std::uint32_t>(nonzero - agreeing);
+}
+
+/// Election, merge and λ in one loop over T rows that are `stride` apart: out = base + λ·mean. The same operations in
+/// the same order as the row-by-row kernels. `factors`: T elect, T value, T divide, T agree.
+template <arithmetic_element A, std::size_t T>
+TASKVEC_NOINLINE election_tally elect_and_merge(const A* TASKVEC_RESTRICT rows, std::size_t stride, const A* TASKVEC_RESTRICT factors, A zero,
+    const A* TASKVEC_RESTRICT base, A lambda, A* TASKVEC_RESTRICT out, std::size_t n)
+{
+    TASKVEC_STRICT_FP
+    using word = std::make_signed_t<bits_type<A>>;
+    A elect[T], value[T], divide[T], agree[T];
+    for (std::size_t t = 0; t < T; ++t) {
+        elect[t] = factors[t];
+        value[t] = factors[T + t];
+        divide[t] = factors[2 * T + t];
+        agree[t] = factors[3 * T + t];
+    }
+    word signs = 0, unresolved = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        A s = 0;
+        bits_type<A> any = 0;
+#pragma GCC unroll 8
+        for (std::size_t t = 0; t < T; ++t) {
+            const A x = rows[t * stride + i];
+            const A product = elect[t] * x;
+            s = s + product;
+            any |= magnitude_bits(x);
+        }
+        const bool positive = s > 0, negative = s < 0, none = s == 0;
+        signs += static_cast<word>(positive) - static_cast<word>(negative);
+        unresolved += static_cast<word>(none & (any != 0));
+        A sign = positive ? A{1} : s;
+        sign = negative ? A{-1} : sign;
+        sign = none ? zero : sign;
+        A total = 0, divisor = 0;
+#pragma GCC unroll 8
+        for (std::size_t t = 0; t < T; ++t) {
+            const A x = rows[t * stride + i];
+            const A side = agree[t] * x;
+            const A test = side * sign;
+            const A product = value[t] * x;
+            total = total + (test > 0 ? product : A{0});
+            divisor = divisor + (test > 0 ? divide[t] : A{0});
+        }
+        const A by = divisor == 0 ? A{1} : divisor;
+        const A mean = total / by;
+        const A merged = sign == sign ? mean : sign;
+        const A change = lambda * merged;
+        out[i] = base[i] + change;
+    }
+    return {signs, static_cast<std::uint64_t>(unresolved)};
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
+/// The factors of an election, rounded to A once: T elect, T value, T divide, T agree.
+template <arithmetic_element A>
+[[nodiscard]] std::vector<A> election_factors(const election_weights& weights)
+{
+    std::vector<A> factors;
+    for (const auto* list : {&weights.elect, &weights.value, &weights.divide, &weights.agree}) {
+        for (const double weight : *list) { factors.push_back(static_cast<A>(weight)); }
+    }
+    return factors;
+}
+
+namespace detail {
+
+/// Scratch rows that elect_rows() needs besides its output: signs, divisors, and the bits of everything seen.
+inline constexpr std::size_t election_rows = 3;
+
+/// The general election over `tasks` rows that are `stride` apart, row by row: merged = base + λ·τ.
+/// `scratch`: election_rows rows, `stride` apart. `kept` and `conflicting`, where given, add up what each task did.
+template <arithmetic_element A>
+election_tally elect_rows(const A* rows, std::size_t tasks, std::size_t stride, const A* factors, disjoint_merge how, A zero, const A* base, A lambda,
+    A* merged, A* scratch, std::size_t n, std::vector<std::uint64_t>* kept = nullptr, std::vector<std::uint64_t>* conflicting = nullptr)
+{
+    A* const sign = scratch;
+    A* const divisor = scratch + stride;
+    A* const seen = scratch + 2 * stride;
+    for (A* const row : {sign, seen, merged}) { kernels::fill(row, A{0}, n); }
+    for (std::size_t t = 0; t < tasks; ++t) { kernels::election_sum(sign, seen, rows + t * stride, factors[t], n); }
+    const election_tally tally = kernels::elect(sign, seen, zero, n);
+    kernels::fill(divisor, A{0}, n);
+    for (std::size_t t = 0; t < tasks; ++t) {
+        const A value = factors[tasks + t], divide = how == disjoint_merge::mean ? factors[2 * tasks + t] : A{0}, agree = factors[3 * tasks + t];
+        if (how == disjoint_merge::max) { kernels::largest_agreeing(merged, sign, rows + t * stride, value, agree, n); }
+        else {
+            kernels::merge_agreeing(merged, divisor, sign, rows + t * stride, value, divide, agree, n);
+        }
+        if (kept && conflicting) {
+            kept->resize(tasks);
+            conflicting->resize(tasks);
+            std::uint32_t nonzero = 0;
+            (*conflicting)[t] += kernels::count_conflicts(sign, rows + t * stride, agree, n, nonzero);
+            (*kept)[t] += nonzero;
+        }
+    }
+    kernels::finish_mean(merged, divisor, sign, n);
+    kernels::add_scaled(merged, base, lambda, n);
+    return tally;
+}
+
+/// The fused kernel for this number of tasks, or nothing.
+template <arithmetic_element A>
+[[nodiscard]] auto* fused_election(std::size_t tasks) noexcept
+{
+    using kernel = election_tally(const A*, std::size_t, const A*, A, const A*, A, A*, std::size_t);
+    constexpr kernel* table[] = {nullptr, &kernels::elect_and_merge<A, 1>, &kernels::elect_and_merge<A, 2>, &kernels::elect_and_merge<A, 3>,
+        &kernels::elect_and_merge<A, 4>, &kernels::elect_and_merge<A, 5>, &kernels::elect_and_merge<A, 6>, &kernels::elect_and_merge<A, 7>,
+        &kernels::elect_and_merge<A, 8>};
+    return tasks < std::size(table) ? table[tasks] : nullptr;
+}
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,46 @@
+// Task arithmetic: Ilharco et al., "Editing models with task arithmetic" (ICLR 2023).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/merge/merge.hpp>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// θ* = θ0 + λ·Σ wt·τt with τt = θt − θ0. λ < 0 forgets. An analogy "a is to b as c is to …" is the weights {−1, 1, 1}
+/// over the tasks {a, b, c}. Sums run in f32 (f64 for f64) in task order; every product and sum rounds; bit-exact.
+///
+///     merge(cpu{}, task_arithmetic_options{.lambda = 0.3}, base, tasks, out);
+struct task_arithmetic_options {
+    double lambda = 0.3;
+    std::vector<double> weights{};
+};
+
+template <>
+class detail::merger<task_arithmetic_options> {
+public:
+    static constexpr bool needs_base = true, in_place = true;
+    static constexpr std::size_t scratch_rows = 0;
+
+    merger(const cpu&, const aligned_models& models, const task_arithmetic_options& options)
+        : lambda_(options.lambda)
+        , weights_(checked_weights(options.weights, models.task_count()))
+    {
+        check_factor(lambda_, "lambda");
+    }
+    template <arithmetic_element A>
+    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    {
+        for (std::size_t t = 0; t < weights_.size(); ++t) {
+            const A weight = static_cast<A>(weights_[t]);
+            t == 0 ? kernels::begin_sum(merged, rows.delta(t), weight, rows.size()) : kernels::accumulate(merged, rows.delta(t), weight, rows.size());
+        }
+        kernels::add_scaled(merged, rows.base(), static_cast<A>(lambda_), rows.size());
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return 0; }
+
+private:
+    double lambda_;
+    std::vector<double> weights_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

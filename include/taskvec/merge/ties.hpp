@@ -1,0 +1,237 @@
+// TIES: trim, elect signs, merge what agrees. Yadav et al., "TIES-Merging" (NeurIPS 2023).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/merge/merge.hpp>
+#include <taskvec/merge/sign_election.hpp>
+#include <taskvec/select/top_k.hpp>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Over what the top entries are counted and the majority sign is taken: all tensors together (what the papers mean), or
+/// each tensor by itself.
+enum class scope : std::uint8_t { model, tensor };
+
+/// The sign of an entry whose election sum is exactly 0 while some task vector is not: that of the sum of all elected
+/// signs in scope, and if that is 0 too none (majority) or minus (majority_or_negative); plus; or none. An entry without
+/// a sign merges to 0.
+enum class zero_sign : std::uint8_t { majority, majority_or_negative, positive, none };
+
+/// Which entries the trim keeps: exactly k, lowest index first among equals; or every entry whose magnitude reaches the
+/// (k+1)-th largest, however many are equal.
+enum class trim_rule : std::uint8_t { exact, reach_next };
+
+/// θ* = θ0 + λ·τ, where τ merges the trimmed task vectors τ̂t:
+///   1. trim: τ̂t keeps the top `density` of τt by magnitude (k = floor(density·n), at least 1), zeroes the rest;
+///   2. elect: γ = sign(Σ wt·τ̂t), elementwise;
+///   3. merge the entries with sign γ: Σ wt·τ̂t / Σ wt (mean), Σ wt·τ̂t (sum), or the wt·τ̂t of largest magnitude (max).
+/// Sums run in f32 (f64 for f64) in task order; every product, sum and quotient rounds; bit-exact for any threads and
+/// blocks. Weights: one for each task, or none for all 1; negative ones only under a preset that gives them a meaning.
+/// Cost: two reads of the inputs and one write; a little more where the majority decides.
+///
+///     merge(cpu{}, ties_options{.density = 0.2}, base, tasks, out);
+struct ties_options {
+    double density = 0.2;
+    double lambda = 1.0;
+    std::vector<double> weights{};
+    taskvec::scope scope = taskvec::scope::model;
+    disjoint_merge combine = disjoint_merge::mean;
+    taskvec::zero_sign zero_sign = taskvec::zero_sign::majority;
+    trim_rule trim = trim_rule::exact;
+    bool weighted_election = true; ///< weights count in the election
+    bool divide_by_count = false; ///< the mean divides by the number of agreeing tasks, not by the sum of their weights
+    bool agree_when_weighted = false; ///< an entry agrees by the sign of wt·τ̂t, so that a negative weight turns its task around
+    bool negative_weights = false; ///< negative weights are accepted
+
+    /// What the paper's own code does: the trim keeps one entry more than asked and all its equals (all of them at density 1), the
+    /// mean divides by the count, and an unresolved zero counts as negative.
+    [[nodiscard]] static ties_options as_in_ties_merging()
+    {
+        ties_options options;
+        options.trim = trim_rule::reach_next;
+        options.zero_sign = taskvec::zero_sign::majority_or_negative;
+        options.weighted_election = false;
+        options.divide_by_count = true;
+        return options;
+    }
+    /// What mergekit does in f32, up to its arbitrary choice among equal magnitudes at the threshold: per tensor, exactly
+    /// k, a sum of 0 elects plus, weights apply before the election and in the divisor.
+    [[nodiscard]] static ties_options as_in_mergekit()
+    {
+        ties_options options;
+        options.scope = taskvec::scope::tensor;
+        options.zero_sign = taskvec::zero_sign::positive;
+        options.agree_when_weighted = true;
+        options.negative_weights = true;
+        return options;
+    }
+    /// What PEFT does (ties, majority sign "total"): per tensor, exactly k, unweighted election, a sum of 0 elects plus,
+    /// the weighted sum is divided by the number of agreeing tasks.
+    [[nodiscard]] static ties_options as_in_peft()
+    {
+        ties_options options;
+        options.scope = taskvec::scope::tensor;
+        options.zero_sign = taskvec::zero_sign::positive;
+        options.weighted_election = false;
+        options.divide_by_count = true;
+        options.negative_weights = true;
+        return options;
+    }
+};
+
+namespace detail {
+
+/// Elects and merges the (trimmed, dropped, …) task vectors in a block's rows. Shared by TIES and DARE-TIES.
+class election {
+public:
+    static constexpr std::size_t scratch_rows = election_rows;
+
+    election(const aligned_models& models, const ties_options& options)
+        : options_(options)
+    {
+        check_factor(options.lambda, "lambda");
+        const std::size_t tasks = models.task_count();
+        const auto weights = checked_weights(options.weights, tasks, options.negative_weights);
+        const std::vector<double> ones(tasks, 1.0);
+        weights_ = {
+            options.weighted_election ? weights : ones, weights, options.divide_by_count ? ones : weights, options.agree_when_weighted ? weights : ones};
+        if (options.combine != disjoint_merge::mean) { weights_.divide.assign(tasks, 0.0); }
+        single_ = election_factors<float>(weights_);
+        wide_ = election_factors<double>(weights_);
+        signs_.assign(models.tensors().size(), provisional());
+    }
+
+    /// Rows 0 … T−1 of `rows` hold the task vectors to merge.
+    template <arithmetic_element A>
+    void operator()(block<A>& rows, A* merged, merge_tally& tally) const
+    {
+        const std::size_t tasks = rows.task_count(), n = rows.size();
+        const std::size_t tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
+        const A zero = static_cast<A>(signs_[tensor]), lambda = static_cast<A>(options_.lambda);
+        const A* factors;
+        if constexpr (std::same_as<A, double>) { factors = wide_.data(); }
+        else {
+            factors = single_.data();
+        }
+        const bool counting = rows.models().options().statistics;
+        const auto fused = options_.combine != disjoint_merge::max && !counting ? fused_election<A>(tasks) : nullptr;
+        const election_tally seen = fused ? fused(rows.row(0), block_size, factors, zero, rows.base(), lambda, merged, n)
+                                          : elect_rows(rows.row(0), tasks, block_size, factors, options_.combine, zero, rows.base(), lambda, merged,
+                                              rows.scratch(1), n, counting ? &tally.kept : nullptr, counting ? &tally.conflicting : nullptr);
+        tally.sign_sum += seen.sign_sum;
+        tally.unresolved += seen.unresolved;
+    }
+
+    /// Once every chunk has voted: sets the majority, and names the chunks that must be merged again because they held a
+    /// zero sum and the guess was wrong.
+    std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies)
+    {
+        std::vector<std::size_t> again;
+        if (options_.zero_sign != zero_sign::majority && options_.zero_sign != zero_sign::majority_or_negative) { return again; }
+        std::vector<std::int64_t> sums(models.tensors().size(), 0);
+        for (std::size_t c = 0; c < tallies.size(); ++c) { sums[models.chunks()[c].tensor] += tallies[c].sign_sum; }
+        if (options_.scope == scope::model) {
+            std::int64_t total = 0;
+            for (const auto sum : sums) { total += sum; }
+            sums.assign(sums.size(), total);
+        }
+        for (std::size_t i = 0; i < sums.size(); ++i) { signs_[i] = sums[i] > 0 ? 1 : sums[i] < 0 ? -1 : options_.zero_sign == zero_sign::majority ? 0 : -1; }
+        for (std::size_t c = 0; c < tallies.size(); ++c) {
+            if (tallies[c].unresolved > 0 && signs_[models.chunks()[c].tensor] != provisional()) { again.push_back(c); }
+        }
+        return again;
+    }
+
+private:
+    /// What a zero sum elects before the majority is known.
+    [[nodiscard]] int provisional() const noexcept { return options_.zero_sign == zero_sign::none ? 0 : 1; }
+
+    ties_options options_;
+    election_weights weights_;
+    std::vector<float> single_;
+    std::vector<double> wide_;
+    std::vector<int> signs_; // for each tensor, what a zero sum elects
+};
+
+/// Thresholds of every task vector, over the whole model or for each tensor.
+class trim_thresholds {
+public:
+    trim_thresholds(const cpu& policy, const aligned_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
+    {
+        if (models.any_wide()) { find<double>(policy, models, density, over, rule, wide_); }
+        else {
+            find<float>(policy, models, density, over, rule, single_);
+        }
+        per_tensor_ = over == scope::tensor;
+        tasks_ = models.task_count();
+    }
+    /// The threshold on task t's vector in a tensor, for arithmetic in A.
+    template <arithmetic_element A>
+    [[nodiscard]] top_k_threshold<A> get(std::size_t tensor, std::size_t t) const
+    {
+        const std::size_t index = (per_tensor_ ? tensor : 0) * tasks_ + t;
+        if constexpr (std::same_as<A, double>) { return wide_[index]; }
+        else {
+            return wide_.empty() ? single_[index] : threshold_as<float>(wide_[index]);
+        }
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return walks_; }
+
+private:
+    template <arithmetic_element A>
+    void find(const cpu& policy, const aligned_models& models, double density, scope over, trim_rule rule, std::vector<top_k_threshold<A>>& thresholds)
+    {
+        const auto add = [&](chunk_range range, std::uint64_t n) {
+            std::uint64_t k = top_k_count(density, n);
+            if (rule == trim_rule::reach_next) { k = std::min(n, k + 1); }
+            const std::vector<std::uint64_t> counts(models.task_count(), k);
+            unsigned walks = 0;
+            for (auto threshold : top_k_thresholds<A>(policy, models, range, counts, std::size_t{1} << 22, &walks)) {
+                if (rule == trim_rule::reach_next) { threshold.equal_end = std::numeric_limits<std::uint64_t>::max(); }
+                thresholds.push_back(threshold);
+            }
+            walks_ = std::max(walks_, walks);
+        };
+        if (over == scope::model) { add(all_chunks(models), models.elements()); }
+        else {
+            for (std::size_t i = 0; i < models.tensors().size(); ++i) { add(chunks_of(models, i), models.tensors()[i].size); }
+        }
+    }
+
+    std::vector<top_k_threshold<float>> single_;
+    std::vector<top_k_threshold<double>> wide_;
+    bool per_tensor_ = false;
+    std::size_t tasks_ = 0;
+    unsigned walks_ = 0;
+};
+
+} // namespace detail
+
+template <>
+class detail::merger<ties_options> {
+public:
+    static constexpr bool needs_base = true, in_place = false;
+    static constexpr std::size_t scratch_rows = election::scratch_rows;
+
+    merger(const cpu& policy, const aligned_models& models, const ties_options& options)
+        : election_(models, options)
+        , thresholds_(policy, models, options.density, options.scope, options.trim)
+    { }
+    template <arithmetic_element A>
+    void operator()(block<A>& rows, A* merged, merge_tally& tally) const
+    {
+        const std::size_t tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
+        for (std::size_t t = 0; t < rows.task_count(); ++t) {
+            kernels::trim(rows.mutable_delta(t), rows.size(), rows.position(), thresholds_.template get<A>(tensor, t));
+        }
+        election_(rows, merged, tally);
+    }
+    std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies) { return election_.settle(models, tallies); }
+    [[nodiscard]] unsigned walks() const noexcept { return thresholds_.walks(); }
+
+private:
+    election election_;
+    trim_thresholds thresholds_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
