@@ -12,3 +12,10 @@
 #include <taskvec/core/sink.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/core/view.hpp>
+#include <taskvec/jvp/dual.hpp>
+#include <taskvec/jvp/elementwise.hpp>
+#include <taskvec/jvp/linear.hpp>
+#include <taskvec/jvp/linearized_lora.hpp>
+#include <taskvec/jvp/lora_layer.hpp>
+#include <taskvec/jvp/loss.hpp>
+#include <taskvec/jvp/primal_tangent.hpp>
