@@ -22,7 +22,30 @@ using f16 = Eigen::half;
 
 /// Every element type of the safetensors format, in the order of its reference implementation (which is the order in
 /// which that writer sorts tensors, descending).
-enum class dtype : std::uint8_t { boolean, f4, f6_e2m3, f6_e3m2, u8, i8, f8_e5m2, f8_e4m3, f8_e8m0, i16, u16, f16, bf16, i32, u32, f32, c64, f64, i64, u64 };
+enum class dtype : std::uint8_t {
+    boolean,
+    f4,
+    f6_e2m3,
+    f6_e3m2,
+    u8,
+    i8,
+    f8_e5m2,
+    f8_e4m3,
+    f8_e8m0,
+    f8_e4m3fnuz,
+    f8_e5m2fnuz,
+    i16,
+    u16,
+    f16,
+    bf16,
+    i32,
+    u32,
+    f32,
+    c64,
+    f64,
+    i64,
+    u64
+};
 
 namespace detail {
 struct dtype_row {
@@ -40,6 +63,8 @@ inline constexpr dtype_row dtype_table[] = {
     {dtype::f8_e5m2, "F8_E5M2", 8},
     {dtype::f8_e4m3, "F8_E4M3", 8},
     {dtype::f8_e8m0, "F8_E8M0", 8},
+    {dtype::f8_e4m3fnuz, "F8_E4M3FNUZ", 8},
+    {dtype::f8_e5m2fnuz, "F8_E5M2FNUZ", 8},
     {dtype::i16, "I16", 16},
     {dtype::u16, "U16", 16},
     {dtype::f16, "F16", 16},

@@ -1,0 +1,314 @@
+// Files: read-only memory maps, and files that appear whole or not at all.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/error.hpp>
+
+#include <atomic>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// The system's words for an errno.
+[[nodiscard]] inline std::string errno_text(int code)
+{
+    return std::system_category().message(code);
+}
+
+[[noreturn]] inline void raise_io(const std::filesystem::path& path, std::string_view what, int code)
+{
+    raise<io_error>(message(what, ": ", errno_text(code)), path.string(), code);
+}
+
+/// Calls a system function again for as long as a signal interrupts it.
+template <class Call>
+auto retry(Call call)
+{
+    for (;;) {
+        const auto result = call();
+        if (result >= 0 || errno != EINTR) { return result; }
+    }
+}
+
+/// A file descriptor, closed once.
+class descriptor {
+public:
+    descriptor() = default;
+    explicit descriptor(int value) noexcept
+        : value_(value)
+    { }
+    descriptor(descriptor&& other) noexcept
+        : value_(std::exchange(other.value_, -1))
+    { }
+    descriptor& operator=(descriptor&& other) noexcept
+    {
+        if (this != &other) {
+            close();
+            value_ = std::exchange(other.value_, -1);
+        }
+        return *this;
+    }
+    ~descriptor() { close(); }
+
+    [[nodiscard]] int get() const noexcept { return value_; }
+    [[nodiscard]] explicit operator bool() const noexcept { return value_ >= 0; }
+    /// 0, or the errno of close(2): some file systems report a failed write only here.
+    int close() noexcept { return value_ >= 0 && ::close(std::exchange(value_, -1)) != 0 && errno != EINTR ? errno : 0; }
+
+private:
+    int value_ = -1;
+};
+
+/// The directory that holds `path`, "." where it names none.
+[[nodiscard]] inline std::filesystem::path directory_of(const std::filesystem::path& path)
+{
+    return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+}
+
+/// Makes renames in a directory durable. File systems that cannot do so are left to themselves.
+inline void synchronise_directory(const std::filesystem::path& directory)
+{
+    const descriptor handle(retry([&] { return ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+    if (!handle) { return; }
+    if (retry([&] { return ::fsync(handle.get()); }) != 0 && errno != EINVAL && errno != ENOTSUP && errno != EROFS) {
+        raise_io(directory, "cannot make the new directory entries durable", errno);
+    }
+}
+
+} // namespace detail
+
+/// A whole regular file, mapped read-only and private. Move-only; the address does not change when the object moves.
+///
+/// The bytes follow the file: a file that another process shortens while it is mapped makes reads beyond its new end
+/// raise SIGBUS, which a library cannot turn into an error. Replacing a file by rename, as this library does, is safe.
+/// Throws io_error for what is missing, unreadable, or not a regular file. Cost: no byte is read.
+class mapped_file {
+public:
+    mapped_file() = default;
+    explicit mapped_file(std::filesystem::path path)
+        : path_(std::move(path))
+    {
+        const detail::descriptor file(detail::retry([&] { return ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
+        if (!file) { detail::raise_io(path_, "cannot open for reading", errno); }
+        struct stat status { };
+        if (::fstat(file.get(), &status) != 0) { detail::raise_io(path_, "cannot read the file's size", errno); }
+        if (!S_ISREG(status.st_mode)) {
+            raise<io_error>(S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
+        }
+        size_ = static_cast<std::size_t>(status.st_size);
+        if (size_ == 0) { return; }
+        void* const memory = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
+        if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
+            const int code = errno;
+            size_ = 0;
+            detail::raise_io(path_, "cannot map the file into memory", code);
+        }
+        data_ = static_cast<const std::byte*>(memory);
+    }
+    mapped_file(mapped_file&& other) noexcept
+        : path_(std::move(other.path_))
+        , data_(std::exchange(other.data_, nullptr))
+        , size_(std::exchange(other.size_, 0))
+    { }
+    mapped_file& operator=(mapped_file&& other) noexcept
+    {
+        if (this != &other) {
+            unmap();
+            path_ = std::move(other.path_);
+            data_ = std::exchange(other.data_, nullptr);
+            size_ = std::exchange(other.size_, 0);
+        }
+        return *this;
+    }
+    ~mapped_file() { unmap(); }
+
+    [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+    [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
+
+    /// How the bytes will be read: MADV_SEQUENTIAL, MADV_RANDOM, MADV_WILLNEED, MADV_NORMAL. A hint: failure is ignored.
+    void advise(int advice) const noexcept
+    {
+        if (size_) { ::madvise(const_cast<std::byte*>(data_), size_, advice); }
+    }
+
+private:
+    void unmap() noexcept
+    {
+        if (data_) { ::munmap(const_cast<std::byte*>(data_), size_); }
+    }
+
+    std::filesystem::path path_;
+    const std::byte* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+/// Whether a finished file is forced to disk before it takes its name.
+enum class durability : std::uint8_t {
+    synchronised, ///< fsync the file, rename, fsync the directory: survives a power cut as the old file or the new
+    process ///< rename only: survives a killed process as the old file or the new
+};
+
+/// A file that is written under a temporary name beside its target and takes the target's name on commit().
+///
+/// Until then, and for ever when the process is killed or commit() is never called, the target stays as it was. The
+/// temporary file is called `.taskvec-<process>-<number>.tmp`; the destructor removes it, a killed process leaves it behind.
+/// A target that exists keeps its permission bits; a new one follows the umask. A symbolic link is replaced, not
+/// followed. A file that is still mapped may be replaced: the map keeps the old bytes.
+/// Throws io_error with the errno of whatever the system refuses (a full disk at construction, where space is reserved).
+///
+///     atomic_file file("out.bin", 1024);
+///     file.write(0, data, 1024);
+///     file.commit();
+class atomic_file {
+public:
+    /// `size`: the bytes that the file will have, reserved at once.
+    explicit atomic_file(std::filesystem::path target, std::uint64_t size = 0, durability mode = durability::synchronised)
+        : target_(std::move(target))
+        , mode_(mode)
+    {
+        if (!target_.has_filename()) { raise<io_error>("names no file", target_.string(), EISDIR); }
+        struct stat status { };
+        const bool exists = ::stat(target_.c_str(), &status) == 0;
+        if (exists && S_ISDIR(status.st_mode)) { raise<io_error>("is a directory; name a file to write", target_.string(), EISDIR); }
+        if (exists && !S_ISREG(status.st_mode)) { raise<io_error>("exists and is not a regular file; choose another output", target_.string(), EEXIST); }
+        if (exists && ::access(target_.c_str(), W_OK) != 0) { detail::raise_io(target_, "exists and may not be written", errno); }
+        const auto directory = detail::directory_of(target_);
+        static std::atomic<unsigned> counter{0};
+        for (;;) {
+            temporary_ = directory / message(".taskvec-", static_cast<long>(::getpid()), '-', counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+            file_ = detail::descriptor(detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666); }));
+            if (file_) { break; }
+            if (errno != EEXIST) {
+                const int code = errno;
+                temporary_.clear();
+                detail::raise_io(target_, message("cannot create a file in directory '", directory.string(), "'"), code);
+            }
+        }
+        // From here on the destructor does not run if something throws: remove the temporary file by hand.
+        int code = 0;
+        std::string_view what;
+        if (exists && ::fchmod(file_.get(), status.st_mode & 0777) != 0 && errno != EPERM) {
+            code = errno;
+            what = "cannot give the new file the old one's permissions";
+        }
+        if (!code && size) {
+            code = reserve(size);
+            what = "cannot reserve the file's space";
+        }
+        if (code) {
+            discard();
+            detail::raise_io(target_, message(what, " (", size, " bytes)"), code);
+        }
+    }
+    atomic_file(atomic_file&& other) noexcept
+        : target_(std::move(other.target_))
+        , temporary_(std::exchange(other.temporary_, {}))
+        , file_(std::move(other.file_))
+        , mode_(other.mode_)
+    { }
+    atomic_file& operator=(atomic_file&& other) noexcept
+    {
+        if (this != &other) {
+            discard();
+            target_ = std::move(other.target_);
+            temporary_ = std::exchange(other.temporary_, {});
+            file_ = std::move(other.file_);
+            mode_ = other.mode_;
+        }
+        return *this;
+    }
+    ~atomic_file() { discard(); }
+
+    [[nodiscard]] const std::filesystem::path& target() const noexcept { return target_; }
+    /// The name that the file has until commit(); empty afterwards.
+    [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return temporary_; }
+
+    /// Writes all `size` bytes at `offset`. May be called from several threads for ranges that do not overlap.
+    void write(std::uint64_t offset, const void* data, std::size_t size)
+    {
+        const auto* bytes = static_cast<const std::byte*>(data);
+        while (size) {
+            // pwrite moves at most 0x7ffff000 bytes at once, and may stop early at a signal or a full disk.
+            const auto written = detail::retry([&] { return ::pwrite(file_.get(), bytes, size, static_cast<off_t>(offset)); });
+            if (written <= 0) { detail::raise_io(target_, message("cannot write ", size, " bytes at offset ", offset), written < 0 ? errno : ENOSPC); }
+            bytes += written;
+            offset += static_cast<std::uint64_t>(written);
+            size -= static_cast<std::size_t>(written);
+        }
+    }
+
+    /// Forces the bytes to disk (unless durability::process) and closes the file; only the rename is left to commit().
+    void finish()
+    {
+        if (!file_) { return; }
+        if (mode_ == durability::synchronised && detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
+            detail::raise_io(target_, "cannot force the file to disk", errno);
+        }
+        if (const int code = file_.close()) { detail::raise_io(target_, "cannot close the file", code); }
+    }
+
+    /// Gives the file its name, replacing what had it. `whole_directory`: also make the rename durable.
+    void commit(bool whole_directory = true)
+    {
+        finish();
+        if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
+            detail::raise_io(target_, message("cannot rename '", temporary_.string(), "' to it"), errno);
+        }
+        temporary_.clear();
+        if (whole_directory && mode_ == durability::synchronised) { detail::synchronise_directory(detail::directory_of(target_)); }
+    }
+
+private:
+    int reserve(std::uint64_t size) noexcept
+    {
+#if defined(__linux__)
+        if (detail::retry([&] { return ::fallocate(file_.get(), 0, 0, static_cast<off_t>(size)); }) == 0) { return 0; }
+        if (errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL) { return errno; }
+#endif
+        return detail::retry([&] { return ::ftruncate(file_.get(), static_cast<off_t>(size)); }) == 0 ? 0 : errno;
+    }
+    void discard() noexcept
+    {
+        file_.close();
+        if (!temporary_.empty()) { ::unlink(temporary_.c_str()); }
+        temporary_.clear();
+    }
+
+    std::filesystem::path target_, temporary_;
+    detail::descriptor file_;
+    durability mode_ = durability::synchronised;
+};
+
+/// Writes a whole text file atomically.
+inline void write_text_file(const std::filesystem::path& path, std::string_view text, durability mode = durability::synchronised)
+{
+    atomic_file file(path, 0, mode);
+    file.write(0, text.data(), text.size());
+    file.commit();
+}
+
+/// A whole file as a string. Meant for small files: more than `limit` bytes is a format_error.
+[[nodiscard]] inline std::string read_text_file(const std::filesystem::path& path, std::size_t limit = 100'000'000)
+{
+    const mapped_file file(path);
+    const auto bytes = file.bytes();
+    if (bytes.size() > limit) { raise<format_error>(message("has ", bytes.size(), " bytes; expected at most ", limit), path.string()); }
+    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
