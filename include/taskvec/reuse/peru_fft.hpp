@@ -1,0 +1,46 @@
+// PERU-FFT: a merged model and, for each task, the largest entries of what the merge lost. Jiang et al. (2023).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/merge/merge.hpp>
+#include <taskvec/reuse/post_pruning.hpp>
+
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// θ* = merge(θ0, θ1 … θT) by any method, then ût = top-m% of ut = θt − θ* for each task, where θ* is the merged model as
+/// it was stored and rounded. Task t is served as θ* + ût: apply() switches it on in place, undo() off again.
+/// Parameters: |θ*| + Σ kept. `out` receives θ*. Errors and bits: as merge() and post_pruning().
+///
+///     auto deltas = peru_fft(cpu{}, task_arithmetic_options{.lambda = 0.3}, {.density = 0.1}, base, tasks, merged);
+template <merge_method Options>
+[[nodiscard]] std::vector<sparse_model> peru_fft(const cpu& policy, const Options& method, const post_pruning_options& residual, const const_model_ref& base,
+    std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how = {})
+{
+    merge(policy, method, base, tasks, out, how);
+    model_options pruning = how;
+    pruning.base_label = "the merged model";
+    pruning.output.reset();
+    std::vector<sparse_model> deltas;
+    const const_model_ref merged(out);
+    for (std::size_t t = 0; t < tasks.size(); ++t) {
+        if (!how.labels.empty()) { pruning.labels = {how.labels[t]}; }
+        deltas.push_back(post_pruning(policy, residual, merged, tasks[t], pruning));
+    }
+    return deltas;
+}
+
+/// PERU-FFT over flat views.
+template <merge_method Options, input_of<cpu> Base, tasks_of<cpu> Tasks, output_of<cpu> Out>
+[[nodiscard]] auto peru_fft(const cpu& policy, const Options& method, const post_pruning_options& residual, const Base& base, const Tasks& tasks, Out&& out,
+    const model_options& how = {})
+{
+    merge(policy, method, base, tasks, out, how);
+    using A = arithmetic_type<element_of<Out>>;
+    std::vector<sparse_vector<A>> deltas;
+    for (const auto& task : tasks) { deltas.push_back(post_pruning(policy, residual, std::as_const(out), task, how)); }
+    return deltas;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,154 @@
+// Post-Pruning: each task keeps the largest entries of its task vector beside a shared model. Jiang et al., "Effective and
+// Parameter-Efficient Reusing Fine-Tuned Models" (2023).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/merge/merge.hpp>
+#include <taskvec/select/sparse.hpp>
+#include <taskvec/select/thresholds.hpp>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What is kept of a task vector: the top `density` by magnitude, over all tensors together or tensor by tensor.
+struct post_pruning_options {
+    double density = 0.1;
+    taskvec::scope scope = taskvec::scope::model;
+};
+
+/// v̂ = top-m% of τ = θ − θ0, for models aligned as base and one task: k = floor(density·n) entries by magnitude (lowest
+/// index first among equals), of which zeros are not stored. Values are f32 (f64 for f64). Streams: the entries go to
+/// `out` in pieces. Served as θ0 + v̂. With a merged model as the base it is the second half of PERU-FFT.
+/// Bit-exact. Errors: invalid_argument, nonfinite_error, cancelled. Cost: three reads of both models.
+inline void post_pruning(const cpu& policy, const post_pruning_options& options, const aligned_models& models, sparse_sink& out)
+{
+    if (!models.has_base() || models.task_count() != 1) { raise<invalid_argument>("pruning takes one base and one task"); }
+    const trim_thresholds thresholds(policy, models, options.density, options.scope);
+    const auto keep = [&]<class A>(block<A>& rows, std::size_t tensor, auto&& entry) {
+        const auto threshold = thresholds.get<A>(tensor, 0);
+        const A* const values = rows.delta(0);
+        for (std::size_t i = 0; i < rows.size(); ++i) {
+            if (values[i] != 0 && threshold.keeps(values[i], rows.position() + i)) { entry(rows.offset() + i, values[i]); }
+        }
+    };
+    std::vector<std::uint64_t> first(models.chunks().size() + 1, 0), kept(models.tensors().size(), 0);
+    for_each_block(policy, models, all_chunks(models), 0, "count", [&](std::size_t index, std::size_t, auto& rows) {
+        std::uint64_t count = 0;
+        keep(rows, models.chunks()[index].tensor, [&](std::uint64_t, auto) { ++count; });
+        first[index] += count;
+    });
+    for (std::size_t index = 0; index < models.chunks().size(); ++index) {
+        auto& total = kept[models.chunks()[index].tensor];
+        total += std::exchange(first[index], total);
+    }
+    out.begin(models, kept);
+    auto workspaces = make_workspaces(policy, models, models.chunks().size(), 0);
+    detail::progress_meter meter(policy, "prune", models.chunks().size());
+    for_each_index(policy, models.chunks().size(), [&](std::size_t index, std::size_t worker) {
+        const chunk& piece = models.chunks()[index];
+        workspaces[worker].with_block(models.tensors()[piece.tensor], [&]<class A>(block<A>& rows) {
+            std::vector<std::uint64_t> indices;
+            std::vector<A> values;
+            for_each_block_of(rows, piece, [&](block<A>& opened) {
+                keep(opened, piece.tensor, [&](std::uint64_t place, A value) {
+                    indices.push_back(place);
+                    values.push_back(value);
+                });
+            });
+            out.write(piece.tensor, first[index], piece.offset, piece.offset + piece.size, indices.data(), values.data(), indices.size());
+        });
+        if (!meter.advance(1)) { raise<cancelled>(); }
+    });
+}
+
+/// Post-Pruning of models in memory.
+///
+///     sparse_model delta = post_pruning(cpu{}, {.density = 0.1}, base, task);
+///     auto saved = apply(cpu{}, delta, live);   // live == base: now the pruned task
+[[nodiscard]] inline sparse_model post_pruning(
+    const cpu& policy, const post_pruning_options& options, const const_model_ref& base, const const_model_ref& task, const model_options& how = {})
+{
+    sparse_model_sink sink;
+    post_pruning(policy, options, aligned_models(&base, {&task, 1}, how), sink);
+    return sink.take();
+}
+
+/// Post-Pruning of flat views.
+template <input_of<cpu> Base, input_of<cpu> Task>
+[[nodiscard]] auto post_pruning(const cpu& policy, const post_pruning_options& options, const Base& base, const Task& task, const model_options& how = {})
+{
+    using A = std::common_type_t<arithmetic_type<element_of<const Base>>, arithmetic_type<element_of<const Task>>>;
+    sparse_model model = post_pruning(policy, options, detail::flat_model(as_view(base)), detail::flat_model(as_view(task)), how);
+    return std::get<sparse_vector<A>>(std::move(model.begin()->second));
+}
+
+/// A base plus a sparse delta, as a merge method without tasks of its own: θ0 + scale·v̂, added in f32 (f64 for f64) and
+/// rounded once. Tensors without an entry in the delta are copied bit for bit.
+struct sparse_addition_options {
+    const sparse_model* delta = nullptr;
+    double scale = 1.0;
+};
+
+template <>
+class detail::merger<sparse_addition_options> {
+public:
+    static constexpr bool needs_base = true, in_place = true;
+    static constexpr std::size_t scratch_rows = 0;
+
+    merger(const cpu&, const aligned_models& models, const sparse_addition_options& options)
+        : scale_(options.scale)
+    {
+        if (!options.delta) { raise<invalid_argument>("sparse_addition_options::delta is null: point it at the delta to add"); }
+        check_factor(scale_, "scale");
+        tensors_.assign(models.tensors().size(), nullptr);
+        for (const auto& [name, tensor] : *options.delta) {
+            const auto place = std::find_if(models.tensors().begin(), models.tensors().end(), [&](const aligned_tensor& t) { return t.name == name; });
+            if (place == models.tensors().end()) { raise<invalid_argument>(message("tensor '", name, "' of the delta is not a floating tensor of the base")); }
+            std::visit(
+                [&]<class A>(const sparse_vector<A>& sparse) {
+                    check(sparse, name);
+                    if (sparse.shape != place->shape) {
+                        raise<shape_mismatch>(message(
+                            "tensor '", name, "' has shape ", to_string(place->shape), " in the base; the delta is for shape ", to_string(sparse.shape)));
+                    }
+                    if (std::same_as<A, double> && !place->wide) {
+                        raise<dtype_mismatch>(message("tensor '", name, "' is not F64 in the base; the delta holds F64 values"));
+                    }
+                },
+                tensor);
+            tensors_[static_cast<std::size_t>(place - models.tensors().begin())] = &tensor;
+        }
+    }
+    template <arithmetic_element A>
+    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    {
+        std::memcpy(merged, rows.base(), rows.size() * sizeof(A));
+        const sparse_tensor* const tensor = tensors_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
+        if (!tensor) { return; }
+        std::visit(
+            [&](const auto& sparse) {
+                auto entry = static_cast<std::size_t>(std::lower_bound(sparse.indices.begin(), sparse.indices.end(), rows.offset()) - sparse.indices.begin());
+                for (; entry < sparse.indices.size() && sparse.indices[entry] < rows.offset() + rows.size(); ++entry) {
+                    const std::uint64_t place = sparse.indices[entry] - rows.offset();
+                    const A value = static_cast<A>(sparse.values[entry]);
+                    kernels::add_at<A, A>(merged, &place, &value, static_cast<A>(scale_), 1);
+                }
+            },
+            *tensor);
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return 0; }
+
+private:
+    double scale_;
+    std::vector<const sparse_tensor*> tensors_;
+};
+
+/// θ0 + scale·v̂ into a sink; the tensors are those of `models.outputs()`, aligned from the base alone.
+///
+///     const aligned_models models(&base, {&base, 1});
+///     add_delta(cpu{}, models, delta, 1.0, sink);
+inline void add_delta(const cpu& policy, const aligned_models& models, const sparse_model& delta, double scale, tensor_sink& out)
+{
+    merge(policy, sparse_addition_options{&delta, scale}, models, out);
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
