@@ -2,11 +2,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/backend/linalg.hpp>
 #include <taskvec/backend/parallel.hpp>
 #include <taskvec/core/config.hpp>
 #include <taskvec/core/dtype.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/hash.hpp>
+#include <taskvec/core/matrix.hpp>
 #include <taskvec/core/policy.hpp>
 #include <taskvec/core/random.hpp>
 #include <taskvec/core/sink.hpp>
@@ -19,3 +21,6 @@
 #include <taskvec/jvp/lora_layer.hpp>
 #include <taskvec/jvp/loss.hpp>
 #include <taskvec/jvp/primal_tangent.hpp>
+#include <taskvec/lowrank/factored_svd.hpp>
+#include <taskvec/lowrank/randomized_svd.hpp>
+#include <taskvec/lowrank/svd.hpp>

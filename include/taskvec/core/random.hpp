@@ -53,15 +53,16 @@ public:
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t word(std::uint64_t index) const noexcept { return words(index / 4)[index % 4]; }
     /// Uniform in [0, 1), a multiple of 2^-32.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr double uniform(std::uint64_t index) const noexcept { return word(index) * 0x1p-32; }
-    /// Standard normal, by Box and Muller: elements 2j and 2j + 1 are one pair.
-    [[nodiscard]] double normal(std::uint64_t index) const noexcept
+    /// Standard normal, by Box and Muller: elements 2j and 2j + 1 are pair j.
+    [[nodiscard]] std::array<double, 2> normal_pair(std::uint64_t pair) const noexcept
     {
-        const auto four = words(index / 2);
+        const auto four = words(pair);
         const double u = (((std::uint64_t{four[0]} << 32 | four[1]) >> 11) + 1) * 0x1p-53; // (0, 1]
         const double v = ((std::uint64_t{four[2]} << 32 | four[3]) >> 11) * 0x1p-53; // [0, 1)
         const double radius = std::sqrt(-2.0 * std::log(u)), angle = 2.0 * std::numbers::pi * v;
-        return index % 2 == 0 ? radius * std::cos(angle) : radius * std::sin(angle);
+        return {radius * std::cos(angle), radius * std::sin(angle)};
     }
+    [[nodiscard]] double normal(std::uint64_t index) const noexcept { return normal_pair(index / 2)[index % 2]; }
 
 private:
     std::array<std::uint32_t, 2> key_;

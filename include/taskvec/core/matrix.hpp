@@ -1,0 +1,142 @@
+// Matrices: views of somebody else's memory in either storage order, and a small owner for results and scratch.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/view.hpp>
+
+#include <Eigen/Core>
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <memory_resource>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Which neighbours lie side by side in memory: those of a row (C, NumPy, PyTorch) or those of a column (Fortran, BLAS, Eigen's default).
+enum class matrix_order : std::uint8_t { row_major, column_major };
+
+/// A rows×cols matrix of T in memory space S; does not own it. T may be const. `stride` counts the elements between the
+/// starts of consecutive rows (row_major) or columns (column_major); 0 stands for a matrix without gaps.
+///
+///     matrix_view<const float> weight(data, out, in, matrix_order::row_major);
+template <class T, memory_space S = memory_space::host>
+    requires storage_element<std::remove_const_t<T>>
+class matrix_view {
+public:
+    using element_type = T;
+    using value_type = std::remove_const_t<T>;
+    static constexpr memory_space space = S;
+
+    constexpr matrix_view() noexcept = default;
+    constexpr matrix_view(T* data, std::size_t rows, std::size_t cols, matrix_order order, std::size_t stride = 0) noexcept
+        : data_(data)
+        , rows_(rows)
+        , cols_(cols)
+        , stride_(stride ? stride : (order == matrix_order::row_major ? cols : rows))
+        , order_(order)
+    { }
+    /// A view of mutable elements is a view of const ones.
+    template <std::same_as<value_type> Other>
+        requires std::is_const_v<T>
+    constexpr matrix_view(const matrix_view<Other, S>& other) noexcept
+        : matrix_view(other.data(), other.rows(), other.cols(), other.order(), other.stride())
+    { }
+
+    [[nodiscard]] constexpr T* data() const noexcept { return data_; }
+    [[nodiscard]] constexpr std::size_t rows() const noexcept { return rows_; }
+    [[nodiscard]] constexpr std::size_t cols() const noexcept { return cols_; }
+    [[nodiscard]] constexpr std::size_t size() const noexcept { return rows_ * cols_; }
+    [[nodiscard]] constexpr std::size_t stride() const noexcept { return stride_; }
+    [[nodiscard]] constexpr matrix_order order() const noexcept { return order_; }
+    [[nodiscard]] constexpr bool empty() const noexcept { return rows_ == 0 || cols_ == 0; }
+
+    [[nodiscard]] constexpr T& operator()(std::size_t row, std::size_t col) const noexcept requires(S == memory_space::host)
+    {
+        return data_[order_ == matrix_order::row_major ? row * stride_ + col : col * stride_ + row];
+    }
+    /// The same memory read as the transposed matrix.
+    [[nodiscard]] constexpr matrix_view transposed() const noexcept
+    {
+        return {data_, cols_, rows_, order_ == matrix_order::row_major ? matrix_order::column_major : matrix_order::row_major, stride_};
+    }
+    /// rows×cols elements from (row, col) on; the caller keeps inside the matrix.
+    [[nodiscard]] constexpr matrix_view block(std::size_t row, std::size_t col, std::size_t rows, std::size_t cols) const noexcept
+    {
+        T* const first = data_ + (order_ == matrix_order::row_major ? row * stride_ + col : col * stride_ + row);
+        return {first, rows, cols, order_, stride_};
+    }
+    [[nodiscard]] constexpr matrix_view left_columns(std::size_t count) const noexcept { return block(0, 0, rows_, count); }
+
+private:
+    T* data_ = nullptr;
+    std::size_t rows_ = 0, cols_ = 0, stride_ = 0;
+    matrix_order order_ = matrix_order::column_major;
+};
+
+template <class T>
+using device_matrix_view = matrix_view<T, memory_space::device>;
+
+/// A matrix that owns its memory, without gaps, zero at first. A backend specialises it for its own memory space.
+template <storage_element T, memory_space S = memory_space::host>
+class matrix;
+
+template <storage_element T>
+class matrix<T, memory_space::host> {
+public:
+    matrix() = default;
+    matrix(std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major,
+        std::pmr::memory_resource* memory = std::pmr::get_default_resource())
+        : data_(rows * cols, T{}, memory)
+        , rows_(rows)
+        , cols_(cols)
+        , order_(order)
+    { }
+
+    [[nodiscard]] T* data() noexcept { return data_.data(); }
+    [[nodiscard]] const T* data() const noexcept { return data_.data(); }
+    [[nodiscard]] std::size_t rows() const noexcept { return rows_; }
+    [[nodiscard]] std::size_t cols() const noexcept { return cols_; }
+    [[nodiscard]] std::size_t size() const noexcept { return data_.size(); }
+    [[nodiscard]] bool empty() const noexcept { return data_.empty(); }
+    [[nodiscard]] matrix_order order() const noexcept { return order_; }
+
+    [[nodiscard]] T& operator()(std::size_t row, std::size_t col) noexcept { return view()(row, col); }
+    [[nodiscard]] const T& operator()(std::size_t row, std::size_t col) const noexcept { return view()(row, col); }
+
+    [[nodiscard]] matrix_view<T> view() noexcept { return {data_.data(), rows_, cols_, order_}; }
+    [[nodiscard]] matrix_view<const T> view() const noexcept { return {data_.data(), rows_, cols_, order_}; }
+    operator matrix_view<T>() noexcept { return view(); }
+    operator matrix_view<const T>() const noexcept { return view(); }
+
+private:
+    std::pmr::vector<T> data_;
+    std::size_t rows_ = 0, cols_ = 0;
+    matrix_order order_ = matrix_order::column_major;
+};
+
+/// The view of an Eigen matrix, map or block whose rows or columns are contiguous, without a copy.
+template <class Derived>
+    requires storage_element<typename Derived::Scalar> &&((Derived::Flags & Eigen::DirectAccessBit) != 0)
+        [[nodiscard]] auto as_matrix(const Eigen::DenseBase<Derived>& x)
+    {
+        const Derived& m = x.derived();
+        if (m.innerStride() != 1 && m.innerSize() > 1) {
+            raise<invalid_argument>("an Eigen expression with an inner stride is not a matrix view; evaluate it into a matrix first");
+        }
+        return matrix_view<const typename Derived::Scalar>(m.data(), static_cast<std::size_t>(m.rows()), static_cast<std::size_t>(m.cols()),
+            Derived::IsRowMajor ? matrix_order::row_major : matrix_order::column_major, static_cast<std::size_t>(m.outerStride()));
+    }
+
+    /// An Eigen map of a column-major owner, for users who go on with Eigen.
+    template <storage_element T>
+    [[nodiscard]] auto as_eigen(const matrix<T>& x)
+    {
+        if (x.order() != matrix_order::column_major) { raise<invalid_argument>("as_eigen() maps column-major matrices; this one is row-major"); }
+        return Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>>(
+            x.data(), static_cast<Eigen::Index>(x.rows()), static_cast<Eigen::Index>(x.cols()));
+    }
+
+} // namespace taskvec::inline TASKVEC_ABI
