@@ -1,6 +1,7 @@
 // Deltas: round trips, the promises of the format, and files that break them.
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/io/delta.hpp>
+#include <taskvec/reuse/post_pruning.hpp>
 
 #include "scratch.hpp"
 
@@ -68,7 +69,7 @@ TEST_CASE("deltas come back as they were, sparse ones as indices and dense ones 
         CHECK(back.tensors == content.tensors);
         CHECK(back.base_fingerprint == content.base_fingerprint);
         CHECK(back.metadata.at("note") == "x");
-        CHECK(back.kept() == content.kept());
+        CHECK(kept(back.tensors) == kept(content.tensors));
         const safetensors_file file(folder / "f");
         CHECK(file.metadata().at("schema") == "taskvec.delta.1");
         CHECK(file.metadata().at("additive") == "true");
@@ -79,6 +80,37 @@ TEST_CASE("deltas come back as they were, sparse ones as indices and dense ones 
             const auto size = std::visit([](const auto& s) { return element_count(s.shape); }, tensor);
             CHECK((model.find(name + ".bitmask") != nullptr) == (32 * kept > size - size % 32));
             CHECK((model.find(name + ".indices") != nullptr) == (model.find(name + ".bitmask") == nullptr));
+        }
+    }
+}
+
+TEST_CASE("pruning streams into a file what it collects in memory")
+{
+    const scratch folder;
+    std::mt19937 random(3);
+    std::vector<std::uint16_t> stored(50'000), tuned(50'000);
+    std::vector<double> wide(1000), wide_tuned(1000);
+    for (std::size_t i = 0; i < stored.size(); ++i) {
+        stored[i] = f32_to_bf16(std::normal_distribution<float>()(random));
+        tuned[i] = f32_to_bf16(bf16_to_f32(stored[i]) + std::normal_distribution<float>(0, 0.1f)(random));
+    }
+    for (std::size_t i = 0; i < wide.size(); ++i) {
+        wide_tuned[i] = (wide[i] = std::normal_distribution<double>()(random)) + std::normal_distribution<double>(0, 0.1)(random);
+    }
+    const const_model_ref base{{"b", {stored.data(), dtype::bf16, {100, 500}, {}}}, {"w", {wide.data(), dtype::f64, {1000}, {}}}};
+    const const_model_ref task{{"b", {tuned.data(), dtype::bf16, {100, 500}, {}}}, {"w", {wide_tuned.data(), dtype::f64, {1000}, {}}}};
+    for (const double density : {0.001, 0.02, 0.03125, 0.1, 1.0}) {
+        for (const auto over : {scope::model, scope::tensor}) {
+            const auto expected = post_pruning(cpu{}, {density, over}, base, task);
+            delta_writer writer(folder / "f", 9, {{"note", "x"}}, durability::process);
+            model_options how;
+            how.chunk = 640;
+            post_pruning(cpu{.threads = 3}, {density, over}, aligned_models(&base, {&task, 1}, how), writer);
+            writer.commit();
+            const auto back = read_delta(folder / "f");
+            CHECK(back.tensors == expected);
+            CHECK(back.base_fingerprint == 9);
+            CHECK(back.metadata.at("note") == "x");
         }
     }
 }
@@ -176,7 +208,7 @@ TEST_CASE("delta files damaged at random are read or refused, never more")
         try {
             const auto back = read_delta(folder / "f");
             for (const auto& [name, tensor] : back.tensors) {
-                std::visit([&](const auto& sparse) { CHECK_NOTHROW(detail::check_sparse(sparse, name)); }, tensor);
+                std::visit([&](const auto& sparse) { CHECK_NOTHROW(check(sparse, name)); }, tensor);
             }
             ++parsed;
         }

@@ -13,8 +13,7 @@
 #include <cstring>
 #include <filesystem>
 #include <limits>
-#include <map>
-#include <optional>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -26,23 +25,11 @@ namespace taskvec::inline TASKVEC_ABI {
 /// The value of the metadata key `schema` that this version writes and reads.
 inline constexpr std::string_view delta_schema = "taskvec.delta.1";
 
-/// One tensor's kept entries: f32, or f64 where the tensor is f64.
-using delta_tensor = std::variant<sparse_vector<float>, sparse_vector<double>>;
-
-/// A model's kept entries by tensor name, with the fingerprint of the base that they are to be added to.
+/// A model's kept entries, with the fingerprint of the base that they are to be added to.
 struct delta {
-    std::map<std::string, delta_tensor> tensors;
+    sparse_model tensors;
     std::uint64_t base_fingerprint = 0;
     metadata_map metadata{}; ///< further keys to write; on reading, all keys of the file
-
-    [[nodiscard]] std::uint64_t kept() const
-    {
-        std::uint64_t total = 0;
-        for (const auto& [name, tensor] : tensors) {
-            total += std::visit([](const auto& sparse) { return sparse.indices.size(); }, tensor);
-        }
-        return total;
-    }
 };
 
 namespace detail {
@@ -51,24 +38,6 @@ namespace detail {
 [[nodiscard]] constexpr bool stored_as_bitmask(std::uint64_t kept, std::uint64_t size) noexcept
 {
     return kept > size / 32;
-}
-
-/// Throws unless a sparse vector keeps its own promises: as many values as indices, ascending, in range.
-template <class A>
-void check_sparse(const sparse_vector<A>& sparse, std::string_view name)
-{
-    const std::uint64_t size = element_count(sparse.shape, name);
-    if (sparse.values.size() != sparse.indices.size()) {
-        raise<invalid_argument>(message("delta of tensor '", name, "' has ", sparse.values.size(), " values for ", sparse.indices.size(), " indices"));
-    }
-    for (std::size_t i = 0; i < sparse.indices.size(); ++i) {
-        if (sparse.indices[i] >= size) {
-            raise<invalid_argument>(message("delta of tensor '", name, "' has index ", sparse.indices[i], "; the tensor has ", size, " elements"));
-        }
-        if (i && sparse.indices[i] <= sparse.indices[i - 1]) {
-            raise<invalid_argument>(message("delta of tensor '", name, "' has indices that do not ascend at position ", i));
-        }
-    }
 }
 
 /// A value of T from memory of any alignment.
@@ -82,59 +51,145 @@ template <class T>
 
 } // namespace detail
 
-/// Writes a delta. For each tensor P: `P.values` (F32, or F64), `P.shape` (I64), and the places of the values as
-/// `P.indices` (I32; I64 for tensors of more than 2^31 - 1 elements; ascending, row-major flat) or, where more than 1/32 of the entries
-/// are kept, `P.bitmask` (U8, ceil(size / 8) bytes, bit i%8 of byte i/8, least significant first, is set where entry i is
-/// kept; the bits beyond the last entry are 0). Metadata: `schema` "taskvec.delta.1", `additive` "true", `fingerprint` of the base
-/// (see fingerprint(), "xxh64:" and 16 hexadecimal digits).
-/// Throws invalid_argument for a sparse vector that breaks its own promises; io_error. Written atomically.
+/// Writes a delta as its entries come, in pieces, in any order and from several threads. For each tensor P: `P.values`
+/// (F32, or F64), `P.shape` (I64), and the places of the values as `P.indices` (I32; I64 for tensors of more than
+/// 2^31 - 1 elements; ascending, row-major flat) or, where more than 1/32 of the entries are kept, `P.bitmask` (U8, ceil(size / 8)
+/// bytes; bit i%8 of byte i/8, least significant first, is set where entry i is kept; the bits beyond the last entry are 0).
+/// Metadata: `schema` "taskvec.delta.1", `additive` "true", `fingerprint` of the base (see fingerprint(), "xxh64:" and 16
+/// hexadecimal digits). Atomic like safetensors_writer. Memory: a piece.
+///
+///     delta_writer out("task.delta.safetensors", fingerprint(cpu{}, base));
+///     post_pruning(cpu{}, {.density = 0.1}, models, out);
+///     out.commit();
+class delta_writer final : public sparse_sink {
+public:
+    /// What is known of a tensor before its entries come.
+    struct part {
+        std::string name;
+        extents shape;
+        std::uint64_t kept = 0;
+        bool wide = false; ///< f64 values
+    };
+
+    delta_writer(std::filesystem::path path, std::uint64_t base_fingerprint, metadata_map metadata = {}, durability mode = durability::synchronised)
+        : path_(std::move(path))
+        , metadata_(std::move(metadata))
+        , mode_(mode)
+    {
+        metadata_["schema"] = delta_schema;
+        metadata_["additive"] = "true";
+        metadata_["fingerprint"] = fingerprint_text(base_fingerprint);
+    }
+
+    void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) override
+    {
+        std::vector<part> parts;
+        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+            const auto& tensor = models.tensors()[i];
+            parts.push_back({tensor.name, tensor.shape, kept[i], tensor.wide});
+        }
+        begin(std::move(parts));
+    }
+    /// Creates the file. Throws invalid_argument, io_error.
+    void begin(std::vector<part> parts)
+    {
+        parts_ = std::move(parts);
+        std::vector<tensor_spec> specs;
+        for (const auto& [name, shape, kept, wide] : parts_) {
+            const std::uint64_t size = element_count(shape, name);
+            if (kept > size) { raise<invalid_argument>(message("delta of tensor '", name, "' keeps ", kept, " of ", size, " entries")); }
+            const auto count = static_cast<std::int64_t>(kept);
+            specs.push_back({name + ".values", wide ? dtype::f64 : dtype::f32, {count}});
+            specs.push_back({name + ".shape", dtype::i64, {static_cast<std::int64_t>(shape.size())}});
+            if (detail::stored_as_bitmask(kept, size)) {
+                specs.push_back({name + ".bitmask", dtype::u8, {static_cast<std::int64_t>(size / 8 + (size % 8 != 0))}});
+            }
+            else {
+                specs.push_back({name + ".indices", size > std::uint64_t{std::numeric_limits<std::int32_t>::max()} ? dtype::i64 : dtype::i32, {count}});
+            }
+            places_.push_back(specs.back().dtype);
+        }
+        file_ = std::make_unique<safetensors_writer>(path_, specs, metadata_, mode_);
+        for (std::size_t i = 0; i < parts_.size(); ++i) { file_->write(3 * i + 1, 0, parts_[i].shape.data(), specs[3 * i + 1].bytes()); }
+    }
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const float* values,
+        std::size_t n) override
+    {
+        store(tensor, first, from, to, indices, values, n);
+    }
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const double* values,
+        std::size_t n) override
+    {
+        store(tensor, first, from, to, indices, values, n);
+    }
+    /// Forces the file to disk, so that commit() only renames.
+    void finish() { file().finish(); }
+    /// Gives the file its name.
+    void commit() { file().commit(); }
+    [[nodiscard]] const std::filesystem::path& target() const noexcept { return path_; }
+    /// The name that the file has until commit(); empty before begin().
+    [[nodiscard]] std::filesystem::path temporary() const { return file_ ? file_->temporary() : std::filesystem::path(); }
+    [[nodiscard]] std::uint64_t file_size() const noexcept { return file_ ? file_->file_size() : 0; }
+
+private:
+    safetensors_writer& file()
+    {
+        if (!file_) { raise<invalid_argument>(message("'", path_.string(), "': no delta was begun")); }
+        return *file_;
+    }
+    template <class A>
+    void store(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const A* values, std::size_t n)
+    {
+        if (parts_[tensor].wide != std::same_as<A, double>) {
+            raise<invalid_argument>(message("delta of tensor '", parts_[tensor].name, "' was begun with other values"));
+        }
+        file().write(3 * tensor, first * sizeof(A), values, n * sizeof(A));
+        if (places_[tensor] == dtype::u8) {
+            std::vector<std::uint8_t> bytes(to / 8 - from / 8 + (to % 8 != 0));
+            for (std::size_t i = 0; i < n; ++i) {
+                auto& byte = bytes[indices[i] / 8 - from / 8];
+                byte = static_cast<std::uint8_t>(byte | (1u << (indices[i] % 8)));
+            }
+            file_->write(3 * tensor + 2, from / 8, bytes.data(), bytes.size());
+        }
+        else if (places_[tensor] == dtype::i32) {
+            const std::vector<std::int32_t> narrow(indices, indices + n);
+            file_->write(3 * tensor + 2, first * sizeof(std::int32_t), narrow.data(), n * sizeof(std::int32_t));
+        }
+        else {
+            file_->write(3 * tensor + 2, first * sizeof(std::int64_t), indices, n * sizeof(std::int64_t));
+        }
+    }
+
+    std::filesystem::path path_;
+    metadata_map metadata_;
+    durability mode_;
+    std::vector<part> parts_;
+    std::vector<dtype> places_;
+    std::unique_ptr<safetensors_writer> file_;
+};
+
+/// Writes a delta that lies in memory; see delta_writer for the format.
+/// Throws invalid_argument for a sparse vector that breaks its own promises; io_error.
 inline void write_delta(const std::filesystem::path& path, const delta& content, durability mode = durability::synchronised)
 {
-    std::vector<tensor_spec> specs;
+    std::vector<delta_writer::part> parts;
     for (const auto& [name, tensor] : content.tensors) {
         std::visit(
             [&]<class A>(const sparse_vector<A>& sparse) {
-                detail::check_sparse(sparse, name);
-                const std::uint64_t size = element_count(sparse.shape, name);
-                const auto kept = static_cast<std::int64_t>(sparse.indices.size());
-                specs.push_back({name + ".values", dtype_of<A>, {kept}});
-                specs.push_back({name + ".shape", dtype::i64, {static_cast<std::int64_t>(sparse.shape.size())}});
-                if (detail::stored_as_bitmask(sparse.indices.size(), size)) {
-                    specs.push_back({name + ".bitmask", dtype::u8, {static_cast<std::int64_t>((size + 7) / 8)}});
-                }
-                else {
-                    specs.push_back({name + ".indices", size > std::uint64_t{std::numeric_limits<std::int32_t>::max()} ? dtype::i64 : dtype::i32, {kept}});
-                }
+                check(sparse, name);
+                parts.push_back({name, sparse.shape, sparse.kept(), std::same_as<A, double>});
             },
             tensor);
     }
-    metadata_map metadata = content.metadata;
-    metadata["schema"] = delta_schema;
-    metadata["additive"] = "true";
-    metadata["fingerprint"] = fingerprint_text(content.base_fingerprint);
-    safetensors_writer writer(path, specs, std::move(metadata), mode);
+    delta_writer writer(path, content.base_fingerprint, content.metadata, mode);
+    writer.begin(std::move(parts));
     std::size_t at = 0;
     for (const auto& [name, tensor] : content.tensors) {
         std::visit(
-            [&]<class A>(const sparse_vector<A>& sparse) {
-                writer.write(at, 0, sparse.values.data(), specs[at].bytes());
-                writer.write(at + 1, 0, sparse.shape.data(), specs[at + 1].bytes());
-                const auto& places = specs[at + 2];
-                if (places.dtype == dtype::u8) {
-                    std::vector<std::uint8_t> bytes(places.bytes());
-                    for (const auto index : sparse.indices) { bytes[index / 8] = static_cast<std::uint8_t>(bytes[index / 8] | (1u << (index % 8))); }
-                    writer.write(at + 2, 0, bytes.data(), bytes.size());
-                }
-                else if (places.dtype == dtype::i32) {
-                    const std::vector<std::int32_t> narrow(sparse.indices.begin(), sparse.indices.end());
-                    writer.write(at + 2, 0, narrow.data(), places.bytes());
-                }
-                else {
-                    writer.write(at + 2, 0, sparse.indices.data(), places.bytes());
-                }
-            },
+            [&](const auto& sparse) { writer.write(at, 0, 0, element_count(sparse.shape, name), sparse.indices.data(), sparse.values.data(), sparse.kept()); },
             tensor);
-        at += 3;
+        ++at;
     }
     writer.commit();
 }
@@ -149,9 +204,9 @@ public:
         , model_(file.model())
     { }
 
-    [[nodiscard]] std::map<std::string, delta_tensor> read() const
+    [[nodiscard]] sparse_model read() const
     {
-        std::map<std::string, delta_tensor> result;
+        sparse_model result;
         std::size_t used = 0;
         for (const auto& [label, tensor] : model_) {
             if (!label.ends_with(".shape")) { continue; }
@@ -272,7 +327,7 @@ private:
 } // namespace detail
 
 /// Reads a delta and checks all that its format promises: schema, dtypes, counts that match, indices in range and
-/// ascending, zero bits beyond the last entry, no tensor left over. See write_delta() for the format.
+/// ascending, zero bits beyond the last entry, no tensor left over. See delta_writer for the format.
 /// Throws format_error naming the file and the tensor; io_error.
 [[nodiscard]] inline delta read_delta(const std::filesystem::path& path)
 {
