@@ -141,6 +141,13 @@ TASKVEC_NOINLINE void add_scaled(A* TASKVEC_RESTRICT x, const A* TASKVEC_RESTRIC
     }
 }
 
+/// out = −x
+template <arithmetic_element A>
+TASKVEC_NOINLINE void negate(const A* TASKVEC_RESTRICT x, A* TASKVEC_RESTRICT out, std::size_t n)
+{
+    for (std::size_t i = 0; i < n; ++i) { out[i] = -x[i]; }
+}
+
 /// x = x / divisor
 template <arithmetic_element A>
 TASKVEC_NOINLINE void divide(A* TASKVEC_RESTRICT x, A divisor, std::size_t n)

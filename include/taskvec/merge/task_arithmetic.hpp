@@ -6,8 +6,8 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// θ* = θ0 + λ·Σ wt·τt with τt = θt − θ0. λ < 0 forgets. An analogy "a is to b as c is to …" is the weights {−1, 1, 1}
-/// over the tasks {a, b, c}. Sums run in f32 (f64 for f64) in task order; every product and sum rounds; bit-exact.
+/// θ* = θ0 + λ·Σ wt·τt with τt = θt − θ0. λ < 0 forgets. The analogy "a is to b as c is to …",
+/// θ0 + λ·(τc + τb − τa), is the weights {1, 1, −1} over the tasks {c, b, a}: see analogy(). Sums run in f32 (f64 for f64) in task order; every product and sum rounds; bit-exact.
 ///
 ///     merge(cpu{}, task_arithmetic_options{.lambda = 0.3}, base, tasks, out);
 struct task_arithmetic_options {
@@ -42,5 +42,13 @@ private:
     double lambda_;
     std::vector<double> weights_;
 };
+
+/// The analogy "a is to b as c is to …": θ0 + λ·(τc + τb − τa). Sums in that order.
+///
+///     merge(cpu{}, analogy(0.5), base, std::vector{c, b, a}, out);
+[[nodiscard]] inline task_arithmetic_options analogy(double lambda = 1.0)
+{
+    return {lambda, {1.0, 1.0, -1.0}};
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -14,7 +14,7 @@ namespace taskvec::inline TASKVEC_ABI {
 enum class scope : std::uint8_t { model, tensor };
 
 /// Which entries the trim keeps: exactly k, lowest index first among equals; or every entry whose magnitude reaches the
-/// (k+1)-th largest, however many are equal.
+/// (floor(density·n) + 1)-th largest, however many are equal.
 enum class trim_rule : std::uint8_t { exact, reach_next };
 
 /// Thresholds of every task vector, over the whole model or for each tensor.
@@ -47,7 +47,7 @@ private:
     {
         const auto add = [&](chunk_range range, std::uint64_t n) {
             std::uint64_t k = top_k_count(density, n);
-            if (rule == trim_rule::reach_next) { k = std::min(n, k + 1); }
+            if (rule == trim_rule::reach_next) { k = std::min(n, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))) + 1); }
             const std::vector<std::uint64_t> counts(models.task_count(), k);
             unsigned walks = 0;
             for (auto threshold : top_k_thresholds<A>(policy, models, range, counts, std::size_t{1} << 22, &walks)) {

@@ -1,0 +1,247 @@
+// Task vectors as plain vectors: difference, application, weighted combination, negation; dot, norm, cosine.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/arithmetic/reduce.hpp>
+
+#include <array>
+#include <cmath>
+#include <ranges>
+#include <span>
+#include <tuple>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// The arithmetic type of several views together: f64 if one is f64, otherwise f32.
+template <class... X>
+using common_arithmetic = std::conditional_t<(std::same_as<element_of<X>, double> || ...), double, float>;
+
+template <class Out, class... X>
+void check_lengths(const Out& out, const X&... inputs)
+{
+    std::size_t which = 0;
+    const auto check = [&](std::size_t size) {
+        ++which;
+        if (size != out.size()) { raise<shape_mismatch>(message("input ", which, " has ", size, " elements; the output has ", out.size())); }
+    };
+    (check(inputs.size()), ...);
+}
+
+/// One row of a flat view in arithmetic type A: in place where it is stored as A, otherwise widened into `row`.
+template <arithmetic_element A, class T>
+const A* widened(host_view<const T> x, std::size_t offset, std::size_t n, A* row, bits_type<A>& largest)
+{
+    if constexpr (std::same_as<T, A>) {
+        largest = std::max(largest, kernels::largest_magnitude(x.data() + offset, n));
+        return x.data() + offset;
+    }
+    else {
+        largest = std::max(largest, kernels::widen(x.data() + offset, row, n));
+        return row;
+    }
+}
+
+template <class T>
+host_view<const T> const_view(host_view<T> x) noexcept
+{
+    return x;
+}
+
+template <class T>
+void find_nonfinite(host_view<const T> x, std::size_t which, std::size_t offset, std::size_t n)
+{
+    for (std::size_t i = offset; i < offset + n; ++i) {
+        const double value = widen<double>(x[i]);
+        if (!std::isfinite(value)) {
+            raise<nonfinite_error>(message(
+                "input ", which, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", i, ": repair it, or ask for non-finite values to propagate"));
+        }
+    }
+}
+
+/// out = combine(rows of the inputs), block by block: combine(A* out, const A* const* rows, n).
+template <arithmetic_element A, class Out, class Combine, class... T>
+void map_rows(const cpu& policy, nonfinite on_nonfinite, host_view<Out> out, Combine&& combine, host_view<const T>... inputs)
+{
+    check_lengths(out, inputs...);
+    constexpr std::size_t step = 65536;
+    for_each_index(policy, (out.size() + step - 1) / step, [&](std::size_t index, std::size_t) {
+        std::array<std::array<A, block_size>, sizeof...(T)> scratch;
+        std::array<A, block_size> result;
+        for (std::size_t offset = index * step; offset < std::min(out.size(), (index + 1) * step); offset += block_size) {
+            const std::size_t n = std::min(block_size, out.size() - offset);
+            bits_type<A> largest = 0;
+            std::size_t row = 0;
+            const std::array<const A*, sizeof...(T)> rows{widened<A>(inputs, offset, n, scratch[row++].data(), largest)...};
+            if (largest >= exponent_mask<A> && on_nonfinite == nonfinite::error) {
+                std::size_t which = 0;
+                (find_nonfinite(inputs, ++which, offset, n), ...);
+            }
+            combine(result.data(), rows, n);
+            kernels::narrow(result.data(), out.data() + offset, n);
+        }
+    });
+}
+
+} // namespace detail
+
+/// out = tuned − base, the task vector τ. Flat views of one length; storage types may differ. Subtracted in f32 (f64
+/// when an input is f64) and rounded once; bit-exact. May work in place. Errors: shape_mismatch, nonfinite_error.
+///
+///     std::vector<float> tau(n);
+///     difference(cpu{}, tuned, base, tau);
+template <input_of<cpu> Tuned, input_of<cpu> Base, output_of<cpu> Out>
+void difference(const cpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+{
+    using A = detail::common_arithmetic<const Tuned, const Base>;
+    detail::map_rows<A>(
+        policy, on_nonfinite, as_view(out), [](A* result, const auto& rows, std::size_t n) { kernels::subtract(rows[0], rows[1], result, n); },
+        detail::const_view(as_view(tuned)), detail::const_view(as_view(base)));
+}
+
+/// out = base + λ·vector: a task vector applied. Product and sum round separately in f32 (f64 when an input is f64).
+/// Bit-exact. May work in place. Errors: shape_mismatch, nonfinite_error.
+///
+///     apply(cpu{}, base, tau, 0.3, merged);
+template <input_of<cpu> Base, input_of<cpu> Vector, output_of<cpu> Out>
+void apply(const cpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+{
+    using A = detail::common_arithmetic<const Base, const Vector>;
+    detail::map_rows<A>(
+        policy, on_nonfinite, as_view(out),
+        [lambda](A* result, const auto& rows, std::size_t n) {
+            std::memcpy(result, rows[1], n * sizeof(A));
+            kernels::add_scaled(result, rows[0], static_cast<A>(lambda), n);
+        },
+        detail::const_view(as_view(base)), detail::const_view(as_view(vector)));
+}
+
+/// out = −x: forgetting instead of learning. Exact. May work in place.
+template <input_of<cpu> X, output_of<cpu> Out>
+void negate(const cpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+{
+    using A = detail::common_arithmetic<const X>;
+    detail::map_rows<A>(
+        policy, on_nonfinite, as_view(out), [](A* result, const auto& rows, std::size_t n) { kernels::negate(rows[0], result, n); },
+        detail::const_view(as_view(x)));
+}
+
+/// out = Σ wt·xt over flat views of one storage type, in f32 (f64 for f64), in the order of the list; every product and
+/// sum rounds; bit-exact. `out` may not share memory with an input. Errors: invalid_argument (no vector, wrong number of weights), shape_mismatch,
+/// nonfinite_error.
+///
+///     combine(cpu{}, vectors, std::vector{0.5, -0.5}, out);
+template <std::ranges::input_range Vectors, output_of<cpu> Out>
+    requires input_of<std::ranges::range_reference_t<const Vectors>, cpu>
+void combine(const cpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+{
+    using X = std::remove_reference_t<std::ranges::range_reference_t<const Vectors>>;
+    using T = element_of<X>;
+    using A = arithmetic_type<T>;
+    std::vector<host_view<const T>> inputs;
+    for (const auto& vector : vectors) { inputs.push_back(as_view(vector)); }
+    if (inputs.empty()) { raise<invalid_argument>("no vector was given: at least one is needed"); }
+    if (weights.size() != inputs.size()) { raise<invalid_argument>(message(weights.size(), " weights for ", inputs.size(), " vectors: give one each")); }
+    const auto result = as_view(out);
+    for (const auto& input : inputs) { detail::check_lengths(result, input); }
+    constexpr std::size_t step = 65536;
+    for_each_index(policy, (result.size() + step - 1) / step, [&](std::size_t index, std::size_t) {
+        std::array<A, block_size> row, sum;
+        for (std::size_t offset = index * step; offset < std::min(result.size(), (index + 1) * step); offset += block_size) {
+            const std::size_t n = std::min(block_size, result.size() - offset);
+            for (std::size_t t = 0; t < inputs.size(); ++t) {
+                bits_type<A> largest = 0;
+                const A* const x = detail::widened<A>(inputs[t], offset, n, row.data(), largest);
+                if (largest >= exponent_mask<A> && on_nonfinite == nonfinite::error) { detail::find_nonfinite(inputs[t], t + 1, offset, n); }
+                const A weight = static_cast<A>(weights[t]);
+                t == 0 ? kernels::begin_sum(sum.data(), x, weight, n) : kernels::accumulate(sum.data(), x, weight, n);
+            }
+            kernels::narrow(sum.data(), result.data() + offset, n);
+        }
+    });
+}
+
+/// Σ xi·yi in f64, in a fixed pairwise shape: the same bits for any threads. Relative to Σ|xi·yi| the error is below
+/// (12 + log2 n)·2^-53 or so. Errors: shape_mismatch.
+template <input_of<cpu> X, input_of<cpu> Y>
+[[nodiscard]] double dot(const cpu& policy, const X& x, const Y& y)
+{
+    using A = detail::common_arithmetic<const X, const Y>;
+    const auto a = detail::const_view(as_view(x));
+    const auto b = detail::const_view(as_view(y));
+    detail::check_lengths(a, b);
+    std::vector<double> leaves((a.size() + block_size - 1) / block_size);
+    for_each_index(policy, (leaves.size() + 31) / 32, [&](std::size_t index, std::size_t) {
+        std::array<A, block_size> first, second;
+        for (std::size_t leaf = 32 * index; leaf < std::min(leaves.size(), 32 * (index + 1)); ++leaf) {
+            const std::size_t offset = leaf * block_size, n = std::min(block_size, a.size() - offset);
+            bits_type<A> ignored = 0;
+            leaves[leaf] = kernels::dot(detail::widened<A>(a, offset, n, first.data(), ignored), detail::widened<A>(b, offset, n, second.data(), ignored), n);
+        }
+    });
+    detail::pairwise_sum sum;
+    for (const double leaf : leaves) { sum.add(leaf); }
+    return sum.total();
+}
+
+/// ‖x‖ = √(x·x).
+template <input_of<cpu> X>
+[[nodiscard]] double norm(const cpu& policy, const X& x)
+{
+    return std::sqrt(dot(policy, x, x));
+}
+
+/// x·y / (‖x‖·‖y‖), in [−1, 1] up to rounding; 0 when a norm is 0.
+template <input_of<cpu> X, input_of<cpu> Y>
+[[nodiscard]] double cosine(const cpu& policy, const X& x, const Y& y)
+{
+    const double norms = norm(policy, x) * norm(policy, y);
+    return norms == 0 ? 0.0 : dot(policy, x, y) / norms;
+}
+
+/// Dots of all pairs of task vectors τs·τt over all included tensors: a T×T symmetric matrix, row-major. One walk over
+/// the models; f64; fixed shape. Errors: nonfinite_error, cancelled.
+[[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
+{
+    const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
+    const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [tasks]<class A>(block<A>& rows, double* out) {
+        std::vector<const A*> deltas;
+        for (std::size_t t = 0; t < tasks; ++t) { deltas.push_back(rows.delta(t)); }
+        for (std::size_t s = 0; s < tasks; ++s) {
+            for (std::size_t t = s; t < tasks; ++t) { *out++ = kernels::dot(deltas[s], deltas[t], rows.size()); }
+        }
+    });
+    std::vector<double> matrix(tasks * tasks, 0.0);
+    std::size_t pair = 0;
+    for (std::size_t s = 0; s < tasks; ++s) {
+        for (std::size_t t = s; t < tasks; ++t, ++pair) {
+            detail::pairwise_sum total;
+            for (const auto& tensor : sums) { total.add(tensor[pair]); }
+            matrix[s * tasks + t] = matrix[t * tasks + s] = total.total();
+        }
+    }
+    return matrix;
+}
+
+/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0).
+///
+///     const aligned_models models(&base, tasks);
+///     std::vector<double> cosines = cosine_matrix(cpu{}, models);
+[[nodiscard]] inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models)
+{
+    const std::size_t tasks = models.task_count();
+    const auto dots = dot_matrix(policy, models);
+    std::vector<double> cosines(tasks * tasks);
+    for (std::size_t s = 0; s < tasks; ++s) {
+        for (std::size_t t = 0; t < tasks; ++t) {
+            const double norms = std::sqrt(dots[s * tasks + s]) * std::sqrt(dots[t * tasks + t]);
+            cosines[s * tasks + t] = norms == 0 ? 0.0 : s == t ? 1.0 : dots[s * tasks + t] / norms;
+        }
+    }
+    return cosines;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
