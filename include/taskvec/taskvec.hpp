@@ -1,7 +1,11 @@
-// Everything that needs only the standard library and Eigen.
+// Every algorithm: what needs only the standard library and Eigen. Generated: cmake --build build/dev --target umbrella
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/arithmetic/aligned_models.hpp>
+#include <taskvec/arithmetic/block.hpp>
+#include <taskvec/arithmetic/reduce.hpp>
+#include <taskvec/backend/kernels.hpp>
 #include <taskvec/backend/linalg.hpp>
 #include <taskvec/backend/parallel.hpp>
 #include <taskvec/core/config.hpp>
@@ -30,3 +34,15 @@
 #include <taskvec/lowrank/factored_svd.hpp>
 #include <taskvec/lowrank/randomized_svd.hpp>
 #include <taskvec/lowrank/svd.hpp>
+#include <taskvec/merge/average.hpp>
+#include <taskvec/merge/dare.hpp>
+#include <taskvec/merge/merge.hpp>
+#include <taskvec/merge/sign_election.hpp>
+#include <taskvec/merge/task_arithmetic.hpp>
+#include <taskvec/merge/ties.hpp>
+#include <taskvec/reuse/parameter_count.hpp>
+#include <taskvec/reuse/peru_fft.hpp>
+#include <taskvec/reuse/post_pruning.hpp>
+#include <taskvec/select/sparse.hpp>
+#include <taskvec/select/thresholds.hpp>
+#include <taskvec/select/top_k.hpp>

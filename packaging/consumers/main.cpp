@@ -1,16 +1,20 @@
-// The same program for every way of using taskvec: prints the version that it was built with.
+// The same program for every way of using taskvec: merges two small models and prints the version that it was built with.
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/taskvec.hpp>
 
-#include <cstdio>
-
 #if defined(WITH_IO)
-#include <nlohmann/json.hpp>
+#include <taskvec/io/safetensors.hpp>
 #endif
+
+#include <cstdio>
+#include <vector>
 
 int main()
 {
-    const auto bits = taskvec::f32_to_bf16(1.0f);
-    std::printf("taskvec %d.%d.%d: 1.0 is 0x%04x in bf16\n", TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_VERSION_PATCH, unsigned{bits});
-    return bits == 0x3f80 ? 0 : 1;
+    const std::vector<float> base{1, 1};
+    const std::vector<std::vector<float>> tasks{{3, 1}, {1, 5}};
+    std::vector<float> merged(2);
+    taskvec::merge(taskvec::cpu{.threads = 1}, taskvec::task_arithmetic_options{.lambda = 0.5}, base, tasks, merged);
+    std::printf("taskvec %d.%d.%d: %g %g\n", TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_VERSION_PATCH, merged[0], merged[1]);
+    return merged == std::vector<float>{2, 3} ? 0 : 1;
 }
