@@ -5,6 +5,7 @@
 #include <taskvec/arithmetic/aligned_models.hpp>
 #include <taskvec/arithmetic/block.hpp>
 #include <taskvec/arithmetic/reduce.hpp>
+#include <taskvec/arithmetic/task_vector.hpp>
 #include <taskvec/backend/kernels.hpp>
 #include <taskvec/backend/linalg.hpp>
 #include <taskvec/backend/parallel.hpp>
