@@ -355,7 +355,7 @@ struct safetensors_layout {
         }
         if (bit_count % 8 != 0) { raise<invalid_argument>(message("tensor '", spec.name, "' of dtype ", name(spec.dtype), " does not fill whole bytes")); }
         json += ',' + json_string(spec.name) + ":{\"dtype\":\"" + std::string(name(spec.dtype)) + "\",\"shape\":[";
-        for (std::size_t i = 0; i < spec.shape.size(); ++i) { json += (i ? "," : "") + std::to_string(spec.shape[i]); }
+        for (std::size_t i = 0; i < spec.shape.size(); ++i) { json += message(i ? "," : "", spec.shape[i]); }
         json += "],\"data_offsets\":[" + std::to_string(at) + ',' + std::to_string(end) + "]}";
         layout.offsets[index] = at;
         at = end;

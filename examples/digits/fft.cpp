@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "fft.hpp"
+
+#include "checkpoints.hpp"
+#include "figures.hpp"
+#include "merging.hpp"
+#include "train.hpp"
+
+#include <taskvec/merge/average.hpp>
+#include <taskvec/merge/task_arithmetic.hpp>
+#include <taskvec/merge/ties.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+
+namespace digits {
+namespace {
+
+constexpr std::size_t one_model = encoder::size();
+const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES"};
+
+double validated(const encoder& model, const setting& s)
+{
+    return mean(evaluate(model, s.base.head, s.validation));
+}
+
+/// The tuned merges of one seed.
+struct tuned {
+    encoder model;
+    double lambda = 0, density = 0;
+};
+
+choice<tuned> tuned_task_arithmetic(const setting& s, const std::vector<encoder>& models)
+{
+    choice<tuned> best;
+    for (const double lambda : grid(0.05, 1.0, 0.05)) {
+        const encoder model = merged(taskvec::task_arithmetic_options{.lambda = lambda}, s.base.body, models);
+        best.offer({model, lambda, 0}, validated(model, s));
+    }
+    return best;
+}
+
+choice<tuned> tuned_ties(const setting& s, const std::vector<encoder>& models)
+{
+    choice<tuned> best;
+    for (const double density : {0.1, 0.2, 0.3}) {
+        for (const double lambda : grid(0.1, 2.0, 0.1)) {
+            const encoder model = merged(taskvec::ties_options{.density = density, .lambda = lambda}, s.base.body, models);
+            best.offer({model, lambda, density}, validated(model, s));
+        }
+    }
+    return best;
+}
+
+/// Each task as it is served: its delta is switched on in the live weights, and off again for the next task.
+scores served(const reused& compressed, const setting& s)
+{
+    const taskvec::cpu policy{.threads = 1};
+    encoder live = compressed.shared;
+    scores accuracies{};
+    for (std::size_t task = 0; task < tasks; ++task) {
+        const taskvec::saved_words saved = taskvec::apply(policy, compressed.deltas[task], live.model());
+        accuracies[task] = accuracy(live, s.base.head, s.test[task]);
+        taskvec::undo(policy, compressed.deltas[task], saved, live.model());
+    }
+    return accuracies;
+}
+
+} // namespace
+
+const std::vector<double>& table_densities()
+{
+    static const std::vector<double> densities{0.01, 0.05, 0.10, 0.20};
+    return densities;
+}
+
+const std::vector<double>& curve_densities()
+{
+    static const std::vector<double> densities{0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.30, 0.50, 1.0};
+    return densities;
+}
+
+std::string with_density(std::string_view method, double density)
+{
+    char buffer[64];
+    std::snprintf(buffer, sizeof buffer, "%.*s (%g%%)", static_cast<int>(method.size()), method.data(), 100.0 * density);
+    return buffer;
+}
+
+std::vector<encoder> fine_tune_all(const setting& s)
+{
+    std::vector<encoder> models;
+    for (std::size_t task = 0; task < tasks; ++task) { models.push_back(fine_tune(s.base, s.train[task], s.seed, task_names[task])); }
+    return models;
+}
+
+void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, fft_results& results)
+{
+    const std::vector<encoder> models = fine_tune_all(s);
+    const auto add = [&](std::string_view method, const encoder& model) { results.methods.add(method, one_model, evaluate(model, s.base.head, s.test)); };
+
+    add("Pre-Trained", s.base.body);
+    results.methods.add("Single-Task", tasks * one_model, evaluate(models, s.base.head, s.test));
+    const encoder averaged = merged(taskvec::average_options{}, s.base.body, models);
+    add("Average", averaged);
+    const auto arithmetic = tuned_task_arithmetic(s, models);
+    add("Task Arithmetic", arithmetic.best.model);
+    const auto elected = tuned_ties(s, models);
+    add("TIES", elected.best.model);
+    results.chosen += taskvec::message(
+        "seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ", elected.best.lambda, " density ", elected.best.density, "\n");
+
+    const auto reuse = [&](std::string_view method, auto&& compress) {
+        for (const double density : curve_densities()) {
+            const reused compressed = compress(density);
+            const scores accuracies = served(compressed, s);
+            const std::string name = with_density(method, density);
+            results.curve.add(name, compressed.parameters(), accuracies);
+            if (std::ranges::find(table_densities(), density) != table_densities().end()) { results.methods.add(name, compressed.parameters(), accuracies); }
+        }
+    };
+    const taskvec::task_arithmetic_options shared{.lambda = arithmetic.best.lambda};
+    reuse("Post-Pruning", [&](double density) { return post_pruned(s.base.body, models, density); });
+    reuse("PERU-FFT", [&](double density) { return peru(shared, s.base.body, models, density); });
+
+    if (out) {
+        save(s.base.body, *out / "base.safetensors");
+        save_head(s.base.head, *out / "head.safetensors");
+        for (std::size_t task = 0; task < tasks; ++task) { save(models[task], *out / taskvec::message(task_names[task], ".safetensors")); }
+        save(averaged, *out / "merged-average.safetensors");
+        save(arithmetic.best.model, *out / "merged-task-arithmetic.safetensors");
+        save(elected.best.model, *out / "merged-ties.safetensors");
+        save(peru(shared, s.base.body, models, 0.10), *out / "peru-fft");
+    }
+}
+
+void write_fft(const fft_results& results, const std::filesystem::path& out)
+{
+    results.methods.write_csv(out / "fft.csv");
+    std::string csv = "m%,Post-Pruning,PERU-FFT,Post-Pruning #params,PERU-FFT #params\n";
+    plot::curve by_pruning{.label = "Post-Pruning", .x = {}, .y = {}}, by_peru{.label = "PERU-FFT", .x = {}, .y = {}};
+    for (const double density : curve_densities()) {
+        const row &pruned = results.curve[with_density("Post-Pruning", density)], &peru = results.curve[with_density("PERU-FFT", density)];
+        csv +=
+            taskvec::message(100 * density, ',', percent(pruned.average()), ',', percent(peru.average()), ',', pruned.parameters, ',', peru.parameters, '\n');
+        by_pruning.x.push_back(100 * density);
+        by_pruning.y.push_back(100 * pruned.average());
+        by_peru.x.push_back(100 * density);
+        by_peru.y.push_back(100 * peru.average());
+    }
+    write_text(out / "accuracy-against-m.csv", csv);
+
+    plot::line_chart chart{.title = "Reusing eight fine-tuned models: accuracy against the share of entries kept",
+        .x_label = "m: entries kept for each task, percent",
+        .y_label = "test accuracy, percent, mean of eight tasks",
+        .curves = {by_peru, by_pruning},
+        .log_x = true,
+        .x_ticks = {0.25, 0.5, 1, 2, 5, 10, 20, 50, 100}};
+    for (const char* method : {"Single-Task", "TIES", "Task Arithmetic", "Pre-Trained"}) {
+        chart.curves.push_back(level(method, 100 * results.methods[method].average(), by_peru.x.front(), by_peru.x.back()));
+    }
+    draw(chart, out / "accuracy-against-m.svg");
+}
+
+std::vector<claim> fft_claims(const fft_results& results)
+{
+    const table& t = results.methods;
+    const double pre_trained = t["Pre-Trained"].average(), single = t["Single-Task"].average(), best = t.best(merges);
+    double worst = 1;
+    for (const auto method : merges) { worst = std::min(worst, t[method].average()); }
+    const auto pruned = [&](double m) { return t[with_density("Post-Pruning", m)].average(); };
+    const auto peru = [&](double m) { return t[with_density("PERU-FFT", m)].average(); };
+    const auto against = [](std::string_view a, double x, std::string_view b, double y) {
+        return taskvec::message(a, " ", percent(x), ", ", b, " ", percent(y), " (", points(x - y), ")");
+    };
+
+    std::vector<claim> claims;
+    claims.push_back({"every merge is better than the pre-trained model", worst > pre_trained, against("worst merge", worst, "Pre-Trained", pre_trained)});
+    claims.push_back({"no merge comes near the single-task models", best < single - 0.05, against("best merge", best, "Single-Task", single)});
+    claims.push_back({"Task Arithmetic is better than Average", t["Task Arithmetic"].average() > t["Average"].average(),
+        against("Task Arithmetic", t["Task Arithmetic"].average(), "Average", t["Average"].average())});
+    claims.push_back({"TIES is better than Task Arithmetic", t["TIES"].average() > t["Task Arithmetic"].average(),
+        against("TIES", t["TIES"].average(), "Task Arithmetic", t["Task Arithmetic"].average())});
+    claims.push_back(
+        {"Post-Pruning (10%) is far above every merge", pruned(0.10) > best + 0.05, against("Post-Pruning (10%)", pruned(0.10), "best merge", best)});
+    claims.push_back({"PERU-FFT (1%) is already above every merge", peru(0.01) > best, against("PERU-FFT (1%)", peru(0.01), "best merge", best)});
+    claims.push_back(
+        {"PERU-FFT (10%) is close to the single-task models", single - peru(0.10) <= 0.03, against("PERU-FFT (10%)", peru(0.10), "Single-Task", single)});
+    for (const double m : table_densities()) {
+        claims.push_back({taskvec::message("PERU-FFT is above Post-Pruning at m = ", 100 * m, "%"), peru(m) > pruned(m),
+            against("PERU-FFT", peru(m), "Post-Pruning", pruned(m))});
+    }
+    return claims;
+}
+
+} // namespace digits

@@ -1,0 +1,45 @@
+// The fully fine-tuned half of the digits example: the first paper's table, its curve over m, and its claims.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "claims.hpp"
+#include "setting.hpp"
+#include "table.hpp"
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace digits {
+
+/// Collected over seeds.
+struct fft_results {
+    table methods{"Full fine-tuning: test accuracy in percent"};
+    /// Post-Pruning and PERU-FFT at every density of the curve, rows named like those of `methods`.
+    table curve{"Accuracy against m"};
+    /// The chosen hyperparameters, a line for each seed.
+    std::string chosen;
+};
+
+/// The densities of the table, and those of the curve.
+[[nodiscard]] const std::vector<double>& table_densities();
+[[nodiscard]] const std::vector<double>& curve_densities();
+
+/// "Post-Pruning (10%)"
+[[nodiscard]] std::string with_density(std::string_view method, double density);
+
+/// One model per task, fully fine-tuned from the same base.
+std::vector<encoder> fine_tune_all(const setting& s);
+
+/// Trains, merges and measures for one seed. Checkpoints and deltas go to `out`, if given.
+void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, fft_results& results);
+
+/// Tables and curve as CSV, the curve as SVG.
+void write_fft(const fft_results& results, const std::filesystem::path& out);
+
+/// What this run says about the first paper's claims on full fine-tuning.
+std::vector<claim> fft_claims(const fft_results& results);
+
+} // namespace digits
