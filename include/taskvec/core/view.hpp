@@ -68,8 +68,19 @@ struct view_traits<view<T, S>> {
 template <class T, memory_space S>
 struct view_traits<const view<T, S>> : view_traits<view<T, S>> { };
 
+namespace detail {
+/// Something with a shape of its own: its elements need not lie row-major in one run. interop/ knows how it becomes a view.
 template <class X>
-    requires std::ranges::contiguous_range<X> && std::ranges::sized_range<X> && storage_element<std::ranges::range_value_t<X>>
+concept has_shape = requires(X& x)
+{ x.shape(); } || requires(X& x)
+{
+    x.rows();
+    x.cols();
+};
+} // namespace detail
+
+template <class X>
+    requires std::ranges::contiguous_range<X> && std::ranges::sized_range<X> && storage_element<std::ranges::range_value_t<X>> && (!detail::has_shape<X>)
 struct view_traits<X> {
     using element = std::remove_reference_t<std::ranges::range_reference_t<X>>;
     static constexpr host_view<element> get(X& x) noexcept { return {std::ranges::data(x), std::ranges::size(x)}; }
