@@ -36,7 +36,12 @@
 #include <taskvec/jvp/normalization.hpp>
 #include <taskvec/jvp/parameters.hpp>
 #include <taskvec/jvp/primal_tangent.hpp>
+#include <taskvec/lowrank/adapter.hpp>
+#include <taskvec/lowrank/extract.hpp>
 #include <taskvec/lowrank/factored_svd.hpp>
+#include <taskvec/lowrank/merge_adapters.hpp>
+#include <taskvec/lowrank/merge_phi.hpp>
+#include <taskvec/lowrank/merge_ties.hpp>
 #include <taskvec/lowrank/randomized_svd.hpp>
 #include <taskvec/lowrank/svd.hpp>
 #include <taskvec/merge/average.hpp>
@@ -51,3 +56,4 @@
 #include <taskvec/select/sparse.hpp>
 #include <taskvec/select/thresholds.hpp>
 #include <taskvec/select/top_k.hpp>
+#include <taskvec/reuse/peru_lora.hpp>

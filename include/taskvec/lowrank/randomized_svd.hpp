@@ -48,16 +48,6 @@ template <class T>
     return q;
 }
 
-/// The first `count` columns of a column-major matrix.
-template <class T>
-[[nodiscard]] matrix<T> left_part(matrix<T> x, std::size_t count)
-{
-    if (count == x.cols()) { return x; }
-    matrix<T> part(x.rows(), count);
-    std::copy_n(x.data(), part.size(), part.data());
-    return part;
-}
-
 } // namespace detail
 
 /// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types converted
@@ -158,5 +148,25 @@ template <storage_element S>
         return result;
     }
 }
+
+/// randomized_svd() as a way to decompose layers, for algorithms that take one.
+struct decompose_randomized {
+    std::size_t oversampling = 10;
+    std::size_t power_iterations = 2;
+    std::uint64_t seed = 0;
+
+    template <arithmetic_element T>
+    [[nodiscard]] svd_result<T> operator()(const cpu& policy, matrix_view<const T> a, const rank_choice& choice, std::string_view name) const
+    {
+        return randomized_svd<T>(policy, a,
+            {.rank = choice.rank,
+                .energy = choice.energy,
+                .clamp = choice.clamp,
+                .oversampling = oversampling,
+                .power_iterations = power_iterations,
+                .seed = seed,
+                .name = name});
+    }
+};
 
 } // namespace taskvec::inline TASKVEC_ABI

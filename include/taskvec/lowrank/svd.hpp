@@ -112,6 +112,16 @@ template <storage_element T>
     return x.view().left_columns(count);
 }
 
+/// The first `count` columns of a column-major matrix.
+template <class T>
+[[nodiscard]] matrix<T> left_part(matrix<T> x, std::size_t count)
+{
+    if (count == x.cols()) { return x; }
+    matrix<T> part(x.rows(), count);
+    std::copy_n(x.data(), part.size(), part.data());
+    return part;
+}
+
 } // namespace detail
 
 /// ‖A − u·diag(sigma)·vᵀ‖²_F computed entry by entry, block by block: exact to rounding, whatever the factors are.
