@@ -101,6 +101,9 @@ public:
         if (values != row(t)) { std::memcpy(row(t), values, size_ * sizeof(A)); }
         return row(t);
     }
+    /// The same elements of an operand that lies beside the models, as a method's statistics do: in place or in `out`, a row of
+    /// its own. `largest` receives their largest magnitude bits: whoever reads them reports NaN and infinity.
+    const A* beside(const aligned_tensor::operand& from, A* out, bits_type<A>& largest) { return load(from, out, largest); }
     /// Row of task t. Rows of tasks and scratch rows are consecutive, block_size apart.
     [[nodiscard]] A* row(std::size_t t) noexcept { return rows_.data() + (1 + t) * block_size; }
     [[nodiscard]] A* scratch(std::size_t i) noexcept { return row(task_count() + i); }
@@ -122,14 +125,21 @@ private:
 
     const A* load(const aligned_tensor::operand& from, A* out)
     {
+        bits_type<A> largest = 0;
+        const A* const values = load(from, out, largest);
+        note(largest);
+        return values;
+    }
+    const A* load(const aligned_tensor::operand& from, A* out, bits_type<A>& largest)
+    {
         return detail::with_elements(from, offset_, size_, raw(), [&]<class T>(const T* values) -> const A* {
             if constexpr (std::same_as<T, A>) {
                 if (static_cast<const void*>(values) != raw()) {
-                    note(kernels::largest_magnitude(values, size_));
+                    largest = kernels::largest_magnitude(values, size_);
                     return values;
                 }
             }
-            note(kernels::widen(values, out, size_));
+            largest = kernels::widen(values, out, size_);
             return out;
         });
     }

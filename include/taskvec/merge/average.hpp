@@ -12,6 +12,9 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     merge(cpu{}, average_options{.weights = {0.25, 0.75}}, tasks, out);
 struct average_options {
     std::vector<double> weights{};
+
+    /// WiSE-FT (Wortsman et al. 2022) over {θ0, θ1}: (1−α)·θ0 + α·θ1.
+    [[nodiscard]] static average_options wise_ft(double alpha) { return {{1 - alpha, alpha}}; }
 };
 
 template <>

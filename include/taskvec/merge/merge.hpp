@@ -1,9 +1,10 @@
-// merge(): one walk over aligned models that writes the merged model, for every elementwise method.
+// merge(): one walk over aligned models that writes the merged model, for every method.
 // SPDX-License-Identifier: Apache-2.0
 //
 // A method is an options struct (average_options, ties_options, …) with a detail::merger<Options> beside it, which
 // makes the passes that must come first (thresholds, norms) in its constructor and then merges one block at a time.
-// Adding a method is adding those two.
+// Adding a method is adding those two. A method that is not elementwise (RegMean) has write(policy, models, sink) in place of
+// the call for a block.
 #pragma once
 
 #include <taskvec/arithmetic/block.hpp>
@@ -47,7 +48,7 @@ class merger;
 
 } // namespace detail
 
-/// The options of an elementwise merge method.
+/// The options of a merge method.
 template <class Options>
 concept merge_method = requires(const cpu& policy, const aligned_models& models, const Options& options)
 {
@@ -75,9 +76,16 @@ inline void check_factor(double value, std::string_view what)
     if (!std::isfinite(value)) { raise<invalid_argument>(message(what, " is not finite")); }
 }
 
+/// Memory that a method reads beside the models (the statistics of a tensor, say), for the check of aliases.
+struct companion {
+    std::size_t tensor = 0;
+    const std::byte* data = nullptr;
+    std::size_t bytes = 0;
+};
+
 /// Outputs must not overlap inputs, except that a method which reads each element for the last time before it writes
-/// it may work in place.
-inline void check_aliases(const aligned_models& models, tensor_sink& out, bool in_place)
+/// it may work in place. What lies beside the models may never be overwritten.
+inline void check_aliases(const aligned_models& models, tensor_sink& out, bool in_place, std::span<const companion> companions = {})
 {
     struct range {
         const std::byte *begin, *end;
@@ -98,22 +106,23 @@ inline void check_aliases(const aligned_models& models, tensor_sink& out, bool i
                 message("the outputs '", models.tensors()[written[i - 1].tensor].name, "' and '", models.tensors()[written[i].tensor].name, "' share memory"));
         }
     }
-    const auto check = [&](const aligned_tensor::operand& input, std::size_t index) {
-        if (!input.data) { return; }
-        const auto& tensor = models.tensors()[index];
-        const std::byte* const end = input.data + byte_count(input.dtype, tensor.size);
-        auto place = std::lower_bound(written.begin(), written.end(), input.data, [](const range& r, const std::byte* p) { return !std::less<>()(p, r.end); });
+    const auto check = [&](const std::byte* begin, std::size_t bytes, std::size_t index, bool replaceable) {
+        if (!begin || bytes == 0) { return; }
+        const std::byte* const end = begin + bytes;
+        auto place = std::lower_bound(written.begin(), written.end(), begin, [](const range& r, const std::byte* p) { return !std::less<>()(p, r.end); });
         if (place == written.end() || !std::less<>()(place->begin, end)) { return; }
-        const bool same = place->tensor == index && place->begin == input.data && place->end == end;
-        if (!same || !in_place) {
-            raise<invalid_argument>(message("the output '", models.tensors()[place->tensor].name, "' shares memory with the input '", tensor.name,
-                "': this method cannot work in place there; give it memory of its own"));
+        const bool same = place->tensor == index && place->begin == begin && place->end == end;
+        if (!same || !replaceable) {
+            raise<invalid_argument>(message("the output '", models.tensors()[place->tensor].name, "' shares memory with the input '",
+                models.tensors()[index].name, "': this method cannot work in place there; give it memory of its own"));
         }
     };
     for (std::size_t i = 0; i < models.tensors().size(); ++i) {
-        check(models.tensors()[i].base, i);
-        for (const auto& task : models.tensors()[i].tasks) { check(task, i); }
+        const auto& tensor = models.tensors()[i];
+        check(tensor.base.data, byte_count(tensor.base.dtype, tensor.size), i, in_place);
+        for (const auto& task : tensor.tasks) { check(task.data, byte_count(task.dtype, tensor.size), i, in_place); }
     }
+    for (const auto& beside : companions) { check(beside.data, beside.bytes, beside.tensor, false); }
 }
 
 /// Writes the tensors that take no part.
@@ -217,6 +226,30 @@ void merge_chunks(const cpu& policy, const aligned_models& models, const Merger&
     });
 }
 
+/// The walk of an elementwise method, and a second one over what a majority changed.
+template <class Merger>
+void merge_elementwise(const cpu& policy, const aligned_models& models, Merger& method, tensor_sink& out, merge_report& report)
+{
+    std::vector<std::size_t> chunks(models.chunks().size());
+    for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
+    std::vector<merge_tally> tallies(chunks.size());
+    merge_chunks(policy, models, method, chunks, out, tallies, "merge");
+    if constexpr (requires { method.settle(models, std::as_const(tallies)); }) {
+        const std::vector<std::size_t> again = method.settle(models, std::as_const(tallies));
+        if (!again.empty()) {
+            std::vector<merge_tally> redone(again.size());
+            merge_chunks(policy, models, method, again, out, redone, "settle");
+            for (std::size_t i = 0; i < again.size(); ++i) { tallies[again[i]] = std::move(redone[i]); }
+        }
+    }
+    for (const auto& tally : tallies) {
+        report.kept.resize(std::max(report.kept.size(), tally.kept.size()));
+        report.conflicting.resize(std::max(report.conflicting.size(), tally.conflicting.size()));
+        for (std::size_t t = 0; t < tally.kept.size(); ++t) { report.kept[t] += tally.kept[t]; }
+        for (std::size_t t = 0; t < tally.conflicting.size(); ++t) { report.conflicting[t] += tally.conflicting[t]; }
+    }
+}
+
 /// Norms of the merged model as it was stored, read back where the sink has memory.
 inline void add_norms(const cpu& policy, const aligned_models& merged_and_base, merge_report& report)
 {
@@ -248,27 +281,14 @@ merge_report merge(const cpu& policy, const Options& options, const aligned_mode
     if (method_type::needs_base && !models.has_base()) { raise<invalid_argument>("this merge method needs a base model"); }
     detail::check_aliases(models, out, method_type::in_place);
     method_type method(policy, models, options);
-    std::vector<std::size_t> chunks(models.chunks().size());
-    for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
-    std::vector<detail::merge_tally> tallies(chunks.size());
-    detail::merge_chunks(policy, models, method, chunks, out, tallies, "merge");
-    if constexpr (requires { method.settle(models, std::as_const(tallies)); }) {
-        const std::vector<std::size_t> again = method.settle(models, std::as_const(tallies));
-        if (!again.empty()) {
-            std::vector<detail::merge_tally> redone(again.size());
-            detail::merge_chunks(policy, models, method, again, out, redone, "settle");
-            for (std::size_t i = 0; i < again.size(); ++i) { tallies[again[i]] = std::move(redone[i]); }
-        }
+    if constexpr (requires { method.companions(); }) { detail::check_aliases(models, out, method_type::in_place, method.companions()); }
+    merge_report report;
+    if constexpr (requires { method.write(policy, models, out); }) { method.write(policy, models, out); }
+    else {
+        detail::merge_elementwise(policy, models, method, out, report);
     }
     detail::copy_through(policy, models, out);
-    merge_report report;
     report.walks = method.walks() + 1;
-    for (const auto& tally : tallies) {
-        report.kept.resize(std::max(report.kept.size(), tally.kept.size()));
-        report.conflicting.resize(std::max(report.conflicting.size(), tally.conflicting.size()));
-        for (std::size_t t = 0; t < tally.kept.size(); ++t) { report.kept[t] += tally.kept[t]; }
-        for (std::size_t t = 0; t < tally.conflicting.size(); ++t) { report.conflicting[t] += tally.conflicting[t]; }
-    }
     return report;
 }
 
