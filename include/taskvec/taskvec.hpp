@@ -19,11 +19,11 @@
 #include <taskvec/core/sink.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/core/view.hpp>
-#include <taskvec/jvp/attention.hpp>
 #include <taskvec/interop/dlpack.hpp>
 #include <taskvec/interop/eigen.hpp>
 #include <taskvec/interop/mdspan.hpp>
 #include <taskvec/interop/xtensor.hpp>
+#include <taskvec/jvp/attention.hpp>
 #include <taskvec/jvp/dual.hpp>
 #include <taskvec/jvp/elementwise.hpp>
 #include <taskvec/jvp/embedding.hpp>
