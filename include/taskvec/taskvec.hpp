@@ -51,6 +51,8 @@
 #include <taskvec/merge/model_stock.hpp>
 #include <taskvec/merge/sign_election.hpp>
 #include <taskvec/merge/slerp.hpp>
+#include <taskvec/merge/merge.hpp>
+#include <taskvec/merge/sign_election.hpp>
 #include <taskvec/merge/task_arithmetic.hpp>
 #include <taskvec/merge/ties.hpp>
 #include <taskvec/reuse/parameter_count.hpp>
