@@ -58,8 +58,6 @@
 #include <taskvec/merge/model_stock.hpp>
 #include <taskvec/merge/sign_election.hpp>
 #include <taskvec/merge/slerp.hpp>
-#include <taskvec/merge/merge.hpp>
-#include <taskvec/merge/sign_election.hpp>
 #include <taskvec/merge/task_arithmetic.hpp>
 #include <taskvec/merge/ties.hpp>
 #include <taskvec/reuse/parameter_count.hpp>
