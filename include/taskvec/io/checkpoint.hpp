@@ -248,10 +248,16 @@ public:
         writers_[plan_.shard_of[index]]->write(place_[index], offset, data, size);
     }
 
-    void commit()
+    /// Forces all files to disk, so that commit() only renames.
+    void finish()
     {
         for (auto& writer : writers_) { writer->finish(); }
         if (index_) { index_->finish(); }
+    }
+    /// Gives the files their names; see above for the order.
+    void commit()
+    {
+        finish();
         for (auto& writer : writers_) { writer->commit(false); }
         if (mode_ == durability::synchronised) { detail::synchronise_directory(directory_); }
         if (index_) { index_->commit(); }
@@ -268,11 +274,17 @@ public:
 
     /// The files' names, in shard order.
     [[nodiscard]] const std::vector<std::string>& names() const noexcept { return names_; }
-    /// The temporary files, for whoever must remove them when no destructor can run.
-    [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
+    /// The shards' temporary names, for whoever reads them back between finish() and commit().
+    [[nodiscard]] std::vector<std::filesystem::path> shard_temporaries() const
     {
         std::vector<std::filesystem::path> result;
         for (const auto& writer : writers_) { result.push_back(writer->temporary()); }
+        return result;
+    }
+    /// All temporary files, for whoever must remove them when no destructor can run.
+    [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
+    {
+        auto result = shard_temporaries();
         if (index_) { result.push_back(index_->temporary()); }
         return result;
     }

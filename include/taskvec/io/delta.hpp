@@ -127,6 +127,14 @@ public:
     /// Gives the file its name.
     void commit() { file().commit(); }
     [[nodiscard]] const std::filesystem::path& target() const noexcept { return path_; }
+    /// What begin() was told.
+    [[nodiscard]] const std::vector<part>& parts() const noexcept { return parts_; }
+    [[nodiscard]] std::uint64_t kept() const noexcept
+    {
+        std::uint64_t total = 0;
+        for (const auto& part : parts_) { total += part.kept; }
+        return total;
+    }
     /// The name that the file has until commit(); empty before begin().
     [[nodiscard]] std::filesystem::path temporary() const { return file_ ? file_->temporary() : std::filesystem::path(); }
     [[nodiscard]] std::uint64_t file_size() const noexcept { return file_ ? file_->file_size() : 0; }

@@ -1,0 +1,154 @@
+// taskvec prune, apply and peru-fft, against plain loops.
+// SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include <taskvec/io/delta.hpp>
+
+#include <nlohmann/json.hpp>
+
+using namespace tools_test;
+
+namespace {
+
+struct models {
+    scratch folder;
+    values_model base = sample_base(), first = sample_task(base, 20), second = sample_task(base, 21);
+
+    models()
+    {
+        write_values(folder / "base.safetensors", base);
+        write_values(folder / "first.safetensors", first);
+        write_values(folder / "second.safetensors", second);
+    }
+};
+
+/// A base plus the kept entries of a task vector.
+values_model pruned(const values_model& base, const values_model& task, double density, float scale = 1)
+{
+    auto vector = task_vector(base, task);
+    keep_top(vector, density);
+    return add_scaled(base, vector, scale);
+}
+
+} // namespace
+
+TEST_CASE("prune and apply equal plain loops")
+{
+    const models m;
+    for (const std::string density : {"0.1", "0.01", "1", "0.0001"}) {
+        REQUIRE(
+            run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--density", density, "--out", "d.safetensors"}).code == 0);
+        REQUIRE(run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d.safetensors", "--out", "o.safetensors"}).code == 0);
+        CHECK(same(read_values(m.folder / "o.safetensors"), pruned(m.base, m.first, std::stod(density))));
+        REQUIRE(run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d.safetensors", "--scale", "-0.5", "--out", "o.safetensors"}).code == 0);
+        CHECK(same(read_values(m.folder / "o.safetensors"), pruned(m.base, m.first, std::stod(density), -0.5f)));
+    }
+    REQUIRE(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "default", "--report", "r.json"}).code == 0);
+    CHECK(taskvec::kept(taskvec::read_delta(m.folder / "default").tensors) == 471); // floor(0.1 * 4719)
+    const auto report = nlohmann::json::parse(slurp(m.folder / "r.json"));
+    CHECK(report["tasks"][0]["kept"] == 471);
+    std::uint64_t total = 0;
+    for (const auto& tensor : report["tensors"]) { total += tensor["kept"].get<std::uint64_t>(); }
+    CHECK(total == 471);
+    CHECK(report["bytes_written"] == std::filesystem::file_size(m.folder / "default"));
+}
+
+TEST_CASE("apply works in place, into a directory and into shards")
+{
+    const models m;
+    REQUIRE(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}).code == 0);
+    const auto expected = pruned(m.base, m.first, 0.1);
+    REQUIRE(run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d", "--out", "sharded", "--shard-size", "3000"}).code == 0);
+    CHECK(std::filesystem::exists(m.folder / "sharded/model.safetensors.index.json"));
+    REQUIRE(run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d", "--out", "base.safetensors"}).code == 0);
+    CHECK(same(read_values(m.folder / "base.safetensors"), expected));
+    const auto again = run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d", "--out", "base.safetensors"});
+    CHECK(again.code == 1); // the base is no longer the one that the delta was made for
+    CHECK(again.err.find("fingerprint") != std::string::npos);
+    CHECK(same(read_values(m.folder / "base.safetensors"), expected));
+}
+
+TEST_CASE("peru-fft: the merge, and for each task what prune makes of it")
+{
+    const models m;
+    for (const std::string method : {"task-arithmetic", "ties", "average"}) {
+        const auto result = run(m.folder,
+            {"peru-fft", "--method", method, "--base", "base.safetensors", "--task", "first.safetensors", "--task", "second.safetensors", "--density", "0.05",
+                "--out", "reuse", "--report", "r.json"});
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        CHECK(scratch::names_in(m.folder / "reuse") == std::set<std::string>{"first.delta.safetensors", "merged.safetensors", "second.delta.safetensors"});
+        REQUIRE(
+            run(m.folder,
+                {"merge", "--method", method, "--base", "base.safetensors", "--task", "first.safetensors", "--task", "second.safetensors", "--out", "merged"})
+                .code
+            == 0);
+        CHECK(slurp(m.folder / "reuse/merged.safetensors") == slurp(m.folder / "merged"));
+        const auto merged = read_values(m.folder / "merged");
+        for (const auto& [name, task] : std::map<std::string, const values_model*>{{"first", &m.first}, {"second", &m.second}}) {
+            REQUIRE(run(m.folder, {"prune", "--base", "merged", "--task", name + ".safetensors", "--density", "0.05", "--out", "d"}).code == 0);
+            CHECK(slurp(m.folder / "d") == slurp(m.folder / ("reuse/" + name + ".delta.safetensors")));
+            REQUIRE(run(m.folder, {"apply", "--base", "reuse/merged.safetensors", "--delta", "reuse/" + name + ".delta.safetensors", "--out", "o"}).code == 0);
+            CHECK(same(read_values(m.folder / "o"), pruned(merged, *task, 0.05)));
+        }
+        const auto report = nlohmann::json::parse(slurp(m.folder / "r.json"));
+        CHECK(report["tasks"][1]["stored"] == 235); // floor(0.05 * 4719)
+        CHECK(report["parameters"] == 4719 + 2 * 235);
+    }
+    // --density is the residual's, --merge-density the merge's.
+    REQUIRE(
+        run(m.folder, {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--merge-density", "0.7", "--out", "r2"})
+            .code
+        == 0);
+    REQUIRE(
+        run(m.folder, {"merge", "--method", "ties", "--density", "0.7", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "merged"}).code
+        == 0);
+    CHECK(slurp(m.folder / "r2/merged.safetensors") == slurp(m.folder / "merged"));
+    CHECK(taskvec::kept(taskvec::read_delta(m.folder / "r2/first.delta.safetensors").tensors) == 471);
+}
+
+TEST_CASE("bad deltas and bad options: one line, exit code 1, nothing written")
+{
+    const models m;
+    REQUIRE(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}).code == 0);
+    auto damaged = slurp(m.folder / "d");
+    spill(m.folder / "short", damaged.substr(0, damaged.size() - 1));
+    auto nan = m.base;
+    nan["scale"].values[0] = std::numeric_limits<float>::quiet_NaN();
+    write_values(m.folder / "nan.safetensors", nan);
+    const auto names = m.folder.names();
+    const std::vector<std::pair<std::vector<std::string>, std::string>> cases{
+        {{"apply", "--base", "second.safetensors", "--delta", "d", "--out", "o"}, "fingerprint"},
+        {{"apply", "--base", "base.safetensors", "--delta", "first.safetensors", "--out", "o"}, "is not a delta"},
+        {{"apply", "--base", "base.safetensors", "--delta", "short", "--out", "o"}, "short"},
+        {{"apply", "--base", "base.safetensors", "--delta", "absent", "--out", "o"}, "absent"},
+        {{"apply", "--base", "base.safetensors", "--delta", "d", "--scale", "nan", "--out", "o"}, "--scale"},
+        {{"prune", "--base", "base.safetensors", "--task", "nan.safetensors", "--out", "o"}, "'scale'"},
+        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--density", "0", "--out", "o"}, "--density is 0"},
+        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "base.safetensors"}, "must not replace"},
+        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "first.safetensors"}, "must not replace"},
+        {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "nan.safetensors", "--out", "o"}, "'scale'"},
+        {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--merge-density", "7", "--out", "o"},
+            "--merge-density is 7"},
+        {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}, "d"},
+    };
+    const auto base = slurp(m.folder / "base.safetensors");
+    for (const auto& [arguments, part] : cases) {
+        const auto result = run(m.folder, arguments);
+        CAPTURE(result.err);
+        CHECK(result.code == 1);
+        CHECK(is_error_line(result.err));
+        CHECK(result.err.find(part) != std::string::npos);
+        CHECK(m.folder.names() == names);
+        CHECK(slurp(m.folder / "base.safetensors") == base);
+    }
+}
+
+TEST_CASE("dry runs write nothing")
+{
+    const models m;
+    const auto names = m.folder.names();
+    CHECK(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d", "--dry-run"}).code == 0);
+    CHECK(run(m.folder, {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "o", "--dry-run"}).code == 0);
+    CHECK(m.folder.names() == names);
+}

@@ -1,0 +1,110 @@
+// taskvec inspect, and what all verbs say about themselves.
+// SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include <nlohmann/json.hpp>
+
+using namespace tools_test;
+
+TEST_CASE("inspect lists tensors, totals and metadata")
+{
+    const scratch folder;
+    write_values(folder / "m.safetensors", sample_base(), {{"note", "line\nbreak"}});
+    const auto result = run(folder, {"inspect", "m.safetensors"});
+    CHECK(result.code == 0);
+    CHECK(result.err.empty());
+    for (const char* part :
+        {"layers.1.weight  BF16   [64, 65]  8,320\n", "layers.0.bias    F16    [31]         62\n", "scale            F32    []            4\n",
+            "5 tensors, 4,719 elements, 10,494 bytes (10.5 kB) in 1 file\n", "  format: pt\n", "  note: line\\x0abreak\n"}) {
+        CAPTURE(result.out);
+        CHECK(result.out.find(part) != std::string::npos);
+    }
+}
+
+TEST_CASE("inspect --json is what scripts rely on")
+{
+    const scratch folder;
+    write_values(folder / "m.safetensors", sample_base(), {{"note", "line\nbreak"}});
+    const auto result = run(folder, {"inspect", "--json", "m.safetensors"});
+    CHECK(result.code == 0);
+    const auto json = nlohmann::json::parse(result.out);
+    REQUIRE(json["tensors"].size() == 5);
+    CHECK(json["tensors"][2] == nlohmann::json{{"name", "layers.1.weight"}, {"dtype", "BF16"}, {"shape", {64, 65}}, {"bytes", 8320}});
+    CHECK(json["tensors"][3]["shape"].size() == 0);
+    CHECK(json["metadata"] == nlohmann::json{{"format", "pt"}, {"note", "line\nbreak"}});
+    spill(folder / "e.safetensors", safetensors_bytes("{}"));
+    CHECK(nlohmann::json::parse(run(folder, {"inspect", "e.safetensors", "--json"}).out)
+        == nlohmann::json{{"tensors", nlohmann::json::array()}, {"metadata", nlohmann::json::object()}});
+}
+
+TEST_CASE("inspect refuses what is malformed with one line and exit code 1")
+{
+    const scratch folder;
+    spill(folder / "short", "abc");
+    spill(folder / "text", "this is a text file, not a model");
+    spill(folder / "hole.safetensors", safetensors_bytes(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}})", "ab"));
+    spill(folder / "two\nlines", safetensors_bytes(R"({"a\nb":{"dtype":"U9","shape":[1],"data_offsets":[0,1]}})", "a"));
+    std::filesystem::create_directory(folder / "empty");
+    for (const char* name : {"short", "text", "hole.safetensors", "two\nlines", "empty", "missing", "/dev/null"}) {
+        const auto result = run(folder, {"inspect", name});
+        CAPTURE(result.err);
+        CHECK(result.code == 1);
+        CHECK(is_error_line(result.err));
+        CHECK(result.out.empty());
+    }
+    CHECK(run(folder, {"inspect", "hole.safetensors"}).err.find("tensor 'a' begins at byte 1 of the buffer; expected 0") != std::string::npos);
+}
+
+TEST_CASE("a full standard output is an error")
+{
+    const scratch folder;
+    write_values(folder / "m.safetensors", sample_base());
+    const auto command = std::string(TASKVEC_TOOL) + " inspect '" + (folder / "m.safetensors").string() + "' > /dev/full 2> /dev/null";
+    const int status = std::system(command.c_str());
+    CHECK(WEXITSTATUS(status) == 1);
+}
+
+TEST_CASE("every verb has help with an example, and the tool lists them all")
+{
+    const scratch folder;
+    const auto whole = run(folder, {"--help"});
+    CHECK(whole.code == 0);
+    for (const char* verb : {"inspect", "merge", "prune", "apply", "peru-fft", "similarity"}) {
+        CHECK(whole.out.find(std::string("\n  ") + verb + " ") != std::string::npos);
+        const auto help = run(folder, {verb, "--help"});
+        CHECK(help.code == 0);
+        CHECK(help.err.empty());
+        CHECK(help.out.find(std::string("Usage: taskvec ") + verb) != std::string::npos);
+        CHECK(help.out.find(std::string("Example:\n  taskvec ") + verb) != std::string::npos);
+    }
+    CHECK(run(folder, {"--version"}).out.starts_with("taskvec 0."));
+}
+
+TEST_CASE("wrong usage is exit code 2, one line on standard error, and a hint")
+{
+    const scratch folder;
+    write_values(folder / "m.safetensors", sample_base());
+    const std::vector<std::vector<std::string>> wrong{{}, {"nonsense"}, {"inspect"}, {"inspect", "m.safetensors", "extra"},
+        {"inspect", "--nonsense", "m.safetensors"}, {"merge"}, {"merge", "--method", "ties", "--task", "m.safetensors", "--out", "o"},
+        {"merge", "--method", "ties", "--base", "m.safetensors", "--out", "o"},
+        {"merge", "--method", "nonsense", "--base", "m.safetensors", "--task", "m.safetensors", "--out", "o"},
+        {"merge", "--method", "average", "--task", "m.safetensors"}, {"merge", "--method", "average", "--task", "=2", "--out", "o"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--lambda", "much"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--scope", "world"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--dtype", "f8"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--include", "("},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--shard-size", "5 bananas"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--memory", "-1"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--threads", "-1"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--device", "tpu"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--seed", "1.5"},
+        {"prune", "--base", "m.safetensors", "--task", "m.safetensors", "--task", "m.safetensors", "--out", "o"}};
+    for (const auto& arguments : wrong) {
+        const auto result = run(folder, arguments);
+        CAPTURE(result.err);
+        CHECK(result.code == 2);
+        CHECK(is_error_line(result.err));
+        CHECK(result.err.find("--help") != std::string::npos);
+        CHECK(folder.names() == std::set<std::string>{"m.safetensors"});
+    }
+}

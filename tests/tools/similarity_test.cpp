@@ -1,0 +1,102 @@
+// taskvec similarity.
+// SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include <sstream>
+
+using namespace tools_test;
+
+namespace {
+
+struct models {
+    scratch folder;
+    values_model base = sample_base();
+    std::vector<values_model> tasks{sample_task(base, 30), sample_task(base, 31), base};
+
+    models()
+    {
+        write_values(folder / "base.safetensors", base);
+        write_values(folder / "one.safetensors", tasks[0]);
+        write_values(folder / "b,\"q\".safetensors", tasks[1]);
+        write_values(folder / "same.safetensors", tasks[2]);
+    }
+    outcome compare(std::vector<std::string> more, const std::vector<std::string>& environment = {}) const
+    {
+        std::vector<std::string> arguments{
+            "similarity", "--base", "base.safetensors", "--task", "one.safetensors", "--task", "b,\"q\".safetensors", "--task", "same.safetensors"};
+        arguments.insert(arguments.end(), more.begin(), more.end());
+        return run(folder, arguments, environment);
+    }
+    double cosine(std::size_t a, std::size_t b) const
+    {
+        const auto x = task_vector(base, tasks[a]), y = task_vector(base, tasks[b]);
+        double xy = 0, xx = 0, yy = 0;
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            xy += static_cast<double>(x[i]) * y[i];
+            xx += static_cast<double>(x[i]) * x[i];
+            yy += static_cast<double>(y[i]) * y[i];
+        }
+        return xx * yy == 0 ? 0 : xy / std::sqrt(xx * yy);
+    }
+};
+
+} // namespace
+
+TEST_CASE("similarity prints a table and writes the matrix as CSV")
+{
+    const models m;
+    const auto result = m.compare({"--csv", "c.csv"});
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    CHECK(result.out.find("one") != std::string::npos);
+    std::istringstream csv(slurp(m.folder / "c.csv"));
+    std::string line;
+    std::getline(csv, line);
+    CHECK(line == "task,one,\"b,\"\"q\"\"\",same");
+    for (std::size_t r = 0; r < 3; ++r) {
+        std::getline(csv, line);
+        const std::string label = r == 0 ? "one," : r == 1 ? "\"b,\"\"q\"\"\"," : "same,";
+        REQUIRE(line.starts_with(label));
+        std::istringstream numbers(line.substr(label.size()));
+        for (std::size_t c = 0; c < 3; ++c) {
+            std::string number;
+            std::getline(numbers, number, ',');
+            CHECK(std::stod(number) == doctest::Approx(r == c && r < 2 ? 1.0 : m.cosine(r, c)).epsilon(1e-9));
+        }
+    }
+}
+
+TEST_CASE("similarity draws the matrix where gnuplot is, and says what to install where it is not")
+{
+    const models m;
+    const auto without = m.compare({"--csv", "c.csv", "--svg", "s.svg"}, {"PATH=/nonexistent"});
+    CHECK(without.code == 1);
+    CHECK(is_error_line(without.err));
+    CHECK(without.err.find("install gnuplot") != std::string::npos);
+    CHECK(std::filesystem::exists(m.folder / "c.csv")); // the numbers are there all the same
+    CHECK_FALSE(std::filesystem::exists(m.folder / "s.svg"));
+
+    if (std::system("command -v gnuplot > /dev/null 2>&1") != 0) {
+        MESSAGE("skipped: gnuplot is not installed");
+        return;
+    }
+    const auto with = m.compare({"--svg", "s.svg"});
+    CAPTURE(with.err);
+    REQUIRE(with.code == 0);
+    const auto svg = slurp(m.folder / "s.svg");
+    CHECK(svg.find("</svg>") != std::string::npos);
+    CHECK(svg.find("b,\"q\"") != std::string::npos);
+    CHECK(svg.find("1.00") != std::string::npos);
+}
+
+TEST_CASE("similarity refuses bad input")
+{
+    const models m;
+    auto other = m.base;
+    other.erase("scale");
+    write_values(m.folder / "lacks.safetensors", other);
+    const auto result = run(m.folder, {"similarity", "--base", "base.safetensors", "--task", "lacks.safetensors", "--csv", "c.csv"});
+    CHECK(result.code == 1);
+    CHECK(is_error_line(result.err));
+    CHECK_FALSE(std::filesystem::exists(m.folder / "c.csv"));
+}

@@ -1,0 +1,54 @@
+// A delta that is being written by a verb.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "merging.hpp"
+
+#include <taskvec/io/delta.hpp>
+#include <taskvec/reuse/post_pruning.hpp>
+
+#include <utility>
+
+namespace tool {
+
+/// delta_writer, with its temporary file known to whoever must remove it.
+class delta_output final : public taskvec::sparse_sink {
+public:
+    delta_output(const fs::path& path, std::uint64_t fingerprint)
+        : writer_(path, fingerprint)
+    { }
+    void begin(const taskvec::aligned_models& models, const std::vector<std::uint64_t>& kept) override
+    {
+        writer_.begin(models, kept);
+        guard_temporary(writer_.temporary());
+    }
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const float* values,
+        std::size_t n) override
+    {
+        writer_.write(tensor, first, from, to, indices, values, n);
+    }
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const double* values,
+        std::size_t n) override
+    {
+        writer_.write(tensor, first, from, to, indices, values, n);
+    }
+    [[nodiscard]] taskvec::delta_writer& writer() { return writer_; }
+
+private:
+    taskvec::delta_writer writer_;
+};
+
+/// Refuses an output that would replace one of the inputs by something else than a model.
+inline void check_not_input(const fs::path& out, const fs::path& input)
+{
+    std::error_code ignored;
+    if (fs::exists(out, ignored) && fs::equivalent(out, input, ignored)) {
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::message("--out '", out.string(), "' is one of the models that are read: a delta must not replace it"));
+    }
+}
+
+/// Reads of both models that post_pruning() needs on smooth data.
+inline constexpr unsigned pruning_walks = 3;
+
+} // namespace tool

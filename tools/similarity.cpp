@@ -1,0 +1,123 @@
+// taskvec similarity: cosines of task vectors.
+// SPDX-License-Identifier: Apache-2.0
+#include "merging.hpp"
+
+#include <taskvec/arithmetic/task_vector.hpp>
+
+#include <plot.hpp>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdio>
+
+namespace {
+
+std::string fixed_text(double value)
+{
+    char text[32];
+    std::snprintf(text, sizeof text, "%.4f", value);
+    return std::string_view(text) == "-0.0000" ? "0.0000" : text;
+}
+
+std::string csv_field(const std::string& text)
+{
+    if (text.find_first_of(",\"\r\n") == text.npos) { return text; }
+    std::string quoted = "\"";
+    for (const char c : text) { quoted += c == '"' ? std::string("\"\"") : std::string(1, c); }
+    return quoted + "\"";
+}
+
+std::string csv_of(const std::vector<std::string>& names, const std::vector<double>& cosines)
+{
+    std::string text = "task";
+    for (const auto& name : names) { text += "," + csv_field(name); }
+    text += "\n";
+    for (std::size_t r = 0; r < names.size(); ++r) {
+        text += csv_field(names[r]);
+        for (std::size_t c = 0; c < names.size(); ++c) {
+            char number[40];
+            const auto end = std::to_chars(number, number + sizeof number, cosines[r * names.size() + c]).ptr;
+            text += "," + std::string(number, end);
+        }
+        text += "\n";
+    }
+    return text;
+}
+
+std::string table_of(const std::vector<std::string>& names, const std::vector<double>& cosines)
+{
+    std::size_t label = 0;
+    for (const auto& name : names) { label = std::max(label, tool::text_width(tool::printable(name))); }
+    std::string text(label, ' ');
+    std::vector<std::size_t> widths;
+    for (const auto& name : names) {
+        widths.push_back(std::max<std::size_t>(7, tool::text_width(tool::printable(name))));
+        text += "  " + std::string(widths.back() - tool::text_width(tool::printable(name)), ' ') + tool::printable(name);
+    }
+    text += "\n";
+    for (std::size_t r = 0; r < names.size(); ++r) {
+        text += tool::printable(names[r]) + std::string(label - tool::text_width(tool::printable(names[r])), ' ');
+        for (std::size_t c = 0; c < names.size(); ++c) {
+            const auto value = fixed_text(cosines[r * names.size() + c]);
+            text += "  " + std::string(widths[c] - value.size(), ' ') + value;
+        }
+        text += "\n";
+    }
+    return text;
+}
+
+struct settings {
+    tool::merge_settings models;
+    std::string csv, svg;
+};
+
+void similarity(const settings& given)
+{
+    const tool::merge_inputs inputs(given.models, true);
+    tool::runner run(given.models.run, inputs.models().bytes());
+    if (given.models.run.dry_run) {
+        tool::print("would compare " + tool::counted(inputs.tasks().size(), "task vector") + "\n" + tool::describe(inputs));
+        return;
+    }
+    tool::report_file report(given.models.run.report);
+    const auto cosines = taskvec::cosine_matrix(run.policy(), inputs.models());
+    std::vector<std::string> names;
+    for (const auto& task : inputs.arguments()) { names.push_back(task.name); }
+    if (report.wanted()) {
+        const taskvec::merge_report done{.kept = {}, .conflicting = {}, .norms = {}, .walks = 1};
+        auto content = tool::report_of(run, given.models, inputs, done, 0);
+        content.erase("output");
+        content["cosines"] = nlohmann::ordered_json::array();
+        for (std::size_t r = 0; r < names.size(); ++r) {
+            content["cosines"].push_back(std::vector<double>(
+                cosines.begin() + static_cast<std::ptrdiff_t>(r * names.size()), cosines.begin() + static_cast<std::ptrdiff_t>((r + 1) * names.size())));
+        }
+        report.finish(content);
+    }
+    if (!given.csv.empty()) { taskvec::write_text_file(given.csv, csv_of(names, cosines)); }
+    report.commit();
+    tool::print(table_of(names, cosines));
+    if (!given.svg.empty()) {
+        plot::heat_map map{.title = "Cosine of task vectors", .columns = names, .rows = names};
+        for (std::size_t r = 0; r < names.size(); ++r) {
+            map.values.emplace_back(
+                cosines.begin() + static_cast<std::ptrdiff_t>(r * names.size()), cosines.begin() + static_cast<std::ptrdiff_t>((r + 1) * names.size()));
+        }
+        plot::write_svg(map, given.svg);
+    }
+}
+
+const tool::register_verb verb(100, [](CLI::App& app) {
+    auto* similarity_verb = app.add_subcommand("similarity", "Cosine similarity of task vectors, as a table, CSV or picture");
+    const auto given = std::make_shared<settings>();
+    similarity_verb->add_option("--base", given->models.base, "The pre-trained model that the tasks started from")->type_name("MODEL")->required();
+    similarity_verb->add_option("--task", given->models.tasks, "A fine-tuned model; repeat")->type_name("PATH")->required()->allow_extra_args(false);
+    similarity_verb->add_option("--csv", given->csv, "Also write the matrix as CSV")->type_name("FILE");
+    similarity_verb->add_option("--svg", given->svg, "Also draw the matrix (needs gnuplot)")->type_name("FILE");
+    tool::add_tensor_options(*similarity_verb, given->models);
+    tool::add_run_options(*similarity_verb, given->models.run);
+    similarity_verb->footer("Example:\n  taskvec similarity --base base.safetensors --task math.safetensors --task code.safetensors --svg cosines.svg");
+    similarity_verb->callback([given] { similarity(*given); });
+});
+
+} // namespace

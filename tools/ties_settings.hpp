@@ -1,0 +1,29 @@
+// TIES options from the command line: a preset, overridden by what was given.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "merging.hpp"
+
+#include <taskvec/merge/ties.hpp>
+
+namespace tool {
+
+[[nodiscard]] inline taskvec::ties_options ties_options_of(const merge_settings& settings, const merge_inputs& inputs)
+{
+    auto options = settings.semantics == "ties-merging" ? taskvec::ties_options::as_in_ties_merging()
+        : settings.semantics == "mergekit"              ? taskvec::ties_options::as_in_mergekit()
+        : settings.semantics == "peft"                  ? taskvec::ties_options::as_in_peft()
+                                                        : taskvec::ties_options{};
+    options.weights = inputs.weights();
+    if (settings.density) { options.density = *settings.density; }
+    if (settings.lambda) { options.lambda = *settings.lambda; }
+    if (settings.scope) { options.scope = *settings.scope == "tensor" ? taskvec::scope::tensor : taskvec::scope::model; }
+    if (settings.merge_weights) {
+        options.combine = *settings.merge_weights == "sum" ? taskvec::disjoint_merge::sum
+            : *settings.merge_weights == "max"             ? taskvec::disjoint_merge::max
+                                                           : taskvec::disjoint_merge::mean;
+    }
+    return options;
+}
+
+} // namespace tool

@@ -1,0 +1,162 @@
+// What the verbs of the command line share: their registry, arguments, models, outputs, progress and reports.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/policy.hpp>
+#include <taskvec/core/sink.hpp>
+#include <taskvec/io/checkpoint.hpp>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <nlohmann/json.hpp>
+
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace tool {
+
+namespace fs = std::filesystem;
+
+/// Wrong usage: exit code 2. Whatever else is wrong is a taskvec::error: exit code 1.
+class usage_error : public std::runtime_error {
+public:
+    using std::runtime_error::runtime_error;
+};
+
+/// A verb adds its subcommand to the command line; its callback does the work. Each tools/<verb>.cpp registers itself:
+///
+///     const tool::register_verb verb(10, [](CLI::App& app) { … });
+struct register_verb {
+    register_verb(int place, void (*add)(CLI::App&));
+};
+/// Adds all verbs, by place.
+void add_verbs(CLI::App& app);
+
+// Arguments.
+
+/// `PATH=WEIGHT`: split at the last '=', and only if a number follows.
+struct task_argument {
+    fs::path path;
+    double weight = 1;
+    std::string name; ///< the file's stem; the directory's name for a directory or a file called `model`
+};
+[[nodiscard]] task_argument parse_task(const std::string& text);
+/// All tasks; equal names are an error.
+[[nodiscard]] std::vector<task_argument> parse_tasks(const std::vector<std::string>& texts);
+/// "5GB", "256MiB", "1000": bytes. Throws usage_error naming the option.
+[[nodiscard]] std::uint64_t parse_size(const std::string& text, const std::string& option);
+
+/// What every verb that computes is told.
+struct run_options {
+    unsigned threads = 0;
+    std::string device = "cpu";
+    std::string memory = "256MiB";
+    std::string report;
+    bool quiet = false, dry_run = false;
+
+    [[nodiscard]] std::uint64_t memory_bytes() const { return parse_size(memory, "--memory"); }
+};
+void add_quiet(CLI::App& verb, run_options& options);
+void add_run_options(CLI::App& verb, run_options& options);
+
+// Models.
+
+/// open_model(), with the maps known to the handler for files that shrink.
+[[nodiscard]] taskvec::checkpoint open_model(const fs::path& path);
+
+/// A model that is being written: a file, a directory (`DIR/model.safetensors`), or a directory of shards.
+class model_output {
+public:
+    /// `shard_size`: empty for one file.
+    model_output(fs::path path, const std::vector<taskvec::tensor_spec>& specs, const taskvec::metadata_map& metadata, const std::string& shard_size);
+    [[nodiscard]] taskvec::tensor_sink& sink();
+    /// Forces the bytes to disk; the files still have temporary names.
+    void finish();
+    /// The finished model, read back under its temporary names.
+    [[nodiscard]] taskvec::checkpoint reopen() const;
+    void commit();
+    [[nodiscard]] std::uint64_t file_size() const;
+    [[nodiscard]] const fs::path& path() const { return path_; }
+
+private:
+    fs::path path_;
+    std::unique_ptr<taskvec::safetensors_writer> file_;
+    std::unique_ptr<taskvec::sharded_writer> shards_;
+};
+
+/// Removes this file should the process have to end without destructors (see open_model).
+void guard_temporary(const fs::path& path);
+
+// Progress.
+
+/// The policy that the options ask for, with a progress line on a terminal. Interrupts stop the work as an error.
+/// One walk over the models reads `walk_bytes`, which gives the rate.
+class runner {
+public:
+    runner(const run_options& options, std::uint64_t walk_bytes);
+    ~runner();
+    runner(const runner&) = delete;
+    runner& operator=(const runner&) = delete;
+
+    [[nodiscard]] const taskvec::cpu& policy() const { return policy_; }
+    [[nodiscard]] double seconds() const;
+    /// Highest anonymous memory seen, in bytes.
+    [[nodiscard]] std::uint64_t anonymous_peak() const { return anonymous_peak_; }
+
+private:
+    bool advance(const taskvec::progress_event& event);
+
+    using clock = std::chrono::steady_clock;
+    taskvec::cpu policy_;
+    bool terminal_;
+    std::uint64_t walk_bytes_, anonymous_peak_ = 0;
+    std::string phase_;
+    clock::time_point start_, phase_start_, drawn_;
+    bool visible_ = false;
+};
+
+// Words.
+
+/// A hint on standard error, unless --quiet.
+void note(const run_options& options, const std::string& text);
+/// 1234567 as "1,234,567".
+[[nodiscard]] std::string grouped(std::uint64_t value);
+/// 1234567 as "1.23 MB".
+[[nodiscard]] std::string size_text(std::uint64_t bytes);
+/// 0.123 as "0.12 s".
+[[nodiscard]] std::string seconds_text(double seconds);
+/// "1 task", "2 tasks".
+[[nodiscard]] std::string counted(std::uint64_t count, const std::string& noun);
+/// Text without control characters, for terminals and one-line messages.
+[[nodiscard]] std::string printable(std::string_view text);
+/// Columns the text takes on a terminal: its code points.
+[[nodiscard]] std::size_t text_width(std::string_view text);
+/// Writes to standard output; a failure is an error.
+void print(const std::string& text);
+
+// Reports.
+
+/// A file that is created at once, so that a path that cannot be written is known early, and filled at the end.
+class report_file {
+public:
+    explicit report_file(const std::string& path);
+    [[nodiscard]] bool wanted() const { return file_ != nullptr; }
+    void finish(const nlohmann::ordered_json& content);
+    void commit();
+
+private:
+    std::unique_ptr<taskvec::atomic_file> file_;
+};
+/// Highest resident memory, file pages included, in bytes.
+[[nodiscard]] std::uint64_t peak_memory();
+
+} // namespace tool
