@@ -2,6 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/analysis/disentanglement.hpp>
+#include <taskvec/analysis/lambda_grid.hpp>
+#include <taskvec/analysis/scores.hpp>
+#include <taskvec/analysis/subset_sweep.hpp>
+#include <taskvec/analysis/task_space.hpp>
 #include <taskvec/arithmetic/aligned_models.hpp>
 #include <taskvec/arithmetic/block.hpp>
 #include <taskvec/arithmetic/reduce.hpp>
@@ -19,11 +24,11 @@
 #include <taskvec/core/sink.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/core/view.hpp>
-#include <taskvec/jvp/attention.hpp>
 #include <taskvec/interop/dlpack.hpp>
 #include <taskvec/interop/eigen.hpp>
 #include <taskvec/interop/mdspan.hpp>
 #include <taskvec/interop/xtensor.hpp>
+#include <taskvec/jvp/attention.hpp>
 #include <taskvec/jvp/dual.hpp>
 #include <taskvec/jvp/elementwise.hpp>
 #include <taskvec/jvp/embedding.hpp>
@@ -35,6 +40,7 @@
 #include <taskvec/jvp/loss.hpp>
 #include <taskvec/jvp/normalization.hpp>
 #include <taskvec/jvp/parameters.hpp>
+#include <taskvec/jvp/phi_space.hpp>
 #include <taskvec/jvp/primal_tangent.hpp>
 #include <taskvec/lowrank/adapter.hpp>
 #include <taskvec/lowrank/extract.hpp>
@@ -44,6 +50,7 @@
 #include <taskvec/lowrank/merge_ties.hpp>
 #include <taskvec/lowrank/randomized_svd.hpp>
 #include <taskvec/lowrank/svd.hpp>
+#include <taskvec/lowrank/truncated_svd.hpp>
 #include <taskvec/merge/average.hpp>
 #include <taskvec/merge/dare.hpp>
 #include <taskvec/merge/fisher.hpp>
@@ -55,8 +62,8 @@
 #include <taskvec/merge/ties.hpp>
 #include <taskvec/reuse/parameter_count.hpp>
 #include <taskvec/reuse/peru_fft.hpp>
+#include <taskvec/reuse/peru_lora.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
 #include <taskvec/select/sparse.hpp>
 #include <taskvec/select/thresholds.hpp>
 #include <taskvec/select/top_k.hpp>
-#include <taskvec/reuse/peru_lora.hpp>

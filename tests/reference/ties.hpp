@@ -85,7 +85,7 @@ std::vector<A> ties(const std::vector<A>& base, const std::vector<std::vector<A>
         if (sign == 0) {
             switch (o.zero_sign) {
             case taskvec::zero_sign::majority: sign = majority[i]; break;
-            case taskvec::zero_sign::majority_or_negative: sign = majority[i] ? majority[i] : -1; break;
+            case taskvec::zero_sign::majority_or_negative: sign = majority[i] ? majority[i] : o.combine == taskvec::disjoint_merge::max ? 0 : -1; break;
             case taskvec::zero_sign::positive: sign = 1; break;
             case taskvec::zero_sign::none: break;
             }

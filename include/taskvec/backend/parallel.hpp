@@ -74,8 +74,7 @@ private:
 /// no other call uses at the same time. Indices are handed out in ascending order. The error of the lowest index that
 /// failed is rethrown after all workers have stopped; indices above a failed one may be skipped, those below never are:
 /// which error is reported does not depend on threads.
-template <class Body>
-void for_each_index(const cpu& policy, std::size_t count, Body&& body)
+inline void for_each_index(const cpu& policy, std::size_t count, const std::function<void(std::size_t index, std::size_t worker)>& body)
 {
     if (count == 0) { return; }
     const std::size_t workers = worker_count(policy, count);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -133,31 +134,52 @@ inline error_handler& error_handler_slot() noexcept
     return handler;
 }
 
-inline void append(std::string& text, std::string_view part)
+/// One piece of a message: text as it is, or a number written out.
+class message_part {
+public:
+    message_part(std::string_view text) noexcept
+        : text_(text)
+    { }
+    message_part(const char* text) noexcept
+        : text_(text)
+    { }
+    message_part(const std::string& text) noexcept
+        : text_(text)
+    { }
+    message_part(char letter) noexcept
+        : digits_{letter}
+        , size_(1)
+    { }
+    template <class Number>
+        requires std::is_arithmetic_v<Number> message_part(Number number)
+    noexcept
+    {
+        if constexpr (std::is_floating_point_v<Number>) { print("%.6g", static_cast<double>(number)); }
+        else if constexpr (std::is_signed_v<Number>) {
+            print("%lld", static_cast<long long>(number));
+        }
+        else {
+            print("%llu", static_cast<unsigned long long>(number));
+        }
+    }
+    [[nodiscard]] std::string_view text() const noexcept { return size_ ? std::string_view(digits_, size_) : text_; }
+
+private:
+    template <class Number>
+    void print(const char* format, Number number) noexcept
+    {
+        size_ = static_cast<std::size_t>(std::snprintf(digits_, sizeof digits_, format, number));
+    }
+    std::string_view text_{};
+    char digits_[24] = {};
+    std::size_t size_ = 0;
+};
+
+[[gnu::cold, gnu::noinline]] inline std::string join(std::initializer_list<message_part> parts)
 {
-    text += part;
-}
-inline void append(std::string& text, const char* part)
-{
-    text += part;
-}
-inline void append(std::string& text, char part)
-{
-    text += part;
-}
-template <class Number>
-    requires std::is_integral_v<Number>
-void append(std::string& text, Number part)
-{
-    text += std::to_string(part);
-}
-template <class Number>
-    requires std::is_floating_point_v<Number>
-void append(std::string& text, Number part)
-{
-    char buffer[32];
-    std::snprintf(buffer, sizeof buffer, "%.6g", static_cast<double>(part));
-    text += buffer;
+    std::string text;
+    for (const auto& part : parts) { text += part.text(); }
+    return text;
 }
 } // namespace detail
 
@@ -171,9 +193,7 @@ inline error_handler set_error_handler(error_handler handler) noexcept
 template <class... Parts>
 [[nodiscard]] std::string message(const Parts&... parts)
 {
-    std::string text;
-    (detail::append(text, parts), ...);
-    return text;
+    return detail::join({detail::message_part(parts)...});
 }
 
 /// Throws Error(arguments…), or hands its message to the handler when exceptions are off. Never returns.

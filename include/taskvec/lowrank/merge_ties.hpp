@@ -173,7 +173,7 @@ template <arithmetic_element T, decomposition<T> Decompose>
         return total;
     };
     const bool by_majority = how.zero_sign == zero_sign::majority || how.zero_sign == zero_sign::majority_or_negative;
-    const auto settled = [&](std::int64_t sum) { return sum > 0 ? 1 : sum < 0 ? -1 : how.zero_sign == zero_sign::majority ? 0 : -1; };
+    const auto settled = [&](std::int64_t sum) { return detail::majority_sign(how, sum); };
     const int provisional = how.zero_sign == zero_sign::none ? 0 : 1;
 
     // Thresholds over all layers, and then, where it can matter, the majority sign.

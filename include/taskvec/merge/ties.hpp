@@ -9,8 +9,8 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// The sign of an entry whose election sum is exactly 0 while some task vector is not: that of the sum of all elected
-/// signs in scope, and if that is 0 too none (majority) or minus (majority_or_negative); plus; or none. An entry without
-/// a sign merges to 0.
+/// signs in scope, and if that is 0 too none (majority) or minus (majority_or_negative; but none for disjoint_merge::max,
+/// as in the code that this follows); plus; or none. An entry without a sign merges to 0.
 enum class zero_sign : std::uint8_t { majority, majority_or_negative, positive, none };
 
 /// θ* = θ0 + λ·τ, where τ merges the trimmed task vectors τ̂t:
@@ -73,6 +73,13 @@ struct ties_options {
 
 namespace detail {
 
+/// What a zero sum elects where the majority decides and the elected signs in scope add up to `sum`.
+[[nodiscard]] inline int majority_sign(const ties_options& options, std::int64_t sum) noexcept
+{
+    if (sum != 0) { return sum > 0 ? 1 : -1; }
+    return options.zero_sign == zero_sign::majority || options.combine == disjoint_merge::max ? 0 : -1;
+}
+
 /// Elects and merges the (trimmed, dropped, …) task vectors in a block's rows. Shared by TIES and DARE-TIES.
 class election {
 public:
@@ -127,7 +134,7 @@ public:
             for (const auto sum : sums) { total += sum; }
             sums.assign(sums.size(), total);
         }
-        for (std::size_t i = 0; i < sums.size(); ++i) { signs_[i] = sums[i] > 0 ? 1 : sums[i] < 0 ? -1 : options_.zero_sign == zero_sign::majority ? 0 : -1; }
+        for (std::size_t i = 0; i < sums.size(); ++i) { signs_[i] = majority_sign(options_, sums[i]); }
         for (std::size_t c = 0; c < tallies.size(); ++c) {
             if (tallies[c].unresolved > 0 && signs_[models.chunks()[c].tensor] != provisional()) { again.push_back(c); }
         }

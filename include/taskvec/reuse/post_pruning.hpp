@@ -100,7 +100,8 @@ public:
         if (!options.delta) { raise<invalid_argument>("sparse_addition_options::delta is null: point it at the delta to add"); }
         check_factor(scale_, "scale");
         tensors_.assign(models.tensors().size(), nullptr);
-        for (const auto& [name, tensor] : *options.delta) {
+        for (const auto& entry : *options.delta) {
+            const std::string& name = entry.first;
             const auto place = std::find_if(models.tensors().begin(), models.tensors().end(), [&](const aligned_tensor& t) { return t.name == name; });
             if (place == models.tensors().end()) { raise<invalid_argument>(message("tensor '", name, "' of the delta is not a floating tensor of the base")); }
             std::visit(
@@ -114,8 +115,8 @@ public:
                         raise<dtype_mismatch>(message("tensor '", name, "' is not F64 in the base; the delta holds F64 values"));
                     }
                 },
-                tensor);
-            tensors_[static_cast<std::size_t>(place - models.tensors().begin())] = &tensor;
+                entry.second);
+            tensors_[static_cast<std::size_t>(place - models.tensors().begin())] = &entry.second;
         }
     }
     template <arithmetic_element A>

@@ -217,8 +217,8 @@ void for_each_live(const sparse_model& delta, const model_ref& live, Use&& use)
     for (const auto& [name, tensor] : delta) {
         visit_pair(name, tensor, [](const auto&, auto) {});
     }
-    for (const auto& [name, tensor] : delta) {
-        visit_pair(name, tensor, [&](const auto& sparse, auto weights) { use(name, sparse, weights); });
+    for (const auto& entry : delta) {
+        visit_pair(entry.first, entry.second, [&](const auto& sparse, auto weights) { use(entry.first, sparse, weights); });
     }
 }
 } // namespace detail

@@ -19,6 +19,10 @@
 #include <mutex>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// Which entries of a task vector are kept: those with bits of |x| above `magnitude`, and those equal to it whose place
@@ -102,8 +106,20 @@ TASKVEC_NOINLINE std::uint32_t count_groups(
 template <arithmetic_element A>
 TASKVEC_NOINLINE std::size_t collect(const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low, bits_type<A> high, bits_type<A>* TASKVEC_RESTRICT out)
 {
-    std::size_t count = 0;
-    for (std::size_t i = 0; i < n; ++i) {
+    std::size_t count = 0, i = 0;
+#if defined(__AVX512F__)
+    if constexpr (std::same_as<A, float>) { // the compiler does not find this instruction by itself
+        const __m512i clear = _mm512_set1_epi32(0x7fffffff), lower = _mm512_set1_epi32(static_cast<int>(low)),
+                      upper = _mm512_set1_epi32(static_cast<int>(high));
+        for (; i + 16 <= n; i += 16) {
+            const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(x + i), clear);
+            const __mmask16 hit = _mm512_cmpge_epi32_mask(magnitude, lower) & _mm512_cmple_epi32_mask(magnitude, upper);
+            _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(hit, magnitude));
+            count += static_cast<std::size_t>(__builtin_popcount(hit));
+        }
+    }
+#endif
+    for (; i < n; ++i) {
         const bits_type<A> magnitude = magnitude_bits(x[i]);
         out[count] = magnitude;
         count += static_cast<std::size_t>(magnitude >= low) & static_cast<std::size_t>(magnitude <= high);
@@ -210,7 +226,7 @@ private:
     void round()
     {
         std::vector<attempt> attempts(channels_.size());
-        const auto samples = sample();
+        auto samples = sample();
         for (std::size_t t = 0; t < channels_.size(); ++t) {
             if (!channels_[t].done) { plan(channels_[t], attempts[t], samples[t]); }
         }
@@ -226,7 +242,7 @@ private:
         }
     }
 
-    /// Magnitudes of entries at places spread over the scope, those inside each channel's bracket, descending.
+    /// Magnitudes of entries at places spread over the scope, those inside each channel's bracket.
     std::vector<std::vector<bits>> sample()
     {
         constexpr std::size_t run = 32;
@@ -255,12 +271,11 @@ private:
                 }
             });
         }
-        for (auto& s : samples) { std::sort(s.begin(), s.end(), std::greater<>()); }
         return samples;
     }
 
     /// Chooses what the next walk asks of a channel.
-    void plan(channel& c, attempt& a, const std::vector<bits>& sample)
+    void plan(channel& c, attempt& a, std::vector<bits>& sample)
     {
         a = {c.low, c.high, true, false, false, 0, 0, 0};
         if (c.low == c.high) { return; }
@@ -272,14 +287,18 @@ private:
             ++c.sampled_rounds;
             const double m = static_cast<double>(sample.size()), share = static_cast<double>(c.k - c.above) / static_cast<double>(c.inside);
             // Neighbours are alike, so the sample's rank is a little less certain than that of independent draws.
-            const double margin = 6.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
+            const double margin = 5.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
             const double first = share * m - margin, last = share * m + margin;
-            a.high = first < 0 ? c.high : sample[static_cast<std::size_t>(first)];
-            a.low = last >= m ? c.low : sample[static_cast<std::size_t>(last)];
-            // The values that the target's own rank meets, when one value fills the bracket from the middle to an edge.
-            const bits middle = sample[std::min(sample.size() - 1, static_cast<std::size_t>(share * m))];
-            const auto same = std::equal_range(sample.begin(), sample.end(), middle, std::greater<>());
-            if (static_cast<double>(same.second - same.first) > margin) { a.low = a.high = middle; }
+            const auto ranked = [&](double rank) { // the sample's entry of that rank, largest first
+                const auto place = sample.begin() + static_cast<std::ptrdiff_t>(std::min(m - 1, std::max(0.0, rank)));
+                std::nth_element(sample.begin(), place, sample.end(), std::greater<>());
+                return *place;
+            };
+            a.high = first < 0 ? c.high : ranked(first);
+            a.low = last >= m ? c.low : ranked(last);
+            // One value that fills the bracket and more is looked at alone: its equals are counted, not collected.
+            const bits middle = ranked(share * m);
+            if (static_cast<double>(std::count(sample.begin(), sample.end(), middle)) > margin) { a.low = a.high = middle; }
             a.collecting = true;
             return;
         }
