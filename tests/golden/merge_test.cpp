@@ -3,6 +3,8 @@
 #include "golden.hpp"
 
 #include <taskvec/merge/average.hpp>
+#include <taskvec/merge/model_stock.hpp>
+#include <taskvec/merge/slerp.hpp>
 #include <taskvec/merge/task_arithmetic.hpp>
 #include <taskvec/merge/ties.hpp>
 #include <taskvec/reuse/peru_fft.hpp>
@@ -10,6 +12,7 @@
 
 #include <map>
 #include <optional>
+#include <set>
 #include <span>
 
 using namespace golden;
@@ -98,7 +101,8 @@ std::map<std::string, int> for_each_case(const std::string& path, const Run& run
 bool merge_case(const golden::file& file, const test_case& which, const cpu& policy, const model_options& how)
 {
     const std::string method = which.method();
-    if (method != "ties" && method != "task_arithmetic" && method != "average" && method != "magnitude_prune") { return false; }
+    static const std::set<std::string> known{"ties", "task_arithmetic", "average", "magnitude_prune", "slerp", "model_stock"};
+    if (!known.contains(method)) { return false; }
     const auto expected = file.part(which.name + "/expected");
     const auto& options = which.options();
     owned_model out(expected);
@@ -117,6 +121,12 @@ bool merge_case(const golden::file& file, const test_case& which, const cpu& pol
     }
     else if (method == "average") {
         merge(policy, average_options{options.at("weights")}, std::span<const const_model_ref>(tasks), out.model(), how);
+    }
+    else if (method == "slerp") {
+        merge(policy, slerp_options{options.at("t")}, base, tasks, out.model(), how);
+    }
+    else if (method == "model_stock") {
+        merge(policy, model_stock_options{options.at("clamp")}, base, tasks, out.model(), how);
     }
     else {
         // PEFT's magnitude_prune: the pruned task vectors, weighted and summed; the base is zero.
@@ -183,6 +193,8 @@ TEST_CASE("merges are what mergekit makes")
     CHECK(counts.at("ties") == 30);
     CHECK(counts.at("task_arithmetic") == 10);
     CHECK(counts.at("average") == 6);
+    CHECK(counts.at("slerp") == 11);
+    CHECK(counts.at("model_stock") == 4);
 }
 
 TEST_CASE("merges are what PEFT makes")
