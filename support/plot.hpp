@@ -80,6 +80,29 @@ inline std::string fixed_text(double value, int decimals)
     return buffer[0] == '-' && std::string_view(buffer).find_first_not_of("-0.") == std::string_view::npos ? buffer + 1 : buffer;
 }
 
+/// Gives each stroke of a dashed path an element of its own: gnuplot joins a line and its sample in the key into one path,
+/// which some converters (ImageMagick's own) then draw with a stroke between the two.
+inline std::string separate_paths(const std::string& svg)
+{
+    std::string result;
+    std::size_t at = 0;
+    for (std::size_t begin; (begin = svg.find("<path", at)) != std::string::npos;) {
+        const std::size_t data = svg.find(" d='M", begin), end = svg.find("'/>", begin);
+        if (data == std::string::npos || end == std::string::npos || data > end) { break; }
+        const std::string attributes = svg.substr(begin, data + 4 - begin);
+        result.append(svg, at, begin - at);
+        for (std::size_t stroke = data + 4; stroke < end;) {
+            const std::size_t next = std::min(svg.find('M', stroke + 1), end);
+            result += attributes;
+            result.append(svg, stroke, next - stroke);
+            result += "'/>";
+            stroke = next;
+        }
+        at = end + 3;
+    }
+    return result.append(svg, at);
+}
+
 /// Runs gnuplot on a script and gives back what it draws.
 inline std::string run_gnuplot(const std::string& script, const std::filesystem::path& target)
 {
@@ -121,7 +144,7 @@ inline std::string run_gnuplot(const std::string& script, const std::filesystem:
         std::replace(said.begin(), said.end(), '\n', ' ');
         taskvec::raise<taskvec::io_error>("gnuplot failed: " + said, target.string());
     }
-    return svg;
+    return separate_paths(svg);
 }
 
 inline std::string terminal(unsigned width, unsigned height)
@@ -144,6 +167,7 @@ inline void write_svg(const line_chart& chart, const std::filesystem::path& path
     script +=
         "set grid lc rgb '#d9d9d9' lw 1\nset border 3 lc rgb '#404040'\nset tics nomirror\nset key outside right center reverse Left samplen 2 spacing 1.4\n";
     if (chart.log_x) { script += "set logscale x\n"; }
+    script += "set autoscale xfix\n"; // the axis ends where the curves do
     if (chart.y_range) { script += "set yrange [" + number_text(chart.y_range->first) + ":" + number_text(chart.y_range->second) + "]\n"; }
     if (!chart.x_ticks.empty()) {
         script += "set xtics (";

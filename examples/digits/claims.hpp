@@ -2,10 +2,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "table.hpp"
+
 #include <taskvec/core/error.hpp>
 
 #include <cstdio>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace digits {
@@ -17,12 +20,18 @@ struct claim {
     std::string measured;
 };
 
-/// What a claim's figures are written with: "64.23", or "+1.20" for a difference; in points of percent.
+/// A difference of accuracies in points of percent: "+1.20".
 [[nodiscard]] inline std::string points(double fraction)
 {
     char buffer[32];
     std::snprintf(buffer, sizeof buffer, "%+.2f", 100.0 * fraction);
     return buffer;
+}
+
+/// "TIES 70.05, Single-Task 95.77 (-25.73)"
+[[nodiscard]] inline std::string against(std::string_view a, double x, std::string_view b, double y)
+{
+    return taskvec::message(a, " ", percent(x), ", ", b, " ", percent(y), " (", points(x - y), ")");
 }
 
 [[nodiscard]] inline std::string text(const std::vector<claim>& claims)

@@ -171,9 +171,6 @@ std::vector<claim> fft_claims(const fft_results& results)
     for (const auto method : merges) { worst = std::min(worst, t[method].average()); }
     const auto pruned = [&](double m) { return t[with_density("Post-Pruning", m)].average(); };
     const auto peru = [&](double m) { return t[with_density("PERU-FFT", m)].average(); };
-    const auto against = [](std::string_view a, double x, std::string_view b, double y) {
-        return taskvec::message(a, " ", percent(x), ", ", b, " ", percent(y), " (", points(x - y), ")");
-    };
 
     std::vector<claim> claims;
     claims.push_back({"every merge is better than the pre-trained model", worst > pre_trained, against("worst merge", worst, "Pre-Trained", pre_trained)});
