@@ -103,6 +103,27 @@ public:
         if (values != row(t)) { std::memcpy(row(t), values, size_ * sizeof(A)); }
         return row(t);
     }
+    /// The stored words of this block, when the base (where there is one) and every task store T at aligned places: what a
+    /// fused kernel reads without a detour through rows. tasks[t] for each task. False, and nothing set, otherwise.
+    template <storage_element T>
+    [[nodiscard]] bool stored(const storage_word<T>*& base, std::span<const storage_word<T>*> tasks) const
+    {
+        const auto usable = [&](const aligned_tensor::operand& from) {
+            return from.dtype == dtype_of<T> && reinterpret_cast<std::uintptr_t>(from.data) % alignof(T) == 0;
+        };
+        if (tasks.size() < task_count() || (tensor_->base.data && !usable(tensor_->base))) { return false; }
+        for (const auto& task : tensor_->tasks) {
+            if (!usable(task)) { return false; }
+        }
+        const auto place = [&](const aligned_tensor::operand& from) { return reinterpret_cast<const storage_word<T>*>(from.data) + offset_; };
+        base = tensor_->base.data ? place(tensor_->base) : nullptr;
+        for (std::size_t t = 0; t < task_count(); ++t) { tasks[t] = place(tensor_->tasks[t]); }
+        return true;
+    }
+    /// Tells check_finite() the largest magnitude bits that a fused kernel met: of its inputs, or of a result that NaN and
+    /// infinity in an input cannot but reach.
+    void note(bits_type<A> magnitude) noexcept { largest_ = std::max(largest_, magnitude); }
+
     /// The same elements of an operand that lies beside the models, as a method's statistics do: in place or in `out`, a row of
     /// its own. `largest` receives their largest magnitude bits: whoever reads them reports NaN and infinity.
     const A* beside(const aligned_tensor::operand& from, A* out, bits_type<A>& largest) { return load(from, out, largest); }
@@ -123,7 +144,6 @@ public:
 
 private:
     [[nodiscard]] std::byte* raw() noexcept { return reinterpret_cast<std::byte*>(raw_.data()); }
-    void note(bits_type<A> magnitude) noexcept { largest_ = std::max(largest_, magnitude); }
 
     const A* load(const aligned_tensor::operand& from, A* out)
     {

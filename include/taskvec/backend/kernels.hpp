@@ -32,6 +32,19 @@ template <storage_element T>
 
 TASKVEC_KERNELS_BEGIN
 
+/// Elements between two calls of fetch_ahead(), and how many bytes ahead it reaches. A kernel that reads many streams asks
+/// for their next lines itself, a few at a time: it has more streams than the hardware follows, and other work to do meanwhile.
+inline constexpr std::size_t fetch_group = 128, fetch_distance = 4096;
+
+/// Asks for the lines of the fetch_group words that lie fetch_distance bytes ahead. Never faults.
+template <class Word>
+inline void fetch_ahead(const Word* words) noexcept
+{
+    const auto* const place = reinterpret_cast<const char*>(words) + fetch_distance;
+#pragma GCC unroll 16
+    for (std::size_t line = 0; line < fetch_group * sizeof(Word); line += 64) { __builtin_prefetch(place + line, 0, 3); }
+}
+
 namespace detail {
 template <storage_element T, arithmetic_element A>
 TASKVEC_NOINLINE bits_type<A> widen(const storage_word<T>* TASKVEC_RESTRICT x, A* TASKVEC_RESTRICT out, std::size_t n)
@@ -130,6 +143,42 @@ TASKVEC_NOINLINE void begin_sum(A* TASKVEC_RESTRICT sum, const A* TASKVEC_RESTRI
     }
 }
 
+/// sum += Σ weights[t] · (widen(tasks[t]) − widen(base)) over the stored words of N tasks; without a base when it is null.
+/// Each product and sum rounds, in task order. Returns the largest magnitude bits of the sum: NaN and infinity in an input
+/// cannot but reach it.
+template <storage_element T, std::size_t N, bool Difference>
+TASKVEC_NOINLINE std::uint32_t add_stored(
+    const storage_word<T>* const* tasks, const storage_word<T>* TASKVEC_RESTRICT base, const float* weights, float* TASKVEC_RESTRICT sum, std::size_t n)
+{
+    TASKVEC_STRICT_FP
+    const storage_word<T>* x[N];
+    float w[N];
+    for (std::size_t t = 0; t < N; ++t) {
+        x[t] = tasks[t];
+        w[t] = weights[t];
+    }
+    std::int32_t top = 0;
+    for (std::size_t begin = 0; begin < n; begin += fetch_group) {
+        const std::size_t end = begin + fetch_group < n ? begin + fetch_group : n;
+        for (std::size_t t = 0; t < N; ++t) { fetch_ahead(x[t] + begin); }
+        if constexpr (Difference) { fetch_ahead(base + begin); }
+        for (std::size_t i = begin; i < end; ++i) {
+            float s = sum[i];
+#pragma GCC unroll 4
+            for (std::size_t t = 0; t < N; ++t) {
+                float value = widen_word<float, T>(x[t][i]);
+                if constexpr (Difference) { value = value - widen_word<float, T>(base[i]); }
+                const float product = w[t] * value;
+                s = s + product;
+            }
+            sum[i] = s;
+            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(s));
+            top = magnitude > top ? magnitude : top;
+        }
+    }
+    return static_cast<std::uint32_t>(top);
+}
+
 /// x = base + lambda · x
 template <arithmetic_element A>
 TASKVEC_NOINLINE void add_scaled(A* TASKVEC_RESTRICT x, const A* TASKVEC_RESTRICT base, A lambda, std::size_t n)
@@ -148,10 +197,23 @@ TASKVEC_NOINLINE void negate(const A* TASKVEC_RESTRICT x, A* TASKVEC_RESTRICT ou
     for (std::size_t i = 0; i < n; ++i) { out[i] = -x[i]; }
 }
 
-/// x = x / divisor
+/// x = factor · x
+template <arithmetic_element A>
+TASKVEC_NOINLINE void scale(A* TASKVEC_RESTRICT x, A factor, std::size_t n)
+{
+    for (std::size_t i = 0; i < n; ++i) { x[i] = factor * x[i]; }
+}
+
+/// x = x / divisor. A divisor whose inverse is exact (a power of two, in range) is multiplied by: the same bits.
 template <arithmetic_element A>
 TASKVEC_NOINLINE void divide(A* TASKVEC_RESTRICT x, A divisor, std::size_t n)
 {
+    const A inverse = A{1} / divisor;
+    constexpr bits_type<A> mantissa = static_cast<bits_type<A>>(~(sign_mask<A> | exponent_mask<A>));
+    if ((reinterpret_bits<bits_type<A>>(divisor) & mantissa) == 0 && (reinterpret_bits<bits_type<A>>(inverse) & mantissa) == 0 && inverse * divisor == A{1}) {
+        scale(x, inverse, n);
+        return;
+    }
     for (std::size_t i = 0; i < n; ++i) { x[i] = x[i] / divisor; }
 }
 

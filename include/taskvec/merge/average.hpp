@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/arithmetic/weighted_sum.hpp>
 #include <taskvec/merge/merge.hpp>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -26,25 +27,26 @@ public:
     merger(const cpu&, const aligned_models& models, const average_options& options)
         : weights_(checked_weights(options.weights, models.task_count()))
     {
-        double total = 0;
-        for (const double weight : weights_) { total += weight; }
-        if (total == 0) { raise<invalid_argument>("the weights of an average sum to 0"); }
+        if (total<double>() == 0 || total<float>() == 0) { raise<invalid_argument>("the weights of an average sum to 0"); }
     }
     template <arithmetic_element A>
     void operator()(block<A>& rows, A* merged, merge_tally&) const
     {
-        A total = 0;
-        for (std::size_t t = 0; t < weights_.size(); ++t) {
-            const A weight = static_cast<A>(weights_[t]);
-            t == 0 ? kernels::begin_sum(merged, rows.task(t), weight, rows.size()) : kernels::accumulate(merged, rows.task(t), weight, rows.size());
-            total += weight;
-        }
-        kernels::divide(merged, total, rows.size());
+        weighted_sum(rows, weights_.get<A>(), merged, false);
+        kernels::divide(merged, total<A>(), rows.size());
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
 private:
-    std::vector<double> weights_;
+    /// Σ wt in A, in task order.
+    template <arithmetic_element A>
+    [[nodiscard]] A total() const noexcept
+    {
+        A sum = 0;
+        for (const A weight : weights_.get<A>()) { sum += weight; }
+        return sum;
+    }
+    rounded_weights weights_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -116,54 +116,64 @@ TASKVEC_NOINLINE std::uint32_t count_conflicts(const A* TASKVEC_RESTRICT sign, c
     return static_cast<std::uint32_t>(nonzero - agreeing);
 }
 
-/// Election, merge and λ in one loop over T rows that are `stride` apart: out = base + λ·mean. The same operations in
-/// the same order as the row-by-row kernels. `factors`: T elect, T value, T divide, T agree.
-template <arithmetic_element A, std::size_t T>
-TASKVEC_NOINLINE election_tally elect_and_merge(const A* TASKVEC_RESTRICT rows, std::size_t stride, const A* TASKVEC_RESTRICT factors, A zero,
-    const A* TASKVEC_RESTRICT base, A lambda, A* TASKVEC_RESTRICT out, std::size_t n)
+/// TIES in one loop over the stored words of N tasks, for weights that are all 1: difference, trim, election, mean and λ,
+/// with nothing but the result leaving the registers. The same operations in the same order as the row-by-row kernels
+/// (products by 1 left out). least[t]: the magnitude bits that an entry of task t must reach to be kept.
+/// `largest` receives the largest magnitude bits of the result.
+template <storage_element T, std::size_t N>
+TASKVEC_NOINLINE election_tally elect_stored(const storage_word<T>* const* tasks, const storage_word<T>* TASKVEC_RESTRICT base, const std::uint32_t* least,
+    float zero, float lambda, float* TASKVEC_RESTRICT out, std::size_t n, std::uint32_t& largest)
 {
     TASKVEC_STRICT_FP
-    using word = std::make_signed_t<bits_type<A>>;
-    A elect[T], value[T], divide[T], agree[T];
-    for (std::size_t t = 0; t < T; ++t) {
-        elect[t] = factors[t];
-        value[t] = factors[T + t];
-        divide[t] = factors[2 * T + t];
-        agree[t] = factors[3 * T + t];
+    const storage_word<T>* x[N];
+    std::int32_t bound[N];
+    for (std::size_t t = 0; t < N; ++t) {
+        x[t] = tasks[t];
+        bound[t] = static_cast<std::int32_t>(least[t]);
     }
-    word signs = 0, unresolved = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        A s = 0;
-        bits_type<A> any = 0;
+    const std::uint32_t zero_flip = reinterpret_bits<std::uint32_t>(zero) & 0x80000000u;
+    const bool zero_votes = zero != 0;
+    std::int32_t signs = 0, unresolved = 0, top = 0;
+    for (std::size_t begin = 0; begin < n; begin += fetch_group) {
+        const std::size_t end = begin + fetch_group < n ? begin + fetch_group : n;
+        for (std::size_t t = 0; t < N; ++t) { fetch_ahead(x[t] + begin); }
+        fetch_ahead(base + begin);
+        for (std::size_t i = begin; i < end; ++i) {
+            const float origin = widen_word<float, T>(base[i]);
+            float kept[N];
+            float s = 0;
+            std::int32_t any = 0;
 #pragma GCC unroll 8
-        for (std::size_t t = 0; t < T; ++t) {
-            const A x = rows[t * stride + i];
-            const A product = elect[t] * x;
-            s = s + product;
-            any |= magnitude_bits(x);
-        }
-        const bool positive = s > 0, negative = s < 0, none = s == 0;
-        signs += static_cast<word>(positive) - static_cast<word>(negative);
-        unresolved += static_cast<word>(none & (any != 0));
-        A sign = positive ? A{1} : s;
-        sign = negative ? A{-1} : sign;
-        sign = none ? zero : sign;
-        A total = 0, divisor = 0;
+            for (std::size_t t = 0; t < N; ++t) {
+                const float delta = widen_word<float, T>(x[t][i]) - origin;
+                const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(delta));
+                kept[t] = magnitude >= bound[t] ? delta : 0.0f;
+                s = s + kept[t];
+                any |= static_cast<std::int32_t>(magnitude_bits(kept[t]));
+            }
+            const bool positive = s > 0, negative = s < 0, none = s == 0;
+            signs += static_cast<std::int32_t>(positive) - static_cast<std::int32_t>(negative);
+            unresolved += static_cast<std::int32_t>(none & (any != 0));
+            // Seen with the elected sign turned to plus, an entry agrees when it is larger than 0.
+            const std::uint32_t flip = none ? zero_flip : (reinterpret_bits<std::uint32_t>(s) & 0x80000000u);
+            float total = 0, count = 0;
 #pragma GCC unroll 8
-        for (std::size_t t = 0; t < T; ++t) {
-            const A x = rows[t * stride + i];
-            const A side = agree[t] * x;
-            const A test = side * sign;
-            const A product = value[t] * x;
-            total = total + (test > 0 ? product : A{0});
-            divisor = divisor + (test > 0 ? divide[t] : A{0});
+            for (std::size_t t = 0; t < N; ++t) {
+                const float turned = reinterpret_bits<float>(reinterpret_bits<std::uint32_t>(kept[t]) ^ flip);
+                total = total + (turned > 0 ? kept[t] : 0.0f);
+                count = count + (turned > 0 ? 1.0f : 0.0f);
+            }
+            const float mean = total / (count == 0 ? 1.0f : count);
+            float merged = none & !zero_votes ? 0.0f : mean;
+            merged = s == s ? merged : s;
+            const float change = lambda * merged;
+            const float result = origin + change;
+            out[i] = result;
+            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(result));
+            top = magnitude > top ? magnitude : top;
         }
-        const A by = divisor == 0 ? A{1} : divisor;
-        const A mean = total / by;
-        const A merged = sign == sign ? mean : sign;
-        const A change = lambda * merged;
-        out[i] = base[i] + change;
     }
+    largest = static_cast<std::uint32_t>(top);
     return {signs, static_cast<std::uint64_t>(unresolved)};
 }
 
@@ -219,15 +229,18 @@ election_tally elect_rows(const A* rows, std::size_t tasks, std::size_t stride, 
     return tally;
 }
 
-/// The fused kernel for this number of tasks, or nothing.
-template <arithmetic_element A>
+/// The most tasks that a fused election takes.
+inline constexpr std::size_t fused_tasks = 8;
+
+/// The fused election for this number of tasks, or nullptr.
+template <storage_element T>
 [[nodiscard]] auto* fused_election(std::size_t tasks) noexcept
 {
-    using kernel = election_tally(const A*, std::size_t, const A*, A, const A*, A, A*, std::size_t);
-    constexpr kernel* table[] = {nullptr, &kernels::elect_and_merge<A, 1>, &kernels::elect_and_merge<A, 2>, &kernels::elect_and_merge<A, 3>,
-        &kernels::elect_and_merge<A, 4>, &kernels::elect_and_merge<A, 5>, &kernels::elect_and_merge<A, 6>, &kernels::elect_and_merge<A, 7>,
-        &kernels::elect_and_merge<A, 8>};
-    return tasks < std::size(table) ? table[tasks] : nullptr;
+    using kernel =
+        election_tally(const storage_word<T>* const*, const storage_word<T>*, const std::uint32_t*, float, float, float*, std::size_t, std::uint32_t&);
+    constexpr kernel* table[fused_tasks + 1] = {nullptr, &kernels::elect_stored<T, 1>, &kernels::elect_stored<T, 2>, &kernels::elect_stored<T, 3>,
+        &kernels::elect_stored<T, 4>, &kernels::elect_stored<T, 5>, &kernels::elect_stored<T, 6>, &kernels::elect_stored<T, 7>, &kernels::elect_stored<T, 8>};
+    return tasks <= fused_tasks ? table[tasks] : nullptr;
 }
 
 } // namespace detail

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/arithmetic/weighted_sum.hpp>
 #include <taskvec/merge/merge.hpp>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -30,17 +31,14 @@ public:
     template <arithmetic_element A>
     void operator()(block<A>& rows, A* merged, merge_tally&) const
     {
-        for (std::size_t t = 0; t < weights_.size(); ++t) {
-            const A weight = static_cast<A>(weights_[t]);
-            t == 0 ? kernels::begin_sum(merged, rows.delta(t), weight, rows.size()) : kernels::accumulate(merged, rows.delta(t), weight, rows.size());
-        }
+        weighted_sum(rows, weights_.get<A>(), merged, true);
         kernels::add_scaled(merged, rows.base(), static_cast<A>(lambda_), rows.size());
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
 private:
     double lambda_;
-    std::vector<double> weights_;
+    rounded_weights weights_;
 };
 
 /// The analogy "a is to b as c is to …": θ0 + λ·(τc + τb − τa). Sums in that order.

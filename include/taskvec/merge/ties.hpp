@@ -98,6 +98,7 @@ public:
         single_ = election_factors<float>(weights_);
         wide_ = election_factors<double>(weights_);
         signs_.assign(models.tensors().size(), provisional());
+        unit_mean_ = options.combine == disjoint_merge::mean && std::all_of(weights.begin(), weights.end(), [](double weight) { return weight == 1.0; });
     }
 
     /// Rows 0 … T−1 of `rows` hold the task vectors to merge.
@@ -113,12 +114,18 @@ public:
             factors = single_.data();
         }
         const bool counting = rows.models().options().statistics;
-        const auto fused = options_.combine != disjoint_merge::max && !counting ? fused_election<A>(tasks) : nullptr;
-        const election_tally seen = fused ? fused(rows.row(0), block_size, factors, zero, rows.base(), lambda, merged, n)
-                                          : elect_rows(rows.row(0), tasks, block_size, factors, options_.combine, zero, rows.base(), lambda, merged,
-                                              rows.scratch(1), n, counting ? &tally.kept : nullptr, counting ? &tally.conflicting : nullptr);
-        tally.sign_sum += seen.sign_sum;
-        tally.unresolved += seen.unresolved;
+        add(tally,
+            elect_rows(rows.row(0), tasks, block_size, factors, options_.combine, zero, rows.base(), lambda, merged, rows.scratch(1), n,
+                counting ? &tally.kept : nullptr, counting ? &tally.conflicting : nullptr));
+    }
+
+    /// The whole of TIES on a block in one fused kernel, where there is one: the mean with weights of 1 over a few tasks
+    /// that are stored alike. threshold(t) is that of task t. False, and nothing done, otherwise.
+    template <class Threshold>
+    bool fused(block<float>& rows, float* merged, merge_tally& tally, Threshold&& threshold) const
+    {
+        return unit_mean_ && !rows.models().options().statistics
+            && (fused_as<bf16>(rows, merged, tally, threshold) || fused_as<float>(rows, merged, tally, threshold));
     }
 
     /// Once every chunk has voted: sets the majority, and names the chunks that must be merged again because they held a
@@ -142,6 +149,45 @@ public:
     }
 
 private:
+    static void add(merge_tally& tally, const election_tally& seen) noexcept
+    {
+        tally.sign_sum += seen.sign_sum;
+        tally.unresolved += seen.unresolved;
+    }
+
+    template <storage_element T, class Threshold>
+    bool fused_as(block<float>& rows, float* merged, merge_tally& tally, Threshold&& threshold) const
+    {
+        const std::size_t tasks = rows.task_count();
+        const auto kernel = fused_election<T>(tasks);
+        const storage_word<T>* base = nullptr;
+        std::array<const storage_word<T>*, fused_tasks> stored;
+        if (!kernel || !rows.template stored<T>(base, stored)) { return false; }
+        // Along a block the bound changes only where a task's last kept equal entry lies: cut there.
+        std::array<top_k_threshold<float>, fused_tasks> thresholds;
+        for (std::size_t t = 0; t < tasks; ++t) { thresholds[t] = threshold(t); }
+        const std::size_t tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
+        for (std::size_t at = 0; at < rows.size();) {
+            std::size_t end = rows.size();
+            std::array<std::uint32_t, fused_tasks> least;
+            std::array<const storage_word<T>*, fused_tasks> from;
+            for (std::size_t t = 0; t < tasks; ++t) {
+                const std::uint64_t place = rows.position() + at;
+                const bool equal_kept = place < thresholds[t].equal_end;
+                if (equal_kept) { end = static_cast<std::size_t>(std::min<std::uint64_t>(end, thresholds[t].equal_end - rows.position())); }
+                least[t] = thresholds[t].magnitude + (equal_kept ? 0u : 1u);
+                from[t] = stored[t] + at;
+            }
+            std::uint32_t largest = 0;
+            add(tally,
+                kernel(from.data(), base + at, least.data(), static_cast<float>(signs_[tensor]), static_cast<float>(options_.lambda), merged + at, end - at,
+                    largest));
+            rows.note(largest);
+            at = end;
+        }
+        return true;
+    }
+
     /// What a zero sum elects before the majority is known.
     [[nodiscard]] int provisional() const noexcept { return options_.zero_sign == zero_sign::none ? 0 : 1; }
 
@@ -149,6 +195,7 @@ private:
     election_weights weights_;
     std::vector<float> single_;
     std::vector<double> wide_;
+    bool unit_mean_ = false;
     std::vector<int> signs_; // for each tensor, what a zero sum elects
 };
 
@@ -168,9 +215,11 @@ public:
     void operator()(block<A>& rows, A* merged, merge_tally& tally) const
     {
         const std::size_t tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
-        for (std::size_t t = 0; t < rows.task_count(); ++t) {
-            kernels::trim(rows.mutable_delta(t), rows.size(), rows.position(), thresholds_.template get<A>(tensor, t));
+        const auto threshold = [&](std::size_t t) { return thresholds_.template get<A>(tensor, t); };
+        if constexpr (std::same_as<A, float>) {
+            if (election_.fused(rows, merged, tally, threshold)) { return; }
         }
+        for (std::size_t t = 0; t < rows.task_count(); ++t) { kernels::trim(rows.mutable_delta(t), rows.size(), rows.position(), threshold(t)); }
         election_(rows, merged, tally);
     }
     std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies) { return election_.settle(models, tallies); }
