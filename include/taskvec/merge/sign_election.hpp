@@ -164,7 +164,7 @@ TASKVEC_NOINLINE election_tally elect_stored(const storage_word<T>* const* tasks
                 count = count + (turned > 0 ? 1.0f : 0.0f);
             }
             const float mean = total / (count == 0 ? 1.0f : count);
-            float merged = none & !zero_votes ? 0.0f : mean;
+            float merged = (none & !zero_votes) ? 0.0f : mean;
             merged = s == s ? merged : s;
             const float change = lambda * merged;
             const float result = origin + change;
