@@ -68,7 +68,7 @@ void digest(std::size_t task_count)
     merged("ties", ties_options{.density = 0.3, .lambda = 0.7, .weights = weights});
     merged("ties tensor sum", ties_options{.density = 0.2, .lambda = 1.1, .scope = scope::tensor, .combine = disjoint_merge::sum});
     merged("ties max", ties_options{.density = 0.5, .lambda = 0.9, .combine = disjoint_merge::max});
-    merged("dare", dare_options{.density = 0.4, .lambda = 0.6, .seed = 5});
+    merged("dare", dare_options{.density = 0.4, .seed = 5, .lambda = 0.6});
     merged("dare ties", dare_ties_options{.density = 0.4, .seed = 5});
     const auto deltas = peru_fft(policy, task_arithmetic_options{.lambda = 0.3}, {.density = 0.1}, base, tasks, out);
     for (const auto& delta : deltas) {
