@@ -7,6 +7,10 @@ target_compile_options(taskvec_developer INTERFACE -Wall -Wextra $<$<BOOL:${TASK
 if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
     target_compile_options(taskvec_developer INTERFACE -Wno-restrict)
 endif()
+# Elementwise results are the same bits for any processor; only the time differs.
+if(TASKVEC_NATIVE)
+    target_compile_options(taskvec_developer INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-march=native>)
+endif()
 
 if(TASKVEC_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
     find_program(TASKVEC_CCACHE_PROGRAM ccache)
