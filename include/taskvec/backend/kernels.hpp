@@ -36,13 +36,13 @@ TASKVEC_KERNELS_BEGIN
 /// for their next lines itself, a few at a time: it has more streams than the hardware follows, and other work to do meanwhile.
 inline constexpr std::size_t fetch_group = 128, fetch_distance = 4096;
 
-/// Asks for the lines of the fetch_group words that lie fetch_distance bytes ahead. Never faults.
-template <class Word>
+/// Asks for the lines of `count` words that lie fetch_distance bytes ahead. Never faults.
+template <std::size_t count = fetch_group, class Word>
 inline void fetch_ahead(const Word* words) noexcept
 {
     const auto* const place = reinterpret_cast<const char*>(words) + fetch_distance;
 #pragma GCC unroll 16
-    for (std::size_t line = 0; line < fetch_group * sizeof(Word); line += 64) { __builtin_prefetch(place + line, 0, 3); }
+    for (std::size_t line = 0; line < count * sizeof(Word); line += 64) { __builtin_prefetch(place + line, 0, 3); }
 }
 
 namespace detail {

@@ -70,36 +70,30 @@ TASKVEC_KERNELS_BEGIN
 /// Elements that are counted together: a run without anything inside the bracket is not looked at again.
 inline constexpr std::size_t count_group = 64;
 
-/// Counts magnitudes above `high`, and for each group of 64 those in [low, high] (into `inside`).
+/// Counts magnitudes above `high`, and for each group of 64 those in [low, high] (into `inside`). `largest` receives the
+/// largest magnitude bits.
 template <arithmetic_element A>
 TASKVEC_NOINLINE std::uint32_t count_groups(
-    const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low, bits_type<A> high, std::uint8_t* TASKVEC_RESTRICT inside)
+    const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low, bits_type<A> high, std::uint8_t* TASKVEC_RESTRICT inside, bits_type<A>& largest)
 {
     using word = std::make_signed_t<bits_type<A>>; // magnitudes have no sign bit: signed compares are the cheap ones
     const word lower = static_cast<word>(low), upper = static_cast<word>(high);
-    std::uint32_t total = 0;
-    std::size_t at = 0;
-    for (; at + count_group <= n; at += count_group) {
+    word total = 0, top = 0;
+    for (std::size_t begin = 0; begin < n; begin += count_group) {
+        const std::size_t length = n - begin < count_group ? n - begin : count_group;
+        fetch_ahead<count_group>(x + begin);
         word above = 0, reached = 0;
-        for (std::size_t i = 0; i < count_group; ++i) {
-            const word magnitude = static_cast<word>(magnitude_bits(x[at + i]));
+        for (std::size_t i = 0; i < length; ++i) {
+            const word magnitude = static_cast<word>(magnitude_bits(x[begin + i]));
             above += magnitude > upper;
             reached += magnitude >= lower;
+            top = magnitude > top ? magnitude : top;
         }
-        total += static_cast<std::uint32_t>(above);
-        inside[at / count_group] = static_cast<std::uint8_t>(reached - above);
+        total += above;
+        inside[begin / count_group] = static_cast<std::uint8_t>(reached - above);
     }
-    if (at < n) {
-        word above = 0, reached = 0;
-        for (std::size_t i = at; i < n; ++i) {
-            const word magnitude = static_cast<word>(magnitude_bits(x[i]));
-            above += magnitude > upper;
-            reached += magnitude >= lower;
-        }
-        total += static_cast<std::uint32_t>(above);
-        inside[at / count_group] = static_cast<std::uint8_t>(reached - above);
-    }
-    return total;
+    largest = static_cast<bits_type<A>>(top);
+    return static_cast<std::uint32_t>(total);
 }
 
 /// Appends the magnitudes in [low, high] to `out` (room for n), in order; returns how many.
@@ -247,7 +241,7 @@ private:
     {
         constexpr std::size_t run = 32;
         std::vector<std::vector<bits>> samples(channels_.size());
-        const std::uint64_t wanted = std::clamp<std::uint64_t>(elements_ / 256, 1024, 262144), runs = wanted / run;
+        const std::uint64_t wanted = std::clamp<std::uint64_t>(elements_ / 512, 1024, 131072), runs = wanted / run;
         bool worth = false;
         for (const auto& c : channels_) { worth = worth || (!c.done && c.inside > capacity_ / 16 && c.sampled_rounds < 3); }
         if (!worth || elements_ < 8 * wanted) { return samples; }
@@ -287,7 +281,7 @@ private:
             ++c.sampled_rounds;
             const double m = static_cast<double>(sample.size()), share = static_cast<double>(c.k - c.above) / static_cast<double>(c.inside);
             // Neighbours are alike, so the sample's rank is a little less certain than that of independent draws.
-            const double margin = 5.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
+            const double margin = 3.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
             const double first = share * m - margin, last = share * m + margin;
             const auto ranked = [&](double rank) { // the sample's entry of that rank, largest first
                 const auto place = sample.begin() + static_cast<std::ptrdiff_t>(std::min(m - 1, std::max(0.0, rank)));
@@ -319,13 +313,17 @@ private:
                 for_each_block_of(rows, piece, [&](block<B>& opened) {
                     for (std::size_t t = 0; t < attempts.size(); ++t) {
                         if (!attempts[t].active) { continue; }
-                        const B* const values = opened.delta(t);
-                        if constexpr (std::same_as<A, B>) { look(attempts[t], values, opened.size(), seen[worker][t], index, share, inside_of[t]); }
+                        const B* const stored = opened.stored_delta(t); // not read yet: counting does it
+                        const B* const values = stored ? stored : opened.delta(t);
+                        if constexpr (std::same_as<A, B>) {
+                            opened.note(look(attempts[t], values, opened.size(), seen[worker][t], index, share, inside_of[t]));
+                        }
                         else {
                             // An f32 tensor beside f64 ones: its magnitudes compare as f64, exactly.
                             std::array<A, block_size> wide;
                             for (std::size_t i = 0; i < opened.size(); ++i) { wide[i] = static_cast<A>(values[i]); }
-                            look(attempts[t], wide.data(), opened.size(), seen[worker][t], index, share, inside_of[t]);
+                            if (stored) { opened.note(kernels::largest_magnitude(stored, opened.size())); }
+                            (void)look(attempts[t], wide.data(), opened.size(), seen[worker][t], index, share, inside_of[t]);
                         }
                     }
                 });
@@ -334,17 +332,19 @@ private:
         });
     }
 
-    static void look(
+    /// Counts a row, and collects or bins what lies inside the bracket. Returns the largest magnitude bits.
+    static bits look(
         const attempt& a, const A* values, std::size_t n, collected& into, std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
     {
         std::array<std::uint8_t, block_size / kernels::count_group> groups;
-        into.above += kernels::count_groups(values, n, a.low, a.high, groups.data());
+        bits largest = 0;
+        into.above += kernels::count_groups(values, n, a.low, a.high, groups.data(), largest);
         const std::size_t group_count = (n + kernels::count_group - 1) / kernels::count_group;
         std::uint32_t inside = 0;
         for (std::size_t g = 0; g < group_count; ++g) { inside += groups[g]; }
         into.inside += inside;
         inside_of[index] += inside;
-        if (inside == 0) { return; }
+        if (inside == 0) { return largest; }
         if (a.counting_bins) {
             if (into.bins.empty()) { into.bins.assign(std::size_t{1} << bin_bits, 0); }
             for (std::size_t i = 0; i < n; ++i) {
@@ -352,12 +352,12 @@ private:
                 if (magnitude >= a.low && magnitude <= a.high) { ++into.bins[static_cast<std::size_t>((magnitude - a.low) >> a.shift)]; }
             }
         }
-        if (!a.collecting || a.low == a.high || into.overflow) { return; }
+        if (!a.collecting || a.low == a.high || into.overflow) { return largest; }
         if (into.values.size() + inside > share) {
             into.overflow = true;
             into.values = {};
             into.segments = {};
-            return;
+            return largest;
         }
         const std::size_t begin = into.values.size();
         into.values.resize(begin + inside + kernels::count_group);
@@ -373,6 +373,7 @@ private:
         else {
             into.segments.push_back({index, begin, end});
         }
+        return largest;
     }
 
     void learn(std::size_t t, attempt& a, std::vector<std::vector<collected>>& seen, const std::vector<std::uint32_t>& inside_of)
