@@ -7,6 +7,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 using namespace taskvec;
@@ -240,6 +241,27 @@ TEST_CASE("cholesky_solve solves, and says when it cannot")
             }
         }
     }
+    auto l = g;
+    CHECK(factor_cholesky(cpu{}, l.view()) > 0.1);
+    for (std::size_t i = 0; i < 8; ++i) {
+        for (std::size_t j = 0; j <= i; ++j) {
+            double sum = 0;
+            for (std::size_t p = 0; p <= j; ++p) { sum += l(i, p) * l(j, p); }
+            CHECK(sum == doctest::Approx(g(i, j)).epsilon(1e-10));
+        }
+        CHECK((i == 7 || l(i, i + 1) == g(i, i + 1)));
+    }
+    auto dependent = x; // the last column is the sum of two others: nothing of it is its own
+    for (std::size_t i = 0; i < 30; ++i) { dependent(i, 7) = x(i, 0) + x(i, 1); }
+    gemm(cpu{}, 1.0, dependent.view().transposed(), dependent.view(), 0.0, l.view());
+    CHECK(factor_cholesky(cpu{}, l.view()) < 1e-14);
+    const auto wide = normal_matrix<double>(8, 600, 3);
+    auto one = wide, three = wide;
+    auto factor = g;
+    REQUIRE(factor_cholesky(cpu{}, factor.view()) > 0);
+    solve_cholesky(cpu{.threads = 1}, factor.view(), one.view());
+    solve_cholesky(cpu{.threads = 3}, factor.view(), three.view());
+    CHECK(std::memcmp(one.data(), three.data(), one.size() * sizeof(double)) == 0);
     matrix<double> singular(3, 3), rhs(3, 1);
     CHECK_FALSE(cholesky_solve(cpu{}, singular.view(), rhs.view()));
 }

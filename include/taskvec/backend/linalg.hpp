@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A backend supplies these names, overloaded on its policy: gemm, squared_norm, fill_normal, factor_qr, multiply_q,
-// small_svd, orient, cholesky_solve. Tall matrices are in the caller's precision; the small square work (triangular factors,
+// small_svd, orient, factor_cholesky, solve_cholesky, cholesky_solve. Tall matrices are in the caller's precision; the small square work (triangular factors,
 // cores) is always in f64, so there is one instantiation of it and f32 data loses nothing to it.
 // Including this is cheap: Eigen's Cholesky is the only decomposition, and everything is a template (some only in name) so
 // that nothing is compiled before it is called.
@@ -605,29 +605,80 @@ void orient(const cpu&, std::type_identity_t<matrix_view<T>> u, std::type_identi
     }
 }
 
-/// Solves G·X = B for a symmetric positive definite G (n×n, f64) and B (n×p), in place of B, by Cholesky. False, with B
-/// unspecified, where G is not numerically positive definite. Cost: n³/3 + 2·n²·p flops.
+/// G = L·Lᵀ for a symmetric positive definite G (n×n, f64): L replaces the lower triangle of a column-major G, the upper one is
+/// left alone. Returns the least L(i, i)²/G(i, i), the share of its square that a variable does not owe to those before it: near
+/// rounding (n·1e-16) G is singular for all purposes, and 0, with G unspecified, says that it is not positive definite.
+/// Cost: n³/3 flops.
 template <int = 0>
-[[nodiscard]] bool cholesky_solve(const cpu&, matrix_view<const double> g, matrix_view<double> b)
+[[nodiscard]] double factor_cholesky(const cpu&, matrix_view<double> g)
+{
+    if (g.rows() != g.cols() || g.order() != matrix_order::column_major) {
+        raise<shape_mismatch>(message("factor_cholesky: G is ", g.rows(), "×", g.cols(), "; expected a square, column-major matrix"));
+    }
+    if (g.empty()) { return 1; }
+    const detail::one_thread_inside guard;
+    std::vector<double> diagonal(g.rows());
+    for (std::size_t i = 0; i < diagonal.size(); ++i) {
+        diagonal[i] = g(i, i);
+        if (!(diagonal[i] > 0)) { return 0; }
+    }
+    detail::eigen_map<double, Eigen::ColMajor> l(g.data(), static_cast<detail::eigen_index>(g.rows()), static_cast<detail::eigen_index>(g.cols()),
+        Eigen::OuterStride<>(static_cast<detail::eigen_index>(g.stride())));
+    Eigen::Ref<Eigen::MatrixXd> in_place(l);
+    const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> llt(in_place);
+    if (llt.info() != detail::eigen_success) { return 0; }
+    double least = 1;
+    for (std::size_t i = 0; i < diagonal.size(); ++i) {
+        const double share = g(i, i) * g(i, i) / diagonal[i];
+        least = share < least ? share : least;
+    }
+    return least;
+}
+
+/// X with L·Lᵀ·X = B, in place of B (n×p, either order), for the L of factor_cholesky(). Cost: 2·n²·p flops, by pieces of columns in
+/// parallel.
+template <int = 0>
+void solve_cholesky(const cpu& policy, matrix_view<const double> l, matrix_view<double> b)
+{
+    if (l.rows() != l.cols() || b.rows() != l.rows() || l.order() != matrix_order::column_major) {
+        raise<shape_mismatch>(message("solve_cholesky: L is ", l.rows(), "×", l.cols(), ", B ", b.rows(), "×", b.cols()));
+    }
+    if (b.empty()) { return; }
+    constexpr std::size_t piece = 256;
+    const bool worth_threads = static_cast<double>(b.size()) * static_cast<double>(b.rows()) > 4e6;
+    for_each_index(worth_threads ? policy : sequential(policy), (b.cols() + piece - 1) / piece, [&](std::size_t index, std::size_t) {
+        const detail::one_thread_inside guard;
+        const auto lower = detail::map_as<Eigen::ColMajor>(l);
+        const matrix_view<double> part = b.block(0, index * piece, b.rows(), std::min(piece, b.cols() - index * piece));
+        const auto rows = static_cast<detail::eigen_index>(part.rows()), cols = static_cast<detail::eigen_index>(part.cols());
+        const Eigen::OuterStride<> stride(static_cast<detail::eigen_index>(part.stride()));
+        if (part.order() == matrix_order::row_major) {
+            detail::eigen_map<double, Eigen::RowMajor> x(part.data(), rows, cols, stride);
+            lower.template triangularView<Eigen::Lower>().solveInPlace(x);
+            lower.template triangularView<Eigen::Lower>().transpose().solveInPlace(x);
+        }
+        else {
+            detail::eigen_map<double, Eigen::ColMajor> x(part.data(), rows, cols, stride);
+            lower.template triangularView<Eigen::Lower>().solveInPlace(x);
+            lower.template triangularView<Eigen::Lower>().transpose().solveInPlace(x);
+        }
+    });
+}
+
+/// Solves G·X = B for a symmetric positive definite G (n×n, f64) and B (n×p), in place of B, by Cholesky. False, with B
+/// unspecified, where G is not numerically positive definite. Cost: n³/3 + 2·n²·p flops, and a copy of G.
+template <int = 0>
+[[nodiscard]] bool cholesky_solve(const cpu& policy, matrix_view<const double> g, matrix_view<double> b)
 {
     if (g.rows() != g.cols() || b.rows() != g.rows()) {
         raise<shape_mismatch>(message("cholesky_solve: G is ", g.rows(), "×", g.cols(), ", B ", b.rows(), "×", b.cols()));
     }
-    if (g.empty()) { return true; }
-    const detail::one_thread_inside guard;
-    Eigen::MatrixXd l = detail::map_as<Eigen::ColMajor>(g); // symmetric: either order reads the same
-    const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> llt(l);
-    if (llt.info() != detail::eigen_success) { return false; }
-    if (b.order() == matrix_order::row_major) {
-        detail::eigen_map<double, Eigen::RowMajor> x(
-            b.data(), static_cast<Eigen::Index>(b.rows()), static_cast<Eigen::Index>(b.cols()), Eigen::OuterStride<>(static_cast<Eigen::Index>(b.stride())));
-        llt.solveInPlace(x);
+    matrix<double> l(g.rows(), g.cols(), matrix_order::column_major, memory_of(policy));
+    for (std::size_t j = 0; j < g.cols(); ++j) {
+        for (std::size_t i = j; i < g.rows(); ++i) { l(i, j) = g(i, j); }
     }
-    else {
-        detail::eigen_map<double, Eigen::ColMajor> x(
-            b.data(), static_cast<Eigen::Index>(b.rows()), static_cast<Eigen::Index>(b.cols()), Eigen::OuterStride<>(static_cast<Eigen::Index>(b.stride())));
-        llt.solveInPlace(x);
-    }
+    if (factor_cholesky(policy, l.view()) <= 0) { return false; }
+    solve_cholesky(policy, l.view(), b);
     return true;
 }
 
