@@ -11,6 +11,7 @@
 #include <taskvec/arithmetic/block.hpp>
 #include <taskvec/arithmetic/reduce.hpp>
 #include <taskvec/arithmetic/task_vector.hpp>
+#include <taskvec/arithmetic/weighted_sum.hpp>
 #include <taskvec/backend/kernels.hpp>
 #include <taskvec/backend/linalg.hpp>
 #include <taskvec/backend/parallel.hpp>
@@ -54,8 +55,11 @@
 #include <taskvec/merge/average.hpp>
 #include <taskvec/merge/dare.hpp>
 #include <taskvec/merge/fisher.hpp>
+#include <taskvec/merge/fisher_accumulator.hpp>
+#include <taskvec/merge/gram_accumulator.hpp>
 #include <taskvec/merge/merge.hpp>
 #include <taskvec/merge/model_stock.hpp>
+#include <taskvec/merge/regmean.hpp>
 #include <taskvec/merge/sign_election.hpp>
 #include <taskvec/merge/slerp.hpp>
 #include <taskvec/merge/task_arithmetic.hpp>
