@@ -4,6 +4,7 @@
 
 #include <taskvec/jvp/primal_tangent.hpp>
 
+#include <algorithm>
 #include <cmath>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -192,7 +193,7 @@ normalization_gradient<T> normalize_vjp(
     row_array<T> normalized(cols), direction(cols);
     for (Eigen::Index row = 0; row < x.rows(); ++row) {
         const T inverse = normalize_row<Centered>(x.primal().data() + row * cols, normalized.data(), cols, T(epsilon));
-        direction = dy.primal().array().row(row);
+        std::copy_n(dy.primal().data() + row * cols, cols, direction.data());
         gradient.gamma.array().row(0) += direction * normalized;
         if (Centered) { gradient.beta.array().row(0) += direction; }
         if (scaled) { direction *= gamma.primal().array().row(0); }
