@@ -26,6 +26,8 @@ class Checks:
 
     def same_updates(self, what, folder, expected, tolerance=TOLERANCE):
         """PEFT loads `folder` and computes `expected` from it: every module, nothing but those modules, and a forward pass."""
+        from peft import get_peft_model_state_dict
+
         self.count += 1
         try:
             model, _ = load_adapter(folder)
@@ -35,6 +37,10 @@ class Checks:
         except Exception as problem:  # whatever PEFT dislikes is the finding
             self.failures.append(f"{what}: PEFT does not load it: {problem}")
             return
+        written, _ = load(pathlib.Path(folder) / "adapter_model.safetensors")
+        held = get_peft_model_state_dict(model)
+        if set(held) != set(written) or any(not torch.equal(held[name], written[name].to(held[name].dtype)) for name in written):
+            self.failures.append(f"{what}: PEFT does not hold just the tensors of the file: {sorted(set(held) ^ set(written))}")
         if set(found) != set(expected):
             self.failures.append(f"{what}: modules {sorted(found)}; expected {sorted(expected)}")
             return
