@@ -327,7 +327,7 @@ private:
     {
         for (const auto& [value, index] : {std::pair{lower, i * n + j}, std::pair{upper, j * n + i}}) {
             if (!std::isfinite(value)) {
-                blame(where, &value, 1, [&](std::size_t) { return index; });
+                blame(where, &value, 1, [at = index](std::size_t) { return at; });
             }
         }
         if (asymmetric) {
