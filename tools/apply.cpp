@@ -3,7 +3,6 @@
 #include "merging.hpp"
 
 #include <taskvec/io/delta.hpp>
-#include <taskvec/reuse/post_pruning.hpp>
 
 namespace {
 
@@ -17,15 +16,16 @@ void apply(const settings& given)
 {
     tool::check_finite(given.scale, "--scale");
     const auto base = tool::open_model(given.base);
-    const auto delta = taskvec::read_delta(given.delta);
+    const taskvec::delta_file delta(given.delta);
+    tool::guard_map(delta.file().map());
     taskvec::model_options options;
     options.base_label = "'" + given.base + "'";
     options.labels = {options.base_label};
     options.on_nonfinite = taskvec::nonfinite::propagate; // tensors that the delta leaves alone are nobody's business here
     const taskvec::aligned_models models(&base.model(), {&base.model(), 1}, options);
     tool::runner run(given.run, models.bytes() / 2);
-    taskvec::check_base(run.policy(), delta, base.model(), given.delta, given.base);
-    const auto kept = taskvec::kept(delta.tensors);
+    taskvec::check_base(run.policy(), delta.base_fingerprint(), base.model(), given.delta, given.base);
+    const auto kept = delta.kept();
     if (given.run.dry_run) {
         tool::print("would add " + tool::counted(kept, "entry") + " of '" + tool::printable(given.delta) + "' to '" + tool::printable(given.base) + "' into '"
             + tool::printable(given.out) + "' (" + tool::size_text(base.data_bytes()) + ")\n");
@@ -33,7 +33,7 @@ void apply(const settings& given)
     }
     tool::report_file report(given.run.report);
     tool::model_output out(given.out, models.outputs(), base.metadata(), given.shard_size);
-    taskvec::add_delta(run.policy(), models, delta.tensors, given.scale, out.sink());
+    taskvec::merge(run.policy(), taskvec::delta_addition_options{.delta = &delta, .scale = given.scale}, models, out.sink());
     out.finish();
     if (report.wanted()) {
         report.finish({{"output", given.out}, {"seconds", run.seconds()}, {"bytes_read", 2 * base.data_bytes()}, {"bytes_written", out.file_size()},

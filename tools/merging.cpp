@@ -176,6 +176,7 @@ taskvec::model_options model_options_of(const merge_settings& settings)
     options.on_nonfinite = settings.nonfinite == "propagate" ? taskvec::nonfinite::propagate : taskvec::nonfinite::error;
     options.on_missing = settings.missing == "base" ? taskvec::missing::base : taskvec::missing::error;
     options.statistics = !settings.run.report.empty();
+    options.memory = static_cast<std::size_t>(settings.run.memory_bytes());
     return options;
 }
 
@@ -184,7 +185,6 @@ merge_inputs::merge_inputs(const merge_settings& settings, bool base_wanted)
 {
     auto options = model_options_of(settings);
     if (!settings.shard_size.empty()) { (void)parse_size(settings.shard_size, "--shard-size"); }
-    (void)settings.run.memory_bytes();
     if (base_wanted || !settings.base.empty()) {
         base_.emplace(open_model(settings.base));
         options.base_label = "'" + settings.base + "'";

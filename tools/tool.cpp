@@ -45,10 +45,16 @@ std::atomic<std::size_t> mapped_count{0};
 std::array<std::atomic<const char*>, 4096> temporaries;
 std::atomic<std::size_t> temporary_count{0};
 std::atomic<int> interrupted{0};
+bool progress_visible = false;
 
 void write_text(const char* text)
 {
     [[maybe_unused]] const auto written = ::write(STDERR_FILENO, text, std::strlen(text));
+}
+
+void clear_progress()
+{
+    if (std::exchange(progress_visible, false)) { write_text("\r\033[K"); }
 }
 
 extern "C" void on_interrupt(int signal)
@@ -98,18 +104,6 @@ const char* keep(const std::string& text)
     char* copy = static_cast<char*>(std::malloc(text.size() + 1));
     if (copy) { std::memcpy(copy, text.c_str(), text.size() + 1); }
     return copy;
-}
-
-void guard_map(const taskvec::mapped_file& map)
-{
-    install_handlers();
-    const auto bytes = map.bytes();
-    const auto index = mapped_count.load();
-    if (bytes.empty() || index == mapped_ranges.size()) { return; }
-    mapped_ranges[index].end = bytes.data() + bytes.size();
-    mapped_ranges[index].path = keep(printable(map.path().string()));
-    mapped_ranges[index].begin = bytes.data();
-    mapped_count = index + 1;
 }
 
 std::uint64_t status_bytes(const char* field)
@@ -219,6 +213,18 @@ void add_run_options(CLI::App& verb, run_options& options)
     add_quiet(verb, options);
 }
 
+void guard_map(const taskvec::mapped_file& map)
+{
+    install_handlers();
+    const auto bytes = map.bytes();
+    const auto index = mapped_count.load();
+    if (bytes.empty() || index == mapped_ranges.size()) { return; }
+    mapped_ranges[index].end = bytes.data() + bytes.size();
+    mapped_ranges[index].path = keep(printable(map.path().string()));
+    mapped_ranges[index].begin = bytes.data();
+    mapped_count = index + 1;
+}
+
 taskvec::checkpoint open_model(const fs::path& path)
 {
     install_handlers();
@@ -306,7 +312,7 @@ runner::runner(const run_options& options, std::uint64_t walk_bytes)
 
 runner::~runner()
 {
-    if (visible_) { write_text("\r\033[K"); }
+    clear_progress();
 }
 
 double runner::seconds() const
@@ -327,7 +333,7 @@ bool runner::advance(const taskvec::progress_event& event)
     }
     if (now - drawn_ < std::chrono::milliseconds(100)) { return true; }
     drawn_ = now;
-    visible_ = true;
+    progress_visible = true;
     const double share = event.total ? static_cast<double>(event.done) / static_cast<double>(event.total) : 1.0;
     const double elapsed = std::chrono::duration<double>(now - phase_start_).count();
     char text[160];
@@ -344,7 +350,9 @@ bool runner::advance(const taskvec::progress_event& event)
 
 void note(const run_options& options, const std::string& text)
 {
-    if (!options.quiet) { std::fprintf(stderr, "taskvec: note: %s\n", printable(text).c_str()); }
+    if (options.quiet) { return; }
+    clear_progress();
+    std::fprintf(stderr, "taskvec: note: %s\n", printable(text).c_str());
 }
 
 std::string grouped(std::uint64_t value)
@@ -401,6 +409,7 @@ std::size_t text_width(std::string_view text)
 
 void print(const std::string& text)
 {
+    clear_progress();
     if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
         taskvec::raise<taskvec::io_error>(taskvec::message("cannot write to standard output: ", std::strerror(errno)), "", errno);
     }

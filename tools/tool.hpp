@@ -73,6 +73,9 @@ void add_run_options(CLI::App& verb, run_options& options);
 /// open_model(), with the maps known to the handler for files that shrink.
 [[nodiscard]] taskvec::checkpoint open_model(const fs::path& path);
 
+/// Makes another map known to that handler.
+void guard_map(const taskvec::mapped_file& map);
+
 /// A model that is being written: a file, a directory (`DIR/model.safetensors`), or a directory of shards.
 class model_output {
 public:
@@ -121,7 +124,6 @@ private:
     std::uint64_t walk_bytes_, anonymous_peak_ = 0;
     std::string phase_;
     clock::time_point start_, phase_start_, drawn_;
-    bool visible_ = false;
 };
 
 // Words.

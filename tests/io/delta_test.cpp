@@ -109,10 +109,40 @@ TEST_CASE("pruning streams into a file what it collects in memory")
             writer.commit();
             const auto back = read_delta(folder / "f");
             CHECK(back.tensors == expected);
+            // Added from the file it gives the bits that it gives from memory, whatever the blocks and threads.
+            const delta_file file(folder / "f");
+            std::vector<std::uint16_t> from_memory(stored.size()), from_file(stored.size());
+            std::vector<double> wide_from_memory(wide.size()), wide_from_file(wide.size());
+            const auto out = [](auto& b, auto& w) {
+                return model_ref{{"b", {b.data(), dtype::bf16, {100, 500}, {}}}, {"w", {w.data(), dtype::f64, {1000}, {}}}};
+            };
+            merge(cpu{}, sparse_addition_options{&expected, -0.7}, base, {&base, 1}, out(from_memory, wide_from_memory));
+            merge(cpu{.threads = 3}, delta_addition_options{&file, -0.7}, base, {&base, 1}, out(from_file, wide_from_file), how);
+            CHECK(from_memory == from_file);
+            CHECK(wide_from_memory == wide_from_file);
+            CHECK(file.kept() == kept(expected));
             CHECK(back.base_fingerprint == 9);
             CHECK(back.metadata.at("note") == "x");
         }
     }
+}
+
+TEST_CASE("a delta in a file that does not fit the base is refused")
+{
+    const scratch folder;
+    const std::vector<float> values(6);
+    std::vector<float> out(6);
+    const auto refused = [&](const sparse_model& content) {
+        write_delta(folder / "f", {.tensors = content});
+        const delta_file file(folder / "f");
+        const const_model_ref base{{"w", as_tensor(as_view(values), {2, 3})}};
+        CHECK_THROWS_AS(merge(cpu{}, delta_addition_options{&file}, base, {&base, 1}, model_ref{{"w", as_tensor(as_view(out), {2, 3})}}), error);
+    };
+    refused({{"w", sparse_vector<float>{{3, 2}, {1}, {1}}}});
+    refused({{"v", sparse_vector<float>{{2, 3}, {1}, {1}}}});
+    refused({{"w", sparse_vector<double>{{2, 3}, {1}, {1}}}});
+    const const_model_ref base{{"w", as_tensor(as_view(values), {2, 3})}};
+    CHECK_THROWS_AS(merge(cpu{}, delta_addition_options{}, base, {&base, 1}, model_ref{{"w", as_tensor(as_view(out), {2, 3})}}), invalid_argument);
 }
 
 TEST_CASE("a tensor of 2^31 elements has wide indices")
@@ -224,6 +254,6 @@ TEST_CASE("a delta knows its base")
     const std::vector<float> values{1, 2, 3}, others{1, 2, 4};
     const const_model_ref base{{"w", as_tensor(as_view(values))}}, other{{"w", as_tensor(as_view(others))}};
     const delta content{.tensors = {}, .base_fingerprint = fingerprint(cpu{}, base)};
-    CHECK_NOTHROW(check_base(cpu{}, content, base));
-    CHECK_THROWS_AS(check_base(cpu{}, content, other), invalid_argument);
+    CHECK_NOTHROW(check_base(cpu{}, content.base_fingerprint, base));
+    CHECK_THROWS_AS(check_base(cpu{}, content.base_fingerprint, other), invalid_argument);
 }

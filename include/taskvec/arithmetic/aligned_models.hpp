@@ -32,6 +32,7 @@ struct model_options {
     std::string base_label = "the base"; ///< name of the base in messages
     std::size_t chunk = 65536; ///< elements handed to a thread at a time (rounded up to a multiple of 64)
     bool statistics = false; ///< collect counts and norms for a report, at some cost
+    std::size_t memory = std::size_t{256} << 20; ///< bytes of scratch that a pass may take; less means more reads of the inputs, never other bits
 };
 
 /// One tensor of the aligned models: where its data lie in the base and in each task.

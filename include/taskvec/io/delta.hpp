@@ -4,6 +4,7 @@
 
 #include <taskvec/io/checkpoint.hpp>
 #include <taskvec/io/fingerprint.hpp>
+#include <taskvec/merge/merge.hpp>
 #include <taskvec/select/sparse.hpp>
 
 #include <algorithm>
@@ -202,48 +203,111 @@ inline void write_delta(const std::filesystem::path& path, const delta& content,
     writer.commit();
 }
 
-namespace detail {
-
-/// Reads the tensors of one parameter of a delta file and checks all that the format promises.
-class delta_reader {
+/// A delta file, mapped and checked: schema, dtypes, counts that match, indices in range and ascending, zero bits beyond
+/// the last entry, no tensor left over. Its entries stay in the file; see delta_writer for the format. Move-only.
+/// Throws format_error naming the file and the tensor; io_error. Cost: one read of the places, O(tensors) memory and a
+/// number for each 65,536 elements of a bitmask.
+///
+///     const taskvec::delta_file delta("task.delta.safetensors");
+///     merge(cpu{}, taskvec::delta_addition_options{.delta = &delta}, models, sink);
+class delta_file {
 public:
-    delta_reader(const safetensors_file& file)
-        : file_(file)
-        , model_(file.model())
-    { }
+    /// What the file holds for one tensor of the base.
+    struct part {
+        std::string name;
+        extents shape;
+        std::uint64_t size = 0, kept = 0;
+        bool wide = false; ///< f64 values
+        const std::byte* values = nullptr; ///< of any alignment
+        const std::byte* indices = nullptr; ///< of any alignment; null where there is a bitmask
+        bool wide_indices = false; ///< I64
+        const std::uint8_t* bitmask = nullptr;
+        std::vector<std::uint64_t> before{}; ///< bits set before each run of `run` elements
 
-    [[nodiscard]] sparse_model read() const
-    {
-        sparse_model result;
-        std::size_t used = 0;
-        for (const auto& [label, tensor] : model_) {
-            if (!label.ends_with(".shape")) { continue; }
-            const auto stem = label.substr(0, label.size() - 6);
-            const auto* values = model_.find(stem + ".values");
-            if (!values) { fail(stem, message("has '", label, "' and no '", stem, ".values'")); }
-            if (values->dtype == dtype::f32) { result.emplace(stem, read_tensor<float>(stem, tensor, *values)); }
-            else if (values->dtype == dtype::f64) {
-                result.emplace(stem, read_tensor<double>(stem, tensor, *values));
-            }
-            else {
-                fail(stem, message("has values of dtype ", name(values->dtype), "; expected F32 or F64"));
-            }
-            used += 3;
+        [[nodiscard]] std::uint64_t index(std::uint64_t entry) const noexcept
+        {
+            return wide_indices ? static_cast<std::uint64_t>(detail::load<std::int64_t>(indices, entry))
+                                : static_cast<std::uint64_t>(detail::load<std::int32_t>(indices, entry));
         }
-        if (used != model_.size()) {
-            for (const auto& [label, tensor] : model_) {
-                const auto dot = label.rfind('.');
-                const auto role = dot == label.npos ? std::string() : label.substr(dot);
-                const bool known = role == ".shape" || role == ".values" || role == ".indices" || role == ".bitmask";
-                if (!known || !result.contains(label.substr(0, dot))) {
-                    raise<format_error>(
-                        message("holds '", label, "', which belongs to no delta tensor (there must be P.values, P.shape, and P.indices or P.bitmask)"),
-                        file_.path().string());
+        template <arithmetic_element A>
+        [[nodiscard]] A value(std::uint64_t entry) const noexcept
+        {
+            return wide ? static_cast<A>(detail::load<double>(values, entry)) : static_cast<A>(detail::load<float>(values, entry));
+        }
+        /// Calls use(index, entry) for the kept entries in elements [from, to), in ascending order.
+        template <class Use>
+        void for_each(std::uint64_t from, std::uint64_t to, Use&& use) const
+        {
+            if (!bitmask) {
+                std::uint64_t low = 0, high = kept; // the first entry at or after `from`
+                while (low < high) {
+                    const std::uint64_t middle = low + (high - low) / 2;
+                    if (index(middle) < from) { low = middle + 1; }
+                    else {
+                        high = middle;
+                    }
+                }
+                for (; low < kept; ++low) {
+                    const auto place = index(low);
+                    if (place >= to) { return; }
+                    use(place, low);
+                }
+                return;
+            }
+            if (from >= to) { return; }
+            std::uint64_t entry = before[from / run];
+            for (std::uint64_t byte = from / run * (run / 8); byte < from / 8; ++byte) { entry += static_cast<unsigned>(std::popcount(bitmask[byte])); }
+            for (std::uint64_t byte = from / 8; byte * 8 < to; ++byte) {
+                for (unsigned rest = bitmask[byte]; rest; rest &= rest - 1, ++entry) {
+                    const std::uint64_t place = 8 * byte + static_cast<unsigned>(std::countr_zero(rest));
+                    if (place >= from && place < to) { use(place, entry); }
                 }
             }
-            raise<format_error>("holds tensors that belong to no delta", file_.path().string());
         }
-        return result;
+    };
+    static constexpr std::uint64_t run = 65536;
+
+    explicit delta_file(std::filesystem::path path)
+        : file_(std::move(path))
+        , model_(file_.model())
+    {
+        const auto value = [&](const char* key) {
+            const auto place = file_.metadata().find(key);
+            return place == file_.metadata().end() ? std::string() : place->second;
+        };
+        const auto fail_file = [&](const std::string& what) { raise<format_error>(what, file_.path().string()); };
+        if (const auto schema = value("schema"); schema != delta_schema) {
+            fail_file(schema.empty() ? message("is not a delta: its metadata has no schema '", delta_schema, "'")
+                                     : message("has schema '", schema, "'; this version reads '", delta_schema, "'"));
+        }
+        if (const auto additive = value("additive"); additive != "true") { fail_file(message("has additive '", additive, "'; this version reads 'true'")); }
+        const auto stamp = parse_fingerprint(value("fingerprint"));
+        if (!stamp) { fail_file(message("has the fingerprint '", value("fingerprint"), "'; expected 'xxh64:' and 16 hexadecimal digits")); }
+        fingerprint_ = *stamp;
+        for (const auto& [label, tensor] : model_) {
+            if (label.ends_with(".shape")) { parts_.push_back(read_part(label.substr(0, label.size() - 6), tensor)); }
+        }
+        std::sort(parts_.begin(), parts_.end(), [](const part& a, const part& b) { return a.name < b.name; });
+        if (3 * parts_.size() != model_.size()) { fail_stray(); }
+    }
+
+    [[nodiscard]] const std::filesystem::path& path() const noexcept { return file_.path(); }
+    [[nodiscard]] const safetensors_file& file() const noexcept { return file_; }
+    [[nodiscard]] const metadata_map& metadata() const noexcept { return file_.metadata(); }
+    /// Of the base that the delta is to be added to.
+    [[nodiscard]] std::uint64_t base_fingerprint() const noexcept { return fingerprint_; }
+    /// In name order.
+    [[nodiscard]] const std::vector<part>& parts() const noexcept { return parts_; }
+    [[nodiscard]] const part* find(std::string_view name) const noexcept
+    {
+        const auto place = std::lower_bound(parts_.begin(), parts_.end(), name, [](const part& p, std::string_view n) { return std::string_view(p.name) < n; });
+        return place != parts_.end() && place->name == name ? &*place : nullptr;
+    }
+    [[nodiscard]] std::uint64_t kept() const noexcept
+    {
+        std::uint64_t total = 0;
+        for (const auto& part : parts_) { total += part.kept; }
+        return total;
     }
 
 private:
@@ -251,122 +315,204 @@ private:
     {
         raise<format_error>(message("delta of tensor '", stem, "' ", what), file_.path().string());
     }
-
-    template <class A>
-    [[nodiscard]] sparse_vector<A> read_tensor(const std::string& stem, const const_tensor_ref& shape, const const_tensor_ref& values) const
+    [[noreturn]] void fail_stray() const
     {
-        sparse_vector<A> result;
-        if (shape.dtype != dtype::i64 || shape.shape.size() != 1) {
-            fail(stem, message("has a shape of dtype ", name(shape.dtype), " and rank ", shape.shape.size(), "; expected I64 of rank 1"));
-        }
-        result.shape.resize(shape.size());
-        std::uint64_t size = 1;
-        bool empty = false;
-        for (std::size_t i = 0; i < result.shape.size(); ++i) {
-            const auto extent = load<std::int64_t>(shape.data, i);
-            if (extent < 0) { fail(stem, message("has the negative extent ", extent)); }
-            result.shape[i] = extent;
-            empty = empty || extent == 0;
-        }
-        for (const auto extent : result.shape) {
-            if (empty) { size = 0; }
-            else if (__builtin_mul_overflow(size, static_cast<std::uint64_t>(extent), &size)
-                || size > std::uint64_t{std::numeric_limits<std::int64_t>::max()}) {
-                fail(stem, "has a shape of more than 2^63-1 elements");
+        for (const auto& [label, tensor] : model_) {
+            const auto dot = label.rfind('.');
+            const auto role = dot == label.npos ? std::string() : label.substr(dot);
+            const bool known = role == ".shape" || role == ".values" || role == ".indices" || role == ".bitmask";
+            if (!known || !find(std::string_view(label).substr(0, dot))) {
+                raise<format_error>(
+                    message("holds '", label, "', which belongs to no delta tensor (there must be P.values, P.shape, and P.indices or P.bitmask)"),
+                    file_.path().string());
             }
         }
-        if (values.shape.size() != 1) { fail(stem, message("has values of rank ", values.shape.size(), "; expected 1")); }
-        const std::size_t kept = values.size();
-        result.values.resize(kept);
-        if (kept) { std::memcpy(result.values.data(), values.data, kept * sizeof(A)); }
+        raise<format_error>("holds tensors that belong to no delta", file_.path().string());
+    }
 
-        const auto* indices = model_.find(stem + ".indices");
-        const auto* bitmask = model_.find(stem + ".bitmask");
+    [[nodiscard]] part read_part(const std::string& stem, const const_tensor_ref& shape) const
+    {
+        part result;
+        result.name = stem;
+        const auto* const values = model_.find(stem + ".values");
+        if (!values) { fail(stem, message("has '", stem, ".shape' and no '", stem, ".values'")); }
+        if (values->dtype != dtype::f32 && values->dtype != dtype::f64) {
+            fail(stem, message("has values of dtype ", name(values->dtype), "; expected F32 or F64"));
+        }
+        if (values->shape.size() != 1) { fail(stem, message("has values of rank ", values->shape.size(), "; expected 1")); }
+        result.wide = values->dtype == dtype::f64;
+        result.values = static_cast<const std::byte*>(values->data);
+        result.kept = values->size();
+        read_shape(result, shape);
+        const auto* const indices = model_.find(stem + ".indices");
+        const auto* const bitmask = model_.find(stem + ".bitmask");
         if (!indices == !bitmask) { fail(stem, indices ? "has both indices and a bitmask" : "has neither indices nor a bitmask"); }
-        if (indices) { read_indices(stem, *indices, size, kept, result.indices); }
+        if (indices) { read_indices(result, *indices); }
         else {
-            read_bitmask(stem, *bitmask, size, kept, result.indices);
+            read_bitmask(result, *bitmask);
         }
         return result;
     }
 
-    void read_indices(const std::string& stem, const const_tensor_ref& tensor, std::uint64_t size, std::size_t kept, std::vector<std::uint64_t>& result) const
+    void read_shape(part& result, const const_tensor_ref& shape) const
+    {
+        if (shape.dtype != dtype::i64 || shape.shape.size() != 1) {
+            fail(result.name, message("has a shape of dtype ", name(shape.dtype), " and rank ", shape.shape.size(), "; expected I64 of rank 1"));
+        }
+        result.shape.resize(shape.size());
+        bool empty = false;
+        for (std::size_t i = 0; i < result.shape.size(); ++i) {
+            const auto extent = detail::load<std::int64_t>(shape.data, i);
+            if (extent < 0) { fail(result.name, message("has the negative extent ", extent)); }
+            result.shape[i] = extent;
+            empty = empty || extent == 0;
+        }
+        result.size = empty ? 0 : 1;
+        for (const auto extent : result.shape) {
+            if (!empty
+                && (__builtin_mul_overflow(result.size, static_cast<std::uint64_t>(extent), &result.size)
+                    || result.size > std::uint64_t{std::numeric_limits<std::int64_t>::max()})) {
+                fail(result.name, "has a shape of more than 2^63-1 elements");
+            }
+        }
+    }
+
+    void read_indices(part& result, const const_tensor_ref& tensor) const
     {
         if ((tensor.dtype != dtype::i32 && tensor.dtype != dtype::i64) || tensor.shape.size() != 1) {
-            fail(stem, message("has indices of dtype ", name(tensor.dtype), " and rank ", tensor.shape.size(), "; expected I32 or I64 of rank 1"));
+            fail(result.name, message("has indices of dtype ", name(tensor.dtype), " and rank ", tensor.shape.size(), "; expected I32 or I64 of rank 1"));
         }
-        if (tensor.size() != kept) { fail(stem, message("has ", tensor.size(), " indices for ", kept, " values")); }
-        result.resize(kept);
+        if (tensor.size() != result.kept) { fail(result.name, message("has ", tensor.size(), " indices for ", result.kept, " values")); }
+        result.indices = static_cast<const std::byte*>(tensor.data);
+        result.wide_indices = tensor.dtype == dtype::i64;
         std::int64_t previous = -1;
-        for (std::size_t i = 0; i < kept; ++i) {
-            const std::int64_t index = tensor.dtype == dtype::i32 ? load<std::int32_t>(tensor.data, i) : load<std::int64_t>(tensor.data, i);
-            if (index < 0 || static_cast<std::uint64_t>(index) >= size) {
-                fail(stem, message("has index ", index, " at position ", i, "; the tensor has ", size, " elements"));
+        for (std::uint64_t i = 0; i < result.kept; ++i) {
+            const std::int64_t index = result.wide_indices ? detail::load<std::int64_t>(tensor.data, i) : detail::load<std::int32_t>(tensor.data, i);
+            if (index < 0 || static_cast<std::uint64_t>(index) >= result.size) {
+                fail(result.name, message("has index ", index, " at position ", i, "; the tensor has ", result.size, " elements"));
             }
-            if (index <= previous) { fail(stem, message("has index ", index, " after ", previous, " at position ", i, "; indices must ascend")); }
-            result[i] = static_cast<std::uint64_t>(previous = index);
+            if (index <= previous) { fail(result.name, message("has index ", index, " after ", previous, " at position ", i, "; indices must ascend")); }
+            previous = index;
         }
     }
 
-    void read_bitmask(const std::string& stem, const const_tensor_ref& tensor, std::uint64_t size, std::size_t kept, std::vector<std::uint64_t>& result) const
+    void read_bitmask(part& result, const const_tensor_ref& tensor) const
     {
         if (tensor.dtype != dtype::u8 || tensor.shape.size() != 1) {
-            fail(stem, message("has a bitmask of dtype ", name(tensor.dtype), " and rank ", tensor.shape.size(), "; expected U8 of rank 1"));
+            fail(result.name, message("has a bitmask of dtype ", name(tensor.dtype), " and rank ", tensor.shape.size(), "; expected U8 of rank 1"));
         }
-        const std::size_t bytes = tensor.size();
-        if (bytes != size / 8 + (size % 8 != 0)) {
-            fail(stem, message("has a bitmask of ", bytes, " bytes; ", size, " elements need ", size / 8 + (size % 8 != 0)));
-        }
-        const auto* mask = static_cast<const std::uint8_t*>(tensor.data);
+        const std::uint64_t bytes = tensor.size(), needed = result.size / 8 + (result.size % 8 != 0);
+        if (bytes != needed) { fail(result.name, message("has a bitmask of ", bytes, " bytes; ", result.size, " elements need ", needed)); }
+        result.bitmask = static_cast<const std::uint8_t*>(tensor.data);
         std::uint64_t set = 0;
-        for (std::size_t i = 0; i < bytes; ++i) { set += static_cast<unsigned>(std::popcount(mask[i])); }
-        if (set != kept) { fail(stem, message("has ", set, " bits set for ", kept, " values")); }
-        if (size % 8 && (mask[bytes - 1] >> (size % 8)) != 0) { fail(stem, "has bits set beyond its last element"); }
-        result.reserve(kept);
-        for (std::size_t i = 0; i < bytes; ++i) {
-            for (unsigned rest = mask[i]; rest; rest &= rest - 1) { result.push_back(8 * std::uint64_t{i} + static_cast<unsigned>(std::countr_zero(rest))); }
+        for (std::uint64_t i = 0; i < bytes; ++i) {
+            if (i % (run / 8) == 0) { result.before.push_back(set); }
+            set += static_cast<unsigned>(std::popcount(result.bitmask[i]));
         }
+        if (set != result.kept) { fail(result.name, message("has ", set, " bits set for ", result.kept, " values")); }
+        if (result.size % 8 && (result.bitmask[bytes - 1] >> (result.size % 8)) != 0) { fail(result.name, "has bits set beyond its last element"); }
     }
 
-    const safetensors_file& file_;
+    safetensors_file file_;
     const_model_ref model_;
+    std::vector<part> parts_;
+    std::uint64_t fingerprint_ = 0;
 };
 
-} // namespace detail
-
-/// Reads a delta and checks all that its format promises: schema, dtypes, counts that match, indices in range and
-/// ascending, zero bits beyond the last entry, no tensor left over. See delta_writer for the format.
-/// Throws format_error naming the file and the tensor; io_error.
+/// Reads a whole delta into memory. Errors: as delta_file.
 [[nodiscard]] inline delta read_delta(const std::filesystem::path& path)
 {
-    const safetensors_file file(path);
-    const auto fail = [&](const std::string& what) { raise<format_error>(what, path.string()); };
-    const auto value = [&](const char* key) {
-        const auto place = file.metadata().find(key);
-        return place == file.metadata().end() ? std::string() : place->second;
-    };
-    if (const auto schema = value("schema"); schema != delta_schema) {
-        fail(schema.empty() ? message("is not a delta: its metadata has no schema '", delta_schema, "'")
-                            : message("has schema '", schema, "'; this version reads '", delta_schema, "'"));
-    }
-    if (const auto additive = value("additive"); additive != "true") { fail(message("has additive '", additive, "'; this version reads 'true'")); }
-    const auto stamp = parse_fingerprint(value("fingerprint"));
-    if (!stamp) { fail(message("has the fingerprint '", value("fingerprint"), "'; expected 'xxh64:' and 16 hexadecimal digits")); }
+    const delta_file file(path);
     delta result;
-    result.base_fingerprint = *stamp;
+    result.base_fingerprint = file.base_fingerprint();
     result.metadata = file.metadata();
-    result.tensors = detail::delta_reader(file).read();
+    for (const auto& part : file.parts()) {
+        const auto make = [&]<class A>(std::type_identity<A>) {
+            sparse_vector<A> sparse{part.shape, std::vector<std::uint64_t>(part.kept), std::vector<A>(part.kept)};
+            part.for_each(0, part.size, [&](std::uint64_t index, std::uint64_t entry) {
+                sparse.indices[entry] = index;
+                sparse.values[entry] = part.template value<A>(entry);
+            });
+            result.tensors.emplace(part.name, std::move(sparse));
+        };
+        if (part.wide) { make(std::type_identity<double>{}); }
+        else {
+            make(std::type_identity<float>{});
+        }
+    }
     return result;
 }
 
-/// Throws invalid_argument unless `base` is the model that the delta was made for, or one with the same tensors.
-/// Cost: one read of the base's bytes.
+/// A base plus a delta that stays in its file, as a merge method without tasks of its own: θ0 + scale·v̂, each product and
+/// sum in f32 (f64 for f64), rounded once. Tensors without an entry are copied bit for bit. Bit-exact, and equal to
+/// sparse_addition_options over read_delta(). Errors: invalid_argument, shape_mismatch, dtype_mismatch. Memory: O(tensors).
+///
+///     const aligned_models models(&base, {&base, 1});
+///     merge(cpu{}, delta_addition_options{.delta = &file}, models, sink);
+struct delta_addition_options {
+    const delta_file* delta = nullptr;
+    double scale = 1.0;
+};
+
+template <>
+class detail::merger<delta_addition_options> {
+public:
+    static constexpr bool needs_base = true, in_place = true;
+    static constexpr std::size_t scratch_rows = 0;
+
+    merger(const cpu&, const aligned_models& models, const delta_addition_options& options)
+        : scale_(options.scale)
+    {
+        if (!options.delta) { raise<invalid_argument>("delta_addition_options::delta is null: point it at the delta to add"); }
+        check_factor(scale_, "scale");
+        std::size_t found = 0;
+        for (const auto& tensor : models.tensors()) {
+            const auto* const part = options.delta->find(tensor.name);
+            parts_.push_back(part);
+            if (!part) { continue; }
+            ++found;
+            if (part->shape != tensor.shape) {
+                raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(tensor.shape), " in ", models.options().base_label,
+                    "; the delta is for shape ", to_string(part->shape)));
+            }
+            if (part->wide && !tensor.wide) {
+                raise<dtype_mismatch>(message("tensor '", tensor.name, "' is not F64 in ", models.options().base_label, "; the delta holds F64 values"));
+            }
+        }
+        if (found == options.delta->parts().size()) { return; }
+        for (const auto& part : options.delta->parts()) {
+            const auto same = [&](const aligned_tensor& tensor) { return tensor.name == part.name; };
+            if (std::none_of(models.tensors().begin(), models.tensors().end(), same)) {
+                raise<invalid_argument>(message("tensor '", part.name, "' of the delta is not a floating tensor of ", models.options().base_label));
+            }
+        }
+    }
+    template <arithmetic_element A>
+    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    {
+        std::memcpy(merged, rows.base(), rows.size() * sizeof(A));
+        const auto* const part = parts_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
+        if (!part) { return; }
+        part->for_each(rows.offset(), rows.offset() + rows.size(), [&](std::uint64_t index, std::uint64_t entry) {
+            const std::uint64_t place = index - rows.offset();
+            const A value = part->template value<A>(entry);
+            kernels::add_at<A, A>(merged, &place, &value, static_cast<A>(scale_), 1);
+        });
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return 0; }
+
+private:
+    double scale_;
+    std::vector<const delta_file::part*> parts_;
+};
+
+/// Throws invalid_argument unless `base` is the model with this fingerprint. Cost: one read of the base's bytes.
 inline void check_base(
-    const cpu& policy, const delta& content, const const_model_ref& base, std::string_view delta_name = "delta", std::string_view base_name = "base")
+    const cpu& policy, std::uint64_t base_fingerprint, const const_model_ref& base, std::string_view delta_name = "delta", std::string_view base_name = "base")
 {
-    if (const auto found = fingerprint(policy, base); found != content.base_fingerprint) {
+    if (const auto found = fingerprint(policy, base); found != base_fingerprint) {
         raise<invalid_argument>(message("'", base_name, "' is not the model that '", delta_name, "' was made for: its fingerprint is ", fingerprint_text(found),
-            "; expected ", fingerprint_text(content.base_fingerprint)));
+            "; expected ", fingerprint_text(base_fingerprint)));
     }
 }
 

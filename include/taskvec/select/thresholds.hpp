@@ -49,8 +49,10 @@ private:
             std::uint64_t k = top_k_count(density, n);
             if (rule == trim_rule::reach_next) { k = std::min(n, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))) + 1); }
             const std::vector<std::uint64_t> counts(models.task_count(), k);
+            // Half the budget for what a pass collects, for all tasks together.
+            const std::size_t capacity = std::min(std::size_t{1} << 22, models.options().memory / 2 / (models.task_count() * sizeof(A)));
             unsigned walks = 0;
-            for (auto threshold : top_k_thresholds<A>(policy, models, range, counts, std::size_t{1} << 22, &walks)) {
+            for (auto threshold : top_k_thresholds<A>(policy, models, range, counts, capacity, &walks)) {
                 if (rule == trim_rule::reach_next) { threshold.equal_end = std::numeric_limits<std::uint64_t>::max(); }
                 thresholds.push_back(threshold);
             }
