@@ -33,6 +33,7 @@
 #include <taskvec/jvp/dual.hpp>
 #include <taskvec/jvp/elementwise.hpp>
 #include <taskvec/jvp/embedding.hpp>
+#include <taskvec/jvp/fold_adapter.hpp>
 #include <taskvec/jvp/jvp.hpp>
 #include <taskvec/jvp/linear.hpp>
 #include <taskvec/jvp/linearize.hpp>
