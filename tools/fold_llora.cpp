@@ -88,7 +88,7 @@ const tool::register_verb verb(90, [](CLI::App& app) {
         ->required();
     fold_verb->add_option("--dtype", given->dtype, "keep, f32, bf16 or f16: dtype of the factors (default: keep)")
         ->type_name("DTYPE")
-        ->check(CLI::IsMember({"keep", "f32", "bf16", "f16"}, CLI::ignore_case));
+        ->transform(CLI::IsMember({"keep", "f32", "bf16", "f16"}, CLI::ignore_case));
     fold_verb->add_flag("--modules-to-save", given->modules_to_save, "Accept adapters with modules_to_save, and carry the fine-tuned weights along");
     tool::add_run_options(*fold_verb, given->run);
     fold_verb->footer("Example:\n  taskvec fold-llora --init llora-init --adapter math-llora --out math-lora");
