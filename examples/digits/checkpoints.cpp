@@ -62,6 +62,12 @@ matrix load_head(const std::filesystem::path& file)
     return head;
 }
 
+void save_base(const network& base, const std::filesystem::path& folder)
+{
+    save(base.body, folder / "base.safetensors");
+    save_head(base.head, folder / "head.safetensors");
+}
+
 void save(const reused& compressed, const std::filesystem::path& folder)
 {
     std::filesystem::create_directories(folder);

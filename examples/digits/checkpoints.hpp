@@ -17,6 +17,9 @@ encoder load_encoder(const std::filesystem::path& file);
 void save_head(const matrix& head, const std::filesystem::path& file);
 matrix load_head(const std::filesystem::path& file);
 
+/// base.safetensors and head.safetensors, which everything else in the folder refers to.
+void save_base(const network& base, const std::filesystem::path& folder);
+
 /// What PERU-FFT serves from, as the tool's peru-fft writes it: merged.safetensors and <task>.delta.safetensors.
 void save(const reused& compressed, const std::filesystem::path& folder);
 

@@ -125,8 +125,7 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
     reuse("PERU-FFT", [&](double density) { return peru(shared, s.base.body, models, density); });
 
     if (out) {
-        save(s.base.body, *out / "base.safetensors");
-        save_head(s.base.head, *out / "head.safetensors");
+        save_base(s.base, *out);
         for (std::size_t task = 0; task < tasks; ++task) { save(models[task], *out / taskvec::message(task_names[task], ".safetensors")); }
         save(averaged, *out / "merged-average.safetensors");
         save(arithmetic.best.model, *out / "merged-task-arithmetic.safetensors");

@@ -3,9 +3,11 @@
 //
 //     digits --out DIR                          everything, for one seed
 //     digits --out DIR --part fft --seeds 8     one part, mean ± standard deviation over eight seeds
-//     digits --out DIR --score merged.safetensors    the accuracy of a model made from the checkpoints in DIR
+//     digits --out DIR --score merged.safetensors    the accuracy of a model, or of a LoRA adapter, made from the checkpoints in DIR
 #include "checkpoints.hpp"
 #include "fft.hpp"
+#include "lora.hpp"
+#include "low_rank.hpp"
 #include "setting.hpp"
 
 #include <taskvec/core/error.hpp>
@@ -20,6 +22,8 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace {
 
@@ -39,12 +43,17 @@ void print(const std::string& text)
     std::fflush(stdout);
 }
 
-/// The accuracy of one file's model on every task, the average last.
+/// The model of a safetensors file; of a PEFT adapter directory the base of --out with the adapter folded in.
+encoder model_of(const options& o)
+{
+    return std::filesystem::is_directory(o.score) ? folded(load_encoder(o.out / "base.safetensors"), load_updates(o.score)) : load_encoder(o.score);
+}
+
+/// The accuracy of one model on every task, the average last.
 void score(const options& o)
 {
     const auto parts = split(load_images(o.data), o.seed);
-    const auto accuracies =
-        evaluate(load_encoder(o.score), load_head(o.out / "head.safetensors"), in_every_domain(o.split == "test" ? parts.test : parts.validation));
+    const auto accuracies = evaluate(model_of(o), load_head(o.out / "head.safetensors"), in_every_domain(o.split == "test" ? parts.test : parts.validation));
     std::string line;
     for (std::size_t task = 0; task < tasks; ++task) { line += taskvec::message(task_names[task], ' ', percent(accuracies[task]), ' '); }
     print(line + "Avg " + percent(mean(accuracies)));
@@ -69,14 +78,25 @@ void experiment(const options& o)
     std::filesystem::create_directories(o.out);
 
     fft_results fft;
-    stopwatch watch;
+    lora_results lora;
     for (int i = 0; i < o.seeds; ++i) {
         const setting s = make_setting(images, o.seed + static_cast<std::uint64_t>(i));
         // The files are those of the first seed.
         const auto out = i == 0 ? std::optional(o.out) : std::nullopt;
+        stopwatch watch;
+        const auto report = [&](const char* part) {
+            std::fprintf(stderr, "seed %llu: %s took %.1f s\n", static_cast<unsigned long long>(s.seed), part, watch.seconds());
+        };
         if (wanted("fft")) {
             run_fft(s, out, fft);
-            std::fprintf(stderr, "seed %llu: full fine-tuning, its merges and scores took %.1f s\n", static_cast<unsigned long long>(s.seed), watch.seconds());
+            report("full fine-tuning, its merges and scores");
+        }
+        const adapter initial = initial_adapter(s.seed);
+        if (wanted("lora")) {
+            const std::vector<adapter> adapters = fine_tune_adapters(s, initial, parameterisation::lora);
+            report("fine-tuning LoRA adapters");
+            run_lora(s, adapters, out, lora);
+            report("merging and truncating LoRA adapters");
         }
     }
 
@@ -85,8 +105,14 @@ void experiment(const options& o)
         print("Chosen on validation\n" + fft.chosen);
         write_fft(fft, o.out);
     }
+    if (wanted("lora")) {
+        print(lora.methods.text());
+        print("Chosen on validation\n" + lora.chosen);
+        write_lora(lora, o.out);
+    }
     print("What this small setting says about the papers' claims, as measured above");
     if (wanted("fft")) { print(text(fft_claims(fft))); }
+    if (wanted("lora")) { print(text(lora_claims(lora))); }
 }
 
 } // namespace
@@ -103,8 +129,10 @@ int main(int argc, char** argv)
         ->check(CLI::Range(1, 1000))
         ->capture_default_str();
     app.add_option("--data", o.data, "The digits, a CSV file")->capture_default_str();
-    app.add_option("--part", o.parts, "Only this part; repeat for several")->check(CLI::IsMember({"fft"}));
-    app.add_option("--score", o.score, "Train nothing: print the accuracy of this safetensors file's model, made from the checkpoints in --out (same --seed)");
+    app.add_option("--part", o.parts, "Only this part; repeat for several")->check(CLI::IsMember({"fft", "lora"}));
+    app.add_option("--score", o.score,
+        "Train nothing: print the accuracy of this safetensors file's model, or of this PEFT adapter directory, made from the checkpoints in --out "
+        "(same --seed)");
     app.add_option("--split", o.split, "What --score measures on")->check(CLI::IsMember({"validation", "test"}))->capture_default_str();
     try {
         app.parse(argc, argv);

@@ -121,6 +121,13 @@ std::string percent(double fraction)
     return buffer;
 }
 
+std::string fixed(double value)
+{
+    char buffer[32];
+    std::snprintf(buffer, sizeof buffer, "%.4f", value);
+    return buffer;
+}
+
 void write_text(const std::filesystem::path& file, std::string_view text)
 {
     std::ofstream stream(file, std::ios::binary);

@@ -66,6 +66,9 @@ private:
 /// "64.23"
 [[nodiscard]] std::string percent(double fraction);
 
+/// "0.0531": an error, a cosine.
+[[nodiscard]] std::string fixed(double value);
+
 /// Writes a whole text file; failing is an error that names it.
 void write_text(const std::filesystem::path& file, std::string_view text);
 

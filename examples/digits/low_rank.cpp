@@ -1,0 +1,87 @@
+// The one file of the example that compiles decompositions.
+// SPDX-License-Identifier: Apache-2.0
+#include "low_rank.hpp"
+
+#include <taskvec/io/peft.hpp>
+#include <taskvec/lowrank/merge_adapters.hpp>
+#include <taskvec/lowrank/merge_ties.hpp>
+#include <taskvec/lowrank/randomized_svd.hpp>
+#include <taskvec/reuse/peru_lora.hpp>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <utility>
+
+namespace digits {
+namespace {
+
+const taskvec::cpu one_thread{.threads = 1};
+
+taskvec::matrix<float> copy(adapter::const_map from)
+{
+    taskvec::matrix<float> to(static_cast<std::size_t>(from.rows()), static_cast<std::size_t>(from.cols()), taskvec::matrix_order::row_major);
+    std::copy_n(from.data(), from.size(), to.data());
+    return to;
+}
+
+taskvec::matrix_view<float> weight(encoder::map w)
+{
+    return {w.data(), static_cast<std::size_t>(w.rows()), static_cast<std::size_t>(w.cols()), taskvec::matrix_order::row_major};
+}
+
+} // namespace
+
+updates updates_of(const adapter& phi)
+{
+    return {{"fc1", {copy(phi.b1()), copy(phi.a1())}}, {"fc2", {copy(phi.b2()), copy(phi.a2())}}};
+}
+
+encoder folded(const encoder& base, const updates& adapter, double factor)
+{
+    encoder model = base;
+    const std::array<std::pair<const char*, taskvec::matrix_view<float>>, 2> weights{{{"fc1", weight(model.weight1())}, {"fc2", weight(model.weight2())}}};
+    for (const auto& [module, update] : adapter) {
+        const auto place = std::ranges::find_if(weights, [&](const auto& entry) { return entry.first == module; });
+        if (place == weights.end()) { taskvec::raise<taskvec::invalid_argument>(taskvec::message("the network has no module '", module, "'")); }
+        taskvec::fold(one_thread, update, place->second, factor, module);
+    }
+    return model;
+}
+
+std::vector<encoder> folded(const encoder& base, const std::vector<updates>& adapters)
+{
+    std::vector<encoder> models;
+    for (const auto& adapter : adapters) { models.push_back(folded(base, adapter)); }
+    return models;
+}
+
+updates summed(const std::vector<updates>& adapters)
+{
+    return taskvec::merge_linear<float>(one_thread, adapters).adapter;
+}
+
+updates elected(const std::vector<updates>& adapters, double density)
+{
+    const taskvec::adapter_ties_options options{.ties = {.density = density}, .rank = taskvec::rank_choice::full()};
+    return taskvec::merge_ties<float>(one_thread, adapters, options, taskvec::decompose_randomized{}).adapter;
+}
+
+compressed_updates truncated(const updates& adapter, std::size_t q)
+{
+    return taskvec::peru_lora(one_thread, adapter, {.rank = {.rank = q}});
+}
+
+void save(const updates& adapter, const std::filesystem::path& folder)
+{
+    taskvec::peft_adapter<float> stored;
+    stored.updates = adapter;
+    taskvec::write_peft(folder, stored);
+}
+
+updates load_updates(const std::filesystem::path& folder)
+{
+    return taskvec::read_peft<float>(folder).updates;
+}
+
+} // namespace digits
