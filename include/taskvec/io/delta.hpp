@@ -185,7 +185,7 @@ inline void write_delta(const std::filesystem::path& path, const delta& content,
     std::vector<delta_writer::part> parts;
     for (const auto& [name, tensor] : content.tensors) {
         std::visit(
-            [&]<class A>(const sparse_vector<A>& sparse) {
+            [&, &name = name]<class A>(const sparse_vector<A>& sparse) { // clang 14 captures no structured binding
                 check(sparse, name);
                 parts.push_back({name, sparse.shape, sparse.kept(), std::same_as<A, double>});
             },
@@ -196,7 +196,8 @@ inline void write_delta(const std::filesystem::path& path, const delta& content,
     std::size_t at = 0;
     for (const auto& [name, tensor] : content.tensors) {
         std::visit(
-            [&](const auto& sparse) { writer.write(at, 0, 0, element_count(sparse.shape, name), sparse.indices.data(), sparse.values.data(), sparse.kept()); },
+            [&, &name = name](
+                const auto& sparse) { writer.write(at, 0, 0, element_count(sparse.shape, name), sparse.indices.data(), sparse.values.data(), sparse.kept()); },
             tensor);
         ++at;
     }
