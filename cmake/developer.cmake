@@ -2,10 +2,11 @@
 # Flags of taskvec's own programs (tests, tool, examples, benchmarks). None of this reaches a project that uses taskvec.
 
 add_library(taskvec_developer INTERFACE)
-target_compile_options(taskvec_developer INTERFACE -Wall -Wextra $<$<BOOL:${TASKVEC_WERROR}>:-Werror>)
+target_compile_options(taskvec_developer INTERFACE
+    "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;$<$<BOOL:${TASKVEC_WERROR}>:-Werror>>")
 # g++ 12 at -O2 and above takes "text" + std::string(…) for an overlapping copy (GCC bug 105651).
 if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-    target_compile_options(taskvec_developer INTERFACE -Wno-restrict)
+    target_compile_options(taskvec_developer INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-restrict>)
 endif()
 # Elementwise results are the same bits for any processor; only the time differs.
 if(TASKVEC_NATIVE)

@@ -68,12 +68,17 @@ struct chunk {
 
 /// Lines up a base (optional) and tasks by tensor name, and checks everything that can be checked before any work:
 /// names, shapes, dtypes, contiguity, memory space. Tensors are ordered by the bytes of their names. Integer tensors
-/// must be equal in all models and are copied; excluded tensors are copied from the base. Holds views only.
+/// must be equal in all models and are copied; excluded tensors are copied from the base. Holds views only. All tensors
+/// live in the memory space `space`; for device memory `equal` says whether two runs of bytes are the same.
 /// Errors: invalid_argument, shape_mismatch, dtype_mismatch, each naming the tensor and the model.
 class aligned_models {
 public:
-    aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {})
+    using bytes_equal = std::function<bool(const void* a, const void* b, std::size_t bytes)>;
+
+    aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {}, memory_space space = memory_space::host,
+        const bytes_equal& equal = {})
         : options_(std::move(options))
+        , space_(space)
     {
         if (tasks.empty()) { raise<invalid_argument>("no task was given: at least one is needed"); }
         if (!options_.labels.empty() && options_.labels.size() != tasks.size()) {
@@ -90,7 +95,7 @@ public:
                 }
             }
         }
-        for (const auto& [name, tensor] : reference) { add(name, tensor, tasks); }
+        for (const auto& [name, tensor] : reference) { add(name, tensor, tasks, equal); }
         cut();
     }
 
@@ -152,10 +157,12 @@ private:
     }
 
     [[nodiscard]] std::string reference_label() const { return has_base_ ? options_.base_label : label(0); }
-    static void check_host(const const_tensor_ref& tensor, const std::string& name, const std::string& where)
+    void check_place(const const_tensor_ref& tensor, const std::string& name, const std::string& where) const
     {
-        if (tensor.space != memory_space::host) {
-            raise<invalid_argument>(message("tensor '", name, "' of ", where, " lives in device memory: the cpu policy needs host memory"));
+        if (tensor.space != space_) {
+            raise<invalid_argument>(message("tensor '", name, "' of ", where,
+                space_ == memory_space::host ? " lives in device memory: the cpu policy needs host memory"
+                                             : " lives in host memory: the gpu policy needs device memory, or merge_streamed() for models on the host"));
         }
         if (!tensor.contiguous()) {
             raise<invalid_argument>(message("tensor '", name, "' of ", where, " is not contiguous: copy it to row-major memory first"));
@@ -164,9 +171,9 @@ private:
     }
     static bool computes(taskvec::dtype type) noexcept { return is_storage(type) || is_fp8(type); }
 
-    void add(const std::string& name, const const_tensor_ref& tensor, std::span<const const_model_ref> tasks)
+    void add(const std::string& name, const const_tensor_ref& tensor, std::span<const const_model_ref> tasks, const bytes_equal& equal)
     {
-        check_host(tensor, name, reference_label());
+        check_place(tensor, name, reference_label());
         const std::size_t size = tensor.size(name), output = outputs_.size();
         const bool included = !options_.include || options_.include(name);
         if (!included) {
@@ -187,8 +194,8 @@ private:
                 aligned.tasks.push_back(reference);
                 continue;
             }
-            check_host(*mine, name, label(t));
-            check_same(name, tensor, *mine, t);
+            check_place(*mine, name, label(t));
+            check_same(name, tensor, *mine, t, equal);
             aligned.tasks.push_back({static_cast<const std::byte*>(mine->data), mine->dtype});
             aligned.wide = aligned.wide || mine->dtype == taskvec::dtype::f64;
         }
@@ -207,7 +214,7 @@ private:
         tensors_.push_back(std::move(aligned));
     }
 
-    void check_same(const std::string& name, const const_tensor_ref& tensor, const const_tensor_ref& mine, std::size_t t) const
+    void check_same(const std::string& name, const const_tensor_ref& tensor, const const_tensor_ref& mine, std::size_t t, const bytes_equal& equal) const
     {
         if (mine.shape != tensor.shape) {
             raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(mine.shape), " in ", label(t), " but ", to_string(tensor.shape), " in ",
@@ -219,13 +226,15 @@ private:
                 " in ", reference_label(), ": convert one of them, or exclude the tensor"));
         }
         const std::size_t size = tensor.bytes(name);
-        if (!floating && size > 0 && std::memcmp(mine.data, tensor.data, size) != 0) {
+        const auto same = [&] { return equal ? equal(mine.data, tensor.data, size) : std::memcmp(mine.data, tensor.data, size) == 0; };
+        if (!floating && size > 0 && !same()) {
             raise<dtype_mismatch>(message("tensor '", name, "' of dtype ", taskvec::name(tensor.dtype), " differs between ", label(t), " and ",
                 reference_label(), ": only floating tensors can be merged; exclude it to keep the one of ", reference_label()));
         }
     }
 
     model_options options_;
+    memory_space space_;
     std::vector<tensor_spec> outputs_;
     std::vector<aligned_tensor> tensors_;
     std::vector<copied_tensor> copied_;

@@ -23,6 +23,17 @@
 #ifndef TASKVEC_ABI_SYSTEM
 #if defined(__CUDACC__)
 #define TASKVEC_ABI_SYSTEM cuda
+#elif defined(THRUST_DEVICE_SYSTEM)
+// THRUST_DEVICE_SYSTEM is a name until Thrust has been included, and a number afterwards: both name the same system.
+#define TASKVEC_SYSTEM_THRUST_DEVICE_SYSTEM_OMP thrust_omp
+#define TASKVEC_SYSTEM_THRUST_DEVICE_SYSTEM_TBB thrust_tbb
+#define TASKVEC_SYSTEM_THRUST_DEVICE_SYSTEM_CPP thrust_cpp
+#define TASKVEC_SYSTEM_2 thrust_omp
+#define TASKVEC_SYSTEM_3 thrust_tbb
+#define TASKVEC_SYSTEM_4 thrust_cpp
+#define TASKVEC_SYSTEM_OF_(system) TASKVEC_SYSTEM_##system
+#define TASKVEC_SYSTEM_OF(system) TASKVEC_SYSTEM_OF_(system)
+#define TASKVEC_ABI_SYSTEM TASKVEC_SYSTEM_OF(THRUST_DEVICE_SYSTEM)
 #else
 #define TASKVEC_ABI_SYSTEM host
 #endif
@@ -43,7 +54,13 @@
 // optimiser then sees one flat loop over restrict pointers and vectorises it, and no multiply-add is fused.
 #define TASKVEC_NOINLINE [[gnu::noinline]]
 #define TASKVEC_RESTRICT __restrict
-#if defined(__clang__)
+#if defined(__CUDACC__)
+// Device code rounds each operation by intrinsics (backend/thrust). The CPU's kernels lose their guarantee in a file that
+// nvcc compiles for a processor with fused multiply-adds: run cpu policies from files of the host compiler.
+#define TASKVEC_KERNELS_BEGIN
+#define TASKVEC_KERNELS_END
+#define TASKVEC_STRICT_FP
+#elif defined(__clang__)
 #define TASKVEC_KERNELS_BEGIN
 #define TASKVEC_KERNELS_END
 #define TASKVEC_STRICT_FP _Pragma("clang fp contract(off)")

@@ -42,14 +42,53 @@ struct cpu {
     progress_callback progress{}; ///< empty: silent
 };
 
+/// The caller's own device memory, for scratch: ordered on the stream that is passed on (a cudaStream_t).
+class device_memory_resource {
+public:
+    virtual ~device_memory_resource() = default;
+    /// At least `bytes` bytes of device memory, aligned to 256; nullptr when there are not so many.
+    [[nodiscard]] virtual void* allocate(std::size_t bytes, void* stream) = 0;
+    virtual void deallocate(void* place, std::size_t bytes, void* stream) noexcept = 0;
+};
+
+/// What outlives a call on a stream: library handles. Made and described by backend/cusolver.
+class gpu_context;
+
+/// Run on the device of a CUDA stream, or, where the code was compiled for a Thrust host system, on the host threads of that
+/// system, whose memory then counts as device memory. Results do not depend on any of these members.
+///
+/// The type is here so that interfaces can name it without a CUDA header. Each room has its gpu versions in a header of their
+/// own (<taskvec/merge/gpu.hpp> and so on; <taskvec/gpu.hpp> includes them all), for nvcc, or for g++ and clang with
+/// THRUST_DEVICE_SYSTEM set to a host system (see docs/gpu.md).
+///
+///     taskvec::gpu policy{.stream = stream};
+struct gpu {
+    static constexpr memory_space space = memory_space::device;
+
+    void* stream = nullptr; ///< a cudaStream_t; null: the default stream
+    device_memory_resource* allocator = nullptr; ///< scratch on the device; null: cudaMallocAsync
+    gpu_context* context = nullptr; ///< handles to reuse; null: made where they are needed, for the one call
+};
+
 namespace detail {
 template <class P>
 inline constexpr bool is_policy = false;
 template <>
 inline constexpr bool is_policy<cpu> = true;
+template <>
+inline constexpr bool is_policy<gpu> = true;
+
+/// The rooms whose algorithms have gpu versions.
+enum class gpu_room : std::uint8_t { arithmetic, select, merge, lowrank, reuse };
+/// True once the gpu header of a room has been included: it specialises this.
+template <class P, gpu_room Room>
+inline constexpr bool gpu_header_included = false;
+/// gpu, in a program that has not included the gpu header of a room: what the overloads match that say so.
+template <class P, gpu_room Room>
+concept gpu_without_header = std::same_as<P, gpu> && !gpu_header_included<P, Room>;
 } // namespace detail
 
-/// cpu, or gpu once its header is included.
+/// cpu or gpu.
 template <class P>
 concept policy = detail::is_policy<P>;
 

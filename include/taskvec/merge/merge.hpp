@@ -398,4 +398,11 @@ merge_report merge(const cpu& policy, const Options& options, const Tasks& tasks
     return detail::merge_in_memory(policy, options, nullptr, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }
 
+// On taskvec::gpu this lives in <taskvec/merge/gpu.hpp>; without it a call says so.
+template <detail::gpu_without_header<detail::gpu_room::merge> P, class... Arguments>
+auto merge(const P&, Arguments&&...)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::merge>, "merge() on taskvec::gpu: include <taskvec/merge/gpu.hpp>");
+}
+
 } // namespace taskvec::inline TASKVEC_ABI

@@ -152,4 +152,11 @@ inline void add_delta(const cpu& policy, const aligned_models& models, const spa
     merge(policy, sparse_addition_options{&delta, scale}, models, out);
 }
 
+// On taskvec::gpu this lives in <taskvec/reuse/gpu.hpp>; without it a call says so.
+template <detail::gpu_without_header<detail::gpu_room::reuse> P, class... Arguments>
+auto post_pruning(const P&, Arguments&&...)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>, "post_pruning() on taskvec::gpu: include <taskvec/reuse/gpu.hpp>");
+}
+
 } // namespace taskvec::inline TASKVEC_ABI

@@ -508,4 +508,16 @@ template <input_of<cpu> X>
     return std::bit_cast<A>(top_k(policy, x, k).magnitude);
 }
 
+// On taskvec::gpu these live in <taskvec/select/gpu.hpp>; without it a call says so.
+template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
+auto top_k(const P&, Arguments&&...)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>, "top_k() on taskvec::gpu: include <taskvec/select/gpu.hpp>");
+}
+template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
+auto kth_magnitude(const P&, Arguments&&...)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>, "kth_magnitude() on taskvec::gpu: include <taskvec/select/gpu.hpp>");
+}
+
 } // namespace taskvec::inline TASKVEC_ABI
