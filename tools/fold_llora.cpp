@@ -1,44 +1,23 @@
 // taskvec fold-llora: a linearized LoRA adapter as a plain one.
 // SPDX-License-Identifier: Apache-2.0
-#include "tool.hpp"
+#include "adapters.hpp"
 
-#include <taskvec/io/peft.hpp>
 #include <taskvec/jvp/fold_adapter.hpp>
 
 #include <memory>
 
 namespace {
 
-struct settings {
-    std::string init, adapter, out, dtype = "keep";
-    bool modules_to_save = false;
-    tool::run_options run;
+struct settings : tool::adapter_settings {
+    std::string init, adapter;
 };
-
-std::uint64_t bytes_of(const tool::fs::path& directory)
-{
-    std::uint64_t total = 0;
-    for (const auto name : {taskvec::peft_config_name, taskvec::peft_model_name}) {
-        std::error_code missing;
-        const auto size = tool::fs::file_size(directory / name, missing);
-        total += missing ? 0 : size;
-    }
-    return total;
-}
-
-/// True when a file is there and holds f64: everything then computes in f64. What is not there is for read_peft() to report.
-bool wide(const tool::fs::path& directory)
-{
-    std::error_code missing;
-    return tool::fs::exists(directory / taskvec::peft_model_name, missing) && taskvec::peft_is_wide(directory);
-}
 
 template <class T>
 void fold_as(const settings& given)
 {
     const tool::runner run(given.run, 0);
-    const auto initial = taskvec::read_peft<T>(given.init, {.whole_modules = given.modules_to_save});
-    auto adapter = taskvec::read_peft<T>(given.adapter, {.whole_modules = given.modules_to_save});
+    const auto initial = tool::read_adapter<T>(given.init, given);
+    auto adapter = tool::read_adapter<T>(given.adapter, given);
     if (initial.embeddings != adapter.embeddings) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::message("'", given.init, "' and '", given.adapter,
             "' do not adapt the same embeddings: the first is not the initialisation that the second was trained from"));
@@ -57,23 +36,15 @@ void fold_as(const settings& given)
         tool::print("would write '" + tool::printable(given.out) + "': " + summary + "\n");
         return;
     }
-    tool::report_file report(given.run.report);
-    taskvec::peft_write_options how;
-    if (given.dtype != "keep") { how.output = given.dtype == "f32" ? taskvec::dtype::f32 : given.dtype == "f16" ? taskvec::dtype::f16 : taskvec::dtype::bf16; }
-    taskvec::write_peft(given.out, adapter, how);
-    report.finish({{"init", given.init}, {"adapter", given.adapter}, {"output", given.out}, {"layers", std::move(layers)}, {"seconds", run.seconds()},
-        {"bytes_read", bytes_of(given.init) + bytes_of(given.adapter)}, {"bytes_written", bytes_of(given.out)}, {"peak_memory", tool::peak_memory()}});
-    report.commit();
-    tool::print("folded a linearized adapter into '" + tool::printable(given.out) + "': " + summary + ", in " + tool::seconds_text(run.seconds()) + "\n");
+    const auto bytes_read = tool::adapter_bytes(given.init) + tool::adapter_bytes(given.adapter);
+    tool::write_adapter(given, run, adapter, {{"init", given.init}, {"adapter", given.adapter}, {"layers", std::move(layers)}}, bytes_read,
+        "folded a linearized adapter into '" + tool::printable(given.out) + "': " + summary);
 }
 
 void fold_llora(const settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("fold-llora runs on the cpu; leave --device out"); }
-    if (wide(given.init) || wide(given.adapter)) { fold_as<double>(given); }
-    else {
-        fold_as<float>(given);
-    }
+    tool::in_precision(tool::adapter_is_wide(given.init) || tool::adapter_is_wide(given.adapter), [&]<class T>(std::type_identity<T>) { fold_as<T>(given); });
 }
 
 const tool::register_verb verb(90, [](CLI::App& app) {
@@ -86,11 +57,8 @@ const tool::register_verb verb(90, [](CLI::App& app) {
     fold_verb->add_option("--out", given->out, "Where the plain adapter goes: rank r where the initial lora_B is 0, otherwise 2r")
         ->type_name("DIR")
         ->required();
-    fold_verb->add_option("--dtype", given->dtype, "keep, f32, bf16 or f16: dtype of the factors (default: keep)")
-        ->type_name("DTYPE")
-        ->transform(CLI::IsMember({"keep", "f32", "bf16", "f16"}, CLI::ignore_case));
-    fold_verb->add_flag("--modules-to-save", given->modules_to_save, "Accept adapters with modules_to_save, and carry the fine-tuned weights along");
-    tool::add_run_options(*fold_verb, given->run);
+    tool::add_modules_to_save(*fold_verb, *given);
+    tool::add_adapter_options(*fold_verb, *given);
     fold_verb->footer("Example:\n  taskvec fold-llora --init llora-init --adapter math-llora --out math-lora");
     fold_verb->callback([given] { fold_llora(*given); });
 });

@@ -37,6 +37,17 @@ CLI::Validator one_of(const std::vector<std::string>& words)
         "");
 }
 
+/// Notes that an option was on the command line.
+CLI::Validator remembered(merge_settings& settings, const std::string& name)
+{
+    return CLI::Validator(
+        [given = &settings.given, name](std::string&) {
+            given->insert(name);
+            return std::string();
+        },
+        "");
+}
+
 std::vector<std::regex> compile(const std::vector<std::string>& patterns, const std::string& option)
 {
     std::vector<std::regex> result;
@@ -85,6 +96,13 @@ const method& find_method(const merge_settings& settings)
     return *place;
 }
 
+std::function<bool(std::string_view)> name_filter(const std::vector<std::string>& include, const std::vector<std::string>& exclude)
+{
+    if (include.empty() && exclude.empty()) { return {}; }
+    return [wanted = compile(include, "--include"), unwanted = compile(exclude, "--exclude")](
+               std::string_view name) { return (wanted.empty() || any_matches(wanted, name)) && !any_matches(unwanted, name); };
+}
+
 void add_tensor_options(CLI::App& verb, merge_settings& settings)
 {
     verb.add_option("--include", settings.include, "Only tensors that match; others are copied from the base")->type_name("REGEX")->allow_extra_args(false);
@@ -99,31 +117,12 @@ void add_tensor_options(CLI::App& verb, merge_settings& settings)
 
 void add_density_option(CLI::App& verb, merge_settings& settings, std::optional<double>& density, const std::string& option, const std::string& help)
 {
-    auto* const given = &settings.given;
-    verb.add_option(option, density, help)
-        ->type_name("D")
-        ->check(CLI::Validator(
-            [given, name = option.substr(2)](std::string&) {
-                given->insert(name);
-                return std::string();
-            },
-            ""));
+    verb.add_option(option, density, help)->type_name("D")->check(remembered(settings, option.substr(2)));
 }
 
-void add_merge_options(CLI::App& verb, merge_settings& settings)
+void add_ties_options(CLI::App& verb, merge_settings& settings)
 {
-    auto* const given = &settings.given;
-    const auto seen = [given](const char* name) {
-        return CLI::Validator(
-            [given, name](std::string&) {
-                given->insert(name);
-                return std::string();
-            },
-            "");
-    };
-    verb.add_option("--lambda", settings.lambda, "Scale of the merged task vector (default: 1; 0.3 for task-arithmetic)")
-        ->type_name("X")
-        ->check(seen("lambda"));
+    const auto seen = [&settings](const char* name) { return remembered(settings, name); };
     verb.add_option("--scope", settings.scope, "model or tensor: what a density counts over (default: model)")
         ->type_name("SCOPE")
         ->check(one_of({"model", "tensor"}))
@@ -136,6 +135,15 @@ void add_merge_options(CLI::App& verb, merge_settings& settings)
         ->type_name("HOW")
         ->check(one_of({"mean", "sum", "max"}))
         ->check(seen("merge-weights"));
+}
+
+void add_merge_options(CLI::App& verb, merge_settings& settings)
+{
+    const auto seen = [&settings](const char* name) { return remembered(settings, name); };
+    verb.add_option("--lambda", settings.lambda, "Scale of the merged task vector (default: 1; 0.3 for task-arithmetic)")
+        ->type_name("X")
+        ->check(seen("lambda"));
+    add_ties_options(verb, settings);
     verb.add_option("--seed", settings.seed, "Of random choices (default: 0)")->type_name("N")->check(seen("seed"));
     verb.add_option("--fisher", settings.fisher, "Diagonal Fisher of a task; repeat in task order")
         ->type_name("FILE")
@@ -166,10 +174,7 @@ void add_method_option(CLI::App& verb, merge_settings& settings)
 taskvec::model_options model_options_of(const merge_settings& settings)
 {
     taskvec::model_options options;
-    const auto include = compile(settings.include, "--include"), exclude = compile(settings.exclude, "--exclude");
-    if (!include.empty() || !exclude.empty()) {
-        options.include = [include, exclude](std::string_view name) { return (include.empty() || any_matches(include, name)) && !any_matches(exclude, name); };
-    }
+    options.include = name_filter(settings.include, settings.exclude);
     if (settings.dtype == "f32") { options.output = taskvec::dtype::f32; }
     if (settings.dtype == "bf16") { options.output = taskvec::dtype::bf16; }
     if (settings.dtype == "f16") { options.output = taskvec::dtype::f16; }

@@ -10,6 +10,7 @@
 #include <CLI/Option.hpp>
 
 #include <deque>
+#include <functional>
 #include <map>
 #include <optional>
 #include <set>
@@ -34,6 +35,10 @@ struct merge_settings {
     std::set<std::string> given; ///< names of the method's options that were on the command line: "density", "fisher", …
 };
 
+/// Which names --include and --exclude leave: any pattern may match any part. Empty where all are.
+[[nodiscard]] std::function<bool(std::string_view)> name_filter(const std::vector<std::string>& include, const std::vector<std::string>& exclude);
+/// Adds --scope, --semantics and --merge-weights.
+void add_ties_options(CLI::App& verb, merge_settings& settings);
 /// Adds the options about which tensors take part and what is wrong with them.
 void add_tensor_options(CLI::App& verb, merge_settings& settings);
 /// Adds all options that merge, prune and peru-fft share, tensor and run options included.

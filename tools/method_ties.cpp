@@ -14,6 +14,6 @@ const tool::register_method entry({.name = "ties",
             tool::check_finite(settings.lambda.value_or(0), "--lambda");
         },
     .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs,
-               taskvec::tensor_sink& out) { return taskvec::merge(policy, tool::ties_options_of(settings, inputs), inputs.models(), out); }});
+               taskvec::tensor_sink& out) { return taskvec::merge(policy, tool::ties_options_of(settings, inputs.weights()), inputs.models(), out); }});
 
 } // namespace

@@ -6,15 +6,18 @@
 
 #include <taskvec/merge/ties.hpp>
 
+#include <utility>
+#include <vector>
+
 namespace tool {
 
-[[nodiscard]] inline taskvec::ties_options ties_options_of(const merge_settings& settings, const merge_inputs& inputs)
+[[nodiscard]] inline taskvec::ties_options ties_options_of(const merge_settings& settings, std::vector<double> weights)
 {
     auto options = settings.semantics == "ties-merging" ? taskvec::ties_options::as_in_ties_merging()
         : settings.semantics == "mergekit"              ? taskvec::ties_options::as_in_mergekit()
         : settings.semantics == "peft"                  ? taskvec::ties_options::as_in_peft()
                                                         : taskvec::ties_options{};
-    options.weights = inputs.weights();
+    options.weights = std::move(weights);
     if (settings.density) { options.density = *settings.density; }
     if (settings.lambda) { options.lambda = *settings.lambda; }
     if (settings.scope) { options.scope = *settings.scope == "tensor" ? taskvec::scope::tensor : taskvec::scope::model; }

@@ -144,14 +144,14 @@ void add_verbs(CLI::App& app)
     for (const auto& verb : verbs()) { verb.add(app); }
 }
 
-task_argument parse_task(const std::string& text)
+task_argument parse_task(const std::string& text, const std::string& option)
 {
     task_argument task;
     const auto sign = text.rfind('=');
     const auto weight = sign == text.npos ? std::nullopt : whole_number(std::string_view(text).substr(sign + 1));
     task.path = weight ? text.substr(0, sign) : text;
     if (weight) { task.weight = *weight; }
-    if (task.path.empty()) { throw usage_error("--task '" + text + "' names no model; expected PATH or PATH=WEIGHT"); }
+    if (task.path.empty()) { throw usage_error(option + " '" + text + "' names no model; expected PATH or PATH=WEIGHT"); }
     std::error_code ignored;
     auto whole = fs::absolute(task.path, ignored).lexically_normal();
     if (!whole.has_filename()) { whole = whole.parent_path(); } // "dir/"

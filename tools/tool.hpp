@@ -49,7 +49,8 @@ struct task_argument {
     double weight = 1;
     std::string name; ///< the file's stem; the directory's name for a directory or a file called `model`
 };
-[[nodiscard]] task_argument parse_task(const std::string& text);
+/// `option` is what gave it, for messages.
+[[nodiscard]] task_argument parse_task(const std::string& text, const std::string& option = "--task");
 /// All tasks; equal names are an error.
 [[nodiscard]] std::vector<task_argument> parse_tasks(const std::vector<std::string>& texts);
 /// "5GB", "256MiB", "1000": bytes. Throws usage_error naming the option.

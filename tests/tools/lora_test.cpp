@@ -1,0 +1,698 @@
+// taskvec peru-lora, extract-lora and merge-lora, against dense updates that plain loops make of the files.
+// SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include "reference/adapters.hpp"
+#include "reference/ties.hpp"
+
+#include <taskvec/io/peft.hpp>
+
+#include <nlohmann/json.hpp>
+
+using namespace tools_test;
+using reference::normal_update;
+using reference::plain_matrix;
+
+namespace {
+
+using adapter = taskvec::peft_adapter<float>;
+
+const std::string weights_file = "adapter_model.safetensors", config_file = "adapter_config.json";
+
+nlohmann::json json_of(const std::filesystem::path& path)
+{
+    return nlohmann::json::parse(slurp(path));
+}
+nlohmann::json config_of(const std::filesystem::path& directory)
+{
+    return json_of(directory / config_file);
+}
+
+/// Two layers of rank 4 and one of rank 2, with scalings 0.5, 0.5 and 3.
+adapter three_layers(std::uint64_t seed = 1)
+{
+    adapter made;
+    made.updates["layers.0.q"] = normal_update<float>(9, 7, 4, seed, 0.5);
+    made.updates["layers.0.v"] = normal_update<float>(6, 7, 4, seed + 1, 0.5);
+    made.updates["layers.1.q"] = normal_update<float>(8, 8, 2, seed + 2, 3);
+    return made;
+}
+
+/// The updates of an adapter directory, dense, by the rules of its configuration and no code of the library but the file reader.
+std::map<std::string, plain_matrix> dense_updates(const std::filesystem::path& directory)
+{
+    const auto config = config_of(directory);
+    const auto tensors = read_values(directory / weights_file);
+    std::map<std::string, plain_matrix> updates;
+    const std::string prefix = "base_model.model.", a_end = ".lora_A.weight", b_end = ".lora_B.weight";
+    for (const auto& [name, a] : tensors) {
+        if (!name.ends_with(a_end)) { continue; }
+        const auto module = name.substr(prefix.size(), name.size() - prefix.size() - a_end.size());
+        const auto& b = tensors.at(prefix + module + b_end);
+        const auto out = static_cast<std::size_t>(b.shape[0]), rank = static_cast<std::size_t>(b.shape[1]), in = static_cast<std::size_t>(a.shape[1]);
+        REQUIRE(a.shape[0] == b.shape[1]);
+        CHECK(config["rank_pattern"].value(module, config["r"].get<std::size_t>()) == rank);
+        const double scaling = config["alpha_pattern"].value(module, config["lora_alpha"].get<double>()) / static_cast<double>(rank);
+        auto& x = updates[module] = reference::zeros(out, in);
+        for (std::size_t i = 0; i < out; ++i) {
+            for (std::size_t j = 0; j < in; ++j) {
+                for (std::size_t k = 0; k < rank; ++k) { x[i][j] += scaling * b.values[i * rank + k] * a.values[k * in + j]; }
+            }
+        }
+    }
+    CHECK(config["peft_type"] == "LORA");
+    CHECK(config["use_rslora"] == false);
+    return updates;
+}
+
+/// √Σσ² beyond the first q.
+double tail(const plain_matrix& x, std::size_t q)
+{
+    const auto sigma = reference::singular_values(x);
+    double sum = 0;
+    for (std::size_t i = q; i < sigma.size(); ++i) { sum += sigma[i] * sigma[i]; }
+    return std::sqrt(sum);
+}
+
+void check_close(const std::map<std::string, plain_matrix>& found, const std::map<std::string, plain_matrix>& expected, double tolerance = 1e-5)
+{
+    REQUIRE(found.size() == expected.size());
+    for (const auto& [name, x] : expected) {
+        CAPTURE(name);
+        REQUIRE(found.contains(name));
+        CHECK(reference::distance(found.at(name), x) <= tolerance * (1 + reference::norm(x)));
+    }
+}
+
+std::vector<std::string> with(std::vector<std::string> arguments, const std::vector<std::string>& more)
+{
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+}
+
+/// The tool refuses, says why in one line, and the folder holds what it held before.
+void refused(const scratch& folder, const std::vector<std::string>& arguments, int code, const std::string& because)
+{
+    const auto before = folder.names();
+    const auto result = run(folder, arguments);
+    CAPTURE(because);
+    CAPTURE(result.err);
+    CHECK(result.code == code);
+    CHECK(is_error_line(result.err));
+    CHECK(result.err.find(because) != std::string::npos);
+    CHECK(folder.names() == before);
+}
+
+const std::vector<std::string> peru{"peru-lora", "--adapter", "task", "--out", "out"};
+const std::vector<std::string> extract{"extract-lora", "--base", "base.safetensors", "--task", "task.safetensors", "--out", "out"};
+const std::vector<std::string> merge_two{"merge-lora", "--adapter", "a", "--adapter", "b", "--out", "out"};
+
+void write_pair(const scratch& folder)
+{
+    taskvec::write_peft(folder / "a", three_layers(1));
+    taskvec::write_peft(folder / "b", three_layers(20));
+}
+
+values_tensor tensor(std::int64_t rows, std::int64_t cols, std::uint64_t seed, taskvec::dtype type = taskvec::dtype::f32, float scale = 1)
+{
+    values_tensor x{type, {rows, cols}, {}};
+    const taskvec::random_stream stream(seed, 0);
+    for (std::size_t i = 0; i < taskvec::element_count(x.shape); ++i) { x.values.push_back(rounded(type, scale * static_cast<float>(stream.normal(i)))); }
+    return x;
+}
+
+plain_matrix difference(const values_tensor& a, const values_tensor& b)
+{
+    const auto rows = static_cast<std::size_t>(a.shape[0]), cols = static_cast<std::size_t>(a.shape[1]);
+    auto x = reference::zeros(rows, cols);
+    for (std::size_t i = 0; i < rows * cols; ++i) { x[i / cols][i % cols] = static_cast<double>(a.values[i]) - static_cast<double>(b.values[i]); }
+    return x;
+}
+
+/// A base and a task that differ in two matrices, a bias and a table whose name does not end in ".weight".
+std::pair<values_model, values_model> two_models()
+{
+    values_model base{{"layers.0.weight", tensor(20, 30, 1)}, {"layers.1.weight", tensor(12, 10, 2)}, {"layers.2.weight", tensor(5, 5, 3)},
+        {"layers.0.bias", {taskvec::dtype::f32, {20}, std::vector<float>(20, 1)}}, {"table", tensor(4, 4, 4)}};
+    values_model task = base;
+    for (const auto* name : {"layers.0.weight", "layers.1.weight"}) {
+        const auto noise = tensor(base[name].shape[0], base[name].shape[1], 9, taskvec::dtype::f32, 0.1f);
+        for (std::size_t i = 0; i < noise.values.size(); ++i) { task[name].values[i] += noise.values[i]; }
+    }
+    task["layers.0.bias"].values[3] = 2;
+    task["table"].values[0] += 1;
+    return {base, task};
+}
+
+std::map<std::string, plain_matrix> changes(const values_model& base, const values_model& task)
+{
+    return {{"layers.0", difference(task.at("layers.0.weight"), base.at("layers.0.weight"))},
+        {"layers.1", difference(task.at("layers.1.weight"), base.at("layers.1.weight"))}};
+}
+
+} // namespace
+
+TEST_CASE("peru-lora writes the best approximation of every layer, keeps layers of smaller rank whole, and reports what was lost")
+{
+    const scratch folder;
+    taskvec::write_peft(folder / "task", three_layers());
+    const auto before = dense_updates(folder / "task");
+    const auto result = run(folder, with(peru, {"--rank", "3", "--report", "r.json"}));
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    CHECK(result.out.find("1 of smaller rank kept whole") != std::string::npos);
+    const auto after = dense_updates(folder / "out");
+    const auto report = json_of(folder / "r.json");
+    REQUIRE(report["layers"].size() == 3);
+    double norm = 0, error = 0;
+    for (const auto& layer : report["layers"]) {
+        const auto name = layer["name"].get<std::string>();
+        CAPTURE(name);
+        const auto& x = before.at(name);
+        const bool whole = name == "layers.1.q";
+        const double best = whole ? 0 : tail(x, 3), size = reference::norm(x);
+        CHECK(reference::distance(x, after.at(name)) == doctest::Approx(best).epsilon(1e-5));
+        CHECK(layer["whole"] == whole);
+        CHECK(layer["rank_before"] == (whole ? 2 : 4));
+        CHECK(layer["rank"] == (whole ? 2 : 3));
+        CHECK(layer["shape"][0] == x.size());
+        CHECK(layer["shape"][1] == x[0].size());
+        CHECK(layer["relative_error"].get<double>() == doctest::Approx(best / size).epsilon(1e-5));
+        CHECK(layer["energy"].get<double>() == doctest::Approx(1 - best * best / (size * size)).epsilon(1e-5));
+        norm += size * size;
+        error += best * best;
+    }
+    CHECK(report["relative_error"].get<double>() == doctest::Approx(std::sqrt(error / norm)).epsilon(1e-5));
+    CHECK(report["parameters"] == 3 * (9 + 7 + 1) + 3 * (6 + 7 + 1) + 2 * (8 + 8));
+    for (const char* field : {"seconds", "bytes_read", "bytes_written", "peak_memory"}) { CHECK(report[field].get<double>() > 0); }
+    // Kept whole means bit for bit.
+    const auto was = read_values(folder / "task" / weights_file), is = read_values(folder / "out" / weights_file);
+    for (const auto* side : {"base_model.model.layers.1.q.lora_A.weight", "base_model.model.layers.1.q.lora_B.weight"}) {
+        CHECK(was.at(side).values == is.at(side).values);
+    }
+}
+
+TEST_CASE("peru-lora --energy takes the smallest rank that keeps the share, layer by layer")
+{
+    const scratch folder;
+    taskvec::write_peft(folder / "task", three_layers());
+    REQUIRE(run(folder, with(peru, {"--energy", "0.8", "--report", "r.json"})).code == 0);
+    const auto before = dense_updates(folder / "task"), after = dense_updates(folder / "out");
+    for (const auto& layer : json_of(folder / "r.json")["layers"]) {
+        const auto& x = before.at(layer["name"]);
+        const auto rank = layer["rank"].get<std::size_t>();
+        const double size = reference::norm(x), allowed = std::sqrt(0.2) * size;
+        CHECK(tail(x, rank) <= allowed);
+        if (rank > 1) { CHECK(tail(x, rank - 1) > allowed); }
+        CHECK(reference::distance(x, after.at(layer["name"])) == doctest::Approx(tail(x, rank)).epsilon(1e-5).scale(size));
+    }
+}
+
+TEST_CASE("peru-lora keeps dtypes, biases and the configuration; --dtype changes the factors")
+{
+    const scratch folder;
+    auto given = three_layers();
+    given.config = {{"bias", "all"}, {"target_modules", "layers\\..*"}, {"lora_dropout", 0.25}, {"use_rslora", true}, {"base_model_name_or_path", "some/base"}};
+    given.others["layers.0.q.bias"] = {taskvec::dtype::f32, {1}, std::vector<std::byte>(4)};
+    taskvec::write_peft(folder / "task", given, {.output = taskvec::dtype::bf16});
+    REQUIRE(run(folder, with(peru, {"--rank", "1"})).code == 0);
+    const auto config = config_of(folder / "out");
+    CHECK(config["target_modules"] == "layers\\..*");
+    CHECK(config["lora_dropout"] == 0.25);
+    CHECK(config["base_model_name_or_path"] == "some/base");
+    CHECK(config["r"] == 1);
+    for (const auto& [name, x] : read_values(folder / "out" / weights_file)) {
+        CHECK(x.dtype == (name.ends_with("bias") ? taskvec::dtype::f32 : taskvec::dtype::bf16));
+    }
+    REQUIRE(run(folder, with(peru, {"--rank", "1", "--dtype", "F16"})).code == 0);
+    CHECK(read_values(folder / "out" / weights_file).at("base_model.model.layers.0.q.lora_A.weight").dtype == taskvec::dtype::f16);
+}
+
+TEST_CASE("peru-lora refuses ranks that no layer has, and says the highest; --clamp lowers them")
+{
+    const scratch folder;
+    taskvec::write_peft(folder / "task", three_layers());
+    refused(folder, with(peru, {"--rank", "5"}), 1, "at most 4");
+    refused(folder, with(peru, {"--rank", "0"}), 1, "rank 0");
+    refused(folder, with(peru, {"--energy", "0"}), 1, "--energy is 0");
+    refused(folder, with(peru, {"--energy", "1.5"}), 1, "--energy is 1.5");
+    refused(folder, peru, 2, "--rank");
+    refused(folder, with(peru, {"--rank", "2", "--energy", "0.5"}), 2, "--energy");
+    refused(folder, with(peru, {"--rank", "two"}), 2, "--rank");
+    refused(folder, with(peru, {"--rank=-1"}), 2, "--rank");
+    refused(folder, {"peru-lora", "--rank", "2", "--out", "out"}, 2, "--adapter");
+    refused(folder, {"peru-lora", "--rank", "2", "--adapter", "none", "--out", "out"}, 1, "none");
+    CHECK(run(folder, {"peru-lora", "--help"}).out.find("Example:") != std::string::npos);
+    REQUIRE(run(folder, with(peru, {"--rank", "5", "--clamp"})).code == 0);
+    check_close(dense_updates(folder / "out"), dense_updates(folder / "task"));
+}
+
+TEST_CASE("peru-lora refuses by name what is not a sound LoRA adapter")
+{
+    const scratch folder;
+    const auto attempt = [&](auto&& spoil, const std::string& because) {
+        std::filesystem::remove_all(folder / "task");
+        taskvec::write_peft(folder / "task", three_layers());
+        spoil();
+        refused(folder, with(peru, {"--rank", "1"}), 1, because);
+    };
+    const auto configured = [&](const char* field, const nlohmann::json& value) {
+        auto config = config_of(folder / "task");
+        config[field] = value;
+        spill(folder / "task" / config_file, config.dump());
+    };
+    const auto stored = [&](auto&& change) {
+        auto tensors = read_values(folder / "task" / weights_file);
+        change(tensors);
+        write_values(folder / "task" / weights_file, tensors);
+    };
+    const std::string half = "base_model.model.layers.0.q.lora_B.weight";
+    attempt([&] { configured("peft_type", "LOHA"); }, "LOHA");
+    attempt([&] { configured("use_dora", true); }, "use_dora");
+    attempt([&] { configured("modules_to_save", {"head"}); }, "modules_to_save");
+    attempt([&] { configured("rank_pattern", {{"no_such_module", 3}, {"layers.1.q", 2}}); }, "no_such_module");
+    attempt([&] { configured("r", 7); }, "rank 4");
+    attempt([&] { stored([&](auto& x) { x.erase(half); }); }, "half of its update is missing");
+    attempt([&] { stored([&](auto& x) { x.at(half).values[5] = std::nanf(""); }); }, "layers.0.q");
+    attempt([&] { stored([&](auto& x) { x.at(half).values[5] = INFINITY; }); }, "infinity");
+    attempt([&] { stored([&](auto& x) { x.at(half) = tensor(9, 3, 1); }); }, "ranks differ");
+    attempt([&] { spill(folder / "task" / weights_file, "no"); }, weights_file);
+    attempt([&] { std::filesystem::remove(folder / "task" / config_file); }, config_file);
+}
+
+TEST_CASE("extract-lora: base plus adapter is the fine-tuned weight within the predicted error, which is the best there is")
+{
+    const scratch folder;
+    const auto [base, task] = two_models();
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "task.safetensors", task);
+    for (const bool randomized : {false, true}) {
+        CAPTURE(randomized);
+        const auto result = run(folder, with(extract, {"--rank", "4", "--report", "r.json", randomized ? "--randomized" : "--quiet"}));
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        CHECK(result.err.find("'layers.0.bias' changed") != std::string::npos);
+        CHECK(result.err.find("'table' changed") != std::string::npos);
+        const auto report = json_of(folder / "r.json");
+        CHECK(report["left_out"] == nlohmann::json({"layers.0.bias", "table"}));
+        CHECK(report["left_out_norm"].get<double>() == doctest::Approx(std::sqrt(2.0)));
+        CHECK(report["unchanged"] == nlohmann::json({"layers.2.weight"}));
+        CHECK(report["parameters"] == 4 * (20 + 30 + 1) + 4 * (12 + 10 + 1));
+        const auto found = dense_updates(folder / "out");
+        CHECK(found.size() == 2);
+        for (const auto& [name, x] : changes(base, task)) {
+            const double best = tail(x, 4), error = reference::distance(found.at(name), x);
+            CHECK(error >= best * (1 - 1e-5));
+            CHECK(error <= best * (randomized ? 1.02 : 1 + 1e-5));
+            const auto& layer = report["layers"][name == "layers.0" ? 0 : 1];
+            CHECK(layer["name"] == name);
+            CHECK(layer["relative_error"].get<double>() == doctest::Approx(error / reference::norm(x)).epsilon(1e-4));
+        }
+        const auto config = config_of(folder / "out");
+        CHECK(config["target_modules"] == nlohmann::json({"layers.0", "layers.1"}));
+        CHECK(config["r"] == 4);
+        CHECK(config["lora_alpha"] == 4);
+    }
+    // At full rank the adapter is the change itself.
+    REQUIRE(run(folder, with(extract, {"--energy", "1"})).code == 0);
+    check_close(dense_updates(folder / "out"), changes(base, task));
+    // A layer smaller than the rank is kept whole.
+    REQUIRE(run(folder, with(extract, {"--rank", "15", "--report", "r.json"})).code == 0);
+    const auto report = json_of(folder / "r.json");
+    CHECK(report["layers"][0]["rank"] == 15);
+    CHECK(report["layers"][0]["whole"] == false);
+    CHECK(report["layers"][1]["rank"] == 10);
+    CHECK(report["layers"][1]["whole"] == true);
+    CHECK(config_of(folder / "out")["rank_pattern"]["layers.1"] == 10);
+}
+
+TEST_CASE("extract-lora of a change of low rank finds it: extracting undoes applying")
+{
+    const scratch folder;
+    taskvec::write_peft(folder / "source", three_layers());
+    const auto updates = dense_updates(folder / "source");
+    values_model base, task;
+    for (const auto& [name, x] : updates) {
+        auto& weight = base[name + ".weight"] = tensor(static_cast<std::int64_t>(x.size()), static_cast<std::int64_t>(x[0].size()), 7);
+        auto& tuned = task[name + ".weight"] = weight;
+        for (std::size_t i = 0; i < weight.values.size(); ++i) { tuned.values[i] += static_cast<float>(x[i / x[0].size()][i % x[0].size()]); }
+    }
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "task.safetensors", task);
+    REQUIRE(run(folder, with(extract, {"--rank", "4"})).code == 0);
+    check_close(dense_updates(folder / "out"), updates);
+}
+
+TEST_CASE("extract-lora keeps the base's dtype, and --include and --exclude choose tensors")
+{
+    const scratch folder;
+    values_model base{{"a.weight", tensor(8, 9, 1, taskvec::dtype::bf16)}, {"b.weight", tensor(8, 9, 2, taskvec::dtype::f16)}}, task = base;
+    for (auto& [name, x] : task) {
+        for (auto& value : x.values) { value = rounded(x.dtype, 2 * value); }
+    }
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "task.safetensors", task);
+    REQUIRE(run(folder, with(extract, {"--rank", "8"})).code == 0);
+    auto found = read_values(folder / "out" / weights_file);
+    CHECK(found.at("base_model.model.a.lora_A.weight").dtype == taskvec::dtype::bf16);
+    CHECK(found.at("base_model.model.b.lora_B.weight").dtype == taskvec::dtype::f16);
+    REQUIRE(run(folder, with(extract, {"--rank", "8", "--dtype", "f32", "--exclude", "^b"})).code == 0);
+    found = read_values(folder / "out" / weights_file);
+    CHECK(found.size() == 2);
+    CHECK(found.at("base_model.model.a.lora_A.weight").dtype == taskvec::dtype::f32);
+    check_close(dense_updates(folder / "out"), {{"a", difference(task.at("a.weight"), base.at("a.weight"))}});
+    refused(folder, with(extract, {"--rank", "2", "--include", "nothing"}), 1, "--include 'nothing'");
+    refused(folder, with(extract, {"--rank", "2", "--exclude", "nothing"}), 1, "--exclude 'nothing'");
+    refused(folder, with(extract, {"--rank", "2", "--embedding", "nothing"}), 1, "--embedding 'nothing'");
+    refused(folder, with(extract, {"--rank", "2", "--include", "("}), 2, "regular expression");
+}
+
+TEST_CASE("extract-lora turns embeddings, and with --fan-in-fan-out all weights, the way that PEFT factors them")
+{
+    const scratch folder;
+    values_model base{{"embed_tokens.weight", tensor(11, 4, 1)}, {"own_table.weight", tensor(7, 4, 2)}, {"c_attn.weight", tensor(4, 12, 3)}}, task = base;
+    for (auto& [name, x] : task) {
+        for (std::size_t i = 0; i < x.values.size(); ++i) { x.values[i] += static_cast<float>(i % 7) - 3; }
+    }
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "task.safetensors", task);
+    REQUIRE(run(folder, with(extract, {"--energy", "1", "--fan-in-fan-out", "--embedding", "^own_table$"})).code == 0);
+    CHECK(config_of(folder / "out")["fan_in_fan_out"] == true);
+    const auto found = taskvec::read_peft((folder / "out").string());
+    CHECK(found.embeddings == std::set<std::string>{"embed_tokens", "own_table"});
+    for (const auto& [name, update] : found.updates) {
+        CAPTURE(name);
+        const auto change = difference(task.at(name + ".weight"), base.at(name + ".weight"));
+        const auto made = reference::dense(update);
+        REQUIRE(made.size() == change[0].size());
+        for (std::size_t i = 0; i < change.size(); ++i) {
+            for (std::size_t j = 0; j < change[0].size(); ++j) { CHECK(made[j][i] == doctest::Approx(change[i][j]).epsilon(1e-4).scale(10)); }
+        }
+    }
+}
+
+TEST_CASE("extract-lora refuses models that do not fit, ranks that no layer has, and models that do not differ")
+{
+    const scratch folder;
+    const auto [base, task] = two_models();
+    write_values(folder / "base.safetensors", base);
+    const auto attempt = [&](auto&& spoil, const std::string& because) {
+        auto spoilt = task;
+        spoil(spoilt);
+        write_values(folder / "task.safetensors", spoilt);
+        refused(folder, with(extract, {"--rank", "2"}), 1, because);
+    };
+    attempt([](auto& model) { model.erase("layers.1.weight"); }, "layers.1.weight");
+    attempt([](auto& model) { model["layers.9.weight"] = tensor(2, 2, 1); }, "layers.9.weight");
+    attempt([](auto& model) { model["layers.1.weight"] = tensor(10, 12, 1); }, "layers.1.weight");
+    attempt([](auto& model) { model["layers.1.weight"].values[7] = std::nanf(""); }, "layers.1.weight");
+    attempt([&base = base](auto& model) { model = base; }, "do not differ");
+    write_values(folder / "task.safetensors", task);
+    refused(folder, with(extract, {"--rank", "21"}), 1, "at most 20");
+    refused(folder, with(extract, {"--rank", "0"}), 1, "rank 0");
+    refused(folder, extract, 2, "--rank");
+    refused(folder, with(extract, {"--rank", "2", "--device", "cuda"}), 2, "--device");
+    refused(folder, {"extract-lora", "--base", "base.safetensors", "--rank", "1", "--out", "out"}, 2, "--task");
+}
+
+TEST_CASE("merge-lora linear is exact: the weighted sum of the updates, of different ranks and targets, negative weights too")
+{
+    const scratch folder;
+    auto a = three_layers(1), b = three_layers(20);
+    b.updates.erase("layers.0.v");
+    b.updates["layers.0.q"] = normal_update<float>(9, 7, 1, 30, 4);
+    b.updates["head"] = normal_update<float>(3, 9, 2, 31, 0.5);
+    a.config["target_modules"] = "layers.*";
+    taskvec::write_peft(folder / "a", a);
+    taskvec::write_peft(folder / "b", b);
+    auto expected = dense_updates(folder / "a");
+    for (auto& [name, x] : expected) {
+        for (auto& row : x) {
+            for (auto& value : row) { value *= 0.5 * 0.75; }
+        }
+    }
+    for (const auto& [name, x] : dense_updates(folder / "b")) {
+        auto& sum = expected.emplace(name, reference::zeros(x.size(), x[0].size())).first->second;
+        reference::add(sum, x, 0.5 * -2);
+    }
+    const std::vector<std::string> merge{"merge-lora", "--method", "linear", "--adapter", "a=0.75", "--adapter", "b=-2", "--lambda", "0.5", "--out", "out"};
+    const auto result = run(folder, with(merge, {"--report", "r.json"}));
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    check_close(dense_updates(folder / "out"), expected);
+    auto report = json_of(folder / "r.json");
+    CHECK(report["layers"].size() == 4);
+    CHECK(report["layers"][1]["rank"] == 5); // layers.0.q: 4 and 1
+    CHECK(report["relative_error"] == 0);
+    CHECK(report["adapters"][1]["weight"] == -2);
+    CHECK(config_of(folder / "out")["target_modules"].size() == 4); // all of them, since no pattern of one adapter names the other's
+
+    REQUIRE(run(folder, with(merge, {"--rank", "3", "--report", "r.json"})).code == 0);
+    const auto found = dense_updates(folder / "out");
+    report = json_of(folder / "r.json");
+    for (const auto& layer : report["layers"]) {
+        const auto name = layer["name"].get<std::string>();
+        CAPTURE(name);
+        const auto& x = expected.at(name);
+        CHECK(reference::distance(found.at(name), x) == doctest::Approx(tail(x, 3)).epsilon(1e-5).scale(reference::norm(x)));
+        CHECK(layer["relative_error"].get<double>() == doctest::Approx(tail(x, 3) / reference::norm(x)).epsilon(1e-5));
+        CHECK(layer["rank"] == std::min<std::size_t>(3, layer["rank_before"]));
+    }
+    refused(folder, with(merge, {"--rank", "9"}), 1, "at most 5");
+    refused(folder, with(merge, {"--rank", "0"}), 1, "rank 0");
+}
+
+TEST_CASE("merge-lora ties merges the dense updates as TIES is defined, and decomposes the result")
+{
+    const scratch folder;
+    std::vector<adapter> adapters{three_layers(1), three_layers(20), three_layers(40)};
+    std::vector<float> base;
+    std::vector<std::vector<float>> tasks(3);
+    std::vector<std::size_t> sizes;
+    for (std::size_t t = 0; t < 3; ++t) {
+        for (auto& [name, update] : adapters[t].updates) { // whole numbers: the products are exact, with many equal magnitudes
+            update.scaling = 0.5;
+            for (auto* factor : {&update.a, &update.b}) {
+                for (std::size_t i = 0; i < factor->size(); ++i) { factor->data()[i] = std::round(factor->data()[i]); }
+            }
+        }
+        taskvec::write_peft(folder / std::string(1, static_cast<char>('a' + t)), adapters[t]);
+        sizes.clear();
+        for (const auto& [name, x] : dense_updates(folder / std::string(1, static_cast<char>('a' + t)))) {
+            sizes.push_back(x.size() * x[0].size());
+            for (const auto& row : x) { tasks[t].insert(tasks[t].end(), row.begin(), row.end()); }
+        }
+    }
+    base.assign(tasks[0].size(), 0);
+    const auto attempt = [&](const std::vector<std::string>& more, taskvec::ties_options options) {
+        options.weights = {1, 2, 0.5};
+        const auto vector = reference::ties<float>(base, tasks, sizes, options);
+        const auto result = run(folder,
+            with({"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b=2", "--adapter", "c=0.5", "--energy", "1", "--out", "out"}, more));
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        std::size_t at = 0;
+        for (const auto& [name, x] : dense_updates(folder / "out")) {
+            for (const auto& row : x) {
+                for (const double value : row) { CHECK(value == doctest::Approx(vector[at++]).epsilon(1e-4).scale(10)); }
+            }
+        }
+        CHECK(at == vector.size());
+    };
+    attempt({}, {});
+    attempt({"--density", "0.5", "--lambda", "0.7", "--merge-weights", "sum"}, {.density = 0.5, .lambda = 0.7, .combine = taskvec::disjoint_merge::sum});
+    attempt({"--scope", "tensor", "--randomized"}, {.scope = taskvec::scope::tensor});
+    attempt({"--semantics", "peft", "--density", "0.4"}, [] {
+        auto options = taskvec::ties_options::as_in_peft();
+        options.density = 0.4;
+        return options;
+    }());
+    REQUIRE(run(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--rank", "2", "--out", "out", "--report", "r.json"}).code == 0);
+    for (const auto& layer : json_of(folder / "r.json")["layers"]) { CHECK(layer["rank"] == 2); }
+    refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--out", "o"}, 2, "--rank");
+    refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--out", "o", "--rank", "9"}, 1, "at most 8");
+    refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b=-1", "--out", "o", "--rank", "1"}, 1, "negative");
+    refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--density", "0", "--out", "o", "--rank", "1"}, 1, "--density");
+}
+
+TEST_CASE("merge-lora --space phi merges the parameters around the initialisation, and fold-llora makes a plain adapter of the result")
+{
+    const scratch folder;
+    const auto init = three_layers(1);
+    auto a = three_layers(20), b = three_layers(40);
+    taskvec::write_peft(folder / "init", init);
+    taskvec::write_peft(folder / "a", a);
+    taskvec::write_peft(folder / "b", b);
+    const std::vector<std::string> merge{"merge-lora", "--space", "phi", "--init", "init", "--adapter", "a=2", "--adapter", "b=-1", "--out", "out"};
+    const auto phi0 = read_values(folder / "init" / weights_file), phi_a = read_values(folder / "a" / weights_file),
+               phi_b = read_values(folder / "b" / weights_file);
+    const auto result = run(folder, with(merge, {"--lambda", "0.25", "--report", "r.json"}));
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    const auto merged = read_values(folder / "out" / weights_file);
+    REQUIRE(merged.size() == phi0.size());
+    for (const auto& [name, x] : merged) {
+        for (std::size_t i = 0; i < x.values.size(); ++i) {
+            const double from = phi0.at(name).values[i];
+            CHECK(x.values[i] == doctest::Approx(from + 0.25 * (2 * (phi_a.at(name).values[i] - from) - (phi_b.at(name).values[i] - from))).epsilon(1e-5));
+        }
+    }
+    CHECK(json_of(folder / "r.json")["layers"][2]["rank"] == 2);
+
+    // Linearized layers add up: the fold of the merged adapter is B0·A0 plus λ times the weighted changes, each to first order.
+    REQUIRE(run(folder, {"fold-llora", "--init", "init", "--adapter", "out", "--out", "plain"}).code == 0);
+    std::map<std::string, plain_matrix> expected;
+    for (const auto& [name, start] : init.updates) {
+        auto& x = expected[name] = reference::zeros(start.out(), start.in());
+        for (std::size_t i = 0; i < start.out(); ++i) {
+            for (std::size_t j = 0; j < start.in(); ++j) {
+                for (std::size_t k = 0; k < start.rank(); ++k) {
+                    const double b0 = start.b(i, k), a0 = start.a(k, j);
+                    const auto change = [&](const adapter& task) {
+                        return b0 * (task.updates.at(name).a(k, j) - a0) + (task.updates.at(name).b(i, k) - b0) * a0;
+                    };
+                    x[i][j] += start.scaling * (b0 * a0 + 0.25 * (2 * change(a) - change(b)));
+                }
+            }
+        }
+    }
+    check_close(dense_updates(folder / "plain"), expected);
+
+    REQUIRE(run(folder, with(merge, {"--method", "average"})).code == 0);
+    for (const auto& [name, x] : read_values(folder / "out" / weights_file)) {
+        for (std::size_t i = 0; i < x.values.size(); ++i) {
+            CHECK(x.values[i] == doctest::Approx(2 * phi_a.at(name).values[i] - phi_b.at(name).values[i]).epsilon(1e-5).scale(1));
+        }
+    }
+    REQUIRE(run(folder,
+                {"merge-lora", "--space", "phi", "--init", "init", "--adapter", "a", "--adapter", "b", "--out", "out", "--method", "ties", "--density", "0.5"})
+                .code
+        == 0);
+    std::vector<std::vector<float>> tasks(2);
+    std::vector<float> base;
+    std::vector<std::size_t> sizes;
+    // Names sort by module and then A before B here as in the file.
+    for (const auto& [name, x] : phi0) {
+        base.insert(base.end(), x.values.begin(), x.values.end());
+        tasks[0].insert(tasks[0].end(), phi_a.at(name).values.begin(), phi_a.at(name).values.end());
+        tasks[1].insert(tasks[1].end(), phi_b.at(name).values.begin(), phi_b.at(name).values.end());
+        sizes.push_back(x.values.size());
+    }
+    const auto vector = reference::ties<float>(base, tasks, sizes, {.density = 0.5});
+    std::size_t at = 0;
+    for (const auto& [name, x] : read_values(folder / "out" / weights_file)) {
+        for (const float value : x.values) {
+            CHECK(value == doctest::Approx(base[at] + vector[at]).epsilon(1e-5).scale(1));
+            ++at;
+        }
+    }
+}
+
+TEST_CASE("merge-lora averages A and B separately only when asked by that name, and says what does not go together")
+{
+    const scratch folder;
+    write_pair(folder);
+    const auto first = read_values(folder / "a" / weights_file), second = read_values(folder / "b" / weights_file);
+    REQUIRE(run(folder, with(merge_two, {"--method", "average-factors"})).code == 0);
+    for (const auto& [name, x] : read_values(folder / "out" / weights_file)) {
+        for (std::size_t i = 0; i < x.values.size(); ++i) {
+            CHECK(x.values[i] == doctest::Approx(0.5 * (static_cast<double>(first.at(name).values[i]) + second.at(name).values[i])).epsilon(1e-5).scale(1));
+        }
+    }
+    const auto noted = run(folder, with(merge_two, {"--method", "average-factors", "--lambda", "2"}));
+    CHECK(noted.code == 0);
+    CHECK(noted.err.find("--lambda has no effect") != std::string::npos);
+    std::filesystem::remove_all(folder / "out");
+    refused(folder, with(merge_two, {"--method", "average"}), 2, "average-factors");
+    refused(folder, with(merge_two, {"--method", "average-factors", "--rank", "1"}), 2, "--rank");
+    refused(folder, with(merge_two, {"--method", "average-factors", "--space", "phi", "--init", "a"}), 2, "--method average");
+    refused(folder, with(merge_two, {"--space", "phi"}), 2, "--init");
+    refused(folder, with(merge_two, {"--init", "a"}), 2, "--space phi");
+    refused(folder, with(merge_two, {"--space", "phi", "--init", "a", "--rank", "2"}), 2, "--rank");
+    refused(folder, with(merge_two, {"--method", "mean"}), 2, "--method");
+    refused(folder, {"merge-lora", "--adapter", "=2", "--out", "out"}, 2, "--adapter");
+    refused(folder, {"merge-lora", "--out", "out"}, 2, "--adapter");
+    refused(folder, {"merge-lora", "--method", "average-factors", "--adapter", "a=1", "--adapter", "b=-1", "--out", "out"}, 1, "sum to 0");
+    CHECK(run(folder, {"merge-lora", "--help"}).out.find("Example:") != std::string::npos);
+}
+
+TEST_CASE("merge-lora refuses adapters that do not belong together")
+{
+    const scratch folder;
+    const auto attempt = [&](auto&& spoil, const std::vector<std::string>& more, const std::string& because) {
+        auto b = three_layers(20);
+        spoil(b);
+        std::filesystem::remove_all(folder / "b");
+        taskvec::write_peft(folder / "b", b);
+        refused(folder, with(merge_two, more), 1, because);
+    };
+    auto a = three_layers(1);
+    a.config["base_model_name_or_path"] = "one/base";
+    taskvec::write_peft(folder / "a", a);
+    attempt([](adapter& x) { x.updates["layers.0.q"] = normal_update<float>(9, 8, 4, 3); }, {}, "layers.0.q");
+    attempt([](adapter& x) { x.config["base_model_name_or_path"] = "other/base"; }, {}, "other/base");
+    attempt([](adapter& x) { x.config["fan_in_fan_out"] = true; }, {}, "fan_in_fan_out");
+    attempt([](adapter& x) { x.embeddings.insert("layers.0.q"); }, {}, "embedding");
+    attempt(
+        [](adapter& x) {
+            x.config["bias"] = "all";
+            x.others["layers.0.q.bias"] = {taskvec::dtype::f32, {1}, std::vector<std::byte>(4)};
+        },
+        {}, "layers.0.q.bias");
+    attempt([](adapter& x) { x.updates.erase("layers.0.q"); }, {"--method", "average-factors"}, "layers.0.q");
+    attempt([](adapter& x) { x.updates["layers.0.q"].scaling = 9; }, {"--method", "average-factors"}, "scaling");
+    attempt([](adapter& x) { x.updates.erase("layers.0.q"); }, {"--space", "phi", "--init", "a"}, "layers.0.q");
+    attempt([](adapter& x) { x.updates["layers.0.q"].scaling = 9; }, {"--space", "phi", "--init", "a"}, "scaling");
+    attempt([](adapter&) {}, {"--space", "phi", "--init", "none"}, "none");
+    auto other = three_layers(20);
+    other.config["base_model_name_or_path"] = "other/base";
+    std::filesystem::remove_all(folder / "b");
+    taskvec::write_peft(folder / "b", other);
+    CHECK(run(folder, with(merge_two, {"--any-base"})).code == 0);
+}
+
+TEST_CASE("the adapter verbs compute f64 adapters in f64, whatever the threads")
+{
+    const scratch folder;
+    taskvec::peft_adapter<double> wide;
+    wide.updates["layer"] = normal_update<double>(9, 7, 4, 3, 0.5);
+    taskvec::write_peft(folder / "task", wide);
+    REQUIRE(run(folder, with(peru, {"--rank", "4", "--threads", "1"})).code == 0);
+    const auto bytes = slurp(folder / "out" / weights_file);
+    const auto found = taskvec::read_peft<double>(folder / "out");
+    CHECK(found.stored.at("layer") == taskvec::dtype::f64);
+    CHECK(reference::distance(reference::dense(found.updates.at("layer")), reference::dense(wide.updates.at("layer"))) < 1e-13);
+    REQUIRE(run(folder, with(peru, {"--rank", "4", "--threads", "3"})).code == 0);
+    CHECK(slurp(folder / "out" / weights_file) == bytes);
+}
+
+TEST_CASE("the adapter verbs' --dry-run writes nothing, and a failure leaves a former output as it was")
+{
+    const scratch folder;
+    write_pair(folder);
+    taskvec::write_peft(folder / "task", three_layers());
+    const auto [base, task] = two_models();
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "task.safetensors", task);
+    const auto before = folder.names();
+    for (const auto& command : {with(peru, {"--rank", "2"}), with(extract, {"--rank", "2"}), merge_two, with(merge_two, {"--method", "ties", "--rank", "2"}),
+             with(merge_two, {"--method", "average-factors"}), with({"merge-lora", "--space", "phi", "--init", "a", "--adapter", "b", "--out", "out"}, {})}) {
+        const auto result = run(folder, with(command, {"--dry-run", "--report", "r.json"}));
+        CAPTURE(result.err);
+        CHECK(result.code == 0);
+        CHECK(result.out.find("would ") != std::string::npos);
+        CHECK(folder.names() == before);
+    }
+    refused(folder, with(extract, {"--rank", "99", "--dry-run"}), 1, "at most 20");
+    refused(folder, with(extract, {"--rank", "1", "--report", "no/such/folder/r.json"}), 1, "no/such/folder");
+
+    REQUIRE(run(folder, merge_two).code == 0);
+    const auto weights = slurp(folder / "out" / weights_file), config = slurp(folder / "out" / config_file);
+    CHECK(run(folder, with(merge_two, {"--rank", "99"})).code == 1);
+    auto huge = three_layers();
+    huge.updates["layers.0.q"].scaling = 1e30;
+    taskvec::write_peft(folder / "task", huge);
+    CHECK(run(folder, with(peru, {"--rank", "1", "--dtype", "f16"})).code == 1);
+    CHECK(slurp(folder / "out" / weights_file) == weights);
+    CHECK(slurp(folder / "out" / config_file) == config);
+}

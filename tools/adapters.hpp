@@ -1,0 +1,116 @@
+// What the verbs on LoRA adapters share: the options about ranks and the output, reading, and reports.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "tool.hpp"
+
+#include <taskvec/io/peft.hpp>
+
+#include <cmath>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+namespace tool {
+
+// The command line.
+
+/// What every verb that writes an adapter is told.
+struct adapter_settings {
+    std::string out, dtype = "keep";
+    bool modules_to_save = false;
+    run_options run;
+
+    /// Nothing for `keep`.
+    [[nodiscard]] std::optional<taskvec::dtype> output() const;
+};
+/// Adds --dtype, whose `keep` means `kept`, and the options of every run.
+void add_adapter_options(CLI::App& verb, adapter_settings& settings, const std::string& kept = "the adapter's");
+/// Adds --modules-to-save.
+void add_modules_to_save(CLI::App& verb, adapter_settings& settings);
+
+/// --rank or --energy.
+struct rank_settings {
+    std::optional<std::size_t> rank;
+    std::optional<double> energy;
+    bool clamp = false;
+
+    [[nodiscard]] bool given() const { return rank || energy; }
+    /// Throws usage_error where neither was given, invalid_argument for an energy that is not a share.
+    [[nodiscard]] taskvec::rank_choice choice() const;
+    /// "rank 8" or "99% of the energy".
+    [[nodiscard]] std::string words() const;
+};
+void add_rank_options(CLI::App& verb, rank_settings& settings);
+
+// Adapters.
+
+/// Bytes of an adapter's two files; 0 for what is not there.
+[[nodiscard]] std::uint64_t adapter_bytes(const fs::path& directory);
+/// True when a file is there and holds f64: everything then computes in f64. What is not there is for read_peft() to report.
+[[nodiscard]] bool adapter_is_wide(const fs::path& directory);
+/// Calls f(std::type_identity<T>{}) with the type to compute in.
+template <class F>
+void in_precision(bool wide, F&& f)
+{
+    if (wide) { f(std::type_identity<double>{}); }
+    else {
+        f(std::type_identity<float>{});
+    }
+}
+
+/// read_peft(), which then looks for NaN and infinity, so that the message names the file.
+template <class T>
+[[nodiscard]] taskvec::peft_adapter<T> read_adapter(const fs::path& directory, const adapter_settings& settings)
+{
+    auto adapter = taskvec::read_peft<T>(directory, {.whole_modules = settings.modules_to_save});
+    for (const auto& [name, update] : adapter.updates) {
+        for (const auto* factor : {&update.b, &update.a}) {
+            for (std::size_t i = 0; i < factor->size(); ++i) {
+                if (std::isfinite(factor->data()[i])) { continue; }
+                taskvec::raise<taskvec::nonfinite_error>(taskvec::message("'", (directory / taskvec::peft_model_name).string(), "': module '", name, "' holds ",
+                    std::isnan(factor->data()[i]) ? "NaN" : "infinity", " in lora_", factor == &update.b ? "B" : "A", " at entry ", i,
+                    "; repair the adapter or leave it out"));
+            }
+        }
+    }
+    return adapter;
+}
+
+// Results.
+
+/// The report's list of layers.
+[[nodiscard]] nlohmann::ordered_json layers_of(const std::vector<taskvec::layer_report>& layers);
+
+/// What was done, in a report: the layers and their totals.
+template <class T>
+void add_result(nlohmann::ordered_json& content, const taskvec::adapter_result<T>& result)
+{
+    const double error = result.relative_error();
+    content["layers"] = layers_of(result.layers);
+    content["parameters"] = result.parameters();
+    content["energy"] = 1 - error * error;
+    content["relative_error"] = error;
+}
+
+/// Writes an adapter and the report beside it: `content` and what the run took. Says `summary` at the end.
+template <class T>
+void write_adapter(const adapter_settings& settings, const runner& run, const taskvec::peft_adapter<T>& adapter, nlohmann::ordered_json content,
+    std::uint64_t bytes_read, const std::string& summary)
+{
+    report_file report(settings.run.report);
+    taskvec::write_peft(settings.out, adapter, {.output = settings.output()});
+    content["output"] = settings.out;
+    content["seconds"] = run.seconds();
+    content["bytes_read"] = bytes_read;
+    content["bytes_written"] = adapter_bytes(settings.out);
+    content["peak_memory"] = peak_memory();
+    report.finish(content);
+    report.commit();
+    print(summary + ", in " + seconds_text(run.seconds()) + "\n");
+}
+
+/// 0.0123 as "1.23%".
+[[nodiscard]] std::string percent(double share);
+
+} // namespace tool

@@ -1,0 +1,27 @@
+// What decompose_f32.cpp and decompose_f64.cpp compile.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "decompose.hpp"
+
+#include <taskvec/lowrank/randomized_svd.hpp>
+#include <taskvec/lowrank/truncated_svd.hpp>
+
+namespace tool {
+
+template <class T>
+[[nodiscard]] taskvec::svd_result<T> decompose_as(
+    const decompose& d, const taskvec::cpu& policy, taskvec::matrix_view<const T> a, const taskvec::rank_choice& choice, std::string_view name)
+{
+    switch (d.how) {
+    case decompose::way::exactly: return taskvec::decompose_exactly{}(policy, a, choice, name);
+    case decompose::way::randomized: return taskvec::decompose_randomized{.seed = d.seed}(policy, a, choice, name);
+    case decompose::way::not_at_all: break;
+    }
+    taskvec::svd_result<T> nothing;
+    nothing.u = taskvec::matrix<T>(a.rows(), 0);
+    nothing.v = taskvec::matrix<T>(a.cols(), 0);
+    return nothing;
+}
+
+} // namespace tool
