@@ -93,12 +93,17 @@ void add_result(nlohmann::ordered_json& content, const taskvec::adapter_result<T
     content["relative_error"] = error;
 }
 
+/// The report of a verb, opened before the work so that a path that cannot be written is known early; none in a dry run.
+[[nodiscard]] inline report_file open_report(const adapter_settings& settings)
+{
+    return report_file(settings.run.dry_run ? std::string() : settings.run.report);
+}
+
 /// Writes an adapter and the report beside it: `content` and what the run took. Says `summary` at the end.
 template <class T>
-void write_adapter(const adapter_settings& settings, const runner& run, const taskvec::peft_adapter<T>& adapter, nlohmann::ordered_json content,
-    std::uint64_t bytes_read, const std::string& summary)
+void write_adapter(const adapter_settings& settings, const runner& run, report_file& report, const taskvec::peft_adapter<T>& adapter,
+    nlohmann::ordered_json content, std::uint64_t bytes_read, const std::string& summary)
 {
-    report_file report(settings.run.report);
     taskvec::write_peft(settings.out, adapter, {.output = settings.output()});
     content["output"] = settings.out;
     content["seconds"] = run.seconds();

@@ -66,6 +66,7 @@ template <class T>
 void extract_as(const settings& given, const taskvec::checkpoint& base, const taskvec::checkpoint& tuned)
 {
     const tool::runner run(given.run, base.data_bytes() + tuned.data_bytes());
+    auto report = tool::open_report(given);
     using way = tool::decompose::way;
     const tool::decompose how{given.run.dry_run ? way::not_at_all : given.randomized ? way::randomized : way::exactly, given.seed};
     auto found = taskvec::extract_lora<T>(
@@ -103,7 +104,7 @@ void extract_as(const settings& given, const taskvec::checkpoint& base, const ta
     content["left_out"] = found.left_out;
     content["left_out_norm"] = std::sqrt(found.left_out_squared_norm);
     content["embeddings"] = adapter.embeddings;
-    tool::write_adapter(given, run, adapter, std::move(content), base.data_bytes() + tuned.data_bytes(),
+    tool::write_adapter(given, run, report, adapter, std::move(content), base.data_bytes() + tuned.data_bytes(),
         "extracted '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer") + " at " + given.rank.words() + ", "
             + tool::grouped(found.parameters()) + " parameters, relative error " + tool::percent(found.relative_error()) + also);
 }

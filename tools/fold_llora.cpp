@@ -16,6 +16,7 @@ template <class T>
 void fold_as(const settings& given)
 {
     const tool::runner run(given.run, 0);
+    auto report = tool::open_report(given);
     const auto initial = tool::read_adapter<T>(given.init, given);
     auto adapter = tool::read_adapter<T>(given.adapter, given);
     if (initial.embeddings != adapter.embeddings) {
@@ -37,7 +38,7 @@ void fold_as(const settings& given)
         return;
     }
     const auto bytes_read = tool::adapter_bytes(given.init) + tool::adapter_bytes(given.adapter);
-    tool::write_adapter(given, run, adapter, {{"init", given.init}, {"adapter", given.adapter}, {"layers", std::move(layers)}}, bytes_read,
+    tool::write_adapter(given, run, report, adapter, {{"init", given.init}, {"adapter", given.adapter}, {"layers", std::move(layers)}}, bytes_read,
         "folded a linearized adapter into '" + tool::printable(given.out) + "': " + summary);
 }
 

@@ -177,6 +177,7 @@ void merge_as(const settings& given, const std::vector<tool::task_argument>& arg
 {
     const inputs<T> from(given, arguments);
     const tool::runner run(given.run, from.bytes());
+    auto report = tool::open_report(given);
     auto adapter = from.joined();
     nlohmann::ordered_json content{{"method", given.method}, {"space", given.space}};
     for (const auto& argument : arguments) { content["adapters"].push_back({{"path", argument.path.string()}, {"weight", argument.weight}}); }
@@ -210,7 +211,7 @@ void merge_as(const settings& given, const std::vector<tool::task_argument>& arg
         tool::print("would merge " + summary + " into '" + tool::printable(given.out) + "'\n");
         return;
     }
-    tool::write_adapter(given, run, adapter, std::move(content), from.bytes(), "merged " + summary + " into '" + tool::printable(given.out) + "'");
+    tool::write_adapter(given, run, report, adapter, std::move(content), from.bytes(), "merged " + summary + " into '" + tool::printable(given.out) + "'");
 }
 
 void merge_lora(const settings& given)

@@ -17,6 +17,7 @@ template <class T>
 void truncate_as(const settings& given)
 {
     const tool::runner run(given.run, tool::adapter_bytes(given.adapter));
+    auto report = tool::open_report(given);
     auto adapter = tool::read_adapter<T>(given.adapter, given);
     auto result = taskvec::peru_lora(run.policy(), adapter.updates, {.rank = given.rank.choice()});
     adapter.updates = std::move(result.adapter);
@@ -31,7 +32,7 @@ void truncate_as(const settings& given)
     const auto bytes_read = tool::adapter_bytes(given.adapter);
     nlohmann::ordered_json content{{"adapter", given.adapter}};
     tool::add_result(content, result);
-    tool::write_adapter(given, run, adapter, std::move(content), bytes_read, "wrote '" + tool::printable(given.out) + "': " + summary);
+    tool::write_adapter(given, run, report, adapter, std::move(content), bytes_read, "wrote '" + tool::printable(given.out) + "': " + summary);
 }
 
 void peru_lora(const settings& given)

@@ -582,7 +582,7 @@ TEST_CASE("merge-lora --space phi merges the parameters around the initialisatio
     std::size_t at = 0;
     for (const auto& [name, x] : read_values(folder / "out" / weights_file)) {
         for (const float value : x.values) {
-            CHECK(value == doctest::Approx(base[at] + vector[at]).epsilon(1e-5).scale(1));
+            CHECK(value == doctest::Approx(vector[at]).epsilon(1e-5).scale(1));
             ++at;
         }
     }
