@@ -58,6 +58,7 @@
 #include <taskvec/merge/fisher.hpp>
 #include <taskvec/merge/fisher_accumulator.hpp>
 #include <taskvec/merge/gram_accumulator.hpp>
+#include <taskvec/merge/lorahub.hpp>
 #include <taskvec/merge/merge.hpp>
 #include <taskvec/merge/model_stock.hpp>
 #include <taskvec/merge/regmean.hpp>
