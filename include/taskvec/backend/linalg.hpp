@@ -2,8 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A backend supplies these names, overloaded on its policy: gemm, squared_norm, fill_normal, factor_qr, multiply_q,
-// small_svd, orient, factor_cholesky, solve_cholesky, cholesky_solve. Tall matrices are in the caller's precision; the small square work (triangular factors,
-// cores) is always in f64, so there is one instantiation of it and f32 data loses nothing to it.
+// small_product, small_svd, multiply_small, orthonormal_basis, orient, factor_cholesky, solve_cholesky, cholesky_solve, and to
+// hold and move matrices result_matrix, scratch_matrix, copy_matrix, scale_columns, in_arithmetic, refuse_nonfinite,
+// for_each_piece, with_context. It says so by specialising detail::has_linear_algebra. lowrank/ is written on these names alone.
+// Tall matrices are in the caller's precision; what type the small square work (triangular factors, cores) has is the backend's
+// affair: on the CPU it is always f64, so there is one instantiation of it and f32 data loses nothing to it.
 // Including this is cheap: Eigen's Cholesky is the only decomposition, and everything is a template (some only in name) so
 // that nothing is compiled before it is called.
 #pragma once
@@ -21,6 +24,7 @@
 #include <cstdint>
 #include <limits>
 #include <numeric>
+#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -44,6 +48,11 @@ struct small_svd_result {
 };
 
 namespace detail {
+
+template <class P>
+inline constexpr bool has_linear_algebra = false;
+template <>
+inline constexpr bool has_linear_algebra<cpu> = true;
 
 using eigen_index = Eigen::Index;
 inline constexpr auto eigen_success = static_cast<Eigen::ComputationInfo>(0); // its name is a macro of X11
@@ -113,6 +122,10 @@ void multiply_any(T alpha, matrix_view<const T> a, matrix_view<const T> b, T bet
 }
 
 } // namespace detail
+
+/// A policy whose backend supplies the names of this header: cpu; gpu once <taskvec/lowrank/gpu.hpp> is included.
+template <class P>
+concept linear_algebra_policy = policy<P> && detail::has_linear_algebra<P>;
 
 /// C = alpha·A·B + beta·C.
 /// A is m×k, B k×n, C m×n, each in either order; C may not overlap A or B. f32 or f64; every entry is a sum in that type
@@ -681,5 +694,131 @@ template <int = 0>
     solve_cholesky(policy, l.view(), b);
     return true;
 }
+
+// ---- what the algorithms need besides: matrices of the policy's memory, and moves between them ----
+
+/// A zero matrix that outlives the call: memory of the default resource.
+template <arithmetic_element T>
+[[nodiscard]] matrix<T> result_matrix(const cpu&, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+{
+    return matrix<T>(rows, cols, order);
+}
+
+/// A zero matrix of the policy's scratch memory.
+template <arithmetic_element T>
+[[nodiscard]] matrix<T> scratch_matrix(const cpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+{
+    return matrix<T>(rows, cols, order, memory_of(policy));
+}
+
+/// to = from, of the same shape; the orders may differ. Throws shape_mismatch.
+template <arithmetic_element T>
+void copy_matrix(const cpu&, std::type_identity_t<matrix_view<const T>> from, std::type_identity_t<matrix_view<T>> to)
+{
+    if (from.rows() != to.rows() || from.cols() != to.cols()) {
+        raise<shape_mismatch>(message("copy_matrix: ", from.rows(), "×", from.cols(), " into ", to.rows(), "×", to.cols()));
+    }
+    if (from.order() != to.order()) {
+        for (std::size_t j = 0; j < to.cols(); ++j) {
+            for (std::size_t i = 0; i < to.rows(); ++i) { to(i, j) = from(i, j); }
+        }
+        return;
+    }
+    const bool by_rows = from.order() == matrix_order::row_major;
+    const std::size_t runs = by_rows ? from.rows() : from.cols(), length = by_rows ? from.cols() : from.rows();
+    for (std::size_t k = 0; k < runs; ++k) { std::copy_n(from.data() + k * from.stride(), length, to.data() + k * to.stride()); }
+}
+
+/// out = x·diag(scale): x and out m×q, q scales. Each product is rounded once.
+template <arithmetic_element T>
+void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std::span<const double> scale, std::type_identity_t<matrix_view<T>> out)
+{
+    for (std::size_t j = 0; j < scale.size(); ++j) {
+        for (std::size_t i = 0; i < x.rows(); ++i) { out(i, j) = static_cast<T>(static_cast<double>(x(i, j)) * scale[j]); }
+    }
+}
+
+/// weight·Ra·Rbᵀ of two triangular factors.
+template <int = 0>
+[[nodiscard]] matrix<double> small_product(const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b)
+{
+    matrix<double> core(a.rows(), b.rows());
+    gemm(policy, weight, a.view(), b.view().transposed(), 0.0, core.view());
+    return core;
+}
+
+/// out = x·y for a tall x (m×k) and columns y (k×q) of what small_svd() returned, rounded to T before the product.
+template <arithmetic_element T>
+void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>> x, std::type_identity_t<matrix_view<const double>> y,
+    std::type_identity_t<matrix_view<T>> out)
+{
+    matrix<T> rounded(y.rows(), y.cols());
+    for (std::size_t j = 0; j < y.cols(); ++j) {
+        for (std::size_t i = 0; i < y.rows(); ++i) { rounded(i, j) = static_cast<T>(y(i, j)); }
+    }
+    gemm<T>(policy, T(1), x, rounded.view(), T(0), out);
+}
+
+/// An orthonormal basis of the columns of y, m×min(m, n), explicitly.
+template <arithmetic_element T>
+[[nodiscard]] matrix<T> orthonormal_basis(const cpu& policy, std::type_identity_t<matrix_view<const T>> y, std::string_view what)
+{
+    const auto f = factor_qr<T>(policy, y, what);
+    const std::size_t k = f.r.rows();
+    matrix<double> unit(k, k);
+    for (std::size_t j = 0; j < k; ++j) { unit(j, j) = 1; }
+    matrix<T> q(y.rows(), k);
+    multiply_q<T>(policy, f, unit.view(), q);
+    return q;
+}
+
+/// The matrix in its arithmetic type: as it is, or a converted copy kept in `copy`.
+template <storage_element T>
+[[nodiscard]] matrix_view<const arithmetic_type<T>> in_arithmetic(const cpu&, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy)
+{
+    if constexpr (arithmetic_element<T>) { return a; }
+    else {
+        copy = matrix<float>(a.rows(), a.cols(), a.order());
+        const bool by_rows = a.order() == matrix_order::row_major;
+        const std::size_t runs = by_rows ? a.rows() : a.cols(), length = by_rows ? a.cols() : a.rows();
+        for (std::size_t k = 0; k < runs; ++k) {
+            for (std::size_t i = 0; i < length; ++i) { copy.data()[k * length + i] = widen<float>(a.data()[k * a.stride() + i]); }
+        }
+        return copy;
+    }
+}
+
+/// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none.
+template <storage_element T>
+void refuse_nonfinite(const cpu& policy, matrix_view<const T> a, std::string_view what)
+{
+    matrix<arithmetic_type<T>> copy;
+    detail::blame_nonfinite(in_arithmetic(policy, a, copy), what);
+}
+
+/// body(inside, index) for each index in [0, count), in parallel where the policy can; `inside` is the policy for the work of one
+/// index.
+template <class Body>
+void for_each_piece(const cpu& policy, std::size_t count, const Body& body)
+{
+    const cpu inside = sequential(policy);
+    for_each_index(policy, count, [&](std::size_t index, std::size_t) { body(inside, index); });
+}
+
+/// Calls body with a policy that is ready for many calls: what a backend has to make for each of them is made once.
+template <class Body>
+decltype(auto) with_context(const cpu& policy, const Body& body)
+{
+    return body(policy);
+}
+
+namespace detail {
+/// Below this share of ‖A‖² a squared error is measured entry by entry: ‖A‖² − Σσ² would cancel.
+template <arithmetic_element T>
+[[nodiscard]] constexpr double cancellation_limit(const cpu&)
+{
+    return 1e-6;
+}
+} // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI

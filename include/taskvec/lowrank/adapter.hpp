@@ -18,29 +18,29 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// The update ΔW = scaling·b·a of one weight matrix (out×in), held by PEFT's factors: b is lora_B (out×r), a is lora_A (r×in),
 /// both row-major, scaling is α/r or α/√r. In the papers' symbols A = scaling·b and B = aᵀ.
-template <arithmetic_element T>
+template <arithmetic_element T, memory_space S = memory_space::host>
 struct lora_update {
-    matrix<T> b;
-    matrix<T> a;
+    matrix<T, S> b;
+    matrix<T, S> a;
     double scaling = 1;
 
     [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
     [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors. Refers to this update.
-    [[nodiscard]] factor_pair<T> factors(double weight = 1, std::string_view name = {}) const
+    [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
     {
         return {.a = b.view(), .b = a.view().transposed(), .weight = weight * scaling, .name = name};
     }
 };
 
 /// An adapter: updates by the name of the module that they belong to, in the order of the names' bytes.
-template <arithmetic_element T>
-using lora_adapter = std::map<std::string, lora_update<T>>;
+template <arithmetic_element T, memory_space S = memory_space::host>
+using lora_adapter = std::map<std::string, lora_update<T, S>>;
 
 /// Throws shape_mismatch where b and a do not make a product, nonfinite_error for a scaling that is not finite.
-template <arithmetic_element T>
-void check_update(const lora_update<T>& update, std::string_view name)
+template <arithmetic_element T, memory_space S>
+void check_update(const lora_update<T, S>& update, std::string_view name)
 {
     if (update.b.cols() != update.a.rows()) {
         raise<shape_mismatch>(message(
@@ -67,6 +67,51 @@ template <arithmetic_element T>
         for (std::size_t i = 0; i < s.v.rows(); ++i) { update.a(k, i) = static_cast<T>(static_cast<double>(s.v(i, k)) * right); }
     }
     return update;
+}
+
+/// The same in the memory space of the policy.
+template <arithmetic_element T>
+[[nodiscard]] lora_update<T> to_update(const cpu&, const svd_result<T>& s, sigma_side side)
+{
+    return to_update(s, side);
+}
+
+/// The same update once more.
+template <arithmetic_element T>
+[[nodiscard]] lora_update<T> copy_update(const cpu&, const lora_update<T>& update)
+{
+    return update;
+}
+
+/// On a device: u and v are scaled there, and turned into row-major factors by writing them to transposed views.
+template <arithmetic_element T, linear_algebra_policy P>
+    requires(P::space == memory_space::device)
+[[nodiscard]] lora_update<T, P::space> to_update(const P& policy, const svd_result<T, P::space>& s, sigma_side side)
+{
+    const std::size_t q = s.sigma.size();
+    std::vector<double> left(s.sigma), right(q, 1.0);
+    if (side == sigma_side::both) {
+        for (std::size_t k = 0; k < q; ++k) { left[k] = right[k] = std::sqrt(s.sigma[k]); }
+    }
+    lora_update<T, P::space> update{
+        result_matrix<T>(policy, s.u.rows(), q, matrix_order::row_major), result_matrix<T>(policy, q, s.v.rows(), matrix_order::row_major), 1};
+    auto scaled = scratch_matrix<T>(policy, s.u.rows(), q);
+    scale_columns<T>(policy, s.u.view(), left, scaled.view());
+    copy_matrix<T>(policy, scaled.view(), update.b.view());
+    scaled = scratch_matrix<T>(policy, s.v.rows(), q);
+    scale_columns<T>(policy, s.v.view(), right, scaled.view());
+    copy_matrix<T>(policy, scaled.view(), update.a.view().transposed());
+    return update;
+}
+template <arithmetic_element T, linear_algebra_policy P>
+    requires(P::space == memory_space::device)
+[[nodiscard]] lora_update<T, P::space> copy_update(const P& policy, const lora_update<T, P::space>& update)
+{
+    lora_update<T, P::space> copy{result_matrix<T>(policy, update.b.rows(), update.b.cols(), update.b.order()),
+        result_matrix<T>(policy, update.a.rows(), update.a.cols(), update.a.order()), update.scaling};
+    copy_matrix<T>(policy, update.b.view(), copy.b.view());
+    copy_matrix<T>(policy, update.a.view(), copy.a.view());
+    return copy;
 }
 
 /// Stacked factors as an update with scaling 1, exactly.
@@ -119,9 +164,9 @@ struct layer_report {
 };
 
 /// A new adapter, and what was done for it layer by layer.
-template <arithmetic_element T>
+template <arithmetic_element T, memory_space S = memory_space::host>
 struct adapter_result {
-    lora_adapter<T> adapter;
+    lora_adapter<T, S> adapter;
     std::vector<layer_report> layers; ///< in name order
 
     /// Relative error over all layers together.

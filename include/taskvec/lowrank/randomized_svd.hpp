@@ -28,40 +28,17 @@ struct randomized_svd_options {
     std::string_view name = "A"; ///< names the matrix in errors and picks its random numbers
 };
 
-template <arithmetic_element T>
-struct randomized_svd_result : svd_result<T> {
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct randomized_svd_result : svd_result<T, S> {
     bool reached = true; ///< false where max_rank came before the asked energy or relative error
 };
 
 namespace detail {
 
-/// An orthonormal basis of the columns of y, explicitly.
-template <class T>
-[[nodiscard]] matrix<T> orthonormalized(const cpu& policy, const matrix<T>& y, std::string_view what)
-{
-    const auto f = factor_qr<T>(policy, y.view(), what);
-    const std::size_t k = f.r.rows();
-    matrix<double> unit(k, k);
-    for (std::size_t j = 0; j < k; ++j) { unit(j, j) = 1; }
-    matrix<T> q(y.rows(), k);
-    multiply_q<T>(policy, f, unit.view(), q);
-    return q;
-}
-
-} // namespace detail
-
-/// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types converted
-/// to f32 first), nearly exactly: sample Y = A·Ω with Ω normal of rank + oversampling columns, sharpen it by power
-/// iterations with a QR after every product, and decompose the projection QᵀA.
-/// On a spectrum that decays, 2 iterations come within 1% of the best error; on a flat one the leading σ fall short by some
-/// percent, and more iterations help. squared_error is the true error of what is returned in either case: ‖A‖² − Σσ², or,
-/// where that would cancel (relative error below 1e-3), the residual itself, entry by entry.
-/// The draw depends on seed, name and shape alone; the result does not depend on the number of threads.
-/// Throws invalid_argument, nonfinite_error. Cost: 2 + 2·power_iterations products of A with a thin matrix, one read for ‖A‖.
-///
-///     auto s = randomized_svd(cpu{}, weight, {.rank = 16, .seed = 1});
-template <storage_element S>
-[[nodiscard]] randomized_svd_result<arithmetic_type<S>> randomized_svd(const cpu& policy, matrix_view<const S> input, const randomized_svd_options& options)
+/// randomized_svd(), see there.
+template <storage_element S, linear_algebra_policy P>
+[[nodiscard]] randomized_svd_result<arithmetic_type<S>, P::space> sampled_svd(
+    const P& policy, matrix_view<const S, P::space> input, const randomized_svd_options& options)
 {
     using T = arithmetic_type<S>;
     const std::size_t m = input.rows(), n = input.cols(), least = std::min(m, n);
@@ -74,17 +51,17 @@ template <storage_element S>
     }
     const bool grows = options.energy != 0 || options.relative_error != 0;
     if (options.relative_error == 0) { detail::check_rank({.rank = options.rank, .energy = options.energy, .clamp = options.clamp}, least, what); }
-    randomized_svd_result<T> result;
+    randomized_svd_result<T, P::space> result;
     if (least == 0) {
-        result.u = matrix<T>(m, 0);
-        result.v = matrix<T>(n, 0);
+        result.u = result_matrix<T>(policy, m, 0);
+        result.v = result_matrix<T>(policy, n, 0);
         return result;
     }
-    matrix<T> copy;
-    const matrix_view<const T> a = detail::in_arithmetic(input, copy);
+    matrix<T, P::space> copy;
+    const matrix_view<const T, P::space> a = in_arithmetic(policy, input, copy);
     result.squared_norm = squared_norm<T>(policy, a);
     if (!std::isfinite(result.squared_norm)) {
-        detail::blame_nonfinite(a, what);
+        refuse_nonfinite(policy, input, what);
         raise<invalid_argument>(message("'", what, "': its squared norm overflows f64; scale it down first"));
     }
     const double allowed = options.energy != 0 ? result.squared_norm - options.energy * result.squared_norm
@@ -93,38 +70,34 @@ template <storage_element S>
     const random_stream stream(options.seed, 0, what);
 
     std::size_t rank = grows ? std::min<std::size_t>(16, most) : std::min(options.rank, least);
-    matrix<T> known; // right vectors of the round before: a better start than noise
+    matrix<T, P::space> known; // right vectors of the round before: a better start than noise
     for (;;) {
         const std::size_t width = std::min(least, rank + options.oversampling);
-        matrix<T> omega(n, width, matrix_order::column_major, memory_of(policy));
-        fill_normal<T>(policy, stream, omega);
-        std::copy_n(known.data(), known.size(), omega.data());
+        auto omega = scratch_matrix<T>(policy, n, width);
+        fill_normal<T>(policy, stream, omega.view());
+        if (!known.empty()) { copy_matrix<T>(policy, known.view(), omega.view().left_columns(known.cols())); }
 
-        matrix<T> y(m, width, matrix_order::column_major, memory_of(policy)), z(n, width, matrix_order::column_major, memory_of(policy));
+        auto y = scratch_matrix<T>(policy, m, width), z = scratch_matrix<T>(policy, n, width);
         gemm<T>(policy, T(1), a, omega.view(), T(0), y.view());
-        matrix<T> q = detail::orthonormalized(policy, y, what);
+        auto q = orthonormal_basis<T>(policy, y.view(), what);
         for (std::size_t i = 0; i < options.power_iterations; ++i) {
             gemm<T>(policy, T(1), a.transposed(), q.view(), T(0), z.view());
-            const matrix<T> w = detail::orthonormalized(policy, z, what);
+            const auto w = orthonormal_basis<T>(policy, z.view(), what);
             gemm<T>(policy, T(1), a, w.view(), T(0), y.view());
-            q = detail::orthonormalized(policy, y, what);
+            q = orthonormal_basis<T>(policy, y.view(), what);
         }
         gemm<T>(policy, T(1), a.transposed(), q.view(), T(0), z.view()); // (QᵀA)ᵀ
         const auto fz = factor_qr<T>(policy, z.view(), what);
-        const small_svd_result core = small_svd(policy, fz.r.view().transposed()); // QᵀA = Rᵀ·Qzᵀ = u·σ·(Qz·v)ᵀ
+        const auto core = small_svd(policy, fz.r.view().transposed()); // QᵀA = Rᵀ·Qzᵀ = u·σ·(Qz·v)ᵀ
 
         std::size_t keep = std::min(grows && width == least ? most : rank, core.sigma.size());
-        matrix<T> left(q.cols(), keep);
-        for (std::size_t j = 0; j < keep; ++j) {
-            for (std::size_t i = 0; i < q.cols(); ++i) { left(i, j) = static_cast<T>(core.u(i, j)); }
-        }
-        result.u = matrix<T>(m, keep);
-        result.v = matrix<T>(n, keep);
-        gemm<T>(policy, T(1), q.view(), left.view(), T(0), result.u.view());
-        multiply_q<T>(policy, fz, detail::leading(core.v, keep), result.v);
+        result.u = result_matrix<T>(policy, m, keep);
+        result.v = result_matrix<T>(policy, n, keep);
+        multiply_small<T>(policy, q.view(), core.u.view().left_columns(keep), result.u.view());
+        multiply_q<T>(policy, fz, core.v.view().left_columns(keep), result.v.view());
         result.sigma.assign(core.sigma.begin(), core.sigma.begin() + static_cast<std::ptrdiff_t>(keep));
         result.squared_error = std::max(0.0, result.squared_norm - energy_beyond(result.sigma, 0));
-        if (result.squared_error < 1e-6 * result.squared_norm) {
+        if (result.squared_error < detail::cancellation_limit<T>(policy) * result.squared_norm) {
             result.squared_error = squared_residual<T>(policy, a, result.u.view(), result.sigma, result.v.view());
         }
         if (grows) {
@@ -141,12 +114,30 @@ template <storage_element S>
                 --keep;
                 result.sigma.pop_back();
             }
-            result.u = detail::left_part(std::move(result.u), keep);
-            result.v = detail::left_part(std::move(result.v), keep);
+            result.u = detail::left_part<T>(policy, std::move(result.u), keep);
+            result.v = detail::left_part<T>(policy, std::move(result.v), keep);
         }
-        orient<T>(policy, result.u, result.v);
+        orient<T>(policy, result.u.view(), result.v.view());
         return result;
     }
+}
+
+} // namespace detail
+
+/// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types converted
+/// to f32 first), nearly exactly: sample Y = A·Ω with Ω normal of rank + oversampling columns, sharpen it by power
+/// iterations with a QR after every product, and decompose the projection QᵀA.
+/// On a spectrum that decays, 2 iterations come within 1% of the best error; on a flat one the leading σ fall short by some
+/// percent, and more iterations help. squared_error is the true error of what is returned in either case: ‖A‖² − Σσ², or,
+/// where that would cancel (relative error below 1e-3; for f32 on a device 0.1), the residual itself, entry by entry.
+/// The draw depends on seed, name and shape alone; the result does not depend on the number of threads.
+/// Throws invalid_argument, nonfinite_error. Cost: 2 + 2·power_iterations products of A with a thin matrix, one read for ‖A‖.
+///
+///     auto s = randomized_svd(cpu{}, weight, {.rank = 16, .seed = 1});
+template <storage_element S, linear_algebra_policy P>
+[[nodiscard]] auto randomized_svd(const P& policy, matrix_view<const S, P::space> input, const randomized_svd_options& options)
+{
+    return with_context(policy, [&](const P& ready) { return detail::sampled_svd<S>(ready, input, options); });
 }
 
 /// randomized_svd() as a way to decompose layers, for algorithms that take one.
@@ -155,8 +146,8 @@ struct decompose_randomized {
     std::size_t power_iterations = 2;
     std::uint64_t seed = 0;
 
-    template <arithmetic_element T>
-    [[nodiscard]] svd_result<T> operator()(const cpu& policy, matrix_view<const T> a, const rank_choice& choice, std::string_view name) const
+    template <arithmetic_element T, linear_algebra_policy P>
+    [[nodiscard]] svd_result<T, P::space> operator()(const P& policy, matrix_view<const T, P::space> a, const rank_choice& choice, std::string_view name) const
     {
         return randomized_svd<T>(policy, a,
             {.rank = choice.rank,

@@ -28,11 +28,12 @@ struct rank_choice {
 };
 
 /// The best (or, where randomized, a nearly best) rank-q approximation of a matrix A: u·diag(sigma)·vᵀ.
-template <arithmetic_element T>
+/// The factors are in the memory space that A was in; σ is always on the host.
+template <arithmetic_element T, memory_space S = memory_space::host>
 struct svd_result {
-    matrix<T> u; ///< m×q, orthonormal columns; the largest entry of each is positive
+    matrix<T, S> u; ///< m×q, orthonormal columns; the largest entry of each is positive
     std::vector<double> sigma; ///< q values, descending
-    matrix<T> v; ///< n×q, orthonormal columns
+    matrix<T, S> v; ///< n×q, orthonormal columns
     double squared_norm = 0; ///< ‖A‖²_F
     double squared_error = 0; ///< ‖A − u·diag(sigma)·vᵀ‖²_F
 
@@ -90,64 +91,37 @@ inline void check_rank(const rank_choice& choice, std::size_t largest, std::stri
     return choice.energy != 0 ? rank_for_energy(sigma, choice.energy) : std::min(choice.rank, sigma.size());
 }
 
-/// The matrix in its arithmetic type: as it is, or a converted copy kept in `copy`.
-template <storage_element T>
-[[nodiscard]] matrix_view<const arithmetic_type<T>> in_arithmetic(matrix_view<const T> a, matrix<arithmetic_type<T>>& copy)
-{
-    if constexpr (arithmetic_element<T>) { return a; }
-    else {
-        copy = matrix<float>(a.rows(), a.cols(), a.order());
-        const bool by_rows = a.order() == matrix_order::row_major;
-        const std::size_t runs = by_rows ? a.rows() : a.cols(), length = by_rows ? a.cols() : a.rows();
-        for (std::size_t k = 0; k < runs; ++k) {
-            for (std::size_t i = 0; i < length; ++i) { copy.data()[k * length + i] = widen<float>(a.data()[k * a.stride() + i]); }
-        }
-        return copy;
-    }
-}
-
-/// The first `count` columns of a small f64 matrix.
-[[nodiscard]] inline matrix_view<const double> leading(const matrix<double>& x, std::size_t count)
-{
-    return x.view().left_columns(count);
-}
-
-/// The first `count` columns of a column-major matrix.
-template <class T>
-[[nodiscard]] matrix<T> left_part(matrix<T> x, std::size_t count)
+/// The first `count` columns of a matrix, as a matrix of its own.
+template <arithmetic_element T, linear_algebra_policy P>
+[[nodiscard]] matrix<T, P::space> left_part(const P& policy, matrix<T, P::space> x, std::size_t count)
 {
     if (count == x.cols()) { return x; }
-    matrix<T> part(x.rows(), count);
-    std::copy_n(x.data(), part.size(), part.data());
+    auto part = result_matrix<T>(policy, x.rows(), count);
+    copy_matrix<T>(policy, x.view().left_columns(count), part.view());
     return part;
 }
 
 } // namespace detail
 
 /// ‖A − u·diag(sigma)·vᵀ‖²_F computed entry by entry, block by block: exact to rounding, whatever the factors are.
-/// A is m×n, u m×q, v n×q. Cost: one read of A and 2·m·n·q flops; scratch of 256 rows of A for each thread.
-template <arithmetic_element T>
-[[nodiscard]] double squared_residual(const cpu& policy, matrix_view<const T> a, std::type_identity_t<matrix_view<const T>> u, std::span<const double> sigma,
-    std::type_identity_t<matrix_view<const T>> v)
+/// A is m×n, u m×q, v n×q. Cost: one read of A and 2·m·n·q flops; scratch of 256 rows of A for each thread (4,096 on a device).
+template <arithmetic_element T, linear_algebra_policy P>
+[[nodiscard]] double squared_residual(const P& policy, matrix_view<const T, P::space> a, std::type_identity_t<matrix_view<const T, P::space>> u,
+    std::span<const double> sigma, std::type_identity_t<matrix_view<const T, P::space>> v)
 {
     const std::size_t m = a.rows(), n = a.cols(), q = sigma.size();
     if (u.rows() != m || v.rows() != n || u.cols() != q || v.cols() != q) {
         raise<shape_mismatch>(message("squared_residual: A is ", m, "×", n, ", u ", u.rows(), "×", u.cols(), ", v ", v.rows(), "×", v.cols(), ", sigma ", q));
     }
-    constexpr std::size_t piece = 256;
+    constexpr std::size_t piece = P::space == memory_space::host ? 256 : 4096;
     std::vector<double> part((m + piece - 1) / piece, 0.0);
-    const cpu inside = sequential(policy);
-    for_each_index(policy, part.size(), [&](std::size_t index, std::size_t) {
+    for_each_piece(policy, part.size(), [&](const P& inside, std::size_t index) {
         const std::size_t first = index * piece, count = std::min(piece, m - first);
-        matrix<T> rest(count, n, a.order(), memory_of(policy)), scaled(count, q, matrix_order::column_major, memory_of(policy));
-        for (std::size_t j = 0; j < q; ++j) {
-            for (std::size_t i = 0; i < count; ++i) { scaled(i, j) = static_cast<T>(static_cast<double>(u(first + i, j)) * sigma[j]); }
-        }
-        for (std::size_t j = 0; j < (a.order() == matrix_order::row_major ? count : n); ++j) {
-            const auto run = a.order() == matrix_order::row_major ? a.block(first + j, 0, 1, n) : a.block(first, j, count, 1);
-            std::copy_n(run.data(), run.size(), rest.data() + j * run.size());
-        }
-        gemm(inside, T(-1), scaled.view(), v.transposed(), T(1), rest.view());
+        auto rest = scratch_matrix<T>(inside, count, n, a.order());
+        auto scaled = scratch_matrix<T>(inside, count, q, matrix_order::column_major);
+        scale_columns<T>(inside, u.block(first, 0, count, q), sigma, scaled.view());
+        copy_matrix<T>(inside, a.block(first, 0, count, n), rest.view());
+        gemm<T>(inside, T(-1), scaled.view(), v.transposed(), T(1), rest.view());
         part[index] = squared_norm<T>(inside, rest.view());
     });
     return std::accumulate(part.begin(), part.end(), 0.0);

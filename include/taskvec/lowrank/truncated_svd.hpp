@@ -82,7 +82,7 @@ template <storage_element S>
         return result;
     }
     matrix<T> copy;
-    const matrix_view<const T> a = detail::in_arithmetic(input, copy);
+    const matrix_view<const T> a = in_arithmetic(policy, input, copy);
     if (!std::isfinite(squared_norm<T>(policy, a))) { detail::blame_nonfinite(a, what); }
 
     const auto failed = [&] { raise<backend_error>(message("no convergence for matrix '", what, "'; try randomized_svd()"), "Eigen::BDCSVD", 1); };
@@ -108,15 +108,15 @@ template <storage_element S>
         const std::size_t q = detail::chosen_rank(choice, result.spectrum);
         result.u = matrix<T>(m, q);
         result.v = matrix<T>(n, q);
-        multiply_q<T>(policy, f, detail::leading(left, q), result.u);
+        multiply_q<T>(policy, f, std::as_const(left).view().left_columns(q), result.u);
         std::transform(right.data(), right.data() + n * q, result.v.data(), [](double x) { return static_cast<T>(x); });
     }
     else {
         matrix<T> u, v;
         if (!detail::divide_and_conquer<T>(a, u, result.spectrum, v)) { failed(); }
         const std::size_t q = detail::chosen_rank(choice, result.spectrum);
-        result.u = detail::left_part(std::move(u), q);
-        result.v = detail::left_part(std::move(v), q);
+        result.u = detail::left_part<T>(policy, std::move(u), q);
+        result.v = detail::left_part<T>(policy, std::move(v), q);
     }
     const std::size_t q = result.u.cols();
     result.sigma.assign(result.spectrum.begin(), result.spectrum.begin() + static_cast<std::ptrdiff_t>(q));

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,45 +22,49 @@ struct peru_lora_options {
 /// For each layer of an adapter the best rank-q approximation of its update, by factored_svd() (the product is never formed),
 /// with its exact error. A layer whose rank is below q is kept whole, and says so. Parameters: q·(out + in + 1) a layer.
 /// Served as θ0 + Uq·Σq·Vqᵀ. Throws invalid_argument for q = 0 or q above every layer's rank (unless clamped),
-/// shape_mismatch, nonfinite_error. Layers run in parallel, one thread inside each.
+/// shape_mismatch, nonfinite_error. On the CPU layers run in parallel, one thread inside each; on a device, for an adapter of device
+/// matrices, the cores of many layers are decomposed together.
 ///
 ///     auto served = peru_lora(cpu{}, adapter, {.rank = {.rank = 8}});
 ///     double lost = served.relative_error();
-template <arithmetic_element T>
-[[nodiscard]] adapter_result<T> peru_lora(const cpu& policy, const lora_adapter<T>& adapter, const peru_lora_options& options)
+template <arithmetic_element T, memory_space S, linear_algebra_policy P>
+    requires(P::space == S)
+[[nodiscard]] adapter_result<T, S> peru_lora(const P& policy, const lora_adapter<T, S>& adapter, const peru_lora_options& options)
 {
     std::size_t largest = 0;
-    std::vector<const typename lora_adapter<T>::value_type*> layers;
-    for (const auto& entry : adapter) {
-        check_update(entry.second, entry.first);
-        largest = std::max(largest, std::min({entry.second.rank(), entry.second.out(), entry.second.in()}));
-        layers.push_back(&entry);
+    std::vector<const lora_update<T, S>*> before;
+    std::vector<factor_pair<T, S>> pairs;
+    adapter_result<T, S> result;
+    for (const auto& [name, update] : adapter) {
+        check_update(update, name);
+        largest = std::max(largest, std::min({update.rank(), update.out(), update.in()}));
+        before.push_back(&update);
+        pairs.push_back(update.factors(1, name));
     }
     detail::check_rank(options.rank, largest, "every layer");
-    std::vector<lora_update<T>> updates(layers.size());
-    adapter_result<T> result;
-    result.layers.resize(layers.size());
-    detail::progress_meter meter(policy, "svd", layers.size());
-    const cpu inside = sequential(policy);
-    for_each_index(policy, layers.size(), [&](std::size_t i, std::size_t) {
-        const auto& [name, update] = *layers[i];
-        rank_choice choice = options.rank;
-        choice.clamp = true;
-        const auto s = factored_svd(inside, update.factors(1, name), choice);
-        layer_report report{name, update.out(), update.in(), update.rank(), s.rank(), false, s.squared_norm, s.squared_error};
-        if (options.rank.energy == 0 && options.rank.rank > update.rank()) {
-            updates[i] = update;
-            report.rank = update.rank();
-            report.whole = true;
-            report.squared_error = 0;
-        }
-        else {
-            updates[i] = to_update<T>(s, options.side);
-        }
-        result.layers[i] = std::move(report);
-        if (!meter.advance(1)) { raise<cancelled>(); }
+    rank_choice choice = options.rank;
+    choice.clamp = true;
+    std::vector<lora_update<T, S>> after(pairs.size());
+    result.layers.resize(pairs.size());
+    with_context(policy, [&](const P& ready) {
+        detail::for_each_factored_svd<T>(
+            ready, std::span<const factor_pair<T, S>>(pairs), [&](std::size_t) { return choice; },
+            [&](std::size_t i, const factored_svd_result<T, S>& s) {
+                const lora_update<T, S>& update = *before[i];
+                layer_report report{std::string(pairs[i].name), update.out(), update.in(), update.rank(), s.rank(), false, s.squared_norm, s.squared_error};
+                if (options.rank.energy == 0 && options.rank.rank > update.rank()) {
+                    after[i] = copy_update(ready, update);
+                    report.rank = update.rank();
+                    report.whole = true;
+                    report.squared_error = 0;
+                }
+                else {
+                    after[i] = to_update<T>(ready, s, options.side);
+                }
+                result.layers[i] = std::move(report);
+            });
     });
-    for (std::size_t i = 0; i < layers.size(); ++i) { result.adapter.emplace(layers[i]->first, std::move(updates[i])); }
+    for (std::size_t i = 0; i < pairs.size(); ++i) { result.adapter.emplace(std::string(pairs[i].name), std::move(after[i])); }
     return result;
 }
 
