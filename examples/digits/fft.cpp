@@ -2,6 +2,7 @@
 #include "fft.hpp"
 
 #include "checkpoints.hpp"
+#include "data_merges.hpp"
 #include "figures.hpp"
 #include "merging.hpp"
 #include "train.hpp"
@@ -12,18 +13,12 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdio>
 
 namespace digits {
 namespace {
 
 constexpr std::size_t one_model = encoder::size();
-const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES"};
-
-double validated(const encoder& model, const setting& s)
-{
-    return mean(evaluate(model, s.base.head, s.validation));
-}
+const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean"};
 
 /// The tuned merges of one seed.
 struct tuned {
@@ -31,23 +26,23 @@ struct tuned {
     double lambda = 0, density = 0;
 };
 
-choice<tuned> tuned_task_arithmetic(const setting& s, const std::vector<encoder>& models)
+choice<tuned> tuned_task_arithmetic(const setting& s, const std::vector<encoder>& models, lambda_curves& curves)
 {
     choice<tuned> best;
     for (const double lambda : grid(0.05, 1.0, 0.05)) {
         const encoder model = merged(taskvec::task_arithmetic_options{.lambda = lambda}, s.base.body, models);
-        best.offer({model, lambda, 0}, validated(model, s));
+        best.offer({model, lambda, 0}, curves.add("Task Arithmetic", lambda, model, s));
     }
     return best;
 }
 
-choice<tuned> tuned_ties(const setting& s, const std::vector<encoder>& models)
+choice<tuned> tuned_ties(const setting& s, const std::vector<encoder>& models, lambda_curves& curves)
 {
     choice<tuned> best;
     for (const double density : {0.1, 0.2, 0.3}) {
         for (const double lambda : grid(0.1, 2.0, 0.1)) {
             const encoder model = merged(taskvec::ties_options{.density = density, .lambda = lambda}, s.base.body, models);
-            best.offer({model, lambda, density}, validated(model, s));
+            best.offer({model, lambda, density}, curves.add(with_density("TIES", density), lambda, model, s));
         }
     }
     return best;
@@ -81,13 +76,6 @@ const std::vector<double>& curve_densities()
     return densities;
 }
 
-std::string with_density(std::string_view method, double density)
-{
-    char buffer[64];
-    std::snprintf(buffer, sizeof buffer, "%.*s (%g%%)", static_cast<int>(method.size()), method.data(), 100.0 * density);
-    return buffer;
-}
-
 std::vector<encoder> fine_tune_all(const setting& s)
 {
     std::vector<encoder> models;
@@ -104,12 +92,17 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
     results.methods.add("Single-Task", tasks * one_model, evaluate(models, s.base.head, s.test));
     const encoder averaged = merged(taskvec::average_options{}, s.base.body, models);
     add("Average", averaged);
-    const auto arithmetic = tuned_task_arithmetic(s, models);
+    const auto arithmetic = tuned_task_arithmetic(s, models, results.lambdas);
     add("Task Arithmetic", arithmetic.best.model);
-    const auto elected = tuned_ties(s, models);
+    const auto elected = tuned_ties(s, models, results.lambdas);
     add("TIES", elected.best.model);
-    results.chosen += taskvec::message(
-        "seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ", elected.best.lambda, " density ", elected.best.density, "\n");
+    const std::vector<statistics> known = collect(s, models);
+    const encoder by_fisher = fisher_merged(s, models, known);
+    add("Fisher-Merging", by_fisher);
+    const auto regmean = tuned_regmean(s, models, known);
+    add("RegMean", regmean.best.model);
+    results.chosen += taskvec::message("seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ", elected.best.lambda, " density ",
+        elected.best.density, ", RegMean α ", regmean.best.alpha, "\n");
 
     const auto reuse = [&](std::string_view method, auto&& compress) {
         for (const double density : curve_densities()) {
@@ -130,6 +123,9 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
         save(averaged, *out / "merged-average.safetensors");
         save(arithmetic.best.model, *out / "merged-task-arithmetic.safetensors");
         save(elected.best.model, *out / "merged-ties.safetensors");
+        save(by_fisher, *out / "merged-fisher.safetensors");
+        save(regmean.best.model, *out / "merged-regmean.safetensors");
+        save(known, models, *out / "statistics");
         save(peru(shared, s.base.body, models, 0.10), *out / "peru-fft");
     }
 }
@@ -137,6 +133,7 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
 void write_fft(const fft_results& results, const std::filesystem::path& out)
 {
     results.methods.write_csv(out / "fft.csv");
+    results.lambdas.write(out / "accuracy-against-lambda.csv", out / "accuracy-against-lambda.svg", "Merging eight fine-tuned models: accuracy against λ");
     std::string csv = "m%,Post-Pruning,PERU-FFT,Post-Pruning #params,PERU-FFT #params\n";
     plot::curve by_pruning{.label = "Post-Pruning", .x = {}, .y = {}}, by_peru{.label = "PERU-FFT", .x = {}, .y = {}};
     for (const double density : curve_densities()) {
@@ -178,6 +175,11 @@ std::vector<claim> fft_claims(const fft_results& results)
         against("Task Arithmetic", t["Task Arithmetic"].average(), "Average", t["Average"].average())});
     claims.push_back({"TIES is better than Task Arithmetic", t["TIES"].average() > t["Task Arithmetic"].average(),
         against("TIES", t["TIES"].average(), "Task Arithmetic", t["Task Arithmetic"].average())});
+    claims.push_back({"Fisher-Merging is better than Average", t["Fisher-Merging"].average() > t["Average"].average(),
+        against("Fisher-Merging", t["Fisher-Merging"].average(), "Average", t["Average"].average())});
+    const double second = t.best({"Average", "Task Arithmetic", "TIES", "Fisher-Merging"});
+    claims.push_back(
+        {"RegMean is better than every other merge", t["RegMean"].average() > second, against("RegMean", t["RegMean"].average(), "best other merge", second)});
     claims.push_back(
         {"Post-Pruning (10%) is far above every merge", pruned(0.10) > best + 0.05, against("Post-Pruning (10%)", pruned(0.10), "best merge", best)});
     claims.push_back({"PERU-FFT (1%) is already above every merge", peru(0.01) > best, against("PERU-FFT (1%)", peru(0.01), "best merge", best)});

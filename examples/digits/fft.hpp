@@ -3,6 +3,7 @@
 #pragma once
 
 #include "claims.hpp"
+#include "curves.hpp"
 #include "setting.hpp"
 #include "table.hpp"
 
@@ -19,6 +20,7 @@ struct fft_results {
     table methods{"Full fine-tuning: test accuracy in percent"};
     /// Post-Pruning and PERU-FFT at every density of the curve, rows named like those of `methods`.
     table curve{"Accuracy against m"};
+    lambda_curves lambdas;
     /// The chosen hyperparameters, a line for each seed.
     std::string chosen;
 };
@@ -26,9 +28,6 @@ struct fft_results {
 /// The densities of the table, and those of the curve.
 [[nodiscard]] const std::vector<double>& table_densities();
 [[nodiscard]] const std::vector<double>& curve_densities();
-
-/// "Post-Pruning (10%)"
-[[nodiscard]] std::string with_density(std::string_view method, double density);
 
 /// One model per task, fully fine-tuned from the same base.
 std::vector<encoder> fine_tune_all(const setting& s);

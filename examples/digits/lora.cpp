@@ -2,6 +2,7 @@
 #include "lora.hpp"
 
 #include "checkpoints.hpp"
+#include "data_merges.hpp"
 #include "figures.hpp"
 #include "low_rank.hpp"
 
@@ -14,7 +15,7 @@ namespace digits {
 namespace {
 
 constexpr std::size_t one_model = encoder::size();
-const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES"};
+const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean"};
 
 /// A merged update, and the λ with which it is folded in.
 struct tuned {
@@ -24,25 +25,25 @@ struct tuned {
     [[nodiscard]] encoder model(const setting& s) const { return folded(s.base.body, merged, lambda); }
 };
 
-void offer(choice<tuned>& best, const tuned& candidate, const setting& s)
+void offer(choice<tuned>& best, const tuned& candidate, const setting& s, std::string_view method, lambda_curves& curves)
 {
-    best.offer(candidate, mean(evaluate(candidate.model(s), s.base.head, s.validation)));
+    best.offer(candidate, curves.add(method, candidate.lambda, candidate.model(s), s));
 }
 
-choice<tuned> tuned_sum(const setting& s, const updates& sum)
+choice<tuned> tuned_sum(const setting& s, const updates& sum, lambda_curves& curves)
 {
     choice<tuned> best;
-    for (const double lambda : grid(0.05, 1.0, 0.05)) { offer(best, {sum, lambda}, s); }
+    for (const double lambda : grid(0.05, 1.0, 0.05)) { offer(best, {sum, lambda}, s, "Task Arithmetic", curves); }
     return best;
 }
 
 /// λ scales what was elected, so that each density is elected once.
-choice<tuned> tuned_ties(const setting& s, const std::vector<updates>& adapters)
+choice<tuned> tuned_ties(const setting& s, const std::vector<updates>& adapters, lambda_curves& curves)
 {
     choice<tuned> best;
     for (const double density : {0.1, 0.2, 0.3}) {
         const updates merged = elected(adapters, density);
-        for (const double lambda : grid(0.1, 2.0, 0.1)) { offer(best, {merged, lambda, density}, s); }
+        for (const double lambda : grid(0.1, 2.0, 0.1)) { offer(best, {merged, lambda, density}, s, with_density("TIES", density), curves); }
     }
     return best;
 }
@@ -77,18 +78,24 @@ void run_lora(const setting& s, const std::vector<adapter>& adapters, const std:
 {
     std::vector<updates> tuned_updates;
     for (const auto& phi : adapters) { tuned_updates.push_back(updates_of(phi)); }
+    const std::vector<encoder> models = folded(s.base.body, tuned_updates);
     const auto add = [&](std::string_view method, const encoder& model) { results.methods.add(method, one_model, evaluate(model, s.base.head, s.test)); };
 
     add("Pre-Trained", s.base.body);
-    results.methods.add("Single-Task", one_model + tasks * adapter::size(), evaluate(folded(s.base.body, tuned_updates), s.base.head, s.test));
+    results.methods.add("Single-Task", one_model + tasks * adapter::size(), evaluate(models, s.base.head, s.test));
     const updates sum = summed(tuned_updates);
     add("Average", folded(s.base.body, sum, 1.0 / tasks));
-    const auto arithmetic = tuned_sum(s, sum);
+    const auto arithmetic = tuned_sum(s, sum, results.lambdas);
     add("Task Arithmetic", arithmetic.best.model(s));
-    const auto ties = tuned_ties(s, tuned_updates);
+    const auto ties = tuned_ties(s, tuned_updates, results.lambdas);
     add("TIES", ties.best.model(s));
-    results.chosen +=
-        taskvec::message("seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ", ties.best.lambda, " density ", ties.best.density, "\n");
+    // These merge the models that the adapters make.
+    const std::vector<statistics> known = collect(s, models);
+    add("Fisher-Merging", fisher_merged(s, models, known));
+    const auto regmean = tuned_regmean(s, models, known);
+    add("RegMean", regmean.best.model);
+    results.chosen += taskvec::message("seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ", ties.best.lambda, " density ",
+        ties.best.density, ", RegMean α ", regmean.best.alpha, "\n");
 
     results.errors.resize(curve_ranks().size());
     for (std::size_t i = 0; i < curve_ranks().size(); ++i) {
@@ -123,6 +130,8 @@ void run_lora(const setting& s, const std::vector<adapter>& adapters, const std:
 void write_lora(const lora_results& results, const std::filesystem::path& out)
 {
     results.methods.write_csv(out / "lora.csv");
+    results.lambdas.write(
+        out / "lora-accuracy-against-lambda.csv", out / "lora-accuracy-against-lambda.svg", "Merging eight LoRA adapters in weight space: accuracy against λ");
     std::string csv = "q,PERU-LoRA,#params,relative error,relative error of fc1,relative error of fc2\n";
     plot::curve accuracies{.label = "PERU-LoRA", .x = {}, .y = {}};
     plot::curve total{.label = "both weights", .x = {}, .y = {}}, first{.label = "fc1 (128 × 64)", .x = {}, .y = {}, .dashed = true},

@@ -4,6 +4,7 @@
 
 #include "adapter.hpp"
 #include "claims.hpp"
+#include "curves.hpp"
 #include "setting.hpp"
 #include "table.hpp"
 
@@ -20,6 +21,7 @@ struct lora_results {
     table methods{"LoRA fine-tuning (rank 32), merged in weight space: test accuracy in percent"};
     /// PERU-LoRA at every rank of the curve, rows named like those of `methods`.
     table curve{"Accuracy against q"};
+    lambda_curves lambdas;
     /// errors[i]: the relative errors ‖ΔW − ΔWq‖ / ‖ΔW‖ at curve_ranks()[i], over both weights together and for each, a mean
     /// over tasks, an element for each seed.
     struct truncation {

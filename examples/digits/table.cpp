@@ -128,6 +128,13 @@ std::string fixed(double value)
     return buffer;
 }
 
+std::string with_density(std::string_view method, double density)
+{
+    char buffer[64];
+    std::snprintf(buffer, sizeof buffer, "%.*s (%g%%)", static_cast<int>(method.size()), method.data(), 100.0 * density);
+    return buffer;
+}
+
 void write_text(const std::filesystem::path& file, std::string_view text)
 {
     std::ofstream stream(file, std::ios::binary);

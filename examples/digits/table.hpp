@@ -69,6 +69,9 @@ private:
 /// "0.0531": an error, a cosine.
 [[nodiscard]] std::string fixed(double value);
 
+/// "Post-Pruning (10%)"
+[[nodiscard]] std::string with_density(std::string_view method, double density);
+
 /// Writes a whole text file; failing is an error that names it.
 void write_text(const std::filesystem::path& file, std::string_view text);
 
