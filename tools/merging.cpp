@@ -96,6 +96,11 @@ const method& find_method(const merge_settings& settings)
     return *place;
 }
 
+std::function<bool(std::string_view)> name_matcher(const std::vector<std::string>& patterns, const std::string& option)
+{
+    return [compiled = compile(patterns, option)](std::string_view name) { return any_matches(compiled, name); };
+}
+
 std::function<bool(std::string_view)> name_filter(const std::vector<std::string>& include, const std::vector<std::string>& exclude)
 {
     if (include.empty() && exclude.empty()) { return {}; }
@@ -150,6 +155,30 @@ void add_merge_options(CLI::App& verb, merge_settings& settings)
         ->allow_extra_args(false)
         ->check(seen("fisher"));
     verb.add_option("--gram", settings.gram, "Gram matrices of a task; repeat in task order")->type_name("FILE")->allow_extra_args(false)->check(seen("gram"));
+    const auto flag = [&verb, given = &settings.given](const std::string& option, bool& value, const std::string& help) {
+        verb.add_flag_callback(
+            option,
+            [given, option, &value] {
+                value = true;
+                given->insert(option.substr(2));
+            },
+            help);
+    };
+    flag("--normalize", settings.normalize, "fisher: divide each Fisher by its norm over the model");
+    verb.add_option("--floor", settings.floor, "fisher: below this sum of Fishers the plain average is taken (default: 1e-12)")
+        ->type_name("X")
+        ->check(seen("floor"));
+    verb.add_option("--alpha", settings.alpha, "regmean: scale of the Grams' off-diagonals, 0 to 1 (default: 0.9)")->type_name("X")->check(seen("alpha"));
+    verb.add_option("--ridge", settings.ridge, "regmean: share of the mean diagonal added to it, such as 1e-6 (default: 0)")
+        ->type_name("X")
+        ->check(seen("ridge"));
+    verb.add_option(
+            "--conv1d", settings.conv1d, "regmean: weights stored in x out, as Conv1D's, beside those that the Gram files name; all others are out x in")
+        ->type_name("REGEX")
+        ->allow_extra_args(false)
+        ->check(seen("conv1d"));
+    verb.add_option("--t", settings.t, "slerp: how far to go, 0 is the first model and 1 the second (default: 0.5)")->type_name("X")->check(seen("t"));
+    flag("--unclamped", settings.unclamped, "model-stock: do not hold the ratio inside 0 to 1");
     verb.add_option("--dtype", settings.dtype, "keep, f32, bf16 or f16: dtype of the result (default: keep, the base's, per tensor)")
         ->type_name("DTYPE")
         ->transform(CLI::Validator(
@@ -228,6 +257,16 @@ void check_density(double density, const std::string& option)
     }
 }
 
+void check_no_weights(const merge_settings& settings, const std::string& mend)
+{
+    for (const auto& task : parse_tasks(settings.tasks)) {
+        if (task.weight != 1) {
+            throw usage_error(taskvec::message(
+                "--method ", settings.method, " has no meaning for the weight ", task.weight, " of --task '", task.path.string(), "': ", mend));
+        }
+    }
+}
+
 void check_finite(double factor, const std::string& option)
 {
     if (!std::isfinite(factor)) { taskvec::raise<taskvec::invalid_argument>(taskvec::message(option, " is ", factor, "; expected a finite number")); }
@@ -240,7 +279,7 @@ nlohmann::ordered_json report_of(
     if (!settings.method.empty()) { report["method"] = settings.method; }
     report["output"] = settings.out;
     report["seconds"] = run.seconds();
-    report["bytes_read"] = merged.walks * inputs.models().bytes() + inputs.copied_bytes();
+    report["bytes_read"] = merged.walks * inputs.models().bytes() + merged.beside + inputs.copied_bytes();
     report["bytes_written"] = written;
     report["peak_memory"] = peak_memory();
     report["peak_anonymous_memory"] = run.anonymous_peak();

@@ -29,6 +29,9 @@ struct merge_settings {
     std::uint64_t seed = 0;
     std::vector<std::string> include, exclude;
     std::vector<std::string> fisher, gram; ///< files, in task order
+    std::optional<double> floor, alpha, ridge, t;
+    bool normalize = false, unclamped = false;
+    std::vector<std::string> conv1d; ///< weights that are stored in×out
     run_options run;
 
     std::string density_option = "--density"; ///< the option that gave `density`, for messages
@@ -78,6 +81,9 @@ private:
     std::optional<taskvec::aligned_models> models_;
 };
 
+/// Whether a tensor's name is matched by one of these regular expressions of an option. Throws usage_error.
+[[nodiscard]] std::function<bool(std::string_view)> name_matcher(const std::vector<std::string>& patterns, const std::string& option);
+
 /// How models are lined up, from the command line.
 [[nodiscard]] taskvec::model_options model_options_of(const merge_settings& settings);
 
@@ -100,6 +106,8 @@ struct register_method {
 
 /// Throws invalid_argument unless `density` is in (0, 1].
 void check_density(double density, const std::string& option);
+/// Throws usage_error for --task PATH=WEIGHT where a method has no meaning for weights; `mend` says what to do.
+void check_no_weights(const merge_settings& settings, const std::string& mend);
 /// Throws invalid_argument unless `factor` is finite.
 void check_finite(double factor, const std::string& option);
 

@@ -217,6 +217,7 @@ public:
     }
 
     [[nodiscard]] const std::filesystem::path& path() const noexcept { return file_.path(); }
+    [[nodiscard]] const safetensors_file& file() const noexcept { return file_; }
     [[nodiscard]] const const_model_ref& model() const noexcept { return model_; }
     /// Whether the file says what it holds; info() means something only then.
     [[nodiscard]] bool described() const noexcept { return described_; }

@@ -138,7 +138,13 @@ public:
         kernels::divide(plain, total, n);
         kernels::divide_rows_or(merged, below, plain, floor, n);
     }
-    [[nodiscard]] unsigned walks() const noexcept { return options_.normalize ? 1 : 0; }
+    [[nodiscard]] unsigned walks() const noexcept { return 0; }
+    [[nodiscard]] std::uint64_t bytes_beside(const aligned_models&) const noexcept
+    {
+        std::uint64_t once = 0;
+        for (const auto& fisher : companions_) { once += fisher.bytes; }
+        return options_.normalize ? 2 * once : once;
+    }
 
 private:
     [[nodiscard]] std::string label(std::size_t t, const aligned_models& models) const

@@ -31,7 +31,8 @@ struct merge_report {
     std::vector<std::uint64_t> kept{}; ///< for each task: nonzero entries of its task vector that took part
     std::vector<std::uint64_t> conflicting{}; ///< for each task: those of them whose sign lost the election (TIES)
     std::vector<tensor_norm> norms{};
-    unsigned walks = 0; ///< how often the inputs were read from end to end
+    unsigned walks = 0; ///< how often the models were read from end to end
+    std::uint64_t beside = 0; ///< bytes read beside those walks: statistics, and second reads of some tensors
 };
 
 namespace detail {
@@ -289,6 +290,7 @@ merge_report merge(const cpu& policy, const Options& options, const aligned_mode
     }
     detail::copy_through(policy, models, out);
     report.walks = method.walks() + 1;
+    if constexpr (requires { method.bytes_beside(models); }) { report.beside = method.bytes_beside(models); }
     return report;
 }
 

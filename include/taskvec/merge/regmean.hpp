@@ -68,7 +68,20 @@ public:
     }
 
     [[nodiscard]] std::span<const companion> companions() const noexcept { return companions_; }
-    [[nodiscard]] unsigned walks() const noexcept { return 1; }
+    [[nodiscard]] unsigned walks() const noexcept { return 0; }
+    /// Weights of layers are read for their mean and again for their deviations, Grams once for the system and again for each panel.
+    [[nodiscard]] std::uint64_t bytes_beside(const aligned_models& models) const noexcept
+    {
+        std::uint64_t bytes = 0;
+        for (const layer& one : layers_) {
+            const aligned_tensor& tensor = models.tensors()[one.tensor];
+            for (std::size_t t = 0; t < one.grams.size(); ++t) {
+                bytes += one.grams.size() > 1 ? byte_count(tensor.tasks[t].dtype, tensor.size) : 0;
+                bytes += (1 + panels(one)) * byte_count(one.grams[t].dtype, one.in * one.in);
+            }
+        }
+        return bytes;
+    }
 
     void write(const cpu& policy, const aligned_models& models, tensor_sink& out) const
     {
