@@ -6,6 +6,7 @@
 #include <taskvec/analysis/lambda_grid.hpp>
 #include <taskvec/analysis/scores.hpp>
 #include <taskvec/analysis/subset_sweep.hpp>
+#include <taskvec/analysis/sweep.hpp>
 #include <taskvec/analysis/task_space.hpp>
 #include <taskvec/arithmetic/aligned_models.hpp>
 #include <taskvec/arithmetic/block.hpp>
