@@ -11,13 +11,29 @@ using reference::random_matrix;
 
 TEST_CASE("add, subtract, scale and elementwise_product: values, tangents and gradients")
 {
-    const std::array<matrix, 2> inputs{random_matrix(5, 7, 1), random_matrix(5, 7, 2)};
+    // More elements than one block.
+    const std::array<matrix, 2> inputs{random_matrix(25, 37, 1), random_matrix(25, 37, 2)};
     CHECK(add(inputs[0], inputs[1]) == matrix(inputs[0] + inputs[1]));
     CHECK(subtract(inputs[0], inputs[1]) == matrix(inputs[0] - inputs[1]));
-    reference::check_operation(
-        "add", [](const auto& a, const auto& b) { return add(a, b); }, inputs);
-    reference::check_operation(
-        "subtract", [](const auto& a, const auto& b) { return subtract(a, b); }, inputs);
+    CHECK(elementwise_product(inputs[0], inputs[1]) == matrix(inputs[0].cwiseProduct(inputs[1])));
+    const auto sum = [](const auto& a, const auto& b) { return add(a, b); };
+    reference::check_operation("add", sum, inputs);
+    reference::check_vjp(
+        "add", sum,
+        [&](const matrix& dy) {
+            const auto gradient = add_vjp(dy);
+            return std::array<matrix, 2>{gradient.a, gradient.b};
+        },
+        inputs);
+    const auto difference = [](const auto& a, const auto& b) { return subtract(a, b); };
+    reference::check_operation("subtract", difference, inputs);
+    reference::check_vjp(
+        "subtract", difference,
+        [&](const matrix& dy) {
+            const auto gradient = subtract_vjp(dy);
+            return std::array<matrix, 2>{gradient.a, gradient.b};
+        },
+        inputs);
     const auto product = [](const auto& a, const auto& b) { return elementwise_product(a, b); };
     reference::check_operation("elementwise_product", product, inputs);
     reference::check_vjp(
@@ -27,10 +43,14 @@ TEST_CASE("add, subtract, scale and elementwise_product: values, tangents and gr
             return std::array<matrix, 2>{gradient.a, gradient.b};
         },
         inputs);
-    reference::check_operation(
-        "scale", [](const auto& x) { return scale(x, 2.5); }, std::array<matrix, 1>{inputs[0]});
-    CHECK_THROWS_AS((void)add(inputs[0], random_matrix(7, 5, 1)), shape_mismatch);
-    CHECK_THROWS_AS((void)elementwise_product(inputs[0], random_matrix(5, 6, 1)), shape_mismatch);
+    const auto scaled = [](const auto& x) { return scale(x, 2.5); };
+    const std::array<matrix, 1> one{inputs[0]};
+    reference::check_operation("scale", scaled, one);
+    reference::check_vjp(
+        "scale", scaled, [](const matrix& dy) { return std::array<matrix, 1>{scale_vjp(dy, 2.5)}; }, one);
+    CHECK_THROWS_AS((void)add(inputs[0], random_matrix(37, 25, 1)), shape_mismatch);
+    CHECK_THROWS_AS((void)elementwise_product(inputs[0], random_matrix(25, 36, 1)), shape_mismatch);
+    CHECK_THROWS_AS((void)elementwise_product_vjp(inputs[0], inputs[1], random_matrix(25, 36, 1)), shape_mismatch);
 }
 
 namespace {

@@ -49,8 +49,10 @@ TEST_CASE("mean and mean_rows: values, tangents and gradients")
 {
     const std::array<matrix, 1> inputs{random_matrix(6, 5, 1)};
     CHECK(mean(inputs[0]) == doctest::Approx(inputs[0].mean()).epsilon(1e-15));
-    reference::check_operation(
-        "mean", [](const auto& x) { return mean(x); }, inputs);
+    const auto average = [](const auto& x) { return mean(x); };
+    reference::check_operation("mean", average, inputs);
+    reference::check_vjp(
+        "mean", average, [&](const matrix& dy) { return std::array<matrix, 1>{mean_vjp(inputs[0], dy(0, 0))}; }, inputs);
     const auto pool = [](const auto& x) { return mean_rows(x, 3); };
     const matrix pooled = pool(inputs[0]);
     CHECK(pooled.rows() == 2);
@@ -60,4 +62,5 @@ TEST_CASE("mean and mean_rows: values, tangents and gradients")
         "mean_rows", pool, [&](const matrix& dy) { return std::array<matrix, 1>{mean_rows_vjp(dy, 3)}; }, inputs);
     CHECK_THROWS_AS((void)mean_rows(inputs[0], 4), invalid_argument);
     CHECK_THROWS_AS((void)mean(matrix(0, 0)), invalid_argument);
+    CHECK_THROWS_AS((void)mean_vjp(matrix(0, 0)), invalid_argument);
 }

@@ -10,19 +10,37 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// y = a + b, same shapes; ẏ = ȧ + ḃ. Its vjp is dy for both. Throws shape_mismatch.
+/// y = a + b, same shapes; ẏ = ȧ + ḃ. Throws shape_mismatch.
 template <operand A, operand B>
     requires matching_operands<A, B>
 [[nodiscard]] operation_result<A, B> add(const A& a, const B& b);
 
-/// y = a − b, same shapes; ẏ = ȧ − ḃ. Its vjp is dy for a and −dy for b. Throws shape_mismatch.
+template <class T>
+struct sum_gradient {
+    row_matrix<T> a; ///< dy
+    row_matrix<T> b; ///< dy; −dy of a difference
+};
+/// vjp of add: copies of dy. Where dy may be used as it is, use it.
+template <class G>
+    requires matching_operands<G>
+[[nodiscard]] sum_gradient<operand_scalar<G>> add_vjp(const G& dy);
+
+/// y = a − b, same shapes; ẏ = ȧ − ḃ. Throws shape_mismatch.
 template <operand A, operand B>
     requires matching_operands<A, B>
 [[nodiscard]] operation_result<A, B> subtract(const A& a, const B& b);
+/// vjp of subtract: dy and −dy.
+template <class G>
+    requires matching_operands<G>
+[[nodiscard]] sum_gradient<operand_scalar<G>> subtract_vjp(const G& dy);
 
-/// y = factor·x; ẏ = factor·ẋ. Its vjp is factor·dy.
+/// y = factor·x; ẏ = factor·ẋ.
 template <operand X>
 [[nodiscard]] operation_result<X> scale(const X& x, const operand_scalar<X>& factor);
+/// vjp of scale: factor·dy.
+template <class G>
+    requires matching_operands<G>
+[[nodiscard]] row_matrix<operand_scalar<G>> scale_vjp(const G& dy, const operand_scalar<G>& factor);
 
 /// y = a ⊙ b, same shapes; ẏ = ȧ ⊙ b + a ⊙ ḃ. Throws shape_mismatch.
 template <operand A, operand B>
@@ -241,23 +259,42 @@ row_matrix<T> activation_vjp(const primal_tangent<T>& x, const primal_tangent<T>
     return dx;
 }
 
+/// Calls f(begin, count) for blocks that stay in the first-level cache, so that an operand which value and tangent share is
+/// fetched once.
+template <class F>
+void for_each_block(Eigen::Index size, const F& f)
+{
+    for (Eigen::Index begin = 0; begin < size; begin += elementwise_block) { f(begin, std::min(elementwise_block, size - begin)); }
+}
 template <differentiable_scalar T>
-primal_tangent<T> add(const primal_tangent<T>& a, const primal_tangent<T>& b, const T& sign, [[maybe_unused]] std::string_view name)
+using flat_map = Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>;
+template <differentiable_scalar T>
+using const_flat_map = Eigen::Map<const Eigen::Array<T, Eigen::Dynamic, 1>>;
+
+template <bool Plus, differentiable_scalar T>
+primal_tangent<T> sum(const primal_tangent<T>& a, const primal_tangent<T>& b, [[maybe_unused]] std::string_view name)
 {
     check_same_shape(name, a, b);
     auto y = primal_tangent<T>::uninitialized(a.rows(), a.cols(), a.active() || b.active());
-    if (sign == T(1)) { y.mutable_primal() = a.primal() + b.primal(); }
-    else {
-        y.mutable_primal() = a.primal() - b.primal();
-    }
+    const auto combine = [](auto out, const auto& left, const auto& right) {
+        if constexpr (Plus) { out = left + right; }
+        else {
+            out = left - right;
+        }
+    };
+    // Value and tangent share no operand.
+    combine(y.mutable_primal(), a.primal(), b.primal());
     if (y.active()) {
         auto tangent = y.mutable_tangent();
         if (!b.active()) { tangent = a.tangent(); }
-        else if (!a.active()) {
-            tangent = sign * b.tangent();
+        else if (a.active()) {
+            combine(tangent, a.tangent(), b.tangent());
+        }
+        else if constexpr (Plus) {
+            tangent = b.tangent();
         }
         else {
-            tangent = a.tangent() + sign * b.tangent();
+            tangent = -b.tangent();
         }
     }
     check_tangent(y, name);
@@ -279,17 +316,22 @@ primal_tangent<T> elementwise_product(const primal_tangent<T>& a, const primal_t
 {
     check_same_shape("elementwise_product", a, b);
     auto y = primal_tangent<T>::uninitialized(a.rows(), a.cols(), a.active() || b.active());
-    y.mutable_primal() = a.primal().cwiseProduct(b.primal());
-    if (y.active()) {
-        auto tangent = y.mutable_tangent();
-        if (!b.active()) { tangent = a.tangent().cwiseProduct(b.primal()); }
+    T* const out = y.mutable_primal().data();
+    T* const out_tangent = y.active() ? y.mutable_tangent().data() : nullptr;
+    for_each_block(y.size(), [&](Eigen::Index begin, Eigen::Index count) {
+        const const_flat_map<T> left(a.primal().data() + begin, count), right(b.primal().data() + begin, count);
+        flat_map<T>(out + begin, count) = left * right;
+        if (!out_tangent) { return; }
+        flat_map<T> tangent(out_tangent + begin, count);
+        const auto of = [&](const primal_tangent<T>& x) { return const_flat_map<T>(x.tangent().data() + begin, count); };
+        if (!b.active()) { tangent = of(a) * right; }
         else if (!a.active()) {
-            tangent = a.primal().cwiseProduct(b.tangent());
+            tangent = left * of(b);
         }
         else {
-            tangent = a.tangent().cwiseProduct(b.primal()) + a.primal().cwiseProduct(b.tangent());
+            tangent = of(a) * right + left * of(b);
         }
-    }
+    });
     check_tangent(y, "elementwise_product");
     return y;
 }
@@ -299,15 +341,25 @@ primal_tangent<T> elementwise_product(const primal_tangent<T>& a, const primal_t
 template <operand A, operand B>
     requires matching_operands<A, B> operation_result<A, B> add(const A& a, const B& b)
     {
-        using T = operand_scalar<A>;
-        return detail::finish<operation_result<A, B>>(detail::add(detail::as_primal_tangent(a), detail::as_primal_tangent(b), T(1), "add"));
+        return detail::finish<operation_result<A, B>>(detail::sum<true>(detail::as_primal_tangent(a), detail::as_primal_tangent(b), "add"));
+    }
+template <class G>
+    requires matching_operands<G> sum_gradient<operand_scalar<G>> add_vjp(const G& dy)
+    {
+        decltype(auto) cotangent = detail::as_primal_tangent(dy);
+        return {cotangent.primal(), cotangent.primal()};
     }
 
 template <operand A, operand B>
     requires matching_operands<A, B> operation_result<A, B> subtract(const A& a, const B& b)
     {
-        using T = operand_scalar<A>;
-        return detail::finish<operation_result<A, B>>(detail::add(detail::as_primal_tangent(a), detail::as_primal_tangent(b), T(-1), "subtract"));
+        return detail::finish<operation_result<A, B>>(detail::sum<false>(detail::as_primal_tangent(a), detail::as_primal_tangent(b), "subtract"));
+    }
+template <class G>
+    requires matching_operands<G> sum_gradient<operand_scalar<G>> subtract_vjp(const G& dy)
+    {
+        decltype(auto) cotangent = detail::as_primal_tangent(dy);
+        return {cotangent.primal(), -cotangent.primal()};
     }
 
 template <operand X>
@@ -315,6 +367,12 @@ operation_result<X> scale(const X& x, const operand_scalar<X>& factor)
 {
     return detail::finish<operation_result<X>>(detail::scale(detail::as_primal_tangent(x), factor));
 }
+template <class G>
+    requires matching_operands<G> row_matrix<operand_scalar<G>> scale_vjp(const G& dy, const operand_scalar<G>& factor)
+    {
+        decltype(auto) cotangent = detail::as_primal_tangent(dy);
+        return factor * cotangent.primal();
+    }
 
 template <operand A, operand B>
     requires matching_operands<A, B> operation_result<A, B> elementwise_product(const A& a, const B& b)

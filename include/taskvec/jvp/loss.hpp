@@ -30,9 +30,12 @@ template <operand X, index_range Labels>
 template <operand X, index_range Labels>
 [[nodiscard]] row_matrix<operand_scalar<X>> cross_entropy_vjp(const X& logits, const Labels& labels, const operand_scalar<X>& factor = operand_scalar<X>(1));
 
-/// The mean of all elements. Its vjp is dy/size everywhere. An empty x is an invalid_argument.
+/// The mean of all elements. An empty x is an invalid_argument.
 template <operand X>
 [[nodiscard]] scalar_result<X> mean(const X& x);
+/// vjp of mean: factor / size everywhere, in the shape of x.
+template <operand X>
+[[nodiscard]] row_matrix<operand_scalar<X>> mean_vjp(const X& x, const operand_scalar<X>& factor = operand_scalar<X>(1));
 
 /// The mean of each `group` consecutive rows: (n·group) × features to n × features, such as a pooling over tokens.
 /// Throws invalid_argument when group does not divide the rows.
@@ -136,6 +139,14 @@ scalar_result<X> mean(const X& x)
     dual<T> result(values.primal().sum() * share, T(0));
     if (values.active()) { result.tangent = values.tangent().sum() * share; }
     return detail::finish_scalar<X>(result, "mean");
+}
+template <operand X>
+row_matrix<operand_scalar<X>> mean_vjp(const X& x, const operand_scalar<X>& factor)
+{
+    using T = operand_scalar<X>;
+    decltype(auto) values = detail::as_primal_tangent(x);
+    if (values.size() == 0) { raise<invalid_argument>("operation 'mean_vjp': the matrix is empty; a mean over nothing does not exist"); }
+    return row_matrix<T>::Constant(values.rows(), values.cols(), factor * (T(1) / T(static_cast<double>(values.size()))));
 }
 
 template <operand X>
