@@ -89,3 +89,16 @@ TEST_CASE("φ space: another initialisation is an error that names the tensor")
     CHECK_THROWS_AS(check_shared_initialization({}), invalid_argument);
     CHECK_THROWS_AS(check_shared_initialization(fixture().adapters, {.labels = {"a"}}), invalid_argument);
 }
+
+TEST_CASE("φ space: an adapter's tensor without an initialisation is an error that names it, whatever the method")
+{
+    fixture f;
+    f.tuned[1].insert("layer2.lora_A", random_matrix(2, 7, 5));
+    f.adapters[1].adapter = as_model(std::as_const(f.tuned[1]));
+    const char* const because =
+        "tensor 'layer2.lora_A' of dogs has no initialisation: merging in phi space needs the φ0 of every tensor; give the adapter that "
+        "its training started from";
+    const model_options how{.labels = {"cats", "dogs", "birds"}};
+    CHECK_THROWS_WITH_AS(merge_in_phi_space(cpu{}, average_options{}, f.adapters, as_model(f.merged), how), because, invalid_argument);
+    CHECK_THROWS_WITH_AS(merge_in_phi_space(cpu{}, task_arithmetic_options{}, f.adapters, as_model(f.merged), how), because, invalid_argument);
+}

@@ -27,7 +27,8 @@ inline std::string phi_label(const model_options& how, std::size_t task)
 }
 } // namespace detail
 
-/// Throws unless all adapters started from the same φ0, bit for bit: invalid_argument names the first tensor that differs.
+/// Throws unless all adapters started from the same φ0, bit for bit: invalid_argument names the first tensor that differs, or
+/// the tensor of an adapter that has no initialisation.
 /// Linearized models add up only around a common φ0, and LoRA factors from different random A0 have nothing in common.
 inline void check_shared_initialization(std::span<const initialized_adapter> adapters, const model_options& how = {})
 {
@@ -38,6 +39,14 @@ inline void check_shared_initialization(std::span<const initialized_adapter> ada
     const const_model_ref& first = adapters[0].initial;
     if (first.empty()) {
         raise<invalid_argument>(message("the initialisation of ", detail::phi_label(how, 0), " has no tensors: merging in phi space needs φ0"));
+    }
+    for (std::size_t t = 0; t < adapters.size(); ++t) {
+        for (const auto& [name, tensor] : adapters[t].adapter) {
+            if (!first.find(name)) {
+                raise<invalid_argument>(message("tensor '", name, "' of ", detail::phi_label(how, t),
+                    " has no initialisation: merging in phi space needs the φ0 of every tensor; give the adapter that its training started from"));
+            }
+        }
     }
     for (std::size_t t = 1; t < adapters.size(); ++t) {
         const std::string label = detail::phi_label(how, t);
