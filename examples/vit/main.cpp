@@ -23,6 +23,7 @@
 namespace {
 
 using matrix = taskvec::row_matrix<float>;
+using network = vit::model<float>;
 
 constexpr std::uint64_t seed = 1;
 constexpr vit::shape network_shape{};
@@ -35,7 +36,7 @@ matrix inputs(const digits::dataset& data)
     return vit::patches(matrix(data.inputs), network_shape);
 }
 
-double accuracy(const vit::model& model, const digits::dataset& data)
+double accuracy(const network& model, const digits::dataset& data)
 {
     const matrix y = model.forward(inputs(data));
     std::size_t right = 0;
@@ -47,7 +48,7 @@ double accuracy(const vit::model& model, const digits::dataset& data)
     return static_cast<double>(right) / static_cast<double>(data.size());
 }
 
-void train(vit::model& model, const digits::dataset& data, int steps, double rate, std::string_view stream)
+void train(network& model, const digits::dataset& data, int steps, double rate, std::string_view stream)
 {
     for (int step = 0; step < steps; ++step) {
         const auto batch = digits::random_batch(data, 64, seed, step, stream);
@@ -85,7 +86,7 @@ struct figures {
 
 /// Time and memory of a forward pass and of a training step (forward, gradient and update) on a batch of 64. The models take
 /// turns, so that whatever else the machine does meets all of them.
-void measure(std::vector<std::unique_ptr<vit::model>>& models, const digits::dataset& data, std::vector<figures>& table)
+void measure(std::vector<std::unique_ptr<network>>& models, const digits::dataset& data, std::vector<figures>& table)
 {
     const auto batch = digits::random_batch(data, 64, seed, 0, "measure");
     const matrix x = inputs(batch);
@@ -103,7 +104,7 @@ void measure(std::vector<std::unique_ptr<vit::model>>& models, const digits::dat
     };
     for (int round = 0; round < 21; ++round) {
         for (std::size_t i = 0; i < models.size(); ++i) {
-            vit::model& model = *models[i];
+            network& model = *models[i];
             const auto run_forward = [&] { (void)model.forward(x); };
             const auto run_step = [&] { model.update(model.loss_gradient(x, batch.labels), 0); };
             forward[i].push_back(milliseconds(run_forward));
@@ -131,19 +132,19 @@ void run(int steps, const char* csv)
     taskvec::parameters<float> base = start;
     {
         const auto data = mixed(digits::subset(parts.train, few));
-        vit::model pretrained(vit::paradigm::full, network_shape, start, adapter, seed);
+        network pretrained(vit::paradigm::full, network_shape, start, adapter, seed);
         train(pretrained, data, 200, 1e-3, "pre-training");
         base = pretrained.values();
     }
 
     std::vector<figures> table(vit::paradigms.size());
-    std::vector<std::unique_ptr<vit::model>> last;
+    std::vector<std::unique_ptr<network>> last;
     double before = 0;
     for (const auto task : task_list) {
-        before += accuracy(vit::model(vit::paradigm::full, network_shape, base, adapter, seed), digits::in_domain(parts.test, task)) / std::size(task_list);
+        before += accuracy(network(vit::paradigm::full, network_shape, base, adapter, seed), digits::in_domain(parts.test, task)) / std::size(task_list);
     }
     for (std::size_t i = 0; i < vit::paradigms.size(); ++i) {
-        const auto fresh = [&] { return std::make_unique<vit::model>(vit::paradigms[i], network_shape, base, adapter, seed); };
+        const auto fresh = [&] { return std::make_unique<network>(vit::paradigms[i], network_shape, base, adapter, seed); };
         // The learning rate is chosen on the validation images of the first task.
         double best = -1;
         const auto first = digits::in_domain(parts.train, task_list[0]), validation = digits::in_domain(parts.validation, task_list[0]);
