@@ -4,7 +4,7 @@
 // A backend supplies these names, overloaded on its policy: gemm, squared_norm, fill_normal, factor_qr, multiply_q,
 // small_product, small_svd, multiply_small, orthonormal_basis, orient, factor_cholesky, solve_cholesky, cholesky_solve, and to
 // hold and move matrices result_matrix, scratch_matrix, copy_matrix, scale_columns, in_arithmetic, refuse_nonfinite,
-// for_each_piece, with_context. It says so by specialising detail::has_linear_algebra. lowrank/ is written on these names alone.
+// for_each_piece, with_context, cancellation_limit. It says so by specialising detail::has_linear_algebra. lowrank/ is written on these names alone.
 // Tall matrices are in the caller's precision; what type the small square work (triangular factors, cores) has is the backend's
 // affair: on the CPU it is always f64, so there is one instantiation of it and f32 data loses nothing to it.
 // Including this is cheap: Eigen's Cholesky is the only decomposition, and everything is a template (some only in name) so
@@ -812,13 +812,11 @@ decltype(auto) with_context(const cpu& policy, const Body& body)
     return body(policy);
 }
 
-namespace detail {
 /// Below this share of ‖A‖² a squared error is measured entry by entry: ‖A‖² − Σσ² would cancel.
 template <arithmetic_element T>
 [[nodiscard]] constexpr double cancellation_limit(const cpu&)
 {
     return 1e-6;
 }
-} // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI

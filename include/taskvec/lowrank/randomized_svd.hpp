@@ -97,7 +97,7 @@ template <storage_element S, linear_algebra_policy P>
         multiply_q<T>(policy, fz, core.v.view().left_columns(keep), result.v.view());
         result.sigma.assign(core.sigma.begin(), core.sigma.begin() + static_cast<std::ptrdiff_t>(keep));
         result.squared_error = std::max(0.0, result.squared_norm - energy_beyond(result.sigma, 0));
-        if (result.squared_error < detail::cancellation_limit<T>(policy) * result.squared_norm) {
+        if (result.squared_error < cancellation_limit<T>(policy) * result.squared_norm) {
             result.squared_error = squared_residual<T>(policy, a, result.u.view(), result.sigma, result.v.view());
         }
         if (grows) {
