@@ -1,6 +1,6 @@
 // What the verbs share.
 // SPDX-License-Identifier: Apache-2.0
-#include "tool.hpp"
+#include "scoring.hpp"
 
 #include <taskvec/backend/parallel.hpp>
 
@@ -346,6 +346,11 @@ bool runner::advance(const taskvec::progress_event& event)
     std::snprintf(text + length, sizeof text - static_cast<std::size_t>(length), "\033[K");
     write_text(text);
     return true;
+}
+
+bool was_interrupted()
+{
+    return interrupted.load() != 0;
 }
 
 void note(const run_options& options, const std::string& text)

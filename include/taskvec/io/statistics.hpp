@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -257,7 +258,8 @@ inline void check_statistics(const cpu& policy, const statistics_file& file, con
 
 /// Joins statistics of one model over parts of its data into one file, as if they had been collected in one go: Grams add up, Fishers are means weighted
 /// by their examples. dtypes are those of the first part. Sums run in f64 in the order of the parts.
-/// Throws invalid_argument for parts of different kinds, models or tensors, or without metadata; shape_mismatch; io_error.
+/// Throws invalid_argument for parts of different kinds, models or tensors, or without metadata, and for a negative Fisher; shape_mismatch; nonfinite_error;
+/// io_error.
 inline void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out, durability mode = durability::synchronised)
 {
     if (parts.empty()) { raise<invalid_argument>("no statistics were given: at least one file is needed"); }
@@ -305,6 +307,13 @@ inline void combine_statistics(const std::vector<std::filesystem::path>& parts, 
             std::vector<double> total(n, 0.0);
             for (std::size_t f = 0; f < files.size(); ++f) {
                 const auto values = detail::read_widened(files[f].model()[index].tensor, at, n);
+                for (std::size_t i = 0; i < n; ++i) {
+                    if (!std::isfinite(values[i]) || (info.kind != statistics_kind::gram && values[i] < 0)) {
+                        const auto what = message("'", specs[index].name, "' of '", files[f].path().string(), "' holds ", values[i], " at index ", at + i);
+                        if (std::isfinite(values[i])) { raise<invalid_argument>(what + ": a diagonal Fisher is a mean of squares and cannot be negative"); }
+                        raise<nonfinite_error>(what + ": collect this part again");
+                    }
+                }
                 kernels::accumulate(total.data(), values.data(), weights[f], n);
             }
             detail::write_narrowed(writer, index, at, specs[index].dtype, total);

@@ -1,0 +1,63 @@
+// taskvec combine-statistics.
+// SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include <taskvec/io/statistics.hpp>
+
+using namespace tools_test;
+
+namespace {
+
+void write_part(const std::filesystem::path& path, taskvec::statistics_kind kind, std::uint64_t examples, std::vector<float> values, std::uint64_t model = 7)
+{
+    taskvec::statistics_info info{.kind = kind, .examples = examples, .fingerprint = model, .in_out = {}, .metadata = {}};
+    write_values(path, {{"w", {taskvec::dtype::f32, {2, 2}, std::move(values)}}}, taskvec::detail::statistics_metadata(info));
+}
+
+} // namespace
+
+TEST_CASE("Grams add up, Fishers are means weighted by their examples")
+{
+    using kind = taskvec::statistics_kind;
+    const scratch folder;
+    write_part(folder / "g1", kind::gram, 3, {2, 1, 1, 4});
+    write_part(folder / "g2", kind::gram, 5, {1, 0.5f, 0.5f, 1});
+    auto done = run(folder, {"combine-statistics", "--part", "g1", "--part", "g2", "--out", "g"});
+    CAPTURE(done.err);
+    REQUIRE(done.code == 0);
+    CHECK(read_values(folder / "g").at("w").values == std::vector<float>{3, 1.5f, 1.5f, 5});
+    CHECK(taskvec::statistics_file(folder / "g").info().examples == 8);
+    CHECK(taskvec::statistics_file(folder / "g").info().fingerprint == 7);
+    CHECK(done.out.find("8 examples") != std::string::npos);
+
+    write_part(folder / "f1", kind::empirical_fisher, 1, {1, 0, 4, 8});
+    write_part(folder / "f2", kind::empirical_fisher, 3, {5, 4, 0, 8});
+    REQUIRE(run(folder, {"combine-statistics", "--part", "f1", "--part", "f2", "--out", "f1"}).code == 0); // over one of its inputs
+    CHECK(read_values(folder / "f1").at("w").values == std::vector<float>{4, 3, 1, 8});
+    CHECK(taskvec::statistics_file(folder / "f1").info().examples == 4);
+}
+
+TEST_CASE("parts that do not belong together: one line, and no file")
+{
+    using kind = taskvec::statistics_kind;
+    const scratch folder;
+    write_part(folder / "good", kind::expected_fisher, 2, {1, 2, 3, 4});
+    write_part(folder / "other-kind", kind::empirical_fisher, 2, {1, 2, 3, 4});
+    write_part(folder / "other-model", kind::expected_fisher, 2, {1, 2, 3, 4}, 8);
+    write_part(folder / "negative", kind::expected_fisher, 2, {1, 2, -3, 4});
+    write_part(folder / "nan", kind::expected_fisher, 2, {1, 2, 3, std::numeric_limits<float>::quiet_NaN()});
+    write_values(folder / "plain", {{"w", {taskvec::dtype::f32, {2, 2}, {1, 2, 3, 4}}}});
+    const auto names = folder.names();
+    const std::vector<std::pair<std::string, std::vector<std::string>>> cases{{"other-kind", {"kinds", "other-kind"}},
+        {"other-model", {"models", "other-model"}}, {"negative", {"'w'", "-3", "index 2"}}, {"nan", {"'w'", "nan", "index 3"}}, {"plain", {"plain", "schema"}},
+        {"absent", {"absent", "No such file"}}};
+    for (const auto& [part, words] : cases) {
+        const auto result = run(folder, {"combine-statistics", "--part", "good", "--part", part, "--out", "out"});
+        CAPTURE(result.err);
+        CHECK(result.code == 1);
+        CHECK(is_error_line(result.err));
+        for (const auto& word : words) { CHECK(result.err.find(word) != std::string::npos); }
+        CHECK(folder.names() == names);
+    }
+    CHECK(run(folder, {"combine-statistics", "--out", "out"}).code == 2);
+}

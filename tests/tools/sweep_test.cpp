@@ -1,0 +1,268 @@
+// taskvec sweep, with small shell commands as scores.
+// SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <csignal>
+#include <sstream>
+#include <thread>
+
+using namespace tools_test;
+
+namespace {
+
+const std::string digest = "cksum < {} | cut -d ' ' -f 1"; // a number that any other byte changes
+
+struct models {
+    scratch folder;
+
+    models()
+    {
+        const auto base = sample_base();
+        write_values(folder / "base.safetensors", base);
+        for (unsigned t = 0; t < 3; ++t) { write_values(folder / (std::string(1, static_cast<char>('a' + t)) + ".safetensors"), sample_task(base, 40 + t)); }
+        std::filesystem::create_directory(folder / "tmp");
+    }
+    std::vector<std::string> command(const std::string& score, const std::vector<std::string>& more, const std::string& tasks = "abc") const
+    {
+        std::vector<std::string> arguments{"sweep", "--base", "base.safetensors", "--score", score};
+        for (const char task : tasks) {
+            arguments.push_back("--task");
+            arguments.push_back(std::string(1, task) + ".safetensors");
+        }
+        arguments.insert(arguments.end(), more.begin(), more.end());
+        return arguments;
+    }
+    outcome sweep(const std::string& score, const std::vector<std::string>& more, const std::string& tasks = "abc") const
+    {
+        const auto result = run(folder, command(score, more, tasks), {"TMPDIR=" + (folder / "tmp").string()});
+        CHECK(std::filesystem::is_empty(folder / "tmp")); // candidates go, whatever happens
+        return result;
+    }
+    std::vector<std::string> table(const std::string& file = "s.csv") const
+    {
+        std::vector<std::string> lines;
+        std::istringstream text(slurp(folder / file));
+        for (std::string line; std::getline(text, line);) { lines.push_back(line); }
+        return lines;
+    }
+    /// What `digest` says of a merge made by the verb merge.
+    std::string score_of(const std::vector<std::string>& more, const std::string& tasks = "abc") const
+    {
+        std::vector<std::string> arguments{"merge", "--base", "base.safetensors", "--out", "expected.safetensors"};
+        for (const char task : tasks) {
+            arguments.push_back("--task");
+            arguments.push_back(std::string(1, task) + ".safetensors");
+        }
+        arguments.insert(arguments.end(), more.begin(), more.end());
+        REQUIRE(run(folder, arguments).code == 0);
+        const auto shell = "cksum < '" + (folder / "expected.safetensors").string() + "' | cut -d ' ' -f 1 > '" + (folder / "digest").string() + "'";
+        REQUIRE(std::system(shell.c_str()) == 0);
+        auto text = slurp(folder / "digest");
+        std::filesystem::remove(folder / "expected.safetensors");
+        std::filesystem::remove(folder / "digest");
+        return text.substr(0, text.find('\n'));
+    }
+};
+
+/// Whether a process is there and no zombie.
+bool runs(pid_t process)
+{
+    const auto path = "/proc/" + std::to_string(process) + "/stat";
+    std::error_code ignored;
+    return ::kill(process, 0) == 0 && std::filesystem::exists(path, ignored) && slurp(path).find(") Z ") == std::string::npos;
+}
+
+} // namespace
+
+TEST_CASE("a lambda sweep scores what merge writes, prints the best and writes it")
+{
+    const models m;
+    const auto done = m.sweep(digest, {"--lambdas", "0:0.3:0.1,1", "--csv", "s.csv", "--out", "best.safetensors", "--report", "r.json"});
+    CAPTURE(done.err);
+    REQUIRE(done.code == 0);
+    const auto table = m.table();
+    REQUIRE(table.size() == 6);
+    CHECK(table[0] == "lambda,score");
+    double best = -1;
+    std::string where;
+    for (std::size_t i = 0; i < 5; ++i) {
+        const std::string lambda = std::vector<std::string>{"0", "0.1", "0.2", "0.3", "1"}[i];
+        const auto score = m.score_of({"--method", "task-arithmetic", "--lambda", lambda});
+        CHECK(std::stod(table[i + 1].substr(table[i + 1].find(',') + 1)) == std::stod(score));
+        CHECK(table[i + 1].starts_with(lambda + ","));
+        if (std::stod(score) > best) {
+            best = std::stod(score);
+            where = lambda;
+        }
+    }
+    CHECK(done.out.find("lambda=" + where + " ") != std::string::npos);
+    CHECK(done.out.find("best of 5 points") != std::string::npos);
+    const auto report = nlohmann::json::parse(slurp(m.folder / "r.json"));
+    CHECK(report["scored"] == 5);
+    CHECK(report["best"]["lambda"] == where);
+    CHECK(report["best"]["score"] == best);
+    const auto written = slurp(m.folder / "best.safetensors");
+    REQUIRE(run(m.folder,
+                {"merge", "--method", "task-arithmetic", "--lambda", where, "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors",
+                    "--task", "c.safetensors", "--out", "again.safetensors"})
+                .code
+        == 0);
+    CHECK(slurp(m.folder / "again.safetensors") == written);
+
+    // Several commands at once: the same table. The lowest, where that is the best.
+    REQUIRE(m.sweep(digest, {"--lambdas", "0:0.3:0.1,1", "--csv", "three.csv", "--jobs", "3"}).code == 0);
+    CHECK(m.table("three.csv") == table);
+    const auto low = m.sweep("echo 3", {"--lambdas", "0.5"});
+    CHECK(low.code == 2); // nowhere to put the path
+    CHECK(m.sweep("test -s {} && echo $RANDOM_ -2", {"--lambdas", "0.5", "--minimize"}).out.find("score=-2") != std::string::npos);
+    // The default grid: 0, 0.05 … 1.
+    REQUIRE(m.sweep("true {}; echo 1", {"--csv", "all.csv"}, "a").code == 0);
+    CHECK(m.table("all.csv").size() == 22);
+    CHECK(m.table("all.csv")[4] == "0.15,1");
+}
+
+TEST_CASE("density × lambda, and subsets")
+{
+    const models m;
+    REQUIRE(m.sweep(digest, {"--method", "ties", "--densities", "0.1,0.5", "--lambdas", "0.3,1", "--csv", "s.csv"}).code == 0);
+    auto table = m.table();
+    REQUIRE(table.size() == 5);
+    CHECK(table[0] == "density,lambda,score");
+    CHECK(table[3].starts_with("0.5,0.3,"));
+    CHECK(std::stod(table[3].substr(8)) == std::stod(m.score_of({"--method", "ties", "--density", "0.5", "--lambda", "0.3"})));
+
+    REQUIRE(m.sweep(digest, {"--subsets", "--csv", "subsets.csv", "--svg", "subsets.svg"}).code == 0);
+    table = m.table("subsets.csv");
+    REQUIRE(table.size() == 5);
+    CHECK(table[0] == "tasks,lambda,score");
+    const std::vector<std::string> names{"a+b", "a+b+c", "a+c", "b+c"}, tasks{"ab", "abc", "ac", "bc"};
+    for (std::size_t i = 0; i < 4; ++i) {
+        CHECK(table[i + 1].starts_with(names[i] + ",0.3,"));
+        CHECK(std::stod(table[i + 1].substr(names[i].size() + 5)) == std::stod(m.score_of({"--method", "task-arithmetic", "--lambda", "0.3"}, tasks[i])));
+    }
+    CHECK(slurp(m.folder / "subsets.svg").find("</svg>") != std::string::npos);
+    REQUIRE(m.sweep(digest, {"--method", "average", "--subsets", "--smallest", "3", "--csv", "average.csv"}).code == 0);
+    CHECK(m.table("average.csv").size() == 2);
+    CHECK(m.table("average.csv")[1].starts_with("a+b+c,"));
+}
+
+TEST_CASE("the score is the last number that is printed, and no part of a word")
+{
+    const models m;
+    const std::vector<std::pair<std::string, std::string>> cases{{"epoch 12\\nacc: 0.75 (top-1, v2, 3s)\\n", "0.75"}, {"loss=-1.5e-2.\\n", "-0.015"},
+        {"50%%", "50"}, {"1\\n2\\n3", "3"}, {".5", "0.5"}, {"+2.5", "2.5"}, {"[0.25, 0.5]", "0.5"}};
+    for (const auto& [text, score] : cases) {
+        CAPTURE(text);
+        const auto done = m.sweep("printf '" + text + "'; : {}", {"--lambdas", "1"}, "a");
+        CAPTURE(done.err);
+        CHECK(done.code == 0);
+        CHECK(done.out.find("score=" + score + "\n") != std::string::npos);
+    }
+}
+
+TEST_CASE("paths reach the command whole, whatever is in them")
+{
+    const models m;
+    const std::string odd = "it's $HOME \"`x`\" \\ ;";
+    std::filesystem::create_directory(m.folder / odd);
+    const auto done = m.sweep("test -s {} && echo $(printf %s {} | grep -c 'it.s [$]HOME')", {"--lambdas", "1", "--scratch", odd}, "a");
+    CAPTURE(done.err);
+    REQUIRE(done.code == 0);
+    CHECK(done.out.find("score=1\n") != std::string::npos);
+    CHECK(std::filesystem::is_empty(m.folder / odd));
+}
+
+TEST_CASE("a command that fails leaves the table as it was, and the next run goes on from there")
+{
+    const models m;
+    const std::string counting = "echo x >> calls; test $(wc -l < calls) -ne 3 || exit 5; : {}; wc -l < calls";
+    const std::vector<std::string> options{"--lambdas", "0.1,0.2,0.3,0.4", "--csv", "s.csv", "--out", "best.safetensors"};
+    const auto failed = m.sweep(counting, options, "a");
+    CAPTURE(failed.err);
+    CHECK(failed.code == 1);
+    CHECK(is_error_line(failed.err));
+    for (const char* part : {"lambda=0.3", "code 5", "exit 5"}) { CHECK(failed.err.find(part) != std::string::npos); }
+    CHECK(m.table() == std::vector<std::string>{"lambda,score", "0.1,1", "0.2,2"});
+    CHECK_FALSE(std::filesystem::exists(m.folder / "best.safetensors"));
+    const auto resumed = m.sweep(counting, options, "a");
+    CHECK(resumed.code == 0);
+    CHECK(m.table() == std::vector<std::string>{"lambda,score", "0.1,1", "0.2,2", "0.3,4", "0.4,5"});
+    CHECK(resumed.out.find("lambda=0.4 score=5") != std::string::npos);
+    CHECK(resumed.err.find("2 points of 4") != std::string::npos);
+    CHECK(slurp(m.folder / "calls") == "x\nx\nx\nx\nx\n");
+    // Nothing left to do is no error.
+    CHECK(m.sweep(counting, options, "a").code == 0);
+    CHECK(slurp(m.folder / "calls") == "x\nx\nx\nx\nx\n");
+}
+
+TEST_CASE("bad input: one line that names what is wrong")
+{
+    const models m;
+    spill(m.folder / "other.csv", "density,lambda,score\n0.1,1,5\n");
+    spill(m.folder / "broken.csv", "lambda,score\n0.1,high\n");
+    const auto names = m.folder.names();
+    struct bad {
+        std::string score;
+        std::vector<std::string> arguments;
+        std::vector<std::string> parts;
+        int code = 1;
+    };
+    const std::vector<bad> cases{
+        {"true {}", {"--lambdas", "0.5"}, {"printed no number", "lambda=0.5"}},
+        {"echo accuracy unknown {} > /dev/null; echo v2", {"--lambdas", "0.5"}, {"printed no number"}},
+        {"echo epoch 3 nan; : {}", {"--lambdas", "0.5"}, {"nan", "finite"}},
+        {"kill -9 $$; : {}", {"--lambdas", "0.5"}, {"signal 9"}},
+        {"no-such-command-at-all {} 2> /dev/null", {"--lambdas", "0.5"}, {"code 127"}},
+        {"echo 1", {"--lambdas", "0.5"}, {"{}"}, 2},
+        {digest, {"--lambdas", "a"}, {"--lambdas", "'a'"}, 2},
+        {digest, {"--lambdas", "0:1"}, {"--lambdas"}, 2},
+        {digest, {"--lambdas", "0:1:0"}, {"--lambdas"}, 2},
+        {digest, {"--lambdas", "1:0:0.1"}, {"--lambdas"}, 2},
+        {digest, {"--lambdas", "0.1,,0.2"}, {"--lambdas"}, 2},
+        {digest, {"--lambdas", "0.5", "--lambda", "1"}, {"exclude"}, 2},
+        {digest, {"--densities", "0.5"}, {"density"}, 2},
+        {digest, {"--method", "ties", "--densities", "0.5,1.5"}, {"--densities", "1.5"}},
+        {digest, {"--method", "average"}, {"--subsets"}, 2},
+        {digest, {"--subsets", "--smallest", "4"}, {"--subsets"}, 2},
+        {digest, {"--lambdas", "1", "--jobs", "0"}, {"--jobs"}, 2},
+        {digest, {"--lambdas", "1", "--csv", "other.csv"}, {"other.csv", "density,lambda"}},
+        {digest, {"--lambdas", "0.1", "--csv", "broken.csv"}, {"broken.csv", "line 2", "high"}},
+        {digest, {"--lambdas", "1", "--csv", "no/folder/s.csv"}, {"no/folder"}},
+        {digest, {"--lambdas", "1", "--scratch", "no/folder"}, {"no/folder"}},
+        {digest, {"--task", "absent", "--lambdas", "1"}, {"absent"}},
+    };
+    for (const auto& [score, arguments, parts, code] : cases) {
+        const auto result = m.sweep(score, arguments);
+        CAPTURE(score);
+        CAPTURE(result.err);
+        CHECK(result.code == code);
+        CHECK(is_error_line(result.err));
+        for (const auto& part : parts) { CHECK(result.err.find(part) != std::string::npos); }
+        CHECK(m.folder.names() == names);
+    }
+    CHECK(slurp(m.folder / "broken.csv") == "lambda,score\n0.1,high\n");
+    const auto dry = m.sweep("touch called; echo 1 {}", {"--csv", "dry.csv", "--dry-run"});
+    CHECK(dry.code == 0);
+    CHECK(dry.out.find("21 candidates") != std::string::npos);
+    CHECK(m.folder.names() == names);
+}
+
+TEST_CASE("an interrupt stops the command with all that it started, and removes the candidate")
+{
+    const models m;
+    process sweeping(
+        m.folder, m.command("sh -c 'echo $$ > pid.new; mv pid.new pid; sleep 60'; echo 1 {}", {"--csv", "s.csv"}), {"TMPDIR=" + (m.folder / "tmp").string()});
+    while (!std::filesystem::exists(m.folder / "pid") && !sweeping.ended()) { std::this_thread::sleep_for(std::chrono::milliseconds(10)); }
+    const auto child = static_cast<pid_t>(std::stol(slurp(m.folder / "pid")));
+    sweeping.send(SIGTERM);
+    const auto result = sweeping.wait();
+    CHECK(result.code == 1);
+    CHECK(result.err.find("interrupted") != std::string::npos);
+    CHECK(std::filesystem::is_empty(m.folder / "tmp"));
+    for (int i = 0; i < 500 && runs(child); ++i) { std::this_thread::sleep_for(std::chrono::milliseconds(10)); }
+    CHECK_FALSE(runs(child));
+    CHECK(m.table() == std::vector<std::string>{"lambda,score"});
+}
