@@ -187,3 +187,27 @@ TEST_CASE("in place over the base, cancelled, and streamed past the cache")
     CHECK(std::equal(large.begin(), large.end(), out.begin() + 3));
     CHECK_THROWS_AS(merge(cpu{}, average_options{{1.0, -1.0}}, std::vector{task, task}, base), invalid_argument);
 }
+
+TEST_CASE("WiSE-FT goes from the pre-trained model to the fine-tuned one")
+{
+    const testing::random_models<float> models({500}, 1, 4);
+    const std::vector<std::vector<float>> ends{models.base, models.tasks[0]};
+    std::vector<float> out(500);
+    merge(cpu{}, average_options::wise_ft(0), ends, out);
+    CHECK(out == models.base);
+    merge(cpu{}, average_options::wise_ft(1), ends, out);
+    CHECK(out == models.tasks[0]);
+    for (const double alpha : {0.25, 0.3, 0.5, 1.5}) { // past 1 it extrapolates
+        merge(cpu{}, average_options::wise_ft(alpha), ends, out);
+        double worst = 0;
+        for (std::size_t i = 0; i < out.size(); ++i) {
+            const double a = ends[0][i], b = ends[1][i];
+            worst = std::max(worst, std::abs(out[i] - ((1 - alpha) * a + alpha * b)) / (std::abs(a) + std::abs(b)));
+        }
+        CHECK(worst < 5e-7);
+    }
+    for (const double alpha : {std::nan(""), std::numeric_limits<double>::infinity()}) {
+        CHECK_THROWS_AS(merge(cpu{}, average_options::wise_ft(alpha), ends, out), invalid_argument);
+    }
+    CHECK_THROWS_AS(merge(cpu{}, average_options::wise_ft(0.5), std::vector<std::vector<float>>{ends[0]}, out), invalid_argument); // one model
+}
