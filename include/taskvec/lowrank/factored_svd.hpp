@@ -265,4 +265,31 @@ template <storage_element T, linear_algebra_policy P>
     });
 }
 
+// On taskvec::gpu these need <taskvec/lowrank/gpu.hpp>; without it a call says so.
+template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto factored_svd(const P&, const X&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/lowrank/gpu.hpp>");
+}
+template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X, class Y>
+auto factored_svd(const P&, const X&, const Y&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/lowrank/gpu.hpp>");
+}
+template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto factored_svd(const P&, const X&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/lowrank/gpu.hpp>");
+}
+template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X, class Y>
+auto factored_svd(const P&, const X&, const Y&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/lowrank/gpu.hpp>");
+}
+template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto compress_sum(const P&, const X&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "compress_sum() on taskvec::gpu: include <taskvec/lowrank/gpu.hpp>");
+}
+
 } // namespace taskvec::inline TASKVEC_ABI

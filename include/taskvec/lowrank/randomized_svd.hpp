@@ -160,4 +160,16 @@ struct decompose_randomized {
     }
 };
 
+// On taskvec::gpu this needs <taskvec/lowrank/gpu.hpp>; without it a call says so.
+template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto randomized_svd(const P&, const X&, const randomized_svd_options&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "randomized_svd() on taskvec::gpu: include <taskvec/lowrank/gpu.hpp>");
+}
+template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto randomized_svd(const P&, const X&, const randomized_svd_options&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "randomized_svd() on taskvec::gpu: include <taskvec/lowrank/gpu.hpp>");
+}
+
 } // namespace taskvec::inline TASKVEC_ABI

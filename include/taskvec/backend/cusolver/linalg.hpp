@@ -5,7 +5,7 @@
 // small work too. The libraries are column-major. A row-major matrix is the column-major transposed one: products take it as
 // an operand to be transposed, a row-major result is computed as (A·B)ᵀ = BᵀAᵀ; only factorizations, which work in place, copy.
 // Calls are queued on the policy's stream. Those that have to wait for it, to read a number, say so. Memory comes from the
-// policy's allocator. Compiled, not run on a device: docs/gpu.md says what that covers.
+// policy's allocator. Compiled, not run on a device; docs/gpu.md says what that covers.
 #pragma once
 
 #include <taskvec/backend/cusolver/context.hpp>
