@@ -11,6 +11,10 @@ endif()
 # Elementwise results are the same bits for any processor; only the time differs.
 if(TASKVEC_NATIVE)
     target_compile_options(taskvec_developer INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-march=native>)
+    # g++ 12 finds its own AVX-512 intrinsics uninitialized wherever Eigen uses them (GCC bug 105593).
+    if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+        target_compile_options(taskvec_developer INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-uninitialized;-Wno-maybe-uninitialized>)
+    endif()
 endif()
 
 if(TASKVEC_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)

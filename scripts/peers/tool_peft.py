@@ -10,8 +10,8 @@ import warnings
 
 import torch
 
-from common import largest_difference, load
-from tiny_model import deltas, load_adapter
+from common import largest_difference, load, save
+from tiny_model import deltas, load_adapter, tiny
 
 TOLERANCE = 1e-5
 
@@ -108,6 +108,35 @@ def main():
         out = attempt("merge-lora rank 2", "merge-lora", "--method", "linear", *pair, "--rank", 2)
         if out:
             checks.same_updates("merge-lora rank 2", out, {module: truncated(value, 2) for module, value in expected.items()})
+
+        # Adapters of two checkpoints: plain layers with an embedding, and GPT-2's transposed layers.
+        base = tiny().state_dict()
+        for what, modules, options in (
+            ("plain", ["embed", "head", "layers.0.attn.q_proj", "layers.1.attn.v_proj"], ["--embedding", "^embed$"]),
+            ("transposed", ["layers.0.c_fc", "layers.1.c_fc"], ["--fan-in-fan-out", "--include", "c_fc"]),
+        ):
+            torch.manual_seed(3)
+            tuned = {name: value.clone() for name, value in base.items()}
+            for module in modules:
+                tuned[f"{module}.weight"] += 0.1 * torch.randn_like(tuned[f"{module}.weight"])
+            save(scratch / "base.safetensors", base, {})
+            save(scratch / "tuned.safetensors", tuned, {})
+            change = {module: tuned[f"{module}.weight"] - base[f"{module}.weight"] for module in modules}
+            for rank, way in ((2, []), (2, ["--randomized"]), (5, ["--clamp"])):
+                name = f"extract-lora {what} rank {rank}" + (" randomized" if way == ["--randomized"] else "")
+                models = ["--base", scratch / "base.safetensors", "--task", scratch / "tuned.safetensors"]
+                out = attempt(name, "extract-lora", *models, "--rank", rank, *options, *way)
+                if out:
+                    checks.same_updates(name, out, {module: truncated(value, rank) for module, value in change.items()})
+
+        # Factors merged around an initialisation, and the same made a plain adapter.
+        out = attempt("merge-lora phi", "merge-lora", "--space", "phi", "--init", data / "merge_a", "--adapter", data / "merge_a")
+        if out:
+            expected, _ = load(data / "merge_a" / "expected.safetensors")
+            checks.same_updates("merge-lora phi", out, expected)
+            folded = attempt("fold-llora", "fold-llora", "--init", data / "merge_a", "--adapter", out)
+            if folded:
+                checks.same_updates("fold-llora", folded, expected)
 
     if checks.failures:
         raise SystemExit("\n".join(checks.failures))
