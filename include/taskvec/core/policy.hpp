@@ -92,6 +92,11 @@ concept gpu_without_header = std::same_as<P, gpu> && !gpu_header_included<P, Roo
 template <class P>
 concept policy = detail::is_policy<P>;
 
+/// cpu alone. A function that needs no template otherwise is one over its policy, so that its body, and what that would
+/// instantiate of Eigen, costs nothing to compile in a program that never calls it.
+template <class P>
+concept cpu_policy = std::same_as<P, cpu>;
+
 /// Something that can be read (as elements of one storage type) in the memory space of policy P.
 template <class X, class P>
 concept input_of = viewable<const std::remove_reference_t<X>> &&(view_of<const std::remove_reference_t<X>>::space == P::space);

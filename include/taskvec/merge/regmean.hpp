@@ -83,7 +83,8 @@ public:
         return bytes;
     }
 
-    void write(const cpu& policy, const aligned_models& models, tensor_sink& out) const
+    template <cpu_policy Policy>
+    void write(const Policy& policy, const aligned_models& models, tensor_sink& out) const
     {
         // Everything else is averaged.
         std::vector<std::size_t> averaged;
@@ -112,7 +113,7 @@ public:
             if (!meter.advance(1)) { raise<cancelled>(); }
         };
         {
-            const cpu quiet = sequential(policy);
+            const Policy quiet = sequential(policy);
             std::vector<system_memory> memory;
             const std::size_t workers = worker_count(policy, side_by_side.size());
             for (std::size_t w = 0; w < workers && widest > 0; ++w) { memory.emplace_back(widest, std::size_t{1}, memory_of(policy)); }
@@ -122,7 +123,7 @@ public:
             });
         }
         for (const layer* one : alone) {
-            cpu loud = policy;
+            Policy loud = policy;
             loud.progress = {};
             system_memory memory(one->in, worker_count(policy, panels(*one)), memory_of(policy));
             solve(loud, models, *one, memory, out);
@@ -251,7 +252,8 @@ private:
 
     [[nodiscard]] static std::size_t panels(const layer& one) noexcept { return (one.out + panel - 1) / panel; }
 
-    void solve(const cpu& policy, const aligned_models& models, const layer& one, system_memory& memory, tensor_sink& out) const
+    template <cpu_policy Policy>
+    void solve(const Policy& policy, const aligned_models& models, const layer& one, system_memory& memory, tensor_sink& out) const
     {
         const matrix_view<double> system(memory.system.data(), one.in, one.in, matrix_order::column_major);
         assemble(policy, models, one, memory, system);
@@ -276,7 +278,7 @@ private:
         const matrix_view<const double> factor = system;
         for_each_index(policy, panels(one), [&](std::size_t index, std::size_t worker) {
             const std::size_t first = index * panel;
-            merge_columns(models, one, factor, first, std::min(panel, one.out - first), memory.panels[worker], out);
+            merge_columns<Policy>(models, one, factor, first, std::min(panel, one.out - first), memory.panels[worker], out);
         });
     }
 
@@ -365,10 +367,11 @@ private:
         }
     }
 
+    template <cpu_policy Policy>
     void merge_columns(const aligned_models& models, const layer& one, matrix_view<const double> factor, std::size_t first, std::size_t count,
         system_memory::worker& memory, tensor_sink& out) const
     {
-        const cpu alone{.threads = 1, .executor = {}, .memory = nullptr, .progress = {}};
+        const Policy alone{.threads = 1, .executor = {}, .memory = nullptr, .progress = {}};
         const std::size_t n = one.in, size = n * count, tasks = weights_.size();
         const bool whole = one.layout == weight_layout::out_in;
         const matrix_order order = whole ? matrix_order::column_major : matrix_order::row_major;

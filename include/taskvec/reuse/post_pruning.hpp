@@ -19,7 +19,8 @@ struct post_pruning_options {
 /// index first among equals), of which zeros are not stored. Values are f32 (f64 for f64). Streams: the entries go to
 /// `out` in pieces. Served as θ0 + v̂. With a merged model as the base it is the second half of PERU-FFT.
 /// Bit-exact. Errors: invalid_argument, nonfinite_error, cancelled. Cost: three reads of both models.
-inline void post_pruning(const cpu& policy, const post_pruning_options& options, const aligned_models& models, sparse_sink& out)
+template <cpu_policy Policy>
+void post_pruning(const Policy& policy, const post_pruning_options& options, const aligned_models& models, sparse_sink& out)
 {
     if (!models.has_base() || models.task_count() != 1) { raise<invalid_argument>("pruning takes one base and one task"); }
     const trim_thresholds thresholds(policy, models, options.density, options.scope);
@@ -64,8 +65,9 @@ inline void post_pruning(const cpu& policy, const post_pruning_options& options,
 ///
 ///     sparse_model delta = post_pruning(cpu{}, {.density = 0.1}, base, task);
 ///     auto saved = apply(cpu{}, delta, live);   // live == base: now the pruned task
-[[nodiscard]] inline sparse_model post_pruning(
-    const cpu& policy, const post_pruning_options& options, const const_model_ref& base, const const_model_ref& task, const model_options& how = {})
+template <cpu_policy Policy>
+[[nodiscard]] sparse_model post_pruning(
+    const Policy& policy, const post_pruning_options& options, const const_model_ref& base, const const_model_ref& task, const model_options& how = {})
 {
     sparse_model_sink sink;
     post_pruning(policy, options, aligned_models(&base, {&task, 1}, how), sink);
@@ -147,7 +149,8 @@ private:
 ///
 ///     const aligned_models models(&base, {&base, 1});
 ///     add_delta(cpu{}, models, delta, 1.0, sink);
-inline void add_delta(const cpu& policy, const aligned_models& models, const sparse_model& delta, double scale, tensor_sink& out)
+template <cpu_policy Policy>
+void add_delta(const Policy& policy, const aligned_models& models, const sparse_model& delta, double scale, tensor_sink& out)
 {
     merge(policy, sparse_addition_options{&delta, scale}, models, out);
 }

@@ -225,7 +225,8 @@ void for_each_live(const sparse_model& delta, const model_ref& live, Use&& use)
 
 /// Adds a delta to the live weights of a model in place; the result is what undo() needs. Errors: a tensor that is
 /// missing, of another shape or storage type; nothing is changed then.
-[[nodiscard]] inline saved_words apply(const cpu& policy, const sparse_model& delta, const model_ref& live, double scale = 1.0)
+template <cpu_policy Policy>
+[[nodiscard]] saved_words apply(const Policy& policy, const sparse_model& delta, const model_ref& live, double scale = 1.0)
 {
     saved_words saved;
     detail::for_each_live(delta, live, [&](const std::string& name, const auto& sparse, auto weights) {
@@ -238,7 +239,8 @@ void for_each_live(const sparse_model& delta, const model_ref& live, Use&& use)
 }
 
 /// Takes a delta that apply() added out of the live weights again: the very words of before.
-inline void undo(const cpu& policy, const sparse_model& delta, const saved_words& saved, const model_ref& live)
+template <cpu_policy Policy>
+void undo(const Policy& policy, const sparse_model& delta, const saved_words& saved, const model_ref& live)
 {
     detail::for_each_live(delta, live, [&]<class T>(const std::string& name, const auto& sparse, host_view<T> weights) {
         const auto bytes = saved.find(name);
