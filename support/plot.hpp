@@ -46,8 +46,10 @@ struct heat_map {
     std::string title;
     std::vector<std::string> columns, rows; ///< labels
     std::vector<std::vector<double>> values{}; ///< [row][column]; a value that is not finite has a grey cell
-    double lowest = -1, highest = 1; ///< of the colour scale, blue to white to red
+    double lowest = -1, highest = 1; ///< of the colour scale
     int decimals = 2;
+    bool diverging = true; ///< blue to white to red, around a middle that means something; otherwise white to dark blue
+    std::string x_label{}, y_label{};
 };
 
 namespace detail {
@@ -155,8 +157,9 @@ inline std::string terminal(unsigned width, unsigned height)
 
 } // namespace detail
 
-/// Draws a line chart. Throws taskvec::invalid_argument for curves that are not curves, io_error if gnuplot is missing or fails.
-inline void write_svg(const line_chart& chart, const std::filesystem::path& path)
+/// A line chart as SVG, drawn for the file `path`, which errors name and nothing writes. Throws taskvec::invalid_argument for curves that are
+/// not curves, io_error if gnuplot is missing or fails.
+[[nodiscard]] inline std::string svg_of(const line_chart& chart, const std::filesystem::path& path)
 {
     using namespace detail;
     if (chart.curves.empty()) { taskvec::raise<taskvec::invalid_argument>("a chart without curves"); }
@@ -187,12 +190,11 @@ inline void write_svg(const line_chart& chart, const std::filesystem::path& path
         plots += (c ? ", \\\n  " : "plot ") + block + " using 1:2 with " + (line.marks ? "linespoints" : "lines") + " lw 2 lc rgb '"
             + colours[c % std::size(colours)] + "'" + (line.dashed ? " dt (8,6)" : "") + (line.marks ? " pt 7 ps 0.5" : "") + " title " + literal(line.label);
     }
-    const auto svg = run_gnuplot(script + plots + "\n", path);
-    taskvec::write_text_file(path, svg);
+    return run_gnuplot(script + plots + "\n", path);
 }
 
-/// Draws a heat map. Throws like the line chart.
-inline void write_svg(const heat_map& map, const std::filesystem::path& path)
+/// A heat map as SVG. Throws like the line chart.
+[[nodiscard]] inline std::string svg_of(const heat_map& map, const std::filesystem::path& path)
 {
     using namespace detail;
     if (map.values.empty() || map.values.size() != map.rows.size()) {
@@ -205,7 +207,8 @@ inline void write_svg(const heat_map& map, const std::filesystem::path& path)
     for (const auto& label : map.rows) { longest_row = std::max(longest_row, letters(label)); }
     for (const auto& label : map.columns) { longest_column = std::max(longest_column, letters(label)); }
     // Margins in pixels, from the labels' lengths: letters of about 8 pixels, column labels at 45 degrees.
-    const std::size_t cell = 56, left = 8 * longest_row + 24, right = 96, top = 64, bottom = 6 * longest_column + 40;
+    const std::size_t cell = 56, left = 8 * longest_row + (map.y_label.empty() ? 24 : 56), right = 96, top = 64,
+                      bottom = 6 * longest_column + (map.x_label.empty() ? 40 : 64);
     const std::size_t width = std::max<std::size_t>(left + right + cell * map.columns.size(), 8 * letters(map.title) + 60),
                       height = top + bottom + cell * map.rows.size();
     const auto share = [](std::size_t part, std::size_t whole) { return number_text(static_cast<double>(part) / static_cast<double>(whole)); };
@@ -213,7 +216,10 @@ inline void write_svg(const heat_map& map, const std::filesystem::path& path)
     script += "set lmargin at screen " + share(left, width) + "\nset rmargin at screen " + share(left + cell * map.columns.size(), width)
         + "\nset tmargin at screen " + share(height - top, height) + "\nset bmargin at screen " + share(bottom, height) + "\n";
     script += "set title " + literal(map.title) + " font ',16'\nunset key\nset border 0\nset tics scale 0\n";
-    script += "set palette defined (0 '#2166ac', 1 '#92c5de', 2 '#f7f7f7', 3 '#f4a582', 4 '#b2182b')\n";
+    script += map.diverging ? "set palette defined (0 '#2166ac', 1 '#92c5de', 2 '#f7f7f7', 3 '#f4a582', 4 '#b2182b')\n"
+                            : "set palette defined (0 '#f7fbff', 1 '#c6dbef', 2 '#6baed6', 3 '#2171b5', 4 '#08306b')\n";
+    if (!map.x_label.empty()) { script += "set xlabel " + literal(map.x_label) + "\n"; }
+    if (!map.y_label.empty()) { script += "set ylabel " + literal(map.y_label) + "\n"; }
     script += "set cbrange [" + number_text(map.lowest) + ":" + number_text(map.highest)
         + "]\nset object 1 rect from graph 0,0 to graph 1,1 behind fc rgb '#d0d0d0' fs solid noborder\n";
     script += "set xrange [-0.5:" + number_text(static_cast<double>(map.columns.size()) - 0.5) + "]\nset yrange ["
@@ -225,20 +231,29 @@ inline void write_svg(const heat_map& map, const std::filesystem::path& path)
     };
     script += "set xtics " + ticks(map.columns) + " rotate by 45 right\nset ytics " + ticks(map.rows) + "\n";
     script += "$cells << EOD\n";
-    const double middle = (map.lowest + map.highest) / 2, half = (map.highest - map.lowest) / 2;
+    const auto dark = [&](double value) {
+        const double place = (value - map.lowest) / (map.highest - map.lowest); // on the colour scale, 0 to 1
+        return map.diverging ? std::abs(place - 0.5) > 0.35 : place > 0.6;
+    };
     for (std::size_t r = 0; r < map.values.size(); ++r) {
         if (map.values[r].size() != map.columns.size()) { taskvec::raise<taskvec::invalid_argument>("a heat map needs one label for each of its columns"); }
         for (std::size_t c = 0; c < map.values[r].size(); ++c) {
             const double value = map.values[r][c];
             const bool known = std::isfinite(value);
             script += std::to_string(c) + " " + std::to_string(r) + " " + number_text(value) + " \"" + (known ? fixed_text(value, map.decimals) : "n/a") + "\" "
-                + (known && std::abs(value - middle) > 0.7 * half ? "0xffffff" : "0x202020") + "\n";
+                + (known && dark(value) ? "0xffffff" : "0x202020") + "\n";
         }
     }
     script += "EOD\nset style fill solid noborder\nplot $cells using 1:2:($1-0.5):($1+0.5):($2-0.5):($2+0.5):3 with boxxyerror lc palette, $cells using "
               "1:2:4:5 with labels tc rgb variable font ',13'\n";
-    const auto svg = run_gnuplot(script, path);
-    taskvec::write_text_file(path, svg);
+    return run_gnuplot(script, path);
+}
+
+/// Draws a chart or a heat map into a file. Throws like svg_of().
+template <class Figure>
+void write_svg(const Figure& figure, const std::filesystem::path& path)
+{
+    taskvec::write_text_file(path, svg_of(figure, path));
 }
 
 } // namespace plot

@@ -6,6 +6,7 @@
 //     digits --out DIR --score merged.safetensors    the accuracy of a model, or of a LoRA adapter, made from the checkpoints in DIR
 #include "checkpoints.hpp"
 #include "fft.hpp"
+#include "llora.hpp"
 #include "lora.hpp"
 #include "low_rank.hpp"
 #include "setting.hpp"
@@ -34,6 +35,7 @@ struct options {
     std::uint64_t seed = 1;
     int seeds = 1;
     std::set<std::string> parts;
+    bool complete = false;
     std::string split = "validation";
 };
 
@@ -79,6 +81,7 @@ void experiment(const options& o)
 
     fft_results fft;
     lora_results lora;
+    llora_results llora;
     for (int i = 0; i < o.seeds; ++i) {
         const setting s = make_setting(images, o.seed + static_cast<std::uint64_t>(i));
         // The files are those of the first seed.
@@ -92,11 +95,20 @@ void experiment(const options& o)
             report("full fine-tuning, its merges and scores");
         }
         const adapter initial = initial_adapter(s.seed);
-        if (wanted("lora")) {
-            const std::vector<adapter> adapters = fine_tune_adapters(s, initial, parameterisation::lora);
+        std::vector<adapter> adapters;
+        if (wanted("lora") || wanted("llora")) {
+            adapters = fine_tune_adapters(s, initial, parameterisation::lora);
             report("fine-tuning LoRA adapters");
+        }
+        if (wanted("lora")) {
             run_lora(s, adapters, out, lora);
             report("merging and truncating LoRA adapters");
+        }
+        if (wanted("llora")) {
+            const std::vector<adapter> linearized = fine_tune_adapters(s, initial, parameterisation::linearized);
+            report("fine-tuning linearized LoRA adapters");
+            run_llora(s, initial, adapters, linearized, o.complete ? effort::complete() : effort{}, out, llora);
+            report("merging adapters in φ space, all subsets of tasks and disentanglement");
         }
     }
 
@@ -110,9 +122,17 @@ void experiment(const options& o)
         print("Chosen on validation\n" + lora.chosen);
         write_lora(lora, o.out);
     }
+    if (wanted("llora")) {
+        print(llora.lora.methods.text());
+        print(llora.linearized.methods.text());
+        print(text(llora));
+        print("Chosen on validation, for 2 to 8 tasks\n" + llora.chosen);
+        write_llora(llora, o.out);
+    }
     print("What this small setting says about the papers' claims, as measured above");
     if (wanted("fft")) { print(text(fft_claims(fft))); }
     if (wanted("lora")) { print(text(lora_claims(lora))); }
+    if (wanted("llora")) { print(text(llora_claims(llora, wanted("fft") ? &fft.methods : nullptr))); }
 }
 
 } // namespace
@@ -129,7 +149,9 @@ int main(int argc, char** argv)
         ->check(CLI::Range(1, 1000))
         ->capture_default_str();
     app.add_option("--data", o.data, "The digits, a CSV file")->capture_default_str();
-    app.add_option("--part", o.parts, "Only this part; repeat for several")->check(CLI::IsMember({"fft", "lora"}));
+    app.add_option("--part", o.parts, "Only this part; repeat for several")->check(CLI::IsMember({"fft", "lora", "llora"}));
+    app.add_flag(
+        "--complete", o.complete, "llora: choose λ on all subsets of tasks, and measure ξ on all pairs of tasks and a finer grid; takes several times as long");
     app.add_option("--score", o.score,
         "Train nothing: print the accuracy of this safetensors file's model, or of this PEFT adapter directory, made from the checkpoints in --out "
         "(same --seed)");

@@ -83,19 +83,7 @@ std::string table::text() const
             line.push_back(percent(value.mean) + (r.accuracies.size() > 1 ? taskvec::message("±", percent(value.deviation)) : ""));
         }
     }
-    std::vector<std::size_t> widths(cells[0].size());
-    for (const auto& line : cells) {
-        for (std::size_t c = 0; c < line.size(); ++c) { widths[c] = std::max(widths[c], width(line[c])); }
-    }
-    std::string out = title_ + "\n\n";
-    for (const auto& line : cells) {
-        for (std::size_t c = 0; c < line.size(); ++c) {
-            const std::string padding(widths[c] - width(line[c]), ' ');
-            out += c == 0 ? line[c] + padding : taskvec::message("  ", padding, line[c]);
-        }
-        out += '\n';
-    }
-    return out;
+    return title_ + "\n\n" + aligned(cells);
 }
 
 void table::write_csv(const std::filesystem::path& file) const
@@ -112,6 +100,23 @@ void table::write_csv(const std::filesystem::path& file) const
     }
     out += '\n';
     write_text(file, out);
+}
+
+std::string aligned(const std::vector<std::vector<std::string>>& cells)
+{
+    std::vector<std::size_t> widths(cells[0].size());
+    for (const auto& line : cells) {
+        for (std::size_t c = 0; c < line.size(); ++c) { widths[c] = std::max(widths[c], width(line[c])); }
+    }
+    std::string out;
+    for (const auto& line : cells) {
+        for (std::size_t c = 0; c < line.size(); ++c) {
+            const std::string padding(widths[c] - width(line[c]), ' ');
+            out += c == 0 ? line[c] + padding : taskvec::message("  ", padding, line[c]);
+        }
+        out += '\n';
+    }
+    return out;
 }
 
 std::string percent(double fraction)

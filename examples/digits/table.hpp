@@ -63,6 +63,9 @@ private:
     std::vector<row> rows_;
 };
 
+/// Lines of cells as text in columns: the first to the left, the others to the right, two blanks between them.
+[[nodiscard]] std::string aligned(const std::vector<std::vector<std::string>>& cells);
+
 /// "64.23"
 [[nodiscard]] std::string percent(double fraction);
 
