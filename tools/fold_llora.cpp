@@ -4,13 +4,32 @@
 
 #include <taskvec/jvp/fold_adapter.hpp>
 
+#include <algorithm>
 #include <memory>
+#include <utility>
 
 namespace {
 
 struct settings : tool::adapter_settings {
     std::string init, adapter;
 };
+
+/// Modules whose B0 is 0 and whose A is not A0: linearized training gives such an A no gradient.
+template <class T>
+std::size_t moved_without_gradient(const taskvec::lora_adapter<T>& initial, const taskvec::lora_adapter<T>& adapter)
+{
+    std::size_t count = 0;
+    for (const auto& [name, start] : initial) {
+        const auto& a = adapter.at(name).a;
+        const auto zero = [](T value) { return value == T(0); };
+        bool same = true;
+        for (std::size_t k = 0; k < a.rows(); ++k) {
+            for (std::size_t j = 0; j < a.cols(); ++j) { same = same && a(k, j) == start.a(k, j); }
+        }
+        count += !same && std::all_of(start.b.data(), start.b.data() + start.b.size(), zero);
+    }
+    return count;
+}
 
 template <class T>
 void fold_as(const settings& given)
@@ -23,7 +42,14 @@ void fold_as(const settings& given)
         taskvec::raise<taskvec::invalid_argument>(taskvec::message("'", given.init, "' and '", given.adapter,
             "' do not adapt the same embeddings: the first is not the initialisation that the second was trained from"));
     }
-    adapter.updates = taskvec::fold_linearized(initial.updates, adapter.updates);
+    auto folded = taskvec::fold_linearized(initial.updates, adapter.updates);
+    if (const auto count = moved_without_gradient(initial.updates, adapter.updates)) {
+        tool::note(given.run,
+            "lora_A differs from the initialisation's in " + tool::counted(count, "layer")
+                + " whose initial lora_B is 0. Linearized training leaves it as it was (but for weight decay), and it has no effect here: is '" + given.init
+                + "' what the adapter was trained from, and was it trained linearized?");
+    }
+    adapter.updates = std::move(folded);
     std::size_t doubled = 0;
     auto layers = nlohmann::ordered_json::array();
     for (const auto& [name, update] : adapter.updates) {

@@ -79,32 +79,29 @@ void similarity(const settings& given)
         tool::print("would compare " + tool::counted(inputs.tasks().size(), "task vector") + "\n" + tool::describe(inputs));
         return;
     }
-    tool::report_file report(given.models.run.report);
+    // All files are opened before the work, and named after everything that can fail: none is left where one of them cannot be had.
+    tool::report_file report(given.models.run.report), csv(given.csv), svg(given.svg);
     const auto cosines = taskvec::cosine_matrix(run.policy(), inputs.models());
     std::vector<std::string> names;
     for (const auto& task : inputs.arguments()) { names.push_back(task.name); }
+    std::vector<std::vector<double>> rows;
+    for (std::size_t r = 0; r < names.size(); ++r) {
+        const auto row = cosines.begin() + static_cast<std::ptrdiff_t>(r * names.size());
+        rows.emplace_back(row, row + static_cast<std::ptrdiff_t>(names.size()));
+    }
     if (report.wanted()) {
         const taskvec::merge_report done{.kept = {}, .conflicting = {}, .norms = {}, .walks = 1};
         auto content = tool::report_of(run, given.models, inputs, done, 0);
         content.erase("output");
-        content["cosines"] = nlohmann::ordered_json::array();
-        for (std::size_t r = 0; r < names.size(); ++r) {
-            content["cosines"].push_back(std::vector<double>(
-                cosines.begin() + static_cast<std::ptrdiff_t>(r * names.size()), cosines.begin() + static_cast<std::ptrdiff_t>((r + 1) * names.size())));
-        }
+        content["cosines"] = rows;
         report.finish(content);
     }
-    if (!given.csv.empty()) { taskvec::write_text_file(given.csv, csv_of(names, cosines)); }
-    report.commit();
-    tool::print(table_of(names, cosines));
-    if (!given.svg.empty()) {
-        plot::heat_map map{.title = "Cosine of task vectors", .columns = names, .rows = names};
-        for (std::size_t r = 0; r < names.size(); ++r) {
-            map.values.emplace_back(
-                cosines.begin() + static_cast<std::ptrdiff_t>(r * names.size()), cosines.begin() + static_cast<std::ptrdiff_t>((r + 1) * names.size()));
-        }
-        plot::write_svg(map, given.svg);
+    csv.finish_text(csv_of(names, cosines));
+    if (svg.wanted()) {
+        svg.finish_text(plot::svg_of(plot::heat_map{.title = "Cosine of task vectors", .columns = names, .rows = names, .values = rows}, given.svg));
     }
+    for (auto* file : {&report, &csv, &svg}) { file->commit(); }
+    tool::print(table_of(names, cosines));
 }
 
 const tool::register_verb verb(100, [](CLI::App& app) {

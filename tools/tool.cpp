@@ -429,8 +429,12 @@ report_file::report_file(const std::string& path)
 
 void report_file::finish(const nlohmann::ordered_json& content)
 {
+    if (wanted()) { finish_text(std::string_view(content.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n")); }
+}
+
+void report_file::finish_text(std::string_view text)
+{
     if (!file_) { return; }
-    const auto text = content.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
     file_->write(0, text.data(), text.size());
     file_->finish();
 }

@@ -154,6 +154,7 @@ public:
     explicit report_file(const std::string& path);
     [[nodiscard]] bool wanted() const { return file_ != nullptr; }
     void finish(const nlohmann::ordered_json& content);
+    void finish_text(std::string_view text);
     void commit();
 
 private:

@@ -120,6 +120,23 @@ TEST_CASE("fold-llora refuses another initialisation, names what differs, and le
     CHECK(run(folder, {"fold-llora", "--help"}).out.find("Example:") != std::string::npos);
 }
 
+TEST_CASE("fold-llora says so where an A moved that linearized training cannot have moved")
+{
+    const scratch folder;
+    const auto initial = adapter(3, 1, 0, 0.5f);
+    taskvec::write_peft(folder / "init", initial);
+    auto tuned = adapter(3, 10, 1, 1);
+    taskvec::write_peft(folder / "task", tuned);
+    const auto other = run(folder, fold); // q: its B0 is 0; v's is not, so that its A may move
+    CHECK(other.code == 0);
+    CHECK(other.err.find("lora_A differs from the initialisation's in 1 layer whose") != std::string::npos);
+    CHECK(run(folder, with(fold, {"--quiet"})).err.empty());
+    tuned.updates.at("layers.0.q").a = initial.updates.at("layers.0.q").a;
+    std::filesystem::remove_all(folder / "task");
+    taskvec::write_peft(folder / "task", tuned);
+    CHECK(run(folder, fold).err.empty());
+}
+
 TEST_CASE("fold-llora --dry-run writes nothing")
 {
     const scratch folder;
