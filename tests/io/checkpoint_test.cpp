@@ -137,6 +137,19 @@ TEST_CASE("a directory is replaced by whatever is written to it, and keeps what 
     }
 }
 
+TEST_CASE("an index that names other files than a model's costs nobody those files")
+{
+    const scratch folder;
+    const auto out = folder / "m";
+    std::filesystem::create_directory(out);
+    spill(out / "config.json", "{}");
+    spill(out / "model.safetensors.index.json", R"({"weight_map":{"a":"config.json"}})");
+    const sample model(3);
+    model.write(out, 1000);
+    CHECK(scratch::names_in(out) == std::set<std::string>{"config.json", "model.safetensors"});
+    CHECK(model.equals(open_model(out).model()));
+}
+
 TEST_CASE("a sharded writer that is dropped leaves no trace")
 {
     const scratch folder;

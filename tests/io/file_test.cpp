@@ -187,3 +187,54 @@ TEST_CASE("reading a text file stops at its limit")
     CHECK(read_text_file(folder / "f") == "12345");
     CHECK_THROWS_AS((void)read_text_file(folder / "f", 4), format_error);
 }
+
+TEST_CASE("a new directory appears whole or not at all, with those above it")
+{
+    const scratch folder;
+    {
+        output_directory directory(folder / "a/b/c");
+        CHECK(directory.path().filename().string().starts_with(".taskvec-"));
+        CHECK(directory.made().size() == 3);
+        write_text_file(directory.path() / "file", "x");
+        CHECK_FALSE(std::filesystem::exists(folder / "a/b/c"));
+        directory.commit();
+        CHECK(directory.path() == folder / "a/b/c");
+    }
+    CHECK(slurp(folder / "a/b/c/file") == "x");
+    CHECK(scratch::names_in(folder / "a/b") == std::set<std::string>{"c"});
+    {
+        output_directory directory(folder / "d/e/");
+        write_text_file(directory.path() / "file", "x");
+    }
+    CHECK(folder.names() == std::set<std::string>{"a"});
+    {
+        output_directory directory(folder / "a/b/c"); // it is there: files are written where they belong
+        CHECK(directory.path() == folder / "a/b/c");
+        CHECK(directory.made().empty());
+    }
+    CHECK(slurp(folder / "a/b/c/file") == "x");
+    CHECK_THROWS_AS(output_directory(folder / "a/b/c/file"), io_error);
+    CHECK_THROWS_AS(output_directory(folder / "a/b/c/file/d"), io_error);
+    output_directory late(folder / "taken");
+    std::filesystem::create_directory(folder / "taken");
+    spill(folder / "taken/other", "y");
+    CHECK_THROWS_AS(late.commit(), io_error); // somebody else was faster
+    CHECK(slurp(folder / "taken/other") == "y");
+}
+
+TEST_CASE("copying from a map whose file was cut short is an error that says so")
+{
+    const scratch folder;
+    spill(folder / "in", std::string(1 << 16, 'x'));
+    const mapped_file map(folder / "in");
+    std::filesystem::resize_file(folder / "in", 0);
+    atomic_file out(folder / "out", 1 << 16);
+    std::string found;
+    try {
+        out.write(0, map.bytes().data(), map.bytes().size());
+    }
+    catch (const io_error& failure) {
+        found = failure.what();
+    }
+    CHECK(found.find("shrank") != std::string::npos);
+}

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -174,7 +175,7 @@ struct shard_plan {
 }
 
 /// Writes a checkpoint directory: `model-00001-of-000NN.safetensors` … and their index, or `model.safetensors` when one
-/// shard is enough. The directory is created if needed; other files in it are left alone.
+/// shard is enough. A directory that does not exist appears whole or not at all; in one that does, other files are left alone.
 ///
 /// All shards are complete and on disk under temporary names before the first takes its own; the index (or the single
 /// file) takes its name last, and is what decides which model the directory holds. Where a shard's name is taken, by
@@ -201,23 +202,11 @@ public:
         }
         for (const auto& part : parts) { (void)layout_safetensors(part, metadata); } // whatever is wrong with the specs is wrong before a directory appears
         old_ = present_files(); // an index that cannot be read is refused before anything is written
-        std::error_code failure;
-        created_ = std::filesystem::create_directories(directory_, failure);
-        if (failure) { detail::raise_io(directory_, "cannot create the directory", failure.value()); }
+        folder_.emplace(directory_, mode);
         const std::size_t generation = plan_.shards == 1 ? 1 : free_generation();
         for (std::size_t i = 0; i < parts.size(); ++i) { names_.push_back(plan_.shards == 1 ? std::string(single_file_name) : shard_name(i, generation)); }
-        struct cleaner { // should a later shard not fit on the disk, the directory goes as it came
-            sharded_writer* self;
-            ~cleaner()
-            {
-                if (self) {
-                    self->writers_.clear();
-                    self->remove_created();
-                }
-            }
-        } guard{this};
         for (std::size_t i = 0; i < parts.size(); ++i) {
-            writers_.push_back(std::make_unique<safetensors_writer>(directory_ / names_[i], parts[i], metadata, mode));
+            writers_.push_back(std::make_unique<safetensors_writer>(folder_->path() / names_[i], parts[i], metadata, mode));
         }
         if (plan_.shards > 1) {
             std::string json = "{\n  \"metadata\": {\n    \"total_size\": " + std::to_string(plan_.total_bytes) + "\n  },\n  \"weight_map\": {";
@@ -228,19 +217,13 @@ public:
                 json += (json.back() == '{' ? "\n    " : ",\n    ") + json_string(name) + ": " + json_string(names_[shard]);
             }
             json += "\n  }\n}\n";
-            index_ = std::make_unique<atomic_file>(directory_ / index_file_name, json.size(), mode);
+            index_ = std::make_unique<atomic_file>(folder_->path() / index_file_name, json.size(), mode);
             index_->write(0, json.data(), json.size());
         }
-        guard.self = nullptr;
     }
     sharded_writer(const sharded_writer&) = delete;
     sharded_writer& operator=(const sharded_writer&) = delete;
-    ~sharded_writer() override
-    {
-        index_.reset();
-        writers_.clear();
-        if (!committed_) { remove_created(); }
-    }
+    ~sharded_writer() override = default;
 
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
@@ -259,13 +242,15 @@ public:
     {
         finish();
         for (auto& writer : writers_) { writer->commit(false); }
-        if (mode_ == durability::synchronised) { detail::synchronise_directory(directory_); }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
         if (index_) { index_->commit(); }
-        committed_ = true;
+        folder_->commit();
         // `model.safetensors` comes before an index when a directory is opened: with it gone, a new index takes effect.
         std::error_code ignored;
         for (const auto& name : old_) {
-            if (std::find(names_.begin(), names_.end(), name) == names_.end() && !(index_ && name == index_file_name)) {
+            // An index that somebody else wrote may name any file: only what is called a model's is removed.
+            const bool of_a_model = name == index_file_name || name.ends_with(".safetensors");
+            if (of_a_model && std::find(names_.begin(), names_.end(), name) == names_.end() && !(index_ && name == index_file_name)) {
                 std::filesystem::remove(directory_ / name, ignored);
             }
         }
@@ -281,10 +266,12 @@ public:
         for (const auto& writer : writers_) { result.push_back(writer->temporary()); }
         return result;
     }
-    /// All temporary files, for whoever must remove them when no destructor can run.
+    /// All temporary files, and before them the directories that were made for them, for whoever must remove them when no destructor can run.
     [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
     {
-        auto result = shard_temporaries();
+        auto result = folder_->made();
+        const auto shards = shard_temporaries();
+        result.insert(result.end(), shards.begin(), shards.end());
         if (index_) { result.push_back(index_->temporary()); }
         return result;
     }
@@ -328,20 +315,14 @@ private:
         result.emplace_back(index_file_name);
         return result;
     }
-    void remove_created() noexcept
-    {
-        std::error_code ignored;
-        if (created_) { std::filesystem::remove(directory_, ignored); } // only if it is empty
-    }
-
     std::filesystem::path directory_;
+    std::optional<output_directory> folder_; // before the files in it, so that it outlives them
     durability mode_;
     shard_plan plan_;
     std::vector<std::size_t> place_; // of each tensor within its shard
     std::vector<std::string> names_, old_; // the new files, and those of the model that they replace
     std::vector<std::unique_ptr<safetensors_writer>> writers_;
     std::unique_ptr<atomic_file> index_;
-    bool created_ = false, committed_ = false;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

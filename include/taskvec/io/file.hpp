@@ -14,6 +14,7 @@
 #include <string_view>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -245,7 +246,14 @@ public:
         while (size) {
             // pwrite moves at most 0x7ffff000 bytes at once, and may stop early at a signal or a full disk.
             const auto written = detail::retry([&] { return ::pwrite(file_.get(), bytes, size, static_cast<off_t>(offset)); });
-            if (written <= 0) { detail::raise_io(target_, message("cannot write ", size, " bytes at offset ", offset), written < 0 ? errno : ENOSPC); }
+            if (written <= 0) {
+                const int code = written < 0 ? errno : ENOSPC;
+                if (code == EFAULT) { // bytes of a map whose file has been shortened: the system sees it before a SIGBUS could be raised
+                    raise<io_error>(
+                        "cannot be written: a model file that is copied from shrank, or its disk failed, while it was being read", target_.string(), code);
+                }
+                detail::raise_io(target_, message("cannot write ", size, " bytes at offset ", offset), code);
+            }
             bytes += written;
             offset += static_cast<std::uint64_t>(written);
             size -= static_cast<std::size_t>(written);
@@ -292,6 +300,82 @@ private:
     std::filesystem::path target_, temporary_;
     detail::descriptor file_;
     durability mode_ = durability::synchronised;
+};
+
+/// A directory that files are written to. One that does not exist appears whole or not at all: it is filled under another
+/// name beside its own, `.taskvec-<process>-directory-<number>.tmp`, and takes its own on commit(); until then the destructor removes it,
+/// and the directories above it that had to be made. In one that exists, files are written where they belong, each by itself.
+/// Throws io_error.
+///
+///     output_directory folder("out/merged");
+///     atomic_file file(folder.path() / "a.bin", 4);
+///     …
+///     file.commit();
+///     folder.commit();
+class output_directory {
+public:
+    explicit output_directory(const std::filesystem::path& target, durability mode = durability::synchronised)
+        : target_(target.has_filename() ? target : target.parent_path())
+        , path_(target_)
+        , mode_(mode)
+    {
+        std::error_code ignored;
+        if (std::filesystem::exists(target_, ignored)) {
+            if (!std::filesystem::is_directory(target_, ignored)) {
+                raise<io_error>("exists and is not a directory; choose another output", target_.string(), ENOTDIR);
+            }
+            return;
+        }
+        std::vector<std::filesystem::path> missing;
+        for (auto level = target_.parent_path(); !level.empty() && !std::filesystem::exists(level, ignored); level = level.parent_path()) {
+            missing.push_back(level);
+        }
+        for (; !missing.empty(); missing.pop_back()) { make(missing.back()); }
+        static std::atomic<unsigned> counter{0};
+        path_ = detail::directory_of(target_)
+            / message(".taskvec-", static_cast<long>(::getpid()), "-directory-", counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+        make(path_);
+    }
+    output_directory(const output_directory&) = delete;
+    output_directory& operator=(const output_directory&) = delete;
+    ~output_directory() { discard(); }
+
+    /// Where to write: under the temporary name where the directory is new.
+    [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+    /// What was made so far, outermost first: empty for a directory that exists, and after commit().
+    [[nodiscard]] const std::vector<std::filesystem::path>& made() const noexcept { return made_; }
+
+    /// Gives a new directory its name.
+    void commit()
+    {
+        if (made_.empty()) { return; }
+        if (::rename(path_.c_str(), target_.c_str()) != 0) { detail::raise_io(target_, "cannot give the finished directory its name", errno); }
+        path_ = target_;
+        made_.clear();
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(detail::directory_of(target_)); }
+    }
+
+private:
+    void make(const std::filesystem::path& level)
+    {
+        if (::mkdir(level.c_str(), 0777) == 0) {
+            made_.push_back(level);
+            return;
+        }
+        const int code = errno;
+        discard();
+        detail::raise_io(target_, message("cannot create the directory '", level.string(), "'"), code);
+    }
+    void discard() noexcept
+    {
+        std::error_code ignored;
+        if (!made_.empty() && made_.back() == path_) { std::filesystem::remove_all(path_, ignored); }
+        for (; !made_.empty(); made_.pop_back()) { ::rmdir(made_.back().c_str()); } // fails, as it should, where something else lies in it by now
+    }
+
+    std::filesystem::path target_, path_;
+    durability mode_;
+    std::vector<std::filesystem::path> made_;
 };
 
 /// Writes a whole text file atomically.

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/io/name_pattern.hpp>
 #include <taskvec/io/safetensors.hpp>
 #include <taskvec/lowrank/adapter.hpp>
 
@@ -14,7 +15,6 @@
 #include <filesystem>
 #include <map>
 #include <optional>
-#include <regex>
 #include <set>
 #include <string>
 #include <string_view>
@@ -64,7 +64,7 @@ class peft_patterns {
 public:
     struct pattern {
         std::string key;
-        std::regex matcher;
+        name_pattern matcher;
         double value = 0;
         bool used = false;
     };
@@ -84,7 +84,7 @@ public:
     {
         bool found = false;
         for (auto& one : patterns_) {
-            if (!std::regex_match(module, one.matcher)) { continue; }
+            if (!one.matcher.matches(module)) { continue; }
             one.used = true;
             if (!found) {
                 otherwise = one.value;
@@ -104,19 +104,19 @@ public:
     }
 
 private:
-    static std::regex compile(const std::string& key, std::string_view field, const std::string& file)
+    static name_pattern compile(const std::string& key, std::string_view field, const std::string& file)
     {
 #if !defined(TASKVEC_NO_EXCEPTIONS)
         try {
-            return std::regex("(.*\\.)?(" + key + ")", std::regex::ECMAScript);
+            return name_pattern("(.*\\.)?(" + key + ")");
         }
-        catch (const std::regex_error& problem) {
-            raise<format_error>(message(field, " has the key '", key, "', which is not a regular expression that is understood here: ", problem.what()), file);
+        catch (const invalid_argument& problem) {
+            raise<format_error>(message(field, " has the key '", key, "': ", problem.what()), file);
         }
 #else
         (void)field;
         (void)file;
-        return std::regex("(.*\\.)?(" + key + ")", std::regex::ECMAScript);
+        return name_pattern("(.*\\.)?(" + key + ")");
 #endif
     }
     std::vector<pattern> patterns_;
@@ -462,48 +462,20 @@ void write_peft(const std::filesystem::path& directory, const peft_adapter<T>& a
     }
     const std::string config = peft_config(adapter).dump(2) + "\n";
 
-    const auto write = [&](const std::filesystem::path& where, bool sequence) {
-        std::vector<tensor_spec> all = specs;
-        for (const auto& [name, tensor] : adapter.others) { all.push_back({std::string(peft_prefix) + name, tensor.dtype, tensor.shape}); }
-        safetensors_writer model(where / peft_model_name, all, metadata_map{}, options.mode);
-        for (std::size_t i = 0; i < buffers.size(); ++i) { model.write(i, 0, buffers[i].data(), buffers[i].size()); }
-        std::size_t index = buffers.size();
-        for (const auto& [name, tensor] : adapter.others) { model.write(index++, 0, tensor.bytes.data(), tensor.bytes.size()); }
-        atomic_file settings(where / peft_config_name, config.size(), options.mode);
-        settings.write(0, config.data(), config.size());
-        model.finish();
-        settings.finish();
-        model.commit(sequence);
-        settings.commit(sequence);
-    };
-    std::error_code failure;
-    if (std::filesystem::exists(directory, failure)) {
-        if (!std::filesystem::is_directory(directory, failure)) {
-            raise<io_error>("exists and is not a directory; choose another output", directory.string(), ENOTDIR);
-        }
-        write(directory, true);
-        return;
-    }
-    // A new directory is filled under another name first.
-    auto target = directory;
-    if (!target.has_filename()) { target = target.parent_path(); }
-    const auto parent = detail::directory_of(target);
-    std::filesystem::create_directories(parent, failure);
-    if (failure) { detail::raise_io(parent, "cannot create the directory", failure.value()); }
-    static std::atomic<unsigned> counter{0};
-    struct staging {
-        std::filesystem::path path;
-        ~staging()
-        {
-            std::error_code ignored;
-            if (!path.empty()) { std::filesystem::remove_all(path, ignored); }
-        }
-    } stage{parent / message(".taskvec-", static_cast<long>(::getpid()), "-adapter-", counter.fetch_add(1, std::memory_order_relaxed), ".tmp")};
-    if (!std::filesystem::create_directory(stage.path, failure) || failure) { detail::raise_io(stage.path, "cannot create the directory", failure.value()); }
-    write(stage.path, true);
-    if (::rename(stage.path.c_str(), target.c_str()) != 0) { detail::raise_io(target, "cannot give the finished adapter its name", errno); }
-    stage.path.clear();
-    if (options.mode == durability::synchronised) { detail::synchronise_directory(parent); }
+    output_directory folder(directory, options.mode);
+    std::vector<tensor_spec> all = specs;
+    for (const auto& [name, tensor] : adapter.others) { all.push_back({std::string(peft_prefix) + name, tensor.dtype, tensor.shape}); }
+    safetensors_writer model(folder.path() / peft_model_name, all, metadata_map{}, options.mode);
+    for (std::size_t i = 0; i < buffers.size(); ++i) { model.write(i, 0, buffers[i].data(), buffers[i].size()); }
+    std::size_t index = buffers.size();
+    for (const auto& [name, tensor] : adapter.others) { model.write(index++, 0, tensor.bytes.data(), tensor.bytes.size()); }
+    atomic_file settings(folder.path() / peft_config_name, config.size(), options.mode);
+    settings.write(0, config.data(), config.size());
+    model.finish();
+    settings.finish();
+    model.commit();
+    settings.commit();
+    folder.commit();
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -241,8 +241,8 @@ inline safetensors_entry check_tensor(safetensors_events::tensor&& t, std::uint6
 /// Reads and checks the header of a safetensors file that lies in memory, by the rules of the reference reader: header of
 /// at most 100,000,000 bytes, UTF-8 JSON nested at most 127 deep, ranges that tile the buffer without hole or overlap, products
 /// checked for overflow, sizes that match. Leading white space, unknown keys of a tensor, empty tensors, scalars, any rank,
-/// any order of tensors and unaligned data are valid. Stricter than the reference in three points: a key that occurs twice, a
-/// tensor described by a JSON array instead of an object, and an extent above 2^63-1 are refused.
+/// any order of tensors and unaligned data are valid. Stricter than the reference in four points: a key that occurs twice, a
+/// tensor described by a JSON array instead of an object, a dtype that is no string, and an extent above 2^63-1 are refused.
 /// Throws format_error naming `file` and the tensor. Cost: O(header).
 [[nodiscard]] inline safetensors_header parse_safetensors(std::span<const std::byte> bytes, std::string_view file)
 {
