@@ -113,6 +113,42 @@ TEST_CASE("PERU-FFT at density 1 serves every task up to rounding, and counts it
     CHECK(flat[0].kept() == 50);
 }
 
+TEST_CASE("f64 tasks of an f32 model leave f32 values, which can be applied; zeros of rounding are not stored")
+{
+    const std::vector<float> base{1, 2, 3, 0};
+    const std::vector<double> task{1.5, 2, 3 + 0x1p-30, 1e-60};
+    const auto delta = post_pruning(cpu{}, {.density = 1.0}, base, task);
+    CHECK(delta == sparse_vector<float>{{4}, {0, 2}, {0.5f, 0x1p-30f}});
+    std::vector<float> live = base;
+    (void)apply(cpu{}, delta, live);
+    CHECK(live == std::vector<float>{1.5f, 2, 3, 0});
+    std::vector<float> merged(4);
+    const auto deltas = peru_fft(cpu{}, average_options{}, {.density = 1.0}, base, std::vector{task, task}, merged);
+    CHECK(deltas[0] == sparse_vector<float>{{4}, {2}, {0x1p-30f}}); // what the merge lost by rounding
+}
+
+TEST_CASE("PERU-FFT takes a tensor that a task lacks for the base's, not for the merged one")
+{
+    const std::vector<float> zeros(4, 0.0f), ones(4, 1.0f);
+    const_model_ref base, full, lacking;
+    for (const char* name : {"a", "b"}) {
+        base.insert(name, as_tensor(host_view<const float>(zeros.data(), 4)));
+        full.insert(name, as_tensor(host_view<const float>(ones.data(), 4)));
+    }
+    lacking.insert("a", as_tensor(host_view<const float>(ones.data(), 4)));
+    std::vector<float> a(4), b(4);
+    model_ref out;
+    out.insert("a", as_tensor(host_view<float>(a.data(), 4)));
+    out.insert("b", as_tensor(host_view<float>(b.data(), 4)));
+    model_options how;
+    how.on_missing = missing::base;
+    const auto deltas = peru_fft(cpu{}, average_options{}, {.density = 1.0}, base, std::vector{full, lacking}, out, how);
+    CHECK(b == std::vector<float>(4, 0.5f));
+    CHECK(std::get<sparse_vector<float>>(deltas[1].at("b")).values == std::vector<float>(4, -0.5f));
+    (void)apply(cpu{}, deltas[1], out);
+    CHECK(b == zeros);
+}
+
 TEST_CASE("bitmask and indices say the same")
 {
     sparse_vector<float> sparse{{3, 7}, {0, 7, 8, 20}, {1, 2, 3, 4}};

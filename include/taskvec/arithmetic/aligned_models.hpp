@@ -22,6 +22,15 @@ namespace taskvec::inline TASKVEC_ABI {
 /// What a tensor that a task lacks means: an error, or "unchanged from the base".
 enum class missing : std::uint8_t { error, base };
 
+/// A task's tensors, and the base's where the task lacks some: the model that missing::base takes it for.
+[[nodiscard]] inline const_model_ref completed(const_model_ref task, const const_model_ref& base)
+{
+    for (const auto& [name, tensor] : base) {
+        if (!task.find(name)) { task.insert(name, tensor); }
+    }
+    return task;
+}
+
 /// What every model-wide algorithm may be told. None of it changes a bit of a tensor that is included.
 struct model_options {
     std::function<bool(std::string_view)> include{}; ///< empty: every floating tensor; the others are copied from the base
@@ -50,6 +59,9 @@ struct aligned_tensor {
     bool wide = false; ///< arithmetic runs in f64, because some model stores f64
     operand base{}; ///< data == nullptr when there is no base
     std::vector<operand> tasks{};
+
+    /// True when what is to be added to the base has f64 values: an f64 tensor, whatever the tasks store.
+    [[nodiscard]] bool wide_base() const noexcept { return base.dtype == taskvec::dtype::f64; }
 };
 
 /// A tensor that takes no part: it is copied through unchanged.
@@ -89,9 +101,9 @@ public:
         const const_model_ref& reference = base ? *base : tasks[0];
         for (std::size_t t = 0; t < tasks.size(); ++t) {
             for (const auto& [name, tensor] : tasks[t]) {
-                if (!reference.find(name)) {
+                if (!reference.find(name) && (!options_.include || options_.include(name))) {
                     raise<invalid_argument>(message(
-                        "tensor '", name, "' is in ", label(t), " but not in ", reference_label(), ": use models of one architecture, or remove the tensor"));
+                        "tensor '", name, "' is in ", label(t), " but not in ", reference_label(), ": use models of one architecture, or exclude the tensor"));
                 }
             }
         }

@@ -87,7 +87,7 @@ public:
         std::vector<part> parts;
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {
             const auto& tensor = models.tensors()[i];
-            parts.push_back({tensor.name, tensor.shape, kept[i], tensor.wide});
+            parts.push_back({tensor.name, tensor.shape, kept[i], tensor.wide_base()});
         }
         begin(std::move(parts));
     }

@@ -6,6 +6,8 @@
 #include <taskvec/merge/merge.hpp>
 #include <taskvec/merge/ties.hpp>
 
+#include <algorithm>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// Task arithmetic over task vectors of which each entry is kept with probability `density` and divided by `density`.
@@ -99,11 +101,16 @@ public:
         check_factor(lambda_, "lambda");
     }
     template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    void operator()(block<A>& rows, A* merged, merge_tally& tally) const
     {
+        if (rows.models().options().statistics) { tally.kept.resize(weights_.size()); }
         for (std::size_t t = 0; t < weights_.size(); ++t) {
             const A weight = static_cast<A>(weights_[t]);
-            t == 0 ? kernels::begin_sum(merged, drop_(rows, t), weight, rows.size()) : kernels::accumulate(merged, drop_(rows, t), weight, rows.size());
+            const A* const left = drop_(rows, t);
+            t == 0 ? kernels::begin_sum(merged, left, weight, rows.size()) : kernels::accumulate(merged, left, weight, rows.size());
+            if (!tally.kept.empty()) {
+                tally.kept[t] += static_cast<std::uint64_t>(std::count_if(left, left + rows.size(), [](A value) { return value != 0; }));
+            }
         }
         kernels::add_scaled(merged, rows.base(), static_cast<A>(lambda_), rows.size());
     }

@@ -26,7 +26,7 @@ template <merge_method Options>
     const const_model_ref merged(out);
     for (std::size_t t = 0; t < tasks.size(); ++t) {
         if (!how.labels.empty()) { pruning.labels = {how.labels[t]}; }
-        deltas.push_back(post_pruning(policy, residual, merged, tasks[t], pruning));
+        deltas.push_back(post_pruning(policy, residual, merged, how.on_missing == missing::base ? completed(tasks[t], base) : tasks[t], pruning));
     }
     return deltas;
 }

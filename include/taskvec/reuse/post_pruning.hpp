@@ -16,7 +16,7 @@ struct post_pruning_options {
 };
 
 /// v̂ = top-m% of τ = θ − θ0, for models aligned as base and one task: k = floor(density·n) entries by magnitude (lowest
-/// index first among equals), of which zeros are not stored. Values are f32 (f64 for f64). Streams: the entries go to
+/// index first among equals), of which zeros are not stored. Values are f32, and f64 where the base stores f64. Streams: the entries go to
 /// `out` in pieces. Served as θ0 + v̂. With a merged model as the base it is the second half of PERU-FFT.
 /// Bit-exact. Errors: invalid_argument, nonfinite_error, cancelled. Cost: three reads of both models.
 template <cpu_policy Policy>
@@ -24,17 +24,23 @@ void post_pruning(const Policy& policy, const post_pruning_options& options, con
 {
     if (!models.has_base() || models.task_count() != 1) { raise<invalid_argument>("pruning takes one base and one task"); }
     const trim_thresholds thresholds(policy, models, options.density, options.scope);
-    const auto keep = [&]<class A>(block<A>& rows, std::size_t tensor, auto&& entry) {
+    // Calls entry(index, value) for what is kept of a block, with values of type V: zeros, also those that V rounds to, are not stored.
+    const auto keep = [&]<class V, class A>(std::type_identity<V>, block<A>& rows, std::size_t tensor, auto&& entry) {
         const auto threshold = thresholds.get<A>(tensor, 0);
         const A* const values = rows.delta(0);
         for (std::size_t i = 0; i < rows.size(); ++i) {
-            if (values[i] != 0 && threshold.keeps(values[i], rows.position() + i)) { entry(rows.offset() + i, values[i]); }
+            const V value = static_cast<V>(values[i]);
+            if (value != 0 && threshold.keeps(values[i], rows.position() + i)) { entry(rows.offset() + i, value); }
         }
+    };
+    const auto visit_values = [&](std::size_t tensor, auto&& then) {
+        models.tensors()[tensor].wide_base() ? then(std::type_identity<double>{}) : then(std::type_identity<float>{});
     };
     std::vector<std::uint64_t> first(models.chunks().size() + 1, 0), kept(models.tensors().size(), 0);
     for_each_block(policy, models, all_chunks(models), 0, "count", [&](std::size_t index, std::size_t, auto& rows) {
         std::uint64_t count = 0;
-        keep(rows, models.chunks()[index].tensor, [&](std::uint64_t, auto) { ++count; });
+        const std::size_t tensor = models.chunks()[index].tensor;
+        visit_values(tensor, [&](auto type) { keep(type, rows, tensor, [&](std::uint64_t, auto) { ++count; }); });
         first[index] += count;
     });
     for (std::size_t index = 0; index < models.chunks().size(); ++index) {
@@ -46,16 +52,18 @@ void post_pruning(const Policy& policy, const post_pruning_options& options, con
     detail::progress_meter meter(policy, "prune", models.chunks().size());
     for_each_index(policy, models.chunks().size(), [&](std::size_t index, std::size_t worker) {
         const chunk& piece = models.chunks()[index];
-        workspaces[worker].with_block(models.tensors()[piece.tensor], [&]<class A>(block<A>& rows) {
-            std::vector<std::uint64_t> indices;
-            std::vector<A> values;
-            for_each_block_of(rows, piece, [&](block<A>& opened) {
-                keep(opened, piece.tensor, [&](std::uint64_t place, A value) {
-                    indices.push_back(place);
-                    values.push_back(value);
+        workspaces[worker].with_block(models.tensors()[piece.tensor], [&](auto& rows) {
+            visit_values(piece.tensor, [&]<class V>(std::type_identity<V> type) {
+                std::vector<std::uint64_t> indices;
+                std::vector<V> values;
+                for_each_block_of(rows, piece, [&](auto& opened) {
+                    keep(type, opened, piece.tensor, [&](std::uint64_t place, V value) {
+                        indices.push_back(place);
+                        values.push_back(value);
+                    });
                 });
+                out.write(piece.tensor, first[index], piece.offset, piece.offset + piece.size, indices.data(), values.data(), indices.size());
             });
-            out.write(piece.tensor, first[index], piece.offset, piece.offset + piece.size, indices.data(), values.data(), indices.size());
         });
         if (!meter.advance(1)) { raise<cancelled>(); }
     });
@@ -78,7 +86,7 @@ template <cpu_policy Policy>
 template <input_of<cpu> Base, input_of<cpu> Task>
 [[nodiscard]] auto post_pruning(const cpu& policy, const post_pruning_options& options, const Base& base, const Task& task, const model_options& how = {})
 {
-    using A = std::common_type_t<arithmetic_type<element_of<const Base>>, arithmetic_type<element_of<const Task>>>;
+    using A = arithmetic_type<element_of<const Base>>;
     sparse_model model = post_pruning(policy, options, detail::flat_model(as_view(base)), detail::flat_model(as_view(task)), how);
     return std::get<sparse_vector<A>>(std::move(model.begin()->second));
 }

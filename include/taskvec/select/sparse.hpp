@@ -280,7 +280,7 @@ public:
                 sparse_vector<A> sparse{tensor.shape, std::vector<std::uint64_t>(kept[i]), std::vector<A>(kept[i])};
                 tensors_.push_back(&model_.insert_or_assign(tensor.name, std::move(sparse)).first->second);
             };
-            if (tensor.wide) { make(std::type_identity<double>{}); }
+            if (tensor.wide_base()) { make(std::type_identity<double>{}); }
             else {
                 make(std::type_identity<float>{});
             }
