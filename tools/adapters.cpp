@@ -44,7 +44,7 @@ std::string rank_settings::words() const
 void add_rank_options(CLI::App& verb, rank_settings& settings)
 {
     auto* rank =
-        verb.add_option("--rank", settings.rank, "Rank of every layer; a layer of smaller rank is kept whole")->type_name("Q")->check(CLI::NonNegativeNumber);
+        verb.add_option("--rank", settings.rank, "Rank of every layer; a layer of smaller rank is kept whole")->type_name("Q")->transform(decimal_number());
     verb.add_option("--energy", settings.energy, "Or the smallest rank of each layer that keeps this share of its squared singular values")
         ->type_name("E")
         ->excludes(rank);

@@ -18,6 +18,8 @@ void apply(const settings& given)
     const auto base = tool::open_model(given.base);
     const taskvec::delta_file delta(given.delta);
     tool::guard_map(delta.file().map());
+    tool::claim_output(given.out, "--out", given.shard_size.empty() ? tool::output_kind::model : tool::output_kind::directory);
+    tool::claim_report(given.run);
     taskvec::model_options options;
     options.base_label = "'" + given.base + "'";
     options.labels = {options.base_label};
@@ -40,10 +42,9 @@ void apply(const settings& given)
             {"peak_memory", tool::peak_memory()}, {"peak_anonymous_memory", run.anonymous_peak()}, {"scale", given.scale}, {"kept", kept}});
     }
     const auto size = out.file_size();
-    out.commit();
-    report.commit();
-    tool::print("added " + tool::counted(kept, "entry") + " to '" + tool::printable(given.base) + "' into '" + tool::printable(given.out) + "' ("
-        + tool::size_text(size) + ") in " + tool::seconds_text(run.seconds()) + "\n");
+    tool::conclude("added " + tool::counted(kept, "entry") + " to '" + tool::printable(given.base) + "' into '" + tool::printable(given.out) + "' ("
+            + tool::size_text(size) + ") in " + tool::seconds_text(run.seconds()) + "\n",
+        out, report);
 }
 
 const tool::register_verb verb(40, [](CLI::App& app) {

@@ -38,16 +38,6 @@ private:
     taskvec::delta_writer writer_;
 };
 
-/// Refuses an output that would replace one of the inputs by something else than a model.
-inline void check_not_input(const fs::path& out, const fs::path& input)
-{
-    std::error_code ignored;
-    if (fs::exists(out, ignored) && fs::equivalent(out, input, ignored)) {
-        taskvec::raise<taskvec::invalid_argument>(
-            taskvec::message("--out '", out.string(), "' is one of the models that are read: a delta must not replace it"));
-    }
-}
-
 /// Reads of both models that post_pruning() needs on smooth data.
 inline constexpr unsigned pruning_walks = 3;
 

@@ -127,7 +127,7 @@ const tool::register_verb verb(70, [](CLI::App& app) {
     extract_verb->add_option("--out", given->out, "Where the adapter goes, a PEFT directory")->type_name("DIR")->required();
     tool::add_rank_options(*extract_verb, given->rank);
     extract_verb->add_flag("--randomized", given->randomized, "Randomized SVD: nearly the best, a hundred times faster for large layers");
-    extract_verb->add_option("--seed", given->seed, "Of --randomized (default: 0)")->type_name("N");
+    extract_verb->add_option("--seed", given->seed, "Of --randomized (default: 0)")->type_name("N")->transform(tool::decimal_number());
     extract_verb->add_option("--include", given->include, "Only tensors that match")->type_name("REGEX")->allow_extra_args(false);
     extract_verb->add_option("--exclude", given->exclude, "All but tensors that match")->type_name("REGEX")->allow_extra_args(false);
     extract_verb->add_option("--embedding", given->embedding, "Modules that are embeddings, beside those named so in common models (embed_tokens, wte, …)")

@@ -8,6 +8,8 @@ void merge(tool::merge_settings settings)
 {
     const auto& method = tool::find_method(settings);
     const tool::merge_inputs inputs(settings, method.needs_base);
+    tool::claim_output(settings.out, "--out", settings.shard_size.empty() ? tool::output_kind::model : tool::output_kind::directory);
+    tool::claim_report(settings.run);
     tool::runner run(settings.run, inputs.models().bytes());
     if (settings.run.dry_run) {
         std::uint64_t bytes = 0;
@@ -27,10 +29,9 @@ void merge(tool::merge_settings settings)
         report.finish(content);
     }
     const auto size = out.file_size();
-    out.commit();
-    report.commit();
-    tool::print("merged " + tool::counted(inputs.tasks().size(), "task") + " by " + settings.method + " into '" + tool::printable(settings.out)
-        + "': " + tool::counted(inputs.models().outputs().size(), "tensor") + ", " + tool::size_text(size) + " in " + tool::seconds_text(run.seconds()) + "\n");
+    tool::conclude("merged " + tool::counted(inputs.tasks().size(), "task") + " by " + settings.method + " into '" + tool::printable(settings.out) + "': "
+            + tool::counted(inputs.models().outputs().size(), "tensor") + ", " + tool::size_text(size) + " in " + tool::seconds_text(run.seconds()) + "\n",
+        out, report);
 }
 
 const tool::register_verb verb(20, [](CLI::App& app) {

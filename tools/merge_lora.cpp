@@ -279,7 +279,7 @@ const tool::register_verb verb(80, [](CLI::App& app) {
     tool::add_density_option(*merge_verb, given->merging, given->merging.density, "--density", "Share of each update that ties keeps (default: 0.2)");
     tool::add_ties_options(*merge_verb, given->merging);
     merge_verb->add_flag("--randomized", given->randomized, "ties: randomized SVD of the merged layers, a hundred times faster for large ones");
-    merge_verb->add_option("--seed", given->seed, "Of --randomized (default: 0)")->type_name("N");
+    merge_verb->add_option("--seed", given->seed, "Of --randomized (default: 0)")->type_name("N")->transform(tool::decimal_number());
     merge_verb->add_flag("--any-base", given->any_base, "Merge although the adapters name different base models");
     tool::add_modules_to_save(*merge_verb, *given);
     tool::add_adapter_options(*merge_verb, *given, "the adapters'");

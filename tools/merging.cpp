@@ -2,9 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "merging.hpp"
 
+#include <taskvec/io/name_pattern.hpp>
+
 #include <algorithm>
 #include <cmath>
-#include <regex>
 
 namespace tool {
 
@@ -48,23 +49,23 @@ CLI::Validator remembered(merge_settings& settings, const std::string& name)
         "");
 }
 
-std::vector<std::regex> compile(const std::vector<std::string>& patterns, const std::string& option)
+std::vector<taskvec::name_pattern> compile(const std::vector<std::string>& patterns, const std::string& option)
 {
-    std::vector<std::regex> result;
+    std::vector<taskvec::name_pattern> result;
     for (const auto& pattern : patterns) {
         try {
-            result.emplace_back(pattern, std::regex::ECMAScript | std::regex::optimize);
+            result.emplace_back(pattern);
         }
-        catch (const std::regex_error& wrong) {
-            throw usage_error(option + " '" + pattern + "' is not a regular expression: " + wrong.what());
+        catch (const taskvec::invalid_argument& wrong) {
+            throw usage_error(option + ": " + wrong.what());
         }
     }
     return result;
 }
 
-bool any_matches(const std::vector<std::regex>& patterns, std::string_view name)
+bool any_matches(const std::vector<taskvec::name_pattern>& patterns, std::string_view name)
 {
-    return std::any_of(patterns.begin(), patterns.end(), [&](const std::regex& pattern) { return std::regex_search(name.begin(), name.end(), pattern); });
+    return std::any_of(patterns.begin(), patterns.end(), [&](const taskvec::name_pattern& pattern) { return pattern.occurs_in(name); });
 }
 
 } // namespace
@@ -89,6 +90,9 @@ const method& find_method(const merge_settings& settings)
     const auto place = std::find_if(list.begin(), list.end(), [&](const method& entry) { return entry.name == settings.method; });
     if (place == list.end()) { throw usage_error("--method '" + settings.method + "' is unknown"); }
     if (place->needs_base && settings.base.empty()) { throw usage_error("--base is required by --method " + place->name); }
+    // What is out of range is out of range for every method.
+    check_density(settings.density.value_or(1), settings.density_option);
+    check_finite(settings.lambda.value_or(0), "--lambda");
     for (const auto& option : settings.given) {
         if (!place->uses.contains(option)) { note(settings.run, "--" + option + " has no effect on --method " + place->name); }
     }
@@ -149,7 +153,7 @@ void add_merge_options(CLI::App& verb, merge_settings& settings)
         ->type_name("X")
         ->check(seen("lambda"));
     add_ties_options(verb, settings);
-    verb.add_option("--seed", settings.seed, "Of random choices (default: 0)")->type_name("N")->check(seen("seed"));
+    verb.add_option("--seed", settings.seed, "Of random choices (default: 0)")->type_name("N")->transform(decimal_number())->check(seen("seed"));
     verb.add_option("--fisher", settings.fisher, "Diagonal Fisher of a task; repeat in task order")
         ->type_name("FILE")
         ->allow_extra_args(false)
@@ -257,12 +261,11 @@ void check_density(double density, const std::string& option)
     }
 }
 
-void check_no_weights(const merge_settings& settings, const std::string& mend)
+void check_no_weights(const merge_settings& settings, const std::string& who, const std::string& mend)
 {
     for (const auto& task : parse_tasks(settings.tasks)) {
         if (task.weight != 1) {
-            throw usage_error(taskvec::message(
-                "--method ", settings.method, " has no meaning for the weight ", task.weight, " of --task '", task.path.string(), "': ", mend));
+            throw usage_error(taskvec::message(who, " has no meaning for the weight ", task.weight, " of --task '", task.path.string(), "': ", mend));
         }
     }
 }
@@ -271,6 +274,26 @@ void check_finite(double factor, const std::string& option)
 {
     if (!std::isfinite(factor)) { taskvec::raise<taskvec::invalid_argument>(taskvec::message(option, " is ", factor, "; expected a finite number")); }
 }
+
+namespace {
+
+/// The nonzero entries of each task vector (of each model, where there is no base): what takes part in a merge that drops nothing.
+std::vector<std::uint64_t> nonzero_entries(const taskvec::cpu& policy, const taskvec::aligned_models& models)
+{
+    const auto sums = taskvec::tensor_sums(policy, models, models.task_count(), 0, "count", [](auto& rows, double* counts) {
+        for (std::size_t t = 0; t < rows.task_count(); ++t) {
+            const auto* const values = rows.delta(t);
+            counts[t] = static_cast<double>(std::count_if(values, values + rows.size(), [](auto value) { return value != 0; }));
+        }
+    });
+    std::vector<std::uint64_t> totals(models.task_count());
+    for (const auto& tensor : sums) {
+        for (std::size_t t = 0; t < totals.size(); ++t) { totals[t] += static_cast<std::uint64_t>(tensor[t]); }
+    }
+    return totals;
+}
+
+} // namespace
 
 nlohmann::ordered_json report_of(
     const runner& run, const merge_settings& settings, const merge_inputs& inputs, const taskvec::merge_report& merged, std::uint64_t written)
@@ -285,12 +308,13 @@ nlohmann::ordered_json report_of(
     report["peak_anonymous_memory"] = run.anonymous_peak();
     report["walks"] = merged.walks;
     report["elements"] = inputs.models().elements();
+    const auto kept = merged.kept.empty() ? nonzero_entries(run.policy(), inputs.models()) : merged.kept;
     report["tasks"] = nlohmann::ordered_json::array();
     for (std::size_t t = 0; t < inputs.arguments().size(); ++t) {
         const auto& task = inputs.arguments()[t];
         nlohmann::ordered_json entry{{"name", task.name}, {"path", task.path.string()}, {"weight", task.weight}};
-        if (t < merged.kept.size()) { entry["kept"] = merged.kept[t]; }
-        if (t < merged.conflicting.size()) { entry["conflicting"] = merged.conflicting[t]; }
+        entry["kept"] = kept[t];
+        entry["conflicting"] = t < merged.conflicting.size() ? merged.conflicting[t] : 0; // without an election nothing conflicts
         report["tasks"].push_back(std::move(entry));
     }
     return report;

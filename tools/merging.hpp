@@ -106,8 +106,8 @@ struct register_method {
 
 /// Throws invalid_argument unless `density` is in (0, 1].
 void check_density(double density, const std::string& option);
-/// Throws usage_error for --task PATH=WEIGHT where a method has no meaning for weights; `mend` says what to do.
-void check_no_weights(const merge_settings& settings, const std::string& mend);
+/// Throws usage_error for --task PATH=WEIGHT where `who` (a verb or method) has no meaning for weights; `mend` says what to do.
+void check_no_weights(const merge_settings& settings, const std::string& who, const std::string& mend);
 /// Throws invalid_argument unless `factor` is finite.
 void check_finite(double factor, const std::string& option);
 

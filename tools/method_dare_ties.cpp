@@ -10,16 +10,10 @@ const tool::register_method entry({.name = "dare-ties",
     .help = "keep entries with probability --density (0.5), rescale, then as ties without its trim",
     .place = 50,
     .uses = {"density", "lambda", "scope", "semantics", "merge-weights", "seed"},
-    .check =
-        [](const tool::merge_settings& settings) {
-            tool::check_density(settings.density.value_or(1), settings.density_option);
-            tool::check_finite(settings.lambda.value_or(0), "--lambda");
-        },
-    .run =
-        [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
-            taskvec::dare_ties_options options{.seed = settings.seed, .ties = tool::ties_options_of(settings, inputs.weights())};
-            if (settings.density) { options.density = *settings.density; }
-            return taskvec::merge(policy, options, inputs.models(), out);
-        }});
+    .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
+        taskvec::dare_ties_options options{.seed = settings.seed, .ties = tool::ties_options_of(settings, inputs.weights())};
+        if (settings.density) { options.density = *settings.density; }
+        return taskvec::merge(policy, options, inputs.models(), out);
+    }});
 
 } // namespace

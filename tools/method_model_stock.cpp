@@ -15,7 +15,7 @@ const tool::register_method entry({.name = "model-stock",
             if (settings.tasks.size() < 2) {
                 throw tool::usage_error("--method model-stock compares fine-tuned models with each other: give two or more tasks");
             }
-            tool::check_no_weights(settings, "it takes the plain mean; leave the weight out");
+            tool::check_no_weights(settings, "--method model-stock", "it takes the plain mean; leave the weight out");
         },
     .run =
         [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {

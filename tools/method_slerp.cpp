@@ -16,7 +16,7 @@ const tool::register_method entry({.name = "slerp",
             if (settings.tasks.size() > 2 || (settings.tasks.size() == 1 && settings.base.empty())) {
                 throw tool::usage_error("--method slerp goes between two models: give two tasks, or --base and one task");
             }
-            tool::check_no_weights(settings, "--t says how far to go");
+            tool::check_no_weights(settings, "--method slerp", "--t says how far to go");
             tool::check_finite(settings.t.value_or(0), "--t");
         },
     .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs,

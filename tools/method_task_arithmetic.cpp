@@ -10,12 +10,10 @@ const tool::register_method entry({.name = "task-arithmetic",
     .help = "base + lambda * weighted sum of the task vectors",
     .place = 20,
     .uses = {"lambda"},
-    .check = [](const tool::merge_settings& settings) { tool::check_finite(settings.lambda.value_or(0), "--lambda"); },
-    .run =
-        [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
-            taskvec::task_arithmetic_options options{.weights = inputs.weights()};
-            if (settings.lambda) { options.lambda = *settings.lambda; }
-            return taskvec::merge(policy, options, inputs.models(), out);
-        }});
+    .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
+        taskvec::task_arithmetic_options options{.weights = inputs.weights()};
+        if (settings.lambda) { options.lambda = *settings.lambda; }
+        return taskvec::merge(policy, options, inputs.models(), out);
+    }});
 
 } // namespace

@@ -8,12 +8,8 @@ const tool::register_method entry({.name = "ties",
     .help = "trim to the top --density (0.2), elect signs, merge what agrees",
     .place = 30,
     .uses = {"density", "lambda", "scope", "semantics", "merge-weights"},
-    .check =
-        [](const tool::merge_settings& settings) {
-            tool::check_density(settings.density.value_or(1), settings.density_option);
-            tool::check_finite(settings.lambda.value_or(0), "--lambda");
-        },
-    .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs,
-               taskvec::tensor_sink& out) { return taskvec::merge(policy, tool::ties_options_of(settings, inputs.weights()), inputs.models(), out); }});
+    .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
+        return taskvec::merge(policy, tool::ties_options_of(settings, inputs.weights()), inputs.models(), out);
+    }});
 
 } // namespace

@@ -6,39 +6,6 @@
 
 namespace {
 
-/// A directory that is made if it is not there, and goes again if nothing was put in it.
-class directory {
-public:
-    explicit directory(tool::fs::path path)
-        : path_(std::move(path))
-    {
-        std::error_code failure;
-        created_ = tool::fs::create_directories(path_, failure);
-        if (failure) { taskvec::detail::raise_io(path_, "cannot create the directory", failure.value()); }
-    }
-    directory(const directory&) = delete;
-    directory& operator=(const directory&) = delete;
-    ~directory()
-    {
-        std::error_code ignored;
-        if (created_) { tool::fs::remove(path_, ignored); } // only if it is empty
-    }
-
-private:
-    tool::fs::path path_;
-    bool created_ = false;
-};
-
-/// A task's tensors, completed by the base's where it may lack some.
-taskvec::const_model_ref completed(const tool::merge_inputs& inputs, std::size_t t)
-{
-    auto model = inputs.task_models()[t];
-    for (const auto& [name, tensor] : inputs.base() ? inputs.base()->model() : inputs.task_models().front()) {
-        if (!model.find(name)) { model.insert(name, tensor); }
-    }
-    return model;
-}
-
 void peru_fft(const tool::merge_settings& settings)
 {
     const double density = settings.density.value_or(0.1);
@@ -50,17 +17,19 @@ void peru_fft(const tool::merge_settings& settings)
     if (merging.given.erase("merge-density") != 0) { merging.given.insert("density"); }
     const auto& method = tool::find_method(merging);
     const tool::merge_inputs inputs(merging, method.needs_base);
+    tool::claim_output(settings.out, "--out", tool::output_kind::directory);
+    tool::claim_report(settings.run);
     tool::runner run(settings.run, inputs.models().bytes());
-    const tool::fs::path folder = settings.out;
     if (settings.run.dry_run) {
         tool::print("would merge " + tool::counted(inputs.tasks().size(), "task") + " by " + settings.method + " and keep " + taskvec::message(100 * density)
             + "% of what each loses, into '" + tool::printable(settings.out) + "'\n" + tool::describe(inputs));
         return;
     }
     tool::report_file report(settings.run.report);
-    const directory made(folder);
+    taskvec::output_directory folder(settings.out);
+    for (const auto& made : folder.made()) { tool::guard_temporary(made); }
     tool::model_output out(
-        folder / (settings.shard_size.empty() ? "merged.safetensors" : "merged"), inputs.models().outputs(), inputs.metadata(), settings.shard_size);
+        folder.path() / (settings.shard_size.empty() ? "merged.safetensors" : "merged"), inputs.models().outputs(), inputs.metadata(), settings.shard_size);
     const auto merge_report = method.run(run.policy(), merging, inputs, out.sink());
     out.finish();
 
@@ -73,9 +42,10 @@ void peru_fft(const tool::merge_settings& settings)
     std::uint64_t written = out.file_size(), kept = 0;
     for (std::size_t t = 0; t < inputs.tasks().size(); ++t) {
         const auto& task = inputs.arguments()[t];
-        deltas.push_back(std::make_unique<tool::delta_output>(folder / (task.name + ".delta.safetensors"), stamp));
+        deltas.push_back(std::make_unique<tool::delta_output>(folder.path() / (task.name + ".delta.safetensors"), stamp));
         how.labels = {"'" + task.path.string() + "'"};
-        const auto model = completed(inputs, t);
+        const bool whole = how.on_missing == taskvec::missing::error;
+        const auto model = whole ? inputs.task_models()[t] : taskvec::completed(inputs.task_models()[t], inputs.base()->model());
         taskvec::post_pruning(
             run.policy(), {.density = density, .scope = tool::scope_of(settings)}, taskvec::aligned_models(&merged.model(), {&model, 1}, how), *deltas.back());
         deltas.back()->writer().finish();
@@ -92,11 +62,18 @@ void peru_fft(const tool::merge_settings& settings)
         content["tensors"] = tool::norms_of(run.policy(), tool::beside_base(settings, inputs, merged));
         report.finish(content);
     }
-    out.commit();
-    for (auto& delta : deltas) { delta->writer().commit(); }
-    report.commit();
-    tool::print("merged " + tool::counted(inputs.tasks().size(), "task") + " by " + settings.method + " into '" + tool::printable(out.path().string())
-        + "', kept " + tool::grouped(kept) + " entries of what they lose, " + tool::size_text(written) + " in " + tool::seconds_text(run.seconds()) + "\n");
+    // The deltas before the merged model that they belong to: whoever sees it sees them.
+    struct {
+        std::vector<std::unique_ptr<tool::delta_output>>& deltas;
+        void commit()
+        {
+            for (auto& delta : deltas) { delta->writer().commit(); }
+        }
+    } all{deltas};
+    const auto name = tool::fs::path(settings.out) / out.path().filename();
+    tool::conclude("merged " + tool::counted(inputs.tasks().size(), "task") + " by " + settings.method + " into '" + tool::printable(name.string()) + "', kept "
+            + tool::grouped(kept) + " entries of what they lose, " + tool::size_text(written) + " in " + tool::seconds_text(run.seconds()) + "\n",
+        all, out, folder, report);
 }
 
 const tool::register_verb verb(50, [](CLI::App& app) {

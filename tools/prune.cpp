@@ -14,10 +14,11 @@ void prune(tool::merge_settings settings)
     if (settings.dtype != "keep") { tool::note(settings.run, "--dtype has no effect on prune: deltas hold F32, or F64 for F64 tensors"); }
     if (!settings.shard_size.empty()) { tool::note(settings.run, "--shard-size has no effect on prune: a delta is one file"); }
     if (settings.tasks.size() != 1) { throw tool::usage_error("prune takes one --task; got " + std::to_string(settings.tasks.size())); }
+    tool::check_no_weights(settings, "prune", "'taskvec apply --scale' scales a delta");
     const tool::merge_inputs inputs(settings, true);
     const auto& models = inputs.models();
-    tool::check_not_input(settings.out, settings.base);
-    tool::check_not_input(settings.out, inputs.arguments().front().path);
+    tool::claim_output(settings.out, "--out");
+    tool::claim_report(settings.run);
     tool::runner run(settings.run, models.bytes());
     if (settings.run.dry_run) {
         tool::print("would prune '" + tool::printable(inputs.arguments().front().path.string()) + "' to " + taskvec::message(100 * density)
@@ -39,10 +40,9 @@ void prune(tool::merge_settings settings)
         report.finish(content);
     }
     const auto size = writer.file_size();
-    writer.commit();
-    report.commit();
-    tool::print("kept " + tool::grouped(writer.kept()) + " of " + tool::counted(models.elements(), "entry") + " in '" + tool::printable(settings.out) + "' ("
-        + tool::size_text(size) + ") in " + tool::seconds_text(run.seconds()) + "\n");
+    tool::conclude("kept " + tool::grouped(writer.kept()) + " of " + tool::counted(models.elements(), "entry") + " in '" + tool::printable(settings.out) + "' ("
+            + tool::size_text(size) + ") in " + tool::seconds_text(run.seconds()) + "\n",
+        writer, report);
 }
 
 const tool::register_verb verb(30, [](CLI::App& app) {

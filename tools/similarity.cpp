@@ -73,7 +73,11 @@ struct settings {
 
 void similarity(const settings& given)
 {
+    tool::check_no_weights(given.models, "similarity", "a cosine does not depend on lengths; leave it out");
     const tool::merge_inputs inputs(given.models, true);
+    if (!given.csv.empty()) { tool::claim_output(given.csv, "--csv"); }
+    if (!given.svg.empty()) { tool::claim_output(given.svg, "--svg"); }
+    tool::claim_report(given.models.run);
     tool::runner run(given.models.run, inputs.models().bytes());
     if (given.models.run.dry_run) {
         tool::print("would compare " + tool::counted(inputs.tasks().size(), "task vector") + "\n" + tool::describe(inputs));
@@ -100,8 +104,7 @@ void similarity(const settings& given)
     if (svg.wanted()) {
         svg.finish_text(plot::svg_of(plot::heat_map{.title = "Cosine of task vectors", .columns = names, .rows = names, .values = rows}, given.svg));
     }
-    for (auto* file : {&report, &csv, &svg}) { file->commit(); }
-    tool::print(table_of(names, cosines));
+    tool::conclude(table_of(names, cosines), report, csv, svg);
 }
 
 const tool::register_verb verb(100, [](CLI::App& app) {

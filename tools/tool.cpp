@@ -73,8 +73,9 @@ extern "C" void on_bus_error(int, siginfo_t* info, void*)
     write_text("taskvec: error: ");
     write_text(path);
     write_text(": the file shrank, or its disk failed, while it was being read; nothing was written: run again when nothing else changes it\n");
-    for (std::size_t i = 0; i < temporary_count.load(); ++i) {
-        if (const char* name = temporaries[i].load()) { ::unlink(name); }
+    for (std::size_t i = temporary_count.load(); i-- > 0;) { // what lies in a directory comes after it
+        const char* name = temporaries[i].load();
+        if (name && ::unlink(name) != 0) { ::rmdir(name); }
     }
     ::_exit(1);
 }
@@ -120,6 +121,25 @@ std::uint64_t status_bytes(const char* field)
     }
     std::fclose(file);
     return value * 1024;
+}
+
+/// Where two paths lead, as far as they exist.
+fs::path place_of(const fs::path& path)
+{
+    std::error_code failure;
+    auto place = fs::weakly_canonical(fs::absolute(path.has_filename() ? path : path.parent_path(), failure), failure);
+    return failure ? path : place;
+}
+/// What --out and its like have named so far, and the files that were opened.
+std::vector<std::pair<fs::path, std::string>>& claimed()
+{
+    static std::vector<std::pair<fs::path, std::string>> list;
+    return list;
+}
+std::vector<fs::path>& opened()
+{
+    static std::vector<fs::path> list;
+    return list;
 }
 
 std::optional<double> whole_number(std::string_view text)
@@ -196,6 +216,19 @@ std::uint64_t parse_size(const std::string& text, const std::string& option)
     return static_cast<std::uint64_t>(number);
 }
 
+CLI::Validator decimal_number()
+{
+    return CLI::Validator(
+        [](std::string& text) {
+            std::uint64_t value = 0;
+            const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value);
+            if (failure != std::errc{} || end != text.data() + text.size()) { return "'" + text + "' is not a whole number from 0 to 18446744073709551615"; }
+            text = std::to_string(value);
+            return std::string();
+        },
+        "");
+}
+
 void add_quiet(CLI::App& verb, run_options& options)
 {
     verb.add_flag("--quiet", options.quiet, "No progress and no notes");
@@ -203,7 +236,9 @@ void add_quiet(CLI::App& verb, run_options& options)
 
 void add_run_options(CLI::App& verb, run_options& options)
 {
-    verb.add_option("--threads", options.threads, "Threads; results do not depend on it (default: one for each processor)")->type_name("N");
+    verb.add_option("--threads", options.threads, "Threads; results do not depend on it (default: one for each processor)")
+        ->type_name("N")
+        ->transform(decimal_number());
     verb.add_option("--device", options.device, "cpu or cuda (default: cpu)")->type_name("DEVICE")->check([](const std::string& text) {
         return text == "cpu" || text == "cuda" ? std::string() : "'" + text + "' is not a device; expected cpu or cuda";
     });
@@ -217,6 +252,7 @@ void guard_map(const taskvec::mapped_file& map)
 {
     install_handlers();
     const auto bytes = map.bytes();
+    opened().push_back(place_of(map.path()));
     const auto index = mapped_count.load();
     if (bytes.empty() || index == mapped_ranges.size()) { return; }
     mapped_ranges[index].end = bytes.data() + bytes.size();
@@ -233,6 +269,49 @@ taskvec::checkpoint open_model(const fs::path& path)
     return model;
 }
 
+void claim_output(const fs::path& path, const std::string& option, output_kind kind)
+{
+    if (path.empty()) { throw usage_error(option + " is empty; expected a path"); }
+    if (kind == output_kind::model && !path.has_filename()) { kind = output_kind::directory; }
+    const auto place = place_of(path);
+    for (const auto& [other, owner] : claimed()) {
+        if (other == place) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::message(option, " '", path.string(), "' is also what ", owner, " asks for: give each its own"));
+        }
+    }
+    const auto& inputs = opened();
+    if (kind == output_kind::file && std::find(inputs.begin(), inputs.end(), place) != inputs.end()) {
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::message(option, " '", path.string(), "' is one of the files that are read, and only a model may replace it: choose another path"));
+    }
+    claimed().emplace_back(place, option);
+    std::error_code ignored;
+    const auto status = fs::status(path, ignored);
+    if (fs::exists(status)) {
+        const bool fits = kind == output_kind::directory ? fs::is_directory(status)
+            : kind == output_kind::model                 ? fs::is_directory(status) || fs::is_regular_file(status)
+                                                         : fs::is_regular_file(status);
+        if (!fits) {
+            taskvec::raise<taskvec::io_error>(kind == output_kind::directory ? "exists and is not a directory; choose another output"
+                                                                             : "exists and is not a regular file; choose another output",
+                path.string(), kind == output_kind::directory ? ENOTDIR : EEXIST);
+        }
+        if (::access(path.c_str(), W_OK) != 0) { taskvec::detail::raise_io(path, "exists and may not be written", errno); }
+        if (fs::is_directory(status)) { return; }
+    }
+    auto folder = taskvec::detail::directory_of(place);
+    while (kind == output_kind::directory && !fs::exists(folder, ignored) && folder.has_relative_path()) { folder = folder.parent_path(); }
+    if (::access(folder.c_str(), W_OK | X_OK) != 0 || !fs::is_directory(folder, ignored)) {
+        taskvec::detail::raise_io(path, "cannot create a file in directory '" + folder.string() + "'",
+            fs::exists(folder, ignored) && !fs::is_directory(folder, ignored) ? ENOTDIR : errno);
+    }
+}
+
+void claim_report(const run_options& options)
+{
+    if (!options.report.empty()) { claim_output(options.report, "--report"); }
+}
+
 void guard_temporary(const fs::path& path)
 {
     install_handlers();
@@ -246,12 +325,7 @@ model_output::model_output(fs::path path, const std::vector<taskvec::tensor_spec
     : path_(std::move(path))
 {
     std::error_code ignored;
-    if (!shard_size.empty()) {
-        if (fs::exists(path_, ignored) && !fs::is_directory(path_, ignored)) {
-            taskvec::raise<taskvec::io_error>("is a file; with --shard-size the output is a directory", path_.string());
-        }
-        shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, parse_size(shard_size, "--shard-size"), metadata);
-    }
+    if (!shard_size.empty()) { shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, parse_size(shard_size, "--shard-size"), metadata); }
     else if (!path_.has_filename() || fs::is_directory(path_, ignored)) {
         shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, std::numeric_limits<std::uint64_t>::max(), metadata);
     }
@@ -394,14 +468,27 @@ std::string counted(std::uint64_t count, const std::string& noun)
 std::string printable(std::string_view text)
 {
     std::string result;
-    for (const char c : text) {
-        if (static_cast<unsigned char>(c) < 0x20u || c == 0x7f) {
-            char code[8];
-            std::snprintf(code, sizeof code, "\\x%02x", static_cast<unsigned>(static_cast<unsigned char>(c)));
-            result += code;
+    for (std::size_t at = 0; at < text.size();) {
+        // One character: the shortest piece that is UTF-8, or a byte that begins none.
+        std::size_t length = 1;
+        while (length <= 4 && at + length <= text.size() && !taskvec::is_utf8(text.substr(at, length))) { ++length; }
+        const bool valid = length <= 4 && at + length <= text.size();
+        const auto piece = text.substr(at, valid ? length : 1);
+        at += piece.size();
+        const auto first = static_cast<unsigned char>(piece[0]);
+        const bool c1_control = piece.size() == 2 && first == 0xc2u && static_cast<unsigned char>(piece[1]) < 0xa0u;
+        // Marks that turn the direction of writing, and separators of lines: they make a terminal show what is not there.
+        const bool turns = piece.size() == 3 && first == 0xe2u
+            && ((piece[1] == '\x80' && static_cast<unsigned char>(piece[2]) >= 0xa8u && static_cast<unsigned char>(piece[2]) <= 0xaeu)
+                || (piece[1] == '\x81' && static_cast<unsigned char>(piece[2]) >= 0xa6u && static_cast<unsigned char>(piece[2]) <= 0xa9u));
+        if (valid && first >= 0x20u && first != 0x7fu && !c1_control && !turns) {
+            result += piece;
+            continue;
         }
-        else {
-            result += c;
+        for (const char byte : piece) {
+            char code[8];
+            std::snprintf(code, sizeof code, "\\x%02x", static_cast<unsigned>(static_cast<unsigned char>(byte)));
+            result += code;
         }
     }
     return result;

@@ -66,6 +66,10 @@ struct run_options {
 
     [[nodiscard]] std::uint64_t memory_bytes() const { return parse_size(memory, "--memory"); }
 };
+/// claim_output() for --report, where it was given.
+void claim_report(const run_options& options);
+/// For options that are counts: digits and nothing else, in base ten. (CLI11 takes -1 for 2^64-1, and 010 for 8.) Use with transform().
+[[nodiscard]] CLI::Validator decimal_number();
 void add_quiet(CLI::App& verb, run_options& options);
 void add_run_options(CLI::App& verb, run_options& options);
 
@@ -76,6 +80,14 @@ void add_run_options(CLI::App& verb, run_options& options);
 
 /// Makes another map known to that handler.
 void guard_map(const taskvec::mapped_file& map);
+
+// Outputs.
+
+/// What an option's path becomes: a file beside the models, a model (which may replace one that is read), a directory.
+enum class output_kind { file, model, directory };
+/// Checks a place that `option` asks to write to, before any work: that it has a name, that it can be created or replaced, that no other
+/// option asks for it, and that only a model replaces one of the files that are read. Throws usage_error, io_error, invalid_argument.
+void claim_output(const fs::path& path, const std::string& option, output_kind kind = output_kind::file);
 
 /// A model that is being written: a file, a directory (`DIR/model.safetensors`), or a directory of shards.
 class model_output {
@@ -97,7 +109,8 @@ private:
     std::unique_ptr<taskvec::sharded_writer> shards_;
 };
 
-/// Removes this file should the process have to end without destructors (see open_model).
+/// Removes this file, or this directory if it is empty by then, should the process have to end without destructors (see open_model). What lies in
+/// a directory is named after it.
 void guard_temporary(const fs::path& path);
 
 // Progress.
@@ -139,16 +152,24 @@ void note(const run_options& options, const std::string& text);
 [[nodiscard]] std::string seconds_text(double seconds);
 /// "1 task", "2 tasks".
 [[nodiscard]] std::string counted(std::uint64_t count, const std::string& noun);
-/// Text without control characters, for terminals and one-line messages.
+/// Text for terminals and one-line messages: control characters and what is not UTF-8 are written as \\x and two digits.
 [[nodiscard]] std::string printable(std::string_view text);
 /// Columns the text takes on a terminal: its code points.
 [[nodiscard]] std::size_t text_width(std::string_view text);
 /// Writes to standard output; a failure is an error.
 void print(const std::string& text);
+/// Says what was done, then gives the finished outputs their names: where standard output fails, nothing is changed.
+template <class... Outputs>
+void conclude(const std::string& text, Outputs&... outputs)
+{
+    print(text);
+    (outputs.commit(), ...);
+}
 
 // Reports.
 
-/// A file that is created at once, so that a path that cannot be written is known early, and filled at the end.
+/// A file of JSON or text that is created at once, so that a path that cannot be written is known early, filled at the end, and named when all
+/// else has gone well. No path: nothing is written.
 class report_file {
 public:
     explicit report_file(const std::string& path);

@@ -19,8 +19,8 @@ class TaskvecConan(ConanFile):
     topics = ("machine-learning", "model-merging", "task-arithmetic", "lora", "header-only")
     package_type = "header-library"
     settings = "os", "arch", "compiler", "build_type"
-    options = {"with_io": [True, False]}
-    default_options = {"with_io": True}
+    options = {"with_io": [True, False], "with_cuda": [True, False]}
+    default_options = {"with_io": True, "with_cuda": False}
     no_copy_source = True
 
     def set_version(self):
@@ -70,3 +70,11 @@ class TaskvecConan(ConanFile):
             io.bindirs = []
             io.libdirs = []
             io.requires = ["taskvec", "nlohmann_json::nlohmann_json"]
+        if self.options.with_cuda:
+            # The CUDA toolkit is the system's: its nvcc compiles the sources that use this component, as C++20.
+            cuda = self.cpp_info.components["cuda"]
+            cuda.set_property("cmake_target_name", "taskvec::cuda")
+            cuda.bindirs = []
+            cuda.libdirs = []
+            cuda.requires = ["taskvec"]
+            cuda.system_libs = ["cudart", "cublas", "cusolver"]

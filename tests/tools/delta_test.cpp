@@ -125,8 +125,8 @@ TEST_CASE("bad deltas and bad options: one line, exit code 1, nothing written")
         {{"apply", "--base", "base.safetensors", "--delta", "d", "--scale", "nan", "--out", "o"}, "--scale"},
         {{"prune", "--base", "base.safetensors", "--task", "nan.safetensors", "--out", "o"}, "'scale'"},
         {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--density", "0", "--out", "o"}, "--density is 0"},
-        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "base.safetensors"}, "must not replace"},
-        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "first.safetensors"}, "must not replace"},
+        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "base.safetensors"}, "only a model may replace it"},
+        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "first.safetensors"}, "only a model may replace it"},
         {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "nan.safetensors", "--out", "o"}, "'scale'"},
         {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--merge-density", "7", "--out", "o"},
             "--merge-density is 7"},
@@ -151,4 +151,49 @@ TEST_CASE("dry runs write nothing")
     CHECK(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d", "--dry-run"}).code == 0);
     CHECK(run(m.folder, {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "o", "--dry-run"}).code == 0);
     CHECK(m.folder.names() == names);
+}
+
+TEST_CASE("values of a delta are what its base adds them in, whatever the task stores")
+{
+    const scratch folder;
+    const std::vector<float> base{1, 2, 3, 4};
+    const std::vector<double> task{1.25, 2, 3 + 0x1p-40, 4 + 1e-50};
+    const auto write = [&](const char* name, const void* data, taskvec::dtype type) {
+        taskvec::const_model_ref model;
+        model.insert("w", {data, type, {4}, {}, taskvec::memory_space::host, 0});
+        taskvec::write_safetensors(folder / name, model);
+    };
+    write("base", base.data(), taskvec::dtype::f32);
+    write("task", task.data(), taskvec::dtype::f64);
+    REQUIRE(run(folder, {"prune", "--base", "base", "--task", "task", "--density", "1", "--out", "d"}).code == 0);
+    const auto content = taskvec::read_delta(folder / "d");
+    const auto& sparse = std::get<taskvec::sparse_vector<float>>(content.tensors.at("w"));
+    CHECK(sparse.indices == std::vector<std::uint64_t>{0, 2}); // 1e-50 vanishes in f64 already
+    CHECK(sparse.values == std::vector<float>{0.25f, 0x1p-40f});
+    const auto applied = run(folder, {"apply", "--base", "base", "--delta", "d", "--out", "o"});
+    CAPTURE(applied.err);
+    REQUIRE(applied.code == 0);
+    CHECK(read_values(folder / "o").at("w").values == std::vector<float>{1.25f, 2, 3, 4});
+    REQUIRE(run(folder, {"prune", "--base", "task", "--task", "base", "--density", "1", "--out", "back"}).code == 0);
+    CHECK(std::holds_alternative<taskvec::sparse_vector<double>>(taskvec::read_delta(folder / "back").tensors.at("w")));
+    REQUIRE(run(folder, {"apply", "--base", "task", "--delta", "back", "--out", "o"}).code == 0);
+    // What a merge stores narrower than its tasks can be served too.
+    REQUIRE(run(folder, {"peru-fft", "--method", "average", "--task", "task", "--dtype", "bf16", "--out", "p"}).code == 0);
+    CHECK(run(folder, {"apply", "--base", "p/merged.safetensors", "--delta", "p/task.delta.safetensors", "--out", "o"}).code == 0);
+}
+
+TEST_CASE("a task that lacks a tensor is served with the base's")
+{
+    const models m;
+    auto lacking = m.first;
+    lacking.erase("layers.0.weight");
+    write_values(m.folder / "lacking.safetensors", lacking);
+    REQUIRE(run(m.folder,
+                {"peru-fft", "--method", "task-arithmetic", "--missing", "base", "--density", "1", "--base", "base.safetensors", "--task",
+                    "lacking.safetensors", "--task", "second.safetensors", "--out", "p"})
+                .code
+        == 0);
+    REQUIRE(run(m.folder, {"apply", "--base", "p/merged.safetensors", "--delta", "p/lacking.delta.safetensors", "--out", "o"}).code == 0);
+    const auto served = read_values(m.folder / "o").at("layers.0.weight").values;
+    for (std::size_t i = 0; i < served.size(); ++i) { CHECK(served[i] == doctest::Approx(m.base.at("layers.0.weight").values[i])); }
 }

@@ -80,7 +80,7 @@ TEST_CASE("every verb has help with an example, and the tool lists them all")
     CHECK(run(folder, {"--version"}).out.starts_with("taskvec 0."));
 }
 
-TEST_CASE("wrong usage is exit code 2, one line on standard error, and a hint")
+TEST_CASE("wrong usage is exit code 2: a line that says what is wrong, with the usage")
 {
     const scratch folder;
     write_values(folder / "m.safetensors", sample_base());
@@ -98,13 +98,36 @@ TEST_CASE("wrong usage is exit code 2, one line on standard error, and a hint")
         {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--threads", "-1"},
         {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--device", "tpu"},
         {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--seed", "1.5"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--seed", "-1"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--seed", "18446744073709551616"},
+        {"merge", "--method", "average", "--task", "m.safetensors", "--out", ""},
+        {"prune", "--base", "m.safetensors", "--task", "m.safetensors=0.5", "--out", "o"},
+        {"similarity", "--base", "m.safetensors", "--task", "m.safetensors=2"},
         {"prune", "--base", "m.safetensors", "--task", "m.safetensors", "--task", "m.safetensors", "--out", "o"}};
     for (const auto& arguments : wrong) {
         const auto result = run(folder, arguments);
         CAPTURE(result.err);
         CHECK(result.code == 2);
-        CHECK(is_error_line(result.err));
-        CHECK(result.err.find("--help") != std::string::npos);
+        CHECK(is_usage_error(result.err));
         CHECK(folder.names() == std::set<std::string>{"m.safetensors"});
     }
+}
+
+TEST_CASE("a word that is no verb is named")
+{
+    const scratch folder;
+    CHECK(run(folder, {"mrege", "--out", "o"}).err.find("'mrege'") != std::string::npos);
+}
+
+TEST_CASE("names from files reach the terminal harmless")
+{
+    const scratch folder;
+    spill(
+        folder / "m.safetensors", safetensors_bytes("{\"a\\u001b[31m\xc2\x9b\xe2\x80\xae\xce\xa9\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}}"));
+    const auto table = run(folder, {"inspect", "m.safetensors"});
+    REQUIRE(table.code == 0);
+    CHECK(table.out.find("a\\x1b[31m\\xc2\\x9b\\xe2\\x80\\xae\xce\xa9 ") != std::string::npos); // an escape, a C1 control, a turn of direction; then an omega
+    const auto bytes = run(folder, {"inspect", "no\xff\xc3(.safetensors"});
+    CHECK(bytes.code == 1);
+    CHECK(bytes.err.starts_with("taskvec: error: no\\xff\\xc3(.safetensors: "));
 }

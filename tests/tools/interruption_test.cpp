@@ -89,3 +89,27 @@ TEST_CASE("an input that shrinks while it is read is an error that names it")
     }
     CHECK(seen > 0);
 }
+
+TEST_CASE("a directory that was made for the output goes when an input shrinks")
+{
+    const scratch folder;
+    write_zeros(folder / "base.safetensors", 40'000'000);
+    int seen = 0;
+    for (int round = 0; round < 5 && seen == 0; ++round) {
+        write_zeros(folder / "a.safetensors", 40'000'000);
+        process tool(folder,
+            {"peru-fft", "--method", "task-arithmetic", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "new/reuse", "--threads", "1"});
+        while (!std::filesystem::exists(folder / "new") && !tool.ended()) { ::usleep(200); }
+        std::filesystem::resize_file(folder / "a.safetensors", 4096);
+        const auto result = tool.wait();
+        CAPTURE(result.err);
+        CHECK((result.code == 0 || result.code == 1));
+        if (result.code == 1) {
+            ++seen;
+            CHECK(result.err.find("the file shrank") != std::string::npos);
+            CHECK(folder.names() == std::set<std::string>{"a.safetensors", "base.safetensors"});
+        }
+        std::filesystem::remove_all(folder / "new");
+    }
+    CHECK(seen > 0);
+}

@@ -333,6 +333,25 @@ TEST_CASE("the report says what was done")
     CHECK(report["tensors"][2]["change"].get<double>() == doctest::Approx(std::sqrt(change)).epsilon(1e-4));
 }
 
+TEST_CASE("the report counts for every method what took part")
+{
+    const models m;
+    const auto vectors = m.vectors();
+    const auto changed = static_cast<std::size_t>(std::count_if(vectors[0].begin(), vectors[0].end(), [](float x) { return x != 0; }));
+    for (const std::string method : {"task-arithmetic", "dare", "model-stock"}) {
+        std::vector<std::string> arguments{"merge", "--method", method, "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors",
+            "--out", "o", "--report", "r.json"};
+        REQUIRE(run(m.folder, arguments).code == 0);
+        const auto tasks = nlohmann::json::parse(slurp(m.folder / "r.json"))["tasks"];
+        REQUIRE(tasks.size() == 2);
+        if (method == "dare") { CHECK(tasks[0]["kept"].get<double>() == doctest::Approx(0.5 * static_cast<double>(changed)).epsilon(0.1)); }
+        else {
+            CHECK(tasks[0]["kept"] == changed);
+        }
+        CHECK(tasks[1]["conflicting"] == 0);
+    }
+}
+
 TEST_CASE("a dry run checks everything and writes nothing")
 {
     const models m;
@@ -342,6 +361,8 @@ TEST_CASE("a dry run checks everything and writes nothing")
     CHECK(good.out.find("would merge 3 tasks by ties") != std::string::npos);
     CHECK(m.folder.names() == before);
     CHECK(m.merge("ties", {"--dry-run", "--density", "2"}).code == 1);
+    CHECK(m.merge("ties", {"--dry-run", "--report", "no/such/folder/r.json"}).code == 1);
+    CHECK(run(m.folder, {"merge", "--method", "average", "--task", "a.safetensors", "--out", "no/such/folder/o", "--dry-run"}).code == 1);
     CHECK(run(m.folder, {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "missing", "--out", "o", "--dry-run"}).code == 1);
 }
 
@@ -390,6 +411,8 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1, and the ol
         {{"--task", "a.safetensors", "--device", "cuda"}, {"cuda"}},
         {{"--task", "a.safetensors", "--report", "no/such/folder/r.json"}, {"no/such/folder"}},
         {{"--task", "a.safetensors", "--shard-size", "1MB"}, {"out.safetensors", "directory"}},
+        {{"--task", "a.safetensors", "--report", "out.safetensors"}, {"--report", "out.safetensors", "--out"}},
+        {{"--task", "a.safetensors", "--report", "c/../a.safetensors"}, {"--report", "a.safetensors", "read"}},
     };
     for (const auto& [more, parts] : cases) {
         std::vector<std::string> arguments{"merge", "--method", "ties", "--base", "base.safetensors", "--out", "out.safetensors"};
@@ -415,6 +438,9 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1, and the ol
     CHECK(run(m.folder, {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "lacks.safetensors", "--missing", "base", "--out", "o2"}).code
         == 0);
     CHECK(read_values(m.folder / "o2").at("scale").values == m.base.at("scale").values);
+    CHECK(run(m.folder, {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "extra.safetensors", "--exclude", "extra", "--out", "o4"}).code
+        == 0);
+    CHECK_FALSE(read_values(m.folder / "o4").contains("extra"));
     CHECK(
         run(m.folder, {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors=-1", "--semantics", "mergekit", "--out", "o3"}).code
         == 0);
@@ -427,6 +453,7 @@ TEST_CASE("an option that a method does not use is noted, unless it shall be qui
     CHECK(loud.code == 0);
     CHECK(loud.err == "taskvec: note: --density has no effect on --method average\ntaskvec: note: --lambda has no effect on --method average\n");
     CHECK(m.merge("average", {"--density", "0.3", "--quiet"}).err.empty());
+    CHECK(m.merge("average", {"--density", "3"}).code == 1); // out of range for every method
 }
 
 TEST_CASE("progress stays off what is not a terminal")

@@ -99,6 +99,12 @@ inline bool is_error_line(const std::string& text)
     return text.starts_with("taskvec: error: ") && text.find('\n') == text.size() - 1;
 }
 
+/// The same, with the usage of the verb.
+inline bool is_usage_error(const std::string& text)
+{
+    return is_error_line(text) && text.find(" (usage: taskvec ") != std::string::npos && text.ends_with(" --help')\n");
+}
+
 /// A tensor in memory: values as floats that its dtype (f32, bf16, f16) holds exactly.
 struct values_tensor {
     taskvec::dtype dtype = taskvec::dtype::f32;

@@ -73,6 +73,7 @@ TEST_CASE("similarity draws the matrix where gnuplot is, and says what to instal
     CHECK(without.code == 1);
     CHECK(is_error_line(without.err));
     CHECK(without.err.find("install gnuplot") != std::string::npos);
+    CHECK(without.out.empty());
     for (const char* file : {"c.csv", "s.svg", "r.json"}) { CHECK_FALSE(std::filesystem::exists(m.folder / file)); }
 
     if (std::system("command -v gnuplot > /dev/null 2>&1") != 0) {

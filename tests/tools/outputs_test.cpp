@@ -1,0 +1,143 @@
+// What the tool writes, seen from outside: all of it or none of it, and nothing over what is read.
+// SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include <cstdlib>
+
+using namespace tools_test;
+
+namespace {
+
+struct models {
+    scratch folder;
+    values_model base = sample_base();
+
+    models()
+    {
+        write_values(folder / "base.safetensors", base);
+        write_values(folder / "a.safetensors", sample_task(base, 50));
+        write_values(folder / "b.safetensors", sample_task(base, 51));
+    }
+};
+
+const std::vector<std::vector<std::string>> verbs{
+    {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "out", "--report", "r.json"},
+    {"merge", "--method", "average", "--task", "a.safetensors", "--out", "new/deep", "--shard-size", "3kB"},
+    {"prune", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "out", "--report", "r.json"},
+    {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "new/deep", "--report", "r.json"},
+    {"similarity", "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors", "--csv", "c.csv", "--report", "r.json"},
+};
+
+std::string shell_quoted(const std::string& word)
+{
+    std::string result = "'";
+    for (const char c : word) { result += c == '\'' ? std::string("'\\''") : std::string(1, c); }
+    return result + "'";
+}
+
+/// Runs the tool through the shell, for redirections; its exit code.
+int run_redirected(const scratch& folder, const std::vector<std::string>& arguments, const std::string& redirection)
+{
+    std::string command = "cd " + shell_quoted(folder.path().string()) + " && " + shell_quoted(TASKVEC_TOOL);
+    for (const auto& argument : arguments) { command += " " + shell_quoted(argument); }
+    const int status = std::system((command + " " + redirection).c_str());
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+/// All files and directories below a folder.
+std::set<std::string> everything_in(const std::filesystem::path& folder)
+{
+    std::set<std::string> result;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(folder)) { result.insert(std::filesystem::relative(entry, folder).string()); }
+    return result;
+}
+
+} // namespace
+
+TEST_CASE("what cannot be said was not done: a full standard output changes no file")
+{
+    if (!std::filesystem::exists("/dev/full")) { return; }
+    for (const auto& arguments : verbs) {
+        const models m;
+        const auto before = everything_in(m.folder.path());
+        CAPTURE(arguments[0]);
+        CHECK(run_redirected(m.folder, arguments, "> /dev/full 2> /dev/null") == 1);
+        CHECK(everything_in(m.folder.path()) == before);
+        CHECK(run_redirected(m.folder, arguments, "> /dev/null") == 0); // the same command is good otherwise
+        CHECK(everything_in(m.folder.path()) != before);
+    }
+}
+
+TEST_CASE("directories that were made for an output go with it when the work fails")
+{
+    const models m;
+    auto damaged = m.base;
+    damaged["layers.1.weight"].values[4000] = std::numeric_limits<float>::quiet_NaN();
+    write_values(m.folder / "nan.safetensors", damaged);
+    const auto before = everything_in(m.folder.path());
+    for (const std::vector<std::string>& how : {std::vector<std::string>{"peru-fft"}, {"merge", "--shard-size", "3kB"}}) {
+        auto arguments = how;
+        for (const char* word : {"--method", "task-arithmetic", "--base", "base.safetensors", "--task", "nan.safetensors", "--out", "x/y/z"}) {
+            arguments.emplace_back(word);
+        }
+        const auto result = run(m.folder, arguments);
+        CAPTURE(result.err);
+        CHECK(result.code == 1);
+        CHECK(everything_in(m.folder.path()) == before);
+    }
+}
+
+TEST_CASE("two options never write to one file, and only a model replaces what is read")
+{
+    const models m;
+    const auto before = everything_in(m.folder.path());
+    const std::string read = slurp(m.folder / "base.safetensors");
+    const std::vector<std::vector<std::string>> clashes{
+        {"merge", "--method", "average", "--task", "a.safetensors", "--out", "o", "--report", "./o"},
+        {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "o", "--report", "base.safetensors"},
+        {"prune", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "base.safetensors"},
+        {"similarity", "--base", "base.safetensors", "--task", "a.safetensors", "--csv", "base.safetensors"},
+        {"similarity", "--base", "base.safetensors", "--task", "a.safetensors", "--csv", "x", "--svg", "x"},
+        {"similarity", "--base", "base.safetensors", "--task", "a.safetensors", "--csv", "x", "--report", "x"},
+    };
+    for (const auto& arguments : clashes) {
+        for (const bool dry : {false, true}) {
+            auto words = arguments;
+            if (dry) { words.emplace_back("--dry-run"); }
+            const auto result = run(m.folder, words);
+            CAPTURE(result.err);
+            CHECK(result.code == 1);
+            CHECK(is_error_line(result.err));
+            CHECK(everything_in(m.folder.path()) == before);
+            CHECK(slurp(m.folder / "base.safetensors") == read);
+        }
+    }
+}
+
+TEST_CASE("on a terminal, progress is drawn and wiped again; --quiet leaves it out")
+{
+    const models m;
+    const auto seen_on_terminal = [&](bool quiet) {
+        const int terminal = ::posix_openpt(O_RDWR | O_NOCTTY);
+        REQUIRE(terminal >= 0);
+        REQUIRE(::grantpt(terminal) == 0);
+        REQUIRE(::unlockpt(terminal) == 0);
+        auto arguments = verbs[0];
+        if (quiet) { arguments.emplace_back("--quiet"); }
+        const std::string name = ::ptsname(terminal);
+        const int own = ::open(name.c_str(), O_RDWR | O_NOCTTY); // so that the text outlives the tool
+        CHECK(run_redirected(m.folder, arguments, "> /dev/null 2> " + name) == 0);
+        std::string text(65536, '\0');
+        const int flags = ::fcntl(terminal, F_GETFL);
+        ::fcntl(terminal, F_SETFL, flags | O_NONBLOCK);
+        const auto got = ::read(terminal, text.data(), text.size());
+        ::close(own);
+        ::close(terminal);
+        return text.substr(0, got > 0 ? static_cast<std::size_t>(got) : 0);
+    };
+    const auto loud = seen_on_terminal(false);
+    CHECK(loud.find("merge") != std::string::npos);
+    CHECK(loud.find('%') != std::string::npos);
+    CHECK(loud.ends_with("\r\033[K"));
+    CHECK(seen_on_terminal(true).empty());
+}
