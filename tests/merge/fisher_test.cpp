@@ -81,6 +81,56 @@ TEST_CASE_TEMPLATE("Fisher merging is the importance-weighted mean, bit-equal fo
     }
 }
 
+TEST_CASE_TEMPLATE("stored words give the bits of rows, for any number of tasks and type of Fisher", T, float, bf16)
+{
+    for (const std::size_t tasks : {1u, 2u, 3u, 4u, 5u, 8u, 9u, 70u}) {
+        const testing::random_models<T> models({5000, 33}, tasks, static_cast<unsigned>(tasks));
+        const auto fishers = random_fishers(models, 3);
+        // The same values in f64 are read row by row.
+        std::vector<std::vector<double>> wide;
+        std::vector<std::vector<float>> single;
+        for (const auto& fisher : fishers) {
+            wide.emplace_back();
+            single.emplace_back();
+            for (const T value : fisher) {
+                wide.back().push_back(widen<double>(value));
+                single.back().push_back(widen<float>(value));
+            }
+        }
+        const auto merged = [&](const auto& values) {
+            std::vector<const_model_ref> statistics;
+            for (const auto& one : values) {
+                using F = typename std::remove_cvref_t<decltype(one)>::value_type;
+                statistics.push_back({{"t0", as_tensor(host_view<const F>(one.data(), 5000))}, {"t1", as_tensor(host_view<const F>(one.data() + 5000, 33))}});
+            }
+            std::vector<T> out;
+            merge(cpu{}, fisher_options{.fishers = statistics, .weights = std::vector<double>(tasks, 0.3)}, models.task_models(), models.output(out));
+            return out;
+        };
+        const auto by_rows = merged(wide);
+        for (const auto& other : {merged(fishers), merged(single)}) { CHECK(std::memcmp(other.data(), by_rows.data(), by_rows.size() * sizeof(T)) == 0); }
+    }
+}
+
+TEST_CASE("norms of f64 Fishers are not those of their f32 roundings")
+{
+    // One f32 tensor and one f64 tensor: the norm is over both, and the second shows it to 15 digits.
+    const std::vector<float> a{1, 2}, b{4, 8};
+    const std::vector<double> wide_a{1}, wide_b{3}, f_a{1 + 1e-9, 1.0 / 3}, f_b{0.2, 0.7}, g_a{0.1}, g_b{0.3};
+    const auto model = [](const auto& narrow_part, const auto& wide_part) {
+        using N = typename std::remove_cvref_t<decltype(narrow_part)>::value_type;
+        return const_model_ref{{"n", as_tensor(host_view<const N>(narrow_part.data(), 2))}, {"w", as_tensor(host_view<const double>(wide_part.data(), 1))}};
+    };
+    std::vector<float> out(2);
+    std::vector<double> wide_out(1);
+    const std::vector<const_model_ref> tasks{model(a, wide_a), model(b, wide_b)};
+    merge(cpu{}, fisher_options{.fishers = {model(f_a, g_a), model(f_b, g_b)}, .normalize = true}, tasks,
+        model_ref{{"n", as_tensor(host_view<float>(out.data(), 2))}, {"w", as_tensor(host_view<double>(wide_out.data(), 1))}});
+    const double in_a = g_a[0] / std::sqrt(f_a[0] * f_a[0] + f_a[1] * f_a[1] + g_a[0] * g_a[0]);
+    const double in_b = g_b[0] / std::sqrt(f_b[0] * f_b[0] + f_b[1] * f_b[1] + g_b[0] * g_b[0]);
+    CHECK(wide_out[0] == doctest::Approx((in_a * 1 + in_b * 3) / (in_a + in_b)).epsilon(1e-14));
+}
+
 TEST_CASE("equal Fishers give the average, a Fisher that is alone gives its task, none at all gives the average")
 {
     const testing::random_models<float> models({500}, 3, 1);

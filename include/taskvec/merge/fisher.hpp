@@ -4,6 +4,8 @@
 
 #include <taskvec/merge/merge.hpp>
 
+#include <array>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -59,6 +61,49 @@ TASKVEC_NOINLINE bool accumulate_importance(
         negative |= static_cast<bits_type<A>>(value < 0);
     }
     return negative != 0;
+}
+
+/// above += Σ (factors[t]·Ft)·θt, below += Σ factors[t]·Ft, over the stored words of N tasks, with the roundings and in the order of
+/// accumulate_importance(). Returns the largest magnitude bits of `above`: NaN and infinity in an input cannot but reach it. `negative`: some Ft < 0.
+template <storage_element T, storage_element F, std::size_t N>
+TASKVEC_NOINLINE std::uint32_t add_stored_importance(const storage_word<T>* const* tasks, const storage_word<F>* const* fishers, const float* factors,
+    float* TASKVEC_RESTRICT above, float* TASKVEC_RESTRICT below, std::size_t n, bool& negative)
+{
+    TASKVEC_STRICT_FP
+    const storage_word<T>* x[N];
+    const storage_word<F>* f[N];
+    float c[N];
+    for (std::size_t t = 0; t < N; ++t) {
+        x[t] = tasks[t];
+        f[t] = fishers[t];
+        c[t] = factors[t];
+    }
+    std::int32_t top = 0, below_zero = 0;
+    for (std::size_t begin = 0; begin < n; begin += fetch_group) {
+        const std::size_t end = begin + fetch_group < n ? begin + fetch_group : n;
+        for (std::size_t t = 0; t < N; ++t) {
+            fetch_ahead(x[t] + begin);
+            fetch_ahead(f[t] + begin);
+        }
+        for (std::size_t i = begin; i < end; ++i) {
+            float numerator = above[i], denominator = below[i];
+#pragma GCC unroll 4
+            for (std::size_t t = 0; t < N; ++t) {
+                const float value = widen_word<float, F>(f[t][i]);
+                const float importance = c[t] * value;
+                const float product = importance * widen_word<float, T>(x[t][i]);
+                numerator = numerator + product;
+                denominator = denominator + importance;
+                below_zero |= static_cast<std::int32_t>(value < 0);
+            }
+            above[i] = numerator;
+            below[i] = denominator;
+            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(numerator));
+            top = magnitude > top ? magnitude : top;
+        }
+    }
+    negative = negative || below_zero != 0;
+    return static_cast<std::uint32_t>(top);
 }
 
 /// Whether some entry is below `floor`.
@@ -119,12 +164,14 @@ public:
     {
         const std::size_t n = rows.size(), tasks = rows.task_count();
         A* const below = rows.scratch(1);
-        kernels::fill(merged, A{0}, n);
-        kernels::fill(below, A{0}, n);
-        for (std::size_t t = 0; t < tasks; ++t) {
-            const A* const fisher = load(rows, t, rows.scratch(2));
-            if (!fisher) { continue; }
-            if (kernels::accumulate_importance(merged, below, fisher, rows.task(t), static_cast<A>(factors_[t]), n)) { blame_negative(rows, t, fisher); }
+        if (!accumulate_stored(rows, merged, below)) {
+            kernels::fill(merged, A{0}, n);
+            kernels::fill(below, A{0}, n);
+            for (std::size_t t = 0; t < tasks; ++t) {
+                const A* const fisher = load(rows, t, rows.scratch(2));
+                if (!fisher) { continue; }
+                if (kernels::accumulate_importance(merged, below, fisher, rows.task(t), static_cast<A>(factors_[t]), n)) { blame_negative(rows, t, fisher); }
+            }
         }
         const A floor = std::max(static_cast<A>(options_.floor), std::numeric_limits<A>::denorm_min()); // 0 / 0 is never taken
         if (!kernels::any_below(below, floor, n)) { return kernels::divide_rows(merged, below, n); }
@@ -204,12 +251,18 @@ private:
         }
     }
 
+    /// Where Ft of a block's tensor lies; without data where it counts as 0.
+    template <arithmetic_element A>
+    [[nodiscard]] const aligned_tensor::operand& operand(const block<A>& rows, std::size_t t) const noexcept
+    {
+        const auto tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
+        return operands_[tensor * rows.task_count() + t];
+    }
     /// Ft of a block; nullptr where it counts as 0.
     template <arithmetic_element A>
     const A* load(block<A>& rows, std::size_t t, A* out) const
     {
-        const auto tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
-        const aligned_tensor::operand& from = operands_[tensor * rows.task_count() + t];
+        const aligned_tensor::operand& from = operand(rows, t);
         if (!from.data) { return nullptr; }
         bits_type<A> largest = 0;
         const A* const values = rows.beside(from, out, largest);
@@ -221,6 +274,52 @@ private:
             }
         }
         return values;
+    }
+
+    static constexpr std::size_t fused_tasks = 64; ///< the most that are accumulated from stored words
+
+    /// Both sums of a block straight from the stored words, with the bits of the row by row way; false where that has to do it: words of other types,
+    /// misaligned, a Fisher that is missing, or an input that is wrong and has to be named.
+    template <arithmetic_element A>
+    bool accumulate_stored(block<A>& rows, A* above, A* below) const
+    {
+        if constexpr (std::same_as<A, float>) {
+            const aligned_tensor::operand* const fishers = &operand(rows, 0);
+            if (fishers->dtype == dtype::bf16) { return accumulate_stored<bf16, bf16>(rows, fishers, above, below); }
+            return accumulate_stored<float, float>(rows, fishers, above, below) || accumulate_stored<bf16, float>(rows, fishers, above, below);
+        }
+        else {
+            return false;
+        }
+    }
+    template <storage_element T, storage_element F>
+    bool accumulate_stored(block<float>& rows, const aligned_tensor::operand* fishers, float* above, float* below) const
+    {
+        const std::size_t n = rows.size(), count = rows.task_count();
+        std::array<const storage_word<T>*, fused_tasks> tasks;
+        std::array<const storage_word<F>*, fused_tasks> values;
+        const storage_word<T>* base = nullptr;
+        if (!rows.template stored<T>(base, tasks)) { return false; }
+        for (std::size_t t = 0; t < count; ++t) {
+            const auto& from = fishers[t];
+            if (!from.data || from.dtype != dtype_of<F> || reinterpret_cast<std::uintptr_t>(from.data) % alignof(F) != 0) { return false; }
+            values[t] = reinterpret_cast<const storage_word<F>*>(from.data) + rows.offset();
+        }
+        using kernel = std::uint32_t(const storage_word<T>* const*, const storage_word<F>* const*, const float*, float*, float*, std::size_t, bool&);
+        static constexpr kernel* of_group[] = {&kernels::add_stored_importance<T, F, 1>, &kernels::add_stored_importance<T, F, 2>,
+            &kernels::add_stored_importance<T, F, 3>, &kernels::add_stored_importance<T, F, 4>};
+        constexpr std::size_t most = std::size(of_group);
+        kernels::fill(above, 0.0f, n);
+        kernels::fill(below, 0.0f, n);
+        std::uint32_t largest = 0;
+        bool negative = false;
+        for (std::size_t t = 0; t < count; t += most) {
+            std::array<float, most> factors{};
+            const std::size_t group = std::min(most, count - t);
+            for (std::size_t i = 0; i < group; ++i) { factors[i] = static_cast<float>(factors_[t + i]); }
+            largest = of_group[group - 1](tasks.data() + t, values.data() + t, factors.data(), above, below, n, negative);
+        }
+        return !negative && largest < exponent_mask<float>;
     }
 
     template <arithmetic_element A>
@@ -238,7 +337,21 @@ private:
         const auto sums = tensor_sums(policy, models, tasks, 1, "Fisher norms", [&]<class A>(block<A>& rows, double* sum) {
             for (std::size_t t = 0; t < tasks; ++t) {
                 const A* const fisher = load(rows, t, rows.scratch(0));
-                sum[t] = fisher ? kernels::dot(fisher, fisher, rows.size()) : 0.0;
+                const auto& from = operand(rows, t);
+                if (!fisher) { sum[t] = 0; }
+                else if (from.dtype == dtype::f64) { // not as rounded to A
+                    std::array<double, block_size> values;
+                    sum[t] = with_elements(from, rows.offset(), rows.size(), reinterpret_cast<std::byte*>(values.data()), [&](const auto* stored) {
+                        using T = std::remove_cvref_t<decltype(*stored)>;
+                        if constexpr (std::same_as<T, double>) { return kernels::dot(stored, stored, rows.size()); }
+                        else {
+                            return 0.0;
+                        }
+                    });
+                }
+                else {
+                    sum[t] = kernels::dot(fisher, fisher, rows.size());
+                }
             }
         });
         for (std::size_t t = 0; t < tasks; ++t) {
