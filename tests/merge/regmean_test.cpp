@@ -231,6 +231,12 @@ TEST_CASE("a singular system is an error that suggests the ridge; with it, unsee
     options.ridge = 1e9; // drowns the data
     const auto drowned = net.merged(options);
     for (std::size_t i = 0; i < 10; ++i) { CHECK(drowned.weight[net.at(i, 1)] == doctest::Approx((net.weight(0, i, 1) + net.weight(1, i, 1)) / 2)); }
+    // A layer that no task has used.
+    for (auto& gram : net.grams) { std::fill(gram.begin(), gram.end(), 0.0); }
+    CHECK_THROWS_WITH_AS(net.merged(net.options(0.9)), doctest::Contains("set ridge"), invalid_argument);
+    options.ridge = 1e-9;
+    const auto unused = net.merged(options);
+    for (std::size_t i = 0; i < 10; ++i) { CHECK(unused.weight[net.at(i, 1)] == doctest::Approx((net.weight(0, i, 1) + net.weight(1, i, 1)) / 2)); }
     // Singular but for what rounding to f32 left.
     layers<float> rounded(10, 4, 2, 3, 9);
     CHECK_THROWS_AS(rounded.merged(rounded.options(1.0)), invalid_argument);
@@ -259,7 +265,7 @@ TEST_CASE("what is no Gram matrix of this model is refused by name")
     net = good;
     net.grams[0][2 * 6 + 3] = NAN;
     CHECK_THROWS_WITH_AS(
-        run(net), "the Gram matrix of 'fc.weight' in the Grams of task 1 holds NaN at index 15: repair it, or exclude the tensor", nonfinite_error);
+        run(net), "the Gram matrix of 'fc.weight' in the Grams of task 1 holds NaN at index 15: collect the statistics again", nonfinite_error);
     net = good;
     net.weights[1][7] = INFINITY;
     CHECK_THROWS_WITH_AS(run(net), "tensor 'fc.weight' of task 2 holds infinity at index 7: repair it, or exclude the tensor", nonfinite_error);

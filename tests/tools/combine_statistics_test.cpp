@@ -45,14 +45,21 @@ TEST_CASE("parts that do not belong together: one line, and no file")
     write_part(folder / "other-kind", kind::empirical_fisher, 2, {1, 2, 3, 4});
     write_part(folder / "other-model", kind::expected_fisher, 2, {1, 2, 3, 4}, 8);
     write_part(folder / "negative", kind::expected_fisher, 2, {1, 2, -3, 4});
+    write_part(folder / "gram", kind::gram, 2, {2, 1, 1, 2});
+    write_part(folder / "asymmetric", kind::gram, 2, {2, 1, 0.5f, 2});
+    write_part(folder / "no-gram", kind::gram, 2, {1, 3, 3, 2});
+    write_part(folder / "negative-gram", kind::gram, 2, {2, 0, 0, -1});
+    write_part(folder / "nan-gram", kind::gram, 2, {2, std::numeric_limits<float>::quiet_NaN(), 0, 1});
     write_part(folder / "nan", kind::expected_fisher, 2, {1, 2, 3, std::numeric_limits<float>::quiet_NaN()});
     write_values(folder / "plain", {{"w", {taskvec::dtype::f32, {2, 2}, {1, 2, 3, 4}}}});
     const auto names = folder.names();
     const std::vector<std::pair<std::string, std::vector<std::string>>> cases{{"other-kind", {"kinds", "other-kind"}},
         {"other-model", {"models", "other-model"}}, {"negative", {"'w'", "-3", "index 2"}}, {"nan", {"'w'", "nan", "index 3"}}, {"plain", {"plain", "schema"}},
-        {"absent", {"absent", "No such file"}}};
+        {"absent", {"absent", "No such file"}}, {"asymmetric", {"'asymmetric'", "'w'", "not symmetric", "(1, 0)"}}, {"no-gram", {"'no-gram'", "diagonal"}},
+        {"negative-gram", {"'negative-gram'", "-1", "negative"}}, {"nan-gram", {"'nan-gram'", "NaN", "index 1"}}};
     for (const auto& [part, words] : cases) {
-        const auto result = run(folder, {"combine-statistics", "--part", "good", "--part", part, "--out", "out"});
+        const bool gram = part == "asymmetric" || part.ends_with("-gram");
+        const auto result = run(folder, {"combine-statistics", "--part", gram ? "gram" : "good", "--part", part, "--out", "out"});
         CAPTURE(result.err);
         CHECK(result.code == 1);
         CHECK(is_error_line(result.err));

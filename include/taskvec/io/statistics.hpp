@@ -256,10 +256,29 @@ inline void check_statistics(const cpu& policy, const statistics_file& file, con
     }
 }
 
+namespace detail {
+
+/// Throws invalid_argument or nonfinite_error unless every tensor of a file of Grams is one. Cost: one read of both halves.
+inline void check_grams(const statistics_file& file)
+{
+    std::vector<double> memory(2 * stored_gram::tile * stored_gram::tile), raw(block_size), diagonal;
+    for (const auto& [label, tensor] : file.model()) {
+        const auto n = static_cast<std::size_t>(tensor.shape[0]);
+        diagonal.resize(std::max(diagonal.size(), n));
+        const auto where = [&file, &label = label] { return message("the Gram matrix of '", label, "' in '", file.path().string(), "'"); };
+        const stored_gram gram({static_cast<const std::byte*>(tensor.data), tensor.dtype}, n, where, diagonal, raw.data());
+        for (std::size_t row = 0; row < gram.tile_rows(); ++row) {
+            gram.for_each_entry(row, memory.data(), raw.data(), [](std::size_t, std::size_t, double) {});
+        }
+    }
+}
+
+} // namespace detail
+
 /// Joins statistics of one model over parts of its data into one file, as if they had been collected in one go: Grams add up, Fishers are means weighted
 /// by their examples. dtypes are those of the first part. Sums run in f64 in the order of the parts.
-/// Throws invalid_argument for parts of different kinds, models or tensors, or without metadata, and for a negative Fisher; shape_mismatch; nonfinite_error;
-/// io_error.
+/// Throws invalid_argument for parts of different kinds, models or tensors, or without metadata, for a negative Fisher, and for what is no Gram matrix;
+/// shape_mismatch; nonfinite_error; io_error.
 inline void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out, durability mode = durability::synchronised)
 {
     if (parts.empty()) { raise<invalid_argument>("no statistics were given: at least one file is needed"); }
@@ -295,6 +314,9 @@ inline void combine_statistics(const std::vector<std::filesystem::path>& parts, 
     if (info.kind != statistics_kind::gram) {
         if (info.examples == 0) { raise<invalid_argument>("the Fishers to join come from no examples"); }
         for (double& weight : weights) { weight /= static_cast<double>(info.examples); }
+    }
+    else {
+        for (const auto& file : files) { detail::check_grams(file); }
     }
     std::vector<tensor_spec> specs;
     for (const auto& [label, tensor] : first.model()) { specs.push_back({label, tensor.dtype, tensor.shape}); }

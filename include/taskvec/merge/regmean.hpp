@@ -10,6 +10,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,7 +29,7 @@ enum class weight_layout : std::uint8_t {
 ///
 /// Computed as W̄ + (Σ wt·G̃t)⁻¹ Σ wt·G̃t·(Wt − W̄) with W̄ = Σ wt·Wt / Σ wt, which is the same, in f64 by a Cholesky factor, and rounded once;
 /// relative error about 1e-16 times the condition number of Σ G̃. `ridge` adds ridge·mean(diag Σ wt·G̃t) to the diagonal of the system: directions of
-/// which no input says anything then get the average. A singular system without it is an error.
+/// which no input says anything then get the average, and so does a layer that saw none. A singular system without it is an error.
 ///
 /// `grams` holds a model for each task, with the same tensor names in all: under the name of a weight, its Gram matrix (in×in, symmetric, f64,
 /// f32, bf16 or f16). gram_accumulator makes them, statistics_file reads them. `layout` says how a weight of that name is stored (empty:
@@ -46,6 +47,93 @@ struct regmean_options {
     std::function<weight_layout(std::string_view)> layout{};
     std::vector<std::string> labels{}; ///< names of the Gram models in messages; empty: "the Grams of task 1", …
 };
+
+namespace detail {
+
+/// A Gram matrix that is read from memory or a mapped file, n×n, and checked to be one on the way: finite, symmetric, no entry larger than its diagonal
+/// allows (each up to what storage rounds). Throws nonfinite_error, invalid_argument, in which `where` names it.
+class stored_gram {
+public:
+    static constexpr std::size_t tile = 128; ///< square pieces, both halves of which are in memory at a time
+
+    /// `raw` has room for block_size doubles, `diagonal` for n; both are used again for the next one.
+    stored_gram(const aligned_tensor::operand& from, std::size_t n, std::function<std::string()> where, std::span<double> diagonal, double* raw)
+        : from_(from)
+        , n_(n)
+        , where_(std::move(where))
+        , diagonal_(diagonal.first(n))
+    {
+        for (std::size_t i = 0; i < n; ++i) {
+            (void)read(from, i * n + i, 1, &diagonal_[i], raw);
+            if (!std::isfinite(diagonal_[i])) { blame_nonfinite(diagonal_[i], i, i); }
+            if (diagonal_[i] < 0) {
+                raise<invalid_argument>(message(where_(), " has ", diagonal_[i], " at row and column ", i, ": a sum of squares cannot be negative"));
+            }
+        }
+    }
+
+    [[nodiscard]] std::size_t tile_rows() const noexcept { return (n_ + tile - 1) / tile; }
+    /// Calls use(i, j, value) for the entries of one row of tiles on and below the diagonal, the mean of both halves. `memory`: 2·tile² doubles. Rows of
+    /// tiles may be read at the same time.
+    template <class Use>
+    void for_each_entry(std::size_t tile_row, double* memory, double* raw, Use&& use) const
+    {
+        const double tolerance = from_.dtype == dtype::f64 ? 1e-9 : from_.dtype == dtype::f32 ? 1e-4 : 2e-2;
+        double *const below = memory, *const above = memory + tile * tile;
+        const std::size_t r = tile_row * tile, height = std::min(tile, n_ - r);
+        for (std::size_t c = 0; c <= r; c += tile) {
+            const std::size_t width = std::min(tile, n_ - c);
+            for (std::size_t i = 0; i < height; ++i) { (void)read(from_, (r + i) * n_ + c, width, below + i * tile, raw); }
+            for (std::size_t j = 0; j < width; ++j) { (void)read(from_, (c + j) * n_ + r, height, above + j * tile, raw); }
+            for (std::size_t i = 0; i < height; ++i) {
+                for (std::size_t j = 0; j < width && c + j <= r + i; ++j) {
+                    const double lower = below[i * tile + j], upper = above[j * tile + i];
+                    const double bound = std::sqrt(diagonal_[r + i]) * std::sqrt(diagonal_[c + j]);
+                    if (!(std::abs(lower - upper) <= tolerance * bound) || !(std::abs(lower) <= (1 + 10 * tolerance) * bound)) {
+                        blame(r + i, c + j, lower, upper, tolerance * bound);
+                    }
+                    use(r + i, c + j, 0.5 * (lower + upper));
+                }
+            }
+        }
+    }
+
+    /// `count` elements of any operand from `offset` on, in f64. Returns their largest magnitude bits.
+    static std::uint64_t read(const aligned_tensor::operand& from, std::uint64_t offset, std::size_t count, double* out, double* raw)
+    {
+        std::uint64_t largest = 0;
+        for (std::size_t at = 0; at < count; at += block_size) {
+            const std::size_t n = std::min(block_size, count - at);
+            largest = std::max(largest, with_elements(from, offset + at, n, reinterpret_cast<std::byte*>(raw), [&](const auto* values) {
+                return kernels::widen(values, out + at, n);
+            }));
+        }
+        return largest;
+    }
+
+private:
+    [[noreturn, gnu::cold]] void blame_nonfinite(double value, std::size_t i, std::size_t j) const
+    {
+        raise<nonfinite_error>(
+            message(where_(), " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", i * n_ + j, ": collect the statistics again"));
+    }
+    [[noreturn, gnu::cold]] void blame(std::size_t i, std::size_t j, double lower, double upper, double tolerated) const
+    {
+        if (!std::isfinite(lower)) { blame_nonfinite(lower, i, j); }
+        if (!std::isfinite(upper)) { blame_nonfinite(upper, j, i); }
+        if (std::abs(lower - upper) > tolerated) {
+            raise<invalid_argument>(message(where_(), " is not symmetric: ", lower, " at (", i, ", ", j, ") but ", upper, " at (", j, ", ", i, ")"));
+        }
+        raise<invalid_argument>(message(where_(), " is no Gram matrix: its entry ", lower, " at (", i, ", ", j, ") is larger than its diagonal allows"));
+    }
+
+    aligned_tensor::operand from_;
+    std::size_t n_;
+    std::function<std::string()> where_;
+    std::span<double> diagonal_;
+};
+
+} // namespace detail
 
 template <>
 class detail::merger<regmean_options> {
@@ -133,7 +221,6 @@ public:
 
 private:
     static constexpr std::size_t panel = 256; // columns of W, and rows of G, in f64 at a time
-    static constexpr std::size_t tile = 128; // square pieces of G, checked and summed
 
     struct layer {
         std::size_t tensor = 0;
@@ -154,7 +241,7 @@ private:
                 : mean(in * panel, memory)
                 , deviation(in * panel, memory)
                 , image(in * panel, memory)
-                , rows(std::max(in * panel, 2 * tile * tile), memory)
+                , rows(std::max(in * panel, 2 * stored_gram::tile * stored_gram::tile), memory)
                 , raw(block_size, memory)
             { }
             std::pmr::vector<double> mean, deviation, image, rows, raw;
@@ -228,19 +315,6 @@ private:
         return {static_cast<const std::byte*>(gram.data), gram.dtype};
     }
 
-    /// `count` elements from `offset` on, in f64. Returns their largest magnitude bits.
-    static std::uint64_t read(const aligned_tensor::operand& from, std::uint64_t offset, std::size_t count, double* out, std::pmr::vector<double>& raw)
-    {
-        std::uint64_t largest = 0;
-        for (std::size_t at = 0; at < count; at += block_size) {
-            const std::size_t n = std::min(block_size, count - at);
-            largest = std::max(largest, with_elements(from, offset + at, n, reinterpret_cast<std::byte*>(raw.data()), [&](const auto* values) {
-                return kernels::widen(values, out + at, n);
-            }));
-        }
-        return largest;
-    }
-
     [[noreturn, gnu::cold]] static void blame(
         std::string_view what, const double* values, std::size_t count, const std::function<std::uint64_t(std::size_t)>& index)
     {
@@ -260,7 +334,8 @@ private:
         const aligned_tensor& tensor = models.tensors()[one.tensor];
         double trace = 0;
         for (std::size_t i = 0; i < one.in; ++i) { trace += system(i, i); }
-        const double lift = options_.ridge * trace / static_cast<double>(one.in);
+        double lift = options_.ridge * trace / static_cast<double>(one.in);
+        if (trace == 0 && options_.ridge > 0) { lift = 1; } // no task has seen an input: the average, whatever is added
         std::size_t unseen = one.in;
         for (std::size_t i = one.in; i-- > 0;) {
             system(i, i) += lift;
@@ -285,70 +360,19 @@ private:
     /// system = Σ wt·G̃t (lower triangle), each Gram checked to be one.
     void assemble(const cpu& policy, const aligned_models& models, const layer& one, system_memory& memory, matrix_view<double> system) const
     {
-        const std::size_t n = one.in, tiles = (n + tile - 1) / tile;
+        const std::size_t n = one.in;
         std::fill(memory.system.begin(), memory.system.begin() + static_cast<std::ptrdiff_t>(n * n), 0.0);
         for (std::size_t t = 0; t < weights_.size(); ++t) {
-            const auto& gram = one.grams[t];
-            const std::string& name = models.tensors()[one.tensor].name;
-            const auto where = [&] { return message("the Gram matrix of '", name, "' in ", label(t, models)); };
-            auto& diagonal = memory.diagonals;
-            for (std::size_t i = 0; i < n; ++i) {
-                (void)read(gram, i * n + i, 1, &diagonal[i], memory.panels[0].raw);
-                if (!std::isfinite(diagonal[i])) {
-                    blame(where(), &diagonal[i], 1, [&](std::size_t) { return i * n + i; });
-                }
-                if (diagonal[i] < 0) {
-                    raise<invalid_argument>(message(where(), " has ", diagonal[i], " at row and column ", i, ": a sum of squares cannot be negative"));
-                }
-            }
-            const double tolerance = gram.dtype == dtype::f64 ? 1e-9 : gram.dtype == dtype::f32 ? 1e-4 : 2e-2;
-            const cpu here = n < 512 ? sequential(policy) : policy;
-            std::vector<std::pmr::vector<double>*> rows, raw;
-            for (auto& worker : memory.panels) {
-                rows.push_back(&worker.rows);
-                raw.push_back(&worker.raw);
-            }
-            cpu bounded = here;
-            bounded.threads = static_cast<unsigned>(std::min(worker_count(here, tiles), rows.size()));
-            for_each_index(bounded, tiles, [&](std::size_t tile_row, std::size_t worker) {
-                double *const below = rows[worker]->data(), *const above = below + tile * tile;
-                const std::size_t r = tile_row * tile, height = std::min(tile, n - r);
-                for (std::size_t c = 0; c <= r; c += tile) {
-                    const std::size_t width = std::min(tile, n - c);
-                    std::uint64_t largest = 0;
-                    for (std::size_t i = 0; i < height; ++i) {
-                        largest = std::max(largest, read(gram, (r + i) * n + c, width, below + i * tile, *raw[worker]));
-                    }
-                    for (std::size_t j = 0; j < width; ++j) {
-                        largest = std::max(largest, read(gram, (c + j) * n + r, height, above + j * tile, *raw[worker]));
-                    }
-                    for (std::size_t i = 0; i < height; ++i) {
-                        for (std::size_t j = 0; j < width && c + j <= r + i; ++j) {
-                            const double lower = below[i * tile + j], upper = above[j * tile + i];
-                            const double bound = std::sqrt(diagonal[r + i]) * std::sqrt(diagonal[c + j]);
-                            if (!(std::abs(lower - upper) <= tolerance * bound)) { blame_entry(where(), r + i, c + j, lower, upper, n, true); }
-                            if (!(std::abs(lower) <= (1 + 10 * tolerance) * bound)) { blame_entry(where(), r + i, c + j, lower, upper, n, false); }
-                            const bool diagonal_entry = r + i == c + j;
-                            system(r + i, c + j) += weights_[t] * (diagonal_entry ? lower : options_.alpha * (0.5 * (lower + upper)));
-                        }
-                    }
-                }
+            const auto where = [&, t] { return message("the Gram matrix of '", models.tensors()[one.tensor].name, "' in ", label(t, models)); };
+            const stored_gram gram(one.grams[t], n, where, memory.diagonals, memory.panels[0].raw.data());
+            cpu bounded = n < 512 ? sequential(policy) : policy;
+            bounded.threads = static_cast<unsigned>(std::min(worker_count(bounded, gram.tile_rows()), memory.panels.size()));
+            for_each_index(bounded, gram.tile_rows(), [&](std::size_t tile_row, std::size_t worker) {
+                auto& buffers = memory.panels[worker];
+                gram.for_each_entry(tile_row, buffers.rows.data(), buffers.raw.data(),
+                    [&](std::size_t i, std::size_t j, double value) { system(i, j) += weights_[t] * (i == j ? value : options_.alpha * value); });
             });
         }
-    }
-
-    [[noreturn, gnu::cold]] static void blame_entry(
-        const std::string& where, std::size_t i, std::size_t j, double lower, double upper, std::size_t n, bool asymmetric)
-    {
-        for (const auto& [value, index] : {std::pair{lower, i * n + j}, std::pair{upper, j * n + i}}) {
-            if (!std::isfinite(value)) {
-                blame(where, &value, 1, [at = index](std::size_t) { return at; });
-            }
-        }
-        if (asymmetric) {
-            raise<invalid_argument>(message(where, " is not symmetric: ", lower, " at (", i, ", ", j, ") but ", upper, " at (", j, ", ", i, ")"));
-        }
-        raise<invalid_argument>(message(where, " is no Gram matrix: its entry ", lower, " at (", i, ", ", j, ") is larger than its diagonal allows"));
     }
 
     /// Wt of columns [first, first + count) of the in×out view.
@@ -360,7 +384,7 @@ private:
         const std::size_t runs = whole ? 1 : one.in, length = whole ? one.in * count : count;
         for (std::size_t run = 0; run < runs; ++run) {
             const std::uint64_t offset = whole ? first * one.in : run * one.out + first;
-            const std::uint64_t largest = read(tensor.tasks[t], offset, length, out + run * length, raw);
+            const std::uint64_t largest = stored_gram::read(tensor.tasks[t], offset, length, out + run * length, raw.data());
             if (largest >= exponent_mask<double> && models.options().on_nonfinite == nonfinite::error) {
                 blame(message("tensor '", tensor.name, "' of ", models.label(t)), out + run * length, length, [&](std::size_t i) { return offset + i; });
             }
@@ -388,7 +412,7 @@ private:
             kernels::accumulate(change, mean, -1.0, size);
             for (std::size_t r = 0; r < n; r += panel) {
                 const std::size_t height = std::min(panel, n - r);
-                (void)read(one.grams[t], r * n, height * n, memory.rows.data(), memory.raw);
+                (void)stored_gram::read(one.grams[t], r * n, height * n, memory.rows.data(), memory.raw.data());
                 for (std::size_t i = 0; i < height; ++i) {
                     double* const row = memory.rows.data() + i * n;
                     const double kept = row[r + i];
