@@ -11,53 +11,96 @@
 
 using namespace golden;
 
+namespace {
+
+/// Model `kind`N of a group, for each of three tasks.
+std::vector<const_model_ref> of_tasks(const file& from, const test_case& which, const std::string& kind)
+{
+    std::vector<const_model_ref> all;
+    for (int t = 0; t < 3; ++t) { all.push_back(from.part(which.about.at("input").get<std::string>() + "/input/" + kind + std::to_string(t))); }
+    return all;
+}
+
+template <class Options>
+void check_merge(const Options& options, const std::vector<const_model_ref>& tasks, const const_model_ref& expected, const test_case& which)
+{
+    for (const unsigned threads : {1u, 3u}) {
+        owned_model out(expected);
+        for (const auto& [name, tensor] : out.model()) { std::memset(tensor.data, 0x55, tensor.bytes()); }
+        merge(cpu{.threads = threads}, options, std::span<const const_model_ref>(tasks), out.model());
+        check_equal(out.model(), expected, which.tolerance(), which.name);
+    }
+}
+
+/// Every element plus a constant.
+void add_constant(const model_ref& model, double constant)
+{
+    for (const auto& [name, tensor] : model) {
+        visit_storage(tensor.dtype, name, [&, &tensor = tensor]<class T>(std::type_identity<T>) {
+            auto* const values = static_cast<T*>(tensor.data);
+            for (std::size_t i = 0; i < tensor.size(); ++i) { values[i] = static_cast<T>(static_cast<double>(values[i]) + constant); }
+        });
+    }
+}
+
+void check_fisher_merges(const std::string& path, int cases, int differences)
+{
+    const file from(path);
+    for (const auto& which : from.cases()) {
+        if (which.method() != "fisher") { continue; }
+        const auto tasks = from.tasks(which);
+        fisher_options options{.fishers = of_tasks(from, which, "fisher"),
+            .weights = which.options().at("weights"),
+            .normalize = which.options().at("normalize"),
+            .floor = which.options().at("floor")};
+        check_merge(options, tasks, from.part(which.name + "/expected"), which);
+        --cases;
+        if (!which.options().contains("peer_adds")) { continue; }
+        // What the peer adds to every Fisher is the whole difference.
+        std::vector<owned_model> lifted(options.fishers.begin(), options.fishers.end());
+        for (std::size_t t = 0; t < lifted.size(); ++t) {
+            add_constant(lifted[t].model(), which.options().at("peer_adds"));
+            options.fishers[t] = const_model_ref(lifted[t].model());
+        }
+        check_merge(options, tasks, from.part(which.name + "/peer"), which);
+        --differences;
+    }
+    CHECK(cases == 0);
+    CHECK(differences == 0);
+}
+
+void check_regmean_merges(const std::string& path, int cases)
+{
+    const file from(path);
+    for (const auto& which : from.cases()) {
+        if (which.method() != "regmean") { continue; }
+        check_merge(regmean_options{.grams = of_tasks(from, which, "gram"), .alpha = which.options().at("alpha")}, from.tasks(which),
+            from.part(which.name + "/expected"), which);
+        --cases;
+    }
+    CHECK(cases == 0);
+}
+
+} // namespace
+
 TEST_CASE("Fisher merges are the definition")
 {
-    const golden::file file("statistics/statistics.safetensors");
-    int count = 0;
-    for (const auto& which : file.cases()) {
-        if (which.method() != "fisher") { continue; }
-        const auto expected = file.part(which.name + "/expected");
-        const std::string group = which.about.at("input");
-        std::vector<const_model_ref> fishers;
-        for (int t = 0; t < 3; ++t) { fishers.push_back(file.part(group + "/input/fisher" + std::to_string(t))); }
-        const auto tasks = file.tasks(which);
-        for (const unsigned threads : {1u, 3u}) {
-            owned_model out(expected);
-            for (const auto& [name, tensor] : out.model()) { std::memset(tensor.data, 0x55, tensor.bytes()); }
-            const fisher_options options{.fishers = fishers,
-                .weights = which.options().at("weights"),
-                .normalize = which.options().at("normalize"),
-                .floor = which.options().at("floor")};
-            merge(cpu{.threads = threads}, options, std::span<const const_model_ref>(tasks), out.model());
-            check_equal(out.model(), expected, which.tolerance(), which.name);
-        }
-        ++count;
-    }
-    CHECK(count == 8);
+    check_fisher_merges("statistics/statistics.safetensors", 8, 0);
+}
+
+TEST_CASE("Fisher merges are fusion_bench's, but for what it adds to every Fisher")
+{
+    check_fisher_merges("statistics/fusion_bench.safetensors", 10, 2);
 }
 
 TEST_CASE("RegMean merges are the definition")
 {
-    const golden::file file("statistics/statistics.safetensors");
-    int count = 0;
-    for (const auto& which : file.cases()) {
-        if (which.method() != "regmean") { continue; }
-        const auto expected = file.part(which.name + "/expected");
-        const std::string group = which.about.at("input");
-        std::vector<const_model_ref> grams;
-        for (int t = 0; t < 3; ++t) { grams.push_back(file.part(group + "/input/gram" + std::to_string(t))); }
-        const auto tasks = file.tasks(which);
-        for (const unsigned threads : {1u, 3u}) {
-            owned_model out(expected);
-            for (const auto& [name, tensor] : out.model()) { std::memset(tensor.data, 0x55, tensor.bytes()); }
-            merge(cpu{.threads = threads}, regmean_options{.grams = grams, .alpha = which.options().at("alpha")}, std::span<const const_model_ref>(tasks),
-                out.model());
-            check_equal(out.model(), expected, which.tolerance(), which.name);
-        }
-        ++count;
-    }
-    CHECK(count == 8);
+    check_regmean_merges("statistics/statistics.safetensors", 8);
+}
+
+TEST_CASE("RegMean merges are fusion_bench's")
+{
+    check_regmean_merges("statistics/fusion_bench.safetensors", 6);
 }
 
 TEST_CASE("accumulators build the stored statistics from gradients and batches")
