@@ -117,16 +117,21 @@ public:
     template <storage_element T>
     [[nodiscard]] bool stored(const storage_word<T>*& base, std::span<const storage_word<T>*> tasks) const
     {
-        const auto usable = [&](const aligned_tensor::operand& from) {
-            return from.dtype == dtype_of<T> && reinterpret_cast<std::uintptr_t>(from.data) % alignof(T) == 0;
-        };
-        if (tasks.size() < task_count() || (tensor_->base.data && !usable(tensor_->base))) { return false; }
+        if (tasks.size() < task_count() || (tensor_->base.data && !usable<T>(tensor_->base))) { return false; }
         for (const auto& task : tensor_->tasks) {
-            if (!usable(task)) { return false; }
+            if (!usable<T>(task)) { return false; }
         }
-        const auto place = [&](const aligned_tensor::operand& from) { return reinterpret_cast<const storage_word<T>*>(from.data) + offset_; };
-        base = tensor_->base.data ? place(tensor_->base) : nullptr;
-        for (std::size_t t = 0; t < task_count(); ++t) { tasks[t] = place(tensor_->tasks[t]); }
+        base = tensor_->base.data ? place<T>(tensor_->base) : nullptr;
+        for (std::size_t t = 0; t < task_count(); ++t) { tasks[t] = place<T>(tensor_->tasks[t]); }
+        return true;
+    }
+    /// The same for task t alone.
+    template <storage_element T>
+    [[nodiscard]] bool stored_task(std::size_t t, const storage_word<T>*& base, const storage_word<T>*& task) const
+    {
+        if (!usable<T>(tensor_->tasks[t]) || (tensor_->base.data && !usable<T>(tensor_->base))) { return false; }
+        base = tensor_->base.data ? place<T>(tensor_->base) : nullptr;
+        task = place<T>(tensor_->tasks[t]);
         return true;
     }
     /// Tells check_finite() the largest magnitude bits that a fused kernel met: of its inputs, or of a result that NaN and
@@ -152,6 +157,16 @@ public:
     }
 
 private:
+    template <storage_element T>
+    [[nodiscard]] static bool usable(const aligned_tensor::operand& from) noexcept
+    {
+        return from.dtype == dtype_of<T> && reinterpret_cast<std::uintptr_t>(from.data) % alignof(T) == 0;
+    }
+    template <storage_element T>
+    [[nodiscard]] const storage_word<T>* place(const aligned_tensor::operand& from) const noexcept
+    {
+        return reinterpret_cast<const storage_word<T>*>(from.data) + offset_;
+    }
     [[nodiscard]] std::byte* raw() noexcept { return reinterpret_cast<std::byte*>(raw_.data()); }
 
     const A* load(const aligned_tensor::operand& from, A* out)

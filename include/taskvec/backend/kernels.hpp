@@ -8,6 +8,7 @@
 
 #include <taskvec/core/dtype.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -143,38 +144,103 @@ TASKVEC_NOINLINE void begin_sum(A* TASKVEC_RESTRICT sum, const A* TASKVEC_RESTRI
     }
 }
 
-/// sum += Σ weights[t] · (widen(tasks[t]) − widen(base)) over the stored words of N tasks; without a base when it is null.
-/// Each product and sum rounds, in task order. Returns the largest magnitude bits of the sum: NaN and infinity in an input
-/// cannot but reach it.
+/// How a fused kernel walks stored words: in steps of 32 bits, one f32 or two bf16, whose halves come apart and together again by
+/// shifts and masks alone. step_word reads at any address that suits T.
+template <storage_element T>
+inline constexpr std::size_t step_width = 4 / sizeof(storage_word<T>);
+using step_word = std::uint32_t __attribute__((aligned(2), may_alias));
+
+/// Element `lane` of a step.
+template <storage_element T>
+[[nodiscard]] inline float step_value(std::uint32_t step, std::size_t lane) noexcept
+{
+    return reinterpret_bits<float>(sizeof(T) == 4 ? step : lane == 0 ? step << 16 : step & 0xffff0000u);
+}
+/// Element `lane` rounded to T, in its place in a step; the other bits are 0. Infinities and finite values, and NaN as arithmetic makes it.
+template <storage_element T>
+[[nodiscard]] inline std::uint32_t step_of_finite(float value, std::size_t lane) noexcept
+{
+    const auto word = reinterpret_bits<std::uint32_t>(value);
+    if constexpr (sizeof(T) == 4) { return word; }
+    else {
+        const std::uint32_t rounded = word + 0x7fffu + ((word >> 16) & 1u);
+        return lane == 0 ? rounded >> 16 : rounded & 0xffff0000u;
+    }
+}
+/// The same for any value.
+template <storage_element T>
+[[nodiscard]] inline std::uint32_t step_of(float value, std::size_t lane) noexcept
+{
+    if constexpr (sizeof(T) == 4) { return reinterpret_bits<std::uint32_t>(value); }
+    else {
+        return static_cast<std::uint32_t>(f32_to_bf16(value)) << (16 * lane);
+    }
+}
+
+/// Steps that a fused kernel takes of every stream in turn: few enough that its rows stay in the first-level cache.
+inline constexpr std::size_t group_steps = 256;
+
+/// sums[lane][i] += Σ weights[t] · (tasks[t] − base) over the steps of N tasks; without a base when Difference is false. Each
+/// product and sum rounds, in task order. sums: step_width rows of group_steps.
 template <storage_element T, std::size_t N, bool Difference>
-TASKVEC_NOINLINE std::uint32_t add_stored(
-    const storage_word<T>* const* tasks, const storage_word<T>* TASKVEC_RESTRICT base, const float* weights, float* TASKVEC_RESTRICT sum, std::size_t n)
+TASKVEC_NOINLINE void add_stored(
+    const step_word* const* tasks, const step_word* TASKVEC_RESTRICT base, const float* weights, float* TASKVEC_RESTRICT sums, std::size_t n)
 {
     TASKVEC_STRICT_FP
-    const storage_word<T>* x[N];
+    constexpr std::size_t width = step_width<T>;
+    const step_word* x[N];
     float w[N];
     for (std::size_t t = 0; t < N; ++t) {
         x[t] = tasks[t];
         w[t] = weights[t];
     }
-    std::int32_t top = 0;
-    for (std::size_t begin = 0; begin < n; begin += fetch_group) {
-        const std::size_t end = begin + fetch_group < n ? begin + fetch_group : n;
-        for (std::size_t t = 0; t < N; ++t) { fetch_ahead(x[t] + begin); }
-        if constexpr (Difference) { fetch_ahead(base + begin); }
-        for (std::size_t i = begin; i < end; ++i) {
-            float s = sum[i];
-#pragma GCC unroll 4
-            for (std::size_t t = 0; t < N; ++t) {
-                float value = widen_word<float, T>(x[t][i]);
-                if constexpr (Difference) { value = value - widen_word<float, T>(base[i]); }
-                const float product = w[t] * value;
-                s = s + product;
-            }
-            sum[i] = s;
-            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(s));
-            top = magnitude > top ? magnitude : top;
+    for (std::size_t i = 0; i < n; ++i) {
+        float s[width], origin[width];
+        for (std::size_t lane = 0; lane < width; ++lane) {
+            s[lane] = sums[lane * group_steps + i];
+            if constexpr (Difference) { origin[lane] = step_value<T>(base[i], lane); }
         }
+#pragma GCC unroll 8
+        for (std::size_t t = 0; t < N; ++t) {
+            const std::uint32_t step = x[t][i];
+#pragma GCC unroll 2
+            for (std::size_t lane = 0; lane < width; ++lane) {
+                float value = step_value<T>(step, lane);
+                if constexpr (Difference) { value = value - origin[lane]; }
+                const float product = w[t] * value;
+                s[lane] = s[lane] + product;
+            }
+        }
+        for (std::size_t lane = 0; lane < width; ++lane) { sums[lane * group_steps + i] = s[lane]; }
+    }
+}
+
+/// out = base + factor · sum, or sum / factor when Difference is false. Returns the largest magnitude bits of the sums: NaN and
+/// infinity in an input cannot but reach them.
+template <storage_element T, bool Difference>
+TASKVEC_NOINLINE std::uint32_t finish_stored(
+    const float* TASKVEC_RESTRICT sums, const step_word* TASKVEC_RESTRICT base, float factor, std::uint32_t* TASKVEC_RESTRICT out, std::size_t n)
+{
+    TASKVEC_STRICT_FP
+    std::int32_t top = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        std::uint32_t step = 0;
+#pragma GCC unroll 2
+        for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
+            const float sum = sums[lane * group_steps + i];
+            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(sum));
+            top = magnitude > top ? magnitude : top;
+            float result;
+            if constexpr (Difference) {
+                const float change = factor * sum;
+                result = step_value<T>(base[i], lane) + change;
+            }
+            else {
+                result = sum / factor;
+            }
+            step |= step_of<T>(result, lane);
+        }
+        out[i] = step;
     }
     return static_cast<std::uint32_t>(top);
 }
@@ -242,6 +308,48 @@ inline void stream_copy(void* to, const void* from, std::size_t size)
 #else
     std::memcpy(to, from, size);
 #endif
+}
+
+/// Where a fused kernel puts the stored words of T that it makes, and whether past the cache.
+template <storage_element T>
+struct stored_output {
+    storage_word<T>* words = nullptr;
+    bool stream = false;
+
+    void put(std::size_t at, const void* from, std::size_t count) const
+    {
+        if (stream) { stream_copy(words + at, from, count * sizeof(T)); }
+        else {
+            std::memcpy(words + at, from, count * sizeof(T));
+        }
+    }
+};
+
+/// Calls run(step pointers of the tasks, step pointer of the base, first element, steps) for groups of group_steps steps of n stored
+/// words, and for the last element of an odd number of bf16 by itself, in steps of its own.
+template <storage_element T, std::size_t most, class Run>
+void for_each_group(const storage_word<T>* const* tasks, std::size_t count, const storage_word<T>* base, std::size_t n, Run&& run)
+{
+    constexpr std::size_t width = step_width<T>, group = group_steps * width;
+    const step_word* from[most]{};
+    const std::size_t whole = n - n % width;
+    for (std::size_t begin = 0; begin < whole; begin += group) {
+        for (std::size_t t = 0; t < count; ++t) {
+            from[t] = reinterpret_cast<const step_word*>(tasks[t] + begin);
+            fetch_ahead<group_steps>(from[t]);
+        }
+        if (base) { fetch_ahead<group_steps>(reinterpret_cast<const step_word*>(base + begin)); }
+        run(static_cast<const step_word* const*>(from), base ? reinterpret_cast<const step_word*>(base + begin) : nullptr, begin,
+            (begin + group < whole ? group : whole - begin) / width);
+    }
+    if (whole == n) { return; }
+    step_word last[most + 1]{};
+    for (std::size_t t = 0; t < count; ++t) {
+        std::memcpy(last + t, tasks[t] + whole, sizeof(T));
+        from[t] = last + t;
+    }
+    if (base) { std::memcpy(last + most, base + whole, sizeof(T)); }
+    run(static_cast<const step_word* const*>(from), base ? last + most : nullptr, whole, std::size_t{1});
 }
 
 /// Makes non-temporal stores visible to other threads; called once after a run of stream_copy().

@@ -35,6 +35,11 @@ public:
         weighted_sum(rows, weights_.get<A>(), merged, false);
         kernels::divide(merged, total<A>(), rows.size());
     }
+    template <storage_element T>
+    bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally&) const
+    {
+        return weighted_sum_stored<T, false>(rows, weights_.get<float>(), total<float>(), out);
+    }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
 private:

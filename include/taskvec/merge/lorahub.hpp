@@ -239,6 +239,12 @@ public:
         weighted_sum(rows, weights_.get<A>(), merged, from_base);
         if (from_base) { kernels::add_scaled(merged, rows.base(), A{1}, rows.size()); }
     }
+    template <storage_element T>
+    bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally&) const
+    {
+        const auto weights = weights_.get<float>();
+        return rows.models().has_base() ? weighted_sum_stored<T, true>(rows, weights, 1.0f, out) : weighted_sum_stored<T, false>(rows, weights, 1.0f, out);
+    }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
 private:

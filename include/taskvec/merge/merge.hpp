@@ -177,6 +177,15 @@ public:
             }
         });
     }
+    /// Where a fused kernel writes a block that is stored as T; without words where the output is stored otherwise, or misaligned.
+    template <storage_element T>
+    [[nodiscard]] kernels::stored_output<T> place(std::uint64_t offset)
+    {
+        if (tensor_->output_dtype != dtype_of<T>) { return {}; }
+        if (!direct_) { return {kernels::words(reinterpret_cast<T*>(buffer_.data()) + (offset - piece_->offset)), false}; }
+        if (reinterpret_cast<std::uintptr_t>(direct_) % alignof(T) != 0) { return {}; }
+        return {kernels::words(reinterpret_cast<T*>(direct_) + offset), stream_};
+    }
     void close()
     {
         if (direct_) {
@@ -195,6 +204,32 @@ private:
     const chunk* piece_ = nullptr;
     std::byte* direct_ = nullptr;
 };
+
+/// A method that can merge a block from stored words of one type to stored words of the same type in one sweep. fused() is false, and
+/// nothing is done, where it cannot: the rows then take over, and give the same bits.
+template <class Merger, class T>
+concept fuses = requires(const Merger& method, block<float>& rows, const kernels::stored_output<T>& out, merge_tally& tally)
+{
+    {
+        method.fused(rows, out, tally)
+        } -> std::same_as<bool>;
+};
+
+/// Merges an opened block and writes it.
+template <class Merger, arithmetic_element A>
+void merge_block(const Merger& method, block<A>& rows, row_writer& writer, merge_tally& tally)
+{
+    if constexpr (std::same_as<A, float> && fuses<Merger, bf16>) {
+        const auto fused = [&]<class T>(std::type_identity<T>) {
+            const auto out = writer.template place<T>(rows.offset());
+            return out.words && method.fused(rows, out, tally);
+        };
+        if (fused(std::type_identity<bf16>{}) || fused(std::type_identity<float>{})) { return; }
+    }
+    A* const merged = rows.scratch(0);
+    method(rows, merged, tally);
+    writer.write(rows.offset(), merged, rows.size());
+}
 
 /// Outputs larger than this do not stay in the cache: they are written past it.
 inline constexpr std::uint64_t streaming_bytes = std::uint64_t{8} << 20;
@@ -215,13 +250,8 @@ void merge_chunks(const cpu& policy, const aligned_models& models, const Merger&
         const aligned_tensor& tensor = models.tensors()[piece.tensor];
         row_writer& writer = writers[worker];
         writer.open(tensor, piece);
-        workspaces[worker].with_block(tensor, [&](auto& rows) {
-            for_each_block_of(rows, piece, [&](auto& opened) {
-                auto* const merged = opened.scratch(0);
-                method(opened, merged, tallies[index]);
-                writer.write(opened.offset(), merged, opened.size());
-            });
-        });
+        workspaces[worker].with_block(
+            tensor, [&](auto& rows) { for_each_block_of(rows, piece, [&](auto& opened) { merge_block(method, opened, writer, tallies[index]); }); });
         writer.close();
         if (!meter.advance(1)) { raise<cancelled>(); }
     });

@@ -116,65 +116,71 @@ TASKVEC_NOINLINE std::uint32_t count_conflicts(const A* TASKVEC_RESTRICT sign, c
     return static_cast<std::uint32_t>(nonzero - agreeing);
 }
 
-/// TIES in one loop over the stored words of N tasks, for weights that are all 1: difference, trim, election, mean and λ,
-/// with nothing but the result leaving the registers. The same operations in the same order as the row-by-row kernels
-/// (products by 1 left out). least[t]: the magnitude bits that an entry of task t must reach to be kept.
-/// `largest` receives the largest magnitude bits of the result.
+/// What a fused election adds up: Σ of the signs' bits (−1 for minus), entries whose sum is 0, those of them that some entry is not,
+/// and the largest magnitude bits of a sum.
+struct election_counts {
+    std::int32_t negative = 0, zero = 0, unresolved = 0, top = 0;
+};
+
+/// TIES in one loop over the stored words of N tasks, for weights that are all 1: difference, trim, election, mean and λ, with nothing
+/// but the result leaving the registers. The same operations in the same order as the row-by-row kernels, but for products by 1 and
+/// sums with a 0 that cannot change a bit. For finite sums only: counts.top tells, and NaN or infinity in an input cannot but reach it.
+/// least[t] ≥ 1: the magnitude bits that an entry of task t must reach to be kept. zero: what a sum of 0 elects.
 template <storage_element T, std::size_t N>
-TASKVEC_NOINLINE election_tally elect_stored(const storage_word<T>* const* tasks, const storage_word<T>* TASKVEC_RESTRICT base, const std::uint32_t* least,
-    float zero, float lambda, float* TASKVEC_RESTRICT out, std::size_t n, std::uint32_t& largest)
+TASKVEC_NOINLINE void elect_stored(const step_word* const* tasks, const step_word* TASKVEC_RESTRICT base, const std::int32_t* least, float zero, float lambda,
+    std::uint32_t* TASKVEC_RESTRICT out, std::size_t n, election_counts& counts)
 {
     TASKVEC_STRICT_FP
-    const storage_word<T>* x[N];
+    const step_word* x[N];
     std::int32_t bound[N];
     for (std::size_t t = 0; t < N; ++t) {
         x[t] = tasks[t];
-        bound[t] = static_cast<std::int32_t>(least[t]);
+        bound[t] = least[t];
     }
-    const std::uint32_t zero_flip = reinterpret_bits<std::uint32_t>(zero) & 0x80000000u;
+    const std::int32_t zero_side = zero < 0 ? -1 : 0;
     const bool zero_votes = zero != 0;
-    std::int32_t signs = 0, unresolved = 0, top = 0;
-    for (std::size_t begin = 0; begin < n; begin += fetch_group) {
-        const std::size_t end = begin + fetch_group < n ? begin + fetch_group : n;
-        for (std::size_t t = 0; t < N; ++t) { fetch_ahead(x[t] + begin); }
-        fetch_ahead(base + begin);
-        for (std::size_t i = begin; i < end; ++i) {
-            const float origin = widen_word<float, T>(base[i]);
-            float kept[N];
+    std::int32_t negative = 0, zeros = 0, unresolved = 0, top = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        std::uint32_t origins = base[i], step[N], made = 0;
+        for (std::size_t t = 0; t < N; ++t) { step[t] = x[t][i]; }
+#pragma GCC unroll 2
+        for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
+            const float origin = step_value<T>(origins, lane);
+            std::int32_t kept[N];
             float s = 0;
-            std::int32_t any = 0;
 #pragma GCC unroll 8
             for (std::size_t t = 0; t < N; ++t) {
-                const float delta = widen_word<float, T>(x[t][i]) - origin;
-                const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(delta));
-                kept[t] = magnitude >= bound[t] ? delta : 0.0f;
-                s = s + kept[t];
-                any |= static_cast<std::int32_t>(magnitude_bits(kept[t]));
+                const float delta = step_value<T>(step[t], lane) - origin;
+                kept[t] = static_cast<std::int32_t>(magnitude_bits(delta)) >= bound[t] ? reinterpret_bits<std::int32_t>(delta) : 0;
+                s = t == 0 ? reinterpret_bits<float>(kept[t]) : s + reinterpret_bits<float>(kept[t]);
             }
-            const bool positive = s > 0, negative = s < 0, none = s == 0;
-            signs += static_cast<std::int32_t>(positive) - static_cast<std::int32_t>(negative);
-            unresolved += static_cast<std::int32_t>(none & (any != 0));
-            // Seen with the elected sign turned to plus, an entry agrees when it is larger than 0.
-            const std::uint32_t flip = none ? zero_flip : (reinterpret_bits<std::uint32_t>(s) & 0x80000000u);
+            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(s));
+            top = magnitude > top ? magnitude : top;
+            const bool none = s == 0;
+            std::int32_t side = reinterpret_bits<std::int32_t>(s) >> 31; // all bits of a negative sum
+            negative += side;
+            zeros += none ? 1 : 0;
+            side = none ? zero_side : side;
             float total = 0, count = 0;
 #pragma GCC unroll 8
             for (std::size_t t = 0; t < N; ++t) {
-                const float turned = reinterpret_bits<float>(reinterpret_bits<std::uint32_t>(kept[t]) ^ flip);
-                total = total + (turned > 0 ? kept[t] : 0.0f);
-                count = count + (turned > 0 ? 1.0f : 0.0f);
+                const bool agrees = (kept[t] ^ side) > 0;
+                const float value = reinterpret_bits<float>(agrees ? kept[t] : 0), one = agrees ? 1.0f : 0.0f;
+                total = t == 0 ? value : total + value;
+                count = t == 0 ? one : count + one;
             }
-            const float mean = total / (count == 0 ? 1.0f : count);
-            float merged = (none & !zero_votes) ? 0.0f : mean;
-            merged = s == s ? merged : s;
-            const float change = lambda * merged;
-            const float result = origin + change;
-            out[i] = result;
-            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(result));
-            top = magnitude > top ? magnitude : top;
+            // A sum of 0 has entries of both signs, or none at all.
+            unresolved += (none & (count != 0)) ? 1 : 0;
+            const float mean = total / (count < 1.0f ? 1.0f : count);
+            const float change = lambda * ((none & !zero_votes) ? 0.0f : mean);
+            made |= step_of_finite<T>(origin + change, lane);
         }
+        out[i] = made;
     }
-    largest = static_cast<std::uint32_t>(top);
-    return {signs, static_cast<std::uint64_t>(unresolved)};
+    counts.negative += negative;
+    counts.zero += zeros;
+    counts.unresolved += unresolved;
+    counts.top = top > counts.top ? top : counts.top;
 }
 
 TASKVEC_KERNELS_END
@@ -232,15 +238,29 @@ election_tally elect_rows(const A* rows, std::size_t tasks, std::size_t stride, 
 /// The most tasks that a fused election takes.
 inline constexpr std::size_t fused_tasks = 8;
 
-/// The fused election for this number of tasks, or nullptr.
+/// The fused election over a run of stored words, to stored words. False where a sum was NaN or infinite: `out` is then to be made again,
+/// row by row. `tally` adds up.
 template <storage_element T>
-[[nodiscard]] auto* fused_election(std::size_t tasks) noexcept
+[[nodiscard]] bool elect_stored(const storage_word<T>* const* tasks, std::size_t count, const storage_word<T>* base, const std::int32_t* least, float zero,
+    float lambda, const kernels::stored_output<T>& out, std::size_t n, election_tally& tally)
 {
-    using kernel =
-        election_tally(const storage_word<T>* const*, const storage_word<T>*, const std::uint32_t*, float, float, float*, std::size_t, std::uint32_t&);
-    constexpr kernel* table[fused_tasks + 1] = {nullptr, &kernels::elect_stored<T, 1>, &kernels::elect_stored<T, 2>, &kernels::elect_stored<T, 3>,
+    using kernels::step_word;
+    using kernel = void(const step_word* const*, const step_word*, const std::int32_t*, float, float, std::uint32_t*, std::size_t, kernels::election_counts&);
+    static constexpr kernel* elect[fused_tasks] = {&kernels::elect_stored<T, 1>, &kernels::elect_stored<T, 2>, &kernels::elect_stored<T, 3>,
         &kernels::elect_stored<T, 4>, &kernels::elect_stored<T, 5>, &kernels::elect_stored<T, 6>, &kernels::elect_stored<T, 7>, &kernels::elect_stored<T, 8>};
-    return tasks <= fused_tasks ? table[tasks] : nullptr;
+    alignas(64) std::uint32_t made[kernels::group_steps];
+    kernels::election_counts counts;
+    std::size_t lanes = 0;
+    kernels::for_each_group<T, fused_tasks>(
+        tasks, count, base, n, [&](const step_word* const* from, const step_word* origin, std::size_t at, std::size_t steps) {
+            elect[count - 1](from, origin, least, zero, lambda, made, steps, counts);
+            out.put(at, made, std::min(steps * kernels::step_width<T>, n - at));
+            lanes += steps * kernels::step_width<T>;
+        });
+    // The lane beside the last of an odd number of bf16 holds zeros: it votes for nothing.
+    tally.sign_sum += static_cast<std::int64_t>(lanes) + 2 * std::int64_t{counts.negative} - std::int64_t{counts.zero};
+    tally.unresolved += static_cast<std::uint64_t>(counts.unresolved);
+    return static_cast<std::uint32_t>(counts.top) < exponent_mask<float>;
 }
 
 } // namespace detail

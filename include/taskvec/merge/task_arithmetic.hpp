@@ -34,6 +34,11 @@ public:
         weighted_sum(rows, weights_.get<A>(), merged, true);
         kernels::add_scaled(merged, rows.base(), static_cast<A>(lambda_), rows.size());
     }
+    template <storage_element T>
+    bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally&) const
+    {
+        return weighted_sum_stored<T, true>(rows, weights_.get<float>(), static_cast<float>(lambda_), out);
+    }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
 private:

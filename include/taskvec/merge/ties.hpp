@@ -106,8 +106,7 @@ public:
     void operator()(block<A>& rows, A* merged, merge_tally& tally) const
     {
         const std::size_t tasks = rows.task_count(), n = rows.size();
-        const std::size_t tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
-        const A zero = static_cast<A>(signs_[tensor]), lambda = static_cast<A>(options_.lambda);
+        const A zero = static_cast<A>(signs_[sign_of(rows)]), lambda = static_cast<A>(options_.lambda);
         const A* factors;
         if constexpr (std::same_as<A, double>) { factors = wide_.data(); }
         else {
@@ -119,13 +118,42 @@ public:
                 counting ? &tally.kept : nullptr, counting ? &tally.conflicting : nullptr));
     }
 
-    /// The whole of TIES on a block in one fused kernel, where there is one: the mean with weights of 1 over a few tasks
-    /// that are stored alike. threshold(t) is that of task t. False, and nothing done, otherwise.
-    template <class Threshold>
-    bool fused(block<float>& rows, float* merged, merge_tally& tally, Threshold&& threshold) const
+    /// The whole of TIES on a block in one fused kernel, where there is one: the mean with weights of 1 over a few finite tasks
+    /// that are stored alike. threshold(t) is that of task t. False, and nothing said, otherwise.
+    template <storage_element T, class Threshold>
+    bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally& tally, Threshold&& threshold) const
     {
-        return unit_mean_ && !rows.models().options().statistics
-            && (fused_as<bf16>(rows, merged, tally, threshold) || fused_as<float>(rows, merged, tally, threshold));
+        const std::size_t tasks = rows.task_count();
+        const storage_word<T>* base = nullptr;
+        std::array<const storage_word<T>*, fused_tasks> stored;
+        if (!unit_mean_ || rows.models().options().statistics || tasks > fused_tasks || !rows.template stored<T>(base, stored)) { return false; }
+        // Along a block the bound changes only where a task's last kept equal entry lies: cut there.
+        std::array<top_k_threshold<float>, fused_tasks> thresholds;
+        for (std::size_t t = 0; t < tasks; ++t) {
+            thresholds[t] = threshold(t);
+            if (thresholds[t].magnitude >= exponent_mask<float>) { return false; }
+        }
+        election_tally seen;
+        for (std::size_t at = 0; at < rows.size();) {
+            std::size_t end = rows.size();
+            std::array<std::int32_t, fused_tasks> least;
+            std::array<const storage_word<T>*, fused_tasks> from;
+            for (std::size_t t = 0; t < tasks; ++t) {
+                const std::uint64_t place = rows.position() + at;
+                const bool equal_kept = place < thresholds[t].equal_end;
+                if (equal_kept) { end = static_cast<std::size_t>(std::min<std::uint64_t>(end, thresholds[t].equal_end - rows.position())); }
+                least[t] = std::max(1, static_cast<std::int32_t>(thresholds[t].magnitude) + (equal_kept ? 0 : 1)); // a kept 0 is no entry
+                from[t] = stored[t] + at;
+            }
+            const kernels::stored_output<T> place{out.words + at, out.stream};
+            if (!elect_stored<T>(from.data(), tasks, base + at, least.data(), static_cast<float>(signs_[sign_of(rows)]), static_cast<float>(options_.lambda),
+                    place, end - at, seen)) {
+                return false;
+            }
+            at = end;
+        }
+        add(tally, seen);
+        return true;
     }
 
     /// Once every chunk has voted: sets the majority, and names the chunks that must be merged again because they held a
@@ -155,37 +183,11 @@ private:
         tally.unresolved += seen.unresolved;
     }
 
-    template <storage_element T, class Threshold>
-    bool fused_as(block<float>& rows, float* merged, merge_tally& tally, Threshold&& threshold) const
+    /// The place in signs_ of a block's tensor.
+    template <arithmetic_element A>
+    [[nodiscard]] static std::size_t sign_of(const block<A>& rows) noexcept
     {
-        const std::size_t tasks = rows.task_count();
-        const auto kernel = fused_election<T>(tasks);
-        const storage_word<T>* base = nullptr;
-        std::array<const storage_word<T>*, fused_tasks> stored;
-        if (!kernel || !rows.template stored<T>(base, stored)) { return false; }
-        // Along a block the bound changes only where a task's last kept equal entry lies: cut there.
-        std::array<top_k_threshold<float>, fused_tasks> thresholds;
-        for (std::size_t t = 0; t < tasks; ++t) { thresholds[t] = threshold(t); }
-        const std::size_t tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
-        for (std::size_t at = 0; at < rows.size();) {
-            std::size_t end = rows.size();
-            std::array<std::uint32_t, fused_tasks> least;
-            std::array<const storage_word<T>*, fused_tasks> from;
-            for (std::size_t t = 0; t < tasks; ++t) {
-                const std::uint64_t place = rows.position() + at;
-                const bool equal_kept = place < thresholds[t].equal_end;
-                if (equal_kept) { end = static_cast<std::size_t>(std::min<std::uint64_t>(end, thresholds[t].equal_end - rows.position())); }
-                least[t] = thresholds[t].magnitude + (equal_kept ? 0u : 1u);
-                from[t] = stored[t] + at;
-            }
-            std::uint32_t largest = 0;
-            add(tally,
-                kernel(from.data(), base + at, least.data(), static_cast<float>(signs_[tensor]), static_cast<float>(options_.lambda), merged + at, end - at,
-                    largest));
-            rows.note(largest);
-            at = end;
-        }
-        return true;
+        return static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
     }
 
     /// What a zero sum elects before the majority is known.
@@ -214,18 +216,24 @@ public:
     template <arithmetic_element A>
     void operator()(block<A>& rows, A* merged, merge_tally& tally) const
     {
-        const std::size_t tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
-        const auto threshold = [&](std::size_t t) { return thresholds_.template get<A>(tensor, t); };
-        if constexpr (std::same_as<A, float>) {
-            if (election_.fused(rows, merged, tally, threshold)) { return; }
-        }
-        for (std::size_t t = 0; t < rows.task_count(); ++t) { kernels::trim(rows.mutable_delta(t), rows.size(), rows.position(), threshold(t)); }
+        for (std::size_t t = 0; t < rows.task_count(); ++t) { kernels::trim(rows.mutable_delta(t), rows.size(), rows.position(), threshold(rows, t)); }
         election_(rows, merged, tally);
+    }
+    template <storage_element T>
+    bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally& tally) const
+    {
+        return election_.fused(rows, out, tally, [&](std::size_t t) { return threshold(rows, t); });
     }
     std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies) { return election_.settle(models, tallies); }
     [[nodiscard]] unsigned walks() const noexcept { return thresholds_.walks(); }
 
 private:
+    template <arithmetic_element A>
+    [[nodiscard]] top_k_threshold<A> threshold(const block<A>& rows, std::size_t t) const
+    {
+        return thresholds_.template get<A>(static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data()), t);
+    }
+
     election election_;
     trim_thresholds thresholds_;
 };

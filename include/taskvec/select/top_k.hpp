@@ -121,6 +121,74 @@ TASKVEC_NOINLINE std::size_t collect(const A* TASKVEC_RESTRICT x, std::size_t n,
     return count;
 }
 
+/// What a look at stored words finds: magnitudes above a bracket and inside it, and the largest magnitude bits.
+struct magnitude_counts {
+    std::uint32_t above = 0, inside = 0, largest = 0;
+};
+
+/// Counts the magnitudes of x − base (of x when Difference is false) above `high` and in [low, high], over n steps of stored words.
+template <storage_element T, bool Difference>
+TASKVEC_NOINLINE void count_stored(
+    const step_word* TASKVEC_RESTRICT x, const step_word* TASKVEC_RESTRICT base, std::size_t n, std::uint32_t low, std::uint32_t high, magnitude_counts& counts)
+{
+    TASKVEC_STRICT_FP
+    const std::int32_t lower = static_cast<std::int32_t>(low), upper = static_cast<std::int32_t>(high);
+    std::int32_t above = 0, reached = 0, top = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+#pragma GCC unroll 2
+        for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
+            float value = step_value<T>(x[i], lane);
+            if constexpr (Difference) { value = value - step_value<T>(base[i], lane); }
+            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(value));
+            above += magnitude > upper ? 1 : 0;
+            reached += magnitude >= lower ? 1 : 0;
+            top = magnitude > top ? magnitude : top;
+        }
+    }
+    counts.above += static_cast<std::uint32_t>(above);
+    counts.inside += static_cast<std::uint32_t>(reached - above);
+    counts.largest = counts.largest < static_cast<std::uint32_t>(top) ? static_cast<std::uint32_t>(top) : counts.largest;
+}
+
+#if defined(__AVX512F__)
+/// count_stored() that also appends the magnitudes in [low, high] to `out`, from out[counts.inside] on and in no particular order; out has
+/// room for 16 more than there are.
+template <storage_element T, bool Difference>
+TASKVEC_NOINLINE void collect_stored(const step_word* TASKVEC_RESTRICT x, const step_word* TASKVEC_RESTRICT base, std::size_t n, std::uint32_t low,
+    std::uint32_t high, std::uint32_t* TASKVEC_RESTRICT out, magnitude_counts& counts)
+{
+    const __m512i clear = _mm512_set1_epi32(0x7fffffff), lower = _mm512_set1_epi32(static_cast<int>(low)), upper = _mm512_set1_epi32(static_cast<int>(high)),
+                  second = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    const auto value = [&](__m512i steps, std::size_t lane) {
+        return sizeof(T) == 4 ? steps : lane == 0 ? _mm512_slli_epi32(steps, 16) : _mm512_and_si512(steps, second);
+    };
+    __m512i top = _mm512_setzero_si512();
+    std::size_t inside = counts.inside, above = 0;
+    for (std::size_t i = 0; i < n; i += 16) {
+        const __mmask16 there = static_cast<__mmask16>(n - i >= 16 ? 0xffffu : (1u << (n - i)) - 1u);
+        const __m512i steps = _mm512_maskz_loadu_epi32(there, x + i);
+        __m512i origin = steps;
+        if constexpr (Difference) { origin = _mm512_maskz_loadu_epi32(there, base + i); }
+#pragma GCC unroll 2
+        for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
+            __m512i found = value(steps, lane);
+            if constexpr (Difference) { found = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(found), _mm512_castsi512_ps(value(origin, lane)))); }
+            const __m512i magnitude = _mm512_and_si512(found, clear);
+            top = _mm512_max_epi32(top, magnitude);
+            const __mmask16 reached = _mm512_mask_cmpge_epi32_mask(there, magnitude, lower), over = _mm512_mask_cmpgt_epi32_mask(there, magnitude, upper);
+            const auto hit = static_cast<__mmask16>(reached & ~over);
+            _mm512_storeu_si512(out + inside, _mm512_maskz_compress_epi32(hit, magnitude));
+            inside += static_cast<std::size_t>(__builtin_popcount(hit));
+            above += static_cast<std::size_t>(__builtin_popcount(over));
+        }
+    }
+    counts.inside = static_cast<std::uint32_t>(inside);
+    counts.above += static_cast<std::uint32_t>(above);
+    const auto largest = static_cast<std::uint32_t>(_mm512_reduce_max_epi32(top));
+    counts.largest = counts.largest < largest ? largest : counts.largest;
+}
+#endif
+
 /// Zeroes the entries whose magnitude is below `least`.
 template <arithmetic_element A>
 TASKVEC_NOINLINE void keep_at_least(A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> least)
@@ -283,16 +351,17 @@ private:
             // Neighbours are alike, so the sample's rank is a little less certain than that of independent draws.
             const double margin = 3.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
             const double first = share * m - margin, last = share * m + margin;
-            const auto ranked = [&](double rank) { // the sample's entry of that rank, largest first
-                const auto place = sample.begin() + static_cast<std::ptrdiff_t>(std::min(m - 1, std::max(0.0, rank)));
-                std::nth_element(sample.begin(), place, sample.end(), std::greater<>());
-                return *place;
-            };
-            a.high = first < 0 ? c.high : ranked(first);
-            a.low = last >= m ? c.low : ranked(last);
+            // The sample's entries of three ranks, largest first: each is looked for among those that the one before left.
+            const auto place = [&](double rank) { return sample.begin() + static_cast<std::ptrdiff_t>(std::min(m - 1, std::max(0.0, rank))); };
+            const auto upper = place(first), lower = place(last), middle = place(share * m);
+            std::nth_element(sample.begin(), upper, sample.end(), std::greater<>());
+            std::nth_element(upper, lower, sample.end(), std::greater<>());
+            std::nth_element(upper, middle, lower, std::greater<>());
+            a.high = first < 0 ? c.high : *upper;
+            a.low = last >= m ? c.low : *lower;
             // One value that fills the bracket and more is looked at alone: its equals are counted, not collected.
-            const bits middle = ranked(share * m);
-            if (static_cast<double>(std::count(sample.begin(), sample.end(), middle)) > margin) { a.low = a.high = middle; }
+            const bits value = *middle;
+            if (static_cast<double>(std::count(sample.begin(), sample.end(), value)) > margin) { a.low = a.high = value; }
             a.collecting = true;
             return;
         }
@@ -313,6 +382,13 @@ private:
                 for_each_block_of(rows, piece, [&](block<B>& opened) {
                     for (std::size_t t = 0; t < attempts.size(); ++t) {
                         if (!attempts[t].active) { continue; }
+                        if constexpr (std::same_as<A, float> && std::same_as<B, float>) {
+                            collected& into = seen[worker][t];
+                            if (look_stored<float>(attempts[t], opened, t, into, index, share, inside_of[t])
+                                || look_stored<bf16>(attempts[t], opened, t, into, index, share, inside_of[t])) {
+                                continue;
+                            }
+                        }
                         const B* const stored = opened.stored_delta(t); // not read yet: counting does it
                         const B* const values = stored ? stored : opened.delta(t);
                         if constexpr (std::same_as<A, B>) {
@@ -332,13 +408,71 @@ private:
         });
     }
 
+    /// look() straight at the stored words of task t, where it and the base (if there is one) are stored as T; false otherwise, and where
+    /// entries must be binned, or collected without an instruction for it.
+    template <storage_element T>
+    static bool look_stored(
+        const attempt& a, block<float>& rows, std::size_t t, collected& into, std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
+    {
+        const storage_word<T>*x = nullptr, *base = nullptr;
+        const bool collecting = a.collecting && a.low != a.high && !into.overflow;
+        if (a.counting_bins || !rows.template stored_task<T>(t, base, x)) { return false; }
+#if !defined(__AVX512F__)
+        if (collecting) { return false; }
+#endif
+        const auto low = static_cast<std::uint32_t>(a.low), high = static_cast<std::uint32_t>(a.high);
+        kernels::magnitude_counts counts;
+        std::array<std::uint32_t, block_size + 16> values;
+        constexpr std::size_t width = kernels::step_width<T>;
+        const auto see = [&](const kernels::step_word* from, const kernels::step_word* origin, std::size_t steps) {
+#if defined(__AVX512F__)
+            if (collecting) {
+                return base ? kernels::collect_stored<T, true>(from, origin, steps, low, high, values.data(), counts)
+                            : kernels::collect_stored<T, false>(from, origin, steps, low, high, values.data(), counts);
+            }
+#endif
+            return base ? kernels::count_stored<T, true>(from, origin, steps, low, high, counts)
+                        : kernels::count_stored<T, false>(from, origin, steps, low, high, counts);
+        };
+        kernels::for_each_group<T, 1>(
+            &x, 1, base, rows.size(), [&](const kernels::step_word* const* from, const kernels::step_word* origin, std::size_t at, std::size_t steps) {
+                see(*from, origin, steps);
+                // The lane beside the last of an odd number of bf16 holds a 0 that is no entry; it comes last.
+                if (at + steps * width > rows.size() && low == 0) { --counts.inside; }
+            });
+        rows.note(counts.largest);
+        into.above += counts.above;
+        into.inside += counts.inside;
+        inside_of[index] += counts.inside;
+        if (collecting && counts.inside > 0) { keep(into, index, share, values.data(), counts.inside); }
+        return true;
+    }
+
+    /// Appends collected magnitudes of a chunk, or gives up collecting when there is no room.
+    template <class Magnitude>
+    static void keep(collected& into, std::size_t index, std::size_t share, const Magnitude* values, std::size_t count)
+    {
+        const std::size_t begin = into.values.size(), end = begin + count;
+        if (end > share) {
+            into.overflow = true;
+            into.values = {};
+            into.segments = {};
+            return;
+        }
+        into.values.insert(into.values.end(), values, values + count);
+        if (!into.segments.empty() && into.segments.back().chunk == index) { into.segments.back().end = end; }
+        else {
+            into.segments.push_back({index, begin, end});
+        }
+    }
+
     /// Counts a row, and collects or bins what lies inside the bracket. Returns the largest magnitude bits.
     static bits look(
-        const attempt& a, const A* values, std::size_t n, collected& into, std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
+        const attempt& a, const A* row, std::size_t n, collected& into, std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
     {
         std::array<std::uint8_t, block_size / kernels::count_group> groups;
         bits largest = 0;
-        into.above += kernels::count_groups(values, n, a.low, a.high, groups.data(), largest);
+        into.above += kernels::count_groups(row, n, a.low, a.high, groups.data(), largest);
         const std::size_t group_count = (n + kernels::count_group - 1) / kernels::count_group;
         std::uint32_t inside = 0;
         for (std::size_t g = 0; g < group_count; ++g) { inside += groups[g]; }
@@ -348,31 +482,20 @@ private:
         if (a.counting_bins) {
             if (into.bins.empty()) { into.bins.assign(std::size_t{1} << bin_bits, 0); }
             for (std::size_t i = 0; i < n; ++i) {
-                const bits magnitude = magnitude_bits(values[i]);
+                const bits magnitude = magnitude_bits(row[i]);
                 if (magnitude >= a.low && magnitude <= a.high) { ++into.bins[static_cast<std::size_t>((magnitude - a.low) >> a.shift)]; }
             }
         }
         if (!a.collecting || a.low == a.high || into.overflow) { return largest; }
-        if (into.values.size() + inside > share) {
-            into.overflow = true;
-            into.values = {};
-            into.segments = {};
-            return largest;
-        }
-        const std::size_t begin = into.values.size();
-        into.values.resize(begin + inside + kernels::count_group);
-        std::size_t end = begin;
+        std::array<bits, block_size + kernels::count_group> values;
+        std::size_t count = 0;
         for (std::size_t g = 0; g < group_count; ++g) {
             if (groups[g]) {
                 const std::size_t at = g * kernels::count_group;
-                end += kernels::collect(values + at, std::min(kernels::count_group, n - at), a.low, a.high, into.values.data() + end);
+                count += kernels::collect(row + at, std::min(kernels::count_group, n - at), a.low, a.high, values.data() + count);
             }
         }
-        into.values.resize(end);
-        if (!into.segments.empty() && into.segments.back().chunk == index) { into.segments.back().end = end; }
-        else {
-            into.segments.push_back({index, begin, end});
-        }
+        keep(into, index, share, values.data(), count);
         return largest;
     }
 
