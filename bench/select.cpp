@@ -1,8 +1,8 @@
-// The exact k-th magnitude of 2^26 values, in read sweeps, beside std::nth_element.
+// The exact k-th magnitude of 2^26 values, in read sweeps, beside std::nth_element; and that of bf16 task vectors.
 // SPDX-License-Identifier: Apache-2.0
 #include "ceiling.hpp"
 
-#include <taskvec/select/top_k.hpp>
+#include <taskvec/select/thresholds.hpp>
 
 #include <benchmark/benchmark.h>
 
@@ -61,6 +61,35 @@ void kth(benchmark::State& state)
     state.counters["walks"] = walks;
 }
 
+// The thresholds of three bf16 task vectors of 2^24 entries over their common base: what TIES looks for first.
+void task_vectors(benchmark::State& state)
+{
+    constexpr std::size_t n = std::size_t{1} << 24;
+    std::mt19937 generator(1);
+    std::normal_distribution<float> normal(0.0f, 0.02f);
+    std::vector<float> draws(1u << 16);
+    for (auto& draw : draws) { draw = normal(generator); }
+    std::vector<std::vector<bf16>> memory(4, std::vector<bf16>(n));
+    std::vector<const_model_ref> models(4);
+    for (std::size_t m = 0; m < 4; ++m) {
+        for (std::size_t i = 0; i < n; ++i) { memory[m][i] = narrow<bf16>(draws[i & 0xffff] + (m == 0 ? 0.0f : 0.1f * draws[(i * 7 + m * 131) & 0xffff])); }
+        models[m].insert("w", {memory[m].data(), dtype::bf16, {static_cast<std::int64_t>(n)}, {}, memory_space::host, 0});
+    }
+    const aligned_models aligned(&models[0], std::span(models).subspan(1));
+    const cpu policy{.threads = static_cast<unsigned>(state.range(0))};
+    bench::ceiling ceiling;
+    unsigned walks = 0;
+    std::vector<double> ratios;
+    for (auto _ : state) {
+        const double sweep = ceiling(4.0 * n * sizeof(bf16), 0);
+        const double time = bench::seconds([&] { walks = trim_thresholds(policy, aligned, 0.2, scope::model).walks(); });
+        state.SetIterationTime(time);
+        ratios.push_back(time / sweep);
+    }
+    state.counters["sweeps"] = bench::median(ratios);
+    state.counters["walks"] = walks;
+}
+
 void nth_element(benchmark::State& state)
 {
     const auto x = values(normal);
@@ -75,4 +104,5 @@ void nth_element(benchmark::State& state)
 } // namespace
 
 BENCHMARK(kth)->ArgsProduct({{normal, equal, few, sorted, exponents}, {1}})->Args({normal, 2})->UseManualTime()->Iterations(5);
+BENCHMARK(task_vectors)->Arg(1)->Arg(2)->UseManualTime()->Iterations(7);
 BENCHMARK(nth_element)->UseManualTime()->Iterations(1);
