@@ -26,6 +26,7 @@ def configurations():
         "patterns_rslora": LoraConfig(r=3, lora_alpha=6, target_modules=[Q, V], use_rslora=True, rank_pattern={Q: 4}, alpha_pattern={"^layers.0.attn.q_proj": 5}),
         "fan_in_fan_out": LoraConfig(r=2, lora_alpha=3, target_modules=[FC], fan_in_fan_out=True),
         "embedding": LoraConfig(r=2, lora_alpha=4, target_modules=["embed", Q]),
+        "embedding_saved": LoraConfig(r=2, lora_alpha=4, target_modules=["embed", Q]),
         "regex_target": LoraConfig(r=2, lora_alpha=2, target_modules=r"layers\.1\.attn\.(q|v)_proj"),
         "bias_all": LoraConfig(r=2, lora_alpha=2, target_modules=[V], bias="all"),
         "bias_lora_only": LoraConfig(r=2, lora_alpha=2, target_modules=[V], bias="lora_only"),
@@ -60,7 +61,8 @@ def write_adapter(folder, config, dtype=torch.float32):
                 parameter.copy_(torch.randn(parameter.shape) * 0.5)
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
-    peft_model.save_pretrained(str(folder))
+    # What PEFT does by itself for embeddings called embed_tokens: a copy of the base weight goes beside the factors.
+    peft_model.save_pretrained(str(folder), save_embedding_layers="auto" if folder.name != "embedding_saved" else True)
     (folder / "README.md").unlink(missing_ok=True)
     return peft_model
 

@@ -34,6 +34,12 @@ class Tiny(torch.nn.Module):
             x = x + layer.attn.q_proj(x) + torch.nn.functional.pad(layer.attn.v_proj(x), (0, 2)) + torch.nn.functional.pad(layer.c_fc(x), (0, 1))
         return self.head(x)
 
+    def get_input_embeddings(self):  # whose weights PEFT stores beside the factors when it is told to
+        return self.embed
+
+    def get_output_embeddings(self):
+        return None
+
     def prepare_inputs_for_generation(self, **inputs):  # PEFT asks for it when task_type is CAUSAL_LM
         return inputs
 

@@ -169,8 +169,8 @@ TEST_CASE("different ranks and scalings go into patterns that match one module e
     const ::scratch scratch;
     peft_adapter<float> adapter;
     std::uint64_t seed = 0;
-    for (const auto& [name, rank, scaling] : std::vector<std::tuple<std::string, std::size_t, double>>{
-             {"head", 2, 1.0}, {"encoder.head", 4, 0.5}, {"layers.1.q", 4, 0.5}, {"layers.11.q", 3, 2.0}, {"odd+name", 1, 0.3}}) {
+    for (const auto& [name, rank, scaling] : std::vector<std::tuple<std::string, std::size_t, double>>{{"head", 2, 1.0}, {"encoder.head", 4, 0.5},
+             {"layers.1.q", 4, 0.5}, {"layers.11.q", 3, 2.0}, {"odd+name", 1, 0.3}, {"a.b", 3, 1.0}, {"a_b", 4, 0.5}, {"x.aab", 4, 0.5}}) {
         adapter.updates.emplace(name, reference::normal_update<float>(6, 5, rank, ++seed, scaling));
     }
     write_peft(scratch.path() / "a", adapter);
@@ -183,7 +183,8 @@ TEST_CASE("different ranks and scalings go into patterns that match one module e
     CHECK(again.config["lora_alpha"] == 2);
     CHECK(again.config["rank_pattern"].contains("^head"));
     CHECK(again.config["rank_pattern"].contains("layers.11.q"));
-    CHECK(again.config["target_modules"].size() == 5);
+    CHECK(again.config["rank_pattern"].contains("^a\\.b")); // a dot in an expression matches any character
+    CHECK(again.config["target_modules"].size() == 8);
 
     write_peft(scratch.path() / "a", adapter, {.output = dtype::bf16}); // over an existing one
     CHECK(read_peft<float>(scratch.path() / "a").stored.at("head") == dtype::bf16);
@@ -217,6 +218,10 @@ TEST_CASE("patterns follow PEFT: file order, whole names or dotted ends, regular
     says(refused("alpha_pattern", {{"q_proj", "3"}}), "not a number");
     says(refused("rank_pattern", {{"q_proj", 2}}), "has rank 3 but adapter_config.json says 2");
     says(refused("rank_pattern", nlohmann::json::array({1})), "not an object");
+    // Expressions that would make a backtracking matcher search for ever, or overflow the stack of whoever compiles them.
+    says(refused("alpha_pattern", {{"([a-z.0-9_]+[a-z.0-9_]+)+!", 3}}), "matches no module");
+    says(refused("alpha_pattern", {{std::string(50000, '(') + "q" + std::string(50000, ')'), 3}}), "a regular expression of 1000");
+    says(refused("alpha_pattern", {{"(q)\\1", 3}}), "not a regular expression that is understood here");
 }
 
 TEST_CASE("configurations that are not plain LoRA are refused by name")
@@ -233,6 +238,7 @@ TEST_CASE("configurations that are not plain LoRA are refused by name")
     CHECK(refused("init_lora_weights", false).empty());
     says(refused("peft_type", "ADALORA"), "peft_type ADALORA");
     says(refused("peft_type", nullptr), "no peft_type");
+    CHECK(refused("bias", nullptr).empty());
     says(refused("use_dora", true), "use_dora");
     says(refused("use_dora", "yes"), "use_dora");
     says(refused("target_parameters", {"mlp.experts"}), "target_parameters");
@@ -240,6 +246,19 @@ TEST_CASE("configurations that are not plain LoRA are refused by name")
     says(refused("modules_to_save", {"head"}), "modules_to_save");
     says(refused("r", "3"), "r is \"3\"; expected a number");
     says(refused("r", 4), "says 4");
+    for (const auto& rank : nlohmann::json::parse("[null, 0, -3, 2.5, true, [3], {}]")) { says(refused("r", rank), "r is " + rank.dump() + "; expected a "); }
+    says(refused("r", 1e300), "says 1e+300");
+    for (const auto& alpha : nlohmann::json::parse(R"([null, "6", [6]])")) {
+        says(refused("lora_alpha", alpha), "lora_alpha is " + alpha.dump() + "; expected a number");
+    }
+    CHECK(refused("lora_alpha", -6).empty());
+    says(refused("bias", true), "bias is true; expected \"none\"");
+    says(refused("bias", "some"), "bias is \"some\"");
+    says(refused("fan_in_fan_out", "no"), "fan_in_fan_out is \"no\"; expected true or false");
+    says(refused("target_modules", 7), "target_modules is 7; expected names of modules");
+    says(refused("target_modules", {"q_proj", 1}), "expected names of modules");
+    says(refused("exclude_modules", {{"q_proj", 1}}), "exclude_modules is {\"q_proj\":1}");
+    says(refused("peft_type", 5), "peft_type 5");
     says(refused("use_rslora", 1), "use_rslora is 1; expected true or false");
 }
 
@@ -251,16 +270,71 @@ TEST_CASE("damaged adapters are named errors")
     says(refusal(with_tensors(scratch, [&](tensors& t) { t.erase(q + "lora_B.weight"); })), "module 'layers.0.attn.q_proj' has lora_A but no lora_B");
     says(refusal(with_tensors(scratch, [&](tensors& t) { t.erase(q + "lora_A.weight"); })), "lora_B but no lora_A");
     says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "lora_B.weight"] = {{9, 2}, std::vector<float>(18)}; })), "their ranks differ");
+    says(refusal(with_tensors(scratch,
+             [&](tensors& t) {
+                 t["base_model.model.layers.0.attn.q_proj.lora_embedding_B"] = t[q + "lora_B.weight"];
+                 t.erase(q + "lora_B.weight");
+             })),
+        "not both factors of an embedding");
+    says(refusal(with_tensors(scratch, [&](tensors& t) { t["base_model.model.layers.0.attn.q_proj.lora_embedding_B"] = t[q + "lora_B.weight"]; })),
+        "is the second such factor");
     says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "lora_magnitude_vector"] = {{6}, std::vector<float>(6)}; })), "lora_magnitude_vector");
     says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "bias"] = {{6}, std::vector<float>(6)}; })), "neither a factor nor a bias");
     says(refusal(with_tensors(scratch, [&](tensors& t) { t["layers.0.lora_A.weight"] = {{1, 1}, {1.0f}}; })), "does not begin with");
+    const auto unlike = with_tensors(scratch, [&](tensors& t) { t[q + "lora_B.weight"] = {{9, 2}, std::vector<float>(18)}; });
+    says(refusal(unlike), (unlike / peft_model_name).string());
     says(refusal(with_tensors(scratch, [&](tensors& t) { t.clear(); })), "no LoRA factors");
+    const std::vector<std::int32_t> whole(18);
+    const_model_ref integers;
+    for (const char* half : {"lora_A.weight", "lora_B.weight"}) {
+        integers.insert(q + half, {whole.data(), dtype::i32, {half[5] == 'A' ? 3 : 6, half[5] == 'A' ? 6 : 3}});
+    }
+    write_safetensors(unlike / peft_model_name, integers, {}, durability::process);
+    says(refusal(unlike), "has dtype I32; a factor is");
     says(refusal(scratch.path() / "nowhere"), "is not a directory");
     const auto folder = changed(scratch, "plain", [](auto&) {});
     fs::rename(folder / peft_model_name, folder / "adapter_model.bin");
     says(refusal(folder), "adapter_model.bin");
     fs::remove(folder / peft_config_name);
     says(refusal(folder), "adapter_config.json");
+}
+
+TEST_CASE("copies of base weights beside the factors of their modules are carried along; other whole weights are refused")
+{
+    const ::scratch scratch;
+    const auto adapter = read_peft<float>(fixtures / "embedding_saved");
+    REQUIRE(adapter.others.size() == 1);
+    CHECK(adapter.others.at("embed.base_layer.weight").shape == extents{9, 6});
+    using tensors = std::map<std::string, std::pair<extents, std::vector<float>>>;
+    const std::string q = "base_model.model.layers.0.attn.q_proj.", other = "base_model.model.layers.0.mlp.";
+    CHECK(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "base_layer.weight"] = {{6, 6}, std::vector<float>(36)}; })).empty());
+    says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "base_layer.weight"] = {{6, 5}, std::vector<float>(30)}; })), "has shape [6, 5]");
+    says(refusal(with_tensors(scratch, [&](tensors& t) { t[other + "base_layer.weight"] = {{6, 6}, std::vector<float>(36)}; })), "--modules-to-save");
+    says(refusal(with_tensors(scratch, [&](tensors& t) { t[other + "weight"] = {{6, 6}, std::vector<float>(36)}; })), "neither a factor nor a bias");
+}
+
+TEST_CASE("halves of different dtypes are kept in one that holds both")
+{
+    const ::scratch scratch;
+    const auto folder = changed(scratch, "plain", [](auto&) {});
+    std::vector<std::vector<bf16>> brief;
+    const_model_ref model;
+    const safetensors_file file(fixtures / "plain" / peft_model_name);
+    for (const auto& entry : file.entries()) {
+        if (entry.name.find("lora_B") != std::string::npos) {
+            model.insert(entry.name, file.tensor(entry));
+            continue;
+        }
+        auto& values = brief.emplace_back();
+        for (std::size_t i = 0; i < file.tensor(entry).size(); ++i) { values.push_back(narrow<bf16>(0.1f * static_cast<float>(i))); }
+        model.insert(entry.name, as_tensor(host_view<const bf16>(values.data(), values.size()), entry.shape));
+    }
+    write_safetensors(folder / peft_model_name, model, {}, durability::process);
+    const auto adapter = read_peft<float>(folder);
+    for (const auto& [module, type] : adapter.stored) { CHECK(type == dtype::f32); }
+    CHECK(wider(dtype::bf16, dtype::f16) == dtype::f32);
+    CHECK(wider(dtype::bf16, dtype::bf16) == dtype::bf16);
+    CHECK(wider(dtype::f16, dtype::f64) == dtype::f64);
 }
 
 TEST_CASE("nothing is written where writing cannot succeed")

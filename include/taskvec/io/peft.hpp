@@ -37,6 +37,9 @@ struct peft_tensor {
     friend bool operator==(const peft_tensor&, const peft_tensor&) = default;
 };
 
+/// What follows the name of an adapted module in the name of the copy of its base weight that an adapter may carry.
+inline constexpr std::string_view peft_base_weight = ".base_layer.weight";
+
 /// An adapter as a PEFT directory holds it. Module names are those of the base model ("layers.0.attn.q_proj").
 /// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in = entries. The
 /// weight of a transposed layer (`fan_in_fan_out`) is in×out, its update here out×in like any other.
@@ -45,14 +48,21 @@ struct peft_adapter {
     lora_adapter<T> updates{}; ///< factors in T, scaling from the configuration
     std::set<std::string> embeddings{}; ///< which of the modules are embeddings
     std::map<std::string, dtype> stored{}; ///< the dtype of each module's factors in the file; absent: T
-    std::map<std::string, peft_tensor> others{}; ///< biases and whole modules, by their name in the file without PEFT's prefix
+    std::map<std::string, peft_tensor> others{}; ///< biases, copies of base weights, whole modules: by name in the file without PEFT's prefix
     nlohmann::json config = nlohmann::json::object(); ///< the configuration as it was read
     std::string label{}; ///< names the adapter in messages: its directory
 };
 
+/// The narrowest floating storage dtype that holds the values of both.
+[[nodiscard]] constexpr dtype wider(dtype a, dtype b) noexcept
+{
+    return a == b ? a : a == dtype::f64 || b == dtype::f64 ? dtype::f64 : dtype::f32;
+}
+
 struct peft_read_options {
     /// Accept an adapter that is more than low-rank updates because whole weights come with it (modules_to_save, embeddings
-    /// that were saved): they are kept in `others`. By default such an adapter is refused.
+    /// that were saved): they are kept in `others`. By default such an adapter is refused. The copies of base weights that PEFT
+    /// stores beside the factors of embed_tokens and lm_head are not meant: they are always accepted.
     bool whole_modules = false;
 };
 
@@ -137,14 +147,31 @@ public:
     [[nodiscard]] bool flag(const char* field) const
     {
         const auto* value = find(field);
-        if (value && !value->is_boolean()) { raise<format_error>(message(field, " is ", value->dump(), "; expected true or false"), file_); }
+        if (value && !value->is_boolean()) { raise<format_error>(message(field, " is ", shown(*value), "; expected true or false"), file_); }
         return value && value->get<bool>();
     }
+    /// `otherwise` where the field is absent; null is no number.
     [[nodiscard]] double number(const char* field, double otherwise) const
     {
+        const auto value = config_.find(field);
+        if (value == config_.end()) { return otherwise; }
+        if (!value->is_number()) { raise<format_error>(message(field, " is ", shown(*value), "; expected a number"), file_); }
+        return value->get<double>();
+    }
+    /// Absent, null, a text or a list of texts, as PEFT names modules.
+    void check_names(const char* field) const
+    {
         const auto* value = find(field);
-        if (value && !value->is_number()) { raise<format_error>(message(field, " is ", value->dump(), "; expected a number"), file_); }
-        return value ? value->get<double>() : otherwise;
+        if (!value || value->is_string()) { return; }
+        if (!value->is_array() || !std::all_of(value->begin(), value->end(), [](const auto& one) { return one.is_string(); })) {
+            raise<format_error>(message(field, " is ", shown(*value), "; expected names of modules, or a regular expression"), file_);
+        }
+    }
+    /// A value as JSON, shortened for a message.
+    [[nodiscard]] static std::string shown(const nlohmann::json& value)
+    {
+        const auto text = value.dump(-1, ' ', true);
+        return text.size() <= 80 ? text : text.substr(0, 80) + "…";
     }
     /// Present and saying something: not null, false, "", [] or {}.
     [[nodiscard]] bool says_something(const char* field) const
@@ -168,8 +195,8 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
             message(what, ": ", why, ", not a plain low-rank update; fold it into its base with PEFT and extract an adapter from the result"), file);
     };
     const auto* type = fields.find("peft_type");
-    if (!type || !type->is_string()) { raise<format_error>("has no peft_type; expected the configuration of a LoRA adapter", file); }
-    if (*type != "LORA") { refuse("peft_type " + type->get<std::string>(), "another kind of adapter"); }
+    if (!type) { raise<format_error>("has no peft_type; expected the configuration of a LoRA adapter", file); }
+    if (*type != "LORA") { refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)), "another kind of adapter"); }
 
     if (const auto* init = fields.find("init_lora_weights"); init && init->is_string()) {
         const auto& name = init->get_ref<const std::string&>();
@@ -191,9 +218,19 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
         if (fields.says_something(field)) { refuse(field, why); }
     }
     if (fields.says_something("modules_to_save") && !options.whole_modules) {
-        raise<format_error>(message("modules_to_save: whole modules (", fields.find("modules_to_save")->dump(),
-                                ") come with this adapter, which makes it more than a low-rank update; ask for them to be carried along, or remove them"),
+        raise<format_error>(message("modules_to_save: whole modules (", fields.shown(*fields.find("modules_to_save")),
+                                ") come with this adapter, which makes it more than a low-rank update; ask for them to be carried along "
+                                "(--modules-to-save), or remove them"),
             file);
+    }
+    for (const char* names : {"target_modules", "exclude_modules", "modules_to_save"}) { fields.check_names(names); }
+    (void)fields.flag("fan_in_fan_out");
+    constexpr std::array<std::string_view, 3> biases{"none", "all", "lora_only"};
+    if (const auto* bias = fields.find("bias"); bias && std::find(biases.begin(), biases.end(), *bias) == biases.end()) {
+        raise<format_error>(message("bias is ", fields.shown(*bias), "; expected \"none\", \"all\" or \"lora_only\""), file);
+    }
+    if (const double rank = fields.number("r", 8); !(rank >= 1 && rank == std::floor(rank))) {
+        raise<format_error>(message("r is ", fields.shown(*fields.find("r")), "; expected a rank, a whole number above 0"), file);
     }
 }
 
@@ -205,6 +242,10 @@ template <class T>
         raise<format_error>(message("tensor '", entry.name, "' has shape ", to_string(entry.shape),
                                 entry.shape.size() == 4 ? ": a convolution's factors are not supported" : "; expected a matrix"),
             file.path().string(), entry.offset);
+    }
+    if (!is_storage(entry.dtype)) {
+        raise<dtype_mismatch>(message("'", file.path().string(), "': tensor '", entry.name, "' has dtype ", name(entry.dtype),
+            "; a factor is F64, F32, BF16 or F16: convert the adapter first"));
     }
     matrix<T> x(static_cast<std::size_t>(entry.shape[0]), static_cast<std::size_t>(entry.shape[1]), matrix_order::row_major);
     const auto* const from = static_cast<const std::byte*>(file.tensor(entry).data);
@@ -275,6 +316,7 @@ template <arithmetic_element T = float>
         bool embedding = false;
     };
     std::map<std::string, halves> pairs;
+    std::map<std::string, const safetensors_entry*> others;
     const detail::peft_fields fields(adapter.config, config_file);
     const auto* bias = fields.find("bias");
     const bool biases = bias && *bias != "none";
@@ -289,7 +331,10 @@ template <arithmetic_element T = float>
             auto& pair = pairs[std::string(name.substr(0, name.size() - suffix.size()))];
             if (is_a ? pair.a : pair.b) { raise<format_error>(message("tensor '", entry.name, "' is the second such factor of its module"), model_file); }
             (is_a ? pair.a : pair.b) = &entry;
-            pair.embedding = pair.embedding || embedding;
+            if ((pair.a && pair.b) && pair.embedding != embedding) {
+                raise<format_error>(message("tensor '", entry.name, "' and its other half are not both factors of an embedding, or of a layer"), model_file);
+            }
+            pair.embedding = embedding;
             return true;
         };
         if (take(".lora_A.weight", true, false) || take(".lora_B.weight", false, false) || take(".lora_embedding_A", true, true)
@@ -302,17 +347,21 @@ template <arithmetic_element T = float>
                                     "lora_embedding_A and lora_embedding_B"),
                 model_file);
         }
-        const bool is_bias = biases && name.ends_with(".bias");
-        if (!is_bias && !(options.whole_modules && (detail::belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
-            raise<format_error>(message("tensor '", entry.name,
-                                    "' is neither a factor nor a bias that the configuration announces: this adapter is more than a "
-                                    "low-rank update"),
-                model_file);
-        }
-        const auto* const data = static_cast<const std::byte*>(file.tensor(entry).data);
-        adapter.others.emplace(name, peft_tensor{entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)});
+        others.emplace(name, &entry);
     }
     if (pairs.empty()) { raise<format_error>("holds no LoRA factors", model_file); }
+    for (const auto& [name, entry] : others) {
+        const bool is_bias = biases && name.ends_with(".bias");
+        const bool is_copy = name.ends_with(peft_base_weight) && pairs.contains(name.substr(0, name.size() - peft_base_weight.size()));
+        if (!is_bias && !is_copy && !(options.whole_modules && (detail::belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
+            raise<format_error>(message("tensor '", entry->name,
+                                    "' is neither a factor nor a bias that the configuration announces: this adapter is more than a "
+                                    "low-rank update; ask for whole weights to be carried along (--modules-to-save), or remove it"),
+                model_file);
+        }
+        const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);
+        adapter.others.emplace(name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
+    }
 
     const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
     const auto pattern = [&](const char* field) {
@@ -327,16 +376,27 @@ template <arithmetic_element T = float>
                 message("module '", module, "' has ", pair.a ? "lora_A but no lora_B" : "lora_B but no lora_A", ": half of its update is missing"), model_file);
         }
         lora_update<T> update{detail::read_factor<T>(file, *pair.b), detail::read_factor<T>(file, *pair.a), 1};
-        check_update(update, module);
+        if (update.b.cols() != update.a.rows()) {
+            raise<shape_mismatch>(message("'", model_file, "': module '", module, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ",
+                update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
+        }
         const double expected = ranks.find(module, rank), strength = alphas.find(module, alpha);
         if (static_cast<double>(update.rank()) != expected) {
             raise<format_error>(message("module '", module, "' has rank ", update.rank(), " but ", peft_config_name, " says ", expected), model_file);
         }
         if (update.rank() == 0) { raise<format_error>(message("module '", module, "' has rank 0"), model_file); }
+        if (const auto copy = others.find(module + std::string(peft_base_weight)); copy != others.end()) {
+            const auto out = static_cast<std::int64_t>(update.out()), in = static_cast<std::int64_t>(update.in());
+            if (copy->second->shape != extents{out, in} && copy->second->shape != extents{in, out}) {
+                raise<format_error>(
+                    message("tensor '", copy->second->name, "' has shape ", to_string(copy->second->shape), ", but the update of its module is ", out, "×", in),
+                    model_file);
+            }
+        }
         update.scaling = root ? strength / std::sqrt(expected) : strength / expected;
         check_update(update, module);
         if (pair.embedding) { adapter.embeddings.insert(module); }
-        adapter.stored.emplace(module, pair.b->dtype);
+        adapter.stored.emplace(module, wider(pair.a->dtype, pair.b->dtype));
         adapter.updates.emplace(module, std::move(update));
     }
     ranks.check_used("rank_pattern", config_file);
@@ -357,7 +417,12 @@ namespace detail {
 [[nodiscard]] inline std::string exact_pattern(const std::string& module, const std::vector<std::string>& modules)
 {
     const bool plain_name = module.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == module.npos;
-    const bool alone = std::none_of(modules.begin(), modules.end(), [&](const auto& other) { return other != module && other.ends_with("." + module); });
+    const bool alone = std::none_of(modules.begin(), modules.end(), [&](const auto& other) { // a dot in the name matches any character
+        if (other == module || other.size() < module.size()) { return false; }
+        const std::size_t head = other.size() - module.size();
+        return (head == 0 || other[head - 1] == '.')
+            && std::equal(module.begin(), module.end(), other.begin() + static_cast<std::ptrdiff_t>(head), [](char c, char x) { return c == '.' || c == x; });
+    });
     if (plain_name && alone) { return module; }
     std::string escaped = "^";
     for (const char c : module) {
