@@ -38,7 +38,7 @@ class Checks:
             self.failures.append(f"{what}: PEFT does not load it: {problem}")
             return
         written, _ = load(pathlib.Path(folder) / "adapter_model.safetensors")
-        held = get_peft_model_state_dict(model)
+        held = get_peft_model_state_dict(model, save_embedding_layers=any(name.endswith(".base_layer.weight") for name in written))
         if set(held) != set(written) or any(not torch.equal(held[name], written[name].to(held[name].dtype)) for name in written):
             self.failures.append(f"{what}: PEFT does not hold just the tensors of the file: {sorted(set(held) ^ set(written))}")
         if set(found) != set(expected):
@@ -109,6 +109,19 @@ def main():
         if out:
             checks.same_updates("merge-lora rank 2", out, {module: truncated(value, 2) for module, value in expected.items()})
 
+        # Different ranks, scalings, targets and dtypes, one with an embedding and the copy of its weight.
+        several = {"patterns_rslora": 0.5, "embedding_saved": -1.0, "regex_target": 2.0, "merge_b": 0.25}
+        total = {}
+        for name, weight in several.items():
+            for module, value in load(data / name / "expected.safetensors")[0].items():
+                total[module] = total.get(module, 0) + weight * value
+        options = [word for name, weight in several.items() for word in ("--adapter", f"{data / name}={weight}")]
+        for rank in (None, 3):
+            name = f"merge-lora of four, {f'rank {rank}' if rank else 'exact'}"
+            out = attempt(name, "merge-lora", *options, *(["--rank", rank] if rank else []))
+            if out:
+                checks.same_updates(name, out, {module: truncated(value, rank) if rank else value for module, value in total.items()})
+
         # Adapters of two checkpoints: plain layers with an embedding, and GPT-2's transposed layers.
         base = tiny().state_dict()
         for what, modules, options in (
@@ -130,13 +143,14 @@ def main():
                     checks.same_updates(name, out, {module: truncated(value, rank) for module, value in change.items()})
 
         # Factors merged around an initialisation, and the same made a plain adapter.
-        out = attempt("merge-lora phi", "merge-lora", "--space", "phi", "--init", data / "merge_a", "--adapter", data / "merge_a")
-        if out:
-            expected, _ = load(data / "merge_a" / "expected.safetensors")
-            checks.same_updates("merge-lora phi", out, expected)
-            folded = attempt("fold-llora", "fold-llora", "--init", data / "merge_a", "--adapter", out)
-            if folded:
-                checks.same_updates("fold-llora", folded, expected)
+        for name in ("merge_a", "patterns_rslora", "embedding_saved", "fan_in_fan_out"):
+            out = attempt(f"merge-lora phi {name}", "merge-lora", "--space", "phi", "--init", data / name, "--adapter", data / name)
+            if out:
+                expected, _ = load(data / name / "expected.safetensors")
+                checks.same_updates(f"merge-lora phi {name}", out, expected)
+                folded = attempt(f"fold-llora {name}", "fold-llora", "--init", data / name, "--adapter", out)
+                if folded:
+                    checks.same_updates(f"fold-llora {name}", folded, expected)
 
     if checks.failures:
         raise SystemExit("\n".join(checks.failures))
