@@ -81,6 +81,26 @@ TEST_CASE_TEMPLATE("factored SVD equals the SVD of the product", T, double, floa
     }
 }
 
+TEST_CASE_TEMPLATE("the spaces of the leading vectors are the reference's within the error of sigma over the gap", T, double, float)
+{
+    const double bound = std::is_same_v<T, double> ? 1e-14 : 2e-7;
+    for (const auto& [m, n, seed] : {std::tuple<std::size_t, std::size_t, std::uint64_t>{60, 45, 1}, {45, 60, 2}, {50, 50, 3}}) {
+        const auto a = reference::matrix_with_spectrum<T>(m, 12, {8, 7, 4, 3.5, 1, 0.9, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001}, seed);
+        const auto b = normal_matrix<T>(n, 12, seed + 10);
+        const auto pa = reference::plain<T>(a.view()), pb = reference::plain<T>(b.view());
+        const auto exact = reference::decomposed(reference::product_abt(pa, pb));
+        const double scale = reference::norm(pa) * reference::norm(pb);
+        for (const std::size_t q : {1u, 2u, 5u, 8u}) {
+            CAPTURE(q);
+            const auto s = factored_svd<T>(cpu{}, a.view(), b.view(), {.rank = q});
+            const double allowed = 4 * bound * scale / (exact.sigma[q - 1] - exact.sigma[q]);
+            CHECK(reference::sine_between<T>(exact.u, s.u.view(), q) <= allowed);
+            CHECK(reference::sine_between<T>(exact.v, s.v.view(), q) <= allowed);
+            CHECK(allowed < 0.1); // else the bound says nothing
+        }
+    }
+}
+
 TEST_CASE_TEMPLATE("rank-deficient and zero factors have full orthonormal bases", T, double, float)
 {
     const double bound = std::is_same_v<T, double> ? 1e-14 : 2e-7;

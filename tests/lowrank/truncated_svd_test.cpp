@@ -44,6 +44,24 @@ TEST_CASE("truncated SVD agrees with the reference on every road and order")
     }
 }
 
+TEST_CASE("the spaces of truncated SVD's vectors are the reference's within the error of sigma over the gap")
+{
+    for (const auto& [m, n] : {std::pair<std::size_t, std::size_t>{130, 110}, {110, 130}, {260, 40}, {40, 30}}) {
+        std::vector<double> sigma(30);
+        for (std::size_t i = 0; i < sigma.size(); ++i) { sigma[i] = std::pow(0.7, static_cast<double>(i)); }
+        const auto a = reference::matrix_with_spectrum<float>(m, n, sigma, m);
+        const auto exact = reference::decomposed(reference::plain<float>(a.view()));
+        for (const std::size_t q : {1u, 4u, 9u}) {
+            CAPTURE(q);
+            const auto s = truncated_svd<float>(cpu{}, a.view(), {.rank = q});
+            const double allowed = 4 * 2e-6 * exact.sigma[0] / (exact.sigma[q - 1] - exact.sigma[q]);
+            CHECK(reference::sine_between<float>(exact.u, s.u.view(), q) <= allowed);
+            CHECK(reference::sine_between<float>(exact.v, s.v.view(), q) <= allowed);
+            CHECK(allowed < 0.1);
+        }
+    }
+}
+
 TEST_CASE("truncated SVD of deficient, zero, 16-bit and empty matrices")
 {
     const auto low = reference::matrix_with_spectrum<float>(150, 140, {4, 2, 1}, 1);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <utility>
 #include <vector>
 
 namespace reference {
@@ -86,8 +87,14 @@ double departure_from_orthonormal(taskvec::matrix_view<const T> x)
     return worst;
 }
 
-/// All min(m, n) singular values, descending: plane rotations on the columns until no two are oblique, in long double.
-inline std::vector<double> singular_values(const plain_matrix& a)
+/// All min(m, n) singular triples, σ descending; u and v by columns.
+struct triples {
+    std::vector<double> sigma;
+    std::vector<std::vector<double>> u{}, v{};
+};
+
+/// Plane rotations on the columns until no two are oblique, in long double. Vectors only for nonzero σ, and only when wanted.
+inline triples decomposed(const plain_matrix& a, bool vectors = true)
 {
     const std::size_t m = a.size(), n = m ? a[0].size() : 0;
     const bool turned = n > m;
@@ -96,6 +103,8 @@ inline std::vector<double> singular_values(const plain_matrix& a)
     for (std::size_t i = 0; i < m; ++i) {
         for (std::size_t j = 0; j < n; ++j) { (turned ? column[i][j] : column[j][i]) = a[i][j]; }
     }
+    std::vector<std::vector<long double>> turns(vectors ? cols : 0, std::vector<long double>(cols)); // what the columns are made of
+    for (std::size_t j = 0; j < turns.size(); ++j) { turns[j][j] = 1; }
     const auto dot = [&](std::size_t p, std::size_t q) {
         long double sum = 0;
         for (std::size_t i = 0; i < rows; ++i) { sum += column[p][i] * column[q][i]; }
@@ -109,19 +118,59 @@ inline std::vector<double> singular_values(const plain_matrix& a)
                 if (std::abs(z) <= 1e-18L * std::sqrt(x * y) || z == 0) { continue; }
                 turnedAny = true;
                 const long double angle = 0.5L * std::atan2(2 * z, x - y), c = std::cos(angle), s = std::sin(angle);
-                for (std::size_t i = 0; i < rows; ++i) {
-                    const long double u = column[p][i], v = column[q][i];
-                    column[p][i] = c * u + s * v;
-                    column[q][i] = -s * u + c * v;
-                }
+                const auto rotate = [&](std::vector<long double>& left, std::vector<long double>& right) {
+                    for (std::size_t i = 0; i < left.size(); ++i) {
+                        const long double u = left[i], v = right[i];
+                        left[i] = c * u + s * v;
+                        right[i] = -s * u + c * v;
+                    }
+                };
+                rotate(column[p], column[q]);
+                if (vectors) { rotate(turns[p], turns[q]); }
             }
         }
         if (!turnedAny) { break; }
     }
-    std::vector<double> sigma;
-    for (std::size_t j = 0; j < cols; ++j) { sigma.push_back(static_cast<double>(std::sqrt(dot(j, j)))); }
-    std::sort(sigma.rbegin(), sigma.rend());
-    return sigma;
+    std::vector<std::pair<long double, std::size_t>> order;
+    for (std::size_t j = 0; j < cols; ++j) { order.emplace_back(std::sqrt(dot(j, j)), j); }
+    std::sort(order.rbegin(), order.rend());
+    triples result;
+    for (const auto& [sigma, j] : order) {
+        result.sigma.push_back(static_cast<double>(sigma));
+        if (!vectors || sigma == 0) { continue; }
+        std::vector<double> long_side, short_side(turns[j].begin(), turns[j].end());
+        for (const long double x : column[j]) { long_side.push_back(static_cast<double>(x / sigma)); }
+        result.u.push_back(turned ? short_side : long_side);
+        result.v.push_back(turned ? long_side : short_side);
+    }
+    return result;
+}
+
+/// All min(m, n) singular values, descending.
+inline std::vector<double> singular_values(const plain_matrix& a)
+{
+    return decomposed(a, false).sigma;
+}
+
+/// The sine of the largest angle between the space of the first q of `exact` and the first q columns of x: how long what x has
+/// outside that space is at most, by its Frobenius norm.
+template <class T>
+double sine_between(const std::vector<std::vector<double>>& exact, taskvec::matrix_view<const T> x, std::size_t q)
+{
+    long double sum = 0;
+    for (std::size_t k = 0; k < q; ++k) {
+        std::vector<double> rest(x.rows());
+        for (std::size_t i = 0; i < x.rows(); ++i) { rest[i] = static_cast<double>(x(i, k)); }
+        for (int twice = 0; twice < 2; ++twice) {
+            for (std::size_t j = 0; j < q; ++j) {
+                double along = 0;
+                for (std::size_t i = 0; i < x.rows(); ++i) { along += exact[j][i] * rest[i]; }
+                for (std::size_t i = 0; i < x.rows(); ++i) { rest[i] -= along * exact[j][i]; }
+            }
+        }
+        for (const double entry : rest) { sum += static_cast<long double>(entry) * entry; }
+    }
+    return static_cast<double>(std::sqrt(sum));
 }
 
 } // namespace reference

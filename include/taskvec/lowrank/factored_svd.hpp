@@ -139,8 +139,8 @@ void for_each_factored_svd(const P& policy, std::span<const factor_pair<T, P::sp
 
 /// The leading singular triples of P = A·Bᵀ, exactly: A = Qa·Ra, B = Qb·Rb, and the SVD of the small core Ra·Rbᵀ.
 /// A is m×r, B is n×r, in either order and of the storage types f64, f32, bf16, f16 (16-bit factors are computed in f32).
-/// σ is right to 1e-7·‖A‖·‖B‖ for f32 (1e-14·r for f64); u and v are orthonormal to rounding; squared_error is the tail of
-/// σ² (Eckart and Young 1936). The product (m×n) is never formed.
+/// σ is right to e = 2e-7·‖A‖·‖B‖ for f32 (1e-14 for f64; Frobenius norms); u and v are orthonormal to rounding and their spaces
+/// right to an angle of 4·e divided by the gap σq − σq+1 (Wedin 1972); squared_error is the tail of σ² (Eckart and Young 1936). The product (m×n) is never formed.
 /// Throws shape_mismatch where the inner ranks differ, invalid_argument for a rank of 0 or above min(m, n, r), nonfinite_error.
 /// Cost: (m + n)·r² + O(r³) flops, scratch O(r²).
 ///

@@ -55,7 +55,8 @@ TASKVEC_NOINLINE bool divide_and_conquer(matrix_view<const T> a, matrix<T>& u, s
 } // namespace detail
 
 /// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types converted to
-/// f32), exactly: σ to about min(m, n)·ε·σ₁, u and v orthonormal to rounding, squared_error the tail of σ².
+/// f32), exactly: σ to about min(m, n)·ε·σ₁, u and v orthonormal to rounding and their spaces right to about four times that error
+/// divided by the gap σq − σq+1 (Wedin 1972), squared_error the tail of σ².
 /// A matrix at least twice as tall as wide (or as wide as tall) is first reduced by a thin QR; up to 96 columns the core is
 /// then decomposed by one-sided Jacobi.
 /// Throws invalid_argument for a rank of 0 or above min(m, n), nonfinite_error, backend_error where Eigen fails.
