@@ -7,6 +7,7 @@
 #include <taskvec/io/peft.hpp>
 
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -64,15 +65,27 @@ template <class T>
 [[nodiscard]] taskvec::peft_adapter<T> read_adapter(const fs::path& directory, const adapter_settings& settings)
 {
     auto adapter = taskvec::read_peft<T>(directory, {.whole_modules = settings.modules_to_save});
-    for (const auto& [name, update] : adapter.updates) {
-        for (const auto* factor : {&update.b, &update.a}) {
-            for (std::size_t i = 0; i < factor->size(); ++i) {
-                if (std::isfinite(factor->data()[i])) { continue; }
-                taskvec::raise<taskvec::nonfinite_error>(taskvec::message("'", (directory / taskvec::peft_model_name).string(), "': module '", name, "' holds ",
-                    std::isnan(factor->data()[i]) ? "NaN" : "infinity", " in lora_", factor == &update.b ? "B" : "A", " at entry ", i,
-                    "; repair the adapter or leave it out"));
-            }
+    const auto check = [&](auto&& value, std::size_t size, const auto&... where) {
+        for (std::size_t i = 0; i < size; ++i) {
+            if (std::isfinite(value(i))) { continue; }
+            taskvec::raise<taskvec::nonfinite_error>(taskvec::message("'", (directory / taskvec::peft_model_name).string(), "': ", where..., " holds ",
+                std::isnan(value(i)) ? "NaN" : "infinity", " at entry ", i, "; repair the adapter or leave it out"));
         }
+    };
+    for (const auto& [name, update] : adapter.updates) {
+        check([b = update.b.data()](std::size_t i) { return b[i]; }, update.b.size(), "lora_B of module '", name, "'");
+        check([a = update.a.data()](std::size_t i) { return a[i]; }, update.a.size(), "lora_A of module '", name, "'");
+    }
+    for (const auto& other : adapter.others) {
+        if (!taskvec::is_storage(other.second.dtype)) { continue; }
+        taskvec::visit_storage(other.second.dtype, other.first, [&]<class S>(std::type_identity<S>) {
+            const auto at = [bytes = other.second.bytes.data()](std::size_t i) {
+                S value;
+                std::memcpy(&value, bytes + i * sizeof(S), sizeof(S));
+                return taskvec::widen<taskvec::arithmetic_type<S>>(value);
+            };
+            check(at, other.second.bytes.size() / sizeof(S), "tensor '", other.first, "'");
+        });
     }
     return adapter;
 }

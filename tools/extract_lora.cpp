@@ -7,6 +7,7 @@
 #include <taskvec/lowrank/extract.hpp>
 
 #include <iostream>
+#include <map>
 #include <memory>
 #include <utility>
 
@@ -53,7 +54,7 @@ template <class Names>
 void check_matches(const std::vector<std::string>& patterns, const Names& names, const std::string& option, const std::string& what)
 {
     for (const auto& pattern : patterns) {
-        const auto matches = tool::name_filter({pattern}, {});
+        const auto matches = tool::name_matcher({pattern}, option);
         bool found = false;
         for (const auto& [name, value] : names) { found = found || matches(name); }
         if (!found) {
@@ -69,25 +70,31 @@ void extract_as(const settings& given, const taskvec::checkpoint& base, const ta
     auto report = tool::open_report(given);
     using way = tool::decompose::way;
     const tool::decompose how{given.run.dry_run ? way::not_at_all : given.randomized ? way::randomized : way::exactly, given.seed};
-    auto found = taskvec::extract_lora<T>(
-        run.policy(), base.model(), tuned.model(), {.rank = given.rank.choice(), .include = tool::name_filter(given.include, given.exclude)}, how);
+    auto found = taskvec::extract_lora<T>(run.policy(), base.model(), tuned.model(),
+        {.rank = given.rank.choice(),
+            .include = tool::name_filter(given.include, given.exclude),
+            .base_label = "'" + given.base + "'",
+            .tuned_label = "'" + given.task + "'"},
+        how);
     if (found.adapter.empty()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::message("'", given.base, "' and '", given.task, "' do not differ in any 2-D '*.weight' tensor",
             given.include.empty() && given.exclude.empty() ? "" : " that is looked at", ": there is nothing to extract an adapter from"));
     }
-    for (const auto& name : found.left_out) { std::cerr << "taskvec: left out: '" << tool::printable(name) << "' changed, and a LoRA cannot hold it\n"; }
+    const auto list_left_out = [&] {
+        for (const auto& name : found.left_out) { std::cerr << "taskvec: left out: '" << tool::printable(name) << "' changed, and a LoRA cannot hold it\n"; }
+    };
     const std::string also = found.left_out.empty() ? "" : ", " + tool::counted(found.left_out.size(), "other changed tensor") + " left out";
     if (given.run.dry_run) {
         tool::print(
             "would write '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer") + " at " + given.rank.words() + also + "\n");
+        list_left_out();
         return;
     }
 
     taskvec::peft_adapter<T> adapter;
-    check_matches(given.embedding, found.adapter, "--embedding", "extracted module");
     auto patterns = given.embedding;
     patterns.emplace_back(known_embeddings);
-    const auto is_embedding = tool::name_filter(patterns, {});
+    const auto is_embedding = tool::name_matcher(patterns, "--embedding");
     for (auto& [name, update] : found.adapter) {
         const bool embedding = is_embedding(name);
         if (embedding) { adapter.embeddings.insert(name); }
@@ -107,6 +114,7 @@ void extract_as(const settings& given, const taskvec::checkpoint& base, const ta
     tool::write_adapter(given, run, report, adapter, std::move(content), base.data_bytes() + tuned.data_bytes(),
         "extracted '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer") + " at " + given.rank.words() + ", "
             + tool::grouped(found.parameters()) + " parameters, relative error " + tool::percent(found.relative_error()) + also);
+    list_left_out();
 }
 
 void extract_lora(const settings& given)
@@ -116,6 +124,12 @@ void extract_lora(const settings& given)
     const auto base = tool::open_model(given.base), tuned = tool::open_model(given.task);
     check_matches(given.include, base.model(), "--include", "tensor of '" + given.base + "'");
     check_matches(given.exclude, base.model(), "--exclude", "tensor of '" + given.base + "'");
+    constexpr std::string_view suffix = ".weight";
+    std::map<std::string, bool> modules;
+    for (const auto& [name, tensor] : base.model()) {
+        if (tensor.shape.size() == 2 && name.ends_with(suffix)) { modules.emplace(name.substr(0, name.size() - suffix.size()), true); }
+    }
+    check_matches(given.embedding, modules, "--embedding", "module of '" + given.base + "'");
     tool::in_precision(wide(base) || wide(tuned), [&]<class T>(std::type_identity<T>) { extract_as<T>(given, base, tuned); });
 }
 

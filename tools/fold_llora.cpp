@@ -42,7 +42,7 @@ void fold_as(const settings& given)
         taskvec::raise<taskvec::invalid_argument>(taskvec::message("'", given.init, "' and '", given.adapter,
             "' do not adapt the same embeddings: the first is not the initialisation that the second was trained from"));
     }
-    auto folded = taskvec::fold_linearized(initial.updates, adapter.updates);
+    auto folded = taskvec::fold_linearized(initial.updates, adapter.updates, {.initial = "'" + given.init + "'", .adapter = "'" + given.adapter + "'"});
     if (const auto count = moved_without_gradient(initial.updates, adapter.updates)) {
         tool::note(given.run,
             "lora_A differs from the initialisation's in " + tool::counted(count, "layer")

@@ -45,7 +45,9 @@ public:
             initial_ = tool::read_adapter<T>(given.init, given);
             bytes_ += tool::adapter_bytes(given.init);
         }
-        for (std::size_t i = 1; i < adapters_.size(); ++i) { check_together(adapters_[0], adapters_[i], given.any_base); }
+        for (std::size_t i = 1; i < adapters_.size(); ++i) {
+            for (std::size_t j = 0; j < i; ++j) { check_together(adapters_[j], adapters_[i], given.any_base); }
+        }
         for (const auto& adapter : adapters_) {
             if (given.in_phi()) { check_together(initial_, adapter, given.any_base); }
             updates_.push_back(adapter.updates);
@@ -68,16 +70,15 @@ public:
     {
         taskvec::peft_adapter<T> result;
         result.config = adapters_[0].config;
-        result.others = adapters_[0].others;
         for (const auto& adapter : adapters_) {
+            result.others.insert(adapter.others.begin(), adapter.others.end());
+            if (const auto base = text_of(adapter.config, base_name); !base.empty() && text_of(result.config, base_name).empty()) {
+                result.config[base_name] = base;
+            }
             result.embeddings.insert(adapter.embeddings.begin(), adapter.embeddings.end());
             for (const auto& [name, type] : adapter.stored) {
                 const auto [place, fresh] = result.stored.emplace(name, type);
-                // Two different dtypes go into one that holds both.
-                if (!fresh && place->second != type) {
-                    const bool wide = place->second == taskvec::dtype::f64 || type == taskvec::dtype::f64;
-                    place->second = wide ? taskvec::dtype::f64 : taskvec::dtype::f32;
-                }
+                if (!fresh) { place->second = taskvec::wider(place->second, type); }
             }
         }
         const auto same_modules = [&](const auto& adapter) {
@@ -92,6 +93,7 @@ public:
 
 private:
     using adapter_type = taskvec::peft_adapter<T>;
+    static constexpr const char* base_name = "base_model_name_or_path";
 
     static std::string text_of(const nlohmann::json& config, const char* field)
     {
@@ -108,7 +110,7 @@ private:
         const auto fail = [&](const auto&... parts) {
             taskvec::raise<taskvec::invalid_argument>(taskvec::message("'", first.label, "' and '", other.label, "' ", parts...));
         };
-        const auto base = text_of(first.config, "base_model_name_or_path"), its_base = text_of(other.config, "base_model_name_or_path");
+        const auto base = text_of(first.config, base_name), its_base = text_of(other.config, base_name);
         if (!any_base && !base.empty() && !its_base.empty() && base != its_base) {
             fail("are adapters of different bases, '", base, "' and '", its_base, "': where these are one model under two names, say so by --any-base");
         }
@@ -120,9 +122,19 @@ private:
                 fail("disagree whether module '", name, "' is an embedding: they are adapters of different bases");
             }
         }
-        if (first.others != other.others) {
-            const auto& more = first.others.empty() ? other.others : first.others;
-            fail("carry different tensors beside their factors ('", more.begin()->first,
+        check_others(first, other, fail);
+        check_others(other, first, fail);
+    }
+    /// What `first` carries beside its factors `other` carries too, but for the base weight of a module that it does not adapt.
+    template <class Fail>
+    static void check_others(const adapter_type& first, const adapter_type& other, const Fail& fail)
+    {
+        for (const auto& [name, tensor] : first.others) {
+            const bool copy = name.ends_with(taskvec::peft_base_weight);
+            const auto place = other.others.find(name);
+            if (place == other.others.end() ? copy : place->second == tensor) { continue; }
+            if (copy) { fail("carry different base weights '", name, "': they are adapters of different bases"); }
+            fail("carry different tensors beside their factors ('", name,
                 "' among them), which no merge of low-rank updates joins: merge those by 'taskvec merge', or remove them");
         }
     }

@@ -19,7 +19,7 @@ void truncate_as(const settings& given)
     const tool::runner run(given.run, tool::adapter_bytes(given.adapter));
     auto report = tool::open_report(given);
     auto adapter = tool::read_adapter<T>(given.adapter, given);
-    auto result = taskvec::peru_lora(run.policy(), adapter.updates, {.rank = given.rank.choice()});
+    auto result = taskvec::peru_lora(run.policy(), adapter.updates, {.rank = given.rank.choice(), .label = "'" + given.adapter + "'"});
     adapter.updates = std::move(result.adapter);
     const auto whole = static_cast<std::uint64_t>(std::count_if(result.layers.begin(), result.layers.end(), [](const auto& layer) { return layer.whole; }));
     const std::string summary = tool::counted(result.layers.size(), "layer") + " at " + given.rank.words()

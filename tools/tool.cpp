@@ -378,6 +378,7 @@ runner::runner(const run_options& options, std::uint64_t walk_bytes)
     if (options.device != "cpu") {
         taskvec::raise<taskvec::invalid_argument>("--device cuda: this build of the tool computes on the CPU only; leave --device out");
     }
+    (void)options.memory_bytes(); // a size that is none is wrong usage for every verb
     install_handlers();
     policy_.threads = options.threads;
     policy_.progress = [this](const taskvec::progress_event& event) { return advance(event); };

@@ -101,7 +101,7 @@ TEST_CASE("merges that cannot be are refused")
     CHECK_THROWS_AS((void)merge_linear<float>(cpu{}, adapters, {.weights = {1, 2, std::nan("")}}), invalid_argument);
     CHECK_THROWS_AS((void)merge_linear<float>(cpu{}, adapters, {.rank = {}}), invalid_argument);
     CHECK_THROWS_WITH_AS((void)merge_linear<float>(cpu{}, adapters, {.rank = {.rank = 8}}),
-        "'every layer': rank 8 asked for, but its rank is at most 7; ask for less, or for clamping", invalid_argument);
+        "the merged adapter: rank 8 asked for, but the ranks of its layers are at most 7; ask for less, or for clamping", invalid_argument);
     adapters[2].at("v") = normal_update<float>(11, 20, 1, 6);
     CHECK_THROWS_WITH_AS((void)merge_linear<float>(cpu{}, adapters),
         "module 'v' is 11×20 in adapter 3 but 10×20 in an earlier one: these adapters belong to different bases", shape_mismatch);

@@ -56,7 +56,7 @@ TEST_CASE("ranks that no layer has are refused, unless clamped")
 {
     const lora_adapter<float> adapter{{"a", normal_update<float>(40, 30, 8, 1)}, {"b", normal_update<float>(25, 60, 2, 2)}};
     CHECK_THROWS_WITH_AS((void)peru_lora(cpu{}, adapter, {.rank = {.rank = 9}}),
-        "'every layer': rank 9 asked for, but its rank is at most 8; ask for less, or for clamping", invalid_argument);
+        "the adapter: rank 9 asked for, but the ranks of its layers are at most 8; ask for less, or for clamping", invalid_argument);
     CHECK_THROWS_AS((void)peru_lora(cpu{}, adapter, {}), invalid_argument);
     CHECK(peru_lora(cpu{}, adapter, {.rank = {.rank = 9, .clamp = true}}).adapter.at("a").rank() == 8);
     auto bad = adapter;

@@ -109,11 +109,11 @@ TEST_CASE("fold-llora refuses another initialisation, names what differs, and le
         CHECK(result.err.find(because) != std::string::npos);
         CHECK(!std::filesystem::exists(folder / "folded"));
     };
-    refused(adapter(2, 1, 0, 0), "layers.0.q");
+    refused(adapter(2, 1, 0, 0), "module 'layers.0.q' is");
     refused(adapter(3, 1, 0, 0, 1), "scaling");
     auto fewer = adapter(3, 1, 0, 0);
     fewer.updates.erase("layers.0.v");
-    refused(fewer, "layers.0.v");
+    refused(fewer, "module 'layers.0.v' of 'task' is not in 'init'");
     std::filesystem::remove_all(folder / "init");
     CHECK(run(folder, fold).code == 1);
     CHECK(run(folder, {"fold-llora", "--adapter", "task", "--out", "folded"}).code == 2);
@@ -135,6 +135,30 @@ TEST_CASE("fold-llora says so where an A moved that linearized training cannot h
     std::filesystem::remove_all(folder / "task");
     taskvec::write_peft(folder / "task", tuned);
     CHECK(run(folder, fold).err.empty());
+}
+
+TEST_CASE("fold-llora and merge-lora --space phi take one scaling for one, however it is written: α/√r, or α'/r")
+{
+    const scratch folder;
+    taskvec::write_peft(folder / "init", adapter(5, 1, 0, 0.5f));
+    auto config = nlohmann::json::parse(slurp(folder / "init/adapter_config.json"));
+    config["use_rslora"] = true;
+    for (const double alpha : {0.5, 11.0, 0.3}) { // of these, some α/√5·5/5 is α/√5 in the last bit and some is not
+        config["lora_alpha"] = alpha;
+        spill(folder / "init/adapter_config.json", config.dump());
+        const auto phi = run(folder, {"merge-lora", "--space", "phi", "--init", "init", "--adapter", "init", "--adapter", "init", "--out", "task"});
+        CAPTURE(phi.err);
+        REQUIRE(phi.code == 0);
+        const auto again = run(folder, {"merge-lora", "--space", "phi", "--init", "init", "--adapter", "init", "--adapter", "task", "--out", "again"});
+        CAPTURE(again.err);
+        CHECK(again.code == 0);
+        const auto factors = run(folder, {"merge-lora", "--method", "average-factors", "--adapter", "init", "--adapter", "task", "--out", "again"});
+        CAPTURE(factors.err);
+        CHECK(factors.code == 0);
+        const auto folded = run(folder, fold);
+        CAPTURE(folded.err);
+        CHECK(folded.code == 0);
+    }
 }
 
 TEST_CASE("fold-llora --dry-run writes nothing")

@@ -232,10 +232,11 @@ TEST_CASE("peru-lora refuses ranks that no layer has, and says the highest; --cl
 {
     const scratch folder;
     taskvec::write_peft(folder / "task", three_layers());
-    refused(folder, with(peru, {"--rank", "5"}), 1, "at most 4");
+    refused(folder, with(peru, {"--rank", "5"}), 1, "'task': rank 5 asked for, but the ranks of its layers are at most 4");
     refused(folder, with(peru, {"--rank", "0"}), 1, "rank 0");
     refused(folder, with(peru, {"--energy", "0"}), 1, "--energy is 0");
     refused(folder, with(peru, {"--energy", "1.5"}), 1, "--energy is 1.5");
+    refused(folder, with(peru, {"--rank", "2", "--memory", "much"}), 2, "--memory");
     refused(folder, peru, 2, "--rank");
     refused(folder, with(peru, {"--rank", "2", "--energy", "0.5"}), 2, "--energy");
     refused(folder, with(peru, {"--rank", "two"}), 2, "--rank");
@@ -276,6 +277,15 @@ TEST_CASE("peru-lora refuses by name what is not a sound LoRA adapter")
     attempt([&] { stored([&](auto& x) { x.at(half).values[5] = std::nanf(""); }); }, "layers.0.q");
     attempt([&] { stored([&](auto& x) { x.at(half).values[5] = INFINITY; }); }, "infinity");
     attempt([&] { stored([&](auto& x) { x.at(half) = tensor(9, 3, 1); }); }, "ranks differ");
+    attempt(
+        [&] {
+            configured("bias", "all");
+            stored([&](auto& x) { x["base_model.model.layers.0.q.bias"] = {taskvec::dtype::f32, {2}, {1, std::nanf("")}}; });
+        },
+        "tensor 'layers.0.q.bias' holds NaN at entry 1");
+    attempt([&] { configured("r", -4); }, "r is -4");
+    attempt([&] { configured("lora_alpha", nullptr); }, "lora_alpha is null");
+    attempt([&] { configured("target_modules", 3); }, "target_modules is 3");
     attempt([&] { spill(folder / "task" / weights_file, "no"); }, weights_file);
     attempt([&] { std::filesystem::remove(folder / "task" / config_file); }, config_file);
 }
@@ -365,6 +375,10 @@ TEST_CASE("extract-lora keeps the base's dtype, and --include and --exclude choo
     refused(folder, with(extract, {"--rank", "2", "--exclude", "nothing"}), 1, "--exclude 'nothing'");
     refused(folder, with(extract, {"--rank", "2", "--embedding", "nothing"}), 1, "--embedding 'nothing'");
     refused(folder, with(extract, {"--rank", "2", "--include", "("}), 2, "regular expression");
+    task["added.weight"] = tensor(3, 3, 5); // as a head for another task has it
+    write_values(folder / "task.safetensors", task);
+    refused(folder, with(extract, {"--rank", "2"}), 1, "'added.weight' of 'task.safetensors' is not in 'base.safetensors'");
+    REQUIRE(run(folder, with(extract, {"--rank", "2", "--include", "^[ab][.]"})).code == 0);
 }
 
 TEST_CASE("extract-lora turns embeddings, and with --fan-in-fan-out all weights, the way that PEFT factors them")
@@ -405,10 +419,12 @@ TEST_CASE("extract-lora refuses models that do not fit, ranks that no layer has,
     attempt([](auto& model) { model.erase("layers.1.weight"); }, "layers.1.weight");
     attempt([](auto& model) { model["layers.9.weight"] = tensor(2, 2, 1); }, "layers.9.weight");
     attempt([](auto& model) { model["layers.1.weight"] = tensor(10, 12, 1); }, "layers.1.weight");
-    attempt([](auto& model) { model["layers.1.weight"].values[7] = std::nanf(""); }, "layers.1.weight");
+    attempt([](auto& model) { model["layers.1.weight"].values[7] = std::nanf(""); }, "tensor 'layers.1.weight' of 'task.safetensors' holds NaN at index 7");
+    attempt([](auto& model) { model["layers.0.bias"].values[2] = INFINITY; }, "tensor 'layers.0.bias' of 'task.safetensors' holds infinity at index 2");
     attempt([&base = base](auto& model) { model = base; }, "do not differ");
     write_values(folder / "task.safetensors", task);
-    refused(folder, with(extract, {"--rank", "21"}), 1, "at most 20");
+    refused(folder, with(extract, {"--rank", "21"}), 1, "'task.safetensors': rank 21 asked for, but the ranks of its layers are at most 20");
+    refused(folder, with(extract, {"--rank", "2", "--embedding", "("}), 2, "--embedding '('");
     refused(folder, with(extract, {"--rank", "0"}), 1, "rank 0");
     refused(folder, extract, 2, "--rank");
     refused(folder, with(extract, {"--rank", "2", "--device", "cuda"}), 2, "--device");
@@ -639,6 +655,13 @@ TEST_CASE("merge-lora refuses adapters that do not belong together")
             x.others["layers.0.q.bias"] = {taskvec::dtype::f32, {1}, std::vector<std::byte>(4)};
         },
         {}, "layers.0.q.bias");
+    a.others["layers.0.q.base_layer.weight"] = {taskvec::dtype::f32, {9, 7}, std::vector<std::byte>(4 * 9 * 7)};
+    taskvec::write_peft(folder / "a", a);
+    attempt(
+        [](adapter& x) {
+            x.others["layers.0.q.base_layer.weight"] = {taskvec::dtype::f32, {9, 7}, std::vector<std::byte>(4 * 9 * 7, std::byte{1})};
+        },
+        {}, "different base weights 'layers.0.q.base_layer.weight'");
     attempt([](adapter& x) { x.updates.erase("layers.0.q"); }, {"--method", "average-factors"}, "layers.0.q");
     attempt([](adapter& x) { x.updates["layers.0.q"].scaling = 9; }, {"--method", "average-factors"}, "scaling");
     attempt([](adapter& x) { x.updates.erase("layers.0.q"); }, {"--space", "phi", "--init", "a"}, "layers.0.q");
@@ -649,6 +672,22 @@ TEST_CASE("merge-lora refuses adapters that do not belong together")
     std::filesystem::remove_all(folder / "b");
     taskvec::write_peft(folder / "b", other);
     CHECK(run(folder, with(merge_two, {"--any-base"})).code == 0);
+
+    // An adapter that names no base does not hide another's; a base weight that only one carries is kept.
+    std::filesystem::remove_all(folder / "b");
+    taskvec::write_peft(folder / "b", three_layers(20));
+    REQUIRE(run(folder, {"merge-lora", "--adapter", "b", "--adapter", "a", "--out", "out"}).code == 0);
+    CHECK(config_of(folder / "out")["base_model_name_or_path"] == "one/base");
+    CHECK(read_values(folder / "out" / weights_file).contains("base_model.model.layers.0.q.base_layer.weight"));
+    // Every two must agree, not only each with the first.
+    auto linear = three_layers(1), table = three_layers(20);
+    linear.updates["shared"] = normal_update<float>(6, 5, 2, 7);
+    table.updates["shared"] = normal_update<float>(6, 5, 2, 8);
+    table.embeddings.insert("shared");
+    taskvec::write_peft(folder / "c", linear);
+    taskvec::write_peft(folder / "d", table);
+    std::filesystem::remove_all(folder / "out");
+    refused(folder, {"merge-lora", "--adapter", "b", "--adapter", "c", "--adapter", "d", "--out", "out"}, 1, "'shared' is an embedding");
 }
 
 TEST_CASE("the adapter verbs compute f64 adapters in f64, whatever the threads")

@@ -5,6 +5,7 @@
 
 #include <taskvec/lowrank/factored_svd.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <map>
@@ -47,6 +48,12 @@ void check_update(const lora_update<T, S>& update, std::string_view name)
             "'", name, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ", update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
     }
     if (!std::isfinite(update.scaling)) { raise<nonfinite_error>(message("'", name, "': its scaling is not finite")); }
+}
+
+/// True for two scalings that are one number but for rounding: α/√r, say, and the same written as α'/r.
+[[nodiscard]] inline bool same_scaling(double a, double b) noexcept
+{
+    return std::abs(a - b) <= 1e-12 * std::max(std::abs(a), std::abs(b));
 }
 
 /// On which side σ goes when triples become factors.

@@ -22,6 +22,7 @@ struct extract_options {
     sigma_side side = sigma_side::both;
     std::function<bool(std::string_view)> include{}; ///< which tensors to look at, by name; empty: all
     std::string suffix = ".weight"; ///< the 2-D tensors whose name ends so are layers; the rest of the name is the module's
+    std::string base_label = "the base", tuned_label = "the fine-tuned model"; ///< what messages call the two
 };
 
 /// What extract_lora() found.
@@ -56,6 +57,22 @@ void subtract_tensors(const cpu& policy, const const_tensor_ref& base, const con
     });
 }
 
+/// Raises nonfinite_error for the first NaN or infinity of a tensor; returns if there is none.
+inline void blame_nonfinite_tensor(const const_tensor_ref& tensor, std::string_view name, std::string_view label)
+{
+    visit_storage(tensor.dtype, name, [&]<class S>(std::type_identity<S>) {
+        const auto* const from = static_cast<const std::byte*>(tensor.data);
+        for (std::size_t i = 0; i < tensor.size(name); ++i) {
+            S stored;
+            std::memcpy(&stored, from + i * sizeof(S), sizeof(S));
+            const auto value = widen<arithmetic_type<S>>(stored);
+            if (std::isfinite(value)) { continue; }
+            raise<nonfinite_error>(message(
+                "tensor '", name, "' of ", label, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", i, ": repair it, or leave out the tensor"));
+        }
+    });
+}
+
 } // namespace detail
 
 /// For each 2-D tensor "MODULE.weight" (out×in) that differs between two checkpoints, ΔW = θt − θ0 in T and its approximation
@@ -78,17 +95,21 @@ template <arithmetic_element T, decomposition<T> Decompose>
     std::vector<std::string> others;
     std::size_t largest_rank = 0, largest_size = 0;
     for (const auto& [name, tensor] : tuned) {
-        if (!base.find(name)) {
-            raise<invalid_argument>(message("tensor '", name, "' of the fine-tuned model is not in the base: they are not of one architecture"));
+        if (!base.find(name) && (!options.include || options.include(name))) {
+            raise<invalid_argument>(
+                message("tensor '", name, "' of ", options.tuned_label, " is not in ", options.base_label, ": leave it out, if it was added on purpose"));
         }
     }
     for (const auto& [name, tensor] : base) {
         if (options.include && !options.include(name)) { continue; }
         const const_tensor_ref* const other = tuned.find(name);
-        if (!other) { raise<invalid_argument>(message("tensor '", name, "' of the base is missing in the fine-tuned model")); }
+        if (!other) {
+            raise<invalid_argument>(
+                message("tensor '", name, "' of ", options.base_label, " is missing in ", options.tuned_label, ": leave it out, if it was removed on purpose"));
+        }
         if (other->shape != tensor.shape) {
-            raise<shape_mismatch>(
-                message("tensor '", name, "' has shape ", to_string(other->shape), " in the fine-tuned model but ", to_string(tensor.shape), " in the base"));
+            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(other->shape), " in ", options.tuned_label, " but ",
+                to_string(tensor.shape), " in ", options.base_label, ": leave it out, or extract from models of one architecture"));
         }
         for (const auto* one : {&tensor, other}) {
             if (one->space != memory_space::host || !one->contiguous()) {
@@ -107,8 +128,13 @@ template <arithmetic_element T, decomposition<T> Decompose>
         }
     }
     if (layers.empty()) { raise<invalid_argument>(message("there is no 2-D floating tensor '*", options.suffix, "' to extract an adapter from")); }
-    detail::check_rank(options.rank, largest_rank, "every layer");
+    detail::check_layer_ranks(options.rank, largest_rank, options.tuned_label);
 
+    const auto blame = [&](const std::string& name) {
+        detail::blame_nonfinite_tensor(*base.find(name), name, options.base_label);
+        detail::blame_nonfinite_tensor(*tuned.find(name), name, options.tuned_label);
+        raise<nonfinite_error>(message("tensor '", name, "': the change from ", options.base_label, " to ", options.tuned_label, " overflows"));
+    };
     matrix<T> delta(1, largest_size, matrix_order::row_major, memory_of(policy));
     detail::progress_meter meter(policy, "extract", layers.size());
     for (const auto& [tensor, out, in] : layers) {
@@ -117,7 +143,7 @@ template <arithmetic_element T, decomposition<T> Decompose>
         detail::subtract_tensors<T>(policy, *before, *after, tensor, delta.data(), out * in);
         const matrix_view<const T> change(delta.data(), out, in, matrix_order::row_major);
         const double norm = squared_norm<T>(policy, change);
-        if (!std::isfinite(norm)) { detail::blame_nonfinite(change, tensor); }
+        if (!std::isfinite(norm)) { blame(tensor); }
         if (norm == 0) { result.unchanged.push_back(tensor); }
         else {
             rank_choice choice = options.rank;
@@ -139,6 +165,7 @@ template <arithmetic_element T, decomposition<T> Decompose>
             matrix<T> change(1, size, matrix_order::row_major, memory_of(policy));
             detail::subtract_tensors<T>(policy, *before, *after, name, change.data(), size);
             norm = squared_norm<T>(policy, change.view());
+            if (!std::isfinite(norm)) { blame(name); }
             if (norm == 0) { continue; }
         }
         result.left_out.push_back(name);

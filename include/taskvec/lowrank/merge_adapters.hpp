@@ -92,7 +92,7 @@ template <arithmetic_element T>
     const auto layers = detail::shared_layers<T>(adapters);
     std::size_t largest = 0;
     for (const auto& layer : layers) { largest = std::max(largest, std::min({layer.out, layer.in, layer.total_rank()})); }
-    detail::check_rank(options.rank, largest, "every layer");
+    detail::check_layer_ranks(options.rank, largest, "the merged adapter");
     std::vector<lora_update<T>> updates(layers.size());
     adapter_result<T> result;
     result.layers.resize(layers.size());
@@ -153,7 +153,7 @@ template <arithmetic_element T>
                 raise<invalid_argument>(
                     message("module '", layer.name, "' is missing in adapter ", (update ? 0 : t) + 1, ": factors can only be averaged over the same modules"));
             }
-            if (update->rank() != first->rank() || update->scaling != first->scaling) {
+            if (update->rank() != first->rank() || !same_scaling(update->scaling, first->scaling)) {
                 raise<shape_mismatch>(message("module '", layer.name, "' has rank ", update->rank(), " and scaling ", update->scaling, " in adapter ", t + 1,
                     " but ", first->rank(), " and ", first->scaling,
                     " in the first: factors can only be averaged with equal ranks and scalings; merge the updates instead"));

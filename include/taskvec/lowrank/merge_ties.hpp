@@ -102,7 +102,7 @@ template <arithmetic_element T, decomposition<T> Decompose>
         largest_size = std::max(largest_size, layer.out * layer.in);
         elements += layer.out * layer.in;
     }
-    detail::check_rank(options.rank, largest_rank, "every merged layer");
+    detail::check_layer_ranks(options.rank, largest_rank, "the merged adapter");
     const auto count = [&](std::uint64_t n) { return std::min(n, top_k_count(how.density, n) + (how.trim == trim_rule::reach_next ? 1 : 0)); };
     (void)count(1);
 

@@ -69,21 +69,30 @@ struct svd_result {
 
 namespace detail {
 
-/// Checks a choice before any work; `largest` is the rank that the matrix can have at most.
-inline void check_rank(const rank_choice& choice, std::size_t largest, std::string_view what)
+/// Checks a choice before any work; `largest` is the highest rank that there is, and `label` and `owner` begin the sentences.
+inline void check_rank_of(const rank_choice& choice, std::size_t largest, std::string_view label, std::string_view owner)
 {
     if (choice.energy != 0) {
-        if (choice.rank != 0) { raise<invalid_argument>(message("'", what, "': both a rank and an energy are given; give one of them")); }
+        if (choice.rank != 0) { raise<invalid_argument>(message(label, ": both a rank and an energy are given; give one of them")); }
         if (!(choice.energy > 0 && choice.energy <= 1)) {
-            raise<invalid_argument>(message("'", what, "': energy is ", choice.energy, "; expected a share above 0 and at most 1"));
+            raise<invalid_argument>(message(label, ": energy is ", choice.energy, "; expected a share above 0 and at most 1"));
         }
         return;
     }
-    if (choice.rank == 0) { raise<invalid_argument>(message("'", what, "': rank 0 asked for; give a rank from 1 to ", largest, ", or an energy")); }
+    if (choice.rank == 0) { raise<invalid_argument>(message(label, ": rank 0 asked for; give a rank from 1 to ", largest, ", or an energy")); }
     if (choice.rank > largest && !choice.clamp) {
-        raise<invalid_argument>(
-            message("'", what, "': rank ", choice.rank, " asked for, but its rank is at most ", largest, "; ask for less, or for clamping"));
+        raise<invalid_argument>(message(label, ": rank ", choice.rank, " asked for, but ", owner, " at most ", largest, "; ask for less, or for clamping"));
     }
+}
+/// For one matrix, that may be called `what`.
+inline void check_rank(const rank_choice& choice, std::size_t largest, std::string_view what)
+{
+    check_rank_of(choice, largest, message("'", what, "'"), "its rank is");
+}
+/// For layers that share a choice: what has a smaller rank than some other layer is kept whole.
+inline void check_layer_ranks(const rank_choice& choice, std::size_t largest, std::string_view label)
+{
+    check_rank_of(choice, largest, label, "the ranks of its layers are");
 }
 
 [[nodiscard]] inline std::size_t chosen_rank(const rank_choice& choice, std::span<const double> sigma)

@@ -17,6 +17,7 @@ namespace taskvec::inline TASKVEC_ABI {
 struct peru_lora_options {
     rank_choice rank{}; ///< q for every layer, or the share of each layer's energy to keep
     sigma_side side = sigma_side::both;
+    std::string label = "the adapter"; ///< what messages call it
 };
 
 /// For each layer of an adapter the best rank-q approximation of its update, by factored_svd() (the product is never formed),
@@ -41,7 +42,7 @@ template <arithmetic_element T, memory_space S, linear_algebra_policy P>
         before.push_back(&update);
         pairs.push_back(update.factors(1, name));
     }
-    detail::check_rank(options.rank, largest, "every layer");
+    detail::check_layer_ranks(options.rank, largest, options.label);
     rank_choice choice = options.rank;
     choice.clamp = true;
     std::vector<lora_update<T, S>> after(pairs.size());
