@@ -7,7 +7,7 @@
 namespace {
 
 struct settings {
-    std::string base, delta, out, shard_size;
+    std::string base, delta, out, shard_size, nonfinite = "error";
     double scale = 1;
     tool::run_options run;
 };
@@ -23,7 +23,7 @@ void apply(const settings& given)
     taskvec::model_options options;
     options.base_label = "'" + given.base + "'";
     options.labels = {options.base_label};
-    options.on_nonfinite = taskvec::nonfinite::propagate; // tensors that the delta leaves alone are nobody's business here
+    options.on_nonfinite = given.nonfinite == "propagate" ? taskvec::nonfinite::propagate : taskvec::nonfinite::error;
     const taskvec::aligned_models models(&base.model(), {&base.model(), 1}, options);
     tool::runner run(given.run, models.bytes() / 2);
     taskvec::check_base(run.policy(), delta.base_fingerprint(), base.model(), given.delta, given.base);
@@ -55,6 +55,7 @@ const tool::register_verb verb(40, [](CLI::App& app) {
     apply_verb->add_option("--scale", given->scale, "Factor of the delta (default: 1)")->type_name("S");
     apply_verb->add_option("--out", given->out, "Where the sum goes: a file, or a directory")->type_name("PATH")->required();
     apply_verb->add_option("--shard-size", given->shard_size, "Write a directory of shards of at most this size, such as 5GB")->type_name("SIZE");
+    tool::add_nonfinite_option(*apply_verb, given->nonfinite);
     tool::add_run_options(*apply_verb, given->run);
     apply_verb->footer("Example:\n  taskvec apply --base reuse/merged.safetensors --delta reuse/math.delta.safetensors --out math.safetensors");
     apply_verb->callback([given] { apply(*given); });

@@ -112,13 +112,18 @@ std::function<bool(std::string_view)> name_filter(const std::vector<std::string>
                std::string_view name) { return (wanted.empty() || any_matches(wanted, name)) && !any_matches(unwanted, name); };
 }
 
+void add_nonfinite_option(CLI::App& verb, std::string& nonfinite)
+{
+    verb.add_option("--nonfinite", nonfinite, "error or propagate: NaN and infinity in an input (default: error)")
+        ->type_name("WHAT")
+        ->check(one_of({"error", "propagate"}));
+}
+
 void add_tensor_options(CLI::App& verb, merge_settings& settings)
 {
     verb.add_option("--include", settings.include, "Only tensors that match; others are copied from the base")->type_name("REGEX")->allow_extra_args(false);
     verb.add_option("--exclude", settings.exclude, "All but tensors that match")->type_name("REGEX")->allow_extra_args(false);
-    verb.add_option("--nonfinite", settings.nonfinite, "error or propagate: NaN and infinity in an input (default: error)")
-        ->type_name("WHAT")
-        ->check(one_of({"error", "propagate"}));
+    add_nonfinite_option(verb, settings.nonfinite);
     verb.add_option("--missing", settings.missing, "error or base: a tensor that a task lacks (default: error)")
         ->type_name("WHAT")
         ->check(one_of({"error", "base"}));

@@ -42,6 +42,8 @@ struct merge_settings {
 [[nodiscard]] std::function<bool(std::string_view)> name_filter(const std::vector<std::string>& include, const std::vector<std::string>& exclude);
 /// Adds --scope, --semantics and --merge-weights.
 void add_ties_options(CLI::App& verb, merge_settings& settings);
+/// Adds --nonfinite.
+void add_nonfinite_option(CLI::App& verb, std::string& nonfinite);
 /// Adds the options about which tensors take part and what is wrong with them.
 void add_tensor_options(CLI::App& verb, merge_settings& settings);
 /// Adds all options that merge, prune and peru-fft share, tensor and run options included.

@@ -197,3 +197,27 @@ TEST_CASE("a task that lacks a tensor is served with the base's")
     const auto served = read_values(m.folder / "o").at("layers.0.weight").values;
     for (std::size_t i = 0; i < served.size(); ++i) { CHECK(served[i] == doctest::Approx(m.base.at("layers.0.weight").values[i])); }
 }
+
+TEST_CASE("apply refuses NaN and infinity in the delta and in the base, unless they shall propagate")
+{
+    const models m;
+    auto bad = m.first;
+    bad["layers.1.weight"].values[70] = std::numeric_limits<float>::quiet_NaN();
+    write_values(m.folder / "bad.safetensors", bad);
+    REQUIRE(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "bad.safetensors", "--nonfinite", "propagate", "--density", "1", "--out", "d"}).code
+        == 0);
+    REQUIRE(run(m.folder, {"prune", "--base", "bad.safetensors", "--task", "first.safetensors", "--nonfinite", "propagate", "--out", "e"}).code == 0);
+    const auto names = m.folder.names();
+    for (const auto& [base, delta] : std::map<std::string, std::string>{{"base.safetensors", "d"}, {"bad.safetensors", "e"}}) {
+        const auto refused = run(m.folder, {"apply", "--base", base, "--delta", delta, "--out", "o"});
+        CAPTURE(refused.err);
+        CHECK(refused.code == 1);
+        CHECK(is_error_line(refused.err));
+        CHECK(refused.err.find("'layers.1.weight'") != std::string::npos);
+        CHECK(refused.err.find("index 70") != std::string::npos);
+        CHECK(m.folder.names() == names);
+        REQUIRE(run(m.folder, {"apply", "--base", base, "--delta", delta, "--nonfinite", "propagate", "--out", "o"}).code == 0);
+        CHECK(std::isnan(read_values(m.folder / "o").at("layers.1.weight").values[70]));
+        std::filesystem::remove(m.folder / "o");
+    }
+}

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -446,7 +447,8 @@ private:
 
 /// A base plus a delta that stays in its file, as a merge method without tasks of its own: θ0 + scale·v̂, each product and
 /// sum in f32 (f64 for f64), rounded once. Tensors without an entry are copied bit for bit. Bit-exact, and equal to
-/// sparse_addition_options over read_delta(). Errors: invalid_argument, shape_mismatch, dtype_mismatch. Memory: O(tensors).
+/// sparse_addition_options over read_delta(). Errors: invalid_argument, shape_mismatch, dtype_mismatch; nonfinite_error for NaN or infinity in the
+/// base or the delta, unless model_options say that they propagate. Memory: O(tensors).
 ///
 ///     const aligned_models models(&base, {&base, 1});
 ///     merge(cpu{}, delta_addition_options{.delta = &file}, models, sink);
@@ -497,6 +499,10 @@ public:
         part->for_each(rows.offset(), rows.offset() + rows.size(), [&](std::uint64_t index, std::uint64_t entry) {
             const std::uint64_t place = index - rows.offset();
             const A value = part->template value<A>(entry);
+            if (!std::isfinite(value) && rows.models().options().on_nonfinite == nonfinite::error) {
+                raise<nonfinite_error>(message("the delta of tensor '", part->name, "' holds ", std::isnan(value) ? "NaN" : "infinity", " for index ", index,
+                    ": make it again from sound models, or ask for non-finite values to propagate"));
+            }
             kernels::add_at<A, A>(merged, &place, &value, static_cast<A>(scale_), 1);
         });
     }
