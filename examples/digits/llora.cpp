@@ -315,19 +315,19 @@ std::string spread_text(const std::vector<double>& values)
 }
 
 struct way {
-    std::string_view name, file;
+    std::string_view name, reading, file; ///< reading: of L-LoRA, which has two
     const phi_results& results;
 };
 std::array<way, 2> ways(const llora_results& results)
 {
-    return {{{"LoRA", "lora", results.lora}, {"L-LoRA", "llora", results.linearized}}};
+    return {{{"LoRA", "", "lora", results.lora}, {"L-LoRA", " (per layer)", "llora", results.linearized}}};
 }
 
 plot::heat_map cosine_map(const way& one)
 {
     const std::vector<std::string> names(task_names.begin(), task_names.end());
     const auto mean = mean_over_seeds(one.results.cosines);
-    plot::heat_map map{.title = taskvec::message("Cosine of task vectors in φ space, ", one.name), .columns = names, .rows = names};
+    plot::heat_map map{.title = taskvec::message("Cosine of task vectors in φ space, ", one.name, one.reading), .columns = names, .rows = names};
     for (std::size_t t = 0; t < tasks; ++t) {
         const auto row = mean.begin() + static_cast<std::ptrdiff_t>(t * tasks);
         map.values.emplace_back(row, row + static_cast<std::ptrdiff_t>(tasks));
@@ -338,7 +338,7 @@ plot::heat_map cosine_map(const way& one)
 plot::heat_map disentanglement_map(const way& one, double highest)
 {
     const auto grid = mean_over_seeds(one.results.disentanglement);
-    plot::heat_map map{.title = taskvec::message("ξ(λ1, λ2) of pairs of tasks, ", one.name, one.file == "llora" ? " (per layer)" : ""),
+    plot::heat_map map{.title = taskvec::message("ξ(λ1, λ2) of pairs of tasks, ", one.name, one.reading),
         .columns = {},
         .rows = {},
         .lowest = 0,
@@ -379,7 +379,7 @@ void run_llora(const setting& s, const adapter& initial, const std::vector<adapt
     results.scope = taskvec::message("Subsets of tasks and ξ are measured on ", images == all ? "all " : taskvec::message(images, " of the "), all,
         " test images. λ is chosen for each number of tasks, on the validation images of ",
         how.trials == 0 ? std::string("all its subsets") : taskvec::message(how.trials, " of its subsets"), ". ξ is a mean over ", pairs(how).size(),
-        " of the 28 pairs of tasks", how.trials != 0 || !how.all_pairs ? " (--complete: all of everything)." : ".");
+        " of the 28 pairs of tasks", how.trials != 0 || !how.all_pairs ? " (--complete: all of everything)." : ".", " L-LoRA is its per-layer reading.");
     if (out) {
         save_base(s.base, *out);
         save(updates_of(initial), *out / "llora-init");
@@ -415,11 +415,11 @@ void write_llora(const llora_results& results, const std::filesystem::path& out)
 {
     const std::vector<std::string> names(task_names.begin(), task_names.end());
     std::string score_csv = "way,method,tasks,subsets,mean,standard deviation,lowest,highest\n", together_csv = "lambda,LoRA,L-LoRA\n";
-    plot::line_chart by_tasks{.title = "Merging in φ space: normalized score against the number of tasks",
+    plot::line_chart by_tasks{.title = "Merging in φ space, by number of tasks (L-LoRA: per layer)",
         .x_label = "tasks merged",
         .y_label = "accuracy / Single-Task, percent, mean of all subsets",
         .curves = {}},
-        by_lambda{.title = "All eight tasks together: disentanglement error against λ",
+        by_lambda{.title = "All eight tasks together: disentanglement error against λ (L-LoRA: per layer)",
             .x_label = "λ of every task",
             .y_label = "ξ(λ, …, λ) / 8: share of predictions that change",
             .curves = {}};
@@ -485,12 +485,15 @@ std::vector<claim> llora_claims(const llora_results& results, const table* fully
     claims.push_back({"L-LoRA's disentanglement error is lower where all eight task vectors are added whole",
         mean_over_seeds(results.linearized.together).back() < mean_over_seeds(results.lora.together).back(),
         below("ξ(1, …, 1) / 8", mean_over_seeds(results.lora.together).back(), mean_over_seeds(results.linearized.together).back())});
-    double mean = 0, lora_mean = 0, best = 0;
-    for (const auto method : phi_merges()) {
+    std::vector<std::string> merged; // all the merges of the tables
+    for (const auto& r : linearized.rows()) {
+        if (r.method != "Pre-Trained" && r.method != "Single-Task") { merged.push_back(r.method); }
+    }
+    double mean = 0, lora_mean = 0;
+    for (const auto& method : merged) {
         const double accuracy = linearized[method].average(), lora_accuracy = lora[method].average();
-        mean += accuracy / static_cast<double>(phi_merges().size());
-        lora_mean += lora_accuracy / static_cast<double>(phi_merges().size());
-        best = std::max(best, accuracy);
+        mean += accuracy / static_cast<double>(merged.size());
+        lora_mean += lora_accuracy / static_cast<double>(merged.size());
         claims.push_back({taskvec::message("L-LoRA merges better than LoRA by ", method, ", eight tasks"), accuracy > lora_accuracy,
             against("L-LoRA", accuracy, "LoRA", lora_accuracy)});
     }
@@ -509,7 +512,7 @@ std::vector<claim> llora_claims(const llora_results& results, const table* fully
             taskvec::message("in points: ", points(gain(2)), " for two tasks, ", points(gain(tasks)), " for eight")});
     }
     if (fully_fine_tuned) {
-        const double full = fully_fine_tuned->best(phi_merges());
+        const double best = linearized.best(phi_merges()), full = fully_fine_tuned->best(phi_merges());
         claims.push_back({"the best L-LoRA merge is better than the best merge of fully fine-tuned models by the same methods", best > full,
             against("L-LoRA", best, "full fine-tuning", full)});
     }
