@@ -2,4 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/arithmetic/gpu.hpp>
 #include <taskvec/backend/thrust/system.hpp>
+#include <taskvec/lowrank/gpu.hpp>
+#include <taskvec/merge/gpu.hpp>
+#include <taskvec/reuse/gpu.hpp>
+#include <taskvec/select/gpu.hpp>

@@ -10,9 +10,12 @@
 #include <taskvec/analysis/task_space.hpp>
 #include <taskvec/arithmetic/aligned_models.hpp>
 #include <taskvec/arithmetic/block.hpp>
+#include <taskvec/arithmetic/elements.hpp>
+#include <taskvec/arithmetic/linear_functors.hpp>
 #include <taskvec/arithmetic/reduce.hpp>
 #include <taskvec/arithmetic/task_vector.hpp>
 #include <taskvec/arithmetic/weighted_sum.hpp>
+#include <taskvec/backend/elementwise.hpp>
 #include <taskvec/backend/kernels.hpp>
 #include <taskvec/backend/linalg.hpp>
 #include <taskvec/backend/parallel.hpp>
@@ -56,8 +59,10 @@
 #include <taskvec/lowrank/truncated_svd.hpp>
 #include <taskvec/merge/average.hpp>
 #include <taskvec/merge/dare.hpp>
+#include <taskvec/merge/election_functor.hpp>
 #include <taskvec/merge/fisher.hpp>
 #include <taskvec/merge/fisher_accumulator.hpp>
+#include <taskvec/merge/fisher_functor.hpp>
 #include <taskvec/merge/gram_accumulator.hpp>
 #include <taskvec/merge/lorahub.hpp>
 #include <taskvec/merge/merge.hpp>
@@ -71,6 +76,7 @@
 #include <taskvec/reuse/peru_fft.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
+#include <taskvec/select/magnitude_functors.hpp>
 #include <taskvec/select/sparse.hpp>
 #include <taskvec/select/thresholds.hpp>
 #include <taskvec/select/top_k.hpp>

@@ -7,6 +7,7 @@
 #include <taskvec/core/tensor_ref.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -76,6 +77,11 @@ struct chunk {
     std::size_t tensor = 0;
     std::uint64_t offset = 0;
     std::size_t size = 0;
+};
+
+/// Tensors [first, last) of aligned models.
+struct tensor_range {
+    std::size_t first = 0, last = 0;
 };
 
 /// Lines up a base (optional) and tasks by tensor name, and checks everything that can be checked before any work:
@@ -259,12 +265,19 @@ private:
 
 namespace detail {
 /// A model that is one flat view: how the typed functions use the model-wide machinery.
-template <class T>
-[[nodiscard]] const_model_ref flat_model(view<T, memory_space::host> values, std::string_view name = "values")
+template <class T, memory_space S>
+[[nodiscard]] const_model_ref flat_model(view<T, S> values, std::string_view name = "values")
 {
     const_model_ref model;
-    model.insert(std::string(name), as_tensor(view<const std::remove_const_t<T>, memory_space::host>(values)));
+    model.insert(std::string(name), as_tensor(view<const std::remove_const_t<T>, S>(values)));
     return model;
+}
+
+/// What every walk over models says of NaN or infinity in an input.
+[[noreturn, gnu::cold]] inline void refuse_nonfinite(std::string_view tensor, std::string_view where, double found, std::uint64_t index)
+{
+    raise<nonfinite_error>(message("tensor '", tensor, "' of ", where, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", index,
+        ": repair it, exclude the tensor, or ask for non-finite values to propagate"));
 }
 } // namespace detail
 

@@ -13,15 +13,10 @@ namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
 
-/// fp8 values by their bits. e4m3 (fn) has no infinity; e5m2 is the upper byte of f16.
+/// fp8 values by their bits.
 [[nodiscard]] inline float fp8_value(taskvec::dtype type, unsigned code) noexcept
 {
-    if (type == taskvec::dtype::f8_e5m2) { return f16_to_f32(static_cast<std::uint16_t>(code << 8)); }
-    const unsigned exponent = (code >> 3) & 15u, mantissa = code & 7u;
-    float value = std::ldexp(1.0f + static_cast<float>(mantissa) / 8.0f, static_cast<int>(exponent) - 7);
-    if (exponent == 15 && mantissa == 7) { value = std::numeric_limits<float>::quiet_NaN(); }
-    if (exponent == 0) { value = static_cast<float>(mantissa) * 0x1p-9f; }
-    return code & 0x80u ? -value : value;
+    return type == taskvec::dtype::f8_e5m2 ? e5m2_to_f32(static_cast<std::uint8_t>(code)) : e4m3_to_f32(static_cast<std::uint8_t>(code));
 }
 
 /// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements and
@@ -209,9 +204,7 @@ private:
     void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
     {
         const double found = detail::with_elements(from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
-        if (std::isfinite(found)) { return; }
-        raise<nonfinite_error>(message("tensor '", tensor_->name, "' of ", where, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", offset_ + i,
-            ": repair it, exclude the tensor, or ask for non-finite values to propagate"));
+        if (!std::isfinite(found)) { detail::refuse_nonfinite(tensor_->name, where, found, offset_ + i); }
     }
 
     const aligned_models* models_;

@@ -50,15 +50,18 @@ host_view<const T> const_view(host_view<T> x) noexcept
     return x;
 }
 
+[[noreturn, gnu::cold]] inline void refuse_nonfinite_input(std::size_t which, double found, std::uint64_t index)
+{
+    raise<nonfinite_error>(message(
+        "input ", which, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", index, ": repair it, or ask for non-finite values to propagate"));
+}
+
 template <class T>
 void find_nonfinite(host_view<const T> x, std::size_t which, std::size_t offset, std::size_t n)
 {
     for (std::size_t i = offset; i < offset + n; ++i) {
         const double value = widen<double>(x[i]);
-        if (!std::isfinite(value)) {
-            raise<nonfinite_error>(message(
-                "input ", which, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", i, ": repair it, or ask for non-finite values to propagate"));
-        }
+        if (!std::isfinite(value)) { refuse_nonfinite_input(which, value, i); }
     }
 }
 
@@ -202,18 +205,10 @@ template <input_of<cpu> X, input_of<cpu> Y>
     return norms == 0 ? 0.0 : dot(policy, x, y) / norms;
 }
 
-/// Dots of all pairs of task vectors τs·τt over all included tensors: a T×T symmetric matrix, row-major. One walk over
-/// the models; f64; fixed shape. Errors: nonfinite_error, cancelled.
-[[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
+namespace detail {
+/// A symmetric matrix from the sums of its upper triangle, row by row, tensor by tensor.
+[[nodiscard]] inline std::vector<double> symmetric_dots(const std::vector<std::vector<double>>& sums, std::size_t tasks)
 {
-    const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
-    const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [tasks]<class A>(block<A>& rows, double* out) {
-        std::vector<const A*> deltas;
-        for (std::size_t t = 0; t < tasks; ++t) { deltas.push_back(rows.delta(t)); }
-        for (std::size_t s = 0; s < tasks; ++s) {
-            for (std::size_t t = s; t < tasks; ++t) { *out++ = kernels::dot(deltas[s], deltas[t], rows.size()); }
-        }
-    });
     std::vector<double> matrix(tasks * tasks, 0.0);
     std::size_t pair = 0;
     for (std::size_t s = 0; s < tasks; ++s) {
@@ -226,14 +221,9 @@ template <input_of<cpu> X, input_of<cpu> Y>
     return matrix;
 }
 
-/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0).
-///
-///     const aligned_models models(&base, tasks);
-///     std::vector<double> cosines = cosine_matrix(cpu{}, models);
-[[nodiscard]] inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models)
+/// Cosines from a matrix of dots.
+[[nodiscard]] inline std::vector<double> cosines_of(const std::vector<double>& dots, std::size_t tasks)
 {
-    const std::size_t tasks = models.task_count();
-    const auto dots = dot_matrix(policy, models);
     std::vector<double> cosines(tasks * tasks);
     for (std::size_t s = 0; s < tasks; ++s) {
         for (std::size_t t = 0; t < tasks; ++t) {
@@ -242,6 +232,31 @@ template <input_of<cpu> X, input_of<cpu> Y>
         }
     }
     return cosines;
+}
+} // namespace detail
+
+/// Dots of all pairs of task vectors τs·τt over all included tensors: a T×T symmetric matrix, row-major. One walk over
+/// the models; f64; fixed shape. Errors: nonfinite_error, cancelled.
+[[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
+{
+    const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
+    const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [tasks]<class A>(block<A>& rows, double* out) {
+        std::vector<const A*> deltas;
+        for (std::size_t t = 0; t < tasks; ++t) { deltas.push_back(rows.delta(t)); }
+        for (std::size_t s = 0; s < tasks; ++s) {
+            for (std::size_t t = s; t < tasks; ++t) { *out++ = kernels::dot(deltas[s], deltas[t], rows.size()); }
+        }
+    });
+    return detail::symmetric_dots(sums, tasks);
+}
+
+/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0).
+///
+///     const aligned_models models(&base, tasks);
+///     std::vector<double> cosines = cosine_matrix(cpu{}, models);
+[[nodiscard]] inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models)
+{
+    return detail::cosines_of(dot_matrix(policy, models), models.task_count());
 }
 
 // On taskvec::gpu these live in <taskvec/arithmetic/gpu.hpp>; without it a call says so.

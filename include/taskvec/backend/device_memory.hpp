@@ -129,6 +129,37 @@ inline void clear([[maybe_unused]] const gpu& policy, void* place, std::size_t b
 #endif
 }
 
+/// Device memory from the policy's allocator, or cudaMallocAsync; never null. Errors: backend_error.
+[[nodiscard]] inline void* allocate(const gpu& policy, std::size_t bytes)
+{
+    if (policy.allocator) {
+        void* const place = policy.allocator->allocate(bytes, policy.stream);
+        if (!place) { raise<backend_error>(message("no room for ", bytes, " bytes of scratch"), "gpu::allocator->allocate", 0); }
+        return place;
+    }
+    void* place = nullptr;
+#if TASKVEC_ON_CUDA
+    check(cudaMallocAsync(&place, bytes, stream_of(policy)), "cudaMallocAsync");
+#else
+    place = std::malloc(bytes);
+    if (!place) { raise<backend_error>(message("no room for ", bytes, " bytes of scratch"), "malloc", 0); }
+#endif
+    return place;
+}
+inline void deallocate(const gpu& policy, void* place, std::size_t bytes) noexcept
+{
+    if (policy.allocator) {
+        policy.allocator->deallocate(place, bytes, policy.stream);
+        return;
+    }
+#if TASKVEC_ON_CUDA
+    (void)cudaFreeAsync(place, stream_of(policy));
+#else
+    (void)bytes;
+    std::free(place);
+#endif
+}
+
 /// `size` elements of T in device memory, from the policy's allocator, in its stream's order. Not initialised; move-only.
 ///
 ///     device::buffer<float> x(policy, values);   // a copy of a host vector
@@ -181,36 +212,6 @@ public:
     }
 
 private:
-    static void* allocate(const gpu& policy, std::size_t bytes)
-    {
-        if (policy.allocator) {
-            void* const place = policy.allocator->allocate(bytes, policy.stream);
-            if (!place) { raise<backend_error>(message("no room for ", bytes, " bytes of scratch"), "gpu::allocator->allocate", 0); }
-            return place;
-        }
-        void* place = nullptr;
-#if TASKVEC_ON_CUDA
-        check(cudaMallocAsync(&place, bytes, stream_of(policy)), "cudaMallocAsync");
-#else
-        place = std::malloc(bytes);
-        if (!place) { raise<backend_error>(message("no room for ", bytes, " bytes of scratch"), "malloc", 0); }
-#endif
-        return place;
-    }
-    static void deallocate(const gpu& policy, void* place, std::size_t bytes) noexcept
-    {
-        if (policy.allocator) {
-            policy.allocator->deallocate(place, bytes, policy.stream);
-            return;
-        }
-#if TASKVEC_ON_CUDA
-        (void)cudaFreeAsync(place, stream_of(policy));
-#else
-        (void)bytes;
-        std::free(place);
-#endif
-    }
-
     gpu policy_{};
     T* data_ = nullptr;
     std::size_t size_ = 0;

@@ -72,3 +72,10 @@
 #else
 #error "taskvec needs g++ 12 or clang 14 (or later): its bit-exact kernels rely on their floating-point pragmas"
 #endif
+// The call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END: it loops over the
+// indices that it is handed. On a host system it is, like a kernel, a function of its own.
+#if defined(__CUDACC__)
+#define TASKVEC_FUNCTOR __host__ __device__
+#else
+#define TASKVEC_FUNCTOR TASKVEC_NOINLINE
+#endif

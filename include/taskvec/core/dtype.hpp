@@ -190,6 +190,20 @@ template <class To, class From>
     return static_cast<std::uint16_t>(result | sign);
 }
 
+/// fp8 bits to f32, exact. e4m3 (fn) has no infinity: its largest code is NaN. e5m2 is the upper byte of f16.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr float e4m3_to_f32(std::uint8_t code) noexcept
+{
+    const std::uint32_t sign = (code & 0x80u) << 24, magnitude = code & 0x7fu;
+    // As for f16: moved into place an e4m3 number is 2^120 too small, subnormals too.
+    const float scaled = reinterpret_bits<float>(magnitude << 20) * 0x1p120f;
+    const std::uint32_t nan = 0u - static_cast<std::uint32_t>(magnitude == 0x7fu);
+    return reinterpret_bits<float>((0x7fc00000u & nan) | (reinterpret_bits<std::uint32_t>(scaled) & ~nan) | sign);
+}
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr float e5m2_to_f32(std::uint8_t code) noexcept
+{
+    return f16_to_f32(static_cast<std::uint16_t>(code << 8));
+}
+
 /// f64 to f32 and back are the hardware's conversions; 16-bit types go through f32 (f64 to a 16-bit type therefore
 /// rounds to odd first, so that the result is rounded once).
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr float f64_to_f32_odd(double value) noexcept

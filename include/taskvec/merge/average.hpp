@@ -41,8 +41,6 @@ public:
         return weighted_sum_stored<T, false>(rows, weights_.get<float>(), total<float>(), out);
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
-
-private:
     /// Σ wt in A, in task order.
     template <arithmetic_element A>
     [[nodiscard]] A total() const noexcept
@@ -51,6 +49,8 @@ private:
         for (const A weight : weights_.get<A>()) { sum += weight; }
         return sum;
     }
+
+private:
     rounded_weights weights_;
 };
 

@@ -51,16 +51,21 @@ TASKVEC_KERNELS_END
 
 namespace detail {
 
+/// keep_below(density), at most 2^32. Errors: invalid_argument unless 0 < density ≤ 1.
+[[nodiscard]] inline std::uint64_t checked_keep_below(double density)
+{
+    if (!(density > 0.0 && density <= 1.0)) { raise<invalid_argument>(message("density is ", density, "; expected a share in (0, 1], such as 0.5")); }
+    return keep_below(density);
+}
+
 /// Drops entries of the task vectors of a block.
 class random_drop {
 public:
     random_drop(double density, std::uint64_t seed)
         : density_(density)
         , seed_(seed)
-        , bound_(keep_below(density))
-    {
-        if (!(density > 0.0 && density <= 1.0)) { raise<invalid_argument>(message("density is ", density, "; expected a share in (0, 1], such as 0.5")); }
-    }
+        , bound_(checked_keep_below(density))
+    { }
     template <arithmetic_element A>
     A* operator()(block<A>& rows, std::size_t t) const
     {

@@ -136,6 +136,125 @@ TASKVEC_KERNELS_END
 
 } // namespace kernels
 
+namespace detail {
+
+/// What messages call the Fisher of a task.
+[[nodiscard]] inline std::string fisher_label(const fisher_options& options, std::size_t t, const aligned_models& models)
+{
+    return options.labels.empty() ? "the Fisher of " + models.label(t) : options.labels[t];
+}
+[[noreturn, gnu::cold]] inline void refuse_fisher_nonfinite(
+    const aligned_models& models, std::size_t tensor, const std::string& where, double found, std::uint64_t index)
+{
+    raise<nonfinite_error>(message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ",
+        index, ": collect the statistics again"));
+}
+[[noreturn, gnu::cold]] inline void refuse_fisher_negative(
+    const aligned_models& models, std::size_t tensor, const std::string& where, double found, std::uint64_t index)
+{
+    raise<invalid_argument>(message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ", found, " at index ", index,
+        ": a diagonal Fisher is a mean of squares and cannot be negative"));
+}
+
+/// The Fishers of a merge lined up with its models, and checked: the CPU and the gpu policy read them through this.
+class aligned_fishers {
+public:
+    aligned_fishers(const aligned_models& models, const fisher_options& options, memory_space space = memory_space::host)
+    {
+        const std::size_t tasks = models.task_count();
+        if (options.fishers.size() != tasks) {
+            raise<invalid_argument>(message(options.fishers.size(), " Fishers for ", tasks, " tasks: give one each, in the order of the tasks"));
+        }
+        if (!options.labels.empty() && options.labels.size() != tasks) {
+            raise<invalid_argument>(message(options.labels.size(), " labels for ", tasks, " Fishers: give one each, or none"));
+        }
+        for (std::size_t t = 0; t < tasks; ++t) {
+            for (const auto& [name, tensor] : options.fishers[t]) {
+                const auto place = std::lower_bound(
+                    models.outputs().begin(), models.outputs().end(), name, [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
+                if (place == models.outputs().end() || place->name != name) {
+                    raise<invalid_argument>(message(
+                        "tensor '", name, "' of ", fisher_label(options, t, models), " is not in the models: these are the statistics of another model"));
+                }
+            }
+        }
+        operands_.resize(models.tensors().size() * tasks);
+        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+            const aligned_tensor& tensor = models.tensors()[i];
+            for (std::size_t t = 0; t < tasks; ++t) {
+                const const_tensor_ref* const fisher = options.fishers[t].find(tensor.name);
+                if (!fisher) {
+                    const bool stands_in = models.options().on_missing == missing::base && tensor.tasks[t].data == tensor.base.data;
+                    if (stands_in) { continue; }
+                    raise<invalid_argument>(message("tensor '", tensor.name, "' is missing in ", fisher_label(options, t, models),
+                        ": collect statistics for every parameter, or exclude the tensor"));
+                }
+                check(*fisher, tensor, fisher_label(options, t, models), space);
+                operands_[i * tasks + t] = {static_cast<const std::byte*>(fisher->data), fisher->dtype};
+                companions_.push_back({i, operands_[i * tasks + t].data, byte_count(fisher->dtype, tensor.size)});
+            }
+        }
+    }
+
+    /// Ft of each tensor, [tensor][task]; null data where it counts as 0.
+    [[nodiscard]] const std::vector<aligned_tensor::operand>& operands() const noexcept { return operands_; }
+    [[nodiscard]] const std::vector<companion>& companions() const noexcept { return companions_; }
+
+private:
+    static void check(const const_tensor_ref& fisher, const aligned_tensor& tensor, const std::string& where, memory_space space)
+    {
+        if (fisher.shape != tensor.shape) {
+            raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ", where, " but ", to_string(tensor.shape),
+                " in the models: these are the statistics of another model"));
+        }
+        if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
+            raise<dtype_mismatch>(
+                message("tensor '", tensor.name, "' has dtype ", name(fisher.dtype), " in ", where, "; expected F64, F32, BF16 or F16: convert it"));
+        }
+        if (fisher.space != space || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {
+            raise<invalid_argument>(message(
+                "tensor '", tensor.name, "' of ", where, " must be contiguous ", space == memory_space::host ? "host" : "device", " memory: copy it first"));
+        }
+    }
+
+    std::vector<aligned_tensor::operand> operands_;
+    std::vector<companion> companions_;
+};
+
+/// Throws unless the weights and the floor mean something. Returns the weights ct.
+[[nodiscard]] inline std::vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
+{
+    std::vector<double> weights = checked_weights(options.weights, tasks, false);
+    double total = 0;
+    for (const double weight : weights) { total += weight; }
+    if (total == 0) { raise<invalid_argument>("the weights of a Fisher merge are all 0"); }
+    if (!(options.floor >= 0) || !std::isfinite(options.floor)) {
+        raise<invalid_argument>(message("floor is ", options.floor, "; expected a number that is not negative, such as 1e-12"));
+    }
+    return weights;
+}
+
+/// ct/‖Ft‖ for each task, from Σ Ft² of every tensor, [tensor][task]; 0 for a Fisher that is all 0.
+[[nodiscard]] inline std::vector<double> normalized_fisher_weights(const std::vector<double>& weights, const std::vector<std::vector<double>>& squares)
+{
+    std::vector<double> factors;
+    for (std::size_t t = 0; t < weights.size(); ++t) {
+        double square = 0;
+        for (const auto& of_tensor : squares) { square += of_tensor[t]; }
+        factors.push_back(square == 0 ? 0.0 : weights[t] / std::sqrt(square));
+    }
+    return factors;
+}
+
+/// The least denominator that is divided by; never 0, so that 0 / 0 is never taken.
+template <arithmetic_element A>
+[[nodiscard]] A fisher_floor(const fisher_options& options) noexcept
+{
+    return std::max(static_cast<A>(options.floor), std::numeric_limits<A>::denorm_min());
+}
+
+} // namespace detail
+
 template <>
 class detail::merger<fisher_options> {
 public:
@@ -144,20 +263,14 @@ public:
 
     merger(const cpu& policy, const aligned_models& models, const fisher_options& options)
         : options_(options)
-        , weights_(checked_weights(options.weights, models.task_count(), false))
+        , weights_(checked_fisher_weights(options, models.task_count()))
         , factors_(weights_)
+        , fishers_(models, options)
     {
-        double total = 0;
-        for (const double weight : weights_) { total += weight; }
-        if (total == 0) { raise<invalid_argument>("the weights of a Fisher merge are all 0"); }
-        if (!(options.floor >= 0) || !std::isfinite(options.floor)) {
-            raise<invalid_argument>(message("floor is ", options.floor, "; expected a number that is not negative, such as 1e-12"));
-        }
-        align(models);
         if (options.normalize) { normalize(policy, models); }
     }
 
-    [[nodiscard]] std::span<const companion> companions() const noexcept { return companions_; }
+    [[nodiscard]] std::span<const companion> companions() const noexcept { return fishers_.companions(); }
 
     template <arithmetic_element A>
     void operator()(block<A>& rows, A* merged, merge_tally&) const
@@ -173,7 +286,7 @@ public:
                 if (kernels::accumulate_importance(merged, below, fisher, rows.task(t), static_cast<A>(factors_[t]), n)) { blame_negative(rows, t, fisher); }
             }
         }
-        const A floor = std::max(static_cast<A>(options_.floor), std::numeric_limits<A>::denorm_min()); // 0 / 0 is never taken
+        const A floor = fisher_floor<A>(options_);
         if (!kernels::any_below(below, floor, n)) { return kernels::divide_rows(merged, below, n); }
         A* const plain = rows.scratch(3);
         A total = 0;
@@ -189,74 +302,17 @@ public:
     [[nodiscard]] std::uint64_t bytes_beside(const aligned_models&) const noexcept
     {
         std::uint64_t once = 0;
-        for (const auto& fisher : companions_) { once += fisher.bytes; }
+        for (const auto& fisher : fishers_.companions()) { once += fisher.bytes; }
         return options_.normalize ? 2 * once : once;
     }
 
 private:
-    [[nodiscard]] std::string label(std::size_t t, const aligned_models& models) const
-    {
-        return options_.labels.empty() ? "the Fisher of " + models.label(t) : options_.labels[t];
-    }
-
-    void align(const aligned_models& models)
-    {
-        const std::size_t tasks = models.task_count();
-        if (options_.fishers.size() != tasks) {
-            raise<invalid_argument>(message(options_.fishers.size(), " Fishers for ", tasks, " tasks: give one each, in the order of the tasks"));
-        }
-        if (!options_.labels.empty() && options_.labels.size() != tasks) {
-            raise<invalid_argument>(message(options_.labels.size(), " labels for ", tasks, " Fishers: give one each, or none"));
-        }
-        for (std::size_t t = 0; t < tasks; ++t) {
-            for (const auto& [name, tensor] : options_.fishers[t]) {
-                const auto place = std::lower_bound(
-                    models.outputs().begin(), models.outputs().end(), name, [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
-                if (place == models.outputs().end() || place->name != name) {
-                    raise<invalid_argument>(
-                        message("tensor '", name, "' of ", label(t, models), " is not in the models: these are the statistics of another model"));
-                }
-            }
-        }
-        operands_.resize(models.tensors().size() * tasks);
-        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
-            const aligned_tensor& tensor = models.tensors()[i];
-            for (std::size_t t = 0; t < tasks; ++t) {
-                const const_tensor_ref* const fisher = options_.fishers[t].find(tensor.name);
-                if (!fisher) {
-                    const bool stands_in = models.options().on_missing == missing::base && tensor.tasks[t].data == tensor.base.data;
-                    if (stands_in) { continue; }
-                    raise<invalid_argument>(message(
-                        "tensor '", tensor.name, "' is missing in ", label(t, models), ": collect statistics for every parameter, or exclude the tensor"));
-                }
-                check(*fisher, tensor, label(t, models));
-                operands_[i * tasks + t] = {static_cast<const std::byte*>(fisher->data), fisher->dtype};
-                companions_.push_back({i, operands_[i * tasks + t].data, byte_count(fisher->dtype, tensor.size)});
-            }
-        }
-    }
-
-    static void check(const const_tensor_ref& fisher, const aligned_tensor& tensor, const std::string& where)
-    {
-        if (fisher.shape != tensor.shape) {
-            raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ", where, " but ", to_string(tensor.shape),
-                " in the models: these are the statistics of another model"));
-        }
-        if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
-            raise<dtype_mismatch>(
-                message("tensor '", tensor.name, "' has dtype ", name(fisher.dtype), " in ", where, "; expected F64, F32, BF16 or F16: convert it"));
-        }
-        if (fisher.space != memory_space::host || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {
-            raise<invalid_argument>(message("tensor '", tensor.name, "' of ", where, " must be contiguous host memory: copy it first"));
-        }
-    }
-
     /// Where Ft of a block's tensor lies; without data where it counts as 0.
     template <arithmetic_element A>
     [[nodiscard]] const aligned_tensor::operand& operand(const block<A>& rows, std::size_t t) const noexcept
     {
         const auto tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
-        return operands_[tensor * rows.task_count() + t];
+        return fishers_.operands()[tensor * rows.task_count() + t];
     }
     /// Ft of a block; nullptr where it counts as 0.
     template <arithmetic_element A>
@@ -268,9 +324,10 @@ private:
         const A* const values = rows.beside(from, out, largest);
         if (largest >= exponent_mask<A> && rows.models().options().on_nonfinite == nonfinite::error) {
             for (std::size_t i = 0; i < rows.size(); ++i) {
-                if (std::isfinite(values[i])) { continue; }
-                raise<nonfinite_error>(message("tensor '", rows.tensor().name, "' of ", label(t, rows.models()), " holds ",
-                    std::isnan(values[i]) ? "NaN" : "infinity", " at index ", rows.offset() + i, ": collect the statistics again"));
+                if (!std::isfinite(values[i])) {
+                    const auto tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
+                    refuse_fisher_nonfinite(rows.models(), tensor, fisher_label(options_, t, rows.models()), static_cast<double>(values[i]), rows.offset() + i);
+                }
             }
         }
         return values;
@@ -327,8 +384,8 @@ private:
     {
         std::size_t i = 0;
         while (!(fisher[i] < 0)) { ++i; }
-        raise<invalid_argument>(message("tensor '", rows.tensor().name, "' of ", label(t, rows.models()), " holds ", fisher[i], " at index ", rows.offset() + i,
-            ": a diagonal Fisher is a mean of squares and cannot be negative"));
+        const auto tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
+        refuse_fisher_negative(rows.models(), tensor, fisher_label(options_, t, rows.models()), static_cast<double>(fisher[i]), rows.offset() + i);
     }
 
     void normalize(const cpu& policy, const aligned_models& models)
@@ -354,17 +411,12 @@ private:
                 }
             }
         });
-        for (std::size_t t = 0; t < tasks; ++t) {
-            double square = 0;
-            for (const auto& of_tensor : sums) { square += of_tensor[t]; }
-            factors_[t] = square == 0 ? 0.0 : weights_[t] / std::sqrt(square);
-        }
+        factors_ = normalized_fisher_weights(weights_, sums);
     }
 
     fisher_options options_;
     std::vector<double> weights_, factors_; // ct; ct, or ct/‖Ft‖
-    std::vector<aligned_tensor::operand> operands_; // [tensor][task]
-    std::vector<companion> companions_;
+    aligned_fishers fishers_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -327,14 +327,15 @@ merge_report merge(const cpu& policy, const Options& options, const aligned_mode
 namespace detail {
 
 /// The sink over a model in memory, checked against what a merge writes.
-inline memory_sink sink_over(const aligned_models& models, const model_ref& out)
+inline memory_sink sink_over(const aligned_models& models, const model_ref& out, memory_space space = memory_space::host)
 {
     std::vector<void*> tensors;
     for (const auto& spec : models.outputs()) {
         const tensor_ref* const tensor = out.find(spec.name);
         if (!tensor) { raise<invalid_argument>(message("tensor '", spec.name, "' is missing in the output")); }
-        if (tensor->space != memory_space::host || !tensor->contiguous()) {
-            raise<invalid_argument>(message("tensor '", spec.name, "' of the output must be contiguous host memory"));
+        if (tensor->space != space || !tensor->contiguous()) {
+            raise<invalid_argument>(
+                message("tensor '", spec.name, "' of the output must be contiguous ", space == memory_space::host ? "host" : "device", " memory"));
         }
         if (tensor->shape != spec.shape) {
             raise<shape_mismatch>(message("tensor '", spec.name, "' of the output has shape ", to_string(tensor->shape), "; expected ", to_string(spec.shape)));
@@ -399,8 +400,8 @@ template <class Tasks>
     for (const auto& task : tasks) { models.push_back(flat_model(as_view(task))); }
     return models;
 }
-template <class T>
-[[nodiscard]] model_ref flat_output(view<T, memory_space::host> out)
+template <class T, memory_space S>
+[[nodiscard]] model_ref flat_output(view<T, S> out)
 {
     model_ref model;
     model.insert("values", as_tensor(out));

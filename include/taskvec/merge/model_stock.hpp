@@ -18,6 +18,37 @@ struct model_stock_options {
     bool clamp = true;
 };
 
+namespace detail {
+
+inline void check_model_stock(std::size_t tasks)
+{
+    if (tasks < 2) { raise<invalid_argument>("Model Stock compares fine-tuned models with each other: at least two tasks are needed"); }
+}
+
+/// t/N for a tensor from the dots of its task vectors: dots[i(i+1)/2 + j] = τi·τj for j ≤ i.
+[[nodiscard]] inline double model_stock_factor(
+    const model_stock_options& options, const std::string& tensor, std::size_t tasks, const std::vector<double>& dots)
+{
+    const auto dot = [&](std::size_t i, std::size_t j) { return dots[i * (i + 1) / 2 + j]; };
+    double cosines = 0;
+    for (std::size_t i = 0; i < tasks; ++i) {
+        for (std::size_t j = 0; j < i; ++j) {
+            const double norms = std::sqrt(dot(i, i)) * std::sqrt(dot(j, j));
+            cosines += norms == 0 ? 0.0 : dot(i, j) / norms;
+        }
+    }
+    const double n = static_cast<double>(tasks), c = cosines / (n * (n - 1) / 2), below = 1 + (n - 1) * c;
+    double t = n * c / below;
+    if (options.clamp && c == c) { t = below > 0 ? std::clamp(t, 0.0, 1.0) : 0.0; } // c ≥ −1/(N−1): below it lies rounding
+    else if (!(below > 0) && c == c) {
+        raise<invalid_argument>(message("the task vectors of tensor '", tensor, "' cancel (mean cosine ", c,
+            "): the ratio of Model Stock has no value there; clamp it, or exclude the tensor"));
+    }
+    return t / n;
+}
+
+} // namespace detail
+
 template <>
 class detail::merger<model_stock_options> {
 public:
@@ -27,7 +58,7 @@ public:
     merger(const cpu& policy, const aligned_models& models, const model_stock_options& options)
     {
         const std::size_t tasks = models.task_count();
-        if (tasks < 2) { raise<invalid_argument>("Model Stock compares fine-tuned models with each other: at least two tasks are needed"); }
+        check_model_stock(tasks);
         const auto sums = tensor_sums(policy, models, tasks * (tasks + 1) / 2, 0, "cosines", [&](auto& rows, double* sum) {
             for (std::size_t i = 0; i < tasks; ++i) { rows.delta(i); }
             for (std::size_t i = 0; i < tasks; ++i) {
@@ -35,22 +66,7 @@ public:
             }
         });
         for (std::size_t tensor = 0; tensor < sums.size(); ++tensor) {
-            const auto dot = [&](std::size_t i, std::size_t j) { return sums[tensor][i * (i + 1) / 2 + j]; };
-            double cosines = 0;
-            for (std::size_t i = 0; i < tasks; ++i) {
-                for (std::size_t j = 0; j < i; ++j) {
-                    const double norms = std::sqrt(dot(i, i)) * std::sqrt(dot(j, j));
-                    cosines += norms == 0 ? 0.0 : dot(i, j) / norms;
-                }
-            }
-            const double n = static_cast<double>(tasks), c = cosines / (n * (n - 1) / 2), below = 1 + (n - 1) * c;
-            double t = n * c / below;
-            if (options.clamp && c == c) { t = below > 0 ? std::clamp(t, 0.0, 1.0) : 0.0; } // c ≥ −1/(N−1): below it lies rounding
-            else if (!(below > 0) && c == c) {
-                raise<invalid_argument>(message("the task vectors of tensor '", models.tensors()[tensor].name, "' cancel (mean cosine ", c,
-                    "): the ratio of Model Stock has no value there; clamp it, or exclude the tensor"));
-            }
-            factors_.push_back(t / n);
+            factors_.push_back(model_stock_factor(options, models.tensors()[tensor].name, tasks, sums[tensor]));
         }
     }
     template <arithmetic_element A>

@@ -17,6 +17,35 @@ struct slerp_options {
     double t = 0.5;
 };
 
+namespace detail {
+
+/// The factors of a and b for one tensor.
+struct slerp_factors {
+    double of_a, of_b;
+};
+/// From the dots a·a, b·b and a·b.
+[[nodiscard]] inline slerp_factors factors_of(const slerp_options& options, double aa, double bb, double ab)
+{
+    const double t = options.t, cosine = ab / (std::sqrt(aa) * std::sqrt(bb)); // NaN where a norm is 0
+    if (!(std::abs(cosine) <= 0.9995)) { return {1 - t, t}; }
+    const double angle = std::acos(cosine), sine = std::sin(angle);
+    return {std::sin((1 - t) * angle) / sine, std::sin(t * angle) / sine};
+}
+
+/// Throws unless there are two models to go between. True where the first of them is the base.
+inline bool check_slerp(const aligned_models& models, const slerp_options& options)
+{
+    check_factor(options.t, "t");
+    const bool from_base = models.task_count() == 1;
+    if (models.task_count() > 2 || (from_base && !models.has_base())) {
+        raise<invalid_argument>(message("SLERP goes between two models, and there ",
+            models.task_count() == 1 ? "is one" : message("are ", models.task_count(), " tasks"), ": give two tasks, or a base and one task"));
+    }
+    return from_base;
+}
+
+} // namespace detail
+
 template <>
 class detail::merger<slerp_options> {
 public:
@@ -24,29 +53,15 @@ public:
     static constexpr std::size_t scratch_rows = 0;
 
     merger(const cpu& policy, const aligned_models& models, const slerp_options& options)
-        : from_base_(models.task_count() == 1)
+        : from_base_(check_slerp(models, options))
     {
-        check_factor(options.t, "t");
-        if (models.task_count() > 2 || (from_base_ && !models.has_base())) {
-            raise<invalid_argument>(message("SLERP goes between two models, and there ",
-                models.task_count() == 1 ? "is one" : message("are ", models.task_count(), " tasks"), ": give two tasks, or a base and one task"));
-        }
         const auto sums = tensor_sums(policy, models, 3, 0, "angles", [&](auto& rows, double* sum) {
             const auto *const a = first(rows), *const b = second(rows);
             sum[0] = kernels::dot(a, a, rows.size());
             sum[1] = kernels::dot(b, b, rows.size());
             sum[2] = kernels::dot(a, b, rows.size());
         });
-        for (const auto& sum : sums) {
-            const double t = options.t, cosine = sum[2] / (std::sqrt(sum[0]) * std::sqrt(sum[1])); // NaN where a norm is 0
-            if (std::abs(cosine) <= 0.9995) {
-                const double angle = std::acos(cosine), sine = std::sin(angle);
-                factors_.push_back({std::sin((1 - t) * angle) / sine, std::sin(t * angle) / sine});
-            }
-            else {
-                factors_.push_back({1 - t, t});
-            }
-        }
+        for (const auto& sum : sums) { factors_.push_back(factors_of(options, sum[0], sum[1], sum[2])); }
     }
     template <arithmetic_element A>
     void operator()(block<A>& rows, A* merged, merge_tally&) const
@@ -69,11 +84,8 @@ private:
         return rows.task(from_base_ ? 0 : 1);
     }
 
-    struct pair {
-        double of_a, of_b;
-    };
     bool from_base_;
-    std::vector<pair> factors_; // for each tensor
+    std::vector<slerp_factors> factors_; // for each tensor
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -80,6 +80,38 @@ namespace detail {
     return options.zero_sign == zero_sign::majority || options.combine == disjoint_merge::max ? 0 : -1;
 }
 
+/// What a zero sum elects before the majority is known.
+[[nodiscard]] inline int provisional_sign(const ties_options& options) noexcept
+{
+    return options.zero_sign == zero_sign::none ? 0 : 1;
+}
+
+/// What zero sums of each tensor elect, from the sums of the signs that each elected; by the majority of the scope.
+[[nodiscard]] inline std::vector<int> majority_signs(const ties_options& options, std::vector<std::int64_t> sums)
+{
+    if (options.scope == scope::model) {
+        std::int64_t total = 0;
+        for (const auto sum : sums) { total += sum; }
+        sums.assign(sums.size(), total);
+    }
+    std::vector<int> signs;
+    for (const auto sum : sums) { signs.push_back(majority_sign(options, sum)); }
+    return signs;
+}
+
+/// The factors of each task in an election with these options. Errors: invalid_argument (lambda, weights).
+[[nodiscard]] inline election_weights election_weights_of(const ties_options& options, std::size_t tasks)
+{
+    check_factor(options.lambda, "lambda");
+    const auto weights = checked_weights(options.weights, tasks, options.negative_weights);
+    const std::vector<double> ones(tasks, 1.0);
+    return {options.weighted_election ? weights : ones, weights,
+        options.combine != disjoint_merge::mean ? std::vector<double>(tasks, 0.0)
+            : options.divide_by_count           ? ones
+                                                : weights,
+        options.agree_when_weighted ? weights : ones};
+}
+
 /// Elects and merges the (trimmed, dropped, …) task vectors in a block's rows. Shared by TIES and DARE-TIES.
 class election {
 public:
@@ -88,17 +120,12 @@ public:
     election(const aligned_models& models, const ties_options& options)
         : options_(options)
     {
-        check_factor(options.lambda, "lambda");
-        const std::size_t tasks = models.task_count();
-        const auto weights = checked_weights(options.weights, tasks, options.negative_weights);
-        const std::vector<double> ones(tasks, 1.0);
-        weights_ = {
-            options.weighted_election ? weights : ones, weights, options.divide_by_count ? ones : weights, options.agree_when_weighted ? weights : ones};
-        if (options.combine != disjoint_merge::mean) { weights_.divide.assign(tasks, 0.0); }
+        weights_ = election_weights_of(options, models.task_count());
         single_ = election_factors<float>(weights_);
         wide_ = election_factors<double>(weights_);
-        signs_.assign(models.tensors().size(), provisional());
-        unit_mean_ = options.combine == disjoint_merge::mean && std::all_of(weights.begin(), weights.end(), [](double weight) { return weight == 1.0; });
+        signs_.assign(models.tensors().size(), provisional_sign(options));
+        unit_mean_ =
+            options.combine == disjoint_merge::mean && std::all_of(weights_.value.begin(), weights_.value.end(), [](double weight) { return weight == 1.0; });
     }
 
     /// Rows 0 … T−1 of `rows` hold the task vectors to merge.
@@ -164,14 +191,9 @@ public:
         if (options_.zero_sign != zero_sign::majority && options_.zero_sign != zero_sign::majority_or_negative) { return again; }
         std::vector<std::int64_t> sums(models.tensors().size(), 0);
         for (std::size_t c = 0; c < tallies.size(); ++c) { sums[models.chunks()[c].tensor] += tallies[c].sign_sum; }
-        if (options_.scope == scope::model) {
-            std::int64_t total = 0;
-            for (const auto sum : sums) { total += sum; }
-            sums.assign(sums.size(), total);
-        }
-        for (std::size_t i = 0; i < sums.size(); ++i) { signs_[i] = majority_sign(options_, sums[i]); }
+        signs_ = majority_signs(options_, std::move(sums));
         for (std::size_t c = 0; c < tallies.size(); ++c) {
-            if (tallies[c].unresolved > 0 && signs_[models.chunks()[c].tensor] != provisional()) { again.push_back(c); }
+            if (tallies[c].unresolved > 0 && signs_[models.chunks()[c].tensor] != provisional_sign(options_)) { again.push_back(c); }
         }
         return again;
     }
@@ -189,9 +211,6 @@ private:
     {
         return static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
     }
-
-    /// What a zero sum elects before the majority is known.
-    [[nodiscard]] int provisional() const noexcept { return options_.zero_sign == zero_sign::none ? 0 : 1; }
 
     ties_options options_;
     election_weights weights_;

@@ -9,6 +9,23 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+namespace detail {
+/// Task t as it is served: where tensors may be missing, completed by the base's.
+[[nodiscard]] inline const_model_ref task_served(const const_model_ref& base, const const_model_ref& task, const model_options& how)
+{
+    return how.on_missing == missing::base ? completed(task, base) : task;
+}
+/// How task t is lined up with the merged model.
+[[nodiscard]] inline model_options residual_options(const model_options& how, std::size_t t)
+{
+    model_options pruning = how;
+    pruning.base_label = "the merged model";
+    pruning.output.reset();
+    if (!how.labels.empty()) { pruning.labels = {how.labels[t]}; }
+    return pruning;
+}
+} // namespace detail
+
 /// θ* = merge(θ0, θ1 … θT) by any method, then ût = top-m% of ut = θt − θ* for each task, where θ* is the merged model as
 /// it was stored and rounded. Task t is served as θ* + ût: apply() switches it on in place, undo() off again.
 /// Parameters: |θ*| + Σ kept. `out` receives θ*. Errors and bits: as merge() and post_pruning().
@@ -19,14 +36,10 @@ template <merge_method Options>
     std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how = {})
 {
     merge(policy, method, base, tasks, out, how);
-    model_options pruning = how;
-    pruning.base_label = "the merged model";
-    pruning.output.reset();
     std::vector<sparse_model> deltas;
     const const_model_ref merged(out);
     for (std::size_t t = 0; t < tasks.size(); ++t) {
-        if (!how.labels.empty()) { pruning.labels = {how.labels[t]}; }
-        deltas.push_back(post_pruning(policy, residual, merged, how.on_missing == missing::base ? completed(tasks[t], base) : tasks[t], pruning));
+        deltas.push_back(post_pruning(policy, residual, merged, detail::task_served(base, tasks[t], how), detail::residual_options(how, t)));
     }
     return deltas;
 }

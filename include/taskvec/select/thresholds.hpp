@@ -5,6 +5,8 @@
 #include <taskvec/select/top_k.hpp>
 
 #include <limits>
+#include <span>
+#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -21,13 +23,25 @@ enum class trim_rule : std::uint8_t { exact, reach_next };
 class trim_thresholds {
 public:
     trim_thresholds(const cpu& policy, const aligned_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
+        : trim_thresholds(
+            models, density, over, rule, [&]<class A>(std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts, unsigned* walks) {
+                // Half the budget for what a pass collects, for all tasks together.
+                const std::size_t capacity = std::min(std::size_t{1} << 22, models.options().memory / 2 / (models.task_count() * sizeof(A)));
+                const chunk_range chunks{models.first_chunk(range.first), models.first_chunk(range.last)};
+                return top_k_thresholds<A>(policy, models, chunks, counts, capacity, walks);
+            })
+    { }
+    /// The same by another search: search(std::type_identity<A>{}, tensors, counts, walks) finds the thresholds that keep counts[t]
+    /// entries of task vector t over a range of tensors.
+    template <class Search>
+    trim_thresholds(const aligned_models& models, double density, scope over, trim_rule rule, const Search& search)
+        : per_tensor_(over == scope::tensor)
+        , tasks_(models.task_count())
     {
-        if (models.any_wide()) { find<double>(policy, models, density, over, rule, wide_); }
+        if (models.any_wide()) { find<double>(models, density, rule, search, wide_); }
         else {
-            find<float>(policy, models, density, over, rule, single_);
+            find<float>(models, density, rule, search, single_);
         }
-        per_tensor_ = over == scope::tensor;
-        tasks_ = models.task_count();
     }
     /// The threshold on task t's vector in a tensor, for arithmetic in A.
     template <arithmetic_element A>
@@ -42,32 +56,30 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return walks_; }
 
 private:
-    template <arithmetic_element A>
-    void find(const cpu& policy, const aligned_models& models, double density, scope over, trim_rule rule, std::vector<top_k_threshold<A>>& thresholds)
+    template <arithmetic_element A, class Search>
+    void find(const aligned_models& models, double density, trim_rule rule, const Search& search, std::vector<top_k_threshold<A>>& thresholds)
     {
-        const auto add = [&](chunk_range range, std::uint64_t n) {
+        const auto add = [&](tensor_range range, std::uint64_t n) {
             std::uint64_t k = top_k_count(density, n);
             if (rule == trim_rule::reach_next) { k = std::min(n, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))) + 1); }
-            const std::vector<std::uint64_t> counts(models.task_count(), k);
-            // Half the budget for what a pass collects, for all tasks together.
-            const std::size_t capacity = std::min(std::size_t{1} << 22, models.options().memory / 2 / (models.task_count() * sizeof(A)));
+            const std::vector<std::uint64_t> counts(tasks_, k);
             unsigned walks = 0;
-            for (auto threshold : top_k_thresholds<A>(policy, models, range, counts, capacity, &walks)) {
+            for (auto threshold : search(std::type_identity<A>{}, range, std::span<const std::uint64_t>(counts), &walks)) {
                 if (rule == trim_rule::reach_next) { threshold.equal_end = std::numeric_limits<std::uint64_t>::max(); }
                 thresholds.push_back(threshold);
             }
             walks_ = std::max(walks_, walks);
         };
-        if (over == scope::model) { add(all_chunks(models), models.elements()); }
+        if (!per_tensor_) { add({0, models.tensors().size()}, models.elements()); }
         else {
-            for (std::size_t i = 0; i < models.tensors().size(); ++i) { add(chunks_of(models, i), models.tensors()[i].size); }
+            for (std::size_t i = 0; i < models.tensors().size(); ++i) { add({i, i + 1}, models.tensors()[i].size); }
         }
     }
 
     std::vector<top_k_threshold<float>> single_;
     std::vector<top_k_threshold<double>> wide_;
-    bool per_tensor_ = false;
-    std::size_t tasks_ = 0;
+    bool per_tensor_;
+    std::size_t tasks_;
     unsigned walks_ = 0;
 };
 

@@ -1,0 +1,18 @@
+// Host memory is no device memory: a merge on the gpu takes device views.
+// SPDX-License-Identifier: Apache-2.0
+// needs: thrust
+// error: no matching function for call to .*merge
+#define THRUST_HOST_SYSTEM THRUST_HOST_SYSTEM_CPP
+#define THRUST_DEVICE_SYSTEM THRUST_DEVICE_SYSTEM_CPP
+#include <taskvec/merge/device_linear.hpp>
+
+#include <vector>
+
+void f(const std::vector<float>& base, const std::vector<std::vector<float>>& tasks, std::vector<float>& out)
+{
+#if defined(TASKVEC_FAULT)
+    taskvec::merge(taskvec::gpu{}, taskvec::task_arithmetic_options{}, base, tasks, out);
+#else
+    taskvec::merge(taskvec::cpu{}, taskvec::task_arithmetic_options{}, base, tasks, out);
+#endif
+}
