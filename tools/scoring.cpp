@@ -2,12 +2,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "scoring.hpp"
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include <fcntl.h>
 #include <poll.h>
@@ -35,6 +38,56 @@ bool is_word(char c)
 {
     return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_' || (static_cast<unsigned char>(c) & 0x80u) != 0;
 }
+
+/// Text with a backslash before each of these characters.
+std::string escaped(const std::string& text, std::string_view characters)
+{
+    std::string result;
+    for (const char c : text) {
+        if (characters.find(c) != characters.npos) { result += '\\'; }
+        result += c;
+    }
+    return result;
+}
+/// Text as it stands for itself between double quotes.
+std::string double_quoted(const std::string& text)
+{
+    return escaped(text, "\"\\$`");
+}
+
+using clock = std::chrono::steady_clock;
+
+/// The process group of a command, and when it has to end.
+class running_command {
+public:
+    running_command(pid_t group, double timeout)
+        : group_(group)
+    {
+        if (timeout > 0 && timeout < 1e9) { deadline_ = clock::now() + std::chrono::duration_cast<clock::duration>(std::chrono::duration<double>(timeout)); }
+    }
+    /// Called ten times a second or more: asks the command to end when we are asked to, or when its time is up, and kills it when it does not listen.
+    void watch()
+    {
+        const auto now = clock::now();
+        if (!asked_) {
+            out_of_time_ = now >= deadline_;
+            if (!out_of_time_ && !was_interrupted()) { return; }
+            asked_ = true;
+            kill_at_ = now + std::chrono::seconds(5);
+            ::kill(-group_, SIGTERM);
+        }
+        else if (now >= kill_at_) {
+            kill_at_ = clock::time_point::max();
+            ::kill(-group_, SIGKILL);
+        }
+    }
+    [[nodiscard]] bool out_of_time() const { return out_of_time_; }
+
+private:
+    pid_t group_;
+    clock::time_point deadline_ = clock::time_point::max(), kill_at_ = clock::time_point::max();
+    bool asked_ = false, out_of_time_ = false;
+};
 
 struct pipe_end {
     int handle = -1;
@@ -95,18 +148,47 @@ std::optional<double> last_number(std::string_view text)
     return found;
 }
 
-double run_score_command(const std::string& command, const fs::path& model, const std::string& point)
+std::string with_path(const std::string& command, const std::string& path)
 {
-    std::string line;
+    const bool plain = std::all_of(path.begin(), path.end(), [](char c) { return is_word(c) || c == '.' || c == '/' || c == '-'; });
+    std::string line, open; // what is open around this place: quotes, and ( or ` around commands of their own
     for (std::size_t at = 0; at < command.size();) {
+        const char c = command[at], inside = open.empty() ? ' ' : open.back();
         if (command.compare(at, 2, "{}") == 0) {
-            line += shell_quoted(model.string());
+            std::string word = inside == '"' ? double_quoted(path) : inside == '\'' ? "'" + shell_quoted(path) + "'" : shell_quoted(path);
+            for (const char around : open) {
+                if (around == '`') { word = escaped(word, "\\$`"); } // which takes off one level of backslashes
+            }
+            line += plain ? path : word;
             at += 2;
+            continue;
         }
-        else {
+        if (inside == '\'') {
+            if (c == '\'') { open.pop_back(); }
+        }
+        else if (c == '\\' && at + 1 < command.size()) {
             line += command[at++];
         }
+        else if (c == '"' || c == '`') {
+            inside == c ? open.pop_back() : open.push_back(c);
+        }
+        else if (c == '(' && (inside != '"' || (at > 0 && command[at - 1] == '$'))) {
+            open.push_back(c);
+        }
+        else if (inside == '(' && c == ')') {
+            open.pop_back();
+        }
+        else if (inside != '"' && c == '\'') {
+            open.push_back(c);
+        }
+        line += command[at++];
     }
+    return line;
+}
+
+double run_score_command(const score_command& command, const scored_candidate& candidate)
+{
+    std::string line = with_path(command.text, candidate.model.string());
     int ends[2];
     if (::pipe2(ends, O_CLOEXEC) != 0) { fail_to_start(errno); }
     pipe_end in, out;
@@ -124,17 +206,26 @@ double run_score_command(const std::string& command, const fs::path& model, cons
     posix_spawnattr_setpgroup(&attributes, 0);
     char shell[] = "sh", option[] = "-c";
     char* arguments[] = {shell, option, line.data(), nullptr};
+    std::vector<std::string> added = candidate.environment;
+    std::vector<char*> environment;
+    for (auto& variable : added) { environment.push_back(variable.data()); }
+    for (char** ours = environ; *ours; ++ours) {
+        const auto same = [name = std::string_view(*ours).substr(0, std::string_view(*ours).find('=') + 1)](
+                              const std::string& variable) { return variable.starts_with(name); };
+        if (std::none_of(added.begin(), added.end(), same)) { environment.push_back(*ours); }
+    }
+    environment.push_back(nullptr);
     pid_t child = 0;
-    const int failure = ::posix_spawn(&child, "/bin/sh", &actions, &attributes, arguments, environ);
+    const int failure = ::posix_spawn(&child, "/bin/sh", &actions, &attributes, arguments, environment.data());
     posix_spawn_file_actions_destroy(&actions);
     posix_spawnattr_destroy(&attributes);
     if (failure != 0) { fail_to_start(failure); }
     out.close();
 
     std::string text;
-    bool stopped = false;
+    running_command running(child, command.timeout);
     for (bool open = true; open;) {
-        if (was_interrupted() && !std::exchange(stopped, true)) { ::kill(-child, SIGTERM); }
+        running.watch();
         pollfd ready{in.handle, POLLIN, 0};
         if (::poll(&ready, 1, 100) > 0) {
             char buffer[4096];
@@ -152,26 +243,25 @@ double run_score_command(const std::string& command, const fs::path& model, cons
     int status = 0;
     pid_t reaped = 0;
     while ((reaped = ::waitpid(child, &status, WNOHANG)) == 0 || (reaped < 0 && errno == EINTR)) { // its output may be closed long before it ends
-        if (was_interrupted() && !std::exchange(stopped, true)) { ::kill(-child, SIGTERM); }
+        running.watch();
         ::poll(nullptr, 0, 20);
     }
     if (was_interrupted()) { taskvec::raise<taskvec::cancelled>(); }
-    if (WIFSIGNALED(status)) {
-        taskvec::raise<taskvec::backend_error>(
-            taskvec::message("was ended by signal ", WTERMSIG(status), " for ", point), "the scoring command '" + command + "'", WTERMSIG(status));
+    const auto& point = candidate.point;
+    const auto fail = [&](const std::string& what, int code) {
+        taskvec::raise<taskvec::backend_error>(what, "the scoring command '" + printable(command.text) + "'", code);
+    };
+    if (running.out_of_time()) {
+        fail(taskvec::message("did not end within ", command.timeout, " s for ", point, ": mend it, or give it a longer --timeout"), SIGTERM);
     }
-    if (WEXITSTATUS(status) != 0) {
-        taskvec::raise<taskvec::backend_error>(taskvec::message("failed for ", point), "the scoring command '" + command + "'", WEXITSTATUS(status));
-    }
+    if (WIFSIGNALED(status)) { fail(taskvec::message("was ended by signal ", WTERMSIG(status), " for ", point), WTERMSIG(status)); }
+    if (WEXITSTATUS(status) != 0) { fail(taskvec::message("failed for ", point), WEXITSTATUS(status)); }
     const auto score = last_number(text);
-    if (!score) {
-        taskvec::raise<taskvec::invalid_argument>(
-            taskvec::message("the scoring command '", command, "' printed no number for ", point, ": the last number on its standard output is the score"));
-    }
-    if (!std::isfinite(*score)) {
-        taskvec::raise<taskvec::invalid_argument>(
-            taskvec::message("the scoring command '", command, "' printed ", *score, " for ", point, ": a score is a finite number"));
-    }
+    const auto printed = [&](const std::string& what) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::message("the scoring command '", printable(command.text), "' printed ", what));
+    };
+    if (!score) { printed(taskvec::message("no number for ", point, ": the last number on its standard output is the score")); }
+    if (!std::isfinite(*score)) { printed(taskvec::message(*score, " for ", point, ": a score is a finite number")); }
     return *score;
 }
 

@@ -20,7 +20,8 @@ namespace {
 
 struct settings {
     tool::merge_settings merge;
-    std::string score, csv, svg, scratch, lambdas, densities;
+    tool::score_command score;
+    std::string csv, svg, scratch, lambdas, densities;
     bool subsets = false, minimize = false;
     std::size_t smallest = 2, jobs = 1;
 };
@@ -158,6 +159,18 @@ tool::merge_settings settings_of(const settings& given, const candidate& one)
     return result;
 }
 
+/// What a scoring command is told of its candidate: TASKVEC_TASKS, TASKVEC_DENSITY, TASKVEC_LAMBDA, those that the sweep has.
+std::vector<std::string> variables_of(const std::vector<std::string>& columns, const std::vector<std::string>& point)
+{
+    std::vector<std::string> variables;
+    for (std::size_t i = 0; i < columns.size(); ++i) {
+        std::string name = "TASKVEC_";
+        for (const char c : columns[i]) { name += static_cast<char>(c - 'a' + 'A'); }
+        variables.push_back(name + "=" + point[i]);
+    }
+    return variables;
+}
+
 /// The models of the subset that was used last, kept open.
 class open_inputs {
 public:
@@ -244,7 +257,10 @@ void draw(const settings& given, const grid& points, const taskvec::sweep_table&
 
 void sweep(const settings& given)
 {
-    tool::check_score_command(given.score);
+    tool::check_score_command(given.score.text);
+    if (!(given.score.timeout >= 0) || !std::isfinite(given.score.timeout)) {
+        throw tool::usage_error(taskvec::message("--timeout is ", given.score.timeout, "; expected seconds, or 0 for as long as it takes"));
+    }
     if (given.jobs == 0) { throw tool::usage_error("--jobs is 0; expected at least 1"); }
     const auto& method = tool::find_method(given.merge);
     const auto points = grid_of(given, method);
@@ -257,7 +273,7 @@ void sweep(const settings& given)
     tool::runner run(given.merge.run, all.models().bytes());
     if (given.merge.run.dry_run) {
         tool::print("would score " + tool::counted(left.size(), "candidate") + " of " + tool::counted(points.candidates.size(), "point") + " by '"
-            + tool::printable(given.score) + "'\n" + tool::describe(all));
+            + tool::printable(given.score.text) + "'\n" + tool::describe(all));
         return;
     }
     tool::report_file report(given.merge.run.report);
@@ -288,7 +304,8 @@ void sweep(const settings& given)
                 std::vector<std::jthread> threads;
                 const auto score = [&](std::size_t i) {
                     try {
-                        scores[i] = tool::run_score_command(given.score, files[i], table.describe(left[first + i]->point));
+                        const auto& point = left[first + i]->point;
+                        scores[i] = tool::run_score_command(given.score, {files[i], table.describe(point), variables_of(points.columns, point)});
                     }
                     catch (...) {
                         failures[i] = std::current_exception();
@@ -349,7 +366,7 @@ const tool::register_verb verb(25, [](CLI::App& app) {
         ->type_name("PATH[=WEIGHT]")
         ->required()
         ->allow_extra_args(false);
-    sweep_verb->add_option("--score", given->score, "Shell command; {} is the merged model's path, the last number it prints is the score")
+    sweep_verb->add_option("--score", given->score.text, "Shell command; {} is the merged model's path, the last number it prints is the score")
         ->type_name("'CMD {}'")
         ->required();
     sweep_verb->add_option("--lambdas", given->lambdas, "Such as 0.1,0.3 or 0:1:0.05 (default: 0:1:0.05; 0.3 with --subsets)")->type_name("GRID");
@@ -358,13 +375,15 @@ const tool::register_verb verb(25, [](CLI::App& app) {
     sweep_verb->add_option("--smallest", given->smallest, "Tasks in the smallest of the subsets (default: 2)")->type_name("N");
     sweep_verb->add_flag("--minimize", given->minimize, "The lowest score is the best");
     sweep_verb->add_option("--jobs", given->jobs, "Scoring commands that run at the same time (default: 1)")->type_name("N");
+    sweep_verb->add_option("--timeout", given->score.timeout, "Seconds that a scoring command may take (default: 0, any)")->type_name("S");
     sweep_verb->add_option("--csv", given->csv, "Table of points and scores, written after each; a later run goes on from it")->type_name("FILE");
     sweep_verb->add_option("--svg", given->svg, "Also draw the scores (needs gnuplot)")->type_name("FILE");
     sweep_verb->add_option("--out", given->merge.out, "Write the best merge: a file, or a directory")->type_name("PATH");
     sweep_verb->add_option("--scratch", given->scratch, "Directory for candidates while they are scored (default: the system's)")->type_name("DIR");
     tool::add_density_option(*sweep_verb, given->merge, given->merge.density, "--density", "One density instead of a grid");
     tool::add_merge_options(*sweep_verb, given->merge);
-    sweep_verb->footer("Example:\n  taskvec sweep --base base.safetensors --task math.safetensors --task code.safetensors \\\n"
+    sweep_verb->footer("The command finds the point in TASKVEC_TASKS (names joined by +), TASKVEC_DENSITY and TASKVEC_LAMBDA.\n\nExample:\n  taskvec sweep "
+                       "--base base.safetensors --task math.safetensors --task code.safetensors \\\n"
                        "      --score 'python evaluate.py {}' --csv scores.csv --out best.safetensors");
     sweep_verb->callback([given] { sweep(*given); });
 });

@@ -89,6 +89,23 @@ TEST_CASE("sweeps score the candidates of the definitions, one at a time or seve
         for (const auto& row : subsets.rows()) {
             if (row.point == std::vector<std::string>{"0+2", "0.5"}) { CHECK(row.score == checksum(as_view(std::as_const(expected)))); }
         }
+
+        // A score that is told the subset.
+        sweep_table told;
+        const auto members_score = [](host_view<const float> theta, std::span<const std::size_t> subset) {
+            double sum = 0;
+            for (const std::size_t task : subset) { sum += theta[task] * static_cast<double>(task + 1); }
+            return sum;
+        };
+        sweep_subsets(cpu{}, as_view(m.base), vectors, {}, std::array{0.5}, told, members_score, options);
+        REQUIRE(told.rows().size() == 4);
+        const std::vector<std::vector<std::size_t>> order{{0, 1}, {0, 1, 2}, {0, 2}, {1, 2}};
+        for (std::size_t i = 0; i < 4; ++i) {
+            std::vector<std::vector<float>> chosen;
+            for (const std::size_t task : order[i]) { chosen.push_back(m.tasks[task]); }
+            merge(cpu{}, task_arithmetic_options{.lambda = 0.5}, m.base, chosen, expected);
+            CHECK(told.rows()[i].score == members_score(as_view(std::as_const(expected)), order[i]));
+        }
     }
 }
 

@@ -173,6 +173,29 @@ TEST_CASE("paths reach the command whole, whatever is in them")
     REQUIRE(done.code == 0);
     CHECK(done.out.find("score=1\n") != std::string::npos);
     CHECK(std::filesystem::is_empty(m.folder / odd));
+    // Inside quotes of either kind, and inside commands inside quotes; of a plain path and of this one.
+    for (const std::string& folder : {odd, std::string("tmp")}) {
+        for (const char* score :
+            {"test -s \"{}\" && echo 4", "test -s '{}' && echo 4", "echo \"$(test -s {} && echo 4)\"", "echo \"$(test -s \"{}\" && echo 4)\"",
+                "echo `test -s \"{}\" && echo 4`", "n=\"it's \\\"\"; test -s {} && test -s \"{}\" && echo 4", "(test -s '{}') && echo 4"}) {
+            CAPTURE(score);
+            const auto result = m.sweep(score, {"--lambdas", "1", "--scratch", folder}, "a");
+            CAPTURE(result.err);
+            CHECK(result.code == 0);
+            CHECK(result.out.find("score=4\n") != std::string::npos);
+        }
+    }
+}
+
+TEST_CASE("the command is told its point by variables")
+{
+    const models m;
+    const std::string told = ": {}; echo \"$TASKVEC_TASKS/$TASKVEC_DENSITY/$TASKVEC_LAMBDA\" >> told; wc -l < told";
+    const auto done = run(m.folder, m.command(told, {"--method", "ties", "--subsets", "--smallest", "3", "--densities", "0.1,0.5", "--lambdas", "1,0.25"}),
+        {"TMPDIR=" + (m.folder / "tmp").string(), "TASKVEC_LAMBDA=7"});
+    CAPTURE(done.err);
+    REQUIRE(done.code == 0);
+    CHECK(slurp(m.folder / "told") == "a+b+c/0.1/1\na+b+c/0.1/0.25\na+b+c/0.5/1\na+b+c/0.5/0.25\n");
 }
 
 TEST_CASE("a command that fails leaves the table as it was, and the next run goes on from there")
@@ -216,6 +239,9 @@ TEST_CASE("bad input: one line that names what is wrong")
         {"echo epoch 3 nan; : {}", {"--lambdas", "0.5"}, {"nan", "finite"}},
         {"kill -9 $$; : {}", {"--lambdas", "0.5"}, {"signal 9"}},
         {"no-such-command-at-all {} 2> /dev/null", {"--lambdas", "0.5"}, {"code 127"}},
+        {"sleep 60; echo 1 {}", {"--lambdas", "0.5", "--timeout", "0.2"}, {"0.2 s", "lambda=0.5", "--timeout"}},
+        {"exec > /dev/null; sleep 60; : {}", {"--lambdas", "0.5", "--timeout", "0.2"}, {"0.2 s"}},
+        {"echo 1 {}", {"--lambdas", "0.5", "--timeout", "-1"}, {"--timeout"}, 2},
         {"echo 1", {"--lambdas", "0.5"}, {"{}"}, 2},
         {digest, {"--lambdas", "a"}, {"--lambdas", "'a'"}, 2},
         {digest, {"--lambdas", "0:1"}, {"--lambdas"}, 2},
@@ -265,4 +291,23 @@ TEST_CASE("an interrupt stops the command with all that it started, and removes 
     for (int i = 0; i < 500 && runs(child); ++i) { std::this_thread::sleep_for(std::chrono::milliseconds(10)); }
     CHECK_FALSE(runs(child));
     CHECK(m.table() == std::vector<std::string>{"lambda,score"});
+}
+
+TEST_CASE("a sweep that is killed keeps what it had, and the next one goes on from there")
+{
+    const models m;
+    const std::string score = "echo x >> calls; test $(wc -l < calls) -ne 3 || { echo $$ > pid.new; mv pid.new pid; exec sleep 60; }; : {}; wc -l < calls";
+    const std::vector<std::string> options{"--lambdas", "0.1,0.2,0.3,0.4", "--csv", "s.csv"};
+    const auto command = m.command(score, options, "a");
+    process sweeping(m.folder, command, {"TMPDIR=" + (m.folder / "tmp").string()});
+    while (!std::filesystem::exists(m.folder / "pid") && !sweeping.ended()) { std::this_thread::sleep_for(std::chrono::milliseconds(10)); }
+    sweeping.send(SIGKILL);
+    CHECK(sweeping.wait().code == -SIGKILL);
+    ::kill(-static_cast<pid_t>(std::stol(slurp(m.folder / "pid"))), SIGKILL); // what nobody ended
+    CHECK(m.table() == std::vector<std::string>{"lambda,score", "0.1,1", "0.2,2"});
+    const auto resumed = run(m.folder, command, {"TMPDIR=" + (m.folder / "tmp").string()});
+    CAPTURE(resumed.err);
+    CHECK(resumed.code == 0);
+    CHECK(m.table() == std::vector<std::string>{"lambda,score", "0.1,1", "0.2,2", "0.3,4", "0.4,5"});
+    CHECK(slurp(m.folder / "calls") == "x\nx\nx\nx\nx\n");
 }

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <functional>
 #include <limits>
@@ -188,10 +189,20 @@ struct sweep_options {
     std::function<void(const sweep_table&)> keep{}; ///< called after rows were added, on the calling thread: to write the table to a file
 };
 
+/// A score that is told which tasks, ascending, are in the model: to score it on these tasks alone.
+template <class F, class T>
+concept subset_score = requires(F& f, host_view<const T> parameters, std::span<const std::size_t> subset)
+{
+    {
+        f(parameters, subset)
+        } -> std::convertible_to<double>;
+};
+
 namespace detail {
 
 /// Makes candidates one after the other, scores as many at once as is allowed, and keeps the scores in the order of the points.
-template <storage_element T, loss_function<T> Score>
+template <storage_element T, class Score>
+    requires(loss_function<Score, T> || subset_score<Score, T>)
 class sweep_runner {
 public:
     sweep_runner(const cpu& policy, std::size_t size, sweep_table& table, Score& score, const sweep_options& options)
@@ -208,16 +219,18 @@ public:
         return !table_->contains(point) && std::find(points_.begin(), points_.end(), point) == points_.end();
     }
     template <class Make>
-    void add(std::vector<std::string> point, Make&& make)
+    void add(std::vector<std::string> point, Make&& make, std::span<const std::size_t> subset = {})
     {
         auto& buffer = buffers_[points_.size()];
         make(host_view<T>(buffer.data(), buffer.size()));
         points_.push_back(std::move(point));
+        subsets_.emplace_back(subset.begin(), subset.end());
         if (points_.size() == buffers_.size()) { flush(); }
     }
     void flush()
     {
         const auto points = std::exchange(points_, {});
+        const auto subsets = std::exchange(subsets_, {});
         std::vector<double> scores(points.size(), std::numeric_limits<double>::quiet_NaN()); // NaN: not known
         const auto keep = [&] {
             bool added = false;
@@ -232,7 +245,7 @@ public:
             cpu workers = policy_;
             workers.threads = static_cast<unsigned>(points.size());
             for_each_index(workers, points.size(), [&](std::size_t i, std::size_t) {
-                const double found = static_cast<double>((*score_)(host_view<const T>(buffers_[i].data(), buffers_[i].size())));
+                const double found = score(i, subsets[i]);
                 if (!std::isfinite(found)) {
                     raise<nonfinite_error>(message("the score of ", table_->describe(points[i]), " is ", found, ": a score is a finite number"));
                 }
@@ -254,12 +267,22 @@ public:
     }
 
 private:
+    double score(std::size_t i, const std::vector<std::size_t>& subset) const
+    {
+        const host_view<const T> model(buffers_[i].data(), buffers_[i].size());
+        if constexpr (subset_score<Score, T>) { return static_cast<double>((*score_)(model, std::span<const std::size_t>(subset))); }
+        else {
+            return static_cast<double>((*score_)(model));
+        }
+    }
+
     cpu policy_;
     sweep_table* table_;
     Score* score_;
     sweep_options options_;
     std::vector<std::vector<T>> buffers_;
     std::vector<std::vector<std::string>> points_;
+    std::vector<std::vector<std::size_t>> subsets_; ///< of the points, where a sweep is over subsets
 };
 
 inline void check_steps(std::span<const double> values, std::string_view what)
@@ -323,10 +346,12 @@ void sweep_ties(const cpu& policy, const ties_options& ties, const Base& base, c
 }
 
 /// Scores θ0 + λ·Σ wt·τt over every subset of the task vectors, depth first by for_each_subset(): columns `tasks,lambda`, the tasks counted from 0 and
-/// joined by `+`. One axpy a subset, one pass and one score a point. Otherwise as sweep_lambda().
+/// joined by `+`. One axpy a subset, one pass and one score a point. `score` may also take the subset: score(view, std::span<const std::size_t>).
+/// Otherwise as sweep_lambda().
 ///
 ///     sweep_subsets(cpu{}, base, {tau0, tau1, tau2}, {}, std::array{0.3}, table, score); // "0+1", "0+1+2", "0+2", "1+2"
-template <storage_element T, loss_function<T> Score>
+template <storage_element T, class Score>
+    requires(loss_function<Score, T> || subset_score<Score, T>)
 void sweep_subsets(const cpu& policy, host_view<const T> base, const std::vector<host_view<const T>>& task_vectors, const subset_sweep_options& subsets,
     std::span<const double> lambdas, sweep_table& table, Score&& score, const sweep_options& options = {})
 {
@@ -339,7 +364,8 @@ void sweep_subsets(const cpu& policy, host_view<const T> base, const std::vector
         for (const double lambda : lambdas) {
             std::vector<std::string> point{members, detail::csv_number(lambda)};
             if (runner.wanted(point)) {
-                runner.add(std::move(point), [&](host_view<T> out) { apply(policy, base, sum, lambda, out); });
+                runner.add(
+                    std::move(point), [&](host_view<T> out) { apply(policy, base, sum, lambda, out); }, subset);
             }
         }
     });
