@@ -12,6 +12,7 @@ void merge(tool::merge_settings settings)
     tool::claim_report(settings.run);
     tool::runner run(settings.run, inputs.models().bytes());
     if (settings.run.dry_run) {
+        if (method.examine) { method.examine(run.policy(), settings, inputs); }
         std::uint64_t bytes = 0;
         for (const auto& spec : inputs.models().outputs()) { bytes += spec.bytes(); }
         tool::print("would merge " + tool::counted(inputs.tasks().size(), "task") + " by " + settings.method + " into '" + tool::printable(settings.out) + "' ("

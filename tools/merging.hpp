@@ -97,6 +97,8 @@ struct method {
     std::set<std::string> uses{}; ///< options that mean something to it; others are noted as without effect
     /// Checks options that need no models. May be empty.
     void (*check)(const merge_settings&) = nullptr;
+    /// Checks, for a dry run, what the method reads beside the models. May be empty.
+    void (*examine)(const taskvec::cpu& policy, const merge_settings& settings, const merge_inputs& inputs) = nullptr;
     /// Merges into a sink whose tensors are inputs.models().outputs().
     taskvec::merge_report (*run)(const taskvec::cpu& policy, const merge_settings& settings, const merge_inputs& inputs, taskvec::tensor_sink& out) = nullptr;
 };

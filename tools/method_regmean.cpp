@@ -29,6 +29,14 @@ std::function<taskvec::weight_layout(std::string_view)> layout_of(const tool::me
     return [named, &first](std::string_view name) { return named(name) ? taskvec::weight_layout::in_out : first.layout(name); };
 }
 
+taskvec::regmean_options options_of(const tool::merge_settings& settings, const tool::merge_inputs& inputs, const tool::statistics_inputs& grams)
+{
+    taskvec::regmean_options options{.grams = grams.models(), .weights = inputs.weights(), .layout = layout_of(settings, grams), .labels = grams.labels()};
+    if (settings.alpha) { options.alpha = *settings.alpha; }
+    if (settings.ridge) { options.ridge = *settings.ridge; }
+    return options;
+}
+
 const tool::register_method entry({.name = "regmean",
     .help = "weights of linear layers that fit all tasks' outputs best (--gram FILE per task), the\n                   rest averaged; needs no --base",
     .place = 70,
@@ -39,14 +47,15 @@ const tool::register_method entry({.name = "regmean",
             tool::check_statistics_count(settings, settings.gram, "--gram");
             (void)tool::name_matcher(settings.conv1d, "--conv1d");
         },
+    .examine =
+        [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs) {
+            const tool::statistics_inputs grams(policy, inputs, settings.gram, false);
+            (void)taskvec::detail::merger<taskvec::regmean_options>(policy, inputs.models(), options_of(settings, inputs, grams));
+        },
     .run =
         [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
             const tool::statistics_inputs grams(policy, inputs, settings.gram, false);
-            taskvec::regmean_options options{
-                .grams = grams.models(), .weights = inputs.weights(), .layout = layout_of(settings, grams), .labels = grams.labels()};
-            if (settings.alpha) { options.alpha = *settings.alpha; }
-            if (settings.ridge) { options.ridge = *settings.ridge; }
-            auto report = taskvec::merge(policy, options, inputs.models(), out);
+            auto report = taskvec::merge(policy, options_of(settings, inputs, grams), inputs.models(), out);
             report.beside += grams.checked_bytes();
             return report;
         }});

@@ -21,6 +21,7 @@ void peru_fft(const tool::merge_settings& settings)
     tool::claim_report(settings.run);
     tool::runner run(settings.run, inputs.models().bytes());
     if (settings.run.dry_run) {
+        if (method.examine) { method.examine(run.policy(), merging, inputs); }
         tool::print("would merge " + tool::counted(inputs.tasks().size(), "task") + " by " + settings.method + " and keep " + taskvec::message(100 * density)
             + "% of what each loses, into '" + tool::printable(settings.out) + "'\n" + tool::describe(inputs));
         return;
