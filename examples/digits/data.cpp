@@ -59,6 +59,11 @@ dataset subset(const dataset& all, const std::vector<std::size_t>& indices)
     return chosen;
 }
 
+dataset first(const dataset& all, std::size_t count)
+{
+    return {all.inputs.topRows(static_cast<Eigen::Index>(count)), {all.labels.begin(), all.labels.begin() + static_cast<std::ptrdiff_t>(count)}};
+}
+
 std::vector<std::size_t> shuffled(std::size_t count, std::uint64_t seed, std::uint32_t stream, std::string_view name)
 {
     std::vector<std::size_t> order(count);

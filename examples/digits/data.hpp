@@ -31,6 +31,8 @@ dataset load_images(const std::filesystem::path& file);
 
 /// The examples of `all` with these indices, in this order.
 dataset subset(const dataset& all, const std::vector<std::size_t>& indices);
+/// The first `count` of them, which must be there.
+dataset first(const dataset& all, std::size_t count);
 
 /// 0 … count − 1 in random order: Fisher and Yates, on the stream that (seed, stream, name) keys.
 std::vector<std::size_t> shuffled(std::size_t count, std::uint64_t seed, std::uint32_t stream, std::string_view name);

@@ -17,11 +17,6 @@ namespace {
 
 const taskvec::cpu one_thread{.threads = 1};
 
-dataset first(const dataset& data, std::size_t images)
-{
-    return {data.inputs.topRows(static_cast<Eigen::Index>(images)), {data.labels.begin(), data.labels.begin() + static_cast<std::ptrdiff_t>(images)}};
-}
-
 taskvec::matrix_view<const float> rows_of(const matrix& x)
 {
     return {x.data(), static_cast<std::size_t>(x.rows()), static_cast<std::size_t>(x.cols()), taskvec::matrix_order::row_major};

@@ -4,6 +4,7 @@
 #include "checkpoints.hpp"
 #include "data_merges.hpp"
 #include "figures.hpp"
+#include "lorahub.hpp"
 #include "merging.hpp"
 #include "train.hpp"
 
@@ -18,7 +19,7 @@ namespace digits {
 namespace {
 
 constexpr std::size_t one_model = encoder::size();
-const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean"};
+const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"};
 
 /// The tuned merges of one seed.
 struct tuned {
@@ -101,8 +102,10 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
     add("Fisher-Merging", by_fisher);
     const auto regmean = tuned_regmean(s, models, known);
     add("RegMean", regmean.best.model);
+    const auto sought = lorahub(s, models);
+    add("LoraHub", sought.model);
     results.chosen += taskvec::message("seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ", elected.best.lambda, " density ",
-        elected.best.density, ", RegMean α ", regmean.best.alpha, "\n");
+        elected.best.density, ", RegMean α ", regmean.best.alpha, ", LoraHub ", text(sought.found), "\n");
 
     const auto reuse = [&](std::string_view method, auto&& compress) {
         for (const double density : curve_densities()) {
@@ -116,6 +119,7 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
     const taskvec::task_arithmetic_options shared{.lambda = arithmetic.best.lambda};
     reuse("Post-Pruning", [&](double density) { return post_pruned(s.base.body, models, density); });
     reuse("PERU-FFT", [&](double density) { return peru(shared, s.base.body, models, density); });
+    results.subsets.add(s, models);
 
     if (out) {
         save_base(s.base, *out);
@@ -125,6 +129,7 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
         save(elected.best.model, *out / "merged-ties.safetensors");
         save(by_fisher, *out / "merged-fisher.safetensors");
         save(regmean.best.model, *out / "merged-regmean.safetensors");
+        save(sought.model, *out / "merged-lorahub.safetensors");
         save(known, models, *out / "statistics");
         save(peru(shared, s.base.body, models, 0.10), *out / "peru-fft");
     }
@@ -134,6 +139,7 @@ void write_fft(const fft_results& results, const std::filesystem::path& out)
 {
     results.methods.write_csv(out / "fft.csv");
     results.lambdas.write(out / "accuracy-against-lambda.csv", out / "accuracy-against-lambda.svg", "Merging eight fine-tuned models: accuracy against λ");
+    results.subsets.write(out / "fft-normalized-score-against-tasks.csv", out / "fft-normalized-score-against-tasks.svg");
     std::string csv = "m%,Post-Pruning,PERU-FFT,Post-Pruning #params,PERU-FFT #params\n";
     plot::curve by_pruning{.label = "Post-Pruning", .x = {}, .y = {}}, by_peru{.label = "PERU-FFT", .x = {}, .y = {}};
     for (const double density : curve_densities()) {
@@ -177,9 +183,18 @@ std::vector<claim> fft_claims(const fft_results& results)
         against("TIES", t["TIES"].average(), "Task Arithmetic", t["Task Arithmetic"].average())});
     claims.push_back({"Fisher-Merging is better than Average", t["Fisher-Merging"].average() > t["Average"].average(),
         against("Fisher-Merging", t["Fisher-Merging"].average(), "Average", t["Average"].average())});
-    const double second = t.best({"Average", "Task Arithmetic", "TIES", "Fisher-Merging"});
+    const double second = t.best({"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "LoraHub"});
     claims.push_back(
         {"RegMean is better than every other merge", t["RegMean"].average() > second, against("RegMean", t["RegMean"].average(), "best other merge", second)});
+    bool falls = true;
+    std::string measured;
+    for (const auto method : subset_curves::methods()) {
+        const auto normalized = [&](std::size_t size) { return results.subsets.normalized(method, size); };
+        for (std::size_t size = 3; size <= tasks; ++size) { falls = falls && normalized(size).mean < normalized(size - 1).mean; }
+        measured += taskvec::message(
+            measured.empty() ? "" : "; ", method, ' ', percent(normalized(2).mean), " of two tasks, ", percent(normalized(tasks).mean), " of all");
+    }
+    claims.push_back({"every merge loses with every further task", falls, measured});
     claims.push_back(
         {"Post-Pruning (10%) is far above every merge", pruned(0.10) > best + 0.05, against("Post-Pruning (10%)", pruned(0.10), "best merge", best)});
     claims.push_back({"PERU-FFT (1%) is already above every merge", peru(0.01) > best, against("PERU-FFT (1%)", peru(0.01), "best merge", best)});

@@ -5,6 +5,7 @@
 #include "claims.hpp"
 #include "curves.hpp"
 #include "setting.hpp"
+#include "subsets.hpp"
 #include "table.hpp"
 
 #include <filesystem>
@@ -21,6 +22,7 @@ struct fft_results {
     /// Post-Pruning and PERU-FFT at every density of the curve, rows named like those of `methods`.
     table curve{"Accuracy against m"};
     lambda_curves lambdas;
+    subset_curves subsets;
     /// The chosen hyperparameters, a line for each seed.
     std::string chosen;
 };
@@ -35,7 +37,7 @@ std::vector<encoder> fine_tune_all(const setting& s);
 /// Trains, merges and measures for one seed. Checkpoints and deltas go to `out`, if given.
 void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, fft_results& results);
 
-/// Tables and curve as CSV, the curve as SVG.
+/// Tables and curves as CSV, the curves as SVG.
 void write_fft(const fft_results& results, const std::filesystem::path& out);
 
 /// What this run says about the first paper's claims on full fine-tuning.

@@ -3,6 +3,7 @@
 
 #include "checkpoints.hpp"
 #include "figures.hpp"
+#include "lorahub.hpp"
 #include "low_rank.hpp"
 #include "merging.hpp"
 
@@ -34,7 +35,7 @@ std::vector<dataset> first_images(const std::vector<dataset>& data, std::size_t 
     std::vector<dataset> few;
     for (const auto& one : data) {
         const std::size_t count = images == 0 ? one.size() : std::min(images, one.size());
-        few.push_back({one.inputs.topRows(static_cast<Eigen::Index>(count)), {one.labels.begin(), one.labels.begin() + static_cast<std::ptrdiff_t>(count)}});
+        few.push_back(first(one, count));
     }
     return few;
 }
@@ -244,6 +245,8 @@ std::string measure(
     const std::vector<dataset> test = first_images(s.test, how.images);
     const chosen_lambdas lambdas = choose_lambdas(s, space, how.trials);
     sweep(s, space, lambdas, test, singles, results);
+    const auto sought = lorahub(s, initial, adapters, [&](const adapter& phi) { return space.model(phi); });
+    results.methods.add("LoraHub", encoder::size(), evaluate(space.model(sought.model), s.base.head, s.test));
     results.cosines.push_back(cosines(initial, adapters));
     results.weight_cosines.push_back(cosines(s.base.body, singles));
     measure_disentanglement(s, space, test, how, results);

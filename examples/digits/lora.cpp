@@ -4,6 +4,7 @@
 #include "checkpoints.hpp"
 #include "data_merges.hpp"
 #include "figures.hpp"
+#include "lorahub.hpp"
 #include "low_rank.hpp"
 
 #include <algorithm>
@@ -15,7 +16,7 @@ namespace digits {
 namespace {
 
 constexpr std::size_t one_model = encoder::size();
-const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean"};
+const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"};
 
 /// A merged update, and the λ with which it is folded in.
 struct tuned {
@@ -94,8 +95,10 @@ void run_lora(const setting& s, const std::vector<adapter>& adapters, const std:
     add("Fisher-Merging", fisher_merged(s, models, known));
     const auto regmean = tuned_regmean(s, models, known);
     add("RegMean", regmean.best.model);
+    const auto sought = lorahub(s, models);
+    add("LoraHub", sought.model);
     results.chosen += taskvec::message("seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ", ties.best.lambda, " density ",
-        ties.best.density, ", RegMean α ", regmean.best.alpha, "\n");
+        ties.best.density, ", RegMean α ", regmean.best.alpha, ", LoraHub ", text(sought.found), "\n");
 
     results.errors.resize(curve_ranks().size());
     for (std::size_t i = 0; i < curve_ranks().size(); ++i) {

@@ -1,12 +1,15 @@
-// Fisher merging and RegMean on models trained on real data: what their statistics are, and that their files serve the library as well.
+// Fisher merging, RegMean and LoraHub on models trained on real data: what their statistics are, that their files serve the library as well, and what a
+// search finds.
 // SPDX-License-Identifier: Apache-2.0
 #include "data_merges.hpp"
 #include "fft.hpp"
+#include "lorahub.hpp"
 #include "merging.hpp"
 
 #include <taskvec/io/statistics.hpp>
 #include <taskvec/merge/fisher.hpp>
 #include <taskvec/merge/regmean.hpp>
+#include <taskvec/merge/task_arithmetic.hpp>
 
 #include <doctest/doctest.h>
 
@@ -138,4 +141,27 @@ TEST_CASE("merges that look at data, on full fine-tuning and from files")
         CHECK(std::ranges::equal(regmean_again.values(), regmean.best.model.values()));
     }
     std::filesystem::remove_all(folder);
+}
+
+TEST_CASE("LoraHub combines the task vectors with weights that a few validation images choose")
+{
+    const auto& [s, models, known] = run();
+    const auto [model, found] = lorahub(s, models);
+    const few_shot_loss loss(s);
+    REQUIRE(found.history.size() == lorahub_evaluations);
+    CHECK(found.history.front().weights == std::vector<double>(tasks, 0.0));
+    CHECK(found.history.front().objective == loss(s.base.body)); // at 0 there is nothing but the base
+    double lowest = found.history.front().objective;
+    for (const auto& candidate : found.history) {
+        lowest = std::min(lowest, candidate.objective);
+        for (const double weight : candidate.weights) { CHECK(std::abs(weight) <= 1.5); }
+    }
+    CHECK(found.best.objective == lowest);
+    CHECK(found.best.objective < 0.95 * found.history.front().objective);
+    CHECK(found.best.loss == loss(model));
+    // The same combination by task arithmetic, bit for bit; the same search again, too.
+    const encoder again = merged(taskvec::task_arithmetic_options{.lambda = 1, .weights = found.best.weights}, s.base.body, models);
+    CHECK(std::ranges::equal(again.values(), model.values()));
+    CHECK(lorahub(s, models).found.best.weights == found.best.weights);
+    CHECK(mean(evaluate(model, s.base.head, s.test)) >= mean(evaluate(s.base.body, s.base.head, s.test)) + 0.01);
 }

@@ -5,6 +5,7 @@
 #include "merging.hpp"
 
 #include <taskvec/io/delta.hpp>
+#include <taskvec/merge/average.hpp>
 #include <taskvec/merge/ties.hpp>
 #include <taskvec/select/sparse.hpp>
 
@@ -66,8 +67,9 @@ bool same(const encoder& a, const encoder& b)
 TEST_CASE("the table has the papers' rows and parameter counts")
 {
     const auto& rows = run().results.methods.rows();
-    const std::vector<std::string> names{"Pre-Trained", "Single-Task", "Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "Post-Pruning (1%)",
-        "Post-Pruning (5%)", "Post-Pruning (10%)", "Post-Pruning (20%)", "PERU-FFT (1%)", "PERU-FFT (5%)", "PERU-FFT (10%)", "PERU-FFT (20%)"};
+    const std::vector<std::string> names{"Pre-Trained", "Single-Task", "Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub",
+        "Post-Pruning (1%)", "Post-Pruning (5%)", "Post-Pruning (10%)", "Post-Pruning (20%)", "PERU-FFT (1%)", "PERU-FFT (5%)", "PERU-FFT (10%)",
+        "PERU-FFT (20%)"};
     std::vector<std::string> found;
     for (const auto& r : rows) {
         if (std::ranges::find(names, r.method) != names.end()) { found.push_back(r.method); }
@@ -83,9 +85,11 @@ TEST_CASE("the table has the papers' rows and parameter counts")
 
 TEST_CASE("the papers' ordering of methods on full fine-tuning")
 {
-    const double best = run().results.methods.best({"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean"});
+    const double best = run().results.methods.best({"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"});
     CHECK(average("Single-Task") >= 0.93);
-    for (const char* merge : {"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean"}) { CHECK(average(merge) >= average("Pre-Trained") + 0.01); }
+    for (const char* merge : {"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"}) {
+        CHECK(average(merge) >= average("Pre-Trained") + 0.01);
+    }
     CHECK(average("Post-Pruning (10%)") >= best + 0.08);
     CHECK(average("PERU-FFT (1%)") >= best + 0.02);
     CHECK(average("PERU-FFT (1%)") >= average("Post-Pruning (1%)"));
@@ -136,6 +140,40 @@ TEST_CASE("tables and curves are written as CSV, with percent and two decimals")
     const std::string curve = content(run().out / "accuracy-against-m.csv");
     CHECK(static_cast<std::size_t>(std::ranges::count(curve, '\n')) == 1 + curve_densities().size());
     CHECK(curve.find("\n10," + percent(average("Post-Pruning (10%)")) + "," + percent(average("PERU-FFT (10%)")) + ",133856,133856\n") != std::string::npos);
+}
+
+TEST_CASE("every subset of two tasks or more is scored on its own tasks, with a lambda from validation")
+{
+    const auto& [out, s, results] = run();
+    const std::string csv = content(out / "fft-normalized-score-against-tasks.csv");
+    CHECK(csv.starts_with("method,tasks,subsets,lambda,mean,standard deviation,lowest,highest\nAverage,2,28,0.5000,"));
+    CHECK(std::ranges::count(csv, '\n') == 1 + 3 * 7);
+    std::vector<encoder> models;
+    for (const auto task : task_names) { models.push_back(load_encoder(out / (std::string(task) + ".safetensors"))); }
+    const auto normalized = [&](const encoder& model, const std::vector<std::size_t>& members) {
+        double sum = 0;
+        for (const std::size_t task : members) { sum += accuracy(model, s.base.head, s.test[task]) / accuracy(models[task], s.base.head, s.test[task]); }
+        return sum / static_cast<double>(members.size());
+    };
+    // All eight by Average and by TIES with the λ that the file names; the best and the worst pair by Average.
+    CHECK(results.subsets.normalized("Average", 8).mean
+        == doctest::Approx(normalized(load_encoder(out / "merged-average.safetensors"), {0, 1, 2, 3, 4, 5, 6, 7})).epsilon(2e-3)); // another order of rounding
+    const auto line = csv.substr(csv.find("\nTIES,8,1,") + 10);
+    const double lambda = std::stod(line);
+    CHECK(results.subsets.normalized("TIES", 8).mean
+        == normalized(merged(taskvec::ties_options{.density = 0.2, .lambda = lambda}, s.base.body, models), {0, 1, 2, 3, 4, 5, 6, 7}));
+    double lowest = 1, highest = 0;
+    for (std::size_t a = 0; a < tasks; ++a) {
+        for (std::size_t b = a + 1; b < tasks; ++b) {
+            const double score = normalized(merged(taskvec::average_options{}, s.base.body, std::vector{models[a], models[b]}), {a, b});
+            lowest = std::min(lowest, score);
+            highest = std::max(highest, score);
+        }
+    }
+    const auto pairs = results.subsets.normalized("Average", 2);
+    CHECK(pairs.count == 28);
+    CHECK(pairs.lowest == doctest::Approx(lowest).epsilon(2e-3));
+    CHECK(pairs.highest == doctest::Approx(highest).epsilon(2e-3));
 }
 
 TEST_CASE("claims are judged by the figures of the run")
