@@ -60,7 +60,7 @@ void merge_files(const files& on_disk, const cpu& policy, const Options& options
     std::vector<const_model_ref> tasks;
     for (std::size_t m = 1; m < 4; ++m) { tasks.push_back(opened[m].model()); }
     const aligned_models models(&base, tasks);
-    safetensors_writer writer(on_disk.output(), models.outputs(), {}, durability::process);
+    safetensors_writer writer(on_disk.output(), models.outputs(), metadata_map{}, durability::process);
     merge(policy, options, models, writer);
     writer.commit();
 }
