@@ -424,7 +424,7 @@ TEST_CASE("extract-lora refuses models that do not fit, ranks that no layer has,
     attempt([&base = base](auto& model) { model = base; }, "do not differ");
     write_values(folder / "task.safetensors", task);
     refused(folder, with(extract, {"--rank", "21"}), 1, "'task.safetensors': rank 21 asked for, but the ranks of its layers are at most 20");
-    refused(folder, with(extract, {"--rank", "2", "--embedding", "("}), 2, "--embedding '('");
+    refused(folder, with(extract, {"--rank", "2", "--embedding", "("}), 2, "--embedding: '('");
     refused(folder, with(extract, {"--rank", "0"}), 1, "rank 0");
     refused(folder, extract, 2, "--rank");
     refused(folder, with(extract, {"--rank", "2", "--device", "cuda"}), 2, "--device");
