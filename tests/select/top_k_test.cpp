@@ -137,3 +137,25 @@ TEST_CASE("bad arguments are named")
     CHECK_THROWS_WITH_AS((void)top_k(cpu{}, poisoned, 1),
         "tensor 'values' of task 1 holds infinity at index 1: repair it, exclude the tensor, or ask for non-finite values to propagate", nonfinite_error);
 }
+
+TEST_CASE("values in order, of one size and of one kind are searched in one walk: the sample's bracket holds the answer")
+{
+    constexpr std::size_t n = std::size_t{1} << 22;
+    std::vector<float> ascending(n), descending(n), noise(n), steps(n);
+    std::mt19937 draw(7);
+    for (std::size_t i = 0; i < n; ++i) {
+        ascending[i] = static_cast<float>(i);
+        descending[i] = static_cast<float>(n - i);
+        noise[i] = static_cast<float>(draw()) * 0x1p-32f - 0.5f;
+        steps[i] = static_cast<float>(draw() % 4);
+    }
+    for (const auto* values : {&ascending, &descending, &noise, &steps}) {
+        const const_model_ref model = detail::flat_model(host_view<const float>(values->data(), n));
+        const aligned_models models(nullptr, {&model, 1});
+        for (const std::uint64_t k : {std::uint64_t{n / 5}, std::uint64_t{n / 3}}) {
+            unsigned walks = 0;
+            (void)top_k_thresholds<float>(cpu{.threads = 2}, models, all_chunks(models), {&k, 1}, std::size_t{1} << 22, &walks);
+            CHECK(walks == 1);
+        }
+    }
+}

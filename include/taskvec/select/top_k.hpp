@@ -355,10 +355,10 @@ private:
             const auto place = [&](double rank) { return sample.begin() + static_cast<std::ptrdiff_t>(std::min(m - 1, std::max(0.0, rank))); };
             const auto upper = place(first), lower = place(last), middle = place(share * m);
             std::nth_element(sample.begin(), upper, sample.end(), std::greater<>());
+            a.high = first < 0 ? c.high : *upper; // read at once: the next search moves it
             std::nth_element(upper, lower, sample.end(), std::greater<>());
-            std::nth_element(upper, middle, lower, std::greater<>());
-            a.high = first < 0 ? c.high : *upper;
             a.low = last >= m ? c.low : *lower;
+            std::nth_element(upper, middle, lower, std::greater<>());
             // One value that fills the bracket and more is looked at alone: its equals are counted, not collected.
             const bits value = *middle;
             if (static_cast<double>(std::count(sample.begin(), sample.end(), value)) > margin) { a.low = a.high = value; }
