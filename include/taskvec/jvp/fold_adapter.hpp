@@ -29,12 +29,12 @@ template <arithmetic_element T>
     check_update(adapter, name);
     const std::size_t out = initial.out(), in = initial.in(), rank = initial.rank();
     if (adapter.out() != out || adapter.in() != in || adapter.rank() != rank) {
-        raise<shape_mismatch>(message("module '", name, "' is ", adapter.out(), "×", adapter.in(), " of rank ", adapter.rank(), " in ", labels.adapter, " but ", out,
-            "×", in, " of rank ", rank, " in ", labels.initial, ": this is not what the adapter was trained from"));
+        raise<shape_mismatch>(message("module '", name, "' is ", adapter.out(), "×", adapter.in(), " of rank ", adapter.rank(), " in ", labels.adapter, " but ",
+            out, "×", in, " of rank ", rank, " in ", labels.initial, ": this is not what the adapter was trained from"));
     }
     if (!same_scaling(adapter.scaling, initial.scaling)) {
-        raise<invalid_argument>(message("module '", name, "' has scaling ", adapter.scaling, " in ", labels.adapter, " but ", initial.scaling,
-            " in ", labels.initial, ": this is not what the adapter was trained from"));
+        raise<invalid_argument>(message("module '", name, "' has scaling ", adapter.scaling, " in ", labels.adapter, " but ", initial.scaling, " in ",
+            labels.initial, ": this is not what the adapter was trained from"));
     }
     bool b0_is_zero = true;
     for (std::size_t i = 0; i < out; ++i) {
@@ -60,12 +60,18 @@ template <arithmetic_element T>
 {
     if (initial.empty()) { raise<invalid_argument>("the initialisation has no modules: a linearized adapter folds only around its initialisation"); }
     for (const auto& [name, update] : initial) {
-        if (!adapter.contains(name)) { raise<invalid_argument>(message("module '", name, "' of ", labels.initial, " is missing in ", labels.adapter, ": give the initialisation that it was trained from")); }
+        if (!adapter.contains(name)) {
+            raise<invalid_argument>(
+                message("module '", name, "' of ", labels.initial, " is missing in ", labels.adapter, ": give the initialisation that it was trained from"));
+        }
     }
     lora_adapter<T> folded;
     for (const auto& [name, update] : adapter) {
         const auto start = initial.find(name);
-        if (start == initial.end()) { raise<invalid_argument>(message("module '", name, "' of ", labels.adapter, " is not in ", labels.initial, ": give the initialisation that it was trained from")); }
+        if (start == initial.end()) {
+            raise<invalid_argument>(
+                message("module '", name, "' of ", labels.adapter, " is not in ", labels.initial, ": give the initialisation that it was trained from"));
+        }
         folded.emplace(name, fold_linearized(start->second, update, name, labels));
     }
     return folded;

@@ -55,8 +55,7 @@ template <arithmetic_element T, merge_method Options>
             const auto found = adapters[t].find(name);
             if (found == adapters[t].end()) { raise<invalid_argument>(message("module '", name, "' of the initialisation is missing in ", label)); }
             const auto& update = found->second;
-            if (update.out() != start.out() || update.in() != start.in() || update.rank() != start.rank()
-                || !same_scaling(update.scaling, start.scaling)) {
+            if (update.out() != start.out() || update.in() != start.in() || update.rank() != start.rank() || !same_scaling(update.scaling, start.scaling)) {
                 raise<shape_mismatch>(message("module '", name, "' is ", update.out(), "×", update.in(), " of rank ", update.rank(), ", scaling ",
                     update.scaling, " in ", label, " but ", start.out(), "×", start.in(), " of rank ", start.rank(), ", scaling ", start.scaling,
                     " in the initialisation: they do not share it"));
