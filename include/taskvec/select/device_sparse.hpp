@@ -19,6 +19,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// make such; nothing checks them again. Move-only; memory is given back in the order of the stream it was made on.
 template <arithmetic_element A>
 struct device_sparse_vector {
+    using value_type = A;
     extents shape{};
     device::buffer<std::uint64_t> indices{};
     device::buffer<A> values{};
@@ -154,69 +155,35 @@ void undo(const gpu& policy, const device_sparse_vector<A>& sparse, const device
 /// The words that a model-wide apply() replaced, by tensor name.
 using device_saved_words = std::map<std::string, device::buffer<std::byte>>;
 
-namespace detail {
-/// Calls use(name, sparse, live view of its storage type) for each tensor of a delta, after checking them all.
-template <class Use>
-void for_each_live(const device_sparse_model& delta, const model_ref& live, Use&& use)
-{
-    const auto visit_pair = [&](const std::string& name, const device_sparse_tensor& tensor, auto&& then) {
-        const tensor_ref* const weights = live.find(name);
-        if (!weights) { raise<invalid_argument>(message("tensor '", name, "' of the delta is missing in the model")); }
-        visit_storage(weights->dtype, name, [&]<class T>(std::type_identity<T>) {
-            std::visit(
-                [&]<class A>(const device_sparse_vector<A>& sparse) {
-                    if constexpr (std::same_as<arithmetic_type<T>, A>) {
-                        (void)flat_view<T, memory_space::device>(*weights, name);
-                        if (sparse.shape != weights->shape) {
-                            raise<shape_mismatch>(
-                                message("tensor '", name, "' has shape ", to_string(weights->shape), "; the delta is for shape ", to_string(sparse.shape)));
-                        }
-                        then(sparse, device_view<T>{static_cast<T*>(weights->data), weights->size(name)});
-                    }
-                    else {
-                        raise<dtype_mismatch>(message(
-                            "tensor '", name, "' has dtype ", taskvec::name(weights->dtype), "; the delta holds ", taskvec::name(dtype_of<A>), " values"));
-                    }
-                },
-                tensor);
-        });
-    };
-    for (const auto& [name, tensor] : delta) {
-        visit_pair(name, tensor, [](const auto&, auto) {});
-    }
-    for (const auto& entry : delta) {
-        visit_pair(entry.first, entry.second, [&](const auto& sparse, auto weights) { use(entry.first, sparse, weights); });
-    }
-}
-} // namespace detail
-
 /// Adds a delta to the live weights of a model in device memory, in place; the result is what undo() needs. Errors: a tensor that is
 /// missing, of another shape, storage type or memory; nothing is changed then.
 [[nodiscard]] inline device_saved_words apply(const gpu& policy, const device_sparse_model& delta, const model_ref& live, double scale = 1.0)
 {
     device_saved_words saved;
-    detail::for_each_live(delta, live, [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
-        device::buffer<std::byte> words(policy, sparse.kept() * sizeof(T));
-        device::sweep(policy, sparse.kept(),
-            elementwise::add_entries<T, A>{sparse.indices.data(), sparse.values.data(), static_cast<A>(scale), kernels::words(weights.data()),
-                reinterpret_cast<storage_word<T>*>(words.data())});
-        saved.emplace(name, std::move(words));
-    });
+    detail::for_each_live<memory_space::device>(
+        delta, live, [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
+            device::buffer<std::byte> words(policy, sparse.kept() * sizeof(T));
+            device::sweep(policy, sparse.kept(),
+                elementwise::add_entries<T, A>{sparse.indices.data(), sparse.values.data(), static_cast<A>(scale), kernels::words(weights.data()),
+                    reinterpret_cast<storage_word<T>*>(words.data())});
+            saved.emplace(name, std::move(words));
+        });
     return saved;
 }
 
 /// Takes a delta that apply() added out of the live weights again: the very words of before.
 inline void undo(const gpu& policy, const device_sparse_model& delta, const device_saved_words& saved, const model_ref& live)
 {
-    detail::for_each_live(delta, live, [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
-        const auto words = saved.find(name);
-        if (words == saved.end() || words->second.size() != sparse.kept() * sizeof(T)) {
-            raise<invalid_argument>(message("the saved words of tensor '", name, "' do not belong to this delta"));
-        }
-        device::sweep(policy, sparse.kept(),
-            elementwise::put_back<storage_word<T>>{
-                sparse.indices.data(), reinterpret_cast<const storage_word<T>*>(words->second.data()), kernels::words(weights.data())});
-    });
+    detail::for_each_live<memory_space::device>(
+        delta, live, [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
+            const auto words = saved.find(name);
+            if (words == saved.end() || words->second.size() != sparse.kept() * sizeof(T)) {
+                raise<invalid_argument>(message("the saved words of tensor '", name, "' do not belong to this delta"));
+            }
+            device::sweep(policy, sparse.kept(),
+                elementwise::put_back<storage_word<T>>{
+                    sparse.indices.data(), reinterpret_cast<const storage_word<T>*>(words->second.data()), kernels::words(weights.data())});
+        });
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -25,6 +25,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// A is the arithmetic type: f32, or f64 for f64 tensors.
 template <arithmetic_element A>
 struct sparse_vector {
+    using value_type = A;
     extents shape{};
     std::vector<std::uint64_t> indices{};
     std::vector<A> values{};
@@ -187,24 +188,26 @@ void undo(const cpu& policy, const sparse_vector<A>& sparse, const std::vector<T
 using saved_words = std::map<std::string, std::vector<std::byte>>;
 
 namespace detail {
-/// Calls use(sparse, live view of its storage type) for each tensor of a delta, after checking them all.
-template <class Use>
-void for_each_live(const sparse_model& delta, const model_ref& live, Use&& use)
+/// Calls use(name, sparse, live view of its storage type) for each tensor of a delta, after checking them all. The delta and the live
+/// weights are in one memory space; a delta in device memory keeps its own promises (nothing there reads it back).
+template <memory_space Space, class Delta, class Use>
+void for_each_live(const Delta& delta, const model_ref& live, Use&& use)
 {
-    const auto visit_pair = [&](const std::string& name, const sparse_tensor& tensor, auto&& then) {
+    const auto visit_pair = [&](const std::string& name, const auto& tensor, auto&& then) {
         const tensor_ref* const weights = live.find(name);
         if (!weights) { raise<invalid_argument>(message("tensor '", name, "' of the delta is missing in the model")); }
         visit_storage(weights->dtype, name, [&]<class T>(std::type_identity<T>) {
             std::visit(
-                [&]<class A>(const sparse_vector<A>& sparse) {
+                [&]<class Sparse>(const Sparse& sparse) {
+                    using A = typename Sparse::value_type;
                     if constexpr (std::same_as<arithmetic_type<T>, A>) {
-                        (void)flat_view<T>(*weights, name);
-                        check(sparse, name);
+                        (void)flat_view<T, Space>(*weights, name);
+                        if constexpr (Space == memory_space::host) { check(sparse, name); }
                         if (sparse.shape != weights->shape) {
                             raise<shape_mismatch>(
                                 message("tensor '", name, "' has shape ", to_string(weights->shape), "; the delta is for shape ", to_string(sparse.shape)));
                         }
-                        then(sparse, host_view<T>{static_cast<T*>(weights->data), weights->size(name)});
+                        then(sparse, view<T, Space>{static_cast<T*>(weights->data), weights->size(name)});
                     }
                     else {
                         raise<dtype_mismatch>(message(
@@ -229,7 +232,7 @@ template <cpu_policy Policy>
 [[nodiscard]] saved_words apply(const Policy& policy, const sparse_model& delta, const model_ref& live, double scale = 1.0)
 {
     saved_words saved;
-    detail::for_each_live(delta, live, [&](const std::string& name, const auto& sparse, auto weights) {
+    detail::for_each_live<memory_space::host>(delta, live, [&](const std::string& name, const auto& sparse, auto weights) {
         const auto words = apply(policy, sparse, weights, scale);
         auto& bytes = saved[name];
         bytes.resize(words.size() * sizeof(words[0]));
@@ -242,7 +245,7 @@ template <cpu_policy Policy>
 template <cpu_policy Policy>
 void undo(const Policy& policy, const sparse_model& delta, const saved_words& saved, const model_ref& live)
 {
-    detail::for_each_live(delta, live, [&]<class T>(const std::string& name, const auto& sparse, host_view<T> weights) {
+    detail::for_each_live<memory_space::host>(delta, live, [&]<class T>(const std::string& name, const auto& sparse, host_view<T> weights) {
         const auto bytes = saved.find(name);
         if (bytes == saved.end() || bytes->second.size() != sparse.kept() * sizeof(T)) {
             raise<invalid_argument>(message("the saved words of tensor '", name, "' do not belong to this delta"));
