@@ -373,9 +373,11 @@ const tool::register_verb verb(25, [](CLI::App& app) {
     sweep_verb->add_option("--lambdas", given->lambdas, "Such as 0.1,0.3 or 0:1:0.05 (default: 0:1:0.05; 0.3 with --subsets)")->type_name("GRID");
     sweep_verb->add_option("--densities", given->densities, "For ties and dare (default: 0.05,0.1,0.2,0.3,0.5)")->type_name("GRID");
     sweep_verb->add_flag("--subsets", given->subsets, "Every subset of two or more tasks");
-    sweep_verb->add_option("--smallest", given->smallest, "Tasks in the smallest of the subsets (default: 2)")->type_name("N");
+    sweep_verb->add_option("--smallest", given->smallest, "Tasks in the smallest of the subsets (default: 2)")
+        ->type_name("N")
+        ->transform(tool::decimal_number());
     sweep_verb->add_flag("--minimize", given->minimize, "The lowest score is the best");
-    sweep_verb->add_option("--jobs", given->jobs, "Scoring commands that run at the same time (default: 1)")->type_name("N");
+    sweep_verb->add_option("--jobs", given->jobs, "Scoring commands that run at the same time (default: 1)")->type_name("N")->transform(tool::decimal_number());
     sweep_verb->add_option("--timeout", given->score.timeout, "Seconds that a scoring command may take (default: 0, any)")->type_name("S");
     sweep_verb->add_option("--csv", given->csv, "Table of points and scores, written after each; a later run goes on from it")->type_name("FILE");
     sweep_verb->add_option("--svg", given->svg, "Also draw the scores (needs gnuplot)")->type_name("FILE");

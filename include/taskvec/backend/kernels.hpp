@@ -31,20 +31,21 @@ template <storage_element T>
     return reinterpret_cast<storage_word<T>*>(x);
 }
 
-TASKVEC_KERNELS_BEGIN
-
-/// Elements between two calls of fetch_ahead(), and how many bytes ahead it reaches. A kernel that reads many streams asks
-/// for their next lines itself, a few at a time: it has more streams than the hardware follows, and other work to do meanwhile.
+/// Elements between two calls of fetch_ahead() in a kernel that works a row off in runs, and how many bytes ahead fetches reach. A kernel
+/// that does much between two loads asks for its next lines itself: so much work hides what is still to be loaded from the processor.
 inline constexpr std::size_t fetch_group = 128, fetch_distance = 4096;
 
-/// Asks for the lines of `count` words that lie fetch_distance bytes ahead. Never faults.
+/// Asks for the lines of `count` words that lie fetch_distance bytes ahead. Never faults. Always inlined: g++ takes a call of a function
+/// that does nothing but prefetch for one without effect, and leaves it out.
 template <std::size_t count = fetch_group, class Word>
-inline void fetch_ahead(const Word* words) noexcept
+[[gnu::always_inline]] inline void fetch_ahead(const Word* words) noexcept
 {
     const auto* const place = reinterpret_cast<const char*>(words) + fetch_distance;
 #pragma GCC unroll 16
     for (std::size_t line = 0; line < count * sizeof(Word); line += 64) { __builtin_prefetch(place + line, 0, 3); }
 }
+
+TASKVEC_KERNELS_BEGIN
 
 namespace detail {
 template <storage_element T, arithmetic_element A>
@@ -177,8 +178,14 @@ template <storage_element T>
     }
 }
 
-/// Steps that a fused kernel takes of every stream in turn: few enough that its rows stay in the first-level cache.
-inline constexpr std::size_t group_steps = 256;
+/// Steps that a fused kernel takes of every stream in turn: few enough that its rows stay in the first-level cache. They come in strips
+/// of one line of each stream.
+inline constexpr std::size_t group_steps = 256, strip_steps = 16;
+/// Steps in whole strips.
+[[nodiscard]] inline constexpr std::size_t whole_strips(std::size_t steps) noexcept
+{
+    return (steps + strip_steps - 1) / strip_steps * strip_steps;
+}
 
 /// sums[lane][i] += Σ weights[t] · (tasks[t] − base) over the steps of N tasks; without a base when Difference is false. Each
 /// product and sum rounds, in task order. sums: step_width rows of group_steps.
@@ -325,31 +332,28 @@ struct stored_output {
     }
 };
 
-/// Calls run(step pointers of the tasks, step pointer of the base, first element, steps) for groups of group_steps steps of n stored
-/// words, and for the last element of an odd number of bf16 by itself, in steps of its own.
+/// Calls run(step pointers of the tasks, step pointer of the base, first element, steps) for groups of at most group_steps steps of n
+/// stored words. The last steps, where they do not fill a strip, come from a copy that zeros fill up to whole strips: so a kernel may work
+/// off whole_strips(steps), and bf16 may be odd in number.
 template <storage_element T, std::size_t most, class Run>
 void for_each_group(const storage_word<T>* const* tasks, std::size_t count, const storage_word<T>* base, std::size_t n, Run&& run)
 {
-    constexpr std::size_t width = step_width<T>, group = group_steps * width;
+    constexpr std::size_t width = step_width<T>, group = group_steps * width, strip = strip_steps * width;
     const step_word* from[most]{};
-    const std::size_t whole = n - n % width;
+    const std::size_t whole = n - n % strip;
     for (std::size_t begin = 0; begin < whole; begin += group) {
-        for (std::size_t t = 0; t < count; ++t) {
-            from[t] = reinterpret_cast<const step_word*>(tasks[t] + begin);
-            fetch_ahead<group_steps>(from[t]);
-        }
-        if (base) { fetch_ahead<group_steps>(reinterpret_cast<const step_word*>(base + begin)); }
+        for (std::size_t t = 0; t < count; ++t) { from[t] = reinterpret_cast<const step_word*>(tasks[t] + begin); }
         run(static_cast<const step_word* const*>(from), base ? reinterpret_cast<const step_word*>(base + begin) : nullptr, begin,
             (begin + group < whole ? group : whole - begin) / width);
     }
     if (whole == n) { return; }
-    step_word last[most + 1]{};
+    step_word last[most + 1][strip_steps]{};
     for (std::size_t t = 0; t < count; ++t) {
-        std::memcpy(last + t, tasks[t] + whole, sizeof(T));
-        from[t] = last + t;
+        std::memcpy(last[t], tasks[t] + whole, (n - whole) * sizeof(T));
+        from[t] = last[t];
     }
-    if (base) { std::memcpy(last + most, base + whole, sizeof(T)); }
-    run(static_cast<const step_word* const*>(from), base ? last + most : nullptr, whole, std::size_t{1});
+    if (base) { std::memcpy(last[most], base + whole, (n - whole) * sizeof(T)); }
+    run(static_cast<const step_word* const*>(from), base ? last[most] : nullptr, whole, (n - whole + width - 1) / width);
 }
 
 /// Makes non-temporal stores visible to other threads; called once after a run of stream_copy().

@@ -125,7 +125,8 @@ struct election_counts {
 /// TIES in one loop over the stored words of N tasks, for weights that are all 1: difference, trim, election, mean and λ, with nothing
 /// but the result leaving the registers. The same operations in the same order as the row-by-row kernels, but for products by 1 and
 /// sums with a 0 that cannot change a bit. For finite sums only: counts.top tells, and NaN or infinity in an input cannot but reach it.
-/// least[t] ≥ 1: the magnitude bits that an entry of task t must reach to be kept. zero: what a sum of 0 elects.
+/// Works off whole strips; what fills the last one up must be zeros. least[t] ≥ 1: the magnitude bits that an entry of task t must reach
+/// to be kept. zero: what a sum of 0 elects.
 template <storage_element T, std::size_t N>
 TASKVEC_NOINLINE void elect_stored(const step_word* const* tasks, const step_word* TASKVEC_RESTRICT base, const std::int32_t* least, float zero, float lambda,
     std::uint32_t* TASKVEC_RESTRICT out, std::size_t n, election_counts& counts)
@@ -138,49 +139,58 @@ TASKVEC_NOINLINE void elect_stored(const step_word* const* tasks, const step_wor
         bound[t] = least[t];
     }
     const std::int32_t zero_side = zero < 0 ? -1 : 0;
-    const bool zero_votes = zero != 0;
-    std::int32_t negative = 0, zeros = 0, unresolved = 0, top = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        std::uint32_t origins = base[i], step[N], made = 0;
-        for (std::size_t t = 0; t < N; ++t) { step[t] = x[t][i]; }
+    const std::int32_t zero_mean = zero != 0 ? -1 : 0; // of its bits, what a sum of 0 lets through
+    // Of each step of a strip: the loop over a strip has no sum across its steps, and becomes straight code between two fetches.
+    alignas(64) std::int32_t negative[strip_steps]{}, zeros[strip_steps]{}, unresolved[strip_steps]{}, top[strip_steps]{};
+    for (std::size_t begin = 0; begin < n; begin += strip_steps) {
+        for (std::size_t t = 0; t < N; ++t) { fetch_ahead<strip_steps>(x[t] + begin); }
+        fetch_ahead<strip_steps>(base + begin);
+        for (std::size_t j = 0; j < strip_steps; ++j) {
+            std::uint32_t origins = base[begin + j], step[N], made = 0;
+            for (std::size_t t = 0; t < N; ++t) { step[t] = x[t][begin + j]; }
 #pragma GCC unroll 2
-        for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
-            const float origin = step_value<T>(origins, lane);
-            std::int32_t kept[N];
-            float s = 0;
+            for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
+                const float origin = step_value<T>(origins, lane);
+                std::int32_t kept[N];
+                float s = 0;
 #pragma GCC unroll 8
-            for (std::size_t t = 0; t < N; ++t) {
-                const float delta = step_value<T>(step[t], lane) - origin;
-                kept[t] = static_cast<std::int32_t>(magnitude_bits(delta)) >= bound[t] ? reinterpret_bits<std::int32_t>(delta) : 0;
-                s = t == 0 ? reinterpret_bits<float>(kept[t]) : s + reinterpret_bits<float>(kept[t]);
-            }
-            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(s));
-            top = magnitude > top ? magnitude : top;
-            const bool none = s == 0;
-            std::int32_t side = reinterpret_bits<std::int32_t>(s) >> 31; // all bits of a negative sum
-            negative += side;
-            zeros += none ? 1 : 0;
-            side = none ? zero_side : side;
-            float total = 0, count = 0;
+                for (std::size_t t = 0; t < N; ++t) {
+                    const float delta = step_value<T>(step[t], lane) - origin;
+                    kept[t] = static_cast<std::int32_t>(magnitude_bits(delta)) >= bound[t] ? reinterpret_bits<std::int32_t>(delta) : 0;
+                    s = t == 0 ? reinterpret_bits<float>(kept[t]) : s + reinterpret_bits<float>(kept[t]);
+                }
+                const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(s));
+                top[j] = magnitude > top[j] ? magnitude : top[j];
+                const bool none = s == 0;
+                std::int32_t side = reinterpret_bits<std::int32_t>(s) >> 31; // all bits of a negative sum
+                negative[j] += side;
+                zeros[j] += none ? 1 : 0;
+                side = none ? zero_side : side;
+                float total = 0;
+                std::int32_t count = 0;
 #pragma GCC unroll 8
-            for (std::size_t t = 0; t < N; ++t) {
-                const bool agrees = (kept[t] ^ side) > 0;
-                const float value = reinterpret_bits<float>(agrees ? kept[t] : 0), one = agrees ? 1.0f : 0.0f;
-                total = t == 0 ? value : total + value;
-                count = t == 0 ? one : count + one;
+                for (std::size_t t = 0; t < N; ++t) {
+                    const bool agrees = (kept[t] ^ side) > 0;
+                    const float value = reinterpret_bits<float>(agrees ? kept[t] : 0);
+                    total = t == 0 ? value : total + value;
+                    count += agrees ? 1 : 0;
+                }
+                // A sum of 0 has entries of both signs, or none at all.
+                unresolved[j] += (none & (count != 0)) ? 1 : 0;
+                const float mean = total / static_cast<float>(count > 1 ? count : 1);
+                const float change =
+                    lambda * reinterpret_bits<float>(none ? reinterpret_bits<std::int32_t>(mean) & zero_mean : reinterpret_bits<std::int32_t>(mean));
+                made |= step_of_finite<T>(origin + change, lane);
             }
-            // A sum of 0 has entries of both signs, or none at all.
-            unresolved += (none & (count != 0)) ? 1 : 0;
-            const float mean = total / (count < 1.0f ? 1.0f : count);
-            const float change = lambda * ((none & !zero_votes) ? 0.0f : mean);
-            made |= step_of_finite<T>(origin + change, lane);
+            out[begin + j] = made;
         }
-        out[i] = made;
     }
-    counts.negative += negative;
-    counts.zero += zeros;
-    counts.unresolved += unresolved;
-    counts.top = top > counts.top ? top : counts.top;
+    for (std::size_t j = 0; j < strip_steps; ++j) {
+        counts.negative += negative[j];
+        counts.zero += zeros[j];
+        counts.unresolved += unresolved[j];
+        counts.top = top[j] > counts.top ? top[j] : counts.top;
+    }
 }
 
 TASKVEC_KERNELS_END
@@ -255,9 +265,9 @@ template <storage_element T>
         tasks, count, base, n, [&](const step_word* const* from, const step_word* origin, std::size_t at, std::size_t steps) {
             elect[count - 1](from, origin, least, zero, lambda, made, steps, counts);
             out.put(at, made, std::min(steps * kernels::step_width<T>, n - at));
-            lanes += steps * kernels::step_width<T>;
+            lanes += kernels::whole_strips(steps) * kernels::step_width<T>;
         });
-    // The lane beside the last of an odd number of bf16 holds zeros: it votes for nothing.
+    // What fills up the last strip holds zeros: it votes for nothing.
     tally.sign_sum += static_cast<std::int64_t>(lanes) + 2 * std::int64_t{counts.negative} - std::int64_t{counts.zero};
     tally.unresolved += static_cast<std::uint64_t>(counts.unresolved);
     return static_cast<std::uint32_t>(counts.top) < exponent_mask<float>;

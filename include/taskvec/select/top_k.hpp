@@ -13,10 +13,11 @@
 #include <taskvec/arithmetic/block.hpp>
 #include <taskvec/core/random.hpp>
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
-#include <mutex>
 #include <utility>
 
 #if defined(__AVX512F__)
@@ -158,32 +159,34 @@ TASKVEC_NOINLINE void collect_stored(const step_word* TASKVEC_RESTRICT x, const 
     std::uint32_t high, std::uint32_t* TASKVEC_RESTRICT out, magnitude_counts& counts)
 {
     const __m512i clear = _mm512_set1_epi32(0x7fffffff), lower = _mm512_set1_epi32(static_cast<int>(low)), upper = _mm512_set1_epi32(static_cast<int>(high)),
-                  second = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+                  second = _mm512_set1_epi32(static_cast<int>(0xffff0000u)), one = _mm512_set1_epi32(1);
     const auto value = [&](__m512i steps, std::size_t lane) {
         return sizeof(T) == 4 ? steps : lane == 0 ? _mm512_slli_epi32(steps, 16) : _mm512_and_si512(steps, second);
     };
-    __m512i top = _mm512_setzero_si512();
-    std::size_t inside = counts.inside, above = 0;
-    for (std::size_t i = 0; i < n; i += 16) {
-        const __mmask16 there = static_cast<__mmask16>(n - i >= 16 ? 0xffffu : (1u << (n - i)) - 1u);
-        const __m512i steps = _mm512_maskz_loadu_epi32(there, x + i);
-        __m512i origin = steps;
-        if constexpr (Difference) { origin = _mm512_maskz_loadu_epi32(there, base + i); }
+    __m512i top = _mm512_setzero_si512(), reached_count = top; // of each lane
+    const std::size_t begin = counts.inside;
+    std::size_t inside = begin;
+    const auto take = [&](__mmask16 there, __m512i steps, __m512i origin) {
 #pragma GCC unroll 2
         for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
             __m512i found = value(steps, lane);
             if constexpr (Difference) { found = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(found), _mm512_castsi512_ps(value(origin, lane)))); }
             const __m512i magnitude = _mm512_and_si512(found, clear);
             top = _mm512_max_epi32(top, magnitude);
-            const __mmask16 reached = _mm512_mask_cmpge_epi32_mask(there, magnitude, lower), over = _mm512_mask_cmpgt_epi32_mask(there, magnitude, upper);
-            const auto hit = static_cast<__mmask16>(reached & ~over);
+            const __mmask16 reached = _mm512_mask_cmpge_epi32_mask(there, magnitude, lower), hit = _mm512_mask_cmple_epi32_mask(reached, magnitude, upper);
+            reached_count = _mm512_mask_add_epi32(reached_count, reached, reached_count, one);
             _mm512_storeu_si512(out + inside, _mm512_maskz_compress_epi32(hit, magnitude));
             inside += static_cast<std::size_t>(__builtin_popcount(hit));
-            above += static_cast<std::size_t>(__builtin_popcount(over));
         }
+    };
+    std::size_t i = 0;
+    for (; i + 16 <= n; i += 16) { take(0xffff, _mm512_loadu_si512(x + i), Difference ? _mm512_loadu_si512(base + i) : __m512i{}); }
+    if (i < n) {
+        const auto there = static_cast<__mmask16>((1u << (n - i)) - 1u);
+        take(there, _mm512_maskz_loadu_epi32(there, x + i), Difference ? _mm512_maskz_loadu_epi32(there, base + i) : __m512i{});
     }
     counts.inside = static_cast<std::uint32_t>(inside);
-    counts.above += static_cast<std::uint32_t>(above);
+    counts.above += static_cast<std::uint32_t>(_mm512_reduce_add_epi32(reached_count)) - static_cast<std::uint32_t>(inside - begin);
     const auto largest = static_cast<std::uint32_t>(_mm512_reduce_max_epi32(top));
     counts.largest = counts.largest < largest ? largest : counts.largest;
 }
@@ -212,6 +215,44 @@ void trim(A* x, std::size_t n, std::uint64_t place, const top_k_threshold<A>& th
 } // namespace kernels
 
 namespace detail {
+
+/// Entries of a list by their rank, the largest first, for lists that are asked a few times: a histogram tells the bin of a rank, and only that
+/// bin's entries are ordered. All entries lie in [low, high].
+template <std::unsigned_integral Bits>
+class ranking {
+public:
+    ranking(std::span<const Bits> values, Bits low, Bits high)
+        : values_(values)
+        , low_(low)
+        , shift_(static_cast<unsigned>(std::max(0, static_cast<int>(std::bit_width(static_cast<Bits>(high - low))) - bin_bits)))
+        , counts_(std::size_t{1} << bin_bits, 0)
+    {
+        for (const Bits value : values) { ++counts_[bin_of(value)]; }
+    }
+    /// The entry of rank `rank` < number of entries; rank 0 is the largest.
+    [[nodiscard]] Bits operator[](std::size_t rank)
+    {
+        std::size_t bin = counts_.size() - 1;
+        while (counts_[bin] <= rank) { rank -= counts_[bin--]; }
+        members_.clear();
+        for (const Bits value : values_) {
+            if (bin_of(value) == bin) { members_.push_back(value); }
+        }
+        const auto place = members_.begin() + static_cast<std::ptrdiff_t>(rank);
+        std::nth_element(members_.begin(), place, members_.end(), std::greater<>());
+        return *place;
+    }
+
+private:
+    static constexpr int bin_bits = 11;
+    [[nodiscard]] std::size_t bin_of(Bits value) const noexcept { return static_cast<std::size_t>((value - low_) >> shift_); }
+
+    std::span<const Bits> values_;
+    Bits low_;
+    unsigned shift_;
+    std::vector<std::size_t> counts_;
+    std::vector<Bits> members_;
+};
 
 /// Finds the thresholds of several task vectors ("channels") over a range of chunks in common walks.
 template <arithmetic_element A>
@@ -337,7 +378,7 @@ private:
     }
 
     /// Chooses what the next walk asks of a channel.
-    void plan(channel& c, attempt& a, std::vector<bits>& sample)
+    void plan(channel& c, attempt& a, const std::vector<bits>& sample)
     {
         a = {c.low, c.high, true, false, false, 0, 0, 0};
         if (c.low == c.high) { return; }
@@ -351,16 +392,12 @@ private:
             // Neighbours are alike, so the sample's rank is a little less certain than that of independent draws.
             const double margin = 3.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
             const double first = share * m - margin, last = share * m + margin;
-            // The sample's entries of three ranks, largest first: each is looked for among those that the one before left.
-            const auto place = [&](double rank) { return sample.begin() + static_cast<std::ptrdiff_t>(std::min(m - 1, std::max(0.0, rank))); };
-            const auto upper = place(first), lower = place(last), middle = place(share * m);
-            std::nth_element(sample.begin(), upper, sample.end(), std::greater<>());
-            a.high = first < 0 ? c.high : *upper; // read at once: the next search moves it
-            std::nth_element(upper, lower, sample.end(), std::greater<>());
-            a.low = last >= m ? c.low : *lower;
-            std::nth_element(upper, middle, lower, std::greater<>());
+            ranking<bits> ranked(sample, c.low, c.high);
+            const auto at = [&](double rank) { return ranked[static_cast<std::size_t>(std::min(m - 1, std::max(0.0, rank)))]; };
+            a.high = first < 0 ? c.high : at(first);
+            a.low = last >= m ? c.low : at(last);
             // One value that fills the bracket and more is looked at alone: its equals are counted, not collected.
-            const bits value = *middle;
+            const bits value = at(share * m);
             if (static_cast<double>(std::count(sample.begin(), sample.end(), value)) > margin) { a.low = a.high = value; }
             a.collecting = true;
             return;
@@ -436,6 +473,8 @@ private:
         };
         kernels::for_each_group<T, 1>(
             &x, 1, base, rows.size(), [&](const kernels::step_word* const* from, const kernels::step_word* origin, std::size_t at, std::size_t steps) {
+                kernels::fetch_ahead<kernels::group_steps>(*from);
+                if (origin) { kernels::fetch_ahead<kernels::group_steps>(origin); }
                 see(*from, origin, steps);
                 // The lane beside the last of an odd number of bf16 holds a 0 that is no entry; it comes last.
                 if (at + steps * width > rows.size() && low == 0) { --counts.inside; }
@@ -539,9 +578,7 @@ private:
             std::vector<bits> values;
             values.reserve(static_cast<std::size_t>(a.inside));
             for (const auto& worker : seen) { values.insert(values.end(), worker[t].values.begin(), worker[t].values.end()); }
-            const auto nth = values.begin() + static_cast<std::ptrdiff_t>(c.k - c.above - 1);
-            std::nth_element(values.begin(), nth, values.end(), std::greater<>());
-            const bits answer = *nth;
+            const bits answer = ranking<bits>(values, a.low, a.high)[static_cast<std::size_t>(c.k - c.above - 1)];
             std::vector<std::uint32_t> equal(range_.last - range_.first, 0);
             for (const auto& worker : seen) {
                 for (const auto& [index, begin, end] : worker[t].segments) {
