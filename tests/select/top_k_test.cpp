@@ -55,6 +55,28 @@ TEST_CASE_TEMPLATE("top_k keeps what sorting keeps, in every storage type", T, f
     }
 }
 
+TEST_CASE_TEMPLATE("a ranking says what sorting says, whatever the width of its bins", Bits, std::uint32_t, std::uint64_t)
+{
+    std::mt19937_64 generator(7);
+    const Bits highest = std::numeric_limits<Bits>::max() >> 1;
+    for (const std::size_t n : {1, 2, 100, 5000}) {
+        for (const Bits width : {Bits{0}, Bits{1}, Bits{2047}, Bits{2048}, Bits{1'000'003}, highest}) {
+            for (const Bits low : {Bits{0}, Bits{12345}, static_cast<Bits>(highest - width)}) {
+                if (low > highest - width) { continue; }
+                std::vector<Bits> values(n);
+                for (auto& value : values) { value = static_cast<Bits>(low + generator() % (std::uint64_t{width} + 1)); }
+                auto sorted = values;
+                std::sort(sorted.begin(), sorted.end(), std::greater<>());
+                detail::ranking<Bits> ranked(values, low, static_cast<Bits>(low + width));
+                CAPTURE(n);
+                CAPTURE(width);
+                CAPTURE(low);
+                for (const std::size_t rank : {std::size_t{0}, n / 3, n / 2, n - 1}) { CHECK(ranked[rank] == sorted[rank]); }
+            }
+        }
+    }
+}
+
 TEST_CASE("top_k breaks ties by the lowest index, however many there are")
 {
     const std::size_t n = 1 << 20;
