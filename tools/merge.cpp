@@ -10,7 +10,7 @@ void merge(tool::merge_settings settings)
     const tool::merge_inputs inputs(settings, method.needs_base);
     tool::claim_output(settings.out, "--out", settings.shard_size.empty() ? tool::output_kind::model : tool::output_kind::directory);
     tool::claim_report(settings.run);
-    tool::runner run(settings.run, inputs.models().bytes());
+    tool::runner run(settings.run, inputs.models().bytes(), true);
     if (settings.run.dry_run) {
         if (method.examine) { method.examine(run.policy(), settings, inputs); }
         std::uint64_t bytes = 0;

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "device.hpp"
 #include "tool.hpp"
 
 #include <taskvec/merge/merge.hpp>
@@ -88,6 +89,15 @@ private:
 
 /// How models are lined up, from the command line.
 [[nodiscard]] taskvec::model_options model_options_of(const merge_settings& settings);
+
+/// merge() on what --device names.
+template <class Options>
+taskvec::merge_report merge(
+    const taskvec::cpu& policy, const merge_settings& settings, const Options& options, const taskvec::aligned_models& models, taskvec::tensor_sink& out)
+{
+    if (settings.run.device == "cuda") { return merge_on_cuda(options, models, out, settings.run.memory_bytes(), policy); }
+    return taskvec::merge(policy, options, models, out);
+}
 
 /// A merge method of the command line. Each tools/method_<name>.cpp registers one.
 struct method {

@@ -14,7 +14,7 @@ const tool::register_method entry({.name = "dare",
         taskvec::dare_options options{.seed = settings.seed, .weights = inputs.weights()};
         if (settings.density) { options.density = *settings.density; }
         if (settings.lambda) { options.lambda = *settings.lambda; }
-        return taskvec::merge(policy, options, inputs.models(), out);
+        return tool::merge(policy, settings, options, inputs.models(), out);
     }});
 
 } // namespace

@@ -13,7 +13,7 @@ const tool::register_method entry({.name = "dare-ties",
     .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
         taskvec::dare_ties_options options{.seed = settings.seed, .ties = tool::ties_options_of(settings, inputs.weights())};
         if (settings.density) { options.density = *settings.density; }
-        return taskvec::merge(policy, options, inputs.models(), out);
+        return tool::merge(policy, settings, options, inputs.models(), out);
     }});
 
 } // namespace

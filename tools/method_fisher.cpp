@@ -31,7 +31,7 @@ const tool::register_method entry({.name = "fisher",
     .run =
         [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
             const tool::statistics_inputs fishers(policy, inputs, settings.fisher, true);
-            auto report = taskvec::merge(policy, options_of(settings, inputs, fishers), inputs.models(), out);
+            auto report = tool::merge(policy, settings, options_of(settings, inputs, fishers), inputs.models(), out);
             report.beside += fishers.checked_bytes();
             return report;
         }});

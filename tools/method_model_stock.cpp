@@ -19,7 +19,7 @@ const tool::register_method entry({.name = "model-stock",
         },
     .run =
         [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
-            return taskvec::merge(policy, taskvec::model_stock_options{.clamp = !settings.unclamped}, inputs.models(), out);
+            return tool::merge(policy, settings, taskvec::model_stock_options{.clamp = !settings.unclamped}, inputs.models(), out);
         }});
 
 } // namespace

@@ -55,7 +55,7 @@ const tool::register_method entry({.name = "regmean",
     .run =
         [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
             const tool::statistics_inputs grams(policy, inputs, settings.gram, false);
-            auto report = taskvec::merge(policy, options_of(settings, inputs, grams), inputs.models(), out);
+            auto report = tool::merge(policy, settings, options_of(settings, inputs, grams), inputs.models(), out);
             report.beside += grams.checked_bytes();
             return report;
         }});

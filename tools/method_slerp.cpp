@@ -19,7 +19,9 @@ const tool::register_method entry({.name = "slerp",
             tool::check_no_weights(settings, "--method slerp", "--t says how far to go");
             tool::check_finite(settings.t.value_or(0), "--t");
         },
-    .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs,
-               taskvec::tensor_sink& out) { return taskvec::merge(policy, taskvec::slerp_options{.t = settings.t.value_or(0.5)}, inputs.models(), out); }});
+    .run =
+        [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
+            return tool::merge(policy, settings, taskvec::slerp_options{.t = settings.t.value_or(0.5)}, inputs.models(), out);
+        }});
 
 } // namespace

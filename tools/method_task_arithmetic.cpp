@@ -13,7 +13,7 @@ const tool::register_method entry({.name = "task-arithmetic",
     .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
         taskvec::task_arithmetic_options options{.weights = inputs.weights()};
         if (settings.lambda) { options.lambda = *settings.lambda; }
-        return taskvec::merge(policy, options, inputs.models(), out);
+        return tool::merge(policy, settings, options, inputs.models(), out);
     }});
 
 } // namespace

@@ -9,7 +9,7 @@ const tool::register_method entry({.name = "ties",
     .place = 30,
     .uses = {"density", "lambda", "scope", "semantics", "merge-weights"},
     .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
-        return taskvec::merge(policy, tool::ties_options_of(settings, inputs.weights()), inputs.models(), out);
+        return tool::merge(policy, settings, tool::ties_options_of(settings, inputs.weights()), inputs.models(), out);
     }});
 
 } // namespace

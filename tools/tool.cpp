@@ -1,5 +1,6 @@
 // What the verbs share.
 // SPDX-License-Identifier: Apache-2.0
+#include "device.hpp"
 #include "scoring.hpp"
 
 #include <taskvec/backend/parallel.hpp>
@@ -239,7 +240,7 @@ void add_run_options(CLI::App& verb, run_options& options)
     verb.add_option("--threads", options.threads, "Threads; results do not depend on it (default: one for each processor)")
         ->type_name("N")
         ->transform(decimal_number());
-    verb.add_option("--device", options.device, "cpu or cuda (default: cpu)")->type_name("DEVICE")->check([](const std::string& text) {
+    verb.add_option("--device", options.device, "cpu or cuda: where merges run (default: cpu)")->type_name("DEVICE")->check([](const std::string& text) {
         return text == "cpu" || text == "cuda" ? std::string() : "'" + text + "' is not a device; expected cpu or cuda";
     });
     verb.add_option("--memory", options.memory, "Budget of anonymous memory (default: 256MiB)")->type_name("SIZE");
@@ -368,7 +369,7 @@ std::uint64_t model_output::file_size() const
     return file_ ? file_->file_size() : shards_->file_size();
 }
 
-runner::runner(const run_options& options, std::uint64_t walk_bytes)
+runner::runner(const run_options& options, std::uint64_t walk_bytes, bool on_device)
     : terminal_(!options.quiet && ::isatty(STDERR_FILENO) == 1)
     , walk_bytes_(walk_bytes)
     , start_(clock::now())
@@ -376,7 +377,8 @@ runner::runner(const run_options& options, std::uint64_t walk_bytes)
     , drawn_(start_ - std::chrono::hours(1))
 {
     if (options.device != "cpu") {
-        taskvec::raise<taskvec::invalid_argument>("--device cuda: this build of the tool computes on the CPU only; leave --device out");
+        if (!on_device) { taskvec::raise<taskvec::invalid_argument>("--device cuda: only merge and peru-fft run there; leave --device out"); }
+        require_cuda();
     }
     (void)options.memory_bytes(); // a size that is none is wrong usage for every verb
     install_handlers();

@@ -116,10 +116,11 @@ void guard_temporary(const fs::path& path);
 // Progress.
 
 /// The policy that the options ask for, with a progress line on a terminal. Interrupts stop the work as an error.
-/// One walk over the models reads `walk_bytes`, which gives the rate.
+/// One walk over the models reads `walk_bytes`, which gives the rate. Throws for --device cuda unless the verb runs there
+/// (`on_device`), the build has CUDA, and a device answers.
 class runner {
 public:
-    runner(const run_options& options, std::uint64_t walk_bytes);
+    runner(const run_options& options, std::uint64_t walk_bytes, bool on_device = false);
     ~runner();
     runner(const runner&) = delete;
     runner& operator=(const runner&) = delete;

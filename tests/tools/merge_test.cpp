@@ -408,7 +408,6 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1, and the ol
         {{"--task", "a.safetensors", "--density", "-0.1"}, {"--density is -0.1"}},
         {{"--task", "a.safetensors", "--density", "nan"}, {"--density is nan"}},
         {{"--task", "a.safetensors", "--lambda", "inf"}, {"--lambda is inf"}},
-        {{"--task", "a.safetensors", "--device", "cuda"}, {"cuda"}},
         {{"--task", "a.safetensors", "--report", "no/such/folder/r.json"}, {"no/such/folder"}},
         {{"--task", "a.safetensors", "--shard-size", "1MB"}, {"out.safetensors", "directory"}},
         {{"--task", "a.safetensors", "--report", "out.safetensors"}, {"--report", "out.safetensors", "--out"}},

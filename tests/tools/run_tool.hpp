@@ -27,10 +27,11 @@ struct outcome {
     std::string out, err;
 };
 
-/// A tool that runs in the background, in `folder`.
+/// A tool (by default the one that was built) that runs in the background, in `folder`.
 class process {
 public:
-    process(const scratch& folder, const std::vector<std::string>& arguments, const std::vector<std::string>& environment = {})
+    process(const scratch& folder, const std::vector<std::string>& arguments, const std::vector<std::string>& environment = {},
+        const std::string& tool = TASKVEC_TOOL)
         : out_(folder.path().string() + ".out")
         , err_(folder.path().string() + ".err")
     {
@@ -40,7 +41,7 @@ public:
         posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
         posix_spawn_file_actions_addopen(&actions, 1, out_.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
         posix_spawn_file_actions_addopen(&actions, 2, err_.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
-        std::vector<std::string> words{TASKVEC_TOOL};
+        std::vector<std::string> words{tool};
         words.insert(words.end(), arguments.begin(), arguments.end());
         std::vector<char*> pointers, variables;
         for (auto& word : words) { pointers.push_back(word.data()); }
@@ -54,7 +55,7 @@ public:
         }
         for (auto& value : values) { variables.push_back(value.data()); }
         variables.push_back(nullptr);
-        REQUIRE(::posix_spawn(&child_, TASKVEC_TOOL, &actions, nullptr, pointers.data(), variables.data()) == 0);
+        REQUIRE(::posix_spawn(&child_, tool.c_str(), &actions, nullptr, pointers.data(), variables.data()) == 0);
         posix_spawn_file_actions_destroy(&actions);
     }
     process(const process&) = delete;
@@ -88,9 +89,10 @@ private:
     pid_t child_ = 0;
 };
 
-inline outcome run(const scratch& folder, const std::vector<std::string>& arguments, const std::vector<std::string>& environment = {})
+inline outcome run(
+    const scratch& folder, const std::vector<std::string>& arguments, const std::vector<std::string>& environment = {}, const std::string& tool = TASKVEC_TOOL)
 {
-    return process(folder, arguments, environment).wait();
+    return process(folder, arguments, environment, tool).wait();
 }
 
 /// One line, and it is the tool's error.

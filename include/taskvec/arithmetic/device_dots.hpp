@@ -93,22 +93,27 @@ TASKVEC_KERNELS_END
     std::vector<std::size_t> first_leaf{0};
     for (const auto& tensor : tensors) { first_leaf.push_back(first_leaf.back() + (tensor.size + block_size - 1) / block_size); }
     const std::size_t width = pairs.size();
+    std::size_t first_operand = difference ? 0 : models.operand_count();
+    for (const operand_pair& pair : pairs) { first_operand = std::min<std::size_t>({first_operand, pair.first, pair.second}); }
     const device::buffer<operand_pair> list(models.policy(), pairs);
     const device::buffer<double> leaves(models.policy(), first_leaf.back() * width);
-    models.read(all_tensors(models.models()), [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
-        const std::uint64_t count = (piece.size + block_size - 1) / block_size,
-                            most = std::max<std::uint64_t>(1, (1u << 20) / (width * elementwise::dot_lanes));
-        const device::buffer<double> partial(policy, std::min(count, most) * width * elementwise::dot_lanes);
-        for (std::uint64_t leaf = 0; leaf < count; leaf += most) {
-            const std::uint64_t sums = std::min(most, count - leaf) * width;
-            visit_arithmetic(tensors[tensor], [&]<class A>(std::type_identity<A>) {
+    models.read(
+        all_tensors(models.models()),
+        [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
+            const std::uint64_t count = (piece.size + block_size - 1) / block_size,
+                                most = std::max<std::uint64_t>(1, (1u << 20) / (width * elementwise::dot_lanes));
+            const device::buffer<double> partial(policy, std::min(count, most) * width * elementwise::dot_lanes);
+            for (std::uint64_t leaf = 0; leaf < count; leaf += most) {
+                const std::uint64_t sums = std::min(most, count - leaf) * width;
+                visit_arithmetic(tensors[tensor], [&]<class A>(std::type_identity<A>) {
+                    device::sweep(
+                        policy, sums * elementwise::dot_lanes, elementwise::dot_partials<A>{piece, list.data(), width, difference, leaf, partial.data(), flag});
+                });
                 device::sweep(
-                    policy, sums * elementwise::dot_lanes, elementwise::dot_partials<A>{piece, list.data(), width, difference, leaf, partial.data(), flag});
-            });
-            device::sweep(
-                policy, sums, elementwise::add_lanes{partial.data(), leaves.data() + (first_leaf[tensor] + piece.offset / block_size + leaf) * width});
-        }
-    });
+                    policy, sums, elementwise::add_lanes{partial.data(), leaves.data() + (first_leaf[tensor] + piece.offset / block_size + leaf) * width});
+            }
+        },
+        first_operand);
     const std::vector<double> found = leaves.download();
     std::vector<std::vector<double>> sums(tensors.size(), std::vector<double>(width));
     for (std::size_t i = 0; i < sums.size(); ++i) {

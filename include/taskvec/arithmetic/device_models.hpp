@@ -72,9 +72,10 @@ public:
     [[nodiscard]] elementwise::counter* nonfinite_flag() const noexcept { return least_.data(); }
 
     /// Calls body for every piece of a range of tensors. What it queued comes before everything that is queued on policy() afterwards.
-    void read(tensor_range range, const piece_body& body) { walk(range, false, body); }
+    /// Operands before `first` are not looked at: they need not come along, and may be null.
+    void read(tensor_range range, const piece_body& body, std::size_t first = 0) { walk(range, false, first, body); }
     /// The same, and each piece has an output, which is stored when body's work is done.
-    void write(tensor_range range, const piece_body& body) { walk(range, true, body); }
+    void write(tensor_range range, const piece_body& body) { walk(range, true, 0, body); }
     /// Calls body once, with a piece that holds the elements [offset, offset + size) of a tensor, and may hold more.
     virtual void read_part(std::size_t tensor, std::uint64_t offset, std::uint64_t size, const piece_body& body) = 0;
     /// Writes the tensors that take no part.
@@ -99,7 +100,7 @@ public:
     static constexpr elementwise::counter none = std::numeric_limits<elementwise::counter>::max();
 
 protected:
-    virtual void walk(tensor_range range, bool writes, const piece_body& body) = 0;
+    virtual void walk(tensor_range range, bool writes, std::size_t first, const piece_body& body) = 0;
 
 private:
     gpu policy_;
@@ -133,7 +134,7 @@ public:
     {
         for (const auto& tensor : models().copied()) { device::copy(policy(), out_->direct(tensor.output), tensor.source.data, tensor.source.bytes()); }
     }
-    void read_part(std::size_t tensor, std::uint64_t, std::uint64_t, const piece_body& body) override { walk({tensor, tensor + 1}, false, body); }
+    void read_part(std::size_t tensor, std::uint64_t, std::uint64_t, const piece_body& body) override { walk({tensor, tensor + 1}, false, 0, body); }
     [[nodiscard]] double element(std::size_t tensor, std::size_t which, std::uint64_t i) const override
     {
         const aligned_tensor::operand& from = operand(tensor, which);
@@ -144,7 +145,7 @@ public:
     }
 
 protected:
-    void walk(tensor_range range, bool writes, const piece_body& body) override
+    void walk(tensor_range range, bool writes, std::size_t, const piece_body& body) override
     {
         for (std::size_t i = range.first; i < range.last; ++i) {
             const aligned_tensor& tensor = models().tensors()[i];

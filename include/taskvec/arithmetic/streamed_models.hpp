@@ -40,7 +40,7 @@ public:
         device::require_device();
         std::size_t largest = 0;
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {
-            largest = std::max(largest, layout(i, std::min<std::uint64_t>(models.tensors()[i].size, most_elements(i)), true).size);
+            largest = std::max(largest, layout(i, std::min<std::uint64_t>(models.tensors()[i].size, most_elements(i)), true, 0).size);
         }
         for (slot& one : slots_) {
             one.stream.emplace(policy);
@@ -56,7 +56,7 @@ public:
     void read_part(std::size_t tensor, std::uint64_t offset, std::uint64_t size, const piece_body& body) override
     {
         start();
-        send(slots_[0], tensor, offset, size, false, body);
+        send(slots_[0], tensor, offset, size, false, 0, body);
         stop();
     }
     void copy_through() override { detail::copy_through(quiet(), models(), *out_); }
@@ -70,7 +70,7 @@ public:
     }
 
 protected:
-    void walk(tensor_range range, bool writes, const piece_body& body) override
+    void walk(tensor_range range, bool writes, std::size_t first, const piece_body& body) override
     {
         std::uint64_t total = 0;
         for (std::size_t i = range.first; i < range.last; ++i) { total += models().tensors()[i].size; }
@@ -81,7 +81,7 @@ protected:
             const std::uint64_t size = models().tensors()[i].size, most = most_elements(i);
             for (std::uint64_t offset = 0; offset < size; offset += most) {
                 const std::uint64_t count = std::min(most, size - offset);
-                send(slots_[next++ % slots_.size()], i, offset, count, writes, body);
+                send(slots_[next++ % slots_.size()], i, offset, count, writes, first, body);
                 if (!meter.advance(count)) { raise<cancelled>(); }
             }
         }
@@ -107,7 +107,7 @@ private:
         std::size_t output = 0, size = 0;
     };
 
-    [[nodiscard]] piece_layout layout(std::size_t tensor, std::uint64_t elements, bool writes) const
+    [[nodiscard]] piece_layout layout(std::size_t tensor, std::uint64_t elements, bool writes, std::size_t first) const
     {
         const auto round = [](std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
         piece_layout result;
@@ -115,7 +115,7 @@ private:
         for (std::size_t which = 0; which < operand_count(); ++which) {
             result.operands.push_back(result.size);
             const aligned_tensor::operand& from = operand(tensor, which);
-            if (from.data) { result.size += round(byte_count(from.dtype, elements)); }
+            if (from.data && which >= first) { result.size += round(byte_count(from.dtype, elements)); }
         }
         result.output = result.size;
         if (writes) { result.size += round(byte_count(models().tensors()[tensor].output_dtype, elements)); }
@@ -124,7 +124,7 @@ private:
     /// The most elements of a tensor that half the budget holds, a multiple of `step`, and at least one.
     [[nodiscard]] std::uint64_t most_elements(std::size_t tensor) const
     {
-        const std::size_t fixed = layout(tensor, 0, true).size + (operand_count() + 1) * alignment;
+        const std::size_t fixed = layout(tensor, 0, true, 0).size + (operand_count() + 1) * alignment;
         std::size_t each = byte_count(models().tensors()[tensor].output_dtype, step);
         for (std::size_t which = 0; which < operand_count(); ++which) {
             if (operand(tensor, which).data) { each += byte_count(operand(tensor, which).dtype, step); }
@@ -161,16 +161,17 @@ private:
         if (one.bytes > 0) { out_->write(one.output, one.first_byte, one.host.data() + one.place, one.bytes); }
     }
 
-    void send(slot& one, std::size_t tensor, std::uint64_t offset, std::uint64_t size, bool writes, const piece_body& body)
+    void send(slot& one, std::size_t tensor, std::uint64_t offset, std::uint64_t size, bool writes, std::size_t first, const piece_body& body)
     {
         finish(one);
         const aligned_tensor& of = models().tensors()[tensor];
-        const piece_layout places = layout(tensor, size, writes);
+        const piece_layout places = layout(tensor, size, writes, first);
         auto* const table = reinterpret_cast<aligned_tensor::operand*>(one.host.data());
         for (std::size_t which = 0; which < operand_count(); ++which) {
             const aligned_tensor::operand& from = operand(tensor, which);
-            table[which] = {from.data ? one.device.data() + places.operands[which] : nullptr, from.dtype};
-            if (from.data) { fill(one.host.data() + places.operands[which], from.data + byte_count(from.dtype, offset), byte_count(from.dtype, size)); }
+            const bool comes = from.data && which >= first;
+            table[which] = {comes ? one.device.data() + places.operands[which] : nullptr, from.dtype};
+            if (comes) { fill(one.host.data() + places.operands[which], from.data + byte_count(from.dtype, offset), byte_count(from.dtype, size)); }
         }
         const gpu& lane = one.stream->policy();
         one.busy = true;

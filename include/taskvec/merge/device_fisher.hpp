@@ -59,6 +59,18 @@ public:
         check(models);
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
+    /// The Fishers are read once to merge, and once for their norms.
+    [[nodiscard]] std::uint64_t bytes_beside(const device_models& models) const noexcept
+    {
+        std::uint64_t once = 0;
+        for (std::size_t i = 0; i < models.models().tensors().size(); ++i) {
+            for (std::size_t which = 1 + weights_.size(); which < models.operand_count(); ++which) {
+                const aligned_tensor::operand& fisher = models.operand(i, which);
+                if (fisher.data) { once += byte_count(fisher.dtype, models.models().tensors()[i].size); }
+            }
+        }
+        return options_.normalize ? 2 * once : once;
+    }
 
 private:
     [[nodiscard]] elementwise::counter* nonfinite(const device_models& models) const noexcept { return models.nonfinite_flag() ? flags_.data() : nullptr; }

@@ -66,6 +66,7 @@ merge_report merge_on_device(device_models& models, const Options& options)
     models.copy_through();
     models.check_finite();
     report.walks = method.walks() + 1;
+    if constexpr (requires { method.bytes_beside(models); }) { report.beside = method.bytes_beside(models); }
     return report;
 }
 
