@@ -33,3 +33,5 @@ endfunction()
 
 # What the release preset builds: the tool and the examples.
 add_custom_target(programs)
+# What scripts/gpu-check builds: the gpu tests and benchmarks.
+add_custom_target(gpu_checks)

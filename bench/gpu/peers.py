@@ -33,6 +33,11 @@ def report(name, time, bytes_moved=None, bandwidth=None):
     print(f"{name:<56} {time * 1e3:10.3f} ms{share}")
 
 
+def dare(vector, density):
+    """DARE as its authors write it: a mask of random bits, and the rest divided by the density."""
+    return vector * torch.bernoulli(torch.full_like(vector, density)) / density
+
+
 def ties(base, tasks, density, scale):
     """TIES as its authors write it: threshold per task, elected signs, mean of those that agree."""
     vectors = torch.stack([task - base for task in tasks])
@@ -64,7 +69,9 @@ def main():
         base = torch.randn(count, device="cuda", dtype=dtype)
         tasks = [torch.randn(count, device="cuda", dtype=dtype) for _ in range(number)]
         moved = (number + 2) * count * base.element_size()
+        report(f"average, 3 x 2^26 {dtype}", seconds(lambda: torch.stack(tasks).mean(dim=0)), moved - count * base.element_size(), bandwidth)
         report(f"task arithmetic, 3 x 2^26 {dtype}", seconds(lambda: base + 0.3 * sum(task - base for task in tasks)), moved, bandwidth)
+        report(f"DARE, 3 x 2^26 {dtype}", seconds(lambda: base + sum(dare(task - base, 0.5) for task in tasks)), moved, bandwidth)
         report(f"TIES, density 0.2, 3 x 2^26 {dtype}", seconds(lambda: ties(base.float(), [task.float() for task in tasks], 0.2, 1.0), 3), moved, bandwidth)
     values = torch.randn(count, device="cuda")
     report("kthvalue of 2^26 magnitudes", seconds(lambda: values.abs().kthvalue(count - count // 5), 3), count * 4, bandwidth)
