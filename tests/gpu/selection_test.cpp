@@ -1,11 +1,13 @@
 // Exact top-k on taskvec::gpu: the CPU's thresholds, whatever ties; errors.
 // SPDX-License-Identifier: Apache-2.0
+#include <taskvec/arithmetic/streamed_models.hpp>
 #include <taskvec/select/gpu.hpp>
 
 #include "on_device.hpp"
 
 #include <doctest/doctest.h>
 
+#include <bit>
 #include <limits>
 
 using namespace taskvec;
@@ -44,7 +46,7 @@ TEST_CASE("all equal, all zero, subnormals and infinity on request")
     unsigned walks = 0;
     const device::buffer<double> wide(policy, std::vector<double>{1, 2, 3});
     CHECK(top_k(policy, wide.view(), 2, &walks).equal_end == 2);
-    CHECK(walks == 7);
+    CHECK(walks == 1);
 }
 
 TEST_CASE_TEMPLATE("thresholds of task vectors over a model and tensor by tensor", T, double, float, bf16, f16)
@@ -86,4 +88,80 @@ TEST_CASE("f32 tensors beside f64 ones compare in f64")
         found = find_thresholds(policy, align_on_device(policy, nullptr, {&on_device, 1}), 0.3, scope::model);
     CHECK(found.get<double>(0, 0) == expected.get<double>(0, 0));
     CHECK(found.get<float>(1, 0) == expected.get<float>(1, 0));
+}
+
+namespace {
+
+/// Thresholds of both searches over task vectors in device memory, and how often the bracket's read the data.
+template <class T>
+unsigned check_bracket(const testing::random_models<T>& models, const std::vector<std::uint64_t>& counts, const detail::bracket_options& options)
+{
+    using A = arithmetic_type<T>;
+    const gpu policy;
+    const testing::on_device<T> device(policy, models);
+    const auto base = device.base();
+    const auto tasks = device.tasks();
+    const aligned_models aligned = align_on_device(policy, &base, tasks);
+    resident_models resident(policy, aligned);
+    const tensor_range all{0, aligned.tensors().size()};
+    unsigned walks = 0, radix_walks = 0;
+    const auto expected = detail::device_radix_search<A>(resident, all).run(counts, &radix_walks);
+    const auto found = detail::device_top_k_search<A>(resident, all, options).run(counts, &walks);
+    CHECK(found == expected);
+
+    // Through a little device memory, sampled on the host.
+    const auto host_base = models.model(models.base);
+    const auto host_tasks = models.task_models();
+    const aligned_models host(&host_base, host_tasks);
+    streamed_models streamed(policy, host, {.memory = 100000});
+    unsigned streamed_walks = 0;
+    CHECK(detail::device_top_k_search<A>(streamed, all, options).run(counts, &streamed_walks) == expected);
+    if (options.spare > 0) { CHECK(streamed_walks == walks); } // the same places are looked at
+    return walks;
+}
+
+} // namespace
+
+TEST_CASE_TEMPLATE("a bracket from a sample finds what the radix select finds, in one walk", T, double, float, bf16, f16)
+{
+    for (const std::size_t tasks : {1, 9}) { // 8 are counted at a time
+        const testing::random_models<T> smooth({3000, 1, 0, 64, 60000}, tasks, 4);
+        for (const std::uint64_t k : {1, 12613, 31000, 63064}) {
+            CAPTURE(k);
+            CHECK(check_bracket(smooth, std::vector(tasks, k), {.spare = std::size_t{1} << 24}) == 1);
+            CHECK(check_bracket(smooth, std::vector(tasks, k), {.sample = 512, .spare = std::size_t{1} << 24}) == 1);
+        }
+        // Few values: long lists of equals, from which places are chosen.
+        const testing::random_models<T> few({3000, 1, 0, 64, 60000}, tasks, 4, 2);
+        for (const std::uint64_t k : {1, 12613, 31000, 63064}) {
+            CAPTURE(k);
+            CHECK(check_bracket(few, std::vector(tasks, k), {.sample = 512, .spare = std::size_t{1} << 26}) == 1);
+        }
+        std::vector<std::uint64_t> counts(tasks, 700);
+        counts.front() = 63065; // everything
+        check_bracket(smooth, counts, {.spare = std::size_t{1} << 24});
+    }
+}
+
+TEST_CASE("what does not fit, and a sample that misleads, are left to the radix select")
+{
+    const testing::random_models<float> few({64000}, 2, 1, 2);
+    CHECK(check_bracket(few, {20000, 30000}, {.sample = 512, .spare = 100000}) == 4); // no room for so many equals: not tried
+    // The entries that a sample of 512 sees are unlike all others: their bracket holds none of these, or nearly all.
+    std::vector<float> places(64000);
+    for (std::size_t i = 0; i < places.size(); ++i) { places[i] = static_cast<float>(i); }
+    const aligned_tensor::operand operands[2] = {{nullptr, dtype::f32}, {reinterpret_cast<const std::byte*>(places.data()), dtype::f32}};
+    std::vector<std::uint32_t> seen(512, 0);
+    elementwise::sample_magnitudes<float, float>{{operands, 1, 0, 0, 64000}, 0, 1000, 0, seen.data(), 512}(elementwise::indices{0, 512, 1, 0});
+    testing::random_models<float> misleading({64000}, 1, 1);
+    for (const bool equal : {false, true}) {
+        for (std::size_t i = 0; i < 64000; ++i) {
+            misleading.base[i] = 0;
+            misleading.tasks[0][i] = equal ? 2.5f : 1.0f + 1e-6f * static_cast<float>(i);
+        }
+        for (std::size_t i = 0; i < 512; ++i) {
+            misleading.tasks[0][static_cast<std::size_t>(std::bit_cast<float>(seen[i] & 0x7fffffffu))] = 2.0f + static_cast<float>(i) / 512;
+        }
+        CHECK(check_bracket(misleading, {32000}, {.sample = 512, .spare = std::size_t{1} << 24}) == 5);
+    }
 }

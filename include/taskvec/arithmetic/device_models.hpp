@@ -5,6 +5,7 @@
 #include <taskvec/arithmetic/elements.hpp>
 #include <taskvec/backend/thrust/sweep.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -94,6 +95,10 @@ public:
             detail::refuse_nonfinite(of.name, which == 0 ? models_->options().base_label : models_->label(which - 1), found, place - of.position);
         }
     }
+    /// Where the models are.
+    [[nodiscard]] virtual memory_space space() const noexcept = 0;
+    /// Bytes of device memory that a method may take to spare itself a read of the models.
+    [[nodiscard]] virtual std::size_t spare() const noexcept = 0;
     /// Element i of an operand, brought to the host.
     [[nodiscard]] virtual double element(std::size_t tensor, std::size_t which, std::uint64_t i) const = 0;
 
@@ -134,6 +139,8 @@ public:
     {
         for (const auto& tensor : models().copied()) { device::copy(policy(), out_->direct(tensor.output), tensor.source.data, tensor.source.bytes()); }
     }
+    [[nodiscard]] memory_space space() const noexcept override { return memory_space::device; }
+    [[nodiscard]] std::size_t spare() const noexcept override { return std::max<std::size_t>(std::size_t{16} << 20, models().bytes() / 8); }
     void read_part(std::size_t tensor, std::uint64_t, std::uint64_t, const piece_body& body) override { walk({tensor, tensor + 1}, false, 0, body); }
     [[nodiscard]] double element(std::size_t tensor, std::size_t which, std::uint64_t i) const override
     {

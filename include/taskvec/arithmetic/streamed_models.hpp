@@ -5,6 +5,7 @@
 // one is copied and worked on, the host fills the other and stores what came back.
 #pragma once
 
+#include <taskvec/arithmetic/copy_through.hpp>
 #include <taskvec/arithmetic/device_models.hpp>
 #include <taskvec/backend/device_stream.hpp>
 #include <taskvec/backend/parallel.hpp>
@@ -23,8 +24,9 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// How models stream through a device. None of it changes a bit of the result.
 struct stream_options {
-    std::size_t memory =
-        std::size_t{1} << 30; ///< bytes of device memory for the pieces, and as many pinned ones on the host; at least two pieces of 4096 elements
+    /// Bytes of device memory for the pieces, and as many pinned ones on the host; at least two pieces of 4096 elements. Selection takes up
+    /// to half as much again on the device for what it collects.
+    std::size_t memory = std::size_t{1} << 30;
     cpu host{}; ///< fills the buffers; its progress callback is called, and may stop the work
 };
 
@@ -59,6 +61,8 @@ public:
         send(slots_[0], tensor, offset, size, false, 0, body);
         stop();
     }
+    [[nodiscard]] memory_space space() const noexcept override { return memory_space::host; }
+    [[nodiscard]] std::size_t spare() const noexcept override { return options_.memory / 2; }
     void copy_through() override { detail::copy_through(quiet(), models(), *out_); }
     [[nodiscard]] double element(std::size_t tensor, std::size_t which, std::uint64_t i) const override
     {

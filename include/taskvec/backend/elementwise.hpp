@@ -89,6 +89,16 @@ TASKVEC_HOST_DEVICE inline void atomic_add(counter* place, counter amount) noexc
 #endif
 }
 
+/// The value of *place before 1 is added to it, from any number of workers at once: a number that no other gets.
+TASKVEC_HOST_DEVICE inline counter atomic_take(counter* place) noexcept
+{
+#if defined(__CUDA_ARCH__)
+    return atomicAdd(place, counter{1});
+#else
+    return __atomic_fetch_add(place, 1, __ATOMIC_RELAXED);
+#endif
+}
+
 /// *place = min(*place, value), from any number of workers at once.
 TASKVEC_HOST_DEVICE inline void atomic_min(counter* place, counter value) noexcept
 {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <taskvec/arithmetic/block.hpp>
+#include <taskvec/arithmetic/copy_through.hpp>
 #include <taskvec/arithmetic/reduce.hpp>
 #include <taskvec/core/sink.hpp>
 
@@ -124,19 +125,6 @@ inline void check_aliases(const aligned_models& models, tensor_sink& out, bool i
         for (const auto& task : tensor.tasks) { check(task.data, byte_count(task.dtype, tensor.size), i, in_place); }
     }
     for (const auto& beside : companions) { check(beside.data, beside.bytes, beside.tensor, false); }
-}
-
-/// Writes the tensors that take no part.
-inline void copy_through(const cpu& policy, const aligned_models& models, tensor_sink& out)
-{
-    constexpr std::size_t piece = std::size_t{1} << 20;
-    for (const auto& tensor : models.copied()) {
-        const auto* const from = static_cast<const std::byte*>(tensor.source.data);
-        const std::size_t size = tensor.source.bytes();
-        if (size == 0 || out.direct(tensor.output) == from) { continue; }
-        for_each_index(policy, (size + piece - 1) / piece,
-            [&](std::size_t i, std::size_t) { out.write(tensor.output, i * piece, from + i * piece, std::min(piece, size - i * piece)); });
-    }
 }
 
 /// Stores merged rows as the output's dtype, in place where the sink has memory, otherwise chunk by chunk.

@@ -13,8 +13,8 @@ namespace taskvec::inline TASKVEC_ABI {
 /// Merges aligned models in host memory into a sink on the host, through device memory: as merge() on the CPU, by any method that
 /// merges on taskvec::gpu (include its header, or <taskvec/merge/gpu.hpp>), with the CPU's bits. Copies overlap with work: two pieces are
 /// under way, on two streams of their own. A method reads the models as often as it does in device memory (average, task arithmetic and
-/// DARE once, SLERP and Model Stock twice, TIES five times in f32), each time over the bus. What a Fisher merge reads beside them is on
-/// the host too. Norms are not reported. Waits. Errors: as merge(); backend_error; cancelled. After an error an output in memory is unspecified.
+/// DARE once, SLERP, Model Stock and, with room for its selection, TIES twice), each time over the bus. What a Fisher merge reads beside them
+/// is on the host too. Norms are not reported. Waits. Errors: as merge(); backend_error; cancelled. After an error an output in memory is unspecified.
 ///
 ///     merge_streamed(policy, ties_options{.density = 0.2}, aligned_models(&base, tasks), sink, {.memory = std::size_t{4} << 30});
 template <device_merge_method Options>

@@ -1,157 +1,280 @@
-// Exact top-k by magnitude on the gpu policy, over one tensor or a whole model: a radix select.
+// Exact top-k by magnitude on the gpu policy, over one tensor or a whole model, in one read of the data where it can be.
 // SPDX-License-Identifier: Apache-2.0
 //
-// The bits of the k-th magnitude are found eleven at a time: a pass counts, for every task vector at once, how the entries that share
-// the bits found so far go on. Three passes for f32 (six for f64) whatever the data are; one more counts the equals in each block of
-// 4096 elements, so that the place where the kept ones end can be found in one block.
+// A sample brackets the k-th magnitude of every task vector. One walk counts what lies above the brackets and collects what lies
+// inside, with its places, and the answer is chosen from these few, place among equals included. Where the sample was wrong, or too much
+// lies inside for the memory there is (few distinct values), the radix select of device_radix.hpp finds the same thresholds in four
+// more reads (f64: seven).
 #pragma once
 
 #include <taskvec/arithmetic/device_models.hpp>
-#include <taskvec/select/magnitude_functors.hpp>
+#include <taskvec/select/bracket_functors.hpp>
+#include <taskvec/select/device_radix.hpp>
 #include <taskvec/select/thresholds.hpp>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
 
+/// How device_top_k_search looks. Nothing of it changes what is found.
+struct bracket_options {
+    std::size_t sample = 0; ///< entries of each task vector to look at first; 0: as many as suit the size of the scope
+    std::size_t spare = 0; ///< bytes of device memory for what is collected; 0: device_models::spare()
+};
+
 /// Finds thresholds over a range of tensors.
 template <arithmetic_element A>
 class device_top_k_search {
     using bits = bits_type<A>;
-    static constexpr unsigned magnitude_width = 8 * sizeof(A) - 1;
-
-    struct channel {
-        std::uint64_t k = 0, above = 0;
-        elementwise::magnitude_prefix<A> found{};
-    };
+    using bracket = elementwise::magnitude_bracket<A>;
+    using lists_type = elementwise::magnitude_lists<A>;
+    using range_type = elementwise::list_range<A>;
+    static constexpr bits highest = static_cast<bits>(~sign_mask<A>);
+    static constexpr std::size_t slots = lists_type::slots;
+    static constexpr std::size_t few = 4096; // entries that the host chooses from
+    static constexpr std::size_t run_length = elementwise::sample_magnitudes<A, A>::run;
 
 public:
-    device_top_k_search(device_models& models, tensor_range range)
+    device_top_k_search(device_models& models, tensor_range range, const bracket_options& options = {})
         : models_(models)
         , range_(range)
+        , tasks_(models.models().task_count())
+        , sample_(options.sample)
+        , spare_(options.spare ? options.spare : models.spare())
     {
-        for (std::size_t i = range.first; i < range.last; ++i) {
-            const std::size_t size = models.models().tensors()[i].size;
-            elements_ += size;
-            first_block_.push_back(blocks_);
-            blocks_ += (size + block_size - 1) / block_size;
-        }
-        first_block_.push_back(blocks_);
+        if (range.first < range.last) { begin_ = models.models().tensors()[range.first].position; }
+        for (std::size_t i = range.first; i < range.last; ++i) { elements_ += models.models().tensors()[i].size; }
+        if (sample_ == 0) { sample_ = std::clamp<std::uint64_t>(elements_ / 2048, 4096, std::uint64_t{1} << 18); }
+        sample_ = std::max(sample_ / run_length * run_length, run_length);
     }
 
-    /// counts[t] of task vector t are kept. `walks`: how often the data were read.
+    /// counts[t] of task vector t are kept. `walks`: how often the data were read, samples aside.
     [[nodiscard]] std::vector<top_k_threshold<A>> run(std::span<const std::uint64_t> counts, unsigned* walks)
     {
-        bool any = false;
-        for (const std::uint64_t k : counts) {
-            channels_.push_back({k, 0, {0, k < elements_}}); // otherwise everything is kept
-            any = any || k < elements_;
+        unsigned reads = 0, more = 0;
+        std::vector<top_k_threshold<A>> thresholds(counts.size());
+        if (std::any_of(counts.begin(), counts.end(), [&](std::uint64_t k) { return k < elements_; })) { // otherwise everything is kept
+            const bool bracketed = look_for_brackets(counts);
+            reads = bracketed ? 1 : 0;
+            if (bracketed && collect(counts)) { choose(thresholds); }
+            else {
+                thresholds = device_radix_search<A>(models_, range_).run(counts, &more);
+            }
         }
-        unsigned passes = 0;
-        for (unsigned left = magnitude_width; any && left > 0; ++passes) {
-            const unsigned width = std::min(elementwise::histogram_bits, left);
-            left -= width;
-            narrow(left, width);
-        }
-        std::vector<top_k_threshold<A>> thresholds(channels_.size());
-        if (any) {
-            find_ends(thresholds);
-            ++passes;
-        }
-        if (walks) { *walks = passes; }
+        if (walks) { *walks = reads + more; }
         return thresholds;
     }
 
 private:
-    [[nodiscard]] device::buffer<elementwise::magnitude_prefix<A>> upload() const
-    {
-        std::vector<elementwise::magnitude_prefix<A>> wanted;
-        for (const channel& c : channels_) { wanted.push_back(c.found); }
-        return {models_.policy(), wanted};
-    }
     template <class Use>
-    void read(const Use& use)
+    void for_each_arithmetic(std::size_t tensor, const Use& use) const
     {
-        models_.read(range_, [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
-            visit_arithmetic(models_.models().tensors()[tensor], [&]<class B>(std::type_identity<B> type) {
-                if constexpr (sizeof(B) <= sizeof(A)) { use(policy, tensor, piece, type); } // f64 tensors compare in f64
-            });
+        visit_arithmetic(models_.models().tensors()[tensor], [&]<class B>(std::type_identity<B> type) {
+            if constexpr (sizeof(B) <= sizeof(A)) { use(type); } // f64 tensors compare in f64
         });
     }
 
-    /// Finds `width` more bits, those above `shift`, of every answer.
-    void narrow(unsigned shift, unsigned width)
+    /// The magnitudes of `size` entries of every task vector, [task][entry], the sign bit set; 0 where the sample has no entry.
+    [[nodiscard]] std::vector<bits> sample(std::size_t size) const
     {
-        constexpr std::size_t copies = 32;
-        const std::size_t size = channels_.size() * elementwise::histogram_bins;
-        const auto wanted = upload();
-        device::buffer<elementwise::counter> bins(models_.policy(), copies * size);
-        bins.clear();
-        read([&]<class B>(const gpu& policy, std::size_t, const device_piece& piece, std::type_identity<B>) {
-            device::sweep(
-                policy, piece.size, elementwise::magnitude_histogram<A, B>{piece, wanted.data(), shift, width, bins.data(), copies, models_.nonfinite_flag()});
-        });
-        device::sweep(models_.policy(), size, elementwise::add_copies{bins.data(), size, copies});
-        std::vector<elementwise::counter> counts(size);
-        device::download(models_.policy(), counts.data(), bins.data(), size * sizeof(counts[0]));
-        for (std::size_t t = 0; t < channels_.size(); ++t) {
-            channel& c = channels_[t];
-            if (!c.found.active) { continue; }
-            const elementwise::counter* const mine = counts.data() + t * elementwise::histogram_bins;
-            std::size_t bin = std::size_t{1} << width;
-            while (bin-- > 1 && c.k > c.above + mine[bin]) { c.above += mine[bin]; }
-            c.found.prefix = static_cast<bits>(c.found.prefix << width | static_cast<bits>(bin));
+        const std::uint64_t runs = size / run_length, step = elements_ / runs;
+        const auto look = [&](std::size_t tensor, const device_piece& piece, bits* out, const auto& sweep) {
+            const std::uint64_t first = (piece.position - begin_) / step, last = std::min((piece.position - begin_ + piece.size - 1) / step, runs - 1);
+            if (first > last) { return; }
+            for_each_arithmetic(tensor, [&]<class B>(std::type_identity<B>) {
+                sweep((last - first + 1) * run_length, elementwise::sample_magnitudes<A, B>{piece, begin_, step, first, out, size});
+            });
+        };
+        if (models_.space() == memory_space::device) {
+            device::buffer<bits> found(models_.policy(), tasks_ * size);
+            found.clear();
+            models_.read(range_, [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
+                look(tensor, piece, found.data(), [&](std::uint64_t count, const auto& functor) { device::sweep(policy, count, functor); });
+            });
+            return found.download();
+        }
+        std::vector<bits> found(tasks_ * size, bits{0}); // on the host the entries are read where they lie
+        for (std::size_t i = range_.first; i < range_.last; ++i) {
+            const aligned_tensor& tensor = models_.models().tensors()[i];
+            if (tensor.size == 0) { continue; }
+            std::vector<aligned_tensor::operand> operands{tensor.base};
+            operands.insert(operands.end(), tensor.tasks.begin(), tensor.tasks.end());
+            look(i, {operands.data(), tasks_, 0, tensor.position, tensor.size}, found.data(), [&](std::uint64_t count, const auto& functor) {
+                functor(elementwise::indices{0, count, 1, 0});
+            });
+        }
+        return found;
+    }
+
+    /// Sets the brackets, and the room for what they will hold. False where there is no memory for it.
+    [[nodiscard]] bool look_for_brackets(std::span<const std::uint64_t> counts)
+    {
+        for (std::size_t size = std::min<std::uint64_t>(sample_, elements_);; size *= 8) {
+            brackets_.assign(tasks_, {0, highest, false});
+            std::uint64_t largest = size == elements_ ? elements_ : 0; // of all lists; few entries are all collected
+            const std::vector<bits> seen = size == elements_ ? std::vector<bits>() : sample(size);
+            for (std::size_t t = 0; t < tasks_; ++t) {
+                brackets_[t].active = counts[t] < elements_;
+                if (!brackets_[t].active || seen.empty()) { continue; }
+                const std::size_t each = seen.size() / tasks_;
+                largest = std::max(largest, narrow(brackets_[t], static_cast<double>(counts[t]), {seen.begin() + t * each, seen.begin() + (t + 1) * each}));
+            }
+            const auto part = static_cast<double>(largest) / slots;
+            room_ = static_cast<std::uint64_t>(part + 8 * std::sqrt(part)) + 32;
+            if (tasks_ * slots * room_ * (sizeof(bits) + sizeof(std::uint64_t)) <= spare_) { return true; }
+            if (8 * size > std::min<std::uint64_t>(elements_ / 64, std::uint64_t{1} << 20)) { return false; } // a larger sample would not pay
         }
     }
 
-    /// The answers are known: finds the places where the kept equals end.
-    void find_ends(std::vector<top_k_threshold<A>>& thresholds)
+    /// Brackets the k-th magnitude by what a sample shows; returns how many entries may lie in the bracket, by the same.
+    [[nodiscard]] std::uint64_t narrow(bracket& found, double k, std::vector<bits> seen) const
     {
-        const std::size_t tasks = channels_.size();
-        const auto wanted = upload();
-        device::buffer<elementwise::counter> counts(models_.policy(), tasks * blocks_), places(models_.policy(), tasks);
-        counts.clear();
-        places.clear();
-        read([&]<class B>(const gpu& policy, std::size_t tensor, const device_piece& piece, std::type_identity<B>) {
-            device::sweep(policy, piece.size,
-                elementwise::equal_counts<A, B>{piece, wanted.data(), counts.data(), blocks_, first_block_[tensor - range_.first], models_.nonfinite_flag()});
-        });
-        const std::vector<elementwise::counter> equal = counts.download();
-        for (std::size_t t = 0; t < tasks; ++t) {
-            const channel& c = channels_[t];
-            if (!c.found.active) { continue; }
-            std::uint64_t left = c.k - c.above, block = 0;
-            while (equal[t * blocks_ + block] < left) { left -= equal[t * blocks_ + block++]; }
-            const auto after = std::upper_bound(first_block_.begin(), first_block_.end(), block);
-            const std::size_t tensor = range_.first + static_cast<std::size_t>(after - first_block_.begin()) - 1;
-            const aligned_tensor& of = models_.models().tensors()[tensor];
-            const std::uint64_t offset = (block - *(after - 1)) * block_size, size = std::min<std::uint64_t>(block_size, of.size - offset);
-            models_.read_part(tensor, offset, size, [&](const gpu& policy, std::size_t, const device_piece& piece) {
-                visit_arithmetic(of, [&]<class B>(std::type_identity<B>) {
-                    if constexpr (sizeof(B) <= sizeof(A)) {
-                        const std::uint64_t begin = offset - piece.offset;
-                        device::sweep(policy, 1, elementwise::nth_equal<A, B>{piece, t, c.found.prefix, begin, begin + size, left, places.data() + t});
+        std::erase(seen, bits{0});
+        for (bits& value : seen) { value &= highest; }
+        const auto size = static_cast<double>(seen.size()), share = k / static_cast<double>(elements_);
+        const double rank = share * size, margin = 6 * std::sqrt(size * share * (1 - share)) + 2; // entries of a run are alike
+        const auto nth = [&](double place, std::size_t from) {
+            const auto at = static_cast<std::ptrdiff_t>(place) - 1;
+            std::nth_element(seen.begin() + static_cast<std::ptrdiff_t>(from), seen.begin() + at, seen.end(), std::greater<>());
+            return seen[static_cast<std::size_t>(at)];
+        };
+        std::size_t first = 0; // those before are larger
+        if (rank - margin >= 1) {
+            found.high = nth(std::floor(rank - margin), 0);
+            first = static_cast<std::size_t>(std::floor(rank - margin)) - 1;
+        }
+        if (rank + margin + 1 <= size) { found.low = nth(std::ceil(rank + margin), first); }
+        const auto inside = static_cast<double>(std::count_if(seen.begin(), seen.end(), [&](bits value) { return value >= found.low && value <= found.high; }));
+        return static_cast<std::uint64_t>((inside + 4 * std::sqrt(inside)) / std::max(size, 1.0) * static_cast<double>(elements_)) + 1;
+    }
+
+    /// The walk. True where the brackets hold the answers, and the lists what lies inside.
+    [[nodiscard]] bool collect(std::span<const std::uint64_t> counts)
+    {
+        const gpu& policy = models_.policy();
+        const device::buffer<bracket> brackets(policy, brackets_);
+        tallies_ = device::buffer<elementwise::counter>(policy, 2 * tasks_ * slots);
+        tallies_.clear();
+        magnitudes_ = device::buffer<bits>(policy, tasks_ * slots * room_);
+        places_ = device::buffer<std::uint64_t>(policy, tasks_ * slots * room_);
+        models_.read(range_, [&](const gpu& lane, std::size_t tensor, const device_piece& piece) {
+            for_each_arithmetic(tensor, [&]<class B>(std::type_identity<B>) {
+                using functor = elementwise::count_and_collect<A, B>;
+                for (std::size_t first = 0; first < tasks_; first += functor::held) {
+                    const functor walk{piece, brackets.data(), lists(), first, models_.nonfinite_flag()};
+                    if constexpr (std::same_as<A, float>) {
+                        const bool done = visit_packs(piece, [&]<class T>(std::type_identity<T>) {
+                            using packs = elementwise::count_and_collect_packs<T>;
+                            device::sweep(lane, packs::packs(piece.size), packs{walk});
+                        });
+                        if (done) { continue; }
                     }
-                });
+                    device::sweep(lane, piece.size, walk);
+                }
             });
+        });
+        const std::vector<elementwise::counter> tallies = tallies_.download();
+        left_.assign(tasks_, {});
+        for (std::size_t t = 0; t < tasks_; ++t) {
+            if (!brackets_[t].active) { continue; }
+            std::uint64_t above = 0, inside = 0;
+            for (std::size_t part = t * slots; part < (t + 1) * slots; ++part) {
+                if (tallies[tasks_ * slots + part] > room_) { return false; }
+                above += tallies[part];
+                inside += tallies[tasks_ * slots + part];
+            }
+            if (counts[t] <= above || counts[t] > above + inside) { return false; }
+            left_[t] = {{brackets_[t].low, brackets_[t].high, 0, false, true, 0}, counts[t] - above, inside};
         }
-        const std::vector<elementwise::counter> last = places.download();
-        for (std::size_t t = 0; t < tasks; ++t) {
-            if (channels_[t].found.active) { thresholds[t] = {channels_[t].found.prefix, last[t] + 1}; }
+        return true;
+    }
+
+    [[nodiscard]] lists_type lists() const noexcept { return {tallies_.data(), tallies_.data() + tasks_ * slots, magnitudes_.data(), places_.data(), room_}; }
+    [[nodiscard]] device::buffer<range_type> upload() const
+    {
+        std::vector<range_type> ranges;
+        for (const remaining& one : left_) { ranges.push_back(one.range); }
+        return {models_.policy(), ranges};
+    }
+
+    /// The answers, from the lists.
+    void choose(std::vector<top_k_threshold<A>>& thresholds)
+    {
+        while (std::any_of(left_.begin(), left_.end(), [](const remaining& one) { return one.count > few; })) { narrow_ranges(); }
+        const auto ranges = upload();
+        device::buffer<elementwise::counter> found(models_.policy(), tasks_);
+        found.clear();
+        const device::buffer<bits> magnitudes(models_.policy(), tasks_ * few);
+        const device::buffer<std::uint64_t> places(models_.policy(), tasks_ * few);
+        device::sweep(models_.policy(), tasks_ * slots * room_,
+            elementwise::pick_entries<A>{lists(), ranges.data(), few, found.data(), magnitudes.data(), places.data()});
+        const std::vector<bits> values = magnitudes.download();
+        const std::vector<std::uint64_t> where = places.download();
+        for (std::size_t t = 0; t < tasks_; ++t) {
+            if (left_[t].count == 0) { continue; }
+            std::vector<std::pair<bits, std::uint64_t>> entries;
+            for (std::size_t i = t * few; i < t * few + left_[t].count; ++i) { entries.emplace_back(values[i], where[i]); }
+            const auto answer = entries.begin() + static_cast<std::ptrdiff_t>(left_[t].rank) - 1;
+            std::nth_element(entries.begin(), answer, entries.end(),
+                [](const auto& x, const auto& y) { return x.first != y.first ? x.first > y.first : x.second < y.second; });
+            thresholds[t] = {answer->first, answer->second + 1};
         }
     }
+
+    /// Narrows what is left of the long lists by a histogram of its keys: of magnitudes the largest come first, of places the first.
+    void narrow_ranges()
+    {
+        for (remaining& one : left_) {
+            range_type& range = one.range;
+            if (one.count > few && range.low == range.high) { range = {begin_, begin_ + elements_ - 1, static_cast<bits>(range.low), true, true, 0}; }
+            const unsigned width = static_cast<unsigned>(std::bit_width(range.high - range.low));
+            range.shift = width > elementwise::list_bin_bits ? width - elementwise::list_bin_bits : 0;
+        }
+        const auto ranges = upload();
+        device::buffer<elementwise::counter> bins(models_.policy(), tasks_ * elementwise::list_bins);
+        bins.clear();
+        device::sweep(models_.policy(), tasks_ * slots * room_, elementwise::list_histogram<A>{lists(), ranges.data(), bins.data()});
+        const std::vector<elementwise::counter> counts = bins.download();
+        for (std::size_t t = 0; t < tasks_; ++t) {
+            remaining& one = left_[t];
+            if (one.count <= few) { continue; }
+            const elementwise::counter* const mine = counts.data() + t * elementwise::list_bins;
+            std::uint64_t bin = one.range.by_place ? 0 : (one.range.high - one.range.low) >> one.range.shift;
+            while (one.rank > mine[bin]) {
+                one.rank -= mine[bin];
+                one.range.by_place ? ++bin : --bin;
+            }
+            one.count = mine[bin];
+            one.range.low += bin << one.range.shift;
+            one.range.high = std::min(one.range.high, one.range.low + ((std::uint64_t{1} << one.range.shift) - 1));
+        }
+    }
+
+    /// What the answer of a task vector is still chosen from.
+    struct remaining {
+        range_type range{};
+        std::uint64_t rank = 0, count = 0; // the rank-th of `count`
+    };
 
     device_models& models_;
     tensor_range range_;
-    std::uint64_t elements_ = 0, blocks_ = 0;
-    std::vector<std::uint64_t> first_block_; // of each tensor of the range, and one more
-    std::vector<channel> channels_;
+    std::size_t tasks_, sample_, spare_;
+    std::uint64_t begin_ = 0, elements_ = 0, room_ = 0;
+    std::vector<bracket> brackets_;
+    std::vector<remaining> left_;
+    device::buffer<elementwise::counter> tallies_; // above, inside
+    device::buffer<bits> magnitudes_;
+    device::buffer<std::uint64_t> places_;
 };
 
 /// trim_thresholds of models that the gpu policy walks over.
