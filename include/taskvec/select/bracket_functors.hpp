@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/arithmetic/block.hpp>
 #include <taskvec/arithmetic/elements.hpp>
 
 #include <cstddef>
@@ -12,12 +13,17 @@ namespace taskvec::inline TASKVEC_ABI::elementwise {
 /// Where the k-th magnitude of a task vector is looked for: among those with bits in [low, high].
 template <arithmetic_element A>
 struct magnitude_bracket {
+    static constexpr std::size_t most_common = 8;
+
     bits_type<A> low = 0, high = 0;
     bool active = false; ///< otherwise everything is kept, and nothing is asked
+    unsigned commons = 0; ///< so many magnitudes of the bracket are common: their entries are counted, not collected
+    bits_type<A> common[most_common] = {}; ///< the largest first
 };
 
 /// Lists of the entries inside the brackets, one for each task vector, in `slots` parts of `room` entries. An entry's place says which
-/// part it goes to, so that workers seldom meet, all parts fill evenly, and whether one overflows does not depend on the workers.
+/// part it goes to, so that workers seldom meet, all parts fill evenly, and whether one overflows does not depend on the workers. Of
+/// magnitudes that are common (task vectors of bf16 models have few different ones) no entry is listed, but how many each block holds.
 template <arithmetic_element A>
 struct magnitude_lists {
     static constexpr std::size_t slots = 256;
@@ -27,6 +33,9 @@ struct magnitude_lists {
     bits_type<A>* magnitudes; ///< [task][slot][room]
     std::uint64_t* places; ///< of the same entries, in the concatenation of all tensors
     std::uint64_t room;
+    counter* equal; ///< [task][common][block]
+    std::size_t commons; ///< of the task that has the most
+    std::uint64_t blocks; ///< of all tensors, see equal_blocks
 
     TASKVEC_HOST_DEVICE void collect(std::size_t task, bits_type<A> magnitude, std::uint64_t place) const noexcept
     {
@@ -45,7 +54,7 @@ struct list_range {
     std::uint64_t low = 0, high = 0;
     bits_type<A> magnitude = 0;
     bool by_place = false, active = false;
-    unsigned shift = 0; ///< keys are told apart by bits above it
+    unsigned shift = 0; ///< keys are told apart by the bits above
 
     /// Whether an entry is in the range; `key` receives its key.
     [[nodiscard]] TASKVEC_HOST_DEVICE bool holds(bits_type<A> found, std::uint64_t place, std::uint64_t& key) const noexcept
@@ -95,6 +104,7 @@ struct count_and_collect {
     const magnitude_bracket<A>* brackets;
     magnitude_lists<A> lists;
     std::size_t first;
+    std::uint64_t first_block; // of the tensor
     counter* flag;
 
     TASKVEC_FUNCTOR void operator()(const indices& at) const
@@ -108,19 +118,26 @@ struct count_and_collect {
     {
         const B base = origin<B>(piece, i, flag);
         for (std::size_t t = 0; t < held; ++t) {
-            if (first + t < piece.tasks) { look(t, delta(piece, first + t, i, base, flag), piece.position + i, above); }
+            if (first + t < piece.tasks) { look(t, delta(piece, first + t, i, base, flag), i, above); }
         }
     }
-    /// The entry of task vector first + t at a place.
-    TASKVEC_HOST_DEVICE void look(std::size_t t, B value, std::uint64_t place, counter* above) const noexcept
+    /// Entry i of task vector first + t.
+    TASKVEC_HOST_DEVICE void look(std::size_t t, B value, std::uint64_t i, counter* above) const noexcept
     {
         const bits_type<A> magnitude = magnitude_bits(static_cast<A>(value));
         const magnitude_bracket<A>& bracket = brackets[first + t];
         if (magnitude < bracket.low || !bracket.active) { return; }
-        if (magnitude > bracket.high) { ++above[t]; }
-        else {
-            lists.collect(first + t, magnitude, place);
+        if (magnitude > bracket.high) {
+            ++above[t];
+            return;
         }
+        for (unsigned c = 0; c < bracket.commons; ++c) {
+            if (magnitude == bracket.common[c]) {
+                atomic_add(lists.equal + ((first + t) * lists.commons + c) * lists.blocks + first_block + (piece.offset + i) / block_size, 1);
+                return;
+            }
+        }
+        lists.collect(first + t, magnitude, piece.position + i);
     }
     TASKVEC_HOST_DEVICE void add(const indices& at, const counter* above) const noexcept
     {
@@ -156,12 +173,29 @@ struct count_and_collect_packs {
             for (std::size_t t = 0; t < held; ++t) {
                 if (of_elements.first + t >= piece.tasks) { continue; }
                 load_pack<T>(piece.operands[1 + of_elements.first + t], k, piece.position + begin, of_elements.flag, value);
-                for (std::size_t j = 0; j < pack<T>::size; ++j) {
-                    of_elements.look(t, based ? difference(value[j], base[j]) : value[j], piece.position + begin + j, above);
-                }
+                for (std::size_t j = 0; j < pack<T>::size; ++j) { of_elements.look(t, based ? difference(value[j], base[j]) : value[j], begin + j, above); }
             }
         }
         of_elements.add(at, above);
+    }
+};
+
+/// over[t·most_common + c] = how many entries of list t are larger than its common magnitude c. The sweep is over the room of all lists.
+template <arithmetic_element A>
+struct count_over_common {
+    magnitude_lists<A> lists;
+    const magnitude_bracket<A>* brackets;
+    counter* over;
+
+    TASKVEC_FUNCTOR void operator()(const indices& at) const
+    {
+        for (std::uint64_t k = at.first; k < at.last; k += at.step) {
+            const std::uint64_t part = k / lists.room, t = part / lists.slots;
+            if (k % lists.room >= lists.inside[part]) { continue; }
+            for (unsigned c = 0; c < brackets[t].commons; ++c) {
+                if (lists.magnitudes[k] > brackets[t].common[c]) { atomic_add(over + t * magnitude_bracket<A>::most_common + c, 1); }
+            }
+        }
     }
 };
 

@@ -19,6 +19,48 @@ namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
 
+/// The blocks of block_size elements of a range of tensors, for which equals are counted, so that one of them is found in one block.
+class equal_blocks {
+public:
+    equal_blocks(const aligned_models& models, tensor_range range)
+        : range_(range)
+    {
+        for (std::size_t i = range.first; i < range.last; ++i) {
+            first_.push_back(count_);
+            count_ += (models.tensors()[i].size + block_size - 1) / block_size;
+        }
+        first_.push_back(count_);
+    }
+    [[nodiscard]] std::uint64_t count() const noexcept { return count_; }
+    [[nodiscard]] std::uint64_t first(std::size_t tensor) const noexcept { return first_[tensor - range_.first]; }
+
+    /// *place = that of the wanted-th entry of a task vector whose magnitude is `magnitude`; equal[b] entries of block b are. Queued.
+    template <arithmetic_element A>
+    void find(device_models& models, std::size_t task, bits_type<A> magnitude, std::uint64_t wanted, const elementwise::counter* equal,
+        elementwise::counter* place) const
+    {
+        std::uint64_t block = 0;
+        while (equal[block] < wanted) { wanted -= equal[block++]; }
+        const auto after = std::upper_bound(first_.begin(), first_.end(), block);
+        const std::size_t tensor = range_.first + static_cast<std::size_t>(after - first_.begin()) - 1;
+        const aligned_tensor& of = models.models().tensors()[tensor];
+        const std::uint64_t offset = (block - *(after - 1)) * block_size, size = std::min<std::uint64_t>(block_size, of.size - offset);
+        models.read_part(tensor, offset, size, [&](const gpu& policy, std::size_t, const device_piece& piece) {
+            visit_arithmetic(of, [&]<class B>(std::type_identity<B>) {
+                if constexpr (sizeof(B) <= sizeof(A)) {
+                    const std::uint64_t begin = offset - piece.offset;
+                    device::sweep(policy, 1, elementwise::nth_equal<A, B>{piece, task, magnitude, begin, begin + size, wanted, place});
+                }
+            });
+        });
+    }
+
+private:
+    tensor_range range_;
+    std::uint64_t count_ = 0;
+    std::vector<std::uint64_t> first_; // of each tensor of the range, and one more
+};
+
 /// Finds thresholds over a range of tensors.
 template <arithmetic_element A>
 class device_radix_search {
@@ -34,14 +76,9 @@ public:
     device_radix_search(device_models& models, tensor_range range)
         : models_(models)
         , range_(range)
+        , blocks_(models.models(), range)
     {
-        for (std::size_t i = range.first; i < range.last; ++i) {
-            const std::size_t size = models.models().tensors()[i].size;
-            elements_ += size;
-            first_block_.push_back(blocks_);
-            blocks_ += (size + block_size - 1) / block_size;
-        }
-        first_block_.push_back(blocks_);
+        for (std::size_t i = range.first; i < range.last; ++i) { elements_ += models.models().tensors()[i].size; }
     }
 
     /// counts[t] of task vector t are kept. `walks`: how often the data were read.
@@ -114,31 +151,18 @@ private:
     {
         const std::size_t tasks = channels_.size();
         const auto wanted = upload();
-        device::buffer<elementwise::counter> counts(models_.policy(), tasks * blocks_), places(models_.policy(), tasks);
+        device::buffer<elementwise::counter> counts(models_.policy(), tasks * blocks_.count()), places(models_.policy(), tasks);
         counts.clear();
         places.clear();
         read([&]<class B>(const gpu& policy, std::size_t tensor, const device_piece& piece, std::type_identity<B>) {
             device::sweep(policy, piece.size,
-                elementwise::equal_counts<A, B>{piece, wanted.data(), counts.data(), blocks_, first_block_[tensor - range_.first], models_.nonfinite_flag()});
+                elementwise::equal_counts<A, B>{piece, wanted.data(), counts.data(), blocks_.count(), blocks_.first(tensor), models_.nonfinite_flag()});
         });
         const std::vector<elementwise::counter> equal = counts.download();
         for (std::size_t t = 0; t < tasks; ++t) {
             const channel& c = channels_[t];
             if (!c.found.active) { continue; }
-            std::uint64_t left = c.k - c.above, block = 0;
-            while (equal[t * blocks_ + block] < left) { left -= equal[t * blocks_ + block++]; }
-            const auto after = std::upper_bound(first_block_.begin(), first_block_.end(), block);
-            const std::size_t tensor = range_.first + static_cast<std::size_t>(after - first_block_.begin()) - 1;
-            const aligned_tensor& of = models_.models().tensors()[tensor];
-            const std::uint64_t offset = (block - *(after - 1)) * block_size, size = std::min<std::uint64_t>(block_size, of.size - offset);
-            models_.read_part(tensor, offset, size, [&](const gpu& policy, std::size_t, const device_piece& piece) {
-                visit_arithmetic(of, [&]<class B>(std::type_identity<B>) {
-                    if constexpr (sizeof(B) <= sizeof(A)) {
-                        const std::uint64_t begin = offset - piece.offset;
-                        device::sweep(policy, 1, elementwise::nth_equal<A, B>{piece, t, c.found.prefix, begin, begin + size, left, places.data() + t});
-                    }
-                });
-            });
+            blocks_.find<A>(models_, t, c.found.prefix, c.k - c.above, equal.data() + t * blocks_.count(), places.data() + t);
         }
         const std::vector<elementwise::counter> last = places.download();
         for (std::size_t t = 0; t < tasks; ++t) {
@@ -148,8 +172,8 @@ private:
 
     device_models& models_;
     tensor_range range_;
-    std::uint64_t elements_ = 0, blocks_ = 0;
-    std::vector<std::uint64_t> first_block_; // of each tensor of the range, and one more
+    equal_blocks blocks_;
+    std::uint64_t elements_ = 0;
     std::vector<channel> channels_;
 };
 

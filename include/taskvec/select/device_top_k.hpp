@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A sample brackets the k-th magnitude of every task vector. One walk counts what lies above the brackets and collects what lies
-// inside, with its places, and the answer is chosen from these few, place among equals included. Where the sample was wrong, or too much
-// lies inside for the memory there is (few distinct values), the radix select of device_radix.hpp finds the same thresholds in four
-// more reads (f64: seven).
+// inside, with its places, and the answer is chosen from these few, place among equals included. Magnitudes that many entries of the
+// sample share are counted instead, in blocks of 4096 elements, of which one is read again. Where the sample was wrong, or too much lies
+// inside for the memory there is, the radix select of device_radix.hpp finds the same thresholds in four more reads (f64: seven).
 #pragma once
 
 #include <taskvec/arithmetic/device_models.hpp>
@@ -18,6 +18,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <numeric>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -48,6 +50,7 @@ public:
     device_top_k_search(device_models& models, tensor_range range, const bracket_options& options = {})
         : models_(models)
         , range_(range)
+        , blocks_(models.models(), range)
         , tasks_(models.models().task_count())
         , sample_(options.sample)
         , spare_(options.spare ? options.spare : models.spare())
@@ -120,7 +123,8 @@ private:
     [[nodiscard]] bool look_for_brackets(std::span<const std::uint64_t> counts)
     {
         for (std::size_t size = std::min<std::uint64_t>(sample_, elements_);; size *= 8) {
-            brackets_.assign(tasks_, {0, highest, false});
+            brackets_.assign(tasks_, {.low = 0, .high = highest});
+            commons_ = 0;
             std::uint64_t largest = size == elements_ ? elements_ : 0; // of all lists; few entries are all collected
             const std::vector<bits> seen = size == elements_ ? std::vector<bits>() : sample(size);
             for (std::size_t t = 0; t < tasks_; ++t) {
@@ -131,12 +135,14 @@ private:
             }
             const auto part = static_cast<double>(largest) / slots;
             room_ = static_cast<std::uint64_t>(part + 8 * std::sqrt(part)) + 32;
-            if (tasks_ * slots * room_ * (sizeof(bits) + sizeof(std::uint64_t)) <= spare_) { return true; }
+            for (const bracket& one : brackets_) { commons_ = std::max<std::size_t>(commons_, one.commons); }
+            const std::uint64_t wanted = slots * room_ * (sizeof(bits) + sizeof(std::uint64_t)) + commons_ * blocks_.count() * sizeof(elementwise::counter);
+            if (tasks_ * wanted <= spare_) { return true; }
             if (8 * size > std::min<std::uint64_t>(elements_ / 64, std::uint64_t{1} << 20)) { return false; } // a larger sample would not pay
         }
     }
 
-    /// Brackets the k-th magnitude by what a sample shows; returns how many entries may lie in the bracket, by the same.
+    /// Brackets the k-th magnitude by what a sample shows; returns how many entries its list may get, by the same.
     [[nodiscard]] std::uint64_t narrow(bracket& found, double k, std::vector<bits> seen) const
     {
         std::erase(seen, bits{0});
@@ -154,8 +160,22 @@ private:
             first = static_cast<std::size_t>(std::floor(rank - margin)) - 1;
         }
         if (rank + margin + 1 <= size) { found.low = nth(std::ceil(rank + margin), first); }
-        const auto inside = static_cast<double>(std::count_if(seen.begin(), seen.end(), [&](bits value) { return value >= found.low && value <= found.high; }));
-        return static_cast<std::uint64_t>((inside + 4 * std::sqrt(inside)) / std::max(size, 1.0) * static_cast<double>(elements_)) + 1;
+        std::erase_if(seen, [&](bits value) { return value < found.low || value > found.high; });
+        std::sort(seen.begin(), seen.end(), std::greater<>());
+        // Common is what a sixteenth of them share: it would take up the list.
+        const std::size_t many = std::max<std::size_t>(16, seen.size() / (2 * bracket::most_common));
+        std::size_t listed = seen.size();
+        for (auto begin = seen.begin(); begin != seen.end();) {
+            const auto end = std::upper_bound(begin, seen.end(), *begin, std::greater<>());
+            const auto equals = static_cast<std::size_t>(end - begin);
+            if (equals >= many && found.commons < bracket::most_common) {
+                found.common[found.commons++] = *begin;
+                listed -= equals;
+            }
+            begin = end;
+        }
+        const auto most = static_cast<double>(listed) + 4 * std::sqrt(static_cast<double>(listed));
+        return static_cast<std::uint64_t>(most / std::max(size, 1.0) * static_cast<double>(elements_)) + 1;
     }
 
     /// The walk. True where the brackets hold the answers, and the lists what lies inside.
@@ -167,11 +187,13 @@ private:
         tallies_.clear();
         magnitudes_ = device::buffer<bits>(policy, tasks_ * slots * room_);
         places_ = device::buffer<std::uint64_t>(policy, tasks_ * slots * room_);
+        equal_ = device::buffer<elementwise::counter>(policy, tasks_ * commons_ * blocks_.count());
+        equal_.clear();
         models_.read(range_, [&](const gpu& lane, std::size_t tensor, const device_piece& piece) {
             for_each_arithmetic(tensor, [&]<class B>(std::type_identity<B>) {
                 using functor = elementwise::count_and_collect<A, B>;
                 for (std::size_t first = 0; first < tasks_; first += functor::held) {
-                    const functor walk{piece, brackets.data(), lists(), first, models_.nonfinite_flag()};
+                    const functor walk{piece, brackets.data(), lists(), first, blocks_.first(tensor), models_.nonfinite_flag()};
                     if constexpr (std::same_as<A, float>) {
                         const bool done = visit_packs(piece, [&]<class T>(std::type_identity<T>) {
                             using packs = elementwise::count_and_collect_packs<T>;
@@ -184,22 +206,61 @@ private:
             });
         });
         const std::vector<elementwise::counter> tallies = tallies_.download();
+        for (std::size_t part = 0; part < tasks_ * slots; ++part) {
+            if (tallies[tasks_ * slots + part] > room_) { return false; }
+        }
+        std::vector<elementwise::counter> over(tasks_ * bracket::most_common, 0);
+        if (commons_ > 0) {
+            device::buffer<elementwise::counter> counted(policy, over.size());
+            counted.clear();
+            device::sweep(policy, tasks_ * slots * room_, elementwise::count_over_common<A>{lists(), brackets.data(), counted.data()});
+            over = counted.download();
+            equal_counts_ = equal_.download();
+        }
         left_.assign(tasks_, {});
         for (std::size_t t = 0; t < tasks_; ++t) {
             if (!brackets_[t].active) { continue; }
-            std::uint64_t above = 0, inside = 0;
-            for (std::size_t part = t * slots; part < (t + 1) * slots; ++part) {
-                if (tallies[tasks_ * slots + part] > room_) { return false; }
-                above += tallies[part];
-                inside += tallies[tasks_ * slots + part];
-            }
-            if (counts[t] <= above || counts[t] > above + inside) { return false; }
-            left_[t] = {{brackets_[t].low, brackets_[t].high, 0, false, true, 0}, counts[t] - above, inside};
+            const elementwise::counter *const above = tallies.data() + t * slots, *const inside = above + tasks_ * slots;
+            const std::uint64_t more = std::accumulate(above, above + slots, std::uint64_t{0});
+            const std::uint64_t listed = std::accumulate(inside, inside + slots, std::uint64_t{0});
+            if (counts[t] <= more || !locate(t, counts[t] - more, listed, over.data() + t * bracket::most_common)) { return false; }
         }
         return true;
     }
 
-    [[nodiscard]] lists_type lists() const noexcept { return {tallies_.data(), tallies_.data() + tasks_ * slots, magnitudes_.data(), places_.data(), room_}; }
+    /// Finds out between which of the common magnitudes the rank-th entry of a bracket is, or at which. listed: entries of its list; over[c]:
+    /// those of them that are larger than common magnitude c. False where the bracket has fewer entries.
+    [[nodiscard]] bool locate(std::size_t t, std::uint64_t rank, std::uint64_t listed, const elementwise::counter* over)
+    {
+        const bracket& found = brackets_[t];
+        std::uint64_t high = found.high, passed = 0;
+        for (unsigned c = 0; c < found.commons; ++c) {
+            const std::uint64_t between = over[c] - passed, equals = std::accumulate(equal_of(t, c), equal_of(t, c) + blocks_.count(), std::uint64_t{0});
+            if (rank <= between) {
+                left_[t] = {{.low = std::uint64_t{found.common[c]} + 1, .high = high, .active = true}, rank, between, {}};
+                return true;
+            }
+            rank -= between;
+            if (rank <= equals) {
+                left_[t] = {{}, rank, 0, c};
+                return true;
+            }
+            rank -= equals;
+            passed = over[c];
+            high = std::uint64_t{found.common[c]} - 1;
+        }
+        left_[t] = {{.low = found.low, .high = high, .active = true}, rank, listed - passed, {}};
+        return rank <= listed - passed;
+    }
+    [[nodiscard]] const elementwise::counter* equal_of(std::size_t t, std::size_t c) const noexcept
+    {
+        return equal_counts_.data() + (t * commons_ + c) * blocks_.count();
+    }
+
+    [[nodiscard]] lists_type lists() const noexcept
+    {
+        return {tallies_.data(), tallies_.data() + tasks_ * slots, magnitudes_.data(), places_.data(), room_, equal_.data(), commons_, blocks_.count()};
+    }
     [[nodiscard]] device::buffer<range_type> upload() const
     {
         std::vector<range_type> ranges;
@@ -218,9 +279,16 @@ private:
         const device::buffer<std::uint64_t> places(models_.policy(), tasks_ * few);
         device::sweep(models_.policy(), tasks_ * slots * room_,
             elementwise::pick_entries<A>{lists(), ranges.data(), few, found.data(), magnitudes.data(), places.data()});
+        device::buffer<elementwise::counter> equals(models_.policy(), tasks_);
+        equals.clear();
+        for (std::size_t t = 0; t < tasks_; ++t) {
+            if (const auto c = left_[t].common) { blocks_.find<A>(models_, t, brackets_[t].common[*c], left_[t].rank, equal_of(t, *c), equals.data() + t); }
+        }
+        const std::vector<elementwise::counter> last = equals.download();
         const std::vector<bits> values = magnitudes.download();
         const std::vector<std::uint64_t> where = places.download();
         for (std::size_t t = 0; t < tasks_; ++t) {
+            if (const auto c = left_[t].common) { thresholds[t] = {brackets_[t].common[*c], last[t] + 1}; }
             if (left_[t].count == 0) { continue; }
             std::vector<std::pair<bits, std::uint64_t>> entries;
             for (std::size_t i = t * few; i < t * few + left_[t].count; ++i) { entries.emplace_back(values[i], where[i]); }
@@ -263,18 +331,22 @@ private:
     /// What the answer of a task vector is still chosen from.
     struct remaining {
         range_type range{};
-        std::uint64_t rank = 0, count = 0; // the rank-th of `count`
+        std::uint64_t rank = 0, count = 0; // the rank-th of `count` entries of its list
+        std::optional<unsigned> common{}; // or of those of this common magnitude
     };
 
     device_models& models_;
     tensor_range range_;
-    std::size_t tasks_, sample_, spare_;
+    equal_blocks blocks_;
+    std::size_t tasks_, sample_, spare_, commons_ = 0;
     std::uint64_t begin_ = 0, elements_ = 0, room_ = 0;
     std::vector<bracket> brackets_;
     std::vector<remaining> left_;
     device::buffer<elementwise::counter> tallies_; // above, inside
     device::buffer<bits> magnitudes_;
     device::buffer<std::uint64_t> places_;
+    device::buffer<elementwise::counter> equal_; // [task][common][block], and on the host
+    std::vector<elementwise::counter> equal_counts_;
 };
 
 /// trim_thresholds of models that the gpu policy walks over.
