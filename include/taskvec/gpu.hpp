@@ -5,6 +5,7 @@
 #include <taskvec/arithmetic/gpu.hpp>
 #include <taskvec/backend/thrust/system.hpp>
 #include <taskvec/lowrank/gpu.hpp>
+#include <taskvec/merge/device_regmean.hpp>
 #include <taskvec/merge/gpu.hpp>
 #include <taskvec/reuse/gpu.hpp>
 #include <taskvec/select/gpu.hpp>

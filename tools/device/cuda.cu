@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../device.hpp"
 
+#include <taskvec/merge/device_regmean.hpp>
 #include <taskvec/merge/gpu.hpp>
 
 namespace tool {
@@ -21,12 +22,7 @@ template <class Options>
 taskvec::merge_report merge_on_cuda(
     const Options& options, const taskvec::aligned_models& models, taskvec::tensor_sink& out, std::size_t memory, const taskvec::cpu& host)
 {
-    if constexpr (taskvec::device_merge_method<Options>) {
-        return taskvec::merge_streamed(taskvec::gpu{}, options, models, out, {.memory = memory, .host = host});
-    }
-    else {
-        taskvec::raise<taskvec::invalid_argument>("--device cuda: --method regmean runs on the CPU only; leave --device out");
-    }
+    return taskvec::merge_streamed(taskvec::gpu{}, options, models, out, {.memory = memory, .host = host});
 }
 
 #define TASKVEC_TOOL_INSTANTIATE(options)                                                                                                                      \

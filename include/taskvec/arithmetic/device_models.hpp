@@ -79,6 +79,9 @@ public:
     void write(tensor_range range, const piece_body& body) { walk(range, true, 0, body); }
     /// Calls body once, with a piece that holds the elements [offset, offset + size) of a tensor, and may hold more.
     virtual void read_part(std::size_t tensor, std::uint64_t offset, std::uint64_t size, const piece_body& body) = 0;
+    /// Elements runs.at(0) … runs.at(count − 1) of a tensor's output = x + y, of doubles in device memory: for what is not merged piece by piece.
+    /// Queued on policy(), before everything that is queued there afterwards.
+    virtual void store(std::size_t tensor, const elementwise::strided_runs& runs, std::uint64_t count, const double* x, const double* y) = 0;
     /// Writes the tensors that take no part.
     virtual void copy_through() = 0;
     /// Throws nonfinite_error if an input that was read holds NaN or infinity, unless they may spread. Waits.
@@ -138,6 +141,11 @@ public:
     void copy_through() override
     {
         for (const auto& tensor : models().copied()) { device::copy(policy(), out_->direct(tensor.output), tensor.source.data, tensor.source.bytes()); }
+    }
+    void store(std::size_t tensor, const elementwise::strided_runs& runs, std::uint64_t count, const double* x, const double* y) override
+    {
+        const aligned_tensor& of = models().tensors()[tensor];
+        device::sweep(policy(), count, elementwise::store_sum{x, y, out_->direct(of.output), of.output_dtype, runs});
     }
     [[nodiscard]] memory_space space() const noexcept override { return memory_space::device; }
     [[nodiscard]] std::size_t spare() const noexcept override { return std::max<std::size_t>(std::size_t{16} << 20, models().bytes() / 8); }

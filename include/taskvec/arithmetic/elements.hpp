@@ -80,6 +80,27 @@ template <arithmetic_element A>
     return piece.operands[0].data ? load<A>(piece.operands[0], i, piece.position + i, flag) : A{0};
 }
 
+/// Where a dense list of elements lies in a tensor: runs of `length` consecutive ones, `stride` apart.
+struct strided_runs {
+    std::uint64_t first = 0, length = 1, stride = 1;
+
+    [[nodiscard]] TASKVEC_HOST_DEVICE std::uint64_t at(std::uint64_t k) const noexcept { return first + k / length * stride + k % length; }
+};
+
+/// Element runs.at(k) of a tensor = x[k] + y[k], rounded to storage once.
+struct store_sum {
+    const double *x, *y;
+    void* out;
+    taskvec::dtype out_dtype;
+    strided_runs runs;
+
+    TASKVEC_FUNCTOR void operator()(const indices& at) const
+    {
+        TASKVEC_STRICT_FP
+        for (std::uint64_t k = at.first; k < at.last; k += at.step) { store(out, out_dtype, runs.at(k), sum(x[k], y[k])); }
+    }
+};
+
 /// As many consecutive elements as one access of 16 bytes moves.
 template <storage_element T>
 struct alignas(16) pack {

@@ -61,6 +61,17 @@ public:
         send(slots_[0], tensor, offset, size, false, 0, body);
         stop();
     }
+    void store(std::size_t tensor, const elementwise::strided_runs& runs, std::uint64_t count, const double* x, const double* y) override
+    {
+        const aligned_tensor& of = models().tensors()[tensor];
+        device::buffer<std::byte> dense(policy(), byte_count(of.output_dtype, count));
+        device::sweep(policy(), count, elementwise::store_sum{x, y, dense.data(), of.output_dtype, {0, count, count}});
+        const std::vector<std::byte> bytes = dense.download();
+        for (std::uint64_t k = 0; k < count; k += runs.length) {
+            out_->write(
+                of.output, byte_count(of.output_dtype, runs.at(k)), bytes.data() + byte_count(of.output_dtype, k), byte_count(of.output_dtype, runs.length));
+        }
+    }
     [[nodiscard]] memory_space space() const noexcept override { return memory_space::host; }
     [[nodiscard]] std::size_t spare() const noexcept override { return options_.memory / 2; }
     void copy_through() override { detail::copy_through(quiet(), models(), *out_); }

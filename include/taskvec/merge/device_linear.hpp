@@ -38,13 +38,13 @@ private:
     device::buffer<double> wide_;
 };
 
-/// Writes finish(Σ weights·operands) for every tensor; factor(tensor, A{}) is what it finishes with, `stride` how far apart the
+/// Writes finish(Σ weights·operands) for a range of tensors; factor(tensor, A{}) is what it finishes with, `stride` how far apart the
 /// weights of two tensors are (0: all have the same).
 template <class Factor>
-void write_linear(device_models& models, const device_weights& weights, std::size_t stride, std::size_t first, std::size_t count, bool difference,
-    elementwise::linear_finish finish, const Factor& factor)
+void write_linear(device_models& models, tensor_range range, const device_weights& weights, std::size_t stride, std::size_t first, std::size_t count,
+    bool difference, elementwise::linear_finish finish, const Factor& factor)
 {
-    models.write(all_tensors(models.models()), [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
+    models.write(range, [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
         visit_arithmetic(models.models().tensors()[tensor], [&]<class A>(std::type_identity<A>) {
             const elementwise::linear_combination<A> merge{
                 piece, weights.get<A>() + tensor * stride, first, count, difference, finish, factor(tensor, A{}), models.nonfinite_flag()};
@@ -71,9 +71,10 @@ public:
         : host_(cpu{}, models.models(), options)
         , weights_(models.policy(), checked_weights(options.weights, models.models().task_count()))
     { }
-    void write(device_models& models, merge_report&) const
+    void write(device_models& models, merge_report&) const { write(models, all_tensors(models.models())); }
+    void write(device_models& models, tensor_range range) const
     {
-        write_linear(models, weights_, 0, 1, models.models().task_count(), false, elementwise::linear_finish::divide,
+        write_linear(models, range, weights_, 0, 1, models.models().task_count(), false, elementwise::linear_finish::divide,
             [&]<class A>(std::size_t, A) { return host_.total<A>(); });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
@@ -96,7 +97,7 @@ public:
     }
     void write(device_models& models, merge_report&) const
     {
-        write_linear(models, weights_, 0, 1, models.models().task_count(), true, elementwise::linear_finish::add_to_base,
+        write_linear(models, all_tensors(models.models()), weights_, 0, 1, models.models().task_count(), true, elementwise::linear_finish::add_to_base,
             [&]<class A>(std::size_t, A) { return static_cast<A>(lambda_); });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
@@ -117,7 +118,8 @@ public:
     { }
     void write(device_models& models, merge_report&) const
     {
-        write_linear(models, weights_, 2, first_, 2, false, elementwise::linear_finish::plain, []<class A>(std::size_t, A) { return A{1}; });
+        write_linear(models, all_tensors(models.models()), weights_, 2, first_, 2, false, elementwise::linear_finish::plain,
+            []<class A>(std::size_t, A) { return A{1}; });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 1; }
 
@@ -157,7 +159,7 @@ public:
     }
     void write(device_models& models, merge_report&) const
     {
-        write_linear(models, weights_, 0, 1, models.models().task_count(), true, elementwise::linear_finish::add_to_base,
+        write_linear(models, all_tensors(models.models()), weights_, 0, 1, models.models().task_count(), true, elementwise::linear_finish::add_to_base,
             [&]<class A>(std::size_t tensor, A) { return static_cast<A>(factors_[tensor]); });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 1; }

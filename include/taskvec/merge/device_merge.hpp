@@ -45,9 +45,14 @@ template <device_merge_method Options>
     }
 }
 
-/// Operands beside the models as memory that may not be overwritten.
-[[nodiscard]] inline std::vector<companion> companions_of(const aligned_models& models, std::span<const aligned_tensor::operand> beside)
+/// What lies beside the models as memory that may not be overwritten: operands, or what a method says that has other data.
+template <device_merge_method Options>
+[[nodiscard]] std::vector<companion> companions_of(
+    const Options& options, const aligned_models& models, memory_space space, std::span<const aligned_tensor::operand> beside)
 {
+    if constexpr (requires { device_merger<Options>::companions(options, models, space); }) {
+        return device_merger<Options>::companions(options, models, space);
+    }
     std::vector<companion> companions;
     for (std::size_t i = 0; i < beside.size(); ++i) {
         const std::size_t tensor = i / (beside.size() / models.tensors().size());
@@ -90,7 +95,7 @@ merge_report merge_in_device_memory(const gpu& policy, const Options& options, c
     const aligned_models models = align_on_device(policy, base, tasks, how);
     memory_sink sink = sink_over(models, out, memory_space::device);
     const std::vector<aligned_tensor::operand> beside = operands_beside(options, models, memory_space::device);
-    check_aliases(models, sink, method_type::in_place, companions_of(models, beside));
+    check_aliases(models, sink, method_type::in_place, companions_of(options, models, memory_space::device, beside));
     resident_models resident(policy, models, &sink, beside);
     merge_report report = merge_on_device(resident, options);
     if (how.statistics) {
@@ -146,13 +151,13 @@ merge_report merge(const gpu& policy, const Options& options, const Tasks& tasks
     return detail::merge_in_device_memory(policy, options, nullptr, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }
 
-/// A method that has no version for the device, or whose header is missing.
+/// A method whose header is missing.
 template <merge_method Options, class... Arguments>
     requires(!device_merge_method<Options>)
 auto merge(const gpu&, const Options&, Arguments&&...)
 {
-    static_assert(
-        device_merge_method<Options>, "this method does not merge on taskvec::gpu: include <taskvec/merge/gpu.hpp>, or run it (RegMean) on taskvec::cpu");
+    static_assert(device_merge_method<Options>,
+        "this method does not merge on taskvec::gpu: include <taskvec/merge/gpu.hpp>, for RegMean <taskvec/merge/device_regmean.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -23,7 +23,7 @@ merge_report merge_streamed(const gpu& policy, const Options& options, const ali
     using method_type = detail::device_merger<Options>;
     if (method_type::needs_base && !models.has_base()) { raise<invalid_argument>("this merge method needs a base model"); }
     const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
-    detail::check_aliases(models, out, method_type::in_place, detail::companions_of(models, beside));
+    detail::check_aliases(models, out, method_type::in_place, detail::companions_of(options, models, memory_space::host, beside));
     streamed_models streamed(policy, models, how, &out, beside);
     return detail::merge_on_device(streamed, options);
 }

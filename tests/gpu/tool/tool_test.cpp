@@ -6,10 +6,16 @@
 #include "../../tools/run_tool.hpp"
 
 #include <taskvec/io/statistics.hpp>
+#include <taskvec/merge/gram_accumulator.hpp>
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
+#include <cmath>
 #include <filesystem>
+#include <limits>
+#include <map>
+#include <random>
 
 using namespace tools_test;
 
@@ -32,7 +38,20 @@ struct models {
             const taskvec::statistics_info info{
                 .kind = taskvec::statistics_kind::expected_fisher, .examples = 10, .fingerprint = std::nullopt, .in_out = {}, .metadata = {}};
             write_values(folder / (letter(t) + ".fisher.safetensors"), fisher, taskvec::detail::statistics_metadata(info));
+            const std::vector<float> inputs = draws(60 * 31, 51 + t);
+            std::map<std::string, taskvec::gram_accumulator> grams;
+            grams.emplace("layers.0.weight", 31)
+                .first->second.add(taskvec::cpu{}, taskvec::matrix_view<const float>(inputs.data(), 60, 31, taskvec::matrix_order::row_major));
+            taskvec::write_statistics(folder / (letter(t) + ".gram.safetensors"), grams, std::nullopt, {});
         }
+    }
+    static std::vector<float> draws(std::size_t count, unsigned seed)
+    {
+        std::mt19937 random(seed);
+        std::normal_distribution<float> normal;
+        std::vector<float> values(count);
+        for (auto& value : values) { value = normal(random); }
+        return values;
     }
     static std::string letter(unsigned t) { return std::string(1, static_cast<char>('a' + t)); }
 
@@ -85,7 +104,9 @@ TEST_CASE("the tool merges on a device, or says in a line that it has none")
     const models m;
     const outcome asked = m.merge(TASKVEC_TOOL, "cuda", "out.safetensors", {"average"});
     if (asked.code == 0) { return check_ways(m, TASKVEC_TOOL); }
-    for (const way& one : ways()) {
+    auto all = ways();
+    all.push_back({{"regmean", "--gram", "a.gram.safetensors", "--gram", "b.gram.safetensors", "--gram", "c.gram.safetensors"}});
+    for (const way& one : all) {
         CAPTURE(one.options);
         const outcome found = m.merge(TASKVEC_TOOL, "cuda", "out.safetensors", one.options, one.tasks);
         CAPTURE(found.err);
@@ -106,6 +127,25 @@ TEST_CASE("the tool merges on a device, or says in a line that it has none")
 TEST_CASE("every method writes the CPU's file through the device's code")
 {
     check_ways(models(), TASKVEC_TOOL_ON_THREADS);
+}
+
+TEST_CASE("regmean merges there up to rounding, and averages the rest bit for bit")
+{
+    const models m;
+    const way one{{"regmean", "--gram", "a.gram.safetensors", "--gram", "b.gram.safetensors", "--gram", "c.gram.safetensors"}};
+    for (const std::string device : {"cpu", "cuda"}) {
+        const outcome done = m.merge(TASKVEC_TOOL_ON_THREADS, device, device + ".safetensors", one.options);
+        CAPTURE(done.err);
+        REQUIRE(done.code == 0);
+    }
+    auto found = read_values(m.folder / "cuda.safetensors");
+    const auto expected = read_values(m.folder / "cpu.safetensors");
+    auto& layer = found.at("layers.0.weight").values;
+    const auto& wanted = expected.at("layers.0.weight").values;
+    REQUIRE(layer.size() == wanted.size());
+    for (std::size_t i = 0; i < layer.size(); ++i) { CHECK(std::abs(layer[i] - wanted[i]) <= 1.2e-7f * std::max(1.0f, std::abs(wanted[i]))); }
+    layer = wanted;
+    CHECK(same(found, expected));
 }
 
 TEST_CASE("peru-fft merges there too")
