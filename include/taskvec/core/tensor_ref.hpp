@@ -5,6 +5,7 @@
 #include <taskvec/core/view.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -77,7 +78,10 @@ struct basic_tensor_ref {
         }
         return true;
     }
-    operator basic_tensor_ref<const void>() const requires(!std::is_const_v<Byte>) { return {data, dtype, shape, strides, space, device}; }
+    /// What may be written may be read. (A template: of a reference that is const already nvcc would say that it never converts to itself.)
+    template <class To>
+        requires(std::same_as<To, const void> && !std::is_const_v<Byte>)
+    operator basic_tensor_ref<To>() const { return {data, dtype, shape, strides, space, device}; }
 };
 
 using tensor_ref = basic_tensor_ref<void>;
