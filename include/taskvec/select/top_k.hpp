@@ -474,7 +474,7 @@ private:
         kernels::for_each_group<T, 1>(
             &x, 1, base, rows.size(), [&](const kernels::step_word* const* from, const kernels::step_word* origin, std::size_t at, std::size_t steps) {
                 kernels::fetch_ahead<kernels::group_steps>(*from);
-                if (origin) { kernels::fetch_ahead<kernels::group_steps>(origin); }
+                if (origin && t == 0) { kernels::fetch_ahead<kernels::group_steps>(origin); } // the other tasks find the base in the cache
                 see(*from, origin, steps);
                 // The lane beside the last of an odd number of bf16 holds a 0 that is no entry; it comes last.
                 if (at + steps * width > rows.size() && low == 0) { --counts.inside; }
