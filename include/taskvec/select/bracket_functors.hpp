@@ -21,16 +21,16 @@ struct magnitude_bracket {
     bits_type<A> common[most_common] = {}; ///< the largest first
 };
 
-/// Lists of the entries inside the brackets, one for each task vector, in `slots` parts of `room` entries. An entry's place says which
+/// Lists of the entries inside the brackets, one for each task vector, in `parts` of `room` entries each. An entry's place says which
 /// part it goes to, so that workers seldom meet, all parts fill evenly, and whether one overflows does not depend on the workers. Of
 /// magnitudes that are common (task vectors of bf16 models have few different ones) no entry is listed, but how many each block holds.
 template <arithmetic_element A>
 struct magnitude_lists {
-    static constexpr std::size_t slots = 256;
+    static constexpr std::size_t parts = 256;
 
-    counter* above; ///< [task][slot]: entries above the bracket
-    counter* inside; ///< [task][slot]: entries inside it, those for which there is no room included
-    bits_type<A>* magnitudes; ///< [task][slot][room]
+    counter* above; ///< [task][part]: entries above the bracket
+    counter* inside; ///< [task][part]: entries inside it, those for which there is no room included
+    bits_type<A>* magnitudes; ///< [task][part][room]
     std::uint64_t* places; ///< of the same entries, in the concatenation of all tensors
     std::uint64_t room;
     counter* equal; ///< [task][common][block]
@@ -39,7 +39,7 @@ struct magnitude_lists {
 
     TASKVEC_HOST_DEVICE void collect(std::size_t task, bits_type<A> magnitude, std::uint64_t place) const noexcept
     {
-        const std::size_t part = task * slots + static_cast<std::size_t>(place * 0x9e3779b97f4a7c15u >> 56);
+        const std::size_t part = task * parts + static_cast<std::size_t>(place * 0x9e3779b97f4a7c15u >> 56);
         const counter at = atomic_take(inside + part);
         if (at >= room) { return; }
         magnitudes[part * room + at] = magnitude;
@@ -142,7 +142,7 @@ struct count_and_collect {
     TASKVEC_HOST_DEVICE void add(const indices& at, const counter* above) const noexcept
     {
         for (std::size_t t = 0; t < held; ++t) {
-            if (above[t] != 0) { atomic_add(lists.above + (first + t) * lists.slots + at.worker % lists.slots, above[t]); }
+            if (above[t] != 0) { atomic_add(lists.above + (first + t) * lists.parts + at.worker % lists.parts, above[t]); }
         }
     }
 };
@@ -190,7 +190,7 @@ struct count_over_common {
     TASKVEC_FUNCTOR void operator()(const indices& at) const
     {
         for (std::uint64_t k = at.first; k < at.last; k += at.step) {
-            const std::uint64_t part = k / lists.room, t = part / lists.slots;
+            const std::uint64_t part = k / lists.room, t = part / lists.parts;
             if (k % lists.room >= lists.inside[part]) { continue; }
             for (unsigned c = 0; c < brackets[t].commons; ++c) {
                 if (lists.magnitudes[k] > brackets[t].common[c]) { atomic_add(over + t * magnitude_bracket<A>::most_common + c, 1); }
@@ -211,7 +211,7 @@ struct list_histogram {
     TASKVEC_FUNCTOR void operator()(const indices& at) const
     {
         for (std::uint64_t k = at.first; k < at.last; k += at.step) {
-            const std::uint64_t part = k / lists.room, t = part / lists.slots;
+            const std::uint64_t part = k / lists.room, t = part / lists.parts;
             std::uint64_t key = 0;
             if (k % lists.room < lists.inside[part] && ranges[t].holds(lists.magnitudes[k], lists.places[k], key)) {
                 atomic_add(bins + t * list_bins + ((key - ranges[t].low) >> ranges[t].shift), 1);
@@ -233,7 +233,7 @@ struct pick_entries {
     TASKVEC_FUNCTOR void operator()(const indices& at) const
     {
         for (std::uint64_t k = at.first; k < at.last; k += at.step) {
-            const std::uint64_t part = k / lists.room, t = part / lists.slots;
+            const std::uint64_t part = k / lists.room, t = part / lists.parts;
             std::uint64_t key = 0;
             if (k % lists.room >= lists.inside[part] || !ranges[t].holds(lists.magnitudes[k], lists.places[k], key)) { continue; }
             const counter to = t * most + atomic_take(found + t);

@@ -42,7 +42,7 @@ class device_top_k_search {
     using lists_type = elementwise::magnitude_lists<A>;
     using range_type = elementwise::list_range<A>;
     static constexpr bits highest = static_cast<bits>(~sign_mask<A>);
-    static constexpr std::size_t slots = lists_type::slots;
+    static constexpr std::size_t parts = lists_type::parts;
     static constexpr std::size_t few = 4096; // entries that the host chooses from
     static constexpr std::size_t run_length = elementwise::sample_magnitudes<A, A>::run;
 
@@ -133,10 +133,10 @@ private:
                 const std::size_t each = seen.size() / tasks_;
                 largest = std::max(largest, narrow(brackets_[t], static_cast<double>(counts[t]), {seen.begin() + t * each, seen.begin() + (t + 1) * each}));
             }
-            const auto part = static_cast<double>(largest) / slots;
+            const auto part = static_cast<double>(largest) / parts;
             room_ = static_cast<std::uint64_t>(part + 8 * std::sqrt(part)) + 32;
             for (const bracket& one : brackets_) { commons_ = std::max<std::size_t>(commons_, one.commons); }
-            const std::uint64_t wanted = slots * room_ * (sizeof(bits) + sizeof(std::uint64_t)) + commons_ * blocks_.count() * sizeof(elementwise::counter);
+            const std::uint64_t wanted = parts * room_ * (sizeof(bits) + sizeof(std::uint64_t)) + commons_ * blocks_.count() * sizeof(elementwise::counter);
             if (tasks_ * wanted <= spare_) { return true; }
             if (8 * size > std::min<std::uint64_t>(elements_ / 64, std::uint64_t{1} << 20)) { return false; } // a larger sample would not pay
         }
@@ -183,10 +183,10 @@ private:
     {
         const gpu& policy = models_.policy();
         const device::buffer<bracket> brackets(policy, brackets_);
-        tallies_ = device::buffer<elementwise::counter>(policy, 2 * tasks_ * slots);
+        tallies_ = device::buffer<elementwise::counter>(policy, 2 * tasks_ * parts);
         tallies_.clear();
-        magnitudes_ = device::buffer<bits>(policy, tasks_ * slots * room_);
-        places_ = device::buffer<std::uint64_t>(policy, tasks_ * slots * room_);
+        magnitudes_ = device::buffer<bits>(policy, tasks_ * parts * room_);
+        places_ = device::buffer<std::uint64_t>(policy, tasks_ * parts * room_);
         equal_ = device::buffer<elementwise::counter>(policy, tasks_ * commons_ * blocks_.count());
         equal_.clear();
         models_.read(range_, [&](const gpu& lane, std::size_t tensor, const device_piece& piece) {
@@ -206,23 +206,23 @@ private:
             });
         });
         const std::vector<elementwise::counter> tallies = tallies_.download();
-        for (std::size_t part = 0; part < tasks_ * slots; ++part) {
-            if (tallies[tasks_ * slots + part] > room_) { return false; }
+        for (std::size_t part = 0; part < tasks_ * parts; ++part) {
+            if (tallies[tasks_ * parts + part] > room_) { return false; }
         }
         std::vector<elementwise::counter> over(tasks_ * bracket::most_common, 0);
         if (commons_ > 0) {
             device::buffer<elementwise::counter> counted(policy, over.size());
             counted.clear();
-            device::sweep(policy, tasks_ * slots * room_, elementwise::count_over_common<A>{lists(), brackets.data(), counted.data()});
+            device::sweep(policy, tasks_ * parts * room_, elementwise::count_over_common<A>{lists(), brackets.data(), counted.data()});
             over = counted.download();
             equal_counts_ = equal_.download();
         }
         left_.assign(tasks_, {});
         for (std::size_t t = 0; t < tasks_; ++t) {
             if (!brackets_[t].active) { continue; }
-            const elementwise::counter *const above = tallies.data() + t * slots, *const inside = above + tasks_ * slots;
-            const std::uint64_t more = std::accumulate(above, above + slots, std::uint64_t{0});
-            const std::uint64_t listed = std::accumulate(inside, inside + slots, std::uint64_t{0});
+            const elementwise::counter *const above = tallies.data() + t * parts, *const inside = above + tasks_ * parts;
+            const std::uint64_t more = std::accumulate(above, above + parts, std::uint64_t{0});
+            const std::uint64_t listed = std::accumulate(inside, inside + parts, std::uint64_t{0});
             if (counts[t] <= more || !locate(t, counts[t] - more, listed, over.data() + t * bracket::most_common)) { return false; }
         }
         return true;
@@ -259,7 +259,7 @@ private:
 
     [[nodiscard]] lists_type lists() const noexcept
     {
-        return {tallies_.data(), tallies_.data() + tasks_ * slots, magnitudes_.data(), places_.data(), room_, equal_.data(), commons_, blocks_.count()};
+        return {tallies_.data(), tallies_.data() + tasks_ * parts, magnitudes_.data(), places_.data(), room_, equal_.data(), commons_, blocks_.count()};
     }
     [[nodiscard]] device::buffer<range_type> upload() const
     {
@@ -277,7 +277,7 @@ private:
         found.clear();
         const device::buffer<bits> magnitudes(models_.policy(), tasks_ * few);
         const device::buffer<std::uint64_t> places(models_.policy(), tasks_ * few);
-        device::sweep(models_.policy(), tasks_ * slots * room_,
+        device::sweep(models_.policy(), tasks_ * parts * room_,
             elementwise::pick_entries<A>{lists(), ranges.data(), few, found.data(), magnitudes.data(), places.data()});
         device::buffer<elementwise::counter> equals(models_.policy(), tasks_);
         equals.clear();
@@ -311,7 +311,7 @@ private:
         const auto ranges = upload();
         device::buffer<elementwise::counter> bins(models_.policy(), tasks_ * elementwise::list_bins);
         bins.clear();
-        device::sweep(models_.policy(), tasks_ * slots * room_, elementwise::list_histogram<A>{lists(), ranges.data(), bins.data()});
+        device::sweep(models_.policy(), tasks_ * parts * room_, elementwise::list_histogram<A>{lists(), ranges.data(), bins.data()});
         const std::vector<elementwise::counter> counts = bins.download();
         for (std::size_t t = 0; t < tasks_; ++t) {
             remaining& one = left_[t];
