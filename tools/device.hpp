@@ -1,4 +1,4 @@
-// --device cuda: merges that stream through a device. tools/device/cuda.cu has them where CUDA is, tools/device/none.cpp says so elsewhere.
+// --device cuda: merges and pruning that stream through a device. tools/device/cuda.cu has them where CUDA is, tools/device/none.cpp says so elsewhere.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -16,6 +16,8 @@ struct fisher_options;
 struct regmean_options;
 struct slerp_options;
 struct model_stock_options;
+struct post_pruning_options;
+class sparse_sink;
 } // namespace taskvec::inline TASKVEC_ABI
 
 /// The options of every method, for instantiations.
@@ -32,5 +34,9 @@ void require_cuda();
 template <class Options>
 taskvec::merge_report merge_on_cuda(
     const Options& options, const taskvec::aligned_models& models, taskvec::tensor_sink& out, std::size_t memory, const taskvec::cpu& host);
+
+/// post_pruning_streamed() in the same way.
+void prune_on_cuda(const taskvec::post_pruning_options& options, const taskvec::aligned_models& models, taskvec::sparse_sink& out, std::size_t memory,
+    const taskvec::cpu& host);
 
 } // namespace tool

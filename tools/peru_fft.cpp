@@ -47,8 +47,7 @@ void peru_fft(const tool::merge_settings& settings)
         how.labels = {"'" + task.path.string() + "'"};
         const bool whole = how.on_missing == taskvec::missing::error;
         const auto model = whole ? inputs.task_models()[t] : taskvec::completed(inputs.task_models()[t], inputs.base()->model());
-        taskvec::post_pruning(
-            run.policy(), {.density = density, .scope = tool::scope_of(settings)}, taskvec::aligned_models(&merged.model(), {&model, 1}, how), *deltas.back());
+        tool::prune(run.policy(), settings, density, taskvec::aligned_models(&merged.model(), {&model, 1}, how), *deltas.back());
         deltas.back()->writer().finish();
         written += deltas.back()->writer().file_size();
         kept += deltas.back()->writer().kept();

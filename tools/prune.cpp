@@ -19,7 +19,7 @@ void prune(tool::merge_settings settings)
     const auto& models = inputs.models();
     tool::claim_output(settings.out, "--out");
     tool::claim_report(settings.run);
-    tool::runner run(settings.run, models.bytes());
+    tool::runner run(settings.run, models.bytes(), true);
     if (settings.run.dry_run) {
         tool::print("would prune '" + tool::printable(inputs.arguments().front().path.string()) + "' to " + taskvec::message(100 * density)
             + "% of its task vector, into '" + tool::printable(settings.out) + "'\n" + tool::describe(inputs));
@@ -27,7 +27,7 @@ void prune(tool::merge_settings settings)
     }
     tool::report_file report(settings.run.report);
     tool::delta_output out(settings.out, taskvec::fingerprint(run.policy(), inputs.base()->model()));
-    taskvec::post_pruning(run.policy(), {.density = density, .scope = tool::scope_of(settings)}, models, out);
+    tool::prune(run.policy(), settings, density, models, out);
     auto& writer = out.writer();
     writer.finish();
     if (report.wanted()) {

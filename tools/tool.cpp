@@ -240,9 +240,10 @@ void add_run_options(CLI::App& verb, run_options& options)
     verb.add_option("--threads", options.threads, "Threads; results do not depend on it (default: one for each processor)")
         ->type_name("N")
         ->transform(decimal_number());
-    verb.add_option("--device", options.device, "cpu or cuda: where merges run (default: cpu)")->type_name("DEVICE")->check([](const std::string& text) {
-        return text == "cpu" || text == "cuda" ? std::string() : "'" + text + "' is not a device; expected cpu or cuda";
-    });
+    verb.add_option("--device", options.device, "cpu or cuda: where merges and pruning run (default: cpu)")
+        ->type_name("DEVICE")
+        ->check(
+            [](const std::string& text) { return text == "cpu" || text == "cuda" ? std::string() : "'" + text + "' is not a device; expected cpu or cuda"; });
     verb.add_option("--memory", options.memory, "Budget of anonymous memory (default: 256MiB)")->type_name("SIZE");
     verb.add_option("--report", options.report, "Write what was done as JSON: seconds, bytes, memory, counts, norms")->type_name("FILE");
     verb.add_flag("--dry-run", options.dry_run, "Check everything that can be checked, say what would be done, write nothing");
@@ -377,7 +378,7 @@ runner::runner(const run_options& options, std::uint64_t walk_bytes, bool on_dev
     , drawn_(start_ - std::chrono::hours(1))
 {
     if (options.device != "cpu") {
-        if (!on_device) { taskvec::raise<taskvec::invalid_argument>("--device cuda: only merge and peru-fft run there; leave --device out"); }
+        if (!on_device) { taskvec::raise<taskvec::invalid_argument>("--device cuda: only merge, prune and peru-fft run there; leave --device out"); }
         require_cuda();
     }
     (void)options.memory_bytes(); // a size that is none is wrong usage for every verb

@@ -8,4 +8,5 @@
 #include <taskvec/merge/device_regmean.hpp>
 #include <taskvec/merge/gpu.hpp>
 #include <taskvec/reuse/gpu.hpp>
+#include <taskvec/reuse/streamed.hpp>
 #include <taskvec/select/gpu.hpp>

@@ -2,10 +2,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/merge/device_linear.hpp>
 #include <taskvec/reuse/gpu.hpp>
+#include <taskvec/reuse/streamed.hpp>
 
 #include "on_device.hpp"
 
 #include <doctest/doctest.h>
+
+#include <limits>
 
 using namespace taskvec;
 using testing::different;
@@ -100,4 +103,46 @@ TEST_CASE("bad input is named, and nothing is changed")
     CHECK_THROWS_AS(undo(policy, delta, {}, device.out()), invalid_argument);
     CHECK(different(device.result(), std::vector<float>(100)) == 0);
     CHECK_THROWS_AS((void)post_pruning(policy, {.density = 0}, device.base_view(), device.task_views()[0]), invalid_argument);
+}
+
+TEST_CASE_TEMPLATE("Post-Pruning of models that stream keeps what the CPU keeps, whatever the budget", T, double, float, bf16, f16)
+{
+    for (const int levels : {0, 2}) {
+        const testing::random_models<T> models({3000, 1, 0, 64, 20001}, 1, 3, levels);
+        const auto base = models.model(models.base);
+        const auto tasks = models.task_models();
+        const aligned_models aligned(&base, tasks);
+        for (const scope over : {scope::model, scope::tensor}) {
+            for (const double density : {0.0001, 0.1, 1.0}) {
+                const post_pruning_options options{.density = density, .scope = over};
+                const sparse_model expected = post_pruning(cpu{}, options, base, tasks[0]);
+                const bool in_pieces = density == 0.1 && over == scope::model; // of 4096 elements; otherwise in one for each tensor
+                sparse_model_sink sink;
+                post_pruning_streamed(gpu{}, options, aligned, sink, {.memory = in_pieces ? std::size_t{1} : std::size_t{1} << 24});
+                CHECK(sink.take() == expected);
+            }
+        }
+    }
+}
+
+TEST_CASE("models that stream: types of their own, bad input, a stop")
+{
+    const testing::random_models<double> wide({9001}, 1, 3);
+    testing::random_models<float> narrow({9001}, 1, 4);
+    const auto prune = [](const auto& base, const auto& task, const stream_options& how = {.memory = 1}) {
+        const const_model_ref x = detail::flat_model(as_view(base)), y = detail::flat_model(as_view(task));
+        sparse_model_sink sink;
+        post_pruning_streamed(gpu{}, {}, aligned_models(&x, {&y, 1}), sink, how);
+        return sink.take();
+    };
+    CHECK(std::get<sparse_vector<double>>(prune(wide.base, narrow.base).begin()->second) == post_pruning(cpu{}, {}, wide.base, narrow.base));
+    CHECK(std::get<sparse_vector<float>>(prune(narrow.base, wide.base).begin()->second) == post_pruning(cpu{}, {}, narrow.base, wide.base));
+    stream_options stopping{.memory = 1};
+    stopping.host.progress = [](const progress_event& event) { return event.done < 5000; };
+    CHECK_THROWS_AS(prune(wide.base, wide.tasks[0], stopping), cancelled);
+    narrow.tasks[0][7] = std::numeric_limits<float>::infinity();
+    CHECK_THROWS_AS(prune(narrow.base, narrow.tasks[0]), nonfinite_error);
+    const const_model_ref one = detail::flat_model(as_view(narrow.base));
+    sparse_model_sink sink;
+    CHECK_THROWS_AS(post_pruning_streamed(gpu{}, {}, aligned_models(nullptr, {&one, 1}), sink), invalid_argument);
 }

@@ -5,6 +5,7 @@
 
 #include <taskvec/merge/device_regmean.hpp>
 #include <taskvec/merge/gpu.hpp>
+#include <taskvec/reuse/streamed.hpp>
 
 namespace tool {
 
@@ -23,6 +24,12 @@ taskvec::merge_report merge_on_cuda(
     const Options& options, const taskvec::aligned_models& models, taskvec::tensor_sink& out, std::size_t memory, const taskvec::cpu& host)
 {
     return taskvec::merge_streamed(taskvec::gpu{}, options, models, out, {.memory = memory, .host = host});
+}
+
+void prune_on_cuda(const taskvec::post_pruning_options& options, const taskvec::aligned_models& models, taskvec::sparse_sink& out, std::size_t memory,
+    const taskvec::cpu& host)
+{
+    taskvec::post_pruning_streamed(taskvec::gpu{}, options, models, out, {.memory = memory, .host = host});
 }
 
 #define TASKVEC_TOOL_INSTANTIATE(options)                                                                                                                      \

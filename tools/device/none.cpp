@@ -16,6 +16,11 @@ taskvec::merge_report merge_on_cuda(const Options&, const taskvec::aligned_model
     return {};
 }
 
+void prune_on_cuda(const taskvec::post_pruning_options&, const taskvec::aligned_models&, taskvec::sparse_sink&, std::size_t, const taskvec::cpu&)
+{
+    require_cuda();
+}
+
 #define TASKVEC_TOOL_INSTANTIATE(options)                                                                                                                      \
     template taskvec::merge_report merge_on_cuda(                                                                                                              \
         const taskvec::options&, const taskvec::aligned_models&, taskvec::tensor_sink&, std::size_t, const taskvec::cpu&);

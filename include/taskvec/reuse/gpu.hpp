@@ -76,6 +76,19 @@ TASKVEC_KERNELS_END
 
 namespace detail {
 
+/// Calls use(std::type_identity<V>{}, std::type_identity<A>{}) with the type of the values that are kept of a tensor's task vector (f64 where the
+/// base stores f64, as on the CPU), and that of its arithmetic.
+template <class Use>
+void visit_kept(const aligned_tensor& tensor, const Use& use)
+{
+    visit_arithmetic(tensor, [&]<class A>(std::type_identity<A> type) {
+        if constexpr (std::same_as<A, double>) {
+            if (tensor.wide_base()) { return use(type, type); }
+        }
+        use(std::type_identity<float>{}, type);
+    });
+}
+
 /// Post-Pruning of models in device memory that are lined up.
 [[nodiscard]] inline device_sparse_model prune_on_device(const gpu& policy, const post_pruning_options& options, const aligned_models& models)
 {
@@ -83,19 +96,10 @@ namespace detail {
     resident_models resident(policy, models);
     const trim_thresholds thresholds = thresholds_on_device(resident, options.density, options.scope);
     const device_thresholds on_device(policy, models, thresholds);
-    // Values are f64 where the base stores f64, as on the CPU.
-    const auto visit_values = [&](std::size_t tensor, const auto& use) {
-        visit_arithmetic(tensors[tensor], [&]<class A>(std::type_identity<A> type) {
-            if constexpr (std::same_as<A, double>) {
-                if (tensors[tensor].wide_base()) { return use(type, type); }
-            }
-            use(std::type_identity<float>{}, type);
-        });
-    };
     device::buffer<elementwise::counter> counts(policy, tensors.size());
     counts.clear();
     resident.read(all_tensors(models), [&](const gpu& piece_policy, std::size_t tensor, const device_piece& piece) {
-        visit_values(tensor, [&]<class V, class A>(std::type_identity<V>, std::type_identity<A>) {
+        visit_kept(tensors[tensor], [&]<class V, class A>(std::type_identity<V>, std::type_identity<A>) {
             device::sweep(
                 piece_policy, piece.size, elementwise::count_kept<V, A>{{piece, on_device.get<A>(tensor), resident.nonfinite_flag()}, counts.data() + tensor});
         });
@@ -104,7 +108,7 @@ namespace detail {
     resident.check_finite();
     device_sparse_model result;
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-        visit_values(i, [&]<class V, class A>(std::type_identity<V>, std::type_identity<A>) {
+        visit_kept(tensors[i], [&]<class V, class A>(std::type_identity<V>, std::type_identity<A>) {
             device_sparse_vector<V> sparse{tensors[i].shape, device::buffer<std::uint64_t>(policy, kept[i]), device::buffer<V>(policy, kept[i])};
             if (kept[i] > 0) {
                 resident.read({i, i + 1}, [&](const gpu& piece_policy, std::size_t, const device_piece& piece) {

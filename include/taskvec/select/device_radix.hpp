@@ -19,7 +19,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
 
-/// The blocks of block_size elements of a range of tensors, for which equals are counted, so that one of them is found in one block.
+/// The blocks of block_size elements of a range of tensors: what is counted for each (equals, entries that are kept) is found again in one.
 class equal_blocks {
 public:
     equal_blocks(const aligned_models& models, tensor_range range)

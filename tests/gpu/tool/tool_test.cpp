@@ -164,6 +164,21 @@ TEST_CASE("peru-fft merges there too")
     }
 }
 
+TEST_CASE("prune writes the CPU's delta there")
+{
+    const models m;
+    for (const std::string device : {"cpu", "cuda"}) {
+        const outcome done = run(m.folder,
+            {"prune", "--base", "base.safetensors", "--task", "a.safetensors", "--density", "0.2", "--out", device + ".delta.safetensors", "--device", device,
+                "--report", device + ".json"},
+            {}, TASKVEC_TOOL_ON_THREADS);
+        CAPTURE(done.err);
+        REQUIRE(done.code == 0);
+    }
+    CHECK(m.bytes("cuda.delta.safetensors") == m.bytes("cpu.delta.safetensors"));
+    CHECK(nlohmann::json::parse(m.bytes("cuda.json"))["bytes_read"] == nlohmann::json::parse(m.bytes("cpu.json"))["bytes_read"]);
+}
+
 TEST_CASE("reports count what the CPU's count")
 {
     const models m;
