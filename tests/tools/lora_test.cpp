@@ -198,7 +198,8 @@ TEST_CASE("peru-lora --energy takes the smallest rank that keeps the share, laye
     taskvec::write_peft(folder / "task", three_layers());
     REQUIRE(run(folder, with(peru, {"--energy", "0.8", "--report", "r.json"})).code == 0);
     const auto before = dense_updates(folder / "task"), after = dense_updates(folder / "out");
-    for (const auto& layer : json_of(folder / "r.json")["layers"]) {
+    const auto report = json_of(folder / "r.json");
+    for (const auto& layer : report["layers"]) {
         const auto& x = before.at(layer["name"]);
         const auto rank = layer["rank"].get<std::size_t>();
         const double size = reference::norm(x), allowed = std::sqrt(0.2) * size;
@@ -524,7 +525,8 @@ TEST_CASE("merge-lora ties merges the dense updates as TIES is defined, and deco
         return options;
     }());
     REQUIRE(run(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--rank", "2", "--out", "out", "--report", "r.json"}).code == 0);
-    for (const auto& layer : json_of(folder / "r.json")["layers"]) { CHECK(layer["rank"] == 2); }
+    const auto report = json_of(folder / "r.json");
+    for (const auto& layer : report["layers"]) { CHECK(layer["rank"] == 2); }
     refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--out", "o"}, 2, "--rank");
     refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--out", "o", "--rank", "9"}, 1, "at most 8");
     refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b=-1", "--out", "o", "--rank", "1"}, 1, "negative");
