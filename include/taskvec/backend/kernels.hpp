@@ -40,9 +40,9 @@ inline constexpr std::size_t fetch_group = 128, fetch_distance = 4096;
 template <std::size_t count = fetch_group, class Word>
 [[gnu::always_inline]] inline void fetch_ahead(const Word* words) noexcept
 {
-    const auto* const place = reinterpret_cast<const char*>(words) + fetch_distance;
+    const auto place = reinterpret_cast<std::uintptr_t>(words) + fetch_distance; // a number: most lie outside the words' array
 #pragma GCC unroll 16
-    for (std::size_t line = 0; line < count * sizeof(Word); line += 64) { __builtin_prefetch(place + line, 0, 3); }
+    for (std::size_t line = 0; line < count * sizeof(Word); line += 64) { __builtin_prefetch(reinterpret_cast<const void*>(place + line), 0, 3); }
 }
 
 TASKVEC_KERNELS_BEGIN
