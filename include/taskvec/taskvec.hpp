@@ -10,6 +10,7 @@
 #include <taskvec/analysis/task_space.hpp>
 #include <taskvec/arithmetic/aligned_models.hpp>
 #include <taskvec/arithmetic/block.hpp>
+#include <taskvec/arithmetic/copy_through.hpp>
 #include <taskvec/arithmetic/elements.hpp>
 #include <taskvec/arithmetic/linear_functors.hpp>
 #include <taskvec/arithmetic/reduce.hpp>
@@ -64,6 +65,7 @@
 #include <taskvec/merge/fisher_accumulator.hpp>
 #include <taskvec/merge/fisher_functor.hpp>
 #include <taskvec/merge/gram_accumulator.hpp>
+#include <taskvec/merge/gram_functors.hpp>
 #include <taskvec/merge/lorahub.hpp>
 #include <taskvec/merge/merge.hpp>
 #include <taskvec/merge/model_stock.hpp>
@@ -76,6 +78,7 @@
 #include <taskvec/reuse/peru_fft.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
+#include <taskvec/select/bracket_functors.hpp>
 #include <taskvec/select/magnitude_functors.hpp>
 #include <taskvec/select/sparse.hpp>
 #include <taskvec/select/thresholds.hpp>
