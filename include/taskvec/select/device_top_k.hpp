@@ -149,17 +149,10 @@ private:
         for (bits& value : seen) { value &= highest; }
         const auto size = static_cast<double>(seen.size()), share = k / static_cast<double>(elements_);
         const double rank = share * size, margin = 6 * std::sqrt(size * share * (1 - share)) + 2; // entries of a run are alike
-        const auto nth = [&](double place, std::size_t from) {
-            const auto at = static_cast<std::ptrdiff_t>(place) - 1;
-            std::nth_element(seen.begin() + static_cast<std::ptrdiff_t>(from), seen.begin() + at, seen.end(), std::greater<>());
-            return seen[static_cast<std::size_t>(at)];
-        };
-        std::size_t first = 0; // those before are larger
-        if (rank - margin >= 1) {
-            found.high = nth(std::floor(rank - margin), 0);
-            first = static_cast<std::size_t>(std::floor(rank - margin)) - 1;
-        }
-        if (rank + margin + 1 <= size) { found.low = nth(std::ceil(rank + margin), first); }
+        ranking<bits> ranked(seen, 0, highest);
+        const auto at = [&](double place) { return ranked[static_cast<std::size_t>(place) - 1]; };
+        if (rank - margin >= 1) { found.high = at(std::floor(rank - margin)); }
+        if (rank + margin + 1 <= size) { found.low = at(std::ceil(rank + margin)); }
         std::erase_if(seen, [&](bits value) { return value < found.low || value > found.high; });
         std::sort(seen.begin(), seen.end(), std::greater<>());
         // Common is what a sixteenth of them share: it would take up the list.
