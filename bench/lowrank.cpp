@@ -3,9 +3,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ceiling.hpp"
 
-#include <taskvec/lowrank/merge_ties.hpp>
-#include <taskvec/lowrank/randomized_svd.hpp>
-#include <taskvec/lowrank/truncated_svd.hpp>
+#include <taskvec/adapters/merge_ties.hpp>
+#include <taskvec/linalg/randomized_svd.hpp>
+#include <taskvec/linalg/truncated_svd.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 
 #include <benchmark/benchmark.h>

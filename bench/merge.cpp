@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ceiling.hpp"
 
-#include <taskvec/merge/average.hpp>
-#include <taskvec/merge/task_arithmetic.hpp>
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/methods/average.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
+#include <taskvec/methods/ties.hpp>
 
 #include <benchmark/benchmark.h>
 

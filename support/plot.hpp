@@ -3,7 +3,7 @@
 #pragma once
 
 #include <taskvec/core/error.hpp>
-#include <taskvec/io/file.hpp>
+#include <taskvec/formats/file.hpp>
 
 #include <algorithm>
 #include <cerrno>

@@ -4,7 +4,7 @@
 
 #include "tool.hpp"
 
-#include <taskvec/io/peft.hpp>
+#include <taskvec/formats/peft.hpp>
 
 #include <cmath>
 #include <cstring>

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tool.hpp"
 
-#include <taskvec/io/statistics.hpp>
+#include <taskvec/formats/statistics.hpp>
 
 namespace {
 

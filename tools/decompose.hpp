@@ -3,7 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/lowrank/merge_adapters.hpp>
+#include <taskvec/adapters/merge_adapters.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 
 #include <cstdint>

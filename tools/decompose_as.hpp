@@ -4,8 +4,8 @@
 
 #include "decompose.hpp"
 
-#include <taskvec/lowrank/randomized_svd.hpp>
-#include <taskvec/lowrank/truncated_svd.hpp>
+#include <taskvec/linalg/randomized_svd.hpp>
+#include <taskvec/linalg/truncated_svd.hpp>
 
 namespace tool {
 

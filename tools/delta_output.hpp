@@ -4,7 +4,7 @@
 
 #include "merging.hpp"
 
-#include <taskvec/io/delta.hpp>
+#include <taskvec/formats/delta.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
 
 #include <utility>

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/merge/merge.hpp>
+#include <taskvec/methods/merge.hpp>
 
 #include <cstddef>
 

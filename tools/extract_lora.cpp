@@ -4,7 +4,7 @@
 #include "decompose.hpp"
 #include "merging.hpp"
 
-#include <taskvec/lowrank/extract.hpp>
+#include <taskvec/adapters/extract.hpp>
 
 #include <iostream>
 #include <map>

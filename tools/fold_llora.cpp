@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapters.hpp"
 
-#include <taskvec/jvp/fold_adapter.hpp>
+#include <taskvec/adapters/fold_adapter.hpp>
 
 #include <algorithm>
 #include <memory>

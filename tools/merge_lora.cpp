@@ -4,10 +4,10 @@
 #include "decompose.hpp"
 #include "ties_settings.hpp"
 
-#include <taskvec/lowrank/merge_phi.hpp>
-#include <taskvec/lowrank/merge_ties.hpp>
-#include <taskvec/merge/average.hpp>
-#include <taskvec/merge/task_arithmetic.hpp>
+#include <taskvec/adapters/merge_phi.hpp>
+#include <taskvec/adapters/merge_ties.hpp>
+#include <taskvec/methods/average.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
 
 #include <CLI/Option.hpp>
 

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "merging.hpp"
 
-#include <taskvec/io/name_pattern.hpp>
+#include <taskvec/formats/name_pattern.hpp>
 
 #include <algorithm>
 #include <cmath>

@@ -5,7 +5,7 @@
 #include "device.hpp"
 #include "tool.hpp"
 
-#include <taskvec/merge/merge.hpp>
+#include <taskvec/methods/merge.hpp>
 #include <taskvec/select/thresholds.hpp>
 
 #include <CLI/Option.hpp>

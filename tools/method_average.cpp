@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "merging.hpp"
 
-#include <taskvec/merge/average.hpp>
+#include <taskvec/methods/average.hpp>
 
 namespace {
 

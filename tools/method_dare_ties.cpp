@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ties_settings.hpp"
 
-#include <taskvec/merge/dare.hpp>
+#include <taskvec/methods/dare.hpp>
 
 namespace {
 

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "statistics_inputs.hpp"
 
-#include <taskvec/merge/fisher.hpp>
+#include <taskvec/methods/fisher.hpp>
 
 namespace {
 

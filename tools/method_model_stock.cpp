@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "merging.hpp"
 
-#include <taskvec/merge/model_stock.hpp>
+#include <taskvec/methods/model_stock.hpp>
 
 namespace {
 

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "statistics_inputs.hpp"
 
-#include <taskvec/merge/regmean.hpp>
+#include <taskvec/methods/regmean.hpp>
 
 #include <algorithm>
 

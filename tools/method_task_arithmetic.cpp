@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "merging.hpp"
 
-#include <taskvec/merge/task_arithmetic.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
 
 namespace {
 

@@ -4,7 +4,7 @@
 
 #include "merging.hpp"
 
-#include <taskvec/io/statistics.hpp>
+#include <taskvec/formats/statistics.hpp>
 
 #include <deque>
 

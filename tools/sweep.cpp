@@ -3,7 +3,7 @@
 #include "merging.hpp"
 #include "scoring.hpp"
 
-#include <taskvec/analysis/sweep.hpp>
+#include <taskvec/search/sweep.hpp>
 
 #include <plot.hpp>
 

@@ -4,7 +4,7 @@
 
 #include "merging.hpp"
 
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/methods/ties.hpp>
 
 #include <utility>
 #include <vector>

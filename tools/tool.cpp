@@ -3,7 +3,7 @@
 #include "device.hpp"
 #include "scoring.hpp"
 
-#include <taskvec/backend/parallel.hpp>
+#include <taskvec/core/parallel.hpp>
 
 #include <algorithm>
 #include <array>

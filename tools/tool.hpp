@@ -4,7 +4,7 @@
 
 #include <taskvec/core/policy.hpp>
 #include <taskvec/core/sink.hpp>
-#include <taskvec/io/checkpoint.hpp>
+#include <taskvec/formats/checkpoint.hpp>
 
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>

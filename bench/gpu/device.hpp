@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/backend/device_memory.hpp>
+#include <taskvec/device/memory.hpp>
 
 #include <algorithm>
 #include <cstddef>

@@ -3,7 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "device.hpp"
 
-#include <taskvec/lowrank/gpu.hpp>
+#include <taskvec/device/linalg.hpp>
 
 #include <cstdint>
 #include <cstdio>

@@ -5,9 +5,9 @@
 // (DESIGN: merges ≥ 85%) is for the merges of one pass.
 #include "device.hpp"
 
-#include <taskvec/arithmetic/gpu.hpp>
-#include <taskvec/merge/gpu.hpp>
-#include <taskvec/select/gpu.hpp>
+#include <taskvec/device/arithmetic.hpp>
+#include <taskvec/device/methods.hpp>
+#include <taskvec/device/select.hpp>
 
 #include <cstdio>
 #include <random>

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checkpoints.hpp"
 
-#include <taskvec/io/delta.hpp>
-#include <taskvec/io/fingerprint.hpp>
-#include <taskvec/io/safetensors.hpp>
+#include <taskvec/formats/delta.hpp>
+#include <taskvec/formats/fingerprint.hpp>
+#include <taskvec/formats/safetensors.hpp>
 
 #include <cstring>
 

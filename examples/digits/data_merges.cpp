@@ -3,10 +3,10 @@
 
 #include "merging.hpp"
 
-#include <taskvec/io/fingerprint.hpp>
-#include <taskvec/io/statistics.hpp>
-#include <taskvec/merge/fisher.hpp>
-#include <taskvec/merge/regmean.hpp>
+#include <taskvec/formats/fingerprint.hpp>
+#include <taskvec/formats/statistics.hpp>
+#include <taskvec/methods/fisher.hpp>
+#include <taskvec/methods/regmean.hpp>
 
 #include <array>
 #include <cmath>

@@ -4,8 +4,8 @@
 
 #include "setting.hpp"
 
-#include <taskvec/merge/fisher_accumulator.hpp>
-#include <taskvec/merge/gram_accumulator.hpp>
+#include <taskvec/statistics/fisher_accumulator.hpp>
+#include <taskvec/statistics/gram_accumulator.hpp>
 
 #include <cstddef>
 #include <filesystem>

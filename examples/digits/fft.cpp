@@ -8,9 +8,9 @@
 #include "merging.hpp"
 #include "train.hpp"
 
-#include <taskvec/merge/average.hpp>
-#include <taskvec/merge/task_arithmetic.hpp>
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/methods/average.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
+#include <taskvec/methods/ties.hpp>
 
 #include <algorithm>
 #include <array>

@@ -9,9 +9,9 @@
 
 #include <taskvec/analysis/disentanglement.hpp>
 #include <taskvec/analysis/scores.hpp>
-#include <taskvec/analysis/subset_sweep.hpp>
-#include <taskvec/jvp/phi_space.hpp>
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/search/subset_sweep.hpp>
+#include <taskvec/adapters/phi_space.hpp>
+#include <taskvec/methods/ties.hpp>
 
 #include <algorithm>
 #include <cmath>

@@ -9,7 +9,7 @@
 #include "setting.hpp"
 #include "table.hpp"
 
-#include <taskvec/analysis/lambda_grid.hpp>
+#include <taskvec/search/lambda_grid.hpp>
 
 #include <array>
 #include <cstddef>

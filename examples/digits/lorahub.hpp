@@ -5,7 +5,7 @@
 #include "merging.hpp"
 #include "setting.hpp"
 
-#include <taskvec/merge/lorahub.hpp>
+#include <taskvec/search/lorahub.hpp>
 
 #include <concepts>
 #include <cstddef>
@@ -21,7 +21,7 @@ inline constexpr std::size_t few_shot_images = 64, lorahub_evaluations = 200;
 
 /// A (1+1) evolution strategy: the best weights so far plus normal noise, whose size grows by a half after a step that helped and
 /// shrinks by a seventh or so after one that did not (the one-fifth rule). An optimiser of lorahub() that needs no library, and whose draws are a
-/// function of the seed alone; <taskvec/merge/lorahub_nlopt.hpp> has NLopt's COBYLA.
+/// function of the seed alone; <taskvec/search/lorahub_nlopt.hpp> has NLopt's COBYLA.
 struct evolution_strategy {
     std::uint64_t seed = 0;
     double step = 0.2;

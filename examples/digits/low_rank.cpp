@@ -2,10 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "low_rank.hpp"
 
-#include <taskvec/io/peft.hpp>
-#include <taskvec/lowrank/merge_adapters.hpp>
-#include <taskvec/lowrank/merge_ties.hpp>
-#include <taskvec/lowrank/randomized_svd.hpp>
+#include <taskvec/formats/peft.hpp>
+#include <taskvec/adapters/merge_adapters.hpp>
+#include <taskvec/adapters/merge_ties.hpp>
+#include <taskvec/linalg/randomized_svd.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 
 #include <algorithm>

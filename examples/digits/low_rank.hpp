@@ -4,7 +4,7 @@
 
 #include "adapter.hpp"
 
-#include <taskvec/lowrank/adapter.hpp>
+#include <taskvec/adapters/adapter.hpp>
 
 #include <cstddef>
 #include <filesystem>

@@ -4,7 +4,7 @@
 
 #include "network.hpp"
 
-#include <taskvec/merge/merge.hpp>
+#include <taskvec/methods/merge.hpp>
 #include <taskvec/reuse/parameter_count.hpp>
 #include <taskvec/reuse/peru_fft.hpp>
 #include <taskvec/reuse/post_pruning.hpp>

@@ -4,8 +4,8 @@
 #include "figures.hpp"
 #include "merging.hpp"
 
-#include <taskvec/analysis/subset_sweep.hpp>
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/search/subset_sweep.hpp>
+#include <taskvec/methods/ties.hpp>
 
 #include <algorithm>
 #include <functional>

@@ -2,11 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/arithmetic/gpu.hpp>
-#include <taskvec/backend/thrust/system.hpp>
-#include <taskvec/lowrank/gpu.hpp>
-#include <taskvec/merge/device_regmean.hpp>
-#include <taskvec/merge/gpu.hpp>
-#include <taskvec/reuse/gpu.hpp>
-#include <taskvec/reuse/streamed.hpp>
-#include <taskvec/select/gpu.hpp>
+#include <taskvec/device/arithmetic.hpp>
+#include <taskvec/device/thrust/system.hpp>
+#include <taskvec/device/linalg.hpp>
+#include <taskvec/device/methods/regmean.hpp>
+#include <taskvec/device/methods.hpp>
+#include <taskvec/device/reuse.hpp>
+#include <taskvec/device/reuse/streamed.hpp>
+#include <taskvec/device/select.hpp>

@@ -3,7 +3,7 @@
 #include <taskvec/taskvec.hpp>
 
 #if defined(WITH_IO)
-#include <taskvec/io/safetensors.hpp>
+#include <taskvec/formats/safetensors.hpp>
 #endif
 
 #include <cstdio>

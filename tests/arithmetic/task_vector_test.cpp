@@ -1,10 +1,10 @@
 // Difference, application, combination; dot, norm, cosine of a fixed shape.
 // SPDX-License-Identifier: Apache-2.0
-#include "../merge/random_models.hpp"
+#include "../reference/random_models.hpp"
 #include "../reference/ties.hpp"
 
 #include <taskvec/arithmetic/task_vector.hpp>
-#include <taskvec/merge/task_arithmetic.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
 
 #include <doctest/doctest.h>
 

@@ -3,10 +3,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/arithmetic/task_vector.hpp>
 #include <taskvec/core/hash.hpp>
-#include <taskvec/merge/average.hpp>
-#include <taskvec/merge/dare.hpp>
-#include <taskvec/merge/task_arithmetic.hpp>
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/methods/average.hpp>
+#include <taskvec/methods/dare.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
+#include <taskvec/methods/ties.hpp>
 #include <taskvec/reuse/peru_fft.hpp>
 
 #include <cmath>

@@ -1,7 +1,7 @@
 // A decomposition on the gpu without the header that brings its linear algebra: one sentence says which to include.
 // SPDX-License-Identifier: Apache-2.0
-// error: factored_svd\(\) on taskvec::gpu: include <taskvec/lowrank/gpu.hpp>
-#include <taskvec/lowrank/factored_svd.hpp>
+// error: factored_svd\(\) on taskvec::gpu: include <taskvec/device/linalg.hpp>
+#include <taskvec/linalg/factored_svd.hpp>
 
 void f(taskvec::device_matrix_view<const float> a)
 {

@@ -1,11 +1,11 @@
 // A merge on the gpu by a method whose header is missing: one sentence says which to include.
 // SPDX-License-Identifier: Apache-2.0
 // needs: thrust
-// error: this method does not merge on taskvec::gpu: include <taskvec/merge/gpu.hpp>
+// error: this method does not merge on taskvec::gpu: include <taskvec/device/methods.hpp>
 #define THRUST_HOST_SYSTEM THRUST_HOST_SYSTEM_CPP
 #define THRUST_DEVICE_SYSTEM THRUST_DEVICE_SYSTEM_CPP
-#include <taskvec/merge/device_linear.hpp>
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/device/methods/linear.hpp>
+#include <taskvec/methods/ties.hpp>
 
 #include <vector>
 

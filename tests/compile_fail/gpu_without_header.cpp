@@ -1,7 +1,7 @@
 // A merge on the gpu without the header that holds it: one sentence says which to include.
 // SPDX-License-Identifier: Apache-2.0
-// error: merge\(\) on taskvec::gpu: include <taskvec/merge/gpu.hpp>
-#include <taskvec/merge/average.hpp>
+// error: merge\(\) on taskvec::gpu: include <taskvec/device/methods.hpp>
+#include <taskvec/methods/average.hpp>
 
 #include <vector>
 

@@ -1,7 +1,7 @@
 // An optimiser that does not take the problem and the objective is refused at the call, by the concept's name.
 // SPDX-License-Identifier: Apache-2.0
 // error: lorahub_optimizer
-#include <taskvec/merge/lorahub.hpp>
+#include <taskvec/search/lorahub.hpp>
 
 #if defined(TASKVEC_FAULT)
 struct optimizer {

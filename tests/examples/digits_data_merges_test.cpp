@@ -6,10 +6,10 @@
 #include "lorahub.hpp"
 #include "merging.hpp"
 
-#include <taskvec/io/statistics.hpp>
-#include <taskvec/merge/fisher.hpp>
-#include <taskvec/merge/regmean.hpp>
-#include <taskvec/merge/task_arithmetic.hpp>
+#include <taskvec/formats/statistics.hpp>
+#include <taskvec/methods/fisher.hpp>
+#include <taskvec/methods/regmean.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
 
 #include <doctest/doctest.h>
 

@@ -4,9 +4,9 @@
 #include "fft.hpp"
 #include "merging.hpp"
 
-#include <taskvec/io/delta.hpp>
-#include <taskvec/merge/average.hpp>
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/formats/delta.hpp>
+#include <taskvec/methods/average.hpp>
+#include <taskvec/methods/ties.hpp>
 #include <taskvec/select/sparse.hpp>
 
 #include <doctest/doctest.h>

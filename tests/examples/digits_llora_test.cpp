@@ -6,9 +6,9 @@
 #include "low_rank.hpp"
 
 #include <taskvec/analysis/scores.hpp>
-#include <taskvec/jvp/fold_adapter.hpp>
-#include <taskvec/lowrank/merge_phi.hpp>
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/adapters/fold_adapter.hpp>
+#include <taskvec/adapters/merge_phi.hpp>
+#include <taskvec/methods/ties.hpp>
 
 #include <doctest/doctest.h>
 

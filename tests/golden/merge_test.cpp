@@ -2,11 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "golden.hpp"
 
-#include <taskvec/merge/average.hpp>
-#include <taskvec/merge/model_stock.hpp>
-#include <taskvec/merge/slerp.hpp>
-#include <taskvec/merge/task_arithmetic.hpp>
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/methods/average.hpp>
+#include <taskvec/methods/model_stock.hpp>
+#include <taskvec/methods/slerp.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
+#include <taskvec/methods/ties.hpp>
 #include <taskvec/reuse/peru_fft.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
 

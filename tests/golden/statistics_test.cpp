@@ -2,10 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "golden.hpp"
 
-#include <taskvec/merge/fisher.hpp>
-#include <taskvec/merge/fisher_accumulator.hpp>
-#include <taskvec/merge/gram_accumulator.hpp>
-#include <taskvec/merge/regmean.hpp>
+#include <taskvec/methods/fisher.hpp>
+#include <taskvec/statistics/fisher_accumulator.hpp>
+#include <taskvec/statistics/gram_accumulator.hpp>
+#include <taskvec/methods/regmean.hpp>
 
 #include <span>
 

@@ -10,7 +10,7 @@ TEST_CASE("golden derivatives need a JSON library, which is not here")
 }
 #else
 
-#include <taskvec/io/safetensors.hpp>
+#include <taskvec/formats/safetensors.hpp>
 #include <taskvec/jvp/attention.hpp>
 #include <taskvec/jvp/elementwise.hpp>
 #include <taskvec/jvp/embedding.hpp>

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/lowrank/adapter.hpp>
+#include <taskvec/adapters/adapter.hpp>
 
 #include "reference/random_matrix.hpp"
 #include "reference/svd.hpp"

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/io/safetensors.hpp>
+#include <taskvec/formats/safetensors.hpp>
 
 #include <algorithm>
 #include <cmath>

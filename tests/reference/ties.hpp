@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/methods/ties.hpp>
 
 #include <algorithm>
 #include <cmath>

@@ -1,9 +1,9 @@
 // Post-Pruning, PERU-FFT, sparse vectors: what is kept, what it adds up to, and the way back.
 // SPDX-License-Identifier: Apache-2.0
-#include "../merge/random_models.hpp"
+#include "../reference/random_models.hpp"
 
-#include <taskvec/merge/average.hpp>
-#include <taskvec/merge/ties.hpp>
+#include <taskvec/methods/average.hpp>
+#include <taskvec/methods/ties.hpp>
 #include <taskvec/reuse/parameter_count.hpp>
 #include <taskvec/reuse/peru_fft.hpp>
 

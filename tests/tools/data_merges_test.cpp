@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
-#include <taskvec/io/checkpoint.hpp>
-#include <taskvec/io/statistics.hpp>
+#include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/statistics.hpp>
 
 #include <nlohmann/json.hpp>
 

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
-#include <taskvec/io/delta.hpp>
+#include <taskvec/formats/delta.hpp>
 
 #include <nlohmann/json.hpp>
 

@@ -3,7 +3,7 @@
 #include "run_tool.hpp"
 
 #include <taskvec/core/random.hpp>
-#include <taskvec/io/peft.hpp>
+#include <taskvec/formats/peft.hpp>
 
 #include <nlohmann/json.hpp>
 

@@ -5,7 +5,7 @@
 #include "reference/adapters.hpp"
 #include "reference/ties.hpp"
 
-#include <taskvec/io/peft.hpp>
+#include <taskvec/formats/peft.hpp>
 
 #include <nlohmann/json.hpp>
 

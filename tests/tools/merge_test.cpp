@@ -3,7 +3,7 @@
 #include "run_tool.hpp"
 
 #include <taskvec/core/random.hpp>
-#include <taskvec/io/checkpoint.hpp>
+#include <taskvec/formats/checkpoint.hpp>
 
 #include <nlohmann/json.hpp>
 

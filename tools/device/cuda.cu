@@ -1,11 +1,11 @@
-// --device cuda, compiled by nvcc; for the test of it also for host threads (tests/gpu/tool). Nothing that computes on the CPU is called
+// --device cuda, compiled by nvcc; for the test of it also for host threads (tests/device/tool). Nothing that computes on the CPU is called
 // here: what nvcc makes of it keeps no promise about bits.
 // SPDX-License-Identifier: Apache-2.0
 #include "../device.hpp"
 
-#include <taskvec/merge/device_regmean.hpp>
-#include <taskvec/merge/gpu.hpp>
-#include <taskvec/reuse/streamed.hpp>
+#include <taskvec/device/methods/regmean.hpp>
+#include <taskvec/device/methods.hpp>
+#include <taskvec/device/reuse/streamed.hpp>
 
 namespace tool {
 

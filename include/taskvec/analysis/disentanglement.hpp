@@ -4,7 +4,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/analysis/task_space.hpp>
+#include <taskvec/search/task_space.hpp>
 
 #include <Eigen/Core>
 

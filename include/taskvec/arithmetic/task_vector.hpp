@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/arithmetic/reduce.hpp>
+#include <taskvec/models/tensor_sums.hpp>
 
 #include <array>
 #include <cmath>
@@ -259,41 +259,41 @@ namespace detail {
     return detail::cosines_of(dot_matrix(policy, models), models.task_count());
 }
 
-// On taskvec::gpu these live in <taskvec/arithmetic/gpu.hpp>; without it a call says so.
+// On taskvec::gpu these live in <taskvec/device/arithmetic.hpp>; without it a call says so.
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto difference(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "difference() on taskvec::gpu: include <taskvec/arithmetic/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "difference() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto apply(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "apply() on taskvec::gpu: include <taskvec/arithmetic/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "apply() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto negate(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "negate() on taskvec::gpu: include <taskvec/arithmetic/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "negate() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto combine(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "combine() on taskvec::gpu: include <taskvec/arithmetic/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "combine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto dot(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "dot() on taskvec::gpu: include <taskvec/arithmetic/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "dot() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto norm(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "norm() on taskvec::gpu: include <taskvec/arithmetic/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "norm() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto cosine(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "cosine() on taskvec::gpu: include <taskvec/arithmetic/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "cosine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/arithmetic/block.hpp>
+#include <taskvec/models/block.hpp>
 
 #include <array>
 #include <span>

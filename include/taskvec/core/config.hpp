@@ -14,7 +14,7 @@
 #endif
 
 // Everything lives in an inline namespace that names the version, the options that change a type's meaning, and the
-// Thrust system (see backend/thrust): translation units that disagree link side by side instead of silently mixing.
+// Thrust system (see device/thrust): translation units that disagree link side by side instead of silently mixing.
 #if defined(TASKVEC_NO_EXCEPTIONS)
 #define TASKVEC_ABI_ERRORS noexcept_
 #else
@@ -55,7 +55,7 @@
 #define TASKVEC_NOINLINE [[gnu::noinline]]
 #define TASKVEC_RESTRICT __restrict
 #if defined(__CUDACC__)
-// Device code rounds each operation by intrinsics (backend/thrust). The CPU's kernels lose their guarantee in a file that
+// Device code rounds each operation by intrinsics (device/thrust). The CPU's kernels lose their guarantee in a file that
 // nvcc compiles for a processor with fused multiply-adds: run cpu policies from files of the host compiler.
 #define TASKVEC_KERNELS_BEGIN
 #define TASKVEC_KERNELS_END

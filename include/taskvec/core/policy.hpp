@@ -51,14 +51,14 @@ public:
     virtual void deallocate(void* place, std::size_t bytes, void* stream) noexcept = 0;
 };
 
-/// What outlives a call on a stream: library handles. Made and described by backend/cusolver.
+/// What outlives a call on a stream: library handles. Made and described by device/cusolver.
 class gpu_context;
 
 /// Run on the device of a CUDA stream, or, where the code was compiled for a Thrust host system, on the host threads of that
 /// system, whose memory then counts as device memory. Results do not depend on any of these members.
 ///
 /// The type is here so that interfaces can name it without a CUDA header. Each room has its gpu versions in a header of their
-/// own (<taskvec/merge/gpu.hpp> and so on; <taskvec/gpu.hpp> includes them all), for nvcc, or for g++ and clang with
+/// own (<taskvec/device/methods.hpp> and so on; <taskvec/gpu.hpp> includes them all), for nvcc, or for g++ and clang with
 /// THRUST_DEVICE_SYSTEM set to a host system (see docs/gpu.md).
 ///
 ///     taskvec::gpu policy{.stream = stream};

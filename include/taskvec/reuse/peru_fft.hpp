@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/merge/merge.hpp>
+#include <taskvec/methods/merge.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
 
 #include <vector>
@@ -56,11 +56,11 @@ template <merge_method Options, input_of<cpu> Base, tasks_of<cpu> Tasks, output_
     return deltas;
 }
 
-// On taskvec::gpu this lives in <taskvec/reuse/gpu.hpp>; without it a call says so.
+// On taskvec::gpu this lives in <taskvec/device/reuse.hpp>; without it a call says so.
 template <detail::gpu_without_header<detail::gpu_room::reuse> P, class... Arguments>
 auto peru_fft(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>, "peru_fft() on taskvec::gpu: include <taskvec/reuse/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>, "peru_fft() on taskvec::gpu: include <taskvec/device/reuse.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -3,7 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/lowrank/adapter.hpp>
+#include <taskvec/adapters/adapter.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -69,11 +69,11 @@ template <arithmetic_element T, memory_space S, linear_algebra_policy P>
     return result;
 }
 
-// On taskvec::gpu this needs <taskvec/lowrank/gpu.hpp>; without it a call says so.
+// On taskvec::gpu this needs <taskvec/device/linalg.hpp>; without it a call says so.
 template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
 auto peru_lora(const P&, const X&, const peru_lora_options&)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "peru_lora() on taskvec::gpu: include <taskvec/lowrank/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "peru_lora() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

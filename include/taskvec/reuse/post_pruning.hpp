@@ -3,7 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/merge/merge.hpp>
+#include <taskvec/methods/merge.hpp>
 #include <taskvec/select/sparse.hpp>
 #include <taskvec/select/thresholds.hpp>
 
@@ -163,11 +163,11 @@ void add_delta(const Policy& policy, const aligned_models& models, const sparse_
     merge(policy, sparse_addition_options{&delta, scale}, models, out);
 }
 
-// On taskvec::gpu this lives in <taskvec/reuse/gpu.hpp>; without it a call says so.
+// On taskvec::gpu this lives in <taskvec/device/reuse.hpp>; without it a call says so.
 template <detail::gpu_without_header<detail::gpu_room::reuse> P, class... Arguments>
 auto post_pruning(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>, "post_pruning() on taskvec::gpu: include <taskvec/reuse/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>, "post_pruning() on taskvec::gpu: include <taskvec/device/reuse.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/arithmetic/block.hpp>
-#include <taskvec/backend/parallel.hpp>
+#include <taskvec/models/block.hpp>
+#include <taskvec/core/parallel.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 
 #include <algorithm>

@@ -10,7 +10,7 @@
 // the bracket and walks again; what sampling cannot narrow, a histogram does.
 #pragma once
 
-#include <taskvec/arithmetic/block.hpp>
+#include <taskvec/models/block.hpp>
 #include <taskvec/core/random.hpp>
 
 #include <algorithm>
@@ -668,16 +668,16 @@ template <input_of<cpu> X>
     return std::bit_cast<A>(top_k(policy, x, k).magnitude);
 }
 
-// On taskvec::gpu these live in <taskvec/select/gpu.hpp>; without it a call says so.
+// On taskvec::gpu these live in <taskvec/device/select.hpp>; without it a call says so.
 template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
 auto top_k(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>, "top_k() on taskvec::gpu: include <taskvec/select/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>, "top_k() on taskvec::gpu: include <taskvec/device/select.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
 auto kth_magnitude(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>, "kth_magnitude() on taskvec::gpu: include <taskvec/select/gpu.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>, "kth_magnitude() on taskvec::gpu: include <taskvec/device/select.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

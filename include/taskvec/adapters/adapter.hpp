@@ -1,0 +1,276 @@
+// LoRA adapters in memory: the low-rank update of one weight, and an adapter as updates by module name.
+// Hu et al., "LoRA: Low-rank adaptation of large language models" (2021).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/linalg/factored_svd.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The update ΔW = scaling·b·a of one weight matrix (out×in), held by PEFT's factors: b is lora_B (out×r), a is lora_A (r×in),
+/// both row-major, scaling is α/r or α/√r. In the papers' symbols A = scaling·b and B = aᵀ.
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct lora_update {
+    matrix<T, S> b;
+    matrix<T, S> a;
+    double scaling = 1;
+
+    [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
+    [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
+    [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
+    /// weight·ΔW as factors. Refers to this update.
+    [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
+    {
+        return {.a = b.view(), .b = a.view().transposed(), .weight = weight * scaling, .name = name};
+    }
+};
+
+/// An adapter: updates by the name of the module that they belong to, in the order of the names' bytes.
+template <arithmetic_element T, memory_space S = memory_space::host>
+using lora_adapter = std::map<std::string, lora_update<T, S>>;
+
+/// Throws shape_mismatch where b and a do not make a product, nonfinite_error for a scaling that is not finite.
+template <arithmetic_element T, memory_space S>
+void check_update(const lora_update<T, S>& update, std::string_view name)
+{
+    if (update.b.cols() != update.a.rows()) {
+        raise<shape_mismatch>(message(
+            "'", name, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ", update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
+    }
+    if (!std::isfinite(update.scaling)) { raise<nonfinite_error>(message("'", name, "': its scaling is not finite")); }
+}
+
+/// True for two scalings that are one number but for rounding: α/√r, say, and the same written as α'/r.
+[[nodiscard]] inline bool same_scaling(double a, double b) noexcept
+{
+    return std::abs(a - b) <= 1e-12 * std::max(std::abs(a), std::abs(b));
+}
+
+/// On which side σ goes when triples become factors.
+enum class sigma_side : std::uint8_t {
+    both, ///< b = u·√σ, a = √σ·vᵀ: entries of like size on both sides, which 16-bit storage likes
+    left ///< b = u·σ, a = vᵀ
+};
+
+/// The update u·diag(σ)·vᵀ with scaling 1. u is out×q, v in×q.
+template <arithmetic_element T>
+[[nodiscard]] lora_update<T> to_update(const svd_result<T>& s, sigma_side side = sigma_side::both)
+{
+    const std::size_t q = s.sigma.size();
+    lora_update<T> update{matrix<T>(s.u.rows(), q, matrix_order::row_major), matrix<T>(q, s.v.rows(), matrix_order::row_major), 1};
+    for (std::size_t k = 0; k < q; ++k) {
+        const double left = side == sigma_side::both ? std::sqrt(s.sigma[k]) : s.sigma[k], right = side == sigma_side::both ? left : 1;
+        for (std::size_t i = 0; i < s.u.rows(); ++i) { update.b(i, k) = static_cast<T>(static_cast<double>(s.u(i, k)) * left); }
+        for (std::size_t i = 0; i < s.v.rows(); ++i) { update.a(k, i) = static_cast<T>(static_cast<double>(s.v(i, k)) * right); }
+    }
+    return update;
+}
+
+/// The same in the memory space of the policy.
+template <arithmetic_element T>
+[[nodiscard]] lora_update<T> to_update(const cpu&, const svd_result<T>& s, sigma_side side)
+{
+    return to_update(s, side);
+}
+
+/// The same update once more.
+template <arithmetic_element T>
+[[nodiscard]] lora_update<T> copy_update(const cpu&, const lora_update<T>& update)
+{
+    return update;
+}
+
+/// On a device: u and v are scaled there, and turned into row-major factors by writing them to transposed views.
+template <arithmetic_element T, linear_algebra_policy P>
+    requires(P::space == memory_space::device)
+[[nodiscard]] lora_update<T, P::space> to_update(const P& policy, const svd_result<T, P::space>& s, sigma_side side)
+{
+    const std::size_t q = s.sigma.size();
+    std::vector<double> left(s.sigma), right(q, 1.0);
+    if (side == sigma_side::both) {
+        for (std::size_t k = 0; k < q; ++k) { left[k] = right[k] = std::sqrt(s.sigma[k]); }
+    }
+    lora_update<T, P::space> update{
+        result_matrix<T>(policy, s.u.rows(), q, matrix_order::row_major), result_matrix<T>(policy, q, s.v.rows(), matrix_order::row_major), 1};
+    auto scaled = scratch_matrix<T>(policy, s.u.rows(), q);
+    scale_columns<T>(policy, s.u.view(), left, scaled.view());
+    copy_matrix<T>(policy, scaled.view(), update.b.view());
+    scaled = scratch_matrix<T>(policy, s.v.rows(), q);
+    scale_columns<T>(policy, s.v.view(), right, scaled.view());
+    copy_matrix<T>(policy, scaled.view(), update.a.view().transposed());
+    return update;
+}
+template <arithmetic_element T, linear_algebra_policy P>
+    requires(P::space == memory_space::device)
+[[nodiscard]] lora_update<T, P::space> copy_update(const P& policy, const lora_update<T, P::space>& update)
+{
+    lora_update<T, P::space> copy{result_matrix<T>(policy, update.b.rows(), update.b.cols(), update.b.order()),
+        result_matrix<T>(policy, update.a.rows(), update.a.cols(), update.a.order()), update.scaling};
+    copy_matrix<T>(policy, update.b.view(), copy.b.view());
+    copy_matrix<T>(policy, update.a.view(), copy.a.view());
+    return copy;
+}
+
+/// Stacked factors as an update with scaling 1, exactly.
+template <arithmetic_element T>
+[[nodiscard]] lora_update<T> to_update(const stacked_factors<T>& sum)
+{
+    lora_update<T> update{matrix<T>(sum.a.rows(), sum.a.cols(), matrix_order::row_major), matrix<T>(sum.b.cols(), sum.b.rows(), matrix_order::row_major), 1};
+    for (std::size_t k = 0; k < sum.a.cols(); ++k) {
+        for (std::size_t i = 0; i < sum.a.rows(); ++i) { update.b(i, k) = sum.a(i, k); }
+        for (std::size_t i = 0; i < sum.b.rows(); ++i) { update.a(k, i) = sum.b(i, k); }
+    }
+    return update;
+}
+
+/// out = weight·ΔW, dense (out×in, either order). Cost: 2·out·in·r flops.
+template <arithmetic_element T>
+void densify(const cpu& policy, const lora_update<T>& update, std::type_identity_t<matrix_view<T>> out, double weight = 1)
+{
+    gemm<T>(policy, static_cast<T>(weight * update.scaling), update.b.view(), update.a.view(), T(0), out);
+}
+
+/// ‖ΔW‖²_F from the factors: Σ (bᵀb)∘(a·aᵀ) in f64, times scaling². Cost: (out + in)·r² flops.
+template <arithmetic_element T>
+[[nodiscard]] double squared_norm(const cpu& policy, const lora_update<T>& update)
+{
+    const std::size_t r = update.rank();
+    if (r == 0 || update.out() == 0 || update.in() == 0) { return 0; }
+    matrix<double> left(r, r), right(r, r);
+    detail::gram<T>(update.b.view(), left, memory_of(policy));
+    detail::gram<T>(update.a.view().transposed(), right, memory_of(policy));
+    double sum = 0;
+    for (std::size_t i = 0; i < r * r; ++i) { sum += left.data()[i] * right.data()[i]; }
+    return (sum < 0 ? 0 : sum) * update.scaling * update.scaling; // NaN stays NaN
+}
+
+/// What an algorithm on adapters did to one layer.
+struct layer_report {
+    std::string name{};
+    std::size_t out = 0, in = 0;
+    std::size_t rank_before = 0; ///< of the adapter, or of all stacked ones together; 0 where the update was dense
+    std::size_t rank = 0; ///< what is stored now
+    bool whole = false; ///< nothing was cut off: the update is exact
+    double squared_norm = 0; ///< ‖ΔW‖²_F before
+    double squared_error = 0; ///< ‖ΔW − what is stored‖²_F, before rounding to a storage type
+
+    [[nodiscard]] double relative_error() const noexcept { return squared_norm > 0 ? std::sqrt(squared_error / squared_norm) : 0; }
+    [[nodiscard]] double energy() const noexcept { return squared_norm > 0 ? 1 - squared_error / squared_norm : 1; }
+    /// Numbers stored: rank·(out + in + 1) with the singular values, rank·(out + in) for a layer that was kept whole.
+    [[nodiscard]] std::uint64_t parameters() const noexcept { return std::uint64_t{rank} * (out + in + (whole ? 0 : 1)); }
+};
+
+/// A new adapter, and what was done for it layer by layer.
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct adapter_result {
+    lora_adapter<T, S> adapter;
+    std::vector<layer_report> layers; ///< in name order
+
+    /// Relative error over all layers together.
+    [[nodiscard]] double relative_error() const noexcept
+    {
+        double norm = 0, error = 0;
+        for (const auto& layer : layers) {
+            norm += layer.squared_norm;
+            error += layer.squared_error;
+        }
+        return norm > 0 ? std::sqrt(error / norm) : 0;
+    }
+    [[nodiscard]] std::uint64_t parameters() const noexcept
+    {
+        std::uint64_t total = 0;
+        for (const auto& layer : layers) { total += layer.parameters(); }
+        return total;
+    }
+};
+
+/// A way to decompose a dense matrix: randomized (decompose_randomized, in lowrank/randomized_svd.hpp) or exact
+/// (decompose_exactly, in lowrank/truncated_svd.hpp, which alone pays for compiling a large SVD).
+template <class D, class T>
+concept decomposition = arithmetic_element<T> && requires(const D& decompose, const cpu& policy, matrix_view<const T> a, const rank_choice& choice)
+{
+    {
+        decompose(policy, a, choice, std::string_view{})
+        } -> std::convertible_to<svd_result<T>>;
+};
+
+/// weight ← round(weight + factor·ΔW) in place: the adapter folded into a base weight. `weight` is out×in in any storage
+/// type and either order (an embedding or a transposed layer passes its transposed view); arithmetic in T, one rounding.
+/// Folding out again with −factor gives the former weight up to that rounding; folded_update restores it exactly.
+/// Throws shape_mismatch. The bits do not depend on threads. Cost: 2·out·in·r flops, one read and write of the weight.
+///
+///     fold(cpu{}, adapter.at("layers.0.q_proj"), weight);
+template <arithmetic_element T, storage_element S>
+void fold(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1, std::string_view name = "the update")
+{
+    check_update(update, name);
+    if (weight.rows() != update.out() || weight.cols() != update.in()) {
+        raise<shape_mismatch>(message("'", name, "': the update is ", update.out(), "×", update.in(), " and the weight ", weight.rows(), "×", weight.cols(),
+            "; this adapter belongs to another base"));
+    }
+    constexpr std::size_t piece = 64;
+    const cpu inside = sequential(policy);
+    for_each_index(policy, (weight.rows() + piece - 1) / piece, [&](std::size_t index, std::size_t) {
+        const std::size_t first = index * piece, count = std::min(piece, weight.rows() - first);
+        matrix<T> delta(count, weight.cols(), weight.order(), memory_of(policy));
+        gemm<T>(inside, static_cast<T>(factor * update.scaling), update.b.view().block(first, 0, count, update.rank()), update.a.view(), T(0), delta.view());
+        const bool by_rows = weight.order() == matrix_order::row_major;
+        const std::size_t runs = by_rows ? count : weight.cols(), length = by_rows ? weight.cols() : count;
+        for (std::size_t k = 0; k < runs; ++k) {
+            S* const at = by_rows ? &weight(first + k, 0) : &weight(first, k);
+            const T* const add = delta.data() + k * length;
+            for (std::size_t i = 0; i < length; ++i) { at[i] = narrow<S>(static_cast<T>(widen<T>(at[i]) + add[i])); }
+        }
+    });
+}
+
+/// An update folded into a weight that can be taken out again bit for bit: it keeps the words that it changed (a copy of the
+/// weight). Move-only; does nothing on destruction.
+///
+///     folded_update<float> folded(cpu{}, adapter.at("layers.0.q_proj"), weight);
+///     … serve …
+///     folded.undo();
+template <storage_element S>
+class folded_update {
+public:
+    template <arithmetic_element T>
+    folded_update(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1, std::string_view name = "the update")
+        : weight_(weight)
+        , saved_(weight.rows(), weight.cols(), weight.order())
+    {
+        copy(weight_, saved_.view());
+        fold(policy, update, weight, factor, name);
+    }
+    folded_update(folded_update&&) noexcept = default;
+    folded_update& operator=(folded_update&&) noexcept = default;
+
+    /// Writes the former words back. A second call changes nothing.
+    void undo()
+    {
+        if (!saved_.empty()) { copy(saved_.view(), weight_); }
+        saved_ = {};
+    }
+
+private:
+    static void copy(matrix_view<const S> from, matrix_view<S> to)
+    {
+        const bool by_rows = from.order() == matrix_order::row_major;
+        const std::size_t runs = by_rows ? from.rows() : from.cols(), length = by_rows ? from.cols() : from.rows();
+        for (std::size_t k = 0; k < runs; ++k) { std::copy_n(from.data() + k * from.stride(), length, to.data() + k * to.stride()); }
+    }
+
+    matrix_view<S> weight_;
+    matrix<S> saved_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,97 @@
+// Matrices in device memory: an owner, and copies from and to the host.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/device/memory.hpp>
+#include <taskvec/core/matrix.hpp>
+
+#include <cstddef>
+#include <utility>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A matrix that owns device memory from the policy's allocator, zero at first; move-only. Memory is given back in the order of
+/// the policy's stream, which (like the allocator) must outlive it.
+template <storage_element T>
+class matrix<T, memory_space::device> {
+public:
+    using host_type = matrix<T>;
+
+    matrix() = default;
+    matrix(const gpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+        : data_({.stream = policy.stream, .allocator = policy.allocator, .context = nullptr}, rows * cols)
+        , rows_(rows)
+        , cols_(cols)
+        , order_(order)
+    {
+        data_.clear();
+    }
+
+    [[nodiscard]] T* data() noexcept { return data_.data(); }
+    [[nodiscard]] const T* data() const noexcept { return data_.data(); }
+    [[nodiscard]] std::size_t rows() const noexcept { return rows_; }
+    [[nodiscard]] std::size_t cols() const noexcept { return cols_; }
+    [[nodiscard]] std::size_t size() const noexcept { return data_.size(); }
+    [[nodiscard]] bool empty() const noexcept { return size() == 0; }
+    [[nodiscard]] matrix_order order() const noexcept { return order_; }
+
+    [[nodiscard]] device_matrix_view<T> view() noexcept { return {data_.data(), rows_, cols_, order_}; }
+    [[nodiscard]] device_matrix_view<const T> view() const noexcept { return {data_.data(), rows_, cols_, order_}; }
+    operator device_matrix_view<T>() noexcept { return view(); }
+    operator device_matrix_view<const T>() const noexcept { return view(); }
+
+private:
+    device::buffer<T> data_;
+    std::size_t rows_ = 0, cols_ = 0;
+    matrix_order order_ = matrix_order::column_major;
+};
+
+template <storage_element T>
+using device_matrix = matrix<T, memory_space::device>;
+
+/// A copy of a host matrix in device memory, in the same order and without gaps; of each run of a view only its elements.
+/// Queued on the policy's stream; the source may be reused on return.
+template <storage_element T>
+[[nodiscard]] device_matrix<T> to_device(const gpu& policy, matrix_view<const T> from)
+{
+    device_matrix<T> to(policy, from.rows(), from.cols(), from.order());
+    const bool by_rows = from.order() == matrix_order::row_major;
+    const std::size_t runs = by_rows ? from.rows() : from.cols(), length = by_rows ? from.cols() : from.rows();
+    if (from.stride() == length) {
+        device::upload(policy, static_cast<void*>(to.data()), from.data(), from.size() * sizeof(T));
+        return to;
+    }
+    for (std::size_t k = 0; k < runs; ++k) {
+        device::upload(policy, static_cast<void*>(to.data() + k * length), from.data() + k * from.stride(), length * sizeof(T));
+    }
+    return to;
+}
+template <storage_element T>
+[[nodiscard]] device_matrix<T> to_device(const gpu& policy, const matrix<T>& from)
+{
+    return to_device<T>(policy, from.view());
+}
+
+/// A copy of a device matrix on the host. Waits for the policy's stream.
+template <storage_element T>
+[[nodiscard]] matrix<T> to_host(const gpu& policy, device_matrix_view<const T> from)
+{
+    matrix<T> to(from.rows(), from.cols(), from.order());
+    const bool by_rows = from.order() == matrix_order::row_major;
+    const std::size_t runs = by_rows ? from.rows() : from.cols(), length = by_rows ? from.cols() : from.rows();
+    if (from.stride() == length || from.empty()) {
+        device::download(policy, static_cast<void*>(to.data()), from.data(), to.size() * sizeof(T));
+        return to;
+    }
+    for (std::size_t k = 0; k < runs; ++k) {
+        device::download(policy, static_cast<void*>(to.data() + k * length), from.data() + k * from.stride(), length * sizeof(T));
+    }
+    return to;
+}
+template <storage_element T>
+[[nodiscard]] matrix<T> to_host(const gpu& policy, const device_matrix<T>& from)
+{
+    return to_host<T>(policy, from.view());
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,150 @@
+// Elements of any storage type, read and written by elementwise functors: the dtype is looked at in the loop, not in the type.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/models/aligned_models.hpp>
+#include <taskvec/core/rounding.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A run of consecutive elements of one tensor of all models, in the memory of a device.
+struct device_piece {
+    const aligned_tensor::operand* operands = nullptr; ///< on the device: the base (null data: none), each task, what lies beside
+    std::size_t tasks = 0;
+    std::uint64_t offset = 0; ///< of the first element in its tensor
+    std::uint64_t position = 0; ///< and in the concatenation of all tensors
+    std::uint64_t size = 0;
+    void* out = nullptr; ///< of the merged elements; null on walks that only read
+    taskvec::dtype out_dtype = taskvec::dtype::f32;
+    bool alike = false; ///< the base, the tasks and the output are stored as out_dtype, from addresses that are multiples of 16
+};
+
+namespace elementwise {
+
+TASKVEC_KERNELS_BEGIN
+
+/// Element i of an operand in the arithmetic type.
+template <arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A load(const aligned_tensor::operand& from, std::uint64_t i) noexcept
+{
+    const void* const data = from.data;
+    switch (from.dtype) {
+    case taskvec::dtype::f64: return static_cast<A>(static_cast<const double*>(data)[i]);
+    case taskvec::dtype::f32: return static_cast<A>(static_cast<const float*>(data)[i]);
+    case taskvec::dtype::bf16: return static_cast<A>(bf16_to_f32(static_cast<const std::uint16_t*>(data)[i]));
+    case taskvec::dtype::f16: return static_cast<A>(f16_to_f32(static_cast<const std::uint16_t*>(data)[i]));
+    case taskvec::dtype::f8_e4m3: return static_cast<A>(e4m3_to_f32(static_cast<const std::uint8_t*>(data)[i]));
+    case taskvec::dtype::f8_e5m2: return static_cast<A>(e5m2_to_f32(static_cast<const std::uint8_t*>(data)[i]));
+    default: return A{0}; // aligned models hold nothing else
+    }
+}
+
+/// The same, with NaN and infinity noted.
+template <arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A load(const aligned_tensor::operand& from, std::uint64_t i, std::uint64_t place, counter* flag) noexcept
+{
+    const A value = load<A>(from, i);
+    note(value, place, flag);
+    return value;
+}
+
+/// Stores a value as element i, rounded once.
+template <arithmetic_element A>
+TASKVEC_HOST_DEVICE inline void store(void* to, taskvec::dtype type, std::uint64_t i, A value) noexcept
+{
+    switch (type) {
+    case taskvec::dtype::f64: static_cast<double*>(to)[i] = narrow_word<double>(value); return;
+    case taskvec::dtype::f32: static_cast<float*>(to)[i] = narrow_word<float>(value); return;
+    case taskvec::dtype::bf16: static_cast<std::uint16_t*>(to)[i] = narrow_word<bf16>(value); return;
+    case taskvec::dtype::f16: static_cast<std::uint16_t*>(to)[i] = narrow_word<f16>(value); return;
+    default: return; // outputs hold nothing else
+    }
+}
+
+/// Element i of task t's vector: θt − θ0, or θt where there is no base (`origin` is then not looked at).
+template <arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A delta(const device_piece& piece, std::size_t t, std::uint64_t i, A origin, counter* flag) noexcept
+{
+    const A value = load<A>(piece.operands[1 + t], i, piece.position + i, flag);
+    return piece.operands[0].data ? difference(value, origin) : value;
+}
+
+/// Element i of the base; 0 where there is none.
+template <arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A origin(const device_piece& piece, std::uint64_t i, counter* flag) noexcept
+{
+    return piece.operands[0].data ? load<A>(piece.operands[0], i, piece.position + i, flag) : A{0};
+}
+
+/// Where a dense list of elements lies in a tensor: runs of `length` consecutive ones, `stride` apart.
+struct strided_runs {
+    std::uint64_t first = 0, length = 1, stride = 1;
+
+    [[nodiscard]] TASKVEC_HOST_DEVICE std::uint64_t at(std::uint64_t k) const noexcept { return first + k / length * stride + k % length; }
+};
+
+/// Element runs.at(k) of a tensor = x[k] + y[k], rounded to storage once.
+struct store_sum {
+    const double *x, *y;
+    void* out;
+    taskvec::dtype out_dtype;
+    strided_runs runs;
+
+    TASKVEC_FUNCTOR void operator()(const indices& at) const
+    {
+        TASKVEC_STRICT_FP
+        for (std::uint64_t k = at.first; k < at.last; k += at.step) { store(out, out_dtype, runs.at(k), sum(x[k], y[k])); }
+    }
+};
+
+/// As many consecutive elements as one access of 16 bytes moves.
+template <storage_element T>
+struct alignas(16) pack {
+    static constexpr std::size_t size = 16 / sizeof(T);
+    storage_word<T> words[size];
+};
+
+/// Pack k of an operand, widened into `out`, with NaN and infinity noted. `place` is that of the pack's first element.
+template <storage_element T>
+TASKVEC_HOST_DEVICE inline void load_pack(
+    const aligned_tensor::operand& from, std::uint64_t k, std::uint64_t place, counter* flag, arithmetic_type<T>* out) noexcept
+{
+    const void* const data = from.data;
+    const pack<T> loaded = static_cast<const pack<T>*>(data)[k];
+    for (std::size_t j = 0; j < pack<T>::size; ++j) {
+        out[j] = widen_word<arithmetic_type<T>, T>(loaded.words[j]);
+        note(out[j], place + j, flag);
+    }
+}
+
+/// Stores values as pack k, each rounded once.
+template <storage_element T>
+TASKVEC_HOST_DEVICE inline void store_pack(void* to, std::uint64_t k, const arithmetic_type<T>* values) noexcept
+{
+    pack<T> stored;
+    for (std::size_t j = 0; j < pack<T>::size; ++j) { stored.words[j] = narrow_word<T>(values[j]); }
+    static_cast<pack<T>*>(to)[k] = stored;
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace elementwise
+
+/// Calls use(std::type_identity<T>{}) where a piece is stored alike in a type that arithmetic in f32 has packs for; otherwise false.
+template <class Use>
+bool visit_packs(const device_piece& piece, const Use& use)
+{
+    if (!piece.alike) { return false; }
+    switch (piece.out_dtype) {
+    case taskvec::dtype::f32: use(std::type_identity<float>{}); return true;
+    case taskvec::dtype::bf16: use(std::type_identity<bf16>{}); return true;
+    case taskvec::dtype::f16: use(std::type_identity<f16>{}); return true;
+    default: return false;
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,98 @@
+// The fingerprint of a model: one 64-bit number over names, dtypes, shapes and bytes.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/parallel.hpp>
+#include <taskvec/core/hash.hpp>
+#include <taskvec/core/tensor_ref.hpp>
+
+#include <algorithm>
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Bytes that are hashed as one piece.
+inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
+
+/// The fingerprint of a model, by which a delta knows its base. All hashes are XXH64 with seed 0, all numbers 64-bit
+/// little-endian:
+///
+///     block hash    XXH64 of up to 2^22 bytes of a tensor; a tensor of n bytes has ceil(n / 2^22) blocks
+///     tensor hash   XXH64 of: length of the name, name, length of the dtype's name, dtype's name ("BF16"), rank,
+///                   extents, the block hashes in order
+///     fingerprint   XXH64 of: number of tensors, the tensor hashes in the order of the names' bytes
+///
+/// Tensors must be contiguous host memory of any dtype and alignment. The value does not depend on the policy, on the
+/// order of tensors in a file, or on how they are spread over shards.
+/// Throws invalid_argument for a tensor that is not contiguous host memory; cancelled. Cost: one read of all bytes.
+[[nodiscard]] inline std::uint64_t fingerprint(const cpu& policy, const const_model_ref& model)
+{
+    struct block {
+        const std::byte* data;
+        std::size_t size;
+    };
+    std::vector<block> blocks;
+    std::uint64_t total = 0;
+    for (const auto& [name, tensor] : model) {
+        if (tensor.space != memory_space::host || !tensor.contiguous()) {
+            raise<invalid_argument>(message("tensor '", name, "' is not contiguous host memory; copy it first"));
+        }
+        const std::size_t bytes = tensor.bytes(name);
+        const auto* data = static_cast<const std::byte*>(tensor.data);
+        for (std::size_t at = 0; at < bytes; at += fingerprint_block) { blocks.push_back({data + at, std::min(fingerprint_block, bytes - at)}); }
+        total += bytes;
+    }
+    std::vector<std::uint64_t> hashes(blocks.size());
+    detail::progress_meter progress(policy, "fingerprint", total);
+    for_each_index(policy, blocks.size(), [&](std::size_t index, std::size_t) {
+        xxh64 hash;
+        hash.update(blocks[index].data, blocks[index].size);
+        hashes[index] = hash.digest();
+        if (!progress.advance(blocks[index].size)) { raise<cancelled>(); }
+    });
+
+    xxh64 whole;
+    const auto number = [](xxh64& hash, std::uint64_t value) { hash.update(&value, sizeof value); };
+    const auto text = [&](xxh64& hash, std::string_view value) {
+        number(hash, value.size());
+        hash.update(value);
+    };
+    number(whole, model.size());
+    std::size_t next = 0;
+    for (const auto& [label, tensor] : model) {
+        xxh64 hash;
+        text(hash, label);
+        text(hash, name(tensor.dtype));
+        number(hash, tensor.shape.size());
+        for (const auto extent : tensor.shape) { number(hash, static_cast<std::uint64_t>(extent)); }
+        const std::size_t bytes = tensor.bytes(label);
+        for (std::size_t at = 0; at < bytes; at += fingerprint_block) { number(hash, hashes[next++]); }
+        number(whole, hash.digest());
+    }
+    return whole.digest();
+}
+
+/// A fingerprint as files spell it: "xxh64:" and 16 hexadecimal digits.
+[[nodiscard]] inline std::string fingerprint_text(std::uint64_t value)
+{
+    constexpr char digits[] = "0123456789abcdef";
+    std::string text = "xxh64:";
+    for (int shift = 60; shift >= 0; shift -= 4) { text += digits[(value >> shift) & 15]; }
+    return text;
+}
+[[nodiscard]] inline std::optional<std::uint64_t> parse_fingerprint(std::string_view text)
+{
+    if (!text.starts_with("xxh64:") || text.size() != 22) { return std::nullopt; }
+    std::uint64_t value = 0;
+    const auto [end, failure] = std::from_chars(text.data() + 6, text.data() + 22, value, 16);
+    if (failure != std::errc{} || end != text.data() + 22) { return std::nullopt; }
+    return value;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,546 @@
+// PEFT's LoRA adapter directories: adapter_config.json and adapter_model.safetensors, read strictly and written so that PEFT loads them.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/formats/name_pattern.hpp>
+#include <taskvec/formats/safetensors.hpp>
+#include <taskvec/adapters/adapter.hpp>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The file names of an adapter directory, and what PEFT puts before the names of modules.
+inline constexpr std::string_view peft_config_name = "adapter_config.json";
+inline constexpr std::string_view peft_model_name = "adapter_model.safetensors";
+inline constexpr std::string_view peft_prefix = "base_model.model.";
+
+/// A tensor that an adapter carries beside its factors: a bias, or a weight of a module that was trained whole.
+struct peft_tensor {
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+    std::vector<std::byte> bytes{};
+    friend bool operator==(const peft_tensor&, const peft_tensor&) = default;
+};
+
+/// What follows the name of an adapted module in the name of the copy of its base weight that an adapter may carry.
+inline constexpr std::string_view peft_base_weight = ".base_layer.weight";
+
+/// An adapter as a PEFT directory holds it. Module names are those of the base model ("layers.0.attn.q_proj").
+/// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in = entries. The
+/// weight of a transposed layer (`fan_in_fan_out`) is in×out, its update here out×in like any other.
+template <arithmetic_element T>
+struct peft_adapter {
+    lora_adapter<T> updates{}; ///< factors in T, scaling from the configuration
+    std::set<std::string> embeddings{}; ///< which of the modules are embeddings
+    std::map<std::string, dtype> stored{}; ///< the dtype of each module's factors in the file; absent: T
+    std::map<std::string, peft_tensor> others{}; ///< biases, copies of base weights, whole modules: by name in the file without PEFT's prefix
+    nlohmann::json config = nlohmann::json::object(); ///< the configuration as it was read
+    std::string label{}; ///< names the adapter in messages: its directory
+};
+
+/// The narrowest floating storage dtype that holds the values of both.
+[[nodiscard]] constexpr dtype wider(dtype a, dtype b) noexcept
+{
+    return a == b ? a : a == dtype::f64 || b == dtype::f64 ? dtype::f64 : dtype::f32;
+}
+
+struct peft_read_options {
+    /// Accept an adapter that is more than low-rank updates because whole weights come with it (modules_to_save, embeddings
+    /// that were saved): they are kept in `others`. By default such an adapter is refused. The copies of base weights that PEFT
+    /// stores beside the factors of embed_tokens and lm_head are not meant: they are always accepted.
+    bool whole_modules = false;
+};
+
+namespace detail {
+
+/// PEFT's rule for rank_pattern and alpha_pattern: the first key, in file order, that as a regular expression matches the
+/// module's whole name or a dotted end of it.
+class peft_patterns {
+public:
+    struct pattern {
+        std::string key;
+        name_pattern matcher;
+        double value = 0;
+        bool used = false;
+    };
+
+    peft_patterns() = default;
+    peft_patterns(const nlohmann::ordered_json& object, std::string_view field, const std::string& file)
+    {
+        if (object.is_null()) { return; }
+        if (!object.is_object()) { raise<format_error>(message(field, " is not an object"), file); }
+        for (const auto& [key, value] : object.items()) {
+            if (!value.is_number()) { raise<format_error>(message(field, " gives '", key, "' something that is not a number"), file); }
+            patterns_.push_back({key, compile(key, field, file), value.template get<double>(), false});
+        }
+    }
+    /// The value for a module, or `otherwise`.
+    [[nodiscard]] double find(const std::string& module, double otherwise)
+    {
+        bool found = false;
+        for (auto& one : patterns_) {
+            if (!one.matcher.matches(module)) { continue; }
+            one.used = true;
+            if (!found) {
+                otherwise = one.value;
+                found = true;
+            }
+        }
+        return otherwise;
+    }
+    /// A key that matched no module is a mistake that PEFT does not notice.
+    void check_used(std::string_view field, const std::string& file) const
+    {
+        for (const auto& one : patterns_) {
+            if (!one.used) {
+                raise<format_error>(message(field, " has the key '", one.key, "', which matches no module of the adapter; remove or correct it"), file);
+            }
+        }
+    }
+
+private:
+    static name_pattern compile(const std::string& key, std::string_view field, const std::string& file)
+    {
+#if !defined(TASKVEC_NO_EXCEPTIONS)
+        try {
+            return name_pattern("(.*\\.)?(" + key + ")");
+        }
+        catch (const invalid_argument& problem) {
+            raise<format_error>(message(field, " has the key '", key, "': ", problem.what()), file);
+        }
+#else
+        (void)field;
+        (void)file;
+        return name_pattern("(.*\\.)?(" + key + ")");
+#endif
+    }
+    std::vector<pattern> patterns_;
+};
+
+/// Fields of adapter_config.json, read with a complaint that names the file and the field.
+class peft_fields {
+public:
+    peft_fields(const nlohmann::json& config, const std::string& file)
+        : config_(config)
+        , file_(file)
+    { }
+    [[nodiscard]] const nlohmann::json* find(const char* field) const
+    {
+        const auto place = config_.find(field);
+        return place == config_.end() || place->is_null() ? nullptr : &*place;
+    }
+    [[nodiscard]] bool flag(const char* field) const
+    {
+        const auto* value = find(field);
+        if (value && !value->is_boolean()) { raise<format_error>(message(field, " is ", shown(*value), "; expected true or false"), file_); }
+        return value && value->get<bool>();
+    }
+    /// `otherwise` where the field is absent; null is no number.
+    [[nodiscard]] double number(const char* field, double otherwise) const
+    {
+        const auto value = config_.find(field);
+        if (value == config_.end()) { return otherwise; }
+        if (!value->is_number()) { raise<format_error>(message(field, " is ", shown(*value), "; expected a number"), file_); }
+        return value->get<double>();
+    }
+    /// Absent, null, a text or a list of texts, as PEFT names modules.
+    void check_names(const char* field) const
+    {
+        const auto* value = find(field);
+        if (!value || value->is_string()) { return; }
+        if (!value->is_array() || !std::all_of(value->begin(), value->end(), [](const auto& one) { return one.is_string(); })) {
+            raise<format_error>(message(field, " is ", shown(*value), "; expected names of modules, or a regular expression"), file_);
+        }
+    }
+    /// A value as JSON, shortened for a message.
+    [[nodiscard]] static std::string shown(const nlohmann::json& value)
+    {
+        const auto text = value.dump(-1, ' ', true);
+        return text.size() <= 80 ? text : text.substr(0, 80) + "…";
+    }
+    /// Present and saying something: not null, false, "", [] or {}.
+    [[nodiscard]] bool says_something(const char* field) const
+    {
+        const auto* value = find(field);
+        return value && !(value->is_boolean() && !value->get<bool>()) && !(value->is_string() && value->get_ref<const std::string&>().empty())
+            && !((value->is_array() || value->is_object()) && value->empty());
+    }
+
+private:
+    const nlohmann::json& config_;
+    const std::string& file_;
+};
+
+/// Refuses by name whatever is not a plain low-rank update.
+inline void check_plain_lora(const nlohmann::json& config, const std::string& file, const peft_read_options& options)
+{
+    const peft_fields fields(config, file);
+    const auto refuse = [&](std::string_view what, std::string_view why) {
+        raise<format_error>(
+            message(what, ": ", why, ", not a plain low-rank update; fold it into its base with PEFT and extract an adapter from the result"), file);
+    };
+    const auto* type = fields.find("peft_type");
+    if (!type) { raise<format_error>("has no peft_type; expected the configuration of a LoRA adapter", file); }
+    if (*type != "LORA") { refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)), "another kind of adapter"); }
+
+    if (const auto* init = fields.find("init_lora_weights"); init && init->is_string()) {
+        const auto& name = init->get_ref<const std::string&>();
+        // These leave the base as it is; the others (pissa, olora, corda, loftq, lora_ga …) change it.
+        constexpr std::array<std::string_view, 3> harmless{"gaussian", "eva", "orthogonal"};
+        if (std::find(harmless.begin(), harmless.end(), name) == harmless.end()) {
+            refuse(message("init_lora_weights is '", name, "'"), "such an initialisation changes the base weights, which makes it an update of another base");
+        }
+    }
+    constexpr std::array<std::pair<const char*, std::string_view>, 15> refused{
+        {{"use_dora", "DoRA rescales the weights"}, {"use_qalora", "QA-LoRA pools its input"}, {"use_bdlora", "its factors are block-diagonal"},
+            {"alora_invocation_tokens", "aLoRA switches on within the input"}, {"trainable_token_indices", "single rows of an embedding are replaced"},
+            {"target_parameters", "bare parameters are adapted"}, {"layer_replication", "the base's layers are repeated"},
+            {"lora_bias", "the update has a bias of its own"}, {"corda_config", "CorDA changes the base weights"},
+            {"lora_ga_config", "LoRA-GA changes the base weights"}, {"kasa_config", "KaSA changes the base weights"},
+            {"loftq_config", "LoftQ changes the base weights"}, {"arrow_config", "adapters are routed"},
+            {"monteclora_config", "its factors are random variables"}, {"velora_config", "a configuration that is not known here"}}};
+    for (const auto& [field, why] : refused) {
+        if (fields.says_something(field)) { refuse(field, why); }
+    }
+    if (fields.says_something("modules_to_save") && !options.whole_modules) {
+        raise<format_error>(message("modules_to_save: whole modules (", fields.shown(*fields.find("modules_to_save")),
+                                ") come with this adapter, which makes it more than a low-rank update; ask for them to be carried along "
+                                "(--modules-to-save), or remove them"),
+            file);
+    }
+    for (const char* names : {"target_modules", "exclude_modules", "modules_to_save"}) { fields.check_names(names); }
+    (void)fields.flag("fan_in_fan_out");
+    constexpr std::array<std::string_view, 3> biases{"none", "all", "lora_only"};
+    if (const auto* bias = fields.find("bias"); bias && std::find(biases.begin(), biases.end(), *bias) == biases.end()) {
+        raise<format_error>(message("bias is ", fields.shown(*bias), "; expected \"none\", \"all\" or \"lora_only\""), file);
+    }
+    if (const double rank = fields.number("r", 8); !(rank >= 1 && rank == std::floor(rank))) {
+        raise<format_error>(message("r is ", fields.shown(*fields.find("r")), "; expected a rank, a whole number above 0"), file);
+    }
+}
+
+/// A stored factor (rows×cols) in T, row-major.
+template <class T>
+[[nodiscard]] matrix<T> read_factor(const safetensors_file& file, const safetensors_entry& entry)
+{
+    if (entry.shape.size() != 2) {
+        raise<format_error>(message("tensor '", entry.name, "' has shape ", to_string(entry.shape),
+                                entry.shape.size() == 4 ? ": a convolution's factors are not supported" : "; expected a matrix"),
+            file.path().string(), entry.offset);
+    }
+    if (!is_storage(entry.dtype)) {
+        raise<dtype_mismatch>(message("'", file.path().string(), "': tensor '", entry.name, "' has dtype ", name(entry.dtype),
+            "; a factor is F64, F32, BF16 or F16: convert the adapter first"));
+    }
+    matrix<T> x(static_cast<std::size_t>(entry.shape[0]), static_cast<std::size_t>(entry.shape[1]), matrix_order::row_major);
+    const auto* const from = static_cast<const std::byte*>(file.tensor(entry).data);
+    visit_storage(entry.dtype, entry.name, [&]<class S>(std::type_identity<S>) {
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            S value;
+            std::memcpy(&value, from + i * sizeof(S), sizeof(S));
+            x.data()[i] = static_cast<T>(widen<arithmetic_type<S>>(value));
+        }
+    });
+    return x;
+}
+
+/// True when one of the modules that a configuration lists as saved whole is on the path of this tensor.
+[[nodiscard]] inline bool belongs_to_saved_module(std::string_view name, const nlohmann::json& config)
+{
+    const auto list = config.find("modules_to_save");
+    if (list == config.end() || !list->is_array()) { return false; }
+    const std::string path = "." + std::string(name);
+    for (const auto& module : *list) {
+        if (module.is_string() && path.find("." + module.get<std::string>() + ".") != path.npos) { return true; }
+    }
+    return false;
+}
+
+} // namespace detail
+
+/// True when some factor of an adapter is stored as F64: it then wants read_peft<double>().
+[[nodiscard]] inline bool peft_is_wide(const std::filesystem::path& directory)
+{
+    const safetensors_file file(directory / peft_model_name);
+    return std::any_of(file.entries().begin(), file.entries().end(), [](const auto& entry) { return entry.dtype == dtype::f64; });
+}
+
+/// Reads an adapter directory that PEFT (or write_peft) wrote. The scaling of a module is α/r, or α/√r with use_rslora, with α
+/// and r from alpha_pattern and rank_pattern where these match (as PEFT matches: in file order, the whole name or a dotted end).
+/// Throws io_error for a missing file; format_error for what is not a plain LoRA adapter (each by name: DoRA, aLoRA, QA-LoRA,
+/// PiSSA, OLoRA, CorDA, LoftQ and the like, lora_bias, trainable tokens, target_parameters, convolutions, other peft types,
+/// modules_to_save unless asked for), a half of a pair without the other, ranks that contradict the configuration, patterns
+/// that match nothing, tensors with no place in an adapter; dtype_mismatch for factors that are not floating.
+///
+///     const auto adapter = read_peft("adapter");
+///     const auto served = peru_lora(cpu{}, adapter.updates, {.rank = {.rank = 8}});
+template <arithmetic_element T = float>
+[[nodiscard]] peft_adapter<T> read_peft(const std::filesystem::path& directory, const peft_read_options& options = {})
+{
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(directory, ignored)) {
+        raise<io_error>("is not a directory; expected a PEFT adapter directory", directory.string(), ENOTDIR);
+    }
+    const auto config_path = directory / peft_config_name, model_path = directory / peft_model_name;
+    const std::string config_file = config_path.string();
+    const std::string text = read_text_file(config_path);
+    peft_adapter<T> adapter;
+    adapter.label = directory.string();
+    adapter.config = parse_json(text, config_file);
+    if (!adapter.config.is_object()) { raise<format_error>("is not a JSON object", config_file); }
+    detail::check_plain_lora(adapter.config, config_file, options);
+    if (!std::filesystem::exists(model_path, ignored) && std::filesystem::exists(directory / "adapter_model.bin", ignored)) {
+        raise<io_error>("holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", directory.string());
+    }
+    const safetensors_file file(model_path);
+    const std::string model_file = model_path.string();
+
+    // Pairs of factors, by module; everything else by name.
+    struct halves {
+        const safetensors_entry *a = nullptr, *b = nullptr;
+        bool embedding = false;
+    };
+    std::map<std::string, halves> pairs;
+    std::map<std::string, const safetensors_entry*> others;
+    const detail::peft_fields fields(adapter.config, config_file);
+    const auto* bias = fields.find("bias");
+    const bool biases = bias && *bias != "none";
+    for (const auto& entry : file.entries()) {
+        std::string_view name = entry.name;
+        if (!name.starts_with(peft_prefix)) {
+            raise<format_error>(message("tensor '", entry.name, "' does not begin with '", peft_prefix, "' as the names of a PEFT adapter do"), model_file);
+        }
+        name.remove_prefix(peft_prefix.size());
+        const auto take = [&](std::string_view suffix, bool is_a, bool embedding) {
+            if (!name.ends_with(suffix) || name.size() == suffix.size()) { return false; }
+            auto& pair = pairs[std::string(name.substr(0, name.size() - suffix.size()))];
+            if (is_a ? pair.a : pair.b) { raise<format_error>(message("tensor '", entry.name, "' is the second such factor of its module"), model_file); }
+            (is_a ? pair.a : pair.b) = &entry;
+            if ((pair.a && pair.b) && pair.embedding != embedding) {
+                raise<format_error>(message("tensor '", entry.name, "' and its other half are not both factors of an embedding, or of a layer"), model_file);
+            }
+            pair.embedding = embedding;
+            return true;
+        };
+        if (take(".lora_A.weight", true, false) || take(".lora_B.weight", false, false) || take(".lora_embedding_A", true, true)
+            || take(".lora_embedding_B", false, true)) {
+            continue;
+        }
+        if (name.find(".lora_") != name.npos || name.find("lora_") == 0) {
+            raise<format_error>(message("tensor '", entry.name,
+                                    "' is not a factor of a plain low-rank update; expected lora_A.weight, lora_B.weight, "
+                                    "lora_embedding_A and lora_embedding_B"),
+                model_file);
+        }
+        others.emplace(name, &entry);
+    }
+    if (pairs.empty()) { raise<format_error>("holds no LoRA factors", model_file); }
+    for (const auto& [name, entry] : others) {
+        const bool is_bias = biases && name.ends_with(".bias");
+        const bool is_copy = name.ends_with(peft_base_weight) && pairs.contains(name.substr(0, name.size() - peft_base_weight.size()));
+        if (!is_bias && !is_copy && !(options.whole_modules && (detail::belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
+            raise<format_error>(message("tensor '", entry->name,
+                                    "' is neither a factor nor a bias that the configuration announces: this adapter is more than a "
+                                    "low-rank update; ask for whole weights to be carried along (--modules-to-save), or remove it"),
+                model_file);
+        }
+        const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);
+        adapter.others.emplace(name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
+    }
+
+    const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
+    const auto pattern = [&](const char* field) {
+        return detail::peft_patterns(ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
+    };
+    auto ranks = pattern("rank_pattern"), alphas = pattern("alpha_pattern");
+    const double rank = fields.number("r", 8), alpha = fields.number("lora_alpha", 8);
+    const bool root = fields.flag("use_rslora");
+    for (const auto& [module, pair] : pairs) {
+        if (!pair.a || !pair.b) {
+            raise<format_error>(
+                message("module '", module, "' has ", pair.a ? "lora_A but no lora_B" : "lora_B but no lora_A", ": half of its update is missing"), model_file);
+        }
+        lora_update<T> update{detail::read_factor<T>(file, *pair.b), detail::read_factor<T>(file, *pair.a), 1};
+        if (update.b.cols() != update.a.rows()) {
+            raise<shape_mismatch>(message("'", model_file, "': module '", module, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ",
+                update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
+        }
+        const double expected = ranks.find(module, rank), strength = alphas.find(module, alpha);
+        if (static_cast<double>(update.rank()) != expected) {
+            raise<format_error>(message("module '", module, "' has rank ", update.rank(), " but ", peft_config_name, " says ", expected), model_file);
+        }
+        if (update.rank() == 0) { raise<format_error>(message("module '", module, "' has rank 0"), model_file); }
+        if (const auto copy = others.find(module + std::string(peft_base_weight)); copy != others.end()) {
+            const auto out = static_cast<std::int64_t>(update.out()), in = static_cast<std::int64_t>(update.in());
+            if (copy->second->shape != extents{out, in} && copy->second->shape != extents{in, out}) {
+                raise<format_error>(
+                    message("tensor '", copy->second->name, "' has shape ", to_string(copy->second->shape), ", but the update of its module is ", out, "×", in),
+                    model_file);
+            }
+        }
+        update.scaling = root ? strength / std::sqrt(expected) : strength / expected;
+        check_update(update, module);
+        if (pair.embedding) { adapter.embeddings.insert(module); }
+        adapter.stored.emplace(module, wider(pair.a->dtype, pair.b->dtype));
+        adapter.updates.emplace(module, std::move(update));
+    }
+    ranks.check_used("rank_pattern", config_file);
+    alphas.check_used("alpha_pattern", config_file);
+    return adapter;
+}
+
+namespace detail {
+
+/// A number as JSON, without a fraction where it has none.
+[[nodiscard]] inline nlohmann::json json_number(double x)
+{
+    if (x == std::floor(x) && std::abs(x) < 9e15) { return static_cast<std::int64_t>(x); }
+    return x;
+}
+
+/// Key of a pattern that matches one module alone: its name, or, where that would match others too, an anchored expression.
+[[nodiscard]] inline std::string exact_pattern(const std::string& module, const std::vector<std::string>& modules)
+{
+    const bool plain_name = module.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == module.npos;
+    const bool alone = std::none_of(modules.begin(), modules.end(), [&](const auto& other) { // a dot in the name matches any character
+        if (other == module || other.size() < module.size()) { return false; }
+        const std::size_t head = other.size() - module.size();
+        return (head == 0 || other[head - 1] == '.')
+            && std::equal(module.begin(), module.end(), other.begin() + static_cast<std::ptrdiff_t>(head), [](char c, char x) { return c == '.' || c == x; });
+    });
+    if (plain_name && alone) { return module; }
+    std::string escaped = "^";
+    for (const char c : module) {
+        if (std::string_view("\\^$.|?*+()[]{}").find(c) != std::string_view::npos) { escaped += '\\'; }
+        escaped += c;
+    }
+    return escaped;
+}
+
+} // namespace detail
+
+/// The configuration with which PEFT gives the updates their ranks and scalings: r and lora_alpha of the largest rank, patterns
+/// for what differs, everything that would make PEFT change the base reset. Fields that say which modules are meant
+/// (target_modules and the like) are kept when they are there, otherwise every module is listed by its full name.
+template <arithmetic_element T>
+[[nodiscard]] nlohmann::json peft_config(const peft_adapter<T>& adapter)
+{
+    nlohmann::json config = adapter.config;
+    const nlohmann::json defaults = {{"auto_mapping", nullptr}, {"base_model_name_or_path", nullptr}, {"bias", "none"}, {"fan_in_fan_out", false},
+        {"layers_pattern", nullptr}, {"layers_to_transform", nullptr}, {"lora_dropout", 0.0}, {"modules_to_save", nullptr}, {"revision", nullptr},
+        {"task_type", nullptr}};
+    for (const auto& [key, value] : defaults.items()) {
+        if (!config.contains(key)) { config[key] = value; }
+    }
+    std::size_t rank = 1;
+    double alpha = 1;
+    std::vector<std::string> modules;
+    for (const auto& [module, update] : adapter.updates) {
+        modules.push_back(module);
+        if (update.rank() > rank || modules.size() == 1) {
+            rank = update.rank();
+            alpha = update.scaling * static_cast<double>(rank);
+        }
+    }
+    nlohmann::json ranks = nlohmann::json::object(), alphas = nlohmann::json::object();
+    for (const auto& [module, update] : adapter.updates) {
+        const double own = update.scaling * static_cast<double>(update.rank());
+        if (update.rank() != rank) { ranks[detail::exact_pattern(module, modules)] = update.rank(); }
+        if (own != alpha) { alphas[detail::exact_pattern(module, modules)] = detail::json_number(own); }
+    }
+    config["peft_type"] = "LORA";
+    config["r"] = rank;
+    config["lora_alpha"] = detail::json_number(alpha);
+    config["rank_pattern"] = ranks;
+    config["alpha_pattern"] = alphas;
+    config["use_rslora"] = false;
+    config["init_lora_weights"] = true;
+    config["inference_mode"] = true;
+    if (config.contains("eva_config")) { config["eva_config"] = nullptr; }
+    if (!config.contains("target_modules") || config["target_modules"].is_null()) {
+        config["target_modules"] = modules;
+        config["layers_to_transform"] = nullptr;
+        config["layers_pattern"] = nullptr;
+    }
+    return config;
+}
+
+/// How write_peft() stores factors and writes files.
+struct peft_write_options {
+    std::optional<dtype> output{}; ///< dtype of all factors; empty: as `stored` says
+    durability mode = durability::synchronised;
+};
+
+/// Writes an adapter directory that PEFT loads and that gives the same updates (once rounded to the stored dtype). A directory
+/// that does not exist appears whole or not at all; in one that does, the two files are replaced once both are complete,
+/// the configuration last. Throws invalid_argument (no module, a rank of 0), dtype_mismatch, nonfinite_error where a factor
+/// overflows its dtype, io_error.
+///
+///     write_peft("adapter-r8", adapter);
+template <arithmetic_element T>
+void write_peft(const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options = {})
+{
+    if (adapter.updates.empty()) { raise<invalid_argument>(message("'", directory.string(), "': an adapter without a module cannot be written")); }
+    std::vector<tensor_spec> specs;
+    std::vector<std::vector<std::byte>> buffers;
+    const auto add = [&](std::string name, const matrix<T>& x, dtype type) {
+        auto& bytes = buffers.emplace_back();
+        visit_storage(type, name, [&]<class S>(std::type_identity<S>) {
+            bytes.resize(x.size() * sizeof(S));
+            for (std::size_t i = 0; i < x.rows(); ++i) {
+                for (std::size_t j = 0; j < x.cols(); ++j) {
+                    const S value = narrow<S>(x(i, j));
+                    if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(value)))) {
+                        raise<nonfinite_error>(message("factor '", name, "' holds ", static_cast<double>(x(i, j)), ", which ", taskvec::name(type),
+                            " cannot; choose a wider dtype for the adapter"));
+                    }
+                    std::memcpy(bytes.data() + (i * x.cols() + j) * sizeof(S), &value, sizeof(S));
+                }
+            }
+        });
+        specs.push_back({std::move(name), type, {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())}});
+    };
+    for (const auto& [module, update] : adapter.updates) {
+        check_update(update, module);
+        if (update.rank() == 0) { raise<invalid_argument>(message("module '", module, "' has rank 0; PEFT has no such adapter")); }
+        const auto place = adapter.stored.find(module);
+        const dtype type = options.output.value_or(place == adapter.stored.end() ? dtype_of<T> : place->second);
+        const bool embedding = adapter.embeddings.contains(module);
+        const std::string stem = std::string(peft_prefix) + module;
+        add(stem + (embedding ? ".lora_embedding_A" : ".lora_A.weight"), update.a, type);
+        add(stem + (embedding ? ".lora_embedding_B" : ".lora_B.weight"), update.b, type);
+    }
+    const std::string config = peft_config(adapter).dump(2) + "\n";
+
+    output_directory folder(directory, options.mode);
+    std::vector<tensor_spec> all = specs;
+    for (const auto& [name, tensor] : adapter.others) { all.push_back({std::string(peft_prefix) + name, tensor.dtype, tensor.shape}); }
+    safetensors_writer model(folder.path() / peft_model_name, all, metadata_map{}, options.mode);
+    for (std::size_t i = 0; i < buffers.size(); ++i) { model.write(i, 0, buffers[i].data(), buffers[i].size()); }
+    std::size_t index = buffers.size();
+    for (const auto& [name, tensor] : adapter.others) { model.write(index++, 0, tensor.bytes.data(), tensor.bytes.size()); }
+    atomic_file settings(folder.path() / peft_config_name, config.size(), options.mode);
+    settings.write(0, config.data(), config.size());
+    model.finish();
+    settings.finish();
+    model.commit();
+    settings.commit();
+    folder.commit();
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

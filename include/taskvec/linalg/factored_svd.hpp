@@ -1,0 +1,295 @@
+// The SVD of a product A·Bᵀ from its factors: two thin QRs and a small core, never the product itself.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/linalg/svd.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A product weight·A·Bᵀ that is held by its factors: A is m×r, B is n×r.
+template <storage_element T, memory_space S = memory_space::host>
+struct factor_pair {
+    matrix_view<const T, S> a{};
+    matrix_view<const T, S> b{};
+    double weight = 1;
+    std::string_view name{}; ///< for errors
+};
+
+/// What factored_svd() returns: also all singular values of the product, from which the error is known exactly.
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct factored_svd_result : svd_result<T, S> {
+    std::vector<double> spectrum; ///< every singular value that A·Bᵀ can have nonzero, descending
+};
+
+namespace detail {
+
+/// factored_svd() up to the small SVD, and from there on: a device takes many small SVDs between the two together.
+template <storage_element T, linear_algebra_policy P>
+class factored_core {
+public:
+    using element = arithmetic_type<T>;
+    using result_type = factored_svd_result<element, P::space>;
+
+    factored_core(const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice)
+        : what_(p.name.empty() ? std::string_view("A·Bᵀ") : p.name)
+        , m_(p.a.rows())
+        , n_(p.b.rows())
+    {
+        if (p.a.cols() != p.b.cols()) {
+            raise<shape_mismatch>(message("'", what_, "': A is ", m_, "×", p.a.cols(), " and B is ", n_, "×", p.b.cols(), "; the inner ranks differ"));
+        }
+        if (!std::isfinite(p.weight)) { raise<nonfinite_error>(message("'", what_, "': its weight is not finite")); }
+        check_rank(choice, std::min({m_, n_, p.a.cols()}), what_);
+        if (p.a.empty() || p.b.empty()) { return; }
+        a_ = p.a;
+        b_ = p.b;
+        fa_ = factor_qr<element>(policy, in_arithmetic(policy, p.a, a_copy_), what_);
+        fb_ = factor_qr<element>(policy, in_arithmetic(policy, p.b, b_copy_), what_);
+        product_ = small_product(policy, p.weight, fa_.r, fb_.r);
+    }
+
+    [[nodiscard]] bool empty() const noexcept { return product_.empty(); }
+    /// weight·Ra·Rbᵀ
+    [[nodiscard]] auto product() const noexcept { return std::as_const(product_).view(); }
+
+    [[nodiscard]] result_type nothing(const P& policy) const
+    {
+        result_type result;
+        result.u = result_matrix<element>(policy, m_, 0);
+        result.v = result_matrix<element>(policy, n_, 0);
+        return result;
+    }
+
+    /// The result, from the SVD of product().
+    template <class SmallSvd>
+    [[nodiscard]] result_type finish(const P& policy, SmallSvd&& core, const rank_choice& choice) const
+    {
+        if (!std::all_of(core.sigma.begin(), core.sigma.end(), [](double x) { return std::isfinite(x); })) { // not found before, on a device
+            refuse_nonfinite(policy, a_, what_);
+            refuse_nonfinite(policy, b_, what_);
+            raise<nonfinite_error>(message("'", what_, "': its singular values overflow; scale it down first"));
+        }
+        result_type result;
+        result.spectrum = std::move(core.sigma);
+        const std::size_t q = chosen_rank(choice, result.spectrum);
+        result.sigma.assign(result.spectrum.begin(), result.spectrum.begin() + static_cast<std::ptrdiff_t>(q));
+        result.squared_norm = energy_beyond(result.spectrum, 0);
+        result.squared_error = energy_beyond(result.spectrum, q);
+        result.u = result_matrix<element>(policy, m_, q);
+        result.v = result_matrix<element>(policy, n_, q);
+        multiply_q<element>(policy, fa_, std::as_const(core.u).view().left_columns(q), result.u.view());
+        multiply_q<element>(policy, fb_, std::as_const(core.v).view().left_columns(q), result.v.view());
+        orient<element>(policy, result.u.view(), result.v.view());
+        return result;
+    }
+
+private:
+    std::string_view what_;
+    std::size_t m_, n_;
+    matrix<element, P::space> a_copy_{}, b_copy_{};
+    matrix_view<const T, P::space> a_{}, b_{};
+    qr_factors<element, P::space> fa_{}, fb_{};
+    std::remove_cvref_t<decltype(small_product(std::declval<const P&>(), 1.0, fa_.r, fb_.r))> product_{};
+};
+
+/// sink(i, result of pairs[i]) for each i, in any order and, on the CPU, from many threads; choice(i) is its rank.
+template <storage_element T, class Choice, class Sink>
+void for_each_factored_svd(const cpu& policy, std::span<const factor_pair<T>> pairs, const Choice& choice, const Sink& sink)
+{
+    progress_meter meter(policy, "svd", pairs.size());
+    const cpu inside = sequential(policy);
+    for_each_index(policy, pairs.size(), [&](std::size_t i, std::size_t) {
+        const rank_choice wanted = choice(i);
+        const factored_core<T, cpu> core(inside, pairs[i], wanted);
+        sink(i, core.empty() ? core.nothing(inside) : core.finish(inside, small_svd(inside, core.product()), wanted));
+        if (!meter.advance(1)) { raise<cancelled>(); }
+    });
+}
+
+/// On a device: batches of layers, whose cores are decomposed together by small_svds().
+template <storage_element T, linear_algebra_policy P, class Choice, class Sink>
+    requires(P::space == memory_space::device)
+void for_each_factored_svd(const P& policy, std::span<const factor_pair<T, P::space>> pairs, const Choice& choice, const Sink& sink)
+{
+    constexpr std::size_t batch = 64; // layers whose orthonormal factors are held at a time
+    for (std::size_t first = 0; first < pairs.size(); first += batch) {
+        const std::size_t count = std::min(batch, pairs.size() - first);
+        std::vector<factored_core<T, P>> cores;
+        cores.reserve(count);
+        std::vector<decltype(cores[0].product())> products;
+        for (std::size_t i = 0; i < count; ++i) { cores.emplace_back(policy, pairs[first + i], choice(first + i)); }
+        for (const auto& core : cores) { products.push_back(core.product()); }
+        auto decomposed = small_svds(policy, products);
+        for (std::size_t i = 0; i < count; ++i) {
+            sink(first + i, cores[i].empty() ? cores[i].nothing(policy) : cores[i].finish(policy, std::move(decomposed[i]), choice(first + i)));
+        }
+    }
+}
+
+} // namespace detail
+
+/// The leading singular triples of P = A·Bᵀ, exactly: A = Qa·Ra, B = Qb·Rb, and the SVD of the small core Ra·Rbᵀ.
+/// A is m×r, B is n×r, in either order and of the storage types f64, f32, bf16, f16 (16-bit factors are computed in f32).
+/// σ is right to e = 2e-7·‖A‖·‖B‖ for f32 (1e-14 for f64; Frobenius norms); u and v are orthonormal to rounding and their spaces
+/// right to an angle of 4·e divided by the gap σq − σq+1 (Wedin 1972); squared_error is the tail of σ² (Eckart and Young 1936). The product (m×n) is never formed.
+/// Throws shape_mismatch where the inner ranks differ, invalid_argument for a rank of 0 or above min(m, n, r), nonfinite_error.
+/// Cost: (m + n)·r² + O(r³) flops, scratch O(r²).
+///
+///     auto best = factored_svd(cpu{}, a, b, {.rank = 16});
+///     double lost = best.relative_error();
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd(const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice)
+{
+    return with_context(policy, [&](const P& ready) {
+        const detail::factored_core<T, P> core(ready, p, choice);
+        return core.empty() ? core.nothing(ready) : core.finish(ready, small_svd(ready, core.product()), choice);
+    });
+}
+
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] auto factored_svd(
+    const P& policy, matrix_view<const T, P::space> a, std::type_identity_t<matrix_view<const T, P::space>> b, const rank_choice& choice)
+{
+    return factored_svd<T>(policy, factor_pair<T, P::space>{.a = a, .b = b}, choice);
+}
+
+/// Many layers at once: layer i of the result belongs to pairs[i]. On the CPU layers run in parallel, one thread inside each, and
+/// the result does not depend on the number of threads; on a device the cores of equal shape are decomposed together.
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] auto factored_svd(const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice)
+{
+    std::vector<factored_svd_result<arithmetic_type<T>, P::space>> results(pairs.size());
+    with_context(policy, [&](const P& ready) {
+        detail::for_each_factored_svd<T>(
+            ready, pairs, [&](std::size_t) { return choice; }, [&](std::size_t i, auto&& result) { results[i] = std::move(result); });
+    });
+    return results;
+}
+
+/// Σ weightᵢ·Aᵢ·Bᵢᵀ as one pair of factors: the Aᵢ side by side, each times its weight, and the Bᵢ side by side. Exact but for
+/// the rounding of weightᵢ·Aᵢ.
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct stacked_factors {
+    matrix<T, S> a; ///< m×R, R the sum of the ranks
+    matrix<T, S> b; ///< n×R
+
+    [[nodiscard]] factor_pair<T, S> pair(std::string_view name = {}) const { return {.a = a.view(), .b = b.view(), .name = name}; }
+};
+
+namespace detail {
+/// The sum of the ranks of pairs that can be stacked.
+template <storage_element T, memory_space S>
+[[nodiscard]] std::size_t stacked_rank(std::span<const factor_pair<T, S>> pairs, std::string_view what)
+{
+    if (pairs.empty()) { raise<invalid_argument>(message("'", what, "': no factor pairs to add")); }
+    const std::size_t m = pairs[0].a.rows(), n = pairs[0].b.rows();
+    std::size_t total = 0;
+    for (std::size_t i = 0; i < pairs.size(); ++i) {
+        const auto& [a, b, weight, name] = pairs[i];
+        if (a.rows() != m || b.rows() != n || a.cols() != b.cols()) {
+            raise<shape_mismatch>(message("'", what, "': pair ", i, " is ", a.rows(), "×", a.cols(), " and ", b.rows(), "×", b.cols(), "; expected ", m,
+                "×r and ", n, "×r, as in pair 0"));
+        }
+        if (!std::isfinite(weight)) { raise<nonfinite_error>(message("'", what, "': the weight of pair ", i, " is not finite")); }
+        total += a.cols();
+    }
+    return total;
+}
+} // namespace detail
+
+/// Stacks pairs of the same m and n; their ranks may differ. Throws shape_mismatch, and invalid_argument for an empty list.
+template <storage_element T>
+[[nodiscard]] stacked_factors<arithmetic_type<T>> stack_factors(std::span<const factor_pair<T>> pairs, std::string_view what = "the sum")
+{
+    using A = arithmetic_type<T>;
+    const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].a.rows(), n = pairs[0].b.rows();
+    stacked_factors<A> sum{matrix<A>(m, total), matrix<A>(n, total)};
+    std::size_t at = 0;
+    for (const auto& pair : pairs) {
+        const A weight = static_cast<A>(pair.weight);
+        for (std::size_t k = 0; k < pair.a.cols(); ++k, ++at) {
+            for (std::size_t i = 0; i < m; ++i) { sum.a(i, at) = weight * widen<A>(pair.a(i, k)); }
+            for (std::size_t i = 0; i < n; ++i) { sum.b(i, at) = widen<A>(pair.b(i, k)); }
+        }
+    }
+    return sum;
+}
+
+/// The same in the memory space of the policy.
+template <storage_element T>
+[[nodiscard]] auto stack_factors(const cpu&, std::span<const factor_pair<T>> pairs, std::string_view what)
+{
+    return stack_factors<T>(pairs, what);
+}
+template <storage_element T, linear_algebra_policy P>
+    requires(P::space == memory_space::device)
+[[nodiscard]] auto stack_factors(const P& policy, std::span<const factor_pair<T, P::space>> pairs, std::string_view what)
+{
+    using A = arithmetic_type<T>;
+    const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].a.rows(), n = pairs[0].b.rows();
+    stacked_factors<A, P::space> sum{result_matrix<A>(policy, m, total), result_matrix<A>(policy, n, total)};
+    std::size_t at = 0;
+    for (const auto& pair : pairs) {
+        const std::size_t r = pair.a.cols();
+        matrix<A, P::space> a_copy, b_copy;
+        const std::vector<double> weights(r, pair.weight);
+        scale_columns<A>(policy, in_arithmetic(policy, pair.a, a_copy), weights, sum.a.view().block(0, at, m, r));
+        copy_matrix<A>(policy, in_arithmetic(policy, pair.b, b_copy), sum.b.view().block(0, at, n, r));
+        at += r;
+    }
+    return sum;
+}
+
+/// The best approximation of Σ weightᵢ·Aᵢ·Bᵢᵀ (ranks may differ) by rank q: the stacked factors through factored_svd(), with
+/// the exact error. Same types, errors and cost as factored_svd() with r the sum of the ranks; a rank above that sum, or
+/// above m or n, is an error unless clamped.
+///
+///     std::array pairs{factor_pair<float>{.a = a1, .b = b1, .weight = 0.5}, factor_pair<float>{.a = a2, .b = b2, .weight = 0.5}};
+///     auto merged = compress_sum(cpu{}, std::span<const factor_pair<float>>(pairs), {.rank = 16});
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> compress_sum(
+    const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice, std::string_view what = "the sum")
+{
+    return with_context(policy, [&](const P& ready) {
+        const auto sum = stack_factors<T>(ready, pairs, what);
+        return factored_svd(ready, sum.pair(what), choice);
+    });
+}
+
+// On taskvec::gpu these need <taskvec/device/linalg.hpp>; without it a call says so.
+template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto factored_svd(const P&, const X&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X, class Y>
+auto factored_svd(const P&, const X&, const Y&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto factored_svd(const P&, const X&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X, class Y>
+auto factored_svd(const P&, const X&, const Y&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto compress_sum(const P&, const X&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "compress_sum() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

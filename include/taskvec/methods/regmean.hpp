@@ -1,0 +1,496 @@
+// RegMean: Jin, Ren, Preotiuc-Pietro and Cheng, "Dataless knowledge fusion by merging weights of language models" (ICLR 2023).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/linalg/linalg.hpp>
+#include <taskvec/methods/average.hpp>
+#include <taskvec/methods/merge.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// How a linear layer's weight lies in memory, row-major: as torch's Linear stores it, or as transformers' Conv1D does.
+enum class weight_layout : std::uint8_t {
+    out_in, ///< y = x·Wᵀ: a row for each output
+    in_out ///< y = x·W: a row for each input
+};
+
+/// For each linear layer with a Gram matrix, in its in×out view W: W* = (Σ wt·G̃t)⁻¹ Σ wt·G̃t·Wt, with Gt = XtᵀXt over the inputs of task t
+/// and G̃ = α·G + (1−α)·diag(G): the W that fits all tasks' outputs Xt·Wt best, in the sense of least squares when α = 1. All other floating
+/// tensors are averaged: Σ wt·θt / Σ wt. Needs no base.
+///
+/// Computed as W̄ + (Σ wt·G̃t)⁻¹ Σ wt·G̃t·(Wt − W̄) with W̄ = Σ wt·Wt / Σ wt, which is the same, in f64 by a Cholesky factor, and rounded once;
+/// relative error about 1e-16 times the condition number of Σ G̃. `ridge` adds ridge·mean(diag Σ wt·G̃t) to the diagonal of the system: directions of
+/// which no input says anything then get the average, and so does a layer that saw none. A singular system without it is an error.
+///
+/// `grams` holds a model for each task, with the same tensor names in all: under the name of a weight, its Gram matrix (in×in, symmetric, f64,
+/// f32, bf16 or f16). gram_accumulator makes them, statistics_file reads them. `layout` says how a weight of that name is stored (empty:
+/// out_in for all); it is never guessed from shapes. Weights wt: one for each task, or none for all 1; not negative, not all 0.
+/// Errors: invalid_argument (not a Gram matrix; singular), shape_mismatch, dtype_mismatch, nonfinite_error.
+/// Cost of a layer: n³/3 + (T + 1)·2·n²·p flops and 8·n² bytes for n inputs, p outputs; small layers in parallel, large ones one after the
+/// other with their columns in parallel. Same result for any number of threads.
+///
+///     merge(cpu{}, regmean_options{.grams = grams, .alpha = 0.9}, tasks, out);
+struct regmean_options {
+    std::vector<const_model_ref> grams{};
+    double alpha = 0.9; ///< scale of the off-diagonals, in [0, 1]
+    double ridge = 0; ///< share of the mean diagonal, such as 1e-6
+    std::vector<double> weights{};
+    std::function<weight_layout(std::string_view)> layout{};
+    std::vector<std::string> labels{}; ///< names of the Gram models in messages; empty: "the Grams of task 1", …
+};
+
+namespace detail {
+
+/// How far entries of a Gram matrix may be from symmetric, as a share of what the diagonal allows: what storage rounds.
+[[nodiscard]] constexpr double gram_tolerance(taskvec::dtype type) noexcept
+{
+    return type == taskvec::dtype::f64 ? 1e-9 : type == taskvec::dtype::f32 ? 1e-4 : 2e-2;
+}
+[[noreturn, gnu::cold]] inline void refuse_gram_nonfinite(const std::string& where, double value, std::size_t index)
+{
+    raise<nonfinite_error>(message(where, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", index, ": collect the statistics again"));
+}
+[[noreturn, gnu::cold]] inline void refuse_gram_negative(const std::string& where, double value, std::size_t i)
+{
+    raise<invalid_argument>(message(where, " has ", value, " at row and column ", i, ": a sum of squares cannot be negative"));
+}
+/// Entries (i, j) and (j, i), of which one is not finite, or which differ by more than is tolerated, or are too large.
+[[noreturn, gnu::cold]] inline void refuse_gram_entry(
+    const std::string& where, std::size_t n, std::size_t i, std::size_t j, double lower, double upper, double tolerated)
+{
+    if (!std::isfinite(lower)) { refuse_gram_nonfinite(where, lower, i * n + j); }
+    if (!std::isfinite(upper)) { refuse_gram_nonfinite(where, upper, j * n + i); }
+    if (std::abs(lower - upper) > tolerated) {
+        raise<invalid_argument>(message(where, " is not symmetric: ", lower, " at (", i, ", ", j, ") but ", upper, " at (", j, ", ", i, ")"));
+    }
+    raise<invalid_argument>(message(where, " is no Gram matrix: its entry ", lower, " at (", i, ", ", j, ") is larger than its diagonal allows"));
+}
+
+/// A Gram matrix that is read from memory or a mapped file, n×n, and checked to be one on the way: finite, symmetric, no entry larger than its diagonal
+/// allows (each up to what storage rounds). Throws nonfinite_error, invalid_argument, in which `where` names it.
+class stored_gram {
+public:
+    static constexpr std::size_t tile = 128; ///< square pieces, both halves of which are in memory at a time
+
+    /// `raw` has room for block_size doubles, `diagonal` for n; both are used again for the next one.
+    stored_gram(const aligned_tensor::operand& from, std::size_t n, std::function<std::string()> where, std::span<double> diagonal, double* raw)
+        : from_(from)
+        , n_(n)
+        , where_(std::move(where))
+        , diagonal_(diagonal.first(n))
+    {
+        for (std::size_t i = 0; i < n; ++i) {
+            (void)read(from, i * n + i, 1, &diagonal_[i], raw);
+            if (!std::isfinite(diagonal_[i])) { refuse_gram_nonfinite(where_(), diagonal_[i], i * n + i); }
+            if (diagonal_[i] < 0) { refuse_gram_negative(where_(), diagonal_[i], i); }
+        }
+    }
+
+    [[nodiscard]] std::size_t tile_rows() const noexcept { return (n_ + tile - 1) / tile; }
+    /// Calls use(i, j, value) for the entries of one row of tiles on and below the diagonal, the mean of both halves. `memory`: 2·tile² doubles. Rows of
+    /// tiles may be read at the same time.
+    template <class Use>
+    void for_each_entry(std::size_t tile_row, double* memory, double* raw, Use&& use) const
+    {
+        const double tolerance = gram_tolerance(from_.dtype);
+        double *const below = memory, *const above = memory + tile * tile;
+        const std::size_t r = tile_row * tile, height = std::min(tile, n_ - r);
+        for (std::size_t c = 0; c <= r; c += tile) {
+            const std::size_t width = std::min(tile, n_ - c);
+            for (std::size_t i = 0; i < height; ++i) { (void)read(from_, (r + i) * n_ + c, width, below + i * tile, raw); }
+            for (std::size_t j = 0; j < width; ++j) { (void)read(from_, (c + j) * n_ + r, height, above + j * tile, raw); }
+            for (std::size_t i = 0; i < height; ++i) {
+                for (std::size_t j = 0; j < width && c + j <= r + i; ++j) {
+                    const double lower = below[i * tile + j], upper = above[j * tile + i];
+                    const double bound = std::sqrt(diagonal_[r + i]) * std::sqrt(diagonal_[c + j]);
+                    if (!(std::abs(lower - upper) <= tolerance * bound) || !(std::abs(lower) <= (1 + 10 * tolerance) * bound)) {
+                        refuse_gram_entry(where_(), n_, r + i, c + j, lower, upper, tolerance * bound);
+                    }
+                    use(r + i, c + j, 0.5 * (lower + upper));
+                }
+            }
+        }
+    }
+
+    /// `count` elements of any operand from `offset` on, in f64. Returns their largest magnitude bits.
+    static std::uint64_t read(const aligned_tensor::operand& from, std::uint64_t offset, std::size_t count, double* out, double* raw)
+    {
+        std::uint64_t largest = 0;
+        for (std::size_t at = 0; at < count; at += block_size) {
+            const std::size_t n = std::min(block_size, count - at);
+            largest = std::max(largest, with_elements(from, offset + at, n, reinterpret_cast<std::byte*>(raw), [&](const auto* values) {
+                return kernels::widen(values, out + at, n);
+            }));
+        }
+        return largest;
+    }
+
+private:
+    aligned_tensor::operand from_;
+    std::size_t n_;
+    std::function<std::string()> where_;
+    std::span<double> diagonal_;
+};
+
+/// A linear layer that has Gram matrices.
+struct regmean_layer {
+    std::size_t tensor = 0;
+    std::size_t in = 0, out = 0;
+    weight_layout layout = weight_layout::out_in;
+    std::vector<aligned_tensor::operand> grams{}; // of each task
+};
+
+/// What a RegMean merge is asked, checked: its weights, and the layers with their Gram matrices, which are in memory space `space`.
+class regmean_problem {
+public:
+    regmean_problem(const aligned_models& models, const regmean_options& options, memory_space space)
+        : options_(options)
+        , weights_(checked_weights(options.weights, models.task_count(), false))
+    {
+        for (const double weight : weights_) { total_ += weight; }
+        if (!(options.alpha >= 0 && options.alpha <= 1)) {
+            raise<invalid_argument>(message("alpha is ", options.alpha, "; expected a number in [0, 1], such as 0.9"));
+        }
+        if (!(options.ridge >= 0) || !std::isfinite(options.ridge)) {
+            raise<invalid_argument>(message("ridge is ", options.ridge, "; expected a number that is not negative, such as 1e-6"));
+        }
+        align(models, space);
+    }
+
+    [[nodiscard]] const std::vector<double>& weights() const noexcept { return weights_; }
+    [[nodiscard]] double total_weight() const noexcept { return total_; }
+    [[nodiscard]] double alpha() const noexcept { return options_.alpha; }
+    [[nodiscard]] const std::vector<regmean_layer>& layers() const noexcept { return layers_; } // in the order of tensors()
+    [[nodiscard]] const std::vector<companion>& companions() const noexcept { return companions_; }
+    [[nodiscard]] std::string label(std::size_t t, const aligned_models& models) const
+    {
+        return options_.labels.empty() ? "the Grams of " + models.label(t) : options_.labels[t];
+    }
+    /// Names the Gram matrix of a layer and task in messages.
+    [[nodiscard]] std::string where(const regmean_layer& one, std::size_t t, const aligned_models& models) const
+    {
+        return message("the Gram matrix of '", models.tensors()[one.tensor].name, "' in ", label(t, models));
+    }
+    /// What is added to the diagonal of a layer's system of that trace.
+    [[nodiscard]] double lift(const regmean_layer& one, double trace) const noexcept
+    {
+        if (trace == 0 && options_.ridge > 0) { return 1; } // no task has seen an input: the average, whatever is added
+        return options_.ridge * trace / static_cast<double>(one.in);
+    }
+    /// Throws invalid_argument where the answer of factor_cholesky() says that a layer's system is singular. `unseen`: the first input whose
+    /// diagonal is 0, or one.in.
+    void check_determined(const regmean_layer& one, const aligned_models& models, double least_pivot, std::size_t unseen) const
+    {
+        // What storage rounded away in the Grams cannot be told from nothing.
+        bool rounded = false;
+        for (const auto& gram : one.grams) { rounded = rounded || gram.dtype != dtype::f64; }
+        const double epsilon = rounded ? std::numeric_limits<float>::epsilon() : static_cast<double>(one.in) * std::numeric_limits<double>::epsilon();
+        if (least_pivot > (options_.ridge > 0 ? 0.0 : epsilon)) { return; }
+        raise<invalid_argument>(
+            message("the inputs of layer '", models.tensors()[one.tensor].name, "' do not determine its weight: the sum of its Gram matrices is singular",
+                unseen < one.in ? message(" (input ", unseen, " was 0 in all batches)") : std::string(),
+                options_.ridge > 0 ? ": raise ridge" : ": set ridge, such as 1e-6, or lower alpha"));
+    }
+
+private:
+    void align(const aligned_models& models, memory_space space)
+    {
+        const std::size_t tasks = models.task_count();
+        if (options_.grams.size() != tasks) {
+            raise<invalid_argument>(message(options_.grams.size(), " sets of Grams for ", tasks, " tasks: give one each, in the order of the tasks"));
+        }
+        if (!options_.labels.empty() && options_.labels.size() != tasks) {
+            raise<invalid_argument>(message(options_.labels.size(), " labels for ", tasks, " sets of Grams: give one each, or none"));
+        }
+        for (std::size_t t = 0; t < tasks; ++t) {
+            for (const auto& [name, gram] : options_.grams[t]) {
+                const auto place = std::lower_bound(
+                    models.outputs().begin(), models.outputs().end(), name, [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
+                if (place == models.outputs().end() || place->name != name) {
+                    raise<invalid_argument>(
+                        message("tensor '", name, "' of ", label(t, models), " is not in the models: these are the statistics of another model"));
+                }
+            }
+        }
+        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+            const aligned_tensor& tensor = models.tensors()[i];
+            std::size_t present = 0, absent = 0;
+            for (std::size_t t = 0; t < tasks; ++t) { options_.grams[t].find(tensor.name) ? ++present : (absent = t); }
+            if (present == 0) { continue; }
+            if (present < tasks) {
+                raise<invalid_argument>(message(
+                    "tensor '", tensor.name, "' is missing in ", label(absent, models), " but not in the other Grams: collect it for every task, or for none"));
+            }
+            if (tensor.shape.size() != 2) {
+                raise<shape_mismatch>(message("tensor '", tensor.name, "' of shape ", to_string(tensor.shape),
+                    " has a Gram matrix, but only the weight of a linear layer (rank 2) can have one"));
+            }
+            const weight_layout layout = options_.layout ? options_.layout(tensor.name) : weight_layout::out_in;
+            const bool rows_are_outputs = layout == weight_layout::out_in;
+            regmean_layer one{i, static_cast<std::size_t>(tensor.shape[rows_are_outputs ? 1 : 0]),
+                static_cast<std::size_t>(tensor.shape[rows_are_outputs ? 0 : 1]), layout, {}};
+            for (std::size_t t = 0; t < tasks; ++t) { one.grams.push_back(check(*options_.grams[t].find(tensor.name), one, tensor, label(t, models), space)); }
+            for (const auto& gram : one.grams) { companions_.push_back({i, gram.data, byte_count(gram.dtype, one.in * one.in)}); }
+            if (tensor.size > 0) { layers_.push_back(std::move(one)); }
+        }
+    }
+
+    static aligned_tensor::operand check(
+        const const_tensor_ref& gram, const regmean_layer& one, const aligned_tensor& tensor, const std::string& where, memory_space space)
+    {
+        const auto in = static_cast<std::int64_t>(one.in);
+        if (gram.shape != extents{in, in}) {
+            raise<shape_mismatch>(message("tensor '", tensor.name, "' has a Gram matrix of shape ", to_string(gram.shape), " in ", where, "; expected ",
+                to_string({in, in}), " for a weight of shape ", to_string(tensor.shape), " stored ",
+                one.layout == weight_layout::out_in ? "out×in (say so if it is in×out)" : "in×out (say so if it is out×in)"));
+        }
+        if (!is_storage(gram.dtype)) {
+            raise<dtype_mismatch>(
+                message("tensor '", tensor.name, "' has dtype ", name(gram.dtype), " in ", where, "; expected F64, F32, BF16 or F16: convert it"));
+        }
+        if (gram.space != space || !gram.contiguous() || (!gram.data && one.in > 0)) {
+            raise<invalid_argument>(message(
+                "tensor '", tensor.name, "' of ", where, " must be contiguous ", space == memory_space::host ? "host" : "device", " memory: copy it first"));
+        }
+        return {static_cast<const std::byte*>(gram.data), gram.dtype};
+    }
+
+    regmean_options options_;
+    std::vector<double> weights_;
+    double total_ = 0;
+    std::vector<regmean_layer> layers_;
+    std::vector<companion> companions_;
+};
+
+} // namespace detail
+
+template <>
+class detail::merger<regmean_options> {
+public:
+    static constexpr bool needs_base = false, in_place = true;
+
+    merger(const cpu& policy, const aligned_models& models, const regmean_options& options)
+        : problem_(models, options, memory_space::host)
+        , average_(policy, models, {problem_.weights()})
+    { }
+
+    [[nodiscard]] std::span<const companion> companions() const noexcept { return problem_.companions(); }
+    [[nodiscard]] unsigned walks() const noexcept { return 0; }
+    /// Weights of layers are read for their mean and again for their deviations, Grams once for the system and again for each panel.
+    [[nodiscard]] std::uint64_t bytes_beside(const aligned_models& models) const noexcept
+    {
+        std::uint64_t bytes = 0;
+        for (const layer& one : problem_.layers()) {
+            const aligned_tensor& tensor = models.tensors()[one.tensor];
+            for (std::size_t t = 0; t < one.grams.size(); ++t) {
+                bytes += one.grams.size() > 1 ? byte_count(tensor.tasks[t].dtype, tensor.size) : 0;
+                bytes += (1 + panels(one)) * byte_count(one.grams[t].dtype, one.in * one.in);
+            }
+        }
+        return bytes;
+    }
+
+    template <cpu_policy Policy>
+    void write(const Policy& policy, const aligned_models& models, tensor_sink& out) const
+    {
+        // Everything else is averaged.
+        std::vector<std::size_t> averaged;
+        std::size_t next = 0;
+        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+            if (next < problem_.layers().size() && problem_.layers()[next].tensor == i) {
+                ++next;
+                continue;
+            }
+            const chunk_range range = chunks_of(models, i);
+            for (std::size_t c = range.first; c < range.last; ++c) { averaged.push_back(c); }
+        }
+        std::vector<merge_tally> tallies(averaged.size());
+        merge_chunks(policy, models, average_, averaged, out, tallies, "average");
+
+        // Small layers side by side, large ones alone.
+        std::vector<const layer*> side_by_side, alone;
+        std::size_t widest = 0;
+        for (const layer& one : problem_.layers()) {
+            const bool small_enough = one.in <= 1024;
+            (small_enough ? side_by_side : alone).push_back(&one);
+            if (small_enough) { widest = std::max(widest, one.in); }
+        }
+        progress_meter meter(policy, "RegMean", problem_.layers().size());
+        const auto done = [&] {
+            if (!meter.advance(1)) { raise<cancelled>(); }
+        };
+        {
+            const Policy quiet = sequential(policy);
+            std::vector<system_memory> memory;
+            const std::size_t workers = worker_count(policy, side_by_side.size());
+            for (std::size_t w = 0; w < workers && widest > 0; ++w) { memory.emplace_back(widest, std::size_t{1}, memory_of(policy)); }
+            for_each_index(policy, side_by_side.size(), [&](std::size_t index, std::size_t worker) {
+                solve(quiet, models, *side_by_side[index], memory[worker], out);
+                done();
+            });
+        }
+        for (const layer* one : alone) {
+            Policy loud = policy;
+            loud.progress = {};
+            system_memory memory(one->in, worker_count(policy, panels(*one)), memory_of(policy));
+            solve(loud, models, *one, memory, out);
+            done();
+        }
+    }
+
+private:
+    static constexpr std::size_t panel = 256; // columns of W, and rows of G, in f64 at a time
+    using layer = regmean_layer;
+
+    /// Buffers for one layer: the system, and for each worker panels of W̄, Wt − W̄, their images, rows of G.
+    struct system_memory {
+        system_memory(std::size_t in, std::size_t workers, std::pmr::memory_resource* memory)
+            : system(in * in, memory)
+            , diagonals(in, memory)
+        {
+            for (std::size_t w = 0; w < workers; ++w) { panels.emplace_back(in, memory); }
+        }
+        struct worker {
+            worker(std::size_t in, std::pmr::memory_resource* memory)
+                : mean(in * panel, memory)
+                , deviation(in * panel, memory)
+                , image(in * panel, memory)
+                , rows(std::max(in * panel, 2 * stored_gram::tile * stored_gram::tile), memory)
+                , raw(block_size, memory)
+            { }
+            std::pmr::vector<double> mean, deviation, image, rows, raw;
+        };
+        std::pmr::vector<double> system, diagonals;
+        std::vector<worker> panels;
+    };
+
+    [[noreturn, gnu::cold]] static void blame(
+        std::string_view what, const double* values, std::size_t count, const std::function<std::uint64_t(std::size_t)>& index)
+    {
+        std::size_t i = 0;
+        while (i + 1 < count && std::isfinite(values[i])) { ++i; }
+        raise<nonfinite_error>(
+            message(what, " holds ", std::isnan(values[i]) ? "NaN" : "infinity", " at index ", index(i), ": repair it, or exclude the tensor"));
+    }
+
+    [[nodiscard]] static std::size_t panels(const layer& one) noexcept { return (one.out + panel - 1) / panel; }
+
+    template <cpu_policy Policy>
+    void solve(const Policy& policy, const aligned_models& models, const layer& one, system_memory& memory, tensor_sink& out) const
+    {
+        const matrix_view<double> system(memory.system.data(), one.in, one.in, matrix_order::column_major);
+        assemble(policy, models, one, memory, system);
+        double trace = 0;
+        for (std::size_t i = 0; i < one.in; ++i) { trace += system(i, i); }
+        const double lift = problem_.lift(one, trace);
+        std::size_t unseen = one.in;
+        for (std::size_t i = one.in; i-- > 0;) {
+            system(i, i) += lift;
+            if (system(i, i) == 0) { unseen = i; }
+        }
+        problem_.check_determined(one, models, factor_cholesky(policy, system), unseen);
+        const matrix_view<const double> factor = system;
+        for_each_index(policy, panels(one), [&](std::size_t index, std::size_t worker) {
+            const std::size_t first = index * panel;
+            merge_columns<Policy>(models, one, factor, first, std::min(panel, one.out - first), memory.panels[worker], out);
+        });
+    }
+
+    /// system = Σ wt·G̃t (lower triangle), each Gram checked to be one.
+    void assemble(const cpu& policy, const aligned_models& models, const layer& one, system_memory& memory, matrix_view<double> system) const
+    {
+        const std::size_t n = one.in;
+        std::fill(memory.system.begin(), memory.system.begin() + static_cast<std::ptrdiff_t>(n * n), 0.0);
+        const std::vector<double>& weights = problem_.weights();
+        for (std::size_t t = 0; t < weights.size(); ++t) {
+            const auto where = [&, t] { return problem_.where(one, t, models); };
+            const stored_gram gram(one.grams[t], n, where, memory.diagonals, memory.panels[0].raw.data());
+            cpu bounded = n < 512 ? sequential(policy) : policy;
+            bounded.threads = static_cast<unsigned>(std::min(worker_count(bounded, gram.tile_rows()), memory.panels.size()));
+            for_each_index(bounded, gram.tile_rows(), [&](std::size_t tile_row, std::size_t worker) {
+                auto& buffers = memory.panels[worker];
+                gram.for_each_entry(tile_row, buffers.rows.data(), buffers.raw.data(),
+                    [&](std::size_t i, std::size_t j, double value) { system(i, j) += weights[t] * (i == j ? value : problem_.alpha() * value); });
+            });
+        }
+    }
+
+    /// Wt of columns [first, first + count) of the in×out view.
+    void load(
+        const aligned_models& models, const layer& one, std::size_t t, std::size_t first, std::size_t count, double* out, std::pmr::vector<double>& raw) const
+    {
+        const aligned_tensor& tensor = models.tensors()[one.tensor];
+        const bool whole = one.layout == weight_layout::out_in;
+        const std::size_t runs = whole ? 1 : one.in, length = whole ? one.in * count : count;
+        for (std::size_t run = 0; run < runs; ++run) {
+            const std::uint64_t offset = whole ? first * one.in : run * one.out + first;
+            const std::uint64_t largest = stored_gram::read(tensor.tasks[t], offset, length, out + run * length, raw.data());
+            if (largest >= exponent_mask<double> && models.options().on_nonfinite == nonfinite::error) {
+                blame(message("tensor '", tensor.name, "' of ", models.label(t)), out + run * length, length, [&](std::size_t i) { return offset + i; });
+            }
+        }
+    }
+
+    template <cpu_policy Policy>
+    void merge_columns(const aligned_models& models, const layer& one, matrix_view<const double> factor, std::size_t first, std::size_t count,
+        system_memory::worker& memory, tensor_sink& out) const
+    {
+        const Policy alone{.threads = 1, .executor = {}, .memory = nullptr, .progress = {}};
+        const std::vector<double>& weights = problem_.weights();
+        const std::size_t n = one.in, size = n * count, tasks = weights.size();
+        const bool whole = one.layout == weight_layout::out_in;
+        const matrix_order order = whole ? matrix_order::column_major : matrix_order::row_major;
+        const matrix_view<double> deviation(memory.deviation.data(), n, count, order), image(memory.image.data(), n, count, order);
+        double *const mean = memory.mean.data(), *const change = memory.deviation.data(), *const solved = memory.image.data();
+        std::fill(mean, mean + size, 0.0);
+        std::fill(solved, solved + size, 0.0);
+        for (std::size_t t = 0; t < tasks; ++t) {
+            load(models, one, t, first, count, change, memory.raw);
+            kernels::accumulate(mean, change, weights[t] / problem_.total_weight(), size);
+        }
+        for (std::size_t t = 0; t < tasks; ++t) {
+            if (tasks > 1) { load(models, one, t, first, count, change, memory.raw); }
+            kernels::accumulate(change, mean, -1.0, size);
+            for (std::size_t r = 0; r < n; r += panel) {
+                const std::size_t height = std::min(panel, n - r);
+                (void)stored_gram::read(one.grams[t], r * n, height * n, memory.rows.data(), memory.raw.data());
+                for (std::size_t i = 0; i < height; ++i) {
+                    double* const row = memory.rows.data() + i * n;
+                    const double kept = row[r + i];
+                    for (std::size_t j = 0; j < n; ++j) { row[j] *= problem_.alpha(); }
+                    row[r + i] = kept;
+                }
+                const matrix_view<const double> rows(memory.rows.data(), height, n, matrix_order::row_major);
+                gemm(alone, weights[t], rows, deviation, 1.0, image.block(r, 0, height, count));
+            }
+        }
+        solve_cholesky(alone, factor, image);
+        kernels::accumulate(solved, mean, 1.0, size);
+
+        const aligned_tensor& tensor = models.tensors()[one.tensor];
+        row_writer writer(out, false, std::pmr::get_default_resource());
+        const std::size_t runs = whole ? 1 : n, length = whole ? size : count;
+        for (std::size_t run = 0; run < runs; ++run) {
+            const chunk piece{one.tensor, whole ? first * n : run * one.out + first, length};
+            writer.open(tensor, piece);
+            for (std::size_t at = 0; at < length; at += block_size) {
+                writer.write(piece.offset + at, solved + run * length + at, std::min(block_size, length - at));
+            }
+            writer.close();
+        }
+    }
+
+    regmean_problem problem_;
+    merger<average_options> average_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,91 @@
+// SLERP: spherical linear interpolation between two models. Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/methods/merge.hpp>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// For each tensor, as one flat vector: θ* = sin((1−t)Ω)/sinΩ·a + sin(tΩ)/sinΩ·b, with Ω the angle between a and b; and
+/// (1−t)·a + t·b where |cosΩ| > 0.9995 or a norm is 0 (mergekit takes the angle to a zero tensor as a right one). a and b are the two
+/// tasks, or, when there is one task, the base and that task. t = 0 gives a, t = 1 gives b; other values than [0, 1] extrapolate.
+/// Norms and the angle are f64 sums of a fixed shape; the two factors are rounded to f32 (f64 for f64) once, then both
+/// products and the sum round: bit-exact for any threads and blocks. Cost: two reads of the two models.
+///
+///     merge(cpu{}, slerp_options{.t = 0.3}, std::vector{a, b}, out);
+struct slerp_options {
+    double t = 0.5;
+};
+
+namespace detail {
+
+/// The factors of a and b for one tensor.
+struct slerp_factors {
+    double of_a, of_b;
+};
+/// From the dots a·a, b·b and a·b.
+[[nodiscard]] inline slerp_factors factors_of(const slerp_options& options, double aa, double bb, double ab)
+{
+    const double t = options.t, cosine = ab / (std::sqrt(aa) * std::sqrt(bb)); // NaN where a norm is 0
+    if (!(std::abs(cosine) <= 0.9995)) { return {1 - t, t}; }
+    const double angle = std::acos(cosine), sine = std::sin(angle);
+    return {std::sin((1 - t) * angle) / sine, std::sin(t * angle) / sine};
+}
+
+/// Throws unless there are two models to go between. True where the first of them is the base.
+inline bool check_slerp(const aligned_models& models, const slerp_options& options)
+{
+    check_factor(options.t, "t");
+    const bool from_base = models.task_count() == 1;
+    if (models.task_count() > 2 || (from_base && !models.has_base())) {
+        raise<invalid_argument>(message("SLERP goes between two models, and there ",
+            models.task_count() == 1 ? "is one" : message("are ", models.task_count(), " tasks"), ": give two tasks, or a base and one task"));
+    }
+    return from_base;
+}
+
+} // namespace detail
+
+template <>
+class detail::merger<slerp_options> {
+public:
+    static constexpr bool needs_base = false, in_place = true;
+    static constexpr std::size_t scratch_rows = 0;
+
+    merger(const cpu& policy, const aligned_models& models, const slerp_options& options)
+        : from_base_(check_slerp(models, options))
+    {
+        const auto sums = tensor_sums(policy, models, 3, 0, "angles", [&](auto& rows, double* sum) {
+            const auto *const a = first(rows), *const b = second(rows);
+            sum[0] = kernels::dot(a, a, rows.size());
+            sum[1] = kernels::dot(b, b, rows.size());
+            sum[2] = kernels::dot(a, b, rows.size());
+        });
+        for (const auto& sum : sums) { factors_.push_back(factors_of(options, sum[0], sum[1], sum[2])); }
+    }
+    template <arithmetic_element A>
+    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    {
+        const auto& [of_a, of_b] = factors_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
+        kernels::begin_sum(merged, first(rows), static_cast<A>(of_a), rows.size());
+        kernels::accumulate(merged, second(rows), static_cast<A>(of_b), rows.size());
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return 1; }
+
+private:
+    template <arithmetic_element A>
+    const A* first(block<A>& rows) const
+    {
+        return from_base_ ? rows.base() : rows.task(0);
+    }
+    template <arithmetic_element A>
+    const A* second(block<A>& rows) const
+    {
+        return rows.task(from_base_ ? 0 : 1);
+    }
+
+    bool from_base_;
+    std::vector<slerp_factors> factors_; // for each tensor
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

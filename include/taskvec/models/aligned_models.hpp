@@ -1,0 +1,284 @@
+// Several models lined up tensor by tensor: what every model-wide algorithm walks over, block by block.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/parallel.hpp>
+#include <taskvec/core/sink.hpp>
+#include <taskvec/core/tensor_ref.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What a tensor that a task lacks means: an error, or "unchanged from the base".
+enum class missing : std::uint8_t { error, base };
+
+/// A task's tensors, and the base's where the task lacks some: the model that missing::base takes it for.
+[[nodiscard]] inline const_model_ref completed(const_model_ref task, const const_model_ref& base)
+{
+    for (const auto& [name, tensor] : base) {
+        if (!task.find(name)) { task.insert(name, tensor); }
+    }
+    return task;
+}
+
+/// What every model-wide algorithm may be told. None of it changes a bit of a tensor that is included.
+struct model_options {
+    std::function<bool(std::string_view)> include{}; ///< empty: every floating tensor; the others are copied from the base
+    std::optional<taskvec::dtype> output{}; ///< dtype of the result; empty: the base's, tensor by tensor (fp8 becomes f32)
+    nonfinite on_nonfinite = nonfinite::error; ///< NaN and infinity in an input
+    missing on_missing = missing::error; ///< a tensor that a task lacks
+    std::vector<std::string> labels{}; ///< names of the tasks in messages; empty: "task 1", "task 2", …
+    std::string base_label = "the base"; ///< name of the base in messages
+    std::size_t chunk = 65536; ///< elements handed to a thread at a time (rounded up to a multiple of 64)
+    bool statistics = false; ///< collect counts and norms for a report, at some cost
+    std::size_t memory = std::size_t{256} << 20; ///< bytes of scratch that a pass may take; less means more reads of the inputs, never other bits
+};
+
+/// One tensor of the aligned models: where its data lie in the base and in each task.
+struct aligned_tensor {
+    struct operand {
+        const std::byte* data = nullptr;
+        taskvec::dtype dtype = taskvec::dtype::f32;
+    };
+    std::string name;
+    extents shape;
+    std::size_t size = 0;
+    std::size_t output = 0; ///< index in aligned_models::outputs()
+    std::uint64_t position = 0; ///< first element's place in the concatenation of all included tensors
+    taskvec::dtype output_dtype = taskvec::dtype::f32;
+    bool wide = false; ///< arithmetic runs in f64, because some model stores f64
+    operand base{}; ///< data == nullptr when there is no base
+    std::vector<operand> tasks{};
+
+    /// True when what is to be added to the base has f64 values: an f64 tensor, whatever the tasks store.
+    [[nodiscard]] bool wide_base() const noexcept { return base.dtype == taskvec::dtype::f64; }
+};
+
+/// A tensor that takes no part: it is copied through unchanged.
+struct copied_tensor {
+    std::string name;
+    std::size_t output = 0;
+    const_tensor_ref source{};
+};
+
+/// A run of consecutive elements of one tensor, handed to one thread.
+struct chunk {
+    std::size_t tensor = 0;
+    std::uint64_t offset = 0;
+    std::size_t size = 0;
+};
+
+/// Tensors [first, last) of aligned models.
+struct tensor_range {
+    std::size_t first = 0, last = 0;
+};
+
+/// Lines up a base (optional) and tasks by tensor name, and checks everything that can be checked before any work:
+/// names, shapes, dtypes, contiguity, memory space. Tensors are ordered by the bytes of their names. Integer tensors
+/// must be equal in all models and are copied; excluded tensors are copied from the base. Holds views only. All tensors
+/// live in the memory space `space`; for device memory `equal` says whether two runs of bytes are the same.
+/// Errors: invalid_argument, shape_mismatch, dtype_mismatch, each naming the tensor and the model.
+class aligned_models {
+public:
+    using bytes_equal = std::function<bool(const void* a, const void* b, std::size_t bytes)>;
+
+    aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {}, memory_space space = memory_space::host,
+        const bytes_equal& equal = {})
+        : options_(std::move(options))
+        , space_(space)
+    {
+        if (tasks.empty()) { raise<invalid_argument>("no task was given: at least one is needed"); }
+        if (!options_.labels.empty() && options_.labels.size() != tasks.size()) {
+            raise<invalid_argument>(message(options_.labels.size(), " labels for ", tasks.size(), " tasks: give one each, or none"));
+        }
+        task_count_ = tasks.size();
+        has_base_ = base != nullptr;
+        const const_model_ref& reference = base ? *base : tasks[0];
+        for (std::size_t t = 0; t < tasks.size(); ++t) {
+            for (const auto& [name, tensor] : tasks[t]) {
+                if (!reference.find(name) && (!options_.include || options_.include(name))) {
+                    raise<invalid_argument>(message(
+                        "tensor '", name, "' is in ", label(t), " but not in ", reference_label(), ": use models of one architecture, or exclude the tensor"));
+                }
+            }
+        }
+        for (const auto& [name, tensor] : reference) { add(name, tensor, tasks, equal); }
+        cut();
+    }
+
+    /// The same models, handed to threads in other chunks.
+    aligned_models(const aligned_models& other, std::size_t chunk)
+        : aligned_models(other)
+    {
+        options_.chunk = chunk;
+        cut();
+    }
+
+    /// The tensors that the result holds, in name order.
+    [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
+    /// The included floating tensors, in name order.
+    [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
+    [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
+    [[nodiscard]] const std::vector<chunk>& chunks() const noexcept { return chunks_; }
+    /// Chunks [first_chunk(i), first_chunk(i + 1)) cover tensor i.
+    [[nodiscard]] std::size_t first_chunk(std::size_t tensor) const noexcept { return first_chunk_[tensor]; }
+    /// Elements of all included tensors together.
+    [[nodiscard]] std::uint64_t elements() const noexcept { return elements_; }
+    [[nodiscard]] std::size_t task_count() const noexcept { return task_count_; }
+    [[nodiscard]] bool has_base() const noexcept { return has_base_; }
+    /// True when some included tensor computes in f64: model-wide magnitudes then compare as f64.
+    [[nodiscard]] bool any_wide() const noexcept { return any_wide_; }
+    [[nodiscard]] const model_options& options() const noexcept { return options_; }
+    [[nodiscard]] std::string label(std::size_t task) const { return options_.labels.empty() ? message("task ", task + 1) : options_.labels[task]; }
+    /// The tensor that holds place `position` of the concatenation.
+    [[nodiscard]] std::size_t tensor_at(std::uint64_t position) const
+    {
+        const auto after =
+            std::upper_bound(tensors_.begin(), tensors_.end(), position, [](std::uint64_t p, const aligned_tensor& tensor) { return p < tensor.position; });
+        return static_cast<std::size_t>(after - tensors_.begin()) - 1; // of tensors that share a position only the last is not empty
+    }
+    /// Bytes that one walk over all included tensors reads.
+    [[nodiscard]] std::uint64_t bytes() const noexcept
+    {
+        std::uint64_t total = 0;
+        for (const auto& tensor : tensors_) {
+            total += tensor.base.data ? byte_count(tensor.base.dtype, tensor.size) : 0;
+            for (const auto& task : tensor.tasks) { total += byte_count(task.dtype, tensor.size); }
+        }
+        return total;
+    }
+
+private:
+    void cut()
+    {
+        chunks_.clear();
+        first_chunk_.clear();
+        const std::size_t step = std::max<std::size_t>(64, (options_.chunk + 63) / 64 * 64);
+        for (std::size_t i = 0; i < tensors_.size(); ++i) {
+            first_chunk_.push_back(chunks_.size());
+            for (std::size_t offset = 0; offset < tensors_[i].size; offset += step) {
+                chunks_.push_back({i, offset, std::min(step, tensors_[i].size - offset)});
+            }
+        }
+        first_chunk_.push_back(chunks_.size());
+    }
+
+    [[nodiscard]] std::string reference_label() const { return has_base_ ? options_.base_label : label(0); }
+    void check_place(const const_tensor_ref& tensor, const std::string& name, const std::string& where) const
+    {
+        if (tensor.space != space_) {
+            raise<invalid_argument>(message("tensor '", name, "' of ", where,
+                space_ == memory_space::host ? " lives in device memory: the cpu policy needs host memory"
+                                             : " lives in host memory: the gpu policy needs device memory, or merge_streamed() for models on the host"));
+        }
+        if (!tensor.contiguous()) {
+            raise<invalid_argument>(message("tensor '", name, "' of ", where, " is not contiguous: copy it to row-major memory first"));
+        }
+        if (!tensor.data && tensor.bytes(name) > 0) { raise<invalid_argument>(message("tensor '", name, "' of ", where, " has no data (null pointer)")); }
+    }
+    static bool computes(taskvec::dtype type) noexcept { return is_storage(type) || is_fp8(type); }
+
+    void add(const std::string& name, const const_tensor_ref& tensor, std::span<const const_model_ref> tasks, const bytes_equal& equal)
+    {
+        check_place(tensor, name, reference_label());
+        const std::size_t size = tensor.size(name), output = outputs_.size();
+        const bool included = !options_.include || options_.include(name);
+        if (!included) {
+            outputs_.push_back({name, tensor.dtype, tensor.shape});
+            copied_.push_back({name, output, tensor});
+            return;
+        }
+        aligned_tensor aligned{name, tensor.shape, size, output, elements_, tensor.dtype, tensor.dtype == taskvec::dtype::f64, {}, {}};
+        const aligned_tensor::operand reference{static_cast<const std::byte*>(tensor.data), tensor.dtype};
+        if (has_base_) { aligned.base = reference; }
+        for (std::size_t t = 0; t < tasks.size(); ++t) {
+            const const_tensor_ref* const mine = tasks[t].find(name);
+            if (!mine) {
+                if (options_.on_missing == missing::error || !has_base_) {
+                    raise<invalid_argument>(message("tensor '", name, "' of ", reference_label(), " is missing in ", label(t),
+                        has_base_ ? ": add it, or let missing tensors stand for the base's" : ": add it"));
+                }
+                aligned.tasks.push_back(reference);
+                continue;
+            }
+            check_place(*mine, name, label(t));
+            check_same(name, tensor, *mine, t, equal);
+            aligned.tasks.push_back({static_cast<const std::byte*>(mine->data), mine->dtype});
+            aligned.wide = aligned.wide || mine->dtype == taskvec::dtype::f64;
+        }
+        if (!computes(tensor.dtype)) {
+            outputs_.push_back({name, tensor.dtype, tensor.shape});
+            copied_.push_back({name, output, tensor});
+            return;
+        }
+        aligned.output_dtype = options_.output.value_or(is_fp8(tensor.dtype) ? taskvec::dtype::f32 : tensor.dtype);
+        if (!is_storage(aligned.output_dtype)) {
+            raise<dtype_mismatch>(message("a merge cannot be stored as ", taskvec::name(aligned.output_dtype), ": choose F64, F32, BF16 or F16"));
+        }
+        outputs_.push_back({name, aligned.output_dtype, tensor.shape});
+        elements_ += size;
+        any_wide_ = any_wide_ || aligned.wide;
+        tensors_.push_back(std::move(aligned));
+    }
+
+    void check_same(const std::string& name, const const_tensor_ref& tensor, const const_tensor_ref& mine, std::size_t t, const bytes_equal& equal) const
+    {
+        if (mine.shape != tensor.shape) {
+            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(mine.shape), " in ", label(t), " but ", to_string(tensor.shape), " in ",
+                reference_label(), ": use models of one architecture, or exclude the tensor"));
+        }
+        const bool floating = computes(tensor.dtype);
+        if (computes(mine.dtype) != floating || (!floating && mine.dtype != tensor.dtype)) {
+            raise<dtype_mismatch>(message("tensor '", name, "' has dtype ", taskvec::name(mine.dtype), " in ", label(t), " but ", taskvec::name(tensor.dtype),
+                " in ", reference_label(), ": convert one of them, or exclude the tensor"));
+        }
+        const std::size_t size = tensor.bytes(name);
+        const auto same = [&] { return equal ? equal(mine.data, tensor.data, size) : std::memcmp(mine.data, tensor.data, size) == 0; };
+        if (!floating && size > 0 && !same()) {
+            raise<dtype_mismatch>(message("tensor '", name, "' of dtype ", taskvec::name(tensor.dtype), " differs between ", label(t), " and ",
+                reference_label(), ": only floating tensors can be merged; exclude it to keep the one of ", reference_label()));
+        }
+    }
+
+    model_options options_;
+    memory_space space_;
+    std::vector<tensor_spec> outputs_;
+    std::vector<aligned_tensor> tensors_;
+    std::vector<copied_tensor> copied_;
+    std::vector<chunk> chunks_;
+    std::vector<std::size_t> first_chunk_;
+    std::uint64_t elements_ = 0;
+    std::size_t task_count_ = 0;
+    bool has_base_ = false, any_wide_ = false;
+};
+
+namespace detail {
+/// A model that is one flat view: how the typed functions use the model-wide machinery.
+template <class T, memory_space S>
+[[nodiscard]] const_model_ref flat_model(view<T, S> values, std::string_view name = "values")
+{
+    const_model_ref model;
+    model.insert(std::string(name), as_tensor(view<const std::remove_const_t<T>, S>(values)));
+    return model;
+}
+
+/// What every walk over models says of NaN or infinity in an input.
+[[noreturn, gnu::cold]] inline void refuse_nonfinite(std::string_view tensor, std::string_view where, double found, std::uint64_t index)
+{
+    raise<nonfinite_error>(message("tensor '", tensor, "' of ", where, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", index,
+        ": repair it, exclude the tensor, or ask for non-finite values to propagate"));
+}
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI

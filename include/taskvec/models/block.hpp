@@ -1,0 +1,305 @@
+// Blocks: a few thousand elements of every aligned model, widened to the arithmetic type on demand.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/models/aligned_models.hpp>
+#include <taskvec/core/kernels.hpp>
+
+#include <cmath>
+#include <limits>
+#include <memory_resource>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// fp8 values by their bits.
+[[nodiscard]] inline float fp8_value(taskvec::dtype type, unsigned code) noexcept
+{
+    return type == taskvec::dtype::f8_e5m2 ? e5m2_to_f32(static_cast<std::uint8_t>(code)) : e4m3_to_f32(static_cast<std::uint8_t>(code));
+}
+
+/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements and
+/// fp8 go through `raw` (room for block_size doubles).
+template <class Use>
+decltype(auto) with_elements(const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
+{
+    if (is_fp8(from.dtype)) {
+        const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
+        auto* const values = reinterpret_cast<float*>(raw);
+        for (std::size_t i = 0; i < size; ++i) { values[i] = fp8_value(from.dtype, codes[i]); }
+        return use(static_cast<const float*>(values));
+    }
+    return visit_storage(from.dtype, "operand", [&]<class T>(std::type_identity<T>) -> decltype(auto) {
+        const std::byte* place = from.data + offset * sizeof(T);
+        if (reinterpret_cast<std::uintptr_t>(place) % alignof(T) != 0) {
+            std::memcpy(raw, place, size * sizeof(T));
+            place = raw;
+        }
+        return use(reinterpret_cast<const T*>(place));
+    });
+}
+
+} // namespace detail
+
+/// Elements of a block: a row of f32 takes 16 KiB, so a dozen rows stay in the second-level cache.
+inline constexpr std::size_t block_size = 4096;
+
+/// The rows of one block: base(), task(t) and delta(t) = task(t) − base() in the arithmetic type A, loaded on demand, and
+/// scratch rows. There is one for each worker; open() moves it on.
+template <arithmetic_element A>
+class block {
+public:
+    block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory)
+        : models_(&models)
+        , rows_((models.task_count() + 1 + scratch_rows) * block_size, memory)
+        , raw_(block_size, memory)
+    { }
+
+    /// Moves to elements [offset, offset + size) of a tensor; size ≤ block_size.
+    void open(const aligned_tensor& tensor, std::uint64_t offset, std::size_t size)
+    {
+        tensor_ = &tensor;
+        offset_ = offset;
+        size_ = size;
+        base_ = nullptr;
+        largest_ = 0;
+    }
+
+    [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
+    [[nodiscard]] std::uint64_t position() const noexcept { return tensor_->position + offset_; }
+    [[nodiscard]] const aligned_tensor& tensor() const noexcept { return *tensor_; }
+    [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
+    [[nodiscard]] std::size_t task_count() const noexcept { return models_->task_count(); }
+
+    /// θ0 of this block.
+    const A* base()
+    {
+        if (!base_) { base_ = load(tensor_->base, rows_.data()); }
+        return base_;
+    }
+    /// θt of this block: in place where it is stored as A, otherwise in row(t), which it shares with delta(t).
+    const A* task(std::size_t t) { return load(tensor_->tasks[t], row(t)); }
+    /// τt of this block (θt itself when there is no base).
+    const A* delta(std::size_t t)
+    {
+        if (!tensor_->base.data) { return task(t); }
+        const A* const from = base();
+        detail::with_elements(tensor_->tasks[t], offset_, size_, raw(), [&](const auto* values) {
+            ahead(values, largest_, [&](std::size_t at, std::size_t n) { return kernels::subtract(values + at, from + at, row(t) + at, n); });
+        });
+        return row(t);
+    }
+    /// τt where it lies in memory as it is (no base, stored as A, aligned), unread; nullptr otherwise. Whoever reads it
+    /// tells note() the largest magnitude.
+    [[nodiscard]] const A* stored_delta(std::size_t t) const noexcept
+    {
+        const auto& from = tensor_->tasks[t];
+        const std::byte* const place = from.data + offset_ * sizeof(A);
+        const bool usable = !tensor_->base.data && from.dtype == dtype_of<A> && reinterpret_cast<std::uintptr_t>(place) % alignof(A) == 0;
+        return usable ? reinterpret_cast<const A*>(place) : nullptr;
+    }
+    /// τt of this block, always in row(t), so that it may be changed.
+    A* mutable_delta(std::size_t t)
+    {
+        const A* const values = delta(t);
+        if (values != row(t)) { std::memcpy(row(t), values, size_ * sizeof(A)); }
+        return row(t);
+    }
+    /// The stored words of this block, when the base (where there is one) and every task store T at aligned places: what a
+    /// fused kernel reads without a detour through rows. tasks[t] for each task. False, and nothing set, otherwise.
+    template <storage_element T>
+    [[nodiscard]] bool stored(const storage_word<T>*& base, std::span<const storage_word<T>*> tasks) const
+    {
+        if (tasks.size() < task_count() || (tensor_->base.data && !usable<T>(tensor_->base))) { return false; }
+        for (const auto& task : tensor_->tasks) {
+            if (!usable<T>(task)) { return false; }
+        }
+        base = tensor_->base.data ? place<T>(tensor_->base) : nullptr;
+        for (std::size_t t = 0; t < task_count(); ++t) { tasks[t] = place<T>(tensor_->tasks[t]); }
+        return true;
+    }
+    /// The same for task t alone.
+    template <storage_element T>
+    [[nodiscard]] bool stored_task(std::size_t t, const storage_word<T>*& base, const storage_word<T>*& task) const
+    {
+        if (!usable<T>(tensor_->tasks[t]) || (tensor_->base.data && !usable<T>(tensor_->base))) { return false; }
+        base = tensor_->base.data ? place<T>(tensor_->base) : nullptr;
+        task = place<T>(tensor_->tasks[t]);
+        return true;
+    }
+    /// Tells check_finite() the largest magnitude bits that a fused kernel met: of its inputs, or of a result that NaN and
+    /// infinity in an input cannot but reach.
+    void note(bits_type<A> magnitude) noexcept { largest_ = std::max(largest_, magnitude); }
+
+    /// The same elements of an operand that lies beside the models, as a method's statistics do: in place or in `out`, a row of
+    /// its own. `largest` receives their largest magnitude bits: whoever reads them reports NaN and infinity.
+    const A* beside(const aligned_tensor::operand& from, A* out, bits_type<A>& largest) { return load(from, out, largest); }
+    /// Row of task t. Rows of tasks and scratch rows are consecutive, block_size apart.
+    [[nodiscard]] A* row(std::size_t t) noexcept { return rows_.data() + (1 + t) * block_size; }
+    [[nodiscard]] A* scratch(std::size_t i) noexcept { return row(task_count() + i); }
+
+    /// Throws nonfinite_error if an input of this block that was loaded holds NaN or infinity (unless propagation was
+    /// asked for). A difference of finite values that overflows is not an input.
+    void check_finite()
+    {
+        if (largest_ < exponent_mask<A> || models_->options().on_nonfinite == nonfinite::propagate) { return; }
+        for (std::size_t i = 0; i < size_; ++i) {
+            if (tensor_->base.data) { check(tensor_->base, i, models_->options().base_label); }
+            for (std::size_t t = 0; t < task_count(); ++t) { check(tensor_->tasks[t], i, models_->label(t)); }
+        }
+    }
+
+private:
+    template <storage_element T>
+    [[nodiscard]] static bool usable(const aligned_tensor::operand& from) noexcept
+    {
+        return from.dtype == dtype_of<T> && reinterpret_cast<std::uintptr_t>(from.data) % alignof(T) == 0;
+    }
+    template <storage_element T>
+    [[nodiscard]] const storage_word<T>* place(const aligned_tensor::operand& from) const noexcept
+    {
+        return reinterpret_cast<const storage_word<T>*>(from.data) + offset_;
+    }
+    [[nodiscard]] std::byte* raw() noexcept { return reinterpret_cast<std::byte*>(raw_.data()); }
+
+    const A* load(const aligned_tensor::operand& from, A* out)
+    {
+        bits_type<A> largest = 0;
+        const A* const values = load(from, out, largest);
+        note(largest);
+        return values;
+    }
+    const A* load(const aligned_tensor::operand& from, A* out, bits_type<A>& largest)
+    {
+        return detail::with_elements(from, offset_, size_, raw(), [&]<class T>(const T* values) -> const A* {
+            const bool in_place = std::same_as<T, A> && static_cast<const void*>(values) != raw();
+            ahead(values, largest, [&](std::size_t at, std::size_t n) {
+                if constexpr (std::same_as<T, A>) {
+                    if (in_place) { return kernels::largest_magnitude(values + at, n); }
+                }
+                return kernels::widen(values + at, out + at, n);
+            });
+            if constexpr (std::same_as<T, A>) {
+                if (in_place) { return values; }
+            }
+            return out;
+        });
+    }
+
+    /// Runs a kernel over the row in pieces, and before each fetches the same piece of the next block: with a dozen
+    /// streams of 8 KiB each the hardware prefetchers start anew all the time.
+    template <class T, class Kernel>
+    void ahead(const T* values, bits_type<A>& largest, Kernel&& kernel)
+    {
+        constexpr std::size_t piece = 512;
+        for (std::size_t at = 0; at < size_; at += piece) {
+            const auto* const next = reinterpret_cast<const char*>(values + at + block_size);
+            for (std::size_t line = 0; line < piece * sizeof(T); line += 64) { __builtin_prefetch(next + line, 0, 2); }
+            largest = std::max(largest, kernel(at, std::min(piece, size_ - at)));
+        }
+    }
+
+    void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
+    {
+        const double found = detail::with_elements(from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
+        if (!std::isfinite(found)) { detail::refuse_nonfinite(tensor_->name, where, found, offset_ + i); }
+    }
+
+    const aligned_models* models_;
+    std::pmr::vector<A> rows_;
+    std::pmr::vector<double> raw_;
+    const aligned_tensor* tensor_ = nullptr;
+    std::uint64_t offset_ = 0;
+    std::size_t size_ = 0;
+    const A* base_ = nullptr;
+    bits_type<A> largest_ = 0;
+};
+
+/// The blocks of one worker: in f32 and, where a tensor needs it, in f64.
+class workspace {
+public:
+    workspace(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory)
+        : models_(&models)
+        , scratch_rows_(scratch_rows)
+        , memory_(memory)
+    { }
+    template <arithmetic_element A>
+    block<A>& get()
+    {
+        std::optional<block<A>>* slot;
+        if constexpr (std::same_as<A, double>) { slot = &wide_; }
+        else {
+            slot = &single_;
+        }
+        if (!*slot) { slot->emplace(*models_, scratch_rows_, memory_); }
+        return **slot;
+    }
+    /// Calls use(block) with the block type that the tensor's arithmetic asks for.
+    template <class Use>
+    decltype(auto) with_block(const aligned_tensor& tensor, Use&& use)
+    {
+        return tensor.wide ? use(get<double>()) : use(get<float>());
+    }
+
+private:
+    const aligned_models* models_;
+    std::size_t scratch_rows_;
+    std::pmr::memory_resource* memory_;
+    std::optional<block<float>> single_;
+    std::optional<block<double>> wide_;
+};
+
+/// A range of chunks, by index.
+struct chunk_range {
+    std::size_t first = 0, last = 0;
+};
+[[nodiscard]] inline chunk_range all_chunks(const aligned_models& models) noexcept
+{
+    return {0, models.chunks().size()};
+}
+[[nodiscard]] inline chunk_range chunks_of(const aligned_models& models, std::size_t tensor) noexcept
+{
+    return {models.first_chunk(tensor), models.first_chunk(tensor + 1)};
+}
+
+/// One workspace for each worker that a walk over `count` chunks may use.
+[[nodiscard]] inline std::vector<workspace> make_workspaces(const cpu& policy, const aligned_models& models, std::size_t count, std::size_t scratch_rows)
+{
+    std::vector<workspace> workspaces;
+    const std::size_t workers = worker_count(policy, count);
+    workspaces.reserve(workers);
+    for (std::size_t w = 0; w < workers; ++w) { workspaces.emplace_back(models, scratch_rows, memory_of(policy)); }
+    return workspaces;
+}
+
+/// Opens each block of a chunk in turn, calls body(block), and reports non-finite inputs after it.
+template <arithmetic_element A, class Body>
+void for_each_block_of(block<A>& rows, const chunk& piece, Body&& body)
+{
+    const aligned_tensor& tensor = rows.models().tensors()[piece.tensor];
+    for (std::size_t at = 0; at < piece.size; at += block_size) {
+        rows.open(tensor, piece.offset + at, std::min(block_size, piece.size - at));
+        body(rows);
+        rows.check_finite();
+    }
+}
+
+/// Calls body(chunk index, worker, block) for every block of a range of chunks: chunks in parallel, the blocks of a chunk
+/// in ascending order. `block` is a block<float>& or a block<double>&, `worker` as in for_each_index.
+template <class Body>
+void for_each_block(const cpu& policy, const aligned_models& models, chunk_range range, std::size_t scratch_rows, std::string_view phase, Body&& body)
+{
+    const std::size_t count = range.last - range.first;
+    auto workspaces = make_workspaces(policy, models, count, scratch_rows);
+    detail::progress_meter meter(policy, phase, count);
+    for_each_index(policy, count, [&](std::size_t index, std::size_t worker) {
+        const chunk& piece = models.chunks()[range.first + index];
+        workspaces[worker].with_block(models.tensors()[piece.tensor],
+            [&](auto& rows) { for_each_block_of(rows, piece, [&](auto& opened) { body(range.first + index, worker, opened); }); });
+        if (!meter.advance(1)) { raise<cancelled>(); }
+    });
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,241 @@
+// Checkpoints: single files, directories, shards and their index.
+// SPDX-License-Identifier: Apache-2.0
+#include <taskvec/formats/checkpoint.hpp>
+
+#include "scratch.hpp"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <csignal>
+#include <numeric>
+
+#include <sys/wait.h>
+
+using namespace taskvec;
+
+namespace {
+
+/// `count` tensors t00, t01, … of i + 1 floats, each value 100 * seed + i.
+struct sample {
+    std::vector<tensor_spec> specs;
+    std::vector<std::vector<float>> contents;
+
+    explicit sample(std::size_t count, int seed = 1)
+    {
+        for (std::size_t i = 0; i < count; ++i) {
+            specs.push_back({(i < 10 ? "t0" : "t") + std::to_string(i), dtype::f32, {static_cast<std::int64_t>(i + 1)}});
+            contents.emplace_back(i + 1, static_cast<float>(100 * seed) + static_cast<float>(i));
+        }
+    }
+    void write(const std::filesystem::path& folder, std::uint64_t shard_size, durability mode = durability::process) const
+    {
+        sharded_writer writer(folder, specs, shard_size, {{"origin", "test"}}, mode);
+        for (std::size_t i = specs.size(); i-- > 0;) { writer.write(i, 0, contents[i].data(), specs[i].bytes()); }
+        writer.commit();
+    }
+    bool equals(const const_model_ref& model) const
+    {
+        if (model.size() != specs.size()) { return false; }
+        for (std::size_t i = 0; i < specs.size(); ++i) {
+            const auto* tensor = model.find(specs[i].name);
+            if (!tensor || tensor->shape != specs[i].shape || std::memcmp(tensor->data, contents[i].data(), specs[i].bytes()) != 0) { return false; }
+        }
+        return true;
+    }
+};
+
+void write_one(const std::filesystem::path& path, const std::vector<std::string>& names)
+{
+    const float value = 1;
+    const_model_ref model;
+    for (const auto& name : names) { model.insert(name, {&value, dtype::f32, {1}, {}}); }
+    write_safetensors(path, model, {}, durability::process);
+}
+
+} // namespace
+
+TEST_CASE("a file and a directory with one file are the same model")
+{
+    const scratch folder;
+    write_one(folder / "model.safetensors", {"b", "a"});
+    const auto by_file = open_model(folder / "model.safetensors");
+    const auto by_directory = open_model(folder.path());
+    REQUIRE(by_file.model().size() == 2);
+    CHECK(by_file.model()[0].name == "a");
+    CHECK(by_directory.model().size() == 2);
+    CHECK(by_directory.path() == folder.path());
+    CHECK(by_directory.data_bytes() == 8);
+    CHECK(by_directory.metadata().at("format") == "pt");
+}
+
+TEST_CASE("what is no model is an error that names it")
+{
+    const scratch folder;
+    CHECK_THROWS_AS((void)open_model(folder / "missing"), io_error);
+    CHECK_THROWS_AS((void)open_model(folder.path()), io_error);
+    spill(folder / "text", "this is not a model");
+    CHECK_THROWS_AS((void)open_model(folder / "text"), format_error);
+}
+
+TEST_CASE("models of every size go through shards of every size")
+{
+    const scratch folder;
+    for (const std::size_t count : {0u, 1u, 2u, 13u}) {
+        const sample model(count);
+        for (const std::uint64_t size : {1u, 8u, 50u, 100u, 1'000'000u}) {
+            const auto out = folder / (std::to_string(count) + "-" + std::to_string(size));
+            model.write(out, size);
+            const auto back = open_model(out);
+            CHECK(model.equals(back.model()));
+            CHECK(back.metadata().at("origin") == "test");
+            for (const auto& file : back.files()) { CHECK((file.data_bytes() <= size || file.entries().size() == 1)); }
+            if (back.files().size() > 1) {
+                const auto json = nlohmann::json::parse(slurp(out / "model.safetensors.index.json"));
+                CHECK(json["metadata"]["total_size"] == back.data_bytes());
+                CHECK(json["weight_map"].size() == count);
+            }
+            else {
+                CHECK(scratch::names_in(out) == std::set<std::string>{"model.safetensors"});
+            }
+        }
+    }
+    CHECK_THROWS_AS(sharded_writer(folder / "x", {}, 0), invalid_argument);
+    CHECK_FALSE(std::filesystem::exists(folder / "x"));
+}
+
+TEST_CASE("shards have the usual names")
+{
+    const scratch folder;
+    sample(3).write(folder / "m", 12);
+    CHECK(scratch::names_in(folder / "m")
+        == std::set<std::string>{"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"});
+}
+
+TEST_CASE("a directory is replaced by whatever is written to it, and keeps what is not a model's")
+{
+    const scratch folder;
+    const sample first(9, 1), second(9, 2);
+    const auto out = folder / "m";
+    std::filesystem::create_directory(out);
+    spill(out / "config.json", "{}");
+    spill(out / "notes.safetensors", "mine");
+    for (const std::uint64_t size : {20u, 20u, 30u, 1000u, 20u, 1000u, 1000u}) {
+        for (const auto* model : {&first, &second}) {
+            const auto old = std::filesystem::exists(out / "model.safetensors") || std::filesystem::exists(out / "model.safetensors.index.json")
+                ? std::make_unique<checkpoint>(open_model(out))
+                : nullptr;
+            model->write(out, size);
+            const auto back = open_model(out);
+            CHECK(model->equals(back.model()));
+            CHECK(slurp(out / "config.json") == "{}");
+            CHECK(slurp(out / "notes.safetensors") == "mine");
+            // Nothing of the earlier model is left.
+            CHECK(scratch::names_in(out).size() == 2 + back.files().size() + (back.files().size() > 1));
+            if (old) { CHECK(old->model().size() == 9); }
+        }
+    }
+}
+
+TEST_CASE("an index that names other files than a model's costs nobody those files")
+{
+    const scratch folder;
+    const auto out = folder / "m";
+    std::filesystem::create_directory(out);
+    spill(out / "config.json", "{}");
+    spill(out / "model.safetensors.index.json", R"({"weight_map":{"a":"config.json"}})");
+    const sample model(3);
+    model.write(out, 1000);
+    CHECK(scratch::names_in(out) == std::set<std::string>{"config.json", "model.safetensors"});
+    CHECK(model.equals(open_model(out).model()));
+}
+
+TEST_CASE("a sharded writer that is dropped leaves no trace")
+{
+    const scratch folder;
+    const sample model(5);
+    {
+        sharded_writer writer(folder / "m", model.specs, 8);
+        writer.write(0, 0, model.contents[0].data(), 4);
+        CHECK_FALSE(writer.temporaries().empty());
+        CHECK_THROWS_AS(writer.commit(), invalid_argument); // incomplete
+    }
+    CHECK(folder.names().empty());
+    CHECK_THROWS_AS(sharded_writer(folder / "m", {{"a", dtype::f32, {1}}, {"a", dtype::f32, {1}}}, 4), invalid_argument);
+    CHECK(folder.names().empty());
+}
+
+TEST_CASE("a sharded writer that is killed leaves the old model or the new")
+{
+    const scratch folder;
+    const auto out = folder / "m";
+    const sample first(9, 1), second(9, 2);
+    first.write(out, 20);
+    for (int delay = 0; delay < 30; ++delay) {
+        const pid_t child = ::fork();
+        if (child == 0) {
+            try {
+                for (int i = 0;; ++i) { (i % 2 ? first : second).write(out, i % 3 ? 20 : 1000); }
+            }
+            catch (...) {
+            }
+            ::_exit(1);
+        }
+        ::usleep(static_cast<useconds_t>(200 * delay));
+        ::kill(child, SIGKILL);
+        int status = 0;
+        ::waitpid(child, &status, 0);
+        CHECK(WIFSIGNALED(status));
+        const auto back = open_model(out);
+        CHECK((first.equals(back.model()) || second.equals(back.model())));
+    }
+}
+
+TEST_CASE("an index is an allowlist")
+{
+    const scratch folder;
+    const auto index = [&](const std::string& text) { spill(folder / "model.safetensors.index.json", text); };
+    write_one(folder / "x.safetensors", {"a", "b"});
+    write_one(folder / "y.safetensors", {"c"});
+    index(R"({"metadata":{"total_size":12},"weight_map":{"a":"x.safetensors","b":"x.safetensors","c":"y.safetensors"}})");
+    CHECK(open_model(folder.path()).model().size() == 3);
+    index(R"({"weight_map":{"a":"x.safetensors","b":"x.safetensors"}})"); // y is not asked for
+    CHECK(open_model(folder.path()).model().size() == 2);
+    index(R"({"weight_map":{}})");
+    CHECK(open_model(folder.path()).model().empty());
+
+    const auto refused = [&](const std::string& text) {
+        index(text);
+        CAPTURE(text);
+        CHECK_THROWS_AS((void)open_model(folder.path()), format_error);
+    };
+    refused(R"({"weight_map":{"a":"x.safetensors"}})"); // x holds b, unlisted
+    refused(R"({"weight_map":{"a":"x.safetensors","b":"x.safetensors","d":"x.safetensors"}})"); // x lacks d
+    refused(R"({"weight_map":{"a":"x.safetensors","b":"y.safetensors","c":"y.safetensors"}})"); // b is elsewhere
+    refused(R"({"weight_map":{"a":"x.safetensors","a":"x.safetensors","b":"x.safetensors"}})");
+    refused(R"({"weight_map":{"a":1}})");
+    refused(R"({"weight_map":["x.safetensors"]})");
+    refused(R"({"metadata":{}})");
+    refused(R"([])");
+    refused(R"({"weight_map":{"a":"x.safetensors")");
+    refused("");
+    for (const char* name :
+        {"../x.safetensors", "/x.safetensors", "./x.safetensors", "sub/x.safetensors", "..", ".", "", "a..b", "sub\\\\x.safetensors", "x\\u0000"}) {
+        refused("{\"weight_map\":{\"a\":\"" + std::string(name) + "\"}}");
+    }
+    index(R"({"weight_map":{"a":"missing.safetensors"}})");
+    CHECK_THROWS_AS((void)open_model(folder.path()), io_error);
+    // The same tensor twice cannot pass, not even under two names of one file.
+    std::filesystem::copy(folder / "x.safetensors", folder / "z.safetensors");
+    refused(R"({"weight_map":{"a":"x.safetensors","b":"z.safetensors"}})");
+}
+
+TEST_CASE("an output directory whose index cannot be read is refused before anything is written")
+{
+    const scratch folder;
+    std::filesystem::create_directory(folder / "m");
+    spill(folder / "m/model.safetensors.index.json", "{");
+    const sample model(3);
+    CHECK_THROWS_AS(sharded_writer(folder / "m", model.specs, 8), format_error);
+    CHECK(scratch::names_in(folder / "m").size() == 1);
+}

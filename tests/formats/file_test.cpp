@@ -1,0 +1,240 @@
+// Memory maps and atomic files.
+// SPDX-License-Identifier: Apache-2.0
+#include <taskvec/formats/file.hpp>
+
+#include "scratch.hpp"
+
+#include <doctest/doctest.h>
+
+#include <csignal>
+#include <thread>
+#include <vector>
+
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+using namespace taskvec;
+
+TEST_CASE("a map shows the bytes of a file, and stays where it is when moved")
+{
+    const scratch folder;
+    spill(folder / "f", "hello");
+    mapped_file first(folder / "f");
+    const auto* address = first.bytes().data();
+    CHECK(std::string(reinterpret_cast<const char*>(address), first.bytes().size()) == "hello");
+    mapped_file second(std::move(first));
+    CHECK(second.bytes().data() == address);
+    CHECK(first.bytes().empty());
+    second.advise(MADV_SEQUENTIAL);
+    first = std::move(second);
+    CHECK(first.bytes().data() == address);
+    CHECK(first.path() == folder / "f");
+}
+
+TEST_CASE("an empty file maps to nothing; what is no regular file is refused")
+{
+    const scratch folder;
+    spill(folder / "empty", "");
+    CHECK(mapped_file(folder / "empty").bytes().empty());
+    CHECK_THROWS_AS(mapped_file(folder / "missing"), io_error);
+    CHECK_THROWS_AS(mapped_file(folder.path()), io_error);
+    CHECK_THROWS_AS(mapped_file("/dev/null"), io_error);
+    REQUIRE(::mkfifo((folder / "pipe").c_str(), 0600) == 0);
+    CHECK_THROWS_AS(mapped_file(folder / "pipe"), io_error);
+    try {
+        mapped_file missing(folder / "missing");
+    }
+    catch (const io_error& failure) {
+        CHECK(failure.code() == ENOENT);
+        CHECK(std::string(failure.what()).find("missing") != std::string::npos);
+    }
+}
+
+TEST_CASE("an atomic file appears at commit and not before, and leaves nothing when it is dropped")
+{
+    const scratch folder;
+    {
+        atomic_file file(folder / "out", 6);
+        file.write(3, "def", 3);
+        file.write(0, "abc", 3);
+        CHECK(folder.names().size() == 1);
+        CHECK_FALSE(std::filesystem::exists(folder / "out"));
+        CHECK(file.temporary().filename().string().starts_with(".taskvec-"));
+        file.commit();
+        CHECK(folder.names() == std::set<std::string>{"out"});
+        CHECK(slurp(folder / "out") == "abcdef");
+    }
+    {
+        atomic_file file(folder / "out", 2);
+        file.write(0, "xy", 2);
+    }
+    CHECK(slurp(folder / "out") == "abcdef");
+    CHECK(folder.names() == std::set<std::string>{"out"});
+    {
+        atomic_file first(folder / "moved", 1, durability::process);
+        atomic_file second(std::move(first));
+        second.write(0, "m", 1);
+        second.commit();
+    }
+    CHECK(slurp(folder / "moved") == "m");
+    CHECK(folder.names() == std::set<std::string>{"moved", "out"});
+}
+
+TEST_CASE("permissions: a replaced file keeps its own, a new one follows the umask")
+{
+    const scratch folder;
+    const auto mode = [&](const char* name) {
+        struct stat status { };
+        ::stat((folder / name).c_str(), &status);
+        return status.st_mode & 0777;
+    };
+    const auto old = ::umask(027);
+    write_text_file(folder / "new", "x");
+    ::umask(old);
+    CHECK(mode("new") == 0640);
+    ::chmod((folder / "new").c_str(), 0604);
+    write_text_file(folder / "new", "y");
+    CHECK(mode("new") == 0604);
+    CHECK(slurp(folder / "new") == "y");
+}
+
+TEST_CASE("a symbolic link is replaced, what it points to is not touched")
+{
+    const scratch folder;
+    spill(folder / "blob", "old");
+    std::filesystem::create_symlink("blob", folder / "link");
+    write_text_file(folder / "link", "new");
+    CHECK(slurp(folder / "blob") == "old");
+    CHECK(slurp(folder / "link") == "new");
+    CHECK_FALSE(std::filesystem::is_symlink(folder / "link"));
+}
+
+TEST_CASE("targets that cannot be written are refused before anything appears")
+{
+    const scratch folder;
+    CHECK_THROWS_AS(atomic_file(folder / "no/such/folder"), io_error);
+    CHECK_THROWS_AS(atomic_file(folder.path()), io_error);
+    CHECK_THROWS_AS(atomic_file("/dev/null"), io_error);
+    CHECK_THROWS_AS(atomic_file(folder.path().string() + "/"), io_error);
+    CHECK(folder.names().empty());
+}
+
+TEST_CASE("a file too large for the disk or the process's limit is an error and leaves nothing")
+{
+    const scratch folder;
+    spill(folder / "out", "old");
+    rlimit old{};
+    ::getrlimit(RLIMIT_FSIZE, &old);
+    const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+    rlimit tight = old;
+    tight.rlim_cur = 1000;
+    ::setrlimit(RLIMIT_FSIZE, &tight);
+    CHECK_THROWS_AS(atomic_file(folder / "out", 2000), io_error);
+    {
+        atomic_file file(folder / "out", 500);
+        const std::vector<char> data(2000);
+        CHECK_THROWS_AS(file.write(0, data.data(), data.size()), io_error);
+    }
+    ::setrlimit(RLIMIT_FSIZE, &old);
+    std::signal(SIGXFSZ, handler);
+    CHECK(slurp(folder / "out") == "old");
+    CHECK(folder.names() == std::set<std::string>{"out"});
+}
+
+TEST_CASE("a process killed while it writes leaves the old file")
+{
+    const scratch folder;
+    spill(folder / "out", "old");
+    const pid_t child = ::fork();
+    if (child == 0) {
+        atomic_file file(folder / "out", 1 << 20);
+        const std::vector<char> data(1 << 19, 'n');
+        file.write(0, data.data(), data.size());
+        ::raise(SIGKILL);
+    }
+    int status = 0;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    REQUIRE(WIFSIGNALED(status));
+    CHECK(slurp(folder / "out") == "old");
+    for (const auto& name : folder.names()) { CHECK((name == "out" || name.starts_with(".taskvec-"))); }
+    write_text_file(folder / "out", "new"); // what the killed process left is in nobody's way
+    CHECK(slurp(folder / "out") == "new");
+}
+
+TEST_CASE("threads may write ranges of one file at once")
+{
+    const scratch folder;
+    atomic_file file(folder / "out", 4000);
+    {
+        std::vector<std::jthread> threads;
+        for (int t = 0; t < 4; ++t) {
+            threads.emplace_back([&file, t] {
+                const std::string piece(10, static_cast<char>('a' + t));
+                for (int i = t; i < 400; i += 4) { file.write(static_cast<std::uint64_t>(10 * i), piece.data(), 10); }
+            });
+        }
+    }
+    file.commit();
+    const auto content = slurp(folder / "out");
+    REQUIRE(content.size() == 4000);
+    for (std::size_t i = 0; i < 4000; ++i) { REQUIRE(content[i] == static_cast<char>('a' + i / 10 % 4)); }
+}
+
+TEST_CASE("reading a text file stops at its limit")
+{
+    const scratch folder;
+    spill(folder / "f", "12345");
+    CHECK(read_text_file(folder / "f") == "12345");
+    CHECK_THROWS_AS((void)read_text_file(folder / "f", 4), format_error);
+}
+
+TEST_CASE("a new directory appears whole or not at all, with those above it")
+{
+    const scratch folder;
+    {
+        output_directory directory(folder / "a/b/c");
+        CHECK(directory.path().filename().string().starts_with(".taskvec-"));
+        CHECK(directory.made().size() == 3);
+        write_text_file(directory.path() / "file", "x");
+        CHECK_FALSE(std::filesystem::exists(folder / "a/b/c"));
+        directory.commit();
+        CHECK(directory.path() == folder / "a/b/c");
+    }
+    CHECK(slurp(folder / "a/b/c/file") == "x");
+    CHECK(scratch::names_in(folder / "a/b") == std::set<std::string>{"c"});
+    {
+        output_directory directory(folder / "d/e/");
+        write_text_file(directory.path() / "file", "x");
+    }
+    CHECK(folder.names() == std::set<std::string>{"a"});
+    {
+        output_directory directory(folder / "a/b/c"); // it is there: files are written where they belong
+        CHECK(directory.path() == folder / "a/b/c");
+        CHECK(directory.made().empty());
+    }
+    CHECK(slurp(folder / "a/b/c/file") == "x");
+    CHECK_THROWS_AS(output_directory(folder / "a/b/c/file"), io_error);
+    CHECK_THROWS_AS(output_directory(folder / "a/b/c/file/d"), io_error);
+    output_directory late(folder / "taken");
+    std::filesystem::create_directory(folder / "taken");
+    spill(folder / "taken/other", "y");
+    CHECK_THROWS_AS(late.commit(), io_error); // somebody else was faster
+    CHECK(slurp(folder / "taken/other") == "y");
+}
+
+TEST_CASE("copying from a map whose file was cut short is an error that says so")
+{
+    const scratch folder;
+    spill(folder / "in", std::string(1 << 16, 'x'));
+    const mapped_file map(folder / "in");
+    std::filesystem::resize_file(folder / "in", 0);
+    atomic_file out(folder / "out", 1 << 16);
+    std::string found;
+    try {
+        out.write(0, map.bytes().data(), map.bytes().size());
+    }
+    catch (const io_error& failure) {
+        found = failure.what();
+    }
+    CHECK(found.find("shrank") != std::string::npos);
+}
