@@ -80,8 +80,8 @@ private:
     std::vector<std::uint64_t> buffer_;
 };
 
-/// Times `work` and its yardstick in turn. Reports the work's time, and the medians' ratio yardstick / work as the counter
-/// `name`: a share of the ceiling, or how many times faster than a peer.
+/// Times `work` and its yardstick in turn. Reports the work's time, and the medians' ratio yardstick / work as the
+/// counter `name`: a share of the ceiling, or how many times faster than a peer.
 template <class Work, class Yardstick>
 void interleave(benchmark::State& state, const char* name, Work&& work, Yardstick&& yardstick)
 {

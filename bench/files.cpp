@@ -1,5 +1,5 @@
-// Merges from files to a file beside reading and writing the same bytes with nothing in between; page cache warm, nothing synced.
-// SPDX-License-Identifier: Apache-2.0
+// Merges from files to a file beside reading and writing the same bytes with nothing in between; page cache warm,
+// nothing synced. SPDX-License-Identifier: Apache-2.0
 #include "ceiling.hpp"
 
 #include <taskvec/formats/safetensors.hpp>
@@ -33,9 +33,11 @@ public:
             const_model_ref model;
             for (std::size_t l = 0; l < layers; ++l) {
                 for (std::size_t i = 0; i < layer_size; ++i) {
-                    tensors[l][i] = narrow<bf16>(draws[(i + l * 977) & 0xffff] + (m == 0 ? 0.0f : 0.1f * draws[(i * 7 + m * 131) & 0xffff]));
+                    tensors[l][i] = narrow<bf16>(
+                        draws[(i + l * 977) & 0xffff] + (m == 0 ? 0.0f : 0.1f * draws[(i * 7 + m * 131) & 0xffff]));
                 }
-                model.insert("layers." + std::to_string(10 + l), {tensors[l].data(), dtype::bf16, {1024, layer_size / 1024}, {}, memory_space::host, 0});
+                model.insert("layers." + std::to_string(10 + l),
+                    {tensors[l].data(), dtype::bf16, {1024, layer_size / 1024}, {}, memory_space::host, 0});
             }
             write_safetensors(path(m), model, {}, durability::process);
         }
@@ -44,7 +46,10 @@ public:
     files& operator=(const files&) = delete;
     ~files() { std::filesystem::remove_all(folder_); }
 
-    [[nodiscard]] std::filesystem::path path(std::size_t m) const { return folder_ / (std::to_string(m) + ".safetensors"); }
+    [[nodiscard]] std::filesystem::path path(std::size_t m) const
+    {
+        return folder_ / (std::to_string(m) + ".safetensors");
+    }
     [[nodiscard]] std::filesystem::path output() const { return folder_ / "out.safetensors"; }
 
 private:
@@ -76,13 +81,15 @@ double plain(const files& on_disk, std::size_t walks, unsigned threads)
             for (std::size_t m = 0; m < 4; ++m) {
                 const detail::descriptor file(::open(on_disk.path(m).c_str(), O_RDONLY | O_CLOEXEC));
                 for_each_index(cpu{.threads = threads}, pieces, [&](std::size_t i, std::size_t worker) {
-                    benchmark::DoNotOptimize(::pread(file.get(), buffers[worker].data(), piece, static_cast<off_t>(i * piece)));
+                    benchmark::DoNotOptimize(
+                        ::pread(file.get(), buffers[worker].data(), piece, static_cast<off_t>(i * piece)));
                 });
             }
         }
         atomic_file out(on_disk.output(), size, durability::process);
-        for_each_index(cpu{.threads = threads}, pieces,
-            [&](std::size_t i, std::size_t worker) { out.write(i * piece, buffers[worker].data(), std::min(piece, size - i * piece)); });
+        for_each_index(cpu{.threads = threads}, pieces, [&](std::size_t i, std::size_t worker) {
+            out.write(i * piece, buffers[worker].data(), std::min(piece, size - i * piece));
+        });
         out.commit();
     });
 }
@@ -93,7 +100,8 @@ void from_files(benchmark::State& state, const Options& options, std::size_t wal
     static const files on_disk;
     const cpu policy{.threads = static_cast<unsigned>(state.range(0))};
     bench::interleave(
-        state, "share of the plain rate", [&] { merge_files(on_disk, policy, options); }, [&] { return plain(on_disk, walks, policy.threads); });
+        state, "share of the plain rate", [&] { merge_files(on_disk, policy, options); },
+        [&] { return plain(on_disk, walks, policy.threads); });
 }
 
 void task_arithmetic_files(benchmark::State& state)

@@ -1,7 +1,9 @@
 // What forward-mode derivatives and linearized LoRA cost, as ratios measured in turn in one process, on random data:
-//   layer_*        a linearized LoRA layer (768 → 768, rank 16, 512 rows) over a LoRA layer: forward, and a training step
+//   layer_*        a linearized LoRA layer (768 → 768, rank 16, 512 rows) over a LoRA layer: forward, and a training
+//   step
 //                  (forward, input gradient, factor gradients). B0 = 0 as PEFT initialises, B0 ≠ 0, and folded.
-//   transformer_*  jvp of a vision transformer over its forward pass: adapters active, and all parameters active; and the
+//   transformer_*  jvp of a vision transformer over its forward pass: adapters active, and all parameters active; and
+//   the
 //                  forward pass of per-layer linearized LoRA over that of LoRA.
 // SPDX-License-Identifier: Apache-2.0
 #include "../examples/vit/vision_transformer.hpp"
@@ -21,7 +23,9 @@ matrix random_matrix(Eigen::Index rows, Eigen::Index cols, std::uint64_t seed, f
 {
     matrix x(rows, cols);
     const taskvec::random_stream stream(seed, 0);
-    for (Eigen::Index i = 0; i < x.size(); ++i) { x.data()[i] = scale * static_cast<float>(stream.normal(static_cast<std::uint64_t>(i))); }
+    for (Eigen::Index i = 0; i < x.size(); ++i) {
+        x.data()[i] = scale * static_cast<float>(stream.normal(static_cast<std::uint64_t>(i)));
+    }
     return x;
 }
 
@@ -43,12 +47,14 @@ void cost(benchmark::State& state, const char* name, Work&& work, Yardstick&& ya
 constexpr Eigen::Index width = 768, rank = 16, rows = 512;
 
 struct layers {
-    matrix weight = random_matrix(width, width, 1, 0.03f), bias = random_matrix(1, width, 2), x = random_matrix(rows, width, 3),
-           dy = random_matrix(rows, width, 4);
+    matrix weight = random_matrix(width, width, 1, 0.03f), bias = random_matrix(1, width, 2),
+           x = random_matrix(rows, width, 3), dy = random_matrix(rows, width, 4);
     lora_layer<float> plain{weight, bias, {random_matrix(rank, width, 5, 0.03f), random_matrix(width, rank, 6), 2.0f}};
     linearized_lora_layer<float> linearized;
     explicit layers(bool b0_zero)
-        : linearized(weight, bias, {random_matrix(rank, width, 7, 0.03f), b0_zero ? matrix(matrix::Zero(width, rank)) : random_matrix(width, rank, 8), 2.0f})
+        : linearized(weight, bias,
+              {random_matrix(rank, width, 7, 0.03f),
+                  b0_zero ? matrix(matrix::Zero(width, rank)) : random_matrix(width, rank, 8), 2.0f})
     {
         linearized.delta_a() = random_matrix(rank, width, 9, 0.01f);
         linearized.b() += random_matrix(width, rank, 10, 0.01f);
@@ -72,30 +78,49 @@ struct layers {
 void layer_forward(benchmark::State& state)
 {
     layers l(state.range(0) == 0);
-    cost(
-        state, "over_lora", [&] { l.forward(l.linearized); }, [&] { l.forward(l.plain); });
+    cost(state, "over_lora", [&] { l.forward(l.linearized); }, [&] { l.forward(l.plain); });
 }
 void layer_training_step(benchmark::State& state)
 {
     layers l(state.range(0) == 0);
-    cost(
-        state, "over_lora", [&] { l.step(l.linearized); }, [&] { l.step(l.plain); });
+    cost(state, "over_lora", [&] { l.step(l.linearized); }, [&] { l.step(l.plain); });
 }
 void layer_folded_forward(benchmark::State& state)
 {
     layers l(state.range(0) == 0);
     const lora_layer<float> folded(l.weight, l.bias, l.linearized.fold());
-    cost(
-        state, "over_lora", [&] { l.forward(folded); }, [&] { l.forward(l.plain); });
+    cost(state, "over_lora", [&] { l.forward(folded); }, [&] { l.forward(l.plain); });
 }
-BENCHMARK(layer_forward)->ArgName("b0_nonzero")->Arg(0)->Arg(1)->UseManualTime()->Iterations(31)->Unit(benchmark::kMillisecond);
-BENCHMARK(layer_training_step)->ArgName("b0_nonzero")->Arg(0)->Arg(1)->UseManualTime()->Iterations(31)->Unit(benchmark::kMillisecond);
-BENCHMARK(layer_folded_forward)->ArgName("b0_nonzero")->Arg(0)->Arg(1)->UseManualTime()->Iterations(31)->Unit(benchmark::kMillisecond);
+BENCHMARK(layer_forward)
+    ->ArgName("b0_nonzero")
+    ->Arg(0)
+    ->Arg(1)
+    ->UseManualTime()
+    ->Iterations(31)
+    ->Unit(benchmark::kMillisecond);
+BENCHMARK(layer_training_step)
+    ->ArgName("b0_nonzero")
+    ->Arg(0)
+    ->Arg(1)
+    ->UseManualTime()
+    ->Iterations(31)
+    ->Unit(benchmark::kMillisecond);
+BENCHMARK(layer_folded_forward)
+    ->ArgName("b0_nonzero")
+    ->Arg(0)
+    ->Arg(1)
+    ->UseManualTime()
+    ->Iterations(31)
+    ->Unit(benchmark::kMillisecond);
 
 struct transformer {
-    vit::network<float> net{.shape = {.image_side = 16, .patch_side = 2, .width = 256, .hidden = 1024, .heads = 4, .blocks = 4, .classes = 10}, .scaling = 1};
+    vit::network<float> net{
+        .shape =
+            {.image_side = 16, .patch_side = 2, .width = 256, .hidden = 1024, .heads = 4, .blocks = 4, .classes = 10},
+        .scaling = 1};
     vit::adapter_shape adapter{.rank = 16};
-    taskvec::parameters<float> base = vit::initial_parameters<float>(net.shape, 1), adapters = vit::initial_adapters<float>(net.shape, adapter, 2), both = base;
+    taskvec::parameters<float> base = vit::initial_parameters<float>(net.shape, 1),
+                               adapters = vit::initial_adapters<float>(net.shape, adapter, 2), both = base;
     taskvec::parameters<float> all_directions, adapter_directions;
     matrix x = vit::patches(random_matrix(8, 256, 3), net.shape);
 
@@ -105,7 +130,9 @@ struct transformer {
             both.insert(name, random_matrix(value.rows(), value.cols(), 4, 0.05f));
             adapter_directions.insert(name, random_matrix(value.rows(), value.cols(), 5, 0.01f));
         }
-        for (const auto& [name, value] : base) { all_directions.insert(name, random_matrix(value.rows(), value.cols(), 6, 0.01f)); }
+        for (const auto& [name, value] : base) {
+            all_directions.insert(name, random_matrix(value.rows(), value.cols(), 6, 0.01f));
+        }
     }
     void forward(const taskvec::parameters<float>& p) const
     {
@@ -122,14 +149,12 @@ struct transformer {
 void transformer_jvp_adapters(benchmark::State& state)
 {
     transformer t;
-    cost(
-        state, "forwards", [&] { t.derivative(t.both, t.adapter_directions); }, [&] { t.forward(t.both); });
+    cost(state, "forwards", [&] { t.derivative(t.both, t.adapter_directions); }, [&] { t.forward(t.both); });
 }
 void transformer_jvp_all_parameters(benchmark::State& state)
 {
     transformer t;
-    cost(
-        state, "forwards", [&] { t.derivative(t.base, t.all_directions); }, [&] { t.forward(t.base); });
+    cost(state, "forwards", [&] { t.derivative(t.base, t.all_directions); }, [&] { t.forward(t.base); });
 }
 void transformer_linearized_layers(benchmark::State& state)
 {
@@ -139,8 +164,8 @@ void transformer_linearized_layers(benchmark::State& state)
         for (const char* projection : vit::adapted) {
             const std::string name = vit::block_name(b) + projection;
             linearized.linearized.insert(name,
-                linearized_lora_layer<float>(
-                    t.base[name + ".weight"], t.base[name + ".bias"], {t.adapters[name + ".lora_A"], t.adapters[name + ".lora_B"], 1.0f}));
+                linearized_lora_layer<float>(t.base[name + ".weight"], t.base[name + ".bias"],
+                    {t.adapters[name + ".lora_A"], t.adapters[name + ".lora_B"], 1.0f}));
         }
     }
     cost(

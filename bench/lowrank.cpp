@@ -1,6 +1,5 @@
-// Low rank beside Eigen's BDCSVD of the formed product, measured once in the same run: factored, randomized and truncated
-// SVD, PERU-LoRA and merged adapters. About two minutes.
-// SPDX-License-Identifier: Apache-2.0
+// Low rank beside Eigen's BDCSVD of the formed product, measured once in the same run: factored, randomized and
+// truncated SVD, PERU-LoRA and merged adapters. About two minutes. SPDX-License-Identifier: Apache-2.0
 #include "ceiling.hpp"
 
 #include <taskvec/adapters/merge_ties.hpp>
@@ -20,7 +19,8 @@ namespace {
 
 using dense = Eigen::MatrixXf;
 
-matrix<float> normal(std::size_t rows, std::size_t cols, std::uint64_t seed, matrix_order order = matrix_order::column_major)
+matrix<float> normal(
+    std::size_t rows, std::size_t cols, std::uint64_t seed, matrix_order order = matrix_order::column_major)
 {
     matrix<float> x(rows, cols, order);
     const random_stream stream(seed, 0);
@@ -74,7 +74,8 @@ void factored(benchmark::State& state)
     static const naive reference = bdcsvd([&] { return dense(mapped(a) * mapped(b).transpose()); });
     const cpu policy{.threads = static_cast<unsigned>(state.range(0))};
     double error = 0;
-    measure(state, reference.seconds, [&] { error = std::sqrt(factored_svd<float>(policy, a.view(), b.view(), {.rank = 16}).squared_error); });
+    measure(state, reference.seconds,
+        [&] { error = std::sqrt(factored_svd<float>(policy, a.view(), b.view(), {.rank = 16}).squared_error); });
     state.counters["error"] = error / reference.best(16);
 }
 
@@ -93,7 +94,8 @@ matrix<float> large(bool decaying)
     return a;
 }
 
-// A dense 4096×4096 matrix, q = 16. "error": ‖A − Aq‖ beside the least possible; "estimate": beside what it says itself.
+// A dense 4096×4096 matrix, q = 16. "error": ‖A − Aq‖ beside the least possible; "estimate": beside what it says
+// itself.
 void randomized(benchmark::State& state)
 {
     const bool decaying = state.range(0) != 0;
@@ -122,7 +124,8 @@ void truncated(benchmark::State& state)
     }
     const auto& reference = references[{m, n}];
     double error = 0;
-    measure(state, reference.seconds, [&] { error = std::sqrt(truncated_svd<float>(cpu{.threads = 1}, a.view(), {.rank = 16}).squared_error); });
+    measure(state, reference.seconds,
+        [&] { error = std::sqrt(truncated_svd<float>(cpu{.threads = 1}, a.view(), {.rank = 16}).squared_error); });
     state.counters["error"] = error / reference.best(16);
 }
 
@@ -134,8 +137,8 @@ std::vector<lora_adapter<float>> adapters(std::size_t count)
     for (std::size_t t = 0; t < count; ++t) {
         for (std::size_t i = 0; i < layer_count; ++i) {
             const std::uint64_t seed = 1000 * t + 2 * i;
-            result[t]["layers." + std::to_string(i)] = {
-                normal(side, 16, seed, matrix_order::row_major), normal(16, side, seed + 1, matrix_order::row_major), 0.5};
+            result[t]["layers." + std::to_string(i)] = {normal(side, 16, seed, matrix_order::row_major),
+                normal(16, side, seed + 1, matrix_order::row_major), 0.5};
         }
     }
     return result;
@@ -163,7 +166,9 @@ void peru(benchmark::State& state)
 {
     const auto given = adapters(1);
     measure(state, naive_layers(1), [&] {
-        benchmark::DoNotOptimize(peru_lora<float>(cpu{.threads = static_cast<unsigned>(state.range(0))}, given[0], {.rank = {.rank = 4}}).layers.data());
+        benchmark::DoNotOptimize(
+            peru_lora<float>(cpu{.threads = static_cast<unsigned>(state.range(0))}, given[0], {.rank = {.rank = 4}})
+                .layers.data());
     });
 }
 
@@ -172,7 +177,9 @@ void linear(benchmark::State& state)
 {
     const auto given = adapters(4);
     measure(state, naive_layers(4), [&] {
-        benchmark::DoNotOptimize(merge_linear<float>(cpu{.threads = static_cast<unsigned>(state.range(0))}, given, {.rank = {.rank = 16}}).layers.data());
+        benchmark::DoNotOptimize(
+            merge_linear<float>(cpu{.threads = static_cast<unsigned>(state.range(0))}, given, {.rank = {.rank = 16}})
+                .layers.data());
     });
 }
 
@@ -181,8 +188,9 @@ void ties(benchmark::State& state)
 {
     const auto given = adapters(3);
     measure(state, naive_layers(3), [&] {
-        benchmark::DoNotOptimize(
-            merge_ties<float>(cpu{.threads = static_cast<unsigned>(state.range(0))}, given, {.rank = {.rank = 16}}, decompose_randomized{}).layers.data());
+        benchmark::DoNotOptimize(merge_ties<float>(cpu{.threads = static_cast<unsigned>(state.range(0))}, given,
+            {.rank = {.rank = 16}}, decompose_randomized{})
+                .layers.data());
     });
 }
 

@@ -27,7 +27,10 @@ std::vector<T> random_values(std::size_t n, unsigned seed)
     std::mt19937 generator(seed);
     std::normal_distribution<float> normal(0.0f, 0.02f);
     std::vector<T> x(n);
-    for (std::size_t i = 0; i < n; ++i) { x[i] = i < (1u << 16) ? narrow<T>(normal(generator)) : narrow<T>(widen<float>(x[i - (1u << 16)]) * 1.0001f + 1e-6f); }
+    for (std::size_t i = 0; i < n; ++i) {
+        x[i] = i < (1u << 16) ? narrow<T>(normal(generator))
+                              : narrow<T>(widen<float>(x[i - (1u << 16)]) * 1.0001f + 1e-6f);
+    }
     return x;
 }
 
@@ -42,7 +45,9 @@ struct models {
         std::mt19937 generator(1);
         for (std::size_t t = 0; t < count; ++t) {
             tasks.push_back(random_values<T>(n, static_cast<unsigned>(t + 1)));
-            for (std::size_t i = 0; i < n; ++i) { tasks[t][i] = narrow<T>(widen<float>(base[i]) + 0.1f * widen<float>(tasks[t][i])); }
+            for (std::size_t i = 0; i < n; ++i) {
+                tasks[t][i] = narrow<T>(widen<float>(base[i]) + 0.1f * widen<float>(tasks[t][i]));
+            }
         }
     }
     [[nodiscard]] double bytes() const { return static_cast<double>(base.size() * sizeof(T)); }
@@ -54,7 +59,8 @@ void combination(benchmark::State& state)
     models<T> m(std::size_t{1} << 24, 8);
     const cpu policy{.threads = static_cast<unsigned>(state.range(0))};
     bench::interleave(
-        state, "share of the ceiling", [&] { merge(policy, average_options{}, m.tasks, m.out); }, [&] { return the_ceiling()(8 * m.bytes(), m.bytes()); });
+        state, "share of the ceiling", [&] { merge(policy, average_options{}, m.tasks, m.out); },
+        [&] { return the_ceiling()(8 * m.bytes(), m.bytes()); });
 }
 
 template <class T>
@@ -89,7 +95,8 @@ void ties_merge_sweep(benchmark::State& state)
     const cpu policy{.threads = static_cast<unsigned>(state.range(1))};
     const double read = static_cast<double>(count + 1) * m.bytes();
     bench::interleave(
-        state, "share of the ceiling", [&] { merge(policy, ties_options{.density = 1.0, .zero_sign = zero_sign::none}, m.base, m.tasks, m.out); },
+        state, "share of the ceiling",
+        [&] { merge(policy, ties_options{.density = 1.0, .zero_sign = zero_sign::none}, m.base, m.tasks, m.out); },
         [&] { return the_ceiling()(read, m.bytes()); });
 }
 

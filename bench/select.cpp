@@ -72,8 +72,11 @@ void task_vectors(benchmark::State& state)
     std::vector<std::vector<bf16>> memory(4, std::vector<bf16>(n));
     std::vector<const_model_ref> models(4);
     for (std::size_t m = 0; m < 4; ++m) {
-        for (std::size_t i = 0; i < n; ++i) { memory[m][i] = narrow<bf16>(draws[i & 0xffff] + (m == 0 ? 0.0f : 0.1f * draws[(i * 7 + m * 131) & 0xffff])); }
-        models[m].insert("w", {memory[m].data(), dtype::bf16, {static_cast<std::int64_t>(n)}, {}, memory_space::host, 0});
+        for (std::size_t i = 0; i < n; ++i) {
+            memory[m][i] = narrow<bf16>(draws[i & 0xffff] + (m == 0 ? 0.0f : 0.1f * draws[(i * 7 + m * 131) & 0xffff]));
+        }
+        models[m].insert(
+            "w", {memory[m].data(), dtype::bf16, {static_cast<std::int64_t>(n)}, {}, memory_space::host, 0});
     }
     const aligned_models aligned(&models[0], std::span(models).subspan(1));
     const cpu policy{.threads = static_cast<unsigned>(state.range(0))};
@@ -82,7 +85,8 @@ void task_vectors(benchmark::State& state)
     std::vector<double> ratios;
     for (auto _ : state) {
         const double sweep = ceiling(4.0 * n * sizeof(bf16), 0);
-        const double time = bench::seconds([&] { walks = trim_thresholds(policy, aligned, 0.2, scope::model).walks(); });
+        const double time =
+            bench::seconds([&] { walks = trim_thresholds(policy, aligned, 0.2, scope::model).walks(); });
         state.SetIterationTime(time);
         ratios.push_back(time / sweep);
     }
@@ -95,14 +99,20 @@ void nth_element(benchmark::State& state)
     const auto x = values(normal);
     for (auto _ : state) {
         auto copy = x;
-        const double time = bench::seconds(
-            [&] { std::nth_element(copy.begin(), copy.begin() + count / 5, copy.end(), [](float a, float b) { return std::abs(a) > std::abs(b); }); });
+        const double time = bench::seconds([&] {
+            std::nth_element(copy.begin(), copy.begin() + count / 5, copy.end(),
+                [](float a, float b) { return std::abs(a) > std::abs(b); });
+        });
         state.SetIterationTime(time);
     }
 }
 
 } // namespace
 
-BENCHMARK(kth)->ArgsProduct({{normal, equal, few, sorted, exponents}, {1}})->Args({normal, 2})->UseManualTime()->Iterations(5);
+BENCHMARK(kth)
+    ->ArgsProduct({{normal, equal, few, sorted, exponents}, {1}})
+    ->Args({normal, 2})
+    ->UseManualTime()
+    ->Iterations(5);
 BENCHMARK(task_vectors)->Arg(1)->Arg(2)->UseManualTime()->Iterations(7);
 BENCHMARK(nth_element)->UseManualTime()->Iterations(1);

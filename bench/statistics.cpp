@@ -1,11 +1,11 @@
-// Merges that look at data: Fisher as a share of the memory ceiling, RegMean beside a plain product of as many operations.
-// SPDX-License-Identifier: Apache-2.0
+// Merges that look at data: Fisher as a share of the memory ceiling, RegMean beside a plain product of as many
+// operations. SPDX-License-Identifier: Apache-2.0
 #include "ceiling.hpp"
 
 #include <taskvec/linalg/linalg.hpp>
 #include <taskvec/methods/fisher.hpp>
-#include <taskvec/statistics/gram_accumulator.hpp>
 #include <taskvec/methods/regmean.hpp>
+#include <taskvec/statistics/gram_accumulator.hpp>
 
 #include <benchmark/benchmark.h>
 
@@ -49,10 +49,12 @@ void fisher(benchmark::State& state)
     const double bytes = static_cast<double>(n * sizeof(T));
     const fisher_options options{.fishers = flat_fishers(fishers), .normalize = normalize};
     bench::interleave(
-        state, "share of the ceiling", [&] { merge(policy, options, models, out); }, [&] { return the_ceiling()((normalize ? 9 : 6) * bytes, bytes); });
+        state, "share of the ceiling", [&] { merge(policy, options, models, out); },
+        [&] { return the_ceiling()((normalize ? 9 : 6) * bytes, bytes); });
 }
 
-// One linear layer of n inputs and n outputs; the ideal is n³/3 + (T + 1)·2·n³ operations at the rate of a plain f64 product.
+// One linear layer of n inputs and n outputs; the ideal is n³/3 + (T + 1)·2·n³ operations at the rate of a plain f64
+// product.
 void regmean(benchmark::State& state)
 {
     const auto n = static_cast<std::size_t>(state.range(0));
@@ -80,13 +82,21 @@ void regmean(benchmark::State& state)
     bench::interleave(
         state, "share of a product's rate", [&] { merge(policy, options, models, out); },
         [&] {
-            const double one = bench::seconds([&] { gemm(policy, 1.0, std::as_const(grams[0]).view(), std::as_const(grams[1]).view(), 0.0, product.view()); });
+            const double one = bench::seconds([&] {
+                gemm(policy, 1.0, std::as_const(grams[0]).view(), std::as_const(grams[1]).view(), 0.0, product.view());
+            });
             return one * (static_cast<double>(tasks + 1) + 1.0 / 6.0);
         });
 }
 
 } // namespace
 
-BENCHMARK(fisher<float>)->ArgNames({"threads", "normalize"})->Args({1, 0})->Args({2, 0})->Args({1, 1})->UseManualTime()->Iterations(7);
+BENCHMARK(fisher<float>)
+    ->ArgNames({"threads", "normalize"})
+    ->Args({1, 0})
+    ->Args({2, 0})
+    ->Args({1, 1})
+    ->UseManualTime()
+    ->Iterations(7);
 BENCHMARK(fisher<bf16>)->ArgNames({"threads", "normalize"})->Args({1, 0})->UseManualTime()->Iterations(7);
 BENCHMARK(regmean)->ArgName("n")->Arg(256)->Arg(768)->Arg(1536)->UseManualTime()->Iterations(7);

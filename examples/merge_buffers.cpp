@@ -16,7 +16,8 @@ int main()
     std::vector<float> merged(base.size());
 
     // Keep the largest half of each task vector, elect a sign for each entry, average what agrees with it.
-    taskvec::merge(taskvec::cpu{.threads = 1}, taskvec::ties_options{.density = 0.5, .lambda = 1.0}, base, tasks, merged);
+    taskvec::merge(
+        taskvec::cpu{.threads = 1}, taskvec::ties_options{.density = 0.5, .lambda = 1.0}, base, tasks, merged);
 
     for (const float value : merged) { std::printf(" %g", value); }
     std::printf("\n");

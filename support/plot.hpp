@@ -1,5 +1,5 @@
-// Line charts and heat maps as SVG files, drawn by gnuplot. Shared by the tool and the examples; no part of the library.
-// SPDX-License-Identifier: Apache-2.0
+// Line charts and heat maps as SVG files, drawn by gnuplot. Shared by the tool and the examples; no part of the
+// library. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/error.hpp>
@@ -79,11 +79,12 @@ inline std::string fixed_text(double value, int decimals)
 {
     char buffer[64];
     std::snprintf(buffer, sizeof buffer, "%.*f", decimals, value);
-    return buffer[0] == '-' && std::string_view(buffer).find_first_not_of("-0.") == std::string_view::npos ? buffer + 1 : buffer;
+    return buffer[0] == '-' && std::string_view(buffer).find_first_not_of("-0.") == std::string_view::npos ? buffer + 1
+                                                                                                           : buffer;
 }
 
-/// Gives each stroke of a dashed path an element of its own: gnuplot joins a line and its sample in the key into one path,
-/// which some converters (ImageMagick's own) then draw with a stroke between the two.
+/// Gives each stroke of a dashed path an element of its own: gnuplot joins a line and its sample in the key into one
+/// path, which some converters (ImageMagick's own) then draw with a stroke between the two.
 inline std::string separate_paths(const std::string& svg)
 {
     std::string result;
@@ -109,10 +110,15 @@ inline std::string separate_paths(const std::string& svg)
 inline std::string run_gnuplot(const std::string& script, const std::filesystem::path& target)
 {
     using file = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
-    const file input(std::tmpfile(), &std::fclose), output(std::tmpfile(), &std::fclose), errors(std::tmpfile(), &std::fclose);
-    if (!input || !output || !errors) { taskvec::raise<taskvec::io_error>("cannot create temporary files for gnuplot", target.string(), errno); }
+    const file input(std::tmpfile(), &std::fclose), output(std::tmpfile(), &std::fclose),
+        errors(std::tmpfile(), &std::fclose);
+    if (!input || !output || !errors) {
+        taskvec::raise<taskvec::io_error>("cannot create temporary files for gnuplot", target.string(), errno);
+    }
     std::fwrite(script.data(), 1, script.size(), input.get());
-    if (std::fflush(input.get()) != 0) { taskvec::raise<taskvec::io_error>("cannot write gnuplot's script", target.string(), errno); }
+    if (std::fflush(input.get()) != 0) {
+        taskvec::raise<taskvec::io_error>("cannot write gnuplot's script", target.string(), errno);
+    }
     std::rewind(input.get());
 
     posix_spawn_file_actions_t actions;
@@ -125,10 +131,12 @@ inline std::string run_gnuplot(const std::string& script, const std::filesystem:
     pid_t child = 0;
     const int failure = ::posix_spawnp(&child, name, &actions, nullptr, arguments, environ);
     posix_spawn_file_actions_destroy(&actions);
-    const char* const advice = "plots are drawn by gnuplot, which was not found: install gnuplot (Debian: apt-get install gnuplot-nox)";
+    const char* const advice =
+        "plots are drawn by gnuplot, which was not found: install gnuplot (Debian: apt-get install gnuplot-nox)";
     if (failure == ENOENT) { taskvec::raise<taskvec::io_error>(advice, target.string(), ENOENT); }
     if (failure != 0) {
-        taskvec::raise<taskvec::io_error>(taskvec::message("cannot start gnuplot: ", taskvec::detail::errno_text(failure)), target.string(), failure);
+        taskvec::raise<taskvec::io_error>(
+            taskvec::message("cannot start gnuplot: ", taskvec::detail::errno_text(failure)), target.string(), failure);
     }
     int status = 0;
     while (::waitpid(child, &status, 0) < 0 && errno == EINTR) { }
@@ -139,7 +147,9 @@ inline std::string run_gnuplot(const std::string& script, const std::filesystem:
         for (std::size_t got; (got = std::fread(buffer, 1, sizeof buffer, stream)) > 0;) { text.append(buffer, got); }
         return text;
     };
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 127) { taskvec::raise<taskvec::io_error>(advice, target.string(), ENOENT); }
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 127) {
+        taskvec::raise<taskvec::io_error>(advice, target.string(), ENOENT);
+    }
     const auto svg = read_all(output.get());
     if (!WIFEXITED(status) || WEXITSTATUS(status) != 0 || svg.find("</svg>") == std::string::npos) {
         auto said = read_all(errors.get());
@@ -157,38 +167,48 @@ inline std::string terminal(unsigned width, unsigned height)
 
 } // namespace detail
 
-/// A line chart as SVG, drawn for the file `path`, which errors name and nothing writes. Throws taskvec::invalid_argument for curves that are
-/// not curves, io_error if gnuplot is missing or fails.
+/// A line chart as SVG, drawn for the file `path`, which errors name and nothing writes. Throws
+/// taskvec::invalid_argument for curves that are not curves, io_error if gnuplot is missing or fails.
 [[nodiscard]] inline std::string svg_of(const line_chart& chart, const std::filesystem::path& path)
 {
     using namespace detail;
     if (chart.curves.empty()) { taskvec::raise<taskvec::invalid_argument>("a chart without curves"); }
     // Okabe and Ito's colours, which colour-blind readers tell apart.
-    static constexpr const char* colours[] = {"#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c"};
+    static constexpr const char* colours[] = {
+        "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c"};
     std::string script = terminal(chart.width, chart.height);
-    script += "set title " + literal(chart.title) + " font ',16'\nset xlabel " + literal(chart.x_label) + "\nset ylabel " + literal(chart.y_label) + "\n";
-    script +=
-        "set grid lc rgb '#d9d9d9' lw 1\nset border 3 lc rgb '#404040'\nset tics nomirror\nset key outside right center reverse Left samplen 2 spacing 1.4\n";
+    script += "set title " + literal(chart.title) + " font ',16'\nset xlabel " + literal(chart.x_label)
+        + "\nset ylabel " + literal(chart.y_label) + "\n";
+    script += "set grid lc rgb '#d9d9d9' lw 1\nset border 3 lc rgb '#404040'\nset tics nomirror\nset key outside right "
+              "center reverse Left samplen 2 spacing 1.4\n";
     if (chart.log_x) { script += "set logscale x\n"; }
     script += "set autoscale xfix\n"; // the axis ends where the curves do
-    if (chart.y_range) { script += "set yrange [" + number_text(chart.y_range->first) + ":" + number_text(chart.y_range->second) + "]\n"; }
+    if (chart.y_range) {
+        script += "set yrange [" + number_text(chart.y_range->first) + ":" + number_text(chart.y_range->second) + "]\n";
+    }
     if (!chart.x_ticks.empty()) {
         script += "set xtics (";
-        for (std::size_t i = 0; i < chart.x_ticks.size(); ++i) { script += (i ? "," : "") + number_text(chart.x_ticks[i]); }
+        for (std::size_t i = 0; i < chart.x_ticks.size(); ++i) {
+            script += (i ? "," : "") + number_text(chart.x_ticks[i]);
+        }
         script += ")\n";
     }
     std::string plots;
     for (std::size_t c = 0; c < chart.curves.size(); ++c) {
         const auto& line = chart.curves[c];
         if (line.x.size() != line.y.size() || line.x.empty()) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::message("curve '", line.label, "' has ", line.x.size(), " x and ", line.y.size(), " y"));
+            taskvec::raise<taskvec::invalid_argument>(
+                taskvec::message("curve '", line.label, "' has ", line.x.size(), " x and ", line.y.size(), " y"));
         }
         const auto block = "$curve" + std::to_string(c);
         script += block + " << EOD\n";
-        for (std::size_t i = 0; i < line.x.size(); ++i) { script += number_text(line.x[i]) + " " + number_text(line.y[i]) + "\n"; }
+        for (std::size_t i = 0; i < line.x.size(); ++i) {
+            script += number_text(line.x[i]) + " " + number_text(line.y[i]) + "\n";
+        }
         script += "EOD\n";
-        plots += (c ? ", \\\n  " : "plot ") + block + " using 1:2 with " + (line.marks ? "linespoints" : "lines") + " lw 2 lc rgb '"
-            + colours[c % std::size(colours)] + "'" + (line.dashed ? " dt (8,6)" : "") + (line.marks ? " pt 7 ps 0.5" : "") + " title " + literal(line.label);
+        plots += (c ? ", \\\n  " : "plot ") + block + " using 1:2 with " + (line.marks ? "linespoints" : "lines")
+            + " lw 2 lc rgb '" + colours[c % std::size(colours)] + "'" + (line.dashed ? " dt (8,6)" : "")
+            + (line.marks ? " pt 7 ps 0.5" : "") + " title " + literal(line.label);
     }
     return run_gnuplot(script + plots + "\n", path);
 }
@@ -202,19 +222,24 @@ inline std::string terminal(unsigned width, unsigned height)
     }
     std::size_t longest_row = 4, longest_column = 4;
     const auto letters = [](const std::string& text) {
-        return static_cast<std::size_t>(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; }));
+        return static_cast<std::size_t>(
+            std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xc0) != 0x80; }));
     };
     for (const auto& label : map.rows) { longest_row = std::max(longest_row, letters(label)); }
     for (const auto& label : map.columns) { longest_column = std::max(longest_column, letters(label)); }
     // Margins in pixels, from the labels' lengths: letters of about 8 pixels, column labels at 45 degrees.
     const std::size_t cell = 56, left = 8 * longest_row + (map.y_label.empty() ? 24 : 56), right = 96, top = 64,
                       bottom = 6 * longest_column + (map.x_label.empty() ? 40 : 64);
-    const std::size_t width = std::max<std::size_t>(left + right + cell * map.columns.size(), 8 * letters(map.title) + 60),
+    const std::size_t width =
+                          std::max<std::size_t>(left + right + cell * map.columns.size(), 8 * letters(map.title) + 60),
                       height = top + bottom + cell * map.rows.size();
-    const auto share = [](std::size_t part, std::size_t whole) { return number_text(static_cast<double>(part) / static_cast<double>(whole)); };
+    const auto share = [](std::size_t part, std::size_t whole) {
+        return number_text(static_cast<double>(part) / static_cast<double>(whole));
+    };
     std::string script = terminal(static_cast<unsigned>(width), static_cast<unsigned>(height));
-    script += "set lmargin at screen " + share(left, width) + "\nset rmargin at screen " + share(left + cell * map.columns.size(), width)
-        + "\nset tmargin at screen " + share(height - top, height) + "\nset bmargin at screen " + share(bottom, height) + "\n";
+    script += "set lmargin at screen " + share(left, width) + "\nset rmargin at screen "
+        + share(left + cell * map.columns.size(), width) + "\nset tmargin at screen " + share(height - top, height)
+        + "\nset bmargin at screen " + share(bottom, height) + "\n";
     script += "set title " + literal(map.title) + " font ',16'\nunset key\nset border 0\nset tics scale 0\n";
     script += map.diverging ? "set palette defined (0 '#2166ac', 1 '#92c5de', 2 '#f7f7f7', 3 '#f4a582', 4 '#b2182b')\n"
                             : "set palette defined (0 '#f7fbff', 1 '#c6dbef', 2 '#6baed6', 3 '#2171b5', 4 '#08306b')\n";
@@ -226,7 +251,9 @@ inline std::string terminal(unsigned width, unsigned height)
         + number_text(static_cast<double>(map.rows.size()) - 0.5) + ":-0.5]\n";
     const auto ticks = [&](const std::vector<std::string>& labels) {
         std::string text = "(";
-        for (std::size_t i = 0; i < labels.size(); ++i) { text += (i ? "," : "") + literal(labels[i]) + " " + std::to_string(i); }
+        for (std::size_t i = 0; i < labels.size(); ++i) {
+            text += (i ? "," : "") + literal(labels[i]) + " " + std::to_string(i);
+        }
         return text + ")";
     };
     script += "set xtics " + ticks(map.columns) + " rotate by 45 right\nset ytics " + ticks(map.rows) + "\n";
@@ -236,15 +263,19 @@ inline std::string terminal(unsigned width, unsigned height)
         return map.diverging ? std::abs(place - 0.5) > 0.35 : place > 0.6;
     };
     for (std::size_t r = 0; r < map.values.size(); ++r) {
-        if (map.values[r].size() != map.columns.size()) { taskvec::raise<taskvec::invalid_argument>("a heat map needs one label for each of its columns"); }
+        if (map.values[r].size() != map.columns.size()) {
+            taskvec::raise<taskvec::invalid_argument>("a heat map needs one label for each of its columns");
+        }
         for (std::size_t c = 0; c < map.values[r].size(); ++c) {
             const double value = map.values[r][c];
             const bool known = std::isfinite(value);
-            script += std::to_string(c) + " " + std::to_string(r) + " " + number_text(value) + " \"" + (known ? fixed_text(value, map.decimals) : "n/a") + "\" "
+            script += std::to_string(c) + " " + std::to_string(r) + " " + number_text(value) + " \""
+                + (known ? fixed_text(value, map.decimals) : "n/a") + "\" "
                 + (known && dark(value) ? "0xffffff" : "0x202020") + "\n";
         }
     }
-    script += "EOD\nset style fill solid noborder\nplot $cells using 1:2:($1-0.5):($1+0.5):($2-0.5):($2+0.5):3 with boxxyerror lc palette, $cells using "
+    script += "EOD\nset style fill solid noborder\nplot $cells using 1:2:($1-0.5):($1+0.5):($2-0.5):($2+0.5):3 with "
+              "boxxyerror lc palette, $cells using "
               "1:2:4:5 with labels tc rgb variable font ',13'\n";
     return run_gnuplot(script, path);
 }

@@ -16,7 +16,8 @@ std::optional<taskvec::dtype> adapter_settings::output() const
 
 void add_adapter_options(CLI::App& verb, adapter_settings& settings, const std::string& kept)
 {
-    verb.add_option("--dtype", settings.dtype, "keep, f32, bf16 or f16: dtype of the factors (default: keep, " + kept + ")")
+    verb.add_option(
+            "--dtype", settings.dtype, "keep, f32, bf16 or f16: dtype of the factors (default: keep, " + kept + ")")
         ->type_name("DTYPE")
         ->transform(CLI::IsMember({"keep", "f32", "bf16", "f16"}, CLI::ignore_case));
     add_run_options(verb, settings.run);
@@ -24,14 +25,16 @@ void add_adapter_options(CLI::App& verb, adapter_settings& settings, const std::
 
 void add_modules_to_save(CLI::App& verb, adapter_settings& settings)
 {
-    verb.add_flag("--modules-to-save", settings.modules_to_save, "Accept adapters with modules_to_save, and carry the fine-tuned weights along");
+    verb.add_flag("--modules-to-save", settings.modules_to_save,
+        "Accept adapters with modules_to_save, and carry the fine-tuned weights along");
 }
 
 taskvec::rank_choice rank_settings::choice() const
 {
     if (!given()) { throw usage_error("give --rank Q or --energy E"); }
     if (energy && !(*energy > 0 && *energy <= 1)) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message("--energy is ", *energy, "; expected a share above 0 and at most 1, such as 0.99"));
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::message("--energy is ", *energy, "; expected a share above 0 and at most 1, such as 0.99"));
     }
     return {.rank = rank.value_or(0), .energy = energy.value_or(0), .clamp = clamp};
 }
@@ -43,12 +46,15 @@ std::string rank_settings::words() const
 
 void add_rank_options(CLI::App& verb, rank_settings& settings)
 {
-    auto* rank =
-        verb.add_option("--rank", settings.rank, "Rank of every layer; a layer of smaller rank is kept whole")->type_name("Q")->transform(decimal_number());
-    verb.add_option("--energy", settings.energy, "Or the smallest rank of each layer that keeps this share of its squared singular values")
+    auto* rank = verb.add_option("--rank", settings.rank, "Rank of every layer; a layer of smaller rank is kept whole")
+                     ->type_name("Q")
+                     ->transform(decimal_number());
+    verb.add_option("--energy", settings.energy,
+            "Or the smallest rank of each layer that keeps this share of its squared singular values")
         ->type_name("E")
         ->excludes(rank);
-    verb.add_flag("--clamp", settings.clamp, "Lower a rank above every layer's to the highest there is, instead of refusing it");
+    verb.add_flag(
+        "--clamp", settings.clamp, "Lower a rank above every layer's to the highest there is, instead of refusing it");
 }
 
 std::uint64_t adapter_bytes(const fs::path& directory)
@@ -74,8 +80,9 @@ nlohmann::ordered_json layers_of(const std::vector<taskvec::layer_report>& layer
     for (const auto& layer : layers) {
         nlohmann::ordered_json before; // null for what was dense
         if (layer.rank_before != 0) { before = layer.rank_before; }
-        list.push_back({{"name", layer.name}, {"shape", {layer.out, layer.in}}, {"rank_before", before}, {"rank", layer.rank}, {"whole", layer.whole},
-            {"energy", layer.energy()}, {"relative_error", layer.relative_error()}, {"parameters", layer.parameters()}});
+        list.push_back({{"name", layer.name}, {"shape", {layer.out, layer.in}}, {"rank_before", before},
+            {"rank", layer.rank}, {"whole", layer.whole}, {"energy", layer.energy()},
+            {"relative_error", layer.relative_error()}, {"parameters", layer.parameters()}});
     }
     return list;
 }

@@ -48,7 +48,8 @@ void add_rank_options(CLI::App& verb, rank_settings& settings);
 
 /// Bytes of an adapter's two files; 0 for what is not there.
 [[nodiscard]] std::uint64_t adapter_bytes(const fs::path& directory);
-/// True when a file is there and holds f64: everything then computes in f64. What is not there is for read_peft() to report.
+/// True when a file is there and holds f64: everything then computes in f64. What is not there is for read_peft() to
+/// report.
 [[nodiscard]] bool adapter_is_wide(const fs::path& directory);
 /// Calls f(std::type_identity<T>{}) with the type to compute in.
 template <class F>
@@ -68,7 +69,8 @@ template <class T>
     const auto check = [&](auto&& value, std::size_t size, const auto&... where) {
         for (std::size_t i = 0; i < size; ++i) {
             if (std::isfinite(value(i))) { continue; }
-            taskvec::raise<taskvec::nonfinite_error>(taskvec::message("'", (directory / taskvec::peft_model_name).string(), "': ", where..., " holds ",
+            taskvec::raise<taskvec::nonfinite_error>(taskvec::message("'",
+                (directory / taskvec::peft_model_name).string(), "': ", where..., " holds ",
                 std::isnan(value(i)) ? "NaN" : "infinity", " at entry ", i, "; repair the adapter or leave it out"));
         }
     };
@@ -106,7 +108,8 @@ void add_result(nlohmann::ordered_json& content, const taskvec::adapter_result<T
     content["relative_error"] = error;
 }
 
-/// The report of a verb, opened before the work so that a path that cannot be written is known early; none in a dry run.
+/// The report of a verb, opened before the work so that a path that cannot be written is known early; none in a dry
+/// run.
 [[nodiscard]] inline report_file open_report(const adapter_settings& settings)
 {
     return report_file(settings.run.dry_run ? std::string() : settings.run.report);
@@ -114,8 +117,9 @@ void add_result(nlohmann::ordered_json& content, const taskvec::adapter_result<T
 
 /// Writes an adapter and the report beside it: `content` and what the run took. Says `summary` at the end.
 template <class T>
-void write_adapter(const adapter_settings& settings, const runner& run, report_file& report, const taskvec::peft_adapter<T>& adapter,
-    nlohmann::ordered_json content, std::uint64_t bytes_read, const std::string& summary)
+void write_adapter(const adapter_settings& settings, const runner& run, report_file& report,
+    const taskvec::peft_adapter<T>& adapter, nlohmann::ordered_json content, std::uint64_t bytes_read,
+    const std::string& summary)
 {
     taskvec::write_peft(settings.out, adapter, {.output = settings.output()});
     content["output"] = settings.out;

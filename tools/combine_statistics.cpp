@@ -15,17 +15,25 @@ void combine(const settings& given)
 {
     taskvec::combine_statistics({given.parts.begin(), given.parts.end()}, given.out);
     const taskvec::statistics_file whole(given.out);
-    tool::print("joined " + tool::counted(given.parts.size(), "part") + " into '" + tool::printable(given.out) + "': " + std::string(name(whole.info().kind))
-        + " of " + tool::counted(whole.model().size(), "tensor") + " over " + tool::counted(whole.info().examples, "example") + "\n");
+    tool::print("joined " + tool::counted(given.parts.size(), "part") + " into '" + tool::printable(given.out)
+        + "': " + std::string(name(whole.info().kind)) + " of " + tool::counted(whole.model().size(), "tensor")
+        + " over " + tool::counted(whole.info().examples, "example") + "\n");
 }
 
 const tool::register_verb verb(110, [](CLI::App& app) {
-    auto* combine_verb = app.add_subcommand("combine-statistics", "Join Fishers or Gram matrices of one model over parts of its data");
+    auto* combine_verb =
+        app.add_subcommand("combine-statistics", "Join Fishers or Gram matrices of one model over parts of its data");
     const auto given = std::make_shared<settings>();
-    combine_verb->add_option("--part", given->parts, "A statistics file; repeat")->type_name("FILE")->required()->allow_extra_args(false);
-    combine_verb->add_option("--out", given->out, "Where the joined statistics go; may be one of the parts")->type_name("FILE")->required();
+    combine_verb->add_option("--part", given->parts, "A statistics file; repeat")
+        ->type_name("FILE")
+        ->required()
+        ->allow_extra_args(false);
+    combine_verb->add_option("--out", given->out, "Where the joined statistics go; may be one of the parts")
+        ->type_name("FILE")
+        ->required();
     combine_verb->footer("Grams add up; Fishers are means weighted by their numbers of examples.\n\nExample:\n"
-                         "  taskvec combine-statistics --part math.0.gram.safetensors --part math.1.gram.safetensors --out math.gram.safetensors");
+                         "  taskvec combine-statistics --part math.0.gram.safetensors --part math.1.gram.safetensors "
+                         "--out math.gram.safetensors");
     combine_verb->callback([given] { combine(*given); });
 });
 

@@ -1,6 +1,5 @@
-// The decompositions that the verbs use, compiled once for each precision (decompose_f32.cpp, decompose_f64.cpp), because
-// an SVD costs tens of seconds and a gigabyte to compile.
-// SPDX-License-Identifier: Apache-2.0
+// The decompositions that the verbs use, compiled once for each precision (decompose_f32.cpp, decompose_f64.cpp),
+// because an SVD costs tens of seconds and a gigabyte to compile. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/adapters/merge_adapters.hpp>
@@ -21,10 +20,10 @@ struct decompose {
     way how = way::exactly;
     std::uint64_t seed = 0;
 
-    [[nodiscard]] taskvec::svd_result<float> operator()(
-        const taskvec::cpu& policy, taskvec::matrix_view<const float> a, const taskvec::rank_choice& choice, std::string_view name) const;
-    [[nodiscard]] taskvec::svd_result<double> operator()(
-        const taskvec::cpu& policy, taskvec::matrix_view<const double> a, const taskvec::rank_choice& choice, std::string_view name) const;
+    [[nodiscard]] taskvec::svd_result<float> operator()(const taskvec::cpu& policy, taskvec::matrix_view<const float> a,
+        const taskvec::rank_choice& choice, std::string_view name) const;
+    [[nodiscard]] taskvec::svd_result<double> operator()(const taskvec::cpu& policy,
+        taskvec::matrix_view<const double> a, const taskvec::rank_choice& choice, std::string_view name) const;
 };
 
 } // namespace tool

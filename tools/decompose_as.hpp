@@ -10,8 +10,8 @@
 namespace tool {
 
 template <class T>
-[[nodiscard]] taskvec::svd_result<T> decompose_as(
-    const decompose& d, const taskvec::cpu& policy, taskvec::matrix_view<const T> a, const taskvec::rank_choice& choice, std::string_view name)
+[[nodiscard]] taskvec::svd_result<T> decompose_as(const decompose& d, const taskvec::cpu& policy,
+    taskvec::matrix_view<const T> a, const taskvec::rank_choice& choice, std::string_view name)
 {
     switch (d.how) {
     case decompose::way::exactly: return taskvec::decompose_exactly{}(policy, a, choice, name);

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "decompose_as.hpp"
 
-taskvec::svd_result<double> tool::decompose::operator()(
-    const taskvec::cpu& policy, taskvec::matrix_view<const double> a, const taskvec::rank_choice& choice, std::string_view name) const
+taskvec::svd_result<double> tool::decompose::operator()(const taskvec::cpu& policy,
+    taskvec::matrix_view<const double> a, const taskvec::rank_choice& choice, std::string_view name) const
 {
     return decompose_as<double>(*this, policy, a, choice, name);
 }

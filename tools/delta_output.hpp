@@ -22,13 +22,13 @@ public:
         writer_.begin(models, kept);
         guard_temporary(writer_.temporary());
     }
-    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const float* values,
-        std::size_t n) override
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const float* values, std::size_t n) override
     {
         writer_.write(tensor, first, from, to, indices, values, n);
     }
-    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const double* values,
-        std::size_t n) override
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const double* values, std::size_t n) override
     {
         writer_.write(tensor, first, from, to, indices, values, n);
     }
@@ -39,7 +39,8 @@ private:
 };
 
 /// post_pruning() on what --device names.
-inline void prune(const taskvec::cpu& policy, const merge_settings& settings, double density, const taskvec::aligned_models& models, delta_output& out)
+inline void prune(const taskvec::cpu& policy, const merge_settings& settings, double density,
+    const taskvec::aligned_models& models, delta_output& out)
 {
     const taskvec::post_pruning_options options{.density = density, .scope = scope_of(settings)};
     if (settings.run.device == "cuda") { prune_on_cuda(options, models, out, settings.run.memory_bytes(), policy); }

@@ -22,9 +22,9 @@ struct settings : tool::adapter_settings {
 };
 
 /// Modules that common architectures implement by an embedding: PEFT factors those transposed, under other names.
-constexpr const char* known_embeddings =
-    "(^|\\.)(embed_tokens|tok_embeddings|word_embeddings|position_embeddings|token_type_embeddings|embed_positions|embed_in|"
-    "wte|wpe)$";
+constexpr const char* known_embeddings = "(^|\\.)(embed_tokens|tok_embeddings|word_embeddings|position_embeddings|"
+                                         "token_type_embeddings|embed_positions|embed_in|"
+                                         "wte|wpe)$";
 
 /// True when the layers of some model need f64.
 bool wide(const taskvec::checkpoint& model)
@@ -51,14 +51,16 @@ taskvec::lora_update<T> transposed(const taskvec::lora_update<T>& update)
 
 /// Patterns that match nothing are mistakes.
 template <class Names>
-void check_matches(const std::vector<std::string>& patterns, const Names& names, const std::string& option, const std::string& what)
+void check_matches(
+    const std::vector<std::string>& patterns, const Names& names, const std::string& option, const std::string& what)
 {
     for (const auto& pattern : patterns) {
         const auto matches = tool::name_matcher({pattern}, option);
         bool found = false;
         for (const auto& [name, value] : names) { found = found || matches(name); }
         if (!found) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::message(option, " '", pattern, "' matches no ", what, "; see 'taskvec inspect' for the names"));
+            taskvec::raise<taskvec::invalid_argument>(taskvec::message(
+                option, " '", pattern, "' matches no ", what, "; see 'taskvec inspect' for the names"));
         }
     }
 }
@@ -69,7 +71,10 @@ void extract_as(const settings& given, const taskvec::checkpoint& base, const ta
     const tool::runner run(given.run, base.data_bytes() + tuned.data_bytes());
     auto report = tool::open_report(given);
     using way = tool::decompose::way;
-    const tool::decompose how{given.run.dry_run ? way::not_at_all : given.randomized ? way::randomized : way::exactly, given.seed};
+    const tool::decompose how{given.run.dry_run ? way::not_at_all
+            : given.randomized                  ? way::randomized
+                                                : way::exactly,
+        given.seed};
     auto found = taskvec::extract_lora<T>(run.policy(), base.model(), tuned.model(),
         {.rank = given.rank.choice(),
             .include = tool::name_filter(given.include, given.exclude),
@@ -77,16 +82,21 @@ void extract_as(const settings& given, const taskvec::checkpoint& base, const ta
             .tuned_label = "'" + given.task + "'"},
         how);
     if (found.adapter.empty()) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message("'", given.base, "' and '", given.task, "' do not differ in any 2-D '*.weight' tensor",
-            given.include.empty() && given.exclude.empty() ? "" : " that is looked at", ": there is nothing to extract an adapter from"));
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::message("'", given.base, "' and '", given.task, "' do not differ in any 2-D '*.weight' tensor",
+                given.include.empty() && given.exclude.empty() ? "" : " that is looked at",
+                ": there is nothing to extract an adapter from"));
     }
     const auto list_left_out = [&] {
-        for (const auto& name : found.left_out) { std::cerr << "taskvec: left out: '" << tool::printable(name) << "' changed, and a LoRA cannot hold it\n"; }
+        for (const auto& name : found.left_out) {
+            std::cerr << "taskvec: left out: '" << tool::printable(name) << "' changed, and a LoRA cannot hold it\n";
+        }
     };
-    const std::string also = found.left_out.empty() ? "" : ", " + tool::counted(found.left_out.size(), "other changed tensor") + " left out";
+    const std::string also =
+        found.left_out.empty() ? "" : ", " + tool::counted(found.left_out.size(), "other changed tensor") + " left out";
     if (given.run.dry_run) {
-        tool::print(
-            "would write '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer") + " at " + given.rank.words() + also + "\n");
+        tool::print("would write '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer")
+            + " at " + given.rank.words() + also + "\n");
         list_left_out();
         return;
     }
@@ -105,15 +115,17 @@ void extract_as(const settings& given, const taskvec::checkpoint& base, const ta
     std::error_code ignored;
     if (tool::fs::is_directory(given.base, ignored)) { adapter.config["base_model_name_or_path"] = given.base; }
 
-    nlohmann::ordered_json content{{"base", given.base}, {"task", given.task}, {"method", given.randomized ? "randomized" : "exact"}};
+    nlohmann::ordered_json content{
+        {"base", given.base}, {"task", given.task}, {"method", given.randomized ? "randomized" : "exact"}};
     tool::add_result(content, found);
     content["unchanged"] = found.unchanged;
     content["left_out"] = found.left_out;
     content["left_out_norm"] = std::sqrt(found.left_out_squared_norm);
     content["embeddings"] = adapter.embeddings;
     tool::write_adapter(given, run, report, adapter, std::move(content), base.data_bytes() + tuned.data_bytes(),
-        "extracted '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer") + " at " + given.rank.words() + ", "
-            + tool::grouped(found.parameters()) + " parameters, relative error " + tool::percent(found.relative_error()) + also);
+        "extracted '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer") + " at "
+            + given.rank.words() + ", " + tool::grouped(found.parameters()) + " parameters, relative error "
+            + tool::percent(found.relative_error()) + also);
     list_left_out();
 }
 
@@ -127,30 +139,47 @@ void extract_lora(const settings& given)
     constexpr std::string_view suffix = ".weight";
     std::map<std::string, bool> modules;
     for (const auto& [name, tensor] : base.model()) {
-        if (tensor.shape.size() == 2 && name.ends_with(suffix)) { modules.emplace(name.substr(0, name.size() - suffix.size()), true); }
+        if (tensor.shape.size() == 2 && name.ends_with(suffix)) {
+            modules.emplace(name.substr(0, name.size() - suffix.size()), true);
+        }
     }
     check_matches(given.embedding, modules, "--embedding", "module of '" + given.base + "'");
-    tool::in_precision(wide(base) || wide(tuned), [&]<class T>(std::type_identity<T>) { extract_as<T>(given, base, tuned); });
+    tool::in_precision(
+        wide(base) || wide(tuned), [&]<class T>(std::type_identity<T>) { extract_as<T>(given, base, tuned); });
 }
 
 const tool::register_verb verb(70, [](CLI::App& app) {
-    auto* extract_verb = app.add_subcommand("extract-lora", "Make a LoRA adapter of what fine-tuning changed in a model's 2-D weights");
+    auto* extract_verb =
+        app.add_subcommand("extract-lora", "Make a LoRA adapter of what fine-tuning changed in a model's 2-D weights");
     const auto given = std::make_shared<settings>();
     extract_verb->add_option("--base", given->base, "The pre-trained model")->type_name("MODEL")->required();
     extract_verb->add_option("--task", given->task, "The fine-tuned model")->type_name("MODEL")->required();
-    extract_verb->add_option("--out", given->out, "Where the adapter goes, a PEFT directory")->type_name("DIR")->required();
+    extract_verb->add_option("--out", given->out, "Where the adapter goes, a PEFT directory")
+        ->type_name("DIR")
+        ->required();
     tool::add_rank_options(*extract_verb, given->rank);
-    extract_verb->add_flag("--randomized", given->randomized, "Randomized SVD: nearly the best, a hundred times faster for large layers");
-    extract_verb->add_option("--seed", given->seed, "Of --randomized (default: 0)")->type_name("N")->transform(tool::decimal_number());
-    extract_verb->add_option("--include", given->include, "Only tensors that match")->type_name("REGEX")->allow_extra_args(false);
-    extract_verb->add_option("--exclude", given->exclude, "All but tensors that match")->type_name("REGEX")->allow_extra_args(false);
-    extract_verb->add_option("--embedding", given->embedding, "Modules that are embeddings, beside those named so in common models (embed_tokens, wte, …)")
+    extract_verb->add_flag(
+        "--randomized", given->randomized, "Randomized SVD: nearly the best, a hundred times faster for large layers");
+    extract_verb->add_option("--seed", given->seed, "Of --randomized (default: 0)")
+        ->type_name("N")
+        ->transform(tool::decimal_number());
+    extract_verb->add_option("--include", given->include, "Only tensors that match")
+        ->type_name("REGEX")
+        ->allow_extra_args(false);
+    extract_verb->add_option("--exclude", given->exclude, "All but tensors that match")
+        ->type_name("REGEX")
+        ->allow_extra_args(false);
+    extract_verb
+        ->add_option("--embedding", given->embedding,
+            "Modules that are embeddings, beside those named so in common models (embed_tokens, wte, …)")
         ->type_name("REGEX")
         ->allow_extra_args(false);
     extract_verb->add_flag("--fan-in-fan-out", given->fan_in_fan_out, "Weights are stored in×out, as in GPT-2");
     tool::add_adapter_options(*extract_verb, *given, "the base's, per tensor");
-    extract_verb->footer("Other tensors that changed (biases, norms) are listed on standard error and in the report: an adapter cannot hold them.\n\n"
-                         "Example:\n  taskvec extract-lora --base base.safetensors --task math.safetensors --rank 16 --out math-lora");
+    extract_verb->footer(
+        "Other tensors that changed (biases, norms) are listed on standard error and in the report: an adapter cannot "
+        "hold them.\n\n"
+        "Example:\n  taskvec extract-lora --base base.safetensors --task math.safetensors --rank 16 --out math-lora");
     extract_verb->callback([given] { extract_lora(*given); });
 });
 

@@ -40,14 +40,17 @@ void fold_as(const settings& given)
     auto adapter = tool::read_adapter<T>(given.adapter, given);
     if (initial.embeddings != adapter.embeddings) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::message("'", given.init, "' and '", given.adapter,
-            "' do not adapt the same embeddings: the first is not the initialisation that the second was trained from"));
+            "' do not adapt the same embeddings: the first is not the initialisation that the second was trained "
+            "from"));
     }
-    auto folded = taskvec::fold_linearized(initial.updates, adapter.updates, {.initial = "'" + given.init + "'", .adapter = "'" + given.adapter + "'"});
+    auto folded = taskvec::fold_linearized(
+        initial.updates, adapter.updates, {.initial = "'" + given.init + "'", .adapter = "'" + given.adapter + "'"});
     if (const auto count = moved_without_gradient(initial.updates, adapter.updates)) {
         tool::note(given.run,
             "lora_A differs from the initialisation's in " + tool::counted(count, "layer")
-                + " whose initial lora_B is 0. Linearized training leaves it as it was (but for weight decay), and it has no effect here: is '" + given.init
-                + "' what the adapter was trained from, and was it trained linearized?");
+                + " whose initial lora_B is 0. Linearized training leaves it as it was (but for weight decay), and it "
+                  "has no effect here: is '"
+                + given.init + "' what the adapter was trained from, and was it trained linearized?");
     }
     adapter.updates = std::move(folded);
     std::size_t doubled = 0;
@@ -55,33 +58,44 @@ void fold_as(const settings& given)
     for (const auto& [name, update] : adapter.updates) {
         const auto before = initial.updates.at(name).rank();
         doubled += update.rank() != before;
-        layers.push_back({{"name", name}, {"shape", {update.out(), update.in()}}, {"rank_before", before}, {"rank", update.rank()}});
+        layers.push_back(
+            {{"name", name}, {"shape", {update.out(), update.in()}}, {"rank_before", before}, {"rank", update.rank()}});
     }
     const std::string summary = tool::counted(adapter.updates.size(), "layer")
-        + (doubled == 0 ? ", ranks unchanged because B0 is 0" : ", the rank doubled in " + std::to_string(doubled) + " whose B0 is not 0");
+        + (doubled == 0 ? ", ranks unchanged because B0 is 0"
+                        : ", the rank doubled in " + std::to_string(doubled) + " whose B0 is not 0");
     if (given.run.dry_run) {
         tool::print("would write '" + tool::printable(given.out) + "': " + summary + "\n");
         return;
     }
     const auto bytes_read = tool::adapter_bytes(given.init) + tool::adapter_bytes(given.adapter);
-    tool::write_adapter(given, run, report, adapter, {{"init", given.init}, {"adapter", given.adapter}, {"layers", std::move(layers)}}, bytes_read,
+    tool::write_adapter(given, run, report, adapter,
+        {{"init", given.init}, {"adapter", given.adapter}, {"layers", std::move(layers)}}, bytes_read,
         "folded a linearized adapter into '" + tool::printable(given.out) + "': " + summary);
 }
 
 void fold_llora(const settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("fold-llora runs on the cpu; leave --device out"); }
-    tool::in_precision(tool::adapter_is_wide(given.init) || tool::adapter_is_wide(given.adapter), [&]<class T>(std::type_identity<T>) { fold_as<T>(given); });
+    tool::in_precision(tool::adapter_is_wide(given.init) || tool::adapter_is_wide(given.adapter),
+        [&]<class T>(std::type_identity<T>) { fold_as<T>(given); });
 }
 
 const tool::register_verb verb(90, [](CLI::App& app) {
-    auto* fold_verb = app.add_subcommand("fold-llora", "Turn an adapter that was fine-tuned linearized (L-LoRA, per layer) into a plain LoRA adapter");
+    auto* fold_verb = app.add_subcommand(
+        "fold-llora", "Turn an adapter that was fine-tuned linearized (L-LoRA, per layer) into a plain LoRA adapter");
     const auto given = std::make_shared<settings>();
-    fold_verb->add_option("--init", given->init, "The adapter's initialisation, a PEFT directory")->type_name("DIR")->required();
-    fold_verb->add_option("--adapter", given->adapter, "The fine-tuned adapter, a PEFT directory; also one that merge-lora --space phi wrote")
+    fold_verb->add_option("--init", given->init, "The adapter's initialisation, a PEFT directory")
         ->type_name("DIR")
         ->required();
-    fold_verb->add_option("--out", given->out, "Where the plain adapter goes: rank r where the initial lora_B is 0, otherwise 2r")
+    fold_verb
+        ->add_option("--adapter", given->adapter,
+            "The fine-tuned adapter, a PEFT directory; also one that merge-lora --space phi wrote")
+        ->type_name("DIR")
+        ->required();
+    fold_verb
+        ->add_option(
+            "--out", given->out, "Where the plain adapter goes: rank r where the initial lora_B is 0, otherwise 2r")
         ->type_name("DIR")
         ->required();
     tool::add_modules_to_save(*fold_verb, *given);

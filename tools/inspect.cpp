@@ -18,7 +18,8 @@ void print_json(const taskvec::checkpoint& model)
     // One tensor a line, so that people and line tools can read it too.
     std::string text = "{\"tensors\": [";
     for (const auto& [name, tensor] : model.model()) {
-        const nlohmann::ordered_json entry{{"name", name}, {"dtype", taskvec::name(tensor.dtype)}, {"shape", tensor.shape}, {"bytes", tensor.bytes(name)}};
+        const nlohmann::ordered_json entry{{"name", name}, {"dtype", taskvec::name(tensor.dtype)},
+            {"shape", tensor.shape}, {"bytes", tensor.bytes(name)}};
         text += (text.back() == '[' ? "\n  " : ",\n  ") + entry.dump();
     }
     auto metadata = nlohmann::ordered_json::object();
@@ -35,8 +36,8 @@ void print_table(const taskvec::checkpoint& model)
     std::map<taskvec::dtype, std::pair<std::uint64_t, std::uint64_t>> by_dtype; // tensors, elements
     std::uint64_t elements = 0;
     for (const auto& [name, tensor] : model.model()) {
-        rows.push_back(
-            {{tool::printable(name), std::string(taskvec::name(tensor.dtype)), taskvec::to_string(tensor.shape), tool::grouped(tensor.bytes(name))}});
+        rows.push_back({{tool::printable(name), std::string(taskvec::name(tensor.dtype)),
+            taskvec::to_string(tensor.shape), tool::grouped(tensor.bytes(name))}});
         auto& [tensors, count] = by_dtype[tensor.dtype];
         ++tensors;
         count += tensor.size(name);
@@ -53,29 +54,34 @@ void print_table(const taskvec::checkpoint& model)
             text += i == 3 ? space + line.cells[i] + "\n" : line.cells[i] + space + "  ";
         }
     }
-    text += "\n" + tool::counted(model.model().size(), "tensor") + ", " + tool::counted(elements, "element") + ", " + tool::counted(model.data_bytes(), "byte");
+    text += "\n" + tool::counted(model.model().size(), "tensor") + ", " + tool::counted(elements, "element") + ", "
+        + tool::counted(model.data_bytes(), "byte");
     if (model.data_bytes() >= 1000) { text += " (" + tool::size_text(model.data_bytes()) + ")"; }
     text += " in " + tool::counted(model.files().size(), "file") + "\n";
     if (by_dtype.size() > 1) {
         for (const auto& [type, counts] : by_dtype) {
-            text +=
-                "  " + std::string(taskvec::name(type)) + ": " + tool::counted(counts.first, "tensor") + ", " + tool::counted(counts.second, "element") + "\n";
+            text += "  " + std::string(taskvec::name(type)) + ": " + tool::counted(counts.first, "tensor") + ", "
+                + tool::counted(counts.second, "element") + "\n";
         }
     }
     if (!model.metadata().empty()) {
         text += "metadata\n";
-        for (const auto& [key, value] : model.metadata()) { text += "  " + tool::printable(key) + ": " + tool::printable(value) + "\n"; }
+        for (const auto& [key, value] : model.metadata()) {
+            text += "  " + tool::printable(key) + ": " + tool::printable(value) + "\n";
+        }
     }
     tool::print(text);
 }
 
 const tool::register_verb verb(10, [](CLI::App& app) {
-    auto* inspect = app.add_subcommand("inspect", "List a model's tensors, metadata and totals; fails if the file is malformed");
+    auto* inspect =
+        app.add_subcommand("inspect", "List a model's tensors, metadata and totals; fails if the file is malformed");
     const auto given = std::make_shared<settings>();
     inspect->add_option("MODEL", given->model, "The model to look into")->required();
     inspect->add_flag("--json", given->json, "Print JSON instead of a table");
     tool::add_quiet(*inspect, given->run);
-    inspect->footer("Example:\n  taskvec inspect model.safetensors\n  taskvec inspect model.safetensors --json | jq '.tensors | length'");
+    inspect->footer("Example:\n  taskvec inspect model.safetensors\n  taskvec inspect model.safetensors --json | jq "
+                    "'.tensors | length'");
     inspect->callback([given] {
         const auto model = tool::open_model(given->model);
         given->json ? print_json(model) : print_table(model);

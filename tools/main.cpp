@@ -31,7 +31,8 @@ private:
     static std::string make_required_usage(const CLI::App* app)
     {
         std::string text;
-        for (const auto* option : app->get_options([](const CLI::Option* o) { return o->get_required() && !o->get_positional(); })) {
+        for (const auto* option :
+            app->get_options([](const CLI::Option* o) { return o->get_required() && !o->get_positional(); })) {
             text += " " + option->get_name() + " " + option->get_type_name();
         }
         return text;
@@ -39,7 +40,9 @@ private:
     static std::string make_positionals_usage(const CLI::App* app)
     {
         std::string text;
-        for (const auto* option : app->get_options([](const CLI::Option* o) { return o->get_positional(); })) { text += " " + option->get_name(true); }
+        for (const auto* option : app->get_options([](const CLI::Option* o) { return o->get_positional(); })) {
+            text += " " + option->get_name(true);
+        }
         return text;
     }
 };
@@ -49,22 +52,27 @@ private:
 int main(int argc, char** argv)
 {
 #if defined(M_MMAP_THRESHOLD)
-    // Large blocks go back to the system when they are freed; left alone, glibc soon keeps them, and --memory would be passed.
+    // Large blocks go back to the system when they are freed; left alone, glibc soon keeps them, and --memory would be
+    // passed.
     ::mallopt(M_MMAP_THRESHOLD, 128 * 1024);
 #endif
-    CLI::App app("taskvec: merge, prune and reuse fine-tuned models, straight from their safetensors files.", "taskvec");
+    CLI::App app(
+        "taskvec: merge, prune and reuse fine-tuned models, straight from their safetensors files.", "taskvec");
     app.formatter(std::make_shared<formatter>());
     app.set_version_flag("--version",
-        "taskvec " + std::to_string(TASKVEC_VERSION_MAJOR) + "." + std::to_string(TASKVEC_VERSION_MINOR) + "." + std::to_string(TASKVEC_VERSION_PATCH));
+        "taskvec " + std::to_string(TASKVEC_VERSION_MAJOR) + "." + std::to_string(TASKVEC_VERSION_MINOR) + "."
+            + std::to_string(TASKVEC_VERSION_PATCH));
     app.require_subcommand(1);
     app.option_defaults()->always_capture_default(false);
     app.footer("'taskvec VERB --help' explains a verb and gives an example.\n"
-               "A MODEL is a .safetensors file, or a directory that holds model.safetensors or\nmodel.safetensors.index.json.");
+               "A MODEL is a .safetensors file, or a directory that holds model.safetensors "
+               "or\nmodel.safetensors.index.json.");
     // Wrong usage: one line too, with the usage of the verb, as far as one was named.
     const auto misused = [&](const std::string& what) {
         const CLI::App* verb = &app;
         for (const auto* named : app.get_subcommands()) { verb = named; }
-        fail(what + " (usage: " + formatter::usage_of(verb) + "; see 'taskvec" + (verb == &app ? "" : " " + verb->get_name()) + " --help')");
+        fail(what + " (usage: " + formatter::usage_of(verb) + "; see 'taskvec"
+            + (verb == &app ? "" : " " + verb->get_name()) + " --help')");
         return 2;
     };
     try {

@@ -72,7 +72,8 @@ public:
         result.config = adapters_[0].config;
         for (const auto& adapter : adapters_) {
             result.others.insert(adapter.others.begin(), adapter.others.end());
-            if (const auto base = text_of(adapter.config, base_name); !base.empty() && text_of(result.config, base_name).empty()) {
+            if (const auto base = text_of(adapter.config, base_name);
+                !base.empty() && text_of(result.config, base_name).empty()) {
                 result.config[base_name] = base;
             }
             result.embeddings.insert(adapter.embeddings.begin(), adapter.embeddings.end());
@@ -82,8 +83,8 @@ public:
             }
         }
         const auto same_modules = [&](const auto& adapter) {
-            return std::equal(adapter.updates.begin(), adapter.updates.end(), adapters_[0].updates.begin(), adapters_[0].updates.end(),
-                [](const auto& a, const auto& b) { return a.first == b.first; });
+            return std::equal(adapter.updates.begin(), adapter.updates.end(), adapters_[0].updates.begin(),
+                adapters_[0].updates.end(), [](const auto& a, const auto& b) { return a.first == b.first; });
         };
         if (!std::all_of(adapters_.begin(), adapters_.end(), same_modules)) { // write_peft() then lists every module
             for (const char* field : {"target_modules", "exclude_modules"}) { result.config[field] = nullptr; }
@@ -108,11 +109,13 @@ private:
     static void check_together(const adapter_type& first, const adapter_type& other, bool any_base)
     {
         const auto fail = [&](const auto&... parts) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::message("'", first.label, "' and '", other.label, "' ", parts...));
+            taskvec::raise<taskvec::invalid_argument>(
+                taskvec::message("'", first.label, "' and '", other.label, "' ", parts...));
         };
         const auto base = text_of(first.config, base_name), its_base = text_of(other.config, base_name);
         if (!any_base && !base.empty() && !its_base.empty() && base != its_base) {
-            fail("are adapters of different bases, '", base, "' and '", its_base, "': where these are one model under two names, say so by --any-base");
+            fail("are adapters of different bases, '", base, "' and '", its_base,
+                "': where these are one model under two names, say so by --any-base");
         }
         if (flag_of(first.config, "fan_in_fan_out") != flag_of(other.config, "fan_in_fan_out")) {
             fail("disagree about fan_in_fan_out: they are adapters of different bases");
@@ -125,7 +128,8 @@ private:
         check_others(first, other, fail);
         check_others(other, first, fail);
     }
-    /// What `first` carries beside its factors `other` carries too, but for the base weight of a module that it does not adapt.
+    /// What `first` carries beside its factors `other` carries too, but for the base weight of a module that it does
+    /// not adapt.
     template <class Fail>
     static void check_others(const adapter_type& first, const adapter_type& other, const Fail& fail)
     {
@@ -135,7 +139,8 @@ private:
             if (place == other.others.end() ? copy : place->second == tensor) { continue; }
             if (copy) { fail("carry different base weights '", name, "': they are adapters of different bases"); }
             fail("carry different tensors beside their factors ('", name,
-                "' among them), which no merge of low-rank updates joins: merge those by 'taskvec merge', or remove them");
+                "' among them), which no merge of low-rank updates joins: merge those by 'taskvec merge', or remove "
+                "them");
         }
     }
     void check_shapes() const
@@ -146,8 +151,9 @@ private:
                 const auto [place, fresh] = seen.emplace(name, &adapter);
                 const auto& earlier = place->second->updates.at(name);
                 if (!fresh && (earlier.out() != update.out() || earlier.in() != update.in())) {
-                    taskvec::raise<taskvec::shape_mismatch>(taskvec::message("module '", name, "' is ", update.out(), "×", update.in(), " in '", adapter.label,
-                        "' but ", earlier.out(), "×", earlier.in(), " in '", place->second->label, "': they are adapters of different bases"));
+                    taskvec::raise<taskvec::shape_mismatch>(taskvec::message("module '", name, "' is ", update.out(),
+                        "×", update.in(), " in '", adapter.label, "' but ", earlier.out(), "×", earlier.in(), " in '",
+                        place->second->label, "': they are adapters of different bases"));
                 }
             }
         }
@@ -167,7 +173,8 @@ nlohmann::ordered_json ranks_of(const taskvec::lora_adapter<T>& adapter)
 {
     auto list = nlohmann::ordered_json::array();
     for (const auto& [name, update] : adapter) {
-        list.push_back({{"name", name}, {"shape", {update.out(), update.in()}}, {"rank_before", update.rank()}, {"rank", update.rank()}});
+        list.push_back({{"name", name}, {"shape", {update.out(), update.in()}}, {"rank_before", update.rank()},
+            {"rank", update.rank()}});
     }
     return list;
 }
@@ -178,7 +185,9 @@ taskvec::lora_adapter<T> merge_phi(const taskvec::cpu& policy, const settings& g
     taskvec::model_options how;
     how.base_label = "the initialisation '" + given.init + "'";
     how.labels = from.labels();
-    const auto merged = [&](const auto& options) { return taskvec::merge_in_phi<T>(policy, options, from.initial(), from.updates(), how); };
+    const auto merged = [&](const auto& options) {
+        return taskvec::merge_in_phi<T>(policy, options, from.initial(), from.updates(), how);
+    };
     if (given.method == "ties") { return merged(tool::ties_options_of(given.merging, from.weights())); }
     if (given.method == "average") { return merged(taskvec::average_options{from.weights()}); }
     return merged(taskvec::task_arithmetic_options{.lambda = given.lambda(), .weights = from.weights()});
@@ -192,11 +201,15 @@ void merge_as(const settings& given, const std::vector<tool::task_argument>& arg
     auto report = tool::open_report(given);
     auto adapter = from.joined();
     nlohmann::ordered_json content{{"method", given.method}, {"space", given.space}};
-    for (const auto& argument : arguments) { content["adapters"].push_back({{"path", argument.path.string()}, {"weight", argument.weight}}); }
-    std::string summary = tool::counted(arguments.size(), "adapter") + " by " + given.method + (given.in_phi() ? " in phi space" : "");
+    for (const auto& argument : arguments) {
+        content["adapters"].push_back({{"path", argument.path.string()}, {"weight", argument.weight}});
+    }
+    std::string summary =
+        tool::counted(arguments.size(), "adapter") + " by " + given.method + (given.in_phi() ? " in phi space" : "");
 
     if (given.in_phi() || given.method == "average-factors") {
-        adapter.updates = given.in_phi() ? merge_phi(run.policy(), given, from) : taskvec::average_factors_separately<T>(from.updates(), from.weights());
+        adapter.updates = given.in_phi() ? merge_phi(run.policy(), given, from)
+                                         : taskvec::average_factors_separately<T>(from.updates(), from.weights());
         content["layers"] = ranks_of(adapter.updates);
         if (given.in_phi()) { content["init"] = given.init; }
         summary += ", " + tool::counted(adapter.updates.size(), "layer") + ", ranks unchanged";
@@ -205,50 +218,65 @@ void merge_as(const settings& given, const std::vector<tool::task_argument>& arg
         taskvec::adapter_result<T> result;
         if (given.method == "linear") {
             result = taskvec::merge_linear<T>(run.policy(), from.updates(),
-                {.weights = from.weights(), .lambda = given.lambda(), .rank = given.rank.given() ? given.rank.choice() : taskvec::rank_choice::full()});
+                {.weights = from.weights(),
+                    .lambda = given.lambda(),
+                    .rank = given.rank.given() ? given.rank.choice() : taskvec::rank_choice::full()});
         }
         else {
             using way = tool::decompose::way;
-            const tool::decompose how{given.run.dry_run ? way::not_at_all : given.randomized ? way::randomized : way::exactly, given.seed};
-            result = taskvec::merge_ties<T>(
-                run.policy(), from.updates(), {.ties = tool::ties_options_of(given.merging, from.weights()), .rank = given.rank.choice()}, how);
+            const tool::decompose how{given.run.dry_run ? way::not_at_all
+                    : given.randomized                  ? way::randomized
+                                                        : way::exactly,
+                given.seed};
+            result = taskvec::merge_ties<T>(run.policy(), from.updates(),
+                {.ties = tool::ties_options_of(given.merging, from.weights()), .rank = given.rank.choice()}, how);
         }
         adapter.updates = std::move(result.adapter);
         tool::add_result(content, result);
-        summary +=
-            ", " + tool::counted(adapter.updates.size(), "layer") + (given.rank.given() ? " at " + given.rank.words() : " at the sum of the ranks, exact");
-        if (given.rank.given() && !(given.run.dry_run && given.method == "ties")) { summary += ", relative error " + tool::percent(result.relative_error()); }
+        summary += ", " + tool::counted(adapter.updates.size(), "layer")
+            + (given.rank.given() ? " at " + given.rank.words() : " at the sum of the ranks, exact");
+        if (given.rank.given() && !(given.run.dry_run && given.method == "ties")) {
+            summary += ", relative error " + tool::percent(result.relative_error());
+        }
     }
     if (given.run.dry_run) {
         tool::print("would merge " + summary + " into '" + tool::printable(given.out) + "'\n");
         return;
     }
-    tool::write_adapter(given, run, report, adapter, std::move(content), from.bytes(), "merged " + summary + " into '" + tool::printable(given.out) + "'");
+    tool::write_adapter(given, run, report, adapter, std::move(content), from.bytes(),
+        "merged " + summary + " into '" + tool::printable(given.out) + "'");
 }
 
 void merge_lora(const settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("merge-lora runs on the cpu; leave --device out"); }
     if (given.in_phi() == given.init.empty()) {
-        throw tool::usage_error(
-            given.in_phi() ? "--space phi needs --init DIR, the initialisation that the adapters share" : "--init has no meaning without --space phi");
+        throw tool::usage_error(given.in_phi()
+                ? "--space phi needs --init DIR, the initialisation that the adapters share"
+                : "--init has no meaning without --space phi");
     }
-    if (given.in_phi() && given.method == "average-factors") { throw tool::usage_error("--method average-factors has no --space phi; --method average has"); }
+    if (given.in_phi() && given.method == "average-factors") {
+        throw tool::usage_error("--method average-factors has no --space phi; --method average has");
+    }
     if (!given.in_phi() && given.method == "average") {
-        throw tool::usage_error("--method average needs --space phi; the mean of the updates is --method linear with weights that sum to 1, and the mean of A "
+        throw tool::usage_error("--method average needs --space phi; the mean of the updates is --method linear with "
+                                "weights that sum to 1, and the mean of A "
                                 "and of B, each by itself, is --method average-factors");
     }
     const bool keeps_ranks = given.in_phi() || given.method == "average-factors";
     if (keeps_ranks && given.rank.given()) {
-        throw tool::usage_error(
-            "--rank and --energy have no meaning where the factors themselves are merged: the ranks stay; truncate the result by peru-lora");
+        throw tool::usage_error("--rank and --energy have no meaning where the factors themselves are merged: the "
+                                "ranks stay; truncate the result by peru-lora");
     }
     if (!keeps_ranks && given.method == "ties") { (void)given.rank.choice(); }
-    const std::set<std::string> used = given.method == "ties" ? std::set<std::string>{"density", "lambda", "scope", "semantics", "merge-weights"}
-        : given.method == "linear"                            ? std::set<std::string>{"lambda"}
-                                                              : std::set<std::string>{};
+    const std::set<std::string> used = given.method == "ties"
+        ? std::set<std::string>{"density", "lambda", "scope", "semantics", "merge-weights"}
+        : given.method == "linear" ? std::set<std::string>{"lambda"}
+                                   : std::set<std::string>{};
     for (const auto& option : given.merging.given) {
-        if (!used.contains(option)) { tool::note(given.run, "--" + option + " has no effect on --method " + given.method); }
+        if (!used.contains(option)) {
+            tool::note(given.run, "--" + option + " has no effect on --method " + given.method);
+        }
     }
     if (given.method == "ties") { tool::check_density(given.merging.density.value_or(1), "--density"); }
     tool::check_finite(given.lambda(), "--lambda");
@@ -263,22 +291,28 @@ void merge_lora(const settings& given)
 }
 
 const tool::register_verb verb(80, [](CLI::App& app) {
-    auto* merge_verb = app.add_subcommand("merge-lora", "Merge LoRA adapters, of different ranks and targets too, into one adapter");
+    auto* merge_verb =
+        app.add_subcommand("merge-lora", "Merge LoRA adapters, of different ranks and targets too, into one adapter");
     const auto given = std::make_shared<settings>();
     merge_verb->add_option("--method", given->method, "How to merge; see below (default: linear)")
         ->type_name("METHOD")
         ->check(CLI::IsMember({"linear", "ties", "average", "average-factors"}));
-    merge_verb->add_option("--adapter", given->adapters, "An adapter, with its weight (default 1); repeat, order counts")
+    merge_verb
+        ->add_option("--adapter", given->adapters, "An adapter, with its weight (default 1); repeat, order counts")
         ->type_name("DIR[=W]")
         ->required()
         ->allow_extra_args(false);
-    merge_verb->add_option("--out", given->out, "Where the merged adapter goes, a PEFT directory")->type_name("DIR")->required();
+    merge_verb->add_option("--out", given->out, "Where the merged adapter goes, a PEFT directory")
+        ->type_name("DIR")
+        ->required();
     merge_verb
         ->add_option("--space", given->space,
-            "product or phi: merge the updates, or the adapters' own parameters around the initialisation that they share (default: product)")
+            "product or phi: merge the updates, or the adapters' own parameters around the initialisation that they "
+            "share (default: product)")
         ->type_name("SPACE")
         ->check(CLI::IsMember({"product", "phi"}));
-    merge_verb->add_option("--init", given->init, "The initialisation of --space phi, a PEFT directory")->type_name("DIR");
+    merge_verb->add_option("--init", given->init, "The initialisation of --space phi, a PEFT directory")
+        ->type_name("DIR");
     tool::add_rank_options(*merge_verb, given->rank);
     merge_verb->add_option("--lambda", given->merging.lambda, "Scale of the merged update (default: 1)")
         ->type_name("X")
@@ -288,21 +322,31 @@ const tool::register_verb verb(80, [](CLI::App& app) {
                 return std::string();
             },
             ""));
-    tool::add_density_option(*merge_verb, given->merging, given->merging.density, "--density", "Share of each update that ties keeps (default: 0.2)");
+    tool::add_density_option(*merge_verb, given->merging, given->merging.density, "--density",
+        "Share of each update that ties keeps (default: 0.2)");
     tool::add_ties_options(*merge_verb, given->merging);
-    merge_verb->add_flag("--randomized", given->randomized, "ties: randomized SVD of the merged layers, a hundred times faster for large ones");
-    merge_verb->add_option("--seed", given->seed, "Of --randomized (default: 0)")->type_name("N")->transform(tool::decimal_number());
+    merge_verb->add_flag("--randomized", given->randomized,
+        "ties: randomized SVD of the merged layers, a hundred times faster for large ones");
+    merge_verb->add_option("--seed", given->seed, "Of --randomized (default: 0)")
+        ->type_name("N")
+        ->transform(tool::decimal_number());
     merge_verb->add_flag("--any-base", given->any_base, "Merge although the adapters name different base models");
     tool::add_modules_to_save(*merge_verb, *given);
     tool::add_adapter_options(*merge_verb, *given, "the adapters'");
     merge_verb->footer("Methods:\n"
-                       "  linear           sum of weight times update; exact, of the sum of the ranks, unless --rank or --energy compress it.\n"
-                       "                   Negative weights subtract. In phi space: the initialisation plus lambda times the sum of weight times change\n"
-                       "  ties             trim to the top --density (0.2), elect signs, merge what agrees. Needs --rank or --energy, but in phi space\n"
+                       "  linear           sum of weight times update; exact, of the sum of the ranks, unless --rank "
+                       "or --energy compress it.\n"
+                       "                   Negative weights subtract. In phi space: the initialisation plus lambda "
+                       "times the sum of weight times change\n"
+                       "  ties             trim to the top --density (0.2), elect signs, merge what agrees. Needs "
+                       "--rank or --energy, but in phi space\n"
                        "  average          in phi space only: the weighted mean of the parameters\n"
-                       "  average-factors  the weighted mean of A and of B, each by itself. Not the mean of the updates: it has cross terms\n"
-                       "\nExample:\n  taskvec merge-lora --method linear --adapter math-lora=0.5 --adapter code-lora=0.5 --rank 16 --out both-lora\n"
-                       "  taskvec merge-lora --space phi --init llora-init --adapter math-llora --adapter code-llora --lambda 0.5 --out both-llora");
+                       "  average-factors  the weighted mean of A and of B, each by itself. Not the mean of the "
+                       "updates: it has cross terms\n"
+                       "\nExample:\n  taskvec merge-lora --method linear --adapter math-lora=0.5 --adapter "
+                       "code-lora=0.5 --rank 16 --out both-lora\n"
+                       "  taskvec merge-lora --space phi --init llora-init --adapter math-llora --adapter code-llora "
+                       "--lambda 0.5 --out both-llora");
     merge_verb->callback([given] { merge_lora(*given); });
 });
 

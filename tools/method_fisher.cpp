@@ -6,9 +6,13 @@
 
 namespace {
 
-taskvec::fisher_options options_of(const tool::merge_settings& settings, const tool::merge_inputs& inputs, const tool::statistics_inputs& fishers)
+taskvec::fisher_options options_of(
+    const tool::merge_settings& settings, const tool::merge_inputs& inputs, const tool::statistics_inputs& fishers)
 {
-    taskvec::fisher_options options{.fishers = fishers.models(), .weights = inputs.weights(), .normalize = settings.normalize, .labels = fishers.labels()};
+    taskvec::fisher_options options{.fishers = fishers.models(),
+        .weights = inputs.weights(),
+        .normalize = settings.normalize,
+        .labels = fishers.labels()};
     if (settings.floor) { options.floor = *settings.floor; }
     return options;
 }
@@ -26,10 +30,12 @@ const tool::register_method entry({.name = "fisher",
     .examine =
         [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs) {
             const tool::statistics_inputs fishers(policy, inputs, settings.fisher, true);
-            (void)taskvec::detail::merger<taskvec::fisher_options>(policy, inputs.models(), options_of(settings, inputs, fishers));
+            (void)taskvec::detail::merger<taskvec::fisher_options>(
+                policy, inputs.models(), options_of(settings, inputs, fishers));
         },
     .run =
-        [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs, taskvec::tensor_sink& out) {
+        [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs,
+            taskvec::tensor_sink& out) {
             const tool::statistics_inputs fishers(policy, inputs, settings.fisher, true);
             auto report = tool::merge(policy, settings, options_of(settings, inputs, fishers), inputs.models(), out);
             report.beside += fishers.checked_bytes();

@@ -19,12 +19,14 @@ void truncate_as(const settings& given)
     const tool::runner run(given.run, tool::adapter_bytes(given.adapter));
     auto report = tool::open_report(given);
     auto adapter = tool::read_adapter<T>(given.adapter, given);
-    auto result = taskvec::peru_lora(run.policy(), adapter.updates, {.rank = given.rank.choice(), .label = "'" + given.adapter + "'"});
+    auto result = taskvec::peru_lora(
+        run.policy(), adapter.updates, {.rank = given.rank.choice(), .label = "'" + given.adapter + "'"});
     adapter.updates = std::move(result.adapter);
-    const auto whole = static_cast<std::uint64_t>(std::count_if(result.layers.begin(), result.layers.end(), [](const auto& layer) { return layer.whole; }));
+    const auto whole = static_cast<std::uint64_t>(
+        std::count_if(result.layers.begin(), result.layers.end(), [](const auto& layer) { return layer.whole; }));
     const std::string summary = tool::counted(result.layers.size(), "layer") + " at " + given.rank.words()
-        + (whole == 0 ? "" : " (" + tool::grouped(whole) + " of smaller rank kept whole)") + ", " + tool::grouped(result.parameters())
-        + " parameters, relative error " + tool::percent(result.relative_error());
+        + (whole == 0 ? "" : " (" + tool::grouped(whole) + " of smaller rank kept whole)") + ", "
+        + tool::grouped(result.parameters()) + " parameters, relative error " + tool::percent(result.relative_error());
     if (given.run.dry_run) {
         tool::print("would write '" + tool::printable(given.out) + "': " + summary + "\n");
         return;
@@ -32,25 +34,33 @@ void truncate_as(const settings& given)
     const auto bytes_read = tool::adapter_bytes(given.adapter);
     nlohmann::ordered_json content{{"adapter", given.adapter}};
     tool::add_result(content, result);
-    tool::write_adapter(given, run, report, adapter, std::move(content), bytes_read, "wrote '" + tool::printable(given.out) + "': " + summary);
+    tool::write_adapter(given, run, report, adapter, std::move(content), bytes_read,
+        "wrote '" + tool::printable(given.out) + "': " + summary);
 }
 
 void peru_lora(const settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("peru-lora runs on the cpu; leave --device out"); }
     (void)given.rank.choice();
-    tool::in_precision(tool::adapter_is_wide(given.adapter), [&]<class T>(std::type_identity<T>) { truncate_as<T>(given); });
+    tool::in_precision(
+        tool::adapter_is_wide(given.adapter), [&]<class T>(std::type_identity<T>) { truncate_as<T>(given); });
 }
 
 const tool::register_verb verb(60, [](CLI::App& app) {
-    auto* peru_verb = app.add_subcommand("peru-lora", "Truncate a LoRA adapter to a lower rank, as well as that rank can (PERU-LoRA)");
+    auto* peru_verb = app.add_subcommand(
+        "peru-lora", "Truncate a LoRA adapter to a lower rank, as well as that rank can (PERU-LoRA)");
     const auto given = std::make_shared<settings>();
-    peru_verb->add_option("--adapter", given->adapter, "The fine-tuned adapter, a PEFT directory")->type_name("DIR")->required();
-    peru_verb->add_option("--out", given->out, "Where the truncated adapter goes, a PEFT directory")->type_name("DIR")->required();
+    peru_verb->add_option("--adapter", given->adapter, "The fine-tuned adapter, a PEFT directory")
+        ->type_name("DIR")
+        ->required();
+    peru_verb->add_option("--out", given->out, "Where the truncated adapter goes, a PEFT directory")
+        ->type_name("DIR")
+        ->required();
     tool::add_rank_options(*peru_verb, given->rank);
     tool::add_modules_to_save(*peru_verb, *given);
     tool::add_adapter_options(*peru_verb, *given);
-    peru_verb->footer("Example:\n  taskvec peru-lora --adapter math-lora --rank 4 --out math-lora-r4 --report math-lora-r4.json");
+    peru_verb->footer(
+        "Example:\n  taskvec peru-lora --adapter math-lora --rank 4 --out math-lora-r4 --report math-lora-r4.json");
     peru_verb->callback([given] { peru_lora(*given); });
 });
 

@@ -36,7 +36,8 @@ bool is_digit(char c)
 }
 bool is_word(char c)
 {
-    return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_' || (static_cast<unsigned char>(c) & 0x80u) != 0;
+    return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'
+        || (static_cast<unsigned char>(c) & 0x80u) != 0;
 }
 
 /// Text with a backslash before each of these characters.
@@ -63,9 +64,13 @@ public:
     running_command(pid_t group, double timeout)
         : group_(group)
     {
-        if (timeout > 0 && timeout < 1e9) { deadline_ = clock::now() + std::chrono::duration_cast<clock::duration>(std::chrono::duration<double>(timeout)); }
+        if (timeout > 0 && timeout < 1e9) {
+            deadline_ =
+                clock::now() + std::chrono::duration_cast<clock::duration>(std::chrono::duration<double>(timeout));
+        }
     }
-    /// Called ten times a second or more: asks the command to end when we are asked to, or when its time is up, and kills it when it does not listen.
+    /// Called ten times a second or more: asks the command to end when we are asked to, or when its time is up, and
+    /// kills it when it does not listen.
     void watch()
     {
         const auto now = clock::now();
@@ -104,7 +109,8 @@ struct pipe_end {
 
 [[noreturn]] void fail_to_start(int code)
 {
-    taskvec::raise<taskvec::io_error>(taskvec::message("cannot run the scoring command: ", std::strerror(code)), "", code);
+    taskvec::raise<taskvec::io_error>(
+        taskvec::message("cannot run the scoring command: ", std::strerror(code)), "", code);
 }
 
 } // namespace
@@ -112,7 +118,8 @@ struct pipe_end {
 void check_score_command(const std::string& command)
 {
     if (command.find("{}") == command.npos) {
-        throw usage_error("--score '" + command + "' does not say where the model's path goes: write {} there, as in --score 'python score.py {}'");
+        throw usage_error("--score '" + command
+            + "' does not say where the model's path goes: write {} there, as in --score 'python score.py {}'");
     }
 }
 
@@ -128,7 +135,8 @@ std::optional<double> last_number(std::string_view text)
         std::size_t begin = i, end = i;
         while (end < text.size()
             && (is_word(text[end]) || text[end] == '.'
-                || ((text[end] == '+' || text[end] == '-') && end > begin && (text[end - 1] == 'e' || text[end - 1] == 'E') && is_digit(text[begin])))) {
+                || ((text[end] == '+' || text[end] == '-') && end > begin
+                    && (text[end - 1] == 'e' || text[end - 1] == 'E') && is_digit(text[begin])))) {
             ++end;
         }
         i = end;
@@ -150,12 +158,15 @@ std::optional<double> last_number(std::string_view text)
 
 std::string with_path(const std::string& command, const std::string& path)
 {
-    const bool plain = std::all_of(path.begin(), path.end(), [](char c) { return is_word(c) || c == '.' || c == '/' || c == '-'; });
+    const bool plain =
+        std::all_of(path.begin(), path.end(), [](char c) { return is_word(c) || c == '.' || c == '/' || c == '-'; });
     std::string line, open; // what is open around this place: quotes, and ( or ` around commands of their own
     for (std::size_t at = 0; at < command.size();) {
         const char c = command[at], inside = open.empty() ? ' ' : open.back();
         if (command.compare(at, 2, "{}") == 0) {
-            std::string word = inside == '"' ? double_quoted(path) : inside == '\'' ? "'" + shell_quoted(path) + "'" : shell_quoted(path);
+            std::string word = inside == '"' ? double_quoted(path)
+                : inside == '\''             ? "'" + shell_quoted(path) + "'"
+                                             : shell_quoted(path);
             for (const char around : open) {
                 if (around == '`') { word = escaped(word, "\\$`"); } // which takes off one level of backslashes
             }
@@ -235,14 +246,16 @@ double run_score_command(const score_command& command, const scored_candidate& c
         }
         // What the command left running in the background does not keep us.
         siginfo_t ended{};
-        if (open && ::waitid(P_PID, static_cast<id_t>(child), &ended, WEXITED | WNOHANG | WNOWAIT) == 0 && ended.si_pid == child) {
+        if (open && ::waitid(P_PID, static_cast<id_t>(child), &ended, WEXITED | WNOHANG | WNOWAIT) == 0
+            && ended.si_pid == child) {
             pollfd more{in.handle, POLLIN, 0};
             open = ::poll(&more, 1, 0) > 0;
         }
     }
     int status = 0;
     pid_t reaped = 0;
-    while ((reaped = ::waitpid(child, &status, WNOHANG)) == 0 || (reaped < 0 && errno == EINTR)) { // its output may be closed long before it ends
+    while ((reaped = ::waitpid(child, &status, WNOHANG)) == 0
+        || (reaped < 0 && errno == EINTR)) { // its output may be closed long before it ends
         running.watch();
         ::poll(nullptr, 0, 20);
     }
@@ -252,15 +265,22 @@ double run_score_command(const score_command& command, const scored_candidate& c
         taskvec::raise<taskvec::backend_error>(what, "the scoring command '" + printable(command.text) + "'", code);
     };
     if (running.out_of_time()) {
-        fail(taskvec::message("did not end within ", command.timeout, " s for ", point, ": mend it, or give it a longer --timeout"), SIGTERM);
+        fail(taskvec::message(
+                 "did not end within ", command.timeout, " s for ", point, ": mend it, or give it a longer --timeout"),
+            SIGTERM);
     }
-    if (WIFSIGNALED(status)) { fail(taskvec::message("was ended by signal ", WTERMSIG(status), " for ", point), WTERMSIG(status)); }
+    if (WIFSIGNALED(status)) {
+        fail(taskvec::message("was ended by signal ", WTERMSIG(status), " for ", point), WTERMSIG(status));
+    }
     if (WEXITSTATUS(status) != 0) { fail(taskvec::message("failed for ", point), WEXITSTATUS(status)); }
     const auto score = last_number(text);
     const auto printed = [&](const std::string& what) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message("the scoring command '", printable(command.text), "' printed ", what));
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::message("the scoring command '", printable(command.text), "' printed ", what));
     };
-    if (!score) { printed(taskvec::message("no number for ", point, ": the last number on its standard output is the score")); }
+    if (!score) {
+        printed(taskvec::message("no number for ", point, ": the last number on its standard output is the score"));
+    }
     if (!std::isfinite(*score)) { printed(taskvec::message(*score, " for ", point, ": a score is a finite number")); }
     return *score;
 }
@@ -269,7 +289,9 @@ scratch_directory::scratch_directory(const fs::path& parent)
 {
     auto name = (parent / "taskvec-sweep-XXXXXX").string();
     if (!::mkdtemp(name.data())) {
-        taskvec::raise<taskvec::io_error>(taskvec::message("cannot make a directory for candidates in it: ", std::strerror(errno)), parent.string(), errno);
+        taskvec::raise<taskvec::io_error>(
+            taskvec::message("cannot make a directory for candidates in it: ", std::strerror(errno)), parent.string(),
+            errno);
     }
     path_ = name;
 }

@@ -17,8 +17,8 @@ namespace tool {
 void check_score_command(const std::string& command);
 /// The last number in a text: a decimal, or nan or inf, that is no part of a word. Empty where there is none.
 [[nodiscard]] std::optional<double> last_number(std::string_view text);
-/// A command with every {} replaced by a path, which stays one word of the shell whatever is in it: outside quotes, inside either kind of them, and in $(…)
-/// and `…`. A path of letters, digits and ./_- goes in as it is.
+/// A command with every {} replaced by a path, which stays one word of the shell whatever is in it: outside quotes,
+/// inside either kind of them, and in $(…) and `…`. A path of letters, digits and ./_- goes in as it is.
 [[nodiscard]] std::string with_path(const std::string& command, const std::string& path);
 
 /// How candidates are scored.
@@ -34,10 +34,10 @@ struct scored_candidate {
     std::vector<std::string> environment{}; ///< variables that the command gets beside ours, such as TASKVEC_LAMBDA=0.3
 };
 
-/// Runs `sh -c`, and gives back the last number that it prints on standard output. Its standard error is ours. An interrupt is passed on to the command,
-/// and what does not end by itself within five seconds after that is killed; so is what runs out of time.
-/// Throws backend_error for a command that fails or runs out of time, invalid_argument for one that prints no finite number, cancelled. May be called from
-/// several threads.
+/// Runs `sh -c`, and gives back the last number that it prints on standard output. Its standard error is ours. An
+/// interrupt is passed on to the command, and what does not end by itself within five seconds after that is killed; so
+/// is what runs out of time. Throws backend_error for a command that fails or runs out of time, invalid_argument for
+/// one that prints no finite number, cancelled. May be called from several threads.
 [[nodiscard]] double run_score_command(const score_command& command, const scored_candidate& candidate);
 
 /// A directory for candidates that goes, with what is in it, when this object does.

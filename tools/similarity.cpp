@@ -52,7 +52,8 @@ std::string table_of(const std::vector<std::string>& names, const std::vector<do
     std::vector<std::size_t> widths;
     for (const auto& name : names) {
         widths.push_back(std::max<std::size_t>(7, tool::text_width(tool::printable(name))));
-        text += "  " + std::string(widths.back() - tool::text_width(tool::printable(name)), ' ') + tool::printable(name);
+        text +=
+            "  " + std::string(widths.back() - tool::text_width(tool::printable(name)), ' ') + tool::printable(name);
     }
     text += "\n";
     for (std::size_t r = 0; r < names.size(); ++r) {
@@ -80,10 +81,12 @@ void similarity(const settings& given)
     tool::claim_report(given.models.run);
     tool::runner run(given.models.run, inputs.models().bytes());
     if (given.models.run.dry_run) {
-        tool::print("would compare " + tool::counted(inputs.tasks().size(), "task vector") + "\n" + tool::describe(inputs));
+        tool::print(
+            "would compare " + tool::counted(inputs.tasks().size(), "task vector") + "\n" + tool::describe(inputs));
         return;
     }
-    // All files are opened before the work, and named after everything that can fail: none is left where one of them cannot be had.
+    // All files are opened before the work, and named after everything that can fail: none is left where one of them
+    // cannot be had.
     tool::report_file report(given.models.run.report), csv(given.csv), svg(given.svg);
     const auto cosines = taskvec::cosine_matrix(run.policy(), inputs.models());
     std::vector<std::string> names;
@@ -102,21 +105,30 @@ void similarity(const settings& given)
     }
     csv.finish_text(csv_of(names, cosines));
     if (svg.wanted()) {
-        svg.finish_text(plot::svg_of(plot::heat_map{.title = "Cosine of task vectors", .columns = names, .rows = names, .values = rows}, given.svg));
+        svg.finish_text(plot::svg_of(
+            plot::heat_map{.title = "Cosine of task vectors", .columns = names, .rows = names, .values = rows},
+            given.svg));
     }
     tool::conclude(table_of(names, cosines), report, csv, svg);
 }
 
 const tool::register_verb verb(100, [](CLI::App& app) {
-    auto* similarity_verb = app.add_subcommand("similarity", "Cosine similarity of task vectors, as a table, CSV or picture");
+    auto* similarity_verb =
+        app.add_subcommand("similarity", "Cosine similarity of task vectors, as a table, CSV or picture");
     const auto given = std::make_shared<settings>();
-    similarity_verb->add_option("--base", given->models.base, "The pre-trained model that the tasks started from")->type_name("MODEL")->required();
-    similarity_verb->add_option("--task", given->models.tasks, "A fine-tuned model; repeat")->type_name("PATH")->required()->allow_extra_args(false);
+    similarity_verb->add_option("--base", given->models.base, "The pre-trained model that the tasks started from")
+        ->type_name("MODEL")
+        ->required();
+    similarity_verb->add_option("--task", given->models.tasks, "A fine-tuned model; repeat")
+        ->type_name("PATH")
+        ->required()
+        ->allow_extra_args(false);
     similarity_verb->add_option("--csv", given->csv, "Also write the matrix as CSV")->type_name("FILE");
     similarity_verb->add_option("--svg", given->svg, "Also draw the matrix (needs gnuplot)")->type_name("FILE");
     tool::add_tensor_options(*similarity_verb, given->models);
     tool::add_run_options(*similarity_verb, given->models.run);
-    similarity_verb->footer("Example:\n  taskvec similarity --base base.safetensors --task math.safetensors --task code.safetensors --svg cosines.svg");
+    similarity_verb->footer("Example:\n  taskvec similarity --base base.safetensors --task math.safetensors --task "
+                            "code.safetensors --svg cosines.svg");
     similarity_verb->callback([given] { similarity(*given); });
 });
 

@@ -11,18 +11,22 @@
 namespace tool {
 
 /// Throws usage_error unless there is one file for each task.
-inline void check_statistics_count(const merge_settings& settings, const std::vector<std::string>& files, const std::string& option)
+inline void check_statistics_count(
+    const merge_settings& settings, const std::vector<std::string>& files, const std::string& option)
 {
     if (files.size() != settings.tasks.size()) {
-        throw usage_error("--method " + settings.method + " needs one " + option + " FILE for each --task, in task order: there "
-            + (files.size() == 1 ? "is 1" : "are " + std::to_string(files.size())) + " for " + counted(settings.tasks.size(), "task"));
+        throw usage_error("--method " + settings.method + " needs one " + option
+            + " FILE for each --task, in task order: there "
+            + (files.size() == 1 ? "is 1" : "are " + std::to_string(files.size())) + " for "
+            + counted(settings.tasks.size(), "task"));
     }
 }
 
 /// The files, opened, and each checked to be of its task's model. Never moves: models() points into it.
 class statistics_inputs {
 public:
-    statistics_inputs(const taskvec::cpu& policy, const merge_inputs& inputs, const std::vector<std::string>& paths, bool fishers)
+    statistics_inputs(
+        const taskvec::cpu& policy, const merge_inputs& inputs, const std::vector<std::string>& paths, bool fishers)
     {
         for (std::size_t t = 0; t < paths.size(); ++t) {
             const auto& file = files_.emplace_back(paths[t]);

@@ -30,12 +30,15 @@ struct settings {
 std::vector<double> parse_grid(const std::string& text, const std::string& option)
 {
     const auto fail = [&]() {
-        throw tool::usage_error(option + " is '" + text + "'; expected numbers such as 0.1,0.3,0.5, or FIRST:LAST:STEP such as 0:1:0.05");
+        throw tool::usage_error(
+            option + " is '" + text + "'; expected numbers such as 0.1,0.3,0.5, or FIRST:LAST:STEP such as 0:1:0.05");
     };
     const auto number = [&](const std::string& word) {
         double value = 0;
         const auto [end, failure] = std::from_chars(word.data(), word.data() + word.size(), value);
-        if (word.empty() || failure != std::errc{} || end != word.data() + word.size() || !std::isfinite(value)) { fail(); }
+        if (word.empty() || failure != std::errc{} || end != word.data() + word.size() || !std::isfinite(value)) {
+            fail();
+        }
         return value;
     };
     std::vector<double> grid;
@@ -47,10 +50,13 @@ std::vector<double> parse_grid(const std::string& text, const std::string& optio
             continue;
         }
         if (second == item.npos) { fail(); }
-        const double from = number(item.substr(0, first)), to = number(item.substr(first + 1, second - first - 1)), step = number(item.substr(second + 1));
+        const double from = number(item.substr(0, first)), to = number(item.substr(first + 1, second - first - 1)),
+                     step = number(item.substr(second + 1));
         const double count = std::floor((to - from) / step + 1e-9);
         if (!(count >= 0) || count > 100000) { fail(); }
-        for (double i = 0; i <= count; ++i) { grid.push_back(std::round((from + i * step) * 1e12) / 1e12); } // 0.15, not 0.15000000000000002
+        for (double i = 0; i <= count; ++i) {
+            grid.push_back(std::round((from + i * step) * 1e12) / 1e12);
+        } // 0.15, not 0.15000000000000002
     }
     if (grid.empty()) { fail(); }
     return grid;
@@ -89,11 +95,16 @@ struct grid {
 grid grid_of(const settings& given, const tool::method& method)
 {
     const auto tasks = tool::parse_tasks(given.merge.tasks);
-    const auto axis = [&](const char* name, const std::string& text, const std::optional<double>& one, const std::vector<double>& usual) {
+    const auto axis = [&](const char* name, const std::string& text, const std::optional<double>& one,
+                          const std::vector<double>& usual) {
         const bool used = method.uses.contains(name);
-        if (!text.empty() && !used) { throw tool::usage_error(taskvec::message("--method ", method.name, " has no ", name, " to sweep over")); }
+        if (!text.empty() && !used) {
+            throw tool::usage_error(taskvec::message("--method ", method.name, " has no ", name, " to sweep over"));
+        }
         const auto option = std::string(name) == "density" ? "--densities" : "--lambdas";
-        if (!text.empty() && one) { throw tool::usage_error(taskvec::message("--", name, " and ", option, " exclude each other")); }
+        if (!text.empty() && one) {
+            throw tool::usage_error(taskvec::message("--", name, " and ", option, " exclude each other"));
+        }
         std::vector<std::optional<double>> values;
         if (!used) { values.emplace_back(); }
         else if (one) {
@@ -104,7 +115,8 @@ grid grid_of(const settings& given, const tool::method& method)
         }
         return values;
     };
-    const auto lambdas = axis("lambda", given.lambdas, given.merge.lambda, given.subsets ? std::vector<double>{0.3} : taskvec::lambda_steps());
+    const auto lambdas = axis("lambda", given.lambdas, given.merge.lambda,
+        given.subsets ? std::vector<double>{0.3} : taskvec::lambda_steps());
     const auto densities = axis("density", given.densities, given.merge.density, {0.05, 0.1, 0.2, 0.3, 0.5});
     for (const auto& density : densities) {
         if (density) { tool::check_density(*density, "--densities"); }
@@ -113,12 +125,19 @@ grid grid_of(const settings& given, const tool::method& method)
     if (given.subsets) { result.columns.push_back("tasks"); }
     if (densities[0]) { result.columns.push_back("density"); }
     if (lambdas[0]) { result.columns.push_back("lambda"); }
-    if (result.columns.empty()) { throw tool::usage_error("--method " + method.name + " has nothing to sweep over but --subsets"); }
+    if (result.columns.empty()) {
+        throw tool::usage_error("--method " + method.name + " has nothing to sweep over but --subsets");
+    }
     std::vector<std::vector<std::size_t>> sets;
     if (given.subsets) {
-        if (tasks.size() > 20) { throw tool::usage_error(taskvec::message("--subsets of ", tasks.size(), " tasks are too many to score; give at most 20")); }
+        if (tasks.size() > 20) {
+            throw tool::usage_error(
+                taskvec::message("--subsets of ", tasks.size(), " tasks are too many to score; give at most 20"));
+        }
         sets = subsets_of(tasks.size(), std::max<std::size_t>(1, given.smallest));
-        if (sets.empty()) { throw tool::usage_error(taskvec::message("--subsets: there is none of ", given.smallest, " tasks or more")); }
+        if (sets.empty()) {
+            throw tool::usage_error(taskvec::message("--subsets: there is none of ", given.smallest, " tasks or more"));
+        }
     }
     else {
         sets.emplace_back();
@@ -133,7 +152,8 @@ grid grid_of(const settings& given, const tool::method& method)
                 if (given.subsets) { one.point.push_back(names); }
                 if (density) { one.point.push_back(taskvec::detail::csv_number(*density)); }
                 if (lambda) { one.point.push_back(taskvec::detail::csv_number(*lambda)); }
-                const bool again = std::any_of(result.candidates.begin(), result.candidates.end(), [&](const candidate& c) { return c.point == one.point; });
+                const bool again = std::any_of(result.candidates.begin(), result.candidates.end(),
+                    [&](const candidate& c) { return c.point == one.point; });
                 if (!again) { result.candidates.push_back(std::move(one)); }
             }
         }
@@ -159,7 +179,8 @@ tool::merge_settings settings_of(const settings& given, const candidate& one)
     return result;
 }
 
-/// What a scoring command is told of its candidate: TASKVEC_TASKS, TASKVEC_DENSITY, TASKVEC_LAMBDA, those that the sweep has.
+/// What a scoring command is told of its candidate: TASKVEC_TASKS, TASKVEC_DENSITY, TASKVEC_LAMBDA, those that the
+/// sweep has.
 std::vector<std::string> variables_of(const std::vector<std::string>& columns, const std::vector<std::string>& point)
 {
     std::vector<std::string> variables;
@@ -204,12 +225,14 @@ taskvec::sweep_table read_table(const std::string& path, const std::vector<std::
 {
     std::error_code ignored;
     taskvec::sweep_table table;
-    if (!path.empty() && tool::fs::exists(path, ignored)) { table = taskvec::read_sweep(taskvec::read_text_file(path), path); }
+    if (!path.empty() && tool::fs::exists(path, ignored)) {
+        table = taskvec::read_sweep(taskvec::read_text_file(path), path);
+    }
     if (!table.columns().empty() && table.columns() != columns) {
         std::string found;
         for (const auto& name : table.columns()) { found += name + ","; }
-        taskvec::raise<taskvec::invalid_argument>(
-            taskvec::message("'", path, "' holds another sweep, with the columns ", found, "score: name another --csv, or remove it"));
+        taskvec::raise<taskvec::invalid_argument>(taskvec::message(
+            "'", path, "' holds another sweep, with the columns ", found, "score: name another --csv, or remove it"));
     }
     table.require_columns(columns);
     return table;
@@ -219,15 +242,20 @@ void draw(const settings& given, const grid& points, const taskvec::sweep_table&
 {
     std::map<std::vector<std::string>, double> scores;
     for (const auto& row : table.rows()) { scores[row.point] = row.score; }
-    plot::line_chart chart{.title = "Sweep of " + given.merge.method, .x_label = "lambda", .y_label = "score", .curves = {}};
-    const bool one_each = given.subsets && std::all_of(points.candidates.begin(), points.candidates.end(), [&](const candidate& c) {
-        return c.lambda == points.candidates[0].lambda && c.density == points.candidates[0].density;
-    });
+    plot::line_chart chart{
+        .title = "Sweep of " + given.merge.method, .x_label = "lambda", .y_label = "score", .curves = {}};
+    const bool one_each =
+        given.subsets && std::all_of(points.candidates.begin(), points.candidates.end(), [&](const candidate& c) {
+            return c.lambda == points.candidates[0].lambda && c.density == points.candidates[0].density;
+        });
     if (one_each) { // by the number of tasks
         chart.x_label = "tasks merged";
         std::map<double, std::vector<double>> by_size;
-        for (const auto& one : points.candidates) { by_size[static_cast<double>(one.tasks.size())].push_back(scores.at(one.point)); }
-        plot::curve best{.label = "highest", .x = {}, .y = {}}, mean{.label = "mean", .x = {}, .y = {}}, worst{.label = "lowest", .x = {}, .y = {}};
+        for (const auto& one : points.candidates) {
+            by_size[static_cast<double>(one.tasks.size())].push_back(scores.at(one.point));
+        }
+        plot::curve best{.label = "highest", .x = {}, .y = {}}, mean{.label = "mean", .x = {}, .y = {}},
+            worst{.label = "lowest", .x = {}, .y = {}};
         for (const auto& [size, list] : by_size) {
             double sum = 0;
             for (const double score : list) { sum += score; }
@@ -244,9 +272,12 @@ void draw(const settings& given, const grid& points, const taskvec::sweep_table&
         chart.x_label = over_lambda ? "lambda" : "density";
         for (const auto& one : points.candidates) {
             std::string label;
-            for (std::size_t c = 0; c + 1 < one.point.size(); ++c) { label += (c ? ", " : "") + points.columns[c] + " " + one.point[c]; }
+            for (std::size_t c = 0; c + 1 < one.point.size(); ++c) {
+                label += (c ? ", " : "") + points.columns[c] + " " + one.point[c];
+            }
             if (label.empty()) { label = given.merge.method; }
-            auto place = std::find_if(chart.curves.begin(), chart.curves.end(), [&](const plot::curve& curve) { return curve.label == label; });
+            auto place = std::find_if(chart.curves.begin(), chart.curves.end(),
+                [&](const plot::curve& curve) { return curve.label == label; });
             if (place == chart.curves.end()) { place = chart.curves.insert(place, {.label = label, .x = {}, .y = {}}); }
             place->x.push_back(over_lambda ? *one.lambda : *one.density);
             place->y.push_back(scores.at(one.point));
@@ -259,7 +290,8 @@ void sweep(const settings& given)
 {
     tool::check_score_command(given.score.text);
     if (!(given.score.timeout >= 0) || !std::isfinite(given.score.timeout)) {
-        throw tool::usage_error(taskvec::message("--timeout is ", given.score.timeout, "; expected seconds, or 0 for as long as it takes"));
+        throw tool::usage_error(
+            taskvec::message("--timeout is ", given.score.timeout, "; expected seconds, or 0 for as long as it takes"));
     }
     if (given.jobs == 0) { throw tool::usage_error("--jobs is 0; expected at least 1"); }
     const auto& method = tool::find_method(given.merge);
@@ -269,23 +301,27 @@ void sweep(const settings& given)
     for (const auto& one : points.candidates) {
         if (!table.contains(one.point)) { left.push_back(&one); }
     }
-    const tool::merge_inputs all(given.merge, method.needs_base); // everything that can be checked is, before the first candidate
+    const tool::merge_inputs all(
+        given.merge, method.needs_base); // everything that can be checked is, before the first candidate
     tool::runner run(given.merge.run, all.models().bytes());
     if (method.examine) { method.examine(run.policy(), given.merge, all); }
     if (given.merge.run.dry_run) {
-        tool::print("would score " + tool::counted(left.size(), "candidate") + " of " + tool::counted(points.candidates.size(), "point") + " by '"
-            + tool::printable(given.score.text) + "'\n" + tool::describe(all));
+        tool::print("would score " + tool::counted(left.size(), "candidate") + " of "
+            + tool::counted(points.candidates.size(), "point") + " by '" + tool::printable(given.score.text) + "'\n"
+            + tool::describe(all));
         return;
     }
     tool::report_file report(given.merge.run.report);
     write_table(given.csv, table); // a path that cannot be written is known early
     if (!table.rows().empty()) {
         tool::note(given.merge.run,
-            tool::counted(points.candidates.size() - left.size(), "point") + " of " + std::to_string(points.candidates.size()) + " are in '" + given.csv
+            tool::counted(points.candidates.size() - left.size(), "point") + " of "
+                + std::to_string(points.candidates.size()) + " are in '" + given.csv
                 + "' already: remove it to score them again");
     }
     {
-        const tool::scratch_directory scratch(given.scratch.empty() ? tool::fs::temp_directory_path() : tool::fs::path(given.scratch));
+        const tool::scratch_directory scratch(
+            given.scratch.empty() ? tool::fs::temp_directory_path() : tool::fs::path(given.scratch));
         open_inputs inputs(method);
         for (std::size_t first = 0; first < left.size(); first += given.jobs) {
             const std::size_t count = std::min(given.jobs, left.size() - first);
@@ -294,7 +330,8 @@ void sweep(const settings& given)
                 const auto settings = settings_of(given, *left[first + i]);
                 const auto& models = inputs.of(settings);
                 files.push_back(scratch.path() / ("candidate" + std::to_string(i) + ".safetensors"));
-                taskvec::safetensors_writer out(files.back(), models.models().outputs(), models.metadata(), taskvec::durability::process);
+                taskvec::safetensors_writer out(
+                    files.back(), models.models().outputs(), models.metadata(), taskvec::durability::process);
                 method.run(run.policy(), settings, models, out);
                 if (first == 0) { tool::guard_temporary(files.back()); }
                 out.commit();
@@ -306,7 +343,8 @@ void sweep(const settings& given)
                 const auto score = [&](std::size_t i) {
                     try {
                         const auto& point = left[first + i]->point;
-                        scores[i] = tool::run_score_command(given.score, {files[i], table.describe(point), variables_of(points.columns, point)});
+                        scores[i] = tool::run_score_command(
+                            given.score, {files[i], table.describe(point), variables_of(points.columns, point)});
                     }
                     catch (...) {
                         failures[i] = std::current_exception();
@@ -327,12 +365,14 @@ void sweep(const settings& given)
     // The best of this grid: the table may hold other points.
     taskvec::sweep_table here(points.columns);
     for (const auto& row : table.rows()) {
-        if (std::any_of(points.candidates.begin(), points.candidates.end(), [&](const candidate& c) { return c.point == row.point; })) {
+        if (std::any_of(points.candidates.begin(), points.candidates.end(),
+                [&](const candidate& c) { return c.point == row.point; })) {
             here.add(row.point, row.score);
         }
     }
     const auto& best = *here.best(!given.minimize);
-    const auto& winner = *std::find_if(points.candidates.begin(), points.candidates.end(), [&](const candidate& c) { return c.point == best.point; });
+    const auto& winner = *std::find_if(
+        points.candidates.begin(), points.candidates.end(), [&](const candidate& c) { return c.point == best.point; });
     std::optional<tool::model_output> out;
     if (!given.merge.out.empty()) {
         const auto settings = settings_of(given, winner);
@@ -343,49 +383,74 @@ void sweep(const settings& given)
     }
     if (!given.svg.empty()) { draw(given, points, here); }
     if (report.wanted()) {
-        nlohmann::ordered_json content{{"method", given.merge.method}, {"seconds", run.seconds()}, {"points", points.candidates.size()},
-            {"scored", left.size()}, {"peak_memory", tool::peak_memory()}, {"peak_anonymous_memory", run.anonymous_peak()}};
+        nlohmann::ordered_json content{{"method", given.merge.method}, {"seconds", run.seconds()},
+            {"points", points.candidates.size()}, {"scored", left.size()}, {"peak_memory", tool::peak_memory()},
+            {"peak_anonymous_memory", run.anonymous_peak()}};
         for (std::size_t c = 0; c < points.columns.size(); ++c) { content["best"][points.columns[c]] = best.point[c]; }
         content["best"]["score"] = best.score;
         report.finish(content);
     }
     if (out) { out->commit(); }
     report.commit();
-    tool::print("best of " + tool::counted(points.candidates.size(), "point") + ": " + tool::printable(here.describe(best.point))
-        + " score=" + taskvec::detail::csv_number(best.score)
-        + (given.merge.out.empty() ? std::string() : ", merged into '" + tool::printable(given.merge.out) + "'") + "\n");
+    tool::print("best of " + tool::counted(points.candidates.size(), "point") + ": "
+        + tool::printable(here.describe(best.point)) + " score=" + taskvec::detail::csv_number(best.score)
+        + (given.merge.out.empty() ? std::string() : ", merged into '" + tool::printable(given.merge.out) + "'")
+        + "\n");
 }
 
 const tool::register_verb verb(25, [](CLI::App& app) {
-    auto* sweep_verb = app.add_subcommand("sweep", "Merge over a grid of lambdas, densities or task subsets, and score each merge by a command");
+    auto* sweep_verb = app.add_subcommand(
+        "sweep", "Merge over a grid of lambdas, densities or task subsets, and score each merge by a command");
     const auto given = std::make_shared<settings>();
     given->merge.method = "task-arithmetic";
     tool::add_method_option(*sweep_verb, given->merge);
-    sweep_verb->get_option("--method")->required(false)->description("How to merge; see 'taskvec merge --help' (default: task-arithmetic)");
-    sweep_verb->add_option("--base", given->merge.base, "The pre-trained model that the tasks started from")->type_name("MODEL");
-    sweep_verb->add_option("--task", given->merge.tasks, "A fine-tuned model, with its weight (default 1); repeat, order counts")
+    sweep_verb->get_option("--method")
+        ->required(false)
+        ->description("How to merge; see 'taskvec merge --help' (default: task-arithmetic)");
+    sweep_verb->add_option("--base", given->merge.base, "The pre-trained model that the tasks started from")
+        ->type_name("MODEL");
+    sweep_verb
+        ->add_option(
+            "--task", given->merge.tasks, "A fine-tuned model, with its weight (default 1); repeat, order counts")
         ->type_name("PATH[=WEIGHT]")
         ->required()
         ->allow_extra_args(false);
-    sweep_verb->add_option("--score", given->score.text, "Shell command; {} is the merged model's path, the last number it prints is the score")
+    sweep_verb
+        ->add_option("--score", given->score.text,
+            "Shell command; {} is the merged model's path, the last number it prints is the score")
         ->type_name("'CMD {}'")
         ->required();
-    sweep_verb->add_option("--lambdas", given->lambdas, "Such as 0.1,0.3 or 0:1:0.05 (default: 0:1:0.05; 0.3 with --subsets)")->type_name("GRID");
-    sweep_verb->add_option("--densities", given->densities, "For ties and dare (default: 0.05,0.1,0.2,0.3,0.5)")->type_name("GRID");
+    sweep_verb
+        ->add_option("--lambdas", given->lambdas, "Such as 0.1,0.3 or 0:1:0.05 (default: 0:1:0.05; 0.3 with --subsets)")
+        ->type_name("GRID");
+    sweep_verb->add_option("--densities", given->densities, "For ties and dare (default: 0.05,0.1,0.2,0.3,0.5)")
+        ->type_name("GRID");
     sweep_verb->add_flag("--subsets", given->subsets, "Every subset of two or more tasks");
     sweep_verb->add_option("--smallest", given->smallest, "Tasks in the smallest of the subsets (default: 2)")
         ->type_name("N")
         ->transform(tool::decimal_number());
     sweep_verb->add_flag("--minimize", given->minimize, "The lowest score is the best");
-    sweep_verb->add_option("--jobs", given->jobs, "Scoring commands that run at the same time (default: 1)")->type_name("N")->transform(tool::decimal_number());
-    sweep_verb->add_option("--timeout", given->score.timeout, "Seconds that a scoring command may take (default: 0, any)")->type_name("S");
-    sweep_verb->add_option("--csv", given->csv, "Table of points and scores, written after each; a later run goes on from it")->type_name("FILE");
+    sweep_verb->add_option("--jobs", given->jobs, "Scoring commands that run at the same time (default: 1)")
+        ->type_name("N")
+        ->transform(tool::decimal_number());
+    sweep_verb
+        ->add_option("--timeout", given->score.timeout, "Seconds that a scoring command may take (default: 0, any)")
+        ->type_name("S");
+    sweep_verb
+        ->add_option("--csv", given->csv, "Table of points and scores, written after each; a later run goes on from it")
+        ->type_name("FILE");
     sweep_verb->add_option("--svg", given->svg, "Also draw the scores (needs gnuplot)")->type_name("FILE");
-    sweep_verb->add_option("--out", given->merge.out, "Write the best merge: a file, or a directory")->type_name("PATH");
-    sweep_verb->add_option("--scratch", given->scratch, "Directory for candidates while they are scored (default: the system's)")->type_name("DIR");
-    tool::add_density_option(*sweep_verb, given->merge, given->merge.density, "--density", "One density instead of a grid");
+    sweep_verb->add_option("--out", given->merge.out, "Write the best merge: a file, or a directory")
+        ->type_name("PATH");
+    sweep_verb
+        ->add_option(
+            "--scratch", given->scratch, "Directory for candidates while they are scored (default: the system's)")
+        ->type_name("DIR");
+    tool::add_density_option(
+        *sweep_verb, given->merge, given->merge.density, "--density", "One density instead of a grid");
     tool::add_merge_options(*sweep_verb, given->merge);
-    sweep_verb->footer("The command finds the point in TASKVEC_TASKS (names joined by +), TASKVEC_DENSITY and TASKVEC_LAMBDA.\n\nExample:\n  taskvec sweep "
+    sweep_verb->footer("The command finds the point in TASKVEC_TASKS (names joined by +), TASKVEC_DENSITY and "
+                       "TASKVEC_LAMBDA.\n\nExample:\n  taskvec sweep "
                        "--base base.safetensors --task math.safetensors --task code.safetensors \\\n"
                        "      --score 'python evaluate.py {}' --csv scores.csv --out best.safetensors");
     sweep_verb->callback([given] { sweep(*given); });

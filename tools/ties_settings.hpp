@@ -20,7 +20,9 @@ namespace tool {
     options.weights = std::move(weights);
     if (settings.density) { options.density = *settings.density; }
     if (settings.lambda) { options.lambda = *settings.lambda; }
-    if (settings.scope) { options.scope = *settings.scope == "tensor" ? taskvec::scope::tensor : taskvec::scope::model; }
+    if (settings.scope) {
+        options.scope = *settings.scope == "tensor" ? taskvec::scope::tensor : taskvec::scope::model;
+    }
     if (settings.merge_weights) {
         options.combine = *settings.merge_weights == "sum" ? taskvec::disjoint_merge::sum
             : *settings.merge_weights == "max"             ? taskvec::disjoint_merge::max

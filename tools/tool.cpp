@@ -69,11 +69,14 @@ extern "C" void on_bus_error(int, siginfo_t* info, void*)
     const auto* address = static_cast<const std::byte*>(info->si_addr);
     const char* path = "a model file";
     for (std::size_t i = 0; i < mapped_count.load(); ++i) {
-        if (address >= mapped_ranges[i].begin.load() && address < mapped_ranges[i].end) { path = mapped_ranges[i].path; }
+        if (address >= mapped_ranges[i].begin.load() && address < mapped_ranges[i].end) {
+            path = mapped_ranges[i].path;
+        }
     }
     write_text("taskvec: error: ");
     write_text(path);
-    write_text(": the file shrank, or its disk failed, while it was being read; nothing was written: run again when nothing else changes it\n");
+    write_text(": the file shrank, or its disk failed, while it was being read; nothing was written: run again when "
+               "nothing else changes it\n");
     for (std::size_t i = temporary_count.load(); i-- > 0;) { // what lies in a directory comes after it
         const char* name = temporaries[i].load();
         if (name && ::unlink(name) != 0) { ::rmdir(name); }
@@ -84,14 +87,14 @@ extern "C" void on_bus_error(int, siginfo_t* info, void*)
 void install_handlers()
 {
     static const bool once = [] {
-        struct sigaction action { };
+        struct sigaction action{};
         action.sa_sigaction = on_bus_error;
         action.sa_flags = SA_SIGINFO;
         ::sigaction(SIGBUS, &action, nullptr);
-        struct sigaction stop { };
+        struct sigaction stop{};
         stop.sa_handler = on_interrupt;
         for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
-            struct sigaction before { };
+            struct sigaction before{};
             ::sigaction(signal, nullptr, &before);
             if (before.sa_handler != SIG_IGN) { ::sigaction(signal, &stop, nullptr); }
         }
@@ -148,7 +151,9 @@ std::optional<double> whole_number(std::string_view text)
     if (text.starts_with('+')) { text.remove_prefix(1); }
     double value = 0;
     const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value);
-    if (text.empty() || failure != std::errc{} || end != text.data() + text.size() || !std::isfinite(value)) { return std::nullopt; }
+    if (text.empty() || failure != std::errc{} || end != text.data() + text.size() || !std::isfinite(value)) {
+        return std::nullopt;
+    }
     return value;
 }
 
@@ -161,7 +166,8 @@ register_verb::register_verb(int place, void (*add)(CLI::App&))
 
 void add_verbs(CLI::App& app)
 {
-    std::sort(verbs().begin(), verbs().end(), [](const verb_entry& a, const verb_entry& b) { return a.place < b.place; });
+    std::sort(
+        verbs().begin(), verbs().end(), [](const verb_entry& a, const verb_entry& b) { return a.place < b.place; });
     for (const auto& verb : verbs()) { verb.add(app); }
 }
 
@@ -172,13 +178,16 @@ task_argument parse_task(const std::string& text, const std::string& option)
     const auto weight = sign == text.npos ? std::nullopt : whole_number(std::string_view(text).substr(sign + 1));
     task.path = weight ? text.substr(0, sign) : text;
     if (weight) { task.weight = *weight; }
-    if (task.path.empty()) { throw usage_error(option + " '" + text + "' names no model; expected PATH or PATH=WEIGHT"); }
+    if (task.path.empty()) {
+        throw usage_error(option + " '" + text + "' names no model; expected PATH or PATH=WEIGHT");
+    }
     std::error_code ignored;
     auto whole = fs::absolute(task.path, ignored).lexically_normal();
     if (!whole.has_filename()) { whole = whole.parent_path(); } // "dir/"
     const bool by_directory = !fs::is_directory(task.path, ignored) && whole.stem() == "model";
     if (by_directory) { whole = whole.parent_path(); }
-    task.name = by_directory || fs::is_directory(task.path, ignored) ? whole.filename().string() : whole.stem().string();
+    task.name =
+        by_directory || fs::is_directory(task.path, ignored) ? whole.filename().string() : whole.stem().string();
     return task;
 }
 
@@ -191,8 +200,9 @@ std::vector<task_argument> parse_tasks(const std::vector<std::string>& texts)
         const auto& task = tasks.back();
         const auto [place, fresh] = seen.emplace(task.name, task.path);
         if (!fresh) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::message("tasks '", place->second.string(), "' and '", task.path.string(), "' are both named '",
-                task.name, "': rename one, since tasks are told apart by name"));
+            taskvec::raise<taskvec::invalid_argument>(
+                taskvec::message("tasks '", place->second.string(), "' and '", task.path.string(), "' are both named '",
+                    task.name, "': rename one, since tasks are told apart by name"));
         }
     }
     return tasks;
@@ -200,7 +210,9 @@ std::vector<task_argument> parse_tasks(const std::vector<std::string>& texts)
 
 std::uint64_t parse_size(const std::string& text, const std::string& option)
 {
-    const auto fail = [&] { throw usage_error(option + " is '" + text + "'; expected a size such as 5GB, 256MiB or 1000000"); };
+    const auto fail = [&] {
+        throw usage_error(option + " is '" + text + "'; expected a size such as 5GB, 256MiB or 1000000");
+    };
     double number = 0;
     const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), number);
     if (failure != std::errc{} || !(number > 0)) { fail(); }
@@ -223,7 +235,9 @@ CLI::Validator decimal_number()
         [](std::string& text) {
             std::uint64_t value = 0;
             const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value);
-            if (failure != std::errc{} || end != text.data() + text.size()) { return "'" + text + "' is not a whole number from 0 to 18446744073709551615"; }
+            if (failure != std::errc{} || end != text.data() + text.size()) {
+                return "'" + text + "' is not a whole number from 0 to 18446744073709551615";
+            }
             text = std::to_string(value);
             return std::string();
         },
@@ -237,16 +251,21 @@ void add_quiet(CLI::App& verb, run_options& options)
 
 void add_run_options(CLI::App& verb, run_options& options)
 {
-    verb.add_option("--threads", options.threads, "Threads; results do not depend on it (default: one for each processor)")
+    verb.add_option(
+            "--threads", options.threads, "Threads; results do not depend on it (default: one for each processor)")
         ->type_name("N")
         ->transform(decimal_number());
     verb.add_option("--device", options.device, "cpu or cuda: where merges and pruning run (default: cpu)")
         ->type_name("DEVICE")
-        ->check(
-            [](const std::string& text) { return text == "cpu" || text == "cuda" ? std::string() : "'" + text + "' is not a device; expected cpu or cuda"; });
+        ->check([](const std::string& text) {
+            return text == "cpu" || text == "cuda" ? std::string()
+                                                   : "'" + text + "' is not a device; expected cpu or cuda";
+        });
     verb.add_option("--memory", options.memory, "Budget of anonymous memory (default: 256MiB)")->type_name("SIZE");
-    verb.add_option("--report", options.report, "Write what was done as JSON: seconds, bytes, memory, counts, norms")->type_name("FILE");
-    verb.add_flag("--dry-run", options.dry_run, "Check everything that can be checked, say what would be done, write nothing");
+    verb.add_option("--report", options.report, "Write what was done as JSON: seconds, bytes, memory, counts, norms")
+        ->type_name("FILE");
+    verb.add_flag(
+        "--dry-run", options.dry_run, "Check everything that can be checked, say what would be done, write nothing");
     add_quiet(verb, options);
 }
 
@@ -278,13 +297,14 @@ void claim_output(const fs::path& path, const std::string& option, output_kind k
     const auto place = place_of(path);
     for (const auto& [other, owner] : claimed()) {
         if (other == place) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::message(option, " '", path.string(), "' is also what ", owner, " asks for: give each its own"));
+            taskvec::raise<taskvec::invalid_argument>(taskvec::message(
+                option, " '", path.string(), "' is also what ", owner, " asks for: give each its own"));
         }
     }
     const auto& inputs = opened();
     if (kind == output_kind::file && std::find(inputs.begin(), inputs.end(), place) != inputs.end()) {
-        taskvec::raise<taskvec::invalid_argument>(
-            taskvec::message(option, " '", path.string(), "' is one of the files that are read, and only a model may replace it: choose another path"));
+        taskvec::raise<taskvec::invalid_argument>(taskvec::message(option, " '", path.string(),
+            "' is one of the files that are read, and only a model may replace it: choose another path"));
     }
     claimed().emplace_back(place, option);
     std::error_code ignored;
@@ -294,15 +314,20 @@ void claim_output(const fs::path& path, const std::string& option, output_kind k
             : kind == output_kind::model                 ? fs::is_directory(status) || fs::is_regular_file(status)
                                                          : fs::is_regular_file(status);
         if (!fits) {
-            taskvec::raise<taskvec::io_error>(kind == output_kind::directory ? "exists and is not a directory; choose another output"
-                                                                             : "exists and is not a regular file; choose another output",
+            taskvec::raise<taskvec::io_error>(kind == output_kind::directory
+                    ? "exists and is not a directory; choose another output"
+                    : "exists and is not a regular file; choose another output",
                 path.string(), kind == output_kind::directory ? ENOTDIR : EEXIST);
         }
-        if (::access(path.c_str(), W_OK) != 0) { taskvec::detail::raise_io(path, "exists and may not be written", errno); }
+        if (::access(path.c_str(), W_OK) != 0) {
+            taskvec::detail::raise_io(path, "exists and may not be written", errno);
+        }
         if (fs::is_directory(status)) { return; }
     }
     auto folder = taskvec::detail::directory_of(place);
-    while (kind == output_kind::directory && !fs::exists(folder, ignored) && folder.has_relative_path()) { folder = folder.parent_path(); }
+    while (kind == output_kind::directory && !fs::exists(folder, ignored) && folder.has_relative_path()) {
+        folder = folder.parent_path();
+    }
     if (::access(folder.c_str(), W_OK | X_OK) != 0 || !fs::is_directory(folder, ignored)) {
         taskvec::detail::raise_io(path, "cannot create a file in directory '" + folder.string() + "'",
             fs::exists(folder, ignored) && !fs::is_directory(folder, ignored) ? ENOTDIR : errno);
@@ -323,13 +348,18 @@ void guard_temporary(const fs::path& path)
     temporary_count = index + 1;
 }
 
-model_output::model_output(fs::path path, const std::vector<taskvec::tensor_spec>& specs, const taskvec::metadata_map& metadata, const std::string& shard_size)
+model_output::model_output(fs::path path, const std::vector<taskvec::tensor_spec>& specs,
+    const taskvec::metadata_map& metadata, const std::string& shard_size)
     : path_(std::move(path))
 {
     std::error_code ignored;
-    if (!shard_size.empty()) { shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, parse_size(shard_size, "--shard-size"), metadata); }
+    if (!shard_size.empty()) {
+        shards_ =
+            std::make_unique<taskvec::sharded_writer>(path_, specs, parse_size(shard_size, "--shard-size"), metadata);
+    }
     else if (!path_.has_filename() || fs::is_directory(path_, ignored)) {
-        shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, std::numeric_limits<std::uint64_t>::max(), metadata);
+        shards_ = std::make_unique<taskvec::sharded_writer>(
+            path_, specs, std::numeric_limits<std::uint64_t>::max(), metadata);
     }
     else {
         file_ = std::make_unique<taskvec::safetensors_writer>(path_, specs, metadata);
@@ -378,7 +408,10 @@ runner::runner(const run_options& options, std::uint64_t walk_bytes, bool on_dev
     , drawn_(start_ - std::chrono::hours(1))
 {
     if (options.device != "cpu") {
-        if (!on_device) { taskvec::raise<taskvec::invalid_argument>("--device cuda: only merge, prune and peru-fft run there; leave --device out"); }
+        if (!on_device) {
+            taskvec::raise<taskvec::invalid_argument>(
+                "--device cuda: only merge, prune and peru-fft run there; leave --device out");
+        }
         require_cuda();
     }
     (void)options.memory_bytes(); // a size that is none is wrong usage for every verb
@@ -419,7 +452,8 @@ bool runner::advance(const taskvec::progress_event& event)
     if (elapsed > 0.2 && share > 0) {
         const auto left = static_cast<long>(std::ceil(elapsed / share - elapsed));
         const auto rate = size_text(static_cast<std::uint64_t>(share * static_cast<double>(walk_bytes_) / elapsed));
-        length += std::snprintf(text + length, sizeof text - static_cast<std::size_t>(length), "  %s/s  %ld:%02ld left", rate.c_str(), left / 60, left % 60);
+        length += std::snprintf(text + length, sizeof text - static_cast<std::size_t>(length), "  %s/s  %ld:%02ld left",
+            rate.c_str(), left / 60, left % 60);
     }
     std::snprintf(text + length, sizeof text - static_cast<std::size_t>(length), "\033[K");
     write_text(text);
@@ -452,7 +486,12 @@ std::string size_text(std::uint64_t bytes)
     std::size_t unit = 0;
     for (; value >= 999.5 && unit + 1 < std::size(units); ++unit) { value /= 1000; }
     char text[32];
-    std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : value < 9.995 ? "%.2f %s" : value < 99.95 ? "%.1f %s" : "%.0f %s", value, units[unit]);
+    std::snprintf(text, sizeof text,
+        unit == 0           ? "%.0f %s"
+            : value < 9.995 ? "%.2f %s"
+            : value < 99.95 ? "%.1f %s"
+                            : "%.0f %s",
+        value, units[unit]);
     return text;
 }
 
@@ -481,10 +520,13 @@ std::string printable(std::string_view text)
         at += piece.size();
         const auto first = static_cast<unsigned char>(piece[0]);
         const bool c1_control = piece.size() == 2 && first == 0xc2u && static_cast<unsigned char>(piece[1]) < 0xa0u;
-        // Marks that turn the direction of writing, and separators of lines: they make a terminal show what is not there.
+        // Marks that turn the direction of writing, and separators of lines: they make a terminal show what is not
+        // there.
         const bool turns = piece.size() == 3 && first == 0xe2u
-            && ((piece[1] == '\x80' && static_cast<unsigned char>(piece[2]) >= 0xa8u && static_cast<unsigned char>(piece[2]) <= 0xaeu)
-                || (piece[1] == '\x81' && static_cast<unsigned char>(piece[2]) >= 0xa6u && static_cast<unsigned char>(piece[2]) <= 0xa9u));
+            && ((piece[1] == '\x80' && static_cast<unsigned char>(piece[2]) >= 0xa8u
+                    && static_cast<unsigned char>(piece[2]) <= 0xaeu)
+                || (piece[1] == '\x81' && static_cast<unsigned char>(piece[2]) >= 0xa6u
+                    && static_cast<unsigned char>(piece[2]) <= 0xa9u));
         if (valid && first >= 0x20u && first != 0x7fu && !c1_control && !turns) {
             result += piece;
             continue;
@@ -500,14 +542,16 @@ std::string printable(std::string_view text)
 
 std::size_t text_width(std::string_view text)
 {
-    return static_cast<std::size_t>(std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xc0u) != 0x80u; }));
+    return static_cast<std::size_t>(std::count_if(
+        text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xc0u) != 0x80u; }));
 }
 
 void print(const std::string& text)
 {
     clear_progress();
     if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
-        taskvec::raise<taskvec::io_error>(taskvec::message("cannot write to standard output: ", std::strerror(errno)), "", errno);
+        taskvec::raise<taskvec::io_error>(
+            taskvec::message("cannot write to standard output: ", std::strerror(errno)), "", errno);
     }
 }
 
@@ -520,7 +564,10 @@ report_file::report_file(const std::string& path)
 
 void report_file::finish(const nlohmann::ordered_json& content)
 {
-    if (wanted()) { finish_text(std::string_view(content.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n")); }
+    if (wanted()) {
+        finish_text(
+            std::string_view(content.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n"));
+    }
 }
 
 void report_file::finish_text(std::string_view text)

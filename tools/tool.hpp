@@ -68,7 +68,8 @@ struct run_options {
 };
 /// claim_output() for --report, where it was given.
 void claim_report(const run_options& options);
-/// For options that are counts: digits and nothing else, in base ten. (CLI11 takes -1 for 2^64-1, and 010 for 8.) Use with transform().
+/// For options that are counts: digits and nothing else, in base ten. (CLI11 takes -1 for 2^64-1, and 010 for 8.) Use
+/// with transform().
 [[nodiscard]] CLI::Validator decimal_number();
 void add_quiet(CLI::App& verb, run_options& options);
 void add_run_options(CLI::App& verb, run_options& options);
@@ -85,15 +86,17 @@ void guard_map(const taskvec::mapped_file& map);
 
 /// What an option's path becomes: a file beside the models, a model (which may replace one that is read), a directory.
 enum class output_kind { file, model, directory };
-/// Checks a place that `option` asks to write to, before any work: that it has a name, that it can be created or replaced, that no other
-/// option asks for it, and that only a model replaces one of the files that are read. Throws usage_error, io_error, invalid_argument.
+/// Checks a place that `option` asks to write to, before any work: that it has a name, that it can be created or
+/// replaced, that no other option asks for it, and that only a model replaces one of the files that are read. Throws
+/// usage_error, io_error, invalid_argument.
 void claim_output(const fs::path& path, const std::string& option, output_kind kind = output_kind::file);
 
 /// A model that is being written: a file, a directory (`DIR/model.safetensors`), or a directory of shards.
 class model_output {
 public:
     /// `shard_size`: empty for one file.
-    model_output(fs::path path, const std::vector<taskvec::tensor_spec>& specs, const taskvec::metadata_map& metadata, const std::string& shard_size);
+    model_output(fs::path path, const std::vector<taskvec::tensor_spec>& specs, const taskvec::metadata_map& metadata,
+        const std::string& shard_size);
     [[nodiscard]] taskvec::tensor_sink& sink();
     /// Forces the bytes to disk; the files still have temporary names.
     void finish();
@@ -109,14 +112,15 @@ private:
     std::unique_ptr<taskvec::sharded_writer> shards_;
 };
 
-/// Removes this file, or this directory if it is empty by then, should the process have to end without destructors (see open_model). What lies in
-/// a directory is named after it.
+/// Removes this file, or this directory if it is empty by then, should the process have to end without destructors (see
+/// open_model). What lies in a directory is named after it.
 void guard_temporary(const fs::path& path);
 
 // Progress.
 
 /// The policy that the options ask for, with a progress line on a terminal. Interrupts stop the work as an error.
-/// One walk over the models reads `walk_bytes`, which gives the rate. Throws for --device cuda unless the verb runs there
+/// One walk over the models reads `walk_bytes`, which gives the rate. Throws for --device cuda unless the verb runs
+/// there
 /// (`on_device`), the build has CUDA, and a device answers.
 class runner {
 public:
@@ -153,7 +157,8 @@ void note(const run_options& options, const std::string& text);
 [[nodiscard]] std::string seconds_text(double seconds);
 /// "1 task", "2 tasks".
 [[nodiscard]] std::string counted(std::uint64_t count, const std::string& noun);
-/// Text for terminals and one-line messages: control characters and what is not UTF-8 are written as \\x and two digits.
+/// Text for terminals and one-line messages: control characters and what is not UTF-8 are written as \\x and two
+/// digits.
 [[nodiscard]] std::string printable(std::string_view text);
 /// Columns the text takes on a terminal: its code points.
 [[nodiscard]] std::size_t text_width(std::string_view text);
@@ -169,8 +174,8 @@ void conclude(const std::string& text, Outputs&... outputs)
 
 // Reports.
 
-/// A file of JSON or text that is created at once, so that a path that cannot be written is known early, filled at the end, and named when all
-/// else has gone well. No path: nothing is written.
+/// A file of JSON or text that is created at once, so that a path that cannot be written is known early, filled at the
+/// end, and named when all else has gone well. No path: nothing is written.
 class report_file {
 public:
     explicit report_file(const std::string& path);

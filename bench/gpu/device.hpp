@@ -1,5 +1,5 @@
-// What a benchmark on a device needs: its name and software, times by events on a stream, and the copy bandwidth of the same run.
-// SPDX-License-Identifier: Apache-2.0
+// What a benchmark on a device needs: its name and software, times by events on a stream, and the copy bandwidth of the
+// same run. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/device/memory.hpp>
@@ -11,7 +11,8 @@
 
 namespace bench {
 
-/// Prints what a figure has to be kept with: device, driver, runtime, commit. False, with a sentence, where no device answers.
+/// Prints what a figure has to be kept with: device, driver, runtime, commit. False, with a sentence, where no device
+/// answers.
 inline bool introduce()
 {
     int count = 0;

@@ -1,5 +1,5 @@
-// Decompositions on a device: a large matrix by the library's own randomized SVD and by cuSOLVER's, and LoRA layers by themselves
-// and together. Beside it: bench/gpu/peers.py. Run by hand; prints what bench/results/ keeps.
+// Decompositions on a device: a large matrix by the library's own randomized SVD and by cuSOLVER's, and LoRA layers by
+// themselves and together. Beside it: bench/gpu/peers.py. Run by hand; prints what bench/results/ keeps.
 // SPDX-License-Identifier: Apache-2.0
 #include "device.hpp"
 
@@ -52,10 +52,13 @@ int main()
                 }),
             2.0 * n * n * (q + 10));
         double own = 0, theirs = 0;
-        report("randomized_svd 4096 x 4096, rank 16", bench::seconds(policy, [&] { own = randomized_svd<float>(policy, view, {.rank = q}).relative_error(); }),
+        report("randomized_svd 4096 x 4096, rank 16",
+            bench::seconds(policy, [&] { own = randomized_svd<float>(policy, view, {.rank = q}).relative_error(); }),
             products);
         report("randomized_svd_by_gesvdr, the same",
-            bench::seconds(policy, [&] { theirs = randomized_svd_by_gesvdr<float>(policy, view, {.rank = q}).relative_error(); }), products);
+            bench::seconds(
+                policy, [&] { theirs = randomized_svd_by_gesvdr<float>(policy, view, {.rank = q}).relative_error(); }),
+            products);
         std::printf("relative errors: %.6f own, %.6f gesvdr\n", own, theirs);
 
         for (const std::size_t r : {std::size_t{16}, std::size_t{64}}) {
@@ -78,7 +81,12 @@ int main()
                 flops);
             report("  together",
                 bench::seconds(
-                    policy, [&] { (void)factored_svd<float>(policy, std::span<const factor_pair<float, memory_space::device>>(pairs), {.rank = 8}); }, 3),
+                    policy,
+                    [&] {
+                        (void)factored_svd<float>(
+                            policy, std::span<const factor_pair<float, memory_space::device>>(pairs), {.rank = 8});
+                    },
+                    3),
                 flops);
             std::vector<device_matrix<float>> cores;
             for (std::size_t i = 0; i < layers; ++i) { cores.push_back(normal(policy, r, r, 100 + i)); }
@@ -86,13 +94,9 @@ int main()
             for (const auto& core : cores) { views.push_back(core.view()); }
             const double core_flops = static_cast<double>(layers) * 22.0 * static_cast<double>(r * r * r);
             report("  their cores: small_svds",
-                bench::seconds(
-                    policy, [&] { (void)small_svds<float>(policy, views); }, 3),
-                core_flops);
+                bench::seconds(policy, [&] { (void)small_svds<float>(policy, views); }, 3), core_flops);
             report("  their cores: approximate_svds",
-                bench::seconds(
-                    policy, [&] { (void)approximate_svds<float>(policy, views); }, 3),
-                core_flops);
+                bench::seconds(policy, [&] { (void)approximate_svds<float>(policy, views); }, 3), core_flops);
         }
     }
     device::check(cudaStreamDestroy(stream), "cudaStreamDestroy");

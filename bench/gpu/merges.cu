@@ -1,8 +1,8 @@
-// Merges and selection in device memory, beside the device's copy bandwidth measured in the same run. PyTorch's way: peers.py.
-// SPDX-License-Identifier: Apache-2.0
+// Merges and selection in device memory, beside the device's copy bandwidth measured in the same run. PyTorch's way:
+// peers.py. SPDX-License-Identifier: Apache-2.0
 //
-// A share of the copy bandwidth is bytes ÷ time ÷ bandwidth, where bytes are what the passes that were made read and write. The target
-// (DESIGN: merges ≥ 85%) is for the merges of one pass.
+// A share of the copy bandwidth is bytes ÷ time ÷ bandwidth, where bytes are what the passes that were made read and
+// write. The target (DESIGN: merges ≥ 85%) is for the merges of one pass.
 #include "device.hpp"
 
 #include <taskvec/device/arithmetic.hpp>
@@ -22,7 +22,8 @@ constexpr std::size_t count = std::size_t{1} << 26, tasks = 3;
 
 void report(const std::string& name, double seconds, double bytes, double bandwidth)
 {
-    std::printf("%-56s %10.3f ms %8.1f%% of copy bandwidth\n", name.c_str(), seconds * 1e3, 100 * bytes / seconds / bandwidth);
+    std::printf(
+        "%-56s %10.3f ms %8.1f%% of copy bandwidth\n", name.c_str(), seconds * 1e3, 100 * bytes / seconds / bandwidth);
 }
 
 /// Values as weights have them: a base, and tasks near it.
@@ -32,7 +33,9 @@ std::vector<T> normal(unsigned seed, const std::vector<T>& around, float deviati
     std::mt19937 generator(seed);
     std::normal_distribution<float> draw(0, deviation);
     std::vector<T> values(count);
-    for (std::size_t i = 0; i < count; ++i) { values[i] = narrow<T>((around.empty() ? 0.0f : widen<float>(around[i])) + draw(generator)); }
+    for (std::size_t i = 0; i < count; ++i) {
+        values[i] = narrow<T>((around.empty() ? 0.0f : widen<float>(around[i])) + draw(generator));
+    }
     return values;
 }
 
@@ -51,7 +54,8 @@ void measure_merges(const gpu& policy, const std::string& type, double bandwidth
     const std::string size = ", 3 x 2^26 " + type;
     const auto merge_by = [&](const std::string& name, const auto& options, double last_pass) {
         merge_report done;
-        const double time = bench::seconds(policy, [&] { done = merge(policy, options, base.view(), views, out.view()); });
+        const double time =
+            bench::seconds(policy, [&] { done = merge(policy, options, base.view(), views, out.view()); });
         const std::string passes = done.walks == 1 ? "" : " (" + std::to_string(done.walks) + " passes)";
         report(name + size + passes, time, (done.walks - 1) * read + last_pass, bandwidth);
     };
@@ -73,7 +77,8 @@ void measure_merges(const gpu& policy, const std::string& type, double bandwidth
     unsigned passes = 0;
     const double select = bench::seconds(policy, [&] { (void)top_k(policy, base.view(), count / 5, &passes); });
     report("top fifth of 2^26 " + type + " (" + std::to_string(passes) + " passes)", select, passes * one, bandwidth);
-    report("dot, 2^26 " + type, bench::seconds(policy, [&] { (void)dot(policy, base.view(), views[0]); }), 2 * one, bandwidth);
+    report("dot, 2^26 " + type, bench::seconds(policy, [&] { (void)dot(policy, base.view(), views[0]); }), 2 * one,
+        bandwidth);
 }
 
 } // namespace

@@ -102,8 +102,8 @@ private:
 };
 
 template <class Layer>
-adapter fine_tune_layers(
-    const network& base, const adapter& initial, const dataset& train, std::uint64_t seed, std::string_view task, const training_options& options)
+adapter fine_tune_layers(const network& base, const adapter& initial, const dataset& train, std::uint64_t seed,
+    std::string_view task, const training_options& options)
 {
     adapted_network<Layer> model(base, initial);
     adapter phi = initial, gradient;
@@ -144,7 +144,9 @@ adapter initial_adapter(std::uint64_t seed)
     const auto fill = [&](adapter::map a, std::string_view name) {
         const taskvec::random_stream random(seed, 0, name);
         const double deviation = 0.3 / std::sqrt(static_cast<double>(a.cols()));
-        for (Eigen::Index i = 0; i < a.size(); ++i) { a.data()[i] = static_cast<float>(deviation * random.normal(static_cast<std::uint64_t>(i))); }
+        for (Eigen::Index i = 0; i < a.size(); ++i) {
+            a.data()[i] = static_cast<float>(deviation * random.normal(static_cast<std::uint64_t>(i)));
+        }
     };
     fill(phi.a1(), "fc1.lora_A");
     fill(phi.a2(), "fc2.lora_A");
@@ -156,11 +158,12 @@ encoder adapted(const network& base, const adapter& initial, const adapter& phi,
     return kind == parameterisation::lora ? fold<lora>(base, initial, phi) : fold<linearized_lora>(base, initial, phi);
 }
 
-adapter fine_tune_adapter(const network& base, const adapter& initial, const dataset& train, std::uint64_t seed, std::string_view task, parameterisation kind,
-    const training_options& options)
+adapter fine_tune_adapter(const network& base, const adapter& initial, const dataset& train, std::uint64_t seed,
+    std::string_view task, parameterisation kind, const training_options& options)
 {
-    return kind == parameterisation::lora ? fine_tune_layers<lora>(base, initial, train, seed, task, options)
-                                          : fine_tune_layers<linearized_lora>(base, initial, train, seed, task, options);
+    return kind == parameterisation::lora
+        ? fine_tune_layers<lora>(base, initial, train, seed, task, options)
+        : fine_tune_layers<linearized_lora>(base, initial, train, seed, task, options);
 }
 
 } // namespace digits

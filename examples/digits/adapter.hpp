@@ -13,8 +13,8 @@ namespace digits {
 
 inline constexpr int rank = 32;
 
-/// φ, an adapter's parameters: for each weight W (out × in) the factors A (rank × in) and B (out × rank) of W + B·A. One
-/// flat buffer that holds fc1.lora_A, fc1.lora_B, fc2.lora_A and fc2.lora_B, in this order, each row-major.
+/// φ, an adapter's parameters: for each weight W (out × in) the factors A (rank × in) and B (out × rank) of W + B·A.
+/// One flat buffer that holds fc1.lora_A, fc1.lora_B, fc2.lora_A and fc2.lora_B, in this order, each row-major.
 class adapter {
 public:
     using map = Eigen::Map<matrix>;
@@ -51,15 +51,16 @@ private:
 /// φ0, which all tasks share: A ~ N(0, 0.3²/in), B = 0, so that the adapted network starts as the base.
 adapter initial_adapter(std::uint64_t seed);
 
-/// How the factors make a weight: plain LoRA, W + B·A; or L-LoRA in its per-layer reading, where each layer is linear in its
-/// own factors around φ0: W + B0·A0 + B0·(A − A0) + (B − B0)·A0.
+/// How the factors make a weight: plain LoRA, W + B·A; or L-LoRA in its per-layer reading, where each layer is linear
+/// in its own factors around φ0: W + B0·A0 + B0·(A − A0) + (B − B0)·A0.
 enum class parameterisation { lora, linearized };
 
 /// The encoder with the adapter folded in.
 encoder adapted(const network& base, const adapter& initial, const adapter& phi, parameterisation kind);
 
-/// The adapter fine-tuned on one task by SGD with momentum, the gradient clipped to norm 0.3; everything else is frozen.
-adapter fine_tune_adapter(const network& base, const adapter& initial, const dataset& train, std::uint64_t seed, std::string_view task, parameterisation kind,
-    const training_options& options = {.steps = 150, .rate = 0.5});
+/// The adapter fine-tuned on one task by SGD with momentum, the gradient clipped to norm 0.3; everything else is
+/// frozen.
+adapter fine_tune_adapter(const network& base, const adapter& initial, const dataset& train, std::uint64_t seed,
+    std::string_view task, parameterisation kind, const training_options& options = {.steps = 150, .rate = 0.5});
 
 } // namespace digits

@@ -18,12 +18,14 @@ void load(const std::filesystem::path& path, const taskvec::model_ref& into)
     for (const auto& [name, tensor] : into) {
         const auto* found = from.find(name);
         if (!found) {
-            taskvec::raise<taskvec::format_error>(taskvec::message("has no tensor '", name, "': it is no model of the digits example"), path.string());
+            taskvec::raise<taskvec::format_error>(
+                taskvec::message("has no tensor '", name, "': it is no model of the digits example"), path.string());
         }
         if (found->shape != tensor.shape || found->dtype != tensor.dtype) {
             taskvec::raise<taskvec::format_error>(
-                taskvec::message("tensor '", name, "' is ", taskvec::name(found->dtype), ' ', taskvec::to_string(found->shape), "; expected ",
-                    taskvec::name(tensor.dtype), ' ', taskvec::to_string(tensor.shape)),
+                taskvec::message("tensor '", name, "' is ", taskvec::name(found->dtype), ' ',
+                    taskvec::to_string(found->shape), "; expected ", taskvec::name(tensor.dtype), ' ',
+                    taskvec::to_string(tensor.shape)),
                 path.string());
         }
         std::memcpy(tensor.data, found->data, tensor.bytes());
@@ -74,8 +76,8 @@ void save(const reused& compressed, const std::filesystem::path& folder)
     save(compressed.shared, folder / "merged.safetensors");
     const std::uint64_t stamp = taskvec::fingerprint(taskvec::cpu{.threads = 1}, compressed.shared.model());
     for (std::size_t task = 0; task < tasks; ++task) {
-        taskvec::write_delta(
-            folder / taskvec::message(task_names[task], ".delta.safetensors"), {.tensors = compressed.deltas[task], .base_fingerprint = stamp});
+        taskvec::write_delta(folder / taskvec::message(task_names[task], ".delta.safetensors"),
+            {.tensors = compressed.deltas[task], .base_fingerprint = stamp});
     }
 }
 

@@ -38,7 +38,8 @@ struct claim {
 {
     std::string out;
     for (const auto& [sentence, holds, measured] : claims) {
-        out += taskvec::message(holds ? "  reproduced      " : "  NOT reproduced  ", sentence, "\n                  ", measured, '\n');
+        out += taskvec::message(
+            holds ? "  reproduced      " : "  NOT reproduced  ", sentence, "\n                  ", measured, '\n');
     }
     return out;
 }

@@ -30,8 +30,8 @@ dataset load_images(const std::filesystem::path& file)
         const int limit = numbers.size() % (pixels + 1) == pixels ? classes - 1 : 16;
         const char expected = numbers.size() % (pixels + 1) == pixels ? '\n' : ',';
         if (error != std::errc{} || value < 0 || value > limit || (next != end && *next != expected)) {
-            taskvec::raise<taskvec::format_error>(
-                "line " + std::to_string(numbers.size() / (pixels + 1) + 1) + ": expected 64 pixels of 0 to 16 and a label of 0 to 9, separated by commas",
+            taskvec::raise<taskvec::format_error>("line " + std::to_string(numbers.size() / (pixels + 1) + 1)
+                    + ": expected 64 pixels of 0 to 16 and a label of 0 to 9, separated by commas",
                 file.string(), static_cast<std::uint64_t>(at - text.data()));
         }
         numbers.push_back(value);
@@ -46,7 +46,9 @@ dataset load_images(const std::filesystem::path& file)
 
     dataset images{matrix(count, pixels), std::vector<int>(count)};
     for (std::size_t i = 0; i < count; ++i) {
-        for (int p = 0; p < pixels; ++p) { images.inputs(static_cast<Eigen::Index>(i), p) = static_cast<float>(numbers[i * (pixels + 1) + p]) / 16.0f; }
+        for (int p = 0; p < pixels; ++p) {
+            images.inputs(static_cast<Eigen::Index>(i), p) = static_cast<float>(numbers[i * (pixels + 1) + p]) / 16.0f;
+        }
         images.labels[i] = numbers[i * (pixels + 1) + pixels];
     }
     return images;
@@ -61,7 +63,8 @@ dataset subset(const dataset& all, const std::vector<std::size_t>& indices)
 
 dataset first(const dataset& all, std::size_t count)
 {
-    return {all.inputs.topRows(static_cast<Eigen::Index>(count)), {all.labels.begin(), all.labels.begin() + static_cast<std::ptrdiff_t>(count)}};
+    return {all.inputs.topRows(static_cast<Eigen::Index>(count)),
+        {all.labels.begin(), all.labels.begin() + static_cast<std::ptrdiff_t>(count)}};
 }
 
 std::vector<std::size_t> shuffled(std::size_t count, std::uint64_t seed, std::uint32_t stream, std::string_view name)
@@ -80,9 +83,11 @@ splits split(const dataset& all, std::uint64_t seed)
 {
     const auto order = shuffled(all.size(), seed, 0, "split");
     const auto part = [&](std::size_t first, std::size_t last) {
-        return subset(all, {order.begin() + static_cast<std::ptrdiff_t>(first), order.begin() + static_cast<std::ptrdiff_t>(last)});
+        return subset(all,
+            {order.begin() + static_cast<std::ptrdiff_t>(first), order.begin() + static_cast<std::ptrdiff_t>(last)});
     };
-    return {part(0, train_size), part(train_size, train_size + validation_size), part(train_size + validation_size, all.size())};
+    return {part(0, train_size), part(train_size, train_size + validation_size),
+        part(train_size + validation_size, all.size())};
 }
 
 dataset in_domain(const dataset& images, std::size_t task)
@@ -104,7 +109,9 @@ dataset in_domain(const dataset& images, std::size_t task)
             case 5: source = pixel(last - row, column); break;
             case 6: inverted = true; break;
             case 7: source = static_cast<int>(permutation[static_cast<std::size_t>(source)]); break;
-            default: taskvec::raise<taskvec::invalid_argument>("the digits example has tasks 0 to 7, not " + std::to_string(task));
+            default:
+                taskvec::raise<taskvec::invalid_argument>(
+                    "the digits example has tasks 0 to 7, not " + std::to_string(task));
             }
             for (Eigen::Index i = 0; i < images.inputs.rows(); ++i) {
                 const float value = images.inputs(i, source);

@@ -47,7 +47,8 @@ inline constexpr std::size_t train_size = 1000, validation_size = 300;
 /// A random split into 1,000 / 300 / the rest.
 splits split(const dataset& all, std::uint64_t seed);
 
-inline constexpr std::array<std::string_view, 8> task_names{"rot90", "rot180", "rot270", "transpose", "mirror", "flip", "invert", "permute"};
+inline constexpr std::array<std::string_view, 8> task_names{
+    "rot90", "rot180", "rot270", "transpose", "mirror", "flip", "invert", "permute"};
 inline constexpr std::size_t tasks = task_names.size();
 
 /// The same digits as task `task` shows them, normalised for the network: (x − 0.3) / 0.37. In the order of task_names:

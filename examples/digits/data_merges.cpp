@@ -19,12 +19,14 @@ const taskvec::cpu one_thread{.threads = 1};
 
 taskvec::matrix_view<const float> rows_of(const matrix& x)
 {
-    return {x.data(), static_cast<std::size_t>(x.rows()), static_cast<std::size_t>(x.cols()), taskvec::matrix_order::row_major};
+    return {x.data(), static_cast<std::size_t>(x.rows()), static_cast<std::size_t>(x.cols()),
+        taskvec::matrix_order::row_major};
 }
 
 /// The gradients of one example's log-likelihood, one for each label that it might have, up to their sign.
-void label_gradients(const encoder& model, const matrix& head, const matrix& input, const activations& out, Eigen::Index example,
-    const Eigen::Array<double, 1, classes>& probabilities, std::array<encoder, classes>& gradients)
+void label_gradients(const encoder& model, const matrix& head, const matrix& input, const activations& out,
+    Eigen::Index example, const Eigen::Array<double, 1, classes>& probabilities,
+    std::array<encoder, classes>& gradients)
 {
     matrix by_logits(classes, classes);
     for (int label = 0; label < classes; ++label) {
@@ -49,7 +51,9 @@ class statistics_model {
 public:
     explicit statistics_model(const taskvec::fisher_accumulator& fisher)
     {
-        for (std::size_t i = 0; i < fisher.parameters().size(); ++i) { add(fisher.parameters()[i].name, fisher.parameters()[i].shape, fisher.fisher(i)); }
+        for (std::size_t i = 0; i < fisher.parameters().size(); ++i) {
+            add(fisher.parameters()[i].name, fisher.parameters()[i].shape, fisher.fisher(i));
+        }
     }
     explicit statistics_model(const std::map<std::string, taskvec::gram_accumulator>& grams)
     {
@@ -62,7 +66,9 @@ public:
     [[nodiscard]] taskvec::const_model_ref model() const
     {
         taskvec::const_model_ref all;
-        for (const auto& [name, tensor] : tensors_) { all.insert(name, taskvec::const_tensor_ref{tensor.values.data(), taskvec::dtype::f64, tensor.shape}); }
+        for (const auto& [name, tensor] : tensors_) {
+            all.insert(name, taskvec::const_tensor_ref{tensor.values.data(), taskvec::dtype::f64, tensor.shape});
+        }
         return all;
     }
 
@@ -91,7 +97,8 @@ std::vector<taskvec::const_model_ref> views(const std::vector<statistics_model>&
 statistics collect(const encoder& model, const matrix& head, const dataset& train)
 {
     statistics known{taskvec::expected_fisher_accumulator(model.model()),
-        {{"fc1.weight", taskvec::gram_accumulator(pixels, "fc1")}, {"fc2.weight", taskvec::gram_accumulator(hidden, "fc2")}}};
+        {{"fc1.weight", taskvec::gram_accumulator(pixels, "fc1")},
+            {"fc2.weight", taskvec::gram_accumulator(hidden, "fc2")}}};
 
     const dataset seen = first(train, gram_images);
     const activations out = forward(model, head, seen.inputs);
@@ -114,7 +121,9 @@ statistics collect(const encoder& model, const matrix& head, const dataset& trai
 std::vector<statistics> collect(const setting& s, const std::vector<encoder>& models)
 {
     std::vector<statistics> known;
-    for (std::size_t task = 0; task < tasks; ++task) { known.push_back(collect(models[task], s.base.head, s.train[task])); }
+    for (std::size_t task = 0; task < tasks; ++task) {
+        known.push_back(collect(models[task], s.base.head, s.train[task]));
+    }
     return known;
 }
 
@@ -125,13 +134,15 @@ encoder fisher_merged(const setting& s, const std::vector<encoder>& models, cons
     return merged(taskvec::fisher_options{.fishers = views(fishers)}, s.base.body, models);
 }
 
-choice<regmean_choice> tuned_regmean(const setting& s, const std::vector<encoder>& models, const std::vector<statistics>& known)
+choice<regmean_choice> tuned_regmean(
+    const setting& s, const std::vector<encoder>& models, const std::vector<statistics>& known)
 {
     std::vector<statistics_model> grams;
     for (const auto& task : known) { grams.emplace_back(task.grams); }
     choice<regmean_choice> best;
     for (const double alpha : grid(0.1, 0.9, 0.1)) {
-        const encoder model = merged(taskvec::regmean_options{.grams = views(grams), .alpha = alpha, .ridge = 1e-6}, s.base.body, models);
+        const encoder model =
+            merged(taskvec::regmean_options{.grams = views(grams), .alpha = alpha, .ridge = 1e-6}, s.base.body, models);
         best.offer({model, alpha}, mean(evaluate(model, s.base.head, s.validation)));
     }
     return best;
@@ -142,8 +153,10 @@ void save(const std::vector<statistics>& known, const std::vector<encoder>& mode
     std::filesystem::create_directories(folder);
     for (std::size_t task = 0; task < tasks; ++task) {
         const std::uint64_t stamp = taskvec::fingerprint(one_thread, models[task].model());
-        taskvec::write_statistics(folder / taskvec::message(task_names[task], ".fisher.safetensors"), known[task].fisher, stamp);
-        taskvec::write_statistics(folder / taskvec::message(task_names[task], ".gram.safetensors"), known[task].grams, stamp);
+        taskvec::write_statistics(
+            folder / taskvec::message(task_names[task], ".fisher.safetensors"), known[task].fisher, stamp);
+        taskvec::write_statistics(
+            folder / taskvec::message(task_names[task], ".gram.safetensors"), known[task].grams, stamp);
     }
 }
 

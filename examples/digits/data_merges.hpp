@@ -1,5 +1,5 @@
-// The merges that look at data: what they need to know of each task, collected from its training images, and the merges.
-// SPDX-License-Identifier: Apache-2.0
+// The merges that look at data: what they need to know of each task, collected from its training images, and the
+// merges. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "setting.hpp"
@@ -18,8 +18,8 @@ namespace digits {
 
 inline constexpr std::size_t fisher_images = 256, gram_images = 512;
 
-/// One task's model on its own training images: the Fisher information (its expectation over the model's own labels, exact: all
-/// ten, for 256 images), and the Grams of both layers' inputs (512 images).
+/// One task's model on its own training images: the Fisher information (its expectation over the model's own labels,
+/// exact: all ten, for 256 images), and the Grams of both layers' inputs (512 images).
 struct statistics {
     taskvec::expected_fisher_accumulator fisher;
     std::map<std::string, taskvec::gram_accumulator> grams; ///< by the names of the weights
@@ -37,9 +37,12 @@ struct regmean_choice {
     encoder model;
     double alpha = 0;
 };
-choice<regmean_choice> tuned_regmean(const setting& s, const std::vector<encoder>& models, const std::vector<statistics>& known);
+choice<regmean_choice> tuned_regmean(
+    const setting& s, const std::vector<encoder>& models, const std::vector<statistics>& known);
 
-/// <task>.fisher.safetensors and <task>.gram.safetensors, for the tool's merges, with the fingerprint of each task's model.
-void save(const std::vector<statistics>& known, const std::vector<encoder>& models, const std::filesystem::path& folder);
+/// <task>.fisher.safetensors and <task>.gram.safetensors, for the tool's merges, with the fingerprint of each task's
+/// model.
+void save(
+    const std::vector<statistics>& known, const std::vector<encoder>& models, const std::filesystem::path& folder);
 
 } // namespace digits

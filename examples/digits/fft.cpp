@@ -19,7 +19,8 @@ namespace digits {
 namespace {
 
 constexpr std::size_t one_model = encoder::size();
-const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"};
+const std::vector<std::string_view> merges{
+    "Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"};
 
 /// The tuned merges of one seed.
 struct tuned {
@@ -42,7 +43,8 @@ choice<tuned> tuned_ties(const setting& s, const std::vector<encoder>& models, l
     choice<tuned> best;
     for (const double density : {0.1, 0.2, 0.3}) {
         for (const double lambda : grid(0.1, 2.0, 0.1)) {
-            const encoder model = merged(taskvec::ties_options{.density = density, .lambda = lambda}, s.base.body, models);
+            const encoder model =
+                merged(taskvec::ties_options{.density = density, .lambda = lambda}, s.base.body, models);
             best.offer({model, lambda, density}, curves.add(with_density("TIES", density), lambda, model, s));
         }
     }
@@ -73,21 +75,26 @@ const std::vector<double>& table_densities()
 
 const std::vector<double>& curve_densities()
 {
-    static const std::vector<double> densities{0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.30, 0.50, 1.0};
+    static const std::vector<double> densities{
+        0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.30, 0.50, 1.0};
     return densities;
 }
 
 std::vector<encoder> fine_tune_all(const setting& s)
 {
     std::vector<encoder> models;
-    for (std::size_t task = 0; task < tasks; ++task) { models.push_back(fine_tune(s.base, s.train[task], s.seed, task_names[task])); }
+    for (std::size_t task = 0; task < tasks; ++task) {
+        models.push_back(fine_tune(s.base, s.train[task], s.seed, task_names[task]));
+    }
     return models;
 }
 
 void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, fft_results& results)
 {
     const std::vector<encoder> models = fine_tune_all(s);
-    const auto add = [&](std::string_view method, const encoder& model) { results.methods.add(method, one_model, evaluate(model, s.base.head, s.test)); };
+    const auto add = [&](std::string_view method, const encoder& model) {
+        results.methods.add(method, one_model, evaluate(model, s.base.head, s.test));
+    };
 
     add("Pre-Trained", s.base.body);
     results.methods.add("Single-Task", tasks * one_model, evaluate(models, s.base.head, s.test));
@@ -104,8 +111,9 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
     add("RegMean", regmean.best.model);
     const auto sought = lorahub(s, models);
     add("LoraHub", sought.model);
-    results.chosen += taskvec::message("seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ", elected.best.lambda, " density ",
-        elected.best.density, ", RegMean α ", regmean.best.alpha, ", LoraHub ", text(sought.found), "\n");
+    results.chosen += taskvec::message("seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ",
+        elected.best.lambda, " density ", elected.best.density, ", RegMean α ", regmean.best.alpha, ", LoraHub ",
+        text(sought.found), "\n");
 
     const auto reuse = [&](std::string_view method, auto&& compress) {
         for (const double density : curve_densities()) {
@@ -113,7 +121,9 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
             const scores accuracies = served(compressed, s);
             const std::string name = with_density(method, density);
             results.curve.add(name, compressed.parameters(), accuracies);
-            if (std::ranges::find(table_densities(), density) != table_densities().end()) { results.methods.add(name, compressed.parameters(), accuracies); }
+            if (std::ranges::find(table_densities(), density) != table_densities().end()) {
+                results.methods.add(name, compressed.parameters(), accuracies);
+            }
         }
     };
     const taskvec::task_arithmetic_options shared{.lambda = arithmetic.best.lambda};
@@ -123,7 +133,9 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
 
     if (out) {
         save_base(s.base, *out);
-        for (std::size_t task = 0; task < tasks; ++task) { save(models[task], *out / taskvec::message(task_names[task], ".safetensors")); }
+        for (std::size_t task = 0; task < tasks; ++task) {
+            save(models[task], *out / taskvec::message(task_names[task], ".safetensors"));
+        }
         save(averaged, *out / "merged-average.safetensors");
         save(arithmetic.best.model, *out / "merged-task-arithmetic.safetensors");
         save(elected.best.model, *out / "merged-ties.safetensors");
@@ -138,14 +150,17 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
 void write_fft(const fft_results& results, const std::filesystem::path& out)
 {
     results.methods.write_csv(out / "fft.csv");
-    results.lambdas.write(out / "accuracy-against-lambda.csv", out / "accuracy-against-lambda.svg", "Merging eight fine-tuned models: accuracy against λ");
-    results.subsets.write(out / "fft-normalized-score-against-tasks.csv", out / "fft-normalized-score-against-tasks.svg");
+    results.lambdas.write(out / "accuracy-against-lambda.csv", out / "accuracy-against-lambda.svg",
+        "Merging eight fine-tuned models: accuracy against λ");
+    results.subsets.write(
+        out / "fft-normalized-score-against-tasks.csv", out / "fft-normalized-score-against-tasks.svg");
     std::string csv = "m%,Post-Pruning,PERU-FFT,Post-Pruning #params,PERU-FFT #params\n";
     plot::curve by_pruning{.label = "Post-Pruning", .x = {}, .y = {}}, by_peru{.label = "PERU-FFT", .x = {}, .y = {}};
     for (const double density : curve_densities()) {
-        const row &pruned = results.curve[with_density("Post-Pruning", density)], &peru = results.curve[with_density("PERU-FFT", density)];
-        csv +=
-            taskvec::message(100 * density, ',', percent(pruned.average()), ',', percent(peru.average()), ',', pruned.parameters, ',', peru.parameters, '\n');
+        const row &pruned = results.curve[with_density("Post-Pruning", density)],
+                  &peru = results.curve[with_density("PERU-FFT", density)];
+        csv += taskvec::message(100 * density, ',', percent(pruned.average()), ',', percent(peru.average()), ',',
+            pruned.parameters, ',', peru.parameters, '\n');
         by_pruning.x.push_back(100 * density);
         by_pruning.y.push_back(100 * pruned.average());
         by_peru.x.push_back(100 * density);
@@ -160,7 +175,8 @@ void write_fft(const fft_results& results, const std::filesystem::path& out)
         .log_x = true,
         .x_ticks = {0.25, 0.5, 1, 2, 5, 10, 20, 50, 100}};
     for (const char* method : {"Single-Task", "TIES", "Task Arithmetic", "Pre-Trained"}) {
-        chart.curves.push_back(level(method, 100 * results.methods[method].average(), by_peru.x.front(), by_peru.x.back()));
+        chart.curves.push_back(
+            level(method, 100 * results.methods[method].average(), by_peru.x.front(), by_peru.x.back()));
     }
     draw(chart, out / "accuracy-against-m.svg");
 }
@@ -175,8 +191,10 @@ std::vector<claim> fft_claims(const fft_results& results)
     const auto peru = [&](double m) { return t[with_density("PERU-FFT", m)].average(); };
 
     std::vector<claim> claims;
-    claims.push_back({"every merge is better than the pre-trained model", worst > pre_trained, against("worst merge", worst, "Pre-Trained", pre_trained)});
-    claims.push_back({"no merge comes near the single-task models", best < single - 0.05, against("best merge", best, "Single-Task", single)});
+    claims.push_back({"every merge is better than the pre-trained model", worst > pre_trained,
+        against("worst merge", worst, "Pre-Trained", pre_trained)});
+    claims.push_back({"no merge comes near the single-task models", best < single - 0.05,
+        against("best merge", best, "Single-Task", single)});
     claims.push_back({"Task Arithmetic is better than Average", t["Task Arithmetic"].average() > t["Average"].average(),
         against("Task Arithmetic", t["Task Arithmetic"].average(), "Average", t["Average"].average())});
     claims.push_back({"TIES is better than Task Arithmetic", t["TIES"].average() > t["Task Arithmetic"].average(),
@@ -184,22 +202,25 @@ std::vector<claim> fft_claims(const fft_results& results)
     claims.push_back({"Fisher-Merging is better than Average", t["Fisher-Merging"].average() > t["Average"].average(),
         against("Fisher-Merging", t["Fisher-Merging"].average(), "Average", t["Average"].average())});
     const double second = t.best({"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "LoraHub"});
-    claims.push_back(
-        {"RegMean is better than every other merge", t["RegMean"].average() > second, against("RegMean", t["RegMean"].average(), "best other merge", second)});
+    claims.push_back({"RegMean is better than every other merge", t["RegMean"].average() > second,
+        against("RegMean", t["RegMean"].average(), "best other merge", second)});
     bool falls = true;
     std::string measured;
     for (const auto method : subset_curves::methods()) {
         const auto normalized = [&](std::size_t size) { return results.subsets.normalized(method, size); };
-        for (std::size_t size = 3; size <= tasks; ++size) { falls = falls && normalized(size).mean < normalized(size - 1).mean; }
-        measured += taskvec::message(
-            measured.empty() ? "" : "; ", method, ' ', percent(normalized(2).mean), " of two tasks, ", percent(normalized(tasks).mean), " of all");
+        for (std::size_t size = 3; size <= tasks; ++size) {
+            falls = falls && normalized(size).mean < normalized(size - 1).mean;
+        }
+        measured += taskvec::message(measured.empty() ? "" : "; ", method, ' ', percent(normalized(2).mean),
+            " of two tasks, ", percent(normalized(tasks).mean), " of all");
     }
     claims.push_back({"every merge loses with every further task", falls, measured});
-    claims.push_back(
-        {"Post-Pruning (10%) is far above every merge", pruned(0.10) > best + 0.05, against("Post-Pruning (10%)", pruned(0.10), "best merge", best)});
-    claims.push_back({"PERU-FFT (1%) is already above every merge", peru(0.01) > best, against("PERU-FFT (1%)", peru(0.01), "best merge", best)});
-    claims.push_back(
-        {"PERU-FFT (10%) is close to the single-task models", single - peru(0.10) <= 0.03, against("PERU-FFT (10%)", peru(0.10), "Single-Task", single)});
+    claims.push_back({"Post-Pruning (10%) is far above every merge", pruned(0.10) > best + 0.05,
+        against("Post-Pruning (10%)", pruned(0.10), "best merge", best)});
+    claims.push_back({"PERU-FFT (1%) is already above every merge", peru(0.01) > best,
+        against("PERU-FFT (1%)", peru(0.01), "best merge", best)});
+    claims.push_back({"PERU-FFT (10%) is close to the single-task models", single - peru(0.10) <= 0.03,
+        against("PERU-FFT (10%)", peru(0.10), "Single-Task", single)});
     for (const double m : table_densities()) {
         claims.push_back({taskvec::message("PERU-FFT is above Post-Pruning at m = ", 100 * m, "%"), peru(m) > pruned(m),
             against("PERU-FFT", peru(m), "Post-Pruning", pruned(m))});

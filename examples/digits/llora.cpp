@@ -7,11 +7,11 @@
 #include "low_rank.hpp"
 #include "merging.hpp"
 
+#include <taskvec/adapters/phi_space.hpp>
 #include <taskvec/analysis/disentanglement.hpp>
 #include <taskvec/analysis/scores.hpp>
-#include <taskvec/search/subset_sweep.hpp>
-#include <taskvec/adapters/phi_space.hpp>
 #include <taskvec/methods/ties.hpp>
+#include <taskvec/search/subset_sweep.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -84,7 +84,8 @@ public:
         std::vector<taskvec::initialized_adapter> chosen;
         for (const std::size_t task : subset) { chosen.push_back({adapters_[task].model(), initial_.model()}); }
         adapter phi;
-        taskvec::merge_in_phi_space(one_thread, taskvec::ties_options{.density = ties_density, .lambda = lambda}, chosen, phi.model());
+        taskvec::merge_in_phi_space(
+            one_thread, taskvec::ties_options{.density = ties_density, .lambda = lambda}, chosen, phi.model());
         return phi;
     }
 
@@ -106,15 +107,21 @@ struct phi_merge {
 const std::vector<phi_merge>& merges()
 {
     static const std::vector<phi_merge> all{
-        {"Average", {}, [](const phi_space& space, members subset, auto sum, double) { return space.moved(sum, 1.0 / static_cast<double>(subset.size())); }},
-        {"Task Arithmetic", grid(0.05, 1.0, 0.05), [](const phi_space& space, members, auto sum, double lambda) { return space.moved(sum, lambda); }},
-        {"TIES", grid(0.1, 2.0, 0.1), [](const phi_space& space, members subset, auto, double lambda) { return space.elected(subset, lambda); }},
+        {"Average", {},
+            [](const phi_space& space, members subset, auto sum, double) {
+                return space.moved(sum, 1.0 / static_cast<double>(subset.size()));
+            }},
+        {"Task Arithmetic", grid(0.05, 1.0, 0.05),
+            [](const phi_space& space, members, auto sum, double lambda) { return space.moved(sum, lambda); }},
+        {"TIES", grid(0.1, 2.0, 0.1),
+            [](const phi_space& space, members subset, auto, double lambda) { return space.elected(subset, lambda); }},
     };
     return all;
 }
 
 /// A model's accuracy on some of the tasks, in their order.
-std::vector<double> accuracies(const encoder& model, const matrix& head, const std::vector<dataset>& data, members subset)
+std::vector<double> accuracies(
+    const encoder& model, const matrix& head, const std::vector<dataset>& data, members subset)
 {
     std::vector<double> all;
     for (const std::size_t task : subset) { all.push_back(accuracy(model, head, data[task])); }
@@ -134,22 +141,24 @@ std::size_t subsets_of(std::size_t k)
     return count;
 }
 
-/// chosen[m][k]: the λ of merge m for subsets of k tasks, which does best on the validation images of a few such subsets,
-/// spread evenly over all of that size.
+/// chosen[m][k]: the λ of merge m for subsets of k tasks, which does best on the validation images of a few such
+/// subsets, spread evenly over all of that size.
 using chosen_lambdas = std::vector<std::array<double, tasks + 1>>;
 chosen_lambdas choose_lambdas(const setting& s, const phi_space& space, std::size_t trials)
 {
     std::vector<std::array<std::vector<double>, tasks + 1>> scores(merges().size());
     std::array<std::size_t, tasks + 1> seen{};
     taskvec::for_each_subset(one_thread, space.vectors(), {}, [&](members subset, taskvec::host_view<const float> sum) {
-        const std::size_t k = subset.size(), all = subsets_of(k), wanted = trials == 0 ? all : std::min(trials, all), place = seen[k]++;
+        const std::size_t k = subset.size(), all = subsets_of(k), wanted = trials == 0 ? all : std::min(trials, all),
+                          place = seen[k]++;
         // The places i·all/wanted for i = 0 … wanted − 1.
         if ((place * wanted + all - 1) / all * all / wanted != place) { return; }
         for (std::size_t m = 0; m < merges().size(); ++m) {
             const auto& [name, lambdas, make] = merges()[m];
             scores[m][k].resize(lambdas.size());
             for (std::size_t i = 0; i < lambdas.size(); ++i) {
-                scores[m][k][i] += mean_of(accuracies(space.model(make(space, subset, sum, lambdas[i])), s.base.head, s.validation, subset));
+                scores[m][k][i] += mean_of(
+                    accuracies(space.model(make(space, subset, sum, lambdas[i])), s.base.head, s.validation, subset));
             }
         }
     });
@@ -157,7 +166,9 @@ chosen_lambdas choose_lambdas(const setting& s, const phi_space& space, std::siz
     for (std::size_t m = 0; m < merges().size(); ++m) {
         for (std::size_t k = 2; k <= tasks && !merges()[m].lambdas.empty(); ++k) {
             choice<double> best;
-            for (std::size_t i = 0; i < scores[m][k].size(); ++i) { best.offer(merges()[m].lambdas[i], scores[m][k][i]); }
+            for (std::size_t i = 0; i < scores[m][k].size(); ++i) {
+                best.offer(merges()[m].lambdas[i], scores[m][k][i]);
+            }
             chosen[m][k] = best.best;
         }
     }
@@ -165,11 +176,13 @@ chosen_lambdas choose_lambdas(const setting& s, const phi_space& space, std::siz
 }
 
 /// Every subset, merged by every merge and scored on its tasks; all eight together also in full, for the table.
-void sweep(const setting& s, const phi_space& space, const chosen_lambdas& lambdas, const std::vector<dataset>& test, const std::vector<encoder>& singles,
-    phi_results& results)
+void sweep(const setting& s, const phi_space& space, const chosen_lambdas& lambdas, const std::vector<dataset>& test,
+    const std::vector<encoder>& singles, phi_results& results)
 {
     std::vector<double> single;
-    for (std::size_t task = 0; task < tasks; ++task) { single.push_back(accuracy(singles[task], s.base.head, test[task])); }
+    for (std::size_t task = 0; task < tasks; ++task) {
+        single.push_back(accuracy(singles[task], s.base.head, test[task]));
+    }
     taskvec::for_each_subset(one_thread, space.vectors(), {}, [&](members subset, taskvec::host_view<const float> sum) {
         std::vector<double> specialists;
         for (const std::size_t task : subset) { specialists.push_back(single[task]); }
@@ -178,7 +191,9 @@ void sweep(const setting& s, const phi_space& space, const chosen_lambdas& lambd
             const encoder model = space.model(merge.make(space, subset, sum, lambdas[m][subset.size()]));
             results.normalized[std::string(merge.name)][subset.size()].push_back(
                 taskvec::mean_normalized_score(accuracies(model, s.base.head, test, subset), specialists));
-            if (subset.size() == tasks) { results.methods.add(merge.name, encoder::size(), evaluate(model, s.base.head, s.test)); }
+            if (subset.size() == tasks) {
+                results.methods.add(merge.name, encoder::size(), evaluate(model, s.base.head, s.test));
+            }
         }
     });
 }
@@ -205,23 +220,30 @@ std::vector<std::pair<std::size_t, std::size_t>> pairs(const effort& how)
     return all;
 }
 
-void measure_disentanglement(const setting& s, const phi_space& phi, const std::vector<dataset>& test, const effort& how, phi_results& results)
+void measure_disentanglement(
+    const setting& s, const phi_space& phi, const std::vector<dataset>& test, const effort& how, phi_results& results)
 {
     taskvec::task_space<float> space(phi.start(), phi.vectors(), one_thread);
-    taskvec::disentanglement_meter meter(
-        space, [&](taskvec::host_view<const float> point, std::size_t task) { return predictions(phi.model(point), s.base.head, test[task].inputs); });
+    taskvec::disentanglement_meter meter(space, [&](taskvec::host_view<const float> point, std::size_t task) {
+        return predictions(phi.model(point), s.base.head, test[task].inputs);
+    });
 
     taskvec::lambda_grid mean;
     const auto all = pairs(how);
     for (const auto& [first, second] : all) {
-        const auto one = meter.grid({.task1 = first, .task2 = second, .lambda1 = taskvec::equidistant(-1, 1, how.grid)});
+        const auto one =
+            meter.grid({.task1 = first, .task2 = second, .lambda1 = taskvec::equidistant(-1, 1, how.grid)});
         if (mean.values.empty()) { mean = {one.lambda1, one.lambda2, std::vector<double>(one.values.size())}; }
-        for (std::size_t i = 0; i < one.values.size(); ++i) { mean.values[i] += one.values[i] / static_cast<double>(all.size()); }
+        for (std::size_t i = 0; i < one.values.size(); ++i) {
+            mean.values[i] += one.values[i] / static_cast<double>(all.size());
+        }
     }
     results.disentanglement.push_back(std::move(mean));
 
     std::vector<double>& together = results.together.emplace_back();
-    for (const double lambda : together_lambdas()) { together.push_back(meter.error(std::vector<double>(tasks, lambda)) / tasks); }
+    for (const double lambda : together_lambdas()) {
+        together.push_back(meter.error(std::vector<double>(tasks, lambda)) / tasks);
+    }
 }
 
 template <class Model>
@@ -233,14 +255,15 @@ std::vector<double> cosines(const Model& base, const std::vector<Model>& models)
 }
 
 /// Everything about one kind of adapters.
-std::string measure(
-    const setting& s, const adapter& initial, const std::vector<adapter>& adapters, parameterisation kind, const effort& how, phi_results& results)
+std::string measure(const setting& s, const adapter& initial, const std::vector<adapter>& adapters,
+    parameterisation kind, const effort& how, phi_results& results)
 {
     const phi_space space(s, initial, adapters, kind);
     std::vector<encoder> singles;
     for (const auto& phi : adapters) { singles.push_back(space.model(phi)); }
     results.methods.add("Pre-Trained", encoder::size(), evaluate(s.base.body, s.base.head, s.test));
-    results.methods.add("Single-Task", encoder::size() + tasks * adapter::size(), evaluate(singles, s.base.head, s.test));
+    results.methods.add(
+        "Single-Task", encoder::size() + tasks * adapter::size(), evaluate(singles, s.base.head, s.test));
 
     const std::vector<dataset> test = first_images(s.test, how.images);
     const chosen_lambdas lambdas = choose_lambdas(s, space, how.trials);
@@ -254,7 +277,8 @@ std::string measure(
     std::string chosen;
     for (std::size_t m = 0; m < merges().size(); ++m) {
         if (merges()[m].lambdas.empty()) { continue; }
-        chosen += taskvec::message("seed ", s.seed, ", ", kind == parameterisation::lora ? "LoRA" : "L-LoRA", ", ", merges()[m].name, ": λ");
+        chosen += taskvec::message(
+            "seed ", s.seed, ", ", kind == parameterisation::lora ? "LoRA" : "L-LoRA", ", ", merges()[m].name, ": λ");
         for (std::size_t k = 2; k <= tasks; ++k) { chosen += taskvec::message(' ', lambdas[m][k]); }
         chosen += '\n';
     }
@@ -330,7 +354,9 @@ plot::heat_map cosine_map(const way& one)
 {
     const std::vector<std::string> names(task_names.begin(), task_names.end());
     const auto mean = mean_over_seeds(one.results.cosines);
-    plot::heat_map map{.title = taskvec::message("Cosine of task vectors in φ space, ", one.name, one.reading), .columns = names, .rows = names};
+    plot::heat_map map{.title = taskvec::message("Cosine of task vectors in φ space, ", one.name, one.reading),
+        .columns = names,
+        .rows = names};
     for (std::size_t t = 0; t < tasks; ++t) {
         const auto row = mean.begin() + static_cast<std::ptrdiff_t>(t * tasks);
         map.values.emplace_back(row, row + static_cast<std::ptrdiff_t>(tasks));
@@ -373,43 +399,55 @@ const std::vector<double>& together_lambdas()
     return lambdas;
 }
 
-void run_llora(const setting& s, const adapter& initial, const std::vector<adapter>& lora, const std::vector<adapter>& linearized, const effort& how,
-    const std::optional<std::filesystem::path>& out, llora_results& results)
+void run_llora(const setting& s, const adapter& initial, const std::vector<adapter>& lora,
+    const std::vector<adapter>& linearized, const effort& how, const std::optional<std::filesystem::path>& out,
+    llora_results& results)
 {
     results.chosen += measure(s, initial, lora, parameterisation::lora, how, results.lora);
     results.chosen += measure(s, initial, linearized, parameterisation::linearized, how, results.linearized);
     const std::size_t all = s.test[0].size(), images = how.images == 0 ? all : std::min(how.images, all);
-    results.scope = taskvec::message("Subsets of tasks and ξ are measured on ", images == all ? "all " : taskvec::message(images, " of the "), all,
+    results.scope = taskvec::message("Subsets of tasks and ξ are measured on ",
+        images == all ? "all " : taskvec::message(images, " of the "), all,
         " test images. λ is chosen for each number of tasks, on the validation images of ",
-        how.trials == 0 ? std::string("all its subsets") : taskvec::message(how.trials, " of its subsets"), ". ξ is a mean over ", pairs(how).size(),
-        " of the 28 pairs of tasks", how.trials != 0 || !how.all_pairs ? " (--complete: all of everything)." : ".", " L-LoRA is its per-layer reading.");
+        how.trials == 0 ? std::string("all its subsets") : taskvec::message(how.trials, " of its subsets"),
+        ". ξ is a mean over ", pairs(how).size(), " of the 28 pairs of tasks",
+        how.trials != 0 || !how.all_pairs ? " (--complete: all of everything)." : ".",
+        " L-LoRA is its per-layer reading.");
     if (out) {
         save_base(s.base, *out);
         save(updates_of(initial), *out / "llora-init");
-        for (std::size_t task = 0; task < tasks; ++task) { save(updates_of(linearized[task]), *out / "llora" / task_names[task]); }
+        for (std::size_t task = 0; task < tasks; ++task) {
+            save(updates_of(linearized[task]), *out / "llora" / task_names[task]);
+        }
     }
 }
 
 std::string text(const llora_results& results)
 {
-    std::string out =
-        results.scope + ".\n\nNormalized score (accuracy / Single-Task, mean of the merged tasks) in percent, over all subsets of so many tasks\n\n";
+    std::string out = results.scope
+        + ".\n\nNormalized score (accuracy / Single-Task, mean of the merged tasks) in percent, over all subsets of so "
+          "many tasks\n\n";
     std::vector<std::vector<std::string>> cells{{"Method"}};
     for (std::size_t k = 2; k <= tasks; ++k) { cells[0].push_back(taskvec::message(k, " (", subsets_of(k), ')')); }
     for (const auto method : phi_merges()) {
         for (const auto& one : ways(results)) {
             auto& line = cells.emplace_back(std::vector<std::string>{taskvec::message(method, ", ", one.name)});
-            for (std::size_t k = 2; k <= tasks; ++k) { line.push_back(spread_text(one.results.normalized.at(std::string(method))[k])); }
+            for (std::size_t k = 2; k <= tasks; ++k) {
+                line.push_back(spread_text(one.results.normalized.at(std::string(method))[k]));
+            }
         }
     }
     out += aligned(cells);
 
     out += "\nBetween the task vectors of different tasks, and between their models\n\n";
-    cells = {{"", "cosine in φ space", "in weight space", "ξ(0.25, 0.25)", "ξ(0.5, 0.5)", "ξ(1, 1)", "ξ on [0, 1]²", "on [-1, 1]²"}};
+    cells = {{"", "cosine in φ space", "in weight space", "ξ(0.25, 0.25)", "ξ(0.5, 0.5)", "ξ(1, 1)", "ξ on [0, 1]²",
+        "on [-1, 1]²"}};
     for (const auto& one : ways(results)) {
         const auto grid = mean_over_seeds(one.results.disentanglement);
-        cells.push_back({std::string(one.name), fixed(mean_cosine(one.results.cosines)), fixed(mean_cosine(one.results.weight_cosines)),
-            fixed(on_diagonal(grid, 0.25)), fixed(on_diagonal(grid, 0.5)), fixed(on_diagonal(grid, 1)), fixed(mean_where_positive(grid)), fixed(grid.mean())});
+        cells.push_back({std::string(one.name), fixed(mean_cosine(one.results.cosines)),
+            fixed(mean_cosine(one.results.weight_cosines)), fixed(on_diagonal(grid, 0.25)),
+            fixed(on_diagonal(grid, 0.5)), fixed(on_diagonal(grid, 1)), fixed(mean_where_positive(grid)),
+            fixed(grid.mean())});
     }
     return out + aligned(cells);
 }
@@ -417,7 +455,8 @@ std::string text(const llora_results& results)
 void write_llora(const llora_results& results, const std::filesystem::path& out)
 {
     const std::vector<std::string> names(task_names.begin(), task_names.end());
-    std::string score_csv = "way,method,tasks,subsets,mean,standard deviation,lowest,highest\n", together_csv = "lambda,LoRA,L-LoRA\n";
+    std::string score_csv = "way,method,tasks,subsets,mean,standard deviation,lowest,highest\n",
+                together_csv = "lambda,LoRA,L-LoRA\n";
     plot::line_chart by_tasks{.title = "Merging in φ space, by number of tasks (L-LoRA: per layer)",
         .x_label = "tasks merged",
         .y_label = "accuracy / Single-Task, percent, mean of all subsets",
@@ -428,16 +467,19 @@ void write_llora(const llora_results& results, const std::filesystem::path& out)
             .curves = {}};
     double highest = 0;
     for (const auto& one : ways(results)) {
-        for (const double value : mean_over_seeds(one.results.disentanglement).values) { highest = std::max(highest, value); }
+        for (const double value : mean_over_seeds(one.results.disentanglement).values) {
+            highest = std::max(highest, value);
+        }
     }
     for (const auto& one : ways(results)) {
         one.results.methods.write_csv(out / taskvec::message(one.file, "-phi.csv"));
         for (const auto method : phi_merges()) {
-            plot::curve line{.label = taskvec::message(method, ", ", one.name), .x = {}, .y = {}, .dashed = one.file == "lora"};
+            plot::curve line{
+                .label = taskvec::message(method, ", ", one.name), .x = {}, .y = {}, .dashed = one.file == "lora"};
             for (std::size_t k = 2; k <= tasks; ++k) {
                 const auto s = taskvec::summarize(one.results.normalized.at(std::string(method))[k]);
-                score_csv += taskvec::message(one.name, ',', method, ',', k, ',', subsets_of(k), ',', percent(s.mean), ',', percent(s.standard_deviation), ',',
-                    percent(s.lowest), ',', percent(s.highest), '\n');
+                score_csv += taskvec::message(one.name, ',', method, ',', k, ',', subsets_of(k), ',', percent(s.mean),
+                    ',', percent(s.standard_deviation), ',', percent(s.lowest), ',', percent(s.highest), '\n');
                 line.x.push_back(static_cast<double>(k));
                 line.y.push_back(100 * s.mean);
             }
@@ -450,10 +492,12 @@ void write_llora(const llora_results& results, const std::filesystem::path& out)
         taskvec::write_csv(grid_csv, mean_over_seeds(one.results.disentanglement), "xi");
         write_text(out / taskvec::message("disentanglement-", one.file, ".csv"), grid_csv.str());
         draw(disentanglement_map(one, highest), out / taskvec::message("disentanglement-", one.file, ".svg"));
-        by_lambda.curves.push_back({.label = std::string(one.name), .x = together_lambdas(), .y = mean_over_seeds(one.results.together)});
+        by_lambda.curves.push_back(
+            {.label = std::string(one.name), .x = together_lambdas(), .y = mean_over_seeds(one.results.together)});
     }
     for (std::size_t i = 0; i < together_lambdas().size(); ++i) {
-        together_csv += taskvec::message(together_lambdas()[i], ',', fixed(by_lambda.curves[0].y[i]), ',', fixed(by_lambda.curves[1].y[i]), '\n');
+        together_csv += taskvec::message(
+            together_lambdas()[i], ',', fixed(by_lambda.curves[0].y[i]), ',', fixed(by_lambda.curves[1].y[i]), '\n');
     }
     write_text(out / "phi-score-against-tasks.csv", score_csv);
     draw(by_tasks, out / "phi-score-against-tasks.svg");
@@ -464,7 +508,8 @@ void write_llora(const llora_results& results, const std::filesystem::path& out)
 std::vector<claim> llora_claims(const llora_results& results, const table* fully_fine_tuned)
 {
     const table &lora = results.lora.methods, &linearized = results.linearized.methods;
-    const auto grids = std::pair(mean_over_seeds(results.lora.disentanglement), mean_over_seeds(results.linearized.disentanglement));
+    const auto grids =
+        std::pair(mean_over_seeds(results.lora.disentanglement), mean_over_seeds(results.linearized.disentanglement));
     const auto below = [](std::string_view what, double lora_value, double linearized_value) {
         return taskvec::message(what, ": L-LoRA ", fixed(linearized_value), ", LoRA ", fixed(lora_value));
     };
@@ -472,22 +517,27 @@ std::vector<claim> llora_claims(const llora_results& results, const table* fully
     const double single = linearized["Single-Task"].average(), lora_single = lora["Single-Task"].average();
     claims.push_back({"L-LoRA Single-Task is a little below LoRA Single-Task: not above it, and within 6 points",
         single <= lora_single && lora_single - single <= 0.06, against("L-LoRA", single, "LoRA", lora_single)});
-    const double cosine = mean_cosine(results.lora.cosines), linearized_cosine = mean_cosine(results.linearized.cosines);
-    claims.push_back({"L-LoRA's task vectors are closer to orthogonal than LoRA's, in φ space", std::abs(linearized_cosine) < std::abs(cosine),
-        below("mean cosine", cosine, linearized_cosine)});
-    const double in_weights = mean_cosine(results.lora.weight_cosines), linearized_in_weights = mean_cosine(results.linearized.weight_cosines);
+    const double cosine = mean_cosine(results.lora.cosines),
+                 linearized_cosine = mean_cosine(results.linearized.cosines);
+    claims.push_back({"L-LoRA's task vectors are closer to orthogonal than LoRA's, in φ space",
+        std::abs(linearized_cosine) < std::abs(cosine), below("mean cosine", cosine, linearized_cosine)});
+    const double in_weights = mean_cosine(results.lora.weight_cosines),
+                 linearized_in_weights = mean_cosine(results.linearized.weight_cosines);
     claims.push_back({"L-LoRA's task vectors are closer to orthogonal than LoRA's, as changes of the weights",
-        std::abs(linearized_in_weights) < std::abs(in_weights), below("mean cosine", in_weights, linearized_in_weights)});
+        std::abs(linearized_in_weights) < std::abs(in_weights),
+        below("mean cosine", in_weights, linearized_in_weights)});
     const std::pair merging(mean_where_positive(grids.first), mean_where_positive(grids.second));
-    claims.push_back(
-        {"L-LoRA's disentanglement error is lower, on average over λ in [0, 1]²", merging.second < merging.first, below("ξ", merging.first, merging.second)});
-    claims.push_back({"L-LoRA's disentanglement error is lower, on average over λ in [-1, 1]²", grids.second.mean() < grids.first.mean(),
-        below("ξ", grids.first.mean(), grids.second.mean())});
+    claims.push_back({"L-LoRA's disentanglement error is lower, on average over λ in [0, 1]²",
+        merging.second < merging.first, below("ξ", merging.first, merging.second)});
+    claims.push_back({"L-LoRA's disentanglement error is lower, on average over λ in [-1, 1]²",
+        grids.second.mean() < grids.first.mean(), below("ξ", grids.first.mean(), grids.second.mean())});
     claims.push_back({"L-LoRA's disentanglement error is lower where two task vectors are added whole",
-        on_diagonal(grids.second, 1) < on_diagonal(grids.first, 1), below("ξ(1, 1)", on_diagonal(grids.first, 1), on_diagonal(grids.second, 1))});
+        on_diagonal(grids.second, 1) < on_diagonal(grids.first, 1),
+        below("ξ(1, 1)", on_diagonal(grids.first, 1), on_diagonal(grids.second, 1))});
     claims.push_back({"L-LoRA's disentanglement error is lower where all eight task vectors are added whole",
         mean_over_seeds(results.linearized.together).back() < mean_over_seeds(results.lora.together).back(),
-        below("ξ(1, …, 1) / 8", mean_over_seeds(results.lora.together).back(), mean_over_seeds(results.linearized.together).back())});
+        below("ξ(1, …, 1) / 8", mean_over_seeds(results.lora.together).back(),
+            mean_over_seeds(results.linearized.together).back())});
     std::vector<std::string> merged; // all the merges of the tables
     for (const auto& r : linearized.rows()) {
         if (r.method != "Pre-Trained" && r.method != "Single-Task") { merged.push_back(r.method); }
@@ -497,27 +547,33 @@ std::vector<claim> llora_claims(const llora_results& results, const table* fully
         const double accuracy = linearized[method].average(), lora_accuracy = lora[method].average();
         mean += accuracy / static_cast<double>(merged.size());
         lora_mean += lora_accuracy / static_cast<double>(merged.size());
-        claims.push_back({taskvec::message("L-LoRA merges better than LoRA by ", method, ", eight tasks"), accuracy > lora_accuracy,
-            against("L-LoRA", accuracy, "LoRA", lora_accuracy)});
+        claims.push_back({taskvec::message("L-LoRA merges better than LoRA by ", method, ", eight tasks"),
+            accuracy > lora_accuracy, against("L-LoRA", accuracy, "LoRA", lora_accuracy)});
     }
-    claims.push_back(
-        {"L-LoRA merges better than LoRA on average over these methods, eight tasks", mean > lora_mean, against("L-LoRA", mean, "LoRA", lora_mean)});
+    claims.push_back({"L-LoRA merges better than LoRA on average over these methods, eight tasks", mean > lora_mean,
+        against("L-LoRA", mean, "LoRA", lora_mean)});
     for (const auto method : phi_merges()) {
         std::size_t better = 0;
         std::string measured = "gain in points for 2 to 8 tasks:";
-        const auto gain = [&](std::size_t k) { return score(results.linearized, method, k) - score(results.lora, method, k); };
+        const auto gain = [&](std::size_t k) {
+            return score(results.linearized, method, k) - score(results.lora, method, k);
+        };
         for (std::size_t k = 2; k <= tasks; ++k) {
             better += gain(k) > 0;
             measured += ' ' + points(gain(k));
         }
-        claims.push_back({taskvec::message("L-LoRA's normalized score is higher for every number of tasks, by ", method), better == tasks - 1, measured});
-        claims.push_back({taskvec::message("L-LoRA's gain grows with the number of tasks, by ", method), gain(tasks) > gain(2),
+        claims.push_back(
+            {taskvec::message("L-LoRA's normalized score is higher for every number of tasks, by ", method),
+                better == tasks - 1, measured});
+        claims.push_back({taskvec::message("L-LoRA's gain grows with the number of tasks, by ", method),
+            gain(tasks) > gain(2),
             taskvec::message("in points: ", points(gain(2)), " for two tasks, ", points(gain(tasks)), " for eight")});
     }
     if (fully_fine_tuned) {
         const double best = linearized.best(phi_merges()), full = fully_fine_tuned->best(phi_merges());
-        claims.push_back({"the best L-LoRA merge is better than the best merge of fully fine-tuned models by the same methods", best > full,
-            against("L-LoRA", best, "full fine-tuning", full)});
+        claims.push_back(
+            {"the best L-LoRA merge is better than the best merge of fully fine-tuned models by the same methods",
+                best > full, against("L-LoRA", best, "full fine-tuning", full)});
     }
     return claims;
 }

@@ -23,7 +23,8 @@
 
 namespace digits {
 
-/// How much of what there is to measure the dear measurements take: λ for subsets of tasks, scores of all subsets, and ξ.
+/// How much of what there is to measure the dear measurements take: λ for subsets of tasks, scores of all subsets, and
+/// ξ.
 struct effort {
     std::size_t images = 0; ///< of each task's test images, for subsets and for ξ; 0: all
     std::size_t trials = 4; ///< subsets of each size on which that size's λ is chosen; 0: all
@@ -41,12 +42,13 @@ struct phi_results {
     { }
 
     table methods;
-    /// normalized.at(method)[k]: for each subset of k tasks, in each seed, the mean over these tasks of accuracy / Single-Task.
+    /// normalized.at(method)[k]: for each subset of k tasks, in each seed, the mean over these tasks of accuracy /
+    /// Single-Task.
     std::map<std::string, std::array<std::vector<double>, tasks + 1>> normalized;
     /// For each seed: tasks × tasks cosines of the task vectors φt − φ0, and of the weights that they make.
     std::vector<std::vector<double>> cosines, weight_cosines;
-    /// For each seed: ξ(λ1, λ2), a mean over pairs of tasks; and ξ(λ, …, λ) of all eight tasks together, divided by eight, at
-    /// each of together_lambdas().
+    /// For each seed: ξ(λ1, λ2), a mean over pairs of tasks; and ξ(λ, …, λ) of all eight tasks together, divided by
+    /// eight, at each of together_lambdas().
     std::vector<taskvec::lambda_grid> disentanglement;
     std::vector<std::vector<double>> together;
 };
@@ -64,10 +66,11 @@ struct llora_results {
 [[nodiscard]] const std::vector<std::string_view>& phi_merges();
 [[nodiscard]] const std::vector<double>& together_lambdas();
 
-/// Merges and measures adapters of both kinds for one seed; all were fine-tuned from `initial`. The linearized adapters and
-/// their initialisation go to `out` as PEFT adapter directories, if given.
-void run_llora(const setting& s, const adapter& initial, const std::vector<adapter>& lora, const std::vector<adapter>& linearized, const effort& how,
-    const std::optional<std::filesystem::path>& out, llora_results& results);
+/// Merges and measures adapters of both kinds for one seed; all were fine-tuned from `initial`. The linearized adapters
+/// and their initialisation go to `out` as PEFT adapter directories, if given.
+void run_llora(const setting& s, const adapter& initial, const std::vector<adapter>& lora,
+    const std::vector<adapter>& linearized, const effort& how, const std::optional<std::filesystem::path>& out,
+    llora_results& results);
 
 /// Normalized scores by the number of tasks, cosines and ξ, as text.
 [[nodiscard]] std::string text(const llora_results& results);
@@ -75,7 +78,8 @@ void run_llora(const setting& s, const adapter& initial, const std::vector<adapt
 /// Tables, matrices and grids as CSV; scores, cosines and ξ as SVG.
 void write_llora(const llora_results& results, const std::filesystem::path& out);
 
-/// What this run says about the second paper's claims. `fully_fine_tuned`: the table of full fine-tuning, if it was run.
+/// What this run says about the second paper's claims. `fully_fine_tuned`: the table of full fine-tuning, if it was
+/// run.
 [[nodiscard]] std::vector<claim> llora_claims(const llora_results& results, const table* fully_fine_tuned = nullptr);
 
 } // namespace digits

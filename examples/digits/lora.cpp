@@ -16,7 +16,8 @@ namespace digits {
 namespace {
 
 constexpr std::size_t one_model = encoder::size();
-const std::vector<std::string_view> merges{"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"};
+const std::vector<std::string_view> merges{
+    "Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"};
 
 /// A merged update, and the λ with which it is folded in.
 struct tuned {
@@ -26,7 +27,8 @@ struct tuned {
     [[nodiscard]] encoder model(const setting& s) const { return folded(s.base.body, merged, lambda); }
 };
 
-void offer(choice<tuned>& best, const tuned& candidate, const setting& s, std::string_view method, lambda_curves& curves)
+void offer(
+    choice<tuned>& best, const tuned& candidate, const setting& s, std::string_view method, lambda_curves& curves)
 {
     best.offer(candidate, curves.add(method, candidate.lambda, candidate.model(s), s));
 }
@@ -44,7 +46,9 @@ choice<tuned> tuned_ties(const setting& s, const std::vector<updates>& adapters,
     choice<tuned> best;
     for (const double density : {0.1, 0.2, 0.3}) {
         const updates merged = elected(adapters, density);
-        for (const double lambda : grid(0.1, 2.0, 0.1)) { offer(best, {merged, lambda, density}, s, with_density("TIES", density), curves); }
+        for (const double lambda : grid(0.1, 2.0, 0.1)) {
+            offer(best, {merged, lambda, density}, s, with_density("TIES", density), curves);
+        }
     }
     return best;
 }
@@ -71,16 +75,21 @@ std::string with_rank(std::size_t q)
 std::vector<adapter> fine_tune_adapters(const setting& s, const adapter& initial, parameterisation kind)
 {
     std::vector<adapter> adapters;
-    for (std::size_t task = 0; task < tasks; ++task) { adapters.push_back(fine_tune_adapter(s.base, initial, s.train[task], s.seed, task_names[task], kind)); }
+    for (std::size_t task = 0; task < tasks; ++task) {
+        adapters.push_back(fine_tune_adapter(s.base, initial, s.train[task], s.seed, task_names[task], kind));
+    }
     return adapters;
 }
 
-void run_lora(const setting& s, const std::vector<adapter>& adapters, const std::optional<std::filesystem::path>& out, lora_results& results)
+void run_lora(const setting& s, const std::vector<adapter>& adapters, const std::optional<std::filesystem::path>& out,
+    lora_results& results)
 {
     std::vector<updates> tuned_updates;
     for (const auto& phi : adapters) { tuned_updates.push_back(updates_of(phi)); }
     const std::vector<encoder> models = folded(s.base.body, tuned_updates);
-    const auto add = [&](std::string_view method, const encoder& model) { results.methods.add(method, one_model, evaluate(model, s.base.head, s.test)); };
+    const auto add = [&](std::string_view method, const encoder& model) {
+        results.methods.add(method, one_model, evaluate(model, s.base.head, s.test));
+    };
 
     add("Pre-Trained", s.base.body);
     results.methods.add("Single-Task", one_model + tasks * adapter::size(), evaluate(models, s.base.head, s.test));
@@ -97,8 +106,9 @@ void run_lora(const setting& s, const std::vector<adapter>& adapters, const std:
     add("RegMean", regmean.best.model);
     const auto sought = lorahub(s, models);
     add("LoraHub", sought.model);
-    results.chosen += taskvec::message("seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ", ties.best.lambda, " density ",
-        ties.best.density, ", RegMean α ", regmean.best.alpha, ", LoraHub ", text(sought.found), "\n");
+    results.chosen +=
+        taskvec::message("seed ", s.seed, ": Task Arithmetic λ ", arithmetic.best.lambda, ", TIES λ ", ties.best.lambda,
+            " density ", ties.best.density, ", RegMean α ", regmean.best.alpha, ", LoraHub ", text(sought.found), "\n");
 
     results.errors.resize(curve_ranks().size());
     for (std::size_t i = 0; i < curve_ranks().size(); ++i) {
@@ -119,12 +129,16 @@ void run_lora(const setting& s, const std::vector<adapter>& adapters, const std:
         results.errors[i].first.push_back(error[1]);
         results.errors[i].second.push_back(error[2]);
         results.curve.add(with_rank(q), parameters, accuracies);
-        if (std::ranges::find(table_ranks(), q) != table_ranks().end()) { results.methods.add(with_rank(q), parameters, accuracies); }
+        if (std::ranges::find(table_ranks(), q) != table_ranks().end()) {
+            results.methods.add(with_rank(q), parameters, accuracies);
+        }
     }
 
     if (out) {
         save_base(s.base, *out);
-        for (std::size_t task = 0; task < tasks; ++task) { save(tuned_updates[task], *out / "lora" / task_names[task]); }
+        for (std::size_t task = 0; task < tasks; ++task) {
+            save(tuned_updates[task], *out / "lora" / task_names[task]);
+        }
         save(arithmetic.best.model(s), *out / "merged-lora-task-arithmetic.safetensors");
         save(ties.best.model(s), *out / "merged-lora-ties.safetensors");
     }
@@ -133,21 +147,24 @@ void run_lora(const setting& s, const std::vector<adapter>& adapters, const std:
 void write_lora(const lora_results& results, const std::filesystem::path& out)
 {
     results.methods.write_csv(out / "lora.csv");
-    results.lambdas.write(
-        out / "lora-accuracy-against-lambda.csv", out / "lora-accuracy-against-lambda.svg", "Merging eight LoRA adapters in weight space: accuracy against λ");
+    results.lambdas.write(out / "lora-accuracy-against-lambda.csv", out / "lora-accuracy-against-lambda.svg",
+        "Merging eight LoRA adapters in weight space: accuracy against λ");
     std::string csv = "q,PERU-LoRA,#params,relative error,relative error of fc1,relative error of fc2\n";
     plot::curve accuracies{.label = "PERU-LoRA", .x = {}, .y = {}};
-    plot::curve total{.label = "both weights", .x = {}, .y = {}}, first{.label = "fc1 (128 × 64)", .x = {}, .y = {}, .dashed = true},
+    plot::curve total{.label = "both weights", .x = {}, .y = {}},
+        first{.label = "fc1 (128 × 64)", .x = {}, .y = {}, .dashed = true},
         second{.label = "fc2 (512 × 128)", .x = {}, .y = {}, .dashed = true};
     for (std::size_t i = 0; i < curve_ranks().size(); ++i) {
         const std::size_t q = curve_ranks()[i];
         const row& served = results.curve[with_rank(q)];
         const auto& error = results.errors[i];
-        csv += taskvec::message(q, ',', percent(served.average()), ',', served.parameters, ',', fixed(over_seeds(error.total).mean), ',',
-            fixed(over_seeds(error.first).mean), ',', fixed(over_seeds(error.second).mean), '\n');
+        csv += taskvec::message(q, ',', percent(served.average()), ',', served.parameters, ',',
+            fixed(over_seeds(error.total).mean), ',', fixed(over_seeds(error.first).mean), ',',
+            fixed(over_seeds(error.second).mean), '\n');
         accuracies.x.push_back(static_cast<double>(q));
         accuracies.y.push_back(100 * served.average());
-        for (const auto& [line, values] : {std::pair(&total, &error.total), std::pair(&first, &error.first), std::pair(&second, &error.second)}) {
+        for (const auto& [line, values] :
+            {std::pair(&total, &error.total), std::pair(&first, &error.first), std::pair(&second, &error.second)}) {
             line->x.push_back(static_cast<double>(q));
             line->y.push_back(over_seeds(*values).mean);
         }
@@ -180,21 +197,25 @@ std::vector<claim> lora_claims(const lora_results& results)
     const double single = t["Single-Task"].average(), best = t.best(merges);
     const auto peru = [&](std::size_t q) { return t[with_rank(q)].average(); };
     const auto error = [&](std::size_t q) {
-        return over_seeds(results.errors[static_cast<std::size_t>(std::ranges::find(curve_ranks(), q) - curve_ranks().begin())].total).mean;
+        return over_seeds(
+            results.errors[static_cast<std::size_t>(std::ranges::find(curve_ranks(), q) - curve_ranks().begin())].total)
+            .mean;
     };
     double worst = 1;
     for (const auto method : merges) { worst = std::min(worst, t[method].average()); }
 
     std::vector<claim> claims;
-    claims.push_back({"every merge of LoRA adapters in weight space is better than the pre-trained model", worst > t["Pre-Trained"].average(),
+    claims.push_back({"every merge of LoRA adapters in weight space is better than the pre-trained model",
+        worst > t["Pre-Trained"].average(),
         against("worst LoRA merge", worst, "Pre-Trained", t["Pre-Trained"].average())});
-    claims.push_back(
-        {"no merge of LoRA adapters comes near LoRA Single-Task", best < single - 0.05, against("best LoRA merge", best, "LoRA Single-Task", single)});
-    claims.push_back({"PERU-LoRA (q=4) is far above every LoRA merge", peru(4) > best + 0.05, against("PERU-LoRA (q=4)", peru(4), "best LoRA merge", best)});
-    claims.push_back(
-        {"PERU-LoRA (q=8) is close to LoRA Single-Task", single - peru(8) <= 0.015, against("PERU-LoRA (q=8)", peru(8), "LoRA Single-Task", single)});
-    claims.push_back({"a fine-tuned update is nearly of low rank: a quarter of the rank holds it to within 12%", error(8) <= 0.12,
-        taskvec::message("relative error ", fixed(error(8)), " at q = 8 of ", rank)});
+    claims.push_back({"no merge of LoRA adapters comes near LoRA Single-Task", best < single - 0.05,
+        against("best LoRA merge", best, "LoRA Single-Task", single)});
+    claims.push_back({"PERU-LoRA (q=4) is far above every LoRA merge", peru(4) > best + 0.05,
+        against("PERU-LoRA (q=4)", peru(4), "best LoRA merge", best)});
+    claims.push_back({"PERU-LoRA (q=8) is close to LoRA Single-Task", single - peru(8) <= 0.015,
+        against("PERU-LoRA (q=8)", peru(8), "LoRA Single-Task", single)});
+    claims.push_back({"a fine-tuned update is nearly of low rank: a quarter of the rank holds it to within 12%",
+        error(8) <= 0.12, taskvec::message("relative error ", fixed(error(8)), " at q = 8 of ", rank)});
     return claims;
 }
 

@@ -1,5 +1,5 @@
-// The LoRA half of the first paper: adapters merged in the space of the weights that they make, and reused at a lower rank.
-// SPDX-License-Identifier: Apache-2.0
+// The LoRA half of the first paper: adapters merged in the space of the weights that they make, and reused at a lower
+// rank. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "adapter.hpp"
@@ -22,8 +22,8 @@ struct lora_results {
     /// PERU-LoRA at every rank of the curve, rows named like those of `methods`.
     table curve{"Accuracy against q"};
     lambda_curves lambdas;
-    /// errors[i]: the relative errors ‖ΔW − ΔWq‖ / ‖ΔW‖ at curve_ranks()[i], over both weights together and for each, a mean
-    /// over tasks, an element for each seed.
+    /// errors[i]: the relative errors ‖ΔW − ΔWq‖ / ‖ΔW‖ at curve_ranks()[i], over both weights together and for each, a
+    /// mean over tasks, an element for each seed.
     struct truncation {
         std::vector<double> total, first, second;
     };
@@ -43,7 +43,8 @@ struct lora_results {
 std::vector<adapter> fine_tune_adapters(const setting& s, const adapter& initial, parameterisation kind);
 
 /// Merges, truncates and measures plain LoRA adapters for one seed. Adapter directories go to `out`, if given.
-void run_lora(const setting& s, const std::vector<adapter>& adapters, const std::optional<std::filesystem::path>& out, lora_results& results);
+void run_lora(const setting& s, const std::vector<adapter>& adapters, const std::optional<std::filesystem::path>& out,
+    lora_results& results);
 
 /// Tables and curves as CSV, the curves as SVG.
 void write_lora(const lora_results& results, const std::filesystem::path& out);

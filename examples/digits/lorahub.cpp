@@ -22,14 +22,17 @@ double cross_entropy(const matrix& logits, const std::vector<int>& labels)
 
 } // namespace
 
-void evolution_strategy::operator()(const taskvec::lorahub_problem& problem, const taskvec::lorahub_objective& objective) const
+void evolution_strategy::operator()(
+    const taskvec::lorahub_problem& problem, const taskvec::lorahub_objective& objective) const
 {
     const taskvec::random_stream random(seed, 0, "LoraHub");
     std::vector<double> best = problem.start, candidate(problem.dimension);
     double lowest = objective(best), size = step;
     std::uint64_t draw = 0;
     for (std::size_t evaluation = 1; evaluation < problem.evaluations; ++evaluation) {
-        for (std::size_t t = 0; t < problem.dimension; ++t) { candidate[t] = std::clamp(best[t] + size * random.normal(draw++), problem.lower, problem.upper); }
+        for (std::size_t t = 0; t < problem.dimension; ++t) {
+            candidate[t] = std::clamp(best[t] + size * random.normal(draw++), problem.lower, problem.upper);
+        }
         const double value = objective(candidate);
         const bool better = value < lowest;
         size *= better ? 1.5 : std::pow(1.5, -0.25);

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "low_rank.hpp"
 
-#include <taskvec/formats/peft.hpp>
 #include <taskvec/adapters/merge_adapters.hpp>
 #include <taskvec/adapters/merge_ties.hpp>
+#include <taskvec/formats/peft.hpp>
 #include <taskvec/linalg/randomized_svd.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 
@@ -20,14 +20,16 @@ const taskvec::cpu one_thread{.threads = 1};
 
 taskvec::matrix<float> copy(adapter::const_map from)
 {
-    taskvec::matrix<float> to(static_cast<std::size_t>(from.rows()), static_cast<std::size_t>(from.cols()), taskvec::matrix_order::row_major);
+    taskvec::matrix<float> to(
+        static_cast<std::size_t>(from.rows()), static_cast<std::size_t>(from.cols()), taskvec::matrix_order::row_major);
     std::copy_n(from.data(), from.size(), to.data());
     return to;
 }
 
 taskvec::matrix_view<float> weight(encoder::map w)
 {
-    return {w.data(), static_cast<std::size_t>(w.rows()), static_cast<std::size_t>(w.cols()), taskvec::matrix_order::row_major};
+    return {w.data(), static_cast<std::size_t>(w.rows()), static_cast<std::size_t>(w.cols()),
+        taskvec::matrix_order::row_major};
 }
 
 } // namespace
@@ -40,10 +42,13 @@ updates updates_of(const adapter& phi)
 encoder folded(const encoder& base, const updates& adapter, double factor)
 {
     encoder model = base;
-    const std::array<std::pair<const char*, taskvec::matrix_view<float>>, 2> weights{{{"fc1", weight(model.weight1())}, {"fc2", weight(model.weight2())}}};
+    const std::array<std::pair<const char*, taskvec::matrix_view<float>>, 2> weights{
+        {{"fc1", weight(model.weight1())}, {"fc2", weight(model.weight2())}}};
     for (const auto& [module, update] : adapter) {
         const auto place = std::ranges::find_if(weights, [&](const auto& entry) { return entry.first == module; });
-        if (place == weights.end()) { taskvec::raise<taskvec::invalid_argument>(taskvec::message("the network has no module '", module, "'")); }
+        if (place == weights.end()) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::message("the network has no module '", module, "'"));
+        }
         taskvec::fold(one_thread, update, place->second, factor, module);
     }
     return model;

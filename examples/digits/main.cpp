@@ -3,7 +3,8 @@
 //
 //     digits --out DIR                          everything, for one seed
 //     digits --out DIR --part fft --seeds 8     one part, mean ± standard deviation over eight seeds
-//     digits --out DIR --score merged.safetensors    the accuracy of a model, or of a LoRA adapter, made from the checkpoints in DIR
+//     digits --out DIR --score merged.safetensors    the accuracy of a model, or of a LoRA adapter, made from the
+//     checkpoints in DIR
 #include "checkpoints.hpp"
 #include "fft.hpp"
 #include "llora.hpp"
@@ -48,16 +49,21 @@ void print(const std::string& text)
 /// The model of a safetensors file; of a PEFT adapter directory the base of --out with the adapter folded in.
 encoder model_of(const options& o)
 {
-    return std::filesystem::is_directory(o.score) ? folded(load_encoder(o.out / "base.safetensors"), load_updates(o.score)) : load_encoder(o.score);
+    return std::filesystem::is_directory(o.score)
+        ? folded(load_encoder(o.out / "base.safetensors"), load_updates(o.score))
+        : load_encoder(o.score);
 }
 
 /// The accuracy of one model on every task, the average last.
 void score(const options& o)
 {
     const auto parts = split(load_images(o.data), o.seed);
-    const auto accuracies = evaluate(model_of(o), load_head(o.out / "head.safetensors"), in_every_domain(o.split == "test" ? parts.test : parts.validation));
+    const auto accuracies = evaluate(model_of(o), load_head(o.out / "head.safetensors"),
+        in_every_domain(o.split == "test" ? parts.test : parts.validation));
     std::string line;
-    for (std::size_t task = 0; task < tasks; ++task) { line += taskvec::message(task_names[task], ' ', percent(accuracies[task]), ' '); }
+    for (std::size_t task = 0; task < tasks; ++task) {
+        line += taskvec::message(task_names[task], ' ', percent(accuracies[task]), ' ');
+    }
     print(line + "Avg " + percent(mean(accuracies)));
 }
 
@@ -88,7 +94,8 @@ void experiment(const options& o)
         const auto out = i == 0 ? std::optional(o.out) : std::nullopt;
         stopwatch watch;
         const auto report = [&](const char* part) {
-            std::fprintf(stderr, "seed %llu: %s took %.1f s\n", static_cast<unsigned long long>(s.seed), part, watch.seconds());
+            std::fprintf(
+                stderr, "seed %llu: %s took %.1f s\n", static_cast<unsigned long long>(s.seed), part, watch.seconds());
         };
         if (wanted("fft")) {
             run_fft(s, out, fft);
@@ -140,22 +147,30 @@ void experiment(const options& o)
 int main(int argc, char** argv)
 {
     options o;
-    CLI::App app{
-        "Trains, merges and measures real models on 1,797 handwritten digits in eight domains: the tables of two papers on reusing fine-tuned models.\n"
-        "Example: digits --out build/digits"};
-    app.add_option("--out", o.out, "Folder for checkpoints, tables (CSV) and figures (SVG); created if need be")->required();
-    app.add_option("--seed", o.seed, "Seed of the split, of every initialisation and of every batch")->capture_default_str();
-    app.add_option("--seeds", o.seeds, "Number of seeds, from --seed upwards: the tables then give mean ± standard deviation")
+    CLI::App app{"Trains, merges and measures real models on 1,797 handwritten digits in eight domains: the tables of "
+                 "two papers on reusing fine-tuned models.\n"
+                 "Example: digits --out build/digits"};
+    app.add_option("--out", o.out, "Folder for checkpoints, tables (CSV) and figures (SVG); created if need be")
+        ->required();
+    app.add_option("--seed", o.seed, "Seed of the split, of every initialisation and of every batch")
+        ->capture_default_str();
+    app.add_option(
+           "--seeds", o.seeds, "Number of seeds, from --seed upwards: the tables then give mean ± standard deviation")
         ->check(CLI::Range(1, 1000))
         ->capture_default_str();
     app.add_option("--data", o.data, "The digits, a CSV file")->capture_default_str();
-    app.add_option("--part", o.parts, "Only this part; repeat for several")->check(CLI::IsMember({"fft", "lora", "llora"}));
-    app.add_flag(
-        "--complete", o.complete, "llora: choose λ on all subsets of tasks, and measure ξ on all pairs of tasks and a finer grid; takes several times as long");
+    app.add_option("--part", o.parts, "Only this part; repeat for several")
+        ->check(CLI::IsMember({"fft", "lora", "llora"}));
+    app.add_flag("--complete", o.complete,
+        "llora: choose λ on all subsets of tasks, and measure ξ on all pairs of tasks and a finer grid; takes several "
+        "times as long");
     app.add_option("--score", o.score,
-        "Train nothing: print the accuracy of this safetensors file's model, or of this PEFT adapter directory, made from the checkpoints in --out "
+        "Train nothing: print the accuracy of this safetensors file's model, or of this PEFT adapter directory, made "
+        "from the checkpoints in --out "
         "(same --seed)");
-    app.add_option("--split", o.split, "What --score measures on")->check(CLI::IsMember({"validation", "test"}))->capture_default_str();
+    app.add_option("--split", o.split, "What --score measures on")
+        ->check(CLI::IsMember({"validation", "test"}))
+        ->capture_default_str();
     try {
         app.parse(argc, argv);
     }

@@ -47,7 +47,8 @@ inline reused post_pruned(const encoder& base, const std::vector<encoder>& model
 {
     reused result{base, {}};
     for (const auto& model : models) {
-        result.deltas.push_back(taskvec::post_pruning(taskvec::cpu{.threads = 1}, {.density = density}, base.model(), model.model()));
+        result.deltas.push_back(
+            taskvec::post_pruning(taskvec::cpu{.threads = 1}, {.density = density}, base.model(), model.model()));
     }
     return result;
 }
@@ -57,7 +58,8 @@ template <taskvec::merge_method Method>
 reused peru(const Method& method, const encoder& base, const std::vector<encoder>& models, double density)
 {
     reused result;
-    result.deltas = taskvec::peru_fft(taskvec::cpu{.threads = 1}, method, {.density = density}, base.model(), views(models), result.shared.model());
+    result.deltas = taskvec::peru_fft(
+        taskvec::cpu{.threads = 1}, method, {.density = density}, base.model(), views(models), result.shared.model());
     return result;
 }
 

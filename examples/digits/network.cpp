@@ -13,7 +13,8 @@ void fill_normal(Eigen::Ref<matrix> weight, double deviation, std::uint64_t seed
     const taskvec::random_stream random(seed, 0, name);
     for (Eigen::Index i = 0; i < weight.rows(); ++i) {
         for (Eigen::Index j = 0; j < weight.cols(); ++j) {
-            weight(i, j) = static_cast<float>(deviation * random.normal(static_cast<std::uint64_t>(i * weight.cols() + j)));
+            weight(i, j) =
+                static_cast<float>(deviation * random.normal(static_cast<std::uint64_t>(i * weight.cols() + j)));
         }
     }
 }

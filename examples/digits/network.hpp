@@ -14,8 +14,8 @@ namespace digits {
 
 inline constexpr int hidden = 128, features = 512;
 
-/// The encoder's parameters: what is fine-tuned, merged and stored. One flat buffer that holds fc1.bias (128), fc1.weight
-/// (128 × 64), fc2.bias (512) and fc2.weight (512 × 128), in this order (by name), each row-major.
+/// The encoder's parameters: what is fine-tuned, merged and stored. One flat buffer that holds fc1.bias (128),
+/// fc1.weight (128 × 64), fc2.bias (512) and fc2.weight (512 × 128), in this order (by name), each row-major.
 class encoder {
 public:
     using map = Eigen::Map<matrix>;
@@ -46,7 +46,8 @@ public:
     [[nodiscard]] taskvec::const_model_ref model() const;
 
 private:
-    static constexpr std::size_t first_weight = hidden, second_bias = first_weight + std::size_t{hidden} * pixels, second_weight = second_bias + features;
+    static constexpr std::size_t first_weight = hidden, second_bias = first_weight + std::size_t{hidden} * pixels,
+                                 second_weight = second_bias + features;
     std::vector<float> values_;
 };
 

@@ -8,7 +8,8 @@ namespace digits {
 setting make_setting(const dataset& images, std::uint64_t seed)
 {
     const splits parts = split(images, seed);
-    return {seed, in_every_domain(parts.train), in_every_domain(parts.validation), in_every_domain(parts.test), pre_train(parts.train, seed)};
+    return {seed, in_every_domain(parts.train), in_every_domain(parts.validation), in_every_domain(parts.test),
+        pre_train(parts.train, seed)};
 }
 
 scores evaluate(const encoder& model, const matrix& head, const std::vector<dataset>& data)

@@ -4,8 +4,8 @@
 #include "figures.hpp"
 #include "merging.hpp"
 
-#include <taskvec/search/subset_sweep.hpp>
 #include <taskvec/methods/ties.hpp>
+#include <taskvec/search/subset_sweep.hpp>
 
 #include <algorithm>
 #include <functional>
@@ -28,7 +28,9 @@ struct fine_tuned {
         , models(all)
         , vectors(all.size())
     {
-        for (std::size_t t = 0; t < all.size(); ++t) { taskvec::difference(one_thread, models[t].values(), base.values(), vectors[t].values()); }
+        for (std::size_t t = 0; t < all.size(); ++t) {
+            taskvec::difference(one_thread, models[t].values(), base.values(), vectors[t].values());
+        }
     }
     [[nodiscard]] std::vector<vector_view> views() const
     {
@@ -65,19 +67,12 @@ encoder elected(const fine_tuned& tuned, members subset, vector_view, double lam
 
 const std::array<subset_merge, 3> merges{{
     {"Average", [](double n) { return std::vector{1 / n}; }, moved},
-    {"Task Arithmetic",
-        [](double n) {
-            return std::vector{0.6 / n, 0.8 / n, 1 / n, 1.2 / n, 1.5 / n, 2 / n};
-        },
-        moved},
-    {"TIES",
-        [](double) {
-            return std::vector{0.3, 0.5, 0.7, 1.0, 1.3};
-        },
-        elected},
+    {"Task Arithmetic", [](double n) { return std::vector{0.6 / n, 0.8 / n, 1 / n, 1.2 / n, 1.5 / n, 2 / n}; }, moved},
+    {"TIES", [](double) { return std::vector{0.3, 0.5, 0.7, 1.0, 1.3}; }, elected},
 }};
 
-std::vector<double> accuracies(const encoder& model, const matrix& head, const std::vector<dataset>& data, members subset)
+std::vector<double> accuracies(
+    const encoder& model, const matrix& head, const std::vector<dataset>& data, members subset)
 {
     std::vector<double> all;
     for (const std::size_t task : subset) { all.push_back(accuracy(model, head, data[task])); }
@@ -94,7 +89,10 @@ const std::vector<std::string_view>& subset_curves::methods()
 
 taskvec::summary subset_curves::normalized(std::string_view method, std::size_t size) const
 {
-    const auto& values = normalized_.at(static_cast<std::size_t>(std::ranges::find(merges, method, &subset_merge::name) - merges.begin())).at(size);
+    const auto& values =
+        normalized_
+            .at(static_cast<std::size_t>(std::ranges::find(merges, method, &subset_merge::name) - merges.begin()))
+            .at(size);
     return values.empty() ? taskvec::summary{} : taskvec::summarize(values);
 }
 
@@ -113,7 +111,9 @@ void subset_curves::add(const setting& s, const std::vector<encoder>& models)
             for (const double lambda : lambdas) {
                 double& total = validation[m][subset.size()][lambda];
                 if (lambdas.size() == 1) { continue; } // nothing to choose
-                total += taskvec::summarize(accuracies(merges[m].make(tuned, subset, sum, lambda), s.base.head, few, subset)).mean;
+                total +=
+                    taskvec::summarize(accuracies(merges[m].make(tuned, subset, sum, lambda), s.base.head, few, subset))
+                        .mean;
             }
         }
     });
@@ -131,7 +131,8 @@ void subset_curves::add(const setting& s, const std::vector<encoder>& models)
         for (const std::size_t task : subset) { alone.push_back(single[task]); }
         for (std::size_t m = 0; m < merges.size(); ++m) {
             const encoder model = merges[m].make(tuned, subset, sum, lambdas_[m][subset.size()].back());
-            normalized_[m][subset.size()].push_back(taskvec::mean_normalized_score(accuracies(model, s.base.head, s.test, subset), alone));
+            normalized_[m][subset.size()].push_back(
+                taskvec::mean_normalized_score(accuracies(model, s.base.head, s.test, subset), alone));
         }
     });
 }
@@ -147,8 +148,9 @@ void subset_curves::write(const std::filesystem::path& csv, const std::filesyste
         plot::curve line{.label = std::string(merges[m].name), .x = {}, .y = {}};
         for (std::size_t size = 2; size <= tasks; ++size) {
             const auto s = normalized(merges[m].name, size);
-            lines += taskvec::message(merges[m].name, ',', size, ',', s.count / lambdas_[m][size].size(), ',', fixed(over_seeds(lambdas_[m][size]).mean), ',',
-                percent(s.mean), ',', percent(s.standard_deviation), ',', percent(s.lowest), ',', percent(s.highest), '\n');
+            lines += taskvec::message(merges[m].name, ',', size, ',', s.count / lambdas_[m][size].size(), ',',
+                fixed(over_seeds(lambdas_[m][size]).mean), ',', percent(s.mean), ',', percent(s.standard_deviation),
+                ',', percent(s.lowest), ',', percent(s.highest), '\n');
             line.x.push_back(static_cast<double>(size));
             line.y.push_back(100 * s.mean);
         }

@@ -14,15 +14,17 @@
 
 namespace digits {
 
-/// Average, Task Arithmetic and TIES (density 0.2) of every subset of two tasks or more, each scored on its own tasks. Collected over seeds.
+/// Average, Task Arithmetic and TIES (density 0.2) of every subset of two tasks or more, each scored on its own tasks.
+/// Collected over seeds.
 class subset_curves {
 public:
-    /// One seed. λ is chosen for each method and each number of tasks, as the one that does best over all subsets of that size on 100 validation images of
-    /// each task; scores are those of the whole test split.
+    /// One seed. λ is chosen for each method and each number of tasks, as the one that does best over all subsets of
+    /// that size on 100 validation images of each task; scores are those of the whole test split.
     void add(const setting& s, const std::vector<encoder>& models);
 
     [[nodiscard]] static const std::vector<std::string_view>& methods();
-    /// Accuracy / Single-Task, a mean over the tasks of a subset, of all subsets of so many tasks in all seeds; 0 where nothing was measured.
+    /// Accuracy / Single-Task, a mean over the tasks of a subset, of all subsets of so many tasks in all seeds; 0 where
+    /// nothing was measured.
     [[nodiscard]] taskvec::summary normalized(std::string_view method, std::size_t size) const;
 
     /// A line for each method and number of tasks as CSV; the means as SVG.

@@ -24,7 +24,8 @@ spread column(const row& r, std::size_t task)
 /// Number of characters, not bytes, of UTF-8 text.
 std::size_t width(std::string_view text)
 {
-    return static_cast<std::size_t>(std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0u) != 0x80u; }));
+    return static_cast<std::size_t>(std::count_if(
+        text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0u) != 0x80u; }));
 }
 
 } // namespace
@@ -60,7 +61,9 @@ void table::add(std::string_view method, std::size_t parameters, const scores& a
 const row& table::operator[](std::string_view method) const
 {
     const auto place = std::find_if(rows_.begin(), rows_.end(), [&](const row& r) { return r.method == method; });
-    if (place == rows_.end()) { taskvec::raise<taskvec::invalid_argument>(taskvec::message("table '", title_, "' has no row '", method, "'")); }
+    if (place == rows_.end()) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::message("table '", title_, "' has no row '", method, "'"));
+    }
     return *place;
 }
 
@@ -80,7 +83,8 @@ std::string table::text() const
         auto& line = cells.emplace_back(std::vector<std::string>{r.method, std::to_string(r.parameters)});
         for (std::size_t task = 0; task <= tasks; ++task) {
             const spread value = column(r, task);
-            line.push_back(percent(value.mean) + (r.accuracies.size() > 1 ? taskvec::message("±", percent(value.deviation)) : ""));
+            line.push_back(
+                percent(value.mean) + (r.accuracies.size() > 1 ? taskvec::message("±", percent(value.deviation)) : ""));
         }
     }
     return title_ + "\n\n" + aligned(cells);
@@ -92,11 +96,17 @@ void table::write_csv(const std::filesystem::path& file) const
     std::string out = "method,#params";
     for (const auto task : task_names) { out += taskvec::message(',', task); }
     out += ",Avg";
-    for (std::size_t task = 0; several && task <= tasks; ++task) { out += taskvec::message(",sd ", task == tasks ? "Avg" : task_names[task]); }
+    for (std::size_t task = 0; several && task <= tasks; ++task) {
+        out += taskvec::message(",sd ", task == tasks ? "Avg" : task_names[task]);
+    }
     for (const auto& r : rows_) {
         out += taskvec::message('\n', r.method, ',', r.parameters);
-        for (std::size_t task = 0; task <= tasks; ++task) { out += taskvec::message(',', percent(column(r, task).mean)); }
-        for (std::size_t task = 0; several && task <= tasks; ++task) { out += taskvec::message(',', percent(column(r, task).deviation)); }
+        for (std::size_t task = 0; task <= tasks; ++task) {
+            out += taskvec::message(',', percent(column(r, task).mean));
+        }
+        for (std::size_t task = 0; several && task <= tasks; ++task) {
+            out += taskvec::message(',', percent(column(r, task).deviation));
+        }
     }
     out += '\n';
     write_text(file, out);
@@ -136,7 +146,8 @@ std::string fixed(double value)
 std::string with_density(std::string_view method, double density)
 {
     char buffer[64];
-    std::snprintf(buffer, sizeof buffer, "%.*s (%g%%)", static_cast<int>(method.size()), method.data(), 100.0 * density);
+    std::snprintf(
+        buffer, sizeof buffer, "%.*s (%g%%)", static_cast<int>(method.size()), method.data(), 100.0 * density);
     return buffer;
 }
 

@@ -52,8 +52,8 @@ public:
     /// The highest average of these methods.
     [[nodiscard]] double best(const std::vector<std::string_view>& methods) const;
 
-    /// Columns separated by blanks: method, #params, the tasks, Avg; percent with two decimals, ± the standard deviation
-    /// over seeds where there are several.
+    /// Columns separated by blanks: method, #params, the tasks, Avg; percent with two decimals, ± the standard
+    /// deviation over seeds where there are several.
     [[nodiscard]] std::string text() const;
     /// The same as CSV; the standard deviations follow as columns of their own.
     void write_csv(const std::filesystem::path& file) const;

@@ -36,7 +36,8 @@ void adam::step(std::span<float> parameters, std::span<const float> gradient, do
     mean_ = 0.9f * mean_ + 0.1f * g;
     square_ = 0.999f * square_ + 0.001f * g.square();
     const double mean_bias = 1.0 - std::pow(0.9, steps_), square_bias = 1.0 - std::pow(0.999, steps_);
-    array(parameters) -= static_cast<float>(rate / mean_bias) * mean_ / ((square_ / static_cast<float>(square_bias)).sqrt() + 1e-8f);
+    array(parameters) -=
+        static_cast<float>(rate / mean_bias) * mean_ / ((square_ / static_cast<float>(square_bias)).sqrt() + 1e-8f);
 }
 
 dataset random_batch(const dataset& data, std::size_t size, std::uint64_t seed, int step, std::string_view name)
@@ -68,7 +69,8 @@ network pre_train(const dataset& train, std::uint64_t seed, const training_optio
     return model;
 }
 
-encoder fine_tune(const network& base, const dataset& train, std::uint64_t seed, std::string_view task, const training_options& options)
+encoder fine_tune(const network& base, const dataset& train, std::uint64_t seed, std::string_view task,
+    const training_options& options)
 {
     network model = base, gradient;
     momentum_sgd optimiser(encoder::size());

@@ -61,11 +61,12 @@ struct training_options {
 
 /// The base model: Adam, encoder and head, on 100 training images seen in all eight domains. Deliberately weak: a base
 /// that has learnt the tasks leaves nothing to merge.
-network pre_train(const dataset& train, std::uint64_t seed, const training_options& options = {.steps = 60, .rate = 1e-3});
+network pre_train(
+    const dataset& train, std::uint64_t seed, const training_options& options = {.steps = 60, .rate = 1e-3});
 
 /// The encoder of `base` fine-tuned on one task by SGD with momentum (Adam would give dense task vectors, which do not
 /// prune), the head frozen. `train` is in the task's domain.
-encoder fine_tune(
-    const network& base, const dataset& train, std::uint64_t seed, std::string_view task, const training_options& options = {.steps = 150, .rate = 0.03});
+encoder fine_tune(const network& base, const dataset& train, std::uint64_t seed, std::string_view task,
+    const training_options& options = {.steps = 150, .rate = 0.03});
 
 } // namespace digits

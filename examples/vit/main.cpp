@@ -1,6 +1,5 @@
-// Fine-tunes a small vision transformer on handwritten digits in every way that the second paper compares, and prints accuracy,
-// time and memory of each: the paper's table 4, measured here.
-// SPDX-License-Identifier: Apache-2.0
+// Fine-tunes a small vision transformer on handwritten digits in every way that the second paper compares, and prints
+// accuracy, time and memory of each: the paper's table 4, measured here. SPDX-License-Identifier: Apache-2.0
 //
 //     vit                    100 steps a task, 64 images a step
 //     vit 50 table.csv       50 steps; the table as CSV, too
@@ -84,8 +83,8 @@ struct figures {
     double forward_mib = -1, step_mib = -1;
 };
 
-/// Time and memory of a forward pass and of a training step (forward, gradient and update) on a batch of 64. The models take
-/// turns, so that whatever else the machine does meets all of them.
+/// Time and memory of a forward pass and of a training step (forward, gradient and update) on a batch of 64. The models
+/// take turns, so that whatever else the machine does meets all of them.
 void measure(std::vector<std::unique_ptr<network>>& models, const digits::dataset& data, std::vector<figures>& table)
 {
     const auto batch = digits::random_batch(data, 64, seed, 0, "measure");
@@ -141,13 +140,18 @@ void run(int steps, const char* csv)
     std::vector<std::unique_ptr<network>> last;
     double before = 0;
     for (const auto task : task_list) {
-        before += accuracy(network(vit::paradigm::full, network_shape, base, adapter, seed), digits::in_domain(parts.test, task)) / std::size(task_list);
+        before += accuracy(network(vit::paradigm::full, network_shape, base, adapter, seed),
+                      digits::in_domain(parts.test, task))
+            / std::size(task_list);
     }
     for (std::size_t i = 0; i < vit::paradigms.size(); ++i) {
-        const auto fresh = [&] { return std::make_unique<network>(vit::paradigms[i], network_shape, base, adapter, seed); };
+        const auto fresh = [&] {
+            return std::make_unique<network>(vit::paradigms[i], network_shape, base, adapter, seed);
+        };
         // The learning rate is chosen on the validation images of the first task.
         double best = -1;
-        const auto first = digits::in_domain(parts.train, task_list[0]), validation = digits::in_domain(parts.validation, task_list[0]);
+        const auto first = digits::in_domain(parts.train, task_list[0]),
+                   validation = digits::in_domain(parts.validation, task_list[0]);
         for (const double rate : rates) {
             const auto model = fresh();
             train(*model, first, steps, rate, "fine-tuning");
@@ -170,11 +174,13 @@ void run(int steps, const char* csv)
     }
     measure(last, digits::in_domain(parts.train, task_list[0]), table);
 
-    std::printf("A vision transformer of %lld blocks, width %lld, %lld tokens, fine-tuned on digits: mean test accuracy over %zu tasks (the base: %.1f%%)\n",
-        static_cast<long long>(network_shape.blocks), static_cast<long long>(network_shape.width), static_cast<long long>(network_shape.tokens()),
-        std::size(task_list), 100 * before);
+    std::printf("A vision transformer of %lld blocks, width %lld, %lld tokens, fine-tuned on digits: mean test "
+                "accuracy over %zu tasks (the base: %.1f%%)\n",
+        static_cast<long long>(network_shape.blocks), static_cast<long long>(network_shape.width),
+        static_cast<long long>(network_shape.tokens()), std::size(task_list), 100 * before);
     std::printf("Forward pass and training step on 64 images, one thread; in brackets over full fine-tuning\n\n");
-    std::printf("%-22s %10s %9s %18s %18s %18s %18s\n", "", "trained", "accuracy", "forward, ms", "step, ms", "forward, MiB", "step, MiB");
+    std::printf("%-22s %10s %9s %18s %18s %18s %18s\n", "", "trained", "accuracy", "forward, ms", "step, ms",
+        "forward, MiB", "step, MiB");
     const auto cell = [](double value, double reference, int decimals) {
         char text[64];
         if (value < 0) { return std::string("not counted"); }
@@ -183,17 +189,18 @@ void run(int steps, const char* csv)
     };
     for (std::size_t i = 0; i < table.size(); ++i) {
         const auto& f = table[i];
-        std::printf("%-22s %10zu %8.1f%% %18s %18s %18s %18s\n", std::string(name(vit::paradigms[i])).c_str(), f.trained, 100 * f.accuracy,
-            cell(f.forward_ms, table[0].forward_ms, 2).c_str(), cell(f.step_ms, table[0].step_ms, 2).c_str(),
-            cell(f.forward_mib, table[0].forward_mib, 2).c_str(), cell(f.step_mib, table[0].step_mib, 2).c_str());
+        std::printf("%-22s %10zu %8.1f%% %18s %18s %18s %18s\n", std::string(name(vit::paradigms[i])).c_str(),
+            f.trained, 100 * f.accuracy, cell(f.forward_ms, table[0].forward_ms, 2).c_str(),
+            cell(f.step_ms, table[0].step_ms, 2).c_str(), cell(f.forward_mib, table[0].forward_mib, 2).c_str(),
+            cell(f.step_mib, table[0].step_mib, 2).c_str());
     }
     if (!csv) { return; }
     std::ofstream out(csv);
     out << "paradigm,trained_parameters,learning_rate,accuracy,forward_ms,step_ms,forward_mib,step_mib\n";
     for (std::size_t i = 0; i < table.size(); ++i) {
         const auto& f = table[i];
-        out << '"' << name(vit::paradigms[i]) << "\"," << f.trained << ',' << f.rate << ',' << f.accuracy << ',' << f.forward_ms << ',' << f.step_ms << ','
-            << f.forward_mib << ',' << f.step_mib << '\n';
+        out << '"' << name(vit::paradigms[i]) << "\"," << f.trained << ',' << f.rate << ',' << f.accuracy << ','
+            << f.forward_ms << ',' << f.step_ms << ',' << f.forward_mib << ',' << f.step_mib << '\n';
     }
     if (!out.flush()) { throw std::runtime_error(std::string(csv) + ": cannot be written"); }
 }

@@ -1,5 +1,5 @@
-// Peak memory of a piece of work: bytes that malloc handed out, counted by standing in front of the C library's functions.
-// SPDX-License-Identifier: Apache-2.0
+// Peak memory of a piece of work: bytes that malloc handed out, counted by standing in front of the C library's
+// functions. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@ namespace vit {
 
 /// Forgets the peak so far and starts counting from what is held now.
 void start_peak();
-/// The largest number of bytes held since start_peak() beyond what was held then; nothing where they cannot be counted (another
-/// C library than glibc, or a sanitizer).
+/// The largest number of bytes held since start_peak() beyond what was held then; nothing where they cannot be counted
+/// (another C library than glibc, or a sanitizer).
 std::optional<std::size_t> peak_bytes();
 
 } // namespace vit

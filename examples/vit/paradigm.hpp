@@ -1,6 +1,5 @@
-// The ways of fine-tuning that the second paper compares, on one network: full, fully linearized, LoRA, and linearized LoRA in
-// both of its readings.
-// SPDX-License-Identifier: Apache-2.0
+// The ways of fine-tuning that the second paper compares, on one network: full, fully linearized, LoRA, and linearized
+// LoRA in both of its readings. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "vision_transformer.hpp"
@@ -19,8 +18,8 @@ namespace vit {
 
 enum class paradigm { full, full_linearized, lora, linearized_lora_layers, linearized_lora_network };
 
-inline constexpr std::array paradigms{
-    paradigm::full, paradigm::full_linearized, paradigm::lora, paradigm::linearized_lora_layers, paradigm::linearized_lora_network};
+inline constexpr std::array paradigms{paradigm::full, paradigm::full_linearized, paradigm::lora,
+    paradigm::linearized_lora_layers, paradigm::linearized_lora_network};
 
 [[nodiscard]] inline std::string_view name(paradigm kind)
 {
@@ -68,7 +67,9 @@ public:
             }
         }
         if (linearized_network()) {
-            for (const auto& name : trained_) { difference_.insert(name, matrix::Zero(values_[name].rows(), values_[name].cols())); }
+            for (const auto& name : trained_) {
+                difference_.insert(name, matrix::Zero(values_[name].rows(), values_[name].cols()));
+            }
         }
     }
     model(const model&) = delete;
@@ -77,7 +78,8 @@ public:
     [[nodiscard]] paradigm kind() const { return kind_; }
     /// Names of what is trained: the network's parameters, or the adapters' lora_A and lora_B.
     [[nodiscard]] const std::vector<std::string>& trained_names() const { return trained_; }
-    /// One of them, to be moved: θ or φ itself, or θ − θ0, φ − φ0 where the network is linearized (and ΔA of a layer that is).
+    /// One of them, to be moved: θ or φ itself, or θ − θ0, φ − φ0 where the network is linearized (and ΔA of a layer
+    /// that is).
     [[nodiscard]] Eigen::Ref<matrix> trained(const std::string& name)
     {
         if (linearized_network()) { return difference_[name]; }
@@ -85,7 +87,8 @@ public:
         auto& layer = net_.linearized[name.substr(0, name.size() - 7)];
         return name.ends_with("A") ? layer.delta_a() : layer.b();
     }
-    /// Numbers that training changes. With B0 = 0 the A of a linearized adapter is among them, though its gradient is 0.
+    /// Numbers that training changes. With B0 = 0 the A of a linearized adapter is among them, though its gradient is
+    /// 0.
     [[nodiscard]] std::size_t trained_parameters() const
     {
         std::size_t count = 0;
@@ -93,7 +96,8 @@ public:
             if (kind_ != paradigm::linearized_lora_layers) { count += static_cast<std::size_t>(values_[name].size()); }
             else {
                 const auto& layer = net_.linearized[name.substr(0, name.size() - 7)];
-                count += static_cast<std::size_t>(name.ends_with("A") ? layer.rank() * layer.weight().cols() : layer.rank() * layer.weight().rows());
+                count += static_cast<std::size_t>(
+                    name.ends_with("A") ? layer.rank() * layer.weight().cols() : layer.rank() * layer.weight().rows());
             }
         }
         return count;
@@ -107,7 +111,8 @@ public:
     {
         if (!linearized_network()) { return logits(net_, values_, x, record); }
         // f(x; φ0) + ∇f(x; φ0)·(φ − φ0); the tape has the values at φ0.
-        auto [value, derivative] = taskvec::jvp([&](const auto& p) { return logits(net_, p, x, record); }, values_, difference_);
+        auto [value, derivative] =
+            taskvec::jvp([&](const auto& p) { return logits(net_, p, x, record); }, values_, difference_);
         value += derivative;
         return std::move(value);
     }
@@ -127,15 +132,21 @@ public:
         const auto correction = static_cast<T>(std::sqrt(1 - std::pow(0.999, steps_)) / (1 - std::pow(0.9, steps_)));
         for (const auto& name : trained_) {
             const matrix& g = gradients[name];
-            auto& [mean, square] = moments_.try_emplace(name, matrix::Zero(g.rows(), g.cols()), matrix::Zero(g.rows(), g.cols())).first->second;
+            auto& [mean, square] =
+                moments_.try_emplace(name, matrix::Zero(g.rows(), g.cols()), matrix::Zero(g.rows(), g.cols()))
+                    .first->second;
             mean = T(0.9) * mean + T(0.1) * g;
             square.array() = T(0.999) * square.array() + T(0.001) * g.array().square();
-            trained(name) -= (static_cast<T>(rate) * correction * mean.array() / (square.array().sqrt() + T(1e-8))).matrix();
+            trained(name) -=
+                (static_cast<T>(rate) * correction * mean.array() / (square.array().sqrt() + T(1e-8))).matrix();
         }
     }
 
 private:
-    [[nodiscard]] bool linearized_network() const { return kind_ == paradigm::full_linearized || kind_ == paradigm::linearized_lora_network; }
+    [[nodiscard]] bool linearized_network() const
+    {
+        return kind_ == paradigm::full_linearized || kind_ == paradigm::linearized_lora_network;
+    }
 
     paradigm kind_;
     network<T> net_;

@@ -1,5 +1,5 @@
-// A small vision transformer on the library's operations: one forward function for values and for tangents, and its vjp.
-// SPDX-License-Identifier: Apache-2.0
+// A small vision transformer on the library's operations: one forward function for values and for tangents, and its
+// vjp. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/random.hpp>
@@ -50,7 +50,8 @@ row_matrix<T> patches(const row_matrix<T>& images, const shape& s)
     for (Eigen::Index row = 0; row < result.rows(); ++row) {
         const Eigen::Index image = row / s.tokens(), token = row % s.tokens();
         for (Eigen::Index i = 0; i < s.patch_size(); ++i) {
-            const Eigen::Index y = token / per_side * s.patch_side + i / s.patch_side, x = token % per_side * s.patch_side + i % s.patch_side;
+            const Eigen::Index y = token / per_side * s.patch_side + i / s.patch_side,
+                               x = token % per_side * s.patch_side + i % s.patch_side;
             result(row, i) = images(image, y * s.image_side + x);
         }
     }
@@ -65,7 +66,9 @@ parameters<T> initial_parameters(const shape& s, std::uint64_t seed)
     const auto normal = [&](const std::string& name, Eigen::Index rows, Eigen::Index cols, double deviation) {
         auto& values = p.insert(name, row_matrix<T>(rows, cols));
         const taskvec::random_stream stream(seed, 0, name);
-        for (Eigen::Index i = 0; i < values.size(); ++i) { values.data()[i] = static_cast<T>(deviation * stream.normal(static_cast<std::uint64_t>(i))); }
+        for (Eigen::Index i = 0; i < values.size(); ++i) {
+            values.data()[i] = static_cast<T>(deviation * stream.normal(static_cast<std::uint64_t>(i)));
+        }
     };
     const auto constant = [&](const std::string& name, Eigen::Index cols, double value) {
         p.insert(name, row_matrix<T>::Constant(1, cols, static_cast<T>(value)));
@@ -103,7 +106,8 @@ parameters<T> initial_adapters(const shape& s, const adapter_shape& adapter, std
             auto& a = p.insert(prefix + ".lora_A", row_matrix<T>(adapter.rank, s.width));
             const taskvec::random_stream stream(seed, 1, prefix);
             for (Eigen::Index i = 0; i < a.size(); ++i) {
-                a.data()[i] = static_cast<T>(stream.normal(static_cast<std::uint64_t>(i)) / std::sqrt(static_cast<double>(s.width)));
+                a.data()[i] = static_cast<T>(
+                    stream.normal(static_cast<std::uint64_t>(i)) / std::sqrt(static_cast<double>(s.width)));
             }
             p.insert(prefix + ".lora_B", row_matrix<T>::Zero(s.width, adapter.rank));
         }
@@ -111,8 +115,8 @@ parameters<T> initial_adapters(const shape& s, const adapter_shape& adapter, std
     return p;
 }
 
-/// The network: its shape, and the per-layer linearized adapters where there are any (they then replace lora_A and lora_B of
-/// the parameters).
+/// The network: its shape, and the per-layer linearized adapters where there are any (they then replace lora_A and
+/// lora_B of the parameters).
 template <class T>
 struct network {
     vit::shape shape{};
@@ -144,31 +148,39 @@ row_matrix<T> values(taskvec::primal_tangent<T>&& x)
 }
 
 template <class T, class P, class X>
-auto project(const network<T>& net, const P& p, const std::string& name, const X& x) -> decltype(taskvec::linear(x, p[name], p[name]))
+auto project(const network<T>& net, const P& p, const std::string& name, const X& x)
+    -> decltype(taskvec::linear(x, p[name], p[name]))
 {
     if (const auto* layer = net.linearized.find(name)) {
         if constexpr (std::same_as<X, row_matrix<T>>) { return layer->forward(x); }
         else {
             // Linear in φ already: a network of these layers is differentiated in its input only.
-            taskvec::raise<taskvec::invalid_argument>("per-layer linearized adapters do not mix with a linearized network");
+            taskvec::raise<taskvec::invalid_argument>(
+                "per-layer linearized adapters do not mix with a linearized network");
         }
     }
     if (p.contains(name + ".lora_A")) {
-        return taskvec::lora_linear(x, p[name + ".weight"], p[name + ".bias"], p[name + ".lora_A"], p[name + ".lora_B"], static_cast<T>(net.scaling));
+        return taskvec::lora_linear(x, p[name + ".weight"], p[name + ".bias"], p[name + ".lora_A"], p[name + ".lora_B"],
+            static_cast<T>(net.scaling));
     }
     return taskvec::linear(x, p[name + ".weight"], p[name + ".bias"]);
 }
 } // namespace detail
 
-/// Logits, images × classes. `p` is parameters<T> or active_parameters<T> (under jvp() and linearize()); x holds patches().
+/// Logits, images × classes. `p` is parameters<T> or active_parameters<T> (under jvp() and linearize()); x holds
+/// patches().
 template <class T, class P>
 auto logits(const network<T>& net, const P& p, const row_matrix<T>& x, tape<T>* record = nullptr)
 {
     using namespace taskvec;
     const shape& s = net.shape;
     const attention_options heads{.batch = x.rows() / s.tokens(), .heads = s.heads};
-    const auto dense = [&](const std::string& name, const auto& input) { return linear(input, p[name + ".weight"], p[name + ".bias"]); };
-    const auto norm = [&](const std::string& name, const auto& input) { return layer_norm(input, p[name + ".weight"], p[name + ".bias"]); };
+    const auto dense = [&](const std::string& name, const auto& input) {
+        return linear(input, p[name + ".weight"], p[name + ".bias"]);
+    };
+    const auto norm = [&](const std::string& name, const auto& input) {
+        return layer_norm(input, p[name + ".weight"], p[name + ".bias"]);
+    };
     if (record) { record->blocks.resize(static_cast<std::size_t>(s.blocks)); }
     auto stream = add_bias(dense("embed", x), p["positions"]);
     for (Eigen::Index b = 0; b < s.blocks; ++b) {
@@ -212,7 +224,8 @@ auto logits(const network<T>& net, const P& p, const row_matrix<T>& x, tape<T>* 
 /// The vjp of logits() at the values on the tape: gradients of the dense parameters (if the tape is dense) and of the
 /// adapters' factors (those of `p`, or of the per-layer linearized adapters).
 template <class T>
-parameters<T> gradient(const network<T>& net, const parameters<T>& p, const row_matrix<T>& x, const tape<T>& record, const row_matrix<T>& d_logits)
+parameters<T> gradient(const network<T>& net, const parameters<T>& p, const row_matrix<T>& x, const tape<T>& record,
+    const row_matrix<T>& d_logits)
 {
     using namespace taskvec;
     const shape& s = net.shape;
@@ -220,9 +233,11 @@ parameters<T> gradient(const network<T>& net, const parameters<T>& p, const row_
     const bool dense = record.dense;
     parameters<T> gradients;
     // The gradient of a linear layer's input; its parameters' are stored.
-    const auto linear_back = [&](const std::string& name, const row_matrix<T>& input, const row_matrix<T>& dy, bool input_wanted = true) {
-        auto g = input.size() != 0 ? linear_vjp(input, p[name + ".weight"], dy, {.x = input_wanted, .w = dense, .bias = dense})
-                                   : linear_gradient<T>{matmul(dy, p[name + ".weight"]), {}, {}};
+    const auto linear_back = [&](const std::string& name, const row_matrix<T>& input, const row_matrix<T>& dy,
+                                 bool input_wanted = true) {
+        auto g = input.size() != 0
+            ? linear_vjp(input, p[name + ".weight"], dy, {.x = input_wanted, .w = dense, .bias = dense})
+            : linear_gradient<T>{matmul(dy, p[name + ".weight"]), {}, {}};
         if (dense) {
             gradients.insert(name + ".weight", std::move(g.w));
             gradients.insert(name + ".bias", std::move(g.bias));
@@ -237,7 +252,8 @@ parameters<T> gradient(const network<T>& net, const parameters<T>& p, const row_
         }
         return std::move(g.x);
     };
-    const auto adapted_back = [&](const std::string& name, const row_matrix<T>& input, const row_matrix<T>& dy, bool input_wanted) {
+    const auto adapted_back = [&](const std::string& name, const row_matrix<T>& input, const row_matrix<T>& dy,
+                                  bool input_wanted) {
         const auto low_rank_back = [&](const auto& layer, const row_matrix<T>& hidden) {
             auto g = layer.vjp(input, hidden, dy, {.x = input_wanted});
             gradients.insert(name + ".lora_A", std::move(g.a));
@@ -255,18 +271,20 @@ parameters<T> gradient(const network<T>& net, const parameters<T>& p, const row_
             gradients.insert(name + ".weight", std::move(g.w));
             gradients.insert(name + ".bias", std::move(g.bias));
         }
-        const lora_layer<T> layer(
-            p[name + ".weight"], p[name + ".bias"], {.a = p[name + ".lora_A"], .b = p[name + ".lora_B"], .scaling = static_cast<T>(net.scaling)});
+        const lora_layer<T> layer(p[name + ".weight"], p[name + ".bias"],
+            {.a = p[name + ".lora_A"], .b = p[name + ".lora_B"], .scaling = static_cast<T>(net.scaling)});
         return low_rank_back(layer, scale(linear(input, layer.adapter.a), layer.adapter.scaling));
     };
 
-    row_matrix<T> d_stream = norm_back("norm", record.last, mean_rows_vjp(linear_back("head", record.pooled, d_logits), s.tokens()));
+    row_matrix<T> d_stream =
+        norm_back("norm", record.last, mean_rows_vjp(linear_back("head", record.pooled, d_logits), s.tokens()));
     for (Eigen::Index b = s.blocks; b-- > 0;) {
         const std::string block = block_name(b);
         const auto& kept = record.blocks[static_cast<std::size_t>(b)];
         const row_matrix<T> d_up = gelu_vjp(kept.up, linear_back(block + "down", kept.activated, d_stream));
         d_stream += norm_back(block + "norm2", kept.middle, linear_back(block + "up", kept.normed2, d_up));
-        const auto d_attention = attention_vjp(kept.q, kept.k, kept.v, linear_back(block + "out", kept.mixed, d_stream), heads);
+        const auto d_attention =
+            attention_vjp(kept.q, kept.k, kept.v, linear_back(block + "out", kept.mixed, d_stream), heads);
         const bool further = b > 0 || dense; // is anything trained below?
         row_matrix<T> d_normed = adapted_back(block + "query", kept.normed1, d_attention.q, further);
         const row_matrix<T> from_value = adapted_back(block + "value", kept.normed1, d_attention.v, further);

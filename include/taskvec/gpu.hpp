@@ -3,10 +3,10 @@
 #pragma once
 
 #include <taskvec/device/arithmetic.hpp>
-#include <taskvec/device/thrust/system.hpp>
 #include <taskvec/device/linalg.hpp>
-#include <taskvec/device/methods/regmean.hpp>
 #include <taskvec/device/methods.hpp>
+#include <taskvec/device/methods/regmean.hpp>
 #include <taskvec/device/reuse.hpp>
 #include <taskvec/device/reuse/streamed.hpp>
 #include <taskvec/device/select.hpp>
+#include <taskvec/device/thrust/system.hpp>

@@ -20,7 +20,9 @@ TEST_CASE("an update made dense, and its norm from the factors")
         matrix<float> out(300, 70, order);
         densify(cpu{}, update, out.view(), -2);
         for (std::size_t i = 0; i < 300; i += 37) {
-            for (std::size_t j = 0; j < 70; ++j) { CHECK(out(i, j) == doctest::Approx(-2 * expected[i][j]).epsilon(1e-4)); }
+            for (std::size_t j = 0; j < 70; ++j) {
+                CHECK(out(i, j) == doctest::Approx(-2 * expected[i][j]).epsilon(1e-4));
+            }
         }
     }
     const double norm = reference::norm(expected);
@@ -45,7 +47,8 @@ TEST_CASE("triples become factors with sigma on either side")
     }
 }
 
-TEST_CASE_TEMPLATE("folding adds the update once rounded, in either order, and comes out again bit for bit", S, float, double, bf16, f16)
+TEST_CASE_TEMPLATE("folding adds the update once rounded, in either order, and comes out again bit for bit", S, float,
+    double, bf16, f16)
 {
     const auto update = normal_update<float>(130, 33, 3, 3, 0.25);
     const auto delta = dense(update);
@@ -66,7 +69,8 @@ TEST_CASE_TEMPLATE("folding adds the update once rounded, in either order, and c
         CHECK(std::equal(weight.data(), weight.data() + weight.size(), base.data()));
         folded.undo();
         fold(cpu{}, update, other.view(), -1.5); // near, not equal
-        CHECK(std::abs(static_cast<double>(other(5, 5)) - static_cast<double>(base(5, 5))) <= 8 * bound * (1 + std::abs(delta[5][5])));
+        CHECK(std::abs(static_cast<double>(other(5, 5)) - static_cast<double>(base(5, 5)))
+            <= 8 * bound * (1 + std::abs(delta[5][5])));
     }
 }
 
@@ -74,9 +78,10 @@ TEST_CASE("what does not fit is refused")
 {
     auto update = normal_update<float>(8, 6, 2, 1);
     matrix<float> wrong(6, 8);
-    CHECK_THROWS_WITH_AS(
-        fold(cpu{}, update, wrong.view(), 1, "q"), "'q': the update is 8×6 and the weight 6×8; this adapter belongs to another base", shape_mismatch);
+    CHECK_THROWS_WITH_AS(fold(cpu{}, update, wrong.view(), 1, "q"),
+        "'q': the update is 8×6 and the weight 6×8; this adapter belongs to another base", shape_mismatch);
     CHECK_NOTHROW(fold(cpu{}, update, wrong.view().transposed()));
     update.a = matrix<float>(3, 6);
-    CHECK_THROWS_WITH_AS(check_update(update, "q"), "'q': lora_B is 8×2 and lora_A 3×6; their ranks differ", shape_mismatch);
+    CHECK_THROWS_WITH_AS(
+        check_update(update, "q"), "'q': lora_B is 8×2 and lora_A 3×6; their ranks differ", shape_mismatch);
 }

@@ -19,14 +19,17 @@ constexpr decompose_randomized thorough{.oversampling = 100}; // as wide as thes
 struct pair_of_models {
     matrix<float> q0 = normal_matrix<float>(20, 12, 1, matrix_order::row_major), q1 = q0;
     matrix<bf16> v0 = normal_matrix<bf16>(6, 12, 2, matrix_order::row_major), v1 = v0;
-    matrix<float> same = normal_matrix<float>(5, 5, 3, matrix_order::row_major), bias0 = normal_matrix<float>(1, 20, 4), bias1 = bias0;
+    matrix<float> same = normal_matrix<float>(5, 5, 3, matrix_order::row_major), bias0 = normal_matrix<float>(1, 20, 4),
+                  bias1 = bias0;
     lora_update<float> change = reference::normal_update<float>(20, 12, 3, 5, 0.01);
     std::int64_t step0 = 1, step1 = 2;
 
     pair_of_models()
     {
         fold(cpu{}, change, q1.view());
-        for (std::size_t i = 0; i < v1.size(); ++i) { v1.data()[i] = narrow<bf16>(widen<float>(v1.data()[i]) * (1.0f + 0.25f * static_cast<float>(i % 3))); }
+        for (std::size_t i = 0; i < v1.size(); ++i) {
+            v1.data()[i] = narrow<bf16>(widen<float>(v1.data()[i]) * (1.0f + 0.25f * static_cast<float>(i % 3)));
+        }
         bias1(0, 3) += 0.5f;
     }
     template <class X>
@@ -36,12 +39,14 @@ struct pair_of_models {
     }
     [[nodiscard]] const_model_ref base() const
     {
-        return {{"q.weight", tensor(q0, {20, 12})}, {"v.weight", tensor(v0, {6, 12})}, {"k.weight", tensor(same, {5, 5})}, {"q.bias", tensor(bias0, {20})},
+        return {{"q.weight", tensor(q0, {20, 12})}, {"v.weight", tensor(v0, {6, 12})},
+            {"k.weight", tensor(same, {5, 5})}, {"q.bias", tensor(bias0, {20})},
             {"step", {&step0, dtype::i64, {}, {}, memory_space::host, 0}}};
     }
     [[nodiscard]] const_model_ref tuned() const
     {
-        return {{"q.weight", tensor(q1, {20, 12})}, {"v.weight", tensor(v1, {6, 12})}, {"k.weight", tensor(same, {5, 5})}, {"q.bias", tensor(bias1, {20})},
+        return {{"q.weight", tensor(q1, {20, 12})}, {"v.weight", tensor(v1, {6, 12})},
+            {"k.weight", tensor(same, {5, 5})}, {"q.bias", tensor(bias1, {20})},
             {"step", {&step1, dtype::i64, {}, {}, memory_space::host, 0}}};
     }
 };
@@ -51,7 +56,8 @@ struct pair_of_models {
 TEST_CASE("a LoRA that was folded in is found again, and what else changed is listed")
 {
     const pair_of_models models;
-    const auto found = extract_lora<float>(cpu{.threads = 2}, models.base(), models.tuned(), {.rank = {.rank = 3}}, thorough);
+    const auto found =
+        extract_lora<float>(cpu{.threads = 2}, models.base(), models.tuned(), {.rank = {.rank = 3}}, thorough);
     REQUIRE(found.adapter.size() == 2);
     CHECK(found.unchanged == std::vector<std::string>{"k.weight"});
     CHECK(found.left_out == std::vector<std::string>{"q.bias", "step"});
@@ -63,11 +69,15 @@ TEST_CASE("a LoRA that was folded in is found again, and what else changed is li
     // v changed by a matrix of full rank: the error is the tail of its singular values.
     auto delta = reference::zeros(6, 12);
     for (std::size_t i = 0; i < 6; ++i) {
-        for (std::size_t j = 0; j < 12; ++j) { delta[i][j] = static_cast<double>(models.v1(i, j)) - static_cast<double>(models.v0(i, j)); }
+        for (std::size_t j = 0; j < 12; ++j) {
+            delta[i][j] = static_cast<double>(models.v1(i, j)) - static_cast<double>(models.v0(i, j));
+        }
     }
     const auto sigma = reference::singular_values(delta);
-    CHECK(std::sqrt(found.layers[1].squared_error) == doctest::Approx(std::sqrt(energy_beyond(sigma, 3))).epsilon(1e-4));
-    CHECK(reference::distance(reference::dense(found.adapter.at("v")), delta) == doctest::Approx(std::sqrt(energy_beyond(sigma, 3))).epsilon(1e-4));
+    CHECK(
+        std::sqrt(found.layers[1].squared_error) == doctest::Approx(std::sqrt(energy_beyond(sigma, 3))).epsilon(1e-4));
+    CHECK(reference::distance(reference::dense(found.adapter.at("v")), delta)
+        == doctest::Approx(std::sqrt(energy_beyond(sigma, 3))).epsilon(1e-4));
 }
 
 TEST_CASE("layers with less than the asked rank are kept whole; energy chooses for each layer")
@@ -78,10 +88,11 @@ TEST_CASE("layers with less than the asked rank are kept whole; energy chooses f
     CHECK(whole.layers[1].rank == 6);
     CHECK(whole.layers[1].relative_error() <= 1e-5);
     CHECK_FALSE(whole.layers[0].whole);
-    const auto by_energy = extract_lora<float>(cpu{}, models.base(), models.tuned(), {.rank = {.energy = 0.9}}, thorough);
+    const auto by_energy =
+        extract_lora<float>(cpu{}, models.base(), models.tuned(), {.rank = {.energy = 0.9}}, thorough);
     for (const auto& layer : by_energy.layers) { CHECK(layer.energy() >= 0.9); }
-    const auto only = extract_lora<float>(
-        cpu{}, models.base(), models.tuned(), {.rank = {.rank = 2}, .include = [](std::string_view name) { return name.starts_with("v."); }}, thorough);
+    const auto only = extract_lora<float>(cpu{}, models.base(), models.tuned(),
+        {.rank = {.rank = 2}, .include = [](std::string_view name) { return name.starts_with("v."); }}, thorough);
     CHECK(only.adapter.size() == 1);
     CHECK(only.left_out.empty());
 }
@@ -90,13 +101,18 @@ TEST_CASE("models that do not belong together are refused")
 {
     pair_of_models models;
     CHECK_THROWS_AS((void)extract_lora<float>(cpu{}, models.base(), models.tuned(), {}, thorough), invalid_argument);
-    CHECK_THROWS_AS((void)extract_lora<float>(cpu{}, models.base(), models.tuned(), {.rank = {.rank = 13}}, thorough), invalid_argument);
-    const const_model_ref fewer{{"q.weight", pair_of_models::tensor(models.q0, {20, 12})}}, turned{{"q.weight", pair_of_models::tensor(models.q0, {12, 20})}};
-    CHECK_THROWS_AS((void)extract_lora<float>(cpu{}, models.base(), fewer, {.rank = {.rank = 1}}, thorough), invalid_argument);
-    CHECK_THROWS_AS((void)extract_lora<float>(cpu{}, fewer, models.tuned(), {.rank = {.rank = 1}}, thorough), invalid_argument);
+    CHECK_THROWS_AS((void)extract_lora<float>(cpu{}, models.base(), models.tuned(), {.rank = {.rank = 13}}, thorough),
+        invalid_argument);
+    const const_model_ref fewer{{"q.weight", pair_of_models::tensor(models.q0, {20, 12})}},
+        turned{{"q.weight", pair_of_models::tensor(models.q0, {12, 20})}};
+    CHECK_THROWS_AS(
+        (void)extract_lora<float>(cpu{}, models.base(), fewer, {.rank = {.rank = 1}}, thorough), invalid_argument);
+    CHECK_THROWS_AS(
+        (void)extract_lora<float>(cpu{}, fewer, models.tuned(), {.rank = {.rank = 1}}, thorough), invalid_argument);
     CHECK_THROWS_AS((void)extract_lora<float>(cpu{}, fewer, turned, {.rank = {.rank = 1}}, thorough), shape_mismatch);
     const const_model_ref flat{{"bias", pair_of_models::tensor(models.q0, {240})}};
     CHECK_THROWS_AS((void)extract_lora<float>(cpu{}, flat, flat, {.rank = {.rank = 1}}, thorough), invalid_argument);
     models.q1(2, 3) = std::numeric_limits<float>::quiet_NaN();
-    CHECK_THROWS_AS((void)extract_lora<float>(cpu{}, models.base(), models.tuned(), {.rank = {.rank = 1}}, thorough), nonfinite_error);
+    CHECK_THROWS_AS((void)extract_lora<float>(cpu{}, models.base(), models.tuned(), {.rank = {.rank = 1}}, thorough),
+        nonfinite_error);
 }

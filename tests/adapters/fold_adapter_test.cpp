@@ -15,15 +15,20 @@ dense eigen_of(const taskvec::matrix<double>& x)
 {
     dense y(static_cast<Eigen::Index>(x.rows()), static_cast<Eigen::Index>(x.cols()));
     for (std::size_t i = 0; i < x.rows(); ++i) {
-        for (std::size_t j = 0; j < x.cols(); ++j) { y(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j)) = x(i, j); }
+        for (std::size_t j = 0; j < x.cols(); ++j) {
+            y(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j)) = x(i, j);
+        }
     }
     return y;
 }
 taskvec::matrix<double> matrix_of_eigen(const dense& x)
 {
-    taskvec::matrix<double> y(static_cast<std::size_t>(x.rows()), static_cast<std::size_t>(x.cols()), matrix_order::row_major);
+    taskvec::matrix<double> y(
+        static_cast<std::size_t>(x.rows()), static_cast<std::size_t>(x.cols()), matrix_order::row_major);
     for (Eigen::Index i = 0; i < x.rows(); ++i) {
-        for (Eigen::Index j = 0; j < x.cols(); ++j) { y(static_cast<std::size_t>(i), static_cast<std::size_t>(j)) = x(i, j); }
+        for (Eigen::Index j = 0; j < x.cols(); ++j) {
+            y(static_cast<std::size_t>(i), static_cast<std::size_t>(j)) = x(i, j);
+        }
     }
     return y;
 }
@@ -35,7 +40,8 @@ lora_update<double> update(const dense& b, const dense& a, double scaling = 0.75
 
 TEST_CASE("fold_linearized is the fold of the linearized LoRA layer, of rank r where B0 = 0 and 2r otherwise")
 {
-    const dense w = random_matrix(5, 7, 1), a0 = random_matrix(2, 7, 2), a = random_matrix(2, 7, 3), b = random_matrix(5, 2, 4), x = random_matrix(3, 7, 5);
+    const dense w = random_matrix(5, 7, 1), a0 = random_matrix(2, 7, 2), a = random_matrix(2, 7, 3),
+                b = random_matrix(5, 2, 4), x = random_matrix(3, 7, 5);
     for (const double size : {0.0, 1.0}) {
         const dense b0 = size * random_matrix(5, 2, 6);
         linearized_lora_layer<double> layer(w, dense(), {.a = a0, .b = b0, .scaling = 0.75});
@@ -45,7 +51,8 @@ TEST_CASE("fold_linearized is the fold of the linearized LoRA layer, of rank r w
         CHECK(folded.scaling == 0.75);
         CHECK(reference::largest_difference(eigen_of(folded.a), layer.fold().a) == 0);
         CHECK(reference::largest_difference(eigen_of(folded.b), layer.fold().b) == 0);
-        const lora_layer<double> served(w, dense(), {.a = eigen_of(folded.a), .b = eigen_of(folded.b), .scaling = folded.scaling});
+        const lora_layer<double> served(
+            w, dense(), {.a = eigen_of(folded.a), .b = eigen_of(folded.b), .scaling = folded.scaling});
         CHECK(reference::largest_difference(served.forward(x), layer.forward(x)) < 1e-12);
     }
 }
@@ -59,10 +66,13 @@ TEST_CASE("fold_linearized of a whole adapter; errors name the module")
     CHECK(folded.at("q").rank() == 2);
     CHECK(folded.at("v").rank() == 4);
     CHECK_THROWS_WITH_AS((void)fold_linearized(initial, {{"q", update(b, a)}}),
-        "module 'v' of the initialisation is missing in the adapter: give the initialisation that it was trained from", invalid_argument);
+        "module 'v' of the initialisation is missing in the adapter: give the initialisation that it was trained from",
+        invalid_argument);
     CHECK_THROWS_WITH_AS((void)fold_linearized(only_q, initial),
-        "module 'v' of the adapter is not in the initialisation: give the initialisation that it was trained from", invalid_argument);
+        "module 'v' of the adapter is not in the initialisation: give the initialisation that it was trained from",
+        invalid_argument);
     CHECK_THROWS_AS((void)fold_linearized(lora_adapter<double>{}, initial), invalid_argument);
     CHECK_THROWS_AS((void)fold_linearized(only_q, {{"q", update(b, a, 0.5)}}), invalid_argument);
-    CHECK_THROWS_AS((void)fold_linearized(only_q, {{"q", update(random_matrix(5, 3, 1), random_matrix(3, 7, 1))}}), shape_mismatch);
+    CHECK_THROWS_AS(
+        (void)fold_linearized(only_q, {{"q", update(random_matrix(5, 3, 1), random_matrix(3, 7, 1))}}), shape_mismatch);
 }

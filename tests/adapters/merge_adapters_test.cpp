@@ -30,7 +30,8 @@ std::vector<lora_adapter<T>> three_adapters()
 }
 
 template <class T>
-reference::plain_matrix weighted_sum(const std::vector<lora_adapter<T>>& adapters, const std::string& name, const std::vector<double>& weights)
+reference::plain_matrix weighted_sum(
+    const std::vector<lora_adapter<T>>& adapters, const std::string& name, const std::vector<double>& weights)
 {
     reference::plain_matrix sum;
     for (std::size_t t = 0; t < adapters.size(); ++t) {
@@ -101,10 +102,13 @@ TEST_CASE("merges that cannot be are refused")
     CHECK_THROWS_AS((void)merge_linear<float>(cpu{}, adapters, {.weights = {1, 2, std::nan("")}}), invalid_argument);
     CHECK_THROWS_AS((void)merge_linear<float>(cpu{}, adapters, {.rank = {}}), invalid_argument);
     CHECK_THROWS_WITH_AS((void)merge_linear<float>(cpu{}, adapters, {.rank = {.rank = 8}}),
-        "the merged adapter: rank 8 asked for, but the ranks of its layers are at most 7; ask for less, or for clamping", invalid_argument);
+        "the merged adapter: rank 8 asked for, but the ranks of its layers are at most 7; ask for less, or for "
+        "clamping",
+        invalid_argument);
     adapters[2].at("v") = normal_update<float>(11, 20, 1, 6);
     CHECK_THROWS_WITH_AS((void)merge_linear<float>(cpu{}, adapters),
-        "module 'v' is 11×20 in adapter 3 but 10×20 in an earlier one: these adapters belong to different bases", shape_mismatch);
+        "module 'v' is 11×20 in adapter 3 but 10×20 in an earlier one: these adapters belong to different bases",
+        shape_mismatch);
     adapters = three_adapters<float>();
     adapters[1].at("q").a(1, 3) = std::numeric_limits<float>::infinity();
     CHECK_THROWS_AS((void)merge_linear<float>(cpu{}, adapters), nonfinite_error);
@@ -118,8 +122,10 @@ TEST_CASE("factors averaged separately are means of the factors, not of the upda
     adapters[1] = {{"q", normal_update<double>(5, 4, 2, 2, 2)}};
     const auto mean = average_factors_separately<double>(adapters, {3, 1});
     CHECK(mean.at("q").scaling == 2);
-    CHECK(mean.at("q").b(3, 1) == doctest::Approx(0.75 * adapters[0].at("q").b(3, 1) + 0.25 * adapters[1].at("q").b(3, 1)));
-    CHECK(mean.at("q").a(1, 2) == doctest::Approx(0.75 * adapters[0].at("q").a(1, 2) + 0.25 * adapters[1].at("q").a(1, 2)));
+    CHECK(mean.at("q").b(3, 1)
+        == doctest::Approx(0.75 * adapters[0].at("q").b(3, 1) + 0.25 * adapters[1].at("q").b(3, 1)));
+    CHECK(mean.at("q").a(1, 2)
+        == doctest::Approx(0.75 * adapters[0].at("q").a(1, 2) + 0.25 * adapters[1].at("q").a(1, 2)));
     CHECK_THROWS_AS((void)average_factors_separately<double>(adapters, {1, -1}), invalid_argument);
     adapters[1].at("q").scaling = 1;
     CHECK_THROWS_AS((void)average_factors_separately<double>(adapters), shape_mismatch);
@@ -129,7 +135,8 @@ TEST_CASE("factors averaged separately are means of the factors, not of the upda
 
 TEST_CASE("phi space: the merges of models, on the factors")
 {
-    const lora_adapter<float> init{{"q", normal_update<float>(9, 8, 3, 1, 2)}, {"v", normal_update<float>(5, 8, 3, 2, 2)}};
+    const lora_adapter<float> init{
+        {"q", normal_update<float>(9, 8, 3, 1, 2)}, {"v", normal_update<float>(5, 8, 3, 2, 2)}};
     std::vector<lora_adapter<float>> adapters{init, init};
     for (std::size_t t = 0; t < 2; ++t) {
         for (auto& [name, update] : adapters[t]) {
@@ -138,23 +145,29 @@ TEST_CASE("phi space: the merges of models, on the factors")
             for (std::size_t i = 0; i < update.a.size(); ++i) { update.a.data()[i] += 0.1f * change.a.data()[i]; }
         }
     }
-    const auto merged = merge_in_phi<float>(cpu{}, task_arithmetic_options{.lambda = 0.5, .weights = {1, -2}}, init, adapters);
+    const auto merged =
+        merge_in_phi<float>(cpu{}, task_arithmetic_options{.lambda = 0.5, .weights = {1, -2}}, init, adapters);
     for (const auto& [name, update] : merged) {
         CHECK(update.scaling == 2);
         for (std::size_t i = 0; i < update.a.size(); ++i) {
-            const float start = init.at(name).a.data()[i], one = adapters[0].at(name).a.data()[i], two = adapters[1].at(name).a.data()[i];
-            CHECK(update.a.data()[i] == doctest::Approx(start + 0.5f * ((one - start) - 2 * (two - start))).epsilon(1e-5));
+            const float start = init.at(name).a.data()[i], one = adapters[0].at(name).a.data()[i],
+                        two = adapters[1].at(name).a.data()[i];
+            CHECK(update.a.data()[i]
+                == doctest::Approx(start + 0.5f * ((one - start) - 2 * (two - start))).epsilon(1e-5));
         }
     }
     // TIES too: bit for bit what it gives on the same tensors by their names.
     const auto ties = merge_in_phi<float>(cpu{}, ties_options{.density = 0.3}, init, adapters);
     CHECK(ties.at("q").b.rows() == 9);
-    CHECK(std::any_of(ties.at("q").b.data(), ties.at("q").b.data() + 27, [&, i = 0](float x) mutable { return x != init.at("q").b.data()[i++]; }));
+    CHECK(std::any_of(ties.at("q").b.data(), ties.at("q").b.data() + 27,
+        [&, i = 0](float x) mutable { return x != init.at("q").b.data()[i++]; }));
 
     auto other = adapters;
     other[1].at("v").scaling = 1;
     CHECK_THROWS_WITH_AS((void)merge_in_phi<float>(cpu{}, task_arithmetic_options{}, init, other),
-        "module 'v' is 5×8 of rank 3, scaling 1 in adapter 2 but 5×8 of rank 3, scaling 2 in the initialisation: they do not share it", shape_mismatch);
+        "module 'v' is 5×8 of rank 3, scaling 1 in adapter 2 but 5×8 of rank 3, scaling 2 in the initialisation: they "
+        "do not share it",
+        shape_mismatch);
     other = adapters;
     other[0].erase("v");
     CHECK_THROWS_AS((void)merge_in_phi<float>(cpu{}, task_arithmetic_options{}, init, other), invalid_argument);

@@ -19,7 +19,8 @@ namespace {
 template <class T>
 struct recording {
     std::map<std::string, matrix<T>>* seen;
-    svd_result<T> operator()(const cpu& policy, matrix_view<const T> a, const rank_choice& choice, std::string_view name) const
+    svd_result<T> operator()(
+        const cpu& policy, matrix_view<const T> a, const rank_choice& choice, std::string_view name) const
     {
         matrix<T> copy(a.rows(), a.cols(), matrix_order::row_major);
         for (std::size_t i = 0; i < a.rows(); ++i) {
@@ -59,10 +60,13 @@ std::map<std::string, matrix<T>> dense_ties(const std::vector<lora_adapter<T>>& 
         for (const auto& [name, update] : adapter) { shapes[name] = {update.out(), update.in()}; }
     }
     const auto model_of = [](auto& tensors) {
-        std::conditional_t<std::is_const_v<std::remove_reference_t<decltype(tensors)>>, const_model_ref, model_ref> model;
+        std::conditional_t<std::is_const_v<std::remove_reference_t<decltype(tensors)>>, const_model_ref, model_ref>
+            model;
         for (auto& [name, x] : tensors) {
             using element = std::remove_reference_t<decltype(*x.data())>;
-            model.insert(name, as_tensor(host_view<element>(x.data(), x.size()), {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())}));
+            model.insert(name,
+                as_tensor(host_view<element>(x.data(), x.size()),
+                    {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())}));
         }
         return model;
     };
@@ -72,13 +76,15 @@ std::map<std::string, matrix<T>> dense_ties(const std::vector<lora_adapter<T>>& 
         zeros.emplace(name, matrix<T>(shape.first, shape.second, matrix_order::row_major));
         out.emplace(name, matrix<T>(shape.first, shape.second, matrix_order::row_major));
         for (std::size_t t = 0; t < adapters.size(); ++t) {
-            auto& x = products[t].emplace(name, matrix<T>(shape.first, shape.second, matrix_order::row_major)).first->second;
+            auto& x =
+                products[t].emplace(name, matrix<T>(shape.first, shape.second, matrix_order::row_major)).first->second;
             if (adapters[t].contains(name)) { densify(cpu{}, adapters[t].at(name), x.view()); }
         }
     }
     std::vector<const_model_ref> tasks;
     for (const auto& p : products) { tasks.push_back(model_of(p)); }
-    merge(cpu{}, options, const_model_ref(model_of(std::as_const(zeros))), std::span<const const_model_ref>(tasks), model_of(out));
+    merge(cpu{}, options, const_model_ref(model_of(std::as_const(zeros))), std::span<const const_model_ref>(tasks),
+        model_of(out));
     return out;
 }
 
@@ -102,16 +108,19 @@ TEST_CASE_TEMPLATE("TIES on adapters is TIES on their dense updates, bit for bit
             const auto expected = dense_ties(adapters, variants[v]);
             for (const unsigned threads : {1u, 3u}) {
                 std::map<std::string, matrix<T>> seen;
-                const auto merged = merge_ties<T>(cpu{.threads = threads}, adapters, {.ties = variants[v], .rank = {.rank = 5}}, recording<T>{&seen});
+                const auto merged = merge_ties<T>(
+                    cpu{.threads = threads}, adapters, {.ties = variants[v], .rank = {.rank = 5}}, recording<T>{&seen});
                 REQUIRE(seen.size() == expected.size());
-                for (const auto& [name, x] : expected) { CHECK(std::equal(x.data(), x.data() + x.size(), seen.at(name).data())); }
+                for (const auto& [name, x] : expected) {
+                    CHECK(std::equal(x.data(), x.data() + x.size(), seen.at(name).data()));
+                }
                 REQUIRE(merged.layers.size() == 3);
                 CHECK(merged.layers[0].name == "head");
                 for (const auto& layer : merged.layers) {
                     const double norm = reference::norm(reference::plain<T>(expected.at(layer.name).view()));
                     CHECK(layer.squared_norm == doctest::Approx(norm * norm).epsilon(1e-5));
-                    const double apart =
-                        reference::distance(reference::dense(merged.adapter.at(layer.name)), reference::plain<T>(expected.at(layer.name).view()));
+                    const double apart = reference::distance(reference::dense(merged.adapter.at(layer.name)),
+                        reference::plain<T>(expected.at(layer.name).view()));
                     CHECK(std::sqrt(layer.squared_error) == doctest::Approx(apart).epsilon(1e-3));
                 }
             }
@@ -124,11 +133,17 @@ TEST_CASE("TIES on adapters refuses what cannot be")
     auto adapters = some_adapters<float>(false);
     const decompose_randomized how;
     CHECK_THROWS_AS((void)merge_ties<float>(cpu{}, adapters, {}, how), invalid_argument); // no rank
-    CHECK_THROWS_AS((void)merge_ties<float>(cpu{}, adapters, {.ties = {.density = 0}, .rank = {.rank = 2}}, how), invalid_argument);
-    CHECK_THROWS_AS((void)merge_ties<float>(cpu{}, adapters, {.ties = {.weights = {1, 2, -1}}, .rank = {.rank = 2}}, how), invalid_argument);
-    CHECK_THROWS_AS((void)merge_ties<float>(cpu{}, adapters, {.ties = {.weights = {1}}, .rank = {.rank = 2}}, how), invalid_argument);
+    CHECK_THROWS_AS(
+        (void)merge_ties<float>(cpu{}, adapters, {.ties = {.density = 0}, .rank = {.rank = 2}}, how), invalid_argument);
+    CHECK_THROWS_AS(
+        (void)merge_ties<float>(cpu{}, adapters, {.ties = {.weights = {1, 2, -1}}, .rank = {.rank = 2}}, how),
+        invalid_argument);
+    CHECK_THROWS_AS((void)merge_ties<float>(cpu{}, adapters, {.ties = {.weights = {1}}, .rank = {.rank = 2}}, how),
+        invalid_argument);
     CHECK_THROWS_AS((void)merge_ties<float>(cpu{}, adapters, {.rank = {.rank = 31}}, how), invalid_argument);
     adapters[0].at("q").b(3, 1) = std::nanf("");
     CHECK_THROWS_WITH_AS((void)merge_ties<float>(cpu{}, adapters, {.rank = {.rank = 2}}, how),
-        "matrix 'q' holds NaN at row 3, column 1; a decomposition needs finite numbers: repair or leave out this matrix", nonfinite_error);
+        "matrix 'q' holds NaN at row 3, column 1; a decomposition needs finite numbers: repair or leave out this "
+        "matrix",
+        nonfinite_error);
 }

@@ -8,7 +8,8 @@
 using namespace taskvec;
 
 namespace {
-// Two parameters, one for each task. A task's inputs are numbers; the prediction is whether input·p[own] + coupling·p[other] > 1.
+// Two parameters, one for each task. A task's inputs are numbers; the prediction is whether input·p[own] +
+// coupling·p[other] > 1.
 struct toy {
     double coupling = 0;
     std::vector<std::vector<double>> inputs{{0.5, 1, 2, 4}, {1, 3, 5, 7, 9}};
@@ -57,7 +58,8 @@ TEST_CASE("ξ against its definition, evaluated directly")
     }
     CHECK(total > 0.5);
     CHECK(meter.error(std::vector<double>{l1[3], l2[2]}) == grid.at(3, 2));
-    // Singles are evaluated once for each task and factor: 4 + 12 calls on task 0, 3 + 12 on task 1, and one more each for error().
+    // Singles are evaluated once for each task and factor: 4 + 12 calls on task 0, 3 + 12 on task 1, and one more each
+    // for error().
     CHECK(model.calls[0] == 4 + 12 + 1);
     CHECK(model.calls[1] == 3 + 12 + 1);
 }
@@ -67,7 +69,9 @@ TEST_CASE("n tasks: every chosen task counts, the others stay away")
     const std::vector<double> zero(3, 0.0), a{1, 0, 0}, b{0, 1, 0}, c{0, 0, 1};
     task_space<double> space(as_view(zero), {as_view(a), as_view(b), as_view(c)});
     // A distance of one's own on real outputs: the model says its own parameter plus a tenth of all others.
-    const auto model = [](host_view<const double> p, std::size_t task) { return p[task] + 0.1 * (p[0] + p[1] + p[2] - p[task]); };
+    const auto model = [](host_view<const double> p, std::size_t task) {
+        return p[task] + 0.1 * (p[0] + p[1] + p[2] - p[task]);
+    };
     const auto distance = [](double x, double y) { return std::abs(x - y); };
     disentanglement_meter meter(space, model, distance);
     const auto errors = meter.error_by_task(std::vector<double>{1, 2, 3});

@@ -8,7 +8,8 @@ using namespace taskvec;
 TEST_CASE("normalized scores")
 {
     CHECK(normalized_score(0.6, 0.8) == doctest::Approx(0.75));
-    CHECK(mean_normalized_score(std::vector<double>{0.6, 0.9}, std::vector<double>{0.8, 0.9}) == doctest::Approx(0.875));
+    CHECK(
+        mean_normalized_score(std::vector<double>{0.6, 0.9}, std::vector<double>{0.8, 0.9}) == doctest::Approx(0.875));
     CHECK_THROWS_AS((void)normalized_score(0.5, 0), invalid_argument);
     CHECK_THROWS_AS((void)mean_normalized_score(std::vector<double>{1}, std::vector<double>{1, 2}), invalid_argument);
     CHECK_THROWS_AS((void)mean_normalized_score(std::vector<double>{}, std::vector<double>{}), invalid_argument);

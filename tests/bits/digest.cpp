@@ -1,5 +1,5 @@
-// Prints a digest of what every elementwise algorithm makes of fixed inputs. The program is built at several optimisation
-// levels and instruction sets, and by another compiler where there is one: all must print the same.
+// Prints a digest of what every elementwise algorithm makes of fixed inputs. The program is built at several
+// optimisation levels and instruction sets, and by another compiler where there is one: all must print the same.
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/arithmetic/task_vector.hpp>
 #include <taskvec/core/hash.hpp>
@@ -25,7 +25,8 @@ void print(const char* what, std::size_t tasks, std::span<const T> values)
 {
     xxh64 hash;
     hash.update(values.data(), values.size_bytes());
-    std::printf("%-16s %-5s %zu %016llx\n", what, std::string(name(dtype_of<T>)).c_str(), tasks, static_cast<unsigned long long>(hash.digest()));
+    std::printf("%-16s %-5s %zu %016llx\n", what, std::string(name(dtype_of<T>)).c_str(), tasks,
+        static_cast<unsigned long long>(hash.digest()));
 }
 
 // Values of many magnitudes, zeros and repeated values, from the counter-based generator: the same everywhere. No libm.
@@ -66,7 +67,8 @@ void digest(std::size_t task_count)
     print<T>("average", task_count, out);
     merged("task arithmetic", task_arithmetic_options{.lambda = 0.3, .weights = weights});
     merged("ties", ties_options{.density = 0.3, .lambda = 0.7, .weights = weights});
-    merged("ties tensor sum", ties_options{.density = 0.2, .lambda = 1.1, .scope = scope::tensor, .combine = disjoint_merge::sum});
+    merged("ties tensor sum",
+        ties_options{.density = 0.2, .lambda = 1.1, .scope = scope::tensor, .combine = disjoint_merge::sum});
     merged("ties max", ties_options{.density = 0.5, .lambda = 0.9, .combine = disjoint_merge::max});
     merged("dare", dare_options{.density = 0.4, .seed = 5, .lambda = 0.6});
     merged("dare ties", dare_ties_options{.density = 0.4, .seed = 5});
@@ -96,7 +98,10 @@ int main()
 #if defined(__x86_64__)
     // Built for a machine that this is not: nothing can be said here (ctest counts 77 as skipped).
 #if defined(__AVX512F__)
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512bw")) { return 77; }
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512vl")
+        || !__builtin_cpu_supports("avx512bw")) {
+        return 77;
+    }
 #elif defined(__AVX2__)
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) { return 77; }
 #endif

@@ -9,7 +9,8 @@
 
 #include <vector>
 
-void f(taskvec::device_view<const float> base, const std::vector<taskvec::device_view<const float>>& tasks, taskvec::device_view<float> out)
+void f(taskvec::device_view<const float> base, const std::vector<taskvec::device_view<const float>>& tasks,
+    taskvec::device_view<float> out)
 {
 #if defined(TASKVEC_FAULT)
     taskvec::merge(taskvec::gpu{}, taskvec::ties_options{}, base, tasks, out);

@@ -10,5 +10,6 @@
 
 TEST_CASE("the inline namespace names the version and the options that change a type's meaning")
 {
-    CHECK(std::string_view(TEXT(TASKVEC_ABI)) == "v" TEXT(TASKVEC_VERSION_MAJOR) "_" TEXT(TASKVEC_VERSION_MINOR) "_throw__host");
+    CHECK(std::string_view(TEXT(TASKVEC_ABI))
+        == "v" TEXT(TASKVEC_VERSION_MAJOR) "_" TEXT(TASKVEC_VERSION_MINOR) "_throw__host");
 }

@@ -25,7 +25,8 @@ std::uint16_t nearest(double exact, Widen widen, std::uint16_t infinity)
     }
     const double below = widen(low);
     // Infinity stands where the next finite value would be.
-    const double above = high == infinity ? 2 * below - static_cast<double>(widen(static_cast<std::uint16_t>(low - 1))) : static_cast<double>(widen(high));
+    const double above = high == infinity ? 2 * below - static_cast<double>(widen(static_cast<std::uint16_t>(low - 1)))
+                                          : static_cast<double>(widen(high));
     const double down = magnitude - below, up = above - magnitude;
     const std::uint16_t word = down < up ? low : up < down ? high : low % 2 == 0 ? low : high;
     return static_cast<std::uint16_t>(word | sign);
@@ -55,10 +56,14 @@ TEST_CASE("every 16-bit word widens to the value that Eigen gives it, and narrow
     for (std::uint32_t i = 0; i < 0x10000; ++i) {
         const auto word = static_cast<std::uint16_t>(i);
         const float wide_bf16 = bf16_to_f32(word), wide_f16 = f16_to_f32(word);
-        const float eigen_bf16 = static_cast<float>(std::bit_cast<bf16>(word)), eigen_f16 = static_cast<float>(std::bit_cast<f16>(word));
-        const bool same_bf16 =
-            std::isnan(wide_bf16) ? std::isnan(eigen_bf16) : std::bit_cast<std::uint32_t>(wide_bf16) == std::bit_cast<std::uint32_t>(eigen_bf16);
-        const bool same_f16 = std::isnan(wide_f16) ? std::isnan(eigen_f16) : std::bit_cast<std::uint32_t>(wide_f16) == std::bit_cast<std::uint32_t>(eigen_f16);
+        const float eigen_bf16 = static_cast<float>(std::bit_cast<bf16>(word)),
+                    eigen_f16 = static_cast<float>(std::bit_cast<f16>(word));
+        const bool same_bf16 = std::isnan(wide_bf16)
+            ? std::isnan(eigen_bf16)
+            : std::bit_cast<std::uint32_t>(wide_bf16) == std::bit_cast<std::uint32_t>(eigen_bf16);
+        const bool same_f16 = std::isnan(wide_f16)
+            ? std::isnan(eigen_f16)
+            : std::bit_cast<std::uint32_t>(wide_f16) == std::bit_cast<std::uint32_t>(eigen_f16);
         const std::uint16_t back_bf16 = f32_to_bf16(wide_bf16), back_f16 = f32_to_f16(wide_f16);
         const bool round_bf16 = back_bf16 == (std::isnan(wide_bf16) ? (word | 0x40) : word);
         const bool round_f16 = back_f16 == (std::isnan(wide_f16) ? (word | 0x200) : word);
@@ -71,7 +76,8 @@ TEST_CASE("f32 narrows to the nearest 16-bit value, ties to even")
     std::mt19937_64 random(1);
     const auto check = [](float value) {
         const std::uint16_t to_bf16 = f32_to_bf16(value), to_f16 = f32_to_f16(value);
-        const std::uint16_t expected_bf16 = nearest(value, bf16_to_f32, 0x7f80), expected_f16 = nearest(value, f16_to_f32, 0x7c00);
+        const std::uint16_t expected_bf16 = nearest(value, bf16_to_f32, 0x7f80),
+                            expected_f16 = nearest(value, f16_to_f32, 0x7c00);
         if (to_bf16 != expected_bf16 || to_f16 != expected_f16) {
             FAIL_CHECK("value ", value, ": ", to_bf16, " ", expected_bf16, ", ", to_f16, " ", expected_f16);
         }
@@ -79,9 +85,11 @@ TEST_CASE("f32 narrows to the nearest 16-bit value, ties to even")
     for (int i = 0; i < 200'000; ++i) {
         const auto value = std::bit_cast<float>(static_cast<std::uint32_t>(random()));
         if (std::isfinite(value)) { check(value); }
-        check(std::ldexp(static_cast<float>(random() % 0x4000) - 0x2000, static_cast<int>(random() % 50) - 35)); // f16's range, many ties
+        check(std::ldexp(static_cast<float>(random() % 0x4000) - 0x2000,
+            static_cast<int>(random() % 50) - 35)); // f16's range, many ties
     }
-    for (const float value : {0.0f, -0.0f, 65504.0f, 65519.996f, 65520.0f, 0x1p-24f, 0x1p-25f, 0x1.8p-25f, 0x1p-149f, 0x1.ffp-15f, 3.4e38f, 3.3895314e38f}) {
+    for (const float value : {0.0f, -0.0f, 65504.0f, 65519.996f, 65520.0f, 0x1p-24f, 0x1p-25f, 0x1.8p-25f, 0x1p-149f,
+             0x1.ffp-15f, 3.4e38f, 3.3895314e38f}) {
         check(value);
         check(-value);
     }
@@ -110,11 +118,15 @@ TEST_CASE("f64 narrows to 16 bits in one rounding, where two would err")
 
     std::mt19937_64 random(2);
     for (int i = 0; i < 200'000; ++i) {
-        double value = std::ldexp(static_cast<double>(random() % 0x2000) + 0x1000, static_cast<int>(random() % 40) - 35);
+        double value =
+            std::ldexp(static_cast<double>(random() % 0x2000) + 0x1000, static_cast<int>(random() % 40) - 35);
         value += std::ldexp(value, -30 - static_cast<int>(random() % 20)) * (static_cast<int>(random() % 3) - 1);
         if (random() % 2) { value = -value; }
-        const auto to_bf16 = std::bit_cast<std::uint16_t>(narrow<bf16>(value)), to_f16 = std::bit_cast<std::uint16_t>(narrow<f16>(value));
-        if (to_bf16 != nearest(value, bf16_to_f32, 0x7f80) || to_f16 != nearest(value, f16_to_f32, 0x7c00)) { FAIL_CHECK("value ", value); }
+        const auto to_bf16 = std::bit_cast<std::uint16_t>(narrow<bf16>(value)),
+                   to_f16 = std::bit_cast<std::uint16_t>(narrow<f16>(value));
+        if (to_bf16 != nearest(value, bf16_to_f32, 0x7f80) || to_f16 != nearest(value, f16_to_f32, 0x7c00)) {
+            FAIL_CHECK("value ", value);
+        }
     }
     CHECK(narrow<float>(1e300) == std::numeric_limits<float>::infinity());
     CHECK(std::isnan(narrow<float>(std::numeric_limits<double>::quiet_NaN())));
@@ -131,10 +143,14 @@ TEST_CASE("magnitude bits are ordered as magnitudes are")
 
 TEST_CASE("visiting a dtype gives its type, and others are an error that names the tensor")
 {
-    const auto width = [](dtype type) { return visit_storage(type, "w", [](auto tag) { return sizeof(typename decltype(tag)::type); }); };
+    const auto width = [](dtype type) {
+        return visit_storage(type, "w", [](auto tag) { return sizeof(typename decltype(tag)::type); });
+    };
     CHECK(width(dtype::f64) == 8);
     CHECK(width(dtype::f32) == 4);
     CHECK(width(dtype::bf16) == 2);
     CHECK(width(dtype::f16) == 2);
-    CHECK_THROWS_WITH_AS(width(dtype::i64), "tensor 'w' has dtype I64; expected one of F64, F32, BF16, F16: exclude it or convert it first", dtype_mismatch);
+    CHECK_THROWS_WITH_AS(width(dtype::i64),
+        "tensor 'w' has dtype I64; expected one of F64, F32, BF16, F16: exclude it or convert it first",
+        dtype_mismatch);
 }

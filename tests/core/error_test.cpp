@@ -50,7 +50,7 @@ TEST_CASE("a message joins text and numbers")
 
 TEST_CASE("the handler for builds without exceptions can be replaced and restored")
 {
-    const error_handler mine = [](error_kind, const char*) {};
+    const error_handler mine = [](error_kind, const char*) { };
     const error_handler former = set_error_handler(mine);
     CHECK((set_error_handler(former) == mine));
 }

@@ -8,7 +8,8 @@ using namespace taskvec;
 TEST_CASE("a matrix view reads either order, blocks and transposes without a copy")
 {
     const float data[] = {1, 2, 3, 4, 5, 6};
-    const matrix_view<const float> rows(data, 2, 3, matrix_order::row_major), cols(data, 2, 3, matrix_order::column_major);
+    const matrix_view<const float> rows(data, 2, 3, matrix_order::row_major),
+        cols(data, 2, 3, matrix_order::column_major);
     CHECK(rows(1, 0) == 4);
     CHECK(cols(1, 0) == 2);
     CHECK(cols(0, 2) == 5);
@@ -55,6 +56,7 @@ TEST_CASE("Eigen matrices, maps and blocks become views")
     CHECK(as_matrix(y)(3, 2) == x(3, 2));
     CHECK(as_matrix(y).order() == matrix_order::row_major);
     CHECK(as_matrix(x.block(1, 1, 3, 2))(2, 1) == x(3, 2));
-    const Eigen::Map<const Eigen::MatrixXf, 0, Eigen::Stride<Eigen::Dynamic, 2>> gaps(x.data(), 2, 2, Eigen::Stride<Eigen::Dynamic, 2>(5, 2));
+    const Eigen::Map<const Eigen::MatrixXf, 0, Eigen::Stride<Eigen::Dynamic, 2>> gaps(
+        x.data(), 2, 2, Eigen::Stride<Eigen::Dynamic, 2>(5, 2));
     CHECK_THROWS_AS((void)as_matrix(gaps), invalid_argument);
 }

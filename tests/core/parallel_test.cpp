@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <taskvec/core/parallel.hpp>
 #include <taskvec/core/error.hpp>
+#include <taskvec/core/parallel.hpp>
 
 #include <doctest/doctest.h>
 

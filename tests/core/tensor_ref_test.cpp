@@ -14,7 +14,8 @@ TEST_CASE("the number of elements of a shape")
     CHECK(element_count({2, 0, 5}) == 0);
     CHECK(element_count({2, 3, 4}) == 24);
     CHECK(element_count({0, std::int64_t{1} << 62, 8}) == 0);
-    CHECK_THROWS_WITH_AS((void)element_count({2, -1}, "w"), "tensor 'w' has a negative extent in [2, -1]", shape_mismatch);
+    CHECK_THROWS_WITH_AS(
+        (void)element_count({2, -1}, "w"), "tensor 'w' has a negative extent in [2, -1]", shape_mismatch);
     CHECK_THROWS_AS((void)element_count({0, -1}), shape_mismatch);
     CHECK_THROWS_AS((void)element_count({std::int64_t{1} << 62, 2}), shape_mismatch);
     CHECK(element_count({std::int64_t{1} << 62, 1}) == std::size_t{1} << 62);
@@ -30,7 +31,9 @@ TEST_CASE("the number of bytes rounds packed types up")
 
 TEST_CASE("contiguous means row-major without holes; extents of one and empty tensors do not matter")
 {
-    const auto contiguous = [](extents shape, extents strides) { return tensor_ref{nullptr, dtype::f32, std::move(shape), std::move(strides)}.contiguous(); };
+    const auto contiguous = [](extents shape, extents strides) {
+        return tensor_ref{nullptr, dtype::f32, std::move(shape), std::move(strides)}.contiguous();
+    };
     CHECK(contiguous({2, 3}, {}));
     CHECK(contiguous({2, 3}, {3, 1}));
     CHECK_FALSE(contiguous({2, 3}, {1, 2}));
@@ -50,8 +53,10 @@ TEST_CASE("a tensor of a view is a view of a tensor")
     CHECK(flat.data() == values.data());
     CHECK(flat.size() == 6);
     CHECK(as_tensor(as_view(std::as_const(values))).shape == extents{6});
-    CHECK_THROWS_WITH_AS((void)as_tensor(as_view(values), {2, 2}), "a view of 6 elements cannot have shape [2, 2]", shape_mismatch);
-    CHECK_THROWS_WITH_AS((void)flat_view<double>(tensor, "w"), "tensor 'w' has dtype F32; expected F64", dtype_mismatch);
+    CHECK_THROWS_WITH_AS(
+        (void)as_tensor(as_view(values), {2, 2}), "a view of 6 elements cannot have shape [2, 2]", shape_mismatch);
+    CHECK_THROWS_WITH_AS(
+        (void)flat_view<double>(tensor, "w"), "tensor 'w' has dtype F32; expected F64", dtype_mismatch);
     tensor_ref transposed = tensor;
     transposed.strides = {1, 2};
     CHECK_THROWS_AS((void)flat_view<float>(transposed, "w"), invalid_argument);

@@ -53,8 +53,10 @@ TEST_CASE_TEMPLATE("dot, norm and cosine have the CPU's bits", T, double, float,
     const auto tasks = device.tasks();
     const auto host_base = models.model(models.base);
     const auto host_tasks = models.task_models();
-    CHECK(cosine_matrix(policy, align_on_device(policy, &base, tasks)) == cosine_matrix(cpu{}, aligned_models(&host_base, host_tasks)));
-    CHECK(dot_matrix(policy, align_on_device(policy, nullptr, tasks)) == dot_matrix(cpu{}, aligned_models(nullptr, host_tasks)));
+    CHECK(cosine_matrix(policy, align_on_device(policy, &base, tasks))
+        == cosine_matrix(cpu{}, aligned_models(&host_base, host_tasks)));
+    CHECK(dot_matrix(policy, align_on_device(policy, nullptr, tasks))
+        == dot_matrix(cpu{}, aligned_models(nullptr, host_tasks)));
 }
 
 TEST_CASE("storage types may be mixed: arithmetic in f64 where one is f64")
@@ -91,7 +93,8 @@ TEST_CASE("bad input is named")
     combine(cpu{}, models.tasks, std::array{1.0, 1.0}, expected, nonfinite::propagate);
     combine(policy, tasks, std::array{1.0, 1.0}, device.out_view(), nonfinite::propagate);
     CHECK(different(device.result(), expected) == 0);
-    CHECK_THROWS_WITH_AS(combine(policy, tasks, std::array{1.0}, device.out_view()), "1 weights for 2 vectors: give one each", invalid_argument);
+    CHECK_THROWS_WITH_AS(combine(policy, tasks, std::array{1.0}, device.out_view()),
+        "1 weights for 2 vectors: give one each", invalid_argument);
     CHECK_THROWS_AS(negate(policy, device_view<const float>(tasks[0].data(), 5), device.out_view()), shape_mismatch);
 }
 

@@ -41,7 +41,8 @@ TEST_CASE_TEMPLATE("Fisher merges have the CPU's bits", T, double, float, bf16, 
             for (const double floor : {1e-12, 0.5}) {
                 std::vector<double> weights;
                 for (std::size_t t = 0; t < count; ++t) { weights.push_back(0.5 + static_cast<double>(t)); }
-                fisher_options options{.fishers = fishers.task_models(), .weights = weights, .normalize = normalize, .floor = floor};
+                fisher_options options{
+                    .fishers = fishers.task_models(), .weights = weights, .normalize = normalize, .floor = floor};
                 std::vector<T> expected;
                 merge(cpu{}, options, models.task_models(), models.output(expected));
                 options.fishers = device_fishers.tasks();
@@ -61,7 +62,8 @@ TEST_CASE("Fishers of flat views, and of another storage type")
     const testing::on_device<float> device_fishers(policy, fishers);
     std::vector<bf16> expected(5000);
     merge(cpu{}, fisher_options{.fishers = flat_fishers(fishers.tasks)}, models.tasks, expected);
-    merge(policy, fisher_options{.fishers = flat_fishers(device_fishers.task_views())}, device.task_views(), device.out_view());
+    merge(policy, fisher_options{.fishers = flat_fishers(device_fishers.task_views())}, device.task_views(),
+        device.out_view());
     CHECK(different(device.result(), expected) == 0);
 }
 
@@ -76,22 +78,30 @@ TEST_CASE("bad Fishers are named")
     fishers.tasks[1][7000] = -0.5f;
     const testing::on_device<float> negative(policy, fishers);
     CHECK_THROWS_WITH_AS(merge(policy, fisher_options{.fishers = negative.tasks()}, device.tasks(), device.out()),
-        "tensor 't1' of the Fisher of task 2 holds -0.5 at index 4000: a diagonal Fisher is a mean of squares and cannot be negative", invalid_argument);
+        "tensor 't1' of the Fisher of task 2 holds -0.5 at index 4000: a diagonal Fisher is a mean of squares and "
+        "cannot be negative",
+        invalid_argument);
     fishers.tasks[0][10] = std::numeric_limits<float>::infinity();
     const testing::on_device<float> infinite(policy, fishers);
     for (const bool normalize : {false, true}) {
-        CHECK_THROWS_WITH_AS(merge(policy, fisher_options{.fishers = infinite.tasks(), .normalize = normalize}, device.tasks(), device.out()),
-            "tensor 't0' of the Fisher of task 1 holds infinity at index 10: collect the statistics again", nonfinite_error);
+        CHECK_THROWS_WITH_AS(merge(policy, fisher_options{.fishers = infinite.tasks(), .normalize = normalize},
+                                 device.tasks(), device.out()),
+            "tensor 't0' of the Fisher of task 1 holds infinity at index 10: collect the statistics again",
+            nonfinite_error);
     }
-    CHECK_THROWS_AS(merge(policy, fisher_options{.fishers = infinite.tasks()}, device.tasks(), infinite.out()), nonfinite_error);
+    CHECK_THROWS_AS(
+        merge(policy, fisher_options{.fishers = infinite.tasks()}, device.tasks(), infinite.out()), nonfinite_error);
     CHECK_THROWS_AS(merge(policy, fisher_options{.fishers = {}}, device.tasks(), device.out()), invalid_argument);
     const testing::random_models<float> short_ones({3000, 4000}, 2, 5);
     const testing::on_device<float> of_another(policy, short_ones);
-    CHECK_THROWS_AS(merge(policy, fisher_options{.fishers = of_another.tasks()}, device.tasks(), device.out()), shape_mismatch);
+    CHECK_THROWS_AS(
+        merge(policy, fisher_options{.fishers = of_another.tasks()}, device.tasks(), device.out()), shape_mismatch);
     model_ref shared;
     const const_model_ref first = negative.tasks()[0];
     for (const auto& [name, tensor] : first) {
-        shared.insert(name, tensor_ref{const_cast<void*>(tensor.data), tensor.dtype, tensor.shape, {}, memory_space::device});
+        shared.insert(
+            name, tensor_ref{const_cast<void*>(tensor.data), tensor.dtype, tensor.shape, {}, memory_space::device});
     }
-    CHECK_THROWS_AS(merge(policy, fisher_options{.fishers = negative.tasks()}, device.tasks(), shared), invalid_argument); // would overwrite a Fisher
+    CHECK_THROWS_AS(merge(policy, fisher_options{.fishers = negative.tasks()}, device.tasks(), shared),
+        invalid_argument); // would overwrite a Fisher
 }

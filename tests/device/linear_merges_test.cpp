@@ -1,5 +1,5 @@
-// Average, task arithmetic, SLERP and Model Stock on taskvec::gpu: the CPU's bits, through named tensors and through views.
-// SPDX-License-Identifier: Apache-2.0
+// Average, task arithmetic, SLERP and Model Stock on taskvec::gpu: the CPU's bits, through named tensors and through
+// views. SPDX-License-Identifier: Apache-2.0
 #include <taskvec/device/methods/linear.hpp>
 
 #include "on_device.hpp"
@@ -61,8 +61,9 @@ TEST_CASE("a merge may work in place, and refuses outputs that overlap otherwise
     merge(cpu{}, task_arithmetic_options{}, models.base, models.tasks, expected);
     const auto views = device.task_views();
     device_view<float> place(const_cast<float*>(views[1].data()), 5000);
-    CHECK_THROWS_AS(
-        merge(policy, task_arithmetic_options{}, device.base_view(), std::vector{views[0], views[1]}, device_view<float>(place.data() + 1, 4999)), error);
+    CHECK_THROWS_AS(merge(policy, task_arithmetic_options{}, device.base_view(), std::vector{views[0], views[1]},
+                        device_view<float>(place.data() + 1, 4999)),
+        error);
     merge(policy, task_arithmetic_options{}, device.base_view(), views, place);
     std::vector<float> found(5000);
     device::download(policy, found.data(), place.data(), 5000 * sizeof(float));
@@ -79,11 +80,16 @@ TEST_CASE("mixed storage types, fp8, missing and excluded tensors, integers, an 
     const device::buffer<float> da(policy, a), db(policy, b);
     const device::buffer<double> dc(policy, c);
     const device::buffer<std::uint8_t> dcodes(policy, codes);
-    const device::buffer<std::int64_t> dsteps(policy, steps), dsteps_too(policy, steps), dother(policy, std::vector<std::int64_t>{7, 8, 10});
-    const auto ref = [](const void* data, dtype type, std::int64_t n, memory_space space) { return const_tensor_ref{data, type, {n}, {}, space}; };
-    const auto models = [&](memory_space space, const void* x, const void* y, const void* z, const void* eight, const void* integers) {
+    const device::buffer<std::int64_t> dsteps(policy, steps), dsteps_too(policy, steps),
+        dother(policy, std::vector<std::int64_t>{7, 8, 10});
+    const auto ref = [](const void* data, dtype type, std::int64_t n, memory_space space) {
+        return const_tensor_ref{data, type, {n}, {}, space};
+    };
+    const auto models = [&](memory_space space, const void* x, const void* y, const void* z, const void* eight,
+                            const void* integers) {
         const_model_ref base{{"copied", ref(x, dtype::f32, 5, space)}, {"eight", ref(eight, dtype::f8_e4m3, 5, space)},
-            {"integers", ref(integers, dtype::i64, 3, space)}, {"mixed", ref(x, dtype::f32, 5, space)}, {"only base", ref(y, dtype::f32, 5, space)}};
+            {"integers", ref(integers, dtype::i64, 3, space)}, {"mixed", ref(x, dtype::f32, 5, space)},
+            {"only base", ref(y, dtype::f32, 5, space)}};
         const_model_ref task{{"copied", ref(y, dtype::f32, 5, space)}, {"eight", ref(y, dtype::f32, 5, space)},
             {"integers", ref(integers, dtype::i64, 3, space)}, {"mixed", ref(z, dtype::f64, 5, space)}};
         return std::pair(base, task);
@@ -98,14 +104,21 @@ TEST_CASE("mixed storage types, fp8, missing and excluded tensors, integers, an 
     const device::buffer<float> dout(policy, 20);
     const device::buffer<std::int64_t> dintegers(policy, 3);
     const auto out = [&](memory_space space, float* values, std::int64_t* numbers) {
-        const auto tensor = [&](void* data, dtype type, std::int64_t n) { return tensor_ref{data, type, {n}, {}, space}; };
-        return model_ref{{"copied", tensor(values, dtype::f32, 5)}, {"eight", tensor(values + 5, dtype::f32, 5)}, {"integers", tensor(numbers, dtype::i64, 3)},
-            {"mixed", tensor(values + 10, dtype::f32, 5)}, {"only base", tensor(values + 15, dtype::f32, 5)}};
+        const auto tensor = [&](void* data, dtype type, std::int64_t n) {
+            return tensor_ref{data, type, {n}, {}, space};
+        };
+        return model_ref{{"copied", tensor(values, dtype::f32, 5)}, {"eight", tensor(values + 5, dtype::f32, 5)},
+            {"integers", tensor(numbers, dtype::i64, 3)}, {"mixed", tensor(values + 10, dtype::f32, 5)},
+            {"only base", tensor(values + 15, dtype::f32, 5)}};
     };
-    const auto [host_base, host_task] = models(memory_space::host, a.data(), b.data(), c.data(), codes.data(), steps.data());
-    const auto [base, task] = models(memory_space::device, da.data(), db.data(), dc.data(), dcodes.data(), dsteps.data());
-    const auto host_report = merge(cpu{}, options, host_base, {&host_task, 1}, out(memory_space::host, expected.data(), integers.data()), how);
-    const auto report = merge(policy, options, base, {&task, 1}, out(memory_space::device, dout.data(), dintegers.data()), how);
+    const auto [host_base, host_task] =
+        models(memory_space::host, a.data(), b.data(), c.data(), codes.data(), steps.data());
+    const auto [base, task] =
+        models(memory_space::device, da.data(), db.data(), dc.data(), dcodes.data(), dsteps.data());
+    const auto host_report = merge(
+        cpu{}, options, host_base, {&host_task, 1}, out(memory_space::host, expected.data(), integers.data()), how);
+    const auto report =
+        merge(policy, options, base, {&task, 1}, out(memory_space::device, dout.data(), dintegers.data()), how);
     CHECK(different(dout.download(), expected) == 0);
     CHECK(dintegers.download() == steps);
     REQUIRE(report.norms.size() == host_report.norms.size());
@@ -115,13 +128,17 @@ TEST_CASE("mixed storage types, fp8, missing and excluded tensors, integers, an 
         CHECK(report.norms[i].change == host_report.norms[i].change);
     }
     how.output = dtype::f64; // a tensor of the output has another dtype
-    CHECK_THROWS_AS(merge(policy, options, base, {&task, 1}, out(memory_space::device, dout.data(), dintegers.data()), how), dtype_mismatch);
+    CHECK_THROWS_AS(
+        merge(policy, options, base, {&task, 1}, out(memory_space::device, dout.data(), dintegers.data()), how),
+        dtype_mismatch);
 
     const const_model_ref one{{"n", ref(dsteps.data(), dtype::i64, 3, memory_space::device)}},
-        same{{"n", ref(dsteps_too.data(), dtype::i64, 3, memory_space::device)}}, other{{"n", ref(dother.data(), dtype::i64, 3, memory_space::device)}};
+        same{{"n", ref(dsteps_too.data(), dtype::i64, 3, memory_space::device)}},
+        other{{"n", ref(dother.data(), dtype::i64, 3, memory_space::device)}};
     CHECK(align_on_device(policy, &one, {&same, 1}).copied().size() == 1);
     CHECK_THROWS_WITH_AS(align_on_device(policy, &one, {&other, 1}),
-        "tensor 'n' of dtype I64 differs between task 1 and the base: only floating tensors can be merged; exclude it to keep the one of the base",
+        "tensor 'n' of dtype I64 differs between task 1 and the base: only floating tensors can be merged; exclude it "
+        "to keep the one of the base",
         dtype_mismatch);
 }
 
@@ -132,30 +149,38 @@ TEST_CASE("bad input is named")
     models.tasks[1][7000] = bf16(std::numeric_limits<float>::quiet_NaN());
     models.tasks[0][7500] = bf16(std::numeric_limits<float>::infinity());
     const testing::on_device<bf16> device(policy, models);
-    const char* const words = "tensor 't1' of task 2 holds NaN at index 4000: repair it, exclude the tensor, or ask for non-finite values to propagate";
+    const char* const words = "tensor 't1' of task 2 holds NaN at index 4000: repair it, exclude the tensor, or ask "
+                              "for non-finite values to propagate";
     CHECK_THROWS_WITH_AS(merge(policy, average_options{}, device.tasks(), device.out()), words, nonfinite_error);
-    CHECK_THROWS_WITH_AS(merge(policy, task_arithmetic_options{}, device.base(), device.tasks(), device.out()), words, nonfinite_error);
+    CHECK_THROWS_WITH_AS(
+        merge(policy, task_arithmetic_options{}, device.base(), device.tasks(), device.out()), words, nonfinite_error);
     CHECK_THROWS_WITH_AS(merge(policy, slerp_options{}, device.tasks(), device.out()), words, nonfinite_error);
-    CHECK_THROWS_WITH_AS(merge(policy, model_stock_options{}, device.base(), device.tasks(), device.out()), words, nonfinite_error);
+    CHECK_THROWS_WITH_AS(
+        merge(policy, model_stock_options{}, device.base(), device.tasks(), device.out()), words, nonfinite_error);
     std::vector<bf16> expected;
     model_options how;
     how.on_nonfinite = nonfinite::propagate;
-    merge(cpu{}, task_arithmetic_options{}, models.model(models.base), models.task_models(), models.output(expected), how);
+    merge(cpu{}, task_arithmetic_options{}, models.model(models.base), models.task_models(), models.output(expected),
+        how);
     merge(policy, task_arithmetic_options{}, device.base(), device.tasks(), device.out(), how);
     CHECK(different(device.result(), expected) == 0);
 
     CHECK_THROWS_WITH_AS(merge(policy, average_options{}, models.task_models(), device.out()),
-        "tensor 't0' of task 1 lives in host memory: the gpu policy needs device memory, or merge_streamed() for models on the host", invalid_argument);
+        "tensor 't0' of task 1 lives in host memory: the gpu policy needs device memory, or merge_streamed() for "
+        "models on the host",
+        invalid_argument);
     CHECK_THROWS_WITH_AS(merge(policy, average_options{}, device.tasks(), models.output(expected)),
         "tensor 't0' of the output must be contiguous device memory", invalid_argument);
-    CHECK_THROWS_WITH_AS(
-        merge(policy, average_options{.weights = {1, -1}}, device.tasks(), device.out()), "the weights of an average sum to 0", invalid_argument);
+    CHECK_THROWS_WITH_AS(merge(policy, average_options{.weights = {1, -1}}, device.tasks(), device.out()),
+        "the weights of an average sum to 0", invalid_argument);
     CHECK_THROWS_AS(merge(policy, slerp_options{}, std::vector(3, device.tasks()[0]), device.out()), invalid_argument);
-    CHECK_THROWS_AS(merge(policy, model_stock_options{}, device.base(), {&device.tasks()[0], 1}, device.out()), invalid_argument);
+    CHECK_THROWS_AS(
+        merge(policy, model_stock_options{}, device.base(), {&device.tasks()[0], 1}, device.out()), invalid_argument);
     const device::buffer<float> values(policy, 8);
     const auto* const askew = reinterpret_cast<const std::byte*>(values.data()) + 1;
     const const_model_ref model{{"x", const_tensor_ref{askew, dtype::f32, {2}, {}, memory_space::device}}};
     const model_ref out{{"x", tensor_ref{values.data() + 4, dtype::f32, {2}, {}, memory_space::device}}};
     CHECK_THROWS_WITH_AS(merge(policy, average_options{}, {&model, 1}, out),
-        "tensor 'x' is not aligned to its elements of 4 bytes in device memory: copy it to memory that is", invalid_argument);
+        "tensor 'x' is not aligned to its elements of 4 bytes in device memory: copy it to memory that is",
+        invalid_argument);
 }

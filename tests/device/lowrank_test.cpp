@@ -1,6 +1,6 @@
-// The linear algebra seam and the low-rank algorithms on taskvec::gpu. One source: Eigen answers on a Thrust host system, cuBLAS and
-// cuSOLVER on CUDA, and the stand-in of tests/device/standin for our calls of them. Compiled by the host compiler in each case.
-// SPDX-License-Identifier: Apache-2.0
+// The linear algebra seam and the low-rank algorithms on taskvec::gpu. One source: Eigen answers on a Thrust host
+// system, cuBLAS and cuSOLVER on CUDA, and the stand-in of tests/device/standin for our calls of them. Compiled by the
+// host compiler in each case. SPDX-License-Identifier: Apache-2.0
 #include <taskvec/device/linalg.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 
@@ -78,14 +78,17 @@ TEST_CASE_TEMPLATE("products in every order, of blocks as of whole matrices", T,
                                    before = normal_matrix<T>(m + 1, n + 2, 3, oc);
                         const auto da = to_device(policy, a), db = to_device(policy, b);
                         auto dc = to_device(policy, before);
-                        gemm<T>(policy, T(2), da.view().block(2, 1, m, k), db.view().block(1, 3, k, n), T(-1), dc.view().block(1, 1, m, n));
+                        gemm<T>(policy, T(2), da.view().block(2, 1, m, k), db.view().block(1, 3, k, n), T(-1),
+                            dc.view().block(1, 1, m, n));
                         const auto c = to_host(policy, dc);
                         for (std::size_t i = 0; i < m + 1; ++i) {
                             for (std::size_t j = 0; j < n + 2; ++j) {
                                 const bool inside = i >= 1 && j >= 1 && j < n + 1;
-                                double sum = inside ? -static_cast<double>(before(i, j)) : static_cast<double>(before(i, j));
+                                double sum =
+                                    inside ? -static_cast<double>(before(i, j)) : static_cast<double>(before(i, j));
                                 for (std::size_t p = 0; inside && p < k; ++p) {
-                                    sum += 2 * static_cast<double>(a(i + 1, p + 1)) * static_cast<double>(b(p + 1, j + 2));
+                                    sum +=
+                                        2 * static_cast<double>(a(i + 1, p + 1)) * static_cast<double>(b(p + 1, j + 2));
                                 }
                                 CHECK(static_cast<double>(c(i, j)) == doctest::Approx(sum).epsilon(1e-4));
                             }
@@ -121,7 +124,9 @@ TEST_CASE_TEMPLATE("copies between orders, scaled columns, norms, the CPU's norm
             }
             double sum = 0;
             for (std::size_t i = 0; i < 5; ++i) {
-                for (std::size_t j = 0; j < 3; ++j) { sum += static_cast<double>(x(i + 1, j + 1)) * static_cast<double>(x(i + 1, j + 1)); }
+                for (std::size_t j = 0; j < 3; ++j) {
+                    sum += static_cast<double>(x(i + 1, j + 1)) * static_cast<double>(x(i + 1, j + 1));
+                }
             }
             CHECK(squared_norm<T>(policy, dx.view().block(1, 1, 5, 3)) == doctest::Approx(sum).epsilon(1e-5));
         }
@@ -186,7 +191,8 @@ TEST_CASE_TEMPLATE("factored SVD: the best approximation of the product, from ei
 {
     const gpu_context context;
     const gpu policy = context.policy();
-    for (const auto& [m, n, r] : {std::array<std::size_t, 3>{40, 30, 6}, {12, 20, 15}, {20, 12, 15}, {9, 9, 1}, {1, 25, 4}}) {
+    for (const auto& [m, n, r] :
+        {std::array<std::size_t, 3>{40, 30, 6}, {12, 20, 15}, {20, 12, 15}, {9, 9, 1}, {1, 25, 4}}) {
         for (const auto order : orders) {
             const auto a = normal_matrix<T>(m, r, 1, order), b = normal_matrix<T>(n, r, 2, matrix_order::column_major);
             const auto da = to_device(policy, a), db = to_device(policy, b);
@@ -196,7 +202,8 @@ TEST_CASE_TEMPLATE("factored SVD: the best approximation of the product, from ei
             const std::size_t least = std::min({m, n, r});
             const auto s = factored_svd<T>(policy, da.view(), db.view(), {.rank = (least + 1) / 2});
             CHECK(s.spectrum.size() == least);
-            check_best(policy, s, reference::product_abt(pa, pb), (least + 1) / 2, reference::norm(pa) * reference::norm(pb));
+            check_best(
+                policy, s, reference::product_abt(pa, pb), (least + 1) / 2, reference::norm(pa) * reference::norm(pb));
         }
     }
 }
@@ -214,26 +221,32 @@ TEST_CASE("many layers are decomposed together, as each by itself")
     }
     for (const auto& one : host) { store.push_back(to_device(policy, one)); }
     std::vector<factor_pair<float, memory_space::device>> pairs;
-    for (std::size_t i = 0; i < store.size(); i += 2) { pairs.push_back({.a = std::as_const(store[i]).view(), .b = std::as_const(store[i + 1]).view()}); }
-    const auto all = factored_svd<float>(policy, std::span<const factor_pair<float, memory_space::device>>(pairs), {.rank = 3});
+    for (std::size_t i = 0; i < store.size(); i += 2) {
+        pairs.push_back({.a = std::as_const(store[i]).view(), .b = std::as_const(store[i + 1]).view()});
+    }
+    const auto all =
+        factored_svd<float>(policy, std::span<const factor_pair<float, memory_space::device>>(pairs), {.rank = 3});
     REQUIRE(all.size() == 70);
     for (std::size_t i = 0; i < all.size(); ++i) {
         const auto here = factored_svd<float>(cpu{}, host[2 * i].view(), host[2 * i + 1].view(), {.rank = 3});
         for (std::size_t k = 0; k < 3; ++k) { CHECK(all[i].sigma[k] == doctest::Approx(here.sigma[k]).epsilon(1e-4)); }
     }
     for (const std::size_t i : {0u, 1u, 9u, 69u}) {
-        const auto pa = reference::plain<float>(host[2 * i].view()), pb = reference::plain<float>(host[2 * i + 1].view());
+        const auto pa = reference::plain<float>(host[2 * i].view()),
+                   pb = reference::plain<float>(host[2 * i + 1].view());
         check_best(policy, all[i], reference::product_abt(pa, pb), 3, reference::norm(pa) * reference::norm(pb));
     }
-    CHECK(factored_svd<float>(policy, std::span<const factor_pair<float, memory_space::device>>{}, {.rank = 3}).empty());
+    CHECK(
+        factored_svd<float>(policy, std::span<const factor_pair<float, memory_space::device>>{}, {.rank = 3}).empty());
 }
 
 TEST_CASE("a sum of factor pairs of different ranks")
 {
     const gpu policy;
-    const auto a1 = normal_matrix<double>(20, 3, 1, matrix_order::row_major), b1 = normal_matrix<double>(15, 3, 2), a2 = normal_matrix<double>(20, 5, 3),
-               b2 = normal_matrix<double>(15, 5, 4);
-    const auto da1 = to_device(policy, a1), db1 = to_device(policy, b1), da2 = to_device(policy, a2), db2 = to_device(policy, b2);
+    const auto a1 = normal_matrix<double>(20, 3, 1, matrix_order::row_major), b1 = normal_matrix<double>(15, 3, 2),
+               a2 = normal_matrix<double>(20, 5, 3), b2 = normal_matrix<double>(15, 5, 4);
+    const auto da1 = to_device(policy, a1), db1 = to_device(policy, b1), da2 = to_device(policy, a2),
+               db2 = to_device(policy, b2);
     const std::array pairs{factor_pair<double, memory_space::device>{.a = da1.view(), .b = db1.view(), .weight = 0.5},
         factor_pair<double, memory_space::device>{.a = da2.view(), .b = db2.view(), .weight = -2}};
     auto sum = reference::zeros(20, 15);
@@ -242,7 +255,9 @@ TEST_CASE("a sum of factor pairs of different ranks")
     for (std::size_t i = 0; i < 20; ++i) {
         for (std::size_t j = 0; j < 15; ++j) { sum[i][j] = 0.5 * p1[i][j] - 2 * p2[i][j]; }
     }
-    check_best(policy, compress_sum<double>(policy, std::span<const factor_pair<double, memory_space::device>>(pairs), {.rank = 4}), sum, 4, 300);
+    check_best(policy,
+        compress_sum<double>(policy, std::span<const factor_pair<double, memory_space::device>>(pairs), {.rank = 4}),
+        sum, 4, 300);
 }
 
 TEST_CASE_TEMPLATE("truncated SVD: exact leading triples of tall, wide and square matrices", T, double, float)
@@ -298,9 +313,11 @@ TEST_CASE("PERU-LoRA over device layers is PERU-LoRA over host layers")
         const std::size_t r = i == 4 ? 2 : 8;
         const std::string name = "layer." + std::to_string(i);
         host.emplace(name,
-            lora_update<float>{
-                normal_matrix<float>(24, r, 2 * i, matrix_order::row_major), normal_matrix<float>(r, 20, 2 * i + 1, matrix_order::row_major), 0.5});
-        device.emplace(name, lora_update<float, memory_space::device>{to_device(policy, host.at(name).b), to_device(policy, host.at(name).a), 0.5});
+            lora_update<float>{normal_matrix<float>(24, r, 2 * i, matrix_order::row_major),
+                normal_matrix<float>(r, 20, 2 * i + 1, matrix_order::row_major), 0.5});
+        device.emplace(name,
+            lora_update<float, memory_space::device>{
+                to_device(policy, host.at(name).b), to_device(policy, host.at(name).a), 0.5});
     }
     for (const auto side : {sigma_side::both, sigma_side::left}) {
         const auto there = peru_lora(policy, device, {.rank = {.rank = 4}, .side = side});
@@ -318,10 +335,12 @@ TEST_CASE("PERU-LoRA over device layers is PERU-LoRA over host layers")
             CHECK(update.scaling == wanted.scaling);
             double off = 0;
             for (std::size_t k = 0; k < b.size(); ++k) {
-                off = std::max(off, std::abs(static_cast<double>(b.data()[k]) - static_cast<double>(wanted.b.data()[k])));
+                off =
+                    std::max(off, std::abs(static_cast<double>(b.data()[k]) - static_cast<double>(wanted.b.data()[k])));
             }
             for (std::size_t k = 0; k < a.size(); ++k) {
-                off = std::max(off, std::abs(static_cast<double>(a.data()[k]) - static_cast<double>(wanted.a.data()[k])));
+                off =
+                    std::max(off, std::abs(static_cast<double>(a.data()[k]) - static_cast<double>(wanted.a.data()[k])));
             }
             CHECK(off <= 1e-3);
         }
@@ -332,9 +351,10 @@ TEST_CASE("bad input is refused as on the CPU")
 {
     const gpu policy;
     const auto host = normal_matrix<float>(12, 4, 1);
-    const auto a = to_device(policy, host), b = to_device(policy, normal_matrix<float>(10, 4, 2)), c = to_device(policy, normal_matrix<float>(10, 3, 2));
-    CHECK_THROWS_WITH_AS(
-        (void)factored_svd<float>(policy, a.view(), c.view(), {.rank = 2}), "'A·Bᵀ': A is 12×4 and B is 10×3; the inner ranks differ", shape_mismatch);
+    const auto a = to_device(policy, host), b = to_device(policy, normal_matrix<float>(10, 4, 2)),
+               c = to_device(policy, normal_matrix<float>(10, 3, 2));
+    CHECK_THROWS_WITH_AS((void)factored_svd<float>(policy, a.view(), c.view(), {.rank = 2}),
+        "'A·Bᵀ': A is 12×4 and B is 10×3; the inner ranks differ", shape_mismatch);
     CHECK_THROWS_WITH_AS((void)factored_svd<float>(policy, a.view(), b.view(), {.rank = 5}),
         "'A·Bᵀ': rank 5 asked for, but its rank is at most 4; ask for less, or for clamping", invalid_argument);
     CHECK_THROWS_AS((void)truncated_svd<float>(policy, a.view(), {}), invalid_argument);

@@ -49,7 +49,8 @@ private:
         Model model;
         std::size_t begin = 0;
         for (std::size_t i = 0; i < sizes_.size(); ++i) {
-            model.insert("t" + std::to_string(i), taskvec::as_tensor(taskvec::device_view<T>{values.data() + begin, sizes_[i]}));
+            model.insert(
+                "t" + std::to_string(i), taskvec::as_tensor(taskvec::device_view<T>{values.data() + begin, sizes_[i]}));
             begin += sizes_[i];
         }
         return model;

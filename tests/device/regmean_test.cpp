@@ -1,5 +1,5 @@
-// RegMean on taskvec::gpu: the CPU's layers up to rounding, everything else bit for bit; panels; models that stream; errors.
-// SPDX-License-Identifier: Apache-2.0
+// RegMean on taskvec::gpu: the CPU's layers up to rounding, everything else bit for bit; panels; models that stream;
+// errors. SPDX-License-Identifier: Apache-2.0
 #include <taskvec/device/methods/regmean.hpp>
 #include <taskvec/device/methods/streamed.hpp>
 
@@ -29,7 +29,8 @@ public:
             for (const auto& [name, tensor] : model) {
                 const auto* const bytes = static_cast<const std::byte*>(tensor.data);
                 memory_.emplace_back(policy, std::vector<std::byte>(bytes, bytes + tensor.bytes()));
-                models_.back().insert(name, const_tensor_ref{memory_.back().data(), tensor.dtype, tensor.shape, {}, memory_space::device});
+                models_.back().insert(name,
+                    const_tensor_ref{memory_.back().data(), tensor.dtype, tensor.shape, {}, memory_space::device});
             }
         }
     }
@@ -50,7 +51,8 @@ struct merged {
     { }
     model_ref model(const testing::linear_layers<T>& net, T* w, T* b, memory_space space) const
     {
-        return {{"fc.weight", {w, dtype_of<T>, net.shape(), {}, space}}, {"fc.bias", {b, dtype_of<T>, {static_cast<std::int64_t>(net.out)}, {}, space}}};
+        return {{"fc.weight", {w, dtype_of<T>, net.shape(), {}, space}},
+            {"fc.bias", {b, dtype_of<T>, {static_cast<std::int64_t>(net.out)}, {}, space}}};
     }
 };
 
@@ -58,7 +60,8 @@ template <class T>
 merged<T> on_cpu(const testing::linear_layers<T>& net, const regmean_options& options)
 {
     merged<T> result(net);
-    merge(cpu{.threads = 1}, options, net.models(), result.model(net, result.weight.data(), result.bias.data(), memory_space::host));
+    merge(cpu{.threads = 1}, options, net.models(),
+        result.model(net, result.weight.data(), result.bias.data(), memory_space::host));
     return result;
 }
 template <class T>
@@ -83,7 +86,8 @@ merged<T> streamed(const testing::linear_layers<T>& net, const regmean_options& 
     const aligned_models models(nullptr, tasks);
     std::vector<void*> places;
     for (const auto& spec : models.outputs()) {
-        places.push_back(spec.name == "fc.bias" ? static_cast<void*>(result.bias.data()) : static_cast<void*>(result.weight.data()));
+        places.push_back(
+            spec.name == "fc.bias" ? static_cast<void*>(result.bias.data()) : static_cast<void*>(result.weight.data()));
     }
     memory_sink sink(places);
     merge_streamed(gpu{}, options, models, sink, {.memory = 1});
@@ -120,14 +124,16 @@ std::string words_of(const testing::linear_layers<T>& net, const regmean_options
 TEST_CASE_TEMPLATE("RegMean merges layers as the CPU does, in both layouts, and in panels", T, double, float, bf16)
 {
     for (const auto layout : {weight_layout::out_in, weight_layout::in_out}) {
-        for (const auto& [n, p] : {std::pair<std::size_t, std::size_t>{1, 1}, {7, 300}, {150, 3}, {40, 40}, {24, 700}}) {
+        for (const auto& [n, p] :
+            {std::pair<std::size_t, std::size_t>{1, 1}, {7, 300}, {150, 3}, {40, 40}, {24, 700}}) {
             CAPTURE(n);
             const testing::linear_layers<T> net(n, p, 3, 2 * n + 5, 3, layout);
             for (const double alpha : {0.9, 0.0}) {
                 auto options = net.options(alpha);
                 options.weights = {0.5, 2, 1};
                 options.ridge = alpha == 0 ? 1e-3 : 0;
-                const auto expected = on_cpu(net, options), found = on_gpu(net, options), passed = streamed(net, options);
+                const auto expected = on_cpu(net, options), found = on_gpu(net, options),
+                           passed = streamed(net, options);
                 CHECK(distance(found, expected) <= 1);
                 CHECK(distance(passed, expected) <= 1);
                 CHECK(different(found.bias, expected.bias) == 0);
@@ -137,7 +143,8 @@ TEST_CASE_TEMPLATE("RegMean merges layers as the CPU does, in both layouts, and 
     }
 }
 
-TEST_CASE("a task that is alone comes back; inputs that no one saw get the average with a ridge, and are an error without")
+TEST_CASE(
+    "a task that is alone comes back; inputs that no one saw get the average with a ridge, and are an error without")
 {
     const testing::linear_layers<float> alone(30, 20, 1, 40, 1);
     CHECK(different(on_gpu(alone, alone.options(0.9)).weight, alone.weights[0]) == 0);
@@ -193,7 +200,9 @@ TEST_CASE("NaN in a weight is named, spaces are checked, and outputs may replace
     };
     const device::buffer<float> bias(policy, 6);
     const tensor_ref bias_place{bias.data(), dtype::f32, {6}, {}, memory_space::device};
-    CHECK_THROWS_AS(merge(policy, options, models.models(), model_ref{{"fc.weight", writable(*grams.models()[0].find("fc.weight"))}, {"fc.bias", bias_place}}),
+    CHECK_THROWS_AS(
+        merge(policy, options, models.models(),
+            model_ref{{"fc.weight", writable(*grams.models()[0].find("fc.weight"))}, {"fc.bias", bias_place}}),
         invalid_argument);
     const tensor_ref place = writable(*models.models()[0].find("fc.weight"));
     merge(policy, options, models.models(), model_ref{{"fc.weight", place}, {"fc.bias", bias_place}});

@@ -13,7 +13,8 @@
 using namespace taskvec;
 using testing::different;
 
-TEST_CASE_TEMPLATE("Post-Pruning keeps what the CPU keeps, and is applied and undone in place", T, double, float, bf16, f16)
+TEST_CASE_TEMPLATE(
+    "Post-Pruning keeps what the CPU keeps, and is applied and undone in place", T, double, float, bf16, f16)
 {
     using A = arithmetic_type<T>;
     const gpu policy;
@@ -23,7 +24,8 @@ TEST_CASE_TEMPLATE("Post-Pruning keeps what the CPU keeps, and is applied and un
         for (const scope over : {scope::model, scope::tensor}) {
             for (const double density : {0.0001, 0.1, 1.0}) {
                 const post_pruning_options options{.density = density, .scope = over};
-                const sparse_model expected = post_pruning(cpu{}, options, models.model(models.base), models.task_models()[0]);
+                const sparse_model expected =
+                    post_pruning(cpu{}, options, models.model(models.base), models.task_models()[0]);
                 const device_sparse_model delta = post_pruning(policy, options, device.base(), device.tasks()[0]);
                 CHECK(to_host(delta) == expected);
                 CHECK(kept(delta) == kept(expected));
@@ -65,8 +67,10 @@ TEST_CASE("values are f64 where the base stores f64, and f32 otherwise")
     const testing::random_models<float> narrow({9001}, 1, 4);
     const testing::on_device<double> x(policy, wide);
     const testing::on_device<float> y(policy, narrow);
-    CHECK(to_host(post_pruning(policy, {}, x.base_view(), y.base_view())) == post_pruning(cpu{}, {}, wide.base, narrow.base));
-    CHECK(to_host(post_pruning(policy, {}, y.base_view(), x.base_view())) == post_pruning(cpu{}, {}, narrow.base, wide.base));
+    CHECK(to_host(post_pruning(policy, {}, x.base_view(), y.base_view()))
+        == post_pruning(cpu{}, {}, wide.base, narrow.base));
+    CHECK(to_host(post_pruning(policy, {}, y.base_view(), x.base_view()))
+        == post_pruning(cpu{}, {}, narrow.base, wide.base));
 }
 
 TEST_CASE_TEMPLATE("PERU-FFT has the CPU's merged model and the CPU's deltas", T, double, float, bf16, f16)
@@ -75,13 +79,16 @@ TEST_CASE_TEMPLATE("PERU-FFT has the CPU's merged model and the CPU's deltas", T
     const testing::random_models<T> models({3000, 64, 5001}, 3, 3);
     const testing::on_device<T> device(policy, models);
     std::vector<T> merged;
-    const auto expected = peru_fft(cpu{}, task_arithmetic_options{}, {.density = 0.05}, models.model(models.base), models.task_models(), models.output(merged));
-    const auto deltas = peru_fft(policy, task_arithmetic_options{}, {.density = 0.05}, device.base(), device.tasks(), device.out());
+    const auto expected = peru_fft(cpu{}, task_arithmetic_options{}, {.density = 0.05}, models.model(models.base),
+        models.task_models(), models.output(merged));
+    const auto deltas =
+        peru_fft(policy, task_arithmetic_options{}, {.density = 0.05}, device.base(), device.tasks(), device.out());
     CHECK(different(device.result(), merged) == 0);
     REQUIRE(deltas.size() == expected.size());
     for (std::size_t t = 0; t < deltas.size(); ++t) { CHECK(to_host(deltas[t]) == expected[t]); }
     const auto flat = peru_fft(cpu{}, task_arithmetic_options{}, {}, models.base, models.tasks, merged);
-    const auto flat_deltas = peru_fft(policy, task_arithmetic_options{}, {}, device.base_view(), device.task_views(), device.out_view());
+    const auto flat_deltas =
+        peru_fft(policy, task_arithmetic_options{}, {}, device.base_view(), device.task_views(), device.out_view());
     for (std::size_t t = 0; t < flat.size(); ++t) { CHECK(to_host(flat_deltas[t]) == flat[t]); }
 }
 
@@ -91,10 +98,13 @@ TEST_CASE("bad input is named, and nothing is changed")
     const testing::random_models<float> models({100}, 1, 3);
     const testing::on_device<float> device(policy, models);
     CHECK_THROWS_AS(to_device(policy, sparse_vector<float>{{5}, {3, 2}, {1, 1}}), invalid_argument);
-    const device_sparse_model delta = to_device(policy, sparse_model{{"t0", sparse_vector<float>{{100}, {3, 99}, {1, 1}}}});
-    CHECK_THROWS_WITH_AS((void)apply(policy, delta, model_ref()), "tensor 't0' of the delta is missing in the model", invalid_argument);
+    const device_sparse_model delta =
+        to_device(policy, sparse_model{{"t0", sparse_vector<float>{{100}, {3, 99}, {1, 1}}}});
+    CHECK_THROWS_WITH_AS(
+        (void)apply(policy, delta, model_ref()), "tensor 't0' of the delta is missing in the model", invalid_argument);
     std::vector<float> on_host(100);
-    CHECK_THROWS_WITH_AS((void)apply(policy, delta, model_ref{{"t0", as_tensor(host_view<float>(on_host.data(), 100))}}),
+    CHECK_THROWS_WITH_AS(
+        (void)apply(policy, delta, model_ref{{"t0", as_tensor(host_view<float>(on_host.data(), 100))}}),
         "tensor 't0' lives in host memory; copy it to the policy's own memory space first", invalid_argument);
     const device::buffer<bf16> narrow(policy, 100);
     const device::buffer<double> wide(policy, 100);
@@ -102,10 +112,12 @@ TEST_CASE("bad input is named, and nothing is changed")
     CHECK_THROWS_AS((void)apply(policy, delta, model_ref{{"t0", as_tensor(narrow.view(), {10, 10})}}), shape_mismatch);
     CHECK_THROWS_AS(undo(policy, delta, {}, device.out()), invalid_argument);
     CHECK(different(device.result(), std::vector<float>(100)) == 0);
-    CHECK_THROWS_AS((void)post_pruning(policy, {.density = 0}, device.base_view(), device.task_views()[0]), invalid_argument);
+    CHECK_THROWS_AS(
+        (void)post_pruning(policy, {.density = 0}, device.base_view(), device.task_views()[0]), invalid_argument);
 }
 
-TEST_CASE_TEMPLATE("Post-Pruning of models that stream keeps what the CPU keeps, whatever the budget", T, double, float, bf16, f16)
+TEST_CASE_TEMPLATE(
+    "Post-Pruning of models that stream keeps what the CPU keeps, whatever the budget", T, double, float, bf16, f16)
 {
     for (const int levels : {0, 2}) {
         const testing::random_models<T> models({3000, 1, 0, 64, 20001}, 1, 3, levels);
@@ -116,9 +128,11 @@ TEST_CASE_TEMPLATE("Post-Pruning of models that stream keeps what the CPU keeps,
             for (const double density : {0.0001, 0.1, 1.0}) {
                 const post_pruning_options options{.density = density, .scope = over};
                 const sparse_model expected = post_pruning(cpu{}, options, base, tasks[0]);
-                const bool in_pieces = density == 0.1 && over == scope::model; // of 4096 elements; otherwise in one for each tensor
+                const bool in_pieces =
+                    density == 0.1 && over == scope::model; // of 4096 elements; otherwise in one for each tensor
                 sparse_model_sink sink;
-                post_pruning_streamed(gpu{}, options, aligned, sink, {.memory = in_pieces ? std::size_t{1} : std::size_t{1} << 24});
+                post_pruning_streamed(
+                    gpu{}, options, aligned, sink, {.memory = in_pieces ? std::size_t{1} : std::size_t{1} << 24});
                 CHECK(sink.take() == expected);
             }
         }
@@ -135,8 +149,10 @@ TEST_CASE("models that stream: types of their own, bad input, a stop")
         post_pruning_streamed(gpu{}, {}, aligned_models(&x, {&y, 1}), sink, how);
         return sink.take();
     };
-    CHECK(std::get<sparse_vector<double>>(prune(wide.base, narrow.base).begin()->second) == post_pruning(cpu{}, {}, wide.base, narrow.base));
-    CHECK(std::get<sparse_vector<float>>(prune(narrow.base, wide.base).begin()->second) == post_pruning(cpu{}, {}, narrow.base, wide.base));
+    CHECK(std::get<sparse_vector<double>>(prune(wide.base, narrow.base).begin()->second)
+        == post_pruning(cpu{}, {}, wide.base, narrow.base));
+    CHECK(std::get<sparse_vector<float>>(prune(narrow.base, wide.base).begin()->second)
+        == post_pruning(cpu{}, {}, narrow.base, wide.base));
     stream_options stopping{.memory = 1};
     stopping.host.progress = [](const progress_event& event) { return event.done < 5000; };
     CHECK_THROWS_AS(prune(wide.base, wide.tasks[0], stopping), cancelled);

@@ -39,7 +39,9 @@ TEST_CASE("all equal, all zero, subnormals and infinity on request")
     CHECK(top_k(policy, device_view<const float>(), 0) == top_k_threshold<float>{});
     const device::buffer<float> x(policy, std::vector<float>{1, 2, std::numeric_limits<float>::infinity()});
     CHECK_THROWS_WITH_AS((void)top_k(policy, x.view(), 1),
-        "tensor 'values' of task 1 holds infinity at index 2: repair it, exclude the tensor, or ask for non-finite values to propagate", nonfinite_error);
+        "tensor 'values' of task 1 holds infinity at index 2: repair it, exclude the tensor, or ask for non-finite "
+        "values to propagate",
+        nonfinite_error);
     CHECK_THROWS_WITH_AS((void)top_k(policy, x.view(), 4), "k is 4 for 3 entries; expected 1 to 3", invalid_argument);
     CHECK_THROWS_AS((void)top_k(policy, x.view(), 0), invalid_argument);
     CHECK_THROWS_AS((void)kth_magnitude(policy, x.view(), 0), invalid_argument);
@@ -61,10 +63,13 @@ TEST_CASE_TEMPLATE("thresholds of task vectors over a model and tensor by tensor
         for (const double density : {0.0001, 0.2, 1.0}) {
             for (const scope over : {scope::model, scope::tensor}) {
                 for (const trim_rule rule : {trim_rule::exact, trim_rule::reach_next}) {
-                    const trim_thresholds expected(cpu{}, host, density, over, rule), found = find_thresholds(policy, device, density, over, rule);
+                    const trim_thresholds expected(cpu{}, host, density, over, rule),
+                        found = find_thresholds(policy, device, density, over, rule);
                     std::size_t different = 0;
                     for (std::size_t i = 0; i < host.tensors().size(); ++i) {
-                        for (std::size_t t = 0; t < 9; ++t) { different += found.get<arithmetic_type<T>>(i, t) != expected.get<arithmetic_type<T>>(i, t); }
+                        for (std::size_t t = 0; t < 9; ++t) {
+                            different += found.get<arithmetic_type<T>>(i, t) != expected.get<arithmetic_type<T>>(i, t);
+                        }
                     }
                     CHECK(different == 0);
                 }
@@ -82,7 +87,8 @@ TEST_CASE("f32 tensors beside f64 ones compare in f64")
     const testing::on_device<double> x(policy, wide);
     const testing::on_device<float> y(policy, narrow);
     const auto both = [](const_tensor_ref a, const_tensor_ref b) { return const_model_ref{{"a", a}, {"b", b}}; };
-    const auto host = both(as_tensor(host_view<const double>(wide.base.data(), 5000)), as_tensor(host_view<const float>(narrow.base.data(), 7000)));
+    const auto host = both(as_tensor(host_view<const double>(wide.base.data(), 5000)),
+        as_tensor(host_view<const float>(narrow.base.data(), 7000)));
     const auto on_device = both(as_tensor(x.base_view()), as_tensor(y.base_view()));
     const trim_thresholds expected(cpu{}, aligned_models(nullptr, {&host, 1}), 0.3, scope::model),
         found = find_thresholds(policy, align_on_device(policy, nullptr, {&on_device, 1}), 0.3, scope::model);
@@ -94,7 +100,8 @@ namespace {
 
 /// Thresholds of both searches over task vectors in device memory, and how often the bracket's read the data.
 template <class T>
-unsigned check_bracket(const testing::random_models<T>& models, const std::vector<std::uint64_t>& counts, const detail::bracket_options& options)
+unsigned check_bracket(const testing::random_models<T>& models, const std::vector<std::uint64_t>& counts,
+    const detail::bracket_options& options)
 {
     using A = arithmetic_type<T>;
     const gpu policy;
@@ -122,9 +129,11 @@ unsigned check_bracket(const testing::random_models<T>& models, const std::vecto
 
 } // namespace
 
-TEST_CASE_TEMPLATE("a bracket from a sample finds what the radix select finds, in one walk", T, double, float, bf16, f16)
+TEST_CASE_TEMPLATE(
+    "a bracket from a sample finds what the radix select finds, in one walk", T, double, float, bf16, f16)
 {
-    const std::vector<std::size_t> numbers = std::same_as<T, float> ? std::vector<std::size_t>{1, 9} : std::vector<std::size_t>{2};
+    const std::vector<std::size_t> numbers =
+        std::same_as<T, float> ? std::vector<std::size_t>{1, 9} : std::vector<std::size_t>{2};
     for (const std::size_t tasks : numbers) { // 8 are counted at a time
         const testing::random_models<T> smooth({3000, 1, 0, 64, 60000}, tasks, 4);
         for (const std::uint64_t k : {1, 12613, 31000, 63064}) {
@@ -132,14 +141,16 @@ TEST_CASE_TEMPLATE("a bracket from a sample finds what the radix select finds, i
             CHECK(check_bracket(smooth, std::vector(tasks, k), {.spare = std::size_t{1} << 24}) == 1);
             CHECK(check_bracket(smooth, std::vector(tasks, k), {.sample = 512, .spare = std::size_t{1} << 24}) == 1);
         }
-        // Few values: they are counted, and other entries beside them listed; or, without a sample, long lists of equals.
+        // Few values: they are counted, and other entries beside them listed; or, without a sample, long lists of
+        // equals.
         testing::random_models<T> few({3000, 1, 0, 64, 60000}, tasks, 4, 2);
         for (const bool mixed : {false, true}) {
             for (std::size_t i = 0; mixed && i < few.base.size(); i += 16) { few.tasks[0][i] = smooth.tasks[0][i]; }
             for (const std::uint64_t k : {1, 2000, 12613, 40000}) {
                 CAPTURE(k);
                 CHECK(check_bracket(few, std::vector(tasks, k), {.sample = 512, .spare = std::size_t{1} << 26}) == 1);
-                CHECK(check_bracket(few, std::vector(tasks, k), {.sample = 1 << 20, .spare = std::size_t{1} << 26}) == 1);
+                CHECK(
+                    check_bracket(few, std::vector(tasks, k), {.sample = 1 << 20, .spare = std::size_t{1} << 26}) == 1);
             }
         }
         std::vector<std::uint64_t> counts(tasks, 700);
@@ -150,13 +161,16 @@ TEST_CASE_TEMPLATE("a bracket from a sample finds what the radix select finds, i
 
 TEST_CASE("what does not fit, and a sample that misleads, are left to the radix select")
 {
-    CHECK(check_bracket(testing::random_models<float>({64000}, 2, 1), {20000, 30000}, {.sample = 512, .spare = 100000}) == 4); // no room: not tried
+    CHECK(check_bracket(testing::random_models<float>({64000}, 2, 1), {20000, 30000}, {.sample = 512, .spare = 100000})
+        == 4); // no room: not tried
     // The entries that a sample of 512 sees are unlike all others: their bracket holds none of these, or nearly all.
     std::vector<float> places(64000);
     for (std::size_t i = 0; i < places.size(); ++i) { places[i] = static_cast<float>(i); }
-    const aligned_tensor::operand operands[2] = {{nullptr, dtype::f32}, {reinterpret_cast<const std::byte*>(places.data()), dtype::f32}};
+    const aligned_tensor::operand operands[2] = {
+        {nullptr, dtype::f32}, {reinterpret_cast<const std::byte*>(places.data()), dtype::f32}};
     std::vector<std::uint32_t> seen(512, 0);
-    elementwise::sample_magnitudes<float, float>{{operands, 1, 0, 0, 64000}, 0, 1000, 0, seen.data(), 512}(elementwise::indices{0, 512, 1, 0});
+    elementwise::sample_magnitudes<float, float>{{operands, 1, 0, 0, 64000}, 0, 1000, 0, seen.data(), 512}(
+        elementwise::indices{0, 512, 1, 0});
     testing::random_models<float> misleading({64000}, 1, 1);
     for (const bool equal : {false, true}) {
         for (std::size_t i = 0; i < 64000; ++i) {
@@ -164,7 +178,8 @@ TEST_CASE("what does not fit, and a sample that misleads, are left to the radix 
             misleading.tasks[0][i] = equal ? 2.5f : 1.0f + 1e-6f * static_cast<float>(i);
         }
         for (std::size_t i = 0; i < 512; ++i) {
-            misleading.tasks[0][static_cast<std::size_t>(std::bit_cast<float>(seen[i] & 0x7fffffffu))] = 2.0f + static_cast<float>(i) / 512;
+            misleading.tasks[0][static_cast<std::size_t>(std::bit_cast<float>(seen[i] & 0x7fffffffu))] =
+                2.0f + static_cast<float>(i) / 512;
         }
         CHECK(check_bracket(misleading, {32000}, {.sample = 512, .spare = std::size_t{1} << 24}) == 5);
     }

@@ -20,5 +20,6 @@ TEST_CASE("the gpu policy does what the CPU does")
     merge(policy, ties_options{}, device.base_view(), device.task_views(), device.out_view());
     CHECK(testing::different(device.result(), expected) == 0);
     CHECK(dot(policy, device.base_view(), device.out_view()) == dot(cpu{}, models.base, expected));
-    CHECK(to_host(post_pruning(policy, {}, device.base_view(), device.out_view())) == post_pruning(cpu{}, {}, models.base, expected));
+    CHECK(to_host(post_pruning(policy, {}, device.base_view(), device.out_view()))
+        == post_pruning(cpu{}, {}, models.base, expected));
 }

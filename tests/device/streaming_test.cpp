@@ -19,9 +19,10 @@ void check_streamed(const testing::random_models<T>& models, const Options& opti
     std::vector<T> expected, found;
     model_options how;
     how.statistics = true;
-    const merge_report wanted = merge(cpu{.threads = 2}, options, models.model(models.base), models.task_models(), models.output(expected), how);
-    const merge_report report =
-        merge_streamed(gpu{}, options, models.model(models.base), models.task_models(), models.output(found), how, {.memory = memory, .host = {.threads = 2}});
+    const merge_report wanted = merge(
+        cpu{.threads = 2}, options, models.model(models.base), models.task_models(), models.output(expected), how);
+    const merge_report report = merge_streamed(gpu{}, options, models.model(models.base), models.task_models(),
+        models.output(found), how, {.memory = memory, .host = {.threads = 2}});
     CHECK(different(found, expected) == 0);
     CHECK(report.kept == wanted.kept);
     CHECK(report.conflicting == wanted.conflicting);
@@ -56,7 +57,8 @@ TEST_CASE("in place, unaligned memory, a sink that only writes, excluded tensors
     std::vector<float> expected, found;
     merge(cpu{}, task_arithmetic_options{}, models.model(models.base), models.task_models(), models.output(expected));
     auto base = models.base;
-    merge_streamed(gpu{}, task_arithmetic_options{}, models.model(base), models.task_models(), models.output(base), {}, {.memory = 1});
+    merge_streamed(gpu{}, task_arithmetic_options{}, models.model(base), models.task_models(), models.output(base), {},
+        {.memory = 1});
     CHECK(different(base, expected) == 0);
 
     std::vector<std::byte> bytes(9001 * sizeof(float) + 1);
@@ -64,7 +66,10 @@ TEST_CASE("in place, unaligned memory, a sink that only writes, excluded tensors
     const const_model_ref askew{{"x", const_tensor_ref{bytes.data() + 1, dtype::f32, {9001}}}},
         task{{"x", as_tensor(host_view<const float>(models.tasks[0].data(), 9001))}};
     struct writing final : tensor_sink {
-        void write(std::size_t, std::uint64_t offset, const void* data, std::size_t size) override { std::memcpy(values.data() + offset / 4, data, size); }
+        void write(std::size_t, std::uint64_t offset, const void* data, std::size_t size) override
+        {
+            std::memcpy(values.data() + offset / 4, data, size);
+        }
         std::vector<float> values = std::vector<float>(9001);
     } sink;
     (void)merge_streamed(gpu{}, ties_options{}, aligned_models(&askew, {&task, 1}), sink, {.memory = 1});
@@ -76,7 +81,8 @@ TEST_CASE("in place, unaligned memory, a sink that only writes, excluded tensors
     model_options how;
     how.include = [](std::string_view name) { return name == "t0"; };
     merge(cpu{}, average_options{}, models.model(models.base), models.task_models(), models.output(expected), how);
-    merge_streamed(gpu{}, average_options{}, models.model(models.base), models.task_models(), models.output(found), how, {.memory = 1});
+    merge_streamed(gpu{}, average_options{}, models.model(models.base), models.task_models(), models.output(found), how,
+        {.memory = 1});
     CHECK(different(found, expected) == 0);
 }
 
@@ -85,12 +91,16 @@ TEST_CASE("bad input is named, the work can be stopped, and buffers come from th
     testing::random_models<bf16> models({9001, 5000}, 2, 1);
     models.tasks[1][9001 + 4500] = bf16(std::numeric_limits<float>::infinity());
     std::vector<bf16> out;
-    const char* const words = "tensor 't1' of task 2 holds infinity at index 4500: repair it, exclude the tensor, or ask for non-finite values to propagate";
-    CHECK_THROWS_WITH_AS(
-        merge_streamed(gpu{}, ties_options{}, models.model(models.base), models.task_models(), models.output(out), {}, {.memory = 1}), words, nonfinite_error);
+    const char* const words = "tensor 't1' of task 2 holds infinity at index 4500: repair it, exclude the tensor, or "
+                              "ask for non-finite values to propagate";
+    CHECK_THROWS_WITH_AS(merge_streamed(gpu{}, ties_options{}, models.model(models.base), models.task_models(),
+                             models.output(out), {}, {.memory = 1}),
+        words, nonfinite_error);
     stream_options stopping{.memory = 1};
     stopping.host.progress = [](const progress_event& event) { return event.done < 5000; };
-    CHECK_THROWS_AS(merge_streamed(gpu{}, average_options{}, models.model(models.base), models.task_models(), models.output(out), {}, stopping), cancelled);
+    CHECK_THROWS_AS(merge_streamed(gpu{}, average_options{}, models.model(models.base), models.task_models(),
+                        models.output(out), {}, stopping),
+        cancelled);
     const testing::on_device<bf16> device(gpu{}, models);
     CHECK_THROWS_WITH_AS(merge_streamed(gpu{}, average_options{}, device.base(), device.tasks(), models.output(out)),
         "tensor 't0' of the base lives in device memory: the cpu policy needs host memory", invalid_argument);
@@ -99,7 +109,8 @@ TEST_CASE("bad input is named, the work can be stopped, and buffers come from th
         void deallocate(void* place, std::size_t, void*) noexcept override { std::free(place); }
     } allocator;
     if (!TASKVEC_ON_CUDA) {
-        CHECK_THROWS_AS(merge_streamed(gpu{.allocator = &allocator}, average_options{}, models.model(models.base), models.task_models(), models.output(out)),
+        CHECK_THROWS_AS(merge_streamed(gpu{.allocator = &allocator}, average_options{}, models.model(models.base),
+                            models.task_models(), models.output(out)),
             backend_error);
     }
 }

@@ -42,5 +42,6 @@ TEST_CASE("scratch comes from the policy's allocator, and an empty hand is an er
         CHECK(resource.live == 1);
     }
     CHECK(resource.live == 0);
-    CHECK_THROWS_WITH_AS(device::buffer<double>(policy, 9), "gpu::allocator->allocate: no room for 72 bytes of scratch (code 0)", backend_error);
+    CHECK_THROWS_WITH_AS(device::buffer<double>(policy, 9),
+        "gpu::allocator->allocate: no room for 72 bytes of scratch (code 0)", backend_error);
 }

@@ -1,6 +1,5 @@
-// Fisher merging, RegMean and LoraHub on models trained on real data: what their statistics are, that their files serve the library as well, and what a
-// search finds.
-// SPDX-License-Identifier: Apache-2.0
+// Fisher merging, RegMean and LoraHub on models trained on real data: what their statistics are, that their files serve
+// the library as well, and what a search finds. SPDX-License-Identifier: Apache-2.0
 #include "data_merges.hpp"
 #include "fft.hpp"
 #include "lorahub.hpp"
@@ -62,7 +61,8 @@ TEST_CASE("the Fisher information is the label expectation of squared derivative
     const std::size_t task = 2;
     CHECK(known[task].fisher.examples() == fisher_images);
     // Some entries of each tensor, over the same 256 images.
-    const std::vector<std::size_t> entries{5, 128 + 64 * 3 + 20, 128 + 64 * 90 + 35, 128 + 64 * 128 + 17, 128 + 64 * 128 + 512 + 128 * 300 + 77};
+    const std::vector<std::size_t> entries{
+        5, 128 + 64 * 3 + 20, 128 + 64 * 90 + 35, 128 + 64 * 128 + 17, 128 + 64 * 128 + 512 + 128 * 300 + 77};
     std::size_t first = 0, informative = 0;
     for (std::size_t tensor = 0; tensor < known[task].fisher.parameters().size(); ++tensor) {
         const std::vector<double> fisher = known[task].fisher.fisher(tensor);
@@ -77,11 +77,15 @@ TEST_CASE("the Fisher information is the label expectation of squared derivative
             for (std::size_t i = 0; i < fisher_images; ++i) {
                 const Eigen::RowVectorXf input = s.train[task].inputs.row(static_cast<Eigen::Index>(i));
                 for (int label = 0; label < classes; ++label) {
-                    const double slope = (log_likelihood(there, s.base.head, input, label) - log_likelihood(back, s.base.head, input, label)) / width;
-                    expected += std::exp(log_likelihood(models[task], s.base.head, input, label)) * slope * slope / static_cast<double>(fisher_images);
+                    const double slope = (log_likelihood(there, s.base.head, input, label)
+                                             - log_likelihood(back, s.base.head, input, label))
+                        / width;
+                    expected += std::exp(log_likelihood(models[task], s.base.head, input, label)) * slope * slope
+                        / static_cast<double>(fisher_images);
                 }
             }
-            CHECK(fisher[entry - first] == doctest::Approx(expected).epsilon(0.05)); // a unit may change its side within the step
+            CHECK(fisher[entry - first]
+                == doctest::Approx(expected).epsilon(0.05)); // a unit may change its side within the step
             informative += expected > 1e-9;
         }
         first += fisher.size();
@@ -93,12 +97,16 @@ TEST_CASE("the Grams are those of the layers' inputs")
 {
     const auto& [s, models, known] = run();
     const Eigen::MatrixXd inputs = s.train[3].inputs.topRows(static_cast<Eigen::Index>(gram_images)).cast<double>();
-    const matrix hidden_values = forward(models[3], s.base.head, s.train[3].inputs.topRows(static_cast<Eigen::Index>(gram_images))).hidden;
-    const Eigen::MatrixXd first = inputs.transpose() * inputs, second = hidden_values.cast<double>().transpose() * hidden_values.cast<double>();
+    const matrix hidden_values =
+        forward(models[3], s.base.head, s.train[3].inputs.topRows(static_cast<Eigen::Index>(gram_images))).hidden;
+    const Eigen::MatrixXd first = inputs.transpose() * inputs,
+                          second = hidden_values.cast<double>().transpose() * hidden_values.cast<double>();
     CHECK(known[3].grams.at("fc1.weight").examples() == gram_images);
     for (const Eigen::Index i : {0, 20, 63}) {
         for (const Eigen::Index j : {1, 35, 62}) {
-            const auto at = [&](const char* weight) { return known[3].grams.at(weight)(static_cast<std::size_t>(i), static_cast<std::size_t>(j)); };
+            const auto at = [&](const char* weight) {
+                return known[3].grams.at(weight)(static_cast<std::size_t>(i), static_cast<std::size_t>(j));
+            };
             CHECK(at("fc1.weight") == doctest::Approx(first(i, j)));
             CHECK(at("fc2.weight") == doctest::Approx(second(i, j)));
         }
@@ -128,7 +136,8 @@ TEST_CASE("merges that look at data, on full fine-tuning and from files")
             CHECK(files.back().info().kind == taskvec::statistics_kind::expected_fisher);
             CHECK(files.back().info().examples == fisher_images);
             taskvec::check_statistics(taskvec::cpu{}, files.back(), models[task].model());
-            CHECK_THROWS_AS(taskvec::check_statistics(taskvec::cpu{}, files.back(), models[(task + 1) % tasks].model()), taskvec::invalid_argument);
+            CHECK_THROWS_AS(taskvec::check_statistics(taskvec::cpu{}, files.back(), models[(task + 1) % tasks].model()),
+                taskvec::invalid_argument);
             fishers.push_back(files.back().model());
             files.emplace_back(folder / taskvec::message(task_names[task], ".gram.safetensors"));
             files.back().require_gram();
@@ -136,7 +145,8 @@ TEST_CASE("merges that look at data, on full fine-tuning and from files")
             grams.push_back(files.back().model());
         }
         const encoder fisher_again = merged(taskvec::fisher_options{.fishers = fishers}, s.base.body, models);
-        const encoder regmean_again = merged(taskvec::regmean_options{.grams = grams, .alpha = regmean.best.alpha, .ridge = 1e-6}, s.base.body, models);
+        const encoder regmean_again = merged(
+            taskvec::regmean_options{.grams = grams, .alpha = regmean.best.alpha, .ridge = 1e-6}, s.base.body, models);
         CHECK(std::ranges::equal(fisher_again.values(), by_fisher.values()));
         CHECK(std::ranges::equal(regmean_again.values(), regmean.best.model.values()));
     }
@@ -160,7 +170,8 @@ TEST_CASE("LoraHub combines the task vectors with weights that a few validation 
     CHECK(found.best.objective < 0.95 * found.history.front().objective);
     CHECK(found.best.loss == loss(model));
     // The same combination by task arithmetic, bit for bit; the same search again, too.
-    const encoder again = merged(taskvec::task_arithmetic_options{.lambda = 1, .weights = found.best.weights}, s.base.body, models);
+    const encoder again =
+        merged(taskvec::task_arithmetic_options{.lambda = 1, .weights = found.best.weights}, s.base.body, models);
     CHECK(std::ranges::equal(again.values(), model.values()));
     CHECK(lorahub(s, models).found.best.weights == found.best.weights);
     CHECK(mean(evaluate(model, s.base.head, s.test)) >= mean(evaluate(s.base.body, s.base.head, s.test)) + 0.01);

@@ -60,7 +60,9 @@ TEST_CASE("the data file holds 1,797 images of 64 pixels, about as many of each 
     CHECK(all.inputs.minCoeff() == 0.0f);
     CHECK(all.inputs.maxCoeff() == 1.0f);
     const std::vector<std::ptrdiff_t> counts{178, 182, 177, 183, 181, 182, 181, 179, 174, 180};
-    for (int digit = 0; digit < 10; ++digit) { CHECK(std::count(all.labels.begin(), all.labels.end(), digit) == counts[static_cast<std::size_t>(digit)]); }
+    for (int digit = 0; digit < 10; ++digit) {
+        CHECK(std::count(all.labels.begin(), all.labels.end(), digit) == counts[static_cast<std::size_t>(digit)]);
+    }
     // The first line of the file: 0,0,5,13,9,1,0,0, … 0
     CHECK(all.inputs(0, 2) == 5.0f / 16.0f);
     CHECK(all.inputs(0, 3) == 13.0f / 16.0f);
@@ -105,7 +107,9 @@ TEST_CASE("the eight domains are what their names say")
     CHECK(difference(again(shown[0], 0).inputs, shown[1].inputs) < 1e-5); // 90° twice is 180°
     CHECK(difference(again(shown[1], 0).inputs, shown[2].inputs) < 1e-5); // once more is 270°
     CHECK(difference(again(shown[2], 0).inputs, plain) < 1e-5);
-    for (const std::size_t own_inverse : {1u, 3u, 4u, 5u, 6u}) { CHECK(difference(again(shown[own_inverse], own_inverse).inputs, plain) < 1e-5); }
+    for (const std::size_t own_inverse : {1u, 3u, 4u, 5u, 6u}) {
+        CHECK(difference(again(shown[own_inverse], own_inverse).inputs, plain) < 1e-5);
+    }
     CHECK(difference(again(shown[4], 5).inputs, shown[1].inputs) < 1e-5); // both flips are 180°
     CHECK(difference(again(shown[3], 5).inputs, shown[0].inputs) < 1e-5); // transposed, then upside down, is 90°
     // A permutation: the same pixels in another order, the same order for every image.

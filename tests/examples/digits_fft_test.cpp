@@ -67,9 +67,9 @@ bool same(const encoder& a, const encoder& b)
 TEST_CASE("the table has the papers' rows and parameter counts")
 {
     const auto& rows = run().results.methods.rows();
-    const std::vector<std::string> names{"Pre-Trained", "Single-Task", "Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub",
-        "Post-Pruning (1%)", "Post-Pruning (5%)", "Post-Pruning (10%)", "Post-Pruning (20%)", "PERU-FFT (1%)", "PERU-FFT (5%)", "PERU-FFT (10%)",
-        "PERU-FFT (20%)"};
+    const std::vector<std::string> names{"Pre-Trained", "Single-Task", "Average", "Task Arithmetic", "TIES",
+        "Fisher-Merging", "RegMean", "LoraHub", "Post-Pruning (1%)", "Post-Pruning (5%)", "Post-Pruning (10%)",
+        "Post-Pruning (20%)", "PERU-FFT (1%)", "PERU-FFT (5%)", "PERU-FFT (10%)", "PERU-FFT (20%)"};
     std::vector<std::string> found;
     for (const auto& r : rows) {
         if (std::ranges::find(names, r.method) != names.end()) { found.push_back(r.method); }
@@ -85,7 +85,8 @@ TEST_CASE("the table has the papers' rows and parameter counts")
 
 TEST_CASE("the papers' ordering of methods on full fine-tuning")
 {
-    const double best = run().results.methods.best({"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"});
+    const double best =
+        run().results.methods.best({"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"});
     CHECK(average("Single-Task") >= 0.93);
     for (const char* merge : {"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"}) {
         CHECK(average(merge) >= average("Pre-Trained") + 0.01);
@@ -93,7 +94,9 @@ TEST_CASE("the papers' ordering of methods on full fine-tuning")
     CHECK(average("Post-Pruning (10%)") >= best + 0.08);
     CHECK(average("PERU-FFT (1%)") >= best + 0.02);
     CHECK(average("PERU-FFT (1%)") >= average("Post-Pruning (1%)"));
-    for (const double m : {0.05, 0.10, 0.20}) { CHECK(average(with_density("PERU-FFT", m)) >= average(with_density("Post-Pruning", m)) - 0.005); }
+    for (const double m : {0.05, 0.10, 0.20}) {
+        CHECK(average(with_density("PERU-FFT", m)) >= average(with_density("Post-Pruning", m)) - 0.005);
+    }
     CHECK(average("Single-Task") - average("PERU-FFT (10%)") <= 0.03);
 }
 
@@ -122,7 +125,8 @@ TEST_CASE("the checkpoints hold the models of the table")
     CHECK(same(live, load_encoder(out / "merged-task-arithmetic.safetensors")));
     double sum = 0;
     for (std::size_t task = 0; task < tasks; ++task) {
-        const taskvec::delta delta = taskvec::read_delta(out / "peru-fft" / (std::string(task_names[task]) + ".delta.safetensors"));
+        const taskvec::delta delta =
+            taskvec::read_delta(out / "peru-fft" / (std::string(task_names[task]) + ".delta.safetensors"));
         taskvec::check_base(taskvec::cpu{}, delta.base_fingerprint, live.model());
         const taskvec::saved_words saved = taskvec::apply(taskvec::cpu{}, delta.tensors, live.model());
         sum += accuracy(live, s.base.head, s.test[task]);
@@ -134,12 +138,15 @@ TEST_CASE("the checkpoints hold the models of the table")
 TEST_CASE("tables and curves are written as CSV, with percent and two decimals")
 {
     const std::string csv = content(run().out / "fft.csv");
-    CHECK(csv.starts_with("method,#params,rot90,rot180,rot270,transpose,mirror,flip,invert,permute,Avg\nPre-Trained,74368,"));
+    CHECK(csv.starts_with(
+        "method,#params,rot90,rot180,rot270,transpose,mirror,flip,invert,permute,Avg\nPre-Trained,74368,"));
     CHECK(csv.find("\nSingle-Task,594944,") != std::string::npos);
     CHECK(csv.find("," + percent(average("Single-Task")) + "\n") != std::string::npos);
     const std::string curve = content(run().out / "accuracy-against-m.csv");
     CHECK(static_cast<std::size_t>(std::ranges::count(curve, '\n')) == 1 + curve_densities().size());
-    CHECK(curve.find("\n10," + percent(average("Post-Pruning (10%)")) + "," + percent(average("PERU-FFT (10%)")) + ",133856,133856\n") != std::string::npos);
+    CHECK(curve.find("\n10," + percent(average("Post-Pruning (10%)")) + "," + percent(average("PERU-FFT (10%)"))
+              + ",133856,133856\n")
+        != std::string::npos);
 }
 
 TEST_CASE("every subset of two tasks or more is scored on its own tasks, with a lambda from validation")
@@ -152,20 +159,25 @@ TEST_CASE("every subset of two tasks or more is scored on its own tasks, with a 
     for (const auto task : task_names) { models.push_back(load_encoder(out / (std::string(task) + ".safetensors"))); }
     const auto normalized = [&](const encoder& model, const std::vector<std::size_t>& members) {
         double sum = 0;
-        for (const std::size_t task : members) { sum += accuracy(model, s.base.head, s.test[task]) / accuracy(models[task], s.base.head, s.test[task]); }
+        for (const std::size_t task : members) {
+            sum += accuracy(model, s.base.head, s.test[task]) / accuracy(models[task], s.base.head, s.test[task]);
+        }
         return sum / static_cast<double>(members.size());
     };
     // All eight by Average and by TIES with the λ that the file names; the best and the worst pair by Average.
     CHECK(results.subsets.normalized("Average", 8).mean
-        == doctest::Approx(normalized(load_encoder(out / "merged-average.safetensors"), {0, 1, 2, 3, 4, 5, 6, 7})).epsilon(2e-3)); // another order of rounding
+        == doctest::Approx(normalized(load_encoder(out / "merged-average.safetensors"), {0, 1, 2, 3, 4, 5, 6, 7}))
+            .epsilon(2e-3)); // another order of rounding
     const auto line = csv.substr(csv.find("\nTIES,8,1,") + 10);
     const double lambda = std::stod(line);
     CHECK(results.subsets.normalized("TIES", 8).mean
-        == normalized(merged(taskvec::ties_options{.density = 0.2, .lambda = lambda}, s.base.body, models), {0, 1, 2, 3, 4, 5, 6, 7}));
+        == normalized(merged(taskvec::ties_options{.density = 0.2, .lambda = lambda}, s.base.body, models),
+            {0, 1, 2, 3, 4, 5, 6, 7}));
     double lowest = 1, highest = 0;
     for (std::size_t a = 0; a < tasks; ++a) {
         for (std::size_t b = a + 1; b < tasks; ++b) {
-            const double score = normalized(merged(taskvec::average_options{}, s.base.body, std::vector{models[a], models[b]}), {a, b});
+            const double score =
+                normalized(merged(taskvec::average_options{}, s.base.body, std::vector{models[a], models[b]}), {a, b});
             lowest = std::min(lowest, score);
             highest = std::max(highest, score);
         }

@@ -1,13 +1,13 @@
-// The second paper's claims that hold on real data for one fixed seed, and the chain from L-LoRA adapters on disk to a plain one.
-// SPDX-License-Identifier: Apache-2.0
+// The second paper's claims that hold on real data for one fixed seed, and the chain from L-LoRA adapters on disk to a
+// plain one. SPDX-License-Identifier: Apache-2.0
 #include "checkpoints.hpp"
 #include "llora.hpp"
 #include "lora.hpp"
 #include "low_rank.hpp"
 
-#include <taskvec/analysis/scores.hpp>
 #include <taskvec/adapters/fold_adapter.hpp>
 #include <taskvec/adapters/merge_phi.hpp>
+#include <taskvec/analysis/scores.hpp>
 #include <taskvec/methods/ties.hpp>
 
 #include <doctest/doctest.h>
@@ -131,15 +131,19 @@ TEST_CASE("every subset of the tasks has a normalized score")
     // The first subset is {0, 1}: its average, merged and scored directly.
     const auto& [out, s, initial, lora, linearized, results] = run();
     adapter mean = initial;
-    for (std::size_t i = 0; i < adapter::size(); ++i) { mean.values()[i] = (linearized[0].values()[i] + linearized[1].values()[i]) / 2; }
+    for (std::size_t i = 0; i < adapter::size(); ++i) {
+        mean.values()[i] = (linearized[0].values()[i] + linearized[1].values()[i]) / 2;
+    }
     const encoder merged = adapted(s.base, initial, mean, parameterisation::linearized);
     double expected = 0;
     for (const std::size_t task : {0, 1}) {
-        const dataset test{s.test[task].inputs.topRows(100), {s.test[task].labels.begin(), s.test[task].labels.begin() + 100}};
-        expected +=
-            accuracy(merged, s.base.head, test) / accuracy(adapted(s.base, initial, linearized[task], parameterisation::linearized), s.base.head, test) / 2;
+        const dataset test{
+            s.test[task].inputs.topRows(100), {s.test[task].labels.begin(), s.test[task].labels.begin() + 100}};
+        expected += accuracy(merged, s.base.head, test)
+            / accuracy(adapted(s.base, initial, linearized[task], parameterisation::linearized), s.base.head, test) / 2;
     }
-    CHECK(results.linearized.normalized.at("Average")[2][0] == doctest::Approx(expected).epsilon(0.01)); // an image on either side of a boundary
+    CHECK(results.linearized.normalized.at("Average")[2][0]
+        == doctest::Approx(expected).epsilon(0.01)); // an image on either side of a boundary
 }
 
 TEST_CASE("adapters on disk, merged in φ space and folded, are the models of the table")
@@ -162,24 +166,30 @@ TEST_CASE("adapters on disk, merged in φ space and folded, are the models of th
     std::string line;
     while (std::getline(lines, line) && line.find("L-LoRA, TIES") == std::string::npos) { }
     const double lambda = std::stod(line.substr(line.rfind(' ')));
-    const updates merged = taskvec::merge_in_phi<float>(taskvec::cpu{}, taskvec::ties_options{.density = 0.2, .lambda = lambda}, start, tuned);
+    const updates merged = taskvec::merge_in_phi<float>(
+        taskvec::cpu{}, taskvec::ties_options{.density = 0.2, .lambda = lambda}, start, tuned);
     const encoder served = folded(base, taskvec::fold_linearized(start, merged));
-    CHECK(mean(evaluate(served, s.base.head, s.test)) == doctest::Approx(average(results.linearized, "TIES")).epsilon(1e-3));
+    CHECK(mean(evaluate(served, s.base.head, s.test))
+        == doctest::Approx(average(results.linearized, "TIES")).epsilon(1e-3));
 }
 
 TEST_CASE("tables, matrices and grids are written as CSV")
 {
     const auto& [out, s, initial, lora, linearized, results] = run();
-    CHECK(content(out / "llora-phi.csv").starts_with("method,#params,rot90,rot180,rot270,transpose,mirror,flip,invert,permute,Avg\nPre-Trained,74368,"));
+    CHECK(content(out / "llora-phi.csv")
+            .starts_with(
+                "method,#params,rot90,rot180,rot270,transpose,mirror,flip,invert,permute,Avg\nPre-Trained,74368,"));
     CHECK(content(out / "lora-phi.csv").find("\nSingle-Task,287360,") != std::string::npos);
-    CHECK(content(out / "cosine-llora.csv").starts_with(",rot90,rot180,rot270,transpose,mirror,flip,invert,permute\nrot90,1,"));
+    CHECK(content(out / "cosine-llora.csv")
+            .starts_with(",rot90,rot180,rot270,transpose,mirror,flip,invert,permute\nrot90,1,"));
     const std::string grid = content(out / "disentanglement-llora.csv");
     CHECK(grid.starts_with("lambda1,lambda2,xi\n-1,-1,"));
     CHECK(std::ranges::count(grid, '\n') == 1 + 25);
     const std::string scores = content(out / "phi-score-against-tasks.csv");
     CHECK(scores.starts_with("way,method,tasks,subsets,mean,standard deviation,lowest,highest\nLoRA,Average,2,28,"));
     CHECK(std::ranges::count(scores, '\n') == 1 + 2 * 3 * 7);
-    CHECK(std::ranges::count(content(out / "disentanglement-of-eight.csv"), '\n') == 1 + static_cast<std::ptrdiff_t>(together_lambdas().size()));
+    CHECK(std::ranges::count(content(out / "disentanglement-of-eight.csv"), '\n')
+        == 1 + static_cast<std::ptrdiff_t>(together_lambdas().size()));
 }
 
 TEST_CASE("the second paper's claims are judged by the figures of the run")
@@ -203,7 +213,9 @@ TEST_CASE("the second paper's claims are judged by the figures of the run")
     CHECK_FALSE(holds(swapped, "on average over these methods"));
     llora_results equal;
     equal.lora = equal.linearized = results.lora;
-    for (const auto& claim : llora_claims(equal)) { CHECK_MESSAGE(claim.holds == (claim.text.find("a little below") != std::string::npos), claim.text); }
+    for (const auto& claim : llora_claims(equal)) {
+        CHECK_MESSAGE(claim.holds == (claim.text.find("a little below") != std::string::npos), claim.text);
+    }
     // Full fine-tuning is compared with where it was run.
     const auto without = llora_claims(results).size();
     CHECK(llora_claims(results, &results.lora.methods).size() == without + 1);

@@ -1,5 +1,5 @@
-// The first paper's ordering of methods on LoRA adapters trained on real data, for one fixed seed; and the files that are left.
-// SPDX-License-Identifier: Apache-2.0
+// The first paper's ordering of methods on LoRA adapters trained on real data, for one fixed seed; and the files that
+// are left. SPDX-License-Identifier: Apache-2.0
 #include "checkpoints.hpp"
 #include "lora.hpp"
 #include "low_rank.hpp"
@@ -62,7 +62,9 @@ std::string content(const std::filesystem::path& file)
 double largest_difference(const encoder& a, const encoder& b)
 {
     double largest = 0;
-    for (std::size_t i = 0; i < encoder::size(); ++i) { largest = std::max(largest, std::abs(static_cast<double>(a.values()[i]) - b.values()[i])); }
+    for (std::size_t i = 0; i < encoder::size(); ++i) {
+        largest = std::max(largest, std::abs(static_cast<double>(a.values()[i]) - b.values()[i]));
+    }
     return largest;
 }
 
@@ -72,18 +74,22 @@ TEST_CASE("the LoRA table has the papers' rows and parameter counts")
 {
     const auto& t = run().results.methods;
     std::size_t next = 0;
-    const std::vector<std::string> names{"Pre-Trained", "Single-Task", "Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub",
-        "PERU-LoRA (q=1)", "PERU-LoRA (q=2)", "PERU-LoRA (q=4)", "PERU-LoRA (q=8)", "PERU-LoRA (q=16)"};
+    const std::vector<std::string> names{"Pre-Trained", "Single-Task", "Average", "Task Arithmetic", "TIES",
+        "Fisher-Merging", "RegMean", "LoraHub", "PERU-LoRA (q=1)", "PERU-LoRA (q=2)", "PERU-LoRA (q=4)",
+        "PERU-LoRA (q=8)", "PERU-LoRA (q=16)"};
     for (const auto& r : t.rows()) { next += next < names.size() && r.method == names[next]; }
     CHECK(next == names.size());
     CHECK(t["Single-Task"].parameters == 74368 + 8 * 32 * (128 + 64 + 512 + 128));
     CHECK(t["TIES"].parameters == 74368);
-    for (const std::size_t q : table_ranks()) { CHECK(t[with_rank(q)].parameters == 74368 + 8 * q * ((128 + 64 + 1) + (512 + 128 + 1))); }
+    for (const std::size_t q : table_ranks()) {
+        CHECK(t[with_rank(q)].parameters == 74368 + 8 * q * ((128 + 64 + 1) + (512 + 128 + 1)));
+    }
 }
 
 TEST_CASE("the papers' ordering of methods on LoRA")
 {
-    const double best = run().results.methods.best({"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"});
+    const double best =
+        run().results.methods.best({"Average", "Task Arithmetic", "TIES", "Fisher-Merging", "RegMean", "LoraHub"});
     CHECK(average("Single-Task") >= 0.93);
     CHECK(average("Single-Task") - average("PERU-LoRA (q=8)") <= 0.015);
     CHECK(average("PERU-LoRA (q=4)") >= best + 0.06);
@@ -94,7 +100,8 @@ TEST_CASE("the truncation's error falls with q, and vanishes at the adapter's ra
     const auto& errors = run().results.errors;
     REQUIRE(errors.size() == curve_ranks().size());
     for (std::size_t i = 1; i < errors.size(); ++i) { CHECK(errors[i].total[0] < errors[i - 1].total[0]); }
-    const auto eighth = static_cast<std::size_t>(std::ranges::find(curve_ranks(), std::size_t{8}) - curve_ranks().begin());
+    const auto eighth =
+        static_cast<std::size_t>(std::ranges::find(curve_ranks(), std::size_t{8}) - curve_ranks().begin());
     CHECK(errors[eighth].total[0] <= 0.12);
     CHECK(curve_ranks().back() == rank);
     CHECK(errors.back().total[0] < 1e-4);
@@ -128,7 +135,9 @@ TEST_CASE("merges of updates are what they say, against the dense updates")
                 ++count;
             }
         }
-        if (std::abs(total) > 1e-5) { largest = std::max(largest, std::abs((count > 0 ? agreeing / count : 0) - merged.values()[i])); }
+        if (std::abs(total) > 1e-5) {
+            largest = std::max(largest, std::abs((count > 0 ? agreeing / count : 0) - merged.values()[i]));
+        }
     }
     CHECK(largest < 1e-3);
 }
@@ -139,7 +148,8 @@ TEST_CASE("the adapter directories hold the models of the table")
     const encoder base = load_encoder(out / "base.safetensors");
     double single = 0, served = 0;
     for (std::size_t task = 0; task < tasks; ++task) {
-        single += accuracy(folded(base, load_updates(out / "lora" / task_names[task])), s.base.head, s.test[task]) / tasks;
+        single +=
+            accuracy(folded(base, load_updates(out / "lora" / task_names[task])), s.base.head, s.test[task]) / tasks;
         const updates low = load_updates(out / "peru-lora" / task_names[task]);
         CHECK(low.at("fc1").rank() == 8);
         CHECK(low.at("fc2").rank() == 8);
@@ -156,7 +166,8 @@ TEST_CASE("the adapter directories hold the models of the table")
 TEST_CASE("the LoRA table and curve are written as CSV")
 {
     const std::string csv = content(run().out / "lora.csv");
-    CHECK(csv.starts_with("method,#params,rot90,rot180,rot270,transpose,mirror,flip,invert,permute,Avg\nPre-Trained,74368,"));
+    CHECK(csv.starts_with(
+        "method,#params,rot90,rot180,rot270,transpose,mirror,flip,invert,permute,Avg\nPre-Trained,74368,"));
     CHECK(csv.find("\nSingle-Task,287360,") != std::string::npos);
     const std::string curve = content(run().out / "accuracy-against-q.csv");
     CHECK(curve.starts_with("q,PERU-LoRA,#params,relative error,"));

@@ -33,7 +33,8 @@ double loss(const encoder& body, const matrix& head, const dataset& batch)
     double sum = 0;
     for (Eigen::Index i = 0; i < logits.rows(); ++i) {
         const double top = logits.row(i).maxCoeff();
-        sum += top + std::log((logits.row(i).array() - top).exp().sum()) - logits(i, batch.labels[static_cast<std::size_t>(i)]);
+        sum += top + std::log((logits.row(i).array() - top).exp().sum())
+            - logits(i, batch.labels[static_cast<std::size_t>(i)]);
     }
     return sum / static_cast<double>(logits.rows());
 }
@@ -84,7 +85,9 @@ TEST_CASE("the network's gradient agrees with differences")
             [&](const std::vector<float>& values) { return loss(holding<encoder>(values), model.head, batch); });
         check_gradient({gradient.head.data(), static_cast<std::size_t>(gradient.head.size())},
             copy({model.head.data(), static_cast<std::size_t>(model.head.size())}), direction,
-            [&](const std::vector<float>& values) { return loss(model.body, Eigen::Map<const matrix>(values.data(), classes, features), batch); });
+            [&](const std::vector<float>& values) {
+                return loss(model.body, Eigen::Map<const matrix>(values.data(), classes, features), batch);
+            });
     }
 }
 
@@ -132,7 +135,8 @@ TEST_CASE("training is a function of the seed, and learns its own task only")
     CHECK(s.base.head == same.base.head);
     CHECK(copy(s.base.body.values()) != copy(other.base.body.values()));
 
-    const encoder tuned = fine_tune(s.base, s.train[2], s.seed, task_names[2]), again = fine_tune(same.base, same.train[2], same.seed, task_names[2]);
+    const encoder tuned = fine_tune(s.base, s.train[2], s.seed, task_names[2]),
+                  again = fine_tune(same.base, same.train[2], same.seed, task_names[2]);
     CHECK(copy(tuned.values()) == copy(again.values()));
     const scores before = evaluate(s.base.body, s.base.head, s.test), after = evaluate(tuned, s.base.head, s.test);
     CHECK(after[2] > 0.93);
@@ -152,7 +156,9 @@ TEST_CASE("an adapter starts as the base, and its gradients agree with differenc
     // B0 ≠ 0 makes every term of the derivative count.
     adapter start = initial;
     const taskvec::random_stream random(1, 0, "B");
-    for (Eigen::Index i = 0; i < start.b1().size(); ++i) { start.b1().data()[i] = static_cast<float>(0.1 * random.normal(static_cast<std::uint64_t>(i))); }
+    for (Eigen::Index i = 0; i < start.b1().size(); ++i) {
+        start.b1().data()[i] = static_cast<float>(0.1 * random.normal(static_cast<std::uint64_t>(i)));
+    }
     for (Eigen::Index i = 0; i < start.b2().size(); ++i) {
         start.b2().data()[i] = static_cast<float>(0.05 * random.normal(static_cast<std::uint64_t>(1000000 + i)));
     }
@@ -166,7 +172,9 @@ TEST_CASE("an adapter starts as the base, and its gradients agree with differenc
         }
         CHECK(std::sqrt(norm) == doctest::Approx(0.3).epsilon(1e-3));
         const dataset seen = random_batch(batch, 64, 5, 0, "adapter for step");
-        const auto at = [&](const std::vector<float>& values) { return loss(adapted(base, start, holding<adapter>(values), kind), base.head, seen); };
+        const auto at = [&](const std::vector<float>& values) {
+            return loss(adapted(base, start, holding<adapter>(values), kind), base.head, seen);
+        };
         // The clipped gradient is the gradient up to its scale, which any one direction gives.
         std::vector<float> along = copy(start.values());
         const double step = 1e-3;
@@ -179,7 +187,9 @@ TEST_CASE("an adapter starts as the base, and its gradients agree with differenc
         steepest = (at(there) - at(back)) / (2 * step) / 0.3;
         CHECK(steepest > 0.3); // so it was clipped
         for (auto& g : gradient) { g *= static_cast<float>(steepest / 0.3); }
-        for (std::uint32_t direction = 0; direction < 3; ++direction) { check_gradient(gradient, copy(start.values()), direction, at); }
+        for (std::uint32_t direction = 0; direction < 3; ++direction) {
+            check_gradient(gradient, copy(start.values()), direction, at);
+        }
     }
 }
 
@@ -195,10 +205,12 @@ TEST_CASE("a linearized adapter's encoder is affine in φ, a plain one's is not"
         half.values()[i] = 0.5f * (one.values()[i] + two.values()[i]);
     }
     const auto off_the_chord = [&](parameterisation kind) {
-        const encoder a = adapted(base, initial, one, kind), b = adapted(base, initial, two, kind), c = adapted(base, initial, half, kind);
+        const encoder a = adapted(base, initial, one, kind), b = adapted(base, initial, two, kind),
+                      c = adapted(base, initial, half, kind);
         double largest = 0;
         for (std::size_t i = 0; i < encoder::size(); ++i) {
-            largest = std::max(largest, std::abs(0.5 * (static_cast<double>(a.values()[i]) + b.values()[i]) - c.values()[i]));
+            largest =
+                std::max(largest, std::abs(0.5 * (static_cast<double>(a.values()[i]) + b.values()[i]) - c.values()[i]));
         }
         return largest;
     };

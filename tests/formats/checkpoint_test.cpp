@@ -24,11 +24,13 @@ struct sample {
     explicit sample(std::size_t count, int seed = 1)
     {
         for (std::size_t i = 0; i < count; ++i) {
-            specs.push_back({(i < 10 ? "t0" : "t") + std::to_string(i), dtype::f32, {static_cast<std::int64_t>(i + 1)}});
+            specs.push_back(
+                {(i < 10 ? "t0" : "t") + std::to_string(i), dtype::f32, {static_cast<std::int64_t>(i + 1)}});
             contents.emplace_back(i + 1, static_cast<float>(100 * seed) + static_cast<float>(i));
         }
     }
-    void write(const std::filesystem::path& folder, std::uint64_t shard_size, durability mode = durability::process) const
+    void write(
+        const std::filesystem::path& folder, std::uint64_t shard_size, durability mode = durability::process) const
     {
         sharded_writer writer(folder, specs, shard_size, {{"origin", "test"}}, mode);
         for (std::size_t i = specs.size(); i-- > 0;) { writer.write(i, 0, contents[i].data(), specs[i].bytes()); }
@@ -39,7 +41,10 @@ struct sample {
         if (model.size() != specs.size()) { return false; }
         for (std::size_t i = 0; i < specs.size(); ++i) {
             const auto* tensor = model.find(specs[i].name);
-            if (!tensor || tensor->shape != specs[i].shape || std::memcmp(tensor->data, contents[i].data(), specs[i].bytes()) != 0) { return false; }
+            if (!tensor || tensor->shape != specs[i].shape
+                || std::memcmp(tensor->data, contents[i].data(), specs[i].bytes()) != 0) {
+                return false;
+            }
         }
         return true;
     }
@@ -109,7 +114,8 @@ TEST_CASE("shards have the usual names")
     const scratch folder;
     sample(3).write(folder / "m", 12);
     CHECK(scratch::names_in(folder / "m")
-        == std::set<std::string>{"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"});
+        == std::set<std::string>{
+            "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"});
 }
 
 TEST_CASE("a directory is replaced by whatever is written to it, and keeps what is not a model's")
@@ -122,7 +128,8 @@ TEST_CASE("a directory is replaced by whatever is written to it, and keeps what 
     spill(out / "notes.safetensors", "mine");
     for (const std::uint64_t size : {20u, 20u, 30u, 1000u, 20u, 1000u, 1000u}) {
         for (const auto* model : {&first, &second}) {
-            const auto old = std::filesystem::exists(out / "model.safetensors") || std::filesystem::exists(out / "model.safetensors.index.json")
+            const auto old = std::filesystem::exists(out / "model.safetensors")
+                    || std::filesystem::exists(out / "model.safetensors.index.json")
                 ? std::make_unique<checkpoint>(open_model(out))
                 : nullptr;
             model->write(out, size);
@@ -161,7 +168,8 @@ TEST_CASE("a sharded writer that is dropped leaves no trace")
         CHECK_THROWS_AS(writer.commit(), invalid_argument); // incomplete
     }
     CHECK(folder.names().empty());
-    CHECK_THROWS_AS(sharded_writer(folder / "m", {{"a", dtype::f32, {1}}, {"a", dtype::f32, {1}}}, 4), invalid_argument);
+    CHECK_THROWS_AS(
+        sharded_writer(folder / "m", {{"a", dtype::f32, {1}}, {"a", dtype::f32, {1}}}, 4), invalid_argument);
     CHECK(folder.names().empty());
 }
 
@@ -197,7 +205,8 @@ TEST_CASE("an index is an allowlist")
     const auto index = [&](const std::string& text) { spill(folder / "model.safetensors.index.json", text); };
     write_one(folder / "x.safetensors", {"a", "b"});
     write_one(folder / "y.safetensors", {"c"});
-    index(R"({"metadata":{"total_size":12},"weight_map":{"a":"x.safetensors","b":"x.safetensors","c":"y.safetensors"}})");
+    index(
+        R"({"metadata":{"total_size":12},"weight_map":{"a":"x.safetensors","b":"x.safetensors","c":"y.safetensors"}})");
     CHECK(open_model(folder.path()).model().size() == 3);
     index(R"({"weight_map":{"a":"x.safetensors","b":"x.safetensors"}})"); // y is not asked for
     CHECK(open_model(folder.path()).model().size() == 2);
@@ -219,8 +228,8 @@ TEST_CASE("an index is an allowlist")
     refused(R"([])");
     refused(R"({"weight_map":{"a":"x.safetensors")");
     refused("");
-    for (const char* name :
-        {"../x.safetensors", "/x.safetensors", "./x.safetensors", "sub/x.safetensors", "..", ".", "", "a..b", "sub\\\\x.safetensors", "x\\u0000"}) {
+    for (const char* name : {"../x.safetensors", "/x.safetensors", "./x.safetensors", "sub/x.safetensors", "..", ".",
+             "", "a..b", "sub\\\\x.safetensors", "x\\u0000"}) {
         refused("{\"weight_map\":{\"a\":\"" + std::string(name) + "\"}}");
     }
     index(R"({"weight_map":{"a":"missing.safetensors"}})");

@@ -35,7 +35,8 @@ struct raw {
     std::vector<std::uint8_t> mask{0x08, 0x80};
     bool with_indices = true, with_mask = false, with_shape = true, with_values = true;
     dtype values_type = dtype::f32, indices_type = dtype::i32, mask_type = dtype::u8, shape_type = dtype::i64;
-    metadata_map metadata{{"schema", "taskvec.delta.1"}, {"additive", "true"}, {"fingerprint", "xxh64:0000000000000007"}};
+    metadata_map metadata{
+        {"schema", "taskvec.delta.1"}, {"additive", "true"}, {"fingerprint", "xxh64:0000000000000007"}};
     const_model_ref extra{};
 
     void write(const std::filesystem::path& path) const
@@ -95,10 +96,13 @@ TEST_CASE("pruning streams into a file what it collects in memory")
         tuned[i] = f32_to_bf16(bf16_to_f32(stored[i]) + std::normal_distribution<float>(0, 0.1f)(random));
     }
     for (std::size_t i = 0; i < wide.size(); ++i) {
-        wide_tuned[i] = (wide[i] = std::normal_distribution<double>()(random)) + std::normal_distribution<double>(0, 0.1)(random);
+        wide_tuned[i] =
+            (wide[i] = std::normal_distribution<double>()(random)) + std::normal_distribution<double>(0, 0.1)(random);
     }
-    const const_model_ref base{{"b", {stored.data(), dtype::bf16, {100, 500}, {}}}, {"w", {wide.data(), dtype::f64, {1000}, {}}}};
-    const const_model_ref task{{"b", {tuned.data(), dtype::bf16, {100, 500}, {}}}, {"w", {wide_tuned.data(), dtype::f64, {1000}, {}}}};
+    const const_model_ref base{
+        {"b", {stored.data(), dtype::bf16, {100, 500}, {}}}, {"w", {wide.data(), dtype::f64, {1000}, {}}}};
+    const const_model_ref task{
+        {"b", {tuned.data(), dtype::bf16, {100, 500}, {}}}, {"w", {wide_tuned.data(), dtype::f64, {1000}, {}}}};
     for (const double density : {0.001, 0.02, 0.03125, 0.1, 1.0}) {
         for (const auto over : {scope::model, scope::tensor}) {
             const auto expected = post_pruning(cpu{}, {density, over}, base, task);
@@ -114,10 +118,13 @@ TEST_CASE("pruning streams into a file what it collects in memory")
             std::vector<std::uint16_t> from_memory(stored.size()), from_file(stored.size());
             std::vector<double> wide_from_memory(wide.size()), wide_from_file(wide.size());
             const auto out = [](auto& b, auto& w) {
-                return model_ref{{"b", {b.data(), dtype::bf16, {100, 500}, {}}}, {"w", {w.data(), dtype::f64, {1000}, {}}}};
+                return model_ref{
+                    {"b", {b.data(), dtype::bf16, {100, 500}, {}}}, {"w", {w.data(), dtype::f64, {1000}, {}}}};
             };
-            merge(cpu{}, sparse_addition_options{&expected, -0.7}, base, {&base, 1}, out(from_memory, wide_from_memory));
-            merge(cpu{.threads = 3}, delta_addition_options{&file, -0.7}, base, {&base, 1}, out(from_file, wide_from_file), how);
+            merge(
+                cpu{}, sparse_addition_options{&expected, -0.7}, base, {&base, 1}, out(from_memory, wide_from_memory));
+            merge(cpu{.threads = 3}, delta_addition_options{&file, -0.7}, base, {&base, 1},
+                out(from_file, wide_from_file), how);
             CHECK(from_memory == from_file);
             CHECK(wide_from_memory == wide_from_file);
             CHECK(file.kept() == kept(expected));
@@ -136,13 +143,17 @@ TEST_CASE("a delta in a file that does not fit the base is refused")
         write_delta(folder / "f", {.tensors = content});
         const delta_file file(folder / "f");
         const const_model_ref base{{"w", as_tensor(as_view(values), {2, 3})}};
-        CHECK_THROWS_AS(merge(cpu{}, delta_addition_options{&file}, base, {&base, 1}, model_ref{{"w", as_tensor(as_view(out), {2, 3})}}), error);
+        CHECK_THROWS_AS(merge(cpu{}, delta_addition_options{&file}, base, {&base, 1},
+                            model_ref{{"w", as_tensor(as_view(out), {2, 3})}}),
+            error);
     };
     refused({{"w", sparse_vector<float>{{3, 2}, {1}, {1}}}});
     refused({{"v", sparse_vector<float>{{2, 3}, {1}, {1}}}});
     refused({{"w", sparse_vector<double>{{2, 3}, {1}, {1}}}});
     const const_model_ref base{{"w", as_tensor(as_view(values), {2, 3})}};
-    CHECK_THROWS_AS(merge(cpu{}, delta_addition_options{}, base, {&base, 1}, model_ref{{"w", as_tensor(as_view(out), {2, 3})}}), invalid_argument);
+    CHECK_THROWS_AS(
+        merge(cpu{}, delta_addition_options{}, base, {&base, 1}, model_ref{{"w", as_tensor(as_view(out), {2, 3})}}),
+        invalid_argument);
 }
 
 TEST_CASE("a tensor of 2^31 elements has wide indices")
@@ -160,8 +171,9 @@ TEST_CASE("a tensor of 2^31 elements has wide indices")
 TEST_CASE("a sparse vector that breaks its promises is not written")
 {
     const scratch folder;
-    for (const auto& bad : {sparse_vector<float>{{4}, {0, 1}, {1}}, sparse_vector<float>{{4}, {4}, {1}}, sparse_vector<float>{{4}, {1, 1}, {1, 2}},
-             sparse_vector<float>{{4}, {2, 1}, {1, 2}}, sparse_vector<float>{{-4}, {}, {}}}) {
+    for (const auto& bad : {sparse_vector<float>{{4}, {0, 1}, {1}}, sparse_vector<float>{{4}, {4}, {1}},
+             sparse_vector<float>{{4}, {1, 1}, {1, 2}}, sparse_vector<float>{{4}, {2, 1}, {1, 2}},
+             sparse_vector<float>{{-4}, {}, {}}}) {
         CHECK_THROWS_AS(write_delta(folder / "f", {.tensors = {{"w", bad}}}), error);
         CHECK(folder.names().empty());
     }
@@ -171,9 +183,11 @@ TEST_CASE("files that break the format's promises are refused")
 {
     const scratch folder;
     raw{}.write(folder / "f");
-    CHECK(std::get<sparse_vector<float>>(read_delta(folder / "f").tensors.at("w")) == sparse_vector<float>{{2, 8}, {3, 15}, {1, 2}});
+    CHECK(std::get<sparse_vector<float>>(read_delta(folder / "f").tensors.at("w"))
+        == sparse_vector<float>{{2, 8}, {3, 15}, {1, 2}});
     raw{.with_indices = false, .with_mask = true}.write(folder / "f");
-    CHECK(std::get<sparse_vector<float>>(read_delta(folder / "f").tensors.at("w")) == sparse_vector<float>{{2, 8}, {3, 15}, {1, 2}});
+    CHECK(std::get<sparse_vector<float>>(read_delta(folder / "f").tensors.at("w"))
+        == sparse_vector<float>{{2, 8}, {3, 15}, {1, 2}});
 
     const auto refused = [&](const raw& content, const char* part) {
         content.write(folder / "f");
@@ -208,8 +222,12 @@ TEST_CASE("files that break the format's promises are refused")
     refused({.shape = {15}, .with_indices = false, .with_mask = true}, "beyond its last element");
     refused({.with_indices = false, .with_mask = true, .mask_type = dtype::i8}, "expected U8");
     refused({.metadata = {}}, "is not a delta");
-    refused({.metadata = {{"schema", "taskvec.delta.9"}, {"additive", "true"}, {"fingerprint", "xxh64:0000000000000007"}}}, "taskvec.delta.9");
-    refused({.metadata = {{"schema", "taskvec.delta.1"}, {"additive", "false"}, {"fingerprint", "xxh64:0000000000000007"}}}, "additive");
+    refused(
+        {.metadata = {{"schema", "taskvec.delta.9"}, {"additive", "true"}, {"fingerprint", "xxh64:0000000000000007"}}},
+        "taskvec.delta.9");
+    refused(
+        {.metadata = {{"schema", "taskvec.delta.1"}, {"additive", "false"}, {"fingerprint", "xxh64:0000000000000007"}}},
+        "additive");
     refused({.metadata = {{"schema", "taskvec.delta.1"}, {"additive", "true"}, {"fingerprint", "7"}}}, "fingerprint");
     const float stray = 0;
     refused({.extra = {{"stray", {&stray, dtype::f32, {1}, {}}}}}, "'stray'");
@@ -229,7 +247,8 @@ TEST_CASE("delta files damaged at random are read or refused, never more")
     int parsed = 0;
     for (int round = 0; round < 3000; ++round) {
         auto bytes = good;
-        const std::size_t header = 8 + static_cast<unsigned char>(bytes[0]) + 256u * static_cast<unsigned char>(bytes[1]);
+        const std::size_t header =
+            8 + static_cast<unsigned char>(bytes[0]) + 256u * static_cast<unsigned char>(bytes[1]);
         for (auto edits = 1 + random() % 3; edits > 0; --edits) {
             const auto at = random() % 2 ? header + random() % (bytes.size() - header) : random() % bytes.size();
             bytes[at] = static_cast<char>(random() % 2 ? random() : bytes[at] ^ (1 << random() % 8));

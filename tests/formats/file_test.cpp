@@ -84,7 +84,7 @@ TEST_CASE("permissions: a replaced file keeps its own, a new one follows the uma
 {
     const scratch folder;
     const auto mode = [&](const char* name) {
-        struct stat status { };
+        struct stat status{};
         ::stat((folder / name).c_str(), &status);
         return status.st_mode & 0777;
     };

@@ -18,7 +18,9 @@ TEST_CASE("the fingerprint is what its documentation says")
     std::vector<std::uint32_t> big((1 << 20) + 3);
     for (std::uint32_t i = 0; i < big.size(); ++i) { big[i] = i * 2654435761u; }
     const const_model_ref model{{"big", const_tensor_ref{big.data(), dtype::u32, {(1 << 20) + 3}, {}}}};
-    for (const unsigned threads : {1u, 2u, 5u}) { CHECK(fingerprint(cpu{.threads = threads}, model) == 0x5315a6888e63f99a); }
+    for (const unsigned threads : {1u, 2u, 5u}) {
+        CHECK(fingerprint(cpu{.threads = threads}, model) == 0x5315a6888e63f99a);
+    }
 }
 
 TEST_CASE("every part of a model counts, its place in a file does not")
@@ -41,7 +43,8 @@ TEST_CASE("fingerprints as text")
 {
     CHECK(fingerprint_text(0x0123456789abcdef) == "xxh64:0123456789abcdef");
     CHECK(parse_fingerprint("xxh64:0123456789abcdef") == 0x0123456789abcdef);
-    for (const char* text : {"", "xxh64:", "0123456789abcdef", "xxh64:0123456789abcdeg", "xxh64:-123456789abcdef", "xxh64:0123456789abcdef0"}) {
+    for (const char* text : {"", "xxh64:", "0123456789abcdef", "xxh64:0123456789abcdeg", "xxh64:-123456789abcdef",
+             "xxh64:0123456789abcdef0"}) {
         CHECK_FALSE(parse_fingerprint(text).has_value());
     }
 }

@@ -10,14 +10,16 @@ using namespace taskvec;
 
 TEST_CASE("valid JSON is read as nlohmann reads it")
 {
-    for (const std::string text : {R"({"a":[1,-2,3.5,"x",null,true,{}],"b":{"c":[[]]}})", "[]", "1", "\"x\"", " \n{} \t"}) {
+    for (const std::string text :
+        {R"({"a":[1,-2,3.5,"x",null,true,{}],"b":{"c":[[]]}})", "[]", "1", "\"x\"", " \n{} \t"}) {
         CHECK(parse_json(text, "f") == nlohmann::json::parse(text));
     }
 }
 
 TEST_CASE("what is not strict JSON is a format_error that says where")
 {
-    for (const std::string text : {"", " ", "{", "[1,]", "{}x", "{} {}", "\xef\xbb\xbf{}", "nul", "{'a':1}", "[1e999]", "\"\xff\"", "\"\\ud800\"", "// c\n1"}) {
+    for (const std::string text : {"", " ", "{", "[1,]", "{}x", "{} {}", "\xef\xbb\xbf{}", "nul", "{'a':1}", "[1e999]",
+             "\"\xff\"", "\"\\ud800\"", "// c\n1"}) {
         CHECK_THROWS_AS((void)parse_json(text, "f"), format_error);
     }
     CHECK_THROWS_AS((void)parse_json(std::string("{}\0", 3), "f"), format_error);
@@ -34,7 +36,8 @@ TEST_CASE("what is not strict JSON is a format_error that says where")
 
 TEST_CASE("a key that occurs twice is refused at any depth")
 {
-    CHECK_THROWS_WITH_AS((void)parse_json(R"({"a":1,"a":1})", "f"), "f: key 'a' occurs twice in one JSON object", format_error);
+    CHECK_THROWS_WITH_AS(
+        (void)parse_json(R"({"a":1,"a":1})", "f"), "f: key 'a' occurs twice in one JSON object", format_error);
     CHECK_THROWS_AS((void)parse_json(R"({"b":[{"a":1,"\u0061":1}]})", "f"), format_error);
     CHECK_NOTHROW((void)parse_json(R"({"a":{"a":1},"b":{"a":1}})", "f"));
 }
@@ -50,9 +53,10 @@ TEST_CASE("nesting is bounded")
 TEST_CASE("UTF-8 is recognised by its definition")
 {
     CHECK(is_utf8(""));
-    CHECK(is_utf8("a\x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xed\x9f\xbf\xee\x80\x80\xef\xbf\xbf\xf0\x90\x80\x80\xf4\x8f\xbf\xbf"));
-    for (const std::string text : {"\x80", "\xc1\xbf", "\xc2", "\xc2z", "\xe0\x9f\xbf", "\xed\xa0\x80", "\xe1\x80", "\xf0\x8f\xbf\xbf", "\xf4\x90\x80\x80",
-             "\xf5\x80\x80\x80", "\xf1\x80\x80"}) {
+    CHECK(is_utf8(
+        "a\x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xed\x9f\xbf\xee\x80\x80\xef\xbf\xbf\xf0\x90\x80\x80\xf4\x8f\xbf\xbf"));
+    for (const std::string text : {"\x80", "\xc1\xbf", "\xc2", "\xc2z", "\xe0\x9f\xbf", "\xed\xa0\x80", "\xe1\x80",
+             "\xf0\x8f\xbf\xbf", "\xf4\x90\x80\x80", "\xf5\x80\x80\x80", "\xf1\x80\x80"}) {
         CHECK_FALSE(is_utf8(text));
     }
 }

@@ -37,9 +37,10 @@ public:
 
 private:
     /// What hurts readers: the ends of ranges, other types, repeated and nested keys, bytes that are not text.
-    static constexpr std::array<std::string_view, 27> words{"0", "1", "-1", "-0", "1.0", "1e400", "4294967296", "9223372036854775808", "18446744073709551615",
-        "18446744073709551616", "null", "true", "[]", "{}", "[[]]", "\"\"", "\"F64\"", "\"F4\"", "\"U8\"", ",", "\xff", "\xc3\x28", "\\ud800", "\\u0000", "..",
-        "(", "{\"__metadata__\":{\"a\":\"b\"}"};
+    static constexpr std::array<std::string_view, 27> words{"0", "1", "-1", "-0", "1.0", "1e400", "4294967296",
+        "9223372036854775808", "18446744073709551615", "18446744073709551616", "null", "true", "[]", "{}", "[[]]",
+        "\"\"", "\"F64\"", "\"F4\"", "\"U8\"", ",", "\xff", "\xc3\x28", "\\ud800", "\\u0000", "..", "(",
+        "{\"__metadata__\":{\"a\":\"b\"}"};
 
     void change(std::string& bytes)
     {
@@ -83,7 +84,8 @@ verdicts read_mutations(std::string_view name, const std::vector<std::string>& s
     mutator mutate(name);
     verdicts result;
     for (int i = 0; i < count; ++i) {
-        const std::string bytes = i < static_cast<int>(seeds.size()) ? seeds[static_cast<std::size_t>(i)] : mutate(seeds);
+        const std::string bytes =
+            i < static_cast<int>(seeds.size()) ? seeds[static_cast<std::size_t>(i)] : mutate(seeds);
         CAPTURE(i);
         CAPTURE(bytes);
         try {
@@ -132,7 +134,8 @@ const std::vector<std::uint8_t> mask{5, 0};
 TEST_CASE("a mutated safetensors file is refused, or is one whose tensors tile its bytes and that can be written again")
 {
     const std::vector<std::string> seeds{
-        file_bytes({{"a", tensor_of(floats, dtype::f32, {2, 3})}, {"b", tensor_of(floats, dtype::bf16, {})}, {"c", tensor_of(floats, dtype::u8, {5})}}),
+        file_bytes({{"a", tensor_of(floats, dtype::f32, {2, 3})}, {"b", tensor_of(floats, dtype::bf16, {})},
+            {"c", tensor_of(floats, dtype::u8, {5})}}),
         file_bytes({{"only", tensor_of(doubles, dtype::f64, {4})}}, {{"k\n", "v"}}),
         file_bytes({{"e", tensor_of(floats, dtype::f16, {0, 7})}, {"f", tensor_of(floats, dtype::f4, {4})}}),
         file_bytes({}),
@@ -174,7 +177,8 @@ TEST_CASE("a mutated index is refused, or names files beside it")
 TEST_CASE("a mutated delta is refused, or keeps the promises of a sparse vector")
 {
     const scratch folder;
-    const metadata_map metadata{{"schema", "taskvec.delta.1"}, {"additive", "true"}, {"fingerprint", "xxh64:0123456789abcdef"}};
+    const metadata_map metadata{
+        {"schema", "taskvec.delta.1"}, {"additive", "true"}, {"fingerprint", "xxh64:0123456789abcdef"}};
     const std::vector<std::string> seeds{
         file_bytes({{"p.values", tensor_of(floats, dtype::f32, {2})}, {"p.shape", tensor_of(shapes, dtype::i64, {2})},
                        {"p.indices", tensor_of(places, dtype::i32, {2})}},
@@ -196,8 +200,10 @@ TEST_CASE("mutated statistics are refused, or hold what their kind says")
     const scratch folder;
     const std::vector<std::string> seeds{
         file_bytes({{"w", tensor_of(doubles, dtype::f64, {2, 2})}},
-            {{"schema", "taskvec.statistics.1"}, {"kind", "gram"}, {"examples", "7"}, {"in_out", R"(["w"])"}, {"fingerprint", "xxh64:0123456789abcdef"}}),
-        file_bytes({{"w", tensor_of(floats, dtype::f32, {3})}}, {{"schema", "taskvec.statistics.1"}, {"kind", "empirical_fisher"}, {"examples", "7"}}),
+            {{"schema", "taskvec.statistics.1"}, {"kind", "gram"}, {"examples", "7"}, {"in_out", R"(["w"])"},
+                {"fingerprint", "xxh64:0123456789abcdef"}}),
+        file_bytes({{"w", tensor_of(floats, dtype::f32, {3})}},
+            {{"schema", "taskvec.statistics.1"}, {"kind", "empirical_fisher"}, {"examples", "7"}}),
     };
     (void)read_mutations("statistics", seeds, 3000, [&](const std::string& bytes) {
         spill(folder / "statistics.safetensors", bytes);
@@ -217,8 +223,9 @@ TEST_CASE("a mutated adapter is refused, or holds whole updates")
         {"base_model.model.l.q.lora_B.weight", tensor_of(floats, dtype::f32, {3, 2})},
         {"base_model.model.l.up.lora_A.weight", tensor_of(floats, dtype::f32, {3, 4})},
         {"base_model.model.l.up.lora_B.weight", tensor_of(floats, dtype::f32, {3, 3})}});
-    const std::string config = R"({"peft_type":"LORA","r":2,"lora_alpha":4,"bias":"none","rank_pattern":{"up":3},"alpha_pattern":{"^l.q$|z":8},)"
-                               R"("use_rslora":true,"target_modules":["q","up"],"init_lora_weights":true,"fan_in_fan_out":false,"use_dora":false})";
+    const std::string config =
+        R"({"peft_type":"LORA","r":2,"lora_alpha":4,"bias":"none","rank_pattern":{"up":3},"alpha_pattern":{"^l.q$|z":8},)"
+        R"("use_rslora":true,"target_modules":["q","up"],"init_lora_weights":true,"fan_in_fan_out":false,"use_dora":false})";
     const auto read = [&] {
         for (const auto& [module, update] : read_peft(folder / "adapter").updates) {
             CHECK(update.rank() > 0);

@@ -35,13 +35,16 @@ double distance_from_expected(const peft_adapter<T>& adapter, const fs::path& ex
         REQUIRE(adapter.updates.contains(entry.name));
         const auto delta = reference::dense(adapter.updates.at(entry.name));
         const bool turned = transposed || adapter.embeddings.contains(entry.name);
-        const std::size_t rows = static_cast<std::size_t>(entry.shape[0]), cols = static_cast<std::size_t>(entry.shape[1]);
+        const std::size_t rows = static_cast<std::size_t>(entry.shape[0]),
+                          cols = static_cast<std::size_t>(entry.shape[1]);
         REQUIRE(delta.size() == (turned ? cols : rows));
         REQUIRE(delta[0].size() == (turned ? rows : cols));
         for (std::size_t i = 0; i < rows; ++i) {
             for (std::size_t j = 0; j < cols; ++j) {
                 float value = 0;
-                std::memcpy(&value, static_cast<const std::byte*>(expected.tensor(entry).data) + (i * cols + j) * sizeof value, sizeof value);
+                std::memcpy(&value,
+                    static_cast<const std::byte*>(expected.tensor(entry).data) + (i * cols + j) * sizeof value,
+                    sizeof value);
                 worst = std::max(worst, std::abs(static_cast<double>(value) - (turned ? delta[j][i] : delta[i][j])));
             }
         }
@@ -63,9 +66,10 @@ fs::path changed(const ::scratch& scratch, const std::string& name, const std::f
 }
 
 /// The fixture's factors as raw tensors, changed.
-fs::path with_tensors(const ::scratch& scratch, const std::function<void(std::map<std::string, std::pair<extents, std::vector<float>>>&)>& change)
+fs::path with_tensors(const ::scratch& scratch,
+    const std::function<void(std::map<std::string, std::pair<extents, std::vector<float>>>&)>& change)
 {
-    const fs::path folder = changed(scratch, "plain", [](auto&) {});
+    const fs::path folder = changed(scratch, "plain", [](auto&) { });
     std::map<std::string, std::pair<extents, std::vector<float>>> tensors;
     {
         const safetensors_file file(fixtures / "plain" / peft_model_name);
@@ -160,7 +164,9 @@ TEST_CASE("what is written reads back as the same updates, ranks, scalings and o
         CHECK(again.embeddings == adapter.embeddings);
         CHECK(again.stored == adapter.stored);
         CHECK(again.config["target_modules"] == adapter.config["target_modules"]);
-        for (const auto& entry : fs::directory_iterator(scratch.path() / "deep")) { CHECK(entry.path().filename().string().find(".tmp") == std::string::npos); }
+        for (const auto& entry : fs::directory_iterator(scratch.path() / "deep")) {
+            CHECK(entry.path().filename().string().find(".tmp") == std::string::npos);
+        }
     }
 }
 
@@ -169,8 +175,9 @@ TEST_CASE("different ranks and scalings go into patterns that match one module e
     const ::scratch scratch;
     peft_adapter<float> adapter;
     std::uint64_t seed = 0;
-    for (const auto& [name, rank, scaling] : std::vector<std::tuple<std::string, std::size_t, double>>{{"head", 2, 1.0}, {"encoder.head", 4, 0.5},
-             {"layers.1.q", 4, 0.5}, {"layers.11.q", 3, 2.0}, {"odd+name", 1, 0.3}, {"a.b", 3, 1.0}, {"a_b", 4, 0.5}, {"x.aab", 4, 0.5}}) {
+    for (const auto& [name, rank, scaling] : std::vector<std::tuple<std::string, std::size_t, double>>{{"head", 2, 1.0},
+             {"encoder.head", 4, 0.5}, {"layers.1.q", 4, 0.5}, {"layers.11.q", 3, 2.0}, {"odd+name", 1, 0.3},
+             {"a.b", 3, 1.0}, {"a_b", 4, 0.5}, {"x.aab", 4, 0.5}}) {
         adapter.updates.emplace(name, reference::normal_update<float>(6, 5, rank, ++seed, scaling));
     }
     write_peft(scratch.path() / "a", adapter);
@@ -194,7 +201,7 @@ TEST_CASE("patterns follow PEFT: file order, whole names or dotted ends, regular
 {
     const ::scratch scratch;
     const auto scaling = [&](const char* alphas, const std::string& module) {
-        const auto folder = changed(scratch, "plain", [](auto&) {});
+        const auto folder = changed(scratch, "plain", [](auto&) { });
         auto text = read_text_file(folder / peft_config_name);
         const auto at = text.find("\"alpha_pattern\":{}");
         REQUIRE(at != text.npos);
@@ -205,7 +212,8 @@ TEST_CASE("patterns follow PEFT: file order, whole names or dotted ends, regular
     CHECK(scaling(R"({"q_proj":9})", "layers.0.attn.q_proj") == doctest::Approx(9));
     CHECK(scaling(R"({"q_proj":9})", "layers.0.attn.v_proj") == doctest::Approx(6));
     CHECK(scaling(R"({"layers.0.attn.q_proj":12,"q_proj":9})", "layers.0.attn.q_proj") == doctest::Approx(12));
-    CHECK(scaling(R"({"q_proj":9,"layers.0.attn.q_proj":12})", "layers.0.attn.q_proj") == doctest::Approx(9)); // the first in the file, not in the alphabet
+    CHECK(scaling(R"({"q_proj":9,"layers.0.attn.q_proj":12})", "layers.0.attn.q_proj")
+        == doctest::Approx(9)); // the first in the file, not in the alphabet
     CHECK(scaling(R"({"attn\\.(q|v)_proj":3})", "layers.1.attn.v_proj") == doctest::Approx(3));
     CHECK(scaling(R"({"^layers.0.attn.q_proj":3})", "layers.0.attn.q_proj") == doctest::Approx(3));
     CHECK(scaling(R"({"q_proj|v_proj":1.5})", "layers.0.attn.v_proj") == doctest::Approx(1.5));
@@ -218,9 +226,11 @@ TEST_CASE("patterns follow PEFT: file order, whole names or dotted ends, regular
     says(refused("alpha_pattern", {{"q_proj", "3"}}), "not a number");
     says(refused("rank_pattern", {{"q_proj", 2}}), "has rank 3 but adapter_config.json says 2");
     says(refused("rank_pattern", nlohmann::json::array({1})), "not an object");
-    // Expressions that would make a backtracking matcher search for ever, or overflow the stack of whoever compiles them.
+    // Expressions that would make a backtracking matcher search for ever, or overflow the stack of whoever compiles
+    // them.
     says(refused("alpha_pattern", {{"([a-z.0-9_]+[a-z.0-9_]+)+!", 3}}), "matches no module");
-    says(refused("alpha_pattern", {{std::string(50000, '(') + "q" + std::string(50000, ')'), 3}}), "a regular expression of 1000");
+    says(refused("alpha_pattern", {{std::string(50000, '(') + "q" + std::string(50000, ')'), 3}}),
+        "a regular expression of 1000");
     says(refused("alpha_pattern", {{"(q)\\1", 3}}), "not a regular expression that is understood here");
 }
 
@@ -246,7 +256,9 @@ TEST_CASE("configurations that are not plain LoRA are refused by name")
     says(refused("modules_to_save", {"head"}), "modules_to_save");
     says(refused("r", "3"), "r is \"3\"; expected a number");
     says(refused("r", 4), "says 4");
-    for (const auto& rank : nlohmann::json::parse("[null, 0, -3, 2.5, true, [3], {}]")) { says(refused("r", rank), "r is " + rank.dump() + "; expected a "); }
+    for (const auto& rank : nlohmann::json::parse("[null, 0, -3, 2.5, true, [3], {}]")) {
+        says(refused("r", rank), "r is " + rank.dump() + "; expected a ");
+    }
     says(refused("r", 1e300), "says 1e+300");
     for (const auto& alpha : nlohmann::json::parse(R"([null, "6", [6]])")) {
         says(refused("lora_alpha", alpha), "lora_alpha is " + alpha.dump() + "; expected a number");
@@ -267,21 +279,30 @@ TEST_CASE("damaged adapters are named errors")
     const ::scratch scratch;
     using tensors = std::map<std::string, std::pair<extents, std::vector<float>>>;
     const std::string q = "base_model.model.layers.0.attn.q_proj.";
-    says(refusal(with_tensors(scratch, [&](tensors& t) { t.erase(q + "lora_B.weight"); })), "module 'layers.0.attn.q_proj' has lora_A but no lora_B");
+    says(refusal(with_tensors(scratch, [&](tensors& t) { t.erase(q + "lora_B.weight"); })),
+        "module 'layers.0.attn.q_proj' has lora_A but no lora_B");
     says(refusal(with_tensors(scratch, [&](tensors& t) { t.erase(q + "lora_A.weight"); })), "lora_B but no lora_A");
-    says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "lora_B.weight"] = {{9, 2}, std::vector<float>(18)}; })), "their ranks differ");
+    says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "lora_B.weight"] = {{9, 2}, std::vector<float>(18)}; })),
+        "their ranks differ");
     says(refusal(with_tensors(scratch,
              [&](tensors& t) {
                  t["base_model.model.layers.0.attn.q_proj.lora_embedding_B"] = t[q + "lora_B.weight"];
                  t.erase(q + "lora_B.weight");
              })),
         "not both factors of an embedding");
-    says(refusal(with_tensors(scratch, [&](tensors& t) { t["base_model.model.layers.0.attn.q_proj.lora_embedding_B"] = t[q + "lora_B.weight"]; })),
+    says(
+        refusal(with_tensors(scratch,
+            [&](tensors& t) { t["base_model.model.layers.0.attn.q_proj.lora_embedding_B"] = t[q + "lora_B.weight"]; })),
         "is the second such factor");
-    says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "lora_magnitude_vector"] = {{6}, std::vector<float>(6)}; })), "lora_magnitude_vector");
-    says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "bias"] = {{6}, std::vector<float>(6)}; })), "neither a factor nor a bias");
-    says(refusal(with_tensors(scratch, [&](tensors& t) { t["layers.0.lora_A.weight"] = {{1, 1}, {1.0f}}; })), "does not begin with");
-    const auto unlike = with_tensors(scratch, [&](tensors& t) { t[q + "lora_B.weight"] = {{9, 2}, std::vector<float>(18)}; });
+    says(refusal(
+             with_tensors(scratch, [&](tensors& t) { t[q + "lora_magnitude_vector"] = {{6}, std::vector<float>(6)}; })),
+        "lora_magnitude_vector");
+    says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "bias"] = {{6}, std::vector<float>(6)}; })),
+        "neither a factor nor a bias");
+    says(refusal(with_tensors(scratch, [&](tensors& t) { t["layers.0.lora_A.weight"] = {{1, 1}, {1.0f}}; })),
+        "does not begin with");
+    const auto unlike =
+        with_tensors(scratch, [&](tensors& t) { t[q + "lora_B.weight"] = {{9, 2}, std::vector<float>(18)}; });
     says(refusal(unlike), (unlike / peft_model_name).string());
     says(refusal(with_tensors(scratch, [&](tensors& t) { t.clear(); })), "no LoRA factors");
     const std::vector<std::int32_t> whole(18);
@@ -292,14 +313,15 @@ TEST_CASE("damaged adapters are named errors")
     write_safetensors(unlike / peft_model_name, integers, {}, durability::process);
     says(refusal(unlike), "has dtype I32; a factor is");
     says(refusal(scratch.path() / "nowhere"), "is not a directory");
-    const auto folder = changed(scratch, "plain", [](auto&) {});
+    const auto folder = changed(scratch, "plain", [](auto&) { });
     fs::rename(folder / peft_model_name, folder / "adapter_model.bin");
     says(refusal(folder), "adapter_model.bin");
     fs::remove(folder / peft_config_name);
     says(refusal(folder), "adapter_config.json");
 }
 
-TEST_CASE("copies of base weights beside the factors of their modules are carried along; other whole weights are refused")
+TEST_CASE(
+    "copies of base weights beside the factors of their modules are carried along; other whole weights are refused")
 {
     const ::scratch scratch;
     const auto adapter = read_peft<float>(fixtures / "embedding_saved");
@@ -307,16 +329,23 @@ TEST_CASE("copies of base weights beside the factors of their modules are carrie
     CHECK(adapter.others.at("embed.base_layer.weight").shape == extents{9, 6});
     using tensors = std::map<std::string, std::pair<extents, std::vector<float>>>;
     const std::string q = "base_model.model.layers.0.attn.q_proj.", other = "base_model.model.layers.0.mlp.";
-    CHECK(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "base_layer.weight"] = {{6, 6}, std::vector<float>(36)}; })).empty());
-    says(refusal(with_tensors(scratch, [&](tensors& t) { t[q + "base_layer.weight"] = {{6, 5}, std::vector<float>(30)}; })), "has shape [6, 5]");
-    says(refusal(with_tensors(scratch, [&](tensors& t) { t[other + "base_layer.weight"] = {{6, 6}, std::vector<float>(36)}; })), "--modules-to-save");
-    says(refusal(with_tensors(scratch, [&](tensors& t) { t[other + "weight"] = {{6, 6}, std::vector<float>(36)}; })), "neither a factor nor a bias");
+    CHECK(refusal(with_tensors(scratch, [&](tensors& t) {
+        t[q + "base_layer.weight"] = {{6, 6}, std::vector<float>(36)};
+    })).empty());
+    says(refusal(
+             with_tensors(scratch, [&](tensors& t) { t[q + "base_layer.weight"] = {{6, 5}, std::vector<float>(30)}; })),
+        "has shape [6, 5]");
+    says(refusal(with_tensors(
+             scratch, [&](tensors& t) { t[other + "base_layer.weight"] = {{6, 6}, std::vector<float>(36)}; })),
+        "--modules-to-save");
+    says(refusal(with_tensors(scratch, [&](tensors& t) { t[other + "weight"] = {{6, 6}, std::vector<float>(36)}; })),
+        "neither a factor nor a bias");
 }
 
 TEST_CASE("halves of different dtypes are kept in one that holds both")
 {
     const ::scratch scratch;
-    const auto folder = changed(scratch, "plain", [](auto&) {});
+    const auto folder = changed(scratch, "plain", [](auto&) { });
     std::vector<std::vector<bf16>> brief;
     const_model_ref model;
     const safetensors_file file(fixtures / "plain" / peft_model_name);
@@ -326,7 +355,9 @@ TEST_CASE("halves of different dtypes are kept in one that holds both")
             continue;
         }
         auto& values = brief.emplace_back();
-        for (std::size_t i = 0; i < file.tensor(entry).size(); ++i) { values.push_back(narrow<bf16>(0.1f * static_cast<float>(i))); }
+        for (std::size_t i = 0; i < file.tensor(entry).size(); ++i) {
+            values.push_back(narrow<bf16>(0.1f * static_cast<float>(i)));
+        }
         model.insert(entry.name, as_tensor(host_view<const bf16>(values.data(), values.size()), entry.shape));
     }
     write_safetensors(folder / peft_model_name, model, {}, durability::process);

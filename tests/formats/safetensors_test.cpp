@@ -27,7 +27,9 @@ std::span<const std::byte> bytes_of(const std::string& text)
 std::string from_hex(const std::string& hex)
 {
     std::string result;
-    for (std::size_t i = 0; i < hex.size(); i += 2) { result += static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16)); }
+    for (std::size_t i = 0; i < hex.size(); i += 2) {
+        result += static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16));
+    }
     return result;
 }
 
@@ -95,15 +97,21 @@ TEST_CASE("errors name the file, the tensor, and what was expected")
     };
     CHECK(text_of(R"({"w":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}})", "1234")
         == "m.safetensors: tensor 'w' of dtype F32 and shape [2] needs 8 bytes; its data_offsets give it 4");
-    CHECK(text_of(R"({"w":{"dtype":"F99","shape":[2],"data_offsets":[0,4]}})") == "m.safetensors: tensor 'w' has the unknown dtype 'F99'");
+    CHECK(text_of(R"({"w":{"dtype":"F99","shape":[2],"data_offsets":[0,4]}})")
+        == "m.safetensors: tensor 'w' has the unknown dtype 'F99'");
     CHECK(text_of(R"({"w":{"shape":[2],"data_offsets":[0,4]}})") == "m.safetensors: tensor 'w' has no dtype");
     CHECK(text_of(R"({"w":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}})")
         == "m.safetensors: tensor 'w' has a negative number in its shape; expected unsigned integers");
     CHECK(text_of(R"({"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "12")
         == "m.safetensors: has 2 bytes of tensor data; its header describes 4: the file is cut short");
-    CHECK(text_of(R"({"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":1})", "1234") == "m.safetensors: tensor 'w' occurs twice in the header");
-    CHECK(text_of(R"({"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"v":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}})", "123")
-        == "m.safetensors: tensor 'v' begins at byte 2 of the buffer; expected 1, where the tensor before it ends: the buffer has a hole");
+    CHECK(text_of(R"({"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":1})", "1234")
+        == "m.safetensors: tensor 'w' occurs twice in the header");
+    CHECK(
+        text_of(
+            R"({"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"v":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}})",
+            "123")
+        == "m.safetensors: tensor 'v' begins at byte 2 of the buffer; expected 1, where the tensor before it ends: the "
+           "buffer has a hole");
     CHECK(text_of("{]").find("header is not valid JSON at byte 9") != std::string::npos);
 }
 
@@ -151,15 +159,18 @@ TEST_CASE("random models come back bit for bit, written in random pieces by seve
 {
     const scratch folder;
     std::mt19937 random(11);
-    constexpr dtype types[] = {
-        dtype::boolean, dtype::f4, dtype::u8, dtype::f8_e5m2fnuz, dtype::i16, dtype::f16, dtype::bf16, dtype::f32, dtype::c64, dtype::f64, dtype::u64};
+    constexpr dtype types[] = {dtype::boolean, dtype::f4, dtype::u8, dtype::f8_e5m2fnuz, dtype::i16, dtype::f16,
+        dtype::bf16, dtype::f32, dtype::c64, dtype::f64, dtype::u64};
     for (int round = 0; round < 30; ++round) {
         std::vector<tensor_spec> specs;
         std::vector<std::string> contents;
         const auto count = random() % 8;
         for (std::size_t i = 0; i < count; ++i) {
-            tensor_spec spec{"t" + std::to_string(random() % 1000) + "." + std::to_string(i), types[random() % std::size(types)], {}};
-            for (std::size_t rank = random() % 4; rank > 0; --rank) { spec.shape.push_back(static_cast<std::int64_t>(random() % 6)); }
+            tensor_spec spec{"t" + std::to_string(random() % 1000) + "." + std::to_string(i),
+                types[random() % std::size(types)], {}};
+            for (std::size_t rank = random() % 4; rank > 0; --rank) {
+                spec.shape.push_back(static_cast<std::int64_t>(random() % 6));
+            }
             if (bits(spec.dtype) < 8) { spec.shape.push_back(2); }
             contents.emplace_back(spec.bytes(), '\0');
             for (auto& c : contents.back()) { c = static_cast<char>(random()); }
@@ -172,7 +183,8 @@ TEST_CASE("random models come back bit for bit, written in random pieces by seve
                 threads.emplace_back([&, t, step = 1 + random() % 7] {
                     for (std::size_t i = t; i < specs.size(); i += 3) {
                         for (std::size_t at = 0; at < contents[i].size(); at += step) {
-                            writer.write(i, at, contents[i].data() + at, std::min<std::size_t>(step, contents[i].size() - at));
+                            writer.write(
+                                i, at, contents[i].data() + at, std::min<std::size_t>(step, contents[i].size() - at));
                         }
                     }
                 });
@@ -209,8 +221,8 @@ TEST_CASE("what cannot be written is refused before a file appears")
     refused({{"a", dtype::f4, {1}}});
     refused({{"a", dtype::f32, {-1}}});
     refused({{"a", dtype::f32, {std::int64_t{1} << 62}}});
-    refused({{"a", dtype::u8, {std::int64_t{1} << 62}}, {"b", dtype::u8, {std::int64_t{1} << 62}}, {"c", dtype::f64, {std::int64_t{1} << 60}},
-        {"d", dtype::f64, {std::int64_t{1} << 59}}});
+    refused({{"a", dtype::u8, {std::int64_t{1} << 62}}, {"b", dtype::u8, {std::int64_t{1} << 62}},
+        {"c", dtype::f64, {std::int64_t{1} << 60}}, {"d", dtype::f64, {std::int64_t{1} << 59}}});
     refused({}, {{"k", "\xff"}});
 }
 
@@ -262,7 +274,8 @@ TEST_CASE("a writer that is killed at any moment leaves the old file or the new"
         if (child == 0) {
             try {
                 for (;;) {
-                    write_safetensors(folder / "f", {{"w", as_tensor(as_view(after))}}, {}, delay % 2 ? durability::synchronised : durability::process);
+                    write_safetensors(folder / "f", {{"w", as_tensor(as_view(after))}}, {},
+                        delay % 2 ? durability::synchronised : durability::process);
                 }
             }
             catch (...) {
@@ -289,15 +302,17 @@ TEST_CASE("files damaged at random either parse or are refused by an error")
     const auto corpus = nlohmann::json::parse(slurp(data_folder / "corpus.json"));
     std::vector<std::string> seeds{good};
     for (const auto& entry : corpus) { seeds.push_back(from_hex(entry["file"].get<std::string>())); }
-    const std::vector<std::string> words{"[", "]", "{", "}", ",", ":", "\"", "\\", "\\u0061", "-", "1e9", "18446744073709551615", "9223372036854775808", "null",
-        "\"a\"", "\"dtype\"", "\"shape\"", "\"data_offsets\"", "\"__metadata__\"", "\"F32\"", "\"F4\"", "0", std::string(1, '\0'), "\xff", "\xc3", " "};
+    const std::vector<std::string> words{"[", "]", "{", "}", ",", ":", "\"", "\\", "\\u0061", "-", "1e9",
+        "18446744073709551615", "9223372036854775808", "null", "\"a\"", "\"dtype\"", "\"shape\"", "\"data_offsets\"",
+        "\"__metadata__\"", "\"F32\"", "\"F4\"", "0", std::string(1, '\0'), "\xff", "\xc3", " "};
     std::mt19937 random(2024);
     int parsed = 0;
     for (int round = 0; round < 20'000; ++round) {
         std::string content = seeds[random() % (round % 2 ? seeds.size() : 1)];
         for (auto edits = 1 + random() % 4; edits > 0 && !content.empty(); --edits) {
             // Most of the damage goes where the header is; half of it keeps the header's length right.
-            const std::size_t at = random() % (random() % 4 ? std::min<std::size_t>(content.size(), 1000) : content.size());
+            const std::size_t at =
+                random() % (random() % 4 ? std::min<std::size_t>(content.size(), 1000) : content.size());
             const auto before = content.size();
             switch (random() % 6) {
             case 0: content[at] = static_cast<char>(random()); break;

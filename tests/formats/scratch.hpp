@@ -34,7 +34,9 @@ public:
     static std::set<std::string> names_in(const std::filesystem::path& folder)
     {
         std::set<std::string> result;
-        for (const auto& entry : std::filesystem::directory_iterator(folder)) { result.insert(entry.path().filename().string()); }
+        for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+            result.insert(entry.path().filename().string());
+        }
         return result;
     }
 

@@ -48,7 +48,9 @@ TEST_CASE("a Fisher comes back as it was, and merges")
         CHECK(file.info().kind == statistics_kind::empirical_fisher);
         CHECK(file.info().examples == 2);
         const auto values = reference::values_of(*file.model().find("w"));
-        for (std::size_t i = 0; i < 6; ++i) { CHECK(values[i] == doctest::Approx(w[i] * w[i]).epsilon(storage == dtype::bf16 ? 4e-3 : 1e-6)); }
+        for (std::size_t i = 0; i < 6; ++i) {
+            CHECK(values[i] == doctest::Approx(w[i] * w[i]).epsilon(storage == dtype::bf16 ? 4e-3 : 1e-6));
+        }
         CHECK(file.model().find("w")->dtype == storage);
         std::vector<float> out_w(6), out_b(3);
         merge(cpu{}, fisher_options{.fishers = {file.model()}}, std::vector{model},
@@ -60,7 +62,8 @@ TEST_CASE("a Fisher comes back as it was, and merges")
     write_statistics(folder / "e.safetensors", expected, {}, dtype::f32, durability::process);
     CHECK(statistics_file(folder / "e.safetensors").info().kind == statistics_kind::expected_fisher);
     CHECK_FALSE(statistics_file(folder / "e.safetensors").info().fingerprint);
-    CHECK_THROWS_AS(write_statistics(folder / "none.safetensors", empirical_fisher_accumulator(model)), invalid_argument);
+    CHECK_THROWS_AS(
+        write_statistics(folder / "none.safetensors", empirical_fisher_accumulator(model)), invalid_argument);
     CHECK_FALSE(std::filesystem::exists(folder / "none.safetensors"));
 }
 
@@ -76,7 +79,8 @@ TEST_CASE("Grams come back as they were, with the layouts of their weights")
     write_statistics(folder / "g.safetensors", grams, 77, {"c_fc.weight"}, dtype::f64, durability::process);
     const statistics_file file(folder / "g.safetensors");
     file.require_gram();
-    CHECK_THROWS_WITH_AS(file.require_fisher(), ("'" + file.path().string() + "' holds gram; expected a diagonal Fisher").c_str(), invalid_argument);
+    CHECK_THROWS_WITH_AS(file.require_fisher(),
+        ("'" + file.path().string() + "' holds gram; expected a diagonal Fisher").c_str(), invalid_argument);
     CHECK(file.info().examples == 10);
     CHECK(file.info().fingerprint == 77);
     CHECK(file.layout("c_fc.weight") == weight_layout::in_out);
@@ -87,7 +91,9 @@ TEST_CASE("Grams come back as they were, with the layouts of their weights")
     const const_model_ref other{{"w", tensor(w, {4})}};
     CHECK_THROWS_AS(check_statistics(cpu{}, file, other, "other.safetensors"), invalid_argument);
     CHECK_THROWS_AS(write_statistics(folder / "h.safetensors", grams, 77, {"unknown"}), invalid_argument);
-    CHECK_THROWS_AS(write_statistics(folder / "h.safetensors", const_model_ref{{"w", tensor(w, {4})}}, {.kind = statistics_kind::gram}), shape_mismatch);
+    CHECK_THROWS_AS(write_statistics(folder / "h.safetensors", const_model_ref{{"w", tensor(w, {4})}},
+                        {.kind = statistics_kind::gram}),
+        shape_mismatch);
     CHECK_FALSE(std::filesystem::exists(folder / "h.safetensors"));
 }
 
@@ -138,10 +144,12 @@ TEST_CASE("what a file says must be true; a plain file is taken as it is")
     const scratch folder;
     const auto a = random_values(6, 1);
     const auto write = [&](metadata_map metadata, extents shape = {6}) {
-        write_safetensors(folder / "s", const_model_ref{{"w", tensor(a, std::move(shape))}}, std::move(metadata), durability::process);
+        write_safetensors(folder / "s", const_model_ref{{"w", tensor(a, std::move(shape))}}, std::move(metadata),
+            durability::process);
     };
     const auto good = [](std::string key = {}, std::string value = {}) {
-        metadata_map metadata{{"schema", "taskvec.statistics.1"}, {"kind", "gram"}, {"examples", "3"}, {"fingerprint", "xxh64:0000000000000007"}};
+        metadata_map metadata{{"schema", "taskvec.statistics.1"}, {"kind", "gram"}, {"examples", "3"},
+            {"fingerprint", "xxh64:0000000000000007"}};
         if (!key.empty()) { metadata[key] = value; }
         return metadata;
     };
@@ -164,10 +172,12 @@ TEST_CASE("what a file says must be true; a plain file is taken as it is")
     refused(good("examples", ""));
     refused(good("examples", "-3"));
     refused(good("fingerprint", "7"));
-    write_safetensors(folder / "s", const_model_ref{{"w", tensor(square, {2, 2})}}, good("in_out", "[\"w\"]"), durability::process);
+    write_safetensors(
+        folder / "s", const_model_ref{{"w", tensor(square, {2, 2})}}, good("in_out", "[\"w\"]"), durability::process);
     CHECK(statistics_file(folder / "s").layout("w") == weight_layout::in_out);
     for (const char* list : {"[\"v\"]", "\"w\"", "[1]", "[", "{}"}) {
-        write_safetensors(folder / "s", const_model_ref{{"w", tensor(square, {2, 2})}}, good("in_out", list), durability::process);
+        write_safetensors(
+            folder / "s", const_model_ref{{"w", tensor(square, {2, 2})}}, good("in_out", list), durability::process);
         CHECK_THROWS_AS(statistics_file(folder / "s"), format_error);
     }
     const std::vector<std::int64_t> whole(2);

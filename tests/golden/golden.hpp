@@ -45,7 +45,10 @@ struct test_case {
     [[nodiscard]] std::string method() const { return about.at("method"); }
     [[nodiscard]] const nlohmann::json& options() const { return about.at("options"); }
     /// 0 where every value must be equal.
-    [[nodiscard]] double tolerance() const { return about.at("agreement") == "exact" ? 0.0 : about.at("tolerance").get<double>(); }
+    [[nodiscard]] double tolerance() const
+    {
+        return about.at("agreement") == "exact" ? 0.0 : about.at("tolerance").get<double>();
+    }
 };
 
 class file {
@@ -69,7 +72,10 @@ public:
         REQUIRE(!result.empty());
         return result;
     }
-    [[nodiscard]] const_model_ref base(const test_case& which) const { return part(which.about.at("input").get<std::string>() + "/input/base"); }
+    [[nodiscard]] const_model_ref base(const test_case& which) const
+    {
+        return part(which.about.at("input").get<std::string>() + "/input/base");
+    }
     [[nodiscard]] std::vector<const_model_ref> tasks(const test_case& which) const
     {
         std::vector<const_model_ref> result;
@@ -106,9 +112,10 @@ inline std::vector<double> numbers(const const_tensor_ref& tensor, const std::st
     });
 }
 
-/// Every tensor of `expected` is in `found` with its dtype, shape and values (0 equals −0), or close: |difference| ≤ tolerance × the
-/// largest expected magnitude of the tensor.
-inline void check_equal(const const_model_ref& found, const const_model_ref& expected, double tolerance, const std::string& what)
+/// Every tensor of `expected` is in `found` with its dtype, shape and values (0 equals −0), or close: |difference| ≤
+/// tolerance × the largest expected magnitude of the tensor.
+inline void check_equal(
+    const const_model_ref& found, const const_model_ref& expected, double tolerance, const std::string& what)
 {
     REQUIRE_MESSAGE(found.size() == expected.size(), what);
     for (const auto& [name, tensor] : expected) {
@@ -125,7 +132,8 @@ inline void check_equal(const const_model_ref& found, const const_model_ref& exp
         std::size_t wrong = 0, first = 0;
         for (std::size_t i = 0; i < right.size(); ++i) {
             // Not (a <= b): NaN must not pass.
-            const bool fine = tolerance == 0.0 ? left[i] == right[i] : std::abs(left[i] - right[i]) <= tolerance * scale;
+            const bool fine =
+                tolerance == 0.0 ? left[i] == right[i] : std::abs(left[i] - right[i]) <= tolerance * scale;
             if (!fine && wrong++ == 0) { first = i; }
         }
         if (wrong > 0) {

@@ -46,10 +46,12 @@ std::optional<ties_options> ties_of(const nlohmann::json& options)
     else {
         REQUIRE(preset == "paper");
         result.scope = scope_of(options);
-        static const std::map<std::string, zero_sign> signs{{"majority", zero_sign::majority}, {"positive", zero_sign::positive}, {"none", zero_sign::none}};
+        static const std::map<std::string, zero_sign> signs{
+            {"majority", zero_sign::majority}, {"positive", zero_sign::positive}, {"none", zero_sign::none}};
         result.zero_sign = signs.at(options.at("zero_sign"));
     }
-    static const std::map<std::string, disjoint_merge> combines{{"mean", disjoint_merge::mean}, {"sum", disjoint_merge::sum}, {"max", disjoint_merge::max}};
+    static const std::map<std::string, disjoint_merge> combines{
+        {"mean", disjoint_merge::mean}, {"sum", disjoint_merge::sum}, {"max", disjoint_merge::max}};
     result.combine = combines.at(value<std::string>(options, "merge", "mean"));
     result.density = options.at("density");
     result.lambda = options.at("lambda");
@@ -77,8 +79,8 @@ owned_model dense(const const_model_ref& like, const sparse_model& delta)
     return result;
 }
 
-/// Every case of a file whose method `run` knows, on one and on three threads and with chunks of odd sizes. Returns how many there were
-/// of each method; what `run` answers with false counts as "left out".
+/// Every case of a file whose method `run` knows, on one and on three threads and with chunks of odd sizes. Returns how
+/// many there were of each method; what `run` answers with false counts as "left out".
 template <class Run>
 std::map<std::string, int> for_each_case(const std::string& path, const Run& run)
 {
@@ -101,7 +103,8 @@ std::map<std::string, int> for_each_case(const std::string& path, const Run& run
 bool merge_case(const golden::file& file, const test_case& which, const cpu& policy, const model_options& how)
 {
     const std::string method = which.method();
-    static const std::set<std::string> known{"ties", "task_arithmetic", "average", "magnitude_prune", "slerp", "model_stock"};
+    static const std::set<std::string> known{
+        "ties", "task_arithmetic", "average", "magnitude_prune", "slerp", "model_stock"};
     if (!known.contains(method)) { return false; }
     const auto expected = file.part(which.name + "/expected");
     const auto& options = which.options();
@@ -117,10 +120,12 @@ bool merge_case(const golden::file& file, const test_case& which, const cpu& pol
         merge(policy, *ties, base, tasks, out.model(), how);
     }
     else if (method == "task_arithmetic") {
-        merge(policy, task_arithmetic_options{options.at("lambda"), options.at("weights")}, base, tasks, out.model(), how);
+        merge(policy, task_arithmetic_options{options.at("lambda"), options.at("weights")}, base, tasks, out.model(),
+            how);
     }
     else if (method == "average") {
-        merge(policy, average_options{options.at("weights")}, std::span<const const_model_ref>(tasks), out.model(), how);
+        merge(
+            policy, average_options{options.at("weights")}, std::span<const const_model_ref>(tasks), out.model(), how);
     }
     else if (method == "slerp") {
         merge(policy, slerp_options{options.at("t")}, base, tasks, out.model(), how);
@@ -134,7 +139,8 @@ bool merge_case(const golden::file& file, const test_case& which, const cpu& pol
         std::vector<owned_model> pruned;
         std::vector<const_model_ref> vectors;
         for (const auto& task : tasks) {
-            pruned.push_back(dense(base, post_pruning(policy, {.density = options.at("density"), .scope = scope::tensor}, base, task, how)));
+            pruned.push_back(dense(base,
+                post_pruning(policy, {.density = options.at("density"), .scope = scope::tensor}, base, task, how)));
         }
         for (const auto& model : pruned) { vectors.emplace_back(model.model()); }
         merge(policy, task_arithmetic_options{1.0, weights}, base, vectors, out.model(), how);
@@ -167,18 +173,23 @@ bool pruning_case(const golden::file& file, const test_case& which, const cpu& p
     owned_model merged(expected);
     std::vector<sparse_model> deltas;
     if (options.at("merge") == "ties") {
-        deltas = peru_fft(policy, ties_options{.density = options.at("merge_density"), .lambda = options.at("lambda"), .weights = options.at("weights")},
+        deltas = peru_fft(policy,
+            ties_options{.density = options.at("merge_density"),
+                .lambda = options.at("lambda"),
+                .weights = options.at("weights")},
             pruning, base, tasks, merged.model(), how);
     }
     else {
-        deltas = peru_fft(policy, task_arithmetic_options{options.at("lambda"), options.at("weights")}, pruning, base, tasks, merged.model(), how);
+        deltas = peru_fft(policy, task_arithmetic_options{options.at("lambda"), options.at("weights")}, pruning, base,
+            tasks, merged.model(), how);
     }
     check_equal(merged.model(), expected, 0.0, which.name);
     REQUIRE(deltas.size() == tasks.size());
     for (std::size_t t = 0; t < tasks.size(); ++t) {
         CHECK_MESSAGE(kept(deltas[t]) == options.at("kept").at(t).get<std::uint64_t>(), which.name);
         const auto saved = apply(policy, deltas[t], merged.model());
-        check_equal(merged.model(), file.part(which.name + "/expected/task" + std::to_string(t)), 0.0, which.name + " task " + std::to_string(t));
+        check_equal(merged.model(), file.part(which.name + "/expected/task" + std::to_string(t)), 0.0,
+            which.name + " task " + std::to_string(t));
         undo(policy, deltas[t], saved, merged.model());
         check_equal(merged.model(), expected, 0.0, which.name + " undone");
     }

@@ -3,9 +3,9 @@
 #include "golden.hpp"
 
 #include <taskvec/methods/fisher.hpp>
+#include <taskvec/methods/regmean.hpp>
 #include <taskvec/statistics/fisher_accumulator.hpp>
 #include <taskvec/statistics/gram_accumulator.hpp>
-#include <taskvec/methods/regmean.hpp>
 
 #include <span>
 
@@ -17,12 +17,15 @@ namespace {
 std::vector<const_model_ref> of_tasks(const file& from, const test_case& which, const std::string& kind)
 {
     std::vector<const_model_ref> all;
-    for (int t = 0; t < 3; ++t) { all.push_back(from.part(which.about.at("input").get<std::string>() + "/input/" + kind + std::to_string(t))); }
+    for (int t = 0; t < 3; ++t) {
+        all.push_back(from.part(which.about.at("input").get<std::string>() + "/input/" + kind + std::to_string(t)));
+    }
     return all;
 }
 
 template <class Options>
-void check_merge(const Options& options, const std::vector<const_model_ref>& tasks, const const_model_ref& expected, const test_case& which)
+void check_merge(const Options& options, const std::vector<const_model_ref>& tasks, const const_model_ref& expected,
+    const test_case& which)
 {
     for (const unsigned threads : {1u, 3u}) {
         owned_model out(expected);
@@ -38,7 +41,9 @@ void add_constant(const model_ref& model, double constant)
     for (const auto& [name, tensor] : model) {
         visit_storage(tensor.dtype, name, [&, &tensor = tensor]<class T>(std::type_identity<T>) {
             auto* const values = static_cast<T*>(tensor.data);
-            for (std::size_t i = 0; i < tensor.size(); ++i) { values[i] = static_cast<T>(static_cast<double>(values[i]) + constant); }
+            for (std::size_t i = 0; i < tensor.size(); ++i) {
+                values[i] = static_cast<T>(static_cast<double>(values[i]) + constant);
+            }
         });
     }
 }
@@ -74,8 +79,8 @@ void check_regmean_merges(const std::string& path, int cases)
     const file from(path);
     for (const auto& which : from.cases()) {
         if (which.method() != "regmean") { continue; }
-        check_merge(regmean_options{.grams = of_tasks(from, which, "gram"), .alpha = which.options().at("alpha")}, from.tasks(which),
-            from.part(which.name + "/expected"), which);
+        check_merge(regmean_options{.grams = of_tasks(from, which, "gram"), .alpha = which.options().at("alpha")},
+            from.tasks(which), from.part(which.name + "/expected"), which);
         --cases;
     }
     CHECK(cases == 0);
@@ -109,7 +114,9 @@ TEST_CASE("accumulators build the stored statistics from gradients and batches")
     for (const std::string group : {"f32", "f64"}) {
         const double tolerance = group == "f32" ? 1e-6 : 1e-13; // what is stored was rounded to the group's dtype
         empirical_fisher_accumulator fisher(file.part(group + "/input/base"));
-        for (int example = 0; example < 4; ++example) { fisher.add(cpu{}, file.part(group + "/input/gradient0_" + std::to_string(example))); }
+        for (int example = 0; example < 4; ++example) {
+            fisher.add(cpu{}, file.part(group + "/input/gradient0_" + std::to_string(example)));
+        }
         REQUIRE(fisher.examples() == 4);
         const auto expected = file.part(group + "/input/fisher0");
         REQUIRE(fisher.parameters().size() == expected.size());
@@ -117,16 +124,20 @@ TEST_CASE("accumulators build the stored statistics from gradients and batches")
             const auto& name = fisher.parameters()[i].name;
             const auto found = fisher.fisher(i), stored = numbers(*expected.find(name), name);
             REQUIRE(found.size() == stored.size());
-            for (std::size_t k = 0; k < found.size(); ++k) { CHECK(std::abs(found[k] - stored[k]) <= tolerance * stored[k]); }
+            for (std::size_t k = 0; k < found.size(); ++k) {
+                CHECK(std::abs(found[k] - stored[k]) <= tolerance * stored[k]);
+            }
         }
         for (const std::string layer : {"fc0", "fc1"}) {
             const auto batches = file.part(group + "/input/batch0"), grams = file.part(group + "/input/gram0");
             const auto& batch = *batches.find(layer);
             const auto stored = numbers(*grams.find(layer + ".weight"), layer);
-            const auto rows = static_cast<std::size_t>(batch.shape[0]), features = static_cast<std::size_t>(batch.shape[1]);
+            const auto rows = static_cast<std::size_t>(batch.shape[0]),
+                       features = static_cast<std::size_t>(batch.shape[1]);
             gram_accumulator gram(features, layer);
             visit_storage(batch.dtype, layer, [&]<class T>(std::type_identity<T>) {
-                gram.add(cpu{}, matrix_view<const T>(static_cast<const T*>(batch.data), rows, features, matrix_order::row_major));
+                gram.add(cpu{},
+                    matrix_view<const T>(static_cast<const T*>(batch.data), rows, features, matrix_order::row_major));
             });
             CHECK(gram.examples() == rows);
             for (std::size_t i = 0; i < features; ++i) {

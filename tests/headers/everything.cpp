@@ -1,5 +1,5 @@
-// Every header once more, under hostile macros: with the headers' own translation units, each stands twice in one program.
-// SPDX-License-Identifier: Apache-2.0
+// Every header once more, under hostile macros: with the headers' own translation units, each stands twice in one
+// program. SPDX-License-Identifier: Apache-2.0
 #include "poison.hpp"
 
 #include <everything.hpp>

@@ -86,10 +86,7 @@ M* produce(counted& source, std::uint32_t major = 1, std::uint64_t flags = 0)
 }
 
 template <class M, class Ref>
-concept exportable = requires(const Ref& tensor)
-{
-    to_dlpack<M>(tensor);
-};
+concept exportable = requires(const Ref& tensor) { to_dlpack<M>(tensor); };
 
 template <class F>
 std::string refusal(F&& f)
@@ -110,7 +107,8 @@ std::string refusal(F&& f)
 #define TASKVEC_TEST_MANAGED abi::unversioned, abi::versioned
 #endif
 
-TEST_CASE_TEMPLATE("a managed tensor is read and written in place, and given back exactly once", M, TASKVEC_TEST_MANAGED)
+TEST_CASE_TEMPLATE(
+    "a managed tensor is read and written in place, and given back exactly once", M, TASKVEC_TEST_MANAGED)
 {
     counted source;
     {
@@ -176,7 +174,8 @@ TEST_CASE_TEMPLATE("a refused tensor is given back exactly once too", M, TASKVEC
     auto* strange = produce<M>(source);
     strange->dl_tensor.dtype = {2, 32, 4};
     CHECK(refusal([&] { dlpack_handle<M> handle(strange, "fc.weight"); })
-        == "tensor 'fc.weight' has DLPack type code 2 with 32 bits and 4 lanes; expected one lane of a type that safetensors has a name for: convert it first");
+        == "tensor 'fc.weight' has DLPack type code 2 with 32 bits and 4 lanes; expected one lane of a type that "
+           "safetensors has a name for: convert it first");
     CHECK(source.deleted == 1);
     CHECK_THROWS_AS(dlpack_handle<M>(nullptr), invalid_argument);
 }
@@ -223,10 +222,12 @@ TEST_CASE("null strides, other strides and byte offsets are honoured")
     std::int64_t transposed[] = {1, 2};
     tensor.strides = transposed;
     CHECK(from_dlpack(tensor).strides == extents{1, 2});
-    CHECK(refusal([&] { (void)flat_view<float>(from_dlpack(tensor, "w"), "w"); }) == "tensor 'w' is not contiguous; copy it to row-major memory first");
+    CHECK(refusal([&] { (void)flat_view<float>(from_dlpack(tensor, "w"), "w"); })
+        == "tensor 'w' is not contiguous; copy it to row-major memory first");
 
     tensor.byte_offset = 2;
-    CHECK(refusal([&] { (void)from_dlpack(tensor, "w"); }) == "tensor 'w' is not aligned to its 4-byte elements: copy it first");
+    CHECK(refusal([&] { (void)from_dlpack(tensor, "w"); })
+        == "tensor 'w' is not aligned to its 4-byte elements: copy it first");
 
     tensor.byte_offset = 0;
     tensor.ndim = 0;
@@ -249,7 +250,8 @@ TEST_CASE("devices")
     CHECK(from_dlpack(tensor).space == memory_space::host);
     tensor.device = {abi::opencl, 0};
     CHECK(refusal([&] { (void)from_dlpack(tensor, "w"); })
-        == "tensor 'w' lives on a device of DLPack type 4; expected the CPU (1), CUDA (2), pinned (3) or managed CUDA memory (13): copy it to one of these "
+        == "tensor 'w' lives on a device of DLPack type 4; expected the CPU (1), CUDA (2), pinned (3) or managed CUDA "
+           "memory (13): copy it to one of these "
            "first");
 }
 
@@ -277,7 +279,8 @@ TEST_CASE("malformed tensors are refused")
 
 TEST_CASE_TEMPLATE("tensor references go out and come back, with strides always given", M, TASKVEC_TEST_MANAGED)
 {
-    for (const auto type : {dtype::f64, dtype::f32, dtype::bf16, dtype::f16, dtype::i64, dtype::u8, dtype::boolean, dtype::c64, dtype::f8_e4m3}) {
+    for (const auto type : {dtype::f64, dtype::f32, dtype::bf16, dtype::f16, dtype::i64, dtype::u8, dtype::boolean,
+             dtype::c64, dtype::f8_e4m3}) {
         auto memory = std::make_shared<std::vector<double>>(12);
         std::weak_ptr<std::vector<double>> alive = memory;
         const tensor_ref sent{.data = memory->data(), .dtype = type, .shape = {3, 4}};
@@ -297,12 +300,14 @@ TEST_CASE_TEMPLATE("tensor references go out and come back, with strides always 
         }
         CHECK(alive.expired());
     }
-    const tensor_ref device{.data = nullptr, .dtype = dtype::f32, .shape = {0, 2}, .space = memory_space::device, .device = 1};
+    const tensor_ref device{
+        .data = nullptr, .dtype = dtype::f32, .shape = {0, 2}, .space = memory_space::device, .device = 1};
     dlpack_handle<M> handle(to_dlpack<M>(device));
     CHECK(handle.tensor().space == memory_space::device);
     CHECK(handle.tensor().device == 1);
     CHECK_THROWS_AS((void)to_dlpack<M>(tensor_ref{.dtype = dtype::f4, .shape = {2}}), dtype_mismatch);
-    CHECK_THROWS_AS((void)to_dlpack<M>(tensor_ref{.dtype = dtype::f32, .shape = {2}, .strides = {1, 1}}), shape_mismatch);
+    CHECK_THROWS_AS(
+        (void)to_dlpack<M>(tensor_ref{.dtype = dtype::f32, .shape = {2}, .strides = {1, 1}}), shape_mismatch);
 }
 
 TEST_CASE("a const tensor goes out read-only, and only where that can be said")
@@ -311,6 +316,7 @@ TEST_CASE("a const tensor goes out read-only, and only where that can be said")
     dlpack_handle<abi::versioned> handle(to_dlpack<abi::versioned>(as_tensor(as_view(numbers))));
     CHECK(handle.read_only());
     CHECK(handle.flat<const float>()[1] == 2);
-    static_assert(exportable<abi::versioned, const_tensor_ref> && exportable<abi::versioned, tensor_ref> && exportable<abi::unversioned, tensor_ref>);
+    static_assert(exportable<abi::versioned, const_tensor_ref> && exportable<abi::versioned, tensor_ref>
+        && exportable<abi::unversioned, tensor_ref>);
     static_assert(!exportable<abi::unversioned, const_tensor_ref>);
 }

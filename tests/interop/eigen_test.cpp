@@ -34,7 +34,8 @@ std::string refusal(F&& f)
 }
 } // namespace
 
-TEST_CASE_TEMPLATE("vectors, arrays and row-major matrices are viewed in place, in row-major order", T, double, float, bf16, f16)
+TEST_CASE_TEMPLATE(
+    "vectors, arrays and row-major matrices are viewed in place, in row-major order", T, double, float, bf16, f16)
 {
     Eigen::Matrix<T, Eigen::Dynamic, 1> column(5);
     Eigen::Matrix<T, 1, 4> row;
@@ -48,7 +49,9 @@ TEST_CASE_TEMPLATE("vectors, arrays and row-major matrices are viewed in place, 
     const auto flat = as_view(matrix);
     static_assert(std::same_as<decltype(flat), const host_view<T>>);
     REQUIRE(flat.size() == 6);
-    for (int i = 0; i < 6; ++i) { CHECK(static_cast<float>(flat[static_cast<std::size_t>(i)]) == static_cast<float>(i)); }
+    for (int i = 0; i < 6; ++i) {
+        CHECK(static_cast<float>(flat[static_cast<std::size_t>(i)]) == static_cast<float>(i));
+    }
     flat[3] = static_cast<T>(9.0f);
     CHECK(static_cast<float>(matrix(1, 1)) == 9.0f);
 }
@@ -80,9 +83,11 @@ TEST_CASE("maps and contiguous blocks are viewed in place, as outputs too")
 
 TEST_CASE("constness goes through")
 {
-    static_assert(output_of<rows_of<float>&, cpu> && !output_of<const rows_of<float>&, cpu> && input_of<const rows_of<float>&, cpu>);
+    static_assert(output_of<rows_of<float>&, cpu> && !output_of<const rows_of<float>&, cpu>
+        && input_of<const rows_of<float>&, cpu>);
     static_assert(output_of<Eigen::VectorXd&, cpu> && !output_of<const Eigen::VectorXd&, cpu>);
-    static_assert(!output_of<Eigen::Map<const Eigen::VectorXf>, cpu> && input_of<Eigen::Map<const Eigen::VectorXf>, cpu>);
+    static_assert(
+        !output_of<Eigen::Map<const Eigen::VectorXf>, cpu> && input_of<Eigen::Map<const Eigen::VectorXf>, cpu>);
     static_assert(output_of<Eigen::Map<Eigen::VectorXf>, cpu>);
     CHECK(true);
 }
@@ -100,17 +105,24 @@ TEST_CASE("strides that are not one run are refused with a sentence")
 {
     auto matrix = counted(4, 3);
     CHECK(refusal([&] { (void)as_view(matrix.leftCols(2)); })
-        == "an Eigen block of 4 x 2 has 3 elements from row to row; expected 2: copy it into a matrix of its own, or pass it row by row");
+        == "an Eigen block of 4 x 2 has 3 elements from row to row; expected 2: copy it into a matrix of its own, or "
+           "pass it row by row");
     CHECK(refusal([&] { (void)as_view(matrix.col(0)); })
         == "an Eigen vector of 4 elements has a stride of 3; expected 1: copy it into a vector of its own first");
     CHECK_THROWS_AS((void)as_view(matrix.diagonal()), invalid_argument);
     CHECK_THROWS_AS((void)as_view(matrix.block(0, 1, 2, 2)), invalid_argument);
     Eigen::MatrixXf columns = Eigen::MatrixXf::Random(3, 4);
     CHECK_THROWS_AS((void)as_view(columns.row(1)), invalid_argument);
-    CHECK_THROWS_AS((void)as_view(Eigen::Map<rows_of<float>, 0, Eigen::OuterStride<>>(matrix.data(), 2, 3, Eigen::OuterStride<>(6))), invalid_argument);
-    CHECK_THROWS_AS((void)as_view(Eigen::Map<Eigen::VectorXf, 0, Eigen::InnerStride<>>(matrix.data(), 3, Eigen::InnerStride<>(2))), invalid_argument);
+    CHECK_THROWS_AS((void)as_view(Eigen::Map<rows_of<float>, 0, Eigen::OuterStride<>>(
+                        matrix.data(), 2, 3, Eigen::OuterStride<>(6))),
+        invalid_argument);
+    CHECK_THROWS_AS(
+        (void)as_view(Eigen::Map<Eigen::VectorXf, 0, Eigen::InnerStride<>>(matrix.data(), 3, Eigen::InnerStride<>(2))),
+        invalid_argument);
     // The same map with natural strides is one run.
-    CHECK(as_view(Eigen::Map<rows_of<float>, 0, Eigen::OuterStride<>>(matrix.data(), 4, 3, Eigen::OuterStride<>(3))).size() == 12);
+    CHECK(as_view(Eigen::Map<rows_of<float>, 0, Eigen::OuterStride<>>(matrix.data(), 4, 3, Eigen::OuterStride<>(3)))
+              .size()
+        == 12);
 }
 
 TEST_CASE("tensors take the matrix's shape")

@@ -40,7 +40,12 @@ struct strided {
     mapping_type mapping() const { return {required()}; }
     bool is_exhaustive() const { return required() == static_cast<std::size_t>(size[0] * size[1]); }
     bool is_strided() const { return true; }
-    std::size_t required() const { return size[0] * size[1] == 0 ? 0 : static_cast<std::size_t>((size[0] - 1) * strides[0] + (size[1] - 1) * strides[1] + 1); }
+    std::size_t required() const
+    {
+        return size[0] * size[1] == 0
+            ? 0
+            : static_cast<std::size_t>((size[0] - 1) * strides[0] + (size[1] - 1) * strides[1] + 1);
+    }
 };
 } // namespace
 
@@ -76,7 +81,8 @@ TEST_CASE("other layouts are refused with a sentence")
     }
     catch (const invalid_argument& problem) {
         CHECK(std::string(problem.what())
-            == "a multidimensional span of shape [2, 3] does not hold its elements one after another in row-major order: copy it into one with layout_right "
+            == "a multidimensional span of shape [2, 3] does not hold its elements one after another in row-major "
+               "order: copy it into one with layout_right "
                "first");
     }
     CHECK_THROWS_AS((void)as_view(strided<float>{numbers.data(), {2, 2}, {3, 1}}), invalid_argument);
@@ -97,7 +103,8 @@ TEST_CASE("the library's own mdspan is viewed in place")
     CHECK(as_view(span).data() == numbers.data());
     CHECK(as_view(span).size() == 6);
     CHECK(as_tensor(span).shape == extents{2, 3});
-    const real::layout_stride::mapping<real::dextents<int, 2>> mapping(real::dextents<int, 2>(2, 2), std::array<int, 2>{3, 1});
+    const real::layout_stride::mapping<real::dextents<int, 2>> mapping(
+        real::dextents<int, 2>(2, 2), std::array<int, 2>{3, 1});
     const real::mdspan<float, real::dextents<int, 2>, real::layout_stride> holes(numbers.data(), mapping);
     CHECK_THROWS_AS((void)as_view(holes), invalid_argument);
 }

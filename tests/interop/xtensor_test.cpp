@@ -101,7 +101,8 @@ TEST_CASE("views that are one run are viewed in place, with their offset")
 
 TEST_CASE("constness goes through")
 {
-    static_assert(output_of<xt::xarray<float>&, cpu> && !output_of<const xt::xarray<float>&, cpu> && input_of<const xt::xarray<float>&, cpu>);
+    static_assert(output_of<xt::xarray<float>&, cpu> && !output_of<const xt::xarray<float>&, cpu>
+        && input_of<const xt::xarray<float>&, cpu>);
     static_assert(output_of<xt::xtensor<double, 2>&, cpu> && !output_of<const xt::xtensor<double, 2>&, cpu>);
     const xt::xarray<float> array{{0, 1}, {2, 3}};
     static_assert(std::same_as<decltype(as_view(xt::view(array, 1))), host_view<const float>>);
@@ -126,7 +127,8 @@ TEST_CASE("strides that are not one run are refused with a sentence")
     }
     catch (const invalid_argument& problem) {
         CHECK(std::string(problem.what())
-            == "an xtensor expression of shape [2, 2] has strides [3, 1], so its elements do not follow one another in row-major order: "
+            == "an xtensor expression of shape [2, 2] has strides [3, 1], so its elements do not follow one another in "
+               "row-major order: "
                "copy it into a row-major container of its own first");
     }
     CHECK_THROWS_AS((void)as_view(xt::view(array, xt::all(), 1)), invalid_argument);

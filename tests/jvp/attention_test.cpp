@@ -13,7 +13,8 @@ namespace {
 // One element at a time, from the definition.
 matrix plain_attention(const matrix& q, const matrix& k, const matrix& v, const attention_options& options)
 {
-    const Eigen::Index queries = q.rows() / options.batch, keys = k.rows() / options.batch, d = q.cols() / options.heads, e = v.cols() / options.heads;
+    const Eigen::Index queries = q.rows() / options.batch, keys = k.rows() / options.batch,
+                       d = q.cols() / options.heads, e = v.cols() / options.heads;
     matrix y = matrix::Zero(q.rows(), v.cols());
     for (Eigen::Index b = 0; b < options.batch; ++b) {
         for (Eigen::Index h = 0; h < options.heads; ++h) {
@@ -22,12 +23,15 @@ matrix plain_attention(const matrix& q, const matrix& k, const matrix& v, const 
                 double sum = 0;
                 for (Eigen::Index j = 0; j < keys && (!options.causal || j <= i); ++j) {
                     double score = 0;
-                    for (Eigen::Index c = 0; c < d; ++c) { score += q(b * queries + i, h * d + c) * k(b * keys + j, h * d + c); }
+                    for (Eigen::Index c = 0; c < d; ++c) {
+                        score += q(b * queries + i, h * d + c) * k(b * keys + j, h * d + c);
+                    }
                     sum += weight[static_cast<std::size_t>(j)] = std::exp(score / std::sqrt(static_cast<double>(d)));
                 }
                 for (Eigen::Index j = 0; j < keys; ++j) {
                     for (Eigen::Index c = 0; c < e; ++c) {
-                        y(b * queries + i, h * e + c) += weight[static_cast<std::size_t>(j)] / sum * v(b * keys + j, h * e + c);
+                        y(b * queries + i, h * e + c) +=
+                            weight[static_cast<std::size_t>(j)] / sum * v(b * keys + j, h * e + c);
                     }
                 }
             }
@@ -39,7 +43,9 @@ matrix plain_attention(const matrix& q, const matrix& k, const matrix& v, const 
 void check_attention(const std::array<matrix, 3>& inputs, const attention_options& options)
 {
     const auto f = [&](const auto& q, const auto& k, const auto& v) { return attention(q, k, v, options); };
-    CHECK(reference::largest_difference(f(inputs[0], inputs[1], inputs[2]), plain_attention(inputs[0], inputs[1], inputs[2], options)) < 1e-12);
+    CHECK(reference::largest_difference(
+              f(inputs[0], inputs[1], inputs[2]), plain_attention(inputs[0], inputs[1], inputs[2], options))
+        < 1e-12);
     reference::check_operation("attention", f, inputs);
     reference::check_vjp(
         "attention", f,
@@ -57,9 +63,12 @@ TEST_CASE("attention: one head")
 }
 TEST_CASE("attention: batches and heads, causal and not, different numbers of queries and keys, another value width")
 {
-    check_attention({random_matrix(6, 8, 1), random_matrix(6, 8, 2), random_matrix(6, 8, 3)}, {.batch = 2, .heads = 2, .causal = true});
-    check_attention({random_matrix(4, 6, 1), random_matrix(10, 6, 2), random_matrix(10, 3, 3)}, {.batch = 2, .heads = 3, .causal = false});
-    check_attention({random_matrix(8, 6, 1), random_matrix(4, 6, 2), random_matrix(4, 6, 3)}, {.batch = 2, .heads = 1, .causal = true});
+    check_attention({random_matrix(6, 8, 1), random_matrix(6, 8, 2), random_matrix(6, 8, 3)},
+        {.batch = 2, .heads = 2, .causal = true});
+    check_attention({random_matrix(4, 6, 1), random_matrix(10, 6, 2), random_matrix(10, 3, 3)},
+        {.batch = 2, .heads = 3, .causal = false});
+    check_attention({random_matrix(8, 6, 1), random_matrix(4, 6, 2), random_matrix(4, 6, 3)},
+        {.batch = 2, .heads = 1, .causal = true});
 }
 TEST_CASE("attention: a causal position does not see later ones")
 {

@@ -20,7 +20,8 @@ void check(const char* name, const F& f, double at)
     // Nested: the tangent of the tangent is the second derivative.
     const auto second = f(dual<dual<double>>({at, 1.0}, {1.0, 0.0}));
     CHECK(second.primal.tangent == doctest::Approx(second.tangent.primal).epsilon(1e-14));
-    CHECK(std::abs(second.tangent.tangent - (f(at + 1e-4) - 2 * f(at) + f(at - 1e-4)) / 1e-8) <= 1e-5 * (1 + std::abs(second.tangent.tangent)));
+    CHECK(std::abs(second.tangent.tangent - (f(at + 1e-4) - 2 * f(at) + f(at - 1e-4)) / 1e-8)
+        <= 1e-5 * (1 + std::abs(second.tangent.tangent)));
     const auto single = f(dual<float>(static_cast<float>(at), 2.0f));
     CHECK(static_cast<double>(single.tangent) == doctest::Approx(y.tangent).epsilon(1e-4));
 }
@@ -28,10 +29,11 @@ void check(const char* name, const F& f, double at)
 
 TEST_CASE("dual: every function against differences, at first and second order")
 {
-    const auto constant = [](const auto& x, double value) { return std::remove_cvref_t<decltype(x)>(static_cast<float>(value)); };
+    const auto constant = [](const auto& x, double value) {
+        return std::remove_cvref_t<decltype(x)>(static_cast<float>(value));
+    };
     for (const double at : {0.3, 0.75, 1.5}) {
-        check(
-            "arithmetic", [&](const auto& x) { return (x * x - constant(x, 2)) / (x + constant(x, 3)) + -x; }, at);
+        check("arithmetic", [&](const auto& x) { return (x * x - constant(x, 2)) / (x + constant(x, 3)) + -x; }, at);
         check(
             "exp",
             [](const auto& x) {
@@ -180,7 +182,9 @@ TEST_CASE("dual: in Eigen expressions, products and decompositions")
     // d(m⁻¹) = −m⁻¹·dm·m⁻¹
     const square inverse = m.inverse();
     const Eigen::Matrix3d expected = -value.inverse() * direction * value.inverse();
-    for (int i = 0; i < 9; ++i) { CHECK(inverse.data()[i].tangent == doctest::Approx(expected.data()[i]).epsilon(1e-12)); }
+    for (int i = 0; i < 9; ++i) {
+        CHECK(inverse.data()[i].tangent == doctest::Approx(expected.data()[i]).epsilon(1e-12));
+    }
     // d|m·v| for a constant v
     const Eigen::Vector3d v(1, -2, 0.5);
     const vector product = m * v.cast<dual<double>>();
@@ -188,9 +192,12 @@ TEST_CASE("dual: in Eigen expressions, products and decompositions")
     CHECK(norm.primal == doctest::Approx(2 * (value * v).norm()));
     CHECK(norm.tangent == doctest::Approx(2 * (value * v).dot(direction * v) / (value * v).norm()));
     // Dynamic sizes and array functions
-    const Eigen::Array<dual<double>, Eigen::Dynamic, 1> array = Eigen::ArrayXd::LinSpaced(5, 0.1, 0.9).cast<dual<double>>() + dual<double>(0, 1);
+    const Eigen::Array<dual<double>, Eigen::Dynamic, 1> array =
+        Eigen::ArrayXd::LinSpaced(5, 0.1, 0.9).cast<dual<double>>() + dual<double>(0, 1);
     const dual<double> sum = (array.exp() * array.tanh()).sum();
     double tangent = 0;
-    for (const double t : {0.1, 0.3, 0.5, 0.7, 0.9}) { tangent += std::exp(t) * (std::tanh(t) + 1 - std::tanh(t) * std::tanh(t)); }
+    for (const double t : {0.1, 0.3, 0.5, 0.7, 0.9}) {
+        tangent += std::exp(t) * (std::tanh(t) + 1 - std::tanh(t) * std::tanh(t));
+    }
     CHECK(sum.tangent == doctest::Approx(tangent).epsilon(1e-13));
 }

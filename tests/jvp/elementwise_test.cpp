@@ -64,8 +64,7 @@ void check_activation(const std::string& name, const F& f, const Vjp& vjp)
     }
     const std::array<matrix, 1> inputs{x};
     reference::check_operation(name, f, inputs);
-    reference::check_vjp(
-        name, f, [&](const matrix& dy) { return std::array<matrix, 1>{vjp(x, dy)}; }, inputs);
+    reference::check_vjp(name, f, [&](const matrix& dy) { return std::array<matrix, 1>{vjp(x, dy)}; }, inputs);
     CHECK_THROWS_AS((void)vjp(x, random_matrix(2, 2, 1)), shape_mismatch);
 }
 } // namespace
@@ -83,7 +82,8 @@ TEST_CASE("gelu: derivatives")
 TEST_CASE("gelu_tanh: derivatives")
 {
     check_activation(
-        "gelu_tanh", [](const auto& x) { return gelu_tanh(x); }, [](const auto& x, const auto& dy) { return gelu_tanh_vjp(x, dy); });
+        "gelu_tanh", [](const auto& x) { return gelu_tanh(x); },
+        [](const auto& x, const auto& dy) { return gelu_tanh_vjp(x, dy); });
 }
 TEST_CASE("silu: derivatives")
 {
@@ -93,12 +93,14 @@ TEST_CASE("silu: derivatives")
 TEST_CASE("sigmoid: derivatives")
 {
     check_activation(
-        "sigmoid", [](const auto& x) { return sigmoid(x); }, [](const auto& x, const auto& dy) { return sigmoid_vjp(x, dy); });
+        "sigmoid", [](const auto& x) { return sigmoid(x); },
+        [](const auto& x, const auto& dy) { return sigmoid_vjp(x, dy); });
 }
 TEST_CASE("tanh: derivatives")
 {
     check_activation(
-        "tanh", [](const auto& x) { return taskvec::tanh(x); }, [](const auto& x, const auto& dy) { return tanh_vjp(x, dy); });
+        "tanh", [](const auto& x) { return taskvec::tanh(x); },
+        [](const auto& x, const auto& dy) { return tanh_vjp(x, dy); });
 }
 
 TEST_CASE("activations against their formulas, in f64 and in f32 over the whole useful range")
@@ -107,7 +109,8 @@ TEST_CASE("activations against their formulas, in f64 and in f32 over the whole 
     matrix x(1, n), v = matrix::Ones(1, n);
     for (Eigen::Index i = 0; i < n; ++i) { x(0, i) = -20 + 0.01 * static_cast<double>(i); }
     const row_matrix<float> x32 = x.cast<float>(), v32 = v.cast<float>();
-    const auto check = [&](const std::string& name, const auto& f, const auto& exact, const auto& slope, double tolerance64 = 1e-14) {
+    const auto check = [&](const std::string& name, const auto& f, const auto& exact, const auto& slope,
+                           double tolerance64 = 1e-14) {
         CAPTURE(name);
         const auto y = f(primal_tangent<double>(x, v));
         const auto y32 = f(primal_tangent<float>(x32, v32));
@@ -115,7 +118,8 @@ TEST_CASE("activations against their formulas, in f64 and in f32 over the whole 
             const double at = x(0, i), at32 = static_cast<double>(x32(0, i));
             CHECK(std::abs(y.primal()(0, i) - exact(at)) <= tolerance64 * (1 + std::abs(exact(at))));
             CHECK(std::abs(y.tangent()(0, i) - slope(at)) <= 4 * tolerance64);
-            CHECK(std::abs(static_cast<double>(y32.primal()(0, i)) - exact(at32)) <= 6e-7 * std::max(2e-2, std::abs(exact(at32))));
+            CHECK(std::abs(static_cast<double>(y32.primal()(0, i)) - exact(at32))
+                <= 6e-7 * std::max(2e-2, std::abs(exact(at32))));
             CHECK(std::abs(static_cast<double>(y32.tangent()(0, i)) - slope(at32)) <= 2.5e-6);
         }
     };
@@ -124,9 +128,11 @@ TEST_CASE("activations against their formulas, in f64 and in f32 over the whole 
     const auto density = [](double t) { return std::exp(-0.5 * t * t) / std::sqrt(2 * std::acos(-1.0)); };
     const auto inner = [](double t) { return std::sqrt(2 / std::acos(-1.0)) * (t + 0.044715 * t * t * t); };
     check(
-        "relu", [](const auto& t) { return relu(t); }, [](double t) { return t > 0 ? t : 0; }, [](double t) { return t > 0 ? 1.0 : 0.0; });
+        "relu", [](const auto& t) { return relu(t); }, [](double t) { return t > 0 ? t : 0; },
+        [](double t) { return t > 0 ? 1.0 : 0.0; });
     check(
-        "sigmoid", [](const auto& t) { return sigmoid(t); }, logistic, [&](double t) { return logistic(t) * (1 - logistic(t)); });
+        "sigmoid", [](const auto& t) { return sigmoid(t); }, logistic,
+        [&](double t) { return logistic(t) * (1 - logistic(t)); });
     check(
         "tanh", [](const auto& t) { return taskvec::tanh(t); }, [](double t) { return std::tanh(t); },
         [](double t) { return 1 - std::tanh(t) * std::tanh(t); });
@@ -134,9 +140,11 @@ TEST_CASE("activations against their formulas, in f64 and in f32 over the whole 
         "silu", [](const auto& t) { return silu(t); }, [&](double t) { return t * logistic(t); },
         [&](double t) { return logistic(t) * (1 + t * (1 - logistic(t))); });
     check(
-        "gelu", [](const auto& t) { return gelu(t); }, [&](double t) { return t * phi(t); }, [&](double t) { return phi(t) + t * density(t); });
+        "gelu", [](const auto& t) { return gelu(t); }, [&](double t) { return t * phi(t); },
+        [&](double t) { return phi(t) + t * density(t); });
     check(
-        "gelu_tanh", [](const auto& t) { return gelu_tanh(t); }, [&](double t) { return t * 0.5 * (1 + std::tanh(inner(t))); },
+        "gelu_tanh", [](const auto& t) { return gelu_tanh(t); },
+        [&](double t) { return t * 0.5 * (1 + std::tanh(inner(t))); },
         [&](double t) {
             const double h = std::tanh(inner(t));
             return 0.5 * (1 + h) + 0.5 * t * (1 - h * h) * std::sqrt(2 / std::acos(-1.0)) * (1 + 3 * 0.044715 * t * t);
@@ -172,9 +180,11 @@ TEST_CASE("debug builds: NaN in a tangent names the operation that made it")
     tangent(0, 1) = infinity;
     const primal_tangent<double> x(zero, tangent);
     CHECK_THROWS_WITH_AS((void)elementwise_product(x, zero),
-        "operation 'elementwise_product' made a NaN in its tangent at row 0, column 1 of [1, 3]; look at its inputs there (an infinite primal or tangent, or a "
+        "operation 'elementwise_product' made a NaN in its tangent at row 0, column 1 of [1, 3]; look at its inputs "
+        "there (an infinite primal or tangent, or a "
         "derivative that does not exist)",
         nonfinite_error);
-    CHECK_THROWS_AS((void)relu(primal_tangent<double>(matrix(matrix::Constant(1, 3, -1)), tangent)), nonfinite_error); // 0·∞
+    CHECK_THROWS_AS(
+        (void)relu(primal_tangent<double>(matrix(matrix::Constant(1, 3, -1)), tangent)), nonfinite_error); // 0·∞
 }
 #endif

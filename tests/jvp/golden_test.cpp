@@ -1,6 +1,5 @@
-// The operations, a LoRA MLP and a transformer block against torch.func.jvp and torch.func.vjp; tests/data/README.md says how
-// the files were made.
-// SPDX-License-Identifier: Apache-2.0
+// The operations, a LoRA MLP and a transformer block against torch.func.jvp and torch.func.vjp; tests/data/README.md
+// says how the files were made. SPDX-License-Identifier: Apache-2.0
 #include "../reference/derivatives.hpp"
 
 #if !__has_include(<nlohmann/json.hpp>)
@@ -35,8 +34,9 @@ struct golden_case {
     parameters<T> value, tangent, output, output_tangent, cotangent, gradient;
     std::vector<std::int64_t> labels;
 
-    /// Value, tangent and gradients agree to the file's tolerance, relative to the largest expected magnitude, but at least to
-    /// 0.1: the gradient of the keys' bias is 0 in exact arithmetic, because softmax does not see a common shift.
+    /// Value, tangent and gradients agree to the file's tolerance, relative to the largest expected magnitude, but at
+    /// least to 0.1: the gradient of the keys' bias is 0 in exact arithmetic, because softmax does not see a common
+    /// shift.
     void check(const char* what, const row_matrix<T>& found, const row_matrix<T>& expected) const
     {
         CAPTURE(std::string(what));
@@ -60,7 +60,8 @@ struct golden_case {
 template <class T>
 row_matrix<T> matrix_of_tensor(const const_tensor_ref& tensor)
 {
-    const Eigen::Index rows = tensor.shape.size() == 2 ? tensor.shape[0] : 1, cols = tensor.shape.empty() ? 1 : tensor.shape.back();
+    const Eigen::Index rows = tensor.shape.size() == 2 ? tensor.shape[0] : 1,
+                       cols = tensor.shape.empty() ? 1 : tensor.shape.back();
     row_matrix<T> x(rows, cols);
     std::memcpy(x.data(), tensor.data, tensor.bytes());
     return x;
@@ -74,7 +75,8 @@ void for_each_case(const char* file_name, const F& f)
     std::map<std::string, golden_case<T>> cases;
     for (const auto& [path, tensor] : file.model()) {
         const auto first = path.find('/'), second = path.find('/', first + 1);
-        const std::string name = path.substr(0, first), part = path.substr(first + 1, second - first - 1), key = path.substr(second + 1);
+        const std::string name = path.substr(0, first), part = path.substr(first + 1, second - first - 1),
+                          key = path.substr(second + 1);
         if (!name.ends_with(suffix)) { continue; }
         auto& one = cases[name.substr(0, name.size() - 4)];
         one.options = nlohmann::json::parse(file.metadata().at(name));
@@ -83,8 +85,9 @@ void for_each_case(const char* file_name, const F& f)
             std::memcpy(one.labels.data(), tensor.data, tensor.bytes());
             continue;
         }
-        const std::map<std::string, parameters<T>*> parts{{"value", &one.value}, {"tangent", &one.tangent}, {"output", &one.output},
-            {"output_tangent", &one.output_tangent}, {"cotangent", &one.cotangent}, {"gradient", &one.gradient}};
+        const std::map<std::string, parameters<T>*> parts{{"value", &one.value}, {"tangent", &one.tangent},
+            {"output", &one.output}, {"output_tangent", &one.output_tangent}, {"cotangent", &one.cotangent},
+            {"gradient", &one.gradient}};
         parts.at(part)->insert(key, matrix_of_tensor<T>(tensor));
     }
     CHECK(!cases.empty());
@@ -110,19 +113,23 @@ void check_operations()
             unary([](const auto& x) { return gelu(x); }, [](const auto& x, const auto& dy) { return gelu_vjp(x, dy); });
         }
         else if (name == "gelu_tanh") {
-            unary([](const auto& x) { return gelu_tanh(x); }, [](const auto& x, const auto& dy) { return gelu_tanh_vjp(x, dy); });
+            unary([](const auto& x) { return gelu_tanh(x); },
+                [](const auto& x, const auto& dy) { return gelu_tanh_vjp(x, dy); });
         }
         else if (name == "silu") {
             unary([](const auto& x) { return silu(x); }, [](const auto& x, const auto& dy) { return silu_vjp(x, dy); });
         }
         else if (name == "sigmoid") {
-            unary([](const auto& x) { return sigmoid(x); }, [](const auto& x, const auto& dy) { return sigmoid_vjp(x, dy); });
+            unary([](const auto& x) { return sigmoid(x); },
+                [](const auto& x, const auto& dy) { return sigmoid_vjp(x, dy); });
         }
         else if (name == "tanh") {
-            unary([](const auto& x) { return taskvec::tanh(x); }, [](const auto& x, const auto& dy) { return tanh_vjp(x, dy); });
+            unary([](const auto& x) { return taskvec::tanh(x); },
+                [](const auto& x, const auto& dy) { return tanh_vjp(x, dy); });
         }
         else if (name == "softmax") {
-            unary([](const auto& x) { return softmax(x); }, [](const auto& x, const auto& dy) { return softmax_vjp(softmax(x), dy); });
+            unary([](const auto& x) { return softmax(x); },
+                [](const auto& x, const auto& dy) { return softmax_vjp(softmax(x), dy); });
         }
         else if (name == "layer_norm") {
             const normalization_options options{.epsilon = one.options["eps"]};
@@ -147,7 +154,8 @@ void check_operations()
             one.check_gradients({{"weight", embedding_vjp(one.cotangent["y"], one.labels, value["weight"].rows())}});
         }
         else if (name == "cross_entropy") {
-            const auto [loss, slope] = jvp([&](const auto& p) { return cross_entropy(p["x"], one.labels); }, value, one.tangent);
+            const auto [loss, slope] =
+                jvp([&](const auto& p) { return cross_entropy(p["x"], one.labels); }, value, one.tangent);
             one.check("loss", reference::matrix_of(loss), one.output["loss"]);
             one.check("tangent of loss", reference::matrix_of(slope), one.output_tangent["loss"]);
             one.check_gradients({{"x", cross_entropy_vjp(value["x"], one.labels, one.cotangent["loss"](0, 0))}});
@@ -160,9 +168,11 @@ void check_operations()
 
 /// A layer with an adapter: `prefix`.weight, .bias, .lora_A, .lora_B. Adds its gradients, returns the input's.
 template <class T>
-row_matrix<T> adapted_vjp(const parameters<T>& p, const std::string& prefix, T scale, const row_matrix<T>& x, const row_matrix<T>& dy, parameters<T>& gradients)
+row_matrix<T> adapted_vjp(const parameters<T>& p, const std::string& prefix, T scale, const row_matrix<T>& x,
+    const row_matrix<T>& dy, parameters<T>& gradients)
 {
-    const lora_layer<T> layer(p[prefix + "weight"], p[prefix + "bias"], {.a = p[prefix + "lora_A"], .b = p[prefix + "lora_B"], .scaling = scale});
+    const lora_layer<T> layer(p[prefix + "weight"], p[prefix + "bias"],
+        {.a = p[prefix + "lora_A"], .b = p[prefix + "lora_B"], .scaling = scale});
     row_matrix<T> hidden;
     (void)layer.forward(x, hidden);
     auto low_rank = layer.vjp(x, hidden, dy);
@@ -174,7 +184,8 @@ row_matrix<T> adapted_vjp(const parameters<T>& p, const std::string& prefix, T s
     return low_rank.x;
 }
 template <class T>
-row_matrix<T> dense_vjp(const parameters<T>& p, const std::string& prefix, const row_matrix<T>& x, const row_matrix<T>& dy, parameters<T>& gradients)
+row_matrix<T> dense_vjp(const parameters<T>& p, const std::string& prefix, const row_matrix<T>& x,
+    const row_matrix<T>& dy, parameters<T>& gradients)
 {
     auto gradient = linear_vjp(x, p[prefix + "weight"], dy);
     gradients.insert(prefix + "weight", gradient.w);
@@ -192,14 +203,19 @@ void check_mlp()
 {
     for_each_case<T>("lora_mlp", [](const std::string&, const golden_case<T>& one) {
         const T scale = one.options["scale"];
-        const auto network = [&](const auto& p) { return adapted(p, "1.", gelu(adapted(p, "0.", p["x"], scale)), scale); };
+        const auto network = [&](const auto& p) {
+            return adapted(p, "1.", gelu(adapted(p, "0.", p["x"], scale)), scale);
+        };
         one.check_jvp(network);
-        const auto [loss, slope] = jvp([&](const auto& p) { return cross_entropy(network(p), one.labels); }, one.value, one.tangent);
+        const auto [loss, slope] =
+            jvp([&](const auto& p) { return cross_entropy(network(p), one.labels); }, one.value, one.tangent);
         one.check("loss", reference::matrix_of(loss), one.output["loss"]);
         one.check("tangent of loss", reference::matrix_of(slope), one.output_tangent["loss"]);
         const auto& p = one.value;
-        const row_matrix<T> before = adapted(p, "0.", p["x"], scale), hidden = gelu(before), logits = adapted(p, "1.", hidden, scale);
-        const row_matrix<T> dy = one.cotangent["y"] + cross_entropy_vjp(logits, one.labels, one.cotangent["loss"](0, 0));
+        const row_matrix<T> before = adapted(p, "0.", p["x"], scale), hidden = gelu(before),
+                            logits = adapted(p, "1.", hidden, scale);
+        const row_matrix<T> dy =
+            one.cotangent["y"] + cross_entropy_vjp(logits, one.labels, one.cotangent["loss"](0, 0));
         parameters<T> gradients;
         const row_matrix<T> d_hidden = adapted_vjp(p, "1.", scale, hidden, dy, gradients);
         gradients.insert("x", adapted_vjp(p, "0.", scale, p["x"], gelu_vjp(before, d_hidden), gradients));
@@ -214,24 +230,31 @@ void check_block()
         const T scale = one.options["scale"];
         const normalization_options norm{.epsilon = one.options["eps"]};
         const attention_options heads{.heads = one.options["heads"], .causal = one.options["causal"]};
-        const auto dense = [](const auto& p, const std::string& prefix, const auto& x) { return linear(x, p[prefix + "weight"], p[prefix + "bias"]); };
+        const auto dense = [](const auto& p, const std::string& prefix, const auto& x) {
+            return linear(x, p[prefix + "weight"], p[prefix + "bias"]);
+        };
         one.check_jvp([&](const auto& p) {
             const auto n = layer_norm(p["x"], p["ln1.weight"], p["ln1.bias"], norm);
-            const auto mixed = attention(adapted(p, "attn.q.", n, scale), dense(p, "attn.k.", n), adapted(p, "attn.v.", n, scale), heads);
+            const auto mixed = attention(
+                adapted(p, "attn.q.", n, scale), dense(p, "attn.k.", n), adapted(p, "attn.v.", n, scale), heads);
             const auto h = add(p["x"], dense(p, "attn.o.", mixed));
-            return add(h, dense(p, "mlp.down.", gelu(dense(p, "mlp.up.", layer_norm(h, p["ln2.weight"], p["ln2.bias"], norm)))));
+            return add(h,
+                dense(p, "mlp.down.", gelu(dense(p, "mlp.up.", layer_norm(h, p["ln2.weight"], p["ln2.bias"], norm)))));
         });
         const auto& p = one.value;
-        const row_matrix<T> x = p["x"], n1 = layer_norm(x, p["ln1.weight"], p["ln1.bias"], norm), q = adapted(p, "attn.q.", n1, scale),
-                            k = dense(p, "attn.k.", n1), v = adapted(p, "attn.v.", n1, scale), mixed = attention(q, k, v, heads),
-                            h = add(x, dense(p, "attn.o.", mixed)), n2 = layer_norm(h, p["ln2.weight"], p["ln2.bias"], norm), up = dense(p, "mlp.up.", n2),
+        const row_matrix<T> x = p["x"], n1 = layer_norm(x, p["ln1.weight"], p["ln1.bias"], norm),
+                            q = adapted(p, "attn.q.", n1, scale), k = dense(p, "attn.k.", n1),
+                            v = adapted(p, "attn.v.", n1, scale), mixed = attention(q, k, v, heads),
+                            h = add(x, dense(p, "attn.o.", mixed)),
+                            n2 = layer_norm(h, p["ln2.weight"], p["ln2.bias"], norm), up = dense(p, "mlp.up.", n2),
                             dy = one.cotangent["y"];
         parameters<T> gradients;
         const row_matrix<T> d_up = gelu_vjp(up, dense_vjp(p, "mlp.down.", row_matrix<T>(gelu(up)), dy, gradients));
         const auto d_n2 = layer_norm_vjp(h, p["ln2.weight"], dense_vjp(p, "mlp.up.", n2, d_up, gradients), norm);
         const row_matrix<T> d_h = dy + d_n2.x;
         const auto d_attention = attention_vjp(q, k, v, dense_vjp(p, "attn.o.", mixed, d_h, gradients), heads);
-        const row_matrix<T> d_n1 = adapted_vjp(p, "attn.q.", scale, n1, d_attention.q, gradients) + dense_vjp(p, "attn.k.", n1, d_attention.k, gradients)
+        const row_matrix<T> d_n1 = adapted_vjp(p, "attn.q.", scale, n1, d_attention.q, gradients)
+            + dense_vjp(p, "attn.k.", n1, d_attention.k, gradients)
             + adapted_vjp(p, "attn.v.", scale, n1, d_attention.v, gradients);
         const auto d_x = layer_norm_vjp(x, p["ln1.weight"], d_n1, norm);
         gradients.insert("ln1.weight", d_x.gamma);

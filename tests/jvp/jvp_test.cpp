@@ -14,7 +14,8 @@ using reference::matrix;
 using reference::random_matrix;
 
 namespace {
-const parameters<double> phi{{"w1", random_matrix(8, 5, 1)}, {"b1", random_matrix(1, 8, 2)}, {"w2", random_matrix(3, 8, 3)}};
+const parameters<double> phi{
+    {"w1", random_matrix(8, 5, 1)}, {"b1", random_matrix(1, 8, 2)}, {"w2", random_matrix(3, 8, 3)}};
 const auto network = [](const auto& p, const auto& x) { return linear(gelu(linear(x, p["w1"], p["b1"])), p["w2"]); };
 const matrix x = random_matrix(6, 5, 4);
 } // namespace
@@ -44,7 +45,9 @@ TEST_CASE("jvp of functions of Eigen vectors and matrices, by dual numbers")
     const Eigen::Matrix2f a = Eigen::Matrix2f::Identity() * 2, b = Eigen::Matrix2f::Ones();
     const auto square = jvp([](const auto& t) { return t * t; }, a, b);
     CHECK(square.tangent.isApprox(a * b + b * a));
-    CHECK_THROWS_AS((void)jvp([](const auto& t) { return t.squaredNorm(); }, at, Eigen::VectorXd(Eigen::VectorXd::Ones(3))), shape_mismatch);
+    CHECK_THROWS_AS(
+        (void)jvp([](const auto& t) { return t.squaredNorm(); }, at, Eigen::VectorXd(Eigen::VectorXd::Ones(3))),
+        shape_mismatch);
 }
 
 TEST_CASE("jvp of a network in its input")

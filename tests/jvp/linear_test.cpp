@@ -11,7 +11,8 @@ TEST_CASE("matmul: values, tangents and gradients")
 {
     const std::array<matrix, 2> inputs{random_matrix(5, 7, 1), random_matrix(7, 3, 2)};
     const auto f = [](const auto& a, const auto& b) { return matmul(a, b); };
-    CHECK(reference::largest_difference(matmul(inputs[0], inputs[1]), matrix(inputs[0].lazyProduct(inputs[1]))) < 1e-13);
+    CHECK(
+        reference::largest_difference(matmul(inputs[0], inputs[1]), matrix(inputs[0].lazyProduct(inputs[1]))) < 1e-13);
     reference::check_operation("matmul", f, inputs);
     reference::check_vjp(
         "matmul", f,
@@ -54,10 +55,7 @@ TEST_CASE("add_bias: one row, and a period of rows")
         CHECK(y(4, 2) == inputs[0](4, 2) + inputs[1](4 % period, 2));
         reference::check_operation("add_bias", f, inputs);
         reference::check_vjp(
-            "add_bias", f,
-            [&](const matrix& dy) {
-                return std::array<matrix, 2>{dy, add_bias_vjp(dy, period)};
-            },
+            "add_bias", f, [&](const matrix& dy) { return std::array<matrix, 2>{dy, add_bias_vjp(dy, period)}; },
             inputs);
     }
 }
@@ -71,30 +69,34 @@ TEST_CASE("operands of any Eigen layout are accepted: column-major, blocks, vect
     CHECK(reference::largest_difference(linear(column_major, w, vector), expected) == 0);
     CHECK(reference::largest_difference(linear(2.0 * x, w, 2.0 * bias), 2 * expected) < 1e-13);
     const matrix wide = random_matrix(4, 10, 5);
-    CHECK(reference::largest_difference(linear(wide.middleCols(2, 6), w), linear(matrix(wide.middleCols(2, 6)), w)) == 0);
+    CHECK(
+        reference::largest_difference(linear(wide.middleCols(2, 6), w), linear(matrix(wide.middleCols(2, 6)), w)) == 0);
     CHECK(reference::largest_difference(linear(x, w, bias.row(0)), expected) == 0);
 }
 
 TEST_CASE("wrong shapes are named errors")
 {
     const matrix x = random_matrix(4, 6, 1), w = random_matrix(3, 5, 2);
-    CHECK_THROWS_WITH_AS((void)linear(x, w), "operation 'linear': the number of columns of x is 6, expected 5", shape_mismatch);
+    CHECK_THROWS_WITH_AS(
+        (void)linear(x, w), "operation 'linear': the number of columns of x is 6, expected 5", shape_mismatch);
     CHECK_THROWS_AS((void)matmul(x, w), shape_mismatch);
     CHECK_THROWS_AS((void)linear(x, random_matrix(3, 6, 2), random_matrix(1, 4, 3)), shape_mismatch);
     CHECK_THROWS_AS((void)add_bias(x, random_matrix(3, 6, 2)), shape_mismatch);
     CHECK_THROWS_AS((void)add_bias_vjp(x, 3), invalid_argument);
     CHECK_THROWS_AS((void)linear_vjp(x, random_matrix(3, 6, 2), x), shape_mismatch);
-    CHECK_THROWS_WITH_AS(
-        primal_tangent<double>(x, w), "'primal_tangent': the primal is [4, 6] and its tangent [3, 5]; they must have the same shape", shape_mismatch);
+    CHECK_THROWS_WITH_AS(primal_tangent<double>(x, w),
+        "'primal_tangent': the primal is [4, 6] and its tangent [3, 5]; they must have the same shape", shape_mismatch);
     CHECK_THROWS_AS((void)primal_tangent<double>::borrow(x, w, "layer.weight"), shape_mismatch);
 }
 
 TEST_CASE("float operands agree with double to f32 rounding")
 {
-    const auto x = random_matrix<float>(9, 17, 1), w = random_matrix<float>(5, 17, 2), bias = random_matrix<float>(1, 5, 3);
+    const auto x = random_matrix<float>(9, 17, 1), w = random_matrix<float>(5, 17, 2),
+               bias = random_matrix<float>(1, 5, 3);
     const auto v = random_matrix<float>(9, 17, 4);
     const auto y = linear(primal_tangent<float>(x, v), w, bias);
-    const auto exact = linear(primal_tangent<double>(x.cast<double>(), v.cast<double>()), w.cast<double>(), bias.cast<double>());
+    const auto exact =
+        linear(primal_tangent<double>(x.cast<double>(), v.cast<double>()), w.cast<double>(), bias.cast<double>());
     CHECK(reference::largest_difference(y.primal(), exact.primal()) < 1e-5);
     CHECK(reference::largest_difference(y.tangent(), exact.tangent()) < 1e-5);
 }

@@ -13,9 +13,9 @@ using reference::random_matrix;
 
 namespace {
 // One attention block with LoRA on q and v, b0 zero as PEFT initialises.
-const parameters<double> phi0{{"q", random_matrix(6, 6, 1)}, {"k", random_matrix(6, 6, 2)}, {"v", random_matrix(6, 6, 3)}, {"q.lora_A", random_matrix(2, 6, 4)},
-    {"q.lora_B", matrix(matrix::Zero(6, 2))}, {"v.lora_A", random_matrix(2, 6, 5)}, {"v.lora_B", matrix(matrix::Zero(6, 2))},
-    {"gamma", random_matrix(1, 6, 6)}};
+const parameters<double> phi0{{"q", random_matrix(6, 6, 1)}, {"k", random_matrix(6, 6, 2)},
+    {"v", random_matrix(6, 6, 3)}, {"q.lora_A", random_matrix(2, 6, 4)}, {"q.lora_B", matrix(matrix::Zero(6, 2))},
+    {"v.lora_A", random_matrix(2, 6, 5)}, {"v.lora_B", matrix(matrix::Zero(6, 2))}, {"gamma", random_matrix(1, 6, 6)}};
 const matrix none;
 const auto network = [](const auto& p, const auto& x) {
     const auto h = rms_norm(x, p["gamma"]);
@@ -55,7 +55,9 @@ TEST_CASE("linearize: exactly linear in φ, over all parameters and over the ada
         for (auto& [name, value] : both) { value = a[name] + b[name] - phi0[name]; }
         CHECK(reference::largest_difference(f(both, x), matrix(f(a, x) + f(b, x) - at_0)) < 1e-11);
         // First order: the remainder shrinks with the square of the step.
-        const auto remainder = [&](double step) { return (network(moved(f.active(), step), x) - f(moved(f.active(), step), x)).norm(); };
+        const auto remainder = [&](double step) {
+            return (network(moved(f.active(), step), x) - f(moved(f.active(), step), x)).norm();
+        };
         const double ratio = remainder(1e-3) / remainder(5e-4);
         CHECK(ratio == doctest::Approx(4).epsilon(0.05));
     }
@@ -83,7 +85,9 @@ TEST_CASE("linearize over one layer's adapter is the linearized LoRA layer")
     for (const double b0 : {0.0, 1.0}) {
         const matrix w = random_matrix(5, 6, 1), bias = random_matrix(1, 5, 2);
         const parameters<double> start{{"A", random_matrix(2, 6, 3)}, {"B", b0 * random_matrix(5, 2, 4)}};
-        const auto layer = [&](const auto& p, const auto& input) { return lora_linear(input, w, bias, p["A"], p["B"], 0.5); };
+        const auto layer = [&](const auto& p, const auto& input) {
+            return lora_linear(input, w, bias, p["A"], p["B"], 0.5);
+        };
         linearized_lora_layer<double> expanded(w, bias, {.a = start["A"], .b = start["B"], .scaling = 0.5});
         parameters<double> phi = start;
         phi["A"] += random_matrix(2, 6, 8);
@@ -107,18 +111,20 @@ TEST_CASE("linearize: the gradient is the vjp at φ0, restricted to the active p
     CHECK(gradient.size() == 1);
     parameters<double> phi{{"w", start["w"] + v}};
     const matrix change = expanded(phi, x) - expanded(start, x);
-    CHECK((gradient["w"].array() * v.array()).sum() == doctest::Approx((dy.array() * change.array()).sum()).epsilon(1e-12));
+    CHECK((gradient["w"].array() * v.array()).sum()
+        == doctest::Approx((dy.array() * change.array()).sum()).epsilon(1e-12));
     const auto forgetful = [](const parameters<double>&, const matrix&, const matrix&) { return parameters<double>{}; };
     CHECK_THROWS_AS((void)expanded.gradient(forgetful, dy, x), invalid_argument);
 }
 
 TEST_CASE("linearize: inactive parameters that move, unknown names and wrong shapes are named errors")
 {
-    CHECK_THROWS_WITH_AS(
-        (void)linearize(network, phi0, {.active = {"z"}}), "linearize: parameter 'z' is to be active, but there is no such parameter", invalid_argument);
+    CHECK_THROWS_WITH_AS((void)linearize(network, phi0, {.active = {"z"}}),
+        "linearize: parameter 'z' is to be active, but there is no such parameter", invalid_argument);
     const auto f = linearize(network, phi0, adapters);
     CHECK_THROWS_WITH_AS((void)f(moved({"gamma"}, 1), x),
-        "linearize: parameter 'gamma' is inactive and must stay at φ0; name it in linearize_options::active to move it", invalid_argument);
+        "linearize: parameter 'gamma' is inactive and must stay at φ0; name it in linearize_options::active to move it",
+        invalid_argument);
     CHECK_THROWS_AS((void)f.derivative(parameters<double>{{"k", random_matrix(6, 6, 1)}}, x), invalid_argument);
     CHECK_THROWS_AS((void)f(parameters<double>{{"z", random_matrix(6, 6, 1)}}, x), invalid_argument);
     CHECK_THROWS_AS((void)f(parameters<double>{{"q.lora_A", random_matrix(6, 2, 1)}}, x), shape_mismatch);

@@ -8,8 +8,9 @@ using reference::matrix;
 using reference::random_matrix;
 
 namespace {
-const matrix x = random_matrix(6, 7, 1), w = random_matrix(5, 7, 2), bias = random_matrix(1, 5, 3), a0 = random_matrix(2, 7, 4), zero = matrix::Zero(5, 2),
-             nonzero = random_matrix(5, 2, 5), delta_a = random_matrix(2, 7, 6), delta_b = random_matrix(5, 2, 7);
+const matrix x = random_matrix(6, 7, 1), w = random_matrix(5, 7, 2), bias = random_matrix(1, 5, 3),
+             a0 = random_matrix(2, 7, 4), zero = matrix::Zero(5, 2), nonzero = random_matrix(5, 2, 5),
+             delta_a = random_matrix(2, 7, 6), delta_b = random_matrix(5, 2, 7);
 const double s = 0.75;
 
 linearized_lora_layer<double> moved(const matrix& b0)
@@ -40,8 +41,10 @@ TEST_CASE("linearized_lora_layer: the formula, for B0 = 0 and not")
 TEST_CASE("linearized_lora_layer is the jvp of the LoRA layer in its factors")
 {
     for (const auto& b0 : {zero, nonzero}) {
-        const auto expansion = lora_linear(x, w, bias, primal_tangent<double>(a0, delta_a), primal_tangent<double>(b0, delta_b), s);
-        CHECK(reference::largest_difference(moved(b0).forward(x), matrix(expansion.primal() + expansion.tangent())) < 1e-12);
+        const auto expansion =
+            lora_linear(x, w, bias, primal_tangent<double>(a0, delta_a), primal_tangent<double>(b0, delta_b), s);
+        CHECK(reference::largest_difference(moved(b0).forward(x), matrix(expansion.primal() + expansion.tangent()))
+            < 1e-12);
     }
 }
 
@@ -89,10 +92,11 @@ TEST_CASE("linearized_lora_layer: gradients, and exactly zero for A where B0 = 0
             other.b() += db;
             return (dy.array() * other.forward(input).array()).sum();
         };
-        const matrix no_a = matrix::Zero(2, 7), no_b = matrix::Zero(5, 2), vx = random_matrix(6, 7, 21), va = random_matrix(2, 7, 22),
-                     vb = random_matrix(5, 2, 23);
+        const matrix no_a = matrix::Zero(2, 7), no_b = matrix::Zero(5, 2), vx = random_matrix(6, 7, 21),
+                     va = random_matrix(2, 7, 22), vb = random_matrix(5, 2, 23);
         const double at = value(x, no_a, no_b);
-        CHECK((gradient.x.array() * vx.array()).sum() == doctest::Approx(value(x + vx, no_a, no_b) - at).epsilon(1e-10));
+        CHECK(
+            (gradient.x.array() * vx.array()).sum() == doctest::Approx(value(x + vx, no_a, no_b) - at).epsilon(1e-10));
         CHECK((gradient.a.array() * va.array()).sum() == doctest::Approx(value(x, va, no_b) - at).epsilon(1e-10));
         CHECK((gradient.b.array() * vb.array()).sum() == doctest::Approx(value(x, no_a, vb) - at).epsilon(1e-10));
         CHECK((b0 == zero) == (gradient.a.array() == 0).all());
@@ -114,15 +118,18 @@ TEST_CASE("linearized_lora_layer: errors")
 {
     auto layer = moved(nonzero);
     CHECK_THROWS_AS(layer.set({.a = a0, .b = zero, .scaling = 1}), invalid_argument);
-    CHECK_THROWS_AS(layer.set({.a = random_matrix(3, 7, 1), .b = random_matrix(5, 3, 1), .scaling = s}), shape_mismatch);
+    CHECK_THROWS_AS(
+        layer.set({.a = random_matrix(3, 7, 1), .b = random_matrix(5, 3, 1), .scaling = s}), shape_mismatch);
     CHECK_THROWS_AS((linearized_lora_layer<double>(w, bias, {.a = zero, .b = a0})), shape_mismatch);
-    CHECK_THROWS_AS((linearized_lora_layer<double>(w, random_matrix(1, 4, 1), {.a = a0, .b = zero}).forward(x)), shape_mismatch);
+    CHECK_THROWS_AS(
+        (linearized_lora_layer<double>(w, random_matrix(1, 4, 1), {.a = a0, .b = zero}).forward(x)), shape_mismatch);
 }
 
 TEST_CASE("linearized_lora_layer in f32")
 {
     const row_matrix<float> x32 = x.cast<float>(), w32 = w.cast<float>(), bias32 = bias.cast<float>();
-    linearized_lora_layer<float> layer(w32, bias32, {.a = a0.cast<float>(), .b = nonzero.cast<float>(), .scaling = 0.75f});
+    linearized_lora_layer<float> layer(
+        w32, bias32, {.a = a0.cast<float>(), .b = nonzero.cast<float>(), .scaling = 0.75f});
     layer.set({.a = (a0 + delta_a).cast<float>(), .b = (nonzero + delta_b).cast<float>(), .scaling = 0.75f});
     CHECK(reference::largest_difference(layer.forward(x32), moved(nonzero).forward(x)) < 2e-5);
 }

@@ -8,12 +8,15 @@ using reference::matrix;
 using reference::random_matrix;
 
 namespace {
-const matrix x = random_matrix(6, 7, 1), w = random_matrix(5, 7, 2), bias = random_matrix(1, 5, 3), a = random_matrix(2, 7, 4), b = random_matrix(5, 2, 5);
+const matrix x = random_matrix(6, 7, 1), w = random_matrix(5, 7, 2), bias = random_matrix(1, 5, 3),
+             a = random_matrix(2, 7, 4), b = random_matrix(5, 2, 5);
 } // namespace
 
 TEST_CASE("lora_linear: values and tangents for every choice of active operands")
 {
-    const auto f = [](const auto& x_, const auto& w_, const auto& bias_, const auto& a_, const auto& b_) { return lora_linear(x_, w_, bias_, a_, b_, 0.75); };
+    const auto f = [](const auto& x_, const auto& w_, const auto& bias_, const auto& a_, const auto& b_) {
+        return lora_linear(x_, w_, bias_, a_, b_, 0.75);
+    };
     const matrix expected = linear(x, matrix(w + 0.75 * b * a), bias);
     CHECK(reference::largest_difference(lora_linear(x, w, bias, a, b, 0.75), expected) < 1e-13);
     reference::check_operation("lora_linear", f, std::array<matrix, 5>{x, w, bias, a, b});
@@ -27,7 +30,9 @@ TEST_CASE("lora_layer: forward, gradients, dense weight")
     const matrix y = layer.forward(x, hidden);
     CHECK(reference::largest_difference(y, layer.forward(x)) == 0);
     CHECK(reference::largest_difference(y, linear(x, layer.dense(), bias)) < 1e-13);
-    const auto f = [](const auto& x_, const auto& a_, const auto& b_) { return lora_linear(x_, w, bias, a_, b_, 0.75); };
+    const auto f = [](const auto& x_, const auto& a_, const auto& b_) {
+        return lora_linear(x_, w, bias, a_, b_, 0.75);
+    };
     reference::check_vjp(
         "lora_layer", f,
         [&](const matrix& dy) {

@@ -23,7 +23,9 @@ TEST_CASE("cross_entropy: value, tangents and gradient")
     const auto f = [&](const auto& x) { return cross_entropy(x, labels); };
     reference::check_operation("cross_entropy", f, inputs);
     reference::check_vjp(
-        "cross_entropy", f, [&](const matrix& dy) { return std::array<matrix, 1>{cross_entropy_vjp(inputs[0], labels, dy(0, 0))}; }, inputs);
+        "cross_entropy", f,
+        [&](const matrix& dy) { return std::array<matrix, 1>{cross_entropy_vjp(inputs[0], labels, dy(0, 0))}; },
+        inputs);
 }
 
 TEST_CASE("cross_entropy is stable for large logits and accepts every kind of integer label")
@@ -39,8 +41,8 @@ TEST_CASE("cross_entropy: wrong labels are named errors")
 {
     const matrix logits = random_matrix(2, 3, 1);
     CHECK_THROWS_AS((void)cross_entropy(logits, std::vector<int>{0}), shape_mismatch);
-    CHECK_THROWS_WITH_AS(
-        (void)cross_entropy(logits, std::vector<int>{0, 3}), "operation 'cross_entropy': label 3 of row 1 is outside [0, 3)", invalid_argument);
+    CHECK_THROWS_WITH_AS((void)cross_entropy(logits, std::vector<int>{0, 3}),
+        "operation 'cross_entropy': label 3 of row 1 is outside [0, 3)", invalid_argument);
     CHECK_THROWS_AS((void)cross_entropy_vjp(logits, std::vector<int>{-1, 0}), invalid_argument);
     CHECK_THROWS_AS((void)cross_entropy(matrix(0, 3), std::vector<int>{}), invalid_argument);
 }
@@ -52,7 +54,8 @@ TEST_CASE("mean and mean_rows: values, tangents and gradients")
     const auto average = [](const auto& x) { return mean(x); };
     reference::check_operation("mean", average, inputs);
     reference::check_vjp(
-        "mean", average, [&](const matrix& dy) { return std::array<matrix, 1>{mean_vjp(inputs[0], dy(0, 0))}; }, inputs);
+        "mean", average, [&](const matrix& dy) { return std::array<matrix, 1>{mean_vjp(inputs[0], dy(0, 0))}; },
+        inputs);
     const auto pool = [](const auto& x) { return mean_rows(x, 3); };
     const matrix pooled = pool(inputs[0]);
     CHECK(pooled.rows() == 2);

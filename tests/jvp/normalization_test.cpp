@@ -15,7 +15,9 @@ TEST_CASE("softmax: values, tangents and gradient")
     for (Eigen::Index row = 0; row < 4; ++row) {
         double sum = 0;
         for (Eigen::Index col = 0; col < 6; ++col) { sum += std::exp(inputs[0](row, col)); }
-        for (Eigen::Index col = 0; col < 6; ++col) { CHECK(y(row, col) == doctest::Approx(std::exp(inputs[0](row, col)) / sum).epsilon(1e-14)); }
+        for (Eigen::Index col = 0; col < 6; ++col) {
+            CHECK(y(row, col) == doctest::Approx(std::exp(inputs[0](row, col)) / sum).epsilon(1e-14));
+        }
     }
     reference::check_operation("softmax", f, inputs);
     reference::check_vjp(
@@ -29,15 +31,21 @@ TEST_CASE("layer_norm: values, tangents and gradients")
 {
     const std::array<matrix, 3> inputs{random_matrix(4, 9, 1, 2.0), random_matrix(1, 9, 2), random_matrix(1, 9, 3)};
     const normalization_options options{.epsilon = 1e-3};
-    const auto f = [&](const auto& x, const auto& gamma, const auto& beta) { return layer_norm(x, gamma, beta, options); };
+    const auto f = [&](const auto& x, const auto& gamma, const auto& beta) {
+        return layer_norm(x, gamma, beta, options);
+    };
     const matrix y = f(inputs[0], inputs[1], inputs[2]);
     for (Eigen::Index row = 0; row < 4; ++row) {
         double average = 0, variance = 0;
         for (Eigen::Index col = 0; col < 9; ++col) { average += inputs[0](row, col) / 9; }
-        for (Eigen::Index col = 0; col < 9; ++col) { variance += (inputs[0](row, col) - average) * (inputs[0](row, col) - average) / 9; }
+        for (Eigen::Index col = 0; col < 9; ++col) {
+            variance += (inputs[0](row, col) - average) * (inputs[0](row, col) - average) / 9;
+        }
         for (Eigen::Index col = 0; col < 9; ++col) {
             CHECK(y(row, col)
-                == doctest::Approx((inputs[0](row, col) - average) / std::sqrt(variance + 1e-3) * inputs[1](0, col) + inputs[2](0, col)).epsilon(1e-12));
+                == doctest::Approx((inputs[0](row, col) - average) / std::sqrt(variance + 1e-3) * inputs[1](0, col)
+                    + inputs[2](0, col))
+                    .epsilon(1e-12));
         }
     }
     reference::check_operation("layer_norm", f, inputs);
@@ -55,10 +63,13 @@ TEST_CASE("layer_norm: values, tangents and gradients")
         const row_matrix<operand_scalar<decltype(input)>> empty;
         return layer_norm(input, empty, empty, options);
     };
-    CHECK(reference::largest_difference(plain(inputs[0]), layer_norm(inputs[0], matrix(matrix::Ones(1, 9)), matrix(matrix::Zero(1, 9)), options)) == 0);
+    CHECK(reference::largest_difference(
+              plain(inputs[0]), layer_norm(inputs[0], matrix(matrix::Ones(1, 9)), matrix(matrix::Zero(1, 9)), options))
+        == 0);
     reference::check_operation("layer_norm without gamma and beta", plain, x);
     reference::check_vjp(
-        "layer_norm without gamma and beta", plain, [&](const matrix& dy) { return std::array<matrix, 1>{layer_norm_vjp(inputs[0], none, dy, options).x}; }, x);
+        "layer_norm without gamma and beta", plain,
+        [&](const matrix& dy) { return std::array<matrix, 1>{layer_norm_vjp(inputs[0], none, dy, options).x}; }, x);
     CHECK_THROWS_AS((void)layer_norm(inputs[0], random_matrix(1, 8, 1), none), shape_mismatch);
     CHECK_THROWS_AS((void)layer_norm(inputs[0], none, random_matrix(2, 9, 1)), shape_mismatch);
 }
@@ -73,7 +84,8 @@ TEST_CASE("rms_norm: values, tangents and gradients")
         double square = 0;
         for (Eigen::Index col = 0; col < 9; ++col) { square += inputs[0](row, col) * inputs[0](row, col) / 9; }
         for (Eigen::Index col = 0; col < 9; ++col) {
-            CHECK(y(row, col) == doctest::Approx(inputs[0](row, col) / std::sqrt(square + 1e-2) * inputs[1](0, col)).epsilon(1e-12));
+            CHECK(y(row, col)
+                == doctest::Approx(inputs[0](row, col) / std::sqrt(square + 1e-2) * inputs[1](0, col)).epsilon(1e-12));
         }
     }
     reference::check_operation("rms_norm", f, inputs);
@@ -85,5 +97,7 @@ TEST_CASE("rms_norm: values, tangents and gradients")
             return std::array<matrix, 2>{gradient.x, gradient.gamma};
         },
         inputs);
-    CHECK(reference::largest_difference(rms_norm(inputs[0], matrix(), options), rms_norm(inputs[0], matrix(matrix::Ones(1, 9)), options)) == 0);
+    CHECK(reference::largest_difference(
+              rms_norm(inputs[0], matrix(), options), rms_norm(inputs[0], matrix(matrix::Ones(1, 9)), options))
+        == 0);
 }

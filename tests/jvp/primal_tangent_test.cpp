@@ -102,13 +102,15 @@ TEST_CASE("debug builds: every operation names itself when it makes a NaN in a t
     named("linear", [&] { return linear(a, zero); });
     named("add_bias", [&] { return add_bias(a, primal_tangent<double>(one, opposite.row(1))); });
     named("lora_linear", [&] { return lora_linear(a, zero, none, x, matrix(matrix::Zero(3, 3)), 1.0); });
-    named("linearized_lora_layer", [&] { return linearized_lora_layer<double>(zero, none, {.a = x, .b = matrix::Zero(3, 3)}).forward(a); });
+    named("linearized_lora_layer",
+        [&] { return linearized_lora_layer<double>(zero, none, {.a = x, .b = matrix::Zero(3, 3)}).forward(a); });
     named("relu", [&] { return relu(primal_tangent<double>(matrix(-matrix::Ones(3, 4)), wild)); });
     named("softmax", [&] { return softmax(a); });
     named("layer_norm", [&] { return layer_norm(a, none, none); });
     named("rms_norm", [&] { return rms_norm(a, none); });
     named("attention", [&] { return attention(a, x, x); });
-    named("mean_rows", [&] { return mean_rows(primal_tangent<double>(matrix(2, 1), matrix{{infinity}, {-infinity}}), 2); });
+    named("mean_rows",
+        [&] { return mean_rows(primal_tangent<double>(matrix(2, 1), matrix{{infinity}, {-infinity}}), 2); });
     named("mean", [&] { return mean(primal_tangent<double>(matrix(2, 1), matrix{{infinity}, {-infinity}})); });
     named("cross_entropy", [&] { return cross_entropy(a, labels); });
     // These hand on a NaN that was there before.

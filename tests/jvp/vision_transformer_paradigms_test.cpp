@@ -1,6 +1,5 @@
-// The ways in which examples/vit is fine-tuned: gradients against central differences, training that learns, and what tells the
-// two readings of L-LoRA apart.
-// SPDX-License-Identifier: Apache-2.0
+// The ways in which examples/vit is fine-tuned: gradients against central differences, training that learns, and what
+// tells the two readings of L-LoRA apart. SPDX-License-Identifier: Apache-2.0
 #include "../../examples/vit/paradigm.hpp"
 
 #include "../reference/derivatives.hpp"
@@ -13,7 +12,8 @@ using reference::random_matrix;
 using vit::paradigm;
 
 namespace {
-const vit::shape tiny_shape{.image_side = 4, .patch_side = 2, .width = 6, .hidden = 10, .heads = 2, .blocks = 2, .classes = 3};
+const vit::shape tiny_shape{
+    .image_side = 4, .patch_side = 2, .width = 6, .hidden = 10, .heads = 2, .blocks = 2, .classes = 3};
 const vit::adapter_shape adapter{.rank = 2, .scaling = 1.5};
 const std::vector<int> labels{0, 1, 2, 1, 0, 2};
 const matrix x = vit::patches(random_matrix(6, 16, 1), tiny_shape);
@@ -39,8 +39,7 @@ void move(vit::model<double>& model, double step, const Wanted& wanted, std::uin
 }
 void move(vit::model<double>& model, double step, std::uint64_t seed = 40)
 {
-    move(
-        model, step, [](const std::string&) { return true; }, seed);
+    move(model, step, [](const std::string&) { return true; }, seed);
 }
 double loss(const vit::model<double>& model)
 {
@@ -141,7 +140,8 @@ TEST_CASE("L-LoRA with B0 = 0: A has no influence in either reading; with A at i
         move(both_moved, 0.3);
         CHECK(reference::largest_difference(both_moved.forward(x), b_moved.forward(x)) == 0);
     }
-    auto lora = fresh(paradigm::lora), layers = fresh(paradigm::linearized_lora_layers), network = fresh(paradigm::linearized_lora_network);
+    auto lora = fresh(paradigm::lora), layers = fresh(paradigm::linearized_lora_layers),
+         network = fresh(paradigm::linearized_lora_network);
     for (auto* model : {&lora, &layers, &network}) { move(*model, 0.3, only_b); }
     CHECK(reference::largest_difference(layers.forward(x), lora.forward(x)) < 1e-12);
     CHECK(reference::largest_difference(network.forward(x), lora.forward(x)) > 1e-3);

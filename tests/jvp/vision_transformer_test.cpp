@@ -11,7 +11,8 @@ using reference::matrix;
 using reference::random_matrix;
 
 namespace {
-const vit::shape tiny_shape{.image_side = 4, .patch_side = 2, .width = 6, .hidden = 10, .heads = 2, .blocks = 2, .classes = 3};
+const vit::shape tiny_shape{
+    .image_side = 4, .patch_side = 2, .width = 6, .hidden = 10, .heads = 2, .blocks = 2, .classes = 3};
 const matrix x = vit::patches(random_matrix(3, 16, 1), tiny_shape);
 
 parameters<double> random_like(const parameters<double>& p, const std::vector<std::string>& names, std::uint64_t seed)
@@ -75,7 +76,8 @@ TEST_CASE("adapters: LoRA's gradient, with and without the dense weights")
     }
     CHECK(names.size() == 8);
     const auto v = random_like(p, names, 5);
-    const matrix dy = jvp([&](const auto&q) { return vit::logits(net, q, x); }, p, v).tangent, cotangent = random_matrix(3, 3, 9);
+    const matrix dy = jvp([&](const auto& q) { return vit::logits(net, q, x); }, p, v).tangent,
+                 cotangent = random_matrix(3, 3, 9);
     for (const bool dense : {false, true}) {
         vit::tape<double> record{.dense = dense};
         (void)vit::logits(net, p, x, &record);
@@ -108,8 +110,8 @@ TEST_CASE("per-layer linearized adapters: forward and gradients against differen
             const std::string name = vit::block_name(b) + projection;
             // B0 is not zero here, so that A counts.
             net.linearized.insert(name,
-                linearized_lora_layer<double>(
-                    p[name + ".weight"], p[name + ".bias"], {.a = random_matrix(2, 6, 4), .b = random_matrix(6, 2, 5, 0.3), .scaling = 0.5}));
+                linearized_lora_layer<double>(p[name + ".weight"], p[name + ".bias"],
+                    {.a = random_matrix(2, 6, 4), .b = random_matrix(6, 2, 5, 0.3), .scaling = 0.5}));
             net.linearized[name].delta_a() = random_matrix(2, 6, 6, 0.3);
             net.linearized[name].b() += random_matrix(6, 2, 7, 0.3);
         }
@@ -129,7 +131,9 @@ TEST_CASE("per-layer linearized adapters: forward and gradients against differen
             return result;
         };
         const double h = 1e-5;
-        CHECK((gradients[name + ".lora_A"].array() * va.array()).sum() == doctest::Approx((value(h, 0) - value(-h, 0)) / (2 * h)).epsilon(1e-6));
-        CHECK((gradients[name + ".lora_B"].array() * vb.array()).sum() == doctest::Approx((value(0, h) - value(0, -h)) / (2 * h)).epsilon(1e-6));
+        CHECK((gradients[name + ".lora_A"].array() * va.array()).sum()
+            == doctest::Approx((value(h, 0) - value(-h, 0)) / (2 * h)).epsilon(1e-6));
+        CHECK((gradients[name + ".lora_B"].array() * vb.array()).sum()
+            == doctest::Approx((value(0, h) - value(0, -h)) / (2 * h)).epsilon(1e-6));
     }
 }

@@ -24,7 +24,8 @@ factor_pair<T> pair_of(const matrix<T>& a, const matrix<T>& b, double weight = 1
 
 /// Everything that must hold of a decomposition of `product`, to `bound` relative to `scale` (‖A‖·‖B‖).
 template <class Result>
-void check_decomposition(const Result& s, const reference::plain_matrix& product, std::size_t q, double bound, double scale)
+void check_decomposition(
+    const Result& s, const reference::plain_matrix& product, std::size_t q, double bound, double scale)
 {
     using T = std::remove_cvref_t<decltype(s.u(0, 0))>;
     REQUIRE(s.rank() == q);
@@ -34,7 +35,8 @@ void check_decomposition(const Result& s, const reference::plain_matrix& product
     CHECK(reference::departure_from_orthonormal<T>(s.u.view()) <= unit);
     CHECK(reference::departure_from_orthonormal<T>(s.v.view()) <= unit);
     // Eckart and Young: the distance is the tail of σ, and the reported error is that distance.
-    const double distance = reference::distance(product, reference::composed(s)), tail = std::sqrt(energy_beyond(sigma, q));
+    const double distance = reference::distance(product, reference::composed(s)),
+                 tail = std::sqrt(energy_beyond(sigma, q));
     CHECK(std::abs(distance - tail) <= 4 * bound * scale);
     CHECK(std::abs(std::sqrt(s.squared_error) - tail) <= 4 * bound * scale);
     CHECK(std::abs(std::sqrt(s.squared_norm) - reference::norm(product)) <= 4 * bound * scale);
@@ -56,8 +58,8 @@ TEST_CASE_TEMPLATE("factored SVD equals the SVD of the product", T, double, floa
         std::size_t m, n, r;
     };
     std::uint64_t seed = 1;
-    for (const shape& sizes :
-        {shape{60, 40, 8}, {40, 60, 8}, {30, 30, 30}, {12, 50, 20}, {50, 12, 20}, {9, 9, 1}, {1, 25, 4}, {25, 1, 4}, {1, 1, 1}, {10, 12, 40}}) {
+    for (const shape& sizes : {shape{60, 40, 8}, {40, 60, 8}, {30, 30, 30}, {12, 50, 20}, {50, 12, 20}, {9, 9, 1},
+             {1, 25, 4}, {25, 1, 4}, {1, 1, 1}, {10, 12, 40}}) {
         for (const auto order : {matrix_order::row_major, matrix_order::column_major}) {
             const std::size_t m = sizes.m, n = sizes.n, r = sizes.r;
             INFO(m, "×", n, ", r ", r);
@@ -81,11 +83,14 @@ TEST_CASE_TEMPLATE("factored SVD equals the SVD of the product", T, double, floa
     }
 }
 
-TEST_CASE_TEMPLATE("the spaces of the leading vectors are the reference's within the error of sigma over the gap", T, double, float)
+TEST_CASE_TEMPLATE(
+    "the spaces of the leading vectors are the reference's within the error of sigma over the gap", T, double, float)
 {
     const double bound = std::is_same_v<T, double> ? 1e-14 : 2e-7;
-    for (const auto& [m, n, seed] : {std::tuple<std::size_t, std::size_t, std::uint64_t>{60, 45, 1}, {45, 60, 2}, {50, 50, 3}}) {
-        const auto a = reference::matrix_with_spectrum<T>(m, 12, {8, 7, 4, 3.5, 1, 0.9, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001}, seed);
+    for (const auto& [m, n, seed] :
+        {std::tuple<std::size_t, std::size_t, std::uint64_t>{60, 45, 1}, {45, 60, 2}, {50, 50, 3}}) {
+        const auto a =
+            reference::matrix_with_spectrum<T>(m, 12, {8, 7, 4, 3.5, 1, 0.9, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001}, seed);
         const auto b = normal_matrix<T>(n, 12, seed + 10);
         const auto pa = reference::plain<T>(a.view()), pb = reference::plain<T>(b.view());
         const auto exact = reference::decomposed(reference::product_abt(pa, pb));
@@ -134,7 +139,8 @@ TEST_CASE("columns that are scaled against each other lose nothing")
 TEST_CASE("a weight multiplies the spectrum; a negative one turns one side")
 {
     const auto a = normal_matrix<double>(20, 3, 1), b = normal_matrix<double>(15, 3, 2);
-    const auto one = factored_svd(cpu{}, pair_of(a, b), {.rank = 3}), minus = factored_svd(cpu{}, pair_of(a, b, -2), {.rank = 3});
+    const auto one = factored_svd(cpu{}, pair_of(a, b), {.rank = 3}),
+               minus = factored_svd(cpu{}, pair_of(a, b, -2), {.rank = 3});
     for (std::size_t k = 0; k < 3; ++k) {
         CHECK(minus.sigma[k] == doctest::Approx(2 * one.sigma[k]).epsilon(1e-13));
         CHECK(minus.u(4, k) == doctest::Approx(one.u(4, k)).epsilon(1e-10));
@@ -164,9 +170,10 @@ TEST_CASE("rank by energy is the smallest that keeps the share")
 
 TEST_CASE("what cannot be is refused with a sentence")
 {
-    const auto a = normal_matrix<float>(20, 4, 1), b = normal_matrix<float>(15, 4, 2), other = normal_matrix<float>(15, 3, 3);
-    CHECK_THROWS_WITH_AS(
-        (void)factored_svd<float>(cpu{}, a.view(), other.view(), {.rank = 2}), "'A·Bᵀ': A is 20×4 and B is 15×3; the inner ranks differ", shape_mismatch);
+    const auto a = normal_matrix<float>(20, 4, 1), b = normal_matrix<float>(15, 4, 2),
+               other = normal_matrix<float>(15, 3, 3);
+    CHECK_THROWS_WITH_AS((void)factored_svd<float>(cpu{}, a.view(), other.view(), {.rank = 2}),
+        "'A·Bᵀ': A is 20×4 and B is 15×3; the inner ranks differ", shape_mismatch);
     CHECK_THROWS_WITH_AS((void)factored_svd<float>(cpu{}, a.view(), b.view(), {.rank = 5}),
         "'A·Bᵀ': rank 5 asked for, but its rank is at most 4; ask for less, or for clamping", invalid_argument);
     CHECK_THROWS_AS((void)factored_svd<float>(cpu{}, a.view(), b.view(), {}), invalid_argument);
@@ -203,15 +210,19 @@ TEST_CASE("many layers: the same bits on any number of threads, and as one by on
         CHECK(std::equal(one[i].u.data(), one[i].u.data() + one[i].u.size(), three[i].u.data()));
         CHECK(std::equal(one[i].v.data(), one[i].v.data() + one[i].v.size(), alone.v.data()));
     }
-    const cpu stopping{.threads = 2, .executor = {}, .memory = nullptr, .progress = [](const progress_event& e) { return e.done < 3; }};
-    CHECK_THROWS_AS((void)factored_svd<float>(stopping, std::span<const factor_pair<float>>(pairs), {.rank = 4}), cancelled);
+    const cpu stopping{.threads = 2, .executor = {}, .memory = nullptr, .progress = [](const progress_event& e) {
+                           return e.done < 3;
+                       }};
+    CHECK_THROWS_AS(
+        (void)factored_svd<float>(stopping, std::span<const factor_pair<float>>(pairs), {.rank = 4}), cancelled);
 }
 
 TEST_CASE_TEMPLATE("a sum of factor pairs of different ranks is compressed with its exact error", T, double, float)
 {
     const double bound = std::is_same_v<T, double> ? 1e-14 : 3e-7;
-    const auto a1 = normal_matrix<T>(40, 3, 1, matrix_order::row_major), b1 = normal_matrix<T>(30, 3, 2), a2 = normal_matrix<T>(40, 5, 3),
-               b2 = normal_matrix<T>(30, 5, 4, matrix_order::row_major), a3 = normal_matrix<T>(40, 1, 5), b3 = normal_matrix<T>(30, 1, 6);
+    const auto a1 = normal_matrix<T>(40, 3, 1, matrix_order::row_major), b1 = normal_matrix<T>(30, 3, 2),
+               a2 = normal_matrix<T>(40, 5, 3), b2 = normal_matrix<T>(30, 5, 4, matrix_order::row_major),
+               a3 = normal_matrix<T>(40, 1, 5), b3 = normal_matrix<T>(30, 1, 6);
     const std::array pairs{pair_of(a1, b1, 0.5), pair_of(a2, b2, -1.25), pair_of(a3, b3, 3)};
     auto sum = reference::zeros(40, 30);
     double scale = 0;
@@ -224,9 +235,11 @@ TEST_CASE_TEMPLATE("a sum of factor pairs of different ranks is compressed with 
         scale += std::abs(p.weight) * reference::norm(pa) * reference::norm(pb);
     }
     for (const std::size_t q : {1u, 4u, 9u}) {
-        check_decomposition(compress_sum<T>(cpu{}, std::span<const factor_pair<T>>(pairs), {.rank = q}), sum, q, bound, scale);
+        check_decomposition(
+            compress_sum<T>(cpu{}, std::span<const factor_pair<T>>(pairs), {.rank = q}), sum, q, bound, scale);
     }
-    CHECK_THROWS_AS((void)compress_sum<T>(cpu{}, std::span<const factor_pair<T>>(pairs), {.rank = 10}), invalid_argument);
+    CHECK_THROWS_AS(
+        (void)compress_sum<T>(cpu{}, std::span<const factor_pair<T>>(pairs), {.rank = 10}), invalid_argument);
     CHECK_THROWS_AS((void)compress_sum<T>(cpu{}, std::span<const factor_pair<T>>{}, {.rank = 1}), invalid_argument);
     const std::array mixed{pair_of(a1, b1), pair_of(b2, b2)};
     CHECK_THROWS_AS((void)compress_sum<T>(cpu{}, std::span<const factor_pair<T>>(mixed), {.rank = 1}), shape_mismatch);
@@ -235,6 +248,7 @@ TEST_CASE_TEMPLATE("a sum of factor pairs of different ranks is compressed with 
     const std::array same{pair_of(a1, b1, 0.25), pair_of(a1, b1, 0.75)};
     const auto s = compress_sum<T>(cpu{}, std::span<const factor_pair<T>>(same), {.rank = 3});
     CHECK(s.relative_error() <= 1e-6);
-    CHECK(reference::distance(reference::composed(s), reference::product_abt(reference::plain<T>(a1.view()), reference::plain<T>(b1.view())))
+    CHECK(reference::distance(reference::composed(s),
+              reference::product_abt(reference::plain<T>(a1.view()), reference::plain<T>(b1.view())))
         <= 10 * bound * scale);
 }

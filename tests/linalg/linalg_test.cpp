@@ -28,7 +28,8 @@ matrix<T> identity(std::size_t n)
 TEST_CASE_TEMPLATE("gemm agrees with plain loops in every order", T, float, double)
 {
     const double bound = std::is_same_v<T, float> ? 1e-5 : 1e-13;
-    for (const auto [m, k, n] : {std::array<std::size_t, 3>{3, 4, 5}, {700, 3, 2}, {2, 600, 530}, {1, 1, 1}, {4, 0, 3}}) {
+    for (const auto [m, k, n] :
+        {std::array<std::size_t, 3>{3, 4, 5}, {700, 3, 2}, {2, 600, 530}, {1, 1, 1}, {4, 0, 3}}) {
         for (const auto oa : orders) {
             for (const auto ob : orders) {
                 for (const auto oc : orders) {
@@ -40,7 +41,9 @@ TEST_CASE_TEMPLATE("gemm agrees with plain loops in every order", T, float, doub
                     for (std::size_t i = 0; i < m; ++i) {
                         for (std::size_t j = 0; j < n; ++j) {
                             double sum = -static_cast<double>(before(i, j));
-                            for (std::size_t p = 0; p < k; ++p) { sum += 2 * static_cast<double>(a(i, p)) * static_cast<double>(b(p, j)); }
+                            for (std::size_t p = 0; p < k; ++p) {
+                                sum += 2 * static_cast<double>(a(i, p)) * static_cast<double>(b(p, j));
+                            }
                             worst = std::max(worst, std::abs(sum - static_cast<double>(c(i, j))));
                         }
                     }
@@ -62,7 +65,9 @@ TEST_CASE("gemm works on blocks, and its bits do not depend on threads")
     matrix<float> part(10, 5);
     gemm(cpu{}, 1.0f, a.view().block(100, 7, 10, 20), b.view().block(3, 2, 20, 5), 0.0f, part.view());
     double sum = 0;
-    for (std::size_t p = 0; p < 20; ++p) { sum += static_cast<double>(a(104, 7 + p)) * static_cast<double>(b(3 + p, 4)); }
+    for (std::size_t p = 0; p < 20; ++p) {
+        sum += static_cast<double>(a(104, 7 + p)) * static_cast<double>(b(3 + p, 4));
+    }
     CHECK(part(4, 2) == doctest::Approx(sum).epsilon(1e-5));
     CHECK_THROWS_AS(gemm(cpu{}, 1.0f, a.view(), a.view(), 0.0f, part.view()), shape_mismatch);
 }
@@ -84,7 +89,8 @@ TEST_CASE_TEMPLATE("squared_norm is exact to rounding and does not depend on thr
     const double one = squared_norm<T>(cpu{.threads = 1}, a.view());
     CHECK(one == doctest::Approx(static_cast<double>(sum)).epsilon(1e-13));
     CHECK(one == squared_norm<T>(cpu{.threads = 3}, a.view()));
-    CHECK(squared_norm<T>(cpu{}, a.view().block(3, 4, 1, 1)) == doctest::Approx(static_cast<double>(a(3, 4)) * static_cast<double>(a(3, 4))));
+    CHECK(squared_norm<T>(cpu{}, a.view().block(3, 4, 1, 1))
+        == doctest::Approx(static_cast<double>(a(3, 4)) * static_cast<double>(a(3, 4))));
 }
 
 TEST_CASE("fill_normal writes the stream's own numbers")
@@ -165,7 +171,9 @@ TEST_CASE("thin QR names the place of a NaN")
     auto a = normal_matrix<float>(300, 5, 1);
     a(17, 3) = std::numeric_limits<float>::quiet_NaN();
     CHECK_THROWS_WITH_AS((void)factor_qr<float>(cpu{}, a.view(), "layer.0"),
-        "matrix 'layer.0' holds NaN at row 17, column 3; a decomposition needs finite numbers: repair or leave out this matrix", nonfinite_error);
+        "matrix 'layer.0' holds NaN at row 17, column 3; a decomposition needs finite numbers: repair or leave out "
+        "this matrix",
+        nonfinite_error);
     a(17, 3) = std::numeric_limits<float>::infinity();
     CHECK_THROWS_AS((void)factor_qr<float>(cpu{}, a.view().transposed()), nonfinite_error);
     // Squares that overflow are not a fault of the data.
@@ -176,11 +184,13 @@ TEST_CASE("thin QR names the place of a NaN")
 
 TEST_CASE("small SVD agrees with the reference")
 {
-    std::vector<matrix<double>> examples{normal_matrix<double>(1, 1, 1), normal_matrix<double>(9, 9, 2), normal_matrix<double>(20, 7, 3),
-        normal_matrix<double>(7, 20, 4, matrix_order::row_major), normal_matrix<double>(1, 12, 5), matrix<double>(5, 3), matrix<double>(3, 0),
-        reference::matrix_with_spectrum<double>(12, 12, {5, 5, 5, 1, 1, 1e-9}, 6), reference::matrix_with_spectrum<double>(40, 40, {1, 1e-3, 1e-6, 1e-14}, 7),
-        normal_matrix<double>(6, 6, 8, matrix_order::row_major, 1e-300), normal_matrix<double>(6, 6, 9, matrix_order::row_major, 1e300),
-        normal_matrix<double>(64, 64, 10)};
+    std::vector<matrix<double>> examples{normal_matrix<double>(1, 1, 1), normal_matrix<double>(9, 9, 2),
+        normal_matrix<double>(20, 7, 3), normal_matrix<double>(7, 20, 4, matrix_order::row_major),
+        normal_matrix<double>(1, 12, 5), matrix<double>(5, 3), matrix<double>(3, 0),
+        reference::matrix_with_spectrum<double>(12, 12, {5, 5, 5, 1, 1, 1e-9}, 6),
+        reference::matrix_with_spectrum<double>(40, 40, {1, 1e-3, 1e-6, 1e-14}, 7),
+        normal_matrix<double>(6, 6, 8, matrix_order::row_major, 1e-300),
+        normal_matrix<double>(6, 6, 9, matrix_order::row_major, 1e300), normal_matrix<double>(64, 64, 10)};
     for (const auto& a : examples) {
         CAPTURE(a.rows());
         CAPTURE(a.cols());
@@ -194,7 +204,9 @@ TEST_CASE("small SVD agrees with the reference")
         const double top = s.sigma[0];
         if (top < 1e200 && top > 1e-200) {
             const auto expected = reference::singular_values(reference::plain<double>(a.view()));
-            for (std::size_t i = 0; i < k; ++i) { CHECK(std::abs(s.sigma[i] - expected[i]) <= 1e-14 * static_cast<double>(k + 4) * expected[0]); }
+            for (std::size_t i = 0; i < k; ++i) {
+                CHECK(std::abs(s.sigma[i] - expected[i]) <= 1e-14 * static_cast<double>(k + 4) * expected[0]);
+            }
         }
         double worst = 0;
         for (std::size_t i = 0; i < a.rows(); ++i) {

@@ -60,7 +60,8 @@ TEST_CASE_TEMPLATE("on decaying spectra the leading spaces are the reference's",
     const auto exact = reference::decomposed(reference::plain<T>(a.view()));
     for (const std::size_t q : {1u, 8u}) {
         const auto s = randomized_svd<T>(cpu{}, a.view(), {.rank = q, .seed = 5});
-        // What the sample misses is (σ of the first left out / σq)^(2·2 + 1), by ten columns more than q: below 1e-10 here.
+        // What the sample misses is (σ of the first left out / σq)^(2·2 + 1), by ten columns more than q: below 1e-10
+        // here.
         const double rounding = (std::is_same_v<T, float> ? 2e-6 : 1e-13) * sigma[0] / (sigma[q - 1] - sigma[q]);
         CHECK(reference::sine_between<T>(exact.u, s.u.view(), q) <= rounding + 1e-10);
         CHECK(reference::sine_between<T>(exact.v, s.v.view(), q) <= rounding + 1e-10);
@@ -175,5 +176,7 @@ TEST_CASE("bad arguments are refused with a sentence")
     CHECK_THROWS_AS((void)randomized_svd<float>(cpu{}, a.view(), {.energy = -0.5}), invalid_argument);
     a(3, 4) = std::numeric_limits<float>::infinity();
     CHECK_THROWS_WITH_AS((void)randomized_svd<float>(cpu{}, a.view(), {.rank = 2, .name = "w"}),
-        "matrix 'w' holds infinity at row 3, column 4; a decomposition needs finite numbers: repair or leave out this matrix", nonfinite_error);
+        "matrix 'w' holds infinity at row 3, column 4; a decomposition needs finite numbers: repair or leave out this "
+        "matrix",
+        nonfinite_error);
 }

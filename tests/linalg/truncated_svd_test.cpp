@@ -17,7 +17,8 @@ TEST_CASE("truncated SVD agrees with the reference on every road and order")
     struct shape {
         std::size_t m, n;
     };
-    for (const shape& sizes : {shape{40, 40}, {30, 50}, {50, 30}, {130, 110}, {110, 130}, {260, 100}, {100, 260}, {1, 17}, {17, 1}, {1, 1}}) {
+    for (const shape& sizes :
+        {shape{40, 40}, {30, 50}, {50, 30}, {130, 110}, {110, 130}, {260, 100}, {100, 260}, {1, 17}, {17, 1}, {1, 1}}) {
         for (const auto order : {matrix_order::row_major, matrix_order::column_major}) {
             const std::size_t m = sizes.m, n = sizes.n;
             INFO(m, "×", n);

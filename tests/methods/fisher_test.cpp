@@ -31,7 +31,8 @@ std::vector<std::vector<T>> random_fishers(const testing::random_models<T>& mode
 }
 
 template <class T>
-std::vector<const_model_ref> models_over(const testing::random_models<T>& models, const std::vector<std::vector<T>>& values)
+std::vector<const_model_ref> models_over(
+    const testing::random_models<T>& models, const std::vector<std::vector<T>>& values)
 {
     std::vector<const_model_ref> result;
     for (const auto& one : values) { result.push_back(models.model(one)); }
@@ -40,12 +41,14 @@ std::vector<const_model_ref> models_over(const testing::random_models<T>& models
 
 } // namespace
 
-TEST_CASE_TEMPLATE("Fisher merging is the importance-weighted mean, bit-equal for any threads and chunks", T, float, double, bf16, f16)
+TEST_CASE_TEMPLATE(
+    "Fisher merging is the importance-weighted mean, bit-equal for any threads and chunks", T, float, double, bf16, f16)
 {
     const testing::random_models<T> models({3000, 1, 64, 2048, 0}, 3, 5);
     const auto fishers = random_fishers(models, 8);
     for (const bool normalize : {false, true}) {
-        const fisher_options options{.fishers = models_over(models, fishers), .weights = {0.5, 2.0, 1.25}, .normalize = normalize};
+        const fisher_options options{
+            .fishers = models_over(models, fishers), .weights = {0.5, 2.0, 1.25}, .normalize = normalize};
         std::vector<T> first;
         for (const unsigned threads : {1u, 4u}) {
             for (const std::size_t chunk : {64u, 3000u, 65536u}) {
@@ -67,7 +70,8 @@ TEST_CASE_TEMPLATE("Fisher merging is the importance-weighted mean, bit-equal fo
         for (std::size_t i = 0; i < first.size(); ++i) {
             double above = 0, below = 0, plain = 0, size = 0;
             for (std::size_t t = 0; t < 3; ++t) {
-                const double c = options.weights[t], x = widen<double>(models.tasks[t][i]), f = widen<double>(fishers[t][i]) / norm[t];
+                const double c = options.weights[t], x = widen<double>(models.tasks[t][i]),
+                             f = widen<double>(fishers[t][i]) / norm[t];
                 above += c * f * x;
                 below += c * f;
                 plain += c * x / 3.75;
@@ -76,7 +80,10 @@ TEST_CASE_TEMPLATE("Fisher merging is the importance-weighted mean, bit-equal fo
             const double expected = below < 1e-12 ? plain : above / below;
             worst = std::max(worst, std::abs(widen<double>(first[i]) - expected) / size);
         }
-        const double rounding = std::same_as<T, bf16> ? 4e-3 : std::same_as<T, f16> ? 5e-4 : std::same_as<T, float> ? 1e-6 : 1e-15;
+        const double rounding = std::same_as<T, bf16> ? 4e-3
+            : std::same_as<T, f16>                    ? 5e-4
+            : std::same_as<T, float>                  ? 1e-6
+                                                      : 1e-15;
         CHECK(worst < rounding);
     }
 }
@@ -101,14 +108,18 @@ TEST_CASE_TEMPLATE("stored words give the bits of rows, for any number of tasks 
             std::vector<const_model_ref> statistics;
             for (const auto& one : values) {
                 using F = typename std::remove_cvref_t<decltype(one)>::value_type;
-                statistics.push_back({{"t0", as_tensor(host_view<const F>(one.data(), 5000))}, {"t1", as_tensor(host_view<const F>(one.data() + 5000, 33))}});
+                statistics.push_back({{"t0", as_tensor(host_view<const F>(one.data(), 5000))},
+                    {"t1", as_tensor(host_view<const F>(one.data() + 5000, 33))}});
             }
             std::vector<T> out;
-            merge(cpu{}, fisher_options{.fishers = statistics, .weights = std::vector<double>(tasks, 0.3)}, models.task_models(), models.output(out));
+            merge(cpu{}, fisher_options{.fishers = statistics, .weights = std::vector<double>(tasks, 0.3)},
+                models.task_models(), models.output(out));
             return out;
         };
         const auto by_rows = merged(wide);
-        for (const auto& other : {merged(fishers), merged(single)}) { CHECK(std::memcmp(other.data(), by_rows.data(), by_rows.size() * sizeof(T)) == 0); }
+        for (const auto& other : {merged(fishers), merged(single)}) {
+            CHECK(std::memcmp(other.data(), by_rows.data(), by_rows.size() * sizeof(T)) == 0);
+        }
     }
 }
 
@@ -119,13 +130,15 @@ TEST_CASE("norms of f64 Fishers are not those of their f32 roundings")
     const std::vector<double> wide_a{1}, wide_b{3}, f_a{1 + 1e-9, 1.0 / 3}, f_b{0.2, 0.7}, g_a{0.1}, g_b{0.3};
     const auto model = [](const auto& narrow_part, const auto& wide_part) {
         using N = typename std::remove_cvref_t<decltype(narrow_part)>::value_type;
-        return const_model_ref{{"n", as_tensor(host_view<const N>(narrow_part.data(), 2))}, {"w", as_tensor(host_view<const double>(wide_part.data(), 1))}};
+        return const_model_ref{{"n", as_tensor(host_view<const N>(narrow_part.data(), 2))},
+            {"w", as_tensor(host_view<const double>(wide_part.data(), 1))}};
     };
     std::vector<float> out(2);
     std::vector<double> wide_out(1);
     const std::vector<const_model_ref> tasks{model(a, wide_a), model(b, wide_b)};
     merge(cpu{}, fisher_options{.fishers = {model(f_a, g_a), model(f_b, g_b)}, .normalize = true}, tasks,
-        model_ref{{"n", as_tensor(host_view<float>(out.data(), 2))}, {"w", as_tensor(host_view<double>(wide_out.data(), 1))}});
+        model_ref{{"n", as_tensor(host_view<float>(out.data(), 2))},
+            {"w", as_tensor(host_view<double>(wide_out.data(), 1))}});
     const double in_a = g_a[0] / std::sqrt(f_a[0] * f_a[0] + f_a[1] * f_a[1] + g_a[0] * g_a[0]);
     const double in_b = g_b[0] / std::sqrt(f_b[0] * f_b[0] + f_b[1] * f_b[1] + g_b[0] * g_b[0]);
     CHECK(wide_out[0] == doctest::Approx((in_a * 1 + in_b * 3) / (in_a + in_b)).epsilon(1e-14));
@@ -134,7 +147,8 @@ TEST_CASE("norms of f64 Fishers are not those of their f32 roundings")
 TEST_CASE("equal Fishers give the average, a Fisher that is alone gives its task, none at all gives the average")
 {
     const testing::random_models<float> models({500}, 3, 1);
-    const std::vector<std::vector<float>> equal(3, std::vector<float>(500, 4.0f)), none(3, std::vector<float>(500, 0.0f));
+    const std::vector<std::vector<float>> equal(3, std::vector<float>(500, 4.0f)),
+        none(3, std::vector<float>(500, 0.0f));
     std::vector<float> out(500), average(500);
     merge(cpu{}, average_options{}, models.tasks, average);
     merge(cpu{}, fisher_options{.fishers = flat_fishers(equal)}, models.tasks, out);
@@ -150,7 +164,8 @@ TEST_CASE("equal Fishers give the average, a Fisher that is alone gives its task
     merge(cpu{}, fisher_options{.fishers = flat_fishers(alone), .normalize = true}, models.tasks, out);
     double worst = 0;
     for (std::size_t i = 0; i < 500; ++i) {
-        worst = std::max(worst, static_cast<double>(std::abs(out[i] - models.tasks[1][i]) / std::abs(models.tasks[1][i])));
+        worst =
+            std::max(worst, static_cast<double>(std::abs(out[i] - models.tasks[1][i]) / std::abs(models.tasks[1][i])));
     }
     CHECK(worst < 3e-7); // one product and one quotient
 }
@@ -187,7 +202,9 @@ TEST_CASE("golden Fisher merges")
 TEST_CASE("statistics of another model, negative, NaN, missing, aliased: named errors")
 {
     std::vector<float> x{1, 2, 3, 4}, y{5, 6, 7, 8}, f{1, 1, 1, 1}, out(4);
-    const auto tensor = [](const std::vector<float>& v, extents shape = {4}) { return const_tensor_ref{v.data(), dtype::f32, std::move(shape)}; };
+    const auto tensor = [](const std::vector<float>& v, extents shape = {4}) {
+        return const_tensor_ref{v.data(), dtype::f32, std::move(shape)};
+    };
     const std::vector<const_model_ref> tasks{{{"w", tensor(x)}}, {{"w", tensor(y)}}};
     const model_ref result{{"w", {out.data(), dtype::f32, {4}}}};
     const const_model_ref good{{"w", tensor(f)}};
@@ -195,33 +212,46 @@ TEST_CASE("statistics of another model, negative, NaN, missing, aliased: named e
         merge(cpu{}, fisher_options{.fishers = std::move(fishers)}, tasks, result, how);
     };
 
-    CHECK_THROWS_WITH_AS(run({good}), "1 Fishers for 2 tasks: give one each, in the order of the tasks", invalid_argument);
-    CHECK_THROWS_WITH_AS(run({good, {{"v", tensor(f)}, {"w", tensor(f)}}}),
-        "tensor 'v' of the Fisher of task 2 is not in the models: these are the statistics of another model", invalid_argument);
     CHECK_THROWS_WITH_AS(
-        run({good, {}}), "tensor 'w' is missing in the Fisher of task 2: collect statistics for every parameter, or exclude the tensor", invalid_argument);
+        run({good}), "1 Fishers for 2 tasks: give one each, in the order of the tasks", invalid_argument);
+    CHECK_THROWS_WITH_AS(run({good, {{"v", tensor(f)}, {"w", tensor(f)}}}),
+        "tensor 'v' of the Fisher of task 2 is not in the models: these are the statistics of another model",
+        invalid_argument);
+    CHECK_THROWS_WITH_AS(run({good, {}}),
+        "tensor 'w' is missing in the Fisher of task 2: collect statistics for every parameter, or exclude the tensor",
+        invalid_argument);
     CHECK_THROWS_WITH_AS(run({{{"w", tensor(f, {2, 2})}}, good}),
-        "tensor 'w' has shape [2, 2] in the Fisher of task 1 but [4] in the models: these are the statistics of another model", shape_mismatch);
+        "tensor 'w' has shape [2, 2] in the Fisher of task 1 but [4] in the models: these are the statistics of "
+        "another model",
+        shape_mismatch);
     std::vector<std::int64_t> whole(4);
     CHECK_THROWS_AS(run({{{"w", {whole.data(), dtype::i64, {4}}}}, good}), dtype_mismatch);
     std::vector<float> bad{1, 1, -2, 1};
     model_options how;
     how.labels = {"a", "b"};
     CHECK_THROWS_WITH_AS(run({good, {{"w", tensor(bad)}}}, how),
-        "tensor 'w' of the Fisher of b holds -2 at index 2: a diagonal Fisher is a mean of squares and cannot be negative", invalid_argument);
+        "tensor 'w' of the Fisher of b holds -2 at index 2: a diagonal Fisher is a mean of squares and cannot be "
+        "negative",
+        invalid_argument);
     bad[2] = std::numeric_limits<float>::quiet_NaN();
-    CHECK_THROWS_WITH_AS(
-        run({good, {{"w", tensor(bad)}}}), "tensor 'w' of the Fisher of task 2 holds NaN at index 2: collect the statistics again", nonfinite_error);
+    CHECK_THROWS_WITH_AS(run({good, {{"w", tensor(bad)}}}),
+        "tensor 'w' of the Fisher of task 2 holds NaN at index 2: collect the statistics again", nonfinite_error);
     how.on_nonfinite = nonfinite::propagate;
     run({good, {{"w", tensor(bad)}}}, how);
     CHECK(std::isnan(out[2]));
     CHECK(out[1] == 4.0f);
-    CHECK_THROWS_AS(merge(cpu{}, fisher_options{.fishers = {good, good}, .weights = {1, -1}}, tasks, result), invalid_argument);
-    CHECK_THROWS_AS(merge(cpu{}, fisher_options{.fishers = {good, good}, .weights = {0, 0}}, tasks, result), invalid_argument);
-    CHECK_THROWS_AS(merge(cpu{}, fisher_options{.fishers = {good, good}, .floor = -1}, tasks, result), invalid_argument);
-    CHECK_THROWS_AS(merge(cpu{}, fisher_options{.fishers = {good, good}, .labels = {"x"}}, tasks, result), invalid_argument);
+    CHECK_THROWS_AS(
+        merge(cpu{}, fisher_options{.fishers = {good, good}, .weights = {1, -1}}, tasks, result), invalid_argument);
+    CHECK_THROWS_AS(
+        merge(cpu{}, fisher_options{.fishers = {good, good}, .weights = {0, 0}}, tasks, result), invalid_argument);
+    CHECK_THROWS_AS(
+        merge(cpu{}, fisher_options{.fishers = {good, good}, .floor = -1}, tasks, result), invalid_argument);
+    CHECK_THROWS_AS(
+        merge(cpu{}, fisher_options{.fishers = {good, good}, .labels = {"x"}}, tasks, result), invalid_argument);
     // In place over a task is fine, over a Fisher is not.
-    CHECK_THROWS_AS(merge(cpu{}, fisher_options{.fishers = {good, good}}, tasks, model_ref{{"w", {f.data(), dtype::f32, {4}}}}), invalid_argument);
+    CHECK_THROWS_AS(
+        merge(cpu{}, fisher_options{.fishers = {good, good}}, tasks, model_ref{{"w", {f.data(), dtype::f32, {4}}}}),
+        invalid_argument);
     merge(cpu{}, fisher_options{.fishers = {good, good}}, tasks, model_ref{{"w", {x.data(), dtype::f32, {4}}}});
     CHECK(x == std::vector<float>{3, 4, 5, 6});
 }

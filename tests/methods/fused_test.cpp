@@ -1,9 +1,9 @@
 // What runs fused, from stored words to stored words, gives the bits of the row-by-row road.
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/methods/average.hpp>
-#include <taskvec/search/lorahub.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/methods/ties.hpp>
+#include <taskvec/search/lorahub.hpp>
 
 #include <doctest/doctest.h>
 
@@ -15,7 +15,8 @@ using namespace taskvec;
 
 namespace {
 
-/// One tensor of a base and of every task at addresses that are `shift` bytes past an aligned one. Odd shifts keep every fused kernel out.
+/// One tensor of a base and of every task at addresses that are `shift` bytes past an aligned one. Odd shifts keep
+/// every fused kernel out.
 template <class T>
 struct shifted_models {
     std::size_t n, shift;
@@ -33,7 +34,8 @@ struct shifted_models {
         const extents shape{static_cast<std::int64_t>(n)};
         for (std::size_t m = 0; m < values.size(); ++m) {
             if (n > 0) { std::memcpy(memory[m].data() + shift, values[m].data(), n * sizeof(T)); }
-            (m == 0 ? base : tasks[m - 1]).insert("w", {memory[m].data() + shift, dtype_of<T>, shape, {}, memory_space::host, 0});
+            (m == 0 ? base : tasks[m - 1])
+                .insert("w", {memory[m].data() + shift, dtype_of<T>, shape, {}, memory_space::host, 0});
         }
         out.insert("w", {memory.back().data() + shift, dtype_of<T>, shape, {}, memory_space::host, 0});
     }
@@ -43,7 +45,8 @@ struct shifted_models {
     }
 };
 
-/// A base and tasks near it, coarse enough that sums cancel to 0 and magnitudes tie, with values of all sizes among them.
+/// A base and tasks near it, coarse enough that sums cancel to 0 and magnitudes tie, with values of all sizes among
+/// them.
 template <class T>
 std::vector<std::vector<T>> draw(std::mt19937& generator, std::size_t n, std::size_t tasks)
 {
@@ -53,8 +56,9 @@ std::vector<std::vector<T>> draw(std::mt19937& generator, std::size_t n, std::si
         const float origin = static_cast<float>(step(generator)) * 0.25f;
         values[0][i] = narrow<T>(origin);
         for (std::size_t t = 1; t <= tasks; ++t) {
-            values[t][i] = narrow<T>(rare(generator) == 0 ? std::ldexp(static_cast<float>(step(generator)), exponent(generator))
-                                                          : origin + static_cast<float>(step(generator)) * 0.125f);
+            values[t][i] =
+                narrow<T>(rare(generator) == 0 ? std::ldexp(static_cast<float>(step(generator)), exponent(generator))
+                                               : origin + static_cast<float>(step(generator)) * 0.125f);
         }
     }
     return values;
@@ -65,7 +69,8 @@ std::vector<std::vector<T>> draw(std::mt19937& generator, std::size_t n, std::si
 TEST_CASE_TEMPLATE("fused merges give the bits of the rows", T, float, bf16)
 {
     std::mt19937 generator(11);
-    for (const std::size_t n : {std::size_t{1}, std::size_t{2}, std::size_t{511}, std::size_t{4097}, std::size_t{12'345}}) {
+    for (const std::size_t n :
+        {std::size_t{1}, std::size_t{2}, std::size_t{511}, std::size_t{4097}, std::size_t{12'345}}) {
         for (const std::size_t count : {1u, 2u, 3u, 4u, 5u, 6u, 7u, 8u, 9u, 17u}) {
             const auto values = draw<T>(generator, n, count);
             std::vector<double> weights;
@@ -85,7 +90,8 @@ TEST_CASE_TEMPLATE("fused merges give the bits of the rows", T, float, bf16)
             check(average_options{});
             check(task_arithmetic_options{.lambda = -0.7, .weights = weights});
             check(detail::combination_options{weights});
-            for (const auto zero : {zero_sign::majority, zero_sign::majority_or_negative, zero_sign::positive, zero_sign::none}) {
+            for (const auto zero :
+                {zero_sign::majority, zero_sign::majority_or_negative, zero_sign::positive, zero_sign::none}) {
                 check(ties_options{.density = 0.3, .lambda = 0.8, .zero_sign = zero});
                 check(ties_options{.density = 1.0, .zero_sign = zero});
             }
@@ -108,11 +114,13 @@ TEST_CASE_TEMPLATE("fused elections count votes as the rows do", T, float, bf16)
                 for (const shifted_models<T>* models : {&fused, &rows}) {
                     const aligned_models aligned(&models->base, models->tasks);
                     const detail::merger<ties_options> method(cpu{}, aligned, options);
-                    workspace space(aligned, 1 + detail::merger<ties_options>::scratch_rows, std::pmr::get_default_resource());
+                    workspace space(
+                        aligned, 1 + detail::merger<ties_options>::scratch_rows, std::pmr::get_default_resource());
                     auto& block = space.get<float>();
                     block.open(aligned.tensors()[0], 0, n);
                     std::vector<storage_word<T>> words(n);
-                    const bool done = method.fused(block, kernels::stored_output<T>{words.data(), false}, tallies[which]);
+                    const bool done =
+                        method.fused(block, kernels::stored_output<T>{words.data(), false}, tallies[which]);
                     CHECK(done == (which == 0));
                     if (!done) { method(block, block.scratch(0), tallies[which]); }
                     ++which;
@@ -131,12 +139,14 @@ TEST_CASE_TEMPLATE("NaN, infinity and sums that overflow leave the fused kernels
         auto values = draw<T>(generator, 700, 3);
         const float largest = std::bit_cast<float>(0x7f000000u);
         for (int i = 0; i < 5; ++i) {
-            for (std::size_t m = 1 + generator() % 3; m < 4; ++m) { values[m][generator() % 700] = narrow<T>(generator() % 2 ? largest : -largest); }
+            for (std::size_t m = 1 + generator() % 3; m < 4; ++m) {
+                values[m][generator() % 700] = narrow<T>(generator() % 2 ? largest : -largest);
+            }
         }
         const bool spoilt = round % 2 == 1;
         if (spoilt) {
-            values[generator() % 4][generator() % 700] =
-                narrow<T>(generator() % 2 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN());
+            values[generator() % 4][generator() % 700] = narrow<T>(
+                generator() % 2 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN());
         }
         for (const auto& options : {ties_options{.density = 1.0}, ties_options{.density = 0.4}}) {
             shifted_models<T> fused(values, 0), rows(values, 1);
@@ -145,7 +155,9 @@ TEST_CASE_TEMPLATE("NaN, infinity and sums that overflow leave the fused kernels
             merge(cpu{.threads = 1}, options, fused.base, fused.tasks, fused.out, spread);
             merge(cpu{.threads = 1}, options, rows.base, rows.tasks, rows.out, spread);
             CHECK(fused.same_output(rows));
-            if (spoilt) { CHECK_THROWS_AS(merge(cpu{.threads = 1}, options, fused.base, fused.tasks, fused.out), nonfinite_error); }
+            if (spoilt) {
+                CHECK_THROWS_AS(merge(cpu{.threads = 1}, options, fused.base, fused.tasks, fused.out), nonfinite_error);
+            }
             else {
                 CHECK_NOTHROW(merge(cpu{.threads = 1}, options, fused.base, fused.tasks, fused.out));
             }

@@ -1,7 +1,7 @@
 // Average, task arithmetic, DARE: against their definitions; dtypes, missing and excluded tensors, errors.
 // SPDX-License-Identifier: Apache-2.0
-#include "../reference/ties.hpp"
 #include "../reference/random_models.hpp"
+#include "../reference/ties.hpp"
 
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/dare.hpp>
@@ -47,12 +47,14 @@ TEST_CASE_TEMPLATE("average and task arithmetic equal their definitions", T, flo
             }
             return total / divisor;
         });
-        merge(cpu{.threads = 3}, task_arithmetic_options{.lambda = -0.4, .weights = weights}, models.model(models.base), models.task_models(),
-            models.output(out));
+        merge(cpu{.threads = 3}, task_arithmetic_options{.lambda = -0.4, .weights = weights}, models.model(models.base),
+            models.task_models(), models.output(out));
         check_bits(out, [&](std::size_t i) {
             A total = 0;
             const A base = widen<A>(models.base[i]);
-            for (std::size_t t = 0; t < count; ++t) { total = sum(total, product(static_cast<A>(weights[t]), sum(widen<A>(models.tasks[t][i]), -base))); }
+            for (std::size_t t = 0; t < count; ++t) {
+                total = sum(total, product(static_cast<A>(weights[t]), sum(widen<A>(models.tasks[t][i]), -base)));
+            }
             return sum(base, product(A(-0.4), total));
         });
     }
@@ -78,7 +80,8 @@ TEST_CASE("DARE draws by (seed, task, tensor, index) alone, and rescales")
             std::vector<float> out;
             model_options how;
             how.chunk = chunk;
-            merge(cpu{.threads = threads}, options, models.model(models.base), models.task_models(), models.output(out), how);
+            merge(cpu{.threads = threads}, options, models.model(models.base), models.task_models(), models.output(out),
+                how);
             check_bits(out, expected);
         }
     }
@@ -86,7 +89,8 @@ TEST_CASE("DARE draws by (seed, task, tensor, index) alone, and rescales")
     merge(cpu{}, dare_options{.density = 0.3, .seed = 1}, std::vector<float>(ones.size(), 0.0f), std::array{ones}, out);
     double mean = 0;
     for (const float x : out) { mean += x; }
-    CHECK(mean / static_cast<double>(ones.size()) == doctest::Approx(1.0).epsilon(0.02)); // 5 standard deviations: √(0.7/0.3/1e5)·5 = 0.024
+    CHECK(mean / static_cast<double>(ones.size())
+        == doctest::Approx(1.0).epsilon(0.02)); // 5 standard deviations: √(0.7/0.3/1e5)·5 = 0.024
     // Everything kept is task arithmetic.
     std::vector<float> kept(models.base.size()), plain(models.base.size());
     merge(cpu{}, dare_options{.density = 1.0, .lambda = 0.5}, models.base, models.tasks, kept);
@@ -98,11 +102,14 @@ TEST_CASE("DARE-TIES elects among what was kept")
 {
     const testing::random_models<float> models({3000}, 3, 10, 2);
     std::vector<float> out(3000);
-    merge(cpu{}, dare_ties_options{.density = 0.4, .seed = 3, .ties = {.lambda = 0.7}}, models.model(models.base), models.task_models(), models.output(out));
+    merge(cpu{}, dare_ties_options{.density = 0.4, .seed = 3, .ties = {.lambda = 0.7}}, models.model(models.base),
+        models.task_models(), models.output(out));
     std::vector<std::vector<float>> dropped(3, std::vector<float>(3000));
     for (std::uint32_t t = 0; t < 3; ++t) {
         const random_stream stream(3, t, "t0");
-        for (std::size_t i = 0; i < 3000; ++i) { dropped[t][i] = stream.uniform(i) < 0.4 ? sum(models.tasks[t][i], -models.base[i]) / 0.4f : 0.0f; }
+        for (std::size_t i = 0; i < 3000; ++i) {
+            dropped[t][i] = stream.uniform(i) < 0.4 ? sum(models.tasks[t][i], -models.base[i]) / 0.4f : 0.0f;
+        }
     }
     ties_options all{.density = 1.0, .lambda = 0.7};
     const auto change = reference::ties(std::vector<float>(3000, 0.0f), dropped, {3000}, all);
@@ -118,10 +125,14 @@ TEST_CASE("mixed dtypes, fp8, integers, missing and excluded tensors")
     std::vector<std::uint8_t> fp8{0x38}; // 1.0 in e4m3
     std::vector<float> a1{3};
     const_tensor_ref steps{step.data(), dtype::i64, {1}}, others{other.data(), dtype::i64, {1}};
-    const_model_ref base{{"a", {fp8.data(), dtype::f8_e4m3, {1}}}, {"step", steps}, {"w", as_tensor(as_view(std::as_const(w0)))}};
-    const_model_ref one{{"a", as_tensor(as_view(std::as_const(a1)))}, {"step", steps}, {"w", as_tensor(as_view(std::as_const(w1)))}};
-    const_model_ref two{{"a", as_tensor(as_view(std::as_const(a1)))}, {"step", steps}, {"w", as_tensor(as_view(std::as_const(w2)))}};
-    const model_ref out{{"a", as_tensor(as_view(out_a))}, {"step", {out_step.data(), dtype::i64, {1}}}, {"w", as_tensor(as_view(out_w))}};
+    const_model_ref base{
+        {"a", {fp8.data(), dtype::f8_e4m3, {1}}}, {"step", steps}, {"w", as_tensor(as_view(std::as_const(w0)))}};
+    const_model_ref one{
+        {"a", as_tensor(as_view(std::as_const(a1)))}, {"step", steps}, {"w", as_tensor(as_view(std::as_const(w1)))}};
+    const_model_ref two{
+        {"a", as_tensor(as_view(std::as_const(a1)))}, {"step", steps}, {"w", as_tensor(as_view(std::as_const(w2)))}};
+    const model_ref out{{"a", as_tensor(as_view(out_a))}, {"step", {out_step.data(), dtype::i64, {1}}},
+        {"w", as_tensor(as_view(out_w))}};
     merge(cpu{}, task_arithmetic_options{.lambda = 1.0}, base, std::vector{one, two}, out);
     CHECK(out_w == std::vector<float>{4, 8});
     CHECK(out_a == std::vector<float>{5}); // 1 + 2 + 2, stored as f32
@@ -129,23 +140,32 @@ TEST_CASE("mixed dtypes, fp8, integers, missing and excluded tensors")
 
     const_model_ref changed = two;
     CHECK_THROWS_AS(
-        merge(cpu{}, average_options{}, base, std::vector{one, const_model_ref{{"a", *two.find("a")}, {"step", others}, {"w", *two.find("w")}}}, out),
+        merge(cpu{}, average_options{}, base,
+            std::vector{one, const_model_ref{{"a", *two.find("a")}, {"step", others}, {"w", *two.find("w")}}}, out),
         dtype_mismatch);
-    CHECK_THROWS_WITH_AS(merge(cpu{}, average_options{}, base, std::vector{one, const_model_ref{{"step", steps}, {"w", *two.find("w")}}}, out),
-        "tensor 'a' of the base is missing in task 2: add it, or let missing tensors stand for the base's", invalid_argument);
+    CHECK_THROWS_WITH_AS(merge(cpu{}, average_options{}, base,
+                             std::vector{one, const_model_ref{{"step", steps}, {"w", *two.find("w")}}}, out),
+        "tensor 'a' of the base is missing in task 2: add it, or let missing tensors stand for the base's",
+        invalid_argument);
     model_options how;
     how.on_missing = missing::base;
-    merge(cpu{}, task_arithmetic_options{.lambda = 1.0}, base, std::vector{one, const_model_ref{{"step", steps}, {"w", *two.find("w")}}}, out, how);
+    merge(cpu{}, task_arithmetic_options{.lambda = 1.0}, base,
+        std::vector{one, const_model_ref{{"step", steps}, {"w", *two.find("w")}}}, out, how);
     CHECK(out_a == std::vector<float>{3});
-    CHECK_THROWS_AS(merge(cpu{}, average_options{}, base, std::vector{const_model_ref{{"unknown", steps}}}, out), invalid_argument);
-    CHECK_THROWS_AS(merge(cpu{}, average_options{}, std::vector<const_model_ref>{one, const_model_ref{{"step", steps}, {"w", *two.find("w")}}}, out, how),
+    CHECK_THROWS_AS(
+        merge(cpu{}, average_options{}, base, std::vector{const_model_ref{{"unknown", steps}}}, out), invalid_argument);
+    CHECK_THROWS_AS(
+        merge(cpu{}, average_options{},
+            std::vector<const_model_ref>{one, const_model_ref{{"step", steps}, {"w", *two.find("w")}}}, out, how),
         invalid_argument);
 
     how = {};
     how.include = [](std::string_view name) { return name == "w"; };
     std::vector<std::uint8_t> kept(1);
     merge(cpu{}, task_arithmetic_options{.lambda = 1.0}, base, std::vector{one},
-        model_ref{{"a", {kept.data(), dtype::f8_e4m3, {1}}}, {"step", {out_step.data(), dtype::i64, {1}}}, {"w", as_tensor(as_view(out_w))}}, how);
+        model_ref{{"a", {kept.data(), dtype::f8_e4m3, {1}}}, {"step", {out_step.data(), dtype::i64, {1}}},
+            {"w", as_tensor(as_view(out_w))}},
+        how);
     CHECK(kept[0] == 0x38);
     CHECK(out_w == std::vector<float>{2, 4});
 }
@@ -154,19 +174,27 @@ TEST_CASE("strided tensors, wrong outputs and misaligned data")
 {
     std::vector<float> x{1, 2, 3, 4}, out(4);
     const_model_ref strided{{"x", {x.data(), dtype::f32, {2, 2}, {1, 2}}}};
-    CHECK_THROWS_AS(merge(cpu{}, average_options{}, std::vector{strided}, model_ref{{"x", as_tensor(as_view(out), {2, 2})}}), invalid_argument);
+    CHECK_THROWS_AS(
+        merge(cpu{}, average_options{}, std::vector{strided}, model_ref{{"x", as_tensor(as_view(out), {2, 2})}}),
+        invalid_argument);
     const_model_ref plain{{"x", as_tensor(as_view(std::as_const(x)))}};
     CHECK_THROWS_AS(merge(cpu{}, average_options{}, std::vector{plain}, model_ref{}), invalid_argument);
-    CHECK_THROWS_AS(merge(cpu{}, average_options{}, std::vector{plain}, model_ref{{"x", as_tensor(as_view(out), {2, 2})}}), shape_mismatch);
+    CHECK_THROWS_AS(
+        merge(cpu{}, average_options{}, std::vector{plain}, model_ref{{"x", as_tensor(as_view(out), {2, 2})}}),
+        shape_mismatch);
     std::vector<bf16> narrow_out(4);
-    CHECK_THROWS_AS(merge(cpu{}, average_options{}, std::vector{plain}, model_ref{{"x", as_tensor(as_view(narrow_out))}}), dtype_mismatch);
+    CHECK_THROWS_AS(
+        merge(cpu{}, average_options{}, std::vector{plain}, model_ref{{"x", as_tensor(as_view(narrow_out))}}),
+        dtype_mismatch);
     const_model_ref on_device{{"x", {x.data(), dtype::f32, {4}, {}, memory_space::device}}};
-    CHECK_THROWS_AS(merge(cpu{}, average_options{}, std::vector{on_device}, model_ref{{"x", as_tensor(as_view(out))}}), invalid_argument);
+    CHECK_THROWS_AS(merge(cpu{}, average_options{}, std::vector{on_device}, model_ref{{"x", as_tensor(as_view(out))}}),
+        invalid_argument);
     // Files may place tensors at any byte.
     std::vector<std::byte> bytes(17), written(17);
     std::memcpy(bytes.data() + 1, x.data(), 16);
     const_model_ref odd{{"x", {bytes.data() + 1, dtype::f32, {4}}}};
-    merge(cpu{}, task_arithmetic_options{.lambda = 1.0}, odd, std::vector{odd}, model_ref{{"x", {written.data() + 1, dtype::f32, {4}}}});
+    merge(cpu{}, task_arithmetic_options{.lambda = 1.0}, odd, std::vector{odd},
+        model_ref{{"x", {written.data() + 1, dtype::f32, {4}}}});
     CHECK(std::memcmp(bytes.data() + 1, written.data() + 1, 16) == 0);
 }
 
@@ -183,7 +211,8 @@ TEST_CASE("in place over the base, cancelled, and streamed past the cache")
     CHECK_THROWS_AS(merge(stopping, average_options{}, std::array{task}, base), cancelled);
     CHECK(phases == std::vector<std::string>{"merge"});
     std::vector<float> large(3u << 20, 1.5f), out(large.size() + 3); // more than 8 MiB: non-temporal stores
-    merge(cpu{.threads = 2}, average_options{}, std::vector{large, large}, host_view<float>{out.data() + 3, large.size()});
+    merge(cpu{.threads = 2}, average_options{}, std::vector{large, large},
+        host_view<float>{out.data() + 3, large.size()});
     CHECK(std::equal(large.begin(), large.end(), out.begin() + 3));
     CHECK_THROWS_AS(merge(cpu{}, average_options{{1.0, -1.0}}, std::vector{task, task}, base), invalid_argument);
 }
@@ -209,5 +238,6 @@ TEST_CASE("WiSE-FT goes from the pre-trained model to the fine-tuned one")
     for (const double alpha : {std::nan(""), std::numeric_limits<double>::infinity()}) {
         CHECK_THROWS_AS(merge(cpu{}, average_options::wise_ft(alpha), ends, out), invalid_argument);
     }
-    CHECK_THROWS_AS(merge(cpu{}, average_options::wise_ft(0.5), std::vector<std::vector<float>>{ends[0]}, out), invalid_argument); // one model
+    CHECK_THROWS_AS(merge(cpu{}, average_options::wise_ft(0.5), std::vector<std::vector<float>>{ends[0]}, out),
+        invalid_argument); // one model
 }

@@ -18,12 +18,14 @@ TEST_CASE("golden Model Stocks, clamped and not")
         CAPTURE(golden.name);
         const auto expected = file.expected(golden);
         const reference::like out(expected);
-        merge(cpu{}, model_stock_options{.clamp = golden.options()["clamp"]}, file.input(golden, "base"), file.inputs(golden, "task"), out.model());
+        merge(cpu{}, model_stock_options{.clamp = golden.options()["clamp"]}, file.input(golden, "base"),
+            file.inputs(golden, "task"), out.model());
         CHECK(reference::largest_difference(out.model(), expected) <= golden.tolerance());
     }
 }
 
-TEST_CASE_TEMPLATE("Model Stock equals its definition per tensor, bit-equal for any threads and chunks", T, float, double, bf16, f16)
+TEST_CASE_TEMPLATE(
+    "Model Stock equals its definition per tensor, bit-equal for any threads and chunks", T, float, double, bf16, f16)
 {
     const testing::random_models<T> models({3000, 1, 64, 5000, 0}, 4, 5);
     for (const bool clamp : {true, false}) {
@@ -33,8 +35,11 @@ TEST_CASE_TEMPLATE("Model Stock equals its definition per tensor, bit-equal for 
                 std::vector<T> out;
                 model_options how;
                 how.chunk = chunk;
-                how.include = [&](std::string_view name) { return clamp || name != "t1"; }; // one element: cosines of ±1 may cancel
-                merge(cpu{.threads = threads}, model_stock_options{.clamp = clamp}, models.model(models.base), models.task_models(), models.output(out), how);
+                how.include = [&](std::string_view name) {
+                    return clamp || name != "t1";
+                }; // one element: cosines of ±1 may cancel
+                merge(cpu{.threads = threads}, model_stock_options{.clamp = clamp}, models.model(models.base),
+                    models.task_models(), models.output(out), how);
                 if (first.empty()) { first = out; }
                 CHECK(std::memcmp(first.data(), out.data(), out.size() * sizeof(T)) == 0);
             }
@@ -43,7 +48,9 @@ TEST_CASE_TEMPLATE("Model Stock equals its definition per tensor, bit-equal for 
         std::size_t begin = 0;
         for (const std::size_t size : models.sizes) {
             const auto base = [&](std::size_t i) { return widen<double>(models.base[begin + i]); };
-            const auto delta = [&](std::size_t t, std::size_t i) { return widen<double>(models.tasks[t][begin + i]) - base(i); };
+            const auto delta = [&](std::size_t t, std::size_t i) {
+                return widen<double>(models.tasks[t][begin + i]) - base(i);
+            };
             double c = 0;
             for (std::size_t s = 0; s < 4; ++s) {
                 for (std::size_t t = 0; t < s; ++t) {
@@ -64,7 +71,10 @@ TEST_CASE_TEMPLATE("Model Stock equals its definition per tensor, bit-equal for 
             }
             begin += size;
         }
-        CHECK(worst < (std::same_as<T, bf16> ? 2e-2 : std::same_as<T, f16> ? 2e-3 : std::same_as<T, float> ? 2e-6 : 1e-14));
+        CHECK(worst < (std::same_as<T, bf16>   ? 2e-2
+                      : std::same_as<T, f16>   ? 2e-3
+                      : std::same_as<T, float> ? 2e-6
+                                               : 1e-14));
     }
 }
 
@@ -89,7 +99,8 @@ TEST_CASE("Model Stock by hand")
     // Opposite task vectors have no ratio unless it is clamped.
     CHECK(stock({{2, 1}, {0, 1}}) == std::vector<float>{1, 1});
     CHECK_THROWS_WITH_AS(stock({{2, 1}, {0, 1}}, false),
-        "the task vectors of tensor 'values' cancel (mean cosine -1): the ratio of Model Stock has no value there; clamp it, or exclude the tensor",
+        "the task vectors of tensor 'values' cancel (mean cosine -1): the ratio of Model Stock has no value there; "
+        "clamp it, or exclude the tensor",
         invalid_argument);
     CHECK_THROWS_AS(stock({{2, 1}}), invalid_argument);
 }

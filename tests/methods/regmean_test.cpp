@@ -19,7 +19,8 @@ namespace {
 template <class T>
 struct layers : testing::linear_layers<T> {
     using base = testing::linear_layers<T>;
-    using base::base, base::in, base::out, base::weights, base::biases, base::shape, base::models, base::gram, base::weight, base::at;
+    using base::base, base::in, base::out, base::weights, base::biases, base::shape, base::models, base::gram,
+        base::weight, base::at;
 
     struct result {
         std::vector<T> weight, bias;
@@ -28,8 +29,8 @@ struct layers : testing::linear_layers<T> {
     {
         result found{std::vector<T>(in * out), std::vector<T>(out)};
         merge(policy, options, models(),
-            model_ref{
-                {"fc.weight", {found.weight.data(), dtype_of<T>, shape()}}, {"fc.bias", {found.bias.data(), dtype_of<T>, {static_cast<std::int64_t>(out)}}}});
+            model_ref{{"fc.weight", {found.weight.data(), dtype_of<T>, shape()}},
+                {"fc.bias", {found.bias.data(), dtype_of<T>, {static_cast<std::int64_t>(out)}}}});
         return found;
     }
     /// The definition, by Gaussian elimination.
@@ -52,7 +53,9 @@ struct layers : testing::linear_layers<T> {
     {
         double worst = 0;
         for (std::size_t i = 0; i < in; ++i) {
-            for (std::size_t o = 0; o < out; ++o) { worst = std::max(worst, std::abs(widen<double>(found[at(i, o)]) - wanted[i][o])); }
+            for (std::size_t o = 0; o < out; ++o) {
+                worst = std::max(worst, std::abs(widen<double>(found[at(i, o)]) - wanted[i][o]));
+            }
         }
         return worst;
     }
@@ -69,8 +72,10 @@ TEST_CASE("golden RegMeans")
         CAPTURE(golden.name);
         const auto expected = file.expected(golden);
         const reference::like out(expected);
-        merge(cpu{}, regmean_options{.grams = file.inputs(golden, "gram"), .alpha = golden.options()["alpha"]}, file.inputs(golden, "task"), out.model());
-        CHECK(reference::largest_difference(out.model(), expected) <= golden.tolerance() / 10); // the stored bound leaves room for ill conditioning
+        merge(cpu{}, regmean_options{.grams = file.inputs(golden, "gram"), .alpha = golden.options()["alpha"]},
+            file.inputs(golden, "task"), out.model());
+        CHECK(reference::largest_difference(out.model(), expected)
+            <= golden.tolerance() / 10); // the stored bound leaves room for ill conditioning
     }
 }
 
@@ -122,9 +127,12 @@ TEST_CASE("one task comes back as it was; equal Grams give the average; large la
     merge(cpu{}, average_options{}, equal.weights, average);
     const auto found = equal.merged(equal.options(1.0)).weight;
     double worst = 0;
-    for (std::size_t i = 0; i < 600; ++i) { worst = std::max(worst, static_cast<double>(std::abs(found[i] - average[i]))); }
+    for (std::size_t i = 0; i < 600; ++i) {
+        worst = std::max(worst, static_cast<double>(std::abs(found[i] - average[i])));
+    }
     CHECK(worst < 1e-6);
-    // Beyond 1024 inputs a layer is solved alone, its columns in parallel. Orthogonal inputs: each row is a weighted mean by the diagonal.
+    // Beyond 1024 inputs a layer is solved alone, its columns in parallel. Orthogonal inputs: each row is a weighted
+    // mean by the diagonal.
     const std::size_t n = 1100, p = 600;
     std::vector<std::vector<float>> w(2, std::vector<float>(n * p)), g(2, std::vector<float>(n * n, 0.0f));
     for (std::size_t i = 0; i < n * p; ++i) {
@@ -142,8 +150,10 @@ TEST_CASE("one task comes back as it was; equal Grams give the average; large la
         grams.push_back({{"w", {g[t].data(), dtype::f32, {N, N}}}});
     }
     std::vector<float> one(n * p), three(n * p);
-    merge(cpu{.threads = 1}, regmean_options{.grams = grams}, tasks, model_ref{{"w", {one.data(), dtype::f32, {P, N}}}});
-    merge(cpu{.threads = 3}, regmean_options{.grams = grams}, tasks, model_ref{{"w", {three.data(), dtype::f32, {P, N}}}});
+    merge(
+        cpu{.threads = 1}, regmean_options{.grams = grams}, tasks, model_ref{{"w", {one.data(), dtype::f32, {P, N}}}});
+    merge(cpu{.threads = 3}, regmean_options{.grams = grams}, tasks,
+        model_ref{{"w", {three.data(), dtype::f32, {P, N}}}});
     CHECK(one == three);
     worst = 0;
     for (std::size_t i = 0; i < n * p; ++i) {
@@ -157,30 +167,38 @@ TEST_CASE("a singular system is an error that suggests the ridge; with it, unsee
 {
     layers<double> net(10, 4, 2, 3, 9); // 6 examples for 10 inputs
     CHECK_THROWS_WITH_AS(net.merged(net.options(1.0)),
-        "the inputs of layer 'fc.weight' do not determine its weight: the sum of its Gram matrices is singular: set ridge, such as 1e-6, or lower alpha",
+        "the inputs of layer 'fc.weight' do not determine its weight: the sum of its Gram matrices is singular: set "
+        "ridge, such as 1e-6, or lower alpha",
         invalid_argument);
     CHECK_NOTHROW(net.merged(net.options(0.9)));
     for (std::size_t t = 0; t < 2; ++t) { // input 6 is dead
         for (std::size_t i = 0; i < 10; ++i) { net.grams[t][i * 10 + 6] = net.grams[t][6 * 10 + i] = 0; }
     }
     CHECK_THROWS_WITH_AS(net.merged(net.options(0.9)),
-        "the inputs of layer 'fc.weight' do not determine its weight: the sum of its Gram matrices is singular (input 6 was 0 in all batches): set ridge, such "
+        "the inputs of layer 'fc.weight' do not determine its weight: the sum of its Gram matrices is singular (input "
+        "6 was 0 in all batches): set ridge, such "
         "as "
         "1e-6, or lower alpha",
         invalid_argument);
     auto options = net.options(0.9);
     options.ridge = 1e-9;
     const auto found = net.merged(options);
-    for (std::size_t o = 0; o < 4; ++o) { CHECK(found.weight[net.at(6, o)] == doctest::Approx((net.weight(0, 6, o) + net.weight(1, 6, o)) / 2)); }
+    for (std::size_t o = 0; o < 4; ++o) {
+        CHECK(found.weight[net.at(6, o)] == doctest::Approx((net.weight(0, 6, o) + net.weight(1, 6, o)) / 2));
+    }
     options.ridge = 1e9; // drowns the data
     const auto drowned = net.merged(options);
-    for (std::size_t i = 0; i < 10; ++i) { CHECK(drowned.weight[net.at(i, 1)] == doctest::Approx((net.weight(0, i, 1) + net.weight(1, i, 1)) / 2)); }
+    for (std::size_t i = 0; i < 10; ++i) {
+        CHECK(drowned.weight[net.at(i, 1)] == doctest::Approx((net.weight(0, i, 1) + net.weight(1, i, 1)) / 2));
+    }
     // A layer that no task has used.
     for (auto& gram : net.grams) { std::fill(gram.begin(), gram.end(), 0.0); }
     CHECK_THROWS_WITH_AS(net.merged(net.options(0.9)), doctest::Contains("set ridge"), invalid_argument);
     options.ridge = 1e-9;
     const auto unused = net.merged(options);
-    for (std::size_t i = 0; i < 10; ++i) { CHECK(unused.weight[net.at(i, 1)] == doctest::Approx((net.weight(0, i, 1) + net.weight(1, i, 1)) / 2)); }
+    for (std::size_t i = 0; i < 10; ++i) {
+        CHECK(unused.weight[net.at(i, 1)] == doctest::Approx((net.weight(0, i, 1) + net.weight(1, i, 1)) / 2));
+    }
     // Singular but for what rounding to f32 left.
     layers<float> rounded(10, 4, 2, 3, 9);
     CHECK_THROWS_AS(rounded.merged(rounded.options(1.0)), invalid_argument);
@@ -197,38 +215,52 @@ TEST_CASE("what is no Gram matrix of this model is refused by name")
         run(net);
     }
     catch (const invalid_argument& e) {
-        CHECK(std::string(e.what()).starts_with("the Gram matrix of 'fc.weight' in the Grams of task 2 is not symmetric: "));
+        CHECK(std::string(e.what()).starts_with(
+            "the Gram matrix of 'fc.weight' in the Grams of task 2 is not symmetric: "));
     }
     net = good;
     net.grams[0][2 * 6 + 2] = -1;
-    CHECK_THROWS_WITH_AS(
-        run(net), "the Gram matrix of 'fc.weight' in the Grams of task 1 has -1 at row and column 2: a sum of squares cannot be negative", invalid_argument);
+    CHECK_THROWS_WITH_AS(run(net),
+        "the Gram matrix of 'fc.weight' in the Grams of task 1 has -1 at row and column 2: a sum of squares cannot be "
+        "negative",
+        invalid_argument);
     net = good;
     net.grams[0][2 * 6 + 3] = net.grams[0][3 * 6 + 2] = 1e6;
     CHECK_THROWS_AS(run(net), invalid_argument);
     net = good;
     net.grams[0][2 * 6 + 3] = NAN;
-    CHECK_THROWS_WITH_AS(
-        run(net), "the Gram matrix of 'fc.weight' in the Grams of task 1 holds NaN at index 15: collect the statistics again", nonfinite_error);
+    CHECK_THROWS_WITH_AS(run(net),
+        "the Gram matrix of 'fc.weight' in the Grams of task 1 holds NaN at index 15: collect the statistics again",
+        nonfinite_error);
     net = good;
     net.weights[1][7] = INFINITY;
-    CHECK_THROWS_WITH_AS(run(net), "tensor 'fc.weight' of task 2 holds infinity at index 7: repair it, or exclude the tensor", nonfinite_error);
+    CHECK_THROWS_WITH_AS(run(net),
+        "tensor 'fc.weight' of task 2 holds infinity at index 7: repair it, or exclude the tensor", nonfinite_error);
 
-    const auto with = [&](std::vector<const_model_ref> grams, double alpha = 0.9, double ridge = 0, std::vector<double> weights = {}) {
-        (void)good.merged(regmean_options{.grams = std::move(grams), .alpha = alpha, .ridge = ridge, .weights = std::move(weights)});
+    const auto with = [&](std::vector<const_model_ref> grams, double alpha = 0.9, double ridge = 0,
+                          std::vector<double> weights = {}) {
+        (void)good.merged(
+            regmean_options{.grams = std::move(grams), .alpha = alpha, .ridge = ridge, .weights = std::move(weights)});
     };
     const auto grams = good.gram_models();
     const std::vector<double> square(36);
-    CHECK_THROWS_WITH_AS(with({grams[0]}), "1 sets of Grams for 2 tasks: give one each, in the order of the tasks", invalid_argument);
+    CHECK_THROWS_WITH_AS(
+        with({grams[0]}), "1 sets of Grams for 2 tasks: give one each, in the order of the tasks", invalid_argument);
     CHECK_THROWS_WITH_AS(with({grams[0], {}}),
-        "tensor 'fc.weight' is missing in the Grams of task 2 but not in the other Grams: collect it for every task, or for none", invalid_argument);
+        "tensor 'fc.weight' is missing in the Grams of task 2 but not in the other Grams: collect it for every task, "
+        "or for none",
+        invalid_argument);
     CHECK_THROWS_WITH_AS(with({grams[0], {{"other", {square.data(), dtype::f64, {6, 6}}}}}),
-        "tensor 'other' of the Grams of task 2 is not in the models: these are the statistics of another model", invalid_argument);
+        "tensor 'other' of the Grams of task 2 is not in the models: these are the statistics of another model",
+        invalid_argument);
     CHECK_THROWS_WITH_AS(with({grams[0], {{"fc.weight", {square.data(), dtype::f64, {4, 4}}}}}),
-        "tensor 'fc.weight' has a Gram matrix of shape [4, 4] in the Grams of task 2; expected [6, 6] for a weight of shape [4, 6] stored out×in (say so if it "
+        "tensor 'fc.weight' has a Gram matrix of shape [4, 4] in the Grams of task 2; expected [6, 6] for a weight of "
+        "shape [4, 6] stored out×in (say so if it "
         "is in×out)",
         shape_mismatch);
-    CHECK_THROWS_AS(with({{{"fc.bias", {square.data(), dtype::f64, {4, 4}}}}, {{"fc.bias", {square.data(), dtype::f64, {4, 4}}}}}), shape_mismatch);
+    CHECK_THROWS_AS(
+        with({{{"fc.bias", {square.data(), dtype::f64, {4, 4}}}}, {{"fc.bias", {square.data(), dtype::f64, {4, 4}}}}}),
+        shape_mismatch);
     CHECK_THROWS_AS(with({grams[0], {{"fc.weight", {square.data(), dtype::i64, {6, 6}}}}}), dtype_mismatch);
     CHECK_THROWS_AS(with(grams, 1.5), invalid_argument);
     CHECK_THROWS_AS(with(grams, NAN), invalid_argument);

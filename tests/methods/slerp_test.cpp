@@ -18,12 +18,14 @@ TEST_CASE("golden SLERPs, from the base to a task")
         CAPTURE(golden.name);
         const auto expected = file.expected(golden);
         const reference::like out(expected);
-        merge(cpu{}, slerp_options{.t = golden.options()["t"]}, file.input(golden, "base"), file.inputs(golden, "task"), out.model());
+        merge(cpu{}, slerp_options{.t = golden.options()["t"]}, file.input(golden, "base"), file.inputs(golden, "task"),
+            out.model());
         CHECK(reference::largest_difference(out.model(), expected) <= golden.tolerance());
     }
 }
 
-TEST_CASE_TEMPLATE("SLERP equals its definition per tensor, bit-equal for any threads and chunks", T, float, double, bf16, f16)
+TEST_CASE_TEMPLATE(
+    "SLERP equals its definition per tensor, bit-equal for any threads and chunks", T, float, double, bf16, f16)
 {
     const testing::random_models<T> models({3000, 1, 64, 5000, 0}, 2, 5);
     std::vector<T> first;
@@ -51,8 +53,11 @@ TEST_CASE_TEMPLATE("SLERP equals its definition per tensor, bit-equal for any th
         }
         const double cosine = ab / std::sqrt(aa * bb), angle = std::acos(std::clamp(cosine, -1.0, 1.0));
         const bool linear = std::abs(cosine) > 0.9995;
-        const double p = linear ? 0.7 : std::sin(0.7 * angle) / std::sin(angle), q = linear ? 0.3 : std::sin(0.3 * angle) / std::sin(angle);
-        for (std::size_t i = 0; i < size; ++i) { worst = std::max(worst, std::abs(widen<double>(first[begin + i]) - (p * a(i) + q * b(i))) / largest); }
+        const double p = linear ? 0.7 : std::sin(0.7 * angle) / std::sin(angle),
+                     q = linear ? 0.3 : std::sin(0.3 * angle) / std::sin(angle);
+        for (std::size_t i = 0; i < size; ++i) {
+            worst = std::max(worst, std::abs(widen<double>(first[begin + i]) - (p * a(i) + q * b(i))) / largest);
+        }
         begin += size;
     }
     CHECK(worst < (std::same_as<T, bf16> ? 4e-3 : std::same_as<T, f16> ? 6e-4 : std::same_as<T, float> ? 2e-7 : 1e-15));
@@ -87,7 +92,8 @@ TEST_CASE("SLERP refuses three models, one without a base, and t that is no numb
     const std::vector<float> x{1, 2};
     std::vector<float> out(2);
     CHECK_THROWS_WITH_AS(merge(cpu{}, slerp_options{}, std::vector{x, x, x}, out),
-        "SLERP goes between two models, and there are 3 tasks: give two tasks, or a base and one task", invalid_argument);
+        "SLERP goes between two models, and there are 3 tasks: give two tasks, or a base and one task",
+        invalid_argument);
     CHECK_THROWS_WITH_AS(merge(cpu{}, slerp_options{}, std::vector<std::vector<float>>{x}, out),
         "SLERP goes between two models, and there is one: give two tasks, or a base and one task", invalid_argument);
     CHECK_THROWS_AS(merge(cpu{}, slerp_options{.t = NAN}, std::vector{x, x}, out), invalid_argument);

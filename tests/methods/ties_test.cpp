@@ -1,7 +1,7 @@
 // TIES: hand-worked cases, and every option against the definition written out.
 // SPDX-License-Identifier: Apache-2.0
-#include "../reference/ties.hpp"
 #include "../reference/random_models.hpp"
+#include "../reference/ties.hpp"
 
 #include <taskvec/methods/ties.hpp>
 
@@ -13,7 +13,8 @@ using namespace taskvec;
 
 namespace {
 
-std::vector<float> merged(const ties_options& options, const std::vector<float>& base, const std::vector<std::vector<float>>& tasks)
+std::vector<float> merged(
+    const ties_options& options, const std::vector<float>& base, const std::vector<std::vector<float>>& tasks)
 {
     std::vector<float> out(base.size());
     merge(cpu{}, options, base, tasks, out);
@@ -21,7 +22,8 @@ std::vector<float> merged(const ties_options& options, const std::vector<float>&
 }
 
 template <class T>
-void check_against_reference(const testing::random_models<T>& models, const ties_options& options, const cpu& policy, std::size_t chunk)
+void check_against_reference(
+    const testing::random_models<T>& models, const ties_options& options, const cpu& policy, std::size_t chunk)
 {
     std::vector<std::vector<arithmetic_type<T>>> tasks;
     for (const auto& task : models.tasks) { tasks.push_back(testing::widen_all(task)); }
@@ -35,7 +37,9 @@ void check_against_reference(const testing::random_models<T>& models, const ties
         const model_ref target = models.output(out);
         merge(policy, options, models.model(models.base), task_models, target, how);
         std::size_t wrong = 0;
-        for (std::size_t i = 0; i < expected.size(); ++i) { wrong += widen<double>(out[i]) != widen<double>(narrow<T>(expected[i])); }
+        for (std::size_t i = 0; i < expected.size(); ++i) {
+            wrong += widen<double>(out[i]) != widen<double>(narrow<T>(expected[i]));
+        }
         CAPTURE(statistics);
         CAPTURE(models.tasks.size());
         CHECK(wrong == 0);
@@ -48,18 +52,23 @@ TEST_CASE("TIES by hand")
 {
     // Task vectors (1, -2, 3), (-1, 4, 1): sums 0, 2, 4; the majority of signs is plus.
     CHECK(merged({.density = 1.0}, {0, 0, 0}, {{1, -2, 3}, {-1, 4, 1}}) == std::vector<float>{1, 4, 2});
-    CHECK(merged({.density = 1.0, .zero_sign = zero_sign::none}, {0, 0, 0}, {{1, -2, 3}, {-1, 4, 1}}) == std::vector<float>{0, 4, 2});
-    CHECK(merged({.density = 1.0, .combine = disjoint_merge::sum}, {0, 0, 0}, {{1, -2, 3}, {-1, 4, 1}}) == std::vector<float>{1, 4, 4});
-    CHECK(merged({.density = 1.0, .combine = disjoint_merge::max}, {0, 0, 0}, {{1, -2, 3}, {-1, 4, 1}}) == std::vector<float>{1, 4, 3});
+    CHECK(merged({.density = 1.0, .zero_sign = zero_sign::none}, {0, 0, 0}, {{1, -2, 3}, {-1, 4, 1}})
+        == std::vector<float>{0, 4, 2});
+    CHECK(merged({.density = 1.0, .combine = disjoint_merge::sum}, {0, 0, 0}, {{1, -2, 3}, {-1, 4, 1}})
+        == std::vector<float>{1, 4, 4});
+    CHECK(merged({.density = 1.0, .combine = disjoint_merge::max}, {0, 0, 0}, {{1, -2, 3}, {-1, 4, 1}})
+        == std::vector<float>{1, 4, 3});
     // A negative majority turns the zero sum the other way.
     CHECK(merged({.density = 1.0}, {0, 0, 0}, {{1, -2, -3}, {-1, -4, -1}}) == std::vector<float>{-1, -3, -2});
     // No majority: signs 0, 1, -1. Zero stays; the paper's code counts it as negative.
     CHECK(merged({.density = 1.0}, {0, 0, 0}, {{1, 2, -3}, {-1, 4, 1}}) == std::vector<float>{0, 3, -3});
-    CHECK(merged(ties_options::as_in_ties_merging(), {0, 0, 0}, {{1, 2, -3}, {-1, 4, 1}})[0] == 0.0f); // density 0.2 trims it
+    CHECK(merged(ties_options::as_in_ties_merging(), {0, 0, 0}, {{1, 2, -3}, {-1, 4, 1}})[0]
+        == 0.0f); // density 0.2 trims it
     // Weights count in sum and divisor: (2·1 + 1·4)/3 = 2.
     CHECK(merged({.density = 1.0, .weights = {2, 1}}, {10, 0}, {{11, 1}, {14, -3}}) == std::vector<float>{12, -3});
     // The trim keeps floor(0.5·5) = 2 entries, the lower index first among equal magnitudes.
-    CHECK(merged({.density = 0.5, .lambda = 2.0}, {0, 0, 0, 0, 0}, {{1, -3, 2, 2, 1}}) == std::vector<float>{0, -6, 4, 0, 0});
+    CHECK(merged({.density = 0.5, .lambda = 2.0}, {0, 0, 0, 0, 0}, {{1, -3, 2, 2, 1}})
+        == std::vector<float>{0, -6, 4, 0, 0});
     // At least one entry is kept.
     CHECK(merged({.density = 1e-9}, {0, 0, 0}, {{1, -3, 2}}) == std::vector<float>{0, -3, 0});
 }
@@ -97,11 +106,17 @@ TEST_CASE("every combination of options equals the definition")
     const testing::random_models<float> models({500, 64, 1, 300}, 3, 77, 2);
     for (const auto over : {scope::model, scope::tensor}) {
         for (const auto combine : {disjoint_merge::mean, disjoint_merge::sum, disjoint_merge::max}) {
-            for (const auto zero : {zero_sign::majority, zero_sign::majority_or_negative, zero_sign::positive, zero_sign::none}) {
+            for (const auto zero :
+                {zero_sign::majority, zero_sign::majority_or_negative, zero_sign::positive, zero_sign::none}) {
                 for (const auto trim : {trim_rule::exact, trim_rule::reach_next}) {
                     for (const bool weighted : {false, true}) {
-                        ties_options options{
-                            .density = 0.4, .lambda = 0.9, .weights = {1.0, 0.5, 2.25}, .scope = over, .combine = combine, .zero_sign = zero, .trim = trim};
+                        ties_options options{.density = 0.4,
+                            .lambda = 0.9,
+                            .weights = {1.0, 0.5, 2.25},
+                            .scope = over,
+                            .combine = combine,
+                            .zero_sign = zero,
+                            .trim = trim};
                         options.weighted_election = weighted;
                         options.divide_by_count = !weighted;
                         check_against_reference(models, options, cpu{.threads = 2}, 128);
@@ -110,7 +125,8 @@ TEST_CASE("every combination of options equals the definition")
             }
         }
     }
-    for (auto options : {ties_options::as_in_ties_merging(), ties_options::as_in_mergekit(), ties_options::as_in_peft()}) {
+    for (auto options :
+        {ties_options::as_in_ties_merging(), ties_options::as_in_mergekit(), ties_options::as_in_peft()}) {
         for (const double density : {0.3, 1.0}) {
             options.density = density;
             options.weights = {};
@@ -135,11 +151,14 @@ TEST_CASE("TIES has the same bits for any threads, chunks and executor")
             std::vector<bf16> out;
             model_options how;
             how.chunk = chunk;
-            merge(policy, ties_options{.density = 0.1}, models.model(models.base), models.task_models(), models.output(out), how);
+            merge(policy, ties_options{.density = 0.1}, models.model(models.base), models.task_models(),
+                models.output(out), how);
             results.push_back(std::move(out));
         }
     }
-    for (const auto& result : results) { CHECK(std::memcmp(result.data(), results[0].data(), result.size() * sizeof(bf16)) == 0); }
+    for (const auto& result : results) {
+        CHECK(std::memcmp(result.data(), results[0].data(), result.size() * sizeof(bf16)) == 0);
+    }
 }
 
 TEST_CASE("a report counts what was kept and what lost the election")
@@ -162,20 +181,26 @@ TEST_CASE("non-finite inputs are an error that names them, or spread when asked"
     const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
     const std::vector<float> base{0, 0, 0, 0};
     std::vector<float> out(4);
-    CHECK_THROWS_WITH_AS(merge(cpu{}, ties_options{.density = 1}, base, std::vector<std::vector<float>>{{1, 2, 3, 4}, {1, 2, nan, 4}}, out),
-        "tensor 'values' of task 2 holds NaN at index 2: repair it, exclude the tensor, or ask for non-finite values to propagate", nonfinite_error);
-    CHECK_THROWS_AS(
-        merge(cpu{}, ties_options{.density = 1}, std::vector<float>{0, inf, 0, 0}, std::vector<std::vector<float>>{{1, 2, 3, 4}}, out), nonfinite_error);
+    CHECK_THROWS_WITH_AS(merge(cpu{}, ties_options{.density = 1}, base,
+                             std::vector<std::vector<float>>{{1, 2, 3, 4}, {1, 2, nan, 4}}, out),
+        "tensor 'values' of task 2 holds NaN at index 2: repair it, exclude the tensor, or ask for non-finite values "
+        "to propagate",
+        nonfinite_error);
+    CHECK_THROWS_AS(merge(cpu{}, ties_options{.density = 1}, std::vector<float>{0, inf, 0, 0},
+                        std::vector<std::vector<float>>{{1, 2, 3, 4}}, out),
+        nonfinite_error);
     model_options how;
     how.on_nonfinite = nonfinite::propagate;
-    merge(cpu{}, ties_options{.density = 1}, base, std::vector<std::vector<float>>{{1, nan, inf, 4}, {1, 2, 3, 4}}, out, how);
+    merge(cpu{}, ties_options{.density = 1}, base, std::vector<std::vector<float>>{{1, nan, inf, 4}, {1, 2, 3, 4}}, out,
+        how);
     CHECK(out[0] == 1.0f);
     CHECK(std::isnan(out[1]));
     CHECK(out[2] == inf);
     CHECK(out[3] == 4.0f);
     // A difference of finite values that overflows is no fault of the inputs.
     const float huge = std::numeric_limits<float>::max();
-    CHECK_NOTHROW(merge(cpu{}, ties_options{.density = 1}, std::vector<float>{-huge}, std::vector<std::vector<float>>{{huge}}, std::vector<float>(1)));
+    CHECK_NOTHROW(merge(cpu{}, ties_options{.density = 1}, std::vector<float>{-huge},
+        std::vector<std::vector<float>>{{huge}}, std::vector<float>(1)));
 }
 
 TEST_CASE("bad arguments are named before any work")
@@ -186,13 +211,18 @@ TEST_CASE("bad arguments are named before any work")
     CHECK_THROWS_AS(merge(cpu{}, ties_options{.density = 0.0}, base, tasks, out), invalid_argument);
     CHECK_THROWS_AS(merge(cpu{}, ties_options{.density = 1.1}, base, tasks, out), invalid_argument);
     CHECK_THROWS_AS(merge(cpu{}, ties_options{.lambda = std::nan("")}, base, tasks, out), invalid_argument);
-    CHECK_THROWS_WITH_AS(merge(cpu{}, ties_options{.weights = {1.0}}, base, tasks, out), "1 weights for 2 tasks: give one each, or none", invalid_argument);
+    CHECK_THROWS_WITH_AS(merge(cpu{}, ties_options{.weights = {1.0}}, base, tasks, out),
+        "1 weights for 2 tasks: give one each, or none", invalid_argument);
     CHECK_THROWS_AS(merge(cpu{}, ties_options{.weights = {1.0, -1.0}}, base, tasks, out), invalid_argument);
     CHECK_THROWS_AS(merge(cpu{}, ties_options{}, base, std::vector<std::vector<float>>{}, out), invalid_argument);
     CHECK_THROWS_AS(merge(cpu{}, ties_options{}, base, tasks, three), shape_mismatch);
-    CHECK_THROWS_AS(merge(cpu{}, ties_options{}, base, std::vector<std::vector<float>>{{1, 2, 3}}, out), shape_mismatch);
+    CHECK_THROWS_AS(
+        merge(cpu{}, ties_options{}, base, std::vector<std::vector<float>>{{1, 2, 3}}, out), shape_mismatch);
     std::vector<float> same = base;
-    CHECK_THROWS_AS(merge(cpu{}, ties_options{}, same, tasks, same), invalid_argument); // TIES may read its inputs again
+    CHECK_THROWS_AS(
+        merge(cpu{}, ties_options{}, same, tasks, same), invalid_argument); // TIES may read its inputs again
     std::vector<float> shifted(3);
-    CHECK_THROWS_AS(merge(cpu{}, ties_options{}, host_view<const float>{shifted.data(), 2}, tasks, host_view<float>{shifted.data() + 1, 2}), invalid_argument);
+    CHECK_THROWS_AS(merge(cpu{}, ties_options{}, host_view<const float>{shifted.data(), 2}, tasks,
+                        host_view<float>{shifted.data() + 1, 2}),
+        invalid_argument);
 }

@@ -13,7 +13,8 @@
 int main()
 {
     taskvec::set_error_handler([](taskvec::error_kind kind, const char* message) {
-        const bool right = kind == taskvec::error_kind::shape_mismatch && std::strcmp(message, "a view of 2 elements cannot have shape [3]") == 0;
+        const bool right = kind == taskvec::error_kind::shape_mismatch
+            && std::strcmp(message, "a view of 2 elements cannot have shape [3]") == 0;
         std::puts(message);
         std::exit(right ? 0 : 1);
     });

@@ -24,7 +24,9 @@ taskvec::row_matrix<T> random_matrix(Eigen::Index rows, Eigen::Index cols, std::
 {
     taskvec::row_matrix<T> x(rows, cols);
     const taskvec::random_stream stream(seed, 0);
-    for (Eigen::Index i = 0; i < x.size(); ++i) { x.data()[i] = T(scale * stream.normal(static_cast<std::uint64_t>(i))); }
+    for (Eigen::Index i = 0; i < x.size(); ++i) {
+        x.data()[i] = T(scale * stream.normal(static_cast<std::uint64_t>(i)));
+    }
     return x;
 }
 
@@ -79,18 +81,16 @@ taskvec::row_matrix<Dual> join(const taskvec::row_matrix<T>& primal, const taskv
 ///  - the forward pass on dual numbers, element by element,
 ///  - second derivatives: primal_tangent over dual numbers against nested duals.
 template <std::size_t N, class F>
-void check_operation(const std::string& name, const F& f, const std::array<matrix, N>& inputs, double tolerance = 1e-6, std::uint64_t seed = 99)
+void check_operation(const std::string& name, const F& f, const std::array<matrix, N>& inputs, double tolerance = 1e-6,
+    std::uint64_t seed = 99)
 {
     using taskvec::dual;
     using taskvec::primal_tangent;
     using one = dual<double>;
     using two = dual<one>;
     const auto each = [](const auto& function, auto&& make) {
-        return [&]<std::size_t... Index>(std::index_sequence<Index...>)
-        {
-            return function(make(Index)...);
-        }
-        (std::make_index_sequence<N>{});
+        return [&]<std::size_t... Index>(std::index_sequence<Index...>) { return function(make(Index)...); }(
+                   std::make_index_sequence<N>{});
     };
     std::array<matrix, N> direction, second;
     for (std::size_t i = 0; i < N; ++i) {
@@ -102,23 +102,29 @@ void check_operation(const std::string& name, const F& f, const std::array<matri
         const std::string label = name + ", active operands " + std::to_string(mask);
         CAPTURE(label);
         const auto active = [mask](std::size_t i) { return (mask >> i & 1u) != 0; };
-        const auto [primal, tangent] =
-            parts_of(each(f, [&](std::size_t i) { return active(i) ? primal_tangent<double>(inputs[i], direction[i]) : primal_tangent<double>(inputs[i]); }));
+        const auto [primal, tangent] = parts_of(each(f, [&](std::size_t i) {
+            return active(i) ? primal_tangent<double>(inputs[i], direction[i]) : primal_tangent<double>(inputs[i]);
+        }));
         CHECK(largest_difference(primal, expected) <= 1e-12 * (1 + expected.cwiseAbs().maxCoeff()));
         // The same with primal and tangent in separate memory.
-        const auto [primal_apart, tangent_apart] = parts_of(each(
-            f, [&](std::size_t i) { return active(i) ? primal_tangent<double>::borrow(inputs[i], direction[i]) : primal_tangent<double>::borrow(inputs[i]); }));
+        const auto [primal_apart, tangent_apart] = parts_of(each(f, [&](std::size_t i) {
+            return active(i) ? primal_tangent<double>::borrow(inputs[i], direction[i])
+                             : primal_tangent<double>::borrow(inputs[i]);
+        }));
         CHECK(largest_difference(tangent_apart, tangent) <= 1e-12 * (1 + tangent.cwiseAbs().maxCoeff()));
         // Central differences.
         const double h = 1e-5;
         const auto moved = [&](double step) {
-            return matrix_of(each(f, [&](std::size_t i) { return active(i) ? matrix(inputs[i] + step * direction[i]) : inputs[i]; }));
+            return matrix_of(each(
+                f, [&](std::size_t i) { return active(i) ? matrix(inputs[i] + step * direction[i]) : inputs[i]; }));
         };
         const matrix difference = (moved(h) - moved(-h)) / (2 * h);
         CHECK(largest_difference(tangent, difference) <= tolerance * (1 + difference.cwiseAbs().maxCoeff()));
         // Dual numbers.
-        const taskvec::row_matrix<one> duals = matrix_of(
-            each(f, [&](std::size_t i) { return join<one>(inputs[i], active(i) ? direction[i] : matrix(matrix::Zero(inputs[i].rows(), inputs[i].cols()))); }));
+        const taskvec::row_matrix<one> duals = matrix_of(each(f, [&](std::size_t i) {
+            return join<one>(
+                inputs[i], active(i) ? direction[i] : matrix(matrix::Zero(inputs[i].rows(), inputs[i].cols())));
+        }));
         matrix dual_tangent(duals.rows(), duals.cols());
         for (Eigen::Index i = 0; i < duals.size(); ++i) { dual_tangent.data()[i] = duals.data()[i].tangent; }
         CHECK(largest_difference(tangent, dual_tangent) <= 1e-11 * (1 + dual_tangent.cwiseAbs().maxCoeff()));
@@ -128,9 +134,11 @@ void check_operation(const std::string& name, const F& f, const std::array<matri
             const matrix zero = matrix::Zero(inputs[i].rows(), inputs[i].cols());
             return join<one>(active(i) ? direction[i] : zero, zero);
         };
-        const auto nested =
-            parts_of(each(f, [&](std::size_t i) { return active(i) ? primal_tangent<one>(inner(i), outer(i)) : primal_tangent<one>(inner(i)); }));
-        const taskvec::row_matrix<two> nested_duals = matrix_of(each(f, [&](std::size_t i) { return join<two>(inner(i), outer(i)); }));
+        const auto nested = parts_of(each(f, [&](std::size_t i) {
+            return active(i) ? primal_tangent<one>(inner(i), outer(i)) : primal_tangent<one>(inner(i));
+        }));
+        const taskvec::row_matrix<two> nested_duals =
+            matrix_of(each(f, [&](std::size_t i) { return join<two>(inner(i), outer(i)); }));
         double worst = 0, largest = 1;
         for (Eigen::Index i = 0; i < nested_duals.size(); ++i) {
             const double wanted = nested_duals.data()[i].tangent.tangent, found = nested.second.data()[i].tangent;
@@ -144,15 +152,13 @@ void check_operation(const std::string& name, const F& f, const std::array<matri
 
 /// Holds a vjp to the jvp: ⟨dy, J·v⟩ = ⟨Jᵀ·dy, v⟩ for one operand at a time. `gradient(i)` is the vjp for operand i.
 template <std::size_t N, class F, class Gradients>
-void check_vjp(const std::string& name, const F& f, const Gradients& vjp, const std::array<matrix, N>& inputs, std::uint64_t seed = 7)
+void check_vjp(const std::string& name, const F& f, const Gradients& vjp, const std::array<matrix, N>& inputs,
+    std::uint64_t seed = 7)
 {
     using taskvec::primal_tangent;
     const auto each = [](const auto& function, auto&& make) {
-        return [&]<std::size_t... Index>(std::index_sequence<Index...>)
-        {
-            return function(make(Index)...);
-        }
-        (std::make_index_sequence<N>{});
+        return [&]<std::size_t... Index>(std::index_sequence<Index...>) { return function(make(Index)...); }(
+                   std::make_index_sequence<N>{});
     };
     const matrix y = matrix_of(each(f, [&](std::size_t i) { return inputs[i]; }));
     const matrix dy = random_matrix(y.rows(), y.cols(), seed);
@@ -164,9 +170,11 @@ void check_vjp(const std::string& name, const F& f, const Gradients& vjp, const 
         REQUIRE(gradients[k].cols() == inputs[k].cols());
         for (std::uint64_t trial = 0; trial < 3; ++trial) {
             const matrix v = random_matrix(inputs[k].rows(), inputs[k].cols(), seed + 100 + trial);
-            const auto [primal, tangent] =
-                parts_of(each(f, [&](std::size_t i) { return i == k ? primal_tangent<double>(inputs[i], v) : primal_tangent<double>(inputs[i]); }));
-            const double forward = (dy.array() * tangent.array()).sum(), backward = (gradients[k].array() * v.array()).sum();
+            const auto [primal, tangent] = parts_of(each(f, [&](std::size_t i) {
+                return i == k ? primal_tangent<double>(inputs[i], v) : primal_tangent<double>(inputs[i]);
+            }));
+            const double forward = (dy.array() * tangent.array()).sum(),
+                         backward = (gradients[k].array() * v.array()).sum();
             CHECK(std::abs(forward - backward) <= 1e-11 * (1 + dy.cwiseAbs().sum() * v.cwiseAbs().maxCoeff()));
         }
     }

@@ -61,7 +61,10 @@ public:
         for (std::size_t t = 0; t < which.tasks(); ++t) { result.push_back(input(which, part + std::to_string(t))); }
         return result;
     }
-    [[nodiscard]] taskvec::const_model_ref expected(const golden_case& which) const { return below(which.name + "/expected/"); }
+    [[nodiscard]] taskvec::const_model_ref expected(const golden_case& which) const
+    {
+        return below(which.name + "/expected/");
+    }
 
 private:
     taskvec::safetensors_file file_;
@@ -88,7 +91,9 @@ public:
     explicit like(const taskvec::const_model_ref& model)
     {
         for (const auto& [name, tensor] : model) { memory_.emplace_back(tensor.bytes() + 8); }
-        for (std::size_t i = 0; i < model.size(); ++i) { model_.insert(model[i].name, {memory_[i].data(), model[i].tensor.dtype, model[i].tensor.shape}); }
+        for (std::size_t i = 0; i < model.size(); ++i) {
+            model_.insert(model[i].name, {memory_[i].data(), model[i].tensor.dtype, model[i].tensor.shape});
+        }
     }
     [[nodiscard]] const taskvec::model_ref& model() const { return model_; }
 

@@ -20,8 +20,8 @@ struct linear_layers {
     std::vector<std::vector<T>> weights, biases, grams;
     std::vector<reference::rows> inputs;
 
-    linear_layers(
-        std::size_t n, std::size_t p, std::size_t tasks, std::size_t examples, unsigned seed, taskvec::weight_layout stored = taskvec::weight_layout::out_in)
+    linear_layers(std::size_t n, std::size_t p, std::size_t tasks, std::size_t examples, unsigned seed,
+        taskvec::weight_layout stored = taskvec::weight_layout::out_in)
         : in(n)
         , out(p)
         , layout(stored)
@@ -48,9 +48,18 @@ struct linear_layers {
             }
         }
     }
-    [[nodiscard]] double weight(std::size_t t, std::size_t i, std::size_t o) const { return taskvec::widen<double>(weights[t][at(i, o)]); }
-    [[nodiscard]] double gram(std::size_t t, std::size_t i, std::size_t j) const { return taskvec::widen<double>(grams[t][i * in + j]); }
-    [[nodiscard]] std::size_t at(std::size_t i, std::size_t o) const { return layout == taskvec::weight_layout::out_in ? o * in + i : i * out + o; }
+    [[nodiscard]] double weight(std::size_t t, std::size_t i, std::size_t o) const
+    {
+        return taskvec::widen<double>(weights[t][at(i, o)]);
+    }
+    [[nodiscard]] double gram(std::size_t t, std::size_t i, std::size_t j) const
+    {
+        return taskvec::widen<double>(grams[t][i * in + j]);
+    }
+    [[nodiscard]] std::size_t at(std::size_t i, std::size_t o) const
+    {
+        return layout == taskvec::weight_layout::out_in ? o * in + i : i * out + o;
+    }
     [[nodiscard]] taskvec::extents shape() const
     {
         const auto n = static_cast<std::int64_t>(in), p = static_cast<std::int64_t>(out);

@@ -14,8 +14,8 @@ namespace reference {
 
 /// Standard normal entries.
 template <class T>
-taskvec::matrix<T> normal_matrix(
-    std::size_t rows, std::size_t cols, std::uint64_t seed, taskvec::matrix_order order = taskvec::matrix_order::column_major, double scale = 1)
+taskvec::matrix<T> normal_matrix(std::size_t rows, std::size_t cols, std::uint64_t seed,
+    taskvec::matrix_order order = taskvec::matrix_order::column_major, double scale = 1)
 {
     const taskvec::random_stream stream(seed, 0, "normal_matrix");
     taskvec::matrix<T> x(rows, cols, order);
@@ -52,8 +52,8 @@ inline taskvec::matrix<double> orthonormal_matrix(std::size_t rows, std::size_t 
 
 /// A rows×cols matrix with these singular values (at most min(rows, cols) of them).
 template <class T>
-taskvec::matrix<T> matrix_with_spectrum(
-    std::size_t rows, std::size_t cols, const std::vector<double>& sigma, std::uint64_t seed, taskvec::matrix_order order = taskvec::matrix_order::row_major)
+taskvec::matrix<T> matrix_with_spectrum(std::size_t rows, std::size_t cols, const std::vector<double>& sigma,
+    std::uint64_t seed, taskvec::matrix_order order = taskvec::matrix_order::row_major)
 {
     const auto u = orthonormal_matrix(rows, sigma.size(), seed), v = orthonormal_matrix(cols, sigma.size(), seed + 1);
     taskvec::matrix<T> x(rows, cols, order);

@@ -26,7 +26,9 @@ struct random_models {
         std::size_t n = 0;
         for (const auto size : sizes) { n += size; }
         const auto draw = [&] {
-            const float value = levels ? static_cast<float>(static_cast<int>(generator() % static_cast<unsigned>(2 * levels + 1)) - levels) : normal(generator);
+            const float value = levels
+                ? static_cast<float>(static_cast<int>(generator() % static_cast<unsigned>(2 * levels + 1)) - levels)
+                : normal(generator);
             return taskvec::narrow<T>(value);
         };
         for (std::size_t i = 0; i < n; ++i) { base.push_back(draw()); }
@@ -41,7 +43,8 @@ struct random_models {
         taskvec::const_model_ref result;
         std::size_t begin = 0;
         for (std::size_t i = 0; i < sizes.size(); ++i) {
-            result.insert("t" + std::to_string(i), taskvec::as_tensor(taskvec::host_view<const T>{values.data() + begin, sizes[i]}));
+            result.insert("t" + std::to_string(i),
+                taskvec::as_tensor(taskvec::host_view<const T>{values.data() + begin, sizes[i]}));
             begin += sizes[i];
         }
         return result;
@@ -52,7 +55,8 @@ struct random_models {
         taskvec::model_ref result;
         std::size_t begin = 0;
         for (std::size_t i = 0; i < sizes.size(); ++i) {
-            result.insert("t" + std::to_string(i), taskvec::as_tensor(taskvec::host_view<T>{values.data() + begin, sizes[i]}));
+            result.insert(
+                "t" + std::to_string(i), taskvec::as_tensor(taskvec::host_view<T>{values.data() + begin, sizes[i]}));
             begin += sizes[i];
         }
         return result;

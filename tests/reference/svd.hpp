@@ -48,7 +48,9 @@ plain_matrix composed(const Result& s)
     plain_matrix c = zeros(s.u.rows(), s.v.rows());
     for (std::size_t i = 0; i < s.u.rows(); ++i) {
         for (std::size_t j = 0; j < s.v.rows(); ++j) {
-            for (std::size_t k = 0; k < s.sigma.size(); ++k) { c[i][j] += static_cast<double>(s.u(i, k)) * s.sigma[k] * static_cast<double>(s.v(j, k)); }
+            for (std::size_t k = 0; k < s.sigma.size(); ++k) {
+                c[i][j] += static_cast<double>(s.u(i, k)) * s.sigma[k] * static_cast<double>(s.v(j, k));
+            }
         }
     }
     return c;
@@ -80,7 +82,9 @@ double departure_from_orthonormal(taskvec::matrix_view<const T> x)
     for (std::size_t a = 0; a < x.cols(); ++a) {
         for (std::size_t b = 0; b < x.cols(); ++b) {
             double sum = a == b ? -1 : 0;
-            for (std::size_t i = 0; i < x.rows(); ++i) { sum += static_cast<double>(x(i, a)) * static_cast<double>(x(i, b)); }
+            for (std::size_t i = 0; i < x.rows(); ++i) {
+                sum += static_cast<double>(x(i, a)) * static_cast<double>(x(i, b));
+            }
             worst = std::max(worst, std::abs(sum));
         }
     }
@@ -93,7 +97,8 @@ struct triples {
     std::vector<std::vector<double>> u{}, v{};
 };
 
-/// Plane rotations on the columns until no two are oblique, in long double. Vectors only for nonzero σ, and only when wanted.
+/// Plane rotations on the columns until no two are oblique, in long double. Vectors only for nonzero σ, and only when
+/// wanted.
 inline triples decomposed(const plain_matrix& a, bool vectors = true)
 {
     const std::size_t m = a.size(), n = m ? a[0].size() : 0;
@@ -103,7 +108,8 @@ inline triples decomposed(const plain_matrix& a, bool vectors = true)
     for (std::size_t i = 0; i < m; ++i) {
         for (std::size_t j = 0; j < n; ++j) { (turned ? column[i][j] : column[j][i]) = a[i][j]; }
     }
-    std::vector<std::vector<long double>> turns(vectors ? cols : 0, std::vector<long double>(cols)); // what the columns are made of
+    std::vector<std::vector<long double>> turns(
+        vectors ? cols : 0, std::vector<long double>(cols)); // what the columns are made of
     for (std::size_t j = 0; j < turns.size(); ++j) { turns[j][j] = 1; }
     const auto dot = [&](std::size_t p, std::size_t q) {
         long double sum = 0;
@@ -152,8 +158,8 @@ inline std::vector<double> singular_values(const plain_matrix& a)
     return decomposed(a, false).sigma;
 }
 
-/// The sine of the largest angle between the space of the first q of `exact` and the first q columns of x: how long what x has
-/// outside that space is at most, by its Frobenius norm.
+/// The sine of the largest angle between the space of the first q of `exact` and the first q columns of x: how long
+/// what x has outside that space is at most, by its Frobenius norm.
 template <class T>
 double sine_between(const std::vector<std::vector<double>>& exact, taskvec::matrix_view<const T> x, std::size_t q)
 {

@@ -43,7 +43,8 @@ std::vector<bool> top(const std::vector<A>& x, std::uint64_t k, bool all_equals)
 
 /// Task vectors in A of models given as one concatenation with `sizes` of their tensors.
 template <class A>
-std::vector<A> ties(const std::vector<A>& base, const std::vector<std::vector<A>>& tasks, const std::vector<std::size_t>& sizes, const taskvec::ties_options& o)
+std::vector<A> ties(const std::vector<A>& base, const std::vector<std::vector<A>>& tasks,
+    const std::vector<std::size_t>& sizes, const taskvec::ties_options& o)
 {
     const std::size_t n = base.size(), T = tasks.size();
     std::vector<A> w(T, A{1});
@@ -54,7 +55,8 @@ std::vector<A> ties(const std::vector<A>& base, const std::vector<std::vector<A>
         for (std::size_t i = 0; i < n; ++i) { tau[t][i] = sum(tasks[t][i], -base[i]); }
         std::size_t begin = 0;
         for (const std::size_t size : scopes) {
-            std::vector<A> part(tau[t].begin() + static_cast<long>(begin), tau[t].begin() + static_cast<long>(begin + size));
+            std::vector<A> part(
+                tau[t].begin() + static_cast<long>(begin), tau[t].begin() + static_cast<long>(begin + size));
             auto k = static_cast<std::uint64_t>(std::floor(o.density * static_cast<double>(size)));
             if (o.trim == taskvec::trim_rule::reach_next) { k = std::min<std::uint64_t>(size, k + 1); }
             else {
@@ -75,7 +77,8 @@ std::vector<A> ties(const std::vector<A>& base, const std::vector<std::vector<A>
     }
     std::size_t begin = 0;
     for (const std::size_t size : scopes) {
-        const long total = std::accumulate(elected.begin() + static_cast<long>(begin), elected.begin() + static_cast<long>(begin + size), 0L);
+        const long total = std::accumulate(
+            elected.begin() + static_cast<long>(begin), elected.begin() + static_cast<long>(begin + size), 0L);
         std::fill_n(majority.begin() + static_cast<long>(begin), size, (total > 0) - (total < 0));
         begin += size;
     }
@@ -85,7 +88,9 @@ std::vector<A> ties(const std::vector<A>& base, const std::vector<std::vector<A>
         if (sign == 0) {
             switch (o.zero_sign) {
             case taskvec::zero_sign::majority: sign = majority[i]; break;
-            case taskvec::zero_sign::majority_or_negative: sign = majority[i] ? majority[i] : o.combine == taskvec::disjoint_merge::max ? 0 : -1; break;
+            case taskvec::zero_sign::majority_or_negative:
+                sign = majority[i] ? majority[i] : o.combine == taskvec::disjoint_merge::max ? 0 : -1;
+                break;
             case taskvec::zero_sign::positive: sign = 1; break;
             case taskvec::zero_sign::none: break;
             }

@@ -24,14 +24,16 @@ TEST_CASE_TEMPLATE("Post-Pruning keeps the largest nonzero entries of the model"
             for (std::size_t i = 0; i < n; ++i) { delta[i] = widen<A>(models.tasks[0][i]) - widen<A>(models.base[i]); }
             std::vector<std::size_t> order(n);
             std::iota(order.begin(), order.end(), 0u);
-            std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return std::abs(delta[a]) > std::abs(delta[b]); });
+            std::stable_sort(
+                order.begin(), order.end(), [&](auto a, auto b) { return std::abs(delta[a]) > std::abs(delta[b]); });
             order.resize(top_k_count(density, n));
             std::erase_if(order, [&](auto i) { return delta[i] == 0; });
             std::sort(order.begin(), order.end());
 
             model_options how;
             how.chunk = 128;
-            const auto pruned = post_pruning(cpu{.threads = 2}, {.density = density}, models.model(models.base), models.model(models.tasks[0]), how);
+            const auto pruned = post_pruning(
+                cpu{.threads = 2}, {.density = density}, models.model(models.base), models.model(models.tasks[0]), how);
             std::vector<std::size_t> found;
             std::size_t begin = 0;
             bool values_right = true;
@@ -95,7 +97,8 @@ TEST_CASE("PERU-FFT at density 1 serves every task up to rounding, and counts it
     std::vector<float> merged;
     const auto tasks = models.task_models();
     const model_ref out = models.output(merged);
-    const auto deltas = peru_fft(cpu{}, ties_options{.density = 0.2}, {.density = 1.0}, models.model(models.base), tasks, out);
+    const auto deltas =
+        peru_fft(cpu{}, ties_options{.density = 0.2}, {.density = 1.0}, models.model(models.base), tasks, out);
     for (std::size_t t = 0; t < 3; ++t) {
         std::vector<float> live = merged;
         const testing::random_models<float> shape = models;
@@ -103,7 +106,9 @@ TEST_CASE("PERU-FFT at density 1 serves every task up to rounding, and counts it
         const model_ref weights = shape.output(memory);
         memory = live;
         (void)apply(cpu{}, deltas[t], weights);
-        for (std::size_t i = 0; i < live.size(); ++i) { CHECK(memory[i] == doctest::Approx(models.tasks[t][i]).epsilon(1e-5)); }
+        for (std::size_t i = 0; i < live.size(); ++i) {
+            CHECK(memory[i] == doctest::Approx(models.tasks[t][i]).epsilon(1e-5));
+        }
     }
     const auto sparse = peru_fft(cpu{}, average_options{}, {.density = 0.1}, models.model(models.base), tasks, out);
     CHECK(parameter_count(const_model_ref(out)) == 500);
@@ -142,7 +147,8 @@ TEST_CASE("PERU-FFT takes a tensor that a task lacks for the base's, not for the
     out.insert("b", as_tensor(host_view<float>(b.data(), 4)));
     model_options how;
     how.on_missing = missing::base;
-    const auto deltas = peru_fft(cpu{}, average_options{}, {.density = 1.0}, base, std::vector{full, lacking}, out, how);
+    const auto deltas =
+        peru_fft(cpu{}, average_options{}, {.density = 1.0}, base, std::vector{full, lacking}, out, how);
     CHECK(b == std::vector<float>(4, 0.5f));
     CHECK(std::get<sparse_vector<float>>(deltas[1].at("b")).values == std::vector<float>(4, -0.5f));
     (void)apply(cpu{}, deltas[1], out);

@@ -24,7 +24,9 @@ TEST_CASE("a grid as CSV reads back exactly")
     CHECK(grid.mean() == doctest::Approx((0.25 - 1 + 1.0 / 3 + 9) / 6));
     std::ostringstream out;
     write_csv(out, grid, "xi, two tasks");
-    CHECK(out.str() == "lambda1,lambda2,\"xi, two tasks\"\n0,1,0.25\n0,2,1e-30\n0,3,-1\n0.1,1,0.3333333333333333\n0.1,2,4\n0.1,3,5\n");
+    CHECK(out.str()
+        == "lambda1,lambda2,\"xi, two "
+           "tasks\"\n0,1,0.25\n0,2,1e-30\n0,3,-1\n0.1,1,0.3333333333333333\n0.1,2,4\n0.1,3,5\n");
 }
 
 TEST_CASE("a matrix as CSV has its labels, quoted where they must be")

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../reference/random_models.hpp"
 
-#include <taskvec/search/lorahub.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
+#include <taskvec/search/lorahub.hpp>
 #if defined(TASKVEC_TEST_NLOPT)
 #include <taskvec/search/lorahub_nlopt.hpp>
 #endif
@@ -51,7 +51,8 @@ const auto no_loss = [](const auto&) { return 0.0; };
 
 } // namespace
 
-TEST_CASE_TEMPLATE("a candidate has the bits of task arithmetic with lambda 1, and the buffer ends as the best one", T, float, double, bf16, f16)
+TEST_CASE_TEMPLATE("a candidate has the bits of task arithmetic with lambda 1, and the buffer ends as the best one", T,
+    float, double, bf16, f16)
 {
     const testing::random_models<T> models({3000, 1, 64, 0}, 3, 7);
     const list_of_weights optimizer{{{0, 0, 0}, {0.3, -0.7, 1.5}, {1, 1, 1}, {-1.5, 0.1, 0}}};
@@ -63,8 +64,8 @@ TEST_CASE_TEMPLATE("a candidate has the bits of task arithmetic with lambda 1, a
         cpu{.threads = 2}, {.alpha = 0.1}, models.model(models.base), models.task_models(), output,
         [&](const const_model_ref& candidate) {
             std::vector<T> expected;
-            merge(cpu{}, task_arithmetic_options{.lambda = 1, .weights = optimizer.candidates[calls]}, models.model(models.base), models.task_models(),
-                models.output(expected));
+            merge(cpu{}, task_arithmetic_options{.lambda = 1, .weights = optimizer.candidates[calls]},
+                models.model(models.base), models.task_models(), models.output(expected));
             CHECK(std::memcmp(expected.data(), out.data(), out.size() * sizeof(T)) == 0);
             CHECK(candidate.find("t0")->data == out.data());
             return losses[calls++];
@@ -80,7 +81,8 @@ TEST_CASE_TEMPLATE("a candidate has the bits of task arithmetic with lambda 1, a
     }
     CHECK(found.best.weights == optimizer.candidates[1]); // 1 + 0.25, before 1.5 + 0.16
     std::vector<T> expected;
-    merge(cpu{}, task_arithmetic_options{.lambda = 1, .weights = found.best.weights}, models.model(models.base), models.task_models(), models.output(expected));
+    merge(cpu{}, task_arithmetic_options{.lambda = 1, .weights = found.best.weights}, models.model(models.base),
+        models.task_models(), models.output(expected));
     CHECK(std::memcmp(expected.data(), out.data(), out.size() * sizeof(T)) == 0);
 }
 
@@ -105,7 +107,8 @@ TEST_CASE("flat views, with a base and without one")
     // The factors of adapters are named tensors, in the paper without a base.
     const auto a = detail::flat_models(tasks);
     const auto by_name = lorahub(
-        cpu{}, {.alpha = 0}, a, detail::flat_output(as_view(out)), [&](const const_model_ref&) { return look(as_view(std::as_const(out))); }, optimizer);
+        cpu{}, {.alpha = 0}, a, detail::flat_output(as_view(out)),
+        [&](const const_model_ref&) { return look(as_view(std::as_const(out))); }, optimizer);
     CHECK(seen.size() == 4);
     CHECK(seen[2] == seen[0]);
     CHECK(by_name.history.size() == 2);
@@ -117,15 +120,16 @@ TEST_CASE("the defaults are the paper's")
     CHECK(defaults.bound == 1.5);
     CHECK(defaults.alpha == 0.05);
     CHECK(defaults.evaluations == 40);
-    const auto found = lorahub_search({}, 2, no_loss, [](const lorahub_problem& problem, const lorahub_objective& objective) {
-        CHECK(problem.dimension == 2);
-        CHECK(problem.lower == -1.5);
-        CHECK(problem.upper == 1.5);
-        CHECK(problem.evaluations == 40);
-        CHECK(problem.start == std::vector<double>{0, 0});
-        CHECK(objective(problem.start) == 0);
-        CHECK(objective(std::array{1.0, -0.5}) == doctest::Approx(0.075));
-    });
+    const auto found =
+        lorahub_search({}, 2, no_loss, [](const lorahub_problem& problem, const lorahub_objective& objective) {
+            CHECK(problem.dimension == 2);
+            CHECK(problem.lower == -1.5);
+            CHECK(problem.upper == 1.5);
+            CHECK(problem.evaluations == 40);
+            CHECK(problem.start == std::vector<double>{0, 0});
+            CHECK(objective(problem.start) == 0);
+            CHECK(objective(std::array{1.0, -0.5}) == doctest::Approx(0.075));
+        });
     CHECK(found.best.weights == std::vector<double>{0, 0});
 }
 
@@ -182,9 +186,11 @@ TEST_CASE("a loss that is not finite or that throws, and an optimiser that fails
             }
         }
     };
-    CHECK(error_of([&] { lorahub_search({}, 1, at_third([] { return std::nan(""); }), stubborn); }).history().size() == 2);
+    CHECK(error_of([&] { lorahub_search({}, 1, at_third([] { return std::nan(""); }), stubborn); }).history().size()
+        == 2);
 
-    auto failure = error_of([&] { lorahub_search({}, 1, at_third([]() -> double { throw std::runtime_error("no such batch"); }), three); });
+    auto failure = error_of(
+        [&] { lorahub_search({}, 1, at_third([]() -> double { throw std::runtime_error("no such batch"); }), three); });
     CHECK(failure.kind() == error_kind::backend_error);
     CHECK(says(failure, "candidate 3"));
     CHECK(says(failure, "no such batch"));
@@ -201,8 +207,9 @@ TEST_CASE("a loss that is not finite or that throws, and an optimiser that fails
     CHECK(failure.kind() == error_kind::backend_error);
     CHECK(says(failure, "the simplex is flat"));
     CHECK(failure.history().size() == 1);
-    CHECK(says(error_of([&] { lorahub_search({}, 1, no_loss, [](const auto&, const auto&) { throw 7; }); }), "the optimiser failed"));
-    CHECK(says(error_of([&] { lorahub_search({}, 1, no_loss, [](const auto&, const auto&) {}); }), "no candidate"));
+    CHECK(says(error_of([&] { lorahub_search({}, 1, no_loss, [](const auto&, const auto&) { throw 7; }); }),
+        "the optimiser failed"));
+    CHECK(says(error_of([&] { lorahub_search({}, 1, no_loss, [](const auto&, const auto&) { }); }), "no candidate"));
     CHECK(says(error_of([&] { lorahub_search({}, 2, no_loss, three); }), "1 weights for 2 tasks"));
     CHECK(says(error_of([&] { lorahub_search({}, 1, no_loss, list_of_weights{{{std::nan("")}}}); }), "NaN"));
 }
@@ -211,9 +218,9 @@ TEST_CASE("options and models are checked before anything is evaluated")
 {
     const auto never = [](const lorahub_problem&, const lorahub_objective&) { FAIL("the optimiser was called"); };
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    for (const lorahub_options& wrong :
-        {lorahub_options{.bound = 0}, lorahub_options{.bound = nan}, lorahub_options{.alpha = -1}, lorahub_options{.alpha = nan},
-            lorahub_options{.evaluations = 0}, lorahub_options{.start = {0}}, lorahub_options{.start = {0, 1.6}}, lorahub_options{.start = {0, nan}}}) {
+    for (const lorahub_options& wrong : {lorahub_options{.bound = 0}, lorahub_options{.bound = nan},
+             lorahub_options{.alpha = -1}, lorahub_options{.alpha = nan}, lorahub_options{.evaluations = 0},
+             lorahub_options{.start = {0}}, lorahub_options{.start = {0, 1.6}}, lorahub_options{.start = {0, nan}}}) {
         CHECK_THROWS_AS(lorahub_search(wrong, 2, no_loss, never), invalid_argument);
     }
     CHECK_THROWS_AS(lorahub_search({}, 0, no_loss, never), invalid_argument);
@@ -221,7 +228,8 @@ TEST_CASE("options and models are checked before anything is evaluated")
     std::vector<std::vector<float>> tasks{{1, 2}, {3, 4}};
     std::vector<float> out(2), short_out(1);
     CHECK_THROWS_AS(lorahub(cpu{}, {}, base, tasks, short_out, no_loss, never), shape_mismatch);
-    CHECK_THROWS_AS(lorahub(cpu{}, {}, base, tasks, tasks[0], no_loss, never), invalid_argument); // the buffer is a task's
+    CHECK_THROWS_AS(
+        lorahub(cpu{}, {}, base, tasks, tasks[0], no_loss, never), invalid_argument); // the buffer is a task's
     CHECK_THROWS_AS(lorahub(cpu{}, {}, std::vector<float>{1}, tasks, out, no_loss, never), shape_mismatch);
     tasks[1][0] = std::numeric_limits<float>::infinity();
     const auto failure = error_of([&] { lorahub(cpu{}, {}, base, tasks, out, no_loss, list_of_weights{{{0, 0}}}); });
@@ -254,7 +262,8 @@ TEST_CASE("COBYLA finds the weights of a combination, inside the bounds and the 
     CHECK(again.best.weights == found.best.weights);
     // A minimum outside the bounds is approached along them.
     const auto edge = lorahub_search(
-        {.bound = 0.5, .alpha = 0}, 2, [](std::span<const double> w) { return (w[0] - 2) * (w[0] - 2) + w[1] * w[1]; }, cobyla{});
+        {.bound = 0.5, .alpha = 0}, 2, [](std::span<const double> w) { return (w[0] - 2) * (w[0] - 2) + w[1] * w[1]; },
+        cobyla{});
     CHECK(edge.best.weights[0] == doctest::Approx(0.5).epsilon(1e-3));
     CHECK(std::abs(edge.best.weights[1]) < 0.05);
     // Where the loss is indifferent, the L1 term decides.
@@ -267,7 +276,10 @@ TEST_CASE("a loss that fails comes through NLopt as the search's error, with the
     std::size_t calls = 0;
     const auto failure = error_of([&] {
         lorahub_search(
-            {}, 2, [&](std::span<const double>) -> double { return ++calls < 4 ? 1.0 / static_cast<double>(calls) : throw std::runtime_error("out of data"); },
+            {}, 2,
+            [&](std::span<const double>) -> double {
+                return ++calls < 4 ? 1.0 / static_cast<double>(calls) : throw std::runtime_error("out of data");
+            },
             cobyla{});
     });
     CHECK(says(failure, "candidate 4"));

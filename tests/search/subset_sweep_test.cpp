@@ -39,8 +39,8 @@ void check_sweep(std::size_t tasks, std::size_t n, const std::vector<double>& we
     const auto vectors = random_vectors<T>(tasks, n);
     std::set<std::vector<std::size_t>> seen;
     std::vector<std::size_t> last;
-    const auto visited =
-        for_each_subset(cpu{.threads = threads}, views_of(vectors), {.weights = weights}, [&](std::span<const std::size_t> subset, host_view<const A> sum) {
+    const auto visited = for_each_subset(cpu{.threads = threads}, views_of(vectors), {.weights = weights},
+        [&](std::span<const std::size_t> subset, host_view<const A> sum) {
             std::vector<std::size_t> members(subset.begin(), subset.end());
             CHECK(std::is_sorted(members.begin(), members.end()));
             CHECK(members.size() >= 2);
@@ -86,10 +86,12 @@ TEST_CASE("the sweep with smaller and larger smallest subsets; one task alone")
 TEST_CASE("the sweep: errors")
 {
     auto vectors = random_vectors<float>(3, 10);
-    const auto ignore = [](std::span<const std::size_t>, host_view<const float>) {};
+    const auto ignore = [](std::span<const std::size_t>, host_view<const float>) { };
     CHECK_THROWS_AS(for_each_subset(cpu{}, std::vector<host_view<const float>>{}, {}, ignore), invalid_argument);
     CHECK_THROWS_AS(for_each_subset(cpu{}, views_of(vectors), {.weights = {1, 2}}, ignore), invalid_argument);
-    CHECK_THROWS_AS(for_each_subset(cpu{}, std::vector<host_view<const float>>(64, as_view(std::as_const(vectors[0]))), {}, ignore), invalid_argument);
+    CHECK_THROWS_AS(
+        for_each_subset(cpu{}, std::vector<host_view<const float>>(64, as_view(std::as_const(vectors[0]))), {}, ignore),
+        invalid_argument);
     vectors[1][3] = std::numeric_limits<float>::infinity();
     CHECK_THROWS_AS(for_each_subset(cpu{}, views_of(vectors), {}, ignore), nonfinite_error);
     vectors[2].pop_back();

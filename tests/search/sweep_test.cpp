@@ -87,7 +87,9 @@ TEST_CASE("sweeps score the candidates of the definitions, one at a time or seve
         CHECK(seen == std::set<std::string>{"0+1", "0+1+2", "0+2", "1+2"});
         merge(cpu{}, task_arithmetic_options{.lambda = 0.5}, m.base, std::vector{m.tasks[0], m.tasks[2]}, expected);
         for (const auto& row : subsets.rows()) {
-            if (row.point == std::vector<std::string>{"0+2", "0.5"}) { CHECK(row.score == checksum(as_view(std::as_const(expected)))); }
+            if (row.point == std::vector<std::string>{"0+2", "0.5"}) {
+                CHECK(row.score == checksum(as_view(std::as_const(expected))));
+            }
         }
 
         // A score that is told the subset.
@@ -127,7 +129,8 @@ TEST_CASE("a score that fails keeps what came before it, and the sweep goes on f
             if (theta[1] == m.base[1] + 0.3f * m.vectors[0][1]) { throw std::runtime_error("out of memory"); }
             return checksum(theta);
         };
-        CHECK_THROWS_AS(sweep_lambda(cpu{}, m.base, m.vectors[0], lambdas, table, failing, options), std::runtime_error);
+        CHECK_THROWS_AS(
+            sweep_lambda(cpu{}, m.base, m.vectors[0], lambdas, table, failing, options), std::runtime_error);
         CHECK(table.rows().size() >= 3);
         CHECK_FALSE(table.contains({"0.3"}));
         auto again = read_sweep(file, "scores.csv");
@@ -135,10 +138,13 @@ TEST_CASE("a score that fails keeps what came before it, and the sweep goes on f
         const int before = calls.exchange(0);
         CHECK(before >= 4);
         sweep_lambda(
-            cpu{}, m.base, m.vectors[0], lambdas, again, [&](host_view<const float> theta) { return ++calls, checksum(theta); }, options);
+            cpu{}, m.base, m.vectors[0], lambdas, again,
+            [&](host_view<const float> theta) { return ++calls, checksum(theta); }, options);
         CHECK(calls == static_cast<int>(5 - table.rows().size()));
         REQUIRE(again.rows().size() == 5);
-        for (std::size_t i = 0; i < 3; ++i) { CHECK(again.rows()[i].score == table.rows()[i].score); } // scores come back exactly
+        for (std::size_t i = 0; i < 3; ++i) {
+            CHECK(again.rows()[i].score == table.rows()[i].score);
+        } // scores come back exactly
     }
     sweep_table table;
     CHECK_THROWS_AS(sweep_lambda(cpu{}, m.base, m.vectors[0], lambda_steps(), table,
@@ -158,7 +164,9 @@ TEST_CASE("tables: the best row, CSV there and back")
     CHECK(table.best(false) == &table.rows()[1]);
     std::ostringstream out;
     write_csv(out, table);
-    CHECK(out.str() == "tasks,lambda,score\n\"a,b\",0.1,0.3333333333333333\n\"say \"\"c\"\"\nd\",0.1,-2\n\"a,b\",0.2,0.3333333333333333\n");
+    CHECK(out.str()
+        == "tasks,lambda,score\n\"a,b\",0.1,0.3333333333333333\n\"say "
+           "\"\"c\"\"\nd\",0.1,-2\n\"a,b\",0.2,0.3333333333333333\n");
     const auto back = read_sweep(out.str());
     CHECK(back.columns() == table.columns());
     REQUIRE(back.rows().size() == 3);
@@ -167,8 +175,8 @@ TEST_CASE("tables: the best row, CSV there and back")
     CHECK_THROWS_AS(table.add({"a,b", "0.1"}, 1), invalid_argument);
     CHECK_THROWS_AS(table.add({"a"}, 1), invalid_argument);
     CHECK_THROWS_AS(table.add({"a", "b"}, std::nan("")), nonfinite_error);
-    for (const char* wrong : {"", "lambda\n", "lambda,score\n1\n", "lambda,score\n1,x\n", "lambda,score\n1,nan\n", "lambda,score\n1,2,3\n",
-             "lambda,score\n1,2\n1,3\n", "lambda,score\n\"1,2\n"}) {
+    for (const char* wrong : {"", "lambda\n", "lambda,score\n1\n", "lambda,score\n1,x\n", "lambda,score\n1,nan\n",
+             "lambda,score\n1,2,3\n", "lambda,score\n1,2\n1,3\n", "lambda,score\n\"1,2\n"}) {
         CAPTURE(wrong);
         CHECK_THROWS_AS((void)read_sweep(wrong, "file.csv"), format_error);
     }
@@ -178,10 +186,14 @@ TEST_CASE("sweeps: errors")
 {
     const models m;
     sweep_table table, other({"density", "lambda"});
-    CHECK_THROWS_AS(sweep_lambda(cpu{}, m.base, m.vectors[0], std::vector<double>{}, table, checksum), invalid_argument);
-    CHECK_THROWS_AS(sweep_lambda(cpu{}, m.base, m.vectors[0], std::array{std::nan("")}, table, checksum), invalid_argument);
+    CHECK_THROWS_AS(
+        sweep_lambda(cpu{}, m.base, m.vectors[0], std::vector<double>{}, table, checksum), invalid_argument);
+    CHECK_THROWS_AS(
+        sweep_lambda(cpu{}, m.base, m.vectors[0], std::array{std::nan("")}, table, checksum), invalid_argument);
     CHECK_THROWS_AS(sweep_lambda(cpu{}, m.base, m.vectors[0], std::array{0.5}, other, checksum), invalid_argument);
-    CHECK_THROWS_AS(sweep_lambda(cpu{}, m.base, std::vector<float>(3), std::array{0.5}, table, checksum), shape_mismatch);
-    CHECK_THROWS_AS(sweep_ties(cpu{}, {}, m.base, m.tasks, std::array{1.5}, std::array{0.5}, other, checksum), invalid_argument);
+    CHECK_THROWS_AS(
+        sweep_lambda(cpu{}, m.base, std::vector<float>(3), std::array{0.5}, table, checksum), shape_mismatch);
+    CHECK_THROWS_AS(
+        sweep_ties(cpu{}, {}, m.base, m.tasks, std::array{1.5}, std::array{0.5}, other, checksum), invalid_argument);
     CHECK(table.rows().empty());
 }

@@ -59,7 +59,8 @@ TEST_CASE("task_space: the bits of task arithmetic")
     }
     task_space<float> space(as_view(grid_base), {as_view(t1), as_view(t2)});
     const std::vector<double> lambdas{0.3, 0.7};
-    merge(cpu{}, task_arithmetic_options{.lambda = 1, .weights = lambdas}, grid_base, std::vector{tuned1, tuned2}, merged);
+    merge(cpu{}, task_arithmetic_options{.lambda = 1, .weights = lambdas}, grid_base, std::vector{tuned1, tuned2},
+        merged);
     const auto point = space.at(lambdas);
     CHECK(std::equal(point.begin(), point.end(), merged.begin()));
 }
@@ -76,9 +77,12 @@ TEST_CASE("loss_plane evaluates every point of the grid")
     const auto grid = loss_plane(space, {.lambda1 = {0, 1, 2}, .lambda2 = {0, 0.5}}, loss);
     CHECK(calls == 6);
     for (std::size_t i = 0; i < 3; ++i) {
-        for (std::size_t j = 0; j < 2; ++j) { CHECK(grid.at(i, j) == 1 + 10 * static_cast<double>(i) + 50 * static_cast<double>(j)); }
+        for (std::size_t j = 0; j < 2; ++j) {
+            CHECK(grid.at(i, j) == 1 + 10 * static_cast<double>(i) + 50 * static_cast<double>(j));
+        }
     }
-    CHECK(loss_plane(space, {.task1 = 1, .task2 = 0, .lambda1 = {1, 2}}, loss).values == std::vector<double>{111, 121, 211, 221});
+    CHECK(loss_plane(space, {.task1 = 1, .task2 = 0, .lambda1 = {1, 2}}, loss).values
+        == std::vector<double>{111, 121, 211, 221});
 }
 
 TEST_CASE("task_space and loss_plane: errors")

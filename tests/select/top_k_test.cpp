@@ -17,7 +17,8 @@ std::vector<bool> kept_by_sorting(const std::vector<T>& x, std::uint64_t k)
 {
     std::vector<std::size_t> order(x.size());
     std::iota(order.begin(), order.end(), 0u);
-    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return std::abs(widen<double>(x[a])) > std::abs(widen<double>(x[b])); });
+    std::stable_sort(order.begin(), order.end(),
+        [&](auto a, auto b) { return std::abs(widen<double>(x[a])) > std::abs(widen<double>(x[b])); });
     std::vector<bool> kept(x.size(), false);
     for (std::uint64_t i = 0; i < k; ++i) { kept[order[i]] = true; }
     return kept;
@@ -29,7 +30,9 @@ void check_against_sorting(const std::vector<T>& x, std::uint64_t k, unsigned th
     const auto threshold = top_k(cpu{.threads = threads}, x, k);
     const auto expected = kept_by_sorting(x, k);
     std::size_t wrong = 0;
-    for (std::size_t i = 0; i < x.size(); ++i) { wrong += threshold.keeps(widen<arithmetic_type<T>>(x[i]), i) != expected[i]; }
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        wrong += threshold.keeps(widen<arithmetic_type<T>>(x[i]), i) != expected[i];
+    }
     CAPTURE(x.size());
     CAPTURE(k);
     CHECK(wrong == 0);
@@ -51,11 +54,14 @@ TEST_CASE_TEMPLATE("top_k keeps what sorting keeps, in every storage type", T, f
 {
     for (const std::size_t n : {1, 2, 63, 64, 65, 2047, 2049, 70001, 600000}) {
         const auto x = random_values<T>(n, static_cast<unsigned>(n));
-        for (const double density : {1e-9, 0.001, 0.1, 0.2, 0.5, 0.99, 1.0}) { check_against_sorting(x, top_k_count(density, n), 1 + n % 4); }
+        for (const double density : {1e-9, 0.001, 0.1, 0.2, 0.5, 0.99, 1.0}) {
+            check_against_sorting(x, top_k_count(density, n), 1 + n % 4);
+        }
     }
 }
 
-TEST_CASE_TEMPLATE("a ranking says what sorting says, whatever the width of its bins", Bits, std::uint32_t, std::uint64_t)
+TEST_CASE_TEMPLATE(
+    "a ranking says what sorting says, whatever the width of its bins", Bits, std::uint32_t, std::uint64_t)
 {
     std::mt19937_64 generator(7);
     const Bits highest = std::numeric_limits<Bits>::max() >> 1;
@@ -64,14 +70,18 @@ TEST_CASE_TEMPLATE("a ranking says what sorting says, whatever the width of its 
             for (const Bits low : {Bits{0}, Bits{12345}, static_cast<Bits>(highest - width)}) {
                 if (low > highest - width) { continue; }
                 std::vector<Bits> values(n);
-                for (auto& value : values) { value = static_cast<Bits>(low + generator() % (std::uint64_t{width} + 1)); }
+                for (auto& value : values) {
+                    value = static_cast<Bits>(low + generator() % (std::uint64_t{width} + 1));
+                }
                 auto sorted = values;
                 std::sort(sorted.begin(), sorted.end(), std::greater<>());
                 detail::ranking<Bits> ranked(values, low, static_cast<Bits>(low + width));
                 CAPTURE(n);
                 CAPTURE(width);
                 CAPTURE(low);
-                for (const std::size_t rank : {std::size_t{0}, n / 3, n / 2, n - 1}) { CHECK(ranked[rank] == sorted[rank]); }
+                for (const std::size_t rank : {std::size_t{0}, n / 3, n / 2, n - 1}) {
+                    CHECK(ranked[rank] == sorted[rank]);
+                }
             }
         }
     }
@@ -91,7 +101,9 @@ TEST_CASE("top_k breaks ties by the lowest index, however many there are")
         steps[i] = static_cast<float>(i / 4096);
     }
     for (const double density : {0.001, 0.2, 0.34, 0.6667, 0.999}) {
-        for (const auto* x : {&few, &sorted, &mostly_zero, &steps}) { check_against_sorting(*x, top_k_count(density, n)); }
+        for (const auto* x : {&few, &sorted, &mostly_zero, &steps}) {
+            check_against_sorting(*x, top_k_count(density, n));
+        }
     }
 }
 
@@ -128,8 +140,8 @@ TEST_CASE("little memory, threads and chunks change nothing")
                 model_options options;
                 options.chunk = chunk;
                 const aligned_models models(&base, {&task, 1}, options);
-                found.push_back(
-                    top_k_thresholds<float>(cpu{.threads = threads}, models, all_chunks(models), std::array<std::uint64_t, 1>{100000}, capacity)[0]);
+                found.push_back(top_k_thresholds<float>(cpu{.threads = threads}, models, all_chunks(models),
+                    std::array<std::uint64_t, 1>{100000}, capacity)[0]);
             }
         }
     }
@@ -141,10 +153,13 @@ TEST_CASE("an f64 threshold selects the same f32 entries")
     std::mt19937 generator(2);
     for (int i = 0; i < 2000; ++i) {
         const double exact = std::ldexp(static_cast<double>(generator()) + generator() * 0x1p-32, -32);
-        const top_k_threshold<double> wide{magnitude_bits(i % 2 ? exact : static_cast<double>(static_cast<float>(exact))), generator() % 3};
+        const top_k_threshold<double> wide{
+            magnitude_bits(i % 2 ? exact : static_cast<double>(static_cast<float>(exact))), generator() % 3};
         const auto single = threshold_as<float>(wide);
         const float near_it = static_cast<float>(exact);
-        for (const float x : {near_it, std::nextafter(near_it, 2.0f), -std::nextafter(near_it, 0.0f)}) { CHECK(single.keeps(x, 1) == wide.keeps(x, 1)); }
+        for (const float x : {near_it, std::nextafter(near_it, 2.0f), -std::nextafter(near_it, 0.0f)}) {
+            CHECK(single.keeps(x, 1) == wide.keeps(x, 1));
+        }
     }
 }
 
@@ -157,10 +172,13 @@ TEST_CASE("bad arguments are named")
     CHECK_THROWS_AS((void)top_k_count(1.5, 5), invalid_argument);
     CHECK_THROWS_AS((void)top_k_count(std::nan(""), 5), invalid_argument);
     CHECK_THROWS_WITH_AS((void)top_k(cpu{}, poisoned, 1),
-        "tensor 'values' of task 1 holds infinity at index 1: repair it, exclude the tensor, or ask for non-finite values to propagate", nonfinite_error);
+        "tensor 'values' of task 1 holds infinity at index 1: repair it, exclude the tensor, or ask for non-finite "
+        "values to propagate",
+        nonfinite_error);
 }
 
-TEST_CASE("values in order, of one size and of one kind are searched in one walk: the sample's bracket holds the answer")
+TEST_CASE(
+    "values in order, of one size and of one kind are searched in one walk: the sample's bracket holds the answer")
 {
     constexpr std::size_t n = std::size_t{1} << 22;
     std::vector<float> ascending(n), descending(n), noise(n), steps(n);
@@ -176,7 +194,8 @@ TEST_CASE("values in order, of one size and of one kind are searched in one walk
         const aligned_models models(nullptr, {&model, 1});
         for (const std::uint64_t k : {std::uint64_t{n / 5}, std::uint64_t{n / 3}}) {
             unsigned walks = 0;
-            (void)top_k_thresholds<float>(cpu{.threads = 2}, models, all_chunks(models), {&k, 1}, std::size_t{1} << 22, &walks);
+            (void)top_k_thresholds<float>(
+                cpu{.threads = 2}, models, all_chunks(models), {&k, 1}, std::size_t{1} << 22, &walks);
             CHECK(walks == 1);
         }
     }

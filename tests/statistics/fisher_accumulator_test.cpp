@@ -52,14 +52,17 @@ TEST_CASE("the expected Fisher of a logistic model is p(1-p)x²; large tensors, 
     std::vector<bf16> x, one(n), zero(n);
     std::mt19937 generator(1);
     for (std::size_t i = 0; i < n; ++i) { x.push_back(narrow<bf16>(static_cast<float>(generator() % 64) - 32.0f)); }
-    const auto model = [&](const std::vector<bf16>& v) { return const_model_ref{{"w", {v.data(), dtype::bf16, {static_cast<std::int64_t>(n)}}}}; };
+    const auto model = [&](const std::vector<bf16>& v) {
+        return const_model_ref{{"w", {v.data(), dtype::bf16, {static_cast<std::int64_t>(n)}}}};
+    };
     expected_fisher_accumulator fisher(model(x));
     for (const float p : {0.25f, 0.5f}) {
         for (std::size_t i = 0; i < n; ++i) {
             one[i] = narrow<bf16>((1 - p) * widen<float>(x[i]));
             zero[i] = narrow<bf16>(-p * widen<float>(x[i]));
         }
-        fisher.add(cpu{.threads = 3}, std::vector{model(zero), model(one)}, std::vector<double>{1.0 - static_cast<double>(p), static_cast<double>(p)});
+        fisher.add(cpu{.threads = 3}, std::vector{model(zero), model(one)},
+            std::vector<double>{1.0 - static_cast<double>(p), static_cast<double>(p)});
     }
     CHECK(fisher.examples() == 2);
     const auto mean = fisher.fisher(0);
@@ -76,10 +79,11 @@ TEST_CASE("bad gradients are refused whole")
     std::vector<float> a{1, 2}, b{3, 4}, bad{1, std::numeric_limits<float>::infinity()}, three{1, 2, 3};
     const const_model_ref model{{"a", tensor(a)}, {"b", tensor(b)}};
     empirical_fisher_accumulator fisher(model);
-    CHECK_THROWS_WITH_AS((void)fisher.fisher(0), "no example was given: the Fisher information is a mean over examples", invalid_argument);
+    CHECK_THROWS_WITH_AS((void)fisher.fisher(0), "no example was given: the Fisher information is a mean over examples",
+        invalid_argument);
     fisher.add(cpu{}, model);
-    CHECK_THROWS_WITH_AS(
-        fisher.add(cpu{}, {{"a", tensor(a)}, {"b", tensor(bad)}}), "the gradient of 'b' holds infinity at index 1: leave out this example", nonfinite_error);
+    CHECK_THROWS_WITH_AS(fisher.add(cpu{}, {{"a", tensor(a)}, {"b", tensor(bad)}}),
+        "the gradient of 'b' holds infinity at index 1: leave out this example", nonfinite_error);
     CHECK_THROWS_AS(fisher.add(cpu{}, {{"a", tensor(a)}}), invalid_argument);
     CHECK_THROWS_AS(fisher.add(cpu{}, {{"a", tensor(a)}, {"b", tensor(b)}, {"c", tensor(b)}}), invalid_argument);
     CHECK_THROWS_AS(fisher.add(cpu{}, {{"a", tensor(a)}, {"b", tensor(three)}}), shape_mismatch);
@@ -93,7 +97,8 @@ TEST_CASE("bad gradients are refused whole")
     expected_fisher_accumulator expected(model);
     const std::vector<const_model_ref> two{model, model};
     CHECK_THROWS_AS(expected.add(cpu{}, two, std::vector<double>{1.0}), invalid_argument);
-    CHECK_THROWS_WITH_AS(expected.add(cpu{}, two, std::vector<double>{0.5, 0.6}), "the probabilities of the labels sum to 1.1; expected 1", invalid_argument);
+    CHECK_THROWS_WITH_AS(expected.add(cpu{}, two, std::vector<double>{0.5, 0.6}),
+        "the probabilities of the labels sum to 1.1; expected 1", invalid_argument);
     CHECK_THROWS_AS(expected.add(cpu{}, two, std::vector<double>{1.5, -0.5}), invalid_argument);
     CHECK(expected.examples() == 0);
 }

@@ -25,12 +25,15 @@ std::vector<T> random_batch(std::size_t size, unsigned seed)
 
 } // namespace
 
-TEST_CASE_TEMPLATE("a Gram matrix is the sum of outer products, in any batches and threads", T, float, double, bf16, f16)
+TEST_CASE_TEMPLATE(
+    "a Gram matrix is the sum of outer products, in any batches and threads", T, float, double, bf16, f16)
 {
     for (const std::size_t n : {1u, 63u, 65u, 200u}) {
         const std::size_t examples = 300;
         const auto x = random_batch<T>(examples * n, static_cast<unsigned>(n));
-        const auto rows = [&](std::size_t first, std::size_t count) { return matrix_view<const T>(x.data() + first * n, count, n, matrix_order::row_major); };
+        const auto rows = [&](std::size_t first, std::size_t count) {
+            return matrix_view<const T>(x.data() + first * n, count, n, matrix_order::row_major);
+        };
         gram_accumulator whole(n), threads(n), left(n), right(n);
         whole.add(cpu{.threads = 1}, rows(0, examples));
         threads.add(cpu{.threads = 4}, rows(0, examples));
@@ -46,7 +49,9 @@ TEST_CASE_TEMPLATE("a Gram matrix is the sum of outer products, in any batches a
         for (std::size_t i = 0; i < n; ++i) {
             for (std::size_t j = 0; j < n; ++j) {
                 double sum = 0;
-                for (std::size_t e = 0; e < examples; ++e) { sum += widen<double>(x[e * n + i]) * widen<double>(x[e * n + j]); }
+                for (std::size_t e = 0; e < examples; ++e) {
+                    sum += widen<double>(x[e * n + i]) * widen<double>(x[e * n + j]);
+                }
                 worst = std::max(worst, std::abs(g(i, j) - sum));
                 cut = std::max(cut, std::abs(parts(i, j) - sum));
                 symmetry = std::max(symmetry, std::abs(g(i, j) - g(j, i)));
@@ -70,7 +75,9 @@ TEST_CASE("golden batches give the golden Grams")
             const auto values = reference::values_of(x), expected = reference::values_of(*gram.find(layer + ".weight"));
             gram_accumulator sums(n, layer);
             sums.add(cpu{}, matrix_view<const double>(values.data(), examples, n, matrix_order::row_major));
-            for (std::size_t i = 0; i < n * n; ++i) { CHECK(sums(i / n, i % n) == doctest::Approx(expected[i]).epsilon(1e-6)); }
+            for (std::size_t i = 0; i < n * n; ++i) {
+                CHECK(sums(i / n, i % n) == doctest::Approx(expected[i]).epsilon(1e-6));
+            }
         }
     }
 }
@@ -85,10 +92,12 @@ TEST_CASE("batches in column order; of the wrong width; with NaN")
     by_columns.add(cpu{}, matrix_view<float>(turned.data(), 4, 3, matrix_order::column_major));
     CHECK(by_rows(2, 1) == by_columns(2, 1));
     CHECK_THROWS_WITH_AS(by_rows.add(cpu{}, matrix_view<const float>(x.data(), 3, 4, matrix_order::row_major)),
-        "a batch of 3×4 was given to the Gram matrix of fc1, which has 3 inputs: pass examples×features", shape_mismatch);
+        "a batch of 3×4 was given to the Gram matrix of fc1, which has 3 inputs: pass examples×features",
+        shape_mismatch);
     CHECK_THROWS_AS(by_rows.add(gram_accumulator(4)), shape_mismatch);
     turned[4] = std::numeric_limits<float>::quiet_NaN();
-    CHECK_THROWS_WITH_AS(by_columns.add(cpu{}, matrix_view<const float>(turned.data(), 4, 3, matrix_order::column_major)),
+    CHECK_THROWS_WITH_AS(
+        by_columns.add(cpu{}, matrix_view<const float>(turned.data(), 4, 3, matrix_order::column_major)),
         "a batch for fc1 holds NaN at row 0, column 1: leave out this example", nonfinite_error);
     CHECK(by_columns.examples() == 4);
     CHECK(by_rows(0, 0) == by_columns(0, 0)); // nothing of the bad batch was added

@@ -8,10 +8,13 @@ using namespace tools_test;
 
 namespace {
 
-void write_part(const std::filesystem::path& path, taskvec::statistics_kind kind, std::uint64_t examples, std::vector<float> values, std::uint64_t model = 7)
+void write_part(const std::filesystem::path& path, taskvec::statistics_kind kind, std::uint64_t examples,
+    std::vector<float> values, std::uint64_t model = 7)
 {
-    taskvec::statistics_info info{.kind = kind, .examples = examples, .fingerprint = model, .in_out = {}, .metadata = {}};
-    write_values(path, {{"w", {taskvec::dtype::f32, {2, 2}, std::move(values)}}}, taskvec::detail::statistics_metadata(info));
+    taskvec::statistics_info info{
+        .kind = kind, .examples = examples, .fingerprint = model, .in_out = {}, .metadata = {}};
+    write_values(
+        path, {{"w", {taskvec::dtype::f32, {2, 2}, std::move(values)}}}, taskvec::detail::statistics_metadata(info));
 }
 
 } // namespace
@@ -32,7 +35,8 @@ TEST_CASE("Grams add up, Fishers are means weighted by their examples")
 
     write_part(folder / "f1", kind::empirical_fisher, 1, {1, 0, 4, 8});
     write_part(folder / "f2", kind::empirical_fisher, 3, {5, 4, 0, 8});
-    REQUIRE(run(folder, {"combine-statistics", "--part", "f1", "--part", "f2", "--out", "f1"}).code == 0); // over one of its inputs
+    REQUIRE(run(folder, {"combine-statistics", "--part", "f1", "--part", "f2", "--out", "f1"}).code
+        == 0); // over one of its inputs
     CHECK(read_values(folder / "f1").at("w").values == std::vector<float>{4, 3, 1, 8});
     CHECK(taskvec::statistics_file(folder / "f1").info().examples == 4);
 }
@@ -54,12 +58,14 @@ TEST_CASE("parts that do not belong together: one line, and no file")
     write_values(folder / "plain", {{"w", {taskvec::dtype::f32, {2, 2}, {1, 2, 3, 4}}}});
     const auto names = folder.names();
     const std::vector<std::pair<std::string, std::vector<std::string>>> cases{{"other-kind", {"kinds", "other-kind"}},
-        {"other-model", {"models", "other-model"}}, {"negative", {"'w'", "-3", "index 2"}}, {"nan", {"'w'", "nan", "index 3"}}, {"plain", {"plain", "schema"}},
-        {"absent", {"absent", "No such file"}}, {"asymmetric", {"'asymmetric'", "'w'", "not symmetric", "(1, 0)"}}, {"no-gram", {"'no-gram'", "diagonal"}},
+        {"other-model", {"models", "other-model"}}, {"negative", {"'w'", "-3", "index 2"}},
+        {"nan", {"'w'", "nan", "index 3"}}, {"plain", {"plain", "schema"}}, {"absent", {"absent", "No such file"}},
+        {"asymmetric", {"'asymmetric'", "'w'", "not symmetric", "(1, 0)"}}, {"no-gram", {"'no-gram'", "diagonal"}},
         {"negative-gram", {"'negative-gram'", "-1", "negative"}}, {"nan-gram", {"'nan-gram'", "NaN", "index 1"}}};
     for (const auto& [part, words] : cases) {
         const bool gram = part == "asymmetric" || part.ends_with("-gram");
-        const auto result = run(folder, {"combine-statistics", "--part", gram ? "gram" : "good", "--part", part, "--out", "out"});
+        const auto result =
+            run(folder, {"combine-statistics", "--part", gram ? "gram" : "good", "--part", part, "--out", "out"});
         CAPTURE(result.err);
         CHECK(result.code == 1);
         CHECK(is_error_line(result.err));

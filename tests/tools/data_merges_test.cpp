@@ -1,5 +1,5 @@
-// taskvec merge by the methods that look at data (fisher, regmean) or at angles (slerp, model-stock), against plain loops.
-// SPDX-License-Identifier: Apache-2.0
+// taskvec merge by the methods that look at data (fisher, regmean) or at angles (slerp, model-stock), against plain
+// loops. SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
@@ -50,18 +50,26 @@ struct models {
         if (model.empty()) { return std::nullopt; }
         return taskvec::fingerprint(taskvec::cpu{}, taskvec::open_model(folder / model).model());
     }
-    void write_fisher(const std::string& file, std::size_t t, const std::string& of) const { write_fisher(file, fishers[t], of); }
+    void write_fisher(const std::string& file, std::size_t t, const std::string& of) const
+    {
+        write_fisher(file, fishers[t], of);
+    }
     void write_fisher(const std::string& file, const values_model& values, const std::string& of) const
     {
-        taskvec::statistics_info info{
-            .kind = taskvec::statistics_kind::expected_fisher, .examples = 10, .fingerprint = stamp(of), .in_out = {}, .metadata = {}};
+        taskvec::statistics_info info{.kind = taskvec::statistics_kind::expected_fisher,
+            .examples = 10,
+            .fingerprint = stamp(of),
+            .in_out = {},
+            .metadata = {}};
         write_values(folder / file, values, taskvec::detail::statistics_metadata(info));
     }
-    void write_gram(const std::string& file, const std::string& weight, std::size_t t, const std::string& of, const std::vector<std::string>& in_out = {}) const
+    void write_gram(const std::string& file, const std::string& weight, std::size_t t, const std::string& of,
+        const std::vector<std::string>& in_out = {}) const
     {
         std::map<std::string, taskvec::gram_accumulator> grams;
         grams.emplace(weight, 31)
-            .first->second.add(taskvec::cpu{}, taskvec::matrix_view<const float>(inputs[t].data(), 60, 31, taskvec::matrix_order::row_major));
+            .first->second.add(taskvec::cpu{},
+                taskvec::matrix_view<const float>(inputs[t].data(), 60, 31, taskvec::matrix_order::row_major));
         taskvec::write_statistics(folder / file, grams, stamp(of), in_out);
     }
     outcome merge(const std::string& method, const std::vector<std::string>& more, std::size_t count = 3) const
@@ -77,8 +85,10 @@ struct models {
     values_model result() const { return read_values(folder / "out.safetensors"); }
 };
 
-const std::vector<std::string> three_fishers{"--fisher", "a.fisher.safetensors", "--fisher", "b.fisher.safetensors", "--fisher", "c.fisher.safetensors"};
-const std::vector<std::string> three_grams{"--gram", "a.gram.safetensors", "--gram", "b.gram.safetensors", "--gram", "c.gram.safetensors"};
+const std::vector<std::string> three_fishers{
+    "--fisher", "a.fisher.safetensors", "--fisher", "b.fisher.safetensors", "--fisher", "c.fisher.safetensors"};
+const std::vector<std::string> three_grams{
+    "--gram", "a.gram.safetensors", "--gram", "b.gram.safetensors", "--gram", "c.gram.safetensors"};
 
 std::vector<std::string> join(std::vector<std::string> a, const std::vector<std::string>& b)
 {
@@ -92,7 +102,9 @@ double largest_difference(const values_model& a, const values_model& b)
     double worst = 0;
     REQUIRE(a.size() == b.size());
     for (const auto& [name, tensor] : a) {
-        const double unit = tensor.dtype == taskvec::dtype::bf16 ? 8e-3 : tensor.dtype == taskvec::dtype::f16 ? 1e-3 : 1e-6;
+        const double unit = tensor.dtype == taskvec::dtype::bf16 ? 8e-3
+            : tensor.dtype == taskvec::dtype::f16                ? 1e-3
+                                                                 : 1e-6;
         REQUIRE(tensor.values.size() == b.at(name).values.size());
         for (std::size_t i = 0; i < tensor.values.size(); ++i) {
             const double x = tensor.values[i], y = b.at(name).values[i];
@@ -107,7 +119,9 @@ values_model each(const values_model& like, const std::function<double(const std
 {
     auto model = like;
     for (auto& [name, tensor] : model) {
-        for (std::size_t i = 0; i < tensor.values.size(); ++i) { tensor.values[i] = static_cast<float>(entry(name, i)); }
+        for (std::size_t i = 0; i < tensor.values.size(); ++i) {
+            tensor.values[i] = static_cast<float>(entry(name, i));
+        }
     }
     return model;
 }
@@ -160,7 +174,8 @@ TEST_CASE("fisher is the importance-weighted mean, the plain one where nobody kn
         models += 3 * tensor.values.size() * (tensor.dtype == taskvec::dtype::f32 ? 4 : 2);
         fishers += 3 * tensor.values.size() * 4;
     }
-    CHECK(nlohmann::json::parse(slurp(m.folder / "r.json"))["bytes_read"] == 2 * models + fishers); // once for the fingerprints
+    CHECK(nlohmann::json::parse(slurp(m.folder / "r.json"))["bytes_read"]
+        == 2 * models + fishers); // once for the fingerprints
     std::vector<double> norms;
     for (const auto& fisher : m.fishers) {
         double square = 0;
@@ -177,9 +192,15 @@ TEST_CASE("fisher is the importance-weighted mean, the plain one where nobody kn
     REQUIRE(m.merge("fisher", join(three_fishers, {"--floor", "0.5"})).code == 0);
     CHECK(largest_difference(m.result(), expected({1, 1, 1}, 0.5)) < 2);
     // Equal Fishers are the average.
-    REQUIRE(m.merge("fisher", {"--fisher", "a.fisher.safetensors", "--fisher", "a2.safetensors", "--fisher", "a2.safetensors"}).code == 1); // no such file
+    REQUIRE(m.merge("fisher",
+                 {"--fisher", "a.fisher.safetensors", "--fisher", "a2.safetensors", "--fisher", "a2.safetensors"})
+                .code
+        == 1); // no such file
     m.write_fisher("same.safetensors", each(m.fishers[0], [](const auto&, std::size_t) { return 2.0; }), "");
-    REQUIRE(m.merge("fisher", {"--fisher", "same.safetensors", "--fisher", "same.safetensors", "--fisher", "same.safetensors"}).code == 0);
+    REQUIRE(m.merge("fisher",
+                 {"--fisher", "same.safetensors", "--fisher", "same.safetensors", "--fisher", "same.safetensors"})
+                .code
+        == 0);
     const auto fisher = m.result();
     REQUIRE(m.merge("average", {}).code == 0);
     CHECK(same(m.result(), fisher));
@@ -189,7 +210,8 @@ TEST_CASE("regmean solves the normal equations of its layers and averages the re
 {
     const models m;
     const std::string weight = "layers.0.weight";
-    const auto merged_layer = [&](double alpha, bool transposed) { // [17][31], or 31 in × 17 out read from the same numbers
+    const auto merged_layer = [&](double alpha,
+                                  bool transposed) { // [17][31], or 31 in × 17 out read from the same numbers
         const std::size_t in = transposed ? 17 : 31, out = transposed ? 31 : 17;
         std::vector<double> left(in * in, 0.0), right(in * out, 0.0);
         for (std::size_t t = 0; t < 3; ++t) {
@@ -197,14 +219,18 @@ TEST_CASE("regmean solves the normal equations of its layers and averages the re
             std::vector<double> gram(in * in, 0.0);
             for (std::size_t r = 0; r < rows; ++r) {
                 for (std::size_t i = 0; i < in; ++i) {
-                    for (std::size_t j = 0; j < in; ++j) { gram[i * in + j] += static_cast<double>(m.inputs[t][r * in + i]) * m.inputs[t][r * in + j]; }
+                    for (std::size_t j = 0; j < in; ++j) {
+                        gram[i * in + j] += static_cast<double>(m.inputs[t][r * in + i]) * m.inputs[t][r * in + j];
+                    }
                 }
             }
             for (std::size_t i = 0; i < in; ++i) {
                 for (std::size_t j = 0; j < in; ++j) {
                     const double g = (i == j ? 1.0 : alpha) * gram[i * in + j];
                     left[i * in + j] += g;
-                    for (std::size_t o = 0; o < out; ++o) { right[i * out + o] += g * m.tasks[t].at(weight).values[transposed ? j * out + o : o * in + j]; }
+                    for (std::size_t o = 0; o < out; ++o) {
+                        right[i * out + o] += g * m.tasks[t].at(weight).values[transposed ? j * out + o : o * in + j];
+                    }
                 }
             }
         }
@@ -216,7 +242,9 @@ TEST_CASE("regmean solves the normal equations of its layers and averages the re
         const auto layer = merged_layer(alpha, transposed);
         const auto expected = each(m.tasks[0], [&](const std::string& name, std::size_t i) {
             if (name == weight) { return layer[transposed ? i : i % in * out + i / in]; }
-            return (static_cast<double>(m.tasks[0].at(name).values[i]) + m.tasks[1].at(name).values[i] + m.tasks[2].at(name).values[i]) / 3;
+            return (static_cast<double>(m.tasks[0].at(name).values[i]) + m.tasks[1].at(name).values[i]
+                       + m.tasks[2].at(name).values[i])
+                / 3;
         });
         CHECK(largest_difference(m.result(), expected) < 2);
     };
@@ -237,9 +265,11 @@ TEST_CASE("regmean solves the normal equations of its layers and averages the re
         for (const bool said : {false, true}) {
             std::map<std::string, taskvec::gram_accumulator> grams;
             grams.emplace(weight, 17)
-                .first->second.add(taskvec::cpu{}, taskvec::matrix_view<const float>(m.inputs[t].data(), rows, 17, taskvec::matrix_order::row_major));
+                .first->second.add(taskvec::cpu{},
+                    taskvec::matrix_view<const float>(m.inputs[t].data(), rows, 17, taskvec::matrix_order::row_major));
             const auto file = models::letter(t) + (said ? ".said" : ".unsaid") + ".safetensors";
-            taskvec::write_statistics(m.folder / file, grams, {}, said ? std::vector<std::string>{weight} : std::vector<std::string>{});
+            taskvec::write_statistics(
+                m.folder / file, grams, {}, said ? std::vector<std::string>{weight} : std::vector<std::string>{});
             auto& list = said ? by_file : by_option;
             list.push_back("--gram");
             list.push_back(file);
@@ -252,7 +282,8 @@ TEST_CASE("regmean solves the normal equations of its layers and averages the re
     const auto guessed = m.merge("regmean", by_option);
     CHECK(guessed.code == 1);
     CHECK(guessed.err.find("in×out") != std::string::npos); // it is named, not guessed
-    const auto disagree = m.merge("regmean", {"--gram", "a.said.safetensors", "--gram", "b.unsaid.safetensors", "--gram", "c.said.safetensors"});
+    const auto disagree = m.merge(
+        "regmean", {"--gram", "a.said.safetensors", "--gram", "b.unsaid.safetensors", "--gram", "c.said.safetensors"});
     CHECK(disagree.code == 1);
     CHECK(disagree.err.find("disagree") != std::string::npos);
 }
@@ -307,7 +338,9 @@ TEST_CASE("model-stock goes as far from the base as the task vectors agree")
                     }
                 }
             }
-            const auto cosine = [&](int s, int t) { return dots[s][s] * dots[t][t] == 0 ? 0.0 : dots[s][t] / std::sqrt(dots[s][s] * dots[t][t]); };
+            const auto cosine = [&](int s, int t) {
+                return dots[s][s] * dots[t][t] == 0 ? 0.0 : dots[s][t] / std::sqrt(dots[s][s] * dots[t][t]);
+            };
             const double c = (cosine(0, 1) + cosine(0, 2) + cosine(1, 2)) / 3;
             double ratio = 3 * c / (1 + 2 * c);
             if (clamp) { ratio = std::clamp(ratio, 0.0, 1.0); }
@@ -343,12 +376,16 @@ TEST_CASE("statistics that are wrong: one line that names what is, and the old o
     values = m.fishers[1];
     values.at("layers.0.weight").shape = {31, 17};
     m.write_fisher("shape.safetensors", values, "");
-    const auto write_gram = [&](const std::string& file, std::size_t n, const std::function<float(std::size_t, std::size_t)>& entry) {
-        values_model gram{{"layers.0.weight", {taskvec::dtype::f32, {static_cast<std::int64_t>(n), static_cast<std::int64_t>(n)}, {}}}};
+    const auto write_gram = [&](const std::string& file, std::size_t n,
+                                const std::function<float(std::size_t, std::size_t)>& entry) {
+        values_model gram{{"layers.0.weight",
+            {taskvec::dtype::f32, {static_cast<std::int64_t>(n), static_cast<std::int64_t>(n)}, {}}}};
         for (std::size_t i = 0; i < n * n; ++i) { gram.at("layers.0.weight").values.push_back(entry(i / n, i % n)); }
         write_values(m.folder / file, gram);
     };
-    write_gram("skew.safetensors", 31, [](std::size_t i, std::size_t j) { return i == j ? 2.0f : i < j ? 0.5f : 0.25f; });
+    write_gram("skew.safetensors", 31, [](std::size_t i, std::size_t j) {
+        return i == j ? 2.0f : i < j ? 0.5f : 0.25f;
+    });
     write_gram("short.safetensors", 30, [](std::size_t i, std::size_t j) { return i == j ? 2.0f : 0.0f; });
     write_gram("singular.safetensors", 31, [](std::size_t, std::size_t) { return 1.0f; });
     m.write_gram("stranger.safetensors", "elsewhere.weight", 1, "");
@@ -356,10 +393,12 @@ TEST_CASE("statistics that are wrong: one line that names what is, and the old o
     const auto names = m.folder.names();
 
     const auto fishers = [](const char* second) {
-        return std::vector<std::string>{"--fisher", "a.fisher.safetensors", "--fisher", second, "--fisher", "c.fisher.safetensors"};
+        return std::vector<std::string>{
+            "--fisher", "a.fisher.safetensors", "--fisher", second, "--fisher", "c.fisher.safetensors"};
     };
     const auto grams = [](const char* second) {
-        return std::vector<std::string>{"--gram", "a.gram.safetensors", "--gram", second, "--gram", "c.gram.safetensors"};
+        return std::vector<std::string>{
+            "--gram", "a.gram.safetensors", "--gram", second, "--gram", "c.gram.safetensors"};
     };
     struct bad {
         std::string method;
@@ -368,13 +407,15 @@ TEST_CASE("statistics that are wrong: one line that names what is, and the old o
         int code = 1;
         std::size_t tasks = 3;
     };
-    const std::vector<std::string> same_singular{"--gram", "singular.safetensors", "--gram", "singular.safetensors", "--gram", "singular.safetensors"};
+    const std::vector<std::string> same_singular{
+        "--gram", "singular.safetensors", "--gram", "singular.safetensors", "--gram", "singular.safetensors"};
     const std::vector<bad> cases{
         {"fisher", fishers("negative.safetensors"), {"negative.safetensors", "'layers.0.weight'", "-0.5", "7"}},
         {"fisher", fishers("nan.safetensors"), {"nan.safetensors", "'layers.0.weight'", "NaN", "7"}},
         {"fisher", fishers("lacks.safetensors"), {"lacks.safetensors", "'scale'", "missing"}},
         {"fisher", fishers("shape.safetensors"), {"shape.safetensors", "[31, 17]", "[17, 31]"}},
-        {"fisher", fishers("c.fisher.safetensors"), {"c.fisher.safetensors", "another model", "b.safetensors", "fingerprint"}},
+        {"fisher", fishers("c.fisher.safetensors"),
+            {"c.fisher.safetensors", "another model", "b.safetensors", "fingerprint"}},
         {"fisher", fishers("b.gram.safetensors"), {"b.gram.safetensors", "gram", "Fisher"}},
         {"fisher", fishers("absent"), {"absent", "No such file"}},
         {"fisher", join(three_fishers, {"--floor", "-1"}), {"floor", "-1"}},
@@ -411,7 +452,8 @@ TEST_CASE("statistics that are wrong: one line that names what is, and the old o
         CHECK(m.folder.names() == names);
         // A dry run finds all of it but what only the values say.
         const bool in_values = std::any_of(arguments.begin(), arguments.end(), [](const std::string& argument) {
-            return argument == "negative.safetensors" || argument == "nan.safetensors" || argument == "skew.safetensors" || argument == "singular.safetensors";
+            return argument == "negative.safetensors" || argument == "nan.safetensors" || argument == "skew.safetensors"
+                || argument == "singular.safetensors";
         });
         CHECK(m.merge(method, join(arguments, {"--dry-run"}), tasks).code == (in_values ? 0 : code));
     }

@@ -36,14 +36,28 @@ TEST_CASE("prune and apply equal plain loops")
 {
     const models m;
     for (const std::string density : {"0.1", "0.01", "1", "0.0001"}) {
+        REQUIRE(run(m.folder,
+                    {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--density", density,
+                        "--out", "d.safetensors"})
+                    .code
+            == 0);
         REQUIRE(
-            run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--density", density, "--out", "d.safetensors"}).code == 0);
-        REQUIRE(run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d.safetensors", "--out", "o.safetensors"}).code == 0);
+            run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d.safetensors", "--out", "o.safetensors"})
+                .code
+            == 0);
         CHECK(same(read_values(m.folder / "o.safetensors"), pruned(m.base, m.first, std::stod(density))));
-        REQUIRE(run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d.safetensors", "--scale", "-0.5", "--out", "o.safetensors"}).code == 0);
+        REQUIRE(run(m.folder,
+                    {"apply", "--base", "base.safetensors", "--delta", "d.safetensors", "--scale", "-0.5", "--out",
+                        "o.safetensors"})
+                    .code
+            == 0);
         CHECK(same(read_values(m.folder / "o.safetensors"), pruned(m.base, m.first, std::stod(density), -0.5f)));
     }
-    REQUIRE(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "default", "--report", "r.json"}).code == 0);
+    REQUIRE(run(m.folder,
+                {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "default", "--report",
+                    "r.json"})
+                .code
+        == 0);
     CHECK(taskvec::kept(taskvec::read_delta(m.folder / "default").tensors) == 471); // floor(0.1 * 4719)
     const auto report = nlohmann::json::parse(slurp(m.folder / "r.json"));
     CHECK(report["tasks"][0]["kept"] == 471);
@@ -56,13 +70,19 @@ TEST_CASE("prune and apply equal plain loops")
 TEST_CASE("apply works in place, into a directory and into shards")
 {
     const models m;
-    REQUIRE(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}).code == 0);
+    REQUIRE(
+        run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}).code == 0);
     const auto expected = pruned(m.base, m.first, 0.1);
-    REQUIRE(run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d", "--out", "sharded", "--shard-size", "3000"}).code == 0);
+    REQUIRE(run(m.folder,
+                {"apply", "--base", "base.safetensors", "--delta", "d", "--out", "sharded", "--shard-size", "3000"})
+                .code
+        == 0);
     CHECK(std::filesystem::exists(m.folder / "sharded/model.safetensors.index.json"));
-    REQUIRE(run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d", "--out", "base.safetensors"}).code == 0);
+    REQUIRE(
+        run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d", "--out", "base.safetensors"}).code == 0);
     CHECK(same(read_values(m.folder / "base.safetensors"), expected));
-    const auto again = run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d", "--out", "base.safetensors"});
+    const auto again =
+        run(m.folder, {"apply", "--base", "base.safetensors", "--delta", "d", "--out", "base.safetensors"});
     CHECK(again.code == 1); // the base is no longer the one that the delta was made for
     CHECK(again.err.find("fingerprint") != std::string::npos);
     CHECK(same(read_values(m.folder / "base.safetensors"), expected));
@@ -73,22 +93,32 @@ TEST_CASE("peru-fft: the merge, and for each task what prune makes of it")
     const models m;
     for (const std::string method : {"task-arithmetic", "ties", "average"}) {
         const auto result = run(m.folder,
-            {"peru-fft", "--method", method, "--base", "base.safetensors", "--task", "first.safetensors", "--task", "second.safetensors", "--density", "0.05",
-                "--out", "reuse", "--report", "r.json"});
+            {"peru-fft", "--method", method, "--base", "base.safetensors", "--task", "first.safetensors", "--task",
+                "second.safetensors", "--density", "0.05", "--out", "reuse", "--report", "r.json"});
         CAPTURE(result.err);
         REQUIRE(result.code == 0);
-        CHECK(scratch::names_in(m.folder / "reuse") == std::set<std::string>{"first.delta.safetensors", "merged.safetensors", "second.delta.safetensors"});
-        REQUIRE(
-            run(m.folder,
-                {"merge", "--method", method, "--base", "base.safetensors", "--task", "first.safetensors", "--task", "second.safetensors", "--out", "merged"})
-                .code
+        CHECK(scratch::names_in(m.folder / "reuse")
+            == std::set<std::string>{"first.delta.safetensors", "merged.safetensors", "second.delta.safetensors"});
+        REQUIRE(run(m.folder,
+                    {"merge", "--method", method, "--base", "base.safetensors", "--task", "first.safetensors", "--task",
+                        "second.safetensors", "--out", "merged"})
+                    .code
             == 0);
         CHECK(slurp(m.folder / "reuse/merged.safetensors") == slurp(m.folder / "merged"));
         const auto merged = read_values(m.folder / "merged");
-        for (const auto& [name, task] : std::map<std::string, const values_model*>{{"first", &m.first}, {"second", &m.second}}) {
-            REQUIRE(run(m.folder, {"prune", "--base", "merged", "--task", name + ".safetensors", "--density", "0.05", "--out", "d"}).code == 0);
+        for (const auto& [name, task] :
+            std::map<std::string, const values_model*>{{"first", &m.first}, {"second", &m.second}}) {
+            REQUIRE(
+                run(m.folder,
+                    {"prune", "--base", "merged", "--task", name + ".safetensors", "--density", "0.05", "--out", "d"})
+                    .code
+                == 0);
             CHECK(slurp(m.folder / "d") == slurp(m.folder / ("reuse/" + name + ".delta.safetensors")));
-            REQUIRE(run(m.folder, {"apply", "--base", "reuse/merged.safetensors", "--delta", "reuse/" + name + ".delta.safetensors", "--out", "o"}).code == 0);
+            REQUIRE(run(m.folder,
+                        {"apply", "--base", "reuse/merged.safetensors", "--delta",
+                            "reuse/" + name + ".delta.safetensors", "--out", "o"})
+                        .code
+                == 0);
             CHECK(same(read_values(m.folder / "o"), pruned(merged, *task, 0.05)));
         }
         const auto report = nlohmann::json::parse(slurp(m.folder / "r.json"));
@@ -96,12 +126,15 @@ TEST_CASE("peru-fft: the merge, and for each task what prune makes of it")
         CHECK(report["parameters"] == 4719 + 2 * 235);
     }
     // --density is the residual's, --merge-density the merge's.
-    REQUIRE(
-        run(m.folder, {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--merge-density", "0.7", "--out", "r2"})
-            .code
+    REQUIRE(run(m.folder,
+                {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors",
+                    "--merge-density", "0.7", "--out", "r2"})
+                .code
         == 0);
-    REQUIRE(
-        run(m.folder, {"merge", "--method", "ties", "--density", "0.7", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "merged"}).code
+    REQUIRE(run(m.folder,
+                {"merge", "--method", "ties", "--density", "0.7", "--base", "base.safetensors", "--task",
+                    "first.safetensors", "--out", "merged"})
+                .code
         == 0);
     CHECK(slurp(m.folder / "r2/merged.safetensors") == slurp(m.folder / "merged"));
     CHECK(taskvec::kept(taskvec::read_delta(m.folder / "r2/first.delta.safetensors").tensors) == 471);
@@ -110,7 +143,8 @@ TEST_CASE("peru-fft: the merge, and for each task what prune makes of it")
 TEST_CASE("bad deltas and bad options: one line, exit code 1, nothing written")
 {
     const models m;
-    REQUIRE(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}).code == 0);
+    REQUIRE(
+        run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}).code == 0);
     auto damaged = slurp(m.folder / "d");
     spill(m.folder / "short", damaged.substr(0, damaged.size() - 1));
     auto nan = m.base;
@@ -124,13 +158,19 @@ TEST_CASE("bad deltas and bad options: one line, exit code 1, nothing written")
         {{"apply", "--base", "base.safetensors", "--delta", "absent", "--out", "o"}, "absent"},
         {{"apply", "--base", "base.safetensors", "--delta", "d", "--scale", "nan", "--out", "o"}, "--scale"},
         {{"prune", "--base", "base.safetensors", "--task", "nan.safetensors", "--out", "o"}, "'scale'"},
-        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--density", "0", "--out", "o"}, "--density is 0"},
-        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "base.safetensors"}, "only a model may replace it"},
-        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "first.safetensors"}, "only a model may replace it"},
-        {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "nan.safetensors", "--out", "o"}, "'scale'"},
-        {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--merge-density", "7", "--out", "o"},
+        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--density", "0", "--out", "o"},
+            "--density is 0"},
+        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "base.safetensors"},
+            "only a model may replace it"},
+        {{"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "first.safetensors"},
+            "only a model may replace it"},
+        {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "nan.safetensors", "--out", "o"},
+            "'scale'"},
+        {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors",
+             "--merge-density", "7", "--out", "o"},
             "--merge-density is 7"},
-        {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}, "d"},
+        {{"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"},
+            "d"},
     };
     const auto base = slurp(m.folder / "base.safetensors");
     for (const auto& [arguments, part] : cases) {
@@ -148,8 +188,15 @@ TEST_CASE("dry runs write nothing")
 {
     const models m;
     const auto names = m.folder.names();
-    CHECK(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d", "--dry-run"}).code == 0);
-    CHECK(run(m.folder, {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "o", "--dry-run"}).code == 0);
+    CHECK(
+        run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d", "--dry-run"})
+            .code
+        == 0);
+    CHECK(run(m.folder,
+              {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "first.safetensors", "--out",
+                  "o", "--dry-run"})
+              .code
+        == 0);
     CHECK(m.folder.names() == names);
 }
 
@@ -178,8 +225,11 @@ TEST_CASE("values of a delta are what its base adds them in, whatever the task s
     CHECK(std::holds_alternative<taskvec::sparse_vector<double>>(taskvec::read_delta(folder / "back").tensors.at("w")));
     REQUIRE(run(folder, {"apply", "--base", "task", "--delta", "back", "--out", "o"}).code == 0);
     // What a merge stores narrower than its tasks can be served too.
-    REQUIRE(run(folder, {"peru-fft", "--method", "average", "--task", "task", "--dtype", "bf16", "--out", "p"}).code == 0);
-    CHECK(run(folder, {"apply", "--base", "p/merged.safetensors", "--delta", "p/task.delta.safetensors", "--out", "o"}).code == 0);
+    REQUIRE(
+        run(folder, {"peru-fft", "--method", "average", "--task", "task", "--dtype", "bf16", "--out", "p"}).code == 0);
+    CHECK(run(folder, {"apply", "--base", "p/merged.safetensors", "--delta", "p/task.delta.safetensors", "--out", "o"})
+              .code
+        == 0);
 }
 
 TEST_CASE("a task that lacks a tensor is served with the base's")
@@ -189,13 +239,18 @@ TEST_CASE("a task that lacks a tensor is served with the base's")
     lacking.erase("layers.0.weight");
     write_values(m.folder / "lacking.safetensors", lacking);
     REQUIRE(run(m.folder,
-                {"peru-fft", "--method", "task-arithmetic", "--missing", "base", "--density", "1", "--base", "base.safetensors", "--task",
-                    "lacking.safetensors", "--task", "second.safetensors", "--out", "p"})
+                {"peru-fft", "--method", "task-arithmetic", "--missing", "base", "--density", "1", "--base",
+                    "base.safetensors", "--task", "lacking.safetensors", "--task", "second.safetensors", "--out", "p"})
                 .code
         == 0);
-    REQUIRE(run(m.folder, {"apply", "--base", "p/merged.safetensors", "--delta", "p/lacking.delta.safetensors", "--out", "o"}).code == 0);
+    REQUIRE(run(m.folder,
+                {"apply", "--base", "p/merged.safetensors", "--delta", "p/lacking.delta.safetensors", "--out", "o"})
+                .code
+        == 0);
     const auto served = read_values(m.folder / "o").at("layers.0.weight").values;
-    for (std::size_t i = 0; i < served.size(); ++i) { CHECK(served[i] == doctest::Approx(m.base.at("layers.0.weight").values[i])); }
+    for (std::size_t i = 0; i < served.size(); ++i) {
+        CHECK(served[i] == doctest::Approx(m.base.at("layers.0.weight").values[i]));
+    }
 }
 
 TEST_CASE("apply refuses NaN and infinity in the delta and in the base, unless they shall propagate")
@@ -204,11 +259,19 @@ TEST_CASE("apply refuses NaN and infinity in the delta and in the base, unless t
     auto bad = m.first;
     bad["layers.1.weight"].values[70] = std::numeric_limits<float>::quiet_NaN();
     write_values(m.folder / "bad.safetensors", bad);
-    REQUIRE(run(m.folder, {"prune", "--base", "base.safetensors", "--task", "bad.safetensors", "--nonfinite", "propagate", "--density", "1", "--out", "d"}).code
+    REQUIRE(run(m.folder,
+                {"prune", "--base", "base.safetensors", "--task", "bad.safetensors", "--nonfinite", "propagate",
+                    "--density", "1", "--out", "d"})
+                .code
         == 0);
-    REQUIRE(run(m.folder, {"prune", "--base", "bad.safetensors", "--task", "first.safetensors", "--nonfinite", "propagate", "--out", "e"}).code == 0);
+    REQUIRE(run(m.folder,
+                {"prune", "--base", "bad.safetensors", "--task", "first.safetensors", "--nonfinite", "propagate",
+                    "--out", "e"})
+                .code
+        == 0);
     const auto names = m.folder.names();
-    for (const auto& [base, delta] : std::map<std::string, std::string>{{"base.safetensors", "d"}, {"bad.safetensors", "e"}}) {
+    for (const auto& [base, delta] :
+        std::map<std::string, std::string>{{"base.safetensors", "d"}, {"bad.safetensors", "e"}}) {
         const auto refused = run(m.folder, {"apply", "--base", base, "--delta", delta, "--out", "o"});
         CAPTURE(refused.err);
         CHECK(refused.code == 1);
@@ -216,7 +279,9 @@ TEST_CASE("apply refuses NaN and infinity in the delta and in the base, unless t
         CHECK(refused.err.find("'layers.1.weight'") != std::string::npos);
         CHECK(refused.err.find("index 70") != std::string::npos);
         CHECK(m.folder.names() == names);
-        REQUIRE(run(m.folder, {"apply", "--base", base, "--delta", delta, "--nonfinite", "propagate", "--out", "o"}).code == 0);
+        REQUIRE(
+            run(m.folder, {"apply", "--base", base, "--delta", delta, "--nonfinite", "propagate", "--out", "o"}).code
+            == 0);
         CHECK(std::isnan(read_values(m.folder / "o").at("layers.1.weight").values[70]));
         std::filesystem::remove(m.folder / "o");
     }

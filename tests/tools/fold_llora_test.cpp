@@ -19,7 +19,8 @@ taskvec::matrix<float> random_factor(std::size_t rows, std::size_t cols, std::ui
     return x;
 }
 
-taskvec::peft_adapter<float> adapter(std::size_t rank, std::uint64_t seed, float b_of_q, float b_of_v, double scaling = 2)
+taskvec::peft_adapter<float> adapter(
+    std::size_t rank, std::uint64_t seed, float b_of_q, float b_of_v, double scaling = 2)
 {
     taskvec::peft_adapter<float> made;
     made.updates["layers.0.q"] = {random_factor(6, rank, seed, b_of_q), random_factor(rank, 5, seed + 1), scaling};
@@ -28,7 +29,8 @@ taskvec::peft_adapter<float> adapter(std::size_t rank, std::uint64_t seed, float
 }
 
 /// scaling·(B0·A0 + B0·ΔA + ΔB·A0)
-double linearized(const taskvec::lora_update<float>& from, const taskvec::lora_update<float>& to, std::size_t i, std::size_t j)
+double linearized(
+    const taskvec::lora_update<float>& from, const taskvec::lora_update<float>& to, std::size_t i, std::size_t j)
 {
     double sum = 0;
     for (std::size_t k = 0; k < from.rank(); ++k) {
@@ -70,7 +72,9 @@ TEST_CASE("fold-llora writes the plain adapter that computes the same; rank r wh
     for (const auto& [name, update] : folded.updates) {
         for (std::size_t i = 0; i < update.out(); ++i) {
             for (std::size_t j = 0; j < update.in(); ++j) {
-                CHECK(product(update, i, j) == doctest::Approx(linearized(initial.updates.at(name), tuned.updates.at(name), i, j)).epsilon(1e-5));
+                CHECK(product(update, i, j)
+                    == doctest::Approx(linearized(initial.updates.at(name), tuned.updates.at(name), i, j))
+                        .epsilon(1e-5));
             }
         }
     }
@@ -146,13 +150,18 @@ TEST_CASE("fold-llora and merge-lora --space phi take one scaling for one, howev
     for (const double alpha : {0.5, 11.0, 0.3}) { // of these, some α/√5·5/5 is α/√5 in the last bit and some is not
         config["lora_alpha"] = alpha;
         spill(folder / "init/adapter_config.json", config.dump());
-        const auto phi = run(folder, {"merge-lora", "--space", "phi", "--init", "init", "--adapter", "init", "--adapter", "init", "--out", "task"});
+        const auto phi = run(folder,
+            {"merge-lora", "--space", "phi", "--init", "init", "--adapter", "init", "--adapter", "init", "--out",
+                "task"});
         CAPTURE(phi.err);
         REQUIRE(phi.code == 0);
-        const auto again = run(folder, {"merge-lora", "--space", "phi", "--init", "init", "--adapter", "init", "--adapter", "task", "--out", "again"});
+        const auto again = run(folder,
+            {"merge-lora", "--space", "phi", "--init", "init", "--adapter", "init", "--adapter", "task", "--out",
+                "again"});
         CAPTURE(again.err);
         CHECK(again.code == 0);
-        const auto factors = run(folder, {"merge-lora", "--method", "average-factors", "--adapter", "init", "--adapter", "task", "--out", "again"});
+        const auto factors = run(folder,
+            {"merge-lora", "--method", "average-factors", "--adapter", "init", "--adapter", "task", "--out", "again"});
         CAPTURE(factors.err);
         CHECK(factors.code == 0);
         const auto folded = run(folder, fold);

@@ -13,9 +13,10 @@ TEST_CASE("inspect lists tensors, totals and metadata")
     const auto result = run(folder, {"inspect", "m.safetensors"});
     CHECK(result.code == 0);
     CHECK(result.err.empty());
-    for (const char* part :
-        {"layers.1.weight  BF16   [64, 65]  8,320\n", "layers.0.bias    F16    [31]         62\n", "scale            F32    []            4\n",
-            "5 tensors, 4,719 elements, 10,494 bytes (10.5 kB) in 1 file\n", "  format: pt\n", "  note: line\\x0abreak\n"}) {
+    for (const char* part : {"layers.1.weight  BF16   [64, 65]  8,320\n", "layers.0.bias    F16    [31]         62\n",
+             "scale            F32    []            4\n",
+             "5 tensors, 4,719 elements, 10,494 bytes (10.5 kB) in 1 file\n", "  format: pt\n",
+             "  note: line\\x0abreak\n"}) {
         CAPTURE(result.out);
         CHECK(result.out.find(part) != std::string::npos);
     }
@@ -29,7 +30,8 @@ TEST_CASE("inspect --json is what scripts rely on")
     CHECK(result.code == 0);
     const auto json = nlohmann::json::parse(result.out);
     REQUIRE(json["tensors"].size() == 5);
-    CHECK(json["tensors"][2] == nlohmann::json{{"name", "layers.1.weight"}, {"dtype", "BF16"}, {"shape", {64, 65}}, {"bytes", 8320}});
+    CHECK(json["tensors"][2]
+        == nlohmann::json{{"name", "layers.1.weight"}, {"dtype", "BF16"}, {"shape", {64, 65}}, {"bytes", 8320}});
     CHECK(json["tensors"][3]["shape"].size() == 0);
     CHECK(json["metadata"] == nlohmann::json{{"format", "pt"}, {"note", "line\nbreak"}});
     spill(folder / "e.safetensors", safetensors_bytes("{}"));
@@ -42,7 +44,8 @@ TEST_CASE("inspect refuses what is malformed with one line and exit code 1")
     const scratch folder;
     spill(folder / "short", "abc");
     spill(folder / "text", "this is a text file, not a model");
-    spill(folder / "hole.safetensors", safetensors_bytes(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}})", "ab"));
+    spill(folder / "hole.safetensors",
+        safetensors_bytes(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}})", "ab"));
     spill(folder / "two\nlines", safetensors_bytes(R"({"a\nb":{"dtype":"U9","shape":[1],"data_offsets":[0,1]}})", "a"));
     std::filesystem::create_directory(folder / "empty");
     for (const char* name : {"short", "text", "hole.safetensors", "two\nlines", "empty", "missing", "/dev/null"}) {
@@ -52,14 +55,16 @@ TEST_CASE("inspect refuses what is malformed with one line and exit code 1")
         CHECK(is_error_line(result.err));
         CHECK(result.out.empty());
     }
-    CHECK(run(folder, {"inspect", "hole.safetensors"}).err.find("tensor 'a' begins at byte 1 of the buffer; expected 0") != std::string::npos);
+    CHECK(run(folder, {"inspect", "hole.safetensors"}).err.find("tensor 'a' begins at byte 1 of the buffer; expected 0")
+        != std::string::npos);
 }
 
 TEST_CASE("a full standard output is an error")
 {
     const scratch folder;
     write_values(folder / "m.safetensors", sample_base());
-    const auto command = std::string(TASKVEC_TOOL) + " inspect '" + (folder / "m.safetensors").string() + "' > /dev/full 2> /dev/null";
+    const auto command =
+        std::string(TASKVEC_TOOL) + " inspect '" + (folder / "m.safetensors").string() + "' > /dev/full 2> /dev/null";
     const int status = std::system(command.c_str());
     CHECK(WEXITSTATUS(status) == 1);
 }
@@ -84,11 +89,13 @@ TEST_CASE("wrong usage is exit code 2: a line that says what is wrong, with the 
 {
     const scratch folder;
     write_values(folder / "m.safetensors", sample_base());
-    const std::vector<std::vector<std::string>> wrong{{}, {"nonsense"}, {"inspect"}, {"inspect", "m.safetensors", "extra"},
-        {"inspect", "--nonsense", "m.safetensors"}, {"merge"}, {"merge", "--method", "ties", "--task", "m.safetensors", "--out", "o"},
+    const std::vector<std::vector<std::string>> wrong{{}, {"nonsense"}, {"inspect"},
+        {"inspect", "m.safetensors", "extra"}, {"inspect", "--nonsense", "m.safetensors"}, {"merge"},
+        {"merge", "--method", "ties", "--task", "m.safetensors", "--out", "o"},
         {"merge", "--method", "ties", "--base", "m.safetensors", "--out", "o"},
         {"merge", "--method", "nonsense", "--base", "m.safetensors", "--task", "m.safetensors", "--out", "o"},
-        {"merge", "--method", "average", "--task", "m.safetensors"}, {"merge", "--method", "average", "--task", "=2", "--out", "o"},
+        {"merge", "--method", "average", "--task", "m.safetensors"},
+        {"merge", "--method", "average", "--task", "=2", "--out", "o"},
         {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--lambda", "much"},
         {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--scope", "world"},
         {"merge", "--method", "average", "--task", "m.safetensors", "--out", "o", "--dtype", "f8"},
@@ -122,11 +129,13 @@ TEST_CASE("a word that is no verb is named")
 TEST_CASE("names from files reach the terminal harmless")
 {
     const scratch folder;
-    spill(
-        folder / "m.safetensors", safetensors_bytes("{\"a\\u001b[31m\xc2\x9b\xe2\x80\xae\xce\xa9\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}}"));
+    spill(folder / "m.safetensors",
+        safetensors_bytes(
+            "{\"a\\u001b[31m\xc2\x9b\xe2\x80\xae\xce\xa9\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}}"));
     const auto table = run(folder, {"inspect", "m.safetensors"});
     REQUIRE(table.code == 0);
-    CHECK(table.out.find("a\\x1b[31m\\xc2\\x9b\\xe2\\x80\\xae\xce\xa9 ") != std::string::npos); // an escape, a C1 control, a turn of direction; then an omega
+    CHECK(table.out.find("a\\x1b[31m\\xc2\\x9b\\xe2\\x80\\xae\xce\xa9 ")
+        != std::string::npos); // an escape, a C1 control, a turn of direction; then an omega
     const auto bytes = run(folder, {"inspect", "no\xff\xc3(.safetensors"});
     CHECK(bytes.code == 1);
     CHECK(bytes.err.starts_with("taskvec: error: no\\xff\\xc3(.safetensors: "));

@@ -18,7 +18,8 @@ void write_zeros(const std::filesystem::path& path, std::int64_t elements)
 
 std::vector<std::string> merge_arguments()
 {
-    return {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "out.safetensors", "--threads", "1"};
+    return {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out",
+        "out.safetensors", "--threads", "1"};
 }
 
 bool temporary_exists(const scratch& folder)
@@ -44,7 +45,9 @@ TEST_CASE("killed at any moment, the tool leaves the old output or the new one")
         tool.send(SIGKILL);
         tool.wait();
         const auto now = slurp(folder / "out.safetensors");
-        if (now != old) { CHECK(taskvec::safetensors_file(folder / "out.safetensors").model()[0].tensor.size() == 4'000'000); }
+        if (now != old) {
+            CHECK(taskvec::safetensors_file(folder / "out.safetensors").model()[0].tensor.size() == 4'000'000);
+        }
         spill(folder / "out.safetensors", old);
     }
 }
@@ -98,7 +101,8 @@ TEST_CASE("a directory that was made for the output goes when an input shrinks")
     for (int round = 0; round < 5 && seen == 0; ++round) {
         write_zeros(folder / "a.safetensors", 40'000'000);
         process tool(folder,
-            {"peru-fft", "--method", "task-arithmetic", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "new/reuse", "--threads", "1"});
+            {"peru-fft", "--method", "task-arithmetic", "--base", "base.safetensors", "--task", "a.safetensors",
+                "--out", "new/reuse", "--threads", "1"});
         while (!std::filesystem::exists(folder / "new") && !tool.ended()) { ::usleep(200); }
         std::filesystem::resize_file(folder / "a.safetensors", 4096);
         const auto result = tool.wait();

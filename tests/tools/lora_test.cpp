@@ -38,7 +38,8 @@ adapter three_layers(std::uint64_t seed = 1)
     return made;
 }
 
-/// The updates of an adapter directory, dense, by the rules of its configuration and no code of the library but the file reader.
+/// The updates of an adapter directory, dense, by the rules of its configuration and no code of the library but the
+/// file reader.
 std::map<std::string, plain_matrix> dense_updates(const std::filesystem::path& directory)
 {
     const auto config = config_of(directory);
@@ -49,14 +50,18 @@ std::map<std::string, plain_matrix> dense_updates(const std::filesystem::path& d
         if (!name.ends_with(a_end)) { continue; }
         const auto module = name.substr(prefix.size(), name.size() - prefix.size() - a_end.size());
         const auto& b = tensors.at(prefix + module + b_end);
-        const auto out = static_cast<std::size_t>(b.shape[0]), rank = static_cast<std::size_t>(b.shape[1]), in = static_cast<std::size_t>(a.shape[1]);
+        const auto out = static_cast<std::size_t>(b.shape[0]), rank = static_cast<std::size_t>(b.shape[1]),
+                   in = static_cast<std::size_t>(a.shape[1]);
         REQUIRE(a.shape[0] == b.shape[1]);
         CHECK(config["rank_pattern"].value(module, config["r"].get<std::size_t>()) == rank);
-        const double scaling = config["alpha_pattern"].value(module, config["lora_alpha"].get<double>()) / static_cast<double>(rank);
+        const double scaling =
+            config["alpha_pattern"].value(module, config["lora_alpha"].get<double>()) / static_cast<double>(rank);
         auto& x = updates[module] = reference::zeros(out, in);
         for (std::size_t i = 0; i < out; ++i) {
             for (std::size_t j = 0; j < in; ++j) {
-                for (std::size_t k = 0; k < rank; ++k) { x[i][j] += scaling * b.values[i * rank + k] * a.values[k * in + j]; }
+                for (std::size_t k = 0; k < rank; ++k) {
+                    x[i][j] += scaling * b.values[i * rank + k] * a.values[k * in + j];
+                }
             }
         }
     }
@@ -74,7 +79,8 @@ double tail(const plain_matrix& x, std::size_t q)
     return std::sqrt(sum);
 }
 
-void check_close(const std::map<std::string, plain_matrix>& found, const std::map<std::string, plain_matrix>& expected, double tolerance = 1e-5)
+void check_close(const std::map<std::string, plain_matrix>& found, const std::map<std::string, plain_matrix>& expected,
+    double tolerance = 1e-5)
 {
     REQUIRE(found.size() == expected.size());
     for (const auto& [name, x] : expected) {
@@ -104,7 +110,8 @@ void refused(const scratch& folder, const std::vector<std::string>& arguments, i
 }
 
 const std::vector<std::string> peru{"peru-lora", "--adapter", "task", "--out", "out"};
-const std::vector<std::string> extract{"extract-lora", "--base", "base.safetensors", "--task", "task.safetensors", "--out", "out"};
+const std::vector<std::string> extract{
+    "extract-lora", "--base", "base.safetensors", "--task", "task.safetensors", "--out", "out"};
 const std::vector<std::string> merge_two{"merge-lora", "--adapter", "a", "--adapter", "b", "--out", "out"};
 
 void write_pair(const scratch& folder)
@@ -113,11 +120,14 @@ void write_pair(const scratch& folder)
     taskvec::write_peft(folder / "b", three_layers(20));
 }
 
-values_tensor tensor(std::int64_t rows, std::int64_t cols, std::uint64_t seed, taskvec::dtype type = taskvec::dtype::f32, float scale = 1)
+values_tensor tensor(std::int64_t rows, std::int64_t cols, std::uint64_t seed,
+    taskvec::dtype type = taskvec::dtype::f32, float scale = 1)
 {
     values_tensor x{type, {rows, cols}, {}};
     const taskvec::random_stream stream(seed, 0);
-    for (std::size_t i = 0; i < taskvec::element_count(x.shape); ++i) { x.values.push_back(rounded(type, scale * static_cast<float>(stream.normal(i)))); }
+    for (std::size_t i = 0; i < taskvec::element_count(x.shape); ++i) {
+        x.values.push_back(rounded(type, scale * static_cast<float>(stream.normal(i))));
+    }
     return x;
 }
 
@@ -125,15 +135,18 @@ plain_matrix difference(const values_tensor& a, const values_tensor& b)
 {
     const auto rows = static_cast<std::size_t>(a.shape[0]), cols = static_cast<std::size_t>(a.shape[1]);
     auto x = reference::zeros(rows, cols);
-    for (std::size_t i = 0; i < rows * cols; ++i) { x[i / cols][i % cols] = static_cast<double>(a.values[i]) - static_cast<double>(b.values[i]); }
+    for (std::size_t i = 0; i < rows * cols; ++i) {
+        x[i / cols][i % cols] = static_cast<double>(a.values[i]) - static_cast<double>(b.values[i]);
+    }
     return x;
 }
 
 /// A base and a task that differ in two matrices, a bias and a table whose name does not end in ".weight".
 std::pair<values_model, values_model> two_models()
 {
-    values_model base{{"layers.0.weight", tensor(20, 30, 1)}, {"layers.1.weight", tensor(12, 10, 2)}, {"layers.2.weight", tensor(5, 5, 3)},
-        {"layers.0.bias", {taskvec::dtype::f32, {20}, std::vector<float>(20, 1)}}, {"table", tensor(4, 4, 4)}};
+    values_model base{{"layers.0.weight", tensor(20, 30, 1)}, {"layers.1.weight", tensor(12, 10, 2)},
+        {"layers.2.weight", tensor(5, 5, 3)}, {"layers.0.bias", {taskvec::dtype::f32, {20}, std::vector<float>(20, 1)}},
+        {"table", tensor(4, 4, 4)}};
     values_model task = base;
     for (const auto* name : {"layers.0.weight", "layers.1.weight"}) {
         const auto noise = tensor(base[name].shape[0], base[name].shape[1], 9, taskvec::dtype::f32, 0.1f);
@@ -152,7 +165,8 @@ std::map<std::string, plain_matrix> changes(const values_model& base, const valu
 
 } // namespace
 
-TEST_CASE("peru-lora writes the best approximation of every layer, keeps layers of smaller rank whole, and reports what was lost")
+TEST_CASE("peru-lora writes the best approximation of every layer, keeps layers of smaller rank whole, and reports "
+          "what was lost")
 {
     const scratch folder;
     taskvec::write_peft(folder / "task", three_layers());
@@ -184,10 +198,13 @@ TEST_CASE("peru-lora writes the best approximation of every layer, keeps layers 
     }
     CHECK(report["relative_error"].get<double>() == doctest::Approx(std::sqrt(error / norm)).epsilon(1e-5));
     CHECK(report["parameters"] == 3 * (9 + 7 + 1) + 3 * (6 + 7 + 1) + 2 * (8 + 8));
-    for (const char* field : {"seconds", "bytes_read", "bytes_written", "peak_memory"}) { CHECK(report[field].get<double>() > 0); }
+    for (const char* field : {"seconds", "bytes_read", "bytes_written", "peak_memory"}) {
+        CHECK(report[field].get<double>() > 0);
+    }
     // Kept whole means bit for bit.
     const auto was = read_values(folder / "task" / weights_file), is = read_values(folder / "out" / weights_file);
-    for (const auto* side : {"base_model.model.layers.1.q.lora_A.weight", "base_model.model.layers.1.q.lora_B.weight"}) {
+    for (const auto* side :
+        {"base_model.model.layers.1.q.lora_A.weight", "base_model.model.layers.1.q.lora_B.weight"}) {
         CHECK(was.at(side).values == is.at(side).values);
     }
 }
@@ -205,7 +222,8 @@ TEST_CASE("peru-lora --energy takes the smallest rank that keeps the share, laye
         const double size = reference::norm(x), allowed = std::sqrt(0.2) * size;
         CHECK(tail(x, rank) <= allowed);
         if (rank > 1) { CHECK(tail(x, rank - 1) > allowed); }
-        CHECK(reference::distance(x, after.at(layer["name"])) == doctest::Approx(tail(x, rank)).epsilon(1e-5).scale(size));
+        CHECK(reference::distance(x, after.at(layer["name"]))
+            == doctest::Approx(tail(x, rank)).epsilon(1e-5).scale(size));
     }
 }
 
@@ -213,7 +231,8 @@ TEST_CASE("peru-lora keeps dtypes, biases and the configuration; --dtype changes
 {
     const scratch folder;
     auto given = three_layers();
-    given.config = {{"bias", "all"}, {"target_modules", "layers\\..*"}, {"lora_dropout", 0.25}, {"use_rslora", true}, {"base_model_name_or_path", "some/base"}};
+    given.config = {{"bias", "all"}, {"target_modules", "layers\\..*"}, {"lora_dropout", 0.25}, {"use_rslora", true},
+        {"base_model_name_or_path", "some/base"}};
     given.others["layers.0.q.bias"] = {taskvec::dtype::f32, {1}, std::vector<std::byte>(4)};
     taskvec::write_peft(folder / "task", given, {.output = taskvec::dtype::bf16});
     REQUIRE(run(folder, with(peru, {"--rank", "1"})).code == 0);
@@ -226,14 +245,16 @@ TEST_CASE("peru-lora keeps dtypes, biases and the configuration; --dtype changes
         CHECK(x.dtype == (name.ends_with("bias") ? taskvec::dtype::f32 : taskvec::dtype::bf16));
     }
     REQUIRE(run(folder, with(peru, {"--rank", "1", "--dtype", "F16"})).code == 0);
-    CHECK(read_values(folder / "out" / weights_file).at("base_model.model.layers.0.q.lora_A.weight").dtype == taskvec::dtype::f16);
+    CHECK(read_values(folder / "out" / weights_file).at("base_model.model.layers.0.q.lora_A.weight").dtype
+        == taskvec::dtype::f16);
 }
 
 TEST_CASE("peru-lora refuses ranks that no layer has, and says the highest; --clamp lowers them")
 {
     const scratch folder;
     taskvec::write_peft(folder / "task", three_layers());
-    refused(folder, with(peru, {"--rank", "5"}), 1, "'task': rank 5 asked for, but the ranks of its layers are at most 4");
+    refused(
+        folder, with(peru, {"--rank", "5"}), 1, "'task': rank 5 asked for, but the ranks of its layers are at most 4");
     refused(folder, with(peru, {"--rank", "0"}), 1, "rank 0");
     refused(folder, with(peru, {"--energy", "0"}), 1, "--energy is 0");
     refused(folder, with(peru, {"--energy", "1.5"}), 1, "--energy is 1.5");
@@ -281,7 +302,9 @@ TEST_CASE("peru-lora refuses by name what is not a sound LoRA adapter")
     attempt(
         [&] {
             configured("bias", "all");
-            stored([&](auto& x) { x["base_model.model.layers.0.q.bias"] = {taskvec::dtype::f32, {2}, {1, std::nanf("")}}; });
+            stored([&](auto& x) {
+                x["base_model.model.layers.0.q.bias"] = {taskvec::dtype::f32, {2}, {1, std::nanf("")}};
+            });
         },
         "tensor 'layers.0.q.bias' holds NaN at entry 1");
     attempt([&] { configured("r", -4); }, "r is -4");
@@ -291,7 +314,8 @@ TEST_CASE("peru-lora refuses by name what is not a sound LoRA adapter")
     attempt([&] { std::filesystem::remove(folder / "task" / config_file); }, config_file);
 }
 
-TEST_CASE("extract-lora: base plus adapter is the fine-tuned weight within the predicted error, which is the best there is")
+TEST_CASE(
+    "extract-lora: base plus adapter is the fine-tuned weight within the predicted error, which is the best there is")
 {
     const scratch folder;
     const auto [base, task] = two_models();
@@ -299,7 +323,8 @@ TEST_CASE("extract-lora: base plus adapter is the fine-tuned weight within the p
     write_values(folder / "task.safetensors", task);
     for (const bool randomized : {false, true}) {
         CAPTURE(randomized);
-        const auto result = run(folder, with(extract, {"--rank", "4", "--report", "r.json", randomized ? "--randomized" : "--quiet"}));
+        const auto result =
+            run(folder, with(extract, {"--rank", "4", "--report", "r.json", randomized ? "--randomized" : "--quiet"}));
         CAPTURE(result.err);
         REQUIRE(result.code == 0);
         CHECK(result.err.find("'layers.0.bias' changed") != std::string::npos);
@@ -344,9 +369,12 @@ TEST_CASE("extract-lora of a change of low rank finds it: extracting undoes appl
     const auto updates = dense_updates(folder / "source");
     values_model base, task;
     for (const auto& [name, x] : updates) {
-        auto& weight = base[name + ".weight"] = tensor(static_cast<std::int64_t>(x.size()), static_cast<std::int64_t>(x[0].size()), 7);
+        auto& weight = base[name + ".weight"] =
+            tensor(static_cast<std::int64_t>(x.size()), static_cast<std::int64_t>(x[0].size()), 7);
         auto& tuned = task[name + ".weight"] = weight;
-        for (std::size_t i = 0; i < weight.values.size(); ++i) { tuned.values[i] += static_cast<float>(x[i / x[0].size()][i % x[0].size()]); }
+        for (std::size_t i = 0; i < weight.values.size(); ++i) {
+            tuned.values[i] += static_cast<float>(x[i / x[0].size()][i % x[0].size()]);
+        }
     }
     write_values(folder / "base.safetensors", base);
     write_values(folder / "task.safetensors", task);
@@ -357,7 +385,9 @@ TEST_CASE("extract-lora of a change of low rank finds it: extracting undoes appl
 TEST_CASE("extract-lora keeps the base's dtype, and --include and --exclude choose tensors")
 {
     const scratch folder;
-    values_model base{{"a.weight", tensor(8, 9, 1, taskvec::dtype::bf16)}, {"b.weight", tensor(8, 9, 2, taskvec::dtype::f16)}}, task = base;
+    values_model base{
+        {"a.weight", tensor(8, 9, 1, taskvec::dtype::bf16)}, {"b.weight", tensor(8, 9, 2, taskvec::dtype::f16)}},
+        task = base;
     for (auto& [name, x] : task) {
         for (auto& value : x.values) { value = rounded(x.dtype, 2 * value); }
     }
@@ -378,14 +408,17 @@ TEST_CASE("extract-lora keeps the base's dtype, and --include and --exclude choo
     refused(folder, with(extract, {"--rank", "2", "--include", "("}), 2, "regular expression");
     task["added.weight"] = tensor(3, 3, 5); // as a head for another task has it
     write_values(folder / "task.safetensors", task);
-    refused(folder, with(extract, {"--rank", "2"}), 1, "'added.weight' of 'task.safetensors' is not in 'base.safetensors'");
+    refused(
+        folder, with(extract, {"--rank", "2"}), 1, "'added.weight' of 'task.safetensors' is not in 'base.safetensors'");
     REQUIRE(run(folder, with(extract, {"--rank", "2", "--include", "^[ab][.]"})).code == 0);
 }
 
 TEST_CASE("extract-lora turns embeddings, and with --fan-in-fan-out all weights, the way that PEFT factors them")
 {
     const scratch folder;
-    values_model base{{"embed_tokens.weight", tensor(11, 4, 1)}, {"own_table.weight", tensor(7, 4, 2)}, {"c_attn.weight", tensor(4, 12, 3)}}, task = base;
+    values_model base{{"embed_tokens.weight", tensor(11, 4, 1)}, {"own_table.weight", tensor(7, 4, 2)},
+        {"c_attn.weight", tensor(4, 12, 3)}},
+        task = base;
     for (auto& [name, x] : task) {
         for (std::size_t i = 0; i < x.values.size(); ++i) { x.values[i] += static_cast<float>(i % 7) - 3; }
     }
@@ -401,7 +434,9 @@ TEST_CASE("extract-lora turns embeddings, and with --fan-in-fan-out all weights,
         const auto made = reference::dense(update);
         REQUIRE(made.size() == change[0].size());
         for (std::size_t i = 0; i < change.size(); ++i) {
-            for (std::size_t j = 0; j < change[0].size(); ++j) { CHECK(made[j][i] == doctest::Approx(change[i][j]).epsilon(1e-4).scale(10)); }
+            for (std::size_t j = 0; j < change[0].size(); ++j) {
+                CHECK(made[j][i] == doctest::Approx(change[i][j]).epsilon(1e-4).scale(10));
+            }
         }
     }
 }
@@ -420,11 +455,14 @@ TEST_CASE("extract-lora refuses models that do not fit, ranks that no layer has,
     attempt([](auto& model) { model.erase("layers.1.weight"); }, "layers.1.weight");
     attempt([](auto& model) { model["layers.9.weight"] = tensor(2, 2, 1); }, "layers.9.weight");
     attempt([](auto& model) { model["layers.1.weight"] = tensor(10, 12, 1); }, "layers.1.weight");
-    attempt([](auto& model) { model["layers.1.weight"].values[7] = std::nanf(""); }, "tensor 'layers.1.weight' of 'task.safetensors' holds NaN at index 7");
-    attempt([](auto& model) { model["layers.0.bias"].values[2] = INFINITY; }, "tensor 'layers.0.bias' of 'task.safetensors' holds infinity at index 2");
+    attempt([](auto& model) { model["layers.1.weight"].values[7] = std::nanf(""); },
+        "tensor 'layers.1.weight' of 'task.safetensors' holds NaN at index 7");
+    attempt([](auto& model) { model["layers.0.bias"].values[2] = INFINITY; },
+        "tensor 'layers.0.bias' of 'task.safetensors' holds infinity at index 2");
     attempt([&base = base](auto& model) { model = base; }, "do not differ");
     write_values(folder / "task.safetensors", task);
-    refused(folder, with(extract, {"--rank", "21"}), 1, "'task.safetensors': rank 21 asked for, but the ranks of its layers are at most 20");
+    refused(folder, with(extract, {"--rank", "21"}), 1,
+        "'task.safetensors': rank 21 asked for, but the ranks of its layers are at most 20");
     refused(folder, with(extract, {"--rank", "2", "--embedding", "("}), 2, "--embedding: '('");
     refused(folder, with(extract, {"--rank", "0"}), 1, "rank 0");
     refused(folder, extract, 2, "--rank");
@@ -432,7 +470,8 @@ TEST_CASE("extract-lora refuses models that do not fit, ranks that no layer has,
     refused(folder, {"extract-lora", "--base", "base.safetensors", "--rank", "1", "--out", "out"}, 2, "--task");
 }
 
-TEST_CASE("merge-lora linear is exact: the weighted sum of the updates, of different ranks and targets, negative weights too")
+TEST_CASE(
+    "merge-lora linear is exact: the weighted sum of the updates, of different ranks and targets, negative weights too")
 {
     const scratch folder;
     auto a = three_layers(1), b = three_layers(20);
@@ -452,7 +491,8 @@ TEST_CASE("merge-lora linear is exact: the weighted sum of the updates, of diffe
         auto& sum = expected.emplace(name, reference::zeros(x.size(), x[0].size())).first->second;
         reference::add(sum, x, 0.5 * -2);
     }
-    const std::vector<std::string> merge{"merge-lora", "--method", "linear", "--adapter", "a=0.75", "--adapter", "b=-2", "--lambda", "0.5", "--out", "out"};
+    const std::vector<std::string> merge{"merge-lora", "--method", "linear", "--adapter", "a=0.75", "--adapter", "b=-2",
+        "--lambda", "0.5", "--out", "out"};
     const auto result = run(folder, with(merge, {"--report", "r.json"}));
     CAPTURE(result.err);
     REQUIRE(result.code == 0);
@@ -462,7 +502,8 @@ TEST_CASE("merge-lora linear is exact: the weighted sum of the updates, of diffe
     CHECK(report["layers"][1]["rank"] == 5); // layers.0.q: 4 and 1
     CHECK(report["relative_error"] == 0);
     CHECK(report["adapters"][1]["weight"] == -2);
-    CHECK(config_of(folder / "out")["target_modules"].size() == 4); // all of them, since no pattern of one adapter names the other's
+    CHECK(config_of(folder / "out")["target_modules"].size()
+        == 4); // all of them, since no pattern of one adapter names the other's
 
     REQUIRE(run(folder, with(merge, {"--rank", "3", "--report", "r.json"})).code == 0);
     const auto found = dense_updates(folder / "out");
@@ -471,7 +512,8 @@ TEST_CASE("merge-lora linear is exact: the weighted sum of the updates, of diffe
         const auto name = layer["name"].get<std::string>();
         CAPTURE(name);
         const auto& x = expected.at(name);
-        CHECK(reference::distance(found.at(name), x) == doctest::Approx(tail(x, 3)).epsilon(1e-5).scale(reference::norm(x)));
+        CHECK(reference::distance(found.at(name), x)
+            == doctest::Approx(tail(x, 3)).epsilon(1e-5).scale(reference::norm(x)));
         CHECK(layer["relative_error"].get<double>() == doctest::Approx(tail(x, 3) / reference::norm(x)).epsilon(1e-5));
         CHECK(layer["rank"] == std::min<std::size_t>(3, layer["rank_before"]));
     }
@@ -487,7 +529,8 @@ TEST_CASE("merge-lora ties merges the dense updates as TIES is defined, and deco
     std::vector<std::vector<float>> tasks(3);
     std::vector<std::size_t> sizes;
     for (std::size_t t = 0; t < 3; ++t) {
-        for (auto& [name, update] : adapters[t].updates) { // whole numbers: the products are exact, with many equal magnitudes
+        for (auto& [name, update] :
+            adapters[t].updates) { // whole numbers: the products are exact, with many equal magnitudes
             update.scaling = 0.5;
             for (auto* factor : {&update.a, &update.b}) {
                 for (std::size_t i = 0; i < factor->size(); ++i) { factor->data()[i] = std::round(factor->data()[i]); }
@@ -505,35 +548,49 @@ TEST_CASE("merge-lora ties merges the dense updates as TIES is defined, and deco
         options.weights = {1, 2, 0.5};
         const auto vector = reference::ties<float>(base, tasks, sizes, options);
         const auto result = run(folder,
-            with({"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b=2", "--adapter", "c=0.5", "--energy", "1", "--out", "out"}, more));
+            with({"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b=2", "--adapter", "c=0.5",
+                     "--energy", "1", "--out", "out"},
+                more));
         CAPTURE(result.err);
         REQUIRE(result.code == 0);
         std::size_t at = 0;
         for (const auto& [name, x] : dense_updates(folder / "out")) {
             for (const auto& row : x) {
-                for (const double value : row) { CHECK(value == doctest::Approx(vector[at++]).epsilon(1e-4).scale(10)); }
+                for (const double value : row) {
+                    CHECK(value == doctest::Approx(vector[at++]).epsilon(1e-4).scale(10));
+                }
             }
         }
         CHECK(at == vector.size());
     };
     attempt({}, {});
-    attempt({"--density", "0.5", "--lambda", "0.7", "--merge-weights", "sum"}, {.density = 0.5, .lambda = 0.7, .combine = taskvec::disjoint_merge::sum});
+    attempt({"--density", "0.5", "--lambda", "0.7", "--merge-weights", "sum"},
+        {.density = 0.5, .lambda = 0.7, .combine = taskvec::disjoint_merge::sum});
     attempt({"--scope", "tensor", "--randomized"}, {.scope = taskvec::scope::tensor});
     attempt({"--semantics", "peft", "--density", "0.4"}, [] {
         auto options = taskvec::ties_options::as_in_peft();
         options.density = 0.4;
         return options;
     }());
-    REQUIRE(run(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--rank", "2", "--out", "out", "--report", "r.json"}).code == 0);
+    REQUIRE(run(folder,
+                {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--rank", "2", "--out", "out",
+                    "--report", "r.json"})
+                .code
+        == 0);
     const auto report = json_of(folder / "r.json");
     for (const auto& layer : report["layers"]) { CHECK(layer["rank"] == 2); }
     refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--out", "o"}, 2, "--rank");
-    refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--out", "o", "--rank", "9"}, 1, "at most 8");
-    refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b=-1", "--out", "o", "--rank", "1"}, 1, "negative");
-    refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--density", "0", "--out", "o", "--rank", "1"}, 1, "--density");
+    refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b", "--out", "o", "--rank", "9"},
+        1, "at most 8");
+    refused(folder,
+        {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b=-1", "--out", "o", "--rank", "1"}, 1,
+        "negative");
+    refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--density", "0", "--out", "o", "--rank", "1"},
+        1, "--density");
 }
 
-TEST_CASE("merge-lora --space phi merges the parameters around the initialisation, and fold-llora makes a plain adapter of the result")
+TEST_CASE("merge-lora --space phi merges the parameters around the initialisation, and fold-llora makes a plain "
+          "adapter of the result")
 {
     const scratch folder;
     const auto init = three_layers(1);
@@ -541,7 +598,8 @@ TEST_CASE("merge-lora --space phi merges the parameters around the initialisatio
     taskvec::write_peft(folder / "init", init);
     taskvec::write_peft(folder / "a", a);
     taskvec::write_peft(folder / "b", b);
-    const std::vector<std::string> merge{"merge-lora", "--space", "phi", "--init", "init", "--adapter", "a=2", "--adapter", "b=-1", "--out", "out"};
+    const std::vector<std::string> merge{
+        "merge-lora", "--space", "phi", "--init", "init", "--adapter", "a=2", "--adapter", "b=-1", "--out", "out"};
     const auto phi0 = read_values(folder / "init" / weights_file), phi_a = read_values(folder / "a" / weights_file),
                phi_b = read_values(folder / "b" / weights_file);
     const auto result = run(folder, with(merge, {"--lambda", "0.25", "--report", "r.json"}));
@@ -552,12 +610,16 @@ TEST_CASE("merge-lora --space phi merges the parameters around the initialisatio
     for (const auto& [name, x] : merged) {
         for (std::size_t i = 0; i < x.values.size(); ++i) {
             const double from = phi0.at(name).values[i];
-            CHECK(x.values[i] == doctest::Approx(from + 0.25 * (2 * (phi_a.at(name).values[i] - from) - (phi_b.at(name).values[i] - from))).epsilon(1e-5));
+            CHECK(x.values[i]
+                == doctest::Approx(
+                    from + 0.25 * (2 * (phi_a.at(name).values[i] - from) - (phi_b.at(name).values[i] - from)))
+                    .epsilon(1e-5));
         }
     }
     CHECK(json_of(folder / "r.json")["layers"][2]["rank"] == 2);
 
-    // Linearized layers add up: the fold of the merged adapter is B0·A0 plus λ times the weighted changes, each to first order.
+    // Linearized layers add up: the fold of the merged adapter is B0·A0 plus λ times the weighted changes, each to
+    // first order.
     REQUIRE(run(folder, {"fold-llora", "--init", "init", "--adapter", "out", "--out", "plain"}).code == 0);
     std::map<std::string, plain_matrix> expected;
     for (const auto& [name, start] : init.updates) {
@@ -579,11 +641,13 @@ TEST_CASE("merge-lora --space phi merges the parameters around the initialisatio
     REQUIRE(run(folder, with(merge, {"--method", "average"})).code == 0);
     for (const auto& [name, x] : read_values(folder / "out" / weights_file)) {
         for (std::size_t i = 0; i < x.values.size(); ++i) {
-            CHECK(x.values[i] == doctest::Approx(2 * phi_a.at(name).values[i] - phi_b.at(name).values[i]).epsilon(1e-5).scale(1));
+            CHECK(x.values[i]
+                == doctest::Approx(2 * phi_a.at(name).values[i] - phi_b.at(name).values[i]).epsilon(1e-5).scale(1));
         }
     }
     REQUIRE(run(folder,
-                {"merge-lora", "--space", "phi", "--init", "init", "--adapter", "a", "--adapter", "b", "--out", "out", "--method", "ties", "--density", "0.5"})
+                {"merge-lora", "--space", "phi", "--init", "init", "--adapter", "a", "--adapter", "b", "--out", "out",
+                    "--method", "ties", "--density", "0.5"})
                 .code
         == 0);
     std::vector<std::vector<float>> tasks(2);
@@ -614,7 +678,10 @@ TEST_CASE("merge-lora averages A and B separately only when asked by that name, 
     REQUIRE(run(folder, with(merge_two, {"--method", "average-factors"})).code == 0);
     for (const auto& [name, x] : read_values(folder / "out" / weights_file)) {
         for (std::size_t i = 0; i < x.values.size(); ++i) {
-            CHECK(x.values[i] == doctest::Approx(0.5 * (static_cast<double>(first.at(name).values[i]) + second.at(name).values[i])).epsilon(1e-5).scale(1));
+            CHECK(x.values[i]
+                == doctest::Approx(0.5 * (static_cast<double>(first.at(name).values[i]) + second.at(name).values[i]))
+                    .epsilon(1e-5)
+                    .scale(1));
         }
     }
     const auto noted = run(folder, with(merge_two, {"--method", "average-factors", "--lambda", "2"}));
@@ -623,14 +690,17 @@ TEST_CASE("merge-lora averages A and B separately only when asked by that name, 
     std::filesystem::remove_all(folder / "out");
     refused(folder, with(merge_two, {"--method", "average"}), 2, "average-factors");
     refused(folder, with(merge_two, {"--method", "average-factors", "--rank", "1"}), 2, "--rank");
-    refused(folder, with(merge_two, {"--method", "average-factors", "--space", "phi", "--init", "a"}), 2, "--method average");
+    refused(folder, with(merge_two, {"--method", "average-factors", "--space", "phi", "--init", "a"}), 2,
+        "--method average");
     refused(folder, with(merge_two, {"--space", "phi"}), 2, "--init");
     refused(folder, with(merge_two, {"--init", "a"}), 2, "--space phi");
     refused(folder, with(merge_two, {"--space", "phi", "--init", "a", "--rank", "2"}), 2, "--rank");
     refused(folder, with(merge_two, {"--method", "mean"}), 2, "--method");
     refused(folder, {"merge-lora", "--adapter", "=2", "--out", "out"}, 2, "--adapter");
     refused(folder, {"merge-lora", "--out", "out"}, 2, "--adapter");
-    refused(folder, {"merge-lora", "--method", "average-factors", "--adapter", "a=1", "--adapter", "b=-1", "--out", "out"}, 1, "sum to 0");
+    refused(folder,
+        {"merge-lora", "--method", "average-factors", "--adapter", "a=1", "--adapter", "b=-1", "--out", "out"}, 1,
+        "sum to 0");
     CHECK(run(folder, {"merge-lora", "--help"}).out.find("Example:") != std::string::npos);
 }
 
@@ -661,14 +731,15 @@ TEST_CASE("merge-lora refuses adapters that do not belong together")
     taskvec::write_peft(folder / "a", a);
     attempt(
         [](adapter& x) {
-            x.others["layers.0.q.base_layer.weight"] = {taskvec::dtype::f32, {9, 7}, std::vector<std::byte>(4 * 9 * 7, std::byte{1})};
+            x.others["layers.0.q.base_layer.weight"] = {
+                taskvec::dtype::f32, {9, 7}, std::vector<std::byte>(4 * 9 * 7, std::byte{1})};
         },
         {}, "different base weights 'layers.0.q.base_layer.weight'");
     attempt([](adapter& x) { x.updates.erase("layers.0.q"); }, {"--method", "average-factors"}, "layers.0.q");
     attempt([](adapter& x) { x.updates["layers.0.q"].scaling = 9; }, {"--method", "average-factors"}, "scaling");
     attempt([](adapter& x) { x.updates.erase("layers.0.q"); }, {"--space", "phi", "--init", "a"}, "layers.0.q");
     attempt([](adapter& x) { x.updates["layers.0.q"].scaling = 9; }, {"--space", "phi", "--init", "a"}, "scaling");
-    attempt([](adapter&) {}, {"--space", "phi", "--init", "none"}, "none");
+    attempt([](adapter&) { }, {"--space", "phi", "--init", "none"}, "none");
     auto other = three_layers(20);
     other.config["base_model_name_or_path"] = "other/base";
     std::filesystem::remove_all(folder / "b");
@@ -689,7 +760,8 @@ TEST_CASE("merge-lora refuses adapters that do not belong together")
     taskvec::write_peft(folder / "c", linear);
     taskvec::write_peft(folder / "d", table);
     std::filesystem::remove_all(folder / "out");
-    refused(folder, {"merge-lora", "--adapter", "b", "--adapter", "c", "--adapter", "d", "--out", "out"}, 1, "'shared' is an embedding");
+    refused(folder, {"merge-lora", "--adapter", "b", "--adapter", "c", "--adapter", "d", "--out", "out"}, 1,
+        "'shared' is an embedding");
 }
 
 TEST_CASE("the adapter verbs compute f64 adapters in f64, whatever the threads")
@@ -702,7 +774,8 @@ TEST_CASE("the adapter verbs compute f64 adapters in f64, whatever the threads")
     const auto bytes = slurp(folder / "out" / weights_file);
     const auto found = taskvec::read_peft<double>(folder / "out");
     CHECK(found.stored.at("layer") == taskvec::dtype::f64);
-    CHECK(reference::distance(reference::dense(found.updates.at("layer")), reference::dense(wide.updates.at("layer"))) < 1e-13);
+    CHECK(reference::distance(reference::dense(found.updates.at("layer")), reference::dense(wide.updates.at("layer")))
+        < 1e-13);
     REQUIRE(run(folder, with(peru, {"--rank", "4", "--threads", "3"})).code == 0);
     CHECK(slurp(folder / "out" / weights_file) == bytes);
 }
@@ -716,8 +789,9 @@ TEST_CASE("the adapter verbs' --dry-run writes nothing, and a failure leaves a f
     write_values(folder / "base.safetensors", base);
     write_values(folder / "task.safetensors", task);
     const auto before = folder.names();
-    for (const auto& command : {with(peru, {"--rank", "2"}), with(extract, {"--rank", "2"}), merge_two, with(merge_two, {"--method", "ties", "--rank", "2"}),
-             with(merge_two, {"--method", "average-factors"}), with({"merge-lora", "--space", "phi", "--init", "a", "--adapter", "b", "--out", "out"}, {})}) {
+    for (const auto& command : {with(peru, {"--rank", "2"}), with(extract, {"--rank", "2"}), merge_two,
+             with(merge_two, {"--method", "ties", "--rank", "2"}), with(merge_two, {"--method", "average-factors"}),
+             with({"merge-lora", "--space", "phi", "--init", "a", "--adapter", "b", "--out", "out"}, {})}) {
         const auto result = run(folder, with(command, {"--dry-run", "--report", "r.json"}));
         CAPTURE(result.err);
         CHECK(result.code == 0);

@@ -27,8 +27,8 @@ struct models {
     }
     outcome merge(const std::string& method, std::vector<std::string> more) const
     {
-        std::vector<std::string> arguments{"merge", "--method", method, "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors=0.5",
-            "--task", "c=2e0", "--out", "out.safetensors"};
+        std::vector<std::string> arguments{"merge", "--method", method, "--base", "base.safetensors", "--task",
+            "a.safetensors", "--task", "b.safetensors=0.5", "--task", "c=2e0", "--out", "out.safetensors"};
         arguments.insert(arguments.end(), more.begin(), more.end());
         return run(folder, arguments);
     }
@@ -86,7 +86,8 @@ TEST_CASE("ties equals plain loops, element for element")
             auto vectors = m.vectors();
             for (auto& vector : vectors) { keep_top(vector, density); }
             const auto expected = add_scaled(m.base, elect_and_merge(vectors), lambda);
-            const auto result = m.merge("ties", {"--density", std::to_string(density), "--lambda", lambda == 1.0f ? "1" : "0.7"});
+            const auto result =
+                m.merge("ties", {"--density", std::to_string(density), "--lambda", lambda == 1.0f ? "1" : "0.7"});
             CAPTURE(result.err);
             REQUIRE(result.code == 0);
             CHECK(same(read_values(m.folder / "out.safetensors"), expected));
@@ -108,7 +109,8 @@ TEST_CASE("ties in tensor scope trims each tensor by itself")
         std::vector<float> joined;
         std::size_t at = 0;
         for (const auto size : sizes) {
-            std::vector<float> piece(whole.begin() + static_cast<std::ptrdiff_t>(at), whole.begin() + static_cast<std::ptrdiff_t>(at + size));
+            std::vector<float> piece(whole.begin() + static_cast<std::ptrdiff_t>(at),
+                whole.begin() + static_cast<std::ptrdiff_t>(at + size));
             if (size) { keep_top(piece, 0.2); }
             joined.insert(joined.end(), piece.begin(), piece.end());
             at += size;
@@ -137,9 +139,10 @@ TEST_CASE("average and task arithmetic equal plain loops")
         }
     }
     CHECK(same(read_values(m.folder / "out.safetensors"), expected));
-    CHECK(
-        run(m.folder, {"merge", "--method", "average", "--task", "a.safetensors", "--task", "b.safetensors=0.5", "--task", "c=2", "--out", "free.safetensors"})
-            .code
+    CHECK(run(m.folder,
+              {"merge", "--method", "average", "--task", "a.safetensors", "--task", "b.safetensors=0.5", "--task",
+                  "c=2", "--out", "free.safetensors"})
+              .code
         == 0);
     CHECK(same(read_values(m.folder / "free.safetensors"), expected)); // it needs no base
 
@@ -195,8 +198,10 @@ TEST_CASE("the same bytes for any number of threads, kept metadata, no other fil
         const auto one = slurp(m.folder / "out.safetensors");
         REQUIRE(m.merge(method, {"--threads", "3"}).code == 0);
         CHECK(slurp(m.folder / "out.safetensors") == one);
-        CHECK(taskvec::safetensors_file(m.folder / "out.safetensors").metadata() == taskvec::metadata_map{{"format", "pt"}, {"origin", "test"}});
-        CHECK(m.folder.names() == std::set<std::string>{"a.safetensors", "b.safetensors", "base.safetensors", "c", "out.safetensors"});
+        CHECK(taskvec::safetensors_file(m.folder / "out.safetensors").metadata()
+            == taskvec::metadata_map{{"format", "pt"}, {"origin", "test"}});
+        CHECK(m.folder.names()
+            == std::set<std::string>{"a.safetensors", "b.safetensors", "base.safetensors", "c", "out.safetensors"});
     }
 }
 
@@ -210,8 +215,8 @@ TEST_CASE("input and output may be the same file")
         REQUIRE(m.merge("ties", {"--out", name}).code != 0); // --out twice is wrong usage
         CHECK(slurp(m.folder / name) == before);
         REQUIRE(run(m.folder,
-                    {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors=0.5", "--task", "c=2",
-                        "--out", name})
+                    {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--task",
+                        "b.safetensors=0.5", "--task", "c=2", "--out", name})
                     .code
             == 0);
         CHECK(slurp(m.folder / name) == expected);
@@ -219,8 +224,8 @@ TEST_CASE("input and output may be the same file")
     }
     // A directory as output is its model.safetensors.
     REQUIRE(run(m.folder,
-                {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors=0.5", "--task", "c=2", "--out",
-                    "c"})
+                {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--task",
+                    "b.safetensors=0.5", "--task", "c=2", "--out", "c"})
                 .code
         == 0);
     CHECK(slurp(m.folder / "c/model.safetensors") == expected);
@@ -232,13 +237,14 @@ TEST_CASE("shards hold the same model, and are read as one")
     REQUIRE(m.merge("ties", {}).code == 0);
     const auto expected = read_values(m.folder / "out.safetensors");
     REQUIRE(run(m.folder,
-                {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors=0.5", "--task", "c=2", "--out",
-                    "sharded", "--shard-size", "3kB"})
+                {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--task",
+                    "b.safetensors=0.5", "--task", "c=2", "--out", "sharded", "--shard-size", "3kB"})
                 .code
         == 0);
     CHECK(std::filesystem::exists(m.folder / "sharded/model.safetensors.index.json"));
     CHECK(std::filesystem::exists(m.folder / "sharded/model-00001-of-00003.safetensors"));
-    REQUIRE(run(m.folder, {"merge", "--method", "average", "--task", "sharded", "--out", "joined.safetensors"}).code == 0);
+    REQUIRE(
+        run(m.folder, {"merge", "--method", "average", "--task", "sharded", "--out", "joined.safetensors"}).code == 0);
     CHECK(same(read_values(m.folder / "joined.safetensors"), expected));
 }
 
@@ -253,8 +259,8 @@ TEST_CASE("dtypes, included and excluded tensors")
         const bool taken = name == "layers.0.weight" || name == "layers.1.weight";
         CHECK(tensor.values == (taken ? all : m.base).at(name).values);
     }
-    for (const auto& [option, type] :
-        std::map<std::string, taskvec::dtype>{{"f32", taskvec::dtype::f32}, {"BF16", taskvec::dtype::bf16}, {"f16", taskvec::dtype::f16}}) {
+    for (const auto& [option, type] : std::map<std::string, taskvec::dtype>{
+             {"f32", taskvec::dtype::f32}, {"BF16", taskvec::dtype::bf16}, {"f16", taskvec::dtype::f16}}) {
         REQUIRE(m.merge("task-arithmetic", {"--dtype", option}).code == 0);
         for (const auto& [name, tensor] : read_values(m.folder / "out.safetensors")) { CHECK(tensor.dtype == type); }
     }
@@ -286,8 +292,8 @@ TEST_CASE("weights: the last '=' splits, and only before a number")
     for (const char* name : {"x=1", "y=z", "e="}) { write_values(m.folder / name, m.tasks[0]); }
     const auto merged = [&](const std::string& task) {
         const auto result = run(m.folder,
-            {"merge", "--method", "task-arithmetic", "--lambda", "1", "--base", "base.safetensors", "--task", task, "--out", "w.safetensors", "--report",
-                "r.json"});
+            {"merge", "--method", "task-arithmetic", "--lambda", "1", "--base", "base.safetensors", "--task", task,
+                "--out", "w.safetensors", "--report", "r.json"});
         CAPTURE(result.err);
         REQUIRE(result.code == 0);
         return nlohmann::json::parse(slurp(m.folder / "r.json"))["tasks"][0];
@@ -337,14 +343,17 @@ TEST_CASE("the report counts for every method what took part")
 {
     const models m;
     const auto vectors = m.vectors();
-    const auto changed = static_cast<std::size_t>(std::count_if(vectors[0].begin(), vectors[0].end(), [](float x) { return x != 0; }));
+    const auto changed =
+        static_cast<std::size_t>(std::count_if(vectors[0].begin(), vectors[0].end(), [](float x) { return x != 0; }));
     for (const std::string method : {"task-arithmetic", "dare", "model-stock"}) {
-        std::vector<std::string> arguments{"merge", "--method", method, "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors",
-            "--out", "o", "--report", "r.json"};
+        std::vector<std::string> arguments{"merge", "--method", method, "--base", "base.safetensors", "--task",
+            "a.safetensors", "--task", "b.safetensors", "--out", "o", "--report", "r.json"};
         REQUIRE(run(m.folder, arguments).code == 0);
         const auto tasks = nlohmann::json::parse(slurp(m.folder / "r.json"))["tasks"];
         REQUIRE(tasks.size() == 2);
-        if (method == "dare") { CHECK(tasks[0]["kept"].get<double>() == doctest::Approx(0.5 * static_cast<double>(changed)).epsilon(0.1)); }
+        if (method == "dare") {
+            CHECK(tasks[0]["kept"].get<double>() == doctest::Approx(0.5 * static_cast<double>(changed)).epsilon(0.1));
+        }
         else {
             CHECK(tasks[0]["kept"] == changed);
         }
@@ -362,8 +371,15 @@ TEST_CASE("a dry run checks everything and writes nothing")
     CHECK(m.folder.names() == before);
     CHECK(m.merge("ties", {"--dry-run", "--density", "2"}).code == 1);
     CHECK(m.merge("ties", {"--dry-run", "--report", "no/such/folder/r.json"}).code == 1);
-    CHECK(run(m.folder, {"merge", "--method", "average", "--task", "a.safetensors", "--out", "no/such/folder/o", "--dry-run"}).code == 1);
-    CHECK(run(m.folder, {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "missing", "--out", "o", "--dry-run"}).code == 1);
+    CHECK(run(m.folder,
+              {"merge", "--method", "average", "--task", "a.safetensors", "--out", "no/such/folder/o", "--dry-run"})
+              .code
+        == 1);
+    CHECK(
+        run(m.folder,
+            {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "missing", "--out", "o", "--dry-run"})
+            .code
+        == 1);
 }
 
 TEST_CASE("bad input: one line that names what is wrong, exit code 1, and the old output untouched")
@@ -414,7 +430,8 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1, and the ol
         {{"--task", "a.safetensors", "--report", "c/../a.safetensors"}, {"--report", "a.safetensors", "read"}},
     };
     for (const auto& [more, parts] : cases) {
-        std::vector<std::string> arguments{"merge", "--method", "ties", "--base", "base.safetensors", "--out", "out.safetensors"};
+        std::vector<std::string> arguments{
+            "merge", "--method", "ties", "--base", "base.safetensors", "--out", "out.safetensors"};
         arguments.insert(arguments.end(), more.begin(), more.end());
         const auto result = run(m.folder, arguments);
         CAPTURE(result.err);
@@ -431,17 +448,27 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1, and the ol
         CHECK(is_error_line(result.err));
     }
     // What the options allow is no error.
-    CHECK(
-        run(m.folder, {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "nan.safetensors", "--nonfinite", "propagate", "--out", "o1"}).code
+    CHECK(run(m.folder,
+              {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "nan.safetensors", "--nonfinite",
+                  "propagate", "--out", "o1"})
+              .code
         == 0);
-    CHECK(run(m.folder, {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "lacks.safetensors", "--missing", "base", "--out", "o2"}).code
+    CHECK(run(m.folder,
+              {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "lacks.safetensors", "--missing",
+                  "base", "--out", "o2"})
+              .code
         == 0);
     CHECK(read_values(m.folder / "o2").at("scale").values == m.base.at("scale").values);
-    CHECK(run(m.folder, {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "extra.safetensors", "--exclude", "extra", "--out", "o4"}).code
+    CHECK(run(m.folder,
+              {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "extra.safetensors", "--exclude",
+                  "extra", "--out", "o4"})
+              .code
         == 0);
     CHECK_FALSE(read_values(m.folder / "o4").contains("extra"));
-    CHECK(
-        run(m.folder, {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors=-1", "--semantics", "mergekit", "--out", "o3"}).code
+    CHECK(run(m.folder,
+              {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors=-1", "--semantics",
+                  "mergekit", "--out", "o3"})
+              .code
         == 0);
 }
 
@@ -450,7 +477,9 @@ TEST_CASE("an option that a method does not use is noted, unless it shall be qui
     const models m;
     const auto loud = m.merge("average", {"--density", "0.3", "--lambda", "2"});
     CHECK(loud.code == 0);
-    CHECK(loud.err == "taskvec: note: --density has no effect on --method average\ntaskvec: note: --lambda has no effect on --method average\n");
+    CHECK(loud.err
+        == "taskvec: note: --density has no effect on --method average\ntaskvec: note: --lambda has no effect on "
+           "--method average\n");
     CHECK(m.merge("average", {"--density", "0.3", "--quiet"}).err.empty());
     CHECK(m.merge("average", {"--density", "3"}).code == 1); // out of range for every method
 }

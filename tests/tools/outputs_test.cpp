@@ -21,11 +21,14 @@ struct models {
 };
 
 const std::vector<std::vector<std::string>> verbs{
-    {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "out", "--report", "r.json"},
+    {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "out", "--report",
+        "r.json"},
     {"merge", "--method", "average", "--task", "a.safetensors", "--out", "new/deep", "--shard-size", "3kB"},
     {"prune", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "out", "--report", "r.json"},
-    {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "new/deep", "--report", "r.json"},
-    {"similarity", "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors", "--csv", "c.csv", "--report", "r.json"},
+    {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "new/deep",
+        "--report", "r.json"},
+    {"similarity", "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors", "--csv", "c.csv",
+        "--report", "r.json"},
 };
 
 std::string shell_quoted(const std::string& word)
@@ -48,7 +51,9 @@ int run_redirected(const scratch& folder, const std::vector<std::string>& argume
 std::set<std::string> everything_in(const std::filesystem::path& folder)
 {
     std::set<std::string> result;
-    for (const auto& entry : std::filesystem::recursive_directory_iterator(folder)) { result.insert(std::filesystem::relative(entry, folder).string()); }
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(folder)) {
+        result.insert(std::filesystem::relative(entry, folder).string());
+    }
     return result;
 }
 
@@ -75,9 +80,11 @@ TEST_CASE("directories that were made for an output go with it when the work fai
     damaged["layers.1.weight"].values[4000] = std::numeric_limits<float>::quiet_NaN();
     write_values(m.folder / "nan.safetensors", damaged);
     const auto before = everything_in(m.folder.path());
-    for (const std::vector<std::string>& how : {std::vector<std::string>{"peru-fft"}, {"merge", "--shard-size", "3kB"}}) {
+    for (const std::vector<std::string>& how :
+        {std::vector<std::string>{"peru-fft"}, {"merge", "--shard-size", "3kB"}}) {
         auto arguments = how;
-        for (const char* word : {"--method", "task-arithmetic", "--base", "base.safetensors", "--task", "nan.safetensors", "--out", "x/y/z"}) {
+        for (const char* word : {"--method", "task-arithmetic", "--base", "base.safetensors", "--task",
+                 "nan.safetensors", "--out", "x/y/z"}) {
             arguments.emplace_back(word);
         }
         const auto result = run(m.folder, arguments);
@@ -94,7 +101,8 @@ TEST_CASE("two options never write to one file, and only a model replaces what i
     const std::string read = slurp(m.folder / "base.safetensors");
     const std::vector<std::vector<std::string>> clashes{
         {"merge", "--method", "average", "--task", "a.safetensors", "--out", "o", "--report", "./o"},
-        {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "o", "--report", "base.safetensors"},
+        {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "o", "--report",
+            "base.safetensors"},
         {"prune", "--base", "base.safetensors", "--task", "a.safetensors", "--out", "base.safetensors"},
         {"similarity", "--base", "base.safetensors", "--task", "a.safetensors", "--csv", "base.safetensors"},
         {"similarity", "--base", "base.safetensors", "--task", "a.safetensors", "--csv", "x", "--svg", "x"},

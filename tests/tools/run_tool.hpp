@@ -30,8 +30,8 @@ struct outcome {
 /// A tool (by default the one that was built) that runs in the background, in `folder`.
 class process {
 public:
-    process(const scratch& folder, const std::vector<std::string>& arguments, const std::vector<std::string>& environment = {},
-        const std::string& tool = TASKVEC_TOOL)
+    process(const scratch& folder, const std::vector<std::string>& arguments,
+        const std::vector<std::string>& environment = {}, const std::string& tool = TASKVEC_TOOL)
         : out_(folder.path().string() + ".out")
         , err_(folder.path().string() + ".err")
     {
@@ -74,7 +74,8 @@ public:
     bool ended()
     {
         siginfo_t info{};
-        return ::waitid(P_PID, static_cast<id_t>(child_), &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == child_;
+        return ::waitid(P_PID, static_cast<id_t>(child_), &info, WEXITED | WNOHANG | WNOWAIT) == 0
+            && info.si_pid == child_;
     }
     outcome wait()
     {
@@ -89,8 +90,8 @@ private:
     pid_t child_ = 0;
 };
 
-inline outcome run(
-    const scratch& folder, const std::vector<std::string>& arguments, const std::vector<std::string>& environment = {}, const std::string& tool = TASKVEC_TOOL)
+inline outcome run(const scratch& folder, const std::vector<std::string>& arguments,
+    const std::vector<std::string>& environment = {}, const std::string& tool = TASKVEC_TOOL)
 {
     return process(folder, arguments, environment, tool).wait();
 }
@@ -122,7 +123,8 @@ inline float rounded(taskvec::dtype type, float value)
     return value;
 }
 
-inline void write_values(const std::filesystem::path& path, const values_model& model, const taskvec::metadata_map& metadata = {})
+inline void write_values(
+    const std::filesystem::path& path, const values_model& model, const taskvec::metadata_map& metadata = {})
 {
     std::vector<taskvec::tensor_spec> specs;
     for (const auto& [name, tensor] : model) { specs.push_back({name, tensor.dtype, tensor.shape}); }
@@ -130,11 +132,14 @@ inline void write_values(const std::filesystem::path& path, const values_model& 
     std::size_t index = 0;
     for (const auto& [name, tensor] : model) {
         REQUIRE(tensor.values.size() == specs[index].size());
-        if (tensor.dtype == taskvec::dtype::f32) { writer.write(index, 0, tensor.values.data(), 4 * tensor.values.size()); }
+        if (tensor.dtype == taskvec::dtype::f32) {
+            writer.write(index, 0, tensor.values.data(), 4 * tensor.values.size());
+        }
         else {
             std::vector<std::uint16_t> words;
             for (const float value : tensor.values) {
-                words.push_back(tensor.dtype == taskvec::dtype::bf16 ? taskvec::f32_to_bf16(value) : taskvec::f32_to_f16(value));
+                words.push_back(
+                    tensor.dtype == taskvec::dtype::bf16 ? taskvec::f32_to_bf16(value) : taskvec::f32_to_f16(value));
             }
             writer.write(index, 0, words.data(), 2 * words.size());
         }
@@ -160,20 +165,23 @@ inline values_model read_values(const std::filesystem::path& path)
             else {
                 std::uint16_t word;
                 std::memcpy(&word, static_cast<const std::byte*>(tensor.data) + 2 * i, 2);
-                entry.values.push_back(tensor.dtype == taskvec::dtype::bf16 ? taskvec::bf16_to_f32(word) : taskvec::f16_to_f32(word));
+                entry.values.push_back(
+                    tensor.dtype == taskvec::dtype::bf16 ? taskvec::bf16_to_f32(word) : taskvec::f16_to_f32(word));
             }
         }
     }
     return model;
 }
 
-/// A base of a few tensors (f32, bf16, f16; a scalar and an empty one among them), and a task that differs from it by noise.
+/// A base of a few tensors (f32, bf16, f16; a scalar and an empty one among them), and a task that differs from it by
+/// noise.
 inline values_model sample_base(unsigned seed = 1)
 {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
-    values_model model{{"layers.0.weight", {taskvec::dtype::f32, {17, 31}, {}}}, {"layers.0.bias", {taskvec::dtype::f16, {31}, {}}},
-        {"layers.1.weight", {taskvec::dtype::bf16, {64, 65}, {}}}, {"scale", {taskvec::dtype::f32, {}, {}}}, {"unused", {taskvec::dtype::f32, {0, 4}, {}}}};
+    values_model model{{"layers.0.weight", {taskvec::dtype::f32, {17, 31}, {}}},
+        {"layers.0.bias", {taskvec::dtype::f16, {31}, {}}}, {"layers.1.weight", {taskvec::dtype::bf16, {64, 65}, {}}},
+        {"scale", {taskvec::dtype::f32, {}, {}}}, {"unused", {taskvec::dtype::f32, {0, 4}, {}}}};
     for (auto& [name, tensor] : model) {
         tensor.values.resize(taskvec::element_count(tensor.shape));
         for (auto& value : tensor.values) { value = rounded(tensor.dtype, normal(random)); }
@@ -191,13 +199,15 @@ inline values_model sample_task(const values_model& base, unsigned seed, float n
     return model;
 }
 
-/// True when both models hold the same tensors with the same bits (no value here is NaN or a negative zero by accident).
+/// True when both models hold the same tensors with the same bits (no value here is NaN or a negative zero by
+/// accident).
 inline bool same(const values_model& a, const values_model& b)
 {
     if (a.size() != b.size()) { return false; }
     for (const auto& [name, tensor] : a) {
         const auto other = b.find(name);
-        if (other == b.end() || other->second.dtype != tensor.dtype || other->second.shape != tensor.shape || other->second.values != tensor.values) {
+        if (other == b.end() || other->second.dtype != tensor.dtype || other->second.shape != tensor.shape
+            || other->second.values != tensor.values) {
             return false;
         }
     }
@@ -209,7 +219,9 @@ inline std::vector<float> task_vector(const values_model& base, const values_mod
 {
     std::vector<float> result;
     for (const auto& [name, tensor] : base) {
-        for (std::size_t i = 0; i < tensor.values.size(); ++i) { result.push_back(task.at(name).values[i] - tensor.values[i]); }
+        for (std::size_t i = 0; i < tensor.values.size(); ++i) {
+            result.push_back(task.at(name).values[i] - tensor.values[i]);
+        }
     }
     return result;
 }
@@ -231,8 +243,10 @@ inline void keep_top(std::vector<float>& vector, double density)
 {
     std::vector<std::size_t> order(vector.size());
     for (std::size_t i = 0; i < order.size(); ++i) { order[i] = i; }
-    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return std::fabs(vector[a]) > std::fabs(vector[b]); });
-    const auto k = std::max<std::size_t>(1, static_cast<std::size_t>(std::floor(density * static_cast<double>(vector.size()))));
+    std::stable_sort(order.begin(), order.end(),
+        [&](std::size_t a, std::size_t b) { return std::fabs(vector[a]) > std::fabs(vector[b]); });
+    const auto k =
+        std::max<std::size_t>(1, static_cast<std::size_t>(std::floor(density * static_cast<double>(vector.size()))));
     for (std::size_t i = k; i < order.size(); ++i) { vector[order[i]] = 0; }
 }
 

@@ -22,8 +22,8 @@ struct models {
     }
     outcome compare(std::vector<std::string> more, const std::vector<std::string>& environment = {}) const
     {
-        std::vector<std::string> arguments{
-            "similarity", "--base", "base.safetensors", "--task", "one.safetensors", "--task", "b,\"q\".safetensors", "--task", "same.safetensors"};
+        std::vector<std::string> arguments{"similarity", "--base", "base.safetensors", "--task", "one.safetensors",
+            "--task", "b,\"q\".safetensors", "--task", "same.safetensors"};
         arguments.insert(arguments.end(), more.begin(), more.end());
         return run(folder, arguments, environment);
     }
@@ -95,7 +95,8 @@ TEST_CASE("similarity refuses bad input")
     auto other = m.base;
     other.erase("scale");
     write_values(m.folder / "lacks.safetensors", other);
-    const auto result = run(m.folder, {"similarity", "--base", "base.safetensors", "--task", "lacks.safetensors", "--csv", "c.csv"});
+    const auto result =
+        run(m.folder, {"similarity", "--base", "base.safetensors", "--task", "lacks.safetensors", "--csv", "c.csv"});
     CHECK(result.code == 1);
     CHECK(is_error_line(result.err));
     CHECK_FALSE(std::filesystem::exists(m.folder / "c.csv"));

@@ -22,10 +22,14 @@ struct models {
     {
         const auto base = sample_base();
         write_values(folder / "base.safetensors", base);
-        for (unsigned t = 0; t < 3; ++t) { write_values(folder / (std::string(1, static_cast<char>('a' + t)) + ".safetensors"), sample_task(base, 40 + t)); }
+        for (unsigned t = 0; t < 3; ++t) {
+            write_values(
+                folder / (std::string(1, static_cast<char>('a' + t)) + ".safetensors"), sample_task(base, 40 + t));
+        }
         std::filesystem::create_directory(folder / "tmp");
     }
-    std::vector<std::string> command(const std::string& score, const std::vector<std::string>& more, const std::string& tasks = "abc") const
+    std::vector<std::string> command(
+        const std::string& score, const std::vector<std::string>& more, const std::string& tasks = "abc") const
     {
         std::vector<std::string> arguments{"sweep", "--base", "base.safetensors", "--score", score};
         for (const char task : tasks) {
@@ -35,7 +39,8 @@ struct models {
         arguments.insert(arguments.end(), more.begin(), more.end());
         return arguments;
     }
-    outcome sweep(const std::string& score, const std::vector<std::string>& more, const std::string& tasks = "abc") const
+    outcome sweep(
+        const std::string& score, const std::vector<std::string>& more, const std::string& tasks = "abc") const
     {
         const auto result = run(folder, command(score, more, tasks), {"TMPDIR=" + (folder / "tmp").string()});
         CHECK(std::filesystem::is_empty(folder / "tmp")); // candidates go, whatever happens
@@ -58,7 +63,8 @@ struct models {
         }
         arguments.insert(arguments.end(), more.begin(), more.end());
         REQUIRE(run(folder, arguments).code == 0);
-        const auto shell = "cksum < '" + (folder / "expected.safetensors").string() + "' | cut -d ' ' -f 1 > '" + (folder / "digest").string() + "'";
+        const auto shell = "cksum < '" + (folder / "expected.safetensors").string() + "' | cut -d ' ' -f 1 > '"
+            + (folder / "digest").string() + "'";
         REQUIRE(std::system(shell.c_str()) == 0);
         auto text = slurp(folder / "digest");
         std::filesystem::remove(folder / "expected.safetensors");
@@ -72,7 +78,8 @@ bool runs(pid_t process)
 {
     const auto path = "/proc/" + std::to_string(process) + "/stat";
     std::error_code ignored;
-    return ::kill(process, 0) == 0 && std::filesystem::exists(path, ignored) && slurp(path).find(") Z ") == std::string::npos;
+    return ::kill(process, 0) == 0 && std::filesystem::exists(path, ignored)
+        && slurp(path).find(") Z ") == std::string::npos;
 }
 
 } // namespace
@@ -80,7 +87,8 @@ bool runs(pid_t process)
 TEST_CASE("a lambda sweep scores what merge writes, prints the best and writes it")
 {
     const models m;
-    const auto done = m.sweep(digest, {"--lambdas", "0:0.3:0.1,1", "--csv", "s.csv", "--out", "best.safetensors", "--report", "r.json"});
+    const auto done = m.sweep(
+        digest, {"--lambdas", "0:0.3:0.1,1", "--csv", "s.csv", "--out", "best.safetensors", "--report", "r.json"});
     CAPTURE(done.err);
     REQUIRE(done.code == 0);
     const auto table = m.table();
@@ -105,10 +113,11 @@ TEST_CASE("a lambda sweep scores what merge writes, prints the best and writes i
     CHECK(report["best"]["lambda"] == where);
     CHECK(report["best"]["score"] == best);
     const auto written = slurp(m.folder / "best.safetensors");
-    REQUIRE(run(m.folder,
-                {"merge", "--method", "task-arithmetic", "--lambda", where, "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors",
-                    "--task", "c.safetensors", "--out", "again.safetensors"})
-                .code
+    REQUIRE(
+        run(m.folder,
+            {"merge", "--method", "task-arithmetic", "--lambda", where, "--base", "base.safetensors", "--task",
+                "a.safetensors", "--task", "b.safetensors", "--task", "c.safetensors", "--out", "again.safetensors"})
+            .code
         == 0);
     CHECK(slurp(m.folder / "again.safetensors") == written);
 
@@ -117,7 +126,8 @@ TEST_CASE("a lambda sweep scores what merge writes, prints the best and writes i
     CHECK(m.table("three.csv") == table);
     const auto low = m.sweep("echo 3", {"--lambdas", "0.5"});
     CHECK(low.code == 2); // nowhere to put the path
-    CHECK(m.sweep("test -s {} && echo $RANDOM_ -2", {"--lambdas", "0.5", "--minimize"}).out.find("score=-2") != std::string::npos);
+    CHECK(m.sweep("test -s {} && echo $RANDOM_ -2", {"--lambdas", "0.5", "--minimize"}).out.find("score=-2")
+        != std::string::npos);
     // The default grid: 0, 0.05 … 1.
     REQUIRE(m.sweep("true {}; echo 1", {"--csv", "all.csv"}, "a").code == 0);
     CHECK(m.table("all.csv").size() == 22);
@@ -127,12 +137,14 @@ TEST_CASE("a lambda sweep scores what merge writes, prints the best and writes i
 TEST_CASE("density × lambda, and subsets")
 {
     const models m;
-    REQUIRE(m.sweep(digest, {"--method", "ties", "--densities", "0.1,0.5", "--lambdas", "0.3,1", "--csv", "s.csv"}).code == 0);
+    REQUIRE(m.sweep(digest, {"--method", "ties", "--densities", "0.1,0.5", "--lambdas", "0.3,1", "--csv", "s.csv"}).code
+        == 0);
     auto table = m.table();
     REQUIRE(table.size() == 5);
     CHECK(table[0] == "density,lambda,score");
     CHECK(table[3].starts_with("0.5,0.3,"));
-    CHECK(std::stod(table[3].substr(8)) == std::stod(m.score_of({"--method", "ties", "--density", "0.5", "--lambda", "0.3"})));
+    CHECK(std::stod(table[3].substr(8))
+        == std::stod(m.score_of({"--method", "ties", "--density", "0.5", "--lambda", "0.3"})));
 
     REQUIRE(m.sweep(digest, {"--subsets", "--csv", "subsets.csv", "--svg", "subsets.svg"}).code == 0);
     table = m.table("subsets.csv");
@@ -141,7 +153,8 @@ TEST_CASE("density × lambda, and subsets")
     const std::vector<std::string> names{"a+b", "a+b+c", "a+c", "b+c"}, tasks{"ab", "abc", "ac", "bc"};
     for (std::size_t i = 0; i < 4; ++i) {
         CHECK(table[i + 1].starts_with(names[i] + ",0.3,"));
-        CHECK(std::stod(table[i + 1].substr(names[i].size() + 5)) == std::stod(m.score_of({"--method", "task-arithmetic", "--lambda", "0.3"}, tasks[i])));
+        CHECK(std::stod(table[i + 1].substr(names[i].size() + 5))
+            == std::stod(m.score_of({"--method", "task-arithmetic", "--lambda", "0.3"}, tasks[i])));
     }
     CHECK(slurp(m.folder / "subsets.svg").find("</svg>") != std::string::npos);
     REQUIRE(m.sweep(digest, {"--method", "average", "--subsets", "--smallest", "3", "--csv", "average.csv"}).code == 0);
@@ -152,8 +165,9 @@ TEST_CASE("density × lambda, and subsets")
 TEST_CASE("the score is the last number that is printed, and no part of a word")
 {
     const models m;
-    const std::vector<std::pair<std::string, std::string>> cases{{"epoch 12\\nacc: 0.75 (top-1, v2, 3s)\\n", "0.75"}, {"loss=-1.5e-2.\\n", "-0.015"},
-        {"50%%", "50"}, {"1\\n2\\n3", "3"}, {".5", "0.5"}, {"+2.5", "2.5"}, {"[0.25, 0.5]", "0.5"}};
+    const std::vector<std::pair<std::string, std::string>> cases{{"epoch 12\\nacc: 0.75 (top-1, v2, 3s)\\n", "0.75"},
+        {"loss=-1.5e-2.\\n", "-0.015"}, {"50%%", "50"}, {"1\\n2\\n3", "3"}, {".5", "0.5"}, {"+2.5", "2.5"},
+        {"[0.25, 0.5]", "0.5"}};
     for (const auto& [text, score] : cases) {
         CAPTURE(text);
         const auto done = m.sweep("printf '" + text + "'; : {}", {"--lambdas", "1"}, "a");
@@ -168,7 +182,8 @@ TEST_CASE("paths reach the command whole, whatever is in them")
     const models m;
     const std::string odd = "it's $HOME \"`x`\" \\ ;";
     std::filesystem::create_directory(m.folder / odd);
-    const auto done = m.sweep("test -s {} && echo $(printf %s {} | grep -c 'it.s [$]HOME')", {"--lambdas", "1", "--scratch", odd}, "a");
+    const auto done = m.sweep(
+        "test -s {} && echo $(printf %s {} | grep -c 'it.s [$]HOME')", {"--lambdas", "1", "--scratch", odd}, "a");
     CAPTURE(done.err);
     REQUIRE(done.code == 0);
     CHECK(done.out.find("score=1\n") != std::string::npos);
@@ -176,8 +191,9 @@ TEST_CASE("paths reach the command whole, whatever is in them")
     // Inside quotes of either kind, and inside commands inside quotes; of a plain path and of this one.
     for (const std::string& folder : {odd, std::string("tmp")}) {
         for (const char* score :
-            {"test -s \"{}\" && echo 4", "test -s '{}' && echo 4", "echo \"$(test -s {} && echo 4)\"", "echo \"$(test -s \"{}\" && echo 4)\"",
-                "echo `test -s \"{}\" && echo 4`", "n=\"it's \\\"\"; test -s {} && test -s \"{}\" && echo 4", "(test -s '{}') && echo 4"}) {
+            {"test -s \"{}\" && echo 4", "test -s '{}' && echo 4", "echo \"$(test -s {} && echo 4)\"",
+                "echo \"$(test -s \"{}\" && echo 4)\"", "echo `test -s \"{}\" && echo 4`",
+                "n=\"it's \\\"\"; test -s {} && test -s \"{}\" && echo 4", "(test -s '{}') && echo 4"}) {
             CAPTURE(score);
             const auto result = m.sweep(score, {"--lambdas", "1", "--scratch", folder}, "a");
             CAPTURE(result.err);
@@ -191,7 +207,9 @@ TEST_CASE("the command is told its point by variables")
 {
     const models m;
     const std::string told = ": {}; echo \"$TASKVEC_TASKS/$TASKVEC_DENSITY/$TASKVEC_LAMBDA\" >> told; wc -l < told";
-    const auto done = run(m.folder, m.command(told, {"--method", "ties", "--subsets", "--smallest", "3", "--densities", "0.1,0.5", "--lambdas", "1,0.25"}),
+    const auto done = run(m.folder,
+        m.command(told,
+            {"--method", "ties", "--subsets", "--smallest", "3", "--densities", "0.1,0.5", "--lambdas", "1,0.25"}),
         {"TMPDIR=" + (m.folder / "tmp").string(), "TASKVEC_LAMBDA=7"});
     CAPTURE(done.err);
     REQUIRE(done.code == 0);
@@ -202,7 +220,8 @@ TEST_CASE("a command that fails leaves the table as it was, and the next run goe
 {
     const models m;
     const std::string counting = "echo x >> calls; test $(wc -l < calls) -ne 3 || exit 5; : {}; wc -l < calls";
-    const std::vector<std::string> options{"--lambdas", "0.1,0.2,0.3,0.4", "--csv", "s.csv", "--out", "best.safetensors"};
+    const std::vector<std::string> options{
+        "--lambdas", "0.1,0.2,0.3,0.4", "--csv", "s.csv", "--out", "best.safetensors"};
     const auto failed = m.sweep(counting, options, "a");
     CAPTURE(failed.err);
     CHECK(failed.code == 1);
@@ -282,9 +301,12 @@ TEST_CASE("bad input: one line that names what is wrong")
 TEST_CASE("an interrupt stops the command with all that it started, and removes the candidate")
 {
     const models m;
-    process sweeping(
-        m.folder, m.command("sh -c 'echo $$ > pid.new; mv pid.new pid; sleep 60'; echo 1 {}", {"--csv", "s.csv"}), {"TMPDIR=" + (m.folder / "tmp").string()});
-    while (!std::filesystem::exists(m.folder / "pid") && !sweeping.ended()) { std::this_thread::sleep_for(std::chrono::milliseconds(10)); }
+    process sweeping(m.folder,
+        m.command("sh -c 'echo $$ > pid.new; mv pid.new pid; sleep 60'; echo 1 {}", {"--csv", "s.csv"}),
+        {"TMPDIR=" + (m.folder / "tmp").string()});
+    while (!std::filesystem::exists(m.folder / "pid") && !sweeping.ended()) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
     const auto child = static_cast<pid_t>(std::stol(slurp(m.folder / "pid")));
     sweeping.send(SIGTERM);
     const auto result = sweeping.wait();
@@ -299,11 +321,14 @@ TEST_CASE("an interrupt stops the command with all that it started, and removes 
 TEST_CASE("a sweep that is killed keeps what it had, and the next one goes on from there")
 {
     const models m;
-    const std::string score = "echo x >> calls; test $(wc -l < calls) -ne 3 || { echo $$ > pid.new; mv pid.new pid; exec sleep 60; }; : {}; wc -l < calls";
+    const std::string score = "echo x >> calls; test $(wc -l < calls) -ne 3 || { echo $$ > pid.new; mv pid.new pid; "
+                              "exec sleep 60; }; : {}; wc -l < calls";
     const std::vector<std::string> options{"--lambdas", "0.1,0.2,0.3,0.4", "--csv", "s.csv"};
     const auto command = m.command(score, options, "a");
     process sweeping(m.folder, command, {"TMPDIR=" + (m.folder / "tmp").string()});
-    while (!std::filesystem::exists(m.folder / "pid") && !sweeping.ended()) { std::this_thread::sleep_for(std::chrono::milliseconds(10)); }
+    while (!std::filesystem::exists(m.folder / "pid") && !sweeping.ended()) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
     sweeping.send(SIGKILL);
     CHECK(sweeping.wait().code == -SIGKILL);
     ::kill(-static_cast<pid_t>(std::stol(slurp(m.folder / "pid"))), SIGKILL); // what nobody ended

@@ -17,8 +17,8 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// The update ΔW = scaling·b·a of one weight matrix (out×in), held by PEFT's factors: b is lora_B (out×r), a is lora_A (r×in),
-/// both row-major, scaling is α/r or α/√r. In the papers' symbols A = scaling·b and B = aᵀ.
+/// The update ΔW = scaling·b·a of one weight matrix (out×in), held by PEFT's factors: b is lora_B (out×r), a is lora_A
+/// (r×in), both row-major, scaling is α/r or α/√r. In the papers' symbols A = scaling·b and B = aᵀ.
 template <arithmetic_element T, memory_space S = memory_space::host>
 struct lora_update {
     matrix<T, S> b;
@@ -44,8 +44,8 @@ template <arithmetic_element T, memory_space S>
 void check_update(const lora_update<T, S>& update, std::string_view name)
 {
     if (update.b.cols() != update.a.rows()) {
-        raise<shape_mismatch>(message(
-            "'", name, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ", update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
+        raise<shape_mismatch>(message("'", name, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ",
+            update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
     }
     if (!std::isfinite(update.scaling)) { raise<nonfinite_error>(message("'", name, "': its scaling is not finite")); }
 }
@@ -67,11 +67,17 @@ template <arithmetic_element T>
 [[nodiscard]] lora_update<T> to_update(const svd_result<T>& s, sigma_side side = sigma_side::both)
 {
     const std::size_t q = s.sigma.size();
-    lora_update<T> update{matrix<T>(s.u.rows(), q, matrix_order::row_major), matrix<T>(q, s.v.rows(), matrix_order::row_major), 1};
+    lora_update<T> update{
+        matrix<T>(s.u.rows(), q, matrix_order::row_major), matrix<T>(q, s.v.rows(), matrix_order::row_major), 1};
     for (std::size_t k = 0; k < q; ++k) {
-        const double left = side == sigma_side::both ? std::sqrt(s.sigma[k]) : s.sigma[k], right = side == sigma_side::both ? left : 1;
-        for (std::size_t i = 0; i < s.u.rows(); ++i) { update.b(i, k) = static_cast<T>(static_cast<double>(s.u(i, k)) * left); }
-        for (std::size_t i = 0; i < s.v.rows(); ++i) { update.a(k, i) = static_cast<T>(static_cast<double>(s.v(i, k)) * right); }
+        const double left = side == sigma_side::both ? std::sqrt(s.sigma[k]) : s.sigma[k],
+                     right = side == sigma_side::both ? left : 1;
+        for (std::size_t i = 0; i < s.u.rows(); ++i) {
+            update.b(i, k) = static_cast<T>(static_cast<double>(s.u(i, k)) * left);
+        }
+        for (std::size_t i = 0; i < s.v.rows(); ++i) {
+            update.a(k, i) = static_cast<T>(static_cast<double>(s.v(i, k)) * right);
+        }
     }
     return update;
 }
@@ -100,8 +106,8 @@ template <arithmetic_element T, linear_algebra_policy P>
     if (side == sigma_side::both) {
         for (std::size_t k = 0; k < q; ++k) { left[k] = right[k] = std::sqrt(s.sigma[k]); }
     }
-    lora_update<T, P::space> update{
-        result_matrix<T>(policy, s.u.rows(), q, matrix_order::row_major), result_matrix<T>(policy, q, s.v.rows(), matrix_order::row_major), 1};
+    lora_update<T, P::space> update{result_matrix<T>(policy, s.u.rows(), q, matrix_order::row_major),
+        result_matrix<T>(policy, q, s.v.rows(), matrix_order::row_major), 1};
     auto scaled = scratch_matrix<T>(policy, s.u.rows(), q);
     scale_columns<T>(policy, s.u.view(), left, scaled.view());
     copy_matrix<T>(policy, scaled.view(), update.b.view());
@@ -125,7 +131,8 @@ template <arithmetic_element T, linear_algebra_policy P>
 template <arithmetic_element T>
 [[nodiscard]] lora_update<T> to_update(const stacked_factors<T>& sum)
 {
-    lora_update<T> update{matrix<T>(sum.a.rows(), sum.a.cols(), matrix_order::row_major), matrix<T>(sum.b.cols(), sum.b.rows(), matrix_order::row_major), 1};
+    lora_update<T> update{matrix<T>(sum.a.rows(), sum.a.cols(), matrix_order::row_major),
+        matrix<T>(sum.b.cols(), sum.b.rows(), matrix_order::row_major), 1};
     for (std::size_t k = 0; k < sum.a.cols(); ++k) {
         for (std::size_t i = 0; i < sum.a.rows(); ++i) { update.b(i, k) = sum.a(i, k); }
         for (std::size_t i = 0; i < sum.b.rows(); ++i) { update.a(k, i) = sum.b(i, k); }
@@ -135,7 +142,8 @@ template <arithmetic_element T>
 
 /// out = weight·ΔW, dense (out×in, either order). Cost: 2·out·in·r flops.
 template <arithmetic_element T>
-void densify(const cpu& policy, const lora_update<T>& update, std::type_identity_t<matrix_view<T>> out, double weight = 1)
+void densify(
+    const cpu& policy, const lora_update<T>& update, std::type_identity_t<matrix_view<T>> out, double weight = 1)
 {
     gemm<T>(policy, static_cast<T>(weight * update.scaling), update.b.view(), update.a.view(), T(0), out);
 }
@@ -164,10 +172,16 @@ struct layer_report {
     double squared_norm = 0; ///< ‖ΔW‖²_F before
     double squared_error = 0; ///< ‖ΔW − what is stored‖²_F, before rounding to a storage type
 
-    [[nodiscard]] double relative_error() const noexcept { return squared_norm > 0 ? std::sqrt(squared_error / squared_norm) : 0; }
+    [[nodiscard]] double relative_error() const noexcept
+    {
+        return squared_norm > 0 ? std::sqrt(squared_error / squared_norm) : 0;
+    }
     [[nodiscard]] double energy() const noexcept { return squared_norm > 0 ? 1 - squared_error / squared_norm : 1; }
     /// Numbers stored: rank·(out + in + 1) with the singular values, rank·(out + in) for a layer that was kept whole.
-    [[nodiscard]] std::uint64_t parameters() const noexcept { return std::uint64_t{rank} * (out + in + (whole ? 0 : 1)); }
+    [[nodiscard]] std::uint64_t parameters() const noexcept
+    {
+        return std::uint64_t{rank} * (out + in + (whole ? 0 : 1));
+    }
 };
 
 /// A new adapter, and what was done for it layer by layer.
@@ -197,33 +211,34 @@ struct adapter_result {
 /// A way to decompose a dense matrix: randomized (decompose_randomized, in lowrank/randomized_svd.hpp) or exact
 /// (decompose_exactly, in lowrank/truncated_svd.hpp, which alone pays for compiling a large SVD).
 template <class D, class T>
-concept decomposition = arithmetic_element<T> && requires(const D& decompose, const cpu& policy, matrix_view<const T> a, const rank_choice& choice)
-{
-    {
-        decompose(policy, a, choice, std::string_view{})
-        } -> std::convertible_to<svd_result<T>>;
-};
+concept decomposition = arithmetic_element<T>
+    && requires(const D& decompose, const cpu& policy, matrix_view<const T> a, const rank_choice& choice) {
+           { decompose(policy, a, choice, std::string_view{}) } -> std::convertible_to<svd_result<T>>;
+       };
 
-/// weight ← round(weight + factor·ΔW) in place: the adapter folded into a base weight. `weight` is out×in in any storage
-/// type and either order (an embedding or a transposed layer passes its transposed view); arithmetic in T, one rounding.
-/// Folding out again with −factor gives the former weight up to that rounding; folded_update restores it exactly.
-/// Throws shape_mismatch. The bits do not depend on threads. Cost: 2·out·in·r flops, one read and write of the weight.
+/// weight ← round(weight + factor·ΔW) in place: the adapter folded into a base weight. `weight` is out×in in any
+/// storage type and either order (an embedding or a transposed layer passes its transposed view); arithmetic in T, one
+/// rounding. Folding out again with −factor gives the former weight up to that rounding; folded_update restores it
+/// exactly. Throws shape_mismatch. The bits do not depend on threads. Cost: 2·out·in·r flops, one read and write of the
+/// weight.
 ///
 ///     fold(cpu{}, adapter.at("layers.0.q_proj"), weight);
 template <arithmetic_element T, storage_element S>
-void fold(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1, std::string_view name = "the update")
+void fold(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1,
+    std::string_view name = "the update")
 {
     check_update(update, name);
     if (weight.rows() != update.out() || weight.cols() != update.in()) {
-        raise<shape_mismatch>(message("'", name, "': the update is ", update.out(), "×", update.in(), " and the weight ", weight.rows(), "×", weight.cols(),
-            "; this adapter belongs to another base"));
+        raise<shape_mismatch>(message("'", name, "': the update is ", update.out(), "×", update.in(),
+            " and the weight ", weight.rows(), "×", weight.cols(), "; this adapter belongs to another base"));
     }
     constexpr std::size_t piece = 64;
     const cpu inside = sequential(policy);
     for_each_index(policy, (weight.rows() + piece - 1) / piece, [&](std::size_t index, std::size_t) {
         const std::size_t first = index * piece, count = std::min(piece, weight.rows() - first);
         matrix<T> delta(count, weight.cols(), weight.order(), memory_of(policy));
-        gemm<T>(inside, static_cast<T>(factor * update.scaling), update.b.view().block(first, 0, count, update.rank()), update.a.view(), T(0), delta.view());
+        gemm<T>(inside, static_cast<T>(factor * update.scaling), update.b.view().block(first, 0, count, update.rank()),
+            update.a.view(), T(0), delta.view());
         const bool by_rows = weight.order() == matrix_order::row_major;
         const std::size_t runs = by_rows ? count : weight.cols(), length = by_rows ? weight.cols() : count;
         for (std::size_t k = 0; k < runs; ++k) {
@@ -234,8 +249,8 @@ void fold(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight
     });
 }
 
-/// An update folded into a weight that can be taken out again bit for bit: it keeps the words that it changed (a copy of the
-/// weight). Move-only; does nothing on destruction.
+/// An update folded into a weight that can be taken out again bit for bit: it keeps the words that it changed (a copy
+/// of the weight). Move-only; does nothing on destruction.
 ///
 ///     folded_update<float> folded(cpu{}, adapter.at("layers.0.q_proj"), weight);
 ///     … serve …
@@ -244,7 +259,8 @@ template <storage_element S>
 class folded_update {
 public:
     template <arithmetic_element T>
-    folded_update(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1, std::string_view name = "the update")
+    folded_update(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1,
+        std::string_view name = "the update")
         : weight_(weight)
         , saved_(weight.rows(), weight.cols(), weight.order())
     {
@@ -266,7 +282,9 @@ private:
     {
         const bool by_rows = from.order() == matrix_order::row_major;
         const std::size_t runs = by_rows ? from.rows() : from.cols(), length = by_rows ? from.cols() : from.rows();
-        for (std::size_t k = 0; k < runs; ++k) { std::copy_n(from.data() + k * from.stride(), length, to.data() + k * to.stride()); }
+        for (std::size_t k = 0; k < runs; ++k) {
+            std::copy_n(from.data() + k * from.stride(), length, to.data() + k * to.stride());
+        }
     }
 
     matrix_view<S> weight_;

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/adapters/adapter.hpp>
+#include <taskvec/core/tensor_ref.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +21,8 @@ struct extract_options {
     rank_choice rank{};
     sigma_side side = sigma_side::both;
     std::function<bool(std::string_view)> include{}; ///< which tensors to look at, by name; empty: all
-    std::string suffix = ".weight"; ///< the 2-D tensors whose name ends so are layers; the rest of the name is the module's
+    std::string suffix =
+        ".weight"; ///< the 2-D tensors whose name ends so are layers; the rest of the name is the module's
     std::string base_label = "the base", tuned_label = "the fine-tuned model"; ///< what messages call the two
 };
 
@@ -37,7 +38,8 @@ namespace detail {
 
 /// tuned − base in T, row-major.
 template <class T>
-void subtract_tensors(const cpu& policy, const const_tensor_ref& base, const const_tensor_ref& tuned, std::string_view name, T* out, std::size_t size)
+void subtract_tensors(const cpu& policy, const const_tensor_ref& base, const const_tensor_ref& tuned,
+    std::string_view name, T* out, std::size_t size)
 {
     visit_storage(base.dtype, name, [&]<class B>(std::type_identity<B>) {
         visit_storage(tuned.dtype, name, [&]<class X>(std::type_identity<X>) {
@@ -67,24 +69,24 @@ inline void blame_nonfinite_tensor(const const_tensor_ref& tensor, std::string_v
             std::memcpy(&stored, from + i * sizeof(S), sizeof(S));
             const auto value = widen<arithmetic_type<S>>(stored);
             if (std::isfinite(value)) { continue; }
-            raise<nonfinite_error>(message(
-                "tensor '", name, "' of ", label, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", i, ": repair it, or leave out the tensor"));
+            raise<nonfinite_error>(message("tensor '", name, "' of ", label, " holds ",
+                std::isnan(value) ? "NaN" : "infinity", " at index ", i, ": repair it, or leave out the tensor"));
         }
     });
 }
 
 } // namespace detail
 
-/// For each 2-D tensor "MODULE.weight" (out×in) that differs between two checkpoints, ΔW = θt − θ0 in T and its approximation
-/// by the asked rank or energy, decomposed by `decompose`. Layers go one at a time: the memory is three to four times the
-/// largest layer. A layer whose smaller side is below the rank is kept whole. Other tensors that differ are listed.
-/// Throws invalid_argument (tensors missing on either side; a rank of 0, or above every layer's, unless clamped; nothing to
-/// extract), shape_mismatch, dtype_mismatch, nonfinite_error.
+/// For each 2-D tensor "MODULE.weight" (out×in) that differs between two checkpoints, ΔW = θt − θ0 in T and its
+/// approximation by the asked rank or energy, decomposed by `decompose`. Layers go one at a time: the memory is three
+/// to four times the largest layer. A layer whose smaller side is below the rank is kept whole. Other tensors that
+/// differ are listed. Throws invalid_argument (tensors missing on either side; a rank of 0, or above every layer's,
+/// unless clamped; nothing to extract), shape_mismatch, dtype_mismatch, nonfinite_error.
 ///
 ///     auto lora = extract_lora<float>(cpu{}, base, tuned, {.rank = {.rank = 16}}, decompose_randomized{});
 template <arithmetic_element T, decomposition<T> Decompose>
-[[nodiscard]] extract_result<T> extract_lora(
-    const cpu& policy, const const_model_ref& base, const const_model_ref& tuned, const extract_options& options, const Decompose& decompose)
+[[nodiscard]] extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base,
+    const const_model_ref& tuned, const extract_options& options, const Decompose& decompose)
 {
     struct layer {
         std::string tensor;
@@ -96,20 +98,21 @@ template <arithmetic_element T, decomposition<T> Decompose>
     std::size_t largest_rank = 0, largest_size = 0;
     for (const auto& [name, tensor] : tuned) {
         if (!base.find(name) && (!options.include || options.include(name))) {
-            raise<invalid_argument>(
-                message("tensor '", name, "' of ", options.tuned_label, " is not in ", options.base_label, ": leave it out, if it was added on purpose"));
+            raise<invalid_argument>(message("tensor '", name, "' of ", options.tuned_label, " is not in ",
+                options.base_label, ": leave it out, if it was added on purpose"));
         }
     }
     for (const auto& [name, tensor] : base) {
         if (options.include && !options.include(name)) { continue; }
         const const_tensor_ref* const other = tuned.find(name);
         if (!other) {
-            raise<invalid_argument>(
-                message("tensor '", name, "' of ", options.base_label, " is missing in ", options.tuned_label, ": leave it out, if it was removed on purpose"));
+            raise<invalid_argument>(message("tensor '", name, "' of ", options.base_label, " is missing in ",
+                options.tuned_label, ": leave it out, if it was removed on purpose"));
         }
         if (other->shape != tensor.shape) {
-            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(other->shape), " in ", options.tuned_label, " but ",
-                to_string(tensor.shape), " in ", options.base_label, ": leave it out, or extract from models of one architecture"));
+            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(other->shape), " in ",
+                options.tuned_label, " but ", to_string(tensor.shape), " in ", options.base_label,
+                ": leave it out, or extract from models of one architecture"));
         }
         for (const auto* one : {&tensor, other}) {
             if (one->space != memory_space::host || !one->contiguous()) {
@@ -117,7 +120,8 @@ template <arithmetic_element T, decomposition<T> Decompose>
             }
         }
         const bool floating = is_storage(tensor.dtype) && is_storage(other->dtype);
-        if (tensor.shape.size() == 2 && name.size() > options.suffix.size() && name.ends_with(options.suffix) && floating) {
+        if (tensor.shape.size() == 2 && name.size() > options.suffix.size() && name.ends_with(options.suffix)
+            && floating) {
             const auto out = static_cast<std::size_t>(tensor.shape[0]), in = static_cast<std::size_t>(tensor.shape[1]);
             layers.push_back({name, out, in});
             largest_rank = std::max(largest_rank, std::min(out, in));
@@ -127,13 +131,17 @@ template <arithmetic_element T, decomposition<T> Decompose>
             others.push_back(name);
         }
     }
-    if (layers.empty()) { raise<invalid_argument>(message("there is no 2-D floating tensor '*", options.suffix, "' to extract an adapter from")); }
+    if (layers.empty()) {
+        raise<invalid_argument>(
+            message("there is no 2-D floating tensor '*", options.suffix, "' to extract an adapter from"));
+    }
     detail::check_layer_ranks(options.rank, largest_rank, options.tuned_label);
 
     const auto blame = [&](const std::string& name) {
         detail::blame_nonfinite_tensor(*base.find(name), name, options.base_label);
         detail::blame_nonfinite_tensor(*tuned.find(name), name, options.tuned_label);
-        raise<nonfinite_error>(message("tensor '", name, "': the change from ", options.base_label, " to ", options.tuned_label, " overflows"));
+        raise<nonfinite_error>(message(
+            "tensor '", name, "': the change from ", options.base_label, " to ", options.tuned_label, " overflows"));
     };
     matrix<T> delta(1, largest_size, matrix_order::row_major, memory_of(policy));
     detail::progress_meter meter(policy, "extract", layers.size());
@@ -158,7 +166,9 @@ template <arithmetic_element T, decomposition<T> Decompose>
     for (const auto& name : others) {
         const auto *const before = base.find(name), *const after = tuned.find(name);
         const std::size_t bytes = before->bytes(name);
-        if (before->dtype == after->dtype && (bytes == 0 || std::memcmp(before->data, after->data, bytes) == 0)) { continue; }
+        if (before->dtype == after->dtype && (bytes == 0 || std::memcmp(before->data, after->data, bytes) == 0)) {
+            continue;
+        }
         double norm = 0;
         if (is_storage(before->dtype) && is_storage(after->dtype)) {
             const std::size_t size = before->size(name);

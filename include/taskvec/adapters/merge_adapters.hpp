@@ -24,7 +24,8 @@ struct linear_merge_options {
 
 namespace detail {
 
-[[nodiscard]] inline std::vector<double> adapter_weights(const std::vector<double>& weights, std::size_t count, double lambda)
+[[nodiscard]] inline std::vector<double> adapter_weights(
+    const std::vector<double>& weights, std::size_t count, double lambda)
 {
     if (count == 0) { raise<invalid_argument>("no adapter was given: at least one is needed"); }
     if (!weights.empty() && weights.size() != count) {
@@ -33,7 +34,9 @@ namespace detail {
     std::vector<double> factors = weights.empty() ? std::vector<double>(count, 1.0) : weights;
     for (std::size_t i = 0; i < count; ++i) {
         factors[i] *= lambda;
-        if (!std::isfinite(factors[i])) { raise<invalid_argument>(message("the weight of adapter ", i + 1, " is not finite")); }
+        if (!std::isfinite(factors[i])) {
+            raise<invalid_argument>(message("the weight of adapter ", i + 1, " is not finite"));
+        }
     }
     return factors;
 }
@@ -61,10 +64,13 @@ template <class T>
         for (const auto& [name, update] : adapters[i]) {
             check_update(update, name);
             auto& layer = layers[name];
-            if (layer.updates.empty()) { layer = {name, update.out(), update.in(), std::vector<const lora_update<T>*>(adapters.size(), nullptr)}; }
+            if (layer.updates.empty()) {
+                layer = {name, update.out(), update.in(), std::vector<const lora_update<T>*>(adapters.size(), nullptr)};
+            }
             if (layer.out != update.out() || layer.in != update.in()) {
-                raise<shape_mismatch>(message("module '", name, "' is ", update.out(), "×", update.in(), " in adapter ", i + 1, " but ", layer.out, "×",
-                    layer.in, " in an earlier one: these adapters belong to different bases"));
+                raise<shape_mismatch>(
+                    message("module '", name, "' is ", update.out(), "×", update.in(), " in adapter ", i + 1, " but ",
+                        layer.out, "×", layer.in, " in an earlier one: these adapters belong to different bases"));
             }
             layer.updates[i] = &update;
         }
@@ -76,22 +82,24 @@ template <class T>
 
 } // namespace detail
 
-/// ΔW = λ·Σ wt·ΔWt, module by module over the union of the adapters' modules (an adapter that lacks one adds nothing there);
-/// ranks may differ. By default the factors are stacked: exact, of the sum of the ranks. With a rank q or an energy each layer
-/// is the best approximation of that sum, and its error is exact; a layer whose ranks sum to no more than q stays stacked.
-/// Throws shape_mismatch for adapters of different bases, invalid_argument (weights; a rank of 0, or above every layer's sum
-/// unless clamped), nonfinite_error. Layers run in parallel. Cost: see factored_svd().
+/// ΔW = λ·Σ wt·ΔWt, module by module over the union of the adapters' modules (an adapter that lacks one adds nothing
+/// there); ranks may differ. By default the factors are stacked: exact, of the sum of the ranks. With a rank q or an
+/// energy each layer is the best approximation of that sum, and its error is exact; a layer whose ranks sum to no more
+/// than q stays stacked. Throws shape_mismatch for adapters of different bases, invalid_argument (weights; a rank of 0,
+/// or above every layer's sum unless clamped), nonfinite_error. Layers run in parallel. Cost: see factored_svd().
 ///
 ///     std::vector<lora_adapter<float>> adapters = …;
 ///     auto merged = merge_linear<float>(cpu{}, adapters, {.weights = {0.5, 0.5}, .rank = {.rank = 16}});
 template <arithmetic_element T>
-[[nodiscard]] adapter_result<T> merge_linear(
-    const cpu& policy, std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const linear_merge_options& options = {})
+[[nodiscard]] adapter_result<T> merge_linear(const cpu& policy,
+    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const linear_merge_options& options = {})
 {
     const auto factors = detail::adapter_weights(options.weights, adapters.size(), options.lambda);
     const auto layers = detail::shared_layers<T>(adapters);
     std::size_t largest = 0;
-    for (const auto& layer : layers) { largest = std::max(largest, std::min({layer.out, layer.in, layer.total_rank()})); }
+    for (const auto& layer : layers) {
+        largest = std::max(largest, std::min({layer.out, layer.in, layer.total_rank()}));
+    }
     detail::check_layer_ranks(options.rank, largest, "the merged adapter");
     std::vector<lora_update<T>> updates(layers.size());
     adapter_result<T> result;
@@ -132,10 +140,10 @@ template <arithmetic_element T>
     return result;
 }
 
-/// The weighted means of the factors themselves: a = Σ wt·at / Σ wt and b likewise. This is not the mean of the updates: it has
-/// the cross terms wi·wj·bi·aj, which mean something only for adapters that started from the same factors. For those who ask.
-/// All adapters must have the same modules, ranks and scaling; the weights may not sum to 0. Each entry is summed in T in
-/// adapter order. Throws invalid_argument, shape_mismatch.
+/// The weighted means of the factors themselves: a = Σ wt·at / Σ wt and b likewise. This is not the mean of the
+/// updates: it has the cross terms wi·wj·bi·aj, which mean something only for adapters that started from the same
+/// factors. For those who ask. All adapters must have the same modules, ranks and scaling; the weights may not sum to
+/// 0. Each entry is summed in T in adapter order. Throws invalid_argument, shape_mismatch.
 template <arithmetic_element T>
 [[nodiscard]] lora_adapter<T> average_factors_separately(
     std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const std::vector<double>& weights = {})
@@ -150,18 +158,19 @@ template <arithmetic_element T>
         for (std::size_t t = 0; t < adapters.size(); ++t) {
             const lora_update<T>* const update = layer.updates[t];
             if (!update || !first) {
-                raise<invalid_argument>(
-                    message("module '", layer.name, "' is missing in adapter ", (update ? 0 : t) + 1, ": factors can only be averaged over the same modules"));
+                raise<invalid_argument>(message("module '", layer.name, "' is missing in adapter ",
+                    (update ? 0 : t) + 1, ": factors can only be averaged over the same modules"));
             }
             if (update->rank() != first->rank() || !same_scaling(update->scaling, first->scaling)) {
-                raise<shape_mismatch>(message("module '", layer.name, "' has rank ", update->rank(), " and scaling ", update->scaling, " in adapter ", t + 1,
-                    " but ", first->rank(), " and ", first->scaling,
-                    " in the first: factors can only be averaged with equal ranks and scalings; merge the updates instead"));
+                raise<shape_mismatch>(message("module '", layer.name, "' has rank ", update->rank(), " and scaling ",
+                    update->scaling, " in adapter ", t + 1, " but ", first->rank(), " and ", first->scaling,
+                    " in the first: factors can only be averaged with equal ranks and scalings; merge the updates "
+                    "instead"));
             }
         }
-        lora_update<T> mean{
-            matrix<T>(layer.out, first->rank(), matrix_order::row_major), matrix<T>(first->rank(), layer.in, matrix_order::row_major), first->scaling};
-        const auto add = [&](matrix<T>& to, matrix<T> lora_update<T>::*side) {
+        lora_update<T> mean{matrix<T>(layer.out, first->rank(), matrix_order::row_major),
+            matrix<T>(first->rank(), layer.in, matrix_order::row_major), first->scaling};
+        const auto add = [&](matrix<T>& to, matrix<T> lora_update<T>::* side) {
             for (std::size_t t = 0; t < adapters.size(); ++t) {
                 const T weight = static_cast<T>(factors[t] / total);
                 const matrix<T>& from = layer.updates[t]->*side;

@@ -23,7 +23,8 @@ template <class Model, class Adapter>
     for (auto& [name, update] : adapter) {
         const auto tensor = [](auto& x) {
             using T = std::remove_reference_t<decltype(*x.data())>;
-            return as_tensor(host_view<T>(x.data(), x.size()), {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())});
+            return as_tensor(host_view<T>(x.data(), x.size()),
+                {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())});
         };
         if (update.a.order() != matrix_order::row_major || update.b.order() != matrix_order::row_major) {
             raise<invalid_argument>(message("'", name, "': factors must be row-major, as PEFT stores them"));
@@ -44,21 +45,28 @@ template <class Model, class Adapter>
 ///     auto merged = merge_in_phi<float>(cpu{}, task_arithmetic_options{.lambda = 0.3}, init, adapters);
 template <arithmetic_element T, merge_method Options>
 [[nodiscard]] lora_adapter<T> merge_in_phi(const cpu& policy, const Options& options, const lora_adapter<T>& init,
-    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const model_options& how = {}, merge_report* report = nullptr)
+    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const model_options& how = {},
+    merge_report* report = nullptr)
 {
     for (std::size_t t = 0; t < adapters.size(); ++t) {
         const std::string label = how.labels.size() == adapters.size() ? how.labels[t] : message("adapter ", t + 1);
         for (const auto& [name, update] : adapters[t]) {
-            if (!init.contains(name)) { raise<invalid_argument>(message("module '", name, "' of ", label, " is not in the initialisation")); }
+            if (!init.contains(name)) {
+                raise<invalid_argument>(message("module '", name, "' of ", label, " is not in the initialisation"));
+            }
         }
         for (const auto& [name, start] : init) {
             const auto found = adapters[t].find(name);
-            if (found == adapters[t].end()) { raise<invalid_argument>(message("module '", name, "' of the initialisation is missing in ", label)); }
+            if (found == adapters[t].end()) {
+                raise<invalid_argument>(message("module '", name, "' of the initialisation is missing in ", label));
+            }
             const auto& update = found->second;
-            if (update.out() != start.out() || update.in() != start.in() || update.rank() != start.rank() || !same_scaling(update.scaling, start.scaling)) {
-                raise<shape_mismatch>(message("module '", name, "' is ", update.out(), "×", update.in(), " of rank ", update.rank(), ", scaling ",
-                    update.scaling, " in ", label, " but ", start.out(), "×", start.in(), " of rank ", start.rank(), ", scaling ", start.scaling,
-                    " in the initialisation: they do not share it"));
+            if (update.out() != start.out() || update.in() != start.in() || update.rank() != start.rank()
+                || !same_scaling(update.scaling, start.scaling)) {
+                raise<shape_mismatch>(
+                    message("module '", name, "' is ", update.out(), "×", update.in(), " of rank ", update.rank(),
+                        ", scaling ", update.scaling, " in ", label, " but ", start.out(), "×", start.in(), " of rank ",
+                        start.rank(), ", scaling ", start.scaling, " in the initialisation: they do not share it"));
             }
         }
     }

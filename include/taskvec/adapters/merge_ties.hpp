@@ -51,7 +51,9 @@ public:
         const bool first = shift_ == 16 * (digits - 1);
         for (std::size_t i = 0; i < size; ++i) {
             const bits magnitude = magnitude_bits(x[i]);
-            if (first || (magnitude >> shift_ >> 16) == wanted) { ++counts[static_cast<std::size_t>((magnitude >> shift_) & 0xffffu)]; }
+            if (first || (magnitude >> shift_ >> 16) == wanted) {
+                ++counts[static_cast<std::size_t>((magnitude >> shift_) & 0xffffu)];
+            }
         }
     }
     /// Ends a replay: the digit that holds the k-th largest is fixed.
@@ -59,7 +61,9 @@ public:
     {
         for (std::size_t stream = 0; stream < histogram_.size(); ++stream) {
             std::size_t digit = 65535;
-            while (digit > 0 && histogram_[stream][digit] < remaining_[stream]) { remaining_[stream] -= histogram_[stream][digit--]; }
+            while (digit > 0 && histogram_[stream][digit] < remaining_[stream]) {
+                remaining_[stream] -= histogram_[stream][digit--];
+            }
             prefix_[stream] = static_cast<bits>(prefix_[stream] << 15 << 1) | static_cast<bits>(digit);
         }
     }
@@ -76,18 +80,20 @@ private:
 
 } // namespace detail
 
-/// TIES over the updates ΔWt of adapters, entry by entry over all layers of all adapters together (scope::model) or layer by
-/// layer (scope::tensor), and each merged layer decomposed to the asked rank or energy by `decompose`. A module that an
-/// adapter lacks is an update of zeros. Products are formed in T, never all at once: the memory is that of the largest layer,
-/// T + 3 times; they are formed 2 to 5 times over. The same selection and election, bit for bit, as
-/// merge(ties_options) on the dense updates with a base of zeros.
-/// The report's errors are those of the decomposition, against the merged layer. Throws what merge_linear() throws, and
-/// invalid_argument where no rank and no energy is given.
+/// TIES over the updates ΔWt of adapters, entry by entry over all layers of all adapters together (scope::model) or
+/// layer by layer (scope::tensor), and each merged layer decomposed to the asked rank or energy by `decompose`. A
+/// module that an adapter lacks is an update of zeros. Products are formed in T, never all at once: the memory is that
+/// of the largest layer, T + 3 times; they are formed 2 to 5 times over. The same selection and election, bit for bit,
+/// as merge(ties_options) on the dense updates with a base of zeros. The report's errors are those of the
+/// decomposition, against the merged layer. Throws what merge_linear() throws, and invalid_argument where no rank and
+/// no energy is given.
 ///
-///     auto merged = merge_ties<float>(cpu{}, adapters, {.ties = {.density = 0.2}, .rank = {.rank = 16}}, decompose_randomized{});
+///     auto merged = merge_ties<float>(
+///         cpu{}, adapters, {.ties = {.density = 0.2}, .rank = {.rank = 16}}, decompose_randomized{});
 template <arithmetic_element T, decomposition<T> Decompose>
-[[nodiscard]] adapter_result<T> merge_ties(
-    const cpu& policy, std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const adapter_ties_options& options, const Decompose& decompose)
+[[nodiscard]] adapter_result<T> merge_ties(const cpu& policy,
+    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const adapter_ties_options& options,
+    const Decompose& decompose)
 {
     const ties_options& how = options.ties;
     const std::size_t tasks = adapters.size();
@@ -103,30 +109,37 @@ template <arithmetic_element T, decomposition<T> Decompose>
         elements += layer.out * layer.in;
     }
     detail::check_layer_ranks(options.rank, largest_rank, "the merged adapter");
-    const auto count = [&](std::uint64_t n) { return std::min(n, top_k_count(how.density, n) + (how.trim == trim_rule::reach_next ? 1 : 0)); };
+    const auto count = [&](std::uint64_t n) {
+        return std::min(n, top_k_count(how.density, n) + (how.trim == trim_rule::reach_next ? 1 : 0));
+    };
     (void)count(1);
 
     const std::vector<double> ones(tasks, 1.0);
-    election_weights factors_of{
-        how.weighted_election ? weights : ones, weights, how.divide_by_count ? ones : weights, how.agree_when_weighted ? weights : ones};
+    election_weights factors_of{how.weighted_election ? weights : ones, weights, how.divide_by_count ? ones : weights,
+        how.agree_when_weighted ? weights : ones};
     if (how.combine != disjoint_merge::mean) { factors_of.divide.assign(tasks, 0.0); }
     const auto factors = election_factors<T>(factors_of);
 
     std::pmr::memory_resource* const memory = memory_of(policy);
-    std::pmr::vector<T> products(tasks * largest_size, memory), merged(largest_size, memory), zeros(block_size, T{0}, memory);
+    std::pmr::vector<T> products(tasks * largest_size, memory), merged(largest_size, memory),
+        zeros(block_size, T{0}, memory);
     /// Forms the updates of a layer, row t of `products` for adapter t.
     const auto form = [&](const detail::shared_layer<T>& layer) {
         const std::size_t size = layer.out * layer.in;
         for (std::size_t t = 0; t < tasks; ++t) {
             T* const row = products.data() + t * size;
-            if (layer.updates[t]) { densify(policy, *layer.updates[t], matrix_view<T>(row, layer.out, layer.in, matrix_order::row_major)); }
+            if (layer.updates[t]) {
+                densify(policy, *layer.updates[t], matrix_view<T>(row, layer.out, layer.in, matrix_order::row_major));
+            }
             else {
                 std::fill_n(row, size, T{0});
             }
-            if (!std::isfinite(squared_norm<T>(policy, matrix_view<const T>(row, layer.out, layer.in, matrix_order::row_major)))) {
+            if (!std::isfinite(
+                    squared_norm<T>(policy, matrix_view<const T>(row, layer.out, layer.in, matrix_order::row_major)))) {
                 detail::blame_nonfinite<T>(layer.updates[t]->b.view(), layer.name);
                 detail::blame_nonfinite<T>(layer.updates[t]->a.view(), layer.name);
-                raise<nonfinite_error>(message("'", layer.name, "': the update of adapter ", t + 1, " overflows; scale its factors down"));
+                raise<nonfinite_error>(
+                    message("'", layer.name, "': the update of adapter ", t + 1, " overflows; scale its factors down"));
             }
         }
         return size;
@@ -157,13 +170,18 @@ template <arithmetic_element T, decomposition<T> Decompose>
     const auto elect = [&](std::size_t size, int zero) {
         std::vector<election_tally> tallies((size + block_size - 1) / block_size);
         std::vector<std::pmr::vector<T>> scratch;
-        for (std::size_t w = 0; w < worker_count(policy, tallies.size()); ++w) { scratch.emplace_back((tasks + detail::election_rows) * block_size, memory); }
+        for (std::size_t w = 0; w < worker_count(policy, tallies.size()); ++w) {
+            scratch.emplace_back((tasks + detail::election_rows) * block_size, memory);
+        }
         for_each_index(policy, tallies.size(), [&](std::size_t index, std::size_t worker) {
             const std::size_t first = index * block_size, n = std::min(block_size, size - first);
             T* const rows = scratch[worker].data();
-            for (std::size_t t = 0; t < tasks; ++t) { std::copy_n(products.data() + t * size + first, n, rows + t * block_size); }
-            tallies[index] = detail::elect_rows<T>(rows, tasks, block_size, factors.data(), how.combine, static_cast<T>(zero), zeros.data(),
-                static_cast<T>(how.lambda), merged.data() + first, rows + tasks * block_size, n);
+            for (std::size_t t = 0; t < tasks; ++t) {
+                std::copy_n(products.data() + t * size + first, n, rows + t * block_size);
+            }
+            tallies[index] =
+                detail::elect_rows<T>(rows, tasks, block_size, factors.data(), how.combine, static_cast<T>(zero),
+                    zeros.data(), static_cast<T>(how.lambda), merged.data() + first, rows + tasks * block_size, n);
         });
         election_tally total;
         for (const auto& tally : tallies) {
@@ -185,7 +203,8 @@ template <arithmetic_element T, decomposition<T> Decompose>
             search.begin(digit);
             for (const auto& layer : layers) {
                 const std::size_t size = form(layer);
-                for_each_index(policy, tasks, [&](std::size_t t, std::size_t) { search.add(t, products.data() + t * size, size); });
+                for_each_index(policy, tasks,
+                    [&](std::size_t t, std::size_t) { search.add(t, products.data() + t * size, size); });
             }
             search.end();
         }
@@ -213,7 +232,8 @@ template <arithmetic_element T, decomposition<T> Decompose>
             detail::streamed_top_k<T> search(std::vector<std::uint64_t>(tasks, count(size)));
             for (int digit = 0; digit < search.digits; ++digit) {
                 search.begin(digit);
-                for_each_index(policy, tasks, [&](std::size_t t, std::size_t) { search.add(t, products.data() + t * size, size); });
+                for_each_index(policy, tasks,
+                    [&](std::size_t t, std::size_t) { search.add(t, products.data() + t * size, size); });
                 search.end();
             }
             for (std::size_t t = 0; t < tasks; ++t) { rules[t] = {search.magnitude(t), search.equal(t)}; }

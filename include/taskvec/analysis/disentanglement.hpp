@@ -49,7 +49,9 @@ struct prediction_mismatch {
 private:
     static void check(std::size_t a, std::size_t b)
     {
-        if (a != b) { raise<shape_mismatch>(message("prediction_mismatch: predictions for ", a, " and for ", b, " examples")); }
+        if (a != b) {
+            raise<shape_mismatch>(message("prediction_mismatch: predictions for ", a, " and for ", b, " examples"));
+        }
     }
     static double share(std::size_t different, std::size_t examples)
     {
@@ -59,14 +61,13 @@ private:
 
 /// What a model with these parameters says about the inputs of a task: any value that the distance understands.
 template <class Model, class T>
-concept model_callback = requires(Model& model, host_view<const T> parameters, std::size_t task)
-{
-    model(parameters, task);
-};
+concept model_callback =
+    requires(Model& model, host_view<const T> parameters, std::size_t task) { model(parameters, task); };
 
 /// ξ(λ) = Σi E_x[dist(f(x; φ0 + λi·νi), f(x; φ0 + Σj λj·νj))], x over task i's inputs, i and j over the chosen tasks.
-/// `model(parameters, task)` evaluates f on the inputs of a task, `distance(single, merged)` returns the mean over them.
-/// The predictions of single task vectors are kept (one for each task and factor) and shared by all grids of one meter.
+/// `model(parameters, task)` evaluates f on the inputs of a task, `distance(single, merged)` returns the mean over
+/// them. The predictions of single task vectors are kept (one for each task and factor) and shared by all grids of one
+/// meter.
 ///
 ///     disentanglement_meter meter(space, [&](auto phi, std::size_t task) { return predict(phi, inputs[task]); });
 ///     lambda_grid xi = meter.grid({.task1 = 0, .task2 = 1, .lambda1 = equidistant(-1, 1, 21)});
@@ -84,32 +85,39 @@ public:
         , distance_(std::move(distance))
     { }
 
-    /// dist for each of `tasks` (default: all) at these factors, one for each task of the space; tasks that are not chosen
-    /// must have factor 0. Cost: one combination, one evaluation a chosen task, and single evaluations not yet made.
-    /// Errors: invalid_argument.
-    [[nodiscard]] std::vector<double> error_by_task(std::span<const double> lambdas, std::span<const std::size_t> tasks = {})
+    /// dist for each of `tasks` (default: all) at these factors, one for each task of the space; tasks that are not
+    /// chosen must have factor 0. Cost: one combination, one evaluation a chosen task, and single evaluations not yet
+    /// made. Errors: invalid_argument.
+    [[nodiscard]] std::vector<double> error_by_task(
+        std::span<const double> lambdas, std::span<const std::size_t> tasks = {})
     {
         std::vector<std::size_t> chosen(tasks.begin(), tasks.end());
         if (chosen.empty()) {
             for (std::size_t t = 0; t < space_->tasks(); ++t) { chosen.push_back(t); }
         }
         if (lambdas.size() != space_->tasks()) {
-            raise<invalid_argument>(message("disentanglement: ", lambdas.size(), " factors for ", space_->tasks(), " tasks: give one each"));
+            raise<invalid_argument>(message(
+                "disentanglement: ", lambdas.size(), " factors for ", space_->tasks(), " tasks: give one each"));
         }
         std::vector<bool> allowed(space_->tasks(), false);
         for (const std::size_t task : chosen) {
-            if (task >= space_->tasks()) { raise<invalid_argument>(message("disentanglement: there is no task ", task)); }
+            if (task >= space_->tasks()) {
+                raise<invalid_argument>(message("disentanglement: there is no task ", task));
+            }
             allowed[task] = true;
         }
         for (std::size_t t = 0; t < lambdas.size(); ++t) {
             if (!allowed[t] && lambdas[t] != 0) {
-                raise<invalid_argument>(message("disentanglement: task ", t, " has a factor but is not among the chosen tasks"));
+                raise<invalid_argument>(
+                    message("disentanglement: task ", t, " has a factor but is not among the chosen tasks"));
             }
         }
         for (const std::size_t task : chosen) { (void)single(task, lambdas[task]); }
         const auto merged = space_->at(lambdas);
         std::vector<double> errors;
-        for (const std::size_t task : chosen) { errors.push_back(static_cast<double>(distance_(single(task, lambdas[task]), model_(merged, task)))); }
+        for (const std::size_t task : chosen) {
+            errors.push_back(static_cast<double>(distance_(single(task, lambdas[task]), model_(merged, task))));
+        }
         return errors;
     }
 

@@ -16,17 +16,19 @@ namespace taskvec::inline TASKVEC_ABI {
 [[nodiscard]] inline double normalized_score(double score, double single_task_score)
 {
     if (!(single_task_score > 0)) {
-        raise<invalid_argument>(message("normalized_score: the single-task score is ", single_task_score, "; it must be positive"));
+        raise<invalid_argument>(
+            message("normalized_score: the single-task score is ", single_task_score, "; it must be positive"));
     }
     return score / single_task_score;
 }
 
 /// The mean of normalized scores over tasks: one score and one single-task score for each. Throws invalid_argument.
-[[nodiscard]] inline double mean_normalized_score(std::span<const double> scores, std::span<const double> single_task_scores)
+[[nodiscard]] inline double mean_normalized_score(
+    std::span<const double> scores, std::span<const double> single_task_scores)
 {
     if (scores.size() != single_task_scores.size() || scores.empty()) {
-        raise<invalid_argument>(
-            message("mean_normalized_score: ", scores.size(), " scores for ", single_task_scores.size(), " single-task scores: give one each, at least one"));
+        raise<invalid_argument>(message("mean_normalized_score: ", scores.size(), " scores for ",
+            single_task_scores.size(), " single-task scores: give one each, at least one"));
     }
     double sum = 0;
     for (std::size_t i = 0; i < scores.size(); ++i) { sum += normalized_score(scores[i], single_task_scores[i]); }
@@ -60,7 +62,9 @@ struct summary {
 [[nodiscard]] inline double mean_off_diagonal(std::span<const double> matrix)
 {
     const auto n = static_cast<std::size_t>(std::llround(std::sqrt(static_cast<double>(matrix.size()))));
-    if (n * n != matrix.size()) { raise<invalid_argument>(message("mean_off_diagonal: ", matrix.size(), " elements are no square matrix")); }
+    if (n * n != matrix.size()) {
+        raise<invalid_argument>(message("mean_off_diagonal: ", matrix.size(), " elements are no square matrix"));
+    }
     double sum = 0;
     for (std::size_t i = 0; i < n; ++i) {
         for (std::size_t j = 0; j < n; ++j) { sum += i == j ? 0.0 : matrix[i * n + j]; }

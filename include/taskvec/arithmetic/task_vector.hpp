@@ -25,7 +25,9 @@ void check_lengths(const Out& out, const X&... inputs)
     std::size_t which = 0;
     const auto check = [&](std::size_t size) {
         ++which;
-        if (size != out.size()) { raise<shape_mismatch>(message("input ", which, " has ", size, " elements; the output has ", out.size())); }
+        if (size != out.size()) {
+            raise<shape_mismatch>(message("input ", which, " has ", size, " elements; the output has ", out.size()));
+        }
     };
     (check(inputs.size()), ...);
 }
@@ -52,8 +54,8 @@ host_view<const T> const_view(host_view<T> x) noexcept
 
 [[noreturn, gnu::cold]] inline void refuse_nonfinite_input(std::size_t which, double found, std::uint64_t index)
 {
-    raise<nonfinite_error>(message(
-        "input ", which, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", index, ": repair it, or ask for non-finite values to propagate"));
+    raise<nonfinite_error>(message("input ", which, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ",
+        index, ": repair it, or ask for non-finite values to propagate"));
 }
 
 template <class T>
@@ -67,18 +69,21 @@ void find_nonfinite(host_view<const T> x, std::size_t which, std::size_t offset,
 
 /// out = combine(rows of the inputs), block by block: combine(A* out, const A* const* rows, n).
 template <arithmetic_element A, class Out, class Combine, class... T>
-void map_rows(const cpu& policy, nonfinite on_nonfinite, host_view<Out> out, Combine&& combine, host_view<const T>... inputs)
+void map_rows(
+    const cpu& policy, nonfinite on_nonfinite, host_view<Out> out, Combine&& combine, host_view<const T>... inputs)
 {
     check_lengths(out, inputs...);
     constexpr std::size_t step = 65536;
     for_each_index(policy, (out.size() + step - 1) / step, [&](std::size_t index, std::size_t) {
         std::array<std::array<A, block_size>, sizeof...(T)> scratch;
         std::array<A, block_size> result;
-        for (std::size_t offset = index * step; offset < std::min(out.size(), (index + 1) * step); offset += block_size) {
+        for (std::size_t offset = index * step; offset < std::min(out.size(), (index + 1) * step);
+            offset += block_size) {
             const std::size_t n = std::min(block_size, out.size() - offset);
             bits_type<A> largest = 0;
             std::size_t row = 0;
-            const std::array<const A*, sizeof...(T)> rows{widened<A>(inputs, offset, n, scratch[row++].data(), largest)...};
+            const std::array<const A*, sizeof...(T)> rows{
+                widened<A>(inputs, offset, n, scratch[row++].data(), largest)...};
             if (largest >= exponent_mask<A> && on_nonfinite == nonfinite::error) {
                 std::size_t which = 0;
                 (find_nonfinite(inputs, ++which, offset, n), ...);
@@ -97,11 +102,13 @@ void map_rows(const cpu& policy, nonfinite on_nonfinite, host_view<Out> out, Com
 ///     std::vector<float> tau(n);
 ///     difference(cpu{}, tuned, base, tau);
 template <input_of<cpu> Tuned, input_of<cpu> Base, output_of<cpu> Out>
-void difference(const cpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void difference(
+    const cpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error)
 {
     using A = detail::common_arithmetic<const Tuned, const Base>;
     detail::map_rows<A>(
-        policy, on_nonfinite, as_view(out), [](A* result, const auto& rows, std::size_t n) { kernels::subtract(rows[0], rows[1], result, n); },
+        policy, on_nonfinite, as_view(out),
+        [](A* result, const auto& rows, std::size_t n) { kernels::subtract(rows[0], rows[1], result, n); },
         detail::const_view(as_view(tuned)), detail::const_view(as_view(base)));
 }
 
@@ -110,7 +117,8 @@ void difference(const cpu& policy, const Tuned& tuned, const Base& base, Out&& o
 ///
 ///     apply(cpu{}, base, tau, 0.3, merged);
 template <input_of<cpu> Base, input_of<cpu> Vector, output_of<cpu> Out>
-void apply(const cpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void apply(const cpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out,
+    nonfinite on_nonfinite = nonfinite::error)
 {
     using A = detail::common_arithmetic<const Base, const Vector>;
     detail::map_rows<A>(
@@ -128,18 +136,20 @@ void negate(const cpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = n
 {
     using A = detail::common_arithmetic<const X>;
     detail::map_rows<A>(
-        policy, on_nonfinite, as_view(out), [](A* result, const auto& rows, std::size_t n) { kernels::negate(rows[0], result, n); },
+        policy, on_nonfinite, as_view(out),
+        [](A* result, const auto& rows, std::size_t n) { kernels::negate(rows[0], result, n); },
         detail::const_view(as_view(x)));
 }
 
 /// out = Σ wt·xt over flat views of one storage type, in f32 (f64 for f64), in the order of the list; every product and
-/// sum rounds; bit-exact. `out` may not share memory with an input. Errors: invalid_argument (no vector, wrong number of weights), shape_mismatch,
-/// nonfinite_error.
+/// sum rounds; bit-exact. `out` may not share memory with an input. Errors: invalid_argument (no vector, wrong number
+/// of weights), shape_mismatch, nonfinite_error.
 ///
 ///     combine(cpu{}, vectors, std::vector{0.5, -0.5}, out);
 template <std::ranges::input_range Vectors, output_of<cpu> Out>
     requires input_of<std::ranges::range_reference_t<const Vectors>, cpu>
-void combine(const cpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void combine(const cpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out,
+    nonfinite on_nonfinite = nonfinite::error)
 {
     using X = std::remove_reference_t<std::ranges::range_reference_t<const Vectors>>;
     using T = element_of<X>;
@@ -147,18 +157,23 @@ void combine(const cpu& policy, const Vectors& vectors, std::span<const double> 
     std::vector<host_view<const T>> inputs;
     for (const auto& vector : vectors) { inputs.push_back(as_view(vector)); }
     if (inputs.empty()) { raise<invalid_argument>("no vector was given: at least one is needed"); }
-    if (weights.size() != inputs.size()) { raise<invalid_argument>(message(weights.size(), " weights for ", inputs.size(), " vectors: give one each")); }
+    if (weights.size() != inputs.size()) {
+        raise<invalid_argument>(message(weights.size(), " weights for ", inputs.size(), " vectors: give one each"));
+    }
     const auto result = as_view(out);
     for (const auto& input : inputs) { detail::check_lengths(result, input); }
     constexpr std::size_t step = 65536;
     for_each_index(policy, (result.size() + step - 1) / step, [&](std::size_t index, std::size_t) {
         std::array<A, block_size> row, sum;
-        for (std::size_t offset = index * step; offset < std::min(result.size(), (index + 1) * step); offset += block_size) {
+        for (std::size_t offset = index * step; offset < std::min(result.size(), (index + 1) * step);
+            offset += block_size) {
             const std::size_t n = std::min(block_size, result.size() - offset);
             for (std::size_t t = 0; t < inputs.size(); ++t) {
                 bits_type<A> largest = 0;
                 const A* const x = detail::widened<A>(inputs[t], offset, n, row.data(), largest);
-                if (largest >= exponent_mask<A> && on_nonfinite == nonfinite::error) { detail::find_nonfinite(inputs[t], t + 1, offset, n); }
+                if (largest >= exponent_mask<A> && on_nonfinite == nonfinite::error) {
+                    detail::find_nonfinite(inputs[t], t + 1, offset, n);
+                }
                 const A weight = static_cast<A>(weights[t]);
                 t == 0 ? kernels::begin_sum(sum.data(), x, weight, n) : kernels::accumulate(sum.data(), x, weight, n);
             }
@@ -182,7 +197,8 @@ template <input_of<cpu> X, input_of<cpu> Y>
         for (std::size_t leaf = 32 * index; leaf < std::min(leaves.size(), 32 * (index + 1)); ++leaf) {
             const std::size_t offset = leaf * block_size, n = std::min(block_size, a.size() - offset);
             bits_type<A> ignored = 0;
-            leaves[leaf] = kernels::dot(detail::widened<A>(a, offset, n, first.data(), ignored), detail::widened<A>(b, offset, n, second.data(), ignored), n);
+            leaves[leaf] = kernels::dot(detail::widened<A>(a, offset, n, first.data(), ignored),
+                detail::widened<A>(b, offset, n, second.data(), ignored), n);
         }
     });
     detail::pairwise_sum sum;
@@ -263,37 +279,44 @@ namespace detail {
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto difference(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "difference() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
+        "difference() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto apply(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "apply() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
+        "apply() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto negate(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "negate() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
+        "negate() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto combine(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "combine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
+        "combine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto dot(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "dot() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
+        "dot() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto norm(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "norm() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
+        "norm() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto cosine(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>, "cosine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
+        "cosine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -40,7 +40,8 @@
 #endif
 #define TASKVEC_ABI_JOIN_(a, b, c, d) v##a##_##b##_##c##_##d
 #define TASKVEC_ABI_JOIN(a, b, c, d) TASKVEC_ABI_JOIN_(a, b, c, d)
-#define TASKVEC_ABI TASKVEC_ABI_JOIN(TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_ABI_ERRORS, TASKVEC_ABI_SYSTEM)
+#define TASKVEC_ABI                                                                                                    \
+    TASKVEC_ABI_JOIN(TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_ABI_ERRORS, TASKVEC_ABI_SYSTEM)
 
 #if defined(__CUDACC__)
 #define TASKVEC_HOST_DEVICE __host__ __device__
@@ -55,8 +56,8 @@
 #define TASKVEC_NOINLINE [[gnu::noinline]]
 #define TASKVEC_RESTRICT __restrict
 #if defined(__CUDACC__)
-// Device code rounds each operation by intrinsics (device/thrust). The CPU's kernels lose their guarantee in a file that
-// nvcc compiles for a processor with fused multiply-adds: run cpu policies from files of the host compiler.
+// Device code rounds each operation by intrinsics (device/thrust). The CPU's kernels lose their guarantee in a file
+// that nvcc compiles for a processor with fused multiply-adds: run cpu policies from files of the host compiler.
 #define TASKVEC_KERNELS_BEGIN
 #define TASKVEC_KERNELS_END
 #define TASKVEC_STRICT_FP
@@ -65,15 +66,16 @@
 #define TASKVEC_KERNELS_END
 #define TASKVEC_STRICT_FP _Pragma("clang fp contract(off)")
 #elif defined(__GNUC__)
-#define TASKVEC_KERNELS_BEGIN                                                                                                                                  \
-    _Pragma("GCC push_options") _Pragma("GCC optimize(\"fp-contract=off\",\"no-trapping-math\",\"tree-vectorize\",\"vect-cost-model=dynamic\")")
+#define TASKVEC_KERNELS_BEGIN                                                                                          \
+    _Pragma("GCC push_options") _Pragma(                                                                               \
+        "GCC optimize(\"fp-contract=off\",\"no-trapping-math\",\"tree-vectorize\",\"vect-cost-model=dynamic\")")
 #define TASKVEC_KERNELS_END _Pragma("GCC pop_options")
 #define TASKVEC_STRICT_FP
 #else
 #error "taskvec needs g++ 12 or clang 14 (or later): its bit-exact kernels rely on their floating-point pragmas"
 #endif
-// The call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END: it loops over the
-// indices that it is handed. On a host system it is, like a kernel, a function of its own.
+// The call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END: it loops
+// over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
 #if defined(__CUDACC__)
 #define TASKVEC_FUNCTOR __host__ __device__
 #else

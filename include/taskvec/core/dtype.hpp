@@ -102,7 +102,8 @@ inline constexpr dtype_row dtype_table[] = {
 
 /// The storage types that the algorithms compute with: f64, f32, bf16, f16.
 template <class T>
-concept storage_element = std::same_as<T, double> || std::same_as<T, float> || std::same_as<T, bf16> || std::same_as<T, f16>;
+concept storage_element =
+    std::same_as<T, double> || std::same_as<T, float> || std::same_as<T, bf16> || std::same_as<T, f16>;
 
 /// The types that arithmetic runs in.
 template <class T>
@@ -132,7 +133,8 @@ inline constexpr dtype dtype_of = std::same_as<T, double> ? dtype::f64
 
 TASKVEC_KERNELS_BEGIN
 
-/// std::bit_cast, compiled under the kernels' options: g++ inlines no function into a kernel that was compiled without them.
+/// std::bit_cast, compiled under the kernels' options: g++ inlines no function into a kernel that was compiled without
+/// them.
 template <class To, class From>
     requires(sizeof(To) == sizeof(From))
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr To reinterpret_bits(From value) noexcept
@@ -178,7 +180,8 @@ template <class To, class From>
     const std::uint32_t magnitude = word & 0x7fffffffu;
     const std::uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
     // Below 2^-14 an addition of 1/2 aligns the mantissa to f16's subnormal spacing and rounds it to nearest even.
-    const std::uint32_t subnormal = reinterpret_bits<std::uint32_t>(reinterpret_bits<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const std::uint32_t subnormal =
+        reinterpret_bits<std::uint32_t>(reinterpret_bits<float>(magnitude) + 0.5f) - 0x3f000000u;
     const std::uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x03ffu);
     const auto select = [](bool condition, std::uint32_t yes, std::uint32_t no) {
         const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
@@ -271,11 +274,12 @@ template <arithmetic_element A>
 using bits_type = std::conditional_t<std::same_as<A, double>, std::uint64_t, std::uint32_t>;
 
 template <arithmetic_element A>
-inline constexpr bits_type<A> sign_mask = std::same_as<A, double> ? static_cast<bits_type<A>>(std::uint64_t{1} << 63) : static_cast<bits_type<A>>(0x80000000u);
+inline constexpr bits_type<A> sign_mask = std::same_as<A, double> ? static_cast<bits_type<A>>(std::uint64_t{1} << 63)
+                                                                  : static_cast<bits_type<A>>(0x80000000u);
 
 template <arithmetic_element A>
-inline constexpr bits_type<A> exponent_mask = std::same_as<A, double> ? static_cast<bits_type<A>>(0x7ff0000000000000ull)
-                                                                      : static_cast<bits_type<A>>(0x7f800000u);
+inline constexpr bits_type<A> exponent_mask =
+    std::same_as<A, double> ? static_cast<bits_type<A>>(0x7ff0000000000000ull) : static_cast<bits_type<A>>(0x7f800000u);
 
 /// The bits of |x|: ordered as the magnitudes are.
 template <arithmetic_element A>
@@ -298,7 +302,8 @@ decltype(auto) visit_storage(dtype type, std::string_view what, F&& f)
     case dtype::f16: return f(std::type_identity<f16>{});
     default: break;
     }
-    raise<dtype_mismatch>(message("tensor '", what, "' has dtype ", name(type), "; expected one of F64, F32, BF16, F16: exclude it or convert it first"));
+    raise<dtype_mismatch>(message("tensor '", what, "' has dtype ", name(type),
+        "; expected one of F64, F32, BF16, F16: exclude it or convert it first"));
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -17,7 +17,16 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// What went wrong, as a value: the same in an exception and in the no-exceptions handler.
-enum class error_kind { invalid_argument, shape_mismatch, dtype_mismatch, nonfinite, format_error, io_error, backend_error, cancelled };
+enum class error_kind {
+    invalid_argument,
+    shape_mismatch,
+    dtype_mismatch,
+    nonfinite,
+    format_error,
+    io_error,
+    backend_error,
+    cancelled
+};
 
 /// Base of everything that the library throws.
 class error : public std::runtime_error {
@@ -151,8 +160,8 @@ public:
         , size_(1)
     { }
     template <class Number>
-        requires std::is_arithmetic_v<Number> message_part(Number number)
-    noexcept
+        requires std::is_arithmetic_v<Number>
+    message_part(Number number) noexcept
     {
         if constexpr (std::is_floating_point_v<Number>) { print("%.6g", static_cast<double>(number)); }
         else if constexpr (std::is_signed_v<Number>) {

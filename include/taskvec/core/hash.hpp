@@ -59,7 +59,9 @@ public:
         }
         h += total_;
         std::size_t at = 0;
-        for (; at + 8 <= held_; at += 8) { h = std::rotl(h ^ round(0, read<std::uint64_t>(buffer_ + at)), 27) * p1 + p4; }
+        for (; at + 8 <= held_; at += 8) {
+            h = std::rotl(h ^ round(0, read<std::uint64_t>(buffer_ + at)), 27) * p1 + p4;
+        }
         if (at + 4 <= held_) {
             h = std::rotl(h ^ (read<std::uint32_t>(buffer_ + at) * p1), 23) * p2 + p3;
             at += 4;
@@ -72,8 +74,8 @@ public:
 
 private:
     static_assert(std::endian::native == std::endian::little, "taskvec reads and writes little-endian files in place");
-    static constexpr std::uint64_t p1 = 0x9E3779B185EBCA87ull, p2 = 0xC2B2AE3D27D4EB4Full, p3 = 0x165667B19E3779F9ull, p4 = 0x85EBCA77C2B2AE63ull,
-                                   p5 = 0x27D4EB2F165667C5ull;
+    static constexpr std::uint64_t p1 = 0x9E3779B185EBCA87ull, p2 = 0xC2B2AE3D27D4EB4Full, p3 = 0x165667B19E3779F9ull,
+                                   p4 = 0x85EBCA77C2B2AE63ull, p5 = 0x27D4EB2F165667C5ull;
     template <class Word>
     static std::uint64_t read(const unsigned char* bytes) noexcept
     {
@@ -81,7 +83,10 @@ private:
         std::memcpy(&word, bytes, sizeof word);
         return word;
     }
-    static constexpr std::uint64_t round(std::uint64_t lane, std::uint64_t input) noexcept { return std::rotl(lane + input * p2, 31) * p1; }
+    static constexpr std::uint64_t round(std::uint64_t lane, std::uint64_t input) noexcept
+    {
+        return std::rotl(lane + input * p2, 31) * p1;
+    }
     void stripe(const unsigned char* bytes) noexcept
     {
         for (std::size_t i = 0; i < 4; ++i) { lanes_[i] = round(lanes_[i], read<std::uint64_t>(bytes + 8 * i)); }

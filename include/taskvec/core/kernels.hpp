@@ -31,18 +31,22 @@ template <storage_element T>
     return reinterpret_cast<storage_word<T>*>(x);
 }
 
-/// Elements between two calls of fetch_ahead() in a kernel that works a row off in runs, and how many bytes ahead fetches reach. A kernel
-/// that does much between two loads asks for its next lines itself: so much work hides what is still to be loaded from the processor.
+/// Elements between two calls of fetch_ahead() in a kernel that works a row off in runs, and how many bytes ahead
+/// fetches reach. A kernel that does much between two loads asks for its next lines itself: so much work hides what is
+/// still to be loaded from the processor.
 inline constexpr std::size_t fetch_group = 128, fetch_distance = 4096;
 
-/// Asks for the lines of `count` words that lie fetch_distance bytes ahead. Never faults. Always inlined: g++ takes a call of a function
-/// that does nothing but prefetch for one without effect, and leaves it out.
+/// Asks for the lines of `count` words that lie fetch_distance bytes ahead. Never faults. Always inlined: g++ takes a
+/// call of a function that does nothing but prefetch for one without effect, and leaves it out.
 template <std::size_t count = fetch_group, class Word>
 [[gnu::always_inline]] inline void fetch_ahead(const Word* words) noexcept
 {
-    const auto place = reinterpret_cast<std::uintptr_t>(words) + fetch_distance; // a number: most lie outside the words' array
+    const auto place =
+        reinterpret_cast<std::uintptr_t>(words) + fetch_distance; // a number: most lie outside the words' array
 #pragma GCC unroll 16
-    for (std::size_t line = 0; line < count * sizeof(Word); line += 64) { __builtin_prefetch(reinterpret_cast<const void*>(place + line), 0, 3); }
+    for (std::size_t line = 0; line < count * sizeof(Word); line += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(place + line), 0, 3);
+    }
 }
 
 TASKVEC_KERNELS_BEGIN
@@ -63,7 +67,8 @@ TASKVEC_NOINLINE bits_type<A> widen(const storage_word<T>* TASKVEC_RESTRICT x, A
 }
 
 template <storage_element T, arithmetic_element A>
-TASKVEC_NOINLINE bits_type<A> subtract(const storage_word<T>* TASKVEC_RESTRICT x, const A* TASKVEC_RESTRICT base, A* TASKVEC_RESTRICT out, std::size_t n)
+TASKVEC_NOINLINE bits_type<A> subtract(
+    const storage_word<T>* TASKVEC_RESTRICT x, const A* TASKVEC_RESTRICT base, A* TASKVEC_RESTRICT out, std::size_t n)
 {
     TASKVEC_STRICT_FP
     bits_type<A> largest = 0;
@@ -145,8 +150,8 @@ TASKVEC_NOINLINE void begin_sum(A* TASKVEC_RESTRICT sum, const A* TASKVEC_RESTRI
     }
 }
 
-/// How a fused kernel walks stored words: in steps of 32 bits, one f32 or two bf16, whose halves come apart and together again by
-/// shifts and masks alone. step_word reads at any address that suits T.
+/// How a fused kernel walks stored words: in steps of 32 bits, one f32 or two bf16, whose halves come apart and
+/// together again by shifts and masks alone. step_word reads at any address that suits T.
 template <storage_element T>
 inline constexpr std::size_t step_width = 4 / sizeof(storage_word<T>);
 using step_word = std::uint32_t __attribute__((aligned(2), may_alias));
@@ -157,7 +162,8 @@ template <storage_element T>
 {
     return reinterpret_bits<float>(sizeof(T) == 4 ? step : lane == 0 ? step << 16 : step & 0xffff0000u);
 }
-/// Element `lane` rounded to T, in its place in a step; the other bits are 0. Infinities and finite values, and NaN as arithmetic makes it.
+/// Element `lane` rounded to T, in its place in a step; the other bits are 0. Infinities and finite values, and NaN as
+/// arithmetic makes it.
 template <storage_element T>
 [[nodiscard]] inline std::uint32_t step_of_finite(float value, std::size_t lane) noexcept
 {
@@ -178,8 +184,8 @@ template <storage_element T>
     }
 }
 
-/// Steps that a fused kernel takes of every stream in turn: few enough that its rows stay in the first-level cache. They come in strips
-/// of one line of each stream.
+/// Steps that a fused kernel takes of every stream in turn: few enough that its rows stay in the first-level cache.
+/// They come in strips of one line of each stream.
 inline constexpr std::size_t group_steps = 256, strip_steps = 16;
 /// Steps in whole strips.
 [[nodiscard]] inline constexpr std::size_t whole_strips(std::size_t steps) noexcept
@@ -187,11 +193,11 @@ inline constexpr std::size_t group_steps = 256, strip_steps = 16;
     return (steps + strip_steps - 1) / strip_steps * strip_steps;
 }
 
-/// sums[lane][i] += Σ weights[t] · (tasks[t] − base) over the steps of N tasks; without a base when Difference is false. Each
-/// product and sum rounds, in task order. sums: step_width rows of group_steps.
+/// sums[lane][i] += Σ weights[t] · (tasks[t] − base) over the steps of N tasks; without a base when Difference is
+/// false. Each product and sum rounds, in task order. sums: step_width rows of group_steps.
 template <storage_element T, std::size_t N, bool Difference>
-TASKVEC_NOINLINE void add_stored(
-    const step_word* const* tasks, const step_word* TASKVEC_RESTRICT base, const float* weights, float* TASKVEC_RESTRICT sums, std::size_t n)
+TASKVEC_NOINLINE void add_stored(const step_word* const* tasks, const step_word* TASKVEC_RESTRICT base,
+    const float* weights, float* TASKVEC_RESTRICT sums, std::size_t n)
 {
     TASKVEC_STRICT_FP
     constexpr std::size_t width = step_width<T>;
@@ -222,11 +228,11 @@ TASKVEC_NOINLINE void add_stored(
     }
 }
 
-/// out = base + factor · sum, or sum / factor when Difference is false. Returns the largest magnitude bits of the sums: NaN and
-/// infinity in an input cannot but reach them.
+/// out = base + factor · sum, or sum / factor when Difference is false. Returns the largest magnitude bits of the sums:
+/// NaN and infinity in an input cannot but reach them.
 template <storage_element T, bool Difference>
-TASKVEC_NOINLINE std::uint32_t finish_stored(
-    const float* TASKVEC_RESTRICT sums, const step_word* TASKVEC_RESTRICT base, float factor, std::uint32_t* TASKVEC_RESTRICT out, std::size_t n)
+TASKVEC_NOINLINE std::uint32_t finish_stored(const float* TASKVEC_RESTRICT sums, const step_word* TASKVEC_RESTRICT base,
+    float factor, std::uint32_t* TASKVEC_RESTRICT out, std::size_t n)
 {
     TASKVEC_STRICT_FP
     std::int32_t top = 0;
@@ -283,7 +289,8 @@ TASKVEC_NOINLINE void divide(A* TASKVEC_RESTRICT x, A divisor, std::size_t n)
 {
     const A inverse = A{1} / divisor;
     constexpr bits_type<A> mantissa = static_cast<bits_type<A>>(~(sign_mask<A> | exponent_mask<A>));
-    if ((reinterpret_bits<bits_type<A>>(divisor) & mantissa) == 0 && (reinterpret_bits<bits_type<A>>(inverse) & mantissa) == 0 && inverse * divisor == A{1}) {
+    if ((reinterpret_bits<bits_type<A>>(divisor) & mantissa) == 0
+        && (reinterpret_bits<bits_type<A>>(inverse) & mantissa) == 0 && inverse * divisor == A{1}) {
         scale(x, inverse, n);
         return;
     }
@@ -304,8 +311,10 @@ inline void stream_copy(void* to, const void* from, std::size_t size)
     in += head;
     size -= head;
     for (; size >= 64; size -= 64, in += 64, out += 64) {
-        const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 16)),
-                      c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 32)), d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 48));
+        const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)),
+                      b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 16)),
+                      c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 32)),
+                      d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 48));
         _mm_stream_si128(reinterpret_cast<__m128i*>(out), a);
         _mm_stream_si128(reinterpret_cast<__m128i*>(out + 16), b);
         _mm_stream_si128(reinterpret_cast<__m128i*>(out + 32), c);
@@ -332,18 +341,20 @@ struct stored_output {
     }
 };
 
-/// Calls run(step pointers of the tasks, step pointer of the base, first element, steps) for groups of at most group_steps steps of n
-/// stored words. The last steps, where they do not fill a strip, come from a copy that zeros fill up to whole strips: so a kernel may work
-/// off whole_strips(steps), and bf16 may be odd in number.
+/// Calls run(step pointers of the tasks, step pointer of the base, first element, steps) for groups of at most
+/// group_steps steps of n stored words. The last steps, where they do not fill a strip, come from a copy that zeros
+/// fill up to whole strips: so a kernel may work off whole_strips(steps), and bf16 may be odd in number.
 template <storage_element T, std::size_t most, class Run>
-void for_each_group(const storage_word<T>* const* tasks, std::size_t count, const storage_word<T>* base, std::size_t n, Run&& run)
+void for_each_group(
+    const storage_word<T>* const* tasks, std::size_t count, const storage_word<T>* base, std::size_t n, Run&& run)
 {
     constexpr std::size_t width = step_width<T>, group = group_steps * width, strip = strip_steps * width;
     const step_word* from[most]{};
     const std::size_t whole = n - n % strip;
     for (std::size_t begin = 0; begin < whole; begin += group) {
         for (std::size_t t = 0; t < count; ++t) { from[t] = reinterpret_cast<const step_word*>(tasks[t] + begin); }
-        run(static_cast<const step_word* const*>(from), base ? reinterpret_cast<const step_word*>(base + begin) : nullptr, begin,
+        run(static_cast<const step_word* const*>(from),
+            base ? reinterpret_cast<const step_word*>(base + begin) : nullptr, begin,
             (begin + group < whole ? group : whole - begin) / width);
     }
     if (whole == n) { return; }
@@ -353,7 +364,8 @@ void for_each_group(const storage_word<T>* const* tasks, std::size_t count, cons
         from[t] = last[t];
     }
     if (base) { std::memcpy(last[most], base + whole, (n - whole) * sizeof(T)); }
-    run(static_cast<const step_word* const*>(from), base ? last[most] : nullptr, whole, (n - whole + width - 1) / width);
+    run(static_cast<const step_word* const*>(from), base ? last[most] : nullptr, whole,
+        (n - whole + width - 1) / width);
 }
 
 /// Makes non-temporal stores visible to other threads; called once after a run of stream_copy().

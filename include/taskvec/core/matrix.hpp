@@ -15,7 +15,8 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// Which neighbours lie side by side in memory: those of a row (C, NumPy, PyTorch) or those of a column (Fortran, BLAS, Eigen's default).
+/// Which neighbours lie side by side in memory: those of a row (C, NumPy, PyTorch) or those of a column (Fortran, BLAS,
+/// Eigen's default).
 enum class matrix_order : std::uint8_t { row_major, column_major };
 
 /// A rows×cols matrix of T in memory space S; does not own it. T may be const. `stride` counts the elements between the
@@ -31,7 +32,8 @@ public:
     static constexpr memory_space space = S;
 
     constexpr matrix_view() noexcept = default;
-    constexpr matrix_view(T* data, std::size_t rows, std::size_t cols, matrix_order order, std::size_t stride = 0) noexcept
+    constexpr matrix_view(
+        T* data, std::size_t rows, std::size_t cols, matrix_order order, std::size_t stride = 0) noexcept
         : data_(data)
         , rows_(rows)
         , cols_(cols)
@@ -53,22 +55,28 @@ public:
     [[nodiscard]] constexpr matrix_order order() const noexcept { return order_; }
     [[nodiscard]] constexpr bool empty() const noexcept { return rows_ == 0 || cols_ == 0; }
 
-    [[nodiscard]] constexpr T& operator()(std::size_t row, std::size_t col) const noexcept requires(S == memory_space::host)
+    [[nodiscard]] constexpr T& operator()(std::size_t row, std::size_t col) const noexcept
+        requires(S == memory_space::host)
     {
         return data_[order_ == matrix_order::row_major ? row * stride_ + col : col * stride_ + row];
     }
     /// The same memory read as the transposed matrix.
     [[nodiscard]] constexpr matrix_view transposed() const noexcept
     {
-        return {data_, cols_, rows_, order_ == matrix_order::row_major ? matrix_order::column_major : matrix_order::row_major, stride_};
+        return {data_, cols_, rows_,
+            order_ == matrix_order::row_major ? matrix_order::column_major : matrix_order::row_major, stride_};
     }
     /// rows×cols elements from (row, col) on; the caller keeps inside the matrix.
-    [[nodiscard]] constexpr matrix_view block(std::size_t row, std::size_t col, std::size_t rows, std::size_t cols) const noexcept
+    [[nodiscard]] constexpr matrix_view block(
+        std::size_t row, std::size_t col, std::size_t rows, std::size_t cols) const noexcept
     {
         T* const first = data_ + (order_ == matrix_order::row_major ? row * stride_ + col : col * stride_ + row);
         return {first, rows, cols, order_, stride_};
     }
-    [[nodiscard]] constexpr matrix_view left_columns(std::size_t count) const noexcept { return block(0, 0, rows_, count); }
+    [[nodiscard]] constexpr matrix_view left_columns(std::size_t count) const noexcept
+    {
+        return block(0, 0, rows_, count);
+    }
 
 private:
     T* data_ = nullptr;
@@ -119,24 +127,28 @@ private:
 
 /// The view of an Eigen matrix, map or block whose rows or columns are contiguous, without a copy.
 template <class Derived>
-    requires storage_element<typename Derived::Scalar> &&((Derived::Flags & Eigen::DirectAccessBit) != 0)
-        [[nodiscard]] auto as_matrix(const Eigen::DenseBase<Derived>& x)
-    {
-        const Derived& m = x.derived();
-        if (m.innerStride() != 1 && m.innerSize() > 1) {
-            raise<invalid_argument>("an Eigen expression with an inner stride is not a matrix view; evaluate it into a matrix first");
-        }
-        return matrix_view<const typename Derived::Scalar>(m.data(), static_cast<std::size_t>(m.rows()), static_cast<std::size_t>(m.cols()),
-            Derived::IsRowMajor ? matrix_order::row_major : matrix_order::column_major, static_cast<std::size_t>(m.outerStride()));
+    requires storage_element<typename Derived::Scalar> && ((Derived::Flags & Eigen::DirectAccessBit) != 0)
+[[nodiscard]] auto as_matrix(const Eigen::DenseBase<Derived>& x)
+{
+    const Derived& m = x.derived();
+    if (m.innerStride() != 1 && m.innerSize() > 1) {
+        raise<invalid_argument>(
+            "an Eigen expression with an inner stride is not a matrix view; evaluate it into a matrix first");
     }
+    return matrix_view<const typename Derived::Scalar>(m.data(), static_cast<std::size_t>(m.rows()),
+        static_cast<std::size_t>(m.cols()), Derived::IsRowMajor ? matrix_order::row_major : matrix_order::column_major,
+        static_cast<std::size_t>(m.outerStride()));
+}
 
-    /// An Eigen map of a column-major owner, for users who go on with Eigen.
-    template <storage_element T>
-    [[nodiscard]] auto as_eigen(const matrix<T>& x)
-    {
-        if (x.order() != matrix_order::column_major) { raise<invalid_argument>("as_eigen() maps column-major matrices; this one is row-major"); }
-        return Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>>(
-            x.data(), static_cast<Eigen::Index>(x.rows()), static_cast<Eigen::Index>(x.cols()));
+/// An Eigen map of a column-major owner, for users who go on with Eigen.
+template <storage_element T>
+[[nodiscard]] auto as_eigen(const matrix<T>& x)
+{
+    if (x.order() != matrix_order::column_major) {
+        raise<invalid_argument>("as_eigen() maps column-major matrices; this one is row-major");
     }
+    return Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>>(
+        x.data(), static_cast<Eigen::Index>(x.rows()), static_cast<Eigen::Index>(x.cols()));
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

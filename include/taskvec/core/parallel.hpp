@@ -70,11 +70,12 @@ private:
 
 } // namespace detail
 
-/// Calls body(index, worker) once for each index in [0, count); `worker` < worker_count(policy, count) names a slot that
-/// no other call uses at the same time. Indices are handed out in ascending order. The error of the lowest index that
-/// failed is rethrown after all workers have stopped; indices above a failed one may be skipped, those below never are:
-/// which error is reported does not depend on threads.
-inline void for_each_index(const cpu& policy, std::size_t count, const std::function<void(std::size_t index, std::size_t worker)>& body)
+/// Calls body(index, worker) once for each index in [0, count); `worker` < worker_count(policy, count) names a slot
+/// that no other call uses at the same time. Indices are handed out in ascending order. The error of the lowest index
+/// that failed is rethrown after all workers have stopped; indices above a failed one may be skipped, those below never
+/// are: which error is reported does not depend on threads.
+inline void for_each_index(
+    const cpu& policy, std::size_t count, const std::function<void(std::size_t index, std::size_t worker)>& body)
 {
     if (count == 0) { return; }
     const std::size_t workers = worker_count(policy, count);
@@ -88,7 +89,9 @@ inline void for_each_index(const cpu& policy, std::size_t count, const std::func
     std::exception_ptr failure;
 #endif
     const auto work = [&](std::size_t worker) {
-        for (std::size_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < first_failed.load(std::memory_order_relaxed) && index < count;) {
+        for (std::size_t index;
+            (index = next.fetch_add(1, std::memory_order_relaxed)) < first_failed.load(std::memory_order_relaxed)
+            && index < count;) {
 #if defined(TASKVEC_NO_EXCEPTIONS)
             body(index, worker);
 #else

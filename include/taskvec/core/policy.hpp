@@ -54,12 +54,12 @@ public:
 /// What outlives a call on a stream: library handles. Made and described by device/cusolver.
 class gpu_context;
 
-/// Run on the device of a CUDA stream, or, where the code was compiled for a Thrust host system, on the host threads of that
-/// system, whose memory then counts as device memory. Results do not depend on any of these members.
+/// Run on the device of a CUDA stream, or, where the code was compiled for a Thrust host system, on the host threads of
+/// that system, whose memory then counts as device memory. Results do not depend on any of these members.
 ///
-/// The type is here so that interfaces can name it without a CUDA header. Each room has its gpu versions in a header of their
-/// own (<taskvec/device/methods.hpp> and so on; <taskvec/gpu.hpp> includes them all), for nvcc, or for g++ and clang with
-/// THRUST_DEVICE_SYSTEM set to a host system (see docs/gpu.md).
+/// The type is here so that interfaces can name it without a CUDA header. Each room has its gpu versions in a header of
+/// their own (<taskvec/device/methods.hpp> and so on; <taskvec/gpu.hpp> includes them all), for nvcc, or for g++ and
+/// clang with THRUST_DEVICE_SYSTEM set to a host system (see docs/gpu.md).
 ///
 ///     taskvec::gpu policy{.stream = stream};
 struct gpu {
@@ -99,10 +99,12 @@ concept cpu_policy = std::same_as<P, cpu>;
 
 /// Something that can be read (as elements of one storage type) in the memory space of policy P.
 template <class X, class P>
-concept input_of = viewable<const std::remove_reference_t<X>> &&(view_of<const std::remove_reference_t<X>>::space == P::space);
+concept input_of =
+    viewable<const std::remove_reference_t<X>> && (view_of<const std::remove_reference_t<X>>::space == P::space);
 
 /// Something that can be written in the memory space of policy P.
 template <class X, class P>
-concept output_of = viewable<X> &&(view_of<X>::space == P::space) && !std::is_const_v<typename view_of<X>::element_type>;
+concept output_of =
+    viewable<X> && (view_of<X>::space == P::space) && !std::is_const_v<typename view_of<X>::element_type>;
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -30,7 +30,8 @@ namespace taskvec::inline TASKVEC_ABI {
 }
 
 /// The random numbers of one (seed, task, tensor name): element i's draw is a function of these and i alone.
-/// Key: XXH64 of the name seeded with `seed`. Counter: (i / 4, task, 0) as (low word, high word, task, 0); word i mod 4.
+/// Key: XXH64 of the name seeded with `seed`. Counter: (i / 4, task, 0) as (low word, high word, task, 0); word i
+/// mod 4.
 ///
 ///     random_stream stream(seed, task, "layer.weight");
 ///     bool keep = stream.word(i) < keep_below(density);
@@ -47,12 +48,19 @@ public:
     /// The four words of elements 4·block … 4·block + 3.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> words(std::uint64_t block) const noexcept
     {
-        return philox4x32({static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), task_, 0u}, key_);
+        return philox4x32(
+            {static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), task_, 0u}, key_);
     }
     /// A uniform 32-bit word for element `index`.
-    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t word(std::uint64_t index) const noexcept { return words(index / 4)[index % 4]; }
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t word(std::uint64_t index) const noexcept
+    {
+        return words(index / 4)[index % 4];
+    }
     /// Uniform in [0, 1), a multiple of 2^-32.
-    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr double uniform(std::uint64_t index) const noexcept { return word(index) * 0x1p-32; }
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr double uniform(std::uint64_t index) const noexcept
+    {
+        return word(index) * 0x1p-32;
+    }
     /// Standard normal, by Box and Muller: elements 2j and 2j + 1 are pair j.
     [[nodiscard]] std::array<double, 2> normal_pair(std::uint64_t pair) const noexcept
     {

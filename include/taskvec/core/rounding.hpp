@@ -1,9 +1,9 @@
-// Arithmetic of elementwise functors that run on host and device: each operation rounds by itself, and no multiply-add is fused.
-// SPDX-License-Identifier: Apache-2.0
+// Arithmetic of elementwise functors that run on host and device: each operation rounds by itself, and no multiply-add
+// is fused. SPDX-License-Identifier: Apache-2.0
 //
-// A functor is a struct of plain values and device pointers whose call operator (TASKVEC_FUNCTOR) loops over the indices that it
-// is handed: device::sweep() (device/thrust) runs it. It stands beside its algorithm, between TASKVEC_KERNELS_BEGIN and
-// TASKVEC_KERNELS_END, and takes its products, sums and quotients from here.
+// A functor is a struct of plain values and device pointers whose call operator (TASKVEC_FUNCTOR) loops over the
+// indices that it is handed: device::sweep() (device/thrust) runs it. It stands beside its algorithm, between
+// TASKVEC_KERNELS_BEGIN and TASKVEC_KERNELS_END, and takes its products, sums and quotients from here.
 #pragma once
 
 #include <taskvec/core/dtype.hpp>
@@ -12,8 +12,8 @@
 
 namespace taskvec::inline TASKVEC_ABI::elementwise {
 
-/// The indices of one worker of a sweep: first, first + step, … below last. Neighbouring workers have neighbouring indices on a
-/// device, and runs of their own on host threads.
+/// The indices of one worker of a sweep: first, first + step, … below last. Neighbouring workers have neighbouring
+/// indices on a device, and runs of their own on host threads.
 struct indices {
     std::uint64_t first = 0, last = 0, step = 1, worker = 0;
 };
@@ -106,7 +106,8 @@ TASKVEC_HOST_DEVICE inline void atomic_min(counter* place, counter value) noexce
     atomicMin(place, value);
 #else
     counter found = __atomic_load_n(place, __ATOMIC_RELAXED);
-    while (value < found && !__atomic_compare_exchange_n(place, &found, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { }
+    while (value < found
+        && !__atomic_compare_exchange_n(place, &found, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { }
 #endif
 }
 

@@ -32,13 +32,17 @@ using extents = std::vector<std::int64_t>;
     std::uint64_t count = 1;
     bool empty = false;
     for (const auto extent : shape) {
-        if (extent < 0) { raise<shape_mismatch>(message("tensor '", what, "' has a negative extent in ", to_string(shape))); }
+        if (extent < 0) {
+            raise<shape_mismatch>(message("tensor '", what, "' has a negative extent in ", to_string(shape)));
+        }
         empty = empty || extent == 0;
     }
     if (empty) { return 0; }
     for (const auto extent : shape) {
-        if (count > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()) / static_cast<std::uint64_t>(extent)) {
-            raise<shape_mismatch>(message("tensor '", what, "' of shape ", to_string(shape), " has more than 2^63-1 elements"));
+        if (count > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())
+                / static_cast<std::uint64_t>(extent)) {
+            raise<shape_mismatch>(
+                message("tensor '", what, "' of shape ", to_string(shape), " has more than 2^63-1 elements"));
         }
         count *= static_cast<std::uint64_t>(extent);
     }
@@ -78,10 +82,14 @@ struct basic_tensor_ref {
         }
         return true;
     }
-    /// What may be written may be read. (A template: of a reference that is const already nvcc would say that it never converts to itself.)
+    /// What may be written may be read. (A template: of a reference that is const already nvcc would say that it never
+    /// converts to itself.)
     template <class To>
         requires(std::same_as<To, const void> && !std::is_const_v<Byte>)
-    operator basic_tensor_ref<To>() const { return {data, dtype, shape, strides, space, device}; }
+    operator basic_tensor_ref<To>() const
+    {
+        return {data, dtype, shape, strides, space, device};
+    }
 };
 
 using tensor_ref = basic_tensor_ref<void>;
@@ -92,7 +100,9 @@ template <class T, memory_space S>
 [[nodiscard]] auto as_tensor(view<T, S> flat, extents shape)
 {
     using ref = basic_tensor_ref<std::conditional_t<std::is_const_v<T>, const void, void>>;
-    if (element_count(shape) != flat.size()) { raise<shape_mismatch>(message("a view of ", flat.size(), " elements cannot have shape ", to_string(shape))); }
+    if (element_count(shape) != flat.size()) {
+        raise<shape_mismatch>(message("a view of ", flat.size(), " elements cannot have shape ", to_string(shape)));
+    }
     return ref{flat.data(), dtype_of<std::remove_const_t<T>>, std::move(shape), {}, S, 0};
 }
 template <class T, memory_space S>
@@ -105,12 +115,18 @@ template <class T, memory_space S>
 template <storage_element T, memory_space S = memory_space::host>
 [[nodiscard]] auto flat_view(const const_tensor_ref& tensor, std::string_view what)
 {
-    if (tensor.dtype != dtype_of<T>) { raise<dtype_mismatch>(message("tensor '", what, "' has dtype ", name(tensor.dtype), "; expected ", name(dtype_of<T>))); }
-    if (tensor.space != S) {
-        raise<invalid_argument>(message("tensor '", what, "' lives in ", tensor.space == memory_space::host ? "host" : "device",
-            " memory; copy it to the policy's own memory space first"));
+    if (tensor.dtype != dtype_of<T>) {
+        raise<dtype_mismatch>(
+            message("tensor '", what, "' has dtype ", name(tensor.dtype), "; expected ", name(dtype_of<T>)));
     }
-    if (!tensor.contiguous()) { raise<invalid_argument>(message("tensor '", what, "' is not contiguous; copy it to row-major memory first")); }
+    if (tensor.space != S) {
+        raise<invalid_argument>(
+            message("tensor '", what, "' lives in ", tensor.space == memory_space::host ? "host" : "device",
+                " memory; copy it to the policy's own memory space first"));
+    }
+    if (!tensor.contiguous()) {
+        raise<invalid_argument>(message("tensor '", what, "' is not contiguous; copy it to row-major memory first"));
+    }
     return view<const T, S>{static_cast<const T*>(tensor.data), tensor.size(what)};
 }
 
@@ -140,7 +156,9 @@ public:
     void insert(std::string name, Ref tensor)
     {
         const auto place = lower_bound(name);
-        if (place != entries_.end() && place->name == name) { raise<invalid_argument>(message("tensor '", name, "' occurs twice in one model")); }
+        if (place != entries_.end() && place->name == name) {
+            raise<invalid_argument>(message("tensor '", name, "' occurs twice in one model"));
+        }
         entries_.insert(place, entry{std::move(name), std::move(tensor)});
     }
     /// The tensor of that name, or nullptr.
@@ -158,7 +176,8 @@ public:
 private:
     auto lower_bound(std::string_view name)
     {
-        return std::lower_bound(entries_.begin(), entries_.end(), name, [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
+        return std::lower_bound(entries_.begin(), entries_.end(), name,
+            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
     }
     std::vector<entry> entries_;
 };

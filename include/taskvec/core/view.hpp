@@ -42,9 +42,21 @@ public:
     [[nodiscard]] constexpr bool empty() const noexcept { return size_ == 0; }
 
     // Only memory that the host can read has elements.
-    [[nodiscard]] constexpr T& operator[](std::size_t index) const noexcept requires(S == memory_space::host) { return data_[index]; }
-    [[nodiscard]] constexpr T* begin() const noexcept requires(S == memory_space::host) { return data_; }
-    [[nodiscard]] constexpr T* end() const noexcept requires(S == memory_space::host) { return data_ + size_; }
+    [[nodiscard]] constexpr T& operator[](std::size_t index) const noexcept
+        requires(S == memory_space::host)
+    {
+        return data_[index];
+    }
+    [[nodiscard]] constexpr T* begin() const noexcept
+        requires(S == memory_space::host)
+    {
+        return data_;
+    }
+    [[nodiscard]] constexpr T* end() const noexcept
+        requires(S == memory_space::host)
+    {
+        return data_ + size_;
+    }
 
 private:
     T* data_ = nullptr;
@@ -69,18 +81,18 @@ template <class T, memory_space S>
 struct view_traits<const view<T, S>> : view_traits<view<T, S>> { };
 
 namespace detail {
-/// Something with a shape of its own: its elements need not lie row-major in one run. interop/ knows how it becomes a view.
+/// Something with a shape of its own: its elements need not lie row-major in one run. interop/ knows how it becomes a
+/// view.
 template <class X>
-concept has_shape = requires(X& x)
-{ x.shape(); } || requires(X& x)
-{
+concept has_shape = requires(X& x) { x.shape(); } || requires(X& x) {
     x.rows();
     x.cols();
 };
 } // namespace detail
 
 template <class X>
-    requires std::ranges::contiguous_range<X> && std::ranges::sized_range<X> && storage_element<std::ranges::range_value_t<X>> && (!detail::has_shape<X>)
+    requires std::ranges::contiguous_range<X> && std::ranges::sized_range<X>
+    && storage_element<std::ranges::range_value_t<X>> && (!detail::has_shape<X>)
 struct view_traits<X> {
     using element = std::remove_reference_t<std::ranges::range_reference_t<X>>;
     static constexpr host_view<element> get(X& x) noexcept { return {std::ranges::data(x), std::ranges::size(x)}; }
@@ -88,10 +100,7 @@ struct view_traits<X> {
 
 /// Something that as_view() turns into a view: a view, a vector, array or span, an Eigen or xtensor container.
 template <class X>
-concept viewable = requires(std::remove_reference_t<X>& x)
-{
-    view_traits<std::remove_reference_t<X>>::get(x);
-};
+concept viewable = requires(std::remove_reference_t<X>& x) { view_traits<std::remove_reference_t<X>>::get(x); };
 
 /// The view of x, without a copy.
 template <viewable X>

@@ -1,15 +1,16 @@
-// Task vectors on taskvec::gpu: difference, apply, negate, combine, dot, norm, cosine; dot and cosine matrices of models.
-// SPDX-License-Identifier: Apache-2.0
+// Task vectors on taskvec::gpu: difference, apply, negate, combine, dot, norm, cosine; dot and cosine matrices of
+// models. SPDX-License-Identifier: Apache-2.0
 //
-// For nvcc, or for g++ and clang with THRUST_DEVICE_SYSTEM set to a host system. The CPU's meaning (arithmetic/task_vector.hpp) and
-// the CPU's bits, sums included. Views are device_view; work is queued on the policy's stream. Who reports NaN and infinity waits
-// for the stream: with nonfinite::propagate nothing here waits but dot, norm and cosine, whose result comes to the host.
+// For nvcc, or for g++ and clang with THRUST_DEVICE_SYSTEM set to a host system. The CPU's meaning
+// (arithmetic/task_vector.hpp) and the CPU's bits, sums included. Views are device_view; work is queued on the policy's
+// stream. Who reports NaN and infinity waits for the stream: with nonfinite::propagate nothing here waits but dot, norm
+// and cosine, whose result comes to the host.
 #pragma once
 
-#include <taskvec/device/models/tensor_dots.hpp>
-#include <taskvec/device/models/device_models.hpp>
-#include <taskvec/device/arithmetic/linear_functors.hpp>
 #include <taskvec/arithmetic/task_vector.hpp>
+#include <taskvec/device/arithmetic/linear_functors.hpp>
+#include <taskvec/device/models/device_models.hpp>
+#include <taskvec/device/models/tensor_dots.hpp>
 
 #include <array>
 #include <cmath>
@@ -30,7 +31,9 @@ public:
     device_inputs(const gpu& policy, nonfinite on_nonfinite)
         : policy_(policy)
     {
-        if (on_nonfinite == nonfinite::error) { least_ = device::buffer<elementwise::counter>(policy, std::vector{device_models::none}); }
+        if (on_nonfinite == nonfinite::error) {
+            least_ = device::buffer<elementwise::counter>(policy, std::vector{device_models::none});
+        }
     }
     template <class T>
     void add(device_view<const T> x)
@@ -73,13 +76,14 @@ device_view<const T> const_view(device_view<T> x) noexcept
 }
 
 template <arithmetic_element A, class Out, class... T>
-void map_on_device(
-    const gpu& policy, nonfinite on_nonfinite, elementwise::pointwise_operation operation, double factor, device_view<Out> out, device_view<const T>... x)
+void map_on_device(const gpu& policy, nonfinite on_nonfinite, elementwise::pointwise_operation operation, double factor,
+    device_view<Out> out, device_view<const T>... x)
 {
     check_lengths(out, x...);
     device_inputs inputs(policy, on_nonfinite);
     (inputs.add(x), ...);
-    device::sweep(policy, out.size(), elementwise::pointwise<A>{inputs.piece(out), operation, static_cast<A>(factor), inputs.flag()});
+    device::sweep(policy, out.size(),
+        elementwise::pointwise<A>{inputs.piece(out), operation, static_cast<A>(factor), inputs.flag()});
     inputs.check_finite();
 }
 
@@ -89,26 +93,30 @@ void map_on_device(
 ///
 ///     difference(policy, tuned.view(), base.view(), tau.view());
 template <input_of<gpu> Tuned, input_of<gpu> Base, output_of<gpu> Out>
-void difference(const gpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void difference(
+    const gpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error)
 {
-    detail::map_on_device<detail::common_arithmetic<const Tuned, const Base>>(policy, on_nonfinite, elementwise::pointwise_operation::difference, 0,
-        as_view(out), detail::const_view(as_view(tuned)), detail::const_view(as_view(base)));
+    detail::map_on_device<detail::common_arithmetic<const Tuned, const Base>>(policy, on_nonfinite,
+        elementwise::pointwise_operation::difference, 0, as_view(out), detail::const_view(as_view(tuned)),
+        detail::const_view(as_view(base)));
 }
 
 /// out = base + λ·vector, as on the CPU. May work in place.
 template <input_of<gpu> Base, input_of<gpu> Vector, output_of<gpu> Out>
-void apply(const gpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void apply(const gpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out,
+    nonfinite on_nonfinite = nonfinite::error)
 {
-    detail::map_on_device<detail::common_arithmetic<const Base, const Vector>>(policy, on_nonfinite, elementwise::pointwise_operation::apply, lambda,
-        as_view(out), detail::const_view(as_view(base)), detail::const_view(as_view(vector)));
+    detail::map_on_device<detail::common_arithmetic<const Base, const Vector>>(policy, on_nonfinite,
+        elementwise::pointwise_operation::apply, lambda, as_view(out), detail::const_view(as_view(base)),
+        detail::const_view(as_view(vector)));
 }
 
 /// out = −x, as on the CPU. May work in place.
 template <input_of<gpu> X, output_of<gpu> Out>
 void negate(const gpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = nonfinite::error)
 {
-    detail::map_on_device<detail::common_arithmetic<const X>>(
-        policy, on_nonfinite, elementwise::pointwise_operation::negate, 0, as_view(out), detail::const_view(as_view(x)));
+    detail::map_on_device<detail::common_arithmetic<const X>>(policy, on_nonfinite,
+        elementwise::pointwise_operation::negate, 0, as_view(out), detail::const_view(as_view(x)));
 }
 
 /// out = Σ wt·xt, as on the CPU, each vector read once.
@@ -116,7 +124,8 @@ void negate(const gpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = n
 ///     combine(policy, std::vector{x.view(), y.view()}, std::vector{0.5, -0.5}, out.view());
 template <std::ranges::input_range Vectors, output_of<gpu> Out>
     requires input_of<std::ranges::range_reference_t<const Vectors>, gpu>
-void combine(const gpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void combine(const gpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out,
+    nonfinite on_nonfinite = nonfinite::error)
 {
     using A = arithmetic_type<element_of<std::remove_reference_t<std::ranges::range_reference_t<const Vectors>>>>;
     const auto result = as_view(out);
@@ -129,10 +138,13 @@ void combine(const gpu& policy, const Vectors& vectors, std::span<const double> 
         ++count;
     }
     if (count == 0) { raise<invalid_argument>("no vector was given: at least one is needed"); }
-    if (weights.size() != count) { raise<invalid_argument>(message(weights.size(), " weights for ", count, " vectors: give one each")); }
+    if (weights.size() != count) {
+        raise<invalid_argument>(message(weights.size(), " weights for ", count, " vectors: give one each"));
+    }
     const device::buffer<A> factors(policy, std::vector<A>(weights.begin(), weights.end()));
     device::sweep(policy, result.size(),
-        elementwise::linear_combination<A>{inputs.piece(result), factors.data(), 1, count, false, elementwise::linear_finish::plain, A{1}, inputs.flag()});
+        elementwise::linear_combination<A>{inputs.piece(result), factors.data(), 1, count, false,
+            elementwise::linear_finish::plain, A{1}, inputs.flag()});
     inputs.check_finite();
 }
 

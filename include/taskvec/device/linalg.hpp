@@ -1,11 +1,11 @@
-// The low-rank algorithms on taskvec::gpu: factored_svd, compress_sum, randomized_svd, truncated_svd, and peru_lora of reuse/.
-// SPDX-License-Identifier: Apache-2.0
+// The low-rank algorithms on taskvec::gpu: factored_svd, compress_sum, randomized_svd, truncated_svd, and peru_lora of
+// reuse/. SPDX-License-Identifier: Apache-2.0
 //
-// The algorithms are the CPU's, written once on the linear algebra seam; this header brings the seam's device version: cuBLAS and
-// cuSOLVER on CUDA (no kernels: g++ compiles it too; link CUDA::cudart, CUDA::cublas and CUDA::cusolver), Eigen where
-// THRUST_DEVICE_SYSTEM names a host system. Matrices are device_matrix_view, in either order; σ comes back to the host, for
-// which each decomposition waits. All work of a call is in the caller's precision (f32 for 16-bit matrices), where the CPU's
-// small work is f64: for f32 σ is right to about 1e-5·‖A‖·‖B‖ on CUDA.
+// The algorithms are the CPU's, written once on the linear algebra seam; this header brings the seam's device version:
+// cuBLAS and cuSOLVER on CUDA (no kernels: g++ compiles it too; link CUDA::cudart, CUDA::cublas and CUDA::cusolver),
+// Eigen where THRUST_DEVICE_SYSTEM names a host system. Matrices are device_matrix_view, in either order; σ comes back
+// to the host, for which each decomposition waits. All work of a call is in the caller's precision (f32 for 16-bit
+// matrices), where the CPU's small work is f64: for f32 σ is right to about 1e-5·‖A‖·‖B‖ on CUDA.
 //
 //     taskvec::gpu_context context({.stream = stream});          // handles, made once
 //     auto best = factored_svd(context.policy(), a.view(), b.view(), {.rank = 16});
@@ -42,8 +42,8 @@ struct device_truncated_svd_result : svd_result<T, memory_space::device> {
     std::vector<double> spectrum; ///< all min(m, n) singular values, descending
 };
 
-/// The exact leading singular triples of a dense m×n matrix on the device, as truncated_svd() on the CPU gives them: a thin QR, the
-/// SVD of the triangular factor, and one product. Same checks and errors. Waits.
+/// The exact leading singular triples of a dense m×n matrix on the device, as truncated_svd() on the CPU gives them: a
+/// thin QR, the SVD of the triangular factor, and one product. Same checks and errors. Waits.
 ///
 ///     auto s = truncated_svd(policy, weight.view(), {.energy = 0.9});
 template <storage_element S>
@@ -92,10 +92,11 @@ struct decompose_exactly_on_device {
 };
 
 #if TASKVEC_ON_CUDA
-/// randomized_svd() by cuSOLVER's own randomized algorithm (cusolverDnXgesvdr) behind the same options: rank, oversampling,
-/// power_iterations, name, clamp. Its random numbers are cuSOLVER's, so `seed` has no effect, and a rank is all that it can be asked
-/// for (energy and relative_error: invalid_argument). squared_error is measured as there. randomized_svd() is the default
-/// because its draws are those of the CPU; which of the two is faster can only be told on a device. A copy of A is made. Waits.
+/// randomized_svd() by cuSOLVER's own randomized algorithm (cusolverDnXgesvdr) behind the same options: rank,
+/// oversampling, power_iterations, name, clamp. Its random numbers are cuSOLVER's, so `seed` has no effect, and a rank
+/// is all that it can be asked for (energy and relative_error: invalid_argument). squared_error is measured as there.
+/// randomized_svd() is the default because its draws are those of the CPU; which of the two is faster can only be told
+/// on a device. A copy of A is made. Waits.
 template <storage_element S>
 [[nodiscard]] randomized_svd_result<arithmetic_type<S>, memory_space::device> randomized_svd_by_gesvdr(
     const gpu& policy, device_matrix_view<const S> input, const randomized_svd_options& options)
@@ -104,7 +105,8 @@ template <storage_element S>
     const std::size_t m = input.rows(), n = input.cols(), least = std::min(m, n);
     const std::string_view what = options.name;
     if (options.energy != 0 || options.relative_error != 0) {
-        raise<invalid_argument>(message("'", what, "': cusolverDnXgesvdr takes a rank only; use randomized_svd() for an energy or a relative error"));
+        raise<invalid_argument>(message("'", what,
+            "': cusolverDnXgesvdr takes a rank only; use randomized_svd() for an energy or a relative error"));
     }
     detail::check_rank({.rank = options.rank, .energy = 0, .clamp = options.clamp}, least, what);
     return with_context(policy, [&](const gpu& ready) {
@@ -127,28 +129,32 @@ template <storage_element S>
         const device::buffer<T> sigma(ready, least);
         const device::buffer<int> info(ready, 1);
         constexpr cudaDataType_t type = detail::cuda_calls<T>::type;
-        const auto rows = static_cast<std::int64_t>(m), cols = static_cast<std::int64_t>(n), k = static_cast<std::int64_t>(rank),
-                   p = static_cast<std::int64_t>(extra), iterations = static_cast<std::int64_t>(options.power_iterations);
+        const auto rows = static_cast<std::int64_t>(m), cols = static_cast<std::int64_t>(n),
+                   k = static_cast<std::int64_t>(rank), p = static_cast<std::int64_t>(extra),
+                   iterations = static_cast<std::int64_t>(options.power_iterations);
         std::size_t on_device = 0, on_host = 0;
-        device::check(cusolverDnXgesvdr_bufferSize(ready.context->solver(), ready.context->settings(), 'S', 'S', rows, cols, k, p, iterations, type,
-                          work_a.data(), rows, type, sigma.data(), type, u.data(), rows, type, v.data(), cols, type, &on_device, &on_host),
+        device::check(cusolverDnXgesvdr_bufferSize(ready.context->solver(), ready.context->settings(), 'S', 'S', rows,
+                          cols, k, p, iterations, type, work_a.data(), rows, type, sigma.data(), type, u.data(), rows,
+                          type, v.data(), cols, type, &on_device, &on_host),
             "cusolverDnXgesvdr_bufferSize");
         const device::buffer<std::byte> device_work(ready, std::max<std::size_t>(on_device, 1));
         std::vector<std::byte> host_work(on_host);
-        device::check(
-            cusolverDnXgesvdr(ready.context->solver(), ready.context->settings(), 'S', 'S', rows, cols, k, p, iterations, type, work_a.data(), rows, type,
-                sigma.data(), type, u.data(), rows, type, v.data(), cols, type, device_work.data(), on_device, host_work.data(), on_host, info.data()),
+        device::check(cusolverDnXgesvdr(ready.context->solver(), ready.context->settings(), 'S', 'S', rows, cols, k, p,
+                          iterations, type, work_a.data(), rows, type, sigma.data(), type, u.data(), rows, type,
+                          v.data(), cols, type, device_work.data(), on_device, host_work.data(), on_host, info.data()),
             "cusolverDnXgesvdr");
         const std::vector<T> values = sigma.download(); // waits, before host_work goes
         if (const int code = info.download()[0]; code != 0) {
-            raise<backend_error>(message("no approximation for '", what, "'; try randomized_svd()"), "cusolverDnXgesvdr", code);
+            raise<backend_error>(
+                message("no approximation for '", what, "'; try randomized_svd()"), "cusolverDnXgesvdr", code);
         }
         result.sigma.assign(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(rank));
         result.u = detail::left_part<T>(ready, std::move(u), rank);
         result.v = detail::left_part<T>(ready, std::move(v), rank);
         result.squared_error = std::max(0.0, result.squared_norm - energy_beyond(result.sigma, 0));
         if (result.squared_error < cancellation_limit<T>(ready) * result.squared_norm) {
-            result.squared_error = squared_residual<T>(ready, a, std::as_const(result.u).view(), result.sigma, std::as_const(result.v).view());
+            result.squared_error = squared_residual<T>(
+                ready, a, std::as_const(result.u).view(), result.sigma, std::as_const(result.v).view());
         }
         orient<T>(ready, result.u.view(), result.v.view());
         return result;

@@ -1,8 +1,8 @@
-// Device memory of taskvec::gpu and CUDA's errors, without Thrust: what library calls from plain g++ need as well as kernels.
-// SPDX-License-Identifier: Apache-2.0
+// Device memory of taskvec::gpu and CUDA's errors, without Thrust: what library calls from plain g++ need as well as
+// kernels. SPDX-License-Identifier: Apache-2.0
 //
-// CUDA unless THRUST_DEVICE_SYSTEM names a host system: then device memory is host memory, and nothing of CUDA is included.
-// These are calls of the CUDA runtime, which any C++ compiler makes; only kernels need nvcc.
+// CUDA unless THRUST_DEVICE_SYSTEM names a host system: then device memory is host memory, and nothing of CUDA is
+// included. These are calls of the CUDA runtime, which any C++ compiler makes; only kernels need nvcc.
 #pragma once
 
 #include <taskvec/core/error.hpp>
@@ -31,11 +31,16 @@ namespace taskvec::inline TASKVEC_ABI::device {
 [[nodiscard]] inline std::string_view advice(cudaError_t code) noexcept
 {
     switch (code) {
-    case cudaErrorMemoryAllocation: return ": out of device memory; use smaller tensors or a smaller memory budget, or free device memory";
-    case cudaErrorNoDevice: return ": no CUDA device is visible to this process; run on taskvec::cpu, or look at CUDA_VISIBLE_DEVICES";
-    case cudaErrorInsufficientDriver: return ": the driver is missing or older than this CUDA runtime; install a newer driver, or run on taskvec::cpu";
+    case cudaErrorMemoryAllocation:
+        return ": out of device memory; use smaller tensors or a smaller memory budget, or free device memory";
+    case cudaErrorNoDevice:
+        return ": no CUDA device is visible to this process; run on taskvec::cpu, or look at CUDA_VISIBLE_DEVICES";
+    case cudaErrorInsufficientDriver:
+        return ": the driver is missing or older than this CUDA runtime; install a newer driver, or run on "
+               "taskvec::cpu";
     case cudaErrorNoKernelImageForDevice:
-    case cudaErrorUnsupportedPtxVersion: return ": this program was not compiled for the architecture of the device; add it to CMAKE_CUDA_ARCHITECTURES";
+    case cudaErrorUnsupportedPtxVersion:
+        return ": this program was not compiled for the architecture of the device; add it to CMAKE_CUDA_ARCHITECTURES";
     case cudaErrorIllegalAddress:
     case cudaErrorLaunchFailure:
     case cudaErrorLaunchTimeout:
@@ -46,7 +51,8 @@ namespace taskvec::inline TASKVEC_ABI::device {
     case cudaErrorInvalidAddressSpace:
     case cudaErrorInvalidPc:
     case cudaErrorECCUncorrectable:
-        return ": earlier work on the device failed, and everything after it fails so until the process starts anew; its results are lost";
+        return ": earlier work on the device failed, and everything after it fails so until the process starts anew; "
+               "its results are lost";
     default: return {};
     }
 }
@@ -56,7 +62,8 @@ inline void check(cudaError_t code, const char* call)
 {
     if (code == cudaSuccess) { return; }
     (void)cudaGetLastError(); // what is not sticky has now been reported
-    raise<backend_error>(message(cudaGetErrorName(code), ", ", cudaGetErrorString(code), advice(code)), call, static_cast<int>(code));
+    raise<backend_error>(
+        message(cudaGetErrorName(code), ", ", cudaGetErrorString(code), advice(code)), call, static_cast<int>(code));
 }
 
 [[nodiscard]] inline cudaStream_t stream_of(const gpu& policy) noexcept
@@ -134,7 +141,9 @@ inline void clear([[maybe_unused]] const gpu& policy, void* place, std::size_t b
 {
     if (policy.allocator) {
         void* const place = policy.allocator->allocate(bytes, policy.stream);
-        if (!place) { raise<backend_error>(message("no room for ", bytes, " bytes of scratch"), "gpu::allocator->allocate", 0); }
+        if (!place) {
+            raise<backend_error>(message("no room for ", bytes, " bytes of scratch"), "gpu::allocator->allocate", 0);
+        }
         return place;
     }
     void* place = nullptr;
@@ -160,7 +169,8 @@ inline void deallocate(const gpu& policy, void* place, std::size_t bytes) noexce
 #endif
 }
 
-/// `size` elements of T in device memory, from the policy's allocator, in its stream's order. Not initialised; move-only.
+/// `size` elements of T in device memory, from the policy's allocator, in its stream's order. Not initialised;
+/// move-only.
 ///
 ///     device::buffer<float> x(policy, values);   // a copy of a host vector
 ///     device_view<float> view = x.view();
@@ -200,7 +210,11 @@ public:
 
     [[nodiscard]] T* data() const noexcept { return data_; }
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
-    [[nodiscard]] auto view() const noexcept requires storage_element<T> { return device_view<T>(data_, size_); }
+    [[nodiscard]] auto view() const noexcept
+        requires storage_element<T>
+    {
+        return device_view<T>(data_, size_);
+    }
     void assign(const T* from, std::size_t count) { upload(policy_, data_, from, count * sizeof(T)); }
     void clear() { device::clear(policy_, data_, size_ * sizeof(T)); }
     /// The elements, on the host. Waits.

@@ -1,13 +1,13 @@
-// Reuse on taskvec::gpu: Post-Pruning and PERU-FFT, whose deltas stay in device memory. PERU-LoRA comes with <taskvec/device/linalg.hpp>.
-// SPDX-License-Identifier: Apache-2.0
+// Reuse on taskvec::gpu: Post-Pruning and PERU-FFT, whose deltas stay in device memory. PERU-LoRA comes with
+// <taskvec/device/linalg.hpp>. SPDX-License-Identifier: Apache-2.0
 //
 // For nvcc, or for g++ and clang with THRUST_DEVICE_SYSTEM set to a host system.
 #pragma once
 
 #include <taskvec/device/methods/merge.hpp>
+#include <taskvec/device/select.hpp>
 #include <taskvec/reuse/peru_fft.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
-#include <taskvec/device/select.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -76,8 +76,8 @@ TASKVEC_KERNELS_END
 
 namespace detail {
 
-/// Calls use(std::type_identity<V>{}, std::type_identity<A>{}) with the type of the values that are kept of a tensor's task vector (f64 where the
-/// base stores f64, as on the CPU), and that of its arithmetic.
+/// Calls use(std::type_identity<V>{}, std::type_identity<A>{}) with the type of the values that are kept of a tensor's
+/// task vector (f64 where the base stores f64, as on the CPU), and that of its arithmetic.
 template <class Use>
 void visit_kept(const aligned_tensor& tensor, const Use& use)
 {
@@ -90,7 +90,8 @@ void visit_kept(const aligned_tensor& tensor, const Use& use)
 }
 
 /// Post-Pruning of models in device memory that are lined up.
-[[nodiscard]] inline device_sparse_model prune_on_device(const gpu& policy, const post_pruning_options& options, const aligned_models& models)
+[[nodiscard]] inline device_sparse_model prune_on_device(
+    const gpu& policy, const post_pruning_options& options, const aligned_models& models)
 {
     const auto& tensors = models.tensors();
     resident_models resident(policy, models);
@@ -100,8 +101,9 @@ void visit_kept(const aligned_tensor& tensor, const Use& use)
     counts.clear();
     resident.read(all_tensors(models), [&](const gpu& piece_policy, std::size_t tensor, const device_piece& piece) {
         visit_kept(tensors[tensor], [&]<class V, class A>(std::type_identity<V>, std::type_identity<A>) {
-            device::sweep(
-                piece_policy, piece.size, elementwise::count_kept<V, A>{{piece, on_device.get<A>(tensor), resident.nonfinite_flag()}, counts.data() + tensor});
+            device::sweep(piece_policy, piece.size,
+                elementwise::count_kept<V, A>{
+                    {piece, on_device.get<A>(tensor), resident.nonfinite_flag()}, counts.data() + tensor});
         });
     });
     const std::vector<elementwise::counter> kept = counts.download();
@@ -109,11 +111,14 @@ void visit_kept(const aligned_tensor& tensor, const Use& use)
     device_sparse_model result;
     for (std::size_t i = 0; i < tensors.size(); ++i) {
         visit_kept(tensors[i], [&]<class V, class A>(std::type_identity<V>, std::type_identity<A>) {
-            device_sparse_vector<V> sparse{tensors[i].shape, device::buffer<std::uint64_t>(policy, kept[i]), device::buffer<V>(policy, kept[i])};
+            device_sparse_vector<V> sparse{
+                tensors[i].shape, device::buffer<std::uint64_t>(policy, kept[i]), device::buffer<V>(policy, kept[i])};
             if (kept[i] > 0) {
                 resident.read({i, i + 1}, [&](const gpu& piece_policy, std::size_t, const device_piece& piece) {
-                    (void)device::compact(piece_policy, piece.size, elementwise::kept_entry<V, A>{piece, on_device.get<A>(i), nullptr}, sparse.indices.data());
-                    device::sweep(piece_policy, kept[i], elementwise::gather_entries<V, A>{piece, sparse.indices.data(), sparse.values.data()});
+                    (void)device::compact(piece_policy, piece.size,
+                        elementwise::kept_entry<V, A>{piece, on_device.get<A>(i), nullptr}, sparse.indices.data());
+                    device::sweep(piece_policy, kept[i],
+                        elementwise::gather_entries<V, A>{piece, sparse.indices.data(), sparse.values.data()});
                 });
             }
             result.emplace(tensors[i].name, std::move(sparse));
@@ -124,46 +129,51 @@ void visit_kept(const aligned_tensor& tensor, const Use& use)
 
 } // namespace detail
 
-/// Post-Pruning of models in device memory, as on the CPU: the same entries, values and errors. The delta is in device memory; to_host()
-/// makes a sparse_model of it. Waits.
+/// Post-Pruning of models in device memory, as on the CPU: the same entries, values and errors. The delta is in device
+/// memory; to_host() makes a sparse_model of it. Waits.
 ///
 ///     device_sparse_model delta = post_pruning(policy, {.density = 0.1}, base, task);
 ///     auto saved = apply(policy, delta, live);   // live == base: now the pruned task
-[[nodiscard]] inline device_sparse_model post_pruning(
-    const gpu& policy, const post_pruning_options& options, const const_model_ref& base, const const_model_ref& task, const model_options& how = {})
+[[nodiscard]] inline device_sparse_model post_pruning(const gpu& policy, const post_pruning_options& options,
+    const const_model_ref& base, const const_model_ref& task, const model_options& how = {})
 {
     return detail::prune_on_device(policy, options, align_on_device(policy, &base, {&task, 1}, how));
 }
 
 /// Post-Pruning of flat device views.
 template <input_of<gpu> Base, input_of<gpu> Task>
-[[nodiscard]] auto post_pruning(const gpu& policy, const post_pruning_options& options, const Base& base, const Task& task, const model_options& how = {})
+[[nodiscard]] auto post_pruning(const gpu& policy, const post_pruning_options& options, const Base& base,
+    const Task& task, const model_options& how = {})
 {
     using A = arithmetic_type<element_of<const Base>>;
-    device_sparse_model model = post_pruning(policy, options, detail::flat_model(as_view(base)), detail::flat_model(as_view(task)), how);
+    device_sparse_model model =
+        post_pruning(policy, options, detail::flat_model(as_view(base)), detail::flat_model(as_view(task)), how);
     return std::get<device_sparse_vector<A>>(std::move(model.begin()->second));
 }
 
-/// PERU-FFT of models in device memory, as on the CPU, by any method that merges there (include its header, or <taskvec/device/methods.hpp>).
+/// PERU-FFT of models in device memory, as on the CPU, by any method that merges there (include its header, or
+/// <taskvec/device/methods.hpp>).
 ///
 ///     auto deltas = peru_fft(policy, task_arithmetic_options{.lambda = 0.3}, {.density = 0.1}, base, tasks, merged);
 template <device_merge_method Options>
-[[nodiscard]] std::vector<device_sparse_model> peru_fft(const gpu& policy, const Options& method, const post_pruning_options& residual,
-    const const_model_ref& base, std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how = {})
+[[nodiscard]] std::vector<device_sparse_model> peru_fft(const gpu& policy, const Options& method,
+    const post_pruning_options& residual, const const_model_ref& base, std::span<const const_model_ref> tasks,
+    const model_ref& out, const model_options& how = {})
 {
     merge(policy, method, base, tasks, out, how);
     std::vector<device_sparse_model> deltas;
     const const_model_ref merged(out);
     for (std::size_t t = 0; t < tasks.size(); ++t) {
-        deltas.push_back(post_pruning(policy, residual, merged, detail::task_served(base, tasks[t], how), detail::residual_options(how, t)));
+        deltas.push_back(post_pruning(
+            policy, residual, merged, detail::task_served(base, tasks[t], how), detail::residual_options(how, t)));
     }
     return deltas;
 }
 
 /// PERU-FFT over flat device views.
 template <device_merge_method Options, input_of<gpu> Base, tasks_of<gpu> Tasks, output_of<gpu> Out>
-[[nodiscard]] auto peru_fft(const gpu& policy, const Options& method, const post_pruning_options& residual, const Base& base, const Tasks& tasks, Out&& out,
-    const model_options& how = {})
+[[nodiscard]] auto peru_fft(const gpu& policy, const Options& method, const post_pruning_options& residual,
+    const Base& base, const Tasks& tasks, Out&& out, const model_options& how = {})
 {
     merge(policy, method, base, tasks, out, how);
     using A = arithmetic_type<element_of<Out>>;

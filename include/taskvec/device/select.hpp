@@ -1,7 +1,8 @@
 // Selection on taskvec::gpu: exact top-k thresholds of views and of models; sparse vectors in device memory.
 // SPDX-License-Identifier: Apache-2.0
 //
-// For nvcc, or for g++ and clang with THRUST_DEVICE_SYSTEM set to a host system. Thresholds come to the host, for which these wait.
+// For nvcc, or for g++ and clang with THRUST_DEVICE_SYSTEM set to a host system. Thresholds come to the host, for which
+// these wait.
 #pragma once
 
 #include <taskvec/device/select/sparse.hpp>
@@ -20,9 +21,10 @@ template <>
 inline constexpr bool gpu_header_included<gpu, gpu_room::select> = true;
 } // namespace detail
 
-/// The threshold that keeps the k entries of largest magnitude of a flat device view, lowest index first among equals: the CPU's, bit
-/// for bit. `walks` receives how often the data were read: once, or where a sample misleads or very many are equal 4 or 5 times (f64: 7 or 8).
-/// Takes 12 bytes (f64: 16) of device memory for each entry that lies close to the threshold, a few in a hundred. Errors: as on the CPU. Waits.
+/// The threshold that keeps the k entries of largest magnitude of a flat device view, lowest index first among equals:
+/// the CPU's, bit for bit. `walks` receives how often the data were read: once, or where a sample misleads or very many
+/// are equal 4 or 5 times (f64: 7 or 8). Takes 12 bytes (f64: 16) of device memory for each entry that lies close to
+/// the threshold, a few in a hundred. Errors: as on the CPU. Waits.
 ///
 ///     auto threshold = top_k(policy, x.view(), 100);
 template <input_of<gpu> X>
@@ -50,8 +52,8 @@ template <input_of<gpu> X>
     return std::bit_cast<A>(top_k(policy, x, k).magnitude);
 }
 
-/// Thresholds on every task vector of models in device memory (see align_on_device), over the whole model or tensor by tensor: the
-/// CPU's. Waits. Errors: invalid_argument (density), nonfinite_error.
+/// Thresholds on every task vector of models in device memory (see align_on_device), over the whole model or tensor by
+/// tensor: the CPU's. Waits. Errors: invalid_argument (density), nonfinite_error.
 ///
 ///     const trim_thresholds kept = find_thresholds(policy, models, 0.2, scope::model);
 [[nodiscard]] inline trim_thresholds find_thresholds(

@@ -1,5 +1,5 @@
-// Streams beside the caller's, the order between streams, and pinned host memory: what copies that overlap with work need.
-// SPDX-License-Identifier: Apache-2.0
+// Streams beside the caller's, the order between streams, and pinned host memory: what copies that overlap with work
+// need. SPDX-License-Identifier: Apache-2.0
 //
 // On a Thrust host system everything happens at once, in the order of the calls.
 #pragma once
@@ -19,7 +19,8 @@ inline void follow([[maybe_unused]] const gpu& leader, [[maybe_unused]] const gp
     cudaEvent_t event{};
     check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
     const cudaError_t recorded = cudaEventRecord(event, stream_of(leader));
-    const cudaError_t waiting = recorded == cudaSuccess ? cudaStreamWaitEvent(stream_of(follower), event, 0) : cudaSuccess;
+    const cudaError_t waiting =
+        recorded == cudaSuccess ? cudaStreamWaitEvent(stream_of(follower), event, 0) : cudaSuccess;
     (void)cudaEventDestroy(event); // once it has happened
     check(recorded, "cudaEventRecord");
     check(waiting, "cudaStreamWaitEvent");
@@ -55,10 +56,7 @@ public:
         }
 #endif
     }
-    [[nodiscard]] const gpu& policy() const noexcept
-    {
-        return policy_;
-    }
+    [[nodiscard]] const gpu& policy() const noexcept { return policy_; }
 
 private:
     gpu policy_;
@@ -97,14 +95,8 @@ public:
         std::free(data_);
 #endif
     }
-    [[nodiscard]] std::byte* data() const noexcept
-    {
-        return data_;
-    }
-    [[nodiscard]] std::size_t size() const noexcept
-    {
-        return size_;
-    }
+    [[nodiscard]] std::byte* data() const noexcept { return data_; }
+    [[nodiscard]] std::size_t size() const noexcept { return size_; }
 
 private:
     std::byte* data_ = nullptr;

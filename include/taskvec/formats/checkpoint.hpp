@@ -40,10 +40,12 @@ public:
             metadata_.insert(file.metadata().begin(), file.metadata().end());
             data_bytes_ += file.data_bytes();
         }
-        std::sort(sorted.begin(), sorted.end(), [](const item& a, const item& b) { return a.entry->name < b.entry->name; });
+        std::sort(
+            sorted.begin(), sorted.end(), [](const item& a, const item& b) { return a.entry->name < b.entry->name; });
         for (std::size_t i = 0; i < sorted.size(); ++i) {
             if (i && sorted[i].entry->name == sorted[i - 1].entry->name) {
-                raise<format_error>(message("tensor '", sorted[i].entry->name, "' is in this file and in '", sorted[i - 1].file->path().string(), "'"),
+                raise<format_error>(message("tensor '", sorted[i].entry->name, "' is in this file and in '",
+                                        sorted[i - 1].file->path().string(), "'"),
                     sorted[i].file->path().string());
             }
             model_.insert(sorted[i].entry->name, sorted[i].file->tensor(*sorted[i].entry));
@@ -70,10 +72,11 @@ private:
 /// Refuses a shard name that could lead out of the checkpoint's directory.
 inline void check_shard_name(std::string_view shard, std::string_view index)
 {
-    if (shard.empty() || shard == "." || shard.find('/') != shard.npos || shard.find('\\') != shard.npos || shard.find("..") != shard.npos
-        || shard.find('\0') != shard.npos) {
-        raise<format_error>(
-            message("names the shard '", shard, "'; a shard is a file beside its index, with no '/', '\\' or '..' in its name"), std::string(index));
+    if (shard.empty() || shard == "." || shard.find('/') != shard.npos || shard.find('\\') != shard.npos
+        || shard.find("..") != shard.npos || shard.find('\0') != shard.npos) {
+        raise<format_error>(message("names the shard '", shard,
+                                "'; a shard is a file beside its index, with no '/', '\\' or '..' in its name"),
+            std::string(index));
     }
 }
 
@@ -88,7 +91,9 @@ inline void check_shard_name(std::string_view shard, std::string_view index)
     }
     std::map<std::string, std::string> result;
     for (const auto& [name, shard] : json["weight_map"].items()) {
-        if (!shard.is_string()) { raise<format_error>(message("maps tensor '", name, "' to something that is not a string"), file); }
+        if (!shard.is_string()) {
+            raise<format_error>(message("maps tensor '", name, "' to something that is not a string"), file);
+        }
         const auto& text = shard.get_ref<const std::string&>();
         check_shard_name(text, file);
         result.emplace(name, text);
@@ -116,8 +121,9 @@ inline void check_shard_name(std::string_view shard, std::string_view index)
     }
     const auto index_path = path / index_file_name;
     if (!std::filesystem::exists(index_path, ignored)) {
-        raise<io_error>(
-            message("holds neither '", single_file_name, "' nor '", index_file_name, "'; name a checkpoint directory or a .safetensors file"), path.string());
+        raise<io_error>(message("holds neither '", single_file_name, "' nor '", index_file_name,
+                            "'; name a checkpoint directory or a .safetensors file"),
+            path.string());
     }
     const auto index = read_index(index_path);
     std::map<std::string_view, std::size_t> expected;
@@ -127,8 +133,9 @@ inline void check_shard_name(std::string_view shard, std::string_view index)
         for (const auto& entry : file.entries()) {
             const auto place = index.find(entry.name);
             if (place == index.end() || place->second != shard) {
-                raise<format_error>(message("holds tensor '", entry.name, "', which '", index_file_name, "' ",
-                                        place == index.end() ? std::string("does not list") : "places in '" + place->second + "'"),
+                raise<format_error>(
+                    message("holds tensor '", entry.name, "', which '", index_file_name, "' ",
+                        place == index.end() ? std::string("does not list") : "places in '" + place->second + "'"),
                     file.path().string());
             }
         }
@@ -137,7 +144,8 @@ inline void check_shard_name(std::string_view shard, std::string_view index)
         for (const auto& entry : file.entries()) { present[entry.name] = true; }
         for (const auto& [name, where] : index) {
             if (where == shard && !present.contains(name)) {
-                raise<format_error>(message("lacks tensor '", name, "', which '", index_file_name, "' places there"), file.path().string());
+                raise<format_error>(message("lacks tensor '", name, "', which '", index_file_name, "' places there"),
+                    file.path().string());
             }
         }
     }
@@ -175,20 +183,22 @@ struct shard_plan {
 }
 
 /// Writes a checkpoint directory: `model-00001-of-000NN.safetensors` … and their index, or `model.safetensors` when one
-/// shard is enough. A directory that does not exist appears whole or not at all; in one that does, other files are left alone.
+/// shard is enough. A directory that does not exist appears whole or not at all; in one that does, other files are left
+/// alone.
 ///
 /// All shards are complete and on disk under temporary names before the first takes its own; the index (or the single
 /// file) takes its name last, and is what decides which model the directory holds. Where a shard's name is taken, by
-/// an earlier model in the same directory, the new one is called `model-00001-of-000NN-2.safetensors` and so on, so a crash at any moment
-/// leaves the earlier model whole or the new one. Once the new one stands, the earlier one's files are removed.
+/// an earlier model in the same directory, the new one is called `model-00001-of-000NN-2.safetensors` and so on, so a
+/// crash at any moment leaves the earlier model whole or the new one. Once the new one stands, the earlier one's files
+/// are removed.
 ///
 ///     taskvec::sharded_writer out("merged", specs, 5'000'000'000);
 ///     out.write(index, offset, data, size);
 ///     out.commit();
 class sharded_writer final : public tensor_sink {
 public:
-    sharded_writer(std::filesystem::path directory, const std::vector<tensor_spec>& specs, std::uint64_t shard_size, const metadata_map& metadata = {},
-        durability mode = durability::synchronised)
+    sharded_writer(std::filesystem::path directory, const std::vector<tensor_spec>& specs, std::uint64_t shard_size,
+        const metadata_map& metadata = {}, durability mode = durability::synchronised)
         : directory_(std::move(directory))
         , mode_(mode)
         , plan_(plan_shards(specs, shard_size))
@@ -200,21 +210,30 @@ public:
             place_[i] = part.size();
             part.push_back(specs[i]);
         }
-        for (const auto& part : parts) { (void)layout_safetensors(part, metadata); } // whatever is wrong with the specs is wrong before a directory appears
+        for (const auto& part : parts) {
+            (void)layout_safetensors(part, metadata);
+        } // whatever is wrong with the specs is wrong before a directory appears
         old_ = present_files(); // an index that cannot be read is refused before anything is written
         folder_.emplace(directory_, mode);
         const std::size_t generation = plan_.shards == 1 ? 1 : free_generation();
-        for (std::size_t i = 0; i < parts.size(); ++i) { names_.push_back(plan_.shards == 1 ? std::string(single_file_name) : shard_name(i, generation)); }
         for (std::size_t i = 0; i < parts.size(); ++i) {
-            writers_.push_back(std::make_unique<safetensors_writer>(folder_->path() / names_[i], parts[i], metadata, mode));
+            names_.push_back(plan_.shards == 1 ? std::string(single_file_name) : shard_name(i, generation));
+        }
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+            writers_.push_back(
+                std::make_unique<safetensors_writer>(folder_->path() / names_[i], parts[i], metadata, mode));
         }
         if (plan_.shards > 1) {
-            std::string json = "{\n  \"metadata\": {\n    \"total_size\": " + std::to_string(plan_.total_bytes) + "\n  },\n  \"weight_map\": {";
+            std::string json = "{\n  \"metadata\": {\n    \"total_size\": " + std::to_string(plan_.total_bytes)
+                + "\n  },\n  \"weight_map\": {";
             std::map<std::string_view, std::size_t> by_name;
             for (std::size_t i = 0; i < specs.size(); ++i) { by_name[specs[i].name] = plan_.shard_of[i]; }
-            if (by_name.size() != specs.size()) { raise<invalid_argument>("a tensor's name occurs twice in the model to be written"); }
+            if (by_name.size() != specs.size()) {
+                raise<invalid_argument>("a tensor's name occurs twice in the model to be written");
+            }
             for (const auto& [name, shard] : by_name) {
-                json += (json.back() == '{' ? "\n    " : ",\n    ") + json_string(name) + ": " + json_string(names_[shard]);
+                json +=
+                    (json.back() == '{' ? "\n    " : ",\n    ") + json_string(name) + ": " + json_string(names_[shard]);
             }
             json += "\n  }\n}\n";
             index_ = std::make_unique<atomic_file>(folder_->path() / index_file_name, json.size(), mode);
@@ -227,7 +246,9 @@ public:
 
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
-        if (index >= place_.size()) { raise<invalid_argument>(message("a write to tensor ", index, " of ", place_.size())); }
+        if (index >= place_.size()) {
+            raise<invalid_argument>(message("a write to tensor ", index, " of ", place_.size()));
+        }
         writers_[plan_.shard_of[index]]->write(place_[index], offset, data, size);
     }
 
@@ -250,7 +271,8 @@ public:
         for (const auto& name : old_) {
             // An index that somebody else wrote may name any file: only what is called a model's is removed.
             const bool of_a_model = name == index_file_name || name.ends_with(".safetensors");
-            if (of_a_model && std::find(names_.begin(), names_.end(), name) == names_.end() && !(index_ && name == index_file_name)) {
+            if (of_a_model && std::find(names_.begin(), names_.end(), name) == names_.end()
+                && !(index_ && name == index_file_name)) {
                 std::filesystem::remove(directory_ / name, ignored);
             }
         }
@@ -266,7 +288,8 @@ public:
         for (const auto& writer : writers_) { result.push_back(writer->temporary()); }
         return result;
     }
-    /// All temporary files, and before them the directories that were made for them, for whoever must remove them when no destructor can run.
+    /// All temporary files, and before them the directories that were made for them, for whoever must remove them when
+    /// no destructor can run.
     [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
     {
         auto result = folder_->made();
@@ -289,7 +312,8 @@ private:
             const auto digits = std::to_string(number);
             return std::string(digits.size() < 5 ? 5 - digits.size() : 0, '0') + digits;
         };
-        return "model-" + padded(index + 1) + "-of-" + padded(plan_.shards) + (generation > 1 ? "-" + std::to_string(generation) : "") + ".safetensors";
+        return "model-" + padded(index + 1) + "-of-" + padded(plan_.shards)
+            + (generation > 1 ? "-" + std::to_string(generation) : "") + ".safetensors";
     }
     /// The first generation none of whose shard names is taken.
     [[nodiscard]] std::size_t free_generation() const
@@ -297,7 +321,9 @@ private:
         std::error_code ignored;
         for (std::size_t generation = 1;; ++generation) {
             bool taken = false;
-            for (std::size_t i = 0; i < plan_.shards && !taken; ++i) { taken = std::filesystem::exists(directory_ / shard_name(i, generation), ignored); }
+            for (std::size_t i = 0; i < plan_.shards && !taken; ++i) {
+                taken = std::filesystem::exists(directory_ / shard_name(i, generation), ignored);
+            }
             if (!taken) { return generation; }
         }
     }

@@ -55,10 +55,10 @@ template <class T>
 
 /// Writes a delta as its entries come, in pieces, in any order and from several threads. For each tensor P: `P.values`
 /// (F32, or F64), `P.shape` (I64), and the places of the values as `P.indices` (I32; I64 for tensors of more than
-/// 2^31 - 1 elements; ascending, row-major flat) or, where more than 1/32 of the entries are kept, `P.bitmask` (U8, ceil(size / 8)
-/// bytes; bit i%8 of byte i/8, least significant first, is set where entry i is kept; the bits beyond the last entry are 0).
-/// Metadata: `schema` "taskvec.delta.1", `additive` "true", `fingerprint` of the base (see fingerprint(), "xxh64:" and 16
-/// hexadecimal digits). Atomic like safetensors_writer. Memory: a piece.
+/// 2^31 - 1 elements; ascending, row-major flat) or, where more than 1/32 of the entries are kept, `P.bitmask` (U8,
+/// ceil(size / 8) bytes; bit i%8 of byte i/8, least significant first, is set where entry i is kept; the bits beyond
+/// the last entry are 0). Metadata: `schema` "taskvec.delta.1", `additive` "true", `fingerprint` of the base (see
+/// fingerprint(), "xxh64:" and 16 hexadecimal digits). Atomic like safetensors_writer. Memory: a piece.
 ///
 ///     delta_writer out("task.delta.safetensors", fingerprint(cpu{}, base));
 ///     post_pruning(cpu{}, {.density = 0.1}, models, out);
@@ -73,7 +73,8 @@ public:
         bool wide = false; ///< f64 values
     };
 
-    delta_writer(std::filesystem::path path, std::uint64_t base_fingerprint, metadata_map metadata = {}, durability mode = durability::synchronised)
+    delta_writer(std::filesystem::path path, std::uint64_t base_fingerprint, metadata_map metadata = {},
+        durability mode = durability::synchronised)
         : path_(std::move(path))
         , metadata_(std::move(metadata))
         , mode_(mode)
@@ -99,28 +100,34 @@ public:
         std::vector<tensor_spec> specs;
         for (const auto& [name, shape, kept, wide] : parts_) {
             const std::uint64_t size = element_count(shape, name);
-            if (kept > size) { raise<invalid_argument>(message("delta of tensor '", name, "' keeps ", kept, " of ", size, " entries")); }
+            if (kept > size) {
+                raise<invalid_argument>(message("delta of tensor '", name, "' keeps ", kept, " of ", size, " entries"));
+            }
             const auto count = static_cast<std::int64_t>(kept);
             specs.push_back({name + ".values", wide ? dtype::f64 : dtype::f32, {count}});
             specs.push_back({name + ".shape", dtype::i64, {static_cast<std::int64_t>(shape.size())}});
             if (detail::stored_as_bitmask(kept, size)) {
-                specs.push_back({name + ".bitmask", dtype::u8, {static_cast<std::int64_t>(size / 8 + (size % 8 != 0))}});
+                specs.push_back(
+                    {name + ".bitmask", dtype::u8, {static_cast<std::int64_t>(size / 8 + (size % 8 != 0))}});
             }
             else {
-                specs.push_back({name + ".indices", size > std::uint64_t{std::numeric_limits<std::int32_t>::max()} ? dtype::i64 : dtype::i32, {count}});
+                specs.push_back({name + ".indices",
+                    size > std::uint64_t{std::numeric_limits<std::int32_t>::max()} ? dtype::i64 : dtype::i32, {count}});
             }
             places_.push_back(specs.back().dtype);
         }
         file_ = std::make_unique<safetensors_writer>(path_, specs, metadata_, mode_);
-        for (std::size_t i = 0; i < parts_.size(); ++i) { file_->write(3 * i + 1, 0, parts_[i].shape.data(), specs[3 * i + 1].bytes()); }
+        for (std::size_t i = 0; i < parts_.size(); ++i) {
+            file_->write(3 * i + 1, 0, parts_[i].shape.data(), specs[3 * i + 1].bytes());
+        }
     }
-    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const float* values,
-        std::size_t n) override
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const float* values, std::size_t n) override
     {
         store(tensor, first, from, to, indices, values, n);
     }
-    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const double* values,
-        std::size_t n) override
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const double* values, std::size_t n) override
     {
         store(tensor, first, from, to, indices, values, n);
     }
@@ -138,7 +145,10 @@ public:
         return total;
     }
     /// The name that the file has until commit(); empty before begin().
-    [[nodiscard]] std::filesystem::path temporary() const { return file_ ? file_->temporary() : std::filesystem::path(); }
+    [[nodiscard]] std::filesystem::path temporary() const
+    {
+        return file_ ? file_->temporary() : std::filesystem::path();
+    }
     [[nodiscard]] std::uint64_t file_size() const noexcept { return file_ ? file_->file_size() : 0; }
 
 private:
@@ -148,7 +158,8 @@ private:
         return *file_;
     }
     template <class A>
-    void store(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const A* values, std::size_t n)
+    void store(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const A* values, std::size_t n)
     {
         if (parts_[tensor].wide != std::same_as<A, double>) {
             raise<invalid_argument>(message("delta of tensor '", parts_[tensor].name, "' was begun with other values"));
@@ -181,7 +192,8 @@ private:
 
 /// Writes a delta that lies in memory; see delta_writer for the format.
 /// Throws invalid_argument for a sparse vector that breaks its own promises; io_error.
-inline void write_delta(const std::filesystem::path& path, const delta& content, durability mode = durability::synchronised)
+inline void write_delta(
+    const std::filesystem::path& path, const delta& content, durability mode = durability::synchronised)
 {
     std::vector<delta_writer::part> parts;
     for (const auto& [name, tensor] : content.tensors) {
@@ -197,18 +209,20 @@ inline void write_delta(const std::filesystem::path& path, const delta& content,
     std::size_t at = 0;
     for (const auto& [name, tensor] : content.tensors) {
         std::visit(
-            [&, &name = name](
-                const auto& sparse) { writer.write(at, 0, 0, element_count(sparse.shape, name), sparse.indices.data(), sparse.values.data(), sparse.kept()); },
+            [&, &name = name](const auto& sparse) {
+                writer.write(at, 0, 0, element_count(sparse.shape, name), sparse.indices.data(), sparse.values.data(),
+                    sparse.kept());
+            },
             tensor);
         ++at;
     }
     writer.commit();
 }
 
-/// A delta file, mapped and checked: schema, dtypes, counts that match, indices in range and ascending, zero bits beyond
-/// the last entry, no tensor left over. Its entries stay in the file; see delta_writer for the format. Move-only.
-/// Throws format_error naming the file and the tensor; io_error. Cost: one read of the places, O(tensors) memory and a
-/// number for each 65,536 elements of a bitmask.
+/// A delta file, mapped and checked: schema, dtypes, counts that match, indices in range and ascending, zero bits
+/// beyond the last entry, no tensor left over. Its entries stay in the file; see delta_writer for the format.
+/// Move-only. Throws format_error naming the file and the tensor; io_error. Cost: one read of the places, O(tensors)
+/// memory and a number for each 65,536 elements of a bitmask.
 ///
 ///     const taskvec::delta_file delta("task.delta.safetensors");
 ///     merge(cpu{}, taskvec::delta_addition_options{.delta = &delta}, models, sink);
@@ -234,7 +248,8 @@ public:
         template <arithmetic_element A>
         [[nodiscard]] A value(std::uint64_t entry) const noexcept
         {
-            return wide ? static_cast<A>(detail::load<double>(values, entry)) : static_cast<A>(detail::load<float>(values, entry));
+            return wide ? static_cast<A>(detail::load<double>(values, entry))
+                        : static_cast<A>(detail::load<float>(values, entry));
         }
         /// Calls use(index, entry) for the kept entries in elements [from, to), in ascending order.
         template <class Use>
@@ -258,7 +273,9 @@ public:
             }
             if (from >= to) { return; }
             std::uint64_t entry = before[from / run];
-            for (std::uint64_t byte = from / run * (run / 8); byte < from / 8; ++byte) { entry += static_cast<unsigned>(std::popcount(bitmask[byte])); }
+            for (std::uint64_t byte = from / run * (run / 8); byte < from / 8; ++byte) {
+                entry += static_cast<unsigned>(std::popcount(bitmask[byte]));
+            }
             for (std::uint64_t byte = from / 8; byte * 8 < to; ++byte) {
                 for (unsigned rest = bitmask[byte]; rest; rest &= rest - 1, ++entry) {
                     const std::uint64_t place = 8 * byte + static_cast<unsigned>(std::countr_zero(rest));
@@ -282,9 +299,14 @@ public:
             fail_file(schema.empty() ? message("is not a delta: its metadata has no schema '", delta_schema, "'")
                                      : message("has schema '", schema, "'; this version reads '", delta_schema, "'"));
         }
-        if (const auto additive = value("additive"); additive != "true") { fail_file(message("has additive '", additive, "'; this version reads 'true'")); }
+        if (const auto additive = value("additive"); additive != "true") {
+            fail_file(message("has additive '", additive, "'; this version reads 'true'"));
+        }
         const auto stamp = parse_fingerprint(value("fingerprint"));
-        if (!stamp) { fail_file(message("has the fingerprint '", value("fingerprint"), "'; expected 'xxh64:' and 16 hexadecimal digits")); }
+        if (!stamp) {
+            fail_file(message(
+                "has the fingerprint '", value("fingerprint"), "'; expected 'xxh64:' and 16 hexadecimal digits"));
+        }
         fingerprint_ = *stamp;
         for (const auto& [label, tensor] : model_) {
             if (label.ends_with(".shape")) { parts_.push_back(read_part(label.substr(0, label.size() - 6), tensor)); }
@@ -302,7 +324,8 @@ public:
     [[nodiscard]] const std::vector<part>& parts() const noexcept { return parts_; }
     [[nodiscard]] const part* find(std::string_view name) const noexcept
     {
-        const auto place = std::lower_bound(parts_.begin(), parts_.end(), name, [](const part& p, std::string_view n) { return std::string_view(p.name) < n; });
+        const auto place = std::lower_bound(parts_.begin(), parts_.end(), name,
+            [](const part& p, std::string_view n) { return std::string_view(p.name) < n; });
         return place != parts_.end() && place->name == name ? &*place : nullptr;
     }
     [[nodiscard]] std::uint64_t kept() const noexcept
@@ -324,8 +347,9 @@ private:
             const auto role = dot == label.npos ? std::string() : label.substr(dot);
             const bool known = role == ".shape" || role == ".values" || role == ".indices" || role == ".bitmask";
             if (!known || !find(std::string_view(label).substr(0, dot))) {
-                raise<format_error>(
-                    message("holds '", label, "', which belongs to no delta tensor (there must be P.values, P.shape, and P.indices or P.bitmask)"),
+                raise<format_error>(message("holds '", label,
+                                        "', which belongs to no delta tensor (there must be P.values, P.shape, and "
+                                        "P.indices or P.bitmask)"),
                     file_.path().string());
             }
         }
@@ -341,14 +365,18 @@ private:
         if (values->dtype != dtype::f32 && values->dtype != dtype::f64) {
             fail(stem, message("has values of dtype ", name(values->dtype), "; expected F32 or F64"));
         }
-        if (values->shape.size() != 1) { fail(stem, message("has values of rank ", values->shape.size(), "; expected 1")); }
+        if (values->shape.size() != 1) {
+            fail(stem, message("has values of rank ", values->shape.size(), "; expected 1"));
+        }
         result.wide = values->dtype == dtype::f64;
         result.values = static_cast<const std::byte*>(values->data);
         result.kept = values->size();
         read_shape(result, shape);
         const auto* const indices = model_.find(stem + ".indices");
         const auto* const bitmask = model_.find(stem + ".bitmask");
-        if (!indices == !bitmask) { fail(stem, indices ? "has both indices and a bitmask" : "has neither indices nor a bitmask"); }
+        if (!indices == !bitmask) {
+            fail(stem, indices ? "has both indices and a bitmask" : "has neither indices nor a bitmask");
+        }
         if (indices) { read_indices(result, *indices); }
         else {
             read_bitmask(result, *bitmask);
@@ -359,7 +387,9 @@ private:
     void read_shape(part& result, const const_tensor_ref& shape) const
     {
         if (shape.dtype != dtype::i64 || shape.shape.size() != 1) {
-            fail(result.name, message("has a shape of dtype ", name(shape.dtype), " and rank ", shape.shape.size(), "; expected I64 of rank 1"));
+            fail(result.name,
+                message("has a shape of dtype ", name(shape.dtype), " and rank ", shape.shape.size(),
+                    "; expected I64 of rank 1"));
         }
         result.shape.resize(shape.size());
         bool empty = false;
@@ -382,18 +412,27 @@ private:
     void read_indices(part& result, const const_tensor_ref& tensor) const
     {
         if ((tensor.dtype != dtype::i32 && tensor.dtype != dtype::i64) || tensor.shape.size() != 1) {
-            fail(result.name, message("has indices of dtype ", name(tensor.dtype), " and rank ", tensor.shape.size(), "; expected I32 or I64 of rank 1"));
+            fail(result.name,
+                message("has indices of dtype ", name(tensor.dtype), " and rank ", tensor.shape.size(),
+                    "; expected I32 or I64 of rank 1"));
         }
-        if (tensor.size() != result.kept) { fail(result.name, message("has ", tensor.size(), " indices for ", result.kept, " values")); }
+        if (tensor.size() != result.kept) {
+            fail(result.name, message("has ", tensor.size(), " indices for ", result.kept, " values"));
+        }
         result.indices = static_cast<const std::byte*>(tensor.data);
         result.wide_indices = tensor.dtype == dtype::i64;
         std::int64_t previous = -1;
         for (std::uint64_t i = 0; i < result.kept; ++i) {
-            const std::int64_t index = result.wide_indices ? detail::load<std::int64_t>(tensor.data, i) : detail::load<std::int32_t>(tensor.data, i);
+            const std::int64_t index = result.wide_indices ? detail::load<std::int64_t>(tensor.data, i)
+                                                           : detail::load<std::int32_t>(tensor.data, i);
             if (index < 0 || static_cast<std::uint64_t>(index) >= result.size) {
-                fail(result.name, message("has index ", index, " at position ", i, "; the tensor has ", result.size, " elements"));
+                fail(result.name,
+                    message("has index ", index, " at position ", i, "; the tensor has ", result.size, " elements"));
             }
-            if (index <= previous) { fail(result.name, message("has index ", index, " after ", previous, " at position ", i, "; indices must ascend")); }
+            if (index <= previous) {
+                fail(result.name,
+                    message("has index ", index, " after ", previous, " at position ", i, "; indices must ascend"));
+            }
             previous = index;
         }
     }
@@ -401,10 +440,14 @@ private:
     void read_bitmask(part& result, const const_tensor_ref& tensor) const
     {
         if (tensor.dtype != dtype::u8 || tensor.shape.size() != 1) {
-            fail(result.name, message("has a bitmask of dtype ", name(tensor.dtype), " and rank ", tensor.shape.size(), "; expected U8 of rank 1"));
+            fail(result.name,
+                message("has a bitmask of dtype ", name(tensor.dtype), " and rank ", tensor.shape.size(),
+                    "; expected U8 of rank 1"));
         }
         const std::uint64_t bytes = tensor.size(), needed = result.size / 8 + (result.size % 8 != 0);
-        if (bytes != needed) { fail(result.name, message("has a bitmask of ", bytes, " bytes; ", result.size, " elements need ", needed)); }
+        if (bytes != needed) {
+            fail(result.name, message("has a bitmask of ", bytes, " bytes; ", result.size, " elements need ", needed));
+        }
         result.bitmask = static_cast<const std::uint8_t*>(tensor.data);
         std::uint64_t set = 0;
         for (std::uint64_t i = 0; i < bytes; ++i) {
@@ -412,7 +455,9 @@ private:
             set += static_cast<unsigned>(std::popcount(result.bitmask[i]));
         }
         if (set != result.kept) { fail(result.name, message("has ", set, " bits set for ", result.kept, " values")); }
-        if (result.size % 8 && (result.bitmask[bytes - 1] >> (result.size % 8)) != 0) { fail(result.name, "has bits set beyond its last element"); }
+        if (result.size % 8 && (result.bitmask[bytes - 1] >> (result.size % 8)) != 0) {
+            fail(result.name, "has bits set beyond its last element");
+        }
     }
 
     safetensors_file file_;
@@ -445,10 +490,10 @@ private:
     return result;
 }
 
-/// A base plus a delta that stays in its file, as a merge method without tasks of its own: θ0 + scale·v̂, each product and
-/// sum in f32 (f64 for f64), rounded once. Tensors without an entry are copied bit for bit. Bit-exact, and equal to
-/// sparse_addition_options over read_delta(). Errors: invalid_argument, shape_mismatch, dtype_mismatch; nonfinite_error for NaN or infinity in the
-/// base or the delta, unless model_options say that they propagate. Memory: O(tensors).
+/// A base plus a delta that stays in its file, as a merge method without tasks of its own: θ0 + scale·v̂, each product
+/// and sum in f32 (f64 for f64), rounded once. Tensors without an entry are copied bit for bit. Bit-exact, and equal to
+/// sparse_addition_options over read_delta(). Errors: invalid_argument, shape_mismatch, dtype_mismatch; nonfinite_error
+/// for NaN or infinity in the base or the delta, unless model_options say that they propagate. Memory: O(tensors).
 ///
 ///     const aligned_models models(&base, {&base, 1});
 ///     merge(cpu{}, delta_addition_options{.delta = &file}, models, sink);
@@ -466,7 +511,9 @@ public:
     merger(const cpu&, const aligned_models& models, const delta_addition_options& options)
         : scale_(options.scale)
     {
-        if (!options.delta) { raise<invalid_argument>("delta_addition_options::delta is null: point it at the delta to add"); }
+        if (!options.delta) {
+            raise<invalid_argument>("delta_addition_options::delta is null: point it at the delta to add");
+        }
         check_factor(scale_, "scale");
         std::size_t found = 0;
         for (const auto& tensor : models.tensors()) {
@@ -475,18 +522,20 @@ public:
             if (!part) { continue; }
             ++found;
             if (part->shape != tensor.shape) {
-                raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(tensor.shape), " in ", models.options().base_label,
-                    "; the delta is for shape ", to_string(part->shape)));
+                raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(tensor.shape), " in ",
+                    models.options().base_label, "; the delta is for shape ", to_string(part->shape)));
             }
             if (part->wide && !tensor.wide) {
-                raise<dtype_mismatch>(message("tensor '", tensor.name, "' is not F64 in ", models.options().base_label, "; the delta holds F64 values"));
+                raise<dtype_mismatch>(message("tensor '", tensor.name, "' is not F64 in ", models.options().base_label,
+                    "; the delta holds F64 values"));
             }
         }
         if (found == options.delta->parts().size()) { return; }
         for (const auto& part : options.delta->parts()) {
             const auto same = [&](const aligned_tensor& tensor) { return tensor.name == part.name; };
             if (std::none_of(models.tensors().begin(), models.tensors().end(), same)) {
-                raise<invalid_argument>(message("tensor '", part.name, "' of the delta is not a floating tensor of ", models.options().base_label));
+                raise<invalid_argument>(message(
+                    "tensor '", part.name, "' of the delta is not a floating tensor of ", models.options().base_label));
             }
         }
     }
@@ -500,7 +549,8 @@ public:
             const std::uint64_t place = index - rows.offset();
             const A value = part->template value<A>(entry);
             if (!std::isfinite(value) && rows.models().options().on_nonfinite == nonfinite::error) {
-                raise<nonfinite_error>(message("the delta of tensor '", part->name, "' holds ", std::isnan(value) ? "NaN" : "infinity", " for index ", index,
+                raise<nonfinite_error>(message("the delta of tensor '", part->name, "' holds ",
+                    std::isnan(value) ? "NaN" : "infinity", " for index ", index,
                     ": make it again from sound models, or ask for non-finite values to propagate"));
             }
             kernels::add_at<A, A>(merged, &place, &value, static_cast<A>(scale_), 1);
@@ -514,12 +564,13 @@ private:
 };
 
 /// Throws invalid_argument unless `base` is the model with this fingerprint. Cost: one read of the base's bytes.
-inline void check_base(
-    const cpu& policy, std::uint64_t base_fingerprint, const const_model_ref& base, std::string_view delta_name = "delta", std::string_view base_name = "base")
+inline void check_base(const cpu& policy, std::uint64_t base_fingerprint, const const_model_ref& base,
+    std::string_view delta_name = "delta", std::string_view base_name = "base")
 {
     if (const auto found = fingerprint(policy, base); found != base_fingerprint) {
-        raise<invalid_argument>(message("'", base_name, "' is not the model that '", delta_name, "' was made for: its fingerprint is ", fingerprint_text(found),
-            "; expected ", fingerprint_text(base_fingerprint)));
+        raise<invalid_argument>(
+            message("'", base_name, "' is not the model that '", delta_name, "' was made for: its fingerprint is ",
+                fingerprint_text(found), "; expected ", fingerprint_text(base_fingerprint)));
     }
 }
 

@@ -69,7 +69,10 @@ public:
     [[nodiscard]] int get() const noexcept { return value_; }
     [[nodiscard]] explicit operator bool() const noexcept { return value_ >= 0; }
     /// 0, or the errno of close(2): some file systems report a failed write only here.
-    int close() noexcept { return value_ >= 0 && ::close(std::exchange(value_, -1)) != 0 && errno != EINTR ? errno : 0; }
+    int close() noexcept
+    {
+        return value_ >= 0 && ::close(std::exchange(value_, -1)) != 0 && errno != EINTR ? errno : 0;
+    }
 
 private:
     int value_ = -1;
@@ -104,12 +107,14 @@ public:
     explicit mapped_file(std::filesystem::path path)
         : path_(std::move(path))
     {
-        const detail::descriptor file(detail::retry([&] { return ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
+        const detail::descriptor file(
+            detail::retry([&] { return ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
         if (!file) { detail::raise_io(path_, "cannot open for reading", errno); }
-        struct stat status { };
+        struct stat status{};
         if (::fstat(file.get(), &status) != 0) { detail::raise_io(path_, "cannot read the file's size", errno); }
         if (!S_ISREG(status.st_mode)) {
-            raise<io_error>(S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
+            raise<io_error>(
+                S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
         }
         size_ = static_cast<std::size_t>(status.st_size);
         if (size_ == 0) { return; }
@@ -141,7 +146,8 @@ public:
     [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
     [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
 
-    /// How the bytes will be read: MADV_SEQUENTIAL, MADV_RANDOM, MADV_WILLNEED, MADV_NORMAL. A hint: failure is ignored.
+    /// How the bytes will be read: MADV_SEQUENTIAL, MADV_RANDOM, MADV_WILLNEED, MADV_NORMAL. A hint: failure is
+    /// ignored.
     void advise(int advice) const noexcept
     {
         if (size_) { ::madvise(const_cast<std::byte*>(data_), size_, advice); }
@@ -167,10 +173,10 @@ enum class durability : std::uint8_t {
 /// A file that is written under a temporary name beside its target and takes the target's name on commit().
 ///
 /// Until then, and for ever when the process is killed or commit() is never called, the target stays as it was. The
-/// temporary file is called `.taskvec-<process>-<number>.tmp`; the destructor removes it, a killed process leaves it behind.
-/// A target that exists keeps its permission bits; a new one follows the umask. A symbolic link is replaced, not
-/// followed. A file that is still mapped may be replaced: the map keeps the old bytes.
-/// Throws io_error with the errno of whatever the system refuses (a full disk at construction, where space is reserved).
+/// temporary file is called `.taskvec-<process>-<number>.tmp`; the destructor removes it, a killed process leaves it
+/// behind. A target that exists keeps its permission bits; a new one follows the umask. A symbolic link is replaced,
+/// not followed. A file that is still mapped may be replaced: the map keeps the old bytes. Throws io_error with the
+/// errno of whatever the system refuses (a full disk at construction, where space is reserved).
 ///
 ///     atomic_file file("out.bin", 1024);
 ///     file.write(0, data, 1024);
@@ -178,26 +184,37 @@ enum class durability : std::uint8_t {
 class atomic_file {
 public:
     /// `size`: the bytes that the file will have, reserved at once.
-    explicit atomic_file(std::filesystem::path target, std::uint64_t size = 0, durability mode = durability::synchronised)
+    explicit atomic_file(
+        std::filesystem::path target, std::uint64_t size = 0, durability mode = durability::synchronised)
         : target_(std::move(target))
         , mode_(mode)
     {
         if (!target_.has_filename()) { raise<io_error>("names no file", target_.string(), EISDIR); }
-        struct stat status { };
+        struct stat status{};
         const bool exists = ::stat(target_.c_str(), &status) == 0;
-        if (exists && S_ISDIR(status.st_mode)) { raise<io_error>("is a directory; name a file to write", target_.string(), EISDIR); }
-        if (exists && !S_ISREG(status.st_mode)) { raise<io_error>("exists and is not a regular file; choose another output", target_.string(), EEXIST); }
-        if (exists && ::access(target_.c_str(), W_OK) != 0) { detail::raise_io(target_, "exists and may not be written", errno); }
+        if (exists && S_ISDIR(status.st_mode)) {
+            raise<io_error>("is a directory; name a file to write", target_.string(), EISDIR);
+        }
+        if (exists && !S_ISREG(status.st_mode)) {
+            raise<io_error>("exists and is not a regular file; choose another output", target_.string(), EEXIST);
+        }
+        if (exists && ::access(target_.c_str(), W_OK) != 0) {
+            detail::raise_io(target_, "exists and may not be written", errno);
+        }
         const auto directory = detail::directory_of(target_);
         static std::atomic<unsigned> counter{0};
         for (;;) {
-            temporary_ = directory / message(".taskvec-", static_cast<long>(::getpid()), '-', counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
-            file_ = detail::descriptor(detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666); }));
+            temporary_ = directory
+                / message(".taskvec-", static_cast<long>(::getpid()), '-',
+                    counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+            file_ = detail::descriptor(
+                detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666); }));
             if (file_) { break; }
             if (errno != EEXIST) {
                 const int code = errno;
                 temporary_.clear();
-                detail::raise_io(target_, message("cannot create a file in directory '", directory.string(), "'"), code);
+                detail::raise_io(
+                    target_, message("cannot create a file in directory '", directory.string(), "'"), code);
             }
         }
         // From here on the destructor does not run if something throws: remove the temporary file by hand.
@@ -245,12 +262,15 @@ public:
         const auto* bytes = static_cast<const std::byte*>(data);
         while (size) {
             // pwrite moves at most 0x7ffff000 bytes at once, and may stop early at a signal or a full disk.
-            const auto written = detail::retry([&] { return ::pwrite(file_.get(), bytes, size, static_cast<off_t>(offset)); });
+            const auto written =
+                detail::retry([&] { return ::pwrite(file_.get(), bytes, size, static_cast<off_t>(offset)); });
             if (written <= 0) {
                 const int code = written < 0 ? errno : ENOSPC;
-                if (code == EFAULT) { // bytes of a map whose file has been shortened: the system sees it before a SIGBUS could be raised
-                    raise<io_error>(
-                        "cannot be written: a model file that is copied from shrank, or its disk failed, while it was being read", target_.string(), code);
+                if (code == EFAULT) { // bytes of a map whose file has been shortened: the system sees it before a
+                                      // SIGBUS could be raised
+                    raise<io_error>("cannot be written: a model file that is copied from shrank, or its disk failed, "
+                                    "while it was being read",
+                        target_.string(), code);
                 }
                 detail::raise_io(target_, message("cannot write ", size, " bytes at offset ", offset), code);
             }
@@ -278,7 +298,9 @@ public:
             detail::raise_io(target_, message("cannot rename '", temporary_.string(), "' to it"), errno);
         }
         temporary_.clear();
-        if (whole_directory && mode_ == durability::synchronised) { detail::synchronise_directory(detail::directory_of(target_)); }
+        if (whole_directory && mode_ == durability::synchronised) {
+            detail::synchronise_directory(detail::directory_of(target_));
+        }
     }
 
 private:
@@ -302,10 +324,10 @@ private:
     durability mode_ = durability::synchronised;
 };
 
-/// A directory that files are written to. One that does not exist appears whole or not at all: it is filled under another
-/// name beside its own, `.taskvec-<process>-directory-<number>.tmp`, and takes its own on commit(); until then the destructor removes it,
-/// and the directories above it that had to be made. In one that exists, files are written where they belong, each by itself.
-/// Throws io_error.
+/// A directory that files are written to. One that does not exist appears whole or not at all: it is filled under
+/// another name beside its own, `.taskvec-<process>-directory-<number>.tmp`, and takes its own on commit(); until then
+/// the destructor removes it, and the directories above it that had to be made. In one that exists, files are written
+/// where they belong, each by itself. Throws io_error.
 ///
 ///     output_directory folder("out/merged");
 ///     atomic_file file(folder.path() / "a.bin", 4);
@@ -327,13 +349,15 @@ public:
             return;
         }
         std::vector<std::filesystem::path> missing;
-        for (auto level = target_.parent_path(); !level.empty() && !std::filesystem::exists(level, ignored); level = level.parent_path()) {
+        for (auto level = target_.parent_path(); !level.empty() && !std::filesystem::exists(level, ignored);
+            level = level.parent_path()) {
             missing.push_back(level);
         }
         for (; !missing.empty(); missing.pop_back()) { make(missing.back()); }
         static std::atomic<unsigned> counter{0};
         path_ = detail::directory_of(target_)
-            / message(".taskvec-", static_cast<long>(::getpid()), "-directory-", counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+            / message(".taskvec-", static_cast<long>(::getpid()), "-directory-",
+                counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
         make(path_);
     }
     output_directory(const output_directory&) = delete;
@@ -349,7 +373,9 @@ public:
     void commit()
     {
         if (made_.empty()) { return; }
-        if (::rename(path_.c_str(), target_.c_str()) != 0) { detail::raise_io(target_, "cannot give the finished directory its name", errno); }
+        if (::rename(path_.c_str(), target_.c_str()) != 0) {
+            detail::raise_io(target_, "cannot give the finished directory its name", errno);
+        }
         path_ = target_;
         made_.clear();
         if (mode_ == durability::synchronised) { detail::synchronise_directory(detail::directory_of(target_)); }
@@ -370,7 +396,9 @@ private:
     {
         std::error_code ignored;
         if (!made_.empty() && made_.back() == path_) { std::filesystem::remove_all(path_, ignored); }
-        for (; !made_.empty(); made_.pop_back()) { ::rmdir(made_.back().c_str()); } // fails, as it should, where something else lies in it by now
+        for (; !made_.empty(); made_.pop_back()) {
+            ::rmdir(made_.back().c_str());
+        } // fails, as it should, where something else lies in it by now
     }
 
     std::filesystem::path target_, path_;
@@ -379,7 +407,8 @@ private:
 };
 
 /// Writes a whole text file atomically.
-inline void write_text_file(const std::filesystem::path& path, std::string_view text, durability mode = durability::synchronised)
+inline void write_text_file(
+    const std::filesystem::path& path, std::string_view text, durability mode = durability::synchronised)
 {
     atomic_file file(path, 0, mode);
     file.write(0, text.data(), text.size());
@@ -391,7 +420,9 @@ inline void write_text_file(const std::filesystem::path& path, std::string_view 
 {
     const mapped_file file(path);
     const auto bytes = file.bytes();
-    if (bytes.size() > limit) { raise<format_error>(message("has ", bytes.size(), " bytes; expected at most ", limit), path.string()); }
+    if (bytes.size() > limit) {
+        raise<format_error>(message("has ", bytes.size(), " bytes; expected at most ", limit), path.string());
+    }
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/core/parallel.hpp>
 #include <taskvec/core/hash.hpp>
+#include <taskvec/core/parallel.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 
 #include <algorithm>
@@ -45,7 +45,9 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         }
         const std::size_t bytes = tensor.bytes(name);
         const auto* data = static_cast<const std::byte*>(tensor.data);
-        for (std::size_t at = 0; at < bytes; at += fingerprint_block) { blocks.push_back({data + at, std::min(fingerprint_block, bytes - at)}); }
+        for (std::size_t at = 0; at < bytes; at += fingerprint_block) {
+            blocks.push_back({data + at, std::min(fingerprint_block, bytes - at)});
+        }
         total += bytes;
     }
     std::vector<std::uint64_t> hashes(blocks.size());

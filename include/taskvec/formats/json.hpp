@@ -27,7 +27,9 @@ template <class Events>
 bool sax_parse_strictly(std::string_view text, Events& events)
 {
     if (text.starts_with("\xef\xbb\xbf")) { return events.fail("begins with a byte order mark; JSON has none", 0); }
-    if (const auto nul = text.find('\0'); nul != text.npos) { return events.fail("holds a NUL byte, which JSON never has", nul); }
+    if (const auto nul = text.find('\0'); nul != text.npos) {
+        return events.fail("holds a NUL byte, which JSON never has", nul);
+    }
     return nlohmann::json::sax_parse(text.begin(), text.end(), &events);
 }
 
@@ -49,7 +51,8 @@ public:
     [[nodiscard]] nlohmann::json take() { return std::move(root_); }
     [[noreturn]] bool fail(const std::string& what, std::uint64_t position)
     {
-        raise<format_error>(message("invalid JSON at byte ", offset_ + position, ": ", what), file_, offset_ + position);
+        raise<format_error>(
+            message("invalid JSON at byte ", offset_ + position, ": ", what), file_, offset_ + position);
     }
 
     bool null() override { return value(nullptr); }
@@ -65,7 +68,9 @@ public:
     bool end_array() override { return close(); }
     bool key(string_t& x) override
     {
-        if (stack_.back()->contains(x)) { raise<format_error>(message("key '", x, "' occurs twice in one JSON object"), file_, offset_); }
+        if (stack_.back()->contains(x)) {
+            raise<format_error>(message("key '", x, "' occurs twice in one JSON object"), file_, offset_);
+        }
         key_ = std::move(x);
         return true;
     }
@@ -93,7 +98,9 @@ private:
     }
     bool open(nlohmann::json x)
     {
-        if (stack_.size() == json_depth_limit) { raise<format_error>(message("JSON is nested deeper than ", json_depth_limit, " levels"), file_, offset_); }
+        if (stack_.size() == json_depth_limit) {
+            raise<format_error>(message("JSON is nested deeper than ", json_depth_limit, " levels"), file_, offset_);
+        }
         stack_.push_back(place(std::move(x)));
         return true;
     }
@@ -125,14 +132,17 @@ private:
 [[nodiscard]] constexpr bool is_utf8(std::string_view text) noexcept
 {
     for (std::size_t i = 0; i < text.size();) {
-        const auto byte = [&](std::size_t k) { return i + k < text.size() ? static_cast<unsigned char>(text[i + k]) : 0u; };
+        const auto byte = [&](std::size_t k) {
+            return i + k < text.size() ? static_cast<unsigned char>(text[i + k]) : 0u;
+        };
         const auto tail = [&](std::size_t k) { return (byte(k) & 0xc0u) == 0x80u; };
         const unsigned lead = byte(0);
         if (lead < 0x80u) { i += 1; }
         else if (lead >= 0xc2u && lead <= 0xdfu && tail(1)) {
             i += 2;
         }
-        else if (lead >= 0xe0u && lead <= 0xefu && tail(1) && tail(2) && !(lead == 0xe0u && byte(1) < 0xa0u) && !(lead == 0xedu && byte(1) > 0x9fu)) {
+        else if (lead >= 0xe0u && lead <= 0xefu && tail(1) && tail(2) && !(lead == 0xe0u && byte(1) < 0xa0u)
+            && !(lead == 0xedu && byte(1) > 0x9fu)) {
             i += 3;
         }
         else if (lead >= 0xf0u && lead <= 0xf4u && tail(1) && tail(2) && tail(3) && !(lead == 0xf0u && byte(1) < 0x90u)
@@ -146,11 +156,13 @@ private:
     return true;
 }
 
-/// `text` as a JSON string with its quotes, escaped as the reference safetensors writer escapes: quotes, backslashes and
-/// control characters only. Text that is not UTF-8 is an invalid_argument.
+/// `text` as a JSON string with its quotes, escaped as the reference safetensors writer escapes: quotes, backslashes
+/// and control characters only. Text that is not UTF-8 is an invalid_argument.
 [[nodiscard]] inline std::string json_string(std::string_view text)
 {
-    if (!is_utf8(text)) { raise<invalid_argument>(message("'", text, "' is not UTF-8 and cannot be written to a file")); }
+    if (!is_utf8(text)) {
+        raise<invalid_argument>(message("'", text, "' is not UTF-8 and cannot be written to a file"));
+    }
     std::string result = "\"";
     for (const char c : text) {
         switch (c) {

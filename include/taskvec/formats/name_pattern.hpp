@@ -11,9 +11,9 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// An ECMAScript regular expression that is matched against names of tensors and modules. Where the standard library can, without
-/// backtracking: no pattern takes exponential time, no name exhausts the stack, and back-references are refused.
-/// Patterns have at most 1,000 bytes, names at most 4,096.
+/// An ECMAScript regular expression that is matched against names of tensors and modules. Where the standard library
+/// can, without backtracking: no pattern takes exponential time, no name exhausts the stack, and back-references are
+/// refused. Patterns have at most 1,000 bytes, names at most 4,096.
 ///
 ///     const name_pattern pattern("layers\\.[0-9]+\\.weight");
 ///     bool in = pattern.occurs_in("model.layers.3.weight");
@@ -25,14 +25,16 @@ public:
     explicit name_pattern(const std::string& text)
     {
         if (text.size() > longest_pattern) {
-            raise<invalid_argument>(message("a regular expression of ", text.size(), " bytes; expected at most ", longest_pattern));
+            raise<invalid_argument>(
+                message("a regular expression of ", text.size(), " bytes; expected at most ", longest_pattern));
         }
 #if !defined(TASKVEC_NO_EXCEPTIONS)
         try {
             expression_ = std::regex(text, flags);
         }
         catch (const std::regex_error& problem) {
-            raise<invalid_argument>(message("'", text, "' is not a regular expression that is understood here: ", problem.what()));
+            raise<invalid_argument>(
+                message("'", text, "' is not a regular expression that is understood here: ", problem.what()));
         }
 #else
         expression_ = std::regex(text, flags);
@@ -59,8 +61,8 @@ private:
     static std::string_view checked(std::string_view name)
     {
         if (name.size() > longest_name) {
-            raise<invalid_argument>(message(
-                "tensor '", name.substr(0, 60), "…' has a name of ", name.size(), " bytes; regular expressions are matched against at most ", longest_name));
+            raise<invalid_argument>(message("tensor '", name.substr(0, 60), "…' has a name of ", name.size(),
+                " bytes; regular expressions are matched against at most ", longest_name));
         }
         return name;
     }

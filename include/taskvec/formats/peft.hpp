@@ -1,10 +1,10 @@
-// PEFT's LoRA adapter directories: adapter_config.json and adapter_model.safetensors, read strictly and written so that PEFT loads them.
-// SPDX-License-Identifier: Apache-2.0
+// PEFT's LoRA adapter directories: adapter_config.json and adapter_model.safetensors, read strictly and written so that
+// PEFT loads them. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/adapters/adapter.hpp>
 #include <taskvec/formats/name_pattern.hpp>
 #include <taskvec/formats/safetensors.hpp>
-#include <taskvec/adapters/adapter.hpp>
 
 #include <algorithm>
 #include <array>
@@ -41,14 +41,15 @@ struct peft_tensor {
 inline constexpr std::string_view peft_base_weight = ".base_layer.weight";
 
 /// An adapter as a PEFT directory holds it. Module names are those of the base model ("layers.0.attn.q_proj").
-/// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in = entries. The
-/// weight of a transposed layer (`fan_in_fan_out`) is in×out, its update here out×in like any other.
+/// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in =
+/// entries. The weight of a transposed layer (`fan_in_fan_out`) is in×out, its update here out×in like any other.
 template <arithmetic_element T>
 struct peft_adapter {
     lora_adapter<T> updates{}; ///< factors in T, scaling from the configuration
     std::set<std::string> embeddings{}; ///< which of the modules are embeddings
     std::map<std::string, dtype> stored{}; ///< the dtype of each module's factors in the file; absent: T
-    std::map<std::string, peft_tensor> others{}; ///< biases, copies of base weights, whole modules: by name in the file without PEFT's prefix
+    std::map<std::string, peft_tensor>
+        others{}; ///< biases, copies of base weights, whole modules: by name in the file without PEFT's prefix
     nlohmann::json config = nlohmann::json::object(); ///< the configuration as it was read
     std::string label{}; ///< names the adapter in messages: its directory
 };
@@ -60,16 +61,17 @@ struct peft_adapter {
 }
 
 struct peft_read_options {
-    /// Accept an adapter that is more than low-rank updates because whole weights come with it (modules_to_save, embeddings
-    /// that were saved): they are kept in `others`. By default such an adapter is refused. The copies of base weights that PEFT
-    /// stores beside the factors of embed_tokens and lm_head are not meant: they are always accepted.
+    /// Accept an adapter that is more than low-rank updates because whole weights come with it (modules_to_save,
+    /// embeddings that were saved): they are kept in `others`. By default such an adapter is refused. The copies of
+    /// base weights that PEFT stores beside the factors of embed_tokens and lm_head are not meant: they are always
+    /// accepted.
     bool whole_modules = false;
 };
 
 namespace detail {
 
-/// PEFT's rule for rank_pattern and alpha_pattern: the first key, in file order, that as a regular expression matches the
-/// module's whole name or a dotted end of it.
+/// PEFT's rule for rank_pattern and alpha_pattern: the first key, in file order, that as a regular expression matches
+/// the module's whole name or a dotted end of it.
 class peft_patterns {
 public:
     struct pattern {
@@ -85,7 +87,9 @@ public:
         if (object.is_null()) { return; }
         if (!object.is_object()) { raise<format_error>(message(field, " is not an object"), file); }
         for (const auto& [key, value] : object.items()) {
-            if (!value.is_number()) { raise<format_error>(message(field, " gives '", key, "' something that is not a number"), file); }
+            if (!value.is_number()) {
+                raise<format_error>(message(field, " gives '", key, "' something that is not a number"), file);
+            }
             patterns_.push_back({key, compile(key, field, file), value.template get<double>(), false});
         }
     }
@@ -108,7 +112,9 @@ public:
     {
         for (const auto& one : patterns_) {
             if (!one.used) {
-                raise<format_error>(message(field, " has the key '", one.key, "', which matches no module of the adapter; remove or correct it"), file);
+                raise<format_error>(message(field, " has the key '", one.key,
+                                        "', which matches no module of the adapter; remove or correct it"),
+                    file);
             }
         }
     }
@@ -147,7 +153,9 @@ public:
     [[nodiscard]] bool flag(const char* field) const
     {
         const auto* value = find(field);
-        if (value && !value->is_boolean()) { raise<format_error>(message(field, " is ", shown(*value), "; expected true or false"), file_); }
+        if (value && !value->is_boolean()) {
+            raise<format_error>(message(field, " is ", shown(*value), "; expected true or false"), file_);
+        }
         return value && value->get<bool>();
     }
     /// `otherwise` where the field is absent; null is no number.
@@ -155,7 +163,9 @@ public:
     {
         const auto value = config_.find(field);
         if (value == config_.end()) { return otherwise; }
-        if (!value->is_number()) { raise<format_error>(message(field, " is ", shown(*value), "; expected a number"), file_); }
+        if (!value->is_number()) {
+            raise<format_error>(message(field, " is ", shown(*value), "; expected a number"), file_);
+        }
         return value->get<double>();
     }
     /// Absent, null, a text or a list of texts, as PEFT names modules.
@@ -163,8 +173,10 @@ public:
     {
         const auto* value = find(field);
         if (!value || value->is_string()) { return; }
-        if (!value->is_array() || !std::all_of(value->begin(), value->end(), [](const auto& one) { return one.is_string(); })) {
-            raise<format_error>(message(field, " is ", shown(*value), "; expected names of modules, or a regular expression"), file_);
+        if (!value->is_array()
+            || !std::all_of(value->begin(), value->end(), [](const auto& one) { return one.is_string(); })) {
+            raise<format_error>(
+                message(field, " is ", shown(*value), "; expected names of modules, or a regular expression"), file_);
         }
     }
     /// A value as JSON, shortened for a message.
@@ -177,7 +189,8 @@ public:
     [[nodiscard]] bool says_something(const char* field) const
     {
         const auto* value = find(field);
-        return value && !(value->is_boolean() && !value->get<bool>()) && !(value->is_string() && value->get_ref<const std::string&>().empty())
+        return value && !(value->is_boolean() && !value->get<bool>())
+            && !(value->is_string() && value->get_ref<const std::string&>().empty())
             && !((value->is_array() || value->is_object()) && value->empty());
     }
 
@@ -191,46 +204,59 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
 {
     const peft_fields fields(config, file);
     const auto refuse = [&](std::string_view what, std::string_view why) {
-        raise<format_error>(
-            message(what, ": ", why, ", not a plain low-rank update; fold it into its base with PEFT and extract an adapter from the result"), file);
+        raise<format_error>(message(what, ": ", why,
+                                ", not a plain low-rank update; fold it into its base with PEFT and extract an adapter "
+                                "from the result"),
+            file);
     };
     const auto* type = fields.find("peft_type");
     if (!type) { raise<format_error>("has no peft_type; expected the configuration of a LoRA adapter", file); }
-    if (*type != "LORA") { refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)), "another kind of adapter"); }
+    if (*type != "LORA") {
+        refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)),
+            "another kind of adapter");
+    }
 
     if (const auto* init = fields.find("init_lora_weights"); init && init->is_string()) {
         const auto& name = init->get_ref<const std::string&>();
         // These leave the base as it is; the others (pissa, olora, corda, loftq, lora_ga …) change it.
         constexpr std::array<std::string_view, 3> harmless{"gaussian", "eva", "orthogonal"};
         if (std::find(harmless.begin(), harmless.end(), name) == harmless.end()) {
-            refuse(message("init_lora_weights is '", name, "'"), "such an initialisation changes the base weights, which makes it an update of another base");
+            refuse(message("init_lora_weights is '", name, "'"),
+                "such an initialisation changes the base weights, which makes it an update of another base");
         }
     }
     constexpr std::array<std::pair<const char*, std::string_view>, 15> refused{
-        {{"use_dora", "DoRA rescales the weights"}, {"use_qalora", "QA-LoRA pools its input"}, {"use_bdlora", "its factors are block-diagonal"},
-            {"alora_invocation_tokens", "aLoRA switches on within the input"}, {"trainable_token_indices", "single rows of an embedding are replaced"},
-            {"target_parameters", "bare parameters are adapted"}, {"layer_replication", "the base's layers are repeated"},
-            {"lora_bias", "the update has a bias of its own"}, {"corda_config", "CorDA changes the base weights"},
-            {"lora_ga_config", "LoRA-GA changes the base weights"}, {"kasa_config", "KaSA changes the base weights"},
-            {"loftq_config", "LoftQ changes the base weights"}, {"arrow_config", "adapters are routed"},
-            {"monteclora_config", "its factors are random variables"}, {"velora_config", "a configuration that is not known here"}}};
+        {{"use_dora", "DoRA rescales the weights"}, {"use_qalora", "QA-LoRA pools its input"},
+            {"use_bdlora", "its factors are block-diagonal"},
+            {"alora_invocation_tokens", "aLoRA switches on within the input"},
+            {"trainable_token_indices", "single rows of an embedding are replaced"},
+            {"target_parameters", "bare parameters are adapted"},
+            {"layer_replication", "the base's layers are repeated"}, {"lora_bias", "the update has a bias of its own"},
+            {"corda_config", "CorDA changes the base weights"}, {"lora_ga_config", "LoRA-GA changes the base weights"},
+            {"kasa_config", "KaSA changes the base weights"}, {"loftq_config", "LoftQ changes the base weights"},
+            {"arrow_config", "adapters are routed"}, {"monteclora_config", "its factors are random variables"},
+            {"velora_config", "a configuration that is not known here"}}};
     for (const auto& [field, why] : refused) {
         if (fields.says_something(field)) { refuse(field, why); }
     }
     if (fields.says_something("modules_to_save") && !options.whole_modules) {
         raise<format_error>(message("modules_to_save: whole modules (", fields.shown(*fields.find("modules_to_save")),
-                                ") come with this adapter, which makes it more than a low-rank update; ask for them to be carried along "
+                                ") come with this adapter, which makes it more than a low-rank update; ask for them to "
+                                "be carried along "
                                 "(--modules-to-save), or remove them"),
             file);
     }
     for (const char* names : {"target_modules", "exclude_modules", "modules_to_save"}) { fields.check_names(names); }
     (void)fields.flag("fan_in_fan_out");
     constexpr std::array<std::string_view, 3> biases{"none", "all", "lora_only"};
-    if (const auto* bias = fields.find("bias"); bias && std::find(biases.begin(), biases.end(), *bias) == biases.end()) {
-        raise<format_error>(message("bias is ", fields.shown(*bias), "; expected \"none\", \"all\" or \"lora_only\""), file);
+    if (const auto* bias = fields.find("bias");
+        bias && std::find(biases.begin(), biases.end(), *bias) == biases.end()) {
+        raise<format_error>(
+            message("bias is ", fields.shown(*bias), "; expected \"none\", \"all\" or \"lora_only\""), file);
     }
     if (const double rank = fields.number("r", 8); !(rank >= 1 && rank == std::floor(rank))) {
-        raise<format_error>(message("r is ", fields.shown(*fields.find("r")), "; expected a rank, a whole number above 0"), file);
+        raise<format_error>(
+            message("r is ", fields.shown(*fields.find("r")), "; expected a rank, a whole number above 0"), file);
     }
 }
 
@@ -239,15 +265,17 @@ template <class T>
 [[nodiscard]] matrix<T> read_factor(const safetensors_file& file, const safetensors_entry& entry)
 {
     if (entry.shape.size() != 2) {
-        raise<format_error>(message("tensor '", entry.name, "' has shape ", to_string(entry.shape),
-                                entry.shape.size() == 4 ? ": a convolution's factors are not supported" : "; expected a matrix"),
+        raise<format_error>(
+            message("tensor '", entry.name, "' has shape ", to_string(entry.shape),
+                entry.shape.size() == 4 ? ": a convolution's factors are not supported" : "; expected a matrix"),
             file.path().string(), entry.offset);
     }
     if (!is_storage(entry.dtype)) {
-        raise<dtype_mismatch>(message("'", file.path().string(), "': tensor '", entry.name, "' has dtype ", name(entry.dtype),
-            "; a factor is F64, F32, BF16 or F16: convert the adapter first"));
+        raise<dtype_mismatch>(message("'", file.path().string(), "': tensor '", entry.name, "' has dtype ",
+            name(entry.dtype), "; a factor is F64, F32, BF16 or F16: convert the adapter first"));
     }
-    matrix<T> x(static_cast<std::size_t>(entry.shape[0]), static_cast<std::size_t>(entry.shape[1]), matrix_order::row_major);
+    matrix<T> x(
+        static_cast<std::size_t>(entry.shape[0]), static_cast<std::size_t>(entry.shape[1]), matrix_order::row_major);
     const auto* const from = static_cast<const std::byte*>(file.tensor(entry).data);
     visit_storage(entry.dtype, entry.name, [&]<class S>(std::type_identity<S>) {
         for (std::size_t i = 0; i < x.size(); ++i) {
@@ -277,15 +305,17 @@ template <class T>
 [[nodiscard]] inline bool peft_is_wide(const std::filesystem::path& directory)
 {
     const safetensors_file file(directory / peft_model_name);
-    return std::any_of(file.entries().begin(), file.entries().end(), [](const auto& entry) { return entry.dtype == dtype::f64; });
+    return std::any_of(
+        file.entries().begin(), file.entries().end(), [](const auto& entry) { return entry.dtype == dtype::f64; });
 }
 
-/// Reads an adapter directory that PEFT (or write_peft) wrote. The scaling of a module is α/r, or α/√r with use_rslora, with α
-/// and r from alpha_pattern and rank_pattern where these match (as PEFT matches: in file order, the whole name or a dotted end).
-/// Throws io_error for a missing file; format_error for what is not a plain LoRA adapter (each by name: DoRA, aLoRA, QA-LoRA,
-/// PiSSA, OLoRA, CorDA, LoftQ and the like, lora_bias, trainable tokens, target_parameters, convolutions, other peft types,
-/// modules_to_save unless asked for), a half of a pair without the other, ranks that contradict the configuration, patterns
-/// that match nothing, tensors with no place in an adapter; dtype_mismatch for factors that are not floating.
+/// Reads an adapter directory that PEFT (or write_peft) wrote. The scaling of a module is α/r, or α/√r with use_rslora,
+/// with α and r from alpha_pattern and rank_pattern where these match (as PEFT matches: in file order, the whole name
+/// or a dotted end). Throws io_error for a missing file; format_error for what is not a plain LoRA adapter (each by
+/// name: DoRA, aLoRA, QA-LoRA, PiSSA, OLoRA, CorDA, LoftQ and the like, lora_bias, trainable tokens, target_parameters,
+/// convolutions, other peft types, modules_to_save unless asked for), a half of a pair without the other, ranks that
+/// contradict the configuration, patterns that match nothing, tensors with no place in an adapter; dtype_mismatch for
+/// factors that are not floating.
 ///
 ///     const auto adapter = read_peft("adapter");
 ///     const auto served = peru_lora(cpu{}, adapter.updates, {.rank = {.rank = 8}});
@@ -304,8 +334,10 @@ template <arithmetic_element T = float>
     adapter.config = parse_json(text, config_file);
     if (!adapter.config.is_object()) { raise<format_error>("is not a JSON object", config_file); }
     detail::check_plain_lora(adapter.config, config_file, options);
-    if (!std::filesystem::exists(model_path, ignored) && std::filesystem::exists(directory / "adapter_model.bin", ignored)) {
-        raise<io_error>("holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", directory.string());
+    if (!std::filesystem::exists(model_path, ignored)
+        && std::filesystem::exists(directory / "adapter_model.bin", ignored)) {
+        raise<io_error>(
+            "holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", directory.string());
     }
     const safetensors_file file(model_path);
     const std::string model_file = model_path.string();
@@ -323,28 +355,36 @@ template <arithmetic_element T = float>
     for (const auto& entry : file.entries()) {
         std::string_view name = entry.name;
         if (!name.starts_with(peft_prefix)) {
-            raise<format_error>(message("tensor '", entry.name, "' does not begin with '", peft_prefix, "' as the names of a PEFT adapter do"), model_file);
+            raise<format_error>(message("tensor '", entry.name, "' does not begin with '", peft_prefix,
+                                    "' as the names of a PEFT adapter do"),
+                model_file);
         }
         name.remove_prefix(peft_prefix.size());
         const auto take = [&](std::string_view suffix, bool is_a, bool embedding) {
             if (!name.ends_with(suffix) || name.size() == suffix.size()) { return false; }
             auto& pair = pairs[std::string(name.substr(0, name.size() - suffix.size()))];
-            if (is_a ? pair.a : pair.b) { raise<format_error>(message("tensor '", entry.name, "' is the second such factor of its module"), model_file); }
+            if (is_a ? pair.a : pair.b) {
+                raise<format_error>(
+                    message("tensor '", entry.name, "' is the second such factor of its module"), model_file);
+            }
             (is_a ? pair.a : pair.b) = &entry;
             if ((pair.a && pair.b) && pair.embedding != embedding) {
-                raise<format_error>(message("tensor '", entry.name, "' and its other half are not both factors of an embedding, or of a layer"), model_file);
+                raise<format_error>(message("tensor '", entry.name,
+                                        "' and its other half are not both factors of an embedding, or of a layer"),
+                    model_file);
             }
             pair.embedding = embedding;
             return true;
         };
-        if (take(".lora_A.weight", true, false) || take(".lora_B.weight", false, false) || take(".lora_embedding_A", true, true)
-            || take(".lora_embedding_B", false, true)) {
+        if (take(".lora_A.weight", true, false) || take(".lora_B.weight", false, false)
+            || take(".lora_embedding_A", true, true) || take(".lora_embedding_B", false, true)) {
             continue;
         }
         if (name.find(".lora_") != name.npos || name.find("lora_") == 0) {
-            raise<format_error>(message("tensor '", entry.name,
-                                    "' is not a factor of a plain low-rank update; expected lora_A.weight, lora_B.weight, "
-                                    "lora_embedding_A and lora_embedding_B"),
+            raise<format_error>(
+                message("tensor '", entry.name,
+                    "' is not a factor of a plain low-rank update; expected lora_A.weight, lora_B.weight, "
+                    "lora_embedding_A and lora_embedding_B"),
                 model_file);
         }
         others.emplace(name, &entry);
@@ -352,20 +392,26 @@ template <arithmetic_element T = float>
     if (pairs.empty()) { raise<format_error>("holds no LoRA factors", model_file); }
     for (const auto& [name, entry] : others) {
         const bool is_bias = biases && name.ends_with(".bias");
-        const bool is_copy = name.ends_with(peft_base_weight) && pairs.contains(name.substr(0, name.size() - peft_base_weight.size()));
-        if (!is_bias && !is_copy && !(options.whole_modules && (detail::belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
-            raise<format_error>(message("tensor '", entry->name,
-                                    "' is neither a factor nor a bias that the configuration announces: this adapter is more than a "
-                                    "low-rank update; ask for whole weights to be carried along (--modules-to-save), or remove it"),
+        const bool is_copy =
+            name.ends_with(peft_base_weight) && pairs.contains(name.substr(0, name.size() - peft_base_weight.size()));
+        if (!is_bias && !is_copy
+            && !(options.whole_modules
+                && (detail::belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
+            raise<format_error>(
+                message("tensor '", entry->name,
+                    "' is neither a factor nor a bias that the configuration announces: this adapter is more than a "
+                    "low-rank update; ask for whole weights to be carried along (--modules-to-save), or remove it"),
                 model_file);
         }
         const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);
-        adapter.others.emplace(name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
+        adapter.others.emplace(
+            name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
     }
 
     const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
     const auto pattern = [&](const char* field) {
-        return detail::peft_patterns(ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
+        return detail::peft_patterns(
+            ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
     };
     auto ranks = pattern("rank_pattern"), alphas = pattern("alpha_pattern");
     const double rank = fields.number("r", 8), alpha = fields.number("lora_alpha", 8);
@@ -373,23 +419,28 @@ template <arithmetic_element T = float>
     for (const auto& [module, pair] : pairs) {
         if (!pair.a || !pair.b) {
             raise<format_error>(
-                message("module '", module, "' has ", pair.a ? "lora_A but no lora_B" : "lora_B but no lora_A", ": half of its update is missing"), model_file);
+                message("module '", module, "' has ", pair.a ? "lora_A but no lora_B" : "lora_B but no lora_A",
+                    ": half of its update is missing"),
+                model_file);
         }
         lora_update<T> update{detail::read_factor<T>(file, *pair.b), detail::read_factor<T>(file, *pair.a), 1};
         if (update.b.cols() != update.a.rows()) {
-            raise<shape_mismatch>(message("'", model_file, "': module '", module, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ",
-                update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
+            raise<shape_mismatch>(message("'", model_file, "': module '", module, "': lora_B is ", update.b.rows(), "×",
+                update.b.cols(), " and lora_A ", update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
         }
         const double expected = ranks.find(module, rank), strength = alphas.find(module, alpha);
         if (static_cast<double>(update.rank()) != expected) {
-            raise<format_error>(message("module '", module, "' has rank ", update.rank(), " but ", peft_config_name, " says ", expected), model_file);
+            raise<format_error>(message("module '", module, "' has rank ", update.rank(), " but ", peft_config_name,
+                                    " says ", expected),
+                model_file);
         }
         if (update.rank() == 0) { raise<format_error>(message("module '", module, "' has rank 0"), model_file); }
         if (const auto copy = others.find(module + std::string(peft_base_weight)); copy != others.end()) {
             const auto out = static_cast<std::int64_t>(update.out()), in = static_cast<std::int64_t>(update.in());
             if (copy->second->shape != extents{out, in} && copy->second->shape != extents{in, out}) {
                 raise<format_error>(
-                    message("tensor '", copy->second->name, "' has shape ", to_string(copy->second->shape), ", but the update of its module is ", out, "×", in),
+                    message("tensor '", copy->second->name, "' has shape ", to_string(copy->second->shape),
+                        ", but the update of its module is ", out, "×", in),
                     model_file);
             }
         }
@@ -413,16 +464,20 @@ namespace detail {
     return x;
 }
 
-/// Key of a pattern that matches one module alone: its name, or, where that would match others too, an anchored expression.
+/// Key of a pattern that matches one module alone: its name, or, where that would match others too, an anchored
+/// expression.
 [[nodiscard]] inline std::string exact_pattern(const std::string& module, const std::vector<std::string>& modules)
 {
-    const bool plain_name = module.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == module.npos;
-    const bool alone = std::none_of(modules.begin(), modules.end(), [&](const auto& other) { // a dot in the name matches any character
-        if (other == module || other.size() < module.size()) { return false; }
-        const std::size_t head = other.size() - module.size();
-        return (head == 0 || other[head - 1] == '.')
-            && std::equal(module.begin(), module.end(), other.begin() + static_cast<std::ptrdiff_t>(head), [](char c, char x) { return c == '.' || c == x; });
-    });
+    const bool plain_name =
+        module.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == module.npos;
+    const bool alone =
+        std::none_of(modules.begin(), modules.end(), [&](const auto& other) { // a dot in the name matches any character
+            if (other == module || other.size() < module.size()) { return false; }
+            const std::size_t head = other.size() - module.size();
+            return (head == 0 || other[head - 1] == '.')
+                && std::equal(module.begin(), module.end(), other.begin() + static_cast<std::ptrdiff_t>(head),
+                    [](char c, char x) { return c == '.' || c == x; });
+        });
     if (plain_name && alone) { return module; }
     std::string escaped = "^";
     for (const char c : module) {
@@ -434,16 +489,16 @@ namespace detail {
 
 } // namespace detail
 
-/// The configuration with which PEFT gives the updates their ranks and scalings: r and lora_alpha of the largest rank, patterns
-/// for what differs, everything that would make PEFT change the base reset. Fields that say which modules are meant
-/// (target_modules and the like) are kept when they are there, otherwise every module is listed by its full name.
+/// The configuration with which PEFT gives the updates their ranks and scalings: r and lora_alpha of the largest rank,
+/// patterns for what differs, everything that would make PEFT change the base reset. Fields that say which modules are
+/// meant (target_modules and the like) are kept when they are there, otherwise every module is listed by its full name.
 template <arithmetic_element T>
 [[nodiscard]] nlohmann::json peft_config(const peft_adapter<T>& adapter)
 {
     nlohmann::json config = adapter.config;
-    const nlohmann::json defaults = {{"auto_mapping", nullptr}, {"base_model_name_or_path", nullptr}, {"bias", "none"}, {"fan_in_fan_out", false},
-        {"layers_pattern", nullptr}, {"layers_to_transform", nullptr}, {"lora_dropout", 0.0}, {"modules_to_save", nullptr}, {"revision", nullptr},
-        {"task_type", nullptr}};
+    const nlohmann::json defaults = {{"auto_mapping", nullptr}, {"base_model_name_or_path", nullptr}, {"bias", "none"},
+        {"fan_in_fan_out", false}, {"layers_pattern", nullptr}, {"layers_to_transform", nullptr}, {"lora_dropout", 0.0},
+        {"modules_to_save", nullptr}, {"revision", nullptr}, {"task_type", nullptr}};
     for (const auto& [key, value] : defaults.items()) {
         if (!config.contains(key)) { config[key] = value; }
     }
@@ -486,16 +541,19 @@ struct peft_write_options {
     durability mode = durability::synchronised;
 };
 
-/// Writes an adapter directory that PEFT loads and that gives the same updates (once rounded to the stored dtype). A directory
-/// that does not exist appears whole or not at all; in one that does, the two files are replaced once both are complete,
-/// the configuration last. Throws invalid_argument (no module, a rank of 0), dtype_mismatch, nonfinite_error where a factor
-/// overflows its dtype, io_error.
+/// Writes an adapter directory that PEFT loads and that gives the same updates (once rounded to the stored dtype). A
+/// directory that does not exist appears whole or not at all; in one that does, the two files are replaced once both
+/// are complete, the configuration last. Throws invalid_argument (no module, a rank of 0), dtype_mismatch,
+/// nonfinite_error where a factor overflows its dtype, io_error.
 ///
 ///     write_peft("adapter-r8", adapter);
 template <arithmetic_element T>
-void write_peft(const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options = {})
+void write_peft(
+    const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options = {})
 {
-    if (adapter.updates.empty()) { raise<invalid_argument>(message("'", directory.string(), "': an adapter without a module cannot be written")); }
+    if (adapter.updates.empty()) {
+        raise<invalid_argument>(message("'", directory.string(), "': an adapter without a module cannot be written"));
+    }
     std::vector<tensor_spec> specs;
     std::vector<std::vector<std::byte>> buffers;
     const auto add = [&](std::string name, const matrix<T>& x, dtype type) {
@@ -506,18 +564,21 @@ void write_peft(const std::filesystem::path& directory, const peft_adapter<T>& a
                 for (std::size_t j = 0; j < x.cols(); ++j) {
                     const S value = narrow<S>(x(i, j));
                     if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(value)))) {
-                        raise<nonfinite_error>(message("factor '", name, "' holds ", static_cast<double>(x(i, j)), ", which ", taskvec::name(type),
-                            " cannot; choose a wider dtype for the adapter"));
+                        raise<nonfinite_error>(message("factor '", name, "' holds ", static_cast<double>(x(i, j)),
+                            ", which ", taskvec::name(type), " cannot; choose a wider dtype for the adapter"));
                     }
                     std::memcpy(bytes.data() + (i * x.cols() + j) * sizeof(S), &value, sizeof(S));
                 }
             }
         });
-        specs.push_back({std::move(name), type, {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())}});
+        specs.push_back(
+            {std::move(name), type, {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())}});
     };
     for (const auto& [module, update] : adapter.updates) {
         check_update(update, module);
-        if (update.rank() == 0) { raise<invalid_argument>(message("module '", module, "' has rank 0; PEFT has no such adapter")); }
+        if (update.rank() == 0) {
+            raise<invalid_argument>(message("module '", module, "' has rank 0; PEFT has no such adapter"));
+        }
         const auto place = adapter.stored.find(module);
         const dtype type = options.output.value_or(place == adapter.stored.end() ? dtype_of<T> : place->second);
         const bool embedding = adapter.embeddings.contains(module);
@@ -529,11 +590,15 @@ void write_peft(const std::filesystem::path& directory, const peft_adapter<T>& a
 
     output_directory folder(directory, options.mode);
     std::vector<tensor_spec> all = specs;
-    for (const auto& [name, tensor] : adapter.others) { all.push_back({std::string(peft_prefix) + name, tensor.dtype, tensor.shape}); }
+    for (const auto& [name, tensor] : adapter.others) {
+        all.push_back({std::string(peft_prefix) + name, tensor.dtype, tensor.shape});
+    }
     safetensors_writer model(folder.path() / peft_model_name, all, metadata_map{}, options.mode);
     for (std::size_t i = 0; i < buffers.size(); ++i) { model.write(i, 0, buffers[i].data(), buffers[i].size()); }
     std::size_t index = buffers.size();
-    for (const auto& [name, tensor] : adapter.others) { model.write(index++, 0, tensor.bytes.data(), tensor.bytes.size()); }
+    for (const auto& [name, tensor] : adapter.others) {
+        model.write(index++, 0, tensor.bytes.data(), tensor.bytes.size());
+    }
     atomic_file settings(folder.path() / peft_config_name, config.size(), options.mode);
     settings.write(0, config.data(), config.size());
     model.finish();

@@ -71,7 +71,8 @@ public:
 
     [[noreturn]] bool fail(const std::string& what, std::uint64_t position)
     {
-        raise<format_error>(message("header is not valid JSON at byte ", 8 + position, ": ", what), file_, 8 + position);
+        raise<format_error>(
+            message("header is not valid JSON at byte ", 8 + position, ": ", what), file_, 8 + position);
     }
 
     bool null() override
@@ -138,8 +139,12 @@ public:
     {
         if (!stack_.back().keys.insert(x).second) {
             const auto kind = top();
-            if (kind == state::root) { raise<format_error>(message("tensor '", x, "' occurs twice in the header"), file_, 8); }
-            if (kind == state::metadata) { raise<format_error>(message("metadata key '", x, "' occurs twice"), file_, 8); }
+            if (kind == state::root) {
+                raise<format_error>(message("tensor '", x, "' occurs twice in the header"), file_, 8);
+            }
+            if (kind == state::metadata) {
+                raise<format_error>(message("metadata key '", x, "' occurs twice"), file_, 8);
+            }
             bad(message("has the key '", x, "' twice"));
         }
         key_ = std::move(x);
@@ -149,13 +154,17 @@ public:
     {
         if (top() == state::tensor) {
             const auto& t = tensors.back();
-            if (!t.has_dtype || !t.has_shape || !t.has_range) { bad(message("has no ", !t.has_dtype ? "dtype" : !t.has_shape ? "shape" : "data_offsets")); }
+            if (!t.has_dtype || !t.has_shape || !t.has_range) {
+                bad(message("has no ", !t.has_dtype ? "dtype" : !t.has_shape ? "shape" : "data_offsets"));
+            }
         }
         return pop();
     }
     bool end_array() override
     {
-        if (top() == state::range && tensors.back().range.size() != 2) { bad("has data_offsets of fewer than two numbers"); }
+        if (top() == state::range && tensors.back().range.size() != 2) {
+            bad("has data_offsets of fewer than two numbers");
+        }
         return pop();
     }
     bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& ex) override
@@ -175,7 +184,8 @@ private:
     /// Keys of a tensor that the format does not know are ignored, as the reference reader does.
     [[nodiscard]] bool ignoring() const
     {
-        return top() == state::ignored || (top() == state::tensor && key_ != "dtype" && key_ != "shape" && key_ != "data_offsets");
+        return top() == state::ignored
+            || (top() == state::tensor && key_ != "dtype" && key_ != "shape" && key_ != "data_offsets");
     }
     /// A value that is neither a string nor an unsigned number where one belongs.
     bool scalar(std::string_view found)
@@ -184,17 +194,27 @@ private:
         switch (top()) {
         case state::none: raise<format_error>(message("header is ", found, "; expected a JSON object"), file_, 8);
         case state::root:
-            raise<format_error>(message(in_metadata_key() ? "__metadata__" : "tensor '" + key_ + "'", " is ", found, "; expected a JSON object"), file_, 8);
-        case state::metadata: raise<format_error>(message("metadata '", key_, "' is ", found, "; expected a string"), file_, 8);
+            raise<format_error>(message(in_metadata_key() ? "__metadata__" : "tensor '" + key_ + "'", " is ", found,
+                                    "; expected a JSON object"),
+                file_, 8);
+        case state::metadata:
+            raise<format_error>(message("metadata '", key_, "' is ", found, "; expected a string"), file_, 8);
         case state::shape: bad(message("has ", found, " in its shape; expected unsigned integers"));
         case state::range: bad(message("has ", found, " in its data_offsets; expected unsigned integers"));
-        default: bad(message("has ", found, " as its ", key_, key_ == "dtype" ? "; expected a string" : "; expected an array of unsigned integers"));
+        default:
+            bad(message("has ", found, " as its ", key_,
+                key_ == "dtype" ? "; expected a string" : "; expected an array of unsigned integers"));
         }
     }
-    [[noreturn]] void bad(const std::string& what) { raise<format_error>(message("tensor '", tensors.back().name, "' ", what), file_, 8); }
+    [[noreturn]] void bad(const std::string& what)
+    {
+        raise<format_error>(message("tensor '", tensors.back().name, "' ", what), file_, 8);
+    }
     bool push(state kind)
     {
-        if (stack_.size() == json_depth_limit) { raise<format_error>(message("header is nested deeper than ", json_depth_limit, " levels"), file_, 8); }
+        if (stack_.size() == json_depth_limit) {
+            raise<format_error>(message("header is nested deeper than ", json_depth_limit, " levels"), file_, 8);
+        }
         stack_.push_back({kind});
         return true;
     }
@@ -210,60 +230,76 @@ private:
 };
 
 /// Checks one tensor's numbers the way the reference reader does; `start` is where its bytes must begin in the buffer.
-inline safetensors_entry check_tensor(safetensors_events::tensor&& t, std::uint64_t start, std::uint64_t data_offset, std::string_view file)
+inline safetensors_entry check_tensor(
+    safetensors_events::tensor&& t, std::uint64_t start, std::uint64_t data_offset, std::string_view file)
 {
-    const auto fail = [&](const std::string& what) { raise<format_error>(message("tensor '", t.name, "' ", what), std::string(file), data_offset); };
+    const auto fail = [&](const std::string& what) {
+        raise<format_error>(message("tensor '", t.name, "' ", what), std::string(file), data_offset);
+    };
     const std::uint64_t begin = t.range[0], end = t.range[1];
     if (begin > end) { fail(message("has data_offsets [", begin, ", ", end, "] that run backwards")); }
     if (begin != start) {
-        fail(message("begins at byte ", begin, " of the buffer; expected ", start, ", where the tensor before it ends: the buffer has ",
-            begin > start ? "a hole" : "an overlap"));
+        fail(message("begins at byte ", begin, " of the buffer; expected ", start,
+            ", where the tensor before it ends: the buffer has ", begin > start ? "a hole" : "an overlap"));
     }
     std::uint64_t count = 1;
     extents shape;
     shape.reserve(t.shape.size());
     for (const auto extent : t.shape) {
         if (__builtin_mul_overflow(count, extent, &count)) { fail("has a shape whose product is above 2^64-1"); }
-        if (extent > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) { fail("has an extent above 2^63-1"); }
+        if (extent > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
+            fail("has an extent above 2^63-1");
+        }
         shape.push_back(static_cast<std::int64_t>(extent));
     }
     std::uint64_t bit_count = 0;
     if (__builtin_mul_overflow(count, std::uint64_t{bits(t.dtype)}, &bit_count)) { fail("has more than 2^64-1 bits"); }
-    if (bit_count % 8 != 0) { fail(message("of dtype ", name(t.dtype), " has ", bit_count, " bits; expected whole bytes")); }
+    if (bit_count % 8 != 0) {
+        fail(message("of dtype ", name(t.dtype), " has ", bit_count, " bits; expected whole bytes"));
+    }
     if (end - begin != bit_count / 8) {
-        fail(message("of dtype ", name(t.dtype), " and shape ", to_string(shape), " needs ", bit_count / 8, " bytes; its data_offsets give it ", end - begin));
+        fail(message("of dtype ", name(t.dtype), " and shape ", to_string(shape), " needs ", bit_count / 8,
+            " bytes; its data_offsets give it ", end - begin));
     }
     return {std::move(t.name), t.dtype, std::move(shape), data_offset + begin, end - begin};
 }
 
 } // namespace detail
 
-/// Reads and checks the header of a safetensors file that lies in memory, by the rules of the reference reader: header of
-/// at most 100,000,000 bytes, UTF-8 JSON nested at most 127 deep, ranges that tile the buffer without hole or overlap, products
-/// checked for overflow, sizes that match. Leading white space, unknown keys of a tensor, empty tensors, scalars, any rank,
-/// any order of tensors and unaligned data are valid. Stricter than the reference in four points: a key that occurs twice, a
-/// tensor described by a JSON array instead of an object, a dtype that is no string, and an extent above 2^63-1 are refused.
-/// Throws format_error naming `file` and the tensor. Cost: O(header).
+/// Reads and checks the header of a safetensors file that lies in memory, by the rules of the reference reader: header
+/// of at most 100,000,000 bytes, UTF-8 JSON nested at most 127 deep, ranges that tile the buffer without hole or
+/// overlap, products checked for overflow, sizes that match. Leading white space, unknown keys of a tensor, empty
+/// tensors, scalars, any rank, any order of tensors and unaligned data are valid. Stricter than the reference in four
+/// points: a key that occurs twice, a tensor described by a JSON array instead of an object, a dtype that is no string,
+/// and an extent above 2^63-1 are refused. Throws format_error naming `file` and the tensor. Cost: O(header).
 [[nodiscard]] inline safetensors_header parse_safetensors(std::span<const std::byte> bytes, std::string_view file)
 {
-    const auto fail = [&](const std::string& what, std::uint64_t offset) { raise<format_error>(what, std::string(file), offset); };
+    const auto fail = [&](const std::string& what, std::uint64_t offset) {
+        raise<format_error>(what, std::string(file), offset);
+    };
     if (bytes.size() < 8) { fail(message("has ", bytes.size(), " bytes; a safetensors file has at least 8"), 0); }
     std::uint64_t length = 0;
     std::memcpy(&length, bytes.data(), 8);
     if (length > safetensors_header_limit) {
-        fail(message(
-                 "claims a header of ", length, " bytes; at most ", safetensors_header_limit, " are allowed: this is not a safetensors file, or a damaged one"),
+        fail(message("claims a header of ", length, " bytes; at most ", safetensors_header_limit,
+                 " are allowed: this is not a safetensors file, or a damaged one"),
             0);
     }
-    if (length > bytes.size() - 8) { fail(message("claims a header of ", length, " bytes and has ", bytes.size() - 8, " after it: the file is cut short"), 0); }
+    if (length > bytes.size() - 8) {
+        fail(message("claims a header of ", length, " bytes and has ", bytes.size() - 8,
+                 " after it: the file is cut short"),
+            0);
+    }
 
     detail::safetensors_events events(file);
-    detail::sax_parse_strictly({reinterpret_cast<const char*>(bytes.data()) + 8, static_cast<std::size_t>(length)}, events);
+    detail::sax_parse_strictly(
+        {reinterpret_cast<const char*>(bytes.data()) + 8, static_cast<std::size_t>(length)}, events);
 
     safetensors_header header;
     header.metadata = std::move(events.metadata);
     header.data_offset = 8 + length;
-    std::stable_sort(events.tensors.begin(), events.tensors.end(), [](const auto& a, const auto& b) { return a.range < b.range; });
+    std::stable_sort(
+        events.tensors.begin(), events.tensors.end(), [](const auto& a, const auto& b) { return a.range < b.range; });
     header.entries.reserve(events.tensors.size());
     std::uint64_t end = 0;
     for (auto& tensor : events.tensors) {
@@ -271,7 +307,9 @@ inline safetensors_entry check_tensor(safetensors_events::tensor&& t, std::uint6
         end += header.entries.back().bytes;
     }
     if (const std::uint64_t present = bytes.size() - header.data_offset; end != present) {
-        fail(message("has ", present, " bytes of tensor data; its header describes ", end, end > present ? ": the file is cut short" : ""), header.data_offset);
+        fail(message("has ", present, " bytes of tensor data; its header describes ", end,
+                 end > present ? ": the file is cut short" : ""),
+            header.data_offset);
     }
     return header;
 }
@@ -327,16 +365,20 @@ struct safetensors_layout {
 /// Lays a file out as the reference writer does: tensors by dtype (its enum, descending), then by name; `__metadata__`
 /// first; the header padded with spaces to a multiple of 8. `format` is set to "pt" unless the metadata has it already.
 /// Throws invalid_argument for a name that occurs twice, is "__metadata__", or is not UTF-8.
-[[nodiscard]] inline safetensors_layout layout_safetensors(const std::vector<tensor_spec>& specs, metadata_map metadata = {})
+[[nodiscard]] inline safetensors_layout layout_safetensors(
+    const std::vector<tensor_spec>& specs, metadata_map metadata = {})
 {
     metadata.try_emplace("format", "pt");
     std::vector<std::size_t> order(specs.size());
     for (std::size_t i = 0; i < order.size(); ++i) { order[i] = i; }
-    std::sort(order.begin(), order.end(),
-        [&](std::size_t a, std::size_t b) { return specs[a].dtype != specs[b].dtype ? specs[a].dtype > specs[b].dtype : specs[a].name < specs[b].name; });
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+        return specs[a].dtype != specs[b].dtype ? specs[a].dtype > specs[b].dtype : specs[a].name < specs[b].name;
+    });
 
     std::string json = "{\"__metadata__\":{";
-    for (const auto& [key, value] : metadata) { json += (json.back() == '{' ? "" : ",") + json_string(key) + ":" + json_string(value); }
+    for (const auto& [key, value] : metadata) {
+        json += (json.back() == '{' ? "" : ",") + json_string(key) + ":" + json_string(value);
+    }
     json += '}';
     safetensors_layout layout;
     layout.offsets.resize(specs.size());
@@ -345,15 +387,21 @@ struct safetensors_layout {
     for (const auto index : order) {
         const auto& spec = specs[index];
         if (!names.insert(spec.name).second) {
-            raise<invalid_argument>(
-                spec.name == "__metadata__" ? "a tensor cannot be called '__metadata__'" : message("tensor '", spec.name, "' would be written twice"));
+            raise<invalid_argument>(spec.name == "__metadata__"
+                    ? "a tensor cannot be called '__metadata__'"
+                    : message("tensor '", spec.name, "' would be written twice"));
         }
         const std::uint64_t count = spec.size();
         std::uint64_t bit_count = 0, end = 0;
-        if (__builtin_mul_overflow(count, std::uint64_t{bits(spec.dtype)}, &bit_count) || __builtin_add_overflow(at, bit_count / 8, &end)) {
-            raise<invalid_argument>(message("tensor '", spec.name, "' of shape ", to_string(spec.shape), " is too large for a file"));
+        if (__builtin_mul_overflow(count, std::uint64_t{bits(spec.dtype)}, &bit_count)
+            || __builtin_add_overflow(at, bit_count / 8, &end)) {
+            raise<invalid_argument>(
+                message("tensor '", spec.name, "' of shape ", to_string(spec.shape), " is too large for a file"));
         }
-        if (bit_count % 8 != 0) { raise<invalid_argument>(message("tensor '", spec.name, "' of dtype ", name(spec.dtype), " does not fill whole bytes")); }
+        if (bit_count % 8 != 0) {
+            raise<invalid_argument>(
+                message("tensor '", spec.name, "' of dtype ", name(spec.dtype), " does not fill whole bytes"));
+        }
         json += ',' + json_string(spec.name) + ":{\"dtype\":\"" + std::string(name(spec.dtype)) + "\",\"shape\":[";
         for (std::size_t i = 0; i < spec.shape.size(); ++i) { json += message(i ? "," : "", spec.shape[i]); }
         json += "],\"data_offsets\":[" + std::to_string(at) + ',' + std::to_string(end) + "]}";
@@ -364,8 +412,8 @@ struct safetensors_layout {
     json.append((8 - json.size() % 8) % 8, ' ');
     const std::uint64_t length = json.size();
     if (length > safetensors_header_limit) {
-        raise<invalid_argument>(
-            message("the header would have ", length, " bytes; a safetensors header has at most ", safetensors_header_limit, ": write several files"));
+        raise<invalid_argument>(message("the header would have ", length, " bytes; a safetensors header has at most ",
+            safetensors_header_limit, ": write several files"));
     }
     layout.head.resize(8);
     std::memcpy(layout.head.data(), &length, 8);
@@ -385,26 +433,28 @@ class safetensors_writer final : public tensor_sink {
 public:
     /// Tensor `index` of write() is specs[index], whatever its place in the file.
     /// Throws invalid_argument (see layout_safetensors) before anything is created, and io_error.
-    safetensors_writer(
-        std::filesystem::path target, const std::vector<tensor_spec>& specs, metadata_map metadata = {}, durability mode = durability::synchronised)
+    safetensors_writer(std::filesystem::path target, const std::vector<tensor_spec>& specs, metadata_map metadata = {},
+        durability mode = durability::synchronised)
         : safetensors_writer(std::move(target), specs, layout_safetensors(specs, std::move(metadata)), mode)
     { }
 
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         if (index >= sizes_.size() || offset > sizes_[index] || size > sizes_[index] - offset) {
-            raise<invalid_argument>(message("a write of ", size, " bytes at ", offset, " lies outside tensor ", index, " of '", file_.target().string(), "'"));
+            raise<invalid_argument>(message("a write of ", size, " bytes at ", offset, " lies outside tensor ", index,
+                " of '", file_.target().string(), "'"));
         }
         file_.write(offsets_[index] + offset, data, size);
         written_.fetch_add(size, std::memory_order_relaxed);
     }
 
-    /// Forces the bytes to disk, so that commit() only renames. Throws invalid_argument if fewer bytes were written than the
-    /// tensors have.
+    /// Forces the bytes to disk, so that commit() only renames. Throws invalid_argument if fewer bytes were written
+    /// than the tensors have.
     void finish()
     {
         if (const auto written = written_.load(); written < expected_) {
-            raise<invalid_argument>(message("'", file_.target().string(), "' is incomplete: ", written, " of ", expected_, " bytes were written"));
+            raise<invalid_argument>(message(
+                "'", file_.target().string(), "' is incomplete: ", written, " of ", expected_, " bytes were written"));
         }
         file_.finish();
     }
@@ -421,7 +471,8 @@ public:
     [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
 
 private:
-    safetensors_writer(std::filesystem::path target, const std::vector<tensor_spec>& specs, safetensors_layout layout, durability mode)
+    safetensors_writer(
+        std::filesystem::path target, const std::vector<tensor_spec>& specs, safetensors_layout layout, durability mode)
         : file_(std::move(target), layout.size, mode)
         , offsets_(std::move(layout.offsets))
         , size_(layout.size)
@@ -441,8 +492,8 @@ private:
 /// Writes a whole model that lies in memory. The tensors must be contiguous host memory.
 ///
 ///     taskvec::write_safetensors("model.safetensors", model, {{"step", "100"}});
-inline void write_safetensors(
-    const std::filesystem::path& path, const const_model_ref& model, metadata_map metadata = {}, durability mode = durability::synchronised)
+inline void write_safetensors(const std::filesystem::path& path, const const_model_ref& model,
+    metadata_map metadata = {}, durability mode = durability::synchronised)
 {
     std::vector<tensor_spec> specs;
     for (const auto& [name, tensor] : model) {

@@ -4,9 +4,9 @@
 
 #include <taskvec/formats/fingerprint.hpp>
 #include <taskvec/formats/safetensors.hpp>
+#include <taskvec/methods/regmean.hpp>
 #include <taskvec/statistics/fisher_accumulator.hpp>
 #include <taskvec/statistics/gram_accumulator.hpp>
-#include <taskvec/methods/regmean.hpp>
 
 #include <algorithm>
 #include <charconv>
@@ -31,7 +31,9 @@ enum class statistics_kind : std::uint8_t { empirical_fisher, expected_fisher, g
 
 [[nodiscard]] constexpr std::string_view name(statistics_kind kind) noexcept
 {
-    return kind == statistics_kind::gram ? "gram" : kind == statistics_kind::empirical_fisher ? "empirical_fisher" : "expected_fisher";
+    return kind == statistics_kind::gram            ? "gram"
+        : kind == statistics_kind::empirical_fisher ? "empirical_fisher"
+                                                    : "expected_fisher";
 }
 
 /// What a statistics file says about itself.
@@ -43,12 +45,12 @@ struct statistics_info {
     metadata_map metadata{}; ///< further keys to write; on reading, all keys of the file
 };
 
-/// Writes statistics. Each tensor has the name of the parameter that it belongs to: a Fisher also its shape, a Gram in×in. Metadata: `schema`
-/// "taskvec.statistics.1", `kind` "empirical_fisher", "expected_fisher" or "gram", `examples`, and where known `fingerprint` of the model (see
-/// fingerprint()); for Grams of weights that are stored in×out their names, as a JSON list, under `in_out`.
-/// Throws invalid_argument, io_error. Written atomically.
-inline void write_statistics(
-    const std::filesystem::path& path, const const_model_ref& tensors, const statistics_info& info, durability mode = durability::synchronised);
+/// Writes statistics. Each tensor has the name of the parameter that it belongs to: a Fisher also its shape, a Gram
+/// in×in. Metadata: `schema` "taskvec.statistics.1", `kind` "empirical_fisher", "expected_fisher" or "gram",
+/// `examples`, and where known `fingerprint` of the model (see fingerprint()); for Grams of weights that are stored
+/// in×out their names, as a JSON list, under `in_out`. Throws invalid_argument, io_error. Written atomically.
+inline void write_statistics(const std::filesystem::path& path, const const_model_ref& tensors,
+    const statistics_info& info, durability mode = durability::synchronised);
 
 namespace detail {
 
@@ -66,7 +68,8 @@ inline metadata_map statistics_metadata(const statistics_info& info)
 }
 
 /// Writes f64 values as another storage type.
-inline void write_narrowed(safetensors_writer& writer, std::size_t index, std::uint64_t element, dtype type, std::span<const double> values)
+inline void write_narrowed(
+    safetensors_writer& writer, std::size_t index, std::uint64_t element, dtype type, std::span<const double> values)
 {
     visit_storage(type, "statistics", [&]<class T>(std::type_identity<T>) {
         std::vector<T> stored(values.size());
@@ -82,22 +85,25 @@ inline std::vector<double> read_widened(const const_tensor_ref& tensor, std::uin
     const aligned_tensor::operand from{static_cast<const std::byte*>(tensor.data), tensor.dtype};
     for (std::size_t at = 0; at < count; at += block_size) {
         const std::size_t n = std::min(block_size, count - at);
-        with_elements(
-            from, first + at, n, reinterpret_cast<std::byte*>(raw.data()), [&](const auto* stored) { (void)kernels::widen(stored, values.data() + at, n); });
+        with_elements(from, first + at, n, reinterpret_cast<std::byte*>(raw.data()),
+            [&](const auto* stored) { (void)kernels::widen(stored, values.data() + at, n); });
     }
     return values;
 }
 
 } // namespace detail
 
-inline void write_statistics(const std::filesystem::path& path, const const_model_ref& tensors, const statistics_info& info, durability mode)
+inline void write_statistics(
+    const std::filesystem::path& path, const const_model_ref& tensors, const statistics_info& info, durability mode)
 {
     for (const auto& [label, tensor] : tensors) {
         if (!is_storage(tensor.dtype)) {
-            raise<dtype_mismatch>(message("statistics of '", label, "' have dtype ", name(tensor.dtype), "; expected F64, F32, BF16 or F16"));
+            raise<dtype_mismatch>(message(
+                "statistics of '", label, "' have dtype ", name(tensor.dtype), "; expected F64, F32, BF16 or F16"));
         }
         if (info.kind == statistics_kind::gram && (tensor.shape.size() != 2 || tensor.shape[0] != tensor.shape[1])) {
-            raise<shape_mismatch>(message("the Gram matrix of '", label, "' has shape ", to_string(tensor.shape), "; expected a square"));
+            raise<shape_mismatch>(
+                message("the Gram matrix of '", label, "' has shape ", to_string(tensor.shape), "; expected a square"));
         }
     }
     write_safetensors(path, tensors, detail::statistics_metadata(info), mode);
@@ -106,37 +112,47 @@ inline void write_statistics(const std::filesystem::path& path, const const_mode
 /// Writes the Fisher that an accumulator has built, in `storage`.
 ///
 ///     write_statistics("a.fisher.safetensors", fisher, fingerprint(cpu{}, model));
-inline void write_statistics(const std::filesystem::path& path, const fisher_accumulator& fisher, statistics_kind kind, std::optional<std::uint64_t> model = {},
-    dtype storage = dtype::f32, durability mode = durability::synchronised)
+inline void write_statistics(const std::filesystem::path& path, const fisher_accumulator& fisher, statistics_kind kind,
+    std::optional<std::uint64_t> model = {}, dtype storage = dtype::f32, durability mode = durability::synchronised)
 {
     if (kind == statistics_kind::gram) { raise<invalid_argument>("a Fisher accumulator holds no Gram matrices"); }
-    if (fisher.examples() == 0) { raise<invalid_argument>("no example was given: the Fisher information is a mean over examples"); }
+    if (fisher.examples() == 0) {
+        raise<invalid_argument>("no example was given: the Fisher information is a mean over examples");
+    }
     std::vector<tensor_spec> specs;
     for (const auto& parameter : fisher.parameters()) { specs.push_back({parameter.name, storage, parameter.shape}); }
-    safetensors_writer writer(
-        path, specs, detail::statistics_metadata({.kind = kind, .examples = fisher.examples(), .fingerprint = model, .in_out = {}, .metadata = {}}), mode);
+    safetensors_writer writer(path, specs,
+        detail::statistics_metadata(
+            {.kind = kind, .examples = fisher.examples(), .fingerprint = model, .in_out = {}, .metadata = {}}),
+        mode);
     for (std::size_t i = 0; i < specs.size(); ++i) { detail::write_narrowed(writer, i, 0, storage, fisher.fisher(i)); }
     writer.commit();
 }
-inline void write_statistics(const std::filesystem::path& path, const empirical_fisher_accumulator& fisher, std::optional<std::uint64_t> model = {},
-    dtype storage = dtype::f32, durability mode = durability::synchronised)
+inline void write_statistics(const std::filesystem::path& path, const empirical_fisher_accumulator& fisher,
+    std::optional<std::uint64_t> model = {}, dtype storage = dtype::f32, durability mode = durability::synchronised)
 {
     write_statistics(path, fisher, statistics_kind::empirical_fisher, model, storage, mode);
 }
-inline void write_statistics(const std::filesystem::path& path, const expected_fisher_accumulator& fisher, std::optional<std::uint64_t> model = {},
-    dtype storage = dtype::f32, durability mode = durability::synchronised)
+inline void write_statistics(const std::filesystem::path& path, const expected_fisher_accumulator& fisher,
+    std::optional<std::uint64_t> model = {}, dtype storage = dtype::f32, durability mode = durability::synchronised)
 {
     write_statistics(path, fisher, statistics_kind::expected_fisher, model, storage, mode);
 }
 
-/// Writes the Grams of a model's layers, by the names of their weights. `in_out` names those stored in×out. f64 by default: what f32 rounds away
-/// decides where inputs are nearly dependent.
+/// Writes the Grams of a model's layers, by the names of their weights. `in_out` names those stored in×out. f64 by
+/// default: what f32 rounds away decides where inputs are nearly dependent.
 ///
-///     write_statistics("a.gram.safetensors", {{"fc1.weight", gram1}, {"fc2.weight", gram2}}, fingerprint(cpu{}, model));
-inline void write_statistics(const std::filesystem::path& path, const std::map<std::string, gram_accumulator>& grams, std::optional<std::uint64_t> model = {},
-    std::vector<std::string> in_out = {}, dtype storage = dtype::f64, durability mode = durability::synchronised)
+///     const auto of = fingerprint(cpu{}, model);
+///     write_statistics("a.gram.safetensors", {{"fc1.weight", gram1}, {"fc2.weight", gram2}}, of);
+inline void write_statistics(const std::filesystem::path& path, const std::map<std::string, gram_accumulator>& grams,
+    std::optional<std::uint64_t> model = {}, std::vector<std::string> in_out = {}, dtype storage = dtype::f64,
+    durability mode = durability::synchronised)
 {
-    statistics_info info{.kind = statistics_kind::gram, .examples = 0, .fingerprint = model, .in_out = std::move(in_out), .metadata = {}};
+    statistics_info info{.kind = statistics_kind::gram,
+        .examples = 0,
+        .fingerprint = model,
+        .in_out = std::move(in_out),
+        .metadata = {}};
     std::vector<tensor_spec> specs;
     for (const auto& [label, gram] : grams) {
         const auto n = static_cast<std::int64_t>(gram.features());
@@ -144,7 +160,9 @@ inline void write_statistics(const std::filesystem::path& path, const std::map<s
         info.examples = std::max(info.examples, gram.examples());
     }
     for (const auto& label : info.in_out) {
-        if (!grams.contains(label)) { raise<invalid_argument>(message("'", label, "' is said to be stored in×out, and has no Gram matrix here")); }
+        if (!grams.contains(label)) {
+            raise<invalid_argument>(message("'", label, "' is said to be stored in×out, and has no Gram matrix here"));
+        }
     }
     safetensors_writer writer(path, specs, detail::statistics_metadata(info), mode);
     std::size_t index = 0;
@@ -159,9 +177,9 @@ inline void write_statistics(const std::filesystem::path& path, const std::map<s
     writer.commit();
 }
 
-/// A statistics file, mapped: views into it live as long as this object. A safetensors file without our metadata is taken as it is: then
-/// described() is false, and neither its kind nor its model can be checked.
-/// Throws format_error for metadata or tensors that break the format, io_error. Cost: O(header); merges check the values that they read.
+/// A statistics file, mapped: views into it live as long as this object. A safetensors file without our metadata is
+/// taken as it is: then described() is false, and neither its kind nor its model can be checked. Throws format_error
+/// for metadata or tensors that break the format, io_error. Cost: O(header); merges check the values that they read.
 ///
 ///     const statistics_file fisher("a.fisher.safetensors");
 ///     fisher.require_fisher();
@@ -178,29 +196,42 @@ public:
             return place == info_.metadata.end() ? nullptr : &place->second;
         };
         for (const auto& [label, tensor] : model_) {
-            if (!is_storage(tensor.dtype)) { fail(message("holds '", label, "' of dtype ", name(tensor.dtype), "; statistics are F64, F32, BF16 or F16")); }
+            if (!is_storage(tensor.dtype)) {
+                fail(message(
+                    "holds '", label, "' of dtype ", name(tensor.dtype), "; statistics are F64, F32, BF16 or F16"));
+            }
         }
         const auto* const schema = value("schema");
         if (!schema) { return; }
-        if (*schema != statistics_schema) { fail(message("has schema '", *schema, "'; this version reads '", statistics_schema, "'")); }
+        if (*schema != statistics_schema) {
+            fail(message("has schema '", *schema, "'; this version reads '", statistics_schema, "'"));
+        }
         described_ = true;
         const auto* const kind = value("kind");
         bool known_kind = false;
-        for (const auto known : {statistics_kind::empirical_fisher, statistics_kind::expected_fisher, statistics_kind::gram}) {
+        for (const auto known :
+            {statistics_kind::empirical_fisher, statistics_kind::expected_fisher, statistics_kind::gram}) {
             if (kind && *kind == name(known)) {
                 info_.kind = known;
                 known_kind = true;
             }
         }
-        if (!known_kind) { fail(message("has kind '", kind ? *kind : std::string(), "'; expected empirical_fisher, expected_fisher or gram")); }
+        if (!known_kind) {
+            fail(message(
+                "has kind '", kind ? *kind : std::string(), "'; expected empirical_fisher, expected_fisher or gram"));
+        }
         const auto* const examples = value("examples");
-        if (!examples || std::from_chars(examples->data(), examples->data() + examples->size(), info_.examples).ptr != examples->data() + examples->size()
+        if (!examples
+            || std::from_chars(examples->data(), examples->data() + examples->size(), info_.examples).ptr
+                != examples->data() + examples->size()
             || examples->empty()) {
             fail(message("has examples '", examples ? *examples : std::string(), "'; expected a count"));
         }
         if (const auto* const stamp = value("fingerprint")) {
             info_.fingerprint = parse_fingerprint(*stamp);
-            if (!info_.fingerprint) { fail(message("has the fingerprint '", *stamp, "'; expected 'xxh64:' and 16 hexadecimal digits")); }
+            if (!info_.fingerprint) {
+                fail(message("has the fingerprint '", *stamp, "'; expected 'xxh64:' and 16 hexadecimal digits"));
+            }
         }
         if (info_.kind != statistics_kind::gram) { return; }
         for (const auto& [label, tensor] : model_) {
@@ -211,7 +242,9 @@ public:
         if (const auto* const list = value("in_out")) {
             const auto json = parse_json(*list, path.string());
             bool good = json.is_array();
-            for (const auto& entry : json) { good = good && entry.is_string() && model_.find(entry.get_ref<const std::string&>()); }
+            for (const auto& entry : json) {
+                good = good && entry.is_string() && model_.find(entry.get_ref<const std::string&>());
+            }
             if (!good) { fail("has an in_out that is no list of its tensors' names"); }
             for (const auto& entry : json) { info_.in_out.push_back(entry.get<std::string>()); }
         }
@@ -226,7 +259,8 @@ public:
     /// How the weight of this name is stored, as the file says; out_in if it says nothing.
     [[nodiscard]] weight_layout layout(std::string_view label) const
     {
-        return std::find(info_.in_out.begin(), info_.in_out.end(), label) != info_.in_out.end() ? weight_layout::in_out : weight_layout::out_in;
+        return std::find(info_.in_out.begin(), info_.in_out.end(), label) != info_.in_out.end() ? weight_layout::in_out
+                                                                                                : weight_layout::out_in;
     }
 
     /// Throws invalid_argument if the file says that it holds something else.
@@ -237,7 +271,9 @@ private:
     [[noreturn]] void fail(const std::string& what) const { raise<format_error>(what, file_.path().string()); }
     void require(bool right, std::string_view wanted) const
     {
-        if (described_ && !right) { raise<invalid_argument>(message("'", path().string(), "' holds ", name(info_.kind), "; expected ", wanted)); }
+        if (described_ && !right) {
+            raise<invalid_argument>(message("'", path().string(), "' holds ", name(info_.kind), "; expected ", wanted));
+        }
     }
 
     safetensors_file file_;
@@ -247,39 +283,46 @@ private:
 };
 
 /// Throws invalid_argument if the file names another model than this one. Cost: one read of the model's bytes.
-inline void check_statistics(const cpu& policy, const statistics_file& file, const const_model_ref& model, std::string_view model_name = "the model")
+inline void check_statistics(const cpu& policy, const statistics_file& file, const const_model_ref& model,
+    std::string_view model_name = "the model")
 {
     if (!file.described() || !file.info().fingerprint) { return; }
     if (const auto found = fingerprint(policy, model); found != *file.info().fingerprint) {
-        raise<invalid_argument>(message("'", file.path().string(), "' holds the statistics of another model than '", model_name, "': its fingerprint is ",
-            fingerprint_text(*file.info().fingerprint), "; expected ", fingerprint_text(found)));
+        raise<invalid_argument>(message("'", file.path().string(), "' holds the statistics of another model than '",
+            model_name, "': its fingerprint is ", fingerprint_text(*file.info().fingerprint), "; expected ",
+            fingerprint_text(found)));
     }
 }
 
 namespace detail {
 
-/// Throws invalid_argument or nonfinite_error unless every tensor of a file of Grams is one. Cost: one read of both halves.
+/// Throws invalid_argument or nonfinite_error unless every tensor of a file of Grams is one. Cost: one read of both
+/// halves.
 inline void check_grams(const statistics_file& file)
 {
     std::vector<double> memory(2 * stored_gram::tile * stored_gram::tile), raw(block_size), diagonal;
     for (const auto& [label, tensor] : file.model()) {
         const auto n = static_cast<std::size_t>(tensor.shape[0]);
         diagonal.resize(std::max(diagonal.size(), n));
-        const auto where = [&file, &label = label] { return message("the Gram matrix of '", label, "' in '", file.path().string(), "'"); };
-        const stored_gram gram({static_cast<const std::byte*>(tensor.data), tensor.dtype}, n, where, diagonal, raw.data());
+        const auto where = [&file, &label = label] {
+            return message("the Gram matrix of '", label, "' in '", file.path().string(), "'");
+        };
+        const stored_gram gram(
+            {static_cast<const std::byte*>(tensor.data), tensor.dtype}, n, where, diagonal, raw.data());
         for (std::size_t row = 0; row < gram.tile_rows(); ++row) {
-            gram.for_each_entry(row, memory.data(), raw.data(), [](std::size_t, std::size_t, double) {});
+            gram.for_each_entry(row, memory.data(), raw.data(), [](std::size_t, std::size_t, double) { });
         }
     }
 }
 
 } // namespace detail
 
-/// Joins statistics of one model over parts of its data into one file, as if they had been collected in one go: Grams add up, Fishers are means weighted
-/// by their examples. dtypes are those of the first part. Sums run in f64 in the order of the parts.
-/// Throws invalid_argument for parts of different kinds, models or tensors, or without metadata, for a negative Fisher, and for what is no Gram matrix;
-/// shape_mismatch; nonfinite_error; io_error.
-inline void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out, durability mode = durability::synchronised)
+/// Joins statistics of one model over parts of its data into one file, as if they had been collected in one go: Grams
+/// add up, Fishers are means weighted by their examples. dtypes are those of the first part. Sums run in f64 in the
+/// order of the parts. Throws invalid_argument for parts of different kinds, models or tensors, or without metadata,
+/// for a negative Fisher, and for what is no Gram matrix; shape_mismatch; nonfinite_error; io_error.
+inline void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out,
+    durability mode = durability::synchronised)
 {
     if (parts.empty()) { raise<invalid_argument>("no statistics were given: at least one file is needed"); }
     std::vector<statistics_file> files;
@@ -290,11 +333,12 @@ inline void combine_statistics(const std::vector<std::filesystem::path>& parts, 
     std::vector<double> weights;
     for (const auto& file : files) {
         const auto differ = [&](std::string_view what) {
-            raise<invalid_argument>(
-                message("'", file.path().string(), "' and '", first.path().string(), "' ", what, ": only parts of one collection can be joined"));
+            raise<invalid_argument>(message("'", file.path().string(), "' and '", first.path().string(), "' ", what,
+                ": only parts of one collection can be joined"));
         };
         if (!file.described()) {
-            raise<invalid_argument>(message("'", file.path().string(), "' does not say what it holds (no schema '", statistics_schema, "')"));
+            raise<invalid_argument>(message(
+                "'", file.path().string(), "' does not say what it holds (no schema '", statistics_schema, "')"));
         }
         if (file.info().kind != info.kind) { differ("hold different kinds of statistics"); }
         if (file.info().fingerprint != info.fingerprint) { differ("come from different models"); }
@@ -304,8 +348,8 @@ inline void combine_statistics(const std::vector<std::filesystem::path>& parts, 
             const auto* const partner = first.model().find(label);
             if (!partner) { differ("hold different tensors"); }
             if (partner->shape != tensor.shape) {
-                raise<shape_mismatch>(message("'", label, "' has shape ", to_string(tensor.shape), " in '", file.path().string(), "' and ",
-                    to_string(partner->shape), " in '", first.path().string(), "'"));
+                raise<shape_mismatch>(message("'", label, "' has shape ", to_string(tensor.shape), " in '",
+                    file.path().string(), "' and ", to_string(partner->shape), " in '", first.path().string(), "'"));
             }
         }
         info.examples += file.info().examples;
@@ -331,8 +375,12 @@ inline void combine_statistics(const std::vector<std::filesystem::path>& parts, 
                 const auto values = detail::read_widened(files[f].model()[index].tensor, at, n);
                 for (std::size_t i = 0; i < n; ++i) {
                     if (!std::isfinite(values[i]) || (info.kind != statistics_kind::gram && values[i] < 0)) {
-                        const auto what = message("'", specs[index].name, "' of '", files[f].path().string(), "' holds ", values[i], " at index ", at + i);
-                        if (std::isfinite(values[i])) { raise<invalid_argument>(what + ": a diagonal Fisher is a mean of squares and cannot be negative"); }
+                        const auto what = message("'", specs[index].name, "' of '", files[f].path().string(),
+                            "' holds ", values[i], " at index ", at + i);
+                        if (std::isfinite(values[i])) {
+                            raise<invalid_argument>(
+                                what + ": a diagonal Fisher is a mean of squares and cannot be negative");
+                        }
                         raise<nonfinite_error>(what + ": collect this part again");
                     }
                 }

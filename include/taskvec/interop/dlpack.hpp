@@ -1,9 +1,9 @@
 // DLPack tensors: borrowed as tensor references, taken over with their deleter, and made from tensor references.
 // SPDX-License-Identifier: Apache-2.0
 //
-// Written against the field names and numbers that DLPack's ABI fixes, and includes no dlpack.h: any version's structures will do
-// (DLTensor and DLManagedTensor; DLManagedTensorVersioned where the header, from DLPack 1.0 on, has it), wherever the framework
-// at hand keeps its copy of that header.
+// Written against the field names and numbers that DLPack's ABI fixes, and includes no dlpack.h: any version's
+// structures will do (DLTensor and DLManagedTensor; DLManagedTensorVersioned where the header, from DLPack 1.0 on, has
+// it), wherever the framework at hand keeps its copy of that header.
 #pragma once
 
 #include <taskvec/core/tensor_ref.hpp>
@@ -22,10 +22,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// DLPack's DLTensor, of any version.
 template <class T>
-concept dlpack_tensor = requires(T& tensor)
-{
-    requires std::same_as < std::remove_const_t<decltype(tensor.data)>,
-    void* > ;
+concept dlpack_tensor = requires(T& tensor) {
+    requires std::same_as<std::remove_const_t<decltype(tensor.data)>, void*>;
     tensor.device.device_type;
     tensor.device.device_id;
     requires std::integral<std::remove_cvref_t<decltype(tensor.ndim)>>;
@@ -39,16 +37,14 @@ concept dlpack_tensor = requires(T& tensor)
 
 /// DLPack's DLManagedTensor or DLManagedTensorVersioned.
 template <class M>
-concept dlpack_managed = dlpack_tensor<decltype(std::declval<M&>().dl_tensor)> && requires(M& managed)
-{
+concept dlpack_managed = dlpack_tensor<decltype(std::declval<M&>().dl_tensor)> && requires(M& managed) {
     managed.manager_ctx;
     managed.deleter = static_cast<void (*)(M*)>(nullptr);
 };
 
 /// DLPack's DLManagedTensorVersioned: says its version and whether it may be written.
 template <class M>
-concept dlpack_versioned = dlpack_managed<M> && requires(M& managed)
-{
+concept dlpack_versioned = dlpack_managed<M> && requires(M& managed) {
     managed.version;
     managed.flags;
 };
@@ -56,8 +52,8 @@ concept dlpack_versioned = dlpack_managed<M> && requires(M& managed)
 namespace detail {
 // Numbers of DLPack's ABI.
 inline constexpr int dlpack_cpu = 1, dlpack_cuda = 2, dlpack_cuda_host = 3, dlpack_cuda_managed = 13;
-inline constexpr unsigned dlpack_int = 0, dlpack_uint = 1, dlpack_float = 2, dlpack_bfloat = 4, dlpack_complex = 5, dlpack_bool = 6, dlpack_e4m3fn = 10,
-                          dlpack_e5m2 = 12, dlpack_e8m0fnu = 14;
+inline constexpr unsigned dlpack_int = 0, dlpack_uint = 1, dlpack_float = 2, dlpack_bfloat = 4, dlpack_complex = 5,
+                          dlpack_bool = 6, dlpack_e4m3fn = 10, dlpack_e5m2 = 12, dlpack_e8m0fnu = 14;
 inline constexpr std::uint64_t dlpack_read_only = 1;
 inline constexpr std::uint32_t dlpack_major = 1;
 
@@ -89,10 +85,11 @@ inline constexpr dlpack_dtype_row dlpack_dtypes[] = {
 
 /// A DLPack tensor as a tensor reference; borrows its memory, which must outlive the result.
 ///
-/// `what` names the tensor in errors. Strides may be null (row-major) or any; algorithms refuse what is not row-major and contiguous.
-/// byte_offset is applied. CPU and pinned memory are host memory; CUDA and managed memory are device memory.
-/// Errors: dtype_mismatch for element types that safetensors has no name for, and for vector lanes; invalid_argument for other
-/// devices, a missing shape, null or misaligned data; shape_mismatch for negative or overflowing extents. Cost: the dimensions.
+/// `what` names the tensor in errors. Strides may be null (row-major) or any; algorithms refuse what is not row-major
+/// and contiguous. byte_offset is applied. CPU and pinned memory are host memory; CUDA and managed memory are device
+/// memory. Errors: dtype_mismatch for element types that safetensors has no name for, and for vector lanes;
+/// invalid_argument for other devices, a missing shape, null or misaligned data; shape_mismatch for negative or
+/// overflowing extents. Cost: the dimensions.
 ///
 ///     const taskvec::tensor_ref weight = taskvec::from_dlpack(managed->dl_tensor, "fc.weight");
 template <dlpack_tensor T>
@@ -106,7 +103,8 @@ template <dlpack_tensor T>
     }
     if (found == nullptr || tensor.dtype.lanes != 1) {
         raise<dtype_mismatch>(message("tensor '", what, "' has DLPack type code ", code, " with ", width, " bits and ",
-            static_cast<unsigned>(tensor.dtype.lanes), " lanes; expected one lane of a type that safetensors has a name for: convert it first"));
+            static_cast<unsigned>(tensor.dtype.lanes),
+            " lanes; expected one lane of a type that safetensors has a name for: convert it first"));
     }
     result.dtype = found->type;
 
@@ -116,13 +114,15 @@ template <dlpack_tensor T>
     case detail::dlpack_cuda:
     case detail::dlpack_cuda_managed: result.space = memory_space::device; break;
     default:
-        raise<invalid_argument>(message("tensor '", what, "' lives on a device of DLPack type ", static_cast<int>(tensor.device.device_type),
+        raise<invalid_argument>(message("tensor '", what, "' lives on a device of DLPack type ",
+            static_cast<int>(tensor.device.device_type),
             "; expected the CPU (1), CUDA (2), pinned (3) or managed CUDA memory (13): copy it to one of these first"));
     }
     result.device = result.space == memory_space::host ? 0 : static_cast<int>(tensor.device.device_id);
 
     if (tensor.ndim < 0 || (tensor.ndim > 0 && tensor.shape == nullptr)) {
-        raise<invalid_argument>(message("tensor '", what, "' has ", static_cast<int>(tensor.ndim), " dimensions and ", tensor.shape ? "a" : "no", " shape"));
+        raise<invalid_argument>(message("tensor '", what, "' has ", static_cast<int>(tensor.ndim), " dimensions and ",
+            tensor.shape ? "a" : "no", " shape"));
     }
     if (tensor.ndim > 0) {
         result.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
@@ -130,11 +130,14 @@ template <dlpack_tensor T>
     }
     const std::size_t count = result.size(what);
     if (count != 0) {
-        if (tensor.data == nullptr) { raise<invalid_argument>(message("tensor '", what, "' of shape ", to_string(result.shape), " has no data")); }
+        if (tensor.data == nullptr) {
+            raise<invalid_argument>(message("tensor '", what, "' of shape ", to_string(result.shape), " has no data"));
+        }
         result.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
         const std::size_t alignment = result.dtype == dtype::c64 ? 4 : bits(result.dtype) / 8;
         if (reinterpret_cast<std::uintptr_t>(result.data) % alignment != 0) {
-            raise<invalid_argument>(message("tensor '", what, "' is not aligned to its ", alignment, "-byte elements: copy it first"));
+            raise<invalid_argument>(
+                message("tensor '", what, "' is not aligned to its ", alignment, "-byte elements: copy it first"));
         }
     }
     return result;
@@ -155,12 +158,15 @@ public:
         : managed_(managed)
         , what_(what)
     {
-        if (managed == nullptr) { raise<invalid_argument>(message("tensor '", what_, "': the DLPack pointer is null")); }
+        if (managed == nullptr) {
+            raise<invalid_argument>(message("tensor '", what_, "': the DLPack pointer is null"));
+        }
         if constexpr (dlpack_versioned<M>) {
-            const auto [first, second] = managed->version; // by position: <sys/sysmacros.h> has macros of the members' names
+            const auto [first, second] =
+                managed->version; // by position: <sys/sysmacros.h> has macros of the members' names
             if (first != detail::dlpack_major) {
-                raise<invalid_argument>(message("tensor '", what_, "' comes as DLPack ", first, ".", second, "; expected major version ", detail::dlpack_major,
-                    ": ask its framework for that version"));
+                raise<invalid_argument>(message("tensor '", what_, "' comes as DLPack ", first, ".", second,
+                    "; expected major version ", detail::dlpack_major, ": ask its framework for that version"));
             }
         }
         tensor_ = from_dlpack(managed->dl_tensor, what_);
@@ -191,7 +197,9 @@ public:
     /// The tensor, to be written; invalid_argument if its producer made it read-only.
     [[nodiscard]] tensor_ref writable_tensor()
     {
-        if (read_only()) { raise<invalid_argument>(message("tensor '", what_, "' is read-only: copy it before writing")); }
+        if (read_only()) {
+            raise<invalid_argument>(message("tensor '", what_, "' is read-only: copy it before writing"));
+        }
         return tensor_;
     }
     /// The flat elements, const T to read, T to write; refuses what flat_view refuses.
@@ -233,7 +241,8 @@ private:
 };
 
 namespace detail {
-/// What the deleter of an exported tensor frees: the structure, its shape and strides, and a share in the memory's owner.
+/// What the deleter of an exported tensor frees: the structure, its shape and strides, and a share in the memory's
+/// owner.
 template <class M>
 struct dlpack_export {
     M managed{};
@@ -242,9 +251,9 @@ struct dlpack_export {
 };
 } // namespace detail
 
-/// A tensor reference as a managed DLPack tensor, for a framework to take over. `owner` keeps the memory alive until the framework
-/// calls the deleter; leave it empty where the caller does. Strides are always given. A const tensor can only be given as a
-/// DLManagedTensorVersioned, marked read-only.
+/// A tensor reference as a managed DLPack tensor, for a framework to take over. `owner` keeps the memory alive until
+/// the framework calls the deleter; leave it empty where the caller does. Strides are always given. A const tensor can
+/// only be given as a DLManagedTensorVersioned, marked read-only.
 ///
 ///     auto buffer = std::make_shared<std::vector<float>>(12);
 ///     auto tensor = taskvec::as_tensor(taskvec::as_view(*buffer), {4, 3});
@@ -257,9 +266,13 @@ template <dlpack_managed M, class Byte>
     for (const auto& row : detail::dlpack_dtypes) {
         if (row.type == tensor.dtype) { found = &row; }
     }
-    if (found == nullptr) { raise<dtype_mismatch>(message("DLPack has no fixed type for ", name(tensor.dtype), ": convert the tensor first")); }
+    if (found == nullptr) {
+        raise<dtype_mismatch>(
+            message("DLPack has no fixed type for ", name(tensor.dtype), ": convert the tensor first"));
+    }
     if (!tensor.strides.empty() && tensor.strides.size() != tensor.shape.size()) {
-        raise<shape_mismatch>(message("a tensor of shape ", to_string(tensor.shape), " has strides ", to_string(tensor.strides)));
+        raise<shape_mismatch>(
+            message("a tensor of shape ", to_string(tensor.shape), " has strides ", to_string(tensor.strides)));
     }
     const std::size_t count = tensor.size();
 

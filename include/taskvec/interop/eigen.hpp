@@ -19,8 +19,7 @@ void derived_from_dense_base(const Eigen::DenseBase<Derived>&);
 
 /// An Eigen object that lies in memory (a matrix, array, map, block, transpose …; not an expression to be evaluated).
 template <class X>
-concept eigen_memory = requires(const X& x)
-{
+concept eigen_memory = requires(const X& x) {
     detail::derived_from_dense_base(x);
     requires(std::remove_cv_t<X>::Flags & Eigen::DirectAccessBit) != 0;
     requires storage_element<typename std::remove_cv_t<X>::Scalar>;
@@ -31,12 +30,12 @@ inline void require_eigen_run(std::int64_t rows, std::int64_t cols, std::int64_t
 {
     if (rows == 0 || cols == 0) { return; }
     if (cols > 1 && inner != 1) {
-        raise<invalid_argument>(
-            message("an Eigen vector of ", cols, " elements has a stride of ", inner, "; expected 1: copy it into a vector of its own first"));
+        raise<invalid_argument>(message("an Eigen vector of ", cols, " elements has a stride of ", inner,
+            "; expected 1: copy it into a vector of its own first"));
     }
     if (rows > 1 && outer != cols) {
-        raise<invalid_argument>(message("an Eigen block of ", rows, " x ", cols, " has ", outer, " elements from row to row; expected ", cols,
-            ": copy it into a matrix of its own, or pass it row by row"));
+        raise<invalid_argument>(message("an Eigen block of ", rows, " x ", cols, " has ", outer,
+            " elements from row to row; expected ", cols, ": copy it into a matrix of its own, or pass it row by row"));
     }
 }
 } // namespace detail
@@ -44,9 +43,9 @@ inline void require_eigen_run(std::int64_t rows, std::int64_t cols, std::int64_t
 /// An Eigen object as a flat view, elements in row-major order; the result borrows its memory.
 ///
 /// Accepted: vectors and arrays, row-major matrices, their maps, refs and blocks, of double, float, Eigen::half or
-/// Eigen::bfloat16, where the elements follow one another without holes. Refused while compiling: column-major matrices (their
-/// memory is the transposed matrix) and inner strides known not to be 1. Refused with invalid_argument: other strides, as of a
-/// block that leaves out columns, or of a column of a row-major matrix. Cost: constant.
+/// Eigen::bfloat16, where the elements follow one another without holes. Refused while compiling: column-major matrices
+/// (their memory is the transposed matrix) and inner strides known not to be 1. Refused with invalid_argument: other
+/// strides, as of a block that leaves out columns, or of a column of a row-major matrix. Cost: constant.
 ///
 ///     Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> weight(4, 3);
 ///     taskvec::host_view<float> flat = taskvec::as_view(weight.topRows(2));
@@ -57,9 +56,12 @@ struct view_traits<X> {
     static host_view<element> get(X& x)
     {
         static_assert(bool(X::IsVectorAtCompileTime) || bool(X::IsRowMajor),
-            "taskvec: a column-major Eigen matrix holds the transposed tensor: use Eigen::RowMajor, or copy it into a row-major matrix first");
-        static_assert(int(X::InnerStrideAtCompileTime) == 1 || int(X::InnerStrideAtCompileTime) == Eigen::Dynamic || int(X::SizeAtCompileTime) == 1,
-            "taskvec: this Eigen object leaves elements out (its inner stride is not 1): copy it into a vector or matrix of its own first");
+            "taskvec: a column-major Eigen matrix holds the transposed tensor: use Eigen::RowMajor, or copy it into a "
+            "row-major matrix first");
+        static_assert(int(X::InnerStrideAtCompileTime) == 1 || int(X::InnerStrideAtCompileTime) == Eigen::Dynamic
+                || int(X::SizeAtCompileTime) == 1,
+            "taskvec: this Eigen object leaves elements out (its inner stride is not 1): copy it into a vector or "
+            "matrix of its own first");
         if constexpr (bool(X::IsVectorAtCompileTime)) { detail::require_eigen_run(1, x.size(), x.innerStride(), 0); }
         else {
             detail::require_eigen_run(x.rows(), x.cols(), x.innerStride(), x.outerStride());
@@ -76,7 +78,9 @@ template <class X>
 [[nodiscard]] auto as_tensor(X&& x)
 {
     const auto flat = as_view(x);
-    if constexpr (bool(std::remove_reference_t<X>::IsVectorAtCompileTime)) { return as_tensor(flat, extents{static_cast<std::int64_t>(x.size())}); }
+    if constexpr (bool(std::remove_reference_t<X>::IsVectorAtCompileTime)) {
+        return as_tensor(flat, extents{static_cast<std::int64_t>(x.size())});
+    }
     else {
         return as_tensor(flat, extents{static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())});
     }
@@ -87,21 +91,25 @@ template <class T, class Plain>
 using eigen_map_of = Eigen::Map<std::conditional_t<std::is_const_v<T>, const Plain, Plain>>;
 }
 
-/// A host view as an Eigen array of one dimension, or as a row-major matrix of rows x cols (shape_mismatch where the sizes differ).
+/// A host view as an Eigen array of one dimension, or as a row-major matrix of rows x cols (shape_mismatch where the
+/// sizes differ).
 ///
 ///     taskvec::as_eigen(flat) *= 0.5f;
 template <class T>
 [[nodiscard]] auto as_eigen(host_view<T> flat)
 {
-    return detail::eigen_map_of<T, Eigen::Array<std::remove_const_t<T>, Eigen::Dynamic, 1>>(flat.data(), static_cast<Eigen::Index>(flat.size()));
+    return detail::eigen_map_of<T, Eigen::Array<std::remove_const_t<T>, Eigen::Dynamic, 1>>(
+        flat.data(), static_cast<Eigen::Index>(flat.size()));
 }
 template <class T>
 [[nodiscard]] auto as_eigen(host_view<T> flat, std::int64_t rows, std::int64_t cols)
 {
     if (element_count({rows, cols}, "as_eigen") != flat.size()) {
-        raise<shape_mismatch>(message("a view of ", flat.size(), " elements cannot be a matrix of ", rows, " x ", cols));
+        raise<shape_mismatch>(
+            message("a view of ", flat.size(), " elements cannot be a matrix of ", rows, " x ", cols));
     }
-    return detail::eigen_map_of<T, Eigen::Matrix<std::remove_const_t<T>, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>(
+    return detail::eigen_map_of<T,
+        Eigen::Matrix<std::remove_const_t<T>, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>(
         flat.data(), static_cast<Eigen::Index>(rows), static_cast<Eigen::Index>(cols));
 }
 

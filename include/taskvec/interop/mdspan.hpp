@@ -1,7 +1,8 @@
-// Multidimensional spans (std::mdspan, Kokkos' std::experimental::mdspan, cuda::std::mdspan) as inputs and outputs, without a copy.
-// SPDX-License-Identifier: Apache-2.0
+// Multidimensional spans (std::mdspan, Kokkos' std::experimental::mdspan, cuda::std::mdspan) as inputs and outputs,
+// without a copy. SPDX-License-Identifier: Apache-2.0
 //
-// Written against the interface that all of them share, and includes none of them but the standard one where there is one.
+// Written against the interface that all of them share, and includes none of them but the standard one where there is
+// one.
 #pragma once
 
 #include <taskvec/core/tensor_ref.hpp>
@@ -22,8 +23,7 @@ namespace taskvec::inline TASKVEC_ABI {
 namespace detail {
 /// A multidimensional span over plain memory: its accessor's handle is a pointer to its elements.
 template <class X>
-concept mdspan_memory = requires(const X& x)
-{
+concept mdspan_memory = requires(const X& x) {
     typename X::layout_type;
     typename X::accessor_type;
     x.mapping().required_span_size();
@@ -38,17 +38,19 @@ template <class X>
 [[nodiscard]] extents mdspan_extents(const X& x)
 {
     extents result;
-    for (std::size_t i = 0; i < static_cast<std::size_t>(X::rank()); ++i) { result.push_back(static_cast<std::int64_t>(x.extent(i))); }
+    for (std::size_t i = 0; i < static_cast<std::size_t>(X::rank()); ++i) {
+        result.push_back(static_cast<std::int64_t>(x.extent(i)));
+    }
     return result;
 }
 } // namespace detail
 
 /// A multidimensional span as a flat view, elements in row-major order (layout_right's); the result borrows its memory.
 ///
-/// Accepted: double, float, Eigen::half or Eigen::bfloat16 elements with a pointer accessor, where the elements follow one another
-/// without holes in row-major order. std::layout_left with two dimensions or more is refused while compiling, other layouts that
-/// are not row-major with invalid_argument. The memory is taken to be the host's: over device memory make a device_view instead.
-/// Cost: the number of dimensions.
+/// Accepted: double, float, Eigen::half or Eigen::bfloat16 elements with a pointer accessor, where the elements follow
+/// one another without holes in row-major order. std::layout_left with two dimensions or more is refused while
+/// compiling, other layouts that are not row-major with invalid_argument. The memory is taken to be the host's: over
+/// device memory make a device_view instead. Cost: the number of dimensions.
 ///
 ///     std::mdspan weight(data, 4, 3);
 ///     taskvec::host_view<float> flat = taskvec::as_view(weight);
@@ -60,7 +62,8 @@ struct view_traits<X> {
     {
 #if defined(__cpp_lib_mdspan)
         static_assert(!std::same_as<typename X::layout_type, std::layout_left> || X::rank() < 2,
-            "taskvec: a span with layout_left holds the transposed tensor: use layout_right, or copy it into such a span first");
+            "taskvec: a span with layout_left holds the transposed tensor: use layout_right, or copy it into such a "
+            "span first");
 #endif
         const_tensor_ref shaped{.shape = detail::mdspan_extents(x)};
         const std::size_t count = shaped.size("mdspan");
@@ -76,7 +79,8 @@ struct view_traits<X> {
         }
         if (!row_major) {
             raise<invalid_argument>(message("a multidimensional span of shape ", to_string(shaped.shape),
-                " does not hold its elements one after another in row-major order: copy it into one with layout_right first"));
+                " does not hold its elements one after another in row-major order: copy it into one with layout_right "
+                "first"));
         }
         return {x.data_handle(), count};
     }

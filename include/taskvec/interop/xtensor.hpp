@@ -1,8 +1,9 @@
 // xtensor containers, adaptors and strided views as inputs and outputs, without a copy.
 // SPDX-License-Identifier: Apache-2.0
 //
-// Written against the interface that xtensor's strided expressions share (data, data_offset, shape, strides, static_layout),
-// and includes none of its headers: they moved between 0.24 (xtensor/xarray.hpp) and 0.26 (xtensor/containers/xarray.hpp).
+// Written against the interface that xtensor's strided expressions share (data, data_offset, shape, strides,
+// static_layout), and includes none of its headers: they moved between 0.24 (xtensor/xarray.hpp) and 0.26
+// (xtensor/containers/xarray.hpp).
 #pragma once
 
 #include <taskvec/core/tensor_ref.hpp>
@@ -17,8 +18,7 @@ namespace taskvec::inline TASKVEC_ABI {
 namespace detail {
 /// An xtensor expression that lies in memory (xarray, xtensor, xtensor_fixed, adaptors, views by ranges; not a + b).
 template <class X>
-concept xtensor_memory = requires(X& x)
-{
+concept xtensor_memory = requires(X& x) {
     x.data();
     x.data_offset();
     x.shape().size();
@@ -38,11 +38,12 @@ template <class Shape>
 }
 } // namespace detail
 
-/// An xtensor container, adaptor or strided view as a flat view, elements in row-major order; the result borrows its memory.
+/// An xtensor container, adaptor or strided view as a flat view, elements in row-major order; the result borrows its
+/// memory.
 ///
-/// Accepted: elements of double, float, Eigen::half or Eigen::bfloat16 that follow one another without holes in row-major order.
-/// Refused while compiling: static column-major layouts. Refused with invalid_argument: other strides, as of a view that leaves
-/// out columns. Cost: the number of dimensions.
+/// Accepted: elements of double, float, Eigen::half or Eigen::bfloat16 that follow one another without holes in
+/// row-major order. Refused while compiling: static column-major layouts. Refused with invalid_argument: other strides,
+/// as of a view that leaves out columns. Cost: the number of dimensions.
 ///
 ///     xt::xarray<float> weight = xt::zeros<float>({4, 3});
 ///     taskvec::host_view<float> flat = taskvec::as_view(weight);
@@ -54,11 +55,15 @@ struct view_traits<X> {
     {
         using layout = std::remove_cv_t<decltype(std::remove_cv_t<X>::static_layout)>;
         static_assert(std::remove_cv_t<X>::static_layout != layout::column_major,
-            "taskvec: a column-major xtensor container holds the transposed tensor: use the row-major layout, or copy it into such a container first");
-        const const_tensor_ref shaped{.shape = detail::xtensor_extents(x.shape()), .strides = detail::xtensor_extents(x.strides())};
+            "taskvec: a column-major xtensor container holds the transposed tensor: use the row-major layout, or copy "
+            "it into such a container first");
+        const const_tensor_ref shaped{
+            .shape = detail::xtensor_extents(x.shape()), .strides = detail::xtensor_extents(x.strides())};
         if (!shaped.contiguous()) {
-            raise<invalid_argument>(message("an xtensor expression of shape ", to_string(shaped.shape), " has strides ", to_string(shaped.strides),
-                ", so its elements do not follow one another in row-major order: copy it into a row-major container of its own first"));
+            raise<invalid_argument>(message("an xtensor expression of shape ", to_string(shaped.shape), " has strides ",
+                to_string(shaped.strides),
+                ", so its elements do not follow one another in row-major order: copy it into a row-major container of "
+                "its own first"));
         }
         return {x.data() + x.data_offset(), shaped.size("xtensor expression")};
     }

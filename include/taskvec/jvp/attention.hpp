@@ -34,7 +34,8 @@ struct attention_gradient {
 /// vjp of attention; dy has the shape of the result. Computes the attention weights again rather than keeping them.
 template <class Q, class K, class V, class G>
     requires matching_operands<Q, K, V, G>
-[[nodiscard]] attention_gradient<operand_scalar<Q>> attention_vjp(const Q& q, const K& k, const V& v, const G& dy, attention_options options = {});
+[[nodiscard]] attention_gradient<operand_scalar<Q>> attention_vjp(
+    const Q& q, const K& k, const V& v, const G& dy, attention_options options = {});
 
 namespace detail {
 
@@ -43,20 +44,22 @@ struct attention_shape {
 };
 
 template <differentiable_scalar T>
-attention_shape check_attention(
-    std::string_view name, const primal_tangent<T>& q, const primal_tangent<T>& k, const primal_tangent<T>& v, const attention_options& options)
+attention_shape check_attention(std::string_view name, const primal_tangent<T>& q, const primal_tangent<T>& k,
+    const primal_tangent<T>& v, const attention_options& options)
 {
     check_equal(name, "the number of columns of k", k.cols(), q.cols());
     check_equal(name, "the number of rows of v", v.rows(), k.rows());
     if (options.batch < 1 || options.heads < 1) {
-        raise<invalid_argument>(message("operation '", name, "': batch and heads must be at least 1, got ", options.batch, " and ", options.heads));
+        raise<invalid_argument>(message(
+            "operation '", name, "': batch and heads must be at least 1, got ", options.batch, " and ", options.heads));
     }
     if (q.rows() % options.batch != 0 || k.rows() % options.batch != 0) {
-        raise<invalid_argument>(
-            message("operation '", name, "': a batch of ", options.batch, " does not divide ", q.rows(), " query rows and ", k.rows(), " key rows"));
+        raise<invalid_argument>(message("operation '", name, "': a batch of ", options.batch, " does not divide ",
+            q.rows(), " query rows and ", k.rows(), " key rows"));
     }
     if (q.cols() % options.heads != 0 || v.cols() % options.heads != 0) {
-        raise<invalid_argument>(message("operation '", name, "': ", options.heads, " heads do not divide ", q.cols(), " and ", v.cols(), " columns"));
+        raise<invalid_argument>(message("operation '", name, "': ", options.heads, " heads do not divide ", q.cols(),
+            " and ", v.cols(), " columns"));
     }
     if (k.rows() == 0) { raise<invalid_argument>(message("operation '", name, "': there are no keys to attend to")); }
     return {q.rows() / options.batch, k.rows() / options.batch, q.cols() / options.heads, v.cols() / options.heads};
@@ -84,7 +87,8 @@ void attention_weights(row_matrix<T>& scores, row_matrix<T>* tangents, bool caus
 }
 
 template <differentiable_scalar T>
-primal_tangent<T> attention(const primal_tangent<T>& q, const primal_tangent<T>& k, const primal_tangent<T>& v, const attention_options& options)
+primal_tangent<T> attention(const primal_tangent<T>& q, const primal_tangent<T>& k, const primal_tangent<T>& v,
+    const attention_options& options)
 {
     const auto [queries, keys, width, value_width] = check_attention("attention", q, k, v, options);
     const bool weights_active = q.active() || k.active();
@@ -94,7 +98,9 @@ primal_tangent<T> attention(const primal_tangent<T>& q, const primal_tangent<T>&
     if (weights_active) { tangents.resize(queries, keys); }
     for (Eigen::Index sequence = 0; sequence < options.batch; ++sequence) {
         for (Eigen::Index head = 0; head < options.heads; ++head) {
-            const auto of = [&](auto whole, Eigen::Index rows, Eigen::Index cols) { return whole.block(sequence * rows, head * cols, rows, cols); };
+            const auto of = [&](auto whole, Eigen::Index rows, Eigen::Index cols) {
+                return whole.block(sequence * rows, head * cols, rows, cols);
+            };
             scaled = of(q.primal(), queries, width) * scale;
             weights.noalias() = scaled * of(k.primal(), keys, width).transpose();
             if (q.active()) {
@@ -109,7 +115,10 @@ primal_tangent<T> attention(const primal_tangent<T>& q, const primal_tangent<T>&
             of(y.mutable_primal(), queries, value_width).noalias() = weights * of(v.primal(), keys, value_width);
             if (weights_active) {
                 of(y.mutable_tangent(), queries, value_width).noalias() = tangents * of(v.primal(), keys, value_width);
-                if (v.active()) { of(y.mutable_tangent(), queries, value_width).noalias() += weights * of(v.tangent(), keys, value_width); }
+                if (v.active()) {
+                    of(y.mutable_tangent(), queries, value_width).noalias() +=
+                        weights * of(v.tangent(), keys, value_width);
+                }
             }
             else if (v.active()) {
                 of(y.mutable_tangent(), queries, value_width).noalias() = weights * of(v.tangent(), keys, value_width);
@@ -121,19 +130,24 @@ primal_tangent<T> attention(const primal_tangent<T>& q, const primal_tangent<T>&
 }
 
 template <differentiable_scalar T>
-attention_gradient<T> attention_vjp(
-    const primal_tangent<T>& q, const primal_tangent<T>& k, const primal_tangent<T>& v, const primal_tangent<T>& dy, const attention_options& options)
+attention_gradient<T> attention_vjp(const primal_tangent<T>& q, const primal_tangent<T>& k, const primal_tangent<T>& v,
+    const primal_tangent<T>& dy, const attention_options& options)
 {
     const auto [queries, keys, width, value_width] = check_attention("attention_vjp", q, k, v, options);
     check_equal("attention_vjp", "the number of rows of dy", dy.rows(), q.rows());
     check_equal("attention_vjp", "the number of columns of dy", dy.cols(), v.cols());
-    attention_gradient<T> gradient{row_matrix<T>(q.rows(), q.cols()), row_matrix<T>(k.rows(), k.cols()), row_matrix<T>(v.rows(), v.cols())};
+    attention_gradient<T> gradient{
+        row_matrix<T>(q.rows(), q.cols()), row_matrix<T>(k.rows(), k.cols()), row_matrix<T>(v.rows(), v.cols())};
     const T scale = attention_scale<T>(width);
     row_matrix<T> weights(queries, keys), d_weights(queries, keys), scaled(queries, width);
-    const auto view_of_matrix = [](row_matrix<T>& x) { return Eigen::Map<row_matrix<T>>(x.data(), x.rows(), x.cols()); };
+    const auto view_of_matrix = [](row_matrix<T>& x) {
+        return Eigen::Map<row_matrix<T>>(x.data(), x.rows(), x.cols());
+    };
     for (Eigen::Index sequence = 0; sequence < options.batch; ++sequence) {
         for (Eigen::Index head = 0; head < options.heads; ++head) {
-            const auto of = [&](auto whole, Eigen::Index rows, Eigen::Index cols) { return whole.block(sequence * rows, head * cols, rows, cols); };
+            const auto of = [&](auto whole, Eigen::Index rows, Eigen::Index cols) {
+                return whole.block(sequence * rows, head * cols, rows, cols);
+            };
             const auto cotangent = of(dy.primal(), queries, value_width);
             scaled = of(q.primal(), queries, width) * scale;
             weights.noalias() = scaled * of(k.primal(), keys, width).transpose();
@@ -145,7 +159,8 @@ attention_gradient<T> attention_vjp(
                 const T average = (weight * d_weights.row(i).array()).sum();
                 d_weights.row(i).array() = weight * (d_weights.row(i).array() - average);
             }
-            of(view_of_matrix(gradient.q), queries, width).noalias() = scale * (d_weights * of(k.primal(), keys, width));
+            of(view_of_matrix(gradient.q), queries, width).noalias() =
+                scale * (d_weights * of(k.primal(), keys, width));
             of(view_of_matrix(gradient.k), keys, width).noalias() = d_weights.transpose() * scaled;
         }
     }
@@ -155,18 +170,20 @@ attention_gradient<T> attention_vjp(
 } // namespace detail
 
 template <operand Q, operand K, operand V>
-    requires matching_operands<Q, K, V> operation_result<Q, K, V> attention(const Q& q, const K& k, const V& v, attention_options options)
-    {
-        return detail::finish<operation_result<Q, K, V>>(
-            detail::attention(detail::as_primal_tangent(q), detail::as_primal_tangent(k), detail::as_primal_tangent(v), options));
-    }
+    requires matching_operands<Q, K, V>
+operation_result<Q, K, V> attention(const Q& q, const K& k, const V& v, attention_options options)
+{
+    return detail::finish<operation_result<Q, K, V>>(detail::attention(
+        detail::as_primal_tangent(q), detail::as_primal_tangent(k), detail::as_primal_tangent(v), options));
+}
 
 template <class Q, class K, class V, class G>
-    requires matching_operands<Q, K, V, G> attention_gradient<operand_scalar<Q>> attention_vjp(
-        const Q& q, const K& k, const V& v, const G& dy, attention_options options)
-    {
-        return detail::attention_vjp(
-            detail::as_primal_tangent(q), detail::as_primal_tangent(k), detail::as_primal_tangent(v), detail::as_primal_tangent(dy), options);
-    }
+    requires matching_operands<Q, K, V, G>
+attention_gradient<operand_scalar<Q>> attention_vjp(
+    const Q& q, const K& k, const V& v, const G& dy, attention_options options)
+{
+    return detail::attention_vjp(detail::as_primal_tangent(q), detail::as_primal_tangent(k),
+        detail::as_primal_tangent(v), detail::as_primal_tangent(dy), options);
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -61,9 +61,18 @@ struct dual {
 
     friend constexpr dual operator+(const dual& x) { return x; }
     friend constexpr dual operator-(const dual& x) { return {-x.primal, -x.tangent}; }
-    friend constexpr dual operator+(const dual& x, const dual& y) { return {x.primal + y.primal, x.tangent + y.tangent}; }
-    friend constexpr dual operator-(const dual& x, const dual& y) { return {x.primal - y.primal, x.tangent - y.tangent}; }
-    friend constexpr dual operator*(const dual& x, const dual& y) { return {x.primal * y.primal, x.tangent * y.primal + x.primal * y.tangent}; }
+    friend constexpr dual operator+(const dual& x, const dual& y)
+    {
+        return {x.primal + y.primal, x.tangent + y.tangent};
+    }
+    friend constexpr dual operator-(const dual& x, const dual& y)
+    {
+        return {x.primal - y.primal, x.tangent - y.tangent};
+    }
+    friend constexpr dual operator*(const dual& x, const dual& y)
+    {
+        return {x.primal * y.primal, x.tangent * y.primal + x.primal * y.tangent};
+    }
     friend constexpr dual operator/(const dual& x, const dual& y)
     {
         const T quotient = x.primal / y.primal;
@@ -75,7 +84,10 @@ struct dual {
     friend constexpr bool operator>(const dual& x, const dual& y) { return y.primal < x.primal; }
     friend constexpr bool operator<=(const dual& x, const dual& y) { return x.primal <= y.primal; }
     friend constexpr bool operator>=(const dual& x, const dual& y) { return y.primal <= x.primal; }
-    friend std::ostream& operator<<(std::ostream& out, const dual& x) { return out << x.primal << " + " << x.tangent << "e"; }
+    friend std::ostream& operator<<(std::ostream& out, const dual& x)
+    {
+        return out << x.primal << " + " << x.tangent << "e";
+    }
 };
 
 template <class T>
@@ -184,7 +196,8 @@ template <class T, class U>
 {
     using std::pow;
     if (exponent == U(0)) { return {T(1), T(0) * x.tangent}; }
-    return {static_cast<T>(pow(x.primal, exponent)), T(exponent) * static_cast<T>(pow(x.primal, exponent - U(1))) * x.tangent};
+    return {static_cast<T>(pow(x.primal, exponent)),
+        T(exponent) * static_cast<T>(pow(x.primal, exponent - U(1))) * x.tangent};
 }
 /// x to the power y, x > 0.
 template <class T>

@@ -1,5 +1,5 @@
-// Elementwise operations with tangents: add, subtract, scale, elementwise_product and the activations; each with its vjp.
-// SPDX-License-Identifier: Apache-2.0
+// Elementwise operations with tangents: add, subtract, scale, elementwise_product and the activations; each with its
+// vjp. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/jvp/primal_tangent.hpp>
@@ -55,12 +55,13 @@ struct elementwise_product_gradient {
 /// vjp of elementwise_product: a, b and dy have one shape.
 template <class A, class B, class G>
     requires matching_operands<A, B, G>
-[[nodiscard]] elementwise_product_gradient<operand_scalar<A>> elementwise_product_vjp(const A& a, const B& b, const G& dy);
+[[nodiscard]] elementwise_product_gradient<operand_scalar<A>> elementwise_product_vjp(
+    const A& a, const B& b, const G& dy);
 
 // The activations. x is any shape; y and dy have the shape of x. One pass computes y and, only where x has a tangent,
 // ẏ = f'(x) ⊙ ẋ, sharing the exponential. The vjps take x (not y) and return f'(x) ⊙ dy.
-// Error against the exact function on [−20, 20], f32: 6e-7 relative (1.2e-8 absolute below 0.02), slopes 2.5e-6 absolute;
-// f64: 1e-14. gelu in f32 keeps its relative accuracy (3e-6) in the negative tail.
+// Error against the exact function on [−20, 20], f32: 6e-7 relative (1.2e-8 absolute below 0.02), slopes 2.5e-6
+// absolute; f64: 1e-14. gelu in f32 keeps its relative accuracy (3e-6) in the negative tail.
 
 /// max(x, 0). The derivative at 0 is 0. NaN stays NaN.
 template <operand X>
@@ -69,7 +70,8 @@ template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> relu_vjp(const X& x, const G& dy);
 
-/// x·Φ(x), Φ the standard normal distribution function (Hendrycks, Gimpel 2016): PyTorch's gelu with approximate='none'.
+/// x·Φ(x), Φ the standard normal distribution function (Hendrycks, Gimpel 2016): PyTorch's gelu with
+/// approximate='none'.
 template <operand X>
 [[nodiscard]] operation_result<X> gelu(const X& x);
 template <class X, class G>
@@ -173,13 +175,14 @@ struct gelu_function {
         using T = typename Array::Scalar;
         constexpr double density_at_0 = 0.5 * std::numbers::sqrt2 * std::numbers::inv_sqrtpi;
         if constexpr (std::same_as<T, float>) {
-            // Φ(−z) = exp(−z²/2)·t·p(t) with t = 1/(1 + 0.27 z), z ≥ 0: one exponential for Φ and its density. p interpolates
-            // at nine Chebyshev nodes; its relative error is below 3e-8 up to z = 14, where Φ(−z) underflows.
+            // Φ(−z) = exp(−z²/2)·t·p(t) with t = 1/(1 + 0.27 z), z ≥ 0: one exponential for Φ and its density. p
+            // interpolates at nine Chebyshev nodes; its relative error is below 3e-8 up to z = 14, where Φ(−z)
+            // underflows.
             Array bell = (x * x * (-0.5f)).exp();
             Array t = (x.abs() * 0.27f + 1.0f).inverse();
             Array tail = t * 0.02910702820340976f - 0.1272421198191624f;
-            for (const float coefficient : {0.17144468727773313f, -0.07121391687389517f, 0.10927720639434212f, 0.07140606256900545f, 0.1019803669994439f,
-                     0.10751860326222815f, 0.10772209305880373f}) {
+            for (const float coefficient : {0.17144468727773313f, -0.07121391687389517f, 0.10927720639434212f,
+                     0.07140606256900545f, 0.1019803669994439f, 0.10751860326222815f, 0.10772209305880373f}) {
                 tail = tail * t + coefficient;
             }
             tail *= t * bell;
@@ -196,7 +199,9 @@ struct gelu_function {
                 const T value = x[i];
                 const T distribution = T(0.5) * (T(1) + erf(value * T(0.5 * std::numbers::sqrt2)));
                 y[i] = value * distribution;
-                if constexpr (Slope) { slope[i] = distribution + value * T(density_at_0) * exp(T(-0.5) * value * value); }
+                if constexpr (Slope) {
+                    slope[i] = distribution + value * T(density_at_0) * exp(T(-0.5) * value * value);
+                }
             }
         }
     }
@@ -252,19 +257,22 @@ row_matrix<T> activation_vjp(const primal_tangent<T>& x, const primal_tangent<T>
         const Eigen::Index count = std::min(elementwise_block, x.size() - begin);
         value.resize(count);
         slope.resize(count);
-        Function::template apply<true>(Eigen::Map<const Eigen::Array<T, Eigen::Dynamic, 1>>(in + begin, count), value, slope);
+        Function::template apply<true>(
+            Eigen::Map<const Eigen::Array<T, Eigen::Dynamic, 1>>(in + begin, count), value, slope);
         Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>(dx.data() + begin, count) =
             slope * Eigen::Map<const Eigen::Array<T, Eigen::Dynamic, 1>>(cotangent + begin, count);
     }
     return dx;
 }
 
-/// Calls f(begin, count) for blocks that stay in the first-level cache, so that an operand which value and tangent share is
-/// fetched once.
+/// Calls f(begin, count) for blocks that stay in the first-level cache, so that an operand which value and tangent
+/// share is fetched once.
 template <class F>
 void for_each_block(Eigen::Index size, const F& f)
 {
-    for (Eigen::Index begin = 0; begin < size; begin += elementwise_block) { f(begin, std::min(elementwise_block, size - begin)); }
+    for (Eigen::Index begin = 0; begin < size; begin += elementwise_block) {
+        f(begin, std::min(elementwise_block, size - begin));
+    }
 }
 template <differentiable_scalar T>
 using flat_map = Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>;
@@ -323,7 +331,9 @@ primal_tangent<T> elementwise_product(const primal_tangent<T>& a, const primal_t
         flat_map<T>(out + begin, count) = left * right;
         if (!out_tangent) { return; }
         flat_map<T> tangent(out_tangent + begin, count);
-        const auto of = [&](const primal_tangent<T>& x) { return const_flat_map<T>(x.tangent().data() + begin, count); };
+        const auto of = [&](const primal_tangent<T>& x) {
+            return const_flat_map<T>(x.tangent().data() + begin, count);
+        };
         if (!b.active()) { tangent = of(a) * right; }
         else if (!a.active()) {
             tangent = left * of(b);
@@ -339,28 +349,34 @@ primal_tangent<T> elementwise_product(const primal_tangent<T>& a, const primal_t
 } // namespace detail
 
 template <operand A, operand B>
-    requires matching_operands<A, B> operation_result<A, B> add(const A& a, const B& b)
-    {
-        return detail::finish<operation_result<A, B>>(detail::sum<true>(detail::as_primal_tangent(a), detail::as_primal_tangent(b), "add"));
-    }
+    requires matching_operands<A, B>
+operation_result<A, B> add(const A& a, const B& b)
+{
+    return detail::finish<operation_result<A, B>>(
+        detail::sum<true>(detail::as_primal_tangent(a), detail::as_primal_tangent(b), "add"));
+}
 template <class G>
-    requires matching_operands<G> sum_gradient<operand_scalar<G>> add_vjp(const G& dy)
-    {
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        return {cotangent.primal(), cotangent.primal()};
-    }
+    requires matching_operands<G>
+sum_gradient<operand_scalar<G>> add_vjp(const G& dy)
+{
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    return {cotangent.primal(), cotangent.primal()};
+}
 
 template <operand A, operand B>
-    requires matching_operands<A, B> operation_result<A, B> subtract(const A& a, const B& b)
-    {
-        return detail::finish<operation_result<A, B>>(detail::sum<false>(detail::as_primal_tangent(a), detail::as_primal_tangent(b), "subtract"));
-    }
+    requires matching_operands<A, B>
+operation_result<A, B> subtract(const A& a, const B& b)
+{
+    return detail::finish<operation_result<A, B>>(
+        detail::sum<false>(detail::as_primal_tangent(a), detail::as_primal_tangent(b), "subtract"));
+}
 template <class G>
-    requires matching_operands<G> sum_gradient<operand_scalar<G>> subtract_vjp(const G& dy)
-    {
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        return {cotangent.primal(), -cotangent.primal()};
-    }
+    requires matching_operands<G>
+sum_gradient<operand_scalar<G>> subtract_vjp(const G& dy)
+{
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    return {cotangent.primal(), -cotangent.primal()};
+}
 
 template <operand X>
 operation_result<X> scale(const X& x, const operand_scalar<X>& factor)
@@ -368,93 +384,115 @@ operation_result<X> scale(const X& x, const operand_scalar<X>& factor)
     return detail::finish<operation_result<X>>(detail::scale(detail::as_primal_tangent(x), factor));
 }
 template <class G>
-    requires matching_operands<G> row_matrix<operand_scalar<G>> scale_vjp(const G& dy, const operand_scalar<G>& factor)
-    {
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        return factor * cotangent.primal();
-    }
+    requires matching_operands<G>
+row_matrix<operand_scalar<G>> scale_vjp(const G& dy, const operand_scalar<G>& factor)
+{
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    return factor * cotangent.primal();
+}
 
 template <operand A, operand B>
-    requires matching_operands<A, B> operation_result<A, B> elementwise_product(const A& a, const B& b)
-    {
-        return detail::finish<operation_result<A, B>>(detail::elementwise_product(detail::as_primal_tangent(a), detail::as_primal_tangent(b)));
-    }
+    requires matching_operands<A, B>
+operation_result<A, B> elementwise_product(const A& a, const B& b)
+{
+    return detail::finish<operation_result<A, B>>(
+        detail::elementwise_product(detail::as_primal_tangent(a), detail::as_primal_tangent(b)));
+}
 
 template <class A, class B, class G>
-    requires matching_operands<A, B, G> elementwise_product_gradient<operand_scalar<A>> elementwise_product_vjp(const A& a, const B& b, const G& dy)
-    {
-        decltype(auto) left = detail::as_primal_tangent(a);
-        decltype(auto) right = detail::as_primal_tangent(b);
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        detail::check_same_shape("elementwise_product_vjp", left, right);
-        detail::check_same_shape("elementwise_product_vjp", left, cotangent);
-        return {cotangent.primal().cwiseProduct(right.primal()), cotangent.primal().cwiseProduct(left.primal())};
-    }
+    requires matching_operands<A, B, G>
+elementwise_product_gradient<operand_scalar<A>> elementwise_product_vjp(const A& a, const B& b, const G& dy)
+{
+    decltype(auto) left = detail::as_primal_tangent(a);
+    decltype(auto) right = detail::as_primal_tangent(b);
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    detail::check_same_shape("elementwise_product_vjp", left, right);
+    detail::check_same_shape("elementwise_product_vjp", left, cotangent);
+    return {cotangent.primal().cwiseProduct(right.primal()), cotangent.primal().cwiseProduct(left.primal())};
+}
 
 template <operand X>
 operation_result<X> relu(const X& x)
 {
-    return detail::finish<operation_result<X>>(detail::activation<detail::relu_function>(detail::as_primal_tangent(x), "relu"));
+    return detail::finish<operation_result<X>>(
+        detail::activation<detail::relu_function>(detail::as_primal_tangent(x), "relu"));
 }
 template <class X, class G>
-    requires matching_operands<X, G> row_matrix<operand_scalar<X>> relu_vjp(const X& x, const G& dy)
-    {
-        return detail::activation_vjp<detail::relu_function>(detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "relu_vjp");
-    }
+    requires matching_operands<X, G>
+row_matrix<operand_scalar<X>> relu_vjp(const X& x, const G& dy)
+{
+    return detail::activation_vjp<detail::relu_function>(
+        detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "relu_vjp");
+}
 
 template <operand X>
 operation_result<X> gelu(const X& x)
 {
-    return detail::finish<operation_result<X>>(detail::activation<detail::gelu_function>(detail::as_primal_tangent(x), "gelu"));
+    return detail::finish<operation_result<X>>(
+        detail::activation<detail::gelu_function>(detail::as_primal_tangent(x), "gelu"));
 }
 template <class X, class G>
-    requires matching_operands<X, G> row_matrix<operand_scalar<X>> gelu_vjp(const X& x, const G& dy)
-    {
-        return detail::activation_vjp<detail::gelu_function>(detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "gelu_vjp");
-    }
+    requires matching_operands<X, G>
+row_matrix<operand_scalar<X>> gelu_vjp(const X& x, const G& dy)
+{
+    return detail::activation_vjp<detail::gelu_function>(
+        detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "gelu_vjp");
+}
 
 template <operand X>
 operation_result<X> gelu_tanh(const X& x)
 {
-    return detail::finish<operation_result<X>>(detail::activation<detail::gelu_tanh_function>(detail::as_primal_tangent(x), "gelu_tanh"));
+    return detail::finish<operation_result<X>>(
+        detail::activation<detail::gelu_tanh_function>(detail::as_primal_tangent(x), "gelu_tanh"));
 }
 template <class X, class G>
-    requires matching_operands<X, G> row_matrix<operand_scalar<X>> gelu_tanh_vjp(const X& x, const G& dy)
-    {
-        return detail::activation_vjp<detail::gelu_tanh_function>(detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "gelu_tanh_vjp");
-    }
+    requires matching_operands<X, G>
+row_matrix<operand_scalar<X>> gelu_tanh_vjp(const X& x, const G& dy)
+{
+    return detail::activation_vjp<detail::gelu_tanh_function>(
+        detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "gelu_tanh_vjp");
+}
 
 template <operand X>
 operation_result<X> silu(const X& x)
 {
-    return detail::finish<operation_result<X>>(detail::activation<detail::silu_function>(detail::as_primal_tangent(x), "silu"));
+    return detail::finish<operation_result<X>>(
+        detail::activation<detail::silu_function>(detail::as_primal_tangent(x), "silu"));
 }
 template <class X, class G>
-    requires matching_operands<X, G> row_matrix<operand_scalar<X>> silu_vjp(const X& x, const G& dy)
-    {
-        return detail::activation_vjp<detail::silu_function>(detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "silu_vjp");
-    }
+    requires matching_operands<X, G>
+row_matrix<operand_scalar<X>> silu_vjp(const X& x, const G& dy)
+{
+    return detail::activation_vjp<detail::silu_function>(
+        detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "silu_vjp");
+}
 
 template <operand X>
 operation_result<X> sigmoid(const X& x)
 {
-    return detail::finish<operation_result<X>>(detail::activation<detail::sigmoid_function>(detail::as_primal_tangent(x), "sigmoid"));
+    return detail::finish<operation_result<X>>(
+        detail::activation<detail::sigmoid_function>(detail::as_primal_tangent(x), "sigmoid"));
 }
 template <class X, class G>
-    requires matching_operands<X, G> row_matrix<operand_scalar<X>> sigmoid_vjp(const X& x, const G& dy)
-    {
-        return detail::activation_vjp<detail::sigmoid_function>(detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "sigmoid_vjp");
-    }
+    requires matching_operands<X, G>
+row_matrix<operand_scalar<X>> sigmoid_vjp(const X& x, const G& dy)
+{
+    return detail::activation_vjp<detail::sigmoid_function>(
+        detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "sigmoid_vjp");
+}
 
 template <operand X>
 operation_result<X> tanh(const X& x)
 {
-    return detail::finish<operation_result<X>>(detail::activation<detail::tanh_function>(detail::as_primal_tangent(x), "tanh"));
+    return detail::finish<operation_result<X>>(
+        detail::activation<detail::tanh_function>(detail::as_primal_tangent(x), "tanh"));
 }
 template <class X, class G>
-    requires matching_operands<X, G> row_matrix<operand_scalar<X>> tanh_vjp(const X& x, const G& dy)
-    {
-        return detail::activation_vjp<detail::tanh_function>(detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "tanh_vjp");
-    }
+    requires matching_operands<X, G>
+row_matrix<operand_scalar<X>> tanh_vjp(const X& x, const G& dy)
+{
+    return detail::activation_vjp<detail::tanh_function>(
+        detail::as_primal_tangent(x), detail::as_primal_tangent(dy), "tanh_vjp");
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -24,8 +24,10 @@ void check_indices(std::string_view name, const Indices& indices, Eigen::Index e
 {
     std::size_t place = 0;
     for (const auto index : indices) {
-        if (!std::in_range<Eigen::Index>(index) || static_cast<Eigen::Index>(index) < 0 || static_cast<Eigen::Index>(index) >= entries) {
-            raise<invalid_argument>(message("operation '", name, "': index ", index, " at place ", place, " is outside [0, ", entries, ")"));
+        if (!std::in_range<Eigen::Index>(index) || static_cast<Eigen::Index>(index) < 0
+            || static_cast<Eigen::Index>(index) >= entries) {
+            raise<invalid_argument>(message(
+                "operation '", name, "': index ", index, " at place ", place, " is outside [0, ", entries, ")"));
         }
         ++place;
     }
@@ -38,7 +40,8 @@ operation_result<Table> embedding(const Table& table, const Indices& indices)
     using T = operand_scalar<Table>;
     decltype(auto) rows = detail::as_primal_tangent(table);
     detail::check_indices("embedding", indices, rows.rows());
-    auto y = primal_tangent<T>::uninitialized(static_cast<Eigen::Index>(std::ranges::size(indices)), rows.cols(), rows.active());
+    auto y = primal_tangent<T>::uninitialized(
+        static_cast<Eigen::Index>(std::ranges::size(indices)), rows.cols(), rows.active());
     Eigen::Index row = 0;
     for (const auto index : indices) {
         y.mutable_primal().row(row) = rows.primal().row(static_cast<Eigen::Index>(index));
@@ -50,16 +53,20 @@ operation_result<Table> embedding(const Table& table, const Indices& indices)
 }
 
 template <class G, index_range Indices>
-    requires matching_operands<G> row_matrix<operand_scalar<G>> embedding_vjp(const G& dy, const Indices& indices, Eigen::Index entries)
-    {
-        using T = operand_scalar<G>;
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        detail::check_equal("embedding_vjp", "the number of indices", static_cast<Eigen::Index>(std::ranges::size(indices)), cotangent.rows());
-        detail::check_indices("embedding_vjp", indices, entries);
-        row_matrix<T> gradient = row_matrix<T>::Zero(entries, cotangent.cols());
-        Eigen::Index row = 0;
-        for (const auto index : indices) { gradient.row(static_cast<Eigen::Index>(index)) += cotangent.primal().row(row++); }
-        return gradient;
+    requires matching_operands<G>
+row_matrix<operand_scalar<G>> embedding_vjp(const G& dy, const Indices& indices, Eigen::Index entries)
+{
+    using T = operand_scalar<G>;
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    detail::check_equal("embedding_vjp", "the number of indices", static_cast<Eigen::Index>(std::ranges::size(indices)),
+        cotangent.rows());
+    detail::check_indices("embedding_vjp", indices, entries);
+    row_matrix<T> gradient = row_matrix<T>::Zero(entries, cotangent.cols());
+    Eigen::Index row = 0;
+    for (const auto index : indices) {
+        gradient.row(static_cast<Eigen::Index>(index)) += cotangent.primal().row(row++);
     }
+    return gradient;
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

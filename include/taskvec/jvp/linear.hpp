@@ -28,7 +28,8 @@ struct matmul_wanted {
 /// vjp of matmul: a is n × k, b is k × m, dy is n × m.
 template <class A, class B, class G>
     requires matching_operands<A, B, G>
-[[nodiscard]] matmul_gradient<operand_scalar<A>> matmul_vjp(const A& a, const B& b, const G& dy, matmul_wanted wanted = {});
+[[nodiscard]] matmul_gradient<operand_scalar<A>> matmul_vjp(
+    const A& a, const B& b, const G& dy, matmul_wanted wanted = {});
 
 /// y = x·wᵀ, PyTorch's linear layer without bias; x is batch × in, w is out × in, either or both with a tangent.
 /// Cost and errors as matmul.
@@ -60,7 +61,8 @@ struct linear_wanted {
 ///     auto gradient = linear_vjp(x, w, dy, {.x = false});
 template <class X, class W, class G>
     requires matching_operands<X, W, G>
-[[nodiscard]] linear_gradient<operand_scalar<X>> linear_vjp(const X& x, const W& w, const G& dy, linear_wanted wanted = {});
+[[nodiscard]] linear_gradient<operand_scalar<X>> linear_vjp(
+    const X& x, const W& w, const G& dy, linear_wanted wanted = {});
 
 /// y = x + bias, bias repeated down the rows; x is batch × features, bias is period × features where period divides
 /// batch: 1 for a bias, the number of tokens for a positional embedding (row i gets bias row i mod period).
@@ -151,7 +153,8 @@ primal_tangent<T> add_bias(const primal_tangent<T>& x, const primal_tangent<T>& 
 {
     check_equal("add_bias", "the number of columns of the bias", bias.cols(), x.cols());
     if (bias.rows() == 0 || x.rows() % bias.rows() != 0) {
-        raise<shape_mismatch>(message("operation 'add_bias': a bias of ", bias.rows(), " rows does not repeat a whole number of times in ", x.rows(), " rows"));
+        raise<shape_mismatch>(message("operation 'add_bias': a bias of ", bias.rows(),
+            " rows does not repeat a whole number of times in ", x.rows(), " rows"));
     }
     auto y = primal_tangent<T>::uninitialized(x.rows(), x.cols(), x.active() || bias.active());
     y.mutable_primal() = x.primal();
@@ -167,72 +170,84 @@ primal_tangent<T> add_bias(const primal_tangent<T>& x, const primal_tangent<T>& 
 } // namespace detail
 
 template <operand A, operand B>
-    requires matching_operands<A, B> operation_result<A, B> matmul(const A& a, const B& b)
-    {
-        return detail::finish<operation_result<A, B>>(detail::matmul(detail::as_primal_tangent(a), detail::as_primal_tangent(b)));
-    }
+    requires matching_operands<A, B>
+operation_result<A, B> matmul(const A& a, const B& b)
+{
+    return detail::finish<operation_result<A, B>>(
+        detail::matmul(detail::as_primal_tangent(a), detail::as_primal_tangent(b)));
+}
 
 template <class A, class B, class G>
-    requires matching_operands<A, B, G> matmul_gradient<operand_scalar<A>> matmul_vjp(const A& a, const B& b, const G& dy, matmul_wanted wanted)
-    {
-        decltype(auto) left = detail::as_primal_tangent(a);
-        decltype(auto) right = detail::as_primal_tangent(b);
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        detail::check_equal("matmul_vjp", "the number of rows of b", right.rows(), left.cols());
-        detail::check_equal("matmul_vjp", "the number of rows of dy", cotangent.rows(), left.rows());
-        detail::check_equal("matmul_vjp", "the number of columns of dy", cotangent.cols(), right.cols());
-        matmul_gradient<operand_scalar<A>> gradient;
-        if (wanted.a) { gradient.a.noalias() = cotangent.primal() * right.primal().transpose(); }
-        if (wanted.b) { gradient.b.noalias() = left.primal().transpose() * cotangent.primal(); }
-        return gradient;
-    }
+    requires matching_operands<A, B, G>
+matmul_gradient<operand_scalar<A>> matmul_vjp(const A& a, const B& b, const G& dy, matmul_wanted wanted)
+{
+    decltype(auto) left = detail::as_primal_tangent(a);
+    decltype(auto) right = detail::as_primal_tangent(b);
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    detail::check_equal("matmul_vjp", "the number of rows of b", right.rows(), left.cols());
+    detail::check_equal("matmul_vjp", "the number of rows of dy", cotangent.rows(), left.rows());
+    detail::check_equal("matmul_vjp", "the number of columns of dy", cotangent.cols(), right.cols());
+    matmul_gradient<operand_scalar<A>> gradient;
+    if (wanted.a) { gradient.a.noalias() = cotangent.primal() * right.primal().transpose(); }
+    if (wanted.b) { gradient.b.noalias() = left.primal().transpose() * cotangent.primal(); }
+    return gradient;
+}
 
 template <operand X, operand W>
-    requires matching_operands<X, W> operation_result<X, W> linear(const X& x, const W& w)
-    {
-        return detail::finish<operation_result<X, W>>(
-            detail::linear(detail::as_primal_tangent(x), detail::as_primal_tangent(w), primal_tangent<operand_scalar<X>>()));
-    }
+    requires matching_operands<X, W>
+operation_result<X, W> linear(const X& x, const W& w)
+{
+    return detail::finish<operation_result<X, W>>(detail::linear(
+        detail::as_primal_tangent(x), detail::as_primal_tangent(w), primal_tangent<operand_scalar<X>>()));
+}
 
 template <operand X, operand W, operand B>
-    requires matching_operands<X, W, B> operation_result<X, W, B> linear(const X& x, const W& w, const B& bias)
-    {
-        return detail::finish<operation_result<X, W, B>>(
-            detail::linear(detail::as_primal_tangent(x), detail::as_primal_tangent(w), detail::as_primal_tangent(bias)));
-    }
+    requires matching_operands<X, W, B>
+operation_result<X, W, B> linear(const X& x, const W& w, const B& bias)
+{
+    return detail::finish<operation_result<X, W, B>>(
+        detail::linear(detail::as_primal_tangent(x), detail::as_primal_tangent(w), detail::as_primal_tangent(bias)));
+}
 
 template <class X, class W, class G>
-    requires matching_operands<X, W, G> linear_gradient<operand_scalar<X>> linear_vjp(const X& x, const W& w, const G& dy, linear_wanted wanted)
-    {
-        decltype(auto) input = detail::as_primal_tangent(x);
-        decltype(auto) weight = detail::as_primal_tangent(w);
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        detail::check_equal("linear_vjp", "the number of columns of x", input.cols(), weight.cols());
-        detail::check_equal("linear_vjp", "the number of rows of dy", cotangent.rows(), input.rows());
-        detail::check_equal("linear_vjp", "the number of columns of dy", cotangent.cols(), weight.rows());
-        linear_gradient<operand_scalar<X>> gradient;
-        if (wanted.x) { gradient.x.noalias() = cotangent.primal() * weight.primal(); }
-        if (wanted.w) { gradient.w.noalias() = cotangent.primal().transpose() * input.primal(); }
-        if (wanted.bias) { gradient.bias = cotangent.primal().colwise().sum(); }
-        return gradient;
-    }
+    requires matching_operands<X, W, G>
+linear_gradient<operand_scalar<X>> linear_vjp(const X& x, const W& w, const G& dy, linear_wanted wanted)
+{
+    decltype(auto) input = detail::as_primal_tangent(x);
+    decltype(auto) weight = detail::as_primal_tangent(w);
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    detail::check_equal("linear_vjp", "the number of columns of x", input.cols(), weight.cols());
+    detail::check_equal("linear_vjp", "the number of rows of dy", cotangent.rows(), input.rows());
+    detail::check_equal("linear_vjp", "the number of columns of dy", cotangent.cols(), weight.rows());
+    linear_gradient<operand_scalar<X>> gradient;
+    if (wanted.x) { gradient.x.noalias() = cotangent.primal() * weight.primal(); }
+    if (wanted.w) { gradient.w.noalias() = cotangent.primal().transpose() * input.primal(); }
+    if (wanted.bias) { gradient.bias = cotangent.primal().colwise().sum(); }
+    return gradient;
+}
 
 template <operand X, operand B>
-    requires matching_operands<X, B> operation_result<X, B> add_bias(const X& x, const B& bias)
-    {
-        return detail::finish<operation_result<X, B>>(detail::add_bias(detail::as_primal_tangent(x), detail::as_primal_tangent(bias)));
-    }
+    requires matching_operands<X, B>
+operation_result<X, B> add_bias(const X& x, const B& bias)
+{
+    return detail::finish<operation_result<X, B>>(
+        detail::add_bias(detail::as_primal_tangent(x), detail::as_primal_tangent(bias)));
+}
 
 template <class G>
-    requires matching_operands<G> row_matrix<operand_scalar<G>> add_bias_vjp(const G& dy, Eigen::Index period)
-    {
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        if (period < 1 || cotangent.rows() % period != 0) {
-            raise<invalid_argument>(message("operation 'add_bias_vjp': a period of ", period, " does not divide ", cotangent.rows(), " rows"));
-        }
-        row_matrix<operand_scalar<G>> gradient = row_matrix<operand_scalar<G>>::Zero(period, cotangent.cols());
-        for (Eigen::Index row = 0; row < cotangent.rows(); row += period) { gradient += cotangent.primal().middleRows(row, period); }
-        return gradient;
+    requires matching_operands<G>
+row_matrix<operand_scalar<G>> add_bias_vjp(const G& dy, Eigen::Index period)
+{
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    if (period < 1 || cotangent.rows() % period != 0) {
+        raise<invalid_argument>(
+            message("operation 'add_bias_vjp': a period of ", period, " does not divide ", cotangent.rows(), " rows"));
     }
+    row_matrix<operand_scalar<G>> gradient = row_matrix<operand_scalar<G>>::Zero(period, cotangent.cols());
+    for (Eigen::Index row = 0; row < cotangent.rows(); row += period) {
+        gradient += cotangent.primal().middleRows(row, period);
+    }
+    return gradient;
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -31,7 +31,8 @@ public:
     {
         for (const auto& name : active_) {
             if (!initial_.contains(name)) {
-                raise<invalid_argument>(message("linearize: parameter '", name, "' is to be active, but there is no such parameter"));
+                raise<invalid_argument>(
+                    message("linearize: parameter '", name, "' is to be active, but there is no such parameter"));
             }
         }
         if (active_.empty()) {
@@ -41,9 +42,9 @@ public:
         active_.erase(std::unique(active_.begin(), active_.end()), active_.end());
     }
 
-    /// f_lin(inputs; φ). `phi` names active parameters (missing ones stay at φ0) and may repeat inactive ones unchanged.
-    /// Throws invalid_argument for an unknown name and for an inactive parameter that differs from φ0, shape_mismatch.
-    /// Cost: one jvp, and one pass over the active parameters.
+    /// f_lin(inputs; φ). `phi` names active parameters (missing ones stay at φ0) and may repeat inactive ones
+    /// unchanged. Throws invalid_argument for an unknown name and for an inactive parameter that differs from φ0,
+    /// shape_mismatch. Cost: one jvp, and one pass over the active parameters.
     template <class... Inputs>
     [[nodiscard]] auto operator()(const parameters<T>& phi, const Inputs&... inputs) const
     {
@@ -51,8 +52,8 @@ public:
         for (const auto& [name, value] : phi) {
             const auto& start = initial_value(name);
             if (value.rows() != start.rows() || value.cols() != start.cols()) {
-                raise<shape_mismatch>(message(
-                    "linearize: parameter '", name, "' is [", value.rows(), ", ", value.cols(), "], at φ0 it is [", start.rows(), ", ", start.cols(), "]"));
+                raise<shape_mismatch>(message("linearize: parameter '", name, "' is [", value.rows(), ", ",
+                    value.cols(), "], at φ0 it is [", start.rows(), ", ", start.cols(), "]"));
             }
             // A parameter that has not moved has a tangent of zero: no work.
             if (value == start) { continue; }
@@ -86,7 +87,10 @@ public:
         parameters<T> kept;
         for (const auto& name : active_) {
             const auto* value = all.find(name);
-            if (!value) { raise<invalid_argument>(message("linearize: the vjp returned no gradient for the active parameter '", name, "'")); }
+            if (!value) {
+                raise<invalid_argument>(
+                    message("linearize: the vjp returned no gradient for the active parameter '", name, "'"));
+            }
             detail::check_same_shape("linearize: the gradient of '" + name + "'", *value, initial_[name]);
             kept.insert(name, *value);
         }
@@ -108,8 +112,8 @@ private:
     {
         (void)initial_value(name);
         if (!std::binary_search(active_.begin(), active_.end(), name)) {
-            raise<invalid_argument>(
-                message("linearize: parameter '", name, "' is inactive and must stay at φ0; name it in linearize_options::active to move it"));
+            raise<invalid_argument>(message("linearize: parameter '", name,
+                "' is inactive and must stay at φ0; name it in linearize_options::active to move it"));
         }
     }
     template <class Value>

@@ -18,8 +18,8 @@ struct linearized_lora_gradient {
 
 /// f(x) = W0·x + bias + s·(B0·A0 + B0·ΔA + ΔB·A0)·x, the first-order expansion in (A, B) of a LoRA layer around its
 /// initialisation φ0 = (A0, B0), with ΔA = A − A0, ΔB = B − B0. This is the *per-layer* reading of L-LoRA (Tang et al.,
-/// "Parameter-efficient multi-task model fusion with partial linearization", ICLR 2024, Listing 2): each adapted layer is
-/// linear in its own φ, and layers compose non-linearly. For the whole-network reading see linearize().
+/// "Parameter-efficient multi-task model fusion with partial linearization", ICLR 2024, Listing 2): each adapted layer
+/// is linear in its own φ, and layers compose non-linearly. For the whole-network reading see linearize().
 ///
 /// As f(x) = W0·x + s·[B0 + ΔB, B0]·[A0; ΔA]·x all products are shared: the layer is a LoRA of rank 2r, and of rank r
 /// where B0 = 0 (as PEFT initialises): it then costs exactly what LoRA costs, and the gradient of A is exactly zero.
@@ -38,7 +38,8 @@ class linearized_lora_layer {
 public:
     /// At φ0: `initial` holds A0 (rank × in), B0 (out × rank) and the scaling; ΔA = ΔB = 0.
     template <operand W, operand Bias>
-        requires matching_operands<W, Bias> && std::same_as<operand_scalar<W>, T> linearized_lora_layer(W&& weight, Bias&& bias, lora_factors<T> initial);
+        requires matching_operands<W, Bias> && std::same_as<operand_scalar<W>, T>
+    linearized_lora_layer(W&& weight, Bias&& bias, lora_factors<T> initial);
 
     /// f(x); x is batch × in, a matrix or a primal_tangent.
     template <operand X>
@@ -51,7 +52,8 @@ public:
     /// Gradients of x, A (the same as ΔA's) and B (the same as ΔB's): x and hidden as in forward(), dy is batch × out.
     template <class X, class G>
         requires detail::plain_matrix<X> && detail::plain_matrix<G>
-    [[nodiscard]] linearized_lora_gradient<T> vjp(const X& x, const row_matrix<T>& hidden, const G& dy, lora_wanted wanted = {}) const;
+    [[nodiscard]] linearized_lora_gradient<T> vjp(
+        const X& x, const row_matrix<T>& hidden, const G& dy, lora_wanted wanted = {}) const;
 
     /// The trainable ΔA, rank × in, and B = B0 + ΔB, out × rank, as writable blocks.
     [[nodiscard]] Eigen::Ref<row_matrix<T>> delta_a()
@@ -91,108 +93,112 @@ private:
 
 template <differentiable_scalar T>
 template <operand W, operand Bias>
-    requires matching_operands<W, Bias> && std::same_as<operand_scalar<W>, T> linearized_lora_layer<T>::linearized_lora_layer(
-        W&& weight, Bias&& bias, lora_factors<T> initial)
-        : weight_(detail::keep(std::forward<W>(weight)))
-        , bias_(detail::keep(std::forward<Bias>(bias)))
-        , scaling_(initial.scaling)
-        , rank_(initial.rank())
-        , b0_is_zero_((initial.b.array() == T(0)).all())
-    {
-        detail::check_adapter("linearized_lora_layer", weight_.cols(), weight_.rows(), initial.a.rows(), initial.a.cols(), initial.b.rows(), initial.b.cols());
-        if (b0_is_zero_) {
-            down_ = std::move(initial.a);
-            up_ = std::move(initial.b);
-            delta_a_ = row_matrix<T>::Zero(down_.rows(), down_.cols());
+    requires matching_operands<W, Bias> && std::same_as<operand_scalar<W>, T>
+linearized_lora_layer<T>::linearized_lora_layer(W&& weight, Bias&& bias, lora_factors<T> initial)
+    : weight_(detail::keep(std::forward<W>(weight)))
+    , bias_(detail::keep(std::forward<Bias>(bias)))
+    , scaling_(initial.scaling)
+    , rank_(initial.rank())
+    , b0_is_zero_((initial.b.array() == T(0)).all())
+{
+    detail::check_adapter("linearized_lora_layer", weight_.cols(), weight_.rows(), initial.a.rows(), initial.a.cols(),
+        initial.b.rows(), initial.b.cols());
+    if (b0_is_zero_) {
+        down_ = std::move(initial.a);
+        up_ = std::move(initial.b);
+        delta_a_ = row_matrix<T>::Zero(down_.rows(), down_.cols());
+    }
+    else {
+        down_.resize(2 * rank_, initial.a.cols());
+        down_.topRows(rank_) = initial.a;
+        down_.bottomRows(rank_).setZero();
+        up_.resize(initial.b.rows(), 2 * rank_);
+        up_.leftCols(rank_) = initial.b;
+        up_.rightCols(rank_) = initial.b;
+    }
+}
+
+template <differentiable_scalar T>
+template <operand X>
+    requires std::same_as<operand_scalar<X>, T>
+operation_result<X> linearized_lora_layer<T>::forward(const X& x) const
+{
+    decltype(auto) input = detail::as_primal_tangent(x);
+    detail::check_layer("linearized_lora_layer", input, weight_, bias_);
+    auto y = detail::lora_output(input, weight_, bias_,
+        detail::lora_hidden(input, primal_tangent<T>::borrow(down_), scaling_), primal_tangent<T>::borrow(up_));
+    detail::check_tangent(y, "linearized_lora_layer");
+    return detail::finish<operation_result<X>>(std::move(y));
+}
+
+template <differentiable_scalar T>
+template <class X>
+    requires detail::plain_matrix<X> && std::same_as<typename X::Scalar, T>
+row_matrix<T> linearized_lora_layer<T>::forward(const X& x, row_matrix<T>& hidden) const
+{
+    decltype(auto) input = detail::as_primal_tangent(x);
+    detail::check_layer("linearized_lora_layer", input, weight_, bias_);
+    hidden = detail::lora_hidden(input, primal_tangent<T>::borrow(down_), scaling_).take_primal();
+    return detail::lora_output(input, weight_, bias_, primal_tangent<T>::borrow(hidden), primal_tangent<T>::borrow(up_))
+        .take_primal();
+}
+
+template <differentiable_scalar T>
+template <class X, class G>
+    requires detail::plain_matrix<X> && detail::plain_matrix<G>
+linearized_lora_gradient<T> linearized_lora_layer<T>::vjp(
+    const X& x, const row_matrix<T>& hidden, const G& dy, lora_wanted wanted) const
+{
+    decltype(auto) input = detail::as_primal_tangent(x);
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    detail::check_equal("linearized_lora_layer::vjp", "the number of columns of dy", cotangent.cols(), weight_.rows());
+    detail::check_equal("linearized_lora_layer::vjp", "the number of rows of dy", cotangent.rows(), input.rows());
+    detail::check_equal("linearized_lora_layer::vjp", "the number of rows of hidden", hidden.rows(), input.rows());
+    detail::check_equal("linearized_lora_layer::vjp", "the number of columns of hidden", hidden.cols(), stacked_rank());
+    linearized_lora_gradient<T> gradient;
+    if (wanted.a && b0_is_zero_) { gradient.a = row_matrix<T>::Zero(rank_, down_.cols()); }
+    if (wanted.x || (wanted.a && !b0_is_zero_)) {
+        row_matrix<T> through(cotangent.rows(), stacked_rank()); // d hidden, scaled: [s·dy·B, s·dy·B0]
+        through.noalias() = cotangent.primal() * up_;
+        if (scaling_ != T(1)) { through *= scaling_; }
+        if (wanted.a && !b0_is_zero_) { gradient.a.noalias() = through.rightCols(rank_).transpose() * input.primal(); }
+        if (wanted.x) {
+            gradient.x.noalias() = through * down_;
+            gradient.x.noalias() += cotangent.primal() * weight_.primal();
         }
-        else {
-            down_.resize(2 * rank_, initial.a.cols());
-            down_.topRows(rank_) = initial.a;
-            down_.bottomRows(rank_).setZero();
-            up_.resize(initial.b.rows(), 2 * rank_);
-            up_.leftCols(rank_) = initial.b;
-            up_.rightCols(rank_) = initial.b;
-        }
     }
+    if (wanted.b) { gradient.b.noalias() = cotangent.primal().transpose() * hidden.leftCols(rank_); }
+    return gradient;
+}
 
-    template <differentiable_scalar T>
-    template <operand X>
-        requires std::same_as<operand_scalar<X>, T> operation_result<X> linearized_lora_layer<T>::forward(const X& x)
-    const
-    {
-        decltype(auto) input = detail::as_primal_tangent(x);
-        detail::check_layer("linearized_lora_layer", input, weight_, bias_);
-        auto y =
-            detail::lora_output(input, weight_, bias_, detail::lora_hidden(input, primal_tangent<T>::borrow(down_), scaling_), primal_tangent<T>::borrow(up_));
-        detail::check_tangent(y, "linearized_lora_layer");
-        return detail::finish<operation_result<X>>(std::move(y));
+template <differentiable_scalar T>
+void linearized_lora_layer<T>::set(const lora_factors<T>& adapter)
+{
+    detail::check_adapter("linearized_lora_layer::set", weight_.cols(), weight_.rows(), adapter.a.rows(),
+        adapter.a.cols(), adapter.b.rows(), adapter.b.cols());
+    detail::check_equal("linearized_lora_layer::set", "the rank", adapter.rank(), rank_);
+    if (adapter.scaling != scaling_) {
+        raise<invalid_argument>(
+            "linearized_lora_layer::set: the adapter's scaling differs from that of its initialisation");
     }
+    delta_a() = adapter.a - down_.topRows(rank_);
+    b() = adapter.b;
+}
 
-    template <differentiable_scalar T>
-    template <class X>
-        requires detail::plain_matrix<X> && std::same_as<typename X::Scalar, T> row_matrix<T> linearized_lora_layer<T>::forward(
-            const X& x, row_matrix<T>& hidden)
-    const
-    {
-        decltype(auto) input = detail::as_primal_tangent(x);
-        detail::check_layer("linearized_lora_layer", input, weight_, bias_);
-        hidden = detail::lora_hidden(input, primal_tangent<T>::borrow(down_), scaling_).take_primal();
-        return detail::lora_output(input, weight_, bias_, primal_tangent<T>::borrow(hidden), primal_tangent<T>::borrow(up_)).take_primal();
-    }
+template <differentiable_scalar T>
+lora_factors<T> linearized_lora_layer<T>::adapter() const
+{
+    return {.a = down_.topRows(rank_) + (b0_is_zero_ ? delta_a_ : row_matrix<T>(down_.bottomRows(rank_))),
+        .b = up_.leftCols(rank_),
+        .scaling = scaling_};
+}
 
-    template <differentiable_scalar T>
-    template <class X, class G>
-        requires detail::plain_matrix<X> && detail::plain_matrix<G> linearized_lora_gradient<T> linearized_lora_layer<T>::vjp(
-            const X& x, const row_matrix<T>& hidden, const G& dy, lora_wanted wanted)
-    const
-    {
-        decltype(auto) input = detail::as_primal_tangent(x);
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        detail::check_equal("linearized_lora_layer::vjp", "the number of columns of dy", cotangent.cols(), weight_.rows());
-        detail::check_equal("linearized_lora_layer::vjp", "the number of rows of dy", cotangent.rows(), input.rows());
-        detail::check_equal("linearized_lora_layer::vjp", "the number of rows of hidden", hidden.rows(), input.rows());
-        detail::check_equal("linearized_lora_layer::vjp", "the number of columns of hidden", hidden.cols(), stacked_rank());
-        linearized_lora_gradient<T> gradient;
-        if (wanted.a && b0_is_zero_) { gradient.a = row_matrix<T>::Zero(rank_, down_.cols()); }
-        if (wanted.x || (wanted.a && !b0_is_zero_)) {
-            row_matrix<T> through(cotangent.rows(), stacked_rank()); // d hidden, scaled: [s·dy·B, s·dy·B0]
-            through.noalias() = cotangent.primal() * up_;
-            if (scaling_ != T(1)) { through *= scaling_; }
-            if (wanted.a && !b0_is_zero_) { gradient.a.noalias() = through.rightCols(rank_).transpose() * input.primal(); }
-            if (wanted.x) {
-                gradient.x.noalias() = through * down_;
-                gradient.x.noalias() += cotangent.primal() * weight_.primal();
-            }
-        }
-        if (wanted.b) { gradient.b.noalias() = cotangent.primal().transpose() * hidden.leftCols(rank_); }
-        return gradient;
-    }
-
-    template <differentiable_scalar T>
-    void linearized_lora_layer<T>::set(const lora_factors<T>& adapter)
-    {
-        detail::check_adapter(
-            "linearized_lora_layer::set", weight_.cols(), weight_.rows(), adapter.a.rows(), adapter.a.cols(), adapter.b.rows(), adapter.b.cols());
-        detail::check_equal("linearized_lora_layer::set", "the rank", adapter.rank(), rank_);
-        if (adapter.scaling != scaling_) {
-            raise<invalid_argument>("linearized_lora_layer::set: the adapter's scaling differs from that of its initialisation");
-        }
-        delta_a() = adapter.a - down_.topRows(rank_);
-        b() = adapter.b;
-    }
-
-    template <differentiable_scalar T>
-    lora_factors<T> linearized_lora_layer<T>::adapter() const
-    {
-        return {.a = down_.topRows(rank_) + (b0_is_zero_ ? delta_a_ : row_matrix<T>(down_.bottomRows(rank_))), .b = up_.leftCols(rank_), .scaling = scaling_};
-    }
-
-    template <differentiable_scalar T>
-    lora_factors<T> linearized_lora_layer<T>::initial() const
-    {
-        return {.a = down_.topRows(rank_),
-            .b = b0_is_zero_ ? row_matrix<T>(row_matrix<T>::Zero(up_.rows(), rank_)) : row_matrix<T>(up_.rightCols(rank_)),
-            .scaling = scaling_};
-    }
+template <differentiable_scalar T>
+lora_factors<T> linearized_lora_layer<T>::initial() const
+{
+    return {.a = down_.topRows(rank_),
+        .b = b0_is_zero_ ? row_matrix<T>(row_matrix<T>::Zero(up_.rows(), rank_)) : row_matrix<T>(up_.rightCols(rank_)),
+        .scaling = scaling_};
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -23,8 +23,8 @@ struct lora_factors {
 
 /// y = x·wᵀ + bias + scaling·(x·aᵀ)·bᵀ, any of the operands with a tangent.
 /// x is batch × in, w is out × in, bias is 1 × out or empty, a is rank × in, b is out × rank.
-/// The product b·a is never formed. Throws shape_mismatch. Cost: 2·batch·(in·out + rank·(in + out)) flops, doubled where
-/// x has a tangent; tangents of a and b alone cost 2·batch·rank·(in + out).
+/// The product b·a is never formed. Throws shape_mismatch. Cost: 2·batch·(in·out + rank·(in + out)) flops, doubled
+/// where x has a tangent; tangents of a and b alone cost 2·batch·rank·(in + out).
 ///
 ///     auto q = lora_linear(x, wq, bq, p["q.lora_A"], p["q.lora_B"], scaling);
 template <operand X, operand W, operand Bias, operand A, operand B>
@@ -59,7 +59,8 @@ public:
     lora_factors<T> adapter; ///< the trainable part
 
     template <operand W, operand Bias>
-        requires matching_operands<W, Bias> && std::same_as<operand_scalar<W>, T> lora_layer(W&& weight, Bias&& bias, lora_factors<T> factors);
+        requires matching_operands<W, Bias> && std::same_as<operand_scalar<W>, T>
+    lora_layer(W&& weight, Bias&& bias, lora_factors<T> factors);
 
     /// y = x·Wᵀ + bias + scaling·(x·aᵀ)·bᵀ; x is batch × in, a matrix or a primal_tangent.
     template <operand X>
@@ -72,7 +73,8 @@ public:
     /// Gradients of x, a and b: x and hidden as in forward(), dy is batch × out.
     template <class X, class G>
         requires detail::plain_matrix<X> && detail::plain_matrix<G>
-    [[nodiscard]] lora_gradient<T> vjp(const X& x, const row_matrix<T>& hidden, const G& dy, lora_wanted wanted = {}) const;
+    [[nodiscard]] lora_gradient<T> vjp(
+        const X& x, const row_matrix<T>& hidden, const G& dy, lora_wanted wanted = {}) const;
     /// W + scaling·b·a, out × in: the plain layer that computes the same.
     [[nodiscard]] row_matrix<T> dense() const { return weight_.primal() + adapter.product(); }
 
@@ -86,8 +88,8 @@ private:
 
 namespace detail {
 
-inline void check_adapter(
-    std::string_view name, Eigen::Index in, Eigen::Index out, Eigen::Index a_rows, Eigen::Index a_cols, Eigen::Index b_rows, Eigen::Index b_cols)
+inline void check_adapter(std::string_view name, Eigen::Index in, Eigen::Index out, Eigen::Index a_rows,
+    Eigen::Index a_cols, Eigen::Index b_rows, Eigen::Index b_cols)
 {
     check_equal(name, "the number of columns of a (rank × in)", a_cols, in);
     check_equal(name, "the number of rows of b (out × rank)", b_rows, out);
@@ -106,11 +108,12 @@ primal_tangent<T> lora_hidden(const primal_tangent<T>& x, const primal_tangent<T
 
 /// y = x·wᵀ + bias + hidden·upᵀ with tangents.
 template <differentiable_scalar T>
-primal_tangent<T> lora_output(
-    const primal_tangent<T>& x, const primal_tangent<T>& w, const primal_tangent<T>& bias, const primal_tangent<T>& hidden, const primal_tangent<T>& up)
+primal_tangent<T> lora_output(const primal_tangent<T>& x, const primal_tangent<T>& w, const primal_tangent<T>& bias,
+    const primal_tangent<T>& hidden, const primal_tangent<T>& up)
 {
     const bool biased = bias.size() != 0, low_rank = hidden.active() || up.active();
-    auto y = primal_tangent<T>::uninitialized(x.rows(), w.rows(), low_rank || x.active() || w.active() || (biased && bias.active()));
+    auto y = primal_tangent<T>::uninitialized(
+        x.rows(), w.rows(), low_rank || x.active() || w.active() || (biased && bias.active()));
     product_into<true, false>(y, hidden, up);
     if (y.active() && !low_rank) { y.mutable_tangent().setZero(); }
     product_into<true, true>(y, x, w);
@@ -119,7 +122,8 @@ primal_tangent<T> lora_output(
 }
 
 template <differentiable_scalar T>
-void check_layer(std::string_view name, const primal_tangent<T>& x, const primal_tangent<T>& w, const primal_tangent<T>& bias)
+void check_layer(
+    std::string_view name, const primal_tangent<T>& x, const primal_tangent<T>& w, const primal_tangent<T>& bias)
 {
     check_equal(name, "the number of columns of x", x.cols(), w.cols());
     if (bias.size() != 0) {
@@ -129,8 +133,8 @@ void check_layer(std::string_view name, const primal_tangent<T>& x, const primal
 }
 
 template <differentiable_scalar T>
-primal_tangent<T> lora_linear(const primal_tangent<T>& x, const primal_tangent<T>& w, const primal_tangent<T>& bias, const primal_tangent<T>& a,
-    const primal_tangent<T>& b, const T& scaling)
+primal_tangent<T> lora_linear(const primal_tangent<T>& x, const primal_tangent<T>& w, const primal_tangent<T>& bias,
+    const primal_tangent<T>& a, const primal_tangent<T>& b, const T& scaling)
 {
     check_layer("lora_linear", x, w, bias);
     check_adapter("lora_linear", w.cols(), w.rows(), a.rows(), a.cols(), b.rows(), b.cols());
@@ -142,68 +146,73 @@ primal_tangent<T> lora_linear(const primal_tangent<T>& x, const primal_tangent<T
 } // namespace detail
 
 template <operand X, operand W, operand Bias, operand A, operand B>
-    requires matching_operands<X, W, Bias, A, B> operation_result<X, W, Bias, A, B> lora_linear(
-        const X& x, const W& w, const Bias& bias, const A& a, const B& b, const operand_scalar<X>& scaling)
-    {
-        return detail::finish<operation_result<X, W, Bias, A, B>>(detail::lora_linear(detail::as_primal_tangent(x), detail::as_primal_tangent(w),
-            detail::as_primal_tangent(bias), detail::as_primal_tangent(a), detail::as_primal_tangent(b), scaling));
-    }
+    requires matching_operands<X, W, Bias, A, B>
+operation_result<X, W, Bias, A, B> lora_linear(
+    const X& x, const W& w, const Bias& bias, const A& a, const B& b, const operand_scalar<X>& scaling)
+{
+    return detail::finish<operation_result<X, W, Bias, A, B>>(
+        detail::lora_linear(detail::as_primal_tangent(x), detail::as_primal_tangent(w), detail::as_primal_tangent(bias),
+            detail::as_primal_tangent(a), detail::as_primal_tangent(b), scaling));
+}
 
 template <differentiable_scalar T>
 template <operand W, operand Bias>
-    requires matching_operands<W, Bias> && std::same_as<operand_scalar<W>, T> lora_layer<T>::lora_layer(W&& weight, Bias&& bias, lora_factors<T> factors)
-        : adapter(std::move(factors))
-        , weight_(detail::keep(std::forward<W>(weight)))
-        , bias_(detail::keep(std::forward<Bias>(bias)))
-    {
-        detail::check_adapter("lora_layer", weight_.cols(), weight_.rows(), adapter.a.rows(), adapter.a.cols(), adapter.b.rows(), adapter.b.cols());
-    }
+    requires matching_operands<W, Bias> && std::same_as<operand_scalar<W>, T>
+lora_layer<T>::lora_layer(W&& weight, Bias&& bias, lora_factors<T> factors)
+    : adapter(std::move(factors))
+    , weight_(detail::keep(std::forward<W>(weight)))
+    , bias_(detail::keep(std::forward<Bias>(bias)))
+{
+    detail::check_adapter("lora_layer", weight_.cols(), weight_.rows(), adapter.a.rows(), adapter.a.cols(),
+        adapter.b.rows(), adapter.b.cols());
+}
 
-    template <differentiable_scalar T>
-    template <operand X>
-        requires std::same_as<operand_scalar<X>, T> operation_result<X> lora_layer<T>::forward(const X& x)
-    const
-    {
-        return detail::finish<operation_result<X>>(detail::lora_linear(
-            detail::as_primal_tangent(x), weight_, bias_, primal_tangent<T>::borrow(adapter.a), primal_tangent<T>::borrow(adapter.b), adapter.scaling));
-    }
+template <differentiable_scalar T>
+template <operand X>
+    requires std::same_as<operand_scalar<X>, T>
+operation_result<X> lora_layer<T>::forward(const X& x) const
+{
+    return detail::finish<operation_result<X>>(detail::lora_linear(detail::as_primal_tangent(x), weight_, bias_,
+        primal_tangent<T>::borrow(adapter.a), primal_tangent<T>::borrow(adapter.b), adapter.scaling));
+}
 
-    template <differentiable_scalar T>
-    template <class X>
-        requires detail::plain_matrix<X> && std::same_as<typename X::Scalar, T> row_matrix<T> lora_layer<T>::forward(const X& x, row_matrix<T>& hidden)
-    const
-    {
-        decltype(auto) input = detail::as_primal_tangent(x);
-        detail::check_layer("lora_layer", input, weight_, bias_);
-        hidden = detail::lora_hidden(input, primal_tangent<T>::borrow(adapter.a), adapter.scaling).take_primal();
-        return detail::lora_output(input, weight_, bias_, primal_tangent<T>::borrow(hidden), primal_tangent<T>::borrow(adapter.b)).take_primal();
-    }
+template <differentiable_scalar T>
+template <class X>
+    requires detail::plain_matrix<X> && std::same_as<typename X::Scalar, T>
+row_matrix<T> lora_layer<T>::forward(const X& x, row_matrix<T>& hidden) const
+{
+    decltype(auto) input = detail::as_primal_tangent(x);
+    detail::check_layer("lora_layer", input, weight_, bias_);
+    hidden = detail::lora_hidden(input, primal_tangent<T>::borrow(adapter.a), adapter.scaling).take_primal();
+    return detail::lora_output(
+        input, weight_, bias_, primal_tangent<T>::borrow(hidden), primal_tangent<T>::borrow(adapter.b))
+        .take_primal();
+}
 
-    template <differentiable_scalar T>
-    template <class X, class G>
-        requires detail::plain_matrix<X> && detail::plain_matrix<G> lora_gradient<T> lora_layer<T>::vjp(
-            const X& x, const row_matrix<T>& hidden, const G& dy, lora_wanted wanted)
-    const
-    {
-        decltype(auto) input = detail::as_primal_tangent(x);
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        detail::check_equal("lora_layer::vjp", "the number of columns of dy", cotangent.cols(), weight_.rows());
-        detail::check_equal("lora_layer::vjp", "the number of rows of dy", cotangent.rows(), input.rows());
-        detail::check_equal("lora_layer::vjp", "the number of rows of hidden", hidden.rows(), input.rows());
-        detail::check_equal("lora_layer::vjp", "the number of columns of hidden", hidden.cols(), adapter.rank());
-        lora_gradient<T> gradient;
-        if (wanted.x || wanted.a) {
-            row_matrix<T> through(cotangent.rows(), adapter.rank()); // d hidden, scaled
-            through.noalias() = cotangent.primal() * adapter.b;
-            if (adapter.scaling != T(1)) { through *= adapter.scaling; }
-            if (wanted.a) { gradient.a.noalias() = through.transpose() * input.primal(); }
-            if (wanted.x) {
-                gradient.x.noalias() = through * adapter.a;
-                gradient.x.noalias() += cotangent.primal() * weight_.primal();
-            }
+template <differentiable_scalar T>
+template <class X, class G>
+    requires detail::plain_matrix<X> && detail::plain_matrix<G>
+lora_gradient<T> lora_layer<T>::vjp(const X& x, const row_matrix<T>& hidden, const G& dy, lora_wanted wanted) const
+{
+    decltype(auto) input = detail::as_primal_tangent(x);
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    detail::check_equal("lora_layer::vjp", "the number of columns of dy", cotangent.cols(), weight_.rows());
+    detail::check_equal("lora_layer::vjp", "the number of rows of dy", cotangent.rows(), input.rows());
+    detail::check_equal("lora_layer::vjp", "the number of rows of hidden", hidden.rows(), input.rows());
+    detail::check_equal("lora_layer::vjp", "the number of columns of hidden", hidden.cols(), adapter.rank());
+    lora_gradient<T> gradient;
+    if (wanted.x || wanted.a) {
+        row_matrix<T> through(cotangent.rows(), adapter.rank()); // d hidden, scaled
+        through.noalias() = cotangent.primal() * adapter.b;
+        if (adapter.scaling != T(1)) { through *= adapter.scaling; }
+        if (wanted.a) { gradient.a.noalias() = through.transpose() * input.primal(); }
+        if (wanted.x) {
+            gradient.x.noalias() = through * adapter.a;
+            gradient.x.noalias() += cotangent.primal() * weight_.primal();
         }
-        if (wanted.b) { gradient.b.noalias() = cotangent.primal().transpose() * hidden; }
-        return gradient;
     }
+    if (wanted.b) { gradient.b.noalias() = cotangent.primal().transpose() * hidden; }
+    return gradient;
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

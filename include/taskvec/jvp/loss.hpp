@@ -14,7 +14,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// Class indices or token ids: a contiguous range of integers, one for each row.
 template <class Indices>
-concept index_range = std::ranges::contiguous_range<Indices> && std::ranges::sized_range<Indices> && std::integral<std::ranges::range_value_t<Indices>>;
+concept index_range = std::ranges::contiguous_range<Indices> && std::ranges::sized_range<Indices>
+    && std::integral<std::ranges::range_value_t<Indices>>;
 
 /// What an operation with a scalar result returns: a number for a matrix, a dual number for a primal_tangent.
 template <operand X>
@@ -28,14 +29,16 @@ template <operand X, index_range Labels>
 
 /// vjp of cross_entropy: factor·(softmax(logits) − onehot(labels)) / batch; batch × classes.
 template <operand X, index_range Labels>
-[[nodiscard]] row_matrix<operand_scalar<X>> cross_entropy_vjp(const X& logits, const Labels& labels, const operand_scalar<X>& factor = operand_scalar<X>(1));
+[[nodiscard]] row_matrix<operand_scalar<X>> cross_entropy_vjp(
+    const X& logits, const Labels& labels, const operand_scalar<X>& factor = operand_scalar<X>(1));
 
 /// The mean of all elements. An empty x is an invalid_argument.
 template <operand X>
 [[nodiscard]] scalar_result<X> mean(const X& x);
 /// vjp of mean: factor / size everywhere, in the shape of x.
 template <operand X>
-[[nodiscard]] row_matrix<operand_scalar<X>> mean_vjp(const X& x, const operand_scalar<X>& factor = operand_scalar<X>(1));
+[[nodiscard]] row_matrix<operand_scalar<X>> mean_vjp(
+    const X& x, const operand_scalar<X>& factor = operand_scalar<X>(1));
 
 /// The mean of each `group` consecutive rows: (n·group) × features to n × features, such as a pooling over tokens.
 /// Throws invalid_argument when group does not divide the rows.
@@ -53,11 +56,16 @@ template <differentiable_scalar T, class Labels>
 void check_labels(std::string_view name, const primal_tangent<T>& logits, const Labels& labels)
 {
     check_equal(name, "the number of labels", static_cast<Eigen::Index>(std::ranges::size(labels)), logits.rows());
-    if (logits.rows() == 0) { raise<invalid_argument>(message("operation '", name, "': the batch is empty; a mean over nothing does not exist")); }
+    if (logits.rows() == 0) {
+        raise<invalid_argument>(
+            message("operation '", name, "': the batch is empty; a mean over nothing does not exist"));
+    }
     Eigen::Index row = 0;
     for (const auto label : labels) {
-        if (!std::in_range<Eigen::Index>(label) || static_cast<Eigen::Index>(label) < 0 || static_cast<Eigen::Index>(label) >= logits.cols()) {
-            raise<invalid_argument>(message("operation '", name, "': label ", label, " of row ", row, " is outside [0, ", logits.cols(), ")"));
+        if (!std::in_range<Eigen::Index>(label) || static_cast<Eigen::Index>(label) < 0
+            || static_cast<Eigen::Index>(label) >= logits.cols()) {
+            raise<invalid_argument>(message(
+                "operation '", name, "': label ", label, " of row ", row, " is outside [0, ", logits.cols(), ")"));
         }
         ++row;
     }
@@ -102,7 +110,9 @@ scalar_result<X> finish_scalar(const dual<T>& value, [[maybe_unused]] std::strin
     else {
 #if TASKVEC_CHECK_TANGENTS
         using std::isnan;
-        if (isnan(value.tangent)) { raise<nonfinite_error>(message("operation '", name, "' made a NaN in its tangent; look at its inputs")); }
+        if (isnan(value.tangent)) {
+            raise<nonfinite_error>(message("operation '", name, "' made a NaN in its tangent; look at its inputs"));
+        }
 #endif
         return value;
     }
@@ -116,7 +126,8 @@ scalar_result<X> cross_entropy(const X& logits, const Labels& labels)
     using T = operand_scalar<X>;
     decltype(auto) x = detail::as_primal_tangent(logits);
     detail::check_labels("cross_entropy", x, labels);
-    return detail::finish_scalar<X>(detail::cross_entropy(x, labels, static_cast<row_matrix<T>*>(nullptr), T(1)), "cross_entropy");
+    return detail::finish_scalar<X>(
+        detail::cross_entropy(x, labels, static_cast<row_matrix<T>*>(nullptr), T(1)), "cross_entropy");
 }
 
 template <operand X, index_range Labels>
@@ -134,7 +145,9 @@ scalar_result<X> mean(const X& x)
 {
     using T = operand_scalar<X>;
     decltype(auto) values = detail::as_primal_tangent(x);
-    if (values.size() == 0) { raise<invalid_argument>("operation 'mean': the matrix is empty; a mean over nothing does not exist"); }
+    if (values.size() == 0) {
+        raise<invalid_argument>("operation 'mean': the matrix is empty; a mean over nothing does not exist");
+    }
     const T share = T(1) / T(static_cast<double>(values.size()));
     dual<T> result(values.primal().sum() * share, T(0));
     if (values.active()) { result.tangent = values.tangent().sum() * share; }
@@ -145,8 +158,11 @@ row_matrix<operand_scalar<X>> mean_vjp(const X& x, const operand_scalar<X>& fact
 {
     using T = operand_scalar<X>;
     decltype(auto) values = detail::as_primal_tangent(x);
-    if (values.size() == 0) { raise<invalid_argument>("operation 'mean_vjp': the matrix is empty; a mean over nothing does not exist"); }
-    return row_matrix<T>::Constant(values.rows(), values.cols(), factor * (T(1) / T(static_cast<double>(values.size()))));
+    if (values.size() == 0) {
+        raise<invalid_argument>("operation 'mean_vjp': the matrix is empty; a mean over nothing does not exist");
+    }
+    return row_matrix<T>::Constant(
+        values.rows(), values.cols(), factor * (T(1) / T(static_cast<double>(values.size()))));
 }
 
 template <operand X>
@@ -155,29 +171,37 @@ operation_result<X> mean_rows(const X& x, Eigen::Index group)
     using T = operand_scalar<X>;
     decltype(auto) values = detail::as_primal_tangent(x);
     if (group < 1 || values.rows() % group != 0) {
-        raise<invalid_argument>(message("operation 'mean_rows': groups of ", group, " rows do not divide ", values.rows(), " rows"));
+        raise<invalid_argument>(
+            message("operation 'mean_rows': groups of ", group, " rows do not divide ", values.rows(), " rows"));
     }
     const Eigen::Index groups = values.rows() / group;
     const T share = T(1) / T(static_cast<double>(group));
     auto y = primal_tangent<T>::uninitialized(groups, values.cols(), values.active());
     for (Eigen::Index i = 0; i < groups; ++i) {
         y.mutable_primal().row(i) = values.primal().middleRows(i * group, group).colwise().sum() * share;
-        if (values.active()) { y.mutable_tangent().row(i) = values.tangent().middleRows(i * group, group).colwise().sum() * share; }
+        if (values.active()) {
+            y.mutable_tangent().row(i) = values.tangent().middleRows(i * group, group).colwise().sum() * share;
+        }
     }
     detail::check_tangent(y, "mean_rows");
     return detail::finish<operation_result<X>>(std::move(y));
 }
 
 template <class G>
-    requires matching_operands<G> row_matrix<operand_scalar<G>> mean_rows_vjp(const G& dy, Eigen::Index group)
-    {
-        using T = operand_scalar<G>;
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        if (group < 1) { raise<invalid_argument>(message("operation 'mean_rows_vjp': the group must be at least 1, got ", group)); }
-        row_matrix<T> dx(cotangent.rows() * group, cotangent.cols());
-        const T share = T(1) / T(static_cast<double>(group));
-        for (Eigen::Index i = 0; i < cotangent.rows(); ++i) { dx.middleRows(i * group, group).rowwise() = cotangent.primal().row(i) * share; }
-        return dx;
+    requires matching_operands<G>
+row_matrix<operand_scalar<G>> mean_rows_vjp(const G& dy, Eigen::Index group)
+{
+    using T = operand_scalar<G>;
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    if (group < 1) {
+        raise<invalid_argument>(message("operation 'mean_rows_vjp': the group must be at least 1, got ", group));
     }
+    row_matrix<T> dx(cotangent.rows() * group, cotangent.cols());
+    const T share = T(1) / T(static_cast<double>(group));
+    for (Eigen::Index i = 0; i < cotangent.rows(); ++i) {
+        dx.middleRows(i * group, group).rowwise() = cotangent.primal().row(i) * share;
+    }
+    return dx;
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

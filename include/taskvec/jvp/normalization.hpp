@@ -22,14 +22,15 @@ struct normalization_options {
     double epsilon = 1e-5; ///< added to the variance (layer_norm) or the mean square (rms_norm)
 };
 
-/// Layer normalisation (Ba, Kiros, Hinton 2016): y = (x − mean) / √(variance + epsilon) ⊙ gamma + beta, rows apart, with the
-/// biased variance, as PyTorch has it. x is batch × features; gamma and beta are 1 × features, or empty for ones and zeros.
-/// Mean and variance are computed in two passes over the row in T. Throws shape_mismatch.
+/// Layer normalisation (Ba, Kiros, Hinton 2016): y = (x − mean) / √(variance + epsilon) ⊙ gamma + beta, rows apart,
+/// with the biased variance, as PyTorch has it. x is batch × features; gamma and beta are 1 × features, or empty for
+/// ones and zeros. Mean and variance are computed in two passes over the row in T. Throws shape_mismatch.
 ///
 ///     auto h = layer_norm(x, p["norm1.weight"], p["norm1.bias"]);
 template <operand X, operand Gamma, operand Beta>
     requires matching_operands<X, Gamma, Beta>
-[[nodiscard]] operation_result<X, Gamma, Beta> layer_norm(const X& x, const Gamma& gamma, const Beta& beta, normalization_options options = {});
+[[nodiscard]] operation_result<X, Gamma, Beta> layer_norm(
+    const X& x, const Gamma& gamma, const Beta& beta, normalization_options options = {});
 
 template <class T>
 struct normalization_gradient {
@@ -40,7 +41,8 @@ struct normalization_gradient {
 /// vjp of layer_norm: x and dy are batch × features, gamma is 1 × features or empty.
 template <class X, class Gamma, class G>
     requires matching_operands<X, Gamma, G>
-[[nodiscard]] normalization_gradient<operand_scalar<X>> layer_norm_vjp(const X& x, const Gamma& gamma, const G& dy, normalization_options options = {});
+[[nodiscard]] normalization_gradient<operand_scalar<X>> layer_norm_vjp(
+    const X& x, const Gamma& gamma, const G& dy, normalization_options options = {});
 
 /// Root-mean-square normalisation (Zhang, Sennrich 2019): y = x / √(mean(x²) + epsilon) ⊙ gamma, rows apart; x is
 /// batch × features; gamma is 1 × features, or empty for ones. Throws shape_mismatch.
@@ -51,7 +53,8 @@ template <operand X, operand Gamma>
 /// vjp of rms_norm: x and dy are batch × features, gamma is 1 × features or empty.
 template <class X, class Gamma, class G>
     requires matching_operands<X, Gamma, G>
-[[nodiscard]] normalization_gradient<operand_scalar<X>> rms_norm_vjp(const X& x, const Gamma& gamma, const G& dy, normalization_options options = {});
+[[nodiscard]] normalization_gradient<operand_scalar<X>> rms_norm_vjp(
+    const X& x, const Gamma& gamma, const G& dy, normalization_options options = {});
 
 namespace detail {
 
@@ -86,14 +89,16 @@ primal_tangent<T> softmax(const primal_tangent<T>& x)
     auto y = primal_tangent<T>::uninitialized(x.rows(), x.cols(), x.active());
     const auto cols = x.cols();
     for (Eigen::Index row = 0; row < x.rows(); ++row) {
-        softmax_row(x.primal().data() + row * cols, x.active() ? x.tangent().data() + row * cols : nullptr, y.mutable_primal().data() + row * cols,
-            x.active() ? y.mutable_tangent().data() + row * cols : nullptr, cols);
+        softmax_row(x.primal().data() + row * cols, x.active() ? x.tangent().data() + row * cols : nullptr,
+            y.mutable_primal().data() + row * cols, x.active() ? y.mutable_tangent().data() + row * cols : nullptr,
+            cols);
     }
     check_tangent(y, "softmax");
     return y;
 }
 
-/// x minus its mean (Centered, layer_norm) or x (rms_norm), over its root mean square; returns 1 / √(mean square + epsilon).
+/// x minus its mean (Centered, layer_norm) or x (rms_norm), over its root mean square; returns 1 / √(mean square +
+/// epsilon).
 template <bool Centered, differentiable_scalar T>
 T normalize_row(const T* x, T* normalized, Eigen::Index count, const T& epsilon)
 {
@@ -130,12 +135,14 @@ void check_row(std::string_view name, std::string_view what, const primal_tangen
 {
     if (row.size() == 0) { return; }
     if (row.rows() != 1 || row.cols() != features) {
-        raise<shape_mismatch>(message("operation '", name, "': ", what, " is [", row.rows(), ", ", row.cols(), "], expected [1, ", features, "]"));
+        raise<shape_mismatch>(message("operation '", name, "': ", what, " is [", row.rows(), ", ", row.cols(),
+            "], expected [1, ", features, "]"));
     }
 }
 
 template <bool Centered, differentiable_scalar T>
-primal_tangent<T> normalize(const primal_tangent<T>& x, const primal_tangent<T>& gamma, const primal_tangent<T>& beta, double epsilon, std::string_view name)
+primal_tangent<T> normalize(const primal_tangent<T>& x, const primal_tangent<T>& gamma, const primal_tangent<T>& beta,
+    double epsilon, std::string_view name)
 {
     check_row(name, "gamma", gamma, x.cols());
     check_row(name, "beta", beta, x.cols());
@@ -145,7 +152,8 @@ primal_tangent<T> normalize(const primal_tangent<T>& x, const primal_tangent<T>&
     auto y = primal_tangent<T>::uninitialized(x.rows(), x.cols(), x.active() || gamma_active || beta_active);
     const auto cols = x.cols();
     row_array<T> normalized(cols);
-    const const_row_array_map<T> scale_row(gamma.primal().data(), scaled ? cols : 0), shift_row(beta.primal().data(), shifted ? cols : 0);
+    const const_row_array_map<T> scale_row(gamma.primal().data(), scaled ? cols : 0),
+        shift_row(beta.primal().data(), shifted ? cols : 0);
     for (Eigen::Index row = 0; row < x.rows(); ++row) {
         const T inverse = normalize_row<Centered>(x.primal().data() + row * cols, normalized.data(), cols, T(epsilon));
         row_array_map<T> out(y.mutable_primal().data() + row * cols, cols);
@@ -162,7 +170,8 @@ primal_tangent<T> normalize(const primal_tangent<T>& x, const primal_tangent<T>&
         if (!y.active()) { continue; }
         row_array_map<T> tangent(y.mutable_tangent().data() + row * cols, cols);
         if (x.active()) {
-            normalize_row_derivative<Centered>(tangent, normalized, const_row_array_map<T>(x.tangent().data() + row * cols, cols), inverse);
+            normalize_row_derivative<Centered>(
+                tangent, normalized, const_row_array_map<T>(x.tangent().data() + row * cols, cols), inverse);
             if (scaled) { tangent *= scale_row; }
             if (gamma_active) { tangent += normalized * gamma.tangent().array().row(0); }
         }
@@ -179,8 +188,8 @@ primal_tangent<T> normalize(const primal_tangent<T>& x, const primal_tangent<T>&
 }
 
 template <bool Centered, differentiable_scalar T>
-normalization_gradient<T> normalize_vjp(
-    const primal_tangent<T>& x, const primal_tangent<T>& gamma, const primal_tangent<T>& dy, double epsilon, std::string_view name)
+normalization_gradient<T> normalize_vjp(const primal_tangent<T>& x, const primal_tangent<T>& gamma,
+    const primal_tangent<T>& dy, double epsilon, std::string_view name)
 {
     check_row(name, "gamma", gamma, x.cols());
     check_same_shape(name, x, dy);
@@ -197,7 +206,8 @@ normalization_gradient<T> normalize_vjp(
         gradient.gamma.array().row(0) += direction * normalized;
         if (Centered) { gradient.beta.array().row(0) += direction; }
         if (scaled) { direction *= gamma.primal().array().row(0); }
-        normalize_row_derivative<Centered>(row_array_map<T>(gradient.x.data() + row * cols, cols), normalized, direction, inverse);
+        normalize_row_derivative<Centered>(
+            row_array_map<T>(gradient.x.data() + row * cols, cols), normalized, direction, inverse);
     }
     return gradient;
 }
@@ -211,49 +221,54 @@ operation_result<X> softmax(const X& x)
 }
 
 template <class Y, class G>
-    requires matching_operands<Y, G> row_matrix<operand_scalar<Y>> softmax_vjp(const Y& y, const G& dy)
-    {
-        decltype(auto) result = detail::as_primal_tangent(y);
-        decltype(auto) cotangent = detail::as_primal_tangent(dy);
-        detail::check_same_shape("softmax_vjp", result, cotangent);
-        row_matrix<operand_scalar<Y>> dx(result.rows(), result.cols());
-        for (Eigen::Index row = 0; row < dx.rows(); ++row) {
-            const auto weights = result.primal().row(row).array(), direction = cotangent.primal().row(row).array();
-            const operand_scalar<Y> average = (weights * direction).sum();
-            dx.row(row) = (weights * (direction - average)).matrix();
-        }
-        return dx;
+    requires matching_operands<Y, G>
+row_matrix<operand_scalar<Y>> softmax_vjp(const Y& y, const G& dy)
+{
+    decltype(auto) result = detail::as_primal_tangent(y);
+    decltype(auto) cotangent = detail::as_primal_tangent(dy);
+    detail::check_same_shape("softmax_vjp", result, cotangent);
+    row_matrix<operand_scalar<Y>> dx(result.rows(), result.cols());
+    for (Eigen::Index row = 0; row < dx.rows(); ++row) {
+        const auto weights = result.primal().row(row).array(), direction = cotangent.primal().row(row).array();
+        const operand_scalar<Y> average = (weights * direction).sum();
+        dx.row(row) = (weights * (direction - average)).matrix();
     }
+    return dx;
+}
 
 template <operand X, operand Gamma, operand Beta>
-    requires matching_operands<X, Gamma, Beta> operation_result<X, Gamma, Beta> layer_norm(
-        const X& x, const Gamma& gamma, const Beta& beta, normalization_options options)
-    {
-        return detail::finish<operation_result<X, Gamma, Beta>>(detail::normalize<true>(
-            detail::as_primal_tangent(x), detail::as_primal_tangent(gamma), detail::as_primal_tangent(beta), options.epsilon, "layer_norm"));
-    }
+    requires matching_operands<X, Gamma, Beta>
+operation_result<X, Gamma, Beta> layer_norm(
+    const X& x, const Gamma& gamma, const Beta& beta, normalization_options options)
+{
+    return detail::finish<operation_result<X, Gamma, Beta>>(detail::normalize<true>(detail::as_primal_tangent(x),
+        detail::as_primal_tangent(gamma), detail::as_primal_tangent(beta), options.epsilon, "layer_norm"));
+}
 
 template <class X, class Gamma, class G>
-    requires matching_operands<X, Gamma, G> normalization_gradient<operand_scalar<X>> layer_norm_vjp(
-        const X& x, const Gamma& gamma, const G& dy, normalization_options options)
-    {
-        return detail::normalize_vjp<true>(
-            detail::as_primal_tangent(x), detail::as_primal_tangent(gamma), detail::as_primal_tangent(dy), options.epsilon, "layer_norm_vjp");
-    }
+    requires matching_operands<X, Gamma, G>
+normalization_gradient<operand_scalar<X>> layer_norm_vjp(
+    const X& x, const Gamma& gamma, const G& dy, normalization_options options)
+{
+    return detail::normalize_vjp<true>(detail::as_primal_tangent(x), detail::as_primal_tangent(gamma),
+        detail::as_primal_tangent(dy), options.epsilon, "layer_norm_vjp");
+}
 
 template <operand X, operand Gamma>
-    requires matching_operands<X, Gamma> operation_result<X, Gamma> rms_norm(const X& x, const Gamma& gamma, normalization_options options)
-    {
-        return detail::finish<operation_result<X, Gamma>>(detail::normalize<false>(
-            detail::as_primal_tangent(x), detail::as_primal_tangent(gamma), primal_tangent<operand_scalar<X>>(), options.epsilon, "rms_norm"));
-    }
+    requires matching_operands<X, Gamma>
+operation_result<X, Gamma> rms_norm(const X& x, const Gamma& gamma, normalization_options options)
+{
+    return detail::finish<operation_result<X, Gamma>>(detail::normalize<false>(detail::as_primal_tangent(x),
+        detail::as_primal_tangent(gamma), primal_tangent<operand_scalar<X>>(), options.epsilon, "rms_norm"));
+}
 
 template <class X, class Gamma, class G>
-    requires matching_operands<X, Gamma, G> normalization_gradient<operand_scalar<X>> rms_norm_vjp(
-        const X& x, const Gamma& gamma, const G& dy, normalization_options options)
-    {
-        return detail::normalize_vjp<false>(
-            detail::as_primal_tangent(x), detail::as_primal_tangent(gamma), detail::as_primal_tangent(dy), options.epsilon, "rms_norm_vjp");
-    }
+    requires matching_operands<X, Gamma, G>
+normalization_gradient<operand_scalar<X>> rms_norm_vjp(
+    const X& x, const Gamma& gamma, const G& dy, normalization_options options)
+{
+    return detail::normalize_vjp<false>(detail::as_primal_tangent(x), detail::as_primal_tangent(gamma),
+        detail::as_primal_tangent(dy), options.epsilon, "rms_norm_vjp");
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -35,7 +35,9 @@ public:
     Value& insert(std::string name, Value value)
     {
         const auto place = lower_bound(entries_, name);
-        if (place != entries_.end() && place->name == name) { raise<invalid_argument>(message("parameter '", name, "' occurs twice")); }
+        if (place != entries_.end() && place->name == name) {
+            raise<invalid_argument>(message("parameter '", name, "' occurs twice"));
+        }
         return entries_.insert(place, entry{std::move(name), std::move(value)})->value;
     }
     /// The value of that name, or nullptr.
@@ -49,7 +51,10 @@ public:
     [[nodiscard]] const Value& operator[](std::string_view name) const
     {
         const Value* value = find(name);
-        if (!value) { raise<invalid_argument>(message("there is no parameter '", name, "' among the ", entries_.size(), " given")); }
+        if (!value) {
+            raise<invalid_argument>(
+                message("there is no parameter '", name, "' among the ", entries_.size(), " given"));
+        }
         return *value;
     }
     [[nodiscard]] Value& operator[](std::string_view name) { return const_cast<Value&>(std::as_const(*this)[name]); }
@@ -73,7 +78,8 @@ private:
     template <class Entries>
     static auto lower_bound(Entries& entries, std::string_view name)
     {
-        return std::lower_bound(entries.begin(), entries.end(), name, [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
+        return std::lower_bound(entries.begin(), entries.end(), name,
+            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
     }
     std::vector<entry> entries_;
 };
@@ -93,14 +99,18 @@ template <arithmetic_element T>
 [[nodiscard]] model_ref as_model(parameters<T>& values)
 {
     model_ref model;
-    for (auto& [name, value] : values) { model.insert(name, {.data = value.data(), .dtype = dtype_of<T>, .shape = {value.rows(), value.cols()}}); }
+    for (auto& [name, value] : values) {
+        model.insert(name, {.data = value.data(), .dtype = dtype_of<T>, .shape = {value.rows(), value.cols()}});
+    }
     return model;
 }
 template <arithmetic_element T>
 [[nodiscard]] const_model_ref as_model(const parameters<T>& values)
 {
     const_model_ref model;
-    for (const auto& [name, value] : values) { model.insert(name, {.data = value.data(), .dtype = dtype_of<T>, .shape = {value.rows(), value.cols()}}); }
+    for (const auto& [name, value] : values) {
+        model.insert(name, {.data = value.data(), .dtype = dtype_of<T>, .shape = {value.rows(), value.cols()}});
+    }
     return model;
 }
 

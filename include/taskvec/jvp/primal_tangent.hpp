@@ -89,10 +89,17 @@ public:
     ~primal_tangent() = default;
 
     /// A constant that lives in the caller's memory.
-    [[nodiscard]] static primal_tangent borrow(const row_matrix<T>& primal) { return {primal.data(), nullptr, primal.rows(), primal.cols()}; }
-    [[nodiscard]] static primal_tangent borrow(const row_matrix_map<T>& primal) { return {primal.data(), nullptr, primal.rows(), primal.cols()}; }
+    [[nodiscard]] static primal_tangent borrow(const row_matrix<T>& primal)
+    {
+        return {primal.data(), nullptr, primal.rows(), primal.cols()};
+    }
+    [[nodiscard]] static primal_tangent borrow(const row_matrix_map<T>& primal)
+    {
+        return {primal.data(), nullptr, primal.rows(), primal.cols()};
+    }
     /// A value and its tangent in the caller's memory; unequal shapes are a shape_mismatch that names `what`.
-    [[nodiscard]] static primal_tangent borrow(const row_matrix<T>& primal, const row_matrix<T>& tangent, std::string_view what = "primal_tangent")
+    [[nodiscard]] static primal_tangent borrow(
+        const row_matrix<T>& primal, const row_matrix<T>& tangent, std::string_view what = "primal_tangent")
     {
         check_shapes(primal.rows(), primal.cols(), tangent.rows(), tangent.cols(), what);
         return {primal.data(), tangent.data(), primal.rows(), primal.cols()};
@@ -131,7 +138,10 @@ public:
 
     /// Writable views of a result that owns its memory.
     [[nodiscard]] Eigen::Map<row_matrix<T>> mutable_primal() { return {storage_.data(), rows_, cols_}; }
-    [[nodiscard]] Eigen::Map<row_matrix<T>> mutable_tangent() { return {storage_.data() + rows_ * cols_, rows_, cols_}; }
+    [[nodiscard]] Eigen::Map<row_matrix<T>> mutable_tangent()
+    {
+        return {storage_.data() + rows_ * cols_, rows_, cols_};
+    }
     [[nodiscard]] Eigen::Map<row_matrix<T>> mutable_stack() { return {storage_.data(), storage_.rows(), cols_}; }
     /// The values alone, without a copy where the object owns them and has no tangent.
     [[nodiscard]] row_matrix<T> take_primal() &&
@@ -147,11 +157,12 @@ private:
         , rows_(rows)
         , cols_(cols)
     { }
-    static void check_shapes(Eigen::Index rows, Eigen::Index cols, Eigen::Index tangent_rows, Eigen::Index tangent_cols, std::string_view what)
+    static void check_shapes(Eigen::Index rows, Eigen::Index cols, Eigen::Index tangent_rows, Eigen::Index tangent_cols,
+        std::string_view what)
     {
         if (rows != tangent_rows || cols != tangent_cols) {
-            raise<shape_mismatch>(message("'", what, "': the primal is [", rows, ", ", cols, "] and its tangent [", tangent_rows, ", ", tangent_cols,
-                "]; they must have the same shape"));
+            raise<shape_mismatch>(message("'", what, "': the primal is [", rows, ", ", cols, "] and its tangent [",
+                tangent_rows, ", ", tangent_cols, "]; they must have the same shape"));
         }
     }
 
@@ -170,8 +181,8 @@ template <differentiable_scalar T>
 inline constexpr bool is_primal_tangent<primal_tangent<T>> = true;
 
 template <class X>
-concept plain_matrix =
-    std::is_base_of_v<Eigen::MatrixBase<std::remove_cvref_t<X>>, std::remove_cvref_t<X>> && differentiable_scalar<typename std::remove_cvref_t<X>::Scalar>;
+concept plain_matrix = std::is_base_of_v<Eigen::MatrixBase<std::remove_cvref_t<X>>, std::remove_cvref_t<X>>
+    && differentiable_scalar<typename std::remove_cvref_t<X>::Scalar>;
 
 template <class X>
 struct operand_scalar_of {
@@ -195,12 +206,13 @@ using operand_scalar = typename detail::operand_scalar_of<std::remove_cvref_t<X>
 /// What an operation on these operands returns: a row_matrix when all are plain matrices, otherwise a primal_tangent.
 /// A network written once (as a generic function) therefore runs forward on matrices, and jvp on primal_tangents.
 template <operand First, operand... Rest>
-using operation_result = std::conditional_t<(detail::plain_matrix<First> && ... && detail::plain_matrix<Rest>), row_matrix<operand_scalar<First>>,
-    primal_tangent<operand_scalar<First>>>;
+using operation_result = std::conditional_t<(detail::plain_matrix<First> && ... && detail::plain_matrix<Rest>),
+    row_matrix<operand_scalar<First>>, primal_tangent<operand_scalar<First>>>;
 
 /// Operands that can meet in one operation: the same scalar.
 template <class First, class... Rest>
-concept matching_operands = operand<First> &&(operand<Rest>&&...) && (std::same_as<operand_scalar<First>, operand_scalar<Rest>> && ...);
+concept matching_operands =
+    operand<First> && (operand<Rest> && ...) && (std::same_as<operand_scalar<First>, operand_scalar<Rest>> && ...);
 
 namespace detail {
 
@@ -216,7 +228,9 @@ primal_tangent<typename Derived::Scalar> as_primal_tangent(const Eigen::MatrixBa
     using T = typename Derived::Scalar;
     if constexpr (Derived::IsVectorAtCompileTime) {
         if constexpr ((Derived::Flags & Eigen::DirectAccessBit) != 0) {
-            if (x.derived().innerStride() == 1) { return primal_tangent<T>::borrow(row_matrix_map<T>(x.derived().data(), 1, x.size())); }
+            if (x.derived().innerStride() == 1) {
+                return primal_tangent<T>::borrow(row_matrix_map<T>(x.derived().data(), 1, x.size()));
+            }
         }
         row_matrix<T> copy(1, x.size());
         for (Eigen::Index i = 0; i < x.size(); ++i) { copy(0, i) = x.derived().coeff(i); }
@@ -238,10 +252,11 @@ template <operand X>
 primal_tangent<operand_scalar<X>> keep(X&& x)
 {
     using T = operand_scalar<X>;
-    if constexpr (
-        !std::is_lvalue_reference_v<
-            X> && !is_primal_tangent<std::remove_cvref_t<X>> && std::is_base_of_v<Eigen::PlainObjectBase<std::remove_cvref_t<X>>, std::remove_cvref_t<X>>) {
-        if constexpr (std::same_as<std::remove_cvref_t<X>, row_matrix<T>>) { return primal_tangent<T>(std::forward<X>(x)); }
+    if constexpr (!std::is_lvalue_reference_v<X> && !is_primal_tangent<std::remove_cvref_t<X>>
+        && std::is_base_of_v<Eigen::PlainObjectBase<std::remove_cvref_t<X>>, std::remove_cvref_t<X>>) {
+        if constexpr (std::same_as<std::remove_cvref_t<X>, row_matrix<T>>) {
+            return primal_tangent<T>(std::forward<X>(x));
+        }
         else {
             return primal_tangent<T>(row_matrix<T>(as_primal_tangent(x).primal()));
         }
@@ -272,8 +287,10 @@ void check_tangent([[maybe_unused]] const primal_tangent<T>& result, [[maybe_unu
     for (Eigen::Index row = 0; row < tangent.rows(); ++row) {
         for (Eigen::Index col = 0; col < tangent.cols(); ++col) {
             if (isnan(tangent(row, col))) {
-                raise<nonfinite_error>(message("operation '", operation, "' made a NaN in its tangent at row ", row, ", column ", col, " of [", tangent.rows(),
-                    ", ", tangent.cols(), "]; look at its inputs there (an infinite primal or tangent, or a derivative that does not exist)"));
+                raise<nonfinite_error>(message("operation '", operation, "' made a NaN in its tangent at row ", row,
+                    ", column ", col, " of [", tangent.rows(), ", ", tangent.cols(),
+                    "]; look at its inputs there (an infinite primal or tangent, or a derivative that does not "
+                    "exist)"));
             }
         }
     }
@@ -282,15 +299,17 @@ void check_tangent([[maybe_unused]] const primal_tangent<T>& result, [[maybe_unu
 
 inline void check_equal(std::string_view operation, std::string_view what, Eigen::Index found, Eigen::Index expected)
 {
-    if (found != expected) { raise<shape_mismatch>(message("operation '", operation, "': ", what, " is ", found, ", expected ", expected)); }
+    if (found != expected) {
+        raise<shape_mismatch>(message("operation '", operation, "': ", what, " is ", found, ", expected ", expected));
+    }
 }
 
 template <class X, class Y>
 void check_same_shape(std::string_view operation, const X& x, const Y& y)
 {
     if (x.rows() != y.rows() || x.cols() != y.cols()) {
-        raise<shape_mismatch>(message("operation '", operation, "': the operands are [", x.rows(), ", ", x.cols(), "] and [", y.rows(), ", ", y.cols(),
-            "]; they must have the same shape"));
+        raise<shape_mismatch>(message("operation '", operation, "': the operands are [", x.rows(), ", ", x.cols(),
+            "] and [", y.rows(), ", ", y.cols(), "]; they must have the same shape"));
     }
 }
 

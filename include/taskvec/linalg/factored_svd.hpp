@@ -45,7 +45,8 @@ public:
         , n_(p.b.rows())
     {
         if (p.a.cols() != p.b.cols()) {
-            raise<shape_mismatch>(message("'", what_, "': A is ", m_, "×", p.a.cols(), " and B is ", n_, "×", p.b.cols(), "; the inner ranks differ"));
+            raise<shape_mismatch>(message("'", what_, "': A is ", m_, "×", p.a.cols(), " and B is ", n_, "×",
+                p.b.cols(), "; the inner ranks differ"));
         }
         if (!std::isfinite(p.weight)) { raise<nonfinite_error>(message("'", what_, "': its weight is not finite")); }
         check_rank(choice, std::min({m_, n_, p.a.cols()}), what_);
@@ -73,7 +74,8 @@ public:
     template <class SmallSvd>
     [[nodiscard]] result_type finish(const P& policy, SmallSvd&& core, const rank_choice& choice) const
     {
-        if (!std::all_of(core.sigma.begin(), core.sigma.end(), [](double x) { return std::isfinite(x); })) { // not found before, on a device
+        if (!std::all_of(core.sigma.begin(), core.sigma.end(),
+                [](double x) { return std::isfinite(x); })) { // not found before, on a device
             refuse_nonfinite(policy, a_, what_);
             refuse_nonfinite(policy, b_, what_);
             raise<nonfinite_error>(message("'", what_, "': its singular values overflow; scale it down first"));
@@ -103,7 +105,8 @@ private:
 
 /// sink(i, result of pairs[i]) for each i, in any order and, on the CPU, from many threads; choice(i) is its rank.
 template <storage_element T, class Choice, class Sink>
-void for_each_factored_svd(const cpu& policy, std::span<const factor_pair<T>> pairs, const Choice& choice, const Sink& sink)
+void for_each_factored_svd(
+    const cpu& policy, std::span<const factor_pair<T>> pairs, const Choice& choice, const Sink& sink)
 {
     progress_meter meter(policy, "svd", pairs.size());
     const cpu inside = sequential(policy);
@@ -118,7 +121,8 @@ void for_each_factored_svd(const cpu& policy, std::span<const factor_pair<T>> pa
 /// On a device: batches of layers, whose cores are decomposed together by small_svds().
 template <storage_element T, linear_algebra_policy P, class Choice, class Sink>
     requires(P::space == memory_space::device)
-void for_each_factored_svd(const P& policy, std::span<const factor_pair<T, P::space>> pairs, const Choice& choice, const Sink& sink)
+void for_each_factored_svd(
+    const P& policy, std::span<const factor_pair<T, P::space>> pairs, const Choice& choice, const Sink& sink)
 {
     constexpr std::size_t batch = 64; // layers whose orthonormal factors are held at a time
     for (std::size_t first = 0; first < pairs.size(); first += batch) {
@@ -130,7 +134,9 @@ void for_each_factored_svd(const P& policy, std::span<const factor_pair<T, P::sp
         for (const auto& core : cores) { products.push_back(core.product()); }
         auto decomposed = small_svds(policy, products);
         for (std::size_t i = 0; i < count; ++i) {
-            sink(first + i, cores[i].empty() ? cores[i].nothing(policy) : cores[i].finish(policy, std::move(decomposed[i]), choice(first + i)));
+            sink(first + i,
+                cores[i].empty() ? cores[i].nothing(policy)
+                                 : cores[i].finish(policy, std::move(decomposed[i]), choice(first + i)));
         }
     }
 }
@@ -138,16 +144,18 @@ void for_each_factored_svd(const P& policy, std::span<const factor_pair<T, P::sp
 } // namespace detail
 
 /// The leading singular triples of P = A·Bᵀ, exactly: A = Qa·Ra, B = Qb·Rb, and the SVD of the small core Ra·Rbᵀ.
-/// A is m×r, B is n×r, in either order and of the storage types f64, f32, bf16, f16 (16-bit factors are computed in f32).
-/// σ is right to e = 2e-7·‖A‖·‖B‖ for f32 (1e-14 for f64; Frobenius norms); u and v are orthonormal to rounding and their spaces
-/// right to an angle of 4·e divided by the gap σq − σq+1 (Wedin 1972); squared_error is the tail of σ² (Eckart and Young 1936). The product (m×n) is never formed.
-/// Throws shape_mismatch where the inner ranks differ, invalid_argument for a rank of 0 or above min(m, n, r), nonfinite_error.
-/// Cost: (m + n)·r² + O(r³) flops, scratch O(r²).
+/// A is m×r, B is n×r, in either order and of the storage types f64, f32, bf16, f16 (16-bit factors are computed in
+/// f32). σ is right to e = 2e-7·‖A‖·‖B‖ for f32 (1e-14 for f64; Frobenius norms); u and v are orthonormal to rounding
+/// and their spaces right to an angle of 4·e divided by the gap σq − σq+1 (Wedin 1972); squared_error is the tail of σ²
+/// (Eckart and Young 1936). The product (m×n) is never formed. Throws shape_mismatch where the inner ranks differ,
+/// invalid_argument for a rank of 0 or above min(m, n, r), nonfinite_error. Cost: (m + n)·r² + O(r³) flops, scratch
+/// O(r²).
 ///
 ///     auto best = factored_svd(cpu{}, a, b, {.rank = 16});
 ///     double lost = best.relative_error();
 template <storage_element T, linear_algebra_policy P>
-[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd(const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice)
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd(
+    const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice)
 {
     return with_context(policy, [&](const P& ready) {
         const detail::factored_core<T, P> core(ready, p, choice);
@@ -156,33 +164,39 @@ template <storage_element T, linear_algebra_policy P>
 }
 
 template <storage_element T, linear_algebra_policy P>
-[[nodiscard]] auto factored_svd(
-    const P& policy, matrix_view<const T, P::space> a, std::type_identity_t<matrix_view<const T, P::space>> b, const rank_choice& choice)
+[[nodiscard]] auto factored_svd(const P& policy, matrix_view<const T, P::space> a,
+    std::type_identity_t<matrix_view<const T, P::space>> b, const rank_choice& choice)
 {
     return factored_svd<T>(policy, factor_pair<T, P::space>{.a = a, .b = b}, choice);
 }
 
-/// Many layers at once: layer i of the result belongs to pairs[i]. On the CPU layers run in parallel, one thread inside each, and
-/// the result does not depend on the number of threads; on a device the cores of equal shape are decomposed together.
+/// Many layers at once: layer i of the result belongs to pairs[i]. On the CPU layers run in parallel, one thread inside
+/// each, and the result does not depend on the number of threads; on a device the cores of equal shape are decomposed
+/// together.
 template <storage_element T, linear_algebra_policy P>
-[[nodiscard]] auto factored_svd(const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice)
+[[nodiscard]] auto factored_svd(
+    const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice)
 {
     std::vector<factored_svd_result<arithmetic_type<T>, P::space>> results(pairs.size());
     with_context(policy, [&](const P& ready) {
         detail::for_each_factored_svd<T>(
-            ready, pairs, [&](std::size_t) { return choice; }, [&](std::size_t i, auto&& result) { results[i] = std::move(result); });
+            ready, pairs, [&](std::size_t) { return choice; },
+            [&](std::size_t i, auto&& result) { results[i] = std::move(result); });
     });
     return results;
 }
 
-/// Σ weightᵢ·Aᵢ·Bᵢᵀ as one pair of factors: the Aᵢ side by side, each times its weight, and the Bᵢ side by side. Exact but for
-/// the rounding of weightᵢ·Aᵢ.
+/// Σ weightᵢ·Aᵢ·Bᵢᵀ as one pair of factors: the Aᵢ side by side, each times its weight, and the Bᵢ side by side. Exact
+/// but for the rounding of weightᵢ·Aᵢ.
 template <arithmetic_element T, memory_space S = memory_space::host>
 struct stacked_factors {
     matrix<T, S> a; ///< m×R, R the sum of the ranks
     matrix<T, S> b; ///< n×R
 
-    [[nodiscard]] factor_pair<T, S> pair(std::string_view name = {}) const { return {.a = a.view(), .b = b.view(), .name = name}; }
+    [[nodiscard]] factor_pair<T, S> pair(std::string_view name = {}) const
+    {
+        return {.a = a.view(), .b = b.view(), .name = name};
+    }
 };
 
 namespace detail {
@@ -196,19 +210,23 @@ template <storage_element T, memory_space S>
     for (std::size_t i = 0; i < pairs.size(); ++i) {
         const auto& [a, b, weight, name] = pairs[i];
         if (a.rows() != m || b.rows() != n || a.cols() != b.cols()) {
-            raise<shape_mismatch>(message("'", what, "': pair ", i, " is ", a.rows(), "×", a.cols(), " and ", b.rows(), "×", b.cols(), "; expected ", m,
-                "×r and ", n, "×r, as in pair 0"));
+            raise<shape_mismatch>(message("'", what, "': pair ", i, " is ", a.rows(), "×", a.cols(), " and ", b.rows(),
+                "×", b.cols(), "; expected ", m, "×r and ", n, "×r, as in pair 0"));
         }
-        if (!std::isfinite(weight)) { raise<nonfinite_error>(message("'", what, "': the weight of pair ", i, " is not finite")); }
+        if (!std::isfinite(weight)) {
+            raise<nonfinite_error>(message("'", what, "': the weight of pair ", i, " is not finite"));
+        }
         total += a.cols();
     }
     return total;
 }
 } // namespace detail
 
-/// Stacks pairs of the same m and n; their ranks may differ. Throws shape_mismatch, and invalid_argument for an empty list.
+/// Stacks pairs of the same m and n; their ranks may differ. Throws shape_mismatch, and invalid_argument for an empty
+/// list.
 template <storage_element T>
-[[nodiscard]] stacked_factors<arithmetic_type<T>> stack_factors(std::span<const factor_pair<T>> pairs, std::string_view what = "the sum")
+[[nodiscard]] stacked_factors<arithmetic_type<T>> stack_factors(
+    std::span<const factor_pair<T>> pairs, std::string_view what = "the sum")
 {
     using A = arithmetic_type<T>;
     const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].a.rows(), n = pairs[0].b.rows();
@@ -232,7 +250,8 @@ template <storage_element T>
 }
 template <storage_element T, linear_algebra_policy P>
     requires(P::space == memory_space::device)
-[[nodiscard]] auto stack_factors(const P& policy, std::span<const factor_pair<T, P::space>> pairs, std::string_view what)
+[[nodiscard]] auto stack_factors(
+    const P& policy, std::span<const factor_pair<T, P::space>> pairs, std::string_view what)
 {
     using A = arithmetic_type<T>;
     const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].a.rows(), n = pairs[0].b.rows();
@@ -249,15 +268,16 @@ template <storage_element T, linear_algebra_policy P>
     return sum;
 }
 
-/// The best approximation of Σ weightᵢ·Aᵢ·Bᵢᵀ (ranks may differ) by rank q: the stacked factors through factored_svd(), with
-/// the exact error. Same types, errors and cost as factored_svd() with r the sum of the ranks; a rank above that sum, or
-/// above m or n, is an error unless clamped.
+/// The best approximation of Σ weightᵢ·Aᵢ·Bᵢᵀ (ranks may differ) by rank q: the stacked factors through factored_svd(),
+/// with the exact error. Same types, errors and cost as factored_svd() with r the sum of the ranks; a rank above that
+/// sum, or above m or n, is an error unless clamped.
 ///
-///     std::array pairs{factor_pair<float>{.a = a1, .b = b1, .weight = 0.5}, factor_pair<float>{.a = a2, .b = b2, .weight = 0.5}};
+///     std::array pairs{factor_pair<float>{.a = a1, .b = b1, .weight = 0.5},
+///         factor_pair<float>{.a = a2, .b = b2, .weight = 0.5}};
 ///     auto merged = compress_sum(cpu{}, std::span<const factor_pair<float>>(pairs), {.rank = 16});
 template <storage_element T, linear_algebra_policy P>
-[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> compress_sum(
-    const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice, std::string_view what = "the sum")
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> compress_sum(const P& policy,
+    std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice, std::string_view what = "the sum")
 {
     return with_context(policy, [&](const P& ready) {
         const auto sum = stack_factors<T>(ready, pairs, what);
@@ -269,27 +289,32 @@ template <storage_element T, linear_algebra_policy P>
 template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
 auto factored_svd(const P&, const X&, const rank_choice&)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X, class Y>
 auto factored_svd(const P&, const X&, const Y&, const rank_choice&)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
 template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
 auto factored_svd(const P&, const X&, const rank_choice&)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
 template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X, class Y>
 auto factored_svd(const P&, const X&, const Y&, const rank_choice&)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
 template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
 auto compress_sum(const P&, const X&, const rank_choice&)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "compress_sum() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "compress_sum() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -1,18 +1,19 @@
-// The dense linear algebra that algorithms ask of a backend, answered on the CPU by Eigen's products and loops of our own.
-// SPDX-License-Identifier: Apache-2.0
+// The dense linear algebra that algorithms ask of a backend, answered on the CPU by Eigen's products and loops of our
+// own. SPDX-License-Identifier: Apache-2.0
 //
 // A backend supplies these names, overloaded on its policy: gemm, squared_norm, fill_normal, factor_qr, multiply_q,
-// small_product, small_svd, multiply_small, orthonormal_basis, orient, factor_cholesky, solve_cholesky, cholesky_solve, and to
-// hold and move matrices result_matrix, scratch_matrix, copy_matrix, scale_columns, in_arithmetic, refuse_nonfinite,
-// for_each_piece, with_context, cancellation_limit. It says so by specialising detail::has_linear_algebra. lowrank/ is written on these names alone.
-// Tall matrices are in the caller's precision; what type the small square work (triangular factors, cores) has is the backend's
-// affair: on the CPU it is always f64, so there is one instantiation of it and f32 data loses nothing to it.
-// Including this is cheap: Eigen's Cholesky is the only decomposition, and everything is a template (some only in name) so
-// that nothing is compiled before it is called.
+// small_product, small_svd, multiply_small, orthonormal_basis, orient, factor_cholesky, solve_cholesky, cholesky_solve,
+// and to hold and move matrices result_matrix, scratch_matrix, copy_matrix, scale_columns, in_arithmetic,
+// refuse_nonfinite, for_each_piece, with_context, cancellation_limit. It says so by specialising
+// detail::has_linear_algebra. lowrank/ is written on these names alone. Tall matrices are in the caller's precision;
+// what type the small square work (triangular factors, cores) has is the backend's affair: on the CPU it is always f64,
+// so there is one instantiation of it and f32 data loses nothing to it. Including this is cheap: Eigen's Cholesky is
+// the only decomposition, and everything is a template (some only in name) so that nothing is compiled before it is
+// called.
 #pragma once
 
-#include <taskvec/core/parallel.hpp>
 #include <taskvec/core/matrix.hpp>
+#include <taskvec/core/parallel.hpp>
 #include <taskvec/core/random.hpp>
 
 #include <Eigen/Cholesky>
@@ -58,18 +59,21 @@ using eigen_index = Eigen::Index;
 inline constexpr auto eigen_success = static_cast<Eigen::ComputationInfo>(0); // its name is a macro of X11
 
 template <class T, int Order>
-using eigen_map = Eigen::Map<Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Order>, Eigen::Unaligned, Eigen::OuterStride<>>;
+using eigen_map =
+    Eigen::Map<Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Order>, Eigen::Unaligned, Eigen::OuterStride<>>;
 template <class T, int Order>
-using eigen_const_map = Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Order>, Eigen::Unaligned, Eigen::OuterStride<>>;
+using eigen_const_map =
+    Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Order>, Eigen::Unaligned, Eigen::OuterStride<>>;
 
 template <int Order, class T>
 [[nodiscard]] auto map_as(const matrix_view<const T>& x)
 {
-    return eigen_const_map<T, Order>(
-        x.data(), static_cast<eigen_index>(x.rows()), static_cast<eigen_index>(x.cols()), Eigen::OuterStride<>(static_cast<eigen_index>(x.stride())));
+    return eigen_const_map<T, Order>(x.data(), static_cast<eigen_index>(x.rows()), static_cast<eigen_index>(x.cols()),
+        Eigen::OuterStride<>(static_cast<eigen_index>(x.stride())));
 }
 
-/// Keeps Eigen's own OpenMP threads out of a product: the parallelism is over layers and blocks, one thread inside each.
+/// Keeps Eigen's own OpenMP threads out of a product: the parallelism is over layers and blocks, one thread inside
+/// each.
 class one_thread_inside {
 public:
 #if defined(_OPENMP)
@@ -78,10 +82,7 @@ public:
     {
         omp_set_num_threads(1);
     }
-    ~one_thread_inside()
-    {
-        omp_set_num_threads(threads_);
-    }
+    ~one_thread_inside() { omp_set_num_threads(threads_); }
     one_thread_inside(const one_thread_inside&) = delete;
     one_thread_inside& operator=(const one_thread_inside&) = delete;
 
@@ -96,8 +97,8 @@ private:
 template <int OrderA, int OrderB, class T>
 TASKVEC_NOINLINE void multiply_block(T alpha, matrix_view<const T> a, matrix_view<const T> b, T beta, matrix_view<T> c)
 {
-    eigen_map<T, Eigen::ColMajor> out(
-        c.data(), static_cast<eigen_index>(c.rows()), static_cast<eigen_index>(c.cols()), Eigen::OuterStride<>(static_cast<eigen_index>(c.stride())));
+    eigen_map<T, Eigen::ColMajor> out(c.data(), static_cast<eigen_index>(c.rows()), static_cast<eigen_index>(c.cols()),
+        Eigen::OuterStride<>(static_cast<eigen_index>(c.stride())));
     if (beta == T(0)) { out.setZero(); }
     else if (beta != T(1)) {
         out *= beta;
@@ -128,17 +129,18 @@ template <class P>
 concept linear_algebra_policy = policy<P> && detail::has_linear_algebra<P>;
 
 /// C = alpha·A·B + beta·C.
-/// A is m×k, B k×n, C m×n, each in either order; C may not overlap A or B. f32 or f64; every entry is a sum in that type
-/// whose order depends on the shapes alone, so the bits do not depend on the number of threads.
-/// Throws shape_mismatch. Cost: 2·m·n·k flops.
+/// A is m×k, B k×n, C m×n, each in either order; C may not overlap A or B. f32 or f64; every entry is a sum in that
+/// type whose order depends on the shapes alone, so the bits do not depend on the number of threads. Throws
+/// shape_mismatch. Cost: 2·m·n·k flops.
 ///
 ///     gemm(cpu{}, 1.0f, a.view(), b.view(), 0.0f, c.view());
 template <arithmetic_element T>
-void gemm(const cpu& policy, T alpha, std::type_identity_t<matrix_view<const T>> a, std::type_identity_t<matrix_view<const T>> b, std::type_identity_t<T> beta,
-    std::type_identity_t<matrix_view<T>> c)
+void gemm(const cpu& policy, T alpha, std::type_identity_t<matrix_view<const T>> a,
+    std::type_identity_t<matrix_view<const T>> b, std::type_identity_t<T> beta, std::type_identity_t<matrix_view<T>> c)
 {
     if (a.rows() != c.rows() || b.cols() != c.cols() || a.cols() != b.rows()) {
-        raise<shape_mismatch>(message("gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×", c.cols()));
+        raise<shape_mismatch>(message(
+            "gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×", c.cols()));
     }
     if (c.empty()) { return; }
     if (c.order() == matrix_order::row_major) {
@@ -157,11 +159,13 @@ void gemm(const cpu& policy, T alpha, std::type_identity_t<matrix_view<const T>>
         const std::size_t first = index * piece;
         if (by_rows) {
             const std::size_t count = std::min(piece, c.rows() - first);
-            detail::multiply_any<T>(alpha, a.block(first, 0, count, a.cols()), b, beta, c.block(first, 0, count, c.cols()));
+            detail::multiply_any<T>(
+                alpha, a.block(first, 0, count, a.cols()), b, beta, c.block(first, 0, count, c.cols()));
         }
         else {
             const std::size_t count = std::min(piece, c.cols() - first);
-            detail::multiply_any<T>(alpha, a, b.block(0, first, b.rows(), count), beta, c.block(0, first, c.rows(), count));
+            detail::multiply_any<T>(
+                alpha, a, b.block(0, first, b.rows(), count), beta, c.block(0, first, c.rows(), count));
         }
     });
 }
@@ -192,8 +196,9 @@ template <class T>
     for (std::size_t i = 0; i < x.rows(); ++i) {
         for (std::size_t j = 0; j < x.cols(); ++j) {
             if (!std::isfinite(static_cast<double>(x(i, j)))) {
-                raise<nonfinite_error>(message("matrix '", what, "' holds ", std::isnan(static_cast<double>(x(i, j))) ? "NaN" : "infinity", " at row ", i,
-                    ", column ", j, "; a decomposition needs finite numbers: repair or leave out this matrix"));
+                raise<nonfinite_error>(message("matrix '", what, "' holds ",
+                    std::isnan(static_cast<double>(x(i, j))) ? "NaN" : "infinity", " at row ", i, ", column ", j,
+                    "; a decomposition needs finite numbers: repair or leave out this matrix"));
             }
         }
     }
@@ -210,11 +215,12 @@ template <arithmetic_element T>
     if (a.order() == matrix_order::row_major) { a = a.transposed(); }
     constexpr std::size_t piece = 64;
     std::vector<double> part((a.cols() + piece - 1) / piece, 0.0);
-    for_each_index(a.size() > 1'000'000 ? policy : sequential(policy), part.size(), [&](std::size_t index, std::size_t) {
-        for (std::size_t j = index * piece; j < std::min(a.cols(), (index + 1) * piece); ++j) {
-            part[index] += detail::run_of_squares(a.data() + j * a.stride(), a.rows());
-        }
-    });
+    for_each_index(
+        a.size() > 1'000'000 ? policy : sequential(policy), part.size(), [&](std::size_t index, std::size_t) {
+            for (std::size_t j = index * piece; j < std::min(a.cols(), (index + 1) * piece); ++j) {
+                part[index] += detail::run_of_squares(a.data() + j * a.stride(), a.rows());
+            }
+        });
     return std::accumulate(part.begin(), part.end(), 0.0);
 }
 
@@ -266,7 +272,9 @@ template <class T>
         scratch.resize(std::max(scratch.size(), x.size()));
         for (std::size_t k = 0; k < runs; ++k) {
             Eigen::Map<Eigen::ArrayXd>(scratch.data() + k * length, static_cast<eigen_index>(length)) =
-                Eigen::Map<const Eigen::Array<T, Eigen::Dynamic, 1>>(x.data() + k * x.stride(), static_cast<eigen_index>(length)).template cast<double>();
+                Eigen::Map<const Eigen::Array<T, Eigen::Dynamic, 1>>(
+                    x.data() + k * x.stride(), static_cast<eigen_index>(length))
+                    .template cast<double>();
         }
         return {scratch.data(), x.rows(), x.cols(), x.order()};
     }
@@ -283,8 +291,8 @@ void gram(matrix_view<const T> a, matrix_view<double> g, std::pmr::memory_resour
         const auto rows = widened(a.block(i, 0, std::min(tall_block, a.rows() - i), n), scratch);
         for (std::size_t j = 0; j < n; j += panel) { // the lower triangle, by panels of columns
             const std::size_t width = std::min(panel, n - j);
-            multiply_any<double>(
-                1.0, rows.block(0, j, rows.rows(), n - j).transposed(), rows.block(0, j, rows.rows(), width), i == 0 ? 0.0 : 1.0, g.block(j, j, n - j, width));
+            multiply_any<double>(1.0, rows.block(0, j, rows.rows(), n - j).transposed(),
+                rows.block(0, j, rows.rows(), width), i == 0 ? 0.0 : 1.0, g.block(j, j, n - j, width));
         }
     }
     for (std::size_t j = 0; j < n; ++j) {
@@ -292,8 +300,8 @@ void gram(matrix_view<const T> a, matrix_view<double> g, std::pmr::memory_resour
     }
 }
 
-/// R with RᵀR = G and its inverse, for a positive definite G. Returns a lower bound of the least eigenvalue of G with its
-/// columns scaled to unit length (about 1/κ² of the scaled columns), or 0 where G is not numerically definite.
+/// R with RᵀR = G and its inverse, for a positive definite G. Returns a lower bound of the least eigenvalue of G with
+/// its columns scaled to unit length (about 1/κ² of the scaled columns), or 0 where G is not numerically definite.
 template <int = 0>
 [[nodiscard]] double cholesky_factor(matrix_view<const double> g, matrix_view<double> r, matrix_view<double> inverse)
 {
@@ -305,12 +313,16 @@ template <int = 0>
         scale[j] = std::sqrt(g(j, j));
     }
     for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = 0; i < n; ++i) { l(static_cast<eigen_index>(i), static_cast<eigen_index>(j)) = g(i, j) / scale[i] / scale[j]; }
+        for (std::size_t i = 0; i < n; ++i) {
+            l(static_cast<eigen_index>(i), static_cast<eigen_index>(j)) = g(i, j) / scale[i] / scale[j];
+        }
     }
     const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> llt(l); // in place
     if (llt.info() != eigen_success) { return 0; }
     for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = 0; i < n; ++i) { r(i, j) = i <= j ? l(static_cast<eigen_index>(j), static_cast<eigen_index>(i)) * scale[j] : 0; }
+        for (std::size_t i = 0; i < n; ++i) {
+            r(i, j) = i <= j ? l(static_cast<eigen_index>(j), static_cast<eigen_index>(i)) * scale[j] : 0;
+        }
     }
     // The inverse of an upper triangle, column by column.
     for (std::size_t j = 0; j < n; ++j) {
@@ -329,7 +341,8 @@ template <int = 0>
     return 1 / inverse_norm;
 }
 
-/// Householder QR in place: reflectors below the diagonal, R above it. Unconditionally stable, any rank; column by column.
+/// Householder QR in place: reflectors below the diagonal, R above it. Unconditionally stable, any rank; column by
+/// column.
 template <int = 0>
 void householder(matrix_view<double> a, std::vector<double>& tau)
 {
@@ -359,11 +372,12 @@ void householder(matrix_view<double> a, std::vector<double>& tau)
 /// The thin QR of an m×n matrix A, either order; `what` names it in errors.
 /// f32 data is factored through its f64 Gram matrix while that is safe (unit-length columns with κ up to 3000), by
 /// Cholesky-QR twice (Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015) up to κ = 10⁶, and otherwise, or when columns
-/// depend on each other, by Householder reflections; always in f64. ‖QᵀQ − I‖ and ‖A − QR‖/‖A‖ stay below 1e-8 for f32 data
-/// and below n·1e-15 for f64. A wide A (m ≤ n) has Q = I and R = A.
-/// Throws nonfinite_error. Cost: m·n² flops on the first road.
+/// depend on each other, by Householder reflections; always in f64. ‖QᵀQ − I‖ and ‖A − QR‖/‖A‖ stay below 1e-8 for f32
+/// data and below n·1e-15 for f64. A wide A (m ≤ n) has Q = I and R = A. Throws nonfinite_error. Cost: m·n² flops on
+/// the first road.
 template <arithmetic_element T>
-[[nodiscard]] qr_factors<T> factor_qr(const cpu& policy, std::type_identity_t<matrix_view<const T>> a, std::string_view what = "A")
+[[nodiscard]] qr_factors<T> factor_qr(
+    const cpu& policy, std::type_identity_t<matrix_view<const T>> a, std::string_view what = "A")
 {
     const detail::one_thread_inside guard;
     const std::size_t m = a.rows(), n = a.cols();
@@ -398,7 +412,8 @@ template <arithmetic_element T>
         matrix<double> once(m, n, matrix_order::column_major, memory), r1 = f.r, r2(n, n);
         for (std::size_t i = 0; i < m; i += detail::tall_block) {
             const std::size_t count = std::min(detail::tall_block, m - i);
-            detail::multiply_any<double>(1.0, detail::widened(a.block(i, 0, count, n), scratch), inverse, 0.0, once.view().block(i, 0, count, n));
+            detail::multiply_any<double>(1.0, detail::widened(a.block(i, 0, count, n), scratch), inverse, 0.0,
+                once.view().block(i, 0, count, n));
         }
         detail::gram<double>(once.view(), g.view(), memory);
         if (detail::cholesky_factor(g, r2, inverse) * static_cast<double>(n) > 0.5) {
@@ -421,13 +436,15 @@ template <arithmetic_element T>
 
 /// out = Q·X for the Q of factor_qr(): X is k×p in f64, out m×p. Cost: 2·m·k·p flops.
 template <arithmetic_element T>
-void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<matrix_view<const double>> x, std::type_identity_t<matrix_view<T>> out)
+void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<matrix_view<const double>> x,
+    std::type_identity_t<matrix_view<T>> out)
 {
     using form = typename qr_factors<T>::form;
     const detail::one_thread_inside guard;
     const std::size_t m = f.a.rows(), p = x.cols();
     if (x.rows() != f.r.rows() || out.rows() != m || out.cols() != p) {
-        raise<shape_mismatch>(message("multiply_q: Q is ", m, "×", f.r.rows(), ", X ", x.rows(), "×", p, ", the result ", out.rows(), "×", out.cols()));
+        raise<shape_mismatch>(message("multiply_q: Q is ", m, "×", f.r.rows(), ", X ", x.rows(), "×", p,
+            ", the result ", out.rows(), "×", out.cols()));
     }
     if (out.empty()) { return; }
     std::pmr::memory_resource* const memory = memory_of(policy);
@@ -457,7 +474,10 @@ void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<
         const std::size_t count = std::min(detail::tall_block, m - i);
         block.resize(count * p);
         const matrix_view<double> y(block.data(), count, p, matrix_order::column_major);
-        if (f.kept == form::scaled) { detail::multiply_any<double>(1.0, detail::widened(f.a.block(i, 0, count, f.a.cols()), scratch), scaled, 0.0, y); }
+        if (f.kept == form::scaled) {
+            detail::multiply_any<double>(
+                1.0, detail::widened(f.a.block(i, 0, count, f.a.cols()), scratch), scaled, 0.0, y);
+        }
         else {
             detail::multiply_any<double>(1.0, f.q.view().block(i, 0, count, f.q.cols()), x, 0.0, y);
         }
@@ -475,7 +495,9 @@ template <int = 0>
 [[nodiscard]] TASKVEC_NOINLINE double padded_dot(const double* x, const double* y, std::size_t size)
 {
     jacobi_lanes sum = jacobi_lanes::Zero();
-    for (std::size_t i = 0; i < size; i += 8) { sum += Eigen::Map<const jacobi_lanes>(x + i) * Eigen::Map<const jacobi_lanes>(y + i); }
+    for (std::size_t i = 0; i < size; i += 8) {
+        sum += Eigen::Map<const jacobi_lanes>(x + i) * Eigen::Map<const jacobi_lanes>(y + i);
+    }
     return sum.sum();
 }
 
@@ -520,8 +542,9 @@ void complete_basis(matrix_view<double> u, std::size_t first)
 } // namespace detail
 
 /// The SVD of a small f64 matrix by one-sided Jacobi rotations (Hestenes 1958; de Rijk 1989 for the pivoting).
-/// σ to about n·ε·σ₁, u and v orthonormal to n·ε; values below ε·σ₁ count as zero and their u completes a basis. Signs are
-/// left as they fall. Throws nonfinite_error. Cost: about 6·m·n² flops a sweep, 4 to 9 sweeps: meant for n up to a few hundred.
+/// σ to about n·ε·σ₁, u and v orthonormal to n·ε; values below ε·σ₁ count as zero and their u completes a basis. Signs
+/// are left as they fall. Throws nonfinite_error. Cost: about 6·m·n² flops a sweep, 4 to 9 sweeps: meant for n up to a
+/// few hundred.
 template <int = 0>
 [[nodiscard]] small_svd_result small_svd(const cpu& policy, matrix_view<const double> a)
 {
@@ -568,7 +591,8 @@ template <int = 0>
         }
         const double negligible = top * epsilon * epsilon;
         std::size_t rotations = 0;
-        std::sort(at.begin(), at.end(), [&](std::size_t x, std::size_t y) { return squares[x] != squares[y] ? squares[x] > squares[y] : x < y; });
+        std::sort(at.begin(), at.end(),
+            [&](std::size_t x, std::size_t y) { return squares[x] != squares[y] ? squares[x] > squares[y] : x < y; });
         for (std::size_t p = 0; p + 1 < n; ++p) {
             for (std::size_t q = p + 1; q < n; ++q) {
                 if (squares[at[p]] < squares[at[q]]) { std::swap(at[p], at[q]); }
@@ -589,7 +613,8 @@ template <int = 0>
         if (rotations == 0) { break; }
     }
     for (std::size_t j = 0; j < n; ++j) { squares[j] = detail::padded_dot(&w[j * wm], &w[j * wm], wm); }
-    std::sort(at.begin(), at.end(), [&](std::size_t x, std::size_t y) { return squares[x] != squares[y] ? squares[x] > squares[y] : x < y; });
+    std::sort(at.begin(), at.end(),
+        [&](std::size_t x, std::size_t y) { return squares[x] != squares[y] ? squares[x] > squares[y] : x < y; });
     std::size_t rank = n;
     for (std::size_t j = 0; j < n; ++j) {
         const double length = std::sqrt(squares[at[j]]);
@@ -602,8 +627,8 @@ template <int = 0>
     return result;
 }
 
-/// Turns the signs of matching columns of u and v so that the entry of largest magnitude of each u is positive (the first
-/// one among equals): results then compare across backends and runs.
+/// Turns the signs of matching columns of u and v so that the entry of largest magnitude of each u is positive (the
+/// first one among equals): results then compare across backends and runs.
 template <arithmetic_element T>
 void orient(const cpu&, std::type_identity_t<matrix_view<T>> u, std::type_identity_t<matrix_view<T>> v)
 {
@@ -618,15 +643,16 @@ void orient(const cpu&, std::type_identity_t<matrix_view<T>> u, std::type_identi
     }
 }
 
-/// G = L·Lᵀ for a symmetric positive definite G (n×n, f64): L replaces the lower triangle of a column-major G, the upper one is
-/// left alone. Returns the least L(i, i)²/G(i, i), the share of its square that a variable does not owe to those before it: near
-/// rounding (n·1e-16) G is singular for all purposes, and 0, with G unspecified, says that it is not positive definite.
-/// Cost: n³/3 flops.
+/// G = L·Lᵀ for a symmetric positive definite G (n×n, f64): L replaces the lower triangle of a column-major G, the
+/// upper one is left alone. Returns the least L(i, i)²/G(i, i), the share of its square that a variable does not owe to
+/// those before it: near rounding (n·1e-16) G is singular for all purposes, and 0, with G unspecified, says that it is
+/// not positive definite. Cost: n³/3 flops.
 template <int = 0>
 [[nodiscard]] double factor_cholesky(const cpu&, matrix_view<double> g)
 {
     if (g.rows() != g.cols() || g.order() != matrix_order::column_major) {
-        raise<shape_mismatch>(message("factor_cholesky: G is ", g.rows(), "×", g.cols(), "; expected a square, column-major matrix"));
+        raise<shape_mismatch>(
+            message("factor_cholesky: G is ", g.rows(), "×", g.cols(), "; expected a square, column-major matrix"));
     }
     if (g.empty()) { return 1; }
     const detail::one_thread_inside guard;
@@ -635,8 +661,8 @@ template <int = 0>
         diagonal[i] = g(i, i);
         if (!(diagonal[i] > 0)) { return 0; }
     }
-    detail::eigen_map<double, Eigen::ColMajor> l(g.data(), static_cast<detail::eigen_index>(g.rows()), static_cast<detail::eigen_index>(g.cols()),
-        Eigen::OuterStride<>(static_cast<detail::eigen_index>(g.stride())));
+    detail::eigen_map<double, Eigen::ColMajor> l(g.data(), static_cast<detail::eigen_index>(g.rows()),
+        static_cast<detail::eigen_index>(g.cols()), Eigen::OuterStride<>(static_cast<detail::eigen_index>(g.stride())));
     Eigen::Ref<Eigen::MatrixXd> in_place(l);
     const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> llt(in_place);
     if (llt.info() != detail::eigen_success) { return 0; }
@@ -648,34 +674,38 @@ template <int = 0>
     return least;
 }
 
-/// X with L·Lᵀ·X = B, in place of B (n×p, either order), for the L of factor_cholesky(). Cost: 2·n²·p flops, by pieces of columns in
-/// parallel.
+/// X with L·Lᵀ·X = B, in place of B (n×p, either order), for the L of factor_cholesky(). Cost: 2·n²·p flops, by pieces
+/// of columns in parallel.
 template <int = 0>
 void solve_cholesky(const cpu& policy, matrix_view<const double> l, matrix_view<double> b)
 {
     if (l.rows() != l.cols() || b.rows() != l.rows() || l.order() != matrix_order::column_major) {
-        raise<shape_mismatch>(message("solve_cholesky: L is ", l.rows(), "×", l.cols(), ", B ", b.rows(), "×", b.cols()));
+        raise<shape_mismatch>(
+            message("solve_cholesky: L is ", l.rows(), "×", l.cols(), ", B ", b.rows(), "×", b.cols()));
     }
     if (b.empty()) { return; }
     constexpr std::size_t piece = 256;
     const bool worth_threads = static_cast<double>(b.size()) * static_cast<double>(b.rows()) > 4e6;
-    for_each_index(worth_threads ? policy : sequential(policy), (b.cols() + piece - 1) / piece, [&](std::size_t index, std::size_t) {
-        const detail::one_thread_inside guard;
-        const auto lower = detail::map_as<Eigen::ColMajor>(l);
-        const matrix_view<double> part = b.block(0, index * piece, b.rows(), std::min(piece, b.cols() - index * piece));
-        const auto rows = static_cast<detail::eigen_index>(part.rows()), cols = static_cast<detail::eigen_index>(part.cols());
-        const Eigen::OuterStride<> stride(static_cast<detail::eigen_index>(part.stride()));
-        if (part.order() == matrix_order::row_major) {
-            detail::eigen_map<double, Eigen::RowMajor> x(part.data(), rows, cols, stride);
-            lower.template triangularView<Eigen::Lower>().solveInPlace(x);
-            lower.template triangularView<Eigen::Lower>().transpose().solveInPlace(x);
-        }
-        else {
-            detail::eigen_map<double, Eigen::ColMajor> x(part.data(), rows, cols, stride);
-            lower.template triangularView<Eigen::Lower>().solveInPlace(x);
-            lower.template triangularView<Eigen::Lower>().transpose().solveInPlace(x);
-        }
-    });
+    for_each_index(worth_threads ? policy : sequential(policy), (b.cols() + piece - 1) / piece,
+        [&](std::size_t index, std::size_t) {
+            const detail::one_thread_inside guard;
+            const auto lower = detail::map_as<Eigen::ColMajor>(l);
+            const matrix_view<double> part =
+                b.block(0, index * piece, b.rows(), std::min(piece, b.cols() - index * piece));
+            const auto rows = static_cast<detail::eigen_index>(part.rows()),
+                       cols = static_cast<detail::eigen_index>(part.cols());
+            const Eigen::OuterStride<> stride(static_cast<detail::eigen_index>(part.stride()));
+            if (part.order() == matrix_order::row_major) {
+                detail::eigen_map<double, Eigen::RowMajor> x(part.data(), rows, cols, stride);
+                lower.template triangularView<Eigen::Lower>().solveInPlace(x);
+                lower.template triangularView<Eigen::Lower>().transpose().solveInPlace(x);
+            }
+            else {
+                detail::eigen_map<double, Eigen::ColMajor> x(part.data(), rows, cols, stride);
+                lower.template triangularView<Eigen::Lower>().solveInPlace(x);
+                lower.template triangularView<Eigen::Lower>().transpose().solveInPlace(x);
+            }
+        });
 }
 
 /// Solves G·X = B for a symmetric positive definite G (n×n, f64) and B (n×p), in place of B, by Cholesky. False, with B
@@ -684,7 +714,8 @@ template <int = 0>
 [[nodiscard]] bool cholesky_solve(const cpu& policy, matrix_view<const double> g, matrix_view<double> b)
 {
     if (g.rows() != g.cols() || b.rows() != g.rows()) {
-        raise<shape_mismatch>(message("cholesky_solve: G is ", g.rows(), "×", g.cols(), ", B ", b.rows(), "×", b.cols()));
+        raise<shape_mismatch>(
+            message("cholesky_solve: G is ", g.rows(), "×", g.cols(), ", B ", b.rows(), "×", b.cols()));
     }
     matrix<double> l(g.rows(), g.cols(), matrix_order::column_major, memory_of(policy));
     for (std::size_t j = 0; j < g.cols(); ++j) {
@@ -699,14 +730,16 @@ template <int = 0>
 
 /// A zero matrix that outlives the call: memory of the default resource.
 template <arithmetic_element T>
-[[nodiscard]] matrix<T> result_matrix(const cpu&, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+[[nodiscard]] matrix<T> result_matrix(
+    const cpu&, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
 {
     return matrix<T>(rows, cols, order);
 }
 
 /// A zero matrix of the policy's scratch memory.
 template <arithmetic_element T>
-[[nodiscard]] matrix<T> scratch_matrix(const cpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+[[nodiscard]] matrix<T> scratch_matrix(
+    const cpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
 {
     return matrix<T>(rows, cols, order, memory_of(policy));
 }
@@ -716,7 +749,8 @@ template <arithmetic_element T>
 void copy_matrix(const cpu&, std::type_identity_t<matrix_view<const T>> from, std::type_identity_t<matrix_view<T>> to)
 {
     if (from.rows() != to.rows() || from.cols() != to.cols()) {
-        raise<shape_mismatch>(message("copy_matrix: ", from.rows(), "×", from.cols(), " into ", to.rows(), "×", to.cols()));
+        raise<shape_mismatch>(
+            message("copy_matrix: ", from.rows(), "×", from.cols(), " into ", to.rows(), "×", to.cols()));
     }
     if (from.order() != to.order()) {
         for (std::size_t j = 0; j < to.cols(); ++j) {
@@ -726,21 +760,27 @@ void copy_matrix(const cpu&, std::type_identity_t<matrix_view<const T>> from, st
     }
     const bool by_rows = from.order() == matrix_order::row_major;
     const std::size_t runs = by_rows ? from.rows() : from.cols(), length = by_rows ? from.cols() : from.rows();
-    for (std::size_t k = 0; k < runs; ++k) { std::copy_n(from.data() + k * from.stride(), length, to.data() + k * to.stride()); }
+    for (std::size_t k = 0; k < runs; ++k) {
+        std::copy_n(from.data() + k * from.stride(), length, to.data() + k * to.stride());
+    }
 }
 
 /// out = x·diag(scale): x and out m×q, q scales. Each product is rounded once.
 template <arithmetic_element T>
-void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std::span<const double> scale, std::type_identity_t<matrix_view<T>> out)
+void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std::span<const double> scale,
+    std::type_identity_t<matrix_view<T>> out)
 {
     for (std::size_t j = 0; j < scale.size(); ++j) {
-        for (std::size_t i = 0; i < x.rows(); ++i) { out(i, j) = static_cast<T>(static_cast<double>(x(i, j)) * scale[j]); }
+        for (std::size_t i = 0; i < x.rows(); ++i) {
+            out(i, j) = static_cast<T>(static_cast<double>(x(i, j)) * scale[j]);
+        }
     }
 }
 
 /// weight·Ra·Rbᵀ of two triangular factors.
 template <int = 0>
-[[nodiscard]] matrix<double> small_product(const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b)
+[[nodiscard]] matrix<double> small_product(
+    const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b)
 {
     matrix<double> core(a.rows(), b.rows());
     gemm(policy, weight, a.view(), b.view().transposed(), 0.0, core.view());
@@ -749,8 +789,8 @@ template <int = 0>
 
 /// out = x·y for a tall x (m×k) and columns y (k×q) of what small_svd() returned, rounded to T before the product.
 template <arithmetic_element T>
-void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>> x, std::type_identity_t<matrix_view<const double>> y,
-    std::type_identity_t<matrix_view<T>> out)
+void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>> x,
+    std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<matrix_view<T>> out)
 {
     matrix<T> rounded(y.rows(), y.cols());
     for (std::size_t j = 0; j < y.cols(); ++j) {
@@ -761,7 +801,8 @@ void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>
 
 /// An orthonormal basis of the columns of y, m×min(m, n), explicitly.
 template <arithmetic_element T>
-[[nodiscard]] matrix<T> orthonormal_basis(const cpu& policy, std::type_identity_t<matrix_view<const T>> y, std::string_view what)
+[[nodiscard]] matrix<T> orthonormal_basis(
+    const cpu& policy, std::type_identity_t<matrix_view<const T>> y, std::string_view what)
 {
     const auto f = factor_qr<T>(policy, y, what);
     const std::size_t k = f.r.rows();
@@ -774,7 +815,8 @@ template <arithmetic_element T>
 
 /// The matrix in its arithmetic type: as it is, or a converted copy kept in `copy`.
 template <storage_element T>
-[[nodiscard]] matrix_view<const arithmetic_type<T>> in_arithmetic(const cpu&, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy)
+[[nodiscard]] matrix_view<const arithmetic_type<T>> in_arithmetic(
+    const cpu&, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy)
 {
     if constexpr (arithmetic_element<T>) { return a; }
     else {
@@ -782,7 +824,9 @@ template <storage_element T>
         const bool by_rows = a.order() == matrix_order::row_major;
         const std::size_t runs = by_rows ? a.rows() : a.cols(), length = by_rows ? a.cols() : a.rows();
         for (std::size_t k = 0; k < runs; ++k) {
-            for (std::size_t i = 0; i < length; ++i) { copy.data()[k * length + i] = widen<float>(a.data()[k * a.stride() + i]); }
+            for (std::size_t i = 0; i < length; ++i) {
+                copy.data()[k * length + i] = widen<float>(a.data()[k * a.stride() + i]);
+            }
         }
         return copy;
     }
@@ -796,8 +840,8 @@ void refuse_nonfinite(const cpu& policy, matrix_view<const T> a, std::string_vie
     detail::blame_nonfinite(in_arithmetic(policy, a, copy), what);
 }
 
-/// body(inside, index) for each index in [0, count), in parallel where the policy can; `inside` is the policy for the work of one
-/// index.
+/// body(inside, index) for each index in [0, count), in parallel where the policy can; `inside` is the policy for the
+/// work of one index.
 template <class Body>
 void for_each_piece(const cpu& policy, std::size_t count, const Body& body)
 {

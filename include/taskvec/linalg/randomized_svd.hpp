@@ -47,10 +47,13 @@ template <storage_element S, linear_algebra_policy P>
         raise<invalid_argument>(message("'", what, "': give one of rank, energy and relative_error, not several"));
     }
     if (options.relative_error != 0 && !(options.relative_error > 0 && options.relative_error < 1)) {
-        raise<invalid_argument>(message("'", what, "': relative_error is ", options.relative_error, "; expected a number between 0 and 1"));
+        raise<invalid_argument>(
+            message("'", what, "': relative_error is ", options.relative_error, "; expected a number between 0 and 1"));
     }
     const bool grows = options.energy != 0 || options.relative_error != 0;
-    if (options.relative_error == 0) { detail::check_rank({.rank = options.rank, .energy = options.energy, .clamp = options.clamp}, least, what); }
+    if (options.relative_error == 0) {
+        detail::check_rank({.rank = options.rank, .energy = options.energy, .clamp = options.clamp}, least, what);
+    }
     randomized_svd_result<T, P::space> result;
     if (least == 0) {
         result.u = result_matrix<T>(policy, m, 0);
@@ -124,18 +127,19 @@ template <storage_element S, linear_algebra_policy P>
 
 } // namespace detail
 
-/// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types converted
-/// to f32 first), nearly exactly: sample Y = A·Ω with Ω normal of rank + oversampling columns, sharpen it by power
-/// iterations with a QR after every product, and decompose the projection QᵀA.
-/// On a spectrum that decays, 2 iterations come within 1% of the best error; on a flat one the leading σ fall short by some
-/// percent, and more iterations help. squared_error is the true error of what is returned in either case: ‖A‖² − Σσ², or,
-/// where that would cancel (relative error below 1e-3; for f32 on a device 0.1), the residual itself, entry by entry.
-/// The draw depends on seed, name and shape alone; the result does not depend on the number of threads.
-/// Throws invalid_argument, nonfinite_error. Cost: 2 + 2·power_iterations products of A with a thin matrix, one read for ‖A‖.
+/// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types
+/// converted to f32 first), nearly exactly: sample Y = A·Ω with Ω normal of rank + oversampling columns, sharpen it by
+/// power iterations with a QR after every product, and decompose the projection QᵀA. On a spectrum that decays, 2
+/// iterations come within 1% of the best error; on a flat one the leading σ fall short by some percent, and more
+/// iterations help. squared_error is the true error of what is returned in either case: ‖A‖² − Σσ², or, where that
+/// would cancel (relative error below 1e-3; for f32 on a device 0.1), the residual itself, entry by entry. The draw
+/// depends on seed, name and shape alone; the result does not depend on the number of threads. Throws invalid_argument,
+/// nonfinite_error. Cost: 2 + 2·power_iterations products of A with a thin matrix, one read for ‖A‖.
 ///
 ///     auto s = randomized_svd(cpu{}, weight, {.rank = 16, .seed = 1});
 template <storage_element S, linear_algebra_policy P>
-[[nodiscard]] auto randomized_svd(const P& policy, matrix_view<const S, P::space> input, const randomized_svd_options& options)
+[[nodiscard]] auto randomized_svd(
+    const P& policy, matrix_view<const S, P::space> input, const randomized_svd_options& options)
 {
     return with_context(policy, [&](const P& ready) { return detail::sampled_svd<S>(ready, input, options); });
 }
@@ -147,7 +151,8 @@ struct decompose_randomized {
     std::uint64_t seed = 0;
 
     template <arithmetic_element T, linear_algebra_policy P>
-    [[nodiscard]] svd_result<T, P::space> operator()(const P& policy, matrix_view<const T, P::space> a, const rank_choice& choice, std::string_view name) const
+    [[nodiscard]] svd_result<T, P::space> operator()(
+        const P& policy, matrix_view<const T, P::space> a, const rank_choice& choice, std::string_view name) const
     {
         return randomized_svd<T>(policy, a,
             {.rank = choice.rank,
@@ -164,12 +169,14 @@ struct decompose_randomized {
 template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
 auto randomized_svd(const P&, const X&, const randomized_svd_options&)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "randomized_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "randomized_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
 template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
 auto randomized_svd(const P&, const X&, const randomized_svd_options&)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "randomized_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "randomized_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

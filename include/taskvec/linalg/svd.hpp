@@ -24,7 +24,10 @@ struct rank_choice {
     bool clamp = false; ///< lower a rank above the largest possible one to it; otherwise that is an error
 
     /// Everything there is.
-    [[nodiscard]] static constexpr rank_choice full() noexcept { return {.rank = std::numeric_limits<std::size_t>::max(), .clamp = true}; }
+    [[nodiscard]] static constexpr rank_choice full() noexcept
+    {
+        return {.rank = std::numeric_limits<std::size_t>::max(), .clamp = true};
+    }
 };
 
 /// The best (or, where randomized, a nearly best) rank-q approximation of a matrix A: u·diag(sigma)·vᵀ.
@@ -39,17 +42,23 @@ struct svd_result {
 
     [[nodiscard]] std::size_t rank() const noexcept { return sigma.size(); }
     /// ‖A − Aq‖_F / ‖A‖_F; 0 for a zero matrix.
-    [[nodiscard]] double relative_error() const noexcept { return squared_norm > 0 ? std::sqrt(squared_error / squared_norm) : 0; }
+    [[nodiscard]] double relative_error() const noexcept
+    {
+        return squared_norm > 0 ? std::sqrt(squared_error / squared_norm) : 0;
+    }
     /// The share of ‖A‖²_F that is kept; 1 for a zero matrix.
     [[nodiscard]] double energy() const noexcept { return squared_norm > 0 ? 1 - squared_error / squared_norm : 1; }
 };
 
-/// The smallest rank, at least 1, whose leading σ² sum to `energy` of the total; `sigma` descending. 0 for an empty list.
+/// The smallest rank, at least 1, whose leading σ² sum to `energy` of the total; `sigma` descending. 0 for an empty
+/// list.
 ///
 ///     rank_for_energy(std::vector{3.0, 1.0}, 0.9) == 1   // 9 of 10
 [[nodiscard]] inline std::size_t rank_for_energy(std::span<const double> sigma, double energy)
 {
-    if (!(energy > 0 && energy <= 1)) { raise<invalid_argument>(message("energy is ", energy, "; expected a share above 0 and at most 1")); }
+    if (!(energy > 0 && energy <= 1)) {
+        raise<invalid_argument>(message("energy is ", energy, "; expected a share above 0 and at most 1"));
+    }
     if (sigma.empty()) { return 0; }
     std::vector<double> tail(sigma.size() + 1, 0.0); // tail sums from the small end lose nothing
     for (std::size_t i = sigma.size(); i-- > 0;) { tail[i] = tail[i + 1] + sigma[i] * sigma[i]; }
@@ -69,19 +78,28 @@ struct svd_result {
 
 namespace detail {
 
-/// Checks a choice before any work; `largest` is the highest rank that there is, and `label` and `owner` begin the sentences.
-inline void check_rank_of(const rank_choice& choice, std::size_t largest, std::string_view label, std::string_view owner)
+/// Checks a choice before any work; `largest` is the highest rank that there is, and `label` and `owner` begin the
+/// sentences.
+inline void check_rank_of(
+    const rank_choice& choice, std::size_t largest, std::string_view label, std::string_view owner)
 {
     if (choice.energy != 0) {
-        if (choice.rank != 0) { raise<invalid_argument>(message(label, ": both a rank and an energy are given; give one of them")); }
+        if (choice.rank != 0) {
+            raise<invalid_argument>(message(label, ": both a rank and an energy are given; give one of them"));
+        }
         if (!(choice.energy > 0 && choice.energy <= 1)) {
-            raise<invalid_argument>(message(label, ": energy is ", choice.energy, "; expected a share above 0 and at most 1"));
+            raise<invalid_argument>(
+                message(label, ": energy is ", choice.energy, "; expected a share above 0 and at most 1"));
         }
         return;
     }
-    if (choice.rank == 0) { raise<invalid_argument>(message(label, ": rank 0 asked for; give a rank from 1 to ", largest, ", or an energy")); }
+    if (choice.rank == 0) {
+        raise<invalid_argument>(
+            message(label, ": rank 0 asked for; give a rank from 1 to ", largest, ", or an energy"));
+    }
     if (choice.rank > largest && !choice.clamp) {
-        raise<invalid_argument>(message(label, ": rank ", choice.rank, " asked for, but ", owner, " at most ", largest, "; ask for less, or for clamping"));
+        raise<invalid_argument>(message(label, ": rank ", choice.rank, " asked for, but ", owner, " at most ", largest,
+            "; ask for less, or for clamping"));
     }
 }
 /// For one matrix, that may be called `what`.
@@ -113,14 +131,17 @@ template <arithmetic_element T, linear_algebra_policy P>
 } // namespace detail
 
 /// ‖A − u·diag(sigma)·vᵀ‖²_F computed entry by entry, block by block: exact to rounding, whatever the factors are.
-/// A is m×n, u m×q, v n×q. Cost: one read of A and 2·m·n·q flops; scratch of 256 rows of A for each thread (4,096 on a device).
+/// A is m×n, u m×q, v n×q. Cost: one read of A and 2·m·n·q flops; scratch of 256 rows of A for each thread (4,096 on a
+/// device).
 template <arithmetic_element T, linear_algebra_policy P>
-[[nodiscard]] double squared_residual(const P& policy, matrix_view<const T, P::space> a, std::type_identity_t<matrix_view<const T, P::space>> u,
-    std::span<const double> sigma, std::type_identity_t<matrix_view<const T, P::space>> v)
+[[nodiscard]] double squared_residual(const P& policy, matrix_view<const T, P::space> a,
+    std::type_identity_t<matrix_view<const T, P::space>> u, std::span<const double> sigma,
+    std::type_identity_t<matrix_view<const T, P::space>> v)
 {
     const std::size_t m = a.rows(), n = a.cols(), q = sigma.size();
     if (u.rows() != m || v.rows() != n || u.cols() != q || v.cols() != q) {
-        raise<shape_mismatch>(message("squared_residual: A is ", m, "×", n, ", u ", u.rows(), "×", u.cols(), ", v ", v.rows(), "×", v.cols(), ", sigma ", q));
+        raise<shape_mismatch>(message("squared_residual: A is ", m, "×", n, ", u ", u.rows(), "×", u.cols(), ", v ",
+            v.rows(), "×", v.cols(), ", sigma ", q));
     }
     constexpr std::size_t piece = P::space == memory_space::host ? 256 : 4096;
     std::vector<double> part((m + piece - 1) / piece, 0.0);

@@ -1,8 +1,9 @@
 // The exact leading singular triples of a dense matrix, by Eigen's divide-and-conquer SVD.
 // SPDX-License-Identifier: Apache-2.0
 //
-// This is the one header that compiles a large decomposition (about 25 s and 1 GB with g++ 12); nothing else includes it.
-// randomized_svd() is a hundred times faster where nearly exact will do, and factored_svd() where the matrix is a product.
+// This is the one header that compiles a large decomposition (about 25 s and 1 GB with g++ 12); nothing else includes
+// it. randomized_svd() is a hundred times faster where nearly exact will do, and factored_svd() where the matrix is a
+// product.
 #pragma once
 
 #include <taskvec/linalg/svd.hpp>
@@ -48,19 +49,21 @@ TASKVEC_NOINLINE bool divide_and_conquer(matrix_view<const T> a, matrix<T>& u, s
     std::copy_n(left.data(), u.size(), u.data());
     std::copy_n(right.data(), v.size(), v.data());
     sigma.resize(k);
-    for (std::size_t i = 0; i < k; ++i) { sigma[i] = static_cast<double>(svd.singularValues()(static_cast<eigen_index>(i))); }
+    for (std::size_t i = 0; i < k; ++i) {
+        sigma[i] = static_cast<double>(svd.singularValues()(static_cast<eigen_index>(i)));
+    }
     return left.allFinite() && right.allFinite();
 }
 
 } // namespace detail
 
-/// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types converted to
-/// f32), exactly: σ to about min(m, n)·ε·σ₁, u and v orthonormal to rounding and their spaces right to about four times that error
-/// divided by the gap σq − σq+1 (Wedin 1972), squared_error the tail of σ².
-/// A matrix at least twice as tall as wide (or as wide as tall) is first reduced by a thin QR; up to 96 columns the core is
-/// then decomposed by one-sided Jacobi.
-/// Throws invalid_argument for a rank of 0 or above min(m, n), nonfinite_error, backend_error where Eigen fails.
-/// Cost: O(m·n·min(m, n)), about 20 s for 4096×4096 f32 on one core; memory for three copies of A.
+/// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types
+/// converted to f32), exactly: σ to about min(m, n)·ε·σ₁, u and v orthonormal to rounding and their spaces right to
+/// about four times that error divided by the gap σq − σq+1 (Wedin 1972), squared_error the tail of σ². A matrix at
+/// least twice as tall as wide (or as wide as tall) is first reduced by a thin QR; up to 96 columns the core is then
+/// decomposed by one-sided Jacobi. Throws invalid_argument for a rank of 0 or above min(m, n), nonfinite_error,
+/// backend_error where Eigen fails. Cost: O(m·n·min(m, n)), about 20 s for 4096×4096 f32 on one core; memory for three
+/// copies of A.
 ///
 ///     auto s = truncated_svd(cpu{}, weight, {.energy = 0.9});
 template <storage_element S>
@@ -86,7 +89,10 @@ template <storage_element S>
     const matrix_view<const T> a = in_arithmetic(policy, input, copy);
     if (!std::isfinite(squared_norm<T>(policy, a))) { detail::blame_nonfinite(a, what); }
 
-    const auto failed = [&] { raise<backend_error>(message("no convergence for matrix '", what, "'; try randomized_svd()"), "Eigen::BDCSVD", 1); };
+    const auto failed = [&] {
+        raise<backend_error>(
+            message("no convergence for matrix '", what, "'; try randomized_svd()"), "Eigen::BDCSVD", 1);
+    };
     constexpr std::size_t jacobi_limit = 96;
     if (m >= 2 * n || n <= jacobi_limit) {
         const auto f = factor_qr<T>(policy, a, what);
@@ -130,7 +136,8 @@ template <storage_element S>
 /// truncated_svd() as a way to decompose layers, for algorithms that take one.
 struct decompose_exactly {
     template <arithmetic_element T>
-    [[nodiscard]] svd_result<T> operator()(const cpu& policy, matrix_view<const T> a, const rank_choice& choice, std::string_view name) const
+    [[nodiscard]] svd_result<T> operator()(
+        const cpu& policy, matrix_view<const T> a, const rank_choice& choice, std::string_view name) const
     {
         return truncated_svd<T>(policy, a, choice, name);
     }

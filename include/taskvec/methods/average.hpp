@@ -27,7 +27,9 @@ public:
     merger(const cpu&, const aligned_models& models, const average_options& options)
         : weights_(checked_weights(options.weights, models.task_count()))
     {
-        if (total<double>() == 0 || total<float>() == 0) { raise<invalid_argument>("the weights of an average sum to 0"); }
+        if (total<double>() == 0 || total<float>() == 0) {
+            raise<invalid_argument>("the weights of an average sum to 0");
+        }
     }
     template <arithmetic_element A>
     void operator()(block<A>& rows, A* merged, merge_tally&) const

@@ -37,7 +37,8 @@ TASKVEC_KERNELS_BEGIN
 
 /// x = x / density where the element's word is below `bound` (at most 2^32), otherwise 0.
 template <arithmetic_element A>
-TASKVEC_NOINLINE void drop_and_rescale(A* TASKVEC_RESTRICT x, const std::uint32_t* TASKVEC_RESTRICT words, std::uint32_t last, A density, std::size_t n)
+TASKVEC_NOINLINE void drop_and_rescale(
+    A* TASKVEC_RESTRICT x, const std::uint32_t* TASKVEC_RESTRICT words, std::uint32_t last, A density, std::size_t n)
 {
     for (std::size_t i = 0; i < n; ++i) {
         const A rescaled = x[i] / density;
@@ -54,7 +55,9 @@ namespace detail {
 /// keep_below(density), at most 2^32. Errors: invalid_argument unless 0 < density ≤ 1.
 [[nodiscard]] inline std::uint64_t checked_keep_below(double density)
 {
-    if (!(density > 0.0 && density <= 1.0)) { raise<invalid_argument>(message("density is ", density, "; expected a share in (0, 1], such as 0.5")); }
+    if (!(density > 0.0 && density <= 1.0)) {
+        raise<invalid_argument>(message("density is ", density, "; expected a share in (0, 1], such as 0.5"));
+    }
     return keep_below(density);
 }
 
@@ -81,7 +84,8 @@ public:
             const auto four = stream.words((rows.offset() + i) / 4);
             for (std::size_t j = 0; j < 4; ++j) { words[i + j] = four[j]; }
         }
-        kernels::drop_and_rescale(values, words.data(), static_cast<std::uint32_t>(bound_ - 1), static_cast<A>(density_), rows.size());
+        kernels::drop_and_rescale(
+            values, words.data(), static_cast<std::uint32_t>(bound_ - 1), static_cast<A>(density_), rows.size());
         return values;
     }
 
@@ -112,9 +116,11 @@ public:
         for (std::size_t t = 0; t < weights_.size(); ++t) {
             const A weight = static_cast<A>(weights_[t]);
             const A* const left = drop_(rows, t);
-            t == 0 ? kernels::begin_sum(merged, left, weight, rows.size()) : kernels::accumulate(merged, left, weight, rows.size());
+            t == 0 ? kernels::begin_sum(merged, left, weight, rows.size())
+                   : kernels::accumulate(merged, left, weight, rows.size());
             if (!tally.kept.empty()) {
-                tally.kept[t] += static_cast<std::uint64_t>(std::count_if(left, left + rows.size(), [](A value) { return value != 0; }));
+                tally.kept[t] += static_cast<std::uint64_t>(
+                    std::count_if(left, left + rows.size(), [](A value) { return value != 0; }));
             }
         }
         kernels::add_scaled(merged, rows.base(), static_cast<A>(lambda_), rows.size());
@@ -143,7 +149,10 @@ public:
         for (std::size_t t = 0; t < rows.task_count(); ++t) { drop_(rows, t); }
         election_(rows, merged, tally);
     }
-    std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies) { return election_.settle(models, tallies); }
+    std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies)
+    {
+        return election_.settle(models, tallies);
+    }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
 private:

@@ -11,16 +11,16 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// θ* = Σ ct·Ft·θt / Σ ct·Ft, elementwise, where Ft ≥ 0 is the diagonal Fisher information of task t: parameters that a task is
-/// sure about count more. Where the denominator is below `floor`, no task knows anything, and the plain average
-/// Σ ct·θt / Σ ct is taken. `normalize` divides each Ft by its l2 norm over all included tensors (a Fisher that is all zero stays
-/// zero), so that tasks whose gradients are larger do not drown the others. Needs no base.
-/// `fishers` holds one model of statistics for each task, with a tensor of the same name and shape for every included
-/// floating tensor (f64, f32, bf16, f16 or fp8), and no others; where a missing tensor of a task stands for the base's, its Fisher may be
-/// missing too and counts as 0. fisher_accumulator makes them, statistics_file reads them.
-/// Weights ct: one for each task, or none for all 1; not negative, not all 0. Sums run in f32 (f64 for f64) in task
-/// order: (ct·Ft) and (ct·Ft)·θt round, then their sums, then the quotient; with `normalize` ct/‖Ft‖ rounds once. Bit-exact.
-/// Errors: invalid_argument (a negative Fisher entry, tensors that do not belong), shape_mismatch, dtype_mismatch,
+/// θ* = Σ ct·Ft·θt / Σ ct·Ft, elementwise, where Ft ≥ 0 is the diagonal Fisher information of task t: parameters that a
+/// task is sure about count more. Where the denominator is below `floor`, no task knows anything, and the plain average
+/// Σ ct·θt / Σ ct is taken. `normalize` divides each Ft by its l2 norm over all included tensors (a Fisher that is all
+/// zero stays zero), so that tasks whose gradients are larger do not drown the others. Needs no base. `fishers` holds
+/// one model of statistics for each task, with a tensor of the same name and shape for every included floating tensor
+/// (f64, f32, bf16, f16 or fp8), and no others; where a missing tensor of a task stands for the base's, its Fisher may
+/// be missing too and counts as 0. fisher_accumulator makes them, statistics_file reads them. Weights ct: one for each
+/// task, or none for all 1; not negative, not all 0. Sums run in f32 (f64 for f64) in task order: (ct·Ft) and
+/// (ct·Ft)·θt round, then their sums, then the quotient; with `normalize` ct/‖Ft‖ rounds once. Bit-exact. Errors:
+/// invalid_argument (a negative Fisher entry, tensors that do not belong), shape_mismatch, dtype_mismatch,
 /// nonfinite_error. Cost: one read of models and Fishers; one more of the Fishers to normalise.
 ///
 ///     merge(cpu{}, fisher_options{.fishers = fishers}, tasks, out);
@@ -47,8 +47,8 @@ TASKVEC_KERNELS_BEGIN
 
 /// above += (c·f)·x, below += c·f. Returns whether some f is negative.
 template <arithmetic_element A>
-TASKVEC_NOINLINE bool accumulate_importance(
-    A* TASKVEC_RESTRICT above, A* TASKVEC_RESTRICT below, const A* TASKVEC_RESTRICT f, const A* TASKVEC_RESTRICT x, A c, std::size_t n)
+TASKVEC_NOINLINE bool accumulate_importance(A* TASKVEC_RESTRICT above, A* TASKVEC_RESTRICT below,
+    const A* TASKVEC_RESTRICT f, const A* TASKVEC_RESTRICT x, A c, std::size_t n)
 {
     TASKVEC_STRICT_FP
     bits_type<A> negative = 0;
@@ -63,11 +63,13 @@ TASKVEC_NOINLINE bool accumulate_importance(
     return negative != 0;
 }
 
-/// above += Σ (factors[t]·Ft)·θt, below += Σ factors[t]·Ft, over the stored words of N tasks, with the roundings and in the order of
-/// accumulate_importance(). Returns the largest magnitude bits of `above`: NaN and infinity in an input cannot but reach it. `negative`: some Ft < 0.
+/// above += Σ (factors[t]·Ft)·θt, below += Σ factors[t]·Ft, over the stored words of N tasks, with the roundings and in
+/// the order of accumulate_importance(). Returns the largest magnitude bits of `above`: NaN and infinity in an input
+/// cannot but reach it. `negative`: some Ft < 0.
 template <storage_element T, storage_element F, std::size_t N>
-TASKVEC_NOINLINE std::uint32_t add_stored_importance(const storage_word<T>* const* tasks, const storage_word<F>* const* fishers, const float* factors,
-    float* TASKVEC_RESTRICT above, float* TASKVEC_RESTRICT below, std::size_t n, bool& negative)
+TASKVEC_NOINLINE std::uint32_t add_stored_importance(const storage_word<T>* const* tasks,
+    const storage_word<F>* const* fishers, const float* factors, float* TASKVEC_RESTRICT above,
+    float* TASKVEC_RESTRICT below, std::size_t n, bool& negative)
 {
     TASKVEC_STRICT_FP
     const storage_word<T>* x[N];
@@ -124,7 +126,8 @@ TASKVEC_NOINLINE void divide_rows(A* TASKVEC_RESTRICT above, const A* TASKVEC_RE
 
 /// above = above / below, and plain where below < floor
 template <arithmetic_element A>
-TASKVEC_NOINLINE void divide_rows_or(A* TASKVEC_RESTRICT above, const A* TASKVEC_RESTRICT below, const A* TASKVEC_RESTRICT plain, A floor, std::size_t n)
+TASKVEC_NOINLINE void divide_rows_or(
+    A* TASKVEC_RESTRICT above, const A* TASKVEC_RESTRICT below, const A* TASKVEC_RESTRICT plain, A floor, std::size_t n)
 {
     for (std::size_t i = 0; i < n; ++i) {
         const A quotient = above[i] / below[i];
@@ -139,42 +142,46 @@ TASKVEC_KERNELS_END
 namespace detail {
 
 /// What messages call the Fisher of a task.
-[[nodiscard]] inline std::string fisher_label(const fisher_options& options, std::size_t t, const aligned_models& models)
+[[nodiscard]] inline std::string fisher_label(
+    const fisher_options& options, std::size_t t, const aligned_models& models)
 {
     return options.labels.empty() ? "the Fisher of " + models.label(t) : options.labels[t];
 }
 [[noreturn, gnu::cold]] inline void refuse_fisher_nonfinite(
     const aligned_models& models, std::size_t tensor, const std::string& where, double found, std::uint64_t index)
 {
-    raise<nonfinite_error>(message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ",
-        index, ": collect the statistics again"));
+    raise<nonfinite_error>(message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ",
+        std::isnan(found) ? "NaN" : "infinity", " at index ", index, ": collect the statistics again"));
 }
 [[noreturn, gnu::cold]] inline void refuse_fisher_negative(
     const aligned_models& models, std::size_t tensor, const std::string& where, double found, std::uint64_t index)
 {
-    raise<invalid_argument>(message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ", found, " at index ", index,
-        ": a diagonal Fisher is a mean of squares and cannot be negative"));
+    raise<invalid_argument>(message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ", found,
+        " at index ", index, ": a diagonal Fisher is a mean of squares and cannot be negative"));
 }
 
 /// The Fishers of a merge lined up with its models, and checked: the CPU and the gpu policy read them through this.
 class aligned_fishers {
 public:
-    aligned_fishers(const aligned_models& models, const fisher_options& options, memory_space space = memory_space::host)
+    aligned_fishers(
+        const aligned_models& models, const fisher_options& options, memory_space space = memory_space::host)
     {
         const std::size_t tasks = models.task_count();
         if (options.fishers.size() != tasks) {
-            raise<invalid_argument>(message(options.fishers.size(), " Fishers for ", tasks, " tasks: give one each, in the order of the tasks"));
+            raise<invalid_argument>(message(
+                options.fishers.size(), " Fishers for ", tasks, " tasks: give one each, in the order of the tasks"));
         }
         if (!options.labels.empty() && options.labels.size() != tasks) {
-            raise<invalid_argument>(message(options.labels.size(), " labels for ", tasks, " Fishers: give one each, or none"));
+            raise<invalid_argument>(
+                message(options.labels.size(), " labels for ", tasks, " Fishers: give one each, or none"));
         }
         for (std::size_t t = 0; t < tasks; ++t) {
             for (const auto& [name, tensor] : options.fishers[t]) {
-                const auto place = std::lower_bound(
-                    models.outputs().begin(), models.outputs().end(), name, [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
+                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
+                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
                 if (place == models.outputs().end() || place->name != name) {
-                    raise<invalid_argument>(message(
-                        "tensor '", name, "' of ", fisher_label(options, t, models), " is not in the models: these are the statistics of another model"));
+                    raise<invalid_argument>(message("tensor '", name, "' of ", fisher_label(options, t, models),
+                        " is not in the models: these are the statistics of another model"));
                 }
             }
         }
@@ -184,10 +191,12 @@ public:
             for (std::size_t t = 0; t < tasks; ++t) {
                 const const_tensor_ref* const fisher = options.fishers[t].find(tensor.name);
                 if (!fisher) {
-                    const bool stands_in = models.options().on_missing == missing::base && tensor.tasks[t].data == tensor.base.data;
+                    const bool stands_in =
+                        models.options().on_missing == missing::base && tensor.tasks[t].data == tensor.base.data;
                     if (stands_in) { continue; }
-                    raise<invalid_argument>(message("tensor '", tensor.name, "' is missing in ", fisher_label(options, t, models),
-                        ": collect statistics for every parameter, or exclude the tensor"));
+                    raise<invalid_argument>(
+                        message("tensor '", tensor.name, "' is missing in ", fisher_label(options, t, models),
+                            ": collect statistics for every parameter, or exclude the tensor"));
                 }
                 check(*fisher, tensor, fisher_label(options, t, models), space);
                 operands_[i * tasks + t] = {static_cast<const std::byte*>(fisher->data), fisher->dtype};
@@ -201,19 +210,20 @@ public:
     [[nodiscard]] const std::vector<companion>& companions() const noexcept { return companions_; }
 
 private:
-    static void check(const const_tensor_ref& fisher, const aligned_tensor& tensor, const std::string& where, memory_space space)
+    static void check(
+        const const_tensor_ref& fisher, const aligned_tensor& tensor, const std::string& where, memory_space space)
     {
         if (fisher.shape != tensor.shape) {
-            raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ", where, " but ", to_string(tensor.shape),
-                " in the models: these are the statistics of another model"));
+            raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ",
+                where, " but ", to_string(tensor.shape), " in the models: these are the statistics of another model"));
         }
         if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
-            raise<dtype_mismatch>(
-                message("tensor '", tensor.name, "' has dtype ", name(fisher.dtype), " in ", where, "; expected F64, F32, BF16 or F16: convert it"));
+            raise<dtype_mismatch>(message("tensor '", tensor.name, "' has dtype ", name(fisher.dtype), " in ", where,
+                "; expected F64, F32, BF16 or F16: convert it"));
         }
         if (fisher.space != space || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {
-            raise<invalid_argument>(message(
-                "tensor '", tensor.name, "' of ", where, " must be contiguous ", space == memory_space::host ? "host" : "device", " memory: copy it first"));
+            raise<invalid_argument>(message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
+                space == memory_space::host ? "host" : "device", " memory: copy it first"));
         }
     }
 
@@ -229,13 +239,15 @@ private:
     for (const double weight : weights) { total += weight; }
     if (total == 0) { raise<invalid_argument>("the weights of a Fisher merge are all 0"); }
     if (!(options.floor >= 0) || !std::isfinite(options.floor)) {
-        raise<invalid_argument>(message("floor is ", options.floor, "; expected a number that is not negative, such as 1e-12"));
+        raise<invalid_argument>(
+            message("floor is ", options.floor, "; expected a number that is not negative, such as 1e-12"));
     }
     return weights;
 }
 
 /// ct/‖Ft‖ for each task, from Σ Ft² of every tensor, [tensor][task]; 0 for a Fisher that is all 0.
-[[nodiscard]] inline std::vector<double> normalized_fisher_weights(const std::vector<double>& weights, const std::vector<std::vector<double>>& squares)
+[[nodiscard]] inline std::vector<double> normalized_fisher_weights(
+    const std::vector<double>& weights, const std::vector<std::vector<double>>& squares)
 {
     std::vector<double> factors;
     for (std::size_t t = 0; t < weights.size(); ++t) {
@@ -283,7 +295,10 @@ public:
             for (std::size_t t = 0; t < tasks; ++t) {
                 const A* const fisher = load(rows, t, rows.scratch(2));
                 if (!fisher) { continue; }
-                if (kernels::accumulate_importance(merged, below, fisher, rows.task(t), static_cast<A>(factors_[t]), n)) { blame_negative(rows, t, fisher); }
+                if (kernels::accumulate_importance(
+                        merged, below, fisher, rows.task(t), static_cast<A>(factors_[t]), n)) {
+                    blame_negative(rows, t, fisher);
+                }
             }
         }
         const A floor = fisher_floor<A>(options_);
@@ -292,7 +307,8 @@ public:
         A total = 0;
         for (std::size_t t = 0; t < tasks; ++t) {
             const A weight = static_cast<A>(weights_[t]);
-            t == 0 ? kernels::begin_sum(plain, rows.task(t), weight, n) : kernels::accumulate(plain, rows.task(t), weight, n);
+            t == 0 ? kernels::begin_sum(plain, rows.task(t), weight, n)
+                   : kernels::accumulate(plain, rows.task(t), weight, n);
             total += weight;
         }
         kernels::divide(plain, total, n);
@@ -326,7 +342,8 @@ private:
             for (std::size_t i = 0; i < rows.size(); ++i) {
                 if (!std::isfinite(values[i])) {
                     const auto tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
-                    refuse_fisher_nonfinite(rows.models(), tensor, fisher_label(options_, t, rows.models()), static_cast<double>(values[i]), rows.offset() + i);
+                    refuse_fisher_nonfinite(rows.models(), tensor, fisher_label(options_, t, rows.models()),
+                        static_cast<double>(values[i]), rows.offset() + i);
                 }
             }
         }
@@ -335,15 +352,17 @@ private:
 
     static constexpr std::size_t fused_tasks = 64; ///< the most that are accumulated from stored words
 
-    /// Both sums of a block straight from the stored words, with the bits of the row by row way; false where that has to do it: words of other types,
-    /// misaligned, a Fisher that is missing, or an input that is wrong and has to be named.
+    /// Both sums of a block straight from the stored words, with the bits of the row by row way; false where that has
+    /// to do it: words of other types, misaligned, a Fisher that is missing, or an input that is wrong and has to be
+    /// named.
     template <arithmetic_element A>
     bool accumulate_stored(block<A>& rows, A* above, A* below) const
     {
         if constexpr (std::same_as<A, float>) {
             const aligned_tensor::operand* const fishers = &operand(rows, 0);
             if (fishers->dtype == dtype::bf16) { return accumulate_stored<bf16, bf16>(rows, fishers, above, below); }
-            return accumulate_stored<float, float>(rows, fishers, above, below) || accumulate_stored<bf16, float>(rows, fishers, above, below);
+            return accumulate_stored<float, float>(rows, fishers, above, below)
+                || accumulate_stored<bf16, float>(rows, fishers, above, below);
         }
         else {
             return false;
@@ -359,12 +378,17 @@ private:
         if (!rows.template stored<T>(base, tasks)) { return false; }
         for (std::size_t t = 0; t < count; ++t) {
             const auto& from = fishers[t];
-            if (!from.data || from.dtype != dtype_of<F> || reinterpret_cast<std::uintptr_t>(from.data) % alignof(F) != 0) { return false; }
+            if (!from.data
+                || from.dtype != dtype_of<F> || reinterpret_cast<std::uintptr_t>(from.data) % alignof(F) != 0) {
+                return false;
+            }
             values[t] = reinterpret_cast<const storage_word<F>*>(from.data) + rows.offset();
         }
-        using kernel = std::uint32_t(const storage_word<T>* const*, const storage_word<F>* const*, const float*, float*, float*, std::size_t, bool&);
-        static constexpr kernel* of_group[] = {&kernels::add_stored_importance<T, F, 1>, &kernels::add_stored_importance<T, F, 2>,
-            &kernels::add_stored_importance<T, F, 3>, &kernels::add_stored_importance<T, F, 4>};
+        using kernel = std::uint32_t(const storage_word<T>* const*, const storage_word<F>* const*, const float*, float*,
+            float*, std::size_t, bool&);
+        static constexpr kernel* of_group[] = {&kernels::add_stored_importance<T, F, 1>,
+            &kernels::add_stored_importance<T, F, 2>, &kernels::add_stored_importance<T, F, 3>,
+            &kernels::add_stored_importance<T, F, 4>};
         constexpr std::size_t most = std::size(of_group);
         kernels::fill(above, 0.0f, n);
         kernels::fill(below, 0.0f, n);
@@ -374,7 +398,8 @@ private:
             std::array<float, most> factors{};
             const std::size_t group = std::min(most, count - t);
             for (std::size_t i = 0; i < group; ++i) { factors[i] = static_cast<float>(factors_[t + i]); }
-            largest = of_group[group - 1](tasks.data() + t, values.data() + t, factors.data(), above, below, n, negative);
+            largest =
+                of_group[group - 1](tasks.data() + t, values.data() + t, factors.data(), above, below, n, negative);
         }
         return !negative && largest < exponent_mask<float>;
     }
@@ -385,32 +410,37 @@ private:
         std::size_t i = 0;
         while (!(fisher[i] < 0)) { ++i; }
         const auto tensor = static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
-        refuse_fisher_negative(rows.models(), tensor, fisher_label(options_, t, rows.models()), static_cast<double>(fisher[i]), rows.offset() + i);
+        refuse_fisher_negative(rows.models(), tensor, fisher_label(options_, t, rows.models()),
+            static_cast<double>(fisher[i]), rows.offset() + i);
     }
 
     void normalize(const cpu& policy, const aligned_models& models)
     {
         const std::size_t tasks = models.task_count();
-        const auto sums = tensor_sums(policy, models, tasks, 1, "Fisher norms", [&]<class A>(block<A>& rows, double* sum) {
-            for (std::size_t t = 0; t < tasks; ++t) {
-                const A* const fisher = load(rows, t, rows.scratch(0));
-                const auto& from = operand(rows, t);
-                if (!fisher) { sum[t] = 0; }
-                else if (from.dtype == dtype::f64) { // not as rounded to A
-                    std::array<double, block_size> values;
-                    sum[t] = with_elements(from, rows.offset(), rows.size(), reinterpret_cast<std::byte*>(values.data()), [&](const auto* stored) {
-                        using T = std::remove_cvref_t<decltype(*stored)>;
-                        if constexpr (std::same_as<T, double>) { return kernels::dot(stored, stored, rows.size()); }
-                        else {
-                            return 0.0;
-                        }
-                    });
+        const auto sums =
+            tensor_sums(policy, models, tasks, 1, "Fisher norms", [&]<class A>(block<A>& rows, double* sum) {
+                for (std::size_t t = 0; t < tasks; ++t) {
+                    const A* const fisher = load(rows, t, rows.scratch(0));
+                    const auto& from = operand(rows, t);
+                    if (!fisher) { sum[t] = 0; }
+                    else if (from.dtype == dtype::f64) { // not as rounded to A
+                        std::array<double, block_size> values;
+                        sum[t] = with_elements(from, rows.offset(), rows.size(),
+                            reinterpret_cast<std::byte*>(values.data()), [&](const auto* stored) {
+                                using T = std::remove_cvref_t<decltype(*stored)>;
+                                if constexpr (std::same_as<T, double>) {
+                                    return kernels::dot(stored, stored, rows.size());
+                                }
+                                else {
+                                    return 0.0;
+                                }
+                            });
+                    }
+                    else {
+                        sum[t] = kernels::dot(fisher, fisher, rows.size());
+                    }
                 }
-                else {
-                    sum[t] = kernels::dot(fisher, fisher, rows.size());
-                }
-            }
-        });
+            });
         factors_ = normalized_fisher_weights(weights_, sums);
     }
 

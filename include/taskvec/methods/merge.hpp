@@ -3,14 +3,14 @@
 //
 // A method is an options struct (average_options, ties_options, …) with a detail::merger<Options> beside it, which
 // makes the passes that must come first (thresholds, norms) in its constructor and then merges one block at a time.
-// Adding a method is adding those two. A method that is not elementwise (RegMean) has write(policy, models, sink) in place of
-// the call for a block.
+// Adding a method is adding those two. A method that is not elementwise (RegMean) has write(policy, models, sink) in
+// place of the call for a block.
 #pragma once
 
+#include <taskvec/core/sink.hpp>
 #include <taskvec/models/block.hpp>
 #include <taskvec/models/copy_through.hpp>
 #include <taskvec/models/tensor_sums.hpp>
-#include <taskvec/core/sink.hpp>
 
 #include <atomic>
 #include <concepts>
@@ -52,22 +52,27 @@ class merger;
 
 /// The options of a merge method.
 template <class Options>
-concept merge_method = requires(const cpu& policy, const aligned_models& models, const Options& options)
-{
+concept merge_method = requires(const cpu& policy, const aligned_models& models, const Options& options) {
     detail::merger<Options>(policy, models, options);
 };
 
 namespace detail {
 
 /// Weights as many as tasks: given, or all 1. Rounded to A once, when used.
-inline std::vector<double> checked_weights(const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
+inline std::vector<double> checked_weights(
+    const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
 {
     if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
-    if (weights.size() != tasks) { raise<invalid_argument>(message(weights.size(), " weights for ", tasks, " tasks: give one each, or none")); }
+    if (weights.size() != tasks) {
+        raise<invalid_argument>(message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
+    }
     for (std::size_t t = 0; t < tasks; ++t) {
-        if (!std::isfinite(weights[t])) { raise<invalid_argument>(message("the weight of task ", t + 1, " is not finite")); }
+        if (!std::isfinite(weights[t])) {
+            raise<invalid_argument>(message("the weight of task ", t + 1, " is not finite"));
+        }
         if (!negative_allowed && weights[t] < 0) {
-            raise<invalid_argument>(message("the weight of task ", t + 1, " is ", weights[t], ": this method has no meaning for negative weights"));
+            raise<invalid_argument>(message(
+                "the weight of task ", t + 1, " is ", weights[t], ": this method has no meaning for negative weights"));
         }
     }
     return weights;
@@ -87,7 +92,8 @@ struct companion {
 
 /// Outputs must not overlap inputs, except that a method which reads each element for the last time before it writes
 /// it may work in place. What lies beside the models may never be overwritten.
-inline void check_aliases(const aligned_models& models, tensor_sink& out, bool in_place, std::span<const companion> companions = {})
+inline void check_aliases(
+    const aligned_models& models, tensor_sink& out, bool in_place, std::span<const companion> companions = {})
 {
     struct range {
         const std::byte *begin, *end;
@@ -101,22 +107,25 @@ inline void check_aliases(const aligned_models& models, tensor_sink& out, bool i
         }
     }
     if (written.empty()) { return; }
-    std::sort(written.begin(), written.end(), [](const range& a, const range& b) { return std::less<>()(a.begin, b.begin); });
+    std::sort(
+        written.begin(), written.end(), [](const range& a, const range& b) { return std::less<>()(a.begin, b.begin); });
     for (std::size_t i = 1; i < written.size(); ++i) {
         if (std::less<>()(written[i].begin, written[i - 1].end)) {
-            raise<invalid_argument>(
-                message("the outputs '", models.tensors()[written[i - 1].tensor].name, "' and '", models.tensors()[written[i].tensor].name, "' share memory"));
+            raise<invalid_argument>(message("the outputs '", models.tensors()[written[i - 1].tensor].name, "' and '",
+                models.tensors()[written[i].tensor].name, "' share memory"));
         }
     }
     const auto check = [&](const std::byte* begin, std::size_t bytes, std::size_t index, bool replaceable) {
         if (!begin || bytes == 0) { return; }
         const std::byte* const end = begin + bytes;
-        auto place = std::lower_bound(written.begin(), written.end(), begin, [](const range& r, const std::byte* p) { return !std::less<>()(p, r.end); });
+        auto place = std::lower_bound(written.begin(), written.end(), begin,
+            [](const range& r, const std::byte* p) { return !std::less<>()(p, r.end); });
         if (place == written.end() || !std::less<>()(place->begin, end)) { return; }
         const bool same = place->tensor == index && place->begin == begin && place->end == end;
         if (!same || !replaceable) {
-            raise<invalid_argument>(message("the output '", models.tensors()[place->tensor].name, "' shares memory with the input '",
-                models.tensors()[index].name, "': this method cannot work in place there; give it memory of its own"));
+            raise<invalid_argument>(message("the output '", models.tensors()[place->tensor].name,
+                "' shares memory with the input '", models.tensors()[index].name,
+                "': this method cannot work in place there; give it memory of its own"));
         }
     };
     for (std::size_t i = 0; i < models.tensors().size(); ++i) {
@@ -148,7 +157,10 @@ public:
     void write(std::uint64_t offset, const A* values, std::size_t n)
     {
         visit_storage(tensor_->output_dtype, tensor_->name, [&]<class T>(std::type_identity<T>) {
-            if (!direct_) { kernels::narrow(values, reinterpret_cast<T*>(buffer_.data() + (offset - piece_->offset) * sizeof(T)), n); }
+            if (!direct_) {
+                kernels::narrow(
+                    values, reinterpret_cast<T*>(buffer_.data() + (offset - piece_->offset) * sizeof(T)), n);
+            }
             else if (!stream_ || reinterpret_cast<std::uintptr_t>(direct_) % alignof(T) != 0) {
                 if constexpr (std::same_as<T, A>) { std::memcpy(direct_ + offset * sizeof(T), values, n * sizeof(T)); }
                 else {
@@ -157,7 +169,9 @@ public:
                 }
             }
             else {
-                if constexpr (std::same_as<T, A>) { kernels::stream_copy(direct_ + offset * sizeof(T), values, n * sizeof(T)); }
+                if constexpr (std::same_as<T, A>) {
+                    kernels::stream_copy(direct_ + offset * sizeof(T), values, n * sizeof(T));
+                }
                 else {
                     kernels::narrow(values, reinterpret_cast<T*>(buffer_.data()), n);
                     kernels::stream_copy(direct_ + offset * sizeof(T), buffer_.data(), n * sizeof(T));
@@ -165,12 +179,15 @@ public:
             }
         });
     }
-    /// Where a fused kernel writes a block that is stored as T; without words where the output is stored otherwise, or misaligned.
+    /// Where a fused kernel writes a block that is stored as T; without words where the output is stored otherwise, or
+    /// misaligned.
     template <storage_element T>
     [[nodiscard]] kernels::stored_output<T> place(std::uint64_t offset)
     {
         if (tensor_->output_dtype != dtype_of<T>) { return {}; }
-        if (!direct_) { return {kernels::words(reinterpret_cast<T*>(buffer_.data()) + (offset - piece_->offset)), false}; }
+        if (!direct_) {
+            return {kernels::words(reinterpret_cast<T*>(buffer_.data()) + (offset - piece_->offset)), false};
+        }
         if (reinterpret_cast<std::uintptr_t>(direct_) % alignof(T) != 0) { return {}; }
         return {kernels::words(reinterpret_cast<T*>(direct_) + offset), stream_};
     }
@@ -193,15 +210,13 @@ private:
     std::byte* direct_ = nullptr;
 };
 
-/// A method that can merge a block from stored words of one type to stored words of the same type in one sweep. fused() is false, and
-/// nothing is done, where it cannot: the rows then take over, and give the same bits.
+/// A method that can merge a block from stored words of one type to stored words of the same type in one sweep. fused()
+/// is false, and nothing is done, where it cannot: the rows then take over, and give the same bits.
 template <class Merger, class T>
-concept fuses = requires(const Merger& method, block<float>& rows, const kernels::stored_output<T>& out, merge_tally& tally)
-{
-    {
-        method.fused(rows, out, tally)
-        } -> std::same_as<bool>;
-};
+concept fuses =
+    requires(const Merger& method, block<float>& rows, const kernels::stored_output<T>& out, merge_tally& tally) {
+        { method.fused(rows, out, tally) } -> std::same_as<bool>;
+    };
 
 /// Merges an opened block and writes it.
 template <class Merger, arithmetic_element A>
@@ -224,22 +239,25 @@ inline constexpr std::uint64_t streaming_bytes = std::uint64_t{8} << 20;
 
 /// Merges the given chunks with a prepared method. tallies[i] receives what chunk chunks[i] said.
 template <class Merger>
-void merge_chunks(const cpu& policy, const aligned_models& models, const Merger& method, std::span<const std::size_t> chunks, tensor_sink& out,
-    std::span<merge_tally> tallies, std::string_view phase)
+void merge_chunks(const cpu& policy, const aligned_models& models, const Merger& method,
+    std::span<const std::size_t> chunks, tensor_sink& out, std::span<merge_tally> tallies, std::string_view phase)
 {
     std::uint64_t written = 0;
     for (const auto& tensor : models.tensors()) { written += byte_count(tensor.output_dtype, tensor.size); }
     auto workspaces = make_workspaces(policy, models, chunks.size(), 1 + Merger::scratch_rows);
     std::vector<row_writer> writers;
-    for (std::size_t w = 0; w < workspaces.size(); ++w) { writers.emplace_back(out, written > streaming_bytes, memory_of(policy)); }
+    for (std::size_t w = 0; w < workspaces.size(); ++w) {
+        writers.emplace_back(out, written > streaming_bytes, memory_of(policy));
+    }
     progress_meter meter(policy, phase, chunks.size());
     for_each_index(policy, chunks.size(), [&](std::size_t index, std::size_t worker) {
         const chunk& piece = models.chunks()[chunks[index]];
         const aligned_tensor& tensor = models.tensors()[piece.tensor];
         row_writer& writer = writers[worker];
         writer.open(tensor, piece);
-        workspaces[worker].with_block(
-            tensor, [&](auto& rows) { for_each_block_of(rows, piece, [&](auto& opened) { merge_block(method, opened, writer, tallies[index]); }); });
+        workspaces[worker].with_block(tensor, [&](auto& rows) {
+            for_each_block_of(rows, piece, [&](auto& opened) { merge_block(method, opened, writer, tallies[index]); });
+        });
         writer.close();
         if (!meter.advance(1)) { raise<cancelled>(); }
     });
@@ -247,7 +265,8 @@ void merge_chunks(const cpu& policy, const aligned_models& models, const Merger&
 
 /// The walk of an elementwise method, and a second one over what a majority changed.
 template <class Merger>
-void merge_elementwise(const cpu& policy, const aligned_models& models, Merger& method, tensor_sink& out, merge_report& report)
+void merge_elementwise(
+    const cpu& policy, const aligned_models& models, Merger& method, tensor_sink& out, merge_report& report)
 {
     std::vector<std::size_t> chunks(models.chunks().size());
     for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
@@ -281,7 +300,9 @@ inline void add_norms(const cpu& policy, const aligned_models& merged_and_base, 
             sum[1] = kernels::dot(change, change, rows.size());
         }
     });
-    for (std::size_t i = 0; i < sums.size(); ++i) { report.norms.push_back({merged_and_base.tensors()[i].name, std::sqrt(sums[i][0]), std::sqrt(sums[i][1])}); }
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+        report.norms.push_back({merged_and_base.tensors()[i].name, std::sqrt(sums[i][0]), std::sqrt(sums[i][1])});
+    }
 }
 
 } // namespace detail
@@ -297,10 +318,14 @@ template <merge_method Options>
 merge_report merge(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
 {
     using method_type = detail::merger<Options>;
-    if (method_type::needs_base && !models.has_base()) { raise<invalid_argument>("this merge method needs a base model"); }
+    if (method_type::needs_base && !models.has_base()) {
+        raise<invalid_argument>("this merge method needs a base model");
+    }
     detail::check_aliases(models, out, method_type::in_place);
     method_type method(policy, models, options);
-    if constexpr (requires { method.companions(); }) { detail::check_aliases(models, out, method_type::in_place, method.companions()); }
+    if constexpr (requires { method.companions(); }) {
+        detail::check_aliases(models, out, method_type::in_place, method.companions());
+    }
     merge_report report;
     if constexpr (requires { method.write(policy, models, out); }) { method.write(policy, models, out); }
     else {
@@ -315,23 +340,28 @@ merge_report merge(const cpu& policy, const Options& options, const aligned_mode
 namespace detail {
 
 /// The sink over a model in memory, checked against what a merge writes.
-inline memory_sink sink_over(const aligned_models& models, const model_ref& out, memory_space space = memory_space::host)
+inline memory_sink sink_over(
+    const aligned_models& models, const model_ref& out, memory_space space = memory_space::host)
 {
     std::vector<void*> tensors;
     for (const auto& spec : models.outputs()) {
         const tensor_ref* const tensor = out.find(spec.name);
         if (!tensor) { raise<invalid_argument>(message("tensor '", spec.name, "' is missing in the output")); }
         if (tensor->space != space || !tensor->contiguous()) {
-            raise<invalid_argument>(
-                message("tensor '", spec.name, "' of the output must be contiguous ", space == memory_space::host ? "host" : "device", " memory"));
+            raise<invalid_argument>(message("tensor '", spec.name, "' of the output must be contiguous ",
+                space == memory_space::host ? "host" : "device", " memory"));
         }
         if (tensor->shape != spec.shape) {
-            raise<shape_mismatch>(message("tensor '", spec.name, "' of the output has shape ", to_string(tensor->shape), "; expected ", to_string(spec.shape)));
+            raise<shape_mismatch>(message("tensor '", spec.name, "' of the output has shape ", to_string(tensor->shape),
+                "; expected ", to_string(spec.shape)));
         }
         if (tensor->dtype != spec.dtype) {
-            raise<dtype_mismatch>(message("tensor '", spec.name, "' of the output has dtype ", name(tensor->dtype), "; expected ", name(spec.dtype)));
+            raise<dtype_mismatch>(message("tensor '", spec.name, "' of the output has dtype ", name(tensor->dtype),
+                "; expected ", name(spec.dtype)));
         }
-        if (!tensor->data && spec.bytes() > 0) { raise<invalid_argument>(message("tensor '", spec.name, "' of the output has no data (null pointer)")); }
+        if (!tensor->data && spec.bytes() > 0) {
+            raise<invalid_argument>(message("tensor '", spec.name, "' of the output has no data (null pointer)"));
+        }
         tensors.push_back(tensor->data);
     }
     return memory_sink(std::move(tensors));
@@ -339,8 +369,8 @@ inline memory_sink sink_over(const aligned_models& models, const model_ref& out,
 
 /// Outputs of an in-memory merge decide their own dtype, tensor by tensor, unless one is asked for.
 template <merge_method Options>
-merge_report merge_in_memory(const cpu& policy, const Options& options, const const_model_ref* base, std::span<const const_model_ref> tasks,
-    const model_ref& out, const model_options& how)
+merge_report merge_in_memory(const cpu& policy, const Options& options, const const_model_ref* base,
+    std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how)
 {
     const aligned_models models(base, tasks, how);
     memory_sink sink = sink_over(models, out);
@@ -362,8 +392,8 @@ merge_report merge_in_memory(const cpu& policy, const Options& options, const co
 ///
 ///     merge(cpu{}, task_arithmetic_options{.lambda = 0.3}, base, tasks, out);
 template <merge_method Options>
-merge_report merge(const cpu& policy, const Options& options, const const_model_ref& base, std::span<const const_model_ref> tasks, const model_ref& out,
-    const model_options& how = {})
+merge_report merge(const cpu& policy, const Options& options, const const_model_ref& base,
+    std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how = {})
 {
     return detail::merge_in_memory(policy, options, &base, tasks, out, how);
 }
@@ -371,7 +401,8 @@ merge_report merge(const cpu& policy, const Options& options, const const_model_
 /// Merges models in memory by a method that needs no base (average). The first model gives names and dtypes.
 template <merge_method Options>
     requires(!detail::merger<Options>::needs_base)
-merge_report merge(const cpu& policy, const Options& options, std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how = {})
+merge_report merge(const cpu& policy, const Options& options, std::span<const const_model_ref> tasks,
+    const model_ref& out, const model_options& how = {})
 {
     return detail::merge_in_memory(policy, options, nullptr, tasks, out, how);
 }
@@ -403,11 +434,13 @@ template <class T, memory_space S>
 ///     std::vector<std::vector<float>> tasks = …;
 ///     merge(cpu{}, ties_options{.density = 0.2, .lambda = 1.0}, base, tasks, out);
 template <merge_method Options, input_of<cpu> Base, tasks_of<cpu> Tasks, output_of<cpu> Out>
-merge_report merge(const cpu& policy, const Options& options, const Base& base, const Tasks& tasks, Out&& out, model_options how = {})
+merge_report merge(
+    const cpu& policy, const Options& options, const Base& base, const Tasks& tasks, Out&& out, model_options how = {})
 {
     const const_model_ref base_model = detail::flat_model(as_view(base));
     how.output = dtype_of<element_of<Out>>;
-    return detail::merge_in_memory(policy, options, &base_model, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
+    return detail::merge_in_memory(
+        policy, options, &base_model, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }
 
 /// Merges flat views by a method that needs no base.
@@ -416,14 +449,16 @@ template <merge_method Options, tasks_of<cpu> Tasks, output_of<cpu> Out>
 merge_report merge(const cpu& policy, const Options& options, const Tasks& tasks, Out&& out, model_options how = {})
 {
     how.output = dtype_of<element_of<Out>>;
-    return detail::merge_in_memory(policy, options, nullptr, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
+    return detail::merge_in_memory(
+        policy, options, nullptr, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }
 
 // On taskvec::gpu this lives in <taskvec/device/methods.hpp>; without it a call says so.
 template <detail::gpu_without_header<detail::gpu_room::merge> P, class... Arguments>
 auto merge(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::merge>, "merge() on taskvec::gpu: include <taskvec/device/methods.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::merge>,
+        "merge() on taskvec::gpu: include <taskvec/device/methods.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -6,12 +6,12 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// For each tensor: θ* = θ0 + t·mean(τ), t = N·c / (1 + (N−1)·c), with c the mean cosine over all pairs of the N task vectors of that
-/// tensor (0 for a pair with a zero vector). The less the fine-tuned models agree, the closer the result stays to the base. t is clamped to
-/// [0, 1] unless `clamp` is off (mergekit does not clamp). At least two tasks.
-/// Cosines are f64 sums of a fixed shape; t/N is rounded to f32 (f64 for f64) once; sums run in task order: bit-exact for any
-/// threads and blocks. Errors: invalid_argument, also where t has no value unclamped (task vectors that cancel).
-/// Cost: two reads of all models, and N(N+1)/2 products an element in the first.
+/// For each tensor: θ* = θ0 + t·mean(τ), t = N·c / (1 + (N−1)·c), with c the mean cosine over all pairs of the N task
+/// vectors of that tensor (0 for a pair with a zero vector). The less the fine-tuned models agree, the closer the
+/// result stays to the base. t is clamped to [0, 1] unless `clamp` is off (mergekit does not clamp). At least two
+/// tasks. Cosines are f64 sums of a fixed shape; t/N is rounded to f32 (f64 for f64) once; sums run in task order:
+/// bit-exact for any threads and blocks. Errors: invalid_argument, also where t has no value unclamped (task vectors
+/// that cancel). Cost: two reads of all models, and N(N+1)/2 products an element in the first.
 ///
 ///     merge(cpu{}, model_stock_options{}, base, tasks, out);
 struct model_stock_options {
@@ -22,7 +22,10 @@ namespace detail {
 
 inline void check_model_stock(std::size_t tasks)
 {
-    if (tasks < 2) { raise<invalid_argument>("Model Stock compares fine-tuned models with each other: at least two tasks are needed"); }
+    if (tasks < 2) {
+        raise<invalid_argument>(
+            "Model Stock compares fine-tuned models with each other: at least two tasks are needed");
+    }
 }
 
 /// t/N for a tensor from the dots of its task vectors: dots[i(i+1)/2 + j] = τi·τj for j ≤ i.
@@ -39,7 +42,9 @@ inline void check_model_stock(std::size_t tasks)
     }
     const double n = static_cast<double>(tasks), c = cosines / (n * (n - 1) / 2), below = 1 + (n - 1) * c;
     double t = n * c / below;
-    if (options.clamp && c == c) { t = below > 0 ? std::clamp(t, 0.0, 1.0) : 0.0; } // c ≥ −1/(N−1): below it lies rounding
+    if (options.clamp && c == c) {
+        t = below > 0 ? std::clamp(t, 0.0, 1.0) : 0.0;
+    } // c ≥ −1/(N−1): below it lies rounding
     else if (!(below > 0) && c == c) {
         raise<invalid_argument>(message("the task vectors of tensor '", tensor, "' cancel (mean cosine ", c,
             "): the ratio of Model Stock has no value there; clamp it, or exclude the tensor"));
@@ -59,12 +64,15 @@ public:
     {
         const std::size_t tasks = models.task_count();
         check_model_stock(tasks);
-        const auto sums = tensor_sums(policy, models, tasks * (tasks + 1) / 2, 0, "cosines", [&](auto& rows, double* sum) {
-            for (std::size_t i = 0; i < tasks; ++i) { rows.delta(i); }
-            for (std::size_t i = 0; i < tasks; ++i) {
-                for (std::size_t j = 0; j <= i; ++j) { *sum++ = kernels::dot(rows.row(i), rows.row(j), rows.size()); }
-            }
-        });
+        const auto sums =
+            tensor_sums(policy, models, tasks * (tasks + 1) / 2, 0, "cosines", [&](auto& rows, double* sum) {
+                for (std::size_t i = 0; i < tasks; ++i) { rows.delta(i); }
+                for (std::size_t i = 0; i < tasks; ++i) {
+                    for (std::size_t j = 0; j <= i; ++j) {
+                        *sum++ = kernels::dot(rows.row(i), rows.row(j), rows.size());
+                    }
+                }
+            });
         for (std::size_t tensor = 0; tensor < sums.size(); ++tensor) {
             factors_.push_back(model_stock_factor(options, models.tensors()[tensor].name, tasks, sums[tensor]));
         }
@@ -73,7 +81,8 @@ public:
     void operator()(block<A>& rows, A* merged, merge_tally&) const
     {
         for (std::size_t t = 0; t < rows.task_count(); ++t) {
-            t == 0 ? kernels::begin_sum(merged, rows.delta(t), A{1}, rows.size()) : kernels::accumulate(merged, rows.delta(t), A{1}, rows.size());
+            t == 0 ? kernels::begin_sum(merged, rows.delta(t), A{1}, rows.size())
+                   : kernels::accumulate(merged, rows.delta(t), A{1}, rows.size());
         }
         const double factor = factors_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
         kernels::add_scaled(merged, rows.base(), static_cast<A>(factor), rows.size());

@@ -1,5 +1,5 @@
-// RegMean: Jin, Ren, Preotiuc-Pietro and Cheng, "Dataless knowledge fusion by merging weights of language models" (ICLR 2023).
-// SPDX-License-Identifier: Apache-2.0
+// RegMean: Jin, Ren, Preotiuc-Pietro and Cheng, "Dataless knowledge fusion by merging weights of language models" (ICLR
+// 2023). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/linalg/linalg.hpp>
@@ -23,20 +23,22 @@ enum class weight_layout : std::uint8_t {
     in_out ///< y = x·W: a row for each input
 };
 
-/// For each linear layer with a Gram matrix, in its in×out view W: W* = (Σ wt·G̃t)⁻¹ Σ wt·G̃t·Wt, with Gt = XtᵀXt over the inputs of task t
-/// and G̃ = α·G + (1−α)·diag(G): the W that fits all tasks' outputs Xt·Wt best, in the sense of least squares when α = 1. All other floating
-/// tensors are averaged: Σ wt·θt / Σ wt. Needs no base.
+/// For each linear layer with a Gram matrix, in its in×out view W: W* = (Σ wt·G̃t)⁻¹ Σ wt·G̃t·Wt, with Gt = XtᵀXt over
+/// the inputs of task t and G̃ = α·G + (1−α)·diag(G): the W that fits all tasks' outputs Xt·Wt best, in the sense of
+/// least squares when α = 1. All other floating tensors are averaged: Σ wt·θt / Σ wt. Needs no base.
 ///
-/// Computed as W̄ + (Σ wt·G̃t)⁻¹ Σ wt·G̃t·(Wt − W̄) with W̄ = Σ wt·Wt / Σ wt, which is the same, in f64 by a Cholesky factor, and rounded once;
-/// relative error about 1e-16 times the condition number of Σ G̃. `ridge` adds ridge·mean(diag Σ wt·G̃t) to the diagonal of the system: directions of
-/// which no input says anything then get the average, and so does a layer that saw none. A singular system without it is an error.
+/// Computed as W̄ + (Σ wt·G̃t)⁻¹ Σ wt·G̃t·(Wt − W̄) with W̄ = Σ wt·Wt / Σ wt, which is the same, in f64 by a Cholesky
+/// factor, and rounded once; relative error about 1e-16 times the condition number of Σ G̃. `ridge` adds ridge·mean(diag
+/// Σ wt·G̃t) to the diagonal of the system: directions of which no input says anything then get the average, and so does
+/// a layer that saw none. A singular system without it is an error.
 ///
-/// `grams` holds a model for each task, with the same tensor names in all: under the name of a weight, its Gram matrix (in×in, symmetric, f64,
-/// f32, bf16 or f16). gram_accumulator makes them, statistics_file reads them. `layout` says how a weight of that name is stored (empty:
-/// out_in for all); it is never guessed from shapes. Weights wt: one for each task, or none for all 1; not negative, not all 0.
-/// Errors: invalid_argument (not a Gram matrix; singular), shape_mismatch, dtype_mismatch, nonfinite_error.
-/// Cost of a layer: n³/3 + (T + 1)·2·n²·p flops and 8·n² bytes for n inputs, p outputs; small layers in parallel, large ones one after the
-/// other with their columns in parallel. Same result for any number of threads.
+/// `grams` holds a model for each task, with the same tensor names in all: under the name of a weight, its Gram matrix
+/// (in×in, symmetric, f64, f32, bf16 or f16). gram_accumulator makes them, statistics_file reads them. `layout` says
+/// how a weight of that name is stored (empty: out_in for all); it is never guessed from shapes. Weights wt: one for
+/// each task, or none for all 1; not negative, not all 0. Errors: invalid_argument (not a Gram matrix; singular),
+/// shape_mismatch, dtype_mismatch, nonfinite_error. Cost of a layer: n³/3 + (T + 1)·2·n²·p flops and 8·n² bytes for n
+/// inputs, p outputs; small layers in parallel, large ones one after the other with their columns in parallel. Same
+/// result for any number of threads.
 ///
 ///     merge(cpu{}, regmean_options{.grams = grams, .alpha = 0.9}, tasks, out);
 struct regmean_options {
@@ -57,11 +59,13 @@ namespace detail {
 }
 [[noreturn, gnu::cold]] inline void refuse_gram_nonfinite(const std::string& where, double value, std::size_t index)
 {
-    raise<nonfinite_error>(message(where, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", index, ": collect the statistics again"));
+    raise<nonfinite_error>(message(where, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", index,
+        ": collect the statistics again"));
 }
 [[noreturn, gnu::cold]] inline void refuse_gram_negative(const std::string& where, double value, std::size_t i)
 {
-    raise<invalid_argument>(message(where, " has ", value, " at row and column ", i, ": a sum of squares cannot be negative"));
+    raise<invalid_argument>(
+        message(where, " has ", value, " at row and column ", i, ": a sum of squares cannot be negative"));
 }
 /// Entries (i, j) and (j, i), of which one is not finite, or which differ by more than is tolerated, or are too large.
 [[noreturn, gnu::cold]] inline void refuse_gram_entry(
@@ -70,19 +74,23 @@ namespace detail {
     if (!std::isfinite(lower)) { refuse_gram_nonfinite(where, lower, i * n + j); }
     if (!std::isfinite(upper)) { refuse_gram_nonfinite(where, upper, j * n + i); }
     if (std::abs(lower - upper) > tolerated) {
-        raise<invalid_argument>(message(where, " is not symmetric: ", lower, " at (", i, ", ", j, ") but ", upper, " at (", j, ", ", i, ")"));
+        raise<invalid_argument>(message(
+            where, " is not symmetric: ", lower, " at (", i, ", ", j, ") but ", upper, " at (", j, ", ", i, ")"));
     }
-    raise<invalid_argument>(message(where, " is no Gram matrix: its entry ", lower, " at (", i, ", ", j, ") is larger than its diagonal allows"));
+    raise<invalid_argument>(message(
+        where, " is no Gram matrix: its entry ", lower, " at (", i, ", ", j, ") is larger than its diagonal allows"));
 }
 
-/// A Gram matrix that is read from memory or a mapped file, n×n, and checked to be one on the way: finite, symmetric, no entry larger than its diagonal
-/// allows (each up to what storage rounds). Throws nonfinite_error, invalid_argument, in which `where` names it.
+/// A Gram matrix that is read from memory or a mapped file, n×n, and checked to be one on the way: finite, symmetric,
+/// no entry larger than its diagonal allows (each up to what storage rounds). Throws nonfinite_error, invalid_argument,
+/// in which `where` names it.
 class stored_gram {
 public:
     static constexpr std::size_t tile = 128; ///< square pieces, both halves of which are in memory at a time
 
     /// `raw` has room for block_size doubles, `diagonal` for n; both are used again for the next one.
-    stored_gram(const aligned_tensor::operand& from, std::size_t n, std::function<std::string()> where, std::span<double> diagonal, double* raw)
+    stored_gram(const aligned_tensor::operand& from, std::size_t n, std::function<std::string()> where,
+        std::span<double> diagonal, double* raw)
         : from_(from)
         , n_(n)
         , where_(std::move(where))
@@ -96,8 +104,8 @@ public:
     }
 
     [[nodiscard]] std::size_t tile_rows() const noexcept { return (n_ + tile - 1) / tile; }
-    /// Calls use(i, j, value) for the entries of one row of tiles on and below the diagonal, the mean of both halves. `memory`: 2·tile² doubles. Rows of
-    /// tiles may be read at the same time.
+    /// Calls use(i, j, value) for the entries of one row of tiles on and below the diagonal, the mean of both halves.
+    /// `memory`: 2·tile² doubles. Rows of tiles may be read at the same time.
     template <class Use>
     void for_each_entry(std::size_t tile_row, double* memory, double* raw, Use&& use) const
     {
@@ -106,13 +114,18 @@ public:
         const std::size_t r = tile_row * tile, height = std::min(tile, n_ - r);
         for (std::size_t c = 0; c <= r; c += tile) {
             const std::size_t width = std::min(tile, n_ - c);
-            for (std::size_t i = 0; i < height; ++i) { (void)read(from_, (r + i) * n_ + c, width, below + i * tile, raw); }
-            for (std::size_t j = 0; j < width; ++j) { (void)read(from_, (c + j) * n_ + r, height, above + j * tile, raw); }
+            for (std::size_t i = 0; i < height; ++i) {
+                (void)read(from_, (r + i) * n_ + c, width, below + i * tile, raw);
+            }
+            for (std::size_t j = 0; j < width; ++j) {
+                (void)read(from_, (c + j) * n_ + r, height, above + j * tile, raw);
+            }
             for (std::size_t i = 0; i < height; ++i) {
                 for (std::size_t j = 0; j < width && c + j <= r + i; ++j) {
                     const double lower = below[i * tile + j], upper = above[j * tile + i];
                     const double bound = std::sqrt(diagonal_[r + i]) * std::sqrt(diagonal_[c + j]);
-                    if (!(std::abs(lower - upper) <= tolerance * bound) || !(std::abs(lower) <= (1 + 10 * tolerance) * bound)) {
+                    if (!(std::abs(lower - upper) <= tolerance * bound)
+                        || !(std::abs(lower) <= (1 + 10 * tolerance) * bound)) {
                         refuse_gram_entry(where_(), n_, r + i, c + j, lower, upper, tolerance * bound);
                     }
                     use(r + i, c + j, 0.5 * (lower + upper));
@@ -122,14 +135,15 @@ public:
     }
 
     /// `count` elements of any operand from `offset` on, in f64. Returns their largest magnitude bits.
-    static std::uint64_t read(const aligned_tensor::operand& from, std::uint64_t offset, std::size_t count, double* out, double* raw)
+    static std::uint64_t read(
+        const aligned_tensor::operand& from, std::uint64_t offset, std::size_t count, double* out, double* raw)
     {
         std::uint64_t largest = 0;
         for (std::size_t at = 0; at < count; at += block_size) {
             const std::size_t n = std::min(block_size, count - at);
-            largest = std::max(largest, with_elements(from, offset + at, n, reinterpret_cast<std::byte*>(raw), [&](const auto* values) {
-                return kernels::widen(values, out + at, n);
-            }));
+            largest = std::max(largest,
+                with_elements(from, offset + at, n, reinterpret_cast<std::byte*>(raw),
+                    [&](const auto* values) { return kernels::widen(values, out + at, n); }));
         }
         return largest;
     }
@@ -149,7 +163,8 @@ struct regmean_layer {
     std::vector<aligned_tensor::operand> grams{}; // of each task
 };
 
-/// What a RegMean merge is asked, checked: its weights, and the layers with their Gram matrices, which are in memory space `space`.
+/// What a RegMean merge is asked, checked: its weights, and the layers with their Gram matrices, which are in memory
+/// space `space`.
 class regmean_problem {
 public:
     regmean_problem(const aligned_models& models, const regmean_options& options, memory_space space)
@@ -161,7 +176,8 @@ public:
             raise<invalid_argument>(message("alpha is ", options.alpha, "; expected a number in [0, 1], such as 0.9"));
         }
         if (!(options.ridge >= 0) || !std::isfinite(options.ridge)) {
-            raise<invalid_argument>(message("ridge is ", options.ridge, "; expected a number that is not negative, such as 1e-6"));
+            raise<invalid_argument>(
+                message("ridge is ", options.ridge, "; expected a number that is not negative, such as 1e-6"));
         }
         align(models, space);
     }
@@ -169,7 +185,10 @@ public:
     [[nodiscard]] const std::vector<double>& weights() const noexcept { return weights_; }
     [[nodiscard]] double total_weight() const noexcept { return total_; }
     [[nodiscard]] double alpha() const noexcept { return options_.alpha; }
-    [[nodiscard]] const std::vector<regmean_layer>& layers() const noexcept { return layers_; } // in the order of tensors()
+    [[nodiscard]] const std::vector<regmean_layer>& layers() const noexcept
+    {
+        return layers_;
+    } // in the order of tensors()
     [[nodiscard]] const std::vector<companion>& companions() const noexcept { return companions_; }
     [[nodiscard]] std::string label(std::size_t t, const aligned_models& models) const
     {
@@ -186,19 +205,21 @@ public:
         if (trace == 0 && options_.ridge > 0) { return 1; } // no task has seen an input: the average, whatever is added
         return options_.ridge * trace / static_cast<double>(one.in);
     }
-    /// Throws invalid_argument where the answer of factor_cholesky() says that a layer's system is singular. `unseen`: the first input whose
-    /// diagonal is 0, or one.in.
-    void check_determined(const regmean_layer& one, const aligned_models& models, double least_pivot, std::size_t unseen) const
+    /// Throws invalid_argument where the answer of factor_cholesky() says that a layer's system is singular. `unseen`:
+    /// the first input whose diagonal is 0, or one.in.
+    void check_determined(
+        const regmean_layer& one, const aligned_models& models, double least_pivot, std::size_t unseen) const
     {
         // What storage rounded away in the Grams cannot be told from nothing.
         bool rounded = false;
         for (const auto& gram : one.grams) { rounded = rounded || gram.dtype != dtype::f64; }
-        const double epsilon = rounded ? std::numeric_limits<float>::epsilon() : static_cast<double>(one.in) * std::numeric_limits<double>::epsilon();
+        const double epsilon = rounded ? std::numeric_limits<float>::epsilon()
+                                       : static_cast<double>(one.in) * std::numeric_limits<double>::epsilon();
         if (least_pivot > (options_.ridge > 0 ? 0.0 : epsilon)) { return; }
-        raise<invalid_argument>(
-            message("the inputs of layer '", models.tensors()[one.tensor].name, "' do not determine its weight: the sum of its Gram matrices is singular",
-                unseen < one.in ? message(" (input ", unseen, " was 0 in all batches)") : std::string(),
-                options_.ridge > 0 ? ": raise ridge" : ": set ridge, such as 1e-6, or lower alpha"));
+        raise<invalid_argument>(message("the inputs of layer '", models.tensors()[one.tensor].name,
+            "' do not determine its weight: the sum of its Gram matrices is singular",
+            unseen < one.in ? message(" (input ", unseen, " was 0 in all batches)") : std::string(),
+            options_.ridge > 0 ? ": raise ridge" : ": set ridge, such as 1e-6, or lower alpha"));
     }
 
 private:
@@ -206,18 +227,20 @@ private:
     {
         const std::size_t tasks = models.task_count();
         if (options_.grams.size() != tasks) {
-            raise<invalid_argument>(message(options_.grams.size(), " sets of Grams for ", tasks, " tasks: give one each, in the order of the tasks"));
+            raise<invalid_argument>(message(options_.grams.size(), " sets of Grams for ", tasks,
+                " tasks: give one each, in the order of the tasks"));
         }
         if (!options_.labels.empty() && options_.labels.size() != tasks) {
-            raise<invalid_argument>(message(options_.labels.size(), " labels for ", tasks, " sets of Grams: give one each, or none"));
+            raise<invalid_argument>(
+                message(options_.labels.size(), " labels for ", tasks, " sets of Grams: give one each, or none"));
         }
         for (std::size_t t = 0; t < tasks; ++t) {
             for (const auto& [name, gram] : options_.grams[t]) {
-                const auto place = std::lower_bound(
-                    models.outputs().begin(), models.outputs().end(), name, [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
+                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
+                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
                 if (place == models.outputs().end() || place->name != name) {
-                    raise<invalid_argument>(
-                        message("tensor '", name, "' of ", label(t, models), " is not in the models: these are the statistics of another model"));
+                    raise<invalid_argument>(message("tensor '", name, "' of ", label(t, models),
+                        " is not in the models: these are the statistics of another model"));
                 }
             }
         }
@@ -227,8 +250,8 @@ private:
             for (std::size_t t = 0; t < tasks; ++t) { options_.grams[t].find(tensor.name) ? ++present : (absent = t); }
             if (present == 0) { continue; }
             if (present < tasks) {
-                raise<invalid_argument>(message(
-                    "tensor '", tensor.name, "' is missing in ", label(absent, models), " but not in the other Grams: collect it for every task, or for none"));
+                raise<invalid_argument>(message("tensor '", tensor.name, "' is missing in ", label(absent, models),
+                    " but not in the other Grams: collect it for every task, or for none"));
             }
             if (tensor.shape.size() != 2) {
                 raise<shape_mismatch>(message("tensor '", tensor.name, "' of shape ", to_string(tensor.shape),
@@ -238,28 +261,34 @@ private:
             const bool rows_are_outputs = layout == weight_layout::out_in;
             regmean_layer one{i, static_cast<std::size_t>(tensor.shape[rows_are_outputs ? 1 : 0]),
                 static_cast<std::size_t>(tensor.shape[rows_are_outputs ? 0 : 1]), layout, {}};
-            for (std::size_t t = 0; t < tasks; ++t) { one.grams.push_back(check(*options_.grams[t].find(tensor.name), one, tensor, label(t, models), space)); }
-            for (const auto& gram : one.grams) { companions_.push_back({i, gram.data, byte_count(gram.dtype, one.in * one.in)}); }
+            for (std::size_t t = 0; t < tasks; ++t) {
+                one.grams.push_back(check(*options_.grams[t].find(tensor.name), one, tensor, label(t, models), space));
+            }
+            for (const auto& gram : one.grams) {
+                companions_.push_back({i, gram.data, byte_count(gram.dtype, one.in * one.in)});
+            }
             if (tensor.size > 0) { layers_.push_back(std::move(one)); }
         }
     }
 
-    static aligned_tensor::operand check(
-        const const_tensor_ref& gram, const regmean_layer& one, const aligned_tensor& tensor, const std::string& where, memory_space space)
+    static aligned_tensor::operand check(const const_tensor_ref& gram, const regmean_layer& one,
+        const aligned_tensor& tensor, const std::string& where, memory_space space)
     {
         const auto in = static_cast<std::int64_t>(one.in);
         if (gram.shape != extents{in, in}) {
-            raise<shape_mismatch>(message("tensor '", tensor.name, "' has a Gram matrix of shape ", to_string(gram.shape), " in ", where, "; expected ",
-                to_string({in, in}), " for a weight of shape ", to_string(tensor.shape), " stored ",
-                one.layout == weight_layout::out_in ? "out×in (say so if it is in×out)" : "in×out (say so if it is out×in)"));
+            raise<shape_mismatch>(
+                message("tensor '", tensor.name, "' has a Gram matrix of shape ", to_string(gram.shape), " in ", where,
+                    "; expected ", to_string({in, in}), " for a weight of shape ", to_string(tensor.shape), " stored ",
+                    one.layout == weight_layout::out_in ? "out×in (say so if it is in×out)"
+                                                        : "in×out (say so if it is out×in)"));
         }
         if (!is_storage(gram.dtype)) {
-            raise<dtype_mismatch>(
-                message("tensor '", tensor.name, "' has dtype ", name(gram.dtype), " in ", where, "; expected F64, F32, BF16 or F16: convert it"));
+            raise<dtype_mismatch>(message("tensor '", tensor.name, "' has dtype ", name(gram.dtype), " in ", where,
+                "; expected F64, F32, BF16 or F16: convert it"));
         }
         if (gram.space != space || !gram.contiguous() || (!gram.data && one.in > 0)) {
-            raise<invalid_argument>(message(
-                "tensor '", tensor.name, "' of ", where, " must be contiguous ", space == memory_space::host ? "host" : "device", " memory: copy it first"));
+            raise<invalid_argument>(message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
+                space == memory_space::host ? "host" : "device", " memory: copy it first"));
         }
         return {static_cast<const std::byte*>(gram.data), gram.dtype};
     }
@@ -285,7 +314,8 @@ public:
 
     [[nodiscard]] std::span<const companion> companions() const noexcept { return problem_.companions(); }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
-    /// Weights of layers are read for their mean and again for their deviations, Grams once for the system and again for each panel.
+    /// Weights of layers are read for their mean and again for their deviations, Grams once for the system and again
+    /// for each panel.
     [[nodiscard]] std::uint64_t bytes_beside(const aligned_models& models) const noexcept
     {
         std::uint64_t bytes = 0;
@@ -332,7 +362,9 @@ public:
             const Policy quiet = sequential(policy);
             std::vector<system_memory> memory;
             const std::size_t workers = worker_count(policy, side_by_side.size());
-            for (std::size_t w = 0; w < workers && widest > 0; ++w) { memory.emplace_back(widest, std::size_t{1}, memory_of(policy)); }
+            for (std::size_t w = 0; w < workers && widest > 0; ++w) {
+                memory.emplace_back(widest, std::size_t{1}, memory_of(policy));
+            }
             for_each_index(policy, side_by_side.size(), [&](std::size_t index, std::size_t worker) {
                 solve(quiet, models, *side_by_side[index], memory[worker], out);
                 done();
@@ -373,19 +405,20 @@ private:
         std::vector<worker> panels;
     };
 
-    [[noreturn, gnu::cold]] static void blame(
-        std::string_view what, const double* values, std::size_t count, const std::function<std::uint64_t(std::size_t)>& index)
+    [[noreturn, gnu::cold]] static void blame(std::string_view what, const double* values, std::size_t count,
+        const std::function<std::uint64_t(std::size_t)>& index)
     {
         std::size_t i = 0;
         while (i + 1 < count && std::isfinite(values[i])) { ++i; }
-        raise<nonfinite_error>(
-            message(what, " holds ", std::isnan(values[i]) ? "NaN" : "infinity", " at index ", index(i), ": repair it, or exclude the tensor"));
+        raise<nonfinite_error>(message(what, " holds ", std::isnan(values[i]) ? "NaN" : "infinity", " at index ",
+            index(i), ": repair it, or exclude the tensor"));
     }
 
     [[nodiscard]] static std::size_t panels(const layer& one) noexcept { return (one.out + panel - 1) / panel; }
 
     template <cpu_policy Policy>
-    void solve(const Policy& policy, const aligned_models& models, const layer& one, system_memory& memory, tensor_sink& out) const
+    void solve(const Policy& policy, const aligned_models& models, const layer& one, system_memory& memory,
+        tensor_sink& out) const
     {
         const matrix_view<double> system(memory.system.data(), one.in, one.in, matrix_order::column_major);
         assemble(policy, models, one, memory, system);
@@ -401,12 +434,14 @@ private:
         const matrix_view<const double> factor = system;
         for_each_index(policy, panels(one), [&](std::size_t index, std::size_t worker) {
             const std::size_t first = index * panel;
-            merge_columns<Policy>(models, one, factor, first, std::min(panel, one.out - first), memory.panels[worker], out);
+            merge_columns<Policy>(
+                models, one, factor, first, std::min(panel, one.out - first), memory.panels[worker], out);
         });
     }
 
     /// system = Σ wt·G̃t (lower triangle), each Gram checked to be one.
-    void assemble(const cpu& policy, const aligned_models& models, const layer& one, system_memory& memory, matrix_view<double> system) const
+    void assemble(const cpu& policy, const aligned_models& models, const layer& one, system_memory& memory,
+        matrix_view<double> system) const
     {
         const std::size_t n = one.in;
         std::fill(memory.system.begin(), memory.system.begin() + static_cast<std::ptrdiff_t>(n * n), 0.0);
@@ -415,42 +450,49 @@ private:
             const auto where = [&, t] { return problem_.where(one, t, models); };
             const stored_gram gram(one.grams[t], n, where, memory.diagonals, memory.panels[0].raw.data());
             cpu bounded = n < 512 ? sequential(policy) : policy;
-            bounded.threads = static_cast<unsigned>(std::min(worker_count(bounded, gram.tile_rows()), memory.panels.size()));
+            bounded.threads =
+                static_cast<unsigned>(std::min(worker_count(bounded, gram.tile_rows()), memory.panels.size()));
             for_each_index(bounded, gram.tile_rows(), [&](std::size_t tile_row, std::size_t worker) {
                 auto& buffers = memory.panels[worker];
-                gram.for_each_entry(tile_row, buffers.rows.data(), buffers.raw.data(),
-                    [&](std::size_t i, std::size_t j, double value) { system(i, j) += weights[t] * (i == j ? value : problem_.alpha() * value); });
+                gram.for_each_entry(
+                    tile_row, buffers.rows.data(), buffers.raw.data(), [&](std::size_t i, std::size_t j, double value) {
+                        system(i, j) += weights[t] * (i == j ? value : problem_.alpha() * value);
+                    });
             });
         }
     }
 
     /// Wt of columns [first, first + count) of the in×out view.
-    void load(
-        const aligned_models& models, const layer& one, std::size_t t, std::size_t first, std::size_t count, double* out, std::pmr::vector<double>& raw) const
+    void load(const aligned_models& models, const layer& one, std::size_t t, std::size_t first, std::size_t count,
+        double* out, std::pmr::vector<double>& raw) const
     {
         const aligned_tensor& tensor = models.tensors()[one.tensor];
         const bool whole = one.layout == weight_layout::out_in;
         const std::size_t runs = whole ? 1 : one.in, length = whole ? one.in * count : count;
         for (std::size_t run = 0; run < runs; ++run) {
             const std::uint64_t offset = whole ? first * one.in : run * one.out + first;
-            const std::uint64_t largest = stored_gram::read(tensor.tasks[t], offset, length, out + run * length, raw.data());
+            const std::uint64_t largest =
+                stored_gram::read(tensor.tasks[t], offset, length, out + run * length, raw.data());
             if (largest >= exponent_mask<double> && models.options().on_nonfinite == nonfinite::error) {
-                blame(message("tensor '", tensor.name, "' of ", models.label(t)), out + run * length, length, [&](std::size_t i) { return offset + i; });
+                blame(message("tensor '", tensor.name, "' of ", models.label(t)), out + run * length, length,
+                    [&](std::size_t i) { return offset + i; });
             }
         }
     }
 
     template <cpu_policy Policy>
-    void merge_columns(const aligned_models& models, const layer& one, matrix_view<const double> factor, std::size_t first, std::size_t count,
-        system_memory::worker& memory, tensor_sink& out) const
+    void merge_columns(const aligned_models& models, const layer& one, matrix_view<const double> factor,
+        std::size_t first, std::size_t count, system_memory::worker& memory, tensor_sink& out) const
     {
         const Policy alone{.threads = 1, .executor = {}, .memory = nullptr, .progress = {}};
         const std::vector<double>& weights = problem_.weights();
         const std::size_t n = one.in, size = n * count, tasks = weights.size();
         const bool whole = one.layout == weight_layout::out_in;
         const matrix_order order = whole ? matrix_order::column_major : matrix_order::row_major;
-        const matrix_view<double> deviation(memory.deviation.data(), n, count, order), image(memory.image.data(), n, count, order);
-        double *const mean = memory.mean.data(), *const change = memory.deviation.data(), *const solved = memory.image.data();
+        const matrix_view<double> deviation(memory.deviation.data(), n, count, order),
+            image(memory.image.data(), n, count, order);
+        double *const mean = memory.mean.data(), *const change = memory.deviation.data(),
+                      *const solved = memory.image.data();
         std::fill(mean, mean + size, 0.0);
         std::fill(solved, solved + size, 0.0);
         for (std::size_t t = 0; t < tasks; ++t) {

@@ -1,5 +1,5 @@
-// SLERP: spherical linear interpolation between two models. Shoemake, "Animating rotation with quaternion curves" (SIGGRAPH 1985).
-// SPDX-License-Identifier: Apache-2.0
+// SLERP: spherical linear interpolation between two models. Shoemake, "Animating rotation with quaternion curves"
+// (SIGGRAPH 1985). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/methods/merge.hpp>
@@ -7,10 +7,11 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// For each tensor, as one flat vector: θ* = sin((1−t)Ω)/sinΩ·a + sin(tΩ)/sinΩ·b, with Ω the angle between a and b; and
-/// (1−t)·a + t·b where |cosΩ| > 0.9995 or a norm is 0 (mergekit takes the angle to a zero tensor as a right one). a and b are the two
-/// tasks, or, when there is one task, the base and that task. t = 0 gives a, t = 1 gives b; other values than [0, 1] extrapolate.
-/// Norms and the angle are f64 sums of a fixed shape; the two factors are rounded to f32 (f64 for f64) once, then both
-/// products and the sum round: bit-exact for any threads and blocks. Cost: two reads of the two models.
+/// (1−t)·a + t·b where |cosΩ| > 0.9995 or a norm is 0 (mergekit takes the angle to a zero tensor as a right one). a and
+/// b are the two tasks, or, when there is one task, the base and that task. t = 0 gives a, t = 1 gives b; other values
+/// than [0, 1] extrapolate. Norms and the angle are f64 sums of a fixed shape; the two factors are rounded to f32 (f64
+/// for f64) once, then both products and the sum round: bit-exact for any threads and blocks. Cost: two reads of the
+/// two models.
 ///
 ///     merge(cpu{}, slerp_options{.t = 0.3}, std::vector{a, b}, out);
 struct slerp_options {
@@ -39,7 +40,8 @@ inline bool check_slerp(const aligned_models& models, const slerp_options& optio
     const bool from_base = models.task_count() == 1;
     if (models.task_count() > 2 || (from_base && !models.has_base())) {
         raise<invalid_argument>(message("SLERP goes between two models, and there ",
-            models.task_count() == 1 ? "is one" : message("are ", models.task_count(), " tasks"), ": give two tasks, or a base and one task"));
+            models.task_count() == 1 ? "is one" : message("are ", models.task_count(), " tasks"),
+            ": give two tasks, or a base and one task"));
     }
     return from_base;
 }

@@ -8,7 +8,8 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// θ* = θ0 + λ·Σ wt·τt with τt = θt − θ0. λ < 0 forgets. The analogy "a is to b as c is to …",
-/// θ0 + λ·(τc + τb − τa), is the weights {1, 1, −1} over the tasks {c, b, a}: see analogy(). Sums run in f32 (f64 for f64) in task order; every product and sum rounds; bit-exact.
+/// θ0 + λ·(τc + τb − τa), is the weights {1, 1, −1} over the tasks {c, b, a}: see analogy(). Sums run in f32 (f64 for
+/// f64) in task order; every product and sum rounds; bit-exact.
 ///
 ///     merge(cpu{}, task_arithmetic_options{.lambda = 0.3}, base, tasks, out);
 struct task_arithmetic_options {

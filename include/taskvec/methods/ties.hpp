@@ -9,8 +9,8 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// The sign of an entry whose election sum is exactly 0 while some task vector is not: that of the sum of all elected
-/// signs in scope, and if that is 0 too none (majority) or minus (majority_or_negative; but none for disjoint_merge::max,
-/// as in the code that this follows); plus; or none. An entry without a sign merges to 0.
+/// signs in scope, and if that is 0 too none (majority) or minus (majority_or_negative; but none for
+/// disjoint_merge::max, as in the code that this follows); plus; or none. An entry without a sign merges to 0.
 enum class zero_sign : std::uint8_t { majority, majority_or_negative, positive, none };
 
 /// θ* = θ0 + λ·τ, where τ merges the trimmed task vectors τ̂t:
@@ -32,11 +32,12 @@ struct ties_options {
     trim_rule trim = trim_rule::exact;
     bool weighted_election = true; ///< weights count in the election
     bool divide_by_count = false; ///< the mean divides by the number of agreeing tasks, not by the sum of their weights
-    bool agree_when_weighted = false; ///< an entry agrees by the sign of wt·τ̂t, so that a negative weight turns its task around
+    bool agree_when_weighted =
+        false; ///< an entry agrees by the sign of wt·τ̂t, so that a negative weight turns its task around
     bool negative_weights = false; ///< negative weights are accepted
 
-    /// What the paper's own code does: the trim keeps one entry more than asked and all its equals (all of them at density 1), the
-    /// mean divides by the count, and an unresolved zero counts as negative.
+    /// What the paper's own code does: the trim keeps one entry more than asked and all its equals (all of them at
+    /// density 1), the mean divides by the count, and an unresolved zero counts as negative.
     [[nodiscard]] static ties_options as_in_ties_merging()
     {
         ties_options options;
@@ -46,8 +47,8 @@ struct ties_options {
         options.divide_by_count = true;
         return options;
     }
-    /// What mergekit does in f32, up to its arbitrary choice among equal magnitudes at the threshold: per tensor, exactly
-    /// k, a sum of 0 elects plus, weights apply before the election and in the divisor.
+    /// What mergekit does in f32, up to its arbitrary choice among equal magnitudes at the threshold: per tensor,
+    /// exactly k, a sum of 0 elects plus, weights apply before the election and in the divisor.
     [[nodiscard]] static ties_options as_in_mergekit()
     {
         ties_options options;
@@ -57,8 +58,8 @@ struct ties_options {
         options.negative_weights = true;
         return options;
     }
-    /// What PEFT does (ties, majority sign "total"): per tensor, exactly k, unweighted election, a sum of 0 elects plus,
-    /// the weighted sum is divided by the number of agreeing tasks.
+    /// What PEFT does (ties, majority sign "total"): per tensor, exactly k, unweighted election, a sum of 0 elects
+    /// plus, the weighted sum is divided by the number of agreeing tasks.
     [[nodiscard]] static ties_options as_in_peft()
     {
         ties_options options;
@@ -124,8 +125,8 @@ public:
         single_ = election_factors<float>(weights_);
         wide_ = election_factors<double>(weights_);
         signs_.assign(models.tensors().size(), provisional_sign(options));
-        unit_mean_ =
-            options.combine == disjoint_merge::mean && std::all_of(weights_.value.begin(), weights_.value.end(), [](double weight) { return weight == 1.0; });
+        unit_mean_ = options.combine == disjoint_merge::mean
+            && std::all_of(weights_.value.begin(), weights_.value.end(), [](double weight) { return weight == 1.0; });
     }
 
     /// Rows 0 … T−1 of `rows` hold the task vectors to merge.
@@ -141,19 +142,23 @@ public:
         }
         const bool counting = rows.models().options().statistics;
         add(tally,
-            elect_rows(rows.row(0), tasks, block_size, factors, options_.combine, zero, rows.base(), lambda, merged, rows.scratch(1), n,
-                counting ? &tally.kept : nullptr, counting ? &tally.conflicting : nullptr));
+            elect_rows(rows.row(0), tasks, block_size, factors, options_.combine, zero, rows.base(), lambda, merged,
+                rows.scratch(1), n, counting ? &tally.kept : nullptr, counting ? &tally.conflicting : nullptr));
     }
 
-    /// The whole of TIES on a block in one fused kernel, where there is one: the mean with weights of 1 over a few finite tasks
-    /// that are stored alike. threshold(t) is that of task t. False, and nothing said, otherwise.
+    /// The whole of TIES on a block in one fused kernel, where there is one: the mean with weights of 1 over a few
+    /// finite tasks that are stored alike. threshold(t) is that of task t. False, and nothing said, otherwise.
     template <storage_element T, class Threshold>
-    bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally& tally, Threshold&& threshold) const
+    bool fused(
+        block<float>& rows, const kernels::stored_output<T>& out, merge_tally& tally, Threshold&& threshold) const
     {
         const std::size_t tasks = rows.task_count();
         const storage_word<T>* base = nullptr;
         std::array<const storage_word<T>*, fused_tasks> stored;
-        if (!unit_mean_ || rows.models().options().statistics || tasks > fused_tasks || !rows.template stored<T>(base, stored)) { return false; }
+        if (!unit_mean_ || rows.models().options().statistics || tasks > fused_tasks
+            || !rows.template stored<T>(base, stored)) {
+            return false;
+        }
         // Along a block the bound changes only where a task's last kept equal entry lies: cut there.
         std::array<top_k_threshold<float>, fused_tasks> thresholds;
         for (std::size_t t = 0; t < tasks; ++t) {
@@ -168,13 +173,17 @@ public:
             for (std::size_t t = 0; t < tasks; ++t) {
                 const std::uint64_t place = rows.position() + at;
                 const bool equal_kept = place < thresholds[t].equal_end;
-                if (equal_kept) { end = static_cast<std::size_t>(std::min<std::uint64_t>(end, thresholds[t].equal_end - rows.position())); }
-                least[t] = std::max(1, static_cast<std::int32_t>(thresholds[t].magnitude) + (equal_kept ? 0 : 1)); // a kept 0 is no entry
+                if (equal_kept) {
+                    end = static_cast<std::size_t>(
+                        std::min<std::uint64_t>(end, thresholds[t].equal_end - rows.position()));
+                }
+                least[t] = std::max(1,
+                    static_cast<std::int32_t>(thresholds[t].magnitude) + (equal_kept ? 0 : 1)); // a kept 0 is no entry
                 from[t] = stored[t] + at;
             }
             const kernels::stored_output<T> place{out.words + at, out.stream};
-            if (!elect_stored<T>(from.data(), tasks, base + at, least.data(), static_cast<float>(signs_[sign_of(rows)]), static_cast<float>(options_.lambda),
-                    place, end - at, seen)) {
+            if (!elect_stored<T>(from.data(), tasks, base + at, least.data(), static_cast<float>(signs_[sign_of(rows)]),
+                    static_cast<float>(options_.lambda), place, end - at, seen)) {
                 return false;
             }
             at = end;
@@ -183,17 +192,21 @@ public:
         return true;
     }
 
-    /// Once every chunk has voted: sets the majority, and names the chunks that must be merged again because they held a
-    /// zero sum and the guess was wrong.
+    /// Once every chunk has voted: sets the majority, and names the chunks that must be merged again because they held
+    /// a zero sum and the guess was wrong.
     std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies)
     {
         std::vector<std::size_t> again;
-        if (options_.zero_sign != zero_sign::majority && options_.zero_sign != zero_sign::majority_or_negative) { return again; }
+        if (options_.zero_sign != zero_sign::majority && options_.zero_sign != zero_sign::majority_or_negative) {
+            return again;
+        }
         std::vector<std::int64_t> sums(models.tensors().size(), 0);
         for (std::size_t c = 0; c < tallies.size(); ++c) { sums[models.chunks()[c].tensor] += tallies[c].sign_sum; }
         signs_ = majority_signs(options_, std::move(sums));
         for (std::size_t c = 0; c < tallies.size(); ++c) {
-            if (tallies[c].unresolved > 0 && signs_[models.chunks()[c].tensor] != provisional_sign(options_)) { again.push_back(c); }
+            if (tallies[c].unresolved > 0 && signs_[models.chunks()[c].tensor] != provisional_sign(options_)) {
+                again.push_back(c);
+            }
         }
         return again;
     }
@@ -235,7 +248,9 @@ public:
     template <arithmetic_element A>
     void operator()(block<A>& rows, A* merged, merge_tally& tally) const
     {
-        for (std::size_t t = 0; t < rows.task_count(); ++t) { kernels::trim(rows.mutable_delta(t), rows.size(), rows.position(), threshold(rows, t)); }
+        for (std::size_t t = 0; t < rows.task_count(); ++t) {
+            kernels::trim(rows.mutable_delta(t), rows.size(), rows.position(), threshold(rows, t));
+        }
         election_(rows, merged, tally);
     }
     template <storage_element T>
@@ -243,14 +258,18 @@ public:
     {
         return election_.fused(rows, out, tally, [&](std::size_t t) { return threshold(rows, t); });
     }
-    std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies) { return election_.settle(models, tallies); }
+    std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies)
+    {
+        return election_.settle(models, tallies);
+    }
     [[nodiscard]] unsigned walks() const noexcept { return thresholds_.walks(); }
 
 private:
     template <arithmetic_element A>
     [[nodiscard]] top_k_threshold<A> threshold(const block<A>& rows, std::size_t t) const
     {
-        return thresholds_.template get<A>(static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data()), t);
+        return thresholds_.template get<A>(
+            static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data()), t);
     }
 
     election election_;

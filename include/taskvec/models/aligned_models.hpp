@@ -34,15 +34,18 @@ enum class missing : std::uint8_t { error, base };
 
 /// What every model-wide algorithm may be told. None of it changes a bit of a tensor that is included.
 struct model_options {
-    std::function<bool(std::string_view)> include{}; ///< empty: every floating tensor; the others are copied from the base
-    std::optional<taskvec::dtype> output{}; ///< dtype of the result; empty: the base's, tensor by tensor (fp8 becomes f32)
+    std::function<bool(std::string_view)>
+        include{}; ///< empty: every floating tensor; the others are copied from the base
+    std::optional<taskvec::dtype>
+        output{}; ///< dtype of the result; empty: the base's, tensor by tensor (fp8 becomes f32)
     nonfinite on_nonfinite = nonfinite::error; ///< NaN and infinity in an input
     missing on_missing = missing::error; ///< a tensor that a task lacks
     std::vector<std::string> labels{}; ///< names of the tasks in messages; empty: "task 1", "task 2", …
     std::string base_label = "the base"; ///< name of the base in messages
     std::size_t chunk = 65536; ///< elements handed to a thread at a time (rounded up to a multiple of 64)
     bool statistics = false; ///< collect counts and norms for a report, at some cost
-    std::size_t memory = std::size_t{256} << 20; ///< bytes of scratch that a pass may take; less means more reads of the inputs, never other bits
+    std::size_t memory = std::size_t{256}
+        << 20; ///< bytes of scratch that a pass may take; less means more reads of the inputs, never other bits
 };
 
 /// One tensor of the aligned models: where its data lie in the base and in each task.
@@ -93,14 +96,15 @@ class aligned_models {
 public:
     using bytes_equal = std::function<bool(const void* a, const void* b, std::size_t bytes)>;
 
-    aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {}, memory_space space = memory_space::host,
-        const bytes_equal& equal = {})
+    aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {},
+        memory_space space = memory_space::host, const bytes_equal& equal = {})
         : options_(std::move(options))
         , space_(space)
     {
         if (tasks.empty()) { raise<invalid_argument>("no task was given: at least one is needed"); }
         if (!options_.labels.empty() && options_.labels.size() != tasks.size()) {
-            raise<invalid_argument>(message(options_.labels.size(), " labels for ", tasks.size(), " tasks: give one each, or none"));
+            raise<invalid_argument>(
+                message(options_.labels.size(), " labels for ", tasks.size(), " tasks: give one each, or none"));
         }
         task_count_ = tasks.size();
         has_base_ = base != nullptr;
@@ -108,8 +112,8 @@ public:
         for (std::size_t t = 0; t < tasks.size(); ++t) {
             for (const auto& [name, tensor] : tasks[t]) {
                 if (!reference.find(name) && (!options_.include || options_.include(name))) {
-                    raise<invalid_argument>(message(
-                        "tensor '", name, "' is in ", label(t), " but not in ", reference_label(), ": use models of one architecture, or exclude the tensor"));
+                    raise<invalid_argument>(message("tensor '", name, "' is in ", label(t), " but not in ",
+                        reference_label(), ": use models of one architecture, or exclude the tensor"));
                 }
             }
         }
@@ -140,13 +144,17 @@ public:
     /// True when some included tensor computes in f64: model-wide magnitudes then compare as f64.
     [[nodiscard]] bool any_wide() const noexcept { return any_wide_; }
     [[nodiscard]] const model_options& options() const noexcept { return options_; }
-    [[nodiscard]] std::string label(std::size_t task) const { return options_.labels.empty() ? message("task ", task + 1) : options_.labels[task]; }
+    [[nodiscard]] std::string label(std::size_t task) const
+    {
+        return options_.labels.empty() ? message("task ", task + 1) : options_.labels[task];
+    }
     /// The tensor that holds place `position` of the concatenation.
     [[nodiscard]] std::size_t tensor_at(std::uint64_t position) const
     {
-        const auto after =
-            std::upper_bound(tensors_.begin(), tensors_.end(), position, [](std::uint64_t p, const aligned_tensor& tensor) { return p < tensor.position; });
-        return static_cast<std::size_t>(after - tensors_.begin()) - 1; // of tensors that share a position only the last is not empty
+        const auto after = std::upper_bound(tensors_.begin(), tensors_.end(), position,
+            [](std::uint64_t p, const aligned_tensor& tensor) { return p < tensor.position; });
+        return static_cast<std::size_t>(after - tensors_.begin())
+            - 1; // of tensors that share a position only the last is not empty
     }
     /// Bytes that one walk over all included tensors reads.
     [[nodiscard]] std::uint64_t bytes() const noexcept
@@ -180,16 +188,21 @@ private:
         if (tensor.space != space_) {
             raise<invalid_argument>(message("tensor '", name, "' of ", where,
                 space_ == memory_space::host ? " lives in device memory: the cpu policy needs host memory"
-                                             : " lives in host memory: the gpu policy needs device memory, or merge_streamed() for models on the host"));
+                                             : " lives in host memory: the gpu policy needs device memory, or "
+                                               "merge_streamed() for models on the host"));
         }
         if (!tensor.contiguous()) {
-            raise<invalid_argument>(message("tensor '", name, "' of ", where, " is not contiguous: copy it to row-major memory first"));
+            raise<invalid_argument>(
+                message("tensor '", name, "' of ", where, " is not contiguous: copy it to row-major memory first"));
         }
-        if (!tensor.data && tensor.bytes(name) > 0) { raise<invalid_argument>(message("tensor '", name, "' of ", where, " has no data (null pointer)")); }
+        if (!tensor.data && tensor.bytes(name) > 0) {
+            raise<invalid_argument>(message("tensor '", name, "' of ", where, " has no data (null pointer)"));
+        }
     }
     static bool computes(taskvec::dtype type) noexcept { return is_storage(type) || is_fp8(type); }
 
-    void add(const std::string& name, const const_tensor_ref& tensor, std::span<const const_model_ref> tasks, const bytes_equal& equal)
+    void add(const std::string& name, const const_tensor_ref& tensor, std::span<const const_model_ref> tasks,
+        const bytes_equal& equal)
     {
         check_place(tensor, name, reference_label());
         const std::size_t size = tensor.size(name), output = outputs_.size();
@@ -199,15 +212,16 @@ private:
             copied_.push_back({name, output, tensor});
             return;
         }
-        aligned_tensor aligned{name, tensor.shape, size, output, elements_, tensor.dtype, tensor.dtype == taskvec::dtype::f64, {}, {}};
+        aligned_tensor aligned{
+            name, tensor.shape, size, output, elements_, tensor.dtype, tensor.dtype == taskvec::dtype::f64, {}, {}};
         const aligned_tensor::operand reference{static_cast<const std::byte*>(tensor.data), tensor.dtype};
         if (has_base_) { aligned.base = reference; }
         for (std::size_t t = 0; t < tasks.size(); ++t) {
             const const_tensor_ref* const mine = tasks[t].find(name);
             if (!mine) {
                 if (options_.on_missing == missing::error || !has_base_) {
-                    raise<invalid_argument>(message("tensor '", name, "' of ", reference_label(), " is missing in ", label(t),
-                        has_base_ ? ": add it, or let missing tensors stand for the base's" : ": add it"));
+                    raise<invalid_argument>(message("tensor '", name, "' of ", reference_label(), " is missing in ",
+                        label(t), has_base_ ? ": add it, or let missing tensors stand for the base's" : ": add it"));
                 }
                 aligned.tasks.push_back(reference);
                 continue;
@@ -224,7 +238,8 @@ private:
         }
         aligned.output_dtype = options_.output.value_or(is_fp8(tensor.dtype) ? taskvec::dtype::f32 : tensor.dtype);
         if (!is_storage(aligned.output_dtype)) {
-            raise<dtype_mismatch>(message("a merge cannot be stored as ", taskvec::name(aligned.output_dtype), ": choose F64, F32, BF16 or F16"));
+            raise<dtype_mismatch>(message(
+                "a merge cannot be stored as ", taskvec::name(aligned.output_dtype), ": choose F64, F32, BF16 or F16"));
         }
         outputs_.push_back({name, aligned.output_dtype, tensor.shape});
         elements_ += size;
@@ -232,22 +247,28 @@ private:
         tensors_.push_back(std::move(aligned));
     }
 
-    void check_same(const std::string& name, const const_tensor_ref& tensor, const const_tensor_ref& mine, std::size_t t, const bytes_equal& equal) const
+    void check_same(const std::string& name, const const_tensor_ref& tensor, const const_tensor_ref& mine,
+        std::size_t t, const bytes_equal& equal) const
     {
         if (mine.shape != tensor.shape) {
-            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(mine.shape), " in ", label(t), " but ", to_string(tensor.shape), " in ",
-                reference_label(), ": use models of one architecture, or exclude the tensor"));
+            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(mine.shape), " in ", label(t),
+                " but ", to_string(tensor.shape), " in ", reference_label(),
+                ": use models of one architecture, or exclude the tensor"));
         }
         const bool floating = computes(tensor.dtype);
         if (computes(mine.dtype) != floating || (!floating && mine.dtype != tensor.dtype)) {
-            raise<dtype_mismatch>(message("tensor '", name, "' has dtype ", taskvec::name(mine.dtype), " in ", label(t), " but ", taskvec::name(tensor.dtype),
-                " in ", reference_label(), ": convert one of them, or exclude the tensor"));
+            raise<dtype_mismatch>(message("tensor '", name, "' has dtype ", taskvec::name(mine.dtype), " in ", label(t),
+                " but ", taskvec::name(tensor.dtype), " in ", reference_label(),
+                ": convert one of them, or exclude the tensor"));
         }
         const std::size_t size = tensor.bytes(name);
-        const auto same = [&] { return equal ? equal(mine.data, tensor.data, size) : std::memcmp(mine.data, tensor.data, size) == 0; };
+        const auto same = [&] {
+            return equal ? equal(mine.data, tensor.data, size) : std::memcmp(mine.data, tensor.data, size) == 0;
+        };
         if (!floating && size > 0 && !same()) {
-            raise<dtype_mismatch>(message("tensor '", name, "' of dtype ", taskvec::name(tensor.dtype), " differs between ", label(t), " and ",
-                reference_label(), ": only floating tensors can be merged; exclude it to keep the one of ", reference_label()));
+            raise<dtype_mismatch>(message("tensor '", name, "' of dtype ", taskvec::name(tensor.dtype),
+                " differs between ", label(t), " and ", reference_label(),
+                ": only floating tensors can be merged; exclude it to keep the one of ", reference_label()));
         }
     }
 
@@ -274,10 +295,12 @@ template <class T, memory_space S>
 }
 
 /// What every walk over models says of NaN or infinity in an input.
-[[noreturn, gnu::cold]] inline void refuse_nonfinite(std::string_view tensor, std::string_view where, double found, std::uint64_t index)
+[[noreturn, gnu::cold]] inline void refuse_nonfinite(
+    std::string_view tensor, std::string_view where, double found, std::uint64_t index)
 {
-    raise<nonfinite_error>(message("tensor '", tensor, "' of ", where, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", index,
-        ": repair it, exclude the tensor, or ask for non-finite values to propagate"));
+    raise<nonfinite_error>(
+        message("tensor '", tensor, "' of ", where, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ",
+            index, ": repair it, exclude the tensor, or ask for non-finite values to propagate"));
 }
 } // namespace detail
 

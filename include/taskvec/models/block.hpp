@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/models/aligned_models.hpp>
 #include <taskvec/core/kernels.hpp>
+#include <taskvec/models/aligned_models.hpp>
 
 #include <cmath>
 #include <limits>
@@ -16,13 +16,15 @@ namespace detail {
 /// fp8 values by their bits.
 [[nodiscard]] inline float fp8_value(taskvec::dtype type, unsigned code) noexcept
 {
-    return type == taskvec::dtype::f8_e5m2 ? e5m2_to_f32(static_cast<std::uint8_t>(code)) : e4m3_to_f32(static_cast<std::uint8_t>(code));
+    return type == taskvec::dtype::f8_e5m2 ? e5m2_to_f32(static_cast<std::uint8_t>(code))
+                                           : e4m3_to_f32(static_cast<std::uint8_t>(code));
 }
 
-/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements and
-/// fp8 go through `raw` (room for block_size doubles).
+/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements
+/// and fp8 go through `raw` (room for block_size doubles).
 template <class Use>
-decltype(auto) with_elements(const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
+decltype(auto) with_elements(
+    const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
 {
     if (is_fp8(from.dtype)) {
         const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
@@ -45,8 +47,8 @@ decltype(auto) with_elements(const aligned_tensor::operand& from, std::uint64_t 
 /// Elements of a block: a row of f32 takes 16 KiB, so a dozen rows stay in the second-level cache.
 inline constexpr std::size_t block_size = 4096;
 
-/// The rows of one block: base(), task(t) and delta(t) = task(t) − base() in the arithmetic type A, loaded on demand, and
-/// scratch rows. There is one for each worker; open() moves it on.
+/// The rows of one block: base(), task(t) and delta(t) = task(t) − base() in the arithmetic type A, loaded on demand,
+/// and scratch rows. There is one for each worker; open() moves it on.
 template <arithmetic_element A>
 class block {
 public:
@@ -87,7 +89,9 @@ public:
         if (!tensor_->base.data) { return task(t); }
         const A* const from = base();
         detail::with_elements(tensor_->tasks[t], offset_, size_, raw(), [&](const auto* values) {
-            ahead(values, largest_, [&](std::size_t at, std::size_t n) { return kernels::subtract(values + at, from + at, row(t) + at, n); });
+            ahead(values, largest_, [&](std::size_t at, std::size_t n) {
+                return kernels::subtract(values + at, from + at, row(t) + at, n);
+            });
         });
         return row(t);
     }
@@ -97,7 +101,8 @@ public:
     {
         const auto& from = tensor_->tasks[t];
         const std::byte* const place = from.data + offset_ * sizeof(A);
-        const bool usable = !tensor_->base.data && from.dtype == dtype_of<A> && reinterpret_cast<std::uintptr_t>(place) % alignof(A) == 0;
+        const bool usable = !tensor_->base.data
+            && from.dtype == dtype_of<A> && reinterpret_cast<std::uintptr_t>(place) % alignof(A) == 0;
         return usable ? reinterpret_cast<const A*>(place) : nullptr;
     }
     /// τt of this block, always in row(t), so that it may be changed.
@@ -107,8 +112,9 @@ public:
         if (values != row(t)) { std::memcpy(row(t), values, size_ * sizeof(A)); }
         return row(t);
     }
-    /// The stored words of this block, when the base (where there is one) and every task store T at aligned places: what a
-    /// fused kernel reads without a detour through rows. tasks[t] for each task. False, and nothing set, otherwise.
+    /// The stored words of this block, when the base (where there is one) and every task store T at aligned places:
+    /// what a fused kernel reads without a detour through rows. tasks[t] for each task. False, and nothing set,
+    /// otherwise.
     template <storage_element T>
     [[nodiscard]] bool stored(const storage_word<T>*& base, std::span<const storage_word<T>*> tasks) const
     {
@@ -129,13 +135,16 @@ public:
         task = place<T>(tensor_->tasks[t]);
         return true;
     }
-    /// Tells check_finite() the largest magnitude bits that a fused kernel met: of its inputs, or of a result that NaN and
-    /// infinity in an input cannot but reach.
+    /// Tells check_finite() the largest magnitude bits that a fused kernel met: of its inputs, or of a result that NaN
+    /// and infinity in an input cannot but reach.
     void note(bits_type<A> magnitude) noexcept { largest_ = std::max(largest_, magnitude); }
 
-    /// The same elements of an operand that lies beside the models, as a method's statistics do: in place or in `out`, a row of
-    /// its own. `largest` receives their largest magnitude bits: whoever reads them reports NaN and infinity.
-    const A* beside(const aligned_tensor::operand& from, A* out, bits_type<A>& largest) { return load(from, out, largest); }
+    /// The same elements of an operand that lies beside the models, as a method's statistics do: in place or in `out`,
+    /// a row of its own. `largest` receives their largest magnitude bits: whoever reads them reports NaN and infinity.
+    const A* beside(const aligned_tensor::operand& from, A* out, bits_type<A>& largest)
+    {
+        return load(from, out, largest);
+    }
     /// Row of task t. Rows of tasks and scratch rows are consecutive, block_size apart.
     [[nodiscard]] A* row(std::size_t t) noexcept { return rows_.data() + (1 + t) * block_size; }
     [[nodiscard]] A* scratch(std::size_t i) noexcept { return row(task_count() + i); }
@@ -203,7 +212,8 @@ private:
 
     void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
     {
-        const double found = detail::with_elements(from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
+        const double found = detail::with_elements(
+            from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
         if (!std::isfinite(found)) { detail::refuse_nonfinite(tensor_->name, where, found, offset_ + i); }
     }
 
@@ -265,7 +275,8 @@ struct chunk_range {
 }
 
 /// One workspace for each worker that a walk over `count` chunks may use.
-[[nodiscard]] inline std::vector<workspace> make_workspaces(const cpu& policy, const aligned_models& models, std::size_t count, std::size_t scratch_rows)
+[[nodiscard]] inline std::vector<workspace> make_workspaces(
+    const cpu& policy, const aligned_models& models, std::size_t count, std::size_t scratch_rows)
 {
     std::vector<workspace> workspaces;
     const std::size_t workers = worker_count(policy, count);
@@ -286,18 +297,20 @@ void for_each_block_of(block<A>& rows, const chunk& piece, Body&& body)
     }
 }
 
-/// Calls body(chunk index, worker, block) for every block of a range of chunks: chunks in parallel, the blocks of a chunk
-/// in ascending order. `block` is a block<float>& or a block<double>&, `worker` as in for_each_index.
+/// Calls body(chunk index, worker, block) for every block of a range of chunks: chunks in parallel, the blocks of a
+/// chunk in ascending order. `block` is a block<float>& or a block<double>&, `worker` as in for_each_index.
 template <class Body>
-void for_each_block(const cpu& policy, const aligned_models& models, chunk_range range, std::size_t scratch_rows, std::string_view phase, Body&& body)
+void for_each_block(const cpu& policy, const aligned_models& models, chunk_range range, std::size_t scratch_rows,
+    std::string_view phase, Body&& body)
 {
     const std::size_t count = range.last - range.first;
     auto workspaces = make_workspaces(policy, models, count, scratch_rows);
     detail::progress_meter meter(policy, phase, count);
     for_each_index(policy, count, [&](std::size_t index, std::size_t worker) {
         const chunk& piece = models.chunks()[range.first + index];
-        workspaces[worker].with_block(models.tensors()[piece.tensor],
-            [&](auto& rows) { for_each_block_of(rows, piece, [&](auto& opened) { body(range.first + index, worker, opened); }); });
+        workspaces[worker].with_block(models.tensors()[piece.tensor], [&](auto& rows) {
+            for_each_block_of(rows, piece, [&](auto& opened) { body(range.first + index, worker, opened); });
+        });
         if (!meter.advance(1)) { raise<cancelled>(); }
     });
 }

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/models/aligned_models.hpp>
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/sink.hpp>
+#include <taskvec/models/aligned_models.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -19,8 +19,9 @@ inline void copy_through(const cpu& policy, const aligned_models& models, tensor
         const auto* const from = static_cast<const std::byte*>(tensor.source.data);
         const std::size_t size = tensor.source.bytes();
         if (size == 0 || out.direct(tensor.output) == from) { continue; }
-        for_each_index(policy, (size + piece - 1) / piece,
-            [&](std::size_t i, std::size_t) { out.write(tensor.output, i * piece, from + i * piece, std::min(piece, size - i * piece)); });
+        for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t i, std::size_t) {
+            out.write(tensor.output, i * piece, from + i * piece, std::min(piece, size - i * piece));
+        });
     }
 }
 

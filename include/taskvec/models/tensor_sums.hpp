@@ -76,26 +76,32 @@ private:
 /// For every tensor a list of sums over its elements, each Σ over blocks of what `term` returns, in a fixed pairwise
 /// shape. `term(block, sums)` adds nothing: it stores `width` block sums. Result: [tensor][which]. Cost: one walk.
 template <class Term>
-[[nodiscard]] std::vector<std::vector<double>> tensor_sums(
-    const cpu& policy, const aligned_models& models, std::size_t width, std::size_t scratch_rows, std::string_view phase, Term&& term)
+[[nodiscard]] std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models,
+    std::size_t width, std::size_t scratch_rows, std::string_view phase, Term&& term)
 {
     // Blocks are the leaves, whatever the chunks are.
     std::vector<std::size_t> first_block{0};
-    for (const auto& tensor : models.tensors()) { first_block.push_back(first_block.back() + (tensor.size + block_size - 1) / block_size); }
+    for (const auto& tensor : models.tensors()) {
+        first_block.push_back(first_block.back() + (tensor.size + block_size - 1) / block_size);
+    }
     if (models.options().chunk % block_size != 0) {
         const aligned_models whole_blocks(models, (models.options().chunk / block_size + 1) * block_size);
         return tensor_sums(policy, whole_blocks, width, scratch_rows, phase, std::forward<Term>(term));
     }
     std::vector<double> leaves(first_block.back() * width);
-    for_each_block(policy, models, all_chunks(models), scratch_rows, phase, [&](std::size_t index, std::size_t, auto& rows) {
-        const std::size_t leaf = first_block[models.chunks()[index].tensor] + static_cast<std::size_t>(rows.offset() / block_size);
-        term(rows, leaves.data() + leaf * width);
-    });
+    for_each_block(
+        policy, models, all_chunks(models), scratch_rows, phase, [&](std::size_t index, std::size_t, auto& rows) {
+            const std::size_t leaf =
+                first_block[models.chunks()[index].tensor] + static_cast<std::size_t>(rows.offset() / block_size);
+            term(rows, leaves.data() + leaf * width);
+        });
     std::vector<std::vector<double>> sums(models.tensors().size(), std::vector<double>(width));
     for (std::size_t i = 0; i < sums.size(); ++i) {
         for (std::size_t which = 0; which < width; ++which) {
             detail::pairwise_sum sum;
-            for (std::size_t leaf = first_block[i]; leaf < first_block[i + 1]; ++leaf) { sum.add(leaves[leaf * width + which]); }
+            for (std::size_t leaf = first_block[i]; leaf < first_block[i + 1]; ++leaf) {
+                sum.add(leaves[leaf * width + which]);
+            }
             sums[i][which] = sum.total();
         }
     }

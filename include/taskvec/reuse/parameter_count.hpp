@@ -18,8 +18,8 @@ namespace taskvec::inline TASKVEC_ABI {
     return total;
 }
 
-/// |θ| + Σ kept: a shared model (θ0 for Post-Pruning, θ* for PERU-FFT) and a sparse delta for each task. Indices are not
-/// counted, as in the paper.
+/// |θ| + Σ kept: a shared model (θ0 for Post-Pruning, θ* for PERU-FFT) and a sparse delta for each task. Indices are
+/// not counted, as in the paper.
 [[nodiscard]] inline std::uint64_t parameter_count(const const_model_ref& shared, std::span<const sparse_model> deltas)
 {
     std::uint64_t total = parameter_count(shared);

@@ -1,6 +1,5 @@
-// PERU-LoRA: fine-tuned adapters reused at a lower rank. Jiang et al., "Effective and Parameter-Efficient Reusing Fine-Tuned
-// Models" (2023).
-// SPDX-License-Identifier: Apache-2.0
+// PERU-LoRA: fine-tuned adapters reused at a lower rank. Jiang et al., "Effective and Parameter-Efficient Reusing
+// Fine-Tuned Models" (2023). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/adapters/adapter.hpp>
@@ -20,17 +19,18 @@ struct peru_lora_options {
     std::string label = "the adapter"; ///< what messages call it
 };
 
-/// For each layer of an adapter the best rank-q approximation of its update, by factored_svd() (the product is never formed),
-/// with its exact error. A layer whose rank is below q is kept whole, and says so. Parameters: q·(out + in + 1) a layer.
-/// Served as θ0 + Uq·Σq·Vqᵀ. Throws invalid_argument for q = 0 or q above every layer's rank (unless clamped),
-/// shape_mismatch, nonfinite_error. On the CPU layers run in parallel, one thread inside each; on a device, for an adapter of device
-/// matrices, the cores of many layers are decomposed together.
+/// For each layer of an adapter the best rank-q approximation of its update, by factored_svd() (the product is never
+/// formed), with its exact error. A layer whose rank is below q is kept whole, and says so. Parameters: q·(out + in +
+/// 1) a layer. Served as θ0 + Uq·Σq·Vqᵀ. Throws invalid_argument for q = 0 or q above every layer's rank (unless
+/// clamped), shape_mismatch, nonfinite_error. On the CPU layers run in parallel, one thread inside each; on a device,
+/// for an adapter of device matrices, the cores of many layers are decomposed together.
 ///
 ///     auto served = peru_lora(cpu{}, adapter, {.rank = {.rank = 8}});
 ///     double lost = served.relative_error();
 template <arithmetic_element T, memory_space S, linear_algebra_policy P>
     requires(P::space == S)
-[[nodiscard]] adapter_result<T, S> peru_lora(const P& policy, const lora_adapter<T, S>& adapter, const peru_lora_options& options)
+[[nodiscard]] adapter_result<T, S> peru_lora(
+    const P& policy, const lora_adapter<T, S>& adapter, const peru_lora_options& options)
 {
     std::size_t largest = 0;
     std::vector<const lora_update<T, S>*> before;
@@ -52,7 +52,8 @@ template <arithmetic_element T, memory_space S, linear_algebra_policy P>
             ready, std::span<const factor_pair<T, S>>(pairs), [&](std::size_t) { return choice; },
             [&](std::size_t i, const factored_svd_result<T, S>& s) {
                 const lora_update<T, S>& update = *before[i];
-                layer_report report{std::string(pairs[i].name), update.out(), update.in(), update.rank(), s.rank(), false, s.squared_norm, s.squared_error};
+                layer_report report{std::string(pairs[i].name), update.out(), update.in(), update.rank(), s.rank(),
+                    false, s.squared_norm, s.squared_error};
                 if (options.rank.energy == 0 && options.rank.rank > update.rank()) {
                     after[i] = copy_update(ready, update);
                     report.rank = update.rank();
@@ -65,7 +66,9 @@ template <arithmetic_element T, memory_space S, linear_algebra_policy P>
                 result.layers[i] = std::move(report);
             });
     });
-    for (std::size_t i = 0; i < pairs.size(); ++i) { result.adapter.emplace(std::string(pairs[i].name), std::move(after[i])); }
+    for (std::size_t i = 0; i < pairs.size(); ++i) {
+        result.adapter.emplace(std::string(pairs[i].name), std::move(after[i]));
+    }
     return result;
 }
 
@@ -73,7 +76,8 @@ template <arithmetic_element T, memory_space S, linear_algebra_policy P>
 template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
 auto peru_lora(const P&, const X&, const peru_lora_options&)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>, "peru_lora() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "peru_lora() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -1,6 +1,5 @@
-// Post-Pruning: each task keeps the largest entries of its task vector beside a shared model. Jiang et al., "Effective and
-// Parameter-Efficient Reusing Fine-Tuned Models" (2023).
-// SPDX-License-Identifier: Apache-2.0
+// Post-Pruning: each task keeps the largest entries of its task vector beside a shared model. Jiang et al., "Effective
+// and Parameter-Efficient Reusing Fine-Tuned Models" (2023). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/methods/merge.hpp>
@@ -16,15 +15,19 @@ struct post_pruning_options {
 };
 
 /// v̂ = top-m% of τ = θ − θ0, for models aligned as base and one task: k = floor(density·n) entries by magnitude (lowest
-/// index first among equals), of which zeros are not stored. Values are f32, and f64 where the base stores f64. Streams: the entries go to
-/// `out` in pieces. Served as θ0 + v̂. With a merged model as the base it is the second half of PERU-FFT.
-/// Bit-exact. Errors: invalid_argument, nonfinite_error, cancelled. Cost: three reads of both models.
+/// index first among equals), of which zeros are not stored. Values are f32, and f64 where the base stores f64.
+/// Streams: the entries go to `out` in pieces. Served as θ0 + v̂. With a merged model as the base it is the second half
+/// of PERU-FFT. Bit-exact. Errors: invalid_argument, nonfinite_error, cancelled. Cost: three reads of both models.
 template <cpu_policy Policy>
-void post_pruning(const Policy& policy, const post_pruning_options& options, const aligned_models& models, sparse_sink& out)
+void post_pruning(
+    const Policy& policy, const post_pruning_options& options, const aligned_models& models, sparse_sink& out)
 {
-    if (!models.has_base() || models.task_count() != 1) { raise<invalid_argument>("pruning takes one base and one task"); }
+    if (!models.has_base() || models.task_count() != 1) {
+        raise<invalid_argument>("pruning takes one base and one task");
+    }
     const trim_thresholds thresholds(policy, models, options.density, options.scope);
-    // Calls entry(index, value) for what is kept of a block, with values of type V: zeros, also those that V rounds to, are not stored.
+    // Calls entry(index, value) for what is kept of a block, with values of type V: zeros, also those that V rounds to,
+    // are not stored.
     const auto keep = [&]<class V, class A>(std::type_identity<V>, block<A>& rows, std::size_t tensor, auto&& entry) {
         const auto threshold = thresholds.get<A>(tensor, 0);
         const A* const values = rows.delta(0);
@@ -62,7 +65,8 @@ void post_pruning(const Policy& policy, const post_pruning_options& options, con
                         values.push_back(value);
                     });
                 });
-                out.write(piece.tensor, first[index], piece.offset, piece.offset + piece.size, indices.data(), values.data(), indices.size());
+                out.write(piece.tensor, first[index], piece.offset, piece.offset + piece.size, indices.data(),
+                    values.data(), indices.size());
             });
         });
         if (!meter.advance(1)) { raise<cancelled>(); }
@@ -74,8 +78,8 @@ void post_pruning(const Policy& policy, const post_pruning_options& options, con
 ///     sparse_model delta = post_pruning(cpu{}, {.density = 0.1}, base, task);
 ///     auto saved = apply(cpu{}, delta, live);   // live == base: now the pruned task
 template <cpu_policy Policy>
-[[nodiscard]] sparse_model post_pruning(
-    const Policy& policy, const post_pruning_options& options, const const_model_ref& base, const const_model_ref& task, const model_options& how = {})
+[[nodiscard]] sparse_model post_pruning(const Policy& policy, const post_pruning_options& options,
+    const const_model_ref& base, const const_model_ref& task, const model_options& how = {})
 {
     sparse_model_sink sink;
     post_pruning(policy, options, aligned_models(&base, {&task, 1}, how), sink);
@@ -84,10 +88,12 @@ template <cpu_policy Policy>
 
 /// Post-Pruning of flat views.
 template <input_of<cpu> Base, input_of<cpu> Task>
-[[nodiscard]] auto post_pruning(const cpu& policy, const post_pruning_options& options, const Base& base, const Task& task, const model_options& how = {})
+[[nodiscard]] auto post_pruning(const cpu& policy, const post_pruning_options& options, const Base& base,
+    const Task& task, const model_options& how = {})
 {
     using A = arithmetic_type<element_of<const Base>>;
-    sparse_model model = post_pruning(policy, options, detail::flat_model(as_view(base)), detail::flat_model(as_view(task)), how);
+    sparse_model model =
+        post_pruning(policy, options, detail::flat_model(as_view(base)), detail::flat_model(as_view(task)), how);
     return std::get<sparse_vector<A>>(std::move(model.begin()->second));
 }
 
@@ -107,22 +113,29 @@ public:
     merger(const cpu&, const aligned_models& models, const sparse_addition_options& options)
         : scale_(options.scale)
     {
-        if (!options.delta) { raise<invalid_argument>("sparse_addition_options::delta is null: point it at the delta to add"); }
+        if (!options.delta) {
+            raise<invalid_argument>("sparse_addition_options::delta is null: point it at the delta to add");
+        }
         check_factor(scale_, "scale");
         tensors_.assign(models.tensors().size(), nullptr);
         for (const auto& entry : *options.delta) {
             const std::string& name = entry.first;
-            const auto place = std::find_if(models.tensors().begin(), models.tensors().end(), [&](const aligned_tensor& t) { return t.name == name; });
-            if (place == models.tensors().end()) { raise<invalid_argument>(message("tensor '", name, "' of the delta is not a floating tensor of the base")); }
+            const auto place = std::find_if(models.tensors().begin(), models.tensors().end(),
+                [&](const aligned_tensor& t) { return t.name == name; });
+            if (place == models.tensors().end()) {
+                raise<invalid_argument>(
+                    message("tensor '", name, "' of the delta is not a floating tensor of the base"));
+            }
             std::visit(
                 [&]<class A>(const sparse_vector<A>& sparse) {
                     check(sparse, name);
                     if (sparse.shape != place->shape) {
-                        raise<shape_mismatch>(message(
-                            "tensor '", name, "' has shape ", to_string(place->shape), " in the base; the delta is for shape ", to_string(sparse.shape)));
+                        raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(place->shape),
+                            " in the base; the delta is for shape ", to_string(sparse.shape)));
                     }
                     if (std::same_as<A, double> && !place->wide) {
-                        raise<dtype_mismatch>(message("tensor '", name, "' is not F64 in the base; the delta holds F64 values"));
+                        raise<dtype_mismatch>(
+                            message("tensor '", name, "' is not F64 in the base; the delta holds F64 values"));
                     }
                 },
                 entry.second);
@@ -133,11 +146,14 @@ public:
     void operator()(block<A>& rows, A* merged, merge_tally&) const
     {
         std::memcpy(merged, rows.base(), rows.size() * sizeof(A));
-        const sparse_tensor* const tensor = tensors_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
+        const sparse_tensor* const tensor =
+            tensors_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
         if (!tensor) { return; }
         std::visit(
             [&](const auto& sparse) {
-                auto entry = static_cast<std::size_t>(std::lower_bound(sparse.indices.begin(), sparse.indices.end(), rows.offset()) - sparse.indices.begin());
+                auto entry = static_cast<std::size_t>(
+                    std::lower_bound(sparse.indices.begin(), sparse.indices.end(), rows.offset())
+                    - sparse.indices.begin());
                 for (; entry < sparse.indices.size() && sparse.indices[entry] < rows.offset() + rows.size(); ++entry) {
                     const std::uint64_t place = sparse.indices[entry] - rows.offset();
                     const A value = static_cast<A>(sparse.values[entry]);
@@ -158,7 +174,8 @@ private:
 ///     const aligned_models models(&base, {&base, 1});
 ///     add_delta(cpu{}, models, delta, 1.0, sink);
 template <cpu_policy Policy>
-void add_delta(const Policy& policy, const aligned_models& models, const sparse_model& delta, double scale, tensor_sink& out)
+void add_delta(
+    const Policy& policy, const aligned_models& models, const sparse_model& delta, double scale, tensor_sink& out)
 {
     merge(policy, sparse_addition_options{&delta, scale}, models, out);
 }
@@ -167,7 +184,8 @@ void add_delta(const Policy& policy, const aligned_models& models, const sparse_
 template <detail::gpu_without_header<detail::gpu_room::reuse> P, class... Arguments>
 auto post_pruning(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>, "post_pruning() on taskvec::gpu: include <taskvec/device/reuse.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>,
+        "post_pruning() on taskvec::gpu: include <taskvec/device/reuse.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

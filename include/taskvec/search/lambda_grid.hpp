@@ -36,7 +36,8 @@ struct lambda_grid {
 {
     std::vector<double> values(count);
     for (std::size_t i = 0; i < count; ++i) {
-        values[i] = count == 1 ? first : first + (last - first) * static_cast<double>(i) / static_cast<double>(count - 1);
+        values[i] =
+            count == 1 ? first : first + (last - first) * static_cast<double>(i) / static_cast<double>(count - 1);
     }
     return values;
 }
@@ -84,7 +85,8 @@ inline void write_csv(std::ostream& out, const lambda_grid& grid, std::string_vi
     out << "lambda1,lambda2," << detail::csv_field(value_name) << '\n';
     for (std::size_t i = 0; i < grid.lambda1.size(); ++i) {
         for (std::size_t j = 0; j < grid.lambda2.size(); ++j) {
-            out << detail::csv_number(grid.lambda1[i]) << ',' << detail::csv_number(grid.lambda2[j]) << ',' << detail::csv_number(grid.at(i, j)) << '\n';
+            out << detail::csv_number(grid.lambda1[i]) << ',' << detail::csv_number(grid.lambda2[j]) << ','
+                << detail::csv_number(grid.at(i, j)) << '\n';
         }
     }
 }
@@ -96,7 +98,9 @@ inline void write_csv(std::ostream& out, const lambda_grid& grid, std::string_vi
 inline void write_csv(std::ostream& out, std::span<const double> matrix, std::span<const std::string> labels)
 {
     const std::size_t n = labels.size();
-    if (matrix.size() != n * n) { raise<invalid_argument>(message("write_csv: ", n, " labels for a matrix of ", matrix.size(), " elements")); }
+    if (matrix.size() != n * n) {
+        raise<invalid_argument>(message("write_csv: ", n, " labels for a matrix of ", matrix.size(), " elements"));
+    }
     for (const auto& label : labels) { out << ',' << detail::csv_field(label); }
     out << '\n';
     for (std::size_t i = 0; i < n; ++i) {

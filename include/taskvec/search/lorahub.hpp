@@ -1,6 +1,5 @@
-// LoraHub: weights of a combination, sought without gradients. Huang et al., "LoraHub: efficient cross-task generalization via dynamic LoRA
-// composition" (COLM 2024).
-// SPDX-License-Identifier: Apache-2.0
+// LoraHub: weights of a combination, sought without gradients. Huang et al., "LoraHub: efficient cross-task
+// generalization via dynamic LoRA composition" (COLM 2024). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/arithmetic/weighted_sum.hpp>
@@ -23,8 +22,8 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// What is sought: w in [−bound, bound]ᵀ that minimises L(w) + α·Σ|wt|, in at most so many evaluations. The defaults are the paper's
-/// (its code takes the mean of |wt|, not their sum).
+/// What is sought: w in [−bound, bound]ᵀ that minimises L(w) + α·Σ|wt|, in at most so many evaluations. The defaults
+/// are the paper's (its code takes the mean of |wt|, not their sum).
 struct lorahub_options {
     double bound = 1.5;
     double alpha = 0.05; ///< factor of the L1 term
@@ -55,23 +54,21 @@ struct lorahub_problem {
 /// L(w) + α·Σ|wt|, as an optimiser calls it. Weights outside the bounds count as the bound.
 using lorahub_objective = std::function<double(std::span<const double> weights)>;
 
-/// An optimiser: any callable that is given the problem and the objective, and returns when it has done what it could. What it returns does not
-/// matter: the best candidate is taken from the history. One that does not stop when the budget is spent is stopped (by an exception of no
-/// standard type out of the objective; with exceptions off going on is an error).
+/// An optimiser: any callable that is given the problem and the objective, and returns when it has done what it could.
+/// What it returns does not matter: the best candidate is taken from the history. One that does not stop when the
+/// budget is spent is stopped (by an exception of no standard type out of the objective; with exceptions off going on
+/// is an error).
 template <class Optimizer>
 concept lorahub_optimizer = std::invocable<Optimizer&, const lorahub_problem&, const lorahub_objective&>;
 
 /// The loss of a candidate: of a view or model that is valid during the call, or of weights.
 template <class Loss, class Candidate>
-concept candidate_loss = requires(Loss& loss, const Candidate& candidate)
-{
-    {
-        loss(candidate)
-        } -> std::convertible_to<double>;
+concept candidate_loss = requires(Loss& loss, const Candidate& candidate) {
+    { loss(candidate) } -> std::convertible_to<double>;
 };
 
-/// A search that could not go on: a loss that failed or is not finite (kind nonfinite, or the kind of what the loss threw), or an optimiser that
-/// failed (backend_error). history() has what had been evaluated until then.
+/// A search that could not go on: a loss that failed or is not finite (kind nonfinite, or the kind of what the loss
+/// threw), or an optimiser that failed (backend_error). history() has what had been evaluated until then.
 class lorahub_error : public error {
 public:
     lorahub_error(error_kind kind, const std::string& message, std::vector<lorahub_candidate> history)
@@ -95,19 +92,25 @@ public:
     {
         if (tasks == 0) { raise<invalid_argument>("no task was given: at least one is needed"); }
         if (!(options.bound > 0) || !std::isfinite(options.bound)) {
-            raise<invalid_argument>(message("the bound of LoraHub's weights is ", options.bound, "; expected a positive number, such as 1.5"));
+            raise<invalid_argument>(message(
+                "the bound of LoraHub's weights is ", options.bound, "; expected a positive number, such as 1.5"));
         }
         if (!(options.alpha >= 0) || !std::isfinite(options.alpha)) {
-            raise<invalid_argument>(message("alpha is ", options.alpha, "; expected a number that is not negative, such as 0.05"));
+            raise<invalid_argument>(
+                message("alpha is ", options.alpha, "; expected a number that is not negative, such as 0.05"));
         }
-        if (options.evaluations == 0) { raise<invalid_argument>("LoraHub was given no evaluations: at least one is needed"); }
+        if (options.evaluations == 0) {
+            raise<invalid_argument>("LoraHub was given no evaluations: at least one is needed");
+        }
         if (options.start.empty()) { problem_.start.assign(tasks, 0.0); }
         if (problem_.start.size() != tasks) {
-            raise<invalid_argument>(message("LoraHub starts at ", problem_.start.size(), " weights for ", tasks, " tasks: give one each, or none"));
+            raise<invalid_argument>(message(
+                "LoraHub starts at ", problem_.start.size(), " weights for ", tasks, " tasks: give one each, or none"));
         }
         for (const double weight : problem_.start) {
             if (!(std::abs(weight) <= options.bound)) {
-                raise<invalid_argument>(message("LoraHub starts at the weight ", weight, ", outside [", -options.bound, ", ", options.bound, "]"));
+                raise<invalid_argument>(message(
+                    "LoraHub starts at the weight ", weight, ", outside [", -options.bound, ", ", options.bound, "]"));
             }
         }
     }
@@ -132,7 +135,9 @@ public:
         }
         if (failed_) { raise<lorahub_error>(kind_, what_, std::move(history_)); }
 #endif
-        if (history_.empty()) { raise<lorahub_error>(backend_kind, "the optimiser evaluated no candidate", std::move(history_)); }
+        if (history_.empty()) {
+            raise<lorahub_error>(backend_kind, "the optimiser evaluated no candidate", std::move(history_));
+        }
         std::size_t best = 0;
         for (std::size_t i = 1; i < history_.size(); ++i) {
             if (history_[i].objective < history_[best].objective) { best = i; }
@@ -149,18 +154,22 @@ private:
     {
         if (failed_ || history_.size() == options_.evaluations) {
 #if defined(TASKVEC_NO_EXCEPTIONS)
-            fail(backend_kind, message("the optimiser asked for more than its budget of ", options_.evaluations, " evaluations"));
+            fail(backend_kind,
+                message("the optimiser asked for more than its budget of ", options_.evaluations, " evaluations"));
 #else
             throw stop{};
 #endif
         }
         if (weights.size() != problem_.dimension) {
-            fail(backend_kind, message("the optimiser gave ", weights.size(), " weights for ", problem_.dimension, " tasks"));
+            fail(backend_kind,
+                message("the optimiser gave ", weights.size(), " weights for ", problem_.dimension, " tasks"));
         }
         lorahub_candidate candidate{{weights.begin(), weights.end()}, 0, 0};
         double size = 0;
         for (double& weight : candidate.weights) {
-            if (std::isnan(weight)) { fail(backend_kind, message("the optimiser gave NaN as a weight of candidate ", history_.size() + 1)); }
+            if (std::isnan(weight)) {
+                fail(backend_kind, message("the optimiser gave NaN as a weight of candidate ", history_.size() + 1));
+            }
             weight = std::clamp(weight, problem_.lower, problem_.upper);
             size += std::abs(weight);
         }
@@ -179,7 +188,8 @@ private:
 #endif
         if (!std::isfinite(candidate.loss)) {
             fail(error_kind::nonfinite,
-                message("the loss of ", describe(candidate), " is ", candidate.loss, ": a search needs a finite loss; lower the bound, or repair the loss"));
+                message("the loss of ", describe(candidate), " is ", candidate.loss,
+                    ": a search needs a finite loss; lower the bound, or repair the loss"));
         }
         candidate.objective = candidate.loss + options_.alpha * size;
         history_.push_back(std::move(candidate));
@@ -243,7 +253,8 @@ public:
     bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally&) const
     {
         const auto weights = weights_.get<float>();
-        return rows.models().has_base() ? weighted_sum_stored<T, true>(rows, weights, 1.0f, out) : weighted_sum_stored<T, false>(rows, weights, 1.0f, out);
+        return rows.models().has_base() ? weighted_sum_stored<T, true>(rows, weights, 1.0f, out)
+                                        : weighted_sum_stored<T, false>(rows, weights, 1.0f, out);
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
@@ -253,8 +264,8 @@ private:
 
 /// Searches over one buffer, which holds the best candidate in the end.
 template <class Loss, class Optimizer>
-lorahub_result lorahub_in_memory(
-    const cpu& policy, const lorahub_options& options, const aligned_models& models, const model_ref& out, Loss&& loss, Optimizer&& optimizer)
+lorahub_result lorahub_in_memory(const cpu& policy, const lorahub_options& options, const aligned_models& models,
+    const model_ref& out, Loss&& loss, Optimizer&& optimizer)
 {
     memory_sink sink = sink_over(models, out);
     check_aliases(models, sink, false);
@@ -276,30 +287,34 @@ lorahub_result lorahub_in_memory(
 
 } // namespace detail
 
-/// The search alone, for candidates that are made otherwise: `loss` is given the weights, one for each of `tasks` tasks.
-/// Errors: invalid_argument (options), lorahub_error.
+/// The search alone, for candidates that are made otherwise: `loss` is given the weights, one for each of `tasks`
+/// tasks. Errors: invalid_argument (options), lorahub_error.
 ///
 ///     auto found = lorahub_search({}, 3, [&](std::span<const double> w) { return evaluate(space.at(w)); }, cobyla{});
 template <candidate_loss<std::span<const double>> Loss, lorahub_optimizer Optimizer>
 lorahub_result lorahub_search(const lorahub_options& options, std::size_t tasks, Loss&& loss, Optimizer&& optimizer)
 {
-    return detail::lorahub_search(options, tasks).run([&](std::span<const double> weights) { return static_cast<double>(loss(weights)); }, optimizer);
+    return detail::lorahub_search(options, tasks)
+        .run([&](std::span<const double> weights) { return static_cast<double>(loss(weights)); }, optimizer);
 }
 
-/// LoraHub: minimises L(θ0 + Σ wt·τt) + α·Σ|wt| over w in [−1.5, 1.5]ᵀ by a gradient-free optimiser: 40 evaluations from w = 0 on,
-/// α = 0.05. The paper optimises with Shiwa of Nevergrad; `cobyla` of merge/lorahub_nlopt.hpp, or any callable, does it here.
+/// LoraHub: minimises L(θ0 + Σ wt·τt) + α·Σ|wt| over w in [−1.5, 1.5]ᵀ by a gradient-free optimiser: 40 evaluations
+/// from w = 0 on, α = 0.05. The paper optimises with Shiwa of Nevergrad; `cobyla` of merge/lorahub_nlopt.hpp, or any
+/// callable, does it here.
 ///
-/// `base` and `tasks` are models; adapters are models of their factors, around their common φ0, or without a base as in the paper:
-/// Σ wt·φt. `out` has memory for one model that shares none with the inputs. Each candidate is one fused combination into it, in task order, with the
-/// bits of task arithmetic with λ = 1; `loss` is then given `out` as a const_model_ref. In the end `out` holds the best candidate.
-/// Errors: invalid_argument (options, models), shape_mismatch, dtype_mismatch; lorahub_error, which keeps the history.
-/// Cost of a candidate: one read of all models, one write, and the loss.
+/// `base` and `tasks` are models; adapters are models of their factors, around their common φ0, or without a base as in
+/// the paper: Σ wt·φt. `out` has memory for one model that shares none with the inputs. Each candidate is one fused
+/// combination into it, in task order, with the bits of task arithmetic with λ = 1; `loss` is then given `out` as a
+/// const_model_ref. In the end `out` holds the best candidate. Errors: invalid_argument (options, models),
+/// shape_mismatch, dtype_mismatch; lorahub_error, which keeps the history. Cost of a candidate: one read of all models,
+/// one write, and the loss.
 ///
-///     auto found = lorahub(cpu{}, {}, base, tasks, out, [&](const const_model_ref& model) { return few_shot_loss(model); }, cobyla{});
-///     found.best.weights; // and out holds that model
+///     const auto loss = [&](const const_model_ref& model) { return few_shot_loss(model); };
+///     auto found = lorahub(cpu{}, {}, base, tasks, out, loss, cobyla{}); // found.best.weights; out holds that model
 template <candidate_loss<const_model_ref> Loss, lorahub_optimizer Optimizer>
-lorahub_result lorahub(const cpu& policy, const lorahub_options& options, const const_model_ref& base, std::span<const const_model_ref> tasks,
-    const model_ref& out, Loss&& loss, Optimizer&& optimizer, const model_options& how = {})
+lorahub_result lorahub(const cpu& policy, const lorahub_options& options, const const_model_ref& base,
+    std::span<const const_model_ref> tasks, const model_ref& out, Loss&& loss, Optimizer&& optimizer,
+    const model_options& how = {})
 {
     const const_model_ref candidate(out);
     return detail::lorahub_in_memory(
@@ -307,8 +322,8 @@ lorahub_result lorahub(const cpu& policy, const lorahub_options& options, const 
 }
 /// Without a base: L(Σ wt·θt).
 template <candidate_loss<const_model_ref> Loss, lorahub_optimizer Optimizer>
-lorahub_result lorahub(const cpu& policy, const lorahub_options& options, std::span<const const_model_ref> tasks, const model_ref& out, Loss&& loss,
-    Optimizer&& optimizer, const model_options& how = {})
+lorahub_result lorahub(const cpu& policy, const lorahub_options& options, std::span<const const_model_ref> tasks,
+    const model_ref& out, Loss&& loss, Optimizer&& optimizer, const model_options& how = {})
 {
     const const_model_ref candidate(out);
     return detail::lorahub_in_memory(
@@ -317,28 +332,31 @@ lorahub_result lorahub(const cpu& policy, const lorahub_options& options, std::s
 
 /// LoraHub over flat views of one length; `loss` is given a view of `out`.
 ///
-///     auto found = lorahub(cpu{}, {}, base, tasks, out, [&](host_view<const float> theta) { return loss_at(theta); }, cobyla{});
-template <input_of<cpu> Base, tasks_of<cpu> Tasks, output_of<cpu> Out, candidate_loss<host_view<const element_of<Out>>> Loss, lorahub_optimizer Optimizer>
-lorahub_result lorahub(const cpu& policy, const lorahub_options& options, const Base& base, const Tasks& tasks, Out&& out, Loss&& loss, Optimizer&& optimizer,
-    model_options how = {})
+///     const auto loss = [&](host_view<const float> theta) { return loss_at(theta); };
+///     auto found = lorahub(cpu{}, {}, base, tasks, out, loss, cobyla{});
+template <input_of<cpu> Base, tasks_of<cpu> Tasks, output_of<cpu> Out,
+    candidate_loss<host_view<const element_of<Out>>> Loss, lorahub_optimizer Optimizer>
+lorahub_result lorahub(const cpu& policy, const lorahub_options& options, const Base& base, const Tasks& tasks,
+    Out&& out, Loss&& loss, Optimizer&& optimizer, model_options how = {})
 {
     const const_model_ref base_model = detail::flat_model(as_view(base));
     const host_view<const element_of<Out>> candidate = as_view(out);
     how.output = dtype_of<element_of<Out>>;
     return detail::lorahub_in_memory(
-        policy, options, aligned_models(&base_model, detail::flat_models(tasks), how), detail::flat_output(as_view(out)), [&] { return loss(candidate); },
-        optimizer);
+        policy, options, aligned_models(&base_model, detail::flat_models(tasks), how),
+        detail::flat_output(as_view(out)), [&] { return loss(candidate); }, optimizer);
 }
 /// Over flat views, without a base: L(Σ wt·xt).
-template <tasks_of<cpu> Tasks, output_of<cpu> Out, candidate_loss<host_view<const element_of<Out>>> Loss, lorahub_optimizer Optimizer>
-lorahub_result lorahub(
-    const cpu& policy, const lorahub_options& options, const Tasks& tasks, Out&& out, Loss&& loss, Optimizer&& optimizer, model_options how = {})
+template <tasks_of<cpu> Tasks, output_of<cpu> Out, candidate_loss<host_view<const element_of<Out>>> Loss,
+    lorahub_optimizer Optimizer>
+lorahub_result lorahub(const cpu& policy, const lorahub_options& options, const Tasks& tasks, Out&& out, Loss&& loss,
+    Optimizer&& optimizer, model_options how = {})
 {
     const host_view<const element_of<Out>> candidate = as_view(out);
     how.output = dtype_of<element_of<Out>>;
     return detail::lorahub_in_memory(
-        policy, options, aligned_models(nullptr, detail::flat_models(tasks), how), detail::flat_output(as_view(out)), [&] { return loss(candidate); },
-        optimizer);
+        policy, options, aligned_models(nullptr, detail::flat_models(tasks), how), detail::flat_output(as_view(out)),
+        [&] { return loss(candidate); }, optimizer);
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

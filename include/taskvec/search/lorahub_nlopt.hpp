@@ -1,5 +1,5 @@
-// NLopt's COBYLA as LoraHub's optimiser. Needs NLopt (Debian: libnlopt-dev) and its library: CMake's NLopt::nlopt, or -lnlopt.
-// SPDX-License-Identifier: Apache-2.0
+// NLopt's COBYLA as LoraHub's optimiser. Needs NLopt (Debian: libnlopt-dev) and its library: CMake's NLopt::nlopt, or
+// -lnlopt. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/search/lorahub.hpp>
@@ -19,9 +19,10 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// COBYLA (Powell 1994): linear interpolation of the objective over a simplex that shrinks. Deterministic. The paper uses Shiwa, which chooses among
-/// several optimisers and is not to be had in C++: a deviation. An optimiser of lorahub().
-/// Ends when the budget is spent, or when no weight moves by more than `tolerance`. Errors: backend_error with NLopt's code.
+/// COBYLA (Powell 1994): linear interpolation of the objective over a simplex that shrinks. Deterministic. The paper
+/// uses Shiwa, which chooses among several optimisers and is not to be had in C++: a deviation. An optimiser of
+/// lorahub(). Ends when the budget is spent, or when no weight moves by more than `tolerance`. Errors: backend_error
+/// with NLopt's code.
 ///
 ///     auto found = lorahub(cpu{}, {}, base, tasks, out, loss, cobyla{});
 struct cobyla {
@@ -30,7 +31,9 @@ struct cobyla {
 
     void operator()(const lorahub_problem& problem, const lorahub_objective& objective) const
     {
-        if (!(step > 0) || !std::isfinite(step)) { raise<invalid_argument>(message("COBYLA's step is ", step, "; expected a positive number, such as 0.5")); }
+        if (!(step > 0) || !std::isfinite(step)) {
+            raise<invalid_argument>(message("COBYLA's step is ", step, "; expected a positive number, such as 0.5"));
+        }
         const std::unique_ptr<std::remove_pointer_t<nlopt_opt>, void (*)(nlopt_opt)> search(
             nlopt_create(NLOPT_LN_COBYLA, static_cast<unsigned>(problem.dimension)), &nlopt_destroy);
         if (!search) { raise<backend_error>("out of memory", "nlopt_create", static_cast<int>(NLOPT_OUT_OF_MEMORY)); }
@@ -43,7 +46,8 @@ struct cobyla {
         check(nlopt_set_upper_bounds1(search.get(), problem.upper), "nlopt_set_upper_bounds1");
         check(nlopt_set_maxeval(search.get(), static_cast<int>(problem.evaluations)), "nlopt_set_maxeval");
         check(nlopt_set_xtol_abs1(search.get(), tolerance), "nlopt_set_xtol_abs1");
-        check(nlopt_set_initial_step1(search.get(), std::min(step, (problem.upper - problem.lower) / 2)), "nlopt_set_initial_step1");
+        check(nlopt_set_initial_step1(search.get(), std::min(step, (problem.upper - problem.lower) / 2)),
+            "nlopt_set_initial_step1");
         std::vector<double> weights = problem.start;
         double lowest = 0;
         const nlopt_result code = nlopt_optimize(search.get(), weights.data(), &lowest);

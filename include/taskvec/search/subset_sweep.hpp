@@ -21,36 +21,40 @@ struct subset_sweep_options {
 
 /// What is called for each subset: the tasks in it, ascending, and Σ wt·τt over them.
 template <class Visit, class T>
-concept subset_visitor = requires(Visit& visit, std::span<const std::size_t> subset, host_view<const arithmetic_type<T>> sum)
-{
-    visit(subset, sum);
-};
+concept subset_visitor = requires(
+    Visit& visit, std::span<const std::size_t> subset, host_view<const arithmetic_type<T>> sum) { visit(subset, sum); };
 
 /// Visits the subsets of n task vectors that have at least `smallest` members (2ⁿ − (n + 1) of them by default) in
-/// lexicographic order: {0,1}, {0,1,2}, …, {0,2}, … The sum handed to `visit` is a flat view of f32 (f64 for f64) values, valid
-/// during the call, with the bits of combine() over the subset in task order: a stack of partial sums is kept, and each
-/// subset adds one task vector to its parent's. To get a model, apply() the sum to the base, with λ or λ/|subset|.
-/// Memory: n sums. Cost: one axpy a subset. Returns the number of subsets visited.
-/// Errors: invalid_argument (no task vector, more than 63, wrong number of weights), shape_mismatch, nonfinite_error.
+/// lexicographic order: {0,1}, {0,1,2}, …, {0,2}, … The sum handed to `visit` is a flat view of f32 (f64 for f64)
+/// values, valid during the call, with the bits of combine() over the subset in task order: a stack of partial sums is
+/// kept, and each subset adds one task vector to its parent's. To get a model, apply() the sum to the base, with λ or
+/// λ/|subset|. Memory: n sums. Cost: one axpy a subset. Returns the number of subsets visited. Errors: invalid_argument
+/// (no task vector, more than 63, wrong number of weights), shape_mismatch, nonfinite_error.
 ///
 ///     for_each_subset(cpu{}, std::vector{tau1, tau2, tau3}, {}, [&](auto subset, auto sum) {
 ///         apply(cpu{}, base, sum, 0.3, merged);
 ///         scores.push_back(evaluate(merged, subset));
 ///     });
 template <storage_element T, subset_visitor<T> Visit>
-std::size_t for_each_subset(const cpu& policy, const std::vector<host_view<const T>>& task_vectors, const subset_sweep_options& options, Visit&& visit)
+std::size_t for_each_subset(const cpu& policy, const std::vector<host_view<const T>>& task_vectors,
+    const subset_sweep_options& options, Visit&& visit)
 {
     using A = arithmetic_type<T>;
     const std::size_t tasks = task_vectors.size();
     if (tasks == 0) { raise<invalid_argument>("for_each_subset: no task vector was given: at least one is needed"); }
-    if (tasks > 63) { raise<invalid_argument>(message("for_each_subset: ", tasks, " tasks have too many subsets to visit; give at most 63")); }
+    if (tasks > 63) {
+        raise<invalid_argument>(
+            message("for_each_subset: ", tasks, " tasks have too many subsets to visit; give at most 63"));
+    }
     if (!options.weights.empty() && options.weights.size() != tasks) {
-        raise<invalid_argument>(message("for_each_subset: ", options.weights.size(), " weights for ", tasks, " task vectors: give one each, or none"));
+        raise<invalid_argument>(message("for_each_subset: ", options.weights.size(), " weights for ", tasks,
+            " task vectors: give one each, or none"));
     }
     const std::size_t size = task_vectors[0].size();
     for (std::size_t t = 0; t < tasks; ++t) {
         if (task_vectors[t].size() != size) {
-            raise<shape_mismatch>(message("for_each_subset: task vector ", t + 1, " has ", task_vectors[t].size(), " elements, the first ", size));
+            raise<shape_mismatch>(message("for_each_subset: task vector ", t + 1, " has ", task_vectors[t].size(),
+                " elements, the first ", size));
         }
     }
     std::vector<std::vector<A>> sums; // sums[d]: of the first d + 1 members of the subset

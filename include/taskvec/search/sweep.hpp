@@ -1,11 +1,11 @@
-// Searches over grids with a caller's score: λ, TIES density × λ, every subset of the tasks; kept as a table that a later run goes on with.
-// SPDX-License-Identifier: Apache-2.0
+// Searches over grids with a caller's score: λ, TIES density × λ, every subset of the tasks; kept as a table that a
+// later run goes on with. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/methods/ties.hpp>
 #include <taskvec/search/lambda_grid.hpp>
 #include <taskvec/search/subset_sweep.hpp>
 #include <taskvec/search/task_space.hpp>
-#include <taskvec/methods/ties.hpp>
 
 #include <algorithm>
 #include <charconv>
@@ -31,8 +31,8 @@ struct sweep_row {
     double score = 0;
 };
 
-/// Points and scores, in the order in which they came. A sweep skips what its table holds already, so a sweep that was cut short is gone on with by
-/// handing it the table that it left: write_csv() and read_sweep() carry one over.
+/// Points and scores, in the order in which they came. A sweep skips what its table holds already, so a sweep that was
+/// cut short is gone on with by handing it the table that it left: write_csv() and read_sweep() carry one over.
 class sweep_table {
 public:
     /// Without columns it takes those of the first sweep that it is given to.
@@ -53,21 +53,30 @@ public:
         }
         return found;
     }
-    /// Errors: invalid_argument (another number of coordinates than columns, a point that is there already), nonfinite_error.
+    /// Errors: invalid_argument (another number of coordinates than columns, a point that is there already),
+    /// nonfinite_error.
     void add(std::vector<std::string> point, double score)
     {
         if (point.size() != columns_.size()) {
-            raise<invalid_argument>(message("a point of ", point.size(), " coordinates in a table of ", columns_.size(), " columns"));
+            raise<invalid_argument>(
+                message("a point of ", point.size(), " coordinates in a table of ", columns_.size(), " columns"));
         }
-        if (!std::isfinite(score)) { raise<nonfinite_error>(message("the score of ", describe(point), " is ", score, ": a score is a finite number")); }
-        if (!places_.emplace(point, rows_.size()).second) { raise<invalid_argument>(message("the point ", describe(point), " is in the table already")); }
+        if (!std::isfinite(score)) {
+            raise<nonfinite_error>(
+                message("the score of ", describe(point), " is ", score, ": a score is a finite number"));
+        }
+        if (!places_.emplace(point, rows_.size()).second) {
+            raise<invalid_argument>(message("the point ", describe(point), " is in the table already"));
+        }
         rows_.push_back({std::move(point), score});
     }
     /// "density=0.2 lambda=0.5", for messages.
     [[nodiscard]] std::string describe(const std::vector<std::string>& point) const
     {
         std::string text;
-        for (std::size_t i = 0; i < point.size(); ++i) { text += (i ? " " : "") + (i < columns_.size() ? columns_[i] + "=" : std::string()) + point[i]; }
+        for (std::size_t i = 0; i < point.size(); ++i) {
+            text += (i ? " " : "") + (i < columns_.size() ? columns_[i] + "=" : std::string()) + point[i];
+        }
         return text;
     }
     /// Gives an empty table its columns. Throws invalid_argument if it has others.
@@ -78,7 +87,8 @@ public:
             std::string found, wanted;
             for (const auto& name : columns_) { found += (found.empty() ? "" : ",") + name; }
             for (const auto& name : columns) { wanted += (wanted.empty() ? "" : ",") + name; }
-            raise<invalid_argument>(message("the table has the columns ", found, "; this sweep writes ", wanted, ": start a new table"));
+            raise<invalid_argument>(
+                message("the table has the columns ", found, "; this sweep writes ", wanted, ": start a new table"));
         }
     }
 
@@ -155,13 +165,16 @@ inline std::vector<std::vector<std::string>> csv_lines(std::string_view text, st
 {
     const auto fail = [&](const std::string& what) { raise<format_error>(what, std::string(file)); };
     auto lines = detail::csv_lines(csv, file);
-    if (lines.empty() || lines[0].back() != "score") { fail("is no table of scores: its first line must end in 'score'"); }
+    if (lines.empty() || lines[0].back() != "score") {
+        fail("is no table of scores: its first line must end in 'score'");
+    }
     lines[0].pop_back();
     sweep_table table(lines[0]);
     for (std::size_t i = 1; i < lines.size(); ++i) {
         auto& line = lines[i];
         if (line.size() != table.columns().size() + 1) {
-            fail(message("line ", i + 1, " has ", line.size(), " fields; expected ", table.columns().size() + 1, ": remove the line"));
+            fail(message("line ", i + 1, " has ", line.size(), " fields; expected ", table.columns().size() + 1,
+                ": remove the line"));
         }
         double score = 0;
         const std::string text = std::move(line.back());
@@ -170,7 +183,9 @@ inline std::vector<std::vector<std::string>> csv_lines(std::string_view text, st
         if (text.empty() || failure != std::errc{} || end != text.data() + text.size() || !std::isfinite(score)) {
             fail(message("line ", i + 1, " has the score '", text, "'; expected a number: remove the line"));
         }
-        if (table.contains(line)) { fail(message("line ", i + 1, " repeats ", table.describe(line), ": remove the line")); }
+        if (table.contains(line)) {
+            fail(message("line ", i + 1, " repeats ", table.describe(line), ": remove the line"));
+        }
         table.add(std::move(line), score);
     }
     return table;
@@ -185,22 +200,22 @@ inline std::vector<std::vector<std::string>> csv_lines(std::string_view text, st
 }
 
 struct sweep_options {
-    std::size_t at_once = 1; ///< candidates that are scored at the same time, each in a buffer of its own: for a score that may be called from several threads
-    std::function<void(const sweep_table&)> keep{}; ///< called after rows were added, on the calling thread: to write the table to a file
+    std::size_t at_once = 1; ///< candidates that are scored at the same time, each in a buffer of its own: for a score
+                             ///< that may be called from several threads
+    std::function<void(const sweep_table&)>
+        keep{}; ///< called after rows were added, on the calling thread: to write the table to a file
 };
 
 /// A score that is told which tasks, ascending, are in the model: to score it on these tasks alone.
 template <class F, class T>
-concept subset_score = requires(F& f, host_view<const T> parameters, std::span<const std::size_t> subset)
-{
-    {
-        f(parameters, subset)
-        } -> std::convertible_to<double>;
+concept subset_score = requires(F& f, host_view<const T> parameters, std::span<const std::size_t> subset) {
+    { f(parameters, subset) } -> std::convertible_to<double>;
 };
 
 namespace detail {
 
-/// Makes candidates one after the other, scores as many at once as is allowed, and keeps the scores in the order of the points.
+/// Makes candidates one after the other, scores as many at once as is allowed, and keeps the scores in the order of the
+/// points.
 template <storage_element T, class Score>
     requires(loss_function<Score, T> || subset_score<Score, T>)
 class sweep_runner {
@@ -247,7 +262,8 @@ public:
             for_each_index(workers, points.size(), [&](std::size_t i, std::size_t) {
                 const double found = score(i, subsets[i]);
                 if (!std::isfinite(found)) {
-                    raise<nonfinite_error>(message("the score of ", table_->describe(points[i]), " is ", found, ": a score is a finite number"));
+                    raise<nonfinite_error>(message(
+                        "the score of ", table_->describe(points[i]), " is ", found, ": a score is a finite number"));
                 }
                 scores[i] = found;
             });
@@ -270,7 +286,9 @@ private:
     double score(std::size_t i, const std::vector<std::size_t>& subset) const
     {
         const host_view<const T> model(buffers_[i].data(), buffers_[i].size());
-        if constexpr (subset_score<Score, T>) { return static_cast<double>((*score_)(model, std::span<const std::size_t>(subset))); }
+        if constexpr (subset_score<Score, T>) {
+            return static_cast<double>((*score_)(model, std::span<const std::size_t>(subset)));
+        }
         else {
             return static_cast<double>((*score_)(model));
         }
@@ -295,16 +313,18 @@ inline void check_steps(std::span<const double> values, std::string_view what)
 
 } // namespace detail
 
-/// Scores θ0 + λ·τ for each λ, with τ any merged task vector: columns `lambda`. Flat views; candidates have the storage type of `base` and the bits of apply().
-/// `score` is given a view that is valid during the call. What the table holds is skipped; when a score throws or is not finite, the rows before it
-/// are kept and the error is passed on. Errors: invalid_argument, shape_mismatch, nonfinite_error. Cost: one pass and one score for each λ.
+/// Scores θ0 + λ·τ for each λ, with τ any merged task vector: columns `lambda`. Flat views; candidates have the storage
+/// type of `base` and the bits of apply(). `score` is given a view that is valid during the call. What the table holds
+/// is skipped; when a score throws or is not finite, the rows before it are kept and the error is passed on. Errors:
+/// invalid_argument, shape_mismatch, nonfinite_error. Cost: one pass and one score for each λ.
 ///
 ///     sweep_table table;
-///     sweep_lambda(cpu{}, base, tau, lambda_steps(), table, [&](host_view<const float> theta) { return accuracy(theta); });
+///     const auto score = [&](host_view<const float> theta) { return accuracy(theta); };
+///     sweep_lambda(cpu{}, base, tau, lambda_steps(), table, score);
 ///     table.best()->point; // {"0.3"}
 template <input_of<cpu> Base, input_of<cpu> Vector, loss_function<std::remove_const_t<element_of<const Base>>> Score>
-void sweep_lambda(const cpu& policy, const Base& base, const Vector& vector, std::span<const double> lambdas, sweep_table& table, Score&& score,
-    const sweep_options& options = {})
+void sweep_lambda(const cpu& policy, const Base& base, const Vector& vector, std::span<const double> lambdas,
+    sweep_table& table, Score&& score, const sweep_options& options = {})
 {
     using T = std::remove_const_t<element_of<const Base>>;
     detail::check_steps(lambdas, "lambda");
@@ -319,13 +339,14 @@ void sweep_lambda(const cpu& policy, const Base& base, const Vector& vector, std
     runner.flush();
 }
 
-/// Scores TIES over density × λ: columns `density,lambda`. `ties` gives everything else. Candidates have the bits of merge(). Otherwise as sweep_lambda().
-/// Cost of a point: one TIES merge and one score.
+/// Scores TIES over density × λ: columns `density,lambda`. `ties` gives everything else. Candidates have the bits of
+/// merge(). Otherwise as sweep_lambda(). Cost of a point: one TIES merge and one score.
 ///
 ///     sweep_ties(cpu{}, {}, base, tasks, std::array{0.1, 0.2, 0.5}, lambda_steps(), table, score);
 template <input_of<cpu> Base, tasks_of<cpu> Tasks, loss_function<std::remove_const_t<element_of<const Base>>> Score>
-void sweep_ties(const cpu& policy, const ties_options& ties, const Base& base, const Tasks& tasks, std::span<const double> densities,
-    std::span<const double> lambdas, sweep_table& table, Score&& score, const sweep_options& options = {})
+void sweep_ties(const cpu& policy, const ties_options& ties, const Base& base, const Tasks& tasks,
+    std::span<const double> densities, std::span<const double> lambdas, sweep_table& table, Score&& score,
+    const sweep_options& options = {})
 {
     using T = std::remove_const_t<element_of<const Base>>;
     detail::check_steps(densities, "density");
@@ -345,15 +366,17 @@ void sweep_ties(const cpu& policy, const ties_options& ties, const Base& base, c
     runner.flush();
 }
 
-/// Scores θ0 + λ·Σ wt·τt over every subset of the task vectors, depth first by for_each_subset(): columns `tasks,lambda`, the tasks counted from 0 and
-/// joined by `+`. One axpy a subset, one pass and one score a point. `score` may also take the subset: score(view, std::span<const std::size_t>).
-/// Otherwise as sweep_lambda().
+/// Scores θ0 + λ·Σ wt·τt over every subset of the task vectors, depth first by for_each_subset(): columns
+/// `tasks,lambda`, the tasks counted from 0 and joined by `+`. One axpy a subset, one pass and one score a point.
+/// `score` may also take the subset: score(view, std::span<const std::size_t>). Otherwise as sweep_lambda().
 ///
-///     sweep_subsets(cpu{}, base, {tau0, tau1, tau2}, {}, std::array{0.3}, table, score); // "0+1", "0+1+2", "0+2", "1+2"
+///     // "0+1", "0+1+2", "0+2", "1+2"
+///     sweep_subsets(cpu{}, base, {tau0, tau1, tau2}, {}, std::array{0.3}, table, score);
 template <storage_element T, class Score>
     requires(loss_function<Score, T> || subset_score<Score, T>)
-void sweep_subsets(const cpu& policy, host_view<const T> base, const std::vector<host_view<const T>>& task_vectors, const subset_sweep_options& subsets,
-    std::span<const double> lambdas, sweep_table& table, Score&& score, const sweep_options& options = {})
+void sweep_subsets(const cpu& policy, host_view<const T> base, const std::vector<host_view<const T>>& task_vectors,
+    const subset_sweep_options& subsets, std::span<const double> lambdas, sweep_table& table, Score&& score,
+    const sweep_options& options = {})
 {
     detail::check_steps(lambdas, "lambda");
     table.require_columns({"tasks", "lambda"});
@@ -364,8 +387,7 @@ void sweep_subsets(const cpu& policy, host_view<const T> base, const std::vector
         for (const double lambda : lambdas) {
             std::vector<std::string> point{members, detail::csv_number(lambda)};
             if (runner.wanted(point)) {
-                runner.add(
-                    std::move(point), [&](host_view<T> out) { apply(policy, base, sum, lambda, out); }, subset);
+                runner.add(std::move(point), [&](host_view<T> out) { apply(policy, base, sum, lambda, out); }, subset);
             }
         }
     });

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/search/lambda_grid.hpp>
 #include <taskvec/arithmetic/task_vector.hpp>
+#include <taskvec/search/lambda_grid.hpp>
 
 #include <algorithm>
 #include <array>
@@ -30,10 +30,13 @@ public:
         , policy_(std::move(policy))
         , point_(base.size())
     {
-        if (task_vectors_.empty()) { raise<invalid_argument>("task_space: no task vector was given: at least one is needed"); }
+        if (task_vectors_.empty()) {
+            raise<invalid_argument>("task_space: no task vector was given: at least one is needed");
+        }
         for (std::size_t t = 0; t < task_vectors_.size(); ++t) {
             if (task_vectors_[t].size() != base_.size()) {
-                raise<shape_mismatch>(message("task_space: task vector ", t + 1, " has ", task_vectors_[t].size(), " elements, the base ", base_.size()));
+                raise<shape_mismatch>(message("task_space: task vector ", t + 1, " has ", task_vectors_[t].size(),
+                    " elements, the base ", base_.size()));
             }
         }
     }
@@ -42,17 +45,20 @@ public:
     [[nodiscard]] host_view<const T> base() const noexcept { return base_; }
     [[nodiscard]] host_view<const T> task_vector(std::size_t task) const { return task_vectors_[task]; }
 
-    /// θ0 + Σ λt·τt over the tasks whose λ is not 0, in f32 (f64 for f64), in task order, rounded once: the bits of task
-    /// arithmetic with λ = 1 and these weights. Valid until the next call. One pass. Errors: invalid_argument (another
-    /// number of factors than tasks, or one that is not finite).
+    /// θ0 + Σ λt·τt over the tasks whose λ is not 0, in f32 (f64 for f64), in task order, rounded once: the bits of
+    /// task arithmetic with λ = 1 and these weights. Valid until the next call. One pass. Errors: invalid_argument
+    /// (another number of factors than tasks, or one that is not finite).
     [[nodiscard]] host_view<const T> at(std::span<const double> lambdas)
     {
         if (lambdas.size() != tasks()) {
-            raise<invalid_argument>(message("task_space: ", lambdas.size(), " factors for ", tasks(), " task vectors: give one each"));
+            raise<invalid_argument>(
+                message("task_space: ", lambdas.size(), " factors for ", tasks(), " task vectors: give one each"));
         }
         std::vector<std::size_t> active;
         for (std::size_t t = 0; t < tasks(); ++t) {
-            if (!std::isfinite(lambdas[t])) { raise<invalid_argument>(message("task_space: the factor of task ", t + 1, " is not finite")); }
+            if (!std::isfinite(lambdas[t])) {
+                raise<invalid_argument>(message("task_space: the factor of task ", t + 1, " is not finite"));
+            }
             if (lambdas[t] != 0) { active.push_back(t); }
         }
         using A = arithmetic_type<T>;
@@ -60,7 +66,8 @@ public:
         for_each_index(policy_, (point_.size() + step - 1) / step, [&](std::size_t index, std::size_t) {
             std::array<A, block_size> row, sum;
             bits_type<A> ignored = 0;
-            for (std::size_t offset = index * step; offset < std::min(point_.size(), (index + 1) * step); offset += block_size) {
+            for (std::size_t offset = index * step; offset < std::min(point_.size(), (index + 1) * step);
+                offset += block_size) {
                 const std::size_t n = std::min(block_size, point_.size() - offset);
                 if (active.empty()) {
                     std::copy_n(base_.data() + offset, n, point_.data() + offset);
@@ -69,7 +76,8 @@ public:
                 for (std::size_t k = 0; k < active.size(); ++k) {
                     const A* const x = detail::widened<A>(task_vectors_[active[k]], offset, n, row.data(), ignored);
                     const A weight = static_cast<A>(lambdas[active[k]]);
-                    k == 0 ? kernels::begin_sum(sum.data(), x, weight, n) : kernels::accumulate(sum.data(), x, weight, n);
+                    k == 0 ? kernels::begin_sum(sum.data(), x, weight, n)
+                           : kernels::accumulate(sum.data(), x, weight, n);
                 }
                 kernels::add_scaled(sum.data(), detail::widened<A>(base_, offset, n, row.data(), ignored), A(1), n);
                 kernels::narrow(sum.data(), point_.data() + offset, n);
@@ -87,11 +95,8 @@ private:
 
 /// A number for a model: a loss, an accuracy.
 template <class F, class T>
-concept loss_function = requires(F& f, host_view<const T> parameters)
-{
-    {
-        f(parameters)
-        } -> std::convertible_to<double>;
+concept loss_function = requires(F& f, host_view<const T> parameters) {
+    { f(parameters) } -> std::convertible_to<double>;
 };
 
 /// The plane of two of a space's tasks.
@@ -105,7 +110,8 @@ template <class T>
 void check_plane(const task_space<T>& space, const plane_options& plane)
 {
     if (plane.task1 >= space.tasks() || plane.task2 >= space.tasks() || plane.task1 == plane.task2) {
-        raise<invalid_argument>(message("a plane needs two different tasks below ", space.tasks(), ", got ", plane.task1, " and ", plane.task2));
+        raise<invalid_argument>(message(
+            "a plane needs two different tasks below ", space.tasks(), ", got ", plane.task1, " and ", plane.task2));
     }
 }
 inline lambda_grid grid_of(const plane_options& plane)
@@ -117,7 +123,8 @@ inline lambda_grid grid_of(const plane_options& plane)
 /// The loss at θ0 + λ1·τ1 + λ2·τ2 over a grid. Cost: one combination and one call of `loss` for each point.
 /// Errors: invalid_argument.
 ///
-///     auto plane = loss_plane(space, {.lambda1 = equidistant(-1, 2, 31)}, [&](auto theta) { return model.loss(theta); });
+///     const auto loss = [&](auto theta) { return model.loss(theta); };
+///     auto plane = loss_plane(space, {.lambda1 = equidistant(-1, 2, 31)}, loss);
 template <storage_element T, loss_function<T> Loss>
 [[nodiscard]] lambda_grid loss_plane(task_space<T>& space, const plane_options& plane, Loss&& loss)
 {

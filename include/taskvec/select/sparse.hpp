@@ -1,10 +1,10 @@
-// Sparse vectors: the entries of a tensor that were kept, by ascending flat index; added to live weights and taken back.
-// SPDX-License-Identifier: Apache-2.0
+// Sparse vectors: the entries of a tensor that were kept, by ascending flat index; added to live weights and taken
+// back. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/models/block.hpp>
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/models/block.hpp>
 
 #include <algorithm>
 #include <bit>
@@ -21,8 +21,8 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// The kept entries of a tensor of this shape: `indices` ascend and are row-major flat, values[i] belongs to indices[i].
-/// A is the arithmetic type: f32, or f64 for f64 tensors.
+/// The kept entries of a tensor of this shape: `indices` ascend and are row-major flat, values[i] belongs to
+/// indices[i]. A is the arithmetic type: f32, or f64 for f64 tensors.
 template <arithmetic_element A>
 struct sparse_vector {
     using value_type = A;
@@ -34,8 +34,8 @@ struct sparse_vector {
     friend bool operator==(const sparse_vector&, const sparse_vector&) = default;
 };
 
-/// The same entries with a bit for each element of the tensor (least significant first) instead of indices: smaller when
-/// more than one element in 32 is kept.
+/// The same entries with a bit for each element of the tensor (least significant first) instead of indices: smaller
+/// when more than one element in 32 is kept.
 template <arithmetic_element A>
 struct bitmask_vector {
     extents shape{};
@@ -60,21 +60,24 @@ using sparse_model = std::map<std::string, sparse_tensor>;
     return total;
 }
 
-/// Throws invalid_argument unless a sparse vector keeps its own promises: as many values as indices, ascending, in range.
+/// Throws invalid_argument unless a sparse vector keeps its own promises: as many values as indices, ascending, in
+/// range.
 template <arithmetic_element A>
 void check(const sparse_vector<A>& sparse, std::string_view name = "values")
 {
     const std::uint64_t size = element_count(sparse.shape, name);
     if (sparse.values.size() != sparse.indices.size()) {
-        raise<invalid_argument>(message("delta of tensor '", name, "' has ", sparse.values.size(), " values for ", sparse.indices.size(), " indices"));
+        raise<invalid_argument>(message("delta of tensor '", name, "' has ", sparse.values.size(), " values for ",
+            sparse.indices.size(), " indices"));
     }
     for (std::size_t i = 0; i < sparse.indices.size(); ++i) {
         if (sparse.indices[i] >= size) {
-            raise<invalid_argument>(message("delta of tensor '", name, "' has index ", sparse.indices[i], "; the tensor has ", size, " elements"));
+            raise<invalid_argument>(message(
+                "delta of tensor '", name, "' has index ", sparse.indices[i], "; the tensor has ", size, " elements"));
         }
         if (i && sparse.indices[i] <= sparse.indices[i - 1]) {
-            raise<invalid_argument>(
-                message("delta of tensor '", name, "' has index ", sparse.indices[i], " after ", sparse.indices[i - 1], "; indices must ascend"));
+            raise<invalid_argument>(message("delta of tensor '", name, "' has index ", sparse.indices[i], " after ",
+                sparse.indices[i - 1], "; indices must ascend"));
         }
     }
 }
@@ -84,8 +87,11 @@ template <arithmetic_element A>
 [[nodiscard]] bitmask_vector<A> to_bitmask(const sparse_vector<A>& sparse)
 {
     check(sparse);
-    bitmask_vector<A> result{sparse.shape, std::vector<std::uint8_t>((element_count(sparse.shape) + 7) / 8, 0), sparse.values};
-    for (const auto index : sparse.indices) { result.bitmask[index / 8] = static_cast<std::uint8_t>(result.bitmask[index / 8] | (1u << (index % 8))); }
+    bitmask_vector<A> result{
+        sparse.shape, std::vector<std::uint8_t>((element_count(sparse.shape) + 7) / 8, 0), sparse.values};
+    for (const auto index : sparse.indices) {
+        result.bitmask[index / 8] = static_cast<std::uint8_t>(result.bitmask[index / 8] | (1u << (index % 8)));
+    }
     return result;
 }
 
@@ -95,7 +101,8 @@ template <arithmetic_element A>
 {
     const std::size_t size = element_count(masked.shape);
     if (masked.bitmask.size() != (size + 7) / 8) {
-        raise<invalid_argument>(message("a bitmask of ", masked.bitmask.size(), " bytes for ", size, " elements; expected ", (size + 7) / 8));
+        raise<invalid_argument>(message(
+            "a bitmask of ", masked.bitmask.size(), " bytes for ", size, " elements; expected ", (size + 7) / 8));
     }
     sparse_vector<A> result{masked.shape, {}, masked.values};
     result.indices.reserve(masked.values.size());
@@ -108,7 +115,8 @@ template <arithmetic_element A>
         raise<invalid_argument>(message("a bitmask sets bit ", result.indices.back(), " of ", size));
     }
     if (result.indices.size() != result.values.size()) {
-        raise<invalid_argument>(message("a bitmask sets ", result.indices.size(), " bits for ", result.values.size(), " values"));
+        raise<invalid_argument>(
+            message("a bitmask sets ", result.indices.size(), " bits for ", result.values.size(), " values"));
     }
     return result;
 }
@@ -119,7 +127,8 @@ TASKVEC_KERNELS_BEGIN
 
 /// live[indices[i]] += scale · values[i], in A, rounded once on storing.
 template <storage_element T, arithmetic_element A>
-TASKVEC_NOINLINE void add_at(storage_word<T>* live, const std::uint64_t* TASKVEC_RESTRICT indices, const A* TASKVEC_RESTRICT values, A scale, std::size_t n)
+TASKVEC_NOINLINE void add_at(storage_word<T>* live, const std::uint64_t* TASKVEC_RESTRICT indices,
+    const A* TASKVEC_RESTRICT values, A scale, std::size_t n)
 {
     TASKVEC_STRICT_FP
     for (std::size_t i = 0; i < n; ++i) {
@@ -139,7 +148,8 @@ template <arithmetic_element A>
 void check_fits(const sparse_vector<A>& sparse, std::size_t size, std::string_view name)
 {
     if (element_count(sparse.shape, name) != size) {
-        raise<shape_mismatch>(message("tensor '", name, "' has ", size, " elements; the delta is for shape ", to_string(sparse.shape)));
+        raise<shape_mismatch>(
+            message("tensor '", name, "' has ", size, " elements; the delta is for shape ", to_string(sparse.shape)));
     }
 }
 } // namespace detail
@@ -155,15 +165,18 @@ auto apply(const cpu& policy, const sparse_vector<A>& sparse, Live&& live, doubl
 {
     const auto weights = as_view(live);
     using T = element_of<Live>;
-    static_assert(std::same_as<arithmetic_type<T>, A>, "an f64 delta belongs to f64 weights, an f32 delta to f32, bf16 or f16 weights");
+    static_assert(std::same_as<arithmetic_type<T>, A>,
+        "an f64 delta belongs to f64 weights, an f32 delta to f32, bf16 or f16 weights");
     check(sparse);
     detail::check_fits(sparse, weights.size(), "values");
     std::vector<T> saved(sparse.kept());
     const std::size_t pieces = (sparse.kept() + detail::sparse_piece - 1) / detail::sparse_piece;
     for_each_index(policy, pieces, [&](std::size_t piece, std::size_t) {
-        const std::size_t begin = piece * detail::sparse_piece, n = std::min(detail::sparse_piece, sparse.kept() - begin);
+        const std::size_t begin = piece * detail::sparse_piece,
+                          n = std::min(detail::sparse_piece, sparse.kept() - begin);
         for (std::size_t i = begin; i < begin + n; ++i) { saved[i] = weights[sparse.indices[i]]; }
-        kernels::add_at<T, A>(kernels::words(weights.data()), sparse.indices.data() + begin, sparse.values.data() + begin, static_cast<A>(scale), n);
+        kernels::add_at<T, A>(kernels::words(weights.data()), sparse.indices.data() + begin,
+            sparse.values.data() + begin, static_cast<A>(scale), n);
     });
     return saved;
 }
@@ -176,10 +189,13 @@ void undo(const cpu& policy, const sparse_vector<A>& sparse, const std::vector<T
     static_assert(std::same_as<element_of<Live>, T>, "the saved words are of another storage type than the weights");
     check(sparse);
     detail::check_fits(sparse, weights.size(), "values");
-    if (saved.size() != sparse.kept()) { raise<invalid_argument>(message(saved.size(), " saved words for ", sparse.kept(), " entries")); }
+    if (saved.size() != sparse.kept()) {
+        raise<invalid_argument>(message(saved.size(), " saved words for ", sparse.kept(), " entries"));
+    }
     const std::size_t pieces = (saved.size() + detail::sparse_piece - 1) / detail::sparse_piece;
     for_each_index(policy, pieces, [&](std::size_t piece, std::size_t) {
-        const std::size_t begin = piece * detail::sparse_piece, end = std::min(saved.size(), begin + detail::sparse_piece);
+        const std::size_t begin = piece * detail::sparse_piece,
+                          end = std::min(saved.size(), begin + detail::sparse_piece);
         for (std::size_t i = begin; i < end; ++i) { weights[sparse.indices[i]] = saved[i]; }
     });
 }
@@ -188,8 +204,9 @@ void undo(const cpu& policy, const sparse_vector<A>& sparse, const std::vector<T
 using saved_words = std::map<std::string, std::vector<std::byte>>;
 
 namespace detail {
-/// Calls use(name, sparse, live view of its storage type) for each tensor of a delta, after checking them all. The delta and the live
-/// weights are in one memory space; a delta in device memory keeps its own promises (nothing there reads it back).
+/// Calls use(name, sparse, live view of its storage type) for each tensor of a delta, after checking them all. The
+/// delta and the live weights are in one memory space; a delta in device memory keeps its own promises (nothing there
+/// reads it back).
 template <memory_space Space, class Delta, class Use>
 void for_each_live(const Delta& delta, const model_ref& live, Use&& use)
 {
@@ -204,24 +221,25 @@ void for_each_live(const Delta& delta, const model_ref& live, Use&& use)
                         (void)flat_view<T, Space>(*weights, name);
                         if constexpr (Space == memory_space::host) { check(sparse, name); }
                         if (sparse.shape != weights->shape) {
-                            raise<shape_mismatch>(
-                                message("tensor '", name, "' has shape ", to_string(weights->shape), "; the delta is for shape ", to_string(sparse.shape)));
+                            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(weights->shape),
+                                "; the delta is for shape ", to_string(sparse.shape)));
                         }
                         then(sparse, view<T, Space>{static_cast<T*>(weights->data), weights->size(name)});
                     }
                     else {
-                        raise<dtype_mismatch>(message(
-                            "tensor '", name, "' has dtype ", taskvec::name(weights->dtype), "; the delta holds ", taskvec::name(dtype_of<A>), " values"));
+                        raise<dtype_mismatch>(message("tensor '", name, "' has dtype ", taskvec::name(weights->dtype),
+                            "; the delta holds ", taskvec::name(dtype_of<A>), " values"));
                     }
                 },
                 tensor);
         });
     };
     for (const auto& [name, tensor] : delta) {
-        visit_pair(name, tensor, [](const auto&, auto) {});
+        visit_pair(name, tensor, [](const auto&, auto) { });
     }
     for (const auto& entry : delta) {
-        visit_pair(entry.first, entry.second, [&](const auto& sparse, auto weights) { use(entry.first, sparse, weights); });
+        visit_pair(
+            entry.first, entry.second, [&](const auto& sparse, auto weights) { use(entry.first, sparse, weights); });
     }
 }
 } // namespace detail
@@ -229,15 +247,17 @@ void for_each_live(const Delta& delta, const model_ref& live, Use&& use)
 /// Adds a delta to the live weights of a model in place; the result is what undo() needs. Errors: a tensor that is
 /// missing, of another shape or storage type; nothing is changed then.
 template <cpu_policy Policy>
-[[nodiscard]] saved_words apply(const Policy& policy, const sparse_model& delta, const model_ref& live, double scale = 1.0)
+[[nodiscard]] saved_words apply(
+    const Policy& policy, const sparse_model& delta, const model_ref& live, double scale = 1.0)
 {
     saved_words saved;
-    detail::for_each_live<memory_space::host>(delta, live, [&](const std::string& name, const auto& sparse, auto weights) {
-        const auto words = apply(policy, sparse, weights, scale);
-        auto& bytes = saved[name];
-        bytes.resize(words.size() * sizeof(words[0]));
-        if (!bytes.empty()) { std::memcpy(bytes.data(), words.data(), bytes.size()); }
-    });
+    detail::for_each_live<memory_space::host>(
+        delta, live, [&](const std::string& name, const auto& sparse, auto weights) {
+            const auto words = apply(policy, sparse, weights, scale);
+            auto& bytes = saved[name];
+            bytes.resize(words.size() * sizeof(words[0]));
+            if (!bytes.empty()) { std::memcpy(bytes.data(), words.data(), bytes.size()); }
+        });
     return saved;
 }
 
@@ -245,15 +265,18 @@ template <cpu_policy Policy>
 template <cpu_policy Policy>
 void undo(const Policy& policy, const sparse_model& delta, const saved_words& saved, const model_ref& live)
 {
-    detail::for_each_live<memory_space::host>(delta, live, [&]<class T>(const std::string& name, const auto& sparse, host_view<T> weights) {
-        const auto bytes = saved.find(name);
-        if (bytes == saved.end() || bytes->second.size() != sparse.kept() * sizeof(T)) {
-            raise<invalid_argument>(message("the saved words of tensor '", name, "' do not belong to this delta"));
-        }
-        std::vector<T> words(sparse.kept());
-        if (!words.empty()) { std::memcpy(static_cast<void*>(words.data()), bytes->second.data(), bytes->second.size()); }
-        undo(policy, sparse, words, weights);
-    });
+    detail::for_each_live<memory_space::host>(
+        delta, live, [&]<class T>(const std::string& name, const auto& sparse, host_view<T> weights) {
+            const auto bytes = saved.find(name);
+            if (bytes == saved.end() || bytes->second.size() != sparse.kept() * sizeof(T)) {
+                raise<invalid_argument>(message("the saved words of tensor '", name, "' do not belong to this delta"));
+            }
+            std::vector<T> words(sparse.kept());
+            if (!words.empty()) {
+                std::memcpy(static_cast<void*>(words.data()), bytes->second.data(), bytes->second.size());
+            }
+            undo(policy, sparse, words, weights);
+        });
 }
 
 /// Receives the kept entries of a model: first how many there are of each included tensor, then the entries, in pieces
@@ -265,10 +288,10 @@ public:
     virtual void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) = 0;
     /// Entries number `first` … `first + n − 1` of a tensor; they all lie in its elements [from, to), where `from` is a
     /// multiple of 64 and `to` too, or the tensor's end. n may be 0.
-    virtual void write(
-        std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const float* values, std::size_t n) = 0;
-    virtual void write(
-        std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to, const std::uint64_t* indices, const double* values, std::size_t n) = 0;
+    virtual void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const float* values, std::size_t n) = 0;
+    virtual void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const double* values, std::size_t n) = 0;
 };
 
 /// Collects kept entries in memory.
@@ -289,12 +312,13 @@ public:
             }
         }
     }
-    void write(std::size_t tensor, std::uint64_t first, std::uint64_t, std::uint64_t, const std::uint64_t* indices, const float* values, std::size_t n) override
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t, std::uint64_t, const std::uint64_t* indices,
+        const float* values, std::size_t n) override
     {
         store(tensor, first, indices, values, n);
     }
-    void write(
-        std::size_t tensor, std::uint64_t first, std::uint64_t, std::uint64_t, const std::uint64_t* indices, const double* values, std::size_t n) override
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t, std::uint64_t, const std::uint64_t* indices,
+        const double* values, std::size_t n) override
     {
         store(tensor, first, indices, values, n);
     }

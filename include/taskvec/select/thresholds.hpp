@@ -11,8 +11,8 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// Over what the top entries are counted and the majority sign is taken: all tensors together (what the papers mean), or
-/// each tensor by itself.
+/// Over what the top entries are counted and the majority sign is taken: all tensors together (what the papers mean),
+/// or each tensor by itself.
 enum class scope : std::uint8_t { model, tensor };
 
 /// Which entries the trim keeps: exactly k, lowest index first among equals; or every entry whose magnitude reaches the
@@ -22,17 +22,20 @@ enum class trim_rule : std::uint8_t { exact, reach_next };
 /// Thresholds of every task vector, over the whole model or for each tensor.
 class trim_thresholds {
 public:
-    trim_thresholds(const cpu& policy, const aligned_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
-        : trim_thresholds(
-            models, density, over, rule, [&]<class A>(std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts, unsigned* walks) {
-                // Half the budget for what a pass collects, for all tasks together.
-                const std::size_t capacity = std::min(std::size_t{1} << 22, models.options().memory / 2 / (models.task_count() * sizeof(A)));
-                const chunk_range chunks{models.first_chunk(range.first), models.first_chunk(range.last)};
-                return top_k_thresholds<A>(policy, models, chunks, counts, capacity, walks);
-            })
+    trim_thresholds(
+        const cpu& policy, const aligned_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
+        : trim_thresholds(models, density, over, rule,
+              [&]<class A>(
+                  std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts, unsigned* walks) {
+                  // Half the budget for what a pass collects, for all tasks together.
+                  const std::size_t capacity =
+                      std::min(std::size_t{1} << 22, models.options().memory / 2 / (models.task_count() * sizeof(A)));
+                  const chunk_range chunks{models.first_chunk(range.first), models.first_chunk(range.last)};
+                  return top_k_thresholds<A>(policy, models, chunks, counts, capacity, walks);
+              })
     { }
-    /// The same by another search: search(std::type_identity<A>{}, tensors, counts, walks) finds the thresholds that keep counts[t]
-    /// entries of task vector t over a range of tensors.
+    /// The same by another search: search(std::type_identity<A>{}, tensors, counts, walks) finds the thresholds that
+    /// keep counts[t] entries of task vector t over a range of tensors.
     template <class Search>
     trim_thresholds(const aligned_models& models, double density, scope over, trim_rule rule, const Search& search)
         : per_tensor_(over == scope::tensor)
@@ -57,14 +60,18 @@ public:
 
 private:
     template <arithmetic_element A, class Search>
-    void find(const aligned_models& models, double density, trim_rule rule, const Search& search, std::vector<top_k_threshold<A>>& thresholds)
+    void find(const aligned_models& models, double density, trim_rule rule, const Search& search,
+        std::vector<top_k_threshold<A>>& thresholds)
     {
         const auto add = [&](tensor_range range, std::uint64_t n) {
             std::uint64_t k = top_k_count(density, n);
-            if (rule == trim_rule::reach_next) { k = std::min(n, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))) + 1); }
+            if (rule == trim_rule::reach_next) {
+                k = std::min(n, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))) + 1);
+            }
             const std::vector<std::uint64_t> counts(tasks_, k);
             unsigned walks = 0;
-            for (auto threshold : search(std::type_identity<A>{}, range, std::span<const std::uint64_t>(counts), &walks)) {
+            for (auto threshold :
+                search(std::type_identity<A>{}, range, std::span<const std::uint64_t>(counts), &walks)) {
                 if (rule == trim_rule::reach_next) { threshold.equal_end = std::numeric_limits<std::uint64_t>::max(); }
                 thresholds.push_back(threshold);
             }

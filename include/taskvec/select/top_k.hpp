@@ -10,8 +10,8 @@
 // the bracket and walks again; what sampling cannot narrow, a histogram does.
 #pragma once
 
-#include <taskvec/models/block.hpp>
 #include <taskvec/core/random.hpp>
+#include <taskvec/models/block.hpp>
 
 #include <algorithm>
 #include <array>
@@ -44,7 +44,9 @@ struct top_k_threshold {
 /// k(n) = floor(density · n) in double, at least 1 when n > 0. Errors: invalid_argument unless 0 < density ≤ 1.
 [[nodiscard]] inline std::uint64_t top_k_count(double density, std::uint64_t n)
 {
-    if (!(density > 0.0 && density <= 1.0)) { raise<invalid_argument>(message("density is ", density, "; expected a share in (0, 1], such as 0.2 for 20%")); }
+    if (!(density > 0.0 && density <= 1.0)) {
+        raise<invalid_argument>(message("density is ", density, "; expected a share in (0, 1], such as 0.2 for 20%"));
+    }
     if (n == 0) { return 0; }
     return std::max<std::uint64_t>(1, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))));
 }
@@ -58,8 +60,12 @@ template <arithmetic_element To, arithmetic_element From>
         static_assert(std::same_as<To, float>, "a threshold on f32 magnitudes says nothing about f64 ones");
         const double exact = std::bit_cast<double>(threshold.magnitude);
         float below = static_cast<float>(exact);
-        if (static_cast<double>(below) > exact) { below = std::bit_cast<float>(std::bit_cast<std::uint32_t>(below) - 1); }
-        if (static_cast<double>(below) == exact || std::isnan(exact)) { return {magnitude_bits(below), threshold.equal_end}; }
+        if (static_cast<double>(below) > exact) {
+            below = std::bit_cast<float>(std::bit_cast<std::uint32_t>(below) - 1);
+        }
+        if (static_cast<double>(below) == exact || std::isnan(exact)) {
+            return {magnitude_bits(below), threshold.equal_end};
+        }
         return {magnitude_bits(below), 0}; // between two floats: only larger ones are kept
     }
 }
@@ -71,11 +77,11 @@ TASKVEC_KERNELS_BEGIN
 /// Elements that are counted together: a run without anything inside the bracket is not looked at again.
 inline constexpr std::size_t count_group = 64;
 
-/// Counts magnitudes above `high`, and for each group of 64 those in [low, high] (into `inside`). `largest` receives the
-/// largest magnitude bits.
+/// Counts magnitudes above `high`, and for each group of 64 those in [low, high] (into `inside`). `largest` receives
+/// the largest magnitude bits.
 template <arithmetic_element A>
-TASKVEC_NOINLINE std::uint32_t count_groups(
-    const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low, bits_type<A> high, std::uint8_t* TASKVEC_RESTRICT inside, bits_type<A>& largest)
+TASKVEC_NOINLINE std::uint32_t count_groups(const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low,
+    bits_type<A> high, std::uint8_t* TASKVEC_RESTRICT inside, bits_type<A>& largest)
 {
     using word = std::make_signed_t<bits_type<A>>; // magnitudes have no sign bit: signed compares are the cheap ones
     const word lower = static_cast<word>(low), upper = static_cast<word>(high);
@@ -99,7 +105,8 @@ TASKVEC_NOINLINE std::uint32_t count_groups(
 
 /// Appends the magnitudes in [low, high] to `out` (room for n), in order; returns how many.
 template <arithmetic_element A>
-TASKVEC_NOINLINE std::size_t collect(const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low, bits_type<A> high, bits_type<A>* TASKVEC_RESTRICT out)
+TASKVEC_NOINLINE std::size_t collect(
+    const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low, bits_type<A> high, bits_type<A>* TASKVEC_RESTRICT out)
 {
     std::size_t count = 0, i = 0;
 #if defined(__AVX512F__)
@@ -127,10 +134,11 @@ struct magnitude_counts {
     std::uint32_t above = 0, inside = 0, largest = 0;
 };
 
-/// Counts the magnitudes of x − base (of x when Difference is false) above `high` and in [low, high], over n steps of stored words.
+/// Counts the magnitudes of x − base (of x when Difference is false) above `high` and in [low, high], over n steps of
+/// stored words.
 template <storage_element T, bool Difference>
-TASKVEC_NOINLINE void count_stored(
-    const step_word* TASKVEC_RESTRICT x, const step_word* TASKVEC_RESTRICT base, std::size_t n, std::uint32_t low, std::uint32_t high, magnitude_counts& counts)
+TASKVEC_NOINLINE void count_stored(const step_word* TASKVEC_RESTRICT x, const step_word* TASKVEC_RESTRICT base,
+    std::size_t n, std::uint32_t low, std::uint32_t high, magnitude_counts& counts)
 {
     TASKVEC_STRICT_FP
     const std::int32_t lower = static_cast<std::int32_t>(low), upper = static_cast<std::int32_t>(high);
@@ -148,17 +156,19 @@ TASKVEC_NOINLINE void count_stored(
     }
     counts.above += static_cast<std::uint32_t>(above);
     counts.inside += static_cast<std::uint32_t>(reached - above);
-    counts.largest = counts.largest < static_cast<std::uint32_t>(top) ? static_cast<std::uint32_t>(top) : counts.largest;
+    counts.largest =
+        counts.largest < static_cast<std::uint32_t>(top) ? static_cast<std::uint32_t>(top) : counts.largest;
 }
 
 #if defined(__AVX512F__)
-/// count_stored() that also appends the magnitudes in [low, high] to `out`, from out[counts.inside] on and in no particular order; out has
-/// room for 16 more than there are.
+/// count_stored() that also appends the magnitudes in [low, high] to `out`, from out[counts.inside] on and in no
+/// particular order; out has room for 16 more than there are.
 template <storage_element T, bool Difference>
-TASKVEC_NOINLINE void collect_stored(const step_word* TASKVEC_RESTRICT x, const step_word* TASKVEC_RESTRICT base, std::size_t n, std::uint32_t low,
-    std::uint32_t high, std::uint32_t* TASKVEC_RESTRICT out, magnitude_counts& counts)
+TASKVEC_NOINLINE void collect_stored(const step_word* TASKVEC_RESTRICT x, const step_word* TASKVEC_RESTRICT base,
+    std::size_t n, std::uint32_t low, std::uint32_t high, std::uint32_t* TASKVEC_RESTRICT out, magnitude_counts& counts)
 {
-    const __m512i clear = _mm512_set1_epi32(0x7fffffff), lower = _mm512_set1_epi32(static_cast<int>(low)), upper = _mm512_set1_epi32(static_cast<int>(high)),
+    const __m512i clear = _mm512_set1_epi32(0x7fffffff), lower = _mm512_set1_epi32(static_cast<int>(low)),
+                  upper = _mm512_set1_epi32(static_cast<int>(high)),
                   second = _mm512_set1_epi32(static_cast<int>(0xffff0000u)), one = _mm512_set1_epi32(1);
     const auto value = [&](__m512i steps, std::size_t lane) {
         return sizeof(T) == 4 ? steps : lane == 0 ? _mm512_slli_epi32(steps, 16) : _mm512_and_si512(steps, second);
@@ -170,23 +180,31 @@ TASKVEC_NOINLINE void collect_stored(const step_word* TASKVEC_RESTRICT x, const 
 #pragma GCC unroll 2
         for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
             __m512i found = value(steps, lane);
-            if constexpr (Difference) { found = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(found), _mm512_castsi512_ps(value(origin, lane)))); }
+            if constexpr (Difference) {
+                found = _mm512_castps_si512(
+                    _mm512_sub_ps(_mm512_castsi512_ps(found), _mm512_castsi512_ps(value(origin, lane))));
+            }
             const __m512i magnitude = _mm512_and_si512(found, clear);
             top = _mm512_max_epi32(top, magnitude);
-            const __mmask16 reached = _mm512_mask_cmpge_epi32_mask(there, magnitude, lower), hit = _mm512_mask_cmple_epi32_mask(reached, magnitude, upper);
+            const __mmask16 reached = _mm512_mask_cmpge_epi32_mask(there, magnitude, lower),
+                            hit = _mm512_mask_cmple_epi32_mask(reached, magnitude, upper);
             reached_count = _mm512_mask_add_epi32(reached_count, reached, reached_count, one);
             _mm512_storeu_si512(out + inside, _mm512_maskz_compress_epi32(hit, magnitude));
             inside += static_cast<std::size_t>(__builtin_popcount(hit));
         }
     };
     std::size_t i = 0;
-    for (; i + 16 <= n; i += 16) { take(0xffff, _mm512_loadu_si512(x + i), Difference ? _mm512_loadu_si512(base + i) : __m512i{}); }
+    for (; i + 16 <= n; i += 16) {
+        take(0xffff, _mm512_loadu_si512(x + i), Difference ? _mm512_loadu_si512(base + i) : __m512i{});
+    }
     if (i < n) {
         const auto there = static_cast<__mmask16>((1u << (n - i)) - 1u);
-        take(there, _mm512_maskz_loadu_epi32(there, x + i), Difference ? _mm512_maskz_loadu_epi32(there, base + i) : __m512i{});
+        take(there, _mm512_maskz_loadu_epi32(there, x + i),
+            Difference ? _mm512_maskz_loadu_epi32(there, base + i) : __m512i{});
     }
     counts.inside = static_cast<std::uint32_t>(inside);
-    counts.above += static_cast<std::uint32_t>(_mm512_reduce_add_epi32(reached_count)) - static_cast<std::uint32_t>(inside - begin);
+    counts.above +=
+        static_cast<std::uint32_t>(_mm512_reduce_add_epi32(reached_count)) - static_cast<std::uint32_t>(inside - begin);
     const auto largest = static_cast<std::uint32_t>(_mm512_reduce_max_epi32(top));
     counts.largest = counts.largest < largest ? largest : counts.largest;
 }
@@ -207,7 +225,9 @@ TASKVEC_KERNELS_END
 template <arithmetic_element A>
 void trim(A* x, std::size_t n, std::uint64_t place, const top_k_threshold<A>& threshold)
 {
-    const std::size_t equal = threshold.equal_end > place ? static_cast<std::size_t>(std::min<std::uint64_t>(threshold.equal_end - place, n)) : 0;
+    const std::size_t equal = threshold.equal_end > place
+        ? static_cast<std::size_t>(std::min<std::uint64_t>(threshold.equal_end - place, n))
+        : 0;
     if (equal > 0 && threshold.magnitude > 0) { keep_at_least(x, equal, threshold.magnitude); }
     if (equal < n) { keep_at_least(x + equal, n - equal, threshold.magnitude + 1); }
 }
@@ -216,15 +236,16 @@ void trim(A* x, std::size_t n, std::uint64_t place, const top_k_threshold<A>& th
 
 namespace detail {
 
-/// Entries of a list by their rank, the largest first, for lists that are asked a few times: a histogram tells the bin of a rank, and only that
-/// bin's entries are ordered. All entries lie in [low, high].
+/// Entries of a list by their rank, the largest first, for lists that are asked a few times: a histogram tells the bin
+/// of a rank, and only that bin's entries are ordered. All entries lie in [low, high].
 template <std::unsigned_integral Bits>
 class ranking {
 public:
     ranking(std::span<const Bits> values, Bits low, Bits high)
         : values_(values)
         , low_(low)
-        , shift_(static_cast<unsigned>(std::max(0, static_cast<int>(std::bit_width(static_cast<Bits>(high - low))) - bin_bits)))
+        , shift_(static_cast<unsigned>(
+              std::max(0, static_cast<int>(std::bit_width(static_cast<Bits>(high - low))) - bin_bits)))
         , counts_(std::size_t{1} << bin_bits, 0)
     {
         for (const Bits value : values) { ++counts_[bin_of(value)]; }
@@ -245,7 +266,10 @@ public:
 
 private:
     static constexpr int bin_bits = 11;
-    [[nodiscard]] std::size_t bin_of(Bits value) const noexcept { return static_cast<std::size_t>((value - low_) >> shift_); }
+    [[nodiscard]] std::size_t bin_of(Bits value) const noexcept
+    {
+        return static_cast<std::size_t>((value - low_) >> shift_);
+    }
 
     std::span<const Bits> values_;
     Bits low_;
@@ -352,7 +376,9 @@ private:
         std::vector<std::vector<bits>> samples(channels_.size());
         const std::uint64_t wanted = std::clamp<std::uint64_t>(elements_ / 512, 1024, 131072), runs = wanted / run;
         bool worth = false;
-        for (const auto& c : channels_) { worth = worth || (!c.done && c.inside > capacity_ / 16 && c.sampled_rounds < 3); }
+        for (const auto& c : channels_) {
+            worth = worth || (!c.done && c.inside > capacity_ / 16 && c.sampled_rounds < 3);
+        }
         if (!worth || elements_ < 8 * wanted) { return samples; }
         const random_stream places(0x746f702d6bull, static_cast<std::uint32_t>(walks_));
         for (std::uint64_t r = 0; r < runs; ++r) {
@@ -388,17 +414,22 @@ private:
         }
         if (sample.size() >= 64 && c.sampled_rounds < 3) {
             ++c.sampled_rounds;
-            const double m = static_cast<double>(sample.size()), share = static_cast<double>(c.k - c.above) / static_cast<double>(c.inside);
+            const double m = static_cast<double>(sample.size()),
+                         share = static_cast<double>(c.k - c.above) / static_cast<double>(c.inside);
             // Neighbours are alike, so the sample's rank is a little less certain than that of independent draws.
             const double margin = 3.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
             const double first = share * m - margin, last = share * m + margin;
             ranking<bits> ranked(sample, c.low, c.high);
-            const auto at = [&](double rank) { return ranked[static_cast<std::size_t>(std::min(m - 1, std::max(0.0, rank)))]; };
+            const auto at = [&](double rank) {
+                return ranked[static_cast<std::size_t>(std::min(m - 1, std::max(0.0, rank)))];
+            };
             a.high = first < 0 ? c.high : at(first);
             a.low = last >= m ? c.low : at(last);
             // One value that fills the bracket and more is looked at alone: its equals are counted, not collected.
             const bits value = at(share * m);
-            if (static_cast<double>(std::count(sample.begin(), sample.end(), value)) > margin) { a.low = a.high = value; }
+            if (static_cast<double>(std::count(sample.begin(), sample.end(), value)) > margin) {
+                a.low = a.high = value;
+            }
             a.collecting = true;
             return;
         }
@@ -408,9 +439,11 @@ private:
         a.shift = width > bin_bits ? width - bin_bits : 0;
     }
 
-    void walk(const std::vector<attempt>& attempts, std::vector<std::vector<collected>>& seen, std::vector<std::vector<std::uint32_t>>& inside_of)
+    void walk(const std::vector<attempt>& attempts, std::vector<std::vector<collected>>& seen,
+        std::vector<std::vector<std::uint32_t>>& inside_of)
     {
-        const std::size_t count = range_.last - range_.first, share = std::max<std::size_t>(1, capacity_ / workspaces_.size());
+        const std::size_t count = range_.last - range_.first,
+                          share = std::max<std::size_t>(1, capacity_ / workspaces_.size());
         progress_meter meter(policy_, "select", count);
         for_each_index(policy_, count, [&](std::size_t index, std::size_t worker) {
             const chunk& piece = models_.chunks()[range_.first + index];
@@ -429,14 +462,16 @@ private:
                         const B* const stored = opened.stored_delta(t); // not read yet: counting does it
                         const B* const values = stored ? stored : opened.delta(t);
                         if constexpr (std::same_as<A, B>) {
-                            opened.note(look(attempts[t], values, opened.size(), seen[worker][t], index, share, inside_of[t]));
+                            opened.note(
+                                look(attempts[t], values, opened.size(), seen[worker][t], index, share, inside_of[t]));
                         }
                         else {
                             // An f32 tensor beside f64 ones: its magnitudes compare as f64, exactly.
                             std::array<A, block_size> wide;
                             for (std::size_t i = 0; i < opened.size(); ++i) { wide[i] = static_cast<A>(values[i]); }
                             if (stored) { opened.note(kernels::largest_magnitude(stored, opened.size())); }
-                            (void)look(attempts[t], wide.data(), opened.size(), seen[worker][t], index, share, inside_of[t]);
+                            (void)look(
+                                attempts[t], wide.data(), opened.size(), seen[worker][t], index, share, inside_of[t]);
                         }
                     }
                 });
@@ -445,11 +480,11 @@ private:
         });
     }
 
-    /// look() straight at the stored words of task t, where it and the base (if there is one) are stored as T; false otherwise, and where
-    /// entries must be binned, or collected without an instruction for it.
+    /// look() straight at the stored words of task t, where it and the base (if there is one) are stored as T; false
+    /// otherwise, and where entries must be binned, or collected without an instruction for it.
     template <storage_element T>
-    static bool look_stored(
-        const attempt& a, block<float>& rows, std::size_t t, collected& into, std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
+    static bool look_stored(const attempt& a, block<float>& rows, std::size_t t, collected& into, std::size_t index,
+        std::size_t share, std::vector<std::uint32_t>& inside_of)
     {
         const storage_word<T>*x = nullptr, *base = nullptr;
         const bool collecting = a.collecting && a.low != a.high && !into.overflow;
@@ -471,10 +506,13 @@ private:
             return base ? kernels::count_stored<T, true>(from, origin, steps, low, high, counts)
                         : kernels::count_stored<T, false>(from, origin, steps, low, high, counts);
         };
-        kernels::for_each_group<T, 1>(
-            &x, 1, base, rows.size(), [&](const kernels::step_word* const* from, const kernels::step_word* origin, std::size_t at, std::size_t steps) {
+        kernels::for_each_group<T, 1>(&x, 1, base, rows.size(),
+            [&](const kernels::step_word* const* from, const kernels::step_word* origin, std::size_t at,
+                std::size_t steps) {
                 kernels::fetch_ahead<kernels::group_steps>(*from);
-                if (origin && t == 0) { kernels::fetch_ahead<kernels::group_steps>(origin); } // the other tasks find the base in the cache
+                if (origin && t == 0) {
+                    kernels::fetch_ahead<kernels::group_steps>(origin);
+                } // the other tasks find the base in the cache
                 see(*from, origin, steps);
                 // The lane beside the last of an odd number of bf16 holds a 0 that is no entry; it comes last.
                 if (at + steps * width > rows.size() && low == 0) { --counts.inside; }
@@ -506,8 +544,8 @@ private:
     }
 
     /// Counts a row, and collects or bins what lies inside the bracket. Returns the largest magnitude bits.
-    static bits look(
-        const attempt& a, const A* row, std::size_t n, collected& into, std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
+    static bits look(const attempt& a, const A* row, std::size_t n, collected& into, std::size_t index,
+        std::size_t share, std::vector<std::uint32_t>& inside_of)
     {
         std::array<std::uint8_t, block_size / kernels::count_group> groups;
         bits largest = 0;
@@ -522,7 +560,9 @@ private:
             if (into.bins.empty()) { into.bins.assign(std::size_t{1} << bin_bits, 0); }
             for (std::size_t i = 0; i < n; ++i) {
                 const bits magnitude = magnitude_bits(row[i]);
-                if (magnitude >= a.low && magnitude <= a.high) { ++into.bins[static_cast<std::size_t>((magnitude - a.low) >> a.shift)]; }
+                if (magnitude >= a.low && magnitude <= a.high) {
+                    ++into.bins[static_cast<std::size_t>((magnitude - a.low) >> a.shift)];
+                }
             }
         }
         if (!a.collecting || a.low == a.high || into.overflow) { return largest; }
@@ -531,14 +571,16 @@ private:
         for (std::size_t g = 0; g < group_count; ++g) {
             if (groups[g]) {
                 const std::size_t at = g * kernels::count_group;
-                count += kernels::collect(row + at, std::min(kernels::count_group, n - at), a.low, a.high, values.data() + count);
+                count += kernels::collect(
+                    row + at, std::min(kernels::count_group, n - at), a.low, a.high, values.data() + count);
             }
         }
         keep(into, index, share, values.data(), count);
         return largest;
     }
 
-    void learn(std::size_t t, attempt& a, std::vector<std::vector<collected>>& seen, const std::vector<std::uint32_t>& inside_of)
+    void learn(std::size_t t, attempt& a, std::vector<std::vector<collected>>& seen,
+        const std::vector<std::uint32_t>& inside_of)
     {
         channel& c = channels_[t];
         bool overflow = false;
@@ -577,7 +619,9 @@ private:
         else if (!overflow) {
             std::vector<bits> values;
             values.reserve(static_cast<std::size_t>(a.inside));
-            for (const auto& worker : seen) { values.insert(values.end(), worker[t].values.begin(), worker[t].values.end()); }
+            for (const auto& worker : seen) {
+                values.insert(values.end(), worker[t].values.begin(), worker[t].values.end());
+            }
             const bits answer = ranking<bits>(values, a.low, a.high)[static_cast<std::size_t>(c.k - c.above - 1)];
             std::vector<std::uint32_t> equal(range_.last - range_.first, 0);
             for (const auto& worker : seen) {
@@ -607,7 +651,9 @@ private:
             for_each_block_of(rows, piece, [&](auto& opened) {
                 const auto* const values = opened.delta(t);
                 for (std::size_t i = 0; i < opened.size() && wanted > 0; ++i) {
-                    if (magnitude_bits(static_cast<A>(values[i])) == answer && --wanted == 0) { c.threshold.equal_end = opened.position() + i + 1; }
+                    if (magnitude_bits(static_cast<A>(values[i])) == answer && --wanted == 0) {
+                        c.threshold.equal_end = opened.position() + i + 1;
+                    }
                 }
             });
         });
@@ -626,22 +672,23 @@ private:
 } // namespace detail
 
 /// The threshold that keeps the counts[t] largest entries of each task vector τt = θt − θ0 (θt when there is no base)
-/// over a range of chunks. Exact; the same bits for any threads, chunk and memory. Magnitudes compare in A: use f64 when
-/// models.any_wide(). `capacity`: entries that may be collected at a time (4 or 8 bytes each), for each task.
+/// over a range of chunks. Exact; the same bits for any threads, chunk and memory. Magnitudes compare in A: use f64
+/// when models.any_wide(). `capacity`: entries that may be collected at a time (4 or 8 bytes each), for each task.
 /// `walks`: receives how often the data were read from end to end (1 on smooth data; a few at worst).
 /// Errors: nonfinite_error (unless propagation was asked for; NaN then counts as larger than infinity).
 ///
 ///     auto thresholds = top_k_thresholds<float>(cpu{}, models, all_chunks(models), counts);
 template <arithmetic_element A>
-[[nodiscard]] std::vector<top_k_threshold<A>> top_k_thresholds(const cpu& policy, const aligned_models& models, chunk_range range,
-    std::span<const std::uint64_t> counts, std::size_t capacity = std::size_t{1} << 22, unsigned* walks = nullptr)
+[[nodiscard]] std::vector<top_k_threshold<A>> top_k_thresholds(const cpu& policy, const aligned_models& models,
+    chunk_range range, std::span<const std::uint64_t> counts, std::size_t capacity = std::size_t{1} << 22,
+    unsigned* walks = nullptr)
 {
     return detail::top_k_search<A>(policy, models, range, std::max<std::size_t>(1024, capacity)).run(counts, walks);
 }
 
 /// The threshold that keeps the k entries of largest magnitude of a flat view, lowest index first among equals.
-/// Bit-exact. Errors: invalid_argument unless 0 < k ≤ n (k = 0 only for n = 0); nonfinite_error. Cost: a little more than
-/// one read of x.
+/// Bit-exact. Errors: invalid_argument unless 0 < k ≤ n (k = 0 only for n = 0); nonfinite_error. Cost: a little more
+/// than one read of x.
 ///
 ///     std::vector<float> x = …;
 ///     auto threshold = top_k(cpu{}, x, 100);
@@ -672,12 +719,14 @@ template <input_of<cpu> X>
 template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
 auto top_k(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>, "top_k() on taskvec::gpu: include <taskvec/device/select.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>,
+        "top_k() on taskvec::gpu: include <taskvec/device/select.hpp>");
 }
 template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
 auto kth_magnitude(const P&, Arguments&&...)
 {
-    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>, "kth_magnitude() on taskvec::gpu: include <taskvec/device/select.hpp>");
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::select>,
+        "kth_magnitude() on taskvec::gpu: include <taskvec/device/select.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

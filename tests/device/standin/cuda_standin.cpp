@@ -1,8 +1,8 @@
-// A stand-in for the CUDA runtime, cuBLAS and cuSOLVER on the host: the calls that taskvec makes, with the arguments' meaning as
-// NVIDIA documents it, in plain loops; "device memory" is malloc. A program linked with it instead of the libraries runs our calls
-// (operands, strides, work space, what is read back, what an error becomes) where there is no device. It shows that our side of
-// the interface is used as documented. It shows nothing about a device, its rounding, its speed or its asynchrony.
-// SPDX-License-Identifier: Apache-2.0
+// A stand-in for the CUDA runtime, cuBLAS and cuSOLVER on the host: the calls that taskvec makes, with the arguments'
+// meaning as NVIDIA documents it, in plain loops; "device memory" is malloc. A program linked with it instead of the
+// libraries runs our calls (operands, strides, work space, what is read back, what an error becomes) where there is no
+// device. It shows that our side of the interface is used as documented. It shows nothing about a device, its rounding,
+// its speed or its asynchrony. SPDX-License-Identifier: Apache-2.0
 #include "standin.hpp"
 
 #include <cublas_v2.h>
@@ -76,45 +76,51 @@ double at(const T* a, std::int64_t ld, cublasOperation_t op, std::int64_t i, std
 }
 
 template <class T>
-cublasStatus_t gemm(cublasOperation_t ta, cublasOperation_t tb, std::int64_t m, std::int64_t n, std::int64_t k, T alpha, const T* a, std::int64_t lda,
-    const T* b, std::int64_t ldb, T beta, T* c, std::int64_t ldc)
+cublasStatus_t gemm(cublasOperation_t ta, cublasOperation_t tb, std::int64_t m, std::int64_t n, std::int64_t k, T alpha,
+    const T* a, std::int64_t lda, const T* b, std::int64_t ldb, T beta, T* c, std::int64_t ldc)
 {
-    const bool sound = lda >= std::max<std::int64_t>(1, ta == CUBLAS_OP_N ? m : k) && ldb >= std::max<std::int64_t>(1, tb == CUBLAS_OP_N ? k : n)
-        && ldc >= std::max<std::int64_t>(1, m);
+    const bool sound = lda >= std::max<std::int64_t>(1, ta == CUBLAS_OP_N ? m : k)
+        && ldb >= std::max<std::int64_t>(1, tb == CUBLAS_OP_N ? k : n) && ldc >= std::max<std::int64_t>(1, m);
     if (const auto status = blas("cublasGemm", sound)) { return status; }
     for (std::int64_t j = 0; j < n; ++j) {
         for (std::int64_t i = 0; i < m; ++i) {
             double sum = 0;
             for (std::int64_t p = 0; p < k; ++p) { sum += at(a, lda, ta, i, p) * at(b, ldb, tb, p, j); }
-            c[i + j * ldc] =
-                static_cast<T>(static_cast<double>(alpha) * sum + (beta == T(0) ? 0.0 : static_cast<double>(beta) * static_cast<double>(c[i + j * ldc])));
+            c[i + j * ldc] = static_cast<T>(static_cast<double>(alpha) * sum
+                + (beta == T(0) ? 0.0 : static_cast<double>(beta) * static_cast<double>(c[i + j * ldc])));
         }
     }
     return CUBLAS_STATUS_SUCCESS;
 }
 
 template <class T>
-cublasStatus_t geam(cublasOperation_t ta, cublasOperation_t tb, std::int64_t m, std::int64_t n, T alpha, const T* a, std::int64_t lda, T beta, const T* b,
-    std::int64_t ldb, T* c, std::int64_t ldc)
+cublasStatus_t geam(cublasOperation_t ta, cublasOperation_t tb, std::int64_t m, std::int64_t n, T alpha, const T* a,
+    std::int64_t lda, T beta, const T* b, std::int64_t ldb, T* c, std::int64_t ldc)
 {
-    const bool sound = lda >= std::max<std::int64_t>(1, ta == CUBLAS_OP_N ? m : n) && ldb >= std::max<std::int64_t>(1, tb == CUBLAS_OP_N ? m : n)
-        && ldc >= std::max<std::int64_t>(1, m) && a != c;
+    const bool sound = lda >= std::max<std::int64_t>(1, ta == CUBLAS_OP_N ? m : n)
+        && ldb >= std::max<std::int64_t>(1, tb == CUBLAS_OP_N ? m : n) && ldc >= std::max<std::int64_t>(1, m) && a != c;
     if (const auto status = blas("cublasGeam", sound)) { return status; }
     for (std::int64_t j = 0; j < n; ++j) {
         for (std::int64_t i = 0; i < m; ++i) {
-            c[i + j * ldc] =
-                static_cast<T>(static_cast<double>(alpha) * at(a, lda, ta, i, j) + (beta == T(0) ? 0.0 : static_cast<double>(beta) * at(b, ldb, tb, i, j)));
+            c[i + j * ldc] = static_cast<T>(static_cast<double>(alpha) * at(a, lda, ta, i, j)
+                + (beta == T(0) ? 0.0 : static_cast<double>(beta) * at(b, ldb, tb, i, j)));
         }
     }
     return CUBLAS_STATUS_SUCCESS;
 }
 
 template <class T>
-cublasStatus_t dgmm(cublasSideMode_t side, std::int64_t m, std::int64_t n, const T* a, std::int64_t lda, const T* x, std::int64_t step, T* c, std::int64_t ldc)
+cublasStatus_t dgmm(cublasSideMode_t side, std::int64_t m, std::int64_t n, const T* a, std::int64_t lda, const T* x,
+    std::int64_t step, T* c, std::int64_t ldc)
 {
-    if (const auto status = blas("cublasDgmm", lda >= std::max<std::int64_t>(1, m) && ldc >= std::max<std::int64_t>(1, m))) { return status; }
+    if (const auto status =
+            blas("cublasDgmm", lda >= std::max<std::int64_t>(1, m) && ldc >= std::max<std::int64_t>(1, m))) {
+        return status;
+    }
     for (std::int64_t j = 0; j < n; ++j) {
-        for (std::int64_t i = 0; i < m; ++i) { c[i + j * ldc] = a[i + j * lda] * x[step * (side == CUBLAS_SIDE_LEFT ? i : j)]; }
+        for (std::int64_t i = 0; i < m; ++i) {
+            c[i + j * ldc] = a[i + j * lda] * x[step * (side == CUBLAS_SIDE_LEFT ? i : j)];
+        }
     }
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -162,7 +168,9 @@ cusolverStatus_t geqrf(int m, int n, T* a, int lda, T* tau, T* work, int size, i
         entry(j, j) = static_cast<T>(beta);
         for (int k = j + 1; k < n; ++k) {
             double sum = entry(j, k);
-            for (int i = j + 1; i < m; ++i) { sum += static_cast<double>(entry(i, j)) * static_cast<double>(entry(i, k)); }
+            for (int i = j + 1; i < m; ++i) {
+                sum += static_cast<double>(entry(i, j)) * static_cast<double>(entry(i, k));
+            }
             sum *= tau[j];
             entry(j, k) = static_cast<T>(entry(j, k) - sum);
             for (int i = j + 1; i < m; ++i) { entry(i, k) = static_cast<T>(entry(i, k) - sum * entry(i, j)); }
@@ -173,7 +181,9 @@ cusolverStatus_t geqrf(int m, int n, T* a, int lda, T* tau, T* work, int size, i
 template <class T>
 cusolverStatus_t orgqr(int m, int n, int k, T* a, int lda, const T* tau, T* work, int size, int* info)
 {
-    if (const auto status = solver("cusolverDnOrgqr", lda >= std::max(1, m) && n <= m && k <= n && size >= qr_work)) { return status; }
+    if (const auto status = solver("cusolverDnOrgqr", lda >= std::max(1, m) && n <= m && k <= n && size >= qr_work)) {
+        return status;
+    }
     spoil(work, static_cast<std::size_t>(size));
     *info = 0;
     std::vector<double> q(static_cast<std::size_t>(m) * static_cast<std::size_t>(n));
@@ -189,13 +199,16 @@ cusolverStatus_t orgqr(int m, int n, int k, T* a, int lda, const T* tau, T* work
         }
     }
     for (int j = 0; j < n; ++j) {
-        for (int i = 0; i < m; ++i) { a[i + std::int64_t{j} * lda] = static_cast<T>(q[static_cast<std::size_t>(i + std::int64_t{j} * m)]); }
+        for (int i = 0; i < m; ++i) {
+            a[i + std::int64_t{j} * lda] = static_cast<T>(q[static_cast<std::size_t>(i + std::int64_t{j} * m)]);
+        }
     }
     return CUSOLVER_STATUS_SUCCESS;
 }
 
 /// A = u·σ·vᵀ by plane rotations of the columns, m ≥ n; full orthonormal u (m×m) where asked for. False for NaN.
-bool rotations(int m, int n, std::vector<double> a, std::vector<double>& u, std::vector<double>& sigma, std::vector<double>& v, int u_columns)
+bool rotations(int m, int n, std::vector<double> a, std::vector<double>& u, std::vector<double>& sigma,
+    std::vector<double>& v, int u_columns)
 {
     const auto dot = [](const double* x, const double* y, int size) { return std::inner_product(x, x + size, y, 0.0); };
     if (!std::all_of(a.begin(), a.end(), [](double x) { return std::isfinite(x); })) { return false; }
@@ -227,9 +240,11 @@ bool rotations(int m, int n, std::vector<double> a, std::vector<double>& u, std:
     std::iota(order.begin(), order.end(), 0);
     std::vector<double> length(order.size());
     for (int j = 0; j < n; ++j) {
-        length[static_cast<std::size_t>(j)] = std::sqrt(dot(&a[static_cast<std::size_t>(j) * m], &a[static_cast<std::size_t>(j) * m], m));
+        length[static_cast<std::size_t>(j)] =
+            std::sqrt(dot(&a[static_cast<std::size_t>(j) * m], &a[static_cast<std::size_t>(j) * m], m));
     }
-    std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return length[static_cast<std::size_t>(x)] > length[static_cast<std::size_t>(y)]; });
+    std::stable_sort(order.begin(), order.end(),
+        [&](int x, int y) { return length[static_cast<std::size_t>(x)] > length[static_cast<std::size_t>(y)]; });
     u.assign(static_cast<std::size_t>(m) * static_cast<std::size_t>(u_columns), 0);
     sigma.assign(order.size(), 0);
     std::vector<double> sorted(v.size());
@@ -253,7 +268,9 @@ bool rotations(int m, int n, std::vector<double> a, std::vector<double>& u, std:
             for (int twice = 0; twice < 2; ++twice) {
                 for (int k = 0; k < j; ++k) {
                     const double along = dot(&u[static_cast<std::size_t>(k) * m], x, m);
-                    for (int i = 0; i < m; ++i) { x[i] -= along * u[static_cast<std::size_t>(k) * m + static_cast<std::size_t>(i)]; }
+                    for (int i = 0; i < m; ++i) {
+                        x[i] -= along * u[static_cast<std::size_t>(k) * m + static_cast<std::size_t>(i)];
+                    }
                 }
             }
             const double norm = std::sqrt(dot(x, x, m));
@@ -268,30 +285,38 @@ bool rotations(int m, int n, std::vector<double> a, std::vector<double>& u, std:
 
 /// Any shape: u m×u_columns, v n×v_columns. False, with NaN everywhere, for an input of NaN.
 template <class T>
-bool svd(int m, int n, const T* a, std::int64_t lda, T* sigma, T* u, std::int64_t ldu, int u_columns, T* v, std::int64_t ldv, int v_columns)
+bool svd(int m, int n, const T* a, std::int64_t lda, T* sigma, T* u, std::int64_t ldu, int u_columns, T* v,
+    std::int64_t ldv, int v_columns)
 {
     const bool wide = m < n;
     const int tall = wide ? n : m, thin = wide ? m : n;
     std::vector<double> x(static_cast<std::size_t>(m) * static_cast<std::size_t>(n)), left, values, right;
     for (int j = 0; j < n; ++j) {
-        for (int i = 0; i < m; ++i) { x[static_cast<std::size_t>(wide ? j + std::int64_t{i} * n : i + std::int64_t{j} * m)] = a[i + j * lda]; }
+        for (int i = 0; i < m; ++i) {
+            x[static_cast<std::size_t>(wide ? j + std::int64_t{i} * n : i + std::int64_t{j} * m)] = a[i + j * lda];
+        }
     }
     const bool sound = rotations(tall, thin, x, left, values, right, wide ? v_columns : u_columns);
     const double nan = std::numeric_limits<double>::quiet_NaN();
     const std::vector<double>&from_u = wide ? right : left, &from_v = wide ? left : right;
     for (int k = 0; k < thin; ++k) { sigma[k] = static_cast<T>(sound ? values[static_cast<std::size_t>(k)] : nan); }
     for (int k = 0; k < u_columns; ++k) {
-        for (int i = 0; i < m; ++i) { u[i + k * ldu] = static_cast<T>(sound ? from_u[static_cast<std::size_t>(i + k * m)] : nan); }
+        for (int i = 0; i < m; ++i) {
+            u[i + k * ldu] = static_cast<T>(sound ? from_u[static_cast<std::size_t>(i + k * m)] : nan);
+        }
     }
     for (int k = 0; k < v_columns; ++k) {
-        for (int i = 0; i < n; ++i) { v[i + k * ldv] = static_cast<T>(sound ? from_v[static_cast<std::size_t>(i + k * n)] : nan); }
+        for (int i = 0; i < n; ++i) {
+            v[i + k * ldv] = static_cast<T>(sound ? from_v[static_cast<std::size_t>(i + k * n)] : nan);
+        }
     }
     return sound;
 }
 
 constexpr int svd_work = 23;
 template <class T>
-cusolverStatus_t gesvd(signed char ju, signed char jv, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* vt, int ldvt, T* work, int size, T*, int* info)
+cusolverStatus_t gesvd(signed char ju, signed char jv, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* vt,
+    int ldvt, T* work, int size, T*, int* info)
 {
     const bool sound = ju == 'S' && jv == 'S' && m >= n && lda >= m && ldu >= m && ldvt >= n && size >= svd_work;
     if (const auto status = solver("cusolverDnGesvd", sound)) { return status; }
@@ -306,9 +331,13 @@ cusolverStatus_t gesvd(signed char ju, signed char jv, int m, int n, T* a, int l
     return CUSOLVER_STATUS_SUCCESS;
 }
 template <class T>
-cusolverStatus_t gesvdj(int econ, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv, T* work, int size, int* info, gesvdjInfo_t settings)
+cusolverStatus_t gesvdj(int econ, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv, T* work, int size,
+    int* info, gesvdjInfo_t settings)
 {
-    if (const auto status = solver("cusolverDnGesvdj", econ == 1 && settings && lda >= m && ldu >= m && ldv >= n && size >= svd_work)) { return status; }
+    if (const auto status =
+            solver("cusolverDnGesvdj", econ == 1 && settings && lda >= m && ldu >= m && ldv >= n && size >= svd_work)) {
+        return status;
+    }
     spoil(work, static_cast<std::size_t>(size));
     const int k = std::min(m, n);
     const bool converged = svd(m, n, a, lda, s, u, ldu, k, v, ldv, k) && !failure("gesvdj:info");
@@ -318,29 +347,32 @@ cusolverStatus_t gesvdj(int econ, int m, int n, T* a, int lda, T* s, T* u, int l
     return CUSOLVER_STATUS_SUCCESS;
 }
 template <class T>
-cusolverStatus_t gesvdj_batched(int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv, T* work, int size, int* info, gesvdjInfo_t settings, int batch)
+cusolverStatus_t gesvdj_batched(int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv, T* work, int size,
+    int* info, gesvdjInfo_t settings, int batch)
 {
     const bool sound = settings && m <= 32 && n <= 32 && lda == m && ldu == m && ldv == n && size >= svd_work * batch;
     if (const auto status = solver("cusolverDnGesvdjBatched", sound)) { return status; }
     ++standin::batches;
     spoil(work, static_cast<std::size_t>(size));
     for (int i = 0; i < batch; ++i) { // u is m×m, v n×n
-        const bool converged = svd(m, n, a + std::int64_t{i} * lda * n, lda, s + std::int64_t{i} * std::min(m, n), u + std::int64_t{i} * ldu * m, ldu, m,
-            v + std::int64_t{i} * ldv * n, ldv, n);
+        const bool converged = svd(m, n, a + std::int64_t{i} * lda * n, lda, s + std::int64_t{i} * std::min(m, n),
+            u + std::int64_t{i} * ldu * m, ldu, m, v + std::int64_t{i} * ldv * n, ldv, n);
         info[i] = converged && !(i == 1 && failure("gesvdjBatched:info")) ? 0 : std::min(m, n) + 1;
         if (info[i]) { spoil(s + std::int64_t{i} * std::min(m, n), static_cast<std::size_t>(std::min(m, n))); }
     }
     return CUSOLVER_STATUS_SUCCESS;
 }
 template <class T>
-cusolverStatus_t gesvda_batched(int rank, int m, int n, const T* a, int lda, long long step_a, T* s, long long step_s, T* u, int ldu, long long step_u, T* v,
-    int ldv, long long step_v, T* work, int size, int* info, double* residual, int batch)
+cusolverStatus_t gesvda_batched(int rank, int m, int n, const T* a, int lda, long long step_a, T* s, long long step_s,
+    T* u, int ldu, long long step_u, T* v, int ldv, long long step_v, T* work, int size, int* info, double* residual,
+    int batch)
 {
     const bool sound = m >= n && rank == n && lda >= m && ldu >= m && ldv >= n && residual && size >= svd_work;
     if (const auto status = solver("cusolverDnGesvdaStridedBatched", sound)) { return status; }
     spoil(work, static_cast<std::size_t>(size));
     for (int i = 0; i < batch; ++i) {
-        info[i] = svd(m, n, a + i * step_a, lda, s + i * step_s, u + i * step_u, ldu, n, v + i * step_v, ldv, n) ? 0 : n + 1;
+        info[i] =
+            svd(m, n, a + i * step_a, lda, s + i * step_s, u + i * step_u, ldu, n, v + i * step_v, ldv, n) ? 0 : n + 1;
         residual[i] = 0;
     }
     return CUSOLVER_STATUS_SUCCESS;
@@ -349,13 +381,18 @@ cusolverStatus_t gesvda_batched(int rank, int m, int n, const T* a, int lda, lon
 template <class T>
 cusolverStatus_t potrf(cublasFillMode_t fill, int n, T* a, int lda, T* work, int size, int* info)
 {
-    if (const auto status = solver("cusolverDnPotrf", fill == CUBLAS_FILL_MODE_LOWER && lda >= n && size >= 1)) { return status; }
+    if (const auto status = solver("cusolverDnPotrf", fill == CUBLAS_FILL_MODE_LOWER && lda >= n && size >= 1)) {
+        return status;
+    }
     spoil(work, static_cast<std::size_t>(size));
     *info = 0;
     for (int j = 0; j < n; ++j) {
         for (int i = j; i < n; ++i) {
             double sum = a[i + std::int64_t{j} * lda];
-            for (int k = 0; k < j; ++k) { sum -= static_cast<double>(a[i + std::int64_t{k} * lda]) * static_cast<double>(a[j + std::int64_t{k} * lda]); }
+            for (int k = 0; k < j; ++k) {
+                sum -= static_cast<double>(a[i + std::int64_t{k} * lda])
+                    * static_cast<double>(a[j + std::int64_t{k} * lda]);
+            }
             if (i == j && !(sum > 0)) {
                 *info = j + 1;
                 return CUSOLVER_STATUS_SUCCESS;
@@ -368,18 +405,24 @@ cusolverStatus_t potrf(cublasFillMode_t fill, int n, T* a, int lda, T* work, int
 template <class T>
 cusolverStatus_t potrs(cublasFillMode_t fill, int n, int columns, const T* a, int lda, T* b, int ldb, int* info)
 {
-    if (const auto status = solver("cusolverDnPotrs", fill == CUBLAS_FILL_MODE_LOWER && lda >= n && ldb >= n)) { return status; }
+    if (const auto status = solver("cusolverDnPotrs", fill == CUBLAS_FILL_MODE_LOWER && lda >= n && ldb >= n)) {
+        return status;
+    }
     *info = 0;
     for (int c = 0; c < columns; ++c) {
         T* const x = b + std::int64_t{c} * ldb;
         for (int i = 0; i < n; ++i) {
             double sum = x[i];
-            for (int k = 0; k < i; ++k) { sum -= static_cast<double>(a[i + std::int64_t{k} * lda]) * static_cast<double>(x[k]); }
+            for (int k = 0; k < i; ++k) {
+                sum -= static_cast<double>(a[i + std::int64_t{k} * lda]) * static_cast<double>(x[k]);
+            }
             x[i] = static_cast<T>(sum / a[i + std::int64_t{i} * lda]);
         }
         for (int i = n; i-- > 0;) {
             double sum = x[i];
-            for (int k = i + 1; k < n; ++k) { sum -= static_cast<double>(a[k + std::int64_t{i} * lda]) * static_cast<double>(x[k]); }
+            for (int k = i + 1; k < n; ++k) {
+                sum -= static_cast<double>(a[k + std::int64_t{i} * lda]) * static_cast<double>(x[k]);
+            }
             x[i] = static_cast<T>(sum / a[i + std::int64_t{i} * lda]);
         }
     }
@@ -411,7 +454,9 @@ float widened(std::uint16_t word, bool bfloat)
     }
     const int exponent = word >> 10 & 31;
     const float fraction = static_cast<float>(word & 1023) / 1024, sign = word >> 15 ? -1.0f : 1.0f;
-    if (exponent == 31) { return fraction != 0 ? std::numeric_limits<float>::quiet_NaN() : sign * std::numeric_limits<float>::infinity(); }
+    if (exponent == 31) {
+        return fraction != 0 ? std::numeric_limits<float>::quiet_NaN() : sign * std::numeric_limits<float>::infinity();
+    }
     return sign * (exponent == 0 ? std::ldexp(fraction, -14) : std::ldexp(1 + fraction, exponent - 15));
 }
 
@@ -478,11 +523,13 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
     if (code == cudaSuccess) { std::memmove(to, from, bytes); }
     return code;
 }
-cudaError_t cudaMemcpy2DAsync(
-    void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t width, std::size_t height, cudaMemcpyKind, cudaStream_t)
+cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch,
+    std::size_t width, std::size_t height, cudaMemcpyKind, cudaStream_t)
 {
     if (height > 1 && (width > to_pitch || width > from_pitch)) { return cudaErrorInvalidPitchValue; }
-    for (std::size_t i = 0; i < height; ++i) { std::memmove(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width); }
+    for (std::size_t i = 0; i < height; ++i) {
+        std::memmove(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width);
+    }
     return answer("cudaMemcpy2DAsync");
 }
 cudaError_t cudaMemsetAsync(void* place, int value, std::size_t bytes, cudaStream_t)
@@ -540,24 +587,30 @@ const char* cublasGetStatusName(cublasStatus_t status)
         : status == CUBLAS_STATUS_INVALID_VALUE    ? "CUBLAS_STATUS_INVALID_VALUE"
                                                    : "CUBLAS_STATUS";
 }
-cublasStatus_t cublasGemmEx_64(cublasHandle_t, cublasOperation_t ta, cublasOperation_t tb, std::int64_t m, std::int64_t n, std::int64_t k, const void* alpha,
-    const void* a, cudaDataType a_type, std::int64_t lda, const void* b, cudaDataType b_type, std::int64_t ldb, const void* beta, void* c, cudaDataType c_type,
+cublasStatus_t cublasGemmEx_64(cublasHandle_t, cublasOperation_t ta, cublasOperation_t tb, std::int64_t m,
+    std::int64_t n, std::int64_t k, const void* alpha, const void* a, cudaDataType a_type, std::int64_t lda,
+    const void* b, cudaDataType b_type, std::int64_t ldb, const void* beta, void* c, cudaDataType c_type,
     std::int64_t ldc, cublasComputeType_t compute, cublasGemmAlgo_t)
 {
     const bool bfloat = a_type == CUDA_R_16BF;
-    const bool sound = (bfloat || a_type == CUDA_R_16F) && a_type == b_type && c_type == CUDA_R_32F && compute == CUBLAS_COMPUTE_32F && ta == CUBLAS_OP_N
-        && tb == CUBLAS_OP_N && lda >= m && ldb >= k && ldc >= m;
+    const bool sound = (bfloat || a_type == CUDA_R_16F) && a_type == b_type && c_type == CUDA_R_32F
+        && compute == CUBLAS_COMPUTE_32F && ta == CUBLAS_OP_N && tb == CUBLAS_OP_N && lda >= m && ldb >= k && ldc >= m;
     if (const auto status = blas("cublasGemmEx", sound)) { return status; }
     std::vector<float> x(static_cast<std::size_t>(m * k)), y(static_cast<std::size_t>(k * n));
-    const auto *const from_a = static_cast<const std::uint16_t*>(a), *const from_b = static_cast<const std::uint16_t*>(b);
+    const auto *const from_a = static_cast<const std::uint16_t*>(a),
+                      *const from_b = static_cast<const std::uint16_t*>(b);
     for (std::int64_t j = 0; j < k; ++j) {
-        for (std::int64_t i = 0; i < m; ++i) { x[static_cast<std::size_t>(i + j * m)] = widened(from_a[i + j * lda], bfloat); }
+        for (std::int64_t i = 0; i < m; ++i) {
+            x[static_cast<std::size_t>(i + j * m)] = widened(from_a[i + j * lda], bfloat);
+        }
     }
     for (std::int64_t j = 0; j < n; ++j) {
-        for (std::int64_t i = 0; i < k; ++i) { y[static_cast<std::size_t>(i + j * k)] = widened(from_b[i + j * ldb], bfloat); }
+        for (std::int64_t i = 0; i < k; ++i) {
+            y[static_cast<std::size_t>(i + j * k)] = widened(from_b[i + j * ldb], bfloat);
+        }
     }
-    return gemm<float>(
-        ta, tb, m, n, k, *static_cast<const float*>(alpha), x.data(), m, y.data(), k, *static_cast<const float*>(beta), static_cast<float*>(c), ldc);
+    return gemm<float>(ta, tb, m, n, k, *static_cast<const float*>(alpha), x.data(), m, y.data(), k,
+        *static_cast<const float*>(beta), static_cast<float*>(c), ldc);
 }
 
 // ---- cuSOLVER ----
@@ -591,119 +644,133 @@ cusolverStatus_t cusolverDnDestroyParams(cusolverDnParams_t params)
     return static_cast<cusolverStatus_t>(destroy(params));
 }
 
-#define FOR_TYPE(L, l, T)                                                                                                                                      \
-    cublasStatus_t cublas##L##gemm_v2_64(cublasHandle_t, cublasOperation_t ta, cublasOperation_t tb, std::int64_t m, std::int64_t n, std::int64_t k,           \
-        const T* alpha, const T* a, std::int64_t lda, const T* b, std::int64_t ldb, const T* beta, T* c, std::int64_t ldc)                                     \
-    {                                                                                                                                                          \
-        return gemm<T>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc);                                                                                \
-    }                                                                                                                                                          \
-    cublasStatus_t cublas##L##geam_64(cublasHandle_t, cublasOperation_t ta, cublasOperation_t tb, std::int64_t m, std::int64_t n, const T* alpha, const T* a,  \
-        std::int64_t lda, const T* beta, const T* b, std::int64_t ldb, T* c, std::int64_t ldc)                                                                 \
-    {                                                                                                                                                          \
-        return geam<T>(ta, tb, m, n, *alpha, a, lda, *beta, b, ldb, c, ldc);                                                                                   \
-    }                                                                                                                                                          \
-    cublasStatus_t cublas##L##dgmm_64(cublasHandle_t, cublasSideMode_t side, std::int64_t m, std::int64_t n, const T* a, std::int64_t lda, const T* x,         \
-        std::int64_t step, T* c, std::int64_t ldc)                                                                                                             \
-    {                                                                                                                                                          \
-        return dgmm<T>(side, m, n, a, lda, x, step, c, ldc);                                                                                                   \
-    }                                                                                                                                                          \
-    cublasStatus_t cublas##L##nrm2_v2_64(cublasHandle_t h, std::int64_t n, const T* x, std::int64_t step, T* result)                                           \
-    {                                                                                                                                                          \
-        return nrm2<T>(h, n, x, step, result);                                                                                                                 \
-    }                                                                                                                                                          \
-    cublasStatus_t cublasI##l##amax_v2(cublasHandle_t h, int n, const T* x, int step, int* result)                                                             \
-    {                                                                                                                                                          \
-        return iamax<T>(h, n, x, step, result);                                                                                                                \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##geqrf_bufferSize(cusolverDnHandle_t, int, int, T*, int, int* size)                                                         \
-    {                                                                                                                                                          \
-        return *size = qr_work, CUSOLVER_STATUS_SUCCESS;                                                                                                       \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##geqrf(cusolverDnHandle_t, int m, int n, T* a, int lda, T* tau, T* work, int size, int* info)                               \
-    {                                                                                                                                                          \
-        return geqrf<T>(m, n, a, lda, tau, work, size, info);                                                                                                  \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##orgqr_bufferSize(cusolverDnHandle_t, int, int, int, const T*, int, const T*, int* size)                                    \
-    {                                                                                                                                                          \
-        return *size = qr_work, CUSOLVER_STATUS_SUCCESS;                                                                                                       \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##orgqr(cusolverDnHandle_t, int m, int n, int k, T* a, int lda, const T* tau, T* work, int size, int* info)                  \
-    {                                                                                                                                                          \
-        return orgqr<T>(m, n, k, a, lda, tau, work, size, info);                                                                                               \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##gesvd_bufferSize(cusolverDnHandle_t, int, int, int* size)                                                                  \
-    {                                                                                                                                                          \
-        return *size = svd_work, CUSOLVER_STATUS_SUCCESS;                                                                                                      \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##gesvd(cusolverDnHandle_t, signed char ju, signed char jv, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* vt,         \
-        int ldvt, T* work, int size, T* rest, int* info)                                                                                                       \
-    {                                                                                                                                                          \
-        return gesvd<T>(ju, jv, m, n, a, lda, s, u, ldu, vt, ldvt, work, size, rest, info);                                                                    \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##gesvdj_bufferSize(                                                                                                         \
-        cusolverDnHandle_t, cusolverEigMode_t, int, int, int, const T*, int, const T*, const T*, int, const T*, int, int* size, gesvdjInfo_t)                  \
-    {                                                                                                                                                          \
-        return *size = svd_work, CUSOLVER_STATUS_SUCCESS;                                                                                                      \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##gesvdj(cusolverDnHandle_t, cusolverEigMode_t, int econ, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv,   \
-        T* work, int size, int* info, gesvdjInfo_t settings)                                                                                                   \
-    {                                                                                                                                                          \
-        return gesvdj<T>(econ, m, n, a, lda, s, u, ldu, v, ldv, work, size, info, settings);                                                                   \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##gesvdjBatched_bufferSize(                                                                                                  \
-        cusolverDnHandle_t, cusolverEigMode_t, int, int, const T*, int, const T*, const T*, int, const T*, int, int* size, gesvdjInfo_t, int batch)            \
-    {                                                                                                                                                          \
-        return *size = svd_work * batch, CUSOLVER_STATUS_SUCCESS;                                                                                              \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##gesvdjBatched(cusolverDnHandle_t, cusolverEigMode_t, int m, int n, T* a, int lda, T* s, T* u, int ldu, T* v, int ldv,      \
-        T* work, int size, int* info, gesvdjInfo_t settings, int batch)                                                                                        \
-    {                                                                                                                                                          \
-        return gesvdj_batched<T>(m, n, a, lda, s, u, ldu, v, ldv, work, size, info, settings, batch);                                                          \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##gesvdaStridedBatched_bufferSize(cusolverDnHandle_t, cusolverEigMode_t, int, int, int, const T*, int, long long, const T*,  \
-        long long, const T*, int, long long, const T*, int, long long, int* size, int)                                                                         \
-    {                                                                                                                                                          \
-        return *size = svd_work, CUSOLVER_STATUS_SUCCESS;                                                                                                      \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##gesvdaStridedBatched(cusolverDnHandle_t, cusolverEigMode_t, int rank, int m, int n, const T* a, int lda, long long sa,     \
-        T* s, long long ss, T* u, int ldu, long long su, T* v, int ldv, long long sv, T* work, int size, int* info, double* residual, int batch)               \
-    {                                                                                                                                                          \
-        return gesvda_batched<T>(rank, m, n, a, lda, sa, s, ss, u, ldu, su, v, ldv, sv, work, size, info, residual, batch);                                    \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##potrf_bufferSize(cusolverDnHandle_t, cublasFillMode_t, int, T*, int, int* size)                                            \
-    {                                                                                                                                                          \
-        return *size = 5, CUSOLVER_STATUS_SUCCESS;                                                                                                             \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##potrf(cusolverDnHandle_t, cublasFillMode_t fill, int n, T* a, int lda, T* work, int size, int* info)                       \
-    {                                                                                                                                                          \
-        return potrf<T>(fill, n, a, lda, work, size, info);                                                                                                    \
-    }                                                                                                                                                          \
-    cusolverStatus_t cusolverDn##L##potrs(cusolverDnHandle_t, cublasFillMode_t fill, int n, int columns, const T* a, int lda, T* b, int ldb, int* info)        \
-    {                                                                                                                                                          \
-        return potrs<T>(fill, n, columns, a, lda, b, ldb, info);                                                                                               \
+#define FOR_TYPE(L, l, T)                                                                                              \
+    cublasStatus_t cublas##L##gemm_v2_64(cublasHandle_t, cublasOperation_t ta, cublasOperation_t tb, std::int64_t m,   \
+        std::int64_t n, std::int64_t k, const T* alpha, const T* a, std::int64_t lda, const T* b, std::int64_t ldb,    \
+        const T* beta, T* c, std::int64_t ldc)                                                                         \
+    {                                                                                                                  \
+        return gemm<T>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc);                                        \
+    }                                                                                                                  \
+    cublasStatus_t cublas##L##geam_64(cublasHandle_t, cublasOperation_t ta, cublasOperation_t tb, std::int64_t m,      \
+        std::int64_t n, const T* alpha, const T* a, std::int64_t lda, const T* beta, const T* b, std::int64_t ldb,     \
+        T* c, std::int64_t ldc)                                                                                        \
+    {                                                                                                                  \
+        return geam<T>(ta, tb, m, n, *alpha, a, lda, *beta, b, ldb, c, ldc);                                           \
+    }                                                                                                                  \
+    cublasStatus_t cublas##L##dgmm_64(cublasHandle_t, cublasSideMode_t side, std::int64_t m, std::int64_t n,           \
+        const T* a, std::int64_t lda, const T* x, std::int64_t step, T* c, std::int64_t ldc)                           \
+    {                                                                                                                  \
+        return dgmm<T>(side, m, n, a, lda, x, step, c, ldc);                                                           \
+    }                                                                                                                  \
+    cublasStatus_t cublas##L##nrm2_v2_64(cublasHandle_t h, std::int64_t n, const T* x, std::int64_t step, T* result)   \
+    {                                                                                                                  \
+        return nrm2<T>(h, n, x, step, result);                                                                         \
+    }                                                                                                                  \
+    cublasStatus_t cublasI##l##amax_v2(cublasHandle_t h, int n, const T* x, int step, int* result)                     \
+    {                                                                                                                  \
+        return iamax<T>(h, n, x, step, result);                                                                        \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##geqrf_bufferSize(cusolverDnHandle_t, int, int, T*, int, int* size)                 \
+    {                                                                                                                  \
+        return *size = qr_work, CUSOLVER_STATUS_SUCCESS;                                                               \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##geqrf(                                                                             \
+        cusolverDnHandle_t, int m, int n, T* a, int lda, T* tau, T* work, int size, int* info)                         \
+    {                                                                                                                  \
+        return geqrf<T>(m, n, a, lda, tau, work, size, info);                                                          \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##orgqr_bufferSize(                                                                  \
+        cusolverDnHandle_t, int, int, int, const T*, int, const T*, int* size)                                         \
+    {                                                                                                                  \
+        return *size = qr_work, CUSOLVER_STATUS_SUCCESS;                                                               \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##orgqr(                                                                             \
+        cusolverDnHandle_t, int m, int n, int k, T* a, int lda, const T* tau, T* work, int size, int* info)            \
+    {                                                                                                                  \
+        return orgqr<T>(m, n, k, a, lda, tau, work, size, info);                                                       \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##gesvd_bufferSize(cusolverDnHandle_t, int, int, int* size)                          \
+    {                                                                                                                  \
+        return *size = svd_work, CUSOLVER_STATUS_SUCCESS;                                                              \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##gesvd(cusolverDnHandle_t, signed char ju, signed char jv, int m, int n, T* a,      \
+        int lda, T* s, T* u, int ldu, T* vt, int ldvt, T* work, int size, T* rest, int* info)                          \
+    {                                                                                                                  \
+        return gesvd<T>(ju, jv, m, n, a, lda, s, u, ldu, vt, ldvt, work, size, rest, info);                            \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##gesvdj_bufferSize(cusolverDnHandle_t, cusolverEigMode_t, int, int, int, const T*,  \
+        int, const T*, const T*, int, const T*, int, int* size, gesvdjInfo_t)                                          \
+    {                                                                                                                  \
+        return *size = svd_work, CUSOLVER_STATUS_SUCCESS;                                                              \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##gesvdj(cusolverDnHandle_t, cusolverEigMode_t, int econ, int m, int n, T* a,        \
+        int lda, T* s, T* u, int ldu, T* v, int ldv, T* work, int size, int* info, gesvdjInfo_t settings)              \
+    {                                                                                                                  \
+        return gesvdj<T>(econ, m, n, a, lda, s, u, ldu, v, ldv, work, size, info, settings);                           \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##gesvdjBatched_bufferSize(cusolverDnHandle_t, cusolverEigMode_t, int, int,          \
+        const T*, int, const T*, const T*, int, const T*, int, int* size, gesvdjInfo_t, int batch)                     \
+    {                                                                                                                  \
+        return *size = svd_work * batch, CUSOLVER_STATUS_SUCCESS;                                                      \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##gesvdjBatched(cusolverDnHandle_t, cusolverEigMode_t, int m, int n, T* a, int lda,  \
+        T* s, T* u, int ldu, T* v, int ldv, T* work, int size, int* info, gesvdjInfo_t settings, int batch)            \
+    {                                                                                                                  \
+        return gesvdj_batched<T>(m, n, a, lda, s, u, ldu, v, ldv, work, size, info, settings, batch);                  \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##gesvdaStridedBatched_bufferSize(cusolverDnHandle_t, cusolverEigMode_t, int, int,   \
+        int, const T*, int, long long, const T*, long long, const T*, int, long long, const T*, int, long long,        \
+        int* size, int)                                                                                                \
+    {                                                                                                                  \
+        return *size = svd_work, CUSOLVER_STATUS_SUCCESS;                                                              \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##gesvdaStridedBatched(cusolverDnHandle_t, cusolverEigMode_t, int rank, int m,       \
+        int n, const T* a, int lda, long long sa, T* s, long long ss, T* u, int ldu, long long su, T* v, int ldv,      \
+        long long sv, T* work, int size, int* info, double* residual, int batch)                                       \
+    {                                                                                                                  \
+        return gesvda_batched<T>(                                                                                      \
+            rank, m, n, a, lda, sa, s, ss, u, ldu, su, v, ldv, sv, work, size, info, residual, batch);                 \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##potrf_bufferSize(cusolverDnHandle_t, cublasFillMode_t, int, T*, int, int* size)    \
+    {                                                                                                                  \
+        return *size = 5, CUSOLVER_STATUS_SUCCESS;                                                                     \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##potrf(                                                                             \
+        cusolverDnHandle_t, cublasFillMode_t fill, int n, T* a, int lda, T* work, int size, int* info)                 \
+    {                                                                                                                  \
+        return potrf<T>(fill, n, a, lda, work, size, info);                                                            \
+    }                                                                                                                  \
+    cusolverStatus_t cusolverDn##L##potrs(                                                                             \
+        cusolverDnHandle_t, cublasFillMode_t fill, int n, int columns, const T* a, int lda, T* b, int ldb, int* info)  \
+    {                                                                                                                  \
+        return potrs<T>(fill, n, columns, a, lda, b, ldb, info);                                                       \
     }
 FOR_TYPE(S, s, float)
 FOR_TYPE(D, d, double)
 
-cusolverStatus_t cusolverDnXgesvdr_bufferSize(cusolverDnHandle_t, cusolverDnParams_t, signed char, signed char, std::int64_t, std::int64_t, std::int64_t,
-    std::int64_t, std::int64_t, cudaDataType, const void*, std::int64_t, cudaDataType, const void*, cudaDataType, const void*, std::int64_t, cudaDataType,
-    const void*, std::int64_t, cudaDataType, std::size_t* on_device, std::size_t* on_host)
+cusolverStatus_t cusolverDnXgesvdr_bufferSize(cusolverDnHandle_t, cusolverDnParams_t, signed char, signed char,
+    std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, cudaDataType, const void*, std::int64_t,
+    cudaDataType, const void*, cudaDataType, const void*, std::int64_t, cudaDataType, const void*, std::int64_t,
+    cudaDataType, std::size_t* on_device, std::size_t* on_host)
 {
     *on_device = 64;
     *on_host = 32;
     return CUSOLVER_STATUS_SUCCESS;
 }
-cusolverStatus_t cusolverDnXgesvdr(cusolverDnHandle_t, cusolverDnParams_t, signed char ju, signed char jv, std::int64_t m, std::int64_t n, std::int64_t k,
-    std::int64_t p, std::int64_t, cudaDataType type, void* a, std::int64_t lda, cudaDataType, void* s, cudaDataType, void* u, std::int64_t ldu, cudaDataType,
-    void* v, std::int64_t ldv, cudaDataType, void* on_device, std::size_t device_bytes, void* on_host, std::size_t host_bytes, int* info)
+cusolverStatus_t cusolverDnXgesvdr(cusolverDnHandle_t, cusolverDnParams_t, signed char ju, signed char jv,
+    std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t p, std::int64_t, cudaDataType type, void* a,
+    std::int64_t lda, cudaDataType, void* s, cudaDataType, void* u, std::int64_t ldu, cudaDataType, void* v,
+    std::int64_t ldv, cudaDataType, void* on_device, std::size_t device_bytes, void* on_host, std::size_t host_bytes,
+    int* info)
 {
-    const bool sound = ju == 'S' && jv == 'S' && k + p <= std::min(m, n) && lda >= m && ldu >= m && ldv >= n && device_bytes >= 64 && host_bytes >= 32;
+    const bool sound = ju == 'S' && jv == 'S' && k + p <= std::min(m, n) && lda >= m && ldu >= m && ldv >= n
+        && device_bytes >= 64 && host_bytes >= 32;
     if (const auto status = solver("cusolverDnXgesvdr", sound)) { return status; }
     std::memset(on_device, 0xff, device_bytes);
     std::memset(on_host, 0xff, host_bytes);
     const auto exactly = [&]<class T>(T*) { // exact instead of randomized
-        svd<T>(static_cast<int>(m), static_cast<int>(n), static_cast<T*>(a), lda, static_cast<T*>(s), static_cast<T*>(u), ldu, static_cast<int>(k),
-            static_cast<T*>(v), ldv, static_cast<int>(k));
+        svd<T>(static_cast<int>(m), static_cast<int>(n), static_cast<T*>(a), lda, static_cast<T*>(s),
+            static_cast<T*>(u), ldu, static_cast<int>(k), static_cast<T*>(v), ldv, static_cast<int>(k));
     };
     type == CUDA_R_32F ? exactly(static_cast<float*>(nullptr)) : exactly(static_cast<double*>(nullptr));
     *info = failure("gesvdr:info");

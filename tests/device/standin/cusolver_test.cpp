@@ -67,8 +67,10 @@ bool holds(const std::string& text, const char* part)
 
 TEST_CASE("handles are move-only, and give back what they hold once")
 {
-    static_assert(!std::is_copy_constructible_v<device::cublas_handle> && std::is_nothrow_move_constructible_v<device::cublas_handle>);
-    static_assert(std::is_nothrow_destructible_v<device::cusolver_handle> && !std::is_copy_assignable_v<device::cusolver_handle>);
+    static_assert(!std::is_copy_constructible_v<device::cublas_handle>
+        && std::is_nothrow_move_constructible_v<device::cublas_handle>);
+    static_assert(
+        std::is_nothrow_destructible_v<device::cusolver_handle> && !std::is_copy_assignable_v<device::cusolver_handle>);
     static_assert(!std::is_move_constructible_v<gpu_context>); // policies point to it
     const auto before = standin::handles();
     {
@@ -97,13 +99,16 @@ TEST_CASE("memory comes from the policy's allocator on its stream, and all of it
         const auto a = to_device(policy, host);
         CHECK(factored_svd<float>(policy, a.view(), a.view(), {.rank = 2}).rank() == 2);
         CHECK(memory.calls > 10);
-        for (const char* call : {"cublasGemm", "cusolverDnGeqrf", "cusolverDnOrgqr", "cusolverDnGesvdj", "cublasIamax", "cublasDgmm"}) {
+        for (const char* call :
+            {"cublasGemm", "cusolverDnGeqrf", "cusolverDnOrgqr", "cusolverDnGesvdj", "cublasIamax", "cublasDgmm"}) {
             standin::fail(call, 7);
             CHECK_THROWS_AS((void)factored_svd<float>(policy, a.view(), a.view(), {.rank = 2}), backend_error);
             standin::repair();
         }
         memory.full = true;
-        CHECK(holds(text_of(0, "gpu::allocator->allocate", [&] { (void)factored_svd<float>(policy, a.view(), a.view(), {.rank = 2}); }), "no room for"));
+        CHECK(holds(text_of(0, "gpu::allocator->allocate",
+                        [&] { (void)factored_svd<float>(policy, a.view(), a.view(), {.rank = 2}); }),
+            "no room for"));
         memory.full = false;
         const gpu elsewhere{.stream = nullptr, .allocator = &memory, .context = policy.context};
         CHECK_THROWS_AS((void)factored_svd<float>(elsewhere, a.view(), a.view(), {.rank = 2}), invalid_argument);
@@ -119,24 +124,31 @@ TEST_CASE("no device, no driver, wrong architecture, out of memory: named, with 
 {
     const repaired at_the_end;
     standin::fail("cudaGetDeviceCount", cudaErrorNoDevice);
-    CHECK(holds(text_of(cudaErrorNoDevice, "cudaGetDeviceCount", [] { const gpu_context context; }), "no CUDA device is visible"));
+    CHECK(holds(text_of(cudaErrorNoDevice, "cudaGetDeviceCount", [] { const gpu_context context; }),
+        "no CUDA device is visible"));
     standin::fail("cudaGetDeviceCount", cudaErrorInsufficientDriver);
-    CHECK(holds(text_of(cudaErrorInsufficientDriver, "cudaGetDeviceCount", [] { const gpu_context context; }), "driver is missing or older"));
+    CHECK(holds(text_of(cudaErrorInsufficientDriver, "cudaGetDeviceCount", [] { const gpu_context context; }),
+        "driver is missing or older"));
     standin::repair();
     const auto handles = standin::handles();
     standin::fail("cublasCreate", CUBLAS_STATUS_NOT_INITIALIZED);
-    CHECK(holds(text_of(CUBLAS_STATUS_NOT_INITIALIZED, "cublasCreate", [] { const gpu_context context; }), "no usable device or driver"));
+    CHECK(holds(text_of(CUBLAS_STATUS_NOT_INITIALIZED, "cublasCreate", [] { const gpu_context context; }),
+        "no usable device or driver"));
     standin::repair();
     standin::fail("cusolverDnCreate", CUSOLVER_STATUS_ARCH_MISMATCH);
-    CHECK(holds(text_of(CUSOLVER_STATUS_ARCH_MISMATCH, "cusolverDnCreate", [] { const gpu_context context; }), "does not know the architecture"));
+    CHECK(holds(text_of(CUSOLVER_STATUS_ARCH_MISMATCH, "cusolverDnCreate", [] { const gpu_context context; }),
+        "does not know the architecture"));
     standin::repair();
     standin::fail("cudaMallocAsync", cudaErrorMemoryAllocation);
-    CHECK(holds(text_of(cudaErrorMemoryAllocation, "cudaMallocAsync", [] { const gpu_context context; }), "out of device memory"));
+    CHECK(holds(text_of(cudaErrorMemoryAllocation, "cudaMallocAsync", [] { const gpu_context context; }),
+        "out of device memory"));
     CHECK(standin::handles() == handles); // those made before the error are gone
     standin::repair();
     const auto a = to_device(gpu{}, normal_matrix<float>(8, 3, 1));
     standin::fail("cublasGemm", CUBLAS_STATUS_ALLOC_FAILED);
-    CHECK(holds(text_of(CUBLAS_STATUS_ALLOC_FAILED, "cublasGemm", [&] { (void)randomized_svd<float>(gpu{}, a.view(), {.rank = 2}); }), "out of device memory"));
+    CHECK(holds(text_of(CUBLAS_STATUS_ALLOC_FAILED, "cublasGemm",
+                    [&] { (void)randomized_svd<float>(gpu{}, a.view(), {.rank = 2}); }),
+        "out of device memory"));
 }
 
 TEST_CASE("an error that sticks is named by CUDA's own code, whichever library meets it")
@@ -147,10 +159,12 @@ TEST_CASE("an error that sticks is named by CUDA's own code, whichever library m
     const auto a = to_device(policy, normal_matrix<float>(8, 3, 1));
     auto c = to_device(policy, normal_matrix<float>(3, 3, 1));
     standin::sticky = cudaErrorIllegalAddress;
-    const auto met = text_of(CUBLAS_STATUS_EXECUTION_FAILED, "cublasGemm", [&] { gemm<float>(policy, 1.0f, a.view().transposed(), a.view(), 0.0f, c.view()); });
+    const auto met = text_of(CUBLAS_STATUS_EXECUTION_FAILED, "cublasGemm",
+        [&] { gemm<float>(policy, 1.0f, a.view().transposed(), a.view(), 0.0f, c.view()); });
     CHECK(holds(met, "cudaErrorIllegalAddress (code 700)"));
     CHECK(holds(met, "until the process starts anew"));
-    CHECK(holds(text_of(cudaErrorIllegalAddress, "cudaStreamSynchronize", [&] { device::synchronize(policy); }), "until the process starts anew"));
+    CHECK(holds(text_of(cudaErrorIllegalAddress, "cudaStreamSynchronize", [&] { device::synchronize(policy); }),
+        "until the process starts anew"));
 }
 
 TEST_CASE("what does not converge goes on by another road, and says so when there is none left")
@@ -164,10 +178,13 @@ TEST_CASE("what does not converge goes on by another road, and says so when ther
     const auto other = small_svd<double>(policy, a.view());
     for (std::size_t i = 0; i < 5; ++i) { CHECK(other.sigma[i] == doctest::Approx(sound.sigma[i])); }
     standin::fail("gesvd:info", 3);
-    CHECK(holds(text_of(3, "cusolverDnGesvd", [&] { (void)small_svd<double>(policy, a.view()); }), "no convergence for a 9×5 matrix"));
+    CHECK(holds(text_of(3, "cusolverDnGesvd", [&] { (void)small_svd<double>(policy, a.view()); }),
+        "no convergence for a 9×5 matrix"));
     standin::repair();
     standin::fail("gesvdr:info", 2);
-    CHECK(holds(text_of(2, "cusolverDnXgesvdr", [&] { (void)randomized_svd_by_gesvdr<double>(policy, a.view(), {.rank = 2}); }), "no approximation for 'A'"));
+    CHECK(holds(
+        text_of(2, "cusolverDnXgesvdr", [&] { (void)randomized_svd_by_gesvdr<double>(policy, a.view(), {.rank = 2}); }),
+        "no approximation for 'A'"));
     standin::repair();
 
     const std::vector<device_matrix_view<const double>> many(4, a.view());
@@ -178,7 +195,9 @@ TEST_CASE("what does not converge goes on by another road, and says so when ther
         CHECK(one.u.cols() == 5);
     }
     CHECK(standin::batches == before + 1);
-    for (const auto& one : approximate_svds<double>(policy, many)) { CHECK(one.sigma[0] == doctest::Approx(sound.sigma[0])); }
+    for (const auto& one : approximate_svds<double>(policy, many)) {
+        CHECK(one.sigma[0] == doctest::Approx(sound.sigma[0]));
+    }
     const std::vector<device_matrix_view<const double>> wide{a.view().transposed()};
     CHECK_THROWS_AS((void)approximate_svds<double>(policy, wide), shape_mismatch);
 }

@@ -6,7 +6,8 @@
 
 namespace standin {
 
-/// From now on `call` answers `code`; "gesvdj:info", "gesvdjBatched:info", "gesvd:info" and "gesvdr:info" are `info` results.
+/// From now on `call` answers `code`; "gesvdj:info", "gesvdjBatched:info", "gesvd:info" and "gesvdr:info" are `info`
+/// results.
 void fail(const std::string& call, int code);
 /// An error of earlier work that every call meets, as on a device that has failed; 0: none.
 extern int sticky;

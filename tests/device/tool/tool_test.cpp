@@ -1,8 +1,9 @@
 // --device cuda of the tool: the files of --device cpu, bit for bit, or one line that says why not.
 // SPDX-License-Identifier: Apache-2.0
 //
-// The tool itself is asked; where it has no device it has to say so. A second one, TASKVEC_TOOL_ON_THREADS, is the same files with
-// tools/device/cuda.cu compiled for host threads: what it merges goes through the code that a device would run.
+// The tool itself is asked; where it has no device it has to say so. A second one, TASKVEC_TOOL_ON_THREADS, is the same
+// files with tools/device/cuda.cu compiled for host threads: what it merges goes through the code that a device would
+// run.
 #include "../../tools/run_tool.hpp"
 
 #include <taskvec/formats/statistics.hpp>
@@ -35,13 +36,18 @@ struct models {
                 tensor.dtype = taskvec::dtype::f32;
                 for (auto& value : tensor.values) { value = value * value; }
             }
-            const taskvec::statistics_info info{
-                .kind = taskvec::statistics_kind::expected_fisher, .examples = 10, .fingerprint = std::nullopt, .in_out = {}, .metadata = {}};
-            write_values(folder / (letter(t) + ".fisher.safetensors"), fisher, taskvec::detail::statistics_metadata(info));
+            const taskvec::statistics_info info{.kind = taskvec::statistics_kind::expected_fisher,
+                .examples = 10,
+                .fingerprint = std::nullopt,
+                .in_out = {},
+                .metadata = {}};
+            write_values(
+                folder / (letter(t) + ".fisher.safetensors"), fisher, taskvec::detail::statistics_metadata(info));
             const std::vector<float> inputs = draws(60 * 31, 51 + t);
             std::map<std::string, taskvec::gram_accumulator> grams;
             grams.emplace("layers.0.weight", 31)
-                .first->second.add(taskvec::cpu{}, taskvec::matrix_view<const float>(inputs.data(), 60, 31, taskvec::matrix_order::row_major));
+                .first->second.add(taskvec::cpu{},
+                    taskvec::matrix_view<const float>(inputs.data(), 60, 31, taskvec::matrix_order::row_major));
             taskvec::write_statistics(folder / (letter(t) + ".gram.safetensors"), grams, std::nullopt, {});
         }
     }
@@ -55,11 +61,15 @@ struct models {
     }
     static std::string letter(unsigned t) { return std::string(1, static_cast<char>('a' + t)); }
 
-    outcome merge(const std::string& tool, const std::string& device, const std::string& out, const std::vector<std::string>& how, unsigned tasks = 3) const
+    outcome merge(const std::string& tool, const std::string& device, const std::string& out,
+        const std::vector<std::string>& how, unsigned tasks = 3) const
     {
-        std::vector<std::string> arguments{"merge", "--base", "base.safetensors", "--out", out, "--device", device, "--method"};
+        std::vector<std::string> arguments{
+            "merge", "--base", "base.safetensors", "--out", out, "--device", device, "--method"};
         arguments.insert(arguments.end(), how.begin(), how.end());
-        for (unsigned t = 0; t < tasks; ++t) { arguments.insert(arguments.end(), {"--task", letter(t) + ".safetensors"}); }
+        for (unsigned t = 0; t < tasks; ++t) {
+            arguments.insert(arguments.end(), {"--task", letter(t) + ".safetensors"});
+        }
         return run(folder, arguments, {}, tool);
     }
     [[nodiscard]] std::string bytes(const std::string& file) const { return slurp((folder / file).string()); }
@@ -72,14 +82,17 @@ struct way {
 };
 std::vector<way> ways()
 {
-    const std::vector<std::string> fishers{"--fisher", "a.fisher.safetensors", "--fisher", "b.fisher.safetensors", "--fisher", "c.fisher.safetensors"};
+    const std::vector<std::string> fishers{
+        "--fisher", "a.fisher.safetensors", "--fisher", "b.fisher.safetensors", "--fisher", "c.fisher.safetensors"};
     const auto with = [&](std::vector<std::string> options) {
         options.insert(options.end(), fishers.begin(), fishers.end());
         return options;
     };
-    return {{{"average"}}, {{"task-arithmetic", "--lambda", "0.3"}}, {{"ties", "--density", "0.3"}}, {{"ties", "--semantics", "mergekit", "--lambda", "0.7"}},
-        {{"ties", "--scope", "tensor", "--memory", "1MiB"}}, {{"dare", "--seed", "7"}}, {{"dare-ties", "--density", "0.4"}}, {with({"fisher"})},
-        {with({"fisher", "--normalize"})}, {{"slerp", "--t", "0.3"}, 2}, {{"model-stock"}}, {{"average", "--exclude", "bias", "--dtype", "f32"}}};
+    return {{{"average"}}, {{"task-arithmetic", "--lambda", "0.3"}}, {{"ties", "--density", "0.3"}},
+        {{"ties", "--semantics", "mergekit", "--lambda", "0.7"}}, {{"ties", "--scope", "tensor", "--memory", "1MiB"}},
+        {{"dare", "--seed", "7"}}, {{"dare-ties", "--density", "0.4"}}, {with({"fisher"})},
+        {with({"fisher", "--normalize"})}, {{"slerp", "--t", "0.3"}, 2}, {{"model-stock"}},
+        {{"average", "--exclude", "bias", "--dtype", "f32"}}};
 }
 
 /// Merges on the device of `tool` have the bytes of the CPU's, and reports count the same entries.
@@ -105,7 +118,8 @@ TEST_CASE("the tool merges on a device, or says in a line that it has none")
     const outcome asked = m.merge(TASKVEC_TOOL, "cuda", "out.safetensors", {"average"});
     if (asked.code == 0) { return check_ways(m, TASKVEC_TOOL); }
     auto all = ways();
-    all.push_back({{"regmean", "--gram", "a.gram.safetensors", "--gram", "b.gram.safetensors", "--gram", "c.gram.safetensors"}});
+    all.push_back(
+        {{"regmean", "--gram", "a.gram.safetensors", "--gram", "b.gram.safetensors", "--gram", "c.gram.safetensors"}});
     for (const way& one : all) {
         CAPTURE(one.options);
         const outcome found = m.merge(TASKVEC_TOOL, "cuda", "out.safetensors", one.options, one.tasks);
@@ -113,12 +127,13 @@ TEST_CASE("the tool merges on a device, or says in a line that it has none")
         CHECK(found.code == 1);
         CHECK(found.out.empty());
         CHECK(is_error_line(found.err));
-        CHECK((found.err.find("--device cuda: this build of the tool") != std::string::npos || found.err.find("cudaError") != std::string::npos));
+        CHECK((found.err.find("--device cuda: this build of the tool") != std::string::npos
+            || found.err.find("cudaError") != std::string::npos));
         CHECK_FALSE(std::filesystem::exists(m.folder / "out.safetensors"));
     }
     const outcome fft = run(m.folder,
-        {"peru-fft", "--method", "average", "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors", "--out", "folder", "--device",
-            "cuda"});
+        {"peru-fft", "--method", "average", "--base", "base.safetensors", "--task", "a.safetensors", "--task",
+            "b.safetensors", "--out", "folder", "--device", "cuda"});
     CHECK(fft.code == 1);
     CHECK(is_error_line(fft.err));
     CHECK_FALSE(std::filesystem::exists(m.folder / "folder"));
@@ -132,7 +147,8 @@ TEST_CASE("every method writes the CPU's file through the device's code")
 TEST_CASE("regmean merges there up to rounding, and averages the rest bit for bit")
 {
     const models m;
-    const way one{{"regmean", "--gram", "a.gram.safetensors", "--gram", "b.gram.safetensors", "--gram", "c.gram.safetensors"}};
+    const way one{
+        {"regmean", "--gram", "a.gram.safetensors", "--gram", "b.gram.safetensors", "--gram", "c.gram.safetensors"}};
     for (const std::string device : {"cpu", "cuda"}) {
         const outcome done = m.merge(TASKVEC_TOOL_ON_THREADS, device, device + ".safetensors", one.options);
         CAPTURE(done.err);
@@ -143,7 +159,9 @@ TEST_CASE("regmean merges there up to rounding, and averages the rest bit for bi
     auto& layer = found.at("layers.0.weight").values;
     const auto& wanted = expected.at("layers.0.weight").values;
     REQUIRE(layer.size() == wanted.size());
-    for (std::size_t i = 0; i < layer.size(); ++i) { CHECK(std::abs(layer[i] - wanted[i]) <= 1.2e-7f * std::max(1.0f, std::abs(wanted[i]))); }
+    for (std::size_t i = 0; i < layer.size(); ++i) {
+        CHECK(std::abs(layer[i] - wanted[i]) <= 1.2e-7f * std::max(1.0f, std::abs(wanted[i])));
+    }
     layer = wanted;
     CHECK(same(found, expected));
 }
@@ -153,8 +171,8 @@ TEST_CASE("peru-fft merges there too")
     const models m;
     for (const std::string device : {"cpu", "cuda"}) {
         const outcome done = run(m.folder,
-            {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors", "--out", device, "--device",
-                device},
+            {"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--task",
+                "b.safetensors", "--out", device, "--device", device},
             {}, TASKVEC_TOOL_ON_THREADS);
         CAPTURE(done.err);
         REQUIRE(done.code == 0);
@@ -169,14 +187,15 @@ TEST_CASE("prune writes the CPU's delta there")
     const models m;
     for (const std::string device : {"cpu", "cuda"}) {
         const outcome done = run(m.folder,
-            {"prune", "--base", "base.safetensors", "--task", "a.safetensors", "--density", "0.2", "--out", device + ".delta.safetensors", "--device", device,
-                "--report", device + ".json"},
+            {"prune", "--base", "base.safetensors", "--task", "a.safetensors", "--density", "0.2", "--out",
+                device + ".delta.safetensors", "--device", device, "--report", device + ".json"},
             {}, TASKVEC_TOOL_ON_THREADS);
         CAPTURE(done.err);
         REQUIRE(done.code == 0);
     }
     CHECK(m.bytes("cuda.delta.safetensors") == m.bytes("cpu.delta.safetensors"));
-    CHECK(nlohmann::json::parse(m.bytes("cuda.json"))["bytes_read"] == nlohmann::json::parse(m.bytes("cpu.json"))["bytes_read"]);
+    CHECK(nlohmann::json::parse(m.bytes("cuda.json"))["bytes_read"]
+        == nlohmann::json::parse(m.bytes("cpu.json"))["bytes_read"]);
 }
 
 TEST_CASE("reports count what the CPU's count")
@@ -194,7 +213,9 @@ TEST_CASE("reports count what the CPU's count")
         }
         CHECK(reports[1]["tasks"] == reports[0]["tasks"]);
         CHECK(reports[1]["tensors"] == reports[0]["tensors"]);
-        if (one.options[0].find("ties") == std::string::npos) { CHECK(reports[1]["bytes_read"] == reports[0]["bytes_read"]); } // selection walks differ
+        if (one.options[0].find("ties") == std::string::npos) {
+            CHECK(reports[1]["bytes_read"] == reports[0]["bytes_read"]);
+        } // selection walks differ
     }
 }
 

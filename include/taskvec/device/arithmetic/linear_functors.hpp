@@ -1,5 +1,5 @@
-// Linear combinations as elementwise functors: what the gpu policy's arithmetic, averages and task arithmetic are made of.
-// SPDX-License-Identifier: Apache-2.0
+// Linear combinations as elementwise functors: what the gpu policy's arithmetic, averages and task arithmetic are made
+// of. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/device/models/elements.hpp>
@@ -14,8 +14,8 @@ enum class linear_finish : std::uint8_t { plain, divide, add_to_base };
 
 TASKVEC_KERNELS_BEGIN
 
-/// out = finish(Σ weights[t]·xt), where xt is operand first + t, less the base where `difference` is set: +0 first, then in order; each
-/// product and sum rounds in A, and the result once more in its storage type.
+/// out = finish(Σ weights[t]·xt), where xt is operand first + t, less the base where `difference` is set: +0 first,
+/// then in order; each product and sum rounds in A, and the result once more in its storage type.
 template <arithmetic_element A>
 struct linear_combination {
     device_piece piece;
@@ -31,13 +31,18 @@ struct linear_combination {
         for (std::uint64_t i = at.first; i < at.last; i += at.step) { one(i); }
     }
 
-    [[nodiscard]] TASKVEC_HOST_DEVICE bool needs_base() const noexcept { return difference || finish == linear_finish::add_to_base; }
+    [[nodiscard]] TASKVEC_HOST_DEVICE bool needs_base() const noexcept
+    {
+        return difference || finish == linear_finish::add_to_base;
+    }
     /// Element i.
     TASKVEC_HOST_DEVICE void one(std::uint64_t i) const
     {
         const A base = needs_base() ? origin<A>(piece, i, flag) : A{0};
         A total = 0;
-        for (std::size_t t = 0; t < count; ++t) { add(total, weights[t], load<A>(piece.operands[first + t], i, piece.position + i, flag), base); }
+        for (std::size_t t = 0; t < count; ++t) {
+            add(total, weights[t], load<A>(piece.operands[first + t], i, piece.position + i, flag), base);
+        }
         store(piece.out, piece.out_dtype, i, finished(total, base));
     }
     TASKVEC_HOST_DEVICE void add(A& total, A weight, A value, A base) const noexcept
@@ -57,7 +62,10 @@ struct linear_combination_of_packs {
     linear_combination<float> of_elements;
 
     /// The sweep is over packs.
-    [[nodiscard]] static constexpr std::uint64_t packs(std::uint64_t size) noexcept { return (size + pack<T>::size - 1) / pack<T>::size; }
+    [[nodiscard]] static constexpr std::uint64_t packs(std::uint64_t size) noexcept
+    {
+        return (size + pack<T>::size - 1) / pack<T>::size;
+    }
 
     TASKVEC_FUNCTOR void operator()(const indices& at) const
     {
@@ -74,7 +82,9 @@ struct linear_combination_of_packs {
             for (std::size_t t = 0; t < of_elements.count; ++t) {
                 const float weight = of_elements.weights[t];
                 load_pack<T>(piece.operands[of_elements.first + t], k, piece.position + begin, of_elements.flag, value);
-                for (std::size_t j = 0; j < pack<T>::size; ++j) { of_elements.add(total[j], weight, value[j], base[j]); }
+                for (std::size_t j = 0; j < pack<T>::size; ++j) {
+                    of_elements.add(total[j], weight, value[j], base[j]);
+                }
             }
             for (std::size_t j = 0; j < pack<T>::size; ++j) { total[j] = of_elements.finished(total[j], base[j]); }
             store_pack<T>(piece.out, k, total);

@@ -42,21 +42,27 @@ namespace device {
     }
 }
 
-/// What CUDA itself holds against the device now, as a clause; empty where nothing: a library's status says less than the error
-/// of earlier work that it met.
+/// What CUDA itself holds against the device now, as a clause; empty where nothing: a library's status says less than
+/// the error of earlier work that it met.
 [[nodiscard]] inline std::string held_against_the_device()
 {
     const cudaError_t pending = cudaPeekAtLastError();
     if (pending == cudaSuccess) { return {}; }
-    return message("; CUDA reports ", cudaGetErrorName(pending), " (code ", static_cast<int>(pending), "), ", cudaGetErrorString(pending), advice(pending));
+    return message("; CUDA reports ", cudaGetErrorName(pending), " (code ", static_cast<int>(pending), "), ",
+        cudaGetErrorString(pending), advice(pending));
 }
 
 /// What to do about a status that both libraries have.
 [[nodiscard]] inline std::string_view advice(bool not_initialized, bool alloc_failed, bool arch_mismatch) noexcept
 {
-    if (not_initialized) { return ": no usable device or driver answers, or the device failed before; run on taskvec::cpu"; }
+    if (not_initialized) {
+        return ": no usable device or driver answers, or the device failed before; run on taskvec::cpu";
+    }
     if (alloc_failed) { return ": out of device memory; use smaller matrices, or free device memory"; }
-    if (arch_mismatch) { return ": this version of the library does not know the architecture of the device; install another CUDA toolkit"; }
+    if (arch_mismatch) {
+        return ": this version of the library does not know the architecture of the device; install another CUDA "
+               "toolkit";
+    }
     return {};
 }
 
@@ -65,7 +71,8 @@ inline void check(cublasStatus_t status, const char* call)
 {
     if (status == CUBLAS_STATUS_SUCCESS) { return; }
     raise<backend_error>(message(cublasGetStatusName(status),
-                             advice(status == CUBLAS_STATUS_NOT_INITIALIZED, status == CUBLAS_STATUS_ALLOC_FAILED, status == CUBLAS_STATUS_ARCH_MISMATCH),
+                             advice(status == CUBLAS_STATUS_NOT_INITIALIZED, status == CUBLAS_STATUS_ALLOC_FAILED,
+                                 status == CUBLAS_STATUS_ARCH_MISMATCH),
                              held_against_the_device()),
         call, static_cast<int>(status));
 }
@@ -73,12 +80,14 @@ inline void check(cusolverStatus_t status, const char* call)
 {
     if (status == CUSOLVER_STATUS_SUCCESS) { return; }
     raise<backend_error>(message(name_of(status),
-                             advice(status == CUSOLVER_STATUS_NOT_INITIALIZED, status == CUSOLVER_STATUS_ALLOC_FAILED, status == CUSOLVER_STATUS_ARCH_MISMATCH),
+                             advice(status == CUSOLVER_STATUS_NOT_INITIALIZED, status == CUSOLVER_STATUS_ALLOC_FAILED,
+                                 status == CUSOLVER_STATUS_ARCH_MISMATCH),
                              held_against_the_device()),
         call, static_cast<int>(status));
 }
 
-/// A library object of type H, made by Create and destroyed by Destroy. Move-only; the constructor throws, the destructor never.
+/// A library object of type H, made by Create and destroyed by Destroy. Move-only; the constructor throws, the
+/// destructor never.
 template <class H, auto Create, auto Destroy>
 class handle {
 public:
@@ -109,13 +118,14 @@ using cusolver_settings = handle<cusolverDnParams_t, &cusolverDnCreateParams, &c
 } // namespace device
 
 struct gpu_context_options {
-    std::size_t blas_workspace = std::size_t{32} << 20; ///< bytes that cuBLAS may use, from the policy's allocator; 0: cuBLAS allocates its own
+    std::size_t blas_workspace = std::size_t{32}
+        << 20; ///< bytes that cuBLAS may use, from the policy's allocator; 0: cuBLAS allocates its own
 };
 
-/// The handles of one stream, made once and used by every call whose policy points here. Creating them costs milliseconds and
-/// device memory, and destroying them waits for the device; a policy without a context pays that in every call.
-/// Neither copied nor moved, as policies point to it; one thread at a time, as the handles are. The stream and the allocator of
-/// the policy must outlive it. Throws backend_error (no device, no driver, out of memory …).
+/// The handles of one stream, made once and used by every call whose policy points here. Creating them costs
+/// milliseconds and device memory, and destroying them waits for the device; a policy without a context pays that in
+/// every call. Neither copied nor moved, as policies point to it; one thread at a time, as the handles are. The stream
+/// and the allocator of the policy must outlive it. Throws backend_error (no device, no driver, out of memory …).
 ///
 ///     taskvec::gpu_context context({.stream = stream});
 ///     const taskvec::gpu policy = context.policy();
@@ -129,8 +139,11 @@ public:
         , settings_("cusolverDnCreateParams")
         , workspace_({policy.stream, policy.allocator, nullptr}, options.blas_workspace)
     {
-        device::check(cublasSetStream(blas_.get(), device::stream_of(policy)), "cublasSetStream"); // forgets a workspace: first this
-        if (workspace_.size() > 0) { device::check(cublasSetWorkspace(blas_.get(), workspace_.data(), workspace_.size()), "cublasSetWorkspace"); }
+        device::check(cublasSetStream(blas_.get(), device::stream_of(policy)),
+            "cublasSetStream"); // forgets a workspace: first this
+        if (workspace_.size() > 0) {
+            device::check(cublasSetWorkspace(blas_.get(), workspace_.data(), workspace_.size()), "cublasSetWorkspace");
+        }
         device::check(cublasSetPointerMode(blas_.get(), CUBLAS_POINTER_MODE_HOST), "cublasSetPointerMode");
         device::check(cusolverDnSetStream(solver_.get(), device::stream_of(policy)), "cusolverDnSetStream");
     }
@@ -160,7 +173,8 @@ decltype(auto) with_context(const gpu& policy, const Body& body)
 {
     if (policy.context) {
         if (policy.context->policy().stream != policy.stream) {
-            raise<invalid_argument>("the context of this gpu policy belongs to another stream; make a context for each stream, and take its policy()");
+            raise<invalid_argument>("the context of this gpu policy belongs to another stream; make a context for each "
+                                    "stream, and take its policy()");
         }
         return body(policy);
     }

@@ -1,11 +1,12 @@
 // The linear algebra seam (linalg/linalg.hpp) on a CUDA device: cuBLAS and cuSOLVER.
 // SPDX-License-Identifier: Apache-2.0
 //
-// No kernel of our own: plain g++ compiles it, and only the libraries are linked. Everything is in the caller's precision, the
-// small work too. The libraries are column-major. A row-major matrix is the column-major transposed one: products take it as
-// an operand to be transposed, a row-major result is computed as (A·B)ᵀ = BᵀAᵀ; only factorizations, which work in place, copy.
-// Calls are queued on the policy's stream. Those that have to wait for it, to read a number, say so. Memory comes from the
-// policy's allocator. Compiled, not run on a device; docs/gpu.md says what that covers.
+// No kernel of our own: plain g++ compiles it, and only the libraries are linked. Everything is in the caller's
+// precision, the small work too. The libraries are column-major. A row-major matrix is the column-major transposed one:
+// products take it as an operand to be transposed, a row-major result is computed as (A·B)ᵀ = BᵀAᵀ; only
+// factorizations, which work in place, copy. Calls are queued on the policy's stream. Those that have to wait for it,
+// to read a number, say so. Memory comes from the policy's allocator. Compiled, not run on a device; docs/gpu.md says
+// what that covers.
 #pragma once
 
 #include <taskvec/device/cusolver/context.hpp>
@@ -144,24 +145,29 @@ private:
 
 /// A zero matrix of the policy's memory.
 template <arithmetic_element T>
-[[nodiscard]] device_matrix<T> result_matrix(const gpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+[[nodiscard]] device_matrix<T> result_matrix(
+    const gpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
 {
     return device_matrix<T>(policy, rows, cols, order);
 }
 template <arithmetic_element T>
-[[nodiscard]] device_matrix<T> scratch_matrix(const gpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+[[nodiscard]] device_matrix<T> scratch_matrix(
+    const gpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
 {
     return device_matrix<T>(policy, rows, cols, order);
 }
 
-/// C = alpha·A·B + beta·C, by cuBLAS; see gemm() on the CPU. Every order of A, B and C is a combination of operands to be
-/// transposed, without a copy. f32 is computed in f32 (no TF32, unless NVIDIA_TF32_OVERRIDE forces it). Does not wait.
+/// C = alpha·A·B + beta·C, by cuBLAS; see gemm() on the CPU. Every order of A, B and C is a combination of operands to
+/// be transposed, without a copy. f32 is computed in f32 (no TF32, unless NVIDIA_TF32_OVERRIDE forces it). Does not
+/// wait.
 template <arithmetic_element T>
-void gemm(const gpu& policy, T alpha, std::type_identity_t<device_matrix_view<const T>> a, std::type_identity_t<device_matrix_view<const T>> b,
-    std::type_identity_t<T> beta, std::type_identity_t<device_matrix_view<T>> c)
+void gemm(const gpu& policy, T alpha, std::type_identity_t<device_matrix_view<const T>> a,
+    std::type_identity_t<device_matrix_view<const T>> b, std::type_identity_t<T> beta,
+    std::type_identity_t<device_matrix_view<T>> c)
 {
     if (a.rows() != c.rows() || b.cols() != c.cols() || a.cols() != b.rows()) {
-        raise<shape_mismatch>(message("gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×", c.cols()));
+        raise<shape_mismatch>(message(
+            "gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×", c.cols()));
     }
     if (c.empty()) { return; }
     if (c.order() == matrix_order::row_major) {
@@ -171,8 +177,9 @@ void gemm(const gpu& policy, T alpha, std::type_identity_t<device_matrix_view<co
         b = b.transposed();
     }
     with_context(policy, [&](const gpu& ready) {
-        device::check(detail::cuda_calls<T>::gemm(ready.context->blas(), detail::operation(a), detail::operation(b), static_cast<std::int64_t>(c.rows()),
-                          static_cast<std::int64_t>(c.cols()), static_cast<std::int64_t>(a.cols()), &alpha, a.data(), detail::leading_dimension(a), b.data(),
+        device::check(detail::cuda_calls<T>::gemm(ready.context->blas(), detail::operation(a), detail::operation(b),
+                          static_cast<std::int64_t>(c.rows()), static_cast<std::int64_t>(c.cols()),
+                          static_cast<std::int64_t>(a.cols()), &alpha, a.data(), detail::leading_dimension(a), b.data(),
                           detail::leading_dimension(b), &beta, c.data(), detail::leading_dimension(c)),
             "cublasGemm");
     });
@@ -180,10 +187,12 @@ void gemm(const gpu& policy, T alpha, std::type_identity_t<device_matrix_view<co
 
 /// to = from, of the same shape; the orders may differ (then by cublasGeam). Does not wait.
 template <arithmetic_element T>
-void copy_matrix(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> from, std::type_identity_t<device_matrix_view<T>> to)
+void copy_matrix(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> from,
+    std::type_identity_t<device_matrix_view<T>> to)
 {
     if (from.rows() != to.rows() || from.cols() != to.cols()) {
-        raise<shape_mismatch>(message("copy_matrix: ", from.rows(), "×", from.cols(), " into ", to.rows(), "×", to.cols()));
+        raise<shape_mismatch>(
+            message("copy_matrix: ", from.rows(), "×", from.cols(), " into ", to.rows(), "×", to.cols()));
     }
     if (to.empty()) { return; }
     if (to.order() == matrix_order::row_major) {
@@ -191,24 +200,26 @@ void copy_matrix(const gpu& policy, std::type_identity_t<device_matrix_view<cons
         to = to.transposed();
     }
     if (from.order() == matrix_order::column_major) {
-        device::check(cudaMemcpy2DAsync(to.data(), to.stride() * sizeof(T), from.data(), from.stride() * sizeof(T), to.rows() * sizeof(T), to.cols(),
-                          cudaMemcpyDeviceToDevice, device::stream_of(policy)),
+        device::check(cudaMemcpy2DAsync(to.data(), to.stride() * sizeof(T), from.data(), from.stride() * sizeof(T),
+                          to.rows() * sizeof(T), to.cols(), cudaMemcpyDeviceToDevice, device::stream_of(policy)),
             "cudaMemcpy2DAsync");
         return;
     }
     with_context(policy, [&](const gpu& ready) {
         const T one = 1, zero = 0;
-        device::check(detail::cuda_calls<T>::geam(ready.context->blas(), CUBLAS_OP_T, CUBLAS_OP_N, static_cast<std::int64_t>(to.rows()),
-                          static_cast<std::int64_t>(to.cols()), &one, from.data(), detail::leading_dimension(from), &zero, to.data(),
-                          detail::leading_dimension(to), to.data(), detail::leading_dimension(to)),
+        device::check(detail::cuda_calls<T>::geam(ready.context->blas(), CUBLAS_OP_T, CUBLAS_OP_N,
+                          static_cast<std::int64_t>(to.rows()), static_cast<std::int64_t>(to.cols()), &one, from.data(),
+                          detail::leading_dimension(from), &zero, to.data(), detail::leading_dimension(to), to.data(),
+                          detail::leading_dimension(to)),
             "cublasGeam");
     });
 }
 
-/// out = x·diag(scale), the scales rounded to T first. x may be out. Waits for the stream while the scales are uploaded.
+/// out = x·diag(scale), the scales rounded to T first. x may be out. Waits for the stream while the scales are
+/// uploaded.
 template <arithmetic_element T>
-void scale_columns(
-    const gpu& policy, std::type_identity_t<device_matrix_view<const T>> x, std::span<const double> scale, std::type_identity_t<device_matrix_view<T>> out)
+void scale_columns(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> x,
+    std::span<const double> scale, std::type_identity_t<device_matrix_view<T>> out)
 {
     if (out.empty()) { return; }
     with_context(policy, [&](const gpu& ready) {
@@ -220,15 +231,15 @@ void scale_columns(
         const bool by_rows = out.order() == matrix_order::row_major;
         const auto to = detail::by_columns(out);
         const auto from = detail::by_columns(x);
-        device::check(detail::cuda_calls<T>::dgmm(ready.context->blas(), by_rows ? CUBLAS_SIDE_LEFT : CUBLAS_SIDE_RIGHT, static_cast<std::int64_t>(to.rows()),
-                          static_cast<std::int64_t>(to.cols()), from.data(), detail::leading_dimension(from), factors.data(), 1, to.data(),
-                          detail::leading_dimension(to)),
+        device::check(detail::cuda_calls<T>::dgmm(ready.context->blas(), by_rows ? CUBLAS_SIDE_LEFT : CUBLAS_SIDE_RIGHT,
+                          static_cast<std::int64_t>(to.rows()), static_cast<std::int64_t>(to.cols()), from.data(),
+                          detail::leading_dimension(from), factors.data(), 1, to.data(), detail::leading_dimension(to)),
             "cublasDgmm");
     });
 }
 
-/// ‖A‖²_F: norms of blocks of 2²⁰ elements in T, by cuBLAS, whose squares are added in f64 on the host. Relative error about 1e-6
-/// for f32, 1e-15 for f64. Waits. A matrix with gaps is copied first.
+/// ‖A‖²_F: norms of blocks of 2²⁰ elements in T, by cuBLAS, whose squares are added in f64 on the host. Relative error
+/// about 1e-6 for f32, 1e-15 for f64. Waits. A matrix with gaps is copied first.
 template <arithmetic_element T>
 [[nodiscard]] double squared_norm(const gpu& policy, device_matrix_view<const T> a)
 {
@@ -247,7 +258,8 @@ template <arithmetic_element T>
             const detail::results_on_device mode(ready.context->blas());
             for (std::size_t i = 0; i < pieces; ++i) {
                 const std::size_t count = std::min(piece, x.size() - i * piece);
-                device::check(detail::cuda_calls<T>::nrm2(ready.context->blas(), static_cast<std::int64_t>(count), x.data() + i * piece, 1, norms.data() + i),
+                device::check(detail::cuda_calls<T>::nrm2(ready.context->blas(), static_cast<std::int64_t>(count),
+                                  x.data() + i * piece, 1, norms.data() + i),
                     "cublasNrm2");
             }
         }
@@ -267,8 +279,8 @@ void fill_normal(const gpu& policy, const random_stream& stream, device_matrix_v
     copy_matrix<T>(policy, there.view(), a);
 }
 
-/// The matrix in f32: as it is, or a converted copy kept in `copy`. bf16 and f16 are widened by a product with an identity matrix,
-/// block by block: one product with 1 and sums with 0, hence exact for finite numbers.
+/// The matrix in f32: as it is, or a converted copy kept in `copy`. bf16 and f16 are widened by a product with an
+/// identity matrix, block by block: one product with 1 and sums with 0, hence exact for finite numbers.
 template <storage_element T>
 [[nodiscard]] device_matrix_view<const arithmetic_type<T>> in_arithmetic(
     const gpu& policy, device_matrix_view<const T> a, device_matrix<arithmetic_type<T>>& copy)
@@ -288,9 +300,11 @@ template <storage_element T>
             const float one = 1, zero = 0;
             for (std::size_t j = 0; j < to.cols(); j += width) {
                 const auto count = static_cast<std::int64_t>(std::min(width, to.cols() - j));
-                device::check(cublasGemmEx_64(ready.context->blas(), CUBLAS_OP_N, CUBLAS_OP_N, static_cast<std::int64_t>(to.rows()), count, count, &one,
-                                  from.data() + j * from.stride(), type, detail::leading_dimension(from), unit.data(), type, static_cast<std::int64_t>(width),
-                                  &zero, to.data() + j * to.stride(), CUDA_R_32F, detail::leading_dimension(to), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+                device::check(cublasGemmEx_64(ready.context->blas(), CUBLAS_OP_N, CUBLAS_OP_N,
+                                  static_cast<std::int64_t>(to.rows()), count, count, &one,
+                                  from.data() + j * from.stride(), type, detail::leading_dimension(from), unit.data(),
+                                  type, static_cast<std::int64_t>(width), &zero, to.data() + j * to.stride(),
+                                  CUDA_R_32F, detail::leading_dimension(to), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
                     "cublasGemmEx");
             }
         });
@@ -298,7 +312,8 @@ template <storage_element T>
     }
 }
 
-/// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none. Copies A to the host.
+/// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none. Copies A to the
+/// host.
 template <storage_element T>
 void refuse_nonfinite(const gpu& policy, device_matrix_view<const T> a, std::string_view what)
 {
@@ -306,12 +321,12 @@ void refuse_nonfinite(const gpu& policy, device_matrix_view<const T> a, std::str
     refuse_nonfinite<T>(cpu{}, here.view(), what);
 }
 
-/// The thin QR of an m×n matrix A, either order, by Householder reflections (geqrf, orgqr) on a column-major copy; R is QᵀA, upper
-/// triangular to rounding. ‖QᵀQ − I‖ and ‖A − QR‖/‖A‖ are of the order of √n·ε of T. NaN and infinity are not found here: they
-/// reach the singular values. Does not wait.
+/// The thin QR of an m×n matrix A, either order, by Householder reflections (geqrf, orgqr) on a column-major copy; R is
+/// QᵀA, upper triangular to rounding. ‖QᵀQ − I‖ and ‖A − QR‖/‖A‖ are of the order of √n·ε of T. NaN and infinity are
+/// not found here: they reach the singular values. Does not wait.
 template <arithmetic_element T>
-[[nodiscard]] qr_factors<T, memory_space::device> factor_qr(
-    const gpu& policy, std::type_identity_t<device_matrix_view<const T>> a, [[maybe_unused]] std::string_view what = "A")
+[[nodiscard]] qr_factors<T, memory_space::device> factor_qr(const gpu& policy,
+    std::type_identity_t<device_matrix_view<const T>> a, [[maybe_unused]] std::string_view what = "A")
 {
     using calls = detail::cuda_calls<T>;
     const std::size_t m = a.rows(), n = a.cols(), k = std::min(m, n);
@@ -321,16 +336,21 @@ template <arithmetic_element T>
     if (k == 0) { return f; }
     with_context(policy, [&](const gpu& ready) {
         const cusolverDnHandle_t solver = ready.context->solver();
-        const int rows = detail::as_int(m, "geqrf"), cols = detail::as_int(n, "geqrf"), rank = static_cast<int>(std::min(rows, cols));
+        const int rows = detail::as_int(m, "geqrf"), cols = detail::as_int(n, "geqrf"),
+                  rank = static_cast<int>(std::min(rows, cols));
         copy_matrix<T>(ready, a, f.q.view());
         int first = 0, second = 0;
         device::check(calls::geqrf_size(solver, rows, cols, f.q.data(), rows, &first), "cusolverDnGeqrf_bufferSize");
         const device::buffer<T> tau(ready, k);
-        device::check(calls::orgqr_size(solver, rows, rank, rank, f.q.data(), rows, tau.data(), &second), "cusolverDnOrgqr_bufferSize");
+        device::check(calls::orgqr_size(solver, rows, rank, rank, f.q.data(), rows, tau.data(), &second),
+            "cusolverDnOrgqr_bufferSize");
         const device::buffer<T> work(ready, static_cast<std::size_t>(std::max({first, second, 1})));
         const device::buffer<int> info(ready, 1); // tells wrong arguments alone: not read
-        device::check(calls::geqrf(solver, rows, cols, f.q.data(), rows, tau.data(), work.data(), first, info.data()), "cusolverDnGeqrf");
-        device::check(calls::orgqr(solver, rows, rank, rank, f.q.data(), rows, tau.data(), work.data(), second, info.data()), "cusolverDnOrgqr");
+        device::check(calls::geqrf(solver, rows, cols, f.q.data(), rows, tau.data(), work.data(), first, info.data()),
+            "cusolverDnGeqrf");
+        device::check(
+            calls::orgqr(solver, rows, rank, rank, f.q.data(), rows, tau.data(), work.data(), second, info.data()),
+            "cusolverDnOrgqr");
         gemm<T>(ready, T(1), f.q.view().left_columns(k).transposed(), a, T(0), f.r.view());
     });
     return f;
@@ -338,15 +358,16 @@ template <arithmetic_element T>
 
 /// out = Q·X for the Q of factor_qr(): X is k×p, out m×p. Does not wait.
 template <arithmetic_element T>
-void multiply_q(const gpu& policy, const qr_factors<T, memory_space::device>& f, std::type_identity_t<device_matrix_view<const T>> x,
-    std::type_identity_t<device_matrix_view<T>> out)
+void multiply_q(const gpu& policy, const qr_factors<T, memory_space::device>& f,
+    std::type_identity_t<device_matrix_view<const T>> x, std::type_identity_t<device_matrix_view<T>> out)
 {
     gemm<T>(policy, T(1), f.q.view().left_columns(f.r.rows()), x, T(0), out);
 }
 
 /// weight·Ra·Rbᵀ of two triangular factors.
 template <arithmetic_element T>
-[[nodiscard]] device_matrix<T> small_product(const gpu& policy, double weight, const device_matrix<T>& a, const device_matrix<T>& b)
+[[nodiscard]] device_matrix<T> small_product(
+    const gpu& policy, double weight, const device_matrix<T>& a, const device_matrix<T>& b)
 {
     device_matrix<T> core(policy, a.rows(), b.rows());
     gemm<T>(policy, static_cast<T>(weight), a.view(), b.view().transposed(), T(0), core.view());
@@ -355,22 +376,24 @@ template <arithmetic_element T>
 
 /// out = x·y for a tall x and columns y of what small_svd() returned.
 template <arithmetic_element T>
-void multiply_small(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> x, std::type_identity_t<device_matrix_view<const T>> y,
-    std::type_identity_t<device_matrix_view<T>> out)
+void multiply_small(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> x,
+    std::type_identity_t<device_matrix_view<const T>> y, std::type_identity_t<device_matrix_view<T>> out)
 {
     gemm<T>(policy, T(1), x, y, T(0), out);
 }
 
 /// out = y, columns of what small_svd() returned.
 template <arithmetic_element T>
-void keep_small(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> y, std::type_identity_t<device_matrix_view<T>> out)
+void keep_small(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> y,
+    std::type_identity_t<device_matrix_view<T>> out)
 {
     copy_matrix<T>(policy, y, out);
 }
 
 /// An orthonormal basis of the columns of y, m×min(m, n).
 template <arithmetic_element T>
-[[nodiscard]] device_matrix<T> orthonormal_basis(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> y, std::string_view what)
+[[nodiscard]] device_matrix<T> orthonormal_basis(
+    const gpu& policy, std::type_identity_t<device_matrix_view<const T>> y, std::string_view what)
 {
     auto f = factor_qr<T>(policy, y, what);
     if (f.r.rows() == f.q.cols()) { return std::move(f.q); }
@@ -383,7 +406,8 @@ namespace detail {
 
 /// gesvd for m ≥ n ≥ 1. Returns cuSOLVER's info.
 template <class T>
-[[nodiscard]] int svd_by_bidiagonalization(const gpu& ready, device_matrix_view<const T> a, device_svd_result<T>& result)
+[[nodiscard]] int svd_by_bidiagonalization(
+    const gpu& ready, device_matrix_view<const T> a, device_svd_result<T>& result)
 {
     using calls = cuda_calls<T>;
     const cusolverDnHandle_t solver = ready.context->solver();
@@ -392,10 +416,11 @@ template <class T>
     copy_matrix<T>(ready, a, work_a.view());
     int size = 0;
     device::check(calls::gesvd_size(solver, m, n, &size), "cusolverDnGesvd_bufferSize");
-    const device::buffer<T> work(ready, static_cast<std::size_t>(std::max(size, 1))), sigma(ready, a.cols()), rest(ready, a.cols());
+    const device::buffer<T> work(ready, static_cast<std::size_t>(std::max(size, 1))), sigma(ready, a.cols()),
+        rest(ready, a.cols());
     const device::buffer<int> info(ready, 1);
-    device::check(
-        calls::gesvd(solver, 'S', 'S', m, n, work_a.data(), m, sigma.data(), result.u.data(), m, vt.data(), n, work.data(), size, rest.data(), info.data()),
+    device::check(calls::gesvd(solver, 'S', 'S', m, n, work_a.data(), m, sigma.data(), result.u.data(), m, vt.data(), n,
+                      work.data(), size, rest.data(), info.data()),
         "cusolverDnGesvd");
     copy_matrix<T>(ready, std::as_const(vt).view().transposed(), result.v.view());
     const auto values = sigma.download();
@@ -417,12 +442,12 @@ template <class T>
     const device::buffer<T> sigma(ready, a.cols());
     const device::buffer<int> info(ready, 1);
     int size = 0;
-    device::check(calls::gesvdj_size(
-                      solver, CUSOLVER_EIG_MODE_VECTOR, thin, m, n, work_a.data(), m, sigma.data(), result.u.data(), m, result.v.data(), n, &size, settings),
+    device::check(calls::gesvdj_size(solver, CUSOLVER_EIG_MODE_VECTOR, thin, m, n, work_a.data(), m, sigma.data(),
+                      result.u.data(), m, result.v.data(), n, &size, settings),
         "cusolverDnGesvdj_bufferSize");
     const device::buffer<T> work(ready, static_cast<std::size_t>(std::max(size, 1)));
-    device::check(calls::gesvdj(solver, CUSOLVER_EIG_MODE_VECTOR, thin, m, n, work_a.data(), m, sigma.data(), result.u.data(), m, result.v.data(), n,
-                      work.data(), size, info.data(), settings),
+    device::check(calls::gesvdj(solver, CUSOLVER_EIG_MODE_VECTOR, thin, m, n, work_a.data(), m, sigma.data(),
+                      result.u.data(), m, result.v.data(), n, work.data(), size, info.data(), settings),
         "cusolverDnGesvdj");
     const auto values = sigma.download();
     result.sigma.assign(values.begin(), values.end());
@@ -431,9 +456,10 @@ template <class T>
 
 } // namespace detail
 
-/// The SVD of a matrix on the device: gesvdj (one-sided Jacobi) up to 512 columns, gesvd beyond and where gesvdj does not converge.
-/// Where the two should change places can only be told on a device. σ to about n·ε·σ₁ in T. Signs are left as they fall.
-/// A matrix that is not finite gives σ of NaN. Throws backend_error where gesvd does not converge either. Waits, for σ and `info`.
+/// The SVD of a matrix on the device: gesvdj (one-sided Jacobi) up to 512 columns, gesvd beyond and where gesvdj does
+/// not converge. Where the two should change places can only be told on a device. σ to about n·ε·σ₁ in T. Signs are
+/// left as they fall. A matrix that is not finite gives σ of NaN. Throws backend_error where gesvd does not converge
+/// either. Waits, for σ and `info`.
 template <arithmetic_element T>
 [[nodiscard]] device_svd_result<T> small_svd(const gpu& policy, device_matrix_view<const T> a)
 {
@@ -442,33 +468,41 @@ template <arithmetic_element T>
         std::swap(turned.u, turned.v);
         return turned;
     }
-    device_svd_result<T> result{device_matrix<T>(policy, a.rows(), a.cols()), std::vector<double>(a.cols()), device_matrix<T>(policy, a.cols(), a.cols())};
+    device_svd_result<T> result{device_matrix<T>(policy, a.rows(), a.cols()), std::vector<double>(a.cols()),
+        device_matrix<T>(policy, a.cols(), a.cols())};
     if (a.cols() == 0) { return result; }
     return with_context(policy, [&](const gpu& ready) {
         constexpr std::size_t most_columns = 512;
-        if (a.cols() <= most_columns && detail::svd_by_rotations<T>(ready, a, result) == 0) { return std::move(result); }
+        if (a.cols() <= most_columns && detail::svd_by_rotations<T>(ready, a, result) == 0) {
+            return std::move(result);
+        }
         if (const double norm = squared_norm<T>(ready, a); !std::isfinite(norm)) {
             result.sigma.assign(a.cols(), std::numeric_limits<double>::quiet_NaN());
             return std::move(result);
         }
         const int info = detail::svd_by_bidiagonalization<T>(ready, a, result);
         if (info != 0) {
-            raise<backend_error>(message("no convergence for a ", a.rows(), "×", a.cols(), " matrix; try randomized_svd()"), "cusolverDnGesvd", info);
+            raise<backend_error>(
+                message("no convergence for a ", a.rows(), "×", a.cols(), " matrix; try randomized_svd()"),
+                "cusolverDnGesvd", info);
         }
         return std::move(result);
     });
 }
 
-/// Many small SVDs: result i belongs to matrices[i]. Matrices of one shape with up to 32 rows and columns go together through
-/// gesvdjBatched, larger ones and single ones one by one, as do those that do not converge there. Waits.
+/// Many small SVDs: result i belongs to matrices[i]. Matrices of one shape with up to 32 rows and columns go together
+/// through gesvdjBatched, larger ones and single ones one by one, as do those that do not converge there. Waits.
 template <arithmetic_element T>
-[[nodiscard]] std::vector<device_svd_result<T>> small_svds(const gpu& policy, const std::vector<device_matrix_view<const T>>& matrices)
+[[nodiscard]] std::vector<device_svd_result<T>> small_svds(
+    const gpu& policy, const std::vector<device_matrix_view<const T>>& matrices)
 {
     using calls = detail::cuda_calls<T>;
     constexpr std::size_t most = 32; // cuSOLVER's limit
     std::vector<device_svd_result<T>> results(matrices.size());
     std::map<std::pair<std::size_t, std::size_t>, std::vector<std::size_t>> by_shape;
-    for (std::size_t i = 0; i < matrices.size(); ++i) { by_shape[{matrices[i].rows(), matrices[i].cols()}].push_back(i); }
+    for (std::size_t i = 0; i < matrices.size(); ++i) {
+        by_shape[{matrices[i].rows(), matrices[i].cols()}].push_back(i);
+    }
     with_context(policy, [&](const gpu& ready) {
         for (const auto& [shape, members] : by_shape) {
             const auto [m, n] = shape;
@@ -479,17 +513,22 @@ template <arithmetic_element T>
             }
             // One after the other without gaps: as a matrix of m rows and n·count columns.
             device_matrix<T> a(ready, m, n * count), u(ready, m, m * count), v(ready, n, n * count);
-            for (std::size_t i = 0; i < count; ++i) { copy_matrix<T>(ready, matrices[members[i]], a.view().block(0, i * n, m, n)); }
+            for (std::size_t i = 0; i < count; ++i) {
+                copy_matrix<T>(ready, matrices[members[i]], a.view().block(0, i * n, m, n));
+            }
             const device::buffer<T> sigma(ready, k * count);
             const device::buffer<int> info(ready, count);
-            const int rows = static_cast<int>(m), cols = static_cast<int>(n), batch = detail::as_int(count, "gesvdjBatched");
+            const int rows = static_cast<int>(m), cols = static_cast<int>(n),
+                      batch = detail::as_int(count, "gesvdjBatched");
             int size = 0;
-            device::check(calls::gesvdj_batched_size(ready.context->solver(), CUSOLVER_EIG_MODE_VECTOR, rows, cols, a.data(), rows, sigma.data(), u.data(),
-                              rows, v.data(), cols, &size, ready.context->jacobi(), batch),
+            device::check(
+                calls::gesvdj_batched_size(ready.context->solver(), CUSOLVER_EIG_MODE_VECTOR, rows, cols, a.data(),
+                    rows, sigma.data(), u.data(), rows, v.data(), cols, &size, ready.context->jacobi(), batch),
                 "cusolverDnGesvdjBatched_bufferSize");
             const device::buffer<T> work(ready, static_cast<std::size_t>(std::max(size, 1)));
-            device::check(calls::gesvdj_batched(ready.context->solver(), CUSOLVER_EIG_MODE_VECTOR, rows, cols, a.data(), rows, sigma.data(), u.data(), rows,
-                              v.data(), cols, work.data(), size, info.data(), ready.context->jacobi(), batch),
+            device::check(calls::gesvdj_batched(ready.context->solver(), CUSOLVER_EIG_MODE_VECTOR, rows, cols, a.data(),
+                              rows, sigma.data(), u.data(), rows, v.data(), cols, work.data(), size, info.data(),
+                              ready.context->jacobi(), batch),
                 "cusolverDnGesvdjBatched");
             const std::vector<T> values = sigma.download();
             const std::vector<int> codes = info.download();
@@ -499,7 +538,8 @@ template <arithmetic_element T>
                     result = small_svd<T>(ready, matrices[members[i]]);
                     continue;
                 }
-                result.sigma.assign(values.begin() + static_cast<std::ptrdiff_t>(i * k), values.begin() + static_cast<std::ptrdiff_t>((i + 1) * k));
+                result.sigma.assign(values.begin() + static_cast<std::ptrdiff_t>(i * k),
+                    values.begin() + static_cast<std::ptrdiff_t>((i + 1) * k));
                 result.u = device_matrix<T>(ready, m, k);
                 result.v = device_matrix<T>(ready, n, k);
                 copy_matrix<T>(ready, std::as_const(u).view().block(0, i * m, m, k), result.u.view());
@@ -510,11 +550,12 @@ template <arithmetic_element T>
     return results;
 }
 
-/// Many SVDs of tall matrices of one shape (m ≥ n, any size), by gesvdaStridedBatched: through the Gram matrix, so σ below
-/// √ε·σ₁ are noise (√ε is 3e-4 for f32, 1e-8 for f64). Not what the library takes by itself: for leading triples in f64, or where
-/// that is enough. Throws shape_mismatch. Waits.
+/// Many SVDs of tall matrices of one shape (m ≥ n, any size), by gesvdaStridedBatched: through the Gram matrix, so σ
+/// below √ε·σ₁ are noise (√ε is 3e-4 for f32, 1e-8 for f64). Not what the library takes by itself: for leading triples
+/// in f64, or where that is enough. Throws shape_mismatch. Waits.
 template <arithmetic_element T>
-[[nodiscard]] std::vector<device_svd_result<T>> approximate_svds(const gpu& policy, const std::vector<device_matrix_view<const T>>& matrices)
+[[nodiscard]] std::vector<device_svd_result<T>> approximate_svds(
+    const gpu& policy, const std::vector<device_matrix_view<const T>>& matrices)
 {
     using calls = detail::cuda_calls<T>;
     std::vector<device_svd_result<T>> results(matrices.size());
@@ -522,8 +563,8 @@ template <arithmetic_element T>
     const std::size_t m = matrices[0].rows(), n = matrices[0].cols(), count = matrices.size();
     for (const auto& one : matrices) {
         if (one.rows() != m || one.cols() != n || m < n) {
-            raise<shape_mismatch>(
-                message("approximate_svds: found ", one.rows(), "×", one.cols(), " beside ", m, "×", n, "; expected matrices of one shape with m ≥ n"));
+            raise<shape_mismatch>(message("approximate_svds: found ", one.rows(), "×", one.cols(), " beside ", m, "×",
+                n, "; expected matrices of one shape with m ≥ n"));
         }
     }
     with_context(policy, [&](const gpu& ready) {
@@ -534,14 +575,17 @@ template <arithmetic_element T>
         std::vector<double> residuals(count);
         const int rows = detail::as_int(m, "gesvdaStridedBatched"), cols = detail::as_int(n, "gesvdaStridedBatched"),
                   batch = detail::as_int(count, "gesvdaStridedBatched");
-        const auto step_a = static_cast<long long>(m * n), step_v = static_cast<long long>(n * n), step_s = static_cast<long long>(n);
+        const auto step_a = static_cast<long long>(m * n), step_v = static_cast<long long>(n * n),
+                   step_s = static_cast<long long>(n);
         int size = 0;
-        device::check(calls::gesvda_batched_size(ready.context->solver(), CUSOLVER_EIG_MODE_VECTOR, cols, rows, cols, a.data(), rows, step_a, sigma.data(),
-                          step_s, u.data(), rows, step_a, v.data(), cols, step_v, &size, batch),
+        device::check(
+            calls::gesvda_batched_size(ready.context->solver(), CUSOLVER_EIG_MODE_VECTOR, cols, rows, cols, a.data(),
+                rows, step_a, sigma.data(), step_s, u.data(), rows, step_a, v.data(), cols, step_v, &size, batch),
             "cusolverDnGesvdaStridedBatched_bufferSize");
         const device::buffer<T> work(ready, static_cast<std::size_t>(std::max(size, 1)));
-        device::check(calls::gesvda_batched(ready.context->solver(), CUSOLVER_EIG_MODE_VECTOR, cols, rows, cols, a.data(), rows, step_a, sigma.data(), step_s,
-                          u.data(), rows, step_a, v.data(), cols, step_v, work.data(), size, info.data(), residuals.data(), batch),
+        device::check(calls::gesvda_batched(ready.context->solver(), CUSOLVER_EIG_MODE_VECTOR, cols, rows, cols,
+                          a.data(), rows, step_a, sigma.data(), step_s, u.data(), rows, step_a, v.data(), cols, step_v,
+                          work.data(), size, info.data(), residuals.data(), batch),
             "cusolverDnGesvdaStridedBatched");
         const std::vector<T> values = sigma.download();
         const std::vector<int> codes = info.download();
@@ -550,7 +594,8 @@ template <arithmetic_element T>
                 results[i] = small_svd<T>(ready, matrices[i]);
                 continue;
             }
-            results[i].sigma.assign(values.begin() + static_cast<std::ptrdiff_t>(i * n), values.begin() + static_cast<std::ptrdiff_t>((i + 1) * n));
+            results[i].sigma.assign(values.begin() + static_cast<std::ptrdiff_t>(i * n),
+                values.begin() + static_cast<std::ptrdiff_t>((i + 1) * n));
             results[i].u = device_matrix<T>(ready, m, n);
             results[i].v = device_matrix<T>(ready, n, n);
             copy_matrix<T>(ready, std::as_const(u).view().block(0, i * n, m, n), results[i].u.view());
@@ -560,10 +605,11 @@ template <arithmetic_element T>
     return results;
 }
 
-/// Turns the signs of matching columns of u and v so that the entry of largest magnitude of each u is positive (the first one among
-/// equals). Waits twice, for the places and the values of those entries.
+/// Turns the signs of matching columns of u and v so that the entry of largest magnitude of each u is positive (the
+/// first one among equals). Waits twice, for the places and the values of those entries.
 template <arithmetic_element T>
-void orient(const gpu& policy, std::type_identity_t<device_matrix_view<T>> u, std::type_identity_t<device_matrix_view<T>> v)
+void orient(
+    const gpu& policy, std::type_identity_t<device_matrix_view<T>> u, std::type_identity_t<device_matrix_view<T>> v)
 {
     if (u.empty()) { return; }
     with_context(policy, [&](const gpu& ready) {
@@ -573,8 +619,9 @@ void orient(const gpu& policy, std::type_identity_t<device_matrix_view<T>> u, st
         {
             const detail::results_on_device mode(ready.context->blas());
             for (std::size_t j = 0; j < u.cols(); ++j) {
-                device::check(detail::cuda_calls<T>::iamax(ready.context->blas(), detail::as_int(u.rows(), "cublasIamax"), u.data() + j * across,
-                                  detail::as_int(step, "cublasIamax"), places.data() + j),
+                device::check(
+                    detail::cuda_calls<T>::iamax(ready.context->blas(), detail::as_int(u.rows(), "cublasIamax"),
+                        u.data() + j * across, detail::as_int(step, "cublasIamax"), places.data() + j),
                     "cublasIamax");
             }
         }
@@ -582,7 +629,8 @@ void orient(const gpu& policy, std::type_identity_t<device_matrix_view<T>> u, st
         std::vector<T> largest(u.cols());
         for (std::size_t j = 0; j < u.cols(); ++j) { // counted from 1
             const std::size_t row = at[j] > 0 ? static_cast<std::size_t>(at[j]) - 1 : 0;
-            device::check(cudaMemcpyAsync(&largest[j], u.data() + j * across + row * step, sizeof(T), cudaMemcpyDeviceToHost, device::stream_of(ready)),
+            device::check(cudaMemcpyAsync(&largest[j], u.data() + j * across + row * step, sizeof(T),
+                              cudaMemcpyDeviceToHost, device::stream_of(ready)),
                 "cudaMemcpyAsync");
         }
         device::synchronize(ready);
@@ -598,7 +646,8 @@ template <arithmetic_element T>
 [[nodiscard]] double factor_cholesky(const gpu& policy, device_matrix_view<T> g)
 {
     if (g.rows() != g.cols() || g.order() != matrix_order::column_major) {
-        raise<shape_mismatch>(message("factor_cholesky: G is ", g.rows(), "×", g.cols(), "; expected a square, column-major matrix"));
+        raise<shape_mismatch>(
+            message("factor_cholesky: G is ", g.rows(), "×", g.cols(), "; expected a square, column-major matrix"));
     }
     if (g.empty()) { return 1; }
     return with_context(policy, [&](const gpu& ready) {
@@ -607,8 +656,8 @@ template <arithmetic_element T>
         const int order = detail::as_int(n, "potrf"), stride = detail::as_int(g.stride(), "potrf");
         const auto diagonal = [&] {
             std::vector<T> values(n);
-            device::check(cudaMemcpy2DAsync(
-                              values.data(), sizeof(T), g.data(), (g.stride() + 1) * sizeof(T), sizeof(T), n, cudaMemcpyDeviceToHost, device::stream_of(ready)),
+            device::check(cudaMemcpy2DAsync(values.data(), sizeof(T), g.data(), (g.stride() + 1) * sizeof(T), sizeof(T),
+                              n, cudaMemcpyDeviceToHost, device::stream_of(ready)),
                 "cudaMemcpy2DAsync");
             device::synchronize(ready);
             return values;
@@ -616,16 +665,20 @@ template <arithmetic_element T>
         const std::vector<T> before = diagonal();
         if (!std::all_of(before.begin(), before.end(), [](T x) { return x > 0; })) { return 0.0; }
         int size = 0;
-        device::check(calls::potrf_size(ready.context->solver(), CUBLAS_FILL_MODE_LOWER, order, g.data(), stride, &size), "cusolverDnPotrf_bufferSize");
+        device::check(
+            calls::potrf_size(ready.context->solver(), CUBLAS_FILL_MODE_LOWER, order, g.data(), stride, &size),
+            "cusolverDnPotrf_bufferSize");
         const device::buffer<T> work(ready, static_cast<std::size_t>(std::max(size, 1)));
         const device::buffer<int> info(ready, 1);
-        device::check(
-            calls::potrf(ready.context->solver(), CUBLAS_FILL_MODE_LOWER, order, g.data(), stride, work.data(), size, info.data()), "cusolverDnPotrf");
+        device::check(calls::potrf(ready.context->solver(), CUBLAS_FILL_MODE_LOWER, order, g.data(), stride,
+                          work.data(), size, info.data()),
+            "cusolverDnPotrf");
         if (info.download()[0] != 0) { return 0.0; }
         const std::vector<T> after = diagonal();
         double least = 1;
         for (std::size_t i = 0; i < n; ++i) {
-            least = std::min(least, static_cast<double>(after[i]) * static_cast<double>(after[i]) / static_cast<double>(before[i]));
+            least = std::min(
+                least, static_cast<double>(after[i]) * static_cast<double>(after[i]) / static_cast<double>(before[i]));
         }
         return least;
     });
@@ -636,7 +689,8 @@ template <arithmetic_element T>
 void solve_cholesky(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> l, device_matrix_view<T> b)
 {
     if (l.rows() != l.cols() || b.rows() != l.rows() || l.order() != matrix_order::column_major) {
-        raise<shape_mismatch>(message("solve_cholesky: L is ", l.rows(), "×", l.cols(), ", B ", b.rows(), "×", b.cols()));
+        raise<shape_mismatch>(
+            message("solve_cholesky: L is ", l.rows(), "×", l.cols(), ", B ", b.rows(), "×", b.cols()));
     }
     if (b.empty()) { return; }
     with_context(policy, [&](const gpu& ready) {
@@ -649,20 +703,23 @@ void solve_cholesky(const gpu& policy, std::type_identity_t<device_matrix_view<c
         }
         const device::buffer<int> info(ready, 1); // tells wrong arguments alone: not read
         device::check(
-            detail::cuda_calls<T>::potrs(ready.context->solver(), CUBLAS_FILL_MODE_LOWER, detail::as_int(l.rows(), "potrs"), detail::as_int(x.cols(), "potrs"),
-                l.data(), detail::as_int(l.stride(), "potrs"), x.data(), detail::as_int(x.stride(), "potrs"), info.data()),
+            detail::cuda_calls<T>::potrs(ready.context->solver(), CUBLAS_FILL_MODE_LOWER,
+                detail::as_int(l.rows(), "potrs"), detail::as_int(x.cols(), "potrs"), l.data(),
+                detail::as_int(l.stride(), "potrs"), x.data(), detail::as_int(x.stride(), "potrs"), info.data()),
             "cusolverDnPotrs");
         if (!turned.empty()) { copy_matrix<T>(ready, x, b); }
     });
 }
 
-/// Solves G·X = B for a symmetric positive definite G (n×n) and B (n×p), in place of B. False, with B unspecified, where G is not
-/// numerically positive definite. Waits.
+/// Solves G·X = B for a symmetric positive definite G (n×n) and B (n×p), in place of B. False, with B unspecified,
+/// where G is not numerically positive definite. Waits.
 template <arithmetic_element T>
-[[nodiscard]] bool cholesky_solve(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> g, device_matrix_view<T> b)
+[[nodiscard]] bool cholesky_solve(
+    const gpu& policy, std::type_identity_t<device_matrix_view<const T>> g, device_matrix_view<T> b)
 {
     if (g.rows() != g.cols() || b.rows() != g.rows()) {
-        raise<shape_mismatch>(message("cholesky_solve: G is ", g.rows(), "×", g.cols(), ", B ", b.rows(), "×", b.cols()));
+        raise<shape_mismatch>(
+            message("cholesky_solve: G is ", g.rows(), "×", g.cols(), ", B ", b.rows(), "×", b.cols()));
     }
     return with_context(policy, [&](const gpu& ready) {
         device_matrix<T> l(ready, g.rows(), g.cols());

@@ -1,15 +1,16 @@
-// The linear algebra seam (linalg/linalg.hpp) on a Thrust host system, whose device memory is host memory: Eigen answers.
-// SPDX-License-Identifier: Apache-2.0
+// The linear algebra seam (linalg/linalg.hpp) on a Thrust host system, whose device memory is host memory: Eigen
+// answers. SPDX-License-Identifier: Apache-2.0
 //
-// Every name passes the same memory on to the CPU's version. Results have the CPU's bits and the CPU's bounds; what this is for is
-// that the algorithms' device versions run wherever there is no device.
+// Every name passes the same memory on to the CPU's version. Results have the CPU's bits and the CPU's bounds; what
+// this is for is that the algorithms' device versions run wherever there is no device.
 #pragma once
 
 #include <taskvec/device/linalg/matrix.hpp>
 #include <taskvec/linalg/linalg.hpp>
 
 #if TASKVEC_ON_CUDA
-#error "this header is for Thrust host systems (THRUST_DEVICE_SYSTEM); on CUDA include <taskvec/device/cusolver/linalg.hpp>"
+#error                                                                                                                 \
+    "this header is for Thrust host systems (THRUST_DEVICE_SYSTEM); on CUDA include <taskvec/device/cusolver/linalg.hpp>"
 #endif
 
 #include <concepts>
@@ -60,32 +61,36 @@ decltype(auto) with_context(const gpu& policy, const Body& body)
 }
 
 template <arithmetic_element T>
-[[nodiscard]] device_matrix<T> result_matrix(const gpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+[[nodiscard]] device_matrix<T> result_matrix(
+    const gpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
 {
     return device_matrix<T>(policy, rows, cols, order);
 }
 template <arithmetic_element T>
-[[nodiscard]] device_matrix<T> scratch_matrix(const gpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+[[nodiscard]] device_matrix<T> scratch_matrix(
+    const gpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
 {
     return device_matrix<T>(policy, rows, cols, order);
 }
 
 template <arithmetic_element T>
-void gemm(const gpu&, T alpha, std::type_identity_t<device_matrix_view<const T>> a, std::type_identity_t<device_matrix_view<const T>> b,
-    std::type_identity_t<T> beta, std::type_identity_t<device_matrix_view<T>> c)
+void gemm(const gpu&, T alpha, std::type_identity_t<device_matrix_view<const T>> a,
+    std::type_identity_t<device_matrix_view<const T>> b, std::type_identity_t<T> beta,
+    std::type_identity_t<device_matrix_view<T>> c)
 {
     gemm<T>(cpu{}, alpha, detail::here(a), detail::here(b), beta, detail::here(c));
 }
 
 template <arithmetic_element T>
-void copy_matrix(const gpu&, std::type_identity_t<device_matrix_view<const T>> from, std::type_identity_t<device_matrix_view<T>> to)
+void copy_matrix(
+    const gpu&, std::type_identity_t<device_matrix_view<const T>> from, std::type_identity_t<device_matrix_view<T>> to)
 {
     copy_matrix<T>(cpu{}, detail::here(from), detail::here(to));
 }
 
 template <arithmetic_element T>
-void scale_columns(
-    const gpu&, std::type_identity_t<device_matrix_view<const T>> x, std::span<const double> scale, std::type_identity_t<device_matrix_view<T>> out)
+void scale_columns(const gpu&, std::type_identity_t<device_matrix_view<const T>> x, std::span<const double> scale,
+    std::type_identity_t<device_matrix_view<T>> out)
 {
     scale_columns<T>(cpu{}, detail::here(x), scale, detail::here(out));
 }
@@ -121,14 +126,15 @@ void refuse_nonfinite(const gpu&, device_matrix_view<const T> a, std::string_vie
 }
 
 template <arithmetic_element T>
-[[nodiscard]] qr_factors<T, memory_space::device> factor_qr(const gpu&, std::type_identity_t<device_matrix_view<const T>> a, std::string_view what = "A")
+[[nodiscard]] qr_factors<T, memory_space::device> factor_qr(
+    const gpu&, std::type_identity_t<device_matrix_view<const T>> a, std::string_view what = "A")
 {
     return {factor_qr<T>(cpu{}, detail::here(a), what)};
 }
 
 template <arithmetic_element T>
-void multiply_q(const gpu&, const qr_factors<T, memory_space::device>& f, std::type_identity_t<matrix_view<const double>> x,
-    std::type_identity_t<device_matrix_view<T>> out)
+void multiply_q(const gpu&, const qr_factors<T, memory_space::device>& f,
+    std::type_identity_t<matrix_view<const double>> x, std::type_identity_t<device_matrix_view<T>> out)
 {
     const qr_factors<T, memory_space::host>& same = f;
     multiply_q<T>(cpu{}, same, x, detail::here(out));
@@ -146,22 +152,24 @@ template <int = 0>
     return small_svd(cpu{}, a);
 }
 template <int = 0>
-[[nodiscard]] std::vector<small_svd_result> small_svds(const gpu&, const std::vector<matrix_view<const double>>& matrices)
+[[nodiscard]] std::vector<small_svd_result> small_svds(
+    const gpu&, const std::vector<matrix_view<const double>>& matrices)
 {
     std::vector<small_svd_result> results;
     for (const auto& one : matrices) { results.push_back(small_svd(cpu{}, one)); }
     return results;
 }
 template <arithmetic_element T>
-void multiply_small(const gpu&, std::type_identity_t<device_matrix_view<const T>> x, std::type_identity_t<matrix_view<const double>> y,
-    std::type_identity_t<device_matrix_view<T>> out)
+void multiply_small(const gpu&, std::type_identity_t<device_matrix_view<const T>> x,
+    std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<device_matrix_view<T>> out)
 {
     multiply_small<T>(cpu{}, detail::here(x), y, detail::here(out));
 }
 
 /// out = y, rounded to T.
 template <arithmetic_element T>
-void keep_small(const gpu&, std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<device_matrix_view<T>> out)
+void keep_small(
+    const gpu&, std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<device_matrix_view<T>> out)
 {
     const auto to = detail::here(out);
     for (std::size_t j = 0; j < y.cols(); ++j) {
@@ -170,7 +178,8 @@ void keep_small(const gpu&, std::type_identity_t<matrix_view<const double>> y, s
 }
 
 template <arithmetic_element T>
-[[nodiscard]] device_matrix<T> orthonormal_basis(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> y, std::string_view what)
+[[nodiscard]] device_matrix<T> orthonormal_basis(
+    const gpu& policy, std::type_identity_t<device_matrix_view<const T>> y, std::string_view what)
 {
     return to_device<T>(policy, orthonormal_basis<T>(cpu{}, detail::here(y), what));
 }
@@ -193,7 +202,8 @@ void solve_cholesky(const gpu&, std::type_identity_t<device_matrix_view<const T>
     solve_cholesky(cpu{}, detail::here(l), detail::here(b));
 }
 template <std::same_as<double> T>
-[[nodiscard]] bool cholesky_solve(const gpu&, std::type_identity_t<device_matrix_view<const T>> g, device_matrix_view<T> b)
+[[nodiscard]] bool cholesky_solve(
+    const gpu&, std::type_identity_t<device_matrix_view<const T>> g, device_matrix_view<T> b)
 {
     return cholesky_solve(cpu{}, detail::here(g), detail::here(b));
 }

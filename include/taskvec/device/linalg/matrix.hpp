@@ -2,16 +2,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/device/memory.hpp>
 #include <taskvec/core/matrix.hpp>
+#include <taskvec/device/memory.hpp>
 
 #include <cstddef>
 #include <utility>
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// A matrix that owns device memory from the policy's allocator, zero at first; move-only. Memory is given back in the order of
-/// the policy's stream, which (like the allocator) must outlive it.
+/// A matrix that owns device memory from the policy's allocator, zero at first; move-only. Memory is given back in the
+/// order of the policy's stream, which (like the allocator) must outlive it.
 template <storage_element T>
 class matrix<T, memory_space::device> {
 public:
@@ -49,8 +49,8 @@ private:
 template <storage_element T>
 using device_matrix = matrix<T, memory_space::device>;
 
-/// A copy of a host matrix in device memory, in the same order and without gaps; of each run of a view only its elements.
-/// Queued on the policy's stream; the source may be reused on return.
+/// A copy of a host matrix in device memory, in the same order and without gaps; of each run of a view only its
+/// elements. Queued on the policy's stream; the source may be reused on return.
 template <storage_element T>
 [[nodiscard]] device_matrix<T> to_device(const gpu& policy, matrix_view<const T> from)
 {
@@ -62,7 +62,8 @@ template <storage_element T>
         return to;
     }
     for (std::size_t k = 0; k < runs; ++k) {
-        device::upload(policy, static_cast<void*>(to.data() + k * length), from.data() + k * from.stride(), length * sizeof(T));
+        device::upload(
+            policy, static_cast<void*>(to.data() + k * length), from.data() + k * from.stride(), length * sizeof(T));
     }
     return to;
 }
@@ -84,7 +85,8 @@ template <storage_element T>
         return to;
     }
     for (std::size_t k = 0; k < runs; ++k) {
-        device::download(policy, static_cast<void*>(to.data() + k * length), from.data() + k * from.stride(), length * sizeof(T));
+        device::download(
+            policy, static_cast<void*>(to.data() + k * length), from.data() + k * from.stride(), length * sizeof(T));
     }
     return to;
 }

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/methods/dare.hpp>
 #include <taskvec/device/methods/election.hpp>
 #include <taskvec/device/methods/linear.hpp>
+#include <taskvec/methods/dare.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -52,15 +52,18 @@ public:
     void write(device_models& models, merge_report& report) const
     {
         const std::size_t tasks = models.models().task_count();
-        device::buffer<elementwise::counter> tallies(models.policy(), models.models().options().statistics ? elementwise::tally_slots * tasks : 0);
+        device::buffer<elementwise::counter> tallies(
+            models.policy(), models.models().options().statistics ? elementwise::tally_slots * tasks : 0);
         tallies.clear();
-        models.write(all_tensors(models.models()), [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
-            visit_arithmetic(models.models().tensors()[tensor], [&]<class A>(std::type_identity<A>) {
-                using functor = elementwise::random_linear_combination<A>;
-                device::sweep(policy, functor::groups(piece.size),
-                    functor{piece, drop_.get<A>(tensor), weights_.get<A>(), static_cast<A>(lambda_), tallies.data(), models.nonfinite_flag()});
+        models.write(
+            all_tensors(models.models()), [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
+                visit_arithmetic(models.models().tensors()[tensor], [&]<class A>(std::type_identity<A>) {
+                    using functor = elementwise::random_linear_combination<A>;
+                    device::sweep(policy, functor::groups(piece.size),
+                        functor{piece, drop_.get<A>(tensor), weights_.get<A>(), static_cast<A>(lambda_), tallies.data(),
+                            models.nonfinite_flag()});
+                });
             });
-        });
         if (tallies.size() == 0) { return; }
         const std::vector<elementwise::counter> found = tallies.download();
         report.kept.assign(tasks, 0);
@@ -85,7 +88,8 @@ public:
     { }
     void write(device_models& models, merge_report& report)
     {
-        election_.write(models, report, [&]<class A>(std::type_identity<A>, std::size_t tensor) { return drop_.get<A>(tensor); });
+        election_.write(
+            models, report, [&]<class A>(std::type_identity<A>, std::size_t tensor) { return drop_.get<A>(tensor); });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 

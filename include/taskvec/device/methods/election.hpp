@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/device/methods/merge.hpp>
 #include <taskvec/device/methods/election_functor.hpp>
+#include <taskvec/device/methods/merge.hpp>
 #include <taskvec/methods/ties.hpp>
 
 #include <cstddef>
@@ -12,7 +12,8 @@
 
 namespace taskvec::inline TASKVEC_ABI::detail {
 
-/// Elects and merges over all tensors of models, and once more over those where the majority decides otherwise than was guessed.
+/// Elects and merges over all tensors of models, and once more over those where the majority decides otherwise than was
+/// guessed.
 class device_election {
 public:
     device_election(device_models& models, const ties_options& options)
@@ -26,7 +27,8 @@ public:
         wide_ = device::buffer<double>(models.policy(), election_factors<double>(weights));
     }
 
-    /// keep(std::type_identity<A>{}, tensor) is what keeps entries of a tensor's task vectors. Waits where zero sums need the majority.
+    /// keep(std::type_identity<A>{}, tensor) is what keeps entries of a tensor's task vectors. Waits where zero sums
+    /// need the majority.
     template <class Keep>
     void write(device_models& models, merge_report& report, const Keep& keep)
     {
@@ -41,8 +43,9 @@ public:
                     factors = single_.data();
                 }
                 using kept = decltype(keep(type, tensor));
-                const elementwise::elect_and_merge<A, kept> elect{piece, keep(type, tensor), factors, options_.combine, static_cast<A>(signs[tensor]),
-                    static_cast<A>(options_.lambda), tallies_.data() + tensor * per_tensor(), statistics_, models.nonfinite_flag()};
+                const elementwise::elect_and_merge<A, kept> elect{piece, keep(type, tensor), factors, options_.combine,
+                    static_cast<A>(signs[tensor]), static_cast<A>(options_.lambda),
+                    tallies_.data() + tensor * per_tensor(), statistics_, models.nonfinite_flag()};
                 if constexpr (std::same_as<A, float> && kept::by_packs) {
                     const bool done = tasks_ <= elect.held && visit_packs(piece, [&]<class T>(std::type_identity<T>) {
                         using packs = elementwise::elect_and_merge_packs<T, kept>;
@@ -55,7 +58,8 @@ public:
         };
         tallies_.clear();
         models.write(all_tensors(models.models()), merge);
-        const bool majority = options_.zero_sign == zero_sign::majority || options_.zero_sign == zero_sign::majority_or_negative;
+        const bool majority =
+            options_.zero_sign == zero_sign::majority || options_.zero_sign == zero_sign::majority_or_negative;
         if (!majority && !statistics_) { return; }
         auto counts = totals(tensors.size());
         if (majority) {
@@ -65,7 +69,8 @@ public:
             bool again = false;
             for (std::size_t i = 0; i < tensors.size(); ++i) {
                 if (counts[i][1] == 0 || signs[i] == guess) { continue; }
-                device::clear(models.policy(), tallies_.data() + i * per_tensor(), per_tensor() * sizeof(elementwise::counter));
+                device::clear(
+                    models.policy(), tallies_.data() + i * per_tensor(), per_tensor() * sizeof(elementwise::counter));
                 models.write({i, i + 1}, merge);
                 again = true;
             }
@@ -83,7 +88,10 @@ public:
     }
 
 private:
-    [[nodiscard]] std::size_t per_tensor() const noexcept { return elementwise::tally_slots * elementwise::tally_size(tasks_, statistics_); }
+    [[nodiscard]] std::size_t per_tensor() const noexcept
+    {
+        return elementwise::tally_slots * elementwise::tally_size(tasks_, statistics_);
+    }
 
     /// What was counted, [tensor][what].
     [[nodiscard]] std::vector<std::vector<elementwise::counter>> totals(std::size_t tensors) const

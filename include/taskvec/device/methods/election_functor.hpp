@@ -1,9 +1,9 @@
-// Electing a sign and merging the entries that agree with it, as an elementwise functor: TIES and DARE-TIES on the gpu policy.
-// SPDX-License-Identifier: Apache-2.0
+// Electing a sign and merging the entries that agree with it, as an elementwise functor: TIES and DARE-TIES on the gpu
+// policy. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/device/models/elements.hpp>
 #include <taskvec/core/random.hpp>
+#include <taskvec/device/models/elements.hpp>
 #include <taskvec/methods/sign_election.hpp>
 #include <taskvec/select/top_k.hpp>
 
@@ -12,7 +12,8 @@
 
 namespace taskvec::inline TASKVEC_ABI::elementwise {
 
-/// Where elections of a tensor are counted: `slots` copies of [Σ of signs, unresolved, kept and conflicting of each task].
+/// Where elections of a tensor are counted: `slots` copies of [Σ of signs, unresolved, kept and conflicting of each
+/// task].
 inline constexpr std::size_t tally_slots = 64;
 [[nodiscard]] constexpr std::size_t tally_size(std::size_t tasks, bool statistics) noexcept
 {
@@ -27,20 +28,23 @@ struct keep_top {
     static constexpr bool by_packs = true;
     const top_k_threshold<A>* thresholds;
 
-    [[nodiscard]] TASKVEC_HOST_DEVICE A operator()(std::size_t t, A value, std::uint64_t, std::uint64_t place) const noexcept
+    [[nodiscard]] TASKVEC_HOST_DEVICE A operator()(
+        std::size_t t, A value, std::uint64_t, std::uint64_t place) const noexcept
     {
         return thresholds[t].keeps(value, place) ? value : A{0};
     }
 };
 
-/// Keeps entries at random, divided by the density: element i of task t where its word is below `bound` (see random_stream).
+/// Keeps entries at random, divided by the density: element i of task t where its word is below `bound` (see
+/// random_stream).
 template <arithmetic_element A>
 struct keep_at_random {
     static constexpr bool by_packs = false; // the draws take longer than the reads
     std::uint64_t key, bound;
     A density;
 
-    [[nodiscard]] TASKVEC_HOST_DEVICE A operator()(std::size_t t, A value, std::uint64_t i, std::uint64_t) const noexcept
+    [[nodiscard]] TASKVEC_HOST_DEVICE A operator()(
+        std::size_t t, A value, std::uint64_t i, std::uint64_t) const noexcept
     {
         if (bound >> 32) { return value; } // everything is kept, and x / 1 is x
         const std::uint32_t word = random_stream(key, static_cast<std::uint32_t>(t)).word(i);
@@ -53,9 +57,9 @@ struct election_counts {
     counter signs = 0, unresolved = 0; // modulo 2^64
 };
 
-/// θ0 + λ·τ, where τ merges what `keep` leaves of the task vectors: the operations of detail::elect_rows() in its order.
-/// factors: T elect, T value, T divide, T agree. Every task is read once; what is kept of the first `held` stays in registers, what is
-/// kept of others is computed again.
+/// θ0 + λ·τ, where τ merges what `keep` leaves of the task vectors: the operations of detail::elect_rows() in its
+/// order. factors: T elect, T value, T divide, T agree. Every task is read once; what is kept of the first `held` stays
+/// in registers, what is kept of others is computed again.
 template <arithmetic_element A, class Keep>
 struct elect_and_merge {
     device_piece piece;
@@ -99,7 +103,8 @@ struct elect_and_merge {
     }
 
     /// The merged element i, from its base and what is kept of the first tasks.
-    [[nodiscard]] TASKVEC_HOST_DEVICE A merged(std::uint64_t i, A base, const A* kept, counter* tally, election_counts& counts) const
+    [[nodiscard]] TASKVEC_HOST_DEVICE A merged(
+        std::uint64_t i, A base, const A* kept, counter* tally, election_counts& counts) const
     {
         const std::size_t tasks = piece.tasks;
         A s = 0;
@@ -138,7 +143,9 @@ struct elect_and_merge {
         const std::size_t tasks = piece.tasks;
         const bool agrees = product(product(factors[3 * tasks + t], x), sign) > 0;
         const A candidate = agrees ? product(factors[tasks + t], x) : A{0};
-        if (how == disjoint_merge::max) { total = magnitude_bits(candidate) > magnitude_bits(total) ? candidate : total; }
+        if (how == disjoint_merge::max) {
+            total = magnitude_bits(candidate) > magnitude_bits(total) ? candidate : total;
+        }
         else {
             total = sum(total, candidate);
             divisor = sum(divisor, agrees && how == disjoint_merge::mean ? factors[2 * tasks + t] : A{0});
@@ -150,14 +157,17 @@ struct elect_and_merge {
     }
 };
 
-/// elect_and_merge over at most `held` tasks where everything is stored as T, by accesses of 16 bytes: the same operations on every
-/// element.
+/// elect_and_merge over at most `held` tasks where everything is stored as T, by accesses of 16 bytes: the same
+/// operations on every element.
 template <storage_element T, class Keep>
 struct elect_and_merge_packs {
     elect_and_merge<float, Keep> of_elements;
 
     /// The sweep is over packs.
-    [[nodiscard]] static constexpr std::uint64_t packs(std::uint64_t size) noexcept { return (size + pack<T>::size - 1) / pack<T>::size; }
+    [[nodiscard]] static constexpr std::uint64_t packs(std::uint64_t size) noexcept
+    {
+        return (size + pack<T>::size - 1) / pack<T>::size;
+    }
 
     TASKVEC_FUNCTOR void operator()(const indices& at) const
     {
@@ -177,19 +187,22 @@ struct elect_and_merge_packs {
                 if (t < piece.tasks) {
                     load_pack<T>(piece.operands[1 + t], k, piece.position + begin, of_elements.flag, value);
                     for (std::size_t j = 0; j < pack<T>::size; ++j) {
-                        kept[j][t] = of_elements.keep(t, difference(value[j], base[j]), piece.offset + begin + j, piece.position + begin + j);
+                        kept[j][t] = of_elements.keep(
+                            t, difference(value[j], base[j]), piece.offset + begin + j, piece.position + begin + j);
                     }
                 }
             }
-            for (std::size_t j = 0; j < pack<T>::size; ++j) { value[j] = of_elements.merged(begin + j, base[j], kept[j], tally, counts); }
+            for (std::size_t j = 0; j < pack<T>::size; ++j) {
+                value[j] = of_elements.merged(begin + j, base[j], kept[j], tally, counts);
+            }
             store_pack<T>(piece.out, k, value);
         }
         of_elements.add(tally, counts);
     }
 };
 
-/// θ0 + λ·Σ weights[t]·(what is kept at random of task vector t). Four elements a time: one draw is four words. Where `tallies` is not
-/// null, tally_slots copies of it count, for each task, the entries that are left and not 0.
+/// θ0 + λ·Σ weights[t]·(what is kept at random of task vector t). Four elements a time: one draw is four words. Where
+/// `tallies` is not null, tally_slots copies of it count, for each task, the entries that are left and not 0.
 template <arithmetic_element A>
 struct random_linear_combination {
     device_piece piece;
@@ -207,19 +220,26 @@ struct random_linear_combination {
         for (std::uint64_t group = at.first; group < at.last; group += at.step) {
             const std::uint64_t begin = 4 * group;
             A base[4], total[4] = {};
-            for (unsigned j = 0; j < 4; ++j) { base[j] = begin + j < piece.size ? origin<A>(piece, begin + j, flag) : A{0}; }
+            for (unsigned j = 0; j < 4; ++j) {
+                base[j] = begin + j < piece.size ? origin<A>(piece, begin + j, flag) : A{0};
+            }
             for (std::size_t t = 0; t < piece.tasks; ++t) {
-                const auto words = random_stream(keep.key, static_cast<std::uint32_t>(t)).words((piece.offset + begin) / 4);
+                const auto words =
+                    random_stream(keep.key, static_cast<std::uint32_t>(t)).words((piece.offset + begin) / 4);
                 for (unsigned j = 0; j < 4; ++j) {
                     if (begin + j >= piece.size) { break; }
                     const A value = delta(piece, t, begin + j, base[j], flag);
-                    const A kept = keep.bound >> 32 ? value : words[j] < keep.bound ? quotient(value, keep.density) : A{0};
+                    const A kept = keep.bound >> 32 ? value
+                        : words[j] < keep.bound     ? quotient(value, keep.density)
+                                                    : A{0};
                     total[j] = sum(total[j], product(weights[t], kept));
                     if (tallies && kept != 0) { atomic_add(tallies + at.worker % tally_slots * piece.tasks + t, 1); }
                 }
             }
             for (unsigned j = 0; j < 4; ++j) {
-                if (begin + j < piece.size) { store(piece.out, piece.out_dtype, begin + j, sum(base[j], product(lambda, total[j]))); }
+                if (begin + j < piece.size) {
+                    store(piece.out, piece.out_dtype, begin + j, sum(base[j], product(lambda, total[j])));
+                }
             }
         }
     }

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/device/methods/fisher_functor.hpp>
 #include <taskvec/device/methods/linear.hpp>
 #include <taskvec/methods/fisher.hpp>
-#include <taskvec/device/methods/fisher_functor.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +25,8 @@ class detail::device_merger<fisher_options> {
 public:
     static constexpr bool needs_base = false, in_place = true;
 
-    [[nodiscard]] static std::vector<aligned_tensor::operand> beside(const fisher_options& options, const aligned_models& models, memory_space space)
+    [[nodiscard]] static std::vector<aligned_tensor::operand> beside(
+        const fisher_options& options, const aligned_models& models, memory_space space)
     {
         return aligned_fishers(models, options, space).operands();
     }
@@ -47,15 +48,16 @@ public:
     }
     void write(device_models& models, merge_report&)
     {
-        models.write(all_tensors(models.models()), [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
-            visit_arithmetic(models.models().tensors()[tensor], [&]<class A>(std::type_identity<A>) {
-                A total = 0;
-                for (const double weight : weights_) { total += static_cast<A>(weight); }
-                device::sweep(policy, piece.size,
-                    elementwise::fisher_average<A>{
-                        piece, factors_->get<A>(), total, fisher_floor<A>(options_), models.nonfinite_flag(), nonfinite(models), flags_.data() + 1});
+        models.write(
+            all_tensors(models.models()), [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
+                visit_arithmetic(models.models().tensors()[tensor], [&]<class A>(std::type_identity<A>) {
+                    A total = 0;
+                    for (const double weight : weights_) { total += static_cast<A>(weight); }
+                    device::sweep(policy, piece.size,
+                        elementwise::fisher_average<A>{piece, factors_->get<A>(), total, fisher_floor<A>(options_),
+                            models.nonfinite_flag(), nonfinite(models), flags_.data() + 1});
+                });
             });
-        });
         check(models);
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
@@ -73,7 +75,10 @@ public:
     }
 
 private:
-    [[nodiscard]] elementwise::counter* nonfinite(const device_models& models) const noexcept { return models.nonfinite_flag() ? flags_.data() : nullptr; }
+    [[nodiscard]] elementwise::counter* nonfinite(const device_models& models) const noexcept
+    {
+        return models.nonfinite_flag() ? flags_.data() : nullptr;
+    }
 
     /// Reports the least place of what no Fisher may hold.
     void check(const device_models& models) const
@@ -88,11 +93,16 @@ private:
             for (std::size_t t = 0; t < tasks; ++t) {
                 if (!models.operand(tensor, 1 + tasks + t).data) { continue; }
                 const double stored = models.element(tensor, 1 + tasks + t, index);
-                const double value = models.models().tensors()[tensor].wide ? stored : static_cast<double>(static_cast<float>(stored));
+                const double value =
+                    models.models().tensors()[tensor].wide ? stored : static_cast<double>(static_cast<float>(stored));
                 if (which == 0 && !std::isfinite(value)) {
-                    refuse_fisher_nonfinite(models.models(), tensor, fisher_label(options_, t, models.models()), value, index);
+                    refuse_fisher_nonfinite(
+                        models.models(), tensor, fisher_label(options_, t, models.models()), value, index);
                 }
-                if (which == 1 && value < 0) { refuse_fisher_negative(models.models(), tensor, fisher_label(options_, t, models.models()), value, index); }
+                if (which == 1 && value < 0) {
+                    refuse_fisher_negative(
+                        models.models(), tensor, fisher_label(options_, t, models.models()), value, index);
+                }
             }
         }
     }

@@ -11,9 +11,9 @@ namespace taskvec::inline TASKVEC_ABI::elementwise {
 
 TASKVEC_KERNELS_BEGIN
 
-/// Σ (ct·Ft)·θt / Σ ct·Ft, or Σ ct·θt / Σ ct where the denominator is below `floor`. Ft is operand 1 + T + t (null data: 0).
-/// factors: T of the Fishers, then T of the plain average, whose sum is `total`. The least place of a negative entry goes to *negative,
-/// of NaN and infinity in a Fisher to *nonfinite.
+/// Σ (ct·Ft)·θt / Σ ct·Ft, or Σ ct·θt / Σ ct where the denominator is below `floor`. Ft is operand 1 + T + t (null
+/// data: 0). factors: T of the Fishers, then T of the plain average, whose sum is `total`. The least place of a
+/// negative entry goes to *negative, of NaN and infinity in a Fisher to *nonfinite.
 template <arithmetic_element A>
 struct fisher_average {
     device_piece piece;

@@ -12,7 +12,8 @@ namespace taskvec::inline TASKVEC_ABI::elementwise {
 
 TASKVEC_KERNELS_BEGIN
 
-/// sum[k] += weight·x, where x is element runs.at(k) of an operand whose element 0 has a place; NaN and infinity are noted.
+/// sum[k] += weight·x, where x is element runs.at(k) of an operand whose element 0 has a place; NaN and infinity are
+/// noted.
 struct add_weighted {
     aligned_tensor::operand from;
     strided_runs runs;
@@ -41,7 +42,9 @@ struct deviate {
     TASKVEC_FUNCTOR void operator()(const indices& at) const
     {
         TASKVEC_STRICT_FP
-        for (std::uint64_t k = at.first; k < at.last; k += at.step) { out[k] = difference(load<double>(from, runs.at(k)), mean[k]); }
+        for (std::uint64_t k = at.first; k < at.last; k += at.step) {
+            out[k] = difference(load<double>(from, runs.at(k)), mean[k]);
+        }
     }
 };
 
@@ -74,8 +77,9 @@ struct read_diagonal {
     }
 };
 
-/// The lower triangle of an n×n column-major system += weight·G̃, where G̃ has the mean of both halves of a Gram matrix, off the diagonal times
-/// alpha. *wrong is lowered to i·n + j where the entries (i, j) and (j, i) differ, or exceed what the diagonal allows, by more than tolerated.
+/// The lower triangle of an n×n column-major system += weight·G̃, where G̃ has the mean of both halves of a Gram matrix,
+/// off the diagonal times alpha. *wrong is lowered to i·n + j where the entries (i, j) and (j, i) differ, or exceed
+/// what the diagonal allows, by more than tolerated.
 struct add_gram {
     aligned_tensor::operand from;
     std::uint64_t n;
@@ -92,7 +96,10 @@ struct add_gram {
             if (j > i) { continue; }
             const double lower = load<double>(from, k), upper = load<double>(from, j * n + i);
             const double bound = product(std::sqrt(diagonal[i]), std::sqrt(diagonal[j]));
-            if (!(std::abs(lower - upper) <= product(tolerance, bound)) || !(std::abs(lower) <= product(1 + 10 * tolerance, bound))) { atomic_min(wrong, k); }
+            if (!(std::abs(lower - upper) <= product(tolerance, bound))
+                || !(std::abs(lower) <= product(1 + 10 * tolerance, bound))) {
+                atomic_min(wrong, k);
+            }
             const double value = product(0.5, sum(lower, upper));
             double& entry = system[j * n + i];
             entry = sum(entry, product(weight, i == j ? value : product(alpha, value)));
@@ -109,7 +116,9 @@ struct lift_diagonal {
     TASKVEC_FUNCTOR void operator()(const indices& at) const
     {
         TASKVEC_STRICT_FP
-        for (std::uint64_t i = at.first; i < at.last; i += at.step) { matrix[i * n + i] = sum(matrix[i * n + i], amount); }
+        for (std::uint64_t i = at.first; i < at.last; i += at.step) {
+            matrix[i * n + i] = sum(matrix[i * n + i], amount);
+        }
     }
 };
 

@@ -1,10 +1,10 @@
-// Average, task arithmetic, SLERP and Model Stock on taskvec::gpu: weighted sums, some of whose weights come from dot products.
-// SPDX-License-Identifier: Apache-2.0
+// Average, task arithmetic, SLERP and Model Stock on taskvec::gpu: weighted sums, some of whose weights come from dot
+// products. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/device/arithmetic/linear_functors.hpp>
-#include <taskvec/methods/average.hpp>
 #include <taskvec/device/methods/merge.hpp>
+#include <taskvec/methods/average.hpp>
 #include <taskvec/methods/model_stock.hpp>
 #include <taskvec/methods/slerp.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
@@ -38,16 +38,16 @@ private:
     device::buffer<double> wide_;
 };
 
-/// Writes finish(Σ weights·operands) for a range of tensors; factor(tensor, A{}) is what it finishes with, `stride` how far apart the
-/// weights of two tensors are (0: all have the same).
+/// Writes finish(Σ weights·operands) for a range of tensors; factor(tensor, A{}) is what it finishes with, `stride` how
+/// far apart the weights of two tensors are (0: all have the same).
 template <class Factor>
-void write_linear(device_models& models, tensor_range range, const device_weights& weights, std::size_t stride, std::size_t first, std::size_t count,
-    bool difference, elementwise::linear_finish finish, const Factor& factor)
+void write_linear(device_models& models, tensor_range range, const device_weights& weights, std::size_t stride,
+    std::size_t first, std::size_t count, bool difference, elementwise::linear_finish finish, const Factor& factor)
 {
     models.write(range, [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
         visit_arithmetic(models.models().tensors()[tensor], [&]<class A>(std::type_identity<A>) {
-            const elementwise::linear_combination<A> merge{
-                piece, weights.get<A>() + tensor * stride, first, count, difference, finish, factor(tensor, A{}), models.nonfinite_flag()};
+            const elementwise::linear_combination<A> merge{piece, weights.get<A>() + tensor * stride, first, count,
+                difference, finish, factor(tensor, A{}), models.nonfinite_flag()};
             if constexpr (std::same_as<A, float>) {
                 const bool done = visit_packs(piece, [&]<class T>(std::type_identity<T>) {
                     using packs = elementwise::linear_combination_of_packs<T>;
@@ -74,8 +74,8 @@ public:
     void write(device_models& models, merge_report&) const { write(models, all_tensors(models.models())); }
     void write(device_models& models, tensor_range range) const
     {
-        write_linear(models, range, weights_, 0, 1, models.models().task_count(), false, elementwise::linear_finish::divide,
-            [&]<class A>(std::size_t, A) { return host_.total<A>(); });
+        write_linear(models, range, weights_, 0, 1, models.models().task_count(), false,
+            elementwise::linear_finish::divide, [&]<class A>(std::size_t, A) { return host_.total<A>(); });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
@@ -97,8 +97,8 @@ public:
     }
     void write(device_models& models, merge_report&) const
     {
-        write_linear(models, all_tensors(models.models()), weights_, 0, 1, models.models().task_count(), true, elementwise::linear_finish::add_to_base,
-            [&]<class A>(std::size_t, A) { return static_cast<A>(lambda_); });
+        write_linear(models, all_tensors(models.models()), weights_, 0, 1, models.models().task_count(), true,
+            elementwise::linear_finish::add_to_base, [&]<class A>(std::size_t, A) { return static_cast<A>(lambda_); });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
@@ -118,8 +118,8 @@ public:
     { }
     void write(device_models& models, merge_report&) const
     {
-        write_linear(models, all_tensors(models.models()), weights_, 2, first_, 2, false, elementwise::linear_finish::plain,
-            []<class A>(std::size_t, A) { return A{1}; });
+        write_linear(models, all_tensors(models.models()), weights_, 2, first_, 2, false,
+            elementwise::linear_finish::plain, []<class A>(std::size_t, A) { return A{1}; });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 1; }
 
@@ -127,7 +127,8 @@ private:
     [[nodiscard]] std::vector<double> factors(device_models& models, const slerp_options& options) const
     {
         std::vector<double> pairs;
-        for (const auto& sum : tensor_dots(models, {{first_, first_}, {first_ + 1, first_ + 1}, {first_, first_ + 1}}, false)) {
+        for (const auto& sum :
+            tensor_dots(models, {{first_, first_}, {first_ + 1, first_ + 1}, {first_, first_ + 1}}, false)) {
             const slerp_factors pair = factors_of(options, sum[0], sum[1], sum[2]);
             pairs.insert(pairs.end(), {pair.of_a, pair.of_b});
         }
@@ -154,12 +155,14 @@ public:
         }
         const auto sums = tensor_dots(models, pairs, true);
         for (std::size_t tensor = 0; tensor < sums.size(); ++tensor) {
-            factors_.push_back(model_stock_factor(options, models.models().tensors()[tensor].name, tasks, sums[tensor]));
+            factors_.push_back(
+                model_stock_factor(options, models.models().tensors()[tensor].name, tasks, sums[tensor]));
         }
     }
     void write(device_models& models, merge_report&) const
     {
-        write_linear(models, all_tensors(models.models()), weights_, 0, 1, models.models().task_count(), true, elementwise::linear_finish::add_to_base,
+        write_linear(models, all_tensors(models.models()), weights_, 0, 1, models.models().task_count(), true,
+            elementwise::linear_finish::add_to_base,
             [&]<class A>(std::size_t tensor, A) { return static_cast<A>(factors_[tensor]); });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 1; }

@@ -1,12 +1,13 @@
 // merge() on taskvec::gpu: what every method shares. The methods stand in device_linear.hpp, device_ties.hpp and so on.
 // SPDX-License-Identifier: Apache-2.0
 //
-// A method is a detail::device_merger<Options>: its constructor makes the passes that must come first, its write() merges. It is
-// written on device_models, so that it merges models in device memory and models that stream through it alike.
+// A method is a detail::device_merger<Options>: its constructor makes the passes that must come first, its write()
+// merges. It is written on device_models, so that it merges models in device memory and models that stream through it
+// alike.
 #pragma once
 
-#include <taskvec/device/models/tensor_dots.hpp>
 #include <taskvec/device/models/device_models.hpp>
+#include <taskvec/device/models/tensor_dots.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <concepts>
@@ -28,27 +29,30 @@ class device_merger;
 
 /// The options of a merge method that runs on taskvec::gpu.
 template <class Options>
-concept device_merge_method = requires(device_models& models, const Options& options)
-{
-    detail::device_merger<Options>(models, options);
-};
+concept device_merge_method =
+    requires(device_models& models, const Options& options) { detail::device_merger<Options>(models, options); };
 
 namespace detail {
 
-/// What a method reads besides the models: operands in the order of tensors(), as many for each, in memory space `space`.
+/// What a method reads besides the models: operands in the order of tensors(), as many for each, in memory space
+/// `space`.
 template <device_merge_method Options>
-[[nodiscard]] std::vector<aligned_tensor::operand> operands_beside(const Options& options, const aligned_models& models, memory_space space)
+[[nodiscard]] std::vector<aligned_tensor::operand> operands_beside(
+    const Options& options, const aligned_models& models, memory_space space)
 {
-    if constexpr (requires { device_merger<Options>::beside(options, models, space); }) { return device_merger<Options>::beside(options, models, space); }
+    if constexpr (requires { device_merger<Options>::beside(options, models, space); }) {
+        return device_merger<Options>::beside(options, models, space);
+    }
     else {
         return {};
     }
 }
 
-/// What lies beside the models as memory that may not be overwritten: operands, or what a method says that has other data.
+/// What lies beside the models as memory that may not be overwritten: operands, or what a method says that has other
+/// data.
 template <device_merge_method Options>
-[[nodiscard]] std::vector<companion> companions_of(
-    const Options& options, const aligned_models& models, memory_space space, std::span<const aligned_tensor::operand> beside)
+[[nodiscard]] std::vector<companion> companions_of(const Options& options, const aligned_models& models,
+    memory_space space, std::span<const aligned_tensor::operand> beside)
 {
     if constexpr (requires { device_merger<Options>::companions(options, models, space); }) {
         return device_merger<Options>::companions(options, models, space);
@@ -80,15 +84,16 @@ inline void add_norms(const gpu& policy, const aligned_models& merged_and_base, 
 {
     resident_models resident(policy, merged_and_base);
     const auto merged = tensor_dots(resident, {{1, 1}}, false);
-    const auto change = merged_and_base.has_base() ? tensor_dots(resident, {{1, 1}}, true) : std::vector(merged.size(), std::vector{0.0});
+    const auto change = merged_and_base.has_base() ? tensor_dots(resident, {{1, 1}}, true)
+                                                   : std::vector(merged.size(), std::vector{0.0});
     for (std::size_t i = 0; i < merged.size(); ++i) {
         report.norms.push_back({merged_and_base.tensors()[i].name, std::sqrt(merged[i][0]), std::sqrt(change[i][0])});
     }
 }
 
 template <device_merge_method Options>
-merge_report merge_in_device_memory(const gpu& policy, const Options& options, const const_model_ref* base, std::span<const const_model_ref> tasks,
-    const model_ref& out, const model_options& how)
+merge_report merge_in_device_memory(const gpu& policy, const Options& options, const const_model_ref* base,
+    std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how)
 {
     using method_type = device_merger<Options>;
     if (method_type::needs_base && !base) { raise<invalid_argument>("this merge method needs a base model"); }
@@ -110,15 +115,16 @@ merge_report merge_in_device_memory(const gpu& policy, const Options& options, c
 
 } // namespace detail
 
-/// Merges models in device memory into outputs in device memory, as merge() on the CPU does: the same meaning, checks, errors and
-/// bits; each task is read once in a pass. Tensors must be aligned to their elements. Work is queued on the policy's stream; the call
-/// waits for it to report NaN and infinity (with nonfinite::propagate, average, task arithmetic and DARE do not wait) and where
-/// numbers decide (TIES, SLERP, Model Stock, integer tensors). After an error the outputs are unspecified.
+/// Merges models in device memory into outputs in device memory, as merge() on the CPU does: the same meaning, checks,
+/// errors and bits; each task is read once in a pass. Tensors must be aligned to their elements. Work is queued on the
+/// policy's stream; the call waits for it to report NaN and infinity (with nonfinite::propagate, average, task
+/// arithmetic and DARE do not wait) and where numbers decide (TIES, SLERP, Model Stock, integer tensors). After an
+/// error the outputs are unspecified.
 ///
 ///     merge(policy, ties_options{.density = 0.2}, base, tasks, out);
 template <device_merge_method Options>
-merge_report merge(const gpu& policy, const Options& options, const const_model_ref& base, std::span<const const_model_ref> tasks, const model_ref& out,
-    const model_options& how = {})
+merge_report merge(const gpu& policy, const Options& options, const const_model_ref& base,
+    std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how = {})
 {
     return detail::merge_in_device_memory(policy, options, &base, tasks, out, how);
 }
@@ -126,20 +132,24 @@ merge_report merge(const gpu& policy, const Options& options, const const_model_
 /// The same by a method that needs no base.
 template <device_merge_method Options>
     requires(!detail::device_merger<Options>::needs_base)
-merge_report merge(const gpu& policy, const Options& options, std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how = {})
+merge_report merge(const gpu& policy, const Options& options, std::span<const const_model_ref> tasks,
+    const model_ref& out, const model_options& how = {})
 {
     return detail::merge_in_device_memory(policy, options, nullptr, tasks, out, how);
 }
 
 /// Merges flat device views of one length, as on the CPU.
 ///
-///     merge(policy, ties_options{.density = 0.2}, base.view(), tasks, out.view());   // tasks: a vector of device_view<const float>
+///     // tasks: a vector of device_view<const float>
+///     merge(policy, ties_options{.density = 0.2}, base.view(), tasks, out.view());
 template <device_merge_method Options, input_of<gpu> Base, tasks_of<gpu> Tasks, output_of<gpu> Out>
-merge_report merge(const gpu& policy, const Options& options, const Base& base, const Tasks& tasks, Out&& out, model_options how = {})
+merge_report merge(
+    const gpu& policy, const Options& options, const Base& base, const Tasks& tasks, Out&& out, model_options how = {})
 {
     const const_model_ref base_model = detail::flat_model(as_view(base));
     how.output = dtype_of<element_of<Out>>;
-    return detail::merge_in_device_memory(policy, options, &base_model, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
+    return detail::merge_in_device_memory(
+        policy, options, &base_model, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }
 
 /// The same by a method that needs no base.
@@ -148,7 +158,8 @@ template <device_merge_method Options, tasks_of<gpu> Tasks, output_of<gpu> Out>
 merge_report merge(const gpu& policy, const Options& options, const Tasks& tasks, Out&& out, model_options how = {})
 {
     how.output = dtype_of<element_of<Out>>;
-    return detail::merge_in_device_memory(policy, options, nullptr, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
+    return detail::merge_in_device_memory(
+        policy, options, nullptr, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }
 
 /// A method whose header is missing.
@@ -157,7 +168,8 @@ template <merge_method Options, class... Arguments>
 auto merge(const gpu&, const Options&, Arguments&&...)
 {
     static_assert(device_merge_method<Options>,
-        "this method does not merge on taskvec::gpu: include <taskvec/device/methods.hpp>, for RegMean <taskvec/device/methods/regmean.hpp>");
+        "this method does not merge on taskvec::gpu: include <taskvec/device/methods.hpp>, for RegMean "
+        "<taskvec/device/methods/regmean.hpp>");
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

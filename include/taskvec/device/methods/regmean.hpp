@@ -1,14 +1,15 @@
 // RegMean on taskvec::gpu. The Gram matrices are in the same memory as the models.
 // SPDX-License-Identifier: Apache-2.0
 //
-// The linear algebra is that of device/cusolver (link CUDA::cublas and CUDA::cusolver), or Eigen's on a Thrust host system. This header is
-// not part of <taskvec/device/methods.hpp>, which needs no libraries. All of it is f64, in another order of operations than the CPU's: merged layers
-// agree with the CPU's to about 1e-15 times the condition number of their system before they are rounded, all other tensors bit for bit.
+// The linear algebra is that of device/cusolver (link CUDA::cublas and CUDA::cusolver), or Eigen's on a Thrust host
+// system. This header is not part of <taskvec/device/methods.hpp>, which needs no libraries. All of it is f64, in
+// another order of operations than the CPU's: merged layers agree with the CPU's to about 1e-15 times the condition
+// number of their system before they are rounded, all other tensors bit for bit.
 #pragma once
 
 #include <taskvec/device/linalg/matrix.hpp>
-#include <taskvec/device/methods/linear.hpp>
 #include <taskvec/device/methods/gram_functors.hpp>
+#include <taskvec/device/methods/linear.hpp>
 #include <taskvec/methods/regmean.hpp>
 
 #if TASKVEC_ON_CUDA
@@ -26,14 +27,16 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// Memory: an n×n system and an n×n Gram matrix in f64, and three panels of n rows, of as many outputs as device_models::spare() holds, 256 at
-/// least. Each Gram is read once for the system and again for each panel. Waits for each layer.
+/// Memory: an n×n system and an n×n Gram matrix in f64, and three panels of n rows, of as many outputs as
+/// device_models::spare() holds, 256 at least. Each Gram is read once for the system and again for each panel. Waits
+/// for each layer.
 template <>
 class detail::device_merger<regmean_options> {
 public:
     static constexpr bool needs_base = false, in_place = true;
 
-    [[nodiscard]] static std::vector<companion> companions(const regmean_options& options, const aligned_models& models, memory_space space)
+    [[nodiscard]] static std::vector<companion> companions(
+        const regmean_options& options, const aligned_models& models, memory_space space)
     {
         return regmean_problem(models, options, space).companions();
     }
@@ -65,7 +68,8 @@ public:
             const aligned_tensor& tensor = models.models().tensors()[one.tensor];
             const std::uint64_t panels = (one.out + panel(one) - 1) / panel(one);
             for (std::size_t t = 0; t < one.grams.size(); ++t) {
-                bytes += byte_count(tensor.tasks[t].dtype, tensor.size) + (1 + panels) * byte_count(one.grams[t].dtype, one.in * one.in);
+                bytes += byte_count(tensor.tasks[t].dtype, tensor.size)
+                    + (1 + panels) * byte_count(one.grams[t].dtype, one.in * one.in);
             }
         }
         return bytes;
@@ -81,8 +85,10 @@ private:
             : policy_(policy)
             , space_(space)
         { }
-        /// An operand in device memory whose element 0 is element `first` of `from`, and of which `count` are there. The next call takes its place.
-        [[nodiscard]] aligned_tensor::operand bring(const aligned_tensor::operand& from, std::uint64_t first, std::uint64_t count)
+        /// An operand in device memory whose element 0 is element `first` of `from`, and of which `count` are there.
+        /// The next call takes its place.
+        [[nodiscard]] aligned_tensor::operand bring(
+            const aligned_tensor::operand& from, std::uint64_t first, std::uint64_t count)
         {
             const std::byte* const data = from.data + byte_count(from.dtype, first);
             if (space_ == memory_space::device) { return {data, from.dtype}; }
@@ -101,7 +107,8 @@ private:
     /// Outputs of a layer that are merged together.
     [[nodiscard]] std::size_t panel(const regmean_layer& one) const noexcept
     {
-        return std::clamp<std::size_t>(spare_ / (3 * sizeof(double) * one.in), 256, std::max<std::size_t>(one.out, 256));
+        return std::clamp<std::size_t>(
+            spare_ / (3 * sizeof(double) * one.in), 256, std::max<std::size_t>(one.out, 256));
     }
 
     void solve(const gpu& policy, device_models& models, const regmean_layer& one) const
@@ -110,15 +117,18 @@ private:
         device_matrix<double> system(policy, one.in, one.in);
         assemble(policy, models, one, stage, system);
         const std::size_t columns = std::min(panel(one), one.out);
-        device::buffer<double> mean(policy, one.in * columns), deviation(policy, one.in * columns), image(policy, one.in * columns);
+        device::buffer<double> mean(policy, one.in * columns), deviation(policy, one.in * columns),
+            image(policy, one.in * columns);
         device_matrix<double> gram(policy, one.in, one.in, matrix_order::row_major);
         for (std::size_t first = 0; first < one.out; first += columns) {
-            merge_columns(policy, models, one, stage, system.view(), first, std::min(columns, one.out - first), {mean, deviation, image}, gram);
+            merge_columns(policy, models, one, stage, system.view(), first, std::min(columns, one.out - first),
+                {mean, deviation, image}, gram);
         }
     }
 
     /// system = the Cholesky factor of Σ wt·G̃t + lift, each Gram checked to be one.
-    void assemble(const gpu& policy, device_models& models, const regmean_layer& one, staging& stage, device_matrix<double>& system) const
+    void assemble(const gpu& policy, device_models& models, const regmean_layer& one, staging& stage,
+        device_matrix<double>& system) const
     {
         const std::size_t n = one.in;
         const device::buffer<double> diagonal(policy, n);
@@ -127,27 +137,35 @@ private:
             device::sweep(policy, n, elementwise::read_diagonal{gram, n, diagonal.data()});
             const std::vector<double> squares = diagonal.download();
             for (std::size_t i = 0; i < n; ++i) {
-                if (!std::isfinite(squares[i])) { refuse_gram_nonfinite(problem_.where(one, t, models.models()), squares[i], i * n + i); }
+                if (!std::isfinite(squares[i])) {
+                    refuse_gram_nonfinite(problem_.where(one, t, models.models()), squares[i], i * n + i);
+                }
                 if (squares[i] < 0) { refuse_gram_negative(problem_.where(one, t, models.models()), squares[i], i); }
             }
             const double tolerance = gram_tolerance(gram.dtype);
             const device::buffer<counter> wrong(policy, std::vector{device_models::none});
             device::sweep(policy, n * n,
-                elementwise::add_gram{gram, n, diagonal.data(), tolerance, problem_.weights()[t], problem_.alpha(), system.data(), wrong.data()});
+                elementwise::add_gram{gram, n, diagonal.data(), tolerance, problem_.weights()[t], problem_.alpha(),
+                    system.data(), wrong.data()});
             if (const counter k = wrong.download()[0]; k != device_models::none) {
                 const std::size_t i = k / n, j = k % n;
                 const double tolerated = tolerance * std::sqrt(squares[i]) * std::sqrt(squares[j]);
-                refuse_gram_entry(problem_.where(one, t, models.models()), n, i, j, element(policy, gram, k), element(policy, gram, j * n + i), tolerated);
+                refuse_gram_entry(problem_.where(one, t, models.models()), n, i, j, element(policy, gram, k),
+                    element(policy, gram, j * n + i), tolerated);
             }
         }
-        device::sweep(policy, n, elementwise::read_diagonal{{reinterpret_cast<const std::byte*>(system.data()), dtype::f64}, n, diagonal.data()});
+        device::sweep(policy, n,
+            elementwise::read_diagonal{
+                {reinterpret_cast<const std::byte*>(system.data()), dtype::f64}, n, diagonal.data()});
         const std::vector<double> squares = diagonal.download();
         double trace = 0;
         for (const double square : squares) { trace += square; }
         const double lift = problem_.lift(one, trace);
-        const auto unseen = std::find_if(squares.begin(), squares.end(), [&](double square) { return square + lift == 0; });
+        const auto unseen =
+            std::find_if(squares.begin(), squares.end(), [&](double square) { return square + lift == 0; });
         device::sweep(policy, n, elementwise::lift_diagonal{system.data(), n, lift});
-        problem_.check_determined(one, models.models(), factor_cholesky<double>(policy, system.view()), static_cast<std::size_t>(unseen - squares.begin()));
+        problem_.check_determined(one, models.models(), factor_cholesky<double>(policy, system.view()),
+            static_cast<std::size_t>(unseen - squares.begin()));
     }
     [[nodiscard]] static double element(const gpu& policy, const aligned_tensor::operand& from, std::size_t i)
     {
@@ -162,28 +180,34 @@ private:
     };
 
     /// Outputs [first, first + count) of a layer: W̄ + (Σ wt·G̃t)⁻¹ Σ wt·G̃t·(Wt − W̄).
-    void merge_columns(const gpu& policy, device_models& models, const regmean_layer& one, staging& stage, device_matrix_view<const double> factor,
-        std::size_t first, std::size_t count, const panel_memory& memory, device_matrix<double>& gram) const
+    void merge_columns(const gpu& policy, device_models& models, const regmean_layer& one, staging& stage,
+        device_matrix_view<const double> factor, std::size_t first, std::size_t count, const panel_memory& memory,
+        device_matrix<double>& gram) const
     {
         const std::size_t n = one.in, size = n * count;
         const bool whole = one.layout == weight_layout::out_in; // then a column of the in×out view is a run of memory
         const matrix_order order = whole ? matrix_order::column_major : matrix_order::row_major;
         const std::uint64_t begin = whole ? first * n : first, extent = whole ? size : (n - 1) * one.out + count;
-        const elementwise::strided_runs runs = whole ? elementwise::strided_runs{0, size, size} : elementwise::strided_runs{0, count, one.out};
+        const elementwise::strided_runs runs =
+            whole ? elementwise::strided_runs{0, size, size} : elementwise::strided_runs{0, count, one.out};
         const aligned_tensor& tensor = models.models().tensors()[one.tensor];
         const std::vector<double>& weights = problem_.weights();
-        const device_matrix_view<double> deviation(memory.deviation.data(), n, count, order), image(memory.image.data(), n, count, order);
+        const device_matrix_view<double> deviation(memory.deviation.data(), n, count, order),
+            image(memory.image.data(), n, count, order);
         memory.mean.clear();
         memory.image.clear();
         for (std::size_t t = 0; t < weights.size(); ++t) {
             const aligned_tensor::operand from = stage.bring(tensor.tasks[t], begin, extent);
             device::sweep(policy, size,
-                elementwise::add_weighted{
-                    from, runs, tensor.position + begin, weights[t] / problem_.total_weight(), memory.mean.data(), models.nonfinite_flag()});
+                elementwise::add_weighted{from, runs, tensor.position + begin, weights[t] / problem_.total_weight(),
+                    memory.mean.data(), models.nonfinite_flag()});
         }
         for (std::size_t t = 0; t < weights.size(); ++t) {
-            device::sweep(policy, size, elementwise::deviate{stage.bring(tensor.tasks[t], begin, extent), runs, memory.mean.data(), deviation.data()});
-            device::sweep(policy, n * n, elementwise::shrunk_gram{stage.bring(one.grams[t], 0, n * n), n, problem_.alpha(), gram.data()});
+            device::sweep(policy, size,
+                elementwise::deviate{
+                    stage.bring(tensor.tasks[t], begin, extent), runs, memory.mean.data(), deviation.data()});
+            device::sweep(policy, n * n,
+                elementwise::shrunk_gram{stage.bring(one.grams[t], 0, n * n), n, problem_.alpha(), gram.data()});
             gemm<double>(policy, weights[t], std::as_const(gram).view(), deviation, 1.0, image);
         }
         solve_cholesky<double>(policy, factor, image);

@@ -2,36 +2,44 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/device/models/streamed_models.hpp>
 #include <taskvec/device/methods/merge.hpp>
+#include <taskvec/device/models/streamed_models.hpp>
 
 #include <span>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// Merges aligned models in host memory into a sink on the host, through device memory: as merge() on the CPU, by any method that
-/// merges on taskvec::gpu (include its header, or <taskvec/device/methods.hpp>), with the CPU's bits. Copies overlap with work: two pieces are
-/// under way, on two streams of their own. A method reads the models as often as it does in device memory (average, task arithmetic and
-/// DARE once, SLERP, Model Stock and, with room for its selection, TIES twice), each time over the bus. What a Fisher merge reads beside them
-/// is on the host too. Norms are not reported. Waits. Errors: as merge(); backend_error; cancelled. After an error an output in memory is unspecified.
+/// Merges aligned models in host memory into a sink on the host, through device memory: as merge() on the CPU, by any
+/// method that merges on taskvec::gpu (include its header, or <taskvec/device/methods.hpp>), with the CPU's bits.
+/// Copies overlap with work: two pieces are under way, on two streams of their own. A method reads the models as often
+/// as it does in device memory (average, task arithmetic and DARE once, SLERP, Model Stock and, with room for its
+/// selection, TIES twice), each time over the bus. What a Fisher merge reads beside them is on the host too. Norms are
+/// not reported. Waits. Errors: as merge(); backend_error; cancelled. After an error an output in memory is
+/// unspecified.
 ///
-///     merge_streamed(policy, ties_options{.density = 0.2}, aligned_models(&base, tasks), sink, {.memory = std::size_t{4} << 30});
+///     const stream_options how{.memory = std::size_t{4} << 30};
+///     merge_streamed(policy, ties_options{.density = 0.2}, aligned_models(&base, tasks), sink, how);
 template <device_merge_method Options>
-merge_report merge_streamed(const gpu& policy, const Options& options, const aligned_models& models, tensor_sink& out, const stream_options& how = {})
+merge_report merge_streamed(const gpu& policy, const Options& options, const aligned_models& models, tensor_sink& out,
+    const stream_options& how = {})
 {
     using method_type = detail::device_merger<Options>;
-    if (method_type::needs_base && !models.has_base()) { raise<invalid_argument>("this merge method needs a base model"); }
+    if (method_type::needs_base && !models.has_base()) {
+        raise<invalid_argument>("this merge method needs a base model");
+    }
     const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
-    detail::check_aliases(models, out, method_type::in_place, detail::companions_of(options, models, memory_space::host, beside));
+    detail::check_aliases(
+        models, out, method_type::in_place, detail::companions_of(options, models, memory_space::host, beside));
     streamed_models streamed(policy, models, how, &out, beside);
     return detail::merge_on_device(streamed, options);
 }
 
 /// The same for models and outputs in host memory.
 template <device_merge_method Options>
-merge_report merge_streamed(const gpu& policy, const Options& options, const const_model_ref& base, std::span<const const_model_ref> tasks,
-    const model_ref& out, const model_options& how = {}, const stream_options& streaming = {})
+merge_report merge_streamed(const gpu& policy, const Options& options, const const_model_ref& base,
+    std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how = {},
+    const stream_options& streaming = {})
 {
     const aligned_models models(&base, tasks, how);
     memory_sink sink = detail::sink_over(models, out);

@@ -21,8 +21,9 @@ public:
     }
     void write(device_models& models, merge_report& report)
     {
-        election_.write(
-            models, report, [&]<class A>(std::type_identity<A>, std::size_t tensor) { return elementwise::keep_top<A>{on_device_.get<A>(tensor)}; });
+        election_.write(models, report, [&]<class A>(std::type_identity<A>, std::size_t tensor) {
+            return elementwise::keep_top<A>{on_device_.get<A>(tensor)};
+        });
     }
     [[nodiscard]] unsigned walks() const noexcept { return thresholds_.walks(); }
 

@@ -30,13 +30,14 @@ decltype(auto) visit_arithmetic(const aligned_tensor& tensor, Use&& use)
     return tensor.wide ? use(std::type_identity<double>{}) : use(std::type_identity<float>{});
 }
 
-/// What an algorithm of the gpu policy is written on: models of which it sees one piece at a time, in device memory, whether they
-/// live there (resident_models) or pass through (streamed_models). Pieces start at multiples of 4096 elements of their tensor.
-/// `beside`: operands that a method reads besides the models, as many for each tensor, in the order of tensors().
+/// What an algorithm of the gpu policy is written on: models of which it sees one piece at a time, in device memory,
+/// whether they live there (resident_models) or pass through (streamed_models). Pieces start at multiples of 4096
+/// elements of their tensor. `beside`: operands that a method reads besides the models, as many for each tensor, in the
+/// order of tensors().
 class device_models {
 public:
-    /// Queues work on the policy that it is handed: its stream is that of the piece. Reads of what an earlier walk left, and
-    /// writes of integers by atomics, need no other order.
+    /// Queues work on the policy that it is handed: its stream is that of the piece. Reads of what an earlier walk
+    /// left, and writes of integers by atomics, need no other order.
     using piece_body = std::function<void(const gpu& policy, std::size_t tensor, const device_piece& piece)>;
 
     device_models(const gpu& policy, const aligned_models& models, std::span<const aligned_tensor::operand> beside)
@@ -45,7 +46,9 @@ public:
         , beside_(beside.begin(), beside.end())
         , beside_each_(models.tensors().empty() ? 0 : beside.size() / models.tensors().size())
     {
-        if (models.options().on_nonfinite == nonfinite::error) { least_ = device::buffer<elementwise::counter>(policy, std::vector{none}); }
+        if (models.options().on_nonfinite == nonfinite::error) {
+            least_ = device::buffer<elementwise::counter>(policy, std::vector{none});
+        }
     }
     device_models(const device_models&) = delete;
     device_models& operator=(const device_models&) = delete;
@@ -59,7 +62,8 @@ public:
     {
         const aligned_tensor& of = models_->tensors()[tensor];
         if (which == 0) { return of.base; }
-        return which <= of.tasks.size() ? of.tasks[which - 1] : beside_[tensor * beside_each_ + which - 1 - of.tasks.size()];
+        return which <= of.tasks.size() ? of.tasks[which - 1]
+                                        : beside_[tensor * beside_each_ + which - 1 - of.tasks.size()];
     }
     /// Whether the base, the tasks and the output of a tensor have one dtype.
     [[nodiscard]] bool alike(std::size_t tensor) const noexcept
@@ -72,16 +76,17 @@ public:
     /// Where functors note the least place of NaN or infinity; null where it may spread.
     [[nodiscard]] elementwise::counter* nonfinite_flag() const noexcept { return least_.data(); }
 
-    /// Calls body for every piece of a range of tensors. What it queued comes before everything that is queued on policy() afterwards.
-    /// Operands before `first` are not looked at: they need not come along, and may be null.
+    /// Calls body for every piece of a range of tensors. What it queued comes before everything that is queued on
+    /// policy() afterwards. Operands before `first` are not looked at: they need not come along, and may be null.
     void read(tensor_range range, const piece_body& body, std::size_t first = 0) { walk(range, false, first, body); }
     /// The same, and each piece has an output, which is stored when body's work is done.
     void write(tensor_range range, const piece_body& body) { walk(range, true, 0, body); }
     /// Calls body once, with a piece that holds the elements [offset, offset + size) of a tensor, and may hold more.
     virtual void read_part(std::size_t tensor, std::uint64_t offset, std::uint64_t size, const piece_body& body) = 0;
-    /// Elements runs.at(0) … runs.at(count − 1) of a tensor's output = x + y, of doubles in device memory: for what is not merged piece by piece.
-    /// Queued on policy(), before everything that is queued there afterwards.
-    virtual void store(std::size_t tensor, const elementwise::strided_runs& runs, std::uint64_t count, const double* x, const double* y) = 0;
+    /// Elements runs.at(0) … runs.at(count − 1) of a tensor's output = x + y, of doubles in device memory: for what is
+    /// not merged piece by piece. Queued on policy(), before everything that is queued there afterwards.
+    virtual void store(std::size_t tensor, const elementwise::strided_runs& runs, std::uint64_t count, const double* x,
+        const double* y) = 0;
     /// Writes the tensors that take no part.
     virtual void copy_through() = 0;
     /// Throws nonfinite_error if an input that was read holds NaN or infinity, unless they may spread. Waits.
@@ -95,7 +100,8 @@ public:
         for (std::size_t which = of.base.data ? 0 : 1; which <= of.tasks.size(); ++which) {
             const double found = element(tensor, which, place - of.position);
             if (std::isfinite(found)) { continue; }
-            detail::refuse_nonfinite(of.name, which == 0 ? models_->options().base_label : models_->label(which - 1), found, place - of.position);
+            detail::refuse_nonfinite(of.name, which == 0 ? models_->options().base_label : models_->label(which - 1),
+                found, place - of.position);
         }
     }
     /// Where the models are.
@@ -118,11 +124,13 @@ private:
     device::buffer<elementwise::counter> least_;
 };
 
-/// Models that live in device memory, and outputs that do: a tensor is one piece. `out` (of which only direct() is used) may be null
-/// for walks that only read. Errors: invalid_argument for elements that are not aligned to their size.
+/// Models that live in device memory, and outputs that do: a tensor is one piece. `out` (of which only direct() is
+/// used) may be null for walks that only read. Errors: invalid_argument for elements that are not aligned to their
+/// size.
 class resident_models final : public device_models {
 public:
-    resident_models(const gpu& policy, const aligned_models& models, tensor_sink* out = nullptr, std::span<const aligned_tensor::operand> beside = {})
+    resident_models(const gpu& policy, const aligned_models& models, tensor_sink* out = nullptr,
+        std::span<const aligned_tensor::operand> beside = {})
         : device_models(policy, models, beside)
         , out_(out)
     {
@@ -140,16 +148,25 @@ public:
 
     void copy_through() override
     {
-        for (const auto& tensor : models().copied()) { device::copy(policy(), out_->direct(tensor.output), tensor.source.data, tensor.source.bytes()); }
+        for (const auto& tensor : models().copied()) {
+            device::copy(policy(), out_->direct(tensor.output), tensor.source.data, tensor.source.bytes());
+        }
     }
-    void store(std::size_t tensor, const elementwise::strided_runs& runs, std::uint64_t count, const double* x, const double* y) override
+    void store(std::size_t tensor, const elementwise::strided_runs& runs, std::uint64_t count, const double* x,
+        const double* y) override
     {
         const aligned_tensor& of = models().tensors()[tensor];
         device::sweep(policy(), count, elementwise::store_sum{x, y, out_->direct(of.output), of.output_dtype, runs});
     }
     [[nodiscard]] memory_space space() const noexcept override { return memory_space::device; }
-    [[nodiscard]] std::size_t spare() const noexcept override { return std::max<std::size_t>(std::size_t{16} << 20, models().bytes() / 8); }
-    void read_part(std::size_t tensor, std::uint64_t, std::uint64_t, const piece_body& body) override { walk({tensor, tensor + 1}, false, 0, body); }
+    [[nodiscard]] std::size_t spare() const noexcept override
+    {
+        return std::max<std::size_t>(std::size_t{16} << 20, models().bytes() / 8);
+    }
+    void read_part(std::size_t tensor, std::uint64_t, std::uint64_t, const piece_body& body) override
+    {
+        walk({tensor, tensor + 1}, false, 0, body);
+    }
     [[nodiscard]] double element(std::size_t tensor, std::size_t which, std::uint64_t i) const override
     {
         const aligned_tensor::operand& from = operand(tensor, which);
@@ -166,8 +183,9 @@ protected:
             const aligned_tensor& tensor = models().tensors()[i];
             if (tensor.size == 0) { continue; }
             body(policy(), i,
-                {table_.data() + i * operand_count(), models().task_count(), 0, tensor.position, tensor.size, writes ? out_->direct(tensor.output) : nullptr,
-                    tensor.output_dtype, alike(i) && aligned_for_packs(tensor)});
+                {table_.data() + i * operand_count(), models().task_count(), 0, tensor.position, tensor.size,
+                    writes ? out_->direct(tensor.output) : nullptr, tensor.output_dtype,
+                    alike(i) && aligned_for_packs(tensor)});
         }
     }
 
@@ -183,7 +201,8 @@ private:
     {
         const std::size_t width = bits(type) / 8;
         if (reinterpret_cast<std::uintptr_t>(data) % width == 0) { return; }
-        raise<invalid_argument>(message("tensor '", name, "' is not aligned to its elements of ", width, " bytes in device memory: copy it to memory that is"));
+        raise<invalid_argument>(message("tensor '", name, "' is not aligned to its elements of ", width,
+            " bytes in device memory: copy it to memory that is"));
     }
 
     tensor_sink* out_;
@@ -211,14 +230,17 @@ TASKVEC_KERNELS_END
 
 } // namespace elementwise
 
-/// aligned_models of tensors in device memory. Integer tensors are compared there, for which it waits. Errors: as aligned_models.
-[[nodiscard]] inline aligned_models align_on_device(
-    const gpu& policy, const const_model_ref* base, std::span<const const_model_ref> tasks, const model_options& how = {})
+/// aligned_models of tensors in device memory. Integer tensors are compared there, for which it waits. Errors: as
+/// aligned_models.
+[[nodiscard]] inline aligned_models align_on_device(const gpu& policy, const const_model_ref* base,
+    std::span<const const_model_ref> tasks, const model_options& how = {})
 {
     const auto equal = [&](const void* a, const void* b, std::size_t bytes) {
         device::buffer<elementwise::counter> flag(policy, 1);
         flag.clear();
-        device::sweep(policy, bytes, elementwise::bytes_differ{static_cast<const unsigned char*>(a), static_cast<const unsigned char*>(b), flag.data()});
+        device::sweep(policy, bytes,
+            elementwise::bytes_differ{
+                static_cast<const unsigned char*>(a), static_cast<const unsigned char*>(b), flag.data()});
         return flag.download()[0] == 0;
     };
     return {base, tasks, how, memory_space::device, equal};

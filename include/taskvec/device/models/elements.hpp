@@ -1,9 +1,9 @@
-// Elements of any storage type, read and written by elementwise functors: the dtype is looked at in the loop, not in the type.
-// SPDX-License-Identifier: Apache-2.0
+// Elements of any storage type, read and written by elementwise functors: the dtype is looked at in the loop, not in
+// the type. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/models/aligned_models.hpp>
 #include <taskvec/core/rounding.hpp>
+#include <taskvec/models/aligned_models.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -13,14 +13,16 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A run of consecutive elements of one tensor of all models, in the memory of a device.
 struct device_piece {
-    const aligned_tensor::operand* operands = nullptr; ///< on the device: the base (null data: none), each task, what lies beside
+    const aligned_tensor::operand* operands =
+        nullptr; ///< on the device: the base (null data: none), each task, what lies beside
     std::size_t tasks = 0;
     std::uint64_t offset = 0; ///< of the first element in its tensor
     std::uint64_t position = 0; ///< and in the concatenation of all tensors
     std::uint64_t size = 0;
     void* out = nullptr; ///< of the merged elements; null on walks that only read
     taskvec::dtype out_dtype = taskvec::dtype::f32;
-    bool alike = false; ///< the base, the tasks and the output are stored as out_dtype, from addresses that are multiples of 16
+    bool alike =
+        false; ///< the base, the tasks and the output are stored as out_dtype, from addresses that are multiples of 16
 };
 
 namespace elementwise {
@@ -45,7 +47,8 @@ template <arithmetic_element A>
 
 /// The same, with NaN and infinity noted.
 template <arithmetic_element A>
-[[nodiscard]] TASKVEC_HOST_DEVICE inline A load(const aligned_tensor::operand& from, std::uint64_t i, std::uint64_t place, counter* flag) noexcept
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A load(
+    const aligned_tensor::operand& from, std::uint64_t i, std::uint64_t place, counter* flag) noexcept
 {
     const A value = load<A>(from, i);
     note(value, place, flag);
@@ -67,7 +70,8 @@ TASKVEC_HOST_DEVICE inline void store(void* to, taskvec::dtype type, std::uint64
 
 /// Element i of task t's vector: θt − θ0, or θt where there is no base (`origin` is then not looked at).
 template <arithmetic_element A>
-[[nodiscard]] TASKVEC_HOST_DEVICE inline A delta(const device_piece& piece, std::size_t t, std::uint64_t i, A origin, counter* flag) noexcept
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A delta(
+    const device_piece& piece, std::size_t t, std::uint64_t i, A origin, counter* flag) noexcept
 {
     const A value = load<A>(piece.operands[1 + t], i, piece.position + i, flag);
     return piece.operands[0].data ? difference(value, origin) : value;
@@ -84,7 +88,10 @@ template <arithmetic_element A>
 struct strided_runs {
     std::uint64_t first = 0, length = 1, stride = 1;
 
-    [[nodiscard]] TASKVEC_HOST_DEVICE std::uint64_t at(std::uint64_t k) const noexcept { return first + k / length * stride + k % length; }
+    [[nodiscard]] TASKVEC_HOST_DEVICE std::uint64_t at(std::uint64_t k) const noexcept
+    {
+        return first + k / length * stride + k % length;
+    }
 };
 
 /// Element runs.at(k) of a tensor = x[k] + y[k], rounded to storage once.
@@ -97,7 +104,9 @@ struct store_sum {
     TASKVEC_FUNCTOR void operator()(const indices& at) const
     {
         TASKVEC_STRICT_FP
-        for (std::uint64_t k = at.first; k < at.last; k += at.step) { store(out, out_dtype, runs.at(k), sum(x[k], y[k])); }
+        for (std::uint64_t k = at.first; k < at.last; k += at.step) {
+            store(out, out_dtype, runs.at(k), sum(x[k], y[k]));
+        }
     }
 };
 
@@ -110,8 +119,8 @@ struct alignas(16) pack {
 
 /// Pack k of an operand, widened into `out`, with NaN and infinity noted. `place` is that of the pack's first element.
 template <storage_element T>
-TASKVEC_HOST_DEVICE inline void load_pack(
-    const aligned_tensor::operand& from, std::uint64_t k, std::uint64_t place, counter* flag, arithmetic_type<T>* out) noexcept
+TASKVEC_HOST_DEVICE inline void load_pack(const aligned_tensor::operand& from, std::uint64_t k, std::uint64_t place,
+    counter* flag, arithmetic_type<T>* out) noexcept
 {
     const void* const data = from.data;
     const pack<T> loaded = static_cast<const pack<T>*>(data)[k];
@@ -134,7 +143,8 @@ TASKVEC_KERNELS_END
 
 } // namespace elementwise
 
-/// Calls use(std::type_identity<T>{}) where a piece is stored alike in a type that arithmetic in f32 has packs for; otherwise false.
+/// Calls use(std::type_identity<T>{}) where a piece is stored alike in a type that arithmetic in f32 has packs for;
+/// otherwise false.
 template <class Use>
 bool visit_packs(const device_piece& piece, const Use& use)
 {

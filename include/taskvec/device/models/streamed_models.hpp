@@ -1,14 +1,14 @@
 // Models on the host that pass through device memory, piece by piece: for models that are larger than it.
 // SPDX-License-Identifier: Apache-2.0
 //
-// Two pieces are under way at any time, each in a pinned buffer of the host, a buffer of the device and a stream of its own: while
-// one is copied and worked on, the host fills the other and stores what came back.
+// Two pieces are under way at any time, each in a pinned buffer of the host, a buffer of the device and a stream of its
+// own: while one is copied and worked on, the host fills the other and stores what came back.
 #pragma once
 
-#include <taskvec/models/copy_through.hpp>
+#include <taskvec/core/parallel.hpp>
 #include <taskvec/device/models/device_models.hpp>
 #include <taskvec/device/stream.hpp>
-#include <taskvec/core/parallel.hpp>
+#include <taskvec/models/copy_through.hpp>
 
 #include <algorithm>
 #include <array>
@@ -24,17 +24,18 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// How models stream through a device. None of it changes a bit of the result.
 struct stream_options {
-    /// Bytes of device memory for the pieces, and as many pinned ones on the host; at least two pieces of 4096 elements. Selection takes up
-    /// to half as much again on the device for what it collects.
+    /// Bytes of device memory for the pieces, and as many pinned ones on the host; at least two pieces of 4096
+    /// elements. Selection takes up to half as much again on the device for what it collects.
     std::size_t memory = std::size_t{1} << 30;
     cpu host{}; ///< fills the buffers; its progress callback is called, and may stop the work
 };
 
-/// device_models over models in host memory and a sink on the host. Errors: those of the device, cancelled, what the sink throws.
+/// device_models over models in host memory and a sink on the host. Errors: those of the device, cancelled, what the
+/// sink throws.
 class streamed_models final : public device_models {
 public:
-    streamed_models(const gpu& policy, const aligned_models& models, const stream_options& options, tensor_sink* out = nullptr,
-        std::span<const aligned_tensor::operand> beside = {})
+    streamed_models(const gpu& policy, const aligned_models& models, const stream_options& options,
+        tensor_sink* out = nullptr, std::span<const aligned_tensor::operand> beside = {})
         : device_models(policy, models, beside)
         , options_(options)
         , out_(out)
@@ -42,7 +43,8 @@ public:
         device::require_device();
         std::size_t largest = 0;
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {
-            largest = std::max(largest, layout(i, std::min<std::uint64_t>(models.tensors()[i].size, most_elements(i)), true, 0).size);
+            largest = std::max(
+                largest, layout(i, std::min<std::uint64_t>(models.tensors()[i].size, most_elements(i)), true, 0).size);
         }
         for (slot& one : slots_) {
             one.stream.emplace(policy);
@@ -61,15 +63,16 @@ public:
         send(slots_[0], tensor, offset, size, false, 0, body);
         stop();
     }
-    void store(std::size_t tensor, const elementwise::strided_runs& runs, std::uint64_t count, const double* x, const double* y) override
+    void store(std::size_t tensor, const elementwise::strided_runs& runs, std::uint64_t count, const double* x,
+        const double* y) override
     {
         const aligned_tensor& of = models().tensors()[tensor];
         device::buffer<std::byte> dense(policy(), byte_count(of.output_dtype, count));
         device::sweep(policy(), count, elementwise::store_sum{x, y, dense.data(), of.output_dtype, {0, count, count}});
         const std::vector<std::byte> bytes = dense.download();
         for (std::uint64_t k = 0; k < count; k += runs.length) {
-            out_->write(
-                of.output, byte_count(of.output_dtype, runs.at(k)), bytes.data() + byte_count(of.output_dtype, k), byte_count(of.output_dtype, runs.length));
+            out_->write(of.output, byte_count(of.output_dtype, runs.at(k)),
+                bytes.data() + byte_count(of.output_dtype, k), byte_count(of.output_dtype, runs.length));
         }
     }
     [[nodiscard]] memory_space space() const noexcept override { return memory_space::host; }
@@ -176,7 +179,8 @@ private:
         if (one.bytes > 0) { out_->write(one.output, one.first_byte, one.host.data() + one.place, one.bytes); }
     }
 
-    void send(slot& one, std::size_t tensor, std::uint64_t offset, std::uint64_t size, bool writes, std::size_t first, const piece_body& body)
+    void send(slot& one, std::size_t tensor, std::uint64_t offset, std::uint64_t size, bool writes, std::size_t first,
+        const piece_body& body)
     {
         finish(one);
         const aligned_tensor& of = models().tensors()[tensor];
@@ -186,15 +190,19 @@ private:
             const aligned_tensor::operand& from = operand(tensor, which);
             const bool comes = from.data && which >= first;
             table[which] = {comes ? one.device.data() + places.operands[which] : nullptr, from.dtype};
-            if (comes) { fill(one.host.data() + places.operands[which], from.data + byte_count(from.dtype, offset), byte_count(from.dtype, size)); }
+            if (comes) {
+                fill(one.host.data() + places.operands[which], from.data + byte_count(from.dtype, offset),
+                    byte_count(from.dtype, size));
+            }
         }
         const gpu& lane = one.stream->policy();
         one.busy = true;
         one.bytes = 0;
         device::upload(lane, one.device.data(), one.host.data(), places.output);
         body(lane, tensor,
-            {reinterpret_cast<const aligned_tensor::operand*>(one.device.data()), models().task_count(), offset, of.position + offset, size,
-                writes ? one.device.data() + places.output : nullptr, of.output_dtype, alike(tensor)});
+            {reinterpret_cast<const aligned_tensor::operand*>(one.device.data()), models().task_count(), offset,
+                of.position + offset, size, writes ? one.device.data() + places.output : nullptr, of.output_dtype,
+                alike(tensor)});
         if (!writes) { return; }
         one.output = of.output;
         one.first_byte = byte_count(of.output_dtype, offset);
@@ -207,8 +215,9 @@ private:
     void fill(std::byte* to, const std::byte* from, std::size_t bytes) const
     {
         constexpr std::size_t part = std::size_t{4} << 20;
-        for_each_index(quiet(), (bytes + part - 1) / part,
-            [&](std::size_t i, std::size_t) { std::memcpy(to + i * part, from + i * part, std::min(part, bytes - i * part)); });
+        for_each_index(quiet(), (bytes + part - 1) / part, [&](std::size_t i, std::size_t) {
+            std::memcpy(to + i * part, from + i * part, std::min(part, bytes - i * part));
+        });
     }
 
     stream_options options_;

@@ -12,7 +12,8 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// A dot product of two operands of each tensor, by their place in device_piece::operands; less the base where `difference` is set.
+/// A dot product of two operands of each tensor, by their place in device_piece::operands; less the base where
+/// `difference` is set.
 struct operand_pair {
     std::uint32_t first = 0, second = 0;
 };
@@ -23,7 +24,8 @@ inline constexpr std::size_t dot_lanes = 16; // of kernels::dot
 
 TASKVEC_KERNELS_BEGIN
 
-/// partial[(leaf·pairs + pair)·lanes + lane] = Σ x·y over the elements lane, lane + lanes, … of a leaf of block_size elements.
+/// partial[(leaf·pairs + pair)·lanes + lane] = Σ x·y over the elements lane, lane + lanes, … of a leaf of block_size
+/// elements.
 template <arithmetic_element A>
 struct dot_partials {
     device_piece piece;
@@ -40,7 +42,8 @@ struct dot_partials {
         for (std::uint64_t k = at.first; k < at.last; k += at.step) {
             const std::uint64_t lane = k % dot_lanes, leaf = first_leaf + k / dot_lanes / pair_count;
             const operand_pair pair = pairs[k / dot_lanes % pair_count];
-            const std::uint64_t begin = leaf * block_size, end = begin + block_size < piece.size ? begin + block_size : piece.size;
+            const std::uint64_t begin = leaf * block_size,
+                                end = begin + block_size < piece.size ? begin + block_size : piece.size;
             double total = 0;
             for (std::uint64_t i = begin + lane; i < end; i += dot_lanes) {
                 const double x = value(pair.first, i), y = pair.second == pair.first ? x : value(pair.second, i);
@@ -83,18 +86,22 @@ TASKVEC_KERNELS_END
 
 } // namespace elementwise
 
-/// The dots of `pairs` over every tensor, [tensor][pair]: the same bits as tensor_sums() of kernels::dot on the CPU. One read of the
-/// models, n/4096 numbers of 8 bytes to the host for each pair. Waits. The least place of NaN or infinity is noted in *flag: by default
-/// where models.check_finite() looks. Operands that are null count as 0.
+/// The dots of `pairs` over every tensor, [tensor][pair]: the same bits as tensor_sums() of kernels::dot on the CPU.
+/// One read of the models, n/4096 numbers of 8 bytes to the host for each pair. Waits. The least place of NaN or
+/// infinity is noted in *flag: by default where models.check_finite() looks. Operands that are null count as 0.
 [[nodiscard]] inline std::vector<std::vector<double>> tensor_dots(
     device_models& models, const std::vector<operand_pair>& pairs, bool difference, elementwise::counter* flag)
 {
     const auto& tensors = models.models().tensors();
     std::vector<std::size_t> first_leaf{0};
-    for (const auto& tensor : tensors) { first_leaf.push_back(first_leaf.back() + (tensor.size + block_size - 1) / block_size); }
+    for (const auto& tensor : tensors) {
+        first_leaf.push_back(first_leaf.back() + (tensor.size + block_size - 1) / block_size);
+    }
     const std::size_t width = pairs.size();
     std::size_t first_operand = difference ? 0 : models.operand_count();
-    for (const operand_pair& pair : pairs) { first_operand = std::min<std::size_t>({first_operand, pair.first, pair.second}); }
+    for (const operand_pair& pair : pairs) {
+        first_operand = std::min<std::size_t>({first_operand, pair.first, pair.second});
+    }
     const device::buffer<operand_pair> list(models.policy(), pairs);
     const device::buffer<double> leaves(models.policy(), first_leaf.back() * width);
     models.read(
@@ -106,11 +113,13 @@ TASKVEC_KERNELS_END
             for (std::uint64_t leaf = 0; leaf < count; leaf += most) {
                 const std::uint64_t sums = std::min(most, count - leaf) * width;
                 visit_arithmetic(tensors[tensor], [&]<class A>(std::type_identity<A>) {
-                    device::sweep(
-                        policy, sums * elementwise::dot_lanes, elementwise::dot_partials<A>{piece, list.data(), width, difference, leaf, partial.data(), flag});
+                    device::sweep(policy, sums * elementwise::dot_lanes,
+                        elementwise::dot_partials<A>{
+                            piece, list.data(), width, difference, leaf, partial.data(), flag});
                 });
-                device::sweep(
-                    policy, sums, elementwise::add_lanes{partial.data(), leaves.data() + (first_leaf[tensor] + piece.offset / block_size + leaf) * width});
+                device::sweep(policy, sums,
+                    elementwise::add_lanes{partial.data(),
+                        leaves.data() + (first_leaf[tensor] + piece.offset / block_size + leaf) * width});
             }
         },
         first_operand);
@@ -119,14 +128,17 @@ TASKVEC_KERNELS_END
     for (std::size_t i = 0; i < sums.size(); ++i) {
         for (std::size_t which = 0; which < width; ++which) {
             detail::pairwise_sum sum;
-            for (std::size_t leaf = first_leaf[i]; leaf < first_leaf[i + 1]; ++leaf) { sum.add(found[leaf * width + which]); }
+            for (std::size_t leaf = first_leaf[i]; leaf < first_leaf[i + 1]; ++leaf) {
+                sum.add(found[leaf * width + which]);
+            }
             sums[i][which] = sum.total();
         }
     }
     return sums;
 }
 
-[[nodiscard]] inline std::vector<std::vector<double>> tensor_dots(device_models& models, const std::vector<operand_pair>& pairs, bool difference)
+[[nodiscard]] inline std::vector<std::vector<double>> tensor_dots(
+    device_models& models, const std::vector<operand_pair>& pairs, bool difference)
 {
     return tensor_dots(models, pairs, difference, models.nonfinite_flag());
 }

@@ -1,9 +1,9 @@
-// Selection within a bracket of magnitudes as elementwise functors: samples, one walk that counts and collects, and what narrows a list.
-// SPDX-License-Identifier: Apache-2.0
+// Selection within a bracket of magnitudes as elementwise functors: samples, one walk that counts and collects, and
+// what narrows a list. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/models/block.hpp>
 #include <taskvec/device/models/elements.hpp>
+#include <taskvec/models/block.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -21,9 +21,10 @@ struct magnitude_bracket {
     bits_type<A> common[most_common] = {}; ///< the largest first
 };
 
-/// Lists of the entries inside the brackets, one for each task vector, in `parts` of `room` entries each. An entry's place says which
-/// part it goes to, so that workers seldom meet, all parts fill evenly, and whether one overflows does not depend on the workers. Of
-/// magnitudes that are common (task vectors of bf16 models have few different ones) no entry is listed, but how many each block holds.
+/// Lists of the entries inside the brackets, one for each task vector, in `parts` of `room` entries each. An entry's
+/// place says which part it goes to, so that workers seldom meet, all parts fill evenly, and whether one overflows does
+/// not depend on the workers. Of magnitudes that are common (task vectors of bf16 models have few different ones) no
+/// entry is listed, but how many each block holds.
 template <arithmetic_element A>
 struct magnitude_lists {
     static constexpr std::size_t parts = 256;
@@ -47,8 +48,8 @@ struct magnitude_lists {
     }
 };
 
-/// What is left of a list to choose from: entries with keys in [low, high]. The key of an entry is its magnitude, or, once that is known
-/// to be `magnitude`, its place.
+/// What is left of a list to choose from: entries with keys in [low, high]. The key of an entry is its magnitude, or,
+/// once that is known to be `magnitude`, its place.
 template <arithmetic_element A>
 struct list_range {
     std::uint64_t low = 0, high = 0;
@@ -57,7 +58,8 @@ struct list_range {
     unsigned shift = 0; ///< keys are told apart by the bits above
 
     /// Whether an entry is in the range; `key` receives its key.
-    [[nodiscard]] TASKVEC_HOST_DEVICE bool holds(bits_type<A> found, std::uint64_t place, std::uint64_t& key) const noexcept
+    [[nodiscard]] TASKVEC_HOST_DEVICE bool holds(
+        bits_type<A> found, std::uint64_t place, std::uint64_t& key) const noexcept
     {
         key = by_place ? place : static_cast<std::uint64_t>(found);
         return active && (!by_place || found == magnitude) && key >= low && key <= high;
@@ -66,9 +68,10 @@ struct list_range {
 
 TASKVEC_KERNELS_BEGIN
 
-/// Magnitudes of entries all over the scope: of every `step` entries a run of `run`, which begins at a place of its own among them, so that no
-/// period of the data goes along with it. out[t·size + j·run + i] = the magnitude of entry i of run j, with the sign bit set; what lies
-/// outside the piece is left alone. The sweep is over the runs from `first` on that meet the piece, `run` entries each.
+/// Magnitudes of entries all over the scope: of every `step` entries a run of `run`, which begins at a place of its own
+/// among them, so that no period of the data goes along with it. out[t·size + j·run + i] = the magnitude of entry i of
+/// run j, with the sign bit set; what lies outside the piece is left alone. The sweep is over the runs from `first` on
+/// that meet the piece, `run` entries each.
 template <arithmetic_element A, arithmetic_element B>
 struct sample_magnitudes {
     static constexpr std::uint64_t run = 8;
@@ -88,14 +91,15 @@ struct sample_magnitudes {
             const std::uint64_t i = place - piece.position;
             const B base = origin<B>(piece, i, nullptr);
             for (std::size_t t = 0; t < piece.tasks; ++t) {
-                out[t * size + j * run + k % run] = magnitude_bits(static_cast<A>(delta(piece, t, i, base, nullptr))) | sign_mask<A>;
+                out[t * size + j * run + k % run] =
+                    magnitude_bits(static_cast<A>(delta(piece, t, i, base, nullptr))) | sign_mask<A>;
             }
         }
     }
 };
 
-/// For the task vectors [first, first + held) counts the entries above their brackets, and collects those inside. Magnitudes compare in A,
-/// the tensor computes in B.
+/// For the task vectors [first, first + held) counts the entries above their brackets, and collects those inside.
+/// Magnitudes compare in A, the tensor computes in B.
 template <arithmetic_element A, arithmetic_element B>
 struct count_and_collect {
     static constexpr std::size_t held = 8;
@@ -133,7 +137,9 @@ struct count_and_collect {
         }
         for (unsigned c = 0; c < bracket.commons; ++c) {
             if (magnitude == bracket.common[c]) {
-                atomic_add(lists.equal + ((first + t) * lists.commons + c) * lists.blocks + first_block + (piece.offset + i) / block_size, 1);
+                atomic_add(lists.equal + ((first + t) * lists.commons + c) * lists.blocks + first_block
+                        + (piece.offset + i) / block_size,
+                    1);
                 return;
             }
         }
@@ -142,7 +148,9 @@ struct count_and_collect {
     TASKVEC_HOST_DEVICE void add(const indices& at, const counter* above) const noexcept
     {
         for (std::size_t t = 0; t < held; ++t) {
-            if (above[t] != 0) { atomic_add(lists.above + (first + t) * lists.parts + at.worker % lists.parts, above[t]); }
+            if (above[t] != 0) {
+                atomic_add(lists.above + (first + t) * lists.parts + at.worker % lists.parts, above[t]);
+            }
         }
     }
 };
@@ -153,7 +161,10 @@ struct count_and_collect_packs {
     count_and_collect<float, float> of_elements;
 
     /// The sweep is over packs.
-    [[nodiscard]] static constexpr std::uint64_t packs(std::uint64_t size) noexcept { return (size + pack<T>::size - 1) / pack<T>::size; }
+    [[nodiscard]] static constexpr std::uint64_t packs(std::uint64_t size) noexcept
+    {
+        return (size + pack<T>::size - 1) / pack<T>::size;
+    }
 
     TASKVEC_FUNCTOR void operator()(const indices& at) const
     {
@@ -172,15 +183,19 @@ struct count_and_collect_packs {
             if (based) { load_pack<T>(piece.operands[0], k, piece.position + begin, of_elements.flag, base); }
             for (std::size_t t = 0; t < held; ++t) {
                 if (of_elements.first + t >= piece.tasks) { continue; }
-                load_pack<T>(piece.operands[1 + of_elements.first + t], k, piece.position + begin, of_elements.flag, value);
-                for (std::size_t j = 0; j < pack<T>::size; ++j) { of_elements.look(t, based ? difference(value[j], base[j]) : value[j], begin + j, above); }
+                load_pack<T>(
+                    piece.operands[1 + of_elements.first + t], k, piece.position + begin, of_elements.flag, value);
+                for (std::size_t j = 0; j < pack<T>::size; ++j) {
+                    of_elements.look(t, based ? difference(value[j], base[j]) : value[j], begin + j, above);
+                }
             }
         }
         of_elements.add(at, above);
     }
 };
 
-/// over[t·most_common + c] = how many entries of list t are larger than its common magnitude c. The sweep is over the room of all lists.
+/// over[t·most_common + c] = how many entries of list t are larger than its common magnitude c. The sweep is over the
+/// room of all lists.
 template <arithmetic_element A>
 struct count_over_common {
     magnitude_lists<A> lists;
@@ -193,13 +208,16 @@ struct count_over_common {
             const std::uint64_t part = k / lists.room, t = part / lists.parts;
             if (k % lists.room >= lists.inside[part]) { continue; }
             for (unsigned c = 0; c < brackets[t].commons; ++c) {
-                if (lists.magnitudes[k] > brackets[t].common[c]) { atomic_add(over + t * magnitude_bracket<A>::most_common + c, 1); }
+                if (lists.magnitudes[k] > brackets[t].common[c]) {
+                    atomic_add(over + t * magnitude_bracket<A>::most_common + c, 1);
+                }
             }
         }
     }
 };
 
-/// bins[t·list_bins + b]: how many entries of list t have keys in bin b of their range. The sweep is over the room of all lists.
+/// bins[t·list_bins + b]: how many entries of list t have keys in bin b of their range. The sweep is over the room of
+/// all lists.
 inline constexpr unsigned list_bin_bits = 11;
 inline constexpr std::size_t list_bins = std::size_t{1} << list_bin_bits;
 template <arithmetic_element A>
@@ -235,7 +253,9 @@ struct pick_entries {
         for (std::uint64_t k = at.first; k < at.last; k += at.step) {
             const std::uint64_t part = k / lists.room, t = part / lists.parts;
             std::uint64_t key = 0;
-            if (k % lists.room >= lists.inside[part] || !ranges[t].holds(lists.magnitudes[k], lists.places[k], key)) { continue; }
+            if (k % lists.room >= lists.inside[part] || !ranges[t].holds(lists.magnitudes[k], lists.places[k], key)) {
+                continue;
+            }
             const counter to = t * most + atomic_take(found + t);
             magnitudes[to] = lists.magnitudes[k];
             places[to] = lists.places[k];

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/models/block.hpp>
 #include <taskvec/device/models/elements.hpp>
+#include <taskvec/models/block.hpp>
 #include <taskvec/select/top_k.hpp>
 
 #include <cstddef>
@@ -11,7 +11,8 @@
 
 namespace taskvec::inline TASKVEC_ABI::elementwise {
 
-/// What a pass over magnitudes asks of a task vector: those whose bits begin with `prefix` (or, at the end, are equal to it).
+/// What a pass over magnitudes asks of a task vector: those whose bits begin with `prefix` (or, at the end, are equal
+/// to it).
 template <arithmetic_element A>
 struct magnitude_prefix {
     bits_type<A> prefix = 0;
@@ -24,9 +25,9 @@ inline constexpr std::size_t histogram_bins = std::size_t{1} << histogram_bits;
 
 TASKVEC_KERNELS_BEGIN
 
-/// For each task vector, counts the entries whose magnitude begins with its prefix by the next `width` bits, above `shift`.
-/// bins[(copy·T + t)·histogram_bins + bin]: workers share `copies` copies, so that few meet in one place. Magnitudes compare in A, the
-/// tensor computes in B.
+/// For each task vector, counts the entries whose magnitude begins with its prefix by the next `width` bits, above
+/// `shift`. bins[(copy·T + t)·histogram_bins + bin]: workers share `copies` copies, so that few meet in one place.
+/// Magnitudes compare in A, the tensor computes in B.
 template <arithmetic_element A, arithmetic_element B>
 struct magnitude_histogram {
     device_piece piece;
@@ -45,8 +46,11 @@ struct magnitude_histogram {
             const B base = origin<B>(piece, i, flag);
             for (std::size_t t = 0; t < piece.tasks; ++t) {
                 if (!wanted[t].active) { continue; }
-                const auto upper = static_cast<bits_type<A>>(magnitude_bits(static_cast<A>(delta(piece, t, i, base, flag))) >> shift);
-                if (static_cast<bits_type<A>>(upper >> width) == wanted[t].prefix) { atomic_add(mine + t * histogram_bins + (upper & mask), 1); }
+                const auto upper =
+                    static_cast<bits_type<A>>(magnitude_bits(static_cast<A>(delta(piece, t, i, base, flag))) >> shift);
+                if (static_cast<bits_type<A>>(upper >> width) == wanted[t].prefix) {
+                    atomic_add(mine + t * histogram_bins + (upper & mask), 1);
+                }
             }
         }
     }
@@ -67,7 +71,8 @@ struct add_copies {
     }
 };
 
-/// counts[t·blocks + block] += the entries of task vector t whose magnitude is its prefix, for blocks of block_size elements of a tensor.
+/// counts[t·blocks + block] += the entries of task vector t whose magnitude is its prefix, for blocks of block_size
+/// elements of a tensor.
 template <arithmetic_element A, arithmetic_element B>
 struct equal_counts {
     device_piece piece;
@@ -82,7 +87,8 @@ struct equal_counts {
         for (std::uint64_t i = at.first; i < at.last; i += at.step) {
             const B base = origin<B>(piece, i, flag);
             for (std::size_t t = 0; t < piece.tasks; ++t) {
-                if (wanted[t].active && magnitude_bits(static_cast<A>(delta(piece, t, i, base, flag))) == wanted[t].prefix) {
+                if (wanted[t].active
+                    && magnitude_bits(static_cast<A>(delta(piece, t, i, base, flag))) == wanted[t].prefix) {
                     atomic_add(counts + t * blocks + first_block + (piece.offset + i) / block_size, 1);
                 }
             }
@@ -90,7 +96,8 @@ struct equal_counts {
     }
 };
 
-/// *place = that of the wanted-th entry of a task vector among [begin, end) whose magnitude is `magnitude`. A walk of one worker.
+/// *place = that of the wanted-th entry of a task vector among [begin, end) whose magnitude is `magnitude`. A walk of
+/// one worker.
 template <arithmetic_element A, arithmetic_element B>
 struct nth_equal {
     device_piece piece;
@@ -105,7 +112,9 @@ struct nth_equal {
         std::uint64_t left = wanted;
         for (std::uint64_t i = begin; i < end && left > 0; ++i) {
             const B base = origin<B>(piece, i, nullptr);
-            if (magnitude_bits(static_cast<A>(delta(piece, task, i, base, nullptr))) == magnitude && --left == 0) { *place = piece.position + i; }
+            if (magnitude_bits(static_cast<A>(delta(piece, task, i, base, nullptr))) == magnitude && --left == 0) {
+                *place = piece.position + i;
+            }
         }
     }
 };

@@ -1,9 +1,10 @@
 // Exact top-k by magnitude on the gpu policy by a radix select: what device_top_k.hpp is held to, and falls back on.
 // SPDX-License-Identifier: Apache-2.0
 //
-// The bits of the k-th magnitude are found eleven at a time: a pass counts, for every task vector at once, how the entries that share
-// the bits found so far go on. Three passes for f32 (six for f64) whatever the data are; one more counts the equals in each block of
-// 4096 elements, so that the place where the kept ones end can be found in one block.
+// The bits of the k-th magnitude are found eleven at a time: a pass counts, for every task vector at once, how the
+// entries that share the bits found so far go on. Three passes for f32 (six for f64) whatever the data are; one more
+// counts the equals in each block of 4096 elements, so that the place where the kept ones end can be found in one
+// block.
 #pragma once
 
 #include <taskvec/device/models/device_models.hpp>
@@ -19,7 +20,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
 
-/// The blocks of block_size elements of a range of tensors: what is counted for each (equals, entries that are kept) is found again in one.
+/// The blocks of block_size elements of a range of tensors: what is counted for each (equals, entries that are kept) is
+/// found again in one.
 class equal_blocks {
 public:
     equal_blocks(const aligned_models& models, tensor_range range)
@@ -34,22 +36,25 @@ public:
     [[nodiscard]] std::uint64_t count() const noexcept { return count_; }
     [[nodiscard]] std::uint64_t first(std::size_t tensor) const noexcept { return first_[tensor - range_.first]; }
 
-    /// *place = that of the wanted-th entry of a task vector whose magnitude is `magnitude`; equal[b] entries of block b are. Queued.
+    /// *place = that of the wanted-th entry of a task vector whose magnitude is `magnitude`; equal[b] entries of block
+    /// b are. Queued.
     template <arithmetic_element A>
-    void find(device_models& models, std::size_t task, bits_type<A> magnitude, std::uint64_t wanted, const elementwise::counter* equal,
-        elementwise::counter* place) const
+    void find(device_models& models, std::size_t task, bits_type<A> magnitude, std::uint64_t wanted,
+        const elementwise::counter* equal, elementwise::counter* place) const
     {
         std::uint64_t block = 0;
         while (equal[block] < wanted) { wanted -= equal[block++]; }
         const auto after = std::upper_bound(first_.begin(), first_.end(), block);
         const std::size_t tensor = range_.first + static_cast<std::size_t>(after - first_.begin()) - 1;
         const aligned_tensor& of = models.models().tensors()[tensor];
-        const std::uint64_t offset = (block - *(after - 1)) * block_size, size = std::min<std::uint64_t>(block_size, of.size - offset);
+        const std::uint64_t offset = (block - *(after - 1)) * block_size,
+                            size = std::min<std::uint64_t>(block_size, of.size - offset);
         models.read_part(tensor, offset, size, [&](const gpu& policy, std::size_t, const device_piece& piece) {
             visit_arithmetic(of, [&]<class B>(std::type_identity<B>) {
                 if constexpr (sizeof(B) <= sizeof(A)) {
                     const std::uint64_t begin = offset - piece.offset;
-                    device::sweep(policy, 1, elementwise::nth_equal<A, B>{piece, task, magnitude, begin, begin + size, wanted, place});
+                    device::sweep(policy, 1,
+                        elementwise::nth_equal<A, B>{piece, task, magnitude, begin, begin + size, wanted, place});
                 }
             });
         });
@@ -116,7 +121,9 @@ private:
     {
         models_.read(range_, [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
             visit_arithmetic(models_.models().tensors()[tensor], [&]<class B>(std::type_identity<B> type) {
-                if constexpr (sizeof(B) <= sizeof(A)) { use(policy, tensor, piece, type); } // f64 tensors compare in f64
+                if constexpr (sizeof(B) <= sizeof(A)) {
+                    use(policy, tensor, piece, type);
+                } // f64 tensors compare in f64
             });
         });
     }
@@ -130,8 +137,9 @@ private:
         device::buffer<elementwise::counter> bins(models_.policy(), copies * size);
         bins.clear();
         read([&]<class B>(const gpu& policy, std::size_t, const device_piece& piece, std::type_identity<B>) {
-            device::sweep(
-                policy, piece.size, elementwise::magnitude_histogram<A, B>{piece, wanted.data(), shift, width, bins.data(), copies, models_.nonfinite_flag()});
+            device::sweep(policy, piece.size,
+                elementwise::magnitude_histogram<A, B>{
+                    piece, wanted.data(), shift, width, bins.data(), copies, models_.nonfinite_flag()});
         });
         device::sweep(models_.policy(), size, elementwise::add_copies{bins.data(), size, copies});
         std::vector<elementwise::counter> counts(size);
@@ -151,18 +159,21 @@ private:
     {
         const std::size_t tasks = channels_.size();
         const auto wanted = upload();
-        device::buffer<elementwise::counter> counts(models_.policy(), tasks * blocks_.count()), places(models_.policy(), tasks);
+        device::buffer<elementwise::counter> counts(models_.policy(), tasks * blocks_.count()),
+            places(models_.policy(), tasks);
         counts.clear();
         places.clear();
         read([&]<class B>(const gpu& policy, std::size_t tensor, const device_piece& piece, std::type_identity<B>) {
             device::sweep(policy, piece.size,
-                elementwise::equal_counts<A, B>{piece, wanted.data(), counts.data(), blocks_.count(), blocks_.first(tensor), models_.nonfinite_flag()});
+                elementwise::equal_counts<A, B>{piece, wanted.data(), counts.data(), blocks_.count(),
+                    blocks_.first(tensor), models_.nonfinite_flag()});
         });
         const std::vector<elementwise::counter> equal = counts.download();
         for (std::size_t t = 0; t < tasks; ++t) {
             const channel& c = channels_[t];
             if (!c.found.active) { continue; }
-            blocks_.find<A>(models_, t, c.found.prefix, c.k - c.above, equal.data() + t * blocks_.count(), places.data() + t);
+            blocks_.find<A>(
+                models_, t, c.found.prefix, c.k - c.above, equal.data() + t * blocks_.count(), places.data() + t);
         }
         const std::vector<elementwise::counter> last = places.download();
         for (std::size_t t = 0; t < tasks; ++t) {

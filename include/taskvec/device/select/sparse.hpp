@@ -15,8 +15,9 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// sparse_vector in device memory: `indices` ascend, are in range, and values[i] belongs to indices[i]. post_pruning() and to_device()
-/// make such; nothing checks them again. Move-only; memory is given back in the order of the stream it was made on.
+/// sparse_vector in device memory: `indices` ascend, are in range, and values[i] belongs to indices[i]. post_pruning()
+/// and to_device() make such; nothing checks them again. Move-only; memory is given back in the order of the stream it
+/// was made on.
 template <arithmetic_element A>
 struct device_sparse_vector {
     using value_type = A;
@@ -43,16 +44,19 @@ using device_sparse_model = std::map<std::string, device_sparse_tensor>;
 
 /// A copy in device memory. Errors: as check().
 template <arithmetic_element A>
-[[nodiscard]] device_sparse_vector<A> to_device(const gpu& policy, const sparse_vector<A>& sparse, std::string_view name = "values")
+[[nodiscard]] device_sparse_vector<A> to_device(
+    const gpu& policy, const sparse_vector<A>& sparse, std::string_view name = "values")
 {
     check(sparse, name);
-    return {sparse.shape, device::buffer<std::uint64_t>(policy, sparse.indices), device::buffer<A>(policy, sparse.values)};
+    return {
+        sparse.shape, device::buffer<std::uint64_t>(policy, sparse.indices), device::buffer<A>(policy, sparse.values)};
 }
 [[nodiscard]] inline device_sparse_model to_device(const gpu& policy, const sparse_model& model)
 {
     device_sparse_model result;
     for (const auto& entry : model) {
-        std::visit([&](const auto& sparse) { result.emplace(entry.first, to_device(policy, sparse, entry.first)); }, entry.second);
+        std::visit([&](const auto& sparse) { result.emplace(entry.first, to_device(policy, sparse, entry.first)); },
+            entry.second);
     }
     return result;
 }
@@ -117,12 +121,14 @@ template <arithmetic_element A>
 void check_fits(const device_sparse_vector<A>& sparse, std::size_t size, std::string_view name)
 {
     if (element_count(sparse.shape, name) != size) {
-        raise<shape_mismatch>(message("tensor '", name, "' has ", size, " elements; the delta is for shape ", to_string(sparse.shape)));
+        raise<shape_mismatch>(
+            message("tensor '", name, "' has ", size, " elements; the delta is for shape ", to_string(sparse.shape)));
     }
 }
 } // namespace detail
 
-/// Adds a sparse vector to live weights in place, as on the CPU; returns the words that were there, in device memory. Queued.
+/// Adds a sparse vector to live weights in place, as on the CPU; returns the words that were there, in device memory.
+/// Queued.
 ///
 ///     auto saved = apply(policy, delta, weights.view());   // switch the task on
 ///     undo(policy, delta, saved, weights.view());          // and off: the very words of before
@@ -131,12 +137,13 @@ auto apply(const gpu& policy, const device_sparse_vector<A>& sparse, Live&& live
 {
     const auto weights = as_view(live);
     using T = element_of<Live>;
-    static_assert(std::same_as<arithmetic_type<T>, A>, "an f64 delta belongs to f64 weights, an f32 delta to f32, bf16 or f16 weights");
+    static_assert(std::same_as<arithmetic_type<T>, A>,
+        "an f64 delta belongs to f64 weights, an f32 delta to f32, bf16 or f16 weights");
     detail::check_fits(sparse, weights.size(), "values");
     device::buffer<T> saved(policy, sparse.kept());
     device::sweep(policy, sparse.kept(),
-        elementwise::add_entries<T, A>{
-            sparse.indices.data(), sparse.values.data(), static_cast<A>(scale), kernels::words(weights.data()), kernels::words(saved.data())});
+        elementwise::add_entries<T, A>{sparse.indices.data(), sparse.values.data(), static_cast<A>(scale),
+            kernels::words(weights.data()), kernels::words(saved.data())});
     return saved;
 }
 
@@ -147,42 +154,48 @@ void undo(const gpu& policy, const device_sparse_vector<A>& sparse, const device
     const auto weights = as_view(live);
     static_assert(std::same_as<element_of<Live>, T>, "the saved words are of another storage type than the weights");
     detail::check_fits(sparse, weights.size(), "values");
-    if (saved.size() != sparse.kept()) { raise<invalid_argument>(message(saved.size(), " saved words for ", sparse.kept(), " entries")); }
+    if (saved.size() != sparse.kept()) {
+        raise<invalid_argument>(message(saved.size(), " saved words for ", sparse.kept(), " entries"));
+    }
     const T* const words = saved.data();
-    device::sweep(policy, saved.size(), elementwise::put_back<storage_word<T>>{sparse.indices.data(), kernels::words(words), kernels::words(weights.data())});
+    device::sweep(policy, saved.size(),
+        elementwise::put_back<storage_word<T>>{
+            sparse.indices.data(), kernels::words(words), kernels::words(weights.data())});
 }
 
 /// The words that a model-wide apply() replaced, by tensor name.
 using device_saved_words = std::map<std::string, device::buffer<std::byte>>;
 
-/// Adds a delta to the live weights of a model in device memory, in place; the result is what undo() needs. Errors: a tensor that is
-/// missing, of another shape, storage type or memory; nothing is changed then.
-[[nodiscard]] inline device_saved_words apply(const gpu& policy, const device_sparse_model& delta, const model_ref& live, double scale = 1.0)
+/// Adds a delta to the live weights of a model in device memory, in place; the result is what undo() needs. Errors: a
+/// tensor that is missing, of another shape, storage type or memory; nothing is changed then.
+[[nodiscard]] inline device_saved_words apply(
+    const gpu& policy, const device_sparse_model& delta, const model_ref& live, double scale = 1.0)
 {
     device_saved_words saved;
-    detail::for_each_live<memory_space::device>(
-        delta, live, [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
+    detail::for_each_live<memory_space::device>(delta, live,
+        [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
             device::buffer<std::byte> words(policy, sparse.kept() * sizeof(T));
             device::sweep(policy, sparse.kept(),
-                elementwise::add_entries<T, A>{sparse.indices.data(), sparse.values.data(), static_cast<A>(scale), kernels::words(weights.data()),
-                    reinterpret_cast<storage_word<T>*>(words.data())});
+                elementwise::add_entries<T, A>{sparse.indices.data(), sparse.values.data(), static_cast<A>(scale),
+                    kernels::words(weights.data()), reinterpret_cast<storage_word<T>*>(words.data())});
             saved.emplace(name, std::move(words));
         });
     return saved;
 }
 
 /// Takes a delta that apply() added out of the live weights again: the very words of before.
-inline void undo(const gpu& policy, const device_sparse_model& delta, const device_saved_words& saved, const model_ref& live)
+inline void undo(
+    const gpu& policy, const device_sparse_model& delta, const device_saved_words& saved, const model_ref& live)
 {
-    detail::for_each_live<memory_space::device>(
-        delta, live, [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
+    detail::for_each_live<memory_space::device>(delta, live,
+        [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
             const auto words = saved.find(name);
             if (words == saved.end() || words->second.size() != sparse.kept() * sizeof(T)) {
                 raise<invalid_argument>(message("the saved words of tensor '", name, "' do not belong to this delta"));
             }
             device::sweep(policy, sparse.kept(),
-                elementwise::put_back<storage_word<T>>{
-                    sparse.indices.data(), reinterpret_cast<const storage_word<T>*>(words->second.data()), kernels::words(weights.data())});
+                elementwise::put_back<storage_word<T>>{sparse.indices.data(),
+                    reinterpret_cast<const storage_word<T>*>(words->second.data()), kernels::words(weights.data())});
         });
 }
 

@@ -1,10 +1,11 @@
-// Exact top-k by magnitude on the gpu policy, over one tensor or a whole model, in one read of the data where it can be.
-// SPDX-License-Identifier: Apache-2.0
+// Exact top-k by magnitude on the gpu policy, over one tensor or a whole model, in one read of the data where it can
+// be. SPDX-License-Identifier: Apache-2.0
 //
-// A sample brackets the k-th magnitude of every task vector. One walk counts what lies above the brackets and collects what lies
-// inside, with its places, and the answer is chosen from these few, place among equals included. Magnitudes that many entries of the
-// sample share are counted instead, in blocks of 4096 elements, of which one is read again. Where the sample was wrong, or too much lies
-// inside for the memory there is, the radix select of device_radix.hpp finds the same thresholds in four more reads (f64: seven).
+// A sample brackets the k-th magnitude of every task vector. One walk counts what lies above the brackets and collects
+// what lies inside, with its places, and the answer is chosen from these few, place among equals included. Magnitudes
+// that many entries of the sample share are counted instead, in blocks of 4096 elements, of which one is read again.
+// Where the sample was wrong, or too much lies inside for the memory there is, the radix select of device_radix.hpp
+// finds the same thresholds in four more reads (f64: seven).
 #pragma once
 
 #include <taskvec/device/models/device_models.hpp>
@@ -66,7 +67,8 @@ public:
     {
         unsigned reads = 0, more = 0;
         std::vector<top_k_threshold<A>> thresholds(counts.size());
-        if (std::any_of(counts.begin(), counts.end(), [&](std::uint64_t k) { return k < elements_; })) { // otherwise everything is kept
+        if (std::any_of(counts.begin(), counts.end(),
+                [&](std::uint64_t k) { return k < elements_; })) { // otherwise everything is kept
             const bool bracketed = look_for_brackets(counts);
             reads = bracketed ? 1 : 0;
             if (bracketed && collect(counts)) { choose(thresholds); }
@@ -87,22 +89,26 @@ private:
         });
     }
 
-    /// The magnitudes of `size` entries of every task vector, [task][entry], the sign bit set; 0 where the sample has no entry.
+    /// The magnitudes of `size` entries of every task vector, [task][entry], the sign bit set; 0 where the sample has
+    /// no entry.
     [[nodiscard]] std::vector<bits> sample(std::size_t size) const
     {
         const std::uint64_t runs = size / run_length, step = elements_ / runs;
         const auto look = [&](std::size_t tensor, const device_piece& piece, bits* out, const auto& sweep) {
-            const std::uint64_t first = (piece.position - begin_) / step, last = std::min((piece.position - begin_ + piece.size - 1) / step, runs - 1);
+            const std::uint64_t first = (piece.position - begin_) / step,
+                                last = std::min((piece.position - begin_ + piece.size - 1) / step, runs - 1);
             if (first > last) { return; }
             for_each_arithmetic(tensor, [&]<class B>(std::type_identity<B>) {
-                sweep((last - first + 1) * run_length, elementwise::sample_magnitudes<A, B>{piece, begin_, step, first, out, size});
+                sweep((last - first + 1) * run_length,
+                    elementwise::sample_magnitudes<A, B>{piece, begin_, step, first, out, size});
             });
         };
         if (models_.space() == memory_space::device) {
             device::buffer<bits> found(models_.policy(), tasks_ * size);
             found.clear();
             models_.read(range_, [&](const gpu& policy, std::size_t tensor, const device_piece& piece) {
-                look(tensor, piece, found.data(), [&](std::uint64_t count, const auto& functor) { device::sweep(policy, count, functor); });
+                look(tensor, piece, found.data(),
+                    [&](std::uint64_t count, const auto& functor) { device::sweep(policy, count, functor); });
             });
             return found.download();
         }
@@ -112,9 +118,8 @@ private:
             if (tensor.size == 0) { continue; }
             std::vector<aligned_tensor::operand> operands{tensor.base};
             operands.insert(operands.end(), tensor.tasks.begin(), tensor.tasks.end());
-            look(i, {operands.data(), tasks_, 0, tensor.position, tensor.size}, found.data(), [&](std::uint64_t count, const auto& functor) {
-                functor(elementwise::indices{0, count, 1, 0});
-            });
+            look(i, {operands.data(), tasks_, 0, tensor.position, tensor.size}, found.data(),
+                [&](std::uint64_t count, const auto& functor) { functor(elementwise::indices{0, count, 1, 0}); });
         }
         return found;
     }
@@ -131,14 +136,19 @@ private:
                 brackets_[t].active = counts[t] < elements_;
                 if (!brackets_[t].active || seen.empty()) { continue; }
                 const std::size_t each = seen.size() / tasks_;
-                largest = std::max(largest, narrow(brackets_[t], static_cast<double>(counts[t]), {seen.begin() + t * each, seen.begin() + (t + 1) * each}));
+                largest = std::max(largest,
+                    narrow(brackets_[t], static_cast<double>(counts[t]),
+                        {seen.begin() + t * each, seen.begin() + (t + 1) * each}));
             }
             const auto part = static_cast<double>(largest) / parts;
             room_ = static_cast<std::uint64_t>(part + 8 * std::sqrt(part)) + 32;
             for (const bracket& one : brackets_) { commons_ = std::max<std::size_t>(commons_, one.commons); }
-            const std::uint64_t wanted = parts * room_ * (sizeof(bits) + sizeof(std::uint64_t)) + commons_ * blocks_.count() * sizeof(elementwise::counter);
+            const std::uint64_t wanted = parts * room_ * (sizeof(bits) + sizeof(std::uint64_t))
+                + commons_ * blocks_.count() * sizeof(elementwise::counter);
             if (tasks_ * wanted <= spare_) { return true; }
-            if (8 * size > std::min<std::uint64_t>(elements_ / 64, std::uint64_t{1} << 20)) { return false; } // a larger sample would not pay
+            if (8 * size > std::min<std::uint64_t>(elements_ / 64, std::uint64_t{1} << 20)) {
+                return false;
+            } // a larger sample would not pay
         }
     }
 
@@ -148,7 +158,8 @@ private:
         std::erase(seen, bits{0});
         for (bits& value : seen) { value &= highest; }
         const auto size = static_cast<double>(seen.size()), share = k / static_cast<double>(elements_);
-        const double rank = share * size, margin = 6 * std::sqrt(size * share * (1 - share)) + 2; // entries of a run are alike
+        const double rank = share * size,
+                     margin = 6 * std::sqrt(size * share * (1 - share)) + 2; // entries of a run are alike
         ranking<bits> ranked(seen, 0, highest);
         const auto at = [&](double place) { return ranked[static_cast<std::size_t>(place) - 1]; };
         if (rank - margin >= 1) { found.high = at(std::floor(rank - margin)); }
@@ -186,7 +197,8 @@ private:
             for_each_arithmetic(tensor, [&]<class B>(std::type_identity<B>) {
                 using functor = elementwise::count_and_collect<A, B>;
                 for (std::size_t first = 0; first < tasks_; first += functor::held) {
-                    const functor walk{piece, brackets.data(), lists(), first, blocks_.first(tensor), models_.nonfinite_flag()};
+                    const functor walk{
+                        piece, brackets.data(), lists(), first, blocks_.first(tensor), models_.nonfinite_flag()};
                     if constexpr (std::same_as<A, float>) {
                         const bool done = visit_packs(piece, [&]<class T>(std::type_identity<T>) {
                             using packs = elementwise::count_and_collect_packs<T>;
@@ -206,31 +218,39 @@ private:
         if (commons_ > 0) {
             device::buffer<elementwise::counter> counted(policy, over.size());
             counted.clear();
-            device::sweep(policy, tasks_ * parts * room_, elementwise::count_over_common<A>{lists(), brackets.data(), counted.data()});
+            device::sweep(policy, tasks_ * parts * room_,
+                elementwise::count_over_common<A>{lists(), brackets.data(), counted.data()});
             over = counted.download();
             equal_counts_ = equal_.download();
         }
         left_.assign(tasks_, {});
         for (std::size_t t = 0; t < tasks_; ++t) {
             if (!brackets_[t].active) { continue; }
-            const elementwise::counter *const above = tallies.data() + t * parts, *const inside = above + tasks_ * parts;
+            const elementwise::counter *const above = tallies.data() + t * parts,
+                                              *const inside = above + tasks_ * parts;
             const std::uint64_t more = std::accumulate(above, above + parts, std::uint64_t{0});
             const std::uint64_t listed = std::accumulate(inside, inside + parts, std::uint64_t{0});
-            if (counts[t] <= more || !locate(t, counts[t] - more, listed, over.data() + t * bracket::most_common)) { return false; }
+            if (counts[t] <= more || !locate(t, counts[t] - more, listed, over.data() + t * bracket::most_common)) {
+                return false;
+            }
         }
         return true;
     }
 
-    /// Finds out between which of the common magnitudes the rank-th entry of a bracket is, or at which. listed: entries of its list; over[c]:
-    /// those of them that are larger than common magnitude c. False where the bracket has fewer entries.
+    /// Finds out between which of the common magnitudes the rank-th entry of a bracket is, or at which. listed: entries
+    /// of its list; over[c]: those of them that are larger than common magnitude c. False where the bracket has fewer
+    /// entries.
     [[nodiscard]] bool locate(std::size_t t, std::uint64_t rank, std::uint64_t listed, const elementwise::counter* over)
     {
         const bracket& found = brackets_[t];
         std::uint64_t high = found.high, passed = 0;
         for (unsigned c = 0; c < found.commons; ++c) {
-            const std::uint64_t between = over[c] - passed, equals = std::accumulate(equal_of(t, c), equal_of(t, c) + blocks_.count(), std::uint64_t{0});
+            const std::uint64_t between = over[c] - passed,
+                                equals =
+                                    std::accumulate(equal_of(t, c), equal_of(t, c) + blocks_.count(), std::uint64_t{0});
             if (rank <= between) {
-                left_[t] = {{.low = std::uint64_t{found.common[c]} + 1, .high = high, .active = true}, rank, between, {}};
+                left_[t] = {
+                    {.low = std::uint64_t{found.common[c]} + 1, .high = high, .active = true}, rank, between, {}};
                 return true;
             }
             rank -= between;
@@ -252,7 +272,8 @@ private:
 
     [[nodiscard]] lists_type lists() const noexcept
     {
-        return {tallies_.data(), tallies_.data() + tasks_ * parts, magnitudes_.data(), places_.data(), room_, equal_.data(), commons_, blocks_.count()};
+        return {tallies_.data(), tallies_.data() + tasks_ * parts, magnitudes_.data(), places_.data(), room_,
+            equal_.data(), commons_, blocks_.count()};
     }
     [[nodiscard]] device::buffer<range_type> upload() const
     {
@@ -264,7 +285,9 @@ private:
     /// The answers, from the lists.
     void choose(std::vector<top_k_threshold<A>>& thresholds)
     {
-        while (std::any_of(left_.begin(), left_.end(), [](const remaining& one) { return one.count > few; })) { narrow_ranges(); }
+        while (std::any_of(left_.begin(), left_.end(), [](const remaining& one) { return one.count > few; })) {
+            narrow_ranges();
+        }
         const auto ranges = upload();
         device::buffer<elementwise::counter> found(models_.policy(), tasks_);
         found.clear();
@@ -275,7 +298,9 @@ private:
         device::buffer<elementwise::counter> equals(models_.policy(), tasks_);
         equals.clear();
         for (std::size_t t = 0; t < tasks_; ++t) {
-            if (const auto c = left_[t].common) { blocks_.find<A>(models_, t, brackets_[t].common[*c], left_[t].rank, equal_of(t, *c), equals.data() + t); }
+            if (const auto c = left_[t].common) {
+                blocks_.find<A>(models_, t, brackets_[t].common[*c], left_[t].rank, equal_of(t, *c), equals.data() + t);
+            }
         }
         const std::vector<elementwise::counter> last = equals.download();
         const std::vector<bits> values = magnitudes.download();
@@ -284,27 +309,34 @@ private:
             if (const auto c = left_[t].common) { thresholds[t] = {brackets_[t].common[*c], last[t] + 1}; }
             if (left_[t].count == 0) { continue; }
             std::vector<std::pair<bits, std::uint64_t>> entries;
-            for (std::size_t i = t * few; i < t * few + left_[t].count; ++i) { entries.emplace_back(values[i], where[i]); }
+            for (std::size_t i = t * few; i < t * few + left_[t].count; ++i) {
+                entries.emplace_back(values[i], where[i]);
+            }
             const auto answer = entries.begin() + static_cast<std::ptrdiff_t>(left_[t].rank) - 1;
-            std::nth_element(entries.begin(), answer, entries.end(),
-                [](const auto& x, const auto& y) { return x.first != y.first ? x.first > y.first : x.second < y.second; });
+            std::nth_element(entries.begin(), answer, entries.end(), [](const auto& x, const auto& y) {
+                return x.first != y.first ? x.first > y.first : x.second < y.second;
+            });
             thresholds[t] = {answer->first, answer->second + 1};
         }
     }
 
-    /// Narrows what is left of the long lists by a histogram of its keys: of magnitudes the largest come first, of places the first.
+    /// Narrows what is left of the long lists by a histogram of its keys: of magnitudes the largest come first, of
+    /// places the first.
     void narrow_ranges()
     {
         for (remaining& one : left_) {
             range_type& range = one.range;
-            if (one.count > few && range.low == range.high) { range = {begin_, begin_ + elements_ - 1, static_cast<bits>(range.low), true, true, 0}; }
+            if (one.count > few && range.low == range.high) {
+                range = {begin_, begin_ + elements_ - 1, static_cast<bits>(range.low), true, true, 0};
+            }
             const unsigned width = static_cast<unsigned>(std::bit_width(range.high - range.low));
             range.shift = width > elementwise::list_bin_bits ? width - elementwise::list_bin_bits : 0;
         }
         const auto ranges = upload();
         device::buffer<elementwise::counter> bins(models_.policy(), tasks_ * elementwise::list_bins);
         bins.clear();
-        device::sweep(models_.policy(), tasks_ * parts * room_, elementwise::list_histogram<A>{lists(), ranges.data(), bins.data()});
+        device::sweep(models_.policy(), tasks_ * parts * room_,
+            elementwise::list_histogram<A>{lists(), ranges.data(), bins.data()});
         const std::vector<elementwise::counter> counts = bins.download();
         for (std::size_t t = 0; t < tasks_; ++t) {
             remaining& one = left_[t];
@@ -343,12 +375,12 @@ private:
 };
 
 /// trim_thresholds of models that the gpu policy walks over.
-[[nodiscard]] inline trim_thresholds thresholds_on_device(device_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
+[[nodiscard]] inline trim_thresholds thresholds_on_device(
+    device_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
 {
-    return trim_thresholds(
-        models.models(), density, over, rule, [&]<class A>(std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts, unsigned* walks) {
-            return device_top_k_search<A>(models, range).run(counts, walks);
-        });
+    return trim_thresholds(models.models(), density, over, rule,
+        [&]<class A>(std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts,
+            unsigned* walks) { return device_top_k_search<A>(models, range).run(counts, walks); });
 }
 
 /// Thresholds of every tensor in device memory.
@@ -362,7 +394,9 @@ public:
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {
             for (std::size_t t = 0; t < tasks_; ++t) {
                 single.push_back(models.tensors()[i].wide ? top_k_threshold<float>{} : thresholds.get<float>(i, t));
-                if (models.any_wide()) { wide.push_back(models.tensors()[i].wide ? thresholds.get<double>(i, t) : top_k_threshold<double>{}); }
+                if (models.any_wide()) {
+                    wide.push_back(models.tensors()[i].wide ? thresholds.get<double>(i, t) : top_k_threshold<double>{});
+                }
             }
         }
         single_ = device::buffer<top_k_threshold<float>>(policy, single);

@@ -1,9 +1,9 @@
 // The primitives of the gpu policy: a sweep of a functor over indices, and ordered compaction.
 // SPDX-License-Identifier: Apache-2.0
 //
-// Transforms, reductions and histograms are all sweeps. A sum has its shape in the functor (one worker for each partial sum), a
-// count or a histogram is integers, which atomic additions give the same value in any order: nothing depends on how many workers
-// there are, so results are the same on every system. A sweep allocates nothing and does not wait.
+// Transforms, reductions and histograms are all sweeps. A sum has its shape in the functor (one worker for each partial
+// sum), a count or a histogram is integers, which atomic additions give the same value in any order: nothing depends on
+// how many workers there are, so results are the same on every system. A sweep allocates nothing and does not wait.
 #pragma once
 
 #include <taskvec/core/rounding.hpp>
@@ -19,7 +19,8 @@
 #include <cstdint>
 #include <utility>
 
-// GNU's libgomp is not instrumented, so that ThreadSanitizer sees neither the start nor the end of a team of threads: it is told.
+// GNU's libgomp is not instrumented, so that ThreadSanitizer sees neither the start nor the end of a team of threads:
+// it is told.
 #if defined(__SANITIZE_THREAD__)
 #define TASKVEC_WATCHED 1
 #elif defined(__has_feature)
@@ -39,18 +40,13 @@ using elementwise::indices;
 
 namespace detail {
 
-/// What happens before a team of host threads starts is seen by each of its threads, and what they do is seen by whoever goes on.
+/// What happens before a team of host threads starts is seen by each of its threads, and what they do is seen by
+/// whoever goes on.
 class team {
 #if defined(TASKVEC_WATCHED)
 public:
-    team()
-    {
-        __tsan_release(&started_);
-    }
-    void joined()
-    {
-        __tsan_acquire(&ended_);
-    }
+    team() { __tsan_release(&started_); }
+    void joined() { __tsan_acquire(&ended_); }
     class member {
     public:
         explicit member(team* of)
@@ -83,20 +79,14 @@ public:
 #if TASKVEC_ON_CUDA
         : functor_(functor)
     { }
-    [[nodiscard]] TASKVEC_HOST_DEVICE const Functor& get() const
-    {
-        return functor_;
-    }
+    [[nodiscard]] TASKVEC_HOST_DEVICE const Functor& get() const { return functor_; }
 
 private:
     Functor functor_;
 #else
         : functor_(&functor)
     { }
-    [[nodiscard]] const Functor& get() const
-    {
-        return *functor_;
-    }
+    [[nodiscard]] const Functor& get() const { return *functor_; }
 
 private:
     const Functor* functor_;
@@ -143,7 +133,10 @@ public:
     explicit scratch_allocator(const gpu& policy)
         : policy_(policy)
     { }
-    char* allocate(std::ptrdiff_t bytes) { return static_cast<char*>(device::allocate(policy_, static_cast<std::size_t>(bytes))); }
+    char* allocate(std::ptrdiff_t bytes)
+    {
+        return static_cast<char*>(device::allocate(policy_, static_cast<std::size_t>(bytes)));
+    }
     void deallocate(char* place, std::size_t bytes) { device::deallocate(policy_, place, bytes); }
 
 private:
@@ -194,8 +187,8 @@ void sweep(const gpu& policy, std::uint64_t count, const Functor& functor)
     team.joined();
 }
 
-/// Writes those of the indices [0, count) that `keep` says yes to, in ascending order, to `out` (room for all of them); returns how
-/// many. Waits for the policy's stream.
+/// Writes those of the indices [0, count) that `keep` says yes to, in ascending order, to `out` (room for all of them);
+/// returns how many. Waits for the policy's stream.
 template <class Predicate>
 [[nodiscard]] std::size_t compact(const gpu& policy, std::uint64_t count, const Predicate& keep, std::uint64_t* out)
 {
