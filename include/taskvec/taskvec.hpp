@@ -19,6 +19,8 @@
 #include <taskvec/core/hash.hpp>
 #include <taskvec/core/kernels.hpp>
 #include <taskvec/core/matrix.hpp>
+#include <taskvec/core/option_table.hpp>
+#include <taskvec/core/option_text.hpp>
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/policy.hpp>
 #include <taskvec/core/random.hpp>

@@ -4,7 +4,7 @@
 
 #include <taskvec/formats/safetensors.hpp>
 
-#include "../io/scratch.hpp"
+#include "../formats/scratch.hpp"
 
 #include <doctest/doctest.h>
 

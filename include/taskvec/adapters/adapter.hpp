@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/linalg/factored_svd.hpp>
 
 #include <algorithm>
@@ -60,6 +61,12 @@ void check_update(const lora_update<T, S>& update, std::string_view name)
 enum class sigma_side : std::uint8_t {
     both, ///< b = u·√σ, a = √σ·vᵀ: entries of like size on both sides, which 16-bit storage likes
     left ///< b = u·σ, a = vᵀ
+};
+
+template <>
+struct enum_words<sigma_side> {
+    static constexpr std::array words{
+        enum_word<sigma_side>{sigma_side::both, "both"}, enum_word<sigma_side>{sigma_side::left, "left"}};
 };
 
 /// The update u·diag(σ)·vᵀ with scaling 1. u is out×q, v in×q.

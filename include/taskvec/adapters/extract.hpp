@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/adapter.hpp>
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 
 #include <algorithm>
@@ -24,6 +25,12 @@ struct extract_options {
     std::string suffix =
         ".weight"; ///< the 2-D tensors whose name ends so are layers; the rest of the name is the module's
     std::string base_label = "the base", tuned_label = "the fine-tuned model"; ///< what messages call the two
+};
+
+template <>
+struct options_of<extract_options> {
+    static constexpr option_table table{options_within(&extract_options::rank),
+        option_row("sigma", &extract_options::side, "which factor the singular values go to", {.unit = "SIDE"})};
 };
 
 /// What extract_lora() found.

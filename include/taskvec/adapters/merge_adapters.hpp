@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/adapter.hpp>
+#include <taskvec/core/option_table.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -20,6 +21,14 @@ struct linear_merge_options {
     double lambda = 1;
     rank_choice rank = rank_choice::full(); ///< full(): the stacked factors, exact
     sigma_side side = sigma_side::both;
+};
+
+template <>
+struct options_of<linear_merge_options> {
+    static constexpr option_table table{weights_row(&linear_merge_options::weights),
+        option_row("lambda", &linear_merge_options::lambda, "scale of the merged update"),
+        options_within(&linear_merge_options::rank),
+        option_row("sigma", &linear_merge_options::side, "which factor the singular values go to", {.unit = "SIDE"})};
 };
 
 namespace detail {

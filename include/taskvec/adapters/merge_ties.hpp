@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/merge_adapters.hpp>
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/ties.hpp>
 
 #include <algorithm>
@@ -20,6 +21,13 @@ struct adapter_ties_options {
     ties_options ties{};
     rank_choice rank{};
     sigma_side side = sigma_side::both;
+};
+
+template <>
+struct options_of<adapter_ties_options> {
+    static constexpr option_table table{options_within(&adapter_ties_options::ties),
+        options_within(&adapter_ties_options::rank),
+        option_row("sigma", &adapter_ties_options::side, "which factor the singular values go to", {.unit = "SIDE"})};
 };
 
 namespace detail {

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/linalg/linalg.hpp>
 
 #include <algorithm>
@@ -28,6 +29,14 @@ struct rank_choice {
     {
         return {.rank = std::numeric_limits<std::size_t>::max(), .clamp = true};
     }
+};
+
+template <>
+struct options_of<rank_choice> {
+    static constexpr option_table table{option_row("rank", &rank_choice::rank, "how many singular triples are kept"),
+        option_row("energy", &rank_choice::energy, "or the share of the squared singular values to keep",
+            {.at_least = 0, .at_most = 1}),
+        option_row("clamp", &rank_choice::clamp, "lower a rank that is too high to the highest there is")};
 };
 
 /// The best (or, where randomized, a nearly best) rank-q approximation of a matrix A: u·diag(sigma)·vᵀ.

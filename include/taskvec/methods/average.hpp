@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/arithmetic/weighted_sum.hpp>
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -16,6 +17,11 @@ struct average_options {
 
     /// WiSE-FT (Wortsman et al. 2022) over {θ0, θ1}: (1−α)·θ0 + α·θ1.
     [[nodiscard]] static average_options wise_ft(double alpha) { return {{1 - alpha, alpha}}; }
+};
+
+template <>
+struct options_of<average_options> {
+    static constexpr option_table table{weights_row(&average_options::weights)};
 };
 
 template <>

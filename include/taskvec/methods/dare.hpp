@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/core/random.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/methods/ties.hpp>
@@ -29,6 +30,22 @@ struct dare_ties_options {
     double density = 0.5;
     std::uint64_t seed = 0;
     ties_options ties{};
+};
+
+template <>
+struct options_of<dare_options> {
+    static constexpr option_table table{
+        option_row("density", &dare_options::density, "share of entries kept", share_details(common_densities)),
+        option_row("seed", &dare_options::seed, "of random choices"),
+        option_row("lambda", &dare_options::lambda, "scale of the merged task vector", lambda_details()),
+        weights_row(&dare_options::weights)};
+};
+template <>
+struct options_of<dare_ties_options> {
+    static constexpr option_table table{
+        option_row("density", &dare_ties_options::density, "share of entries kept", share_details(common_densities)),
+        option_row("seed", &dare_ties_options::seed, "of random choices"),
+        options_within(&dare_ties_options::ties, "density", "trim")};
 };
 
 namespace kernels {

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <array>
@@ -30,6 +31,14 @@ struct fisher_options {
     bool normalize = false;
     double floor = 1e-12;
     std::vector<std::string> labels{}; ///< names of the Fishers in messages; empty: "the Fisher of task 1", …
+};
+
+template <>
+struct options_of<fisher_options> {
+    static constexpr option_table table{weights_row(&fisher_options::weights),
+        option_row("normalize", &fisher_options::normalize, "divide each Fisher by its norm over the model"),
+        option_row(
+            "floor", &fisher_options::floor, "below this sum of Fishers the plain average is taken", {.at_least = 0})};
 };
 
 /// The Fishers of tasks that are flat views.

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -16,6 +17,12 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     merge(cpu{}, model_stock_options{}, base, tasks, out);
 struct model_stock_options {
     bool clamp = true;
+};
+
+template <>
+struct options_of<model_stock_options> {
+    static constexpr option_table table{
+        option_row("clamp", &model_stock_options::clamp, "hold the ratio inside 0 to 1", {.negated = "unclamped"})};
 };
 
 namespace detail {

@@ -2,6 +2,7 @@
 // 2023). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/linalg/linalg.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -48,6 +49,15 @@ struct regmean_options {
     std::vector<double> weights{};
     std::function<weight_layout(std::string_view)> layout{};
     std::vector<std::string> labels{}; ///< names of the Gram models in messages; empty: "the Grams of task 1", …
+};
+
+template <>
+struct options_of<regmean_options> {
+    static constexpr option_table table{option_row("alpha", &regmean_options::alpha,
+                                            "scale of the Grams' off-diagonals", {.at_least = 0, .at_most = 1}),
+        option_row(
+            "ridge", &regmean_options::ridge, "share of the mean diagonal added to it, such as 1e-6", {.at_least = 0}),
+        weights_row(&regmean_options::weights)};
 };
 
 namespace detail {

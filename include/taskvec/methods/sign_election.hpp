@@ -4,6 +4,7 @@
 
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/kernels.hpp>
+#include <taskvec/core/option_table.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +14,12 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// How the entries whose sign was elected become one.
 enum class disjoint_merge : std::uint8_t { mean, sum, max };
+
+template <>
+struct enum_words<disjoint_merge> {
+    static constexpr std::array words{enum_word<disjoint_merge>{disjoint_merge::mean, "mean"},
+        enum_word<disjoint_merge>{disjoint_merge::sum, "sum"}, enum_word<disjoint_merge>{disjoint_merge::max, "max"}};
+};
 
 /// The factors of one task in the election: in the sum that elects, in the value that is merged, in the divisor of the
 /// mean, and in the test of agreement (where only its sign counts).

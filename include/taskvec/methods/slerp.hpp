@@ -2,6 +2,7 @@
 // (SIGGRAPH 1985). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -16,6 +17,12 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     merge(cpu{}, slerp_options{.t = 0.3}, std::vector{a, b}, out);
 struct slerp_options {
     double t = 0.5;
+};
+
+template <>
+struct options_of<slerp_options> {
+    static constexpr option_table table{
+        option_row("t", &slerp_options::t, "how far to go, 0 is the first model and 1 the second")};
 };
 
 namespace detail {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/arithmetic/weighted_sum.hpp>
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -15,6 +16,13 @@ namespace taskvec::inline TASKVEC_ABI {
 struct task_arithmetic_options {
     double lambda = 0.3;
     std::vector<double> weights{};
+};
+
+template <>
+struct options_of<task_arithmetic_options> {
+    static constexpr option_table table{
+        option_row("lambda", &task_arithmetic_options::lambda, "scale of the merged task vector", lambda_details()),
+        weights_row(&task_arithmetic_options::weights)};
 };
 
 template <>

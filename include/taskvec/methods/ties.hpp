@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/methods/sign_election.hpp>
 #include <taskvec/select/thresholds.hpp>
@@ -12,6 +13,13 @@ namespace taskvec::inline TASKVEC_ABI {
 /// signs in scope, and if that is 0 too none (majority) or minus (majority_or_negative; but none for
 /// disjoint_merge::max, as in the code that this follows); plus; or none. An entry without a sign merges to 0.
 enum class zero_sign : std::uint8_t { majority, majority_or_negative, positive, none };
+
+template <>
+struct enum_words<zero_sign> {
+    static constexpr std::array words{enum_word<zero_sign>{zero_sign::majority, "majority"},
+        enum_word<zero_sign>{zero_sign::majority_or_negative, "majority-or-negative"},
+        enum_word<zero_sign>{zero_sign::positive, "positive"}, enum_word<zero_sign>{zero_sign::none, "none"}};
+};
 
 /// θ* = θ0 + λ·τ, where τ merges the trimmed task vectors τ̂t:
 ///   1. trim: τ̂t keeps the top `density` of τt by magnitude (k = floor(density·n), at least 1), zeroes the rest;
@@ -70,6 +78,31 @@ struct ties_options {
         options.negative_weights = true;
         return options;
     }
+};
+
+template <>
+struct options_of<ties_options> {
+    static constexpr option_table table{
+        option_row("density", &ties_options::density, "share of entries kept", share_details(common_densities)),
+        option_row("lambda", &ties_options::lambda, "scale of the merged task vector", lambda_details()),
+        weights_row(&ties_options::weights),
+        option_row("scope", &ties_options::scope, "what a density counts over", {.unit = "SCOPE"}),
+        option_row("merge-weights", &ties_options::combine, "how TIES joins agreeing entries", {.unit = "HOW"}),
+        option_row("zero-sign", &ties_options::zero_sign, "sign of an entry whose election sum is 0", {.unit = "SIGN"}),
+        option_row("trim", &ties_options::trim, "keep exactly k entries, or all that reach the next", {.unit = "RULE"}),
+        option_row("weighted-election", &ties_options::weighted_election, "let weights count in the election",
+            {.negated = "unweighted-election"}),
+        option_row("divide-by-count", &ties_options::divide_by_count,
+            "divide the mean by the number of agreeing tasks, not by their weights"),
+        option_row("agree-when-weighted", &ties_options::agree_when_weighted,
+            "let an entry agree by its sign after its task's weight"),
+        option_row("negative-weights", &ties_options::negative_weights, "accept negative weights")};
+    static constexpr std::string_view preset_option = "semantics";
+    static constexpr std::array presets{
+        option_preset<ties_options>{"paper", "the paper", [] { return ties_options{}; }},
+        option_preset<ties_options>{"ties-merging", "the paper's own code", &ties_options::as_in_ties_merging},
+        option_preset<ties_options>{"mergekit", "mergekit", &ties_options::as_in_mergekit},
+        option_preset<ties_options>{"peft", "PEFT", &ties_options::as_in_peft}};
 };
 
 namespace detail {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/adapter.hpp>
+#include <taskvec/core/option_table.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -17,6 +18,12 @@ struct peru_lora_options {
     rank_choice rank{}; ///< q for every layer, or the share of each layer's energy to keep
     sigma_side side = sigma_side::both;
     std::string label = "the adapter"; ///< what messages call it
+};
+
+template <>
+struct options_of<peru_lora_options> {
+    static constexpr option_table table{options_within(&peru_lora_options::rank),
+        option_row("sigma", &peru_lora_options::side, "which factor the singular values go to", {.unit = "SIDE"})};
 };
 
 /// For each layer of an adapter the best rank-q approximation of its update, by factored_svd() (the product is never

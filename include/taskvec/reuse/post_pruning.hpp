@@ -2,6 +2,7 @@
 // and Parameter-Efficient Reusing Fine-Tuned Models" (2023). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/select/sparse.hpp>
 #include <taskvec/select/thresholds.hpp>
@@ -12,6 +13,23 @@ namespace taskvec::inline TASKVEC_ABI {
 struct post_pruning_options {
     double density = 0.1;
     taskvec::scope scope = taskvec::scope::model;
+};
+
+template <>
+struct options_of<post_pruning_options> {
+    static constexpr option_table table{
+        option_row("density", &post_pruning_options::density, "share of entries kept", share_details()),
+        option_row("scope", &post_pruning_options::scope, "what a density counts over", {.unit = "SCOPE"})};
+    /// What TIES trims over, in the words of its presets.
+    static constexpr std::string_view preset_option = "semantics";
+    static constexpr std::array presets{
+        option_preset<post_pruning_options>{"paper", "the paper", [] { return post_pruning_options{}; }},
+        option_preset<post_pruning_options>{
+            "ties-merging", "the paper's own code", [] { return post_pruning_options{}; }},
+        option_preset<post_pruning_options>{
+            "mergekit", "mergekit", [] { return post_pruning_options{.scope = scope::tensor}; }},
+        option_preset<post_pruning_options>{
+            "peft", "PEFT", [] { return post_pruning_options{.scope = scope::tensor}; }}};
 };
 
 /// v̂ = top-m% of τ = θ − θ0, for models aligned as base and one task: k = floor(density·n) entries by magnitude (lowest

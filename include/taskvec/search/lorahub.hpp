@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/arithmetic/weighted_sum.hpp>
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <algorithm>
@@ -29,6 +30,15 @@ struct lorahub_options {
     double alpha = 0.05; ///< factor of the L1 term
     std::size_t evaluations = 40;
     std::vector<double> start{}; ///< empty: all 0
+};
+
+template <>
+struct options_of<lorahub_options> {
+    static constexpr option_table table{
+        option_row("bound", &lorahub_options::bound, "largest magnitude of a weight", {.above = 0}),
+        option_row("l1", &lorahub_options::alpha, "factor of the sum of the weights' magnitudes", {.at_least = 0}),
+        option_row("evaluations", &lorahub_options::evaluations, "scores that may be asked for", {.at_least = 1}),
+        option_row("start", &lorahub_options::start, "weights to begin with, one for each task; none: all 0")};
 };
 
 /// One evaluation.

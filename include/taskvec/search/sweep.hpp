@@ -2,6 +2,7 @@
 // later run goes on with. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/ties.hpp>
 #include <taskvec/search/lambda_grid.hpp>
 #include <taskvec/search/subset_sweep.hpp>
@@ -204,6 +205,12 @@ struct sweep_options {
                              ///< that may be called from several threads
     std::function<void(const sweep_table&)>
         keep{}; ///< called after rows were added, on the calling thread: to write the table to a file
+};
+
+template <>
+struct options_of<sweep_options> {
+    static constexpr option_table table{
+        option_row("jobs", &sweep_options::at_once, "candidates that are scored at the same time", {.at_least = 1})};
 };
 
 /// A score that is told which tasks, ascending, are in the model: to score it on these tasks alone.

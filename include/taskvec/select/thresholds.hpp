@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/select/top_k.hpp>
 
 #include <limits>
@@ -18,6 +19,17 @@ enum class scope : std::uint8_t { model, tensor };
 /// Which entries the trim keeps: exactly k, lowest index first among equals; or every entry whose magnitude reaches the
 /// (floor(density·n) + 1)-th largest, however many are equal.
 enum class trim_rule : std::uint8_t { exact, reach_next };
+
+template <>
+struct enum_words<scope> {
+    static constexpr std::array words{
+        enum_word<scope>{scope::model, "model"}, enum_word<scope>{scope::tensor, "tensor"}};
+};
+template <>
+struct enum_words<trim_rule> {
+    static constexpr std::array words{
+        enum_word<trim_rule>{trim_rule::exact, "exact"}, enum_word<trim_rule>{trim_rule::reach_next, "reach-next"}};
+};
 
 /// Thresholds of every task vector, over the whole model or for each tensor.
 class trim_thresholds {

@@ -1,0 +1,78 @@
+// The tables of options of the library's structs.
+// SPDX-License-Identifier: Apache-2.0
+#include <taskvec/core/option_text.hpp>
+#include <taskvec/taskvec.hpp>
+
+#include <doctest/doctest.h>
+
+#include <set>
+#include <string>
+
+namespace {
+
+/// What every table of the library promises.
+template <class Options>
+void check_table()
+{
+    std::set<std::string> names;
+    Options fresh{};
+    for (const auto& option : taskvec::describe_options<Options>()) {
+        CAPTURE(option.name);
+        CHECK(names.insert(option.name).second);
+        CHECK_FALSE(option.meaning.empty());
+        CHECK_FALSE(option.meaning.ends_with('.'));
+        if (!option.negated.empty()) {
+            CHECK(names.insert(option.negated).second);
+            CHECK(option.initial == "true");
+        }
+        if (option.is_preset || option.initial.empty()) { continue; }
+        CHECK(taskvec::set_option(fresh, option.name, option.initial)); // the default is in its own range
+    }
+    for (const auto& option : taskvec::describe_options<Options>()) { // the first preset is the struct as it stands
+        if (!option.is_preset) { continue; }
+        Options first{};
+        CHECK(taskvec::set_option(first, option.name, option.words.front()));
+        std::string one, other;
+        taskvec::for_each_option(first, [&](const auto&, const auto& v) { one += taskvec::write_option(v) + ";"; });
+        const Options initial{};
+        taskvec::for_each_option(initial, [&](const auto&, const auto& v) { other += taskvec::write_option(v) + ";"; });
+        CHECK(one == other);
+    }
+}
+
+TEST_CASE("the library's tables hold what they promise")
+{
+    check_table<taskvec::average_options>();
+    check_table<taskvec::task_arithmetic_options>();
+    check_table<taskvec::ties_options>();
+    check_table<taskvec::dare_options>();
+    check_table<taskvec::dare_ties_options>();
+    check_table<taskvec::fisher_options>();
+    check_table<taskvec::regmean_options>();
+    check_table<taskvec::slerp_options>();
+    check_table<taskvec::model_stock_options>();
+    check_table<taskvec::post_pruning_options>();
+    check_table<taskvec::lorahub_options>();
+    check_table<taskvec::sweep_options>();
+    check_table<taskvec::rank_choice>();
+    check_table<taskvec::linear_merge_options>();
+    check_table<taskvec::adapter_ties_options>();
+    check_table<taskvec::peru_lora_options>();
+    check_table<taskvec::extract_options>();
+}
+
+TEST_CASE("presets are the structs that they name")
+{
+    taskvec::dare_ties_options options;
+    CHECK(taskvec::set_option(options, "semantics", "peft"));
+    CHECK(options.ties.scope == taskvec::scope::tensor);
+    CHECK(options.ties.divide_by_count);
+    CHECK(options.density == 0.5);
+    CHECK_FALSE(taskvec::set_option(options, "trim", "exact"));
+    taskvec::post_pruning_options pruning;
+    CHECK(taskvec::set_option(pruning, "semantics", "mergekit"));
+    CHECK(pruning.scope == taskvec::scope::tensor);
+    CHECK(pruning.density == 0.1);
+}
+
+} // namespace
