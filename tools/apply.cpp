@@ -26,7 +26,7 @@ void apply(const settings& given)
     options.labels = {options.base_label};
     options.on_nonfinite = given.nonfinite == "propagate" ? taskvec::nonfinite::propagate : taskvec::nonfinite::error;
     const taskvec::aligned_models models(&base.model(), {&base.model(), 1}, options);
-    tool::runner run(given.run, models.bytes() / 2);
+    tool::runner run(given.run);
     taskvec::check_base(run.policy(), delta.base_fingerprint(), base.model(), given.delta, given.base);
     const auto kept = delta.kept();
     if (given.run.dry_run) {

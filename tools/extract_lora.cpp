@@ -68,7 +68,7 @@ void check_matches(
 template <class T>
 void extract_as(const settings& given, const taskvec::checkpoint& base, const taskvec::checkpoint& tuned)
 {
-    const tool::runner run(given.run, base.data_bytes() + tuned.data_bytes());
+    const tool::runner run(given.run);
     auto report = tool::open_report(given);
     using way = tool::decompose::way;
     const tool::decompose how{given.run.dry_run ? way::not_at_all

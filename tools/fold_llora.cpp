@@ -34,7 +34,7 @@ std::size_t moved_without_gradient(const taskvec::lora_adapter<T>& initial, cons
 template <class T>
 void fold_as(const settings& given)
 {
-    const tool::runner run(given.run, 0);
+    const tool::runner run(given.run);
     auto report = tool::open_report(given);
     const auto initial = tool::read_adapter<T>(given.init, given);
     auto adapter = tool::read_adapter<T>(given.adapter, given);

@@ -11,7 +11,7 @@ void merge(tool::merge_settings settings)
     tool::claim_output(
         settings.out, "--out", settings.shard_size.empty() ? tool::output_kind::model : tool::output_kind::directory);
     tool::claim_report(settings.run);
-    tool::runner run(settings.run, inputs.models().bytes(), true);
+    tool::runner run(settings.run, tool::runs_on::any_device);
     if (settings.run.dry_run) {
         if (method.examine) { method.examine(run.policy(), settings, inputs); }
         std::uint64_t bytes = 0;

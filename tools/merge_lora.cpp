@@ -197,7 +197,7 @@ template <class T>
 void merge_as(const settings& given, const std::vector<tool::task_argument>& arguments)
 {
     const inputs<T> from(given, arguments);
-    const tool::runner run(given.run, from.bytes());
+    const tool::runner run(given.run);
     auto report = tool::open_report(given);
     auto adapter = from.joined();
     nlohmann::ordered_json content{{"method", given.method}, {"space", given.space}};

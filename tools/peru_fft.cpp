@@ -19,7 +19,7 @@ void peru_fft(const tool::merge_settings& settings)
     const tool::merge_inputs inputs(merging, method.needs_base);
     tool::claim_output(settings.out, "--out", tool::output_kind::directory);
     tool::claim_report(settings.run);
-    tool::runner run(settings.run, inputs.models().bytes(), true);
+    tool::runner run(settings.run, tool::runs_on::any_device);
     if (settings.run.dry_run) {
         if (method.examine) { method.examine(run.policy(), merging, inputs); }
         tool::print("would merge " + tool::counted(inputs.tasks().size(), "task") + " by " + settings.method

@@ -16,7 +16,7 @@ struct settings : tool::adapter_settings {
 template <class T>
 void truncate_as(const settings& given)
 {
-    const tool::runner run(given.run, tool::adapter_bytes(given.adapter));
+    const tool::runner run(given.run);
     auto report = tool::open_report(given);
     auto adapter = tool::read_adapter<T>(given.adapter, given);
     auto result = taskvec::peru_lora(

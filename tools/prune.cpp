@@ -27,7 +27,7 @@ void prune(tool::merge_settings settings)
     const auto& models = inputs.models();
     tool::claim_output(settings.out, "--out");
     tool::claim_report(settings.run);
-    tool::runner run(settings.run, models.bytes(), true);
+    tool::runner run(settings.run, tool::runs_on::any_device);
     if (settings.run.dry_run) {
         tool::print("would prune '" + tool::printable(inputs.arguments().front().path.string()) + "' to "
             + taskvec::message(100 * density) + "% of its task vector, into '" + tool::printable(settings.out) + "'\n"

@@ -79,7 +79,7 @@ void similarity(const settings& given)
     if (!given.csv.empty()) { tool::claim_output(given.csv, "--csv"); }
     if (!given.svg.empty()) { tool::claim_output(given.svg, "--svg"); }
     tool::claim_report(given.models.run);
-    tool::runner run(given.models.run, inputs.models().bytes());
+    tool::runner run(given.models.run);
     if (given.models.run.dry_run) {
         tool::print(
             "would compare " + tool::counted(inputs.tasks().size(), "task vector") + "\n" + tool::describe(inputs));

@@ -303,7 +303,7 @@ void sweep(const settings& given)
     }
     const tool::merge_inputs all(
         given.merge, method.needs_base); // everything that can be checked is, before the first candidate
-    tool::runner run(given.merge.run, all.models().bytes());
+    tool::runner run(given.merge.run);
     if (method.examine) { method.examine(run.policy(), given.merge, all); }
     if (given.merge.run.dry_run) {
         tool::print("would score " + tool::counted(left.size(), "candidate") + " of "

@@ -400,15 +400,14 @@ std::uint64_t model_output::file_size() const
     return file_ ? file_->file_size() : shards_->file_size();
 }
 
-runner::runner(const run_options& options, std::uint64_t walk_bytes, bool on_device)
+runner::runner(const run_options& options, runs_on where)
     : terminal_(!options.quiet && ::isatty(STDERR_FILENO) == 1)
-    , walk_bytes_(walk_bytes)
     , start_(clock::now())
     , phase_start_(start_)
     , drawn_(start_ - std::chrono::hours(1))
 {
     if (options.device != "cpu") {
-        if (!on_device) {
+        if (where != runs_on::any_device) {
             taskvec::raise<taskvec::invalid_argument>(
                 "--device cuda: only merge, prune and peru-fft run there; leave --device out");
         }
@@ -451,7 +450,11 @@ bool runner::advance(const taskvec::progress_event& event)
     int length = std::snprintf(text, sizeof text, "\r%-11s %3d%%", phase_.c_str(), static_cast<int>(100 * share));
     if (elapsed > 0.2 && share > 0) {
         const auto left = static_cast<long>(std::ceil(elapsed / share - elapsed));
-        const auto rate = size_text(static_cast<std::uint64_t>(share * static_cast<double>(walk_bytes_) / elapsed));
+        const double speed = static_cast<double>(event.done) / elapsed;
+        char layers[32];
+        std::snprintf(layers, sizeof layers, "%.3g layers", speed);
+        const auto rate = event.unit == taskvec::progress_unit::layers ? std::string(layers)
+                                                                       : size_text(static_cast<std::uint64_t>(speed));
         length += std::snprintf(text + length, sizeof text - static_cast<std::size_t>(length), "  %s/s  %ld:%02ld left",
             rate.c_str(), left / 60, left % 60);
     }

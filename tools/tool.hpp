@@ -118,13 +118,14 @@ void guard_temporary(const fs::path& path);
 
 // Progress.
 
+/// Where a verb can run.
+enum class runs_on : std::uint8_t { cpu, any_device };
+
 /// The policy that the options ask for, with a progress line on a terminal. Interrupts stop the work as an error.
-/// One walk over the models reads `walk_bytes`, which gives the rate. Throws for --device cuda unless the verb runs
-/// there
-/// (`on_device`), the build has CUDA, and a device answers.
+/// Throws for --device cuda unless the verb runs there, the build has CUDA, and a device answers.
 class runner {
 public:
-    runner(const run_options& options, std::uint64_t walk_bytes, bool on_device = false);
+    explicit runner(const run_options& options, runs_on where = runs_on::cpu);
     ~runner();
     runner(const runner&) = delete;
     runner& operator=(const runner&) = delete;
@@ -140,7 +141,7 @@ private:
     using clock = std::chrono::steady_clock;
     taskvec::cpu policy_;
     bool terminal_;
-    std::uint64_t walk_bytes_, anonymous_peak_ = 0;
+    std::uint64_t anonymous_peak_ = 0;
     std::string phase_;
     clock::time_point start_, phase_start_, drawn_;
 };

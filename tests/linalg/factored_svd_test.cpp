@@ -211,7 +211,7 @@ TEST_CASE("many layers: the same bits on any number of threads, and as one by on
         CHECK(std::equal(one[i].v.data(), one[i].v.data() + one[i].v.size(), alone.v.data()));
     }
     const cpu stopping{.threads = 2, .executor = {}, .memory = nullptr, .progress = [](const progress_event& e) {
-                           return e.done < 3;
+                           return e.unit == progress_unit::layers && e.total == 9 && e.done < 3;
                        }};
     CHECK_THROWS_AS(
         (void)factored_svd<float>(stopping, std::span<const factor_pair<float>>(pairs), {.rank = 4}), cancelled);

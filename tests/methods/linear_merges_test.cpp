@@ -6,10 +6,14 @@
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/dare.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
+#include <taskvec/methods/ties.hpp>
 
 #include <doctest/doctest.h>
 
 #include <array>
+#include <cstdint>
+#include <map>
+#include <string>
 
 using namespace taskvec;
 using reference::product;
@@ -215,6 +219,33 @@ TEST_CASE("in place over the base, cancelled, and streamed past the cache")
         host_view<float>{out.data() + 3, large.size()});
     CHECK(std::equal(large.begin(), large.end(), out.begin() + 3));
     CHECK_THROWS_AS(merge(cpu{}, average_options{{1.0, -1.0}}, std::vector{task, task}, base), invalid_argument);
+}
+
+TEST_CASE("progress counts the bytes that a walk reads, and those that are copied through")
+{
+    const testing::random_models<bf16> models({9001, 5000}, 2, 1);
+    const std::int32_t number = 7;
+    std::vector<bf16> out;
+    const_model_ref base = models.model(models.base);
+    std::vector<const_model_ref> tasks = models.task_models();
+    model_ref merged = models.output(out);
+    std::int32_t copied = 0;
+    const const_tensor_ref step{&number, dtype::i32, {1}};
+    base.insert("step", step);
+    for (auto& task : tasks) { task.insert("step", step); }
+    merged.insert("step", {&copied, dtype::i32, {1}});
+    std::map<std::string, std::uint64_t> totals, reached;
+    const cpu told{.threads = 2, .progress = [&](const progress_event& event) {
+                       CHECK(event.unit == progress_unit::bytes);
+                       totals[std::string(event.phase)] = event.total;
+                       reached[std::string(event.phase)] = event.done;
+                       return true;
+                   }};
+    merge(told, ties_options{.zero_sign = zero_sign::none}, base, tasks, merged);
+    CHECK(totals
+        == std::map<std::string, std::uint64_t>{{"copy", 4}, {"merge", 14001 * 3 * 2}, {"select", 14001 * 3 * 2}});
+    CHECK(reached == totals);
+    CHECK(copied == 7);
 }
 
 TEST_CASE("WiSE-FT goes from the pre-trained model to the fine-tuned one")

@@ -151,7 +151,7 @@ template <arithmetic_element T, decomposition<T> Decompose>
             "tensor '", name, "': the change from ", options.base_label, " to ", options.tuned_label, " overflows"));
     };
     matrix<T> delta(1, largest_size, matrix_order::row_major, memory_of(policy));
-    detail::progress_meter meter(policy, "extract", layers.size());
+    detail::progress_meter meter(policy, "extract", layers.size(), progress_unit::layers);
     for (const auto& [tensor, out, in] : layers) {
         const std::string name = tensor.substr(0, tensor.size() - options.suffix.size());
         const auto *const before = base.find(tensor), *const after = tuned.find(tensor);

@@ -113,7 +113,7 @@ template <arithmetic_element T>
     std::vector<lora_update<T>> updates(layers.size());
     adapter_result<T> result;
     result.layers.resize(layers.size());
-    detail::progress_meter meter(policy, "merge", layers.size());
+    detail::progress_meter meter(policy, "merge", layers.size(), progress_unit::layers);
     const cpu inside = sequential(policy);
     for_each_index(policy, layers.size(), [&](std::size_t i, std::size_t) {
         const auto& layer = layers[i];

@@ -232,7 +232,7 @@ template <arithmetic_element T, decomposition<T> Decompose>
     }
 
     adapter_result<T> result;
-    detail::progress_meter meter(policy, "merge", layers.size());
+    detail::progress_meter meter(policy, "merge", layers.size(), progress_unit::layers);
     for (const auto& layer : layers) {
         const std::size_t size = form(layer);
         int zero = model_zero;

@@ -38,9 +38,11 @@ namespace detail {
 /// Counts finished work and asks the callback, one thread at a time, whether to go on.
 class progress_meter {
 public:
-    progress_meter(const cpu& policy, std::string_view phase, std::uint64_t total)
+    progress_meter(
+        const cpu& policy, std::string_view phase, std::uint64_t total, progress_unit unit = progress_unit::bytes)
         : callback_(policy.progress)
         , phase_(phase)
+        , unit_(unit)
         , total_(total)
         , step_(std::max<std::uint64_t>(1, total / 256))
     { }
@@ -52,7 +54,8 @@ public:
         const std::uint64_t before = done_.fetch_add(amount, std::memory_order_relaxed), after = before + amount;
         if (before / step_ != after / step_ || after >= total_) {
             const std::lock_guard lock(mutex_);
-            if (!stopped_.load(std::memory_order_relaxed) && !callback_({phase_, std::min(after, total_), total_})) {
+            if (!stopped_.load(std::memory_order_relaxed)
+                && !callback_({phase_, std::min(after, total_), total_, unit_})) {
                 stopped_.store(true, std::memory_order_relaxed);
             }
         }
@@ -62,6 +65,7 @@ public:
 private:
     const progress_callback& callback_;
     std::string_view phase_;
+    progress_unit unit_;
     std::uint64_t total_, step_;
     std::atomic<std::uint64_t> done_{0};
     std::atomic<bool> stopped_{false};

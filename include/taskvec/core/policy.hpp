@@ -13,11 +13,16 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// What a long-running algorithm reports: `done` of `total` bytes of the phase it is in.
+/// What a progress_event counts: bytes of the inputs that a phase reads, or the layers of a phase whose work is not
+/// reading (decompositions, linear systems).
+enum class progress_unit : std::uint8_t { bytes, layers };
+
+/// What a long-running algorithm reports: `done` of `total` units of the phase it is in.
 struct progress_event {
     std::string_view phase;
     std::uint64_t done = 0;
     std::uint64_t total = 0;
+    progress_unit unit = progress_unit::bytes;
 };
 
 /// Called now and then from one thread at a time; returning false stops the work with taskvec::cancelled.

@@ -108,7 +108,7 @@ template <storage_element T, class Choice, class Sink>
 void for_each_factored_svd(
     const cpu& policy, std::span<const factor_pair<T>> pairs, const Choice& choice, const Sink& sink)
 {
-    progress_meter meter(policy, "svd", pairs.size());
+    progress_meter meter(policy, "svd", pairs.size(), progress_unit::layers);
     const cpu inside = sequential(policy);
     for_each_index(policy, pairs.size(), [&](std::size_t i, std::size_t) {
         const rank_choice wanted = choice(i);

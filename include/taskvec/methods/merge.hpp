@@ -249,7 +249,9 @@ void merge_chunks(const cpu& policy, const aligned_models& models, const Merger&
     for (std::size_t w = 0; w < workspaces.size(); ++w) {
         writers.emplace_back(out, written > streaming_bytes, memory_of(policy));
     }
-    progress_meter meter(policy, phase, chunks.size());
+    std::uint64_t read = 0;
+    for (const std::size_t index : chunks) { read += models.bytes(models.chunks()[index]); }
+    progress_meter meter(policy, phase, read);
     for_each_index(policy, chunks.size(), [&](std::size_t index, std::size_t worker) {
         const chunk& piece = models.chunks()[chunks[index]];
         const aligned_tensor& tensor = models.tensors()[piece.tensor];
@@ -259,7 +261,7 @@ void merge_chunks(const cpu& policy, const aligned_models& models, const Merger&
             for_each_block_of(rows, piece, [&](auto& opened) { merge_block(method, opened, writer, tallies[index]); });
         });
         writer.close();
-        if (!meter.advance(1)) { raise<cancelled>(); }
+        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(); }
     });
 }
 

@@ -364,7 +364,7 @@ public:
             (small_enough ? side_by_side : alone).push_back(&one);
             if (small_enough) { widest = std::max(widest, one.in); }
         }
-        progress_meter meter(policy, "RegMean", problem_.layers().size());
+        progress_meter meter(policy, "RegMean", problem_.layers().size(), progress_unit::layers);
         const auto done = [&] {
             if (!meter.advance(1)) { raise<cancelled>(); }
         };

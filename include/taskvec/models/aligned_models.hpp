@@ -66,6 +66,13 @@ struct aligned_tensor {
 
     /// True when what is to be added to the base has f64 values: an f64 tensor, whatever the tasks store.
     [[nodiscard]] bool wide_base() const noexcept { return base.dtype == taskvec::dtype::f64; }
+    /// Bytes of `count` elements in the base and all tasks together; a task that stands for the base adds none.
+    [[nodiscard]] std::uint64_t bytes(std::size_t count) const noexcept
+    {
+        std::uint64_t total = base.data ? byte_count(base.dtype, count) : 0;
+        for (const auto& task : tasks) { total += task.data == base.data ? 0 : byte_count(task.dtype, count); }
+        return total;
+    }
 };
 
 /// A tensor that takes no part: it is copied through unchanged.
@@ -160,11 +167,13 @@ public:
     [[nodiscard]] std::uint64_t bytes() const noexcept
     {
         std::uint64_t total = 0;
-        for (const auto& tensor : tensors_) {
-            total += tensor.base.data ? byte_count(tensor.base.dtype, tensor.size) : 0;
-            for (const auto& task : tensor.tasks) { total += byte_count(task.dtype, tensor.size); }
-        }
+        for (const auto& tensor : tensors_) { total += tensor.bytes(tensor.size); }
         return total;
+    }
+    /// Bytes that one walk over a chunk reads.
+    [[nodiscard]] std::uint64_t bytes(const chunk& piece) const noexcept
+    {
+        return tensors_[piece.tensor].bytes(piece.size);
     }
 
 private:

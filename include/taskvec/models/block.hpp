@@ -273,6 +273,13 @@ struct chunk_range {
 {
     return {models.first_chunk(tensor), models.first_chunk(tensor + 1)};
 }
+/// Bytes that one walk over a range of chunks reads.
+[[nodiscard]] inline std::uint64_t bytes_of(const aligned_models& models, chunk_range range) noexcept
+{
+    std::uint64_t total = 0;
+    for (std::size_t c = range.first; c < range.last; ++c) { total += models.bytes(models.chunks()[c]); }
+    return total;
+}
 
 /// One workspace for each worker that a walk over `count` chunks may use.
 [[nodiscard]] inline std::vector<workspace> make_workspaces(
@@ -305,13 +312,13 @@ void for_each_block(const cpu& policy, const aligned_models& models, chunk_range
 {
     const std::size_t count = range.last - range.first;
     auto workspaces = make_workspaces(policy, models, count, scratch_rows);
-    detail::progress_meter meter(policy, phase, count);
+    detail::progress_meter meter(policy, phase, bytes_of(models, range));
     for_each_index(policy, count, [&](std::size_t index, std::size_t worker) {
         const chunk& piece = models.chunks()[range.first + index];
         workspaces[worker].with_block(models.tensors()[piece.tensor], [&](auto& rows) {
             for_each_block_of(rows, piece, [&](auto& opened) { body(range.first + index, worker, opened); });
         });
-        if (!meter.advance(1)) { raise<cancelled>(); }
+        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(); }
     });
 }
 

@@ -70,7 +70,7 @@ void post_pruning(
     }
     out.begin(models, kept);
     auto workspaces = make_workspaces(policy, models, models.chunks().size(), 0);
-    detail::progress_meter meter(policy, "prune", models.chunks().size());
+    detail::progress_meter meter(policy, "prune", models.bytes());
     for_each_index(policy, models.chunks().size(), [&](std::size_t index, std::size_t worker) {
         const chunk& piece = models.chunks()[index];
         workspaces[worker].with_block(models.tensors()[piece.tensor], [&](auto& rows) {
@@ -87,7 +87,7 @@ void post_pruning(
                     values.data(), indices.size());
             });
         });
-        if (!meter.advance(1)) { raise<cancelled>(); }
+        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(); }
     });
 }
 

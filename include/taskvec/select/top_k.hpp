@@ -444,7 +444,7 @@ private:
     {
         const std::size_t count = range_.last - range_.first,
                           share = std::max<std::size_t>(1, capacity_ / workspaces_.size());
-        progress_meter meter(policy_, "select", count);
+        progress_meter meter(policy_, "select", bytes_of(models_, range_));
         for_each_index(policy_, count, [&](std::size_t index, std::size_t worker) {
             const chunk& piece = models_.chunks()[range_.first + index];
             const aligned_tensor& tensor = models_.tensors()[piece.tensor];
@@ -476,7 +476,7 @@ private:
                     }
                 });
             });
-            if (!meter.advance(1)) { raise<cancelled>(); }
+            if (!meter.advance(models_.bytes(piece))) { raise<cancelled>(); }
         });
     }
 

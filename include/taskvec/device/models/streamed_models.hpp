@@ -91,7 +91,9 @@ protected:
     void walk(tensor_range range, bool writes, std::size_t first, const piece_body& body) override
     {
         std::uint64_t total = 0;
-        for (std::size_t i = range.first; i < range.last; ++i) { total += models().tensors()[i].size; }
+        for (std::size_t i = range.first; i < range.last; ++i) {
+            total += models().tensors()[i].bytes(models().tensors()[i].size);
+        }
         detail::progress_meter meter(options_.host, writes ? "merge" : "read", total);
         start();
         std::size_t next = 0;
@@ -100,7 +102,7 @@ protected:
             for (std::uint64_t offset = 0; offset < size; offset += most) {
                 const std::uint64_t count = std::min(most, size - offset);
                 send(slots_[next++ % slots_.size()], i, offset, count, writes, first, body);
-                if (!meter.advance(count)) { raise<cancelled>(); }
+                if (!meter.advance(models().tensors()[i].bytes(count))) { raise<cancelled>(); }
             }
         }
         stop();
