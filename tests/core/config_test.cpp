@@ -11,5 +11,5 @@
 TEST_CASE("the inline namespace names the version and the options that change a type's meaning")
 {
     CHECK(std::string_view(TEXT(TASKVEC_ABI))
-        == "v" TEXT(TASKVEC_VERSION_MAJOR) "_" TEXT(TASKVEC_VERSION_MINOR) "_throw__host");
+        == "v" TEXT(TASKVEC_VERSION_MAJOR) "_" TEXT(TASKVEC_VERSION_MINOR) "_throws_host");
 }

@@ -16,9 +16,9 @@
 // Everything lives in an inline namespace that names the version, the options that change a type's meaning, and the
 // Thrust system (see device/thrust): translation units that disagree link side by side instead of silently mixing.
 #if defined(TASKVEC_NO_EXCEPTIONS)
-#define TASKVEC_ABI_ERRORS noexcept_
+#define TASKVEC_ABI_ERRORS aborts
 #else
-#define TASKVEC_ABI_ERRORS throw_
+#define TASKVEC_ABI_ERRORS throws
 #endif
 #ifndef TASKVEC_ABI_SYSTEM
 #if defined(__CUDACC__)
@@ -38,10 +38,16 @@
 #define TASKVEC_ABI_SYSTEM host
 #endif
 #endif
-#define TASKVEC_ABI_JOIN_(a, b, c, d) v##a##_##b##_##c##_##d
-#define TASKVEC_ABI_JOIN(a, b, c, d) TASKVEC_ABI_JOIN_(a, b, c, d)
+#if defined(TASKVEC_MORE_STORAGE)
+#define TASKVEC_ABI_STORAGE _more
+#else
+#define TASKVEC_ABI_STORAGE
+#endif
+#define TASKVEC_ABI_JOIN_(a, b, c, d, e) v##a##_##b##_##c##_##d##e
+#define TASKVEC_ABI_JOIN(a, b, c, d, e) TASKVEC_ABI_JOIN_(a, b, c, d, e)
 #define TASKVEC_ABI                                                                                                    \
-    TASKVEC_ABI_JOIN(TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_ABI_ERRORS, TASKVEC_ABI_SYSTEM)
+    TASKVEC_ABI_JOIN(                                                                                                  \
+        TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_ABI_ERRORS, TASKVEC_ABI_SYSTEM, TASKVEC_ABI_STORAGE)
 
 #if defined(__CUDACC__)
 #define TASKVEC_HOST_DEVICE __host__ __device__
