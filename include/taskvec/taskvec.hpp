@@ -16,6 +16,8 @@
 #include <taskvec/core/config.hpp>
 #include <taskvec/core/dtype.hpp>
 #include <taskvec/core/error.hpp>
+#include <taskvec/core/float_bits.hpp>
+#include <taskvec/core/half.hpp>
 #include <taskvec/core/hash.hpp>
 #include <taskvec/core/kernels.hpp>
 #include <taskvec/core/matrix.hpp>
@@ -26,6 +28,8 @@
 #include <taskvec/core/random.hpp>
 #include <taskvec/core/rounding.hpp>
 #include <taskvec/core/sink.hpp>
+#include <taskvec/core/storage.hpp>
+#include <taskvec/core/storage_traits.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/core/view.hpp>
 #include <taskvec/device/arithmetic/linear_functors.hpp>

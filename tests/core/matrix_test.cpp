@@ -43,20 +43,4 @@ TEST_CASE("an owning matrix starts at zero and copies deeply")
     y(2, 1) = 5;
     CHECK(x(2, 1) == 0);
     CHECK(y.view().transposed()(1, 2) == 5);
-    CHECK(as_eigen(y)(2, 1) == 5);
-    const matrix<double> rows(3, 2, matrix_order::row_major);
-    CHECK_THROWS_AS((void)as_eigen(rows), invalid_argument);
-}
-
-TEST_CASE("Eigen matrices, maps and blocks become views")
-{
-    const Eigen::MatrixXf x = Eigen::MatrixXf::Random(5, 4);
-    const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> y = x;
-    CHECK(as_matrix(x)(3, 2) == x(3, 2));
-    CHECK(as_matrix(y)(3, 2) == x(3, 2));
-    CHECK(as_matrix(y).order() == matrix_order::row_major);
-    CHECK(as_matrix(x.block(1, 1, 3, 2))(2, 1) == x(3, 2));
-    const Eigen::Map<const Eigen::MatrixXf, 0, Eigen::Stride<Eigen::Dynamic, 2>> gaps(
-        x.data(), 2, 2, Eigen::Stride<Eigen::Dynamic, 2>(5, 2));
-    CHECK_THROWS_AS((void)as_matrix(gaps), invalid_argument);
 }

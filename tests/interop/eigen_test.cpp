@@ -34,25 +34,26 @@ std::string refusal(F&& f)
 }
 } // namespace
 
-TEST_CASE_TEMPLATE(
-    "vectors, arrays and row-major matrices are viewed in place, in row-major order", T, double, float, bf16, f16)
+TEST_CASE_TEMPLATE("vectors, arrays and row-major matrices are viewed in place, in row-major order", T, double, float,
+    Eigen::bfloat16, Eigen::half)
 {
     Eigen::Matrix<T, Eigen::Dynamic, 1> column(5);
     Eigen::Matrix<T, 1, 4> row;
     Eigen::Array<T, Eigen::Dynamic, 1> array(3);
     rows_of<T> matrix(3, 2);
     for (int i = 0; i < 6; ++i) { matrix(i / 2, i % 2) = static_cast<T>(static_cast<float>(i)); }
-    CHECK(as_view(column).data() == column.data());
+    using S = typename same_bits_as<T>::type;
+    CHECK(static_cast<void*>(as_view(column).data()) == column.data());
     CHECK(as_view(column).size() == 5);
     CHECK(as_view(row).size() == 4);
     CHECK(as_view(array).size() == 3);
     const auto flat = as_view(matrix);
-    static_assert(std::same_as<decltype(flat), const host_view<T>>);
+    static_assert(std::same_as<decltype(flat), const host_view<S>>);
     REQUIRE(flat.size() == 6);
     for (int i = 0; i < 6; ++i) {
         CHECK(static_cast<float>(flat[static_cast<std::size_t>(i)]) == static_cast<float>(i));
     }
-    flat[3] = static_cast<T>(9.0f);
+    flat[3] = static_cast<S>(9.0f);
     CHECK(static_cast<float>(matrix(1, 1)) == 9.0f);
 }
 
@@ -153,4 +154,48 @@ TEST_CASE("a view becomes an Eigen map")
     CHECK(as_eigen(as_view(frozen)).sum() == 42);
     CHECK_THROWS_AS((void)as_eigen(as_view(numbers), 4, 2), shape_mismatch);
     CHECK_THROWS_AS((void)as_eigen(as_view(numbers), -2, -3), shape_mismatch);
+}
+
+TEST_CASE("Eigen's 16-bit types are views of bf16 and f16 in place, in vectors and ranges too, and back")
+{
+    std::vector<Eigen::bfloat16> numbers{Eigen::bfloat16(1.5f), Eigen::bfloat16(-2.0f)};
+    const host_view<bf16> flat = as_view(numbers);
+    CHECK(static_cast<const void*>(flat.data()) == numbers.data());
+    CHECK(flat[0] == bf16(1.5f));
+    flat[1] = bf16(4.0f);
+    CHECK(static_cast<float>(numbers[1]) == 4.0f);
+    const std::vector<Eigen::half> frozen{Eigen::half(0.5f)};
+    const host_view<const f16> half = as_view(frozen);
+    CHECK(half[0] == f16(0.5f));
+    CHECK(as_tensor(half).dtype == dtype::f16);
+    const std::vector<bf16> own{bf16(3.0f), bf16(5.0f)};
+    CHECK(static_cast<float>(as_eigen(as_view(own))(1)) == 5.0f);
+    Eigen::Matrix<Eigen::half, 2, 2> square;
+    square << Eigen::half(1.0f), Eigen::half(2.0f), Eigen::half(3.0f), Eigen::half(4.0f);
+    CHECK(as_matrix(square)(0, 1) == f16(2.0f));
+    matrix<f16> owner(1, 2);
+    owner(0, 1) = f16(7.0f);
+    CHECK(static_cast<float>(as_eigen(owner)(0, 1)) == 7.0f);
+}
+
+TEST_CASE("an owning matrix is an Eigen map, where it is column-major")
+{
+    matrix<double> columns(3, 2);
+    columns(2, 1) = 5;
+    CHECK(as_eigen(columns)(2, 1) == 5);
+    const matrix<double> rows(3, 2, matrix_order::row_major);
+    CHECK_THROWS_AS((void)as_eigen(rows), invalid_argument);
+}
+
+TEST_CASE("Eigen matrices, maps and blocks become views")
+{
+    const Eigen::MatrixXf x = Eigen::MatrixXf::Random(5, 4);
+    const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> y = x;
+    CHECK(as_matrix(x)(3, 2) == x(3, 2));
+    CHECK(as_matrix(y)(3, 2) == x(3, 2));
+    CHECK(as_matrix(y).order() == matrix_order::row_major);
+    CHECK(as_matrix(x.block(1, 1, 3, 2))(2, 1) == x(3, 2));
+    const Eigen::Map<const Eigen::MatrixXf, 0, Eigen::Stride<Eigen::Dynamic, 2>> gaps(
+        x.data(), 2, 2, Eigen::Stride<Eigen::Dynamic, 2>(5, 2));
+    CHECK_THROWS_AS((void)as_matrix(gaps), invalid_argument);
 }

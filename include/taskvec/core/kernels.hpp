@@ -6,7 +6,7 @@
 // one simple loop (see docs/design.md, "The shape of the loops"). No kernel fuses a multiply with an add.
 #pragma once
 
-#include <taskvec/core/dtype.hpp>
+#include <taskvec/core/storage.hpp>
 
 #include <algorithm>
 #include <cstddef>

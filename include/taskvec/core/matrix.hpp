@@ -4,8 +4,6 @@
 
 #include <taskvec/core/view.hpp>
 
-#include <Eigen/Core>
-
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -124,31 +122,5 @@ private:
     std::size_t rows_ = 0, cols_ = 0;
     matrix_order order_ = matrix_order::column_major;
 };
-
-/// The view of an Eigen matrix, map or block whose rows or columns are contiguous, without a copy.
-template <class Derived>
-    requires storage_element<typename Derived::Scalar> && ((Derived::Flags & Eigen::DirectAccessBit) != 0)
-[[nodiscard]] auto as_matrix(const Eigen::DenseBase<Derived>& x)
-{
-    const Derived& m = x.derived();
-    if (m.innerStride() != 1 && m.innerSize() > 1) {
-        raise<invalid_argument>(
-            "an Eigen expression with an inner stride is not a matrix view; evaluate it into a matrix first");
-    }
-    return matrix_view<const typename Derived::Scalar>(m.data(), static_cast<std::size_t>(m.rows()),
-        static_cast<std::size_t>(m.cols()), Derived::IsRowMajor ? matrix_order::row_major : matrix_order::column_major,
-        static_cast<std::size_t>(m.outerStride()));
-}
-
-/// An Eigen map of a column-major owner, for users who go on with Eigen.
-template <storage_element T>
-[[nodiscard]] auto as_eigen(const matrix<T>& x)
-{
-    if (x.order() != matrix_order::column_major) {
-        raise<invalid_argument>("as_eigen() maps column-major matrices; this one is row-major");
-    }
-    return Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>>(
-        x.data(), static_cast<Eigen::Index>(x.rows()), static_cast<Eigen::Index>(x.cols()));
-}
 
 } // namespace taskvec::inline TASKVEC_ABI

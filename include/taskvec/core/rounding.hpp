@@ -6,7 +6,7 @@
 // TASKVEC_KERNELS_BEGIN and TASKVEC_KERNELS_END, and takes its products, sums and quotients from here.
 #pragma once
 
-#include <taskvec/core/dtype.hpp>
+#include <taskvec/core/storage.hpp>
 
 #include <cstdint>
 

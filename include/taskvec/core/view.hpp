@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/core/dtype.hpp>
+#include <taskvec/core/storage.hpp>
 
 #include <concepts>
 #include <cstddef>
@@ -81,6 +81,21 @@ template <class T, memory_space S>
 struct view_traits<const view<T, S>> : view_traits<view<T, S>> { };
 
 namespace detail {
+/// The storage type with the bits of T, const where T is.
+template <class T>
+using stored_as = std::conditional_t<std::is_const_v<T>, const typename same_bits_as<std::remove_const_t<T>>::type,
+    typename same_bits_as<std::remove_const_t<T>>::type>;
+
+/// Elements as those of their storage type.
+template <class T>
+[[nodiscard]] constexpr stored_as<T>* as_stored(T* x) noexcept
+{
+    if constexpr (std::same_as<T, stored_as<T>>) { return x; }
+    else {
+        return reinterpret_cast<stored_as<T>*>(x);
+    }
+}
+
 /// Something with a shape of its own: its elements need not lie row-major in one run. interop/ knows how it becomes a
 /// view.
 template <class X>
@@ -91,11 +106,14 @@ concept has_shape = requires(X& x) { x.shape(); } || requires(X& x) {
 } // namespace detail
 
 template <class X>
-    requires std::ranges::contiguous_range<X> && std::ranges::sized_range<X>
-    && storage_element<std::ranges::range_value_t<X>> && (!detail::has_shape<X>)
+    requires std::ranges::contiguous_range<X> && std::ranges::sized_range<X> && storable<std::ranges::range_value_t<X>>
+    && (!detail::has_shape<X>)
 struct view_traits<X> {
-    using element = std::remove_reference_t<std::ranges::range_reference_t<X>>;
-    static constexpr host_view<element> get(X& x) noexcept { return {std::ranges::data(x), std::ranges::size(x)}; }
+    using element = detail::stored_as<std::remove_reference_t<std::ranges::range_reference_t<X>>>;
+    static constexpr host_view<element> get(X& x) noexcept
+    {
+        return {detail::as_stored(std::ranges::data(x)), std::ranges::size(x)};
+    }
 };
 
 /// Something that as_view() turns into a view: a view, a vector, array or span, an Eigen or xtensor container.

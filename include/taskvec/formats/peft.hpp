@@ -272,7 +272,7 @@ template <class T>
     }
     if (!is_storage(entry.dtype)) {
         raise<dtype_mismatch>(message("'", file.path().string(), "': tensor '", entry.name, "' has dtype ",
-            name(entry.dtype), "; a factor is F64, F32, BF16 or F16: convert the adapter first"));
+            name(entry.dtype), "; a factor is ", storage_names(), ": convert the adapter first"));
     }
     matrix<T> x(
         static_cast<std::size_t>(entry.shape[0]), static_cast<std::size_t>(entry.shape[1]), matrix_order::row_major);

@@ -98,8 +98,8 @@ inline void write_statistics(
 {
     for (const auto& [label, tensor] : tensors) {
         if (!is_storage(tensor.dtype)) {
-            raise<dtype_mismatch>(message(
-                "statistics of '", label, "' have dtype ", name(tensor.dtype), "; expected F64, F32, BF16 or F16"));
+            raise<dtype_mismatch>(
+                message("statistics of '", label, "' have dtype ", name(tensor.dtype), "; expected ", storage_names()));
         }
         if (info.kind == statistics_kind::gram && (tensor.shape.size() != 2 || tensor.shape[0] != tensor.shape[1])) {
             raise<shape_mismatch>(
@@ -197,8 +197,8 @@ public:
         };
         for (const auto& [label, tensor] : model_) {
             if (!is_storage(tensor.dtype)) {
-                fail(message(
-                    "holds '", label, "' of dtype ", name(tensor.dtype), "; statistics are F64, F32, BF16 or F16"));
+                fail(
+                    message("holds '", label, "' of dtype ", name(tensor.dtype), "; statistics are ", storage_names()));
             }
         }
         const auto* const schema = value("schema");

@@ -1,11 +1,13 @@
-// Eigen vectors and row-major matrices as inputs and outputs, without a copy.
+// Eigen vectors and matrices as inputs and outputs, and results as Eigen maps, without a copy.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/matrix.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 
 #include <Eigen/Core>
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -13,7 +15,44 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// Eigen's 16-bit types have the bits of the library's: they are views of those.
+template <>
+struct same_bits_as<Eigen::bfloat16> {
+    using type = bf16;
+};
+template <>
+struct same_bits_as<Eigen::half> {
+    using type = f16;
+};
+
 namespace detail {
+/// The scalar by which Eigen knows a storage type.
+template <class T>
+struct eigen_scalar {
+    using type = T;
+};
+template <>
+struct eigen_scalar<bf16> {
+    using type = Eigen::bfloat16;
+};
+template <>
+struct eigen_scalar<f16> {
+    using type = Eigen::half;
+};
+template <class T>
+using eigen_scalar_of = typename eigen_scalar<std::remove_const_t<T>>::type;
+
+/// Elements of a storage type as Eigen's.
+template <class T>
+[[nodiscard]] auto as_eigen_scalars(T* x) noexcept
+{
+    using scalar = std::conditional_t<std::is_const_v<T>, const eigen_scalar_of<T>, eigen_scalar_of<T>>;
+    if constexpr (std::same_as<T, scalar>) { return x; }
+    else {
+        return reinterpret_cast<scalar*>(x);
+    }
+}
+
 template <class Derived>
 void derived_from_dense_base(const Eigen::DenseBase<Derived>&);
 
@@ -22,7 +61,7 @@ template <class X>
 concept eigen_memory = requires(const X& x) {
     detail::derived_from_dense_base(x);
     requires(std::remove_cv_t<X>::Flags & Eigen::DirectAccessBit) != 0;
-    requires storage_element<typename std::remove_cv_t<X>::Scalar>;
+    requires storable<typename std::remove_cv_t<X>::Scalar>;
 };
 
 /// Refuses what is not one row-major run. `inner` and `outer` are strides in elements; a vector is one row.
@@ -52,7 +91,7 @@ inline void require_eigen_run(std::int64_t rows, std::int64_t cols, std::int64_t
 template <class X>
     requires detail::eigen_memory<X>
 struct view_traits<X> {
-    using element = std::remove_pointer_t<decltype(std::declval<X&>().data())>;
+    using element = detail::stored_as<std::remove_pointer_t<decltype(std::declval<X&>().data())>>;
     static host_view<element> get(X& x)
     {
         static_assert(bool(X::IsVectorAtCompileTime) || bool(X::IsRowMajor),
@@ -66,7 +105,7 @@ struct view_traits<X> {
         else {
             detail::require_eigen_run(x.rows(), x.cols(), x.innerStride(), x.outerStride());
         }
-        return {x.data(), static_cast<std::size_t>(x.size())};
+        return {detail::as_stored(x.data()), static_cast<std::size_t>(x.size())};
     }
 };
 
@@ -98,8 +137,8 @@ using eigen_map_of = Eigen::Map<std::conditional_t<std::is_const_v<T>, const Pla
 template <class T>
 [[nodiscard]] auto as_eigen(host_view<T> flat)
 {
-    return detail::eigen_map_of<T, Eigen::Array<std::remove_const_t<T>, Eigen::Dynamic, 1>>(
-        flat.data(), static_cast<Eigen::Index>(flat.size()));
+    return detail::eigen_map_of<T, Eigen::Array<detail::eigen_scalar_of<T>, Eigen::Dynamic, 1>>(
+        detail::as_eigen_scalars(flat.data()), static_cast<Eigen::Index>(flat.size()));
 }
 template <class T>
 [[nodiscard]] auto as_eigen(host_view<T> flat, std::int64_t rows, std::int64_t cols)
@@ -109,8 +148,35 @@ template <class T>
             message("a view of ", flat.size(), " elements cannot be a matrix of ", rows, " x ", cols));
     }
     return detail::eigen_map_of<T,
-        Eigen::Matrix<std::remove_const_t<T>, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>(
-        flat.data(), static_cast<Eigen::Index>(rows), static_cast<Eigen::Index>(cols));
+        Eigen::Matrix<detail::eigen_scalar_of<T>, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>(
+        detail::as_eigen_scalars(flat.data()), static_cast<Eigen::Index>(rows), static_cast<Eigen::Index>(cols));
+}
+
+/// The view of an Eigen matrix, map or block whose rows or columns are contiguous, without a copy.
+template <class Derived>
+    requires storable<typename Derived::Scalar> && ((Derived::Flags & Eigen::DirectAccessBit) != 0)
+[[nodiscard]] auto as_matrix(const Eigen::DenseBase<Derived>& x)
+{
+    const Derived& m = x.derived();
+    if (m.innerStride() != 1 && m.innerSize() > 1) {
+        raise<invalid_argument>(
+            "an Eigen expression with an inner stride is not a matrix view; evaluate it into a matrix first");
+    }
+    return matrix_view<detail::stored_as<const typename Derived::Scalar>>(detail::as_stored(m.data()),
+        static_cast<std::size_t>(m.rows()), static_cast<std::size_t>(m.cols()),
+        Derived::IsRowMajor ? matrix_order::row_major : matrix_order::column_major,
+        static_cast<std::size_t>(m.outerStride()));
+}
+
+/// An Eigen map of a column-major owner, for users who go on with Eigen.
+template <storage_element T>
+[[nodiscard]] auto as_eigen(const matrix<T>& x)
+{
+    if (x.order() != matrix_order::column_major) {
+        raise<invalid_argument>("as_eigen() maps column-major matrices; this one is row-major");
+    }
+    return Eigen::Map<const Eigen::Matrix<detail::eigen_scalar_of<T>, Eigen::Dynamic, Eigen::Dynamic>>(
+        detail::as_eigen_scalars(x.data()), static_cast<Eigen::Index>(x.rows()), static_cast<Eigen::Index>(x.cols()));
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -47,7 +47,7 @@ template <class X>
 
 /// A multidimensional span as a flat view, elements in row-major order (layout_right's); the result borrows its memory.
 ///
-/// Accepted: double, float, Eigen::half or Eigen::bfloat16 elements with a pointer accessor, where the elements follow
+/// Accepted: double, float, f16 or bf16 elements with a pointer accessor, where the elements follow
 /// one another without holes in row-major order. std::layout_left with two dimensions or more is refused while
 /// compiling, other layouts that are not row-major with invalid_argument. The memory is taken to be the host's: over
 /// device memory make a device_view instead. Cost: the number of dimensions.

@@ -41,7 +41,7 @@ template <class Shape>
 /// An xtensor container, adaptor or strided view as a flat view, elements in row-major order; the result borrows its
 /// memory.
 ///
-/// Accepted: elements of double, float, Eigen::half or Eigen::bfloat16 that follow one another without holes in
+/// Accepted: elements of double, float, f16 or bf16 that follow one another without holes in
 /// row-major order. Refused while compiling: static column-major layouts. Refused with invalid_argument: other strides,
 /// as of a view that leaves out columns. Cost: the number of dimensions.
 ///

@@ -820,12 +820,12 @@ template <storage_element T>
 {
     if constexpr (arithmetic_element<T>) { return a; }
     else {
-        copy = matrix<float>(a.rows(), a.cols(), a.order());
+        copy = matrix<arithmetic_type<T>>(a.rows(), a.cols(), a.order());
         const bool by_rows = a.order() == matrix_order::row_major;
         const std::size_t runs = by_rows ? a.rows() : a.cols(), length = by_rows ? a.cols() : a.rows();
         for (std::size_t k = 0; k < runs; ++k) {
             for (std::size_t i = 0; i < length; ++i) {
-                copy.data()[k * length + i] = widen<float>(a.data()[k * a.stride() + i]);
+                copy.data()[k * length + i] = widen<arithmetic_type<T>>(a.data()[k * a.stride() + i]);
             }
         }
         return copy;

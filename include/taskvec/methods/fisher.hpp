@@ -228,7 +228,7 @@ private:
         }
         if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
             raise<dtype_mismatch>(message("tensor '", tensor.name, "' has dtype ", name(fisher.dtype), " in ", where,
-                "; expected F64, F32, BF16 or F16: convert it"));
+                "; expected ", storage_names(), ": convert it"));
         }
         if (fisher.space != space || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {
             raise<invalid_argument>(message("tensor '", tensor.name, "' of ", where, " must be contiguous ",

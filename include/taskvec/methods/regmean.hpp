@@ -294,7 +294,7 @@ private:
         }
         if (!is_storage(gram.dtype)) {
             raise<dtype_mismatch>(message("tensor '", tensor.name, "' has dtype ", name(gram.dtype), " in ", where,
-                "; expected F64, F32, BF16 or F16: convert it"));
+                "; expected ", storage_names(), ": convert it"));
         }
         if (gram.space != space || !gram.contiguous() || (!gram.data && one.in > 0)) {
             raise<invalid_argument>(message("tensor '", tensor.name, "' of ", where, " must be contiguous ",

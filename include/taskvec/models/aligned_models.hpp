@@ -248,7 +248,7 @@ private:
         aligned.output_dtype = options_.output.value_or(is_fp8(tensor.dtype) ? taskvec::dtype::f32 : tensor.dtype);
         if (!is_storage(aligned.output_dtype)) {
             raise<dtype_mismatch>(message(
-                "a merge cannot be stored as ", taskvec::name(aligned.output_dtype), ": choose F64, F32, BF16 or F16"));
+                "a merge cannot be stored as ", taskvec::name(aligned.output_dtype), ": choose ", storage_names()));
         }
         outputs_.push_back({name, aligned.output_dtype, tensor.shape});
         elements_ += size;

@@ -92,7 +92,7 @@ protected:
             }
             if (!is_storage(tensor->dtype)) {
                 raise<dtype_mismatch>(message("the gradient of '", spec.name, "' has dtype ", name(tensor->dtype),
-                    "; expected F64, F32, BF16 or F16"));
+                    "; expected ", storage_names()));
             }
             if (tensor->space != memory_space::host || !tensor->contiguous() || (!tensor->data && tensor->size() > 0)) {
                 raise<invalid_argument>(

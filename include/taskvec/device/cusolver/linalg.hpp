@@ -279,13 +279,20 @@ void fill_normal(const gpu& policy, const random_stream& stream, device_matrix_v
     copy_matrix<T>(policy, there.view(), a);
 }
 
-/// The matrix in f32: as it is, or a converted copy kept in `copy`. bf16 and f16 are widened by a product with an
-/// identity matrix, block by block: one product with 1 and sums with 0, hence exact for finite numbers.
+/// The matrix in its arithmetic type: as it is, or a converted copy kept in `copy`. bf16 and f16 are widened by a
+/// product with an identity matrix, block by block: one product with 1 and sums with 0, hence exact for finite numbers;
+/// storage types that cuBLAS does not know are widened on the host.
 template <storage_element T>
 [[nodiscard]] device_matrix_view<const arithmetic_type<T>> in_arithmetic(
     const gpu& policy, device_matrix_view<const T> a, device_matrix<arithmetic_type<T>>& copy)
 {
     if constexpr (arithmetic_element<T>) { return a; }
+    else if constexpr (!std::same_as<T, bf16> && !std::same_as<T, f16>) {
+        matrix<arithmetic_type<T>> wide;
+        const matrix<T> here = to_host<T>(policy, a);
+        copy = to_device<arithmetic_type<T>>(policy, in_arithmetic<T>(cpu{}, here.view(), wide));
+        return std::as_const(copy).view();
+    }
     else {
         copy = device_matrix<float>(policy, a.rows(), a.cols(), a.order());
         if (a.empty()) { return std::as_const(copy).view(); }

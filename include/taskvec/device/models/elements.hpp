@@ -29,19 +29,27 @@ namespace elementwise {
 
 TASKVEC_KERNELS_BEGIN
 
+/// Element i of elements of a storage type; 0 where `type` is none.
+template <arithmetic_element A, class... T>
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A load_stored(
+    const void* data, taskvec::dtype type, std::uint64_t i, storage_list<T...>) noexcept
+{
+    A value{0};
+    static_cast<void>(
+        ((type == dtype_of<T> && (value = widen_word<A, T>(static_cast<const storage_word<T>*>(data)[i]), true))
+            || ...));
+    return value;
+}
+
 /// Element i of an operand in the arithmetic type.
 template <arithmetic_element A>
 [[nodiscard]] TASKVEC_HOST_DEVICE inline A load(const aligned_tensor::operand& from, std::uint64_t i) noexcept
 {
     const void* const data = from.data;
     switch (from.dtype) {
-    case taskvec::dtype::f64: return static_cast<A>(static_cast<const double*>(data)[i]);
-    case taskvec::dtype::f32: return static_cast<A>(static_cast<const float*>(data)[i]);
-    case taskvec::dtype::bf16: return static_cast<A>(bf16_to_f32(static_cast<const std::uint16_t*>(data)[i]));
-    case taskvec::dtype::f16: return static_cast<A>(f16_to_f32(static_cast<const std::uint16_t*>(data)[i]));
     case taskvec::dtype::f8_e4m3: return static_cast<A>(e4m3_to_f32(static_cast<const std::uint8_t*>(data)[i]));
     case taskvec::dtype::f8_e5m2: return static_cast<A>(e5m2_to_f32(static_cast<const std::uint8_t*>(data)[i]));
-    default: return A{0}; // aligned models hold nothing else
+    default: return load_stored<A>(data, from.dtype, i, storage_types{});
     }
 }
 
@@ -55,17 +63,19 @@ template <arithmetic_element A>
     return value;
 }
 
+template <arithmetic_element A, class... T>
+TASKVEC_HOST_DEVICE inline void store_stored(
+    void* to, taskvec::dtype type, std::uint64_t i, A value, storage_list<T...>) noexcept
+{
+    static_cast<void>(
+        ((type == dtype_of<T> && (static_cast<storage_word<T>*>(to)[i] = narrow_word<T>(value), true)) || ...));
+}
+
 /// Stores a value as element i, rounded once.
 template <arithmetic_element A>
 TASKVEC_HOST_DEVICE inline void store(void* to, taskvec::dtype type, std::uint64_t i, A value) noexcept
 {
-    switch (type) {
-    case taskvec::dtype::f64: static_cast<double*>(to)[i] = narrow_word<double>(value); return;
-    case taskvec::dtype::f32: static_cast<float*>(to)[i] = narrow_word<float>(value); return;
-    case taskvec::dtype::bf16: static_cast<std::uint16_t*>(to)[i] = narrow_word<bf16>(value); return;
-    case taskvec::dtype::f16: static_cast<std::uint16_t*>(to)[i] = narrow_word<f16>(value); return;
-    default: return; // outputs hold nothing else
-    }
+    store_stored(to, type, i, value, storage_types{});
 }
 
 /// Element i of task t's vector: θt − θ0, or θt where there is no base (`origin` is then not looked at).
@@ -149,12 +159,19 @@ template <class Use>
 bool visit_packs(const device_piece& piece, const Use& use)
 {
     if (!piece.alike) { return false; }
-    switch (piece.out_dtype) {
-    case taskvec::dtype::f32: use(std::type_identity<float>{}); return true;
-    case taskvec::dtype::bf16: use(std::type_identity<bf16>{}); return true;
-    case taskvec::dtype::f16: use(std::type_identity<f16>{}); return true;
-    default: return false;
-    }
+    return [&]<class... T>(storage_list<T...>) {
+        const auto used = [&]<class S>(std::type_identity<S> type) {
+            if constexpr (std::same_as<arithmetic_type<S>, float>) {
+                if (piece.out_dtype != dtype_of<S>) { return false; }
+                use(type);
+                return true;
+            }
+            else {
+                return false;
+            }
+        };
+        return (used(std::type_identity<T>{}) || ...);
+    }(storage_types{});
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
