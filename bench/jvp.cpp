@@ -17,6 +17,7 @@ namespace {
 
 using taskvec::linearized_lora_layer;
 using taskvec::lora_layer;
+using taskvec::make_lora;
 using matrix = taskvec::row_matrix<float>;
 
 matrix random_matrix(Eigen::Index rows, Eigen::Index cols, std::uint64_t seed, float scale = 1)
@@ -49,12 +50,13 @@ constexpr Eigen::Index width = 768, rank = 16, rows = 512;
 struct layers {
     matrix weight = random_matrix(width, width, 1, 0.03f), bias = random_matrix(1, width, 2),
            x = random_matrix(rows, width, 3), dy = random_matrix(rows, width, 4);
-    lora_layer<float> plain{weight, bias, {random_matrix(rank, width, 5, 0.03f), random_matrix(width, rank, 6), 2.0f}};
+    lora_layer<float> plain{
+        weight, bias, make_lora(random_matrix(width, rank, 6), random_matrix(rank, width, 5, 0.03f), 2)};
     linearized_lora_layer<float> linearized;
     explicit layers(bool b0_zero)
         : linearized(weight, bias,
-              {random_matrix(rank, width, 7, 0.03f),
-                  b0_zero ? matrix(matrix::Zero(width, rank)) : random_matrix(width, rank, 8), 2.0f})
+              make_lora(b0_zero ? matrix(matrix::Zero(width, rank)) : random_matrix(width, rank, 8),
+                  random_matrix(rank, width, 7, 0.03f), 2))
     {
         linearized.delta_a() = random_matrix(rank, width, 9, 0.01f);
         linearized.b() += random_matrix(width, rank, 10, 0.01f);
@@ -165,7 +167,7 @@ void transformer_linearized_layers(benchmark::State& state)
             const std::string name = vit::block_name(b) + projection;
             linearized.linearized.insert(name,
                 linearized_lora_layer<float>(t.base[name + ".weight"], t.base[name + ".bias"],
-                    {t.adapters[name + ".lora_A"], t.adapters[name + ".lora_B"], 1.0f}));
+                    make_lora(t.adapters[name + ".lora_B"], t.adapters[name + ".lora_A"])));
         }
     }
     cost(

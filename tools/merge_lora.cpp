@@ -4,8 +4,8 @@
 #include "decompose.hpp"
 #include "ties_settings.hpp"
 
-#include <taskvec/adapters/merge_phi.hpp>
 #include <taskvec/adapters/merge_ties.hpp>
+#include <taskvec/adapters/phi_space.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 
@@ -186,7 +186,7 @@ taskvec::lora_adapter<T> merge_phi(const taskvec::cpu& policy, const settings& g
     how.base_label = "the initialisation '" + given.init + "'";
     how.labels = from.labels();
     const auto merged = [&](const auto& options) {
-        return taskvec::merge_in_phi<T>(policy, options, from.initial(), from.updates(), how);
+        return taskvec::merge_in_phi_space<T>(policy, options, from.initial(), from.updates(), how);
     };
     if (given.method == "ties") { return merged(tool::ties_options_of(given.merging, from.weights())); }
     if (given.method == "average") { return merged(taskvec::average_options{from.weights()}); }

@@ -67,7 +67,8 @@ int main()
             for (std::size_t i = 0; i < 2 * layers; ++i) { store.push_back(normal(policy, n, r, 10 + i)); }
             std::vector<factor_pair<float, memory_space::device>> pairs;
             for (std::size_t i = 0; i < layers; ++i) {
-                pairs.push_back({.a = std::as_const(store[2 * i]).view(), .b = std::as_const(store[2 * i + 1]).view()});
+                pairs.push_back(
+                    {.left = std::as_const(store[2 * i]).view(), .right = std::as_const(store[2 * i + 1]).view()});
             }
             const double flops = static_cast<double>(layers) * 2 * 4.0 * n * static_cast<double>(r * r);
             std::printf("64 LoRA layers 4096 x 4096 of rank %zu, to rank 8:\n", r);

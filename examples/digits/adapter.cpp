@@ -33,26 +33,17 @@ void clip(std::span<float> gradient, float limit)
     g *= std::min(1.0f, limit / std::max(g.norm(), 1e-12f));
 }
 
-taskvec::lora_factors<float> first(const adapter& phi)
+taskvec::lora_update<float> first(const adapter& phi)
 {
-    return {.a = phi.a1(), .b = phi.b1()};
+    return taskvec::make_lora(phi.b1(), phi.a1());
 }
-taskvec::lora_factors<float> second(const adapter& phi)
+taskvec::lora_update<float> second(const adapter& phi)
 {
-    return {.a = phi.a2(), .b = phi.b2()};
+    return taskvec::make_lora(phi.b2(), phi.a2());
 }
 
 using lora = taskvec::lora_layer<float>;
 using linearized_lora = taskvec::linearized_lora_layer<float>;
-
-void move_to(lora& layer, taskvec::lora_factors<float> phi)
-{
-    layer.adapter = std::move(phi);
-}
-void move_to(linearized_lora& layer, const taskvec::lora_factors<float>& phi)
-{
-    layer.set(phi);
-}
 
 /// The adapted network: both layers frozen but for their adapters, then ReLU, then the frozen head.
 template <class Layer>
@@ -66,8 +57,8 @@ public:
 
     void set(const adapter& phi)
     {
-        move_to(first_, first(phi));
-        move_to(second_, second(phi));
+        first_.set(first(phi));
+        second_.set(second(phi));
     }
 
     /// The mean cross-entropy's gradient by φ.

@@ -5,6 +5,7 @@
 #include <taskvec/adapters/merge_adapters.hpp>
 #include <taskvec/adapters/merge_ties.hpp>
 #include <taskvec/formats/peft.hpp>
+#include <taskvec/jvp/lora_layer.hpp>
 #include <taskvec/linalg/randomized_svd.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 
@@ -18,14 +19,6 @@ namespace {
 
 const taskvec::cpu one_thread{.threads = 1};
 
-taskvec::matrix<float> copy(adapter::const_map from)
-{
-    taskvec::matrix<float> to(
-        static_cast<std::size_t>(from.rows()), static_cast<std::size_t>(from.cols()), taskvec::matrix_order::row_major);
-    std::copy_n(from.data(), from.size(), to.data());
-    return to;
-}
-
 taskvec::matrix_view<float> weight(encoder::map w)
 {
     return {w.data(), static_cast<std::size_t>(w.rows()), static_cast<std::size_t>(w.cols()),
@@ -36,7 +29,7 @@ taskvec::matrix_view<float> weight(encoder::map w)
 
 updates updates_of(const adapter& phi)
 {
-    return {{"fc1", {copy(phi.b1()), copy(phi.a1())}}, {"fc2", {copy(phi.b2()), copy(phi.a2())}}};
+    return {{"fc1", taskvec::make_lora(phi.b1(), phi.a1())}, {"fc2", taskvec::make_lora(phi.b2(), phi.a2())}};
 }
 
 encoder folded(const encoder& base, const updates& adapter, double factor)
@@ -49,7 +42,7 @@ encoder folded(const encoder& base, const updates& adapter, double factor)
         if (place == weights.end()) {
             taskvec::raise<taskvec::invalid_argument>(taskvec::message("the network has no module '", module, "'"));
         }
-        taskvec::fold(one_thread, update, place->second, factor, module);
+        taskvec::fold_update(one_thread, update, place->second, factor, module);
     }
     return model;
 }

@@ -57,7 +57,7 @@ public:
                 // values_ is never changed again, so the layers may borrow from it.
                 net_.linearized.insert(projection,
                     taskvec::linearized_lora_layer<T>(values_[projection + ".weight"], values_[projection + ".bias"],
-                        {.a = a, .b = adapters[projection + ".lora_B"], .scaling = static_cast<T>(adapter.scaling)}));
+                        taskvec::make_lora(adapters[projection + ".lora_B"], a, adapter.scaling)));
             }
             break;
         default:

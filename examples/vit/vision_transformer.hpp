@@ -262,8 +262,9 @@ parameters<T> gradient(const network<T>& net, const parameters<T>& p, const row_
         };
         // scaling·x·aᵀ is cheap to compute again.
         if (const auto* layer = net.linearized.find(name)) {
-            const auto folded = layer->fold();
-            return low_rank_back(*layer, scale(linear(input, folded.a), folded.scaling));
+            const auto& folded = layer->fold();
+            return low_rank_back(
+                *layer, scale(linear(input, taskvec::as_row_matrix(folded.a)), static_cast<T>(folded.scaling)));
         }
         if (!p.contains(name + ".lora_A")) { return linear_back(name, input, dy, input_wanted); }
         if (dense) {
@@ -272,8 +273,8 @@ parameters<T> gradient(const network<T>& net, const parameters<T>& p, const row_
             gradients.insert(name + ".bias", std::move(g.bias));
         }
         const lora_layer<T> layer(p[name + ".weight"], p[name + ".bias"],
-            {.a = p[name + ".lora_A"], .b = p[name + ".lora_B"], .scaling = static_cast<T>(net.scaling)});
-        return low_rank_back(layer, scale(linear(input, layer.adapter.a), layer.adapter.scaling));
+            taskvec::make_lora(p[name + ".lora_B"], p[name + ".lora_A"], net.scaling));
+        return low_rank_back(layer, scale(linear(input, layer.a()), static_cast<T>(layer.adapter().scaling)));
     };
 
     row_matrix<T> d_stream =

@@ -5,8 +5,9 @@
 #include <taskvec/adapters/adapter.hpp>
 #include <taskvec/adapters/extract.hpp>
 #include <taskvec/adapters/fold_adapter.hpp>
+#include <taskvec/adapters/initialization.hpp>
+#include <taskvec/adapters/lora.hpp>
 #include <taskvec/adapters/merge_adapters.hpp>
-#include <taskvec/adapters/merge_phi.hpp>
 #include <taskvec/adapters/merge_ties.hpp>
 #include <taskvec/adapters/phi_space.hpp>
 #include <taskvec/analysis/disentanglement.hpp>
@@ -56,6 +57,7 @@
 #include <taskvec/jvp/normalization.hpp>
 #include <taskvec/jvp/parameters.hpp>
 #include <taskvec/jvp/primal_tangent.hpp>
+#include <taskvec/linalg/factor_pair.hpp>
 #include <taskvec/linalg/factored_svd.hpp>
 #include <taskvec/linalg/linalg.hpp>
 #include <taskvec/linalg/randomized_svd.hpp>

@@ -56,7 +56,7 @@ TEST_CASE_TEMPLATE("folding adds the update once rounded, in either order, and c
         const auto base = reference::normal_matrix<S>(130, 33, 9, order);
         auto weight = base, other = base;
         folded_update<S> folded(cpu{.threads = 1}, update, weight.view(), 1.5);
-        fold(cpu{.threads = 3}, update, other.view(), 1.5);
+        fold_update(cpu{.threads = 3}, update, other.view(), 1.5);
         CHECK(std::equal(weight.data(), weight.data() + weight.size(), other.data()));
         const double bound = std::is_same_v<S, bf16> ? 0x1p-8 : std::is_same_v<S, f16> ? 0x1p-11 : 1e-6;
         for (std::size_t i = 0; i < 130; ++i) {
@@ -68,7 +68,7 @@ TEST_CASE_TEMPLATE("folding adds the update once rounded, in either order, and c
         folded.undo();
         CHECK(std::equal(weight.data(), weight.data() + weight.size(), base.data()));
         folded.undo();
-        fold(cpu{}, update, other.view(), -1.5); // near, not equal
+        fold_update(cpu{}, update, other.view(), -1.5); // near, not equal
         CHECK(std::abs(static_cast<double>(other(5, 5)) - static_cast<double>(base(5, 5)))
             <= 8 * bound * (1 + std::abs(delta[5][5])));
     }
@@ -78,9 +78,9 @@ TEST_CASE("what does not fit is refused")
 {
     auto update = normal_update<float>(8, 6, 2, 1);
     matrix<float> wrong(6, 8);
-    CHECK_THROWS_WITH_AS(fold(cpu{}, update, wrong.view(), 1, "q"),
+    CHECK_THROWS_WITH_AS(fold_update(cpu{}, update, wrong.view(), 1, "q"),
         "'q': the update is 8×6 and the weight 6×8; this adapter belongs to another base", shape_mismatch);
-    CHECK_NOTHROW(fold(cpu{}, update, wrong.view().transposed()));
+    CHECK_NOTHROW(fold_update(cpu{}, update, wrong.view().transposed()));
     update.a = matrix<float>(3, 6);
     CHECK_THROWS_WITH_AS(
         check_update(update, "q"), "'q': lora_B is 8×2 and lora_A 3×6; their ranks differ", shape_mismatch);

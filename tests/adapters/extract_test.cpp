@@ -26,7 +26,7 @@ struct pair_of_models {
 
     pair_of_models()
     {
-        fold(cpu{}, change, q1.view());
+        fold_update(cpu{}, change, q1.view());
         for (std::size_t i = 0; i < v1.size(); ++i) {
             v1.data()[i] = narrow<bf16>(widen<float>(v1.data()[i]) * (1.0f + 0.25f * static_cast<float>(i % 3)));
         }

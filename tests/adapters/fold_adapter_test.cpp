@@ -11,30 +11,9 @@ using reference::random_matrix;
 namespace {
 using dense = row_matrix<double>;
 
-dense eigen_of(const taskvec::matrix<double>& x)
-{
-    dense y(static_cast<Eigen::Index>(x.rows()), static_cast<Eigen::Index>(x.cols()));
-    for (std::size_t i = 0; i < x.rows(); ++i) {
-        for (std::size_t j = 0; j < x.cols(); ++j) {
-            y(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j)) = x(i, j);
-        }
-    }
-    return y;
-}
-taskvec::matrix<double> matrix_of_eigen(const dense& x)
-{
-    taskvec::matrix<double> y(
-        static_cast<std::size_t>(x.rows()), static_cast<std::size_t>(x.cols()), matrix_order::row_major);
-    for (Eigen::Index i = 0; i < x.rows(); ++i) {
-        for (Eigen::Index j = 0; j < x.cols(); ++j) {
-            y(static_cast<std::size_t>(i), static_cast<std::size_t>(j)) = x(i, j);
-        }
-    }
-    return y;
-}
 lora_update<double> update(const dense& b, const dense& a, double scaling = 0.75)
 {
-    return {matrix_of_eigen(b), matrix_of_eigen(a), scaling};
+    return make_lora(b, a, scaling);
 }
 } // namespace
 
@@ -44,15 +23,14 @@ TEST_CASE("fold_linearized is the fold of the linearized LoRA layer, of rank r w
                 b = random_matrix(5, 2, 4), x = random_matrix(3, 7, 5);
     for (const double size : {0.0, 1.0}) {
         const dense b0 = size * random_matrix(5, 2, 6);
-        linearized_lora_layer<double> layer(w, dense(), {.a = a0, .b = b0, .scaling = 0.75});
-        layer.set({.a = a, .b = b, .scaling = 0.75});
+        linearized_lora_layer<double> layer(w, dense(), make_lora(b0, a0, 0.75));
+        layer.set(make_lora(b, a, 0.75));
         const auto folded = fold_linearized(update(b0, a0), update(b, a));
-        CHECK(folded.rank() == (size == 0 ? 2 : 4));
+        CHECK(folded.rank() == (size == 0 ? 2u : 4u));
         CHECK(folded.scaling == 0.75);
-        CHECK(reference::largest_difference(eigen_of(folded.a), layer.fold().a) == 0);
-        CHECK(reference::largest_difference(eigen_of(folded.b), layer.fold().b) == 0);
-        const lora_layer<double> served(
-            w, dense(), {.a = eigen_of(folded.a), .b = eigen_of(folded.b), .scaling = folded.scaling});
+        CHECK(as_row_matrix(folded.a) == as_row_matrix(layer.fold().a));
+        CHECK(as_row_matrix(folded.b) == as_row_matrix(layer.fold().b));
+        const lora_layer<double> served(w, dense(), folded);
         CHECK(reference::largest_difference(served.forward(x), layer.forward(x)) < 1e-12);
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/adapters/merge_adapters.hpp>
-#include <taskvec/adapters/merge_phi.hpp>
+#include <taskvec/adapters/phi_space.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/methods/ties.hpp>
 
@@ -146,7 +146,7 @@ TEST_CASE("phi space: the merges of models, on the factors")
         }
     }
     const auto merged =
-        merge_in_phi<float>(cpu{}, task_arithmetic_options{.lambda = 0.5, .weights = {1, -2}}, init, adapters);
+        merge_in_phi_space<float>(cpu{}, task_arithmetic_options{.lambda = 0.5, .weights = {1, -2}}, init, adapters);
     for (const auto& [name, update] : merged) {
         CHECK(update.scaling == 2);
         for (std::size_t i = 0; i < update.a.size(); ++i) {
@@ -157,21 +157,28 @@ TEST_CASE("phi space: the merges of models, on the factors")
         }
     }
     // TIES too: bit for bit what it gives on the same tensors by their names.
-    const auto ties = merge_in_phi<float>(cpu{}, ties_options{.density = 0.3}, init, adapters);
+    const auto ties = merge_in_phi_space<float>(cpu{}, ties_options{.density = 0.3}, init, adapters);
     CHECK(ties.at("q").b.rows() == 9);
     CHECK(std::any_of(ties.at("q").b.data(), ties.at("q").b.data() + 27,
         [&, i = 0](float x) mutable { return x != init.at("q").b.data()[i++]; }));
 
     auto other = adapters;
     other[1].at("v").scaling = 1;
-    CHECK_THROWS_WITH_AS((void)merge_in_phi<float>(cpu{}, task_arithmetic_options{}, init, other),
-        "module 'v' is 5×8 of rank 3, scaling 1 in adapter 2 but 5×8 of rank 3, scaling 2 in the initialisation: they "
-        "do not share it",
+    CHECK_THROWS_WITH_AS((void)merge_in_phi_space<float>(cpu{}, task_arithmetic_options{}, init, other),
+        "module 'v' has scaling 1 in adapter 2 but 2 in the initialisation: this is not what the adapter was trained "
+        "from",
+        invalid_argument);
+    other = adapters;
+    other[1].at("v") = normal_update<float>(5, 8, 2, 2, 2);
+    CHECK_THROWS_WITH_AS(
+        (void)merge_in_phi_space<float>(cpu{}, task_arithmetic_options{}, init, other, {.labels = {"cats", "dogs"}}),
+        "module 'v' is 5×8 of rank 2 in dogs but 5×8 of rank 3 in the initialisation: this is not what the adapter was "
+        "trained from",
         shape_mismatch);
     other = adapters;
     other[0].erase("v");
-    CHECK_THROWS_AS((void)merge_in_phi<float>(cpu{}, task_arithmetic_options{}, init, other), invalid_argument);
+    CHECK_THROWS_AS((void)merge_in_phi_space<float>(cpu{}, task_arithmetic_options{}, init, other), invalid_argument);
     other = adapters;
     other[0].emplace("k", normal_update<float>(5, 8, 3, 2, 2));
-    CHECK_THROWS_AS((void)merge_in_phi<float>(cpu{}, task_arithmetic_options{}, init, other), invalid_argument);
+    CHECK_THROWS_AS((void)merge_in_phi_space<float>(cpu{}, task_arithmetic_options{}, init, other), invalid_argument);
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/adapters/phi_space.hpp>
 
+#include <taskvec/jvp/linearized_lora.hpp>
+#include <taskvec/jvp/parameters.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/methods/ties.hpp>
@@ -8,7 +10,7 @@
 #include "../reference/derivatives.hpp"
 
 using namespace taskvec;
-using reference::matrix;
+using eigen_matrix = row_matrix<double>;
 using reference::random_matrix;
 
 namespace {
@@ -37,14 +39,15 @@ TEST_CASE("φ space: task arithmetic and average are the formulas")
     merge_in_phi_space(
         cpu{}, task_arithmetic_options{.lambda = 0.3, .weights = {1, -0.5, 2}}, f.adapters, as_model(f.merged));
     for (const auto& [name, value] : f.merged) {
-        const matrix& start = f.initial[name];
-        const matrix expected = start
+        const eigen_matrix& start = f.initial[name];
+        const eigen_matrix expected = start
             + 0.3 * ((f.tuned[0][name] - start) - 0.5 * (f.tuned[1][name] - start) + 2 * (f.tuned[2][name] - start));
         CHECK(reference::largest_difference(value, expected) < 1e-14);
     }
     merge_in_phi_space(cpu{}, average_options{}, f.adapters, as_model(f.merged));
     for (const auto& [name, value] : f.merged) {
-        CHECK(reference::largest_difference(value, matrix((f.tuned[0][name] + f.tuned[1][name] + f.tuned[2][name]) / 3))
+        CHECK(reference::largest_difference(
+                  value, eigen_matrix((f.tuned[0][name] + f.tuned[1][name] + f.tuned[2][name]) / 3))
             < 1e-14);
     }
 }
@@ -65,16 +68,16 @@ TEST_CASE("φ space: a merged linearized layer is the same combination of the la
 {
     // f_lin is linear in φ: the layer at φ0 + λ·Σ(φt − φ0) is f(φ0) + λ·Σ(f(φt) − f(φ0)).
     fixture f;
-    const matrix x = random_matrix(4, 7, 3), w = random_matrix(5, 7, 4);
+    const eigen_matrix x = random_matrix(4, 7, 3), w = random_matrix(5, 7, 4);
     linearized_lora_layer<double> layer(
-        w, matrix(), {.a = f.initial["layer.lora_A"], .b = f.initial["layer.lora_B"], .scaling = 0.5});
+        w, eigen_matrix(), make_lora(f.initial["layer.lora_B"], f.initial["layer.lora_A"], 0.5));
     const auto at = [&](const parameters<double>& p) {
-        layer.set({.a = p["layer.lora_A"], .b = p["layer.lora_B"], .scaling = 0.5});
-        return matrix(layer.forward(x));
+        layer.set(make_lora(p["layer.lora_B"], p["layer.lora_A"], 0.5));
+        return eigen_matrix(layer.forward(x));
     };
     merge_in_phi_space(cpu{}, task_arithmetic_options{.lambda = 0.3}, f.adapters, as_model(f.merged));
-    const matrix start = at(f.initial);
-    matrix expected = start;
+    const eigen_matrix start = at(f.initial);
+    eigen_matrix expected = start;
     for (const auto& one : f.tuned) { expected += 0.3 * (at(one) - start); }
     CHECK(reference::largest_difference(at(f.merged), expected) < 1e-12);
 }

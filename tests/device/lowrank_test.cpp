@@ -222,7 +222,7 @@ TEST_CASE("many layers are decomposed together, as each by itself")
     for (const auto& one : host) { store.push_back(to_device(policy, one)); }
     std::vector<factor_pair<float, memory_space::device>> pairs;
     for (std::size_t i = 0; i < store.size(); i += 2) {
-        pairs.push_back({.a = std::as_const(store[i]).view(), .b = std::as_const(store[i + 1]).view()});
+        pairs.push_back({.left = std::as_const(store[i]).view(), .right = std::as_const(store[i + 1]).view()});
     }
     const auto all =
         factored_svd<float>(policy, std::span<const factor_pair<float, memory_space::device>>(pairs), {.rank = 3});
@@ -247,8 +247,9 @@ TEST_CASE("a sum of factor pairs of different ranks")
                a2 = normal_matrix<double>(20, 5, 3), b2 = normal_matrix<double>(15, 5, 4);
     const auto da1 = to_device(policy, a1), db1 = to_device(policy, b1), da2 = to_device(policy, a2),
                db2 = to_device(policy, b2);
-    const std::array pairs{factor_pair<double, memory_space::device>{.a = da1.view(), .b = db1.view(), .weight = 0.5},
-        factor_pair<double, memory_space::device>{.a = da2.view(), .b = db2.view(), .weight = -2}};
+    const std::array pairs{
+        factor_pair<double, memory_space::device>{.left = da1.view(), .right = db1.view(), .weight = 0.5},
+        factor_pair<double, memory_space::device>{.left = da2.view(), .right = db2.view(), .weight = -2}};
     auto sum = reference::zeros(20, 15);
     const auto p1 = reference::product_abt(reference::plain<double>(a1.view()), reference::plain<double>(b1.view())),
                p2 = reference::product_abt(reference::plain<double>(a2.view()), reference::plain<double>(b2.view()));
@@ -354,9 +355,9 @@ TEST_CASE("bad input is refused as on the CPU")
     const auto a = to_device(policy, host), b = to_device(policy, normal_matrix<float>(10, 4, 2)),
                c = to_device(policy, normal_matrix<float>(10, 3, 2));
     CHECK_THROWS_WITH_AS((void)factored_svd<float>(policy, a.view(), c.view(), {.rank = 2}),
-        "'A·Bᵀ': A is 12×4 and B is 10×3; the inner ranks differ", shape_mismatch);
+        "'left·rightᵀ': the left factor is 12×4 and the right one 10×3; the inner ranks differ", shape_mismatch);
     CHECK_THROWS_WITH_AS((void)factored_svd<float>(policy, a.view(), b.view(), {.rank = 5}),
-        "'A·Bᵀ': rank 5 asked for, but its rank is at most 4; ask for less, or for clamping", invalid_argument);
+        "'left·rightᵀ': rank 5 asked for, but its rank is at most 4; ask for less, or for clamping", invalid_argument);
     CHECK_THROWS_AS((void)truncated_svd<float>(policy, a.view(), {}), invalid_argument);
     CHECK_THROWS_AS((void)randomized_svd<float>(policy, a.view(), {.rank = 2, .energy = 0.5}), invalid_argument);
     for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {

@@ -6,7 +6,7 @@
 #include "low_rank.hpp"
 
 #include <taskvec/adapters/fold_adapter.hpp>
-#include <taskvec/adapters/merge_phi.hpp>
+#include <taskvec/adapters/phi_space.hpp>
 #include <taskvec/analysis/scores.hpp>
 #include <taskvec/methods/ties.hpp>
 
@@ -166,7 +166,7 @@ TEST_CASE("adapters on disk, merged in φ space and folded, are the models of th
     std::string line;
     while (std::getline(lines, line) && line.find("L-LoRA, TIES") == std::string::npos) { }
     const double lambda = std::stod(line.substr(line.rfind(' ')));
-    const updates merged = taskvec::merge_in_phi<float>(
+    const updates merged = taskvec::merge_in_phi_space<float>(
         taskvec::cpu{}, taskvec::ties_options{.density = 0.2, .lambda = lambda}, start, tuned);
     const encoder served = folded(base, taskvec::fold_linearized(start, merged));
     CHECK(mean(evaluate(served, s.base.head, s.test))

@@ -171,8 +171,8 @@ template <class T>
 row_matrix<T> adapted_vjp(const parameters<T>& p, const std::string& prefix, T scale, const row_matrix<T>& x,
     const row_matrix<T>& dy, parameters<T>& gradients)
 {
-    const lora_layer<T> layer(p[prefix + "weight"], p[prefix + "bias"],
-        {.a = p[prefix + "lora_A"], .b = p[prefix + "lora_B"], .scaling = scale});
+    const lora_layer<T> layer(
+        p[prefix + "weight"], p[prefix + "bias"], make_lora(p[prefix + "lora_B"], p[prefix + "lora_A"], scale));
     row_matrix<T> hidden;
     (void)layer.forward(x, hidden);
     auto low_rank = layer.vjp(x, hidden, dy);

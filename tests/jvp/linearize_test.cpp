@@ -8,15 +8,16 @@
 #include "../reference/derivatives.hpp"
 
 using namespace taskvec;
-using reference::matrix;
+using eigen_matrix = row_matrix<double>;
 using reference::random_matrix;
 
 namespace {
 // One attention block with LoRA on q and v, b0 zero as PEFT initialises.
 const parameters<double> phi0{{"q", random_matrix(6, 6, 1)}, {"k", random_matrix(6, 6, 2)},
-    {"v", random_matrix(6, 6, 3)}, {"q.lora_A", random_matrix(2, 6, 4)}, {"q.lora_B", matrix(matrix::Zero(6, 2))},
-    {"v.lora_A", random_matrix(2, 6, 5)}, {"v.lora_B", matrix(matrix::Zero(6, 2))}, {"gamma", random_matrix(1, 6, 6)}};
-const matrix none;
+    {"v", random_matrix(6, 6, 3)}, {"q.lora_A", random_matrix(2, 6, 4)},
+    {"q.lora_B", eigen_matrix(eigen_matrix::Zero(6, 2))}, {"v.lora_A", random_matrix(2, 6, 5)},
+    {"v.lora_B", eigen_matrix(eigen_matrix::Zero(6, 2))}, {"gamma", random_matrix(1, 6, 6)}};
+const eigen_matrix none;
 const auto network = [](const auto& p, const auto& x) {
     const auto h = rms_norm(x, p["gamma"]);
     const auto q = lora_linear(h, p["q"], none, p["q.lora_A"], p["q.lora_B"], 0.5);
@@ -24,7 +25,7 @@ const auto network = [](const auto& p, const auto& x) {
     return add(x, attention(q, linear(h, p["k"]), v, {.batch = 2, .heads = 2}));
 };
 const linearize_options adapters{.active = {"q.lora_A", "q.lora_B", "v.lora_A", "v.lora_B"}};
-const matrix x = random_matrix(8, 6, 7);
+const eigen_matrix x = random_matrix(8, 6, 7);
 
 parameters<double> moved(const std::vector<std::string>& names, double step, std::uint64_t seed = 30)
 {
@@ -36,24 +37,24 @@ parameters<double> moved(const std::vector<std::string>& names, double step, std
 
 TEST_CASE("linearize: exact at φ0, bit for bit")
 {
-    CHECK(linearize(network, phi0)(phi0, x) == matrix(network(phi0, x)));
-    CHECK(linearize(network, phi0, adapters)(phi0, x) == matrix(network(phi0, x)));
-    CHECK(linearize(network, phi0)(parameters<double>{}, x) == matrix(network(phi0, x)));
+    CHECK(linearize(network, phi0)(phi0, x) == eigen_matrix(network(phi0, x)));
+    CHECK(linearize(network, phi0, adapters)(phi0, x) == eigen_matrix(network(phi0, x)));
+    CHECK(linearize(network, phi0)(parameters<double>{}, x) == eigen_matrix(network(phi0, x)));
 }
 
 TEST_CASE("linearize: exactly linear in φ, over all parameters and over the adapters")
 {
     for (const auto& options : {linearize_options{}, adapters}) {
         const auto f = linearize(network, phi0, options);
-        const matrix at_0 = f(phi0, x);
-        const matrix one = f(moved(f.active(), 1), x) - at_0, four = f(moved(f.active(), 4), x) - at_0;
+        const eigen_matrix at_0 = f(phi0, x);
+        const eigen_matrix one = f(moved(f.active(), 1), x) - at_0, four = f(moved(f.active(), 4), x) - at_0;
         CHECK(one.norm() > 0.1);
-        CHECK(reference::largest_difference(four, matrix(4 * one)) < 1e-11);
+        CHECK(reference::largest_difference(four, eigen_matrix(4 * one)) < 1e-11);
         // The sum of two displacements is the sum of their effects.
         const auto a = moved(f.active(), 1), b = moved(f.active(), 1, 60);
         parameters<double> both = phi0;
         for (auto& [name, value] : both) { value = a[name] + b[name] - phi0[name]; }
-        CHECK(reference::largest_difference(f(both, x), matrix(f(a, x) + f(b, x) - at_0)) < 1e-11);
+        CHECK(reference::largest_difference(f(both, x), eigen_matrix(f(a, x) + f(b, x) - at_0)) < 1e-11);
         // First order: the remainder shrinks with the square of the step.
         const auto remainder = [&](double step) {
             return (network(moved(f.active(), step), x) - f(moved(f.active(), step), x)).norm();
@@ -71,28 +72,28 @@ TEST_CASE("linearize: at_difference and derivative agree with the difference of 
     for (const auto& name : f.active()) { delta.insert(name, phi[name] - phi0[name]); }
     CHECK(reference::largest_difference(f.at_difference(delta, x), f(phi, x)) < 1e-13);
     const auto [value, derivative] = f.derivative(delta, x);
-    CHECK(reference::largest_difference(matrix(value + derivative), f(phi, x)) < 1e-13);
+    CHECK(reference::largest_difference(eigen_matrix(value + derivative), f(phi, x)) < 1e-13);
 }
 
 TEST_CASE("linearize: with B0 = 0 the adapters' A has no influence")
 {
     const auto f = linearize(network, phi0, adapters);
-    CHECK(f(moved({"q.lora_A", "v.lora_A"}, 1), x) == matrix(network(phi0, x)));
+    CHECK(f(moved({"q.lora_A", "v.lora_A"}, 1), x) == eigen_matrix(network(phi0, x)));
 }
 
 TEST_CASE("linearize over one layer's adapter is the linearized LoRA layer")
 {
     for (const double b0 : {0.0, 1.0}) {
-        const matrix w = random_matrix(5, 6, 1), bias = random_matrix(1, 5, 2);
+        const eigen_matrix w = random_matrix(5, 6, 1), bias = random_matrix(1, 5, 2);
         const parameters<double> start{{"A", random_matrix(2, 6, 3)}, {"B", b0 * random_matrix(5, 2, 4)}};
         const auto layer = [&](const auto& p, const auto& input) {
             return lora_linear(input, w, bias, p["A"], p["B"], 0.5);
         };
-        linearized_lora_layer<double> expanded(w, bias, {.a = start["A"], .b = start["B"], .scaling = 0.5});
+        linearized_lora_layer<double> expanded(w, bias, make_lora(start["B"], start["A"], 0.5));
         parameters<double> phi = start;
         phi["A"] += random_matrix(2, 6, 8);
         phi["B"] += random_matrix(5, 2, 9);
-        expanded.set({.a = phi["A"], .b = phi["B"], .scaling = 0.5});
+        expanded.set(make_lora(phi["B"], phi["A"], 0.5));
         CHECK(reference::largest_difference(linearize(layer, start)(phi, x), expanded.forward(x)) < 1e-12);
     }
 }
@@ -101,19 +102,21 @@ TEST_CASE("linearize: the gradient is the vjp at φ0, restricted to the active p
 {
     const parameters<double> start{{"w", random_matrix(4, 6, 1)}, {"b", random_matrix(1, 4, 2)}};
     const auto f = [](const auto& p, const auto& input) { return taskvec::tanh(linear(input, p["w"], p["b"])); };
-    const auto f_vjp = [](const parameters<double>& p, const matrix& dy, const matrix& input) {
+    const auto f_vjp = [](const parameters<double>& p, const eigen_matrix& dy, const eigen_matrix& input) {
         const auto gradient = linear_vjp(input, p["w"], tanh_vjp(linear(input, p["w"], p["b"]), dy));
         return parameters<double>{{"w", gradient.w}, {"b", gradient.bias}};
     };
     const auto expanded = linearize(f, start, {.active = {"w"}});
-    const matrix dy = random_matrix(8, 4, 3), v = random_matrix(4, 6, 4);
+    const eigen_matrix dy = random_matrix(8, 4, 3), v = random_matrix(4, 6, 4);
     const auto gradient = expanded.gradient(f_vjp, dy, x);
     CHECK(gradient.size() == 1);
     parameters<double> phi{{"w", start["w"] + v}};
-    const matrix change = expanded(phi, x) - expanded(start, x);
+    const eigen_matrix change = expanded(phi, x) - expanded(start, x);
     CHECK((gradient["w"].array() * v.array()).sum()
         == doctest::Approx((dy.array() * change.array()).sum()).epsilon(1e-12));
-    const auto forgetful = [](const parameters<double>&, const matrix&, const matrix&) { return parameters<double>{}; };
+    const auto forgetful = [](const parameters<double>&, const eigen_matrix&, const eigen_matrix&) {
+        return parameters<double>{};
+    };
     CHECK_THROWS_AS((void)expanded.gradient(forgetful, dy, x), invalid_argument);
 }
 

@@ -14,11 +14,11 @@
 #include <vector>
 
 using namespace taskvec;
-using reference::matrix;
+using eigen_matrix = row_matrix<double>;
 using reference::random_matrix;
 
 namespace {
-const matrix x = random_matrix(3, 4, 1), v = random_matrix(3, 4, 2);
+const eigen_matrix x = random_matrix(3, 4, 1), v = random_matrix(3, 4, 2);
 }
 
 TEST_CASE("primal_tangent: copies and moves keep values and tangents, and do not share memory")
@@ -77,8 +77,8 @@ TEST_CASE("operations do no work for what is inactive: the result of constants i
 TEST_CASE("debug builds: every operation names itself when it makes a NaN in a tangent")
 {
     const double infinity = std::numeric_limits<double>::infinity();
-    const matrix zero = matrix::Zero(3, 4), one = matrix::Ones(1, 4), none;
-    matrix wild = v, opposite = v;
+    const eigen_matrix zero = eigen_matrix::Zero(3, 4), one = eigen_matrix::Ones(1, 4), none;
+    eigen_matrix wild = v, opposite = v;
     wild(1, 2) = infinity;
     opposite(1, 2) = -infinity;
     const primal_tangent<double> a(x, wild), b(x, opposite);
@@ -98,23 +98,25 @@ TEST_CASE("debug builds: every operation names itself when it makes a NaN in a t
     named("subtract", [&] { return subtract(a, a); });
     named("scale", [&] { return scale(a, 0.0); });
     named("elementwise_product", [&] { return elementwise_product(a, zero); });
-    named("matmul", [&] { return matmul(a, matrix(zero.transpose())); });
+    named("matmul", [&] { return matmul(a, eigen_matrix(zero.transpose())); });
     named("linear", [&] { return linear(a, zero); });
     named("add_bias", [&] { return add_bias(a, primal_tangent<double>(one, opposite.row(1))); });
-    named("lora_linear", [&] { return lora_linear(a, zero, none, x, matrix(matrix::Zero(3, 3)), 1.0); });
+    named("lora_linear", [&] { return lora_linear(a, zero, none, x, eigen_matrix(eigen_matrix::Zero(3, 3)), 1.0); });
     named("linearized_lora_layer",
-        [&] { return linearized_lora_layer<double>(zero, none, {.a = x, .b = matrix::Zero(3, 3)}).forward(a); });
-    named("relu", [&] { return relu(primal_tangent<double>(matrix(-matrix::Ones(3, 4)), wild)); });
+        [&] { return linearized_lora_layer<double>(zero, none, make_lora(eigen_matrix::Zero(3, 3), x)).forward(a); });
+    named("relu", [&] { return relu(primal_tangent<double>(eigen_matrix(-eigen_matrix::Ones(3, 4)), wild)); });
     named("softmax", [&] { return softmax(a); });
     named("layer_norm", [&] { return layer_norm(a, none, none); });
     named("rms_norm", [&] { return rms_norm(a, none); });
     named("attention", [&] { return attention(a, x, x); });
-    named("mean_rows",
-        [&] { return mean_rows(primal_tangent<double>(matrix(2, 1), matrix{{infinity}, {-infinity}}), 2); });
-    named("mean", [&] { return mean(primal_tangent<double>(matrix(2, 1), matrix{{infinity}, {-infinity}})); });
+    named("mean_rows", [&] {
+        return mean_rows(primal_tangent<double>(eigen_matrix(2, 1), eigen_matrix{{infinity}, {-infinity}}), 2);
+    });
+    named("mean",
+        [&] { return mean(primal_tangent<double>(eigen_matrix(2, 1), eigen_matrix{{infinity}, {-infinity}})); });
     named("cross_entropy", [&] { return cross_entropy(a, labels); });
     // These hand on a NaN that was there before.
-    matrix nan = v;
+    eigen_matrix nan = v;
     nan(1, 2) = std::numeric_limits<double>::quiet_NaN();
     const primal_tangent<double> c(x, nan);
     named("gelu", [&] { return gelu(c); });

@@ -7,7 +7,7 @@
 #include <vector>
 
 using namespace taskvec;
-using reference::matrix;
+using eigen_matrix = row_matrix<double>;
 using reference::random_matrix;
 using vit::paradigm;
 
@@ -16,7 +16,7 @@ const vit::shape tiny_shape{
     .image_side = 4, .patch_side = 2, .width = 6, .hidden = 10, .heads = 2, .blocks = 2, .classes = 3};
 const vit::adapter_shape adapter{.rank = 2, .scaling = 1.5};
 const std::vector<int> labels{0, 1, 2, 1, 0, 2};
-const matrix x = vit::patches(random_matrix(6, 16, 1), tiny_shape);
+const eigen_matrix x = vit::patches(random_matrix(6, 16, 1), tiny_shape);
 const auto base = vit::initial_parameters<double>(tiny_shape, 1);
 
 vit::model<double> fresh(paradigm kind)
@@ -33,7 +33,7 @@ void move(vit::model<double>& model, double step, const Wanted& wanted, std::uin
 {
     for (const auto& name : model.trained_names()) {
         auto values = model.trained(name);
-        const matrix direction = random_matrix(values.rows(), values.cols(), seed++);
+        const eigen_matrix direction = random_matrix(values.rows(), values.cols(), seed++);
         if (wanted(name)) { values += step * direction; }
     }
 }
@@ -49,7 +49,7 @@ double loss(const vit::model<double>& model)
 
 TEST_CASE("every paradigm starts as the base model")
 {
-    const matrix expected = vit::logits(vit::network<double>{.shape = tiny_shape}, base, x);
+    const eigen_matrix expected = vit::logits(vit::network<double>{.shape = tiny_shape}, base, x);
     for (const auto kind : vit::paradigms) {
         CAPTURE(std::string(name(kind)));
         CHECK(reference::largest_difference(fresh(kind).forward(x), expected) < 1e-13);
@@ -70,7 +70,7 @@ TEST_CASE("every paradigm: the loss's gradient against central differences, at t
             std::uint64_t seed = 60;
             for (const auto& name : model.trained_names()) {
                 CAPTURE(name);
-                const matrix direction = random_matrix(gradients[name].rows(), gradients[name].cols(), seed++);
+                const eigen_matrix direction = random_matrix(gradients[name].rows(), gradients[name].cols(), seed++);
                 const double h = 1e-5;
                 model.trained(name) += h * direction;
                 const double up = loss(model);
@@ -116,12 +116,12 @@ TEST_CASE("a linearized network is exactly linear in what is trained; per-layer 
     for (const auto kind : vit::paradigms) {
         CAPTURE(std::string(name(kind)));
         auto model = fresh(kind);
-        const matrix start = model.forward(x);
+        const eigen_matrix start = model.forward(x);
         move(model, 0.3);
-        const matrix one = model.forward(x) - start;
+        const eigen_matrix one = model.forward(x) - start;
         move(model, 0.3);
-        const matrix two = model.forward(x) - start;
-        const double remainder = reference::largest_difference(two, matrix(2 * one)) / one.cwiseAbs().maxCoeff();
+        const eigen_matrix two = model.forward(x) - start;
+        const double remainder = reference::largest_difference(two, eigen_matrix(2 * one)) / one.cwiseAbs().maxCoeff();
         const bool linear = kind == paradigm::full_linearized || kind == paradigm::linearized_lora_network;
         if (linear) { CHECK(remainder < 1e-12); }
         else {

@@ -7,13 +7,13 @@
 #include "../reference/derivatives.hpp"
 
 using namespace taskvec;
-using reference::matrix;
+using eigen_matrix = row_matrix<double>;
 using reference::random_matrix;
 
 namespace {
 const vit::shape tiny_shape{
     .image_side = 4, .patch_side = 2, .width = 6, .hidden = 10, .heads = 2, .blocks = 2, .classes = 3};
-const matrix x = vit::patches(random_matrix(3, 16, 1), tiny_shape);
+const eigen_matrix x = vit::patches(random_matrix(3, 16, 1), tiny_shape);
 
 parameters<double> random_like(const parameters<double>& p, const std::vector<std::string>& names, std::uint64_t seed)
 {
@@ -37,9 +37,9 @@ std::vector<std::string> names_of(const parameters<double>& p)
 
 TEST_CASE("patches of an image follow each other row by row")
 {
-    matrix image(1, 16);
+    eigen_matrix image(1, 16);
     for (Eigen::Index i = 0; i < 16; ++i) { image(0, i) = static_cast<double>(i); }
-    const matrix p = vit::patches(image, tiny_shape);
+    const eigen_matrix p = vit::patches(image, tiny_shape);
     CHECK(p.row(0) == Eigen::RowVector4d(0, 1, 4, 5));
     CHECK(p.row(3) == Eigen::RowVector4d(10, 11, 14, 15));
 }
@@ -56,10 +56,10 @@ TEST_CASE("all parameters: ⟨dy, J·v⟩ = ⟨Jᵀ·dy, v⟩ and J·v against d
         up[name] += 1e-5 * direction;
         down[name] -= 1e-5 * direction;
     }
-    CHECK(reference::largest_difference(dy, matrix((f(up) - f(down)) / 2e-5)) < 1e-7);
+    CHECK(reference::largest_difference(dy, eigen_matrix((f(up) - f(down)) / 2e-5)) < 1e-7);
     vit::tape<double> record;
     CHECK(reference::largest_difference(vit::logits(net, p, x, &record), y) < 1e-12);
-    const matrix cotangent = random_matrix(3, 3, 9);
+    const eigen_matrix cotangent = random_matrix(3, 3, 9);
     const auto gradients = vit::gradient(net, p, x, record, cotangent);
     CHECK(gradients.size() == p.size());
     CHECK(inner(gradients, v) == doctest::Approx((cotangent.array() * dy.array()).sum()).epsilon(1e-11));
@@ -76,8 +76,8 @@ TEST_CASE("adapters: LoRA's gradient, with and without the dense weights")
     }
     CHECK(names.size() == 8);
     const auto v = random_like(p, names, 5);
-    const matrix dy = jvp([&](const auto& q) { return vit::logits(net, q, x); }, p, v).tangent,
-                 cotangent = random_matrix(3, 3, 9);
+    const eigen_matrix dy = jvp([&](const auto& q) { return vit::logits(net, q, x); }, p, v).tangent,
+                       cotangent = random_matrix(3, 3, 9);
     for (const bool dense : {false, true}) {
         vit::tape<double> record{.dense = dense};
         (void)vit::logits(net, p, x, &record);
@@ -111,17 +111,17 @@ TEST_CASE("per-layer linearized adapters: forward and gradients against differen
             // B0 is not zero here, so that A counts.
             net.linearized.insert(name,
                 linearized_lora_layer<double>(p[name + ".weight"], p[name + ".bias"],
-                    {.a = random_matrix(2, 6, 4), .b = random_matrix(6, 2, 5, 0.3), .scaling = 0.5}));
+                    make_lora(random_matrix(6, 2, 5, 0.3), random_matrix(2, 6, 4), 0.5)));
             net.linearized[name].delta_a() = random_matrix(2, 6, 6, 0.3);
             net.linearized[name].b() += random_matrix(6, 2, 7, 0.3);
         }
     }
     vit::tape<double> record{.dense = false};
-    const matrix y = vit::logits(net, p, x, &record), cotangent = random_matrix(3, 3, 9);
+    const eigen_matrix y = vit::logits(net, p, x, &record), cotangent = random_matrix(3, 3, 9);
     const auto gradients = vit::gradient(net, p, x, record, cotangent);
     CHECK(gradients.size() == 8);
     for (auto& [name, layer] : net.linearized) {
-        const matrix va = random_matrix(2, 6, 20), vb = random_matrix(6, 2, 21);
+        const eigen_matrix va = random_matrix(2, 6, 20), vb = random_matrix(6, 2, 21);
         const auto value = [&](double a, double b) {
             layer.delta_a() += a * va;
             layer.b() += b * vb;

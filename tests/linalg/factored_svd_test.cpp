@@ -19,7 +19,7 @@ namespace {
 template <class T>
 factor_pair<T> pair_of(const matrix<T>& a, const matrix<T>& b, double weight = 1)
 {
-    return {.a = a.view(), .b = b.view(), .weight = weight};
+    return {.left = a.view(), .right = b.view(), .weight = weight};
 }
 
 /// Everything that must hold of a decomposition of `product`, to `bound` relative to `scale` (‖A‖·‖B‖).
@@ -173,9 +173,9 @@ TEST_CASE("what cannot be is refused with a sentence")
     const auto a = normal_matrix<float>(20, 4, 1), b = normal_matrix<float>(15, 4, 2),
                other = normal_matrix<float>(15, 3, 3);
     CHECK_THROWS_WITH_AS((void)factored_svd<float>(cpu{}, a.view(), other.view(), {.rank = 2}),
-        "'A·Bᵀ': A is 20×4 and B is 15×3; the inner ranks differ", shape_mismatch);
+        "'left·rightᵀ': the left factor is 20×4 and the right one 15×3; the inner ranks differ", shape_mismatch);
     CHECK_THROWS_WITH_AS((void)factored_svd<float>(cpu{}, a.view(), b.view(), {.rank = 5}),
-        "'A·Bᵀ': rank 5 asked for, but its rank is at most 4; ask for less, or for clamping", invalid_argument);
+        "'left·rightᵀ': rank 5 asked for, but its rank is at most 4; ask for less, or for clamping", invalid_argument);
     CHECK_THROWS_AS((void)factored_svd<float>(cpu{}, a.view(), b.view(), {}), invalid_argument);
     CHECK_THROWS_AS((void)factored_svd<float>(cpu{}, a.view(), b.view(), {.rank = 2, .energy = 0.5}), invalid_argument);
     CHECK_THROWS_AS((void)factored_svd<float>(cpu{}, a.view(), b.view(), {.energy = 1.1}), invalid_argument);
@@ -227,7 +227,7 @@ TEST_CASE_TEMPLATE("a sum of factor pairs of different ranks is compressed with 
     auto sum = reference::zeros(40, 30);
     double scale = 0;
     for (const auto& p : pairs) {
-        const auto pa = reference::plain<T>(p.a), pb = reference::plain<T>(p.b);
+        const auto pa = reference::plain<T>(p.left), pb = reference::plain<T>(p.right);
         const auto product = reference::product_abt(pa, pb);
         for (std::size_t i = 0; i < 40; ++i) {
             for (std::size_t j = 0; j < 30; ++j) { sum[i][j] += p.weight * product[i][j]; }

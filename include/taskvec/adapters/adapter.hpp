@@ -1,61 +1,24 @@
-// LoRA adapters in memory: the low-rank update of one weight, and an adapter as updates by module name.
-// Hu et al., "LoRA: Low-rank adaptation of large language models" (2021).
+// What every algorithm on LoRA adapters uses: singular triples as updates, dense updates, norms, reports, and updates
+// folded into a weight. The type itself is in adapters/lora.hpp.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/adapters/lora.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/linalg/factored_svd.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
-#include <map>
-#include <span>
+#include <cstdint>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
-
-/// The update ΔW = scaling·b·a of one weight matrix (out×in), held by PEFT's factors: b is lora_B (out×r), a is lora_A
-/// (r×in), both row-major, scaling is α/r or α/√r. In the papers' symbols A = scaling·b and B = aᵀ.
-template <arithmetic_element T, memory_space S = memory_space::host>
-struct lora_update {
-    matrix<T, S> b;
-    matrix<T, S> a;
-    double scaling = 1;
-
-    [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
-    [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
-    [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
-    /// weight·ΔW as factors. Refers to this update.
-    [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
-    {
-        return {.a = b.view(), .b = a.view().transposed(), .weight = weight * scaling, .name = name};
-    }
-};
-
-/// An adapter: updates by the name of the module that they belong to, in the order of the names' bytes.
-template <arithmetic_element T, memory_space S = memory_space::host>
-using lora_adapter = std::map<std::string, lora_update<T, S>>;
-
-/// Throws shape_mismatch where b and a do not make a product, nonfinite_error for a scaling that is not finite.
-template <arithmetic_element T, memory_space S>
-void check_update(const lora_update<T, S>& update, std::string_view name)
-{
-    if (update.b.cols() != update.a.rows()) {
-        raise<shape_mismatch>(message("'", name, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ",
-            update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
-    }
-    if (!std::isfinite(update.scaling)) { raise<nonfinite_error>(message("'", name, "': its scaling is not finite")); }
-}
-
-/// True for two scalings that are one number but for rounding: α/√r, say, and the same written as α'/r.
-[[nodiscard]] inline bool same_scaling(double a, double b) noexcept
-{
-    return std::abs(a - b) <= 1e-12 * std::max(std::abs(a), std::abs(b));
-}
 
 /// On which side σ goes when triples become factors.
 enum class sigma_side : std::uint8_t {
@@ -138,11 +101,11 @@ template <arithmetic_element T, linear_algebra_policy P>
 template <arithmetic_element T>
 [[nodiscard]] lora_update<T> to_update(const stacked_factors<T>& sum)
 {
-    lora_update<T> update{matrix<T>(sum.a.rows(), sum.a.cols(), matrix_order::row_major),
-        matrix<T>(sum.b.cols(), sum.b.rows(), matrix_order::row_major), 1};
-    for (std::size_t k = 0; k < sum.a.cols(); ++k) {
-        for (std::size_t i = 0; i < sum.a.rows(); ++i) { update.b(i, k) = sum.a(i, k); }
-        for (std::size_t i = 0; i < sum.b.rows(); ++i) { update.a(k, i) = sum.b(i, k); }
+    lora_update<T> update{matrix<T>(sum.left.rows(), sum.left.cols(), matrix_order::row_major),
+        matrix<T>(sum.right.cols(), sum.right.rows(), matrix_order::row_major), 1};
+    for (std::size_t k = 0; k < sum.left.cols(); ++k) {
+        for (std::size_t i = 0; i < sum.left.rows(); ++i) { update.b(i, k) = sum.left(i, k); }
+        for (std::size_t i = 0; i < sum.right.rows(); ++i) { update.a(k, i) = sum.right(i, k); }
     }
     return update;
 }
@@ -215,8 +178,8 @@ struct adapter_result {
     }
 };
 
-/// A way to decompose a dense matrix: randomized (decompose_randomized, in lowrank/randomized_svd.hpp) or exact
-/// (decompose_exactly, in lowrank/truncated_svd.hpp, which alone pays for compiling a large SVD).
+/// A way to decompose a dense matrix: randomized (decompose_randomized, in linalg/randomized_svd.hpp) or exact
+/// (decompose_exactly, in linalg/truncated_svd.hpp, which alone pays for compiling a large SVD).
 template <class D, class T>
 concept decomposition = arithmetic_element<T>
     && requires(const D& decompose, const cpu& policy, matrix_view<const T> a, const rank_choice& choice) {
@@ -229,9 +192,9 @@ concept decomposition = arithmetic_element<T>
 /// exactly. Throws shape_mismatch. The bits do not depend on threads. Cost: 2·out·in·r flops, one read and write of the
 /// weight.
 ///
-///     fold(cpu{}, adapter.at("layers.0.q_proj"), weight);
+///     fold_update(cpu{}, adapter.at("layers.0.q_proj"), weight);
 template <arithmetic_element T, storage_element S>
-void fold(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1,
+void fold_update(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1,
     std::string_view name = "the update")
 {
     check_update(update, name);
@@ -272,7 +235,7 @@ public:
         , saved_(weight.rows(), weight.cols(), weight.order())
     {
         copy(weight_, saved_.view());
-        fold(policy, update, weight, factor, name);
+        fold_update(policy, update, weight, factor, name);
     }
     folded_update(folded_update&&) noexcept = default;
     folded_update& operator=(folded_update&&) noexcept = default;

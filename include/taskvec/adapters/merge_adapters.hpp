@@ -6,10 +6,12 @@
 #include <taskvec/core/option_table.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
-#include <set>
+#include <map>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -122,7 +124,7 @@ template <arithmetic_element T>
             if (layer.updates[t]) { pairs.push_back(layer.updates[t]->factors(factors[t], layer.name)); }
         }
         const auto stacked = stack_factors<T>(pairs, layer.name);
-        const std::size_t total = stacked.a.cols();
+        const std::size_t total = stacked.left.cols();
         layer_report report{layer.name, layer.out, layer.in, total, total, true, 0, 0};
         if (options.rank.energy == 0 && options.rank.rank >= total) {
             updates[i] = to_update(stacked);

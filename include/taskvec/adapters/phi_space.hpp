@@ -1,14 +1,20 @@
-// Merging adapters by their own parameters φ rather than by the weights they make: average, task arithmetic, TIES, or
-// any other merge method, on adapters that share their initialisation. SPDX-License-Identifier: Apache-2.0
+// Merging adapters by their own parameters φ = (A, B) rather than by the weights they make: average, task arithmetic,
+// TIES, or any other merge method, on adapters that share their initialisation φ0. Tang et al., "Parameter efficient
+// multi-task model fusion with partial linearization" (ICLR 2024). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/jvp/linearized_lora.hpp>
-#include <taskvec/jvp/parameters.hpp>
+#include <taskvec/adapters/initialization.hpp>
+#include <taskvec/adapters/lora.hpp>
+#include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/methods/merge.hpp>
 
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <span>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -20,10 +26,38 @@ struct initialized_adapter {
 };
 
 namespace detail {
+
 inline std::string phi_label(const model_options& how, std::size_t task)
 {
-    return how.labels.empty() ? message("task ", task + 1) : how.labels[task];
+    return task < how.labels.size() ? how.labels[task] : message("adapter ", task + 1);
 }
+/// Options that call the base what it is here, unless the caller has a name for it.
+inline model_options phi_options(model_options how)
+{
+    if (how.base_label == model_options{}.base_label) { how.base_label = "the initialisation"; }
+    return how;
+}
+
+/// The factors of an adapter as named tensors: "MODULE.lora_A" and "MODULE.lora_B".
+template <class Model, class Adapter>
+[[nodiscard]] Model phi_tensors(Adapter& adapter)
+{
+    Model model;
+    for (auto& [name, update] : adapter) {
+        const auto tensor = [](auto& x) {
+            using T = std::remove_reference_t<decltype(*x.data())>;
+            return as_tensor(host_view<T>(x.data(), x.size()),
+                {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())});
+        };
+        if (update.a.order() != matrix_order::row_major || update.b.order() != matrix_order::row_major) {
+            raise<invalid_argument>(message("'", name, "': factors must be row-major, as PEFT stores them"));
+        }
+        model.insert(name + ".lora_A", tensor(update.a));
+        model.insert(name + ".lora_B", tensor(update.b));
+    }
+    return model;
+}
+
 } // namespace detail
 
 /// Throws unless all adapters started from the same φ0, bit for bit: invalid_argument names the first tensor that
@@ -88,16 +122,39 @@ merge_report merge_in_phi_space(const cpu& policy, const Options& options,
     std::span<const initialized_adapter> adapters, const model_ref& out, const model_options& how = {})
 {
     check_shared_initialization(adapters, how);
-    std::vector<const_model_ref> tasks;
-    for (const auto& one : adapters) { tasks.push_back(one.adapter); }
-    model_options named = how;
-    if (named.base_label == model_options{}.base_label) { named.base_label = "the initialisation"; }
-    if constexpr (detail::merger<Options>::needs_base) {
-        return merge(policy, options, adapters[0].initial, tasks, out, named);
-    }
-    else {
+    std::vector<const_model_ref> models;
+    for (const auto& one : adapters) { models.push_back(one.adapter); }
+    const std::span<const const_model_ref> tasks(models);
+    const model_options named = detail::phi_options(how);
+    if constexpr (requires { merge(policy, options, tasks, out, named); }) { // a method that needs no base
         return merge(policy, options, tasks, out, named);
     }
+    else {
+        return merge(policy, options, adapters[0].initial, tasks, out, named);
+    }
+}
+
+/// The same of adapters in memory that were all trained from `init`, which check_trained_from() holds them to.
+/// Throws what that and merge() throw, and invalid_argument where factors are column-major.
+///
+///     auto merged = merge_in_phi_space<float>(cpu{}, task_arithmetic_options{.lambda = 0.3}, init, adapters);
+template <arithmetic_element T, merge_method Options>
+[[nodiscard]] lora_adapter<T> merge_in_phi_space(const cpu& policy, const Options& options, const lora_adapter<T>& init,
+    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const model_options& how = {},
+    merge_report* report = nullptr)
+{
+    const model_options named = detail::phi_options(how);
+    for (std::size_t t = 0; t < adapters.size(); ++t) {
+        check_trained_from(init, adapters[t], {.initial = named.base_label, .adapter = detail::phi_label(named, t)});
+    }
+    lora_adapter<T> merged = init;
+    const auto base = detail::phi_tensors<const_model_ref>(init);
+    std::vector<const_model_ref> tasks;
+    for (const auto& adapter : adapters) { tasks.push_back(detail::phi_tensors<const_model_ref>(adapter)); }
+    const auto out = detail::phi_tensors<model_ref>(merged);
+    merge_report done = merge(policy, options, base, std::span<const const_model_ref>(tasks), out, named);
+    if (report) { *report = std::move(done); }
+    return merged;
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

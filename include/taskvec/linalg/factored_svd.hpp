@@ -1,7 +1,8 @@
-// The SVD of a product A·Bᵀ from its factors: two thin QRs and a small core, never the product itself.
+// The SVD of a product left·rightᵀ from its factors: two thin QRs and a small core, never the product itself.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/linalg/factor_pair.hpp>
 #include <taskvec/linalg/svd.hpp>
 
 #include <algorithm>
@@ -15,19 +16,10 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// A product weight·A·Bᵀ that is held by its factors: A is m×r, B is n×r.
-template <storage_element T, memory_space S = memory_space::host>
-struct factor_pair {
-    matrix_view<const T, S> a{};
-    matrix_view<const T, S> b{};
-    double weight = 1;
-    std::string_view name{}; ///< for errors
-};
-
 /// What factored_svd() returns: also all singular values of the product, from which the error is known exactly.
 template <arithmetic_element T, memory_space S = memory_space::host>
 struct factored_svd_result : svd_result<T, S> {
-    std::vector<double> spectrum; ///< every singular value that A·Bᵀ can have nonzero, descending
+    std::vector<double> spectrum; ///< every singular value that left·rightᵀ can have nonzero, descending
 };
 
 namespace detail {
@@ -40,26 +32,26 @@ public:
     using result_type = factored_svd_result<element, P::space>;
 
     factored_core(const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice)
-        : what_(p.name.empty() ? std::string_view("A·Bᵀ") : p.name)
-        , m_(p.a.rows())
-        , n_(p.b.rows())
+        : what_(p.name.empty() ? std::string_view("left·rightᵀ") : p.name)
+        , m_(p.left.rows())
+        , n_(p.right.rows())
     {
-        if (p.a.cols() != p.b.cols()) {
-            raise<shape_mismatch>(message("'", what_, "': A is ", m_, "×", p.a.cols(), " and B is ", n_, "×",
-                p.b.cols(), "; the inner ranks differ"));
+        if (p.left.cols() != p.right.cols()) {
+            raise<shape_mismatch>(message("'", what_, "': the left factor is ", m_, "×", p.left.cols(),
+                " and the right one ", n_, "×", p.right.cols(), "; the inner ranks differ"));
         }
         if (!std::isfinite(p.weight)) { raise<nonfinite_error>(message("'", what_, "': its weight is not finite")); }
-        check_rank(choice, std::min({m_, n_, p.a.cols()}), what_);
-        if (p.a.empty() || p.b.empty()) { return; }
-        a_ = p.a;
-        b_ = p.b;
-        fa_ = factor_qr<element>(policy, in_arithmetic(policy, p.a, a_copy_), what_);
-        fb_ = factor_qr<element>(policy, in_arithmetic(policy, p.b, b_copy_), what_);
-        product_ = small_product(policy, p.weight, fa_.r, fb_.r);
+        check_rank(choice, std::min({m_, n_, p.left.cols()}), what_);
+        if (p.left.empty() || p.right.empty()) { return; }
+        left_ = p.left;
+        right_ = p.right;
+        left_qr_ = factor_qr<element>(policy, in_arithmetic(policy, p.left, left_copy_), what_);
+        right_qr_ = factor_qr<element>(policy, in_arithmetic(policy, p.right, right_copy_), what_);
+        product_ = small_product(policy, p.weight, left_qr_.r, right_qr_.r);
     }
 
     [[nodiscard]] bool empty() const noexcept { return product_.empty(); }
-    /// weight·Ra·Rbᵀ
+    /// weight·Rl·Rrᵀ
     [[nodiscard]] auto product() const noexcept { return std::as_const(product_).view(); }
 
     [[nodiscard]] result_type nothing(const P& policy) const
@@ -76,8 +68,8 @@ public:
     {
         if (!std::all_of(core.sigma.begin(), core.sigma.end(),
                 [](double x) { return std::isfinite(x); })) { // not found before, on a device
-            refuse_nonfinite(policy, a_, what_);
-            refuse_nonfinite(policy, b_, what_);
+            refuse_nonfinite(policy, left_, what_);
+            refuse_nonfinite(policy, right_, what_);
             raise<nonfinite_error>(message("'", what_, "': its singular values overflow; scale it down first"));
         }
         result_type result;
@@ -88,8 +80,8 @@ public:
         result.squared_error = energy_beyond(result.spectrum, q);
         result.u = result_matrix<element>(policy, m_, q);
         result.v = result_matrix<element>(policy, n_, q);
-        multiply_q<element>(policy, fa_, std::as_const(core.u).view().left_columns(q), result.u.view());
-        multiply_q<element>(policy, fb_, std::as_const(core.v).view().left_columns(q), result.v.view());
+        multiply_q<element>(policy, left_qr_, std::as_const(core.u).view().left_columns(q), result.u.view());
+        multiply_q<element>(policy, right_qr_, std::as_const(core.v).view().left_columns(q), result.v.view());
         orient<element>(policy, result.u.view(), result.v.view());
         return result;
     }
@@ -97,10 +89,10 @@ public:
 private:
     std::string_view what_;
     std::size_t m_, n_;
-    matrix<element, P::space> a_copy_{}, b_copy_{};
-    matrix_view<const T, P::space> a_{}, b_{};
-    qr_factors<element, P::space> fa_{}, fb_{};
-    std::remove_cvref_t<decltype(small_product(std::declval<const P&>(), 1.0, fa_.r, fb_.r))> product_{};
+    matrix<element, P::space> left_copy_{}, right_copy_{};
+    matrix_view<const T, P::space> left_{}, right_{};
+    qr_factors<element, P::space> left_qr_{}, right_qr_{};
+    std::remove_cvref_t<decltype(small_product(std::declval<const P&>(), 1.0, left_qr_.r, right_qr_.r))> product_{};
 };
 
 /// sink(i, result of pairs[i]) for each i, in any order and, on the CPU, from many threads; choice(i) is its rank.
@@ -143,15 +135,15 @@ void for_each_factored_svd(
 
 } // namespace detail
 
-/// The leading singular triples of P = A·Bᵀ, exactly: A = Qa·Ra, B = Qb·Rb, and the SVD of the small core Ra·Rbᵀ.
-/// A is m×r, B is n×r, in either order and of the storage types f64, f32, bf16, f16 (16-bit factors are computed in
-/// f32). σ is right to e = 2e-7·‖A‖·‖B‖ for f32 (1e-14 for f64; Frobenius norms); u and v are orthonormal to rounding
-/// and their spaces right to an angle of 4·e divided by the gap σq − σq+1 (Wedin 1972); squared_error is the tail of σ²
-/// (Eckart and Young 1936). The product (m×n) is never formed. Throws shape_mismatch where the inner ranks differ,
-/// invalid_argument for a rank of 0 or above min(m, n, r), nonfinite_error. Cost: (m + n)·r² + O(r³) flops, scratch
-/// O(r²).
+/// The leading singular triples of P = left·rightᵀ, exactly: left = Ql·Rl, right = Qr·Rr, and the SVD of the small core
+/// Rl·Rrᵀ. left is m×r, right is n×r, in either order and of the storage types f64, f32, bf16, f16 (16-bit factors are
+/// computed in f32). σ is right to e = 2e-7·‖left‖·‖right‖ for f32 (1e-14 for f64; Frobenius norms); u and v are
+/// orthonormal to rounding and their spaces right to an angle of 4·e divided by the gap σq − σq+1 (Wedin 1972);
+/// squared_error is the tail of σ² (Eckart and Young 1936). The product (m×n) is never formed. Throws shape_mismatch
+/// where the inner ranks differ, invalid_argument for a rank of 0 or above min(m, n, r), nonfinite_error. Cost: (m +
+/// n)·r² + O(r³) flops, scratch O(r²).
 ///
-///     auto best = factored_svd(cpu{}, a, b, {.rank = 16});
+///     auto best = factored_svd(cpu{}, left, right, {.rank = 16});
 ///     double lost = best.relative_error();
 template <storage_element T, linear_algebra_policy P>
 [[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd(
@@ -164,10 +156,10 @@ template <storage_element T, linear_algebra_policy P>
 }
 
 template <storage_element T, linear_algebra_policy P>
-[[nodiscard]] auto factored_svd(const P& policy, matrix_view<const T, P::space> a,
-    std::type_identity_t<matrix_view<const T, P::space>> b, const rank_choice& choice)
+[[nodiscard]] auto factored_svd(const P& policy, matrix_view<const T, P::space> left,
+    std::type_identity_t<matrix_view<const T, P::space>> right, const rank_choice& choice)
 {
-    return factored_svd<T>(policy, factor_pair<T, P::space>{.a = a, .b = b}, choice);
+    return factored_svd<T>(policy, factor_pair<T, P::space>{.left = left, .right = right}, choice);
 }
 
 /// Many layers at once: layer i of the result belongs to pairs[i]. On the CPU layers run in parallel, one thread inside
@@ -186,16 +178,16 @@ template <storage_element T, linear_algebra_policy P>
     return results;
 }
 
-/// Σ weightᵢ·Aᵢ·Bᵢᵀ as one pair of factors: the Aᵢ side by side, each times its weight, and the Bᵢ side by side. Exact
-/// but for the rounding of weightᵢ·Aᵢ.
+/// Σ weightᵢ·leftᵢ·rightᵢᵀ as one pair of factors: the leftᵢ side by side, each times its weight, and the rightᵢ side
+/// by side. Exact but for the rounding of weightᵢ·leftᵢ.
 template <arithmetic_element T, memory_space S = memory_space::host>
 struct stacked_factors {
-    matrix<T, S> a; ///< m×R, R the sum of the ranks
-    matrix<T, S> b; ///< n×R
+    matrix<T, S> left; ///< m×R, R the sum of the ranks
+    matrix<T, S> right; ///< n×R
 
     [[nodiscard]] factor_pair<T, S> pair(std::string_view name = {}) const
     {
-        return {.a = a.view(), .b = b.view(), .name = name};
+        return {.left = left.view(), .right = right.view(), .name = name};
     }
 };
 
@@ -205,18 +197,18 @@ template <storage_element T, memory_space S>
 [[nodiscard]] std::size_t stacked_rank(std::span<const factor_pair<T, S>> pairs, std::string_view what)
 {
     if (pairs.empty()) { raise<invalid_argument>(message("'", what, "': no factor pairs to add")); }
-    const std::size_t m = pairs[0].a.rows(), n = pairs[0].b.rows();
+    const std::size_t m = pairs[0].left.rows(), n = pairs[0].right.rows();
     std::size_t total = 0;
     for (std::size_t i = 0; i < pairs.size(); ++i) {
-        const auto& [a, b, weight, name] = pairs[i];
-        if (a.rows() != m || b.rows() != n || a.cols() != b.cols()) {
-            raise<shape_mismatch>(message("'", what, "': pair ", i, " is ", a.rows(), "×", a.cols(), " and ", b.rows(),
-                "×", b.cols(), "; expected ", m, "×r and ", n, "×r, as in pair 0"));
+        const auto& [left, right, weight, name] = pairs[i];
+        if (left.rows() != m || right.rows() != n || left.cols() != right.cols()) {
+            raise<shape_mismatch>(message("'", what, "': pair ", i, " is ", left.rows(), "×", left.cols(), " and ",
+                right.rows(), "×", right.cols(), "; expected ", m, "×r and ", n, "×r, as in pair 0"));
         }
         if (!std::isfinite(weight)) {
             raise<nonfinite_error>(message("'", what, "': the weight of pair ", i, " is not finite"));
         }
-        total += a.cols();
+        total += left.cols();
     }
     return total;
 }
@@ -228,15 +220,15 @@ template <storage_element T>
 [[nodiscard]] stacked_factors<arithmetic_type<T>> stack_factors(
     std::span<const factor_pair<T>> pairs, std::string_view what = "the sum")
 {
-    using A = arithmetic_type<T>;
-    const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].a.rows(), n = pairs[0].b.rows();
-    stacked_factors<A> sum{matrix<A>(m, total), matrix<A>(n, total)};
+    using E = arithmetic_type<T>;
+    const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].left.rows(), n = pairs[0].right.rows();
+    stacked_factors<E> sum{matrix<E>(m, total), matrix<E>(n, total)};
     std::size_t at = 0;
     for (const auto& pair : pairs) {
-        const A weight = static_cast<A>(pair.weight);
-        for (std::size_t k = 0; k < pair.a.cols(); ++k, ++at) {
-            for (std::size_t i = 0; i < m; ++i) { sum.a(i, at) = weight * widen<A>(pair.a(i, k)); }
-            for (std::size_t i = 0; i < n; ++i) { sum.b(i, at) = widen<A>(pair.b(i, k)); }
+        const E weight = static_cast<E>(pair.weight);
+        for (std::size_t k = 0; k < pair.left.cols(); ++k, ++at) {
+            for (std::size_t i = 0; i < m; ++i) { sum.left(i, at) = weight * widen<E>(pair.left(i, k)); }
+            for (std::size_t i = 0; i < n; ++i) { sum.right(i, at) = widen<E>(pair.right(i, k)); }
         }
     }
     return sum;
@@ -253,27 +245,28 @@ template <storage_element T, linear_algebra_policy P>
 [[nodiscard]] auto stack_factors(
     const P& policy, std::span<const factor_pair<T, P::space>> pairs, std::string_view what)
 {
-    using A = arithmetic_type<T>;
-    const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].a.rows(), n = pairs[0].b.rows();
-    stacked_factors<A, P::space> sum{result_matrix<A>(policy, m, total), result_matrix<A>(policy, n, total)};
+    using E = arithmetic_type<T>;
+    const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].left.rows(), n = pairs[0].right.rows();
+    stacked_factors<E, P::space> sum{result_matrix<E>(policy, m, total), result_matrix<E>(policy, n, total)};
     std::size_t at = 0;
     for (const auto& pair : pairs) {
-        const std::size_t r = pair.a.cols();
-        matrix<A, P::space> a_copy, b_copy;
+        const std::size_t r = pair.left.cols();
+        matrix<E, P::space> left_copy, right_copy;
         const std::vector<double> weights(r, pair.weight);
-        scale_columns<A>(policy, in_arithmetic(policy, pair.a, a_copy), weights, sum.a.view().block(0, at, m, r));
-        copy_matrix<A>(policy, in_arithmetic(policy, pair.b, b_copy), sum.b.view().block(0, at, n, r));
+        scale_columns<E>(
+            policy, in_arithmetic(policy, pair.left, left_copy), weights, sum.left.view().block(0, at, m, r));
+        copy_matrix<E>(policy, in_arithmetic(policy, pair.right, right_copy), sum.right.view().block(0, at, n, r));
         at += r;
     }
     return sum;
 }
 
-/// The best approximation of Σ weightᵢ·Aᵢ·Bᵢᵀ (ranks may differ) by rank q: the stacked factors through factored_svd(),
-/// with the exact error. Same types, errors and cost as factored_svd() with r the sum of the ranks; a rank above that
-/// sum, or above m or n, is an error unless clamped.
+/// The best approximation of Σ weightᵢ·leftᵢ·rightᵢᵀ (ranks may differ) by rank q: the stacked factors through
+/// factored_svd(), with the exact error. Same types, errors and cost as factored_svd() with r the sum of the ranks; a
+/// rank above that sum, or above m or n, is an error unless clamped.
 ///
-///     std::array pairs{factor_pair<float>{.a = a1, .b = b1, .weight = 0.5},
-///         factor_pair<float>{.a = a2, .b = b2, .weight = 0.5}};
+///     std::array pairs{factor_pair<float>{.left = left1, .right = right1, .weight = 0.5},
+///         factor_pair<float>{.left = left2, .right = right2, .weight = 0.5}};
 ///     auto merged = compress_sum(cpu{}, std::span<const factor_pair<float>>(pairs), {.rank = 16});
 template <storage_element T, linear_algebra_policy P>
 [[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> compress_sum(const P& policy,
