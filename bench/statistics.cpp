@@ -2,7 +2,7 @@
 // operations. SPDX-License-Identifier: Apache-2.0
 #include "ceiling.hpp"
 
-#include <taskvec/linalg/linalg.hpp>
+#include <taskvec/linalg/eigen.hpp>
 #include <taskvec/methods/fisher.hpp>
 #include <taskvec/methods/regmean.hpp>
 #include <taskvec/statistics/gram_accumulator.hpp>

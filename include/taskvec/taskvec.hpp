@@ -57,6 +57,7 @@
 #include <taskvec/jvp/normalization.hpp>
 #include <taskvec/jvp/parameters.hpp>
 #include <taskvec/jvp/primal_tangent.hpp>
+#include <taskvec/linalg/eigen.hpp>
 #include <taskvec/linalg/factor_pair.hpp>
 #include <taskvec/linalg/factored_svd.hpp>
 #include <taskvec/linalg/linalg.hpp>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <taskvec/linalg/linalg.hpp>
+#include <taskvec/linalg/eigen.hpp>
 
 #include "reference/random_matrix.hpp"
 #include "reference/svd.hpp"

@@ -1,38 +1,26 @@
-// The dense linear algebra that algorithms ask of a backend, answered on the CPU by Eigen's products and loops of our
-// own. SPDX-License-Identifier: Apache-2.0
+// The linear algebra seam: the operations that the algorithms of linalg/, adapters/, reuse/ and RegMean ask of a
+// backend. SPDX-License-Identifier: Apache-2.0
 //
-// A backend supplies these names, overloaded on its policy: gemm, squared_norm, fill_normal, factor_qr, multiply_q,
-// small_product, small_svd, multiply_small, orthonormal_basis, orient, factor_cholesky, solve_cholesky, cholesky_solve,
-// and to hold and move matrices result_matrix, scratch_matrix, copy_matrix, scale_columns, in_arithmetic,
-// refuse_nonfinite, for_each_piece, with_context, cancellation_limit. It says so by specialising
-// detail::has_linear_algebra. lowrank/ is written on these names alone. Tall matrices are in the caller's precision;
-// what type the small square work (triangular factors, cores) has is the backend's affair: on the CPU it is always f64,
-// so there is one instantiation of it and f32 data loses nothing to it. Including this is cheap: Eigen's Cholesky is
-// the only decomposition, and everything is a template (some only in name) so that nothing is compiled before it is
-// called.
+// A backend supplies the names below, overloaded on its policy and found through it, and says so by specialising
+// detail::has_linear_algebra. Three do: linalg/eigen.hpp for taskvec::cpu, whose functions document each operation;
+// device/cusolver/linalg.hpp (cuBLAS and cuSOLVER) and device/linalg/host.hpp (Thrust's host systems) for taskvec::gpu.
+// The concept linear_algebra_backend lists them all, and check_linear_algebra<P>() says in a sentence which one a
+// backend lacks. `tall` matrices are matrix<T, P::space> with T the caller's precision. The type of the small square
+// work (triangular factors, cores and what small_svd() returns) is the backend's affair: f64 on the host for Eigen, T
+// on the device for cuSOLVER. This header needs no Eigen.
 #pragma once
 
 #include <taskvec/core/matrix.hpp>
-#include <taskvec/core/parallel.hpp>
+#include <taskvec/core/policy.hpp>
 #include <taskvec/core/random.hpp>
 
-#include <Eigen/Cholesky>
-#include <Eigen/Core>
-
-#include <algorithm>
-#include <cmath>
+#include <concepts>
 #include <cstddef>
-#include <cstdint>
-#include <limits>
-#include <numeric>
 #include <span>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -49,818 +37,201 @@ struct small_svd_result {
 };
 
 namespace detail {
-
 template <class P>
 inline constexpr bool has_linear_algebra = false;
-template <>
-inline constexpr bool has_linear_algebra<cpu> = true;
-
-using eigen_index = Eigen::Index;
-inline constexpr auto eigen_success = static_cast<Eigen::ComputationInfo>(0); // its name is a macro of X11
-
-template <class T, int Order>
-using eigen_map =
-    Eigen::Map<Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Order>, Eigen::Unaligned, Eigen::OuterStride<>>;
-template <class T, int Order>
-using eigen_const_map =
-    Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Order>, Eigen::Unaligned, Eigen::OuterStride<>>;
-
-template <int Order, class T>
-[[nodiscard]] auto map_as(const matrix_view<const T>& x)
-{
-    return eigen_const_map<T, Order>(x.data(), static_cast<eigen_index>(x.rows()), static_cast<eigen_index>(x.cols()),
-        Eigen::OuterStride<>(static_cast<eigen_index>(x.stride())));
-}
-
-/// Keeps Eigen's own OpenMP threads out of a product: the parallelism is over layers and blocks, one thread inside
-/// each.
-class one_thread_inside {
-public:
-#if defined(_OPENMP)
-    one_thread_inside()
-        : threads_(omp_get_max_threads())
-    {
-        omp_set_num_threads(1);
-    }
-    ~one_thread_inside() { omp_set_num_threads(threads_); }
-    one_thread_inside(const one_thread_inside&) = delete;
-    one_thread_inside& operator=(const one_thread_inside&) = delete;
-
-private:
-    int threads_;
-#else
-    one_thread_inside() noexcept { }
-#endif
-};
-
-/// C (column-major) = alpha·A·B + beta·C on this thread.
-template <int OrderA, int OrderB, class T>
-TASKVEC_NOINLINE void multiply_block(T alpha, matrix_view<const T> a, matrix_view<const T> b, T beta, matrix_view<T> c)
-{
-    eigen_map<T, Eigen::ColMajor> out(c.data(), static_cast<eigen_index>(c.rows()), static_cast<eigen_index>(c.cols()),
-        Eigen::OuterStride<>(static_cast<eigen_index>(c.stride())));
-    if (beta == T(0)) { out.setZero(); }
-    else if (beta != T(1)) {
-        out *= beta;
-    }
-    if (a.cols() != 0) { out.noalias() += alpha * (map_as<OrderA>(a) * map_as<OrderB>(b)); }
-}
-
-template <class T>
-void multiply_any(T alpha, matrix_view<const T> a, matrix_view<const T> b, T beta, matrix_view<T> c)
-{
-    const bool a_rows = a.order() == matrix_order::row_major, b_rows = b.order() == matrix_order::row_major;
-    if (a_rows && b_rows) { multiply_block<Eigen::RowMajor, Eigen::RowMajor>(alpha, a, b, beta, c); }
-    else if (a_rows) {
-        multiply_block<Eigen::RowMajor, Eigen::ColMajor>(alpha, a, b, beta, c);
-    }
-    else if (b_rows) {
-        multiply_block<Eigen::ColMajor, Eigen::RowMajor>(alpha, a, b, beta, c);
-    }
-    else {
-        multiply_block<Eigen::ColMajor, Eigen::ColMajor>(alpha, a, b, beta, c);
-    }
-}
-
 } // namespace detail
 
-/// A policy whose backend supplies the names of this header: cpu; gpu once <taskvec/device/linalg.hpp> is included.
+/// A policy whose backend supplies the operations of this header: cpu; gpu once <taskvec/device/linalg.hpp> is
+/// included.
 template <class P>
 concept linear_algebra_policy = policy<P> && detail::has_linear_algebra<P>;
 
-/// C = alpha·A·B + beta·C.
-/// A is m×k, B k×n, C m×n, each in either order; C may not overlap A or B. f32 or f64; every entry is a sum in that
-/// type whose order depends on the shapes alone, so the bits do not depend on the number of threads. Throws
-/// shape_mismatch. Cost: 2·m·n·k flops.
-///
-///     gemm(cpu{}, 1.0f, a.view(), b.view(), 0.0f, c.view());
-template <arithmetic_element T>
-void gemm(const cpu& policy, T alpha, std::type_identity_t<matrix_view<const T>> a,
-    std::type_identity_t<matrix_view<const T>> b, std::type_identity_t<T> beta, std::type_identity_t<matrix_view<T>> c)
-{
-    if (a.rows() != c.rows() || b.cols() != c.cols() || a.cols() != b.rows()) {
-        raise<shape_mismatch>(message(
-            "gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×", c.cols()));
-    }
-    if (c.empty()) { return; }
-    if (c.order() == matrix_order::row_major) {
-        c = c.transposed();
-        std::swap(a, b);
-        a = a.transposed();
-        b = b.transposed();
-    }
-    // Fixed pieces of the longer side: the same products whatever the number of threads.
-    constexpr std::size_t piece = 256;
-    const bool by_rows = c.rows() >= c.cols();
-    const std::size_t pieces = ((by_rows ? c.rows() : c.cols()) + piece - 1) / piece;
-    const bool worth_threads = static_cast<double>(c.size()) * static_cast<double>(a.cols()) > 4e6;
-    for_each_index(worth_threads ? policy : sequential(policy), pieces, [&](std::size_t index, std::size_t) {
-        const detail::one_thread_inside guard;
-        const std::size_t first = index * piece;
-        if (by_rows) {
-            const std::size_t count = std::min(piece, c.rows() - first);
-            detail::multiply_any<T>(
-                alpha, a.block(first, 0, count, a.cols()), b, beta, c.block(first, 0, count, c.cols()));
-        }
-        else {
-            const std::size_t count = std::min(piece, c.cols() - first);
-            detail::multiply_any<T>(
-                alpha, a, b.block(0, first, b.rows(), count), beta, c.block(0, first, c.rows(), count));
-        }
-    });
-}
+/// One concept for each operation of the seam. P is the policy, T float or double. m, n, p, q stand for sizes, `c` and
+/// `v` for const and mutable views of tall matrices.
+namespace linear_algebra {
 
+template <class P, class T>
+using view_in = matrix_view<T, P::space>;
+template <class P, class T>
+using const_view_in = matrix_view<const T, P::space>;
+
+/// A matrix of zeros that outlives the call, and one of the policy's scratch memory.
+template <class P, class T>
+concept holds_matrices = requires(const P& p, std::size_t size, matrix_order order) {
+    { result_matrix<T>(p, size, size) } -> std::same_as<matrix<T, P::space>>;
+    { result_matrix<T>(p, size, size, order) } -> std::same_as<matrix<T, P::space>>;
+    { scratch_matrix<T>(p, size, size) } -> std::same_as<matrix<T, P::space>>;
+    { scratch_matrix<T>(p, size, size, order) } -> std::same_as<matrix<T, P::space>>;
+};
+/// v = c; the orders may differ.
+template <class P, class T>
+concept copies_matrices = requires(const P& p, const_view_in<P, T> c, view_in<P, T> v) { copy_matrix<T>(p, c, v); };
+/// v = c·diag(scale).
+template <class P, class T>
+concept scales_columns = requires(const P& p, const_view_in<P, T> c, std::span<const double> scale, view_in<P, T> v) {
+    scale_columns<T>(p, c, scale, v);
+};
+/// v = α·a·b + β·v, every operand in either order.
+template <class P, class T>
+concept multiplies = requires(const P& p, T alpha, const_view_in<P, T> a, const_view_in<P, T> b, view_in<P, T> v) {
+    gemm<T>(p, alpha, a, b, alpha, v);
+};
+/// ‖c‖²_F in f64.
+template <class P, class T>
+concept measures_norms = requires(const P& p, const_view_in<P, T> c) {
+    { squared_norm<T>(p, c) } -> std::same_as<double>;
+};
+/// Entry (i, j) = stream.normal(j·rows + i), on every backend.
+template <class P, class T>
+concept draws_normals =
+    requires(const P& p, const random_stream& stream, view_in<P, T> v) { fill_normal<T>(p, stream, v); };
+/// A stored matrix in its arithmetic type: as it is, or a copy that is kept in the caller's matrix.
+template <class P, class T>
+concept converts_storage = requires(const P& p, const_view_in<P, T> c, matrix<T, P::space>& copy) {
+    { in_arithmetic(p, c, copy) } -> std::same_as<const_view_in<P, T>>;
+};
+/// nonfinite_error for the first NaN or infinity, if there is one.
+template <class P, class T>
+concept refuses_nonfinite =
+    requires(const P& p, const_view_in<P, T> c, std::string_view what) { refuse_nonfinite(p, c, what); };
+/// The thin QR of c: Q in whatever form the backend likes, R as its member r.
+template <class P, class T>
+concept factors_qr = requires(const P& p, const_view_in<P, T> c, std::string_view what) {
+    { factor_qr<T>(p, c, what) } -> std::same_as<qr_factors<T, P::space>>;
+};
+/// weight·Ra·Rbᵀ of two triangular factors: a small matrix.
+template <class P, class T>
+concept multiplies_triangles = requires(const P& p, double weight, const qr_factors<T, P::space>& f) {
+    { small_product(p, weight, f.r, f.r).view() };
+};
+/// The SVD of a small matrix: u, sigma (on the host, descending) and v.
+template <class P, class T>
+concept decomposes_small = requires(const P& p, const qr_factors<T, P::space>& f) {
+    { small_svd(p, f.r.view()).sigma } -> std::convertible_to<std::vector<double>>;
+    { small_svd(p, f.r.view()).u.view() };
+    { small_svd(p, f.r.view()).v.view() };
+};
 namespace detail {
-
-/// Sum of squares of a run, in f64, by 8 lanes that are folded at the end.
-template <class T>
-[[nodiscard]] TASKVEC_NOINLINE double run_of_squares(const T* data, std::size_t size)
-{
-    using lanes = Eigen::Array<double, 8, 1>;
-    using stored = Eigen::Array<T, 8, 1>;
-    lanes sum = lanes::Zero();
-    std::size_t i = 0;
-    for (; i + 8 <= size; i += 8) {
-        const lanes x = Eigen::Map<const stored>(data + i).template cast<double>();
-        sum += x * x;
-    }
-    double rest = 0;
-    for (; i < size; ++i) { rest += static_cast<double>(data[i]) * static_cast<double>(data[i]); }
-    return sum.sum() + rest;
-}
-
-/// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none.
-template <class T>
-[[gnu::cold]] void blame_nonfinite(matrix_view<const T> x, std::string_view what)
-{
-    for (std::size_t i = 0; i < x.rows(); ++i) {
-        for (std::size_t j = 0; j < x.cols(); ++j) {
-            if (!std::isfinite(static_cast<double>(x(i, j)))) {
-                raise<nonfinite_error>(message("matrix '", what, "' holds ",
-                    std::isnan(static_cast<double>(x(i, j))) ? "NaN" : "infinity", " at row ", i, ", column ", j,
-                    "; a decomposition needs finite numbers: repair or leave out this matrix"));
-            }
-        }
-    }
-}
-
+template <class P, class T>
+using small_view = decltype(std::declval<const qr_factors<T, P::space>&>().r.view());
 } // namespace detail
-
-/// ‖A‖²_F in f64: blocks of fixed size added in order, so the bits do not depend on threads. Relative error ≤ 1e-14
-/// (f64 input: unless squares overflow). Cost: one read of A.
-template <arithmetic_element T>
-[[nodiscard]] double squared_norm(const cpu& policy, matrix_view<const T> a)
-{
-    if (a.empty()) { return 0; }
-    if (a.order() == matrix_order::row_major) { a = a.transposed(); }
-    constexpr std::size_t piece = 64;
-    std::vector<double> part((a.cols() + piece - 1) / piece, 0.0);
-    for_each_index(
-        a.size() > 1'000'000 ? policy : sequential(policy), part.size(), [&](std::size_t index, std::size_t) {
-            for (std::size_t j = index * piece; j < std::min(a.cols(), (index + 1) * piece); ++j) {
-                part[index] += detail::run_of_squares(a.data() + j * a.stride(), a.rows());
-            }
-        });
-    return std::accumulate(part.begin(), part.end(), 0.0);
-}
-
-/// Standard normal numbers: entry (i, j) is stream.normal(j·rows + i), whatever the order and the number of threads.
-template <arithmetic_element T>
-void fill_normal(const cpu& policy, const random_stream& stream, matrix_view<T> a)
-{
-    for_each_index(a.size() > 10'000 ? policy : sequential(policy), a.cols(), [&](std::size_t j, std::size_t) {
-        const std::uint64_t first = std::uint64_t{j} * a.rows();
-        for (std::size_t i = 0; i < a.rows();) {
-            if ((first + i) % 2 == 0 && i + 1 < a.rows()) {
-                const auto [even, odd] = stream.normal_pair((first + i) / 2);
-                a(i, j) = static_cast<T>(even);
-                a(i + 1, j) = static_cast<T>(odd);
-                i += 2;
-            }
-            else {
-                a(i, j) = static_cast<T>(stream.normal(first + i));
-                ++i;
-            }
-        }
-    });
-}
-
-template <arithmetic_element T>
-struct qr_factors<T, memory_space::host> {
-    matrix<double> r; ///< k×n
-
-    // How Q is kept: A·inverse (A as given), the matrix itself, or Householder reflectors. An identity needs nothing.
-    enum class form : std::uint8_t { scaled, stored, reflectors, identity };
-    form kept = form::identity;
-    matrix_view<const T> a{};
-    matrix<double> q{}; ///< scaled: n×k with Q = A·q; stored: m×k; reflectors: m×k below the diagonal
-    std::vector<double> tau{};
+/// v = Q·y for the Q of factor_qr() and a small y.
+template <class P, class T>
+concept multiplies_by_q = requires(const P& p, const qr_factors<T, P::space>& f, detail::small_view<P, T> y,
+    view_in<P, T> v) { multiply_q<T>(p, f, y, v); };
+/// v = c·y for a tall c and a small y.
+template <class P, class T>
+concept multiplies_small = requires(
+    const P& p, const_view_in<P, T> c, detail::small_view<P, T> y, view_in<P, T> v) { multiply_small<T>(p, c, y, v); };
+/// On a device: the SVDs of many small matrices together, and a small matrix as a tall one.
+template <class P, class T>
+concept decomposes_batches = P::space == memory_space::host
+    || requires(
+        const P& p, const std::vector<detail::small_view<P, T>>& many, detail::small_view<P, T> y, view_in<P, T> v) {
+           small_svds(p, many)[0].sigma;
+           keep_small<T>(p, y, v);
+       };
+/// An orthonormal basis of the columns of c, explicitly.
+template <class P, class T>
+concept finds_bases = requires(const P& p, const_view_in<P, T> c, std::string_view what) {
+    { orthonormal_basis<T>(p, c, what) } -> std::same_as<matrix<T, P::space>>;
+};
+/// Signs of matching columns so that the largest entry of each of u is positive.
+template <class P, class T>
+concept orients = requires(const P& p, view_in<P, T> u, view_in<P, T> v) { orient<T>(p, u, v); };
+/// G = L·Lᵀ in place, with the least share of a variable's square that the others do not explain; 0 where there is
+/// none.
+template <class P>
+concept factors_cholesky = requires(const P& p, view_in<P, double> g) {
+    { factor_cholesky(p, g) } -> std::same_as<double>;
+};
+/// L·Lᵀ·X = B in place of B.
+template <class P>
+concept solves_cholesky =
+    requires(const P& p, const_view_in<P, double> l, view_in<P, double> b) { solve_cholesky(p, l, b); };
+/// G·X = B in place of B; false where G is not positive definite.
+template <class P>
+concept solves_symmetric = requires(const P& p, const_view_in<P, double> g, view_in<P, double> b) {
+    { cholesky_solve(p, g, b) } -> std::same_as<bool>;
+};
+namespace detail {
+// Bodies to ask with: nvcc knows no lambda in a concept.
+struct piece {
+    template <class P>
+    void operator()(const P&, std::size_t) const
+    { }
+};
+struct work {
+    template <class P>
+    int operator()(const P&) const
+    {
+        return 0;
+    }
+};
+} // namespace detail
+/// body(policy, index) for each index.
+template <class P>
+concept runs_pieces = requires(const P& p) { for_each_piece(p, std::size_t{}, detail::piece{}); };
+/// body(policy) with what many calls share made once.
+template <class P>
+concept keeps_context = requires(const P& p) {
+    { with_context(p, detail::work{}) } -> std::same_as<int>;
+};
+/// The share of ‖A‖² below which ‖A‖² − Σσ² would cancel.
+template <class P, class T>
+concept knows_cancellation = requires(const P& p) {
+    { cancellation_limit<T>(p) } -> std::same_as<double>;
 };
 
-namespace detail {
+} // namespace linear_algebra
 
-inline constexpr std::size_t tall_block = 256; // rows that are converted to f64 at a time
+/// A policy with every operation of the seam in one precision, T.
+template <class P, class T>
+concept linear_algebra_in = linear_algebra::holds_matrices<P, T> && linear_algebra::copies_matrices<P, T>
+    && linear_algebra::scales_columns<P, T> && linear_algebra::multiplies<P, T> && linear_algebra::measures_norms<P, T>
+    && linear_algebra::draws_normals<P, T> && linear_algebra::converts_storage<P, T>
+    && linear_algebra::refuses_nonfinite<P, T> && linear_algebra::factors_qr<P, T>
+    && linear_algebra::multiplies_triangles<P, T> && linear_algebra::decomposes_small<P, T>
+    && linear_algebra::multiplies_by_q<P, T> && linear_algebra::multiplies_small<P, T>
+    && linear_algebra::decomposes_batches<P, T> && linear_algebra::finds_bases<P, T> && linear_algebra::orients<P, T>
+    && linear_algebra::factors_cholesky<P> && linear_algebra::solves_cholesky<P> && linear_algebra::solves_symmetric<P>
+    && linear_algebra::runs_pieces<P> && linear_algebra::keeps_context<P> && linear_algebra::knows_cancellation<P, T>;
 
-/// Copies a block to f64, in the order of the source.
-template <class T>
-[[nodiscard]] matrix_view<const double> widened(matrix_view<const T> x, std::pmr::vector<double>& scratch)
+/// A policy with every operation of the seam, in f32 and f64.
+template <class P>
+concept linear_algebra_backend = linear_algebra_in<P, float> && linear_algebra_in<P, double>;
+
+/// True; where a backend is not complete, the compiler says in a sentence which operation it lacks. Each backend's
+/// tests hold it to this.
+///
+///     static_assert(taskvec::check_linear_algebra<my_policy, double>());
+template <class P, class T>
+[[nodiscard]] consteval bool check_linear_algebra()
 {
-    if constexpr (std::same_as<T, double>) { return x; }
-    else {
-        const bool by_rows = x.order() == matrix_order::row_major;
-        const std::size_t runs = by_rows ? x.rows() : x.cols(), length = by_rows ? x.cols() : x.rows();
-        scratch.resize(std::max(scratch.size(), x.size()));
-        for (std::size_t k = 0; k < runs; ++k) {
-            Eigen::Map<Eigen::ArrayXd>(scratch.data() + k * length, static_cast<eigen_index>(length)) =
-                Eigen::Map<const Eigen::Array<T, Eigen::Dynamic, 1>>(
-                    x.data() + k * x.stride(), static_cast<eigen_index>(length))
-                    .template cast<double>();
-        }
-        return {scratch.data(), x.rows(), x.cols(), x.order()};
-    }
-}
-
-/// G = AᵀA in f64 (n×n, both triangles).
-template <class T>
-void gram(matrix_view<const T> a, matrix_view<double> g, std::pmr::memory_resource* memory)
-{
-    const std::size_t n = a.cols();
-    constexpr std::size_t panel = 32;
-    std::pmr::vector<double> scratch(memory);
-    for (std::size_t i = 0; i < a.rows(); i += tall_block) {
-        const auto rows = widened(a.block(i, 0, std::min(tall_block, a.rows() - i), n), scratch);
-        for (std::size_t j = 0; j < n; j += panel) { // the lower triangle, by panels of columns
-            const std::size_t width = std::min(panel, n - j);
-            multiply_any<double>(1.0, rows.block(0, j, rows.rows(), n - j).transposed(),
-                rows.block(0, j, rows.rows(), width), i == 0 ? 0.0 : 1.0, g.block(j, j, n - j, width));
-        }
-    }
-    for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = j + 1; i < n; ++i) { g(j, i) = g(i, j); }
-    }
-}
-
-/// R with RᵀR = G and its inverse, for a positive definite G. Returns a lower bound of the least eigenvalue of G with
-/// its columns scaled to unit length (about 1/κ² of the scaled columns), or 0 where G is not numerically definite.
-template <int = 0>
-[[nodiscard]] double cholesky_factor(matrix_view<const double> g, matrix_view<double> r, matrix_view<double> inverse)
-{
-    const std::size_t n = g.cols();
-    Eigen::MatrixXd l(static_cast<eigen_index>(n), static_cast<eigen_index>(n));
-    std::vector<double> scale(n);
-    for (std::size_t j = 0; j < n; ++j) {
-        if (!(g(j, j) > 0)) { return 0; }
-        scale[j] = std::sqrt(g(j, j));
-    }
-    for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = 0; i < n; ++i) {
-            l(static_cast<eigen_index>(i), static_cast<eigen_index>(j)) = g(i, j) / scale[i] / scale[j];
-        }
-    }
-    const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> llt(l); // in place
-    if (llt.info() != eigen_success) { return 0; }
-    for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = 0; i < n; ++i) {
-            r(i, j) = i <= j ? l(static_cast<eigen_index>(j), static_cast<eigen_index>(i)) * scale[j] : 0;
-        }
-    }
-    // The inverse of an upper triangle, column by column.
-    for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = 0; i < n; ++i) { inverse(i, j) = 0; }
-        inverse(j, j) = 1 / r(j, j);
-        for (std::size_t i = j; i-- > 0;) {
-            double sum = 0;
-            for (std::size_t k = i + 1; k <= j; ++k) { sum += r(i, k) * inverse(k, j); }
-            inverse(i, j) = -sum / r(i, i);
-        }
-    }
-    double inverse_norm = 0; // ‖scaled R⁻¹‖²_F, at least 1/λ
-    for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = 0; i <= j; ++i) { inverse_norm += inverse(i, j) * scale[i] * inverse(i, j) * scale[i]; }
-    }
-    return 1 / inverse_norm;
-}
-
-/// Householder QR in place: reflectors below the diagonal, R above it. Unconditionally stable, any rank; column by
-/// column.
-template <int = 0>
-void householder(matrix_view<double> a, std::vector<double>& tau)
-{
-    using column = Eigen::Map<Eigen::VectorXd>;
-    const std::size_t m = a.rows(), n = a.cols();
-    tau.assign(std::min(m, n), 0.0);
-    for (std::size_t j = 0; j < tau.size(); ++j) {
-        column x(&a(j, j), static_cast<eigen_index>(m - j));
-        const double largest = x.cwiseAbs().maxCoeff();
-        if (largest == 0) { continue; }
-        const double norm = largest * (x / largest).norm();
-        const double alpha = x(0), beta = alpha >= 0 ? -norm : norm;
-        tau[j] = (beta - alpha) / beta;
-        x /= alpha - beta;
-        x(0) = 1;
-        for (std::size_t k = j + 1; k < n; ++k) {
-            column y(&a(j, k), static_cast<eigen_index>(m - j));
-            const double along = tau[j] * x.dot(y);
-            y -= along * x;
-        }
-        x(0) = beta;
-    }
-}
-
-} // namespace detail
-
-/// The thin QR of an m×n matrix A, either order; `what` names it in errors.
-/// f32 data is factored through its f64 Gram matrix while that is safe (unit-length columns with κ up to 3000), by
-/// Cholesky-QR twice (Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015) up to κ = 10⁶, and otherwise, or when columns
-/// depend on each other, by Householder reflections; always in f64. ‖QᵀQ − I‖ and ‖A − QR‖/‖A‖ stay below 1e-8 for f32
-/// data and below n·1e-15 for f64. A wide A (m ≤ n) has Q = I and R = A. Throws nonfinite_error. Cost: m·n² flops on
-/// the first road.
-template <arithmetic_element T>
-[[nodiscard]] qr_factors<T> factor_qr(
-    const cpu& policy, std::type_identity_t<matrix_view<const T>> a, std::string_view what = "A")
-{
-    const detail::one_thread_inside guard;
-    const std::size_t m = a.rows(), n = a.cols();
-    std::pmr::memory_resource* const memory = memory_of(policy);
-    qr_factors<T> f;
-    f.a = a;
-    f.r = matrix<double>(std::min(m, n), n);
-    if (a.empty()) { return f; }
-    if (m <= n) { // Q = I
-        for (std::size_t j = 0; j < n; ++j) {
-            for (std::size_t i = 0; i < m; ++i) { f.r(i, j) = static_cast<double>(a(i, j)); }
-        }
-        if (!std::isfinite(squared_norm(policy, a))) { detail::blame_nonfinite(a, what); }
-        return f;
-    }
-    matrix<double> g(n, n, matrix_order::column_major, memory), inverse(n, n);
-    detail::gram(a, g.view(), memory);
-    double trace = 0;
-    for (std::size_t j = 0; j < n; ++j) { trace += g(j, j); }
-    if (!std::isfinite(trace)) { detail::blame_nonfinite(a, what); } // returns when only the squares overflow
-    const double least = std::isfinite(trace) ? detail::cholesky_factor(g, f.r, inverse) : 0;
-    if constexpr (std::same_as<T, float>) {
-        if (least >= 1e-7) {
-            f.kept = qr_factors<T>::form::scaled;
-            f.q = std::move(inverse);
-            return f;
-        }
-    }
-    f.q = matrix<double>(m, n);
-    if (least >= 1e-12) { // once more, on the nearly orthonormal A·R⁻¹
-        std::pmr::vector<double> scratch(memory);
-        matrix<double> once(m, n, matrix_order::column_major, memory), r1 = f.r, r2(n, n);
-        for (std::size_t i = 0; i < m; i += detail::tall_block) {
-            const std::size_t count = std::min(detail::tall_block, m - i);
-            detail::multiply_any<double>(1.0, detail::widened(a.block(i, 0, count, n), scratch), inverse, 0.0,
-                once.view().block(i, 0, count, n));
-        }
-        detail::gram<double>(once.view(), g.view(), memory);
-        if (detail::cholesky_factor(g, r2, inverse) * static_cast<double>(n) > 0.5) {
-            detail::multiply_any<double>(1.0, once, inverse, 0.0, f.q);
-            detail::multiply_any<double>(1.0, r2, r1, 0.0, f.r);
-            f.kept = qr_factors<T>::form::stored;
-            return f;
-        }
-    }
-    for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = 0; i < m; ++i) { f.q(i, j) = static_cast<double>(a(i, j)); }
-    }
-    detail::householder(f.q, f.tau);
-    for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = 0; i < n; ++i) { f.r(i, j) = i <= j ? f.q(i, j) : 0; }
-    }
-    f.kept = qr_factors<T>::form::reflectors;
-    return f;
-}
-
-/// out = Q·X for the Q of factor_qr(): X is k×p in f64, out m×p. Cost: 2·m·k·p flops.
-template <arithmetic_element T>
-void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<matrix_view<const double>> x,
-    std::type_identity_t<matrix_view<T>> out)
-{
-    using form = typename qr_factors<T>::form;
-    const detail::one_thread_inside guard;
-    const std::size_t m = f.a.rows(), p = x.cols();
-    if (x.rows() != f.r.rows() || out.rows() != m || out.cols() != p) {
-        raise<shape_mismatch>(message("multiply_q: Q is ", m, "×", f.r.rows(), ", X ", x.rows(), "×", p,
-            ", the result ", out.rows(), "×", out.cols()));
-    }
-    if (out.empty()) { return; }
-    std::pmr::memory_resource* const memory = memory_of(policy);
-    if (f.kept == form::identity || f.kept == form::reflectors) {
-        matrix<double> y(m, p, matrix_order::column_major, memory);
-        for (std::size_t j = 0; j < p; ++j) {
-            for (std::size_t i = 0; i < x.rows(); ++i) { y(i, j) = x(i, j); }
-            for (std::size_t k = f.tau.size(); k-- > 0;) {
-                Eigen::Map<Eigen::VectorXd> tail(&y(k, j), static_cast<Eigen::Index>(m - k));
-                const Eigen::Map<const Eigen::VectorXd> reflector(&f.q(k, k), static_cast<Eigen::Index>(m - k));
-                const auto below = static_cast<Eigen::Index>(m - k - 1);
-                const double along = f.tau[k] * (tail(0) + reflector.tail(below).dot(tail.tail(below)));
-                tail(0) -= along;
-                tail.tail(below) -= along * reflector.tail(below);
-            }
-            for (std::size_t i = 0; i < m; ++i) { out(i, j) = static_cast<T>(y(i, j)); }
-        }
-        return;
-    }
-    matrix<double> scaled;
-    if (f.kept == form::scaled) {
-        scaled = matrix<double>(f.a.cols(), p, matrix_order::column_major, memory);
-        detail::multiply_any<double>(1.0, f.q, x, 0.0, scaled);
-    }
-    std::pmr::vector<double> scratch(memory), block(memory);
-    for (std::size_t i = 0; i < m; i += detail::tall_block) {
-        const std::size_t count = std::min(detail::tall_block, m - i);
-        block.resize(count * p);
-        const matrix_view<double> y(block.data(), count, p, matrix_order::column_major);
-        if (f.kept == form::scaled) {
-            detail::multiply_any<double>(
-                1.0, detail::widened(f.a.block(i, 0, count, f.a.cols()), scratch), scaled, 0.0, y);
-        }
-        else {
-            detail::multiply_any<double>(1.0, f.q.view().block(i, 0, count, f.q.cols()), x, 0.0, y);
-        }
-        for (std::size_t j = 0; j < p; ++j) {
-            for (std::size_t k = 0; k < count; ++k) { out(i + k, j) = static_cast<T>(y(k, j)); }
-        }
-    }
-}
-
-namespace detail {
-
-using jacobi_lanes = Eigen::Array<double, 8, 1>;
-
-template <int = 0>
-[[nodiscard]] TASKVEC_NOINLINE double padded_dot(const double* x, const double* y, std::size_t size)
-{
-    jacobi_lanes sum = jacobi_lanes::Zero();
-    for (std::size_t i = 0; i < size; i += 8) {
-        sum += Eigen::Map<const jacobi_lanes>(x + i) * Eigen::Map<const jacobi_lanes>(y + i);
-    }
-    return sum.sum();
-}
-
-/// (x, y) ← (c·x − s·y, s·x + c·y)
-template <int = 0>
-TASKVEC_NOINLINE void padded_rotate(double* x, double* y, std::size_t size, double c, double s)
-{
-    for (std::size_t i = 0; i < size; i += 8) {
-        Eigen::Map<jacobi_lanes> px(x + i), py(y + i);
-        const jacobi_lanes a = px, b = py;
-        px = c * a - s * b;
-        py = s * a + c * b;
-    }
-}
-
-/// Fills columns [first, cols) of an orthonormal u with unit vectors made orthogonal to all columns before.
-template <int = 0>
-void complete_basis(matrix_view<double> u, std::size_t first)
-{
-    const std::size_t m = u.rows();
-    std::vector<double> weight(m, 0.0); // squared length of row i so far: e_i is best where it is least
-    for (std::size_t j = 0; j < first; ++j) {
-        for (std::size_t i = 0; i < m; ++i) { weight[i] += u(i, j) * u(i, j); }
-    }
-    for (std::size_t j = first; j < u.cols(); ++j) {
-        const auto pick = static_cast<std::size_t>(std::min_element(weight.begin(), weight.end()) - weight.begin());
-        Eigen::Map<Eigen::VectorXd> x(&u(0, j), static_cast<eigen_index>(m));
-        x.setZero();
-        x(static_cast<eigen_index>(pick)) = 1;
-        for (int twice = 0; twice < 2; ++twice) {
-            for (std::size_t k = 0; k < j; ++k) {
-                const Eigen::Map<const Eigen::VectorXd> y(&u(0, k), static_cast<eigen_index>(m));
-                const double along = y.dot(x);
-                x -= along * y;
-            }
-        }
-        x.normalize();
-        for (std::size_t i = 0; i < m; ++i) { weight[i] += u(i, j) * u(i, j); }
-    }
-}
-
-} // namespace detail
-
-/// The SVD of a small f64 matrix by one-sided Jacobi rotations (Hestenes 1958; de Rijk 1989 for the pivoting).
-/// σ to about n·ε·σ₁, u and v orthonormal to n·ε; values below ε·σ₁ count as zero and their u completes a basis. Signs
-/// are left as they fall. Throws nonfinite_error. Cost: about 6·m·n² flops a sweep, 4 to 9 sweeps: meant for n up to a
-/// few hundred.
-template <int = 0>
-[[nodiscard]] small_svd_result small_svd(const cpu& policy, matrix_view<const double> a)
-{
-    if (a.rows() < a.cols()) {
-        small_svd_result turned = small_svd(policy, a.transposed());
-        std::swap(turned.u, turned.v);
-        return turned;
-    }
-    const std::size_t m = a.rows(), n = a.cols();
-    small_svd_result result{matrix<double>(m, n), std::vector<double>(n, 0.0), matrix<double>(n, n)};
-    if (n == 0) { return result; }
-    double largest = 0;
-    for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = 0; i < m; ++i) {
-            if (!std::isfinite(a(i, j))) { detail::blame_nonfinite(a, "the core"); }
-            largest = std::max(largest, std::abs(a(i, j)));
-        }
-    }
-    if (largest == 0) {
-        for (std::size_t j = 0; j < n; ++j) { result.u(j, j) = result.v(j, j) = 1; }
-        return result;
-    }
-    int exponent = 0;
-    std::frexp(largest, &exponent);
-
-    // Columns of w (A·V so far) and v, each padded to whole lanes.
-    const auto padded = [](std::size_t size) { return (size + 7) / 8 * 8; };
-    const std::size_t wm = padded(m), vn = padded(n);
-    std::pmr::vector<double> w(wm * n, 0.0, memory_of(policy)), v(vn * n, 0.0, memory_of(policy));
-    std::vector<double> squares(n);
-    std::vector<std::size_t> at(n); // column p of the iteration lies at at[p]
-    for (std::size_t j = 0; j < n; ++j) {
-        for (std::size_t i = 0; i < m; ++i) { w[j * wm + i] = std::ldexp(a(i, j), -exponent); }
-        v[j * vn + j] = 1;
-        at[j] = j;
-    }
-    constexpr double epsilon = std::numeric_limits<double>::epsilon();
-    constexpr int most_sweeps = 60;
-    for (int sweep = 0; sweep < most_sweeps; ++sweep) {
-        double top = 0;
-        for (std::size_t j = 0; j < n; ++j) {
-            squares[j] = detail::padded_dot(&w[j * wm], &w[j * wm], wm);
-            top = std::max(top, squares[j]);
-        }
-        const double negligible = top * epsilon * epsilon;
-        std::size_t rotations = 0;
-        std::sort(at.begin(), at.end(),
-            [&](std::size_t x, std::size_t y) { return squares[x] != squares[y] ? squares[x] > squares[y] : x < y; });
-        for (std::size_t p = 0; p + 1 < n; ++p) {
-            for (std::size_t q = p + 1; q < n; ++q) {
-                if (squares[at[p]] < squares[at[q]]) { std::swap(at[p], at[q]); }
-                const std::size_t x = at[p], y = at[q];
-                if (squares[y] <= negligible) { continue; }
-                const double dot = detail::padded_dot(&w[x * wm], &w[y * wm], wm);
-                if (std::abs(dot) <= 4 * epsilon * std::sqrt(squares[x] * squares[y])) { continue; }
-                const double zeta = (squares[y] - squares[x]) / (2 * dot);
-                const double t = std::copysign(1 / (std::abs(zeta) + std::sqrt(1 + zeta * zeta)), zeta);
-                const double c = 1 / std::sqrt(1 + t * t), s = c * t;
-                detail::padded_rotate(&w[x * wm], &w[y * wm], wm, c, s);
-                detail::padded_rotate(&v[x * vn], &v[y * vn], vn, c, s);
-                squares[x] -= t * dot;
-                squares[y] = std::max(0.0, squares[y] + t * dot);
-                ++rotations;
-            }
-        }
-        if (rotations == 0) { break; }
-    }
-    for (std::size_t j = 0; j < n; ++j) { squares[j] = detail::padded_dot(&w[j * wm], &w[j * wm], wm); }
-    std::sort(at.begin(), at.end(),
-        [&](std::size_t x, std::size_t y) { return squares[x] != squares[y] ? squares[x] > squares[y] : x < y; });
-    std::size_t rank = n;
-    for (std::size_t j = 0; j < n; ++j) {
-        const double length = std::sqrt(squares[at[j]]);
-        if (rank == n && length <= epsilon * std::sqrt(squares[at[0]])) { rank = j; }
-        result.sigma[j] = j < rank ? std::ldexp(length, exponent) : 0;
-        for (std::size_t i = 0; i < n; ++i) { result.v(i, j) = v[at[j] * vn + i]; }
-        for (std::size_t i = 0; i < m && j < rank; ++i) { result.u(i, j) = w[at[j] * wm + i] / length; }
-    }
-    detail::complete_basis(result.u, rank);
-    return result;
-}
-
-/// Turns the signs of matching columns of u and v so that the entry of largest magnitude of each u is positive (the
-/// first one among equals): results then compare across backends and runs.
-template <arithmetic_element T>
-void orient(const cpu&, std::type_identity_t<matrix_view<T>> u, std::type_identity_t<matrix_view<T>> v)
-{
-    for (std::size_t j = 0; j < u.cols(); ++j) {
-        T largest = 0;
-        for (std::size_t i = 0; i < u.rows(); ++i) {
-            if (std::abs(u(i, j)) > std::abs(largest)) { largest = u(i, j); }
-        }
-        if (largest >= 0) { continue; }
-        for (std::size_t i = 0; i < u.rows(); ++i) { u(i, j) = -u(i, j); }
-        for (std::size_t i = 0; i < v.rows(); ++i) { v(i, j) = -v(i, j); }
-    }
-}
-
-/// G = L·Lᵀ for a symmetric positive definite G (n×n, f64): L replaces the lower triangle of a column-major G, the
-/// upper one is left alone. Returns the least L(i, i)²/G(i, i), the share of its square that a variable does not owe to
-/// those before it: near rounding (n·1e-16) G is singular for all purposes, and 0, with G unspecified, says that it is
-/// not positive definite. Cost: n³/3 flops.
-template <int = 0>
-[[nodiscard]] double factor_cholesky(const cpu&, matrix_view<double> g)
-{
-    if (g.rows() != g.cols() || g.order() != matrix_order::column_major) {
-        raise<shape_mismatch>(
-            message("factor_cholesky: G is ", g.rows(), "×", g.cols(), "; expected a square, column-major matrix"));
-    }
-    if (g.empty()) { return 1; }
-    const detail::one_thread_inside guard;
-    std::vector<double> diagonal(g.rows());
-    for (std::size_t i = 0; i < diagonal.size(); ++i) {
-        diagonal[i] = g(i, i);
-        if (!(diagonal[i] > 0)) { return 0; }
-    }
-    detail::eigen_map<double, Eigen::ColMajor> l(g.data(), static_cast<detail::eigen_index>(g.rows()),
-        static_cast<detail::eigen_index>(g.cols()), Eigen::OuterStride<>(static_cast<detail::eigen_index>(g.stride())));
-    Eigen::Ref<Eigen::MatrixXd> in_place(l);
-    const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> llt(in_place);
-    if (llt.info() != detail::eigen_success) { return 0; }
-    double least = 1;
-    for (std::size_t i = 0; i < diagonal.size(); ++i) {
-        const double share = g(i, i) * g(i, i) / diagonal[i];
-        least = share < least ? share : least;
-    }
-    return least;
-}
-
-/// X with L·Lᵀ·X = B, in place of B (n×p, either order), for the L of factor_cholesky(). Cost: 2·n²·p flops, by pieces
-/// of columns in parallel.
-template <int = 0>
-void solve_cholesky(const cpu& policy, matrix_view<const double> l, matrix_view<double> b)
-{
-    if (l.rows() != l.cols() || b.rows() != l.rows() || l.order() != matrix_order::column_major) {
-        raise<shape_mismatch>(
-            message("solve_cholesky: L is ", l.rows(), "×", l.cols(), ", B ", b.rows(), "×", b.cols()));
-    }
-    if (b.empty()) { return; }
-    constexpr std::size_t piece = 256;
-    const bool worth_threads = static_cast<double>(b.size()) * static_cast<double>(b.rows()) > 4e6;
-    for_each_index(worth_threads ? policy : sequential(policy), (b.cols() + piece - 1) / piece,
-        [&](std::size_t index, std::size_t) {
-            const detail::one_thread_inside guard;
-            const auto lower = detail::map_as<Eigen::ColMajor>(l);
-            const matrix_view<double> part =
-                b.block(0, index * piece, b.rows(), std::min(piece, b.cols() - index * piece));
-            const auto rows = static_cast<detail::eigen_index>(part.rows()),
-                       cols = static_cast<detail::eigen_index>(part.cols());
-            const Eigen::OuterStride<> stride(static_cast<detail::eigen_index>(part.stride()));
-            if (part.order() == matrix_order::row_major) {
-                detail::eigen_map<double, Eigen::RowMajor> x(part.data(), rows, cols, stride);
-                lower.template triangularView<Eigen::Lower>().solveInPlace(x);
-                lower.template triangularView<Eigen::Lower>().transpose().solveInPlace(x);
-            }
-            else {
-                detail::eigen_map<double, Eigen::ColMajor> x(part.data(), rows, cols, stride);
-                lower.template triangularView<Eigen::Lower>().solveInPlace(x);
-                lower.template triangularView<Eigen::Lower>().transpose().solveInPlace(x);
-            }
-        });
-}
-
-/// Solves G·X = B for a symmetric positive definite G (n×n, f64) and B (n×p), in place of B, by Cholesky. False, with B
-/// unspecified, where G is not numerically positive definite. Cost: n³/3 + 2·n²·p flops, and a copy of G.
-template <int = 0>
-[[nodiscard]] bool cholesky_solve(const cpu& policy, matrix_view<const double> g, matrix_view<double> b)
-{
-    if (g.rows() != g.cols() || b.rows() != g.rows()) {
-        raise<shape_mismatch>(
-            message("cholesky_solve: G is ", g.rows(), "×", g.cols(), ", B ", b.rows(), "×", b.cols()));
-    }
-    matrix<double> l(g.rows(), g.cols(), matrix_order::column_major, memory_of(policy));
-    for (std::size_t j = 0; j < g.cols(); ++j) {
-        for (std::size_t i = j; i < g.rows(); ++i) { l(i, j) = g(i, j); }
-    }
-    if (factor_cholesky(policy, l.view()) <= 0) { return false; }
-    solve_cholesky(policy, l.view(), b);
-    return true;
-}
-
-// ---- what the algorithms need besides: matrices of the policy's memory, and moves between them ----
-
-/// A zero matrix that outlives the call: memory of the default resource.
-template <arithmetic_element T>
-[[nodiscard]] matrix<T> result_matrix(
-    const cpu&, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
-{
-    return matrix<T>(rows, cols, order);
-}
-
-/// A zero matrix of the policy's scratch memory.
-template <arithmetic_element T>
-[[nodiscard]] matrix<T> scratch_matrix(
-    const cpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
-{
-    return matrix<T>(rows, cols, order, memory_of(policy));
-}
-
-/// to = from, of the same shape; the orders may differ. Throws shape_mismatch.
-template <arithmetic_element T>
-void copy_matrix(const cpu&, std::type_identity_t<matrix_view<const T>> from, std::type_identity_t<matrix_view<T>> to)
-{
-    if (from.rows() != to.rows() || from.cols() != to.cols()) {
-        raise<shape_mismatch>(
-            message("copy_matrix: ", from.rows(), "×", from.cols(), " into ", to.rows(), "×", to.cols()));
-    }
-    if (from.order() != to.order()) {
-        for (std::size_t j = 0; j < to.cols(); ++j) {
-            for (std::size_t i = 0; i < to.rows(); ++i) { to(i, j) = from(i, j); }
-        }
-        return;
-    }
-    const bool by_rows = from.order() == matrix_order::row_major;
-    const std::size_t runs = by_rows ? from.rows() : from.cols(), length = by_rows ? from.cols() : from.rows();
-    for (std::size_t k = 0; k < runs; ++k) {
-        std::copy_n(from.data() + k * from.stride(), length, to.data() + k * to.stride());
-    }
-}
-
-/// out = x·diag(scale): x and out m×q, q scales. Each product is rounded once.
-template <arithmetic_element T>
-void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std::span<const double> scale,
-    std::type_identity_t<matrix_view<T>> out)
-{
-    for (std::size_t j = 0; j < scale.size(); ++j) {
-        for (std::size_t i = 0; i < x.rows(); ++i) {
-            out(i, j) = static_cast<T>(static_cast<double>(x(i, j)) * scale[j]);
-        }
-    }
-}
-
-/// weight·Ra·Rbᵀ of two triangular factors.
-template <int = 0>
-[[nodiscard]] matrix<double> small_product(
-    const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b)
-{
-    matrix<double> core(a.rows(), b.rows());
-    gemm(policy, weight, a.view(), b.view().transposed(), 0.0, core.view());
-    return core;
-}
-
-/// out = x·y for a tall x (m×k) and columns y (k×q) of what small_svd() returned, rounded to T before the product.
-template <arithmetic_element T>
-void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>> x,
-    std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<matrix_view<T>> out)
-{
-    matrix<T> rounded(y.rows(), y.cols());
-    for (std::size_t j = 0; j < y.cols(); ++j) {
-        for (std::size_t i = 0; i < y.rows(); ++i) { rounded(i, j) = static_cast<T>(y(i, j)); }
-    }
-    gemm<T>(policy, T(1), x, rounded.view(), T(0), out);
-}
-
-/// An orthonormal basis of the columns of y, m×min(m, n), explicitly.
-template <arithmetic_element T>
-[[nodiscard]] matrix<T> orthonormal_basis(
-    const cpu& policy, std::type_identity_t<matrix_view<const T>> y, std::string_view what)
-{
-    const auto f = factor_qr<T>(policy, y, what);
-    const std::size_t k = f.r.rows();
-    matrix<double> unit(k, k);
-    for (std::size_t j = 0; j < k; ++j) { unit(j, j) = 1; }
-    matrix<T> q(y.rows(), k);
-    multiply_q<T>(policy, f, unit.view(), q);
-    return q;
-}
-
-/// The matrix in its arithmetic type: as it is, or a converted copy kept in `copy`.
-template <storage_element T>
-[[nodiscard]] matrix_view<const arithmetic_type<T>> in_arithmetic(
-    const cpu&, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy)
-{
-    if constexpr (arithmetic_element<T>) { return a; }
-    else {
-        copy = matrix<arithmetic_type<T>>(a.rows(), a.cols(), a.order());
-        const bool by_rows = a.order() == matrix_order::row_major;
-        const std::size_t runs = by_rows ? a.rows() : a.cols(), length = by_rows ? a.cols() : a.rows();
-        for (std::size_t k = 0; k < runs; ++k) {
-            for (std::size_t i = 0; i < length; ++i) {
-                copy.data()[k * length + i] = widen<arithmetic_type<T>>(a.data()[k * a.stride() + i]);
-            }
-        }
-        return copy;
-    }
-}
-
-/// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none.
-template <storage_element T>
-void refuse_nonfinite(const cpu& policy, matrix_view<const T> a, std::string_view what)
-{
-    matrix<arithmetic_type<T>> copy;
-    detail::blame_nonfinite(in_arithmetic(policy, a, copy), what);
-}
-
-/// body(inside, index) for each index in [0, count), in parallel where the policy can; `inside` is the policy for the
-/// work of one index.
-template <class Body>
-void for_each_piece(const cpu& policy, std::size_t count, const Body& body)
-{
-    const cpu inside = sequential(policy);
-    for_each_index(policy, count, [&](std::size_t index, std::size_t) { body(inside, index); });
-}
-
-/// Calls body with a policy that is ready for many calls: what a backend has to make for each of them is made once.
-template <class Body>
-decltype(auto) with_context(const cpu& policy, const Body& body)
-{
-    return body(policy);
-}
-
-/// Below this share of ‖A‖² a squared error is measured entry by entry: ‖A‖² − Σσ² would cancel.
-template <arithmetic_element T>
-[[nodiscard]] constexpr double cancellation_limit(const cpu&)
-{
-    return 1e-6;
+    namespace la = linear_algebra;
+    static_assert(la::holds_matrices<P, T>, "linear algebra: this policy lacks result_matrix or scratch_matrix");
+    static_assert(la::copies_matrices<P, T>, "linear algebra: this policy lacks copy_matrix");
+    static_assert(la::scales_columns<P, T>, "linear algebra: this policy lacks scale_columns");
+    static_assert(la::multiplies<P, T>, "linear algebra: this policy lacks gemm");
+    static_assert(la::measures_norms<P, T>, "linear algebra: this policy lacks squared_norm");
+    static_assert(la::draws_normals<P, T>, "linear algebra: this policy lacks fill_normal");
+    static_assert(la::converts_storage<P, T>, "linear algebra: this policy lacks in_arithmetic");
+    static_assert(la::refuses_nonfinite<P, T>, "linear algebra: this policy lacks refuse_nonfinite");
+    static_assert(la::factors_qr<P, T>, "linear algebra: this policy lacks factor_qr, or its qr_factors");
+    static_assert(la::multiplies_triangles<P, T>, "linear algebra: this policy lacks small_product");
+    static_assert(la::decomposes_small<P, T>, "linear algebra: this policy lacks small_svd");
+    static_assert(la::multiplies_by_q<P, T>, "linear algebra: this policy lacks multiply_q");
+    static_assert(la::multiplies_small<P, T>, "linear algebra: this policy lacks multiply_small");
+    static_assert(la::decomposes_batches<P, T>, "linear algebra: this device policy lacks small_svds or keep_small");
+    static_assert(la::finds_bases<P, T>, "linear algebra: this policy lacks orthonormal_basis");
+    static_assert(la::orients<P, T>, "linear algebra: this policy lacks orient");
+    static_assert(la::factors_cholesky<P>, "linear algebra: this policy lacks factor_cholesky");
+    static_assert(la::solves_cholesky<P>, "linear algebra: this policy lacks solve_cholesky");
+    static_assert(la::solves_symmetric<P>, "linear algebra: this policy lacks cholesky_solve");
+    static_assert(la::runs_pieces<P>, "linear algebra: this policy lacks for_each_piece");
+    static_assert(la::keeps_context<P>, "linear algebra: this policy lacks with_context");
+    static_assert(la::knows_cancellation<P, T>, "linear algebra: this policy lacks cancellation_limit");
+    return linear_algebra_in<P, T>;
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

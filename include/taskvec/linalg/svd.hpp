@@ -3,7 +3,7 @@
 #pragma once
 
 #include <taskvec/core/option_table.hpp>
-#include <taskvec/linalg/linalg.hpp>
+#include <taskvec/linalg/eigen.hpp>
 
 #include <algorithm>
 #include <cmath>

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/linalg/linalg.hpp>
+#include <taskvec/linalg/eigen.hpp>
 
 #include <algorithm>
 #include <cmath>

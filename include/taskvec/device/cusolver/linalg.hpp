@@ -11,7 +11,7 @@
 
 #include <taskvec/device/cusolver/context.hpp>
 #include <taskvec/device/linalg/matrix.hpp>
-#include <taskvec/linalg/linalg.hpp>
+#include <taskvec/linalg/eigen.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -750,5 +750,7 @@ template <arithmetic_element T>
 {
     return std::same_as<T, float> ? 1e-2 : 1e-6;
 }
+
+static_assert(check_linear_algebra<gpu, float>() && check_linear_algebra<gpu, double>());
 
 } // namespace taskvec::inline TASKVEC_ABI

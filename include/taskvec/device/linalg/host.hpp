@@ -6,7 +6,7 @@
 #pragma once
 
 #include <taskvec/device/linalg/matrix.hpp>
-#include <taskvec/linalg/linalg.hpp>
+#include <taskvec/linalg/eigen.hpp>
 
 #if TASKVEC_ON_CUDA
 #error                                                                                                                 \
@@ -219,5 +219,7 @@ template <arithmetic_element T>
 {
     return cancellation_limit<T>(cpu{});
 }
+
+static_assert(check_linear_algebra<gpu, float>() && check_linear_algebra<gpu, double>());
 
 } // namespace taskvec::inline TASKVEC_ABI
