@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # taskvec_header_needs(<header> <result>): which optional packages a header of taskvec needs, itself or through the headers
-# of taskvec that it includes. The result is a list of json, xtensor, nlopt, thrust, cuda; empty for most.
+# of taskvec that it includes. The result is a list of eigen, json, xtensor, nlopt, thrust, cuda; empty for most.
 
 set(TASKVEC_PACKAGE_INCLUDES
-    "json:nlohmann/" "xtensor:xtensor/|xtl/" "nlopt:nlopt" "thrust:thrust/" "cuda:cuda|cub/|cusolver|cublas|curand" "dlpack:dlpack/")
+    "eigen:Eigen/" "json:nlohmann/" "xtensor:xtensor/|xtl/" "nlopt:nlopt" "thrust:thrust/" "cuda:cuda|cub/|cusolver|cublas|curand" "dlpack:dlpack/")
 
 function(taskvec_header_needs header result)
     get_property(seen GLOBAL PROPERTY taskvec_needs_of_${header} SET)

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-# Installs the headers and a package file: find_package(taskvec [COMPONENTS io cuda]).
+# Installs the headers and a package file: find_package(taskvec [COMPONENTS core io cuda]).
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
 # The library has no machine code, so its package file lives in share/.
 set(taskvec_config_dir ${CMAKE_INSTALL_DATADIR}/cmake/taskvec)
 
-install(TARGETS taskvec EXPORT taskvecTargets FILE_SET HEADERS DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT headers)
-install(EXPORT taskvecTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir} COMPONENT headers)
-install(TARGETS taskvec_io EXPORT taskvec-ioTargets)
-install(EXPORT taskvec-ioTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir} COMPONENT headers)
-install(TARGETS taskvec_cuda EXPORT taskvec-cudaTargets)
-install(EXPORT taskvec-cudaTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir} COMPONENT headers)
+install(TARGETS taskvec_core EXPORT taskvec-coreTargets FILE_SET HEADERS DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT headers)
+install(EXPORT taskvec-coreTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir} COMPONENT headers)
+if(NOT TASKVEC_CORE_ONLY)
+    install(TARGETS taskvec EXPORT taskvecTargets)
+    install(EXPORT taskvecTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir} COMPONENT headers)
+    install(TARGETS taskvec_io EXPORT taskvec-ioTargets)
+    install(EXPORT taskvec-ioTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir} COMPONENT headers)
+    install(TARGETS taskvec_cuda EXPORT taskvec-cudaTargets)
+    install(EXPORT taskvec-cudaTargets NAMESPACE taskvec:: DESTINATION ${taskvec_config_dir} COMPONENT headers)
+endif()
 
 configure_package_config_file(${PROJECT_SOURCE_DIR}/cmake/taskvecConfig.cmake.in ${PROJECT_BINARY_DIR}/taskvecConfig.cmake
     INSTALL_DESTINATION ${taskvec_config_dir} NO_SET_AND_CHECK_MACRO)

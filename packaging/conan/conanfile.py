@@ -57,11 +57,15 @@ class TaskvecConan(ConanFile):
 
     def package_info(self):
         self.cpp_info.set_property("cmake_file_name", "taskvec")
-        core = self.cpp_info.components["taskvec"]
-        core.set_property("cmake_target_name", "taskvec::taskvec")
+        core = self.cpp_info.components["core"]
+        core.set_property("cmake_target_name", "taskvec::core")
         core.bindirs = []
         core.libdirs = []
-        core.requires = ["eigen::eigen"]
+        whole = self.cpp_info.components["taskvec"]
+        whole.set_property("cmake_target_name", "taskvec::taskvec")
+        whole.bindirs = []
+        whole.libdirs = []
+        whole.requires = ["core", "eigen::eigen"]
         if self.settings.os in ("Linux", "FreeBSD"):
             core.system_libs = ["pthread"]
         if self.options.with_io:

@@ -1,6 +1,10 @@
 // The same program for every way of using taskvec: merges two small models and prints the version that it was built
 // with. SPDX-License-Identifier: Apache-2.0
+#if defined(CORE_ONLY)
+#include <taskvec/methods/task_arithmetic.hpp>
+#else
 #include <taskvec/taskvec.hpp>
+#endif
 
 #if defined(WITH_IO)
 #include <taskvec/formats/safetensors.hpp>
