@@ -3,6 +3,7 @@
 #include "merging.hpp"
 
 #include <taskvec/formats/delta.hpp>
+#include <taskvec/reuse/sparse_addition.hpp>
 
 namespace {
 
@@ -37,8 +38,7 @@ void apply(const settings& given)
     }
     tool::report_file report(given.run.report);
     tool::model_output out(given.out, models.outputs(), base.metadata(), given.shard_size);
-    taskvec::merge(
-        run.policy(), taskvec::delta_addition_options{.delta = &delta, .scale = given.scale}, models, out.sink());
+    taskvec::add_delta(run.policy(), models, delta.parts(), given.scale, out.sink());
     out.finish();
     if (report.wanted()) {
         report.finish({{"output", given.out}, {"seconds", run.seconds()}, {"bytes_read", 2 * base.data_bytes()},

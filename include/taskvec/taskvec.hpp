@@ -82,6 +82,7 @@
 #include <taskvec/reuse/peru_fft.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
+#include <taskvec/reuse/sparse_addition.hpp>
 #include <taskvec/search/lambda_grid.hpp>
 #include <taskvec/search/lorahub.hpp>
 #include <taskvec/search/subset_sweep.hpp>

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/formats/delta.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
+#include <taskvec/reuse/sparse_addition.hpp>
 
 #include "scratch.hpp"
 
@@ -70,7 +71,7 @@ TEST_CASE("deltas come back as they were, sparse ones as indices and dense ones 
         CHECK(back.tensors == content.tensors);
         CHECK(back.base_fingerprint == content.base_fingerprint);
         CHECK(back.metadata.at("note") == "x");
-        CHECK(kept(back.tensors) == kept(content.tensors));
+        CHECK(kept_entries(back.tensors) == kept_entries(content.tensors));
         const safetensors_file file(folder / "f");
         CHECK(file.metadata().at("schema") == "taskvec.delta.1");
         CHECK(file.metadata().at("additive") == "true");
@@ -121,13 +122,13 @@ TEST_CASE("pruning streams into a file what it collects in memory")
                 return model_ref{
                     {"b", {b.data(), dtype::bf16, {100, 500}, {}}}, {"w", {w.data(), dtype::f64, {1000}, {}}}};
             };
-            merge(
-                cpu{}, sparse_addition_options{&expected, -0.7}, base, {&base, 1}, out(from_memory, wide_from_memory));
-            merge(cpu{.threads = 3}, delta_addition_options{&file, -0.7}, base, {&base, 1},
+            merge(cpu{}, sparse_addition_options{views(expected), -0.7}, base, {&base, 1},
+                out(from_memory, wide_from_memory));
+            merge(cpu{.threads = 3}, sparse_addition_options{file.parts(), -0.7}, base, {&base, 1},
                 out(from_file, wide_from_file), how);
             CHECK(from_memory == from_file);
             CHECK(wide_from_memory == wide_from_file);
-            CHECK(file.kept() == kept(expected));
+            CHECK(file.kept() == kept_entries(expected));
             CHECK(back.base_fingerprint == 9);
             CHECK(back.metadata.at("note") == "x");
         }
@@ -143,17 +144,50 @@ TEST_CASE("a delta in a file that does not fit the base is refused")
         write_delta(folder / "f", {.tensors = content});
         const delta_file file(folder / "f");
         const const_model_ref base{{"w", as_tensor(as_view(values), {2, 3})}};
-        CHECK_THROWS_AS(merge(cpu{}, delta_addition_options{&file}, base, {&base, 1},
+        CHECK_THROWS_AS(merge(cpu{}, sparse_addition_options{file.parts()}, base, {&base, 1},
                             model_ref{{"w", as_tensor(as_view(out), {2, 3})}}),
             error);
     };
     refused({{"w", sparse_vector<float>{{3, 2}, {1}, {1}}}});
     refused({{"v", sparse_vector<float>{{2, 3}, {1}, {1}}}});
     refused({{"w", sparse_vector<double>{{2, 3}, {1}, {1}}}});
-    const const_model_ref base{{"w", as_tensor(as_view(values), {2, 3})}};
-    CHECK_THROWS_AS(
-        merge(cpu{}, delta_addition_options{}, base, {&base, 1}, model_ref{{"w", as_tensor(as_view(out), {2, 3})}}),
-        invalid_argument);
+}
+
+TEST_CASE("a mapped delta is applied in place and undone as it lies, indices or bits")
+{
+    const scratch folder;
+    std::mt19937 random(8);
+    for (const double density : {0.01, 0.2}) {
+        const delta content{.tensors = {{"w", random_sparse<float>(random, {300, 500}, density)},
+                                {"x", random_sparse<double>(random, {70'001}, density)}}};
+        write_delta(folder / "f", content, durability::process);
+        const delta_file file(folder / "f");
+        CHECK((file.parts()[0].bitmask != nullptr) == (density > 0.1));
+        std::vector<float> base(150'000, 1.0f);
+        std::vector<double> wide(70'001, -3.0);
+        auto expected = base, live = base;
+        auto wide_expected = wide, wide_live = wide;
+        const auto model = [](auto& w, auto& x) {
+            return model_ref{{"w", as_tensor(as_view(w), {300, 500})}, {"x", as_tensor(as_view(x), {70'001})}};
+        };
+        (void)apply(cpu{}, content.tensors, model(expected, wide_expected), 0.3);
+        std::vector<std::uint64_t> memory(saved_bytes(file.parts(), model(live, wide_live)) / 8);
+        const auto bytes = std::as_writable_bytes(std::span(memory));
+        apply(cpu{.threads = 3}, file.parts(), model(live, wide_live), bytes, 0.3);
+        CHECK(live == expected);
+        CHECK(wide_live == wide_expected);
+        CHECK(live != base);
+        undo(cpu{.threads = 2}, file.parts(), bytes, model(live, wide_live));
+        CHECK(live == base);
+        CHECK(wide_live == wide);
+        CHECK_THROWS_WITH_AS(apply(cpu{}, file.parts(), model(live, wide_live), bytes.first(bytes.size() - 8)),
+            message("the saved words of this delta take ", bytes.size(), " bytes (see saved_bytes()), not ",
+                bytes.size() - 8, ": they do not belong to it")
+                .c_str(),
+            invalid_argument);
+        CHECK_THROWS_AS(apply(cpu{}, file.parts(), model(wide_live, live)), error);
+        CHECK(live == base);
+    }
 }
 
 TEST_CASE("a tensor of 2^31 elements has wide indices")
@@ -257,7 +291,7 @@ TEST_CASE("delta files damaged at random are read or refused, never more")
         try {
             const auto back = read_delta(folder / "f");
             for (const auto& [name, tensor] : back.tensors) {
-                std::visit([&](const auto& sparse) { CHECK_NOTHROW(check(sparse, name)); }, tensor);
+                std::visit([&](const auto& sparse) { CHECK_NOTHROW(check_sparse(sparse, name)); }, tensor);
             }
             ++parsed;
         }

@@ -158,7 +158,7 @@ bool pruning_case(const golden::file& file, const test_case& which, const cpu& p
     if (which.method() == "post_pruning") {
         const auto expected = file.part(which.name + "/delta");
         const sparse_model delta = post_pruning(policy, pruning, base, file.tasks(which).at(0), how);
-        CHECK_MESSAGE(kept(delta) == options.at("kept").get<std::uint64_t>(), which.name);
+        CHECK_MESSAGE(kept_entries(delta) == options.at("kept").get<std::uint64_t>(), which.name);
         check_equal(dense(expected, delta).model(), expected, 0.0, which.name + " delta");
 
         owned_model live(base);
@@ -186,7 +186,7 @@ bool pruning_case(const golden::file& file, const test_case& which, const cpu& p
     check_equal(merged.model(), expected, 0.0, which.name);
     REQUIRE(deltas.size() == tasks.size());
     for (std::size_t t = 0; t < tasks.size(); ++t) {
-        CHECK_MESSAGE(kept(deltas[t]) == options.at("kept").at(t).get<std::uint64_t>(), which.name);
+        CHECK_MESSAGE(kept_entries(deltas[t]) == options.at("kept").at(t).get<std::uint64_t>(), which.name);
         const auto saved = apply(policy, deltas[t], merged.model());
         check_equal(merged.model(), file.part(which.name + "/expected/task" + std::to_string(t)), 0.0,
             which.name + " task " + std::to_string(t));

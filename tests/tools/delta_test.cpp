@@ -58,7 +58,7 @@ TEST_CASE("prune and apply equal plain loops")
                     "r.json"})
                 .code
         == 0);
-    CHECK(taskvec::kept(taskvec::read_delta(m.folder / "default").tensors) == 471); // floor(0.1 * 4719)
+    CHECK(taskvec::kept_entries(taskvec::read_delta(m.folder / "default").tensors) == 471); // floor(0.1 * 4719)
     const auto report = nlohmann::json::parse(slurp(m.folder / "r.json"));
     CHECK(report["tasks"][0]["kept"] == 471);
     std::uint64_t total = 0;
@@ -137,7 +137,7 @@ TEST_CASE("peru-fft: the merge, and for each task what prune makes of it")
                 .code
         == 0);
     CHECK(slurp(m.folder / "r2/merged.safetensors") == slurp(m.folder / "merged"));
-    CHECK(taskvec::kept(taskvec::read_delta(m.folder / "r2/first.delta.safetensors").tensors) == 471);
+    CHECK(taskvec::kept_entries(taskvec::read_delta(m.folder / "r2/first.delta.safetensors").tensors) == 471);
 }
 
 TEST_CASE("bad deltas and bad options: one line, exit code 1, nothing written")
@@ -215,8 +215,8 @@ TEST_CASE("values of a delta are what its base adds them in, whatever the task s
     REQUIRE(run(folder, {"prune", "--base", "base", "--task", "task", "--density", "1", "--out", "d"}).code == 0);
     const auto content = taskvec::read_delta(folder / "d");
     const auto& sparse = std::get<taskvec::sparse_vector<float>>(content.tensors.at("w"));
-    CHECK(sparse.indices == std::vector<std::uint64_t>{0, 2}); // 1e-50 vanishes in f64 already
-    CHECK(sparse.values == std::vector<float>{0.25f, 0x1p-40f});
+    CHECK(sparse.indices == taskvec::index_list{0, 2}); // 1e-50 vanishes in f64 already
+    CHECK(sparse.values == std::pmr::vector<float>{0.25f, 0x1p-40f});
     const auto applied = run(folder, {"apply", "--base", "base", "--delta", "d", "--out", "o"});
     CAPTURE(applied.err);
     REQUIRE(applied.code == 0);

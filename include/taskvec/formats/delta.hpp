@@ -4,18 +4,18 @@
 
 #include <taskvec/formats/checkpoint.hpp>
 #include <taskvec/formats/fingerprint.hpp>
-#include <taskvec/methods/merge.hpp>
 #include <taskvec/select/sparse.hpp>
 
 #include <algorithm>
+#include <array>
 #include <bit>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
 #include <limits>
 #include <memory>
+#include <memory_resource>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -40,15 +40,6 @@ namespace detail {
 [[nodiscard]] constexpr bool stored_as_bitmask(std::uint64_t kept, std::uint64_t size) noexcept
 {
     return kept > size / 32;
-}
-
-/// A value of T from memory of any alignment.
-template <class T>
-[[nodiscard]] T load(const void* data, std::size_t index) noexcept
-{
-    T value;
-    std::memcpy(&value, static_cast<const std::byte*>(data) + index * sizeof(T), sizeof(T));
-    return value;
 }
 
 } // namespace detail
@@ -166,16 +157,27 @@ private:
         }
         file().write(3 * tensor, first * sizeof(A), values, n * sizeof(A));
         if (places_[tensor] == dtype::u8) {
-            std::vector<std::uint8_t> bytes(to / 8 - from / 8 + (to % 8 != 0));
-            for (std::size_t i = 0; i < n; ++i) {
-                auto& byte = bytes[indices[i] / 8 - from / 8];
-                byte = static_cast<std::uint8_t>(byte | (1u << (indices[i] % 8)));
+            std::array<std::uint8_t, 16384> bytes;
+            std::size_t i = 0;
+            for (std::uint64_t at = from / 8; at * 8 < to; at += bytes.size()) {
+                const std::uint64_t length = std::min<std::uint64_t>(bytes.size(), to / 8 + (to % 8 != 0) - at);
+                std::fill_n(bytes.begin(), length, std::uint8_t{0});
+                for (; i < n && indices[i] / 8 < at + length; ++i) {
+                    auto& byte = bytes[indices[i] / 8 - at];
+                    byte = static_cast<std::uint8_t>(byte | (1u << (indices[i] % 8)));
+                }
+                file_->write(3 * tensor + 2, at, bytes.data(), length);
             }
-            file_->write(3 * tensor + 2, from / 8, bytes.data(), bytes.size());
         }
         else if (places_[tensor] == dtype::i32) {
-            const std::vector<std::int32_t> narrow(indices, indices + n);
-            file_->write(3 * tensor + 2, first * sizeof(std::int32_t), narrow.data(), n * sizeof(std::int32_t));
+            std::array<std::int32_t, 4096> narrow;
+            for (std::size_t at = 0; at < n; at += narrow.size()) {
+                const std::size_t length = std::min(narrow.size(), n - at);
+                std::transform(indices + at, indices + at + length, narrow.begin(),
+                    [](std::uint64_t index) { return static_cast<std::int32_t>(index); });
+                file_->write(
+                    3 * tensor + 2, (first + at) * sizeof(std::int32_t), narrow.data(), length * sizeof(std::int32_t));
+            }
         }
         else {
             file_->write(3 * tensor + 2, first * sizeof(std::int64_t), indices, n * sizeof(std::int64_t));
@@ -199,7 +201,7 @@ inline void write_delta(
     for (const auto& [name, tensor] : content.tensors) {
         std::visit(
             [&, &name = name]<class A>(const sparse_vector<A>& sparse) { // clang 14 captures no structured binding
-                check(sparse, name);
+                check_sparse(sparse, name);
                 parts.push_back({name, sparse.shape, sparse.kept(), std::same_as<A, double>});
             },
             tensor);
@@ -210,8 +212,21 @@ inline void write_delta(
     for (const auto& [name, tensor] : content.tensors) {
         std::visit(
             [&, &name = name](const auto& sparse) {
-                writer.write(at, 0, 0, element_count(sparse.shape, name), sparse.indices.data(), sparse.values.data(),
-                    sparse.kept());
+                const std::uint64_t size = element_count(sparse.shape, name);
+                constexpr std::uint64_t piece = std::uint64_t{1} << 20;
+                std::vector<std::uint64_t> places;
+                std::size_t first = 0;
+                const bool bits = detail::stored_as_bitmask(sparse.kept(), size);
+                for (std::uint64_t from = 0; from < size && (bits || first < sparse.kept()); from += piece) {
+                    if (!bits) { from = sparse.indices[first] / piece * piece; } // nothing is stored of a run of zeros
+                    const std::uint64_t to = from + std::min(size - from, piece);
+                    places.clear();
+                    for (std::size_t i = first; i < sparse.kept() && sparse.indices[i] < to; ++i) {
+                        places.push_back(sparse.indices[i]);
+                    }
+                    writer.write(at, first, from, to, places.data(), sparse.values.data() + first, places.size());
+                    first += places.size();
+                }
             },
             tensor);
         ++at;
@@ -221,70 +236,15 @@ inline void write_delta(
 
 /// A delta file, mapped and checked: schema, dtypes, counts that match, indices in range and ascending, zero bits
 /// beyond the last entry, no tensor left over. Its entries stay in the file; see delta_writer for the format.
-/// Move-only. Throws format_error naming the file and the tensor; io_error. Cost: one read of the places, O(tensors)
-/// memory and a number for each 65,536 elements of a bitmask.
+/// Move-only; parts() are views into it. Throws format_error naming the file and the tensor; io_error. Cost: one read
+/// of the places, O(tensors) memory and a number for each 65,536 elements of a bitmask.
 ///
 ///     const taskvec::delta_file delta("task.delta.safetensors");
-///     merge(cpu{}, taskvec::delta_addition_options{.delta = &delta}, models, sink);
+///     taskvec::add_delta(cpu{}, models, delta.parts(), 1.0, sink);   // <taskvec/reuse/sparse_addition.hpp>
 class delta_file {
 public:
     /// What the file holds for one tensor of the base.
-    struct part {
-        std::string name;
-        extents shape;
-        std::uint64_t size = 0, kept = 0;
-        bool wide = false; ///< f64 values
-        const std::byte* values = nullptr; ///< of any alignment
-        const std::byte* indices = nullptr; ///< of any alignment; null where there is a bitmask
-        bool wide_indices = false; ///< I64
-        const std::uint8_t* bitmask = nullptr;
-        std::vector<std::uint64_t> before{}; ///< bits set before each run of `run` elements
-
-        [[nodiscard]] std::uint64_t index(std::uint64_t entry) const noexcept
-        {
-            return wide_indices ? static_cast<std::uint64_t>(detail::load<std::int64_t>(indices, entry))
-                                : static_cast<std::uint64_t>(detail::load<std::int32_t>(indices, entry));
-        }
-        template <arithmetic_element A>
-        [[nodiscard]] A value(std::uint64_t entry) const noexcept
-        {
-            return wide ? static_cast<A>(detail::load<double>(values, entry))
-                        : static_cast<A>(detail::load<float>(values, entry));
-        }
-        /// Calls use(index, entry) for the kept entries in elements [from, to), in ascending order.
-        template <class Use>
-        void for_each(std::uint64_t from, std::uint64_t to, Use&& use) const
-        {
-            if (!bitmask) {
-                std::uint64_t low = 0, high = kept; // the first entry at or after `from`
-                while (low < high) {
-                    const std::uint64_t middle = low + (high - low) / 2;
-                    if (index(middle) < from) { low = middle + 1; }
-                    else {
-                        high = middle;
-                    }
-                }
-                for (; low < kept; ++low) {
-                    const auto place = index(low);
-                    if (place >= to) { return; }
-                    use(place, low);
-                }
-                return;
-            }
-            if (from >= to) { return; }
-            std::uint64_t entry = before[from / run];
-            for (std::uint64_t byte = from / run * (run / 8); byte < from / 8; ++byte) {
-                entry += static_cast<unsigned>(std::popcount(bitmask[byte]));
-            }
-            for (std::uint64_t byte = from / 8; byte * 8 < to; ++byte) {
-                for (unsigned rest = bitmask[byte]; rest; rest &= rest - 1, ++entry) {
-                    const std::uint64_t place = 8 * byte + static_cast<unsigned>(std::countr_zero(rest));
-                    if (place >= from && place < to) { use(place, entry); }
-                }
-            }
-        }
-    };
-    static constexpr std::uint64_t run = 65536;
+    using part = sparse_view;
 
     explicit delta_file(std::filesystem::path path)
         : file_(std::move(path))
@@ -356,7 +316,7 @@ private:
         raise<format_error>("holds tensors that belong to no delta", file_.path().string());
     }
 
-    [[nodiscard]] part read_part(const std::string& stem, const const_tensor_ref& shape) const
+    [[nodiscard]] part read_part(const std::string& stem, const const_tensor_ref& shape)
     {
         part result;
         result.name = stem;
@@ -437,7 +397,7 @@ private:
         }
     }
 
-    void read_bitmask(part& result, const const_tensor_ref& tensor) const
+    void read_bitmask(part& result, const const_tensor_ref& tensor)
     {
         if (tensor.dtype != dtype::u8 || tensor.shape.size() != 1) {
             fail(result.name,
@@ -450,10 +410,12 @@ private:
         }
         result.bitmask = static_cast<const std::uint8_t*>(tensor.data);
         std::uint64_t set = 0;
+        auto& before = before_.emplace_back();
         for (std::uint64_t i = 0; i < bytes; ++i) {
-            if (i % (run / 8) == 0) { result.before.push_back(set); }
+            if (i % (part::run / 8) == 0) { before.push_back(set); }
             set += static_cast<unsigned>(std::popcount(result.bitmask[i]));
         }
+        result.before = before;
         if (set != result.kept) { fail(result.name, message("has ", set, " bits set for ", result.kept, " values")); }
         if (result.size % 8 && (result.bitmask[bytes - 1] >> (result.size % 8)) != 0) {
             fail(result.name, "has bits set beyond its last element");
@@ -462,12 +424,14 @@ private:
 
     safetensors_file file_;
     const_model_ref model_;
+    std::vector<std::vector<std::uint64_t>> before_; // what the parts' `before` show
     std::vector<part> parts_;
     std::uint64_t fingerprint_ = 0;
 };
 
-/// Reads a whole delta into memory. Errors: as delta_file.
-[[nodiscard]] inline delta read_delta(const std::filesystem::path& path)
+/// Reads a whole delta into memory, which comes from `memory`. Errors: as delta_file.
+[[nodiscard]] inline delta read_delta(
+    const std::filesystem::path& path, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
 {
     const delta_file file(path);
     delta result;
@@ -475,9 +439,10 @@ private:
     result.metadata = file.metadata();
     for (const auto& part : file.parts()) {
         const auto make = [&]<class A>(std::type_identity<A>) {
-            sparse_vector<A> sparse{part.shape, std::vector<std::uint64_t>(part.kept), std::vector<A>(part.kept)};
+            sparse_vector<A> sparse{
+                part.shape, index_list(part.kept, part.size, memory), std::pmr::vector<A>(part.kept, memory)};
             part.for_each(0, part.size, [&](std::uint64_t index, std::uint64_t entry) {
-                sparse.indices[entry] = index;
+                sparse.indices.store(entry, &index, 1);
                 sparse.values[entry] = part.template value<A>(entry);
             });
             result.tensors.emplace(part.name, std::move(sparse));
@@ -489,79 +454,6 @@ private:
     }
     return result;
 }
-
-/// A base plus a delta that stays in its file, as a merge method without tasks of its own: θ0 + scale·v̂, each product
-/// and sum in f32 (f64 for f64), rounded once. Tensors without an entry are copied bit for bit. Bit-exact, and equal to
-/// sparse_addition_options over read_delta(). Errors: invalid_argument, shape_mismatch, dtype_mismatch; nonfinite_error
-/// for NaN or infinity in the base or the delta, unless model_options say that they propagate. Memory: O(tensors).
-///
-///     const aligned_models models(&base, {&base, 1});
-///     merge(cpu{}, delta_addition_options{.delta = &file}, models, sink);
-struct delta_addition_options {
-    const delta_file* delta = nullptr;
-    double scale = 1.0;
-};
-
-template <>
-class detail::merger<delta_addition_options> {
-public:
-    static constexpr bool needs_base = true, in_place = true;
-    static constexpr std::size_t scratch_rows = 0;
-
-    merger(const cpu&, const aligned_models& models, const delta_addition_options& options)
-        : scale_(options.scale)
-    {
-        if (!options.delta) {
-            raise<invalid_argument>("delta_addition_options::delta is null: point it at the delta to add");
-        }
-        check_factor(scale_, "scale");
-        std::size_t found = 0;
-        for (const auto& tensor : models.tensors()) {
-            const auto* const part = options.delta->find(tensor.name);
-            parts_.push_back(part);
-            if (!part) { continue; }
-            ++found;
-            if (part->shape != tensor.shape) {
-                raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(tensor.shape), " in ",
-                    models.options().base_label, "; the delta is for shape ", to_string(part->shape)));
-            }
-            if (part->wide && !tensor.wide) {
-                raise<dtype_mismatch>(message("tensor '", tensor.name, "' is not F64 in ", models.options().base_label,
-                    "; the delta holds F64 values"));
-            }
-        }
-        if (found == options.delta->parts().size()) { return; }
-        for (const auto& part : options.delta->parts()) {
-            const auto same = [&](const aligned_tensor& tensor) { return tensor.name == part.name; };
-            if (std::none_of(models.tensors().begin(), models.tensors().end(), same)) {
-                raise<invalid_argument>(message(
-                    "tensor '", part.name, "' of the delta is not a floating tensor of ", models.options().base_label));
-            }
-        }
-    }
-    template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally&) const
-    {
-        std::memcpy(merged, rows.base(), rows.size() * sizeof(A));
-        const auto* const part = parts_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
-        if (!part) { return; }
-        part->for_each(rows.offset(), rows.offset() + rows.size(), [&](std::uint64_t index, std::uint64_t entry) {
-            const std::uint64_t place = index - rows.offset();
-            const A value = part->template value<A>(entry);
-            if (!std::isfinite(value) && rows.models().options().on_nonfinite == nonfinite::error) {
-                raise<nonfinite_error>(message("the delta of tensor '", part->name, "' holds ",
-                    std::isnan(value) ? "NaN" : "infinity", " for index ", index,
-                    ": make it again from sound models, or ask for non-finite values to propagate"));
-            }
-            kernels::add_at<A, A>(merged, &place, &value, static_cast<A>(scale_), 1);
-        });
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return 0; }
-
-private:
-    double scale_;
-    std::vector<const delta_file::part*> parts_;
-};
 
 /// Throws invalid_argument unless `base` is the model with this fingerprint. Cost: one read of the base's bytes.
 inline void check_base(const cpu& policy, std::uint64_t base_fingerprint, const const_model_ref& base,

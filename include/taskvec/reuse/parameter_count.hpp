@@ -23,7 +23,7 @@ namespace taskvec::inline TASKVEC_ABI {
 [[nodiscard]] inline std::uint64_t parameter_count(const const_model_ref& shared, std::span<const sparse_model> deltas)
 {
     std::uint64_t total = parameter_count(shared);
-    for (const auto& delta : deltas) { total += kept(delta); }
+    for (const auto& delta : deltas) { total += kept_entries(delta); }
     return total;
 }
 

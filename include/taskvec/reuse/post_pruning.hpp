@@ -3,7 +3,6 @@
 #pragma once
 
 #include <taskvec/core/option_table.hpp>
-#include <taskvec/methods/merge.hpp>
 #include <taskvec/select/sparse.hpp>
 #include <taskvec/select/thresholds.hpp>
 
@@ -91,7 +90,7 @@ void post_pruning(
     });
 }
 
-/// Post-Pruning of models in memory.
+/// Post-Pruning of models in memory. The entries lie in memory of the policy's resource.
 ///
 ///     sparse_model delta = post_pruning(cpu{}, {.density = 0.1}, base, task);
 ///     auto saved = apply(cpu{}, delta, live);   // live == base: now the pruned task
@@ -99,7 +98,7 @@ template <cpu_policy Policy>
 [[nodiscard]] sparse_model post_pruning(const Policy& policy, const post_pruning_options& options,
     const const_model_ref& base, const const_model_ref& task, const model_options& how = {})
 {
-    sparse_model_sink sink;
+    sparse_model_sink sink(memory_of(policy));
     post_pruning(policy, options, aligned_models(&base, {&task, 1}, how), sink);
     return sink.take();
 }
@@ -113,89 +112,6 @@ template <input_of<cpu> Base, input_of<cpu> Task>
     sparse_model model =
         post_pruning(policy, options, detail::flat_model(as_view(base)), detail::flat_model(as_view(task)), how);
     return std::get<sparse_vector<A>>(std::move(model.begin()->second));
-}
-
-/// A base plus a sparse delta, as a merge method without tasks of its own: θ0 + scale·v̂, added in f32 (f64 for f64) and
-/// rounded once. Tensors without an entry in the delta are copied bit for bit.
-struct sparse_addition_options {
-    const sparse_model* delta = nullptr;
-    double scale = 1.0;
-};
-
-template <>
-class detail::merger<sparse_addition_options> {
-public:
-    static constexpr bool needs_base = true, in_place = true;
-    static constexpr std::size_t scratch_rows = 0;
-
-    merger(const cpu&, const aligned_models& models, const sparse_addition_options& options)
-        : scale_(options.scale)
-    {
-        if (!options.delta) {
-            raise<invalid_argument>("sparse_addition_options::delta is null: point it at the delta to add");
-        }
-        check_factor(scale_, "scale");
-        tensors_.assign(models.tensors().size(), nullptr);
-        for (const auto& entry : *options.delta) {
-            const std::string& name = entry.first;
-            const auto place = std::find_if(models.tensors().begin(), models.tensors().end(),
-                [&](const aligned_tensor& t) { return t.name == name; });
-            if (place == models.tensors().end()) {
-                raise<invalid_argument>(
-                    message("tensor '", name, "' of the delta is not a floating tensor of the base"));
-            }
-            std::visit(
-                [&]<class A>(const sparse_vector<A>& sparse) {
-                    check(sparse, name);
-                    if (sparse.shape != place->shape) {
-                        raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(place->shape),
-                            " in the base; the delta is for shape ", to_string(sparse.shape)));
-                    }
-                    if (std::same_as<A, double> && !place->wide) {
-                        raise<dtype_mismatch>(
-                            message("tensor '", name, "' is not F64 in the base; the delta holds F64 values"));
-                    }
-                },
-                entry.second);
-            tensors_[static_cast<std::size_t>(place - models.tensors().begin())] = &entry.second;
-        }
-    }
-    template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally&) const
-    {
-        std::memcpy(merged, rows.base(), rows.size() * sizeof(A));
-        const sparse_tensor* const tensor =
-            tensors_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
-        if (!tensor) { return; }
-        std::visit(
-            [&](const auto& sparse) {
-                auto entry = static_cast<std::size_t>(
-                    std::lower_bound(sparse.indices.begin(), sparse.indices.end(), rows.offset())
-                    - sparse.indices.begin());
-                for (; entry < sparse.indices.size() && sparse.indices[entry] < rows.offset() + rows.size(); ++entry) {
-                    const std::uint64_t place = sparse.indices[entry] - rows.offset();
-                    const A value = static_cast<A>(sparse.values[entry]);
-                    kernels::add_at<A, A>(merged, &place, &value, static_cast<A>(scale_), 1);
-                }
-            },
-            *tensor);
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return 0; }
-
-private:
-    double scale_;
-    std::vector<const sparse_tensor*> tensors_;
-};
-
-/// θ0 + scale·v̂ into a sink; the tensors are those of `models.outputs()`, aligned from the base alone.
-///
-///     const aligned_models models(&base, {&base, 1});
-///     add_delta(cpu{}, models, delta, 1.0, sink);
-template <cpu_policy Policy>
-void add_delta(
-    const Policy& policy, const aligned_models& models, const sparse_model& delta, double scale, tensor_sink& out)
-{
-    merge(policy, sparse_addition_options{&delta, scale}, models, out);
 }
 
 // On taskvec::gpu this lives in <taskvec/device/reuse.hpp>; without it a call says so.

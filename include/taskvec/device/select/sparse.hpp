@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory_resource>
 #include <string>
 #include <utility>
 #include <variant>
@@ -33,7 +34,7 @@ using device_sparse_tensor = std::variant<device_sparse_vector<float>, device_sp
 using device_sparse_model = std::map<std::string, device_sparse_tensor>;
 
 /// Entries kept in a whole model.
-[[nodiscard]] inline std::uint64_t kept(const device_sparse_model& model)
+[[nodiscard]] inline std::uint64_t kept_entries(const device_sparse_model& model)
 {
     std::uint64_t total = 0;
     for (const auto& [name, tensor] : model) {
@@ -42,14 +43,15 @@ using device_sparse_model = std::map<std::string, device_sparse_tensor>;
     return total;
 }
 
-/// A copy in device memory. Errors: as check().
+/// A copy in device memory. Errors: as check_sparse().
 template <arithmetic_element A>
 [[nodiscard]] device_sparse_vector<A> to_device(
     const gpu& policy, const sparse_vector<A>& sparse, std::string_view name = "values")
 {
-    check(sparse, name);
-    return {
-        sparse.shape, device::buffer<std::uint64_t>(policy, sparse.indices), device::buffer<A>(policy, sparse.values)};
+    check_sparse(sparse, name);
+    const std::vector<std::uint64_t> indices(sparse.indices.begin(), sparse.indices.end());
+    const std::vector<A> values(sparse.values.begin(), sparse.values.end());
+    return {sparse.shape, device::buffer<std::uint64_t>(policy, indices), device::buffer<A>(policy, values)};
 }
 [[nodiscard]] inline device_sparse_model to_device(const gpu& policy, const sparse_model& model)
 {
@@ -65,7 +67,12 @@ template <arithmetic_element A>
 template <arithmetic_element A>
 [[nodiscard]] sparse_vector<A> to_host(const device_sparse_vector<A>& sparse)
 {
-    return {sparse.shape, sparse.indices.download(), sparse.values.download()};
+    const std::vector<std::uint64_t> indices = sparse.indices.download();
+    const std::vector<A> values = sparse.values.download();
+    sparse_vector<A> result{sparse.shape, index_list(indices.size(), element_count(sparse.shape)),
+        std::pmr::vector<A>(values.begin(), values.end())};
+    result.indices.store(0, indices.data(), indices.size());
+    return result;
 }
 [[nodiscard]] inline sparse_model to_host(const device_sparse_model& model)
 {
@@ -125,6 +132,42 @@ void check_fits(const device_sparse_vector<A>& sparse, std::size_t size, std::st
             message("tensor '", name, "' has ", size, " elements; the delta is for shape ", to_string(sparse.shape)));
     }
 }
+
+/// Calls use(name, sparse, live view of its storage type) for each tensor of a delta, after checking them all. The
+/// entries themselves are not read back to be checked.
+template <class Use>
+void for_each_live(const device_sparse_model& delta, const model_ref& live, Use&& use)
+{
+    const auto visit_pair = [&](const std::string& name, const auto& tensor, auto&& then) {
+        const tensor_ref* const weights = live.find(name);
+        if (!weights) { raise<invalid_argument>(message("tensor '", name, "' of the delta is missing in the model")); }
+        visit_storage(weights->dtype, name, [&]<class T>(std::type_identity<T>) {
+            std::visit(
+                [&]<class A>(const device_sparse_vector<A>& sparse) {
+                    if constexpr (std::same_as<arithmetic_type<T>, A>) {
+                        (void)flat_view<T, memory_space::device>(*weights, name);
+                        if (sparse.shape != weights->shape) {
+                            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(weights->shape),
+                                "; the delta is for shape ", to_string(sparse.shape)));
+                        }
+                        then(sparse, device_view<T>{static_cast<T*>(weights->data), weights->size(name)});
+                    }
+                    else {
+                        raise<dtype_mismatch>(message("tensor '", name, "' has dtype ", taskvec::name(weights->dtype),
+                            "; the delta holds ", taskvec::name(dtype_of<A>), " values"));
+                    }
+                },
+                tensor);
+        });
+    };
+    for (const auto& [name, tensor] : delta) {
+        visit_pair(name, tensor, [](const auto&, auto) { });
+    }
+    for (const auto& entry : delta) {
+        visit_pair(
+            entry.first, entry.second, [&](const auto& sparse, auto weights) { use(entry.first, sparse, weights); });
+    }
+}
 } // namespace detail
 
 /// Adds a sparse vector to live weights in place, as on the CPU; returns the words that were there, in device memory.
@@ -172,7 +215,7 @@ using device_saved_words = std::map<std::string, device::buffer<std::byte>>;
     const gpu& policy, const device_sparse_model& delta, const model_ref& live, double scale = 1.0)
 {
     device_saved_words saved;
-    detail::for_each_live<memory_space::device>(delta, live,
+    detail::for_each_live(delta, live,
         [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
             device::buffer<std::byte> words(policy, sparse.kept() * sizeof(T));
             device::sweep(policy, sparse.kept(),
@@ -187,7 +230,7 @@ using device_saved_words = std::map<std::string, device::buffer<std::byte>>;
 inline void undo(
     const gpu& policy, const device_sparse_model& delta, const device_saved_words& saved, const model_ref& live)
 {
-    detail::for_each_live<memory_space::device>(delta, live,
+    detail::for_each_live(delta, live,
         [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
             const auto words = saved.find(name);
             if (words == saved.end() || words->second.size() != sparse.kept() * sizeof(T)) {
