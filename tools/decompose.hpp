@@ -1,9 +1,10 @@
-// The decompositions that the verbs use, compiled once for each precision (decompose_f32.cpp, decompose_f64.cpp),
-// because an SVD costs tens of seconds and a gigabyte to compile. SPDX-License-Identifier: Apache-2.0
+// How the verbs decompose a layer: exactly, by a randomized SVD, or, in a dry run, not at all.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/adapters/merge_adapters.hpp>
-#include <taskvec/reuse/peru_lora.hpp>
+#include <taskvec/core/matrix.hpp>
+#include <taskvec/core/policy.hpp>
+#include <taskvec/linalg/svd.hpp>
 
 #include <cstdint>
 #include <string_view>
@@ -27,12 +28,3 @@ struct decompose {
 };
 
 } // namespace tool
-
-extern template taskvec::adapter_result<float> taskvec::peru_lora<float>(
-    const taskvec::cpu&, const taskvec::lora_adapter<float>&, const taskvec::peru_lora_options&);
-extern template taskvec::adapter_result<double> taskvec::peru_lora<double>(
-    const taskvec::cpu&, const taskvec::lora_adapter<double>&, const taskvec::peru_lora_options&);
-extern template taskvec::adapter_result<float> taskvec::merge_linear<float>(
-    const taskvec::cpu&, std::span<const taskvec::lora_adapter<float>>, const taskvec::linear_merge_options&);
-extern template taskvec::adapter_result<double> taskvec::merge_linear<double>(
-    const taskvec::cpu&, std::span<const taskvec::lora_adapter<double>>, const taskvec::linear_merge_options&);

@@ -1,7 +1,8 @@
 // taskvec peru-lora: a fine-tuned adapter at a lower rank.
 // SPDX-License-Identifier: Apache-2.0
 #include "adapters.hpp"
-#include "decompose.hpp"
+
+#include <taskvec/reuse/peru_lora.hpp>
 
 #include <algorithm>
 #include <memory>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/adapter.hpp>
+#include <taskvec/compiled/adapters.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 
@@ -190,5 +191,10 @@ template <arithmetic_element T, decomposition<T> Decompose>
     }
     return result;
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_EXTRACT(extern, float)
+TASKVEC_COMPILED_EXTRACT(extern, double)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

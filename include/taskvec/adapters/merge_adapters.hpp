@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/adapter.hpp>
+#include <taskvec/compiled/adapters.hpp>
 #include <taskvec/core/option_table.hpp>
 
 #include <algorithm>
@@ -196,5 +197,10 @@ template <arithmetic_element T>
     }
     return result;
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGE_ADAPTERS(extern, float)
+TASKVEC_COMPILED_MERGE_ADAPTERS(extern, double)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

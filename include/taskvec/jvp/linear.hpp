@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/jvp.hpp>
 #include <taskvec/jvp/primal_tangent.hpp>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -249,5 +250,10 @@ row_matrix<operand_scalar<G>> add_bias_vjp(const G& dy, Eigen::Index period)
     }
     return gradient;
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_JVP_PRODUCTS(extern, float)
+TASKVEC_COMPILED_JVP_PRODUCTS(extern, double)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -6,6 +6,7 @@
 // only decomposition, and everything is a template (some only in name) so that nothing is compiled before it is called.
 #pragma once
 
+#include <taskvec/compiled/linalg.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/matrix.hpp>
 #include <taskvec/core/parallel.hpp>
@@ -846,5 +847,11 @@ template <arithmetic_element T>
 }
 
 static_assert(check_linear_algebra<cpu, float>() && check_linear_algebra<cpu, double>());
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_SMALL_MATRICES(extern)
+TASKVEC_COMPILED_MATRICES(extern, float)
+TASKVEC_COMPILED_MATRICES(extern, double)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

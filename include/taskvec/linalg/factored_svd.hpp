@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/linalg.hpp>
 #include <taskvec/linalg/factor_pair.hpp>
 #include <taskvec/linalg/svd.hpp>
 
@@ -166,7 +167,7 @@ template <storage_element T, linear_algebra_policy P>
 /// each, and the result does not depend on the number of threads; on a device the cores of equal shape are decomposed
 /// together.
 template <storage_element T, linear_algebra_policy P>
-[[nodiscard]] auto factored_svd(
+[[nodiscard]] std::vector<factored_svd_result<arithmetic_type<T>, P::space>> factored_svd(
     const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice)
 {
     std::vector<factored_svd_result<arithmetic_type<T>, P::space>> results(pairs.size());
@@ -309,5 +310,10 @@ auto compress_sum(const P&, const X&, const rank_choice&)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
         "compress_sum() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_FACTORED_SVD(extern, float)
+TASKVEC_COMPILED_FACTORED_SVD(extern, double)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/linalg.hpp>
 #include <taskvec/linalg/svd.hpp>
 
 #include <algorithm>
@@ -138,7 +139,7 @@ template <storage_element S, linear_algebra_policy P>
 ///
 ///     auto s = randomized_svd(cpu{}, weight, {.rank = 16, .seed = 1});
 template <storage_element S, linear_algebra_policy P>
-[[nodiscard]] auto randomized_svd(
+[[nodiscard]] randomized_svd_result<arithmetic_type<S>, P::space> randomized_svd(
     const P& policy, matrix_view<const S, P::space> input, const randomized_svd_options& options)
 {
     return with_context(policy, [&](const P& ready) { return detail::sampled_svd<S>(ready, input, options); });
@@ -178,5 +179,10 @@ auto randomized_svd(const P&, const X&, const randomized_svd_options&)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
         "randomized_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_RANDOMIZED_SVD(extern, float)
+TASKVEC_COMPILED_RANDOMIZED_SVD(extern, double)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

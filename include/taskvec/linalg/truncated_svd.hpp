@@ -1,14 +1,13 @@
 // The exact leading singular triples of a dense matrix, by Eigen's divide-and-conquer SVD.
 // SPDX-License-Identifier: Apache-2.0
 //
-// This is the one header that compiles a large decomposition (about 25 s and 1 GB with g++ 12); nothing else includes
-// it. randomized_svd() is a hundred times faster where nearly exact will do, and factored_svd() where the matrix is a
-// product.
+// The one algorithm that compiles a large decomposition, once for f32 and once for f64: about 20 s and 1 GB each with
+// g++ 12, paid by a file that calls it, or once in all by linking taskvec::compiled. randomized_svd() is a hundred
+// times faster where nearly exact will do, and factored_svd() where the matrix is a product.
 #pragma once
 
+#include <taskvec/compiled/linalg.hpp>
 #include <taskvec/linalg/svd.hpp>
-
-#include <Eigen/SVD>
 
 #include <algorithm>
 #include <cmath>
@@ -26,34 +25,9 @@ struct truncated_svd_result : svd_result<T> {
 
 namespace detail {
 
-/// A = u·σ·vᵀ by divide and conquer; false where Eigen gives up.
+/// A = u·σ·vᵀ by divide and conquer; false where Eigen gives up. Defined in compiled/divide_and_conquer.hpp.
 template <class T>
-TASKVEC_NOINLINE bool divide_and_conquer(matrix_view<const T> a, matrix<T>& u, std::vector<double>& sigma, matrix<T>& v)
-{
-    using dense = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>;
-    const one_thread_inside guard;
-    // A row-major matrix is the column-major transposed one: decompose that and exchange the sides.
-    const bool turned = a.order() == matrix_order::row_major;
-    if (turned) { a = a.transposed(); }
-#if EIGEN_VERSION_AT_LEAST(3, 4, 90)
-    const Eigen::BDCSVD<dense, Eigen::ComputeThinU | Eigen::ComputeThinV> svd(map_as<Eigen::ColMajor>(a));
-#else
-    const Eigen::BDCSVD<dense> svd(map_as<Eigen::ColMajor>(a), Eigen::ComputeThinU | Eigen::ComputeThinV);
-#endif
-    if (svd.info() != eigen_success) { return false; }
-    const auto k = static_cast<std::size_t>(svd.singularValues().size());
-    u = matrix<T>(turned ? a.cols() : a.rows(), k);
-    v = matrix<T>(turned ? a.rows() : a.cols(), k);
-    const dense& left = turned ? svd.matrixV() : svd.matrixU();
-    const dense& right = turned ? svd.matrixU() : svd.matrixV();
-    std::copy_n(left.data(), u.size(), u.data());
-    std::copy_n(right.data(), v.size(), v.data());
-    sigma.resize(k);
-    for (std::size_t i = 0; i < k; ++i) {
-        sigma[i] = static_cast<double>(svd.singularValues()(static_cast<eigen_index>(i)));
-    }
-    return left.allFinite() && right.allFinite();
-}
+bool divide_and_conquer(matrix_view<const T> a, matrix<T>& u, std::vector<double>& sigma, matrix<T>& v);
 
 } // namespace detail
 
@@ -143,4 +117,13 @@ struct decompose_exactly {
     }
 };
 
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_TRUNCATED_SVD(extern, float)
+TASKVEC_COMPILED_TRUNCATED_SVD(extern, double)
+#endif
+
 } // namespace taskvec::inline TASKVEC_ABI
+
+#if !defined(TASKVEC_COMPILED)
+#include <taskvec/compiled/divide_and_conquer.hpp>
+#endif

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/adapter.hpp>
+#include <taskvec/compiled/adapters.hpp>
 #include <taskvec/core/option_table.hpp>
 
 #include <algorithm>
@@ -86,5 +87,10 @@ auto peru_lora(const P&, const X&, const peru_lora_options&)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
         "peru_lora() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_PERU_LORA(extern, float)
+TASKVEC_COMPILED_PERU_LORA(extern, double)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -1,13 +1,11 @@
-// What decompose_f32.cpp and decompose_f64.cpp compile.
 // SPDX-License-Identifier: Apache-2.0
-#pragma once
-
 #include "decompose.hpp"
 
 #include <taskvec/linalg/randomized_svd.hpp>
 #include <taskvec/linalg/truncated_svd.hpp>
 
 namespace tool {
+namespace {
 
 template <class T>
 [[nodiscard]] taskvec::svd_result<T> decompose_as(const decompose& d, const taskvec::cpu& policy,
@@ -22,6 +20,20 @@ template <class T>
     nothing.u = taskvec::matrix<T>(a.rows(), 0);
     nothing.v = taskvec::matrix<T>(a.cols(), 0);
     return nothing;
+}
+
+} // namespace
+
+taskvec::svd_result<float> decompose::operator()(const taskvec::cpu& policy, taskvec::matrix_view<const float> a,
+    const taskvec::rank_choice& choice, std::string_view name) const
+{
+    return decompose_as<float>(*this, policy, a, choice, name);
+}
+
+taskvec::svd_result<double> decompose::operator()(const taskvec::cpu& policy, taskvec::matrix_view<const double> a,
+    const taskvec::rank_choice& choice, std::string_view name) const
+{
+    return decompose_as<double>(*this, policy, a, choice, name);
 }
 
 } // namespace tool
