@@ -4,7 +4,7 @@
 # of taskvec that it includes. The result is a list of eigen, json, xtensor, nlopt, thrust, cuda; empty for most.
 
 set(TASKVEC_PACKAGE_INCLUDES
-    "eigen:Eigen/" "json:nlohmann/" "xtensor:xtensor/|xtl/" "nlopt:nlopt" "thrust:thrust/" "cuda:cuda|cub/|cusolver|cublas|curand" "dlpack:dlpack/")
+    "eigen:Eigen/" "json:nlohmann/" "xtensor:xtensor/|xtl/" "nlopt:nlopt" "thrust:thrust/" "cuda:cuda|cub/|cusolver|cublas|curand" "hip:hip/" "dlpack:dlpack/")
 
 function(taskvec_header_needs header result)
     get_property(seen GLOBAL PROPERTY taskvec_needs_of_${header} SET)

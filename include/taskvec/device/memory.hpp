@@ -1,19 +1,14 @@
-// Device memory of taskvec::gpu and CUDA's errors, without Thrust: what library calls from plain g++ need as well as
-// kernels. SPDX-License-Identifier: Apache-2.0
+// Device memory of taskvec::gpu and the vendor's errors, without Thrust: what library calls from plain g++ need as well
+// as kernels. SPDX-License-Identifier: Apache-2.0
 //
-// CUDA unless THRUST_DEVICE_SYSTEM names a host system: then device memory is host memory, and nothing of CUDA is
-// included. These are calls of the CUDA runtime, which any C++ compiler makes; only kernels need nvcc.
+// Written on the names of device/vendor. Where THRUST_DEVICE_SYSTEM names a host system, device memory is host memory,
+// and nothing of a vendor is included.
 #pragma once
 
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/policy.hpp>
-
-#if defined(__CUDACC__) || !defined(THRUST_DEVICE_SYSTEM)
-#define TASKVEC_ON_CUDA 1
-#include <cuda_runtime_api.h>
-#else
-#define TASKVEC_ON_CUDA 0
-#endif
+#include <taskvec/core/view.hpp>
+#include <taskvec/device/vendor/vendor.hpp>
 
 #include <cstddef>
 #include <cstdlib>
@@ -26,67 +21,60 @@
 
 namespace taskvec::inline TASKVEC_ABI::device {
 
-#if TASKVEC_ON_CUDA
-/// What to do about a CUDA error; empty where nothing general can be said.
-[[nodiscard]] inline std::string_view advice(cudaError_t code) noexcept
+#if TASKVEC_ON_DEVICE
+/// What to do about an error of the vendor's; empty where nothing general can be said.
+[[nodiscard]] inline std::string advice(vendor::error_type code)
 {
-    switch (code) {
-    case cudaErrorMemoryAllocation:
+    switch (vendor::kind_of(code)) {
+    case failure::memory:
         return ": out of device memory; use smaller tensors or a smaller memory budget, or free device memory";
-    case cudaErrorNoDevice:
-        return ": no CUDA device is visible to this process; run on taskvec::cpu, or look at CUDA_VISIBLE_DEVICES";
-    case cudaErrorInsufficientDriver:
-        return ": the driver is missing or older than this CUDA runtime; install a newer driver, or run on "
-               "taskvec::cpu";
-    case cudaErrorNoKernelImageForDevice:
-    case cudaErrorUnsupportedPtxVersion:
-        return ": this program was not compiled for the architecture of the device; add it to CMAKE_CUDA_ARCHITECTURES";
-    case cudaErrorIllegalAddress:
-    case cudaErrorLaunchFailure:
-    case cudaErrorLaunchTimeout:
-    case cudaErrorAssert:
-    case cudaErrorHardwareStackError:
-    case cudaErrorIllegalInstruction:
-    case cudaErrorMisalignedAddress:
-    case cudaErrorInvalidAddressSpace:
-    case cudaErrorInvalidPc:
-    case cudaErrorECCUncorrectable:
+    case failure::no_device:
+        return message(": no ", vendor::name, " device is visible to this process; run on taskvec::cpu, or look at ",
+            vendor::visible_devices);
+    case failure::driver:
+        return message(": the driver is missing or older than this ", vendor::name,
+            " runtime; install a newer driver, or run on taskvec::cpu");
+    case failure::architecture:
+        return message(
+            ": this program was not compiled for the architecture of the device; add it to ", vendor::architectures);
+    case failure::lost:
         return ": earlier work on the device failed, and everything after it fails so until the process starts anew; "
                "its results are lost";
-    default: return {};
+    case failure::other: break;
     }
+    return {};
 }
 
-/// Throws backend_error, with CUDA's code and its words for it, unless a call succeeded.
-inline void check(cudaError_t code, const char* call)
+/// Throws backend_error, with the vendor's code and words for it, unless a call succeeded.
+inline void check(vendor::error_type code, const char* call)
 {
-    if (code == cudaSuccess) { return; }
-    (void)cudaGetLastError(); // what is not sticky has now been reported
+    if (code == vendor::success) { return; }
+    (void)vendor::take_last_error(); // what is not sticky has now been reported
     raise<backend_error>(
-        message(cudaGetErrorName(code), ", ", cudaGetErrorString(code), advice(code)), call, static_cast<int>(code));
+        message(vendor::name_of(code), ", ", vendor::words_of(code), advice(code)), call, static_cast<int>(code));
 }
 
-[[nodiscard]] inline cudaStream_t stream_of(const gpu& policy) noexcept
+[[nodiscard]] inline vendor::stream_type stream_of(const gpu& policy) noexcept
 {
-    return static_cast<cudaStream_t>(policy.stream);
+    return static_cast<vendor::stream_type>(policy.stream);
 }
 #endif
 
 /// Throws backend_error when no device answers. Costs nothing that matters; whoever wants to fail early calls it.
 inline void require_device()
 {
-#if TASKVEC_ON_CUDA
+#if TASKVEC_ON_DEVICE
     int count = 0;
-    check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
-    if (count == 0) { check(cudaErrorNoDevice, "cudaGetDeviceCount"); }
+    check(vendor::count_devices(&count), vendor::calls::count_devices);
+    if (count == 0) { check(vendor::no_device, vendor::calls::count_devices); }
 #endif
 }
 
 /// Waits for what was queued on the policy's stream; its errors come to light here.
 inline void synchronize([[maybe_unused]] const gpu& policy)
 {
-#if TASKVEC_ON_CUDA
-    check(cudaStreamSynchronize(stream_of(policy)), "cudaStreamSynchronize");
+#if TASKVEC_ON_DEVICE
+    check(vendor::synchronize(stream_of(policy)), vendor::calls::synchronize);
 #endif
 }
 
@@ -94,8 +82,8 @@ inline void synchronize([[maybe_unused]] const gpu& policy)
 inline void upload([[maybe_unused]] const gpu& policy, void* to, const void* from, std::size_t bytes)
 {
     if (bytes == 0) { return; }
-#if TASKVEC_ON_CUDA
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_of(policy)), "cudaMemcpyAsync");
+#if TASKVEC_ON_DEVICE
+    check(vendor::copy_to_device(to, from, bytes, stream_of(policy)), vendor::calls::copy);
 #else
     std::memcpy(to, from, bytes);
 #endif
@@ -105,8 +93,8 @@ inline void upload([[maybe_unused]] const gpu& policy, void* to, const void* fro
 inline void download([[maybe_unused]] const gpu& policy, void* to, const void* from, std::size_t bytes)
 {
     if (bytes > 0) {
-#if TASKVEC_ON_CUDA
-        check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_of(policy)), "cudaMemcpyAsync");
+#if TASKVEC_ON_DEVICE
+        check(vendor::copy_to_host(to, from, bytes, stream_of(policy)), vendor::calls::copy);
 #else
         std::memcpy(to, from, bytes);
 #endif
@@ -118,8 +106,8 @@ inline void download([[maybe_unused]] const gpu& policy, void* to, const void* f
 inline void copy([[maybe_unused]] const gpu& policy, void* to, const void* from, std::size_t bytes)
 {
     if (bytes == 0 || to == from) { return; }
-#if TASKVEC_ON_CUDA
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_of(policy)), "cudaMemcpyAsync");
+#if TASKVEC_ON_DEVICE
+    check(vendor::copy_on_device(to, from, bytes, stream_of(policy)), vendor::calls::copy);
 #else
     std::memcpy(to, from, bytes);
 #endif
@@ -129,14 +117,15 @@ inline void copy([[maybe_unused]] const gpu& policy, void* to, const void* from,
 inline void clear([[maybe_unused]] const gpu& policy, void* place, std::size_t bytes)
 {
     if (bytes == 0) { return; }
-#if TASKVEC_ON_CUDA
-    check(cudaMemsetAsync(place, 0, bytes, stream_of(policy)), "cudaMemsetAsync");
+#if TASKVEC_ON_DEVICE
+    check(vendor::clear(place, bytes, stream_of(policy)), vendor::calls::clear);
 #else
     std::memset(place, 0, bytes);
 #endif
 }
 
-/// Device memory from the policy's allocator, or cudaMallocAsync; never null. Errors: backend_error.
+/// Device memory from the policy's allocator, or the vendor's, in the stream's order; never null. Errors:
+/// backend_error.
 [[nodiscard]] inline void* allocate(const gpu& policy, std::size_t bytes)
 {
     if (policy.allocator) {
@@ -147,8 +136,8 @@ inline void clear([[maybe_unused]] const gpu& policy, void* place, std::size_t b
         return place;
     }
     void* place = nullptr;
-#if TASKVEC_ON_CUDA
-    check(cudaMallocAsync(&place, bytes, stream_of(policy)), "cudaMallocAsync");
+#if TASKVEC_ON_DEVICE
+    check(vendor::allocate(&place, bytes, stream_of(policy)), vendor::calls::allocate);
 #else
     place = std::malloc(bytes);
     if (!place) { raise<backend_error>(message("no room for ", bytes, " bytes of scratch"), "malloc", 0); }
@@ -161,8 +150,8 @@ inline void deallocate(const gpu& policy, void* place, std::size_t bytes) noexce
         policy.allocator->deallocate(place, bytes, policy.stream);
         return;
     }
-#if TASKVEC_ON_CUDA
-    (void)cudaFreeAsync(place, stream_of(policy));
+#if TASKVEC_ON_DEVICE
+    (void)vendor::deallocate(place, stream_of(policy));
 #else
     (void)bytes;
     std::free(place);

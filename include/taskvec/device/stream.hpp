@@ -7,6 +7,8 @@
 #include <taskvec/device/memory.hpp>
 
 #include <cstddef>
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 
 namespace taskvec::inline TASKVEC_ABI::device {
@@ -14,16 +16,16 @@ namespace taskvec::inline TASKVEC_ABI::device {
 /// What is queued on `follower` from now on waits for what `leader` has queued so far. The host does not wait.
 inline void follow([[maybe_unused]] const gpu& leader, [[maybe_unused]] const gpu& follower)
 {
-#if TASKVEC_ON_CUDA
+#if TASKVEC_ON_DEVICE
     if (leader.stream == follower.stream) { return; }
-    cudaEvent_t event{};
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-    const cudaError_t recorded = cudaEventRecord(event, stream_of(leader));
-    const cudaError_t waiting =
-        recorded == cudaSuccess ? cudaStreamWaitEvent(stream_of(follower), event, 0) : cudaSuccess;
-    (void)cudaEventDestroy(event); // once it has happened
-    check(recorded, "cudaEventRecord");
-    check(waiting, "cudaStreamWaitEvent");
+    vendor::event_type event{};
+    check(vendor::create_event(&event), vendor::calls::create_event);
+    const vendor::error_type recorded = vendor::record_event(event, stream_of(leader));
+    const vendor::error_type waiting =
+        recorded == vendor::success ? vendor::wait_for_event(stream_of(follower), event) : vendor::success;
+    (void)vendor::destroy_event(event); // once it has happened
+    check(recorded, vendor::calls::record_event);
+    check(waiting, vendor::calls::wait_for_event);
 #endif
 }
 
@@ -33,9 +35,9 @@ public:
     explicit side_stream(const gpu& beside)
         : policy_{nullptr, beside.allocator, nullptr}
     {
-#if TASKVEC_ON_CUDA
-        cudaStream_t stream{};
-        check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+#if TASKVEC_ON_DEVICE
+        vendor::stream_type stream{};
+        check(vendor::create_stream(&stream), vendor::calls::create_stream);
         policy_.stream = stream;
 #endif
     }
@@ -49,10 +51,10 @@ public:
     }
     ~side_stream()
     {
-#if TASKVEC_ON_CUDA
+#if TASKVEC_ON_DEVICE
         if (policy_.stream) {
-            (void)cudaStreamSynchronize(stream_of(policy_));
-            (void)cudaStreamDestroy(stream_of(policy_));
+            (void)vendor::synchronize(stream_of(policy_));
+            (void)vendor::destroy_stream(stream_of(policy_));
         }
 #endif
     }
@@ -70,8 +72,10 @@ public:
         : size_(bytes)
     {
         if (bytes == 0) { return; }
-#if TASKVEC_ON_CUDA
-        check(cudaHostAlloc(reinterpret_cast<void**>(&data_), bytes, cudaHostAllocDefault), "cudaHostAlloc");
+#if TASKVEC_ON_DEVICE
+        void* place = nullptr;
+        check(vendor::allocate_pinned(&place, bytes), vendor::calls::allocate_pinned);
+        data_ = static_cast<std::byte*>(place);
 #else
         data_ = static_cast<std::byte*>(std::malloc(bytes));
         if (!data_) { raise<backend_error>(message("no room for ", bytes, " bytes"), "malloc", 0); }
@@ -89,8 +93,8 @@ public:
     }
     ~pinned_memory()
     {
-#if TASKVEC_ON_CUDA
-        if (data_) { (void)cudaFreeHost(data_); }
+#if TASKVEC_ON_DEVICE
+        if (data_) { (void)vendor::deallocate_pinned(data_); }
 #else
         std::free(data_);
 #endif
@@ -107,8 +111,8 @@ private:
 inline void download_later([[maybe_unused]] const gpu& policy, void* to, const void* from, std::size_t bytes)
 {
     if (bytes == 0) { return; }
-#if TASKVEC_ON_CUDA
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_of(policy)), "cudaMemcpyAsync");
+#if TASKVEC_ON_DEVICE
+    check(vendor::copy_to_host(to, from, bytes, stream_of(policy)), vendor::calls::copy);
 #else
     std::memcpy(to, from, bytes);
 #endif

@@ -46,10 +46,10 @@ namespace device {
 /// the error of earlier work that it met.
 [[nodiscard]] inline std::string held_against_the_device()
 {
-    const cudaError_t pending = cudaPeekAtLastError();
-    if (pending == cudaSuccess) { return {}; }
-    return message("; CUDA reports ", cudaGetErrorName(pending), " (code ", static_cast<int>(pending), "), ",
-        cudaGetErrorString(pending), advice(pending));
+    const vendor::error_type pending = vendor::peek_last_error();
+    if (pending == vendor::success) { return {}; }
+    return message("; CUDA reports ", vendor::name_of(pending), " (code ", static_cast<int>(pending), "), ",
+        vendor::words_of(pending), advice(pending));
 }
 
 /// What to do about a status that both libraries have.

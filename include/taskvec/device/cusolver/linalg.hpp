@@ -200,9 +200,9 @@ void copy_matrix(const gpu& policy, std::type_identity_t<device_matrix_view<cons
         to = to.transposed();
     }
     if (from.order() == matrix_order::column_major) {
-        device::check(cudaMemcpy2DAsync(to.data(), to.stride() * sizeof(T), from.data(), from.stride() * sizeof(T),
-                          to.rows() * sizeof(T), to.cols(), cudaMemcpyDeviceToDevice, device::stream_of(policy)),
-            "cudaMemcpy2DAsync");
+        device::check(device::vendor::copy_runs_on_device(to.data(), to.stride() * sizeof(T), from.data(),
+                          from.stride() * sizeof(T), to.rows() * sizeof(T), to.cols(), device::stream_of(policy)),
+            device::vendor::calls::copy_runs);
         return;
     }
     with_context(policy, [&](const gpu& ready) {
@@ -636,9 +636,9 @@ void orient(
         std::vector<T> largest(u.cols());
         for (std::size_t j = 0; j < u.cols(); ++j) { // counted from 1
             const std::size_t row = at[j] > 0 ? static_cast<std::size_t>(at[j]) - 1 : 0;
-            device::check(cudaMemcpyAsync(&largest[j], u.data() + j * across + row * step, sizeof(T),
-                              cudaMemcpyDeviceToHost, device::stream_of(ready)),
-                "cudaMemcpyAsync");
+            device::check(device::vendor::copy_to_host(
+                              &largest[j], u.data() + j * across + row * step, sizeof(T), device::stream_of(ready)),
+                device::vendor::calls::copy);
         }
         device::synchronize(ready);
         std::vector<double> signs(u.cols());
@@ -663,9 +663,9 @@ template <arithmetic_element T>
         const int order = detail::as_int(n, "potrf"), stride = detail::as_int(g.stride(), "potrf");
         const auto diagonal = [&] {
             std::vector<T> values(n);
-            device::check(cudaMemcpy2DAsync(values.data(), sizeof(T), g.data(), (g.stride() + 1) * sizeof(T), sizeof(T),
-                              n, cudaMemcpyDeviceToHost, device::stream_of(ready)),
-                "cudaMemcpy2DAsync");
+            device::check(device::vendor::copy_runs_to_host(values.data(), sizeof(T), g.data(),
+                              (g.stride() + 1) * sizeof(T), sizeof(T), n, device::stream_of(ready)),
+                device::vendor::calls::copy_runs);
             device::synchronize(ready);
             return values;
         };

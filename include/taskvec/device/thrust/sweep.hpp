@@ -144,7 +144,7 @@ private:
 };
 #endif
 
-/// Calls an algorithm of Thrust; its error becomes a backend_error with CUDA's code.
+/// Calls an algorithm of Thrust; its error becomes a backend_error with the vendor's code.
 template <class Call>
 auto call(const char* name, const Call& algorithm)
 {
@@ -157,7 +157,7 @@ auto call(const char* name, const Call& algorithm)
     }
     catch (const thrust::system_error& failure) {
 #if TASKVEC_ON_CUDA
-        check(static_cast<cudaError_t>(failure.code().value()), name);
+        check(static_cast<vendor::error_type>(failure.code().value()), name);
 #endif
         raise<backend_error>(failure.what(), name, failure.code().value());
     }
