@@ -8,6 +8,7 @@
 #include <taskvec/linalg/factored_svd.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <concepts>
 #include <cstddef>
@@ -15,7 +16,6 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

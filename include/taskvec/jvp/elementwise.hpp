@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <numbers>
+#include <string_view>
 
 namespace taskvec::inline TASKVEC_ABI {
 

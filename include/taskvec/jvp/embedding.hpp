@@ -4,6 +4,11 @@
 
 #include <taskvec/jvp/loss.hpp>
 
+#include <cstddef>
+#include <ranges>
+#include <string_view>
+#include <utility>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// Row i of the result is row indices[i] of the table; table is entries × features, the result is n × features.

@@ -6,7 +6,6 @@
 #include <taskvec/jvp/parameters.hpp>
 
 #include <concepts>
-#include <string>
 #include <utility>
 
 namespace taskvec::inline TASKVEC_ABI {

@@ -5,6 +5,8 @@
 #include <taskvec/compiled/jvp.hpp>
 #include <taskvec/jvp/primal_tangent.hpp>
 
+#include <type_traits>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// y = a·b; a is n × k, b is k × m, either or both with a tangent: ẏ = ȧ·b + a·ḃ.

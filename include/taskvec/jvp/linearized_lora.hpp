@@ -7,7 +7,6 @@
 #include <taskvec/jvp/lora_layer.hpp>
 
 #include <concepts>
-#include <cstddef>
 #include <utility>
 
 namespace taskvec::inline TASKVEC_ABI {

@@ -9,7 +9,6 @@
 #include <taskvec/adapters/lora.hpp>
 #include <taskvec/jvp/linear.hpp>
 
-#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <string_view>

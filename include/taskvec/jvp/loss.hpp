@@ -4,11 +4,12 @@
 
 #include <taskvec/jvp/primal_tangent.hpp>
 
-#include <algorithm>
 #include <cmath>
 #include <concepts>
-#include <cstddef>
 #include <ranges>
+#include <string_view>
+#include <type_traits>
+#include <utility>
 
 namespace taskvec::inline TASKVEC_ABI {
 

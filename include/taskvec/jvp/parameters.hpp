@@ -41,23 +41,11 @@ public:
         return entries_.insert(place, entry{std::move(name), std::move(value)})->value;
     }
     /// The value of that name, or nullptr.
-    [[nodiscard]] const Value* find(std::string_view name) const
-    {
-        const auto place = lower_bound(entries_, name);
-        return place != entries_.end() && place->name == name ? &place->value : nullptr;
-    }
-    [[nodiscard]] Value* find(std::string_view name) { return const_cast<Value*>(std::as_const(*this).find(name)); }
+    [[nodiscard]] const Value* find(std::string_view name) const { return found(entries_, name); }
+    [[nodiscard]] Value* find(std::string_view name) { return found(entries_, name); }
     /// The value of that name; a missing one is an invalid_argument that names it.
-    [[nodiscard]] const Value& operator[](std::string_view name) const
-    {
-        const Value* value = find(name);
-        if (!value) {
-            raise<invalid_argument>(
-                message("there is no parameter '", name, "' among the ", entries_.size(), " given"));
-        }
-        return *value;
-    }
-    [[nodiscard]] Value& operator[](std::string_view name) { return const_cast<Value&>(std::as_const(*this)[name]); }
+    [[nodiscard]] const Value& operator[](std::string_view name) const { return required(entries_, name); }
+    [[nodiscard]] Value& operator[](std::string_view name) { return required(entries_, name); }
     [[nodiscard]] bool contains(std::string_view name) const { return find(name) != nullptr; }
 
     [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
@@ -80,6 +68,21 @@ private:
     {
         return std::lower_bound(entries.begin(), entries.end(), name,
             [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
+    }
+    template <class Entries>
+    static auto found(Entries& entries, std::string_view name) -> decltype(&entries[0].value)
+    {
+        const auto place = lower_bound(entries, name);
+        return place != entries.end() && place->name == name ? &place->value : nullptr;
+    }
+    template <class Entries>
+    static auto& required(Entries& entries, std::string_view name)
+    {
+        const auto value = found(entries, name);
+        if (!value) {
+            raise<invalid_argument>(message("there is no parameter '", name, "' among the ", entries.size(), " given"));
+        }
+        return *value;
     }
     std::vector<entry> entries_;
 };

@@ -7,8 +7,10 @@
 
 #include <Eigen/Core>
 
-#include <cstddef>
+#include <cmath>
+#include <concepts>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 // In debug builds every operation looks for NaN in the tangent it made, and names itself. Define TASKVEC_CHECK_TANGENTS

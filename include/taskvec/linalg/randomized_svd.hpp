@@ -12,7 +12,6 @@
 #include <cstdint>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 

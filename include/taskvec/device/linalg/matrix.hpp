@@ -6,7 +6,6 @@
 #include <taskvec/device/memory.hpp>
 
 #include <cstddef>
-#include <utility>
 
 namespace taskvec::inline TASKVEC_ABI {
 
