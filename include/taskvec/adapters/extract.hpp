@@ -42,6 +42,17 @@ struct extract_result : adapter_result<T> {
     double left_out_squared_norm = 0; ///< ‖·‖²_F of their changes (floating ones)
 };
 
+/// For each 2-D tensor "MODULE.weight" (out×in) that differs between two checkpoints, ΔW = θt − θ0 in T and its
+/// approximation by the asked rank or energy, decomposed by `decompose`. Layers go one at a time: the memory is three
+/// to four times the largest layer. A layer whose smaller side is below the rank is kept whole. Other tensors that
+/// differ are listed. Throws invalid_argument (tensors missing on either side; a rank of 0, or above every layer's,
+/// unless clamped; nothing to extract), shape_mismatch, dtype_mismatch, nonfinite_error.
+///
+///     auto lora = extract_lora<float>(cpu{}, base, tuned, {.rank = {.rank = 16}}, decompose_randomized{});
+template <arithmetic_element T, decomposition<T> Decompose>
+[[nodiscard]] extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base,
+    const const_model_ref& tuned, const extract_options& options, const Decompose& decompose);
+
 namespace detail {
 
 /// tuned − base in T, row-major.
@@ -85,16 +96,9 @@ inline void blame_nonfinite_tensor(const const_tensor_ref& tensor, std::string_v
 
 } // namespace detail
 
-/// For each 2-D tensor "MODULE.weight" (out×in) that differs between two checkpoints, ΔW = θt − θ0 in T and its
-/// approximation by the asked rank or energy, decomposed by `decompose`. Layers go one at a time: the memory is three
-/// to four times the largest layer. A layer whose smaller side is below the rank is kept whole. Other tensors that
-/// differ are listed. Throws invalid_argument (tensors missing on either side; a rank of 0, or above every layer's,
-/// unless clamped; nothing to extract), shape_mismatch, dtype_mismatch, nonfinite_error.
-///
-///     auto lora = extract_lora<float>(cpu{}, base, tuned, {.rank = {.rank = 16}}, decompose_randomized{});
 template <arithmetic_element T, decomposition<T> Decompose>
-[[nodiscard]] extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base,
-    const const_model_ref& tuned, const extract_options& options, const Decompose& decompose)
+extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, const const_model_ref& tuned,
+    const extract_options& options, const Decompose& decompose)
 {
     struct layer {
         std::string tensor;

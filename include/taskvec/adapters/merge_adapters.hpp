@@ -34,6 +34,26 @@ struct options_of<linear_merge_options> {
         option_row("sigma", &linear_merge_options::side, "which factor the singular values go to", {.unit = "SIDE"})};
 };
 
+/// ΔW = λ·Σ wt·ΔWt, module by module over the union of the adapters' modules (an adapter that lacks one adds nothing
+/// there); ranks may differ. By default the factors are stacked: exact, of the sum of the ranks. With a rank q or an
+/// energy each layer is the best approximation of that sum, and its error is exact; a layer whose ranks sum to no more
+/// than q stays stacked. Throws shape_mismatch for adapters of different bases, invalid_argument (weights; a rank of 0,
+/// or above every layer's sum unless clamped), nonfinite_error. Layers run in parallel. Cost: see factored_svd().
+///
+///     std::vector<lora_adapter<float>> adapters = …;
+///     auto merged = merge_linear<float>(cpu{}, adapters, {.weights = {0.5, 0.5}, .rank = {.rank = 16}});
+template <arithmetic_element T>
+[[nodiscard]] adapter_result<T> merge_linear(const cpu& policy,
+    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const linear_merge_options& options = {});
+
+/// The weighted means of the factors themselves: a = Σ wt·at / Σ wt and b likewise. This is not the mean of the
+/// updates: it has the cross terms wi·wj·bi·aj, which mean something only for adapters that started from the same
+/// factors. For those who ask. All adapters must have the same modules, ranks and scaling; the weights may not sum to
+/// 0. Each entry is summed in T in adapter order. Throws invalid_argument, shape_mismatch.
+template <arithmetic_element T>
+[[nodiscard]] lora_adapter<T> average_factors_separately(
+    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const std::vector<double>& weights = {});
+
 namespace detail {
 
 [[nodiscard]] inline std::vector<double> adapter_weights(
@@ -94,17 +114,9 @@ template <class T>
 
 } // namespace detail
 
-/// ΔW = λ·Σ wt·ΔWt, module by module over the union of the adapters' modules (an adapter that lacks one adds nothing
-/// there); ranks may differ. By default the factors are stacked: exact, of the sum of the ranks. With a rank q or an
-/// energy each layer is the best approximation of that sum, and its error is exact; a layer whose ranks sum to no more
-/// than q stays stacked. Throws shape_mismatch for adapters of different bases, invalid_argument (weights; a rank of 0,
-/// or above every layer's sum unless clamped), nonfinite_error. Layers run in parallel. Cost: see factored_svd().
-///
-///     std::vector<lora_adapter<float>> adapters = …;
-///     auto merged = merge_linear<float>(cpu{}, adapters, {.weights = {0.5, 0.5}, .rank = {.rank = 16}});
 template <arithmetic_element T>
-[[nodiscard]] adapter_result<T> merge_linear(const cpu& policy,
-    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const linear_merge_options& options = {})
+adapter_result<T> merge_linear(const cpu& policy, std::type_identity_t<std::span<const lora_adapter<T>>> adapters,
+    const linear_merge_options& options)
 {
     const auto factors = detail::adapter_weights(options.weights, adapters.size(), options.lambda);
     const auto layers = detail::shared_layers<T>(adapters);
@@ -152,13 +164,9 @@ template <arithmetic_element T>
     return result;
 }
 
-/// The weighted means of the factors themselves: a = Σ wt·at / Σ wt and b likewise. This is not the mean of the
-/// updates: it has the cross terms wi·wj·bi·aj, which mean something only for adapters that started from the same
-/// factors. For those who ask. All adapters must have the same modules, ranks and scaling; the weights may not sum to
-/// 0. Each entry is summed in T in adapter order. Throws invalid_argument, shape_mismatch.
 template <arithmetic_element T>
-[[nodiscard]] lora_adapter<T> average_factors_separately(
-    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const std::vector<double>& weights = {})
+lora_adapter<T> average_factors_separately(
+    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const std::vector<double>& weights)
 {
     const auto factors = detail::adapter_weights(weights, adapters.size(), 1);
     double total = 0;

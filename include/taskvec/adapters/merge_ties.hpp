@@ -31,6 +31,21 @@ struct options_of<adapter_ties_options> {
         option_row("sigma", &adapter_ties_options::side, "which factor the singular values go to", {.unit = "SIDE"})};
 };
 
+/// TIES over the updates ΔWt of adapters, entry by entry over all layers of all adapters together (scope::model) or
+/// layer by layer (scope::tensor), and each merged layer decomposed to the asked rank or energy by `decompose`. A
+/// module that an adapter lacks is an update of zeros. Products are formed in T, never all at once: the memory is that
+/// of the largest layer, T + 3 times; they are formed 2 to 5 times over. The same selection and election, bit for bit,
+/// as merge(ties_options) on the dense updates with a base of zeros. The report's errors are those of the
+/// decomposition, against the merged layer. Throws what merge_linear() throws, and invalid_argument where no rank and
+/// no energy is given.
+///
+///     auto merged = merge_ties<float>(
+///         cpu{}, adapters, {.ties = {.density = 0.2}, .rank = {.rank = 16}}, decompose_randomized{});
+template <arithmetic_element T, decomposition<T> Decompose>
+[[nodiscard]] adapter_result<T> merge_ties(const cpu& policy,
+    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const adapter_ties_options& options,
+    const Decompose& decompose);
+
 namespace detail {
 
 /// The top-k thresholds of several streams of magnitudes that can be replayed: digit by digit from the top, 16 bits a
@@ -89,20 +104,9 @@ private:
 
 } // namespace detail
 
-/// TIES over the updates ΔWt of adapters, entry by entry over all layers of all adapters together (scope::model) or
-/// layer by layer (scope::tensor), and each merged layer decomposed to the asked rank or energy by `decompose`. A
-/// module that an adapter lacks is an update of zeros. Products are formed in T, never all at once: the memory is that
-/// of the largest layer, T + 3 times; they are formed 2 to 5 times over. The same selection and election, bit for bit,
-/// as merge(ties_options) on the dense updates with a base of zeros. The report's errors are those of the
-/// decomposition, against the merged layer. Throws what merge_linear() throws, and invalid_argument where no rank and
-/// no energy is given.
-///
-///     auto merged = merge_ties<float>(
-///         cpu{}, adapters, {.ties = {.density = 0.2}, .rank = {.rank = 16}}, decompose_randomized{});
 template <arithmetic_element T, decomposition<T> Decompose>
-[[nodiscard]] adapter_result<T> merge_ties(const cpu& policy,
-    std::type_identity_t<std::span<const lora_adapter<T>>> adapters, const adapter_ties_options& options,
-    const Decompose& decompose)
+adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<const lora_adapter<T>>> adapters,
+    const adapter_ties_options& options, const Decompose& decompose)
 {
     const ties_options& how = options.ties;
     const std::size_t tasks = adapters.size();

@@ -23,6 +23,63 @@ struct factored_svd_result : svd_result<T, S> {
     std::vector<double> spectrum; ///< every singular value that left·rightᵀ can have nonzero, descending
 };
 
+/// Σ weightᵢ·leftᵢ·rightᵢᵀ as one pair of factors: the leftᵢ side by side, each times its weight, and the rightᵢ side
+/// by side. Exact but for the rounding of weightᵢ·leftᵢ.
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct stacked_factors {
+    matrix<T, S> left; ///< m×R, R the sum of the ranks
+    matrix<T, S> right; ///< n×R
+
+    [[nodiscard]] factor_pair<T, S> pair(std::string_view name = {}) const
+    {
+        return {.left = left.view(), .right = right.view(), .name = name};
+    }
+};
+
+/// The leading singular triples of P = left·rightᵀ, exactly: left = Ql·Rl, right = Qr·Rr, and the SVD of the small core
+/// Rl·Rrᵀ. left is m×r, right is n×r, in either order and of the storage types f64, f32, bf16, f16 (16-bit factors are
+/// computed in f32). σ is right to e = 2e-7·‖left‖·‖right‖ for f32 (1e-14 for f64; Frobenius norms); u and v are
+/// orthonormal to rounding and their spaces right to an angle of 4·e divided by the gap σq − σq+1 (Wedin 1972);
+/// squared_error is the tail of σ² (Eckart and Young 1936). The product (m×n) is never formed. Throws shape_mismatch
+/// where the inner ranks differ, invalid_argument for a rank of 0 or above min(m, n, r), nonfinite_error. Cost: (m +
+/// n)·r² + O(r³) flops, scratch O(r²).
+///
+///     auto best = factored_svd(cpu{}, left, right, {.rank = 16});
+///     double lost = best.relative_error();
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd(
+    const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice);
+
+/// The same of two views.
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd(const P& policy,
+    matrix_view<const T, P::space> left, std::type_identity_t<matrix_view<const T, P::space>> right,
+    const rank_choice& choice);
+
+/// Many layers at once: layer i of the result belongs to pairs[i]. On the CPU layers run in parallel, one thread inside
+/// each, and the result does not depend on the number of threads; on a device the cores of equal shape are decomposed
+/// together.
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] std::vector<factored_svd_result<arithmetic_type<T>, P::space>> factored_svd(
+    const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice);
+
+/// Stacks pairs of the same m and n; their ranks may differ. Throws shape_mismatch, and invalid_argument for an empty
+/// list.
+template <storage_element T>
+[[nodiscard]] stacked_factors<arithmetic_type<T>> stack_factors(
+    std::span<const factor_pair<T>> pairs, std::string_view what = "the sum");
+
+/// The best approximation of Σ weightᵢ·leftᵢ·rightᵢᵀ (ranks may differ) by rank q: the stacked factors through
+/// factored_svd(), with the exact error. Same types, errors and cost as factored_svd() with r the sum of the ranks; a
+/// rank above that sum, or above m or n, is an error unless clamped.
+///
+///     std::array pairs{factor_pair<float>{.left = left1, .right = right1, .weight = 0.5},
+///         factor_pair<float>{.left = left2, .right = right2, .weight = 0.5}};
+///     auto merged = compress_sum(cpu{}, std::span<const factor_pair<float>>(pairs), {.rank = 16});
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> compress_sum(const P& policy,
+    std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice, std::string_view what = "the sum");
+
 namespace detail {
 
 /// factored_svd() up to the small SVD, and from there on: a device takes many small SVDs between the two together.
@@ -136,18 +193,8 @@ void for_each_factored_svd(
 
 } // namespace detail
 
-/// The leading singular triples of P = left·rightᵀ, exactly: left = Ql·Rl, right = Qr·Rr, and the SVD of the small core
-/// Rl·Rrᵀ. left is m×r, right is n×r, in either order and of the storage types f64, f32, bf16, f16 (16-bit factors are
-/// computed in f32). σ is right to e = 2e-7·‖left‖·‖right‖ for f32 (1e-14 for f64; Frobenius norms); u and v are
-/// orthonormal to rounding and their spaces right to an angle of 4·e divided by the gap σq − σq+1 (Wedin 1972);
-/// squared_error is the tail of σ² (Eckart and Young 1936). The product (m×n) is never formed. Throws shape_mismatch
-/// where the inner ranks differ, invalid_argument for a rank of 0 or above min(m, n, r), nonfinite_error. Cost: (m +
-/// n)·r² + O(r³) flops, scratch O(r²).
-///
-///     auto best = factored_svd(cpu{}, left, right, {.rank = 16});
-///     double lost = best.relative_error();
 template <storage_element T, linear_algebra_policy P>
-[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd(
+factored_svd_result<arithmetic_type<T>, P::space> factored_svd(
     const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice)
 {
     return with_context(policy, [&](const P& ready) {
@@ -157,17 +204,14 @@ template <storage_element T, linear_algebra_policy P>
 }
 
 template <storage_element T, linear_algebra_policy P>
-[[nodiscard]] auto factored_svd(const P& policy, matrix_view<const T, P::space> left,
+factored_svd_result<arithmetic_type<T>, P::space> factored_svd(const P& policy, matrix_view<const T, P::space> left,
     std::type_identity_t<matrix_view<const T, P::space>> right, const rank_choice& choice)
 {
     return factored_svd<T>(policy, factor_pair<T, P::space>{.left = left, .right = right}, choice);
 }
 
-/// Many layers at once: layer i of the result belongs to pairs[i]. On the CPU layers run in parallel, one thread inside
-/// each, and the result does not depend on the number of threads; on a device the cores of equal shape are decomposed
-/// together.
 template <storage_element T, linear_algebra_policy P>
-[[nodiscard]] std::vector<factored_svd_result<arithmetic_type<T>, P::space>> factored_svd(
+std::vector<factored_svd_result<arithmetic_type<T>, P::space>> factored_svd(
     const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice)
 {
     std::vector<factored_svd_result<arithmetic_type<T>, P::space>> results(pairs.size());
@@ -178,19 +222,6 @@ template <storage_element T, linear_algebra_policy P>
     });
     return results;
 }
-
-/// Σ weightᵢ·leftᵢ·rightᵢᵀ as one pair of factors: the leftᵢ side by side, each times its weight, and the rightᵢ side
-/// by side. Exact but for the rounding of weightᵢ·leftᵢ.
-template <arithmetic_element T, memory_space S = memory_space::host>
-struct stacked_factors {
-    matrix<T, S> left; ///< m×R, R the sum of the ranks
-    matrix<T, S> right; ///< n×R
-
-    [[nodiscard]] factor_pair<T, S> pair(std::string_view name = {}) const
-    {
-        return {.left = left.view(), .right = right.view(), .name = name};
-    }
-};
 
 namespace detail {
 /// The sum of the ranks of pairs that can be stacked.
@@ -215,11 +246,8 @@ template <storage_element T, memory_space S>
 }
 } // namespace detail
 
-/// Stacks pairs of the same m and n; their ranks may differ. Throws shape_mismatch, and invalid_argument for an empty
-/// list.
 template <storage_element T>
-[[nodiscard]] stacked_factors<arithmetic_type<T>> stack_factors(
-    std::span<const factor_pair<T>> pairs, std::string_view what = "the sum")
+stacked_factors<arithmetic_type<T>> stack_factors(std::span<const factor_pair<T>> pairs, std::string_view what)
 {
     using E = arithmetic_type<T>;
     const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].left.rows(), n = pairs[0].right.rows();
@@ -262,16 +290,9 @@ template <storage_element T, linear_algebra_policy P>
     return sum;
 }
 
-/// The best approximation of Σ weightᵢ·leftᵢ·rightᵢᵀ (ranks may differ) by rank q: the stacked factors through
-/// factored_svd(), with the exact error. Same types, errors and cost as factored_svd() with r the sum of the ranks; a
-/// rank above that sum, or above m or n, is an error unless clamped.
-///
-///     std::array pairs{factor_pair<float>{.left = left1, .right = right1, .weight = 0.5},
-///         factor_pair<float>{.left = left2, .right = right2, .weight = 0.5}};
-///     auto merged = compress_sum(cpu{}, std::span<const factor_pair<float>>(pairs), {.rank = 16});
 template <storage_element T, linear_algebra_policy P>
-[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> compress_sum(const P& policy,
-    std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice, std::string_view what = "the sum")
+factored_svd_result<arithmetic_type<T>, P::space> compress_sum(
+    const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice, std::string_view what)
 {
     return with_context(policy, [&](const P& ready) {
         const auto sum = stack_factors<T>(ready, pairs, what);

@@ -33,6 +33,20 @@ struct randomized_svd_result : svd_result<T, S> {
     bool reached = true; ///< false where max_rank came before the asked energy or relative error
 };
 
+/// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types
+/// converted to f32 first), nearly exactly: sample Y = A·Ω with Ω normal of rank + oversampling columns, sharpen it by
+/// power iterations with a QR after every product, and decompose the projection QᵀA. On a spectrum that decays, 2
+/// iterations come within 1% of the best error; on a flat one the leading σ fall short by some percent, and more
+/// iterations help. squared_error is the true error of what is returned in either case: ‖A‖² − Σσ², or, where that
+/// would cancel (relative error below 1e-3; for f32 on a device 0.1), the residual itself, entry by entry. The draw
+/// depends on seed, name and shape alone; the result does not depend on the number of threads. Throws invalid_argument,
+/// nonfinite_error. Cost: 2 + 2·power_iterations products of A with a thin matrix, one read for ‖A‖.
+///
+///     auto s = randomized_svd(cpu{}, weight, {.rank = 16, .seed = 1});
+template <storage_element S, linear_algebra_policy P>
+[[nodiscard]] randomized_svd_result<arithmetic_type<S>, P::space> randomized_svd(
+    const P& policy, matrix_view<const S, P::space> input, const randomized_svd_options& options);
+
 namespace detail {
 
 /// randomized_svd(), see there.
@@ -127,18 +141,8 @@ template <storage_element S, linear_algebra_policy P>
 
 } // namespace detail
 
-/// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types
-/// converted to f32 first), nearly exactly: sample Y = A·Ω with Ω normal of rank + oversampling columns, sharpen it by
-/// power iterations with a QR after every product, and decompose the projection QᵀA. On a spectrum that decays, 2
-/// iterations come within 1% of the best error; on a flat one the leading σ fall short by some percent, and more
-/// iterations help. squared_error is the true error of what is returned in either case: ‖A‖² − Σσ², or, where that
-/// would cancel (relative error below 1e-3; for f32 on a device 0.1), the residual itself, entry by entry. The draw
-/// depends on seed, name and shape alone; the result does not depend on the number of threads. Throws invalid_argument,
-/// nonfinite_error. Cost: 2 + 2·power_iterations products of A with a thin matrix, one read for ‖A‖.
-///
-///     auto s = randomized_svd(cpu{}, weight, {.rank = 16, .seed = 1});
 template <storage_element S, linear_algebra_policy P>
-[[nodiscard]] randomized_svd_result<arithmetic_type<S>, P::space> randomized_svd(
+randomized_svd_result<arithmetic_type<S>, P::space> randomized_svd(
     const P& policy, matrix_view<const S, P::space> input, const randomized_svd_options& options)
 {
     return with_context(policy, [&](const P& ready) { return detail::sampled_svd<S>(ready, input, options); });

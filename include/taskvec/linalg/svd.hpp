@@ -86,6 +86,14 @@ struct svd_result {
     return sum;
 }
 
+/// ‖A − u·diag(sigma)·vᵀ‖²_F computed entry by entry, block by block: exact to rounding, whatever the factors are.
+/// A is m×n, u m×q, v n×q. Cost: one read of A and 2·m·n·q flops; scratch of 256 rows of A for each thread (4,096 on a
+/// device).
+template <arithmetic_element T, linear_algebra_policy P>
+[[nodiscard]] double squared_residual(const P& policy, matrix_view<const T, P::space> a,
+    std::type_identity_t<matrix_view<const T, P::space>> u, std::span<const double> sigma,
+    std::type_identity_t<matrix_view<const T, P::space>> v);
+
 namespace detail {
 
 /// Checks a choice before any work; `largest` is the highest rank that there is, and `label` and `owner` begin the
@@ -140,11 +148,8 @@ template <arithmetic_element T, linear_algebra_policy P>
 
 } // namespace detail
 
-/// ‖A − u·diag(sigma)·vᵀ‖²_F computed entry by entry, block by block: exact to rounding, whatever the factors are.
-/// A is m×n, u m×q, v n×q. Cost: one read of A and 2·m·n·q flops; scratch of 256 rows of A for each thread (4,096 on a
-/// device).
 template <arithmetic_element T, linear_algebra_policy P>
-[[nodiscard]] double squared_residual(const P& policy, matrix_view<const T, P::space> a,
+double squared_residual(const P& policy, matrix_view<const T, P::space> a,
     std::type_identity_t<matrix_view<const T, P::space>> u, std::span<const double> sigma,
     std::type_identity_t<matrix_view<const T, P::space>> v)
 {
