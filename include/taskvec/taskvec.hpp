@@ -40,6 +40,7 @@
 #include <taskvec/device/models/elements.hpp>
 #include <taskvec/device/select/bracket_functors.hpp>
 #include <taskvec/device/select/magnitude_functors.hpp>
+#include <taskvec/device/vendor/failure.hpp>
 #include <taskvec/interop/dlpack.hpp>
 #include <taskvec/interop/eigen.hpp>
 #include <taskvec/interop/mdspan.hpp>
@@ -88,6 +89,7 @@
 #include <taskvec/search/subset_sweep.hpp>
 #include <taskvec/search/sweep.hpp>
 #include <taskvec/search/task_space.hpp>
+#include <taskvec/select/index_list.hpp>
 #include <taskvec/select/sparse.hpp>
 #include <taskvec/select/thresholds.hpp>
 #include <taskvec/select/top_k.hpp>
