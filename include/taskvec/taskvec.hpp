@@ -14,6 +14,7 @@
 #include <taskvec/analysis/scores.hpp>
 #include <taskvec/arithmetic/task_vector.hpp>
 #include <taskvec/arithmetic/weighted_sum.hpp>
+#include <taskvec/core/callback.hpp>
 #include <taskvec/core/config.hpp>
 #include <taskvec/core/dtype.hpp>
 #include <taskvec/core/error.hpp>

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <atomic>
+#include <functional>
 #include <set>
 #include <string>
 #include <thread>
@@ -50,6 +51,32 @@ TEST_CASE("the caller's own parallel loop runs the work")
     for_each_index(policy, visits.size(), [&](std::size_t index, std::size_t) { ++visits[index]; });
     CHECK(asked == 3);
     CHECK(visits == std::vector<int>(10, 1));
+}
+
+TEST_CASE("a caller's loop may take its body by any type that calls it")
+{
+    const auto sum = [](const cpu& policy) {
+        std::vector<int> visits(10);
+        for_each_index(policy, visits.size(), [&](std::size_t index, std::size_t) { ++visits[index]; });
+        return visits;
+    };
+    const auto loop = [](std::size_t count, const auto& body) {
+        for (std::size_t i = 0; i < count; ++i) { body(i); }
+    };
+    CHECK(sum({.threads = 2, .executor = loop}) == std::vector<int>(10, 1));
+    CHECK(sum({.threads = 2,
+              .executor =
+                  [](std::size_t count, function_ref<void(std::size_t)> body) {
+                      for (std::size_t i = 0; i < count; ++i) { body(i); }
+                  }})
+        == std::vector<int>(10, 1));
+}
+
+TEST_CASE("more threads than one thread starts run too")
+{
+    std::vector<std::atomic<int>> visits(700);
+    detail::run_on_threads(visits.size(), [&](std::size_t index) { ++visits[index]; });
+    for (const auto& visit : visits) { CHECK(visit == 1); }
 }
 
 TEST_CASE("the failure of the lowest index is the one that is reported, with any number of threads")

@@ -11,10 +11,10 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
-#include <functional>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -22,7 +22,7 @@ namespace taskvec::inline TASKVEC_ABI {
 struct extract_options {
     rank_choice rank{};
     sigma_side side = sigma_side::both;
-    std::function<bool(std::string_view)> include{}; ///< which tensors to look at, by name; empty: all
+    callback<bool(std::string_view)> include{}; ///< which tensors to look at, by name; empty: all
     std::string suffix =
         ".weight"; ///< the 2-D tensors whose name ends so are layers; the rest of the name is the module's
     std::string base_label = "the base", tuned_label = "the fine-tuned model"; ///< what messages call the two

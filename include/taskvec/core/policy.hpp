@@ -2,14 +2,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/callback.hpp>
 #include <taskvec/core/view.hpp>
 
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory_resource>
 #include <string_view>
+#include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -26,11 +27,13 @@ struct progress_event {
 };
 
 /// Called now and then from one thread at a time; returning false stops the work with taskvec::cancelled.
-using progress_callback = std::function<bool(const progress_event&)>;
+using progress_callback = callback<bool(const progress_event&)>;
 
 /// The caller's own parallel loop: calls body(0) … body(count − 1), each once, in any order and on any threads, and
 /// returns when all have returned. `body` never throws.
-using parallel_for = std::function<void(std::size_t count, const std::function<void(std::size_t)>& body)>;
+///
+///     taskvec::cpu policy{.executor = [&](std::size_t count, const auto& body) { pool.run(count, body); }};
+using parallel_for = callback<void(std::size_t count, function_ref<void(std::size_t)> body)>;
 
 /// What to do with NaN or infinity in an input: an error that names the tensor and index, or let it spread.
 enum class nonfinite : std::uint8_t { error, propagate };
@@ -42,7 +45,7 @@ struct cpu {
     static constexpr memory_space space = memory_space::host;
 
     unsigned threads = 0; ///< 0: one for each hardware thread
-    parallel_for executor{}; ///< empty: std::thread, started for each call
+    parallel_for executor{}; ///< empty: threads, started for each call
     std::pmr::memory_resource* memory = nullptr; ///< scratch memory; null: std::pmr::get_default_resource()
     progress_callback progress{}; ///< empty: silent
 };

@@ -7,9 +7,9 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <ranges>
+#include <iterator>
 #include <type_traits>
+#include <utility>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -96,6 +96,14 @@ template <class T>
     }
 }
 
+/// A vector, array, span or their like: elements that can be stored, one after another.
+template <class X>
+concept contiguous_run = requires(X& x) {
+    { *std::data(x) } -> std::same_as<std::remove_pointer_t<decltype(std::data(x))>&>;
+    { std::size(x) } -> std::convertible_to<std::size_t>;
+    requires storable<std::remove_cv_t<std::remove_pointer_t<decltype(std::data(x))>>>;
+};
+
 /// Something with a shape of its own: its elements need not lie row-major in one run. interop/ knows how it becomes a
 /// view.
 template <class X>
@@ -106,13 +114,12 @@ concept has_shape = requires(X& x) { x.shape(); } || requires(X& x) {
 } // namespace detail
 
 template <class X>
-    requires std::ranges::contiguous_range<X> && std::ranges::sized_range<X> && storable<std::ranges::range_value_t<X>>
-    && (!detail::has_shape<X>)
+    requires detail::contiguous_run<X> && (!detail::has_shape<X>)
 struct view_traits<X> {
-    using element = detail::stored_as<std::remove_reference_t<std::ranges::range_reference_t<X>>>;
+    using element = detail::stored_as<std::remove_pointer_t<decltype(std::data(std::declval<X&>()))>>;
     static constexpr host_view<element> get(X& x) noexcept
     {
-        return {detail::as_stored(std::ranges::data(x)), std::ranges::size(x)};
+        return {detail::as_stored(std::data(x)), static_cast<std::size_t>(std::size(x))};
     }
 };
 

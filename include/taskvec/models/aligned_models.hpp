@@ -11,11 +11,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -34,8 +35,7 @@ enum class missing : std::uint8_t { error, base };
 
 /// What every model-wide algorithm may be told. None of it changes a bit of a tensor that is included.
 struct model_options {
-    std::function<bool(std::string_view)>
-        include{}; ///< empty: every floating tensor; the others are copied from the base
+    callback<bool(std::string_view)> include{}; ///< empty: every floating tensor; the others are copied from the base
     std::optional<taskvec::dtype>
         output{}; ///< dtype of the result; empty: the base's, tensor by tensor (fp8 becomes f32)
     nonfinite on_nonfinite = nonfinite::error; ///< NaN and infinity in an input
@@ -101,7 +101,7 @@ struct tensor_range {
 /// Errors: invalid_argument, shape_mismatch, dtype_mismatch, each naming the tensor and the model.
 class aligned_models {
 public:
-    using bytes_equal = std::function<bool(const void* a, const void* b, std::size_t bytes)>;
+    using bytes_equal = callback<bool(const void* a, const void* b, std::size_t bytes)>;
 
     aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {},
         memory_space space = memory_space::host, const bytes_equal& equal = {})

@@ -10,8 +10,6 @@
 #include <cmath>
 #include <concepts>
 #include <cstddef>
-#include <functional>
-#include <limits>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -62,7 +60,7 @@ struct lorahub_problem {
 };
 
 /// L(w) + α·Σ|wt|, as an optimiser calls it. Weights outside the bounds count as the bound.
-using lorahub_objective = std::function<double(std::span<const double> weights)>;
+using lorahub_objective = callback<double(std::span<const double> weights)>;
 
 /// An optimiser: any callable that is given the problem and the objective, and returns when it has done what it could.
 /// What it returns does not matter: the best candidate is taken from the history. One that does not stop when the

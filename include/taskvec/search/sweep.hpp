@@ -13,7 +13,6 @@
 #include <cmath>
 #include <concepts>
 #include <cstddef>
-#include <functional>
 #include <limits>
 #include <map>
 #include <ostream>
@@ -21,6 +20,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -203,7 +203,7 @@ inline std::vector<std::vector<std::string>> csv_lines(std::string_view text, st
 struct sweep_options {
     std::size_t at_once = 1; ///< candidates that are scored at the same time, each in a buffer of its own: for a score
                              ///< that may be called from several threads
-    std::function<void(const sweep_table&)>
+    callback<void(const sweep_table&)>
         keep{}; ///< called after rows were added, on the calling thread: to write the table to a file
 };
 
