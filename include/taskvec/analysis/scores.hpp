@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstddef>
 #include <span>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 

@@ -4,11 +4,16 @@
 
 #include <taskvec/models/tensor_sums.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <ranges>
 #include <span>
-#include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

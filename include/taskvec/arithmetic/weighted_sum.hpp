@@ -4,8 +4,13 @@
 
 #include <taskvec/models/block.hpp>
 
+#include <algorithm>
 #include <array>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
 #include <span>
+#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 

@@ -2,6 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
+#include <span>
+#include <string_view>
+
 #define TASKVEC_COMPILED_MERGE_ADAPTERS(EXTERN, T)                                                                     \
     EXTERN template adapter_result<T> merge_linear<T>(                                                                 \
         const cpu&, std::span<const lora_adapter<T>>, const linear_merge_options&);

@@ -6,6 +6,11 @@
 // one list, this one. Other types than float and double compile in the caller's file as ever.
 #pragma once
 
+#include <memory_resource>
+#include <span>
+#include <string_view>
+#include <vector>
+
 #define TASKVEC_COMPILED_SMALL_MATRICES(EXTERN)                                                                        \
     EXTERN template double detail::cholesky_factor<0>(                                                                 \
         matrix_view<const double>, matrix_view<double>, matrix_view<double>);                                          \

@@ -4,6 +4,7 @@
 
 #include <taskvec/core/config.hpp>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

@@ -4,7 +4,6 @@
 
 #include <taskvec/core/config.hpp>
 
-#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>

@@ -6,14 +6,19 @@
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/option_table.hpp>
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <concepts>
+#include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

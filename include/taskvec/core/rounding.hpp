@@ -8,6 +8,7 @@
 
 #include <taskvec/core/storage.hpp>
 
+#include <concepts>
 #include <cstdint>
 
 namespace taskvec::inline TASKVEC_ABI::elementwise {

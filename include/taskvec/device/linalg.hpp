@@ -11,9 +11,9 @@
 //     auto best = factored_svd(context.policy(), a.view(), b.view(), {.rank = 16});
 #pragma once
 
-#include <taskvec/adapters/adapter.hpp>
 #include <taskvec/linalg/factored_svd.hpp>
 #include <taskvec/linalg/randomized_svd.hpp>
+#include <taskvec/linalg/svd.hpp>
 
 #include <taskvec/device/linalg/matrix.hpp>
 

@@ -9,10 +9,11 @@
 #include <taskvec/reuse/peru_fft.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 

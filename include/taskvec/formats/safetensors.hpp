@@ -11,7 +11,6 @@
 #include <taskvec/formats/json.hpp>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>

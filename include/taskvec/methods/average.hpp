@@ -6,6 +6,9 @@
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
+#include <cstddef>
+#include <vector>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// θ* = Σ wt·θt / Σ wt, elementwise. Needs no base. Weights: one for each task, or none for all 1; any sign, but their

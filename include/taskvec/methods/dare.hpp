@@ -8,6 +8,10 @@
 #include <taskvec/methods/ties.hpp>
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 

@@ -5,9 +5,17 @@
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
 #include <iterator>
+#include <limits>
+#include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

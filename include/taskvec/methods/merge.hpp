@@ -12,12 +12,20 @@
 #include <taskvec/models/copy_through.hpp>
 #include <taskvec/models/tensor_sums.hpp>
 
-#include <atomic>
+#include <algorithm>
+#include <cmath>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory_resource>
 #include <ranges>
 #include <span>
 #include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

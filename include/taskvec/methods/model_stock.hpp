@@ -5,6 +5,12 @@
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <string>
+#include <vector>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// For each tensor: θ* = θ0 + t·mean(τ), t = N·c / (1 + (N−1)·c), with c the mean cosine over all pairs of the N task

@@ -6,8 +6,11 @@
 #include <taskvec/core/kernels.hpp>
 #include <taskvec/core/option_table.hpp>
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

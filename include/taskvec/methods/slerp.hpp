@@ -5,6 +5,10 @@
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
+#include <cmath>
+#include <cstddef>
+#include <vector>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// For each tensor, as one flat vector: θ* = sin((1−t)Ω)/sinΩ·a + sin(tΩ)/sinΩ·b, with Ω the angle between a and b; and

@@ -6,6 +6,9 @@
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
+#include <cstddef>
+#include <vector>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// θ* = θ0 + λ·Σ wt·τt with τt = θt − θ0. λ < 0 forgets. The analogy "a is to b as c is to …",

@@ -7,6 +7,15 @@
 #include <taskvec/methods/sign_election.hpp>
 #include <taskvec/select/thresholds.hpp>
 
+#include <algorithm>
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <utility>
+#include <vector>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// The sign of an entry whose election sum is exactly 0 while some task vector is not: that of the sum of all elected

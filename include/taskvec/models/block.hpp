@@ -5,9 +5,19 @@
 #include <taskvec/core/kernels.hpp>
 #include <taskvec/models/aligned_models.hpp>
 
+#include <algorithm>
 #include <cmath>
-#include <limits>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <memory_resource>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 

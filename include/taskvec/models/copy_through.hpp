@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 
 namespace taskvec::inline TASKVEC_ABI::detail {
 

@@ -5,6 +5,10 @@
 #include <taskvec/models/block.hpp>
 
 #include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

@@ -5,6 +5,9 @@
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
 
+#include <cstddef>
+#include <span>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

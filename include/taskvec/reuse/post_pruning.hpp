@@ -6,6 +6,15 @@
 #include <taskvec/select/sparse.hpp>
 #include <taskvec/select/thresholds.hpp>
 
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// What is kept of a task vector: the top `density` by magnitude, over all tensors together or tensor by tensor.

@@ -6,11 +6,10 @@
 
 #include <nlopt.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <span>
-#include <string>
 #include <type_traits>
 #include <vector>
 #if !defined(TASKVEC_NO_EXCEPTIONS)

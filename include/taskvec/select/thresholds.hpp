@@ -5,6 +5,12 @@
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/select/top_k.hpp>
 
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <span>
 #include <type_traits>

@@ -17,8 +17,15 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <limits>
+#include <span>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>

@@ -6,8 +6,11 @@
 #include <taskvec/device/methods/merge.hpp>
 #include <taskvec/methods/ties.hpp>
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI::detail {

@@ -6,9 +6,11 @@
 #include <taskvec/device/methods/linear.hpp>
 #include <taskvec/methods/fisher.hpp>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

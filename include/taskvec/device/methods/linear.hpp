@@ -9,8 +9,10 @@
 #include <taskvec/methods/slerp.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

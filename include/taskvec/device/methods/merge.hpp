@@ -10,7 +10,7 @@
 #include <taskvec/device/models/tensor_dots.hpp>
 #include <taskvec/methods/merge.hpp>
 
-#include <concepts>
+#include <cmath>
 #include <cstddef>
 #include <span>
 #include <vector>

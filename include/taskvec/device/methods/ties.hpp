@@ -5,6 +5,9 @@
 #include <taskvec/device/methods/election.hpp>
 #include <taskvec/device/select/top_k.hpp>
 
+#include <cstddef>
+#include <type_traits>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 template <>

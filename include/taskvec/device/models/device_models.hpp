@@ -12,6 +12,7 @@
 #include <functional>
 #include <limits>
 #include <span>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>

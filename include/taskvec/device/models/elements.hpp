@@ -5,6 +5,7 @@
 #include <taskvec/core/rounding.hpp>
 #include <taskvec/models/aligned_models.hpp>
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>

@@ -5,9 +5,9 @@
 #include <taskvec/device/models/streamed_models.hpp>
 #include <taskvec/device/reuse.hpp>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

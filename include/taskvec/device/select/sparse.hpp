@@ -5,11 +5,13 @@
 #include <taskvec/device/models/device_models.hpp>
 #include <taskvec/select/sparse.hpp>
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <memory_resource>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
