@@ -6,6 +6,13 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+// What decompositions need is in linalg_f32.cpp and linalg_f64.cpp.
+TASKVEC_COMPILED_SMALL_MATRICES(extern)
+TASKVEC_COMPILED_MATRICES(extern, float)
+TASKVEC_COMPILED_MATRICES(extern, double)
+TASKVEC_COMPILED_FACTORED_SVD(extern, float)
+TASKVEC_COMPILED_FACTORED_SVD(extern, double)
+
 TASKVEC_COMPILED_MERGE_ADAPTERS(, float)
 TASKVEC_COMPILED_MERGE_ADAPTERS(, double)
 TASKVEC_COMPILED_EXTRACT(, float)

@@ -6,6 +6,10 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+// What f64 has is in linalg_f64.cpp.
+TASKVEC_COMPILED_SMALL_MATRICES(extern)
+TASKVEC_COMPILED_MATRICES(extern, double)
+
 TASKVEC_COMPILED_MATRICES(, float)
 TASKVEC_COMPILED_FACTORED_SVD(, float)
 TASKVEC_COMPILED_RANDOMIZED_SVD(, float)

@@ -6,6 +6,9 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+// What f32 has is in linalg_f32.cpp.
+TASKVEC_COMPILED_MATRICES(extern, float)
+
 TASKVEC_COMPILED_SMALL_MATRICES()
 TASKVEC_COMPILED_MATRICES(, double)
 TASKVEC_COMPILED_FACTORED_SVD(, double)
