@@ -84,11 +84,11 @@ struct option_row {
     bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
 
     constexpr option_row(
-        std::string_view name, Value Options::* member, std::string_view meaning, option_details details = {})
-        : name(name)
-        , member(member)
-        , meaning(meaning)
-        , details(details)
+        std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
+        : name(its_name)
+        , member(its_member)
+        , meaning(words)
+        , details(more)
     { }
 
     template <class Owner, class Visit>
@@ -137,8 +137,8 @@ template <class... Rows>
 struct option_table {
     std::tuple<Rows...> rows;
 
-    constexpr explicit option_table(const Rows&... rows)
-        : rows(rows...)
+    constexpr explicit option_table(const Rows&... all)
+        : rows(all...)
     { }
 };
 

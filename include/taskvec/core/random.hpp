@@ -65,8 +65,8 @@ public:
     [[nodiscard]] std::array<double, 2> normal_pair(std::uint64_t pair) const noexcept
     {
         const auto four = words(pair);
-        const double u = (((std::uint64_t{four[0]} << 32 | four[1]) >> 11) + 1) * 0x1p-53; // (0, 1]
-        const double v = ((std::uint64_t{four[2]} << 32 | four[3]) >> 11) * 0x1p-53; // [0, 1)
+        const double u = static_cast<double>(((std::uint64_t{four[0]} << 32 | four[1]) >> 11) + 1) * 0x1p-53; // (0, 1]
+        const double v = static_cast<double>((std::uint64_t{four[2]} << 32 | four[3]) >> 11) * 0x1p-53; // [0, 1)
         const double radius = std::sqrt(-2.0 * std::log(u)), angle = 2.0 * std::numbers::pi * v;
         return {radius * std::cos(angle), radius * std::sin(angle)};
     }

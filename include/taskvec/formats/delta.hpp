@@ -133,7 +133,7 @@ public:
     [[nodiscard]] std::uint64_t kept() const noexcept
     {
         std::uint64_t total = 0;
-        for (const auto& part : parts_) { total += part.kept; }
+        for (const auto& each : parts_) { total += each.kept; }
         return total;
     }
     /// The name that the file has until commit(); empty before begin().
@@ -292,7 +292,7 @@ public:
     [[nodiscard]] std::uint64_t kept() const noexcept
     {
         std::uint64_t total = 0;
-        for (const auto& part : parts_) { total += part.kept; }
+        for (const auto& each : parts_) { total += each.kept; }
         return total;
     }
 

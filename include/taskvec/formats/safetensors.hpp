@@ -139,10 +139,10 @@ public:
         if (!stack_.back().keys.insert(x).second) {
             const auto kind = top();
             if (kind == state::root) {
-                raise<format_error>(message("tensor '", x, "' occurs twice in the header"), file_, 8);
+                raise<format_error>(message("tensor '", x, "' occurs twice in the header"), file_, std::uint64_t{8});
             }
             if (kind == state::metadata) {
-                raise<format_error>(message("metadata key '", x, "' occurs twice"), file_, 8);
+                raise<format_error>(message("metadata key '", x, "' occurs twice"), file_, std::uint64_t{8});
             }
             bad(message("has the key '", x, "' twice"));
         }
@@ -191,13 +191,15 @@ private:
     {
         if (ignoring()) { return true; }
         switch (top()) {
-        case state::none: raise<format_error>(message("header is ", found, "; expected a JSON object"), file_, 8);
+        case state::none:
+            raise<format_error>(message("header is ", found, "; expected a JSON object"), file_, std::uint64_t{8});
         case state::root:
             raise<format_error>(message(in_metadata_key() ? "__metadata__" : "tensor '" + key_ + "'", " is ", found,
                                     "; expected a JSON object"),
-                file_, 8);
+                file_, std::uint64_t{8});
         case state::metadata:
-            raise<format_error>(message("metadata '", key_, "' is ", found, "; expected a string"), file_, 8);
+            raise<format_error>(
+                message("metadata '", key_, "' is ", found, "; expected a string"), file_, std::uint64_t{8});
         case state::shape: bad(message("has ", found, " in its shape; expected unsigned integers"));
         case state::range: bad(message("has ", found, " in its data_offsets; expected unsigned integers"));
         default:
@@ -207,12 +209,13 @@ private:
     }
     [[noreturn]] void bad(const std::string& what)
     {
-        raise<format_error>(message("tensor '", tensors.back().name, "' ", what), file_, 8);
+        raise<format_error>(message("tensor '", tensors.back().name, "' ", what), file_, std::uint64_t{8});
     }
     bool push(state kind)
     {
         if (stack_.size() == json_depth_limit) {
-            raise<format_error>(message("header is nested deeper than ", json_depth_limit, " levels"), file_, 8);
+            raise<format_error>(
+                message("header is nested deeper than ", json_depth_limit, " levels"), file_, std::uint64_t{8});
         }
         stack_.push_back({kind});
         return true;
