@@ -11,11 +11,13 @@
 #include <taskvec/adapters/merge_ties.hpp>
 #include <taskvec/adapters/phi_space.hpp>
 #include <taskvec/analysis/disentanglement.hpp>
+#include <taskvec/analysis/norms.hpp>
 #include <taskvec/analysis/scores.hpp>
 #include <taskvec/arithmetic/task_vector.hpp>
 #include <taskvec/arithmetic/weighted_sum.hpp>
 #include <taskvec/core/callback.hpp>
 #include <taskvec/core/config.hpp>
+#include <taskvec/core/csv.hpp>
 #include <taskvec/core/dtype.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/float_bits.hpp>

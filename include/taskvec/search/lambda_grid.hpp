@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/csv.hpp>
 #include <taskvec/core/error.hpp>
 
 #include <charconv>
@@ -57,55 +58,37 @@ inline lambda_grid empty_grid(std::span<const double> lambda1, std::span<const d
     return grid;
 }
 
-/// The shortest text that reads back as the same number; independent of the locale.
-inline std::string csv_number(double value)
-{
-    char text[32];
-    const auto end = std::to_chars(text, text + sizeof text, value).ptr;
-    return {text, end};
-}
-
-/// A CSV field after RFC 4180: quoted when it has to be.
-inline std::string csv_field(std::string_view text)
-{
-    if (text.find_first_of(",\"\r\n") == std::string_view::npos) { return std::string(text); }
-    std::string quoted = "\"";
-    for (const char c : text) {
-        if (c == '"') { quoted += '"'; }
-        quoted += c;
-    }
-    return quoted + '"';
-}
-
 } // namespace detail
 
 /// The grid as CSV, a line for each point: lambda1,lambda2,NAME. Numbers read back exactly.
 inline void write_csv(std::ostream& out, const lambda_grid& grid, std::string_view value_name = "value")
 {
-    out << "lambda1,lambda2," << detail::csv_field(value_name) << '\n';
+    out << "lambda1,lambda2," << csv_field(value_name) << '\n';
     for (std::size_t i = 0; i < grid.lambda1.size(); ++i) {
         for (std::size_t j = 0; j < grid.lambda2.size(); ++j) {
-            out << detail::csv_number(grid.lambda1[i]) << ',' << detail::csv_number(grid.lambda2[j]) << ','
-                << detail::csv_number(grid.at(i, j)) << '\n';
+            out << csv_number(grid.lambda1[i]) << ',' << csv_number(grid.lambda2[j]) << ',' << csv_number(grid.at(i, j))
+                << '\n';
         }
     }
 }
 
-/// A square matrix (row-major, such as cosine_matrix()'s) as CSV: a first line and a first column of labels.
-/// Throws invalid_argument when there are not as many labels as rows.
+/// A square matrix (row-major, such as cosine_matrix()'s) as CSV: a first line and a first column of labels, with
+/// `corner` where they meet. Throws invalid_argument when there are not as many labels as rows.
 ///
 ///     write_csv(file, cosine_matrix(cpu{}, models), names);
-inline void write_csv(std::ostream& out, std::span<const double> matrix, std::span<const std::string> labels)
+inline void write_csv(std::ostream& out, std::span<const double> matrix, std::span<const std::string> labels,
+    std::string_view corner = {})
 {
     const std::size_t n = labels.size();
     if (matrix.size() != n * n) {
         raise<invalid_argument>(message("write_csv: ", n, " labels for a matrix of ", matrix.size(), " elements"));
     }
-    for (const auto& label : labels) { out << ',' << detail::csv_field(label); }
+    out << csv_field(corner);
+    for (const auto& label : labels) { out << ',' << csv_field(label); }
     out << '\n';
     for (std::size_t i = 0; i < n; ++i) {
-        out << detail::csv_field(labels[i]);
-        for (std::size_t j = 0; j < n; ++j) { out << ',' << detail::csv_number(matrix[i * n + j]); }
+        out << csv_field(labels[i]);
+        for (std::size_t j = 0; j < n; ++j) { out << ',' << csv_number(matrix[i * n + j]); }
         out << '\n';
     }
 }

@@ -13,6 +13,28 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// The subsets of n tasks that have at least `smallest` members (at least 1), each ascending, in lexicographic order:
+/// {0,1}, {0,1,2}, …, {0,2}, … There are 2ⁿ of them, less those that are too small.
+///
+///     task_subsets(3, 2)   // {0,1}, {0,1,2}, {0,2}, {1,2}
+[[nodiscard]] inline std::vector<std::vector<std::size_t>> task_subsets(std::size_t n, std::size_t smallest = 2)
+{
+    std::vector<std::vector<std::size_t>> all;
+    std::vector<std::size_t> subset;
+    // Depth first without recursion: extend by the next task while there is one, otherwise move the last member on.
+    for (std::size_t next = 0;;) {
+        if (next < n) {
+            subset.push_back(next++);
+            if (subset.size() >= smallest) { all.push_back(subset); }
+        }
+        else {
+            if (subset.empty()) { return all; }
+            next = subset.back() + 1;
+            subset.pop_back();
+        }
+    }
+}
+
 struct subset_sweep_options {
     std::vector<double> weights{}; ///< one for each task; empty: all 1
     std::size_t smallest = 2; ///< subsets of fewer tasks are not visited

@@ -2,6 +2,7 @@
 // later run goes on with. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/csv.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/ties.hpp>
 #include <taskvec/search/lambda_grid.hpp>
@@ -102,11 +103,11 @@ private:
 /// The table as CSV: its columns and `score`, a line for each row. Scores read back exactly.
 inline void write_csv(std::ostream& out, const sweep_table& table)
 {
-    for (const auto& name : table.columns()) { out << detail::csv_field(name) << ','; }
+    for (const auto& name : table.columns()) { out << csv_field(name) << ','; }
     out << "score\n";
     for (const auto& row : table.rows()) {
-        for (const auto& coordinate : row.point) { out << detail::csv_field(coordinate) << ','; }
-        out << detail::csv_number(row.score) << '\n';
+        for (const auto& coordinate : row.point) { out << csv_field(coordinate) << ','; }
+        out << csv_number(row.score) << '\n';
     }
 }
 
@@ -338,7 +339,7 @@ void sweep_lambda(const cpu& policy, const Base& base, const Vector& vector, std
     table.require_columns({"lambda"});
     detail::sweep_runner<T, std::remove_reference_t<Score>> runner(policy, as_view(base).size(), table, score, options);
     for (const double lambda : lambdas) {
-        std::vector<std::string> point{detail::csv_number(lambda)};
+        std::vector<std::string> point{csv_number(lambda)};
         if (runner.wanted(point)) {
             runner.add(std::move(point), [&](host_view<T> out) { apply(policy, base, vector, lambda, out); });
         }
@@ -362,7 +363,7 @@ void sweep_ties(const cpu& policy, const ties_options& ties, const Base& base, c
     detail::sweep_runner<T, std::remove_reference_t<Score>> runner(policy, as_view(base).size(), table, score, options);
     for (const double density : densities) {
         for (const double lambda : lambdas) {
-            std::vector<std::string> point{detail::csv_number(density), detail::csv_number(lambda)};
+            std::vector<std::string> point{csv_number(density), csv_number(lambda)};
             if (!runner.wanted(point)) { continue; }
             ties_options here = ties;
             here.density = density;
@@ -392,7 +393,7 @@ void sweep_subsets(const cpu& policy, host_view<const T> base, const std::vector
         std::string members;
         for (const std::size_t task : subset) { members += (members.empty() ? "" : "+") + std::to_string(task); }
         for (const double lambda : lambdas) {
-            std::vector<std::string> point{members, detail::csv_number(lambda)};
+            std::vector<std::string> point{members, csv_number(lambda)};
             if (runner.wanted(point)) {
                 runner.add(std::move(point), [&](host_view<T> out) { apply(policy, base, sum, lambda, out); }, subset);
             }
