@@ -6,26 +6,15 @@
 
 namespace tool {
 
-std::optional<taskvec::dtype> adapter_settings::output() const
+void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept)
 {
-    if (dtype == "f32") { return taskvec::dtype::f32; }
-    if (dtype == "bf16") { return taskvec::dtype::bf16; }
-    if (dtype == "f16") { return taskvec::dtype::f16; }
-    return std::nullopt;
-}
-
-void add_adapter_options(CLI::App& verb, adapter_settings& settings, const std::string& kept)
-{
-    verb.add_option(
-            "--dtype", settings.dtype, "keep, f32, bf16 or f16: dtype of the factors (default: keep, " + kept + ")")
-        ->type_name("DTYPE")
-        ->transform(CLI::IsMember({"keep", "f32", "bf16", "f16"}, CLI::ignore_case));
+    add_dtype_option(verb, settings.dtype, "dtype of the factors (default: keep, " + kept + ")");
     add_run_options(verb, settings.run);
 }
 
-void add_modules_to_save(CLI::App& verb, adapter_settings& settings)
+void add_modules_to_save(command& verb, adapter_settings& settings)
 {
-    verb.add_flag("--modules-to-save", settings.modules_to_save,
+    verb.flag("--modules-to-save", settings.modules_to_save,
         "Accept adapters with modules_to_save, and carry the fine-tuned weights along");
 }
 
@@ -33,7 +22,7 @@ taskvec::rank_choice rank_settings::choice() const
 {
     if (!given()) { throw usage_error("give --rank Q or --energy E"); }
     if (energy && !(*energy > 0 && *energy <= 1)) {
-        taskvec::raise<taskvec::invalid_argument>(
+        throw usage_error(
             taskvec::message("--energy is ", *energy, "; expected a share above 0 and at most 1, such as 0.99"));
     }
     return {.rank = rank.value_or(0), .energy = energy.value_or(0), .clamp = clamp};
@@ -44,16 +33,13 @@ std::string rank_settings::words() const
     return rank ? "rank " + std::to_string(*rank) : percent(energy.value_or(1)) + " of the energy";
 }
 
-void add_rank_options(CLI::App& verb, rank_settings& settings)
+void add_rank_options(command& verb, rank_settings& settings)
 {
-    auto* rank = verb.add_option("--rank", settings.rank, "Rank of every layer; a layer of smaller rank is kept whole")
-                     ->type_name("Q")
-                     ->transform(decimal_number());
-    verb.add_option("--energy", settings.energy,
-            "Or the smallest rank of each layer that keeps this share of its squared singular values")
-        ->type_name("E")
-        ->excludes(rank);
-    verb.add_flag(
+    verb.count("--rank", settings.rank, "Q", "Rank of every layer; a layer of smaller rank is kept whole");
+    verb.number("--energy", settings.energy, "E",
+        "Or the smallest rank of each layer that keeps this share of its squared singular values");
+    verb.exclude("--energy", "--rank");
+    verb.flag(
         "--clamp", settings.clamp, "Lower a rank above every layer's to the highest there is, instead of refusing it");
 }
 

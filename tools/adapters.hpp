@@ -2,7 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "tool.hpp"
+#include "arguments.hpp"
+#include "command.hpp"
+#include "models.hpp"
+#include "report.hpp"
+#include "runner.hpp"
+#include "words.hpp"
 
 #include <taskvec/formats/peft.hpp>
 
@@ -23,12 +28,12 @@ struct adapter_settings {
     run_options run;
 
     /// Nothing for `keep`.
-    [[nodiscard]] std::optional<taskvec::dtype> output() const;
+    [[nodiscard]] std::optional<taskvec::dtype> output() const { return output_dtype(dtype); }
 };
 /// Adds --dtype, whose `keep` means `kept`, and the options of every run.
-void add_adapter_options(CLI::App& verb, adapter_settings& settings, const std::string& kept = "the adapter's");
+void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept = "the adapter's");
 /// Adds --modules-to-save.
-void add_modules_to_save(CLI::App& verb, adapter_settings& settings);
+void add_modules_to_save(command& verb, adapter_settings& settings);
 
 /// --rank or --energy.
 struct rank_settings {
@@ -37,12 +42,12 @@ struct rank_settings {
     bool clamp = false;
 
     [[nodiscard]] bool given() const { return rank || energy; }
-    /// Throws usage_error where neither was given, invalid_argument for an energy that is not a share.
+    /// Throws usage_error where neither was given, or an energy that is not a share.
     [[nodiscard]] taskvec::rank_choice choice() const;
     /// "rank 8" or "99% of the energy".
     [[nodiscard]] std::string words() const;
 };
-void add_rank_options(CLI::App& verb, rank_settings& settings);
+void add_rank_options(command& verb, rank_settings& settings);
 
 // Adapters.
 

@@ -1,9 +1,13 @@
 // taskvec apply: a base plus a delta.
 // SPDX-License-Identifier: Apache-2.0
-#include "merging.hpp"
+#include "models.hpp"
+#include "report.hpp"
+#include "words.hpp"
 
 #include <taskvec/formats/delta.hpp>
 #include <taskvec/reuse/sparse_addition.hpp>
+
+#include <memory>
 
 namespace {
 
@@ -13,10 +17,10 @@ struct settings {
     tool::run_options run;
 };
 
-void apply(const settings& given)
+void run_apply(const settings& given)
 {
     tool::check_finite(given.scale, "--scale");
-    const auto base = tool::open_model(given.base);
+    const auto base = tool::open_guarded(given.base);
     const taskvec::delta_file delta(given.delta);
     tool::guard_map(delta.file().map());
     tool::claim_output(
@@ -52,25 +56,18 @@ void apply(const settings& given)
         out, report);
 }
 
-const tool::register_verb verb(40, [](CLI::App& app) {
-    auto* apply_verb = app.add_subcommand("apply", "Add a delta to the model that it was made for");
+const tool::register_verb verb(40, "apply", "Add a delta to the model that it was made for", [](tool::command& verb) {
     const auto given = std::make_shared<settings>();
-    apply_verb->add_option("--base", given->base, "The model that the delta was made for")
-        ->type_name("MODEL")
-        ->required();
-    apply_verb->add_option("--delta", given->delta, "A delta, from prune or peru-fft")->type_name("FILE")->required();
-    apply_verb->add_option("--scale", given->scale, "Factor of the delta (default: 1)")->type_name("S");
-    apply_verb->add_option("--out", given->out, "Where the sum goes: a file, or a directory")
-        ->type_name("PATH")
-        ->required();
-    apply_verb
-        ->add_option("--shard-size", given->shard_size, "Write a directory of shards of at most this size, such as 5GB")
-        ->type_name("SIZE");
-    tool::add_nonfinite_option(*apply_verb, given->nonfinite);
-    tool::add_run_options(*apply_verb, given->run);
-    apply_verb->footer("Example:\n  taskvec apply --base reuse/merged.safetensors --delta reuse/math.delta.safetensors "
-                       "--out math.safetensors");
-    apply_verb->callback([given] { apply(*given); });
+    verb.text("--base", given->base, "MODEL", "The model that the delta was made for", tool::presence::required);
+    verb.text("--delta", given->delta, "FILE", "A delta, from prune or peru-fft", tool::presence::required);
+    verb.number("--scale", given->scale, "S", "Factor of the delta (default: 1)");
+    verb.text("--out", given->out, "PATH", "Where the sum goes: a file, or a directory", tool::presence::required);
+    tool::add_shard_size_option(verb, given->shard_size);
+    tool::add_nonfinite_option(verb, given->nonfinite);
+    tool::add_run_options(verb, given->run);
+    verb.footer("Example:\n  taskvec apply --base reuse/merged.safetensors --delta reuse/math.delta.safetensors "
+                "--out math.safetensors");
+    verb.action([given] { run_apply(*given); });
 });
 
 } // namespace

@@ -1,8 +1,11 @@
 // taskvec combine-statistics: Fishers or Grams over parts of a task's data become one file.
 // SPDX-License-Identifier: Apache-2.0
-#include "tool.hpp"
+#include "command.hpp"
+#include "words.hpp"
 
 #include <taskvec/formats/statistics.hpp>
+
+#include <memory>
 
 namespace {
 
@@ -20,21 +23,16 @@ void combine(const settings& given)
         + " over " + tool::counted(whole.info().examples, "example") + "\n");
 }
 
-const tool::register_verb verb(110, [](CLI::App& app) {
-    auto* combine_verb =
-        app.add_subcommand("combine-statistics", "Join Fishers or Gram matrices of one model over parts of its data");
-    const auto given = std::make_shared<settings>();
-    combine_verb->add_option("--part", given->parts, "A statistics file; repeat")
-        ->type_name("FILE")
-        ->required()
-        ->allow_extra_args(false);
-    combine_verb->add_option("--out", given->out, "Where the joined statistics go; may be one of the parts")
-        ->type_name("FILE")
-        ->required();
-    combine_verb->footer("Grams add up; Fishers are means weighted by their numbers of examples.\n\nExample:\n"
-                         "  taskvec combine-statistics --part math.0.gram.safetensors --part math.1.gram.safetensors "
-                         "--out math.gram.safetensors");
-    combine_verb->callback([given] { combine(*given); });
-});
+const tool::register_verb verb(110, "combine-statistics",
+    "Join Fishers or Gram matrices of one model over parts of its data", [](tool::command& verb) {
+        const auto given = std::make_shared<settings>();
+        verb.texts("--part", given->parts, "FILE", "A statistics file; repeat", tool::presence::required);
+        verb.text("--out", given->out, "FILE", "Where the joined statistics go; may be one of the parts",
+            tool::presence::required);
+        verb.footer("Grams add up; Fishers are means weighted by their numbers of examples.\n\nExample:\n"
+                    "  taskvec combine-statistics --part math.0.gram.safetensors --part math.1.gram.safetensors "
+                    "--out math.gram.safetensors");
+        verb.action([given] { combine(*given); });
+    });
 
 } // namespace

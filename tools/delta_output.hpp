@@ -2,10 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "merging.hpp"
+#include "runner.hpp"
 
 #include <taskvec/formats/delta.hpp>
-#include <taskvec/reuse/post_pruning.hpp>
+#include <taskvec/select/sparse.hpp>
 
 #include <utility>
 
@@ -37,19 +37,5 @@ public:
 private:
     taskvec::delta_writer writer_;
 };
-
-/// post_pruning() on what --device names.
-inline void prune(const taskvec::cpu& policy, const merge_settings& settings, double density,
-    const taskvec::aligned_models& models, delta_output& out)
-{
-    const taskvec::post_pruning_options options{.density = density, .scope = scope_of(settings)};
-    if (settings.run.device == "cuda") { prune_on_cuda(options, models, out, settings.run.memory_bytes(), policy); }
-    else {
-        taskvec::post_pruning(policy, options, models, out);
-    }
-}
-
-/// Reads of both models that pruning needs on smooth data.
-inline constexpr unsigned pruning_walks = 3;
 
 } // namespace tool

@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapters.hpp"
 #include "decompose.hpp"
-#include "merging.hpp"
 
 #include <taskvec/adapters/extract.hpp>
 
@@ -129,11 +128,11 @@ void extract_as(const settings& given, const taskvec::checkpoint& base, const ta
     list_left_out();
 }
 
-void extract_lora(const settings& given)
+void run_extract_lora(const settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("extract-lora runs on the cpu; leave --device out"); }
     (void)given.rank.choice();
-    const auto base = tool::open_model(given.base), tuned = tool::open_model(given.task);
+    const auto base = tool::open_guarded(given.base), tuned = tool::open_guarded(given.task);
     check_matches(given.include, base.model(), "--include", "tensor of '" + given.base + "'");
     check_matches(given.exclude, base.model(), "--exclude", "tensor of '" + given.base + "'");
     constexpr std::string_view suffix = ".weight";
@@ -148,39 +147,27 @@ void extract_lora(const settings& given)
         wide(base) || wide(tuned), [&]<class T>(std::type_identity<T>) { extract_as<T>(given, base, tuned); });
 }
 
-const tool::register_verb verb(70, [](CLI::App& app) {
-    auto* extract_verb =
-        app.add_subcommand("extract-lora", "Make a LoRA adapter of what fine-tuning changed in a model's 2-D weights");
-    const auto given = std::make_shared<settings>();
-    extract_verb->add_option("--base", given->base, "The pre-trained model")->type_name("MODEL")->required();
-    extract_verb->add_option("--task", given->task, "The fine-tuned model")->type_name("MODEL")->required();
-    extract_verb->add_option("--out", given->out, "Where the adapter goes, a PEFT directory")
-        ->type_name("DIR")
-        ->required();
-    tool::add_rank_options(*extract_verb, given->rank);
-    extract_verb->add_flag(
-        "--randomized", given->randomized, "Randomized SVD: nearly the best, a hundred times faster for large layers");
-    extract_verb->add_option("--seed", given->seed, "Of --randomized (default: 0)")
-        ->type_name("N")
-        ->transform(tool::decimal_number());
-    extract_verb->add_option("--include", given->include, "Only tensors that match")
-        ->type_name("REGEX")
-        ->allow_extra_args(false);
-    extract_verb->add_option("--exclude", given->exclude, "All but tensors that match")
-        ->type_name("REGEX")
-        ->allow_extra_args(false);
-    extract_verb
-        ->add_option("--embedding", given->embedding,
-            "Modules that are embeddings, beside those named so in common models (embed_tokens, wte, …)")
-        ->type_name("REGEX")
-        ->allow_extra_args(false);
-    extract_verb->add_flag("--fan-in-fan-out", given->fan_in_fan_out, "Weights are stored in×out, as in GPT-2");
-    tool::add_adapter_options(*extract_verb, *given, "the base's, per tensor");
-    extract_verb->footer(
-        "Other tensors that changed (biases, norms) are listed on standard error and in the report: an adapter cannot "
-        "hold them.\n\n"
-        "Example:\n  taskvec extract-lora --base base.safetensors --task math.safetensors --rank 16 --out math-lora");
-    extract_verb->callback([given] { extract_lora(*given); });
-});
+const tool::register_verb verb(70, "extract-lora",
+    "Make a LoRA adapter of what fine-tuning changed in a model's 2-D weights", [](tool::command& verb) {
+        const auto given = std::make_shared<settings>();
+        verb.text("--base", given->base, "MODEL", "The pre-trained model", tool::presence::required);
+        verb.text("--task", given->task, "MODEL", "The fine-tuned model", tool::presence::required);
+        verb.text("--out", given->out, "DIR", "Where the adapter goes, a PEFT directory", tool::presence::required);
+        tool::add_rank_options(verb, given->rank);
+        verb.flag("--randomized", given->randomized,
+            "Randomized SVD: nearly the best, a hundred times faster for large layers");
+        verb.count("--seed", given->seed, "N", "Of --randomized (default: 0)");
+        verb.texts("--include", given->include, "REGEX", "Only tensors that match");
+        verb.texts("--exclude", given->exclude, "REGEX", "All but tensors that match");
+        verb.texts("--embedding", given->embedding, "REGEX",
+            "Modules that are embeddings, beside those named so in common models (embed_tokens, wte, …)");
+        verb.flag("--fan-in-fan-out", given->fan_in_fan_out, "Weights are stored in×out, as in GPT-2");
+        tool::add_adapter_options(verb, *given, "the base's, per tensor");
+        verb.footer("Other tensors that changed (biases, norms) are listed on standard error and in the report: an "
+                    "adapter cannot hold them.\n\n"
+                    "Example:\n  taskvec extract-lora --base base.safetensors --task math.safetensors --rank 16 --out "
+                    "math-lora");
+        verb.action([given] { run_extract_lora(*given); });
+    });
 
 } // namespace

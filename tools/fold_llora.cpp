@@ -74,34 +74,29 @@ void fold_as(const settings& given)
         "folded a linearized adapter into '" + tool::printable(given.out) + "': " + summary);
 }
 
-void fold_llora(const settings& given)
+void run_fold_llora(const settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("fold-llora runs on the cpu; leave --device out"); }
     tool::in_precision(tool::adapter_is_wide(given.init) || tool::adapter_is_wide(given.adapter),
         [&]<class T>(std::type_identity<T>) { fold_as<T>(given); });
 }
 
-const tool::register_verb verb(90, [](CLI::App& app) {
-    auto* fold_verb = app.add_subcommand(
-        "fold-llora", "Turn an adapter that was fine-tuned linearized (L-LoRA, per layer) into a plain LoRA adapter");
-    const auto given = std::make_shared<settings>();
-    fold_verb->add_option("--init", given->init, "The adapter's initialisation, a PEFT directory")
-        ->type_name("DIR")
-        ->required();
-    fold_verb
-        ->add_option("--adapter", given->adapter,
-            "The fine-tuned adapter, a PEFT directory; also one that merge-lora --space phi wrote")
-        ->type_name("DIR")
-        ->required();
-    fold_verb
-        ->add_option(
-            "--out", given->out, "Where the plain adapter goes: rank r where the initial lora_B is 0, otherwise 2r")
-        ->type_name("DIR")
-        ->required();
-    tool::add_modules_to_save(*fold_verb, *given);
-    tool::add_adapter_options(*fold_verb, *given);
-    fold_verb->footer("Example:\n  taskvec fold-llora --init llora-init --adapter math-llora --out math-lora");
-    fold_verb->callback([given] { fold_llora(*given); });
-});
+const tool::register_verb verb(90, "fold-llora",
+    "Turn an adapter that was fine-tuned linearized (L-LoRA, per layer) into a plain LoRA adapter",
+    [](tool::command& verb) {
+        const auto given = std::make_shared<settings>();
+        verb.text(
+            "--init", given->init, "DIR", "The adapter's initialisation, a PEFT directory", tool::presence::required);
+        verb.text("--adapter", given->adapter, "DIR",
+            "The fine-tuned adapter, a PEFT directory; also one that merge-lora --space phi wrote",
+            tool::presence::required);
+        verb.text("--out", given->out, "DIR",
+            "Where the plain adapter goes: rank r where the initial lora_B is 0, otherwise 2r",
+            tool::presence::required);
+        tool::add_modules_to_save(verb, *given);
+        tool::add_adapter_options(verb, *given);
+        verb.footer("Example:\n  taskvec fold-llora --init llora-init --adapter math-llora --out math-lora");
+        verb.action([given] { run_fold_llora(*given); });
+    });
 
 } // namespace

@@ -1,9 +1,16 @@
 // taskvec inspect: what a model holds.
 // SPDX-License-Identifier: Apache-2.0
-#include "tool.hpp"
+#include "command.hpp"
+#include "runner.hpp"
+#include "words.hpp"
+
+#include <taskvec/formats/checkpoint.hpp>
+
+#include <nlohmann/json.hpp>
 
 #include <algorithm>
 #include <map>
+#include <memory>
 
 namespace {
 
@@ -73,19 +80,18 @@ void print_table(const taskvec::checkpoint& model)
     tool::print(text);
 }
 
-const tool::register_verb verb(10, [](CLI::App& app) {
-    auto* inspect =
-        app.add_subcommand("inspect", "List a model's tensors, metadata and totals; fails if the file is malformed");
-    const auto given = std::make_shared<settings>();
-    inspect->add_option("MODEL", given->model, "The model to look into")->required();
-    inspect->add_flag("--json", given->json, "Print JSON instead of a table");
-    tool::add_quiet(*inspect, given->run);
-    inspect->footer("Example:\n  taskvec inspect model.safetensors\n  taskvec inspect model.safetensors --json | jq "
+const tool::register_verb verb(10, "inspect",
+    "List a model's tensors, metadata and totals; fails if the file is malformed", [](tool::command& verb) {
+        const auto given = std::make_shared<settings>();
+        verb.positional("MODEL", given->model, "The model to look into");
+        verb.flag("--json", given->json, "Print JSON instead of a table");
+        tool::add_quiet(verb, given->run);
+        verb.footer("Example:\n  taskvec inspect model.safetensors\n  taskvec inspect model.safetensors --json | jq "
                     "'.tensors | length'");
-    inspect->callback([given] {
-        const auto model = tool::open_model(given->model);
-        given->json ? print_json(model) : print_table(model);
+        verb.action([given] {
+            const auto model = tool::open_guarded(given->model);
+            given->json ? print_json(model) : print_table(model);
+        });
     });
-});
 
 } // namespace

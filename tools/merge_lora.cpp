@@ -2,14 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapters.hpp"
 #include "decompose.hpp"
-#include "ties_settings.hpp"
+#include "methods.hpp"
 
 #include <taskvec/adapters/merge_ties.hpp>
 #include <taskvec/adapters/phi_space.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
-
-#include <CLI/Option.hpp>
 
 #include <algorithm>
 #include <memory>
@@ -21,12 +19,24 @@ struct settings : tool::adapter_settings {
     std::string method = "linear", space = "product", init;
     std::vector<std::string> adapters;
     tool::rank_settings rank;
-    tool::merge_settings merging; ///< lambda, density and what else TIES is told
+    tool::option_values options; ///< of the method: lambda, density and what else TIES is told
     bool randomized = false, any_base = false;
     std::uint64_t seed = 0;
 
     [[nodiscard]] bool in_phi() const { return space == "phi"; }
-    [[nodiscard]] double lambda() const { return merging.lambda.value_or(1); }
+    [[nodiscard]] double lambda() const
+    {
+        taskvec::linear_merge_options linear;
+        tool::apply_options(linear, options);
+        return linear.lambda;
+    }
+    [[nodiscard]] taskvec::ties_options ties(std::vector<double> weights) const
+    {
+        taskvec::ties_options ties;
+        tool::apply_options(ties, options);
+        ties.weights = std::move(weights);
+        return ties;
+    }
 };
 
 /// The adapters of a command line, read, and found to belong together.
@@ -188,7 +198,7 @@ taskvec::lora_adapter<T> merge_phi(const taskvec::cpu& policy, const settings& g
     const auto merged = [&](const auto& options) {
         return taskvec::merge_in_phi_space<T>(policy, options, from.initial(), from.updates(), how);
     };
-    if (given.method == "ties") { return merged(tool::ties_options_of(given.merging, from.weights())); }
+    if (given.method == "ties") { return merged(given.ties(from.weights())); }
     if (given.method == "average") { return merged(taskvec::average_options{from.weights()}); }
     return merged(taskvec::task_arithmetic_options{.lambda = given.lambda(), .weights = from.weights()});
 }
@@ -228,8 +238,8 @@ void merge_as(const settings& given, const std::vector<tool::task_argument>& arg
                     : given.randomized                  ? way::randomized
                                                         : way::exactly,
                 given.seed};
-            result = taskvec::merge_ties<T>(run.policy(), from.updates(),
-                {.ties = tool::ties_options_of(given.merging, from.weights()), .rank = given.rank.choice()}, how);
+            result = taskvec::merge_ties<T>(
+                run.policy(), from.updates(), {.ties = given.ties(from.weights()), .rank = given.rank.choice()}, how);
         }
         adapter.updates = std::move(result.adapter);
         tool::add_result(content, result);
@@ -247,7 +257,21 @@ void merge_as(const settings& given, const std::vector<tool::task_argument>& arg
         "merged " + summary + " into '" + tool::printable(given.out) + "'");
 }
 
-void merge_lora(const settings& given)
+/// The methods that have options of their own. Ranks are the verb's, weights come with the adapters.
+std::vector<tool::described> method_tables()
+{
+    std::vector<tool::described> tables{{"linear", taskvec::describe_options<taskvec::linear_merge_options>()},
+        {"ties", taskvec::describe_options<taskvec::adapter_ties_options>()}};
+    for (auto& table : tables) {
+        std::erase_if(table.options, [](const taskvec::option_description& option) {
+            return option.per_task || option.name == "rank" || option.name == "energy" || option.name == "clamp"
+                || option.name == "sigma";
+        });
+    }
+    return tables;
+}
+
+void run_merge_lora(const settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("merge-lora runs on the cpu; leave --device out"); }
     if (given.in_phi() == given.init.empty()) {
@@ -269,17 +293,20 @@ void merge_lora(const settings& given)
                                 "ranks stay; truncate the result by peru-lora");
     }
     if (!keeps_ranks && given.method == "ties") { (void)given.rank.choice(); }
-    const std::set<std::string> used = given.method == "ties"
-        ? std::set<std::string>{"density", "lambda", "scope", "semantics", "merge-weights"}
-        : given.method == "linear" ? std::set<std::string>{"lambda"}
-                                   : std::set<std::string>{};
-    for (const auto& option : given.merging.given) {
-        if (!used.contains(option)) {
-            tool::note(given.run, "--" + option + " has no effect on --method " + given.method);
+    tool::check_usage([&] {
+        taskvec::adapter_ties_options all; // has every row that a method has
+        tool::apply_options(all, given.options);
+    });
+    const auto tables = method_tables();
+    const auto table = std::find_if(
+        tables.begin(), tables.end(), [&](const tool::described& one) { return one.name == given.method; });
+    for (const auto& value : given.options) {
+        if (table == tables.end()
+            || std::none_of(table->options.begin(), table->options.end(),
+                [&](const auto& option) { return option.name == value.name; })) {
+            tool::note(given.run, value.flag + " has no effect on --method " + given.method);
         }
     }
-    if (given.method == "ties") { tool::check_density(given.merging.density.value_or(1), "--density"); }
-    tool::check_finite(given.lambda(), "--lambda");
 
     std::vector<tool::task_argument> arguments;
     bool wide = given.in_phi() && tool::adapter_is_wide(given.init);
@@ -290,64 +317,42 @@ void merge_lora(const settings& given)
     tool::in_precision(wide, [&]<class T>(std::type_identity<T>) { merge_as<T>(given, arguments); });
 }
 
-const tool::register_verb verb(80, [](CLI::App& app) {
-    auto* merge_verb =
-        app.add_subcommand("merge-lora", "Merge LoRA adapters, of different ranks and targets too, into one adapter");
-    const auto given = std::make_shared<settings>();
-    merge_verb->add_option("--method", given->method, "How to merge; see below (default: linear)")
-        ->type_name("METHOD")
-        ->check(CLI::IsMember({"linear", "ties", "average", "average-factors"}));
-    merge_verb
-        ->add_option("--adapter", given->adapters, "An adapter, with its weight (default 1); repeat, order counts")
-        ->type_name("DIR[=W]")
-        ->required()
-        ->allow_extra_args(false);
-    merge_verb->add_option("--out", given->out, "Where the merged adapter goes, a PEFT directory")
-        ->type_name("DIR")
-        ->required();
-    merge_verb
-        ->add_option("--space", given->space,
+const tool::register_verb verb(80, "merge-lora",
+    "Merge LoRA adapters, of different ranks and targets too, into one adapter", [](tool::command& verb) {
+        const auto given = std::make_shared<settings>();
+        verb.word("--method", given->method, {"linear", "ties", "average", "average-factors"}, "METHOD",
+            "How to merge; see below (default: linear)");
+        verb.texts("--adapter", given->adapters, "DIR[=W]",
+            "An adapter, with its weight (default 1); repeat, order counts", tool::presence::required);
+        verb.text(
+            "--out", given->out, "DIR", "Where the merged adapter goes, a PEFT directory", tool::presence::required);
+        verb.word("--space", given->space, {"product", "phi"}, "SPACE",
             "product or phi: merge the updates, or the adapters' own parameters around the initialisation that they "
-            "share (default: product)")
-        ->type_name("SPACE")
-        ->check(CLI::IsMember({"product", "phi"}));
-    merge_verb->add_option("--init", given->init, "The initialisation of --space phi, a PEFT directory")
-        ->type_name("DIR");
-    tool::add_rank_options(*merge_verb, given->rank);
-    merge_verb->add_option("--lambda", given->merging.lambda, "Scale of the merged update (default: 1)")
-        ->type_name("X")
-        ->check(CLI::Validator(
-            [given](std::string&) {
-                given->merging.given.insert("lambda");
-                return std::string();
-            },
-            ""));
-    tool::add_density_option(*merge_verb, given->merging, given->merging.density, "--density",
-        "Share of each update that ties keeps (default: 0.2)");
-    tool::add_ties_options(*merge_verb, given->merging);
-    merge_verb->add_flag("--randomized", given->randomized,
-        "ties: randomized SVD of the merged layers, a hundred times faster for large ones");
-    merge_verb->add_option("--seed", given->seed, "Of --randomized (default: 0)")
-        ->type_name("N")
-        ->transform(tool::decimal_number());
-    merge_verb->add_flag("--any-base", given->any_base, "Merge although the adapters name different base models");
-    tool::add_modules_to_save(*merge_verb, *given);
-    tool::add_adapter_options(*merge_verb, *given, "the adapters'");
-    merge_verb->footer("Methods:\n"
-                       "  linear           sum of weight times update; exact, of the sum of the ranks, unless --rank "
-                       "or --energy compress it.\n"
-                       "                   Negative weights subtract. In phi space: the initialisation plus lambda "
-                       "times the sum of weight times change\n"
-                       "  ties             trim to the top --density (0.2), elect signs, merge what agrees. Needs "
-                       "--rank or --energy, but in phi space\n"
-                       "  average          in phi space only: the weighted mean of the parameters\n"
-                       "  average-factors  the weighted mean of A and of B, each by itself. Not the mean of the "
-                       "updates: it has cross terms\n"
-                       "\nExample:\n  taskvec merge-lora --method linear --adapter math-lora=0.5 --adapter "
-                       "code-lora=0.5 --rank 16 --out both-lora\n"
-                       "  taskvec merge-lora --space phi --init llora-init --adapter math-llora --adapter code-llora "
-                       "--lambda 0.5 --out both-llora");
-    merge_verb->callback([given] { merge_lora(*given); });
-});
+            "share (default: product)");
+        verb.text("--init", given->init, "DIR", "The initialisation of --space phi, a PEFT directory");
+        tool::add_rank_options(verb, given->rank);
+        tool::add_described_options(verb, {}, method_tables(), given->options);
+        verb.flag("--randomized", given->randomized,
+            "ties: randomized SVD of the merged layers, a hundred times faster for large ones");
+        verb.count("--seed", given->seed, "N", "Of --randomized (default: 0)");
+        verb.flag("--any-base", given->any_base, "Merge although the adapters name different base models");
+        tool::add_modules_to_save(verb, *given);
+        tool::add_adapter_options(verb, *given, "the adapters'");
+        verb.footer("Methods:\n"
+                    "  linear           sum of weight times update; exact, of the sum of the ranks, unless --rank "
+                    "or --energy compress it.\n"
+                    "                   Negative weights subtract. In phi space: the initialisation plus lambda "
+                    "times the sum of weight times change\n"
+                    "  ties             trim to the top --density (0.2), elect signs, merge what agrees. Needs "
+                    "--rank or --energy, but in phi space\n"
+                    "  average          in phi space only: the weighted mean of the parameters\n"
+                    "  average-factors  the weighted mean of A and of B, each by itself. Not the mean of the "
+                    "updates: it has cross terms\n"
+                    "\nExample:\n  taskvec merge-lora --method linear --adapter math-lora=0.5 --adapter "
+                    "code-lora=0.5 --rank 16 --out both-lora\n"
+                    "  taskvec merge-lora --space phi --init llora-init --adapter math-llora --adapter code-llora "
+                    "--lambda 0.5 --out both-llora");
+        verb.action([given] { run_merge_lora(*given); });
+    });
 
 } // namespace

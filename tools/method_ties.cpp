@@ -1,16 +1,11 @@
 // --method ties.
 // SPDX-License-Identifier: Apache-2.0
-#include "ties_settings.hpp"
+#include <taskvec/methods/ties.hpp>
+#include <taskvec/tool/method.hpp>
 
 namespace {
 
-const tool::register_method entry({.name = "ties",
-    .help = "trim to the top --density (0.2), elect signs, merge what agrees",
-    .place = 30,
-    .uses = {"density", "lambda", "scope", "semantics", "merge-weights"},
-    .run = [](const taskvec::cpu& policy, const tool::merge_settings& settings, const tool::merge_inputs& inputs,
-               taskvec::tensor_sink& out) {
-        return tool::merge(policy, settings, tool::ties_options_of(settings, inputs.weights()), inputs.models(), out);
-    }});
+const tool::register_method<taskvec::ties_options> entry(
+    "ties", "trim to the top --density ({density}), elect signs, merge what agrees", 30);
 
 } // namespace

@@ -39,7 +39,7 @@ void truncate_as(const settings& given)
         "wrote '" + tool::printable(given.out) + "': " + summary);
 }
 
-void peru_lora(const settings& given)
+void run_peru_lora(const settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("peru-lora runs on the cpu; leave --device out"); }
     (void)given.rank.choice();
@@ -47,22 +47,19 @@ void peru_lora(const settings& given)
         tool::adapter_is_wide(given.adapter), [&]<class T>(std::type_identity<T>) { truncate_as<T>(given); });
 }
 
-const tool::register_verb verb(60, [](CLI::App& app) {
-    auto* peru_verb = app.add_subcommand(
-        "peru-lora", "Truncate a LoRA adapter to a lower rank, as well as that rank can (PERU-LoRA)");
-    const auto given = std::make_shared<settings>();
-    peru_verb->add_option("--adapter", given->adapter, "The fine-tuned adapter, a PEFT directory")
-        ->type_name("DIR")
-        ->required();
-    peru_verb->add_option("--out", given->out, "Where the truncated adapter goes, a PEFT directory")
-        ->type_name("DIR")
-        ->required();
-    tool::add_rank_options(*peru_verb, given->rank);
-    tool::add_modules_to_save(*peru_verb, *given);
-    tool::add_adapter_options(*peru_verb, *given);
-    peru_verb->footer(
-        "Example:\n  taskvec peru-lora --adapter math-lora --rank 4 --out math-lora-r4 --report math-lora-r4.json");
-    peru_verb->callback([given] { peru_lora(*given); });
-});
+const tool::register_verb verb(60, "peru-lora",
+    "Truncate a LoRA adapter to a lower rank, as well as that rank can (PERU-LoRA)", [](tool::command& verb) {
+        const auto given = std::make_shared<settings>();
+        verb.text(
+            "--adapter", given->adapter, "DIR", "The fine-tuned adapter, a PEFT directory", tool::presence::required);
+        verb.text(
+            "--out", given->out, "DIR", "Where the truncated adapter goes, a PEFT directory", tool::presence::required);
+        tool::add_rank_options(verb, given->rank);
+        tool::add_modules_to_save(verb, *given);
+        tool::add_adapter_options(verb, *given);
+        verb.footer("Example:\n  taskvec peru-lora --adapter math-lora --rank 4 --out math-lora-r4 --report "
+                    "math-lora-r4.json");
+        verb.action([given] { run_peru_lora(*given); });
+    });
 
 } // namespace

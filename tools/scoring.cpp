@@ -2,6 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "scoring.hpp"
 
+#include "runner.hpp"
+#include "words.hpp"
+
+#include <taskvec/core/error.hpp>
+
 #include <algorithm>
 #include <cerrno>
 #include <charconv>

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "tool.hpp"
+#include "arguments.hpp"
 
 #include <optional>
 #include <string>
@@ -11,8 +11,6 @@
 
 namespace tool {
 
-/// Whether an interrupt (SIGINT, SIGTERM, SIGHUP) has asked the tool to stop. Beside the handlers, in tool.cpp.
-[[nodiscard]] bool was_interrupted();
 /// Throws usage_error unless the command says, by {}, where the path goes.
 void check_score_command(const std::string& command);
 /// The last number in a text: a decimal, or nan or inf, that is no part of a word. Empty where there is none.

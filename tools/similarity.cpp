@@ -1,14 +1,18 @@
 // taskvec similarity: cosines of task vectors.
 // SPDX-License-Identifier: Apache-2.0
-#include "merging.hpp"
+#include "methods.hpp"
+#include "report.hpp"
+#include "words.hpp"
 
 #include <taskvec/arithmetic/task_vector.hpp>
+#include <taskvec/search/lambda_grid.hpp>
 
 #include <plot.hpp>
 
 #include <algorithm>
-#include <charconv>
 #include <cstdio>
+#include <memory>
+#include <sstream>
 
 namespace {
 
@@ -17,31 +21,6 @@ std::string fixed_text(double value)
     char text[32];
     std::snprintf(text, sizeof text, "%.4f", value);
     return std::string_view(text) == "-0.0000" ? "0.0000" : text;
-}
-
-std::string csv_field(const std::string& text)
-{
-    if (text.find_first_of(",\"\r\n") == text.npos) { return text; }
-    std::string quoted = "\"";
-    for (const char c : text) { quoted += c == '"' ? std::string("\"\"") : std::string(1, c); }
-    return quoted + "\"";
-}
-
-std::string csv_of(const std::vector<std::string>& names, const std::vector<double>& cosines)
-{
-    std::string text = "task";
-    for (const auto& name : names) { text += "," + csv_field(name); }
-    text += "\n";
-    for (std::size_t r = 0; r < names.size(); ++r) {
-        text += csv_field(names[r]);
-        for (std::size_t c = 0; c < names.size(); ++c) {
-            char number[40];
-            const auto end = std::to_chars(number, number + sizeof number, cosines[r * names.size() + c]).ptr;
-            text += "," + std::string(number, end);
-        }
-        text += "\n";
-    }
-    return text;
 }
 
 std::string table_of(const std::vector<std::string>& names, const std::vector<double>& cosines)
@@ -68,13 +47,13 @@ std::string table_of(const std::vector<std::string>& names, const std::vector<do
 }
 
 struct settings {
-    tool::merge_settings models;
+    tool::model_request models;
     std::string csv, svg;
 };
 
-void similarity(const settings& given)
+void run_similarity(const settings& given)
 {
-    tool::check_no_weights(given.models, "similarity", "a cosine does not depend on lengths; leave it out");
+    tool::check_no_weights(given.models.tasks, "similarity", "a cosine does not depend on lengths; leave it out");
     const tool::merge_inputs inputs(given.models, true);
     if (!given.csv.empty()) { tool::claim_output(given.csv, "--csv"); }
     if (!given.svg.empty()) { tool::claim_output(given.svg, "--svg"); }
@@ -87,7 +66,8 @@ void similarity(const settings& given)
     }
     // All files are opened before the work, and named after everything that can fail: none is left where one of them
     // cannot be had.
-    tool::report_file report(given.models.run.report), csv(given.csv), svg(given.svg);
+    tool::report_file report(given.models.run.report);
+    tool::text_output csv(given.csv), svg(given.svg);
     const auto cosines = taskvec::cosine_matrix(run.policy(), inputs.models());
     std::vector<std::string> names;
     for (const auto& task : inputs.arguments()) { names.push_back(task.name); }
@@ -98,12 +78,18 @@ void similarity(const settings& given)
     }
     if (report.wanted()) {
         const taskvec::merge_report done{.kept = {}, .conflicting = {}, .norms = {}, .walks = 1};
-        auto content = tool::report_of(run, given.models, inputs, done, 0);
+        tool::merge_request request; // without a method
+        static_cast<tool::model_request&>(request) = given.models;
+        auto content = tool::report_of(run, request, inputs, done, 0);
         content.erase("output");
         content["cosines"] = rows;
         report.finish(content);
     }
-    csv.finish_text(csv_of(names, cosines));
+    if (csv.wanted()) {
+        std::ostringstream text;
+        taskvec::write_csv(text, cosines, names, "task");
+        csv.finish_text(text.str());
+    }
     if (svg.wanted()) {
         svg.finish_text(plot::svg_of(
             plot::heat_map{.title = "Cosine of task vectors", .columns = names, .rows = names, .values = rows},
@@ -112,24 +98,18 @@ void similarity(const settings& given)
     tool::conclude(table_of(names, cosines), report, csv, svg);
 }
 
-const tool::register_verb verb(100, [](CLI::App& app) {
-    auto* similarity_verb =
-        app.add_subcommand("similarity", "Cosine similarity of task vectors, as a table, CSV or picture");
-    const auto given = std::make_shared<settings>();
-    similarity_verb->add_option("--base", given->models.base, "The pre-trained model that the tasks started from")
-        ->type_name("MODEL")
-        ->required();
-    similarity_verb->add_option("--task", given->models.tasks, "A fine-tuned model; repeat")
-        ->type_name("PATH")
-        ->required()
-        ->allow_extra_args(false);
-    similarity_verb->add_option("--csv", given->csv, "Also write the matrix as CSV")->type_name("FILE");
-    similarity_verb->add_option("--svg", given->svg, "Also draw the matrix (needs gnuplot)")->type_name("FILE");
-    tool::add_tensor_options(*similarity_verb, given->models);
-    tool::add_run_options(*similarity_verb, given->models.run);
-    similarity_verb->footer("Example:\n  taskvec similarity --base base.safetensors --task math.safetensors --task "
-                            "code.safetensors --svg cosines.svg");
-    similarity_verb->callback([given] { similarity(*given); });
-});
+const tool::register_verb verb(
+    100, "similarity", "Cosine similarity of task vectors, as a table, CSV or picture", [](tool::command& verb) {
+        const auto given = std::make_shared<settings>();
+        tool::add_base_option(verb, given->models, tool::presence::required);
+        verb.texts("--task", given->models.tasks, "PATH", "A fine-tuned model; repeat", tool::presence::required);
+        verb.text("--csv", given->csv, "FILE", "Also write the matrix as CSV");
+        verb.text("--svg", given->svg, "FILE", "Also draw the matrix (needs gnuplot)");
+        tool::add_tensor_options(verb, given->models);
+        tool::add_run_options(verb, given->models.run);
+        verb.footer("Example:\n  taskvec similarity --base base.safetensors --task math.safetensors --task "
+                    "code.safetensors --svg cosines.svg");
+        verb.action([given] { run_similarity(*given); });
+    });
 
 } // namespace

@@ -1,8 +1,12 @@
 // taskvec sweep: merges over a grid, each scored by a command.
 // SPDX-License-Identifier: Apache-2.0
-#include "merging.hpp"
+#include "methods.hpp"
+#include "report.hpp"
 #include "scoring.hpp"
+#include "words.hpp"
 
+#include <taskvec/core/csv.hpp>
+#include <taskvec/search/subset_sweep.hpp>
 #include <taskvec/search/sweep.hpp>
 
 #include <plot.hpp>
@@ -13,15 +17,18 @@
 #include <exception>
 #include <map>
 #include <memory>
+#include <set>
 #include <sstream>
 #include <thread>
 
 namespace {
 
 struct settings {
-    tool::merge_settings merge;
+    tool::merge_request merge;
     tool::score_command score;
-    std::string csv, svg, scratch, lambdas, densities;
+    std::string csv, svg, scratch;
+    std::map<std::string, tool::option_value> grids; ///< by option: the grid that was asked for
+    std::vector<std::string> over; ///< OPTION=GRID
     bool subsets = false, minimize = false;
     std::size_t smallest = 2, jobs = 1;
 };
@@ -65,66 +72,94 @@ std::vector<double> parse_grid(const std::string& text, const std::string& optio
 /// A point of the grid.
 struct candidate {
     std::vector<std::size_t> tasks;
-    std::optional<double> density, lambda;
+    std::vector<double> values; ///< one for each axis
     std::vector<std::string> point; ///< as the table has it
 };
 
-/// All subsets of at least `smallest` of n tasks, depth first.
-std::vector<std::vector<std::size_t>> subsets_of(std::size_t n, std::size_t smallest)
-{
-    std::vector<std::vector<std::size_t>> all;
-    std::vector<std::size_t> subset;
-    for (std::size_t next = 0;;) {
-        if (next < n) {
-            subset.push_back(next++);
-            if (subset.size() >= smallest) { all.push_back(subset); }
-        }
-        else {
-            if (subset.empty()) { return all; }
-            next = subset.back() + 1;
-            subset.pop_back();
-        }
-    }
-}
+/// An option that is swept over.
+struct axis {
+    std::string option;
+    std::vector<double> values;
+};
 
 struct grid {
+    std::vector<axis> axes;
     std::vector<std::string> columns;
     std::vector<candidate> candidates; ///< those of one subset are neighbours
 };
 
-grid grid_of(const settings& given, const tool::method& method)
+const tool::option_value* given_value(const settings& given, const std::string& option)
 {
-    const auto tasks = tool::parse_tasks(given.merge.tasks);
-    const auto axis = [&](const char* name, const std::string& text, const std::optional<double>& one,
-                          const std::vector<double>& usual) {
-        const bool used = method.uses.contains(name);
-        if (!text.empty() && !used) {
-            throw tool::usage_error(taskvec::message("--method ", method.name, " has no ", name, " to sweep over"));
+    const auto& list = given.merge.options;
+    const auto place =
+        std::find_if(list.rbegin(), list.rend(), [&](const tool::option_value& value) { return value.name == option; });
+    return place == list.rend() ? nullptr : &*place;
+}
+
+/// The grids that were asked for: those of --lambdas and its like, and --over OPTION=GRID.
+std::map<std::string, tool::option_value> grids_of(const settings& given)
+{
+    auto grids = given.grids;
+    for (const auto& text : given.over) {
+        const auto sign = text.find('=');
+        if (sign == text.npos || sign == 0) {
+            throw tool::usage_error("--over is '" + text + "'; expected an option and its values, such as t=0:1:0.1");
         }
-        const auto option = std::string(name) == "density" ? "--densities" : "--lambdas";
-        if (!text.empty() && one) {
-            throw tool::usage_error(taskvec::message("--", name, " and ", option, " exclude each other"));
+        const std::string option = text.substr(0, sign);
+        if (!grids.emplace(option, tool::option_value{option, text.substr(sign + 1), "--over " + option}).second) {
+            throw tool::usage_error("--over " + option + ": two grids for one option; give one");
         }
-        std::vector<std::optional<double>> values;
-        if (!used) { values.emplace_back(); }
+    }
+    return grids;
+}
+
+/// The options of the method that have values to go over, in the order of its table.
+std::vector<axis> axes_of(const settings& given, const tool::method_entry& method)
+{
+    const auto grids = grids_of(given);
+    std::vector<axis> axes;
+    std::set<std::string> used;
+    for (const auto& option : method.options) {
+        const bool number =
+            option.kind == taskvec::option_kind::number || option.kind == taskvec::option_kind::whole_number;
+        const auto asked = grids.find(option.name);
+        const auto* const one = given_value(given, option.name);
+        if (!number || (asked == grids.end() && option.axis.name.empty())) { continue; }
+        used.insert(option.name);
+        std::string flag = "--" + (option.axis.name.empty() ? option.name : std::string(option.axis.name)), text;
+        if (asked != grids.end()) {
+            flag = asked->second.flag;
+            text = asked->second.text;
+            if (one) { throw tool::usage_error(one->flag + " and " + flag + " exclude each other"); }
+        }
         else if (one) {
-            values.emplace_back(one);
+            text = one->text;
         }
         else {
-            for (const double value : text.empty() ? usual : parse_grid(text, option)) { values.emplace_back(value); }
+            text = given.subsets && !option.axis.of_subsets.empty() ? option.axis.of_subsets : option.axis.usual;
         }
-        return values;
-    };
-    const auto lambdas = axis("lambda", given.lambdas, given.merge.lambda,
-        given.subsets ? std::vector<double>{0.3} : taskvec::lambda_steps());
-    const auto densities = axis("density", given.densities, given.merge.density, {0.05, 0.1, 0.2, 0.3, 0.5});
-    for (const auto& density : densities) {
-        if (density) { tool::check_density(*density, "--densities"); }
+        axes.push_back({option.name, parse_grid(text, flag)});
+        tool::check_usage([&] {
+            for (const double value : axes.back().values) {
+                method.check_values({{option.name, taskvec::csv_number(value), flag}});
+            }
+        });
     }
+    for (const auto& [option, grid] : grids) {
+        if (!used.contains(option)) {
+            throw tool::usage_error("--method " + method.name + " has no " + option + " to sweep over");
+        }
+    }
+    return axes;
+}
+
+grid grid_of(const settings& given, const tool::method_entry& method)
+{
+    const auto tasks = tool::parse_tasks(given.merge.tasks);
     grid result;
+    result.axes = axes_of(given, method);
     if (given.subsets) { result.columns.push_back("tasks"); }
-    if (densities[0]) { result.columns.push_back("density"); }
-    if (lambdas[0]) { result.columns.push_back("lambda"); }
+    for (const auto& axis : result.axes) { result.columns.push_back(axis.option); }
     if (result.columns.empty()) {
         throw tool::usage_error("--method " + method.name + " has nothing to sweep over but --subsets");
     }
@@ -134,7 +169,7 @@ grid grid_of(const settings& given, const tool::method& method)
             throw tool::usage_error(
                 taskvec::message("--subsets of ", tasks.size(), " tasks are too many to score; give at most 20"));
         }
-        sets = subsets_of(tasks.size(), std::max<std::size_t>(1, given.smallest));
+        sets = taskvec::task_subsets(tasks.size(), std::max<std::size_t>(1, given.smallest));
         if (sets.empty()) {
             throw tool::usage_error(taskvec::message("--subsets: there is none of ", given.smallest, " tasks or more"));
         }
@@ -143,26 +178,35 @@ grid grid_of(const settings& given, const tool::method& method)
         sets.emplace_back();
         for (std::size_t t = 0; t < tasks.size(); ++t) { sets[0].push_back(t); }
     }
+    std::vector<std::vector<double>> points(1);
+    for (const auto& axis : result.axes) { // the last one runs fastest
+        std::vector<std::vector<double>> longer;
+        for (const auto& point : points) {
+            for (const double value : axis.values) {
+                longer.push_back(point);
+                longer.back().push_back(value);
+            }
+        }
+        points = std::move(longer);
+    }
     for (const auto& set : sets) {
         std::string names;
         for (const auto t : set) { names += (names.empty() ? "" : "+") + tasks[t].name; }
-        for (const auto& density : densities) {
-            for (const auto& lambda : lambdas) {
-                candidate one{set, density, lambda, {}};
-                if (given.subsets) { one.point.push_back(names); }
-                if (density) { one.point.push_back(taskvec::detail::csv_number(*density)); }
-                if (lambda) { one.point.push_back(taskvec::detail::csv_number(*lambda)); }
-                const bool again = std::any_of(result.candidates.begin(), result.candidates.end(),
-                    [&](const candidate& c) { return c.point == one.point; });
-                if (!again) { result.candidates.push_back(std::move(one)); }
-            }
+        for (const auto& values : points) {
+            candidate one{set, values, {}};
+            if (given.subsets) { one.point.push_back(names); }
+            for (const double value : values) { one.point.push_back(taskvec::csv_number(value)); }
+            const bool again = std::any_of(result.candidates.begin(), result.candidates.end(),
+                [&](const candidate& c) { return c.point == one.point; });
+            if (!again) { result.candidates.push_back(std::move(one)); }
         }
     }
     return result;
 }
 
 /// The command line of one candidate.
-tool::merge_settings settings_of(const settings& given, const candidate& one)
+tool::merge_request request_of(
+    const settings& given, const tool::method_entry& method, const grid& points, const candidate& one)
 {
     auto result = given.merge;
     const auto chosen = [&](std::vector<std::string>& list) {
@@ -171,11 +215,15 @@ tool::merge_settings settings_of(const settings& given, const candidate& one)
         for (const auto t : one.tasks) { kept.push_back(list[t]); }
         list = std::move(kept);
     };
-    chosen(result.fisher);
-    chosen(result.gram);
+    for (const auto& list : method.lists) {
+        if (list.per_task) { chosen(result.lists[list.name]); }
+    }
     chosen(result.tasks);
-    result.density = one.density;
-    result.lambda = one.lambda;
+    for (std::size_t i = 0; i < points.axes.size(); ++i) {
+        const auto& option = points.axes[i].option;
+        std::erase_if(result.options, [&](const tool::option_value& value) { return value.name == option; });
+        result.options.push_back({option, taskvec::csv_number(one.values[i]), "--" + option});
+    }
     return result;
 }
 
@@ -186,7 +234,9 @@ std::vector<std::string> variables_of(const std::vector<std::string>& columns, c
     std::vector<std::string> variables;
     for (std::size_t i = 0; i < columns.size(); ++i) {
         std::string name = "TASKVEC_";
-        for (const char c : columns[i]) { name += static_cast<char>(c - 'a' + 'A'); }
+        for (const char c : columns[i]) {
+            name += c == '-' ? '_' : c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c;
+        }
         variables.push_back(name + "=" + point[i]);
     }
     return variables;
@@ -195,14 +245,14 @@ std::vector<std::string> variables_of(const std::vector<std::string>& columns, c
 /// The models of the subset that was used last, kept open.
 class open_inputs {
 public:
-    explicit open_inputs(const tool::method& method)
+    explicit open_inputs(const tool::method_entry& method)
         : needs_base_(method.needs_base)
     { }
-    const tool::merge_inputs& of(const tool::merge_settings& settings)
+    const tool::merge_inputs& of(const tool::merge_request& request)
     {
-        if (!inputs_ || tasks_ != settings.tasks) {
-            inputs_ = std::make_unique<tool::merge_inputs>(settings, needs_base_);
-            tasks_ = settings.tasks;
+        if (!inputs_ || tasks_ != request.tasks) {
+            inputs_ = std::make_unique<tool::merge_inputs>(request, needs_base_);
+            tasks_ = request.tasks;
         }
         return *inputs_;
     }
@@ -244,10 +294,9 @@ void draw(const settings& given, const grid& points, const taskvec::sweep_table&
     for (const auto& row : table.rows()) { scores[row.point] = row.score; }
     plot::line_chart chart{
         .title = "Sweep of " + given.merge.method, .x_label = "lambda", .y_label = "score", .curves = {}};
-    const bool one_each =
-        given.subsets && std::all_of(points.candidates.begin(), points.candidates.end(), [&](const candidate& c) {
-            return c.lambda == points.candidates[0].lambda && c.density == points.candidates[0].density;
-        });
+    const bool one_each = given.subsets
+        && std::all_of(points.candidates.begin(), points.candidates.end(),
+            [&](const candidate& c) { return c.values == points.candidates[0].values; });
     if (one_each) { // by the number of tasks
         chart.x_label = "tasks merged";
         std::map<double, std::vector<double>> by_size;
@@ -267,9 +316,8 @@ void draw(const settings& given, const grid& points, const taskvec::sweep_table&
         }
         chart.curves = {best, mean, worst};
     }
-    else { // a curve for each subset and density; without a lambda, over the density
-        const bool over_lambda = points.candidates[0].lambda.has_value();
-        chart.x_label = over_lambda ? "lambda" : "density";
+    else { // over the last axis, a curve for each point of the others
+        chart.x_label = points.columns.back();
         for (const auto& one : points.candidates) {
             std::string label;
             for (std::size_t c = 0; c + 1 < one.point.size(); ++c) {
@@ -279,14 +327,14 @@ void draw(const settings& given, const grid& points, const taskvec::sweep_table&
             auto place = std::find_if(chart.curves.begin(), chart.curves.end(),
                 [&](const plot::curve& curve) { return curve.label == label; });
             if (place == chart.curves.end()) { place = chart.curves.insert(place, {.label = label, .x = {}, .y = {}}); }
-            place->x.push_back(over_lambda ? *one.lambda : *one.density);
+            place->x.push_back(one.values.back());
             place->y.push_back(scores.at(one.point));
         }
     }
     plot::write_svg(chart, given.svg);
 }
 
-void sweep(const settings& given)
+void run_sweep(const settings& given)
 {
     tool::check_score_command(given.score.text);
     if (!(given.score.timeout >= 0) || !std::isfinite(given.score.timeout)) {
@@ -304,7 +352,7 @@ void sweep(const settings& given)
     const tool::merge_inputs all(
         given.merge, method.needs_base); // everything that can be checked is, before the first candidate
     tool::runner run(given.merge.run);
-    if (method.examine) { method.examine(run.policy(), given.merge, all); }
+    method.examine(tool::call_of(run.policy(), given.merge, all));
     if (given.merge.run.dry_run) {
         tool::print("would score " + tool::counted(left.size(), "candidate") + " of "
             + tool::counted(points.candidates.size(), "point") + " by '" + tool::printable(given.score.text) + "'\n"
@@ -327,12 +375,12 @@ void sweep(const settings& given)
             const std::size_t count = std::min(given.jobs, left.size() - first);
             std::vector<tool::fs::path> files;
             for (std::size_t i = 0; i < count; ++i) {
-                const auto settings = settings_of(given, *left[first + i]);
-                const auto& models = inputs.of(settings);
+                const auto request = request_of(given, method, points, *left[first + i]);
+                const auto& models = inputs.of(request);
                 files.push_back(scratch.path() / ("candidate" + std::to_string(i) + ".safetensors"));
                 taskvec::safetensors_writer out(
                     files.back(), models.models().outputs(), models.metadata(), taskvec::durability::process);
-                method.run(run.policy(), settings, models, out);
+                (void)method.run(tool::call_of(run.policy(), request, models), out);
                 if (first == 0) { tool::guard_temporary(files.back()); }
                 out.commit();
             }
@@ -375,10 +423,10 @@ void sweep(const settings& given)
         points.candidates.begin(), points.candidates.end(), [&](const candidate& c) { return c.point == best.point; });
     std::optional<tool::model_output> out;
     if (!given.merge.out.empty()) {
-        const auto settings = settings_of(given, winner);
-        const tool::merge_inputs inputs(settings, method.needs_base);
-        out.emplace(settings.out, inputs.models().outputs(), inputs.metadata(), settings.shard_size);
-        method.run(run.policy(), settings, inputs, out->sink());
+        const auto request = request_of(given, method, points, winner);
+        const tool::merge_inputs inputs(request, method.needs_base);
+        out.emplace(request.out, inputs.models().outputs(), inputs.metadata(), request.shard_size);
+        (void)method.run(tool::call_of(run.policy(), request, inputs), out->sink());
         out->finish();
     }
     if (!given.svg.empty()) { draw(given, points, here); }
@@ -388,72 +436,67 @@ void sweep(const settings& given)
             {"peak_anonymous_memory", run.anonymous_peak()}};
         for (std::size_t c = 0; c < points.columns.size(); ++c) { content["best"][points.columns[c]] = best.point[c]; }
         content["best"]["score"] = best.score;
+        content["options"] = tool::json_of(method.values(request_of(given, method, points, winner).options));
         report.finish(content);
     }
     if (out) { out->commit(); }
     report.commit();
     tool::print("best of " + tool::counted(points.candidates.size(), "point") + ": "
-        + tool::printable(here.describe(best.point)) + " score=" + taskvec::detail::csv_number(best.score)
+        + tool::printable(here.describe(best.point)) + " score=" + taskvec::csv_number(best.score)
         + (given.merge.out.empty() ? std::string() : ", merged into '" + tool::printable(given.merge.out) + "'")
         + "\n");
 }
 
-const tool::register_verb verb(25, [](CLI::App& app) {
-    auto* sweep_verb = app.add_subcommand(
-        "sweep", "Merge over a grid of lambdas, densities or task subsets, and score each merge by a command");
-    const auto given = std::make_shared<settings>();
-    given->merge.method = "task-arithmetic";
-    tool::add_method_option(*sweep_verb, given->merge);
-    sweep_verb->get_option("--method")
-        ->required(false)
-        ->description("How to merge; see 'taskvec merge --help' (default: task-arithmetic)");
-    sweep_verb->add_option("--base", given->merge.base, "The pre-trained model that the tasks started from")
-        ->type_name("MODEL");
-    sweep_verb
-        ->add_option(
-            "--task", given->merge.tasks, "A fine-tuned model, with its weight (default 1); repeat, order counts")
-        ->type_name("PATH[=WEIGHT]")
-        ->required()
-        ->allow_extra_args(false);
-    sweep_verb
-        ->add_option("--score", given->score.text,
-            "Shell command; {} is the merged model's path, the last number it prints is the score")
-        ->type_name("'CMD {}'")
-        ->required();
-    sweep_verb
-        ->add_option("--lambdas", given->lambdas, "Such as 0.1,0.3 or 0:1:0.05 (default: 0:1:0.05; 0.3 with --subsets)")
-        ->type_name("GRID");
-    sweep_verb->add_option("--densities", given->densities, "For ties and dare (default: 0.05,0.1,0.2,0.3,0.5)")
-        ->type_name("GRID");
-    sweep_verb->add_flag("--subsets", given->subsets, "Every subset of two or more tasks");
-    sweep_verb->add_option("--smallest", given->smallest, "Tasks in the smallest of the subsets (default: 2)")
-        ->type_name("N")
-        ->transform(tool::decimal_number());
-    sweep_verb->add_flag("--minimize", given->minimize, "The lowest score is the best");
-    sweep_verb->add_option("--jobs", given->jobs, "Scoring commands that run at the same time (default: 1)")
-        ->type_name("N")
-        ->transform(tool::decimal_number());
-    sweep_verb
-        ->add_option("--timeout", given->score.timeout, "Seconds that a scoring command may take (default: 0, any)")
-        ->type_name("S");
-    sweep_verb
-        ->add_option("--csv", given->csv, "Table of points and scores, written after each; a later run goes on from it")
-        ->type_name("FILE");
-    sweep_verb->add_option("--svg", given->svg, "Also draw the scores (needs gnuplot)")->type_name("FILE");
-    sweep_verb->add_option("--out", given->merge.out, "Write the best merge: a file, or a directory")
-        ->type_name("PATH");
-    sweep_verb
-        ->add_option(
-            "--scratch", given->scratch, "Directory for candidates while they are scored (default: the system's)")
-        ->type_name("DIR");
-    tool::add_density_option(
-        *sweep_verb, given->merge, given->merge.density, "--density", "One density instead of a grid");
-    tool::add_merge_options(*sweep_verb, given->merge);
-    sweep_verb->footer("The command finds the point in TASKVEC_TASKS (names joined by +), TASKVEC_DENSITY and "
-                       "TASKVEC_LAMBDA.\n\nExample:\n  taskvec sweep "
-                       "--base base.safetensors --task math.safetensors --task code.safetensors \\\n"
-                       "      --score 'python evaluate.py {}' --csv scores.csv --out best.safetensors");
-    sweep_verb->callback([given] { sweep(*given); });
-});
+/// Adds a flag for each axis that some method's table has.
+void add_axis_options(tool::command& verb, settings& given)
+{
+    std::set<std::string> seen;
+    for (const auto& table : tool::method_tables()) {
+        for (const auto& option : table.options) {
+            const auto& axis = option.axis;
+            if (axis.name.empty() || !seen.insert(std::string(axis.name)).second) { continue; }
+            const std::string flag = "--" + std::string(axis.name);
+            verb.take(flag, "GRID",
+                "Values of --" + option.name + ", such as 0.1,0.3 or 0:1:0.05 (default: " + std::string(axis.usual)
+                    + (axis.of_subsets.empty() ? "" : "; " + std::string(axis.of_subsets) + " with --subsets") + ")",
+                [&given, flag, name = option.name](
+                    const std::string& text) { given.grids[name] = {name, text, flag}; });
+        }
+    }
+    verb.texts("--over", given.over, "OPTION=GRID", "Values of any other option that is a number, such as t=0:1:0.1");
+}
+
+const tool::register_verb verb(25, "sweep",
+    "Merge over a grid of lambdas, densities or task subsets, and score each merge by a command",
+    [](tool::command& verb) {
+        const auto given = std::make_shared<settings>();
+        given->merge.method = "task-arithmetic";
+        tool::add_method_option(verb, given->merge, tool::presence::optional,
+            "How to merge; see 'taskvec merge --help' (default: task-arithmetic)");
+        tool::add_base_option(verb, given->merge);
+        tool::add_weighted_tasks_option(verb, given->merge);
+        verb.text("--score", given->score.text, "'CMD {}'",
+            "Shell command; {} is the merged model's path, the last number it prints is the score",
+            tool::presence::required);
+        add_axis_options(verb, *given);
+        verb.flag("--subsets", given->subsets, "Every subset of two or more tasks");
+        verb.count("--smallest", given->smallest, "N", "Tasks in the smallest of the subsets (default: 2)");
+        verb.flag("--minimize", given->minimize, "The lowest score is the best");
+        verb.count("--jobs", given->jobs, "N", "Scoring commands that run at the same time (default: 1)");
+        verb.number(
+            "--timeout", given->score.timeout, "S", "Seconds that a scoring command may take (default: 0, any)");
+        verb.text(
+            "--csv", given->csv, "FILE", "Table of points and scores, written after each; a later run goes on from it");
+        verb.text("--svg", given->svg, "FILE", "Also draw the scores (needs gnuplot)");
+        verb.text("--out", given->merge.out, "PATH", "Write the best merge: a file, or a directory");
+        verb.text("--scratch", given->scratch, "DIR",
+            "Directory for candidates while they are scored (default: the system's)");
+        tool::add_merge_options(verb, given->merge);
+        verb.footer("The command finds the point in TASKVEC_TASKS (names joined by +), TASKVEC_DENSITY and "
+                    "TASKVEC_LAMBDA.\n\nExample:\n  taskvec sweep "
+                    "--base base.safetensors --task math.safetensors --task code.safetensors \\\n"
+                    "      --score 'python evaluate.py {}' --csv scores.csv --out best.safetensors");
+        verb.action([given] { run_sweep(*given); });
+    });
 
 } // namespace

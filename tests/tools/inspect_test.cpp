@@ -82,7 +82,13 @@ TEST_CASE("every verb has help with an example, and the tool lists them all")
         CHECK(help.out.find(std::string("Usage: taskvec ") + verb) != std::string::npos);
         CHECK(help.out.find(std::string("Example:\n  taskvec ") + verb) != std::string::npos);
     }
+    for (const char* version : {"--version", "-V", "-v"}) {
+        CHECK(run(folder, {version}).out == run(folder, {"--version"}).out);
+    }
     CHECK(run(folder, {"--version"}).out.starts_with("taskvec 0."));
+    CHECK(run(folder, {"help"}).out == whole.out);
+    CHECK(run(folder, {"help", "merge"}).out == run(folder, {"merge", "--help"}).out);
+    CHECK(run(folder, {"help", "mrege"}).code == 2);
 }
 
 TEST_CASE("wrong usage is exit code 2: a line that says what is wrong, with the usage")

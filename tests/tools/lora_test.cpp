@@ -256,8 +256,8 @@ TEST_CASE("peru-lora refuses ranks that no layer has, and says the highest; --cl
     refused(
         folder, with(peru, {"--rank", "5"}), 1, "'task': rank 5 asked for, but the ranks of its layers are at most 4");
     refused(folder, with(peru, {"--rank", "0"}), 1, "rank 0");
-    refused(folder, with(peru, {"--energy", "0"}), 1, "--energy is 0");
-    refused(folder, with(peru, {"--energy", "1.5"}), 1, "--energy is 1.5");
+    refused(folder, with(peru, {"--energy", "0"}), 2, "--energy is 0");
+    refused(folder, with(peru, {"--energy", "1.5"}), 2, "--energy is 1.5");
     refused(folder, with(peru, {"--rank", "2", "--memory", "much"}), 2, "--memory");
     refused(folder, peru, 2, "--rank");
     refused(folder, with(peru, {"--rank", "2", "--energy", "0.5"}), 2, "--energy");
@@ -586,7 +586,7 @@ TEST_CASE("merge-lora ties merges the dense updates as TIES is defined, and deco
         {"merge-lora", "--method", "ties", "--adapter", "a", "--adapter", "b=-1", "--out", "o", "--rank", "1"}, 1,
         "negative");
     refused(folder, {"merge-lora", "--method", "ties", "--adapter", "a", "--density", "0", "--out", "o", "--rank", "1"},
-        1, "--density");
+        2, "--density");
 }
 
 TEST_CASE("merge-lora --space phi merges the parameters around the initialisation, and fold-llora makes a plain "

@@ -369,7 +369,7 @@ TEST_CASE("a dry run checks everything and writes nothing")
     CHECK(good.code == 0);
     CHECK(good.out.find("would merge 3 tasks by ties") != std::string::npos);
     CHECK(m.folder.names() == before);
-    CHECK(m.merge("ties", {"--dry-run", "--density", "2"}).code == 1);
+    CHECK(m.merge("ties", {"--dry-run", "--density", "2"}).code == 2);
     CHECK(m.merge("ties", {"--dry-run", "--report", "no/such/folder/r.json"}).code == 1);
     CHECK(run(m.folder,
               {"merge", "--method", "average", "--task", "a.safetensors", "--out", "no/such/folder/o", "--dry-run"})
@@ -382,7 +382,7 @@ TEST_CASE("a dry run checks everything and writes nothing")
         == 1);
 }
 
-TEST_CASE("bad input: one line that names what is wrong, exit code 1, and the old output untouched")
+TEST_CASE("bad input: one line that names what is wrong, exit code 1 or 2, and the old output untouched")
 {
     const models m;
     auto other = m.base;
@@ -408,6 +408,7 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1, and the ol
     struct bad {
         std::vector<std::string> arguments;
         std::vector<std::string> parts;
+        int code = 1;
     };
     const std::vector<bad> cases{
         {{"--task", "shape.safetensors"}, {"'layers.0.weight'", "[31, 17]", "[17, 31]", "shape.safetensors"}},
@@ -419,23 +420,26 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1, and the ol
         {{"--task", "absent.safetensors"}, {"absent.safetensors", "No such file"}},
         {{"--task", "a.safetensors", "--task", "c/a.safetensors"}, {"both named 'a'"}},
         {{"--task", "a.safetensors=-1"}, {"weight", "-1"}},
-        {{"--task", "a.safetensors", "--density", "0"}, {"--density is 0"}},
-        {{"--task", "a.safetensors", "--density", "1.5"}, {"--density is 1.5"}},
-        {{"--task", "a.safetensors", "--density", "-0.1"}, {"--density is -0.1"}},
-        {{"--task", "a.safetensors", "--density", "nan"}, {"--density is nan"}},
-        {{"--task", "a.safetensors", "--lambda", "inf"}, {"--lambda is inf"}},
+        {{"--task", "a.safetensors", "--density", "0"}, {"--density is 0; expected a share above 0 and up to 1"}, 2},
+        {{"--task", "a.safetensors", "--density", "1.5"}, {"--density is 1.5"}, 2},
+        {{"--task", "a.safetensors", "--density", "20"}, {"--density is 20;"}, 2},
+        {{"--task", "a.safetensors", "--density", "20%"}, {"--density is '20%'; expected a share"}, 2},
+        {{"--task", "a.safetensors", "--zero-sign", "up"}, {"--zero-sign is 'up'", "majority"}, 2},
+        {{"--task", "a.safetensors", "--density", "-0.1"}, {"--density is -0.1"}, 2},
+        {{"--task", "a.safetensors", "--density", "nan"}, {"--density is nan"}, 2},
+        {{"--task", "a.safetensors", "--lambda", "inf"}, {"--lambda is inf"}, 2},
         {{"--task", "a.safetensors", "--report", "no/such/folder/r.json"}, {"no/such/folder"}},
         {{"--task", "a.safetensors", "--shard-size", "1MB"}, {"out.safetensors", "directory"}},
         {{"--task", "a.safetensors", "--report", "out.safetensors"}, {"--report", "out.safetensors", "--out"}},
         {{"--task", "a.safetensors", "--report", "c/../a.safetensors"}, {"--report", "a.safetensors", "read"}},
     };
-    for (const auto& [more, parts] : cases) {
+    for (const auto& [more, parts, code] : cases) {
         std::vector<std::string> arguments{
             "merge", "--method", "ties", "--base", "base.safetensors", "--out", "out.safetensors"};
         arguments.insert(arguments.end(), more.begin(), more.end());
         const auto result = run(m.folder, arguments);
         CAPTURE(result.err);
-        CHECK(result.code == 1);
+        CHECK(result.code == code);
         CHECK(is_error_line(result.err));
         for (const auto& part : parts) { CHECK(result.err.find(part) != std::string::npos); }
         CHECK(result.out.empty());
@@ -481,7 +485,7 @@ TEST_CASE("an option that a method does not use is noted, unless it shall be qui
         == "taskvec: note: --density has no effect on --method average\ntaskvec: note: --lambda has no effect on "
            "--method average\n");
     CHECK(m.merge("average", {"--density", "0.3", "--quiet"}).err.empty());
-    CHECK(m.merge("average", {"--density", "3"}).code == 1); // out of range for every method
+    CHECK(m.merge("average", {"--density", "3"}).code == 2); // out of range for every method
 }
 
 TEST_CASE("progress stays off what is not a terminal")

@@ -1,5 +1,6 @@
 // --device cuda, compiled by nvcc; for the test of it also for host threads (tests/device/tool). Nothing that computes
-// on the CPU is called here: what nvcc makes of it keeps no promise about bits. SPDX-License-Identifier: Apache-2.0
+// on the CPU is called here: what nvcc makes of it keeps no promise about bits.
+// SPDX-License-Identifier: Apache-2.0
 #include "../device.hpp"
 
 #include <taskvec/device/methods.hpp>
@@ -18,22 +19,32 @@ void require_cuda()
     }
 }
 
+namespace {
+
 template <class Options>
-taskvec::merge_report merge_on_cuda(const Options& options, const taskvec::aligned_models& models,
+taskvec::merge_report merge_on_cuda(const void* options, const taskvec::aligned_models& models,
     taskvec::tensor_sink& out, std::size_t memory, const taskvec::cpu& host)
 {
-    return taskvec::merge_streamed(taskvec::gpu{}, options, models, out, {.memory = memory, .host = host});
+    return taskvec::merge_streamed(
+        taskvec::gpu{}, *static_cast<const Options*>(options), models, out, {.memory = memory, .host = host});
 }
+
+/// A method has a device version where its line is here, or in another device file.
+template <class... Options>
+struct register_device_methods {
+    register_device_merge entries[sizeof...(Options)] = {{typeid(Options), &merge_on_cuda<Options>}...};
+};
+const register_device_methods<taskvec::average_options, taskvec::task_arithmetic_options, taskvec::ties_options,
+    taskvec::dare_options, taskvec::dare_ties_options, taskvec::fisher_options, taskvec::regmean_options,
+    taskvec::slerp_options, taskvec::model_stock_options>
+    methods{};
+
+} // namespace
 
 void prune_on_cuda(const taskvec::post_pruning_options& options, const taskvec::aligned_models& models,
     taskvec::sparse_sink& out, std::size_t memory, const taskvec::cpu& host)
 {
     taskvec::post_pruning_streamed(taskvec::gpu{}, options, models, out, {.memory = memory, .host = host});
 }
-
-#define TASKVEC_TOOL_INSTANTIATE(options)                                                                              \
-    template taskvec::merge_report merge_on_cuda(const taskvec::options&, const taskvec::aligned_models&,              \
-        taskvec::tensor_sink&, std::size_t, const taskvec::cpu&);
-TASKVEC_TOOL_METHODS(TASKVEC_TOOL_INSTANTIATE)
 
 } // namespace tool

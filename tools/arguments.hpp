@@ -1,0 +1,49 @@
+// Arguments that several verbs take.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace tool {
+
+namespace fs = std::filesystem;
+
+class command;
+
+/// Wrong usage: exit code 2. Whatever else is wrong is a taskvec::error: exit code 1.
+class usage_error : public std::runtime_error {
+public:
+    using std::runtime_error::runtime_error;
+};
+
+/// `PATH=WEIGHT`: split at the last '=', and only if a number follows.
+struct task_argument {
+    fs::path path;
+    double weight = 1;
+    std::string name; ///< the file's stem; the directory's name for a directory or a file called `model`
+};
+/// `option` is what gave it, for messages.
+[[nodiscard]] task_argument parse_task(const std::string& text, const std::string& option = "--task");
+/// All tasks; equal names are an error.
+[[nodiscard]] std::vector<task_argument> parse_tasks(const std::vector<std::string>& texts);
+/// "5GB", "256MiB", "1000": bytes. Throws usage_error naming the option.
+[[nodiscard]] std::uint64_t parse_size(const std::string& text, const std::string& option);
+
+/// What every verb that computes is told.
+struct run_options {
+    unsigned threads = 0;
+    std::string device = "cpu";
+    std::string memory = "256MiB";
+    std::string report;
+    bool quiet = false, dry_run = false;
+
+    [[nodiscard]] std::uint64_t memory_bytes() const { return parse_size(memory, "--memory"); }
+};
+void add_quiet(command& verb, run_options& options);
+void add_run_options(command& verb, run_options& options);
+
+} // namespace tool

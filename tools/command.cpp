@@ -1,0 +1,271 @@
+// The command line, by CLI11: the one file that knows it.
+// SPDX-License-Identifier: Apache-2.0
+#include "command.hpp"
+
+#include "arguments.hpp"
+#include "words.hpp"
+
+#include <taskvec/core/config.hpp>
+#include <taskvec/core/error.hpp>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+
+#include <algorithm>
+#include <charconv>
+#include <exception>
+#include <iostream>
+#include <memory>
+#include <new>
+#include <string_view>
+#include <utility>
+
+namespace tool {
+
+namespace {
+
+struct verb_entry {
+    int place;
+    const char *name, *help;
+    void (*describe)(command&);
+};
+std::vector<verb_entry>& verbs()
+{
+    static std::vector<verb_entry> list;
+    return list;
+}
+
+/// CLI11 takes -1 for 2^64-1, and 010 for 8.
+CLI::Validator decimal_number()
+{
+    return CLI::Validator(
+        [](std::string& text) {
+            std::uint64_t value = 0;
+            const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value);
+            if (failure != std::errc{} || end != text.data() + text.size()) {
+                return "'" + text + "' is not a whole number from 0 to 18446744073709551615";
+            }
+            text = std::to_string(value);
+            return std::string();
+        },
+        "");
+}
+
+CLI::Option* finished(CLI::Option* option, const std::string& unit, presence how = presence::optional)
+{
+    return option->type_name(unit)->required(how == presence::required);
+}
+
+int fail(const std::string& what)
+{
+    std::cerr << "taskvec: error: " << printable(what) << '\n';
+    return 1;
+}
+
+/// Help in one style for all verbs: the usage line names the verb, examples keep their line breaks.
+class formatter final : public CLI::Formatter {
+public:
+    formatter() { column_width(30); }
+    std::string make_usage(const CLI::App* app, std::string) const override { return "Usage: " + usage_of(app) + "\n"; }
+    static std::string usage_of(const CLI::App* app)
+    {
+        if (app->get_parent() == nullptr) { return "taskvec VERB [OPTIONS]"; }
+        return "taskvec " + app->get_name() + make_required_usage(app) + " [OPTIONS]" + make_positionals_usage(app);
+    }
+
+private:
+    static std::string make_required_usage(const CLI::App* app)
+    {
+        std::string text;
+        for (const auto* option :
+            app->get_options([](const CLI::Option* o) { return o->get_required() && !o->get_positional(); })) {
+            text += " " + option->get_name() + " " + option->get_type_name();
+        }
+        return text;
+    }
+    static std::string make_positionals_usage(const CLI::App* app)
+    {
+        std::string text;
+        for (const auto* option : app->get_options([](const CLI::Option* o) { return o->get_positional(); })) {
+            text += " " + option->get_name(true);
+        }
+        return text;
+    }
+};
+
+/// The words as CLI11 wants them, the last one first: `help VERB` is `VERB --help`.
+std::vector<std::string> reversed(int count, const char* const* words)
+{
+    std::vector<std::string> list(words + 1, words + count);
+    if (!list.empty() && list[0] == "help") {
+        list.erase(list.begin());
+        const bool verb = !list.empty()
+            && std::any_of(verbs().begin(), verbs().end(), [&](const verb_entry& one) { return one.name == list[0]; });
+        if (list.empty() || verb) { list.emplace_back("--help"); } // what is no verb is said to be none
+    }
+    std::reverse(list.begin(), list.end());
+    return list;
+}
+
+} // namespace
+
+void command::text(
+    const std::string& flag, std::string& value, const std::string& unit, const std::string& help, presence how)
+{
+    finished(app_->add_option(flag, value, help), unit, how);
+}
+
+void command::texts(const std::string& flag, std::vector<std::string>& values, const std::string& unit,
+    const std::string& help, presence how)
+{
+    finished(app_->add_option(flag, values, help), unit, how)->allow_extra_args(false);
+}
+
+void command::positional(const std::string& name, std::string& value, const std::string& help)
+{
+    app_->add_option(name, value, help)->required();
+}
+
+void command::word(const std::string& flag, std::string& value, const std::vector<std::string>& words,
+    const std::string& unit, const std::string& help, bool any_case, presence how)
+{
+    auto* option = finished(app_->add_option(flag, value, help), unit, how);
+    option->transform(CLI::Validator(
+        [words, any_case](std::string& text) {
+            std::string list;
+            if (any_case) {
+                std::transform(text.begin(), text.end(), text.begin(),
+                    [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
+            }
+            for (const auto& word : words) {
+                if (word == text) { return std::string(); }
+                list += (list.empty() ? "" : ", ") + word;
+            }
+            return "'" + text + "' is not one of: " + list;
+        },
+        ""));
+}
+
+void command::number(const std::string& flag, double& value, const std::string& unit, const std::string& help)
+{
+    finished(app_->add_option(flag, value, help), unit);
+}
+void command::number(
+    const std::string& flag, std::optional<double>& value, const std::string& unit, const std::string& help)
+{
+    finished(app_->add_option(flag, value, help), unit);
+}
+
+void command::count(const std::string& flag, unsigned& value, const std::string& unit, const std::string& help)
+{
+    finished(app_->add_option(flag, value, help), unit)->transform(decimal_number());
+}
+void command::count(const std::string& flag, std::size_t& value, const std::string& unit, const std::string& help)
+{
+    finished(app_->add_option(flag, value, help), unit)->transform(decimal_number());
+}
+void command::count(
+    const std::string& flag, std::optional<std::size_t>& value, const std::string& unit, const std::string& help)
+{
+    finished(app_->add_option(flag, value, help), unit)->transform(decimal_number());
+}
+
+void command::flag(const std::string& flag, bool& value, const std::string& help)
+{
+    app_->add_flag(flag, value, help);
+}
+
+void command::take(const std::string& flag, const std::string& unit, const std::string& help,
+    std::function<void(const std::string&)> receive)
+{
+    finished(app_->add_option_function<std::string>(flag, std::move(receive), help), unit);
+}
+void command::take(const std::string& flag, const std::string& help, std::function<void()> receive)
+{
+    app_->add_flag_callback(flag, std::move(receive), help);
+}
+
+void command::take_all(const std::string& flag, const std::string& unit, const std::string& help,
+    std::function<void(const std::vector<std::string>&)> receive)
+{
+    finished(app_->add_option_function<std::vector<std::string>>(flag, std::move(receive), help), unit)
+        ->allow_extra_args(false);
+}
+
+void command::exclude(const std::string& flag, const std::string& other)
+{
+    app_->get_option(flag)->excludes(app_->get_option(other));
+}
+
+void command::footer(const std::string& text)
+{
+    app_->footer(text);
+}
+
+void command::action(std::function<void()> run)
+{
+    app_->callback(std::move(run));
+}
+
+register_verb::register_verb(int place, const char* name, const char* help, void (*describe)(command&))
+{
+    verbs().push_back({place, name, help, describe});
+}
+
+int run_command_line(int count, const char* const* words)
+{
+    CLI::App app(
+        "taskvec: merge, prune and reuse fine-tuned models, straight from their safetensors files.", "taskvec");
+    app.formatter(std::make_shared<formatter>());
+    app.set_version_flag("-v,-V,--version",
+        "taskvec " + std::to_string(TASKVEC_VERSION_MAJOR) + "." + std::to_string(TASKVEC_VERSION_MINOR) + "."
+            + std::to_string(TASKVEC_VERSION_PATCH));
+    app.require_subcommand(1);
+    app.option_defaults()->always_capture_default(false);
+    app.footer("'taskvec VERB --help' explains a verb and gives an example.\n"
+               "A MODEL is a .safetensors file, or a directory that holds model.safetensors "
+               "or\nmodel.safetensors.index.json.");
+    // Wrong usage: one line too, with the usage of the verb, as far as one was named.
+    const auto misused = [&](const std::string& what) {
+        const CLI::App* verb = &app;
+        for (const auto* named : app.get_subcommands()) { verb = named; }
+        fail(what + " (usage: " + formatter::usage_of(verb) + "; see 'taskvec"
+            + (verb == &app ? "" : " " + verb->get_name()) + " --help')");
+        return 2;
+    };
+    auto given = reversed(count, words);
+    const std::string first = given.empty() ? "" : given.back();
+    try {
+        std::sort(
+            verbs().begin(), verbs().end(), [](const verb_entry& a, const verb_entry& b) { return a.place < b.place; });
+        for (const auto& verb : verbs()) {
+            command part(*app.add_subcommand(verb.name, verb.help));
+            verb.describe(part);
+        }
+        app.parse(std::move(given));
+        return 0;
+    }
+    catch (const CLI::Success& done) { // --help, --version
+        return app.exit(done);
+    }
+    catch (const CLI::ParseError& wrong) {
+        if (!app.get_subcommands().empty()) { return misused(wrong.what()); }
+        const bool word = !first.empty() && first[0] != '-';
+        return misused(word ? "'" + first + "' is none of the verbs" : "a verb is required");
+    }
+    catch (const usage_error& wrong) {
+        return misused(wrong.what());
+    }
+    catch (const taskvec::cancelled&) {
+        return fail("interrupted; no output was written");
+    }
+    catch (const std::bad_alloc&) {
+        return fail("out of memory: use fewer --threads or a smaller --memory");
+    }
+    catch (const std::exception& failure) { // taskvec::error, and whatever the system throws
+        return fail(failure.what());
+    }
+}
+
+} // namespace tool

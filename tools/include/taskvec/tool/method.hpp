@@ -1,0 +1,198 @@
+// Methods of the command line: one object makes an options struct with a table a `--method` of merge, peru-fft and
+// sweep, with its flags, defaults, notes, report keys and sweep axes.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A method of your own, in your own build of the tool, is one file that links with taskvec::tool_main:
+//
+//     #include <taskvec/tool/method.hpp>
+//     const tool::register_method<mine::options> entry("mine", "what it does, by --share ({share})", 1000);
+#pragma once
+
+#include <taskvec/core/option_text.hpp>
+#include <taskvec/methods/merge.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <typeinfo>
+#include <utility>
+#include <vector>
+
+namespace tool {
+
+struct merge_request; // methods.hpp: the command line of a verb that merges
+class merge_inputs; // models.hpp: the models that it names
+
+/// What the command line gives for a row of a table: its text, and the flag that messages name.
+struct option_value {
+    std::string name, text, flag;
+};
+using option_values = std::vector<option_value>;
+
+/// A repeatable option of a method that is no member of its table: files of statistics, patterns of names.
+struct list_option {
+    std::string name, unit, help;
+    bool per_task = false; ///< one for each task, in task order: required
+};
+
+/// What a method reads beside the models; lives until the merge is done.
+class attachment {
+public:
+    attachment() = default;
+    attachment(const attachment&) = delete;
+    attachment& operator=(const attachment&) = delete;
+    virtual ~attachment() = default;
+    /// Bytes that were read to check it, for reports.
+    [[nodiscard]] virtual std::uint64_t bytes_read() const { return 0; }
+};
+
+/// What a method is run on.
+struct method_call {
+    const taskvec::cpu& policy;
+    const taskvec::aligned_models& models;
+    const option_values& values;
+    const std::vector<double>& weights; ///< one for each task
+    const merge_request& request;
+    const merge_inputs& inputs;
+    bool on_device = false; ///< --device cuda
+    std::size_t memory = 0; ///< --memory
+};
+
+/// What a method says beside its table. All of it may be left out.
+template <class Options>
+struct method_details {
+    bool needs_base = true;
+    std::string without_weights = "leave the weight out"; ///< the mend for a task's weight, where the table has no row
+    std::vector<list_option> lists{};
+    /// Checks what needs no models.
+    void (*check)(const merge_request&) = nullptr;
+    /// Opens what is read beside the models, and points the options to it.
+    std::unique_ptr<attachment> (*attach)(const method_call&, Options&) = nullptr;
+    /// Checks, for a dry run, what attach() found against the models.
+    void (*examine)(const taskvec::cpu&, const taskvec::aligned_models&, const Options&) = nullptr;
+};
+
+/// A method without its type.
+struct method_entry {
+    std::string name, line;
+    int place = 0;
+    bool needs_base = true, weighted = false;
+    std::string without_weights;
+    std::vector<taskvec::option_description> options;
+    std::vector<list_option> lists;
+    void (*check)(const merge_request&) = nullptr;
+    /// Throws invalid_argument for a text that is no value of its row.
+    std::function<void(const option_values&)> check_values;
+    /// All options with the values that they have, defaults included.
+    std::function<std::vector<taskvec::option_description>(const option_values&)> values;
+    std::function<void(const method_call&)> examine;
+    std::function<taskvec::merge_report(const method_call&, taskvec::tensor_sink&)> run;
+};
+void add_method(method_entry entry);
+
+/// merge() on the device, by what a device file registered for this type (device.hpp). Throws invalid_argument where
+/// none did.
+[[nodiscard]] taskvec::merge_report merge_on_device(
+    const std::type_info& type, const void* options, const method_call& call, taskvec::tensor_sink& out);
+
+/// Sets what was given, presets first; names that the table lacks are passed over.
+template <taskvec::described_options Options>
+void apply_options(Options& options, const option_values& values)
+{
+    const auto descriptions = taskvec::describe_options<Options>();
+    for (const bool presets : {true, false}) {
+        for (const auto& value : values) {
+            for (const auto& option : descriptions) {
+                if (option.name == value.name && option.is_preset == presets) {
+                    (void)taskvec::set_option(options, value.name, value.text, value.flag);
+                }
+            }
+        }
+    }
+}
+
+/// The table of a struct that has these values: `initial` is what a member holds.
+template <taskvec::described_options Options>
+[[nodiscard]] std::vector<taskvec::option_description> described_values(const option_values& given)
+{
+    Options options{};
+    apply_options(options, given);
+    auto list = taskvec::describe_options<Options>();
+    taskvec::for_each_option(options, [&](const auto& row, const auto& member) {
+        for (auto& option : list) {
+            if (option.name == row.name) { option.initial = taskvec::write_option(member); }
+        }
+    });
+    for (auto& option : list) {
+        for (const auto& value : given) {
+            if (option.is_preset && option.name == value.name) { option.initial = value.text; }
+        }
+    }
+    return list;
+}
+
+/// Registers a method for as long as it lives: an object at namespace level.
+template <class Options>
+class register_method {
+    static_assert(taskvec::described_options<Options>,
+        "taskvec: this options struct has no table: specialise taskvec::options_of for it (core/option_table.hpp)");
+
+public:
+    /// `line`: one line for the help; {name} stands for an option's default. `place`: in lists of methods.
+    register_method(std::string name, std::string line, int place, method_details<Options> details = {})
+    {
+        method_entry entry;
+        entry.name = std::move(name);
+        entry.place = place;
+        entry.needs_base = details.needs_base;
+        entry.without_weights = details.without_weights;
+        entry.options = taskvec::describe_options<Options>();
+        for (const auto& option : entry.options) {
+            const std::string field = "{" + option.name + "}";
+            if (const auto at = line.find(field); at != line.npos) { line.replace(at, field.size(), option.initial); }
+            entry.weighted = entry.weighted || option.per_task;
+        }
+        entry.line = std::move(line);
+        entry.lists = std::move(details.lists);
+        entry.check = details.check;
+        entry.check_values = [](const option_values& values) {
+            Options options{};
+            apply_options(options, values);
+        };
+        entry.values = [](const option_values& values) { return described_values<Options>(values); };
+        const auto attach = details.attach;
+        const auto examine = details.examine;
+        entry.examine = [attach, examine](const method_call& call) {
+            auto options = options_of_call(call);
+            const auto held = attach ? attach(call, options) : nullptr;
+            if (examine) { examine(call.policy, call.models, options); }
+        };
+        entry.run = [attach](const method_call& call, taskvec::tensor_sink& out) {
+            auto options = options_of_call(call);
+            const auto held = attach ? attach(call, options) : nullptr;
+            auto report = call.on_device ? merge_on_device(typeid(Options), &options, call, out)
+                                         : taskvec::merge(call.policy, options, call.models, out);
+            if (held) { report.beside += held->bytes_read(); }
+            return report;
+        };
+        add_method(std::move(entry));
+    }
+
+private:
+    static Options options_of_call(const method_call& call)
+    {
+        Options options{};
+        apply_options(options, call.values);
+        taskvec::for_each_option(options, [&]<class Value>(const auto& row, Value& member) {
+            if constexpr (std::is_same_v<Value, std::vector<double>>) {
+                if (row.per_task) { member = call.weights; }
+            }
+        });
+        return options;
+    }
+};
+
+} // namespace tool

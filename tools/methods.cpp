@@ -1,0 +1,359 @@
+// The registry of merge methods, and what comes from their tables.
+// SPDX-License-Identifier: Apache-2.0
+#include "methods.hpp"
+
+#include "command.hpp"
+#include "device.hpp"
+#include "report.hpp"
+#include "words.hpp"
+
+#include <taskvec/analysis/norms.hpp>
+
+#include <algorithm>
+#include <cstdlib>
+#include <set>
+#include <typeindex>
+#include <utility>
+
+namespace tool {
+
+namespace {
+
+std::vector<method_entry>& methods()
+{
+    static std::vector<method_entry> list;
+    return list;
+}
+std::map<std::type_index, device_merge>& device_merges()
+{
+    static std::map<std::type_index, device_merge> list;
+    return list;
+}
+
+/// What one flag stands for: the tables that have its row.
+struct shared_option {
+    taskvec::option_description option;
+    std::vector<std::pair<std::string, std::string>> defaults; ///< of whom, which
+    bool own = false;
+};
+
+std::vector<shared_option> shared_options(const std::vector<described>& own, const std::vector<described>& others)
+{
+    std::vector<shared_option> list;
+    const auto add = [&](const std::vector<described>& tables, bool mine) {
+        for (const auto& table : tables) {
+            for (const auto& option : table.options) {
+                if (option.per_task) { continue; }
+                auto place = std::find_if(
+                    list.begin(), list.end(), [&](const shared_option& one) { return one.option.name == option.name; });
+                if (place == list.end()) { place = list.insert(place, {option, {}, mine}); }
+                if (place->own == mine) { place->defaults.emplace_back(table.name, option.initial); }
+            }
+        }
+    };
+    add(own, true);
+    add(others, false);
+    return list;
+}
+
+/// "1; 0.3 for task-arithmetic": the most frequent default, and who has another.
+std::string defaults_text(const std::vector<std::pair<std::string, std::string>>& defaults)
+{
+    std::vector<std::pair<std::string, std::vector<std::string>>> values; // and who has them
+    for (const auto& [who, value] : defaults) {
+        auto place = std::find_if(values.begin(), values.end(), [&](const auto& one) { return one.first == value; });
+        if (place == values.end()) { place = values.insert(place, {value, {}}); }
+        place->second.push_back(who);
+    }
+    std::stable_sort(
+        values.begin(), values.end(), [](const auto& a, const auto& b) { return a.second.size() > b.second.size(); });
+    std::string text = values.front().first;
+    for (std::size_t i = 1; i < values.size(); ++i) {
+        text += "; " + values[i].first + " for ";
+        for (std::size_t w = 0; w < values[i].second.size(); ++w) {
+            text += (w == 0 ? "" : ", ") + values[i].second[w];
+        }
+    }
+    return text;
+}
+
+std::string words_text(const std::vector<std::string>& words)
+{
+    std::string text;
+    for (std::size_t i = 0; i < words.size(); ++i) {
+        text += (i == 0 ? "" : i + 1 == words.size() ? " or " : ", ") + words[i];
+    }
+    return text;
+}
+
+/// The help of a flag; `turned`: of the one that turns a truth off; `of_merge`: of the merge's own among options of the
+/// same name.
+std::string help_of(const shared_option& one, bool turned, bool of_merge)
+{
+    std::string text;
+    if (!one.own && one.defaults.size() <= 2) { // which methods it belongs to, where these are few
+        for (const auto& [who, value] : one.defaults) { text += (text.empty() ? "" : ", ") + who; }
+        text += ": ";
+    }
+    const auto& option = one.option;
+    std::string meaning = turned ? "do not " + option.meaning : option.meaning;
+    if (of_merge) { meaning += " in the merge"; }
+    if (!option.words.empty()) { meaning = words_text(option.words) + ": " + meaning; }
+    if (text.empty() && option.words.empty() && meaning[0] >= 'a' && meaning[0] <= 'z') {
+        meaning[0] = static_cast<char>(meaning[0] - 'a' + 'A');
+    }
+    text += meaning;
+    return option.kind == taskvec::option_kind::truth ? text : text + " (default: " + defaults_text(one.defaults) + ")";
+}
+
+bool has(const std::vector<taskvec::option_description>& options, const std::string& name)
+{
+    return std::any_of(options.begin(), options.end(),
+        [&](const taskvec::option_description& option) { return option.name == name && !option.per_task; });
+}
+
+/// Values that the tables of others know, checked by them: what is out of range is so for every method.
+void check_other_value(const option_value& value)
+{
+    for (const auto& entry : all_methods()) {
+        if (has(entry.options, value.name)) {
+            entry.check_values({value});
+            return;
+        }
+    }
+}
+
+} // namespace
+
+void add_method(method_entry entry)
+{
+    methods().push_back(std::move(entry));
+}
+
+register_device_merge::register_device_merge(const std::type_info& type, device_merge merge)
+{
+    device_merges()[type] = merge;
+}
+
+taskvec::merge_report merge_on_device(
+    const std::type_info& type, const void* options, const method_call& call, taskvec::tensor_sink& out)
+{
+    const auto place = device_merges().find(type);
+    if (place == device_merges().end()) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::message("--device cuda: --method ", call.request.method,
+            " has no device version in this build; leave --device out"));
+    }
+    return place->second(options, call.models, out, call.memory, call.policy);
+}
+
+const std::vector<method_entry>& all_methods()
+{
+    static const bool sorted = [] {
+        std::stable_sort(methods().begin(), methods().end(),
+            [](const method_entry& a, const method_entry& b) { return a.place < b.place; });
+        return true;
+    }();
+    (void)sorted;
+    return methods();
+}
+
+std::vector<described> method_tables()
+{
+    std::vector<described> tables;
+    for (const auto& entry : all_methods()) { tables.push_back({entry.name, entry.options}); }
+    return tables;
+}
+
+const std::vector<std::string>& merge_request::list(const std::string& name) const
+{
+    static const std::vector<std::string> none;
+    const auto place = lists.find(name);
+    return place == lists.end() ? none : place->second;
+}
+
+void add_described_options(command& verb, const std::vector<described>& own, const std::vector<described>& others,
+    option_values& values, const std::map<std::string, std::string>& renamed)
+{
+    const auto add = [&](const shared_option& one) {
+        const auto place = renamed.find(one.option.name);
+        const bool other = !one.own && place != renamed.end();
+        const std::string word = other ? place->second : one.option.name;
+        const auto give = [&values, word](const std::string& flag, const std::string& text) {
+            values.push_back({word, text, flag});
+        };
+        const std::string flag = "--" + word;
+        if (one.option.kind != taskvec::option_kind::truth) {
+            verb.take(flag, one.option.unit, help_of(one, false, other),
+                [give, flag](const std::string& text) { give(flag, text); });
+        }
+        else if (one.option.negated.empty()) {
+            verb.take(flag, help_of(one, false, other), [give, flag] { give(flag, "true"); });
+        }
+        else {
+            const std::string off = "--" + one.option.negated;
+            verb.take(off, help_of(one, true, other), [give, off] { give(off, "false"); });
+        }
+    };
+    const auto list = shared_options(own, others);
+    for (const auto& one : list) {
+        add(one);
+        if (one.own && renamed.contains(one.option.name)) { // the others have it under another flag
+            for (const auto& other : shared_options({}, others)) {
+                if (other.option.name == one.option.name) { add(other); }
+            }
+        }
+    }
+}
+
+void add_merge_options(command& verb, merge_request& request, const std::vector<described>& own,
+    const std::map<std::string, std::string>& renamed)
+{
+    add_described_options(verb, own, method_tables(), request.options, renamed);
+    for (const auto& entry : all_methods()) {
+        for (const auto& list : entry.lists) {
+            verb.take_all("--" + list.name, list.unit, entry.name + ": " + list.help,
+                [&request, name = list.name](const std::vector<std::string>& texts) { request.lists[name] = texts; });
+        }
+    }
+    add_dtype_option(verb, request.dtype, "dtype of the result (default: keep, the base's, per tensor)");
+    add_tensor_options(verb, request, "; others are copied from the base");
+    add_shard_size_option(verb, request.shard_size);
+    add_run_options(verb, request.run);
+}
+
+void add_method_option(command& verb, merge_request& request, presence how, const std::string& help)
+{
+    std::vector<std::string> names;
+    for (const auto& entry : all_methods()) { names.push_back(entry.name); }
+    verb.word("--method", request.method, names, "METHOD", help, false, how);
+}
+
+std::string method_list()
+{
+    std::size_t width = 0;
+    for (const auto& entry : all_methods()) { width = std::max(width, entry.name.size() + 2); }
+    std::string text;
+    for (const auto& entry : all_methods()) {
+        text += "  " + entry.name + std::string(width - entry.name.size(), ' ') + entry.line + "\n";
+    }
+    return text;
+}
+
+void check_usage(const std::function<void()>& check)
+{
+    try {
+        check();
+    }
+    catch (const taskvec::invalid_argument& wrong) {
+        throw usage_error(wrong.what());
+    }
+}
+
+void check_options(const merge_request& request, const std::string& who, const described& table,
+    const std::vector<std::string>& lists, const std::function<void(const option_values&)>& check_values)
+{
+    check_usage([&] {
+        for (const auto& value : request.options) {
+            if (has(table.options, value.name)) { continue; }
+            check_other_value(value);
+        }
+        check_values(request.options);
+    });
+    std::set<std::string> without_effect;
+    for (const auto& value : request.options) {
+        if (!has(table.options, value.name)) { without_effect.insert(value.flag); }
+    }
+    for (const auto& [name, texts] : request.lists) {
+        if (!std::count(lists.begin(), lists.end(), name)) { without_effect.insert("--" + name); }
+    }
+    for (const auto& flag : without_effect) { note(request.run, flag + " has no effect on " + who); }
+}
+
+const method_entry& find_method(const merge_request& request)
+{
+    const auto& list = all_methods();
+    const auto place =
+        std::find_if(list.begin(), list.end(), [&](const method_entry& entry) { return entry.name == request.method; });
+    if (place == list.end()) { throw usage_error("--method '" + request.method + "' is unknown"); }
+    const std::string who = "--method " + place->name;
+    if (place->needs_base && request.base.empty()) { throw usage_error("--base is required by " + who); }
+    std::vector<std::string> lists;
+    for (const auto& list : place->lists) { lists.push_back(list.name); }
+    check_options(request, who, {place->name, place->options}, lists, place->check_values);
+    for (const auto& list : place->lists) {
+        const auto count = request.list(list.name).size();
+        if (list.per_task && count != request.tasks.size()) {
+            throw usage_error(who + " needs one --" + list.name + " " + list.unit
+                + " for each --task, in task order: there " + (count == 1 ? "is 1" : "are " + std::to_string(count))
+                + " for " + counted(request.tasks.size(), "task"));
+        }
+    }
+    if (place->check) { place->check(request); }
+    if (!place->weighted) { check_no_weights(request.tasks, who, place->without_weights); }
+    return *place;
+}
+
+method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs)
+{
+    return {policy, inputs.models(), request.options, inputs.weights(), request, inputs, request.run.device == "cuda",
+        static_cast<std::size_t>(request.run.memory_bytes())};
+}
+
+nlohmann::ordered_json json_of(const std::vector<taskvec::option_description>& values)
+{
+    auto object = nlohmann::ordered_json::object();
+    for (const auto& option : values) {
+        if (option.per_task) { continue; }
+        std::string key = option.name;
+        std::replace(key.begin(), key.end(), '-', '_');
+        switch (option.kind) {
+        case taskvec::option_kind::truth: object[key] = option.initial == "true"; break;
+        case taskvec::option_kind::number: object[key] = std::strtod(option.initial.c_str(), nullptr); break;
+        case taskvec::option_kind::whole_number:
+            object[key] = std::strtoull(option.initial.c_str(), nullptr, 10);
+            break;
+        default: object[key] = option.initial;
+        }
+    }
+    return object;
+}
+
+nlohmann::ordered_json report_of(const runner& run, const merge_request& request, const merge_inputs& inputs,
+    const taskvec::merge_report& merged, std::uint64_t written)
+{
+    nlohmann::ordered_json report;
+    if (!request.method.empty()) { report["method"] = request.method; }
+    report["output"] = request.out;
+    report["seconds"] = run.seconds();
+    report["bytes_read"] = merged.walks * inputs.models().bytes() + merged.beside + inputs.copied_bytes();
+    report["bytes_written"] = written;
+    report["peak_memory"] = peak_memory();
+    report["peak_anonymous_memory"] = run.anonymous_peak();
+    report["walks"] = merged.walks;
+    report["elements"] = inputs.models().elements();
+    const auto kept = merged.kept.empty() ? taskvec::nonzero_entries(run.policy(), inputs.models()) : merged.kept;
+    report["tasks"] = nlohmann::ordered_json::array();
+    for (std::size_t t = 0; t < inputs.arguments().size(); ++t) {
+        const auto& task = inputs.arguments()[t];
+        nlohmann::ordered_json entry{{"name", task.name}, {"path", task.path.string()}, {"weight", task.weight}};
+        entry["kept"] = kept[t];
+        entry["conflicting"] =
+            t < merged.conflicting.size() ? merged.conflicting[t] : 0; // without an election nothing conflicts
+        report["tasks"].push_back(std::move(entry));
+    }
+    return report;
+}
+
+nlohmann::ordered_json norms_of(const taskvec::cpu& policy, const taskvec::aligned_models& models)
+{
+    const auto norms = taskvec::norms_of(policy, models);
+    auto list = nlohmann::ordered_json::array();
+    for (std::size_t i = 0; i < norms.size(); ++i) {
+        nlohmann::ordered_json entry{{"name", models.tensors()[i].name}, {"norm", norms[i].norm}};
+        if (models.has_base()) { entry["change"] = norms[i].change; }
+        list.push_back(std::move(entry));
+    }
+    return list;
+}
+
+} // namespace tool

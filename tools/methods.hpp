@@ -1,0 +1,70 @@
+// The registry of merge methods, and the flags, notes and reports that come from their tables.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "command.hpp"
+#include "models.hpp"
+
+#include <taskvec/tool/method.hpp>
+
+#include <nlohmann/json_fwd.hpp>
+
+#include <map>
+#include <string>
+#include <vector>
+
+namespace tool {
+
+/// The command line of a verb that merges or prunes.
+struct merge_request : model_request {
+    std::string method;
+    option_values options; ///< what was given for rows of tables, in order
+    std::map<std::string, std::vector<std::string>> lists; ///< what was given for list_options, by name
+
+    [[nodiscard]] const std::vector<std::string>& list(const std::string& name) const;
+};
+
+/// A table whose rows become flags, under the name of what has it.
+struct described {
+    std::string name;
+    std::vector<taskvec::option_description> options;
+};
+/// All methods, by place.
+[[nodiscard]] const std::vector<method_entry>& all_methods();
+/// Their tables.
+[[nodiscard]] std::vector<described> method_tables();
+
+/// Adds a flag for each row of `own`, and for each other name that some of `others` have. Rows of the same name are one
+/// flag, whose help says where defaults differ. `renamed`: flags that differ from their rows' names. Presets and what
+/// is given with the tasks included and left out, respectively.
+void add_described_options(command& verb, const std::vector<described>& own, const std::vector<described>& others,
+    option_values& values, const std::map<std::string, std::string>& renamed = {});
+/// Adds the options of all methods (after those of `own`), and those about tensors and runs: what merge, prune,
+/// peru-fft and sweep share.
+void add_merge_options(command& verb, merge_request& request, const std::vector<described>& own = {},
+    const std::map<std::string, std::string>& renamed = {});
+/// Adds --method.
+void add_method_option(command& verb, merge_request& request, presence how, const std::string& help);
+/// The help lines of all methods.
+[[nodiscard]] std::string method_list();
+
+/// The method of the request; checks values, and notes options that it does not use. Throws usage_error.
+[[nodiscard]] const method_entry& find_method(const merge_request& request);
+/// The same for what is no method: `who` in notes, `table` and `lists` what it uses.
+void check_options(const merge_request& request, const std::string& who, const described& table,
+    const std::vector<std::string>& lists, const std::function<void(const option_values&)>& check_values);
+/// Runs `check`, and throws usage_error for what it refuses.
+void check_usage(const std::function<void()>& check);
+
+/// What a method is run with.
+[[nodiscard]] method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs);
+
+/// The part of a report that merges have in common.
+[[nodiscard]] nlohmann::ordered_json report_of(const runner& run, const merge_request& request,
+    const merge_inputs& inputs, const taskvec::merge_report& merged, std::uint64_t written);
+/// Options and their values.
+[[nodiscard]] nlohmann::ordered_json json_of(const std::vector<taskvec::option_description>& values);
+/// Norms of a model, and of its distance from the base where there is one, tensor by tensor. `models` has one task.
+[[nodiscard]] nlohmann::ordered_json norms_of(const taskvec::cpu& policy, const taskvec::aligned_models& models);
+
+} // namespace tool

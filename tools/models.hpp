@@ -1,0 +1,97 @@
+// The models that a verb reads: opened, lined up, checked, and what reports and dry runs say of them.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "arguments.hpp"
+#include "command.hpp"
+#include "runner.hpp"
+
+#include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/methods/merge.hpp>
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace tool {
+
+/// Which models, which of their tensors, and what is wrong with these.
+struct model_request {
+    std::string base, out;
+    std::vector<std::string> tasks;
+    std::string dtype = "keep", nonfinite = "error", missing = "error", shard_size;
+    std::vector<std::string> include, exclude;
+    run_options run;
+};
+
+/// Adds --base, the model that the tasks started from.
+void add_base_option(command& verb, model_request& request, presence how = presence::optional);
+/// Adds --task PATH[=WEIGHT].
+void add_weighted_tasks_option(command& verb, model_request& request);
+/// Adds --nonfinite.
+void add_nonfinite_option(command& verb, std::string& nonfinite);
+/// Adds the options about which tensors take part and what is wrong with them. `others`: what becomes of the rest.
+void add_tensor_options(command& verb, model_request& request, const std::string& others = "");
+/// Adds --dtype.
+void add_dtype_option(command& verb, std::string& dtype, const std::string& help);
+/// The dtype that --dtype names; nothing for `keep`.
+[[nodiscard]] std::optional<taskvec::dtype> output_dtype(const std::string& text);
+/// Adds --shard-size.
+void add_shard_size_option(command& verb, std::string& shard_size);
+
+/// Whether a tensor's name is matched by one of these regular expressions of an option. Throws usage_error.
+[[nodiscard]] std::function<bool(std::string_view)> name_matcher(
+    const std::vector<std::string>& patterns, const std::string& option);
+/// Which names --include and --exclude leave: any pattern may match any part. Empty where all are.
+[[nodiscard]] std::function<bool(std::string_view)> name_filter(
+    const std::vector<std::string>& include, const std::vector<std::string>& exclude);
+
+/// How models are lined up, from the command line.
+[[nodiscard]] taskvec::model_options model_options_of(const model_request& request);
+
+/// The models that a command line names, opened, lined up and checked. Never moves: models() points into it.
+class merge_inputs {
+public:
+    merge_inputs(const model_request& request, bool base_wanted);
+    merge_inputs(const merge_inputs&) = delete;
+    merge_inputs& operator=(const merge_inputs&) = delete;
+
+    [[nodiscard]] const taskvec::checkpoint* base() const { return base_ ? &*base_ : nullptr; }
+    [[nodiscard]] const std::vector<task_argument>& arguments() const { return arguments_; }
+    [[nodiscard]] const std::deque<taskvec::checkpoint>& tasks() const { return tasks_; }
+    [[nodiscard]] const std::vector<taskvec::const_model_ref>& task_models() const { return task_models_; }
+    [[nodiscard]] const taskvec::aligned_models& models() const { return *models_; }
+    [[nodiscard]] const std::vector<double>& weights() const { return weights_; }
+    /// The base's metadata, or the first task's where there is no base.
+    [[nodiscard]] const taskvec::metadata_map& metadata() const
+    {
+        return base_ ? base_->metadata() : tasks_.front().metadata();
+    }
+    [[nodiscard]] std::uint64_t copied_bytes() const;
+
+private:
+    std::optional<taskvec::checkpoint> base_;
+    std::vector<task_argument> arguments_;
+    std::vector<double> weights_;
+    std::deque<taskvec::checkpoint> tasks_;
+    std::vector<taskvec::const_model_ref> task_models_;
+    std::optional<taskvec::aligned_models> models_;
+};
+
+/// A merged model beside the base, lined up for norms.
+[[nodiscard]] taskvec::aligned_models beside_base(
+    const model_request& request, const merge_inputs& inputs, const taskvec::checkpoint& merged);
+/// What a dry run says about the inputs.
+[[nodiscard]] std::string describe(const merge_inputs& inputs);
+
+/// Throws usage_error for --task PATH=WEIGHT where `who` (a verb or method) has no meaning for weights; `mend` says
+/// what to do.
+void check_no_weights(const std::vector<std::string>& tasks, const std::string& who, const std::string& mend);
+/// Throws usage_error unless `factor` is finite.
+void check_finite(double factor, const std::string& option);
+
+} // namespace tool

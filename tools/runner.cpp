@@ -1,0 +1,233 @@
+// A run: the policy, its progress line, and signals.
+// SPDX-License-Identifier: Apache-2.0
+#include "runner.hpp"
+
+#include "device.hpp"
+#include "words.hpp"
+
+#include <taskvec/core/error.hpp>
+#include <taskvec/formats/checkpoint.hpp>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include <unistd.h>
+
+namespace tool {
+
+namespace {
+
+// Signals. Handlers may touch only what is here: plain arrays, filled before they are needed.
+
+struct mapped_range {
+    std::atomic<const std::byte*> begin{nullptr};
+    const std::byte* end = nullptr;
+    const char* path = nullptr;
+};
+std::array<mapped_range, 4096> mapped_ranges;
+std::atomic<std::size_t> mapped_count{0};
+std::array<std::atomic<const char*>, 4096> temporaries;
+std::atomic<std::size_t> temporary_count{0};
+std::atomic<int> interrupted{0};
+bool progress_visible = false;
+
+void write_text(const char* text)
+{
+    [[maybe_unused]] const auto written = ::write(STDERR_FILENO, text, std::strlen(text));
+}
+
+extern "C" void on_interrupt(int signal)
+{
+    // A second time: leave at once; temporary files stay, as when the process is killed.
+    if (interrupted.exchange(signal) != 0) { ::_exit(1); }
+}
+
+extern "C" void on_bus_error(int, siginfo_t* info, void*)
+{
+    const auto* address = static_cast<const std::byte*>(info->si_addr);
+    const char* path = "a model file";
+    for (std::size_t i = 0; i < mapped_count.load(); ++i) {
+        if (address >= mapped_ranges[i].begin.load() && address < mapped_ranges[i].end) {
+            path = mapped_ranges[i].path;
+        }
+    }
+    write_text("taskvec: error: ");
+    write_text(path);
+    write_text(": the file shrank, or its disk failed, while it was being read; nothing was written: run again when "
+               "nothing else changes it\n");
+    for (std::size_t i = temporary_count.load(); i-- > 0;) { // what lies in a directory comes after it
+        const char* name = temporaries[i].load();
+        if (name && ::unlink(name) != 0) { ::rmdir(name); }
+    }
+    ::_exit(1);
+}
+
+void install_handlers()
+{
+    static const bool once = [] {
+        struct sigaction action{};
+        action.sa_sigaction = on_bus_error;
+        action.sa_flags = SA_SIGINFO;
+        ::sigaction(SIGBUS, &action, nullptr);
+        struct sigaction stop{};
+        stop.sa_handler = on_interrupt;
+        for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
+            struct sigaction before{};
+            ::sigaction(signal, nullptr, &before);
+            if (before.sa_handler != SIG_IGN) { ::sigaction(signal, &stop, nullptr); }
+        }
+        return true;
+    }();
+    (void)once;
+}
+
+/// A string that is never freed: handlers may read it at any time.
+const char* keep(const std::string& text)
+{
+    char* copy = static_cast<char*>(std::malloc(text.size() + 1));
+    if (copy) { std::memcpy(copy, text.c_str(), text.size() + 1); }
+    return copy;
+}
+
+} // namespace
+
+void clear_progress()
+{
+    if (std::exchange(progress_visible, false)) { write_text("\r\033[K"); }
+}
+
+std::uint64_t status_bytes(const char* field)
+{
+    std::FILE* file = std::fopen("/proc/self/status", "r");
+    if (!file) { return 0; }
+    char line[256];
+    unsigned long long value = 0;
+    while (std::fgets(line, sizeof line, file)) {
+        if (std::strncmp(line, field, std::strlen(field)) == 0) {
+            std::sscanf(line + std::strlen(field), "%llu", &value);
+            break;
+        }
+    }
+    std::fclose(file);
+    return value * 1024;
+}
+
+fs::path place_of(const fs::path& path)
+{
+    std::error_code failure;
+    auto place = fs::weakly_canonical(fs::absolute(path.has_filename() ? path : path.parent_path(), failure), failure);
+    return failure ? path : place;
+}
+
+std::vector<fs::path>& opened_places()
+{
+    static std::vector<fs::path> list;
+    return list;
+}
+
+void guard_map(const taskvec::mapped_file& map)
+{
+    install_handlers();
+    const auto bytes = map.bytes();
+    opened_places().push_back(place_of(map.path()));
+    const auto index = mapped_count.load();
+    if (bytes.empty() || index == mapped_ranges.size()) { return; }
+    mapped_ranges[index].end = bytes.data() + bytes.size();
+    mapped_ranges[index].path = keep(printable(map.path().string()));
+    mapped_ranges[index].begin = bytes.data();
+    mapped_count = index + 1;
+}
+
+taskvec::checkpoint open_guarded(const fs::path& path)
+{
+    install_handlers();
+    auto model = taskvec::open_model(path);
+    for (const auto& file : model.files()) { guard_map(file.map()); }
+    return model;
+}
+
+void guard_temporary(const fs::path& path)
+{
+    install_handlers();
+    const auto index = temporary_count.load();
+    if (path.empty() || index == temporaries.size()) { return; }
+    temporaries[index] = keep(path.string());
+    temporary_count = index + 1;
+}
+
+runner::runner(const run_options& options, runs_on where)
+    : terminal_(!options.quiet && ::isatty(STDERR_FILENO) == 1)
+    , start_(clock::now())
+    , phase_start_(start_)
+    , drawn_(start_ - std::chrono::hours(1))
+{
+    if (options.device != "cpu") {
+        if (where != runs_on::any_device) {
+            taskvec::raise<taskvec::invalid_argument>(
+                "--device cuda: only merge, prune and peru-fft run there; leave --device out");
+        }
+        require_cuda();
+    }
+    (void)options.memory_bytes(); // a size that is none is wrong usage for every verb
+    install_handlers();
+    policy_.threads = options.threads;
+    policy_.progress = [this](const taskvec::progress_event& event) { return advance(event); };
+    anonymous_peak_ = status_bytes("RssAnon:");
+}
+
+runner::~runner()
+{
+    clear_progress();
+}
+
+double runner::seconds() const
+{
+    return std::chrono::duration<double>(clock::now() - start_).count();
+}
+
+bool runner::advance(const taskvec::progress_event& event)
+{
+    if (interrupted.load() != 0) { return false; }
+    anonymous_peak_ = std::max(anonymous_peak_, status_bytes("RssAnon:"));
+    if (!terminal_) { return true; }
+    const auto now = clock::now();
+    if (event.phase != phase_) {
+        phase_ = event.phase;
+        phase_start_ = now;
+        drawn_ = now - std::chrono::hours(1);
+    }
+    if (now - drawn_ < std::chrono::milliseconds(100)) { return true; }
+    drawn_ = now;
+    progress_visible = true;
+    const double share = event.total ? static_cast<double>(event.done) / static_cast<double>(event.total) : 1.0;
+    const double elapsed = std::chrono::duration<double>(now - phase_start_).count();
+    char text[160];
+    int length = std::snprintf(text, sizeof text, "\r%-11s %3d%%", phase_.c_str(), static_cast<int>(100 * share));
+    if (elapsed > 0.2 && share > 0) {
+        const auto left = static_cast<long>(std::ceil(elapsed / share - elapsed));
+        const double speed = static_cast<double>(event.done) / elapsed;
+        char layers[32];
+        std::snprintf(layers, sizeof layers, "%.3g layers", speed);
+        const auto rate = event.unit == taskvec::progress_unit::layers ? std::string(layers)
+                                                                       : size_text(static_cast<std::uint64_t>(speed));
+        length += std::snprintf(text + length, sizeof text - static_cast<std::size_t>(length), "  %s/s  %ld:%02ld left",
+            rate.c_str(), left / 60, left % 60);
+    }
+    std::snprintf(text + length, sizeof text - static_cast<std::size_t>(length), "\033[K");
+    write_text(text);
+    return true;
+}
+
+bool was_interrupted()
+{
+    return interrupted.load() != 0;
+}
+
+} // namespace tool

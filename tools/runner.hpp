@@ -1,0 +1,70 @@
+// A run: the policy, its progress line, and signals.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "arguments.hpp"
+
+#include <taskvec/core/policy.hpp>
+
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+class checkpoint;
+class mapped_file;
+} // namespace taskvec::inline TASKVEC_ABI
+
+namespace tool {
+
+// Signals: an interrupt asks the work to stop; a file that shrinks while it is mapped ends the process with its name.
+
+/// Whether an interrupt (SIGINT, SIGTERM, SIGHUP) has asked the tool to stop.
+[[nodiscard]] bool was_interrupted();
+/// taskvec::open_model(), with the maps known to the handler for files that shrink.
+[[nodiscard]] taskvec::checkpoint open_guarded(const fs::path& path);
+/// Makes another map known to that handler.
+void guard_map(const taskvec::mapped_file& map);
+/// Removes this file, or this directory if it is empty by then, should the process have to end without destructors.
+/// What lies in a directory is named after it.
+void guard_temporary(const fs::path& path);
+/// The files that were opened by these, where they lie.
+[[nodiscard]] std::vector<fs::path>& opened_places();
+/// Where a path leads, as far as it exists.
+[[nodiscard]] fs::path place_of(const fs::path& path);
+
+/// Where a verb can run.
+enum class runs_on : std::uint8_t { cpu, any_device };
+
+/// The policy that the options ask for, with a progress line on a terminal. Interrupts stop the work as an error.
+/// Throws for --device cuda unless the verb runs there, the build has CUDA, and a device answers.
+class runner {
+public:
+    explicit runner(const run_options& options, runs_on where = runs_on::cpu);
+    ~runner();
+    runner(const runner&) = delete;
+    runner& operator=(const runner&) = delete;
+
+    [[nodiscard]] const taskvec::cpu& policy() const { return policy_; }
+    [[nodiscard]] double seconds() const;
+    /// Highest anonymous memory seen, in bytes.
+    [[nodiscard]] std::uint64_t anonymous_peak() const { return anonymous_peak_; }
+
+private:
+    bool advance(const taskvec::progress_event& event);
+
+    using clock = std::chrono::steady_clock;
+    taskvec::cpu policy_;
+    bool terminal_;
+    std::uint64_t anonymous_peak_ = 0;
+    std::string phase_;
+    clock::time_point start_, phase_start_, drawn_;
+};
+/// Wipes the progress line, where one is drawn.
+void clear_progress();
+/// A field of /proc/self/status that is in kB, in bytes; 0 where it is not there.
+[[nodiscard]] std::uint64_t status_bytes(const char* field);
+
+} // namespace tool

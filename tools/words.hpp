@@ -1,0 +1,39 @@
+// Numbers and names as people read them, and what the tool says on a terminal.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace tool {
+
+struct run_options;
+
+/// A hint on standard error, unless --quiet.
+void note(const run_options& options, const std::string& text);
+/// 1234567 as "1,234,567".
+[[nodiscard]] std::string grouped(std::uint64_t value);
+/// 1234567 as "1.23 MB".
+[[nodiscard]] std::string size_text(std::uint64_t bytes);
+/// 0.123 as "0.12 s".
+[[nodiscard]] std::string seconds_text(double seconds);
+/// "1 task", "2 tasks".
+[[nodiscard]] std::string counted(std::uint64_t count, const std::string& noun);
+/// Text for terminals and one-line messages: control characters and what is not UTF-8 are written as \\x and two
+/// digits.
+[[nodiscard]] std::string printable(std::string_view text);
+/// Columns the text takes on a terminal: its code points.
+[[nodiscard]] std::size_t text_width(std::string_view text);
+/// Writes to standard output; a failure is an error.
+void print(const std::string& text);
+/// Says what was done, then gives the finished outputs their names: where standard output fails, nothing is changed.
+template <class... Outputs>
+void conclude(const std::string& text, Outputs&... outputs)
+{
+    print(text);
+    (outputs.commit(), ...);
+}
+
+} // namespace tool
