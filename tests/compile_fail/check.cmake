@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Run by ctest: COMPILER, SOURCE, INCLUDES. See CMakeLists.txt beside this file.
 set(command ${COMPILER} -std=c++20 -fsyntax-only)
+# Not -isystem: a folder that the compiler searches by itself, such as /usr/include, is left where it is if -I names it;
+# -isystem would put it before the standard library's own, whose #include_next then finds nothing.
 foreach(folder IN LISTS INCLUDES)
-    list(APPEND command -isystem ${folder})
+    list(APPEND command -I ${folder})
 endforeach()
 
 file(STRINGS ${SOURCE} expected REGEX "^// error: ")
