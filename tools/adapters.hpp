@@ -70,7 +70,8 @@ void in_precision(bool wide, F&& f)
 template <class T>
 [[nodiscard]] taskvec::peft_adapter<T> read_adapter(const fs::path& directory, const adapter_settings& settings)
 {
-    auto adapter = taskvec::read_peft<T>(directory, {.whole_modules = settings.modules_to_save});
+    auto adapter = taskvec::read_peft<T>(
+        directory, {.whole_modules = settings.modules_to_save, .whole_modules_word = "--modules-to-save"});
     const auto check = [&](auto&& value, std::size_t size, const auto&... where) {
         for (std::size_t i = 0; i < size; ++i) {
             if (std::isfinite(value(i))) { continue; }

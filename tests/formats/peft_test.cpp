@@ -337,7 +337,7 @@ TEST_CASE(
         "has shape [6, 5]");
     says(refusal(with_tensors(
              scratch, [&](tensors& t) { t[other + "base_layer.weight"] = {{6, 6}, std::vector<float>(36)}; })),
-        "--modules-to-save");
+        "peft_read_options::whole_modules");
     says(refusal(with_tensors(scratch, [&](tensors& t) { t[other + "weight"] = {{6, 6}, std::vector<float>(36)}; })),
         "neither a factor nor a bias");
 }

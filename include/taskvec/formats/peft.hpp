@@ -67,6 +67,8 @@ struct peft_read_options {
     /// base weights that PEFT stores beside the factors of embed_tokens and lm_head are not meant: they are always
     /// accepted.
     bool whole_modules = false;
+    /// What messages call the switch above: the caller's own word for it, such as a flag.
+    std::string whole_modules_word = "peft_read_options::whole_modules";
 };
 
 namespace detail {
@@ -243,8 +245,8 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
     if (fields.says_something("modules_to_save") && !options.whole_modules) {
         raise<format_error>(message("modules_to_save: whole modules (", fields.shown(*fields.find("modules_to_save")),
                                 ") come with this adapter, which makes it more than a low-rank update; ask for them to "
-                                "be carried along "
-                                "(--modules-to-save), or remove them"),
+                                "be carried along (",
+                                options.whole_modules_word, "), or remove them"),
             file);
     }
     for (const char* names : {"target_modules", "exclude_modules", "modules_to_save"}) { fields.check_names(names); }
@@ -401,7 +403,8 @@ template <arithmetic_element T = float>
             raise<format_error>(
                 message("tensor '", entry->name,
                     "' is neither a factor nor a bias that the configuration announces: this adapter is more than a "
-                    "low-rank update; ask for whole weights to be carried along (--modules-to-save), or remove it"),
+                    "low-rank update; ask for whole weights to be carried along (",
+                    options.whole_modules_word, "), or remove it"),
                 model_file);
         }
         const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);

@@ -4,9 +4,10 @@
 
 #include <taskvec/formats/fingerprint.hpp>
 #include <taskvec/formats/safetensors.hpp>
-#include <taskvec/methods/regmean.hpp>
+#include <taskvec/models/weight_layout.hpp>
 #include <taskvec/statistics/fisher_accumulator.hpp>
 #include <taskvec/statistics/gram_accumulator.hpp>
+#include <taskvec/statistics/stored_gram.hpp>
 
 #include <algorithm>
 #include <charconv>

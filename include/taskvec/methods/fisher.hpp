@@ -4,6 +4,7 @@
 
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
+#include <taskvec/statistics/aligned_fishers.hpp>
 
 #include <algorithm>
 #include <array>
@@ -162,7 +163,7 @@ namespace detail {
 [[nodiscard]] inline std::string fisher_label(
     const fisher_options& options, std::size_t t, const aligned_models& models)
 {
-    return options.labels.empty() ? "the Fisher of " + models.label(t) : options.labels[t];
+    return fishers_label(options.labels, t, models);
 }
 [[noreturn, gnu::cold]] inline void refuse_fisher_nonfinite(
     const aligned_models& models, std::size_t tensor, const std::string& where, double found, std::uint64_t index)
@@ -176,77 +177,6 @@ namespace detail {
     raise<invalid_argument>(message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ", found,
         " at index ", index, ": a diagonal Fisher is a mean of squares and cannot be negative"));
 }
-
-/// The Fishers of a merge lined up with its models, and checked: the CPU and the gpu policy read them through this.
-class aligned_fishers {
-public:
-    aligned_fishers(
-        const aligned_models& models, const fisher_options& options, memory_space space = memory_space::host)
-    {
-        const std::size_t tasks = models.task_count();
-        if (options.fishers.size() != tasks) {
-            raise<invalid_argument>(message(
-                options.fishers.size(), " Fishers for ", tasks, " tasks: give one each, in the order of the tasks"));
-        }
-        if (!options.labels.empty() && options.labels.size() != tasks) {
-            raise<invalid_argument>(
-                message(options.labels.size(), " labels for ", tasks, " Fishers: give one each, or none"));
-        }
-        for (std::size_t t = 0; t < tasks; ++t) {
-            for (const auto& [name, tensor] : options.fishers[t]) {
-                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
-                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
-                if (place == models.outputs().end() || place->name != name) {
-                    raise<invalid_argument>(message("tensor '", name, "' of ", fisher_label(options, t, models),
-                        " is not in the models: these are the statistics of another model"));
-                }
-            }
-        }
-        operands_.resize(models.tensors().size() * tasks);
-        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
-            const aligned_tensor& tensor = models.tensors()[i];
-            for (std::size_t t = 0; t < tasks; ++t) {
-                const const_tensor_ref* const fisher = options.fishers[t].find(tensor.name);
-                if (!fisher) {
-                    const bool stands_in =
-                        models.options().on_missing == missing::base && tensor.tasks[t].data == tensor.base.data;
-                    if (stands_in) { continue; }
-                    raise<invalid_argument>(
-                        message("tensor '", tensor.name, "' is missing in ", fisher_label(options, t, models),
-                            ": collect statistics for every parameter, or exclude the tensor"));
-                }
-                check(*fisher, tensor, fisher_label(options, t, models), space);
-                operands_[i * tasks + t] = {static_cast<const std::byte*>(fisher->data), fisher->dtype};
-                companions_.push_back({i, operands_[i * tasks + t].data, byte_count(fisher->dtype, tensor.size)});
-            }
-        }
-    }
-
-    /// Ft of each tensor, [tensor][task]; null data where it counts as 0.
-    [[nodiscard]] const std::vector<aligned_tensor::operand>& operands() const noexcept { return operands_; }
-    [[nodiscard]] const std::vector<companion>& companions() const noexcept { return companions_; }
-
-private:
-    static void check(
-        const const_tensor_ref& fisher, const aligned_tensor& tensor, const std::string& where, memory_space space)
-    {
-        if (fisher.shape != tensor.shape) {
-            raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ",
-                where, " but ", to_string(tensor.shape), " in the models: these are the statistics of another model"));
-        }
-        if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
-            raise<dtype_mismatch>(message("tensor '", tensor.name, "' has dtype ", name(fisher.dtype), " in ", where,
-                "; expected ", storage_names(), ": convert it"));
-        }
-        if (fisher.space != space || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {
-            raise<invalid_argument>(message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
-                space == memory_space::host ? "host" : "device", " memory: copy it first"));
-        }
-    }
-
-    std::vector<aligned_tensor::operand> operands_;
-    std::vector<companion> companions_;
-};
 
 /// Throws unless the weights and the floor mean something. Returns the weights ct.
 [[nodiscard]] inline std::vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
@@ -294,7 +224,7 @@ public:
         : options_(options)
         , weights_(checked_fisher_weights(options, models.task_count()))
         , factors_(weights_)
-        , fishers_(models, options)
+        , fishers_(models, options.fishers, options.labels)
     {
         if (options.normalize) { normalize(policy, models); }
     }

@@ -9,6 +9,7 @@
 
 #include <taskvec/core/sink.hpp>
 #include <taskvec/models/block.hpp>
+#include <taskvec/models/companion.hpp>
 #include <taskvec/models/copy_through.hpp>
 #include <taskvec/models/tensor_sums.hpp>
 
@@ -90,13 +91,6 @@ inline void check_factor(double value, std::string_view what)
 {
     if (!std::isfinite(value)) { raise<invalid_argument>(message(what, " is not finite")); }
 }
-
-/// Memory that a method reads beside the models (the statistics of a tensor, say), for the check of aliases.
-struct companion {
-    std::size_t tensor = 0;
-    const std::byte* data = nullptr;
-    std::size_t bytes = 0;
-};
 
 /// Outputs must not overlap inputs, except that a method which reads each element for the last time before it writes
 /// it may work in place. What lies beside the models may never be overwritten.

@@ -6,6 +6,9 @@
 #include <taskvec/linalg/eigen.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/merge.hpp>
+#include <taskvec/models/weight_layout.hpp>
+#include <taskvec/statistics/aligned_grams.hpp>
+#include <taskvec/statistics/stored_gram.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -21,12 +24,6 @@
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
-
-/// How a linear layer's weight lies in memory, row-major: as torch's Linear stores it, or as transformers' Conv1D does.
-enum class weight_layout : std::uint8_t {
-    out_in, ///< y = x·Wᵀ: a row for each output
-    in_out ///< y = x·W: a row for each input
-};
 
 /// For each linear layer with a Gram matrix, in its in×out view W: W* = (Σ wt·G̃t)⁻¹ Σ wt·G̃t·Wt, with Gt = XtᵀXt over
 /// the inputs of task t and G̃ = α·G + (1−α)·diag(G): the W that fits all tasks' outputs Xt·Wt best, in the sense of
@@ -66,117 +63,6 @@ struct options_of<regmean_options> {
 
 namespace detail {
 
-/// How far entries of a Gram matrix may be from symmetric, as a share of what the diagonal allows: what storage rounds.
-[[nodiscard]] constexpr double gram_tolerance(taskvec::dtype type) noexcept
-{
-    return type == taskvec::dtype::f64 ? 1e-9 : type == taskvec::dtype::f32 ? 1e-4 : 2e-2;
-}
-[[noreturn, gnu::cold]] inline void refuse_gram_nonfinite(const std::string& where, double value, std::size_t index)
-{
-    raise<nonfinite_error>(message(where, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", index,
-        ": collect the statistics again"));
-}
-[[noreturn, gnu::cold]] inline void refuse_gram_negative(const std::string& where, double value, std::size_t i)
-{
-    raise<invalid_argument>(
-        message(where, " has ", value, " at row and column ", i, ": a sum of squares cannot be negative"));
-}
-/// Entries (i, j) and (j, i), of which one is not finite, or which differ by more than is tolerated, or are too large.
-[[noreturn, gnu::cold]] inline void refuse_gram_entry(
-    const std::string& where, std::size_t n, std::size_t i, std::size_t j, double lower, double upper, double tolerated)
-{
-    if (!std::isfinite(lower)) { refuse_gram_nonfinite(where, lower, i * n + j); }
-    if (!std::isfinite(upper)) { refuse_gram_nonfinite(where, upper, j * n + i); }
-    if (std::abs(lower - upper) > tolerated) {
-        raise<invalid_argument>(message(
-            where, " is not symmetric: ", lower, " at (", i, ", ", j, ") but ", upper, " at (", j, ", ", i, ")"));
-    }
-    raise<invalid_argument>(message(
-        where, " is no Gram matrix: its entry ", lower, " at (", i, ", ", j, ") is larger than its diagonal allows"));
-}
-
-/// A Gram matrix that is read from memory or a mapped file, n×n, and checked to be one on the way: finite, symmetric,
-/// no entry larger than its diagonal allows (each up to what storage rounds). Throws nonfinite_error, invalid_argument,
-/// in which `where` names it.
-class stored_gram {
-public:
-    static constexpr std::size_t tile = 128; ///< square pieces, both halves of which are in memory at a time
-
-    /// `raw` has room for block_size doubles, `diagonal` for n; both are used again for the next one.
-    stored_gram(const aligned_tensor::operand& from, std::size_t n, std::function<std::string()> where,
-        std::span<double> diagonal, double* raw)
-        : from_(from)
-        , n_(n)
-        , where_(std::move(where))
-        , diagonal_(diagonal.first(n))
-    {
-        for (std::size_t i = 0; i < n; ++i) {
-            (void)read(from, i * n + i, 1, &diagonal_[i], raw);
-            if (!std::isfinite(diagonal_[i])) { refuse_gram_nonfinite(where_(), diagonal_[i], i * n + i); }
-            if (diagonal_[i] < 0) { refuse_gram_negative(where_(), diagonal_[i], i); }
-        }
-    }
-
-    [[nodiscard]] std::size_t tile_rows() const noexcept { return (n_ + tile - 1) / tile; }
-    /// Calls use(i, j, value) for the entries of one row of tiles on and below the diagonal, the mean of both halves.
-    /// `memory`: 2·tile² doubles. Rows of tiles may be read at the same time.
-    template <class Use>
-    void for_each_entry(std::size_t tile_row, double* memory, double* raw, Use&& use) const
-    {
-        const double tolerance = gram_tolerance(from_.dtype);
-        double *const below = memory, *const above = memory + tile * tile;
-        const std::size_t r = tile_row * tile, height = std::min(tile, n_ - r);
-        for (std::size_t c = 0; c <= r; c += tile) {
-            const std::size_t width = std::min(tile, n_ - c);
-            for (std::size_t i = 0; i < height; ++i) {
-                (void)read(from_, (r + i) * n_ + c, width, below + i * tile, raw);
-            }
-            for (std::size_t j = 0; j < width; ++j) {
-                (void)read(from_, (c + j) * n_ + r, height, above + j * tile, raw);
-            }
-            for (std::size_t i = 0; i < height; ++i) {
-                for (std::size_t j = 0; j < width && c + j <= r + i; ++j) {
-                    const double lower = below[i * tile + j], upper = above[j * tile + i];
-                    const double bound = std::sqrt(diagonal_[r + i]) * std::sqrt(diagonal_[c + j]);
-                    if (!(std::abs(lower - upper) <= tolerance * bound)
-                        || !(std::abs(lower) <= (1 + 10 * tolerance) * bound)) {
-                        refuse_gram_entry(where_(), n_, r + i, c + j, lower, upper, tolerance * bound);
-                    }
-                    use(r + i, c + j, 0.5 * (lower + upper));
-                }
-            }
-        }
-    }
-
-    /// `count` elements of any operand from `offset` on, in f64. Returns their largest magnitude bits.
-    static std::uint64_t read(
-        const aligned_tensor::operand& from, std::uint64_t offset, std::size_t count, double* out, double* raw)
-    {
-        std::uint64_t largest = 0;
-        for (std::size_t at = 0; at < count; at += block_size) {
-            const std::size_t n = std::min(block_size, count - at);
-            largest = std::max(largest,
-                with_elements(from, offset + at, n, reinterpret_cast<std::byte*>(raw),
-                    [&](const auto* values) { return kernels::widen(values, out + at, n); }));
-        }
-        return largest;
-    }
-
-private:
-    aligned_tensor::operand from_;
-    std::size_t n_;
-    std::function<std::string()> where_;
-    std::span<double> diagonal_;
-};
-
-/// A linear layer that has Gram matrices.
-struct regmean_layer {
-    std::size_t tensor = 0;
-    std::size_t in = 0, out = 0;
-    weight_layout layout = weight_layout::out_in;
-    std::vector<aligned_tensor::operand> grams{}; // of each task
-};
-
 /// What a RegMean merge is asked, checked: its weights, and the layers with their Gram matrices, which are in memory
 /// space `space`.
 class regmean_problem {
@@ -184,6 +70,7 @@ public:
     regmean_problem(const aligned_models& models, const regmean_options& options, memory_space space)
         : options_(options)
         , weights_(checked_weights(options.weights, models.task_count(), false))
+        , grams_(models, options.grams, options.labels, options.layout, space)
     {
         for (const double weight : weights_) { total_ += weight; }
         if (!(options.alpha >= 0 && options.alpha <= 1)) {
@@ -193,28 +80,24 @@ public:
             raise<invalid_argument>(
                 message("ridge is ", options.ridge, "; expected a number that is not negative, such as 1e-6"));
         }
-        align(models, space);
     }
 
     [[nodiscard]] const std::vector<double>& weights() const noexcept { return weights_; }
     [[nodiscard]] double total_weight() const noexcept { return total_; }
     [[nodiscard]] double alpha() const noexcept { return options_.alpha; }
-    [[nodiscard]] const std::vector<regmean_layer>& layers() const noexcept
-    {
-        return layers_;
-    } // in the order of tensors()
-    [[nodiscard]] const std::vector<companion>& companions() const noexcept { return companions_; }
+    [[nodiscard]] const std::vector<gram_layer>& layers() const noexcept { return grams_.layers(); }
+    [[nodiscard]] const std::vector<companion>& companions() const noexcept { return grams_.companions(); }
     [[nodiscard]] std::string label(std::size_t t, const aligned_models& models) const
     {
-        return options_.labels.empty() ? "the Grams of " + models.label(t) : options_.labels[t];
+        return grams_label(options_.labels, t, models);
     }
     /// Names the Gram matrix of a layer and task in messages.
-    [[nodiscard]] std::string where(const regmean_layer& one, std::size_t t, const aligned_models& models) const
+    [[nodiscard]] std::string where(const gram_layer& one, std::size_t t, const aligned_models& models) const
     {
         return message("the Gram matrix of '", models.tensors()[one.tensor].name, "' in ", label(t, models));
     }
     /// What is added to the diagonal of a layer's system of that trace.
-    [[nodiscard]] double lift(const regmean_layer& one, double trace) const noexcept
+    [[nodiscard]] double lift(const gram_layer& one, double trace) const noexcept
     {
         if (trace == 0 && options_.ridge > 0) { return 1; } // no task has seen an input: the average, whatever is added
         return options_.ridge * trace / static_cast<double>(one.in);
@@ -222,7 +105,7 @@ public:
     /// Throws invalid_argument where the answer of factor_cholesky() says that a layer's system is singular. `unseen`:
     /// the first input whose diagonal is 0, or one.in.
     void check_determined(
-        const regmean_layer& one, const aligned_models& models, double least_pivot, std::size_t unseen) const
+        const gram_layer& one, const aligned_models& models, double least_pivot, std::size_t unseen) const
     {
         // What storage rounded away in the Grams cannot be told from nothing.
         bool rounded = false;
@@ -237,81 +120,10 @@ public:
     }
 
 private:
-    void align(const aligned_models& models, memory_space space)
-    {
-        const std::size_t tasks = models.task_count();
-        if (options_.grams.size() != tasks) {
-            raise<invalid_argument>(message(options_.grams.size(), " sets of Grams for ", tasks,
-                " tasks: give one each, in the order of the tasks"));
-        }
-        if (!options_.labels.empty() && options_.labels.size() != tasks) {
-            raise<invalid_argument>(
-                message(options_.labels.size(), " labels for ", tasks, " sets of Grams: give one each, or none"));
-        }
-        for (std::size_t t = 0; t < tasks; ++t) {
-            for (const auto& [name, gram] : options_.grams[t]) {
-                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
-                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
-                if (place == models.outputs().end() || place->name != name) {
-                    raise<invalid_argument>(message("tensor '", name, "' of ", label(t, models),
-                        " is not in the models: these are the statistics of another model"));
-                }
-            }
-        }
-        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
-            const aligned_tensor& tensor = models.tensors()[i];
-            std::size_t present = 0, absent = 0;
-            for (std::size_t t = 0; t < tasks; ++t) { options_.grams[t].find(tensor.name) ? ++present : (absent = t); }
-            if (present == 0) { continue; }
-            if (present < tasks) {
-                raise<invalid_argument>(message("tensor '", tensor.name, "' is missing in ", label(absent, models),
-                    " but not in the other Grams: collect it for every task, or for none"));
-            }
-            if (tensor.shape.size() != 2) {
-                raise<shape_mismatch>(message("tensor '", tensor.name, "' of shape ", to_string(tensor.shape),
-                    " has a Gram matrix, but only the weight of a linear layer (rank 2) can have one"));
-            }
-            const weight_layout layout = options_.layout ? options_.layout(tensor.name) : weight_layout::out_in;
-            const bool rows_are_outputs = layout == weight_layout::out_in;
-            regmean_layer one{i, static_cast<std::size_t>(tensor.shape[rows_are_outputs ? 1 : 0]),
-                static_cast<std::size_t>(tensor.shape[rows_are_outputs ? 0 : 1]), layout, {}};
-            for (std::size_t t = 0; t < tasks; ++t) {
-                one.grams.push_back(check(*options_.grams[t].find(tensor.name), one, tensor, label(t, models), space));
-            }
-            for (const auto& gram : one.grams) {
-                companions_.push_back({i, gram.data, byte_count(gram.dtype, one.in * one.in)});
-            }
-            if (tensor.size > 0) { layers_.push_back(std::move(one)); }
-        }
-    }
-
-    static aligned_tensor::operand check(const const_tensor_ref& gram, const regmean_layer& one,
-        const aligned_tensor& tensor, const std::string& where, memory_space space)
-    {
-        const auto in = static_cast<std::int64_t>(one.in);
-        if (gram.shape != extents{in, in}) {
-            raise<shape_mismatch>(
-                message("tensor '", tensor.name, "' has a Gram matrix of shape ", to_string(gram.shape), " in ", where,
-                    "; expected ", to_string({in, in}), " for a weight of shape ", to_string(tensor.shape), " stored ",
-                    one.layout == weight_layout::out_in ? "out×in (say so if it is in×out)"
-                                                        : "in×out (say so if it is out×in)"));
-        }
-        if (!is_storage(gram.dtype)) {
-            raise<dtype_mismatch>(message("tensor '", tensor.name, "' has dtype ", name(gram.dtype), " in ", where,
-                "; expected ", storage_names(), ": convert it"));
-        }
-        if (gram.space != space || !gram.contiguous() || (!gram.data && one.in > 0)) {
-            raise<invalid_argument>(message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
-                space == memory_space::host ? "host" : "device", " memory: copy it first"));
-        }
-        return {static_cast<const std::byte*>(gram.data), gram.dtype};
-    }
-
     regmean_options options_;
     std::vector<double> weights_;
     double total_ = 0;
-    std::vector<regmean_layer> layers_;
-    std::vector<companion> companions_;
+    aligned_grams grams_;
 };
 
 } // namespace detail
@@ -395,7 +207,7 @@ public:
 
 private:
     static constexpr std::size_t panel = 256; // columns of W, and rows of G, in f64 at a time
-    using layer = regmean_layer;
+    using layer = gram_layer;
 
     /// Buffers for one layer: the system, and for each worker panels of W̄, Wt − W̄, their images, rows of G.
     struct system_memory {

@@ -30,7 +30,7 @@ public:
     [[nodiscard]] static std::vector<aligned_tensor::operand> beside(
         const fisher_options& options, const aligned_models& models, memory_space space)
     {
-        return aligned_fishers(models, options, space).operands();
+        return aligned_fishers(models, options.fishers, options.labels, space).operands();
     }
 
     device_merger(device_models& models, const fisher_options& options)

@@ -50,13 +50,13 @@ public:
     void write(device_models& models, merge_report&) const
     {
         std::size_t next = 0; // the first tensor that is not written
-        for (const regmean_layer& one : problem_.layers()) {
+        for (const gram_layer& one : problem_.layers()) {
             average_.write(models, {next, one.tensor});
             next = one.tensor + 1;
         }
         average_.write(models, {next, models.models().tensors().size()});
         with_context(models.policy(), [&](const gpu& policy) {
-            for (const regmean_layer& one : problem_.layers()) { solve(policy, models, one); }
+            for (const gram_layer& one : problem_.layers()) { solve(policy, models, one); }
         });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
@@ -64,7 +64,7 @@ public:
     [[nodiscard]] std::uint64_t bytes_beside(const device_models& models) const noexcept
     {
         std::uint64_t bytes = 0;
-        for (const regmean_layer& one : problem_.layers()) {
+        for (const gram_layer& one : problem_.layers()) {
             const aligned_tensor& tensor = models.models().tensors()[one.tensor];
             const std::uint64_t panels = (one.out + panel(one) - 1) / panel(one);
             for (std::size_t t = 0; t < one.grams.size(); ++t) {
@@ -105,13 +105,13 @@ private:
     };
 
     /// Outputs of a layer that are merged together.
-    [[nodiscard]] std::size_t panel(const regmean_layer& one) const noexcept
+    [[nodiscard]] std::size_t panel(const gram_layer& one) const noexcept
     {
         return std::clamp<std::size_t>(
             spare_ / (3 * sizeof(double) * one.in), 256, std::max<std::size_t>(one.out, 256));
     }
 
-    void solve(const gpu& policy, device_models& models, const regmean_layer& one) const
+    void solve(const gpu& policy, device_models& models, const gram_layer& one) const
     {
         staging stage(policy, models.space());
         device_matrix<double> system(policy, one.in, one.in);
@@ -127,7 +127,7 @@ private:
     }
 
     /// system = the Cholesky factor of Σ wt·G̃t + lift, each Gram checked to be one.
-    void assemble(const gpu& policy, device_models& models, const regmean_layer& one, staging& stage,
+    void assemble(const gpu& policy, device_models& models, const gram_layer& one, staging& stage,
         device_matrix<double>& system) const
     {
         const std::size_t n = one.in;
@@ -180,7 +180,7 @@ private:
     };
 
     /// Outputs [first, first + count) of a layer: W̄ + (Σ wt·G̃t)⁻¹ Σ wt·G̃t·(Wt − W̄).
-    void merge_columns(const gpu& policy, device_models& models, const regmean_layer& one, staging& stage,
+    void merge_columns(const gpu& policy, device_models& models, const gram_layer& one, staging& stage,
         device_matrix_view<const double> factor, std::size_t first, std::size_t count, const panel_memory& memory,
         device_matrix<double>& gram) const
     {

@@ -1,0 +1,94 @@
+// The diagonal Fishers of tasks lined up with the models that they belong to, and checked.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/models/aligned_models.hpp>
+#include <taskvec/models/companion.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// What messages call the Fisher of a task.
+[[nodiscard]] inline std::string fishers_label(
+    const std::vector<std::string>& labels, std::size_t t, const aligned_models& models)
+{
+    return labels.empty() ? "the Fisher of " + models.label(t) : labels[t];
+}
+
+/// The diagonal Fishers of tasks lined up with the models that they belong to. Checked: that each included tensor has
+/// one of its shape for every task, and no other tensor, and that it can be read in memory space `space`.
+class aligned_fishers {
+public:
+    aligned_fishers(const aligned_models& models, std::span<const const_model_ref> fishers,
+        const std::vector<std::string>& labels, memory_space space = memory_space::host)
+    {
+        const std::size_t tasks = models.task_count();
+        if (fishers.size() != tasks) {
+            raise<invalid_argument>(
+                message(fishers.size(), " Fishers for ", tasks, " tasks: give one each, in the order of the tasks"));
+        }
+        if (!labels.empty() && labels.size() != tasks) {
+            raise<invalid_argument>(message(labels.size(), " labels for ", tasks, " Fishers: give one each, or none"));
+        }
+        for (std::size_t t = 0; t < tasks; ++t) {
+            for (const auto& [name, tensor] : fishers[t]) {
+                const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
+                    [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
+                if (place == models.outputs().end() || place->name != name) {
+                    raise<invalid_argument>(message("tensor '", name, "' of ", fishers_label(labels, t, models),
+                        " is not in the models: these are the statistics of another model"));
+                }
+            }
+        }
+        operands_.resize(models.tensors().size() * tasks);
+        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+            const aligned_tensor& tensor = models.tensors()[i];
+            for (std::size_t t = 0; t < tasks; ++t) {
+                const const_tensor_ref* const fisher = fishers[t].find(tensor.name);
+                if (!fisher) {
+                    const bool stands_in =
+                        models.options().on_missing == missing::base && tensor.tasks[t].data == tensor.base.data;
+                    if (stands_in) { continue; }
+                    raise<invalid_argument>(
+                        message("tensor '", tensor.name, "' is missing in ", fishers_label(labels, t, models),
+                            ": collect statistics for every parameter, or exclude the tensor"));
+                }
+                check_fisher(*fisher, tensor, fishers_label(labels, t, models), space);
+                operands_[i * tasks + t] = {static_cast<const std::byte*>(fisher->data), fisher->dtype};
+                companions_.push_back({i, operands_[i * tasks + t].data, byte_count(fisher->dtype, tensor.size)});
+            }
+        }
+    }
+
+    /// Ft of each tensor, [tensor][task]; null data where it counts as 0.
+    [[nodiscard]] const std::vector<aligned_tensor::operand>& operands() const noexcept { return operands_; }
+    [[nodiscard]] const std::vector<companion>& companions() const noexcept { return companions_; }
+
+private:
+    static void check_fisher(
+        const const_tensor_ref& fisher, const aligned_tensor& tensor, const std::string& where, memory_space space)
+    {
+        if (fisher.shape != tensor.shape) {
+            raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ",
+                where, " but ", to_string(tensor.shape), " in the models: these are the statistics of another model"));
+        }
+        if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
+            raise<dtype_mismatch>(message("tensor '", tensor.name, "' has dtype ", name(fisher.dtype), " in ", where,
+                "; expected ", storage_names(), ": convert it"));
+        }
+        if (fisher.space != space || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {
+            raise<invalid_argument>(message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
+                space == memory_space::host ? "host" : "device", " memory: copy it first"));
+        }
+    }
+
+    std::vector<aligned_tensor::operand> operands_;
+    std::vector<companion> companions_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
