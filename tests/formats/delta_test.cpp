@@ -196,7 +196,8 @@ TEST_CASE("a tensor of 2^31 elements has wide indices")
     const delta content{.tensors = {{"w", sparse_vector<float>{{1 << 16, 1 << 16}, {0, 4'294'967'295}, {1, 2}}},
                             {"v", sparse_vector<float>{{(1ll << 31) - 1}, {2'147'483'646}, {3}}}}};
     write_delta(folder / "f", content);
-    const auto model = safetensors_file(folder / "f").model();
+    const safetensors_file file(folder / "f");
+    const auto model = file.model();
     CHECK(model.find("w.indices")->dtype == dtype::i64);
     CHECK(model.find("v.indices")->dtype == dtype::i32);
     CHECK(read_delta(folder / "f").tensors == content.tensors);

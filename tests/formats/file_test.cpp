@@ -35,7 +35,8 @@ TEST_CASE("an empty file maps to nothing; what is no regular file is refused")
 {
     const scratch folder;
     spill(folder / "empty", "");
-    CHECK(mapped_file(folder / "empty").bytes().empty());
+    const mapped_file nothing(folder / "empty");
+    CHECK(nothing.bytes().empty());
     CHECK_THROWS_AS(mapped_file(folder / "missing"), io_error);
     CHECK_THROWS_AS(mapped_file(folder.path()), io_error);
     CHECK_THROWS_AS(mapped_file("/dev/null"), io_error);

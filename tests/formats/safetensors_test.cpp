@@ -239,7 +239,7 @@ TEST_CASE("writes outside a tensor, and an incomplete file, are refused")
     CHECK(slurp(folder / "f") == "old");
     writer.write(1, 0, "bbbb", 4);
     writer.commit();
-    CHECK(safetensors_file(folder / "f").model().size() == 2);
+    CHECK(safetensors_file(folder / "f").entries().size() == 2);
     CHECK(folder.names() == std::set<std::string>{"f"});
 }
 

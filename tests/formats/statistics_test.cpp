@@ -126,7 +126,8 @@ TEST_CASE("parts of the data join to what one collection would have given")
     auto sum = gram(a, "ga");
     sum.add(gram(b, "gb"));
     combine_statistics({folder / "ga", folder / "gb"}, folder / "gab", durability::process);
-    const auto g = reference::values_of(statistics_file(folder / "gab").model()[0].tensor);
+    const statistics_file gab(folder / "gab");
+    const auto g = reference::values_of(gab.model()[0].tensor);
     for (std::size_t i = 0; i < 9; ++i) { CHECK(g[i] == doctest::Approx(sum(i / 3, i % 3)).epsilon(1e-14)); }
     CHECK(statistics_file(folder / "gab").info().examples == 4);
 

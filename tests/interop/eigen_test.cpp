@@ -78,7 +78,8 @@ TEST_CASE("maps and contiguous blocks are viewed in place, as outputs too")
     CHECK(as_view(columns.transpose()).data() == columns.data()); // row-major, so its run is columns' own
     CHECK(as_view(Eigen::Ref<rows_of<float>>(matrix)).size() == 12);
     CHECK(as_view(matrix.topRows(0)).empty());
-    CHECK(as_view(rows_of<float>(0, 3)).empty());
+    rows_of<float> nothing(0, 3);
+    CHECK(as_view(nothing).empty());
     CHECK(as_view(matrix.col(1).head(1)).data() == &matrix(0, 1)); // one element has no stride
 }
 

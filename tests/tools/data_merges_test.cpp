@@ -48,7 +48,8 @@ struct models {
     std::optional<std::uint64_t> stamp(const std::string& model) const
     {
         if (model.empty()) { return std::nullopt; }
-        return taskvec::fingerprint(taskvec::cpu{}, taskvec::open_model(folder / model).model());
+        const auto opened = taskvec::open_model(folder / model);
+        return taskvec::fingerprint(taskvec::cpu{}, opened.model());
     }
     void write_fisher(const std::string& file, std::size_t t, const std::string& of) const
     {

@@ -90,13 +90,11 @@ TEST_CASE("fold-llora keeps the dtype of the adapter's factors unless told other
     taskvec::write_peft(folder / "init", initial, {.output = taskvec::dtype::bf16});
     taskvec::write_peft(folder / "task", adapter(2, 10, 1, 1), {.output = taskvec::dtype::bf16});
     REQUIRE(run(folder, fold).code == 0);
-    for (const auto& [name, tensor] : taskvec::safetensors_file(folder / "folded/adapter_model.safetensors").model()) {
-        CHECK(tensor.dtype == taskvec::dtype::bf16);
-    }
+    const taskvec::safetensors_file folded(folder / "folded/adapter_model.safetensors");
+    for (const auto& [name, tensor] : folded.model()) { CHECK(tensor.dtype == taskvec::dtype::bf16); }
     REQUIRE(run(folder, with(fold, {"--dtype", "F32"})).code == 0);
-    for (const auto& [name, tensor] : taskvec::safetensors_file(folder / "folded/adapter_model.safetensors").model()) {
-        CHECK(tensor.dtype == taskvec::dtype::f32);
-    }
+    const taskvec::safetensors_file wide(folder / "folded/adapter_model.safetensors");
+    for (const auto& [name, tensor] : wide.model()) { CHECK(tensor.dtype == taskvec::dtype::f32); }
 }
 
 TEST_CASE("fold-llora refuses another initialisation, names what differs, and leaves no output")

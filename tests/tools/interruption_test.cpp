@@ -46,7 +46,8 @@ TEST_CASE("killed at any moment, the tool leaves the old output or the new one")
         tool.wait();
         const auto now = slurp(folder / "out.safetensors");
         if (now != old) {
-            CHECK(taskvec::safetensors_file(folder / "out.safetensors").model()[0].tensor.size() == 4'000'000);
+            const taskvec::safetensors_file out(folder / "out.safetensors");
+            CHECK(out.model()[0].tensor.size() == 4'000'000);
         }
         spill(folder / "out.safetensors", old);
     }

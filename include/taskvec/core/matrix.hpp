@@ -112,8 +112,10 @@ public:
     [[nodiscard]] T& operator()(std::size_t row, std::size_t col) noexcept { return view()(row, col); }
     [[nodiscard]] const T& operator()(std::size_t row, std::size_t col) const noexcept { return view()(row, col); }
 
-    [[nodiscard]] matrix_view<T> view() noexcept { return {data_.data(), rows_, cols_, order_}; }
-    [[nodiscard]] matrix_view<const T> view() const noexcept { return {data_.data(), rows_, cols_, order_}; }
+    [[nodiscard]] matrix_view<T> view() & noexcept { return {data_.data(), rows_, cols_, order_}; }
+    [[nodiscard]] matrix_view<const T> view() const& noexcept { return {data_.data(), rows_, cols_, order_}; }
+    void view() const&& = delete; // name the owner first: its views would dangle
+    /// Also of a temporary, for the call that it is an argument of.
     operator matrix_view<T>() noexcept { return view(); }
     operator matrix_view<const T>() const noexcept { return view(); }
 

@@ -110,9 +110,9 @@ template <class X, class P>
 concept input_of =
     viewable<const std::remove_reference_t<X>> && (view_of<const std::remove_reference_t<X>>::space == P::space);
 
-/// Something that can be written in the memory space of policy P.
+/// Something that can be written in the memory space of policy P, and is still there afterwards.
 template <class X, class P>
-concept output_of =
-    viewable<X> && (view_of<X>::space == P::space) && !std::is_const_v<typename view_of<X>::element_type>;
+concept output_of = viewable<X> && outlives_the_expression<X> && (view_of<X>::space == P::space)
+    && !std::is_const_v<typename view_of<X>::element_type>;
 
 } // namespace taskvec::inline TASKVEC_ABI

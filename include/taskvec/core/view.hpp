@@ -127,8 +127,29 @@ struct view_traits<X> {
 template <class X>
 concept viewable = requires(std::remove_reference_t<X>& x) { view_traits<std::remove_reference_t<X>>::get(x); };
 
-/// The view of x, without a copy.
+namespace detail {
+/// Whether an object of this type owns the elements that it shows: its constness is theirs, and it is neither a
+/// borrowed range nor an expression that says which other type its plain form is (Eigen's maps and blocks, xtensor's
+/// views).
+template <class X>
+concept owns_elements = viewable<X> && !std::ranges::borrowed_range<X>
+    && std::is_const_v<typename decltype(view_traits<const X>::get(std::declval<const X&>()))::element_type>
+    && !std::is_const_v<typename decltype(view_traits<X>::get(std::declval<X&>()))::element_type>
+    && !(
+        requires { typename X::PlainObject; } && !requires { requires std::same_as<typename X::PlainObject, X>; })
+    && !(
+        requires { typename X::temporary_type; }
+        && !requires { requires std::same_as<typename X::temporary_type, X>; });
+} // namespace detail
+
+/// Something whose elements are still there after the expression that it stands in: anything with a name, or a view.
+/// (A temporary container is not: name it first.)
+template <class X>
+concept outlives_the_expression = std::is_lvalue_reference_v<X> || !detail::owns_elements<std::remove_cvref_t<X>>;
+
+/// The view of x, without a copy. A temporary container is refused: its view would dangle.
 template <viewable X>
+    requires outlives_the_expression<X>
 [[nodiscard]] constexpr auto as_view(X&& x)
 {
     return view_traits<std::remove_reference_t<X>>::get(x);
@@ -136,7 +157,7 @@ template <viewable X>
 
 /// The type of as_view(x), its element type (never const) and its memory space.
 template <viewable X>
-using view_of = decltype(as_view(std::declval<X>()));
+using view_of = decltype(view_traits<std::remove_reference_t<X>>::get(std::declval<std::remove_reference_t<X>&>()));
 template <viewable X>
 using element_of = typename view_of<X>::value_type;
 

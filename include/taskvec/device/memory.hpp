@@ -198,7 +198,8 @@ public:
 
     [[nodiscard]] T* data() const noexcept { return data_; }
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
-    [[nodiscard]] auto view() const noexcept
+    void view() const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] auto view() const& noexcept
         requires storage_element<T>
     {
         return device_view<T>(data_, size_);

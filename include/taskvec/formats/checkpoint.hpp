@@ -53,11 +53,15 @@ public:
     }
 
     /// What open_model() was given.
-    [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
-    [[nodiscard]] const std::vector<safetensors_file>& files() const noexcept { return files_; }
-    [[nodiscard]] const const_model_ref& model() const noexcept { return model_; }
+    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return path_; }
+    [[nodiscard]] std::filesystem::path path() && { return path_; }
+    [[nodiscard]] const std::vector<safetensors_file>& files() const& noexcept { return files_; }
+    void files() const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
+    void model() const&& = delete; // name the owner first: its views would dangle
     /// The files' metadata; of a key in several shards, the first shard's value.
-    [[nodiscard]] const metadata_map& metadata() const noexcept { return metadata_; }
+    [[nodiscard]] const metadata_map& metadata() const& noexcept { return metadata_; }
+    [[nodiscard]] metadata_map metadata() && { return std::move(metadata_); }
     /// Bytes of all tensors.
     [[nodiscard]] std::uint64_t data_bytes() const noexcept { return data_bytes_; }
 

@@ -276,14 +276,19 @@ public:
         if (3 * parts_.size() != model_.size()) { fail_stray(); }
     }
 
-    [[nodiscard]] const std::filesystem::path& path() const noexcept { return file_.path(); }
-    [[nodiscard]] const safetensors_file& file() const noexcept { return file_; }
-    [[nodiscard]] const metadata_map& metadata() const noexcept { return file_.metadata(); }
+    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return file_.path(); }
+    [[nodiscard]] std::filesystem::path path() && { return file_.path(); }
+    [[nodiscard]] const safetensors_file& file() const& noexcept { return file_; }
+    void file() const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const metadata_map& metadata() const& noexcept { return file_.metadata(); }
+    [[nodiscard]] metadata_map metadata() && { return std::move(file_).metadata(); }
     /// Of the base that the delta is to be added to.
     [[nodiscard]] std::uint64_t base_fingerprint() const noexcept { return fingerprint_; }
     /// In name order.
-    [[nodiscard]] const std::vector<part>& parts() const noexcept { return parts_; }
-    [[nodiscard]] const part* find(std::string_view name) const noexcept
+    [[nodiscard]] const std::vector<part>& parts() const& noexcept { return parts_; }
+    void parts() const&& = delete; // name the owner first: its views would dangle
+    void find(std::string_view) const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const part* find(std::string_view name) const& noexcept
     {
         const auto place = std::lower_bound(parts_.begin(), parts_.end(), name,
             [](const part& p, std::string_view n) { return std::string_view(p.name) < n; });

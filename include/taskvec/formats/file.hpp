@@ -144,7 +144,8 @@ public:
     ~mapped_file() { unmap(); }
 
     [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
-    [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
+    [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return {data_, size_}; }
+    void bytes() const&& = delete; // name the owner first: its views would dangle
 
     /// How the bytes will be read: MADV_SEQUENTIAL, MADV_RANDOM, MADV_WILLNEED, MADV_NORMAL. A hint: failure is
     /// ignored.

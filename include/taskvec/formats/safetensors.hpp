@@ -330,19 +330,25 @@ public:
         , header_(parse_safetensors(map_.bytes(), map_.path().string()))
     { }
 
-    [[nodiscard]] const std::filesystem::path& path() const noexcept { return map_.path(); }
-    [[nodiscard]] const mapped_file& map() const noexcept { return map_; }
+    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return map_.path(); }
+    [[nodiscard]] std::filesystem::path path() && { return map_.path(); }
+    [[nodiscard]] const mapped_file& map() const& noexcept { return map_; }
+    void map() const&& = delete; // name the owner first: its views would dangle
     /// The tensors in the order of their bytes in the file.
-    [[nodiscard]] const std::vector<safetensors_entry>& entries() const noexcept { return header_.entries; }
-    [[nodiscard]] const metadata_map& metadata() const noexcept { return header_.metadata; }
+    [[nodiscard]] const std::vector<safetensors_entry>& entries() const& noexcept { return header_.entries; }
+    [[nodiscard]] std::vector<safetensors_entry> entries() && { return std::move(header_.entries); }
+    [[nodiscard]] const metadata_map& metadata() const& noexcept { return header_.metadata; }
+    [[nodiscard]] metadata_map metadata() && { return std::move(header_.metadata); }
     /// Bytes of the tensors together.
     [[nodiscard]] std::uint64_t data_bytes() const noexcept { return map_.bytes().size() - header_.data_offset; }
-    [[nodiscard]] const_tensor_ref tensor(const safetensors_entry& entry) const
+    void tensor(const safetensors_entry&) const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const_tensor_ref tensor(const safetensors_entry& entry) const&
     {
         return {map_.bytes().data() + entry.offset, entry.dtype, entry.shape, {}, memory_space::host, 0};
     }
+    void model() const&& = delete; // name the owner first: its views would dangle
     /// All tensors, by name.
-    [[nodiscard]] const_model_ref model() const
+    [[nodiscard]] const_model_ref model() const&
     {
         std::vector<const safetensors_entry*> sorted;
         for (const auto& entry : header_.entries) { sorted.push_back(&entry); }

@@ -253,12 +253,16 @@ public:
         }
     }
 
-    [[nodiscard]] const std::filesystem::path& path() const noexcept { return file_.path(); }
-    [[nodiscard]] const safetensors_file& file() const noexcept { return file_; }
-    [[nodiscard]] const const_model_ref& model() const noexcept { return model_; }
+    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return file_.path(); }
+    [[nodiscard]] std::filesystem::path path() && { return file_.path(); }
+    [[nodiscard]] const safetensors_file& file() const& noexcept { return file_; }
+    void file() const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
+    void model() const&& = delete; // name the owner first: its views would dangle
     /// Whether the file says what it holds; info() means something only then.
     [[nodiscard]] bool described() const noexcept { return described_; }
-    [[nodiscard]] const statistics_info& info() const noexcept { return info_; }
+    [[nodiscard]] const statistics_info& info() const& noexcept { return info_; }
+    [[nodiscard]] statistics_info info() && { return std::move(info_); }
     /// How the weight of this name is stored, as the file says; out_in if it says nothing.
     [[nodiscard]] weight_layout layout(std::string_view label) const
     {

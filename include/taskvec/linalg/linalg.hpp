@@ -98,17 +98,20 @@ template <class P, class T>
 concept factors_qr = requires(const P& p, const_view_in<P, T> c, std::string_view what) {
     { factor_qr<T>(p, c, what) } -> std::same_as<qr_factors<T, P::space>>;
 };
+/// A matrix with a name has a view.
+template <class X>
+concept shows_view = requires(std::remove_reference_t<X>& x) { x.view(); };
 /// weight·Ra·Rbᵀ of two triangular factors: a small matrix.
 template <class P, class T>
 concept multiplies_triangles = requires(const P& p, double weight, const qr_factors<T, P::space>& f) {
-    { small_product(p, weight, f.r, f.r).view() };
+    { small_product(p, weight, f.r, f.r) } -> shows_view;
 };
 /// The SVD of a small matrix: u, sigma (on the host, descending) and v.
 template <class P, class T>
 concept decomposes_small = requires(const P& p, const qr_factors<T, P::space>& f) {
     { small_svd(p, f.r.view()).sigma } -> std::convertible_to<std::vector<double>>;
-    { small_svd(p, f.r.view()).u.view() };
-    { small_svd(p, f.r.view()).v.view() };
+    { small_svd(p, f.r.view()).u } -> shows_view;
+    { small_svd(p, f.r.view()).v } -> shows_view;
 };
 namespace detail {
 template <class P, class T>

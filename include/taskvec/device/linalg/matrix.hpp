@@ -34,8 +34,9 @@ public:
     [[nodiscard]] bool empty() const noexcept { return size() == 0; }
     [[nodiscard]] matrix_order order() const noexcept { return order_; }
 
-    [[nodiscard]] device_matrix_view<T> view() noexcept { return {data_.data(), rows_, cols_, order_}; }
-    [[nodiscard]] device_matrix_view<const T> view() const noexcept { return {data_.data(), rows_, cols_, order_}; }
+    [[nodiscard]] device_matrix_view<T> view() & noexcept { return {data_.data(), rows_, cols_, order_}; }
+    [[nodiscard]] device_matrix_view<const T> view() const& noexcept { return {data_.data(), rows_, cols_, order_}; }
+    void view() const&& = delete; // name the owner first: its views would dangle
     operator device_matrix_view<T>() noexcept { return view(); }
     operator device_matrix_view<const T>() const noexcept { return view(); }
 
