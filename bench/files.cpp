@@ -1,5 +1,6 @@
 // Merges from files to a file beside reading and writing the same bytes with nothing in between; page cache warm,
-// nothing synced. SPDX-License-Identifier: Apache-2.0
+// nothing synced.
+// SPDX-License-Identifier: Apache-2.0
 #include "ceiling.hpp"
 
 #include <taskvec/formats/safetensors.hpp>

@@ -1,5 +1,6 @@
 // Low rank beside Eigen's BDCSVD of the formed product, measured once in the same run: factored, randomized and
-// truncated SVD, PERU-LoRA and merged adapters. About two minutes. SPDX-License-Identifier: Apache-2.0
+// truncated SVD, PERU-LoRA and merged adapters. About two minutes.
+// SPDX-License-Identifier: Apache-2.0
 #include "ceiling.hpp"
 
 #include <taskvec/adapters/merge_ties.hpp>

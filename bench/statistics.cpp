@@ -1,5 +1,6 @@
 // Merges that look at data: Fisher as a share of the memory ceiling, RegMean beside a plain product of as many
-// operations. SPDX-License-Identifier: Apache-2.0
+// operations.
+// SPDX-License-Identifier: Apache-2.0
 #include "ceiling.hpp"
 
 #include <taskvec/linalg/eigen.hpp>

@@ -1,5 +1,6 @@
 // Line charts and heat maps as SVG files, drawn by gnuplot. Shared by the tool and the examples; no part of the
-// library. SPDX-License-Identifier: Apache-2.0
+// library.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/error.hpp>

@@ -1,5 +1,6 @@
 // What a benchmark on a device needs: its name and software, times by events on a stream, and the copy bandwidth of the
-// same run. SPDX-License-Identifier: Apache-2.0
+// same run.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/device/memory.hpp>

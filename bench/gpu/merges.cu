@@ -1,5 +1,6 @@
 // Merges and selection in device memory, beside the device's copy bandwidth measured in the same run. PyTorch's way:
-// peers.py. SPDX-License-Identifier: Apache-2.0
+// peers.py.
+// SPDX-License-Identifier: Apache-2.0
 //
 // A share of the copy bandwidth is bytes ÷ time ÷ bandwidth, where bytes are what the passes that were made read and
 // write. The target (DESIGN: merges ≥ 85%) is for the merges of one pass.

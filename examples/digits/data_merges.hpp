@@ -1,5 +1,6 @@
 // The merges that look at data: what they need to know of each task, collected from its training images, and the
-// merges. SPDX-License-Identifier: Apache-2.0
+// merges.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "setting.hpp"

@@ -1,5 +1,6 @@
 // The LoRA half of the first paper: adapters merged in the space of the weights that they make, and reused at a lower
-// rank. SPDX-License-Identifier: Apache-2.0
+// rank.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "adapter.hpp"

@@ -1,5 +1,6 @@
 // Fine-tunes a small vision transformer on handwritten digits in every way that the second paper compares, and prints
-// accuracy, time and memory of each: the paper's table 4, measured here. SPDX-License-Identifier: Apache-2.0
+// accuracy, time and memory of each: the paper's table 4, measured here.
+// SPDX-License-Identifier: Apache-2.0
 //
 //     vit                    100 steps a task, 64 images a step
 //     vit 50 table.csv       50 steps; the table as CSV, too

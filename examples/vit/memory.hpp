@@ -1,5 +1,6 @@
 // Peak memory of a piece of work: bytes that malloc handed out, counted by standing in front of the C library's
-// functions. SPDX-License-Identifier: Apache-2.0
+// functions.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,6 @@
 // The ways of fine-tuning that the second paper compares, on one network: full, fully linearized, LoRA, and linearized
-// LoRA in both of its readings. SPDX-License-Identifier: Apache-2.0
+// LoRA in both of its readings.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "vision_transformer.hpp"

@@ -1,5 +1,6 @@
 // A small vision transformer on the library's operations: one forward function for values and for tangents, and its
-// vjp. SPDX-License-Identifier: Apache-2.0
+// vjp.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/random.hpp>

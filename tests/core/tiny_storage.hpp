@@ -1,5 +1,6 @@
 // A storage type that a program brings: eight bits with a sign, four of exponent and three of mantissa, no infinity and
-// no −0 (F8_E4M3FNUZ). Plain and slow. SPDX-License-Identifier: Apache-2.0
+// no −0 (F8_E4M3FNUZ). Plain and slow.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/storage_traits.hpp>

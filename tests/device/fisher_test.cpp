@@ -1,6 +1,6 @@
 // Fisher merging on taskvec::gpu: the CPU's bits; errors.
 // SPDX-License-Identifier: Apache-2.0
-#include <taskvec/device/methods/fisher.hpp>
+#include <taskvec/device/methods.hpp>
 
 #include "on_device.hpp"
 

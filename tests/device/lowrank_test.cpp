@@ -1,6 +1,7 @@
 // The linear algebra seam and the low-rank algorithms on taskvec::gpu. One source: Eigen answers on a Thrust host
 // system, cuBLAS and cuSOLVER on CUDA, and the stand-in of tests/device/standin for our calls of them. Compiled by the
-// host compiler in each case. SPDX-License-Identifier: Apache-2.0
+// host compiler in each case.
+// SPDX-License-Identifier: Apache-2.0
 #include <taskvec/device/linalg.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 

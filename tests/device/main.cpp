@@ -1,5 +1,6 @@
 // The main function of the test programs that run on taskvec::gpu: without a device they say so and are skipped (exit
-// 77). SPDX-License-Identifier: Apache-2.0
+// 77).
+// SPDX-License-Identifier: Apache-2.0
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 

@@ -1,5 +1,6 @@
 // RegMean on taskvec::gpu: the CPU's layers up to rounding, everything else bit for bit; panels; models that stream;
-// errors. SPDX-License-Identifier: Apache-2.0
+// errors.
+// SPDX-License-Identifier: Apache-2.0
 #include <taskvec/device/methods/regmean.hpp>
 #include <taskvec/device/methods/streamed.hpp>
 

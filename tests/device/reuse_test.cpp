@@ -1,6 +1,6 @@
 // Sparse vectors, Post-Pruning and PERU-FFT on taskvec::gpu: the CPU's deltas and the CPU's weights.
 // SPDX-License-Identifier: Apache-2.0
-#include <taskvec/device/methods/linear.hpp>
+#include <taskvec/device/methods.hpp>
 #include <taskvec/device/reuse.hpp>
 #include <taskvec/device/reuse/streamed.hpp>
 

@@ -1,7 +1,7 @@
 // One pass through merges, selection, sums and compaction: compiled for Thrust's CPP system too.
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/device/arithmetic.hpp>
-#include <taskvec/device/methods/ties.hpp>
+#include <taskvec/device/methods.hpp>
 #include <taskvec/device/reuse.hpp>
 
 #include "on_device.hpp"

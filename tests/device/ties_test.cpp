@@ -1,7 +1,6 @@
 // TIES, DARE and DARE-TIES on taskvec::gpu: the CPU's bits with every option; counts; errors.
 // SPDX-License-Identifier: Apache-2.0
-#include <taskvec/device/methods/dare.hpp>
-#include <taskvec/device/methods/ties.hpp>
+#include <taskvec/device/methods.hpp>
 
 #include "on_device.hpp"
 

@@ -1,5 +1,6 @@
 // Fisher merging, RegMean and LoraHub on models trained on real data: what their statistics are, that their files serve
-// the library as well, and what a search finds. SPDX-License-Identifier: Apache-2.0
+// the library as well, and what a search finds.
+// SPDX-License-Identifier: Apache-2.0
 #include "data_merges.hpp"
 #include "fft.hpp"
 #include "lorahub.hpp"

@@ -1,5 +1,6 @@
 // The first paper's ordering of methods on LoRA adapters trained on real data, for one fixed seed; and the files that
-// are left. SPDX-License-Identifier: Apache-2.0
+// are left.
+// SPDX-License-Identifier: Apache-2.0
 #include "checkpoints.hpp"
 #include "lora.hpp"
 #include "low_rank.hpp"

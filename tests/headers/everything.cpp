@@ -1,5 +1,6 @@
 // Every header once more, under hostile macros: with the headers' own translation units, each stands twice in one
-// program. SPDX-License-Identifier: Apache-2.0
+// program.
+// SPDX-License-Identifier: Apache-2.0
 #include "poison.hpp"
 
 #include <everything.hpp>

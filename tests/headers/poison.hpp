@@ -1,5 +1,6 @@
 // Macros that well-known headers define with everyday names. The standard library and other people's headers come
-// first: what is tested is that taskvec's own code uses none of these names. SPDX-License-Identifier: Apache-2.0
+// first: what is tested is that taskvec's own code uses none of these names.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <bits/stdc++.h>

@@ -1,5 +1,6 @@
 // The operations, a LoRA MLP and a transformer block against torch.func.jvp and torch.func.vjp; tests/data/README.md
-// says how the files were made. SPDX-License-Identifier: Apache-2.0
+// says how the files were made.
+// SPDX-License-Identifier: Apache-2.0
 #include "../reference/derivatives.hpp"
 
 #if !__has_include(<nlohmann/json.hpp>)

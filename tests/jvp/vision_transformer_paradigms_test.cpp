@@ -1,5 +1,6 @@
 // The ways in which examples/vit is fine-tuned: gradients against central differences, training that learns, and what
-// tells the two readings of L-LoRA apart. SPDX-License-Identifier: Apache-2.0
+// tells the two readings of L-LoRA apart.
+// SPDX-License-Identifier: Apache-2.0
 #include "../../examples/vit/paradigm.hpp"
 
 #include "../reference/derivatives.hpp"

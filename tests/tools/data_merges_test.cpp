@@ -1,5 +1,6 @@
 // taskvec merge by the methods that look at data (fisher, regmean) or at angles (slerp, model-stock), against plain
-// loops. SPDX-License-Identifier: Apache-2.0
+// loops.
+// SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>

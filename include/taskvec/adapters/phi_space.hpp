@@ -1,6 +1,7 @@
 // Merging adapters by their own parameters φ = (A, B) rather than by the weights they make: average, task arithmetic,
 // TIES, or any other merge method, on adapters that share their initialisation φ0. Tang et al., "Parameter efficient
-// multi-task model fusion with partial linearization" (ICLR 2024). SPDX-License-Identifier: Apache-2.0
+// multi-task model fusion with partial linearization" (ICLR 2024).
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/adapters/initialization.hpp>

@@ -1,5 +1,6 @@
 // Floating-point numbers as bits: the exact conversions between stored words and arithmetic types, and magnitudes as
-// integers. SPDX-License-Identifier: Apache-2.0
+// integers.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/config.hpp>

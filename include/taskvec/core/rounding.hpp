@@ -1,5 +1,6 @@
 // Arithmetic of elementwise functors that run on host and device: each operation rounds by itself, and no multiply-add
-// is fused. SPDX-License-Identifier: Apache-2.0
+// is fused.
+// SPDX-License-Identifier: Apache-2.0
 //
 // A functor is a struct of plain values and device pointers whose call operator (TASKVEC_FUNCTOR) loops over the
 // indices that it is handed: device::sweep() (device/thrust) runs it. It stands beside its algorithm, between

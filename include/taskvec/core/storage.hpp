@@ -1,5 +1,6 @@
 // Storage types: the list of what tensors are computed with, and what follows from it. How to add one is told in
-// core/storage_traits.hpp. SPDX-License-Identifier: Apache-2.0
+// core/storage_traits.hpp.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/error.hpp>

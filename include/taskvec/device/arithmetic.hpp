@@ -1,5 +1,6 @@
 // Task vectors on taskvec::gpu: difference, apply, negate, combine, dot, norm, cosine; dot and cosine matrices of
-// models. SPDX-License-Identifier: Apache-2.0
+// models.
+// SPDX-License-Identifier: Apache-2.0
 //
 // For nvcc, or for g++ and clang with THRUST_DEVICE_SYSTEM set to a host system. The CPU's meaning
 // (arithmetic/task_vector.hpp) and the CPU's bits, sums included. Views are device_view; work is queued on the policy's

@@ -1,5 +1,6 @@
 // The low-rank algorithms on taskvec::gpu: factored_svd, compress_sum, randomized_svd, truncated_svd, and peru_lora of
-// reuse/. SPDX-License-Identifier: Apache-2.0
+// reuse/.
+// SPDX-License-Identifier: Apache-2.0
 //
 // The algorithms are the CPU's, written once on the linear algebra seam; this header brings the seam's device version:
 // cuBLAS and cuSOLVER on CUDA (no kernels: g++ compiles it too; link CUDA::cudart, CUDA::cublas and CUDA::cusolver),

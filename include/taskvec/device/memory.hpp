@@ -1,5 +1,6 @@
 // Device memory of taskvec::gpu and the vendor's errors, without Thrust: what library calls from plain g++ need as well
-// as kernels. SPDX-License-Identifier: Apache-2.0
+// as kernels.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Written on the names of device/vendor. Where THRUST_DEVICE_SYSTEM names a host system, device memory is host memory,
 // and nothing of a vendor is included.

@@ -1,5 +1,6 @@
 // Reuse on taskvec::gpu: Post-Pruning and PERU-FFT, whose deltas stay in device memory. PERU-LoRA comes with
-// <taskvec/device/linalg.hpp>. SPDX-License-Identifier: Apache-2.0
+// <taskvec/device/linalg.hpp>.
+// SPDX-License-Identifier: Apache-2.0
 //
 // For nvcc, or for g++ and clang with THRUST_DEVICE_SYSTEM set to a host system.
 #pragma once

@@ -1,5 +1,6 @@
 // Streams beside the caller's, the order between streams, and pinned host memory: what copies that overlap with work
-// need. SPDX-License-Identifier: Apache-2.0
+// need.
+// SPDX-License-Identifier: Apache-2.0
 //
 // On a Thrust host system everything happens at once, in the order of the calls.
 #pragma once

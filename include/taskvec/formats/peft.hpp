@@ -1,5 +1,6 @@
 // PEFT's LoRA adapter directories: adapter_config.json and adapter_model.safetensors, read strictly and written so that
-// PEFT loads them. SPDX-License-Identifier: Apache-2.0
+// PEFT loads them.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/adapters/adapter.hpp>

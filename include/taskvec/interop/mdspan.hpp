@@ -1,5 +1,6 @@
 // Multidimensional spans (std::mdspan, Kokkos' std::experimental::mdspan, cuda::std::mdspan) as inputs and outputs,
-// without a copy. SPDX-License-Identifier: Apache-2.0
+// without a copy.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Written against the interface that all of them share, and includes none of them but the standard one where there is
 // one.

@@ -1,5 +1,6 @@
 // Elementwise operations with tangents: add, subtract, scale, elementwise_product and the activations; each with its
-// vjp. SPDX-License-Identifier: Apache-2.0
+// vjp.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/jvp/primal_tangent.hpp>

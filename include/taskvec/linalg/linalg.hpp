@@ -1,5 +1,6 @@
 // The linear algebra seam: the operations that the algorithms of linalg/, adapters/, reuse/ and RegMean ask of a
-// backend. SPDX-License-Identifier: Apache-2.0
+// backend.
+// SPDX-License-Identifier: Apache-2.0
 //
 // A backend supplies the names below, overloaded on its policy and found through it, and says so by specialising
 // detail::has_linear_algebra. Three do: linalg/eigen.hpp for taskvec::cpu, whose functions document each operation;

@@ -1,5 +1,6 @@
 // PERU-LoRA: fine-tuned adapters reused at a lower rank. Jiang et al., "Effective and Parameter-Efficient Reusing
-// Fine-Tuned Models" (2023). SPDX-License-Identifier: Apache-2.0
+// Fine-Tuned Models" (2023).
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/adapters/adapter.hpp>

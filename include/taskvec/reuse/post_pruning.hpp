@@ -1,5 +1,6 @@
 // Post-Pruning: each task keeps the largest entries of its task vector beside a shared model. Jiang et al., "Effective
-// and Parameter-Efficient Reusing Fine-Tuned Models" (2023). SPDX-License-Identifier: Apache-2.0
+// and Parameter-Efficient Reusing Fine-Tuned Models" (2023).
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/option_table.hpp>

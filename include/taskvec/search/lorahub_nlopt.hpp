@@ -1,5 +1,6 @@
 // NLopt's COBYLA as LoraHub's optimiser. Needs NLopt (Debian: libnlopt-dev) and its library: CMake's NLopt::nlopt, or
-// -lnlopt. SPDX-License-Identifier: Apache-2.0
+// -lnlopt.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/search/lorahub.hpp>

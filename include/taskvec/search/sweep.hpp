@@ -1,5 +1,6 @@
 // Searches over grids with a caller's score: λ, TIES density × λ, every subset of the tasks; kept as a table that a
-// later run goes on with. SPDX-License-Identifier: Apache-2.0
+// later run goes on with.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/csv.hpp>

@@ -1,5 +1,6 @@
 // Sparse vectors: the entries of a tensor that were kept, by ascending flat index; added to live weights and taken
-// back. SPDX-License-Identifier: Apache-2.0
+// back.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/kernels.hpp>

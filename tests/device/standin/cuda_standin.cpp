@@ -2,7 +2,8 @@
 // meaning as NVIDIA documents it, in plain loops; "device memory" is malloc. A program linked with it instead of the
 // libraries runs our calls (operands, strides, work space, what is read back, what an error becomes) where there is no
 // device. It shows that our side of the interface is used as documented. It shows nothing about a device, its rounding,
-// its speed or its asynchrony. SPDX-License-Identifier: Apache-2.0
+// its speed or its asynchrony.
+// SPDX-License-Identifier: Apache-2.0
 #include "standin.hpp"
 
 #include <cublas_v2.h>

@@ -1,5 +1,6 @@
 // The linear algebra seam (linalg/linalg.hpp) on a Thrust host system, whose device memory is host memory: Eigen
-// answers. SPDX-License-Identifier: Apache-2.0
+// answers.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Every name passes the same memory on to the CPU's version. Results have the CPU's bits and the CPU's bounds; what
 // this is for is that the algorithms' device versions run wherever there is no device.

@@ -1,5 +1,6 @@
 // Exact top-k by magnitude on the gpu policy, over one tensor or a whole model, in one read of the data where it can
-// be. SPDX-License-Identifier: Apache-2.0
+// be.
+// SPDX-License-Identifier: Apache-2.0
 //
 // A sample brackets the k-th magnitude of every task vector. One walk counts what lies above the brackets and collects
 // what lies inside, with its places, and the answer is chosen from these few, place among equals included. Magnitudes
