@@ -61,6 +61,17 @@
 // optimiser then sees one flat loop over restrict pointers and vectorises it, and no multiply-add is fused.
 #define TASKVEC_NOINLINE [[gnu::noinline]]
 #define TASKVEC_RESTRICT __restrict
+// Behind the parameters of a lambda in a body.
+#define TASKVEC_BODY __attribute__((always_inline))
+// What a kernel's body is made of (core/pack.hpp): always inlined, so that it is compiled for the kernel's instruction
+// set.
+#if defined(__CUDACC__)
+#define TASKVEC_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define TASKVEC_INLINE __attribute__((always_inline)) inline
+#else
+#define TASKVEC_INLINE inline
+#endif
 #if defined(__CUDACC__)
 // Device code rounds each operation by intrinsics (device/thrust). The CPU's kernels lose their guarantee in a file
 // that nvcc compiles for a processor with fused multiply-adds: run cpu policies from files of the host compiler.

@@ -122,6 +122,15 @@ void narrow(const A* x, T* out, std::size_t n)
     detail::narrow<T>(x, words(out), n);
 }
 
+/// Whether some entry is below `floor`.
+template <arithmetic_element A>
+TASKVEC_NOINLINE bool any_below(const A* TASKVEC_RESTRICT x, A floor, std::size_t n)
+{
+    bits_type<A> found = 0;
+    for (std::size_t i = 0; i < n; ++i) { found |= static_cast<bits_type<A>>(x[i] < floor); }
+    return found != 0;
+}
+
 template <arithmetic_element A>
 TASKVEC_NOINLINE void fill(A* TASKVEC_RESTRICT out, A value, std::size_t n)
 {

@@ -82,6 +82,11 @@ public:
     [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
     [[nodiscard]] std::uint64_t position() const noexcept { return tensor_->position + offset_; }
     [[nodiscard]] const aligned_tensor& tensor() const noexcept { return *tensor_; }
+    /// The tensor's place in models().tensors().
+    [[nodiscard]] std::size_t tensor_index() const noexcept
+    {
+        return static_cast<std::size_t>(tensor_ - models_->tensors().data());
+    }
     [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
     [[nodiscard]] std::size_t task_count() const noexcept { return models_->task_count(); }
 
@@ -123,16 +128,16 @@ public:
         return row(t);
     }
     /// The stored words of this block, when the base (where there is one) and every task store T at aligned places:
-    /// what a fused kernel reads without a detour through rows. tasks[t] for each task. False, and nothing set,
-    /// otherwise.
+    /// what a kernel reads without a detour through rows. tasks[t] for each task. False otherwise.
     template <storage_element T>
-    [[nodiscard]] bool stored(const storage_word<T>*& base, std::span<const storage_word<T>*> tasks) const
+    [[nodiscard]] bool stored(const storage_word<T>*& base, std::pmr::vector<const void*>& tasks) const
     {
-        if (tasks.size() < task_count() || (tensor_->base.data && !usable<T>(tensor_->base))) { return false; }
+        if (tensor_->base.data && !usable<T>(tensor_->base)) { return false; }
         for (const auto& task : tensor_->tasks) {
             if (!usable<T>(task)) { return false; }
         }
         base = tensor_->base.data ? place<T>(tensor_->base) : nullptr;
+        tasks.resize(task_count());
         for (std::size_t t = 0; t < task_count(); ++t) { tasks[t] = place<T>(tensor_->tasks[t]); }
         return true;
     }

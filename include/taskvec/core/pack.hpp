@@ -1,0 +1,355 @@
+// Packs: the few entries that a kernel's body works on at once. A vector on the CPU, a single number on a device, in
+// tails and under other compilers than g++ and clang: a body is written once, over packs, and gives the same bits with
+// any of them. SPDX-License-Identifier: Apache-2.0
+//
+// Every operation rounds by itself (no multiply-add is fused). Comparisons give masks, and masks choose: select(mask,
+// yes, no), where(mask, x). A body has no branches on packs: `if (x > y)` does not compile.
+#pragma once
+
+#include <taskvec/core/dtype.hpp>
+#include <taskvec/core/rounding.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Signed words as wide as A.
+template <arithmetic_element A>
+using signed_word = std::conditional_t<std::same_as<A, double>, std::int64_t, std::int32_t>;
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+#define TASKVEC_OPAQUE(value) asm("" : "+x"(value))
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__) && !defined(__CUDACC__)
+#define TASKVEC_OPAQUE(value) asm("" : "+w"(value))
+#else
+#define TASKVEC_OPAQUE(value) ((void)0)
+#endif
+
+namespace detail {
+// Members, not alias templates: g++ drops vector_size of a dependent size there.
+template <class T, int bytes>
+struct vector_of {
+#if defined(__GNUC__) && !defined(__CUDACC__)
+    typedef T type __attribute__((vector_size(bytes)));
+    typedef T anywhere __attribute__((vector_size(bytes), aligned(1), may_alias)); // in memory
+#endif
+};
+template <class T>
+struct vector_of<T, 0> {
+    using type = T;
+    using anywhere = T;
+};
+template <class>
+inline constexpr bool never = false;
+} // namespace detail
+
+/// Lanes of A in a pack of `bytes`; 0 bytes are a single number.
+template <arithmetic_element A, int bytes>
+inline constexpr int pack_lanes = bytes == 0 ? 1 : bytes / static_cast<int>(sizeof(A));
+
+/// What a comparison of packs gives: all bits of a lane where it holds, none where not.
+template <arithmetic_element A, int bytes>
+struct pack_mask {
+    typename detail::vector_of<signed_word<A>, bytes>::type lanes;
+
+    template <class T = void>
+    TASKVEC_HOST_DEVICE explicit operator bool() const
+    {
+        static_assert(detail::never<T>,
+            "a body must not branch on a pack: its entries may differ; choose with select(mask, yes, no) or "
+            "where(mask, x)");
+        return false;
+    }
+};
+
+/// The bits of packs as signed words: magnitudes (their sign bit is clear) compare as numbers do.
+template <arithmetic_element A, int bytes>
+struct pack_words {
+    using word = signed_word<A>;
+    typename detail::vector_of<word, bytes>::type lanes;
+};
+
+/// `bytes` of entries of A; 0 bytes are one entry.
+template <arithmetic_element A, int bytes>
+struct pack {
+    using value_type = A;
+    using mask = pack_mask<A, bytes>;
+    using words = pack_words<A, bytes>;
+    static constexpr int size = pack_lanes<A, bytes>;
+    typename detail::vector_of<A, bytes>::type lanes;
+};
+
+TASKVEC_KERNELS_BEGIN
+
+/// A number in every lane. (g++ 12 finds the instruction for it only where the number is a floating one that is no
+/// expression: it is hidden, and what looks like a difference is none.)
+template <class Words>
+[[nodiscard]] TASKVEC_INLINE Words filled_words(typename Words::word value) noexcept
+{
+    if constexpr (sizeof(Words) == sizeof(value)) { return {value}; }
+    else if (__builtin_constant_p(value)) {
+        return {decltype(Words::lanes){} + value};
+    }
+    else {
+        using number = std::conditional_t<sizeof(value) == 8, double, float>;
+        using numbers = typename detail::vector_of<number, sizeof(Words)>::type;
+        auto bits = __builtin_bit_cast(number, value);
+        TASKVEC_OPAQUE(bits);
+        return {__builtin_bit_cast(decltype(Words::lanes), static_cast<numbers>(bits - numbers{}))};
+    }
+}
+template <class Pack>
+[[nodiscard]] TASKVEC_INLINE Pack filled(typename Pack::value_type value) noexcept
+{
+    using words = typename Pack::words;
+    return __builtin_bit_cast(Pack, filled_words<words>(__builtin_bit_cast(typename words::word, value)));
+}
+
+// Arithmetic. Each operation is a function of its own, so that clang sees no expression to contract.
+#if defined(__CUDACC__)
+#define TASKVEC_PACK_ARITHMETIC(operation, rounded)                                                                    \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator operation(                                                    \
+        const pack<A, bytes>& x, const pack<A, bytes>& y) noexcept                                                     \
+    {                                                                                                                  \
+        return {elementwise::rounded(x.lanes, y.lanes)};                                                               \
+    }
+#else
+#define TASKVEC_PACK_ARITHMETIC(operation, rounded)                                                                    \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator operation(                                                    \
+        const pack<A, bytes>& x, const pack<A, bytes>& y) noexcept                                                     \
+    {                                                                                                                  \
+        TASKVEC_STRICT_FP                                                                                              \
+        return {x.lanes operation y.lanes};                                                                            \
+    }
+#endif
+TASKVEC_PACK_ARITHMETIC(+, sum)
+TASKVEC_PACK_ARITHMETIC(-, difference)
+TASKVEC_PACK_ARITHMETIC(*, product)
+TASKVEC_PACK_ARITHMETIC(/, quotient)
+#undef TASKVEC_PACK_ARITHMETIC
+
+/// A number and a pack: the number stands in every lane.
+#define TASKVEC_PACK_WITH_NUMBER(operation)                                                                            \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator operation(                                                    \
+        std::type_identity_t<A> x, const pack<A, bytes>& y) noexcept                                                   \
+    {                                                                                                                  \
+        return filled<pack<A, bytes>>(x) operation y;                                                                  \
+    }                                                                                                                  \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator operation(                                                    \
+        const pack<A, bytes>& x, std::type_identity_t<A> y) noexcept                                                   \
+    {                                                                                                                  \
+        return x operation filled<pack<A, bytes>>(y);                                                                  \
+    }
+TASKVEC_PACK_WITH_NUMBER(+)
+TASKVEC_PACK_WITH_NUMBER(-)
+TASKVEC_PACK_WITH_NUMBER(*)
+TASKVEC_PACK_WITH_NUMBER(/)
+#undef TASKVEC_PACK_WITH_NUMBER
+
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator-(const pack<A, bytes>& x) noexcept
+{
+    return {-x.lanes};
+}
+
+// Comparisons: vectors give all bits or none, single numbers are made to.
+#define TASKVEC_PACK_COMPARISON(operation)                                                                             \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator operation(                                               \
+        const pack<A, bytes>& x, const pack<A, bytes>& y) noexcept                                                     \
+    {                                                                                                                  \
+        if constexpr (bytes == 0) { return {static_cast<signed_word<A>>(x.lanes operation y.lanes ? -1 : 0)}; }        \
+        else {                                                                                                         \
+            return {x.lanes operation y.lanes};                                                                        \
+        }                                                                                                              \
+    }                                                                                                                  \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator operation(                                               \
+        const pack<A, bytes>& x, std::type_identity_t<A> y) noexcept                                                   \
+    {                                                                                                                  \
+        return x operation filled<pack<A, bytes>>(y);                                                                  \
+    }
+TASKVEC_PACK_COMPARISON(<)
+TASKVEC_PACK_COMPARISON(>)
+TASKVEC_PACK_COMPARISON(<=)
+TASKVEC_PACK_COMPARISON(>=)
+TASKVEC_PACK_COMPARISON(==)
+TASKVEC_PACK_COMPARISON(!=)
+#undef TASKVEC_PACK_COMPARISON
+
+/// The bits of a pack, and a pack of bits.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> bits_of(const pack<A, bytes>& x) noexcept
+{
+    return __builtin_bit_cast(pack_words<A, bytes>, x);
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> from_bits(const pack_words<A, bytes>& x) noexcept
+{
+    return __builtin_bit_cast(pack<A, bytes>, x);
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> words_of(const pack_mask<A, bytes>& x) noexcept
+{
+    return {x.lanes};
+}
+
+#define TASKVEC_PACK_BITS(type, operation)                                                                             \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE type<A, bytes> operator operation(                                                    \
+        const type<A, bytes>& x, const type<A, bytes>& y) noexcept                                                     \
+    {                                                                                                                  \
+        return {x.lanes operation y.lanes};                                                                            \
+    }
+TASKVEC_PACK_BITS(pack_mask, &)
+TASKVEC_PACK_BITS(pack_mask, |)
+TASKVEC_PACK_BITS(pack_mask, ^)
+TASKVEC_PACK_BITS(pack_words, &)
+TASKVEC_PACK_BITS(pack_words, |)
+TASKVEC_PACK_BITS(pack_words, ^)
+TASKVEC_PACK_BITS(pack_words, +)
+TASKVEC_PACK_BITS(pack_words, -)
+#undef TASKVEC_PACK_BITS
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator~(const pack_mask<A, bytes>& x) noexcept
+{
+    return {~x.lanes};
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator&(
+    const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
+{
+    return {x.lanes & y};
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator|(
+    const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
+{
+    return {x.lanes | y};
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator+(
+    const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
+{
+    return {x.lanes + y};
+}
+/// Words of a mask's lanes that hold; 0 elsewhere.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> where(
+    const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& x) noexcept
+{
+    return {mask.lanes & x.lanes};
+}
+/// x where a mask holds; +0 elsewhere.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> where(const pack_mask<A, bytes>& mask, const pack<A, bytes>& x) noexcept
+{
+    return from_bits(where(mask, bits_of(x)));
+}
+/// yes where a mask holds, no elsewhere.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> select(
+    const pack_mask<A, bytes>& mask, const pack<A, bytes>& yes, const pack<A, bytes>& no) noexcept
+{
+    if constexpr (bytes == 0) { return {mask.lanes ? yes.lanes : no.lanes}; }
+    else {
+        return {mask.lanes ? yes.lanes : no.lanes};
+    }
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> select(
+    const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& yes, const pack_words<A, bytes>& no) noexcept
+{
+    return {mask.lanes ? yes.lanes : no.lanes};
+}
+
+#define TASKVEC_WORDS_COMPARISON(operation)                                                                            \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator operation(                                               \
+        const pack_words<A, bytes>& x, const pack_words<A, bytes>& y) noexcept                                         \
+    {                                                                                                                  \
+        if constexpr (bytes == 0) { return {static_cast<signed_word<A>>(x.lanes operation y.lanes ? -1 : 0)}; }        \
+        else {                                                                                                         \
+            return {x.lanes operation y.lanes};                                                                        \
+        }                                                                                                              \
+    }                                                                                                                  \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator operation(                                               \
+        const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept                                \
+    {                                                                                                                  \
+        return x operation filled_words<pack_words<A, bytes>>(y);                                                      \
+    }
+TASKVEC_WORDS_COMPARISON(<)
+TASKVEC_WORDS_COMPARISON(>)
+TASKVEC_WORDS_COMPARISON(<=)
+TASKVEC_WORDS_COMPARISON(>=)
+TASKVEC_WORDS_COMPARISON(==)
+TASKVEC_WORDS_COMPARISON(!=)
+#undef TASKVEC_WORDS_COMPARISON
+
+/// Shifts of every word, to the left or, filling with zeros, to the right.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept
+{
+    return {x.lanes << by};
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator>>(const pack_words<A, bytes>& x, int by) noexcept
+{
+    using bare = typename detail::vector_of<std::make_unsigned_t<signed_word<A>>, bytes>::type;
+    return {__builtin_bit_cast(decltype(x.lanes), static_cast<bare>(__builtin_bit_cast(bare, x.lanes) >> by))};
+}
+/// All bits where a word is negative.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> spread_sign(const pack_words<A, bytes>& x) noexcept
+{
+    return {x.lanes >> (8 * static_cast<int>(sizeof(A)) - 1)};
+}
+/// The larger word.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> larger(
+    const pack_words<A, bytes>& x, const pack_words<A, bytes>& y) noexcept
+{
+    return {x.lanes > y.lanes ? x.lanes : y.lanes};
+}
+/// The bits of |x|.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> magnitude_of(const pack<A, bytes>& x) noexcept
+{
+    return bits_of(x) & static_cast<signed_word<A>>(~sign_mask<A>);
+}
+/// x with its sign turned where the word's sign bit is set; the word's other bits are clear.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> turned(const pack<A, bytes>& x, const pack_words<A, bytes>& sign) noexcept
+{
+    return from_bits(bits_of(x) ^ sign);
+}
+/// Words plus 1 where a mask holds.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> added_where(
+    const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& x) noexcept
+{
+    return {x.lanes - mask.lanes};
+}
+/// Small whole numbers as A, exactly.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> to_numbers(const pack_words<A, bytes>& x) noexcept
+{
+    if constexpr (bytes == 0) { return {static_cast<A>(x.lanes)}; }
+    else {
+        return {__builtin_convertvector(x.lanes, decltype(pack<A, bytes>::lanes))};
+    }
+}
+
+TASKVEC_KERNELS_END
+
+#undef TASKVEC_OPAQUE
+
+} // namespace taskvec::inline TASKVEC_ABI
