@@ -17,10 +17,7 @@ const tool::register_method<taskvec::fisher_options> entry("fisher",
             options.labels = fishers->labels();
             return fishers;
         },
-        .examine =
-            [](const taskvec::cpu& policy, const taskvec::aligned_models& models,
-                const taskvec::fisher_options& options) {
-                (void)taskvec::detail::merger<taskvec::fisher_options>(policy, models, options);
-            }});
+        .examine = [](const taskvec::cpu& policy, const taskvec::aligned_models& models,
+                       const taskvec::fisher_options& options) { taskvec::check_merge(policy, options, models); }});
 
 } // namespace

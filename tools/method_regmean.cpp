@@ -53,10 +53,7 @@ const tool::register_method<taskvec::regmean_options> entry("regmean",
             options.layout = layout_of(call.request, *grams);
             return grams;
         },
-        .examine =
-            [](const taskvec::cpu& policy, const taskvec::aligned_models& models,
-                const taskvec::regmean_options& options) {
-                (void)taskvec::detail::merger<taskvec::regmean_options>(policy, models, options);
-            }});
+        .examine = [](const taskvec::cpu& policy, const taskvec::aligned_models& models,
+                       const taskvec::regmean_options& options) { taskvec::check_merge(policy, options, models); }});
 
 } // namespace

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/arithmetic/task_vector.hpp>
 #include <taskvec/core/hash.hpp>
+#include <taskvec/core/instruction_set.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/dare.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
@@ -93,8 +94,14 @@ void digest(std::size_t task_count)
 
 } // namespace
 
-int main()
+/// digest [scalar|baseline|AVX2|AVX-512]: kernels run with no more than that.
+int main(int count, char** arguments)
 {
+    using taskvec::instruction_set;
+    for (const auto set :
+        {instruction_set::scalar, instruction_set::baseline, instruction_set::avx2, instruction_set::avx512}) {
+        if (count > 1 && std::string(arguments[1]) == taskvec::name_of(set)) { taskvec::limit_instruction_set(set); }
+    }
 #if defined(__x86_64__)
     // Built for a machine that this is not: nothing can be said here (ctest counts 77 as skipped).
 #if defined(__AVX512F__)

@@ -4,7 +4,7 @@
 // error: no matching function for call to .*merge
 #define THRUST_HOST_SYSTEM THRUST_HOST_SYSTEM_CPP
 #define THRUST_DEVICE_SYSTEM THRUST_DEVICE_SYSTEM_CPP
-#include <taskvec/device/methods/linear.hpp>
+#include <taskvec/device/methods.hpp>
 
 #include <vector>
 

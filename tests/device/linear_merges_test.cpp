@@ -1,6 +1,7 @@
 // Average, task arithmetic, SLERP and Model Stock on taskvec::gpu: the CPU's bits, through named tensors and through
-// views. SPDX-License-Identifier: Apache-2.0
-#include <taskvec/device/methods/linear.hpp>
+// views.
+// SPDX-License-Identifier: Apache-2.0
+#include <taskvec/device/methods.hpp>
 
 #include "on_device.hpp"
 

@@ -4,6 +4,7 @@
 
 #include <taskvec/adapters/merge_adapters.hpp>
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/methods/keep/all.hpp>
 #include <taskvec/methods/ties.hpp>
 
 #include <algorithm>
@@ -48,6 +49,12 @@ template <arithmetic_element T, decomposition<T> Decompose>
     const Decompose& decompose);
 
 namespace detail {
+
+/// What an election over a layer saw.
+struct election_tally {
+    std::int64_t sign_sum = 0; ///< Σ of the signs of nonzero sums
+    std::uint64_t unresolved = 0; ///< entries whose sum is exactly 0 while some task vector's entry is not
+};
 
 /// The top-k thresholds of several streams of magnitudes that can be replayed: digit by digit from the top, 16 bits a
 /// replay. Exact, in constant memory.
@@ -182,25 +189,33 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
     };
     /// Elects and merges a layer into `merged`; `zero` is what a sum of 0 elects.
     const auto elect = [&](std::size_t size, int zero) {
-        std::vector<election_tally> tallies((size + block_size - 1) / block_size);
-        std::vector<std::pmr::vector<T>> scratch;
-        for (std::size_t w = 0; w < worker_count(policy, tallies.size()); ++w) {
-            scratch.emplace_back((tasks + detail::election_rows) * block_size, memory);
-        }
-        for_each_index(policy, tallies.size(), [&](std::size_t index, std::size_t worker) {
-            const std::size_t first = index * block_size, n = std::min(block_size, size - first);
-            T* const rows = scratch[worker].data();
-            for (std::size_t t = 0; t < tasks; ++t) {
-                std::copy_n(products.data() + t * size + first, n, rows + t * block_size);
-            }
-            tallies[index] =
-                detail::elect_rows<T>(rows, tasks, block_size, factors.data(), how.combine, static_cast<T>(zero),
-                    zeros.data(), static_cast<T>(how.lambda), merged.data() + first, rows + tasks * block_size, n);
+        const std::size_t blocks = (size + block_size - 1) / block_size, workers = worker_count(policy, blocks);
+        std::vector<merge_tally> tallies(blocks);
+        std::vector<detail::merge_scratch> scratch;
+        for (std::size_t w = 0; w < workers; ++w) { scratch.emplace_back(memory); }
+        const sign_election_body<T, keep_all> body{
+            {}, factors.data(), how.combine, static_cast<T>(zero), static_cast<T>(how.lambda)};
+        for_each_index(policy, blocks, [&](std::size_t index, std::size_t worker) {
+            const std::size_t first = index * block_size;
+            auto& rows = scratch[worker].tasks;
+            rows.resize(tasks);
+            for (std::size_t t = 0; t < tasks; ++t) { rows[t] = products.data() + t * size + first; }
+            kernels::entry_run<T> run;
+            run.base = zeros.data();
+            run.tasks = rows.data();
+            run.task_count = tasks;
+            run.size = std::min(block_size, size - first);
+            kernels::run_findings<T> findings{&tallies[index]};
+            detail::run_body<T>(
+                body, run, scratch[worker], 0, findings, [&](std::size_t at, const T* made, std::size_t n) {
+                    std::copy_n(made, n, merged.data() + first + at);
+                });
         });
-        election_tally total;
+        detail::election_tally total;
         for (const auto& tally : tallies) {
-            total.sign_sum += tally.sign_sum;
-            total.unresolved += tally.unresolved;
+            total.sign_sum += static_cast<std::int64_t>(
+                tally.counts[election_counts::positive] - tally.counts[election_counts::negative]);
+            total.unresolved += tally.counts[election_counts::unresolved];
         }
         return total;
     };
@@ -224,7 +239,7 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
         }
         for (std::size_t t = 0; t < tasks; ++t) { rules[t] = {search.magnitude(t), search.equal(t)}; }
         if (by_majority) {
-            election_tally total;
+            detail::election_tally total;
             auto walking = rules;
             for (const auto& layer : layers) {
                 const std::size_t size = form(layer);

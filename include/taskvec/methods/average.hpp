@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/arithmetic/weighted_sum.hpp>
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/methods/linear_body.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <cstddef>
@@ -28,41 +28,37 @@ struct options_of<average_options> {
 };
 
 template <>
-class detail::merger<average_options> {
+class method<average_options> : public elementwise_method {
 public:
-    static constexpr bool needs_base = false, in_place = true;
-    static constexpr std::size_t scratch_rows = 0;
+    static constexpr bool needs_base = false;
 
-    merger(const cpu&, const aligned_models& models, const average_options& options)
-        : weights_(checked_weights(options.weights, models.task_count()))
+    template <class Passes>
+    method(Passes& passes, const average_options& options)
+        : weights_(detail::checked_weights(options.weights, passes.tasks()))
+        , numbers_(passes, weights_)
     {
         if (total<double>() == 0 || total<float>() == 0) {
             raise<invalid_argument>("the weights of an average sum to 0");
         }
     }
     template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    [[nodiscard]] mean_body<A> body(std::size_t) const
     {
-        weighted_sum(rows, weights_.get<A>(), merged, false);
-        kernels::divide(merged, total<A>(), rows.size());
+        return {numbers_.get<A>(), total<A>()};
     }
-    template <storage_element T>
-    bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally&) const
-    {
-        return weighted_sum_stored<T, false>(rows, weights_.get<float>(), total<float>(), out);
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return 0; }
+
+private:
     /// Σ wt in A, in task order.
     template <arithmetic_element A>
     [[nodiscard]] A total() const noexcept
     {
         A sum = 0;
-        for (const A weight : weights_.get<A>()) { sum += weight; }
+        for (const double weight : weights_) { sum += static_cast<A>(weight); }
         return sum;
     }
 
-private:
-    rounded_weights weights_;
+    std::vector<double> weights_;
+    kept_numbers numbers_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -3,12 +3,11 @@
 #pragma once
 
 #include <taskvec/core/option_table.hpp>
-#include <taskvec/core/random.hpp>
+#include <taskvec/methods/elect/sum.hpp>
+#include <taskvec/methods/keep/random.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/methods/ties.hpp>
 
-#include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -52,133 +51,38 @@ struct options_of<dare_ties_options> {
         options_within(&dare_ties_options::ties, "density", "trim")};
 };
 
-namespace kernels {
-
-TASKVEC_KERNELS_BEGIN
-
-/// x = x / density where the element's word is below `bound` (at most 2^32), otherwise 0.
-template <arithmetic_element A>
-TASKVEC_NOINLINE void drop_and_rescale(
-    A* TASKVEC_RESTRICT x, const std::uint32_t* TASKVEC_RESTRICT words, std::uint32_t last, A density, std::size_t n)
-{
-    for (std::size_t i = 0; i < n; ++i) {
-        const A rescaled = x[i] / density;
-        x[i] = words[i] <= last ? rescaled : A{0};
-    }
-}
-
-TASKVEC_KERNELS_END
-
-} // namespace kernels
-
-namespace detail {
-
-/// keep_below(density), at most 2^32. Errors: invalid_argument unless 0 < density ≤ 1.
-[[nodiscard]] inline std::uint64_t checked_keep_below(double density)
-{
-    if (!(density > 0.0 && density <= 1.0)) {
-        raise<invalid_argument>(message("density is ", density, "; expected a share in (0, 1], such as 0.5"));
-    }
-    return keep_below(density);
-}
-
-/// Drops entries of the task vectors of a block.
-class random_drop {
-public:
-    random_drop(double density, std::uint64_t seed)
-        : density_(density)
-        , seed_(seed)
-        , bound_(checked_keep_below(density))
-    { }
-    template <arithmetic_element A>
-    A* operator()(block<A>& rows, std::size_t t) const
-    {
-        A* const values = rows.mutable_delta(t);
-        if (bound_ >= std::uint64_t{1} << 32) { return values; } // everything is kept, and x / 1 is x
-        if (bound_ == 0) {
-            kernels::fill(values, A{0}, rows.size());
-            return values;
-        }
-        const random_stream stream(seed_, static_cast<std::uint32_t>(t), rows.tensor().name);
-        std::array<std::uint32_t, block_size> words; // blocks start at multiples of 64: four words at a time
-        for (std::size_t i = 0; i < rows.size(); i += 4) {
-            const auto four = stream.words((rows.offset() + i) / 4);
-            for (std::size_t j = 0; j < 4; ++j) { words[i + j] = four[j]; }
-        }
-        kernels::drop_and_rescale(
-            values, words.data(), static_cast<std::uint32_t>(bound_ - 1), static_cast<A>(density_), rows.size());
-        return values;
-    }
-
-private:
-    double density_;
-    std::uint64_t seed_, bound_;
-};
-
-} // namespace detail
-
 template <>
-class detail::merger<dare_options> {
+class method<dare_options> : public elementwise_method {
 public:
-    static constexpr bool needs_base = true, in_place = true;
-    static constexpr std::size_t scratch_rows = 0;
+    static constexpr std::size_t task_slots = 1;
 
-    merger(const cpu&, const aligned_models& models, const dare_options& options)
-        : drop_(options.density, options.seed)
+    template <class Passes>
+    method(Passes& passes, const dare_options& options)
+        : keep_(passes, options.density, options.seed)
         , lambda_(options.lambda)
-        , weights_(checked_weights(options.weights, models.task_count()))
+        , weights_(passes, detail::checked_weights(options.weights, passes.tasks()))
     {
-        check_factor(lambda_, "lambda");
+        detail::check_factor(lambda_, "lambda");
     }
     template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally& tally) const
+    [[nodiscard]] kept_sum_body<A, keep_random_of_tensor<A>> body(std::size_t tensor) const
     {
-        if (rows.models().options().statistics) { tally.kept.resize(weights_.size()); }
-        for (std::size_t t = 0; t < weights_.size(); ++t) {
-            const A weight = static_cast<A>(weights_[t]);
-            const A* const left = drop_(rows, t);
-            t == 0 ? kernels::begin_sum(merged, left, weight, rows.size())
-                   : kernels::accumulate(merged, left, weight, rows.size());
-            if (!tally.kept.empty()) {
-                tally.kept[t] += static_cast<std::uint64_t>(
-                    std::count_if(left, left + rows.size(), [](A value) { return value != 0; }));
-            }
-        }
-        kernels::add_scaled(merged, rows.base(), static_cast<A>(lambda_), rows.size());
+        return {keep_.get<A>(tensor), weights_.get<A>(), static_cast<A>(lambda_)};
     }
-    [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
 private:
-    random_drop drop_;
+    keep_random keep_;
     double lambda_;
-    std::vector<double> weights_;
+    kept_numbers weights_;
 };
 
 template <>
-class detail::merger<dare_ties_options> {
+class method<dare_ties_options> : public sign_election_method<keep_random> {
 public:
-    static constexpr bool needs_base = true, in_place = false;
-    static constexpr std::size_t scratch_rows = election::scratch_rows;
-
-    merger(const cpu&, const aligned_models& models, const dare_ties_options& options)
-        : drop_(options.density, options.seed)
-        , election_(models, options.ties)
+    template <class Passes>
+    method(Passes& passes, const dare_ties_options& options)
+        : sign_election_method(passes, options.ties, [&] { return keep_random(passes, options.density, options.seed); })
     { }
-    template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally& tally) const
-    {
-        for (std::size_t t = 0; t < rows.task_count(); ++t) { drop_(rows, t); }
-        election_(rows, merged, tally);
-    }
-    std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies)
-    {
-        return election_.settle(models, tallies);
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return 0; }
-
-private:
-    random_drop drop_;
-    election election_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

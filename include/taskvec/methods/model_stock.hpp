@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/methods/elect/sum.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <algorithm>
@@ -68,41 +69,33 @@ inline void check_model_stock(std::size_t tasks)
 } // namespace detail
 
 template <>
-class detail::merger<model_stock_options> {
+class method<model_stock_options> : public elementwise_method {
 public:
-    static constexpr bool needs_base = true, in_place = true;
-    static constexpr std::size_t scratch_rows = 0;
-
-    merger(const cpu& policy, const aligned_models& models, const model_stock_options& options)
+    template <class Passes>
+    method(Passes& passes, const model_stock_options& options)
+        : weights_(passes, std::vector<double>(passes.tasks(), 1.0))
     {
-        const std::size_t tasks = models.task_count();
-        check_model_stock(tasks);
-        const auto sums =
-            tensor_sums(policy, models, tasks * (tasks + 1) / 2, 0, "cosines", [&](auto& rows, double* sum) {
-                for (std::size_t i = 0; i < tasks; ++i) { rows.delta(i); }
-                for (std::size_t i = 0; i < tasks; ++i) {
-                    for (std::size_t j = 0; j <= i; ++j) {
-                        *sum++ = kernels::dot(rows.row(i), rows.row(j), rows.size());
-                    }
-                }
-            });
+        const auto tasks = static_cast<std::uint32_t>(passes.tasks());
+        detail::check_model_stock(tasks);
+        std::vector<operand_pair> pairs;
+        for (std::uint32_t i = 0; i < tasks; ++i) {
+            for (std::uint32_t j = 0; j <= i; ++j) { pairs.push_back({1 + i, 1 + j}); }
+        }
+        const auto sums = tensor_dots(passes, pairs, true, "cosines");
         for (std::size_t tensor = 0; tensor < sums.size(); ++tensor) {
-            factors_.push_back(model_stock_factor(options, models.tensors()[tensor].name, tasks, sums[tensor]));
+            factors_.push_back(detail::model_stock_factor(
+                options, passes.models().tensors()[tensor].name, passes.tasks(), sums[tensor]));
         }
     }
     template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    [[nodiscard]] kept_sum_body<A> body(std::size_t tensor) const
     {
-        for (std::size_t t = 0; t < rows.task_count(); ++t) {
-            t == 0 ? kernels::begin_sum(merged, rows.delta(t), A{1}, rows.size())
-                   : kernels::accumulate(merged, rows.delta(t), A{1}, rows.size());
-        }
-        const double factor = factors_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
-        kernels::add_scaled(merged, rows.base(), static_cast<A>(factor), rows.size());
+        return {{}, weights_.get<A>(), static_cast<A>(factors_[tensor])};
     }
     [[nodiscard]] unsigned walks() const noexcept { return 1; }
 
 private:
+    kept_numbers weights_;
     std::vector<double> factors_; // t/N for each tensor
 };
 

@@ -1,5 +1,6 @@
 // RegMean: Jin, Ren, Preotiuc-Pietro and Cheng, "Dataless knowledge fusion by merging weights of language models" (ICLR
-// 2023). SPDX-License-Identifier: Apache-2.0
+// 2023).
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/option_table.hpp>
@@ -85,19 +86,19 @@ public:
     [[nodiscard]] const std::vector<double>& weights() const noexcept { return weights_; }
     [[nodiscard]] double total_weight() const noexcept { return total_; }
     [[nodiscard]] double alpha() const noexcept { return options_.alpha; }
-    [[nodiscard]] const std::vector<gram_layer>& layers() const noexcept { return grams_.layers(); }
+    [[nodiscard]] const std::vector<detail::gram_layer>& layers() const noexcept { return grams_.layers(); }
     [[nodiscard]] const std::vector<companion>& companions() const noexcept { return grams_.companions(); }
     [[nodiscard]] std::string label(std::size_t t, const aligned_models& models) const
     {
         return grams_label(options_.labels, t, models);
     }
     /// Names the Gram matrix of a layer and task in messages.
-    [[nodiscard]] std::string where(const gram_layer& one, std::size_t t, const aligned_models& models) const
+    [[nodiscard]] std::string where(const detail::gram_layer& one, std::size_t t, const aligned_models& models) const
     {
         return message("the Gram matrix of '", models.tensors()[one.tensor].name, "' in ", label(t, models));
     }
     /// What is added to the diagonal of a layer's system of that trace.
-    [[nodiscard]] double lift(const gram_layer& one, double trace) const noexcept
+    [[nodiscard]] double lift(const detail::gram_layer& one, double trace) const noexcept
     {
         if (trace == 0 && options_.ridge > 0) { return 1; } // no task has seen an input: the average, whatever is added
         return options_.ridge * trace / static_cast<double>(one.in);
@@ -105,7 +106,7 @@ public:
     /// Throws invalid_argument where the answer of factor_cholesky() says that a layer's system is singular. `unseen`:
     /// the first input whose diagonal is 0, or one.in.
     void check_determined(
-        const gram_layer& one, const aligned_models& models, double least_pivot, std::size_t unseen) const
+        const detail::gram_layer& one, const aligned_models& models, double least_pivot, std::size_t unseen) const
     {
         // What storage rounded away in the Grams cannot be told from nothing.
         bool rounded = false;
@@ -129,24 +130,28 @@ private:
 } // namespace detail
 
 template <>
-class detail::merger<regmean_options> {
+class method<regmean_options> : public general_method {
 public:
-    static constexpr bool needs_base = false, in_place = true;
+    static constexpr bool needs_base = false;
 
-    merger(const cpu& policy, const aligned_models& models, const regmean_options& options)
-        : problem_(models, options, memory_space::host)
-        , average_(policy, models, {problem_.weights()})
+    [[nodiscard]] static std::vector<companion> companions(
+        const regmean_options& options, const aligned_models& models, memory_space space)
+    {
+        return detail::regmean_problem(models, options, space).companions();
+    }
+
+    method(const cpu_passes& passes, const regmean_options& options)
+        : models_(&passes.models())
+        , problem_(passes.models(), options, memory_space::host)
     { }
 
-    [[nodiscard]] std::span<const companion> companions() const noexcept { return problem_.companions(); }
-    [[nodiscard]] unsigned walks() const noexcept { return 0; }
     /// Weights of layers are read for their mean and again for their deviations, Grams once for the system and again
     /// for each panel.
-    [[nodiscard]] std::uint64_t bytes_beside(const aligned_models& models) const noexcept
+    [[nodiscard]] std::uint64_t bytes_beside() const noexcept
     {
         std::uint64_t bytes = 0;
         for (const layer& one : problem_.layers()) {
-            const aligned_tensor& tensor = models.tensors()[one.tensor];
+            const aligned_tensor& tensor = models_->tensors()[one.tensor];
             for (std::size_t t = 0; t < one.grams.size(); ++t) {
                 bytes += one.grams.size() > 1 ? byte_count(tensor.tasks[t].dtype, tensor.size) : 0;
                 bytes += (1 + panels(one)) * byte_count(one.grams[t].dtype, one.in * one.in);
@@ -170,7 +175,9 @@ public:
             for (std::size_t c = range.first; c < range.last; ++c) { averaged.push_back(c); }
         }
         std::vector<merge_tally> tallies(averaged.size());
-        merge_chunks(policy, models, average_, averaged, out, tallies, "average");
+        cpu_passes passes(policy, models);
+        const method<average_options> average(passes, {problem_.weights()});
+        detail::merge_chunks<average_options>(passes, average, averaged, out, tallies, "average");
 
         // Small layers side by side, large ones alone.
         std::vector<const layer*> side_by_side, alone;
@@ -180,7 +187,7 @@ public:
             (small_enough ? side_by_side : alone).push_back(&one);
             if (small_enough) { widest = std::max(widest, one.in); }
         }
-        progress_meter meter(policy, "RegMean", problem_.layers().size(), progress_unit::layers);
+        detail::progress_meter meter(policy, "RegMean", problem_.layers().size(), progress_unit::layers);
         const auto done = [&] {
             if (!meter.advance(1)) { raise<cancelled>(); }
         };
@@ -207,7 +214,7 @@ public:
 
 private:
     static constexpr std::size_t panel = 256; // columns of W, and rows of G, in f64 at a time
-    using layer = gram_layer;
+    using layer = detail::gram_layer;
 
     /// Buffers for one layer: the system, and for each worker panels of W̄, Wt − W̄, their images, rows of G.
     struct system_memory {
@@ -222,7 +229,7 @@ private:
                 : mean(in * panel, memory)
                 , deviation(in * panel, memory)
                 , image(in * panel, memory)
-                , rows(std::max(in * panel, 2 * stored_gram::tile * stored_gram::tile), memory)
+                , rows(std::max(in * panel, 2 * detail::stored_gram::tile * detail::stored_gram::tile), memory)
                 , raw(block_size, memory)
             { }
             std::pmr::vector<double> mean, deviation, image, rows, raw;
@@ -274,7 +281,7 @@ private:
         const std::vector<double>& weights = problem_.weights();
         for (std::size_t t = 0; t < weights.size(); ++t) {
             const auto where = [&, t] { return problem_.where(one, t, models); };
-            const stored_gram gram(one.grams[t], n, where, memory.diagonals, memory.panels[0].raw.data());
+            const detail::stored_gram gram(one.grams[t], n, where, memory.diagonals, memory.panels[0].raw.data());
             cpu bounded = n < 512 ? sequential(policy) : policy;
             bounded.threads =
                 static_cast<unsigned>(std::min(worker_count(bounded, gram.tile_rows()), memory.panels.size()));
@@ -298,7 +305,7 @@ private:
         for (std::size_t run = 0; run < runs; ++run) {
             const std::uint64_t offset = whole ? first * one.in : run * one.out + first;
             const std::uint64_t largest =
-                stored_gram::read(tensor.tasks[t], offset, length, out + run * length, raw.data());
+                detail::stored_gram::read(tensor.tasks[t], offset, length, out + run * length, raw.data());
             if (largest >= exponent_mask<double> && models.options().on_nonfinite == nonfinite::error) {
                 blame(message("tensor '", tensor.name, "' of ", models.label(t)), out + run * length, length,
                     [&](std::size_t i) { return offset + i; });
@@ -330,7 +337,7 @@ private:
             kernels::accumulate(change, mean, -1.0, size);
             for (std::size_t r = 0; r < n; r += panel) {
                 const std::size_t height = std::min(panel, n - r);
-                (void)stored_gram::read(one.grams[t], r * n, height * n, memory.rows.data(), memory.raw.data());
+                (void)detail::stored_gram::read(one.grams[t], r * n, height * n, memory.rows.data(), memory.raw.data());
                 for (std::size_t i = 0; i < height; ++i) {
                     double* const row = memory.rows.data() + i * n;
                     const double kept = row[r + i];
@@ -345,7 +352,7 @@ private:
         kernels::accumulate(solved, mean, 1.0, size);
 
         const aligned_tensor& tensor = models.tensors()[one.tensor];
-        row_writer writer(out, false, std::pmr::get_default_resource());
+        detail::row_writer writer(out, false, std::pmr::get_default_resource());
         const std::size_t runs = whole ? 1 : n, length = whole ? size : count;
         for (std::size_t run = 0; run < runs; ++run) {
             const chunk piece{one.tensor, whole ? first * n : run * one.out + first, length};
@@ -357,8 +364,8 @@ private:
         }
     }
 
-    regmean_problem problem_;
-    merger<average_options> average_;
+    const aligned_models* models_;
+    detail::regmean_problem problem_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -1,8 +1,10 @@
 // SLERP: spherical linear interpolation between two models. Shoemake, "Animating rotation with quaternion curves"
-// (SIGGRAPH 1985). SPDX-License-Identifier: Apache-2.0
+// (SIGGRAPH 1985).
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/methods/linear_body.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <cmath>
@@ -60,45 +62,29 @@ inline bool check_slerp(const aligned_models& models, const slerp_options& optio
 } // namespace detail
 
 template <>
-class detail::merger<slerp_options> {
+class method<slerp_options> : public elementwise_method {
 public:
-    static constexpr bool needs_base = false, in_place = true;
-    static constexpr std::size_t scratch_rows = 0;
+    static constexpr bool needs_base = false;
 
-    merger(const cpu& policy, const aligned_models& models, const slerp_options& options)
-        : from_base_(check_slerp(models, options))
+    template <class Passes>
+    method(Passes& passes, const slerp_options& options)
+        : from_base_(detail::check_slerp(passes.models(), options))
     {
-        const auto sums = tensor_sums(policy, models, 3, 0, "angles", [&](auto& rows, double* sum) {
-            const auto *const a = first(rows), *const b = second(rows);
-            sum[0] = kernels::dot(a, a, rows.size());
-            sum[1] = kernels::dot(b, b, rows.size());
-            sum[2] = kernels::dot(a, b, rows.size());
-        });
-        for (const auto& sum : sums) { factors_.push_back(factors_of(options, sum[0], sum[1], sum[2])); }
+        const std::uint32_t a = from_base_ ? 0 : 1, b = a + 1;
+        for (const auto& sum : tensor_dots(passes, {{a, a}, {b, b}, {a, b}}, false, "angles")) {
+            factors_.push_back(detail::factors_of(options, sum[0], sum[1], sum[2]));
+        }
     }
     template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    [[nodiscard]] pair_body<A> body(std::size_t tensor) const
     {
-        const auto& [of_a, of_b] = factors_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
-        kernels::begin_sum(merged, first(rows), static_cast<A>(of_a), rows.size());
-        kernels::accumulate(merged, second(rows), static_cast<A>(of_b), rows.size());
+        return {static_cast<A>(factors_[tensor].of_a), static_cast<A>(factors_[tensor].of_b), from_base_};
     }
     [[nodiscard]] unsigned walks() const noexcept { return 1; }
 
 private:
-    template <arithmetic_element A>
-    const A* first(block<A>& rows) const
-    {
-        return from_base_ ? rows.base() : rows.task(0);
-    }
-    template <arithmetic_element A>
-    const A* second(block<A>& rows) const
-    {
-        return rows.task(from_base_ ? 0 : 1);
-    }
-
     bool from_base_;
-    std::vector<slerp_factors> factors_; // for each tensor
+    std::vector<detail::slerp_factors> factors_; // for each tensor
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

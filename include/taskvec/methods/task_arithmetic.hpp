@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/arithmetic/weighted_sum.hpp>
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/methods/elect/sum.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <cstddef>
@@ -29,33 +29,24 @@ struct options_of<task_arithmetic_options> {
 };
 
 template <>
-class detail::merger<task_arithmetic_options> {
+class method<task_arithmetic_options> : public elementwise_method {
 public:
-    static constexpr bool needs_base = true, in_place = true;
-    static constexpr std::size_t scratch_rows = 0;
-
-    merger(const cpu&, const aligned_models& models, const task_arithmetic_options& options)
+    template <class Passes>
+    method(Passes& passes, const task_arithmetic_options& options)
         : lambda_(options.lambda)
-        , weights_(checked_weights(options.weights, models.task_count()))
+        , weights_(passes, detail::checked_weights(options.weights, passes.tasks()))
     {
-        check_factor(lambda_, "lambda");
+        detail::check_factor(lambda_, "lambda");
     }
     template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    [[nodiscard]] kept_sum_body<A> body(std::size_t) const
     {
-        weighted_sum(rows, weights_.get<A>(), merged, true);
-        kernels::add_scaled(merged, rows.base(), static_cast<A>(lambda_), rows.size());
+        return {{}, weights_.get<A>(), static_cast<A>(lambda_)};
     }
-    template <storage_element T>
-    bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally&) const
-    {
-        return weighted_sum_stored<T, true>(rows, weights_.get<float>(), static_cast<float>(lambda_), out);
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
 private:
     double lambda_;
-    rounded_weights weights_;
+    kept_numbers weights_;
 };
 
 /// The analogy "a is to b as c is to …": θ0 + λ·(τc + τb − τa). Sums in that order.

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/methods/elect/sign.hpp>
+#include <taskvec/methods/keep/top.hpp>
 #include <taskvec/methods/merge.hpp>
-#include <taskvec/methods/sign_election.hpp>
-#include <taskvec/select/thresholds.hpp>
 
 #include <algorithm>
 #include <array>
@@ -155,167 +155,98 @@ namespace detail {
         options.agree_when_weighted ? weights : ones};
 }
 
-/// Elects and merges the (trimmed, dropped, …) task vectors in a block's rows. Shared by TIES and DARE-TIES.
-class election {
+} // namespace detail
+
+/// Any keep rule × sign election: what TIES and DARE-TIES are. `Keep` prepares a rule for every tensor (keep_top,
+/// keep_random, keep_all …); the election is that of `options`, whose density is not looked at.
+template <class Keep>
+class sign_election_method : public elementwise_method {
 public:
-    static constexpr std::size_t scratch_rows = election_rows;
+    static constexpr bool in_place = false;
+    static constexpr std::size_t task_slots = 2;
 
-    election(const aligned_models& models, const ties_options& options)
-        : options_(options)
+    /// `keep()` makes the rule, once the options have been checked.
+    template <class Passes, class MakeKeep>
+    sign_election_method(Passes& passes, const ties_options& options, const MakeKeep& keep)
+        : sign_election_method(passes, options, detail::election_weights_of(options, passes.tasks()), keep)
+    { }
+    /// Calls use(body) with the body of a tensor.
+    template <arithmetic_element A, class Use>
+    decltype(auto) with_body(std::size_t tensor, Use&& use) const
     {
-        weights_ = election_weights_of(options, models.task_count());
-        single_ = election_factors<float>(weights_);
-        wide_ = election_factors<double>(weights_);
-        signs_.assign(models.tensors().size(), provisional_sign(options));
-        unit_mean_ = options.combine == disjoint_merge::mean
-            && std::all_of(weights_.value.begin(), weights_.value.end(), [](double weight) { return weight == 1.0; });
+        using rule = decltype(keep_.template get<A>(tensor));
+        const A lambda = static_cast<A>(options_.lambda);
+        if (unit_ && signs_[tensor] == 1) {
+            return use(unit_election_body<A, rule>{keep_.template get<A>(tensor), lambda});
+        }
+        return use(body<A>(tensor));
     }
-
-    /// Rows 0 … T−1 of `rows` hold the task vectors to merge.
     template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally& tally) const
+    [[nodiscard]] auto body(std::size_t tensor) const
     {
-        const std::size_t tasks = rows.task_count(), n = rows.size();
-        const A zero = static_cast<A>(signs_[sign_of(rows)]), lambda = static_cast<A>(options_.lambda);
+        using rule = decltype(keep_.template get<A>(tensor));
         const A* factors;
-        if constexpr (std::same_as<A, double>) { factors = wide_.data(); }
+        if constexpr (std::same_as<A, double>) { factors = wide_; }
         else {
-            factors = single_.data();
+            factors = single_;
         }
-        const bool counting = rows.models().options().statistics;
-        add(tally,
-            elect_rows(rows.row(0), tasks, block_size, factors, options_.combine, zero, rows.base(), lambda, merged,
-                rows.scratch(1), n, counting ? &tally.kept : nullptr, counting ? &tally.conflicting : nullptr));
+        return sign_election_body<A, rule>{keep_.template get<A>(tensor), factors, options_.combine,
+            static_cast<A>(signs_[tensor]), static_cast<A>(options_.lambda)};
     }
 
-    /// The whole of TIES on a block in one fused kernel, where there is one: the mean with weights of 1 over a few
-    /// finite tasks that are stored alike. threshold(t) is that of task t. False, and nothing said, otherwise.
-    template <storage_element T, class Threshold>
-    bool fused(
-        block<float>& rows, const kernels::stored_output<T>& out, merge_tally& tally, Threshold&& threshold) const
+    /// Sets the majority, once every entry has voted; whether it is another than was guessed somewhere.
+    bool settle(std::span<const merge_tally> of_tensors)
     {
-        const std::size_t tasks = rows.task_count();
-        const storage_word<T>* base = nullptr;
-        std::array<const storage_word<T>*, fused_tasks> stored;
-        if (!unit_mean_ || rows.models().options().statistics || tasks > fused_tasks
-            || !rows.template stored<T>(base, stored)) {
-            return false;
+        const bool majority =
+            options_.zero_sign == zero_sign::majority || options_.zero_sign == zero_sign::majority_or_negative;
+        if (!majority) { return false; }
+        std::vector<std::int64_t> sums;
+        for (const auto& tally : of_tensors) {
+            sums.push_back(static_cast<std::int64_t>(
+                tally.counts[election_counts::positive] - tally.counts[election_counts::negative]));
         }
-        // Along a block the bound changes only where a task's last kept equal entry lies: cut there.
-        std::array<top_k_threshold<float>, fused_tasks> thresholds;
-        for (std::size_t t = 0; t < tasks; ++t) {
-            thresholds[t] = threshold(t);
-            if (thresholds[t].magnitude >= exponent_mask<float>) { return false; }
-        }
-        election_tally seen;
-        for (std::size_t at = 0; at < rows.size();) {
-            std::size_t end = rows.size();
-            std::array<std::int32_t, fused_tasks> least;
-            std::array<const storage_word<T>*, fused_tasks> from;
-            for (std::size_t t = 0; t < tasks; ++t) {
-                const std::uint64_t place = rows.position() + at;
-                const bool equal_kept = place < thresholds[t].equal_end;
-                if (equal_kept) {
-                    end = static_cast<std::size_t>(
-                        std::min<std::uint64_t>(end, thresholds[t].equal_end - rows.position()));
-                }
-                least[t] = std::max(1,
-                    static_cast<std::int32_t>(thresholds[t].magnitude) + (equal_kept ? 0 : 1)); // a kept 0 is no entry
-                from[t] = stored[t] + at;
-            }
-            const kernels::stored_output<T> place{out.words + at, out.stream};
-            if (!elect_stored<T>(from.data(), tasks, base + at, least.data(), static_cast<float>(signs_[sign_of(rows)]),
-                    static_cast<float>(options_.lambda), place, end - at, seen)) {
-                return false;
-            }
-            at = end;
-        }
-        add(tally, seen);
+        signs_ = detail::majority_signs(options_, std::move(sums));
         return true;
     }
-
-    /// Once every chunk has voted: sets the majority, and names the chunks that must be merged again because they held
-    /// a zero sum and the guess was wrong.
-    std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies)
+    /// Whether a part of a tensor with this tally was merged with a wrong guess.
+    [[nodiscard]] bool again(std::size_t tensor, const merge_tally& part) const
     {
-        std::vector<std::size_t> again;
-        if (options_.zero_sign != zero_sign::majority && options_.zero_sign != zero_sign::majority_or_negative) {
-            return again;
-        }
-        std::vector<std::int64_t> sums(models.tensors().size(), 0);
-        for (std::size_t c = 0; c < tallies.size(); ++c) { sums[models.chunks()[c].tensor] += tallies[c].sign_sum; }
-        signs_ = majority_signs(options_, std::move(sums));
-        for (std::size_t c = 0; c < tallies.size(); ++c) {
-            if (tallies[c].unresolved > 0 && signs_[models.chunks()[c].tensor] != provisional_sign(options_)) {
-                again.push_back(c);
-            }
-        }
-        return again;
+        return part.counts[election_counts::unresolved] > 0 && signs_[tensor] != detail::provisional_sign(options_);
     }
+    [[nodiscard]] unsigned walks() const noexcept { return keep_.walks(); }
 
 private:
-    static void add(merge_tally& tally, const election_tally& seen) noexcept
+    template <class Passes, class MakeKeep>
+    sign_election_method(
+        Passes& passes, const ties_options& options, const election_weights& weights, const MakeKeep& keep)
+        : options_(options)
+        , keep_(keep())
+        , single_(passes.keep(election_factors<float>(weights)))
+        , wide_(passes.keep(election_factors<double>(weights)))
+        , unit_(options.combine == disjoint_merge::mean && !passes.models().options().statistics)
+        , signs_(passes.models().tensors().size(), detail::provisional_sign(options))
     {
-        tally.sign_sum += seen.sign_sum;
-        tally.unresolved += seen.unresolved;
-    }
-
-    /// The place in signs_ of a block's tensor.
-    template <arithmetic_element A>
-    [[nodiscard]] static std::size_t sign_of(const block<A>& rows) noexcept
-    {
-        return static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data());
+        for (const auto* list : {&weights.elect, &weights.value, &weights.divide, &weights.agree}) {
+            for (const double weight : *list) { unit_ = unit_ && weight == 1.0; }
+        }
     }
 
     ties_options options_;
-    election_weights weights_;
-    std::vector<float> single_;
-    std::vector<double> wide_;
-    bool unit_mean_ = false;
+    Keep keep_;
+    const float* single_;
+    const double* wide_;
+    bool unit_; // weights of 1 and means, not counted: the short body will do
     std::vector<int> signs_; // for each tensor, what a zero sum elects
 };
 
-} // namespace detail
-
 template <>
-class detail::merger<ties_options> {
+class method<ties_options> : public sign_election_method<keep_top> {
 public:
-    static constexpr bool needs_base = true, in_place = false;
-    static constexpr std::size_t scratch_rows = election::scratch_rows;
-
-    merger(const cpu& policy, const aligned_models& models, const ties_options& options)
-        : election_(models, options)
-        , thresholds_(policy, models, options.density, options.scope, options.trim)
+    template <class Passes>
+    method(Passes& passes, const ties_options& options)
+        : sign_election_method(
+              passes, options, [&] { return keep_top(passes, options.density, options.scope, options.trim); })
     { }
-    template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally& tally) const
-    {
-        for (std::size_t t = 0; t < rows.task_count(); ++t) {
-            kernels::trim(rows.mutable_delta(t), rows.size(), rows.position(), threshold(rows, t));
-        }
-        election_(rows, merged, tally);
-    }
-    template <storage_element T>
-    bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally& tally) const
-    {
-        return election_.fused(rows, out, tally, [&](std::size_t t) { return threshold(rows, t); });
-    }
-    std::vector<std::size_t> settle(const aligned_models& models, const std::vector<merge_tally>& tallies)
-    {
-        return election_.settle(models, tallies);
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return thresholds_.walks(); }
-
-private:
-    template <arithmetic_element A>
-    [[nodiscard]] top_k_threshold<A> threshold(const block<A>& rows, std::size_t t) const
-    {
-        return thresholds_.template get<A>(
-            static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data()), t);
-    }
-
-    election election_;
-    trim_thresholds thresholds_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

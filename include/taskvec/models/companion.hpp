@@ -6,7 +6,7 @@
 
 #include <cstddef>
 
-namespace taskvec::inline TASKVEC_ABI::detail {
+namespace taskvec::inline TASKVEC_ABI {
 
 /// Memory that a method reads beside the models (the statistics of a tensor, say), for the check of aliases.
 struct companion {
@@ -15,4 +15,4 @@ struct companion {
     std::size_t bytes = 0;
 };
 
-} // namespace taskvec::inline TASKVEC_ABI::detail
+} // namespace taskvec::inline TASKVEC_ABI

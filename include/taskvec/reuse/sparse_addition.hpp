@@ -31,16 +31,14 @@ struct sparse_addition_options {
 };
 
 template <>
-class detail::merger<sparse_addition_options> {
+class method<sparse_addition_options> : public general_method {
 public:
-    static constexpr bool needs_base = true, in_place = true;
-    static constexpr std::size_t scratch_rows = 0;
-
-    merger(const cpu&, const aligned_models& models, const sparse_addition_options& options)
+    method(const cpu_passes& passes, const sparse_addition_options& options)
         : scale_(options.scale)
         , on_nonfinite_(options.on_nonfinite)
     {
-        check_factor(scale_, "scale");
+        const aligned_models& models = passes.models();
+        detail::check_factor(scale_, "scale");
         tensors_.assign(models.tensors().size(), nullptr);
         for (const auto& entries : options.entries) {
             const auto place = std::lower_bound(models.tensors().begin(), models.tensors().end(), entries.name,
@@ -64,7 +62,7 @@ public:
     void operator()(block<A>& rows, A* merged, merge_tally&) const
     {
         std::memcpy(merged, rows.base(), rows.size() * sizeof(A));
-        const auto* const entries = tensors_[static_cast<std::size_t>(&rows.tensor() - rows.models().tensors().data())];
+        const auto* const entries = tensors_[rows.tensor_index()];
         if (!entries) { return; }
         entries->for_each(rows.offset(), rows.offset() + rows.size(), [&](std::uint64_t index, std::uint64_t entry) {
             const std::uint64_t place = index - rows.offset();
@@ -77,7 +75,6 @@ public:
             kernels::add_at<A, A>(merged, &place, &value, static_cast<A>(scale_), 1);
         });
     }
-    [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
 private:
     double scale_;

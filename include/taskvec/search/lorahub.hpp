@@ -1,9 +1,11 @@
 // LoraHub: weights of a combination, sought without gradients. Huang et al., "LoraHub: efficient cross-task
-// generalization via dynamic LoRA composition" (COLM 2024). SPDX-License-Identifier: Apache-2.0
+// generalization via dynamic LoRA composition" (COLM 2024).
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/arithmetic/weighted_sum.hpp>
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/methods/elect/sum.hpp>
+#include <taskvec/methods/linear_body.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <algorithm>
@@ -241,34 +243,36 @@ struct combination_options {
     std::vector<double> weights{};
 };
 
-template <>
-class merger<combination_options> {
-public:
-    static constexpr bool needs_base = false, in_place = true;
-    static constexpr std::size_t scratch_rows = 0;
+} // namespace detail
 
-    merger(const cpu&, const aligned_models& models, const combination_options& options)
-        : weights_(checked_weights(options.weights, models.task_count()))
+template <>
+class method<detail::combination_options> : public elementwise_method {
+public:
+    static constexpr bool needs_base = false;
+
+    template <class Passes>
+    method(Passes& passes, const detail::combination_options& options)
+        : from_base_(passes.models().has_base())
+        , weights_(passes, detail::checked_weights(options.weights, passes.tasks()))
     { }
+    template <arithmetic_element A, class Use>
+    decltype(auto) with_body(std::size_t, Use&& use) const
+    {
+        if (from_base_) { return use(kept_sum_body<A>{{}, weights_.get<A>(), A{1}}); }
+        return use(mean_body<A>{weights_.get<A>(), A{1}});
+    }
     template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    [[nodiscard]] mean_body<A> body(std::size_t) const
     {
-        const bool from_base = rows.models().has_base();
-        weighted_sum(rows, weights_.get<A>(), merged, from_base);
-        if (from_base) { kernels::add_scaled(merged, rows.base(), A{1}, rows.size()); }
+        return {weights_.get<A>(), A{1}};
     }
-    template <storage_element T>
-    bool fused(block<float>& rows, const kernels::stored_output<T>& out, merge_tally&) const
-    {
-        const auto weights = weights_.get<float>();
-        return rows.models().has_base() ? weighted_sum_stored<T, true>(rows, weights, 1.0f, out)
-                                        : weighted_sum_stored<T, false>(rows, weights, 1.0f, out);
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
 private:
-    rounded_weights weights_;
+    bool from_base_;
+    kept_numbers weights_;
 };
+
+namespace detail {
 
 /// Searches over one buffer, which holds the best candidate in the end.
 template <class Loss, class Optimizer>

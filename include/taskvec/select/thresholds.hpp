@@ -108,4 +108,13 @@ private:
     unsigned walks_ = 0;
 };
 
+/// The thresholds that a method's passes find, on whatever policy they run: see cpu_passes (methods/passes.hpp).
+template <class Passes>
+    requires(Passes::space == memory_space::host)
+[[nodiscard]] trim_thresholds trim_thresholds_of(
+    Passes& passes, double density, scope over, trim_rule rule = trim_rule::exact)
+{
+    return {passes.policy(), passes.models(), density, over, rule};
+}
+
 } // namespace taskvec::inline TASKVEC_ABI

@@ -1,5 +1,6 @@
 // Linear combinations as elementwise functors: what the gpu policy's arithmetic, averages and task arithmetic are made
-// of. SPDX-License-Identifier: Apache-2.0
+// of.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/device/models/elements.hpp>
@@ -64,7 +65,7 @@ struct linear_combination_of_packs {
     /// The sweep is over packs.
     [[nodiscard]] static constexpr std::uint64_t packs(std::uint64_t size) noexcept
     {
-        return (size + pack<T>::size - 1) / pack<T>::size;
+        return (size + words16<T>::size - 1) / words16<T>::size;
     }
 
     TASKVEC_FUNCTOR void operator()(const indices& at) const
@@ -72,21 +73,21 @@ struct linear_combination_of_packs {
         const device_piece& piece = of_elements.piece;
         const bool needs_base = of_elements.needs_base();
         for (std::uint64_t k = at.first; k < at.last; k += at.step) {
-            const std::uint64_t begin = k * pack<T>::size;
-            if (begin + pack<T>::size > piece.size) {
+            const std::uint64_t begin = k * words16<T>::size;
+            if (begin + words16<T>::size > piece.size) {
                 for (std::uint64_t i = begin; i < piece.size; ++i) { of_elements.one(i); }
                 continue;
             }
-            float base[pack<T>::size] = {}, value[pack<T>::size], total[pack<T>::size] = {};
+            float base[words16<T>::size] = {}, value[words16<T>::size], total[words16<T>::size] = {};
             if (needs_base) { load_pack<T>(piece.operands[0], k, piece.position + begin, of_elements.flag, base); }
             for (std::size_t t = 0; t < of_elements.count; ++t) {
                 const float weight = of_elements.weights[t];
                 load_pack<T>(piece.operands[of_elements.first + t], k, piece.position + begin, of_elements.flag, value);
-                for (std::size_t j = 0; j < pack<T>::size; ++j) {
+                for (std::size_t j = 0; j < words16<T>::size; ++j) {
                     of_elements.add(total[j], weight, value[j], base[j]);
                 }
             }
-            for (std::size_t j = 0; j < pack<T>::size; ++j) { total[j] = of_elements.finished(total[j], base[j]); }
+            for (std::size_t j = 0; j < words16<T>::size; ++j) { total[j] = of_elements.finished(total[j], base[j]); }
             store_pack<T>(piece.out, k, total);
         }
     }

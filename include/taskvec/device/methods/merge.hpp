@@ -1,16 +1,14 @@
-// merge() on taskvec::gpu: what every method shares. The methods stand in device_linear.hpp, device_ties.hpp and so on.
+// merge() on taskvec::gpu: any elementwise method, by its body, and those that say how they merge there.
 // SPDX-License-Identifier: Apache-2.0
-//
-// A method is a detail::device_merger<Options>: its constructor makes the passes that must come first, its write()
-// merges. It is written on device_models, so that it merges models in device memory and models that stream through it
-// alike.
 #pragma once
 
+#include <taskvec/device/methods/walk.hpp>
 #include <taskvec/device/models/device_models.hpp>
 #include <taskvec/device/models/tensor_dots.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <span>
 #include <vector>
@@ -22,60 +20,60 @@ namespace detail {
 template <>
 inline constexpr bool gpu_header_included<gpu, gpu_room::merge> = true;
 
-template <class Options>
-class device_merger;
-
 } // namespace detail
+
+/// How a method that is not elementwise merges on taskvec::gpu, by its options: a constructor (device_models&, options)
+/// and write(device_models&, merge_report&). Specialise it beside such a method (RegMean: device/methods/regmean.hpp).
+template <class Options>
+class device_method;
 
 /// The options of a merge method that runs on taskvec::gpu.
 template <class Options>
-concept device_merge_method =
-    requires(device_models& models, const Options& options) { detail::device_merger<Options>(models, options); };
+concept device_merge_method = merge_method<Options>
+    && ((packed_method<Options> && method<Options>::on_device)
+        || requires(device_models& models, const Options& options) { device_method<Options>(models, options); });
 
 namespace detail {
-
-/// What a method reads besides the models: operands in the order of tensors(), as many for each, in memory space
-/// `space`.
-template <device_merge_method Options>
-[[nodiscard]] std::vector<aligned_tensor::operand> operands_beside(
-    const Options& options, const aligned_models& models, memory_space space)
-{
-    if constexpr (requires { device_merger<Options>::beside(options, models, space); }) {
-        return device_merger<Options>::beside(options, models, space);
-    }
-    else {
-        return {};
-    }
-}
-
-/// What lies beside the models as memory that may not be overwritten: operands, or what a method says that has other
-/// data.
-template <device_merge_method Options>
-[[nodiscard]] std::vector<companion> companions_of(const Options& options, const aligned_models& models,
-    memory_space space, std::span<const aligned_tensor::operand> beside)
-{
-    if constexpr (requires { device_merger<Options>::companions(options, models, space); }) {
-        return device_merger<Options>::companions(options, models, space);
-    }
-    std::vector<companion> companions;
-    for (std::size_t i = 0; i < beside.size(); ++i) {
-        const std::size_t tensor = i / (beside.size() / models.tensors().size());
-        companions.push_back({tensor, beside[i].data, byte_count(beside[i].dtype, models.tensors()[tensor].size)});
-    }
-    return companions;
-}
 
 /// Merges into the outputs of `models`.
 template <device_merge_method Options>
 merge_report merge_on_device(device_models& models, const Options& options)
 {
-    device_merger<Options> method(models, options);
     merge_report report;
-    method.write(models, report);
-    models.copy_through();
-    models.check_finite();
-    report.walks = method.walks() + 1;
-    if constexpr (requires { method.bytes_beside(models); }) { report.beside = method.bytes_beside(models); }
+    if constexpr (packed_method<Options>) {
+        device_passes passes(models);
+        method<Options> prepared(passes, options);
+        device_walk<Options> walk(passes, prepared);
+        walk.write(all_tensors(models.models()));
+        if constexpr (requires { method<Options>::beside(options, models.models(), memory_space::device); }) {
+            check_beside<Options>(passes, prepared);
+        }
+        if constexpr (requires(std::span<const merge_tally> t) { prepared.settle(t); }) {
+            const auto tallies = walk.tallies();
+            if (prepared.settle(std::span<const merge_tally>(tallies))) {
+                for (std::size_t i = 0; i < tallies.size(); ++i) {
+                    if (prepared.again(i, tallies[i])) { walk.again(i); }
+                }
+            }
+        }
+        if (walk.counts_tasks()) {
+            merge_tally total;
+            for (const auto& tally : walk.tallies()) { total += tally; }
+            report_tally(total, passes.tasks(), report);
+        }
+        report.walks = prepared.walks() + 1;
+        report.beside = prepared.bytes_beside();
+        models.copy_through();
+        models.check_finite();
+    }
+    else {
+        device_method<Options> prepared(models, options);
+        prepared.write(models, report);
+        models.copy_through();
+        models.check_finite();
+        report.walks = 1;
+        report.beside = prepared.bytes_beside(models);
+    }
     return report;
 }
 
@@ -95,7 +93,7 @@ template <device_merge_method Options>
 merge_report merge_in_device_memory(const gpu& policy, const Options& options, const const_model_ref* base,
     std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how)
 {
-    using method_type = device_merger<Options>;
+    using method_type = method<Options>;
     if (method_type::needs_base && !base) { raise<invalid_argument>("this merge method needs a base model"); }
     const aligned_models models = align_on_device(policy, base, tasks, how);
     memory_sink sink = sink_over(models, out, memory_space::device);
@@ -131,7 +129,7 @@ merge_report merge(const gpu& policy, const Options& options, const const_model_
 
 /// The same by a method that needs no base.
 template <device_merge_method Options>
-    requires(!detail::device_merger<Options>::needs_base)
+    requires(!method<Options>::needs_base)
 merge_report merge(const gpu& policy, const Options& options, std::span<const const_model_ref> tasks,
     const model_ref& out, const model_options& how = {})
 {
@@ -154,7 +152,7 @@ merge_report merge(
 
 /// The same by a method that needs no base.
 template <device_merge_method Options, tasks_of<gpu> Tasks, output_of<gpu> Out>
-    requires(!detail::device_merger<Options>::needs_base)
+    requires(!method<Options>::needs_base)
 merge_report merge(const gpu& policy, const Options& options, const Tasks& tasks, Out&& out, model_options how = {})
 {
     how.output = dtype_of<element_of<Out>>;
@@ -162,13 +160,14 @@ merge_report merge(const gpu& policy, const Options& options, const Tasks& tasks
         policy, options, nullptr, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }
 
-/// A method whose header is missing.
+/// A method that does not merge on a device.
 template <merge_method Options, class... Arguments>
     requires(!device_merge_method<Options>)
 auto merge(const gpu&, const Options&, Arguments&&...)
 {
     static_assert(device_merge_method<Options>,
-        "this method does not merge on taskvec::gpu: include <taskvec/device/methods.hpp>, for RegMean "
+        "this method does not merge on taskvec::gpu: it has no body, or says so by on_device = false; RegMean does "
+        "with "
         "<taskvec/device/methods/regmean.hpp>");
 }
 

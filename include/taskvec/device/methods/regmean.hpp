@@ -9,7 +9,7 @@
 
 #include <taskvec/device/linalg/matrix.hpp>
 #include <taskvec/device/methods/gram_functors.hpp>
-#include <taskvec/device/methods/linear.hpp>
+#include <taskvec/device/methods/merge.hpp>
 #include <taskvec/methods/regmean.hpp>
 
 #if TASKVEC_ON_CUDA
@@ -31,32 +31,26 @@ namespace taskvec::inline TASKVEC_ABI {
 /// device_models::spare() holds, 256 at least. Each Gram is read once for the system and again for each panel. Waits
 /// for each layer.
 template <>
-class detail::device_merger<regmean_options> {
+class device_method<regmean_options> {
 public:
-    static constexpr bool needs_base = false, in_place = true;
-
-    [[nodiscard]] static std::vector<companion> companions(
-        const regmean_options& options, const aligned_models& models, memory_space space)
-    {
-        return regmean_problem(models, options, space).companions();
-    }
-
-    device_merger(device_models& models, const regmean_options& options)
+    device_method(device_models& models, const regmean_options& options)
         : problem_(models.models(), options, models.space())
-        , average_(models, {problem_.weights()})
         , spare_(models.spare())
     { }
 
     void write(device_models& models, merge_report&) const
     {
+        device_passes passes(models);
+        const method<average_options> prepared(passes, {problem_.weights()});
+        detail::device_walk<average_options> average(passes, prepared);
         std::size_t next = 0; // the first tensor that is not written
-        for (const gram_layer& one : problem_.layers()) {
-            average_.write(models, {next, one.tensor});
+        for (const detail::gram_layer& one : problem_.layers()) {
+            average.write({next, one.tensor});
             next = one.tensor + 1;
         }
-        average_.write(models, {next, models.models().tensors().size()});
+        average.write({next, models.models().tensors().size()});
         with_context(models.policy(), [&](const gpu& policy) {
-            for (const gram_layer& one : problem_.layers()) { solve(policy, models, one); }
+            for (const detail::gram_layer& one : problem_.layers()) { solve(policy, models, one); }
         });
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
@@ -64,7 +58,7 @@ public:
     [[nodiscard]] std::uint64_t bytes_beside(const device_models& models) const noexcept
     {
         std::uint64_t bytes = 0;
-        for (const gram_layer& one : problem_.layers()) {
+        for (const detail::gram_layer& one : problem_.layers()) {
             const aligned_tensor& tensor = models.models().tensors()[one.tensor];
             const std::uint64_t panels = (one.out + panel(one) - 1) / panel(one);
             for (std::size_t t = 0; t < one.grams.size(); ++t) {
@@ -105,13 +99,13 @@ private:
     };
 
     /// Outputs of a layer that are merged together.
-    [[nodiscard]] std::size_t panel(const gram_layer& one) const noexcept
+    [[nodiscard]] std::size_t panel(const detail::gram_layer& one) const noexcept
     {
         return std::clamp<std::size_t>(
             spare_ / (3 * sizeof(double) * one.in), 256, std::max<std::size_t>(one.out, 256));
     }
 
-    void solve(const gpu& policy, device_models& models, const gram_layer& one) const
+    void solve(const gpu& policy, device_models& models, const detail::gram_layer& one) const
     {
         staging stage(policy, models.space());
         device_matrix<double> system(policy, one.in, one.in);
@@ -127,7 +121,7 @@ private:
     }
 
     /// system = the Cholesky factor of Σ wt·G̃t + lift, each Gram checked to be one.
-    void assemble(const gpu& policy, device_models& models, const gram_layer& one, staging& stage,
+    void assemble(const gpu& policy, device_models& models, const detail::gram_layer& one, staging& stage,
         device_matrix<double>& system) const
     {
         const std::size_t n = one.in;
@@ -138,11 +132,13 @@ private:
             const std::vector<double> squares = diagonal.download();
             for (std::size_t i = 0; i < n; ++i) {
                 if (!std::isfinite(squares[i])) {
-                    refuse_gram_nonfinite(problem_.where(one, t, models.models()), squares[i], i * n + i);
+                    detail::refuse_gram_nonfinite(problem_.where(one, t, models.models()), squares[i], i * n + i);
                 }
-                if (squares[i] < 0) { refuse_gram_negative(problem_.where(one, t, models.models()), squares[i], i); }
+                if (squares[i] < 0) {
+                    detail::refuse_gram_negative(problem_.where(one, t, models.models()), squares[i], i);
+                }
             }
-            const double tolerance = gram_tolerance(gram.dtype);
+            const double tolerance = detail::gram_tolerance(gram.dtype);
             const device::buffer<counter> wrong(policy, std::vector{device_models::none});
             device::sweep(policy, n * n,
                 elementwise::add_gram{gram, n, diagonal.data(), tolerance, problem_.weights()[t], problem_.alpha(),
@@ -150,7 +146,7 @@ private:
             if (const counter k = wrong.download()[0]; k != device_models::none) {
                 const std::size_t i = k / n, j = k % n;
                 const double tolerated = tolerance * std::sqrt(squares[i]) * std::sqrt(squares[j]);
-                refuse_gram_entry(problem_.where(one, t, models.models()), n, i, j, element(policy, gram, k),
+                detail::refuse_gram_entry(problem_.where(one, t, models.models()), n, i, j, element(policy, gram, k),
                     element(policy, gram, j * n + i), tolerated);
             }
         }
@@ -180,7 +176,7 @@ private:
     };
 
     /// Outputs [first, first + count) of a layer: W̄ + (Σ wt·G̃t)⁻¹ Σ wt·G̃t·(Wt − W̄).
-    void merge_columns(const gpu& policy, device_models& models, const gram_layer& one, staging& stage,
+    void merge_columns(const gpu& policy, device_models& models, const detail::gram_layer& one, staging& stage,
         device_matrix_view<const double> factor, std::size_t first, std::size_t count, const panel_memory& memory,
         device_matrix<double>& gram) const
     {
@@ -214,8 +210,7 @@ private:
         models.store(one.tensor, {begin, runs.length, runs.stride}, size, memory.image.data(), memory.mean.data());
     }
 
-    regmean_problem problem_;
-    device_merger<average_options> average_;
+    detail::regmean_problem problem_;
     std::size_t spare_;
 };
 

@@ -24,7 +24,7 @@ template <device_merge_method Options>
 merge_report merge_streamed(const gpu& policy, const Options& options, const aligned_models& models, tensor_sink& out,
     const stream_options& how = {})
 {
-    using method_type = detail::device_merger<Options>;
+    using method_type = method<Options>;
     if (method_type::needs_base && !models.has_base()) {
         raise<invalid_argument>("this merge method needs a base model");
     }

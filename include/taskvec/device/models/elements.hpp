@@ -1,5 +1,6 @@
 // Elements of any storage type, read and written by elementwise functors: the dtype is looked at in the loop, not in
-// the type. SPDX-License-Identifier: Apache-2.0
+// the type.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/rounding.hpp>
@@ -123,7 +124,7 @@ struct store_sum {
 
 /// As many consecutive elements as one access of 16 bytes moves.
 template <storage_element T>
-struct alignas(16) pack {
+struct alignas(16) words16 {
     static constexpr std::size_t size = 16 / sizeof(T);
     storage_word<T> words[size];
 };
@@ -134,8 +135,8 @@ TASKVEC_HOST_DEVICE inline void load_pack(const aligned_tensor::operand& from, s
     counter* flag, arithmetic_type<T>* out) noexcept
 {
     const void* const data = from.data;
-    const pack<T> loaded = static_cast<const pack<T>*>(data)[k];
-    for (std::size_t j = 0; j < pack<T>::size; ++j) {
+    const words16<T> loaded = static_cast<const words16<T>*>(data)[k];
+    for (std::size_t j = 0; j < words16<T>::size; ++j) {
         out[j] = widen_word<arithmetic_type<T>, T>(loaded.words[j]);
         note(out[j], place + j, flag);
     }
@@ -145,9 +146,9 @@ TASKVEC_HOST_DEVICE inline void load_pack(const aligned_tensor::operand& from, s
 template <storage_element T>
 TASKVEC_HOST_DEVICE inline void store_pack(void* to, std::uint64_t k, const arithmetic_type<T>* values) noexcept
 {
-    pack<T> stored;
-    for (std::size_t j = 0; j < pack<T>::size; ++j) { stored.words[j] = narrow_word<T>(values[j]); }
-    static_cast<pack<T>*>(to)[k] = stored;
+    words16<T> stored;
+    for (std::size_t j = 0; j < words16<T>::size; ++j) { stored.words[j] = narrow_word<T>(values[j]); }
+    static_cast<words16<T>*>(to)[k] = stored;
 }
 
 TASKVEC_KERNELS_END

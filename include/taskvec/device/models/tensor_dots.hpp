@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/device/models/device_models.hpp>
+#include <taskvec/models/operand_pair.hpp>
 #include <taskvec/models/tensor_sums.hpp>
 
 #include <algorithm>
@@ -12,12 +13,6 @@
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
-
-/// A dot product of two operands of each tensor, by their place in device_piece::operands; less the base where
-/// `difference` is set.
-struct operand_pair {
-    std::uint32_t first = 0, second = 0;
-};
 
 namespace elementwise {
 

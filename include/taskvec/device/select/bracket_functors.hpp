@@ -1,5 +1,6 @@
 // Selection within a bracket of magnitudes as elementwise functors: samples, one walk that counts and collects, and
-// what narrows a list. SPDX-License-Identifier: Apache-2.0
+// what narrows a list.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/device/models/elements.hpp>
@@ -163,7 +164,7 @@ struct count_and_collect_packs {
     /// The sweep is over packs.
     [[nodiscard]] static constexpr std::uint64_t packs(std::uint64_t size) noexcept
     {
-        return (size + pack<T>::size - 1) / pack<T>::size;
+        return (size + words16<T>::size - 1) / words16<T>::size;
     }
 
     TASKVEC_FUNCTOR void operator()(const indices& at) const
@@ -174,18 +175,18 @@ struct count_and_collect_packs {
         const bool based = piece.operands[0].data != nullptr;
         counter above[held] = {};
         for (std::uint64_t k = at.first; k < at.last; k += at.step) {
-            const std::uint64_t begin = k * pack<T>::size;
-            if (begin + pack<T>::size > piece.size) {
+            const std::uint64_t begin = k * words16<T>::size;
+            if (begin + words16<T>::size > piece.size) {
                 for (std::uint64_t i = begin; i < piece.size; ++i) { of_elements.one(i, above); }
                 continue;
             }
-            float base[pack<T>::size] = {}, value[pack<T>::size];
+            float base[words16<T>::size] = {}, value[words16<T>::size];
             if (based) { load_pack<T>(piece.operands[0], k, piece.position + begin, of_elements.flag, base); }
             for (std::size_t t = 0; t < held; ++t) {
                 if (of_elements.first + t >= piece.tasks) { continue; }
                 load_pack<T>(
                     piece.operands[1 + of_elements.first + t], k, piece.position + begin, of_elements.flag, value);
-                for (std::size_t j = 0; j < pack<T>::size; ++j) {
+                for (std::size_t j = 0; j < words16<T>::size; ++j) {
                     of_elements.look(t, based ? difference(value[j], base[j]) : value[j], begin + j, above);
                 }
             }

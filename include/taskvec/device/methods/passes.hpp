@@ -1,0 +1,79 @@
+// What a method may ask for before the walk that merges, on taskvec::gpu: the interface of cpu_passes.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/device/models/device_models.hpp>
+#include <taskvec/device/models/tensor_dots.hpp>
+#include <taskvec/device/select/top_k.hpp>
+#include <taskvec/methods/method.hpp>
+
+#include <concepts>
+#include <cstddef>
+#include <memory>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The passes of the gpu policy: tables lie in device memory, sums and thresholds come from there.
+class device_passes {
+public:
+    explicit device_passes(device_models& models)
+        : models_(&models)
+        , flags_(models.policy(), std::vector(2, device_models::none))
+    { }
+
+    static constexpr memory_space space = memory_space::device;
+    [[nodiscard]] device_models& walked() const noexcept { return *models_; }
+    [[nodiscard]] const gpu& policy() const noexcept { return models_->policy(); }
+    [[nodiscard]] const aligned_models& models() const noexcept { return models_->models(); }
+    [[nodiscard]] std::size_t tasks() const noexcept { return models().task_count(); }
+    [[nodiscard]] std::size_t beside_each() const noexcept { return models_->operand_count() - 1 - tasks(); }
+    [[nodiscard]] const aligned_tensor::operand& beside(std::size_t tensor, std::size_t b) const noexcept
+    {
+        return models_->operand(tensor, 1 + tasks() + b);
+    }
+    template <class T>
+    [[nodiscard]] const T* keep(const std::vector<T>& table)
+    {
+        const auto kept = std::make_shared<device::buffer<T>>(policy(), table);
+        tables_.push_back(kept);
+        return kept->data();
+    }
+    /// Where functors note the least place of NaN or infinity beside the models (null where it may spread), and of what
+    /// is negative there.
+    [[nodiscard]] elementwise::counter* nonfinite_beside() const noexcept
+    {
+        return models_->nonfinite_flag() ? flags_.data() : nullptr;
+    }
+    [[nodiscard]] elementwise::counter* negative_beside() const noexcept { return flags_.data() + 1; }
+    [[nodiscard]] std::vector<elementwise::counter> flags() const { return flags_.download(); }
+
+private:
+    device_models* models_;
+    device::buffer<elementwise::counter> flags_;
+    std::vector<std::shared_ptr<const void>> tables_;
+};
+
+/// As on the CPU, with its bits.
+template <std::same_as<device_passes> Passes>
+[[nodiscard]] std::vector<std::vector<double>> tensor_dots(
+    Passes& passes, const std::vector<operand_pair>& pairs, bool difference, std::string_view = {})
+{
+    bool beside = !pairs.empty();
+    for (const operand_pair pair : pairs) { beside = beside && pair.first > passes.tasks(); }
+    return tensor_dots(
+        passes.walked(), pairs, difference, beside ? passes.nonfinite_beside() : passes.walked().nonfinite_flag());
+}
+
+template <std::same_as<device_passes> Passes>
+[[nodiscard]] trim_thresholds trim_thresholds_of(
+    Passes& passes, double density, scope over, trim_rule rule = trim_rule::exact)
+{
+    trim_thresholds found = detail::thresholds_on_device(passes.walked(), density, over, rule);
+    passes.walked().check_finite(); // the selection has read everything but what it kept whole, and has waited
+    return found;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

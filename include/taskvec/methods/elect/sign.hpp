@@ -1,0 +1,146 @@
+// Electing a sign and merging the entries that agree with it: the second and third step of TIES.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/error.hpp>
+#include <taskvec/core/option_table.hpp>
+#include <taskvec/core/pack.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// How the entries whose sign was elected become one.
+enum class disjoint_merge : std::uint8_t { mean, sum, max };
+
+template <>
+struct enum_words<disjoint_merge> {
+    static constexpr std::array words{enum_word<disjoint_merge>{disjoint_merge::mean, "mean"},
+        enum_word<disjoint_merge>{disjoint_merge::sum, "sum"}, enum_word<disjoint_merge>{disjoint_merge::max, "max"}};
+};
+
+/// The factors of one task in the election: in the sum that elects, in the value that is merged, in the divisor of the
+/// mean, and in the test of agreement (where only its sign counts).
+struct election_weights {
+    std::vector<double> elect{}, value{}, divide{}, agree{};
+};
+
+/// The factors of an election, rounded to A once: T elect, T value, T divide, T agree.
+template <arithmetic_element A>
+[[nodiscard]] std::vector<A> election_factors(const election_weights& weights)
+{
+    std::vector<A> factors;
+    for (const auto* list : {&weights.elect, &weights.value, &weights.divide, &weights.agree}) {
+        for (const double weight : *list) { factors.push_back(static_cast<A>(weight)); }
+    }
+    return factors;
+}
+
+/// What elections count: entries whose sum is positive, those whose sum is negative, and those whose sum is exactly 0
+/// while some entry is not; for each task, where statistics are asked for, its nonzero entries and those that do not
+/// agree.
+struct election_counts {
+    static constexpr std::size_t positive = 0, negative = 1, unresolved = 2;
+    static constexpr std::size_t kept = 0, conflicting = 1;
+};
+
+/// θ0 + λ·τ, where τ merges those of the kept entries whose sign is that of their weighted sum. Works for any weights:
+/// factors are those of election_factors(). `zero`: what a sum of 0 elects (1, 0 or −1). A sum that is NaN spreads.
+template <arithmetic_element A, class Rule>
+struct sign_election_body : Rule {
+    static constexpr bool watches = Rule::sees_all;
+    const A* factors;
+    disjoint_merge combine;
+    A zero, lambda;
+
+    template <class In>
+    [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
+    {
+        using pack = typename In::pack;
+        const Rule& keep = *this;
+        const std::size_t count = in.tasks();
+        const auto trim = [&](std::size_t t) TASKVEC_BODY { return keep(in, t, in.delta(t)); };
+        const auto kept = in.list_of(trim);
+        typename In::words seen{};
+        const pack sum = in.sum_of([&](std::size_t t) TASKVEC_BODY {
+            const pack x = kept(t);
+            seen = seen | magnitude_of(x);
+            return factors[t] * x;
+        });
+        in.watch(sum);
+        const auto none = sum == 0;
+        in.count(election_counts::positive, sum > 0);
+        in.count(election_counts::negative, sum < 0);
+        in.count(election_counts::unresolved, none & (seen > 0));
+        pack sign = select(sum > 0, filled<pack>(1), sum);
+        sign = select(sum < 0, filled<pack>(-1), sign);
+        sign = select(none, filled<pack>(zero), sign);
+        pack total{}, divisor{};
+        in.each([&](std::size_t t) TASKVEC_BODY {
+            const pack x = kept(t);
+            const auto agrees = factors[3 * count + t] * x * sign > 0;
+            const pack candidate = where(agrees, factors[count + t] * x);
+            if (combine == disjoint_merge::max) {
+                total = select(magnitude_of(candidate) > magnitude_of(total), candidate, total);
+            }
+            else {
+                total = total + candidate;
+                if (combine == disjoint_merge::mean) {
+                    divisor = divisor + where(agrees, filled<pack>(factors[2 * count + t]));
+                }
+            }
+            if (in.counts_tasks()) {
+                in.count_of(election_counts::kept, t, x != 0);
+                in.count_of(election_counts::conflicting, t, (x != 0) & ~agrees);
+            }
+        });
+        const pack mean = total / select(divisor == 0, filled<pack>(1), divisor);
+        return in.base() + lambda * select(sign == sign, mean, sign);
+    }
+};
+
+/// The same where all weights are 1, the agreeing entries become their mean, and a sum of 0 elects plus: the operations
+/// of sign_election_body in its order, but for products by 1 and sums with a 0 that cannot change a bit.
+template <arithmetic_element A, class Rule>
+struct unit_election_body : Rule {
+    static constexpr bool watches = Rule::sees_all;
+    static constexpr std::integer_sequence<int, 2, 3, 4> held{}; ///< numbers of tasks that are compiled by themselves
+    A lambda;
+
+    template <class In>
+    [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
+    {
+        using pack = typename In::pack;
+        using words = typename In::words;
+        const Rule& keep = *this;
+        const auto trim = [&](std::size_t t) TASKVEC_BODY { return keep(in, t, in.delta(t)); };
+        const auto kept = in.list_of(trim);
+        pack sum;
+        if constexpr (Rule::clears_zeros) { sum = in.total_of(kept); }
+        else {
+            sum = in.sum_of(kept);
+        }
+        in.watch(sum);
+        const auto none = sum == 0;
+        in.count(election_counts::positive, sum > 0);
+        in.count(election_counts::negative, sum < 0);
+        // With the sum's sign taken off, an entry agrees where it is a positive number, and then it is one as a word
+        // too.
+        const words sign = bits_of(sum) & static_cast<signed_word<A>>(sign_mask<A>);
+        words agreeing{};
+        const pack total = in.total_of([&](std::size_t t) TASKVEC_BODY {
+            const words x = bits_of(kept(t)) ^ sign;
+            agreeing = added_where(x > 0, agreeing);
+            return from_bits(larger(x, words{}));
+        });
+        // A sum of 0 has entries of both signs, or none at all.
+        in.count(election_counts::unresolved, none & (agreeing > 0));
+        const pack mean = turned(total / to_numbers(larger(agreeing, filled_words<words>(1))), sign);
+        return in.base() + lambda * select(sum == sum, mean, sum);
+    }
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,84 @@
+// Keeping the top entries of every task vector by magnitude: the trim of TIES.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/pack.hpp>
+#include <taskvec/select/thresholds.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The rule of one tensor: entries whose magnitude is above a task's threshold, or equal to it and placed before
+/// equal_end. A kept 0 is none.
+template <arithmetic_element A>
+struct keep_top_of_tensor {
+    static constexpr bool sees_all = true; // magnitudes of NaN and infinity are the largest
+    static constexpr bool clears_zeros = true;
+    const top_k_threshold<A>* thresholds; ///< of each task
+    std::size_t tasks;
+
+    template <class In>
+    [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
+        const In& in, std::size_t t, const typename In::pack& x) const noexcept
+    {
+        const top_k_threshold<A>& threshold = thresholds[t];
+        const auto magnitude = static_cast<signed_word<A>>(threshold.magnitude);
+        const signed_word<A> below = in.before(threshold.equal_end) && magnitude > 0 ? magnitude - 1 : magnitude;
+        return where(magnitude_of(x) > filled_words<typename In::words>(below), x);
+    }
+    /// The first place after `place` and up to `end` from which on another rule holds.
+    [[nodiscard]] std::uint64_t constant_until(std::uint64_t place, std::uint64_t end) const noexcept
+    {
+        for (std::size_t t = 0; t < tasks; ++t) {
+            if (thresholds[t].equal_end > place) { end = std::min(end, thresholds[t].equal_end); }
+        }
+        return end;
+    }
+};
+
+/// Keeps the top `density` of every task vector over a scope (see trim_thresholds). Cost: about one read of the models.
+class keep_top {
+public:
+    template <class Passes>
+    keep_top(Passes& passes, double density, scope over, trim_rule rule = trim_rule::exact)
+        : per_tensor_(over == scope::tensor)
+        , tasks_(passes.models().task_count())
+    {
+        const trim_thresholds found = trim_thresholds_of(passes, density, over, rule);
+        walks_ = found.walks();
+        const std::size_t rows = per_tensor_ ? passes.models().tensors().size() : 1;
+        std::vector<top_k_threshold<float>> single;
+        std::vector<top_k_threshold<double>> wide;
+        for (std::size_t row = 0; row < rows; ++row) {
+            for (std::size_t t = 0; t < tasks_; ++t) {
+                single.push_back(found.get<float>(row, t));
+                if (passes.models().any_wide()) { wide.push_back(found.get<double>(row, t)); }
+            }
+        }
+        single_ = passes.keep(std::move(single));
+        wide_ = passes.keep(std::move(wide));
+    }
+    template <arithmetic_element A>
+    [[nodiscard]] keep_top_of_tensor<A> get(std::size_t tensor) const noexcept
+    {
+        const std::size_t row = (per_tensor_ ? tensor : 0) * tasks_;
+        if constexpr (std::same_as<A, double>) { return {wide_ + row, tasks_}; }
+        else {
+            return {single_ + row, tasks_};
+        }
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return walks_; }
+
+private:
+    bool per_tensor_;
+    std::size_t tasks_;
+    unsigned walks_ = 0;
+    const top_k_threshold<float>* single_ = nullptr;
+    const top_k_threshold<double>* wide_ = nullptr;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,205 @@
+// The contract of a merge method: what one has to say of itself so that merge() runs it, everywhere.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A method is an options struct and, beside it, a specialisation of taskvec::method for it. Anybody's will do: those of
+// the library are written on the same contract.
+//
+//     struct midpoint_options { double lambda = 1; };                     // 1. what a caller may choose
+//
+//     template <class A>
+//     struct midpoint_body {                                             // 3. what becomes of the entries
+//         static constexpr bool watches = false;
+//         A lambda;
+//         template <class In>
+//         TASKVEC_INLINE typename In::pack operator()(In& in) const
+//         {
+//             auto least = in.delta(0), most = in.delta(0);
+//             for (std::size_t t = 1; t < in.tasks(); ++t) {
+//                 const auto x = in.delta(t);
+//                 least = select(x < least, x, least);
+//                 most = select(x > most, x, most);
+//             }
+//             return in.base() + lambda * (0.5f * (least + most));
+//         }
+//     };
+//
+//     template <>
+//     class taskvec::method<midpoint_options> : public taskvec::elementwise_method {
+//     public:
+//         template <class Passes>                                        // 2. what it must know before the walk
+//         method(Passes&, const midpoint_options& options) : lambda_(options.lambda) { }
+//         template <taskvec::arithmetic_element A>
+//         midpoint_body<A> body(std::size_t) const { return {static_cast<A>(lambda_)}; }
+//     private:
+//         double lambda_;
+//     };
+//
+// The constructor checks the options and may ask `passes` for what takes a walk over the models: dot products of every
+// tensor, thresholds of top-k, and memory for tables that bodies read (see cpu_passes). body<A>(tensor) is a small
+// value for each tensor: trivially copyable, numbers and pointers from passes.keep(). Its call operator works on a pack
+// of entries (core/pack.hpp; the interface of `in` is that of detail::entries): no branches on packs, one result. It is
+// compiled for every vector width and, on the gpu policy, as a functor.
+//
+// What a method may say beside that has a default in elementwise_method. Methods that are not elementwise are row
+// methods, with a call for a block of rows, or write everything themselves: row_method and whole_method below.
+#pragma once
+
+#include <taskvec/core/pack.hpp>
+#include <taskvec/core/sink.hpp>
+#include <taskvec/models/block.hpp>
+#include <taskvec/models/companion.hpp>
+
+#include <array>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A merge method, by its options. Specialise it (see above); it has no general definition.
+template <class Options>
+class method;
+
+/// What a merge can say about itself; filled where model_options::statistics asks for it.
+struct merge_report {
+    struct tensor_norm {
+        std::string name;
+        double merged = 0; ///< ‖θ*‖ before rounding to storage
+        double change = 0; ///< ‖θ* − θ0‖, 0 without a base
+    };
+    std::vector<std::uint64_t> kept{}; ///< for each task: nonzero entries of its task vector that took part
+    std::vector<std::uint64_t> conflicting{}; ///< for each task: those of them whose sign lost the election (TIES)
+    std::vector<tensor_norm> norms{};
+    unsigned walks = 0; ///< how often the models were read from end to end
+    std::uint64_t beside = 0; ///< bytes read beside those walks: statistics, and second reads of some tensors
+};
+
+/// What bodies counted: on a run of entries, a tensor, a model. Tallies of parts add up to that of the whole, whoever
+/// walked over the parts and in whatever order.
+struct merge_tally {
+    static constexpr std::size_t slots = 4;
+    std::array<std::uint64_t, slots> counts{}; ///< by in.count(slot, mask)
+    std::vector<std::uint64_t> of_tasks{}; ///< by in.count_of(slot, task, mask): [slot][task]
+
+    merge_tally& operator+=(const merge_tally& other)
+    {
+        for (std::size_t k = 0; k < slots; ++k) { counts[k] += other.counts[k]; }
+        if (of_tasks.size() < other.of_tasks.size()) { of_tasks.resize(other.of_tasks.size()); }
+        for (std::size_t k = 0; k < other.of_tasks.size(); ++k) { of_tasks[k] += other.of_tasks[k]; }
+        return *this;
+    }
+};
+
+/// What a method says of itself when it says nothing. Derive from it, and hide what is otherwise.
+///
+/// Beside these a method may have
+///   - `static std::vector<aligned_tensor::operand> beside(const Options&, const aligned_models&, memory_space)`: what
+///     in.beside(b) reads, as many for each tensor, in the order of tensors();
+///   - `bool settle(std::span<const merge_tally> of_tensors)`, called once everything is merged: whether something has
+///   to
+///     be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
+///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp.
+struct elementwise_method {
+    static constexpr bool needs_base = true; ///< merges without a base do not compile
+    static constexpr bool in_place = true; ///< an output may be the memory of an input of the same place: each entry is
+                                           ///< read for the last time before it is written
+    static constexpr bool on_device = true; ///< runs on taskvec::gpu too
+    static constexpr std::size_t task_slots = 0; ///< slots of in.count_of() where statistics are asked for: the first
+                                                 ///< is merge_report::kept, the second merge_report::conflicting
+
+    /// How often the constructor read all models.
+    [[nodiscard]] unsigned walks() const noexcept { return 0; }
+    /// Bytes read beside the models.
+    [[nodiscard]] std::uint64_t bytes_beside() const noexcept { return 0; }
+};
+
+/// The same of a method that is not elementwise: row_method or whole_method, on the CPU.
+struct general_method : elementwise_method {
+    static constexpr bool on_device = false;
+    static constexpr std::size_t scratch_rows = 0; ///< rows of a block that a row method needs besides its result
+};
+
+namespace detail {
+
+template <class Options>
+concept has_method = requires { sizeof(method<Options>); };
+
+} // namespace detail
+
+/// An elementwise method: body<A>(tensor) is a value whose call operator merges a pack of entries.
+template <class Options>
+concept packed_method = detail::has_method<Options>
+    && requires(const method<Options>& m, std::size_t tensor) { m.template body<float>(tensor); };
+
+/// A method on rows: method(block, merged, tally) merges an opened block of A into the row `merged`. For what is no
+/// body of a few entries, such as scattered additions. CPU only.
+template <class Options>
+concept row_method = detail::has_method<Options>
+    && requires(
+        const method<Options>& m, block<float>& rows, float* merged, merge_tally& tally) { m(rows, merged, tally); };
+
+/// A method that writes all tensors itself, from whole tensors: write(policy, models, out).
+template <class Options>
+concept whole_method = detail::has_method<Options>
+    && requires(const method<Options>& m, const cpu& policy, const aligned_models& models, tensor_sink& out) {
+           m.write(policy, models, out);
+       };
+
+/// The options of a merge method.
+template <class Options>
+concept merge_method = packed_method<Options> || row_method<Options> || whole_method<Options>;
+
+namespace detail {
+
+/// Says what is missing of a method, in a sentence.
+template <class Options>
+consteval bool check_method()
+{
+    static_assert(has_method<Options>,
+        "these are not the options of a merge method: include the method's header, or specialise taskvec::method for "
+        "them (see taskvec/methods/method.hpp)");
+    if constexpr (has_method<Options>) {
+        static_assert(std::derived_from<method<Options>, elementwise_method>,
+            "a merge method derives from taskvec::elementwise_method, or general_method, and hides what is otherwise");
+        static_assert(merge_method<Options>,
+            "a merge method has a body: template <arithmetic_element A> auto body(std::size_t tensor) const; or, where "
+            "it "
+            "is not elementwise, a call operator for a block of rows, or write(policy, models, out)");
+    }
+    return true;
+}
+
+/// Weights as many as tasks: given, or all 1. Rounded to A once, when used.
+inline std::vector<double> checked_weights(
+    const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
+{
+    if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
+    if (weights.size() != tasks) {
+        raise<invalid_argument>(message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
+    }
+    for (std::size_t t = 0; t < tasks; ++t) {
+        if (!std::isfinite(weights[t])) {
+            raise<invalid_argument>(message("the weight of task ", t + 1, " is not finite"));
+        }
+        if (!negative_allowed && weights[t] < 0) {
+            raise<invalid_argument>(message(
+                "the weight of task ", t + 1, " is ", weights[t], ": this method has no meaning for negative weights"));
+        }
+    }
+    return weights;
+}
+
+inline void check_factor(double value, std::string_view what)
+{
+    if (!std::isfinite(value)) { raise<invalid_argument>(message(what, " is not finite")); }
+}
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,485 @@
+// The walk that merges on the CPU: chunks on threads, blocks in kernels, results past the cache.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/instruction_set.hpp>
+#include <taskvec/core/random.hpp>
+#include <taskvec/methods/entries.hpp>
+#include <taskvec/methods/passes.hpp>
+#include <taskvec/models/copy_through.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <span>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// Outputs must not overlap inputs, except that a method which reads each element for the last time before it writes
+/// it may work in place. What lies beside the models may never be overwritten.
+inline void check_aliases(
+    const aligned_models& models, tensor_sink& out, bool in_place, std::span<const companion> companions = {})
+{
+    struct range {
+        const std::byte *begin, *end;
+        std::size_t tensor;
+    };
+    std::vector<range> written;
+    for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+        const auto& tensor = models.tensors()[i];
+        if (auto* const begin = static_cast<const std::byte*>(out.direct(tensor.output)); begin && tensor.size > 0) {
+            written.push_back({begin, begin + byte_count(tensor.output_dtype, tensor.size), i});
+        }
+    }
+    if (written.empty()) { return; }
+    std::sort(
+        written.begin(), written.end(), [](const range& a, const range& b) { return std::less<>()(a.begin, b.begin); });
+    for (std::size_t i = 1; i < written.size(); ++i) {
+        if (std::less<>()(written[i].begin, written[i - 1].end)) {
+            raise<invalid_argument>(message("the outputs '", models.tensors()[written[i - 1].tensor].name, "' and '",
+                models.tensors()[written[i].tensor].name, "' share memory"));
+        }
+    }
+    const auto check = [&](const std::byte* begin, std::size_t bytes, std::size_t index, bool replaceable) {
+        if (!begin || bytes == 0) { return; }
+        const std::byte* const end = begin + bytes;
+        auto place = std::lower_bound(written.begin(), written.end(), begin,
+            [](const range& r, const std::byte* p) { return !std::less<>()(p, r.end); });
+        if (place == written.end() || !std::less<>()(place->begin, end)) { return; }
+        const bool same = place->tensor == index && place->begin == begin && place->end == end;
+        if (!same || !replaceable) {
+            raise<invalid_argument>(message("the output '", models.tensors()[place->tensor].name,
+                "' shares memory with the input '", models.tensors()[index].name,
+                "': this method cannot work in place there; give it memory of its own"));
+        }
+    };
+    for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+        const auto& tensor = models.tensors()[i];
+        check(tensor.base.data, byte_count(tensor.base.dtype, tensor.size), i, in_place);
+        for (const auto& task : tensor.tasks) { check(task.data, byte_count(task.dtype, tensor.size), i, in_place); }
+    }
+    for (const auto& beside : companions) { check(beside.data, beside.bytes, beside.tensor, false); }
+}
+
+/// What a method reads besides the models: operands in the order of tensors(), as many for each, in memory space
+/// `space`.
+template <class Options>
+[[nodiscard]] std::vector<aligned_tensor::operand> operands_beside(
+    const Options& options, const aligned_models& models, memory_space space)
+{
+    if constexpr (requires { method<Options>::beside(options, models, space); }) {
+        return method<Options>::beside(options, models, space);
+    }
+    else {
+        return {};
+    }
+}
+
+/// What lies beside the models as memory that may not be overwritten: operands, or what a method says that has other
+/// data.
+template <class Options>
+[[nodiscard]] std::vector<companion> companions_of(const Options& options, const aligned_models& models,
+    memory_space space, std::span<const aligned_tensor::operand> beside)
+{
+    if constexpr (requires { method<Options>::companions(options, models, space); }) {
+        return method<Options>::companions(options, models, space);
+    }
+    std::vector<companion> companions;
+    for (std::size_t i = 0; i < beside.size(); ++i) {
+        const std::size_t tensor = i / (beside.size() / models.tensors().size());
+        companions.push_back({tensor, beside[i].data, byte_count(beside[i].dtype, models.tensors()[tensor].size)});
+    }
+    return companions;
+}
+
+/// Stores merged rows as the output's dtype, in place where the sink has memory, otherwise chunk by chunk.
+class row_writer {
+public:
+    row_writer(tensor_sink& out, bool stream, std::pmr::memory_resource* memory)
+        : out_(&out)
+        , stream_(stream)
+        , buffer_(memory)
+    { }
+
+    void open(const aligned_tensor& tensor, const chunk& piece)
+    {
+        tensor_ = &tensor;
+        piece_ = &piece;
+        direct_ = static_cast<std::byte*>(out_->direct(tensor.output));
+        const std::size_t needed = byte_count(tensor.output_dtype, direct_ ? block_size : piece.size);
+        if (buffer_.size() < needed) { buffer_.resize(needed); }
+    }
+    template <arithmetic_element A>
+    void write(std::uint64_t offset, const A* values, std::size_t n)
+    {
+        visit_storage(tensor_->output_dtype, tensor_->name, [&]<class T>(std::type_identity<T>) {
+            if (!direct_) {
+                kernels::narrow(
+                    values, reinterpret_cast<T*>(buffer_.data() + (offset - piece_->offset) * sizeof(T)), n);
+                return;
+            }
+            const void* stored = values;
+            if constexpr (!std::same_as<T, A>) {
+                kernels::narrow(values, reinterpret_cast<T*>(buffer_.data()), n);
+                stored = buffer_.data();
+            }
+            put(offset * sizeof(T), stored, n * sizeof(T));
+        });
+    }
+    /// Whether the output is stored as T; and stored words of T, at `offset` of the tensor.
+    template <storage_element T>
+    [[nodiscard]] bool stores() const noexcept
+    {
+        return tensor_->output_dtype == dtype_of<T>;
+    }
+    template <storage_element T>
+    void write_words(std::uint64_t offset, const storage_word<T>* words, std::size_t n)
+    {
+        if (!direct_) { std::memcpy(buffer_.data() + (offset - piece_->offset) * sizeof(T), words, n * sizeof(T)); }
+        else {
+            put(offset * sizeof(T), words, n * sizeof(T));
+        }
+    }
+    void close()
+    {
+        if (direct_) {
+            if (stream_) { kernels::stream_fence(); }
+            return;
+        }
+        const std::size_t width = bits(tensor_->output_dtype) / 8;
+        out_->write(tensor_->output, piece_->offset * width, buffer_.data(), piece_->size * width);
+    }
+
+private:
+    void put(std::uint64_t at, const void* from, std::size_t bytes) const
+    {
+        if (stream_) { kernels::stream_copy(direct_ + at, from, bytes); }
+        else {
+            std::memcpy(direct_ + at, from, bytes);
+        }
+    }
+
+    tensor_sink* out_;
+    bool stream_;
+    std::pmr::vector<std::byte> buffer_;
+    const aligned_tensor* tensor_ = nullptr;
+    const chunk* piece_ = nullptr;
+    std::byte* direct_ = nullptr;
+};
+
+/// Bytes of stored words that a kernel makes before they leave the first-level cache.
+inline constexpr std::size_t made_bytes = 4096;
+
+/// What one worker of a merge needs beside its block.
+struct merge_scratch {
+    explicit merge_scratch(std::pmr::memory_resource* memory)
+        : tasks(memory)
+        , beside(memory)
+        , draws(memory)
+        , words(memory)
+        , numbers(memory)
+        , lanes(memory)
+    { }
+    std::pmr::vector<const void*> tasks, beside, draws;
+    std::pmr::vector<std::int64_t> words; ///< behind draws: for each task, a block of signed words
+    std::pmr::vector<double> numbers; ///< behind beside, where it is not read in place
+    std::pmr::vector<std::int32_t> lanes; ///< counts of tasks
+    alignas(64) std::byte made[made_bytes];
+};
+
+/// Calls use(body) with the body of a tensor: a method has one, or chooses between several.
+template <arithmetic_element A, class Method, class Use>
+decltype(auto) visit_body(const Method& prepared, std::size_t tensor, Use&& use)
+{
+    if constexpr (requires { prepared.template with_body<A>(tensor, use); }) {
+        return prepared.template with_body<A>(tensor, use);
+    }
+    else {
+        return use(prepared.template body<A>(tensor));
+    }
+}
+
+/// The words of a stream for entries [offset, offset + n) of a tensor, less 2³¹. Blocks start at multiples of 64.
+template <class Word>
+void fill_draws(const random_stream& stream, std::uint64_t offset, Word* words, std::size_t n)
+{
+    for (std::size_t i = 0; i < n; i += 4) {
+        const auto four = stream.words((offset + i) / 4);
+        for (std::size_t j = 0; j < 4 && i + j < n; ++j) {
+            words[i + j] = static_cast<Word>(static_cast<std::int64_t>(four[j]) - (std::int64_t{1} << 31));
+        }
+    }
+}
+
+/// What the counts of tasks say in a report.
+inline void report_tally(const merge_tally& tally, std::size_t tasks, merge_report& report)
+{
+    const auto slot = [&](std::size_t k, std::vector<std::uint64_t>& to) {
+        if (tally.of_tasks.size() < (k + 1) * tasks) { return; }
+        const auto first = tally.of_tasks.begin() + static_cast<std::ptrdiff_t>(k * tasks);
+        to.assign(first, first + static_cast<std::ptrdiff_t>(tasks));
+    };
+    slot(0, report.kept);
+    slot(1, report.conflicting);
+}
+
+/// Calls the kernel of a body for as many tasks as there are: compiled for a few numbers, or for any.
+template <storage_element T, class Body>
+void run_kernel(const Body& body, const kernels::entry_run<T>& run, std::int32_t* lanes, std::size_t task_slots,
+    kernels::run_findings<arithmetic_type<T>>& findings)
+{
+    constexpr std::size_t line = kernels::merge_kernel<T, 0, Body>::line;
+    const std::size_t whole = current_instruction_set() == instruction_set::scalar ? 0 : run.size / line * line;
+    if (whole > 0) {
+        kernels::entry_run<T> lines = run;
+        lines.size = whole;
+        const auto of_lines = [&]<int held>(std::integral_constant<int, held>) {
+            kernels::run_widest(kernels::merge_kernel<T, held, Body>{body, lines, findings, lanes, task_slots});
+        };
+        bool done = false;
+        if constexpr (requires { Body::held; }) {
+            if (!lanes) {
+                [&]<int... number>(std::integer_sequence<int, number...>) {
+                    ((run.task_count == number ? (of_lines(std::integral_constant<int, number>{}), done = true) : false)
+                        || ...);
+                }(Body::held);
+            }
+        }
+        if (!done) { of_lines(std::integral_constant<int, 0>{}); }
+    }
+    if (whole < run.size) {
+        kernels::entry_run<T> rest = run;
+        rest.first += whole;
+        rest.size -= whole;
+        rest.out += whole;
+        kernels::run_scalar(kernels::merge_kernel<T, 0, Body>{body, rest, findings, lanes, task_slots});
+    }
+}
+
+/// Merges the entries of an opened block that `run` points to, and writes the words of T where take(first, words,
+/// count) puts them.
+template <storage_element T, class Body, class Take>
+void run_body(const Body& body, kernels::entry_run<T> run, merge_scratch& scratch, std::size_t task_slots,
+    kernels::run_findings<arithmetic_type<T>>& findings, const Take& take)
+{
+    std::int32_t* lanes = nullptr;
+    if (task_slots > 0) {
+        findings.tally->of_tasks.resize(task_slots * run.task_count);
+        scratch.lanes.assign(task_slots * run.task_count * 16 + 16, 0);
+        const auto place = reinterpret_cast<std::uintptr_t>(scratch.lanes.data());
+        lanes = scratch.lanes.data() + (64 - place % 64) % 64 / sizeof(std::int32_t);
+    }
+    constexpr std::size_t group = made_bytes / sizeof(T);
+    auto* const made = reinterpret_cast<storage_word<T>*>(scratch.made);
+    const std::size_t n = run.size;
+    const std::uint64_t place = run.place;
+    for (std::size_t begin = 0; begin < n; begin += group) {
+        const std::size_t end = std::min(n, begin + group);
+        for (std::size_t at = begin; at < end;) {
+            std::size_t until = end;
+            if constexpr (requires { body.constant_until(place, place); }) {
+                until = static_cast<std::size_t>(body.constant_until(place + at, place + end) - place);
+            }
+            run.first = at;
+            run.size = until - at;
+            run.place = place + at;
+            run.out = made + (at - begin);
+            run_kernel<T>(body, run, lanes, task_slots, findings);
+            at = until;
+        }
+        take(begin, made, end - begin);
+    }
+}
+
+/// Whether use(std::type_identity<T>{}) is true for some storage type T; asked in their order until one is.
+template <class Use, class... T>
+bool any_of_storage(storage_list<T...>, const Use& use)
+{
+    return (use(std::type_identity<T>{}) || ...);
+}
+template <class Use>
+bool any_storage(const Use& use)
+{
+    return any_of_storage(storage_types{}, use);
+}
+
+/// Reports what may not lie beside the models: NaN and infinity, and where the method says so what is negative.
+template <class Method, arithmetic_element A>
+void examine_beside(const Method& prepared, const block<A>& rows, std::size_t b, const A* values, bits_type<A> largest)
+{
+    const bool wrong = largest >= exponent_mask<A> && rows.models().options().on_nonfinite == nonfinite::error;
+    bool negative = false;
+    if constexpr (requires { Method::beside_not_negative; }) {
+        negative = kernels::any_below(values, A{0}, rows.size());
+    }
+    if (!wrong && !negative) { return; }
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+        if (wrong ? !std::isfinite(values[i]) : values[i] < 0) {
+            prepared.refuse_beside(
+                rows.models(), rows.tensor_index(), b, static_cast<double>(values[i]), rows.offset() + i);
+        }
+    }
+}
+
+/// Merges an opened block by a body, and writes it: from stored words to stored words where everything is stored as one
+/// type, otherwise through rows of the arithmetic type.
+template <class Method, class Body, arithmetic_element A>
+void merge_block(const Method& prepared, const Body& body, const cpu_passes& passes, block<A>& rows, row_writer& writer,
+    merge_scratch& scratch, std::size_t task_slots, merge_tally& tally)
+{
+    const std::size_t tasks = rows.task_count();
+    kernels::run_findings<A> findings{&tally, 0};
+    constexpr bool with_beside = requires { Body::reads_beside; },
+                   with_draws = requires { body.stream(std::size_t{}); };
+    if constexpr (with_beside) {
+        scratch.beside.resize(passes.beside_each());
+        for (std::size_t b = 0; b < scratch.beside.size(); ++b) {
+            const auto& from = passes.beside(rows.tensor_index(), b);
+            scratch.numbers.resize(scratch.beside.size() * block_size);
+            bits_type<A> largest = 0;
+            A* const own = reinterpret_cast<A*>(scratch.numbers.data() + b * block_size);
+            scratch.beside[b] = from.data ? rows.beside(from, own, largest) : nullptr;
+            if (from.data) { examine_beside(prepared, rows, b, static_cast<const A*>(scratch.beside[b]), largest); }
+        }
+    }
+    if constexpr (with_draws) {
+        scratch.draws.resize(tasks);
+        scratch.words.resize(tasks * block_size);
+        for (std::size_t t = 0; t < tasks; ++t) {
+            auto* const words = reinterpret_cast<signed_word<A>*>(scratch.words.data() + t * block_size);
+            scratch.draws[t] = words;
+            if (body.drawing()) { fill_draws(body.stream(t), rows.offset(), words, rows.size()); }
+        }
+    }
+    const auto run_of = [&]<storage_element T>(std::type_identity<T>, const storage_word<T>* base) {
+        kernels::entry_run<T> run;
+        run.base = base;
+        run.tasks = scratch.tasks.data();
+        run.task_count = tasks;
+        run.beside = scratch.beside.data();
+        run.draws = scratch.draws.data();
+        run.size = rows.size();
+        run.place = rows.position();
+        return run;
+    };
+    const auto stored = [&]<storage_element T>(std::type_identity<T> type) {
+        const storage_word<T>* base = nullptr;
+        if (!writer.template stores<T>() || !rows.template stored<T>(base, scratch.tasks)) { return false; }
+        run_body<T>(body, run_of(type, base), scratch, task_slots, findings,
+            [&](std::size_t first, const storage_word<T>* words, std::size_t n) {
+                writer.template write_words<T>(rows.offset() + first, words, n);
+            });
+        return true;
+    };
+    bool done = false;
+    // Rows of numbers do not come apart as the halves of 16-bit types do.
+    if constexpr (!with_beside && !with_draws) {
+        done = any_storage([&]<class T>(std::type_identity<T> type) {
+            if constexpr (std::same_as<arithmetic_type<T>, A> && !std::same_as<T, A> && has_pack_conversion<T>) {
+                return stored(type);
+            }
+            else {
+                return false;
+            }
+        });
+    }
+    if (!done && !stored(std::type_identity<A>{})) {
+        const A* const base = rows.tensor().base.data ? rows.base() : nullptr;
+        scratch.tasks.resize(tasks);
+        for (std::size_t t = 0; t < tasks; ++t) { scratch.tasks[t] = rows.task(t); }
+        A* const merged = rows.scratch(0);
+        run_body<A>(body, run_of(std::type_identity<A>{}, base), scratch, task_slots, findings,
+            [&](std::size_t first, const A* words, std::size_t n) {
+                std::memcpy(merged + first, words, n * sizeof(A));
+            });
+        writer.write(rows.offset(), merged, rows.size());
+    }
+    rows.note(findings.largest);
+}
+
+/// Outputs larger than this do not stay in the cache: they are written past it.
+inline constexpr std::uint64_t streaming_bytes = std::uint64_t{8} << 20;
+
+/// Merges the given chunks with a prepared method. tallies[i] receives what chunk chunks[i] said.
+template <class Options>
+void merge_chunks(const cpu_passes& passes, const method<Options>& prepared, std::span<const std::size_t> chunks,
+    tensor_sink& out, std::span<merge_tally> tallies, std::string_view phase)
+{
+    const cpu& policy = passes.policy();
+    const aligned_models& models = passes.models();
+    std::uint64_t written = 0;
+    for (const auto& tensor : models.tensors()) { written += byte_count(tensor.output_dtype, tensor.size); }
+    std::size_t scratch_rows = 1;
+    if constexpr (row_method<Options>) { scratch_rows += method<Options>::scratch_rows; }
+    auto workspaces = make_workspaces(policy, models, chunks.size(), scratch_rows);
+    std::vector<row_writer> writers;
+    std::vector<merge_scratch> scratch;
+    writers.reserve(workspaces.size());
+    scratch.reserve(workspaces.size());
+    for (std::size_t w = 0; w < workspaces.size(); ++w) {
+        writers.emplace_back(out, written > streaming_bytes, memory_of(policy));
+        scratch.emplace_back(memory_of(policy));
+    }
+    const std::size_t task_slots = models.options().statistics ? method<Options>::task_slots : 0;
+    std::uint64_t bytes = 0;
+    for (const std::size_t c : chunks) { bytes += models.bytes(models.chunks()[c]); }
+    progress_meter meter(policy, phase, bytes);
+    for_each_index(policy, chunks.size(), [&](std::size_t index, std::size_t worker) {
+        const chunk& piece = models.chunks()[chunks[index]];
+        const aligned_tensor& tensor = models.tensors()[piece.tensor];
+        row_writer& writer = writers[worker];
+        writer.open(tensor, piece);
+        workspaces[worker].with_block(tensor, [&]<class A>(block<A>& rows) {
+            if constexpr (packed_method<Options>) {
+                visit_body<A>(prepared, piece.tensor, [&](const auto& body) {
+                    for_each_block_of(rows, piece, [&](block<A>& opened) {
+                        merge_block(
+                            prepared, body, passes, opened, writer, scratch[worker], task_slots, tallies[index]);
+                    });
+                });
+            }
+            else {
+                for_each_block_of(rows, piece, [&](block<A>& opened) {
+                    A* const merged = opened.scratch(0);
+                    prepared(opened, merged, tallies[index]);
+                    writer.write(opened.offset(), merged, opened.size());
+                });
+            }
+        });
+        writer.close();
+        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(); }
+    });
+}
+
+/// The walk of a method, and a second one over what has to be merged again.
+template <class Options>
+void merge_walk(const cpu_passes& passes, method<Options>& prepared, tensor_sink& out, merge_report& report)
+{
+    const aligned_models& models = passes.models();
+    std::vector<std::size_t> chunks(models.chunks().size());
+    for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
+    std::vector<merge_tally> tallies(chunks.size());
+    merge_chunks<Options>(passes, prepared, chunks, out, tallies, "merge");
+    if constexpr (requires(std::span<const merge_tally> t) { prepared.settle(t); }) {
+        std::vector<merge_tally> of_tensors(models.tensors().size());
+        for (std::size_t c = 0; c < tallies.size(); ++c) { of_tensors[models.chunks()[c].tensor] += tallies[c]; }
+        if (prepared.settle(std::span<const merge_tally>(of_tensors))) {
+            std::vector<std::size_t> again;
+            for (std::size_t c = 0; c < tallies.size(); ++c) {
+                if (prepared.again(models.chunks()[c].tensor, tallies[c])) { again.push_back(c); }
+            }
+            std::vector<merge_tally> redone(again.size());
+            merge_chunks<Options>(passes, prepared, again, out, redone, "settle");
+            for (std::size_t i = 0; i < again.size(); ++i) { tallies[again[i]] = std::move(redone[i]); }
+        }
+    }
+    merge_tally total;
+    for (const auto& tally : tallies) { total += tally; }
+    report_tally(total, models.task_count(), report);
+}
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
