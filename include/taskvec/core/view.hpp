@@ -128,12 +128,11 @@ template <class X>
 concept viewable = requires(std::remove_reference_t<X>& x) { view_traits<std::remove_reference_t<X>>::get(x); };
 
 namespace detail {
-/// Whether an object of this type owns the elements that it shows: its constness is theirs, and it is neither a
-/// borrowed range nor an expression that says which other type its plain form is (Eigen's maps and blocks, xtensor's
-/// views).
+/// Whether an object of this type owns the elements that it shows: its constness is theirs, and it is no
+/// expression that says which other type its plain form is (Eigen's maps and blocks, xtensor's views).
 template <class X>
-concept owns_elements = viewable<X> && !std::ranges::borrowed_range<X>
-    && std::is_const_v<typename decltype(view_traits<const X>::get(std::declval<const X&>()))::element_type>
+concept owns_elements =
+    viewable<X> && std::is_const_v<typename decltype(view_traits<const X>::get(std::declval<const X&>()))::element_type>
     && !std::is_const_v<typename decltype(view_traits<X>::get(std::declval<X&>()))::element_type>
     && !(
         requires { typename X::PlainObject; } && !requires { requires std::same_as<typename X::PlainObject, X>; })
