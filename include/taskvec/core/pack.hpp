@@ -348,6 +348,38 @@ template <arithmetic_element A, int bytes>
     }
 }
 
+/// Whether a mask holds in some lane: one answer for the whole pack, which a body may branch on. (g++ 12 finds no such
+/// instruction by itself; clang does.)
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE bool any(const pack_mask<A, bytes>& mask) noexcept
+{
+    if constexpr (bytes == 0) { return mask.lanes != 0; }
+    else {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+        if constexpr (bytes == 64) {
+            bool found;
+            asm("vptestmd %1, %1, %%k1\n\tkortestw %%k1, %%k1" : "=@ccnz"(found) : "v"(mask.lanes) : "k1");
+            return found;
+        }
+        else if constexpr (bytes == 32) {
+            bool found;
+            asm("vptest %1, %1" : "=@ccnz"(found) : "x"(mask.lanes));
+            return found;
+        }
+        else {
+            int found;
+            asm("%vpmovmskb %1, %0" : "=r"(found) : "x"(mask.lanes));
+            return found != 0;
+        }
+#else
+        std::uint64_t parts[bytes / 8], found = 0;
+        std::memcpy(parts, &mask, sizeof parts);
+        for (const std::uint64_t part : parts) { found |= part; }
+        return found != 0;
+#endif
+    }
+}
+
 TASKVEC_KERNELS_END
 
 #undef TASKVEC_OPAQUE
