@@ -163,6 +163,83 @@ TEST_CASE("an f64 threshold selects the same f32 entries")
     }
 }
 
+TEST_CASE_TEMPLATE("every instruction set finds the same thresholds", T, float, bf16, f16, double)
+{
+    using A = arithmetic_type<T>;
+    struct back_to_all {
+        ~back_to_all() { limit_instruction_set(instruction_set::avx512); }
+    } restore;
+    for (const std::size_t n : {1, 7, 16, 31, 32, 33, 64, 127, 4096, 4099, 200001}) {
+        auto x = random_values<T>(n, static_cast<unsigned>(n)), y = random_values<T>(n, static_cast<unsigned>(n + 1));
+        for (std::size_t i = 0; i < n; i += 5) { y[i] = x[i]; } // differences of 0
+        std::vector<T> shifted(n + 1);
+        std::copy(y.begin(), y.end(), shifted.begin() + 1); // aligned for T, not for a vector
+        const host_view<const T> aside(shifted.data() + 1, n);
+        const const_model_ref base{{"a", as_tensor(as_view(x))}}, task{{"a", as_tensor(aside)}};
+        const aligned_models difference(&base, {&task, 1}), alone(nullptr, {&task, 1});
+        std::vector<A> deltas(n), values(n);
+        for (std::size_t i = 0; i < n; ++i) {
+            values[i] = widen<A>(y[i]);
+            deltas[i] = values[i] - widen<A>(x[i]);
+        }
+        for (const double density : {0.001, 0.2, 0.9}) {
+            const std::array<std::uint64_t, 1> k{top_k_count(density, n)};
+            for (const auto set :
+                {instruction_set::scalar, instruction_set::baseline, instruction_set::avx2, instruction_set::avx512}) {
+                limit_instruction_set(set);
+                CAPTURE(n);
+                CAPTURE(density);
+                CAPTURE(name_of(set));
+                for (const std::size_t capacity : {std::size_t{1024}, std::size_t{1} << 22}) { // bins, too
+                    const auto search = [&](const aligned_models& models) {
+                        return top_k_thresholds<A>(cpu{}, models, all_chunks(models), k, capacity)[0];
+                    };
+                    const auto wrong = [&](const std::vector<A>& of, const top_k_threshold<A>& threshold) {
+                        const auto expected = kept_by_sorting(of, k[0]);
+                        std::size_t count = 0;
+                        for (std::size_t i = 0; i < n; ++i) { count += threshold.keeps(of[i], i) != expected[i]; }
+                        return count;
+                    };
+                    static top_k_threshold<A> of_differences, of_values; // as scalars find them
+                    if (set == instruction_set::scalar && capacity == 1024) {
+                        of_differences = search(difference);
+                        of_values = search(alone);
+                        CHECK(wrong(deltas, of_differences) == 0);
+                        CHECK(wrong(values, of_values) == 0);
+                    }
+                    CHECK(search(difference) == of_differences);
+                    CHECK(search(alone) == of_values);
+                }
+                auto trimmed = values;
+                const auto threshold = top_k_thresholds<A>(cpu{}, alone, all_chunks(alone), k)[0];
+                kernels::trim(trimmed.data(), n, 0, threshold);
+                std::size_t wrong = 0;
+                for (std::size_t i = 0; i < n; ++i) {
+                    wrong += trimmed[i] != (threshold.keeps(values[i], i) ? values[i] : A{0});
+                }
+                CHECK(wrong == 0);
+            }
+        }
+    }
+}
+
+TEST_CASE("every instruction set sees NaN and infinity, wherever they lie")
+{
+    struct back_to_all {
+        ~back_to_all() { limit_instruction_set(instruction_set::avx512); }
+    } restore;
+    for (const auto set :
+        {instruction_set::scalar, instruction_set::baseline, instruction_set::avx2, instruction_set::avx512}) {
+        limit_instruction_set(set);
+        for (const std::size_t place : {0u, 1u, 30u, 95u, 96u, 98u}) {
+            auto x = random_values<f16>(99, 1);
+            x[place] = narrow<f16>(
+                place % 2 ? std::numeric_limits<float>::quiet_NaN() : -std::numeric_limits<float>::infinity());
+            CHECK_THROWS_AS((void)top_k(cpu{}, x, 10), nonfinite_error);
+        }
+    }
+}
+
 TEST_CASE("bad arguments are named")
 {
     const std::vector<float> x{1, 2, 3}, poisoned{1, std::numeric_limits<float>::infinity(), 2};

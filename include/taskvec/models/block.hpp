@@ -110,16 +110,6 @@ public:
         });
         return row(t);
     }
-    /// τt where it lies in memory as it is (no base, stored as A, aligned), unread; nullptr otherwise. Whoever reads it
-    /// tells note() the largest magnitude.
-    [[nodiscard]] const A* stored_delta(std::size_t t) const noexcept
-    {
-        const auto& from = tensor_->tasks[t];
-        const std::byte* const place = from.data + offset_ * sizeof(A);
-        const bool usable = !tensor_->base.data
-            && from.dtype == dtype_of<A> && reinterpret_cast<std::uintptr_t>(place) % alignof(A) == 0;
-        return usable ? reinterpret_cast<const A*>(place) : nullptr;
-    }
     /// τt of this block, always in row(t), so that it may be changed.
     A* mutable_delta(std::size_t t)
     {

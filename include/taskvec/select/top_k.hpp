@@ -10,7 +10,9 @@
 // the bracket and walks again; what sampling cannot narrow, a histogram does.
 #pragma once
 
+#include <taskvec/core/instruction_set.hpp>
 #include <taskvec/core/random.hpp>
+#include <taskvec/core/stored_pack.hpp>
 #include <taskvec/models/block.hpp>
 
 #include <algorithm>
@@ -20,16 +22,13 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <span>
 #include <type_traits>
 #include <utility>
 #include <vector>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -79,154 +78,160 @@ template <arithmetic_element To, arithmetic_element From>
 
 namespace kernels {
 
-TASKVEC_KERNELS_BEGIN
-
-/// Elements that are counted together: a run without anything inside the bracket is not looked at again.
-inline constexpr std::size_t count_group = 64;
-
-/// Counts magnitudes above `high`, and for each group of 64 those in [low, high] (into `inside`). `largest` receives
-/// the largest magnitude bits.
-template <arithmetic_element A>
-TASKVEC_NOINLINE std::uint32_t count_groups(const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low,
-    bits_type<A> high, std::uint8_t* TASKVEC_RESTRICT inside, bits_type<A>& largest)
-{
-    using word = std::make_signed_t<bits_type<A>>; // magnitudes have no sign bit: signed compares are the cheap ones
-    const word lower = static_cast<word>(low), upper = static_cast<word>(high);
-    word total = 0, top = 0;
-    for (std::size_t begin = 0; begin < n; begin += count_group) {
-        const std::size_t length = n - begin < count_group ? n - begin : count_group;
-        fetch_ahead<count_group>(x + begin);
-        word above = 0, reached = 0;
-        for (std::size_t i = 0; i < length; ++i) {
-            const word magnitude = static_cast<word>(magnitude_bits(x[begin + i]));
-            above += magnitude > upper;
-            reached += magnitude >= lower;
-            top = magnitude > top ? magnitude : top;
-        }
-        total += above;
-        inside[begin / count_group] = static_cast<std::uint8_t>(reached - above);
-    }
-    largest = static_cast<bits_type<A>>(top);
-    return static_cast<std::uint32_t>(total);
-}
-
-/// Appends the magnitudes in [low, high] to `out` (room for n), in order; returns how many.
-template <arithmetic_element A>
-TASKVEC_NOINLINE std::size_t collect(
-    const A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> low, bits_type<A> high, bits_type<A>* TASKVEC_RESTRICT out)
-{
-    std::size_t count = 0, i = 0;
-#if defined(__AVX512F__)
-    if constexpr (std::same_as<A, float>) { // the compiler does not find this instruction by itself
-        const __m512i clear = _mm512_set1_epi32(0x7fffffff), lower = _mm512_set1_epi32(static_cast<int>(low)),
-                      upper = _mm512_set1_epi32(static_cast<int>(high));
-        for (; i + 16 <= n; i += 16) {
-            const __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(x + i), clear);
-            const __mmask16 hit = _mm512_cmpge_epi32_mask(magnitude, lower) & _mm512_cmple_epi32_mask(magnitude, upper);
-            _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(hit, magnitude));
-            count += static_cast<std::size_t>(__builtin_popcount(hit));
-        }
-    }
-#endif
-    for (; i < n; ++i) {
-        const bits_type<A> magnitude = magnitude_bits(x[i]);
-        out[count] = magnitude;
-        count += static_cast<std::size_t>(magnitude >= low) & static_cast<std::size_t>(magnitude <= high);
-    }
-    return count;
-}
-
-/// What a look at stored words finds: magnitudes above a bracket and inside it, and the largest magnitude bits.
-struct magnitude_counts {
-    std::uint32_t above = 0, inside = 0, largest = 0;
+/// Consecutive entries whose magnitudes are looked at: those of x − base, of x where there is no base.
+template <storage_element T>
+struct magnitude_run {
+    using bits = bits_type<arithmetic_type<T>>;
+    const storage_word<T>*x = nullptr, *base = nullptr;
+    std::size_t size = 0; ///< at most a block's
+    bits low = 0, high = 0; ///< the bracket
+    bits* collected = nullptr; ///< room for `size` magnitudes; null: they are counted only
 };
 
-/// Counts the magnitudes of x − base (of x when Difference is false) above `high` and in [low, high], over n steps of
-/// stored words.
-template <storage_element T, bool Difference>
-TASKVEC_NOINLINE void count_stored(const step_word* TASKVEC_RESTRICT x, const step_word* TASKVEC_RESTRICT base,
-    std::size_t n, std::uint32_t low, std::uint32_t high, magnitude_counts& counts)
-{
-    TASKVEC_STRICT_FP
-    const std::int32_t lower = static_cast<std::int32_t>(low), upper = static_cast<std::int32_t>(high);
-    std::int32_t above = 0, reached = 0, top = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-#pragma GCC unroll 2
-        for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
-            float value = step_value<T>(x[i], lane);
-            if constexpr (Difference) { value = value - step_value<T>(base[i], lane); }
-            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(value));
-            above += magnitude > upper ? 1 : 0;
-            reached += magnitude >= lower ? 1 : 0;
-            top = magnitude > top ? magnitude : top;
-        }
-    }
-    counts.above += static_cast<std::uint32_t>(above);
-    counts.inside += static_cast<std::uint32_t>(reached - above);
-    counts.largest =
-        counts.largest < static_cast<std::uint32_t>(top) ? static_cast<std::uint32_t>(top) : counts.largest;
-}
-
-#if defined(__AVX512F__)
-/// count_stored() that also appends the magnitudes in [low, high] to `out`, from out[counts.inside] on and in no
-/// particular order; out has room for 16 more than there are.
-template <storage_element T, bool Difference>
-TASKVEC_NOINLINE void collect_stored(const step_word* TASKVEC_RESTRICT x, const step_word* TASKVEC_RESTRICT base,
-    std::size_t n, std::uint32_t low, std::uint32_t high, std::uint32_t* TASKVEC_RESTRICT out, magnitude_counts& counts)
-{
-    const __m512i clear = _mm512_set1_epi32(0x7fffffff), lower = _mm512_set1_epi32(static_cast<int>(low)),
-                  upper = _mm512_set1_epi32(static_cast<int>(high)),
-                  second = _mm512_set1_epi32(static_cast<int>(0xffff0000u)), one = _mm512_set1_epi32(1);
-    const auto value = [&](__m512i steps, std::size_t lane) {
-        return sizeof(T) == 4 ? steps : lane == 0 ? _mm512_slli_epi32(steps, 16) : _mm512_and_si512(steps, second);
-    };
-    __m512i top = _mm512_setzero_si512(), reached_count = top; // of each lane
-    const std::size_t begin = counts.inside;
-    std::size_t inside = begin;
-    const auto take = [&](__mmask16 there, __m512i steps, __m512i origin) {
-#pragma GCC unroll 2
-        for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
-            __m512i found = value(steps, lane);
-            if constexpr (Difference) {
-                found = _mm512_castps_si512(
-                    _mm512_sub_ps(_mm512_castsi512_ps(found), _mm512_castsi512_ps(value(origin, lane))));
-            }
-            const __m512i magnitude = _mm512_and_si512(found, clear);
-            top = _mm512_max_epi32(top, magnitude);
-            const __mmask16 reached = _mm512_mask_cmpge_epi32_mask(there, magnitude, lower),
-                            hit = _mm512_mask_cmple_epi32_mask(reached, magnitude, upper);
-            reached_count = _mm512_mask_add_epi32(reached_count, reached, reached_count, one);
-            _mm512_storeu_si512(out + inside, _mm512_maskz_compress_epi32(hit, magnitude));
-            inside += static_cast<std::size_t>(__builtin_popcount(hit));
-        }
-    };
-    std::size_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        take(0xffff, _mm512_loadu_si512(x + i), Difference ? _mm512_loadu_si512(base + i) : __m512i{});
-    }
-    if (i < n) {
-        const auto there = static_cast<__mmask16>((1u << (n - i)) - 1u);
-        take(there, _mm512_maskz_loadu_epi32(there, x + i),
-            Difference ? _mm512_maskz_loadu_epi32(there, base + i) : __m512i{});
-    }
-    counts.inside = static_cast<std::uint32_t>(inside);
-    counts.above +=
-        static_cast<std::uint32_t>(_mm512_reduce_add_epi32(reached_count)) - static_cast<std::uint32_t>(inside - begin);
-    const auto largest = static_cast<std::uint32_t>(_mm512_reduce_max_epi32(top));
-    counts.largest = counts.largest < largest ? largest : counts.largest;
-}
-#endif
-
-/// Zeroes the entries whose magnitude is below `least`.
+/// What a look finds: magnitudes above a bracket and inside it, and the largest magnitude bits.
 template <arithmetic_element A>
-TASKVEC_NOINLINE void keep_at_least(A* TASKVEC_RESTRICT x, std::size_t n, bits_type<A> least)
-{
-    using word = std::make_signed_t<bits_type<A>>;
-    const word bound = static_cast<word>(least);
-    for (std::size_t i = 0; i < n; ++i) { x[i] = static_cast<word>(magnitude_bits(x[i])) >= bound ? x[i] : A{0}; }
-}
+struct magnitude_counts {
+    std::uint64_t above = 0, inside = 0;
+    bits_type<A> largest = 0;
+};
+
+TASKVEC_KERNELS_BEGIN
+
+/// Counts the magnitudes of a run above the bracket and inside it, and appends those inside to what is collected, in no
+/// particular order. With vectors the run is whole lines of 64 bytes.
+template <storage_element T, bool difference>
+struct look_kernel {
+    using number = arithmetic_type<T>;
+    using word = signed_word<number>; // magnitudes have no sign bit: signed compares are the cheap ones
+    static constexpr std::size_t line = 64 / sizeof(T);
+
+    const magnitude_run<T>& run_of;
+    magnitude_counts<number>& counts;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        using stored = stored_pack<T, bytes>;
+        using words = typename stored::pack_type::words;
+        constexpr std::size_t group = bytes == 0 ? 1 : line;
+        const storage_word<T>*const x = run_of.x, *const base = run_of.base;
+        const std::size_t n = run_of.size;
+        const words low = filled_words<words>(static_cast<word>(run_of.low)),
+                    high = filled_words<words>(static_cast<word>(run_of.high));
+        bits_type<number>* out = run_of.collected ? run_of.collected + counts.inside : nullptr;
+        words above{}, reached{}, top{};
+        const auto take = [&](const typename stored::pack_type& value) TASKVEC_BODY {
+            const words magnitude = magnitude_of(value);
+            const auto over = magnitude > high, from_low = magnitude >= low;
+            above = added_where(over, above);
+            reached = added_where(from_low, reached);
+            top = larger(top, magnitude);
+            const auto hit = from_low & ~over;
+            if (out && any(hit)) { out = append(hit, magnitude, out); }
+        };
+        for (std::size_t i = 0; i + group <= n; i += group) {
+            if constexpr (bytes > 0) {
+                fetch_ahead<line>(x + i);
+                if constexpr (difference) { fetch_ahead<line>(base + i); }
+            }
+#pragma GCC unroll 4
+            for (std::size_t at = i; at < i + group; at += stored::entries) {
+                stored entries, origin;
+                entries.load(x + at);
+                if constexpr (difference) {
+                    origin.load(base + at);
+                    take(entries.template get<0>() - origin.template get<0>());
+                    if constexpr (stored::parts == 2) { take(entries.template get<1>() - origin.template get<1>()); }
+                }
+                else {
+                    take(entries.template get<0>());
+                    if constexpr (stored::parts == 2) { take(entries.template get<1>()); }
+                }
+            }
+        }
+        constexpr int lanes = stored::pack_type::size;
+        word over[lanes], from_low[lanes], largest[lanes];
+        std::memcpy(over, &above, sizeof over);
+        std::memcpy(from_low, &reached, sizeof from_low);
+        std::memcpy(largest, &top, sizeof largest);
+        for (int lane = 0; lane < lanes; ++lane) {
+            counts.above += static_cast<std::uint64_t>(over[lane]);
+            counts.inside += static_cast<std::uint64_t>(from_low[lane] - over[lane]);
+            const auto found = static_cast<bits_type<number>>(largest[lane]);
+            counts.largest = found > counts.largest ? found : counts.largest;
+        }
+    }
+
+private:
+    /// Few packs hold something that is appended, and those that do are taken lane by lane without a branch.
+    template <class Mask, class Words>
+    static TASKVEC_INLINE bits_type<number>* append(
+        const Mask& hit, const Words& magnitude, bits_type<number>* out) noexcept
+    {
+        constexpr std::size_t lanes = sizeof(Words) / sizeof(word);
+        word chosen[lanes], found[lanes];
+        std::memcpy(chosen, &hit, sizeof chosen);
+        std::memcpy(found, &magnitude, sizeof found);
+#pragma GCC unroll 16
+        for (std::size_t lane = 0; lane < lanes; ++lane) {
+            *out = static_cast<bits_type<number>>(found[lane]);
+            out -= chosen[lane];
+        }
+        return out;
+    }
+};
+
+/// Zeroes the entries whose magnitude is below `least`. With vectors the row is whole lines of 64 bytes.
+template <arithmetic_element A>
+struct keep_kernel {
+    A* x;
+    std::size_t n;
+    bits_type<A> least;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        using stored = stored_pack<A, bytes>;
+        using words = typename stored::pack_type::words;
+        A* const row = x;
+        const std::size_t size = n;
+        const words bound = filled_words<words>(static_cast<signed_word<A>>(least));
+        for (std::size_t i = 0; i + stored::entries <= size; i += stored::entries) {
+            stored entries;
+            entries.load(row + i);
+            const auto value = entries.template get<0>();
+            entries.template put<0>(where(magnitude_of(value) >= bound, value));
+            entries.store(row + i);
+        }
+    }
+};
 
 TASKVEC_KERNELS_END
+
+/// Looks at a run of any size.
+template <bool difference, storage_element T>
+void look(const magnitude_run<T>& run, magnitude_counts<arithmetic_type<T>>& counts)
+{
+    using kernel = look_kernel<T, difference>;
+    magnitude_run<T> part = run;
+    part.size = current_instruction_set() == instruction_set::scalar ? 0 : run.size / kernel::line * kernel::line;
+    if (part.size > 0) { run_widest(kernel{part, counts}); }
+    if (part.size == run.size) { return; }
+    part.x += part.size;
+    if (part.base) { part.base += part.size; }
+    part.size = run.size - part.size;
+    run_scalar(kernel{part, counts});
+}
+
+/// Zeroes the entries of a row whose magnitude is below `least`.
+template <arithmetic_element A>
+void keep_at_least(A* x, std::size_t n, bits_type<A> least)
+{
+    constexpr std::size_t line = 64 / sizeof(A);
+    const std::size_t whole = current_instruction_set() == instruction_set::scalar ? 0 : n / line * line;
+    if (whole > 0) { run_widest(keep_kernel<A>{x, whole, least}); }
+    if (whole < n) { run_scalar(keep_kernel<A>{x + whole, n - whole, least}); }
+}
 
 /// Zeroes the entries of a row that a threshold drops; x[0] has place `place`. Kept entries are unchanged.
 template <arithmetic_element A>
@@ -459,26 +464,22 @@ private:
                 for_each_block_of(rows, piece, [&](block<B>& opened) {
                     for (std::size_t t = 0; t < attempts.size(); ++t) {
                         if (!attempts[t].active) { continue; }
-                        if constexpr (std::same_as<A, float> && std::same_as<B, float>) {
-                            collected& into = seen[worker][t];
-                            if (look_stored<float>(attempts[t], opened, t, into, index, share, inside_of[t])
-                                || look_stored<bf16>(attempts[t], opened, t, into, index, share, inside_of[t])) {
+                        collected& into = seen[worker][t];
+                        if constexpr (std::same_as<A, B>) {
+                            if (look_stored(
+                                    storage_types{}, attempts[t], opened, t, into, index, share, inside_of[t])) {
                                 continue;
                             }
-                        }
-                        const B* const stored = opened.stored_delta(t); // not read yet: counting does it
-                        const B* const values = stored ? stored : opened.delta(t);
-                        if constexpr (std::same_as<A, B>) {
-                            opened.note(
-                                look(attempts[t], values, opened.size(), seen[worker][t], index, share, inside_of[t]));
+                            (void)look<A>(
+                                attempts[t], opened.delta(t), nullptr, opened.size(), into, index, share, inside_of[t]);
                         }
                         else {
                             // An f32 tensor beside f64 ones: its magnitudes compare as f64, exactly.
+                            const B* const values = opened.delta(t);
                             std::array<A, block_size> wide;
                             for (std::size_t i = 0; i < opened.size(); ++i) { wide[i] = static_cast<A>(values[i]); }
-                            if (stored) { opened.note(kernels::largest_magnitude(stored, opened.size())); }
-                            (void)look(
-                                attempts[t], wide.data(), opened.size(), seen[worker][t], index, share, inside_of[t]);
+                            (void)look<A>(
+                                attempts[t], wide.data(), nullptr, opened.size(), into, index, share, inside_of[t]);
                         }
                     }
                 });
@@ -487,49 +488,27 @@ private:
         });
     }
 
-    /// look() straight at the stored words of task t, where it and the base (if there is one) are stored as T; false
-    /// otherwise, and where entries must be binned, or collected without an instruction for it.
+    /// look() straight at the stored words of task t, where it and the base (if there is one) are stored as the same
+    /// type, and aligned; false otherwise.
+    template <class... T>
+    static bool look_stored(storage_list<T...>, const attempt& a, block<A>& rows, std::size_t t, collected& into,
+        std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
+    {
+        return (look_stored_as<T>(a, rows, t, into, index, share, inside_of) || ...);
+    }
     template <storage_element T>
-    static bool look_stored(const attempt& a, block<float>& rows, std::size_t t, collected& into, std::size_t index,
+    static bool look_stored_as(const attempt& a, block<A>& rows, std::size_t t, collected& into, std::size_t index,
         std::size_t share, std::vector<std::uint32_t>& inside_of)
     {
-        const storage_word<T>*x = nullptr, *base = nullptr;
-        const bool collecting = a.collecting && a.low != a.high && !into.overflow;
-        if (a.counting_bins || !rows.template stored_task<T>(t, base, x)) { return false; }
-#if !defined(__AVX512F__)
-        if (collecting) { return false; }
-#endif
-        const auto low = static_cast<std::uint32_t>(a.low), high = static_cast<std::uint32_t>(a.high);
-        kernels::magnitude_counts counts;
-        std::array<std::uint32_t, block_size + 16> values;
-        constexpr std::size_t width = kernels::step_width<T>;
-        const auto see = [&](const kernels::step_word* from, const kernels::step_word* origin, std::size_t steps) {
-#if defined(__AVX512F__)
-            if (collecting) {
-                return base ? kernels::collect_stored<T, true>(from, origin, steps, low, high, values.data(), counts)
-                            : kernels::collect_stored<T, false>(from, origin, steps, low, high, values.data(), counts);
-            }
-#endif
-            return base ? kernels::count_stored<T, true>(from, origin, steps, low, high, counts)
-                        : kernels::count_stored<T, false>(from, origin, steps, low, high, counts);
-        };
-        kernels::for_each_group<T, 1>(&x, 1, base, rows.size(),
-            [&](const kernels::step_word* const* from, const kernels::step_word* origin, std::size_t at,
-                std::size_t steps) {
-                kernels::fetch_ahead<kernels::group_steps>(*from);
-                if (origin && t == 0) {
-                    kernels::fetch_ahead<kernels::group_steps>(origin);
-                } // the other tasks find the base in the cache
-                see(*from, origin, steps);
-                // The lane beside the last of an odd number of bf16 holds a 0 that is no entry; it comes last.
-                if (at + steps * width > rows.size() && low == 0) { --counts.inside; }
-            });
-        rows.note(counts.largest);
-        into.above += counts.above;
-        into.inside += counts.inside;
-        inside_of[index] += counts.inside;
-        if (collecting && counts.inside > 0) { keep(into, index, share, values.data(), counts.inside); }
-        return true;
+        if constexpr (std::same_as<arithmetic_type<T>, A> && has_pack_conversion<T>) {
+            const storage_word<T>*x = nullptr, *base = nullptr;
+            if (!rows.template stored_task<T>(t, base, x)) { return false; }
+            rows.note(look<T>(a, x, base, rows.size(), into, index, share, inside_of));
+            return true;
+        }
+        else {
+            return false;
+        }
     }
 
     /// Appends collected magnitudes of a chunk, or gives up collecting when there is no room.
@@ -550,40 +529,34 @@ private:
         }
     }
 
-    /// Counts a row, and collects or bins what lies inside the bracket. Returns the largest magnitude bits.
-    static bits look(const attempt& a, const A* row, std::size_t n, collected& into, std::size_t index,
-        std::size_t share, std::vector<std::uint32_t>& inside_of)
+    /// Counts the magnitudes of x − base (of x where there is no base), and collects or bins what lies inside the
+    /// bracket. Returns the largest magnitude bits.
+    template <storage_element T>
+    static bits look(const attempt& a, const storage_word<T>* x, const storage_word<T>* base, std::size_t n,
+        collected& into, std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
     {
-        std::array<std::uint8_t, block_size / kernels::count_group> groups;
-        bits largest = 0;
-        into.above += kernels::count_groups(row, n, a.low, a.high, groups.data(), largest);
-        const std::size_t group_count = (n + kernels::count_group - 1) / kernels::count_group;
-        std::uint32_t inside = 0;
-        for (std::size_t g = 0; g < group_count; ++g) { inside += groups[g]; }
-        into.inside += inside;
-        inside_of[index] += inside;
-        if (inside == 0) { return largest; }
+        const bool collecting = a.collecting && a.low != a.high && !into.overflow;
+        std::array<bits, block_size> values;
+        kernels::magnitude_counts<A> counts;
+        const kernels::magnitude_run<T> run{
+            x, base, n, a.low, a.high, collecting || a.counting_bins ? values.data() : nullptr};
+        if (base) { kernels::look<true>(run, counts); }
+        else {
+            kernels::look<false>(run, counts);
+        }
+        into.above += counts.above;
+        into.inside += counts.inside;
+        inside_of[index] += static_cast<std::uint32_t>(counts.inside);
+        if (counts.inside == 0) { return counts.largest; }
+        const auto inside = static_cast<std::size_t>(counts.inside);
         if (a.counting_bins) {
             if (into.bins.empty()) { into.bins.assign(std::size_t{1} << bin_bits, 0); }
-            for (std::size_t i = 0; i < n; ++i) {
-                const bits magnitude = magnitude_bits(row[i]);
-                if (magnitude >= a.low && magnitude <= a.high) {
-                    ++into.bins[static_cast<std::size_t>((magnitude - a.low) >> a.shift)];
-                }
+            for (std::size_t i = 0; i < inside; ++i) {
+                ++into.bins[static_cast<std::size_t>((values[i] - a.low) >> a.shift)];
             }
         }
-        if (!a.collecting || a.low == a.high || into.overflow) { return largest; }
-        std::array<bits, block_size + kernels::count_group> values;
-        std::size_t count = 0;
-        for (std::size_t g = 0; g < group_count; ++g) {
-            if (groups[g]) {
-                const std::size_t at = g * kernels::count_group;
-                count += kernels::collect(
-                    row + at, std::min(kernels::count_group, n - at), a.low, a.high, values.data() + count);
-            }
-        }
-        keep(into, index, share, values.data(), count);
-        return largest;
+        if (collecting) { keep(into, index, share, values.data(), inside); }
+        return counts.largest;
     }
 
     void learn(std::size_t t, attempt& a, std::vector<std::vector<collected>>& seen,
