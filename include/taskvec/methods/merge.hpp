@@ -51,6 +51,34 @@ void check_merge(const cpu& policy, const Options& options, const aligned_models
     static_cast<void>(method<Options>(passes, options));
 }
 
+namespace detail {
+
+/// merge() of aligned models that store the types of a storage_list.
+template <class Types, merge_method Options>
+merge_report merge_storing(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
+{
+    using method_type = method<Options>;
+    static_assert(check_method<Options>());
+    if (method_type::needs_base && !models.has_base()) {
+        raise<invalid_argument>("this merge method needs a base model");
+    }
+    const std::vector<aligned_tensor::operand> beside = operands_beside(options, models, memory_space::host);
+    check_aliases(models, out, method_type::in_place, companions_of(options, models, memory_space::host, beside));
+    typed_passes<Types> passes(policy, models, beside);
+    method_type prepared(passes, options);
+    merge_report report;
+    if constexpr (whole_method<Options>) { prepared.write(policy, models, out); }
+    else {
+        merge_walk<Options>(passes, prepared, out, report);
+    }
+    copy_through(policy, models, out);
+    report.walks = prepared.walks() + 1;
+    report.beside = prepared.bytes_beside();
+    return report;
+}
+
+} // namespace detail
+
 /// θ* = method(θ0, θ1 … θT): merges aligned models into a sink, whose tensors are those of models.outputs() in that
 /// order. Elementwise, streaming: memory is a few rows for each thread, whatever the size of the models.
 /// Bit-exact for any threads, chunks and sinks. Errors: invalid_argument (options; aliased outputs), nonfinite_error,
@@ -61,25 +89,7 @@ void check_merge(const cpu& policy, const Options& options, const aligned_models
 template <merge_method Options>
 merge_report merge(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
 {
-    using method_type = method<Options>;
-    static_assert(detail::check_method<Options>());
-    if (method_type::needs_base && !models.has_base()) {
-        raise<invalid_argument>("this merge method needs a base model");
-    }
-    const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
-    detail::check_aliases(
-        models, out, method_type::in_place, detail::companions_of(options, models, memory_space::host, beside));
-    cpu_passes passes(policy, models, beside);
-    method_type prepared(passes, options);
-    merge_report report;
-    if constexpr (whole_method<Options>) { prepared.write(policy, models, out); }
-    else {
-        detail::merge_walk<Options>(passes, prepared, out, report);
-    }
-    detail::copy_through(policy, models, out);
-    report.walks = prepared.walks() + 1;
-    report.beside = prepared.bytes_beside();
-    return report;
+    return detail::merge_storing<storage_types>(policy, options, models, out);
 }
 
 namespace detail {
@@ -113,13 +123,13 @@ inline memory_sink sink_over(
 }
 
 /// Outputs of an in-memory merge decide their own dtype, tensor by tensor, unless one is asked for.
-template <merge_method Options>
+template <class Types = storage_types, merge_method Options>
 merge_report merge_in_memory(const cpu& policy, const Options& options, const const_model_ref* base,
     std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how)
 {
     const aligned_models models(base, tasks, how);
     memory_sink sink = sink_over(models, out);
-    merge_report report = merge(policy, options, models, sink);
+    merge_report report = merge_storing<Types>(policy, options, models, sink);
     if (how.statistics) {
         const const_model_ref merged(out);
         model_options reading = how;
@@ -157,6 +167,19 @@ template <class Tasks, class P>
 concept tasks_of = std::ranges::input_range<const Tasks> && input_of<std::ranges::range_reference_t<const Tasks>, P>;
 
 namespace detail {
+/// A list of storage types that holds each of those given once.
+template <class List, class... Rest>
+struct without_repeats {
+    using type = List;
+};
+template <class... Kept, class First, class... Rest>
+struct without_repeats<storage_list<Kept...>, First, Rest...>
+    : without_repeats<std::conditional_t<(std::same_as<First, Kept> || ...), storage_list<Kept...>,
+                          storage_list<Kept..., First>>,
+          Rest...> { };
+template <class... T>
+using distinct_storage = typename without_repeats<storage_list<>, T...>::type;
+
 template <class Tasks>
 [[nodiscard]] std::vector<const_model_ref> flat_models(const Tasks& tasks)
 {
@@ -184,7 +207,9 @@ merge_report merge(
 {
     const const_model_ref base_model = detail::flat_model(as_view(base));
     how.output = dtype_of<element_of<Out>>;
-    return detail::merge_in_memory(
+    using types = detail::distinct_storage<element_of<const Base>, element_of<std::ranges::range_reference_t<const Tasks>>,
+        element_of<Out>>;
+    return detail::merge_in_memory<types>(
         policy, options, &base_model, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }
 
@@ -194,7 +219,8 @@ template <merge_method Options, tasks_of<cpu> Tasks, output_of<cpu> Out>
 merge_report merge(const cpu& policy, const Options& options, const Tasks& tasks, Out&& out, model_options how = {})
 {
     how.output = dtype_of<element_of<Out>>;
-    return detail::merge_in_memory(
+    using types = detail::distinct_storage<element_of<std::ranges::range_reference_t<const Tasks>>, element_of<Out>>;
+    return detail::merge_in_memory<types>(
         policy, options, nullptr, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }
 

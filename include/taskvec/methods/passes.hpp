@@ -57,6 +57,53 @@ private:
     std::vector<std::shared_ptr<const void>> tables_;
 };
 
+/// The passes of models that are known, when the program is compiled, to store nothing but the types of a storage_list: no code
+/// is made for others.
+template <class Types>
+class typed_passes : public cpu_passes {
+public:
+    using storage = Types;
+    using cpu_passes::cpu_passes;
+};
+
+namespace detail {
+
+template <class Passes>
+struct storage_of_passes {
+    using type = storage_types;
+};
+template <class Passes>
+    requires requires { typename Passes::storage; }
+struct storage_of_passes<Passes> {
+    using type = typename Passes::storage;
+};
+
+/// Whether some type of a list computes in A.
+template <arithmetic_element A, class... T>
+consteval bool computes_in(storage_list<T...>)
+{
+    return (std::same_as<arithmetic_type<T>, A> || ...);
+}
+
+/// workspace::with_block() for tensors that store the types of a list.
+template <class Types, class Use>
+decltype(auto) with_block_of(workspace& space, const aligned_tensor& tensor, Use&& use)
+{
+    if constexpr (!computes_in<double>(Types{})) { return use(space.get<float>()); }
+    else if constexpr (!computes_in<float>(Types{})) {
+        return use(space.get<double>());
+    }
+    else {
+        return space.with_block(tensor, use);
+    }
+}
+
+} // namespace detail
+
+/// The storage types that passes may meet.
+template <class Passes>
+using storage_of = typename detail::storage_of_passes<Passes>::type;
+
 /// Numbers for bodies, rounded to both arithmetic types once.
 class kept_numbers {
 public:
@@ -100,7 +147,7 @@ const A* operand_row(const cpu_passes& passes, block<A>& rows, std::uint32_t whi
 /// counts as 0. One read of the models.
 ///
 ///     const auto squares = tensor_dots(passes, {{1, 1}}, true); // ‖τ1‖² of every tensor
-template <std::same_as<cpu_passes> Passes>
+template <std::derived_from<cpu_passes> Passes>
 [[nodiscard]] std::vector<std::vector<double>> tensor_dots(
     Passes& passes, const std::vector<operand_pair>& pairs, bool difference, std::string_view phase = "sums")
 {

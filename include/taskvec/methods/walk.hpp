@@ -241,7 +241,8 @@ void run_kernel(const Body& body, const kernels::entry_run<T>& run, std::int32_t
             kernels::run_widest(kernels::merge_kernel<T, held, Body>{body, lines, findings, lanes, task_slots});
         };
         bool done = false;
-        if constexpr (requires { Body::held; }) {
+        // The types that models are mostly stored as.
+        if constexpr (requires { Body::held; } && (std::same_as<T, float> || std::same_as<T, bf16>)) {
             if (!lanes) {
                 [&]<int... number>(std::integer_sequence<int, number...>) {
                     ((run.task_count == number ? (of_lines(std::integral_constant<int, number>{}), done = true) : false)
@@ -295,16 +296,11 @@ void run_body(const Body& body, kernels::entry_run<T> run, merge_scratch& scratc
     }
 }
 
-/// Whether use(std::type_identity<T>{}) is true for some storage type T; asked in their order until one is.
+/// Whether use(std::type_identity<T>{}) is true for some T of a list; asked in its order until one is.
 template <class Use, class... T>
 bool any_of_storage(storage_list<T...>, const Use& use)
 {
     return (use(std::type_identity<T>{}) || ...);
-}
-template <class Use>
-bool any_storage(const Use& use)
-{
-    return any_of_storage(storage_types{}, use);
 }
 
 /// Reports what may not lie beside the models: NaN and infinity, and where the method says so what is negative.
@@ -327,8 +323,8 @@ void examine_beside(const Method& prepared, const block<A>& rows, std::size_t b,
 
 /// Merges an opened block by a body, and writes it: from stored words to stored words where everything is stored as one
 /// type, otherwise through rows of the arithmetic type.
-template <class Method, class Body, arithmetic_element A>
-void merge_block(const Method& prepared, const Body& body, const cpu_passes& passes, block<A>& rows, row_writer& writer,
+template <class Method, class Body, class Passes, arithmetic_element A>
+void merge_block(const Method& prepared, const Body& body, const Passes& passes, block<A>& rows, row_writer& writer,
     merge_scratch& scratch, std::size_t task_slots, merge_tally& tally)
 {
     const std::size_t tasks = rows.task_count();
@@ -378,7 +374,7 @@ void merge_block(const Method& prepared, const Body& body, const cpu_passes& pas
     bool done = false;
     // Rows of numbers do not come apart as the halves of 16-bit types do.
     if constexpr (!with_beside && !with_draws) {
-        done = any_storage([&]<class T>(std::type_identity<T> type) {
+        done = any_of_storage(storage_of<Passes>{}, [&]<class T>(std::type_identity<T> type) {
             if constexpr (std::same_as<arithmetic_type<T>, A> && !std::same_as<T, A> && has_pack_conversion<T>) {
                 return stored(type);
             }
@@ -405,8 +401,8 @@ void merge_block(const Method& prepared, const Body& body, const cpu_passes& pas
 inline constexpr std::uint64_t streaming_bytes = std::uint64_t{8} << 20;
 
 /// Merges the given chunks with a prepared method. tallies[i] receives what chunk chunks[i] said.
-template <class Options>
-void merge_chunks(const cpu_passes& passes, const method<Options>& prepared, std::span<const std::size_t> chunks,
+template <class Options, class Passes>
+void merge_chunks(const Passes& passes, const method<Options>& prepared, std::span<const std::size_t> chunks,
     tensor_sink& out, std::span<merge_tally> tallies, std::string_view phase)
 {
     const cpu& policy = passes.policy();
@@ -433,7 +429,7 @@ void merge_chunks(const cpu_passes& passes, const method<Options>& prepared, std
         const aligned_tensor& tensor = models.tensors()[piece.tensor];
         row_writer& writer = writers[worker];
         writer.open(tensor, piece);
-        workspaces[worker].with_block(tensor, [&]<class A>(block<A>& rows) {
+        with_block_of<storage_of<Passes>>(workspaces[worker], tensor, [&]<class A>(block<A>& rows) {
             if constexpr (packed_method<Options>) {
                 visit_body<A>(prepared, piece.tensor, [&](const auto& body) {
                     for_each_block_of(rows, piece, [&](block<A>& opened) {
@@ -456,8 +452,8 @@ void merge_chunks(const cpu_passes& passes, const method<Options>& prepared, std
 }
 
 /// The walk of a method, and a second one over what has to be merged again.
-template <class Options>
-void merge_walk(const cpu_passes& passes, method<Options>& prepared, tensor_sink& out, merge_report& report)
+template <class Options, class Passes>
+void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& out, merge_report& report)
 {
     const aligned_models& models = passes.models();
     std::vector<std::size_t> chunks(models.chunks().size());

@@ -37,30 +37,66 @@ struct enum_words<trim_rule> {
         enum_word<trim_rule>{trim_rule::exact, "exact"}, enum_word<trim_rule>{trim_rule::reach_next, "reach-next"}};
 };
 
+namespace detail {
+
+/// Finds thresholds as trim_thresholds asks for them, on the CPU.
+struct top_k_by_sampling {
+    const cpu* policy;
+    const aligned_models* models;
+
+    template <arithmetic_element A>
+    [[nodiscard]] std::vector<top_k_threshold<A>> operator()(
+        std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts, unsigned* walks) const
+    {
+        // Half the budget for what a pass collects, for all tasks together.
+        const std::size_t capacity =
+            std::min(std::size_t{1} << 22, models->options().memory / 2 / (models->task_count() * sizeof(A)));
+        const chunk_range chunks{models->first_chunk(range.first), models->first_chunk(range.last)};
+        return top_k_thresholds<A>(*policy, *models, chunks, counts, capacity, walks);
+    }
+};
+
+/// The storage types that passes may meet: all, unless they name a list.
+template <class Passes>
+consteval auto storage_met_by()
+{
+    if constexpr (requires { typename Passes::storage; }) { return typename Passes::storage{}; }
+    else {
+        return storage_types{};
+    }
+}
+
+} // namespace detail
+
 /// Thresholds of every task vector, over the whole model or for each tensor.
 class trim_thresholds {
 public:
     trim_thresholds(
         const cpu& policy, const aligned_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
         : trim_thresholds(models, density, over, rule,
-              [&]<class A>(
-                  std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts, unsigned* walks) {
-                  // Half the budget for what a pass collects, for all tasks together.
-                  const std::size_t capacity =
-                      std::min(std::size_t{1} << 22, models.options().memory / 2 / (models.task_count() * sizeof(A)));
-                  const chunk_range chunks{models.first_chunk(range.first), models.first_chunk(range.last)};
-                  return top_k_thresholds<A>(policy, models, chunks, counts, capacity, walks);
-              })
+              detail::top_k_by_sampling{&policy, &models})
     { }
     /// The same by another search: search(std::type_identity<A>{}, tensors, counts, walks) finds the thresholds that
     /// keep counts[t] entries of task vector t over a range of tensors.
     template <class Search>
     trim_thresholds(const aligned_models& models, double density, scope over, trim_rule rule, const Search& search)
+        : trim_thresholds(storage_types{}, models, density, over, rule, search)
+    { }
+    /// The same for models that store nothing but the types of a list: no code is made for others.
+    template <class... T, class Search>
+    trim_thresholds(storage_list<T...>, const aligned_models& models, double density, scope over, trim_rule rule,
+        const Search& search)
         : per_tensor_(over == scope::tensor)
         , tasks_(models.task_count())
     {
-        if (models.any_wide()) { find<double>(models, density, rule, search, wide_); }
-        else {
+        constexpr bool wide = (std::same_as<arithmetic_type<T>, double> || ...);
+        if constexpr (wide) {
+            if (models.any_wide()) {
+                find<double>(models, density, rule, search, wide_);
+                return;
+            }
+        }
+        if constexpr ((std::same_as<arithmetic_type<T>, float> || ...)) {
             find<float>(models, density, rule, search, single_);
         }
     }
@@ -114,7 +150,8 @@ template <class Passes>
 [[nodiscard]] trim_thresholds trim_thresholds_of(
     Passes& passes, double density, scope over, trim_rule rule = trim_rule::exact)
 {
-    return {passes.policy(), passes.models(), density, over, rule};
+    return {detail::storage_met_by<Passes>(), passes.models(), density, over, rule,
+        detail::top_k_by_sampling{&passes.policy(), &passes.models()}};
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

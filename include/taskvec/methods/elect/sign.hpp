@@ -107,7 +107,7 @@ struct sign_election_body : Rule {
 template <arithmetic_element A, class Rule>
 struct unit_election_body : Rule {
     static constexpr bool watches = Rule::sees_all;
-    static constexpr std::integer_sequence<int, 2, 3, 4> held{}; ///< numbers of tasks that are compiled by themselves
+    static constexpr std::integer_sequence<int, 2, 3> held{}; ///< numbers of tasks that are compiled by themselves
     A lambda;
 
     template <class In>
