@@ -3,6 +3,8 @@
 
 #include <doctest/doctest.h>
 
+#include <vector>
+
 using namespace taskvec;
 
 TEST_CASE("normalized scores")

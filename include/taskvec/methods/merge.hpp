@@ -174,8 +174,8 @@ struct without_repeats {
 };
 template <class... Kept, class First, class... Rest>
 struct without_repeats<storage_list<Kept...>, First, Rest...>
-    : without_repeats<std::conditional_t<(std::same_as<First, Kept> || ...), storage_list<Kept...>,
-                          storage_list<Kept..., First>>,
+    : without_repeats<
+          std::conditional_t<(std::same_as<First, Kept> || ...), storage_list<Kept...>, storage_list<Kept..., First>>,
           Rest...> { };
 template <class... T>
 using distinct_storage = typename without_repeats<storage_list<>, T...>::type;
@@ -207,8 +207,8 @@ merge_report merge(
 {
     const const_model_ref base_model = detail::flat_model(as_view(base));
     how.output = dtype_of<element_of<Out>>;
-    using types = detail::distinct_storage<element_of<const Base>, element_of<std::ranges::range_reference_t<const Tasks>>,
-        element_of<Out>>;
+    using types = detail::distinct_storage<element_of<const Base>,
+        element_of<std::ranges::range_reference_t<const Tasks>>, element_of<Out>>;
     return detail::merge_in_memory<types>(
         policy, options, &base_model, detail::flat_models(tasks), detail::flat_output(as_view(out)), how);
 }

@@ -57,8 +57,8 @@ private:
     std::vector<std::shared_ptr<const void>> tables_;
 };
 
-/// The passes of models that are known, when the program is compiled, to store nothing but the types of a storage_list: no code
-/// is made for others.
+/// The passes of models that are known, when the program is compiled, to store nothing but the types of a storage_list:
+/// no code is made for others.
 template <class Types>
 class typed_passes : public cpu_passes {
 public:
@@ -77,26 +77,6 @@ template <class Passes>
 struct storage_of_passes<Passes> {
     using type = typename Passes::storage;
 };
-
-/// Whether some type of a list computes in A.
-template <arithmetic_element A, class... T>
-consteval bool computes_in(storage_list<T...>)
-{
-    return (std::same_as<arithmetic_type<T>, A> || ...);
-}
-
-/// workspace::with_block() for tensors that store the types of a list.
-template <class Types, class Use>
-decltype(auto) with_block_of(workspace& space, const aligned_tensor& tensor, Use&& use)
-{
-    if constexpr (!computes_in<double>(Types{})) { return use(space.get<float>()); }
-    else if constexpr (!computes_in<float>(Types{})) {
-        return use(space.get<double>());
-    }
-    else {
-        return space.with_block(tensor, use);
-    }
-}
 
 } // namespace detail
 

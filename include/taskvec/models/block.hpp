@@ -266,6 +266,30 @@ private:
     std::optional<block<double>> wide_;
 };
 
+namespace detail {
+
+/// Whether some type of a list computes in A.
+template <arithmetic_element A, class... T>
+consteval bool computes_in(storage_list<T...>)
+{
+    return (std::same_as<arithmetic_type<T>, A> || ...);
+}
+
+/// workspace::with_block() for tensors that store the types of a list.
+template <class Types, class Use>
+decltype(auto) with_block_of(workspace& space, const aligned_tensor& tensor, Use&& use)
+{
+    if constexpr (!computes_in<double>(Types{})) { return use(space.get<float>()); }
+    else if constexpr (!computes_in<float>(Types{})) {
+        return use(space.get<double>());
+    }
+    else {
+        return space.with_block(tensor, use);
+    }
+}
+
+} // namespace detail
+
 /// A range of chunks, by index.
 struct chunk_range {
     std::size_t first = 0, last = 0;

@@ -40,6 +40,7 @@ struct enum_words<trim_rule> {
 namespace detail {
 
 /// Finds thresholds as trim_thresholds asks for them, on the CPU.
+template <class Types = storage_types>
 struct top_k_by_sampling {
     const cpu* policy;
     const aligned_models* models;
@@ -52,7 +53,7 @@ struct top_k_by_sampling {
         const std::size_t capacity =
             std::min(std::size_t{1} << 22, models->options().memory / 2 / (models->task_count() * sizeof(A)));
         const chunk_range chunks{models->first_chunk(range.first), models->first_chunk(range.last)};
-        return top_k_thresholds<A>(*policy, *models, chunks, counts, capacity, walks);
+        return top_k_thresholds<A, Types>(*policy, *models, chunks, counts, capacity, walks);
     }
 };
 
@@ -73,8 +74,7 @@ class trim_thresholds {
 public:
     trim_thresholds(
         const cpu& policy, const aligned_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
-        : trim_thresholds(models, density, over, rule,
-              detail::top_k_by_sampling{&policy, &models})
+        : trim_thresholds(models, density, over, rule, detail::top_k_by_sampling<>{&policy, &models})
     { }
     /// The same by another search: search(std::type_identity<A>{}, tensors, counts, walks) finds the thresholds that
     /// keep counts[t] entries of task vector t over a range of tensors.
@@ -150,8 +150,9 @@ template <class Passes>
 [[nodiscard]] trim_thresholds trim_thresholds_of(
     Passes& passes, double density, scope over, trim_rule rule = trim_rule::exact)
 {
-    return {detail::storage_met_by<Passes>(), passes.models(), density, over, rule,
-        detail::top_k_by_sampling{&passes.policy(), &passes.models()}};
+    using types = decltype(detail::storage_met_by<Passes>());
+    return {types{}, passes.models(), density, over, rule,
+        detail::top_k_by_sampling<types>{&passes.policy(), &passes.models()}};
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -291,7 +291,7 @@ private:
 };
 
 /// Finds the thresholds of several task vectors ("channels") over a range of chunks in common walks.
-template <arithmetic_element A>
+template <arithmetic_element A, class Types = storage_types>
 class top_k_search {
     using bits = bits_type<A>;
     static constexpr bits highest = static_cast<bits>(~sign_mask<A>);
@@ -399,7 +399,7 @@ private:
             const aligned_tensor& tensor = models_.tensors()[models_.tensor_at(place)];
             const std::uint64_t offset = place - tensor.position;
             const std::size_t n = static_cast<std::size_t>(std::min<std::uint64_t>(run, tensor.size - offset));
-            workspaces_[0].with_block(tensor, [&](auto& rows) {
+            with_block_of<Types>(workspaces_[0], tensor, [&](auto& rows) {
                 rows.open(tensor, offset, n);
                 for (std::size_t t = 0; t < channels_.size(); ++t) {
                     const auto& c = channels_[t];
@@ -460,14 +460,13 @@ private:
         for_each_index(policy_, count, [&](std::size_t index, std::size_t worker) {
             const chunk& piece = models_.chunks()[range_.first + index];
             const aligned_tensor& tensor = models_.tensors()[piece.tensor];
-            workspaces_[worker].with_block(tensor, [&]<class B>(block<B>& rows) {
+            with_block_of<Types>(workspaces_[worker], tensor, [&]<class B>(block<B>& rows) {
                 for_each_block_of(rows, piece, [&](block<B>& opened) {
                     for (std::size_t t = 0; t < attempts.size(); ++t) {
                         if (!attempts[t].active) { continue; }
                         collected& into = seen[worker][t];
                         if constexpr (std::same_as<A, B>) {
-                            if (look_stored(
-                                    storage_types{}, attempts[t], opened, t, into, index, share, inside_of[t])) {
+                            if (look_stored(Types{}, attempts[t], opened, t, into, index, share, inside_of[t])) {
                                 continue;
                             }
                             (void)look<A>(
@@ -627,7 +626,7 @@ private:
         while (index < equal.size() && equal[index] < wanted) { wanted -= equal[index++]; }
         if (index == equal.size()) { return; }
         const chunk& piece = models_.chunks()[range_.first + index];
-        workspaces_[0].with_block(models_.tensors()[piece.tensor], [&](auto& rows) {
+        with_block_of<Types>(workspaces_[0], models_.tensors()[piece.tensor], [&](auto& rows) {
             for_each_block_of(rows, piece, [&](auto& opened) {
                 const auto* const values = opened.delta(t);
                 for (std::size_t i = 0; i < opened.size() && wanted > 0; ++i) {
@@ -658,12 +657,13 @@ private:
 /// Errors: nonfinite_error (unless propagation was asked for; NaN then counts as larger than infinity).
 ///
 ///     auto thresholds = top_k_thresholds<float>(cpu{}, models, all_chunks(models), counts);
-template <arithmetic_element A>
+template <arithmetic_element A, class Types = storage_types>
 [[nodiscard]] std::vector<top_k_threshold<A>> top_k_thresholds(const cpu& policy, const aligned_models& models,
     chunk_range range, std::span<const std::uint64_t> counts, std::size_t capacity = std::size_t{1} << 22,
     unsigned* walks = nullptr)
 {
-    return detail::top_k_search<A>(policy, models, range, std::max<std::size_t>(1024, capacity)).run(counts, walks);
+    return detail::top_k_search<A, Types>(policy, models, range, std::max<std::size_t>(1024, capacity))
+        .run(counts, walks);
 }
 
 /// The threshold that keeps the k entries of largest magnitude of a flat view, lowest index first among equals.
