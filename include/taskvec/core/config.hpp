@@ -5,7 +5,7 @@
 #pragma once
 
 #define TASKVEC_VERSION_MAJOR 0
-#define TASKVEC_VERSION_MINOR 1
+#define TASKVEC_VERSION_MINOR 2
 #define TASKVEC_VERSION_PATCH 0
 
 // TASKVEC_NO_EXCEPTIONS: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
