@@ -9,6 +9,7 @@
 #include <taskvec/core/dtype.hpp>
 #include <taskvec/core/rounding.hpp>
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

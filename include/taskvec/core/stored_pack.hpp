@@ -7,9 +7,10 @@
 
 #include <taskvec/core/pack.hpp>
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
 

@@ -7,14 +7,10 @@
 #include <taskvec/statistics/aligned_fishers.hpp>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <limits>
-#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>

@@ -7,11 +7,12 @@
 #include <taskvec/models/tensor_sums.hpp>
 
 #include <array>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <memory_resource>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 

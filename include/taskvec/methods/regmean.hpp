@@ -18,7 +18,6 @@
 #include <functional>
 #include <limits>
 #include <memory_resource>
-#include <span>
 #include <string>
 #include <string_view>
 #include <utility>

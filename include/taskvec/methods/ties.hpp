@@ -7,11 +7,11 @@
 #include <taskvec/methods/keep/top.hpp>
 #include <taskvec/methods/merge.hpp>
 
-#include <algorithm>
 #include <array>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <utility>
 #include <vector>

@@ -13,7 +13,6 @@
 #include <cstring>
 #include <memory_resource>
 #include <optional>
-#include <span>
 #include <string>
 #include <string_view>
 #include <type_traits>

@@ -5,7 +5,6 @@
 #include <taskvec/core/csv.hpp>
 #include <taskvec/core/error.hpp>
 
-#include <charconv>
 #include <cmath>
 #include <cstddef>
 #include <ostream>

@@ -8,7 +8,6 @@
 #include <taskvec/methods/merge.hpp>
 
 #include <cmath>
-#include <concepts>
 #include <cstddef>
 #include <span>
 #include <vector>

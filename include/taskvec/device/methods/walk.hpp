@@ -8,9 +8,11 @@
 #include <taskvec/device/models/elements.hpp>
 #include <taskvec/methods/walk.hpp>
 
-#include <array>
+#include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

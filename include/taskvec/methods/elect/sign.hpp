@@ -6,6 +6,7 @@
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/core/pack.hpp>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <utility>

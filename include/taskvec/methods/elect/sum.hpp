@@ -4,6 +4,7 @@
 
 #include <taskvec/methods/keep/all.hpp>
 
+#include <concepts>
 #include <cstddef>
 
 namespace taskvec::inline TASKVEC_ABI {

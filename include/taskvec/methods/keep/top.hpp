@@ -6,8 +6,10 @@
 #include <taskvec/select/thresholds.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
