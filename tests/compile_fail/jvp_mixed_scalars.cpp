@@ -1,5 +1,7 @@
 // The operands of an operation have one scalar: f32 weights do not meet f64 inputs without a cast, in values or in
-// tangents. SPDX-License-Identifier: Apache-2.0 error: (constraints not satisfied|no matching function)
+// tangents.
+// SPDX-License-Identifier: Apache-2.0
+// error: (constraints not satisfied|no matching function)
 #include <taskvec/jvp/linear.hpp>
 
 using namespace taskvec;

@@ -200,8 +200,9 @@ TEST_CASE("non-finite inputs are an error that names them, or spread when asked"
     CHECK(out[3] == 4.0f);
     // A difference of finite values that overflows is no fault of the inputs.
     const float huge = std::numeric_limits<float>::max();
-    CHECK_NOTHROW(merge(cpu{}, ties_options{.density = 1}, std::vector<float>{-huge},
-        std::vector<std::vector<float>>{{huge}}, std::vector<float>(1)));
+    std::vector<float> one(1);
+    CHECK_NOTHROW(merge(
+        cpu{}, ties_options{.density = 1}, std::vector<float>{-huge}, std::vector<std::vector<float>>{{huge}}, one));
 }
 
 TEST_CASE("bad arguments are named before any work")

@@ -232,6 +232,18 @@ inline void report_tally(const merge_tally& tally, std::size_t tasks, merge_repo
     slot(1, report.conflicting);
 }
 
+/// Runs the kernel that is compiled for just as many tasks as there are; false where there is none.
+template <storage_element T, int... number, class Body>
+bool run_held(std::integer_sequence<int, number...>, const Body& body, const kernels::entry_run<T>& run,
+    std::size_t task_slots, kernels::run_findings<arithmetic_type<T>>& findings)
+{
+    return ((run.task_count == number ? (kernels::run_widest(kernels::merge_kernel<T, number, Body>{
+                                             body, run, findings, nullptr, task_slots}),
+                                            true)
+                                      : false)
+        || ...);
+}
+
 /// Calls the kernel of a body for as many tasks as there are: compiled for a few numbers, or for any.
 template <storage_element T, class Body>
 void run_kernel(const Body& body, const kernels::entry_run<T>& run, std::int32_t* lanes, std::size_t task_slots,
@@ -242,20 +254,12 @@ void run_kernel(const Body& body, const kernels::entry_run<T>& run, std::int32_t
     if (whole > 0) {
         kernels::entry_run<T> lines = run;
         lines.size = whole;
-        const auto of_lines = [&]<int held>(std::integral_constant<int, held>) {
-            kernels::run_widest(kernels::merge_kernel<T, held, Body>{body, lines, findings, lanes, task_slots});
-        };
         bool done = false;
         // The types that models are mostly stored as.
         if constexpr (requires { Body::held; } && (std::same_as<T, float> || std::same_as<T, bf16>)) {
-            if (!lanes) {
-                [&]<int... number>(std::integer_sequence<int, number...>) {
-                    ((run.task_count == number ? (of_lines(std::integral_constant<int, number>{}), done = true) : false)
-                        || ...);
-                }(Body::held);
-            }
+            if (!lanes) { done = run_held<T>(Body::held, body, lines, task_slots, findings); }
         }
-        if (!done) { of_lines(std::integral_constant<int, 0>{}); }
+        if (!done) { kernels::run_widest(kernels::merge_kernel<T, 0, Body>{body, lines, findings, lanes, task_slots}); }
     }
     if (whole < run.size) {
         kernels::entry_run<T> rest = run;
@@ -301,13 +305,6 @@ void run_body(const Body& body, kernels::entry_run<T> run, merge_scratch& scratc
     }
 }
 
-/// Whether use(std::type_identity<T>{}) is true for some T of a list; asked in its order until one is.
-template <class Use, class... T>
-bool any_of_storage(storage_list<T...>, const Use& use)
-{
-    return (use(std::type_identity<T>{}) || ...);
-}
-
 /// Reports what may not lie beside the models: NaN and infinity, and where the method says so what is negative.
 template <class Method, arithmetic_element A>
 void examine_beside(const Method& prepared, const block<A>& rows, std::size_t b, const A* values, bits_type<A> largest)
@@ -327,80 +324,125 @@ void examine_beside(const Method& prepared, const block<A>& rows, std::size_t b,
 }
 
 /// Merges an opened block by a body, and writes it: from stored words to stored words where everything is stored as one
-/// type, otherwise through rows of the arithmetic type.
+/// type, otherwise through rows of the arithmetic type. (A class, as nvcc's front end fails on the lambdas that would
+/// do.)
 template <class Method, class Body, class Passes, arithmetic_element A>
-void merge_block(const Method& prepared, const Body& body, const Passes& passes, block<A>& rows, row_writer& writer,
-    merge_scratch& scratch, std::size_t task_slots, merge_tally& tally)
-{
-    const std::size_t tasks = rows.task_count();
-    kernels::run_findings<A> findings{&tally, 0};
-    constexpr bool with_beside = requires { Body::reads_beside; },
-                   with_draws = requires { body.stream(std::size_t{}); };
-    if constexpr (with_beside) {
-        scratch.beside.resize(passes.beside_each());
-        for (std::size_t b = 0; b < scratch.beside.size(); ++b) {
-            const auto& from = passes.beside(rows.tensor_index(), b);
-            scratch.numbers.resize(scratch.beside.size() * block_size);
+class block_merge {
+    static constexpr bool with_beside = requires { Body::reads_beside; };
+    static constexpr bool with_draws = requires(const Body& body) { body.stream(std::size_t{}); };
+
+public:
+    block_merge(const Method& prepared, const Body& body, const Passes& passes, block<A>& rows, row_writer& writer,
+        merge_scratch& scratch, std::size_t task_slots, merge_tally& tally)
+        : body_(body)
+        , rows_(rows)
+        , writer_(writer)
+        , scratch_(scratch)
+        , task_slots_(task_slots)
+        , findings_{&tally, 0}
+    {
+        if constexpr (with_beside) { read_beside(prepared, passes); }
+        if constexpr (with_draws) { draw(); }
+    }
+
+    void run()
+    {
+        bool done = false;
+        // Rows of numbers do not come apart as the halves of 16-bit types do.
+        if constexpr (!with_beside && !with_draws) { done = any_stored(storage_of<Passes>{}); }
+        if (!done && !stored<A>()) { through_rows(); }
+        rows_.note(findings_.largest);
+    }
+
+private:
+    void read_beside(const Method& prepared, const Passes& passes)
+    {
+        scratch_.beside.resize(passes.beside_each());
+        scratch_.numbers.resize(scratch_.beside.size() * block_size);
+        for (std::size_t b = 0; b < scratch_.beside.size(); ++b) {
+            const auto& from = passes.beside(rows_.tensor_index(), b);
+            scratch_.beside[b] = nullptr;
+            if (!from.data) { continue; }
             bits_type<A> largest = 0;
-            A* const own = reinterpret_cast<A*>(scratch.numbers.data() + b * block_size);
-            scratch.beside[b] = from.data ? rows.beside(from, own, largest) : nullptr;
-            if (from.data) { examine_beside(prepared, rows, b, static_cast<const A*>(scratch.beside[b]), largest); }
+            const A* const values =
+                rows_.beside(from, reinterpret_cast<A*>(scratch_.numbers.data() + b * block_size), largest);
+            scratch_.beside[b] = values;
+            examine_beside(prepared, rows_, b, values, largest);
         }
     }
-    if constexpr (with_draws) {
-        scratch.draws.resize(tasks);
-        scratch.words.resize(tasks * block_size);
+    void draw()
+    {
+        const std::size_t tasks = rows_.task_count();
+        scratch_.draws.resize(tasks);
+        scratch_.words.resize(tasks * block_size);
         for (std::size_t t = 0; t < tasks; ++t) {
-            auto* const words = reinterpret_cast<signed_word<A>*>(scratch.words.data() + t * block_size);
-            scratch.draws[t] = words;
-            if (body.drawing()) { fill_draws(body.stream(t), rows.offset(), words, rows.size()); }
+            auto* const words = reinterpret_cast<signed_word<A>*>(scratch_.words.data() + t * block_size);
+            scratch_.draws[t] = words;
+            if (body_.drawing()) { fill_draws(body_.stream(t), rows_.offset(), words, rows_.size()); }
         }
     }
-    const auto run_of = [&]<storage_element T>(std::type_identity<T>, const storage_word<T>* base) {
+    template <storage_element T>
+    [[nodiscard]] kernels::entry_run<T> run_of(const storage_word<T>* base) const
+    {
         kernels::entry_run<T> run;
         run.base = base;
-        run.tasks = scratch.tasks.data();
-        run.task_count = tasks;
-        run.beside = scratch.beside.data();
-        run.draws = scratch.draws.data();
-        run.size = rows.size();
-        run.place = rows.position();
+        run.tasks = scratch_.tasks.data();
+        run.task_count = rows_.task_count();
+        run.beside = scratch_.beside.data();
+        run.draws = scratch_.draws.data();
+        run.size = rows_.size();
+        run.place = rows_.position();
         return run;
-    };
-    const auto stored = [&]<storage_element T>(std::type_identity<T> type) {
+    }
+    /// Where everything is stored as T; false, and nothing done, otherwise.
+    template <storage_element T>
+    bool stored()
+    {
         const storage_word<T>* base = nullptr;
-        if (!writer.template stores<T>() || !rows.template stored<T>(base, scratch.tasks)) { return false; }
-        run_body<T>(body, run_of(type, base), scratch, task_slots, findings,
-            [&](std::size_t first, const storage_word<T>* words, std::size_t n) {
-                writer.template write_words<T>(rows.offset() + first, words, n);
+        if (!writer_.template stores<T>() || !rows_.template stored<T>(base, scratch_.tasks)) { return false; }
+        run_body<T>(body_, run_of<T>(base), scratch_, task_slots_, findings_,
+            [this](std::size_t first, const storage_word<T>* words, std::size_t n) {
+                writer_.template write_words<T>(rows_.offset() + first, words, n);
             });
         return true;
-    };
-    bool done = false;
-    // Rows of numbers do not come apart as the halves of 16-bit types do.
-    if constexpr (!with_beside && !with_draws) {
-        done = any_of_storage(storage_of<Passes>{}, [&]<class T>(std::type_identity<T> type) {
-            if constexpr (std::same_as<arithmetic_type<T>, A> && !std::same_as<T, A> && has_pack_conversion<T>) {
-                return stored(type);
-            }
-            else {
-                return false;
-            }
-        });
     }
-    if (!done && !stored(std::type_identity<A>{})) {
-        const A* const base = rows.tensor().base.data ? rows.base() : nullptr;
-        scratch.tasks.resize(tasks);
-        for (std::size_t t = 0; t < tasks; ++t) { scratch.tasks[t] = rows.task(t); }
-        A* const merged = rows.scratch(0);
-        run_body<A>(body, run_of(std::type_identity<A>{}, base), scratch, task_slots, findings,
-            [&](std::size_t first, const A* words, std::size_t n) {
+    /// The same for the narrow types of a list, in their order until one is it.
+    template <class... T>
+    bool any_stored(storage_list<T...>)
+    {
+        return (narrow_stored<T>() || ...);
+    }
+    template <storage_element T>
+    bool narrow_stored()
+    {
+        if constexpr (std::same_as<arithmetic_type<T>, A> && !std::same_as<T, A> && has_pack_conversion<T>) {
+            return stored<T>();
+        }
+        else {
+            return false;
+        }
+    }
+    void through_rows()
+    {
+        const std::size_t tasks = rows_.task_count();
+        const A* const base = rows_.tensor().base.data ? rows_.base() : nullptr;
+        scratch_.tasks.resize(tasks);
+        for (std::size_t t = 0; t < tasks; ++t) { scratch_.tasks[t] = rows_.task(t); }
+        A* const merged = rows_.scratch(0);
+        run_body<A>(body_, run_of<A>(base), scratch_, task_slots_, findings_,
+            [merged](std::size_t first, const A* words, std::size_t n) {
                 std::memcpy(merged + first, words, n * sizeof(A));
             });
-        writer.write(rows.offset(), merged, rows.size());
+        writer_.write(rows_.offset(), merged, rows_.size());
     }
-    rows.note(findings.largest);
-}
+
+    const Body& body_;
+    block<A>& rows_;
+    row_writer& writer_;
+    merge_scratch& scratch_;
+    std::size_t task_slots_;
+    kernels::run_findings<A> findings_;
+};
 
 /// Outputs larger than this do not stay in the cache: they are written past it.
 inline constexpr std::uint64_t streaming_bytes = std::uint64_t{8} << 20;
@@ -438,8 +480,8 @@ void merge_chunks(const Passes& passes, const method<Options>& prepared, std::sp
             if constexpr (packed_method<Options>) {
                 visit_body<A>(prepared, piece.tensor, [&](const auto& body) {
                     for_each_block_of(rows, piece, [&](block<A>& opened) {
-                        merge_block(
-                            prepared, body, passes, opened, writer, scratch[worker], task_slots, tallies[index]);
+                        block_merge(prepared, body, passes, opened, writer, scratch[worker], task_slots, tallies[index])
+                            .run();
                     });
                 });
             }
