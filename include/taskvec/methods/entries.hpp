@@ -211,7 +211,7 @@ struct merge_kernel {
         const Body merge = body;
         const entry_run<T> in = run_of;
         constexpr std::size_t group = bytes == 0 ? 1 : line, step = stored::entries;
-        words counts[merge_tally::slots]{}, largest{};
+        words counts[merge_tally::slot_count]{}, largest{};
         words* const of_tasks = reinterpret_cast<words*>(lanes_of_tasks);
         const storage_word<T>* x[held > 0 ? held : 1];
         if constexpr (held > 0) {
@@ -257,7 +257,7 @@ struct merge_kernel {
                 made.store(out + at);
             }
         }
-        for (std::size_t k = 0; k < merge_tally::slots; ++k) { findings.tally->counts[k] += added_up(&counts[k]); }
+        for (std::size_t k = 0; k < merge_tally::slot_count; ++k) { findings.tally->counts[k] += added_up(&counts[k]); }
         findings.largest = largest_lane(&largest, findings.largest);
         if constexpr (held == 0) {
             if (of_tasks) {

@@ -82,13 +82,13 @@ struct merge_report {
 /// What bodies counted: on a run of entries, a tensor, a model. Tallies of parts add up to that of the whole, whoever
 /// walked over the parts and in whatever order.
 struct merge_tally {
-    static constexpr std::size_t slots = 4;
-    std::array<std::uint64_t, slots> counts{}; ///< by in.count(slot, mask)
+    static constexpr std::size_t slot_count = 4;
+    std::array<std::uint64_t, slot_count> counts{}; ///< by in.count(slot, mask)
     std::vector<std::uint64_t> of_tasks{}; ///< by in.count_of(slot, task, mask): [slot][task]
 
     merge_tally& operator+=(const merge_tally& other)
     {
-        for (std::size_t k = 0; k < slots; ++k) { counts[k] += other.counts[k]; }
+        for (std::size_t k = 0; k < slot_count; ++k) { counts[k] += other.counts[k]; }
         if (of_tasks.size() < other.of_tasks.size()) { of_tasks.resize(other.of_tasks.size()); }
         for (std::size_t k = 0; k < other.of_tasks.size(); ++k) { of_tasks[k] += other.of_tasks[k]; }
         return *this;

@@ -34,7 +34,7 @@ struct merge_entries_of {
 
     [[nodiscard]] TASKVEC_HOST_DEVICE std::size_t tally_size() const noexcept
     {
-        return merge_tally::slots + task_slots * piece.tasks;
+        return merge_tally::slot_count + task_slots * piece.tasks;
     }
     [[nodiscard]] TASKVEC_HOST_DEVICE counter* tally_of(const indices& at) const noexcept
     {
@@ -125,7 +125,7 @@ public:
     [[nodiscard]] TASKVEC_INLINE bool counts_tasks() const noexcept { return of_.task_slots != 0; }
     TASKVEC_INLINE void count_of(std::size_t slot, std::size_t t, const mask& entry) const noexcept
     {
-        if (entry.lanes != 0) { atomic_add(tally_ + merge_tally::slots + slot * of_.piece.tasks + t, 1); }
+        if (entry.lanes != 0) { atomic_add(tally_ + merge_tally::slot_count + slot * of_.piece.tasks + t, 1); }
     }
     /// Every load notes NaN and infinity.
     TASKVEC_INLINE void watch(const pack&) const noexcept { }
@@ -160,7 +160,7 @@ struct merge_entries {
     TASKVEC_FUNCTOR void operator()(const indices& at) const
     {
         TASKVEC_STRICT_FP
-        counter counts[merge_tally::slots]{};
+        counter counts[merge_tally::slot_count]{};
         counter* const tally = of.tally_of(at);
         for (std::uint64_t k = at.first; k < at.last; k += at.step) {
             [[maybe_unused]] std::uint32_t drawn[4 * held];
@@ -181,7 +181,7 @@ struct merge_entries {
     }
     static TASKVEC_HOST_DEVICE void add(counter* tally, const counter* counts) noexcept
     {
-        for (std::size_t slot = 0; slot < merge_tally::slots; ++slot) {
+        for (std::size_t slot = 0; slot < merge_tally::slot_count; ++slot) {
             if (counts[slot] != 0) { atomic_add(tally + slot, counts[slot]); }
         }
     }
@@ -214,7 +214,7 @@ struct merge_words16 {
         constexpr std::size_t held = merge_entries<float, Body>::held, size = words16<T>::size;
         const auto& of = entries.of;
         const device_piece& piece = of.piece;
-        counter counts[merge_tally::slots]{};
+        counter counts[merge_tally::slot_count]{};
         counter* const tally = of.tally_of(at);
         for (std::uint64_t k = at.first; k < at.last; k += at.step) {
             const std::uint64_t begin = k * size;
@@ -254,7 +254,7 @@ public:
         : passes_(&passes)
         , prepared_(&prepared)
         , task_slots_(passes.models().options().statistics ? method<Options>::task_slots : 0)
-        , per_tensor_(elementwise::tally_slots * (merge_tally::slots + task_slots_ * passes.tasks()))
+        , per_tensor_(elementwise::tally_slots * (merge_tally::slot_count + task_slots_ * passes.tasks()))
         , tallies_(passes.policy(), passes.models().tensors().size() * per_tensor_)
     {
         tallies_.clear();
@@ -300,11 +300,11 @@ public:
         const std::vector<elementwise::counter> found = tallies_.download();
         const std::size_t size = per_tensor_ / elementwise::tally_slots;
         std::vector<merge_tally> tallies(passes_->models().tensors().size());
-        for (auto& tally : tallies) { tally.of_tasks.resize(size - merge_tally::slots); }
+        for (auto& tally : tallies) { tally.of_tasks.resize(size - merge_tally::slot_count); }
         for (std::size_t i = 0; i < found.size(); ++i) {
             merge_tally& tally = tallies[i / per_tensor_];
             const std::size_t slot = i % size;
-            (slot < merge_tally::slots ? tally.counts[slot] : tally.of_tasks[slot - merge_tally::slots]) += found[i];
+            (slot < merge_tally::slot_count ? tally.counts[slot] : tally.of_tasks[slot - merge_tally::slot_count]) += found[i];
         }
         return tallies;
     }
