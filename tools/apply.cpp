@@ -11,13 +11,13 @@
 
 namespace {
 
-struct settings {
+struct apply_settings {
     std::string base, delta, out, shard_size, nonfinite = "error";
     double scale = 1;
     tool::run_options run;
 };
 
-void run_apply(const settings& given)
+void run_apply(const apply_settings& given)
 {
     tool::check_finite(given.scale, "--scale");
     const auto base = tool::open_guarded(given.base);
@@ -56,18 +56,19 @@ void run_apply(const settings& given)
         out, report);
 }
 
-const tool::register_verb verb(40, "apply", "Add a delta to the model that it was made for", [](tool::command& verb) {
-    const auto given = std::make_shared<settings>();
-    verb.text("--base", given->base, "MODEL", "The model that the delta was made for", tool::presence::required);
-    verb.text("--delta", given->delta, "FILE", "A delta, from prune or peru-fft", tool::presence::required);
-    verb.number("--scale", given->scale, "S", "Factor of the delta (default: 1)");
-    verb.text("--out", given->out, "PATH", "Where the sum goes: a file, or a directory", tool::presence::required);
-    tool::add_shard_size_option(verb, given->shard_size);
-    tool::add_nonfinite_option(verb, given->nonfinite);
-    tool::add_run_options(verb, given->run);
-    verb.footer("Example:\n  taskvec apply --base reuse/merged.safetensors --delta reuse/math.delta.safetensors "
-                "--out math.safetensors");
-    verb.action([given] { run_apply(*given); });
-});
+const tool::register_verb apply_verb(
+    40, "apply", "Add a delta to the model that it was made for", [](tool::command& verb) {
+        const auto given = std::make_shared<apply_settings>();
+        verb.text("--base", given->base, "MODEL", "The model that the delta was made for", tool::presence::required);
+        verb.text("--delta", given->delta, "FILE", "A delta, from prune or peru-fft", tool::presence::required);
+        verb.number("--scale", given->scale, "S", "Factor of the delta (default: 1)");
+        verb.text("--out", given->out, "PATH", "Where the sum goes: a file, or a directory", tool::presence::required);
+        tool::add_shard_size_option(verb, given->shard_size);
+        tool::add_nonfinite_option(verb, given->nonfinite);
+        tool::add_run_options(verb, given->run);
+        verb.footer("Example:\n  taskvec apply --base reuse/merged.safetensors --delta reuse/math.delta.safetensors "
+                    "--out math.safetensors");
+        verb.action([given] { run_apply(*given); });
+    });
 
 } // namespace

@@ -9,12 +9,12 @@
 
 namespace {
 
-struct settings {
+struct combine_statistics_settings {
     std::vector<std::string> parts;
     std::string out;
 };
 
-void combine(const settings& given)
+void combine(const combine_statistics_settings& given)
 {
     taskvec::combine_statistics({given.parts.begin(), given.parts.end()}, given.out);
     const taskvec::statistics_file whole(given.out);
@@ -23,9 +23,9 @@ void combine(const settings& given)
         + " over " + tool::counted(whole.info().examples, "example") + "\n");
 }
 
-const tool::register_verb verb(110, "combine-statistics",
+const tool::register_verb combine_statistics_verb(110, "combine-statistics",
     "Join Fishers or Gram matrices of one model over parts of its data", [](tool::command& verb) {
-        const auto given = std::make_shared<settings>();
+        const auto given = std::make_shared<combine_statistics_settings>();
         verb.texts("--part", given->parts, "FILE", "A statistics file; repeat", tool::presence::required);
         verb.text("--out", given->out, "FILE", "Where the joined statistics go; may be one of the parts",
             tool::presence::required);

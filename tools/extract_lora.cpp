@@ -12,7 +12,7 @@
 
 namespace {
 
-struct settings : tool::adapter_settings {
+struct extract_lora_settings : tool::adapter_settings {
     std::string base, task;
     tool::rank_settings rank;
     bool randomized = false, fan_in_fan_out = false;
@@ -65,7 +65,7 @@ void check_matches(
 }
 
 template <class T>
-void extract_as(const settings& given, const taskvec::checkpoint& base, const taskvec::checkpoint& tuned)
+void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& base, const taskvec::checkpoint& tuned)
 {
     const tool::runner run(given.run);
     auto report = tool::open_report(given);
@@ -128,7 +128,7 @@ void extract_as(const settings& given, const taskvec::checkpoint& base, const ta
     list_left_out();
 }
 
-void run_extract_lora(const settings& given)
+void run_extract_lora(const extract_lora_settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("extract-lora runs on the cpu; leave --device out"); }
     (void)given.rank.choice();
@@ -147,9 +147,9 @@ void run_extract_lora(const settings& given)
         wide(base) || wide(tuned), [&]<class T>(std::type_identity<T>) { extract_as<T>(given, base, tuned); });
 }
 
-const tool::register_verb verb(70, "extract-lora",
+const tool::register_verb extract_lora_verb(70, "extract-lora",
     "Make a LoRA adapter of what fine-tuning changed in a model's 2-D weights", [](tool::command& verb) {
-        const auto given = std::make_shared<settings>();
+        const auto given = std::make_shared<extract_lora_settings>();
         verb.text("--base", given->base, "MODEL", "The pre-trained model", tool::presence::required);
         verb.text("--task", given->task, "MODEL", "The fine-tuned model", tool::presence::required);
         verb.text("--out", given->out, "DIR", "Where the adapter goes, a PEFT directory", tool::presence::required);

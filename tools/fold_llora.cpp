@@ -10,7 +10,7 @@
 
 namespace {
 
-struct settings : tool::adapter_settings {
+struct fold_llora_settings : tool::adapter_settings {
     std::string init, adapter;
 };
 
@@ -32,7 +32,7 @@ std::size_t moved_without_gradient(const taskvec::lora_adapter<T>& initial, cons
 }
 
 template <class T>
-void fold_as(const settings& given)
+void fold_as(const fold_llora_settings& given)
 {
     const tool::runner run(given.run);
     auto report = tool::open_report(given);
@@ -74,17 +74,17 @@ void fold_as(const settings& given)
         "folded a linearized adapter into '" + tool::printable(given.out) + "': " + summary);
 }
 
-void run_fold_llora(const settings& given)
+void run_fold_llora(const fold_llora_settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("fold-llora runs on the cpu; leave --device out"); }
     tool::in_precision(tool::adapter_is_wide(given.init) || tool::adapter_is_wide(given.adapter),
         [&]<class T>(std::type_identity<T>) { fold_as<T>(given); });
 }
 
-const tool::register_verb verb(90, "fold-llora",
+const tool::register_verb fold_llora_verb(90, "fold-llora",
     "Turn an adapter that was fine-tuned linearized (L-LoRA, per layer) into a plain LoRA adapter",
     [](tool::command& verb) {
-        const auto given = std::make_shared<settings>();
+        const auto given = std::make_shared<fold_llora_settings>();
         verb.text(
             "--init", given->init, "DIR", "The adapter's initialisation, a PEFT directory", tool::presence::required);
         verb.text("--adapter", given->adapter, "DIR",

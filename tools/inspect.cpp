@@ -14,7 +14,7 @@
 
 namespace {
 
-struct settings {
+struct inspect_settings {
     std::string model;
     bool json = false;
     tool::run_options run;
@@ -80,9 +80,9 @@ void print_table(const taskvec::checkpoint& model)
     tool::print(text);
 }
 
-const tool::register_verb verb(10, "inspect",
+const tool::register_verb inspect_verb(10, "inspect",
     "List a model's tensors, metadata and totals; fails if the file is malformed", [](tool::command& verb) {
-        const auto given = std::make_shared<settings>();
+        const auto given = std::make_shared<inspect_settings>();
         verb.positional("MODEL", given->model, "The model to look into");
         verb.flag("--json", given->json, "Print JSON instead of a table");
         tool::add_quiet(verb, given->run);

@@ -8,7 +8,7 @@
 
 namespace {
 
-struct settings {
+struct list_methods_settings {
     std::string method;
     bool markdown = false;
 };
@@ -97,7 +97,7 @@ std::vector<page> pages()
     return list;
 }
 
-void list_methods(const settings& given)
+void list_methods(const list_methods_settings& given)
 {
     std::string text;
     for (const auto& one : pages()) {
@@ -120,12 +120,13 @@ void list_methods(const settings& given)
     tool::print(text);
 }
 
-const tool::register_verb verb(120, "methods", "List the merge methods and their options", [](tool::command& verb) {
-    const auto given = std::make_shared<settings>();
-    verb.text("--method", given->method, "METHOD", "Only this one");
-    verb.flag("--markdown", given->markdown, "As a page of documentation");
-    verb.footer("Example:\n  taskvec methods --method ties");
-    verb.action([given] { list_methods(*given); });
-});
+const tool::register_verb list_methods_verb(
+    120, "methods", "List the merge methods and their options", [](tool::command& verb) {
+        const auto given = std::make_shared<list_methods_settings>();
+        verb.text("--method", given->method, "METHOD", "Only this one");
+        verb.flag("--markdown", given->markdown, "As a page of documentation");
+        verb.footer("Example:\n  taskvec methods --method ties");
+        verb.action([given] { list_methods(*given); });
+    });
 
 } // namespace

@@ -41,7 +41,7 @@ void run_merge(const tool::merge_request& request)
         out, report);
 }
 
-const tool::register_verb verb(20, "merge", "Merge fine-tuned models into one", [](tool::command& verb) {
+const tool::register_verb merge_verb(20, "merge", "Merge fine-tuned models into one", [](tool::command& verb) {
     const auto request = std::make_shared<tool::merge_request>();
     tool::add_method_option(verb, *request, tool::presence::required, "How to merge; see below");
     tool::add_base_option(verb, *request);

@@ -15,7 +15,7 @@
 
 namespace {
 
-struct settings : tool::adapter_settings {
+struct merge_lora_settings : tool::adapter_settings {
     std::string method = "linear", space = "product", init;
     std::vector<std::string> adapters;
     tool::rank_settings rank;
@@ -43,7 +43,7 @@ struct settings : tool::adapter_settings {
 template <class T>
 class inputs {
 public:
-    inputs(const settings& given, const std::vector<tool::task_argument>& arguments)
+    inputs(const merge_lora_settings& given, const std::vector<tool::task_argument>& arguments)
         : arguments_(arguments)
     {
         for (const auto& argument : arguments) {
@@ -190,7 +190,7 @@ nlohmann::ordered_json ranks_of(const taskvec::lora_adapter<T>& adapter)
 }
 
 template <class T>
-taskvec::lora_adapter<T> merge_phi(const taskvec::cpu& policy, const settings& given, const inputs<T>& from)
+taskvec::lora_adapter<T> merge_phi(const taskvec::cpu& policy, const merge_lora_settings& given, const inputs<T>& from)
 {
     taskvec::model_options how;
     how.base_label = "the initialisation '" + given.init + "'";
@@ -204,7 +204,7 @@ taskvec::lora_adapter<T> merge_phi(const taskvec::cpu& policy, const settings& g
 }
 
 template <class T>
-void merge_as(const settings& given, const std::vector<tool::task_argument>& arguments)
+void merge_as(const merge_lora_settings& given, const std::vector<tool::task_argument>& arguments)
 {
     const inputs<T> from(given, arguments);
     const tool::runner run(given.run);
@@ -271,7 +271,7 @@ std::vector<tool::described> method_tables()
     return tables;
 }
 
-void run_merge_lora(const settings& given)
+void run_merge_lora(const merge_lora_settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("merge-lora runs on the cpu; leave --device out"); }
     if (given.in_phi() == given.init.empty()) {
@@ -317,9 +317,9 @@ void run_merge_lora(const settings& given)
     tool::in_precision(wide, [&]<class T>(std::type_identity<T>) { merge_as<T>(given, arguments); });
 }
 
-const tool::register_verb verb(80, "merge-lora",
+const tool::register_verb merge_lora_verb(80, "merge-lora",
     "Merge LoRA adapters, of different ranks and targets too, into one adapter", [](tool::command& verb) {
-        const auto given = std::make_shared<settings>();
+        const auto given = std::make_shared<merge_lora_settings>();
         verb.word("--method", given->method, {"linear", "ties", "average", "average-factors"}, "METHOD",
             "How to merge; see below (default: linear)");
         verb.texts("--adapter", given->adapters, "DIR[=W]",

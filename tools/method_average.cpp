@@ -5,7 +5,7 @@
 
 namespace {
 
-const tool::register_method<taskvec::average_options> entry(
+const tool::register_method<taskvec::average_options> average(
     "average", "weighted mean of the models; needs no --base", 10, {.needs_base = false});
 
 } // namespace

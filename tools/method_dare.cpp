@@ -5,7 +5,7 @@
 
 namespace {
 
-const tool::register_method<taskvec::dare_options> entry(
+const tool::register_method<taskvec::dare_options> dare(
     "dare", "keep entries with probability --density ({density}), rescale, then as task arithmetic", 40);
 
 } // namespace

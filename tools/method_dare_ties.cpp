@@ -5,7 +5,7 @@
 
 namespace {
 
-const tool::register_method<taskvec::dare_ties_options> entry(
+const tool::register_method<taskvec::dare_ties_options> dare_ties(
     "dare-ties", "keep entries with probability --density ({density}), rescale, then as ties without its trim", 50);
 
 } // namespace

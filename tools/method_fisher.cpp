@@ -6,7 +6,7 @@
 
 namespace {
 
-const tool::register_method<taskvec::fisher_options> entry("fisher",
+const tool::register_method<taskvec::fisher_options> fisher("fisher",
     "mean weighted by each task's diagonal Fisher (--fisher FILE per task); needs no --base", 60,
     {.needs_base = false,
         .lists = {{"fisher", "FILE", "diagonal Fisher of a task; repeat in task order", true}},

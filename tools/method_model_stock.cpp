@@ -6,7 +6,7 @@
 
 namespace {
 
-const tool::register_method<taskvec::model_stock_options> entry("model-stock",
+const tool::register_method<taskvec::model_stock_options> model_stock("model-stock",
     "base + what the angles between the task vectors say of their mean, tensor by tensor", 90,
     {.without_weights = "it takes the plain mean; leave the weight out",
         .check = [](const tool::merge_request& request) {

@@ -34,7 +34,7 @@ std::function<taskvec::weight_layout(std::string_view)> layout_of(
                std::string_view name) { return named(name) ? taskvec::weight_layout::in_out : first.layout(name); };
 }
 
-const tool::register_method<taskvec::regmean_options> entry("regmean",
+const tool::register_method<taskvec::regmean_options> regmean("regmean",
     "weights of linear layers that fit all tasks' outputs best (--gram FILE per task), the\n                   "
     "rest averaged; needs no --base",
     70,

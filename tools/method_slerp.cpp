@@ -6,7 +6,7 @@
 
 namespace {
 
-const tool::register_method<taskvec::slerp_options> entry("slerp",
+const tool::register_method<taskvec::slerp_options> slerp("slerp",
     "along the arc between two models, by --t ({t}): two tasks, or --base and one task", 80,
     {.needs_base = false, .without_weights = "--t says how far to go", .check = [](const tool::merge_request& request) {
          if (request.tasks.size() > 2 || (request.tasks.size() == 1 && request.base.empty())) {

@@ -5,7 +5,7 @@
 
 namespace {
 
-const tool::register_method<taskvec::task_arithmetic_options> entry(
+const tool::register_method<taskvec::task_arithmetic_options> task_arithmetic(
     "task-arithmetic", "base + lambda * weighted sum of the task vectors", 20);
 
 } // namespace

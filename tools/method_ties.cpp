@@ -5,7 +5,7 @@
 
 namespace {
 
-const tool::register_method<taskvec::ties_options> entry(
+const tool::register_method<taskvec::ties_options> ties(
     "ties", "trim to the top --density ({density}), elect signs, merge what agrees", 30);
 
 } // namespace

@@ -92,7 +92,7 @@ void run_peru_fft(const tool::merge_request& request)
         all, out, folder, report);
 }
 
-const tool::register_verb verb(50, "peru-fft",
+const tool::register_verb peru_fft_verb(50, "peru-fft",
     "Merge, and keep for each task the largest entries of what the merge lost", [](tool::command& verb) {
         const auto request = std::make_shared<tool::merge_request>();
         tool::add_method_option(verb, *request, tool::presence::required, "How to merge; see below");

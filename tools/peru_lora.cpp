@@ -9,13 +9,13 @@
 
 namespace {
 
-struct settings : tool::adapter_settings {
+struct peru_lora_settings : tool::adapter_settings {
     std::string adapter;
     tool::rank_settings rank;
 };
 
 template <class T>
-void truncate_as(const settings& given)
+void truncate_as(const peru_lora_settings& given)
 {
     const tool::runner run(given.run);
     auto report = tool::open_report(given);
@@ -39,7 +39,7 @@ void truncate_as(const settings& given)
         "wrote '" + tool::printable(given.out) + "': " + summary);
 }
 
-void run_peru_lora(const settings& given)
+void run_peru_lora(const peru_lora_settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("peru-lora runs on the cpu; leave --device out"); }
     (void)given.rank.choice();
@@ -47,9 +47,9 @@ void run_peru_lora(const settings& given)
         tool::adapter_is_wide(given.adapter), [&]<class T>(std::type_identity<T>) { truncate_as<T>(given); });
 }
 
-const tool::register_verb verb(60, "peru-lora",
+const tool::register_verb peru_lora_verb(60, "peru-lora",
     "Truncate a LoRA adapter to a lower rank, as well as that rank can (PERU-LoRA)", [](tool::command& verb) {
-        const auto given = std::make_shared<settings>();
+        const auto given = std::make_shared<peru_lora_settings>();
         verb.text(
             "--adapter", given->adapter, "DIR", "The fine-tuned adapter, a PEFT directory", tool::presence::required);
         verb.text(

@@ -59,7 +59,7 @@ void run_prune(const tool::merge_request& request)
         writer, report);
 }
 
-const tool::register_verb verb(
+const tool::register_verb prune_verb(
     30, "prune", "Keep the largest entries of a task vector, as a delta (Post-Pruning)", [](tool::command& verb) {
         const auto request = std::make_shared<tool::merge_request>();
         verb.text("--base", request->base, "MODEL",

@@ -46,12 +46,12 @@ std::string table_of(const std::vector<std::string>& names, const std::vector<do
     return text;
 }
 
-struct settings {
+struct similarity_settings {
     tool::model_request models;
     std::string csv, svg;
 };
 
-void run_similarity(const settings& given)
+void run_similarity(const similarity_settings& given)
 {
     tool::check_no_weights(given.models.tasks, "similarity", "a cosine does not depend on lengths; leave it out");
     const tool::merge_inputs inputs(given.models, true);
@@ -98,9 +98,9 @@ void run_similarity(const settings& given)
     tool::conclude(table_of(names, cosines), report, csv, svg);
 }
 
-const tool::register_verb verb(
+const tool::register_verb similarity_verb(
     100, "similarity", "Cosine similarity of task vectors, as a table, CSV or picture", [](tool::command& verb) {
-        const auto given = std::make_shared<settings>();
+        const auto given = std::make_shared<similarity_settings>();
         tool::add_base_option(verb, given->models, tool::presence::required);
         verb.texts("--task", given->models.tasks, "PATH", "A fine-tuned model; repeat", tool::presence::required);
         verb.text("--csv", given->csv, "FILE", "Also write the matrix as CSV");

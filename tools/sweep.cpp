@@ -23,7 +23,7 @@
 
 namespace {
 
-struct settings {
+struct sweep_settings {
     tool::merge_request merge;
     tool::score_command score;
     std::string csv, svg, scratch;
@@ -88,7 +88,7 @@ struct grid {
     std::vector<candidate> candidates; ///< those of one subset are neighbours
 };
 
-const tool::option_value* given_value(const settings& given, const std::string& option)
+const tool::option_value* given_value(const sweep_settings& given, const std::string& option)
 {
     const auto& list = given.merge.options;
     const auto place =
@@ -97,7 +97,7 @@ const tool::option_value* given_value(const settings& given, const std::string& 
 }
 
 /// The grids that were asked for: those of --lambdas and its like, and --over OPTION=GRID.
-std::map<std::string, tool::option_value> grids_of(const settings& given)
+std::map<std::string, tool::option_value> grids_of(const sweep_settings& given)
 {
     auto grids = given.grids;
     for (const auto& text : given.over) {
@@ -114,7 +114,7 @@ std::map<std::string, tool::option_value> grids_of(const settings& given)
 }
 
 /// The options of the method that have values to go over, in the order of its table.
-std::vector<axis> axes_of(const settings& given, const tool::method_entry& method)
+std::vector<axis> axes_of(const sweep_settings& given, const tool::method_entry& method)
 {
     const auto grids = grids_of(given);
     std::vector<axis> axes;
@@ -153,7 +153,7 @@ std::vector<axis> axes_of(const settings& given, const tool::method_entry& metho
     return axes;
 }
 
-grid grid_of(const settings& given, const tool::method_entry& method)
+grid grid_of(const sweep_settings& given, const tool::method_entry& method)
 {
     const auto tasks = tool::parse_tasks(given.merge.tasks);
     grid result;
@@ -206,7 +206,7 @@ grid grid_of(const settings& given, const tool::method_entry& method)
 
 /// The command line of one candidate.
 tool::merge_request request_of(
-    const settings& given, const tool::method_entry& method, const grid& points, const candidate& one)
+    const sweep_settings& given, const tool::method_entry& method, const grid& points, const candidate& one)
 {
     auto result = given.merge;
     const auto chosen = [&](std::vector<std::string>& list) {
@@ -288,7 +288,7 @@ taskvec::sweep_table read_table(const std::string& path, const std::vector<std::
     return table;
 }
 
-void draw(const settings& given, const grid& points, const taskvec::sweep_table& table)
+void draw(const sweep_settings& given, const grid& points, const taskvec::sweep_table& table)
 {
     std::map<std::vector<std::string>, double> scores;
     for (const auto& row : table.rows()) { scores[row.point] = row.score; }
@@ -334,7 +334,7 @@ void draw(const settings& given, const grid& points, const taskvec::sweep_table&
     plot::write_svg(chart, given.svg);
 }
 
-void run_sweep(const settings& given)
+void run_sweep(const sweep_settings& given)
 {
     tool::check_score_command(given.score.text);
     if (!(given.score.timeout >= 0) || !std::isfinite(given.score.timeout)) {
@@ -448,7 +448,7 @@ void run_sweep(const settings& given)
 }
 
 /// Adds a flag for each axis that some method's table has.
-void add_axis_options(tool::command& verb, settings& given)
+void add_axis_options(tool::command& verb, sweep_settings& given)
 {
     std::set<std::string> seen;
     for (const auto& table : tool::method_tables()) {
@@ -466,10 +466,10 @@ void add_axis_options(tool::command& verb, settings& given)
     verb.texts("--over", given.over, "OPTION=GRID", "Values of any other option that is a number, such as t=0:1:0.1");
 }
 
-const tool::register_verb verb(25, "sweep",
+const tool::register_verb sweep_verb(25, "sweep",
     "Merge over a grid of lambdas, densities or task subsets, and score each merge by a command",
     [](tool::command& verb) {
-        const auto given = std::make_shared<settings>();
+        const auto given = std::make_shared<sweep_settings>();
         given->merge.method = "task-arithmetic";
         tool::add_method_option(verb, given->merge, tool::presence::optional,
             "How to merge; see 'taskvec merge --help' (default: task-arithmetic)");

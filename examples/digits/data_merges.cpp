@@ -15,8 +15,6 @@
 namespace digits {
 namespace {
 
-const taskvec::cpu one_thread{.threads = 1};
-
 taskvec::matrix_view<const float> rows_of(const matrix& x)
 {
     return {x.data(), static_cast<std::size_t>(x.rows()), static_cast<std::size_t>(x.cols()),

@@ -26,7 +26,6 @@ namespace {
 
 using members = std::span<const std::size_t>;
 
-const taskvec::cpu one_thread{.threads = 1};
 constexpr double ties_density = 0.2;
 
 /// Rows of `data` from the front; all of them for 0.

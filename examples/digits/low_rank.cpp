@@ -17,8 +17,6 @@
 namespace digits {
 namespace {
 
-const taskvec::cpu one_thread{.threads = 1};
-
 taskvec::matrix_view<float> weight(encoder::map w)
 {
     return {w.data(), static_cast<std::size_t>(w.rows()), static_cast<std::size_t>(w.cols()),

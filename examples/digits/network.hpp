@@ -4,6 +4,7 @@
 
 #include "data.hpp"
 
+#include <taskvec/core/policy.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 
 #include <cstdint>
@@ -13,6 +14,9 @@
 namespace digits {
 
 inline constexpr int hidden = 128, features = 512;
+
+/// What the library computes with here: nothing runs in parallel.
+inline const taskvec::cpu one_thread{.threads = 1};
 
 /// The encoder's parameters: what is fine-tuned, merged and stored. One flat buffer that holds fc1.bias (128),
 /// fc1.weight (128 × 64), fc2.bias (512) and fc2.weight (512 × 128), in this order (by name), each row-major.

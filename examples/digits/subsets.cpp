@@ -16,7 +16,6 @@ namespace digits {
 namespace {
 
 constexpr std::size_t images_for_lambda = 100;
-const taskvec::cpu one_thread{.threads = 1};
 
 using members = std::span<const std::size_t>;
 using vector_view = taskvec::host_view<const float>;
