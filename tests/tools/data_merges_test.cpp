@@ -15,14 +15,14 @@ using namespace tools_test;
 
 namespace {
 
-struct models {
+struct models_with_statistics {
     scratch folder;
     values_model base = sample_base();
     std::vector<values_model> tasks{sample_task(base, 21), sample_task(base, 22), sample_task(base, 23)};
     std::vector<values_model> fishers;
     std::vector<std::vector<float>> inputs; ///< of layers.0.weight (17 out, 31 in), for each task: 60 rows of 31
 
-    models()
+    models_with_statistics()
     {
         std::mt19937 random(5);
         std::normal_distribution<float> normal;
@@ -154,7 +154,7 @@ void solve(std::vector<double>& a, std::vector<double>& b, std::size_t n, std::s
 
 TEST_CASE("fisher is the importance-weighted mean, the plain one where nobody knows")
 {
-    const models m;
+    const models_with_statistics m;
     const auto expected = [&](const std::vector<double>& factors, double floor) {
         return each(m.tasks[0], [&, floor](const std::string& name, std::size_t i) {
             double above = 0, below = 0, plain = 0;
@@ -210,7 +210,7 @@ TEST_CASE("fisher is the importance-weighted mean, the plain one where nobody kn
 
 TEST_CASE("regmean solves the normal equations of its layers and averages the rest, in either layout")
 {
-    const models m;
+    const models_with_statistics m;
     const std::string weight = "layers.0.weight";
     const auto merged_layer = [&](double alpha,
                                   bool transposed) { // [17][31], or 31 in × 17 out read from the same numbers
@@ -269,7 +269,7 @@ TEST_CASE("regmean solves the normal equations of its layers and averages the re
             grams.emplace(weight, 17)
                 .first->second.add(taskvec::cpu{},
                     taskvec::matrix_view<const float>(m.inputs[t].data(), rows, 17, taskvec::matrix_order::row_major));
-            const auto file = models::letter(t) + (said ? ".said" : ".unsaid") + ".safetensors";
+            const auto file = models_with_statistics::letter(t) + (said ? ".said" : ".unsaid") + ".safetensors";
             taskvec::write_statistics(
                 m.folder / file, grams, {}, said ? std::vector<std::string>{weight} : std::vector<std::string>{});
             auto& list = said ? by_file : by_option;
@@ -292,7 +292,7 @@ TEST_CASE("regmean solves the normal equations of its layers and averages the re
 
 TEST_CASE("slerp goes along the arc, from the base or between two tasks")
 {
-    const models m;
+    const models_with_statistics m;
     const auto arc = [&](const values_model& a, const values_model& b, double t) {
         auto expected = a;
         for (auto& [name, tensor] : expected) {
@@ -327,7 +327,7 @@ TEST_CASE("slerp goes along the arc, from the base or between two tasks")
 
 TEST_CASE("model-stock goes as far from the base as the task vectors agree")
 {
-    const models m;
+    const models_with_statistics m;
     for (const bool clamp : {true, false}) {
         auto expected = m.base;
         for (auto& [name, tensor] : expected) {
@@ -366,7 +366,7 @@ TEST_CASE("model-stock goes as far from the base as the task vectors agree")
 
 TEST_CASE("statistics that are wrong: one line that names what is, and the old output untouched")
 {
-    const models m;
+    const models_with_statistics m;
     auto values = m.fishers[1];
     values.at("layers.0.weight").values[7] = -0.5f;
     m.write_fisher("negative.safetensors", values, "");

@@ -10,11 +10,11 @@ using namespace tools_test;
 
 namespace {
 
-struct models {
+struct delta_models {
     scratch folder;
     values_model base = sample_base(), first = sample_task(base, 20), second = sample_task(base, 21);
 
-    models()
+    delta_models()
     {
         write_values(folder / "base.safetensors", base);
         write_values(folder / "first.safetensors", first);
@@ -34,7 +34,7 @@ values_model pruned(const values_model& base, const values_model& task, double d
 
 TEST_CASE("prune and apply equal plain loops")
 {
-    const models m;
+    const delta_models m;
     for (const std::string density : {"0.1", "0.01", "1", "0.0001"}) {
         REQUIRE(run(m.folder,
                     {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--density", density,
@@ -69,7 +69,7 @@ TEST_CASE("prune and apply equal plain loops")
 
 TEST_CASE("apply works in place, into a directory and into shards")
 {
-    const models m;
+    const delta_models m;
     REQUIRE(
         run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}).code == 0);
     const auto expected = pruned(m.base, m.first, 0.1);
@@ -90,7 +90,7 @@ TEST_CASE("apply works in place, into a directory and into shards")
 
 TEST_CASE("peru-fft: the merge, and for each task what prune makes of it")
 {
-    const models m;
+    const delta_models m;
     for (const std::string method : {"task-arithmetic", "ties", "average"}) {
         const auto result = run(m.folder,
             {"peru-fft", "--method", method, "--base", "base.safetensors", "--task", "first.safetensors", "--task",
@@ -142,7 +142,7 @@ TEST_CASE("peru-fft: the merge, and for each task what prune makes of it")
 
 TEST_CASE("bad deltas and bad options: one line, exit code 1 or 2, nothing written")
 {
-    const models m;
+    const delta_models m;
     REQUIRE(
         run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}).code == 0);
     auto damaged = slurp(m.folder / "d");
@@ -188,7 +188,7 @@ TEST_CASE("bad deltas and bad options: one line, exit code 1 or 2, nothing writt
 
 TEST_CASE("dry runs write nothing")
 {
-    const models m;
+    const delta_models m;
     const auto names = m.folder.names();
     CHECK(
         run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d", "--dry-run"})
@@ -236,7 +236,7 @@ TEST_CASE("values of a delta are what its base adds them in, whatever the task s
 
 TEST_CASE("a task that lacks a tensor is served with the base's")
 {
-    const models m;
+    const delta_models m;
     auto lacking = m.first;
     lacking.erase("layers.0.weight");
     write_values(m.folder / "lacking.safetensors", lacking);
@@ -257,7 +257,7 @@ TEST_CASE("a task that lacks a tensor is served with the base's")
 
 TEST_CASE("apply refuses NaN and infinity in the delta and in the base, unless they shall propagate")
 {
-    const models m;
+    const delta_models m;
     auto bad = m.first;
     bad["layers.1.weight"].values[70] = std::numeric_limits<float>::quiet_NaN();
     write_values(m.folder / "bad.safetensors", bad);

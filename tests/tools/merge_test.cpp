@@ -11,12 +11,12 @@ using namespace tools_test;
 
 namespace {
 
-struct models {
+struct merge_models {
     scratch folder;
     values_model base = sample_base();
     std::vector<values_model> tasks;
 
-    models()
+    merge_models()
     {
         for (unsigned seed : {10u, 11u, 12u}) { tasks.push_back(sample_task(base, seed)); }
         write_values(folder / "base.safetensors", base, {{"origin", "test"}});
@@ -80,7 +80,7 @@ std::vector<float> elect_and_merge(const std::vector<std::vector<float>>& trimme
 
 TEST_CASE("ties equals plain loops, element for element")
 {
-    const models m;
+    const merge_models m;
     for (const double density : {0.2, 0.01, 0.5, 1.0}) {
         for (const float lambda : {1.0f, 0.7f}) {
             auto vectors = m.vectors();
@@ -101,7 +101,7 @@ TEST_CASE("ties equals plain loops, element for element")
 
 TEST_CASE("ties in tensor scope trims each tensor by itself")
 {
-    const models m;
+    const merge_models m;
     std::vector<std::vector<float>> trimmed;
     std::vector<std::size_t> sizes;
     for (const auto& [name, tensor] : m.base) { sizes.push_back(tensor.values.size()); }
@@ -125,7 +125,7 @@ TEST_CASE("ties in tensor scope trims each tensor by itself")
 
 TEST_CASE("average and task arithmetic equal plain loops")
 {
-    const models m;
+    const merge_models m;
     REQUIRE(m.merge("average", {}).code == 0);
     auto expected = m.base;
     for (auto& [name, tensor] : expected) {
@@ -162,7 +162,7 @@ TEST_CASE("average and task arithmetic equal plain loops")
 
 TEST_CASE("dare and dare-ties equal plain loops over the documented draws")
 {
-    const models m;
+    const merge_models m;
     auto vectors = m.vectors();
     for (std::size_t t = 0; t < 3; ++t) {
         std::size_t at = 0;
@@ -192,7 +192,7 @@ TEST_CASE("dare and dare-ties equal plain loops over the documented draws")
 
 TEST_CASE("the same bytes for any number of threads, kept metadata, no other file")
 {
-    const models m;
+    const merge_models m;
     for (const char* method : {"average", "task-arithmetic", "ties", "dare", "dare-ties"}) {
         REQUIRE(m.merge(method, {"--threads", "1"}).code == 0);
         const auto one = slurp(m.folder / "out.safetensors");
@@ -207,7 +207,7 @@ TEST_CASE("the same bytes for any number of threads, kept metadata, no other fil
 
 TEST_CASE("input and output may be the same file")
 {
-    const models m;
+    const merge_models m;
     REQUIRE(m.merge("ties", {}).code == 0);
     const auto expected = slurp(m.folder / "out.safetensors");
     for (const char* name : {"base.safetensors", "a.safetensors"}) {
@@ -233,7 +233,7 @@ TEST_CASE("input and output may be the same file")
 
 TEST_CASE("shards hold the same model, and are read as one")
 {
-    const models m;
+    const merge_models m;
     REQUIRE(m.merge("ties", {}).code == 0);
     const auto expected = read_values(m.folder / "out.safetensors");
     REQUIRE(run(m.folder,
@@ -250,7 +250,7 @@ TEST_CASE("shards hold the same model, and are read as one")
 
 TEST_CASE("dtypes, included and excluded tensors")
 {
-    const models m;
+    const merge_models m;
     REQUIRE(m.merge("task-arithmetic", {}).code == 0);
     const auto all = read_values(m.folder / "out.safetensors");
     REQUIRE(m.merge("task-arithmetic", {"--include", "^layers\\.", "--exclude", "bias"}).code == 0);
@@ -271,7 +271,7 @@ TEST_CASE("dtypes, included and excluded tensors")
 
 TEST_CASE("presets are what the peers do, and explicit flags override them")
 {
-    const models m;
+    const merge_models m;
     std::map<std::string, std::string> bytes;
     for (const char* semantics : {"paper", "ties-merging", "mergekit", "peft"}) {
         const auto result = m.merge("ties", {"--semantics", semantics});
@@ -288,7 +288,7 @@ TEST_CASE("presets are what the peers do, and explicit flags override them")
 
 TEST_CASE("weights: the last '=' splits, and only before a number")
 {
-    const models m;
+    const merge_models m;
     for (const char* name : {"x=1", "y=z", "e="}) { write_values(m.folder / name, m.tasks[0]); }
     const auto merged = [&](const std::string& task) {
         const auto result = run(m.folder,
@@ -312,7 +312,7 @@ TEST_CASE("weights: the last '=' splits, and only before a number")
 
 TEST_CASE("the report says what was done")
 {
-    const models m;
+    const merge_models m;
     REQUIRE(m.merge("ties", {"--report", "r.json"}).code == 0);
     const auto report = nlohmann::json::parse(slurp(m.folder / "r.json"));
     CHECK(report["method"] == "ties");
@@ -341,7 +341,7 @@ TEST_CASE("the report says what was done")
 
 TEST_CASE("the report counts for every method what took part")
 {
-    const models m;
+    const merge_models m;
     const auto vectors = m.vectors();
     const auto changed =
         static_cast<std::size_t>(std::count_if(vectors[0].begin(), vectors[0].end(), [](float x) { return x != 0; }));
@@ -363,7 +363,7 @@ TEST_CASE("the report counts for every method what took part")
 
 TEST_CASE("a dry run checks everything and writes nothing")
 {
-    const models m;
+    const merge_models m;
     const auto before = m.folder.names();
     const auto good = m.merge("ties", {"--dry-run", "--report", "r.json"});
     CHECK(good.code == 0);
@@ -384,7 +384,7 @@ TEST_CASE("a dry run checks everything and writes nothing")
 
 TEST_CASE("bad input: one line that names what is wrong, exit code 1 or 2, and the old output untouched")
 {
-    const models m;
+    const merge_models m;
     auto other = m.base;
     other["layers.0.weight"].shape = {31, 17};
     write_values(m.folder / "shape.safetensors", other);
@@ -478,7 +478,7 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1 or 2, and t
 
 TEST_CASE("an option that a method does not use is noted, unless it shall be quiet")
 {
-    const models m;
+    const merge_models m;
     const auto loud = m.merge("average", {"--density", "0.3", "--lambda", "2"});
     CHECK(loud.code == 0);
     CHECK(loud.err
@@ -490,6 +490,6 @@ TEST_CASE("an option that a method does not use is noted, unless it shall be qui
 
 TEST_CASE("progress stays off what is not a terminal")
 {
-    const models m;
+    const merge_models m;
     CHECK(m.merge("ties", {}).err.empty());
 }

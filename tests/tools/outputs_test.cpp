@@ -9,11 +9,11 @@ using namespace tools_test;
 
 namespace {
 
-struct models {
+struct output_models {
     scratch folder;
     values_model base = sample_base();
 
-    models()
+    output_models()
     {
         write_values(folder / "base.safetensors", base);
         write_values(folder / "a.safetensors", sample_task(base, 50));
@@ -67,7 +67,7 @@ TEST_CASE("what cannot be said was not done: a full standard output changes no f
         return;
     }
     for (const auto& arguments : verbs) {
-        const models m;
+        const output_models m;
         const auto before = everything_in(m.folder.path());
         CAPTURE(arguments[0]);
         CHECK(run_redirected(m.folder, arguments, "> /dev/full 2> /dev/null") == 1);
@@ -79,7 +79,7 @@ TEST_CASE("what cannot be said was not done: a full standard output changes no f
 
 TEST_CASE("directories that were made for an output go with it when the work fails")
 {
-    const models m;
+    const output_models m;
     auto damaged = m.base;
     damaged["layers.1.weight"].values[4000] = std::numeric_limits<float>::quiet_NaN();
     write_values(m.folder / "nan.safetensors", damaged);
@@ -100,7 +100,7 @@ TEST_CASE("directories that were made for an output go with it when the work fai
 
 TEST_CASE("two options never write to one file, and only a model replaces what is read")
 {
-    const models m;
+    const output_models m;
     const auto before = everything_in(m.folder.path());
     const std::string read = slurp(m.folder / "base.safetensors");
     const std::vector<std::vector<std::string>> clashes{

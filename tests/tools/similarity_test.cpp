@@ -9,12 +9,12 @@ using namespace tools_test;
 
 namespace {
 
-struct models {
+struct similar_models {
     scratch folder;
     values_model base = sample_base();
     std::vector<values_model> tasks{sample_task(base, 30), sample_task(base, 31), base};
 
-    models()
+    similar_models()
     {
         write_values(folder / "base.safetensors", base);
         write_values(folder / "one.safetensors", tasks[0]);
@@ -45,7 +45,7 @@ struct models {
 
 TEST_CASE("similarity prints a table and writes the matrix as CSV")
 {
-    const models m;
+    const similar_models m;
     const auto result = m.compare({"--csv", "c.csv"});
     CAPTURE(result.err);
     REQUIRE(result.code == 0);
@@ -69,7 +69,7 @@ TEST_CASE("similarity prints a table and writes the matrix as CSV")
 
 TEST_CASE("similarity draws the matrix where gnuplot is, and says what to install where it is not")
 {
-    const models m;
+    const similar_models m;
     const auto without = m.compare({"--csv", "c.csv", "--svg", "s.svg", "--report", "r.json"}, {"PATH=/nonexistent"});
     CHECK(without.code == 1);
     CHECK(is_error_line(without.err));
@@ -92,7 +92,7 @@ TEST_CASE("similarity draws the matrix where gnuplot is, and says what to instal
 
 TEST_CASE("similarity refuses bad input")
 {
-    const models m;
+    const similar_models m;
     auto other = m.base;
     other.erase("scale");
     write_values(m.folder / "lacks.safetensors", other);

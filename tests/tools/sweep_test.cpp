@@ -15,10 +15,10 @@ namespace {
 
 const std::string digest = "cksum < {} | cut -d ' ' -f 1"; // a number that any other byte changes
 
-struct models {
+struct sweep_models {
     scratch folder;
 
-    models()
+    sweep_models()
     {
         const auto base = sample_base();
         write_values(folder / "base.safetensors", base);
@@ -86,7 +86,7 @@ bool runs(pid_t process)
 
 TEST_CASE("a lambda sweep scores what merge writes, prints the best and writes it")
 {
-    const models m;
+    const sweep_models m;
     const auto done = m.sweep(
         digest, {"--lambdas", "0:0.3:0.1,1", "--csv", "s.csv", "--out", "best.safetensors", "--report", "r.json"});
     CAPTURE(done.err);
@@ -136,7 +136,7 @@ TEST_CASE("a lambda sweep scores what merge writes, prints the best and writes i
 
 TEST_CASE("density × lambda, and subsets")
 {
-    const models m;
+    const sweep_models m;
     REQUIRE(m.sweep(digest, {"--method", "ties", "--densities", "0.1,0.5", "--lambdas", "0.3,1", "--csv", "s.csv"}).code
         == 0);
     auto table = m.table();
@@ -164,7 +164,7 @@ TEST_CASE("density × lambda, and subsets")
 
 TEST_CASE("the score is the last number that is printed, and no part of a word")
 {
-    const models m;
+    const sweep_models m;
     const std::vector<std::pair<std::string, std::string>> cases{{"epoch 12\\nacc: 0.75 (top-1, v2, 3s)\\n", "0.75"},
         {"loss=-1.5e-2.\\n", "-0.015"}, {"50%%", "50"}, {"1\\n2\\n3", "3"}, {".5", "0.5"}, {"+2.5", "2.5"},
         {"[0.25, 0.5]", "0.5"}};
@@ -179,7 +179,7 @@ TEST_CASE("the score is the last number that is printed, and no part of a word")
 
 TEST_CASE("paths reach the command whole, whatever is in them")
 {
-    const models m;
+    const sweep_models m;
     const std::string odd = "it's $HOME \"`x`\" \\ ;";
     std::filesystem::create_directory(m.folder / odd);
     const auto done = m.sweep(
@@ -205,7 +205,7 @@ TEST_CASE("paths reach the command whole, whatever is in them")
 
 TEST_CASE("the command is told its point by variables")
 {
-    const models m;
+    const sweep_models m;
     const std::string told = ": {}; echo \"$TASKVEC_TASKS/$TASKVEC_DENSITY/$TASKVEC_LAMBDA\" >> told; wc -l < told";
     const auto done = run(m.folder,
         m.command(told,
@@ -218,7 +218,7 @@ TEST_CASE("the command is told its point by variables")
 
 TEST_CASE("a command that fails leaves the table as it was, and the next run goes on from there")
 {
-    const models m;
+    const sweep_models m;
     const std::string counting = "echo x >> calls; test $(wc -l < calls) -ne 3 || exit 5; : {}; wc -l < calls";
     const std::vector<std::string> options{
         "--lambdas", "0.1,0.2,0.3,0.4", "--csv", "s.csv", "--out", "best.safetensors"};
@@ -242,7 +242,7 @@ TEST_CASE("a command that fails leaves the table as it was, and the next run goe
 
 TEST_CASE("bad input: one line that names what is wrong")
 {
-    const models m;
+    const sweep_models m;
     spill(m.folder / "other.csv", "density,lambda,score\n0.1,1,5\n");
     spill(m.folder / "broken.csv", "lambda,score\n0.1,high\n");
     const auto names = m.folder.names();
@@ -302,7 +302,7 @@ TEST_CASE("bad input: one line that names what is wrong")
 
 TEST_CASE("an interrupt stops the command with all that it started, and removes the candidate")
 {
-    const models m;
+    const sweep_models m;
     process sweeping(m.folder,
         m.command("sh -c 'echo $$ > pid.new; mv pid.new pid; sleep 60'; echo 1 {}", {"--csv", "s.csv"}),
         {"TMPDIR=" + (m.folder / "tmp").string()});
@@ -322,7 +322,7 @@ TEST_CASE("an interrupt stops the command with all that it started, and removes 
 
 TEST_CASE("a sweep that is killed keeps what it had, and the next one goes on from there")
 {
-    const models m;
+    const sweep_models m;
     const std::string score = "echo x >> calls; test $(wc -l < calls) -ne 3 || { echo $$ > pid.new; mv pid.new pid; "
                               "exec sleep 60; }; : {}; wc -l < calls";
     const std::vector<std::string> options{"--lambdas", "0.1,0.2,0.3,0.4", "--csv", "s.csv"};
