@@ -6,6 +6,7 @@
 #include <doctest/doctest.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 using namespace taskvec;
@@ -32,6 +33,11 @@ std::string refusal(F&& f)
     }
     return {};
 }
+
+template <class X>
+concept has_matrix = requires { as_matrix(std::declval<X>()); };
+template <class X>
+concept has_eigen = requires { as_eigen(std::declval<X>()); };
 } // namespace
 
 TEST_CASE_TEMPLATE("vectors, arrays and row-major matrices are viewed in place, in row-major order", T, double, float,
@@ -183,9 +189,15 @@ TEST_CASE("an owning matrix is an Eigen map, where it is column-major")
 {
     matrix<double> columns(3, 2);
     columns(2, 1) = 5;
-    CHECK(as_eigen(columns)(2, 1) == 5);
+    CHECK(as_eigen(std::as_const(columns))(2, 1) == 5);
+    as_eigen(columns) *= 2;
+    CHECK(columns(2, 1) == 10);
     const matrix<double> rows(3, 2, matrix_order::row_major);
-    CHECK_THROWS_AS((void)as_eigen(rows), invalid_argument);
+    CHECK(refusal([&] { (void)as_eigen(rows); })
+        == "as_eigen() maps column-major matrices, and this one of 3 x 2 is row-major: see its elements by "
+           "as_eigen(view, rows, cols)");
+    static_assert(has_eigen<matrix<double>&> && !has_eigen<matrix<double>>);
+    static_assert(has_matrix<Eigen::MatrixXf&> && !has_matrix<Eigen::MatrixXf>);
 }
 
 TEST_CASE("Eigen matrices, maps and blocks become views")

@@ -64,6 +64,13 @@ concept eigen_memory = requires(const X& x) {
     requires storable<typename std::remove_cv_t<X>::Scalar>;
 };
 
+/// An Eigen expression that is computed where it is read: a + b, a * b, a.cast<double>().
+template <class X>
+concept eigen_lazy = requires(const X& x) {
+    detail::derived_from_dense_base(x);
+    requires(std::remove_cv_t<X>::Flags & Eigen::DirectAccessBit) == 0;
+};
+
 /// Refuses what is not one row-major run. `inner` and `outer` are strides in elements; a vector is one row.
 inline void require_eigen_run(std::int64_t rows, std::int64_t cols, std::int64_t inner, std::int64_t outer)
 {
@@ -83,7 +90,9 @@ inline void require_eigen_run(std::int64_t rows, std::int64_t cols, std::int64_t
 ///
 /// Accepted: vectors and arrays, row-major matrices, their maps, refs and blocks, of double, float, Eigen::half or
 /// Eigen::bfloat16, where the elements follow one another without holes. Refused while compiling: column-major matrices
-/// (their memory is the transposed matrix) and inner strides known not to be 1. Refused with invalid_argument: other
+/// (their memory is the transposed matrix), expressions that are still to be computed, and inner strides known not to
+/// be
+/// 1. Refused with invalid_argument: other
 /// strides, as of a block that leaves out columns, or of a column of a row-major matrix. Cost: constant.
 ///
 ///     Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> weight(4, 3);
@@ -109,26 +118,47 @@ struct view_traits<X> {
     }
 };
 
+/// What is still to be computed has no elements in memory: refused with a sentence.
+template <class X>
+    requires detail::eigen_lazy<std::remove_reference_t<X>>
+void as_view(X&&)
+{
+    static_assert(!detail::eigen_lazy<std::remove_reference_t<X>>,
+        "taskvec: an Eigen expression has no elements in memory: evaluate it first, as in Eigen::VectorXf y = a + b");
+}
+
 /// An Eigen object as a tensor: shape {rows, cols}, {size} for a vector. Refuses what as_view refuses.
 ///
 ///     taskvec::model_ref model{{"fc.weight", taskvec::as_tensor(weight)}, {"fc.bias", taskvec::as_tensor(bias)}};
 template <class X>
-    requires detail::eigen_memory<std::remove_reference_t<X>>
+    requires detail::eigen_memory<std::remove_reference_t<X>> || detail::eigen_lazy<std::remove_reference_t<X>>
 [[nodiscard]] auto as_tensor(X&& x)
 {
-    const auto flat = as_view(x);
-    if constexpr (bool(std::remove_reference_t<X>::IsVectorAtCompileTime)) {
-        return as_tensor(flat, extents{static_cast<std::int64_t>(x.size())});
+    if constexpr (detail::eigen_lazy<std::remove_reference_t<X>>) { as_view(x); }
+    else if constexpr (bool(std::remove_reference_t<X>::IsVectorAtCompileTime)) {
+        return as_tensor(as_view(x), extents{static_cast<std::int64_t>(x.size())});
     }
     else {
-        return as_tensor(flat, extents{static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())});
+        return as_tensor(as_view(x), extents{static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())});
     }
 }
 
 namespace detail {
 template <class T, class Plain>
 using eigen_map_of = Eigen::Map<std::conditional_t<std::is_const_v<T>, const Plain, Plain>>;
+
+/// The elements of a column-major owner, const where T is, as an Eigen map.
+template <class T, class Owner>
+[[nodiscard]] auto map_columns(T* data, const Owner& x)
+{
+    if (x.order() != matrix_order::column_major) {
+        raise<invalid_argument>(message("as_eigen() maps column-major matrices, and this one of ", x.rows(), " x ",
+            x.cols(), " is row-major: see its elements by as_eigen(view, rows, cols)"));
+    }
+    return eigen_map_of<T, Eigen::Matrix<eigen_scalar_of<T>, Eigen::Dynamic, Eigen::Dynamic>>(
+        as_eigen_scalars(data), static_cast<Eigen::Index>(x.rows()), static_cast<Eigen::Index>(x.cols()));
 }
+} // namespace detail
 
 /// A host view as an Eigen array of one dimension, or as a row-major matrix of rows x cols (shape_mismatch where the
 /// sizes differ).
@@ -152,31 +182,49 @@ template <class T>
         detail::as_eigen_scalars(flat.data()), static_cast<Eigen::Index>(rows), static_cast<Eigen::Index>(cols));
 }
 
-/// The view of an Eigen matrix, map or block whose rows or columns are contiguous, without a copy.
+/// The view of an Eigen matrix, map or block, in either order, whose rows or columns are contiguous, without a copy; a
+/// vector is a matrix of one column or row. The result borrows x's memory.
+///
+/// Refused while compiling: expressions that are still to be computed, and temporary matrices. Throws invalid_argument
+/// where neither the rows nor the columns are contiguous. Cost: constant.
+///
+///     auto s = taskvec::truncated_svd(taskvec::cpu{}, taskvec::as_matrix(weight), {.rank = 8});
 template <class Derived>
-    requires storable<typename Derived::Scalar> && ((Derived::Flags & Eigen::DirectAccessBit) != 0)
+    requires storable<typename Derived::Scalar>
 [[nodiscard]] auto as_matrix(const Eigen::DenseBase<Derived>& x)
 {
-    const Derived& m = x.derived();
-    if (m.innerStride() != 1 && m.innerSize() > 1) {
-        raise<invalid_argument>(
-            "an Eigen expression with an inner stride is not a matrix view; evaluate it into a matrix first");
+    if constexpr (detail::eigen_lazy<Derived>) { as_view(x.derived()); }
+    else {
+        const Derived& m = x.derived();
+        if (m.innerStride() != 1 && m.innerSize() > 1) {
+            raise<invalid_argument>(
+                "an Eigen expression with an inner stride is not a matrix view; evaluate it into a matrix first");
+        }
+        return matrix_view<detail::stored_as<const typename Derived::Scalar>>(detail::as_stored(m.data()),
+            static_cast<std::size_t>(m.rows()), static_cast<std::size_t>(m.cols()),
+            Derived::IsRowMajor ? matrix_order::row_major : matrix_order::column_major,
+            static_cast<std::size_t>(m.outerStride()));
     }
-    return matrix_view<detail::stored_as<const typename Derived::Scalar>>(detail::as_stored(m.data()),
-        static_cast<std::size_t>(m.rows()), static_cast<std::size_t>(m.cols()),
-        Derived::IsRowMajor ? matrix_order::row_major : matrix_order::column_major,
-        static_cast<std::size_t>(m.outerStride()));
 }
+template <class Derived>
+    requires storable<typename Derived::Scalar>
+void as_matrix(const Eigen::PlainObjectBase<Derived>&& x) = delete; // name the matrix first: the view would dangle
 
-/// An Eigen map of a column-major owner, for users who go on with Eigen.
+/// An owning column-major matrix as an Eigen map, for users who go on with Eigen; invalid_argument for a row-major one.
+///
+///     const auto s = taskvec::truncated_svd(taskvec::cpu{}, taskvec::as_matrix(weight), {.rank = 8});
+///     const auto u = taskvec::as_eigen(s.u);
+template <storage_element T>
+[[nodiscard]] auto as_eigen(matrix<T>& x)
+{
+    return detail::map_columns(x.data(), x);
+}
 template <storage_element T>
 [[nodiscard]] auto as_eigen(const matrix<T>& x)
 {
-    if (x.order() != matrix_order::column_major) {
-        raise<invalid_argument>("as_eigen() maps column-major matrices; this one is row-major");
-    }
-    return Eigen::Map<const Eigen::Matrix<detail::eigen_scalar_of<T>, Eigen::Dynamic, Eigen::Dynamic>>(
-        detail::as_eigen_scalars(x.data()), static_cast<Eigen::Index>(x.rows()), static_cast<Eigen::Index>(x.cols()));
+    return detail::map_columns(x.data(), x);
 }
+template <storage_element T>
+void as_eigen(const matrix<T>&& x) = delete; // name the owner first: the map would dangle
 
 } // namespace taskvec::inline TASKVEC_ABI
