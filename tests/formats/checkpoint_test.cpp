@@ -255,3 +255,56 @@ TEST_CASE("an output directory whose index cannot be read is refused before anyt
     CHECK_THROWS_AS(sharded_writer(folder / "m", model.specs, 8), format_error);
     CHECK(scratch::names_in(folder / "m").size() == 1);
 }
+
+TEST_CASE("an index of any stem is found, by its directory and by its path")
+{
+    for (const std::string stem : {"model", "diffusion_pytorch_model", "unet", "diffusion_pytorch_model.fp16"}) {
+        const scratch folder;
+        write_one(folder / (stem + "-00001-of-00002.safetensors"), {"a"});
+        write_one(folder / (stem + "-00002-of-00002.safetensors"), {"b"});
+        const auto index = folder / (stem + ".safetensors.index.json");
+        spill(index,
+            R"({"weight_map": {"a": ")" + stem + R"(-00001-of-00002.safetensors", "b": ")" + stem
+                + R"(-00002-of-00002.safetensors"}})");
+        CHECK(tensors(folder.path()) == 2);
+        CHECK(tensors(index) == 2);
+        std::filesystem::remove(index);
+        const auto without = open_model(folder.path());
+        CHECK(without.model().size() == 2);
+        REQUIRE(without.notes().size() == 1);
+        CHECK(without.notes()[0].find("holds no index: all 2 shards are taken") != std::string::npos);
+        const auto one = open_model(folder / (stem + "-00002-of-00002.safetensors"));
+        CHECK(one.model().size() == 1);
+        REQUIRE(one.notes().size() == 1);
+        CHECK(one.notes()[0].find("is shard 2 of 2") != std::string::npos);
+        std::filesystem::remove(folder / (stem + "-00001-of-00002.safetensors"));
+        CHECK_THROWS_WITH_AS((void)open_model(folder.path()), doctest::Contains("holds 1 of 2 shards"), io_error);
+    }
+}
+
+TEST_CASE("an index is strict, unless it is read leniently: then notes say what differs")
+{
+    const scratch folder;
+    write_one(folder / "s1.safetensors", {"a", "extra", "b"});
+    write_one(folder / "s2.safetensors", {"b"});
+    spill(folder / "model.safetensors.index.json",
+        R"({"weight_map": {"a": "s1.safetensors", "b": "s2.safetensors", "c": "s2.safetensors", "d": "s3.safetensors"}})");
+    CHECK_THROWS_AS((void)open_model(folder.path()), error);
+    const auto model = open_model(folder.path(), index_check::lenient);
+    CHECK(model.model().size() == 3);
+    CHECK(model.model().find("extra") != nullptr);
+    CHECK(model.model().find("b")->data == model.files()[1].tensor(model.files()[1].entries()[0]).data);
+    CHECK(model.data_bytes() == 12);
+    CHECK(model.notes().size() == 4); // extra, b's second place, c, and the shard of d
+}
+
+TEST_CASE("the only file of a directory is its model; deltas and adapters are none")
+{
+    const scratch folder;
+    write_one(folder / "merged.safetensors", {"a"});
+    write_one(folder / "math.delta.safetensors", {"b", "c"});
+    write_one(folder / "adapter_model.safetensors", {"b", "c"});
+    CHECK(tensors(folder.path()) == 1);
+    write_one(folder / "diffusion_pytorch_model.safetensors", {"x", "y"});
+    CHECK(tensors(folder.path()) == 2); // a usual name comes first
+}

@@ -103,7 +103,7 @@ TEST_CASE("errors name the file, the tensor, and what was expected")
     CHECK(text_of(R"({"w":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}})")
         == "m.safetensors: tensor 'w' has a negative number in its shape; expected unsigned integers");
     CHECK(text_of(R"({"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "12")
-        == "m.safetensors: has 2 bytes of tensor data; its header describes 4: the file is cut short");
+        == "m.safetensors: has 2 bytes of tensor data; its header describes 4: the file is cut short; fetch it again");
     CHECK(text_of(R"({"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":1})", "1234")
         == "m.safetensors: tensor 'w' occurs twice in the header");
     CHECK(

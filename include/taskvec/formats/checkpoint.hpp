@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/callback.hpp>
 #include <taskvec/formats/safetensors.hpp>
 
 #include <algorithm>
@@ -23,22 +24,35 @@ namespace taskvec::inline TASKVEC_ABI {
 inline constexpr std::string_view single_file_name = "model.safetensors";
 inline constexpr std::string_view index_file_name = "model.safetensors.index.json";
 
+/// Whether the tensors of shards have to be those that their index gives them.
+enum class index_check : std::uint8_t {
+    strict, ///< each of them, and no other
+    lenient ///< what is there counts, as for transformers: a note says what differs
+};
+
 /// A model on disk: the maps of its files, and the tensors in them by name. Move-only; views stay valid when it moves.
 class checkpoint {
 public:
-    checkpoint(std::filesystem::path path, std::vector<safetensors_file> files)
+    /// `take`: which tensors of which file (by its place in `files`) the model has; all, where it is empty.
+    checkpoint(std::filesystem::path path, std::vector<safetensors_file> files,
+        const callback<bool(std::size_t, const safetensors_entry&)>& take = {}, std::vector<std::string> notes = {})
         : path_(std::move(path))
         , files_(std::move(files))
+        , notes_(std::move(notes))
     {
         struct item {
             const safetensors_file* file;
             const safetensors_entry* entry;
         };
         std::vector<item> sorted;
-        for (const auto& file : files_) {
-            for (const auto& entry : file.entries()) { sorted.push_back({&file, &entry}); }
+        for (std::size_t f = 0; f < files_.size(); ++f) {
+            const auto& file = files_[f];
+            for (const auto& entry : file.entries()) {
+                if (take && !take(f, entry)) { continue; }
+                sorted.push_back({&file, &entry});
+                data_bytes_ += entry.bytes;
+            }
             metadata_.insert(file.metadata().begin(), file.metadata().end());
-            data_bytes_ += file.data_bytes();
         }
         std::sort(
             sorted.begin(), sorted.end(), [](const item& a, const item& b) { return a.entry->name < b.entry->name; });
@@ -64,10 +78,16 @@ public:
     [[nodiscard]] metadata_map metadata() && { return std::move(metadata_); }
     /// Bytes of all tensors.
     [[nodiscard]] std::uint64_t data_bytes() const noexcept { return data_bytes_; }
+    /// What whoever opened it should know: sentences without a full stop.
+    [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
+    /// The same files under other names, or with other views into them: what `model` holds must outlive the checkpoint
+    /// (views of its own files do).
+    void set_model(const_model_ref model) { model_ = std::move(model); }
 
 private:
     std::filesystem::path path_;
     std::vector<safetensors_file> files_;
+    std::vector<std::string> notes_;
     const_model_ref model_;
     metadata_map metadata_;
     std::uint64_t data_bytes_ = 0;
@@ -105,55 +125,240 @@ inline void check_shard_name(std::string_view shard, std::string_view index)
     return result;
 }
 
-/// Opens a model: a safetensors file, or a directory that holds `model.safetensors` (taken when both are there) or
-/// `model.safetensors.index.json`. The index is an allowlist: shards hold exactly the tensors that it gives them.
-/// Throws io_error, format_error. Cost: O(headers).
+/// Whether a file's name is that of an index of shards: `model.safetensors.index.json`, another stem, as diffusers has
+/// it, or a variant (`….safetensors.index.fp16.json`).
+[[nodiscard]] inline bool is_index_name(std::string_view name)
+{
+    const auto at = name.find(".safetensors.index.");
+    return at != name.npos && at > 0 && name.ends_with(".json");
+}
+
+/// The parts of a shard's name, such as `model-00001-of-00003.safetensors`.
+struct shard_name_parts {
+    std::string stem, rest; ///< before the numbers, and what stands after them
+    std::size_t number = 0, count = 0;
+};
+[[nodiscard]] inline std::optional<shard_name_parts> parse_shard_name(std::string_view name)
+{
+    constexpr std::size_t digits = 5;
+    constexpr std::string_view between = "-of-", ending = ".safetensors";
+    if (!name.ends_with(ending)) { return std::nullopt; }
+    for (std::size_t at = name.find('-'); at != name.npos; at = name.find('-', at + 1)) {
+        const auto field = name.substr(at + 1);
+        if (field.size() < 2 * digits + between.size() + ending.size()
+            || field.substr(digits, between.size()) != between) {
+            continue;
+        }
+        std::size_t values[2] = {0, 0};
+        bool numbers = true;
+        for (std::size_t i = 0; i < 2; ++i) {
+            for (const char c : field.substr(i * (digits + between.size()), digits)) {
+                numbers = numbers && c >= '0' && c <= '9';
+                values[i] = 10 * values[i] + static_cast<std::size_t>(c - '0');
+            }
+        }
+        if (!numbers || values[0] == 0 || values[0] > values[1]) { continue; }
+        return shard_name_parts{std::string(name.substr(0, at)), std::string(field.substr(2 * digits + between.size())),
+            values[0], values[1]};
+    }
+    return std::nullopt;
+}
+
+namespace detail {
+
+/// What a directory holds that could be a model, by name.
+struct model_directory {
+    std::vector<std::string> indexes, weights, others, folders;
+
+    explicit model_directory(const std::filesystem::path& path)
+    {
+        std::error_code ignored;
+        for (std::filesystem::directory_iterator it(path, ignored), end; !ignored && it != end; it.increment(ignored)) {
+            const auto name = it->path().filename().string();
+            std::error_code unknown;
+            if (it->is_directory(unknown)) { folders.push_back(name); }
+            else if (is_index_name(name)) {
+                indexes.push_back(name);
+            }
+            else if (name.ends_with(".safetensors")) {
+                weights.push_back(name);
+            }
+            else {
+                others.push_back(name);
+            }
+        }
+        for (auto* list : {&indexes, &weights, &others, &folders}) { std::sort(list->begin(), list->end()); }
+    }
+};
+
+[[nodiscard]] inline std::string quoted_list(const std::vector<std::string>& names, std::size_t most = 4)
+{
+    std::string text;
+    for (std::size_t i = 0; i < names.size() && i < most; ++i) { text += (i ? ", '" : "'") + names[i] + "'"; }
+    return names.size() > most ? text + " and " + std::to_string(names.size() - most) + " more" : text;
+}
+
+/// Says of a directory without a model what it holds instead, and what to name.
+[[noreturn, gnu::cold]] inline void refuse_directory(const std::filesystem::path& path, const model_directory& found)
+{
+    const auto fail = [&](const std::string& what) { raise<io_error>(what, path.string()); };
+    std::error_code ignored;
+    std::vector<std::string> inner;
+    for (const auto& folder : found.folders) {
+        const model_directory inside(path / folder);
+        if (!inside.weights.empty() || !inside.indexes.empty()) { inner.push_back(folder); }
+    }
+    for (const auto& name : found.weights) {
+        if (name == "adapter_model.safetensors") {
+            fail("holds an adapter ('adapter_model.safetensors'), not a model: name the model that it was trained on, "
+                 "or read it as an adapter");
+        }
+    }
+    if (found.weights.size() > 1) {
+        fail(message("holds no '", single_file_name, "', no index, and several files (", quoted_list(found.weights),
+            "): name the file that is meant"));
+    }
+    for (const auto& name : found.others) {
+        for (const std::string_view ending :
+            {".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl"}) {
+            if (!name.ends_with(ending) || name == "training_args.bin" || name == "optimizer.bin"
+                || name == "optimizer.pt" || name == "scheduler.pt" || name == "scheduler.bin") {
+                continue;
+            }
+            std::string what = "the weights lie in files of another format";
+            std::string mend = std::string(convert_to_safetensors);
+            if (std::filesystem::file_size(path / name, ignored) > 0 && !ignored && !name.ends_with(".json")) {
+                const mapped_file file(path / name);
+                if (const auto kind = what_is_this_file(file.bytes())) {
+                    what = "that is " + kind->what;
+                    mend = kind->mend;
+                }
+            }
+            fail(message("holds no safetensors file, but '", name, "': ", what, "; ", mend));
+        }
+    }
+    if (!inner.empty()) {
+        fail(message("holds no model itself, but its folders do (", quoted_list(inner), "): name one of them"));
+    }
+    raise<io_error>(message("holds neither '", single_file_name, "' nor '", index_file_name,
+                        "'; name a checkpoint directory or a .safetensors file"),
+        path.string());
+}
+
+/// The shards that an index names, beside it.
+[[nodiscard]] inline checkpoint open_indexed(
+    const std::filesystem::path& path, const std::filesystem::path& index_path, index_check how)
+{
+    const auto directory = directory_of(index_path);
+    const auto index_name = index_path.filename().string();
+    const auto index = read_index(index_path);
+    const bool strict = how == index_check::strict;
+    std::vector<safetensors_file> files;
+    std::vector<std::string> names, notes;
+    std::map<std::string_view, std::size_t> expected;
+    for (const auto& [name, shard] : index) { ++expected[shard]; }
+    std::error_code ignored;
+    for (const auto& [shard, count] : expected) {
+        if (!std::filesystem::exists(directory / shard, ignored)) {
+            const auto what = message("the shard '", shard, "' of '", index_name, "', with ", count,
+                count == 1 ? " tensor" : " tensors", ", is not there");
+            if (strict) {
+                raise<io_error>(message(what, ": fetch it, or go on without it (index lenient)"), path.string());
+            }
+            notes.push_back(message("'", path.string(), "': ", what));
+            continue;
+        }
+        auto& file = files.emplace_back(directory / shard);
+        names.emplace_back(shard);
+        std::map<std::string_view, bool> present;
+        for (const auto& entry : file.entries()) {
+            const auto place = index.find(entry.name);
+            present[entry.name] = true;
+            if (place != index.end() && place->second == shard) { continue; }
+            const auto what = message("holds tensor '", entry.name, "', which '", index_name, "' ",
+                place == index.end() ? std::string("does not list") : "places in '" + place->second + "'");
+            if (strict) { raise<format_error>(what + " (index lenient goes on)", file.path().string()); }
+            notes.push_back(message("'", file.path().string(), "' ", what,
+                place == index.end() ? ": it is taken" : ": the one there is taken"));
+        }
+        for (const auto& [name, where] : index) {
+            if (where != shard || present.contains(name)) { continue; }
+            const auto what = message("lacks tensor '", name, "', which '", index_name, "' places there");
+            if (strict) { raise<format_error>(what + " (index lenient goes on)", file.path().string()); }
+            notes.push_back(message("'", file.path().string(), "' ", what));
+        }
+    }
+    const auto take = [&](std::size_t f, const safetensors_entry& entry) {
+        const auto place = index.find(entry.name);
+        return place == index.end() || place->second == names[f];
+    };
+    return {path, std::move(files), take, std::move(notes)};
+}
+
+} // namespace detail
+
+/// Opens a model: a safetensors file; an index of shards (any `*.safetensors.index.json`); or a directory. Of what a
+/// directory holds, the first of these is the model: `model.safetensors`; `model.safetensors.index.json`; diffusers'
+/// `diffusion_pytorch_model` in the same two ways; the only index; a whole set of shards without one (with a note); the
+/// only .safetensors file that is neither a delta nor an adapter. An index is an allowlist: shards hold exactly the
+/// tensors that it gives them, unless `how` is lenient. Throws io_error, format_error. Cost: O(headers).
 ///
 ///     const auto base = taskvec::open_model("base");
 ///     for (const auto& [name, tensor] : base.model()) { … }
-[[nodiscard]] inline checkpoint open_model(const std::filesystem::path& path)
+[[nodiscard]] inline checkpoint open_model(const std::filesystem::path& path, index_check how = index_check::strict)
 {
     std::error_code ignored;
     std::vector<safetensors_file> files;
+    const auto single = [&](const std::filesystem::path& file, std::vector<std::string> notes = {}) -> checkpoint {
+        files.emplace_back(file);
+        return {path, std::move(files), {}, std::move(notes)};
+    };
     if (!std::filesystem::is_directory(path, ignored)) {
-        files.emplace_back(path);
-        return {path, std::move(files)};
+        const auto name = path.filename().string();
+        if (is_index_name(name)) { return detail::open_indexed(path, path, how); }
+        std::vector<std::string> notes;
+        if (const auto parts = parse_shard_name(name); parts && parts->count > 1) {
+            notes.push_back(message("'", path.string(), "' is shard ", parts->number, " of ", parts->count,
+                ": its directory or its index names the whole model"));
+        }
+        return single(path, std::move(notes));
     }
-    if (const auto single = path / single_file_name; std::filesystem::exists(single, ignored)) {
-        files.emplace_back(single);
-        return {path, std::move(files)};
+    const auto has = [&](std::string_view name) { return std::filesystem::exists(path / name, ignored); };
+    for (const std::string_view stem : {"model", "diffusion_pytorch_model"}) {
+        const std::string file = std::string(stem) + ".safetensors", index = file + ".index.json";
+        if (has(file)) { return single(path / file); }
+        if (has(index)) { return detail::open_indexed(path, path / index, how); }
     }
-    const auto index_path = path / index_file_name;
-    if (!std::filesystem::exists(index_path, ignored)) {
-        raise<io_error>(message("holds neither '", single_file_name, "' nor '", index_file_name,
-                            "'; name a checkpoint directory or a .safetensors file"),
+    const detail::model_directory found(path);
+    if (found.indexes.size() == 1) { return detail::open_indexed(path, path / found.indexes.front(), how); }
+    if (found.indexes.size() > 1) {
+        raise<io_error>(message("holds several indexes (", detail::quoted_list(found.indexes),
+                            "): name the one that is meant, by its path"),
             path.string());
     }
-    const auto index = read_index(index_path);
-    std::map<std::string_view, std::size_t> expected;
-    for (const auto& [name, shard] : index) { ++expected[shard]; }
-    for (const auto& [shard, count] : expected) {
-        auto& file = files.emplace_back(path / shard);
-        for (const auto& entry : file.entries()) {
-            const auto place = index.find(entry.name);
-            if (place == index.end() || place->second != shard) {
-                raise<format_error>(
-                    message("holds tensor '", entry.name, "', which '", index_file_name, "' ",
-                        place == index.end() ? std::string("does not list") : "places in '" + place->second + "'"),
-                    file.path().string());
-            }
+    std::map<std::pair<std::string, std::size_t>, std::vector<std::string>> sets; // shards by stem, rest and count
+    std::vector<std::string> whole;
+    for (const auto& name : found.weights) {
+        if (const auto parts = parse_shard_name(name)) {
+            sets[{parts->stem + " " + parts->rest, parts->count}].push_back(name);
         }
-        if (file.entries().size() == count) { continue; }
-        std::map<std::string_view, bool> present;
-        for (const auto& entry : file.entries()) { present[entry.name] = true; }
-        for (const auto& [name, where] : index) {
-            if (where == shard && !present.contains(name)) {
-                raise<format_error>(message("lacks tensor '", name, "', which '", index_file_name, "' places there"),
-                    file.path().string());
-            }
+        else if (!name.ends_with(".delta.safetensors") && name != "adapter_model.safetensors") {
+            whole.push_back(name);
         }
     }
-    return {path, std::move(files)};
+    if (sets.size() == 1 && whole.empty()) {
+        const auto& [key, names] = *sets.begin();
+        if (names.size() != key.second) {
+            raise<io_error>(message("holds ", names.size(), " of ", key.second, " shards (", detail::quoted_list(names),
+                                ") and no index: fetch the others"),
+                path.string());
+        }
+        for (const auto& name : names) { files.emplace_back(path / name); }
+        return {path, std::move(files), {},
+            {message("'", path.string(), "' holds no index: all ", names.size(), " shards are taken")}};
+    }
+    if (whole.size() == 1 && sets.empty()) { return single(path / whole.front()); }
+    detail::refuse_directory(path, found);
 }
 
 /// How a model is split into shards: for each tensor its shard, tensors taken in name order, a new shard begun when the

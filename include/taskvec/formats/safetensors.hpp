@@ -8,6 +8,7 @@
 #include <taskvec/core/sink.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/formats/file.hpp>
+#include <taskvec/formats/file_kind.hpp>
 #include <taskvec/formats/json.hpp>
 
 #include <algorithm>
@@ -279,9 +280,14 @@ inline safetensors_entry check_tensor(
     const auto fail = [&](const std::string& what, std::uint64_t offset) {
         raise<format_error>(what, std::string(file), offset);
     };
-    if (bytes.size() < 8) { fail(message("has ", bytes.size(), " bytes; a safetensors file has at least 8"), 0); }
     std::uint64_t length = 0;
-    std::memcpy(&length, bytes.data(), 8);
+    if (bytes.size() >= 8) { std::memcpy(&length, bytes.data(), 8); }
+    if (bytes.size() < 8 || length > safetensors_header_limit || length > bytes.size() - 8 || length == 0) {
+        if (const auto kind = what_is_this_file(bytes)) { fail(kind->sentence(), 0); }
+    }
+    if (bytes.size() < 8) {
+        fail(message("has ", bytes.size(), " bytes; a safetensors file has at least 8: fetch it again"), 0);
+    }
     if (length > safetensors_header_limit) {
         fail(message("claims a header of ", length, " bytes; at most ", safetensors_header_limit,
                  " are allowed: this is not a safetensors file, or a damaged one"),
@@ -289,7 +295,7 @@ inline safetensors_entry check_tensor(
     }
     if (length > bytes.size() - 8) {
         fail(message("claims a header of ", length, " bytes and has ", bytes.size() - 8,
-                 " after it: the file is cut short"),
+                 " after it: the file is cut short; fetch it again"),
             0);
     }
 
@@ -310,7 +316,7 @@ inline safetensors_entry check_tensor(
     }
     if (const std::uint64_t present = bytes.size() - header.data_offset; end != present) {
         fail(message("has ", present, " bytes of tensor data; its header describes ", end,
-                 end > present ? ": the file is cut short" : ""),
+                 end > present ? ": the file is cut short; fetch it again" : ""),
             header.data_offset);
     }
     return header;
