@@ -64,6 +64,7 @@
 #include <taskvec/linalg/svd.hpp>
 #include <taskvec/linalg/truncated_svd.hpp>
 #include <taskvec/methods/average.hpp>
+#include <taskvec/methods/by_tensor.hpp>
 #include <taskvec/methods/dare.hpp>
 #include <taskvec/methods/elect/sign.hpp>
 #include <taskvec/methods/elect/sum.hpp>

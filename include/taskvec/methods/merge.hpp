@@ -3,11 +3,13 @@
 #pragma once
 
 #include <taskvec/methods/walk.hpp>
+#include <taskvec/models/overflow_guard.hpp>
 
 #include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <ranges>
 #include <span>
 #include <type_traits>
@@ -67,10 +69,16 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
     typed_passes<Types> passes(policy, models, beside);
     method_type prepared(passes, options);
     merge_report report;
-    if constexpr (whole_method<Options>) { prepared.write(policy, models, out); }
-    else {
-        merge_walk<Options>(passes, prepared, out, report);
+    std::optional<overflow_guard> guard;
+    if (models.options().on_overflow != overflow::propagate) {
+        guard.emplace(out, models, models.options().on_overflow);
     }
+    tensor_sink& guarded = guard ? *guard : out;
+    if constexpr (whole_method<Options>) { prepared.write(policy, models, guarded); }
+    else {
+        merge_walk<Options>(passes, prepared, guarded, report);
+    }
+    if (guard) { report.saturated = guard->saturated(); }
     copy_through(policy, models, out);
     report.walks = prepared.walks() + 1;
     report.beside = prepared.bytes_beside();

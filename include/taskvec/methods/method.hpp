@@ -77,6 +77,7 @@ struct merge_report {
     std::vector<tensor_norm> norms{};
     unsigned walks = 0; ///< how often the models were read from end to end
     std::uint64_t beside = 0; ///< bytes read beside those walks: statistics, and second reads of some tensors
+    std::uint64_t saturated = 0; ///< results that became their dtype's largest number (overflow::saturate)
 };
 
 /// What bodies counted: on a run of entries, a tensor, a model. Tallies of parts add up to that of the whole, whoever

@@ -24,6 +24,10 @@ namespace taskvec::inline TASKVEC_ABI {
 /// What a tensor that a task lacks means: an error, or "unchanged from the base".
 enum class missing : std::uint8_t { error, base };
 
+/// What becomes of a finite result that the dtype of the output cannot hold: an error that names it, the dtype's
+/// largest number, or infinity.
+enum class overflow : std::uint8_t { error, saturate, propagate };
+
 /// A task's tensors, and the base's where the task lacks some: the model that missing::base takes it for.
 [[nodiscard]] inline const_model_ref completed(const_model_ref task, const const_model_ref& base)
 {
@@ -40,6 +44,7 @@ struct model_options {
         output{}; ///< dtype of the result; empty: the base's, tensor by tensor (fp8 becomes f32)
     nonfinite on_nonfinite = nonfinite::error; ///< NaN and infinity in an input
     missing on_missing = missing::error; ///< a tensor that a task lacks
+    overflow on_overflow = overflow::propagate; ///< a result that is too large for the output's dtype (host memory)
     std::vector<std::string> labels{}; ///< names of the tasks in messages; empty: "task 1", "task 2", …
     std::string base_label = "the base"; ///< name of the base in messages
     std::size_t chunk = 65536; ///< elements handed to a thread at a time (rounded up to a multiple of 64)
@@ -115,6 +120,7 @@ public:
         }
         task_count_ = tasks.size();
         has_base_ = base != nullptr;
+        filled_.assign(tasks.size(), 0);
         const const_model_ref& reference = base ? *base : tasks[0];
         for (std::size_t t = 0; t < tasks.size(); ++t) {
             for (const auto& [name, tensor] : tasks[t]) {
@@ -136,6 +142,24 @@ public:
         cut();
     }
 
+    /// Some of the tensors that take part, by a list of their places in tensors(), ascending: the same outputs, and
+    /// nothing that is copied. Model-wide shares are then shares of these.
+    aligned_models(const aligned_models& other, std::span<const std::size_t> chosen)
+        : aligned_models(other)
+    {
+        tensors_.clear();
+        copied_.clear();
+        elements_ = 0;
+        any_wide_ = false;
+        for (const std::size_t i : chosen) {
+            auto& tensor = tensors_.emplace_back(other.tensors()[i]);
+            tensor.position = elements_;
+            elements_ += tensor.size;
+            any_wide_ = any_wide_ || tensor.wide;
+        }
+        cut();
+    }
+
     /// The tensors that the result holds, in name order.
     [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
     /// The included floating tensors, in name order.
@@ -148,6 +172,9 @@ public:
     [[nodiscard]] std::uint64_t elements() const noexcept { return elements_; }
     [[nodiscard]] std::size_t task_count() const noexcept { return task_count_; }
     [[nodiscard]] bool has_base() const noexcept { return has_base_; }
+    /// For each task, how many tensors it lacks that stand for the base's (missing::base), among those that take part
+    /// and those that no task has, which are copied.
+    [[nodiscard]] const std::vector<std::size_t>& filled() const noexcept { return filled_; }
     /// True when some included tensor computes in f64: model-wide magnitudes then compare as f64.
     [[nodiscard]] bool any_wide() const noexcept { return any_wide_; }
     [[nodiscard]] const model_options& options() const noexcept { return options_; }
@@ -225,6 +252,7 @@ private:
             name, tensor.shape, size, output, elements_, tensor.dtype, tensor.dtype == taskvec::dtype::f64, {}, {}};
         const aligned_tensor::operand reference{static_cast<const std::byte*>(tensor.data), tensor.dtype};
         if (has_base_) { aligned.base = reference; }
+        std::size_t lacking = 0;
         for (std::size_t t = 0; t < tasks.size(); ++t) {
             const const_tensor_ref* const mine = tasks[t].find(name);
             if (!mine) {
@@ -233,6 +261,8 @@ private:
                         label(t), has_base_ ? ": add it, or let missing tensors stand for the base's" : ": add it"));
                 }
                 aligned.tasks.push_back(reference);
+                ++filled_[t];
+                ++lacking;
                 continue;
             }
             check_place(*mine, name, label(t));
@@ -240,7 +270,9 @@ private:
             aligned.tasks.push_back({static_cast<const std::byte*>(mine->data), mine->dtype});
             aligned.wide = aligned.wide || mine->dtype == taskvec::dtype::f64;
         }
-        if (!computes(tensor.dtype)) {
+        // What no task has stays as it is: a share of entries does not count it.
+        const bool untouched = lacking == tasks.size() && options_.output.value_or(tensor.dtype) == tensor.dtype;
+        if (!computes(tensor.dtype) || untouched) {
             outputs_.push_back({name, tensor.dtype, tensor.shape});
             copied_.push_back({name, output, tensor});
             return;
@@ -288,6 +320,7 @@ private:
     std::vector<copied_tensor> copied_;
     std::vector<chunk> chunks_;
     std::vector<std::size_t> first_chunk_;
+    std::vector<std::size_t> filled_;
     std::uint64_t elements_ = 0;
     std::size_t task_count_ = 0;
     bool has_base_ = false, any_wide_ = false;

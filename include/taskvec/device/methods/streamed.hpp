@@ -4,6 +4,7 @@
 
 #include <taskvec/device/methods/merge.hpp>
 #include <taskvec/device/models/streamed_models.hpp>
+#include <taskvec/models/overflow_guard.hpp>
 
 #include <span>
 #include <vector>
@@ -31,8 +32,15 @@ merge_report merge_streamed(const gpu& policy, const Options& options, const ali
     const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
     detail::check_aliases(
         models, out, method_type::in_place, detail::companions_of(options, models, memory_space::host, beside));
-    streamed_models streamed(policy, models, how, &out, beside);
-    return detail::merge_on_device(streamed, options);
+    std::optional<overflow_guard> guard;
+    if (models.options().on_overflow != overflow::propagate) {
+        guard.emplace(out, models, models.options().on_overflow);
+    }
+    tensor_sink* const guarded = guard ? &*guard : &out;
+    streamed_models streamed(policy, models, how, guarded, beside);
+    merge_report report = detail::merge_on_device(streamed, options);
+    if (guard) { report.saturated = guard->saturated(); }
+    return report;
 }
 
 /// The same for models and outputs in host memory.

@@ -1,0 +1,154 @@
+// Results that an output's dtype cannot hold, found as they are written.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/models/block.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// The largest magnitude bits of stored words at any address, as a signed word.
+template <class Word>
+TASKVEC_NOINLINE Word largest_stored(const void* data, std::size_t n, Word magnitude)
+{
+    using word __attribute__((may_alias, aligned(1))) = Word;
+    const auto* x = static_cast<const word*>(data);
+    constexpr std::size_t group = 256; // a number that the compiler knows, so that it vectorises at -O2
+    Word largest = 0;
+    for (; n >= group; n -= group, x += group) {
+        for (std::size_t i = 0; i < group; ++i) {
+            const Word found = static_cast<Word>(x[i] & magnitude);
+            largest = found > largest ? found : largest;
+        }
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+        const Word found = static_cast<Word>(x[i] & magnitude);
+        largest = found > largest ? found : largest;
+    }
+    return largest;
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
+/// A sink that looks at what is written for infinity (or NaN) that no input holds at that place: a finite result that
+/// the dtype of the output cannot hold. It is an error that names tensor and index, or becomes the dtype's largest
+/// number. What an input has of NaN and infinity passes, for model_options::on_nonfinite to judge. Everything goes
+/// through write(): direct() has no memory. Host memory only.
+///
+/// Cost: one look at each written byte while it is in the cache, about a hundredth of a merge from file to file.
+///
+///     overflow_guard guarded(file, models, overflow::error);
+///     merge(cpu{}, ties_options{}, models, guarded);
+class overflow_guard final : public tensor_sink {
+public:
+    overflow_guard(tensor_sink& out, const aligned_models& models, overflow how)
+        : out_(&out)
+        , models_(&models)
+        , how_(how)
+        , tensors_(models.outputs().size(), nullptr)
+    {
+        for (const auto& tensor : models.tensors()) { tensors_[tensor.output] = &tensor; }
+    }
+
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        const auto* const tensor = tensors_[index];
+        if (!tensor || how_ == overflow::propagate || !holds_nonfinite(tensor->output_dtype, data, size)) {
+            out_->write(index, offset, data, size);
+            return;
+        }
+        std::vector<std::byte> words(static_cast<const std::byte*>(data), static_cast<const std::byte*>(data) + size);
+        visit_storage(tensor->output_dtype, tensor->name, [&]<class T>(std::type_identity<T>) {
+            for (std::size_t i = 0; i < size / sizeof(T); ++i) {
+                storage_word<T> word;
+                std::memcpy(&word, words.data() + i * sizeof(T), sizeof(T));
+                const auto value = static_cast<double>(widen_word<arithmetic_type<T>, T>(word));
+                if (std::isfinite(value)) { continue; }
+                const std::uint64_t place = offset / sizeof(T) + i;
+                if (any_input_nonfinite(*tensor, place)) { continue; }
+                const bool lost = std::isnan(value);
+                if (lost && models_->options().on_nonfinite == nonfinite::propagate) { continue; }
+                if (how_ == overflow::error || lost) { refuse<T>(*tensor, place, lost); }
+                word = static_cast<storage_word<T>>(largest_word<T>(value < 0));
+                std::memcpy(words.data() + i * sizeof(T), &word, sizeof(T));
+                saturated_.fetch_add(1, std::memory_order_relaxed);
+            }
+        });
+        out_->write(index, offset, words.data(), size);
+    }
+
+    /// Results that became the largest number of their dtype.
+    [[nodiscard]] std::uint64_t saturated() const noexcept { return saturated_.load(std::memory_order_relaxed); }
+
+private:
+    /// The largest finite number of T, as its word.
+    template <storage_element T>
+    [[nodiscard]] static storage_word<T> largest_word(bool negative) noexcept
+    {
+        // The word before infinity's.
+        const auto infinity = narrow<T>(static_cast<arithmetic_type<T>>(negative ? -HUGE_VAL : HUGE_VAL));
+        std::make_unsigned_t<signed_word_of<sizeof(T)>> bits;
+        std::memcpy(&bits, &infinity, sizeof bits);
+        --bits;
+        storage_word<T> word;
+        std::memcpy(&word, &bits, sizeof word);
+        return word;
+    }
+    template <std::size_t bytes>
+    using signed_word_of = std::conditional_t<bytes == 2, std::int16_t,
+        std::conditional_t<bytes == 4, std::int32_t, std::conditional_t<bytes == 8, std::int64_t, std::int8_t>>>;
+
+    [[nodiscard]] static bool holds_nonfinite(dtype type, const void* data, std::size_t size)
+    {
+        return visit_storage(type, "", [&]<class T>(std::type_identity<T>) {
+            using word = signed_word_of<sizeof(T)>;
+            word infinity;
+            const auto stored = narrow<T>(static_cast<arithmetic_type<T>>(HUGE_VAL));
+            std::memcpy(&infinity, &stored, sizeof infinity);
+            constexpr word magnitude = static_cast<word>(static_cast<std::make_unsigned_t<word>>(-1) >> 1);
+            return kernels::largest_stored<word>(data, size / sizeof(T), magnitude) >= infinity;
+        });
+    }
+    [[nodiscard]] static bool any_input_nonfinite(const aligned_tensor& tensor, std::uint64_t place)
+    {
+        const auto wrong = [&](const aligned_tensor::operand& from) {
+            alignas(8) std::byte raw[64];
+            return from.data && !std::isfinite(detail::with_elements(from, place, 1, raw, [](const auto* value) {
+                return static_cast<double>(widen<double>(*value));
+            }));
+        };
+        return wrong(tensor.base) || std::any_of(tensor.tasks.begin(), tensor.tasks.end(), wrong);
+    }
+    template <storage_element T>
+    [[noreturn, gnu::cold]] void refuse(const aligned_tensor& tensor, std::uint64_t place, bool lost) const
+    {
+        const auto word = largest_word<T>(false);
+        raise<nonfinite_error>(message("tensor '", tensor.name, "' would hold ", lost ? "NaN" : "infinity",
+            " at index ", place, " though every model is finite there: ", name(dtype_of<T>), " holds numbers up to ",
+            static_cast<double>(widen_word<arithmetic_type<T>, T>(word)),
+            "; choose a wider dtype or smaller factors, or let it saturate or propagate (overflow)"));
+    }
+
+    tensor_sink* out_;
+    const aligned_models* models_;
+    overflow how_;
+    std::vector<const aligned_tensor*> tensors_; // of each output; null for what is copied
+    std::atomic<std::uint64_t> saturated_{0};
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
