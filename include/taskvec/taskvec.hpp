@@ -35,10 +35,12 @@
 #include <taskvec/core/rounding.hpp>
 #include <taskvec/core/sink.hpp>
 #include <taskvec/core/storage.hpp>
+#include <taskvec/core/storage_list.hpp>
 #include <taskvec/core/storage_traits.hpp>
 #include <taskvec/core/stored_pack.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/core/view.hpp>
+#include <taskvec/fwd.hpp>
 #include <taskvec/interop/dlpack.hpp>
 #include <taskvec/interop/eigen.hpp>
 #include <taskvec/interop/mdspan.hpp>
@@ -88,6 +90,7 @@
 #include <taskvec/models/companion.hpp>
 #include <taskvec/models/copy_through.hpp>
 #include <taskvec/models/operand_pair.hpp>
+#include <taskvec/models/overflow_guard.hpp>
 #include <taskvec/models/tensor_sums.hpp>
 #include <taskvec/models/weight_layout.hpp>
 #include <taskvec/reuse/parameter_count.hpp>

@@ -5,6 +5,7 @@
 
 #include <taskvec/adapters/lora.hpp>
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/fwd.hpp>
 #include <taskvec/linalg/factored_svd.hpp>
 
 #include <algorithm>
@@ -155,7 +156,7 @@ struct layer_report {
 };
 
 /// A new adapter, and what was done for it layer by layer.
-template <arithmetic_element T, memory_space S = memory_space::host>
+template <arithmetic_element T, memory_space S>
 struct adapter_result {
     lora_adapter<T, S> adapter;
     std::vector<layer_report> layers; ///< in name order

@@ -8,6 +8,7 @@
 
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/matrix.hpp>
+#include <taskvec/fwd.hpp>
 #include <taskvec/linalg/factor_pair.hpp>
 
 #include <algorithm>
@@ -23,7 +24,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// (r×in), both row-major, scaling is α/r or α/√r. In the papers' symbols A = scaling·b and B = aᵀ.
 ///
 ///     lora_update<float> update{.b = b, .a = a, .scaling = 2};
-template <arithmetic_element T, memory_space S = memory_space::host>
+template <arithmetic_element T, memory_space S>
 struct lora_update {
     matrix<T, S> b;
     matrix<T, S> a;

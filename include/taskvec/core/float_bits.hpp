@@ -4,16 +4,13 @@
 #pragma once
 
 #include <taskvec/core/config.hpp>
+#include <taskvec/core/storage_list.hpp>
 
 #include <concepts>
 #include <cstdint>
 #include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
-
-/// The types that arithmetic runs in.
-template <class T>
-concept arithmetic_element = std::same_as<T, double> || std::same_as<T, float>;
 
 TASKVEC_KERNELS_BEGIN
 

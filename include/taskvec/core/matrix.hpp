@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/view.hpp>
+#include <taskvec/fwd.hpp>
 
 #include <concepts>
 #include <cstddef>
@@ -21,7 +22,7 @@ enum class matrix_order : std::uint8_t { row_major, column_major };
 /// starts of consecutive rows (row_major) or columns (column_major); 0 stands for a matrix without gaps.
 ///
 ///     matrix_view<const float> weight(data, out, in, matrix_order::row_major);
-template <class T, memory_space S = memory_space::host>
+template <class T, memory_space S>
     requires storage_element<std::remove_const_t<T>>
 class matrix_view {
 public:
@@ -82,11 +83,8 @@ private:
     matrix_order order_ = matrix_order::column_major;
 };
 
-template <class T>
-using device_matrix_view = matrix_view<T, memory_space::device>;
-
 /// A matrix that owns its memory, without gaps, zero at first. A backend specialises it for its own memory space.
-template <storage_element T, memory_space S = memory_space::host>
+template <storage_element T, memory_space S>
 class matrix;
 
 template <storage_element T>

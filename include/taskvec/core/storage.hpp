@@ -1,21 +1,17 @@
-// Storage types: the list of what tensors are computed with, and what follows from it. How to add one is told in
-// core/storage_traits.hpp.
+// Storage types: what follows from the list of them. How to add one is told in core/storage_traits.hpp.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/half.hpp>
 #include <taskvec/core/storage_traits.hpp>
+#include <taskvec/fwd.hpp>
 
 #include <concepts>
 #include <cstddef>
 #include <string>
 #include <string_view>
 #include <type_traits>
-
-#if defined(TASKVEC_MORE_STORAGE)
-#include TASKVEC_MORE_STORAGE
-#endif
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -41,24 +37,7 @@ struct storage_traits<float> {
 
 TASKVEC_KERNELS_END
 
-/// The storage types that come with the library, in the order in which messages name them.
-using own_storage_types = storage_list<double, float, bf16, f16>;
-
-#if !defined(TASKVEC_MORE_STORAGE)
-/// The storage types that a program adds (TASKVEC_MORE_STORAGE).
-using more_storage_types = storage_list<>;
-#endif
-
 namespace detail {
-template <class... A, class... B>
-storage_list<A..., B...> joined(storage_list<A...>, storage_list<B...>);
-
-template <class T, class... Listed>
-consteval bool listed(storage_list<Listed...>)
-{
-    return (std::same_as<T, Listed> || ...);
-}
-
 // What an entry of the list may lack, each in a sentence.
 template <class T>
 concept storage_with_word = requires { typename storage_traits<T>::word; };
@@ -120,15 +99,8 @@ consteval bool dtypes_differ(storage_list<T...>)
 }
 } // namespace detail
 
-/// Every storage type.
-using storage_types = decltype(detail::joined(own_storage_types{}, more_storage_types{}));
 static_assert(detail::complete_storages(storage_types{}) && detail::dtypes_differ(storage_types{}),
     "taskvec: two storage types have the same dtype");
-
-/// The types that the algorithms compute with when tensors are stored in them: f64, f32, bf16, f16, and what the
-/// program adds.
-template <class T>
-concept storage_element = detail::listed<T>(storage_types{});
 
 /// The type that arithmetic on T runs in: f64 for f64, otherwise f32.
 template <storage_element T>

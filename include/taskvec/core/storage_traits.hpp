@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A storage type is one header, which includes this one and holds the type and its storage_traits, and one entry in the
-// list of core/storage.hpp. A program that brings a type of its own leaves that list alone: it compiles with
+// list of core/storage_list.hpp. A program that brings a type of its own leaves that list alone: it compiles with
 // TASKVEC_MORE_STORAGE defined as the name of its header, `-DTASKVEC_MORE_STORAGE='"my/fixed.hpp"'`, which ends with
 //
 //     namespace taskvec::inline TASKVEC_ABI {
@@ -15,6 +15,7 @@
 
 #include <taskvec/core/dtype.hpp>
 #include <taskvec/core/float_bits.hpp>
+#include <taskvec/core/storage_list.hpp>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -40,9 +41,5 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     };
 template <class T>
 struct storage_traits;
-
-/// Storage types in a row: the list of all of them is storage_types (core/storage.hpp).
-template <class... T>
-struct storage_list { };
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/view.hpp>
+#include <taskvec/fwd.hpp>
 
 #include <algorithm>
 #include <concepts>
@@ -94,9 +95,6 @@ struct basic_tensor_ref {
     }
 };
 
-using tensor_ref = basic_tensor_ref<void>;
-using const_tensor_ref = basic_tensor_ref<const void>;
-
 /// The tensor that a view's memory makes with this shape (default: one flat dimension).
 template <class T, memory_space S>
 [[nodiscard]] auto as_tensor(view<T, S> flat, extents shape)
@@ -183,8 +181,5 @@ private:
     }
     std::vector<entry> entries_;
 };
-
-using model_ref = basic_model<tensor_ref>;
-using const_model_ref = basic_model<const_tensor_ref>;
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/storage.hpp>
+#include <taskvec/fwd.hpp>
 
 #include <concepts>
 #include <cstddef>
@@ -12,8 +13,6 @@
 #include <utility>
 
 namespace taskvec::inline TASKVEC_ABI {
-
-enum class memory_space : std::uint8_t { host, device };
 
 /// A contiguous run of `size` elements of T in memory space S; does not own them. T may be const.
 template <class T, memory_space S>
@@ -62,11 +61,6 @@ private:
     T* data_ = nullptr;
     std::size_t size_ = 0;
 };
-
-template <class T>
-using host_view = view<T, memory_space::host>;
-template <class T>
-using device_view = view<T, memory_space::device>;
 
 /// How a type becomes a view. Specialised for views and contiguous ranges here, for Eigen and xtensor in interop/.
 /// A specialisation has `static view<…> get(X&)`, and refuses with an error what is not contiguous.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/config.hpp>
+#include <taskvec/fwd.hpp>
 
 #include <Eigen/Core>
 
@@ -14,20 +15,6 @@
 #include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
-
-template <class T>
-struct dual;
-
-namespace detail {
-template <class T>
-inline constexpr bool is_dual = false;
-template <class T>
-inline constexpr bool is_dual<dual<T>> = true;
-} // namespace detail
-
-/// What derivatives are taken of: float, double, or a dual number over one of them (nested for higher derivatives).
-template <class T>
-concept differentiable_scalar = std::same_as<T, float> || std::same_as<T, double> || detail::is_dual<T>;
 
 /// a + b·ε with ε² = 0: f(dual{x, v}) is {f(x), f'(x)·v}. Comparisons look at the primal alone. Constants convert
 /// implicitly and have tangent zero. Nested, dual<dual<double>> carries second derivatives.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/matrix.hpp>
+#include <taskvec/fwd.hpp>
 
 #include <string_view>
 
@@ -12,7 +13,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// scaling·b·a is left = b, right = aᵀ (see lora_update::factors()). Refers to the factors, which must outlive it.
 ///
 ///     factor_pair<float> p{.left = b.view(), .right = a.view().transposed(), .weight = scaling};
-template <storage_element T, memory_space S = memory_space::host>
+template <storage_element T, memory_space S>
 struct factor_pair {
     matrix_view<const T, S> left{};
     matrix_view<const T, S> right{};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/compiled/linalg.hpp>
+#include <taskvec/fwd.hpp>
 #include <taskvec/linalg/factor_pair.hpp>
 #include <taskvec/linalg/svd.hpp>
 
@@ -18,14 +19,14 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// What factored_svd() returns: also all singular values of the product, from which the error is known exactly.
-template <arithmetic_element T, memory_space S = memory_space::host>
+template <arithmetic_element T, memory_space S>
 struct factored_svd_result : svd_result<T, S> {
     std::vector<double> spectrum; ///< every singular value that left·rightᵀ can have nonzero, descending
 };
 
 /// Σ weightᵢ·leftᵢ·rightᵢᵀ as one pair of factors: the leftᵢ side by side, each times its weight, and the rightᵢ side
 /// by side. Exact but for the rounding of weightᵢ·leftᵢ.
-template <arithmetic_element T, memory_space S = memory_space::host>
+template <arithmetic_element T, memory_space S>
 struct stacked_factors {
     matrix<T, S> left; ///< m×R, R the sum of the ranks
     matrix<T, S> right; ///< n×R

@@ -14,6 +14,7 @@
 #include <taskvec/core/matrix.hpp>
 #include <taskvec/core/policy.hpp>
 #include <taskvec/core/random.hpp>
+#include <taskvec/fwd.hpp>
 
 #include <concepts>
 #include <cstddef>
@@ -27,7 +28,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What becomes of the columns of A: A = Q·R with Q (m×k) orthonormal, k = min(m, n), R (k×n) in f64; R need not be
 /// triangular. Q is kept in whatever form the backend likes (see multiply_q). Refers to A, which must outlive it.
-template <arithmetic_element T, memory_space S = memory_space::host>
+template <arithmetic_element T, memory_space S>
 struct qr_factors;
 
 /// A = u·diag(sigma)·vᵀ of a small f64 matrix, sigma descending, u (m×k) and v (n×k) orthonormal, k = min(m, n).

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/compiled/linalg.hpp>
+#include <taskvec/fwd.hpp>
 #include <taskvec/linalg/svd.hpp>
 
 #include <algorithm>
@@ -28,7 +29,7 @@ struct randomized_svd_options {
     std::string_view name = "A"; ///< names the matrix in errors and picks its random numbers
 };
 
-template <arithmetic_element T, memory_space S = memory_space::host>
+template <arithmetic_element T, memory_space S>
 struct randomized_svd_result : svd_result<T, S> {
     bool reached = true; ///< false where max_rank came before the asked energy or relative error
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/fwd.hpp>
 #include <taskvec/linalg/eigen.hpp>
 
 #include <algorithm>
@@ -42,7 +43,7 @@ struct options_of<rank_choice> {
 
 /// The best (or, where randomized, a nearly best) rank-q approximation of a matrix A: u·diag(sigma)·vᵀ.
 /// The factors are in the memory space that A was in; σ is always on the host.
-template <arithmetic_element T, memory_space S = memory_space::host>
+template <arithmetic_element T, memory_space S>
 struct svd_result {
     matrix<T, S> u; ///< m×q, orthonormal columns; the largest entry of each is positive
     std::vector<double> sigma; ///< q values, descending

@@ -8,11 +8,13 @@
 #include <taskvec/methods/merge.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {

@@ -6,6 +6,7 @@
 #include <taskvec/device/models/streamed_models.hpp>
 #include <taskvec/models/overflow_guard.hpp>
 
+#include <optional>
 #include <span>
 #include <vector>
 

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/fwd.hpp>
 #include <taskvec/methods/keep/all.hpp>
 
 #include <concepts>
@@ -10,7 +11,7 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// θ0 + factor·Σ weights[t]·keep(τt): +0 first, then in task order; every product and sum rounds.
-template <arithmetic_element A, class Rule = keep_all>
+template <arithmetic_element A, class Rule>
 struct kept_sum_body : Rule {
     static constexpr bool watches = Rule::sees_all;
     const A* weights;
