@@ -54,7 +54,10 @@ public:
     method(Passes&, const example::midpoint_options& options)
         : lambda_(options.lambda)
     {
-        if (!std::isfinite(lambda_)) { taskvec::raise<taskvec::invalid_argument>("lambda is not finite"); }
+        if (!std::isfinite(lambda_)) {
+            taskvec::raise<taskvec::invalid_argument>(
+                taskvec::error_code::parameter_not_finite, "lambda is not finite");
+        }
     }
     template <taskvec::arithmetic_element A>
     [[nodiscard]] example::midpoint_body<A> body(std::size_t) const

@@ -61,7 +61,10 @@ public:
 private:
     void* do_allocate(std::size_t bytes, std::size_t alignment) override
     {
-        if (bytes > limit_ - used_) { taskvec::raise<taskvec::invalid_argument>("more scratch memory than allowed"); }
+        if (bytes > limit_ - used_) {
+            taskvec::raise<taskvec::invalid_argument>(
+                taskvec::error_code::size_limit, "more scratch memory than allowed");
+        }
         used_ += bytes;
         return std::pmr::new_delete_resource()->allocate(bytes, alignment);
     }

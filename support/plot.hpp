@@ -114,11 +114,13 @@ inline std::string run_gnuplot(const std::string& script, const std::filesystem:
     const file input(std::tmpfile(), &std::fclose), output(std::tmpfile(), &std::fclose),
         errors(std::tmpfile(), &std::fclose);
     if (!input || !output || !errors) {
-        taskvec::raise<taskvec::io_error>("cannot create temporary files for gnuplot", target.string(), errno);
+        taskvec::raise<taskvec::io_error>(
+            taskvec::system_error_code(errno), "cannot create temporary files for gnuplot", target.string(), errno);
     }
     std::fwrite(script.data(), 1, script.size(), input.get());
     if (std::fflush(input.get()) != 0) {
-        taskvec::raise<taskvec::io_error>("cannot write gnuplot's script", target.string(), errno);
+        taskvec::raise<taskvec::io_error>(
+            taskvec::system_error_code(errno), "cannot write gnuplot's script", target.string(), errno);
     }
     std::rewind(input.get());
 
@@ -134,9 +136,11 @@ inline std::string run_gnuplot(const std::string& script, const std::filesystem:
     posix_spawn_file_actions_destroy(&actions);
     const char* const advice =
         "plots are drawn by gnuplot, which was not found: install gnuplot (Debian: apt-get install gnuplot-nox)";
-    if (failure == ENOENT) { taskvec::raise<taskvec::io_error>(advice, target.string(), ENOENT); }
+    if (failure == ENOENT) {
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::program_failed, advice, target.string(), ENOENT);
+    }
     if (failure != 0) {
-        taskvec::raise<taskvec::io_error>(
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::program_failed,
             taskvec::message("cannot start gnuplot: ", taskvec::detail::errno_text(failure)), target.string(), failure);
     }
     int status = 0;
@@ -149,13 +153,14 @@ inline std::string run_gnuplot(const std::string& script, const std::filesystem:
         return text;
     };
     if (WIFEXITED(status) && WEXITSTATUS(status) == 127) {
-        taskvec::raise<taskvec::io_error>(advice, target.string(), ENOENT);
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::program_failed, advice, target.string(), ENOENT);
     }
     const auto svg = read_all(output.get());
     if (!WIFEXITED(status) || WEXITSTATUS(status) != 0 || svg.find("</svg>") == std::string::npos) {
         auto said = read_all(errors.get());
         std::replace(said.begin(), said.end(), '\n', ' ');
-        taskvec::raise<taskvec::io_error>("gnuplot failed: " + said, target.string());
+        taskvec::raise<taskvec::io_error>(
+            taskvec::error_code::program_failed, "gnuplot failed: " + said, target.string());
     }
     return separate_paths(svg);
 }
@@ -173,7 +178,9 @@ inline std::string terminal(unsigned width, unsigned height)
 [[nodiscard]] inline std::string svg_of(const line_chart& chart, const std::filesystem::path& path)
 {
     using namespace detail;
-    if (chart.curves.empty()) { taskvec::raise<taskvec::invalid_argument>("a chart without curves"); }
+    if (chart.curves.empty()) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::inputs_empty, "a chart without curves");
+    }
     // Okabe and Ito's colours, which colour-blind readers tell apart.
     static constexpr const char* colours[] = {
         "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c"};
@@ -198,7 +205,7 @@ inline std::string terminal(unsigned width, unsigned height)
     for (std::size_t c = 0; c < chart.curves.size(); ++c) {
         const auto& line = chart.curves[c];
         if (line.x.size() != line.y.size() || line.x.empty()) {
-            taskvec::raise<taskvec::invalid_argument>(
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::list_length,
                 taskvec::message("curve '", line.label, "' has ", line.x.size(), " x and ", line.y.size(), " y"));
         }
         const auto block = "$curve" + std::to_string(c);
@@ -219,7 +226,8 @@ inline std::string terminal(unsigned width, unsigned height)
 {
     using namespace detail;
     if (map.values.empty() || map.values.size() != map.rows.size()) {
-        taskvec::raise<taskvec::invalid_argument>("a heat map needs one label for each of its rows");
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::error_code::list_length, "a heat map needs one label for each of its rows");
     }
     std::size_t longest_row = 4, longest_column = 4;
     const auto letters = [](const std::string& text) {
@@ -265,7 +273,8 @@ inline std::string terminal(unsigned width, unsigned height)
     };
     for (std::size_t r = 0; r < map.values.size(); ++r) {
         if (map.values[r].size() != map.columns.size()) {
-            taskvec::raise<taskvec::invalid_argument>("a heat map needs one label for each of its columns");
+            taskvec::raise<taskvec::invalid_argument>(
+                taskvec::error_code::list_length, "a heat map needs one label for each of its columns");
         }
         for (std::size_t c = 0; c < map.values[r].size(); ++c) {
             const double value = map.values[r][c];

@@ -75,9 +75,10 @@ template <class T>
     const auto check = [&](auto&& value, std::size_t size, const auto&... where) {
         for (std::size_t i = 0; i < size; ++i) {
             if (std::isfinite(value(i))) { continue; }
-            taskvec::raise<taskvec::nonfinite_error>(taskvec::message("'",
-                (directory / taskvec::peft_model_name).string(), "': ", where..., " holds ",
-                std::isnan(value(i)) ? "NaN" : "infinity", " at entry ", i, "; repair the adapter or leave it out"));
+            taskvec::raise<taskvec::nonfinite_error>(taskvec::error_code::not_finite,
+                taskvec::message("'", (directory / taskvec::peft_model_name).string(), "': ", where..., " holds ",
+                    std::isnan(value(i)) ? "NaN" : "infinity", " at entry ", i,
+                    "; repair the adapter or leave it out"));
         }
     };
     for (const auto& [name, update] : adapter.updates) {

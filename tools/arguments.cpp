@@ -59,7 +59,7 @@ std::vector<task_argument> parse_tasks(const std::vector<std::string>& texts)
         const auto& task = tasks.back();
         const auto [place, fresh] = seen.emplace(task.name, task.path);
         if (!fresh) {
-            taskvec::raise<taskvec::invalid_argument>(
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::task_name_repeated,
                 taskvec::message("tasks '", place->second.string(), "' and '", task.path.string(), "' are both named '",
                     task.name, "': rename one, since tasks are told apart by name"));
         }

@@ -63,6 +63,12 @@ int fail(const std::string& what)
     return 1;
 }
 
+/// What the library says, with its code last in the line: the word to look up in docs/errors.md.
+int fail(const std::string& what, taskvec::error_code code)
+{
+    return fail(taskvec::message(what, " [", taskvec::to_string(code), ']'));
+}
+
 /// Help in one style for all verbs: the usage line names the verb, examples keep their line breaks.
 class formatter final : public CLI::Formatter {
 public:
@@ -263,7 +269,10 @@ int run_command_line(int count, const char* const* words)
     catch (const std::bad_alloc&) {
         return fail("out of memory: use fewer --threads or a smaller --memory");
     }
-    catch (const std::exception& failure) { // taskvec::error, and whatever the system throws
+    catch (const taskvec::error& failure) {
+        return fail(failure.what(), failure.code());
+    }
+    catch (const std::exception& failure) { // whatever the system throws
         return fail(failure.what());
     }
 }

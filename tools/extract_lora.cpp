@@ -58,8 +58,9 @@ void check_matches(
         bool found = false;
         for (const auto& [name, value] : names) { found = found || matches(name); }
         if (!found) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::message(
-                option, " '", pattern, "' matches no ", what, "; see 'taskvec inspect' for the names"));
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
+                taskvec::message(
+                    option, " '", pattern, "' matches no ", what, "; see 'taskvec inspect' for the names"));
         }
     }
 }
@@ -81,7 +82,7 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
             .tuned_label = "'" + given.task + "'"},
         how);
     if (found.adapter.empty()) {
-        taskvec::raise<taskvec::invalid_argument>(
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
             taskvec::message("'", given.base, "' and '", given.task, "' do not differ in any 2-D '*.weight' tensor",
                 given.include.empty() && given.exclude.empty() ? "" : " that is looked at",
                 ": there is nothing to extract an adapter from"));

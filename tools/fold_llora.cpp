@@ -39,9 +39,10 @@ void fold_as(const fold_llora_settings& given)
     const auto initial = tool::read_adapter<T>(given.init, given);
     auto adapter = tool::read_adapter<T>(given.adapter, given);
     if (initial.embeddings != adapter.embeddings) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message("'", given.init, "' and '", given.adapter,
-            "' do not adapt the same embeddings: the first is not the initialisation that the second was trained "
-            "from"));
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::initialization_differs,
+            taskvec::message("'", given.init, "' and '", given.adapter,
+                "' do not adapt the same embeddings: the first is not the initialisation that the second was trained "
+                "from"));
     }
     auto folded = taskvec::fold_linearized(
         initial.updates, adapter.updates, {.initial = "'" + given.init + "'", .adapter = "'" + given.adapter + "'"});

@@ -119,7 +119,7 @@ private:
     static void check_together(const adapter_type& first, const adapter_type& other, bool any_base)
     {
         const auto fail = [&](const auto&... parts) {
-            taskvec::raise<taskvec::invalid_argument>(
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapters_differ,
                 taskvec::message("'", first.label, "' and '", other.label, "' ", parts...));
         };
         const auto base = text_of(first.config, base_name), its_base = text_of(other.config, base_name);
@@ -161,9 +161,10 @@ private:
                 const auto [place, fresh] = seen.emplace(name, &adapter);
                 const auto& earlier = place->second->updates.at(name);
                 if (!fresh && (earlier.out() != update.out() || earlier.in() != update.in())) {
-                    taskvec::raise<taskvec::shape_mismatch>(taskvec::message("module '", name, "' is ", update.out(),
-                        "×", update.in(), " in '", adapter.label, "' but ", earlier.out(), "×", earlier.in(), " in '",
-                        place->second->label, "': they are adapters of different bases"));
+                    taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::adapter_shape,
+                        taskvec::message("module '", name, "' is ", update.out(), "×", update.in(), " in '",
+                            adapter.label, "' but ", earlier.out(), "×", earlier.in(), " in '", place->second->label,
+                            "': they are adapters of different bases"));
                 }
             }
         }

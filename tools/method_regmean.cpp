@@ -17,7 +17,7 @@ std::function<taskvec::weight_layout(std::string_view)> layout_of(
     for (const auto& file : grams.files()) {
         for (const auto& [name, gram] : file.model()) {
             if (first.model().find(name) && file.layout(name) != first.layout(name)) {
-                taskvec::raise<taskvec::invalid_argument>(
+                taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::statistics_differ,
                     taskvec::message("'", first.path().string(), "' and '", file.path().string(),
                         "' disagree about how the weight '", name, "' is stored: collect one of them again"));
             }
@@ -27,8 +27,9 @@ std::function<taskvec::weight_layout(std::string_view)> layout_of(
     const auto& weights = first.model();
     if (!patterns.empty()
         && std::none_of(weights.begin(), weights.end(), [&](const auto& weight) { return named(weight.name); })) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message("no tensor of '", first.path().string(),
-            "' matches --conv1d '", patterns.front(), "': see 'taskvec inspect' for the names"));
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
+            taskvec::message("no tensor of '", first.path().string(), "' matches --conv1d '", patterns.front(),
+                "': see 'taskvec inspect' for the names"));
     }
     return [named, &first](
                std::string_view name) { return named(name) ? taskvec::weight_layout::in_out : first.layout(name); };

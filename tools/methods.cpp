@@ -140,8 +140,9 @@ taskvec::merge_report merge_on_device(
 {
     const auto place = device_merges().find(type);
     if (place == device_merges().end()) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message("--device cuda: --method ", call.request.method,
-            " has no device version in this build; leave --device out"));
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::device_unavailable,
+            taskvec::message("--device cuda: --method ", call.request.method,
+                " has no device version in this build; leave --device out"));
     }
     return place->second(options, call.models, out, call.memory, call.policy);
 }

@@ -122,9 +122,10 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     }
     models_.emplace(base_ ? &base_->model() : nullptr, task_models_, std::move(options));
     if (!request.include.empty() && models_->tensors().empty()) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message("no floating tensor of '",
-            base_ ? request.base : arguments_.front().path.string(), "' matches --include '", request.include.front(),
-            "'", request.exclude.empty() ? "" : " and not --exclude", ": see 'taskvec inspect' for the names"));
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
+            taskvec::message("no floating tensor of '", base_ ? request.base : arguments_.front().path.string(),
+                "' matches --include '", request.include.front(), "'",
+                request.exclude.empty() ? "" : " and not --exclude", ": see 'taskvec inspect' for the names"));
     }
 }
 

@@ -28,7 +28,8 @@ std::vector<std::pair<fs::path, std::string>>& claimed()
 
 [[noreturn]] void refuse(const fs::path& path, const std::string& what, int code)
 {
-    taskvec::raise<taskvec::io_error>(taskvec::message(what, ": ", std::strerror(code)), path.string(), code);
+    taskvec::raise<taskvec::io_error>(
+        taskvec::system_error_code(code), taskvec::message(what, ": ", std::strerror(code)), path.string(), code);
 }
 
 } // namespace
@@ -40,14 +41,16 @@ void claim_output(const fs::path& path, const std::string& option, output_kind k
     const auto place = place_of(path);
     for (const auto& [other, owner] : claimed()) {
         if (other == place) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::message(
-                option, " '", path.string(), "' is also what ", owner, " asks for: give each its own"));
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::output_path,
+                taskvec::message(
+                    option, " '", path.string(), "' is also what ", owner, " asks for: give each its own"));
         }
     }
     const auto& inputs = opened_places();
     if (kind == output_kind::file && std::find(inputs.begin(), inputs.end(), place) != inputs.end()) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message(option, " '", path.string(),
-            "' is one of the files that are read, and only a model may replace it: choose another path"));
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::output_path,
+            taskvec::message(option, " '", path.string(),
+                "' is one of the files that are read, and only a model may replace it: choose another path"));
     }
     claimed().emplace_back(place, option);
     std::error_code ignored;
@@ -57,9 +60,9 @@ void claim_output(const fs::path& path, const std::string& option, output_kind k
             : kind == output_kind::model                 ? fs::is_directory(status) || fs::is_regular_file(status)
                                                          : fs::is_regular_file(status);
         if (!fits) {
-            taskvec::raise<taskvec::io_error>(kind == output_kind::directory
-                    ? "exists and is not a directory; choose another output"
-                    : "exists and is not a regular file; choose another output",
+            taskvec::raise<taskvec::io_error>(taskvec::error_code::file_kind,
+                kind == output_kind::directory ? "exists and is not a directory; choose another output"
+                                               : "exists and is not a regular file; choose another output",
                 path.string(), kind == output_kind::directory ? ENOTDIR : EEXIST);
         }
         if (::access(path.c_str(), W_OK) != 0) { refuse(path, "exists and may not be written", errno); }

@@ -170,7 +170,7 @@ runner::runner(const run_options& options, runs_on where)
 {
     if (options.device != "cpu") {
         if (where != runs_on::any_device) {
-            taskvec::raise<taskvec::invalid_argument>(
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::device_unavailable,
                 "--device cuda: only merge, prune and peru-fft run there; leave --device out");
         }
         require_cuda();

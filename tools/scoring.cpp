@@ -114,7 +114,7 @@ struct pipe_end {
 
 [[noreturn]] void fail_to_start(int code)
 {
-    taskvec::raise<taskvec::io_error>(
+    taskvec::raise<taskvec::io_error>(taskvec::error_code::program_failed,
         taskvec::message("cannot run the scoring command: ", std::strerror(code)), "", code);
 }
 
@@ -264,10 +264,11 @@ double run_score_command(const score_command& command, const scored_candidate& c
         running.watch();
         ::poll(nullptr, 0, 20);
     }
-    if (was_interrupted()) { taskvec::raise<taskvec::cancelled>(); }
+    if (was_interrupted()) { taskvec::raise<taskvec::cancelled>(taskvec::error_code::cancelled); }
     const auto& point = candidate.point;
     const auto fail = [&](const std::string& what, int code) {
-        taskvec::raise<taskvec::backend_error>(what, "the scoring command '" + printable(command.text) + "'", code);
+        taskvec::raise<taskvec::backend_error>(
+            taskvec::error_code::scoring_command, what, "the scoring command '" + printable(command.text) + "'", code);
     };
     if (running.out_of_time()) {
         fail(taskvec::message(
@@ -280,7 +281,7 @@ double run_score_command(const score_command& command, const scored_candidate& c
     if (WEXITSTATUS(status) != 0) { fail(taskvec::message("failed for ", point), WEXITSTATUS(status)); }
     const auto score = last_number(text);
     const auto printed = [&](const std::string& what) {
-        taskvec::raise<taskvec::invalid_argument>(
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::score_invalid,
             taskvec::message("the scoring command '", printable(command.text), "' printed ", what));
     };
     if (!score) {
@@ -294,7 +295,7 @@ scratch_directory::scratch_directory(const fs::path& parent)
 {
     auto name = (parent / "taskvec-sweep-XXXXXX").string();
     if (!::mkdtemp(name.data())) {
-        taskvec::raise<taskvec::io_error>(
+        taskvec::raise<taskvec::io_error>(taskvec::system_error_code(errno),
             taskvec::message("cannot make a directory for candidates in it: ", std::strerror(errno)), parent.string(),
             errno);
     }

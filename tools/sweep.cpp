@@ -281,8 +281,9 @@ taskvec::sweep_table read_table(const std::string& path, const std::vector<std::
     if (!table.columns().empty() && table.columns() != columns) {
         std::string found;
         for (const auto& name : table.columns()) { found += name + ","; }
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message(
-            "'", path, "' holds another sweep, with the columns ", found, "score: name another --csv, or remove it"));
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::sweep_table,
+            taskvec::message("'", path, "' holds another sweep, with the columns ", found,
+                "score: name another --csv, or remove it"));
     }
     table.require_columns(columns);
     return table;

@@ -99,7 +99,7 @@ void print(const std::string& text)
 {
     clear_progress();
     if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
-        taskvec::raise<taskvec::io_error>(
+        taskvec::raise<taskvec::io_error>(taskvec::system_error_code(errno),
             taskvec::message("cannot write to standard output: ", std::strerror(errno)), "", errno);
     }
 }

@@ -18,11 +18,11 @@ void load(const std::filesystem::path& path, const taskvec::model_ref& into)
     for (const auto& [name, tensor] : into) {
         const auto* found = from.find(name);
         if (!found) {
-            taskvec::raise<taskvec::format_error>(
+            taskvec::raise<taskvec::format_error>(taskvec::error_code::file_tensors,
                 taskvec::message("has no tensor '", name, "': it is no model of the digits example"), path.string());
         }
         if (found->shape != tensor.shape || found->dtype != tensor.dtype) {
-            taskvec::raise<taskvec::format_error>(
+            taskvec::raise<taskvec::format_error>(taskvec::error_code::file_tensors,
                 taskvec::message("tensor '", name, "' is ", taskvec::name(found->dtype), ' ',
                     taskvec::to_string(found->shape), "; expected ", taskvec::name(tensor.dtype), ' ',
                     taskvec::to_string(tensor.shape)),

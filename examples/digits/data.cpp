@@ -19,7 +19,8 @@ dataset load_images(const std::filesystem::path& file)
     std::ifstream stream(file, std::ios::binary);
     const std::string text{std::istreambuf_iterator<char>(stream), {}};
     if (!stream.is_open() || stream.bad() || text.empty()) {
-        taskvec::raise<taskvec::io_error>("cannot be read; say with --data where the digits are", file.string());
+        taskvec::raise<taskvec::io_error>(
+            taskvec::error_code::file_access, "cannot be read; say with --data where the digits are", file.string());
     }
 
     std::vector<int> numbers;
@@ -30,7 +31,8 @@ dataset load_images(const std::filesystem::path& file)
         const int limit = numbers.size() % (pixels + 1) == pixels ? classes - 1 : 16;
         const char expected = numbers.size() % (pixels + 1) == pixels ? '\n' : ',';
         if (error != std::errc{} || value < 0 || value > limit || (next != end && *next != expected)) {
-            taskvec::raise<taskvec::format_error>("line " + std::to_string(numbers.size() / (pixels + 1) + 1)
+            taskvec::raise<taskvec::format_error>(taskvec::error_code::csv_syntax,
+                "line " + std::to_string(numbers.size() / (pixels + 1) + 1)
                     + ": expected 64 pixels of 0 to 16 and a label of 0 to 9, separated by commas",
                 file.string(), static_cast<std::uint64_t>(at - text.data()));
         }
@@ -39,7 +41,8 @@ dataset load_images(const std::filesystem::path& file)
     }
     const std::size_t count = numbers.size() / (pixels + 1);
     if (numbers.size() % (pixels + 1) != 0 || count <= train_size + validation_size) {
-        taskvec::raise<taskvec::format_error>("found " + std::to_string(count) + " complete images; expected more than "
+        taskvec::raise<taskvec::format_error>(taskvec::error_code::csv_syntax,
+            "found " + std::to_string(count) + " complete images; expected more than "
                 + std::to_string(train_size + validation_size) + " and no incomplete line",
             file.string(), text.size());
     }
@@ -110,7 +113,7 @@ dataset in_domain(const dataset& images, std::size_t task)
             case 6: inverted = true; break;
             case 7: source = static_cast<int>(permutation[static_cast<std::size_t>(source)]); break;
             default:
-                taskvec::raise<taskvec::invalid_argument>(
+                taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::index_out_of_range,
                     "the digits example has tasks 0 to 7, not " + std::to_string(task));
             }
             for (Eigen::Index i = 0; i < images.inputs.rows(); ++i) {

@@ -18,7 +18,7 @@ void draw(const Figure& figure, const std::filesystem::path& file)
         plot::write_svg(figure, file);
     }
     catch (const taskvec::io_error& e) {
-        if (e.code() != ENOENT) { throw; }
+        if (e.system_code() != ENOENT) { throw; }
         std::fprintf(stderr, "digits: warning: no figure: %s\n", e.what());
     }
 }

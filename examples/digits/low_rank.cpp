@@ -38,7 +38,8 @@ encoder folded(const encoder& base, const updates& adapter, double factor)
     for (const auto& [module, update] : adapter) {
         const auto place = std::ranges::find_if(weights, [&](const auto& entry) { return entry.first == module; });
         if (place == weights.end()) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::message("the network has no module '", module, "'"));
+            taskvec::raise<taskvec::invalid_argument>(
+                taskvec::error_code::tensor_missing, taskvec::message("the network has no module '", module, "'"));
         }
         taskvec::fold_update(one_thread, update, place->second, factor, module);
     }

@@ -62,7 +62,8 @@ const row& table::operator[](std::string_view method) const
 {
     const auto place = std::find_if(rows_.begin(), rows_.end(), [&](const row& r) { return r.method == method; });
     if (place == rows_.end()) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message("table '", title_, "' has no row '", method, "'"));
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::error_code::tensor_missing, taskvec::message("table '", title_, "' has no row '", method, "'"));
     }
     return *place;
 }
@@ -156,7 +157,9 @@ void write_text(const std::filesystem::path& file, std::string_view text)
     std::ofstream stream(file, std::ios::binary);
     stream << text;
     stream.close();
-    if (!stream) { taskvec::raise<taskvec::io_error>("cannot be written", file.string()); }
+    if (!stream) {
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::file_access, "cannot be written", file.string());
+    }
 }
 
 } // namespace digits

@@ -156,7 +156,7 @@ auto project(const network<T>& net, const P& p, const std::string& name, const X
         if constexpr (std::same_as<X, row_matrix<T>>) { return layer->forward(x); }
         else {
             // Linear in φ already: a network of these layers is differentiated in its input only.
-            taskvec::raise<taskvec::invalid_argument>(
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapters_differ,
                 "per-layer linearized adapters do not mix with a linearized network");
         }
     }

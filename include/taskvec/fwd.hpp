@@ -83,6 +83,8 @@ template <class Signature>
 class function_ref;
 enum class dtype : std::uint8_t;
 enum class error_kind;
+enum class error_code : std::uint16_t;
+struct error_code_entry;
 class error;
 class invalid_argument;
 class shape_mismatch;

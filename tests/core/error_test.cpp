@@ -18,26 +18,28 @@ TEST_CASE("one catch clause sees every kind, with its kind and message")
         FAIL("nothing was thrown");
         return error_kind{};
     };
-    CHECK(kind_of([] { raise<invalid_argument>("what"); }) == error_kind::invalid_argument);
-    CHECK(kind_of([] { raise<shape_mismatch>("what"); }) == error_kind::shape_mismatch);
-    CHECK(kind_of([] { raise<dtype_mismatch>("what"); }) == error_kind::dtype_mismatch);
-    CHECK(kind_of([] { raise<nonfinite_error>("what"); }) == error_kind::nonfinite);
-    CHECK(kind_of([] { raise<format_error>("what", "file"); }) == error_kind::format_error);
-    CHECK(kind_of([] { raise<io_error>("what", "file"); }) == error_kind::io_error);
-    CHECK(kind_of([] { raise<backend_error>("what", "call", 7); }) == error_kind::backend_error);
-    CHECK(kind_of([] { raise<cancelled>("what"); }) == error_kind::cancelled);
+    CHECK(kind_of([] { raise<invalid_argument>(error_code::density_out_of_range, "what"); })
+        == error_kind::invalid_argument);
+    CHECK(kind_of([] { raise<shape_mismatch>(error_code::tensor_shape, "what"); }) == error_kind::shape_mismatch);
+    CHECK(kind_of([] { raise<dtype_mismatch>(error_code::dtype_differs, "what"); }) == error_kind::dtype_mismatch);
+    CHECK(kind_of([] { raise<nonfinite_error>(error_code::not_finite, "what"); }) == error_kind::nonfinite);
+    CHECK(kind_of([] { raise<format_error>(error_code::json_syntax, "what", "file"); }) == error_kind::format_error);
+    CHECK(kind_of([] { raise<io_error>(error_code::disk_full, "what", "file"); }) == error_kind::io_error);
+    CHECK(
+        kind_of([] { raise<backend_error>(error_code::device_lost, "what", "call", 7); }) == error_kind::backend_error);
+    CHECK(kind_of([] { raise<cancelled>(error_code::cancelled, "what"); }) == error_kind::cancelled);
 }
 
 TEST_CASE("errors keep the file, the offset, the code and the call")
 {
-    const format_error format("bad header", "m.safetensors", 8);
+    const format_error format(error_code::json_syntax, "bad header", "m.safetensors", 8);
     CHECK(format.file() == "m.safetensors");
     CHECK(format.offset() == 8);
     CHECK(std::string(format.what()) == "m.safetensors: bad header");
-    CHECK(std::string(format_error("bad header", "").what()) == "bad header");
-    CHECK(io_error("cannot open", "m.safetensors", 2).code() == 2);
-    const backend_error backend("failed", "gesvd", 3);
-    CHECK(backend.code() == 3);
+    CHECK(std::string(format_error(error_code::json_syntax, "bad header", "").what()) == "bad header");
+    CHECK(io_error(error_code::file_not_found, "cannot open", "m.safetensors", 2).system_code() == 2);
+    const backend_error backend(error_code::no_convergence, "failed", "gesvd", 3);
+    CHECK(backend.backend_code() == 3);
     CHECK(backend.call() == "gesvd");
     CHECK(std::string(backend.what()) == "gesvd: failed (code 3)");
 }
@@ -50,7 +52,7 @@ TEST_CASE("a message joins text and numbers")
 
 TEST_CASE("the handler for builds without exceptions can be replaced and restored")
 {
-    const error_handler mine = [](error_kind, const char*) { };
+    const error_handler mine = [](const error&) { };
     const error_handler former = set_error_handler(mine);
     CHECK((set_error_handler(former) == mine));
 }

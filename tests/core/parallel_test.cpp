@@ -88,7 +88,9 @@ TEST_CASE("the failure of the lowest index is the one that is reported, with any
             try {
                 for_each_index({.threads = threads}, visits.size(), [&](std::size_t index, std::size_t) {
                     ++visits[index];
-                    if (index >= 17 && index % 2 == 1) { raise<invalid_argument>(message("index ", index)); }
+                    if (index >= 17 && index % 2 == 1) {
+                        raise<invalid_argument>(error_code::index_out_of_range, message("index ", index));
+                    }
                 });
             }
             catch (const invalid_argument& failure) {

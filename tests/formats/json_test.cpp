@@ -30,6 +30,7 @@ TEST_CASE("what is not strict JSON is a format_error that says where")
     catch (const format_error& failure) {
         CHECK(failure.file() == "file.json");
         CHECK(failure.offset() == 104);
+        CHECK(failure.code() == error_code::json_syntax);
         CHECK(std::string(failure.what()).find('[') == std::string::npos);
     }
 }

@@ -115,6 +115,38 @@ TEST_CASE("errors name the file, the tensor, and what was expected")
     CHECK(text_of("{]").find("header is not valid JSON at byte 9") != std::string::npos);
 }
 
+TEST_CASE("refusals carry the code of their subject")
+{
+    const auto code_of = [](const std::string& file) {
+        try {
+            (void)parse_safetensors(bytes_of(file), "m.safetensors");
+        }
+        catch (const format_error& failure) {
+            return failure.code();
+        }
+        return error_code{};
+    };
+    const auto file_of = [](const std::string& header, const std::string& data) {
+        const std::uint64_t length = header.size();
+        std::string text(8, '\0');
+        std::memcpy(text.data(), &length, 8);
+        return text + header + data;
+    };
+    const std::string header = R"({"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})",
+                      whole = file_of(header, "1234");
+    CHECK(code_of(whole) == error_code{});
+    for (const std::size_t size : {std::size_t{20}, whole.size() - 1}) {
+        CHECK(code_of(whole.substr(0, size)) == error_code::file_truncated);
+    }
+    CHECK(code_of(whole + "5") == error_code::tensor_offsets);
+    CHECK(code_of("") == error_code::not_safetensors);
+    CHECK(code_of(std::string(16, '\xff')) == error_code::not_safetensors);
+    CHECK(code_of(file_of("{]", "")) == error_code::json_syntax);
+    CHECK(code_of(file_of("[]", "")) == error_code::header_field);
+    CHECK(code_of(file_of(R"({"w":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}})", "1234"))
+        == error_code::tensor_offsets);
+}
+
 TEST_CASE("the reference writer's file is read, and written again byte for byte")
 {
     const scratch folder;

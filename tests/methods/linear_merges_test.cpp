@@ -151,6 +151,14 @@ TEST_CASE("mixed dtypes, fp8, integers, missing and excluded tensors")
                              std::vector{one, const_model_ref{{"step", steps}, {"w", *two.find("w")}}}, out),
         "tensor 'a' of the base is missing in task 2: add it, or let missing tensors stand for the base's",
         invalid_argument);
+    try {
+        merge(cpu{}, average_options{}, base, std::vector{one, const_model_ref{{"step", steps}, {"w", *two.find("w")}}},
+            out);
+        FAIL("accepted");
+    }
+    catch (const error& failure) {
+        CHECK(failure.code() == error_code::tensor_missing);
+    }
     model_options how;
     how.on_missing = missing::base;
     merge(cpu{}, task_arithmetic_options{.lambda = 1.0}, base,

@@ -1,4 +1,4 @@
-// An error without exceptions: the handler gets the kind and the message, and its word is final.
+// An error without exceptions: the handler gets what would have been thrown, and its word is final.
 // SPDX-License-Identifier: Apache-2.0
 #include <everything_portable.hpp>
 
@@ -12,10 +12,11 @@
 
 int main()
 {
-    taskvec::set_error_handler([](taskvec::error_kind kind, const char* message) {
-        const bool right = kind == taskvec::error_kind::shape_mismatch
-            && std::strcmp(message, "a view of 2 elements cannot have shape [3]") == 0;
-        std::puts(message);
+    taskvec::set_error_handler([](const taskvec::error& failure) {
+        const bool right = failure.kind() == taskvec::error_kind::shape_mismatch
+            && failure.code() == taskvec::error_code::shape_invalid
+            && std::strcmp(failure.what(), "a view of 2 elements cannot have shape [3]") == 0;
+        std::puts(failure.what());
         std::exit(right ? 0 : 1);
     });
     float values[2]{};

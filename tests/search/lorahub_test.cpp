@@ -39,7 +39,7 @@ lorahub_error error_of(Run&& run)
         return failure;
     }
     FAIL("no lorahub_error was thrown");
-    return {error_kind::backend_error, "", {}};
+    return {error_code::optimizer_failed, error_kind::backend_error, "", {}};
 }
 
 bool says(const error& failure, std::string_view part)
@@ -195,7 +195,8 @@ TEST_CASE("a loss that is not finite or that throws, and an optimiser that fails
     CHECK(says(failure, "candidate 3"));
     CHECK(says(failure, "no such batch"));
     CHECK(failure.history().size() == 2);
-    failure = error_of([&] { lorahub_search({}, 1, at_third([]() -> double { raise<cancelled>(); }), three); });
+    failure = error_of(
+        [&] { lorahub_search({}, 1, at_third([]() -> double { raise<cancelled>(error_code::cancelled); }), three); });
     CHECK(failure.kind() == error_kind::cancelled);
 
     failure = error_of([&] {

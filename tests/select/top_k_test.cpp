@@ -248,6 +248,13 @@ TEST_CASE("bad arguments are named")
     CHECK_THROWS_AS((void)top_k_count(0.0, 5), invalid_argument);
     CHECK_THROWS_AS((void)top_k_count(1.5, 5), invalid_argument);
     CHECK_THROWS_AS((void)top_k_count(std::nan(""), 5), invalid_argument);
+    try {
+        (void)top_k_count(20.0, 5);
+        FAIL("accepted");
+    }
+    catch (const error& failure) {
+        CHECK(failure.code() == error_code::density_out_of_range);
+    }
     CHECK_THROWS_WITH_AS((void)top_k(cpu{}, poisoned, 1),
         "tensor 'values' of task 1 holds infinity at index 1: repair it, exclude the tensor, or ask for non-finite "
         "values to propagate",

@@ -411,13 +411,14 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1 or 2, and t
         int code = 1;
     };
     const std::vector<bad> cases{
-        {{"--task", "shape.safetensors"}, {"'layers.0.weight'", "[31, 17]", "[17, 31]", "shape.safetensors"}},
-        {{"--task", "lacks.safetensors"}, {"'scale'", "lacks.safetensors", "missing"}},
-        {{"--task", "extra.safetensors"}, {"'extra'", "extra.safetensors"}},
-        {{"--task", "nan.safetensors"}, {"'layers.1.weight'", "nan.safetensors", "NaN", "77"}},
+        {{"--task", "shape.safetensors"},
+            {"'layers.0.weight'", "[31, 17]", "[17, 31]", "shape.safetensors", " [tensor-shape]\n"}},
+        {{"--task", "lacks.safetensors"}, {"'scale'", "lacks.safetensors", "missing", " [tensor-missing]\n"}},
+        {{"--task", "extra.safetensors"}, {"'extra'", "extra.safetensors", " [tensor-unexpected]\n"}},
+        {{"--task", "nan.safetensors"}, {"'layers.1.weight'", "nan.safetensors", "NaN", "77", " [not-finite]\n"}},
         {{"--task", "inf.safetensors"}, {"'layers.0.weight'", "inf.safetensors", "infinity", "5"}},
-        {{"--task", "broken.safetensors"}, {"broken.safetensors", "cut short"}},
-        {{"--task", "absent.safetensors"}, {"absent.safetensors", "No such file"}},
+        {{"--task", "broken.safetensors"}, {"broken.safetensors", "cut short", " [file-truncated]\n"}},
+        {{"--task", "absent.safetensors"}, {"absent.safetensors", "No such file", " [file-not-found]\n"}},
         {{"--task", "a.safetensors", "--task", "c/a.safetensors"}, {"both named 'a'"}},
         {{"--task", "a.safetensors=-1"}, {"weight", "-1"}},
         {{"--task", "a.safetensors", "--density", "0"}, {"--density is 0; expected a share above 0 and up to 1"}, 2},
@@ -441,6 +442,7 @@ TEST_CASE("bad input: one line that names what is wrong, exit code 1 or 2, and t
         CAPTURE(result.err);
         CHECK(result.code == code);
         CHECK(is_error_line(result.err));
+        CHECK(result.err.ends_with("]\n") == (code == 1)); // a code, but for wrong usage
         for (const auto& part : parts) { CHECK(result.err.find(part) != std::string::npos); }
         CHECK(result.out.empty());
         CHECK(slurp(m.folder / "out.safetensors") == "old");

@@ -15,7 +15,8 @@ void require_cuda()
         taskvec::device::require_device();
     }
     catch (const taskvec::backend_error& failure) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::message("--device cuda: ", failure.what()));
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::error_code::device_unavailable, taskvec::message("--device cuda: ", failure.what()));
     }
 }
 

@@ -6,7 +6,7 @@ namespace tool {
 
 void require_cuda()
 {
-    taskvec::raise<taskvec::invalid_argument>(
+    taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::device_unavailable,
         "--device cuda: this build of the tool computes on the CPU only; leave --device out, or build the cuda preset");
 }
 

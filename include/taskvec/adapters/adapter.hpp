@@ -200,8 +200,9 @@ void fold_update(const cpu& policy, const lora_update<T>& update, matrix_view<S>
 {
     check_update(update, name);
     if (weight.rows() != update.out() || weight.cols() != update.in()) {
-        raise<shape_mismatch>(message("'", name, "': the update is ", update.out(), "×", update.in(),
-            " and the weight ", weight.rows(), "×", weight.cols(), "; this adapter belongs to another base"));
+        raise<shape_mismatch>(error_code::adapter_shape,
+            message("'", name, "': the update is ", update.out(), "×", update.in(), " and the weight ", weight.rows(),
+                "×", weight.cols(), "; this adapter belongs to another base"));
     }
     constexpr std::size_t piece = 64;
     const cpu inside = sequential(policy);

@@ -88,8 +88,9 @@ inline void blame_nonfinite_tensor(const const_tensor_ref& tensor, std::string_v
             std::memcpy(&stored, from + i * sizeof(S), sizeof(S));
             const auto value = widen<arithmetic_type<S>>(stored);
             if (std::isfinite(value)) { continue; }
-            raise<nonfinite_error>(message("tensor '", name, "' of ", label, " holds ",
-                std::isnan(value) ? "NaN" : "infinity", " at index ", i, ": repair it, or leave out the tensor"));
+            raise<nonfinite_error>(error_code::not_finite,
+                message("tensor '", name, "' of ", label, " holds ", std::isnan(value) ? "NaN" : "infinity",
+                    " at index ", i, ": repair it, or leave out the tensor"));
         }
     });
 }
@@ -110,25 +111,29 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
     std::size_t largest_rank = 0, largest_size = 0;
     for (const auto& [name, tensor] : tuned) {
         if (!base.find(name) && (!options.include || options.include(name))) {
-            raise<invalid_argument>(message("tensor '", name, "' of ", options.tuned_label, " is not in ",
-                options.base_label, ": leave it out, if it was added on purpose"));
+            raise<invalid_argument>(error_code::tensor_unexpected,
+                message("tensor '", name, "' of ", options.tuned_label, " is not in ", options.base_label,
+                    ": leave it out, if it was added on purpose"));
         }
     }
     for (const auto& [name, tensor] : base) {
         if (options.include && !options.include(name)) { continue; }
         const const_tensor_ref* const other = tuned.find(name);
         if (!other) {
-            raise<invalid_argument>(message("tensor '", name, "' of ", options.base_label, " is missing in ",
-                options.tuned_label, ": leave it out, if it was removed on purpose"));
+            raise<invalid_argument>(error_code::tensor_missing,
+                message("tensor '", name, "' of ", options.base_label, " is missing in ", options.tuned_label,
+                    ": leave it out, if it was removed on purpose"));
         }
         if (other->shape != tensor.shape) {
-            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(other->shape), " in ",
-                options.tuned_label, " but ", to_string(tensor.shape), " in ", options.base_label,
-                ": leave it out, or extract from models of one architecture"));
+            raise<shape_mismatch>(error_code::tensor_shape,
+                message("tensor '", name, "' has shape ", to_string(other->shape), " in ", options.tuned_label, " but ",
+                    to_string(tensor.shape), " in ", options.base_label,
+                    ": leave it out, or extract from models of one architecture"));
         }
         for (const auto* one : {&tensor, other}) {
             if (one->space != memory_space::host || !one->contiguous()) {
-                raise<invalid_argument>(message("tensor '", name, "' is not contiguous host memory; copy it first"));
+                raise<invalid_argument>(error_code::tensor_layout,
+                    message("tensor '", name, "' is not contiguous host memory; copy it first"));
             }
         }
         const bool floating = is_storage(tensor.dtype) && is_storage(other->dtype);
@@ -144,7 +149,7 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
         }
     }
     if (layers.empty()) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::nothing_selected,
             message("there is no 2-D floating tensor '*", options.suffix, "' to extract an adapter from"));
     }
     detail::check_layer_ranks(options.rank, largest_rank, options.tuned_label);
@@ -152,8 +157,9 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
     const auto blame = [&](const std::string& name) {
         detail::blame_nonfinite_tensor(*base.find(name), name, options.base_label);
         detail::blame_nonfinite_tensor(*tuned.find(name), name, options.tuned_label);
-        raise<nonfinite_error>(message(
-            "tensor '", name, "': the change from ", options.base_label, " to ", options.tuned_label, " overflows"));
+        raise<nonfinite_error>(error_code::result_overflow,
+            message("tensor '", name, "': the change from ", options.base_label, " to ", options.tuned_label,
+                " overflows"));
     };
     matrix<T> delta(1, largest_size, matrix_order::row_major, memory_of(policy));
     detail::progress_meter meter(policy, "extract", layers.size(), progress_unit::layers);
@@ -173,7 +179,7 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
             result.layers.push_back({name, out, in, 0, s.rank(), whole, s.squared_norm, s.squared_error});
             result.adapter.emplace(name, to_update<T>(s, options.side));
         }
-        if (!meter.advance(1)) { raise<cancelled>(); }
+        if (!meter.advance(1)) { raise<cancelled>(error_code::cancelled); }
     }
     for (const auto& name : others) {
         const auto *const before = base.find(name), *const after = tuned.find(name);

@@ -25,13 +25,15 @@ void check_trained_from(const lora_update<T>& initial, const lora_update<T>& ada
     check_update(initial, name);
     check_update(adapter, name);
     if (adapter.out() != initial.out() || adapter.in() != initial.in() || adapter.rank() != initial.rank()) {
-        raise<shape_mismatch>(message("module '", name, "' is ", adapter.out(), "×", adapter.in(), " of rank ",
-            adapter.rank(), " in ", labels.adapter, " but ", initial.out(), "×", initial.in(), " of rank ",
-            initial.rank(), " in ", labels.initial, ": this is not what the adapter was trained from"));
+        raise<shape_mismatch>(error_code::adapter_shape,
+            message("module '", name, "' is ", adapter.out(), "×", adapter.in(), " of rank ", adapter.rank(), " in ",
+                labels.adapter, " but ", initial.out(), "×", initial.in(), " of rank ", initial.rank(), " in ",
+                labels.initial, ": this is not what the adapter was trained from"));
     }
     if (!same_scaling(adapter.scaling, initial.scaling)) {
-        raise<invalid_argument>(message("module '", name, "' has scaling ", adapter.scaling, " in ", labels.adapter,
-            " but ", initial.scaling, " in ", labels.initial, ": this is not what the adapter was trained from"));
+        raise<invalid_argument>(error_code::initialization_differs,
+            message("module '", name, "' has scaling ", adapter.scaling, " in ", labels.adapter, " but ",
+                initial.scaling, " in ", labels.initial, ": this is not what the adapter was trained from"));
     }
 }
 
@@ -42,21 +44,24 @@ void check_trained_from(
     const lora_adapter<T>& initial, const lora_adapter<T>& adapter, const initialization_labels& labels = {})
 {
     if (initial.empty()) {
-        raise<invalid_argument>(message(labels.initial,
-            " has no modules: linearized adapters fold, and adapters merge "
-            "in phi space, only around their initialisation"));
+        raise<invalid_argument>(error_code::initialization_differs,
+            message(labels.initial,
+                " has no modules: linearized adapters fold, and adapters merge "
+                "in phi space, only around their initialisation"));
     }
     for (const auto& [name, update] : initial) {
         if (!adapter.contains(name)) {
-            raise<invalid_argument>(message("module '", name, "' of ", labels.initial, " is missing in ",
-                labels.adapter, ": give the initialisation that it was trained from"));
+            raise<invalid_argument>(error_code::initialization_differs,
+                message("module '", name, "' of ", labels.initial, " is missing in ", labels.adapter,
+                    ": give the initialisation that it was trained from"));
         }
     }
     for (const auto& [name, update] : adapter) {
         const auto start = initial.find(name);
         if (start == initial.end()) {
-            raise<invalid_argument>(message("module '", name, "' of ", labels.adapter, " is not in ", labels.initial,
-                ": give the initialisation that it was trained from"));
+            raise<invalid_argument>(error_code::initialization_differs,
+                message("module '", name, "' of ", labels.adapter, " is not in ", labels.initial,
+                    ": give the initialisation that it was trained from"));
         }
         check_trained_from(start->second, update, name, labels);
     }

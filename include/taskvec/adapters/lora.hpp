@@ -49,10 +49,13 @@ template <arithmetic_element T, memory_space S>
 void check_update(const lora_update<T, S>& update, std::string_view name)
 {
     if (update.b.cols() != update.a.rows()) {
-        raise<shape_mismatch>(message("'", name, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ",
-            update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
+        raise<shape_mismatch>(error_code::factor_rank,
+            message("'", name, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ", update.a.rows(),
+                "×", update.a.cols(), "; their ranks differ"));
     }
-    if (!std::isfinite(update.scaling)) { raise<nonfinite_error>(message("'", name, "': its scaling is not finite")); }
+    if (!std::isfinite(update.scaling)) {
+        raise<nonfinite_error>(error_code::scaling_not_finite, message("'", name, "': its scaling is not finite"));
+    }
 }
 
 /// True for two scalings that are one number but for rounding: α/√r, say, and the same written as α'/r.

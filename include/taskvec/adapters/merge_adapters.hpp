@@ -59,15 +59,19 @@ namespace detail {
 [[nodiscard]] inline std::vector<double> adapter_weights(
     const std::vector<double>& weights, std::size_t count, double lambda)
 {
-    if (count == 0) { raise<invalid_argument>("no adapter was given: at least one is needed"); }
+    if (count == 0) {
+        raise<invalid_argument>(error_code::inputs_empty, "no adapter was given: at least one is needed");
+    }
     if (!weights.empty() && weights.size() != count) {
-        raise<invalid_argument>(message(weights.size(), " weights for ", count, " adapters: give one each, or none"));
+        raise<invalid_argument>(error_code::list_length,
+            message(weights.size(), " weights for ", count, " adapters: give one each, or none"));
     }
     std::vector<double> factors = weights.empty() ? std::vector<double>(count, 1.0) : weights;
     for (std::size_t i = 0; i < count; ++i) {
         factors[i] *= lambda;
         if (!std::isfinite(factors[i])) {
-            raise<invalid_argument>(message("the weight of adapter ", i + 1, " is not finite"));
+            raise<invalid_argument>(
+                error_code::parameter_not_finite, message("the weight of adapter ", i + 1, " is not finite"));
         }
     }
     return factors;
@@ -100,7 +104,7 @@ template <class T>
                 layer = {name, update.out(), update.in(), std::vector<const lora_update<T>*>(adapters.size(), nullptr)};
             }
             if (layer.out != update.out() || layer.in != update.in()) {
-                raise<shape_mismatch>(
+                raise<shape_mismatch>(error_code::adapter_shape,
                     message("module '", name, "' is ", update.out(), "×", update.in(), " in adapter ", i + 1, " but ",
                         layer.out, "×", layer.in, " in an earlier one: these adapters belong to different bases"));
             }
@@ -158,7 +162,7 @@ adapter_result<T> merge_linear(const cpu& policy, std::type_identity_t<std::span
             report.squared_error = s.squared_error;
         }
         result.layers[i] = std::move(report);
-        if (!meter.advance(1)) { raise<cancelled>(); }
+        if (!meter.advance(1)) { raise<cancelled>(error_code::cancelled); }
     });
     for (std::size_t i = 0; i < layers.size(); ++i) { result.adapter.emplace(layers[i].name, std::move(updates[i])); }
     return result;
@@ -171,21 +175,26 @@ lora_adapter<T> average_factors_separately(
     const auto factors = detail::adapter_weights(weights, adapters.size(), 1);
     double total = 0;
     for (const double factor : factors) { total += factor; }
-    if (total == 0) { raise<invalid_argument>("the weights sum to 0: an average needs a sum that is not"); }
+    if (total == 0) {
+        raise<invalid_argument>(
+            error_code::weights_sum_zero, "the weights sum to 0: an average needs a sum that is not");
+    }
     lora_adapter<T> result;
     for (const auto& layer : detail::shared_layers<T>(adapters)) {
         const lora_update<T>* first = layer.updates[0];
         for (std::size_t t = 0; t < adapters.size(); ++t) {
             const lora_update<T>* const update = layer.updates[t];
             if (!update || !first) {
-                raise<invalid_argument>(message("module '", layer.name, "' is missing in adapter ",
-                    (update ? 0 : t) + 1, ": factors can only be averaged over the same modules"));
+                raise<invalid_argument>(error_code::adapters_differ,
+                    message("module '", layer.name, "' is missing in adapter ", (update ? 0 : t) + 1,
+                        ": factors can only be averaged over the same modules"));
             }
             if (update->rank() != first->rank() || !same_scaling(update->scaling, first->scaling)) {
-                raise<shape_mismatch>(message("module '", layer.name, "' has rank ", update->rank(), " and scaling ",
-                    update->scaling, " in adapter ", t + 1, " but ", first->rank(), " and ", first->scaling,
-                    " in the first: factors can only be averaged with equal ranks and scalings; merge the updates "
-                    "instead"));
+                raise<shape_mismatch>(error_code::adapter_shape,
+                    message("module '", layer.name, "' has rank ", update->rank(), " and scaling ", update->scaling,
+                        " in adapter ", t + 1, " but ", first->rank(), " and ", first->scaling,
+                        " in the first: factors can only be averaged with equal ranks and scalings; merge the updates "
+                        "instead"));
             }
         }
         lora_update<T> mean{matrix<T>(layer.out, first->rank(), matrix_order::row_major),

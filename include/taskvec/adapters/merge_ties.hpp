@@ -159,7 +159,7 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
                     squared_norm<T>(policy, matrix_view<const T>(row, layer.out, layer.in, matrix_order::row_major)))) {
                 detail::blame_nonfinite<T>(layer.updates[t]->b.view(), layer.name);
                 detail::blame_nonfinite<T>(layer.updates[t]->a.view(), layer.name);
-                raise<nonfinite_error>(
+                raise<nonfinite_error>(error_code::result_overflow,
                     message("'", layer.name, "': the update of adapter ", t + 1, " overflows; scale its factors down"));
             }
         }
@@ -279,7 +279,7 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
         const svd_result<T> s = decompose(policy, dense, choice, layer.name);
         result.layers.push_back({layer.name, layer.out, layer.in, 0, s.rank(), false, s.squared_norm, s.squared_error});
         result.adapter.emplace(layer.name, to_update<T>(s, options.side));
-        if (!meter.advance(1)) { raise<cancelled>(); }
+        if (!meter.advance(1)) { raise<cancelled>(error_code::cancelled); }
     }
     return result;
 }

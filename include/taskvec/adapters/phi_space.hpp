@@ -51,7 +51,8 @@ template <class Model, class Adapter>
                 {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())});
         };
         if (update.a.order() != matrix_order::row_major || update.b.order() != matrix_order::row_major) {
-            raise<invalid_argument>(message("'", name, "': factors must be row-major, as PEFT stores them"));
+            raise<invalid_argument>(
+                error_code::tensor_layout, message("'", name, "': factors must be row-major, as PEFT stores them"));
         }
         model.insert(name + ".lora_A", tensor(update.a));
         model.insert(name + ".lora_B", tensor(update.b));
@@ -66,22 +67,27 @@ template <class Model, class Adapter>
 /// and LoRA factors from different random A0 have nothing in common.
 inline void check_shared_initialization(std::span<const initialized_adapter> adapters, const model_options& how = {})
 {
-    if (adapters.empty()) { raise<invalid_argument>("no adapter was given: at least one is needed"); }
+    if (adapters.empty()) {
+        raise<invalid_argument>(error_code::inputs_empty, "no adapter was given: at least one is needed");
+    }
     if (!how.labels.empty() && how.labels.size() != adapters.size()) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::list_length,
             message(how.labels.size(), " labels for ", adapters.size(), " adapters: give one each, or none"));
     }
     const const_model_ref& first = adapters[0].initial;
     if (first.empty()) {
-        raise<invalid_argument>(message(
-            "the initialisation of ", detail::phi_label(how, 0), " has no tensors: merging in phi space needs φ0"));
+        raise<invalid_argument>(error_code::initialization_differs,
+            message(
+                "the initialisation of ", detail::phi_label(how, 0), " has no tensors: merging in phi space needs φ0"));
     }
     for (std::size_t t = 0; t < adapters.size(); ++t) {
         for (const auto& [name, tensor] : adapters[t].adapter) {
             if (!first.find(name)) {
-                raise<invalid_argument>(message("tensor '", name, "' of ", detail::phi_label(how, t),
-                    " has no initialisation: merging in phi space needs the φ0 of every tensor; give the adapter that "
-                    "its training started from"));
+                raise<invalid_argument>(error_code::initialization_differs,
+                    message("tensor '", name, "' of ", detail::phi_label(how, t),
+                        " has no initialisation: merging in phi space needs the φ0 of every tensor; give the adapter "
+                        "that "
+                        "its training started from"));
             }
         }
     }
@@ -89,24 +95,28 @@ inline void check_shared_initialization(std::span<const initialized_adapter> ada
         const std::string label = detail::phi_label(how, t);
         for (const auto& [name, tensor] : adapters[t].initial) {
             if (!first.find(name)) {
-                raise<invalid_argument>(message("the initialisation of ", label, " has tensor '", name, "', that of ",
-                    detail::phi_label(how, 0), " has not"));
+                raise<invalid_argument>(error_code::initialization_differs,
+                    message("the initialisation of ", label, " has tensor '", name, "', that of ",
+                        detail::phi_label(how, 0), " has not"));
             }
         }
         for (const auto& [name, tensor] : first) {
             const auto* other = adapters[t].initial.find(name);
             if (!other) {
-                raise<invalid_argument>(message("tensor '", name, "' is missing in the initialisation of ", label));
+                raise<invalid_argument>(error_code::initialization_differs,
+                    message("tensor '", name, "' is missing in the initialisation of ", label));
             }
             if (other->shape != tensor.shape) {
-                raise<shape_mismatch>(message("tensor '", name, "' of the initialisation of ", label, " has shape ",
-                    to_string(other->shape), "; expected ", to_string(tensor.shape)));
+                raise<shape_mismatch>(error_code::tensor_shape,
+                    message("tensor '", name, "' of the initialisation of ", label, " has shape ",
+                        to_string(other->shape), "; expected ", to_string(tensor.shape)));
             }
             if (other->dtype != tensor.dtype || !other->contiguous() || !tensor.contiguous()
                 || std::memcmp(other->data, tensor.data, tensor.bytes(name)) != 0) {
-                raise<invalid_argument>(message("the initialisation of ", label, " differs from that of ",
-                    detail::phi_label(how, 0), " in tensor '", name,
-                    "': adapters merge in phi space only around one φ0; merge their products instead"));
+                raise<invalid_argument>(error_code::initialization_differs,
+                    message("the initialisation of ", label, " differs from that of ", detail::phi_label(how, 0),
+                        " in tensor '", name,
+                        "': adapters merge in phi space only around one φ0; merge their products instead"));
             }
         }
     }

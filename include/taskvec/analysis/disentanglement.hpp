@@ -50,7 +50,8 @@ private:
     static void check(std::size_t a, std::size_t b)
     {
         if (a != b) {
-            raise<shape_mismatch>(message("prediction_mismatch: predictions for ", a, " and for ", b, " examples"));
+            raise<shape_mismatch>(error_code::input_size,
+                message("prediction_mismatch: predictions for ", a, " and for ", b, " examples"));
         }
     }
     static double share(std::size_t different, std::size_t examples)
@@ -96,19 +97,21 @@ public:
             for (std::size_t t = 0; t < space_->tasks(); ++t) { chosen.push_back(t); }
         }
         if (lambdas.size() != space_->tasks()) {
-            raise<invalid_argument>(message(
-                "disentanglement: ", lambdas.size(), " factors for ", space_->tasks(), " tasks: give one each"));
+            raise<invalid_argument>(error_code::list_length,
+                message(
+                    "disentanglement: ", lambdas.size(), " factors for ", space_->tasks(), " tasks: give one each"));
         }
         std::vector<bool> allowed(space_->tasks(), false);
         for (const std::size_t task : chosen) {
             if (task >= space_->tasks()) {
-                raise<invalid_argument>(message("disentanglement: there is no task ", task));
+                raise<invalid_argument>(
+                    error_code::index_out_of_range, message("disentanglement: there is no task ", task));
             }
             allowed[task] = true;
         }
         for (std::size_t t = 0; t < lambdas.size(); ++t) {
             if (!allowed[t] && lambdas[t] != 0) {
-                raise<invalid_argument>(
+                raise<invalid_argument>(error_code::index_out_of_range,
                     message("disentanglement: task ", t, " has a factor but is not among the chosen tasks"));
             }
         }

@@ -15,7 +15,7 @@ namespace taskvec::inline TASKVEC_ABI {
 [[nodiscard]] inline double normalized_score(double score, double single_task_score)
 {
     if (!(single_task_score > 0)) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::score_invalid,
             message("normalized_score: the single-task score is ", single_task_score, "; it must be positive"));
     }
     return score / single_task_score;
@@ -26,8 +26,9 @@ namespace taskvec::inline TASKVEC_ABI {
     std::span<const double> scores, std::span<const double> single_task_scores)
 {
     if (scores.size() != single_task_scores.size() || scores.empty()) {
-        raise<invalid_argument>(message("mean_normalized_score: ", scores.size(), " scores for ",
-            single_task_scores.size(), " single-task scores: give one each, at least one"));
+        raise<invalid_argument>(error_code::list_length,
+            message("mean_normalized_score: ", scores.size(), " scores for ", single_task_scores.size(),
+                " single-task scores: give one each, at least one"));
     }
     double sum = 0;
     for (std::size_t i = 0; i < scores.size(); ++i) { sum += normalized_score(scores[i], single_task_scores[i]); }
@@ -42,7 +43,7 @@ struct summary {
 /// Of at least one value, else invalid_argument. Two passes.
 [[nodiscard]] inline summary summarize(std::span<const double> values)
 {
-    if (values.empty()) { raise<invalid_argument>("summarize: there are no values"); }
+    if (values.empty()) { raise<invalid_argument>(error_code::inputs_empty, "summarize: there are no values"); }
     summary result{values.size(), 0, 0, values[0], values[0]};
     for (const double value : values) {
         result.mean += value;
@@ -62,7 +63,8 @@ struct summary {
 {
     const auto n = static_cast<std::size_t>(std::llround(std::sqrt(static_cast<double>(matrix.size()))));
     if (n * n != matrix.size()) {
-        raise<invalid_argument>(message("mean_off_diagonal: ", matrix.size(), " elements are no square matrix"));
+        raise<invalid_argument>(
+            error_code::list_length, message("mean_off_diagonal: ", matrix.size(), " elements are no square matrix"));
     }
     double sum = 0;
     for (std::size_t i = 0; i < n; ++i) {

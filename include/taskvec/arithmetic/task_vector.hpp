@@ -31,7 +31,8 @@ void check_lengths(const Out& out, const X&... inputs)
     const auto check = [&](std::size_t size) {
         ++which;
         if (size != out.size()) {
-            raise<shape_mismatch>(message("input ", which, " has ", size, " elements; the output has ", out.size()));
+            raise<shape_mismatch>(error_code::input_size,
+                message("input ", which, " has ", size, " elements; the output has ", out.size()));
         }
     };
     (check(inputs.size()), ...);
@@ -59,8 +60,9 @@ host_view<const T> const_view(host_view<T> x) noexcept
 
 [[noreturn, gnu::cold]] inline void refuse_nonfinite_input(std::size_t which, double found, std::uint64_t index)
 {
-    raise<nonfinite_error>(message("input ", which, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ",
-        index, ": repair it, or ask for non-finite values to propagate"));
+    raise<nonfinite_error>(error_code::not_finite,
+        message("input ", which, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", index,
+            ": repair it, or ask for non-finite values to propagate"));
 }
 
 template <class T>
@@ -161,9 +163,12 @@ void combine(const cpu& policy, const Vectors& vectors, std::span<const double> 
     using A = arithmetic_type<T>;
     std::vector<host_view<const T>> inputs;
     for (const auto& vector : vectors) { inputs.push_back(as_view(vector)); }
-    if (inputs.empty()) { raise<invalid_argument>("no vector was given: at least one is needed"); }
+    if (inputs.empty()) {
+        raise<invalid_argument>(error_code::inputs_empty, "no vector was given: at least one is needed");
+    }
     if (weights.size() != inputs.size()) {
-        raise<invalid_argument>(message(weights.size(), " weights for ", inputs.size(), " vectors: give one each"));
+        raise<invalid_argument>(error_code::list_length,
+            message(weights.size(), " weights for ", inputs.size(), " vectors: give one each"));
     }
     const auto result = as_view(out);
     for (const auto& input : inputs) { detail::check_lengths(result, input); }

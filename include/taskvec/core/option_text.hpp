@@ -173,7 +173,8 @@ template <class Value>
 [[noreturn]] inline void refuse_option(std::string_view label, std::string_view text, const std::string& expected)
 {
     const bool plain = read_number(text).has_value();
-    raise<invalid_argument>(message(label, " is ", plain ? "" : "'", text, plain ? "" : "'", "; expected ", expected));
+    raise<invalid_argument>(error_code::option_value,
+        message(label, " is ", plain ? "" : "'", text, plain ? "" : "'", "; expected ", expected));
 }
 
 } // namespace detail

@@ -208,8 +208,9 @@ decltype(auto) visit_listed(dtype type, std::string_view what, F& f, storage_lis
     if (type == dtype_of<First>) { return f(std::type_identity<First>{}); }
     if constexpr (sizeof...(Rest) > 0) { return visit_listed(type, what, f, storage_list<Rest...>{}); }
     else {
-        raise<dtype_mismatch>(message("tensor '", what, "' has dtype ", name(type), "; expected ", storage_names(),
-            ": exclude it or convert it first"));
+        raise<dtype_mismatch>(error_code::dtype_unsupported,
+            message("tensor '", what, "' has dtype ", name(type), "; expected ", storage_names(),
+                ": exclude it or convert it first"));
     }
 }
 } // namespace detail

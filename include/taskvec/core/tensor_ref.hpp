@@ -36,7 +36,8 @@ using extents = std::vector<std::int64_t>;
     bool empty = false;
     for (const auto extent : shape) {
         if (extent < 0) {
-            raise<shape_mismatch>(message("tensor '", what, "' has a negative extent in ", to_string(shape)));
+            raise<shape_mismatch>(
+                error_code::shape_invalid, message("tensor '", what, "' has a negative extent in ", to_string(shape)));
         }
         empty = empty || extent == 0;
     }
@@ -44,7 +45,7 @@ using extents = std::vector<std::int64_t>;
     for (const auto extent : shape) {
         if (count > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())
                 / static_cast<std::uint64_t>(extent)) {
-            raise<shape_mismatch>(
+            raise<shape_mismatch>(error_code::shape_invalid,
                 message("tensor '", what, "' of shape ", to_string(shape), " has more than 2^63-1 elements"));
         }
         count *= static_cast<std::uint64_t>(extent);
@@ -101,7 +102,8 @@ template <class T, memory_space S>
 {
     using ref = basic_tensor_ref<std::conditional_t<std::is_const_v<T>, const void, void>>;
     if (element_count(shape) != flat.size()) {
-        raise<shape_mismatch>(message("a view of ", flat.size(), " elements cannot have shape ", to_string(shape)));
+        raise<shape_mismatch>(error_code::shape_invalid,
+            message("a view of ", flat.size(), " elements cannot have shape ", to_string(shape)));
     }
     return ref{flat.data(), dtype_of<std::remove_const_t<T>>, std::move(shape), {}, S, 0};
 }
@@ -116,16 +118,17 @@ template <storage_element T, memory_space S = memory_space::host>
 [[nodiscard]] auto flat_view(const const_tensor_ref& tensor, std::string_view what)
 {
     if (tensor.dtype != dtype_of<T>) {
-        raise<dtype_mismatch>(
+        raise<dtype_mismatch>(error_code::dtype_differs,
             message("tensor '", what, "' has dtype ", name(tensor.dtype), "; expected ", name(dtype_of<T>)));
     }
     if (tensor.space != S) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::tensor_memory,
             message("tensor '", what, "' lives in ", tensor.space == memory_space::host ? "host" : "device",
                 " memory; copy it to the policy's own memory space first"));
     }
     if (!tensor.contiguous()) {
-        raise<invalid_argument>(message("tensor '", what, "' is not contiguous; copy it to row-major memory first"));
+        raise<invalid_argument>(error_code::tensor_layout,
+            message("tensor '", what, "' is not contiguous; copy it to row-major memory first"));
     }
     return view<const T, S>{static_cast<const T*>(tensor.data), tensor.size(what)};
 }
@@ -157,7 +160,8 @@ public:
     {
         const auto place = lower_bound(name);
         if (place != entries_.end() && place->name == name) {
-            raise<invalid_argument>(message("tensor '", name, "' occurs twice in one model"));
+            raise<invalid_argument>(
+                error_code::tensor_repeated, message("tensor '", name, "' occurs twice in one model"));
         }
         entries_.insert(place, entry{std::move(name), std::move(tensor)});
     }

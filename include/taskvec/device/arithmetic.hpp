@@ -140,9 +140,12 @@ void combine(const gpu& policy, const Vectors& vectors, std::span<const double> 
         inputs.add(x);
         ++count;
     }
-    if (count == 0) { raise<invalid_argument>("no vector was given: at least one is needed"); }
+    if (count == 0) {
+        raise<invalid_argument>(error_code::inputs_empty, "no vector was given: at least one is needed");
+    }
     if (weights.size() != count) {
-        raise<invalid_argument>(message(weights.size(), " weights for ", count, " vectors: give one each"));
+        raise<invalid_argument>(
+            error_code::list_length, message(weights.size(), " weights for ", count, " vectors: give one each"));
     }
     const device::buffer<A> factors(policy, std::vector<A>(weights.begin(), weights.end()));
     device::sweep(policy, result.size(),

@@ -107,8 +107,9 @@ template <storage_element S>
     const std::size_t m = input.rows(), n = input.cols(), least = std::min(m, n);
     const std::string_view what = options.name;
     if (options.energy != 0 || options.relative_error != 0) {
-        raise<invalid_argument>(message("'", what,
-            "': cusolverDnXgesvdr takes a rank only; use randomized_svd() for an energy or a relative error"));
+        raise<invalid_argument>(error_code::rank_choice,
+            message("'", what,
+                "': cusolverDnXgesvdr takes a rank only; use randomized_svd() for an energy or a relative error"));
     }
     detail::check_rank({.rank = options.rank, .energy = 0, .clamp = options.clamp}, least, what);
     return with_context(policy, [&](const gpu& ready) {
@@ -124,7 +125,8 @@ template <storage_element S>
         result.squared_norm = squared_norm<T>(ready, a);
         if (!std::isfinite(result.squared_norm)) {
             refuse_nonfinite(ready, input, what);
-            raise<invalid_argument>(message("'", what, "': its squared norm overflows; scale it down first"));
+            raise<invalid_argument>(
+                error_code::norm_overflow, message("'", what, "': its squared norm overflows; scale it down first"));
         }
         device_matrix<T> work_a(ready, m, n), u(ready, m, rank + extra), v(ready, n, rank + extra);
         copy_matrix<T>(ready, a, work_a.view());
@@ -147,7 +149,7 @@ template <storage_element S>
             "cusolverDnXgesvdr");
         const std::vector<T> values = sigma.download(); // waits, before host_work goes
         if (const int code = info.download()[0]; code != 0) {
-            raise<backend_error>(
+            raise<backend_error>(error_code::no_convergence,
                 message("no approximation for '", what, "'; try randomized_svd()"), "cusolverDnXgesvdr", code);
         }
         result.sigma.assign(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(rank));

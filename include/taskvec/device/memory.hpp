@@ -45,13 +45,27 @@ namespace taskvec::inline TASKVEC_ABI::device {
     return {};
 }
 
+/// The error_code of an error of the vendor's.
+[[nodiscard]] inline error_code code_of(vendor::error_type code)
+{
+    switch (vendor::kind_of(code)) {
+    case failure::memory: return error_code::out_of_memory;
+    case failure::no_device:
+    case failure::driver:
+    case failure::architecture: return error_code::device_unusable;
+    case failure::lost: return error_code::device_lost;
+    case failure::other: break;
+    }
+    return error_code::device_call;
+}
+
 /// Throws backend_error, with the vendor's code and words for it, unless a call succeeded.
 inline void check(vendor::error_type code, const char* call)
 {
     if (code == vendor::success) { return; }
     (void)vendor::take_last_error(); // what is not sticky has now been reported
-    raise<backend_error>(
-        message(vendor::name_of(code), ", ", vendor::words_of(code), advice(code)), call, static_cast<int>(code));
+    raise<backend_error>(code_of(code), message(vendor::name_of(code), ", ", vendor::words_of(code), advice(code)),
+        call, static_cast<int>(code));
 }
 
 [[nodiscard]] inline vendor::stream_type stream_of(const gpu& policy) noexcept
@@ -131,7 +145,8 @@ inline void clear([[maybe_unused]] const gpu& policy, void* place, std::size_t b
     if (policy.allocator) {
         void* const place = policy.allocator->allocate(bytes, policy.stream);
         if (!place) {
-            raise<backend_error>(message("no room for ", bytes, " bytes of scratch"), "gpu::allocator->allocate", 0);
+            raise<backend_error>(error_code::out_of_memory, message("no room for ", bytes, " bytes of scratch"),
+                "gpu::allocator->allocate", 0);
         }
         return place;
     }
@@ -140,7 +155,10 @@ inline void clear([[maybe_unused]] const gpu& policy, void* place, std::size_t b
     check(vendor::allocate(&place, bytes, stream_of(policy)), vendor::calls::allocate);
 #else
     place = std::malloc(bytes);
-    if (!place) { raise<backend_error>(message("no room for ", bytes, " bytes of scratch"), "malloc", 0); }
+    if (!place) {
+        raise<backend_error>(
+            error_code::out_of_memory, message("no room for ", bytes, " bytes of scratch"), "malloc", 0);
+    }
 #endif
     return place;
 }

@@ -32,7 +32,8 @@ template <input_of<gpu> X>
     const auto values = as_view(x);
     using A = arithmetic_type<element_of<const X>>;
     if (k > values.size() || (k == 0 && !values.empty())) {
-        raise<invalid_argument>(message("k is ", k, " for ", values.size(), " entries; expected 1 to ", values.size()));
+        raise<invalid_argument>(error_code::parameter_out_of_range,
+            message("k is ", k, " for ", values.size(), " entries; expected 1 to ", values.size()));
     }
     const const_model_ref model = detail::flat_model(values);
     const aligned_models models(nullptr, {&model, 1}, {}, memory_space::device);
@@ -47,7 +48,7 @@ template <input_of<gpu> X>
 [[nodiscard]] auto kth_magnitude(const gpu& policy, const X& x, std::uint64_t k)
 {
     using A = arithmetic_type<element_of<const X>>;
-    if (k == 0) { raise<invalid_argument>("k is 0; expected at least 1"); }
+    if (k == 0) { raise<invalid_argument>(error_code::parameter_out_of_range, "k is 0; expected at least 1"); }
     return std::bit_cast<A>(top_k(policy, x, k).magnitude);
 }
 

@@ -79,7 +79,9 @@ public:
         data_ = static_cast<std::byte*>(place);
 #else
         data_ = static_cast<std::byte*>(std::malloc(bytes));
-        if (!data_) { raise<backend_error>(message("no room for ", bytes, " bytes"), "malloc", 0); }
+        if (!data_) {
+            raise<backend_error>(error_code::out_of_memory, message("no room for ", bytes, " bytes"), "malloc", 0);
+        }
 #endif
     }
     pinned_memory(pinned_memory&& other) noexcept

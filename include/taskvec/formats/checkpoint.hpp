@@ -58,8 +58,9 @@ public:
             sorted.begin(), sorted.end(), [](const item& a, const item& b) { return a.entry->name < b.entry->name; });
         for (std::size_t i = 0; i < sorted.size(); ++i) {
             if (i && sorted[i].entry->name == sorted[i - 1].entry->name) {
-                raise<format_error>(message("tensor '", sorted[i].entry->name, "' is in this file and in '",
-                                        sorted[i - 1].file->path().string(), "'"),
+                raise<format_error>(error_code::file_tensors,
+                    message("tensor '", sorted[i].entry->name, "' is in this file and in '",
+                        sorted[i - 1].file->path().string(), "'"),
                     sorted[i].file->path().string());
             }
             model_.insert(sorted[i].entry->name, sorted[i].file->tensor(*sorted[i].entry));
@@ -98,8 +99,9 @@ inline void check_shard_name(std::string_view shard, std::string_view index)
 {
     if (shard.empty() || shard == "." || shard.find('/') != shard.npos || shard.find('\\') != shard.npos
         || shard.find("..") != shard.npos || shard.find('\0') != shard.npos) {
-        raise<format_error>(message("names the shard '", shard,
-                                "'; a shard is a file beside its index, with no '/', '\\' or '..' in its name"),
+        raise<format_error>(error_code::index_field,
+            message("names the shard '", shard,
+                "'; a shard is a file beside its index, with no '/', '\\' or '..' in its name"),
             std::string(index));
     }
 }
@@ -111,12 +113,14 @@ inline void check_shard_name(std::string_view shard, std::string_view index)
     const auto file = path.string();
     const auto json = parse_json(read_text_file(path), file);
     if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) {
-        raise<format_error>("has no object 'weight_map'; an index maps each tensor's name to its shard", file);
+        raise<format_error>(
+            error_code::index_field, "has no object 'weight_map'; an index maps each tensor's name to its shard", file);
     }
     std::map<std::string, std::string> result;
     for (const auto& [name, shard] : json["weight_map"].items()) {
         if (!shard.is_string()) {
-            raise<format_error>(message("maps tensor '", name, "' to something that is not a string"), file);
+            raise<format_error>(
+                error_code::index_field, message("maps tensor '", name, "' to something that is not a string"), file);
         }
         const auto& text = shard.get_ref<const std::string&>();
         check_shard_name(text, file);
@@ -201,7 +205,9 @@ struct model_directory {
 /// Says of a directory without a model what it holds instead, and what to name.
 [[noreturn, gnu::cold]] inline void refuse_directory(const std::filesystem::path& path, const model_directory& found)
 {
-    const auto fail = [&](const std::string& what) { raise<io_error>(what, path.string()); };
+    const auto fail = [&](const std::string& what) {
+        raise<io_error>(error_code::model_not_found, what, path.string());
+    };
     std::error_code ignored;
     std::vector<std::string> inner;
     for (const auto& folder : found.folders) {
@@ -240,8 +246,9 @@ struct model_directory {
     if (!inner.empty()) {
         fail(message("holds no model itself, but its folders do (", quoted_list(inner), "): name one of them"));
     }
-    raise<io_error>(message("holds neither '", single_file_name, "' nor '", index_file_name,
-                        "'; name a checkpoint directory or a .safetensors file"),
+    raise<io_error>(error_code::model_not_found,
+        message("holds neither '", single_file_name, "' nor '", index_file_name,
+            "'; name a checkpoint directory or a .safetensors file"),
         path.string());
 }
 
@@ -263,7 +270,8 @@ struct model_directory {
             const auto what = message("the shard '", shard, "' of '", index_name, "', with ", count,
                 count == 1 ? " tensor" : " tensors", ", is not there");
             if (strict) {
-                raise<io_error>(message(what, ": fetch it, or go on without it (index lenient)"), path.string());
+                raise<io_error>(error_code::file_not_found,
+                    message(what, ": fetch it, or go on without it (index lenient)"), path.string());
             }
             notes.push_back(message("'", path.string(), "': ", what));
             continue;
@@ -277,14 +285,18 @@ struct model_directory {
             if (place != index.end() && place->second == shard) { continue; }
             const auto what = message("holds tensor '", entry.name, "', which '", index_name, "' ",
                 place == index.end() ? std::string("does not list") : "places in '" + place->second + "'");
-            if (strict) { raise<format_error>(what + " (index lenient goes on)", file.path().string()); }
+            if (strict) {
+                raise<format_error>(error_code::file_tensors, what + " (index lenient goes on)", file.path().string());
+            }
             notes.push_back(message("'", file.path().string(), "' ", what,
                 place == index.end() ? ": it is taken" : ": the one there is taken"));
         }
         for (const auto& [name, where] : index) {
             if (where != shard || present.contains(name)) { continue; }
             const auto what = message("lacks tensor '", name, "', which '", index_name, "' places there");
-            if (strict) { raise<format_error>(what + " (index lenient goes on)", file.path().string()); }
+            if (strict) {
+                raise<format_error>(error_code::file_tensors, what + " (index lenient goes on)", file.path().string());
+            }
             notes.push_back(message("'", file.path().string(), "' ", what));
         }
     }
@@ -332,8 +344,9 @@ struct model_directory {
     const detail::model_directory found(path);
     if (found.indexes.size() == 1) { return detail::open_indexed(path, path / found.indexes.front(), how); }
     if (found.indexes.size() > 1) {
-        raise<io_error>(message("holds several indexes (", detail::quoted_list(found.indexes),
-                            "): name the one that is meant, by its path"),
+        raise<io_error>(error_code::model_not_found,
+            message("holds several indexes (", detail::quoted_list(found.indexes),
+                "): name the one that is meant, by its path"),
             path.string());
     }
     std::map<std::pair<std::string, std::size_t>, std::vector<std::string>> sets; // shards by stem, rest and count
@@ -349,8 +362,9 @@ struct model_directory {
     if (sets.size() == 1 && whole.empty()) {
         const auto& [key, names] = *sets.begin();
         if (names.size() != key.second) {
-            raise<io_error>(message("holds ", names.size(), " of ", key.second, " shards (", detail::quoted_list(names),
-                                ") and no index: fetch the others"),
+            raise<io_error>(error_code::file_not_found,
+                message("holds ", names.size(), " of ", key.second, " shards (", detail::quoted_list(names),
+                    ") and no index: fetch the others"),
                 path.string());
         }
         for (const auto& name : names) { files.emplace_back(path / name); }
@@ -370,7 +384,9 @@ struct shard_plan {
 };
 [[nodiscard]] inline shard_plan plan_shards(const std::vector<tensor_spec>& specs, std::uint64_t shard_size)
 {
-    if (shard_size == 0) { raise<invalid_argument>("a shard size of 0 bytes; expected at least 1"); }
+    if (shard_size == 0) {
+        raise<invalid_argument>(error_code::parameter_out_of_range, "a shard size of 0 bytes; expected at least 1");
+    }
     std::vector<std::size_t> order(specs.size());
     for (std::size_t i = 0; i < order.size(); ++i) { order[i] = i; }
     std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return specs[a].name < specs[b].name; });
@@ -438,7 +454,8 @@ public:
             std::map<std::string_view, std::size_t> by_name;
             for (std::size_t i = 0; i < specs.size(); ++i) { by_name[specs[i].name] = plan_.shard_of[i]; }
             if (by_name.size() != specs.size()) {
-                raise<invalid_argument>("a tensor's name occurs twice in the model to be written");
+                raise<invalid_argument>(
+                    error_code::tensor_repeated, "a tensor's name occurs twice in the model to be written");
             }
             for (const auto& [name, shard] : by_name) {
                 json +=
@@ -456,7 +473,8 @@ public:
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         if (index >= place_.size()) {
-            raise<invalid_argument>(message("a write to tensor ", index, " of ", place_.size()));
+            raise<invalid_argument>(
+                error_code::index_out_of_range, message("a write to tensor ", index, " of ", place_.size()));
         }
         writers_[plan_.shard_of[index]]->write(place_[index], offset, data, size);
     }

@@ -93,7 +93,8 @@ public:
         for (const auto& [name, shape, kept, wide] : parts_) {
             const std::uint64_t size = element_count(shape, name);
             if (kept > size) {
-                raise<invalid_argument>(message("delta of tensor '", name, "' keeps ", kept, " of ", size, " entries"));
+                raise<invalid_argument>(error_code::delta_entries,
+                    message("delta of tensor '", name, "' keeps ", kept, " of ", size, " entries"));
             }
             const auto count = static_cast<std::int64_t>(kept);
             specs.push_back({name + ".values", wide ? dtype::f64 : dtype::f32, {count}});
@@ -146,7 +147,9 @@ public:
 private:
     safetensors_writer& file()
     {
-        if (!file_) { raise<invalid_argument>(message("'", path_.string(), "': no delta was begun")); }
+        if (!file_) {
+            raise<invalid_argument>(error_code::call_order, message("'", path_.string(), "': no delta was begun"));
+        }
         return *file_;
     }
     template <class A>
@@ -154,7 +157,8 @@ private:
         const std::uint64_t* indices, const A* values, std::size_t n)
     {
         if (parts_[tensor].wide != std::same_as<A, double>) {
-            raise<invalid_argument>(message("delta of tensor '", parts_[tensor].name, "' was begun with other values"));
+            raise<invalid_argument>(error_code::call_order,
+                message("delta of tensor '", parts_[tensor].name, "' was begun with other values"));
         }
         file().write(3 * tensor, first * sizeof(A), values, n * sizeof(A));
         if (places_[tensor] == dtype::u8) {
@@ -255,7 +259,9 @@ public:
             const auto place = file_.metadata().find(key);
             return place == file_.metadata().end() ? std::string() : place->second;
         };
-        const auto fail_file = [&](const std::string& what) { raise<format_error>(what, file_.path().string()); };
+        const auto fail_file = [&](const std::string& what) {
+            raise<format_error>(error_code::delta_format, what, file_.path().string());
+        };
         if (const auto schema = value("schema"); schema != delta_schema) {
             fail_file(schema.empty() ? message("is not a delta: its metadata has no schema '", delta_schema, "'")
                                      : message("has schema '", schema, "'; this version reads '", delta_schema, "'"));
@@ -304,7 +310,8 @@ public:
 private:
     [[noreturn]] void fail(std::string_view stem, const std::string& what) const
     {
-        raise<format_error>(message("delta of tensor '", stem, "' ", what), file_.path().string());
+        raise<format_error>(
+            error_code::delta_format, message("delta of tensor '", stem, "' ", what), file_.path().string());
     }
     [[noreturn]] void fail_stray() const
     {
@@ -313,13 +320,14 @@ private:
             const auto role = dot == label.npos ? std::string() : label.substr(dot);
             const bool known = role == ".shape" || role == ".values" || role == ".indices" || role == ".bitmask";
             if (!known || !find(std::string_view(label).substr(0, dot))) {
-                raise<format_error>(message("holds '", label,
-                                        "', which belongs to no delta tensor (there must be P.values, P.shape, and "
-                                        "P.indices or P.bitmask)"),
+                raise<format_error>(error_code::delta_format,
+                    message("holds '", label,
+                        "', which belongs to no delta tensor (there must be P.values, P.shape, and "
+                        "P.indices or P.bitmask)"),
                     file_.path().string());
             }
         }
-        raise<format_error>("holds tensors that belong to no delta", file_.path().string());
+        raise<format_error>(error_code::delta_format, "holds tensors that belong to no delta", file_.path().string());
     }
 
     [[nodiscard]] part read_part(const std::string& stem, const const_tensor_ref& shape)
@@ -466,7 +474,7 @@ inline void check_base(const cpu& policy, std::uint64_t base_fingerprint, const 
     std::string_view delta_name = "delta", std::string_view base_name = "base")
 {
     if (const auto found = fingerprint(policy, base); found != base_fingerprint) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::fingerprint_differs,
             message("'", base_name, "' is not the model that '", delta_name, "' was made for: its fingerprint is ",
                 fingerprint_text(found), "; expected ", fingerprint_text(base_fingerprint)));
     }

@@ -33,7 +33,7 @@ namespace detail {
 
 [[noreturn]] inline void raise_io(const std::filesystem::path& path, std::string_view what, int code)
 {
-    raise<io_error>(message(what, ": ", errno_text(code)), path.string(), code);
+    raise<io_error>(system_error_code(code), message(what, ": ", errno_text(code)), path.string(), code);
 }
 
 /// Calls a system function again for as long as a signal interrupts it.
@@ -113,7 +113,7 @@ public:
         struct stat status{};
         if (::fstat(file.get(), &status) != 0) { detail::raise_io(path_, "cannot read the file's size", errno); }
         if (!S_ISREG(status.st_mode)) {
-            raise<io_error>(
+            raise<io_error>(error_code::file_kind,
                 S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
         }
         size_ = static_cast<std::size_t>(status.st_size);
@@ -190,14 +190,17 @@ public:
         : target_(std::move(target))
         , mode_(mode)
     {
-        if (!target_.has_filename()) { raise<io_error>("names no file", target_.string(), EISDIR); }
+        if (!target_.has_filename()) {
+            raise<io_error>(error_code::file_kind, "names no file", target_.string(), EISDIR);
+        }
         struct stat status{};
         const bool exists = ::stat(target_.c_str(), &status) == 0;
         if (exists && S_ISDIR(status.st_mode)) {
-            raise<io_error>("is a directory; name a file to write", target_.string(), EISDIR);
+            raise<io_error>(error_code::file_kind, "is a directory; name a file to write", target_.string(), EISDIR);
         }
         if (exists && !S_ISREG(status.st_mode)) {
-            raise<io_error>("exists and is not a regular file; choose another output", target_.string(), EEXIST);
+            raise<io_error>(error_code::file_kind, "exists and is not a regular file; choose another output",
+                target_.string(), EEXIST);
         }
         if (exists && ::access(target_.c_str(), W_OK) != 0) {
             detail::raise_io(target_, "exists and may not be written", errno);
@@ -269,8 +272,9 @@ public:
                 const int code = written < 0 ? errno : ENOSPC;
                 if (code == EFAULT) { // bytes of a map whose file has been shortened: the system sees it before a
                                       // SIGBUS could be raised
-                    raise<io_error>("cannot be written: a model file that is copied from shrank, or its disk failed, "
-                                    "while it was being read",
+                    raise<io_error>(error_code::file_changed,
+                        "cannot be written: a model file that is copied from shrank, or its disk failed, "
+                        "while it was being read",
                         target_.string(), code);
                 }
                 detail::raise_io(target_, message("cannot write ", size, " bytes at offset ", offset), code);
@@ -345,7 +349,8 @@ public:
         std::error_code ignored;
         if (std::filesystem::exists(target_, ignored)) {
             if (!std::filesystem::is_directory(target_, ignored)) {
-                raise<io_error>("exists and is not a directory; choose another output", target_.string(), ENOTDIR);
+                raise<io_error>(error_code::file_kind, "exists and is not a directory; choose another output",
+                    target_.string(), ENOTDIR);
             }
             return;
         }
@@ -422,7 +427,8 @@ inline void write_text_file(
     const mapped_file file(path);
     const auto bytes = file.bytes();
     if (bytes.size() > limit) {
-        raise<format_error>(message("has ", bytes.size(), " bytes; expected at most ", limit), path.string());
+        raise<format_error>(error_code::file_too_large,
+            message("has ", bytes.size(), " bytes; expected at most ", limit), path.string());
     }
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }

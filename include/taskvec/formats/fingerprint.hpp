@@ -42,7 +42,8 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
     std::uint64_t total = 0;
     for (const auto& [name, tensor] : model) {
         if (tensor.space != memory_space::host || !tensor.contiguous()) {
-            raise<invalid_argument>(message("tensor '", name, "' is not contiguous host memory; copy it first"));
+            raise<invalid_argument>(
+                error_code::tensor_layout, message("tensor '", name, "' is not contiguous host memory; copy it first"));
         }
         const std::size_t bytes = tensor.bytes(name);
         const auto* data = static_cast<const std::byte*>(tensor.data);
@@ -57,7 +58,7 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         xxh64 hash;
         hash.update(blocks[index].data, blocks[index].size);
         hashes[index] = hash.digest();
-        if (!progress.advance(blocks[index].size)) { raise<cancelled>(); }
+        if (!progress.advance(blocks[index].size)) { raise<cancelled>(error_code::cancelled); }
     });
 
     xxh64 whole;

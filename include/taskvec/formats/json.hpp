@@ -50,8 +50,8 @@ public:
     [[nodiscard]] nlohmann::json take() { return std::move(root_); }
     [[noreturn]] bool fail(const std::string& what, std::uint64_t position)
     {
-        raise<format_error>(
-            message("invalid JSON at byte ", offset_ + position, ": ", what), file_, offset_ + position);
+        raise<format_error>(error_code::json_syntax, message("invalid JSON at byte ", offset_ + position, ": ", what),
+            file_, offset_ + position);
     }
 
     bool null() override { return value(nullptr); }
@@ -68,7 +68,8 @@ public:
     bool key(string_t& x) override
     {
         if (stack_.back()->contains(x)) {
-            raise<format_error>(message("key '", x, "' occurs twice in one JSON object"), file_, offset_);
+            raise<format_error>(error_code::json_key_repeated, message("key '", x, "' occurs twice in one JSON object"),
+                file_, offset_);
         }
         key_ = std::move(x);
         return true;
@@ -98,7 +99,8 @@ private:
     bool open(nlohmann::json x)
     {
         if (stack_.size() == json_depth_limit) {
-            raise<format_error>(message("JSON is nested deeper than ", json_depth_limit, " levels"), file_, offset_);
+            raise<format_error>(error_code::json_syntax,
+                message("JSON is nested deeper than ", json_depth_limit, " levels"), file_, offset_);
         }
         stack_.push_back(place(std::move(x)));
         return true;
@@ -160,7 +162,8 @@ private:
 [[nodiscard]] inline std::string json_string(std::string_view text)
 {
     if (!is_utf8(text)) {
-        raise<invalid_argument>(message("'", text, "' is not UTF-8 and cannot be written to a file"));
+        raise<invalid_argument>(
+            error_code::unwritable, message("'", text, "' is not UTF-8 and cannot be written to a file"));
     }
     std::string result = "\"";
     for (const char c : text) {

@@ -25,7 +25,7 @@ public:
     explicit name_pattern(const std::string& text)
     {
         if (text.size() > longest_pattern) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::pattern_invalid,
                 message("a regular expression of ", text.size(), " bytes; expected at most ", longest_pattern));
         }
 #if !defined(TASKVEC_NO_EXCEPTIONS)
@@ -33,7 +33,7 @@ public:
             expression_ = std::regex(text, flags);
         }
         catch (const std::regex_error& problem) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::pattern_invalid,
                 message("'", text, "' is not a regular expression that is understood here: ", problem.what()));
         }
 #else
@@ -61,8 +61,9 @@ private:
     static std::string_view checked(std::string_view name)
     {
         if (name.size() > longest_name) {
-            raise<invalid_argument>(message("tensor '", name.substr(0, 60), "…' has a name of ", name.size(),
-                " bytes; regular expressions are matched against at most ", longest_name));
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("tensor '", name.substr(0, 60), "…' has a name of ", name.size(),
+                    " bytes; regular expressions are matched against at most ", longest_name));
         }
         return name;
     }

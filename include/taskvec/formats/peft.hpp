@@ -89,10 +89,13 @@ public:
     peft_patterns(const nlohmann::ordered_json& object, std::string_view field, const std::string& file)
     {
         if (object.is_null()) { return; }
-        if (!object.is_object()) { raise<format_error>(message(field, " is not an object"), file); }
+        if (!object.is_object()) {
+            raise<format_error>(error_code::adapter_config, message(field, " is not an object"), file);
+        }
         for (const auto& [key, value] : object.items()) {
             if (!value.is_number()) {
-                raise<format_error>(message(field, " gives '", key, "' something that is not a number"), file);
+                raise<format_error>(error_code::adapter_config,
+                    message(field, " gives '", key, "' something that is not a number"), file);
             }
             patterns_.push_back({key, compile(key, field, file), value.template get<double>(), false});
         }
@@ -116,8 +119,9 @@ public:
     {
         for (const auto& one : patterns_) {
             if (!one.used) {
-                raise<format_error>(message(field, " has the key '", one.key,
-                                        "', which matches no module of the adapter; remove or correct it"),
+                raise<format_error>(error_code::adapter_config,
+                    message(field, " has the key '", one.key,
+                        "', which matches no module of the adapter; remove or correct it"),
                     file);
             }
         }
@@ -131,7 +135,8 @@ private:
             return name_pattern("(.*\\.)?(" + key + ")");
         }
         catch (const invalid_argument& problem) {
-            raise<format_error>(message(field, " has the key '", key, "': ", problem.what()), file);
+            raise<format_error>(
+                error_code::adapter_config, message(field, " has the key '", key, "': ", problem.what()), file);
         }
 #else
         (void)field;
@@ -158,7 +163,8 @@ public:
     {
         const auto* value = find(field);
         if (value && !value->is_boolean()) {
-            raise<format_error>(message(field, " is ", shown(*value), "; expected true or false"), file_);
+            raise<format_error>(
+                error_code::adapter_config, message(field, " is ", shown(*value), "; expected true or false"), file_);
         }
         return value && value->get<bool>();
     }
@@ -168,7 +174,8 @@ public:
         const auto value = config_.find(field);
         if (value == config_.end()) { return otherwise; }
         if (!value->is_number()) {
-            raise<format_error>(message(field, " is ", shown(*value), "; expected a number"), file_);
+            raise<format_error>(
+                error_code::adapter_config, message(field, " is ", shown(*value), "; expected a number"), file_);
         }
         return value->get<double>();
     }
@@ -179,7 +186,7 @@ public:
         if (!value || value->is_string()) { return; }
         if (!value->is_array()
             || !std::all_of(value->begin(), value->end(), [](const auto& one) { return one.is_string(); })) {
-            raise<format_error>(
+            raise<format_error>(error_code::adapter_config,
                 message(field, " is ", shown(*value), "; expected names of modules, or a regular expression"), file_);
         }
     }
@@ -208,13 +215,17 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
 {
     const peft_fields fields(config, file);
     const auto refuse = [&](std::string_view what, std::string_view why) {
-        raise<format_error>(message(what, ": ", why,
-                                ", not a plain low-rank update; fold it into its base with PEFT and extract an adapter "
-                                "from the result"),
+        raise<format_error>(error_code::adapter_unsupported,
+            message(what, ": ", why,
+                ", not a plain low-rank update; fold it into its base with PEFT and extract an adapter "
+                "from the result"),
             file);
     };
     const auto* type = fields.find("peft_type");
-    if (!type) { raise<format_error>("has no peft_type; expected the configuration of a LoRA adapter", file); }
+    if (!type) {
+        raise<format_error>(
+            error_code::adapter_config, "has no peft_type; expected the configuration of a LoRA adapter", file);
+    }
     if (*type != "LORA") {
         refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)),
             "another kind of adapter");
@@ -244,10 +255,11 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
         if (fields.says_something(field)) { refuse(field, why); }
     }
     if (fields.says_something("modules_to_save") && !options.whole_modules) {
-        raise<format_error>(message("modules_to_save: whole modules (", fields.shown(*fields.find("modules_to_save")),
-                                ") come with this adapter, which makes it more than a low-rank update; ask for them to "
-                                "be carried along (",
-                                options.whole_modules_word, "), or remove them"),
+        raise<format_error>(error_code::adapter_unsupported,
+            message("modules_to_save: whole modules (", fields.shown(*fields.find("modules_to_save")),
+                ") come with this adapter, which makes it more than a low-rank update; ask for them to "
+                "be carried along (",
+                options.whole_modules_word, "), or remove them"),
             file);
     }
     for (const char* names : {"target_modules", "exclude_modules", "modules_to_save"}) { fields.check_names(names); }
@@ -255,11 +267,11 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
     constexpr std::array<std::string_view, 3> biases{"none", "all", "lora_only"};
     if (const auto* bias = fields.find("bias");
         bias && std::find(biases.begin(), biases.end(), *bias) == biases.end()) {
-        raise<format_error>(
+        raise<format_error>(error_code::adapter_config,
             message("bias is ", fields.shown(*bias), "; expected \"none\", \"all\" or \"lora_only\""), file);
     }
     if (const double rank = fields.number("r", 8); !(rank >= 1 && rank == std::floor(rank))) {
-        raise<format_error>(
+        raise<format_error>(error_code::adapter_config,
             message("r is ", fields.shown(*fields.find("r")), "; expected a rank, a whole number above 0"), file);
     }
 }
@@ -269,14 +281,15 @@ template <class T>
 [[nodiscard]] matrix<T> read_factor(const safetensors_file& file, const safetensors_entry& entry)
 {
     if (entry.shape.size() != 2) {
-        raise<format_error>(
+        raise<format_error>(error_code::adapter_unsupported,
             message("tensor '", entry.name, "' has shape ", to_string(entry.shape),
                 entry.shape.size() == 4 ? ": a convolution's factors are not supported" : "; expected a matrix"),
             file.path().string(), entry.offset);
     }
     if (!is_storage(entry.dtype)) {
-        raise<dtype_mismatch>(message("'", file.path().string(), "': tensor '", entry.name, "' has dtype ",
-            name(entry.dtype), "; a factor is ", storage_names(), ": convert the adapter first"));
+        raise<dtype_mismatch>(error_code::dtype_unsupported,
+            message("'", file.path().string(), "': tensor '", entry.name, "' has dtype ", name(entry.dtype),
+                "; a factor is ", storage_names(), ": convert the adapter first"));
     }
     matrix<T> x(
         static_cast<std::size_t>(entry.shape[0]), static_cast<std::size_t>(entry.shape[1]), matrix_order::row_major);
@@ -328,7 +341,8 @@ template <arithmetic_element T = float>
 {
     std::error_code ignored;
     if (!std::filesystem::is_directory(directory, ignored)) {
-        raise<io_error>("is not a directory; expected a PEFT adapter directory", directory.string(), ENOTDIR);
+        raise<io_error>(error_code::file_kind, "is not a directory; expected a PEFT adapter directory",
+            directory.string(), ENOTDIR);
     }
     const auto config_path = directory / peft_config_name, model_path = directory / peft_model_name;
     const std::string config_file = config_path.string();
@@ -336,11 +350,13 @@ template <arithmetic_element T = float>
     peft_adapter<T> adapter;
     adapter.label = directory.string();
     adapter.config = parse_json(text, config_file);
-    if (!adapter.config.is_object()) { raise<format_error>("is not a JSON object", config_file); }
+    if (!adapter.config.is_object()) {
+        raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
+    }
     detail::check_plain_lora(adapter.config, config_file, options);
     if (!std::filesystem::exists(model_path, ignored)
         && std::filesystem::exists(directory / "adapter_model.bin", ignored)) {
-        raise<io_error>(
+        raise<io_error>(error_code::model_not_found,
             "holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", directory.string());
     }
     const safetensors_file file(model_path);
@@ -359,8 +375,9 @@ template <arithmetic_element T = float>
     for (const auto& entry : file.entries()) {
         std::string_view name = entry.name;
         if (!name.starts_with(peft_prefix)) {
-            raise<format_error>(message("tensor '", entry.name, "' does not begin with '", peft_prefix,
-                                    "' as the names of a PEFT adapter do"),
+            raise<format_error>(error_code::adapter_tensors,
+                message("tensor '", entry.name, "' does not begin with '", peft_prefix,
+                    "' as the names of a PEFT adapter do"),
                 model_file);
         }
         name.remove_prefix(peft_prefix.size());
@@ -368,13 +385,14 @@ template <arithmetic_element T = float>
             if (!name.ends_with(suffix) || name.size() == suffix.size()) { return false; }
             auto& pair = pairs[std::string(name.substr(0, name.size() - suffix.size()))];
             if (is_a ? pair.a : pair.b) {
-                raise<format_error>(
+                raise<format_error>(error_code::adapter_tensors,
                     message("tensor '", entry.name, "' is the second such factor of its module"), model_file);
             }
             (is_a ? pair.a : pair.b) = &entry;
             if ((pair.a && pair.b) && pair.embedding != embedding) {
-                raise<format_error>(message("tensor '", entry.name,
-                                        "' and its other half are not both factors of an embedding, or of a layer"),
+                raise<format_error>(error_code::adapter_tensors,
+                    message("tensor '", entry.name,
+                        "' and its other half are not both factors of an embedding, or of a layer"),
                     model_file);
             }
             pair.embedding = embedding;
@@ -385,7 +403,7 @@ template <arithmetic_element T = float>
             continue;
         }
         if (name.find(".lora_") != name.npos || name.find("lora_") == 0) {
-            raise<format_error>(
+            raise<format_error>(error_code::adapter_tensors,
                 message("tensor '", entry.name,
                     "' is not a factor of a plain low-rank update; expected lora_A.weight, lora_B.weight, "
                     "lora_embedding_A and lora_embedding_B"),
@@ -393,7 +411,7 @@ template <arithmetic_element T = float>
         }
         others.emplace(name, &entry);
     }
-    if (pairs.empty()) { raise<format_error>("holds no LoRA factors", model_file); }
+    if (pairs.empty()) { raise<format_error>(error_code::adapter_tensors, "holds no LoRA factors", model_file); }
     for (const auto& [name, entry] : others) {
         const bool is_bias = biases && name.ends_with(".bias");
         const bool is_copy =
@@ -401,7 +419,7 @@ template <arithmetic_element T = float>
         if (!is_bias && !is_copy
             && !(options.whole_modules
                 && (detail::belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
-            raise<format_error>(
+            raise<format_error>(error_code::adapter_unsupported,
                 message("tensor '", entry->name,
                     "' is neither a factor nor a bias that the configuration announces: this adapter is more than a "
                     "low-rank update; ask for whole weights to be carried along (",
@@ -423,27 +441,31 @@ template <arithmetic_element T = float>
     const bool root = fields.flag("use_rslora");
     for (const auto& [module, pair] : pairs) {
         if (!pair.a || !pair.b) {
-            raise<format_error>(
+            raise<format_error>(error_code::adapter_tensors,
                 message("module '", module, "' has ", pair.a ? "lora_A but no lora_B" : "lora_B but no lora_A",
                     ": half of its update is missing"),
                 model_file);
         }
         lora_update<T> update{detail::read_factor<T>(file, *pair.b), detail::read_factor<T>(file, *pair.a), 1};
         if (update.b.cols() != update.a.rows()) {
-            raise<shape_mismatch>(message("'", model_file, "': module '", module, "': lora_B is ", update.b.rows(), "×",
-                update.b.cols(), " and lora_A ", update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", model_file, "': module '", module, "': lora_B is ", update.b.rows(), "×", update.b.cols(),
+                    " and lora_A ", update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
         }
         const double expected = ranks.find(module, rank), strength = alphas.find(module, alpha);
         if (static_cast<double>(update.rank()) != expected) {
-            raise<format_error>(message("module '", module, "' has rank ", update.rank(), " but ", peft_config_name,
-                                    " says ", expected),
+            raise<format_error>(error_code::adapter_tensors,
+                message(
+                    "module '", module, "' has rank ", update.rank(), " but ", peft_config_name, " says ", expected),
                 model_file);
         }
-        if (update.rank() == 0) { raise<format_error>(message("module '", module, "' has rank 0"), model_file); }
+        if (update.rank() == 0) {
+            raise<format_error>(error_code::adapter_tensors, message("module '", module, "' has rank 0"), model_file);
+        }
         if (const auto copy = others.find(module + std::string(peft_base_weight)); copy != others.end()) {
             const auto out = static_cast<std::int64_t>(update.out()), in = static_cast<std::int64_t>(update.in());
             if (copy->second->shape != extents{out, in} && copy->second->shape != extents{in, out}) {
-                raise<format_error>(
+                raise<format_error>(error_code::adapter_tensors,
                     message("tensor '", copy->second->name, "' has shape ", to_string(copy->second->shape),
                         ", but the update of its module is ", out, "×", in),
                     model_file);
@@ -557,7 +579,8 @@ void write_peft(
     const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options = {})
 {
     if (adapter.updates.empty()) {
-        raise<invalid_argument>(message("'", directory.string(), "': an adapter without a module cannot be written"));
+        raise<invalid_argument>(error_code::inputs_empty,
+            message("'", directory.string(), "': an adapter without a module cannot be written"));
     }
     std::vector<tensor_spec> specs;
     std::vector<std::vector<std::byte>> buffers;
@@ -569,8 +592,9 @@ void write_peft(
                 for (std::size_t j = 0; j < x.cols(); ++j) {
                     const S value = narrow<S>(x(i, j));
                     if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(value)))) {
-                        raise<nonfinite_error>(message("factor '", name, "' holds ", static_cast<double>(x(i, j)),
-                            ", which ", taskvec::name(type), " cannot; choose a wider dtype for the adapter"));
+                        raise<nonfinite_error>(error_code::result_overflow,
+                            message("factor '", name, "' holds ", static_cast<double>(x(i, j)), ", which ",
+                                taskvec::name(type), " cannot; choose a wider dtype for the adapter"));
                     }
                     std::memcpy(bytes.data() + (i * x.cols() + j) * sizeof(S), &value, sizeof(S));
                 }
@@ -582,7 +606,8 @@ void write_peft(
     for (const auto& [module, update] : adapter.updates) {
         check_update(update, module);
         if (update.rank() == 0) {
-            raise<invalid_argument>(message("module '", module, "' has rank 0; PEFT has no such adapter"));
+            raise<invalid_argument>(
+                error_code::rank_out_of_range, message("module '", module, "' has rank 0; PEFT has no such adapter"));
         }
         const auto place = adapter.stored.find(module);
         const dtype type = options.output.value_or(place == adapter.stored.end() ? dtype_of<T> : place->second);

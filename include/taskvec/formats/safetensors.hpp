@@ -71,7 +71,7 @@ public:
 
     [[noreturn]] bool fail(const std::string& what, std::uint64_t position)
     {
-        raise<format_error>(
+        raise<format_error>(error_code::json_syntax,
             message("header is not valid JSON at byte ", 8 + position, ": ", what), file_, 8 + position);
     }
 
@@ -140,10 +140,12 @@ public:
         if (!stack_.back().keys.insert(x).second) {
             const auto kind = top();
             if (kind == state::root) {
-                raise<format_error>(message("tensor '", x, "' occurs twice in the header"), file_, std::uint64_t{8});
+                raise<format_error>(error_code::json_key_repeated,
+                    message("tensor '", x, "' occurs twice in the header"), file_, std::uint64_t{8});
             }
             if (kind == state::metadata) {
-                raise<format_error>(message("metadata key '", x, "' occurs twice"), file_, std::uint64_t{8});
+                raise<format_error>(error_code::json_key_repeated, message("metadata key '", x, "' occurs twice"),
+                    file_, std::uint64_t{8});
             }
             bad(message("has the key '", x, "' twice"));
         }
@@ -193,13 +195,15 @@ private:
         if (ignoring()) { return true; }
         switch (top()) {
         case state::none:
-            raise<format_error>(message("header is ", found, "; expected a JSON object"), file_, std::uint64_t{8});
+            raise<format_error>(error_code::header_field, message("header is ", found, "; expected a JSON object"),
+                file_, std::uint64_t{8});
         case state::root:
-            raise<format_error>(message(in_metadata_key() ? "__metadata__" : "tensor '" + key_ + "'", " is ", found,
-                                    "; expected a JSON object"),
+            raise<format_error>(error_code::header_field,
+                message(in_metadata_key() ? "__metadata__" : "tensor '" + key_ + "'", " is ", found,
+                    "; expected a JSON object"),
                 file_, std::uint64_t{8});
         case state::metadata:
-            raise<format_error>(
+            raise<format_error>(error_code::header_field,
                 message("metadata '", key_, "' is ", found, "; expected a string"), file_, std::uint64_t{8});
         case state::shape: bad(message("has ", found, " in its shape; expected unsigned integers"));
         case state::range: bad(message("has ", found, " in its data_offsets; expected unsigned integers"));
@@ -210,12 +214,13 @@ private:
     }
     [[noreturn]] void bad(const std::string& what)
     {
-        raise<format_error>(message("tensor '", tensors.back().name, "' ", what), file_, std::uint64_t{8});
+        raise<format_error>(
+            error_code::header_field, message("tensor '", tensors.back().name, "' ", what), file_, std::uint64_t{8});
     }
     bool push(state kind)
     {
         if (stack_.size() == json_depth_limit) {
-            raise<format_error>(
+            raise<format_error>(error_code::json_syntax,
                 message("header is nested deeper than ", json_depth_limit, " levels"), file_, std::uint64_t{8});
         }
         stack_.push_back({kind});
@@ -237,7 +242,8 @@ inline safetensors_entry check_tensor(
     safetensors_events::tensor&& t, std::uint64_t start, std::uint64_t data_offset, std::string_view file)
 {
     const auto fail = [&](const std::string& what) {
-        raise<format_error>(message("tensor '", t.name, "' ", what), std::string(file), data_offset);
+        raise<format_error>(
+            error_code::tensor_offsets, message("tensor '", t.name, "' ", what), std::string(file), data_offset);
     };
     const std::uint64_t begin = t.range[0], end = t.range[1];
     if (begin > end) { fail(message("has data_offsets [", begin, ", ", end, "] that run backwards")); }
@@ -277,25 +283,28 @@ inline safetensors_entry check_tensor(
 /// and an extent above 2^63-1 are refused. Throws format_error naming `file` and the tensor. Cost: O(header).
 [[nodiscard]] inline safetensors_header parse_safetensors(std::span<const std::byte> bytes, std::string_view file)
 {
-    const auto fail = [&](const std::string& what, std::uint64_t offset) {
-        raise<format_error>(what, std::string(file), offset);
+    const auto fail = [&](error_code code, const std::string& what, std::uint64_t offset) {
+        raise<format_error>(code, what, std::string(file), offset);
     };
     std::uint64_t length = 0;
     if (bytes.size() >= 8) { std::memcpy(&length, bytes.data(), 8); }
     if (bytes.size() < 8 || length > safetensors_header_limit || length > bytes.size() - 8 || length == 0) {
-        if (const auto kind = what_is_this_file(bytes)) { fail(kind->sentence(), 0); }
+        if (const auto kind = what_is_this_file(bytes)) { fail(error_code::not_safetensors, kind->sentence(), 0); }
     }
     if (bytes.size() < 8) {
-        fail(message("has ", bytes.size(), " bytes; a safetensors file has at least 8: fetch it again"), 0);
+        fail(error_code::file_truncated,
+            message("has ", bytes.size(), " bytes; a safetensors file has at least 8: fetch it again"), 0);
     }
     if (length > safetensors_header_limit) {
-        fail(message("claims a header of ", length, " bytes; at most ", safetensors_header_limit,
-                 " are allowed: this is not a safetensors file, or a damaged one"),
+        fail(error_code::not_safetensors,
+            message("claims a header of ", length, " bytes; at most ", safetensors_header_limit,
+                " are allowed: this is not a safetensors file, or a damaged one"),
             0);
     }
     if (length > bytes.size() - 8) {
-        fail(message("claims a header of ", length, " bytes and has ", bytes.size() - 8,
-                 " after it: the file is cut short; fetch it again"),
+        fail(error_code::file_truncated,
+            message("claims a header of ", length, " bytes and has ", bytes.size() - 8,
+                " after it: the file is cut short; fetch it again"),
             0);
     }
 
@@ -315,8 +324,9 @@ inline safetensors_entry check_tensor(
         end += header.entries.back().bytes;
     }
     if (const std::uint64_t present = bytes.size() - header.data_offset; end != present) {
-        fail(message("has ", present, " bytes of tensor data; its header describes ", end,
-                 end > present ? ": the file is cut short; fetch it again" : ""),
+        fail(end > present ? error_code::file_truncated : error_code::tensor_offsets,
+            message("has ", present, " bytes of tensor data; its header describes ", end,
+                end > present ? ": the file is cut short; fetch it again" : ""),
             header.data_offset);
     }
     return header;
@@ -401,19 +411,19 @@ struct safetensors_layout {
     for (const auto index : order) {
         const auto& spec = specs[index];
         if (!names.insert(spec.name).second) {
-            raise<invalid_argument>(spec.name == "__metadata__"
-                    ? "a tensor cannot be called '__metadata__'"
-                    : message("tensor '", spec.name, "' would be written twice"));
+            raise<invalid_argument>(spec.name == "__metadata__" ? error_code::unwritable : error_code::tensor_repeated,
+                spec.name == "__metadata__" ? "a tensor cannot be called '__metadata__'"
+                                            : message("tensor '", spec.name, "' would be written twice"));
         }
         const std::uint64_t count = spec.size();
         std::uint64_t bit_count = 0, end = 0;
         if (__builtin_mul_overflow(count, std::uint64_t{bits(spec.dtype)}, &bit_count)
             || __builtin_add_overflow(at, bit_count / 8, &end)) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::unwritable,
                 message("tensor '", spec.name, "' of shape ", to_string(spec.shape), " is too large for a file"));
         }
         if (bit_count % 8 != 0) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::unwritable,
                 message("tensor '", spec.name, "' of dtype ", name(spec.dtype), " does not fill whole bytes"));
         }
         json += ',' + json_string(spec.name) + ":{\"dtype\":\"" + std::string(name(spec.dtype)) + "\",\"shape\":[";
@@ -426,8 +436,9 @@ struct safetensors_layout {
     json.append((8 - json.size() % 8) % 8, ' ');
     const std::uint64_t length = json.size();
     if (length > safetensors_header_limit) {
-        raise<invalid_argument>(message("the header would have ", length, " bytes; a safetensors header has at most ",
-            safetensors_header_limit, ": write several files"));
+        raise<invalid_argument>(error_code::unwritable,
+            message("the header would have ", length, " bytes; a safetensors header has at most ",
+                safetensors_header_limit, ": write several files"));
     }
     layout.head.resize(8);
     std::memcpy(layout.head.data(), &length, 8);
@@ -455,8 +466,9 @@ public:
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         if (index >= sizes_.size() || offset > sizes_[index] || size > sizes_[index] - offset) {
-            raise<invalid_argument>(message("a write of ", size, " bytes at ", offset, " lies outside tensor ", index,
-                " of '", file_.target().string(), "'"));
+            raise<invalid_argument>(error_code::index_out_of_range,
+                message("a write of ", size, " bytes at ", offset, " lies outside tensor ", index, " of '",
+                    file_.target().string(), "'"));
         }
         file_.write(offsets_[index] + offset, data, size);
         written_.fetch_add(size, std::memory_order_relaxed);
@@ -467,8 +479,9 @@ public:
     void finish()
     {
         if (const auto written = written_.load(); written < expected_) {
-            raise<invalid_argument>(message(
-                "'", file_.target().string(), "' is incomplete: ", written, " of ", expected_, " bytes were written"));
+            raise<invalid_argument>(error_code::call_order,
+                message("'", file_.target().string(), "' is incomplete: ", written, " of ", expected_,
+                    " bytes were written"));
         }
         file_.finish();
     }
@@ -512,7 +525,8 @@ inline void write_safetensors(const std::filesystem::path& path, const const_mod
     std::vector<tensor_spec> specs;
     for (const auto& [name, tensor] : model) {
         if (tensor.space != memory_space::host || !tensor.contiguous()) {
-            raise<invalid_argument>(message("tensor '", name, "' is not contiguous host memory; copy it first"));
+            raise<invalid_argument>(
+                error_code::tensor_layout, message("tensor '", name, "' is not contiguous host memory; copy it first"));
         }
         specs.push_back({name, tensor.dtype, tensor.shape});
     }

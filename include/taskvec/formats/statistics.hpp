@@ -101,11 +101,11 @@ inline void write_statistics(
 {
     for (const auto& [label, tensor] : tensors) {
         if (!is_storage(tensor.dtype)) {
-            raise<dtype_mismatch>(
+            raise<dtype_mismatch>(error_code::dtype_unsupported,
                 message("statistics of '", label, "' have dtype ", name(tensor.dtype), "; expected ", storage_names()));
         }
         if (info.kind == statistics_kind::gram && (tensor.shape.size() != 2 || tensor.shape[0] != tensor.shape[1])) {
-            raise<shape_mismatch>(
+            raise<shape_mismatch>(error_code::statistics_shape,
                 message("the Gram matrix of '", label, "' has shape ", to_string(tensor.shape), "; expected a square"));
         }
     }
@@ -118,9 +118,12 @@ inline void write_statistics(
 inline void write_statistics(const std::filesystem::path& path, const fisher_accumulator& fisher, statistics_kind kind,
     std::optional<std::uint64_t> model = {}, dtype storage = dtype::f32, durability mode = durability::synchronised)
 {
-    if (kind == statistics_kind::gram) { raise<invalid_argument>("a Fisher accumulator holds no Gram matrices"); }
+    if (kind == statistics_kind::gram) {
+        raise<invalid_argument>(error_code::statistics_kind, "a Fisher accumulator holds no Gram matrices");
+    }
     if (fisher.examples() == 0) {
-        raise<invalid_argument>("no example was given: the Fisher information is a mean over examples");
+        raise<invalid_argument>(
+            error_code::inputs_empty, "no example was given: the Fisher information is a mean over examples");
     }
     std::vector<tensor_spec> specs;
     for (const auto& parameter : fisher.parameters()) { specs.push_back({parameter.name, storage, parameter.shape}); }
@@ -164,7 +167,8 @@ inline void write_statistics(const std::filesystem::path& path, const std::map<s
     }
     for (const auto& label : info.in_out) {
         if (!grams.contains(label)) {
-            raise<invalid_argument>(message("'", label, "' is said to be stored in×out, and has no Gram matrix here"));
+            raise<invalid_argument>(error_code::tensor_missing,
+                message("'", label, "' is said to be stored in×out, and has no Gram matrix here"));
         }
     }
     safetensors_writer writer(path, specs, detail::statistics_metadata(info), mode);
@@ -275,11 +279,15 @@ public:
     void require_gram() const { require(info_.kind == statistics_kind::gram, "Gram matrices"); }
 
 private:
-    [[noreturn]] void fail(const std::string& what) const { raise<format_error>(what, file_.path().string()); }
+    [[noreturn]] void fail(const std::string& what) const
+    {
+        raise<format_error>(error_code::statistics_format, what, file_.path().string());
+    }
     void require(bool right, std::string_view wanted) const
     {
         if (described_ && !right) {
-            raise<invalid_argument>(message("'", path().string(), "' holds ", name(info_.kind), "; expected ", wanted));
+            raise<invalid_argument>(error_code::statistics_kind,
+                message("'", path().string(), "' holds ", name(info_.kind), "; expected ", wanted));
         }
     }
 
@@ -295,9 +303,10 @@ inline void check_statistics(const cpu& policy, const statistics_file& file, con
 {
     if (!file.described() || !file.info().fingerprint) { return; }
     if (const auto found = fingerprint(policy, model); found != *file.info().fingerprint) {
-        raise<invalid_argument>(message("'", file.path().string(), "' holds the statistics of another model than '",
-            model_name, "': its fingerprint is ", fingerprint_text(*file.info().fingerprint), "; expected ",
-            fingerprint_text(found)));
+        raise<invalid_argument>(error_code::fingerprint_differs,
+            message("'", file.path().string(), "' holds the statistics of another model than '", model_name,
+                "': its fingerprint is ", fingerprint_text(*file.info().fingerprint), "; expected ",
+                fingerprint_text(found)));
     }
 }
 
@@ -331,7 +340,9 @@ inline void check_grams(const statistics_file& file)
 inline void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out,
     durability mode = durability::synchronised)
 {
-    if (parts.empty()) { raise<invalid_argument>("no statistics were given: at least one file is needed"); }
+    if (parts.empty()) {
+        raise<invalid_argument>(error_code::inputs_empty, "no statistics were given: at least one file is needed");
+    }
     std::vector<statistics_file> files;
     for (const auto& part : parts) { files.emplace_back(part); }
     const statistics_file& first = files.front();
@@ -340,12 +351,14 @@ inline void combine_statistics(const std::vector<std::filesystem::path>& parts, 
     std::vector<double> weights;
     for (const auto& file : files) {
         const auto differ = [&](std::string_view what) {
-            raise<invalid_argument>(message("'", file.path().string(), "' and '", first.path().string(), "' ", what,
-                ": only parts of one collection can be joined"));
+            raise<invalid_argument>(error_code::statistics_differ,
+                message("'", file.path().string(), "' and '", first.path().string(), "' ", what,
+                    ": only parts of one collection can be joined"));
         };
         if (!file.described()) {
-            raise<invalid_argument>(message(
-                "'", file.path().string(), "' does not say what it holds (no schema '", statistics_schema, "')"));
+            raise<invalid_argument>(error_code::statistics_kind,
+                message(
+                    "'", file.path().string(), "' does not say what it holds (no schema '", statistics_schema, "')"));
         }
         if (file.info().kind != info.kind) { differ("hold different kinds of statistics"); }
         if (file.info().fingerprint != info.fingerprint) { differ("come from different models"); }
@@ -355,15 +368,18 @@ inline void combine_statistics(const std::vector<std::filesystem::path>& parts, 
             const auto* const partner = first.model().find(label);
             if (!partner) { differ("hold different tensors"); }
             if (partner->shape != tensor.shape) {
-                raise<shape_mismatch>(message("'", label, "' has shape ", to_string(tensor.shape), " in '",
-                    file.path().string(), "' and ", to_string(partner->shape), " in '", first.path().string(), "'"));
+                raise<shape_mismatch>(error_code::statistics_shape,
+                    message("'", label, "' has shape ", to_string(tensor.shape), " in '", file.path().string(),
+                        "' and ", to_string(partner->shape), " in '", first.path().string(), "'"));
             }
         }
         info.examples += file.info().examples;
         weights.push_back(info.kind == statistics_kind::gram ? 1.0 : static_cast<double>(file.info().examples));
     }
     if (info.kind != statistics_kind::gram) {
-        if (info.examples == 0) { raise<invalid_argument>("the Fishers to join come from no examples"); }
+        if (info.examples == 0) {
+            raise<invalid_argument>(error_code::inputs_empty, "the Fishers to join come from no examples");
+        }
         for (double& weight : weights) { weight /= static_cast<double>(info.examples); }
     }
     else {
@@ -385,10 +401,10 @@ inline void combine_statistics(const std::vector<std::filesystem::path>& parts, 
                         const auto what = message("'", specs[index].name, "' of '", files[f].path().string(),
                             "' holds ", values[i], " at index ", at + i);
                         if (std::isfinite(values[i])) {
-                            raise<invalid_argument>(
+                            raise<invalid_argument>(error_code::statistics_invalid,
                                 what + ": a diagonal Fisher is a mean of squares and cannot be negative");
                         }
-                        raise<nonfinite_error>(what + ": collect this part again");
+                        raise<nonfinite_error>(error_code::statistics_not_finite, what + ": collect this part again");
                     }
                 }
                 kernels::accumulate(total.data(), values.data(), weights[f], n);

@@ -102,9 +102,10 @@ template <dlpack_tensor T>
         if (row.code == code && row.bits == width) { found = &row; }
     }
     if (found == nullptr || tensor.dtype.lanes != 1) {
-        raise<dtype_mismatch>(message("tensor '", what, "' has DLPack type code ", code, " with ", width, " bits and ",
-            static_cast<unsigned>(tensor.dtype.lanes),
-            " lanes; expected one lane of a type that safetensors has a name for: convert it first"));
+        raise<dtype_mismatch>(error_code::dtype_unsupported,
+            message("tensor '", what, "' has DLPack type code ", code, " with ", width, " bits and ",
+                static_cast<unsigned>(tensor.dtype.lanes),
+                " lanes; expected one lane of a type that safetensors has a name for: convert it first"));
     }
     result.dtype = found->type;
 
@@ -114,15 +115,18 @@ template <dlpack_tensor T>
     case detail::dlpack_cuda:
     case detail::dlpack_cuda_managed: result.space = memory_space::device; break;
     default:
-        raise<invalid_argument>(message("tensor '", what, "' lives on a device of DLPack type ",
-            static_cast<int>(tensor.device.device_type),
-            "; expected the CPU (1), CUDA (2), pinned (3) or managed CUDA memory (13): copy it to one of these first"));
+        raise<invalid_argument>(error_code::tensor_memory,
+            message("tensor '", what, "' lives on a device of DLPack type ",
+                static_cast<int>(tensor.device.device_type),
+                "; expected the CPU (1), CUDA (2), pinned (3) or managed CUDA memory (13): copy it to one of these "
+                "first"));
     }
     result.device = result.space == memory_space::host ? 0 : static_cast<int>(tensor.device.device_id);
 
     if (tensor.ndim < 0 || (tensor.ndim > 0 && tensor.shape == nullptr)) {
-        raise<invalid_argument>(message("tensor '", what, "' has ", static_cast<int>(tensor.ndim), " dimensions and ",
-            tensor.shape ? "a" : "no", " shape"));
+        raise<invalid_argument>(error_code::dlpack_tensor,
+            message("tensor '", what, "' has ", static_cast<int>(tensor.ndim), " dimensions and ",
+                tensor.shape ? "a" : "no", " shape"));
     }
     if (tensor.ndim > 0) {
         result.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
@@ -131,12 +135,13 @@ template <dlpack_tensor T>
     const std::size_t count = result.size(what);
     if (count != 0) {
         if (tensor.data == nullptr) {
-            raise<invalid_argument>(message("tensor '", what, "' of shape ", to_string(result.shape), " has no data"));
+            raise<invalid_argument>(error_code::tensor_without_data,
+                message("tensor '", what, "' of shape ", to_string(result.shape), " has no data"));
         }
         result.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
         const std::size_t alignment = result.dtype == dtype::c64 ? 4 : bits(result.dtype) / 8;
         if (reinterpret_cast<std::uintptr_t>(result.data) % alignment != 0) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::tensor_layout,
                 message("tensor '", what, "' is not aligned to its ", alignment, "-byte elements: copy it first"));
         }
     }
@@ -159,14 +164,16 @@ public:
         , what_(what)
     {
         if (managed == nullptr) {
-            raise<invalid_argument>(message("tensor '", what_, "': the DLPack pointer is null"));
+            raise<invalid_argument>(
+                error_code::dlpack_tensor, message("tensor '", what_, "': the DLPack pointer is null"));
         }
         if constexpr (dlpack_versioned<M>) {
             const auto [first, second] =
                 managed->version; // by position: <sys/sysmacros.h> has macros of the members' names
             if (first != detail::dlpack_major) {
-                raise<invalid_argument>(message("tensor '", what_, "' comes as DLPack ", first, ".", second,
-                    "; expected major version ", detail::dlpack_major, ": ask its framework for that version"));
+                raise<invalid_argument>(error_code::dlpack_tensor,
+                    message("tensor '", what_, "' comes as DLPack ", first, ".", second, "; expected major version ",
+                        detail::dlpack_major, ": ask its framework for that version"));
             }
         }
         tensor_ = from_dlpack(managed->dl_tensor, what_);
@@ -198,7 +205,8 @@ public:
     [[nodiscard]] tensor_ref writable_tensor()
     {
         if (read_only()) {
-            raise<invalid_argument>(message("tensor '", what_, "' is read-only: copy it before writing"));
+            raise<invalid_argument>(
+                error_code::dlpack_tensor, message("tensor '", what_, "' is read-only: copy it before writing"));
         }
         return tensor_;
     }
@@ -267,11 +275,11 @@ template <dlpack_managed M, class Byte>
         if (row.type == tensor.dtype) { found = &row; }
     }
     if (found == nullptr) {
-        raise<dtype_mismatch>(
+        raise<dtype_mismatch>(error_code::dtype_unsupported,
             message("DLPack has no fixed type for ", name(tensor.dtype), ": convert the tensor first"));
     }
     if (!tensor.strides.empty() && tensor.strides.size() != tensor.shape.size()) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::shape_invalid,
             message("a tensor of shape ", to_string(tensor.shape), " has strides ", to_string(tensor.strides)));
     }
     const std::size_t count = tensor.size();

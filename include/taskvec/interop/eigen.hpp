@@ -76,12 +76,14 @@ inline void require_eigen_run(std::int64_t rows, std::int64_t cols, std::int64_t
 {
     if (rows == 0 || cols == 0) { return; }
     if (cols > 1 && inner != 1) {
-        raise<invalid_argument>(message("an Eigen vector of ", cols, " elements has a stride of ", inner,
-            "; expected 1: copy it into a vector of its own first"));
+        raise<invalid_argument>(error_code::tensor_layout,
+            message("an Eigen vector of ", cols, " elements has a stride of ", inner,
+                "; expected 1: copy it into a vector of its own first"));
     }
     if (rows > 1 && outer != cols) {
-        raise<invalid_argument>(message("an Eigen block of ", rows, " x ", cols, " has ", outer,
-            " elements from row to row; expected ", cols, ": copy it into a matrix of its own, or pass it row by row"));
+        raise<invalid_argument>(error_code::tensor_layout,
+            message("an Eigen block of ", rows, " x ", cols, " has ", outer, " elements from row to row; expected ",
+                cols, ": copy it into a matrix of its own, or pass it row by row"));
     }
 }
 } // namespace detail
@@ -152,8 +154,9 @@ template <class T, class Owner>
 [[nodiscard]] auto map_columns(T* data, const Owner& x)
 {
     if (x.order() != matrix_order::column_major) {
-        raise<invalid_argument>(message("as_eigen() maps column-major matrices, and this one of ", x.rows(), " x ",
-            x.cols(), " is row-major: see its elements by as_eigen(view, rows, cols)"));
+        raise<invalid_argument>(error_code::tensor_layout,
+            message("as_eigen() maps column-major matrices, and this one of ", x.rows(), " x ", x.cols(),
+                " is row-major: see its elements by as_eigen(view, rows, cols)"));
     }
     return eigen_map_of<T, Eigen::Matrix<eigen_scalar_of<T>, Eigen::Dynamic, Eigen::Dynamic>>(
         as_eigen_scalars(data), static_cast<Eigen::Index>(x.rows()), static_cast<Eigen::Index>(x.cols()));
@@ -174,7 +177,7 @@ template <class T>
 [[nodiscard]] auto as_eigen(host_view<T> flat, std::int64_t rows, std::int64_t cols)
 {
     if (element_count({rows, cols}, "as_eigen") != flat.size()) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::shape_invalid,
             message("a view of ", flat.size(), " elements cannot be a matrix of ", rows, " x ", cols));
     }
     return detail::eigen_map_of<T,
@@ -197,7 +200,7 @@ template <class Derived>
     else {
         const Derived& m = x.derived();
         if (m.innerStride() != 1 && m.innerSize() > 1) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::tensor_layout,
                 "an Eigen expression with an inner stride is not a matrix view; evaluate it into a matrix first");
         }
         return matrix_view<detail::stored_as<const typename Derived::Scalar>>(detail::as_stored(m.data()),

@@ -79,9 +79,11 @@ struct view_traits<X> {
             }
         }
         if (!row_major) {
-            raise<invalid_argument>(message("a multidimensional span of shape ", to_string(shaped.shape),
-                " does not hold its elements one after another in row-major order: copy it into one with layout_right "
-                "first"));
+            raise<invalid_argument>(error_code::tensor_layout,
+                message("a multidimensional span of shape ", to_string(shaped.shape),
+                    " does not hold its elements one after another in row-major order: copy it into one with "
+                    "layout_right "
+                    "first"));
         }
         return {x.data_handle(), count};
     }

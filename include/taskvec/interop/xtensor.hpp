@@ -78,10 +78,12 @@ struct view_traits<X> {
         const const_tensor_ref shaped{
             .shape = detail::xtensor_extents(x.shape()), .strides = detail::xtensor_extents(x.strides())};
         if (!shaped.contiguous()) {
-            raise<invalid_argument>(message("an xtensor expression of shape ", to_string(shaped.shape), " has strides ",
-                to_string(shaped.strides),
-                ", so its elements do not follow one another in row-major order: copy it into a row-major container of "
-                "its own first"));
+            raise<invalid_argument>(error_code::tensor_layout,
+                message("an xtensor expression of shape ", to_string(shaped.shape), " has strides ",
+                    to_string(shaped.strides),
+                    ", so its elements do not follow one another in row-major order: copy it into a row-major "
+                    "container of "
+                    "its own first"));
         }
         return {detail::as_stored(x.data() + x.data_offset()), shaped.size("xtensor expression")};
     }
@@ -125,8 +127,9 @@ template <class X>
     else {
         const extents shape = detail::xtensor_extents(x.shape()), strides = detail::xtensor_extents(x.strides());
         if (shape.empty() || shape.size() > 2) {
-            raise<shape_mismatch>(message("an xtensor expression of shape ", to_string(shape),
-                " is no matrix; expected 2 dimensions: reshape it, or take a view of two of them"));
+            raise<shape_mismatch>(error_code::shape_invalid,
+                message("an xtensor expression of shape ", to_string(shape),
+                    " is no matrix; expected 2 dimensions: reshape it, or take a view of two of them"));
         }
         const std::int64_t rows = shape[0], cols = shape.size() == 2 ? shape[1] : 1;
         const std::int64_t down = strides[0], right = shape.size() == 2 ? strides[1] : 1;
@@ -134,9 +137,10 @@ template <class X>
         const bool by_rows = empty || ((cols == 1 || right == 1) && (rows == 1 || down >= cols));
         const bool by_cols = (rows == 1 || down == 1) && (cols == 1 || right >= rows);
         if (!by_rows && !by_cols) {
-            raise<invalid_argument>(message("an xtensor expression of shape ", to_string(shape), " has strides ",
-                to_string(strides),
-                ", so neither its rows nor its columns are contiguous: evaluate it into a container of its own first"));
+            raise<invalid_argument>(error_code::tensor_layout,
+                message("an xtensor expression of shape ", to_string(shape), " has strides ", to_string(strides),
+                    ", so neither its rows nor its columns are contiguous: evaluate it into a container of its own "
+                    "first"));
         }
         // A vector of its own is one run; one with gaps is a row or column of something wider.
         const bool as_column = by_cols && (!by_rows || cols == 1);
@@ -190,7 +194,7 @@ template <class T>
 [[nodiscard]] auto as_xtensor(host_view<T> flat, std::int64_t rows, std::int64_t cols)
 {
     if (element_count({rows, cols}, "as_xtensor") != flat.size()) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::shape_invalid,
             message("a view of ", flat.size(), " elements cannot be a matrix of ", rows, " x ", cols));
     }
     return detail::adapt_memory<detail::xtensor_row_major>(flat.data(),
@@ -201,7 +205,8 @@ template <class T>
 [[nodiscard]] auto as_xtensor(host_view<T> flat, const extents& shape)
 {
     if (element_count(shape, "as_xtensor") != flat.size()) {
-        raise<shape_mismatch>(message("a view of ", flat.size(), " elements cannot have shape ", to_string(shape)));
+        raise<shape_mismatch>(error_code::shape_invalid,
+            message("a view of ", flat.size(), " elements cannot have shape ", to_string(shape)));
     }
     return detail::adapt_memory<detail::xtensor_row_major>(
         flat.data(), std::vector<std::size_t>(shape.begin(), shape.end()), detail::xtensor_row_major);

@@ -51,18 +51,24 @@ attention_shape check_attention(std::string_view name, const primal_tangent<T>& 
     check_equal(name, "the number of columns of k", k.cols(), q.cols());
     check_equal(name, "the number of rows of v", v.rows(), k.rows());
     if (options.batch < 1 || options.heads < 1) {
-        raise<invalid_argument>(message(
-            "operation '", name, "': batch and heads must be at least 1, got ", options.batch, " and ", options.heads));
+        raise<invalid_argument>(error_code::operation_size,
+            message("operation '", name, "': batch and heads must be at least 1, got ", options.batch, " and ",
+                options.heads));
     }
     if (q.rows() % options.batch != 0 || k.rows() % options.batch != 0) {
-        raise<invalid_argument>(message("operation '", name, "': a batch of ", options.batch, " does not divide ",
-            q.rows(), " query rows and ", k.rows(), " key rows"));
+        raise<invalid_argument>(error_code::operation_size,
+            message("operation '", name, "': a batch of ", options.batch, " does not divide ", q.rows(),
+                " query rows and ", k.rows(), " key rows"));
     }
     if (q.cols() % options.heads != 0 || v.cols() % options.heads != 0) {
-        raise<invalid_argument>(message("operation '", name, "': ", options.heads, " heads do not divide ", q.cols(),
-            " and ", v.cols(), " columns"));
+        raise<invalid_argument>(error_code::operation_size,
+            message("operation '", name, "': ", options.heads, " heads do not divide ", q.cols(), " and ", v.cols(),
+                " columns"));
     }
-    if (k.rows() == 0) { raise<invalid_argument>(message("operation '", name, "': there are no keys to attend to")); }
+    if (k.rows() == 0) {
+        raise<invalid_argument>(
+            error_code::operation_size, message("operation '", name, "': there are no keys to attend to"));
+    }
     return {q.rows() / options.batch, k.rows() / options.batch, q.cols() / options.heads, v.cols() / options.heads};
 }
 

@@ -31,8 +31,9 @@ void check_indices(std::string_view name, const Indices& indices, Eigen::Index e
     for (const auto index : indices) {
         if (!std::in_range<Eigen::Index>(index) || static_cast<Eigen::Index>(index) < 0
             || static_cast<Eigen::Index>(index) >= entries) {
-            raise<invalid_argument>(message(
-                "operation '", name, "': index ", index, " at place ", place, " is outside [0, ", entries, ")"));
+            raise<invalid_argument>(error_code::index_out_of_range,
+                message(
+                    "operation '", name, "': index ", index, " at place ", place, " is outside [0, ", entries, ")"));
         }
         ++place;
     }

@@ -118,7 +118,7 @@ template <class F, differentiable_scalar T, class... Inputs>
 {
     for (const auto& [name, tangent] : tangents) {
         if (!primals.contains(name)) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::tensor_unexpected,
                 message("jvp: there is a tangent for parameter '", name, "', but no such parameter"));
         }
     }

@@ -156,8 +156,9 @@ primal_tangent<T> add_bias(const primal_tangent<T>& x, const primal_tangent<T>& 
 {
     check_equal("add_bias", "the number of columns of the bias", bias.cols(), x.cols());
     if (bias.rows() == 0 || x.rows() % bias.rows() != 0) {
-        raise<shape_mismatch>(message("operation 'add_bias': a bias of ", bias.rows(),
-            " rows does not repeat a whole number of times in ", x.rows(), " rows"));
+        raise<shape_mismatch>(error_code::operation_shape,
+            message("operation 'add_bias': a bias of ", bias.rows(),
+                " rows does not repeat a whole number of times in ", x.rows(), " rows"));
     }
     auto y = primal_tangent<T>::uninitialized(x.rows(), x.cols(), x.active() || bias.active());
     y.mutable_primal() = x.primal();
@@ -243,7 +244,7 @@ row_matrix<operand_scalar<G>> add_bias_vjp(const G& dy, Eigen::Index period)
 {
     decltype(auto) cotangent = detail::as_primal_tangent(dy);
     if (period < 1 || cotangent.rows() % period != 0) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::operation_size,
             message("operation 'add_bias_vjp': a period of ", period, " does not divide ", cotangent.rows(), " rows"));
     }
     row_matrix<operand_scalar<G>> gradient = row_matrix<operand_scalar<G>>::Zero(period, cotangent.cols());

@@ -31,7 +31,7 @@ public:
     {
         for (const auto& name : active_) {
             if (!initial_.contains(name)) {
-                raise<invalid_argument>(
+                raise<invalid_argument>(error_code::tensor_missing,
                     message("linearize: parameter '", name, "' is to be active, but there is no such parameter"));
             }
         }
@@ -52,8 +52,9 @@ public:
         for (const auto& [name, value] : phi) {
             const auto& start = initial_value(name);
             if (value.rows() != start.rows() || value.cols() != start.cols()) {
-                raise<shape_mismatch>(message("linearize: parameter '", name, "' is [", value.rows(), ", ",
-                    value.cols(), "], at φ0 it is [", start.rows(), ", ", start.cols(), "]"));
+                raise<shape_mismatch>(error_code::tensor_shape,
+                    message("linearize: parameter '", name, "' is [", value.rows(), ", ", value.cols(),
+                        "], at φ0 it is [", start.rows(), ", ", start.cols(), "]"));
             }
             // A parameter that has not moved has a tangent of zero: no work.
             if (value == start) { continue; }
@@ -88,7 +89,7 @@ public:
         for (const auto& name : active_) {
             const auto* value = all.find(name);
             if (!value) {
-                raise<invalid_argument>(
+                raise<invalid_argument>(error_code::tensor_missing,
                     message("linearize: the vjp returned no gradient for the active parameter '", name, "'"));
             }
             detail::check_same_shape("linearize: the gradient of '" + name + "'", *value, initial_[name]);
@@ -105,15 +106,19 @@ private:
     const row_matrix<T>& initial_value(const std::string& name) const
     {
         const auto* value = initial_.find(name);
-        if (!value) { raise<invalid_argument>(message("linearize: there is no parameter '", name, "'")); }
+        if (!value) {
+            raise<invalid_argument>(
+                error_code::tensor_missing, message("linearize: there is no parameter '", name, "'"));
+        }
         return *value;
     }
     void require_active(const std::string& name) const
     {
         (void)initial_value(name);
         if (!std::binary_search(active_.begin(), active_.end(), name)) {
-            raise<invalid_argument>(message("linearize: parameter '", name,
-                "' is inactive and must stay at φ0; name it in linearize_options::active to move it"));
+            raise<invalid_argument>(error_code::parameter_inactive,
+                message("linearize: parameter '", name,
+                    "' is inactive and must stay at φ0; name it in linearize_options::active to move it"));
         }
     }
     template <class Value>

@@ -173,7 +173,7 @@ void linearized_lora_layer<T>::set(const lora_update<T>& adapter)
     detail::check_adapter("linearized_lora_layer::set", weight_, adapter);
     detail::check_equal("linearized_lora_layer::set", "the rank", static_cast<Eigen::Index>(adapter.rank()), rank_);
     if (!same_scaling(adapter.scaling, folded_.scaling)) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::initialization_differs,
             "linearized_lora_layer::set: the adapter's scaling differs from that of its initialisation");
     }
     const lora_update<T> phi = detail::with_row_major_factors(adapter);

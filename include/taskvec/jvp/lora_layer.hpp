@@ -117,7 +117,8 @@ template <class M>
 void require_row_major(const M& x)
 {
     if (x.order() != matrix_order::row_major) {
-        raise<invalid_argument>("as_row_matrix() sees row-major matrices; this one is column-major");
+        raise<invalid_argument>(
+            error_code::tensor_layout, "as_row_matrix() sees row-major matrices; this one is column-major");
     }
 }
 

@@ -58,15 +58,16 @@ void check_labels(std::string_view name, const primal_tangent<T>& logits, const 
 {
     check_equal(name, "the number of labels", static_cast<Eigen::Index>(std::ranges::size(labels)), logits.rows());
     if (logits.rows() == 0) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::inputs_empty,
             message("operation '", name, "': the batch is empty; a mean over nothing does not exist"));
     }
     Eigen::Index row = 0;
     for (const auto label : labels) {
         if (!std::in_range<Eigen::Index>(label) || static_cast<Eigen::Index>(label) < 0
             || static_cast<Eigen::Index>(label) >= logits.cols()) {
-            raise<invalid_argument>(message(
-                "operation '", name, "': label ", label, " of row ", row, " is outside [0, ", logits.cols(), ")"));
+            raise<invalid_argument>(error_code::index_out_of_range,
+                message(
+                    "operation '", name, "': label ", label, " of row ", row, " is outside [0, ", logits.cols(), ")"));
         }
         ++row;
     }
@@ -112,7 +113,8 @@ scalar_result<X> finish_scalar(const dual<T>& value, [[maybe_unused]] std::strin
 #if TASKVEC_CHECK_TANGENTS
         using std::isnan;
         if (isnan(value.tangent)) {
-            raise<nonfinite_error>(message("operation '", name, "' made a NaN in its tangent; look at its inputs"));
+            raise<nonfinite_error>(error_code::tangent_not_finite,
+                message("operation '", name, "' made a NaN in its tangent; look at its inputs"));
         }
 #endif
         return value;
@@ -147,7 +149,8 @@ scalar_result<X> mean(const X& x)
     using T = operand_scalar<X>;
     decltype(auto) values = detail::as_primal_tangent(x);
     if (values.size() == 0) {
-        raise<invalid_argument>("operation 'mean': the matrix is empty; a mean over nothing does not exist");
+        raise<invalid_argument>(
+            error_code::inputs_empty, "operation 'mean': the matrix is empty; a mean over nothing does not exist");
     }
     const T share = T(1) / T(static_cast<double>(values.size()));
     dual<T> result(values.primal().sum() * share, T(0));
@@ -160,7 +163,8 @@ row_matrix<operand_scalar<X>> mean_vjp(const X& x, const operand_scalar<X>& fact
     using T = operand_scalar<X>;
     decltype(auto) values = detail::as_primal_tangent(x);
     if (values.size() == 0) {
-        raise<invalid_argument>("operation 'mean_vjp': the matrix is empty; a mean over nothing does not exist");
+        raise<invalid_argument>(
+            error_code::inputs_empty, "operation 'mean_vjp': the matrix is empty; a mean over nothing does not exist");
     }
     return row_matrix<T>::Constant(
         values.rows(), values.cols(), factor * (T(1) / T(static_cast<double>(values.size()))));
@@ -172,7 +176,7 @@ operation_result<X> mean_rows(const X& x, Eigen::Index group)
     using T = operand_scalar<X>;
     decltype(auto) values = detail::as_primal_tangent(x);
     if (group < 1 || values.rows() % group != 0) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::operation_size,
             message("operation 'mean_rows': groups of ", group, " rows do not divide ", values.rows(), " rows"));
     }
     const Eigen::Index groups = values.rows() / group;
@@ -195,7 +199,8 @@ row_matrix<operand_scalar<G>> mean_rows_vjp(const G& dy, Eigen::Index group)
     using T = operand_scalar<G>;
     decltype(auto) cotangent = detail::as_primal_tangent(dy);
     if (group < 1) {
-        raise<invalid_argument>(message("operation 'mean_rows_vjp': the group must be at least 1, got ", group));
+        raise<invalid_argument>(error_code::operation_size,
+            message("operation 'mean_rows_vjp': the group must be at least 1, got ", group));
     }
     row_matrix<T> dx(cotangent.rows() * group, cotangent.cols());
     const T share = T(1) / T(static_cast<double>(group));

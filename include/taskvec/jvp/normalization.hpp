@@ -86,7 +86,9 @@ void softmax_row(const T* x, const T* x_tangent, T* y, T* y_tangent, Eigen::Inde
 template <differentiable_scalar T>
 primal_tangent<T> softmax(const primal_tangent<T>& x)
 {
-    if (x.cols() == 0) { raise<invalid_argument>("operation 'softmax': the matrix has no columns"); }
+    if (x.cols() == 0) {
+        raise<invalid_argument>(error_code::operation_size, "operation 'softmax': the matrix has no columns");
+    }
     auto y = primal_tangent<T>::uninitialized(x.rows(), x.cols(), x.active());
     const auto cols = x.cols();
     for (Eigen::Index row = 0; row < x.rows(); ++row) {
@@ -136,8 +138,9 @@ void check_row(std::string_view name, std::string_view what, const primal_tangen
 {
     if (row.size() == 0) { return; }
     if (row.rows() != 1 || row.cols() != features) {
-        raise<shape_mismatch>(message("operation '", name, "': ", what, " is [", row.rows(), ", ", row.cols(),
-            "], expected [1, ", features, "]"));
+        raise<shape_mismatch>(error_code::operation_shape,
+            message("operation '", name, "': ", what, " is [", row.rows(), ", ", row.cols(), "], expected [1, ",
+                features, "]"));
     }
 }
 
@@ -147,7 +150,10 @@ primal_tangent<T> normalize(const primal_tangent<T>& x, const primal_tangent<T>&
 {
     check_row(name, "gamma", gamma, x.cols());
     check_row(name, "beta", beta, x.cols());
-    if (x.cols() == 0) { raise<invalid_argument>(message("operation '", name, "': the matrix has no columns")); }
+    if (x.cols() == 0) {
+        raise<invalid_argument>(
+            error_code::operation_size, message("operation '", name, "': the matrix has no columns"));
+    }
     const bool scaled = gamma.size() != 0, shifted = beta.size() != 0;
     const bool gamma_active = scaled && gamma.active(), beta_active = shifted && beta.active();
     auto y = primal_tangent<T>::uninitialized(x.rows(), x.cols(), x.active() || gamma_active || beta_active);

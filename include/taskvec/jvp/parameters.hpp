@@ -36,7 +36,7 @@ public:
     {
         const auto place = lower_bound(entries_, name);
         if (place != entries_.end() && place->name == name) {
-            raise<invalid_argument>(message("parameter '", name, "' occurs twice"));
+            raise<invalid_argument>(error_code::tensor_repeated, message("parameter '", name, "' occurs twice"));
         }
         return entries_.insert(place, entry{std::move(name), std::move(value)})->value;
     }
@@ -80,7 +80,8 @@ private:
     {
         const auto value = found(entries, name);
         if (!value) {
-            raise<invalid_argument>(message("there is no parameter '", name, "' among the ", entries.size(), " given"));
+            raise<invalid_argument>(error_code::tensor_missing,
+                message("there is no parameter '", name, "' among the ", entries.size(), " given"));
         }
         return *value;
     }

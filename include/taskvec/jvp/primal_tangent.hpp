@@ -164,8 +164,9 @@ private:
         std::string_view what)
     {
         if (rows != tangent_rows || cols != tangent_cols) {
-            raise<shape_mismatch>(message("'", what, "': the primal is [", rows, ", ", cols, "] and its tangent [",
-                tangent_rows, ", ", tangent_cols, "]; they must have the same shape"));
+            raise<shape_mismatch>(error_code::operation_shape,
+                message("'", what, "': the primal is [", rows, ", ", cols, "] and its tangent [", tangent_rows, ", ",
+                    tangent_cols, "]; they must have the same shape"));
         }
     }
 
@@ -290,10 +291,11 @@ void check_tangent([[maybe_unused]] const primal_tangent<T>& result, [[maybe_unu
     for (Eigen::Index row = 0; row < tangent.rows(); ++row) {
         for (Eigen::Index col = 0; col < tangent.cols(); ++col) {
             if (isnan(tangent(row, col))) {
-                raise<nonfinite_error>(message("operation '", operation, "' made a NaN in its tangent at row ", row,
-                    ", column ", col, " of [", tangent.rows(), ", ", tangent.cols(),
-                    "]; look at its inputs there (an infinite primal or tangent, or a derivative that does not "
-                    "exist)"));
+                raise<nonfinite_error>(error_code::tangent_not_finite,
+                    message("operation '", operation, "' made a NaN in its tangent at row ", row, ", column ", col,
+                        " of [", tangent.rows(), ", ", tangent.cols(),
+                        "]; look at its inputs there (an infinite primal or tangent, or a derivative that does not "
+                        "exist)"));
             }
         }
     }
@@ -303,7 +305,8 @@ void check_tangent([[maybe_unused]] const primal_tangent<T>& result, [[maybe_unu
 inline void check_equal(std::string_view operation, std::string_view what, Eigen::Index found, Eigen::Index expected)
 {
     if (found != expected) {
-        raise<shape_mismatch>(message("operation '", operation, "': ", what, " is ", found, ", expected ", expected));
+        raise<shape_mismatch>(error_code::operation_shape,
+            message("operation '", operation, "': ", what, " is ", found, ", expected ", expected));
     }
 }
 
@@ -311,8 +314,9 @@ template <class X, class Y>
 void check_same_shape(std::string_view operation, const X& x, const Y& y)
 {
     if (x.rows() != y.rows() || x.cols() != y.cols()) {
-        raise<shape_mismatch>(message("operation '", operation, "': the operands are [", x.rows(), ", ", x.cols(),
-            "] and [", y.rows(), ", ", y.cols(), "]; they must have the same shape"));
+        raise<shape_mismatch>(error_code::operation_shape,
+            message("operation '", operation, "': the operands are [", x.rows(), ", ", x.cols(), "] and [", y.rows(),
+                ", ", y.cols(), "]; they must have the same shape"));
     }
 }
 

@@ -122,8 +122,9 @@ void gemm(const cpu& policy, T alpha, std::type_identity_t<matrix_view<const T>>
     std::type_identity_t<matrix_view<const T>> b, std::type_identity_t<T> beta, std::type_identity_t<matrix_view<T>> c)
 {
     if (a.rows() != c.rows() || b.cols() != c.cols() || a.cols() != b.rows()) {
-        raise<shape_mismatch>(message(
-            "gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×", c.cols()));
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×",
+                c.cols()));
     }
     if (c.empty()) { return; }
     if (c.order() == matrix_order::row_major) {
@@ -179,9 +180,10 @@ template <class T>
     for (std::size_t i = 0; i < x.rows(); ++i) {
         for (std::size_t j = 0; j < x.cols(); ++j) {
             if (!std::isfinite(static_cast<double>(x(i, j)))) {
-                raise<nonfinite_error>(message("matrix '", what, "' holds ",
-                    std::isnan(static_cast<double>(x(i, j))) ? "NaN" : "infinity", " at row ", i, ", column ", j,
-                    "; a decomposition needs finite numbers: repair or leave out this matrix"));
+                raise<nonfinite_error>(error_code::not_finite,
+                    message("matrix '", what, "' holds ", std::isnan(static_cast<double>(x(i, j))) ? "NaN" : "infinity",
+                        " at row ", i, ", column ", j,
+                        "; a decomposition needs finite numbers: repair or leave out this matrix"));
             }
         }
     }
@@ -426,8 +428,9 @@ void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<
     const detail::one_thread_inside guard;
     const std::size_t m = f.a.rows(), p = x.cols();
     if (x.rows() != f.r.rows() || out.rows() != m || out.cols() != p) {
-        raise<shape_mismatch>(message("multiply_q: Q is ", m, "×", f.r.rows(), ", X ", x.rows(), "×", p,
-            ", the result ", out.rows(), "×", out.cols()));
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("multiply_q: Q is ", m, "×", f.r.rows(), ", X ", x.rows(), "×", p, ", the result ", out.rows(), "×",
+                out.cols()));
     }
     if (out.empty()) { return; }
     std::pmr::memory_resource* const memory = memory_of(policy);
@@ -634,7 +637,7 @@ template <int = 0>
 [[nodiscard]] double factor_cholesky(const cpu&, matrix_view<double> g)
 {
     if (g.rows() != g.cols() || g.order() != matrix_order::column_major) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::matrix_shape,
             message("factor_cholesky: G is ", g.rows(), "×", g.cols(), "; expected a square, column-major matrix"));
     }
     if (g.empty()) { return 1; }
@@ -663,7 +666,7 @@ template <int = 0>
 void solve_cholesky(const cpu& policy, matrix_view<const double> l, matrix_view<double> b)
 {
     if (l.rows() != l.cols() || b.rows() != l.rows() || l.order() != matrix_order::column_major) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::matrix_shape,
             message("solve_cholesky: L is ", l.rows(), "×", l.cols(), ", B ", b.rows(), "×", b.cols()));
     }
     if (b.empty()) { return; }
@@ -697,7 +700,7 @@ template <int = 0>
 [[nodiscard]] bool cholesky_solve(const cpu& policy, matrix_view<const double> g, matrix_view<double> b)
 {
     if (g.rows() != g.cols() || b.rows() != g.rows()) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::matrix_shape,
             message("cholesky_solve: G is ", g.rows(), "×", g.cols(), ", B ", b.rows(), "×", b.cols()));
     }
     matrix<double> l(g.rows(), g.cols(), matrix_order::column_major, memory_of(policy));
@@ -732,7 +735,7 @@ template <arithmetic_element T>
 void copy_matrix(const cpu&, std::type_identity_t<matrix_view<const T>> from, std::type_identity_t<matrix_view<T>> to)
 {
     if (from.rows() != to.rows() || from.cols() != to.cols()) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::matrix_shape,
             message("copy_matrix: ", from.rows(), "×", from.cols(), " into ", to.rows(), "×", to.cols()));
     }
     if (from.order() != to.order()) {

@@ -96,10 +96,13 @@ public:
         , n_(p.right.rows())
     {
         if (p.left.cols() != p.right.cols()) {
-            raise<shape_mismatch>(message("'", what_, "': the left factor is ", m_, "×", p.left.cols(),
-                " and the right one ", n_, "×", p.right.cols(), "; the inner ranks differ"));
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", what_, "': the left factor is ", m_, "×", p.left.cols(), " and the right one ", n_, "×",
+                    p.right.cols(), "; the inner ranks differ"));
         }
-        if (!std::isfinite(p.weight)) { raise<nonfinite_error>(message("'", what_, "': its weight is not finite")); }
+        if (!std::isfinite(p.weight)) {
+            raise<nonfinite_error>(error_code::scaling_not_finite, message("'", what_, "': its weight is not finite"));
+        }
         check_rank(choice, std::min({m_, n_, p.left.cols()}), what_);
         if (p.left.empty() || p.right.empty()) { return; }
         left_ = p.left;
@@ -129,7 +132,8 @@ public:
                 [](double x) { return std::isfinite(x); })) { // not found before, on a device
             refuse_nonfinite(policy, left_, what_);
             refuse_nonfinite(policy, right_, what_);
-            raise<nonfinite_error>(message("'", what_, "': its singular values overflow; scale it down first"));
+            raise<nonfinite_error>(error_code::result_overflow,
+                message("'", what_, "': its singular values overflow; scale it down first"));
         }
         result_type result;
         result.spectrum = std::move(core.sigma);
@@ -165,7 +169,7 @@ void for_each_factored_svd(
         const rank_choice wanted = choice(i);
         const factored_core<T, cpu> core(inside, pairs[i], wanted);
         sink(i, core.empty() ? core.nothing(inside) : core.finish(inside, small_svd(inside, core.product()), wanted));
-        if (!meter.advance(1)) { raise<cancelled>(); }
+        if (!meter.advance(1)) { raise<cancelled>(error_code::cancelled); }
     });
 }
 
@@ -229,17 +233,21 @@ namespace detail {
 template <storage_element T, memory_space S>
 [[nodiscard]] std::size_t stacked_rank(std::span<const factor_pair<T, S>> pairs, std::string_view what)
 {
-    if (pairs.empty()) { raise<invalid_argument>(message("'", what, "': no factor pairs to add")); }
+    if (pairs.empty()) {
+        raise<invalid_argument>(error_code::inputs_empty, message("'", what, "': no factor pairs to add"));
+    }
     const std::size_t m = pairs[0].left.rows(), n = pairs[0].right.rows();
     std::size_t total = 0;
     for (std::size_t i = 0; i < pairs.size(); ++i) {
         const auto& [left, right, weight, name] = pairs[i];
         if (left.rows() != m || right.rows() != n || left.cols() != right.cols()) {
-            raise<shape_mismatch>(message("'", what, "': pair ", i, " is ", left.rows(), "×", left.cols(), " and ",
-                right.rows(), "×", right.cols(), "; expected ", m, "×r and ", n, "×r, as in pair 0"));
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", what, "': pair ", i, " is ", left.rows(), "×", left.cols(), " and ", right.rows(), "×",
+                    right.cols(), "; expected ", m, "×r and ", n, "×r, as in pair 0"));
         }
         if (!std::isfinite(weight)) {
-            raise<nonfinite_error>(message("'", what, "': the weight of pair ", i, " is not finite"));
+            raise<nonfinite_error>(
+                error_code::scaling_not_finite, message("'", what, "': the weight of pair ", i, " is not finite"));
         }
         total += left.cols();
     }

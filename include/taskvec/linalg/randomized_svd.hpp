@@ -59,10 +59,11 @@ template <storage_element S, linear_algebra_policy P>
     const std::size_t m = input.rows(), n = input.cols(), least = std::min(m, n);
     const std::string_view what = options.name;
     if ((options.rank != 0) + (options.energy != 0) + (options.relative_error != 0) > 1) {
-        raise<invalid_argument>(message("'", what, "': give one of rank, energy and relative_error, not several"));
+        raise<invalid_argument>(
+            error_code::rank_choice, message("'", what, "': give one of rank, energy and relative_error, not several"));
     }
     if (options.relative_error != 0 && !(options.relative_error > 0 && options.relative_error < 1)) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::parameter_out_of_range,
             message("'", what, "': relative_error is ", options.relative_error, "; expected a number between 0 and 1"));
     }
     const bool grows = options.energy != 0 || options.relative_error != 0;
@@ -80,7 +81,8 @@ template <storage_element S, linear_algebra_policy P>
     result.squared_norm = squared_norm<T>(policy, a);
     if (!std::isfinite(result.squared_norm)) {
         refuse_nonfinite(policy, input, what);
-        raise<invalid_argument>(message("'", what, "': its squared norm overflows f64; scale it down first"));
+        raise<invalid_argument>(
+            error_code::norm_overflow, message("'", what, "': its squared norm overflows f64; scale it down first"));
     }
     const double allowed = options.energy != 0 ? result.squared_norm - options.energy * result.squared_norm
                                                : options.relative_error * options.relative_error * result.squared_norm;

@@ -68,7 +68,8 @@ struct svd_result {
 [[nodiscard]] inline std::size_t rank_for_energy(std::span<const double> sigma, double energy)
 {
     if (!(energy > 0 && energy <= 1)) {
-        raise<invalid_argument>(message("energy is ", energy, "; expected a share above 0 and at most 1"));
+        raise<invalid_argument>(error_code::parameter_out_of_range,
+            message("energy is ", energy, "; expected a share above 0 and at most 1"));
     }
     if (sigma.empty()) { return 0; }
     std::vector<double> tail(sigma.size() + 1, 0.0); // tail sums from the small end lose nothing
@@ -104,21 +105,23 @@ inline void check_rank_of(
 {
     if (choice.energy != 0) {
         if (choice.rank != 0) {
-            raise<invalid_argument>(message(label, ": both a rank and an energy are given; give one of them"));
+            raise<invalid_argument>(
+                error_code::rank_choice, message(label, ": both a rank and an energy are given; give one of them"));
         }
         if (!(choice.energy > 0 && choice.energy <= 1)) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::parameter_out_of_range,
                 message(label, ": energy is ", choice.energy, "; expected a share above 0 and at most 1"));
         }
         return;
     }
     if (choice.rank == 0) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::rank_out_of_range,
             message(label, ": rank 0 asked for; give a rank from 1 to ", largest, ", or an energy"));
     }
     if (choice.rank > largest && !choice.clamp) {
-        raise<invalid_argument>(message(label, ": rank ", choice.rank, " asked for, but ", owner, " at most ", largest,
-            "; ask for less, or for clamping"));
+        raise<invalid_argument>(error_code::rank_out_of_range,
+            message(label, ": rank ", choice.rank, " asked for, but ", owner, " at most ", largest,
+                "; ask for less, or for clamping"));
     }
 }
 /// For one matrix, that may be called `what`.
@@ -156,8 +159,9 @@ double squared_residual(const P& policy, matrix_view<const T, P::space> a,
 {
     const std::size_t m = a.rows(), n = a.cols(), q = sigma.size();
     if (u.rows() != m || v.rows() != n || u.cols() != q || v.cols() != q) {
-        raise<shape_mismatch>(message("squared_residual: A is ", m, "×", n, ", u ", u.rows(), "×", u.cols(), ", v ",
-            v.rows(), "×", v.cols(), ", sigma ", q));
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("squared_residual: A is ", m, "×", n, ", u ", u.rows(), "×", u.cols(), ", v ", v.rows(), "×",
+                v.cols(), ", sigma ", q));
     }
     constexpr std::size_t piece = P::space == memory_space::host ? 256 : 4096;
     std::vector<double> part((m + piece - 1) / piece, 0.0);

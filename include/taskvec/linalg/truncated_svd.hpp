@@ -64,7 +64,7 @@ template <storage_element S>
     if (!std::isfinite(squared_norm<T>(policy, a))) { detail::blame_nonfinite(a, what); }
 
     const auto failed = [&] {
-        raise<backend_error>(
+        raise<backend_error>(error_code::no_convergence,
             message("no convergence for matrix '", what, "'; try randomized_svd()"), "Eigen::BDCSVD", 1);
     };
     constexpr std::size_t jacobi_limit = 96;

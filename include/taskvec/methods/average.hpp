@@ -38,7 +38,7 @@ public:
         , numbers_(passes, weights_)
     {
         if (total<double>() == 0 || total<float>() == 0) {
-            raise<invalid_argument>("the weights of an average sum to 0");
+            raise<invalid_argument>(error_code::weights_sum_zero, "the weights of an average sum to 0");
         }
     }
     template <arithmetic_element A>

@@ -95,14 +95,16 @@ namespace detail {
 [[noreturn, gnu::cold]] inline void refuse_fisher_nonfinite(
     const aligned_models& models, std::size_t tensor, const std::string& where, double found, std::uint64_t index)
 {
-    raise<nonfinite_error>(message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ",
-        std::isnan(found) ? "NaN" : "infinity", " at index ", index, ": collect the statistics again"));
+    raise<nonfinite_error>(error_code::statistics_not_finite,
+        message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ",
+            std::isnan(found) ? "NaN" : "infinity", " at index ", index, ": collect the statistics again"));
 }
 [[noreturn, gnu::cold]] inline void refuse_fisher_negative(
     const aligned_models& models, std::size_t tensor, const std::string& where, double found, std::uint64_t index)
 {
-    raise<invalid_argument>(message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ", found,
-        " at index ", index, ": a diagonal Fisher is a mean of squares and cannot be negative"));
+    raise<invalid_argument>(error_code::statistics_invalid,
+        message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ", found, " at index ", index,
+            ": a diagonal Fisher is a mean of squares and cannot be negative"));
 }
 
 /// Throws unless the weights and the floor mean something. Returns the weights ct.
@@ -111,9 +113,11 @@ namespace detail {
     std::vector<double> weights = checked_weights(options.weights, tasks, false);
     double total = 0;
     for (const double weight : weights) { total += weight; }
-    if (total == 0) { raise<invalid_argument>("the weights of a Fisher merge are all 0"); }
+    if (total == 0) {
+        raise<invalid_argument>(error_code::weights_sum_zero, "the weights of a Fisher merge are all 0");
+    }
     if (!(options.floor >= 0) || !std::isfinite(options.floor)) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::parameter_out_of_range,
             message("floor is ", options.floor, "; expected a number that is not negative, such as 1e-12"));
     }
     return weights;

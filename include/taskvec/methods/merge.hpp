@@ -46,7 +46,7 @@ template <merge_method Options>
 void check_merge(const cpu& policy, const Options& options, const aligned_models& models)
 {
     if (method<Options>::needs_base && !models.has_base()) {
-        raise<invalid_argument>("this merge method needs a base model");
+        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }
     const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
     cpu_passes passes(policy, models, beside);
@@ -62,7 +62,7 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
     using method_type = method<Options>;
     static_assert(check_method<Options>());
     if (method_type::needs_base && !models.has_base()) {
-        raise<invalid_argument>("this merge method needs a base model");
+        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }
     const std::vector<aligned_tensor::operand> beside = operands_beside(options, models, memory_space::host);
     check_aliases(models, out, method_type::in_place, companions_of(options, models, memory_space::host, beside));
@@ -109,21 +109,28 @@ inline memory_sink sink_over(
     std::vector<void*> tensors;
     for (const auto& spec : models.outputs()) {
         const tensor_ref* const tensor = out.find(spec.name);
-        if (!tensor) { raise<invalid_argument>(message("tensor '", spec.name, "' is missing in the output")); }
+        if (!tensor) {
+            raise<invalid_argument>(
+                error_code::tensor_missing, message("tensor '", spec.name, "' is missing in the output"));
+        }
         if (tensor->space != space || !tensor->contiguous()) {
-            raise<invalid_argument>(message("tensor '", spec.name, "' of the output must be contiguous ",
-                space == memory_space::host ? "host" : "device", " memory"));
+            raise<invalid_argument>(error_code::tensor_layout,
+                message("tensor '", spec.name, "' of the output must be contiguous ",
+                    space == memory_space::host ? "host" : "device", " memory"));
         }
         if (tensor->shape != spec.shape) {
-            raise<shape_mismatch>(message("tensor '", spec.name, "' of the output has shape ", to_string(tensor->shape),
-                "; expected ", to_string(spec.shape)));
+            raise<shape_mismatch>(error_code::output_shape,
+                message("tensor '", spec.name, "' of the output has shape ", to_string(tensor->shape), "; expected ",
+                    to_string(spec.shape)));
         }
         if (tensor->dtype != spec.dtype) {
-            raise<dtype_mismatch>(message("tensor '", spec.name, "' of the output has dtype ", name(tensor->dtype),
-                "; expected ", name(spec.dtype)));
+            raise<dtype_mismatch>(error_code::output_dtype,
+                message("tensor '", spec.name, "' of the output has dtype ", name(tensor->dtype), "; expected ",
+                    name(spec.dtype)));
         }
         if (!tensor->data && spec.bytes() > 0) {
-            raise<invalid_argument>(message("tensor '", spec.name, "' of the output has no data (null pointer)"));
+            raise<invalid_argument>(error_code::tensor_without_data,
+                message("tensor '", spec.name, "' of the output has no data (null pointer)"));
         }
         tensors.push_back(tensor->data);
     }

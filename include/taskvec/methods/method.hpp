@@ -181,15 +181,18 @@ inline std::vector<double> checked_weights(
 {
     if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
     if (weights.size() != tasks) {
-        raise<invalid_argument>(message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
+        raise<invalid_argument>(
+            error_code::list_length, message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
     }
     for (std::size_t t = 0; t < tasks; ++t) {
         if (!std::isfinite(weights[t])) {
-            raise<invalid_argument>(message("the weight of task ", t + 1, " is not finite"));
+            raise<invalid_argument>(
+                error_code::parameter_not_finite, message("the weight of task ", t + 1, " is not finite"));
         }
         if (!negative_allowed && weights[t] < 0) {
-            raise<invalid_argument>(message(
-                "the weight of task ", t + 1, " is ", weights[t], ": this method has no meaning for negative weights"));
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message("the weight of task ", t + 1, " is ", weights[t],
+                    ": this method has no meaning for negative weights"));
         }
     }
     return weights;
@@ -197,7 +200,9 @@ inline std::vector<double> checked_weights(
 
 inline void check_factor(double value, std::string_view what)
 {
-    if (!std::isfinite(value)) { raise<invalid_argument>(message(what, " is not finite")); }
+    if (!std::isfinite(value)) {
+        raise<invalid_argument>(error_code::parameter_not_finite, message(what, " is not finite"));
+    }
 }
 
 } // namespace detail

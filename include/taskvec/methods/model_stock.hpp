@@ -38,7 +38,7 @@ namespace detail {
 inline void check_model_stock(std::size_t tasks)
 {
     if (tasks < 2) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::task_count,
             "Model Stock compares fine-tuned models with each other: at least two tasks are needed");
     }
 }
@@ -61,8 +61,9 @@ inline void check_model_stock(std::size_t tasks)
         t = below > 0 ? std::clamp(t, 0.0, 1.0) : 0.0;
     } // c ≥ −1/(N−1): below it lies rounding
     else if (!(below > 0) && c == c) {
-        raise<invalid_argument>(message("the task vectors of tensor '", tensor, "' cancel (mean cosine ", c,
-            "): the ratio of Model Stock has no value there; clamp it, or exclude the tensor"));
+        raise<invalid_argument>(error_code::no_solution,
+            message("the task vectors of tensor '", tensor, "' cancel (mean cosine ", c,
+                "): the ratio of Model Stock has no value there; clamp it, or exclude the tensor"));
     }
     return t / n;
 }

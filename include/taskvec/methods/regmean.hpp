@@ -74,10 +74,11 @@ public:
     {
         for (const double weight : weights_) { total_ += weight; }
         if (!(options.alpha >= 0 && options.alpha <= 1)) {
-            raise<invalid_argument>(message("alpha is ", options.alpha, "; expected a number in [0, 1], such as 0.9"));
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message("alpha is ", options.alpha, "; expected a number in [0, 1], such as 0.9"));
         }
         if (!(options.ridge >= 0) || !std::isfinite(options.ridge)) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::parameter_out_of_range,
                 message("ridge is ", options.ridge, "; expected a number that is not negative, such as 1e-6"));
         }
     }
@@ -113,10 +114,11 @@ public:
         const double epsilon = rounded ? std::numeric_limits<float>::epsilon()
                                        : static_cast<double>(one.in) * std::numeric_limits<double>::epsilon();
         if (least_pivot > (options_.ridge > 0 ? 0.0 : epsilon)) { return; }
-        raise<invalid_argument>(message("the inputs of layer '", models.tensors()[one.tensor].name,
-            "' do not determine its weight: the sum of its Gram matrices is singular",
-            unseen < one.in ? message(" (input ", unseen, " was 0 in all batches)") : std::string(),
-            options_.ridge > 0 ? ": raise ridge" : ": set ridge, such as 1e-6, or lower alpha"));
+        raise<invalid_argument>(error_code::no_solution,
+            message("the inputs of layer '", models.tensors()[one.tensor].name,
+                "' do not determine its weight: the sum of its Gram matrices is singular",
+                unseen < one.in ? message(" (input ", unseen, " was 0 in all batches)") : std::string(),
+                options_.ridge > 0 ? ": raise ridge" : ": set ridge, such as 1e-6, or lower alpha"));
     }
 
 private:
@@ -188,7 +190,7 @@ public:
         }
         detail::progress_meter meter(policy, "RegMean", problem_.layers().size(), progress_unit::layers);
         const auto done = [&] {
-            if (!meter.advance(1)) { raise<cancelled>(); }
+            if (!meter.advance(1)) { raise<cancelled>(error_code::cancelled); }
         };
         {
             const Policy quiet = sequential(policy);
@@ -242,8 +244,9 @@ private:
     {
         std::size_t i = 0;
         while (i + 1 < count && std::isfinite(values[i])) { ++i; }
-        raise<nonfinite_error>(message(what, " holds ", std::isnan(values[i]) ? "NaN" : "infinity", " at index ",
-            index(i), ": repair it, or exclude the tensor"));
+        raise<nonfinite_error>(error_code::not_finite,
+            message(what, " holds ", std::isnan(values[i]) ? "NaN" : "infinity", " at index ", index(i),
+                ": repair it, or exclude the tensor"));
     }
 
     [[nodiscard]] static std::size_t panels(const layer& one) noexcept { return (one.out + panel - 1) / panel; }

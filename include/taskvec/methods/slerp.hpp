@@ -53,9 +53,10 @@ inline bool check_slerp(const aligned_models& models, const slerp_options& optio
     check_factor(options.t, "t");
     const bool from_base = models.task_count() == 1;
     if (models.task_count() > 2 || (from_base && !models.has_base())) {
-        raise<invalid_argument>(message("SLERP goes between two models, and there ",
-            models.task_count() == 1 ? "is one" : message("are ", models.task_count(), " tasks"),
-            ": give two tasks, or a base and one task"));
+        raise<invalid_argument>(error_code::task_count,
+            message("SLERP goes between two models, and there ",
+                models.task_count() == 1 ? "is one" : message("are ", models.task_count(), " tasks"),
+                ": give two tasks, or a base and one task"));
     }
     return from_base;
 }

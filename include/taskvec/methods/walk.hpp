@@ -45,8 +45,9 @@ inline void check_aliases(
         written.begin(), written.end(), [](const range& a, const range& b) { return std::less<>()(a.begin, b.begin); });
     for (std::size_t i = 1; i < written.size(); ++i) {
         if (std::less<>()(written[i].begin, written[i - 1].end)) {
-            raise<invalid_argument>(message("the outputs '", models.tensors()[written[i - 1].tensor].name, "' and '",
-                models.tensors()[written[i].tensor].name, "' share memory"));
+            raise<invalid_argument>(error_code::alias_output,
+                message("the outputs '", models.tensors()[written[i - 1].tensor].name, "' and '",
+                    models.tensors()[written[i].tensor].name, "' share memory"));
         }
     }
     const auto check = [&](const std::byte* begin, std::size_t bytes, std::size_t index, bool replaceable) {
@@ -57,9 +58,10 @@ inline void check_aliases(
         if (place == written.end() || !std::less<>()(place->begin, end)) { return; }
         const bool same = place->tensor == index && place->begin == begin && place->end == end;
         if (!same || !replaceable) {
-            raise<invalid_argument>(message("the output '", models.tensors()[place->tensor].name,
-                "' shares memory with the input '", models.tensors()[index].name,
-                "': this method cannot work in place there; give it memory of its own"));
+            raise<invalid_argument>(error_code::alias_output,
+                message("the output '", models.tensors()[place->tensor].name, "' shares memory with the input '",
+                    models.tensors()[index].name,
+                    "': this method cannot work in place there; give it memory of its own"));
         }
     };
     for (std::size_t i = 0; i < models.tensors().size(); ++i) {
@@ -494,7 +496,7 @@ void merge_chunks(const Passes& passes, const method<Options>& prepared, std::sp
             }
         });
         writer.close();
-        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(); }
+        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(error_code::cancelled); }
     });
 }
 

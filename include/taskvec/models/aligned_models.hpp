@@ -113,9 +113,11 @@ public:
         : options_(std::move(options))
         , space_(space)
     {
-        if (tasks.empty()) { raise<invalid_argument>("no task was given: at least one is needed"); }
+        if (tasks.empty()) {
+            raise<invalid_argument>(error_code::inputs_empty, "no task was given: at least one is needed");
+        }
         if (!options_.labels.empty() && options_.labels.size() != tasks.size()) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::list_length,
                 message(options_.labels.size(), " labels for ", tasks.size(), " tasks: give one each, or none"));
         }
         task_count_ = tasks.size();
@@ -125,8 +127,9 @@ public:
         for (std::size_t t = 0; t < tasks.size(); ++t) {
             for (const auto& [name, tensor] : tasks[t]) {
                 if (!reference.find(name) && (!options_.include || options_.include(name))) {
-                    raise<invalid_argument>(message("tensor '", name, "' is in ", label(t), " but not in ",
-                        reference_label(), ": use models of one architecture, or exclude the tensor"));
+                    raise<invalid_argument>(error_code::tensor_unexpected,
+                        message("tensor '", name, "' is in ", label(t), " but not in ", reference_label(),
+                            ": use models of one architecture, or exclude the tensor"));
                 }
             }
         }
@@ -222,17 +225,19 @@ private:
     void check_place(const const_tensor_ref& tensor, const std::string& name, const std::string& where) const
     {
         if (tensor.space != space_) {
-            raise<invalid_argument>(message("tensor '", name, "' of ", where,
-                space_ == memory_space::host ? " lives in device memory: the cpu policy needs host memory"
-                                             : " lives in host memory: the gpu policy needs device memory, or "
-                                               "merge_streamed() for models on the host"));
+            raise<invalid_argument>(error_code::tensor_memory,
+                message("tensor '", name, "' of ", where,
+                    space_ == memory_space::host ? " lives in device memory: the cpu policy needs host memory"
+                                                 : " lives in host memory: the gpu policy needs device memory, or "
+                                                   "merge_streamed() for models on the host"));
         }
         if (!tensor.contiguous()) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::tensor_layout,
                 message("tensor '", name, "' of ", where, " is not contiguous: copy it to row-major memory first"));
         }
         if (!tensor.data && tensor.bytes(name) > 0) {
-            raise<invalid_argument>(message("tensor '", name, "' of ", where, " has no data (null pointer)"));
+            raise<invalid_argument>(error_code::tensor_without_data,
+                message("tensor '", name, "' of ", where, " has no data (null pointer)"));
         }
     }
     static bool computes(taskvec::dtype type) noexcept { return is_storage(type) || is_fp8(type); }
@@ -257,8 +262,9 @@ private:
             const const_tensor_ref* const mine = tasks[t].find(name);
             if (!mine) {
                 if (options_.on_missing == missing::error || !has_base_) {
-                    raise<invalid_argument>(message("tensor '", name, "' of ", reference_label(), " is missing in ",
-                        label(t), has_base_ ? ": add it, or let missing tensors stand for the base's" : ": add it"));
+                    raise<invalid_argument>(error_code::tensor_missing,
+                        message("tensor '", name, "' of ", reference_label(), " is missing in ", label(t),
+                            has_base_ ? ": add it, or let missing tensors stand for the base's" : ": add it"));
                 }
                 aligned.tasks.push_back(reference);
                 ++filled_[t];
@@ -279,8 +285,9 @@ private:
         }
         aligned.output_dtype = options_.output.value_or(is_fp8(tensor.dtype) ? taskvec::dtype::f32 : tensor.dtype);
         if (!is_storage(aligned.output_dtype)) {
-            raise<dtype_mismatch>(message(
-                "a merge cannot be stored as ", taskvec::name(aligned.output_dtype), ": choose ", storage_names()));
+            raise<dtype_mismatch>(error_code::output_dtype,
+                message(
+                    "a merge cannot be stored as ", taskvec::name(aligned.output_dtype), ": choose ", storage_names()));
         }
         outputs_.push_back({name, aligned.output_dtype, tensor.shape});
         elements_ += size;
@@ -292,24 +299,27 @@ private:
         std::size_t t, const bytes_equal& equal) const
     {
         if (mine.shape != tensor.shape) {
-            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(mine.shape), " in ", label(t),
-                " but ", to_string(tensor.shape), " in ", reference_label(),
-                ": use models of one architecture, or exclude the tensor"));
+            raise<shape_mismatch>(error_code::tensor_shape,
+                message("tensor '", name, "' has shape ", to_string(mine.shape), " in ", label(t), " but ",
+                    to_string(tensor.shape), " in ", reference_label(),
+                    ": use models of one architecture, or exclude the tensor"));
         }
         const bool floating = computes(tensor.dtype);
         if (computes(mine.dtype) != floating || (!floating && mine.dtype != tensor.dtype)) {
-            raise<dtype_mismatch>(message("tensor '", name, "' has dtype ", taskvec::name(mine.dtype), " in ", label(t),
-                " but ", taskvec::name(tensor.dtype), " in ", reference_label(),
-                ": convert one of them, or exclude the tensor"));
+            raise<dtype_mismatch>(error_code::dtype_differs,
+                message("tensor '", name, "' has dtype ", taskvec::name(mine.dtype), " in ", label(t), " but ",
+                    taskvec::name(tensor.dtype), " in ", reference_label(),
+                    ": convert one of them, or exclude the tensor"));
         }
         const std::size_t size = tensor.bytes(name);
         const auto same = [&] {
             return equal ? equal(mine.data, tensor.data, size) : std::memcmp(mine.data, tensor.data, size) == 0;
         };
         if (!floating && size > 0 && !same()) {
-            raise<dtype_mismatch>(message("tensor '", name, "' of dtype ", taskvec::name(tensor.dtype),
-                " differs between ", label(t), " and ", reference_label(),
-                ": only floating tensors can be merged; exclude it to keep the one of ", reference_label()));
+            raise<dtype_mismatch>(error_code::not_mergeable,
+                message("tensor '", name, "' of dtype ", taskvec::name(tensor.dtype), " differs between ", label(t),
+                    " and ", reference_label(), ": only floating tensors can be merged; exclude it to keep the one of ",
+                    reference_label()));
         }
     }
 
@@ -340,7 +350,7 @@ template <class T, memory_space S>
 [[noreturn, gnu::cold]] inline void refuse_nonfinite(
     std::string_view tensor, std::string_view where, double found, std::uint64_t index)
 {
-    raise<nonfinite_error>(
+    raise<nonfinite_error>(error_code::not_finite,
         message("tensor '", tensor, "' of ", where, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ",
             index, ": repair it, exclude the tensor, or ask for non-finite values to propagate"));
 }

@@ -346,7 +346,7 @@ void for_each_block(const cpu& policy, const aligned_models& models, chunk_range
         workspaces[worker].with_block(models.tensors()[piece.tensor], [&](auto& rows) {
             for_each_block_of(rows, piece, [&](auto& opened) { body(range.first + index, worker, opened); });
         });
-        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(); }
+        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(error_code::cancelled); }
     });
 }
 

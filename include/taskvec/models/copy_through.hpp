@@ -24,13 +24,13 @@ inline void copy_through(const cpu& policy, const aligned_models& models, tensor
         const std::size_t size = tensor.source.bytes();
         if (size == 0) { continue; }
         if (out.direct(tensor.output) == from) { // it is there
-            if (!meter.advance(size)) { raise<cancelled>(); }
+            if (!meter.advance(size)) { raise<cancelled>(error_code::cancelled); }
             continue;
         }
         for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t i, std::size_t) {
             const std::size_t n = std::min(piece, size - i * piece);
             out.write(tensor.output, i * piece, from + i * piece, n);
-            if (!meter.advance(n)) { raise<cancelled>(); }
+            if (!meter.advance(n)) { raise<cancelled>(error_code::cancelled); }
         });
     }
 }

@@ -137,10 +137,11 @@ private:
     [[noreturn, gnu::cold]] void refuse(const aligned_tensor& tensor, std::uint64_t place, bool lost) const
     {
         const auto word = largest_word<T>(false);
-        raise<nonfinite_error>(message("tensor '", tensor.name, "' would hold ", lost ? "NaN" : "infinity",
-            " at index ", place, " though every model is finite there: ", name(dtype_of<T>), " holds numbers up to ",
-            static_cast<double>(widen_word<arithmetic_type<T>, T>(word)),
-            "; choose a wider dtype or smaller factors, or let it saturate or propagate (overflow)"));
+        raise<nonfinite_error>(error_code::result_overflow,
+            message("tensor '", tensor.name, "' would hold ", lost ? "NaN" : "infinity", " at index ", place,
+                " though every model is finite there: ", name(dtype_of<T>), " holds numbers up to ",
+                static_cast<double>(widen_word<arithmetic_type<T>, T>(word)),
+                "; choose a wider dtype or smaller factors, or let it saturate or propagate (overflow)"));
     }
 
     tensor_sink* out_;

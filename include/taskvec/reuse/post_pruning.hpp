@@ -50,7 +50,7 @@ void post_pruning(
     const Policy& policy, const post_pruning_options& options, const aligned_models& models, sparse_sink& out)
 {
     if (!models.has_base() || models.task_count() != 1) {
-        raise<invalid_argument>("pruning takes one base and one task");
+        raise<invalid_argument>(error_code::task_count, "pruning takes one base and one task");
     }
     const trim_thresholds thresholds(policy, models, options.density, options.scope);
     // Calls entry(index, value) for what is kept of a block, with values of type V: zeros, also those that V rounds to,
@@ -96,7 +96,7 @@ void post_pruning(
                     values.data(), indices.size());
             });
         });
-        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(); }
+        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(error_code::cancelled); }
     });
 }
 

@@ -44,16 +44,19 @@ public:
             const auto place = std::lower_bound(models.tensors().begin(), models.tensors().end(), entries.name,
                 [](const aligned_tensor& tensor, const std::string& name) { return tensor.name < name; });
             if (place == models.tensors().end() || place->name != entries.name) {
-                raise<invalid_argument>(message("tensor '", entries.name, "' of the delta is not a floating tensor of ",
-                    models.options().base_label));
+                raise<invalid_argument>(error_code::tensor_unexpected,
+                    message("tensor '", entries.name, "' of the delta is not a floating tensor of ",
+                        models.options().base_label));
             }
             if (entries.shape != place->shape) {
-                raise<shape_mismatch>(message("tensor '", place->name, "' has shape ", to_string(place->shape), " in ",
-                    models.options().base_label, "; the delta is for shape ", to_string(entries.shape)));
+                raise<shape_mismatch>(error_code::delta_shape,
+                    message("tensor '", place->name, "' has shape ", to_string(place->shape), " in ",
+                        models.options().base_label, "; the delta is for shape ", to_string(entries.shape)));
             }
             if (entries.wide && !place->wide) {
-                raise<dtype_mismatch>(message("tensor '", place->name, "' is not F64 in ", models.options().base_label,
-                    "; the delta holds F64 values"));
+                raise<dtype_mismatch>(error_code::delta_dtype,
+                    message("tensor '", place->name, "' is not F64 in ", models.options().base_label,
+                        "; the delta holds F64 values"));
             }
             tensors_[static_cast<std::size_t>(place - models.tensors().begin())] = &entries;
         }
@@ -68,9 +71,10 @@ public:
             const std::uint64_t place = index - rows.offset();
             const A value = entries->template value<A>(entry);
             if (!std::isfinite(value) && on_nonfinite_ == nonfinite::error) {
-                raise<nonfinite_error>(message("the delta of tensor '", entries->name, "' holds ",
-                    std::isnan(value) ? "NaN" : "infinity", " for index ", index,
-                    ": make it again from sound models, or ask for non-finite values to propagate"));
+                raise<nonfinite_error>(error_code::not_finite,
+                    message("the delta of tensor '", entries->name, "' holds ", std::isnan(value) ? "NaN" : "infinity",
+                        " for index ", index,
+                        ": make it again from sound models, or ask for non-finite values to propagate"));
             }
             kernels::add_at<A, A>(merged, &place, &value, static_cast<A>(scale_), 1);
         });

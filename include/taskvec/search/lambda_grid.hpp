@@ -47,9 +47,14 @@ namespace detail {
 inline lambda_grid empty_grid(std::span<const double> lambda1, std::span<const double> lambda2)
 {
     for (const auto& factors : {lambda1, lambda2}) {
-        if (factors.empty()) { raise<invalid_argument>("a grid needs at least one scaling factor along each side"); }
+        if (factors.empty()) {
+            raise<invalid_argument>(
+                error_code::inputs_empty, "a grid needs at least one scaling factor along each side");
+        }
         for (const double factor : factors) {
-            if (!std::isfinite(factor)) { raise<invalid_argument>("a scaling factor of the grid is not finite"); }
+            if (!std::isfinite(factor)) {
+                raise<invalid_argument>(error_code::parameter_not_finite, "a scaling factor of the grid is not finite");
+            }
         }
     }
     lambda_grid grid{{lambda1.begin(), lambda1.end()}, {lambda2.begin(), lambda2.end()}};
@@ -80,7 +85,8 @@ inline void write_csv(std::ostream& out, std::span<const double> matrix, std::sp
 {
     const std::size_t n = labels.size();
     if (matrix.size() != n * n) {
-        raise<invalid_argument>(message("write_csv: ", n, " labels for a matrix of ", matrix.size(), " elements"));
+        raise<invalid_argument>(
+            error_code::list_length, message("write_csv: ", n, " labels for a matrix of ", matrix.size(), " elements"));
     }
     out << csv_field(corner);
     for (const auto& label : labels) { out << ',' << csv_field(label); }

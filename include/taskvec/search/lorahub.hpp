@@ -77,12 +77,12 @@ concept candidate_loss = requires(Loss& loss, const Candidate& candidate) {
     { loss(candidate) } -> std::convertible_to<double>;
 };
 
-/// A search that could not go on: a loss that failed or is not finite (kind nonfinite, or the kind of what the loss
-/// threw), or an optimiser that failed (backend_error). history() has what had been evaluated until then.
+/// A search that could not go on: a loss that failed or is not finite (kind nonfinite, or the kind and the code of what
+/// the loss threw), or an optimiser that failed (backend_error). history() has what had been evaluated until then.
 class lorahub_error : public error {
 public:
-    lorahub_error(error_kind kind, const std::string& message, std::vector<lorahub_candidate> history)
-        : error(kind, message)
+    lorahub_error(error_code code, error_kind kind, const std::string& message, std::vector<lorahub_candidate> history)
+        : error(code, kind, message)
         , history_(std::move(history))
     { }
     [[nodiscard]] const std::vector<lorahub_candidate>& history() const noexcept { return history_; }
@@ -100,27 +100,33 @@ public:
         : options_(options)
         , problem_{tasks, -options.bound, options.bound, options.start, options.evaluations}
     {
-        if (tasks == 0) { raise<invalid_argument>("no task was given: at least one is needed"); }
+        if (tasks == 0) {
+            raise<invalid_argument>(error_code::inputs_empty, "no task was given: at least one is needed");
+        }
         if (!(options.bound > 0) || !std::isfinite(options.bound)) {
-            raise<invalid_argument>(message(
-                "the bound of LoraHub's weights is ", options.bound, "; expected a positive number, such as 1.5"));
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message(
+                    "the bound of LoraHub's weights is ", options.bound, "; expected a positive number, such as 1.5"));
         }
         if (!(options.alpha >= 0) || !std::isfinite(options.alpha)) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::parameter_out_of_range,
                 message("alpha is ", options.alpha, "; expected a number that is not negative, such as 0.05"));
         }
         if (options.evaluations == 0) {
-            raise<invalid_argument>("LoraHub was given no evaluations: at least one is needed");
+            raise<invalid_argument>(
+                error_code::parameter_out_of_range, "LoraHub was given no evaluations: at least one is needed");
         }
         if (options.start.empty()) { problem_.start.assign(tasks, 0.0); }
         if (problem_.start.size() != tasks) {
-            raise<invalid_argument>(message(
-                "LoraHub starts at ", problem_.start.size(), " weights for ", tasks, " tasks: give one each, or none"));
+            raise<invalid_argument>(error_code::list_length,
+                message("LoraHub starts at ", problem_.start.size(), " weights for ", tasks,
+                    " tasks: give one each, or none"));
         }
         for (const double weight : problem_.start) {
             if (!(std::abs(weight) <= options.bound)) {
-                raise<invalid_argument>(message(
-                    "LoraHub starts at the weight ", weight, ", outside [", -options.bound, ", ", options.bound, "]"));
+                raise<invalid_argument>(error_code::parameter_out_of_range,
+                    message("LoraHub starts at the weight ", weight, ", outside [", -options.bound, ", ", options.bound,
+                        "]"));
             }
         }
     }
@@ -138,15 +144,16 @@ public:
         catch (const stop&) {
         }
         catch (const std::exception& failure) {
-            if (!failed_) { remember(backend_kind, message("the optimiser failed: ", failure.what())); }
+            if (!failed_) { remember(backend_code, backend_kind, message("the optimiser failed: ", failure.what())); }
         }
         catch (...) {
-            if (!failed_) { remember(backend_kind, "the optimiser failed"); }
+            if (!failed_) { remember(backend_code, backend_kind, "the optimiser failed"); }
         }
-        if (failed_) { raise<lorahub_error>(kind_, what_, std::move(history_)); }
+        if (failed_) { raise<lorahub_error>(code_, kind_, what_, std::move(history_)); }
 #endif
         if (history_.empty()) {
-            raise<lorahub_error>(backend_kind, "the optimiser evaluated no candidate", std::move(history_));
+            raise<lorahub_error>(
+                backend_code, backend_kind, "the optimiser evaluated no candidate", std::move(history_));
         }
         std::size_t best = 0;
         for (std::size_t i = 1; i < history_.size(); ++i) {
@@ -156,6 +163,7 @@ public:
     }
 
 private:
+    static constexpr error_code backend_code = error_code::optimizer_failed;
     static constexpr error_kind backend_kind = error_kind::backend_error;
     struct stop { }; // leaves an optimiser that has nothing more to learn
 
@@ -164,21 +172,22 @@ private:
     {
         if (failed_ || history_.size() == options_.evaluations) {
 #if defined(TASKVEC_NO_EXCEPTIONS)
-            fail(backend_kind,
+            fail(backend_code, backend_kind,
                 message("the optimiser asked for more than its budget of ", options_.evaluations, " evaluations"));
 #else
             throw stop{};
 #endif
         }
         if (weights.size() != problem_.dimension) {
-            fail(backend_kind,
+            fail(backend_code, backend_kind,
                 message("the optimiser gave ", weights.size(), " weights for ", problem_.dimension, " tasks"));
         }
         lorahub_candidate candidate{{weights.begin(), weights.end()}, 0, 0};
         double size = 0;
         for (double& weight : candidate.weights) {
             if (std::isnan(weight)) {
-                fail(backend_kind, message("the optimiser gave NaN as a weight of candidate ", history_.size() + 1));
+                fail(backend_code, backend_kind,
+                    message("the optimiser gave NaN as a weight of candidate ", history_.size() + 1));
             }
             weight = std::clamp(weight, problem_.lower, problem_.upper);
             size += std::abs(weight);
@@ -190,14 +199,15 @@ private:
             candidate.loss = loss(std::span<const double>(candidate.weights));
         }
         catch (const error& failure) {
-            fail(failure.kind(), message("the loss of ", describe(candidate), " failed: ", failure.what()));
+            fail(failure.code(), failure.kind(),
+                message("the loss of ", describe(candidate), " failed: ", failure.what()));
         }
         catch (const std::exception& failure) {
-            fail(backend_kind, message("the loss of ", describe(candidate), " failed: ", failure.what()));
+            fail(backend_code, backend_kind, message("the loss of ", describe(candidate), " failed: ", failure.what()));
         }
 #endif
         if (!std::isfinite(candidate.loss)) {
-            fail(error_kind::nonfinite,
+            fail(error_code::score_not_finite, error_kind::nonfinite,
                 message("the loss of ", describe(candidate), " is ", candidate.loss,
                     ": a search needs a finite loss; lower the bound, or repair the loss"));
         }
@@ -213,19 +223,20 @@ private:
         return text + ")";
     }
 
-    void remember(error_kind kind, const std::string& what)
+    void remember(error_code code, error_kind kind, const std::string& what)
     {
         failed_ = true;
+        code_ = code;
         kind_ = kind;
         what_ = what;
     }
     /// Remembers what went wrong, and leaves the optimiser, through which no error may be lost.
-    [[noreturn]] void fail(error_kind kind, const std::string& what)
+    [[noreturn]] void fail(error_code code, error_kind kind, const std::string& what)
     {
 #if defined(TASKVEC_NO_EXCEPTIONS)
-        raise<lorahub_error>(kind, what, std::move(history_));
+        raise<lorahub_error>(code, kind, what, std::move(history_));
 #else
-        remember(kind, what);
+        remember(code, kind, what);
         throw stop{};
 #endif
     }
@@ -234,7 +245,8 @@ private:
     lorahub_problem problem_;
     std::vector<lorahub_candidate> history_;
     bool failed_ = false;
-    error_kind kind_ = error_kind::backend_error;
+    error_code code_ = backend_code;
+    error_kind kind_ = backend_kind;
     std::string what_;
 };
 

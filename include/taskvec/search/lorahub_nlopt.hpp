@@ -32,14 +32,20 @@ struct cobyla {
     void operator()(const lorahub_problem& problem, const lorahub_objective& objective) const
     {
         if (!(step > 0) || !std::isfinite(step)) {
-            raise<invalid_argument>(message("COBYLA's step is ", step, "; expected a positive number, such as 0.5"));
+            raise<invalid_argument>(error_code::inputs_empty,
+                message("COBYLA's step is ", step, "; expected a positive number, such as 0.5"));
         }
         const std::unique_ptr<std::remove_pointer_t<nlopt_opt>, void (*)(nlopt_opt)> search(
             nlopt_create(NLOPT_LN_COBYLA, static_cast<unsigned>(problem.dimension)), &nlopt_destroy);
-        if (!search) { raise<backend_error>("out of memory", "nlopt_create", static_cast<int>(NLOPT_OUT_OF_MEMORY)); }
+        if (!search) {
+            raise<backend_error>(
+                error_code::out_of_memory, "out of memory", "nlopt_create", static_cast<int>(NLOPT_OUT_OF_MEMORY));
+        }
         state now{&objective, search.get()};
         const auto check = [](nlopt_result code, const char* call) {
-            if (code < 0) { raise<backend_error>("NLopt refused", call, static_cast<int>(code)); }
+            if (code < 0) {
+                raise<backend_error>(error_code::optimizer_failed, "NLopt refused", call, static_cast<int>(code));
+            }
         };
         check(nlopt_set_min_objective(search.get(), &state::evaluate, &now), "nlopt_set_min_objective");
         check(nlopt_set_lower_bounds1(search.get(), problem.lower), "nlopt_set_lower_bounds1");
@@ -56,7 +62,8 @@ struct cobyla {
 #endif
         if (code < 0 && code != NLOPT_ROUNDOFF_LIMITED) {
             const char* const reason = nlopt_get_errmsg(search.get());
-            raise<backend_error>(reason ? reason : "COBYLA failed", "nlopt_optimize", static_cast<int>(code));
+            raise<backend_error>(error_code::optimizer_failed, reason ? reason : "COBYLA failed", "nlopt_optimize",
+                static_cast<int>(code));
         }
     }
 

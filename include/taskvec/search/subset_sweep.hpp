@@ -62,20 +62,25 @@ std::size_t for_each_subset(const cpu& policy, const std::vector<host_view<const
 {
     using A = arithmetic_type<T>;
     const std::size_t tasks = task_vectors.size();
-    if (tasks == 0) { raise<invalid_argument>("for_each_subset: no task vector was given: at least one is needed"); }
-    if (tasks > 63) {
+    if (tasks == 0) {
         raise<invalid_argument>(
+            error_code::inputs_empty, "for_each_subset: no task vector was given: at least one is needed");
+    }
+    if (tasks > 63) {
+        raise<invalid_argument>(error_code::size_limit,
             message("for_each_subset: ", tasks, " tasks have too many subsets to visit; give at most 63"));
     }
     if (!options.weights.empty() && options.weights.size() != tasks) {
-        raise<invalid_argument>(message("for_each_subset: ", options.weights.size(), " weights for ", tasks,
-            " task vectors: give one each, or none"));
+        raise<invalid_argument>(error_code::list_length,
+            message("for_each_subset: ", options.weights.size(), " weights for ", tasks,
+                " task vectors: give one each, or none"));
     }
     const std::size_t size = task_vectors[0].size();
     for (std::size_t t = 0; t < tasks; ++t) {
         if (task_vectors[t].size() != size) {
-            raise<shape_mismatch>(message("for_each_subset: task vector ", t + 1, " has ", task_vectors[t].size(),
-                " elements, the first ", size));
+            raise<shape_mismatch>(error_code::input_size,
+                message("for_each_subset: task vector ", t + 1, " has ", task_vectors[t].size(),
+                    " elements, the first ", size));
         }
     }
     std::vector<std::vector<A>> sums; // sums[d]: of the first d + 1 members of the subset

@@ -61,15 +61,16 @@ public:
     void add(std::vector<std::string> point, double score)
     {
         if (point.size() != columns_.size()) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::sweep_table,
                 message("a point of ", point.size(), " coordinates in a table of ", columns_.size(), " columns"));
         }
         if (!std::isfinite(score)) {
-            raise<nonfinite_error>(
+            raise<nonfinite_error>(error_code::score_not_finite,
                 message("the score of ", describe(point), " is ", score, ": a score is a finite number"));
         }
         if (!places_.emplace(point, rows_.size()).second) {
-            raise<invalid_argument>(message("the point ", describe(point), " is in the table already"));
+            raise<invalid_argument>(
+                error_code::sweep_table, message("the point ", describe(point), " is in the table already"));
         }
         rows_.push_back({std::move(point), score});
     }
@@ -90,7 +91,7 @@ public:
             std::string found, wanted;
             for (const auto& name : columns_) { found += (found.empty() ? "" : ",") + name; }
             for (const auto& name : columns) { wanted += (wanted.empty() ? "" : ",") + name; }
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::sweep_table,
                 message("the table has the columns ", found, "; this sweep writes ", wanted, ": start a new table"));
         }
     }
@@ -153,7 +154,9 @@ inline std::vector<std::vector<std::string>> csv_lines(std::string_view text, st
             begun = true;
         }
     }
-    if (quoted) { raise<format_error>("ends inside a quoted field", std::string(file), text.size()); }
+    if (quoted) {
+        raise<format_error>(error_code::csv_syntax, "ends inside a quoted field", std::string(file), text.size());
+    }
     if (!fields.empty() || begun) {
         end_field();
         lines.push_back(std::move(fields));
@@ -166,7 +169,9 @@ inline std::vector<std::vector<std::string>> csv_lines(std::string_view text, st
 /// The table that write_csv() wrote. `file` is named in messages. Throws format_error for text that is no such table.
 [[nodiscard]] inline sweep_table read_sweep(std::string_view csv, std::string_view file = "")
 {
-    const auto fail = [&](const std::string& what) { raise<format_error>(what, std::string(file)); };
+    const auto fail = [&](const std::string& what) {
+        raise<format_error>(error_code::csv_syntax, what, std::string(file));
+    };
     auto lines = detail::csv_lines(csv, file);
     if (lines.empty() || lines[0].back() != "score") {
         fail("is no table of scores: its first line must end in 'score'");
@@ -271,8 +276,9 @@ public:
             for_each_index(workers, points.size(), [&](std::size_t i, std::size_t) {
                 const double found = score(i, subsets[i]);
                 if (!std::isfinite(found)) {
-                    raise<nonfinite_error>(message(
-                        "the score of ", table_->describe(points[i]), " is ", found, ": a score is a finite number"));
+                    raise<nonfinite_error>(error_code::score_not_finite,
+                        message("the score of ", table_->describe(points[i]), " is ", found,
+                            ": a score is a finite number"));
                 }
                 scores[i] = found;
             });
@@ -314,9 +320,14 @@ private:
 
 inline void check_steps(std::span<const double> values, std::string_view what)
 {
-    if (values.empty()) { raise<invalid_argument>(message("a sweep needs at least one ", what)); }
+    if (values.empty()) {
+        raise<invalid_argument>(error_code::inputs_empty, message("a sweep needs at least one ", what));
+    }
     for (const double value : values) {
-        if (!std::isfinite(value)) { raise<invalid_argument>(message("a ", what, " of the sweep is not finite")); }
+        if (!std::isfinite(value)) {
+            raise<invalid_argument>(
+                error_code::parameter_not_finite, message("a ", what, " of the sweep is not finite"));
+        }
     }
 }
 

@@ -32,12 +32,14 @@ public:
         , point_(base.size())
     {
         if (task_vectors_.empty()) {
-            raise<invalid_argument>("task_space: no task vector was given: at least one is needed");
+            raise<invalid_argument>(
+                error_code::inputs_empty, "task_space: no task vector was given: at least one is needed");
         }
         for (std::size_t t = 0; t < task_vectors_.size(); ++t) {
             if (task_vectors_[t].size() != base_.size()) {
-                raise<shape_mismatch>(message("task_space: task vector ", t + 1, " has ", task_vectors_[t].size(),
-                    " elements, the base ", base_.size()));
+                raise<shape_mismatch>(error_code::input_size,
+                    message("task_space: task vector ", t + 1, " has ", task_vectors_[t].size(), " elements, the base ",
+                        base_.size()));
             }
         }
     }
@@ -52,13 +54,14 @@ public:
     [[nodiscard]] host_view<const T> at(std::span<const double> lambdas)
     {
         if (lambdas.size() != tasks()) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::list_length,
                 message("task_space: ", lambdas.size(), " factors for ", tasks(), " task vectors: give one each"));
         }
         std::vector<std::size_t> active;
         for (std::size_t t = 0; t < tasks(); ++t) {
             if (!std::isfinite(lambdas[t])) {
-                raise<invalid_argument>(message("task_space: the factor of task ", t + 1, " is not finite"));
+                raise<invalid_argument>(error_code::parameter_not_finite,
+                    message("task_space: the factor of task ", t + 1, " is not finite"));
             }
             if (lambdas[t] != 0) { active.push_back(t); }
         }
@@ -111,8 +114,9 @@ template <class T>
 void check_plane(const task_space<T>& space, const plane_options& plane)
 {
     if (plane.task1 >= space.tasks() || plane.task2 >= space.tasks() || plane.task1 == plane.task2) {
-        raise<invalid_argument>(message(
-            "a plane needs two different tasks below ", space.tasks(), ", got ", plane.task1, " and ", plane.task2));
+        raise<invalid_argument>(error_code::index_out_of_range,
+            message("a plane needs two different tasks below ", space.tasks(), ", got ", plane.task1, " and ",
+                plane.task2));
     }
 }
 inline lambda_grid grid_of(const plane_options& plane)

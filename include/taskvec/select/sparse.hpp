@@ -146,17 +146,20 @@ void check_sparse(const sparse_vector<A>& sparse, std::string_view name = "value
 {
     const std::uint64_t size = element_count(sparse.shape, name);
     if (sparse.values.size() != sparse.indices.size()) {
-        raise<invalid_argument>(message("delta of tensor '", name, "' has ", sparse.values.size(), " values for ",
-            sparse.indices.size(), " indices"));
+        raise<invalid_argument>(error_code::delta_entries,
+            message("delta of tensor '", name, "' has ", sparse.values.size(), " values for ", sparse.indices.size(),
+                " indices"));
     }
     for (std::size_t i = 0; i < sparse.indices.size(); ++i) {
         if (sparse.indices[i] >= size) {
-            raise<invalid_argument>(message(
-                "delta of tensor '", name, "' has index ", sparse.indices[i], "; the tensor has ", size, " elements"));
+            raise<invalid_argument>(error_code::delta_entries,
+                message("delta of tensor '", name, "' has index ", sparse.indices[i], "; the tensor has ", size,
+                    " elements"));
         }
         if (i && sparse.indices[i] <= sparse.indices[i - 1]) {
-            raise<invalid_argument>(message("delta of tensor '", name, "' has index ", sparse.indices[i], " after ",
-                sparse.indices[i - 1], "; indices must ascend"));
+            raise<invalid_argument>(error_code::delta_entries,
+                message("delta of tensor '", name, "' has index ", sparse.indices[i], " after ", sparse.indices[i - 1],
+                    "; indices must ascend"));
         }
     }
 }
@@ -167,18 +170,20 @@ void check_sparse(const bitmask_vector<A>& masked, std::string_view name = "valu
 {
     const std::size_t size = element_count(masked.shape, name), bytes = masked.bitmask.size();
     if (bytes != size / 8 + (size % 8 != 0)) {
-        raise<invalid_argument>(
+        raise<invalid_argument>(error_code::delta_entries,
             message("a bitmask of ", bytes, " bytes for ", size, " elements; expected ", size / 8 + (size % 8 != 0)));
     }
     if (size % 8 && (masked.bitmask[bytes - 1] >> (size % 8)) != 0) {
-        raise<invalid_argument>(message("a bitmask sets bit ",
-            8 * (bytes - 1) + static_cast<std::size_t>(std::bit_width(unsigned{masked.bitmask[bytes - 1]})) - 1, " of ",
-            size));
+        raise<invalid_argument>(error_code::delta_entries,
+            message("a bitmask sets bit ",
+                8 * (bytes - 1) + static_cast<std::size_t>(std::bit_width(unsigned{masked.bitmask[bytes - 1]})) - 1,
+                " of ", size));
     }
     std::size_t set = 0;
     for (const std::uint8_t byte : masked.bitmask) { set += static_cast<unsigned>(std::popcount(byte)); }
     if (set != masked.values.size()) {
-        raise<invalid_argument>(message("a bitmask sets ", set, " bits for ", masked.values.size(), " values"));
+        raise<invalid_argument>(
+            error_code::delta_entries, message("a bitmask sets ", set, " bits for ", masked.values.size(), " values"));
     }
 }
 
@@ -339,12 +344,14 @@ template <storage_element T>
 void check_fits(const sparse_view& entries, std::size_t size)
 {
     if (entries.wide != std::same_as<arithmetic_type<T>, double>) {
-        raise<dtype_mismatch>(message("tensor '", entries.name, "' has dtype ", name(dtype_of<T>), "; the delta holds ",
-            entries.wide ? "F64" : "F32", " values"));
+        raise<dtype_mismatch>(error_code::delta_dtype,
+            message("tensor '", entries.name, "' has dtype ", name(dtype_of<T>), "; the delta holds ",
+                entries.wide ? "F64" : "F32", " values"));
     }
     if (entries.size != size) {
-        raise<shape_mismatch>(message(
-            "tensor '", entries.name, "' has ", size, " elements; the delta is for shape ", to_string(entries.shape)));
+        raise<shape_mismatch>(error_code::delta_shape,
+            message("tensor '", entries.name, "' has ", size, " elements; the delta is for shape ",
+                to_string(entries.shape)));
     }
 }
 
@@ -401,8 +408,9 @@ void apply(const cpu& policy, const Sparse& sparse, Live&& live, Saved&& saved, 
     const auto entries = detail::view_entries(sparse, memory_of(policy));
     detail::check_fits<T>(entries.view, weights.size());
     if (std::ranges::size(saved) != entries.view.kept) {
-        raise<invalid_argument>(message(
-            "room for ", std::ranges::size(saved), " saved words; the delta has ", entries.view.kept, " entries"));
+        raise<invalid_argument>(error_code::saved_words,
+            message(
+                "room for ", std::ranges::size(saved), " saved words; the delta has ", entries.view.kept, " entries"));
     }
     detail::add_entries(policy, entries.view, weights.data(), scale, std::ranges::data(saved));
 }
@@ -436,7 +444,8 @@ void undo(const cpu& policy, const Sparse& sparse, const Saved& saved, Live&& li
     const auto entries = detail::view_entries(sparse, memory_of(policy));
     detail::check_fits<T>(entries.view, weights.size());
     if (std::ranges::size(saved) != entries.view.kept) {
-        raise<invalid_argument>(message(std::ranges::size(saved), " saved words for ", entries.view.kept, " entries"));
+        raise<invalid_argument>(error_code::saved_words,
+            message(std::ranges::size(saved), " saved words for ", entries.view.kept, " entries"));
     }
     detail::put_entries_back(policy, entries.view, weights.data(), std::ranges::data(saved));
 }
@@ -468,14 +477,16 @@ std::size_t for_each_live_tensor(std::span<const sparse_view> delta, const model
     const auto visit_pair = [&](const sparse_view& entries, std::size_t& at, const auto& then) {
         const tensor_ref* const weights = live.find(entries.name);
         if (!weights) {
-            raise<invalid_argument>(message("tensor '", entries.name, "' of the delta is missing in the model"));
+            raise<invalid_argument>(error_code::tensor_missing,
+                message("tensor '", entries.name, "' of the delta is missing in the model"));
         }
         visit_storage(weights->dtype, entries.name, [&]<class T>(std::type_identity<T>) {
             check_fits<T>(entries, entries.size);
             (void)flat_view<T>(*weights, entries.name);
             if (entries.shape != weights->shape) {
-                raise<shape_mismatch>(message("tensor '", entries.name, "' has shape ", to_string(weights->shape),
-                    "; the delta is for shape ", to_string(entries.shape)));
+                raise<shape_mismatch>(error_code::delta_shape,
+                    message("tensor '", entries.name, "' has shape ", to_string(weights->shape),
+                        "; the delta is for shape ", to_string(entries.shape)));
             }
             then(entries, static_cast<T*>(weights->data), at);
             at += (entries.kept * sizeof(T) + 7) / 8 * 8;
@@ -491,11 +502,12 @@ std::size_t for_each_live_tensor(std::span<const sparse_view> delta, const model
 inline void check_saved_bytes(std::span<const std::byte> saved, std::size_t needed)
 {
     if (saved.size() != needed) {
-        raise<invalid_argument>(message("the saved words of this delta take ", needed,
-            " bytes (see saved_bytes()), not ", saved.size(), ": they do not belong to it"));
+        raise<invalid_argument>(error_code::saved_words,
+            message("the saved words of this delta take ", needed, " bytes (see saved_bytes()), not ", saved.size(),
+                ": they do not belong to it"));
     }
     if (reinterpret_cast<std::uintptr_t>(saved.data()) % 8 != 0) {
-        raise<invalid_argument>("memory for saved words must be aligned to 8 bytes");
+        raise<invalid_argument>(error_code::tensor_layout, "memory for saved words must be aligned to 8 bytes");
     }
 }
 

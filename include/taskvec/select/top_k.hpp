@@ -51,7 +51,8 @@ struct top_k_threshold {
 [[nodiscard]] inline std::uint64_t top_k_count(double density, std::uint64_t n)
 {
     if (!(density > 0.0 && density <= 1.0)) {
-        raise<invalid_argument>(message("density is ", density, "; expected a share in (0, 1], such as 0.2 for 20%"));
+        raise<invalid_argument>(error_code::density_out_of_range,
+            message("density is ", density, "; expected a share in (0, 1], such as 0.2 for 20%"));
     }
     if (n == 0) { return 0; }
     return std::max<std::uint64_t>(1, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))));
@@ -483,7 +484,7 @@ private:
                     }
                 });
             });
-            if (!meter.advance(models_.bytes(piece))) { raise<cancelled>(); }
+            if (!meter.advance(models_.bytes(piece))) { raise<cancelled>(error_code::cancelled); }
         });
     }
 
@@ -679,7 +680,8 @@ template <input_of<cpu> X>
     const auto values = as_view(x);
     using A = arithmetic_type<element_of<const X>>;
     if (k > values.size() || (k == 0 && !values.empty())) {
-        raise<invalid_argument>(message("k is ", k, " for ", values.size(), " entries; expected 1 to ", values.size()));
+        raise<invalid_argument>(error_code::parameter_out_of_range,
+            message("k is ", k, " for ", values.size(), " entries; expected 1 to ", values.size()));
     }
     const const_model_ref model = detail::flat_model(values);
     const aligned_models models(nullptr, {&model, 1});
@@ -691,7 +693,7 @@ template <input_of<cpu> X>
 [[nodiscard]] auto kth_magnitude(const cpu& policy, const X& x, std::uint64_t k)
 {
     using A = arithmetic_type<element_of<const X>>;
-    if (k == 0) { raise<invalid_argument>("k is 0; expected at least 1"); }
+    if (k == 0) { raise<invalid_argument>(error_code::parameter_out_of_range, "k is 0; expected at least 1"); }
     return std::bit_cast<A>(top_k(policy, x, k).magnitude);
 }
 

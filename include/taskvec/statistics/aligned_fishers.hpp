@@ -29,19 +29,21 @@ public:
     {
         const std::size_t tasks = models.task_count();
         if (fishers.size() != tasks) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::list_length,
                 message(fishers.size(), " Fishers for ", tasks, " tasks: give one each, in the order of the tasks"));
         }
         if (!labels.empty() && labels.size() != tasks) {
-            raise<invalid_argument>(message(labels.size(), " labels for ", tasks, " Fishers: give one each, or none"));
+            raise<invalid_argument>(error_code::list_length,
+                message(labels.size(), " labels for ", tasks, " Fishers: give one each, or none"));
         }
         for (std::size_t t = 0; t < tasks; ++t) {
             for (const auto& [name, tensor] : fishers[t]) {
                 const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
                     [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
                 if (place == models.outputs().end() || place->name != name) {
-                    raise<invalid_argument>(message("tensor '", name, "' of ", fishers_label(labels, t, models),
-                        " is not in the models: these are the statistics of another model"));
+                    raise<invalid_argument>(error_code::tensor_unexpected,
+                        message("tensor '", name, "' of ", fishers_label(labels, t, models),
+                            " is not in the models: these are the statistics of another model"));
                 }
             }
         }
@@ -54,7 +56,7 @@ public:
                     const bool stands_in =
                         models.options().on_missing == missing::base && tensor.tasks[t].data == tensor.base.data;
                     if (stands_in) { continue; }
-                    raise<invalid_argument>(
+                    raise<invalid_argument>(error_code::tensor_missing,
                         message("tensor '", tensor.name, "' is missing in ", fishers_label(labels, t, models),
                             ": collect statistics for every parameter, or exclude the tensor"));
                 }
@@ -74,16 +76,19 @@ private:
         const const_tensor_ref& fisher, const aligned_tensor& tensor, const std::string& where, memory_space space)
     {
         if (fisher.shape != tensor.shape) {
-            raise<shape_mismatch>(message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ",
-                where, " but ", to_string(tensor.shape), " in the models: these are the statistics of another model"));
+            raise<shape_mismatch>(error_code::statistics_shape,
+                message("tensor '", tensor.name, "' has shape ", to_string(fisher.shape), " in ", where, " but ",
+                    to_string(tensor.shape), " in the models: these are the statistics of another model"));
         }
         if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
-            raise<dtype_mismatch>(message("tensor '", tensor.name, "' has dtype ", name(fisher.dtype), " in ", where,
-                "; expected ", storage_names(), ": convert it"));
+            raise<dtype_mismatch>(error_code::dtype_unsupported,
+                message("tensor '", tensor.name, "' has dtype ", name(fisher.dtype), " in ", where, "; expected ",
+                    storage_names(), ": convert it"));
         }
         if (fisher.space != space || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {
-            raise<invalid_argument>(message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
-                space == memory_space::host ? "host" : "device", " memory: copy it first"));
+            raise<invalid_argument>(error_code::tensor_layout,
+                message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
+                    space == memory_space::host ? "host" : "device", " memory: copy it first"));
         }
     }
 

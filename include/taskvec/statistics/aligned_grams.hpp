@@ -44,11 +44,12 @@ public:
     {
         const std::size_t tasks = models.task_count();
         if (grams.size() != tasks) {
-            raise<invalid_argument>(message(
-                grams.size(), " sets of Grams for ", tasks, " tasks: give one each, in the order of the tasks"));
+            raise<invalid_argument>(error_code::list_length,
+                message(
+                    grams.size(), " sets of Grams for ", tasks, " tasks: give one each, in the order of the tasks"));
         }
         if (!labels.empty() && labels.size() != tasks) {
-            raise<invalid_argument>(
+            raise<invalid_argument>(error_code::list_length,
                 message(labels.size(), " labels for ", tasks, " sets of Grams: give one each, or none"));
         }
         for (std::size_t t = 0; t < tasks; ++t) {
@@ -56,8 +57,9 @@ public:
                 const auto place = std::lower_bound(models.outputs().begin(), models.outputs().end(), name,
                     [](const tensor_spec& spec, const std::string& n) { return spec.name < n; });
                 if (place == models.outputs().end() || place->name != name) {
-                    raise<invalid_argument>(message("tensor '", name, "' of ", grams_label(labels, t, models),
-                        " is not in the models: these are the statistics of another model"));
+                    raise<invalid_argument>(error_code::tensor_unexpected,
+                        message("tensor '", name, "' of ", grams_label(labels, t, models),
+                            " is not in the models: these are the statistics of another model"));
                 }
             }
         }
@@ -67,13 +69,14 @@ public:
             for (std::size_t t = 0; t < tasks; ++t) { grams[t].find(tensor.name) ? ++present : (absent = t); }
             if (present == 0) { continue; }
             if (present < tasks) {
-                raise<invalid_argument>(
+                raise<invalid_argument>(error_code::tensor_missing,
                     message("tensor '", tensor.name, "' is missing in ", grams_label(labels, absent, models),
                         " but not in the other Grams: collect it for every task, or for none"));
             }
             if (tensor.shape.size() != 2) {
-                raise<shape_mismatch>(message("tensor '", tensor.name, "' of shape ", to_string(tensor.shape),
-                    " has a Gram matrix, but only the weight of a linear layer (rank 2) can have one"));
+                raise<shape_mismatch>(error_code::statistics_shape,
+                    message("tensor '", tensor.name, "' of shape ", to_string(tensor.shape),
+                        " has a Gram matrix, but only the weight of a linear layer (rank 2) can have one"));
             }
             const weight_layout layout = layout_of ? layout_of(tensor.name) : weight_layout::out_in;
             const bool rows_are_outputs = layout == weight_layout::out_in;
@@ -100,19 +103,21 @@ private:
     {
         const auto in = static_cast<std::int64_t>(one.in);
         if (gram.shape != extents{in, in}) {
-            raise<shape_mismatch>(
+            raise<shape_mismatch>(error_code::statistics_shape,
                 message("tensor '", tensor.name, "' has a Gram matrix of shape ", to_string(gram.shape), " in ", where,
                     "; expected ", to_string({in, in}), " for a weight of shape ", to_string(tensor.shape), " stored ",
                     one.layout == weight_layout::out_in ? "out×in (say so if it is in×out)"
                                                         : "in×out (say so if it is out×in)"));
         }
         if (!is_storage(gram.dtype)) {
-            raise<dtype_mismatch>(message("tensor '", tensor.name, "' has dtype ", name(gram.dtype), " in ", where,
-                "; expected ", storage_names(), ": convert it"));
+            raise<dtype_mismatch>(error_code::dtype_unsupported,
+                message("tensor '", tensor.name, "' has dtype ", name(gram.dtype), " in ", where, "; expected ",
+                    storage_names(), ": convert it"));
         }
         if (gram.space != space || !gram.contiguous() || (!gram.data && one.in > 0)) {
-            raise<invalid_argument>(message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
-                space == memory_space::host ? "host" : "device", " memory: copy it first"));
+            raise<invalid_argument>(error_code::tensor_layout,
+                message("tensor '", tensor.name, "' of ", where, " must be contiguous ",
+                    space == memory_space::host ? "host" : "device", " memory: copy it first"));
         }
         return {static_cast<const std::byte*>(gram.data), gram.dtype};
     }

@@ -50,7 +50,8 @@ public:
     [[nodiscard]] std::vector<double> fisher(std::size_t index) const
     {
         if (examples_ == 0) {
-            raise<invalid_argument>("no example was given: the Fisher information is a mean over examples");
+            raise<invalid_argument>(
+                error_code::inputs_empty, "no example was given: the Fisher information is a mean over examples");
         }
         std::vector<double> mean = sums_[index];
         for (double& value : mean) { value /= static_cast<double>(examples_); }
@@ -78,33 +79,38 @@ protected:
     {
         for (const auto& [name, tensor] : gradient) {
             if (!has(name)) {
-                raise<invalid_argument>(message("the gradient has tensor '", name, "', which the model has not"));
+                raise<invalid_argument>(error_code::tensor_unexpected,
+                    message("the gradient has tensor '", name, "', which the model has not"));
             }
         }
         for (const auto& spec : parameters_) {
             const const_tensor_ref* const tensor = gradient.find(spec.name);
             if (!tensor) {
-                raise<invalid_argument>(message(
-                    "the gradient lacks tensor '", spec.name, "': pass zeros for a parameter that is not used"));
+                raise<invalid_argument>(error_code::tensor_missing,
+                    message(
+                        "the gradient lacks tensor '", spec.name, "': pass zeros for a parameter that is not used"));
             }
             if (tensor->shape != spec.shape) {
-                raise<shape_mismatch>(message("the gradient of '", spec.name, "' has shape ", to_string(tensor->shape),
-                    "; expected ", to_string(spec.shape), ", its parameter's"));
+                raise<shape_mismatch>(error_code::statistics_shape,
+                    message("the gradient of '", spec.name, "' has shape ", to_string(tensor->shape), "; expected ",
+                        to_string(spec.shape), ", its parameter's"));
             }
             if (!is_storage(tensor->dtype)) {
-                raise<dtype_mismatch>(message("the gradient of '", spec.name, "' has dtype ", name(tensor->dtype),
-                    "; expected ", storage_names()));
+                raise<dtype_mismatch>(error_code::dtype_unsupported,
+                    message("the gradient of '", spec.name, "' has dtype ", name(tensor->dtype), "; expected ",
+                        storage_names()));
             }
             if (tensor->space != memory_space::host || !tensor->contiguous() || (!tensor->data && tensor->size() > 0)) {
-                raise<invalid_argument>(
+                raise<invalid_argument>(error_code::tensor_layout,
                     message("the gradient of '", spec.name, "' must be contiguous host memory: copy it first"));
             }
             visit(*tensor, [&](std::size_t at, const double* values, std::size_t n) {
                 for (std::size_t i = 0; i < n; ++i) {
                     if (!std::isfinite(values[i])) {
-                        raise<nonfinite_error>(message("the gradient of '", spec.name, "' holds ",
-                            std::isnan(values[i]) ? "NaN" : "infinity", " at index ", at + i,
-                            ": leave out this example"));
+                        raise<nonfinite_error>(error_code::statistics_not_finite,
+                            message("the gradient of '", spec.name, "' holds ",
+                                std::isnan(values[i]) ? "NaN" : "infinity", " at index ", at + i,
+                                ": leave out this example"));
                     }
                 }
             });
@@ -132,17 +138,19 @@ protected:
     void add_sums(const fisher_accumulator& other)
     {
         if (other.parameters_.size() != parameters_.size()) {
-            raise<invalid_argument>("Fisher sums of models with different parameters cannot be added");
+            raise<invalid_argument>(
+                error_code::statistics_differ, "Fisher sums of models with different parameters cannot be added");
         }
         for (std::size_t i = 0; i < parameters_.size(); ++i) {
             if (other.parameters_[i].name != parameters_[i].name) {
-                raise<invalid_argument>(
+                raise<invalid_argument>(error_code::statistics_differ,
                     message("Fisher sums of models with different parameters cannot be added: one has '",
                         parameters_[i].name, "' where the other has '", other.parameters_[i].name, "'"));
             }
             if (other.parameters_[i].shape != parameters_[i].shape) {
-                raise<shape_mismatch>(message("Fisher sums of '", parameters_[i].name, "' have shapes ",
-                    to_string(parameters_[i].shape), " and ", to_string(other.parameters_[i].shape)));
+                raise<shape_mismatch>(error_code::statistics_shape,
+                    message("Fisher sums of '", parameters_[i].name, "' have shapes ", to_string(parameters_[i].shape),
+                        " and ", to_string(other.parameters_[i].shape)));
             }
         }
         for (std::size_t i = 0; i < sums_.size(); ++i) {
@@ -219,18 +227,21 @@ public:
     void add(const cpu& policy, std::span<const const_model_ref> gradients, std::span<const double> probabilities)
     {
         if (gradients.size() != probabilities.size() || gradients.empty()) {
-            raise<invalid_argument>(message(gradients.size(), " gradients for ", probabilities.size(),
-                " probabilities: give one of each for every label"));
+            raise<invalid_argument>(error_code::list_length,
+                message(gradients.size(), " gradients for ", probabilities.size(),
+                    " probabilities: give one of each for every label"));
         }
         double total = 0;
         for (std::size_t y = 0; y < probabilities.size(); ++y) {
             if (!(probabilities[y] >= 0)) {
-                raise<invalid_argument>(message("the probability of label ", y, " is ", probabilities[y]));
+                raise<invalid_argument>(error_code::parameter_out_of_range,
+                    message("the probability of label ", y, " is ", probabilities[y]));
             }
             total += probabilities[y];
         }
         if (!(std::abs(total - 1) <= 1e-3)) {
-            raise<invalid_argument>(message("the probabilities of the labels sum to ", total, "; expected 1"));
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message("the probabilities of the labels sum to ", total, "; expected 1"));
         }
         for (const auto& gradient : gradients) { check(gradient); }
         for (std::size_t y = 0; y < gradients.size(); ++y) { add_squares(policy, gradients[y], probabilities[y]); }

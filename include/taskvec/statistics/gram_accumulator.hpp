@@ -41,14 +41,14 @@ public:
     void add(const cpu& policy, matrix_view<const T> batch)
     {
         if (batch.cols() != features_) {
-            raise<shape_mismatch>(
+            raise<shape_mismatch>(error_code::statistics_shape,
                 message("a batch of ", batch.rows(), "×", batch.cols(), " was given to the Gram matrix of ", layer_,
                     ", which has ", features_, " inputs: pass examples×features"));
         }
         for (std::size_t i = 0; i < batch.rows(); ++i) {
             for (std::size_t j = 0; j < features_; ++j) {
                 if (const double value = widen<double>(batch(i, j)); !std::isfinite(value)) {
-                    raise<nonfinite_error>(
+                    raise<nonfinite_error>(error_code::statistics_not_finite,
                         message("a batch for ", layer_, " holds ", std::isnan(value) ? "NaN" : "infinity", " at row ",
                             i, ", column ", j, ": leave out this example"));
                 }
@@ -82,8 +82,9 @@ public:
     void add(const gram_accumulator& other)
     {
         if (other.features_ != features_) {
-            raise<shape_mismatch>(message("the Gram matrix of ", layer_, " has ", features_, " inputs, and that of ",
-                other.layer_, " has ", other.features_));
+            raise<shape_mismatch>(error_code::statistics_shape,
+                message("the Gram matrix of ", layer_, " has ", features_, " inputs, and that of ", other.layer_,
+                    " has ", other.features_));
         }
         for (std::size_t p = 0; p < panels_.size(); ++p) {
             for (std::size_t i = 0; i < panels_[p].size(); ++i) { panels_[p].data()[i] += other.panels_[p].data()[i]; }

@@ -22,12 +22,13 @@ namespace taskvec::inline TASKVEC_ABI::detail {
 }
 [[noreturn, gnu::cold]] inline void refuse_gram_nonfinite(const std::string& where, double value, std::size_t index)
 {
-    raise<nonfinite_error>(message(where, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", index,
-        ": collect the statistics again"));
+    raise<nonfinite_error>(error_code::statistics_not_finite,
+        message(where, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", index,
+            ": collect the statistics again"));
 }
 [[noreturn, gnu::cold]] inline void refuse_gram_negative(const std::string& where, double value, std::size_t i)
 {
-    raise<invalid_argument>(
+    raise<invalid_argument>(error_code::statistics_invalid,
         message(where, " has ", value, " at row and column ", i, ": a sum of squares cannot be negative"));
 }
 /// Entries (i, j) and (j, i), of which one is not finite, or which differ by more than is tolerated, or are too large.
@@ -37,11 +38,13 @@ namespace taskvec::inline TASKVEC_ABI::detail {
     if (!std::isfinite(lower)) { refuse_gram_nonfinite(where, lower, i * n + j); }
     if (!std::isfinite(upper)) { refuse_gram_nonfinite(where, upper, j * n + i); }
     if (std::abs(lower - upper) > tolerated) {
-        raise<invalid_argument>(message(
-            where, " is not symmetric: ", lower, " at (", i, ", ", j, ") but ", upper, " at (", j, ", ", i, ")"));
+        raise<invalid_argument>(error_code::statistics_invalid,
+            message(
+                where, " is not symmetric: ", lower, " at (", i, ", ", j, ") but ", upper, " at (", j, ", ", i, ")"));
     }
-    raise<invalid_argument>(message(
-        where, " is no Gram matrix: its entry ", lower, " at (", i, ", ", j, ") is larger than its diagonal allows"));
+    raise<invalid_argument>(error_code::statistics_invalid,
+        message(where, " is no Gram matrix: its entry ", lower, " at (", i, ", ", j,
+            ") is larger than its diagonal allows"));
 }
 
 /// A Gram matrix that is read from memory or a mapped file, n×n, and checked to be one on the way: finite, symmetric,

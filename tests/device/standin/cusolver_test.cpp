@@ -50,7 +50,7 @@ std::string text_of(int code, const char* call, const Work& work)
         work();
     }
     catch (const backend_error& failure) {
-        CHECK(failure.code() == code);
+        CHECK(failure.backend_code() == code);
         CHECK(failure.call() == call);
         return failure.what();
     }

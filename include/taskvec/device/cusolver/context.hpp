@@ -65,23 +65,34 @@ namespace device {
     return {};
 }
 
+/// The error_code of a status that both libraries have.
+[[nodiscard]] inline error_code code_of(bool not_initialized, bool alloc_failed, bool arch_mismatch) noexcept
+{
+    if (alloc_failed) { return error_code::out_of_memory; }
+    return not_initialized || arch_mismatch ? error_code::device_unusable : error_code::device_call;
+}
+
 /// Throws backend_error with the library's code, unless a call succeeded.
 inline void check(cublasStatus_t status, const char* call)
 {
     if (status == CUBLAS_STATUS_SUCCESS) { return; }
-    raise<backend_error>(message(cublasGetStatusName(status),
-                             advice(status == CUBLAS_STATUS_NOT_INITIALIZED, status == CUBLAS_STATUS_ALLOC_FAILED,
-                                 status == CUBLAS_STATUS_ARCH_MISMATCH),
-                             held_against_the_device()),
+    raise<backend_error>(code_of(status == CUBLAS_STATUS_NOT_INITIALIZED, status == CUBLAS_STATUS_ALLOC_FAILED,
+                             status == CUBLAS_STATUS_ARCH_MISMATCH),
+        message(cublasGetStatusName(status),
+            advice(status == CUBLAS_STATUS_NOT_INITIALIZED, status == CUBLAS_STATUS_ALLOC_FAILED,
+                status == CUBLAS_STATUS_ARCH_MISMATCH),
+            held_against_the_device()),
         call, static_cast<int>(status));
 }
 inline void check(cusolverStatus_t status, const char* call)
 {
     if (status == CUSOLVER_STATUS_SUCCESS) { return; }
-    raise<backend_error>(message(name_of(status),
-                             advice(status == CUSOLVER_STATUS_NOT_INITIALIZED, status == CUSOLVER_STATUS_ALLOC_FAILED,
-                                 status == CUSOLVER_STATUS_ARCH_MISMATCH),
-                             held_against_the_device()),
+    raise<backend_error>(code_of(status == CUSOLVER_STATUS_NOT_INITIALIZED, status == CUSOLVER_STATUS_ALLOC_FAILED,
+                             status == CUSOLVER_STATUS_ARCH_MISMATCH),
+        message(name_of(status),
+            advice(status == CUSOLVER_STATUS_NOT_INITIALIZED, status == CUSOLVER_STATUS_ALLOC_FAILED,
+                status == CUSOLVER_STATUS_ARCH_MISMATCH),
+            held_against_the_device()),
         call, static_cast<int>(status));
 }
 
@@ -172,8 +183,9 @@ decltype(auto) with_context(const gpu& policy, const Body& body)
 {
     if (policy.context) {
         if (policy.context->policy().stream != policy.stream) {
-            raise<invalid_argument>("the context of this gpu policy belongs to another stream; make a context for each "
-                                    "stream, and take its policy()");
+            raise<invalid_argument>(error_code::context_stream,
+                "the context of this gpu policy belongs to another stream; make a context for each "
+                "stream, and take its policy()");
         }
         return body(policy);
     }

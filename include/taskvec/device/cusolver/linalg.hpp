@@ -104,7 +104,7 @@ struct cuda_calls<double> {
 [[nodiscard]] inline int as_int(std::size_t size, const char* call)
 {
     if (size > static_cast<std::size_t>(std::numeric_limits<int>::max())) {
-        raise<invalid_argument>(message(call, " takes sizes up to 2147483647; found ", size));
+        raise<invalid_argument>(error_code::size_limit, message(call, " takes sizes up to 2147483647; found ", size));
     }
     return static_cast<int>(size);
 }
@@ -167,8 +167,9 @@ void gemm(const gpu& policy, T alpha, std::type_identity_t<device_matrix_view<co
     std::type_identity_t<device_matrix_view<T>> c)
 {
     if (a.rows() != c.rows() || b.cols() != c.cols() || a.cols() != b.rows()) {
-        raise<shape_mismatch>(message(
-            "gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×", c.cols()));
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×",
+                c.cols()));
     }
     if (c.empty()) { return; }
     if (c.order() == matrix_order::row_major) {
@@ -192,7 +193,7 @@ void copy_matrix(const gpu& policy, std::type_identity_t<device_matrix_view<cons
     std::type_identity_t<device_matrix_view<T>> to)
 {
     if (from.rows() != to.rows() || from.cols() != to.cols()) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::matrix_shape,
             message("copy_matrix: ", from.rows(), "×", from.cols(), " into ", to.rows(), "×", to.cols()));
     }
     if (to.empty()) { return; }
@@ -490,7 +491,7 @@ template <arithmetic_element T>
         }
         const int info = detail::svd_by_bidiagonalization<T>(ready, a, result);
         if (info != 0) {
-            raise<backend_error>(
+            raise<backend_error>(error_code::no_convergence,
                 message("no convergence for a ", a.rows(), "×", a.cols(), " matrix; try randomized_svd()"),
                 "cusolverDnGesvd", info);
         }
@@ -571,8 +572,9 @@ template <arithmetic_element T>
     const std::size_t m = matrices[0].rows(), n = matrices[0].cols(), count = matrices.size();
     for (const auto& one : matrices) {
         if (one.rows() != m || one.cols() != n || m < n) {
-            raise<shape_mismatch>(message("approximate_svds: found ", one.rows(), "×", one.cols(), " beside ", m, "×",
-                n, "; expected matrices of one shape with m ≥ n"));
+            raise<shape_mismatch>(error_code::matrix_shape,
+                message("approximate_svds: found ", one.rows(), "×", one.cols(), " beside ", m, "×", n,
+                    "; expected matrices of one shape with m ≥ n"));
         }
     }
     with_context(policy, [&](const gpu& ready) {
@@ -654,7 +656,7 @@ template <arithmetic_element T>
 [[nodiscard]] double factor_cholesky(const gpu& policy, device_matrix_view<T> g)
 {
     if (g.rows() != g.cols() || g.order() != matrix_order::column_major) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::matrix_shape,
             message("factor_cholesky: G is ", g.rows(), "×", g.cols(), "; expected a square, column-major matrix"));
     }
     if (g.empty()) { return 1; }
@@ -697,7 +699,7 @@ template <arithmetic_element T>
 void solve_cholesky(const gpu& policy, std::type_identity_t<device_matrix_view<const T>> l, device_matrix_view<T> b)
 {
     if (l.rows() != l.cols() || b.rows() != l.rows() || l.order() != matrix_order::column_major) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::matrix_shape,
             message("solve_cholesky: L is ", l.rows(), "×", l.cols(), ", B ", b.rows(), "×", b.cols()));
     }
     if (b.empty()) { return; }
@@ -726,7 +728,7 @@ template <arithmetic_element T>
     const gpu& policy, std::type_identity_t<device_matrix_view<const T>> g, device_matrix_view<T> b)
 {
     if (g.rows() != g.cols() || b.rows() != g.rows()) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::matrix_shape,
             message("cholesky_solve: G is ", g.rows(), "×", g.cols(), ", B ", b.rows(), "×", b.cols()));
     }
     return with_context(policy, [&](const gpu& ready) {

@@ -93,7 +93,9 @@ merge_report merge_in_device_memory(const gpu& policy, const Options& options, c
     std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how)
 {
     using method_type = method<Options>;
-    if (method_type::needs_base && !base) { raise<invalid_argument>("this merge method needs a base model"); }
+    if (method_type::needs_base && !base) {
+        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
+    }
     const aligned_models models = align_on_device(policy, base, tasks, how);
     memory_sink sink = sink_over(models, out, memory_space::device);
     const std::vector<aligned_tensor::operand> beside = operands_beside(options, models, memory_space::device);

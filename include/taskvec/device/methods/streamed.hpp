@@ -28,7 +28,7 @@ merge_report merge_streamed(const gpu& policy, const Options& options, const ali
 {
     using method_type = method<Options>;
     if (method_type::needs_base && !models.has_base()) {
-        raise<invalid_argument>("this merge method needs a base model");
+        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }
     const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
     detail::check_aliases(

@@ -202,8 +202,9 @@ private:
     {
         const std::size_t width = bits(type) / 8;
         if (reinterpret_cast<std::uintptr_t>(data) % width == 0) { return; }
-        raise<invalid_argument>(message("tensor '", name, "' is not aligned to its elements of ", width,
-            " bytes in device memory: copy it to memory that is"));
+        raise<invalid_argument>(error_code::tensor_layout,
+            message("tensor '", name, "' is not aligned to its elements of ", width,
+                " bytes in device memory: copy it to memory that is"));
     }
 
     tensor_sink* out_;

@@ -102,7 +102,7 @@ protected:
             for (std::uint64_t offset = 0; offset < size; offset += most) {
                 const std::uint64_t count = std::min(most, size - offset);
                 send(slots_[next++ % slots_.size()], i, offset, count, writes, first, body);
-                if (!meter.advance(models().tensors()[i].bytes(count))) { raise<cancelled>(); }
+                if (!meter.advance(models().tensors()[i].bytes(count))) { raise<cancelled>(error_code::cancelled); }
             }
         }
         stop();

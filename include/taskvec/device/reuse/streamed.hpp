@@ -46,7 +46,7 @@ inline void post_pruning_streamed(const gpu& policy, const post_pruning_options&
 {
     using elementwise::counter;
     if (!models.has_base() || models.task_count() != 1) {
-        raise<invalid_argument>("pruning takes one base and one task");
+        raise<invalid_argument>(error_code::task_count, "pruning takes one base and one task");
     }
     streamed_models streamed(policy, models, how);
     const trim_thresholds thresholds = detail::thresholds_on_device(streamed, options.density, options.scope);

@@ -130,7 +130,7 @@ template <arithmetic_element A>
 void check_fits(const device_sparse_vector<A>& sparse, std::size_t size, std::string_view name)
 {
     if (element_count(sparse.shape, name) != size) {
-        raise<shape_mismatch>(
+        raise<shape_mismatch>(error_code::delta_shape,
             message("tensor '", name, "' has ", size, " elements; the delta is for shape ", to_string(sparse.shape)));
     }
 }
@@ -142,21 +142,26 @@ void for_each_live(const device_sparse_model& delta, const model_ref& live, Use&
 {
     const auto visit_pair = [&](const std::string& name, const auto& tensor, auto&& then) {
         const tensor_ref* const weights = live.find(name);
-        if (!weights) { raise<invalid_argument>(message("tensor '", name, "' of the delta is missing in the model")); }
+        if (!weights) {
+            raise<invalid_argument>(
+                error_code::tensor_missing, message("tensor '", name, "' of the delta is missing in the model"));
+        }
         visit_storage(weights->dtype, name, [&]<class T>(std::type_identity<T>) {
             std::visit(
                 [&]<class A>(const device_sparse_vector<A>& sparse) {
                     if constexpr (std::same_as<arithmetic_type<T>, A>) {
                         (void)flat_view<T, memory_space::device>(*weights, name);
                         if (sparse.shape != weights->shape) {
-                            raise<shape_mismatch>(message("tensor '", name, "' has shape ", to_string(weights->shape),
-                                "; the delta is for shape ", to_string(sparse.shape)));
+                            raise<shape_mismatch>(error_code::delta_shape,
+                                message("tensor '", name, "' has shape ", to_string(weights->shape),
+                                    "; the delta is for shape ", to_string(sparse.shape)));
                         }
                         then(sparse, device_view<T>{static_cast<T*>(weights->data), weights->size(name)});
                     }
                     else {
-                        raise<dtype_mismatch>(message("tensor '", name, "' has dtype ", taskvec::name(weights->dtype),
-                            "; the delta holds ", taskvec::name(dtype_of<A>), " values"));
+                        raise<dtype_mismatch>(error_code::delta_dtype,
+                            message("tensor '", name, "' has dtype ", taskvec::name(weights->dtype),
+                                "; the delta holds ", taskvec::name(dtype_of<A>), " values"));
                     }
                 },
                 tensor);
@@ -200,7 +205,8 @@ void undo(const gpu& policy, const device_sparse_vector<A>& sparse, const device
     static_assert(std::same_as<element_of<Live>, T>, "the saved words are of another storage type than the weights");
     detail::check_fits(sparse, weights.size(), "values");
     if (saved.size() != sparse.kept()) {
-        raise<invalid_argument>(message(saved.size(), " saved words for ", sparse.kept(), " entries"));
+        raise<invalid_argument>(
+            error_code::saved_words, message(saved.size(), " saved words for ", sparse.kept(), " entries"));
     }
     const T* const words = saved.data();
     device::sweep(policy, saved.size(),
@@ -236,7 +242,8 @@ inline void undo(
         [&]<class A, class T>(const std::string& name, const device_sparse_vector<A>& sparse, device_view<T> weights) {
             const auto words = saved.find(name);
             if (words == saved.end() || words->second.size() != sparse.kept() * sizeof(T)) {
-                raise<invalid_argument>(message("the saved words of tensor '", name, "' do not belong to this delta"));
+                raise<invalid_argument>(error_code::saved_words,
+                    message("the saved words of tensor '", name, "' do not belong to this delta"));
             }
             device::sweep(policy, sparse.kept(),
                 elementwise::put_back<storage_word<T>>{sparse.indices.data(),

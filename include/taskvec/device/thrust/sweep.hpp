@@ -159,7 +159,7 @@ auto call(const char* name, const Call& algorithm)
 #if TASKVEC_ON_CUDA
         check(static_cast<vendor::error_type>(failure.code().value()), name);
 #endif
-        raise<backend_error>(failure.what(), name, failure.code().value());
+        raise<backend_error>(error_code::device_call, failure.what(), name, failure.code().value());
     }
 #endif
 }

@@ -58,7 +58,8 @@ private:
     [[nodiscard]] static double checked(double density)
     {
         if (!(density > 0.0 && density <= 1.0)) {
-            raise<invalid_argument>(message("density is ", density, "; expected a share in (0, 1], such as 0.5"));
+            raise<invalid_argument>(error_code::density_out_of_range,
+                message("density is ", density, "; expected a share in (0, 1], such as 0.5"));
         }
         return density;
     }
