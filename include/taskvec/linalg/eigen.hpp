@@ -37,17 +37,168 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-namespace detail {
-
 template <>
 inline constexpr bool has_linear_algebra<cpu> = true;
 
+/// C = alpha·A·B + beta·C.
+/// A is m×k, B k×n, C m×n, each in either order; C may not overlap A or B. f32 or f64; every entry is a sum in that
+/// type whose order depends on the shapes alone, so the bits do not depend on the number of threads. Throws
+/// shape_mismatch. Cost: 2·m·n·k flops.
+///
+///     gemm(cpu{}, 1.0f, a.view(), b.view(), 0.0f, c.view());
+template <arithmetic_element T>
+void gemm(const cpu& policy, T alpha, std::type_identity_t<matrix_view<const T>> a,
+    std::type_identity_t<matrix_view<const T>> b, std::type_identity_t<T> beta, std::type_identity_t<matrix_view<T>> c);
+
+/// ‖A‖²_F in f64: blocks of fixed size added in order, so the bits do not depend on threads. Relative error ≤ 1e-14
+/// (f64 input: unless squares overflow). Cost: one read of A.
+template <arithmetic_element T>
+[[nodiscard]] double squared_norm(const cpu& policy, matrix_view<const T> a);
+
+/// Standard normal numbers: entry (i, j) is stream.normal(j·rows + i), whatever the order and the number of threads.
+template <arithmetic_element T>
+void fill_normal(const cpu& policy, const random_stream& stream, matrix_view<T> a);
+
+template <arithmetic_element T>
+struct qr_factors<T, memory_space::host> {
+    matrix<double> r; ///< k×n
+
+    // How Q is kept: A·inverse (A as given), the matrix itself, or Householder reflectors. An identity needs nothing.
+    enum class form : std::uint8_t { scaled, stored, reflectors, identity };
+    form kept = form::identity;
+    matrix_view<const T> a{};
+    matrix<double> q{}; ///< scaled: n×k with Q = A·q; stored: m×k; reflectors: m×k below the diagonal
+    std::vector<double> tau{};
+};
+
+/// The thin QR of an m×n matrix A, either order; `what` names it in errors.
+/// f32 data is factored through its f64 Gram matrix while that is safe (unit-length columns with κ up to 3000), by
+/// Cholesky-QR twice (Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015) up to κ = 10⁶, and otherwise, or when columns
+/// depend on each other, by Householder reflections; always in f64. ‖QᵀQ − I‖ and ‖A − QR‖/‖A‖ stay below 1e-8 for f32
+/// data and below n·1e-15 for f64. A wide A (m ≤ n) has Q = I and R = A. Throws nonfinite_error. Cost: m·n² flops on
+/// the first road.
+template <arithmetic_element T>
+[[nodiscard]] qr_factors<T> factor_qr(
+    const cpu& policy, std::type_identity_t<matrix_view<const T>> a, std::string_view what = "A");
+
+/// out = Q·X for the Q of factor_qr(): X is k×p in f64, out m×p. Cost: 2·m·k·p flops.
+template <arithmetic_element T>
+void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<matrix_view<const double>> x,
+    std::type_identity_t<matrix_view<T>> out);
+
+/// The SVD of a small f64 matrix by one-sided Jacobi rotations (Hestenes 1958; de Rijk 1989 for the pivoting).
+/// σ to about n·ε·σ₁, u and v orthonormal to n·ε; values below ε·σ₁ count as zero and their u completes a basis. Signs
+/// are left as they fall. Throws nonfinite_error. Cost: about 6·m·n² flops a sweep, 4 to 9 sweeps: meant for n up to a
+/// few hundred.
+template <int = 0>
+[[nodiscard]] small_svd_result small_svd(const cpu& policy, matrix_view<const double> a);
+
+/// Turns the signs of matching columns of u and v so that the entry of largest magnitude of each u is positive (the
+/// first one among equals): results then compare across backends and runs.
+template <arithmetic_element T>
+void orient(const cpu&, std::type_identity_t<matrix_view<T>> u, std::type_identity_t<matrix_view<T>> v);
+
+/// G = L·Lᵀ for a symmetric positive definite G (n×n, f64): L replaces the lower triangle of a column-major G, the
+/// upper one is left alone. Returns the least L(i, i)²/G(i, i), the share of its square that a variable does not owe to
+/// those before it: near rounding (n·1e-16) G is singular for all purposes, and 0, with G unspecified, says that it is
+/// not positive definite. Cost: n³/3 flops.
+template <int = 0>
+[[nodiscard]] double factor_cholesky(const cpu&, matrix_view<double> g);
+
+/// X with L·Lᵀ·X = B, in place of B (n×p, either order), for the L of factor_cholesky(). Cost: 2·n²·p flops, by pieces
+/// of columns in parallel.
+template <int = 0>
+void solve_cholesky(const cpu& policy, matrix_view<const double> l, matrix_view<double> b);
+
+/// Solves G·X = B for a symmetric positive definite G (n×n, f64) and B (n×p), in place of B, by Cholesky. False, with B
+/// unspecified, where G is not numerically positive definite. Cost: n³/3 + 2·n²·p flops, and a copy of G.
+template <int = 0>
+[[nodiscard]] bool cholesky_solve(const cpu& policy, matrix_view<const double> g, matrix_view<double> b);
+
+// What the algorithms need besides: matrices of the policy's memory, and moves between them.
+
+/// A zero matrix that outlives the call: memory of the default resource.
+template <arithmetic_element T>
+[[nodiscard]] matrix<T> result_matrix(
+    const cpu&, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+{
+    return matrix<T>(rows, cols, order);
+}
+
+/// A zero matrix of the policy's scratch memory.
+template <arithmetic_element T>
+[[nodiscard]] matrix<T> scratch_matrix(
+    const cpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+{
+    return matrix<T>(rows, cols, order, memory_of(policy));
+}
+
+/// to = from, of the same shape; the orders may differ. Throws shape_mismatch.
+template <arithmetic_element T>
+void copy_matrix(const cpu&, std::type_identity_t<matrix_view<const T>> from, std::type_identity_t<matrix_view<T>> to);
+
+/// out = x·diag(scale): x and out m×q, q scales. Each product is rounded once.
+template <arithmetic_element T>
+void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std::span<const double> scale,
+    std::type_identity_t<matrix_view<T>> out);
+
+/// weight·Ra·Rbᵀ of two triangular factors.
+template <int = 0>
+[[nodiscard]] matrix<double> small_product(
+    const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b);
+
+/// out = x·y for a tall x (m×k) and columns y (k×q) of what small_svd() returned, rounded to T before the product.
+template <arithmetic_element T>
+void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>> x,
+    std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<matrix_view<T>> out);
+
+/// An orthonormal basis of the columns of y, m×min(m, n), explicitly.
+template <arithmetic_element T>
+[[nodiscard]] matrix<T> orthonormal_basis(
+    const cpu& policy, std::type_identity_t<matrix_view<const T>> y, std::string_view what);
+
+/// The matrix in its arithmetic type: as it is, or a converted copy kept in `copy`.
+template <storage_element T>
+[[nodiscard]] matrix_view<const arithmetic_type<T>> in_arithmetic(
+    const cpu&, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy);
+
+/// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none.
+template <storage_element T>
+void refuse_nonfinite(const cpu& policy, matrix_view<const T> a, std::string_view what);
+
+/// body(inside, index) for each index in [0, count), in parallel where the policy can; `inside` is the policy for the
+/// work of one index.
+template <class Body>
+void for_each_piece(const cpu& policy, std::size_t count, const Body& body)
+{
+    const cpu inside = sequential(policy);
+    for_each_index(policy, count, [&](std::size_t index, std::size_t) { body(inside, index); });
+}
+
+/// Calls body with a policy that is ready for many calls: what a backend has to make for each of them is made once.
+template <class Body>
+decltype(auto) with_context(const cpu& policy, const Body& body)
+{
+    return body(policy);
+}
+
+/// Below this share of ‖A‖² a squared error is measured entry by entry: ‖A‖² − Σσ² would cancel.
+template <arithmetic_element T>
+[[nodiscard]] constexpr double cancellation_limit(const cpu&)
+{
+    return 1e-6;
+}
+
+namespace detail {
+
 using eigen_index = Eigen::Index;
+
 inline constexpr auto eigen_success = static_cast<Eigen::ComputationInfo>(0); // its name is a macro of X11
 
 template <class T, int Order>
 using eigen_map =
     Eigen::Map<Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Order>, Eigen::Unaligned, Eigen::OuterStride<>>;
+
 template <class T, int Order>
 using eigen_const_map =
     Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Order>, Eigen::Unaligned, Eigen::OuterStride<>>;
@@ -109,53 +260,6 @@ void multiply_any(T alpha, matrix_view<const T> a, matrix_view<const T> b, T bet
     }
 }
 
-} // namespace detail
-
-/// C = alpha·A·B + beta·C.
-/// A is m×k, B k×n, C m×n, each in either order; C may not overlap A or B. f32 or f64; every entry is a sum in that
-/// type whose order depends on the shapes alone, so the bits do not depend on the number of threads. Throws
-/// shape_mismatch. Cost: 2·m·n·k flops.
-///
-///     gemm(cpu{}, 1.0f, a.view(), b.view(), 0.0f, c.view());
-template <arithmetic_element T>
-void gemm(const cpu& policy, T alpha, std::type_identity_t<matrix_view<const T>> a,
-    std::type_identity_t<matrix_view<const T>> b, std::type_identity_t<T> beta, std::type_identity_t<matrix_view<T>> c)
-{
-    if (a.rows() != c.rows() || b.cols() != c.cols() || a.cols() != b.rows()) {
-        raise<shape_mismatch>(error_code::matrix_shape,
-            message("gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×",
-                c.cols()));
-    }
-    if (c.empty()) { return; }
-    if (c.order() == matrix_order::row_major) {
-        c = c.transposed();
-        std::swap(a, b);
-        a = a.transposed();
-        b = b.transposed();
-    }
-    // Fixed pieces of the longer side: the same products whatever the number of threads.
-    constexpr std::size_t piece = 256;
-    const bool by_rows = c.rows() >= c.cols();
-    const std::size_t pieces = ((by_rows ? c.rows() : c.cols()) + piece - 1) / piece;
-    const bool worth_threads = static_cast<double>(c.size()) * static_cast<double>(a.cols()) > 4e6;
-    for_each_index(worth_threads ? policy : sequential(policy), pieces, [&](std::size_t index, std::size_t) {
-        const detail::one_thread_inside guard;
-        const std::size_t first = index * piece;
-        if (by_rows) {
-            const std::size_t count = std::min(piece, c.rows() - first);
-            detail::multiply_any<T>(
-                alpha, a.block(first, 0, count, a.cols()), b, beta, c.block(first, 0, count, c.cols()));
-        }
-        else {
-            const std::size_t count = std::min(piece, c.cols() - first);
-            detail::multiply_any<T>(
-                alpha, a, b.block(0, first, b.rows(), count), beta, c.block(0, first, c.rows(), count));
-        }
-    });
-}
-
-namespace detail {
-
 /// Sum of squares of a run, in f64, by 8 lanes that are folded at the end.
 template <class T>
 [[nodiscard]] TASKVEC_NOINLINE double run_of_squares(const T* data, std::size_t size)
@@ -188,61 +292,6 @@ template <class T>
         }
     }
 }
-
-} // namespace detail
-
-/// ‖A‖²_F in f64: blocks of fixed size added in order, so the bits do not depend on threads. Relative error ≤ 1e-14
-/// (f64 input: unless squares overflow). Cost: one read of A.
-template <arithmetic_element T>
-[[nodiscard]] double squared_norm(const cpu& policy, matrix_view<const T> a)
-{
-    if (a.empty()) { return 0; }
-    if (a.order() == matrix_order::row_major) { a = a.transposed(); }
-    constexpr std::size_t piece = 64;
-    std::vector<double> part((a.cols() + piece - 1) / piece, 0.0);
-    for_each_index(
-        a.size() > 1'000'000 ? policy : sequential(policy), part.size(), [&](std::size_t index, std::size_t) {
-            for (std::size_t j = index * piece; j < std::min(a.cols(), (index + 1) * piece); ++j) {
-                part[index] += detail::run_of_squares(a.data() + j * a.stride(), a.rows());
-            }
-        });
-    return std::accumulate(part.begin(), part.end(), 0.0);
-}
-
-/// Standard normal numbers: entry (i, j) is stream.normal(j·rows + i), whatever the order and the number of threads.
-template <arithmetic_element T>
-void fill_normal(const cpu& policy, const random_stream& stream, matrix_view<T> a)
-{
-    for_each_index(a.size() > 10'000 ? policy : sequential(policy), a.cols(), [&](std::size_t j, std::size_t) {
-        const std::uint64_t first = std::uint64_t{j} * a.rows();
-        for (std::size_t i = 0; i < a.rows();) {
-            if ((first + i) % 2 == 0 && i + 1 < a.rows()) {
-                const auto [even, odd] = stream.normal_pair((first + i) / 2);
-                a(i, j) = static_cast<T>(even);
-                a(i + 1, j) = static_cast<T>(odd);
-                i += 2;
-            }
-            else {
-                a(i, j) = static_cast<T>(stream.normal(first + i));
-                ++i;
-            }
-        }
-    });
-}
-
-template <arithmetic_element T>
-struct qr_factors<T, memory_space::host> {
-    matrix<double> r; ///< k×n
-
-    // How Q is kept: A·inverse (A as given), the matrix itself, or Householder reflectors. An identity needs nothing.
-    enum class form : std::uint8_t { scaled, stored, reflectors, identity };
-    form kept = form::identity;
-    matrix_view<const T> a{};
-    matrix<double> q{}; ///< scaled: n×k with Q = A·q; stored: m×k; reflectors: m×k below the diagonal
-    std::vector<double> tau{};
-};
-
-namespace detail {
 
 inline constexpr std::size_t tall_block = 256; // rows that are converted to f64 at a time
 
@@ -352,17 +401,133 @@ void householder(matrix_view<double> a, std::vector<double>& tau)
     }
 }
 
+using jacobi_lanes = Eigen::Array<double, 8, 1>;
+
+template <int = 0>
+[[nodiscard]] TASKVEC_NOINLINE double padded_dot(const double* x, const double* y, std::size_t size)
+{
+    jacobi_lanes sum = jacobi_lanes::Zero();
+    for (std::size_t i = 0; i < size; i += 8) {
+        sum += Eigen::Map<const jacobi_lanes>(x + i) * Eigen::Map<const jacobi_lanes>(y + i);
+    }
+    return sum.sum();
+}
+
+/// (x, y) ← (c·x − s·y, s·x + c·y)
+template <int = 0>
+TASKVEC_NOINLINE void padded_rotate(double* x, double* y, std::size_t size, double c, double s)
+{
+    for (std::size_t i = 0; i < size; i += 8) {
+        Eigen::Map<jacobi_lanes> px(x + i), py(y + i);
+        const jacobi_lanes a = px, b = py;
+        px = c * a - s * b;
+        py = s * a + c * b;
+    }
+}
+
+/// Fills columns [first, cols) of an orthonormal u with unit vectors made orthogonal to all columns before.
+template <int = 0>
+void complete_basis(matrix_view<double> u, std::size_t first)
+{
+    const std::size_t m = u.rows();
+    std::vector<double> weight(m, 0.0); // squared length of row i so far: e_i is best where it is least
+    for (std::size_t j = 0; j < first; ++j) {
+        for (std::size_t i = 0; i < m; ++i) { weight[i] += u(i, j) * u(i, j); }
+    }
+    for (std::size_t j = first; j < u.cols(); ++j) {
+        const auto pick = static_cast<std::size_t>(std::min_element(weight.begin(), weight.end()) - weight.begin());
+        Eigen::Map<Eigen::VectorXd> x(&u(0, j), static_cast<eigen_index>(m));
+        x.setZero();
+        x(static_cast<eigen_index>(pick)) = 1;
+        for (int twice = 0; twice < 2; ++twice) {
+            for (std::size_t k = 0; k < j; ++k) {
+                const Eigen::Map<const Eigen::VectorXd> y(&u(0, k), static_cast<eigen_index>(m));
+                const double along = y.dot(x);
+                x -= along * y;
+            }
+        }
+        x.normalize();
+        for (std::size_t i = 0; i < m; ++i) { weight[i] += u(i, j) * u(i, j); }
+    }
+}
+
 } // namespace detail
 
-/// The thin QR of an m×n matrix A, either order; `what` names it in errors.
-/// f32 data is factored through its f64 Gram matrix while that is safe (unit-length columns with κ up to 3000), by
-/// Cholesky-QR twice (Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015) up to κ = 10⁶, and otherwise, or when columns
-/// depend on each other, by Householder reflections; always in f64. ‖QᵀQ − I‖ and ‖A − QR‖/‖A‖ stay below 1e-8 for f32
-/// data and below n·1e-15 for f64. A wide A (m ≤ n) has Q = I and R = A. Throws nonfinite_error. Cost: m·n² flops on
-/// the first road.
 template <arithmetic_element T>
-[[nodiscard]] qr_factors<T> factor_qr(
-    const cpu& policy, std::type_identity_t<matrix_view<const T>> a, std::string_view what = "A")
+void gemm(const cpu& policy, T alpha, std::type_identity_t<matrix_view<const T>> a,
+    std::type_identity_t<matrix_view<const T>> b, std::type_identity_t<T> beta, std::type_identity_t<matrix_view<T>> c)
+{
+    if (a.rows() != c.rows() || b.cols() != c.cols() || a.cols() != b.rows()) {
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×",
+                c.cols()));
+    }
+    if (c.empty()) { return; }
+    if (c.order() == matrix_order::row_major) {
+        c = c.transposed();
+        std::swap(a, b);
+        a = a.transposed();
+        b = b.transposed();
+    }
+    // Fixed pieces of the longer side: the same products whatever the number of threads.
+    constexpr std::size_t piece = 256;
+    const bool by_rows = c.rows() >= c.cols();
+    const std::size_t pieces = ((by_rows ? c.rows() : c.cols()) + piece - 1) / piece;
+    const bool worth_threads = static_cast<double>(c.size()) * static_cast<double>(a.cols()) > 4e6;
+    for_each_index(worth_threads ? policy : sequential(policy), pieces, [&](std::size_t index, std::size_t) {
+        const detail::one_thread_inside guard;
+        const std::size_t first = index * piece;
+        if (by_rows) {
+            const std::size_t count = std::min(piece, c.rows() - first);
+            detail::multiply_any<T>(
+                alpha, a.block(first, 0, count, a.cols()), b, beta, c.block(first, 0, count, c.cols()));
+        }
+        else {
+            const std::size_t count = std::min(piece, c.cols() - first);
+            detail::multiply_any<T>(
+                alpha, a, b.block(0, first, b.rows(), count), beta, c.block(0, first, c.rows(), count));
+        }
+    });
+}
+
+template <arithmetic_element T>
+double squared_norm(const cpu& policy, matrix_view<const T> a)
+{
+    if (a.empty()) { return 0; }
+    if (a.order() == matrix_order::row_major) { a = a.transposed(); }
+    constexpr std::size_t piece = 64;
+    std::vector<double> part((a.cols() + piece - 1) / piece, 0.0);
+    for_each_index(
+        a.size() > 1'000'000 ? policy : sequential(policy), part.size(), [&](std::size_t index, std::size_t) {
+            for (std::size_t j = index * piece; j < std::min(a.cols(), (index + 1) * piece); ++j) {
+                part[index] += detail::run_of_squares(a.data() + j * a.stride(), a.rows());
+            }
+        });
+    return std::accumulate(part.begin(), part.end(), 0.0);
+}
+
+template <arithmetic_element T>
+void fill_normal(const cpu& policy, const random_stream& stream, matrix_view<T> a)
+{
+    for_each_index(a.size() > 10'000 ? policy : sequential(policy), a.cols(), [&](std::size_t j, std::size_t) {
+        const std::uint64_t first = std::uint64_t{j} * a.rows();
+        for (std::size_t i = 0; i < a.rows();) {
+            if ((first + i) % 2 == 0 && i + 1 < a.rows()) {
+                const auto [even, odd] = stream.normal_pair((first + i) / 2);
+                a(i, j) = static_cast<T>(even);
+                a(i + 1, j) = static_cast<T>(odd);
+                i += 2;
+            }
+            else {
+                a(i, j) = static_cast<T>(stream.normal(first + i));
+                ++i;
+            }
+        }
+    });
+}
+
+template <arithmetic_element T>
+qr_factors<T> factor_qr(const cpu& policy, std::type_identity_t<matrix_view<const T>> a, std::string_view what)
 {
     const detail::one_thread_inside guard;
     const std::size_t m = a.rows(), n = a.cols();
@@ -419,7 +584,6 @@ template <arithmetic_element T>
     return f;
 }
 
-/// out = Q·X for the Q of factor_qr(): X is k×p in f64, out m×p. Cost: 2·m·k·p flops.
 template <arithmetic_element T>
 void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<matrix_view<const double>> x,
     std::type_identity_t<matrix_view<T>> out)
@@ -473,66 +637,8 @@ void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<
     }
 }
 
-namespace detail {
-
-using jacobi_lanes = Eigen::Array<double, 8, 1>;
-
-template <int = 0>
-[[nodiscard]] TASKVEC_NOINLINE double padded_dot(const double* x, const double* y, std::size_t size)
-{
-    jacobi_lanes sum = jacobi_lanes::Zero();
-    for (std::size_t i = 0; i < size; i += 8) {
-        sum += Eigen::Map<const jacobi_lanes>(x + i) * Eigen::Map<const jacobi_lanes>(y + i);
-    }
-    return sum.sum();
-}
-
-/// (x, y) ← (c·x − s·y, s·x + c·y)
-template <int = 0>
-TASKVEC_NOINLINE void padded_rotate(double* x, double* y, std::size_t size, double c, double s)
-{
-    for (std::size_t i = 0; i < size; i += 8) {
-        Eigen::Map<jacobi_lanes> px(x + i), py(y + i);
-        const jacobi_lanes a = px, b = py;
-        px = c * a - s * b;
-        py = s * a + c * b;
-    }
-}
-
-/// Fills columns [first, cols) of an orthonormal u with unit vectors made orthogonal to all columns before.
-template <int = 0>
-void complete_basis(matrix_view<double> u, std::size_t first)
-{
-    const std::size_t m = u.rows();
-    std::vector<double> weight(m, 0.0); // squared length of row i so far: e_i is best where it is least
-    for (std::size_t j = 0; j < first; ++j) {
-        for (std::size_t i = 0; i < m; ++i) { weight[i] += u(i, j) * u(i, j); }
-    }
-    for (std::size_t j = first; j < u.cols(); ++j) {
-        const auto pick = static_cast<std::size_t>(std::min_element(weight.begin(), weight.end()) - weight.begin());
-        Eigen::Map<Eigen::VectorXd> x(&u(0, j), static_cast<eigen_index>(m));
-        x.setZero();
-        x(static_cast<eigen_index>(pick)) = 1;
-        for (int twice = 0; twice < 2; ++twice) {
-            for (std::size_t k = 0; k < j; ++k) {
-                const Eigen::Map<const Eigen::VectorXd> y(&u(0, k), static_cast<eigen_index>(m));
-                const double along = y.dot(x);
-                x -= along * y;
-            }
-        }
-        x.normalize();
-        for (std::size_t i = 0; i < m; ++i) { weight[i] += u(i, j) * u(i, j); }
-    }
-}
-
-} // namespace detail
-
-/// The SVD of a small f64 matrix by one-sided Jacobi rotations (Hestenes 1958; de Rijk 1989 for the pivoting).
-/// σ to about n·ε·σ₁, u and v orthonormal to n·ε; values below ε·σ₁ count as zero and their u completes a basis. Signs
-/// are left as they fall. Throws nonfinite_error. Cost: about 6·m·n² flops a sweep, 4 to 9 sweeps: meant for n up to a
-/// few hundred.
-template <int = 0>
-[[nodiscard]] small_svd_result small_svd(const cpu& policy, matrix_view<const double> a)
+template <int>
+small_svd_result small_svd(const cpu& policy, matrix_view<const double> a)
 {
     if (a.rows() < a.cols()) {
         small_svd_result turned = small_svd(policy, a.transposed());
@@ -613,8 +719,6 @@ template <int = 0>
     return result;
 }
 
-/// Turns the signs of matching columns of u and v so that the entry of largest magnitude of each u is positive (the
-/// first one among equals): results then compare across backends and runs.
 template <arithmetic_element T>
 void orient(const cpu&, std::type_identity_t<matrix_view<T>> u, std::type_identity_t<matrix_view<T>> v)
 {
@@ -629,12 +733,8 @@ void orient(const cpu&, std::type_identity_t<matrix_view<T>> u, std::type_identi
     }
 }
 
-/// G = L·Lᵀ for a symmetric positive definite G (n×n, f64): L replaces the lower triangle of a column-major G, the
-/// upper one is left alone. Returns the least L(i, i)²/G(i, i), the share of its square that a variable does not owe to
-/// those before it: near rounding (n·1e-16) G is singular for all purposes, and 0, with G unspecified, says that it is
-/// not positive definite. Cost: n³/3 flops.
-template <int = 0>
-[[nodiscard]] double factor_cholesky(const cpu&, matrix_view<double> g)
+template <int>
+double factor_cholesky(const cpu&, matrix_view<double> g)
 {
     if (g.rows() != g.cols() || g.order() != matrix_order::column_major) {
         raise<shape_mismatch>(error_code::matrix_shape,
@@ -660,9 +760,7 @@ template <int = 0>
     return least;
 }
 
-/// X with L·Lᵀ·X = B, in place of B (n×p, either order), for the L of factor_cholesky(). Cost: 2·n²·p flops, by pieces
-/// of columns in parallel.
-template <int = 0>
+template <int>
 void solve_cholesky(const cpu& policy, matrix_view<const double> l, matrix_view<double> b)
 {
     if (l.rows() != l.cols() || b.rows() != l.rows() || l.order() != matrix_order::column_major) {
@@ -694,10 +792,8 @@ void solve_cholesky(const cpu& policy, matrix_view<const double> l, matrix_view<
         });
 }
 
-/// Solves G·X = B for a symmetric positive definite G (n×n, f64) and B (n×p), in place of B, by Cholesky. False, with B
-/// unspecified, where G is not numerically positive definite. Cost: n³/3 + 2·n²·p flops, and a copy of G.
-template <int = 0>
-[[nodiscard]] bool cholesky_solve(const cpu& policy, matrix_view<const double> g, matrix_view<double> b)
+template <int>
+bool cholesky_solve(const cpu& policy, matrix_view<const double> g, matrix_view<double> b)
 {
     if (g.rows() != g.cols() || b.rows() != g.rows()) {
         raise<shape_mismatch>(error_code::matrix_shape,
@@ -712,25 +808,6 @@ template <int = 0>
     return true;
 }
 
-// ---- what the algorithms need besides: matrices of the policy's memory, and moves between them ----
-
-/// A zero matrix that outlives the call: memory of the default resource.
-template <arithmetic_element T>
-[[nodiscard]] matrix<T> result_matrix(
-    const cpu&, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
-{
-    return matrix<T>(rows, cols, order);
-}
-
-/// A zero matrix of the policy's scratch memory.
-template <arithmetic_element T>
-[[nodiscard]] matrix<T> scratch_matrix(
-    const cpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
-{
-    return matrix<T>(rows, cols, order, memory_of(policy));
-}
-
-/// to = from, of the same shape; the orders may differ. Throws shape_mismatch.
 template <arithmetic_element T>
 void copy_matrix(const cpu&, std::type_identity_t<matrix_view<const T>> from, std::type_identity_t<matrix_view<T>> to)
 {
@@ -751,7 +828,6 @@ void copy_matrix(const cpu&, std::type_identity_t<matrix_view<const T>> from, st
     }
 }
 
-/// out = x·diag(scale): x and out m×q, q scales. Each product is rounded once.
 template <arithmetic_element T>
 void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std::span<const double> scale,
     std::type_identity_t<matrix_view<T>> out)
@@ -763,17 +839,14 @@ void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std
     }
 }
 
-/// weight·Ra·Rbᵀ of two triangular factors.
-template <int = 0>
-[[nodiscard]] matrix<double> small_product(
-    const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b)
+template <int>
+matrix<double> small_product(const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b)
 {
     matrix<double> core(a.rows(), b.rows());
     gemm(policy, weight, a.view(), b.view().transposed(), 0.0, core.view());
     return core;
 }
 
-/// out = x·y for a tall x (m×k) and columns y (k×q) of what small_svd() returned, rounded to T before the product.
 template <arithmetic_element T>
 void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>> x,
     std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<matrix_view<T>> out)
@@ -785,10 +858,8 @@ void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>
     gemm<T>(policy, T(1), x, rounded.view(), T(0), out);
 }
 
-/// An orthonormal basis of the columns of y, m×min(m, n), explicitly.
 template <arithmetic_element T>
-[[nodiscard]] matrix<T> orthonormal_basis(
-    const cpu& policy, std::type_identity_t<matrix_view<const T>> y, std::string_view what)
+matrix<T> orthonormal_basis(const cpu& policy, std::type_identity_t<matrix_view<const T>> y, std::string_view what)
 {
     const auto f = factor_qr<T>(policy, y, what);
     const std::size_t k = f.r.rows();
@@ -799,9 +870,8 @@ template <arithmetic_element T>
     return q;
 }
 
-/// The matrix in its arithmetic type: as it is, or a converted copy kept in `copy`.
 template <storage_element T>
-[[nodiscard]] matrix_view<const arithmetic_type<T>> in_arithmetic(
+matrix_view<const arithmetic_type<T>> in_arithmetic(
     const cpu&, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy)
 {
     if constexpr (arithmetic_element<T>) { return a; }
@@ -818,35 +888,11 @@ template <storage_element T>
     }
 }
 
-/// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none.
 template <storage_element T>
 void refuse_nonfinite(const cpu& policy, matrix_view<const T> a, std::string_view what)
 {
     matrix<arithmetic_type<T>> copy;
     detail::blame_nonfinite(in_arithmetic(policy, a, copy), what);
-}
-
-/// body(inside, index) for each index in [0, count), in parallel where the policy can; `inside` is the policy for the
-/// work of one index.
-template <class Body>
-void for_each_piece(const cpu& policy, std::size_t count, const Body& body)
-{
-    const cpu inside = sequential(policy);
-    for_each_index(policy, count, [&](std::size_t index, std::size_t) { body(inside, index); });
-}
-
-/// Calls body with a policy that is ready for many calls: what a backend has to make for each of them is made once.
-template <class Body>
-decltype(auto) with_context(const cpu& policy, const Body& body)
-{
-    return body(policy);
-}
-
-/// Below this share of ‖A‖² a squared error is measured entry by entry: ‖A‖² − Σσ² would cancel.
-template <arithmetic_element T>
-[[nodiscard]] constexpr double cancellation_limit(const cpu&)
-{
-    return 1e-6;
 }
 
 static_assert(check_linear_algebra<cpu, float>() && check_linear_algebra<cpu, double>());

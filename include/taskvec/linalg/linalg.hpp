@@ -3,7 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A backend supplies the names below, overloaded on its policy and found through it, and says so by specialising
-// detail::has_linear_algebra. Three do: linalg/eigen.hpp for taskvec::cpu, whose functions document each operation;
+// has_linear_algebra. Three do: linalg/eigen.hpp for taskvec::cpu, whose functions document each operation;
 // device/cusolver/linalg.hpp (cuBLAS and cuSOLVER) and device/linalg/host.hpp (Thrust's host systems) for taskvec::gpu.
 // The concept linear_algebra_backend lists them all, and check_linear_algebra<P>() says in a sentence which one a
 // backend lacks. `tall` matrices are matrix<T, P::space> with T the caller's precision. The type of the small square
@@ -38,15 +38,18 @@ struct small_svd_result {
     matrix<double> v;
 };
 
-namespace detail {
+/// Whether a policy's backend supplies the operations of this header: specialised as true in the header that has them,
+/// where check_linear_algebra() holds it to that.
+///
+///     template <>
+///     inline constexpr bool has_linear_algebra<my_policy> = true;
 template <class P>
 inline constexpr bool has_linear_algebra = false;
-} // namespace detail
 
 /// A policy whose backend supplies the operations of this header: cpu; gpu once <taskvec/device/linalg.hpp> is
 /// included.
 template <class P>
-concept linear_algebra_policy = policy<P> && detail::has_linear_algebra<P>;
+concept linear_algebra_policy = policy<P> && has_linear_algebra<P>;
 
 /// One concept for each operation of the seam. P is the policy, T float or double. m, n, p, q stand for sizes, `c` and
 /// `v` for const and mutable views of tall matrices.

@@ -43,10 +43,10 @@ struct device_svd_result {
     device_matrix<T> v;
 };
 
-namespace detail {
-
 template <>
 inline constexpr bool has_linear_algebra<gpu> = true;
+
+namespace detail {
 
 // The libraries' names by element type.
 template <class T>

@@ -41,10 +41,10 @@ private:
     gpu policy_;
 };
 
-namespace detail {
-
 template <>
 inline constexpr bool has_linear_algebra<gpu> = true;
+
+namespace detail {
 
 /// The same memory, called host memory, which it is.
 template <class T>
