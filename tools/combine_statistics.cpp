@@ -19,7 +19,7 @@ void combine(const combine_statistics_settings& given)
     taskvec::combine_statistics({given.parts.begin(), given.parts.end()}, given.out);
     const taskvec::statistics_file whole(given.out);
     tool::print("joined " + tool::counted(given.parts.size(), "part") + " into '" + tool::printable(given.out)
-        + "': " + std::string(name(whole.info().kind)) + " of " + tool::counted(whole.model().size(), "tensor")
+        + "': " + std::string(to_string(whole.info().kind)) + " of " + tool::counted(whole.model().size(), "tensor")
         + " over " + tool::counted(whole.info().examples, "example") + "\n");
 }
 

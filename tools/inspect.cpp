@@ -25,7 +25,7 @@ void print_json(const taskvec::checkpoint& model)
     // One tensor a line, so that people and line tools can read it too.
     std::string text = "{\"tensors\": [";
     for (const auto& [name, tensor] : model.model()) {
-        const nlohmann::ordered_json entry{{"name", name}, {"dtype", taskvec::name(tensor.dtype)},
+        const nlohmann::ordered_json entry{{"name", name}, {"dtype", taskvec::to_string(tensor.dtype)},
             {"shape", tensor.shape}, {"bytes", tensor.bytes(name)}};
         text += (text.back() == '[' ? "\n  " : ",\n  ") + entry.dump();
     }
@@ -43,7 +43,7 @@ void print_table(const taskvec::checkpoint& model)
     std::map<taskvec::dtype, std::pair<std::uint64_t, std::uint64_t>> by_dtype; // tensors, elements
     std::uint64_t elements = 0;
     for (const auto& [name, tensor] : model.model()) {
-        rows.push_back({{tool::printable(name), std::string(taskvec::name(tensor.dtype)),
+        rows.push_back({{tool::printable(name), std::string(taskvec::to_string(tensor.dtype)),
             taskvec::to_string(tensor.shape), tool::grouped(tensor.bytes(name))}});
         auto& [tensors, count] = by_dtype[tensor.dtype];
         ++tensors;
@@ -67,7 +67,7 @@ void print_table(const taskvec::checkpoint& model)
     text += " in " + tool::counted(model.files().size(), "file") + "\n";
     if (by_dtype.size() > 1) {
         for (const auto& [type, counts] : by_dtype) {
-            text += "  " + std::string(taskvec::name(type)) + ": " + tool::counted(counts.first, "tensor") + ", "
+            text += "  " + std::string(taskvec::to_string(type)) + ": " + tool::counted(counts.first, "tensor") + ", "
                 + tool::counted(counts.second, "element") + "\n";
         }
     }

@@ -23,8 +23,8 @@ void load(const std::filesystem::path& path, const taskvec::model_ref& into)
         }
         if (found->shape != tensor.shape || found->dtype != tensor.dtype) {
             taskvec::raise<taskvec::format_error>(taskvec::error_code::file_tensors,
-                taskvec::message("tensor '", name, "' is ", taskvec::name(found->dtype), ' ',
-                    taskvec::to_string(found->shape), "; expected ", taskvec::name(tensor.dtype), ' ',
+                taskvec::message("tensor '", name, "' is ", taskvec::to_string(found->dtype), ' ',
+                    taskvec::to_string(found->shape), "; expected ", taskvec::to_string(tensor.dtype), ' ',
                     taskvec::to_string(tensor.shape)),
                 path.string());
         }

@@ -26,7 +26,7 @@ void print(const char* what, std::size_t tasks, std::span<const T> values)
 {
     xxh64 hash;
     hash.update(values.data(), values.size_bytes());
-    std::printf("%-16s %-5s %zu %016llx\n", what, std::string(name(dtype_of<T>)).c_str(), tasks,
+    std::printf("%-16s %-5s %zu %016llx\n", what, std::string(to_string(dtype_of<T>)).c_str(), tasks,
         static_cast<unsigned long long>(hash.digest()));
 }
 
@@ -100,7 +100,7 @@ int main(int count, char** arguments)
     using taskvec::instruction_set;
     for (const auto set :
         {instruction_set::scalar, instruction_set::baseline, instruction_set::avx2, instruction_set::avx512}) {
-        if (count > 1 && std::string(arguments[1]) == taskvec::name_of(set)) { taskvec::limit_instruction_set(set); }
+        if (count > 1 && std::string(arguments[1]) == taskvec::to_string(set)) { taskvec::limit_instruction_set(set); }
     }
 #if defined(__x86_64__)
     // Built for a machine that this is not: nothing can be said here (ctest counts 77 as skipped).

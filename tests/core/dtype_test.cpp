@@ -11,9 +11,9 @@ TEST_CASE("names and sizes are safetensors' and round-trip")
 {
     for (const auto& row : detail::dtype_table) {
         CHECK(detail::dtype_table[static_cast<std::size_t>(row.type)].name == row.name);
-        CHECK(parse_dtype(name(row.type)) == row.type);
+        CHECK(parse_dtype(to_string(row.type)) == row.type);
     }
-    CHECK(name(dtype::bf16) == "BF16");
+    CHECK(to_string(dtype::bf16) == "BF16");
     CHECK(bits(dtype::f6_e2m3) == 6);
     CHECK(bits(dtype::c64) == 64);
     CHECK_FALSE(parse_dtype("bf16").has_value());

@@ -189,7 +189,7 @@ TEST_CASE_TEMPLATE("every instruction set finds the same thresholds", T, float, 
                 limit_instruction_set(set);
                 CAPTURE(n);
                 CAPTURE(density);
-                CAPTURE(name_of(set));
+                CAPTURE(to_string(set));
                 for (const std::size_t capacity : {std::size_t{1024}, std::size_t{1} << 22}) { // bins, too
                     const auto search = [&](const aligned_models& models) {
                         return top_k_thresholds<A>(cpu{}, models, all_chunks(models), k, capacity)[0];

@@ -71,7 +71,7 @@ inline constexpr dtype_row dtype_table[] = {
 } // namespace detail
 
 /// The name of a dtype as safetensors spells it ("BF16").
-[[nodiscard]] constexpr std::string_view name(dtype type) noexcept
+[[nodiscard]] constexpr std::string_view to_string(dtype type) noexcept
 {
     return detail::dtype_table[static_cast<std::size_t>(type)].name;
 }

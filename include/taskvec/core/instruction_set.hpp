@@ -22,7 +22,7 @@ enum class instruction_set : std::uint8_t {
 };
 
 /// The name that reports give it: "AVX-512".
-[[nodiscard]] constexpr const char* name_of(instruction_set set) noexcept
+[[nodiscard]] constexpr const char* to_string(instruction_set set) noexcept
 {
     switch (set) {
     case instruction_set::avx512: return "AVX-512";

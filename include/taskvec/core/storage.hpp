@@ -140,7 +140,7 @@ template <class... T>
 template <class... T>
 [[nodiscard]] std::string names_of(storage_list<T...>)
 {
-    const std::string_view names[] = {name(dtype_of<T>)...};
+    const std::string_view names[] = {to_string(dtype_of<T>)...};
     std::string text;
     for (std::size_t i = 0; i < sizeof...(T); ++i) {
         text += i == 0 ? "" : i + 1 == sizeof...(T) ? " or " : ", ";
@@ -209,7 +209,7 @@ decltype(auto) visit_listed(dtype type, std::string_view what, F& f, storage_lis
     if constexpr (sizeof...(Rest) > 0) { return visit_listed(type, what, f, storage_list<Rest...>{}); }
     else {
         raise<dtype_mismatch>(error_code::dtype_unsupported,
-            message("tensor '", what, "' has dtype ", name(type), "; expected ", storage_names(),
+            message("tensor '", what, "' has dtype ", to_string(type), "; expected ", storage_names(),
                 ": exclude it or convert it first"));
     }
 }

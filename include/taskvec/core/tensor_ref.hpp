@@ -119,7 +119,7 @@ template <storage_element T, memory_space S = memory_space::host>
 {
     if (tensor.dtype != dtype_of<T>) {
         raise<dtype_mismatch>(error_code::dtype_differs,
-            message("tensor '", what, "' has dtype ", name(tensor.dtype), "; expected ", name(dtype_of<T>)));
+            message("tensor '", what, "' has dtype ", to_string(tensor.dtype), "; expected ", to_string(dtype_of<T>)));
     }
     if (tensor.space != S) {
         raise<invalid_argument>(error_code::tensor_memory,

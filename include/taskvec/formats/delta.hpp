@@ -337,7 +337,7 @@ private:
         const auto* const values = model_.find(stem + ".values");
         if (!values) { fail(stem, message("has '", stem, ".shape' and no '", stem, ".values'")); }
         if (values->dtype != dtype::f32 && values->dtype != dtype::f64) {
-            fail(stem, message("has values of dtype ", name(values->dtype), "; expected F32 or F64"));
+            fail(stem, message("has values of dtype ", to_string(values->dtype), "; expected F32 or F64"));
         }
         if (values->shape.size() != 1) {
             fail(stem, message("has values of rank ", values->shape.size(), "; expected 1"));
@@ -362,7 +362,7 @@ private:
     {
         if (shape.dtype != dtype::i64 || shape.shape.size() != 1) {
             fail(result.name,
-                message("has a shape of dtype ", name(shape.dtype), " and rank ", shape.shape.size(),
+                message("has a shape of dtype ", to_string(shape.dtype), " and rank ", shape.shape.size(),
                     "; expected I64 of rank 1"));
         }
         result.shape.resize(shape.size());
@@ -387,7 +387,7 @@ private:
     {
         if ((tensor.dtype != dtype::i32 && tensor.dtype != dtype::i64) || tensor.shape.size() != 1) {
             fail(result.name,
-                message("has indices of dtype ", name(tensor.dtype), " and rank ", tensor.shape.size(),
+                message("has indices of dtype ", to_string(tensor.dtype), " and rank ", tensor.shape.size(),
                     "; expected I32 or I64 of rank 1"));
         }
         if (tensor.size() != result.kept) {
@@ -415,7 +415,7 @@ private:
     {
         if (tensor.dtype != dtype::u8 || tensor.shape.size() != 1) {
             fail(result.name,
-                message("has a bitmask of dtype ", name(tensor.dtype), " and rank ", tensor.shape.size(),
+                message("has a bitmask of dtype ", to_string(tensor.dtype), " and rank ", tensor.shape.size(),
                     "; expected U8 of rank 1"));
         }
         const std::uint64_t bytes = tensor.size(), needed = result.size / 8 + (result.size % 8 != 0);

@@ -72,7 +72,7 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
     for (const auto& [label, tensor] : model) {
         xxh64 hash;
         text(hash, label);
-        text(hash, name(tensor.dtype));
+        text(hash, to_string(tensor.dtype));
         number(hash, tensor.shape.size());
         for (const auto extent : tensor.shape) { number(hash, static_cast<std::uint64_t>(extent)); }
         const std::size_t bytes = tensor.bytes(label);

@@ -288,7 +288,7 @@ template <class T>
     }
     if (!is_storage(entry.dtype)) {
         raise<dtype_mismatch>(error_code::dtype_unsupported,
-            message("'", file.path().string(), "': tensor '", entry.name, "' has dtype ", name(entry.dtype),
+            message("'", file.path().string(), "': tensor '", entry.name, "' has dtype ", to_string(entry.dtype),
                 "; a factor is ", storage_names(), ": convert the adapter first"));
     }
     matrix<T> x(
@@ -594,7 +594,7 @@ void write_peft(
                     if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(value)))) {
                         raise<nonfinite_error>(error_code::result_overflow,
                             message("factor '", name, "' holds ", static_cast<double>(x(i, j)), ", which ",
-                                taskvec::name(type), " cannot; choose a wider dtype for the adapter"));
+                                to_string(type), " cannot; choose a wider dtype for the adapter"));
                     }
                     std::memcpy(bytes.data() + (i * x.cols() + j) * sizeof(S), &value, sizeof(S));
                 }

@@ -264,10 +264,10 @@ inline safetensors_entry check_tensor(
     std::uint64_t bit_count = 0;
     if (__builtin_mul_overflow(count, std::uint64_t{bits(t.dtype)}, &bit_count)) { fail("has more than 2^64-1 bits"); }
     if (bit_count % 8 != 0) {
-        fail(message("of dtype ", name(t.dtype), " has ", bit_count, " bits; expected whole bytes"));
+        fail(message("of dtype ", to_string(t.dtype), " has ", bit_count, " bits; expected whole bytes"));
     }
     if (end - begin != bit_count / 8) {
-        fail(message("of dtype ", name(t.dtype), " and shape ", to_string(shape), " needs ", bit_count / 8,
+        fail(message("of dtype ", to_string(t.dtype), " and shape ", to_string(shape), " needs ", bit_count / 8,
             " bytes; its data_offsets give it ", end - begin));
     }
     return {std::move(t.name), t.dtype, std::move(shape), data_offset + begin, end - begin};
@@ -424,9 +424,9 @@ struct safetensors_layout {
         }
         if (bit_count % 8 != 0) {
             raise<invalid_argument>(error_code::unwritable,
-                message("tensor '", spec.name, "' of dtype ", name(spec.dtype), " does not fill whole bytes"));
+                message("tensor '", spec.name, "' of dtype ", to_string(spec.dtype), " does not fill whole bytes"));
         }
-        json += ',' + json_string(spec.name) + ":{\"dtype\":\"" + std::string(name(spec.dtype)) + "\",\"shape\":[";
+        json += ',' + json_string(spec.name) + ":{\"dtype\":\"" + std::string(to_string(spec.dtype)) + "\",\"shape\":[";
         for (std::size_t i = 0; i < spec.shape.size(); ++i) { json += message(i ? "," : "", spec.shape[i]); }
         json += "],\"data_offsets\":[" + std::to_string(at) + ',' + std::to_string(end) + "]}";
         layout.offsets[index] = at;

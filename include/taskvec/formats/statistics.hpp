@@ -32,7 +32,7 @@ inline constexpr std::string_view statistics_schema = "taskvec.statistics.1";
 /// What a statistics file holds.
 enum class statistics_kind : std::uint8_t { empirical_fisher, expected_fisher, gram };
 
-[[nodiscard]] constexpr std::string_view name(statistics_kind kind) noexcept
+[[nodiscard]] constexpr std::string_view to_string(statistics_kind kind) noexcept
 {
     return kind == statistics_kind::gram            ? "gram"
         : kind == statistics_kind::empirical_fisher ? "empirical_fisher"
@@ -61,7 +61,7 @@ inline metadata_map statistics_metadata(const statistics_info& info)
 {
     metadata_map metadata = info.metadata;
     metadata["schema"] = statistics_schema;
-    metadata["kind"] = name(info.kind);
+    metadata["kind"] = to_string(info.kind);
     metadata["examples"] = std::to_string(info.examples);
     metadata.erase("fingerprint");
     metadata.erase("in_out");
@@ -102,7 +102,8 @@ inline void write_statistics(
     for (const auto& [label, tensor] : tensors) {
         if (!is_storage(tensor.dtype)) {
             raise<dtype_mismatch>(error_code::dtype_unsupported,
-                message("statistics of '", label, "' have dtype ", name(tensor.dtype), "; expected ", storage_names()));
+                message("statistics of '", label, "' have dtype ", to_string(tensor.dtype), "; expected ",
+                    storage_names()));
         }
         if (info.kind == statistics_kind::gram && (tensor.shape.size() != 2 || tensor.shape[0] != tensor.shape[1])) {
             raise<shape_mismatch>(error_code::statistics_shape,
@@ -204,8 +205,8 @@ public:
         };
         for (const auto& [label, tensor] : model_) {
             if (!is_storage(tensor.dtype)) {
-                fail(
-                    message("holds '", label, "' of dtype ", name(tensor.dtype), "; statistics are ", storage_names()));
+                fail(message(
+                    "holds '", label, "' of dtype ", to_string(tensor.dtype), "; statistics are ", storage_names()));
             }
         }
         const auto* const schema = value("schema");
@@ -218,7 +219,7 @@ public:
         bool known_kind = false;
         for (const auto known :
             {statistics_kind::empirical_fisher, statistics_kind::expected_fisher, statistics_kind::gram}) {
-            if (kind && *kind == name(known)) {
+            if (kind && *kind == to_string(known)) {
                 info_.kind = known;
                 known_kind = true;
             }
@@ -287,7 +288,7 @@ private:
     {
         if (described_ && !right) {
             raise<invalid_argument>(error_code::statistics_kind,
-                message("'", path().string(), "' holds ", name(info_.kind), "; expected ", wanted));
+                message("'", path().string(), "' holds ", to_string(info_.kind), "; expected ", wanted));
         }
     }
 

@@ -276,7 +276,7 @@ template <dlpack_managed M, class Byte>
     }
     if (found == nullptr) {
         raise<dtype_mismatch>(error_code::dtype_unsupported,
-            message("DLPack has no fixed type for ", name(tensor.dtype), ": convert the tensor first"));
+            message("DLPack has no fixed type for ", to_string(tensor.dtype), ": convert the tensor first"));
     }
     if (!tensor.strides.empty() && tensor.strides.size() != tensor.shape.size()) {
         raise<shape_mismatch>(error_code::shape_invalid,

@@ -125,8 +125,8 @@ inline memory_sink sink_over(
         }
         if (tensor->dtype != spec.dtype) {
             raise<dtype_mismatch>(error_code::output_dtype,
-                message("tensor '", spec.name, "' of the output has dtype ", name(tensor->dtype), "; expected ",
-                    name(spec.dtype)));
+                message("tensor '", spec.name, "' of the output has dtype ", to_string(tensor->dtype), "; expected ",
+                    to_string(spec.dtype)));
         }
         if (!tensor->data && spec.bytes() > 0) {
             raise<invalid_argument>(error_code::tensor_without_data,

@@ -286,8 +286,7 @@ private:
         aligned.output_dtype = options_.output.value_or(is_fp8(tensor.dtype) ? taskvec::dtype::f32 : tensor.dtype);
         if (!is_storage(aligned.output_dtype)) {
             raise<dtype_mismatch>(error_code::output_dtype,
-                message(
-                    "a merge cannot be stored as ", taskvec::name(aligned.output_dtype), ": choose ", storage_names()));
+                message("a merge cannot be stored as ", to_string(aligned.output_dtype), ": choose ", storage_names()));
         }
         outputs_.push_back({name, aligned.output_dtype, tensor.shape});
         elements_ += size;
@@ -307,8 +306,8 @@ private:
         const bool floating = computes(tensor.dtype);
         if (computes(mine.dtype) != floating || (!floating && mine.dtype != tensor.dtype)) {
             raise<dtype_mismatch>(error_code::dtype_differs,
-                message("tensor '", name, "' has dtype ", taskvec::name(mine.dtype), " in ", label(t), " but ",
-                    taskvec::name(tensor.dtype), " in ", reference_label(),
+                message("tensor '", name, "' has dtype ", to_string(mine.dtype), " in ", label(t), " but ",
+                    to_string(tensor.dtype), " in ", reference_label(),
                     ": convert one of them, or exclude the tensor"));
         }
         const std::size_t size = tensor.bytes(name);
@@ -317,7 +316,7 @@ private:
         };
         if (!floating && size > 0 && !same()) {
             raise<dtype_mismatch>(error_code::not_mergeable,
-                message("tensor '", name, "' of dtype ", taskvec::name(tensor.dtype), " differs between ", label(t),
+                message("tensor '", name, "' of dtype ", to_string(tensor.dtype), " differs between ", label(t),
                     " and ", reference_label(), ": only floating tensors can be merged; exclude it to keep the one of ",
                     reference_label()));
         }

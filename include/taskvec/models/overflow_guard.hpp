@@ -139,7 +139,7 @@ private:
         const auto word = largest_word<T>(false);
         raise<nonfinite_error>(error_code::result_overflow,
             message("tensor '", tensor.name, "' would hold ", lost ? "NaN" : "infinity", " at index ", place,
-                " though every model is finite there: ", name(dtype_of<T>), " holds numbers up to ",
+                " though every model is finite there: ", to_string(dtype_of<T>), " holds numbers up to ",
                 static_cast<double>(widen_word<arithmetic_type<T>, T>(word)),
                 "; choose a wider dtype or smaller factors, or let it saturate or propagate (overflow)"));
     }

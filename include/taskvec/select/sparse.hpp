@@ -345,7 +345,7 @@ void check_fits(const sparse_view& entries, std::size_t size)
 {
     if (entries.wide != std::same_as<arithmetic_type<T>, double>) {
         raise<dtype_mismatch>(error_code::delta_dtype,
-            message("tensor '", entries.name, "' has dtype ", name(dtype_of<T>), "; the delta holds ",
+            message("tensor '", entries.name, "' has dtype ", to_string(dtype_of<T>), "; the delta holds ",
                 entries.wide ? "F64" : "F32", " values"));
     }
     if (entries.size != size) {

@@ -82,7 +82,7 @@ private:
         }
         if (!is_storage(fisher.dtype) && !is_fp8(fisher.dtype)) {
             raise<dtype_mismatch>(error_code::dtype_unsupported,
-                message("tensor '", tensor.name, "' has dtype ", name(fisher.dtype), " in ", where, "; expected ",
+                message("tensor '", tensor.name, "' has dtype ", to_string(fisher.dtype), " in ", where, "; expected ",
                     storage_names(), ": convert it"));
         }
         if (fisher.space != space || !fisher.contiguous() || (!fisher.data && tensor.size > 0)) {

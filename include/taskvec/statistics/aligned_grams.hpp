@@ -111,7 +111,7 @@ private:
         }
         if (!is_storage(gram.dtype)) {
             raise<dtype_mismatch>(error_code::dtype_unsupported,
-                message("tensor '", tensor.name, "' has dtype ", name(gram.dtype), " in ", where, "; expected ",
+                message("tensor '", tensor.name, "' has dtype ", to_string(gram.dtype), " in ", where, "; expected ",
                     storage_names(), ": convert it"));
         }
         if (gram.space != space || !gram.contiguous() || (!gram.data && one.in > 0)) {

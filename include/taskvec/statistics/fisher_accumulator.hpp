@@ -97,7 +97,7 @@ protected:
             }
             if (!is_storage(tensor->dtype)) {
                 raise<dtype_mismatch>(error_code::dtype_unsupported,
-                    message("the gradient of '", spec.name, "' has dtype ", name(tensor->dtype), "; expected ",
+                    message("the gradient of '", spec.name, "' has dtype ", to_string(tensor->dtype), "; expected ",
                         storage_names()));
             }
             if (tensor->space != memory_space::host || !tensor->contiguous() || (!tensor->data && tensor->size() > 0)) {

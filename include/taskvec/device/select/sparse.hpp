@@ -160,8 +160,8 @@ void for_each_live(const device_sparse_model& delta, const model_ref& live, Use&
                     }
                     else {
                         raise<dtype_mismatch>(error_code::delta_dtype,
-                            message("tensor '", name, "' has dtype ", taskvec::name(weights->dtype),
-                                "; the delta holds ", taskvec::name(dtype_of<A>), " values"));
+                            message("tensor '", name, "' has dtype ", to_string(weights->dtype), "; the delta holds ",
+                                to_string(dtype_of<A>), " values"));
                     }
                 },
                 tensor);
