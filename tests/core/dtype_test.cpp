@@ -14,8 +14,8 @@ TEST_CASE("names and sizes are safetensors' and round-trip")
         CHECK(parse_dtype(to_string(row.type)) == row.type);
     }
     CHECK(to_string(dtype::bf16) == "BF16");
-    CHECK(bits(dtype::f6_e2m3) == 6);
-    CHECK(bits(dtype::c64) == 64);
+    CHECK(bits_per_element(dtype::f6_e2m3) == 6);
+    CHECK(bits_per_element(dtype::c64) == 64);
     CHECK_FALSE(parse_dtype("bf16").has_value());
     CHECK_FALSE(parse_dtype("").has_value());
     CHECK(is_fp8(dtype::f8_e5m2));

@@ -203,7 +203,7 @@ TEST_CASE("random models come back bit for bit, written in random pieces by seve
             for (std::size_t rank = random() % 4; rank > 0; --rank) {
                 spec.shape.push_back(static_cast<std::int64_t>(random() % 6));
             }
-            if (bits(spec.dtype) < 8) { spec.shape.push_back(2); }
+            if (bits_per_element(spec.dtype) < 8) { spec.shape.push_back(2); }
             contents.emplace_back(spec.bytes(), '\0');
             for (auto& c : contents.back()) { c = static_cast<char>(random()); }
             specs.push_back(std::move(spec));

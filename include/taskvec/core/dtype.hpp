@@ -77,7 +77,7 @@ inline constexpr dtype_row dtype_table[] = {
 }
 
 /// Bits of one element: 4 and 6 for the packed types, otherwise a multiple of 8.
-[[nodiscard]] constexpr unsigned bits(dtype type) noexcept
+[[nodiscard]] constexpr unsigned bits_per_element(dtype type) noexcept
 {
     return detail::dtype_table[static_cast<std::size_t>(type)].bits;
 }

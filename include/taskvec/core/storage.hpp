@@ -76,7 +76,7 @@ consteval bool complete_storage()
     }
     if constexpr (word && type) {
         static_assert(std::is_trivially_copyable_v<T> && sizeof(T) == sizeof(typename storage_traits<T>::word)
-                && 8 * sizeof(T) == bits(storage_traits<T>::dtype),
+                && 8 * sizeof(T) == bits_per_element(storage_traits<T>::dtype),
             "taskvec: this storage type is not one word of its dtype's size, trivially copyable");
     }
     return true;

@@ -56,7 +56,7 @@ using extents = std::vector<std::int64_t>;
 /// Bytes of `count` elements of `type` (packed sub-byte types round up to whole bytes).
 [[nodiscard]] constexpr std::size_t byte_count(dtype type, std::size_t count) noexcept
 {
-    const std::size_t width = bits(type);
+    const std::size_t width = bits_per_element(type);
     return width % 8 == 0 ? count * (width / 8) : (count * width + 7) / 8;
 }
 

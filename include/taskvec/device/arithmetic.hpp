@@ -57,7 +57,7 @@ public:
         const elementwise::counter index = least_.download()[0];
         if (index == device_models::none) { return; }
         for (std::size_t which = 1; which < operands_.size(); ++which) {
-            const std::size_t width = bits(operands_[which].dtype) / 8;
+            const std::size_t width = bits_per_element(operands_[which].dtype) / 8;
             alignas(8) std::byte word[8];
             device::download(policy_, word, operands_[which].data + index * width, width);
             const double found = elementwise::load<double>({word, operands_[which].dtype}, 0);

@@ -262,7 +262,9 @@ inline safetensors_entry check_tensor(
         shape.push_back(static_cast<std::int64_t>(extent));
     }
     std::uint64_t bit_count = 0;
-    if (__builtin_mul_overflow(count, std::uint64_t{bits(t.dtype)}, &bit_count)) { fail("has more than 2^64-1 bits"); }
+    if (__builtin_mul_overflow(count, std::uint64_t{bits_per_element(t.dtype)}, &bit_count)) {
+        fail("has more than 2^64-1 bits");
+    }
     if (bit_count % 8 != 0) {
         fail(message("of dtype ", to_string(t.dtype), " has ", bit_count, " bits; expected whole bytes"));
     }
@@ -417,7 +419,7 @@ struct safetensors_layout {
         }
         const std::uint64_t count = spec.size();
         std::uint64_t bit_count = 0, end = 0;
-        if (__builtin_mul_overflow(count, std::uint64_t{bits(spec.dtype)}, &bit_count)
+        if (__builtin_mul_overflow(count, std::uint64_t{bits_per_element(spec.dtype)}, &bit_count)
             || __builtin_add_overflow(at, bit_count / 8, &end)) {
             raise<invalid_argument>(error_code::unwritable,
                 message("tensor '", spec.name, "' of shape ", to_string(spec.shape), " is too large for a file"));

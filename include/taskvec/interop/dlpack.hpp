@@ -139,7 +139,7 @@ template <dlpack_tensor T>
                 message("tensor '", what, "' of shape ", to_string(result.shape), " has no data"));
         }
         result.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-        const std::size_t alignment = result.dtype == dtype::c64 ? 4 : bits(result.dtype) / 8;
+        const std::size_t alignment = result.dtype == dtype::c64 ? 4 : bits_per_element(result.dtype) / 8;
         if (reinterpret_cast<std::uintptr_t>(result.data) % alignment != 0) {
             raise<invalid_argument>(error_code::tensor_layout,
                 message("tensor '", what, "' is not aligned to its ", alignment, "-byte elements: copy it first"));

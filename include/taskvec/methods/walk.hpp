@@ -157,7 +157,7 @@ public:
             if (stream_) { kernels::stream_fence(); }
             return;
         }
-        const std::size_t width = bits(tensor_->output_dtype) / 8;
+        const std::size_t width = bits_per_element(tensor_->output_dtype) / 8;
         out_->write(tensor_->output, piece_->offset * width, buffer_.data(), piece_->size * width);
     }
 

@@ -165,7 +165,7 @@ private:
     }
     [[nodiscard]] static double element(const gpu& policy, const aligned_tensor::operand& from, std::size_t i)
     {
-        const std::size_t width = bits(from.dtype) / 8;
+        const std::size_t width = bits_per_element(from.dtype) / 8;
         alignas(8) std::byte word[8];
         device::download(policy, word, from.data + i * width, width);
         return elementwise::load<double>({word, from.dtype}, 0);

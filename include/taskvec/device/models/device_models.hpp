@@ -171,7 +171,7 @@ public:
     [[nodiscard]] double element(std::size_t tensor, std::size_t which, std::uint64_t i) const override
     {
         const aligned_tensor::operand& from = operand(tensor, which);
-        const std::size_t width = bits(from.dtype) / 8;
+        const std::size_t width = bits_per_element(from.dtype) / 8;
         alignas(8) std::byte word[8];
         device::download(policy(), word, from.data + i * width, width);
         return elementwise::load<double>({word, from.dtype}, 0);
@@ -200,7 +200,7 @@ private:
     }
     static void check_alignment(const void* data, taskvec::dtype type, const std::string& name)
     {
-        const std::size_t width = bits(type) / 8;
+        const std::size_t width = bits_per_element(type) / 8;
         if (reinterpret_cast<std::uintptr_t>(data) % width == 0) { return; }
         raise<invalid_argument>(error_code::tensor_layout,
             message("tensor '", name, "' is not aligned to its elements of ", width,

@@ -81,7 +81,7 @@ public:
     [[nodiscard]] double element(std::size_t tensor, std::size_t which, std::uint64_t i) const override
     {
         const aligned_tensor::operand& from = operand(tensor, which);
-        const std::size_t width = bits(from.dtype) / 8;
+        const std::size_t width = bits_per_element(from.dtype) / 8;
         alignas(8) std::byte word[8];
         std::memcpy(word, from.data + i * width, width);
         return elementwise::load<double>({word, from.dtype}, 0);
