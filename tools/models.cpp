@@ -99,7 +99,7 @@ taskvec::model_options model_options_of(const model_request& request)
     options.include = name_filter(request.include, request.exclude);
     options.output = output_dtype(request.dtype);
     options.on_nonfinite = request.nonfinite == "propagate" ? taskvec::nonfinite::propagate : taskvec::nonfinite::error;
-    options.on_missing = request.missing == "base" ? taskvec::missing::base : taskvec::missing::error;
+    options.on_missing = request.missing == "base" ? taskvec::missing_tensors::base : taskvec::missing_tensors::error;
     options.statistics = !request.run.report.empty();
     options.memory = static_cast<std::size_t>(request.run.memory_bytes());
     return options;

@@ -57,7 +57,7 @@ void run_peru_fft(const tool::merge_request& request)
         deltas.push_back(
             std::make_unique<tool::delta_output>(folder.path() / (task.name + ".delta.safetensors"), stamp));
         how.labels = {"'" + task.path.string() + "'"};
-        const bool whole = how.on_missing == taskvec::missing::error;
+        const bool whole = how.on_missing == taskvec::missing_tensors::error;
         const auto model =
             whole ? inputs.task_models()[t] : taskvec::completed(inputs.task_models()[t], inputs.base()->model());
         tool::prune_into(run.policy(), request.run, pruning, taskvec::aligned_models(&merged.model(), {&model, 1}, how),

@@ -189,7 +189,7 @@ struct truncated_svd_result;
 struct decompose_exactly;
 
 // models/
-enum class missing : std::uint8_t;
+enum class missing_tensors : std::uint8_t;
 enum class overflow : std::uint8_t;
 struct model_options;
 struct aligned_tensor;

@@ -97,7 +97,7 @@ TEST_CASE("mixed storage types, fp8, missing and excluded tensors, integers, an 
     };
     model_options how;
     how.include = [](std::string_view name) { return name != "copied"; };
-    how.on_missing = missing::base;
+    how.on_missing = missing_tensors::base;
     how.statistics = true;
     const task_arithmetic_options options{.lambda = 0.7};
     std::vector<float> outputs(20), expected(20);

@@ -264,7 +264,7 @@ TEST_CASE("a tensor that stands for the base's needs no Fisher; excluded tensors
     const std::vector<const_model_ref> tasks{{}, {{"w", tensor(x)}}};
     const model_ref result{{"w", {out.data(), dtype::f32, {2}}}};
     model_options how;
-    how.on_missing = missing::base;
+    how.on_missing = missing_tensors::base;
     merge(cpu{}, fisher_options{.fishers = {{}, {{"w", tensor(f)}}}}, base, tasks, result, how);
     CHECK(out == x);
     how.include = [](std::string_view) { return false; };

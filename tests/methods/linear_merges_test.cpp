@@ -160,7 +160,7 @@ TEST_CASE("mixed dtypes, fp8, integers, missing and excluded tensors")
         CHECK(failure.code() == error_code::tensor_missing);
     }
     model_options how;
-    how.on_missing = missing::base;
+    how.on_missing = missing_tensors::base;
     merge(cpu{}, task_arithmetic_options{.lambda = 1.0}, base,
         std::vector{one, const_model_ref{{"step", steps}, {"w", *two.find("w")}}}, out, how);
     CHECK(out_a == std::vector<float>{3});

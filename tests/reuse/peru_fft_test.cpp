@@ -147,7 +147,7 @@ TEST_CASE("PERU-FFT takes a tensor that a task lacks for the base's, not for the
     out.insert("a", as_tensor(host_view<float>(a.data(), 4)));
     out.insert("b", as_tensor(host_view<float>(b.data(), 4)));
     model_options how;
-    how.on_missing = missing::base;
+    how.on_missing = missing_tensors::base;
     const auto deltas =
         peru_fft(cpu{}, average_options{}, {.density = 1.0}, base, std::vector{full, lacking}, out, how);
     CHECK(b == std::vector<float>(4, 0.5f));

@@ -22,13 +22,13 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// What a tensor that a task lacks means: an error, or "unchanged from the base".
-enum class missing : std::uint8_t { error, base };
+enum class missing_tensors : std::uint8_t { error, base };
 
 /// What becomes of a finite result that the dtype of the output cannot hold: an error that names it, the dtype's
 /// largest number, or infinity.
 enum class overflow : std::uint8_t { error, saturate, propagate };
 
-/// A task's tensors, and the base's where the task lacks some: the model that missing::base takes it for.
+/// A task's tensors, and the base's where the task lacks some: the model that missing_tensors::base takes it for.
 [[nodiscard]] inline const_model_ref completed(const_model_ref task, const const_model_ref& base)
 {
     for (const auto& [name, tensor] : base) {
@@ -43,7 +43,7 @@ struct model_options {
     std::optional<taskvec::dtype>
         output{}; ///< dtype of the result; empty: the base's, tensor by tensor (fp8 becomes f32)
     nonfinite on_nonfinite = nonfinite::error; ///< NaN and infinity in an input
-    missing on_missing = missing::error; ///< a tensor that a task lacks
+    missing_tensors on_missing = missing_tensors::error; ///< a tensor that a task lacks
     overflow on_overflow = overflow::propagate; ///< a result that is too large for the output's dtype (host memory)
     std::vector<std::string> labels{}; ///< names of the tasks in messages; empty: "task 1", "task 2", …
     std::string base_label = "the base"; ///< name of the base in messages
@@ -175,8 +175,8 @@ public:
     [[nodiscard]] std::uint64_t elements() const noexcept { return elements_; }
     [[nodiscard]] std::size_t task_count() const noexcept { return task_count_; }
     [[nodiscard]] bool has_base() const noexcept { return has_base_; }
-    /// For each task, how many tensors it lacks that stand for the base's (missing::base), among those that take part
-    /// and those that no task has, which are copied.
+    /// For each task, how many tensors it lacks that stand for the base's (missing_tensors::base), among those that
+    /// take part and those that no task has, which are copied.
     [[nodiscard]] const std::vector<std::size_t>& filled() const noexcept { return filled_; }
     /// True when some included tensor computes in f64: model-wide magnitudes then compare as f64.
     [[nodiscard]] bool any_wide() const noexcept { return any_wide_; }
@@ -261,7 +261,7 @@ private:
         for (std::size_t t = 0; t < tasks.size(); ++t) {
             const const_tensor_ref* const mine = tasks[t].find(name);
             if (!mine) {
-                if (options_.on_missing == missing::error || !has_base_) {
+                if (options_.on_missing == missing_tensors::error || !has_base_) {
                     raise<invalid_argument>(error_code::tensor_missing,
                         message("tensor '", name, "' of ", reference_label(), " is missing in ", label(t),
                             has_base_ ? ": add it, or let missing tensors stand for the base's" : ": add it"));

@@ -17,7 +17,7 @@ namespace detail {
 [[nodiscard]] inline const_model_ref task_served(
     const const_model_ref& base, const const_model_ref& task, const model_options& how)
 {
-    return how.on_missing == missing::base ? completed(task, base) : task;
+    return how.on_missing == missing_tensors::base ? completed(task, base) : task;
 }
 /// How task t is lined up with the merged model.
 [[nodiscard]] inline model_options residual_options(const model_options& how, std::size_t t)

@@ -53,8 +53,8 @@ public:
             for (std::size_t t = 0; t < tasks; ++t) {
                 const const_tensor_ref* const fisher = fishers[t].find(tensor.name);
                 if (!fisher) {
-                    const bool stands_in =
-                        models.options().on_missing == missing::base && tensor.tasks[t].data == tensor.base.data;
+                    const bool stands_in = models.options().on_missing == missing_tensors::base
+                        && tensor.tasks[t].data == tensor.base.data;
                     if (stands_in) { continue; }
                     raise<invalid_argument>(error_code::tensor_missing,
                         message("tensor '", tensor.name, "' is missing in ", fishers_label(labels, t, models),
