@@ -194,7 +194,7 @@ enum class overflow : std::uint8_t;
 struct model_options;
 struct aligned_tensor;
 struct copied_tensor;
-struct chunk;
+struct tensor_chunk;
 struct tensor_range;
 class aligned_models;
 template <arithmetic_element A>

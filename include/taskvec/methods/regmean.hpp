@@ -357,7 +357,7 @@ private:
         detail::row_writer writer(out, false, std::pmr::get_default_resource());
         const std::size_t runs = whole ? 1 : n, length = whole ? size : count;
         for (std::size_t run = 0; run < runs; ++run) {
-            const chunk piece{one.tensor, whole ? first * n : run * one.out + first, length};
+            const tensor_chunk piece{one.tensor, whole ? first * n : run * one.out + first, length};
             writer.open(tensor, piece);
             for (std::size_t at = 0; at < length; at += block_size) {
                 writer.write(piece.offset + at, solved + run * length + at, std::min(block_size, length - at));

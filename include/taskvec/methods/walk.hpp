@@ -112,7 +112,7 @@ public:
         , buffer_(memory)
     { }
 
-    void open(const aligned_tensor& tensor, const chunk& piece)
+    void open(const aligned_tensor& tensor, const tensor_chunk& piece)
     {
         tensor_ = &tensor;
         piece_ = &piece;
@@ -174,7 +174,7 @@ private:
     bool stream_;
     std::pmr::vector<std::byte> buffer_;
     const aligned_tensor* tensor_ = nullptr;
-    const chunk* piece_ = nullptr;
+    const tensor_chunk* piece_ = nullptr;
     std::byte* direct_ = nullptr;
 };
 
@@ -474,7 +474,7 @@ void merge_chunks(const Passes& passes, const method<Options>& prepared, std::sp
     for (const std::size_t c : chunks) { bytes += models.bytes(models.chunks()[c]); }
     progress_meter meter(policy, phase, bytes);
     for_each_index(policy, chunks.size(), [&](std::size_t index, std::size_t worker) {
-        const chunk& piece = models.chunks()[chunks[index]];
+        const tensor_chunk& piece = models.chunks()[chunks[index]];
         const aligned_tensor& tensor = models.tensors()[piece.tensor];
         row_writer& writer = writers[worker];
         writer.open(tensor, piece);

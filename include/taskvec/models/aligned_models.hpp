@@ -88,7 +88,7 @@ struct copied_tensor {
 };
 
 /// A run of consecutive elements of one tensor, handed to one thread.
-struct chunk {
+struct tensor_chunk {
     std::size_t tensor = 0;
     std::uint64_t offset = 0;
     std::size_t size = 0;
@@ -168,7 +168,7 @@ public:
     /// The included floating tensors, in name order.
     [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
     [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
-    [[nodiscard]] const std::vector<chunk>& chunks() const noexcept { return chunks_; }
+    [[nodiscard]] const std::vector<tensor_chunk>& chunks() const noexcept { return chunks_; }
     /// Chunks [first_chunk(i), first_chunk(i + 1)) cover tensor i.
     [[nodiscard]] std::size_t first_chunk(std::size_t tensor) const noexcept { return first_chunk_[tensor]; }
     /// Elements of all included tensors together.
@@ -201,7 +201,7 @@ public:
         return total;
     }
     /// Bytes that one walk over a chunk reads.
-    [[nodiscard]] std::uint64_t bytes(const chunk& piece) const noexcept
+    [[nodiscard]] std::uint64_t bytes(const tensor_chunk& piece) const noexcept
     {
         return tensors_[piece.tensor].bytes(piece.size);
     }
@@ -327,7 +327,7 @@ private:
     std::vector<tensor_spec> outputs_;
     std::vector<aligned_tensor> tensors_;
     std::vector<copied_tensor> copied_;
-    std::vector<chunk> chunks_;
+    std::vector<tensor_chunk> chunks_;
     std::vector<std::size_t> first_chunk_;
     std::vector<std::size_t> filled_;
     std::uint64_t elements_ = 0;

@@ -322,7 +322,7 @@ struct chunk_range {
 
 /// Opens each block of a chunk in turn, calls body(block), and reports non-finite inputs after it.
 template <arithmetic_element A, class Body>
-void for_each_block_of(block<A>& rows, const chunk& piece, Body&& body)
+void for_each_block_of(block<A>& rows, const tensor_chunk& piece, Body&& body)
 {
     const aligned_tensor& tensor = rows.models().tensors()[piece.tensor];
     for (std::size_t at = 0; at < piece.size; at += block_size) {
@@ -342,7 +342,7 @@ void for_each_block(const cpu& policy, const aligned_models& models, chunk_range
     auto workspaces = make_workspaces(policy, models, count, scratch_rows);
     detail::progress_meter meter(policy, phase, bytes_of(models, range));
     for_each_index(policy, count, [&](std::size_t index, std::size_t worker) {
-        const chunk& piece = models.chunks()[range.first + index];
+        const tensor_chunk& piece = models.chunks()[range.first + index];
         workspaces[worker].with_block(models.tensors()[piece.tensor], [&](auto& rows) {
             for_each_block_of(rows, piece, [&](auto& opened) { body(range.first + index, worker, opened); });
         });

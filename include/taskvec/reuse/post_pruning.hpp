@@ -81,7 +81,7 @@ void post_pruning(
     auto workspaces = make_workspaces(policy, models, models.chunks().size(), 0);
     detail::progress_meter meter(policy, "prune", models.bytes());
     for_each_index(policy, models.chunks().size(), [&](std::size_t index, std::size_t worker) {
-        const chunk& piece = models.chunks()[index];
+        const tensor_chunk& piece = models.chunks()[index];
         workspaces[worker].with_block(models.tensors()[piece.tensor], [&](auto& rows) {
             visit_values(piece.tensor, [&]<class V>(std::type_identity<V> type) {
                 std::vector<std::uint64_t> indices;

@@ -459,7 +459,7 @@ private:
                           share = std::max<std::size_t>(1, capacity_ / workspaces_.size());
         progress_meter meter(policy_, "select", bytes_of(models_, range_));
         for_each_index(policy_, count, [&](std::size_t index, std::size_t worker) {
-            const chunk& piece = models_.chunks()[range_.first + index];
+            const tensor_chunk& piece = models_.chunks()[range_.first + index];
             const aligned_tensor& tensor = models_.tensors()[piece.tensor];
             with_block_of<Types>(workspaces_[worker], tensor, [&]<class B>(block<B>& rows) {
                 for_each_block_of(rows, piece, [&](block<B>& opened) {
@@ -626,7 +626,7 @@ private:
         std::size_t index = 0;
         while (index < equal.size() && equal[index] < wanted) { wanted -= equal[index++]; }
         if (index == equal.size()) { return; }
-        const chunk& piece = models_.chunks()[range_.first + index];
+        const tensor_chunk& piece = models_.chunks()[range_.first + index];
         with_block_of<Types>(workspaces_[0], models_.tensors()[piece.tensor], [&](auto& rows) {
             for_each_block_of(rows, piece, [&](auto& opened) {
                 const auto* const values = opened.delta(t);
