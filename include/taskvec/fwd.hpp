@@ -198,8 +198,8 @@ struct tensor_chunk;
 struct tensor_range;
 class aligned_models;
 template <arithmetic_element A>
-class block;
-class workspace;
+class row_block;
+class block_workspace;
 struct chunk_range;
 struct companion;
 class overflow_guard;

@@ -266,7 +266,7 @@ namespace detail {
 [[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
 {
     const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
-    const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [tasks]<class A>(block<A>& rows, double* out) {
+    const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [tasks]<class A>(row_block<A>& rows, double* out) {
         std::vector<const A*> deltas;
         for (std::size_t t = 0; t < tasks; ++t) { deltas.push_back(rows.delta(t)); }
         for (std::size_t s = 0; s < tasks; ++s) {

@@ -24,7 +24,7 @@ inline constexpr std::size_t summed_at_once = 8, summed_at_most = 64;
 /// done, where the models are not all stored as T.
 template <storage_element T, bool Difference>
 bool weighted_sum_stored(
-    block<float>& rows, std::span<const float> weights, float factor, const kernels::stored_output<T>& out)
+    row_block<float>& rows, std::span<const float> weights, float factor, const kernels::stored_output<T>& out)
 {
     using kernels::step_word;
     std::array<const storage_word<T>*, summed_at_most> tasks;
@@ -58,7 +58,7 @@ bool weighted_sum_stored(
 /// sum = Σ weights[t]·θt, or Σ weights[t]·τt where `difference` is asked for (models with a base), over a block: +0
 /// first, then task by task; each product and sum rounds in A. Weights are rounded to A by the caller, once.
 template <arithmetic_element A>
-void weighted_sum(block<A>& rows, std::span<const A> weights, A* sum, bool difference)
+void weighted_sum(row_block<A>& rows, std::span<const A> weights, A* sum, bool difference)
 {
     kernels::fill(sum, A{0}, rows.size());
     for (std::size_t t = 0; t < weights.size(); ++t) {

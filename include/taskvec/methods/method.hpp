@@ -141,8 +141,9 @@ concept packed_method = detail::has_method<Options>
 /// body of a few entries, such as scattered additions. CPU only.
 template <class Options>
 concept row_method = detail::has_method<Options>
-    && requires(
-        const method<Options>& m, block<float>& rows, float* merged, merge_tally& tally) { m(rows, merged, tally); };
+    && requires(const method<Options>& m, row_block<float>& rows, float* merged, merge_tally& tally) {
+           m(rows, merged, tally);
+       };
 
 /// A method that writes all tensors itself, from whole tensors: write(policy, models, out).
 template <class Options>

@@ -111,7 +111,7 @@ namespace detail {
 
 /// An operand of a block by number, in A; nullptr where it is not there.
 template <arithmetic_element A>
-const A* operand_row(const cpu_passes& passes, block<A>& rows, std::uint32_t which, bool difference, A* scratch)
+const A* operand_row(const cpu_passes& passes, row_block<A>& rows, std::uint32_t which, bool difference, A* scratch)
 {
     if (which == 0) { return rows.tensor().base.data ? rows.base() : nullptr; }
     if (which <= rows.task_count()) { return difference ? rows.delta(which - 1) : rows.task(which - 1); }
@@ -134,7 +134,7 @@ template <std::derived_from<cpu_passes> Passes>
 {
     const std::size_t tasks = passes.tasks();
     return tensor_sums(
-        passes.policy(), passes.models(), pairs.size(), 2, phase, [&]<class A>(block<A>& rows, double* sum) {
+        passes.policy(), passes.models(), pairs.size(), 2, phase, [&]<class A>(row_block<A>& rows, double* sum) {
             if (difference) { // they share rows with the tasks: all of them first
                 for (std::size_t t = 0; t < tasks; ++t) { (void)rows.delta(t); }
             }

@@ -309,7 +309,8 @@ void run_body(const Body& body, kernels::entry_run<T> run, merge_scratch& scratc
 
 /// Reports what may not lie beside the models: NaN and infinity, and where the method says so what is negative.
 template <class Method, arithmetic_element A>
-void examine_beside(const Method& prepared, const block<A>& rows, std::size_t b, const A* values, bits_type<A> largest)
+void examine_beside(
+    const Method& prepared, const row_block<A>& rows, std::size_t b, const A* values, bits_type<A> largest)
 {
     const bool wrong = largest >= exponent_mask<A> && rows.models().options().on_nonfinite == nonfinite::error;
     bool negative = false;
@@ -334,7 +335,7 @@ class block_merge {
     static constexpr bool with_draws = requires(const Body& body) { body.stream(std::size_t{}); };
 
 public:
-    block_merge(const Method& prepared, const Body& body, const Passes& passes, block<A>& rows, row_writer& writer,
+    block_merge(const Method& prepared, const Body& body, const Passes& passes, row_block<A>& rows, row_writer& writer,
         merge_scratch& scratch, std::size_t task_slots, merge_tally& tally)
         : body_(body)
         , rows_(rows)
@@ -439,7 +440,7 @@ private:
     }
 
     const Body& body_;
-    block<A>& rows_;
+    row_block<A>& rows_;
     row_writer& writer_;
     merge_scratch& scratch_;
     std::size_t task_slots_;
@@ -478,17 +479,17 @@ void merge_chunks(const Passes& passes, const method<Options>& prepared, std::sp
         const aligned_tensor& tensor = models.tensors()[piece.tensor];
         row_writer& writer = writers[worker];
         writer.open(tensor, piece);
-        with_block_of<storage_of<Passes>>(workspaces[worker], tensor, [&]<class A>(block<A>& rows) {
+        with_block_of<storage_of<Passes>>(workspaces[worker], tensor, [&]<class A>(row_block<A>& rows) {
             if constexpr (packed_method<Options>) {
                 visit_body<A>(prepared, piece.tensor, [&](const auto& body) {
-                    for_each_block_of(rows, piece, [&](block<A>& opened) {
+                    for_each_block_of(rows, piece, [&](row_block<A>& opened) {
                         block_merge(prepared, body, passes, opened, writer, scratch[worker], task_slots, tallies[index])
                             .run();
                     });
                 });
             }
             else {
-                for_each_block_of(rows, piece, [&](block<A>& opened) {
+                for_each_block_of(rows, piece, [&](row_block<A>& opened) {
                     A* const merged = opened.scratch(0);
                     prepared(opened, merged, tallies[index]);
                     writer.write(opened.offset(), merged, opened.size());

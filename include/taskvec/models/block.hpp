@@ -59,9 +59,9 @@ inline constexpr std::size_t block_size = 4096;
 /// The rows of one block: base(), task(t) and delta(t) = task(t) − base() in the arithmetic type A, loaded on demand,
 /// and scratch rows. There is one for each worker; open() moves it on.
 template <arithmetic_element A>
-class block {
+class row_block {
 public:
-    block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory)
+    row_block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory)
         : models_(&models)
         , rows_((models.task_count() + 1 + scratch_rows) * block_size, memory)
         , raw_(block_size, memory)
@@ -232,17 +232,17 @@ private:
 };
 
 /// The blocks of one worker: in f32 and, where a tensor needs it, in f64.
-class workspace {
+class block_workspace {
 public:
-    workspace(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory)
+    block_workspace(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory)
         : models_(&models)
         , scratch_rows_(scratch_rows)
         , memory_(memory)
     { }
     template <arithmetic_element A>
-    block<A>& get()
+    row_block<A>& get()
     {
-        std::optional<block<A>>* slot;
+        std::optional<row_block<A>>* slot;
         if constexpr (std::same_as<A, double>) { slot = &wide_; }
         else {
             slot = &single_;
@@ -261,8 +261,8 @@ private:
     const aligned_models* models_;
     std::size_t scratch_rows_;
     std::pmr::memory_resource* memory_;
-    std::optional<block<float>> single_;
-    std::optional<block<double>> wide_;
+    std::optional<row_block<float>> single_;
+    std::optional<row_block<double>> wide_;
 };
 
 namespace detail {
@@ -274,9 +274,9 @@ consteval bool computes_in(storage_list<T...>)
     return (std::same_as<arithmetic_type<T>, A> || ...);
 }
 
-/// workspace::with_block() for tensors that store the types of a list.
+/// block_workspace::with_block() for tensors that store the types of a list.
 template <class Types, class Use>
-decltype(auto) with_block_of(workspace& space, const aligned_tensor& tensor, Use&& use)
+decltype(auto) with_block_of(block_workspace& space, const aligned_tensor& tensor, Use&& use)
 {
     if constexpr (!computes_in<double>(Types{})) { return use(space.get<float>()); }
     else if constexpr (!computes_in<float>(Types{})) {
@@ -310,10 +310,10 @@ struct chunk_range {
 }
 
 /// One workspace for each worker that a walk over `count` chunks may use.
-[[nodiscard]] inline std::vector<workspace> make_workspaces(
+[[nodiscard]] inline std::vector<block_workspace> make_workspaces(
     const cpu& policy, const aligned_models& models, std::size_t count, std::size_t scratch_rows)
 {
-    std::vector<workspace> workspaces;
+    std::vector<block_workspace> workspaces;
     const std::size_t workers = worker_count(policy, count);
     workspaces.reserve(workers);
     for (std::size_t w = 0; w < workers; ++w) { workspaces.emplace_back(models, scratch_rows, memory_of(policy)); }
@@ -322,7 +322,7 @@ struct chunk_range {
 
 /// Opens each block of a chunk in turn, calls body(block), and reports non-finite inputs after it.
 template <arithmetic_element A, class Body>
-void for_each_block_of(block<A>& rows, const tensor_chunk& piece, Body&& body)
+void for_each_block_of(row_block<A>& rows, const tensor_chunk& piece, Body&& body)
 {
     const aligned_tensor& tensor = rows.models().tensors()[piece.tensor];
     for (std::size_t at = 0; at < piece.size; at += block_size) {
@@ -333,7 +333,7 @@ void for_each_block_of(block<A>& rows, const tensor_chunk& piece, Body&& body)
 }
 
 /// Calls body(chunk index, worker, block) for every block of a range of chunks: chunks in parallel, the blocks of a
-/// chunk in ascending order. `block` is a block<float>& or a block<double>&, `worker` as in for_each_index.
+/// chunk in ascending order. `block` is a row_block<float>& or a row_block<double>&, `worker` as in for_each_index.
 template <class Body>
 void for_each_block(const cpu& policy, const aligned_models& models, chunk_range range, std::size_t scratch_rows,
     std::string_view phase, Body&& body)

@@ -55,7 +55,8 @@ void post_pruning(
     const trim_thresholds thresholds(policy, models, options.density, options.scope);
     // Calls entry(index, value) for what is kept of a block, with values of type V: zeros, also those that V rounds to,
     // are not stored.
-    const auto keep = [&]<class V, class A>(std::type_identity<V>, block<A>& rows, std::size_t tensor, auto&& entry) {
+    const auto keep = [&]<class V, class A>(
+                          std::type_identity<V>, row_block<A>& rows, std::size_t tensor, auto&& entry) {
         const auto threshold = thresholds.get<A>(tensor, 0);
         const A* const values = rows.delta(0);
         for (std::size_t i = 0; i < rows.size(); ++i) {

@@ -62,7 +62,7 @@ public:
         }
     }
     template <arithmetic_element A>
-    void operator()(block<A>& rows, A* merged, merge_tally&) const
+    void operator()(row_block<A>& rows, A* merged, merge_tally&) const
     {
         std::memcpy(merged, rows.base(), rows.size() * sizeof(A));
         const auto* const entries = tensors_[rows.tensor_index()];

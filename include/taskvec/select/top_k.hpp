@@ -461,8 +461,8 @@ private:
         for_each_index(policy_, count, [&](std::size_t index, std::size_t worker) {
             const tensor_chunk& piece = models_.chunks()[range_.first + index];
             const aligned_tensor& tensor = models_.tensors()[piece.tensor];
-            with_block_of<Types>(workspaces_[worker], tensor, [&]<class B>(block<B>& rows) {
-                for_each_block_of(rows, piece, [&](block<B>& opened) {
+            with_block_of<Types>(workspaces_[worker], tensor, [&]<class B>(row_block<B>& rows) {
+                for_each_block_of(rows, piece, [&](row_block<B>& opened) {
                     for (std::size_t t = 0; t < attempts.size(); ++t) {
                         if (!attempts[t].active) { continue; }
                         collected& into = seen[worker][t];
@@ -491,13 +491,13 @@ private:
     /// look() straight at the stored words of task t, where it and the base (if there is one) are stored as the same
     /// type, and aligned; false otherwise.
     template <class... T>
-    static bool look_stored(storage_list<T...>, const attempt& a, block<A>& rows, std::size_t t, collected& into,
+    static bool look_stored(storage_list<T...>, const attempt& a, row_block<A>& rows, std::size_t t, collected& into,
         std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
     {
         return (look_stored_as<T>(a, rows, t, into, index, share, inside_of) || ...);
     }
     template <storage_element T>
-    static bool look_stored_as(const attempt& a, block<A>& rows, std::size_t t, collected& into, std::size_t index,
+    static bool look_stored_as(const attempt& a, row_block<A>& rows, std::size_t t, collected& into, std::size_t index,
         std::size_t share, std::vector<std::uint32_t>& inside_of)
     {
         if constexpr (std::same_as<arithmetic_type<T>, A> && has_pack_conversion<T>) {
@@ -643,7 +643,7 @@ private:
     const aligned_models& models_;
     chunk_range range_;
     std::size_t capacity_;
-    std::vector<workspace> workspaces_;
+    std::vector<block_workspace> workspaces_;
     std::uint64_t elements_ = 0, begin_ = 0;
     std::vector<channel> channels_;
     unsigned walks_ = 0;
