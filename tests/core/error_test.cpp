@@ -38,10 +38,26 @@ TEST_CASE("errors keep the file, the offset, the code and the call")
     CHECK(std::string(format.what()) == "m.safetensors: bad header");
     CHECK(std::string(format_error(error_code::json_syntax, "bad header", "").what()) == "bad header");
     CHECK(io_error(error_code::file_not_found, "cannot open", "m.safetensors", 2).system_code() == 2);
+    CHECK(format.code() == error_code::json_syntax);
     const backend_error backend(error_code::no_convergence, "failed", "gesvd", 3);
+    CHECK(backend.code() == error_code::no_convergence);
     CHECK(backend.backend_code() == 3);
     CHECK(backend.call() == "gesvd");
     CHECK(std::string(backend.what()) == "gesvd: failed (code 3)");
+}
+
+TEST_CASE("a code of a caller's own passes through, beside the library's kind")
+{
+    constexpr auto mine = static_cast<error_code>(10001);
+    try {
+        raise<invalid_argument>(mine, "the moon is full");
+    }
+    catch (const error& failure) {
+        CHECK(failure.code() == mine);
+        CHECK(failure.kind() == error_kind::invalid_argument);
+        CHECK(std::string(failure.what()) == "the moon is full"); // the code is not part of the message
+        CHECK(to_string(failure.code()) == "user-defined");
+    }
 }
 
 TEST_CASE("a message joins text and numbers")

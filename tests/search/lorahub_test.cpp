@@ -171,6 +171,7 @@ TEST_CASE("a loss that is not finite or that throws, and an optimiser that fails
     for (const double value : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
         const auto failure = error_of([&] { lorahub_search({}, 1, at_third([&] { return value; }), three); });
         CHECK(failure.kind() == error_kind::nonfinite);
+        CHECK(failure.code() == error_code::score_not_finite);
         CHECK(says(failure, "candidate 3"));
         CHECK(says(failure, "weights 1"));
         REQUIRE(failure.history().size() == 2);
@@ -198,6 +199,7 @@ TEST_CASE("a loss that is not finite or that throws, and an optimiser that fails
     failure = error_of(
         [&] { lorahub_search({}, 1, at_third([]() -> double { raise<cancelled>(error_code::cancelled); }), three); });
     CHECK(failure.kind() == error_kind::cancelled);
+    CHECK(failure.code() == error_code::cancelled);
 
     failure = error_of([&] {
         lorahub_search({}, 1, no_loss, [](const lorahub_problem&, const lorahub_objective& objective) {
@@ -206,6 +208,7 @@ TEST_CASE("a loss that is not finite or that throws, and an optimiser that fails
         });
     });
     CHECK(failure.kind() == error_kind::backend_error);
+    CHECK(failure.code() == error_code::optimizer_failed);
     CHECK(says(failure, "the simplex is flat"));
     CHECK(failure.history().size() == 1);
     CHECK(says(error_of([&] { lorahub_search({}, 1, no_loss, [](const auto&, const auto&) { throw 7; }); }),
