@@ -457,17 +457,19 @@ template <class... Parts>
     return detail::join({detail::message_part(parts)...});
 }
 
-/// Throws Error(arguments…), whose first argument is its code, or hands it to the handler when exceptions are off.
-/// Never returns.
+/// Throws Error(code, arguments…), or hands it to the handler when exceptions are off. Never returns.
+///
+///     if (tasks == 0) { raise<invalid_argument>(error_code::inputs_empty, "no task was given: at least one is
+///     needed"); }
 template <class Error, class... Arguments>
-[[noreturn, gnu::cold, gnu::noinline]] void raise(Arguments&&... arguments)
+[[noreturn, gnu::cold, gnu::noinline]] void raise(error_code code, Arguments&&... arguments)
 {
 #if defined(TASKVEC_NO_EXCEPTIONS)
-    const Error failure(std::forward<Arguments>(arguments)...);
+    const Error failure(code, std::forward<Arguments>(arguments)...);
     detail::error_handler_slot()(failure);
     std::abort();
 #else
-    throw Error(std::forward<Arguments>(arguments)...);
+    throw Error(code, std::forward<Arguments>(arguments)...);
 #endif
 }
 
