@@ -75,7 +75,8 @@ TEST_CASE_TEMPLATE(
                 }
                 auto sorted = values;
                 std::sort(sorted.begin(), sorted.end(), std::greater<>());
-                detail::ranking<Bits> ranked(values, low, static_cast<Bits>(low + width));
+                detail::ranking<Bits> ranked(
+                    values, low, static_cast<Bits>(low + width), std::pmr::get_default_resource());
                 CAPTURE(n);
                 CAPTURE(width);
                 CAPTURE(low);

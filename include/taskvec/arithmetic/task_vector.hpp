@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory_resource>
 #include <ranges>
 #include <span>
 #include <type_traits>
@@ -201,7 +202,7 @@ template <input_of<cpu> X, input_of<cpu> Y>
     const auto a = detail::const_view(as_view(x));
     const auto b = detail::const_view(as_view(y));
     detail::check_lengths(a, b);
-    std::vector<double> leaves((a.size() + block_size - 1) / block_size);
+    std::pmr::vector<double> leaves((a.size() + block_size - 1) / block_size, memory_of(policy));
     for_each_index(policy, (leaves.size() + 31) / 32, [&](std::size_t index, std::size_t) {
         std::array<A, block_size> first, second;
         for (std::size_t leaf = 32 * index; leaf < std::min(leaves.size(), 32 * (index + 1)); ++leaf) {
@@ -266,8 +267,9 @@ namespace detail {
 [[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
 {
     const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
-    const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [tasks]<class A>(row_block<A>& rows, double* out) {
-        std::vector<const A*> deltas;
+    const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [&]<class A>(row_block<A>& rows, double* out) {
+        std::pmr::vector<const A*> deltas(memory_of(policy));
+        deltas.reserve(tasks);
         for (std::size_t t = 0; t < tasks; ++t) { deltas.push_back(rows.delta(t)); }
         for (std::size_t s = 0; s < tasks; ++s) {
             for (std::size_t t = s; t < tasks; ++t) { *out++ = kernels::dot(deltas[s], deltas[t], rows.size()); }

@@ -40,13 +40,22 @@ enum class nonfinite : std::uint8_t { error, propagate };
 
 /// Run on the CPU. Results do not depend on any of these members.
 ///
+/// Memory: what grows with the elements of tensors comes from `memory`, which is asked from several threads at once
+/// unless `threads` is 1: hand in a std::pmr::synchronized_pool_resource, or a resource of your own that locks. A
+/// second call of the same kind asks for the same again, so that a resource that keeps what it was given back takes
+/// nothing more from the system. Around it, from operator new, goes what grows with names alone: lists of tensors and
+/// options, less than 2 KB for each tensor of each model; and the singular values of a decomposition. Eigen's products
+/// take up to a few MB a thread from malloc, whatever the sizes, and its large SVD (truncated_svd()) takes its work
+/// space there. What a call returns: sparse vectors and saved words lie in memory of `memory`, which must outlive them;
+/// matrices, adapters, statistics and lists lie in ordinary memory. Readers and writers of files have no policy.
+///
 ///     taskvec::cpu policy{.threads = 4};
 struct cpu {
     static constexpr memory_space space = memory_space::host;
 
     unsigned threads = 0; ///< 0: one for each hardware thread
     parallel_for executor{}; ///< empty: threads, started for each call
-    std::pmr::memory_resource* memory = nullptr; ///< scratch memory; null: std::pmr::get_default_resource()
+    std::pmr::memory_resource* memory = nullptr; ///< for scratch; null: std::pmr::get_default_resource()
     progress_callback progress{}; ///< empty: silent
 };
 

@@ -10,11 +10,11 @@
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <memory_resource>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
-#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -38,7 +38,7 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         const std::byte* data;
         std::size_t size;
     };
-    std::vector<block> blocks;
+    std::pmr::vector<block> blocks(memory_of(policy));
     std::uint64_t total = 0;
     for (const auto& [name, tensor] : model) {
         if (tensor.space != memory_space::host || !tensor.contiguous()) {
@@ -52,7 +52,7 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         }
         total += bytes;
     }
-    std::vector<std::uint64_t> hashes(blocks.size());
+    std::pmr::vector<std::uint64_t> hashes(blocks.size(), memory_of(policy));
     detail::progress_meter progress(policy, "fingerprint", total);
     for_each_index(policy, blocks.size(), [&](std::size_t index, std::size_t) {
         xxh64 hash;

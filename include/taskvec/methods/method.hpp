@@ -54,6 +54,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <memory_resource>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -85,7 +86,13 @@ struct merge_report {
 struct merge_tally {
     static constexpr std::size_t slot_count = 4;
     std::array<std::uint64_t, slot_count> counts{}; ///< by in.count(slot, mask)
-    std::vector<std::uint64_t> of_tasks{}; ///< by in.count_of(slot, task, mask): [slot][task]
+    std::pmr::vector<std::uint64_t> of_tasks{}; ///< by in.count_of(slot, task, mask): [slot][task]
+
+    merge_tally() = default;
+    /// Counts of tasks will lie in memory of `memory`.
+    explicit merge_tally(std::pmr::memory_resource* memory)
+        : of_tasks(memory)
+    { }
 
     merge_tally& operator+=(const merge_tally& other)
     {

@@ -165,7 +165,7 @@ public:
     void write(const Policy& policy, const aligned_models& models, tensor_sink& out) const
     {
         // Everything else is averaged.
-        std::vector<std::size_t> averaged;
+        std::pmr::vector<std::size_t> averaged(memory_of(policy));
         std::size_t next = 0;
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {
             if (next < problem_.layers().size() && problem_.layers()[next].tensor == i) {
@@ -175,7 +175,7 @@ public:
             const chunk_range range = chunks_of(models, i);
             for (std::size_t c = range.first; c < range.last; ++c) { averaged.push_back(c); }
         }
-        std::vector<merge_tally> tallies(averaged.size());
+        auto tallies = detail::empty_tallies(averaged.size(), memory_of(policy));
         cpu_passes passes(policy, models);
         const method<average_options> average(passes, {problem_.weights()});
         detail::merge_chunks<average_options>(passes, average, averaged, out, tallies, "average");
@@ -194,7 +194,7 @@ public:
         };
         {
             const Policy quiet = sequential(policy);
-            std::vector<system_memory> memory;
+            std::pmr::vector<system_memory> memory(memory_of(policy));
             const std::size_t workers = worker_count(policy, side_by_side.size());
             for (std::size_t w = 0; w < workers && widest > 0; ++w) {
                 memory.emplace_back(widest, std::size_t{1}, memory_of(policy));
@@ -222,6 +222,7 @@ private:
         system_memory(std::size_t in, std::size_t workers, std::pmr::memory_resource* memory)
             : system(in * in, memory)
             , diagonals(in, memory)
+            , panels(memory)
         {
             for (std::size_t w = 0; w < workers; ++w) { panels.emplace_back(in, memory); }
         }
@@ -236,7 +237,7 @@ private:
             std::pmr::vector<double> mean, deviation, image, rows, raw;
         };
         std::pmr::vector<double> system, diagonals;
-        std::vector<worker> panels;
+        std::pmr::vector<worker> panels;
     };
 
     [[noreturn, gnu::cold]] static void blame(std::string_view what, const double* values, std::size_t count,
@@ -269,8 +270,8 @@ private:
         const matrix_view<const double> factor = system;
         for_each_index(policy, panels(one), [&](std::size_t index, std::size_t worker) {
             const std::size_t first = index * panel;
-            merge_columns<Policy>(
-                models, one, factor, first, std::min(panel, one.out - first), memory.panels[worker], out);
+            merge_columns(
+                policy, models, one, factor, first, std::min(panel, one.out - first), memory.panels[worker], out);
         });
     }
 
@@ -316,10 +317,11 @@ private:
     }
 
     template <cpu_policy Policy>
-    void merge_columns(const aligned_models& models, const layer& one, matrix_view<const double> factor,
-        std::size_t first, std::size_t count, system_memory::worker& memory, tensor_sink& out) const
+    void merge_columns(const Policy& policy, const aligned_models& models, const layer& one,
+        matrix_view<const double> factor, std::size_t first, std::size_t count, system_memory::worker& memory,
+        tensor_sink& out) const
     {
-        const Policy alone{.threads = 1, .executor = {}, .memory = nullptr, .progress = {}};
+        const Policy alone = sequential(policy);
         const std::vector<double>& weights = problem_.weights();
         const std::size_t n = one.in, size = n * count, tasks = weights.size();
         const bool whole = one.layout == weight_layout::out_in;
@@ -354,7 +356,7 @@ private:
         kernels::accumulate(solved, mean, 1.0, size);
 
         const aligned_tensor& tensor = models.tensors()[one.tensor];
-        detail::row_writer writer(out, false, std::pmr::get_default_resource());
+        detail::row_writer writer(out, false, memory_of(policy));
         const std::size_t runs = whole ? 1 : n, length = whole ? size : count;
         for (std::size_t run = 0; run < runs; ++run) {
             const tensor_chunk piece{one.tensor, whole ? first * n : run * one.out + first, length};

@@ -222,6 +222,15 @@ void fill_draws(const random_stream& stream, std::uint64_t offset, Word* words, 
     }
 }
 
+/// Tallies of nothing, that count in memory of `memory`.
+[[nodiscard]] inline std::pmr::vector<merge_tally> empty_tallies(std::size_t count, std::pmr::memory_resource* memory)
+{
+    std::pmr::vector<merge_tally> tallies(memory);
+    tallies.reserve(count);
+    for (std::size_t i = 0; i < count; ++i) { tallies.emplace_back(memory); }
+    return tallies;
+}
+
 /// What the counts of tasks say in a report.
 inline void report_tally(const merge_tally& tally, std::size_t tasks, merge_report& report)
 {
@@ -462,8 +471,8 @@ void merge_chunks(const Passes& passes, const method<Options>& prepared, std::sp
     std::size_t scratch_rows = 1;
     if constexpr (row_method<Options>) { scratch_rows += method<Options>::scratch_rows; }
     auto workspaces = make_workspaces(policy, models, chunks.size(), scratch_rows);
-    std::vector<row_writer> writers;
-    std::vector<merge_scratch> scratch;
+    std::pmr::vector<row_writer> writers(memory_of(policy));
+    std::pmr::vector<merge_scratch> scratch(memory_of(policy));
     writers.reserve(workspaces.size());
     scratch.reserve(workspaces.size());
     for (std::size_t w = 0; w < workspaces.size(); ++w) {
@@ -506,24 +515,25 @@ template <class Options, class Passes>
 void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& out, merge_report& report)
 {
     const aligned_models& models = passes.models();
-    std::vector<std::size_t> chunks(models.chunks().size());
+    std::pmr::memory_resource* const memory = memory_of(passes.policy());
+    std::pmr::vector<std::size_t> chunks(models.chunks().size(), memory);
     for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
-    std::vector<merge_tally> tallies(chunks.size());
+    auto tallies = empty_tallies(chunks.size(), memory);
     merge_chunks<Options>(passes, prepared, chunks, out, tallies, "merge");
     if constexpr (requires(std::span<const merge_tally> t) { prepared.settle(t); }) {
-        std::vector<merge_tally> of_tensors(models.tensors().size());
+        auto of_tensors = empty_tallies(models.tensors().size(), memory);
         for (std::size_t c = 0; c < tallies.size(); ++c) { of_tensors[models.chunks()[c].tensor] += tallies[c]; }
         if (prepared.settle(std::span<const merge_tally>(of_tensors))) {
-            std::vector<std::size_t> again;
+            std::pmr::vector<std::size_t> again(memory);
             for (std::size_t c = 0; c < tallies.size(); ++c) {
                 if (prepared.again(models.chunks()[c].tensor, tallies[c])) { again.push_back(c); }
             }
-            std::vector<merge_tally> redone(again.size());
+            auto redone = empty_tallies(again.size(), memory);
             merge_chunks<Options>(passes, prepared, again, out, redone, "settle");
             for (std::size_t i = 0; i < again.size(); ++i) { tallies[again[i]] = std::move(redone[i]); }
         }
     }
-    merge_tally total;
+    merge_tally total(memory);
     for (const auto& tally : tallies) { total += tally; }
     report_tally(total, models.task_count(), report);
 }

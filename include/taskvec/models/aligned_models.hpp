@@ -94,6 +94,34 @@ struct tensor_chunk {
     std::size_t size = 0;
 };
 
+/// The chunks of a model's tensors in order. They are worked out when they are asked for: a list of them would grow
+/// with the model.
+class chunk_list {
+public:
+    /// `first_of[i]` is the number of the first chunk of tensor i, with the number of all chunks at the end; chunks are
+    /// `step` elements long, the last one of each tensor excepted.
+    chunk_list(
+        std::span<const std::size_t> first_of, const std::vector<aligned_tensor>& tensors, std::size_t step) noexcept
+        : first_of_(first_of)
+        , tensors_(&tensors)
+        , step_(step)
+    { }
+    [[nodiscard]] std::size_t size() const noexcept { return first_of_.empty() ? 0 : first_of_.back(); }
+    [[nodiscard]] tensor_chunk operator[](std::size_t index) const noexcept
+    {
+        // Of tensors that share a first chunk only the last is not empty.
+        const auto after = std::upper_bound(first_of_.begin(), first_of_.end(), index);
+        const auto tensor = static_cast<std::size_t>(after - first_of_.begin()) - 1;
+        const std::size_t offset = (index - first_of_[tensor]) * step_;
+        return {tensor, offset, std::min(step_, (*tensors_)[tensor].size - offset)};
+    }
+
+private:
+    std::span<const std::size_t> first_of_;
+    const std::vector<aligned_tensor>* tensors_;
+    std::size_t step_;
+};
+
 /// Tensors [first, last) of aligned models.
 struct tensor_range {
     std::size_t first = 0, last = 0;
@@ -168,7 +196,8 @@ public:
     /// The included floating tensors, in name order.
     [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
     [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
-    [[nodiscard]] const std::vector<tensor_chunk>& chunks() const noexcept { return chunks_; }
+    [[nodiscard]] chunk_list chunks() const& noexcept { return {first_chunk_, tensors_, step()}; }
+    chunk_list chunks() const&& = delete; // a list over a temporary
     /// Chunks [first_chunk(i), first_chunk(i + 1)) cover tensor i.
     [[nodiscard]] std::size_t first_chunk(std::size_t tensor) const noexcept { return first_chunk_[tensor]; }
     /// Elements of all included tensors together.
@@ -207,18 +236,17 @@ public:
     }
 
 private:
+    [[nodiscard]] std::size_t step() const noexcept
+    {
+        return std::max<std::size_t>(64, (options_.chunk + 63) / 64 * 64);
+    }
     void cut()
     {
-        chunks_.clear();
-        first_chunk_.clear();
-        const std::size_t step = std::max<std::size_t>(64, (options_.chunk + 63) / 64 * 64);
-        for (std::size_t i = 0; i < tensors_.size(); ++i) {
-            first_chunk_.push_back(chunks_.size());
-            for (std::size_t offset = 0; offset < tensors_[i].size; offset += step) {
-                chunks_.push_back({i, offset, std::min(step, tensors_[i].size - offset)});
-            }
+        first_chunk_.assign(1, 0);
+        first_chunk_.reserve(tensors_.size() + 1);
+        for (const auto& tensor : tensors_) {
+            first_chunk_.push_back(first_chunk_.back() + tensor.size / step() + (tensor.size % step() != 0));
         }
-        first_chunk_.push_back(chunks_.size());
     }
 
     [[nodiscard]] std::string reference_label() const { return has_base_ ? options_.base_label : label(0); }
@@ -327,7 +355,6 @@ private:
     std::vector<tensor_spec> outputs_;
     std::vector<aligned_tensor> tensors_;
     std::vector<copied_tensor> copied_;
-    std::vector<tensor_chunk> chunks_;
     std::vector<std::size_t> first_chunk_;
     std::vector<std::size_t> filled_;
     std::uint64_t elements_ = 0;

@@ -310,10 +310,10 @@ struct chunk_range {
 }
 
 /// One workspace for each worker that a walk over `count` chunks may use.
-[[nodiscard]] inline std::vector<block_workspace> make_workspaces(
+[[nodiscard]] inline std::pmr::vector<block_workspace> make_workspaces(
     const cpu& policy, const aligned_models& models, std::size_t count, std::size_t scratch_rows)
 {
-    std::vector<block_workspace> workspaces;
+    std::pmr::vector<block_workspace> workspaces(memory_of(policy));
     const std::size_t workers = worker_count(policy, count);
     workspaces.reserve(workers);
     for (std::size_t w = 0; w < workers; ++w) { workspaces.emplace_back(models, scratch_rows, memory_of(policy)); }

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory_resource>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -92,7 +93,7 @@ template <class Term>
         const aligned_models whole_blocks(models, (models.options().chunk / block_size + 1) * block_size);
         return tensor_sums(policy, whole_blocks, width, scratch_rows, phase, std::forward<Term>(term));
     }
-    std::vector<double> leaves(first_block.back() * width);
+    std::pmr::vector<double> leaves(first_block.back() * width, memory_of(policy));
     for_each_block(
         policy, models, all_chunks(models), scratch_rows, phase, [&](std::size_t index, std::size_t, auto& rows) {
             const std::size_t leaf =

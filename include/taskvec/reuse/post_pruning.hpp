@@ -8,8 +8,10 @@
 #include <taskvec/select/thresholds.hpp>
 
 #include <array>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <memory_resource>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -41,6 +43,28 @@ struct options_of<post_pruning_options> {
             "peft", "PEFT", [] { return post_pruning_options{.scope = scope::tensor}; }}};
 };
 
+namespace detail {
+/// What one worker keeps of a chunk.
+struct chunk_entries {
+    explicit chunk_entries(std::pmr::memory_resource* memory)
+        : indices(memory)
+        , single(memory)
+        , wide(memory)
+    { }
+    template <arithmetic_element V>
+    [[nodiscard]] std::pmr::vector<V>& values() noexcept
+    {
+        if constexpr (std::same_as<V, double>) { return wide; }
+        else {
+            return single;
+        }
+    }
+    std::pmr::vector<std::uint64_t> indices;
+    std::pmr::vector<float> single;
+    std::pmr::vector<double> wide;
+};
+} // namespace detail
+
 /// v̂ = top-m% of τ = θ − θ0, for models aligned as base and one task: k = floor(density·n) entries by magnitude (lowest
 /// index first among equals), of which zeros are not stored. Values are f32, and f64 where the base stores f64.
 /// Streams: the entries go to `out` in pieces. Served as θ0 + v̂. With a merged model as the base it is the second half
@@ -67,7 +91,8 @@ void post_pruning(
     const auto visit_values = [&](std::size_t tensor, auto&& then) {
         models.tensors()[tensor].wide_base() ? then(std::type_identity<double>{}) : then(std::type_identity<float>{});
     };
-    std::vector<std::uint64_t> first(models.chunks().size() + 1, 0), kept(models.tensors().size(), 0);
+    std::pmr::vector<std::uint64_t> first(models.chunks().size() + 1, 0, memory_of(policy));
+    std::vector<std::uint64_t> kept(models.tensors().size(), 0);
     for_each_block(policy, models, all_chunks(models), 0, "count", [&](std::size_t index, std::size_t, auto& rows) {
         std::uint64_t count = 0;
         const std::size_t tensor = models.chunks()[index].tensor;
@@ -80,13 +105,17 @@ void post_pruning(
     }
     out.begin(models, kept);
     auto workspaces = make_workspaces(policy, models, models.chunks().size(), 0);
+    std::pmr::vector<detail::chunk_entries> entries(memory_of(policy));
+    for (std::size_t w = 0; w < workspaces.size(); ++w) { entries.emplace_back(memory_of(policy)); }
     detail::progress_meter meter(policy, "prune", models.bytes());
     for_each_index(policy, models.chunks().size(), [&](std::size_t index, std::size_t worker) {
         const tensor_chunk& piece = models.chunks()[index];
         workspaces[worker].with_block(models.tensors()[piece.tensor], [&](auto& rows) {
             visit_values(piece.tensor, [&]<class V>(std::type_identity<V> type) {
-                std::vector<std::uint64_t> indices;
-                std::vector<V> values;
+                auto& indices = entries[worker].indices;
+                auto& values = entries[worker].template values<V>();
+                indices.clear();
+                values.clear();
                 for_each_block_of(rows, piece, [&](auto& opened) {
                     keep(type, opened, piece.tensor, [&](std::uint64_t place, V value) {
                         indices.push_back(place);

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstddef>
 #include <cstring>
+#include <memory_resource>
 #include <span>
 #include <vector>
 
@@ -83,7 +84,7 @@ std::size_t for_each_subset(const cpu& policy, const std::vector<host_view<const
                     " elements, the first ", size));
         }
     }
-    std::vector<std::vector<A>> sums; // sums[d]: of the first d + 1 members of the subset
+    std::pmr::vector<std::pmr::vector<A>> sums(memory_of(policy)); // sums[d]: of the first d + 1 members of the subset
     std::vector<std::size_t> subset;
     std::size_t visited = 0;
     const auto add_task = [&](std::size_t task) {

@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <limits>
 #include <map>
+#include <memory_resource>
 #include <ostream>
 #include <span>
 #include <string>
@@ -239,8 +240,9 @@ public:
         , table_(&table)
         , score_(&score)
         , options_(options)
-        , buffers_(std::max<std::size_t>(1, options.at_once), std::vector<T>(size))
+        , buffers_(std::max<std::size_t>(1, options.at_once), memory_of(policy))
     {
+        for (auto& buffer : buffers_) { buffer.resize(size); }
         policy_.progress = {};
     }
     [[nodiscard]] bool wanted(const std::vector<std::string>& point) const
@@ -313,7 +315,7 @@ private:
     sweep_table* table_;
     Score* score_;
     sweep_options options_;
-    std::vector<std::vector<T>> buffers_;
+    std::pmr::vector<std::pmr::vector<T>> buffers_;
     std::vector<std::vector<std::string>> points_;
     std::vector<std::vector<std::size_t>> subsets_; ///< of the points, where a sweep is over subsets
 };

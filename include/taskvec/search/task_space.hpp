@@ -10,6 +10,7 @@
 #include <cmath>
 #include <concepts>
 #include <cstddef>
+#include <memory_resource>
 #include <span>
 #include <utility>
 #include <vector>
@@ -29,7 +30,7 @@ public:
         : base_(base)
         , task_vectors_(std::move(task_vectors))
         , policy_(std::move(policy))
-        , point_(base.size())
+        , point_(base.size(), memory_of(policy_))
     {
         if (task_vectors_.empty()) {
             raise<invalid_argument>(
@@ -94,7 +95,7 @@ private:
     host_view<const T> base_;
     std::vector<host_view<const T>> task_vectors_;
     cpu policy_;
-    std::vector<T> point_;
+    std::pmr::vector<T> point_; // in memory of the policy's resource
 };
 
 /// A number for a model: a loss, an accuracy.

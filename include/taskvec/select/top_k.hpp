@@ -25,6 +25,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory_resource>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -254,12 +255,13 @@ namespace detail {
 template <std::unsigned_integral Bits>
 class ranking {
 public:
-    ranking(std::span<const Bits> values, Bits low, Bits high)
+    ranking(std::span<const Bits> values, Bits low, Bits high, std::pmr::memory_resource* memory)
         : values_(values)
         , low_(low)
         , shift_(static_cast<unsigned>(
               std::max(0, static_cast<int>(std::bit_width(static_cast<Bits>(high - low))) - bin_bits)))
-        , counts_(std::size_t{1} << bin_bits, 0)
+        , counts_(std::size_t{1} << bin_bits, 0, memory)
+        , members_(memory)
     {
         for (const Bits value : values) { ++counts_[bin_of(value)]; }
     }
@@ -287,8 +289,8 @@ private:
     std::span<const Bits> values_;
     Bits low_;
     unsigned shift_;
-    std::vector<std::size_t> counts_;
-    std::vector<Bits> members_;
+    std::pmr::vector<std::size_t> counts_;
+    std::pmr::vector<Bits> members_;
 };
 
 /// Finds the thresholds of several task vectors ("channels") over a range of chunks in common walks.
@@ -318,11 +320,42 @@ class top_k_search {
         std::size_t begin = 0, end = 0;
     };
     struct collected {
+        explicit collected(std::pmr::memory_resource* memory)
+            : values(memory)
+            , segments(memory)
+            , bins(memory)
+        { }
         std::uint64_t above = 0, inside = 0;
-        std::vector<bits> values;
-        std::vector<segment> segments;
-        std::vector<std::uint64_t> bins;
+        std::pmr::vector<bits> values;
+        std::pmr::vector<segment> segments;
+        std::pmr::vector<std::uint64_t> bins;
         bool overflow = false;
+    };
+    // What all workers of a walk saw.
+    struct seen_of_channels {
+        seen_of_channels(
+            std::size_t workers, std::size_t channels, std::size_t chunks, std::pmr::memory_resource* memory)
+            : by_worker(memory)
+            , inside(channels * chunks, 0, memory)
+            , channel_count(channels)
+            , chunk_count(chunks)
+        {
+            by_worker.reserve(workers * channels);
+            for (std::size_t i = 0; i < workers * channels; ++i) { by_worker.emplace_back(memory); }
+        }
+        [[nodiscard]] collected& of(std::size_t worker, std::size_t channel) noexcept
+        {
+            return by_worker[worker * channel_count + channel];
+        }
+        [[nodiscard]] std::size_t workers() const noexcept { return by_worker.size() / channel_count; }
+        /// For each chunk, the entries inside a channel's bracket.
+        [[nodiscard]] std::span<std::uint32_t> inside_of(std::size_t channel) noexcept
+        {
+            return std::span(inside).subspan(channel * chunk_count, chunk_count);
+        }
+        std::pmr::vector<collected> by_worker; // [worker][channel]
+        std::pmr::vector<std::uint32_t> inside; // [channel][chunk]
+        std::size_t channel_count, chunk_count;
     };
     static constexpr unsigned bin_bits = 11;
 
@@ -332,6 +365,7 @@ public:
         , models_(models)
         , range_(range)
         , capacity_(capacity)
+        , memory_(memory_of(policy))
         , workspaces_(make_workspaces(policy, models, range.last - range.first, 1))
     {
         for (std::size_t c = range.first; c < range.last; ++c) { elements_ += models.chunks()[c].size; }
@@ -370,23 +404,19 @@ private:
         for (std::size_t t = 0; t < channels_.size(); ++t) {
             if (!channels_[t].done) { plan(channels_[t], attempts[t], samples[t]); }
         }
-        std::vector<std::vector<collected>> seen(workspaces_.size(), std::vector<collected>(channels_.size()));
-        std::vector<std::vector<std::uint32_t>> inside_of(channels_.size());
-        for (std::size_t t = 0; t < channels_.size(); ++t) {
-            if (attempts[t].active) { inside_of[t].assign(range_.last - range_.first, 0); }
-        }
-        walk(attempts, seen, inside_of);
+        seen_of_channels seen(workspaces_.size(), channels_.size(), range_.last - range_.first, memory_);
+        walk(attempts, seen);
         ++walks_;
         for (std::size_t t = 0; t < channels_.size(); ++t) {
-            if (attempts[t].active) { learn(t, attempts[t], seen, inside_of[t]); }
+            if (attempts[t].active) { learn(t, attempts[t], seen); }
         }
     }
 
     /// Magnitudes of entries at places spread over the scope, those inside each channel's bracket.
-    std::vector<std::vector<bits>> sample()
+    std::pmr::vector<std::pmr::vector<bits>> sample()
     {
         constexpr std::size_t run = 32;
-        std::vector<std::vector<bits>> samples(channels_.size());
+        std::pmr::vector<std::pmr::vector<bits>> samples(channels_.size(), memory_); // its elements take it on
         const std::uint64_t wanted = std::clamp<std::uint64_t>(elements_ / 512, 1024, 131072), runs = wanted / run;
         bool worth = false;
         for (const auto& c : channels_) {
@@ -417,7 +447,7 @@ private:
     }
 
     /// Chooses what the next walk asks of a channel.
-    void plan(channel& c, attempt& a, const std::vector<bits>& sample)
+    void plan(channel& c, attempt& a, std::span<const bits> sample)
     {
         a = {c.low, c.high, true, false, false, 0, 0, 0};
         if (c.low == c.high) { return; }
@@ -432,7 +462,7 @@ private:
             // Neighbours are alike, so the sample's rank is a little less certain than that of independent draws.
             const double margin = 3.0 * std::sqrt(m * share * (1.0 - share)) + 4.0;
             const double first = share * m - margin, last = share * m + margin;
-            ranking<bits> ranked(sample, c.low, c.high);
+            ranking<bits> ranked(sample, c.low, c.high, memory_);
             const auto at = [&](double rank) {
                 return ranked[static_cast<std::size_t>(std::min(m - 1, std::max(0.0, rank)))];
             };
@@ -452,8 +482,7 @@ private:
         a.shift = width > bin_bits ? width - bin_bits : 0;
     }
 
-    void walk(const std::vector<attempt>& attempts, std::vector<std::vector<collected>>& seen,
-        std::vector<std::vector<std::uint32_t>>& inside_of)
+    void walk(const std::vector<attempt>& attempts, seen_of_channels& seen)
     {
         const std::size_t count = range_.last - range_.first,
                           share = std::max<std::size_t>(1, capacity_ / workspaces_.size());
@@ -465,13 +494,14 @@ private:
                 for_each_block_of(rows, piece, [&](row_block<B>& opened) {
                     for (std::size_t t = 0; t < attempts.size(); ++t) {
                         if (!attempts[t].active) { continue; }
-                        collected& into = seen[worker][t];
+                        collected& into = seen.of(worker, t);
+                        const std::span<std::uint32_t> inside_of = seen.inside_of(t);
                         if constexpr (std::same_as<A, B>) {
-                            if (look_stored(Types{}, attempts[t], opened, t, into, index, share, inside_of[t])) {
+                            if (look_stored(Types{}, attempts[t], opened, t, into, index, share, inside_of)) {
                                 continue;
                             }
                             (void)look<A>(
-                                attempts[t], opened.delta(t), nullptr, opened.size(), into, index, share, inside_of[t]);
+                                attempts[t], opened.delta(t), nullptr, opened.size(), into, index, share, inside_of);
                         }
                         else {
                             // An f32 tensor beside f64 ones: its magnitudes compare as f64, exactly.
@@ -479,7 +509,7 @@ private:
                             std::array<A, block_size> wide;
                             for (std::size_t i = 0; i < opened.size(); ++i) { wide[i] = static_cast<A>(values[i]); }
                             (void)look<A>(
-                                attempts[t], wide.data(), nullptr, opened.size(), into, index, share, inside_of[t]);
+                                attempts[t], wide.data(), nullptr, opened.size(), into, index, share, inside_of);
                         }
                     }
                 });
@@ -492,13 +522,13 @@ private:
     /// type, and aligned; false otherwise.
     template <class... T>
     static bool look_stored(storage_list<T...>, const attempt& a, row_block<A>& rows, std::size_t t, collected& into,
-        std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
+        std::size_t index, std::size_t share, std::span<std::uint32_t> inside_of)
     {
         return (look_stored_as<T>(a, rows, t, into, index, share, inside_of) || ...);
     }
     template <storage_element T>
     static bool look_stored_as(const attempt& a, row_block<A>& rows, std::size_t t, collected& into, std::size_t index,
-        std::size_t share, std::vector<std::uint32_t>& inside_of)
+        std::size_t share, std::span<std::uint32_t> inside_of)
     {
         if constexpr (std::same_as<arithmetic_type<T>, A> && has_pack_conversion<T>) {
             const storage_word<T>*x = nullptr, *base = nullptr;
@@ -518,8 +548,9 @@ private:
         const std::size_t begin = into.values.size(), end = begin + count;
         if (end > share) {
             into.overflow = true;
-            into.values = {};
-            into.segments = {};
+            into.values.clear();
+            into.values.shrink_to_fit();
+            into.segments.clear();
             return;
         }
         into.values.insert(into.values.end(), values, values + count);
@@ -533,7 +564,7 @@ private:
     /// bracket. Returns the largest magnitude bits.
     template <storage_element T>
     static bits look(const attempt& a, const storage_word<T>* x, const storage_word<T>* base, std::size_t n,
-        collected& into, std::size_t index, std::size_t share, std::vector<std::uint32_t>& inside_of)
+        collected& into, std::size_t index, std::size_t share, std::span<std::uint32_t> inside_of)
     {
         const bool collecting = a.collecting && a.low != a.high && !into.overflow;
         std::array<bits, block_size> values;
@@ -559,15 +590,15 @@ private:
         return counts.largest;
     }
 
-    void learn(std::size_t t, attempt& a, std::vector<std::vector<collected>>& seen,
-        const std::vector<std::uint32_t>& inside_of)
+    void learn(std::size_t t, attempt& a, seen_of_channels& seen)
     {
         channel& c = channels_[t];
         bool overflow = false;
-        for (const auto& worker : seen) {
-            a.above += worker[t].above;
-            a.inside += worker[t].inside;
-            overflow = overflow || worker[t].overflow;
+        for (std::size_t w = 0; w < seen.workers(); ++w) {
+            const collected& worker = seen.of(w, t);
+            a.above += worker.above;
+            a.inside += worker.inside;
+            overflow = overflow || worker.overflow;
         }
         if (c.k <= a.above) { // the answer is above the bracket
             c.low = a.high + 1;
@@ -581,11 +612,13 @@ private:
             return;
         }
         c = {c.k, a.above, a.inside, a.low, a.high, false, c.sampled_rounds, {}};
-        if (c.low == c.high) { finish(t, c.low, inside_of); }
+        if (c.low == c.high) { finish(t, c.low, seen.inside_of(t)); }
         else if (a.counting_bins) {
             for (std::size_t bin = std::size_t{1} << bin_bits; bin-- > 0;) {
                 std::uint64_t count = 0;
-                for (const auto& worker : seen) { count += worker[t].bins.empty() ? 0 : worker[t].bins[bin]; }
+                for (std::size_t w = 0; w < seen.workers(); ++w) {
+                    count += seen.of(w, t).bins.empty() ? 0 : seen.of(w, t).bins[bin];
+                }
                 if (c.k <= c.above + count) {
                     const bits floor = a.low + (static_cast<bits>(bin) << a.shift);
                     c.low = floor;
@@ -597,18 +630,21 @@ private:
             }
         }
         else if (!overflow) {
-            std::vector<bits> values;
+            std::pmr::vector<bits> values(memory_);
             values.reserve(static_cast<std::size_t>(a.inside));
-            for (const auto& worker : seen) {
-                values.insert(values.end(), worker[t].values.begin(), worker[t].values.end());
+            for (std::size_t w = 0; w < seen.workers(); ++w) {
+                const auto& found = seen.of(w, t).values;
+                values.insert(values.end(), found.begin(), found.end());
             }
-            const bits answer = ranking<bits>(values, a.low, a.high)[static_cast<std::size_t>(c.k - c.above - 1)];
-            std::vector<std::uint32_t> equal(range_.last - range_.first, 0);
-            for (const auto& worker : seen) {
-                for (const auto& [index, begin, end] : worker[t].segments) {
+            const bits answer =
+                ranking<bits>(values, a.low, a.high, memory_)[static_cast<std::size_t>(c.k - c.above - 1)];
+            std::pmr::vector<std::uint32_t> equal(range_.last - range_.first, 0, memory_);
+            for (std::size_t w = 0; w < seen.workers(); ++w) {
+                const collected& worker = seen.of(w, t);
+                for (const auto& [index, begin, end] : worker.segments) {
                     for (std::size_t i = begin; i < end; ++i) {
-                        equal[index] += worker[t].values[i] == answer;
-                        c.above += worker[t].values[i] > answer;
+                        equal[index] += worker.values[i] == answer;
+                        c.above += worker.values[i] > answer;
                     }
                 }
             }
@@ -617,7 +653,7 @@ private:
     }
 
     /// The answer is known, c.above entries lie above it and equal[chunk] are equal: finds the place where equals end.
-    void finish(std::size_t t, bits answer, const std::vector<std::uint32_t>& equal)
+    void finish(std::size_t t, bits answer, std::span<const std::uint32_t> equal)
     {
         channel& c = channels_[t];
         c.done = true;
@@ -643,7 +679,8 @@ private:
     const aligned_models& models_;
     chunk_range range_;
     std::size_t capacity_;
-    std::vector<block_workspace> workspaces_;
+    std::pmr::memory_resource* memory_;
+    std::pmr::vector<block_workspace> workspaces_;
     std::uint64_t elements_ = 0, begin_ = 0;
     std::vector<channel> channels_;
     unsigned walks_ = 0;

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <memory_resource>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -75,7 +76,7 @@ protected:
     fisher_accumulator& operator=(fisher_accumulator&&) = default;
 
     /// Checks a gradient whole before any of it counts.
-    void check(const const_model_ref& gradient) const
+    void check(const cpu& policy, const const_model_ref& gradient) const
     {
         for (const auto& [name, tensor] : gradient) {
             if (!has(name)) {
@@ -104,7 +105,7 @@ protected:
                 raise<invalid_argument>(error_code::tensor_layout,
                     message("the gradient of '", spec.name, "' must be contiguous host memory: copy it first"));
             }
-            visit(*tensor, [&](std::size_t at, const double* values, std::size_t n) {
+            visit(policy, *tensor, [&](std::size_t at, const double* values, std::size_t n) {
                 for (std::size_t i = 0; i < n; ++i) {
                     if (!std::isfinite(values[i])) {
                         raise<nonfinite_error>(error_code::statistics_not_finite,
@@ -126,7 +127,7 @@ protected:
             for_each_index(size > piece ? policy : sequential(policy), (size + piece - 1) / piece,
                 [&](std::size_t p, std::size_t) {
                     const std::size_t first = p * piece;
-                    visit_range(tensor, first, std::min(piece, size - first),
+                    visit_range(policy, tensor, first, std::min(piece, size - first),
                         [&](std::size_t at, const double* values, std::size_t n) {
                             kernels::accumulate_squares(sums_[index].data() + at, values, weight, n);
                         });
@@ -168,9 +169,10 @@ private:
     }
     /// Calls use(first, values, count) for consecutive runs of elements [first, first + size), in f64.
     template <class Use>
-    static void visit_range(const const_tensor_ref& tensor, std::size_t first, std::size_t size, Use&& use)
+    static void visit_range(
+        const cpu& policy, const const_tensor_ref& tensor, std::size_t first, std::size_t size, Use&& use)
     {
-        std::vector<double> raw(block_size), values(block_size);
+        std::pmr::vector<double> raw(block_size, memory_of(policy)), values(block_size, memory_of(policy));
         const aligned_tensor::operand from{static_cast<const std::byte*>(tensor.data), tensor.dtype};
         for (std::size_t at = 0; at < size; at += block_size) {
             const std::size_t n = std::min(block_size, size - at);
@@ -180,9 +182,9 @@ private:
         }
     }
     template <class Use>
-    static void visit(const const_tensor_ref& tensor, Use&& use)
+    static void visit(const cpu& policy, const const_tensor_ref& tensor, Use&& use)
     {
-        visit_range(tensor, 0, tensor.size(), use);
+        visit_range(policy, tensor, 0, tensor.size(), use);
     }
 
     std::vector<tensor_spec> parameters_; // in name order
@@ -205,7 +207,7 @@ public:
     /// Adds one example.
     void add(const cpu& policy, const const_model_ref& gradient)
     {
-        check(gradient);
+        check(policy, gradient);
         add_squares(policy, gradient, 1.0);
         count_example();
     }
@@ -243,7 +245,7 @@ public:
             raise<invalid_argument>(error_code::parameter_out_of_range,
                 message("the probabilities of the labels sum to ", total, "; expected 1"));
         }
-        for (const auto& gradient : gradients) { check(gradient); }
+        for (const auto& gradient : gradients) { check(policy, gradient); }
         for (std::size_t y = 0; y < gradients.size(); ++y) { add_squares(policy, gradients[y], probabilities[y]); }
         count_example();
     }

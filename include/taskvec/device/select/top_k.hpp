@@ -21,6 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory_resource>
 #include <numeric>
 #include <optional>
 #include <span>
@@ -163,7 +164,7 @@ private:
         const auto size = static_cast<double>(seen.size()), share = k / static_cast<double>(elements_);
         const double rank = share * size,
                      margin = 6 * std::sqrt(size * share * (1 - share)) + 2; // entries of a run are alike
-        ranking<bits> ranked(seen, 0, highest);
+        ranking<bits> ranked(seen, 0, highest, std::pmr::get_default_resource());
         const auto at = [&](double place) { return ranked[static_cast<std::size_t>(place) - 1]; };
         if (rank - margin >= 1) { found.high = at(std::floor(rank - margin)); }
         if (rank + margin + 1 <= size) { found.low = at(std::ceil(rank + margin)); }

@@ -1,0 +1,94 @@
+// What selection, pruning, deltas and sums take through the policy's memory resource, and around it.
+// SPDX-License-Identifier: Apache-2.0
+#include "big_models.hpp"
+#include "counted.hpp"
+
+#include <taskvec/analysis/norms.hpp>
+#include <taskvec/arithmetic/task_vector.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
+#include <taskvec/reuse/peru_fft.hpp>
+#include <taskvec/reuse/post_pruning.hpp>
+#include <taskvec/reuse/sparse_addition.hpp>
+#include <taskvec/select/thresholds.hpp>
+#include <taskvec/select/top_k.hpp>
+
+#include <doctest/doctest.h>
+
+#include <cstddef>
+#include <span>
+#include <vector>
+
+using namespace taskvec;
+using testing::big_models, testing::check_call;
+
+TEST_CASE_TEMPLATE("Selection takes what it collects from the policy's resource", T, float, bf16, double)
+{
+    const big_models<T> m(1);
+    check_call("top_k", 1, [&](const cpu& policy) { return top_k(policy, m.base, 400'000); });
+    check_call("kth_magnitude", 1, [&](const cpu& policy) { return kth_magnitude(policy, m.base, 4); });
+    const aligned_models models(&m.base_model, m.task_models);
+    for (const auto over : {scope::model, scope::tensor}) {
+        check_call("thresholds", m.all_tensors(),
+            [&](const cpu& policy) { return trim_thresholds(policy, models, 0.1, over); });
+    }
+    // Few values, all of them often: what sampling does not narrow goes through histograms.
+    std::vector<T> levels = m.base;
+    for (auto& value : levels) { value = narrow<T>(widen<double>(value) > 0.5 ? 1.0 : 0.25); }
+    check_call("top_k of two values", 1, [&](const cpu& policy) { return top_k(policy, levels, 3'000'000); });
+}
+
+TEST_CASE("Pruning keeps its entries in memory of the policy's resource, and so does PERU-FFT")
+{
+    const big_models<float> m(2);
+    for (const auto over : {scope::model, scope::tensor}) {
+        check_call("Post-Pruning", m.all_tensors(), [&](const cpu& policy) {
+            return post_pruning(policy, {.density = 0.1, .scope = over}, m.base_model, m.task_models[0]);
+        });
+    }
+    check_call("Post-Pruning of flat views", 2,
+        [&](const cpu& policy) { return post_pruning(policy, {.density = 0.1}, m.base, m.tasks[0]); });
+    check_call("PERU-FFT", 2 * m.all_tensors(), [&](const cpu& policy) {
+        return peru_fft(
+            policy, task_arithmetic_options{.lambda = 0.3}, {.density = 0.1}, m.base_model, m.task_models, m.out_model);
+    });
+}
+
+TEST_CASE("Deltas go on and off in the caller's memory")
+{
+    big_models<float> m(1);
+    const sparse_model delta = post_pruning(cpu{}, {.density = 0.1}, m.base_model, m.task_models[0]);
+    std::vector<double> saved(saved_bytes(delta, m.out_model) / 8);
+    check_call("apply and undo", m.all_tensors(), [&](const cpu& policy) {
+        const std::span<std::byte> bytes = std::as_writable_bytes(std::span(saved));
+        apply(policy, delta, m.out_model, bytes);
+        undo(policy, delta, std::span<const std::byte>(bytes), m.out_model);
+    });
+    check_call("apply", m.all_tensors(), [&](const cpu& policy) { return apply(policy, delta, m.out_model); });
+    check_call("add_delta", m.all_tensors(), [&](const cpu& policy) {
+        const aligned_models models(&m.base_model, {&m.base_model, 1});
+        memory_sink sink = detail::sink_over(models, m.out_model);
+        add_delta(policy, models, delta, 1.0, sink);
+    });
+    const auto entries = post_pruning(cpu{}, {.density = 0.1}, m.base, m.tasks[0]);
+    const auto mask = to_bitmask(entries);
+    std::vector<float> words(entries.kept());
+    const auto on_and_off = [&](const cpu& policy, const auto& sparse) {
+        apply(policy, sparse, m.out, words);
+        undo(policy, sparse, words, m.out);
+    };
+    check_call("apply entries", 1, [&](const cpu& policy) { on_and_off(policy, entries); });
+    check_call("apply a bitmask", 1, [&](const cpu& policy) { on_and_off(policy, mask); });
+    check_call("to_bitmask", 1, [&](const cpu& policy) { return to_bitmask(entries, policy.memory); });
+    check_call("to_sparse", 1, [&](const cpu& policy) { return to_sparse(mask, policy.memory); });
+}
+
+TEST_CASE("Arithmetic and sums take what grows with the vectors from the policy's resource")
+{
+    big_models<float> m(2);
+    check_call("difference", 2, [&](const cpu& policy) { difference(policy, m.tasks[0], m.base, m.out); });
+    check_call("combine", 2, [&](const cpu& policy) { combine(policy, m.tasks, std::vector{0.5, 0.5}, m.out); });
+    check_call("dot", 2, [&](const cpu& policy) { return dot(policy, m.base, m.tasks[0]); });
+    const aligned_models models(&m.base_model, m.task_models);
+    check_call("cosine_matrix", m.all_tensors(), [&](const cpu& policy) { return cosine_matrix(policy, models); });
+    check_call("norms_of", m.all_tensors(), [&](const cpu& policy) { return norms_of(policy, models); });
+}
