@@ -195,6 +195,7 @@ struct model_options;
 struct aligned_tensor;
 struct copied_tensor;
 struct tensor_chunk;
+class chunk_list;
 struct tensor_range;
 class aligned_models;
 template <arithmetic_element A>

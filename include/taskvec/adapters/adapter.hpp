@@ -125,7 +125,7 @@ template <arithmetic_element T>
 {
     const std::size_t r = update.rank();
     if (r == 0 || update.out() == 0 || update.in() == 0) { return 0; }
-    matrix<double> left(r, r), right(r, r);
+    auto left = scratch_matrix<double>(policy, r, r), right = scratch_matrix<double>(policy, r, r);
     detail::gram<T>(update.b.view(), left, memory_of(policy));
     detail::gram<T>(update.a.view().transposed(), right, memory_of(policy));
     double sum = 0;
@@ -180,7 +180,8 @@ struct adapter_result {
 };
 
 /// A way to decompose a dense matrix: randomized (decompose_randomized, in linalg/randomized_svd.hpp) or exact
-/// (decompose_exactly, in linalg/truncated_svd.hpp, which alone pays for compiling a large SVD).
+/// (decompose_exactly, in linalg/truncated_svd.hpp, which alone pays for compiling a large SVD). u and v of these two
+/// lie in memory of the policy's resource: the algorithm that asks makes factors of them.
 template <class D, class T>
 concept decomposition = arithmetic_element<T>
     && requires(const D& decompose, const cpu& policy, matrix_view<const T> a, const rank_choice& choice) {
@@ -222,7 +223,7 @@ void fold_update(const cpu& policy, const lora_update<T>& update, matrix_view<S>
 }
 
 /// An update folded into a weight that can be taken out again bit for bit: it keeps the words that it changed (a copy
-/// of the weight). Move-only; does nothing on destruction.
+/// of the weight, in memory of the policy's resource). Move-only; does nothing on destruction.
 ///
 ///     folded_update<float> folded(cpu{}, adapter.at("layers.0.q_proj"), weight);
 ///     … serve …
@@ -234,7 +235,7 @@ public:
     folded_update(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1,
         std::string_view name = "the update")
         : weight_(weight)
-        , saved_(weight.rows(), weight.cols(), weight.order())
+        , saved_(weight.rows(), weight.cols(), weight.order(), memory_of(policy))
     {
         copy(weight_, saved_.view());
         fold_update(policy, update, weight, factor, name);

@@ -140,7 +140,7 @@ adapter_result<T> merge_linear(const cpu& policy, std::type_identity_t<std::span
         for (std::size_t t = 0; t < adapters.size(); ++t) {
             if (layer.updates[t]) { pairs.push_back(layer.updates[t]->factors(factors[t], layer.name)); }
         }
-        const auto stacked = stack_factors<T>(pairs, layer.name);
+        const auto stacked = stack_factors<T>(inside, std::span<const factor_pair<T>>(pairs), layer.name);
         const std::size_t total = stacked.left.cols();
         layer_report report{layer.name, layer.out, layer.in, total, total, true, 0, 0};
         if (options.rank.energy == 0 && options.rank.rank >= total) {
@@ -154,7 +154,8 @@ adapter_result<T> merge_linear(const cpu& policy, std::type_identity_t<std::span
         else {
             rank_choice choice = options.rank;
             choice.clamp = true;
-            const auto s = factored_svd(inside, stacked.pair(layer.name), choice);
+            const auto s =
+                detail::factored_svd_in<T>(inside, stacked.pair(layer.name), choice, detail::factor_place::scratch);
             updates[i] = to_update<T>(s, options.side);
             report.rank = s.rank();
             report.whole = false;

@@ -64,10 +64,10 @@ public:
     using bits = bits_type<T>;
     static constexpr int digits = sizeof(T) / 2;
 
-    explicit streamed_top_k(const std::vector<std::uint64_t>& counts)
+    streamed_top_k(const std::vector<std::uint64_t>& counts, std::pmr::memory_resource* memory)
         : remaining_(counts)
         , prefix_(counts.size(), 0)
-        , histogram_(counts.size())
+        , histogram_(counts.size(), memory) // its elements take it on
     { }
 
     /// Begins replay number `digit` (0 … digits − 1).
@@ -106,7 +106,7 @@ public:
 private:
     std::vector<std::uint64_t> remaining_;
     std::vector<bits> prefix_;
-    std::vector<std::vector<std::uint64_t>> histogram_;
+    std::pmr::vector<std::pmr::vector<std::uint64_t>> histogram_;
     int shift_ = 0;
 };
 
@@ -190,8 +190,8 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
     /// Elects and merges a layer into `merged`; `zero` is what a sum of 0 elects.
     const auto elect = [&](std::size_t size, int zero) {
         const std::size_t blocks = (size + block_size - 1) / block_size, workers = worker_count(policy, blocks);
-        std::vector<merge_tally> tallies(blocks);
-        std::vector<detail::merge_scratch> scratch;
+        auto tallies = detail::empty_tallies(blocks, memory);
+        std::pmr::vector<detail::merge_scratch> scratch(memory);
         for (std::size_t w = 0; w < workers; ++w) { scratch.emplace_back(memory); }
         const sign_election_body<T, keep_all> body{
             {}, factors.data(), how.combine, static_cast<T>(zero), static_cast<T>(how.lambda)};
@@ -227,7 +227,7 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
     std::vector<trimming> rules(tasks);
     int model_zero = provisional;
     if (how.scope == scope::model) {
-        detail::streamed_top_k<T> search(std::vector<std::uint64_t>(tasks, count(elements)));
+        detail::streamed_top_k<T> search(std::vector<std::uint64_t>(tasks, count(elements)), memory);
         for (int digit = 0; digit < search.digits; ++digit) {
             search.begin(digit);
             for (const auto& layer : layers) {
@@ -258,7 +258,7 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
         const std::size_t size = form(layer);
         int zero = model_zero;
         if (how.scope == scope::tensor) {
-            detail::streamed_top_k<T> search(std::vector<std::uint64_t>(tasks, count(size)));
+            detail::streamed_top_k<T> search(std::vector<std::uint64_t>(tasks, count(size)), memory);
             for (int digit = 0; digit < search.digits; ++digit) {
                 search.begin(digit);
                 for_each_index(policy, tasks,

@@ -9,13 +9,15 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <memory_resource>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI::detail {
 
 /// A = u·σ·vᵀ by divide and conquer; false where Eigen gives up. See linalg/truncated_svd.hpp.
 template <class T>
-TASKVEC_NOINLINE bool divide_and_conquer(matrix_view<const T> a, matrix<T>& u, std::vector<double>& sigma, matrix<T>& v)
+TASKVEC_NOINLINE bool divide_and_conquer(
+    matrix_view<const T> a, matrix<T>& u, std::vector<double>& sigma, matrix<T>& v, std::pmr::memory_resource* memory)
 {
     using dense = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>;
     const one_thread_inside guard;
@@ -29,8 +31,8 @@ TASKVEC_NOINLINE bool divide_and_conquer(matrix_view<const T> a, matrix<T>& u, s
 #endif
     if (svd.info() != eigen_success) { return false; }
     const auto k = static_cast<std::size_t>(svd.singularValues().size());
-    u = matrix<T>(turned ? a.cols() : a.rows(), k);
-    v = matrix<T>(turned ? a.rows() : a.cols(), k);
+    u = matrix<T>(turned ? a.cols() : a.rows(), k, matrix_order::column_major, memory);
+    v = matrix<T>(turned ? a.rows() : a.cols(), k, matrix_order::column_major, memory);
     const dense& left = turned ? svd.matrixV() : svd.matrixU();
     const dense& right = turned ? svd.matrixU() : svd.matrixV();
     std::copy_n(left.data(), u.size(), u.data());

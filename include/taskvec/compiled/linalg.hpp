@@ -13,8 +13,8 @@
 
 #define TASKVEC_COMPILED_SMALL_MATRICES(EXTERN)                                                                        \
     EXTERN template double detail::cholesky_factor<0>(                                                                 \
-        matrix_view<const double>, matrix_view<double>, matrix_view<double>);                                          \
-    EXTERN template void detail::householder<0>(matrix_view<double>, std::vector<double>&);                            \
+        matrix_view<const double>, matrix_view<double>, matrix_view<double>, std::pmr::memory_resource*);              \
+    EXTERN template void detail::householder<0>(matrix_view<double>, double*);                                         \
     EXTERN template small_svd_result small_svd<0>(const cpu&, matrix_view<const double>);                              \
     EXTERN template double factor_cholesky<0>(const cpu&, matrix_view<double>);                                        \
     EXTERN template void solve_cholesky<0>(const cpu&, matrix_view<const double>, matrix_view<double>);                \
@@ -36,19 +36,20 @@
 #define TASKVEC_COMPILED_FACTORED_SVD(EXTERN, T)                                                                       \
     EXTERN template class detail::factored_core<T, cpu>;                                                               \
     EXTERN template factored_svd_result<T> detail::factored_core<T, cpu>::finish<small_svd_result>(                    \
-        const cpu&, small_svd_result&&, const rank_choice&) const;                                                     \
-    EXTERN template factored_svd_result<T> factored_svd<T, cpu>(                                                       \
-        const cpu&, const factor_pair<T>&, const rank_choice&);                                                        \
+        const cpu&, small_svd_result&&, const rank_choice&, detail::factor_place) const;                               \
+    EXTERN template factored_svd_result<T> detail::factored_svd_in<T, cpu>(                                            \
+        const cpu&, const factor_pair<T>&, const rank_choice&, detail::factor_place);                                  \
     EXTERN template std::vector<factored_svd_result<T>> factored_svd<T, cpu>(                                          \
         const cpu&, std::span<const factor_pair<T>>, const rank_choice&);                                              \
-    EXTERN template stacked_factors<T> stack_factors<T>(std::span<const factor_pair<T>>, std::string_view);
+    EXTERN template stacked_factors<T> detail::stack_factors_in<T>(                                                    \
+        std::span<const factor_pair<T>>, std::string_view, std::pmr::memory_resource*);
 
 #define TASKVEC_COMPILED_RANDOMIZED_SVD(EXTERN, T)                                                                     \
     EXTERN template randomized_svd_result<T> detail::sampled_svd<T, cpu>(                                              \
-        const cpu&, matrix_view<const T>, const randomized_svd_options&);
+        const cpu&, matrix_view<const T>, const randomized_svd_options&, detail::factor_place);
 
 #define TASKVEC_COMPILED_TRUNCATED_SVD(EXTERN, T)                                                                      \
     EXTERN template bool detail::divide_and_conquer<T>(                                                                \
-        matrix_view<const T>, matrix<T>&, std::vector<double>&, matrix<T>&);                                           \
-    EXTERN template truncated_svd_result<T> truncated_svd<T>(                                                          \
-        const cpu&, matrix_view<const T>, const rank_choice&, std::string_view);
+        matrix_view<const T>, matrix<T>&, std::vector<double>&, matrix<T>&, std::pmr::memory_resource*);               \
+    EXTERN template truncated_svd_result<T> detail::exact_svd<T>(                                                      \
+        const cpu&, matrix_view<const T>, const rank_choice&, std::string_view, detail::factor_place);

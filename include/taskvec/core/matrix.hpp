@@ -8,8 +8,10 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <memory_resource>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -98,6 +100,27 @@ public:
         , cols_(cols)
         , order_(order)
     { }
+    matrix(const matrix&) = default;
+    matrix& operator=(const matrix&) = default;
+    matrix(matrix&& other) noexcept
+        : data_(std::move(other.data_))
+        , rows_(std::exchange(other.rows_, 0))
+        , cols_(std::exchange(other.cols_, 0))
+        , order_(other.order_)
+    { }
+    /// Takes over the other's memory, and with it the resource that it came from.
+    matrix& operator=(matrix&& other) noexcept
+    {
+        if (this != &other) {
+            std::destroy_at(&data_);
+            std::construct_at(&data_, std::move(other.data_));
+            rows_ = std::exchange(other.rows_, 0);
+            cols_ = std::exchange(other.cols_, 0);
+            order_ = other.order_;
+        }
+        return *this;
+    }
+    ~matrix() = default;
 
     [[nodiscard]] T* data() noexcept { return data_.data(); }
     [[nodiscard]] const T* data() const noexcept { return data_.data(); }

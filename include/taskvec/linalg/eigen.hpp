@@ -68,15 +68,15 @@ struct qr_factors<T, memory_space::host> {
     form kept = form::identity;
     matrix_view<const T> a{};
     matrix<double> q{}; ///< scaled: n×k with Q = A·q; stored: m×k; reflectors: m×k below the diagonal
-    std::vector<double> tau{};
+    matrix<double> tau{}; ///< k×1
 };
 
 /// The thin QR of an m×n matrix A, either order; `what` names it in errors.
 /// f32 data is factored through its f64 Gram matrix while that is safe (unit-length columns with κ up to 3000), by
 /// Cholesky-QR twice (Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015) up to κ = 10⁶, and otherwise, or when columns
 /// depend on each other, by Householder reflections; always in f64. ‖QᵀQ − I‖ and ‖A − QR‖/‖A‖ stay below 1e-8 for f32
-/// data and below n·1e-15 for f64. A wide A (m ≤ n) has Q = I and R = A. Throws nonfinite_error. Cost: m·n² flops on
-/// the first road.
+/// data and below n·1e-15 for f64. A wide A (m ≤ n) has Q = I and R = A. Throws nonfinite_error. The factors lie in
+/// memory of the policy's resource. Cost: m·n² flops on the first road.
 template <arithmetic_element T>
 [[nodiscard]] qr_factors<T> factor_qr(
     const cpu& policy, std::type_identity_t<matrix_view<const T>> a, std::string_view what = "A");
@@ -88,8 +88,8 @@ void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<
 
 /// The SVD of a small f64 matrix by one-sided Jacobi rotations (Hestenes 1958; de Rijk 1989 for the pivoting).
 /// σ to about n·ε·σ₁, u and v orthonormal to n·ε; values below ε·σ₁ count as zero and their u completes a basis. Signs
-/// are left as they fall. Throws nonfinite_error. Cost: about 6·m·n² flops a sweep, 4 to 9 sweeps: meant for n up to a
-/// few hundred.
+/// are left as they fall. Throws nonfinite_error. u and v lie in memory of the policy's resource. Cost: about 6·m·n²
+/// flops a sweep, 4 to 9 sweeps: meant for n up to a few hundred.
 template <int = 0>
 [[nodiscard]] small_svd_result small_svd(const cpu& policy, matrix_view<const double> a);
 
@@ -142,7 +142,7 @@ template <arithmetic_element T>
 void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std::span<const double> scale,
     std::type_identity_t<matrix_view<T>> out);
 
-/// weight·Ra·Rbᵀ of two triangular factors.
+/// weight·Ra·Rbᵀ of two triangular factors, in scratch memory.
 template <int = 0>
 [[nodiscard]] matrix<double> small_product(
     const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b);
@@ -152,15 +152,15 @@ template <arithmetic_element T>
 void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>> x,
     std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<matrix_view<T>> out);
 
-/// An orthonormal basis of the columns of y, m×min(m, n), explicitly.
+/// An orthonormal basis of the columns of y, m×min(m, n), explicitly, in scratch memory.
 template <arithmetic_element T>
 [[nodiscard]] matrix<T> orthonormal_basis(
     const cpu& policy, std::type_identity_t<matrix_view<const T>> y, std::string_view what);
 
-/// The matrix in its arithmetic type: as it is, or a converted copy kept in `copy`.
+/// The matrix in its arithmetic type: as it is, or a converted copy kept in `copy`, in scratch memory.
 template <storage_element T>
 [[nodiscard]] matrix_view<const arithmetic_type<T>> in_arithmetic(
-    const cpu&, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy);
+    const cpu& policy, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy);
 
 /// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none.
 template <storage_element T>
@@ -293,6 +293,27 @@ template <class T>
     }
 }
 
+/// Uninitialised memory that is aligned as Eigen's own matrices are, so that it computes the same bits in it.
+template <class T>
+class matrix_room {
+public:
+    matrix_room(std::size_t size, std::pmr::memory_resource* memory)
+        : memory_(memory)
+        , bytes_(size * sizeof(T))
+        , data_(static_cast<T*>(memory->allocate(bytes_, alignment)))
+    { }
+    ~matrix_room() { memory_->deallocate(data_, bytes_, alignment); }
+    matrix_room(const matrix_room&) = delete;
+    matrix_room& operator=(const matrix_room&) = delete;
+    [[nodiscard]] T* data() const noexcept { return data_; }
+
+private:
+    static constexpr std::size_t alignment = 64;
+    std::pmr::memory_resource* memory_;
+    std::size_t bytes_;
+    T* data_;
+};
+
 inline constexpr std::size_t tall_block = 256; // rows that are converted to f64 at a time
 
 /// Copies a block to f64, in the order of the source.
@@ -337,11 +358,14 @@ void gram(matrix_view<const T> a, matrix_view<double> g, std::pmr::memory_resour
 /// R with RᵀR = G and its inverse, for a positive definite G. Returns a lower bound of the least eigenvalue of G with
 /// its columns scaled to unit length (about 1/κ² of the scaled columns), or 0 where G is not numerically definite.
 template <int = 0>
-[[nodiscard]] double cholesky_factor(matrix_view<const double> g, matrix_view<double> r, matrix_view<double> inverse)
+[[nodiscard]] double cholesky_factor(
+    matrix_view<const double> g, matrix_view<double> r, matrix_view<double> inverse, std::pmr::memory_resource* memory)
 {
     const std::size_t n = g.cols();
-    Eigen::MatrixXd l(static_cast<eigen_index>(n), static_cast<eigen_index>(n));
-    std::vector<double> scale(n);
+    const matrix_room<double> room(n * n, memory);
+    eigen_map<double, Eigen::ColMajor> l(room.data(), static_cast<eigen_index>(n), static_cast<eigen_index>(n),
+        Eigen::OuterStride<>(static_cast<eigen_index>(n)));
+    std::pmr::vector<double> scale(n, memory);
     for (std::size_t j = 0; j < n; ++j) {
         if (!(g(j, j) > 0)) { return 0; }
         scale[j] = std::sqrt(g(j, j));
@@ -351,7 +375,8 @@ template <int = 0>
             l(static_cast<eigen_index>(i), static_cast<eigen_index>(j)) = g(i, j) / scale[i] / scale[j];
         }
     }
-    const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> llt(l); // in place
+    Eigen::Ref<Eigen::MatrixXd> in_place(l);
+    const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> llt(in_place);
     if (llt.info() != eigen_success) { return 0; }
     for (std::size_t j = 0; j < n; ++j) {
         for (std::size_t i = 0; i < n; ++i) {
@@ -378,14 +403,14 @@ template <int = 0>
 /// Householder QR in place: reflectors below the diagonal, R above it. Unconditionally stable, any rank; column by
 /// column.
 template <int = 0>
-void householder(matrix_view<double> a, std::vector<double>& tau)
+void householder(matrix_view<double> a, double* tau)
 {
     using column = Eigen::Map<Eigen::VectorXd>;
     const std::size_t m = a.rows(), n = a.cols();
-    tau.assign(std::min(m, n), 0.0);
-    for (std::size_t j = 0; j < tau.size(); ++j) {
+    for (std::size_t j = 0; j < std::min(m, n); ++j) {
         column x(&a(j, j), static_cast<eigen_index>(m - j));
         const double largest = x.cwiseAbs().maxCoeff();
+        tau[j] = 0;
         if (largest == 0) { continue; }
         const double norm = largest * (x / largest).norm();
         const double alpha = x(0), beta = alpha >= 0 ? -norm : norm;
@@ -427,10 +452,10 @@ TASKVEC_NOINLINE void padded_rotate(double* x, double* y, std::size_t size, doub
 
 /// Fills columns [first, cols) of an orthonormal u with unit vectors made orthogonal to all columns before.
 template <int = 0>
-void complete_basis(matrix_view<double> u, std::size_t first)
+void complete_basis(matrix_view<double> u, std::size_t first, std::pmr::memory_resource* memory)
 {
     const std::size_t m = u.rows();
-    std::vector<double> weight(m, 0.0); // squared length of row i so far: e_i is best where it is least
+    std::pmr::vector<double> weight(m, 0.0, memory); // squared length of row i so far: e_i is best where it is least
     for (std::size_t j = 0; j < first; ++j) {
         for (std::size_t i = 0; i < m; ++i) { weight[i] += u(i, j) * u(i, j); }
     }
@@ -496,7 +521,7 @@ double squared_norm(const cpu& policy, matrix_view<const T> a)
     if (a.empty()) { return 0; }
     if (a.order() == matrix_order::row_major) { a = a.transposed(); }
     constexpr std::size_t piece = 64;
-    std::vector<double> part((a.cols() + piece - 1) / piece, 0.0);
+    std::pmr::vector<double> part((a.cols() + piece - 1) / piece, 0.0, memory_of(policy));
     for_each_index(
         a.size() > 1'000'000 ? policy : sequential(policy), part.size(), [&](std::size_t index, std::size_t) {
             for (std::size_t j = index * piece; j < std::min(a.cols(), (index + 1) * piece); ++j) {
@@ -534,7 +559,7 @@ qr_factors<T> factor_qr(const cpu& policy, std::type_identity_t<matrix_view<cons
     std::pmr::memory_resource* const memory = memory_of(policy);
     qr_factors<T> f;
     f.a = a;
-    f.r = matrix<double>(std::min(m, n), n);
+    f.r = matrix<double>(std::min(m, n), n, matrix_order::column_major, memory);
     if (a.empty()) { return f; }
     if (m <= n) { // Q = I
         for (std::size_t j = 0; j < n; ++j) {
@@ -543,12 +568,12 @@ qr_factors<T> factor_qr(const cpu& policy, std::type_identity_t<matrix_view<cons
         if (!std::isfinite(squared_norm(policy, a))) { detail::blame_nonfinite(a, what); }
         return f;
     }
-    matrix<double> g(n, n, matrix_order::column_major, memory), inverse(n, n);
+    matrix<double> g(n, n, matrix_order::column_major, memory), inverse(n, n, matrix_order::column_major, memory);
     detail::gram(a, g.view(), memory);
     double trace = 0;
     for (std::size_t j = 0; j < n; ++j) { trace += g(j, j); }
     if (!std::isfinite(trace)) { detail::blame_nonfinite(a, what); } // returns when only the squares overflow
-    const double least = std::isfinite(trace) ? detail::cholesky_factor(g, f.r, inverse) : 0;
+    const double least = std::isfinite(trace) ? detail::cholesky_factor(g, f.r, inverse, memory) : 0;
     if constexpr (std::same_as<T, float>) {
         if (least >= 1e-7) {
             f.kept = qr_factors<T>::form::scaled;
@@ -556,17 +581,19 @@ qr_factors<T> factor_qr(const cpu& policy, std::type_identity_t<matrix_view<cons
             return f;
         }
     }
-    f.q = matrix<double>(m, n);
+    f.q = matrix<double>(m, n, matrix_order::column_major, memory);
     if (least >= 1e-12) { // once more, on the nearly orthonormal A·R⁻¹
         std::pmr::vector<double> scratch(memory);
-        matrix<double> once(m, n, matrix_order::column_major, memory), r1 = f.r, r2(n, n);
+        matrix<double> once(m, n, matrix_order::column_major, memory), r1(n, n, matrix_order::column_major, memory),
+            r2(n, n, matrix_order::column_major, memory);
+        std::copy_n(f.r.data(), r1.size(), r1.data());
         for (std::size_t i = 0; i < m; i += detail::tall_block) {
             const std::size_t count = std::min(detail::tall_block, m - i);
             detail::multiply_any<double>(1.0, detail::widened(a.block(i, 0, count, n), scratch), inverse, 0.0,
                 once.view().block(i, 0, count, n));
         }
         detail::gram<double>(once.view(), g.view(), memory);
-        if (detail::cholesky_factor(g, r2, inverse) * static_cast<double>(n) > 0.5) {
+        if (detail::cholesky_factor(g, r2, inverse, memory) * static_cast<double>(n) > 0.5) {
             detail::multiply_any<double>(1.0, once, inverse, 0.0, f.q);
             detail::multiply_any<double>(1.0, r2, r1, 0.0, f.r);
             f.kept = qr_factors<T>::form::stored;
@@ -576,7 +603,8 @@ qr_factors<T> factor_qr(const cpu& policy, std::type_identity_t<matrix_view<cons
     for (std::size_t j = 0; j < n; ++j) {
         for (std::size_t i = 0; i < m; ++i) { f.q(i, j) = static_cast<double>(a(i, j)); }
     }
-    detail::householder(f.q, f.tau);
+    f.tau = matrix<double>(std::min(m, n), 1, matrix_order::column_major, memory);
+    detail::householder(f.q, f.tau.data());
     for (std::size_t j = 0; j < n; ++j) {
         for (std::size_t i = 0; i < n; ++i) { f.r(i, j) = i <= j ? f.q(i, j) : 0; }
     }
@@ -606,7 +634,7 @@ void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<
                 Eigen::Map<Eigen::VectorXd> tail(&y(k, j), static_cast<Eigen::Index>(m - k));
                 const Eigen::Map<const Eigen::VectorXd> reflector(&f.q(k, k), static_cast<Eigen::Index>(m - k));
                 const auto below = static_cast<Eigen::Index>(m - k - 1);
-                const double along = f.tau[k] * (tail(0) + reflector.tail(below).dot(tail.tail(below)));
+                const double along = f.tau(k, 0) * (tail(0) + reflector.tail(below).dot(tail.tail(below)));
                 tail(0) -= along;
                 tail.tail(below) -= along * reflector.tail(below);
             }
@@ -646,7 +674,9 @@ small_svd_result small_svd(const cpu& policy, matrix_view<const double> a)
         return turned;
     }
     const std::size_t m = a.rows(), n = a.cols();
-    small_svd_result result{matrix<double>(m, n), std::vector<double>(n, 0.0), matrix<double>(n, n)};
+    std::pmr::memory_resource* const memory = memory_of(policy);
+    small_svd_result result{matrix<double>(m, n, matrix_order::column_major, memory), std::vector<double>(n, 0.0),
+        matrix<double>(n, n, matrix_order::column_major, memory)};
     if (n == 0) { return result; }
     double largest = 0;
     for (std::size_t j = 0; j < n; ++j) {
@@ -665,9 +695,9 @@ small_svd_result small_svd(const cpu& policy, matrix_view<const double> a)
     // Columns of w (A·V so far) and v, each padded to whole lanes.
     const auto padded = [](std::size_t size) { return (size + 7) / 8 * 8; };
     const std::size_t wm = padded(m), vn = padded(n);
-    std::pmr::vector<double> w(wm * n, 0.0, memory_of(policy)), v(vn * n, 0.0, memory_of(policy));
-    std::vector<double> squares(n);
-    std::vector<std::size_t> at(n); // column p of the iteration lies at at[p]
+    std::pmr::vector<double> w(wm * n, 0.0, memory), v(vn * n, 0.0, memory);
+    std::pmr::vector<double> squares(n, memory);
+    std::pmr::vector<std::size_t> at(n, memory); // column p of the iteration lies at at[p]
     for (std::size_t j = 0; j < n; ++j) {
         for (std::size_t i = 0; i < m; ++i) { w[j * wm + i] = std::ldexp(a(i, j), -exponent); }
         v[j * vn + j] = 1;
@@ -715,7 +745,7 @@ small_svd_result small_svd(const cpu& policy, matrix_view<const double> a)
         for (std::size_t i = 0; i < n; ++i) { result.v(i, j) = v[at[j] * vn + i]; }
         for (std::size_t i = 0; i < m && j < rank; ++i) { result.u(i, j) = w[at[j] * wm + i] / length; }
     }
-    detail::complete_basis(result.u, rank);
+    detail::complete_basis(result.u, rank, memory);
     return result;
 }
 
@@ -734,7 +764,7 @@ void orient(const cpu&, std::type_identity_t<matrix_view<T>> u, std::type_identi
 }
 
 template <int>
-double factor_cholesky(const cpu&, matrix_view<double> g)
+double factor_cholesky(const cpu& policy, matrix_view<double> g)
 {
     if (g.rows() != g.cols() || g.order() != matrix_order::column_major) {
         raise<shape_mismatch>(error_code::matrix_shape,
@@ -742,7 +772,7 @@ double factor_cholesky(const cpu&, matrix_view<double> g)
     }
     if (g.empty()) { return 1; }
     const detail::one_thread_inside guard;
-    std::vector<double> diagonal(g.rows());
+    std::pmr::vector<double> diagonal(g.rows(), memory_of(policy));
     for (std::size_t i = 0; i < diagonal.size(); ++i) {
         diagonal[i] = g(i, i);
         if (!(diagonal[i] > 0)) { return 0; }
@@ -842,7 +872,7 @@ void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std
 template <int>
 matrix<double> small_product(const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b)
 {
-    matrix<double> core(a.rows(), b.rows());
+    auto core = scratch_matrix<double>(policy, a.rows(), b.rows());
     gemm(policy, weight, a.view(), b.view().transposed(), 0.0, core.view());
     return core;
 }
@@ -851,7 +881,7 @@ template <arithmetic_element T>
 void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>> x,
     std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<matrix_view<T>> out)
 {
-    matrix<T> rounded(y.rows(), y.cols());
+    auto rounded = scratch_matrix<T>(policy, y.rows(), y.cols());
     for (std::size_t j = 0; j < y.cols(); ++j) {
         for (std::size_t i = 0; i < y.rows(); ++i) { rounded(i, j) = static_cast<T>(y(i, j)); }
     }
@@ -863,20 +893,20 @@ matrix<T> orthonormal_basis(const cpu& policy, std::type_identity_t<matrix_view<
 {
     const auto f = factor_qr<T>(policy, y, what);
     const std::size_t k = f.r.rows();
-    matrix<double> unit(k, k);
+    auto unit = scratch_matrix<double>(policy, k, k);
     for (std::size_t j = 0; j < k; ++j) { unit(j, j) = 1; }
-    matrix<T> q(y.rows(), k);
+    auto q = scratch_matrix<T>(policy, y.rows(), k);
     multiply_q<T>(policy, f, unit.view(), q);
     return q;
 }
 
 template <storage_element T>
 matrix_view<const arithmetic_type<T>> in_arithmetic(
-    const cpu&, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy)
+    const cpu& policy, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy)
 {
     if constexpr (arithmetic_element<T>) { return a; }
     else {
-        copy = matrix<arithmetic_type<T>>(a.rows(), a.cols(), a.order());
+        copy = scratch_matrix<arithmetic_type<T>>(policy, a.rows(), a.cols(), a.order());
         const bool by_rows = a.order() == matrix_order::row_major;
         const std::size_t runs = by_rows ? a.rows() : a.cols(), length = by_rows ? a.cols() : a.rows();
         for (std::size_t k = 0; k < runs; ++k) {

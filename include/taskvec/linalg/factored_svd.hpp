@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <memory_resource>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -116,17 +117,18 @@ public:
     /// weight·Rl·Rrᵀ
     [[nodiscard]] auto product() const noexcept { return std::as_const(product_).view(); }
 
-    [[nodiscard]] result_type nothing(const P& policy) const
+    [[nodiscard]] result_type nothing(const P& policy, factor_place place) const
     {
         result_type result;
-        result.u = result_matrix<element>(policy, m_, 0);
-        result.v = result_matrix<element>(policy, n_, 0);
+        result.u = placed_matrix<element>(policy, m_, 0, place);
+        result.v = placed_matrix<element>(policy, n_, 0, place);
         return result;
     }
 
     /// The result, from the SVD of product().
     template <class SmallSvd>
-    [[nodiscard]] result_type finish(const P& policy, SmallSvd&& core, const rank_choice& choice) const
+    [[nodiscard]] result_type finish(
+        const P& policy, SmallSvd&& core, const rank_choice& choice, factor_place place) const
     {
         if (!std::all_of(core.sigma.begin(), core.sigma.end(),
                 [](double x) { return std::isfinite(x); })) { // not found before, on a device
@@ -141,8 +143,8 @@ public:
         result.sigma.assign(result.spectrum.begin(), result.spectrum.begin() + static_cast<std::ptrdiff_t>(q));
         result.squared_norm = energy_beyond(result.spectrum, 0);
         result.squared_error = energy_beyond(result.spectrum, q);
-        result.u = result_matrix<element>(policy, m_, q);
-        result.v = result_matrix<element>(policy, n_, q);
+        result.u = placed_matrix<element>(policy, m_, q, place);
+        result.v = placed_matrix<element>(policy, n_, q, place);
         multiply_q<element>(policy, left_qr_, std::as_const(core.u).view().left_columns(q), result.u.view());
         multiply_q<element>(policy, right_qr_, std::as_const(core.v).view().left_columns(q), result.v.view());
         orient<element>(policy, result.u.view(), result.v.view());
@@ -158,17 +160,31 @@ private:
     std::remove_cvref_t<decltype(small_product(std::declval<const P&>(), 1.0, left_qr_.r, right_qr_.r))> product_{};
 };
 
+/// factored_svd(), whose u and v go where it is said.
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd_in(
+    const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice, factor_place place)
+{
+    return with_context(policy, [&](const P& ready) {
+        const factored_core<T, P> core(ready, p, choice);
+        return core.empty() ? core.nothing(ready, place)
+                            : core.finish(ready, small_svd(ready, core.product()), choice, place);
+    });
+}
+
 /// sink(i, result of pairs[i]) for each i, in any order and, on the CPU, from many threads; choice(i) is its rank.
 template <storage_element T, class Choice, class Sink>
-void for_each_factored_svd(
-    const cpu& policy, std::span<const factor_pair<T>> pairs, const Choice& choice, const Sink& sink)
+void for_each_factored_svd(const cpu& policy, std::span<const factor_pair<T>> pairs, factor_place place,
+    const Choice& choice, const Sink& sink)
 {
     progress_meter meter(policy, "svd", pairs.size(), progress_unit::layers);
     const cpu inside = sequential(policy);
     for_each_index(policy, pairs.size(), [&](std::size_t i, std::size_t) {
         const rank_choice wanted = choice(i);
         const factored_core<T, cpu> core(inside, pairs[i], wanted);
-        sink(i, core.empty() ? core.nothing(inside) : core.finish(inside, small_svd(inside, core.product()), wanted));
+        sink(i,
+            core.empty() ? core.nothing(inside, place)
+                         : core.finish(inside, small_svd(inside, core.product()), wanted, place));
         if (!meter.advance(1)) { raise<cancelled>(error_code::cancelled); }
     });
 }
@@ -176,8 +192,8 @@ void for_each_factored_svd(
 /// On a device: batches of layers, whose cores are decomposed together by small_svds().
 template <storage_element T, linear_algebra_policy P, class Choice, class Sink>
     requires(P::space == memory_space::device)
-void for_each_factored_svd(
-    const P& policy, std::span<const factor_pair<T, P::space>> pairs, const Choice& choice, const Sink& sink)
+void for_each_factored_svd(const P& policy, std::span<const factor_pair<T, P::space>> pairs, factor_place place,
+    const Choice& choice, const Sink& sink)
 {
     constexpr std::size_t batch = 64; // layers whose orthonormal factors are held at a time
     for (std::size_t first = 0; first < pairs.size(); first += batch) {
@@ -190,8 +206,8 @@ void for_each_factored_svd(
         auto decomposed = small_svds(policy, products);
         for (std::size_t i = 0; i < count; ++i) {
             sink(first + i,
-                cores[i].empty() ? cores[i].nothing(policy)
-                                 : cores[i].finish(policy, std::move(decomposed[i]), choice(first + i)));
+                cores[i].empty() ? cores[i].nothing(policy, place)
+                                 : cores[i].finish(policy, std::move(decomposed[i]), choice(first + i), place));
         }
     }
 }
@@ -202,10 +218,7 @@ template <storage_element T, linear_algebra_policy P>
 factored_svd_result<arithmetic_type<T>, P::space> factored_svd(
     const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice)
 {
-    return with_context(policy, [&](const P& ready) {
-        const detail::factored_core<T, P> core(ready, p, choice);
-        return core.empty() ? core.nothing(ready) : core.finish(ready, small_svd(ready, core.product()), choice);
-    });
+    return detail::factored_svd_in<T>(policy, p, choice, detail::factor_place::kept);
 }
 
 template <storage_element T, linear_algebra_policy P>
@@ -222,7 +235,7 @@ std::vector<factored_svd_result<arithmetic_type<T>, P::space>> factored_svd(
     std::vector<factored_svd_result<arithmetic_type<T>, P::space>> results(pairs.size());
     with_context(policy, [&](const P& ready) {
         detail::for_each_factored_svd<T>(
-            ready, pairs, [&](std::size_t) { return choice; },
+            ready, pairs, detail::factor_place::kept, [&](std::size_t) { return choice; },
             [&](std::size_t i, auto&& result) { results[i] = std::move(result); });
     });
     return results;
@@ -253,14 +266,15 @@ template <storage_element T, memory_space S>
     }
     return total;
 }
-} // namespace detail
-
+/// stack_factors() in memory of `memory`.
 template <storage_element T>
-stacked_factors<arithmetic_type<T>> stack_factors(std::span<const factor_pair<T>> pairs, std::string_view what)
+[[nodiscard]] stacked_factors<arithmetic_type<T>> stack_factors_in(
+    std::span<const factor_pair<T>> pairs, std::string_view what, std::pmr::memory_resource* memory)
 {
     using E = arithmetic_type<T>;
     const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].left.rows(), n = pairs[0].right.rows();
-    stacked_factors<E> sum{matrix<E>(m, total), matrix<E>(n, total)};
+    stacked_factors<E> sum{matrix<E>(m, total, matrix_order::column_major, memory),
+        matrix<E>(n, total, matrix_order::column_major, memory)};
     std::size_t at = 0;
     for (const auto& pair : pairs) {
         const E weight = static_cast<E>(pair.weight);
@@ -271,12 +285,19 @@ stacked_factors<arithmetic_type<T>> stack_factors(std::span<const factor_pair<T>
     }
     return sum;
 }
+} // namespace detail
 
-/// The same in the memory space of the policy.
 template <storage_element T>
-[[nodiscard]] auto stack_factors(const cpu&, std::span<const factor_pair<T>> pairs, std::string_view what)
+stacked_factors<arithmetic_type<T>> stack_factors(std::span<const factor_pair<T>> pairs, std::string_view what)
 {
-    return stack_factors<T>(pairs, what);
+    return detail::stack_factors_in<T>(pairs, what, std::pmr::get_default_resource());
+}
+
+/// The same in the memory space of the policy; on the CPU in memory of the policy's resource.
+template <storage_element T>
+[[nodiscard]] auto stack_factors(const cpu& policy, std::span<const factor_pair<T>> pairs, std::string_view what)
+{
+    return detail::stack_factors_in<T>(pairs, what, memory_of(policy));
 }
 template <storage_element T, linear_algebra_policy P>
     requires(P::space == memory_space::device)

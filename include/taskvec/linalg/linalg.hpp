@@ -31,7 +31,8 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element T, memory_space S>
 struct qr_factors;
 
-/// A = u·diag(sigma)·vᵀ of a small f64 matrix, sigma descending, u (m×k) and v (n×k) orthonormal, k = min(m, n).
+/// A = u·diag(sigma)·vᵀ of a small f64 matrix, sigma descending, u (m×k) and v (n×k) orthonormal, k = min(m, n). u and
+/// v lie in the policy's scratch memory.
 struct small_svd_result {
     matrix<double> u;
     std::vector<double> sigma;

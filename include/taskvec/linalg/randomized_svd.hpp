@@ -53,7 +53,7 @@ namespace detail {
 /// randomized_svd(), see there.
 template <storage_element S, linear_algebra_policy P>
 [[nodiscard]] randomized_svd_result<arithmetic_type<S>, P::space> sampled_svd(
-    const P& policy, matrix_view<const S, P::space> input, const randomized_svd_options& options)
+    const P& policy, matrix_view<const S, P::space> input, const randomized_svd_options& options, factor_place place)
 {
     using T = arithmetic_type<S>;
     const std::size_t m = input.rows(), n = input.cols(), least = std::min(m, n);
@@ -72,8 +72,8 @@ template <storage_element S, linear_algebra_policy P>
     }
     randomized_svd_result<T, P::space> result;
     if (least == 0) {
-        result.u = result_matrix<T>(policy, m, 0);
-        result.v = result_matrix<T>(policy, n, 0);
+        result.u = placed_matrix<T>(policy, m, 0, place);
+        result.v = placed_matrix<T>(policy, n, 0, place);
         return result;
     }
     matrix<T, P::space> copy;
@@ -111,8 +111,9 @@ template <storage_element S, linear_algebra_policy P>
         const auto core = small_svd(policy, fz.r.view().transposed()); // QᵀA = Rᵀ·Qzᵀ = u·σ·(Qz·v)ᵀ
 
         std::size_t keep = std::min(grows && width == least ? most : rank, core.sigma.size());
-        result.u = result_matrix<T>(policy, m, keep);
-        result.v = result_matrix<T>(policy, n, keep);
+        const factor_place here = grows ? factor_place::scratch : place; // more rounds, or fewer columns, may follow
+        result.u = placed_matrix<T>(policy, m, keep, here);
+        result.v = placed_matrix<T>(policy, n, keep, here);
         multiply_small<T>(policy, q.view(), core.u.view().left_columns(keep), result.u.view());
         multiply_q<T>(policy, fz, core.v.view().left_columns(keep), result.v.view());
         result.sigma.assign(core.sigma.begin(), core.sigma.begin() + static_cast<std::ptrdiff_t>(keep));
@@ -134,8 +135,8 @@ template <storage_element S, linear_algebra_policy P>
                 --keep;
                 result.sigma.pop_back();
             }
-            result.u = detail::left_part<T>(policy, std::move(result.u), keep);
-            result.v = detail::left_part<T>(policy, std::move(result.v), keep);
+            result.u = detail::left_part<T>(policy, std::move(result.u), keep, place);
+            result.v = detail::left_part<T>(policy, std::move(result.v), keep, place);
         }
         orient<T>(policy, result.u.view(), result.v.view());
         return result;
@@ -148,7 +149,8 @@ template <storage_element S, linear_algebra_policy P>
 randomized_svd_result<arithmetic_type<S>, P::space> randomized_svd(
     const P& policy, matrix_view<const S, P::space> input, const randomized_svd_options& options)
 {
-    return with_context(policy, [&](const P& ready) { return detail::sampled_svd<S>(ready, input, options); });
+    return with_context(policy,
+        [&](const P& ready) { return detail::sampled_svd<S>(ready, input, options, detail::factor_place::kept); });
 }
 
 /// randomized_svd() as a way to decompose layers, for algorithms that take one.
@@ -161,14 +163,16 @@ struct decompose_randomized {
     [[nodiscard]] svd_result<T, P::space> operator()(
         const P& policy, matrix_view<const T, P::space> a, const rank_choice& choice, std::string_view name) const
     {
-        return randomized_svd<T>(policy, a,
-            {.rank = choice.rank,
-                .energy = choice.energy,
-                .clamp = choice.clamp,
-                .oversampling = oversampling,
-                .power_iterations = power_iterations,
-                .seed = seed,
-                .name = name});
+        const randomized_svd_options options{.rank = choice.rank,
+            .energy = choice.energy,
+            .clamp = choice.clamp,
+            .oversampling = oversampling,
+            .power_iterations = power_iterations,
+            .seed = seed,
+            .name = name};
+        return with_context(policy, [&](const P& ready) -> svd_result<T, P::space> {
+            return detail::sampled_svd<T>(ready, a, options, detail::factor_place::scratch);
+        });
     }
 };
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <numeric>
 #include <span>
@@ -140,12 +141,24 @@ inline void check_layer_ranks(const rank_choice& choice, std::size_t largest, st
     return choice.energy != 0 ? rank_for_energy(sigma, choice.energy) : std::min(choice.rank, sigma.size());
 }
 
-/// The first `count` columns of a matrix, as a matrix of its own.
+/// Where a decomposition puts its factors: in memory of their own, for the caller to keep, or among the policy's
+/// scratch, for an algorithm that makes something else of them.
+enum class factor_place : std::uint8_t { kept, scratch };
+
+/// A zero matrix there.
 template <arithmetic_element T, linear_algebra_policy P>
-[[nodiscard]] matrix<T, P::space> left_part(const P& policy, matrix<T, P::space> x, std::size_t count)
+[[nodiscard]] matrix<T, P::space> placed_matrix(const P& policy, std::size_t rows, std::size_t cols, factor_place place)
 {
-    if (count == x.cols()) { return x; }
-    auto part = result_matrix<T>(policy, x.rows(), count);
+    return place == factor_place::kept ? result_matrix<T>(policy, rows, cols) : scratch_matrix<T>(policy, rows, cols);
+}
+
+/// The first `count` columns of a scratch matrix, as a matrix of its own.
+template <arithmetic_element T, linear_algebra_policy P>
+[[nodiscard]] matrix<T, P::space> left_part(
+    const P& policy, matrix<T, P::space> x, std::size_t count, factor_place place)
+{
+    if (place == factor_place::scratch && count == x.cols()) { return x; }
+    auto part = placed_matrix<T>(policy, x.rows(), count, place);
     copy_matrix<T>(policy, x.view().left_columns(count), part.view());
     return part;
 }

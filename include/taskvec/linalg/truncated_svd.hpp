@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <memory_resource>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -27,41 +28,31 @@ namespace detail {
 
 /// A = u·σ·vᵀ by divide and conquer; false where Eigen gives up. Defined in compiled/divide_and_conquer.hpp.
 template <class T>
-bool divide_and_conquer(matrix_view<const T> a, matrix<T>& u, std::vector<double>& sigma, matrix<T>& v);
+bool divide_and_conquer(
+    matrix_view<const T> a, matrix<T>& u, std::vector<double>& sigma, matrix<T>& v, std::pmr::memory_resource* memory);
 
-} // namespace detail
-
-/// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types
-/// converted to f32), exactly: σ to about min(m, n)·ε·σ₁, u and v orthonormal to rounding and their spaces right to
-/// about four times that error divided by the gap σq − σq+1 (Wedin 1972), squared_error the tail of σ². A matrix at
-/// least twice as tall as wide (or as wide as tall) is first reduced by a thin QR; up to 96 columns the core is then
-/// decomposed by one-sided Jacobi. Throws invalid_argument for a rank of 0 or above min(m, n), nonfinite_error,
-/// backend_error where Eigen fails. Cost: O(m·n·min(m, n)), about 20 s for 4096×4096 f32 on one core; memory for three
-/// copies of A.
-///
-///     auto s = truncated_svd(cpu{}, weight, {.energy = 0.9});
 template <storage_element S>
-[[nodiscard]] truncated_svd_result<arithmetic_type<S>> truncated_svd(
-    const cpu& policy, matrix_view<const S> input, const rank_choice& choice, std::string_view what = "A")
+[[nodiscard]] truncated_svd_result<arithmetic_type<S>> exact_svd(
+    const cpu& policy, matrix_view<const S> input, const rank_choice& choice, std::string_view what, factor_place place)
 {
     using T = arithmetic_type<S>;
     const std::size_t m = input.rows(), n = input.cols(), least = std::min(m, n);
-    detail::check_rank(choice, least, what);
+    check_rank(choice, least, what);
     truncated_svd_result<T> result;
     if (least == 0) {
-        result.u = matrix<T>(m, 0);
-        result.v = matrix<T>(n, 0);
+        result.u = placed_matrix<T>(policy, m, 0, place);
+        result.v = placed_matrix<T>(policy, n, 0, place);
         return result;
     }
     if (m < n) {
-        result = truncated_svd(policy, input.transposed(), choice, what);
+        result = exact_svd(policy, input.transposed(), choice, what, place);
         std::swap(result.u, result.v);
         orient<T>(policy, result.u, result.v);
         return result;
     }
     matrix<T> copy;
     const matrix_view<const T> a = in_arithmetic(policy, input, copy);
-    if (!std::isfinite(squared_norm<T>(policy, a))) { detail::blame_nonfinite(a, what); }
+    if (!std::isfinite(squared_norm<T>(policy, a))) { blame_nonfinite(a, what); }
 
     const auto failed = [&] {
         raise<backend_error>(error_code::no_convergence,
@@ -78,26 +69,27 @@ template <storage_element S>
             result.spectrum = std::move(core.sigma);
         }
         else {
-            matrix<T> r(f.r.rows(), n), u, v;
+            auto r = scratch_matrix<T>(policy, f.r.rows(), n);
+            matrix<T> u, v;
             std::transform(f.r.data(), f.r.data() + f.r.size(), r.data(), [](double x) { return static_cast<T>(x); });
-            if (!detail::divide_and_conquer<T>(r.view(), u, result.spectrum, v)) { failed(); }
-            left = matrix<double>(u.rows(), u.cols());
-            right = matrix<double>(v.rows(), v.cols());
+            if (!divide_and_conquer<T>(r.view(), u, result.spectrum, v, memory_of(policy))) { failed(); }
+            left = scratch_matrix<double>(policy, u.rows(), u.cols());
+            right = scratch_matrix<double>(policy, v.rows(), v.cols());
             std::copy_n(u.data(), u.size(), left.data());
             std::copy_n(v.data(), v.size(), right.data());
         }
-        const std::size_t q = detail::chosen_rank(choice, result.spectrum);
-        result.u = matrix<T>(m, q);
-        result.v = matrix<T>(n, q);
+        const std::size_t q = chosen_rank(choice, result.spectrum);
+        result.u = placed_matrix<T>(policy, m, q, place);
+        result.v = placed_matrix<T>(policy, n, q, place);
         multiply_q<T>(policy, f, std::as_const(left).view().left_columns(q), result.u);
         std::transform(right.data(), right.data() + n * q, result.v.data(), [](double x) { return static_cast<T>(x); });
     }
     else {
         matrix<T> u, v;
-        if (!detail::divide_and_conquer<T>(a, u, result.spectrum, v)) { failed(); }
-        const std::size_t q = detail::chosen_rank(choice, result.spectrum);
-        result.u = detail::left_part<T>(policy, std::move(u), q);
-        result.v = detail::left_part<T>(policy, std::move(v), q);
+        if (!divide_and_conquer<T>(a, u, result.spectrum, v, memory_of(policy))) { failed(); }
+        const std::size_t q = chosen_rank(choice, result.spectrum);
+        result.u = left_part<T>(policy, std::move(u), q, place);
+        result.v = left_part<T>(policy, std::move(v), q, place);
     }
     const std::size_t q = result.u.cols();
     result.sigma.assign(result.spectrum.begin(), result.spectrum.begin() + static_cast<std::ptrdiff_t>(q));
@@ -107,13 +99,31 @@ template <storage_element S>
     return result;
 }
 
+} // namespace detail
+
+/// The leading singular triples of a dense m×n matrix A (either order; f64, f32, bf16 or f16, the 16-bit types
+/// converted to f32), exactly: σ to about min(m, n)·ε·σ₁, u and v orthonormal to rounding and their spaces right to
+/// about four times that error divided by the gap σq − σq+1 (Wedin 1972), squared_error the tail of σ². A matrix at
+/// least twice as tall as wide (or as wide as tall) is first reduced by a thin QR; up to 96 columns the core is then
+/// decomposed by one-sided Jacobi. Throws invalid_argument for a rank of 0 or above min(m, n), nonfinite_error,
+/// backend_error where Eigen fails. Cost: O(m·n·min(m, n)), about 20 s for 4096×4096 f32 on one core; memory for three
+/// copies of A, of which those that Eigen makes come from malloc.
+///
+///     auto s = truncated_svd(cpu{}, weight, {.energy = 0.9});
+template <storage_element S>
+[[nodiscard]] truncated_svd_result<arithmetic_type<S>> truncated_svd(
+    const cpu& policy, matrix_view<const S> input, const rank_choice& choice, std::string_view what = "A")
+{
+    return detail::exact_svd(policy, input, choice, what, detail::factor_place::kept);
+}
+
 /// truncated_svd() as a way to decompose layers, for algorithms that take one.
 struct decompose_exactly {
     template <arithmetic_element T>
     [[nodiscard]] svd_result<T> operator()(
         const cpu& policy, matrix_view<const T> a, const rank_choice& choice, std::string_view name) const
     {
-        return truncated_svd<T>(policy, a, choice, name);
+        return detail::exact_svd<T>(policy, a, choice, name, detail::factor_place::scratch);
     }
 };
 

@@ -58,7 +58,8 @@ template <arithmetic_element T, memory_space S, linear_algebra_policy P>
     result.layers.resize(pairs.size());
     with_context(policy, [&](const P& ready) {
         detail::for_each_factored_svd<T>(
-            ready, std::span<const factor_pair<T, S>>(pairs), [&](std::size_t) { return choice; },
+            ready, std::span<const factor_pair<T, S>>(pairs), detail::factor_place::scratch,
+            [&](std::size_t) { return choice; },
             [&](std::size_t i, const factored_svd_result<T, S>& s) {
                 const lora_update<T, S>& update = *before[i];
                 layer_report report{std::string(pairs[i].name), update.out(), update.in(), update.rank(), s.rank(),
