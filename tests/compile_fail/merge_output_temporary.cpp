@@ -1,6 +1,7 @@
 // A merge into a temporary vector would be lost.
 // SPDX-License-Identifier: Apache-2.0
-// error: outlives_the_expression
+// error: merge\(\): the output is a temporary, and the result would be lost with it
+// lines: 25
 #include <taskvec/methods/average.hpp>
 
 #include <vector>

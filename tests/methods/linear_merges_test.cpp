@@ -280,3 +280,20 @@ TEST_CASE("WiSE-FT goes from the pre-trained model to the fine-tuned one")
     CHECK_THROWS_AS(merge(cpu{}, average_options::wise_ft(0.5), std::vector<std::vector<float>>{ends[0]}, out),
         invalid_argument); // one model
 }
+
+TEST_CASE("Tasks in braces, as views or models, are merged as a list of them is")
+{
+    const testing::random_models<float> m({300}, 2, 11);
+    const auto first = as_view(m.tasks[0]), second = as_view(m.tasks[1]);
+    const task_arithmetic_options options{.lambda = 0.3};
+    std::vector<float> listed(300), braced(300);
+    merge(cpu{}, options, m.base, m.tasks, listed);
+    merge(cpu{}, options, m.base, {first, second}, braced);
+    CHECK(braced == listed);
+    braced.assign(300, 0.0f);
+    merge(cpu{}, options, m.model(m.base), {m.model(m.tasks[0]), m.model(m.tasks[1])}, m.output(braced));
+    CHECK(braced == listed);
+    merge(cpu{}, average_options{}, m.tasks, listed);
+    merge(cpu{}, average_options{}, {first, second}, braced, {.statistics = true});
+    CHECK(braced == listed);
+}

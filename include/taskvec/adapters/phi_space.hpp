@@ -137,9 +137,7 @@ merge_report merge_in_phi_space(const cpu& policy, const Options& options,
     for (const auto& one : adapters) { models.push_back(one.adapter); }
     const std::span<const const_model_ref> tasks(models);
     const model_options named = detail::phi_options(how);
-    if constexpr (requires { merge(policy, options, tasks, out, named); }) { // a method that needs no base
-        return merge(policy, options, tasks, out, named);
-    }
+    if constexpr (!method<Options>::needs_base) { return merge(policy, options, tasks, out, named); }
     else {
         return merge(policy, options, adapters[0].initial, tasks, out, named);
     }

@@ -3,12 +3,14 @@
 #pragma once
 
 #include <taskvec/methods/walk.hpp>
+#include <taskvec/methods/wrong_call.hpp>
 #include <taskvec/models/overflow_guard.hpp>
 
 #include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <ranges>
 #include <span>
@@ -177,10 +179,6 @@ merge_report merge(const cpu& policy, const Options& options, std::span<const co
     return detail::merge_in_memory(policy, options, nullptr, tasks, out, how);
 }
 
-/// A list of flat views (or what converts to one) of one storage type in P's memory space: one for each task.
-template <class Tasks, class P>
-concept tasks_of = std::ranges::input_range<const Tasks> && input_of<std::ranges::range_reference_t<const Tasks>, P>;
-
 namespace detail {
 /// A list of storage types that holds each of those given once.
 template <class List, class... Rest>
@@ -245,6 +243,51 @@ template <cpu_policy P, class Options, class... Arguments>
 merge_report merge(const P&, const Options&, Arguments&&...)
 {
     static_assert(detail::check_method<Options>());
+    return {};
+}
+
+/// The tasks in braces, as views or models: `{as_view(a), as_view(b)}`. (Vectors in braces would be copied.)
+template <merge_method Options, class Base, class Task, class Out>
+merge_report merge(const cpu& policy, const Options& options, const Base& base, std::initializer_list<Task> tasks,
+    Out&& out, const model_options& how = {})
+{
+    if constexpr (detail::merges_in_braces<Task>()) {
+        return merge(policy, options, base, std::span<const Task>(tasks.begin(), tasks.size()), out, how);
+    }
+    return {};
+}
+template <merge_method Options, class Task, class Out>
+merge_report merge(const cpu& policy, const Options& options, std::initializer_list<Task> tasks, Out&& out,
+    const model_options& how = {})
+{
+    if constexpr (detail::merges_in_braces<Task>()) {
+        return merge(policy, options, std::span<const Task>(tasks.begin(), tasks.size()), out, how);
+    }
+    return {};
+}
+
+/// Arguments that are none of those above: a sentence says which one, and what it should be.
+template <merge_method Options, class... Arguments>
+    requires(!detail::right_merge<Options, Arguments...>)
+merge_report merge(const cpu&, const Options&, Arguments&&...)
+{
+    detail::merge_arguments<Options, Arguments...>::check();
+    return {};
+}
+template <detail::no_policy P, merge_method Options, class... Arguments>
+merge_report merge(const P&, const Options&, const Arguments&...)
+{
+    static_assert(policy<P>,
+        "merge(): the first argument is no policy: pass taskvec::cpu{}, or taskvec::cpu{.threads = 4} where threads "
+        "are counted");
+    return {};
+}
+template <merge_method Options, class... Arguments>
+    requires(sizeof...(Arguments) >= 2)
+merge_report merge(const Options&, const Arguments&...)
+{
+    static_assert(policy<Options>,
+        "merge(): the policy is missing before the options: merge(taskvec::cpu{}, options, base, tasks, output)");
     return {};
 }
 

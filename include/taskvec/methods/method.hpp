@@ -55,12 +55,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory_resource>
+#include <ranges>
 #include <string>
 #include <string_view>
 #include <type_traits>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
+
+/// A list of flat views (or what converts to one) of one storage type in P's memory space: one for each task.
+template <class Tasks, class P>
+concept tasks_of = std::ranges::input_range<const Tasks> && input_of<std::ranges::range_reference_t<const Tasks>, P>;
 
 /// A merge method, by its options. Specialise it (see above); it has no general definition.
 template <class Options>

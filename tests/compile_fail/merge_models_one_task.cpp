@@ -1,0 +1,22 @@
+// One model is no list of tasks.
+// SPDX-License-Identifier: Apache-2.0
+// error: merge\(\): the tasks are one model: pass a list
+// lines: 25
+#include <taskvec/methods/average.hpp>
+#include <taskvec/methods/task_arithmetic.hpp>
+
+#include <vector>
+
+using namespace taskvec;
+
+void f([[maybe_unused]] const std::vector<float>& base, [[maybe_unused]] const std::vector<std::vector<float>>& tasks,
+    [[maybe_unused]] std::vector<float>& out)
+{
+    [[maybe_unused]] const task_arithmetic_options options{.lambda = 0.3};
+#if defined(TASKVEC_FAULT)
+    merge(cpu{}, options, const_model_ref(), const_model_ref(), model_ref());
+#else
+    merge(cpu{}, options, const_model_ref(), std::vector<const_model_ref>{const_model_ref()}, model_ref());
+    merge(cpu{}, options, const_model_ref(), {const_model_ref(), const_model_ref()}, model_ref());
+#endif
+}
