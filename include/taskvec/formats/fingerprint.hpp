@@ -10,11 +10,11 @@
 #include <charconv>
 #include <cstddef>
 #include <cstdint>
-#include <memory_resource>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 

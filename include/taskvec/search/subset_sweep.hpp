@@ -8,7 +8,6 @@
 #include <array>
 #include <cstddef>
 #include <cstring>
-#include <memory_resource>
 #include <span>
 #include <vector>
 

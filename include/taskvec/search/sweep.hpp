@@ -17,7 +17,6 @@
 #include <cstddef>
 #include <limits>
 #include <map>
-#include <memory_resource>
 #include <ostream>
 #include <span>
 #include <string>

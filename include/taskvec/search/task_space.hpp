@@ -10,7 +10,6 @@
 #include <cmath>
 #include <concepts>
 #include <cstddef>
-#include <memory_resource>
 #include <span>
 #include <utility>
 #include <vector>
