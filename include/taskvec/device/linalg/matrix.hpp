@@ -2,10 +2,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/error.hpp>
 #include <taskvec/core/matrix.hpp>
 #include <taskvec/device/memory.hpp>
 
+#include <concepts>
 #include <cstddef>
+#include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -71,6 +74,44 @@ template <storage_element T>
 [[nodiscard]] device_matrix<T> to_device(const gpu& policy, const matrix<T>& from)
 {
     return to_device<T>(policy, from.view());
+}
+
+template <storage_element T>
+[[nodiscard]] device_matrix<T> to_device(const gpu& policy, matrix_view<T> from)
+{
+    return to_device<T>(policy, matrix_view<const T>(from));
+}
+namespace detail {
+/// Eigen's matrices, vectors, maps and blocks, and with them row_matrix, by the interface that they have.
+template <class X>
+concept dense_matrix = requires(const X& x) {
+    { x.data() } -> std::same_as<const typename X::Scalar*>;
+    requires storable<typename X::Scalar>;
+    { x.rows() } -> std::convertible_to<std::ptrdiff_t>;
+    { x.cols() } -> std::convertible_to<std::ptrdiff_t>;
+    { x.outerStride() } -> std::convertible_to<std::ptrdiff_t>;
+    { x.innerStride() } -> std::convertible_to<std::ptrdiff_t>;
+    { bool(X::IsRowMajor) };
+};
+} // namespace detail
+/// The same of an Eigen matrix, vector, map or block, of either order (of half or bfloat16 with
+/// <taskvec/interop/eigen.hpp>). Throws invalid_argument where elements of a row
+/// (column) do not lie side by side.
+///
+///     const device_matrix<float> a = to_device(gpu, Eigen::MatrixXf::Random(64, 8));
+template <detail::dense_matrix X>
+[[nodiscard]] auto to_device(const gpu& policy, const X& from)
+{
+    using T = std::remove_const_t<detail::stored_as<typename X::Scalar>>;
+    if (from.size() > 0 && from.innerStride() != 1) {
+        raise<invalid_argument>(error_code::tensor_layout,
+            message("a matrix of ", from.rows(), "×", from.cols(), " leaves ", from.innerStride() - 1,
+                " elements out between two of a run: copy it into a matrix of its own first"));
+    }
+    return to_device<T>(policy,
+        matrix_view<const T>(detail::as_stored(from.data()), static_cast<std::size_t>(from.rows()),
+            static_cast<std::size_t>(from.cols()), X::IsRowMajor ? matrix_order::row_major : matrix_order::column_major,
+            static_cast<std::size_t>(from.outerStride())));
 }
 
 /// A copy of a device matrix on the host. Waits for the policy's stream.
