@@ -10,8 +10,42 @@
 #error "-fno-exceptions should have been noticed"
 #endif
 
-int main()
+#if __has_include(<nlohmann/json.hpp>)
+#include <taskvec/formats/safetensors.hpp>
+
+/// A merge into a file that is cancelled leaves no temporary file: it is gone before the handler is called.
+int cancel_a_merge()
 {
+    using namespace taskvec;
+    char name[] = "/tmp/taskvec-cancelled-XXXXXX";
+    static std::filesystem::path folder = mkdtemp(name);
+    set_error_handler([](const error& failure) {
+        const bool left = std::filesystem::exists(folder / "new") || !std::filesystem::is_empty(folder);
+        std::filesystem::remove_all(folder);
+        std::puts(left ? "a temporary file was left behind" : failure.what());
+        std::exit(!left && failure.kind() == error_kind::cancelled ? 0 : 1);
+    });
+    const std::vector<float> base(100'000);
+    const const_model_ref model{{"w", as_tensor(as_view(base))}};
+    const aligned_models models(&model, {&model, 1});
+    output_directory directory(folder / "new" / "merged");
+    safetensors_writer out(directory.path() / "model.safetensors", models.outputs());
+    const cpu policy{.progress = [](const progress_event&) { return false; }};
+    merge(policy, task_arithmetic_options{}, models, out);
+    std::puts("the merge was not cancelled");
+    return 1;
+}
+#else
+int cancel_a_merge()
+{
+    std::puts("skipped: no JSON library, so no files");
+    return 0;
+}
+#endif
+
+int main(int count, char**)
+{
+    if (count > 1) { return cancel_a_merge(); }
     taskvec::set_error_handler([](const taskvec::error& failure) {
         const bool right = failure.kind() == taskvec::error_kind::shape_mismatch
             && failure.code() == taskvec::error_code::shape_invalid

@@ -380,7 +380,8 @@ public:
 };
 
 /// With exceptions off every error goes here, as what would have been thrown: kind(), code() and what(), and by its
-/// kind the file, the offset or the call. A handler that returns is followed by std::abort().
+/// kind the file, the offset or the call. Files that were being written under temporary names are gone by then. A
+/// handler that returns is followed by std::abort().
 using error_handler = void (*)(const error&);
 
 namespace detail {
@@ -393,6 +394,14 @@ inline error_handler& error_handler_slot() noexcept
 {
     static error_handler handler = &print_error;
     return handler;
+}
+
+/// What is done before the handler is called, as no destructor will run: formats/file.hpp removes temporary files.
+using error_cleanup = void (*)() noexcept;
+inline error_cleanup& error_cleanup_slot() noexcept
+{
+    static error_cleanup cleanup = nullptr;
+    return cleanup;
 }
 
 /// One piece of a message: text as it is, or a number written out.
@@ -466,6 +475,7 @@ template <class Error, class... Arguments>
 {
 #if defined(TASKVEC_NO_EXCEPTIONS)
     const Error failure(code, std::forward<Arguments>(arguments)...);
+    if (detail::error_cleanup_slot()) { detail::error_cleanup_slot()(); }
     detail::error_handler_slot()(failure);
     std::abort();
 #else

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/error.hpp>
+#include <taskvec/core/parallel.hpp>
 
 #include <atomic>
 #include <cerrno>
@@ -171,6 +172,50 @@ enum class durability : std::uint8_t {
     process ///< rename only: survives a killed process as the old file or the new
 };
 
+namespace detail {
+#if defined(TASKVEC_NO_EXCEPTIONS)
+/// What stands under temporary names: an error ends the process without a destructor, and removes it before that.
+class temporaries {
+public:
+    static void add(const std::filesystem::path& place)
+    {
+        const light_lock lock(busy_);
+        places_.push_back(place);
+    }
+    static void drop(const std::filesystem::path& place) noexcept
+    {
+        const light_lock lock(busy_);
+        std::erase(places_, place);
+    }
+    /// The youngest first: files before the directories that they lie in.
+    static void remove() noexcept
+    {
+        const light_lock lock(busy_);
+        std::error_code ignored;
+        for (; !places_.empty(); places_.pop_back()) {
+            const std::filesystem::path& place = places_.back();
+            // Of the directories only one that is not finished has such a name, and others' files lie in the rest.
+            if (place.filename().string().starts_with(".taskvec-")) { std::filesystem::remove_all(place, ignored); }
+            else {
+                std::filesystem::remove(place, ignored);
+            }
+        }
+    }
+
+private:
+    static inline std::atomic_flag busy_;
+    static inline std::vector<std::filesystem::path> places_;
+    static inline const bool hooked_ = (error_cleanup_slot() = &temporaries::remove, true);
+};
+#else
+/// Destructors see to what stands under temporary names.
+struct temporaries {
+    static void add(const std::filesystem::path&) noexcept { }
+    static void drop(const std::filesystem::path&) noexcept { }
+};
+#endif
+} // namespace detail
+
 /// A file that is written under a temporary name beside its target and takes the target's name on commit().
 ///
 /// Until then, and for ever when the process is killed or commit() is never called, the target stays as it was. The
@@ -213,7 +258,10 @@ public:
                     counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
             file_ = detail::descriptor(
                 detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666); }));
-            if (file_) { break; }
+            if (file_) {
+                detail::temporaries::add(temporary_);
+                break;
+            }
             if (errno != EEXIST) {
                 const int code = errno;
                 temporary_.clear();
@@ -302,6 +350,7 @@ public:
         if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
             detail::raise_io(target_, message("cannot rename '", temporary_.string(), "' to it"), errno);
         }
+        detail::temporaries::drop(temporary_);
         temporary_.clear();
         if (whole_directory && mode_ == durability::synchronised) {
             detail::synchronise_directory(detail::directory_of(target_));
@@ -320,7 +369,10 @@ private:
     void discard() noexcept
     {
         file_.close();
-        if (!temporary_.empty()) { ::unlink(temporary_.c_str()); }
+        if (!temporary_.empty()) {
+            ::unlink(temporary_.c_str());
+            detail::temporaries::drop(temporary_);
+        }
         temporary_.clear();
     }
 
@@ -383,6 +435,7 @@ public:
             detail::raise_io(target_, "cannot give the finished directory its name", errno);
         }
         path_ = target_;
+        for (const auto& level : made_) { detail::temporaries::drop(level); }
         made_.clear();
         if (mode_ == durability::synchronised) { detail::synchronise_directory(detail::directory_of(target_)); }
     }
@@ -392,6 +445,7 @@ private:
     {
         if (::mkdir(level.c_str(), 0777) == 0) {
             made_.push_back(level);
+            detail::temporaries::add(level);
             return;
         }
         const int code = errno;
@@ -403,6 +457,7 @@ private:
         std::error_code ignored;
         if (!made_.empty() && made_.back() == path_) { std::filesystem::remove_all(path_, ignored); }
         for (; !made_.empty(); made_.pop_back()) {
+            detail::temporaries::drop(made_.back());
             ::rmdir(made_.back().c_str());
         } // fails, as it should, where something else lies in it by now
     }
