@@ -18,15 +18,19 @@
 
 namespace bench {
 
-/// Reads every word once; the answer keeps the compiler from leaving it out.
-[[gnu::noinline]] inline std::uint64_t read_sweep(const std::uint64_t* words, std::size_t count)
+/// Reads every word once, as `streams` parts side by side, a line of each in turn; the answer keeps the compiler from
+/// leaving it out. One stream alone is bound by latency, so work over several may not be measured by it.
+[[gnu::noinline]] inline std::uint64_t read_sweep(const std::uint64_t* words, std::size_t count, std::size_t streams)
 {
-    std::uint64_t lanes[16]{};
-    std::size_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        for (std::size_t lane = 0; lane < 16; ++lane) { lanes[lane] ^= words[i + lane]; }
+    constexpr std::size_t line = 8;
+    std::uint64_t lanes[line]{};
+    const std::size_t each = count / streams / line * line;
+    for (std::size_t i = 0; i < each; i += line) {
+        for (std::size_t s = 0; s < streams; ++s) {
+            const std::uint64_t* const from = words + s * each + i;
+            for (std::size_t lane = 0; lane < line; ++lane) { lanes[lane] ^= from[lane]; }
+        }
     }
-    for (; i < count; ++i) { lanes[0] ^= words[i]; }
     std::uint64_t all = 0;
     for (const auto lane : lanes) { all ^= lane; }
     return all;
@@ -59,7 +63,8 @@ double seconds(Work&& work)
     return *middle;
 }
 
-/// The least time that reading and writing this many bytes can take: sweeps over buffers of 256 MiB, scaled.
+/// The least time that reading this many bytes of so many streams, and writing some, can take: sweeps over buffers of
+/// 256 MiB, scaled.
 class ceiling {
 public:
     ceiling()
@@ -67,10 +72,10 @@ public:
     {
         write_sweep(buffer_.data(), words, 1); // every page is there before anything is timed
     }
-    [[nodiscard]] double operator()(double bytes_read, double bytes_written)
+    [[nodiscard]] double operator()(double bytes_read, double bytes_written, std::size_t streams)
     {
         constexpr double bytes = words * sizeof(std::uint64_t);
-        const double reading = seconds([&] { benchmark::DoNotOptimize(read_sweep(buffer_.data(), words)); });
+        const double reading = seconds([&] { benchmark::DoNotOptimize(read_sweep(buffer_.data(), words, streams)); });
         const double writing = seconds([&] { write_sweep(buffer_.data(), words, 2); });
         return reading * bytes_read / bytes + writing * bytes_written / bytes;
     }

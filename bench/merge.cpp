@@ -60,7 +60,7 @@ void combination(benchmark::State& state)
     const cpu policy{.threads = static_cast<unsigned>(state.range(0))};
     bench::interleave(
         state, "share of the ceiling", [&] { merge(policy, average_options{}, m.tasks, m.out); },
-        [&] { return the_ceiling()(8 * m.bytes(), m.bytes()); });
+        [&] { return the_ceiling()(8 * m.bytes(), m.bytes(), 8); });
 }
 
 template <class T>
@@ -70,7 +70,7 @@ void arithmetic(benchmark::State& state)
     const cpu policy{.threads = static_cast<unsigned>(state.range(0))};
     bench::interleave(
         state, "share of the ceiling", [&] { merge(policy, task_arithmetic_options{}, m.base, m.tasks, m.out); },
-        [&] { return the_ceiling()(9 * m.bytes(), m.bytes()); });
+        [&] { return the_ceiling()(9 * m.bytes(), m.bytes(), 9); });
 }
 
 // The ceiling of the whole is two sweeps over base and tasks and one write.
@@ -83,7 +83,7 @@ void ties(benchmark::State& state)
     const double read = static_cast<double>(count + 1) * m.bytes();
     bench::interleave(
         state, "share of the ceiling", [&] { merge(policy, ties_options{.density = 0.2}, m.base, m.tasks, m.out); },
-        [&] { return the_ceiling()(2 * read, m.bytes()); });
+        [&] { return the_ceiling()(2 * read, m.bytes(), count + 1); });
 }
 
 // The merge sweep alone: everything is kept, so no threshold is searched for.
@@ -97,7 +97,7 @@ void ties_merge_sweep(benchmark::State& state)
     bench::interleave(
         state, "share of the ceiling",
         [&] { merge(policy, ties_options{.density = 1.0, .zero_sign = zero_sign::none}, m.base, m.tasks, m.out); },
-        [&] { return the_ceiling()(read, m.bytes()); });
+        [&] { return the_ceiling()(read, m.bytes(), count + 1); });
 }
 
 } // namespace

@@ -52,7 +52,7 @@ void kth(benchmark::State& state)
     unsigned walks = 0;
     std::vector<double> ratios;
     for (auto _ : state) {
-        const double sweep = ceiling(count * sizeof(float), 0);
+        const double sweep = ceiling(count * sizeof(float), 0, 1);
         const double time = bench::seconds([&] { benchmark::DoNotOptimize(top_k(policy, x, count / 5, &walks)); });
         state.SetIterationTime(time);
         ratios.push_back(time / sweep);
@@ -84,7 +84,7 @@ void task_vectors(benchmark::State& state)
     unsigned walks = 0;
     std::vector<double> ratios;
     for (auto _ : state) {
-        const double sweep = ceiling(4.0 * n * sizeof(bf16), 0);
+        const double sweep = ceiling(4.0 * n * sizeof(bf16), 0, 4);
         const double time =
             bench::seconds([&] { walks = trim_thresholds(policy, aligned, 0.2, scope::model).walks(); });
         state.SetIterationTime(time);

@@ -51,7 +51,7 @@ void fisher(benchmark::State& state)
     const fisher_options options{.fishers = flat_fishers(fishers), .normalize = normalize};
     bench::interleave(
         state, "share of the ceiling", [&] { merge(policy, options, models, out); },
-        [&] { return the_ceiling()((normalize ? 9 : 6) * bytes, bytes); });
+        [&] { return the_ceiling()((normalize ? 9 : 6) * bytes, bytes, 6); });
 }
 
 // One linear layer of n inputs and n outputs; the ideal is n³/3 + (T + 1)·2·n³ operations at the rate of a plain f64
