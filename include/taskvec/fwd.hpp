@@ -207,9 +207,6 @@ class overflow_guard;
 struct operand_pair;
 enum class weight_layout : std::uint8_t;
 
-// arithmetic/
-class rounded_weights;
-
 // select/
 class index_list;
 template <arithmetic_element A>

@@ -14,7 +14,6 @@
 #include <taskvec/analysis/norms.hpp>
 #include <taskvec/analysis/scores.hpp>
 #include <taskvec/arithmetic/task_vector.hpp>
-#include <taskvec/arithmetic/weighted_sum.hpp>
 #include <taskvec/core/callback.hpp>
 #include <taskvec/core/config.hpp>
 #include <taskvec/core/csv.hpp>

@@ -1,14 +1,16 @@
-// The CPU's elementwise kernels: flat loops over one block, each a function of its own.
+// The CPU's elementwise kernels: over rows of one block, each written once over packs.
 // SPDX-License-Identifier: Apache-2.0
 //
 // A block is a few thousand elements: small enough that its rows stay in the first cache levels, large enough that a
-// call costs nothing. Every kernel takes restrict pointers, writes one row and reads few, so that the vectoriser sees
-// one simple loop (see docs/design.md, "The shape of the loops"). No kernel fuses a multiply with an add.
+// call costs nothing. Every kernel reads few rows and writes one; it is compiled for each instruction set and chosen
+// at run time (core/instruction_set.hpp), so that no flag is needed. No kernel fuses a multiply with an add.
 #pragma once
 
-#include <taskvec/core/storage.hpp>
+#include <taskvec/core/instruction_set.hpp>
+#include <taskvec/core/stored_pack.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -31,18 +33,13 @@ template <storage_element T>
     return reinterpret_cast<storage_word<T>*>(x);
 }
 
-/// Elements between two calls of fetch_ahead() in a kernel that works a row off in runs, and how many bytes ahead
-/// fetches reach. A kernel that does much between two loads asks for its next lines itself: so much work hides what is
-/// still to be loaded from the processor.
-inline constexpr std::size_t fetch_group = 128, fetch_distance = 4096;
-
-/// Asks for the lines of `count` words that lie fetch_distance bytes ahead. Never faults. Always inlined: g++ takes a
-/// call of a function that does nothing but prefetch for one without effect, and leaves it out.
-template <std::size_t count = fetch_group, class Word>
+/// Asks for the lines of `count` words that lie 4 KiB ahead, for a kernel that does so much between two loads that it
+/// hides from the processor what is still to be loaded. Never faults. Always inlined: g++ takes a call of a function
+/// that does nothing but prefetch for one without effect, and leaves it out.
+template <std::size_t count, class Word>
 [[gnu::always_inline]] inline void fetch_ahead(const Word* words) noexcept
 {
-    const auto place =
-        reinterpret_cast<std::uintptr_t>(words) + fetch_distance; // a number: most lie outside the words' array
+    const auto place = reinterpret_cast<std::uintptr_t>(words) + 4096; // a number: most lie outside the words' array
 #pragma GCC unroll 16
     for (std::size_t line = 0; line < count * sizeof(Word); line += 64) {
         __builtin_prefetch(reinterpret_cast<const void*>(place + line), 0, 3);
@@ -51,60 +48,256 @@ template <std::size_t count = fetch_group, class Word>
 
 TASKVEC_KERNELS_BEGIN
 
-namespace detail {
+/// Whether consecutive stored words of T become consecutive entries of A as packs; otherwise they do one by one.
 template <storage_element T, arithmetic_element A>
-TASKVEC_NOINLINE bits_type<A> widen(const storage_word<T>* TASKVEC_RESTRICT x, A* TASKVEC_RESTRICT out, std::size_t n)
+inline constexpr bool has_row_packs =
+    std::same_as<T, A> || (std::same_as<A, float> && sizeof(T) == 2 && has_pack_conversion<T>);
+
+/// `bytes` of consecutive entries of A, from stored words of T (one entry for 0 bytes), and back.
+template <arithmetic_element A, int bytes, storage_element T>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> load_row(const storage_word<T>* from) noexcept
 {
-    TASKVEC_STRICT_FP
+    if constexpr (bytes == 0) { return {widen_word<A, T>(*from)}; }
+    else if constexpr (std::same_as<T, A>) {
+        stored_pack<A, bytes> loaded;
+        loaded.load(from);
+        return loaded.template get<0>();
+    }
+    else {
+        using codes = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere;
+        using lanes = typename taskvec::detail::vector_of<std::int32_t, bytes>::type;
+        return pack_conversion<T>::widen(
+            pack_words<A, bytes>{__builtin_convertvector(*reinterpret_cast<const codes*>(from), lanes)});
+    }
+}
+template <storage_element T, arithmetic_element A, int bytes>
+TASKVEC_INLINE void store_row(const pack<A, bytes>& x, storage_word<T>* to) noexcept
+{
+    if constexpr (bytes == 0) { *to = narrow_word<T>(x.lanes); }
+    else if constexpr (std::same_as<T, A>) {
+        stored_pack<A, bytes> made;
+        made.template put<0>(x);
+        made.store(to);
+    }
+    else {
+        using codes = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::type;
+        using in_memory = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere;
+        *reinterpret_cast<in_memory*>(to) = __builtin_convertvector(pack_conversion<T>::narrow(x).lanes, codes);
+    }
+}
+
+/// The largest word of a pack's lanes, or `least`.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE bits_type<A> largest_lane(const pack_words<A, bytes>& x, bits_type<A> least) noexcept
+{
+    signed_word<A> lanes[pack_lanes<A, bytes>];
+    std::memcpy(lanes, &x, sizeof lanes);
+    for (const auto lane : lanes) {
+        least = static_cast<bits_type<A>>(lane) > least ? static_cast<bits_type<A>>(lane) : least;
+    }
+    return least;
+}
+
+/// out[i] = map(x[i], y[i]), entries of A that are stored as Out, X and Y: whole packs first, then single entries.
+/// `watched`: `largest` receives the largest magnitude bits of the results. Without `out` nothing is stored.
+template <arithmetic_element A, bool watched, storage_element Out, storage_element X, storage_element Y, class Map>
+struct row_kernel {
+    static constexpr bool packs = has_row_packs<Out, A> && has_row_packs<X, A> && has_row_packs<Y, A>;
+
+    Map map;
+    storage_word<Out>* out;
+    const storage_word<X>* x;
+    const storage_word<Y>* y;
+    std::size_t size;
+    bits_type<A>& largest;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        const auto from = row_kernel(*this); // stores cannot change a copy
+        std::size_t i = 0;
+        bits_type<A> found = 0;
+        if constexpr (bytes > 0) { found = from.template packs_of<bytes>(i, found); }
+        found = from.template packs_of<0>(i, found);
+        if constexpr (watched) { largest = found; }
+    }
+
+private:
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE bits_type<A> packs_of(std::size_t& i, bits_type<A> found) const
+    {
+        constexpr std::size_t width = static_cast<std::size_t>(pack_lanes<A, bytes>);
+        pack_words<A, bytes> seen{};
+        std::size_t at = i;
+        for (; at + width <= size; at += width) {
+            const pack<A, bytes> result = map(load_row<A, bytes, X>(x + at), load_row<A, bytes, Y>(y + at));
+            if constexpr (watched) { seen = larger(seen, magnitude_of(result)); }
+            store_row<Out>(result, out + at);
+        }
+        i = at;
+        return largest_lane<A, bytes>(seen, found);
+    }
+};
+
+/// Runs a row_kernel; returns the largest magnitude bits of the results where they are watched.
+template <arithmetic_element A, bool watched, storage_element Out, storage_element X, storage_element Y, class Map>
+bits_type<A> map_row(Out* out, const X* x, const Y* y, std::size_t n, const Map& map)
+{
     bits_type<A> largest = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        const A value = widen_word<A, T>(x[i]);
-        out[i] = value;
-        const auto magnitude = magnitude_bits(value);
-        largest = magnitude > largest ? magnitude : largest;
+    using kernel = row_kernel<A, watched, Out, X, Y, Map>;
+    const kernel row{map, words(out), words(x), words(y), n, largest};
+    if constexpr (kernel::packs) { run_widest(row); }
+    else {
+        run_scalar(row);
     }
     return largest;
 }
 
-template <storage_element T, arithmetic_element A>
-TASKVEC_NOINLINE bits_type<A> subtract(
-    const storage_word<T>* TASKVEC_RESTRICT x, const A* TASKVEC_RESTRICT base, A* TASKVEC_RESTRICT out, std::size_t n)
-{
-    TASKVEC_STRICT_FP
-    bits_type<A> largest = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        const A value = widen_word<A, T>(x[i]) - base[i];
-        out[i] = value;
-        const auto magnitude = magnitude_bits(value);
-        largest = magnitude > largest ? magnitude : largest;
+// What rows are mapped by.
+struct taken {
+    template <class Pack>
+    [[nodiscard]] TASKVEC_INLINE Pack operator()(const Pack& x, const Pack&) const noexcept
+    {
+        return x;
     }
-    return largest;
-}
+};
+struct difference {
+    template <class Pack>
+    [[nodiscard]] TASKVEC_INLINE Pack operator()(const Pack& x, const Pack& y) const noexcept
+    {
+        return x - y;
+    }
+};
+struct negated {
+    template <class Pack>
+    [[nodiscard]] TASKVEC_INLINE Pack operator()(const Pack& x, const Pack&) const noexcept
+    {
+        return -x;
+    }
+};
+template <arithmetic_element A>
+struct sum_with_scaled {
+    A factor;
+    template <class Pack>
+    [[nodiscard]] TASKVEC_INLINE Pack operator()(const Pack& sum, const Pack& x) const noexcept
+    {
+        return sum + factor * x;
+    }
+};
+template <arithmetic_element A>
+struct sum_begun_with {
+    A factor;
+    template <class Pack>
+    [[nodiscard]] TASKVEC_INLINE Pack operator()(const Pack& x, const Pack&) const noexcept
+    {
+        return filled<Pack>(A{0}) + factor * x;
+    }
+};
 
-template <storage_element T, arithmetic_element A>
-TASKVEC_NOINLINE void narrow(const A* TASKVEC_RESTRICT x, storage_word<T>* TASKVEC_RESTRICT out, std::size_t n)
-{
-    TASKVEC_STRICT_FP
-    for (std::size_t i = 0; i < n; ++i) { out[i] = narrow_word<T>(x[i]); }
-}
-} // namespace detail
+/// The largest magnitude bits of a row, and whether an entry is below a number.
+template <arithmetic_element A, bool magnitudes>
+struct row_scan {
+    const A* x;
+    std::size_t size;
+    A floor;
+    bits_type<A>& found;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        std::size_t i = 0;
+        if constexpr (bytes > 0) { look<bytes>(i); }
+        look<0>(i);
+    }
+
+private:
+    template <int bytes>
+    TASKVEC_INLINE void look(std::size_t& i) const
+    {
+        constexpr std::size_t width = static_cast<std::size_t>(pack_lanes<A, bytes>);
+        pack_words<A, bytes> seen{};
+        for (; i + width <= size; i += width) {
+            const auto values = load_row<A, bytes, A>(x + i);
+            if constexpr (magnitudes) { seen = larger(seen, magnitude_of(values)); }
+            else {
+                seen = larger(seen, words_of(values < floor) & signed_word<A>{1});
+            }
+        }
+        found = largest_lane<A, bytes>(seen, found);
+    }
+};
+
+/// Σ x·y over a row in f64: sixteen interleaved partial sums, added pairwise at the end.
+template <arithmetic_element A>
+struct dot_kernel {
+    static constexpr int lanes = 16;
+    const A *x, *y;
+    std::size_t size;
+    double& total;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        double sum[lanes] = {};
+        std::size_t at = 0;
+        if constexpr (bytes > 0) {
+            constexpr int width = pack_lanes<double, bytes>, count = lanes / width;
+            pack<double, bytes> sums[count]{};
+            for (; at + lanes <= size; at += lanes) {
+#pragma GCC unroll 8
+                for (int k = 0; k < count; ++k) {
+                    const std::size_t i = at + static_cast<std::size_t>(k * width);
+                    sums[k] = sums[k] + wide<bytes>(x + i) * wide<bytes>(y + i);
+                }
+            }
+            std::memcpy(sum, sums, sizeof sum);
+        }
+        else {
+            for (; at + lanes <= size; at += lanes) {
+                for (std::size_t lane = 0; lane < lanes; ++lane) { add(sum[lane], at + lane); }
+            }
+        }
+        for (std::size_t lane = 0; at + lane < size; ++lane) { add(sum[lane], at + lane); }
+        for (std::size_t half = lanes / 2; half > 0; half /= 2) {
+            for (std::size_t lane = 0; lane < half; ++lane) { sum[lane] = sum[lane] + sum[lane + half]; }
+        }
+        total = sum[0];
+    }
+
+private:
+    TASKVEC_INLINE void add(double& sum, std::size_t i) const noexcept
+    {
+        TASKVEC_STRICT_FP
+        const double product = static_cast<double>(x[i]) * static_cast<double>(y[i]);
+        sum = sum + product;
+    }
+    template <int bytes>
+    [[nodiscard]] static TASKVEC_INLINE pack<double, bytes> wide(const A* from) noexcept
+    {
+        if constexpr (std::same_as<A, double>) { return load_row<double, bytes, double>(from); }
+        else {
+            using numbers = typename taskvec::detail::vector_of<float, bytes / 2>::anywhere;
+            return {
+                __builtin_convertvector(*reinterpret_cast<const numbers*>(from), decltype(pack<double, bytes>::lanes))};
+        }
+    }
+};
+
+TASKVEC_KERNELS_END
 
 /// out = widen(x). Returns the largest magnitude bits seen, so that the caller learns of NaN and infinity for free.
 template <arithmetic_element A, storage_element T>
 bits_type<A> widen(const T* x, A* out, std::size_t n)
 {
-    return detail::widen<T>(words(x), out, n);
+    return map_row<A, true>(out, x, x, n, taken{});
 }
 
 /// The largest magnitude bits of a row.
 template <arithmetic_element A>
-TASKVEC_NOINLINE bits_type<A> largest_magnitude(const A* TASKVEC_RESTRICT x, std::size_t n)
+bits_type<A> largest_magnitude(const A* x, std::size_t n)
 {
     bits_type<A> largest = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        const auto magnitude = magnitude_bits(x[i]);
-        largest = magnitude > largest ? magnitude : largest;
-    }
+    run_widest(row_scan<A, true>{x, n, A{0}, largest});
     return largest;
 }
 
@@ -112,201 +305,61 @@ TASKVEC_NOINLINE bits_type<A> largest_magnitude(const A* TASKVEC_RESTRICT x, std
 template <arithmetic_element A, storage_element T>
 bits_type<A> subtract(const T* x, const A* base, A* out, std::size_t n)
 {
-    return detail::subtract<T>(words(x), base, out, n);
+    return map_row<A, true>(out, x, base, n, difference{});
 }
 
 /// out = narrow(x), rounded once to nearest even.
 template <storage_element T, arithmetic_element A>
 void narrow(const A* x, T* out, std::size_t n)
 {
-    detail::narrow<T>(x, words(out), n);
+    map_row<A, false>(out, x, x, n, taken{});
 }
 
 /// Whether some entry is below `floor`.
 template <arithmetic_element A>
-TASKVEC_NOINLINE bool any_below(const A* TASKVEC_RESTRICT x, A floor, std::size_t n)
+bool any_below(const A* x, A floor, std::size_t n)
 {
     bits_type<A> found = 0;
-    for (std::size_t i = 0; i < n; ++i) { found |= static_cast<bits_type<A>>(x[i] < floor); }
+    run_widest(row_scan<A, false>{x, n, floor, found});
     return found != 0;
-}
-
-template <arithmetic_element A>
-TASKVEC_NOINLINE void fill(A* TASKVEC_RESTRICT out, A value, std::size_t n)
-{
-    for (std::size_t i = 0; i < n; ++i) { out[i] = value; }
 }
 
 /// sum += weight · x
 template <arithmetic_element A>
-TASKVEC_NOINLINE void accumulate(A* TASKVEC_RESTRICT sum, const A* TASKVEC_RESTRICT x, A weight, std::size_t n)
+void accumulate(A* sum, const A* x, A weight, std::size_t n)
 {
-    TASKVEC_STRICT_FP
-    for (std::size_t i = 0; i < n; ++i) {
-        const A product = weight * x[i];
-        sum[i] = sum[i] + product;
-    }
+    map_row<A, false>(sum, sum, x, n, sum_with_scaled<A>{weight});
 }
 
 /// out = 0 + weight · x: the first term of a sum that starts at +0.
 template <arithmetic_element A>
-TASKVEC_NOINLINE void begin_sum(A* TASKVEC_RESTRICT sum, const A* TASKVEC_RESTRICT x, A weight, std::size_t n)
+void begin_sum(A* sum, const A* x, A weight, std::size_t n)
 {
-    TASKVEC_STRICT_FP
-    for (std::size_t i = 0; i < n; ++i) {
-        const A product = weight * x[i];
-        sum[i] = A{0} + product;
-    }
-}
-
-/// How a fused kernel walks stored words: in steps of 32 bits, one f32 or two bf16, whose halves come apart and
-/// together again by shifts and masks alone. step_word reads at any address that suits T.
-template <storage_element T>
-inline constexpr std::size_t step_width = 4 / sizeof(storage_word<T>);
-using step_word = std::uint32_t __attribute__((aligned(2), may_alias));
-
-/// Element `lane` of a step.
-template <storage_element T>
-[[nodiscard]] inline float step_value(std::uint32_t step, std::size_t lane) noexcept
-{
-    return reinterpret_bits<float>(sizeof(T) == 4 ? step : lane == 0 ? step << 16 : step & 0xffff0000u);
-}
-/// Element `lane` rounded to T, in its place in a step; the other bits are 0. Infinities and finite values, and NaN as
-/// arithmetic makes it.
-template <storage_element T>
-[[nodiscard]] inline std::uint32_t step_of_finite(float value, std::size_t lane) noexcept
-{
-    const auto word = reinterpret_bits<std::uint32_t>(value);
-    if constexpr (sizeof(T) == 4) { return word; }
-    else {
-        const std::uint32_t rounded = word + 0x7fffu + ((word >> 16) & 1u);
-        return lane == 0 ? rounded >> 16 : rounded & 0xffff0000u;
-    }
-}
-/// The same for any value.
-template <storage_element T>
-[[nodiscard]] inline std::uint32_t step_of(float value, std::size_t lane) noexcept
-{
-    if constexpr (sizeof(T) == 4) { return reinterpret_bits<std::uint32_t>(value); }
-    else {
-        return static_cast<std::uint32_t>(f32_to_bf16(value)) << (16 * lane);
-    }
-}
-
-/// Steps that a fused kernel takes of every stream in turn: few enough that its rows stay in the first-level cache.
-/// They come in strips of one line of each stream.
-inline constexpr std::size_t group_steps = 256, strip_steps = 16;
-/// Steps in whole strips.
-[[nodiscard]] inline constexpr std::size_t whole_strips(std::size_t steps) noexcept
-{
-    return (steps + strip_steps - 1) / strip_steps * strip_steps;
-}
-
-/// sums[lane][i] += Σ weights[t] · (tasks[t] − base) over the steps of N tasks; without a base when Difference is
-/// false. Each product and sum rounds, in task order. sums: step_width rows of group_steps.
-template <storage_element T, std::size_t N, bool Difference>
-TASKVEC_NOINLINE void add_stored(const step_word* const* tasks, const step_word* TASKVEC_RESTRICT base,
-    const float* weights, float* TASKVEC_RESTRICT sums, std::size_t n)
-{
-    TASKVEC_STRICT_FP
-    constexpr std::size_t width = step_width<T>;
-    const step_word* x[N];
-    float w[N];
-    for (std::size_t t = 0; t < N; ++t) {
-        x[t] = tasks[t];
-        w[t] = weights[t];
-    }
-    for (std::size_t i = 0; i < n; ++i) {
-        float s[width], origin[width];
-        for (std::size_t lane = 0; lane < width; ++lane) {
-            s[lane] = sums[lane * group_steps + i];
-            if constexpr (Difference) { origin[lane] = step_value<T>(base[i], lane); }
-        }
-#pragma GCC unroll 8
-        for (std::size_t t = 0; t < N; ++t) {
-            const std::uint32_t step = x[t][i];
-#pragma GCC unroll 2
-            for (std::size_t lane = 0; lane < width; ++lane) {
-                float value = step_value<T>(step, lane);
-                if constexpr (Difference) { value = value - origin[lane]; }
-                const float product = w[t] * value;
-                s[lane] = s[lane] + product;
-            }
-        }
-        for (std::size_t lane = 0; lane < width; ++lane) { sums[lane * group_steps + i] = s[lane]; }
-    }
-}
-
-/// out = base + factor · sum, or sum / factor when Difference is false. Returns the largest magnitude bits of the sums:
-/// NaN and infinity in an input cannot but reach them.
-template <storage_element T, bool Difference>
-TASKVEC_NOINLINE std::uint32_t finish_stored(const float* TASKVEC_RESTRICT sums, const step_word* TASKVEC_RESTRICT base,
-    float factor, std::uint32_t* TASKVEC_RESTRICT out, std::size_t n)
-{
-    TASKVEC_STRICT_FP
-    std::int32_t top = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        std::uint32_t step = 0;
-#pragma GCC unroll 2
-        for (std::size_t lane = 0; lane < step_width<T>; ++lane) {
-            const float sum = sums[lane * group_steps + i];
-            const std::int32_t magnitude = static_cast<std::int32_t>(magnitude_bits(sum));
-            top = magnitude > top ? magnitude : top;
-            float result;
-            if constexpr (Difference) {
-                const float change = factor * sum;
-                result = step_value<T>(base[i], lane) + change;
-            }
-            else {
-                result = sum / factor;
-            }
-            step |= step_of<T>(result, lane);
-        }
-        out[i] = step;
-    }
-    return static_cast<std::uint32_t>(top);
+    map_row<A, false>(sum, x, x, n, sum_begun_with<A>{weight});
 }
 
 /// x = base + lambda · x
 template <arithmetic_element A>
-TASKVEC_NOINLINE void add_scaled(A* TASKVEC_RESTRICT x, const A* TASKVEC_RESTRICT base, A lambda, std::size_t n)
+void add_scaled(A* x, const A* base, A lambda, std::size_t n)
 {
-    TASKVEC_STRICT_FP
-    for (std::size_t i = 0; i < n; ++i) {
-        const A product = lambda * x[i];
-        x[i] = base[i] + product;
-    }
+    map_row<A, false>(x, base, x, n, sum_with_scaled<A>{lambda});
 }
 
 /// out = −x
 template <arithmetic_element A>
-TASKVEC_NOINLINE void negate(const A* TASKVEC_RESTRICT x, A* TASKVEC_RESTRICT out, std::size_t n)
+void negate(const A* x, A* out, std::size_t n)
 {
-    for (std::size_t i = 0; i < n; ++i) { out[i] = -x[i]; }
+    map_row<A, false>(out, x, x, n, negated{});
 }
 
-/// x = factor · x
+/// Σ x·y over a row in f64, in a fixed shape: sixteen interleaved partial sums, added pairwise at the end.
 template <arithmetic_element A>
-TASKVEC_NOINLINE void scale(A* TASKVEC_RESTRICT x, A factor, std::size_t n)
+[[nodiscard]] double dot(const A* x, const A* y, std::size_t n)
 {
-    for (std::size_t i = 0; i < n; ++i) { x[i] = factor * x[i]; }
+    double total = 0;
+    run_widest(dot_kernel<A>{x, y, n, total});
+    return total;
 }
-
-/// x = x / divisor. A divisor whose inverse is exact (a power of two, in range) is multiplied by: the same bits.
-template <arithmetic_element A>
-TASKVEC_NOINLINE void divide(A* TASKVEC_RESTRICT x, A divisor, std::size_t n)
-{
-    const A inverse = A{1} / divisor;
-    constexpr bits_type<A> mantissa = static_cast<bits_type<A>>(~(sign_mask<A> | exponent_mask<A>));
-    if ((reinterpret_bits<bits_type<A>>(divisor) & mantissa) == 0
-        && (reinterpret_bits<bits_type<A>>(inverse) & mantissa) == 0 && inverse * divisor == A{1}) {
-        scale(x, inverse, n);
-        return;
-    }
-    for (std::size_t i = 0; i < n; ++i) { x[i] = x[i] / divisor; }
-}
-
-TASKVEC_KERNELS_END
 
 /// Copies to memory that will not be read again soon: non-temporal stores where the processor has them.
 inline void stream_copy(void* to, const void* from, std::size_t size)
@@ -333,48 +386,6 @@ inline void stream_copy(void* to, const void* from, std::size_t size)
 #else
     std::memcpy(to, from, size);
 #endif
-}
-
-/// Where a fused kernel puts the stored words of T that it makes, and whether past the cache.
-template <storage_element T>
-struct stored_output {
-    storage_word<T>* words = nullptr;
-    bool stream = false;
-
-    void put(std::size_t at, const void* from, std::size_t count) const
-    {
-        if (stream) { stream_copy(words + at, from, count * sizeof(T)); }
-        else {
-            std::memcpy(words + at, from, count * sizeof(T));
-        }
-    }
-};
-
-/// Calls run(step pointers of the tasks, step pointer of the base, first element, steps) for groups of at most
-/// group_steps steps of n stored words. The last steps, where they do not fill a strip, come from a copy that zeros
-/// fill up to whole strips: so a kernel may work off whole_strips(steps), and bf16 may be odd in number.
-template <storage_element T, std::size_t most, class Run>
-void for_each_group(
-    const storage_word<T>* const* tasks, std::size_t count, const storage_word<T>* base, std::size_t n, Run&& run)
-{
-    constexpr std::size_t width = step_width<T>, group = group_steps * width, strip = strip_steps * width;
-    const step_word* from[most]{};
-    const std::size_t whole = n - n % strip;
-    for (std::size_t begin = 0; begin < whole; begin += group) {
-        for (std::size_t t = 0; t < count; ++t) { from[t] = reinterpret_cast<const step_word*>(tasks[t] + begin); }
-        run(static_cast<const step_word* const*>(from),
-            base ? reinterpret_cast<const step_word*>(base + begin) : nullptr, begin,
-            (begin + group < whole ? group : whole - begin) / width);
-    }
-    if (whole == n) { return; }
-    step_word last[most + 1][strip_steps]{};
-    for (std::size_t t = 0; t < count; ++t) {
-        std::memcpy(last[t], tasks[t] + whole, (n - whole) * sizeof(T));
-        from[t] = last[t];
-    }
-    if (base) { std::memcpy(last[most], base + whole, (n - whole) * sizeof(T)); }
-    run(static_cast<const step_word* const*>(from), base ? last[most] : nullptr, whole,
-        (n - whole + width - 1) / width);
 }
 
 /// Makes non-temporal stores visible to other threads; called once after a run of stream_copy().

@@ -102,6 +102,22 @@ consteval bool dtypes_differ(storage_list<T...>)
 static_assert(detail::complete_storages(storage_types{}) && detail::dtypes_differ(storage_types{}),
     "taskvec: two storage types have the same dtype");
 
+namespace detail {
+template <class>
+struct storage_of_any {
+    using type = storage_types;
+};
+template <class X>
+    requires requires { typename X::storage; }
+struct storage_of_any<X> {
+    using type = typename X::storage;
+};
+} // namespace detail
+
+/// The storage types that X may meet: those of the list that it names as X::storage, otherwise all.
+template <class X>
+using storage_of = typename detail::storage_of_any<X>::type;
+
 /// The type that arithmetic on T runs in: f64 for f64, otherwise f32.
 template <storage_element T>
 using arithmetic_type = typename storage_traits<T>::arithmetic;
@@ -202,15 +218,19 @@ template <storage_element T, arithmetic_element A>
 TASKVEC_KERNELS_END
 
 namespace detail {
+[[noreturn, gnu::cold]] inline void refuse_storage(dtype type, std::string_view tensor)
+{
+    raise<dtype_mismatch>(error_code::dtype_unsupported,
+        message("tensor '", tensor, "' has dtype ", to_string(type), "; expected ", storage_names(),
+            ": exclude it or convert it first"));
+}
 template <class F, class First, class... Rest>
 decltype(auto) visit_listed(dtype type, std::string_view what, F& f, storage_list<First, Rest...>)
 {
     if (type == dtype_of<First>) { return f(std::type_identity<First>{}); }
     if constexpr (sizeof...(Rest) > 0) { return visit_listed(type, what, f, storage_list<Rest...>{}); }
     else {
-        raise<dtype_mismatch>(error_code::dtype_unsupported,
-            message("tensor '", what, "' has dtype ", to_string(type), "; expected ", storage_names(),
-                ": exclude it or convert it first"));
+        refuse_storage(type, what);
     }
 }
 } // namespace detail

@@ -149,8 +149,7 @@ void combine(const gpu& policy, const Vectors& vectors, std::span<const double> 
     }
     const device::buffer<A> factors(policy, std::vector<A>(weights.begin(), weights.end()));
     device::sweep(policy, result.size(),
-        elementwise::linear_combination<A>{inputs.piece(result), factors.data(), 1, count, false,
-            elementwise::linear_finish::plain, A{1}, inputs.flag()});
+        elementwise::linear_combination<A>{inputs.piece(result), factors.data(), count, inputs.flag()});
     inputs.check_finite();
 }
 

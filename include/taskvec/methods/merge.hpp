@@ -23,9 +23,10 @@ namespace taskvec::inline TASKVEC_ABI {
 namespace detail {
 
 /// Norms of the merged model as it was stored, read back where the sink has memory.
-inline void add_norms(const cpu& policy, const aligned_models& merged_and_base, merge_report& report)
+template <class Types>
+void add_norms(const cpu& policy, const aligned_models& merged_and_base, merge_report& report)
 {
-    const auto sums = tensor_sums(policy, merged_and_base, 2, 0, "norms", [](auto& rows, double* sum) {
+    const auto sums = tensor_sums<Types>(policy, merged_and_base, 2, 0, "norms", [](auto& rows, double* sum) {
         const auto* const merged = rows.task(0);
         sum[0] = kernels::dot(merged, merged, rows.size());
         sum[1] = 0;
@@ -152,7 +153,7 @@ merge_report merge_in_memory(const cpu& policy, const Options& options, const co
         model_options reading = how;
         reading.labels.clear();
         reading.on_nonfinite = nonfinite::propagate;
-        add_norms(policy, aligned_models(base, {&merged, 1}, reading), report);
+        add_norms<Types>(policy, aligned_models(base, {&merged, 1}, reading), report);
     }
     return report;
 }

@@ -67,24 +67,6 @@ public:
     using cpu_passes::cpu_passes;
 };
 
-namespace detail {
-
-template <class Passes>
-struct storage_of_passes {
-    using type = storage_types;
-};
-template <class Passes>
-    requires requires { typename Passes::storage; }
-struct storage_of_passes<Passes> {
-    using type = typename Passes::storage;
-};
-
-} // namespace detail
-
-/// The storage types that passes may meet.
-template <class Passes>
-using storage_of = typename detail::storage_of_passes<Passes>::type;
-
 /// Numbers for bodies, rounded to both arithmetic types once.
 class kept_numbers {
 public:
@@ -111,10 +93,10 @@ namespace detail {
 
 /// An operand of a block by number, in A; nullptr where it is not there.
 template <arithmetic_element A>
-const A* operand_row(const cpu_passes& passes, row_block<A>& rows, std::uint32_t which, bool difference, A* scratch)
+const A* operand_row(const cpu_passes& passes, row_block<A>& rows, std::uint32_t which, A* scratch)
 {
     if (which == 0) { return rows.tensor().base.data ? rows.base() : nullptr; }
-    if (which <= rows.task_count()) { return difference ? rows.delta(which - 1) : rows.task(which - 1); }
+    if (which <= rows.task_count()) { return rows.task(which - 1); }
     const auto& from = passes.beside(rows.tensor_index(), which - 1 - rows.task_count());
     if (!from.data) { return nullptr; }
     bits_type<A> ignored = 0;
@@ -143,7 +125,7 @@ template <std::derived_from<cpu_passes> Passes>
                     if (difference && which > 0 && which <= tasks && rows.tensor().base.data) {
                         return rows.row(which - 1);
                     }
-                    return detail::operand_row(passes, rows, which, false, scratch);
+                    return detail::operand_row(passes, rows, which, scratch);
                 };
                 if (pair.first > tasks && pair.first == pair.second) { // statistics in f64 not as rounded to A
                     const auto& from = passes.beside(rows.tensor_index(), pair.first - 1 - tasks);

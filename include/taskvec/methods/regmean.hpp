@@ -356,7 +356,7 @@ private:
         kernels::accumulate(solved, mean, 1.0, size);
 
         const aligned_tensor& tensor = models.tensors()[one.tensor];
-        detail::row_writer writer(out, false, memory_of(policy));
+        detail::row_writer writer(out, false, memory_of(policy), detail::storage_conversions::of(storage_types{}));
         const std::size_t runs = whole ? 1 : n, length = whole ? size : count;
         for (std::size_t run = 0; run < runs; ++run) {
             const tensor_chunk piece{one.tensor, whole ? first * n : run * one.out + first, length};

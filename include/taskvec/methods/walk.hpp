@@ -86,6 +86,12 @@ template <class Options>
     }
 }
 
+/// The storage types that a walk over models of some Types may read: all, where something lies beside the models.
+template <class Options, class Types>
+using read_types = std::conditional_t<requires(const Options& options, const aligned_models& models) {
+    method<Options>::beside(options, models, memory_space::host);
+}, storage_types, Types>;
+
 /// What lies beside the models as memory that may not be overwritten: operands, or what a method says that has other
 /// data.
 template <class Options>
@@ -106,8 +112,9 @@ template <class Options>
 /// Stores merged rows as the output's dtype, in place where the sink has memory, otherwise chunk by chunk.
 class row_writer {
 public:
-    row_writer(tensor_sink& out, bool stream, std::pmr::memory_resource* memory)
+    row_writer(tensor_sink& out, bool stream, std::pmr::memory_resource* memory, storage_conversions conversions)
         : out_(&out)
+        , conversions_(conversions)
         , stream_(stream)
         , buffer_(memory)
     { }
@@ -123,19 +130,19 @@ public:
     template <arithmetic_element A>
     void write(std::uint64_t offset, const A* values, std::size_t n)
     {
-        visit_storage(tensor_->output_dtype, tensor_->name, [&]<class T>(std::type_identity<T>) {
-            if (!direct_) {
-                kernels::narrow(
-                    values, reinterpret_cast<T*>(buffer_.data() + (offset - piece_->offset) * sizeof(T)), n);
-                return;
-            }
-            const void* stored = values;
-            if constexpr (!std::same_as<T, A>) {
-                kernels::narrow(values, reinterpret_cast<T*>(buffer_.data()), n);
-                stored = buffer_.data();
-            }
-            put(offset * sizeof(T), stored, n * sizeof(T));
-        });
+        const dtype type = tensor_->output_dtype;
+        const std::size_t width = bits_per_element(type) / 8;
+        const auto& conversion = conversions_.get<A>().of(type, tensor_->name, true);
+        if (!direct_) {
+            conversion.narrow(values, buffer_.data() + (offset - piece_->offset) * width, n);
+            return;
+        }
+        const void* stored = values;
+        if (type != dtype_of<A>) {
+            conversion.narrow(values, buffer_.data(), n);
+            stored = buffer_.data();
+        }
+        put(offset * width, stored, n * width);
     }
     /// Whether the output is stored as T; and stored words of T, at `offset` of the tensor.
     template <storage_element T>
@@ -171,6 +178,7 @@ private:
     }
 
     tensor_sink* out_;
+    storage_conversions conversions_;
     bool stream_;
     std::pmr::vector<std::byte> buffer_;
     const aligned_tensor* tensor_ = nullptr;
@@ -470,13 +478,14 @@ void merge_chunks(const Passes& passes, const method<Options>& prepared, std::sp
     for (const auto& tensor : models.tensors()) { written += byte_count(tensor.output_dtype, tensor.size); }
     std::size_t scratch_rows = 1;
     if constexpr (row_method<Options>) { scratch_rows += method<Options>::scratch_rows; }
-    auto workspaces = make_workspaces(policy, models, chunks.size(), scratch_rows);
+    using types = read_types<Options, storage_of<Passes>>;
+    auto workspaces = make_workspaces<types>(policy, models, chunks.size(), scratch_rows);
     std::pmr::vector<row_writer> writers(memory_of(policy));
     std::pmr::vector<merge_scratch> scratch(memory_of(policy));
     writers.reserve(workspaces.size());
     scratch.reserve(workspaces.size());
     for (std::size_t w = 0; w < workspaces.size(); ++w) {
-        writers.emplace_back(out, written > streaming_bytes, memory_of(policy));
+        writers.emplace_back(out, written > streaming_bytes, memory_of(policy), storage_conversions::of(types{}));
         scratch.emplace_back(memory_of(policy));
     }
     const std::size_t task_slots = models.options().statistics ? method<Options>::task_slots : 0;

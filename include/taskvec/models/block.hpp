@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/core/kernels.hpp>
 #include <taskvec/models/aligned_models.hpp>
+#include <taskvec/models/row_conversions.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -21,13 +21,6 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
-
-/// fp8 values by their bits.
-[[nodiscard]] inline float fp8_value(taskvec::dtype type, unsigned code) noexcept
-{
-    return type == taskvec::dtype::f8_e5m2 ? e5m2_to_f32(static_cast<std::uint8_t>(code))
-                                           : e4m3_to_f32(static_cast<std::uint8_t>(code));
-}
 
 /// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements
 /// and fp8 go through `raw` (room for block_size doubles).
@@ -61,8 +54,10 @@ inline constexpr std::size_t block_size = 4096;
 template <arithmetic_element A>
 class row_block {
 public:
-    row_block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory)
+    row_block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory,
+        const detail::row_conversions<A>& conversions = detail::conversions_between<A, storage_types>)
         : models_(&models)
+        , conversions_(&conversions)
         , rows_((models.task_count() + 1 + scratch_rows) * block_size, memory)
         , raw_(block_size, memory)
     { }
@@ -102,18 +97,11 @@ public:
     {
         if (!tensor_->base.data) { return task(t); }
         const A* const from = base();
-        detail::with_elements(tensor_->tasks[t], offset_, size_, raw(), [&](const auto* values) {
-            ahead(values, largest_, [&](std::size_t at, std::size_t n) {
-                return kernels::subtract(values + at, from + at, row(t) + at, n);
-            });
+        const auto& task = tensor_->tasks[t];
+        const auto& conversion = conversions_->of(task.dtype, tensor_->name);
+        ahead(elements(task), width(task), largest_, [&](const std::byte* values, std::size_t at, std::size_t n) {
+            return conversion.subtract(values, from + at, row(t) + at, n);
         });
-        return row(t);
-    }
-    /// τt of this block, always in row(t), so that it may be changed.
-    A* mutable_delta(std::size_t t)
-    {
-        const A* const values = delta(t);
-        if (values != row(t)) { std::memcpy(row(t), values, size_ * sizeof(A)); }
         return row(t);
     }
     /// The stored words of this block, when the base (where there is one) and every task store T at aligned places:
@@ -186,31 +174,41 @@ private:
     }
     const A* load(const aligned_tensor::operand& from, A* out, bits_type<A>& largest)
     {
-        return detail::with_elements(from, offset_, size_, raw(), [&]<class T>(const T* values) -> const A* {
-            const bool in_place = std::same_as<T, A> && static_cast<const void*>(values) != raw();
-            ahead(values, largest, [&](std::size_t at, std::size_t n) {
-                if constexpr (std::same_as<T, A>) {
-                    if (in_place) { return kernels::largest_magnitude(values + at, n); }
-                }
-                return kernels::widen(values + at, out + at, n);
-            });
-            if constexpr (std::same_as<T, A>) {
-                if (in_place) { return values; }
-            }
-            return out;
+        const std::byte* const stored = elements(from);
+        const bool in_place = from.dtype == dtype_of<A> && stored != raw();
+        const auto& conversion = conversions_->of(from.dtype, tensor_->name);
+        ahead(stored, width(from), largest, [&](const std::byte* values, std::size_t at, std::size_t n) {
+            return in_place ? kernels::largest_magnitude(reinterpret_cast<const A*>(values), n)
+                            : conversion.widen(values, out + at, n);
         });
+        return in_place ? reinterpret_cast<const A*>(stored) : out;
+    }
+    [[nodiscard]] static std::size_t width(const aligned_tensor::operand& from) noexcept
+    {
+        return bits_per_element(from.dtype) / 8;
+    }
+    /// The elements of this block of an operand, copied into raw() where they are not aligned.
+    [[nodiscard]] const std::byte* elements(const aligned_tensor::operand& from)
+    {
+        const std::byte* const place = from.data + offset_ * width(from);
+        if (reinterpret_cast<std::uintptr_t>(place) % width(from) == 0) { return place; }
+        std::memcpy(raw(), place, size_ * width(from));
+        return raw();
     }
 
     /// Runs a kernel over the row in pieces, and before each fetches the same piece of the next block: with a dozen
     /// streams of 8 KiB each the hardware prefetchers start anew all the time.
-    template <class T, class Kernel>
-    void ahead(const T* values, bits_type<A>& largest, Kernel&& kernel)
+    template <class Kernel>
+    void ahead(const std::byte* values, std::size_t width, bits_type<A>& largest, const Kernel& kernel)
     {
         constexpr std::size_t piece = 512;
         for (std::size_t at = 0; at < size_; at += piece) {
-            const auto* const next = reinterpret_cast<const char*>(values + at + block_size);
-            for (std::size_t line = 0; line < piece * sizeof(T); line += 64) { __builtin_prefetch(next + line, 0, 2); }
-            largest = std::max(largest, kernel(at, std::min(piece, size_ - at)));
+            const std::byte* const here = values + at * width;
+            const auto next = reinterpret_cast<std::uintptr_t>(here + block_size * width);
+            for (std::size_t line = 0; line < piece * width; line += 64) {
+                __builtin_prefetch(reinterpret_cast<const void*>(next + line), 0, 2);
+            }
+            largest = std::max(largest, kernel(here, at, std::min(piece, size_ - at)));
         }
     }
 
@@ -222,6 +220,7 @@ private:
     }
 
     const aligned_models* models_;
+    const detail::row_conversions<A>* conversions_;
     std::pmr::vector<A> rows_;
     std::pmr::vector<double> raw_;
     const aligned_tensor* tensor_ = nullptr;
@@ -234,10 +233,13 @@ private:
 /// The blocks of one worker: in f32 and, where a tensor needs it, in f64.
 class block_workspace {
 public:
-    block_workspace(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory)
+    /// `conversions`: of the storage types that the models may store, all of them where nothing else is known.
+    block_workspace(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory,
+        detail::storage_conversions conversions)
         : models_(&models)
         , scratch_rows_(scratch_rows)
         , memory_(memory)
+        , conversions_(conversions)
     { }
     template <arithmetic_element A>
     row_block<A>& get()
@@ -247,7 +249,7 @@ public:
         else {
             slot = &single_;
         }
-        if (!*slot) { slot->emplace(*models_, scratch_rows_, memory_); }
+        if (!*slot) { slot->emplace(*models_, scratch_rows_, memory_, conversions_.get<A>()); }
         return **slot;
     }
     /// Calls use(block) with the block type that the tensor's arithmetic asks for.
@@ -261,6 +263,7 @@ private:
     const aligned_models* models_;
     std::size_t scratch_rows_;
     std::pmr::memory_resource* memory_;
+    detail::storage_conversions conversions_;
     std::optional<row_block<float>> single_;
     std::optional<row_block<double>> wide_;
 };
@@ -309,14 +312,18 @@ struct chunk_range {
     return total;
 }
 
-/// One workspace for each worker that a walk over `count` chunks may use.
-[[nodiscard]] inline std::pmr::vector<block_workspace> make_workspaces(
+/// One workspace for each worker that a walk over `count` chunks may use, for models that store the types of a
+/// storage_list.
+template <class Types = storage_types>
+[[nodiscard]] std::pmr::vector<block_workspace> make_workspaces(
     const cpu& policy, const aligned_models& models, std::size_t count, std::size_t scratch_rows)
 {
     std::pmr::vector<block_workspace> workspaces(memory_of(policy));
     const std::size_t workers = worker_count(policy, count);
     workspaces.reserve(workers);
-    for (std::size_t w = 0; w < workers; ++w) { workspaces.emplace_back(models, scratch_rows, memory_of(policy)); }
+    for (std::size_t w = 0; w < workers; ++w) {
+        workspaces.emplace_back(models, scratch_rows, memory_of(policy), detail::storage_conversions::of(Types{}));
+    }
     return workspaces;
 }
 
@@ -333,17 +340,18 @@ void for_each_block_of(row_block<A>& rows, const tensor_chunk& piece, Body&& bod
 }
 
 /// Calls body(chunk index, worker, block) for every block of a range of chunks: chunks in parallel, the blocks of a
-/// chunk in ascending order. `block` is a row_block<float>& or a row_block<double>&, `worker` as in for_each_index.
-template <class Body>
+/// chunk in ascending order. `block` is a row_block<float>& or a row_block<double>&, `worker` as in for_each_index. No
+/// code is made for storage types that `Types` does not list.
+template <class Types = storage_types, class Body>
 void for_each_block(const cpu& policy, const aligned_models& models, chunk_range range, std::size_t scratch_rows,
     std::string_view phase, Body&& body)
 {
     const std::size_t count = range.last - range.first;
-    auto workspaces = make_workspaces(policy, models, count, scratch_rows);
+    auto workspaces = make_workspaces<Types>(policy, models, count, scratch_rows);
     detail::progress_meter meter(policy, phase, bytes_of(models, range));
     for_each_index(policy, count, [&](std::size_t index, std::size_t worker) {
         const tensor_chunk& piece = models.chunks()[range.first + index];
-        workspaces[worker].with_block(models.tensors()[piece.tensor], [&](auto& rows) {
+        detail::with_block_of<Types>(workspaces[worker], models.tensors()[piece.tensor], [&](auto& rows) {
             for_each_block_of(rows, piece, [&](auto& opened) { body(range.first + index, worker, opened); });
         });
         if (!meter.advance(models.bytes(piece))) { raise<cancelled>(error_code::cancelled); }

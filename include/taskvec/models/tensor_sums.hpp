@@ -13,38 +13,6 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-namespace kernels {
-
-TASKVEC_KERNELS_BEGIN
-
-/// Σ x·y over a row in f64: sixteen interleaved partial sums, added pairwise at the end.
-template <arithmetic_element A>
-TASKVEC_NOINLINE double dot(const A* TASKVEC_RESTRICT x, const A* TASKVEC_RESTRICT y, std::size_t n)
-{
-    TASKVEC_STRICT_FP
-    constexpr std::size_t lanes = 16;
-    double sum[lanes] = {};
-    std::size_t at = 0;
-    for (; at + lanes <= n; at += lanes) {
-        for (std::size_t lane = 0; lane < lanes; ++lane) {
-            const double product = static_cast<double>(x[at + lane]) * static_cast<double>(y[at + lane]);
-            sum[lane] = sum[lane] + product;
-        }
-    }
-    for (std::size_t lane = 0; at + lane < n; ++lane) {
-        const double product = static_cast<double>(x[at + lane]) * static_cast<double>(y[at + lane]);
-        sum[lane] = sum[lane] + product;
-    }
-    for (std::size_t half = lanes / 2; half > 0; half /= 2) {
-        for (std::size_t lane = 0; lane < half; ++lane) { sum[lane] = sum[lane] + sum[lane + half]; }
-    }
-    return sum[0];
-}
-
-TASKVEC_KERNELS_END
-
-} // namespace kernels
-
 namespace detail {
 
 /// Adds block sums as they come in order, by a binary counter: the shape of a pairwise sum, in O(log n) memory.
@@ -79,7 +47,7 @@ private:
 
 /// For every tensor a list of sums over its elements, each Σ over blocks of what `term` returns, in a fixed pairwise
 /// shape. `term(block, sums)` adds nothing: it stores `width` block sums. Result: [tensor][which]. Cost: one walk.
-template <class Term>
+template <class Types = storage_types, class Term>
 [[nodiscard]] std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models,
     std::size_t width, std::size_t scratch_rows, std::string_view phase, Term&& term)
 {
@@ -90,10 +58,10 @@ template <class Term>
     }
     if (models.options().chunk % block_size != 0) {
         const aligned_models whole_blocks(models, (models.options().chunk / block_size + 1) * block_size);
-        return tensor_sums(policy, whole_blocks, width, scratch_rows, phase, std::forward<Term>(term));
+        return tensor_sums<Types>(policy, whole_blocks, width, scratch_rows, phase, std::forward<Term>(term));
     }
     std::pmr::vector<double> leaves(first_block.back() * width, memory_of(policy));
-    for_each_block(
+    for_each_block<Types>(
         policy, models, all_chunks(models), scratch_rows, phase, [&](std::size_t index, std::size_t, auto& rows) {
             const std::size_t leaf =
                 first_block[models.chunks()[index].tensor] + static_cast<std::size_t>(rows.offset() / block_size);

@@ -57,23 +57,14 @@ struct top_k_by_sampling {
     }
 };
 
-/// The storage types that passes may meet: all, unless they name a list.
-template <class Passes>
-consteval auto storage_met_by()
-{
-    if constexpr (requires { typename Passes::storage; }) { return typename Passes::storage{}; }
-    else {
-        return storage_types{};
-    }
-}
-
 } // namespace detail
 
 /// Thresholds of every task vector, over the whole model or for each tensor.
 class trim_thresholds {
 public:
+    template <cpu_policy P> // a template, so that files which do not call it do not compile the search for every type
     trim_thresholds(
-        const cpu& policy, const aligned_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
+        const P& policy, const aligned_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
         : trim_thresholds(models, density, over, rule, detail::top_k_by_sampling<>{&policy, &models})
     { }
     /// The same by another search: search(std::type_identity<A>{}, tensors, counts, walks) finds the thresholds that
@@ -150,7 +141,7 @@ template <class Passes>
 [[nodiscard]] trim_thresholds trim_thresholds_of(
     Passes& passes, double density, scope over, trim_rule rule = trim_rule::exact)
 {
-    using types = decltype(detail::storage_met_by<Passes>());
+    using types = storage_of<Passes>;
     return {types{}, passes.models(), density, over, rule,
         detail::top_k_by_sampling<types>{&passes.policy(), &passes.models()}};
 }

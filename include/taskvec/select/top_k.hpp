@@ -366,7 +366,7 @@ public:
         , range_(range)
         , capacity_(capacity)
         , memory_(memory_of(policy))
-        , workspaces_(make_workspaces(policy, models, range.last - range.first, 1))
+        , workspaces_(make_workspaces<Types>(policy, models, range.last - range.first, 1))
     {
         for (std::size_t c = range.first; c < range.last; ++c) { elements_ += models.chunks()[c].size; }
         begin_ = range.first < range.last ? place_of(range.first) : 0;
@@ -722,7 +722,8 @@ template <input_of<cpu> X>
     }
     const const_model_ref model = detail::flat_model(values);
     const aligned_models models(nullptr, {&model, 1});
-    return top_k_thresholds<A>(policy, models, all_chunks(models), std::array{k}, std::size_t{1} << 22, walks)[0];
+    return top_k_thresholds<A, storage_list<element_of<const X>>>(
+        policy, models, all_chunks(models), std::array{k}, std::size_t{1} << 22, walks)[0];
 }
 
 /// The k-th largest magnitude of a flat view.
