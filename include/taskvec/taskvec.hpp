@@ -84,12 +84,14 @@
 #include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/methods/ties.hpp>
 #include <taskvec/methods/walk.hpp>
+#include <taskvec/methods/wrong_call.hpp>
 #include <taskvec/models/aligned_models.hpp>
 #include <taskvec/models/block.hpp>
 #include <taskvec/models/companion.hpp>
 #include <taskvec/models/copy_through.hpp>
 #include <taskvec/models/operand_pair.hpp>
 #include <taskvec/models/overflow_guard.hpp>
+#include <taskvec/models/row_conversions.hpp>
 #include <taskvec/models/tensor_sums.hpp>
 #include <taskvec/models/weight_layout.hpp>
 #include <taskvec/reuse/parameter_count.hpp>
