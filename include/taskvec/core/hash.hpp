@@ -28,7 +28,7 @@ public:
     {
         const auto* bytes = static_cast<const unsigned char*>(data);
         total_ += size;
-        if (held_ + size < 32) {
+        if (size < 32 && held_ + size < 32) { // (the first half for compilers that take the sum for one that wraps)
             if (size) { std::memcpy(buffer_ + held_, bytes, size); }
             held_ += size;
             return;

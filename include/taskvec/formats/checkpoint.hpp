@@ -506,6 +506,8 @@ public:
         if (mode_ == durability::synchronised) { detail::synchronise_directory(directory_); }
     }
 
+    /// Where the files are written until commit(): for what is to lie beside them.
+    [[nodiscard]] const std::filesystem::path& folder() const noexcept { return folder_->path(); }
     /// The files' names, in shard order.
     [[nodiscard]] const std::vector<std::string>& names() const noexcept { return names_; }
     /// The shards' temporary names, for whoever reads them back between finish() and commit().

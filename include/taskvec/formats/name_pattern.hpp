@@ -5,6 +5,7 @@
 #include <taskvec/core/error.hpp>
 
 #include <cstddef>
+#include <iterator>
 #include <regex>
 #include <string>
 #include <string_view>
@@ -50,6 +51,14 @@ public:
     [[nodiscard]] bool occurs_in(std::string_view name) const
     {
         return std::regex_search(checked(name).begin(), name.end(), expression_);
+    }
+    /// The name with each match replaced; `$1` stands for a group, `$&` for the match, as in ECMAScript. Throws like
+    /// matches().
+    [[nodiscard]] std::string replaced_in(std::string_view name, const std::string& replacement) const
+    {
+        std::string result;
+        std::regex_replace(std::back_inserter(result), checked(name).begin(), name.end(), expression_, replacement);
+        return result;
     }
 
 private:

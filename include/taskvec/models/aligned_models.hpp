@@ -289,6 +289,12 @@ private:
         for (std::size_t t = 0; t < tasks.size(); ++t) {
             const const_tensor_ref* const mine = tasks[t].find(name);
             if (!mine) {
+                // There is nothing to merge in integers: a task that lacks them (a buffer that is saved no more) has
+                // the base's.
+                if (has_base_ && !computes(tensor.dtype)) {
+                    ++filled_[t];
+                    continue;
+                }
                 if (options_.on_missing == missing_tensors::error || !has_base_) {
                     raise<invalid_argument>(error_code::tensor_missing,
                         message("tensor '", name, "' of ", reference_label(), " is missing in ", label(t),
