@@ -1,6 +1,6 @@
 // taskvec apply: a base plus a delta.
 // SPDX-License-Identifier: Apache-2.0
-#include "models.hpp"
+#include "model_files.hpp"
 #include "report.hpp"
 #include "words.hpp"
 
@@ -12,42 +12,52 @@
 namespace {
 
 struct apply_settings {
-    std::string base, delta, out, shard_size, nonfinite = "error";
+    std::string base, delta, out, shard_size, nonfinite = "error", overflow = "error", index = "strict";
     double scale = 1;
+    tool::copy_request copies;
     tool::run_options run;
 };
 
 void run_apply(const apply_settings& given)
 {
     tool::check_finite(given.scale, "--scale");
-    const auto base = tool::open_guarded(given.base);
+    const auto base = tool::open_noted(given.base, given.run, given.index);
     const taskvec::delta_file delta(given.delta);
     tool::guard_map(delta.file().map());
-    tool::claim_output(
-        given.out, "--out", given.shard_size.empty() ? tool::output_kind::model : tool::output_kind::directory);
+    const bool directory = tool::out_is_directory(given.out, given.base, !given.shard_size.empty());
+    tool::claim_output(given.out, "--out", directory ? tool::output_kind::directory : tool::output_kind::model);
     tool::claim_report(given.run);
     taskvec::model_options options;
     options.base_label = "'" + given.base + "'";
     options.labels = {options.base_label};
     options.on_nonfinite = given.nonfinite == "propagate" ? taskvec::nonfinite::propagate : taskvec::nonfinite::error;
+    options.on_overflow = tool::overflow_of(given.overflow);
     const taskvec::aligned_models models(&base.model(), {&base.model(), 1}, options);
     tool::runner run(given.run);
     taskvec::check_base(run.policy(), delta.base_fingerprint(), base.model(), given.delta, given.base);
     const auto kept = delta.kept();
     if (given.run.dry_run) {
+        tool::check_space(given.out, base.data_bytes());
         tool::print("would add " + tool::counted(kept, "entry") + " of '" + tool::printable(given.delta) + "' to '"
             + tool::printable(given.base) + "' into '" + tool::printable(given.out) + "' ("
             + tool::size_text(base.data_bytes()) + ")\n");
         return;
     }
     tool::report_file report(given.run.report);
-    tool::model_output out(given.out, models.outputs(), base.metadata(), given.shard_size);
-    taskvec::add_delta(run.policy(), models, delta.parts(), given.scale, out.sink());
+    tool::model_output out(given.out, models.outputs(), base.metadata(), given.shard_size, directory);
+    tool::add_model_files(out, given.copies, given.run,
+        {"Base plus delta", "", {{"base", tool::parse_task(given.base, "--base").name, given.base, 1, &base}}, ""},
+        models.outputs());
+    const auto done = taskvec::merge(run.policy(),
+        taskvec::sparse_addition_options{delta.parts(), given.scale, options.on_nonfinite}, models, out.sink());
     out.finish();
     if (report.wanted()) {
-        report.finish({{"output", given.out}, {"seconds", run.seconds()}, {"bytes_read", 2 * base.data_bytes()},
-            {"bytes_written", out.file_size()}, {"peak_memory", tool::peak_memory()},
-            {"peak_anonymous_memory", run.anonymous_peak()}, {"scale", given.scale}, {"kept", kept}});
+        nlohmann::ordered_json content{{"output", given.out}, {"seconds", run.seconds()},
+            {"bytes_read", 2 * base.data_bytes()}, {"bytes_written", out.file_size()},
+            {"peak_memory", tool::peak_memory()}, {"peak_anonymous_memory", run.anonymous_peak()},
+            {"scale", given.scale}, {"kept", kept}};
+        if (given.overflow == "saturate") { content["saturated"] = done.saturated; }
+        report.finish(content);
     }
     const auto size = out.file_size();
     tool::conclude("added " + tool::counted(kept, "entry") + " to '" + tool::printable(given.base) + "' into '"
@@ -65,6 +75,9 @@ const tool::register_verb apply_verb(
         verb.text("--out", given->out, "PATH", "Where the sum goes: a file, or a directory", tool::presence::required);
         tool::add_shard_size_option(verb, given->shard_size);
         tool::add_nonfinite_option(verb, given->nonfinite);
+        tool::add_copy_options(verb, given->copies);
+        tool::add_overflow_option(verb, given->overflow);
+        tool::add_index_option(verb, given->index);
         tool::add_run_options(verb, given->run);
         verb.footer("Example:\n  taskvec apply --base reuse/merged.safetensors --delta reuse/math.delta.safetensors "
                     "--out math.safetensors");

@@ -6,11 +6,13 @@
 
 #include <taskvec/core/error.hpp>
 
+#include <algorithm>
 #include <cctype>
 #include <charconv>
 #include <cmath>
 #include <map>
 #include <optional>
+#include <set>
 #include <string_view>
 
 namespace tool {
@@ -28,40 +30,88 @@ std::optional<double> number_in(std::string_view text)
     return value;
 }
 
+std::string place_text(const fs::path& path)
+{
+    std::error_code failure;
+    const auto place = fs::weakly_canonical(fs::absolute(path, failure), failure);
+    return (failure ? path : place).string();
+}
+
+/// A model's name by the last `parts` of its path, without an ending that files have.
+std::string parts_of_name(const fs::path& path, std::size_t parts)
+{
+    std::error_code ignored;
+    auto whole = fs::absolute(path, ignored).lexically_normal();
+    if (!whole.has_filename()) { whole = whole.parent_path(); } // "dir/"
+    const bool directory = fs::is_directory(path, ignored);
+    std::string name = whole.filename().string();
+    if (!directory) {
+        if (const auto at = name.find(".safetensors.index."); at != name.npos) { name.resize(at); } // an index
+        else {
+            name = whole.stem().string();
+        }
+        if (name == "model") { name = whole.parent_path().filename().string(), whole = whole.parent_path(); }
+    }
+    for (std::size_t i = 1; i < parts; ++i) {
+        whole = whole.parent_path();
+        if (!whole.has_filename()) { break; }
+        name = whole.filename().string() + "-" + name;
+    }
+    return name;
+}
+
 } // namespace
 
 task_argument parse_task(const std::string& text, const std::string& option)
 {
     task_argument task;
+    std::error_code ignored;
     const auto sign = text.rfind('=');
-    const auto weight = sign == text.npos ? std::nullopt : number_in(std::string_view(text).substr(sign + 1));
-    task.path = weight ? text.substr(0, sign) : text;
-    if (weight) { task.weight = *weight; }
+    task.path = text;
+    if (sign != text.npos && !fs::exists(text, ignored)) { // what is there under the whole text is meant
+        const auto before = text.substr(0, sign), after = text.substr(sign + 1);
+        if (const auto weight = number_in(after)) {
+            task.path = before;
+            task.weight = *weight;
+        }
+        else if (!before.empty() && fs::exists(before, ignored)) {
+            throw usage_error(option + " '" + text + "': '" + after + "' is no number; expected PATH=WEIGHT such as '"
+                + before + "=0.5'");
+        }
+    }
     if (task.path.empty()) {
         throw usage_error(option + " '" + text + "' names no model; expected PATH or PATH=WEIGHT");
     }
-    std::error_code ignored;
-    auto whole = fs::absolute(task.path, ignored).lexically_normal();
-    if (!whole.has_filename()) { whole = whole.parent_path(); } // "dir/"
-    const bool by_directory = !fs::is_directory(task.path, ignored) && whole.stem() == "model";
-    if (by_directory) { whole = whole.parent_path(); }
-    task.name =
-        by_directory || fs::is_directory(task.path, ignored) ? whole.filename().string() : whole.stem().string();
+    task.text = text;
+    task.name = parts_of_name(task.path, 1);
     return task;
 }
 
 std::vector<task_argument> parse_tasks(const std::vector<std::string>& texts)
 {
     std::vector<task_argument> tasks;
-    std::map<std::string, fs::path> seen;
-    for (const auto& text : texts) {
-        tasks.push_back(parse_task(text));
-        const auto& task = tasks.back();
-        const auto [place, fresh] = seen.emplace(task.name, task.path);
-        if (!fresh) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::task_name_repeated,
-                taskvec::message("tasks '", place->second.string(), "' and '", task.path.string(), "' are both named '",
-                    task.name, "': rename one, since tasks are told apart by name"));
+    for (const auto& text : texts) { tasks.push_back(parse_task(text)); }
+    // Equal names are told apart by the folders above, as many as it takes.
+    for (std::size_t parts = 2; parts <= 64; ++parts) {
+        std::map<std::string, std::set<std::string>> places;
+        for (const auto& task : tasks) { places[task.name].insert(place_text(task.path)); }
+        bool again = false;
+        for (auto& task : tasks) {
+            if (places[task.name].size() == 1) { continue; }
+            const auto longer = parts_of_name(task.path, parts);
+            again = again || longer != task.name;
+            task.name = longer;
+        }
+        if (!again) { break; }
+    }
+    // What is left is one model several times, or cannot be told apart: by numbers.
+    std::map<std::string, std::size_t> seen;
+    std::set<std::string> names;
+    for (auto& task : tasks) {
+        const auto name = task.name;
+        task.time = ++seen[name];
+        for (auto number = task.time; !names.insert(task.name).second; ++number) {
+            task.name = name + "-" + std::to_string(std::max<std::size_t>(2, number));
         }
     }
     return tasks;

@@ -20,15 +20,17 @@ public:
     using std::runtime_error::runtime_error;
 };
 
-/// `PATH=WEIGHT`: split at the last '=', and only if a number follows.
+/// `PATH=WEIGHT`: split at the last '=', and only if a number follows and nothing is there under the whole text.
 struct task_argument {
     fs::path path;
     double weight = 1;
     std::string name; ///< the file's stem; the directory's name for a directory or a file called `model`
+    std::string text; ///< as it was given
+    std::size_t time = 1; ///< above 1: one that was given before
 };
 /// `option` is what gave it, for messages.
 [[nodiscard]] task_argument parse_task(const std::string& text, const std::string& option = "--task");
-/// All tasks; equal names are an error.
+/// All tasks. Equal names are told apart by the folders above, and where that is one model given twice by numbers.
 [[nodiscard]] std::vector<task_argument> parse_tasks(const std::vector<std::string>& texts);
 /// "5GB", "256MiB", "1000": bytes. Throws usage_error naming the option.
 [[nodiscard]] std::uint64_t parse_size(const std::string& text, const std::string& option);

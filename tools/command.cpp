@@ -16,6 +16,7 @@
 #include <charconv>
 #include <exception>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <new>
 #include <string_view>
@@ -183,9 +184,15 @@ void command::flag(const std::string& flag, bool& value, const std::string& help
 }
 
 void command::take(const std::string& flag, const std::string& unit, const std::string& help,
-    std::function<void(const std::string&)> receive)
+    std::function<void(const std::string&)> receive, bool repeatable)
 {
-    finished(app_->add_option_function<std::string>(flag, std::move(receive), help), unit);
+    if (!repeatable) {
+        finished(app_->add_option_function<std::string>(flag, std::move(receive), help), unit);
+        return;
+    }
+    take_all(flag, unit, help, [receive = std::move(receive)](const std::vector<std::string>& texts) {
+        for (const auto& text : texts) { receive(text); }
+    });
 }
 void command::take(const std::string& flag, const std::string& help, std::function<void()> receive)
 {
@@ -209,9 +216,26 @@ void command::footer(const std::string& text)
     app_->footer(text);
 }
 
+void command::after_parse(hearer hear)
+{
+    hearers_->push_back(std::move(hear));
+}
+
 void command::action(std::function<void()> run)
 {
-    app_->callback(std::move(run));
+    app_->callback([app = app_, hearers = hearers_, run = std::move(run)] {
+        if (!hearers->empty()) {
+            std::vector<std::pair<std::string, std::string>> given;
+            std::map<const CLI::Option*, std::size_t> seen;
+            for (const auto* option : app->parse_order()) {
+                const auto& values = option->results();
+                const auto i = seen[option]++;
+                given.emplace_back(option->get_name(), i < values.size() ? values[i] : std::string());
+            }
+            for (const auto& hear : *hearers) { hear(given); }
+        }
+        run();
+    });
 }
 
 register_verb::register_verb(int place, const char* name, const char* help, void (*describe)(command&))
@@ -224,9 +248,7 @@ int run_command_line(int count, const char* const* words)
     CLI::App app(
         "taskvec: merge, prune and reuse fine-tuned models, straight from their safetensors files.", "taskvec");
     app.formatter(std::make_shared<formatter>());
-    app.set_version_flag("-v,-V,--version",
-        "taskvec " + std::to_string(TASKVEC_VERSION_MAJOR) + "." + std::to_string(TASKVEC_VERSION_MINOR) + "."
-            + std::to_string(TASKVEC_VERSION_PATCH));
+    app.set_version_flag("-v,-V,--version", "taskvec " + tool_version());
     app.require_subcommand(1);
     app.option_defaults()->always_capture_default(false);
     app.footer("'taskvec VERB --help' explains a verb and gives an example.\n"
@@ -240,6 +262,7 @@ int run_command_line(int count, const char* const* words)
             + (verb == &app ? "" : " " + verb->get_name()) + " --help')");
         return 2;
     };
+    command_words().assign(words + 1, words + count);
     auto given = reversed(count, words);
     const std::string first = given.empty() ? "" : given.back();
     try {

@@ -4,8 +4,10 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace CLI {
@@ -42,9 +44,9 @@ public:
     void count(
         const std::string& flag, std::optional<std::size_t>& value, const std::string& unit, const std::string& help);
     void flag(const std::string& flag, bool& value, const std::string& help);
-    /// Hands the text on, where there is one; the receiver checks it.
+    /// Hands the text on, where there is one (each, where it may be repeated); the receiver checks it.
     void take(const std::string& flag, const std::string& unit, const std::string& help,
-        std::function<void(const std::string&)> receive);
+        std::function<void(const std::string&)> receive, bool repeatable = false);
     /// The same for what has no value.
     void take(const std::string& flag, const std::string& help, std::function<void()> receive);
     /// All values of what may be repeated.
@@ -52,13 +54,17 @@ public:
         std::function<void(const std::vector<std::string>&)> receive);
     /// Two options that may not both be given.
     void exclude(const std::string& flag, const std::string& other);
+    /// Hears, before the verb acts, of all options and values in the order of the command line.
+    void after_parse(std::function<void(const std::vector<std::pair<std::string, std::string>>&)> hear);
     /// What follows the options in the help: explanations, an example.
     void footer(const std::string& text);
     /// What the verb does.
     void action(std::function<void()> run);
 
 private:
+    using hearer = std::function<void(const std::vector<std::pair<std::string, std::string>>&)>;
     CLI::App* app_;
+    std::shared_ptr<std::vector<hearer>> hearers_ = std::make_shared<std::vector<hearer>>();
 };
 
 /// A verb adds itself to the command line. Each tools/<verb>.cpp has one, and no other file names it:

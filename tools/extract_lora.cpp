@@ -18,12 +18,16 @@ struct extract_lora_settings : tool::adapter_settings {
     bool randomized = false, fan_in_fan_out = false;
     std::uint64_t seed = 0;
     std::vector<std::string> include, exclude, embedding;
+    std::string index = "strict";
+    tool::name_rules names;
+    bool match_prefixes = false;
 };
 
 /// Modules that common architectures implement by an embedding: PEFT factors those transposed, under other names.
-constexpr const char* known_embeddings = "(^|\\.)(embed_tokens|tok_embeddings|word_embeddings|position_embeddings|"
-                                         "token_type_embeddings|embed_positions|embed_in|"
-                                         "wte|wpe)$";
+constexpr const char* known_embeddings =
+    "(^|\\.)((tok|token|word|position|pos|token_type|segment|entity|entity_position|lang|language|[xyhw]_position|"
+    "relative_position|distance|time_position)s?_emb(ed(ding)?)?s?|embed_(tokens|tokens_per_layer|positions|in)|"
+    "embeddings?|emb|shared|wte|wpe|relative_attention_bias)$";
 
 /// True when the layers of some model need f64.
 bool wide(const taskvec::checkpoint& model)
@@ -48,21 +52,12 @@ taskvec::lora_update<T> transposed(const taskvec::lora_update<T>& update)
     return {turn(update.a), turn(update.b), update.scaling};
 }
 
-/// Patterns that match nothing are mistakes.
 template <class Names>
-void check_matches(
-    const std::vector<std::string>& patterns, const Names& names, const std::string& option, const std::string& what)
+std::vector<std::string> list_of(const Names& entries)
 {
-    for (const auto& pattern : patterns) {
-        const auto matches = tool::name_matcher({pattern}, option);
-        bool found = false;
-        for (const auto& [name, value] : names) { found = found || matches(name); }
-        if (!found) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
-                taskvec::message(
-                    option, " '", pattern, "' matches no ", what, "; see 'taskvec inspect' for the names"));
-        }
-    }
+    std::vector<std::string> names;
+    for (const auto& [name, value] : entries) { names.push_back(name); }
+    return names;
 }
 
 template <class T>
@@ -129,13 +124,43 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     list_left_out();
 }
 
+/// Names that differ by prefixes, and tied heads.
+void line_up(const extract_lora_settings& given, const taskvec::checkpoint& base, taskvec::checkpoint& tuned)
+{
+    const std::string label = "'" + given.task + "'", reference = "'" + given.base + "'";
+    const auto match = tool::match_prefixes(tuned.model(), base.model());
+    if (!match.names.empty() && !given.match_prefixes) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
+            taskvec::message(label, " and ", reference, " call tensors differently: ", match.same, " of ",
+                tuned.model().size(), " have one name, ", match.names.size(), " more have with ", match.words(),
+                ": add --match-prefixes, or after --task ", given.task, " ", match.renames()));
+    }
+    if (!match.names.empty()) {
+        tool::note(given.run,
+            taskvec::message(
+                "names of ", label, ": ", match.words(), ", ", tool::counted(match.names.size(), "tensor")));
+        tuned.set_model(tool::renamed(tuned.model(), match));
+    }
+    auto model = tuned.model();
+    const auto notes = tool::resolve_ties(model, base.model(), tool::says_tied(given.task), label, reference);
+    if (!notes.empty()) { tuned.set_model(std::move(model)); }
+    for (const auto& text : notes) { tool::note(given.run, text); }
+}
+
 void run_extract_lora(const extract_lora_settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("extract-lora runs on the cpu; leave --device out"); }
     (void)given.rank.choice();
-    const auto base = tool::open_guarded(given.base), tuned = tool::open_guarded(given.task);
-    check_matches(given.include, base.model(), "--include", "tensor of '" + given.base + "'");
-    check_matches(given.exclude, base.model(), "--exclude", "tensor of '" + given.base + "'");
+    const auto rules = [&](const std::string& model) {
+        const auto place = given.names.find(model);
+        return place == given.names.end() ? std::vector<tool::name_rule>() : place->second;
+    };
+    const auto base = tool::open_noted(given.base, given.run, given.index, rules(""));
+    auto tuned = tool::open_noted(given.task, given.run, given.index, rules(given.task));
+    line_up(given, base, tuned);
+    const auto names = list_of(base.model());
+    tool::check_patterns(given.include, "--include", names, "tensor of '" + given.base + "'");
+    tool::check_patterns(given.exclude, "--exclude", names, "tensor of '" + given.base + "'");
     constexpr std::string_view suffix = ".weight";
     std::map<std::string, bool> modules;
     for (const auto& [name, tensor] : base.model()) {
@@ -143,7 +168,7 @@ void run_extract_lora(const extract_lora_settings& given)
             modules.emplace(name.substr(0, name.size() - suffix.size()), true);
         }
     }
-    check_matches(given.embedding, modules, "--embedding", "module of '" + given.base + "'");
+    tool::check_patterns(given.embedding, "--embedding", list_of(modules), "module of '" + given.base + "'");
     tool::in_precision(
         wide(base) || wide(tuned), [&]<class T>(std::type_identity<T>) { extract_as<T>(given, base, tuned); });
 }
@@ -162,6 +187,8 @@ const tool::register_verb extract_lora_verb(70, "extract-lora",
         verb.texts("--exclude", given->exclude, "REGEX", "All but tensors that match");
         verb.texts("--embedding", given->embedding, "REGEX",
             "Modules that are embeddings, beside those named so in common models (embed_tokens, wte, …)");
+        tool::add_name_options(verb, given->names, given->match_prefixes);
+        tool::add_index_option(verb, given->index);
         verb.flag("--fan-in-fan-out", given->fan_in_fan_out, "Weights are stored in×out, as in GPT-2");
         tool::add_adapter_options(verb, *given, "the base's, per tensor");
         verb.footer("Other tensors that changed (biases, norms) are listed on standard error and in the report: an "

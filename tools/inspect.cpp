@@ -1,10 +1,12 @@
 // taskvec inspect: what a model holds.
 // SPDX-License-Identifier: Apache-2.0
 #include "command.hpp"
+#include "models.hpp"
 #include "runner.hpp"
 #include "words.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/fingerprint.hpp>
 
 #include <nlohmann/json.hpp>
 
@@ -16,7 +18,8 @@ namespace {
 
 struct inspect_settings {
     std::string model;
-    bool json = false;
+    std::string index = "strict";
+    bool json = false, sketch = false;
     tool::run_options run;
 };
 
@@ -85,11 +88,18 @@ const tool::register_verb inspect_verb(10, "inspect",
         const auto given = std::make_shared<inspect_settings>();
         verb.positional("MODEL", given->model, "The model to look into");
         verb.flag("--json", given->json, "Print JSON instead of a table");
+        verb.flag("--sketch", given->sketch,
+            "Print the sketch that model cards hold: a number over names, dtypes, shapes and the ends of each tensor");
+        tool::add_index_option(verb, given->index);
         tool::add_quiet(verb, given->run);
         verb.footer("Example:\n  taskvec inspect model.safetensors\n  taskvec inspect model.safetensors --json | jq "
                     "'.tensors | length'");
         verb.action([given] {
-            const auto model = tool::open_guarded(given->model);
+            const auto model = tool::open_noted(given->model, given->run, given->index);
+            if (given->sketch) {
+                tool::print(taskvec::fingerprint_text(taskvec::fingerprint_sketch(model.model())) + "\n");
+                return;
+            }
             given->json ? print_json(model) : print_table(model);
         });
     });

@@ -20,7 +20,7 @@ struct merge_lora_settings : tool::adapter_settings {
     std::vector<std::string> adapters;
     tool::rank_settings rank;
     tool::option_values options; ///< of the method: lambda, density and what else TIES is told
-    bool randomized = false, any_base = false;
+    bool randomized = false, any_base = false, match_prefixes = false;
     std::uint64_t seed = 0;
 
     [[nodiscard]] bool in_phi() const { return space == "phi"; }
@@ -55,6 +55,7 @@ public:
             initial_ = tool::read_adapter<T>(given.init, given);
             bytes_ += tool::adapter_bytes(given.init);
         }
+        line_up(given);
         for (std::size_t i = 1; i < adapters_.size(); ++i) {
             for (std::size_t j = 0; j < i; ++j) { check_together(adapters_[j], adapters_[i], given.any_base); }
         }
@@ -115,6 +116,63 @@ private:
     {
         const auto place = config.find(field);
         return place != config.end() && place->is_boolean() && place->get<bool>();
+    }
+    /// The modules of an adapter as tensors without data.
+    static void add_modules(const adapter_type& adapter, taskvec::const_model_ref& model)
+    {
+        for (const auto& [name, update] : adapter.updates) {
+            if (model.find(name)) { continue; }
+            model.insert(name,
+                {nullptr, taskvec::dtype::f32,
+                    {static_cast<std::int64_t>(update.out()), static_cast<std::int64_t>(update.in())}, {}});
+        }
+    }
+    template <class Map>
+    static Map under_names(Map&& map, const std::map<std::string, std::string>& names)
+    {
+        Map result;
+        for (auto& [name, value] : map) {
+            const auto place = names.find(name);
+            result.emplace(place == names.end() ? name : place->second, std::move(value));
+        }
+        return result;
+    }
+    /// Adapters that share no module are of different parts of a model, or call the same modules differently.
+    void line_up(const merge_lora_settings& given)
+    {
+        taskvec::const_model_ref seen;
+        add_modules(adapters_[0], seen);
+        for (std::size_t i = 1; i < adapters_.size(); ++i) {
+            auto& adapter = adapters_[i];
+            taskvec::const_model_ref mine;
+            add_modules(adapter, mine);
+            const auto match = tool::match_prefixes(mine, seen);
+            const std::string label = "'" + adapter.label + "'";
+            if (given.match_prefixes && !match.names.empty()) {
+                tool::note(given.run,
+                    taskvec::message(
+                        "modules of ", label, ": ", match.words(), ", ", tool::counted(match.names.size(), "module")));
+                adapter.updates = under_names(std::move(adapter.updates), match.names);
+                adapter.stored = under_names(std::move(adapter.stored), match.names);
+                std::remove_cvref_t<decltype(adapter.embeddings)> embeddings;
+                for (const auto& name : adapter.embeddings) {
+                    const auto place = match.names.find(name);
+                    embeddings.insert(place == match.names.end() ? name : place->second);
+                }
+                adapter.embeddings = std::move(embeddings);
+            }
+            else if (match.same == 0 || (!match.names.empty() && match.wrappers_only())) {
+                const auto what = taskvec::message(
+                    label, " shares ", match.same == 0 ? "no module" : "few modules", " with the adapters before it");
+                tool::note(given.run,
+                    what + ": the result has those of both"
+                        + (match.names.empty()
+                                ? std::string()
+                                : "; with " + match.words() + ", " + tool::counted(match.names.size(), "module")
+                                    + " would be the same: --match-prefixes"));
+            }
+            add_modules(adapter, seen);
+        }
     }
     static void check_together(const adapter_type& first, const adapter_type& other, bool any_base)
     {
@@ -337,6 +395,8 @@ const tool::register_verb merge_lora_verb(80, "merge-lora",
             "ties: randomized SVD of the merged layers, a hundred times faster for large ones");
         verb.count("--seed", given->seed, "N", "Of --randomized (default: 0)");
         verb.flag("--any-base", given->any_base, "Merge although the adapters name different base models");
+        verb.flag("--match-prefixes", given->match_prefixes,
+            "Line modules up where their names differ by what stands before them (model., _orig_mod., …)");
         tool::add_modules_to_save(verb, *given);
         tool::add_adapter_options(verb, *given, "the adapters'");
         verb.footer("Methods:\n"

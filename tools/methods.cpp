@@ -173,8 +173,9 @@ const std::vector<std::string>& merge_request::list(const std::string& name) con
 }
 
 void add_described_options(command& verb, const std::vector<described>& own, const std::vector<described>& others,
-    option_values& values, const std::map<std::string, std::string>& renamed)
+    option_values& values, const std::map<std::string, std::string>& renamed, bool by_tensor)
 {
+    const std::string by_tensor_help = "; REGEX=X for tensors that match";
     const auto add = [&](const shared_option& one) {
         const auto place = renamed.find(one.option.name);
         const bool other = !one.own && place != renamed.end();
@@ -182,8 +183,22 @@ void add_described_options(command& verb, const std::vector<described>& own, con
         const auto give = [&values, word](const std::string& flag, const std::string& text) {
             values.push_back({word, text, flag});
         };
+        const auto give_number = [&values, word](const std::string& flag, const std::string& text) {
+            auto value = parse_value(word, text, flag);
+            if (!value.by_tensor && std::any_of(values.begin(), values.end(), [&](const option_value& other) {
+                    return other.name == word && !other.by_tensor;
+                })) {
+                throw usage_error(flag + " is given twice for all tensors; only REGEX=VALUE may be repeated");
+            }
+            values.push_back(std::move(value));
+        };
         const std::string flag = "--" + word;
-        if (one.option.kind != taskvec::option_kind::truth) {
+        if (one.option.kind == taskvec::option_kind::number && by_tensor) {
+            verb.take(
+                flag, one.option.unit, help_of(one, false, other) + by_tensor_help,
+                [give_number, flag](const std::string& text) { give_number(flag, text); }, true);
+        }
+        else if (one.option.kind != taskvec::option_kind::truth) {
             verb.take(flag, one.option.unit, help_of(one, false, other),
                 [give, flag](const std::string& text) { give(flag, text); });
         }
@@ -209,7 +224,27 @@ void add_described_options(command& verb, const std::vector<described>& own, con
 void add_merge_options(command& verb, merge_request& request, const std::vector<described>& own,
     const std::map<std::string, std::string>& renamed)
 {
-    add_described_options(verb, own, method_tables(), request.options, renamed);
+    add_described_options(verb, own, method_tables(), request.options, renamed, true);
+    verb.take(
+        "--weight", "REGEX=W",
+        "A weight for tensors that match, of the --task before it; several (W,W,…) are spread over the layers",
+        [](const std::string&) { }, true);
+    verb.after_parse([&request](const std::vector<std::pair<std::string, std::string>>& given) {
+        std::string task;
+        for (const auto& [flag, value] : given) {
+            if (flag == "--task") { task = value; }
+            if (flag != "--weight") { continue; }
+            if (task.empty()) {
+                throw usage_error("--weight '" + value + "' stands before every --task; it belongs after one");
+            }
+            auto parsed = parse_value("weight", value, "--weight");
+            if (!parsed.by_tensor) {
+                throw usage_error(
+                    "--weight '" + value + "' names no tensors; expected REGEX=W, and PATH=W for a whole model");
+            }
+            request.weights[task].push_back(std::move(parsed));
+        }
+    });
     for (const auto& entry : all_methods()) {
         for (const auto& list : entry.lists) {
             verb.take_all("--" + list.name, list.unit, entry.name + ": " + list.help,
@@ -218,6 +253,7 @@ void add_merge_options(command& verb, merge_request& request, const std::vector<
     }
     add_dtype_option(verb, request.dtype, "dtype of the result (default: keep, the base's, per tensor)");
     add_tensor_options(verb, request, "; others are copied from the base");
+    add_overflow_option(verb, request.overflow);
     add_shard_size_option(verb, request.shard_size);
     add_run_options(verb, request.run);
 }
@@ -290,14 +326,13 @@ const method_entry& find_method(const merge_request& request)
         }
     }
     if (place->check) { place->check(request); }
-    if (!place->weighted) { check_no_weights(request.tasks, who, place->without_weights); }
+    if (!place->weighted) {
+        check_no_weights(request.tasks, who, place->without_weights);
+        if (!request.weights.empty()) {
+            throw usage_error(who + " has no meaning for --weight: " + place->without_weights);
+        }
+    }
     return *place;
-}
-
-method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs)
-{
-    return {policy, inputs.models(), request.options, inputs.weights(), request, inputs, request.run.device == "cuda",
-        static_cast<std::size_t>(request.run.memory_bytes())};
 }
 
 nlohmann::ordered_json json_of(const std::vector<taskvec::option_description>& values)
@@ -331,12 +366,15 @@ nlohmann::ordered_json report_of(const runner& run, const merge_request& request
     report["peak_memory"] = peak_memory();
     report["peak_anonymous_memory"] = run.anonymous_peak();
     report["walks"] = merged.walks;
+    if (auto given = json_by_tensor(request); !given.empty()) { report["by_tensor"] = std::move(given); }
     report["elements"] = inputs.models().elements();
+    if (request.overflow == "saturate") { report["saturated"] = merged.saturated; }
     const auto kept = merged.kept.empty() ? taskvec::nonzero_entries(run.policy(), inputs.models()) : merged.kept;
     report["tasks"] = nlohmann::ordered_json::array();
     for (std::size_t t = 0; t < inputs.arguments().size(); ++t) {
         const auto& task = inputs.arguments()[t];
         nlohmann::ordered_json entry{{"name", task.name}, {"path", task.path.string()}, {"weight", task.weight}};
+        if (inputs.models().filled()[t] > 0) { entry["missing"] = inputs.models().filled()[t]; }
         entry["kept"] = kept[t];
         entry["conflicting"] =
             t < merged.conflicting.size() ? merged.conflicting[t] : 0; // without an election nothing conflicts

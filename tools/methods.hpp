@@ -20,6 +20,7 @@ struct merge_request : model_request {
     std::string method;
     option_values options; ///< what was given for rows of tables, in order
     std::map<std::string, std::vector<std::string>> lists; ///< what was given for list_options, by name
+    std::map<std::string, option_values> weights; ///< --weight, by the text of its --task
 
     [[nodiscard]] const std::vector<std::string>& list(const std::string& name) const;
 };
@@ -36,9 +37,9 @@ struct described {
 
 /// Adds a flag for each row of `own`, and for each other name that some of `others` have. Rows of the same name are one
 /// flag, whose help says where defaults differ. `renamed`: flags that differ from their rows' names. Presets and what
-/// is given with the tasks included and left out, respectively.
+/// is given with the tasks included and left out, respectively. `by_tensor`: numbers may depend on the tensor.
 void add_described_options(command& verb, const std::vector<described>& own, const std::vector<described>& others,
-    option_values& values, const std::map<std::string, std::string>& renamed = {});
+    option_values& values, const std::map<std::string, std::string>& renamed = {}, bool by_tensor = false);
 /// Adds the options of all methods (after those of `own`), and those about tensors and runs: what merge, prune,
 /// peru-fft and sweep share.
 void add_merge_options(command& verb, merge_request& request, const std::vector<described>& own = {},
@@ -62,6 +63,12 @@ void check_usage(const std::function<void()>& check);
 /// The part of a report that merges have in common.
 [[nodiscard]] nlohmann::ordered_json report_of(const runner& run, const merge_request& request,
     const merge_inputs& inputs, const taskvec::merge_report& merged, std::uint64_t written);
+/// What was given by tensor.
+[[nodiscard]] nlohmann::ordered_json json_by_tensor(const merge_request& request);
+/// A value of the command line: a number for all tensors, or REGEX=NUMBERS or NUMBERS, spread over the layers.
+[[nodiscard]] option_value parse_value(const std::string& name, const std::string& text, const std::string& flag);
+/// Throws usage_error for values by tensor where `who` takes one for all.
+void check_none_by_tensor(const option_values& values, const std::string& who);
 /// Options and their values.
 [[nodiscard]] nlohmann::ordered_json json_of(const std::vector<taskvec::option_description>& values);
 /// Norms of a model, and of its distance from the base where there is one, tensor by tensor. `models` has one task.

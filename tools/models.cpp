@@ -73,6 +73,49 @@ void add_tensor_options(command& verb, model_request& request, const std::string
     add_nonfinite_option(verb, request.nonfinite);
     verb.word("--missing", request.missing, {"error", "base"}, "WHAT",
         "error or base: a tensor that a task lacks (default: error)");
+    add_name_options(verb, request.names, request.match_prefixes);
+    add_index_option(verb, request.index);
+}
+
+void add_overflow_option(command& verb, std::string& overflow)
+{
+    verb.word("--overflow", overflow, {"error", "saturate", "propagate"}, "WHAT",
+        "error, saturate or propagate: a finite result that its dtype cannot hold (default: error)");
+}
+
+taskvec::overflow overflow_of(const std::string& word)
+{
+    return word == "saturate" ? taskvec::overflow::saturate
+        : word == "propagate" ? taskvec::overflow::propagate
+                              : taskvec::overflow::error;
+}
+
+void add_index_option(command& verb, std::string& index)
+{
+    verb.word("--index", index, {"strict", "lenient"}, "WHAT",
+        "strict or lenient: shards that hold other tensors than their index says (default: strict)");
+}
+
+taskvec::checkpoint open_noted(
+    const fs::path& path, const run_options& run, const std::string& index, const std::vector<name_rule>& rules)
+{
+    auto model = open_guarded(path, index == "lenient" ? taskvec::index_check::lenient : taskvec::index_check::strict);
+    for (const auto& text : model.notes()) { note(run, text); }
+    if (!rules.empty()) { model.set_model(renamed(model.model(), rules, "'" + path.string() + "'")); }
+    return model;
+}
+
+void check_patterns(const std::vector<std::string>& patterns, const std::string& option,
+    const std::vector<std::string>& names, const std::string& what)
+{
+    for (const auto& pattern : patterns) {
+        const auto matches = name_matcher({pattern}, option);
+        if (std::any_of(names.begin(), names.end(), matches)) { continue; }
+        const auto like = closest_name(pattern, names);
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
+            taskvec::message(option, " '", pattern, "' matches no ", what,
+                like.empty() ? "" : "; did you mean '" + like + "'?", " (see 'taskvec inspect' for the names)"));
+    }
 }
 
 void add_dtype_option(command& verb, std::string& dtype, const std::string& help)
@@ -99,11 +142,33 @@ taskvec::model_options model_options_of(const model_request& request)
     options.include = name_filter(request.include, request.exclude);
     options.output = output_dtype(request.dtype);
     options.on_nonfinite = request.nonfinite == "propagate" ? taskvec::nonfinite::propagate : taskvec::nonfinite::error;
+    options.on_overflow = overflow_of(request.overflow);
     options.on_missing = request.missing == "base" ? taskvec::missing_tensors::base : taskvec::missing_tensors::error;
     options.statistics = !request.run.report.empty();
     options.memory = static_cast<std::size_t>(request.run.memory_bytes());
     return options;
 }
+
+namespace {
+
+const std::vector<name_rule>& rules_of(const model_request& request, const std::string& model)
+{
+    static const std::vector<name_rule> none;
+    const auto place = request.names.find(model);
+    return place == request.names.end() ? none : place->second;
+}
+
+bool computes(taskvec::dtype type)
+{
+    return taskvec::is_storage(type) || taskvec::is_fp8(type);
+}
+
+std::string in_quotes(const fs::path& path)
+{
+    return "'" + path.string() + "'";
+}
+
+} // namespace
 
 merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     : arguments_(parse_tasks(request.tasks))
@@ -111,21 +176,171 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     auto options = model_options_of(request);
     if (!request.shard_size.empty()) { (void)parse_size(request.shard_size, "--shard-size"); }
     if (base_wanted || !request.base.empty()) {
-        base_.emplace(open_guarded(request.base));
-        options.base_label = "'" + request.base + "'";
+        base_.emplace(open_noted(request.base, request.run, request.index, rules_of(request, "")));
+        options.base_label = in_quotes(request.base);
     }
     for (const auto& task : arguments_) {
         weights_.push_back(task.weight);
-        tasks_.push_back(open_guarded(task.path));
-        task_models_.push_back(tasks_.back().model());
-        options.labels.push_back("'" + task.path.string() + "'");
+        const auto& rules = rules_of(request, task.text);
+        tasks_.push_back(open_noted(task.path, request.run, request.index, rules));
+        options.labels.push_back(in_quotes(task.path));
+        if (task.time > 1) {
+            note(request.run, in_quotes(task.path) + " is given " + (task.time == 2 ? "twice" : "again"));
+        }
+        if (base_ && rules.empty() && place_of(task.path) == place_of(request.base)) {
+            note(request.run, in_quotes(task.path) + " is the base itself: its task vector is 0");
+        }
     }
+    check_no_factors(options);
+    line_up(request);
+    for (const auto& task : tasks_) { task_models_.push_back(task.model()); }
+    check_filters(request);
     models_.emplace(base_ ? &base_->model() : nullptr, task_models_, std::move(options));
-    if (!request.include.empty() && models_->tensors().empty()) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
-            taskvec::message("no floating tensor of '", base_ ? request.base : arguments_.front().path.string(),
-                "' matches --include '", request.include.front(), "'",
-                request.exclude.empty() ? "" : " and not --exclude", ": see 'taskvec inspect' for the names"));
+    if (models_->tensors().empty() && !models_->outputs().empty()) {
+        const bool filtered = !request.include.empty() || !request.exclude.empty();
+        const bool lacking = std::any_of(
+            models_->filled().begin(), models_->filled().end(), [](std::size_t count) { return count > 0; });
+        if (!lacking) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
+                taskvec::message("no floating tensor of ", name_of_base(request),
+                    filtered ? " is left by --include and --exclude" : " can be merged",
+                    ": see 'taskvec inspect' for its tensors"));
+        }
+    }
+    note_what_is_missing(request);
+}
+
+std::string merge_inputs::name_of_base(const model_request& request) const
+{
+    return in_quotes(base_ ? fs::path(request.base) : arguments_.front().path);
+}
+
+void merge_inputs::check_no_factors(const taskvec::model_options& options) const
+{
+    const auto check = [&](const taskvec::checkpoint& model) {
+        for (const auto& [name, tensor] : model.model()) {
+            if (options.include && !options.include(name)) { continue; }
+            if (const auto kind = adapter_kind(name); !kind.empty()) {
+                taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
+                    taskvec::message(in_quotes(model.path()), " holds factors of an adapter (", kind, ": '", name,
+                        "'): merged each by itself they give cross terms, not the mean of the updates. "
+                        "'taskvec merge-lora' merges adapters; where factors lie beside a whole model, --exclude "
+                        "'lora|hada|lokr' "
+                        "leaves them out"));
+            }
+        }
+    };
+    if (base_) { check(*base_); }
+    for (const auto& task : tasks_) { check(task); }
+}
+
+/// Ties, and prefixes: both say what they did, and prefixes are only proposed unless --match-prefixes asks.
+void merge_inputs::line_up(const model_request& request)
+{
+    const auto options = model_options_of(request);
+    const auto reference_path = base_ ? fs::path(request.base) : arguments_.front().path;
+    auto& first = base_ ? *base_ : tasks_.front();
+    for (std::size_t t = base_ ? 0 : 1; t < tasks_.size(); ++t) {
+        auto& task = tasks_[t];
+        const auto label = in_quotes(arguments_[t].path);
+        std::size_t extra = 0, lacking = 0, present = 0;
+        for (const auto& [name, tensor] : task.model()) {
+            extra += !first.model().find(name) && (!options.include || options.include(name)) ? 1u : 0u;
+        }
+        for (const auto& [name, tensor] : first.model()) {
+            if ((options.include && !options.include(name)) || !computes(tensor.dtype)) { continue; }
+            (task.model().find(name) ? present : lacking) += 1;
+        }
+        if (extra + lacking > 0) {
+            const auto match = tool::match_prefixes(task.model(), first.model());
+            if (request.match_prefixes && !match.names.empty()) {
+                note(request.run,
+                    taskvec::message(
+                        "names of ", label, ": ", match.words(), ", ", counted(match.names.size(), "tensor")));
+                task.set_model(renamed(task.model(), match));
+            }
+            else if (!match.names.empty() && (extra > 0 || request.missing == "error" || present == 0)) {
+                taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
+                    taskvec::message(label, " and ", in_quotes(reference_path),
+                        " call tensors differently: ", match.same, " of ", task.model().size(), " have one name, ",
+                        match.names.size(), " more have with ", match.words(),
+                        ": add --match-prefixes, or after --task ", arguments_[t].path.string(), " ", match.renames()));
+            }
+            else if (!match.doubtful.empty() && match.same == 0) {
+                taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
+                    taskvec::message("no tensor of ", label, " has a name of ", in_quotes(reference_path), "; '",
+                        match.doubtful[0], "' and '", match.doubtful[1],
+                        "' would both do before its names: say which by --rename, such as --rename '^=",
+                        match.doubtful[0], "' after its --task"));
+            }
+        }
+        auto model = task.model();
+        const auto notes =
+            resolve_ties(model, first.model(), says_tied(arguments_[t].path), label, in_quotes(reference_path));
+        if (!notes.empty()) { task.set_model(std::move(model)); }
+        for (const auto& text : notes) { note(request.run, text); }
+    }
+}
+
+void merge_inputs::check_filters(const model_request& request) const
+{
+    if (request.include.empty() && request.exclude.empty()) { return; }
+    std::vector<std::string> names;
+    const auto add = [&](const taskvec::checkpoint& model) {
+        for (const auto& [name, tensor] : model.model()) { names.push_back(name); }
+    };
+    if (base_) { add(*base_); }
+    for (const auto& task : tasks_) { add(task); }
+    const auto what = "tensor of " + name_of_base(request) + (base_ || tasks_.size() > 1 ? " and the tasks" : "");
+    check_patterns(request.include, "--include", names, what);
+    check_patterns(request.exclude, "--exclude", names, what);
+}
+
+void merge_inputs::note_what_is_missing(const model_request& request) const
+{
+    const auto& filled = models_->filled();
+    for (std::size_t t = 0; t < filled.size(); ++t) {
+        if (filled[t] == 0) { continue; }
+        std::uint64_t entries = 0;
+        std::size_t taking_part = 0, copied = 0;
+        std::string first;
+        const auto lacks = [&](const std::string& name) { return !task_models_[t].find(name); };
+        for (const auto& tensor : models_->tensors()) {
+            if (!lacks(tensor.name)) { continue; }
+            entries += tensor.size;
+            ++taking_part;
+            if (first.empty()) { first = tensor.name; }
+        }
+        for (const auto& tensor : models_->copied()) {
+            if (models_->options().include && !models_->options().include(tensor.name)) { continue; }
+            if (lacks(tensor.name)) {
+                ++copied;
+                if (first.empty()) { first = tensor.name; }
+            }
+        }
+        const auto label = in_quotes(arguments_[t].path);
+        const bool gives_nothing = std::none_of(models_->tensors().begin(), models_->tensors().end(),
+            [&](const taskvec::aligned_tensor& tensor) { return !lacks(tensor.name); });
+        if (gives_nothing) {
+            const auto match = tool::match_prefixes(task_models_[t], base_->model());
+            const auto doubt = match.doubtful.size() == 2
+                ? "; with '" + match.doubtful[0] + "' or '" + match.doubtful[1] + "' before its names they would match"
+                : match.names.empty() ? std::string()
+                                      : "; they match with " + match.words() + " (--match-prefixes)";
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_missing,
+                taskvec::message(label, " has none of the tensors that take part ('", first, "' …): it gives nothing",
+                    doubt,
+                    ": leave it out, or change --include, --exclude or its names by "
+                    "--rename"));
+        }
+        std::string text = label + " lacks " + counted(taking_part + copied, "tensor") + " ('" + first + "'"
+            + (taking_part + copied > 1 ? " …" : "") + "): the base's stand for "
+            + (taking_part + copied > 1 ? "them" : "it");
+        if (taking_part > 0 && models_->elements() > 0) {
+            text += taskvec::message(", ", grouped(entries), " of the ", grouped(models_->elements()),
+                " entries that shares such as --density count");
+        }
+        note(request.run, text);
     }
 }
 

@@ -4,6 +4,7 @@
 
 #include "arguments.hpp"
 #include "command.hpp"
+#include "names.hpp"
 #include "runner.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
@@ -19,12 +20,22 @@
 
 namespace tool {
 
+/// What is copied beside the weights of an output directory.
+struct copy_request {
+    std::string from;
+    bool no_copy = false, copy_code = false, no_card = false;
+};
+
 /// Which models, which of their tensors, and what is wrong with these.
 struct model_request {
     std::string base, out;
     std::vector<std::string> tasks;
-    std::string dtype = "keep", nonfinite = "error", missing = "error", shard_size;
+    std::string dtype = "keep", nonfinite = "error", missing = "error", overflow = "error", index = "strict",
+                shard_size;
     std::vector<std::string> include, exclude;
+    name_rules names;
+    bool match_prefixes = false;
+    copy_request copies;
     run_options run;
 };
 
@@ -34,6 +45,17 @@ void add_base_option(command& verb, model_request& request, presence how = prese
 void add_weighted_tasks_option(command& verb, model_request& request);
 /// Adds --nonfinite.
 void add_nonfinite_option(command& verb, std::string& nonfinite);
+/// Adds --overflow.
+void add_overflow_option(command& verb, std::string& overflow);
+[[nodiscard]] taskvec::overflow overflow_of(const std::string& word);
+/// Adds --index.
+void add_index_option(command& verb, std::string& index);
+/// open_guarded() as --index says, under the names that rules give; notes what there is to know.
+[[nodiscard]] taskvec::checkpoint open_noted(
+    const fs::path& path, const run_options& run, const std::string& index, const std::vector<name_rule>& rules = {});
+/// Throws invalid_argument for a pattern of an option that matches none of the names. `whose`: "of 'base'".
+void check_patterns(const std::vector<std::string>& patterns, const std::string& option,
+    const std::vector<std::string>& names, const std::string& what);
 /// Adds the options about which tensors take part and what is wrong with them. `others`: what becomes of the rest.
 void add_tensor_options(command& verb, model_request& request, const std::string& others = "");
 /// Adds --dtype.
@@ -74,6 +96,12 @@ public:
     [[nodiscard]] std::uint64_t copied_bytes() const;
 
 private:
+    void line_up(const model_request& request);
+    void check_filters(const model_request& request) const;
+    void check_no_factors(const taskvec::model_options& options) const;
+    void note_what_is_missing(const model_request& request) const;
+    [[nodiscard]] std::string name_of_base(const model_request& request) const;
+
     std::optional<taskvec::checkpoint> base_;
     std::vector<task_argument> arguments_;
     std::vector<double> weights_;

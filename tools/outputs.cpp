@@ -9,10 +9,12 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <utility>
 
+#include <fcntl.h>
 #include <unistd.h>
 
 namespace tool {
@@ -34,9 +36,54 @@ std::vector<std::pair<fs::path, std::string>>& claimed()
 
 } // namespace
 
+special_place special_place_of(const fs::path& path)
+{
+    std::error_code failure;
+    auto at = fs::absolute(path, failure);
+    for (int links = 0; links < 40; ++links) {
+        const auto text = at.lexically_normal().string();
+        const auto name = at.filename().string();
+        if ((text.starts_with("/proc/") && text.find("/fd/") != text.npos) || text.starts_with("/dev/fd/")) {
+            special_place found{special_place::descriptor, -1, "descriptor " + name};
+            if (!name.empty() && name.find_first_not_of("0123456789") == name.npos && name.size() < 9) {
+                found.number = std::stoi(name);
+            }
+            if (found.number == 1) { found.words = "standard output"; }
+            if (found.number == 2) { found.words = "standard error"; }
+            return found;
+        }
+        const auto status = fs::symlink_status(at, failure);
+        if (fs::is_symlink(status)) {
+            const auto to = fs::read_symlink(at, failure);
+            if (failure) { return {}; }
+            at = to.is_absolute() ? to : at.parent_path() / to;
+            continue;
+        }
+        switch (status.type()) {
+        case fs::file_type::character: return {special_place::device, -1, "a terminal or device"};
+        case fs::file_type::block: return {special_place::device, -1, "a disk"};
+        case fs::file_type::fifo: return {special_place::device, -1, "a pipe"};
+        case fs::file_type::socket: return {special_place::device, -1, "a socket"};
+        default: return {};
+        }
+    }
+    return {};
+}
+
 void claim_output(const fs::path& path, const std::string& option, output_kind kind)
 {
     if (path.empty()) { throw usage_error(option + " is empty; expected a path"); }
+    if (const auto special = special_place_of(path); special.kind != special_place::none) {
+        const bool text = option != "--out" && kind == output_kind::file;
+        if (!text || special.words == "a disk" || special.words == "a socket") {
+            taskvec::raise<taskvec::io_error>(taskvec::error_code::file_kind,
+                taskvec::message("leads to ", special.words, " and is not a regular file; ",
+                    text ? "choose another output"
+                         : "what is written there takes its name when it is whole: name a file"),
+                path.string(), EEXIST);
+        }
+        return;
+    }
     if (kind == output_kind::model && !path.has_filename()) { kind = output_kind::directory; }
     const auto place = place_of(path);
     for (const auto& [other, owner] : claimed()) {
@@ -84,7 +131,7 @@ void claim_report(const run_options& options)
 }
 
 model_output::model_output(fs::path path, const std::vector<taskvec::tensor_spec>& specs,
-    const taskvec::metadata_map& metadata, const std::string& shard_size)
+    const taskvec::metadata_map& metadata, const std::string& shard_size, bool directory)
     : path_(std::move(path))
 {
     std::error_code ignored;
@@ -92,7 +139,7 @@ model_output::model_output(fs::path path, const std::vector<taskvec::tensor_spec
         shards_ =
             std::make_unique<taskvec::sharded_writer>(path_, specs, parse_size(shard_size, "--shard-size"), metadata);
     }
-    else if (!path_.has_filename() || fs::is_directory(path_, ignored)) {
+    else if (directory || !path_.has_filename() || fs::is_directory(path_, ignored)) {
         shards_ = std::make_unique<taskvec::sharded_writer>(
             path_, specs, std::numeric_limits<std::uint64_t>::max(), metadata);
     }
@@ -102,6 +149,19 @@ model_output::model_output(fs::path path, const std::vector<taskvec::tensor_spec
         return;
     }
     for (const auto& temporary : shards_->temporaries()) { guard_temporary(temporary); }
+    folder_ = shards_->folder();
+}
+
+void model_output::add_file(const std::string& name, std::string_view content)
+{
+    const auto path = folder_ / name;
+    std::error_code failure;
+    fs::create_directories(path.parent_path(), failure);
+    auto file = std::make_unique<taskvec::atomic_file>(path, content.size());
+    guard_temporary(file->temporary());
+    file->write(0, content.data(), content.size());
+    file->finish();
+    beside_.push_back(std::move(file));
 }
 
 taskvec::tensor_sink& model_output::sink()
@@ -127,6 +187,7 @@ taskvec::checkpoint model_output::reopen() const
 
 void model_output::commit()
 {
+    for (auto& file : beside_) { file->commit(); } // the weights come last: they decide what the directory holds
     file_ ? file_->commit() : shards_->commit();
 }
 
@@ -136,14 +197,18 @@ std::uint64_t model_output::file_size() const
 }
 
 text_output::text_output(const std::string& path)
+    : path_(path)
 {
     if (path.empty()) { return; }
+    place_ = special_place_of(path);
+    if (place_.kind != special_place::none) { return; }
     file_ = std::make_unique<taskvec::atomic_file>(path);
     guard_temporary(file_->temporary());
 }
 
 void text_output::finish_text(std::string_view text)
 {
+    text_ = std::string(text);
     if (!file_) { return; }
     file_->write(0, text.data(), text.size());
     file_->finish();
@@ -152,6 +217,23 @@ void text_output::finish_text(std::string_view text)
 void text_output::commit()
 {
     if (file_) { file_->commit(); }
+    if (place_.kind == special_place::none) { return; }
+    // A descriptor is written to where it stands: opened anew it would begin at the top of its file.
+    const bool own = place_.kind == special_place::descriptor && place_.number >= 0;
+    const int to = own ? place_.number : ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC | O_NOCTTY);
+    if (own && to == 1) { std::fflush(stdout); }
+    int code = to < 0 ? errno : 0;
+    std::string_view left = text_;
+    while (!code && !left.empty()) {
+        const auto written = ::write(to, left.data(), left.size());
+        if (written < 0 && errno == EINTR) { continue; }
+        if (written <= 0) { code = written < 0 ? errno : ENOSPC; }
+        else {
+            left.remove_prefix(static_cast<std::size_t>(written));
+        }
+    }
+    if (!own && to >= 0) { ::close(to); }
+    if (code) { refuse(path_, "cannot write", code); }
 }
 
 } // namespace tool

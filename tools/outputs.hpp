@@ -20,6 +20,14 @@ struct run_options;
 
 /// What an option's path becomes: a file beside the models, a model (which may replace one that is read), a directory.
 enum class output_kind { file, model, directory };
+/// Where a path leads that is no plain file: a descriptor of this process (/dev/stdout, a link to /proc/self/fd/1), or
+/// a device, pipe or socket. Links are followed one by one, since the last one of these is a plain file at times.
+struct special_place {
+    enum { none, descriptor, device } kind = none;
+    int number = -1; ///< of a descriptor
+    std::string words; ///< "standard output", "a pipe", …
+};
+[[nodiscard]] special_place special_place_of(const fs::path& path);
 /// Checks a place that `option` asks to write to, before any work: that it has a name, that it can be created or
 /// replaced, that no other option asks for it, and that only a model replaces one of the files that are read. Throws
 /// usage_error, io_error, invalid_argument.
@@ -30,9 +38,21 @@ void claim_report(const run_options& options);
 /// A model that is being written: a file, a directory (`DIR/model.safetensors`), or a directory of shards.
 class model_output {
 public:
-    /// `shard_size`: empty for one file.
+    /// `shard_size`: empty for one file. `directory`: whether that goes to a directory of the path's name.
     model_output(fs::path path, const std::vector<taskvec::tensor_spec>& specs, const taskvec::metadata_map& metadata,
-        const std::string& shard_size);
+        const std::string& shard_size, bool directory = false);
+    /// The directory that the weights are written to, under its temporary name where it is new; empty for a file.
+    [[nodiscard]] const fs::path& folder() const { return folder_; }
+    /// Makes `folder`, which will be called `place`, the one for add_file(), of a model that is a file in it.
+    void set_folder(const fs::path& folder, const fs::path& place)
+    {
+        folder_ = folder;
+        place_ = place;
+    }
+    /// What folder() will be called.
+    [[nodiscard]] const fs::path& place() const { return place_.empty() ? path_ : place_; }
+    /// A file beside the weights, by its name below the directory; it takes its name with them.
+    void add_file(const std::string& name, std::string_view content);
     [[nodiscard]] taskvec::tensor_sink& sink();
     /// Forces the bytes to disk; the files still have temporary names.
     void finish();
@@ -43,21 +63,25 @@ public:
     [[nodiscard]] const fs::path& path() const { return path_; }
 
 private:
-    fs::path path_;
+    fs::path path_, folder_, place_;
+    std::vector<std::unique_ptr<taskvec::atomic_file>> beside_;
     std::unique_ptr<taskvec::safetensors_writer> file_;
     std::unique_ptr<taskvec::sharded_writer> shards_;
 };
 
 /// A file of text that is created at once, so that a path that cannot be written is known early, filled at the end, and
-/// named when all else has gone well. No path: nothing is written.
+/// named when all else has gone well. No path: nothing is written. What is no plain file (a terminal, a pipe,
+/// /dev/null, a link to standard output) is written to when all else has gone well.
 class text_output {
 public:
     explicit text_output(const std::string& path);
-    [[nodiscard]] bool wanted() const { return file_ != nullptr; }
+    [[nodiscard]] bool wanted() const { return file_ != nullptr || place_.kind != special_place::none; }
     void finish_text(std::string_view text);
     void commit();
 
 private:
+    std::string path_, text_;
+    special_place place_;
     std::unique_ptr<taskvec::atomic_file> file_;
 };
 

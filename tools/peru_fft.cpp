@@ -1,5 +1,6 @@
 // taskvec peru-fft: one merged model, and for each task a delta of what the merge lost.
 // SPDX-License-Identifier: Apache-2.0
+#include "model_files.hpp"
 #include "pruning.hpp"
 #include "report.hpp"
 #include "words.hpp"
@@ -22,6 +23,9 @@ tool::merge_request merge_part(const tool::merge_request& request)
 void run_peru_fft(const tool::merge_request& request)
 {
     taskvec::post_pruning_options pruning;
+    for (const auto& value : request.options) {
+        if (value.name == "density") { tool::check_none_by_tensor({value}, "peru-fft's own --density"); }
+    }
     tool::check_usage([&] { pruning = tool::pruning_options(request.options); });
     const auto merging = merge_part(request);
     const auto& method = tool::find_method(merging);
@@ -42,6 +46,13 @@ void run_peru_fft(const tool::merge_request& request)
     for (const auto& made : folder.made()) { tool::guard_temporary(made); }
     tool::model_output out(folder.path() / (request.shard_size.empty() ? "merged.safetensors" : "merged"),
         inputs.models().outputs(), inputs.metadata(), request.shard_size);
+    const auto options = tool::json_of(method.values(merging.options));
+    const bool sharded = !request.shard_size.empty();
+    if (!sharded) { out.set_folder(folder.path(), request.out); }
+    tool::add_model_files(out, request.copies, request.run,
+        {"Merged by " + request.method + ", with a delta for each task (PERU-FFT)", request.method,
+            tool::recipe_models(request, inputs), options.dump(2)},
+        inputs.models().outputs(), sharded ? "" : "merged.safetensors");
     const auto merge_report = method.run(call, out.sink());
     out.finish();
 
@@ -71,7 +82,7 @@ void run_peru_fft(const tool::merge_request& request)
         content["bytes_read"] = content["bytes_read"].get<std::uint64_t>() + merged.data_bytes()
             + tool::pruning_walks * (inputs.tasks().size() * merged.data_bytes() + inputs.models().bytes());
         content["density"] = pruning.density;
-        content["options"] = tool::json_of(method.values(merging.options));
+        content["options"] = options;
         content["parameters"] = inputs.models().elements() + kept;
         for (std::size_t t = 0; t < deltas.size(); ++t) { content["tasks"][t]["stored"] = deltas[t]->writer().kept(); }
         content["tensors"] = tool::norms_of(run.policy(), tool::beside_base(request, inputs, merged));
@@ -102,6 +113,7 @@ const tool::register_verb peru_fft_verb(50, "peru-fft",
             tool::presence::required);
         tool::add_merge_options(verb, *request, {tool::pruning_table("share of each residual that is kept")},
             {{"density", "merge-density"}});
+        tool::add_copy_options(verb, request->copies);
         verb.footer("Methods:\n" + tool::method_list()
             + "\nExample:\n  taskvec peru-fft --method task-arithmetic --base base.safetensors --task math.safetensors "
               "\\\n"

@@ -10,6 +10,7 @@ namespace {
 
 void run_prune(const tool::merge_request& request)
 {
+    tool::check_none_by_tensor(request.options, "prune");
     tool::check_options(request, "prune", tool::pruning_table(), {},
         [](const tool::option_values& values) { (void)tool::pruning_options(values); });
     if (request.dtype != "keep") {

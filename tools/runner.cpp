@@ -147,8 +147,13 @@ void guard_map(const taskvec::mapped_file& map)
 
 taskvec::checkpoint open_guarded(const fs::path& path)
 {
+    return open_guarded(path, taskvec::index_check::strict);
+}
+
+taskvec::checkpoint open_guarded(const fs::path& path, taskvec::index_check how)
+{
     install_handlers();
-    auto model = taskvec::open_model(path);
+    auto model = taskvec::open_model(path, how);
     for (const auto& file : model.files()) { guard_map(file.map()); }
     return model;
 }

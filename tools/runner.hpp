@@ -15,6 +15,7 @@
 namespace taskvec::inline TASKVEC_ABI {
 class checkpoint;
 class mapped_file;
+enum class index_check : std::uint8_t;
 } // namespace taskvec::inline TASKVEC_ABI
 
 namespace tool {
@@ -25,6 +26,7 @@ namespace tool {
 [[nodiscard]] bool was_interrupted();
 /// taskvec::open_model(), with the maps known to the handler for files that shrink.
 [[nodiscard]] taskvec::checkpoint open_guarded(const fs::path& path);
+[[nodiscard]] taskvec::checkpoint open_guarded(const fs::path& path, taskvec::index_check how);
 /// Makes another map known to that handler.
 void guard_map(const taskvec::mapped_file& map);
 /// Removes this file, or this directory if it is empty by then, should the process have to end without destructors.

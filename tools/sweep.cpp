@@ -1,6 +1,7 @@
 // taskvec sweep: merges over a grid, each scored by a command.
 // SPDX-License-Identifier: Apache-2.0
 #include "methods.hpp"
+#include "model_files.hpp"
 #include "report.hpp"
 #include "scoring.hpp"
 #include "words.hpp"
@@ -426,7 +427,15 @@ void run_sweep(const sweep_settings& given)
     if (!given.merge.out.empty()) {
         const auto request = request_of(given, method, points, winner);
         const tool::merge_inputs inputs(request, method.needs_base);
-        out.emplace(request.out, inputs.models().outputs(), inputs.metadata(), request.shard_size);
+        const bool directory = tool::out_is_directory(request.out,
+            inputs.base() ? tool::fs::path(request.base) : inputs.arguments().front().path,
+            !request.shard_size.empty());
+        out.emplace(request.out, inputs.models().outputs(), inputs.metadata(), request.shard_size, directory);
+        tool::add_model_files(*out, request.copies, request.run,
+            {"Merged by " + request.method + ", the best of " + tool::counted(points.candidates.size(), "point"),
+                request.method, tool::recipe_models(request, inputs),
+                tool::json_of(method.values(request.options)).dump(2)},
+            inputs.models().outputs());
         (void)method.run(tool::call_of(run.policy(), request, inputs), out->sink());
         out->finish();
     }
@@ -493,6 +502,7 @@ const tool::register_verb sweep_verb(25, "sweep",
         verb.text("--scratch", given->scratch, "DIR",
             "Directory for candidates while they are scored (default: the system's)");
         tool::add_merge_options(verb, given->merge);
+        tool::add_copy_options(verb, given->merge.copies);
         verb.footer("The command finds the point in TASKVEC_TASKS (names joined by +), TASKVEC_DENSITY and "
                     "TASKVEC_LAMBDA.\n\nExample:\n  taskvec sweep "
                     "--base base.safetensors --task math.safetensors --task code.safetensors \\\n"

@@ -14,11 +14,31 @@
 
 namespace tool {
 
+std::vector<std::string>& notes()
+{
+    static std::vector<std::string> list;
+    return list;
+}
+
 void note(const run_options& options, const std::string& text)
 {
+    if (std::find(notes().begin(), notes().end(), text) != notes().end()) { return; }
+    notes().push_back(text);
     if (options.quiet) { return; }
     clear_progress();
     std::fprintf(stderr, "taskvec: note: %s\n", printable(text).c_str());
+}
+
+std::vector<std::string>& command_words()
+{
+    static std::vector<std::string> words;
+    return words;
+}
+
+std::string tool_version()
+{
+    return std::to_string(TASKVEC_VERSION_MAJOR) + "." + std::to_string(TASKVEC_VERSION_MINOR) + "."
+        + std::to_string(TASKVEC_VERSION_PATCH);
 }
 
 std::string grouped(std::uint64_t value)

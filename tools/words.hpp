@@ -6,13 +6,19 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace tool {
 
 struct run_options;
 
-/// A hint on standard error, unless --quiet.
+/// A hint on standard error, unless --quiet; once, however often it is said.
 void note(const run_options& options, const std::string& text);
+/// All hints so far, for reports.
+[[nodiscard]] std::vector<std::string>& notes();
+/// The words of the command line after the tool's name, and the tool's version.
+[[nodiscard]] std::vector<std::string>& command_words();
+[[nodiscard]] std::string tool_version();
 /// 1234567 as "1,234,567".
 [[nodiscard]] std::string grouped(std::uint64_t value);
 /// 1234567 as "1.23 MB".

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/formats/safetensors.hpp>
+#include <taskvec/formats/checkpoint.hpp>
 
 #include "../formats/scratch.hpp"
 

@@ -8,14 +8,16 @@
 //     const tool::register_method<mine::options> entry("mine", "what it does, by --share ({share})", 1000);
 #pragma once
 
+#include <taskvec/core/csv.hpp>
 #include <taskvec/core/option_text.hpp>
-#include <taskvec/methods/merge.hpp>
+#include <taskvec/methods/by_tensor.hpp>
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <typeinfo>
 #include <utility>
@@ -26,9 +28,13 @@ namespace tool {
 struct merge_request; // methods.hpp: the command line of a verb that merges
 class merge_inputs; // models.hpp: the models that it names
 
-/// What the command line gives for a row of a table: its text, and the flag that messages name.
+/// What the command line gives for a row of a table: its text, and the flag that messages name. By tensor: numbers for
+/// the tensors that a pattern occurs in (an empty one: all), spread over the layers where there are several.
 struct option_value {
     std::string name, text, flag;
+    bool by_tensor = false;
+    std::string pattern{};
+    std::vector<double> numbers{};
 };
 using option_values = std::vector<option_value>;
 
@@ -59,6 +65,8 @@ struct method_call {
     const merge_inputs& inputs;
     bool on_device = false; ///< --device cuda
     std::size_t memory = 0; ///< --memory
+    std::function<option_values(std::string_view)> values_of{}; ///< of a tensor; empty: all have the same
+    std::function<std::vector<double>(std::string_view)> weights_of{}; ///< the same of weights
 };
 
 /// What a method says beside its table. All of it may be left out.
@@ -98,13 +106,14 @@ void add_method(method_entry entry);
 [[nodiscard]] taskvec::merge_report merge_on_device(
     const std::type_info& type, const void* options, const method_call& call, taskvec::tensor_sink& out);
 
-/// Sets what was given, presets first; names that the table lacks are passed over.
+/// Sets what was given for all tensors, presets first; names that the table lacks are passed over.
 template <taskvec::described_options Options>
 void apply_options(Options& options, const option_values& values)
 {
     const auto descriptions = taskvec::describe_options<Options>();
     for (const bool presets : {true, false}) {
         for (const auto& value : values) {
+            if (value.by_tensor) { continue; }
             for (const auto& option : descriptions) {
                 if (option.name == value.name && option.is_preset == presets) {
                     (void)taskvec::set_option(options, value.name, value.text, value.flag);
@@ -161,6 +170,11 @@ public:
         entry.check_values = [](const option_values& values) {
             Options options{};
             apply_options(options, values);
+            for (const auto& value : values) {
+                for (const double number : value.numbers) {
+                    apply_options(options, {{value.name, taskvec::csv_number(number), value.flag}});
+                }
+            }
         };
         entry.values = [](const option_values& values) { return described_values<Options>(values); };
         const auto attach = details.attach;
@@ -173,8 +187,20 @@ public:
         entry.run = [attach](const method_call& call, taskvec::tensor_sink& out) {
             auto options = options_of_call(call);
             const auto held = attach ? attach(call, options) : nullptr;
-            auto report = call.on_device ? merge_on_device(typeid(Options), &options, call, out)
-                                         : taskvec::merge(call.policy, options, call.models, out);
+            const auto merged = [&] {
+                if (call.on_device) { return merge_on_device(typeid(Options), &options, call, out); }
+                if (!call.values_of && !call.weights_of) {
+                    return taskvec::merge(call.policy, options, call.models, out);
+                }
+                const auto of = [&](std::string_view tensor) {
+                    auto its = options;
+                    if (call.values_of) { apply_options(its, call.values_of(tensor)); }
+                    if (call.weights_of) { set_weights(its, call.weights_of(tensor)); }
+                    return its;
+                };
+                return taskvec::merge_by_tensor<Options>(call.policy, of, call.models, out);
+            };
+            auto report = merged();
             if (held) { report.beside += held->bytes_read(); }
             return report;
         };
@@ -186,12 +212,16 @@ private:
     {
         Options options{};
         apply_options(options, call.values);
+        set_weights(options, call.weights);
+        return options;
+    }
+    static void set_weights(Options& options, const std::vector<double>& weights)
+    {
         taskvec::for_each_option(options, [&]<class Value>(const auto& row, Value& member) {
             if constexpr (std::is_same_v<Value, std::vector<double>>) {
-                if (row.per_task) { member = call.weights; }
+                if (row.per_task) { member = weights; }
             }
         });
-        return options;
     }
 };
 

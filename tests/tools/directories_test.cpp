@@ -1,0 +1,147 @@
+// A directory in, a directory out: what a result needs to be loaded lies beside its weights.
+// SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include <nlohmann/json.hpp>
+
+using namespace tools_test;
+
+namespace {
+
+struct model_directories {
+    scratch folder;
+
+    model_directories()
+    {
+        for (const std::string place : {"base", "math"}) {
+            std::filesystem::create_directories(folder / place / "1_Pooling");
+            write_values(folder / place / "model.safetensors",
+                {{"model.embed_tokens.weight",
+                    {taskvec::dtype::f32, {3, 2}, {1, 2, 3, 4, 5, place == "base" ? 6.0f : 7.0f}}}});
+            spill(folder / place / "config.json",
+                R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-05, "torch_dtype": "float32", "vocab_size": 3})");
+            spill(folder / place / "tokenizer.json", "{\"of\": \"" + place + "\"}");
+            spill(folder / place / "tokenizer.model", std::string("\0\1", 2));
+            spill(folder / place / "generation_config.json", "{}");
+            spill(folder / place / "chat_template.jinja", "{{ x }}");
+            spill(folder / place / "1_Pooling/config.json", "{\"pooling\": 1}");
+            spill(folder / place / "modeling.py", "print('no')");
+            spill(folder / place / "trainer_state.json", "{}");
+            spill(folder / place / "README.md", "somebody's");
+            spill(folder / place / "notes.txt", "private");
+        }
+    }
+    outcome merge(std::vector<std::string> more) const
+    {
+        std::vector<std::string> all{"merge", "--method", "average", "--task", "base", "--task", "math=0.5"};
+        all.insert(all.end(), more.begin(), more.end());
+        return run(folder, all);
+    }
+};
+
+const std::set<std::string> whole{"1_Pooling", "README.md", "chat_template.jinja", "config.json",
+    "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"};
+
+bool has(const std::string& text, const std::string& part)
+{
+    return text.find(part) != std::string::npos;
+}
+
+} // namespace
+
+TEST_CASE("what loads a model is copied beside its weights, and says what is so")
+{
+    const model_directories m;
+    REQUIRE(m.merge({"--out", "out", "--dtype", "bf16"}).code == 0);
+    CHECK(scratch::names_in(m.folder / "out") == whole);
+    const auto config = nlohmann::json::parse(slurp(m.folder / "out/config.json"));
+    CHECK(config["torch_dtype"] == "bfloat16");
+    CHECK(config["rms_norm_eps"] == 1e-05);
+    CHECK(slurp(m.folder / "out/tokenizer.model") == std::string("\0\1", 2));
+    CHECK(has(slurp(m.folder / "out/tokenizer.json"), "base"));
+    CHECK(slurp(m.folder / "out/1_Pooling/config.json") == "{\"pooling\": 1}");
+    const auto card = slurp(m.folder / "out/README.md");
+    CHECK(card.starts_with(
+        "---\nbase_model:\n- base\n- math\nlibrary_name: transformers\ntags:\n- merge\n- taskvec\n- average\n---\n"));
+    CHECK(has(card, "taskvec merge --method average --task base --task math=0.5 --out out --dtype bf16"));
+    CHECK(has(card, "| math | task | 0.5 | `xxh64:"));
+    const auto sketch = run(m.folder, {"inspect", "math", "--sketch"});
+    CHECK(sketch.out.starts_with("xxh64:"));
+    CHECK(has(card, "`" + sketch.out.substr(0, sketch.out.size() - 1) + "`"));
+    // The same dtype: bytes as they were.
+    REQUIRE(m.merge({"--out", "same"}).code == 0);
+    CHECK(slurp(m.folder / "same/config.json") == slurp(m.folder / "base/config.json"));
+}
+
+TEST_CASE("options choose what is copied; files stay files")
+{
+    const model_directories m;
+    REQUIRE(m.merge({"--out", "file.safetensors"}).code == 0);
+    CHECK(std::filesystem::is_regular_file(m.folder / "file.safetensors"));
+    REQUIRE(m.merge({"--out", "bare", "--no-copy", "--no-card"}).code == 0);
+    CHECK(scratch::names_in(m.folder / "bare") == std::set<std::string>{"model.safetensors"});
+    REQUIRE(m.merge({"--out", "other", "--copy-from", "math", "--no-card", "--copy-code"}).code == 0);
+    CHECK(has(slurp(m.folder / "other/tokenizer.json"), "math"));
+    CHECK(std::filesystem::exists(m.folder / "other/modeling.py"));
+    CHECK_FALSE(std::filesystem::exists(m.folder / "other/README.md"));
+    // Files in: a file out, whatever its name.
+    REQUIRE(run(m.folder, {"merge", "--method", "average", "--task", "base/model.safetensors", "--out", "plain"}).code
+        == 0);
+    CHECK(std::filesystem::is_regular_file(m.folder / "plain"));
+    CHECK(run(m.folder, {"merge", "--method", "average", "--task", "base", "--out", "x", "--copy-from", "absent"}).code
+        == 1);
+    CHECK_FALSE(std::filesystem::exists(m.folder / "x"));
+}
+
+TEST_CASE("an existing directory keeps what is not of the model, and somebody else's card")
+{
+    const model_directories m;
+    std::filesystem::create_directory(m.folder / "out");
+    spill(m.folder / "out/mine.txt", "mine");
+    REQUIRE(m.merge({"--out", "out"}).code == 0);
+    REQUIRE(m.merge({"--out", "out"}).code == 0); // its own card is replaced
+    CHECK(slurp(m.folder / "out/mine.txt") == "mine");
+    spill(m.folder / "out/README.md", "my own words");
+    const auto result = m.merge({"--out", "out"});
+    CHECK(result.code == 0);
+    CHECK(has(result.err, "somebody else's"));
+    CHECK(slurp(m.folder / "out/README.md") == "my own words");
+}
+
+TEST_CASE("code of a model's own is named where its configuration leads to it")
+{
+    const model_directories m;
+    spill(m.folder / "base/config.json", R"({"model_type": "mine", "auto_map": {"AutoModel": "modeling.Mine"}})");
+    const auto result = m.merge({"--out", "out"});
+    CHECK(result.code == 0);
+    CHECK(has(result.err, "--copy-code"));
+}
+
+TEST_CASE("apply and peru-fft make models to open")
+{
+    const model_directories m;
+    REQUIRE(run(m.folder,
+                {"peru-fft", "--method", "task-arithmetic", "--base", "base", "--task", "math", "--density", "1",
+                    "--out", "p"})
+                .code
+        == 0);
+    const auto names = scratch::names_in(m.folder / "p");
+    for (const auto& name : whole) { CHECK((name == "model.safetensors" || names.contains(name))); }
+    const auto opened = run(m.folder, {"inspect", "p"});
+    CHECK(opened.code == 0);
+    CHECK(has(opened.out, "1 tensor,"));
+    const auto indexed = taskvec::open_model(m.folder / "p" / "model.safetensors.index.json");
+    CHECK(indexed.model().size() == 1);
+    REQUIRE(
+        run(m.folder, {"apply", "--base", "p", "--delta", "p/math.delta.safetensors", "--out", "served"}).code == 0);
+    CHECK(scratch::names_in(m.folder / "served") == whole);
+    CHECK(same(read_values(m.folder / "served/model.safetensors"), read_values(m.folder / "math/model.safetensors")));
+    // Without directories there is a merged file and deltas, as ever; its directory opens too.
+    REQUIRE(run(m.folder,
+                {"peru-fft", "--method", "ties", "--base", "base/model.safetensors", "--task", "math/model.safetensors",
+                    "--out", "q"})
+                .code
+        == 0);
+    CHECK(scratch::names_in(m.folder / "q") == std::set<std::string>{"math.delta.safetensors", "merged.safetensors"});
+    CHECK(run(m.folder, {"inspect", "q"}).code == 0);
+}

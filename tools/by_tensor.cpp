@@ -1,0 +1,171 @@
+// Options whose values depend on the tensor: by patterns, and by depth.
+// SPDX-License-Identifier: Apache-2.0
+#include "methods.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <utility>
+
+namespace tool {
+
+option_value parse_value(const std::string& name, const std::string& text, const std::string& flag)
+{
+    option_value value{name, text, flag};
+    const auto sign = text.rfind('=');
+    if (sign == text.npos && text.find(',') == text.npos) { return value; }
+    value.by_tensor = true;
+    if (sign != text.npos) { value.pattern = text.substr(0, sign); }
+    std::string_view left = std::string_view(text).substr(sign == text.npos ? 0 : sign + 1);
+    for (bool more = true; more;) {
+        const auto comma = left.find(',');
+        more = comma != left.npos;
+        const std::string word(left.substr(0, comma));
+        char* end = nullptr;
+        const double number = std::strtod(word.c_str(), &end);
+        if (word.empty() || *end != '\0' || !std::isfinite(number)) {
+            throw usage_error(flag + " '" + text + "': '" + word
+                + "' is no number; expected a number, REGEX=NUMBER, or several with commas between them, which are "
+                  "spread "
+                  "over the layers");
+        }
+        value.numbers.push_back(number);
+        if (more) { left.remove_prefix(comma + 1); }
+    }
+    (void)name_matcher({value.pattern}, flag);
+    return value;
+}
+
+void check_none_by_tensor(const option_values& values, const std::string& who)
+{
+    for (const auto& value : values) {
+        if (value.by_tensor) {
+            throw usage_error(value.flag + " '" + value.text + "': " + who + " takes one number for all tensors");
+        }
+    }
+}
+
+namespace {
+
+/// The layer in a tensor's name: what stands before the first number between dots, and that number.
+std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view name)
+{
+    for (std::size_t at = 0; at < name.size();) {
+        const auto end = std::min(name.find('.', at), name.size());
+        const auto part = name.substr(at, end - at);
+        if (!part.empty() && part.size() < 7 && part.find_first_not_of("0123456789") == part.npos) {
+            return std::pair(std::string(name.substr(0, at)), static_cast<std::size_t>(std::stoul(std::string(part))));
+        }
+        at = end + 1;
+    }
+    return std::nullopt;
+}
+
+/// Values by tensor, ready to be asked: how many layers there are is known, and every pattern matches something.
+class tensor_values {
+public:
+    tensor_values(const option_values& values, const taskvec::aligned_models& models)
+    {
+        std::vector<std::string> names;
+        for (const auto& tensor : models.tensors()) {
+            names.push_back(tensor.name);
+            if (const auto layer = layer_of(tensor.name)) {
+                auto& count = layers_[layer->first];
+                count = std::max(count, layer->second + 1);
+            }
+        }
+        for (const auto& value : values) {
+            if (!value.by_tensor) { continue; }
+            if (!value.pattern.empty()) {
+                check_patterns({value.pattern}, value.flag, names, "tensor that takes part");
+            }
+            if (value.numbers.size() > 1 && layers_.empty()) {
+                taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+                    value.flag + " '" + value.text
+                        + "' is spread over layers, and no tensor has a layer's number in its name: give one number");
+            }
+            values_.push_back({value, name_matcher({value.pattern}, value.flag)});
+        }
+    }
+    [[nodiscard]] bool empty() const { return values_.empty(); }
+    /// What holds for a tensor, in order: the last is to win.
+    [[nodiscard]] option_values of(std::string_view tensor) const
+    {
+        option_values result;
+        for (const auto& [value, matches] : values_) {
+            if (!value.pattern.empty() && !matches(tensor)) { continue; }
+            double number = value.numbers.front();
+            if (value.numbers.size() > 1) {
+                const auto layer = layer_of(tensor);
+                if (!layer) { continue; } // it has the value that all have
+                const auto count = layers_.at(layer->first);
+                const double last = static_cast<double>(value.numbers.size() - 1);
+                const double place =
+                    count > 1 ? last * static_cast<double>(layer->second) / static_cast<double>(count - 1) : 0;
+                const auto left = std::min(static_cast<std::size_t>(place), value.numbers.size() - 2);
+                const double share = place - static_cast<double>(left);
+                number = (1 - share) * value.numbers[left] + share * value.numbers[left + 1];
+            }
+            result.push_back({value.name, taskvec::csv_number(number), value.flag});
+        }
+        return result;
+    }
+
+private:
+    std::vector<std::pair<option_value, std::function<bool(std::string_view)>>> values_;
+    std::map<std::string, std::size_t> layers_;
+};
+
+} // namespace
+
+method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs)
+{
+    method_call call{policy, inputs.models(), request.options, inputs.weights(), request, inputs,
+        request.run.device == "cuda", static_cast<std::size_t>(request.run.memory_bytes())};
+    auto values = std::make_shared<tensor_values>(request.options, inputs.models());
+    if (!values->empty()) {
+        call.values_of = [values](std::string_view tensor) { return values->of(tensor); };
+    }
+    std::vector<std::pair<std::size_t, tensor_values>> weights;
+    for (std::size_t t = 0; t < inputs.arguments().size(); ++t) {
+        const auto place = request.weights.find(inputs.arguments()[t].text);
+        if (place != request.weights.end()) { weights.emplace_back(t, tensor_values(place->second, inputs.models())); }
+    }
+    if (!weights.empty()) {
+        call.weights_of = [weights, plain = inputs.weights()](std::string_view tensor) {
+            auto result = plain;
+            for (const auto& [t, given] : weights) {
+                for (const auto& value : given.of(tensor)) { result[t] = std::strtod(value.text.c_str(), nullptr); }
+            }
+            return result;
+        };
+    }
+    if (call.on_device && (call.values_of || call.weights_of)) {
+        throw usage_error("--device cuda: values by tensor are for the cpu; leave --device out");
+    }
+    return call;
+}
+
+nlohmann::ordered_json json_by_tensor(const merge_request& request)
+{
+    auto list = nlohmann::ordered_json::array();
+    const auto add = [&](const option_value& value, const std::string& task) {
+        if (!value.by_tensor) { return; }
+        nlohmann::ordered_json one{{"option", value.name}};
+        if (!task.empty()) { one["task"] = task; }
+        if (!value.pattern.empty()) { one["pattern"] = value.pattern; }
+        one["values"] = value.numbers;
+        list.push_back(std::move(one));
+    };
+    for (const auto& value : request.options) { add(value, ""); }
+    for (const auto& [task, values] : request.weights) {
+        for (const auto& value : values) { add(value, task); }
+    }
+    return list;
+}
+
+} // namespace tool

@@ -1,0 +1,345 @@
+// What lies beside weights in a model's directory.
+// SPDX-License-Identifier: Apache-2.0
+#include "model_files.hpp"
+
+#include "words.hpp"
+
+#include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/fingerprint.hpp>
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cctype>
+#include <cerrno>
+#include <map>
+#include <optional>
+#include <set>
+#include <string_view>
+
+namespace tool {
+
+namespace {
+
+using json = nlohmann::ordered_json;
+
+bool holds_files(const fs::path& path)
+{
+    std::error_code ignored;
+    return fs::is_directory(path, ignored);
+}
+
+/// Whether a file of a model's directory is needed to load and use the model.
+bool belongs_beside(const std::string& name, bool code)
+{
+    static const std::set<std::string_view> left_out{"trainer_state.json", "all_results.json", "train_results.json",
+        "eval_results.json", "training_args.json", "adapter_config.json", "model_index.json", "quantize_config.json"};
+    if (left_out.contains(name) || name.starts_with(".")) { return false; }
+    const auto ends = [&](std::string_view ending) { return name.ends_with(ending); };
+    if (ends(".json")) { return name.find(".index.") == name.npos; }
+    if (ends(".py")) { return code; }
+    if (ends(".txt")) { return name.find("vocab") != name.npos || name.find("merges") != name.npos; }
+    for (const std::string_view ending : {".jinja", ".model", ".tiktoken", ".codes", ".spm", ".vocab"}) {
+        if (ends(ending)) { return true; }
+    }
+    std::string upper = name;
+    for (auto& c : upper) { c = static_cast<char>(std::toupper(static_cast<unsigned char>(c))); }
+    return upper.starts_with("LICENSE") || upper.starts_with("NOTICE") || upper.find("USE_POLICY") != upper.npos;
+}
+
+/// Folders that sentence-transformers and chat templates have.
+bool belongs_beside_as_folder(const std::string& name)
+{
+    const auto digits = name.find_first_not_of("0123456789");
+    return name == "additional_chat_templates" || (digits != name.npos && digits > 0 && name[digits] == '_');
+}
+
+std::string torch_name(taskvec::dtype type)
+{
+    switch (type) {
+    case taskvec::dtype::f64: return "float64";
+    case taskvec::dtype::f32: return "float32";
+    case taskvec::dtype::f16: return "float16";
+    case taskvec::dtype::bf16: return "bfloat16";
+    default: return "";
+    }
+}
+
+/// The dtype of most of a model's floating bytes.
+std::string main_dtype(const std::vector<taskvec::tensor_spec>& specs)
+{
+    std::map<std::string, std::uint64_t> bytes;
+    for (const auto& spec : specs) {
+        if (auto name = torch_name(spec.dtype); !name.empty()) { bytes[name] += spec.bytes(); }
+    }
+    const auto most =
+        std::max_element(bytes.begin(), bytes.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+    return most == bytes.end() ? "" : most->first;
+}
+
+std::optional<std::int64_t> vocabulary_rows(const std::vector<taskvec::tensor_spec>& specs)
+{
+    for (const auto& spec : specs) {
+        for (const std::string_view ending : {"embed_tokens.weight", "wte.weight", "word_embeddings.weight",
+                 "embed_in.weight", "tok_embeddings.weight"}) {
+            if (spec.name.ends_with(ending) && spec.shape.size() == 2) { return spec.shape[0]; }
+        }
+    }
+    return std::nullopt;
+}
+
+/// A configuration that says of the result what is so; empty where nothing changes.
+std::string updated_config(const std::string& text, const fs::path& file,
+    const std::vector<taskvec::tensor_spec>& specs, const std::optional<std::int64_t>& rows_before,
+    const run_options& run)
+{
+    (void)taskvec::parse_json(text, file.string()); // strictly, once: what is no JSON is refused by its name
+    auto config = json::parse(text);
+    if (!config.is_object()) { return ""; }
+    bool changed = false;
+    const auto set = [&](json& part, const char* key, const json& value) {
+        if (part[key] != value) {
+            part[key] = value;
+            changed = true;
+        }
+    };
+    const auto dtype = main_dtype(specs);
+    const auto rows = vocabulary_rows(specs);
+    const auto update = [&](json& part, bool whole) {
+        bool has = false;
+        for (const char* key : {"torch_dtype", "dtype"}) {
+            if (!dtype.empty() && part.contains(key) && (part[key].is_string() || part[key].is_null())) {
+                set(part, key, dtype);
+                has = true;
+            }
+        }
+        if (whole && !has && !dtype.empty() && part.contains("model_type")) { set(part, "torch_dtype", dtype); }
+        if (rows && rows_before && *rows != *rows_before && part.contains("vocab_size")
+            && part["vocab_size"].is_number_integer()) {
+            set(part, "vocab_size", *rows);
+        }
+    };
+    update(config, true);
+    for (const char* key : {"text_config", "llm_config", "language_config"}) {
+        if (config.contains(key) && config[key].is_object()) { update(config[key], false); }
+    }
+    const bool quantised = std::any_of(specs.begin(), specs.end(), [](const taskvec::tensor_spec& spec) {
+        return spec.dtype == taskvec::dtype::i8 || spec.dtype == taskvec::dtype::u8 || spec.dtype == taskvec::dtype::i32
+            || (taskvec::bits_per_element(spec.dtype) <= 8 && spec.dtype != taskvec::dtype::boolean);
+    });
+    if (config.contains("quantization_config") && !quantised) {
+        config.erase("quantization_config");
+        changed = true;
+        note(run, "config.json: quantization_config is left out, as no tensor of the result is quantised");
+    }
+    return changed ? config.dump(2) + "\n" : "";
+}
+
+/// The model's name on the Hub, as far as its path or configuration tells: "org/name"; else the directory's name.
+std::string hub_name(const recipe::model& model)
+{
+    for (const auto& part : model.path) {
+        const auto text = part.string();
+        if (!text.starts_with("models--")) { continue; }
+        auto name = text.substr(8);
+        if (const auto at = name.find("--"); at != name.npos) { name.replace(at, 2, "/"); }
+        return name;
+    }
+    return model.name;
+}
+
+std::string yaml_text(const std::string& text)
+{
+    const bool plain = !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
+        return std::isalnum(static_cast<unsigned char>(c))
+            || std::string_view("-_./").find(c) != std::string_view::npos;
+    }) && (std::isalpha(static_cast<unsigned char>(text[0])) != 0);
+    return plain ? text : json(printable(text)).dump();
+}
+
+std::string shell_word(const std::string& word)
+{
+    const bool plain = !word.empty() && std::all_of(word.begin(), word.end(), [](char c) {
+        return std::isalnum(static_cast<unsigned char>(c))
+            || std::string_view("-_./=:,+@%^").find(c) != std::string_view::npos;
+    });
+    if (plain) { return word; }
+    std::string text = "'";
+    for (const char c : printable(word)) { text += c == '\'' ? std::string("'\\''") : std::string(1, c); }
+    return text + "'";
+}
+
+std::string table_cell(std::string text)
+{
+    text = printable(text);
+    for (std::size_t at = 0; (at = text.find('|', at)) != text.npos; at += 2) { text.insert(at, 1, '\\'); }
+    return text;
+}
+
+constexpr const char* card_mark = "<!-- made by taskvec -->";
+
+std::string library_of(const fs::path& source)
+{
+    std::error_code ignored;
+    if (source.empty()) { return ""; }
+    if (fs::exists(source / "modules.json", ignored)) { return "sentence-transformers"; }
+    if (!fs::exists(source / "config.json", ignored)) { return ""; }
+    const auto config = taskvec::read_text_file(source / "config.json");
+    if (config.find("\"_diffusers_version\"") != config.npos) { return "diffusers"; }
+    return config.find("\"model_type\"") != config.npos ? "transformers" : "";
+}
+
+std::string card_of(const recipe& how, const fs::path& out, const fs::path& source)
+{
+    std::string text = "---\nbase_model:\n";
+    std::set<std::string> named;
+    for (const auto& model : how.models) {
+        const auto name = hub_name(model);
+        if (named.insert(name).second) { text += "- " + yaml_text(name) + "\n"; }
+    }
+    if (const auto library = library_of(source); !library.empty()) { text += "library_name: " + library + "\n"; }
+    text += "tags:\n- merge\n- taskvec\n";
+    if (!how.method.empty()) { text += "- " + yaml_text(how.method) + "\n"; }
+    const auto whole = out.has_filename() ? out : out.parent_path();
+    text += "---\n" + std::string(card_mark) + "\n\n# " + table_cell(whole.filename().string()) + "\n\n" + how.done
+        + " with taskvec " + tool_version() + ":\n\n```\ntaskvec";
+    for (const auto& word : command_words()) { text += " " + shell_word(word); }
+    text += "\n```\n\n| model | role | weight | sketch of its tensors |\n|---|---|---|---|\n";
+    for (const auto& model : how.models) {
+        text += "| " + table_cell(hub_name(model)) + " | " + model.role + " | "
+            + (model.role == "base" ? std::string("") : taskvec::message(model.weight)) + " | `"
+            + taskvec::fingerprint_text(taskvec::fingerprint_sketch(model.opened->model())) + "` |\n";
+    }
+    text += "\nA sketch is a 64-bit number over names, dtypes, shapes and the first and last 4 KiB of every tensor; "
+            "`taskvec "
+            "inspect MODEL --sketch` prints it.\n";
+    if (!how.options.empty()) { text += "\nOptions in force:\n\n```json\n" + how.options + "\n```\n"; }
+    return text;
+}
+
+} // namespace
+
+void add_copy_options(command& verb, copy_request& copies)
+{
+    verb.text("--copy-from", copies.from, "DIR",
+        "Where the files beside the weights come from, configuration and tokenizer (default: the base's directory)");
+    verb.flag("--no-copy", copies.no_copy, "Write the weights alone into an output directory");
+    verb.flag("--copy-code", copies.copy_code, "Copy the model's own Python files too");
+    verb.flag("--no-card", copies.no_card, "No README.md that says how the model was made");
+}
+
+bool out_is_directory(const fs::path& out, const fs::path& first_model, bool sharded)
+{
+    std::error_code ignored;
+    if (sharded || !out.has_filename() || fs::is_directory(out, ignored)) { return true; }
+    return holds_files(first_model) && out.extension() != ".safetensors" && !fs::exists(out, ignored);
+}
+
+std::vector<recipe::model> recipe_models(const model_request& request, const merge_inputs& inputs)
+{
+    std::vector<recipe::model> models;
+    if (inputs.base()) {
+        models.push_back({"base", parse_task(request.base, "--base").name, request.base, 1, inputs.base()});
+    }
+    for (std::size_t t = 0; t < inputs.tasks().size(); ++t) {
+        const auto& task = inputs.arguments()[t];
+        models.push_back({"task", task.name, task.path, task.weight, &inputs.tasks()[t]});
+    }
+    return models;
+}
+
+void add_model_files(model_output& out, const copy_request& copies, const run_options& run, const recipe& how,
+    const std::vector<taskvec::tensor_spec>& specs, const std::string& weights)
+{
+    const auto& folder = out.folder();
+    const fs::path source = !copies.from.empty() ? fs::path(copies.from) : how.models.front().path;
+    if (!copies.from.empty() && !holds_files(source)) {
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::file_kind,
+            "is no directory; --copy-from names one that holds a model's config.json", source.string(), ENOTDIR);
+    }
+    const bool has_source = holds_files(source) && !copies.no_copy;
+    if (folder.empty() || (!has_source && copies.from.empty() && !holds_files(how.models.front().path))) { return; }
+    if (!weights.empty()) {
+        std::uint64_t bytes = 0;
+        std::map<std::string_view, bool> names;
+        for (const auto& spec : specs) {
+            bytes += spec.bytes();
+            names[spec.name] = true;
+        }
+        std::string index =
+            "{\n  \"metadata\": {\n    \"total_size\": " + std::to_string(bytes) + "\n  },\n  \"weight_map\": {";
+        for (const auto& [name, unused] : names) {
+            index += (index.back() == '{' ? "\n    " : ",\n    ") + taskvec::json_string(name) + ": "
+                + taskvec::json_string(weights);
+        }
+        out.add_file(std::string(taskvec::index_file_name), index + "\n  }\n}\n");
+    }
+    const bool in_place = has_source && place_of(source) == place_of(out.place());
+    if (has_source) {
+        std::optional<std::int64_t> rows_before;
+        for (const auto& [name, tensor] : how.models.front().opened->model()) {
+            const std::vector<taskvec::tensor_spec> one{{name, tensor.dtype, tensor.shape}};
+            if (!rows_before) { rows_before = vocabulary_rows(one); }
+        }
+        std::vector<std::pair<std::string, fs::path>> files;
+        bool code = false;
+        for (const auto& entry : fs::directory_iterator(source)) {
+            const auto name = entry.path().filename().string();
+            std::error_code ignored;
+            if (entry.is_regular_file(ignored)) {
+                code = code || name.ends_with(".py");
+                if (belongs_beside(name, copies.copy_code)) { files.emplace_back(name, entry.path()); }
+            }
+            else if (entry.is_directory(ignored) && belongs_beside_as_folder(name)) {
+                for (const auto& inner : fs::directory_iterator(entry.path())) {
+                    if (inner.is_regular_file(ignored)) {
+                        files.emplace_back(name + "/" + inner.path().filename().string(), inner.path());
+                    }
+                }
+            }
+        }
+        std::sort(files.begin(), files.end());
+        for (const auto& [name, file] : files) {
+            const auto text = taskvec::read_text_file(file, std::size_t{4} << 30);
+            std::string updated;
+            if (name == "config.json") {
+                updated = updated_config(text, file, specs, rows_before, run);
+                if (code && !copies.copy_code && text.find("\"auto_map\"") != text.npos) {
+                    note(run,
+                        "config.json leads to Python files of the model's own (auto_map), which are not copied: "
+                        "--copy-code copies them");
+                }
+            }
+            if (in_place && updated.empty()) { continue; }
+            out.add_file(name, updated.empty() ? text : updated);
+        }
+        if (files.empty()) {
+            note(run, "'" + source.string() + "' holds no configuration or tokenizer: only weights are written");
+        }
+    }
+    if (copies.no_card) { return; }
+    std::error_code ignored;
+    if (const auto card = out.place() / "README.md"; fs::exists(card, ignored)) {
+        if (taskvec::read_text_file(card).find(card_mark) == std::string::npos) {
+            note(run, "'" + card.string() + "' is somebody else's: it stays, and no card is written");
+            return;
+        }
+    }
+    out.add_file("README.md", card_of(how, out.place(), has_source ? source : fs::path()));
+}
+
+void check_space(const fs::path& out, std::uint64_t bytes)
+{
+    std::error_code failure;
+    auto folder = place_of(out).parent_path();
+    while (!fs::exists(folder, failure) && folder.has_relative_path()) { folder = folder.parent_path(); }
+    const auto space = fs::space(folder, failure);
+    if (!failure && space.available < bytes) {
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::disk_full,
+            taskvec::message("needs ", size_text(bytes), ", and ", size_text(space.available),
+                " are free there: make room, or choose another output"),
+            out.string(), ENOSPC);
+    }
+}
+
+} // namespace tool

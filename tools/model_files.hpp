@@ -1,0 +1,48 @@
+// What lies beside weights in a model's directory: configuration, tokenizer, templates, and the card that says how it
+// was made.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "models.hpp"
+#include "outputs.hpp"
+
+#include <nlohmann/json_fwd.hpp>
+
+#include <string>
+#include <vector>
+
+namespace tool {
+
+/// Adds --copy-from, --no-copy, --copy-code and --no-card.
+void add_copy_options(command& verb, copy_request& copies);
+
+/// Whether --out names a directory: one that is there or ends in a slash, one of shards, or any name without
+/// `.safetensors` where the models are directories.
+[[nodiscard]] bool out_is_directory(const fs::path& out, const fs::path& first_model, bool sharded);
+
+/// How a model was made, for its card.
+struct recipe {
+    struct model {
+        std::string role, name;
+        fs::path path;
+        double weight = 1;
+        const taskvec::checkpoint* opened = nullptr;
+    };
+    std::string done; ///< "Merged by ties", say
+    std::string method;
+    std::vector<model> models; ///< the base first, where there is one
+    std::string options; ///< JSON of those in force
+};
+/// The models of a merge.
+[[nodiscard]] std::vector<recipe::model> recipe_models(const model_request& request, const merge_inputs& inputs);
+
+/// Puts what loads the result beside its weights, where these go to a directory: files of the first model's directory
+/// (or --copy-from), brought up to date, and the card. `weights`: the file that holds the tensors, where it is not
+/// called as a model's is, so that an index leads to it.
+void add_model_files(model_output& out, const copy_request& copies, const run_options& run, const recipe& how,
+    const std::vector<taskvec::tensor_spec>& specs, const std::string& weights = "");
+
+/// Throws io_error where a dry run's output would not fit on the disk.
+void check_space(const fs::path& out, std::uint64_t bytes);
+
+} // namespace tool

@@ -1,0 +1,500 @@
+// Tensors that models call differently.
+// SPDX-License-Identifier: Apache-2.0
+#include "names.hpp"
+
+#include "command.hpp"
+#include "words.hpp"
+
+#include <taskvec/core/error.hpp>
+#include <taskvec/formats/file.hpp>
+#include <taskvec/formats/json.hpp>
+#include <taskvec/formats/name_pattern.hpp>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <set>
+#include <sstream>
+
+namespace tool {
+
+namespace {
+
+/// sed's \1 as ECMAScript's $1.
+std::string ecma_replacement(const std::string& text)
+{
+    std::string result;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        if (text[i] == '\\' && i + 1 < text.size() && text[i + 1] >= '0' && text[i + 1] <= '9') {
+            result += text[i + 1] == '0' ? '$' : '$';
+            result += text[++i] == '0' ? '&' : text[i];
+        }
+        else {
+            result += text[i];
+        }
+    }
+    return result;
+}
+
+/// old -> new: a JSON object of strings, or lines of two words.
+std::map<std::string, std::string> read_table(const std::string& path)
+{
+    const auto text = taskvec::read_text_file(path);
+    std::map<std::string, std::string> table;
+    const auto add = [&](const std::string& from, const std::string& to) {
+        if (to.empty()) {
+            taskvec::raise<taskvec::format_error>(
+                taskvec::error_code::csv_syntax, "gives '" + from + "' an empty name", path);
+        }
+        if (!table.emplace(from, to).second) {
+            taskvec::raise<taskvec::format_error>(taskvec::error_code::csv_syntax, "names '" + from + "' twice", path);
+        }
+    };
+    if (const auto first = text.find_first_not_of(" \t\r\n"); first != text.npos && text[first] == '{') {
+        const auto json = taskvec::parse_json(text, path); // named: items() refers to it
+        for (const auto& [from, to] : json.items()) {
+            if (!to.is_string()) {
+                taskvec::raise<taskvec::format_error>(taskvec::error_code::csv_syntax,
+                    "maps '" + from + "' to something that is not a string; expected the new name", path);
+            }
+            add(from, to.get<std::string>());
+        }
+        return table;
+    }
+    std::istringstream lines(text);
+    std::size_t number = 0;
+    for (std::string line; std::getline(lines, line);) {
+        ++number;
+        std::istringstream words(line);
+        std::string from, to, more;
+        if (!(words >> from) || from.starts_with('#')) { continue; }
+        if (!(words >> to) || words >> more) {
+            taskvec::raise<taskvec::format_error>(taskvec::error_code::csv_syntax,
+                taskvec::message(
+                    "line ", number, " is no pair of names; expected 'OLD NEW' on each line, or a JSON object"),
+                path);
+        }
+        add(from, to);
+    }
+    return table;
+}
+
+/// A model under other names; two tensors of one name are refused.
+taskvec::const_model_ref under_names(const taskvec::const_model_ref& model, const std::vector<std::string>& names,
+    const std::string& label, const std::string& what)
+{
+    std::vector<std::size_t> order(names.size());
+    for (std::size_t i = 0; i < order.size(); ++i) { order[i] = i; }
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return names[a] < names[b]; });
+    taskvec::const_model_ref result;
+    for (std::size_t k = 0; k < order.size(); ++k) {
+        const auto i = order[k];
+        if (names[i].empty()) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::name_collision,
+                what + " leaves tensor '" + model[i].name + "' of " + label + " without a name");
+        }
+        if (k > 0 && names[order[k - 1]] == names[i]) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::name_collision,
+                what + " gives tensors '" + model[order[k - 1]].name + "' and '" + model[i].name + "' of " + label
+                    + " one name, '" + names[i] + "'");
+        }
+        result.insert(names[i], model[i].tensor);
+    }
+    return result;
+}
+
+std::vector<std::string> names_of(const taskvec::const_model_ref& model)
+{
+    std::vector<std::string> names;
+    for (const auto& [name, tensor] : model) { names.push_back(name); }
+    return names;
+}
+
+std::string list_of(const std::vector<prefix_match::change>& changes,
+    std::string (prefix_match::change::*words)() const, const std::string& between)
+{
+    std::string text;
+    for (const auto& change : changes) { text += (text.empty() ? "" : between) + (change.*words)(); }
+    return text;
+}
+
+/// Names of embeddings that heads are tied to.
+bool is_embedding(std::string_view name)
+{
+    for (const std::string_view ending : {"embed_tokens.weight", "wte.weight", "word_embeddings.weight",
+             "tok_embeddings.weight", "embed_in.weight", "shared.weight", "embeddings.weight", "embedding.weight"}) {
+        if (name.ends_with(ending)) { return true; }
+    }
+    return false;
+}
+bool is_head(std::string_view name)
+{
+    for (const std::string_view ending :
+        {"lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight"}) {
+        if (name == ending || (name.ends_with(ending) && name[name.size() - ending.size() - 1] == '.')) { return true; }
+    }
+    return false;
+}
+
+bool same_bytes(const taskvec::const_tensor_ref& a, const taskvec::const_tensor_ref& b)
+{
+    return a.dtype == b.dtype && a.shape == b.shape
+        && (a.data == b.data || std::memcmp(a.data, b.data, a.bytes()) == 0);
+}
+
+/// The embedding of a model whose shape a tensor has, where there is just one of that kind.
+const taskvec::const_model_ref::entry* embedding_like(
+    const taskvec::const_model_ref& model, const taskvec::const_tensor_ref& head)
+{
+    const taskvec::const_model_ref::entry* found = nullptr;
+    for (const auto& entry : model) {
+        if (!is_embedding(entry.name) || entry.tensor.shape != head.shape) { continue; }
+        if (found) { return nullptr; }
+        found = &entry;
+    }
+    return found;
+}
+
+} // namespace
+
+void add_name_options(
+    command& verb, name_rules& rules, bool& match_prefixes, const std::vector<std::string>& model_options)
+{
+    static const std::string after = " of the model that is named before it";
+    verb.take(
+        "--rename", "REGEX=REPLACEMENT",
+        "Rename tensors" + after + ": each match of the expression, $1 or \\1 for its groups; repeatable",
+        [](const std::string&) { }, true);
+    verb.take(
+        "--map", "FILE", "Rename tensors" + after + " by a table: a JSON object old to new, or lines OLD NEW",
+        [](const std::string&) { }, true);
+    verb.flag("--match-prefixes", match_prefixes,
+        "Line names up where they differ by what stands before them (model., _orig_mod., base_model.model., …)");
+    verb.after_parse([&rules, model_options](const std::vector<std::pair<std::string, std::string>>& given) {
+        std::optional<std::string> model;
+        std::vector<name_rule> waiting;
+        for (const auto& [flag, value] : given) {
+            if (std::find(model_options.begin(), model_options.end(), flag) != model_options.end()) {
+                model = flag == "--base" ? "" : value;
+                auto& mine = rules[*model];
+                mine.insert(mine.end(), waiting.begin(), waiting.end());
+                waiting.clear();
+            }
+            else if (flag == "--rename" || flag == "--map") {
+                (model ? rules[*model] : waiting).push_back({flag == "--map", value});
+            }
+        }
+        if (!waiting.empty()) { throw usage_error("--rename and --map belong to a model: none is named"); }
+    });
+}
+
+taskvec::const_model_ref renamed(
+    const taskvec::const_model_ref& model, const std::vector<name_rule>& rules, const std::string& label)
+{
+    auto names = names_of(model);
+    std::string what;
+    for (const auto& rule : rules) {
+        bool any = false;
+        if (rule.is_table) {
+            what = "--map '" + rule.text + "'";
+            const auto table = read_table(rule.text);
+            for (auto& name : names) {
+                if (const auto place = table.find(name); place != table.end()) {
+                    name = place->second;
+                    any = true;
+                }
+            }
+        }
+        else {
+            what = "--rename '" + rule.text + "'";
+            const auto sign = rule.text.rfind('=');
+            if (sign == rule.text.npos || sign == 0) {
+                throw usage_error(what + " is no REGEX=REPLACEMENT, such as '^model\\.=' or '^=model.'");
+            }
+            std::optional<taskvec::name_pattern> pattern;
+            try {
+                pattern.emplace(rule.text.substr(0, sign));
+            }
+            catch (const taskvec::invalid_argument& wrong) {
+                throw usage_error(what + ": " + wrong.what());
+            }
+            const auto replacement = ecma_replacement(rule.text.substr(sign + 1));
+            for (auto& name : names) {
+                if (!pattern->occurs_in(name)) { continue; }
+                any = true;
+                name = pattern->replaced_in(name, replacement);
+            }
+        }
+        if (!any) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
+                what + " matches no tensor of " + label
+                    + (names.empty() ? "" : ", whose first is '" + names.front() + "'")
+                    + ": see 'taskvec inspect' for the names");
+        }
+    }
+    return rules.empty() ? model : under_names(model, names, label, what);
+}
+
+std::string prefix_match::change::words() const
+{
+    if (off.empty()) { return "'" + on + "' put before"; }
+    if (on.empty()) { return "'" + off + "' taken off"; }
+    return "'" + on + "' in place of '" + off + "'";
+}
+
+std::string prefix_match::change::rename() const
+{
+    const auto escaped = [](const std::string& text) {
+        std::string result;
+        for (const char c : text) { result += c == '.' ? std::string("\\.") : std::string(1, c); }
+        return result;
+    };
+    std::string text = "--rename '^" + escaped(off);
+    if (!some_stay) { return text + "=" + on + "'"; }
+    std::string list;
+    for (const auto& word : next) { list += (list.empty() ? "" : "|") + escaped(word); }
+    return text + "(" + list + ")=" + on + "$1'";
+}
+
+std::string prefix_match::words() const
+{
+    return list_of(changes, &change::words, ", ");
+}
+std::string prefix_match::renames() const
+{
+    return list_of(changes, &change::rename, " ");
+}
+
+bool prefix_match::wrappers_only() const
+{
+    static const std::set<std::string_view> wrappers{"", "model", "base_model", "_orig_mod", "module",
+        "_fsdp_wrapped_module", "language_model", "text_model", "transformer", "backbone", "base", "net", "llm", "lm",
+        "bert", "roberta", "gpt_neox"};
+    const auto known = [](std::string_view text) {
+        while (!text.empty()) {
+            const auto dot = text.find('.');
+            if (!wrappers.contains(text.substr(0, dot))) { return false; }
+            text = dot == text.npos ? std::string_view() : text.substr(dot + 1);
+        }
+        return true;
+    };
+    return std::all_of(
+        changes.begin(), changes.end(), [&](const change& one) { return known(one.off) && known(one.on); });
+}
+
+prefix_match match_prefixes(const taskvec::const_model_ref& model, const taskvec::const_model_ref& reference)
+{
+    prefix_match result;
+    std::vector<std::string> left;
+    for (const auto& [name, tensor] : model) {
+        if (reference.find(name)) { ++result.same; }
+        else {
+            left.push_back(name);
+        }
+    }
+    // What is free in the reference, by each of its endings that begin at a dot.
+    std::multimap<std::string_view, const taskvec::const_model_ref::entry*> endings;
+    const auto for_each_ending = [](std::string_view name, const auto& use) {
+        for (std::size_t at = 0;;) {
+            if (!use(name.substr(at), at == 0)) { return; }
+            at = name.find('.', at);
+            if (at == name.npos) { return; }
+            ++at;
+        }
+    };
+    std::set<std::string_view> taken;
+    for (const auto& entry : reference) {
+        if (model.find(entry.name)) { continue; }
+        for_each_ending(entry.name, [&](std::string_view ending, bool) {
+            endings.emplace(ending, &entry);
+            return true;
+        });
+    }
+    while (!left.empty()) {
+        std::map<std::pair<std::string, std::string>, std::size_t> votes;
+        for (const auto& name : left) {
+            const auto& shape = model.find(name)->shape;
+            for_each_ending(name, [&](std::string_view ending, bool whole) {
+                const auto [first, last] = endings.equal_range(ending);
+                bool found = false;
+                for (auto it = first; it != last; ++it) {
+                    const auto& to = *it->second;
+                    const bool whole_there = ending.size() == to.name.size();
+                    if (taken.contains(to.name) || to.tensor.shape != shape
+                        || (!whole && !whole_there && ending.find('.') == ending.npos)) {
+                        continue;
+                    }
+                    found = true;
+                    ++votes[{name.substr(0, name.size() - ending.size()),
+                        to.name.substr(0, to.name.size() - ending.size())}];
+                }
+                return !found; // the longest ending decides
+            });
+        }
+        if (votes.empty()) { break; }
+        const auto best = std::max_element(
+            votes.begin(), votes.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+        const auto& [off, on] = best->first;
+        for (const auto& [pair, count] : votes) {
+            if (pair.first == off && pair.second != on && count == best->second) {
+                result.doubtful = {on, pair.second};
+            }
+        }
+        if (!result.doubtful.empty()) { break; }
+        prefix_match::change change{off, on, 0, {}, false};
+        std::vector<std::string> still;
+        for (const auto& name : left) {
+            if (name.starts_with(off)) {
+                const auto to = on + name.substr(off.size());
+                const auto* const there = reference.find(to);
+                if (there && there->shape == model.find(name)->shape && !model.find(to)
+                    && taken
+                        .insert(std::string_view(std::find_if(reference.begin(), reference.end(),
+                            [&](const auto& e) {
+                                return e.name == to;
+                            })->name))
+                        .second) {
+                    result.names[name] = to;
+                    ++change.tensors;
+                    change.next.insert(name.substr(off.size(), name.find('.', off.size()) - off.size()));
+                    continue;
+                }
+            }
+            still.push_back(name);
+        }
+        if (change.tensors == 0) { break; }
+        result.changes.push_back(change);
+        left = std::move(still);
+    }
+    for (auto& change : result.changes) {
+        change.some_stay = std::any_of(model.begin(), model.end(), [&](const auto& entry) {
+            const auto place = result.names.find(entry.name);
+            return entry.name.starts_with(change.off)
+                && (place == result.names.end() || place->second != change.on + entry.name.substr(change.off.size()));
+        });
+    }
+    return result;
+}
+
+taskvec::const_model_ref renamed(const taskvec::const_model_ref& model, const prefix_match& match)
+{
+    taskvec::const_model_ref result;
+    for (const auto& [name, tensor] : model) {
+        const auto place = match.names.find(name);
+        result.insert(place == match.names.end() ? name : place->second, tensor);
+    }
+    return result;
+}
+
+bool says_tied(const fs::path& model)
+{
+    std::error_code ignored;
+    const auto config = (fs::is_directory(model, ignored) ? model : model.parent_path()) / "config.json";
+    if (!fs::is_regular_file(config, ignored)) { return false; }
+    const auto json = taskvec::parse_json(taskvec::read_text_file(config), config.string());
+    const auto truth = [](const nlohmann::json& object) {
+        return object.is_object() && object.contains("tie_word_embeddings") && object["tie_word_embeddings"] == true;
+    };
+    return truth(json) || (json.is_object() && json.contains("text_config") && truth(json["text_config"]));
+}
+
+std::vector<std::string> resolve_ties(taskvec::const_model_ref& model, const taskvec::const_model_ref& reference,
+    bool says_tied, const std::string& label, const std::string& reference_label)
+{
+    std::vector<std::string> notes;
+    taskvec::const_model_ref added;
+    for (const auto& [name, tensor] : reference) {
+        if (model.find(name) || tensor.shape.size() != 2) { continue; }
+        const taskvec::const_model_ref::entry* mine = nullptr;
+        std::string why;
+        if (const auto* own = embedding_like(reference, tensor); own && own->name != name) {
+            const auto* const same = model.find(own->name);
+            if (same
+                && (is_head(name) ? says_tied || same_bytes(tensor, own->tensor) : same_bytes(tensor, own->tensor))) {
+                why = is_head(name) && says_tied ? "its config.json says tie_word_embeddings"
+                                                 : reference_label + " holds the same bytes under both names";
+                mine = &*std::find_if(
+                    model.begin(), model.end(), [&](const auto& entry) { return entry.name == own->name; });
+            }
+        }
+        if (!mine && is_head(name) && says_tied) {
+            mine = embedding_like(model, tensor);
+            why = "its config.json says tie_word_embeddings";
+        }
+        if (!mine || mine->tensor.shape != tensor.shape) { continue; }
+        added.insert(name, mine->tensor);
+        notes.push_back(label + " has no '" + name + "': it is tied to '" + mine->name + "' (" + why + ")");
+    }
+    for (const auto& [name, tensor] : added) { model.insert(name, tensor); }
+    std::set<std::string> dropped;
+    for (const auto& [name, tensor] : model) {
+        if (!is_head(name) || reference.find(name)) { continue; }
+        const auto* const own = embedding_like(model, tensor);
+        if (!own || !reference.find(own->name)) { continue; }
+        if (same_bytes(tensor, own->tensor)) {
+            dropped.insert(name);
+            notes.push_back("'" + name + "' of " + label + " is left out: it holds the bytes of '" + own->name
+                + "', to which it is tied, as in " + reference_label);
+        }
+    }
+    if (!dropped.empty()) {
+        taskvec::const_model_ref rest;
+        for (const auto& [name, tensor] : model) {
+            if (!dropped.contains(name)) { rest.insert(name, tensor); }
+        }
+        model = std::move(rest);
+    }
+    return notes;
+}
+
+std::string adapter_kind(std::string_view name)
+{
+    const auto has = [&](std::string_view part) { return name.find(part) != name.npos; };
+    if (has("lora_magnitude_vector") || has("dora_scale")) { return "DoRA"; }
+    if (has(".hada_w1") || has(".hada_w2") || has(".hada_t1") || has(".hada_t2")) { return "LoHa"; }
+    if (has(".lokr_w1") || has(".lokr_w2") || has(".lokr_t2")) { return "LoKr"; }
+    if (has(".oft_r.") || has(".oft_blocks") || has(".oft_diag") || has(".oft_R")) { return "OFT"; }
+    if (has(".vera_lambda_")) { return "VeRA"; }
+    for (const std::string_view part : {".lora_A.", ".lora_B.", ".lora_a.", ".lora_b.", ".lora_up.", ".lora_down.",
+             ".lora_mid.", ".lora_embedding_A", ".lora_embedding_B", ".lora.up.", ".lora.down.", "_lora.up.",
+             "_lora.down.", ".lora_linear_layer.up.", ".lora_linear_layer.down."}) {
+        if (has(part)) { return "LoRA"; }
+    }
+    if (name.ends_with(".lora_A") || name.ends_with(".lora_B") || name.ends_with(".lora_a")
+        || name.ends_with(".lora_b")) {
+        return "LoRA";
+    }
+    return "";
+}
+
+std::string closest_name(const std::string& pattern, const std::vector<std::string>& names)
+{
+    std::string letters; // the pattern without what regular expressions are made of
+    for (const char c : pattern) {
+        if (std::string_view("^$()[]*+?|\\").find(c) == std::string_view::npos) { letters += c; }
+    }
+    if (letters.size() < 3 || letters.size() > 200) { return ""; }
+    std::string best;
+    std::size_t least = letters.size() / 3 + 1;
+    std::size_t looked_at = 0;
+    for (const auto& name : names) {
+        if (++looked_at > 5000 || name.size() > 400) { break; }
+        // Edits that make the letters a part of the name: beginning and end of the name are free.
+        std::vector<std::size_t> row(name.size() + 1, 0), next(name.size() + 1);
+        for (std::size_t i = 1; i <= letters.size(); ++i) {
+            next[0] = i;
+            for (std::size_t j = 1; j <= name.size(); ++j) {
+                next[j] = std::min({row[j] + 1, next[j - 1] + 1, row[j - 1] + (letters[i - 1] == name[j - 1] ? 0 : 1)});
+            }
+            row.swap(next);
+        }
+        const auto edits = *std::min_element(row.begin(), row.end());
+        if (edits < least) {
+            least = edits;
+            best = name;
+        }
+    }
+    return best;
+}
+
+} // namespace tool

@@ -1,0 +1,82 @@
+// Tensors that models call differently: renames, tables, prefixes, and heads that are tied to embeddings.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "arguments.hpp"
+
+#include <taskvec/core/tensor_ref.hpp>
+
+#include <cstddef>
+#include <map>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace tool {
+
+class command;
+
+/// --rename REGEX=REPLACEMENT or --map FILE, in the order of the command line.
+struct name_rule {
+    bool is_table = false;
+    std::string text;
+};
+/// The rules of each model: "" is the base, others are the texts of --task and its like.
+using name_rules = std::map<std::string, std::vector<name_rule>>;
+
+/// Adds --rename, --map and --match-prefixes. Each of the first two applies to the model that `model_options` named
+/// last before it, or first where there is none before it.
+void add_name_options(command& verb, name_rules& rules, bool& match_prefixes,
+    const std::vector<std::string>& model_options = {"--base", "--task"});
+
+/// A model's tensors under the names that rules give them. Throws usage_error for a rule that is none, invalid_argument
+/// for one that matches nothing or gives one name to two tensors. `label`: the model, for messages.
+[[nodiscard]] taskvec::const_model_ref renamed(
+    const taskvec::const_model_ref& model, const std::vector<name_rule>& rules, const std::string& label);
+
+/// How names of `model` become names of `reference`: by prefixes that are taken off and put before.
+struct prefix_match {
+    struct change {
+        std::string off, on;
+        std::size_t tensors = 0;
+        std::set<std::string> next; ///< what comes after the prefix, up to a dot
+        bool some_stay = false; ///< other names begin so too, and stay as they are
+        /// "'model.' put before", "'_orig_mod.' taken off", "'a.' in place of 'b.'".
+        [[nodiscard]] std::string words() const;
+        /// As a --rename.
+        [[nodiscard]] std::string rename() const;
+    };
+    std::vector<change> changes;
+    std::map<std::string, std::string> names; ///< what is renamed, and to what
+    std::vector<std::string> doubtful; ///< prefixes between which nothing decides
+    std::size_t same = 0; ///< tensors that have a name of the reference as they are
+
+    [[nodiscard]] std::string words() const;
+    [[nodiscard]] std::string renames() const;
+    /// Whether all that differs are words that wrappers put before names (model., module., _orig_mod., …), so that they
+    /// are names of the same things.
+    [[nodiscard]] bool wrappers_only() const;
+};
+[[nodiscard]] prefix_match match_prefixes(
+    const taskvec::const_model_ref& model, const taskvec::const_model_ref& reference);
+/// The model under matched names.
+[[nodiscard]] taskvec::const_model_ref renamed(const taskvec::const_model_ref& model, const prefix_match& match);
+
+/// Adds to `model` what it lacks of `reference` because it is tied to one of its own embeddings: `lm_head.weight` where
+/// `says_tied` (its configuration), and whatever in the reference has the bytes of an embedding. Takes away a head that
+/// the reference lacks and that has the bytes of the model's own embedding. Says what it did, a sentence each.
+[[nodiscard]] std::vector<std::string> resolve_ties(taskvec::const_model_ref& model,
+    const taskvec::const_model_ref& reference, bool says_tied, const std::string& label,
+    const std::string& reference_label);
+/// Whether the configuration beside a model says that its head is tied.
+[[nodiscard]] bool says_tied(const fs::path& model);
+
+/// What kind of adapter's factor a tensor is by its name ("LoRA", "LoHa", "LoKr", …); empty: none.
+[[nodiscard]] std::string adapter_kind(std::string_view name);
+
+/// The name that is most like a pattern that matched nothing, for "did you mean"; empty: none is.
+[[nodiscard]] std::string closest_name(const std::string& pattern, const std::vector<std::string>& names);
+
+} // namespace tool
