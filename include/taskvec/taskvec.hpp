@@ -39,6 +39,7 @@
 #include <taskvec/core/stored_pack.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/core/view.hpp>
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/fwd.hpp>
 #include <taskvec/interop/dlpack.hpp>
 #include <taskvec/interop/eigen.hpp>

@@ -1,7 +1,8 @@
 // Host memory is no device memory: a merge on the gpu takes device views.
 // SPDX-License-Identifier: Apache-2.0
 // needs: thrust
-// error: no matching function for call to .*merge
+// error: an argument lies in another memory space than the policy works in
+// lines: 25
 #define THRUST_HOST_SYSTEM THRUST_HOST_SYSTEM_CPP
 #define THRUST_DEVICE_SYSTEM THRUST_DEVICE_SYSTEM_CPP
 #include <taskvec/device/methods.hpp>

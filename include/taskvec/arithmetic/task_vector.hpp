@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/models/tensor_sums.hpp>
 
 #include <algorithm>
@@ -293,11 +294,23 @@ auto difference(const P&, Arguments&&...)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
         "difference() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto difference(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
+}
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto apply(const P&, Arguments&&...)
 {
     static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
         "apply() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+}
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto apply(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto negate(const P&, Arguments&&...)
@@ -305,11 +318,23 @@ auto negate(const P&, Arguments&&...)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
         "negate() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto negate(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
+}
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto combine(const P&, Arguments&&...)
 {
     static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
         "combine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+}
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto combine(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto dot(const P&, Arguments&&...)
@@ -317,17 +342,35 @@ auto dot(const P&, Arguments&&...)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
         "dot() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto dot(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
+}
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto norm(const P&, Arguments&&...)
 {
     static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
         "norm() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto norm(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
+}
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto cosine(const P&, Arguments&&...)
 {
     static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
         "cosine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
+}
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto cosine(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -4,13 +4,13 @@
 
 #include <taskvec/core/policy.hpp>
 #include <taskvec/core/sink.hpp>
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/methods/method.hpp>
 #include <taskvec/models/aligned_models.hpp>
 
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <ranges>
 #include <span>
 #include <type_traits>
@@ -45,25 +45,6 @@ inline constexpr bool right_merge<Options, A, B, C> =
 template <class Options, class A, class B, class C, class D>
 inline constexpr bool right_merge<Options, A, B, C, D> = merge_setting<D> && right_merge<Options, A, B, C>;
 
-/// What is wrong with something that should be a flat view.
-enum class view_flaw : std::uint8_t { none, pointer, elements, device, no_view };
-
-template <class X>
-consteval view_flaw flaw_of()
-{
-    using bare = std::remove_cvref_t<X>;
-    if constexpr (std::is_pointer_v<bare>) { return view_flaw::pointer; }
-    else if constexpr (viewable<const bare>) {
-        return view_of<const bare>::space == memory_space::host ? view_flaw::none : view_flaw::device;
-    }
-    else if constexpr (requires(bare& x) { *std::data(x), std::size(x); }) {
-        return view_flaw::elements;
-    }
-    else {
-        return view_flaw::no_view;
-    }
-}
-
 /// A list of models, of views, or of what is nearly a view.
 template <class X>
 concept list_like = std::ranges::input_range<const std::remove_cvref_t<X>> && !viewable<const std::remove_cvref_t<X>>
@@ -73,14 +54,14 @@ concept list_like = std::ranges::input_range<const std::remove_cvref_t<X>> && !v
 template <class Base>
 consteval void check_merge_base()
 {
-    constexpr view_flaw flaw = flaw_of<Base>();
+    constexpr view_flaw flaw = flaw_of<Base, memory_space::host>();
     static_assert(flaw != view_flaw::pointer,
         "merge(): the base is a pointer, which does not say how long it is: pass "
         "taskvec::host_view<const float>(pointer, size)");
     static_assert(flaw != view_flaw::elements,
         "merge(): the elements of the base are of no storage type: expected double, float, taskvec::bf16 or "
         "taskvec::f16");
-    static_assert(flaw != view_flaw::device,
+    static_assert(flaw != view_flaw::space,
         "merge(): the base lies in device memory, and the policy is taskvec::cpu: merge with taskvec::gpu, or copy it");
     static_assert(flaw != view_flaw::no_view,
         "merge(): the base is nothing that has a flat view: pass a vector, an array or a span of numbers, or a "
@@ -100,14 +81,14 @@ consteval void check_merge_tasks()
             "merge(): the tasks are one vector, or none: pass a list with a vector for each task, such as "
             "std::array tasks{taskvec::as_view(task)}");
         if constexpr (list_like<bare>) {
-            constexpr view_flaw flaw = flaw_of<std::ranges::range_reference_t<const bare>>();
+            constexpr view_flaw flaw = flaw_of<std::ranges::range_reference_t<const bare>, memory_space::host>();
             static_assert(flaw != view_flaw::pointer,
                 "merge(): the tasks are pointers, which do not say how long they are: pass a list of "
                 "taskvec::host_view<const float>(pointer, size)");
             static_assert(flaw != view_flaw::elements,
                 "merge(): the elements of the tasks are of no storage type: expected double, float, taskvec::bf16 or "
                 "taskvec::f16");
-            static_assert(flaw != view_flaw::device,
+            static_assert(flaw != view_flaw::space,
                 "merge(): the tasks lie in device memory, and the policy is taskvec::cpu: merge with taskvec::gpu, or "
                 "copy them");
             static_assert(flaw != view_flaw::no_view,
@@ -122,14 +103,14 @@ consteval void check_merge_tasks()
 template <class Out>
 consteval void check_merge_output()
 {
-    constexpr view_flaw flaw = flaw_of<Out>();
+    constexpr view_flaw flaw = flaw_of<Out, memory_space::host>();
     static_assert(flaw != view_flaw::pointer,
         "merge(): the output is a pointer, which does not say how long it is: pass "
         "taskvec::host_view<float>(pointer, size)");
     static_assert(flaw != view_flaw::elements,
         "merge(): the elements of the output are of no storage type: expected double, float, taskvec::bf16 or "
         "taskvec::f16");
-    static_assert(flaw != view_flaw::device,
+    static_assert(flaw != view_flaw::space,
         "merge(): the output lies in device memory, and the policy is taskvec::cpu: merge with taskvec::gpu, or copy "
         "it");
     static_assert(flaw != view_flaw::no_view,

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
 
@@ -68,6 +69,12 @@ auto peru_fft(const P&, Arguments&&...)
 {
     static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>,
         "peru_fft() on taskvec::gpu: include <taskvec/device/reuse.hpp>");
+}
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto peru_fft(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/core/option_table.hpp>
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/select/sparse.hpp>
 #include <taskvec/select/thresholds.hpp>
 
@@ -160,6 +161,12 @@ auto post_pruning(const P&, Arguments&&...)
 {
     static_assert(detail::gpu_header_included<P, detail::gpu_room::reuse>,
         "post_pruning() on taskvec::gpu: include <taskvec/device/reuse.hpp>");
+}
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto post_pruning(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -13,6 +13,7 @@
 #include <taskvec/core/instruction_set.hpp>
 #include <taskvec/core/random.hpp>
 #include <taskvec/core/stored_pack.hpp>
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/models/block.hpp>
 
 #include <algorithm>
@@ -742,11 +743,23 @@ auto top_k(const P&, Arguments&&...)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::select>,
         "top_k() on taskvec::gpu: include <taskvec/device/select.hpp>");
 }
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto top_k(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
+}
 template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
 auto kth_magnitude(const P&, Arguments&&...)
 {
     static_assert(detail::gpu_header_included<P, detail::gpu_room::select>,
         "kth_magnitude() on taskvec::gpu: include <taskvec/device/select.hpp>");
+}
+template <class P, class... Arguments>
+    requires detail::flawed_call<P, Arguments...>
+auto kth_magnitude(const P&, const Arguments&...)
+{
+    detail::refuse_call<P, Arguments...>();
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

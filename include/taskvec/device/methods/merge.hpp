@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/wrong_call.hpp>
 #include <taskvec/device/methods/walk.hpp>
 #include <taskvec/device/models/device_models.hpp>
 #include <taskvec/device/models/tensor_dots.hpp>
@@ -170,6 +171,14 @@ auto merge(const gpu&, const Options&, Arguments&&...)
         "this method does not merge on taskvec::gpu: it has no body, or says so by on_device = false; RegMean does "
         "with "
         "<taskvec/device/methods/regmean.hpp>");
+}
+
+/// Arguments that are no device views: a sentence says so.
+template <device_merge_method Options, class... Arguments>
+    requires detail::flawed_call<gpu, Arguments...>
+auto merge(const gpu&, const Options&, const Arguments&...)
+{
+    detail::refuse_call<gpu, Arguments...>();
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
