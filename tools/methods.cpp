@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <exception>
 #include <set>
 #include <typeindex>
 #include <utility>
@@ -48,6 +49,10 @@ std::vector<shared_option> shared_options(const std::vector<described>& own, con
                     list.begin(), list.end(), [&](const shared_option& one) { return one.option.name == option.name; });
                 if (place == list.end()) { place = list.insert(place, {option, {}, mine}); }
                 if (place->own == mine) { place->defaults.emplace_back(table.name, option.initial); }
+                auto& words = place->option.words; // some methods know more of them than others
+                for (const auto& word : option.words) {
+                    if (std::find(words.begin(), words.end(), word) == words.end()) { words.push_back(word); }
+                }
             }
         }
     };
@@ -112,15 +117,21 @@ bool has(const std::vector<taskvec::option_description>& options, const std::str
         [&](const taskvec::option_description& option) { return option.name == name && !option.per_task; });
 }
 
-/// Values that the tables of others know, checked by them: what is out of range is so for every method.
+/// Values that the tables of others know, checked by them: what all of them refuse is wrong for every method.
 void check_other_value(const option_value& value)
 {
+    std::exception_ptr refused;
     for (const auto& entry : all_methods()) {
-        if (has(entry.options, value.name)) {
+        if (!has(entry.options, value.name)) { continue; }
+        try {
             entry.check_values({value});
             return;
         }
+        catch (const taskvec::invalid_argument&) {
+            if (!refused) { refused = std::current_exception(); }
+        }
     }
+    if (refused) { std::rethrow_exception(refused); }
 }
 
 } // namespace

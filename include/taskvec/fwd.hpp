@@ -232,9 +232,12 @@ class gram_accumulator;
 // methods/
 struct keep_all;
 struct average_options;
+struct breadcrumbs_options;
+struct breadcrumbs_ties_options;
 struct dare_options;
 struct dare_ties_options;
 enum class disjoint_merge : std::uint8_t;
+enum class drop_rescale : std::uint8_t;
 struct election_weights;
 struct election_counts;
 template <arithmetic_element A, class Rule>
@@ -243,9 +246,13 @@ template <arithmetic_element A, class Rule>
 struct unit_election_body;
 template <arithmetic_element A, class Rule = keep_all>
 struct kept_sum_body;
+class kept_sum;
 struct fisher_options;
 template <arithmetic_element A>
 struct fisher_body;
+template <arithmetic_element A>
+struct keep_between_of_tensor;
+class keep_between;
 template <arithmetic_element A>
 struct keep_random_of_tensor;
 class keep_random;
@@ -256,6 +263,8 @@ template <arithmetic_element A>
 struct mean_body;
 template <arithmetic_element A>
 struct pair_body;
+template <arithmetic_element A>
+struct scaled_body;
 template <class Options>
 class method;
 struct merge_report;
@@ -267,6 +276,7 @@ class cpu_passes;
 template <class Types>
 class typed_passes;
 class kept_numbers;
+struct passthrough_options;
 struct regmean_options;
 struct slerp_options;
 struct task_arithmetic_options;

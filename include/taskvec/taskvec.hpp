@@ -66,6 +66,7 @@
 #include <taskvec/linalg/svd.hpp>
 #include <taskvec/linalg/truncated_svd.hpp>
 #include <taskvec/methods/average.hpp>
+#include <taskvec/methods/breadcrumbs.hpp>
 #include <taskvec/methods/by_tensor.hpp>
 #include <taskvec/methods/dare.hpp>
 #include <taskvec/methods/elect/sign.hpp>
@@ -73,6 +74,8 @@
 #include <taskvec/methods/entries.hpp>
 #include <taskvec/methods/fisher.hpp>
 #include <taskvec/methods/keep/all.hpp>
+#include <taskvec/methods/keep/between.hpp>
+#include <taskvec/methods/keep/l1_factors.hpp>
 #include <taskvec/methods/keep/random.hpp>
 #include <taskvec/methods/keep/top.hpp>
 #include <taskvec/methods/linear_body.hpp>
@@ -80,6 +83,7 @@
 #include <taskvec/methods/method.hpp>
 #include <taskvec/methods/model_stock.hpp>
 #include <taskvec/methods/passes.hpp>
+#include <taskvec/methods/passthrough.hpp>
 #include <taskvec/methods/regmean.hpp>
 #include <taskvec/methods/slerp.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>

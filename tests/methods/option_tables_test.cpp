@@ -47,6 +47,9 @@ TEST_CASE("the library's tables hold what they promise")
     check_table<taskvec::ties_options>();
     check_table<taskvec::dare_options>();
     check_table<taskvec::dare_ties_options>();
+    check_table<taskvec::breadcrumbs_options>();
+    check_table<taskvec::breadcrumbs_ties_options>();
+    check_table<taskvec::passthrough_options>();
     check_table<taskvec::fisher_options>();
     check_table<taskvec::regmean_options>();
     check_table<taskvec::slerp_options>();
@@ -69,6 +72,9 @@ TEST_CASE("presets are the structs that they name")
     CHECK(options.ties.divide_by_count);
     CHECK(options.density == 0.5);
     CHECK_FALSE(taskvec::set_option(options, "trim", "exact"));
+    CHECK(taskvec::set_option(options, "semantics", "mergekit")); // the whole's own: what agrees is added up
+    CHECK(options.ties.combine == taskvec::disjoint_merge::sum);
+    CHECK(options.rescale == taskvec::drop_rescale::l1);
     taskvec::post_pruning_options pruning;
     CHECK(taskvec::set_option(pruning, "semantics", "mergekit"));
     CHECK(pruning.scope == taskvec::scope::tensor);

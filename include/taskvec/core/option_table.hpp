@@ -201,7 +201,8 @@ constexpr void for_each_option(Options& options, Visit&& visit)
     }
 }
 
-/// Calls visit(preset_option, presets, inner) for each struct with presets among `options` and its inner structs.
+/// Calls visit(preset_option, presets, inner) for each struct with presets among `options` and its inner structs. A
+/// struct's own presets stand in place of those of its inner structs: it knows what the names mean for the whole.
 template <class Options, class Visit>
 constexpr void for_each_preset_list(Options& options, Visit&& visit);
 
@@ -221,7 +222,7 @@ constexpr void for_each_preset_list(Options& options, Visit&& visit)
     if constexpr (options_with_presets<bare>) {
         visit(options_of<bare>::preset_option, options_of<bare>::presets, options);
     }
-    if constexpr (described_options<bare>) {
+    else if constexpr (described_options<bare>) {
         std::apply(
             [&](const auto&... rows) {
                 const auto within = [&](const auto& row) {

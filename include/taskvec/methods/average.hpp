@@ -12,19 +12,23 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// θ* = Σ wt·θt / Σ wt, elementwise. Needs no base. Weights: one for each task, or none for all 1; any sign, but their
-/// sum may not be 0. Sums run in f32 (f64 for f64) in task order; bit-exact.
+/// sum may not be 0. Without `normalize` nothing is divided: θ* = Σ wt·θt, for any weights. Sums run in f32 (f64 for
+/// f64) in task order; bit-exact.
 ///
 ///     merge(cpu{}, average_options{.weights = {0.25, 0.75}}, tasks, out);
 struct average_options {
     std::vector<double> weights{};
+    bool normalize = true; ///< divide by the sum of the weights
 
     /// WiSE-FT (Wortsman et al. 2022) over {θ0, θ1}: (1−α)·θ0 + α·θ1.
-    [[nodiscard]] static average_options wise_ft(double alpha) { return {{1 - alpha, alpha}}; }
+    [[nodiscard]] static average_options wise_ft(double alpha) { return {.weights = {1 - alpha, alpha}}; }
 };
 
 template <>
 struct options_of<average_options> {
-    static constexpr option_table table{weights_row(&average_options::weights)};
+    static constexpr option_table table{weights_row(&average_options::weights),
+        option_row("normalized", &average_options::normalize, "divide by the sum of the weights",
+            {.negated = "unnormalized"})};
 };
 
 template <>
@@ -35,6 +39,7 @@ public:
     template <class Passes>
     method(Passes& passes, const average_options& options)
         : weights_(detail::checked_weights(options.weights, passes.tasks()))
+        , normalize_(options.normalize)
         , numbers_(passes, weights_)
     {
         if (total<double>() == 0 || total<float>() == 0) {
@@ -52,12 +57,14 @@ private:
     template <arithmetic_element A>
     [[nodiscard]] A total() const noexcept
     {
+        if (!normalize_) { return 1; }
         A sum = 0;
         for (const double weight : weights_) { sum += static_cast<A>(weight); }
         return sum;
     }
 
     std::vector<double> weights_;
+    bool normalize_;
     kept_numbers numbers_;
 };
 

@@ -8,15 +8,28 @@
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/methods/ties.hpp>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// What makes up for dropped entries: division by the density; the factor that gives what is kept of a task vector its
+/// L1 norm back, tensor by tensor (mergekit's: a read of the models more, on the CPU only); or nothing.
+enum class drop_rescale : std::uint8_t { density, l1, none };
+
+template <>
+struct enum_words<drop_rescale> {
+    static constexpr std::array words{enum_word<drop_rescale>{drop_rescale::density, "density"},
+        enum_word<drop_rescale>{drop_rescale::l1, "l1"}, enum_word<drop_rescale>{drop_rescale::none, "none"}};
+};
+
 /// Task arithmetic over task vectors of which each entry is kept with probability `density` and divided by `density`.
 /// The draw of an entry is random_stream(seed, task, tensor name).word(flat index) < keep_below(density): a function of
-/// these alone, so results do not depend on threads, blocks or the other tensors. Bit-exact.
+/// these alone, so results do not depend on threads, blocks or the other tensors. Bit-exact. With `normalize` the sum
+/// is divided by Σ wt, which may not be 0.
 ///
 ///     merge(cpu{}, dare_options{.density = 0.5, .seed = 7}, base, tasks, out);
 struct dare_options {
@@ -24,15 +37,49 @@ struct dare_options {
     std::uint64_t seed = 0;
     double lambda = 1.0;
     std::vector<double> weights{};
+    drop_rescale rescale = drop_rescale::density;
+    bool normalize = false; ///< divide by the sum of the weights
+
+    /// What mergekit's dare_linear does, up to its random numbers.
+    [[nodiscard]] static dare_options as_in_mergekit()
+    {
+        dare_options options;
+        options.rescale = drop_rescale::l1;
+        return options;
+    }
 };
 
-/// DARE, then TIES without its trim: election and disjoint merge over what was kept. `ties.density` is not used.
+/// DARE, then TIES without its trim: election and disjoint merge over what was kept. `ties.density` and `ties.rescale`
+/// are not used.
 ///
 ///     merge(cpu{}, dare_ties_options{.density = 0.5, .ties = {.lambda = 0.7}}, base, tasks, out);
 struct dare_ties_options {
     double density = 0.5;
     std::uint64_t seed = 0;
     ties_options ties{};
+    drop_rescale rescale = drop_rescale::density;
+
+    [[nodiscard]] static dare_ties_options as_in_ties_merging()
+    {
+        dare_ties_options options;
+        options.ties = ties_options::as_in_ties_merging();
+        return options;
+    }
+    /// What mergekit's dare_ties does, up to its random numbers: what agrees is added up, not averaged.
+    [[nodiscard]] static dare_ties_options as_in_mergekit()
+    {
+        dare_ties_options options;
+        options.ties = ties_options::as_in_mergekit();
+        options.ties.combine = disjoint_merge::sum;
+        options.rescale = drop_rescale::l1;
+        return options;
+    }
+    [[nodiscard]] static dare_ties_options as_in_peft()
+    {
+        dare_ties_options options;
+        options.ties = ties_options::as_in_peft();
+        return options;
+    }
 };
 
 template <>
@@ -41,15 +88,38 @@ struct options_of<dare_options> {
         option_row("density", &dare_options::density, "share of entries kept", share_details(common_densities)),
         option_row("seed", &dare_options::seed, "of random choices"),
         option_row("lambda", &dare_options::lambda, "scale of the merged task vector", lambda_details()),
-        weights_row(&dare_options::weights)};
+        weights_row(&dare_options::weights),
+        option_row("rescale-by", &dare_options::rescale, "what makes up for dropped entries", {.unit = "HOW"}),
+        option_row("normalize-weights", &dare_options::normalize, "divide by the sum of the weights")};
+    static constexpr std::string_view preset_option = "semantics";
+    static constexpr std::array presets{
+        option_preset<dare_options>{"paper", "the paper", [] { return dare_options{}; }},
+        option_preset<dare_options>{"mergekit", "mergekit", &dare_options::as_in_mergekit}};
 };
 template <>
 struct options_of<dare_ties_options> {
     static constexpr option_table table{
         option_row("density", &dare_ties_options::density, "share of entries kept", share_details(common_densities)),
         option_row("seed", &dare_ties_options::seed, "of random choices"),
-        options_within(&dare_ties_options::ties, "density", "trim")};
+        options_within(&dare_ties_options::ties, "density", "trim", "rescale"),
+        option_row("rescale-by", &dare_ties_options::rescale, "what makes up for dropped entries", {.unit = "HOW"})};
+    static constexpr std::string_view preset_option = "semantics";
+    static constexpr std::array presets{
+        option_preset<dare_ties_options>{"paper", "the paper", [] { return dare_ties_options{}; }},
+        option_preset<dare_ties_options>{
+            "ties-merging", "the paper's own code", &dare_ties_options::as_in_ties_merging},
+        option_preset<dare_ties_options>{"mergekit", "mergekit", &dare_ties_options::as_in_mergekit},
+        option_preset<dare_ties_options>{"peft", "PEFT", &dare_ties_options::as_in_peft}};
 };
+
+namespace detail {
+/// The options of an election whose kept entries are rescaled by their L1 norm, or are not.
+[[nodiscard]] inline ties_options rescaled(ties_options options, bool rescale)
+{
+    options.rescale = rescale;
+    return options;
+}
+} // namespace detail
 
 template <>
 class method<dare_options> : public elementwise_method {
@@ -58,22 +128,19 @@ public:
 
     template <class Passes>
     method(Passes& passes, const dare_options& options)
-        : keep_(passes, options.density, options.seed)
-        , lambda_(options.lambda)
-        , weights_(passes, detail::checked_weights(options.weights, passes.tasks()))
-    {
-        detail::check_factor(lambda_, "lambda");
-    }
+        : keep_(passes, options.density, options.seed, options.rescale == drop_rescale::density)
+        , sum_(passes, options, keep_, options.rescale == drop_rescale::l1)
+    { }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A, keep_random_of_tensor<A>> body(std::size_t tensor) const
     {
-        return {keep_.get<A>(tensor), weights_.get<A>(), static_cast<A>(lambda_)};
+        return sum_.body<A>(keep_.get<A>(tensor), tensor);
     }
+    [[nodiscard]] unsigned walks() const noexcept { return sum_.walks(); }
 
 private:
     keep_random keep_;
-    double lambda_;
-    kept_numbers weights_;
+    kept_sum sum_;
 };
 
 template <>
@@ -81,7 +148,9 @@ class method<dare_ties_options> : public sign_election_method<keep_random> {
 public:
     template <class Passes>
     method(Passes& passes, const dare_ties_options& options)
-        : sign_election_method(passes, options.ties, [&] { return keep_random(passes, options.density, options.seed); })
+        : sign_election_method(passes, detail::rescaled(options.ties, options.rescale == drop_rescale::l1), [&] {
+            return keep_random(passes, options.density, options.seed, options.rescale == drop_rescale::density);
+        })
     { }
 };
 

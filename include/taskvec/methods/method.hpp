@@ -211,6 +211,39 @@ inline std::vector<double> checked_weights(
     return weights;
 }
 
+/// What a sum over tasks is divided by: Σ weights in the arithmetic type, in task order; 1 where it is not
+/// `normalized`.
+class weight_divisor {
+public:
+    /// Errors: invalid_argument where the weights sum to 0.
+    weight_divisor(const std::vector<double>& weights, bool normalized)
+    {
+        if (!normalized) { return; }
+        single_ = 0;
+        wide_ = 0;
+        for (const double weight : weights) {
+            single_ += static_cast<float>(weight);
+            wide_ += weight;
+        }
+        if (single_ == 0 || wide_ == 0) {
+            raise<invalid_argument>(error_code::weights_sum_zero,
+                "the weights sum to 0, and nothing can be divided by that: change one of them, or do not normalize");
+        }
+    }
+    template <arithmetic_element A>
+    [[nodiscard]] A get() const noexcept
+    {
+        if constexpr (std::same_as<A, double>) { return wide_; }
+        else {
+            return single_;
+        }
+    }
+
+private:
+    float single_ = 1;
+    double wide_ = 1;
+};
+
 inline void check_factor(double value, std::string_view what)
 {
     if (!std::isfinite(value)) {

@@ -4,6 +4,7 @@
 
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/elect/sign.hpp>
+#include <taskvec/methods/keep/l1_factors.hpp>
 #include <taskvec/methods/keep/top.hpp>
 #include <taskvec/methods/merge.hpp>
 
@@ -52,6 +53,7 @@ struct ties_options {
     bool agree_when_weighted =
         false; ///< an entry agrees by the sign of wt·τ̂t, so that a negative weight turns its task around
     bool negative_weights = false; ///< negative weights are accepted
+    bool rescale = false; ///< what is kept of a task vector gets its L1 norm back, tensor by tensor: mergekit's rescale
 
     /// What the paper's own code does: the trim keeps one entry more than asked and all its equals (all of them at
     /// density 1), the mean divides by the count, and an unresolved zero counts as negative.
@@ -105,7 +107,9 @@ struct options_of<ties_options> {
             "divide the mean by the number of agreeing tasks, not by their weights"),
         option_row("agree-when-weighted", &ties_options::agree_when_weighted,
             "let an entry agree by its sign after its task's weight"),
-        option_row("negative-weights", &ties_options::negative_weights, "accept negative weights")};
+        option_row("negative-weights", &ties_options::negative_weights, "accept negative weights"),
+        option_row("rescale", &ties_options::rescale,
+            "give what is kept of a task vector its L1 norm back, tensor by tensor")};
     static constexpr std::string_view preset_option = "semantics";
     static constexpr std::array presets{
         option_preset<ties_options>{"paper", "the paper", [] { return ties_options{}; }},
@@ -186,9 +190,9 @@ public:
     {
         using rule = decltype(keep_.template get<A>(tensor));
         const A* factors;
-        if constexpr (std::same_as<A, double>) { factors = wide_; }
+        if constexpr (std::same_as<A, double>) { factors = wide_ + tensor * stride_; }
         else {
-            factors = single_;
+            factors = single_ + tensor * stride_;
         }
         return sign_election_body<A, rule>{keep_.template get<A>(tensor), factors, options_.combine,
             static_cast<A>(signs_[tensor]), static_cast<A>(options_.lambda)};
@@ -213,7 +217,7 @@ public:
     {
         return part.counts[election_counts::unresolved] > 0 && signs_[tensor] != detail::provisional_sign(options_);
     }
-    [[nodiscard]] unsigned walks() const noexcept { return keep_.walks(); }
+    [[nodiscard]] unsigned walks() const noexcept { return keep_.walks() + (stride_ ? 1u : 0u); }
 
 private:
     template <class Passes, class MakeKeep>
@@ -221,20 +225,39 @@ private:
         Passes& passes, const ties_options& options, const election_weights& weights, const MakeKeep& keep)
         : options_(options)
         , keep_(keep())
-        , single_(passes.keep(election_factors<float>(weights)))
-        , wide_(passes.keep(election_factors<double>(weights)))
-        , unit_(options.combine == disjoint_merge::mean && !passes.models().options().statistics)
+        , stride_(options.rescale ? 4 * weights.value.size() : 0)
+        , unit_(options.combine == disjoint_merge::mean && !options.rescale && !passes.models().options().statistics)
         , signs_(passes.models().tensors().size(), detail::provisional_sign(options))
     {
         for (const auto* list : {&weights.elect, &weights.value, &weights.divide, &weights.agree}) {
             for (const double weight : *list) { unit_ = unit_ && weight == 1.0; }
         }
+        std::vector<float> single = election_factors<float>(weights);
+        std::vector<double> wide = election_factors<double>(weights);
+        if (options.rescale) {
+            single.clear();
+            wide.clear();
+            for (const auto& factors : l1_factors(passes, keep_)) {
+                election_weights scaled = weights;
+                for (std::size_t t = 0; t < factors.size(); ++t) {
+                    scaled.elect[t] *= factors[t];
+                    scaled.value[t] *= factors[t];
+                }
+                const auto more = election_factors<float>(scaled);
+                const auto more_wide = election_factors<double>(scaled);
+                single.insert(single.end(), more.begin(), more.end());
+                wide.insert(wide.end(), more_wide.begin(), more_wide.end());
+            }
+        }
+        single_ = passes.keep(std::move(single));
+        wide_ = passes.keep(std::move(wide));
     }
 
     ties_options options_;
     Keep keep_;
-    const float* single_;
-    const double* wide_;
+    const float* single_ = nullptr;
+    const double* wide_ = nullptr;
+    std::size_t stride_; // from a tensor's factors to the next's: 0 where all have the same
     bool unit_; // weights of 1 and means, not counted: the short body will do
     std::vector<int> signs_; // for each tensor, what a zero sum elects
 };

@@ -59,6 +59,11 @@ struct top_k_by_sampling {
 
 } // namespace detail
 
+/// How many entries of n are kept: a function of n, for what is no plain share.
+template <class Count>
+concept entry_count = std::invocable<const Count&, std::uint64_t>
+    && std::same_as<std::invoke_result_t<const Count&, std::uint64_t>, std::uint64_t>;
+
 /// Thresholds of every task vector, over the whole model or for each tensor.
 class trim_thresholds {
 public:
@@ -77,18 +82,33 @@ public:
     template <class... T, class Search>
     trim_thresholds(storage_list<T...>, const aligned_models& models, double density, scope over, trim_rule rule,
         const Search& search)
+        : trim_thresholds(
+              storage_list<T...>{}, models,
+              [=](std::uint64_t n) {
+                  return rule == trim_rule::exact
+                      ? top_k_count(density, n)
+                      : std::min(n, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))) + 1);
+              },
+              over, search, rule == trim_rule::reach_next)
+    {
+        if (models.tensors().empty()) { static_cast<void>(top_k_count(density, 0)); } // a wrong density is one anywhere
+    }
+    /// The same for count(n) entries of n, the largest; with `equals` all that are as large as the last of them.
+    template <class... T, entry_count Count, class Search>
+    trim_thresholds(storage_list<T...>, const aligned_models& models, const Count& count, scope over,
+        const Search& search, bool equals = false)
         : per_tensor_(over == scope::tensor)
         , tasks_(models.task_count())
     {
         constexpr bool wide = (std::same_as<arithmetic_type<T>, double> || ...);
         if constexpr (wide) {
             if (models.any_wide()) {
-                find<double>(models, density, rule, search, wide_);
+                find<double>(models, count, equals, search, wide_);
                 return;
             }
         }
         if constexpr ((std::same_as<arithmetic_type<T>, float> || ...)) {
-            find<float>(models, density, rule, search, single_);
+            find<float>(models, count, equals, search, single_);
         }
     }
     /// The threshold on task t's vector in a tensor, for arithmetic in A.
@@ -104,20 +124,21 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return walks_; }
 
 private:
-    template <arithmetic_element A, class Search>
-    void find(const aligned_models& models, double density, trim_rule rule, const Search& search,
+    template <arithmetic_element A, class Count, class Search>
+    void find(const aligned_models& models, const Count& count, bool equals, const Search& search,
         std::vector<top_k_threshold<A>>& thresholds)
     {
         const auto add = [&](tensor_range range, std::uint64_t n) {
-            std::uint64_t k = top_k_count(density, n);
-            if (rule == trim_rule::reach_next) {
-                k = std::min(n, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))) + 1);
+            const std::uint64_t k = count(n);
+            if (k == 0) { // above every magnitude
+                thresholds.resize(thresholds.size() + tasks_, {static_cast<bits_type<A>>(~sign_mask<A>), 0});
+                return;
             }
             const std::vector<std::uint64_t> counts(tasks_, k);
             unsigned walks = 0;
             for (auto threshold :
                 search(std::type_identity<A>{}, range, std::span<const std::uint64_t>(counts), &walks)) {
-                if (rule == trim_rule::reach_next) { threshold.equal_end = std::numeric_limits<std::uint64_t>::max(); }
+                if (equals) { threshold.equal_end = std::numeric_limits<std::uint64_t>::max(); }
                 thresholds.push_back(threshold);
             }
             walks_ = std::max(walks_, walks);
@@ -144,6 +165,16 @@ template <class Passes>
     using types = storage_of<Passes>;
     return {types{}, passes.models(), density, over, rule,
         detail::top_k_by_sampling<types>{&passes.policy(), &passes.models()}};
+}
+
+/// The same where count(n) entries of n are kept, the largest.
+template <class Passes, entry_count Count>
+    requires(Passes::space == memory_space::host)
+[[nodiscard]] trim_thresholds trim_thresholds_of(Passes& passes, const Count& count, scope over)
+{
+    using types = storage_of<Passes>;
+    return {
+        types{}, passes.models(), count, over, detail::top_k_by_sampling<types>{&passes.policy(), &passes.models()}};
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

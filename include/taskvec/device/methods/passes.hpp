@@ -75,5 +75,12 @@ template <std::same_as<device_passes> Passes>
     passes.walked().check_finite(); // the selection has read everything but what it kept whole, and has waited
     return found;
 }
+template <std::same_as<device_passes> Passes, entry_count Count>
+[[nodiscard]] trim_thresholds trim_thresholds_of(Passes& passes, const Count& count, scope over)
+{
+    trim_thresholds found = detail::thresholds_on_device(passes.walked(), count, over);
+    passes.walked().check_finite();
+    return found;
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -387,6 +387,15 @@ private:
             unsigned* walks) { return device_top_k_search<A>(models, range).run(counts, walks); });
 }
 
+/// The same where count(n) entries of n are kept.
+template <entry_count Count>
+[[nodiscard]] trim_thresholds thresholds_on_device(device_models& models, const Count& count, scope over)
+{
+    return trim_thresholds(storage_types{}, models.models(), count, over,
+        [&]<class A>(std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts,
+            unsigned* walks) { return device_top_k_search<A>(models, range).run(counts, walks); });
+}
+
 /// Thresholds of every tensor in device memory.
 class device_thresholds {
 public:

@@ -47,10 +47,30 @@ class keep_top {
 public:
     template <class Passes>
     keep_top(Passes& passes, double density, scope over, trim_rule rule = trim_rule::exact)
+        : keep_top(passes, over, trim_thresholds_of(passes, density, over, rule))
+    { }
+    /// The same for count(n) entries of n.
+    template <class Passes, entry_count Count>
+    keep_top(Passes& passes, const Count& count, scope over)
+        : keep_top(passes, over, trim_thresholds_of(passes, count, over))
+    { }
+    template <arithmetic_element A>
+    [[nodiscard]] keep_top_of_tensor<A> get(std::size_t tensor) const noexcept
+    {
+        const std::size_t row = (per_tensor_ ? tensor : 0) * tasks_;
+        if constexpr (std::same_as<A, double>) { return {wide_ + row, tasks_}; }
+        else {
+            return {single_ + row, tasks_};
+        }
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return walks_; }
+
+private:
+    template <class Passes>
+    keep_top(Passes& passes, scope over, const trim_thresholds& found)
         : per_tensor_(over == scope::tensor)
         , tasks_(passes.models().task_count())
     {
-        const trim_thresholds found = trim_thresholds_of(passes, density, over, rule);
         walks_ = found.walks();
         const std::size_t rows = per_tensor_ ? passes.models().tensors().size() : 1;
         std::vector<top_k_threshold<float>> single;
@@ -64,18 +84,7 @@ public:
         single_ = passes.keep(std::move(single));
         wide_ = passes.keep(std::move(wide));
     }
-    template <arithmetic_element A>
-    [[nodiscard]] keep_top_of_tensor<A> get(std::size_t tensor) const noexcept
-    {
-        const std::size_t row = (per_tensor_ ? tensor : 0) * tasks_;
-        if constexpr (std::same_as<A, double>) { return {wide_ + row, tasks_}; }
-        else {
-            return {single_ + row, tasks_};
-        }
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return walks_; }
 
-private:
     bool per_tensor_;
     std::size_t tasks_;
     unsigned walks_ = 0;
