@@ -32,6 +32,12 @@ public:
     [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
     /// Writes `size` bytes at byte `offset` of tensor `index`.
     virtual void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) = 0;
+    /// The same of results that are far from the largest number of their dtype, as whoever made them knows: for sinks
+    /// that look for overflow.
+    virtual void write_bounded(std::size_t index, std::uint64_t offset, const void* data, std::size_t size)
+    {
+        write(index, offset, data, size);
+    }
 };
 
 /// The sink over tensors that the caller owns, in the order of `tensors`.

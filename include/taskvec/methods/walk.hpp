@@ -124,6 +124,7 @@ public:
         tensor_ = &tensor;
         piece_ = &piece;
         direct_ = static_cast<std::byte*>(out_->direct(tensor.output));
+        bounded_ = 0;
         const std::size_t needed = byte_count(tensor.output_dtype, direct_ ? block_size : piece.size);
         if (buffer_.size() < needed) { buffer_.resize(needed); }
     }
@@ -158,6 +159,12 @@ public:
             put(offset * sizeof(T), words, n * sizeof(T));
         }
     }
+    /// Tells that n entries come of numbers whose largest magnitude has these bits.
+    template <arithmetic_element A>
+    void came_of(bits_type<A> largest, std::size_t n) noexcept
+    {
+        if (largest < magnitude_bits(static_cast<A>(0x1p64))) { bounded_ += n; }
+    }
     void close()
     {
         if (direct_) {
@@ -165,7 +172,14 @@ public:
             return;
         }
         const std::size_t width = bits_per_element(tensor_->output_dtype) / 8;
-        out_->write(tensor_->output, piece_->offset * width, buffer_.data(), piece_->size * width);
+        const dtype type = tensor_->output_dtype;
+        const bool wide_exponent = type == dtype::f32 || type == dtype::bf16 || type == dtype::f64;
+        if (wide_exponent && bounded_ == piece_->size) {
+            out_->write_bounded(tensor_->output, piece_->offset * width, buffer_.data(), piece_->size * width);
+        }
+        else {
+            out_->write(tensor_->output, piece_->offset * width, buffer_.data(), piece_->size * width);
+        }
     }
 
 private:
@@ -184,6 +198,7 @@ private:
     const aligned_tensor* tensor_ = nullptr;
     const tensor_chunk* piece_ = nullptr;
     std::byte* direct_ = nullptr;
+    std::size_t bounded_ = 0; // entries of the chunk that came_of() told of
 };
 
 /// Bytes of stored words that a kernel makes before they leave the first-level cache.
@@ -372,6 +387,7 @@ public:
         if constexpr (!with_beside && !with_draws) { done = any_stored(storage_of<Passes>{}); }
         if (!done && !stored<A>()) { through_rows(); }
         rows_.note(findings_.largest);
+        writer_.template came_of<A>(rows_.largest(), rows_.size());
     }
 
 private:

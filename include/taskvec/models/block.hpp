@@ -130,6 +130,8 @@ public:
     /// Tells check_finite() the largest magnitude bits that a fused kernel met: of its inputs, or of a result that NaN
     /// and infinity in an input cannot but reach.
     void note(bits_type<A> magnitude) noexcept { largest_ = std::max(largest_, magnitude); }
+    /// The largest magnitude bits that were met since open().
+    [[nodiscard]] bits_type<A> largest() const noexcept { return largest_; }
 
     /// The same elements of an operand that lies beside the models, as a method's statistics do: in place or in `out`,
     /// a row of its own. `largest` receives their largest magnitude bits: whoever reads them reports NaN and infinity.
