@@ -231,9 +231,14 @@ class gram_accumulator;
 
 // methods/
 struct keep_all;
+template <arithmetic_element A>
+struct acting_mean_body;
 struct average_options;
 struct breadcrumbs_options;
 struct breadcrumbs_ties_options;
+template <arithmetic_element A>
+struct combination_body;
+class tensor_combination;
 struct dare_options;
 struct dare_ties_options;
 enum class disjoint_merge : std::uint8_t;
@@ -271,12 +276,20 @@ struct merge_report;
 struct merge_tally;
 struct elementwise_method;
 struct general_method;
+struct karcher_options;
 struct model_stock_options;
+struct multi_slerp_options;
+struct nearswap_options;
+template <arithmetic_element A>
+struct nearswap_body;
+struct nuslerp_options;
 class cpu_passes;
 template <class Types>
 class typed_passes;
 class kept_numbers;
 struct passthrough_options;
+struct ram_options;
+struct ram_plus_options;
 struct regmean_options;
 struct slerp_options;
 struct task_arithmetic_options;

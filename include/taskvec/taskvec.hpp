@@ -68,11 +68,13 @@
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/breadcrumbs.hpp>
 #include <taskvec/methods/by_tensor.hpp>
+#include <taskvec/methods/combination.hpp>
 #include <taskvec/methods/dare.hpp>
 #include <taskvec/methods/elect/sign.hpp>
 #include <taskvec/methods/elect/sum.hpp>
 #include <taskvec/methods/entries.hpp>
 #include <taskvec/methods/fisher.hpp>
+#include <taskvec/methods/karcher.hpp>
 #include <taskvec/methods/keep/all.hpp>
 #include <taskvec/methods/keep/between.hpp>
 #include <taskvec/methods/keep/l1_factors.hpp>
@@ -82,8 +84,12 @@
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/methods/method.hpp>
 #include <taskvec/methods/model_stock.hpp>
+#include <taskvec/methods/multi_slerp.hpp>
+#include <taskvec/methods/nearswap.hpp>
+#include <taskvec/methods/nuslerp.hpp>
 #include <taskvec/methods/passes.hpp>
 #include <taskvec/methods/passthrough.hpp>
+#include <taskvec/methods/ram.hpp>
 #include <taskvec/methods/regmean.hpp>
 #include <taskvec/methods/slerp.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>

@@ -50,6 +50,12 @@ TEST_CASE("the library's tables hold what they promise")
     check_table<taskvec::breadcrumbs_options>();
     check_table<taskvec::breadcrumbs_ties_options>();
     check_table<taskvec::passthrough_options>();
+    check_table<taskvec::nuslerp_options>();
+    check_table<taskvec::multi_slerp_options>();
+    check_table<taskvec::karcher_options>();
+    check_table<taskvec::nearswap_options>();
+    check_table<taskvec::ram_options>();
+    check_table<taskvec::ram_plus_options>();
     check_table<taskvec::fisher_options>();
     check_table<taskvec::regmean_options>();
     check_table<taskvec::slerp_options>();

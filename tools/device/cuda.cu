@@ -38,7 +38,8 @@ struct register_device_methods {
 const register_device_methods<taskvec::average_options, taskvec::task_arithmetic_options, taskvec::ties_options,
     taskvec::dare_options, taskvec::dare_ties_options, taskvec::fisher_options, taskvec::regmean_options,
     taskvec::slerp_options, taskvec::model_stock_options, taskvec::breadcrumbs_options,
-    taskvec::breadcrumbs_ties_options, taskvec::passthrough_options>
+    taskvec::breadcrumbs_ties_options, taskvec::passthrough_options, taskvec::nuslerp_options,
+    taskvec::multi_slerp_options, taskvec::karcher_options, taskvec::nearswap_options, taskvec::ram_options>
     methods{};
 
 } // namespace

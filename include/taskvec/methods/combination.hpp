@@ -1,0 +1,112 @@
+// Linear combinations with factors of their own for every tensor, found from the dot products of its models: what
+// NuSLERP, Multi-SLERP and the Karcher mean come to.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/methods/passes.hpp>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Σ weights[t]·θt, or θ0 + Σ weights[t]·τt: +0 first, then in task order; every product and sum rounds.
+template <arithmetic_element A>
+struct combination_body {
+    static constexpr bool watches = true;
+    const A* weights;
+    bool on_base;
+
+    template <class In>
+    [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
+    {
+        if (on_base) {
+            const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return weights[t] * in.delta(t); });
+            in.watch(sum);
+            return in.base() + sum;
+        }
+        const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return weights[t] * in.task(t); });
+        in.watch(sum);
+        return sum;
+    }
+};
+
+namespace detail {
+
+/// All dot products of the vectors of one tensor.
+class gram_matrix {
+public:
+    /// From the dots of i and j ≤ i, in that order.
+    gram_matrix(std::size_t count, std::vector<double> dots)
+        : count_(count)
+        , dots_(std::move(dots))
+    { }
+    [[nodiscard]] std::size_t count() const noexcept { return count_; }
+    [[nodiscard]] double operator()(std::size_t i, std::size_t j) const noexcept
+    {
+        return i < j ? dots_[j * (j + 1) / 2 + i] : dots_[i * (i + 1) / 2 + j];
+    }
+    [[nodiscard]] double norm(std::size_t i) const noexcept { return std::sqrt((*this)(i, i)); }
+    /// The dot product of vector i with Σ factors[j]·(vector j).
+    [[nodiscard]] double dot(std::size_t i, const std::vector<double>& factors) const noexcept
+    {
+        double sum = 0;
+        for (std::size_t j = 0; j < count_; ++j) { sum += factors[j] * (*this)(i, j); }
+        return sum;
+    }
+    /// ‖Σ factors[j]·(vector j)‖.
+    [[nodiscard]] double norm(const std::vector<double>& factors) const noexcept
+    {
+        double sum = 0;
+        for (std::size_t i = 0; i < count_; ++i) { sum += factors[i] * dot(i, factors); }
+        return std::sqrt(sum > 0 ? sum : 0.0); // below 0 lies rounding
+    }
+
+private:
+    std::size_t count_;
+    std::vector<double> dots_;
+};
+
+/// The dot products of the tasks of every tensor, or, on a base, of their task vectors. One read of the models.
+template <class Passes>
+[[nodiscard]] std::vector<gram_matrix> gram_matrices(Passes& passes, bool on_base, std::string_view phase)
+{
+    const auto tasks = static_cast<std::uint32_t>(passes.tasks());
+    std::vector<operand_pair> pairs;
+    for (std::uint32_t i = 0; i < tasks; ++i) {
+        for (std::uint32_t j = 0; j <= i; ++j) { pairs.push_back({1 + i, 1 + j}); }
+    }
+    std::vector<gram_matrix> matrices;
+    for (auto& sums : tensor_dots(passes, pairs, on_base, phase)) { matrices.emplace_back(tasks, std::move(sums)); }
+    return matrices;
+}
+
+} // namespace detail
+
+/// Factors for every tensor and task, rounded to both arithmetic types once, and the body that combines by them.
+class tensor_combination {
+public:
+    /// `factors`: [tensor][task], one row after the other.
+    template <class Passes>
+    tensor_combination(Passes& passes, const std::vector<double>& factors, bool on_base)
+        : numbers_(passes, factors)
+        , tasks_(passes.tasks())
+        , on_base_(on_base)
+    { }
+    template <arithmetic_element A>
+    [[nodiscard]] combination_body<A> body(std::size_t tensor) const
+    {
+        return {numbers_.get<A>() + tensor * tasks_, on_base_};
+    }
+
+private:
+    kept_numbers numbers_;
+    std::size_t tasks_;
+    bool on_base_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

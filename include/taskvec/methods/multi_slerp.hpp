@@ -1,0 +1,105 @@
+// Multi-SLERP: the weighted mean direction of several models at their mean length.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/option_table.hpp>
+#include <taskvec/methods/combination.hpp>
+#include <taskvec/methods/merge.hpp>
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// For each tensor, as one flat vector: θ* = N·m/‖m‖ with m = Σ wt·xt/(‖xt‖ + ε), N = Σ wt·‖xt‖ and ε = 1e-8, where the
+/// weights are divided by their sum unless `normalize` is off. The xt are the tasks; with a base they are the task
+/// vectors, and the result is added to it. Goddard's Multi-SLERP goes on in the tangent space of the sphere at m, by
+/// the weighted mean of the projected xt, which is 0 there: what it adds to this is rounding. One task is kept as it
+/// is. Where the directions cancel (‖m‖ < ε), two models, or vectors that are all 0, are added up by their weights;
+/// more are an error. Norms are f64 sums of a fixed shape, the factors are rounded to f32 (f64 for f64) once: bit-exact
+/// for any threads and blocks. Agrees with mergekit's `multislerp` to rounding. Errors: invalid_argument. Cost: two
+/// reads of the models, and T(T+1)/2 products an element in the first.
+///
+///     merge(cpu{}, multi_slerp_options{.weights = {1, 1, 2}}, tasks, out);
+struct multi_slerp_options {
+    std::vector<double> weights{};
+    bool normalize = true; ///< divide the weights by their sum
+};
+
+template <>
+struct options_of<multi_slerp_options> {
+    static constexpr option_table table{weights_row(&multi_slerp_options::weights),
+        option_row("normalized", &multi_slerp_options::normalize, "divide by the sum of the weights",
+            {.negated = "unnormalized"})};
+};
+
+namespace detail {
+
+/// The factors of the vectors of one tensor.
+[[nodiscard]] inline std::vector<double> multi_slerp_factors(
+    const gram_matrix& dots, const std::vector<double>& weights, const std::string& tensor)
+{
+    constexpr double epsilon = 1e-8;
+    if (dots.count() == 1) { return {1.0}; }
+    std::vector<double> factors;
+    double length = 0;
+    bool all_zero = true;
+    for (std::size_t t = 0; t < dots.count(); ++t) {
+        const double norm = dots.norm(t);
+        factors.push_back(weights[t] / (norm + epsilon));
+        length += weights[t] * norm;
+        all_zero = all_zero && norm == 0;
+    }
+    const double mean = dots.norm(factors);
+    if (mean < epsilon) {
+        if (dots.count() == 2 || all_zero) { return weights; }
+        raise<invalid_argument>(error_code::no_solution,
+            message("the directions of tensor '", tensor,
+                "' cancel, so that Multi-SLERP has no mean direction there: change the weights, or exclude the "
+                "tensor"));
+    }
+    for (double& factor : factors) { factor *= length / mean; }
+    return factors;
+}
+
+} // namespace detail
+
+template <>
+class method<multi_slerp_options> : public elementwise_method {
+public:
+    static constexpr bool needs_base = false;
+
+    template <class Passes>
+    method(Passes& passes, const multi_slerp_options& options)
+        : combination_(passes, factors(passes, options), passes.models().has_base())
+    { }
+    template <arithmetic_element A>
+    [[nodiscard]] combination_body<A> body(std::size_t tensor) const
+    {
+        return combination_.body<A>(tensor);
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return 1; }
+
+private:
+    template <class Passes>
+    [[nodiscard]] static std::vector<double> factors(Passes& passes, const multi_slerp_options& options)
+    {
+        auto weights = detail::checked_weights(options.weights, passes.tasks());
+        const double divisor = detail::weight_divisor(weights, options.normalize).template get<double>();
+        for (double& weight : weights) { weight /= divisor; }
+        std::vector<double> all;
+        for (const auto& dots : detail::gram_matrices(passes, passes.models().has_base(), "angles")) {
+            const std::size_t tensor = all.size() / weights.size();
+            for (const double factor :
+                detail::multi_slerp_factors(dots, weights, passes.models().tensors()[tensor].name)) {
+                all.push_back(factor);
+            }
+        }
+        return all;
+    }
+
+    tensor_combination combination_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,199 @@
+// RAM and RAM+: task vectors that are averaged where several act, and kept whole where one does. "Reinforced Agent
+// Merging" (arXiv 2601.13572).
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/option_table.hpp>
+#include <taskvec/methods/merge.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// θ* = θ0 + Σ τt/c over the tasks that act on an entry, |τt| > epsilon, where c is their number: the mean of those
+/// that act. Entries with one task alone keep its change whole. Bit-exact: sums in task order, every quotient and sum
+/// rounds in f32 (f64 for f64). Errors: invalid_argument (epsilon). Cost: one read of the models.
+///
+///     merge(cpu{}, ram_options{.epsilon = 1e-5}, base, tasks, out);
+struct ram_options {
+    double epsilon = 1e-5;
+};
+
+/// RAM, where the entries that one task acts on alone are multiplied by λt = 1 + r·min(ρt, alpha), with ρt the number
+/// of entries that task t shares with others divided by the number that it has alone: over the model, as in the paper,
+/// or tensor by tensor (mergekit's). Cost: one more read of the models. On the CPU.
+///
+///     merge(cpu{}, ram_plus_options{.r = 0.1, .alpha = 0.2}, base, tasks, out);
+struct ram_plus_options {
+    double epsilon = 1e-5;
+    double r = 0.1;
+    double alpha = 0.2;
+    taskvec::scope scope = taskvec::scope::model;
+
+    /// What mergekit's ramplus_tl does.
+    [[nodiscard]] static ram_plus_options as_in_mergekit()
+    {
+        ram_plus_options options;
+        options.scope = taskvec::scope::tensor;
+        return options;
+    }
+};
+
+template <>
+struct options_of<ram_options> {
+    static constexpr option_table table{
+        option_row("epsilon", &ram_options::epsilon, "magnitude above which a task acts on an entry", {.at_least = 0})};
+};
+template <>
+struct options_of<ram_plus_options> {
+    static constexpr option_table table{option_row("epsilon", &ram_plus_options::epsilon,
+                                            "magnitude above which a task acts on an entry", {.at_least = 0}),
+        option_row("r", &ram_plus_options::r, "how much the share of common entries raises those of one task"),
+        option_row("alpha", &ram_plus_options::alpha, "the largest share that counts", {.at_least = 0}),
+        option_row("scope", &ram_plus_options::scope, "what shares count over", {.unit = "SCOPE"})};
+    static constexpr std::string_view preset_option = "semantics";
+    static constexpr std::array presets{
+        option_preset<ram_plus_options>{"paper", "the paper", [] { return ram_plus_options{}; }},
+        option_preset<ram_plus_options>{"mergekit", "mergekit", &ram_plus_options::as_in_mergekit}};
+};
+
+/// θ0 + Σ over the acting tasks of raise[t]·τt where one acts alone, and of τt/c where c do.
+template <arithmetic_element A>
+struct acting_mean_body {
+    static constexpr bool watches = false;
+    A epsilon;
+    const A* raise; ///< null: 1 for all
+
+    template <class In>
+    [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
+    {
+        using pack = typename In::pack;
+        using words = typename In::words;
+        const auto acts = [&](const pack& x) TASKVEC_BODY { return from_bits(magnitude_of(x)) > epsilon; };
+        words acting{};
+        in.each([&](std::size_t t) TASKVEC_BODY {
+            const auto acts_here = acts(in.delta(t));
+            acting = added_where(acts_here, acting);
+            if (in.counts_tasks()) { in.count_of(0, t, acts_here); }
+        });
+        const auto count = to_numbers(larger(acting, filled_words<words>(1)));
+        const auto alone = count == 1;
+        const pack sum = in.sum_of([&](std::size_t t) TASKVEC_BODY {
+            const pack x = in.delta(t);
+            const pack raised = raise ? raise[t] * x : x;
+            return where(acts(x), select(alone, raised, x / count));
+        });
+        return in.base() + sum;
+    }
+};
+
+namespace detail {
+inline void check_epsilon(double epsilon)
+{
+    if (!(epsilon >= 0) || !std::isfinite(epsilon)) {
+        raise<invalid_argument>(error_code::parameter_out_of_range,
+            message("epsilon is ", epsilon, "; expected a magnitude of at least 0, such as 1e-5"));
+    }
+}
+} // namespace detail
+
+template <>
+class method<ram_options> : public elementwise_method {
+public:
+    static constexpr std::size_t task_slots = 1;
+
+    template <class Passes>
+    method(Passes&, const ram_options& options)
+        : epsilon_(options.epsilon)
+    {
+        detail::check_epsilon(epsilon_);
+    }
+    template <arithmetic_element A>
+    [[nodiscard]] acting_mean_body<A> body(std::size_t) const
+    {
+        return {static_cast<A>(epsilon_), nullptr};
+    }
+
+private:
+    double epsilon_;
+};
+
+template <>
+class method<ram_plus_options> : public elementwise_method {
+public:
+    static constexpr bool on_device = false; // entries are counted on the CPU
+    static constexpr std::size_t task_slots = 1;
+
+    template <class Passes>
+    method(Passes& passes, const ram_plus_options& options)
+        : epsilon_(options.epsilon)
+        , tasks_(passes.tasks())
+        , raise_(passes, factors(passes, options))
+    { }
+    template <arithmetic_element A>
+    [[nodiscard]] acting_mean_body<A> body(std::size_t tensor) const
+    {
+        return {static_cast<A>(epsilon_), raise_.get<A>() + tensor * tasks_};
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return 1; }
+
+private:
+    /// λt for every tensor and task.
+    template <class Passes>
+    [[nodiscard]] static std::vector<double> factors(Passes& passes, const ram_plus_options& options)
+    {
+        detail::check_epsilon(options.epsilon);
+        detail::check_factor(options.r, "r");
+        if (!(options.alpha >= 0) || !std::isfinite(options.alpha)) {
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message("alpha is ", options.alpha, "; expected a share of at least 0, such as 0.2"));
+        }
+        const std::size_t tasks = passes.tasks();
+        // For every task the entries that it shares, then those that it has alone: whole numbers, exact in f64.
+        auto counts = tensor_sums(
+            passes.policy(), passes.models(), 2 * tasks, 0, "shares", [&]<class A>(row_block<A>& rows, double* sum) {
+                const A epsilon = static_cast<A>(options.epsilon);
+                std::fill_n(sum, 2 * tasks, 0.0);
+                for (std::size_t t = 0; t < tasks; ++t) { (void)rows.delta(t); }
+                const bool differences = rows.tensor().base.data != nullptr;
+                std::vector<const A*> x(tasks);
+                for (std::size_t t = 0; t < tasks; ++t) { x[t] = differences ? rows.row(t) : rows.task(t); }
+                for (std::size_t i = 0; i < rows.size(); ++i) {
+                    std::size_t acting = 0;
+                    for (std::size_t t = 0; t < tasks; ++t) { acting += std::abs(x[t][i]) > epsilon; }
+                    for (std::size_t t = 0; t < tasks; ++t) {
+                        if (std::abs(x[t][i]) > epsilon) { sum[acting > 1 ? t : tasks + t] += 1; }
+                    }
+                }
+            });
+        if (options.scope == taskvec::scope::model) {
+            std::vector<double> total(2 * tasks);
+            for (const auto& row : counts) {
+                for (std::size_t k = 0; k < total.size(); ++k) { total[k] += row[k]; }
+            }
+            for (auto& row : counts) { row = total; }
+        }
+        std::vector<double> all;
+        for (const auto& row : counts) {
+            for (std::size_t t = 0; t < tasks; ++t) {
+                // With nothing alone nothing is raised: the largest share stands for it.
+                const double share = row[tasks + t] == 0 ? options.alpha : row[t] / row[tasks + t];
+                all.push_back(1 + options.r * std::min(share, options.alpha));
+            }
+        }
+        return all;
+    }
+
+    double epsilon_;
+    std::size_t tasks_;
+    kept_numbers raise_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
