@@ -1,6 +1,7 @@
 // taskvec inspect: what a model holds.
 // SPDX-License-Identifier: Apache-2.0
 #include "command.hpp"
+#include "model_diff.hpp"
 #include "models.hpp"
 #include "runner.hpp"
 #include "words.hpp"
@@ -18,7 +19,7 @@ namespace {
 
 struct inspect_settings {
     std::string model;
-    std::string index = "strict";
+    std::string index = "strict", diff;
     bool json = false, sketch = false;
     tool::run_options run;
 };
@@ -77,7 +78,10 @@ void print_table(const taskvec::checkpoint& model)
     if (!model.metadata().empty()) {
         text += "metadata\n";
         for (const auto& [key, value] : model.metadata()) {
-            text += "  " + tool::printable(key) + ": " + tool::printable(value) + "\n";
+            constexpr std::size_t most = 200; // training scripts keep whole files here
+            const bool long_one = value.size() > most;
+            text += "  " + tool::printable(key) + ": " + tool::printable(long_one ? value.substr(0, most - 40) : value)
+                + (long_one ? " … (" + tool::counted(value.size(), "byte") + ", whole with --json)" : "") + "\n";
         }
     }
     tool::print(text);
@@ -88,6 +92,7 @@ const tool::register_verb inspect_verb(10, "inspect",
         const auto given = std::make_shared<inspect_settings>();
         verb.positional("MODEL", given->model, "The model to look into");
         verb.flag("--json", given->json, "Print JSON instead of a table");
+        verb.text("--diff", given->diff, "MODEL", "What differs between the two: which tensors, and how much");
         verb.flag("--sketch", given->sketch,
             "Print the sketch that model cards hold: a number over names, dtypes, shapes and the ends of each tensor");
         tool::add_index_option(verb, given->index);
@@ -98,6 +103,13 @@ const tool::register_verb inspect_verb(10, "inspect",
             const auto model = tool::open_noted(given->model, given->run, given->index);
             if (given->sketch) {
                 tool::print(taskvec::fingerprint_text(taskvec::fingerprint_sketch(model.model())) + "\n");
+                return;
+            }
+            if (!given->diff.empty()) {
+                const auto other = tool::open_noted(given->diff, given->run, given->index);
+                const tool::runner run(given->run);
+                const auto diff = tool::diff_of(run, model, other);
+                tool::print(given->json ? diff.dump(2) + "\n" : tool::diff_text(diff, model, other));
                 return;
             }
             given->json ? print_json(model) : print_table(model);

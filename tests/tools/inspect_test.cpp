@@ -146,3 +146,40 @@ TEST_CASE("names from files reach the terminal harmless")
     CHECK(bytes.code == 1);
     CHECK(bytes.err.starts_with("taskvec: error: no\\xff\\xc3(.safetensors: "));
 }
+
+TEST_CASE("inspect --diff says which tensors differ, and how much")
+{
+    const scratch folder;
+    write_values(folder / "a.safetensors",
+        {{"equal", {taskvec::dtype::f32, {2}, {1, 2}}}, {"w", {taskvec::dtype::f32, {2}, {3, 4}}},
+            {"shape", {taskvec::dtype::f32, {1}, {1}}}, {"mine", {taskvec::dtype::f32, {1}, {1}}}});
+    write_values(folder / "b.safetensors",
+        {{"equal", {taskvec::dtype::bf16, {2}, {1, 2}}}, {"w", {taskvec::dtype::f32, {2}, {3, 0}}},
+            {"shape", {taskvec::dtype::f32, {2}, {1, 1}}}});
+    const auto json = run(folder, {"inspect", "a.safetensors", "--diff", "b.safetensors", "--json"});
+    REQUIRE(json.code == 0);
+    const auto diff = nlohmann::json::parse(json.out);
+    CHECK(diff["equal"] == 1);
+    REQUIRE(diff["differ"].size() == 1);
+    CHECK(diff["differ"][0]["name"] == "w");
+    CHECK(diff["differ"][0]["max"] == 4);
+    CHECK(diff["differ"][0]["norm"] == 4);
+    CHECK(diff["differ"][0]["relative"] == 0.8);
+    CHECK(diff["differ"][0]["cosine"] == doctest::Approx(0.6));
+    CHECK(diff["only_in_first"] == std::vector<std::string>{"mine"});
+    CHECK(diff["not_comparable"][0]["name"] == "shape");
+    const auto text = run(folder, {"inspect", "a.safetensors", "--diff", "b.safetensors"});
+    CHECK(text.out.find("1 tensor equal, 1 differ, 1 in one model only, 1 do not compare") != std::string::npos);
+    CHECK(text.out.find("w       4     4       0.8  0.600000") != std::string::npos);
+}
+
+TEST_CASE("long metadata is abridged in the table, and whole in JSON")
+{
+    const scratch folder;
+    const std::string value(5000, 'x');
+    write_values(folder / "a.safetensors", {{"w", {taskvec::dtype::f32, {1}, {1}}}}, {{"config", value}});
+    const auto table = run(folder, {"inspect", "a.safetensors"});
+    CHECK(table.out.find(std::string(161, 'x')) == std::string::npos);
+    CHECK(table.out.find("(5,000 bytes, whole with --json)") != std::string::npos);
+    CHECK(run(folder, {"inspect", "a.safetensors", "--json"}).out.find(value) != std::string::npos);
+}
