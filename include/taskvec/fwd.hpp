@@ -291,6 +291,9 @@ struct passthrough_options;
 struct ram_options;
 struct ram_plus_options;
 struct regmean_options;
+struct sce_options;
+template <arithmetic_element A>
+struct sce_body;
 struct slerp_options;
 struct task_arithmetic_options;
 enum class zero_sign : std::uint8_t;

@@ -91,6 +91,7 @@
 #include <taskvec/methods/passthrough.hpp>
 #include <taskvec/methods/ram.hpp>
 #include <taskvec/methods/regmean.hpp>
+#include <taskvec/methods/sce.hpp>
 #include <taskvec/methods/slerp.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/methods/ties.hpp>

@@ -56,6 +56,7 @@ TEST_CASE("the library's tables hold what they promise")
     check_table<taskvec::nearswap_options>();
     check_table<taskvec::ram_options>();
     check_table<taskvec::ram_plus_options>();
+    check_table<taskvec::sce_options>();
     check_table<taskvec::fisher_options>();
     check_table<taskvec::regmean_options>();
     check_table<taskvec::slerp_options>();
