@@ -42,7 +42,7 @@ TEST_CASE_TEMPLATE("NearSwap equals its definition", T, float, double, bf16, f16
         check(models, nearswap_options{.t = t}, [&](std::size_t i) {
             const A a = widen<A>(models.base[i]), b = widen<A>(models.tasks[0][i]);
             const A apart = std::max(std::abs(sum(a, -b)), static_cast<A>(1e-6));
-            const A weight = std::min(static_cast<A>(t) / apart, A{1});
+            const A weight = std::min(product(static_cast<A>(t), A{1} / apart), A{1});
             return sum(product(weight, b), product(sum(A{1}, -weight), a));
         });
     }

@@ -10,9 +10,9 @@
 namespace taskvec::inline TASKVEC_ABI {
 
 /// θ* = w·θ1 + (1 − w)·θ0, elementwise, with w = min(t / max(|θ0 − θ1|, 1e-6), 1): entries closer than t become θ1's,
-/// others move by t. After alchemonaut's NearSwap, in the operations of mergekit's `nearswap`, every one rounded in f32
-/// (f64 for f64): bit-exact. Errors: invalid_argument (t below 0; another number of tasks than one). Cost: one read of
-/// the models.
+/// others move by t. After alchemonaut's NearSwap, in the operations of mergekit's `nearswap`, where the quotient is t
+/// times a reciprocal, every one rounded in f32 (f64 for f64): bit-exact. Errors: invalid_argument (t below 0; another
+/// number of tasks than one). Cost: one read of the models.
 ///
 ///     merge(cpu{}, nearswap_options{.t = 0.001}, base, tasks, out);
 struct nearswap_options {
@@ -38,7 +38,7 @@ struct nearswap_body {
         auto apart = from_bits(magnitude_of(in.base() - in.task(0)));
         const auto least = filled<pack>(static_cast<A>(1e-6));
         apart = select(apart < least, least, apart);
-        auto weight = filled<pack>(t) / apart;
+        auto weight = t * (one / apart);
         weight = select(weight > one, one, weight);
         return weight * in.task(0) + (one - weight) * in.base();
     }
