@@ -5,6 +5,7 @@
 
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
+#include <taskvec/select/thresholds.hpp>
 
 #include <algorithm>
 #include <array>
