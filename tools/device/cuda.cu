@@ -6,6 +6,13 @@
 #include <taskvec/device/methods.hpp>
 #include <taskvec/device/methods/regmean.hpp>
 #include <taskvec/device/reuse/streamed.hpp>
+#include <taskvec/methods/breadcrumbs.hpp>
+#include <taskvec/methods/karcher.hpp>
+#include <taskvec/methods/multi_slerp.hpp>
+#include <taskvec/methods/nearswap.hpp>
+#include <taskvec/methods/nuslerp.hpp>
+#include <taskvec/methods/passthrough.hpp>
+#include <taskvec/methods/ram.hpp>
 
 namespace tool {
 
