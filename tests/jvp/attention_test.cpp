@@ -6,16 +6,17 @@
 #include <vector>
 
 using namespace taskvec;
-using reference::matrix;
 using reference::random_matrix;
+using reference::wide_matrix;
 
 namespace {
 // One element at a time, from the definition.
-matrix plain_attention(const matrix& q, const matrix& k, const matrix& v, const attention_options& options)
+wide_matrix plain_attention(
+    const wide_matrix& q, const wide_matrix& k, const wide_matrix& v, const attention_options& options)
 {
     const Eigen::Index queries = q.rows() / options.batch, keys = k.rows() / options.batch,
                        d = q.cols() / options.heads, e = v.cols() / options.heads;
-    matrix y = matrix::Zero(q.rows(), v.cols());
+    wide_matrix y = wide_matrix::Zero(q.rows(), v.cols());
     for (Eigen::Index b = 0; b < options.batch; ++b) {
         for (Eigen::Index h = 0; h < options.heads; ++h) {
             for (Eigen::Index i = 0; i < queries; ++i) {
@@ -40,7 +41,7 @@ matrix plain_attention(const matrix& q, const matrix& k, const matrix& v, const 
     return y;
 }
 
-void check_attention(const std::array<matrix, 3>& inputs, const attention_options& options)
+void check_attention(const std::array<wide_matrix, 3>& inputs, const attention_options& options)
 {
     const auto f = [&](const auto& q, const auto& k, const auto& v) { return attention(q, k, v, options); };
     CHECK(reference::largest_difference(
@@ -49,9 +50,9 @@ void check_attention(const std::array<matrix, 3>& inputs, const attention_option
     reference::check_operation("attention", f, inputs);
     reference::check_vjp(
         "attention", f,
-        [&](const matrix& dy) {
+        [&](const wide_matrix& dy) {
             const auto gradient = attention_vjp(inputs[0], inputs[1], inputs[2], dy, options);
-            return std::array<matrix, 3>{gradient.q, gradient.k, gradient.v};
+            return std::array<wide_matrix, 3>{gradient.q, gradient.k, gradient.v};
         },
         inputs);
 }
@@ -72,8 +73,8 @@ TEST_CASE("attention: batches and heads, causal and not, different numbers of qu
 }
 TEST_CASE("attention: a causal position does not see later ones")
 {
-    const matrix q = random_matrix(4, 4, 1), k = random_matrix(4, 4, 2), v = random_matrix(4, 4, 3);
-    matrix changed = v;
+    const wide_matrix q = random_matrix(4, 4, 1), k = random_matrix(4, 4, 2), v = random_matrix(4, 4, 3);
+    wide_matrix changed = v;
     changed.row(3).setConstant(100);
     const attention_options causal{.causal = true};
     CHECK(attention(q, k, v, causal).topRows(3) == attention(q, k, changed, causal).topRows(3));
@@ -81,7 +82,7 @@ TEST_CASE("attention: a causal position does not see later ones")
 }
 TEST_CASE("attention: errors")
 {
-    const matrix q = random_matrix(4, 4, 1);
+    const wide_matrix q = random_matrix(4, 4, 1);
     CHECK_THROWS_AS((void)attention(q, random_matrix(4, 5, 1), q), shape_mismatch);
     CHECK_THROWS_AS((void)attention(q, q, random_matrix(5, 4, 1)), shape_mismatch);
     CHECK_THROWS_AS((void)attention(q, q, q, {.batch = 3}), invalid_argument);

@@ -6,48 +6,48 @@
 #include <limits>
 
 using namespace taskvec;
-using reference::matrix;
 using reference::random_matrix;
+using reference::wide_matrix;
 
 TEST_CASE("add, subtract, scale and elementwise_product: values, tangents and gradients")
 {
     // More elements than one block.
-    const std::array<matrix, 2> inputs{random_matrix(25, 37, 1), random_matrix(25, 37, 2)};
-    CHECK(add(inputs[0], inputs[1]) == matrix(inputs[0] + inputs[1]));
-    CHECK(subtract(inputs[0], inputs[1]) == matrix(inputs[0] - inputs[1]));
-    CHECK(elementwise_product(inputs[0], inputs[1]) == matrix(inputs[0].cwiseProduct(inputs[1])));
+    const std::array<wide_matrix, 2> inputs{random_matrix(25, 37, 1), random_matrix(25, 37, 2)};
+    CHECK(add(inputs[0], inputs[1]) == wide_matrix(inputs[0] + inputs[1]));
+    CHECK(subtract(inputs[0], inputs[1]) == wide_matrix(inputs[0] - inputs[1]));
+    CHECK(elementwise_product(inputs[0], inputs[1]) == wide_matrix(inputs[0].cwiseProduct(inputs[1])));
     const auto sum = [](const auto& a, const auto& b) { return add(a, b); };
     reference::check_operation("add", sum, inputs);
     reference::check_vjp(
         "add", sum,
-        [&](const matrix& dy) {
+        [&](const wide_matrix& dy) {
             const auto gradient = add_vjp(dy);
-            return std::array<matrix, 2>{gradient.a, gradient.b};
+            return std::array<wide_matrix, 2>{gradient.a, gradient.b};
         },
         inputs);
     const auto difference = [](const auto& a, const auto& b) { return subtract(a, b); };
     reference::check_operation("subtract", difference, inputs);
     reference::check_vjp(
         "subtract", difference,
-        [&](const matrix& dy) {
+        [&](const wide_matrix& dy) {
             const auto gradient = subtract_vjp(dy);
-            return std::array<matrix, 2>{gradient.a, gradient.b};
+            return std::array<wide_matrix, 2>{gradient.a, gradient.b};
         },
         inputs);
     const auto product = [](const auto& a, const auto& b) { return elementwise_product(a, b); };
     reference::check_operation("elementwise_product", product, inputs);
     reference::check_vjp(
         "elementwise_product", product,
-        [&](const matrix& dy) {
+        [&](const wide_matrix& dy) {
             const auto gradient = elementwise_product_vjp(inputs[0], inputs[1], dy);
-            return std::array<matrix, 2>{gradient.a, gradient.b};
+            return std::array<wide_matrix, 2>{gradient.a, gradient.b};
         },
         inputs);
     const auto scaled = [](const auto& x) { return scale(x, 2.5); };
-    const std::array<matrix, 1> one{inputs[0]};
+    const std::array<wide_matrix, 1> one{inputs[0]};
     reference::check_operation("scale", scaled, one);
     reference::check_vjp(
-        "scale", scaled, [](const matrix& dy) { return std::array<matrix, 1>{scale_vjp(dy, 2.5)}; }, one);
+        "scale", scaled, [](const wide_matrix& dy) { return std::array<wide_matrix, 1>{scale_vjp(dy, 2.5)}; }, one);
     CHECK_THROWS_AS((void)add(inputs[0], random_matrix(37, 25, 1)), shape_mismatch);
     CHECK_THROWS_AS((void)elementwise_product(inputs[0], random_matrix(25, 36, 1)), shape_mismatch);
     CHECK_THROWS_AS((void)elementwise_product_vjp(inputs[0], inputs[1], random_matrix(25, 36, 1)), shape_mismatch);
@@ -58,13 +58,14 @@ template <class F, class Vjp>
 void check_activation(const std::string& name, const F& f, const Vjp& vjp)
 {
     // More elements than one block, none within the difference step of relu's kink.
-    matrix x = random_matrix(27, 39, 4, 2.0);
+    wide_matrix x = random_matrix(27, 39, 4, 2.0);
     for (Eigen::Index i = 0; i < x.size(); ++i) {
         if (std::abs(x.data()[i]) < 1e-3) { x.data()[i] = 0.1; }
     }
-    const std::array<matrix, 1> inputs{x};
+    const std::array<wide_matrix, 1> inputs{x};
     reference::check_operation(name, f, inputs);
-    reference::check_vjp(name, f, [&](const matrix& dy) { return std::array<matrix, 1>{vjp(x, dy)}; }, inputs);
+    reference::check_vjp(
+        name, f, [&](const wide_matrix& dy) { return std::array<wide_matrix, 1>{vjp(x, dy)}; }, inputs);
     CHECK_THROWS_AS((void)vjp(x, random_matrix(2, 2, 1)), shape_mismatch);
 }
 } // namespace
@@ -106,7 +107,7 @@ TEST_CASE("tanh: derivatives")
 TEST_CASE("activations against their formulas, in f64 and in f32 over the whole useful range")
 {
     const Eigen::Index n = 4001;
-    matrix x(1, n), v = matrix::Ones(1, n);
+    wide_matrix x(1, n), v = wide_matrix::Ones(1, n);
     for (Eigen::Index i = 0; i < n; ++i) { x(0, i) = -20 + 0.01 * static_cast<double>(i); }
     const row_matrix<float> x32 = x.cast<float>(), v32 = v.cast<float>();
     const auto check = [&](const std::string& name, const auto& f, const auto& exact, const auto& slope,
@@ -162,12 +163,12 @@ TEST_CASE("gelu in f32 keeps relative accuracy in the negative tail")
 
 TEST_CASE("non-differentiable and non-finite points have documented values")
 {
-    const matrix zero = matrix::Zero(1, 1), one = matrix::Ones(1, 1);
+    const wide_matrix zero = wide_matrix::Zero(1, 1), one = wide_matrix::Ones(1, 1);
     const auto y = relu(primal_tangent<double>(zero, one));
     CHECK(y.primal()(0, 0) == 0);
     CHECK(y.tangent()(0, 0) == 0);
     CHECK(relu_vjp(zero, one)(0, 0) == 0);
-    const matrix nan = matrix::Constant(1, 1, std::numeric_limits<double>::quiet_NaN());
+    const wide_matrix nan = wide_matrix::Constant(1, 1, std::numeric_limits<double>::quiet_NaN());
     CHECK(std::isnan(relu(nan)(0, 0)));
 }
 
@@ -175,8 +176,8 @@ TEST_CASE("non-differentiable and non-finite points have documented values")
 TEST_CASE("debug builds: NaN in a tangent names the operation that made it")
 {
     const double infinity = std::numeric_limits<double>::infinity();
-    const matrix zero = matrix::Zero(1, 3);
-    matrix tangent = matrix::Ones(1, 3);
+    const wide_matrix zero = wide_matrix::Zero(1, 3);
+    wide_matrix tangent = wide_matrix::Ones(1, 3);
     tangent(0, 1) = infinity;
     const primal_tangent<double> x(zero, tangent);
     CHECK_THROWS_WITH_AS((void)elementwise_product(x, zero),
@@ -184,7 +185,7 @@ TEST_CASE("debug builds: NaN in a tangent names the operation that made it")
         "there (an infinite primal or tangent, or a "
         "derivative that does not exist)",
         nonfinite_error);
-    CHECK_THROWS_AS(
-        (void)relu(primal_tangent<double>(matrix(matrix::Constant(1, 3, -1)), tangent)), nonfinite_error); // 0·∞
+    CHECK_THROWS_AS((void)relu(primal_tangent<double>(wide_matrix(wide_matrix::Constant(1, 3, -1)), tangent)),
+        nonfinite_error); // 0·∞
 }
 #endif

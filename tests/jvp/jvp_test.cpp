@@ -10,14 +10,14 @@
 #include <vector>
 
 using namespace taskvec;
-using reference::matrix;
 using reference::random_matrix;
+using reference::wide_matrix;
 
 namespace {
 const parameters<double> phi{
     {"w1", random_matrix(8, 5, 1)}, {"b1", random_matrix(1, 8, 2)}, {"w2", random_matrix(3, 8, 3)}};
 const auto network = [](const auto& p, const auto& x) { return linear(gelu(linear(x, p["w1"], p["b1"])), p["w2"]); };
-const matrix x = random_matrix(6, 5, 4);
+const wide_matrix x = random_matrix(6, 5, 4);
 } // namespace
 
 TEST_CASE("jvp of a function of one number")
@@ -53,11 +53,13 @@ TEST_CASE("jvp of functions of Eigen vectors and matrices, by dual numbers")
 TEST_CASE("jvp of a network in its input")
 {
     const auto f = [](const auto& input) { return network(phi, input); };
-    const matrix v = random_matrix(6, 5, 5);
+    const wide_matrix v = random_matrix(6, 5, 5);
     const auto [y, dy] = jvp(f, x, v);
     CHECK(reference::largest_difference(y, f(x)) < 1e-13);
     const double h = 1e-6;
-    CHECK(reference::largest_difference(dy, matrix((f(matrix(x + h * v)) - f(matrix(x - h * v))) / (2 * h))) < 1e-8);
+    CHECK(reference::largest_difference(
+              dy, wide_matrix((f(wide_matrix(x + h * v)) - f(wide_matrix(x - h * v))) / (2 * h)))
+        < 1e-8);
     CHECK_THROWS_AS((void)jvp(f, x, random_matrix(5, 6, 1)), shape_mismatch);
 }
 
@@ -66,7 +68,7 @@ TEST_CASE("jvp of a network in any subset of its parameters; linear in v")
     const auto moved = [&](const parameters<double>& v, double step) {
         parameters<double> p = phi;
         for (const auto& [name, direction] : v) { p[name] += step * direction; }
-        return matrix(network(p, x));
+        return wide_matrix(network(p, x));
     };
     for (unsigned mask = 0; mask < 8; ++mask) {
         parameters<double> v, w, both;
@@ -79,8 +81,8 @@ TEST_CASE("jvp of a network in any subset of its parameters; linear in v")
         }
         const auto [y, dy] = jvp(network, phi, v, x);
         CHECK(reference::largest_difference(y, network(phi, x)) < 1e-13);
-        CHECK(reference::largest_difference(dy, matrix((moved(v, 1e-6) - moved(v, -1e-6)) / 2e-6)) < 1e-7);
-        const matrix combined = 2.0 * dy - 3.0 * jvp(network, phi, w, x).tangent;
+        CHECK(reference::largest_difference(dy, wide_matrix((moved(v, 1e-6) - moved(v, -1e-6)) / 2e-6)) < 1e-7);
+        const wide_matrix combined = 2.0 * dy - 3.0 * jvp(network, phi, w, x).tangent;
         CHECK(reference::largest_difference(jvp(network, phi, both, x).tangent, combined) < 1e-11);
     }
 }
@@ -101,7 +103,7 @@ TEST_CASE("jvp of a loss is a pair of numbers")
 
 TEST_CASE("jvp: errors name the parameter")
 {
-    CHECK_THROWS_WITH_AS((void)jvp(network, phi, parameters<double>{{"w3", matrix(1, 1)}}, x),
+    CHECK_THROWS_WITH_AS((void)jvp(network, phi, parameters<double>{{"w3", wide_matrix(1, 1)}}, x),
         "jvp: there is a tangent for parameter 'w3', but no such parameter", invalid_argument);
     CHECK_THROWS_WITH_AS((void)jvp(network, phi, parameters<double>{{"w2", random_matrix(8, 3, 1)}}, x),
         "'w2': the primal is [3, 8] and its tangent [8, 3]; they must have the same shape", shape_mismatch);

@@ -4,40 +4,41 @@
 #include "../reference/derivatives.hpp"
 
 using namespace taskvec;
-using reference::matrix;
 using reference::random_matrix;
+using reference::wide_matrix;
 
 TEST_CASE("matmul: values, tangents and gradients")
 {
-    const std::array<matrix, 2> inputs{random_matrix(5, 7, 1), random_matrix(7, 3, 2)};
+    const std::array<wide_matrix, 2> inputs{random_matrix(5, 7, 1), random_matrix(7, 3, 2)};
     const auto f = [](const auto& a, const auto& b) { return matmul(a, b); };
-    CHECK(
-        reference::largest_difference(matmul(inputs[0], inputs[1]), matrix(inputs[0].lazyProduct(inputs[1]))) < 1e-13);
+    CHECK(reference::largest_difference(matmul(inputs[0], inputs[1]), wide_matrix(inputs[0].lazyProduct(inputs[1])))
+        < 1e-13);
     reference::check_operation("matmul", f, inputs);
     reference::check_vjp(
         "matmul", f,
-        [&](const matrix& dy) {
+        [&](const wide_matrix& dy) {
             const auto gradient = matmul_vjp(inputs[0], inputs[1], dy);
-            return std::array<matrix, 2>{gradient.a, gradient.b};
+            return std::array<wide_matrix, 2>{gradient.a, gradient.b};
         },
         inputs);
 }
 
 TEST_CASE("linear: values, tangents and gradients, with and without a bias")
 {
-    const std::array<matrix, 3> inputs{random_matrix(6, 4, 1), random_matrix(5, 4, 2), random_matrix(1, 5, 3)};
+    const std::array<wide_matrix, 3> inputs{random_matrix(6, 4, 1), random_matrix(5, 4, 2), random_matrix(1, 5, 3)};
     const auto f = [](const auto& x, const auto& w, const auto& bias) { return linear(x, w, bias); };
-    matrix expected = inputs[0].lazyProduct(inputs[1].transpose());
+    wide_matrix expected = inputs[0].lazyProduct(inputs[1].transpose());
     CHECK(reference::largest_difference(linear(inputs[0], inputs[1]), expected) < 1e-13);
     expected.rowwise() += inputs[2].row(0);
     CHECK(reference::largest_difference(linear(inputs[0], inputs[1], inputs[2]), expected) < 1e-13);
-    CHECK(reference::largest_difference(linear(inputs[0], inputs[1], matrix()), linear(inputs[0], inputs[1])) == 0);
+    CHECK(
+        reference::largest_difference(linear(inputs[0], inputs[1], wide_matrix()), linear(inputs[0], inputs[1])) == 0);
     reference::check_operation("linear", f, inputs);
     reference::check_vjp(
         "linear", f,
-        [&](const matrix& dy) {
+        [&](const wide_matrix& dy) {
             const auto gradient = linear_vjp(inputs[0], inputs[1], dy);
-            return std::array<matrix, 3>{gradient.x, gradient.w, gradient.bias};
+            return std::array<wide_matrix, 3>{gradient.x, gradient.w, gradient.bias};
         },
         inputs);
     const auto only_weight = linear_vjp(inputs[0], inputs[1], expected, {.x = false, .bias = false});
@@ -49,34 +50,34 @@ TEST_CASE("linear: values, tangents and gradients, with and without a bias")
 TEST_CASE("add_bias: one row, and a period of rows")
 {
     for (const Eigen::Index period : {1, 3}) {
-        const std::array<matrix, 2> inputs{random_matrix(6, 4, 1), random_matrix(period, 4, 2)};
+        const std::array<wide_matrix, 2> inputs{random_matrix(6, 4, 1), random_matrix(period, 4, 2)};
         const auto f = [](const auto& x, const auto& bias) { return add_bias(x, bias); };
-        const matrix y = add_bias(inputs[0], inputs[1]);
+        const wide_matrix y = add_bias(inputs[0], inputs[1]);
         CHECK(y(4, 2) == inputs[0](4, 2) + inputs[1](4 % period, 2));
         reference::check_operation("add_bias", f, inputs);
         reference::check_vjp(
-            "add_bias", f, [&](const matrix& dy) { return std::array<matrix, 2>{dy, add_bias_vjp(dy, period)}; },
-            inputs);
+            "add_bias", f,
+            [&](const wide_matrix& dy) { return std::array<wide_matrix, 2>{dy, add_bias_vjp(dy, period)}; }, inputs);
     }
 }
 
 TEST_CASE("operands of any Eigen layout are accepted: column-major, blocks, vectors, expressions")
 {
-    const matrix x = random_matrix(4, 6, 1), w = random_matrix(3, 6, 2), bias = random_matrix(1, 3, 3);
+    const wide_matrix x = random_matrix(4, 6, 1), w = random_matrix(3, 6, 2), bias = random_matrix(1, 3, 3);
     const Eigen::MatrixXd column_major = x;
     const Eigen::VectorXd vector = bias.row(0);
-    const matrix expected = linear(x, w, bias);
+    const wide_matrix expected = linear(x, w, bias);
     CHECK(reference::largest_difference(linear(column_major, w, vector), expected) == 0);
     CHECK(reference::largest_difference(linear(2.0 * x, w, 2.0 * bias), 2 * expected) < 1e-13);
-    const matrix wide = random_matrix(4, 10, 5);
-    CHECK(
-        reference::largest_difference(linear(wide.middleCols(2, 6), w), linear(matrix(wide.middleCols(2, 6)), w)) == 0);
+    const wide_matrix wide = random_matrix(4, 10, 5);
+    CHECK(reference::largest_difference(linear(wide.middleCols(2, 6), w), linear(wide_matrix(wide.middleCols(2, 6)), w))
+        == 0);
     CHECK(reference::largest_difference(linear(x, w, bias.row(0)), expected) == 0);
 }
 
 TEST_CASE("wrong shapes are named errors")
 {
-    const matrix x = random_matrix(4, 6, 1), w = random_matrix(3, 5, 2);
+    const wide_matrix x = random_matrix(4, 6, 1), w = random_matrix(3, 5, 2);
     CHECK_THROWS_WITH_AS(
         (void)linear(x, w), "operation 'linear': the number of columns of x is 6, expected 5", shape_mismatch);
     CHECK_THROWS_AS((void)matmul(x, w), shape_mismatch);

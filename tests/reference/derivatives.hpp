@@ -16,7 +16,7 @@
 
 namespace reference {
 
-using matrix = taskvec::row_matrix<double>;
+using wide_matrix = taskvec::row_matrix<double>;
 
 /// Standard normal entries; the same for the same seed.
 template <class T = double>
@@ -81,8 +81,8 @@ taskvec::row_matrix<Dual> join(const taskvec::row_matrix<T>& primal, const taskv
 ///  - the forward pass on dual numbers, element by element,
 ///  - second derivatives: primal_tangent over dual numbers against nested duals.
 template <std::size_t N, class F>
-void check_operation(const std::string& name, const F& f, const std::array<matrix, N>& inputs, double tolerance = 1e-6,
-    std::uint64_t seed = 99)
+void check_operation(const std::string& name, const F& f, const std::array<wide_matrix, N>& inputs,
+    double tolerance = 1e-6, std::uint64_t seed = 99)
 {
     using taskvec::dual;
     using taskvec::primal_tangent;
@@ -92,12 +92,12 @@ void check_operation(const std::string& name, const F& f, const std::array<matri
         return [&]<std::size_t... Index>(std::index_sequence<Index...>) { return function(make(Index)...); }(
                    std::make_index_sequence<N>{});
     };
-    std::array<matrix, N> direction, second;
+    std::array<wide_matrix, N> direction, second;
     for (std::size_t i = 0; i < N; ++i) {
         direction[i] = random_matrix(inputs[i].rows(), inputs[i].cols(), seed + i);
         second[i] = random_matrix(inputs[i].rows(), inputs[i].cols(), seed + 50 + i);
     }
-    const matrix expected = matrix_of(each(f, [&](std::size_t i) { return inputs[i]; }));
+    const wide_matrix expected = matrix_of(each(f, [&](std::size_t i) { return inputs[i]; }));
     for (unsigned mask = 0; mask < (1u << N); ++mask) {
         const std::string label = name + ", active operands " + std::to_string(mask);
         CAPTURE(label);
@@ -115,23 +115,23 @@ void check_operation(const std::string& name, const F& f, const std::array<matri
         // Central differences.
         const double h = 1e-5;
         const auto moved = [&](double step) {
-            return matrix_of(each(
-                f, [&](std::size_t i) { return active(i) ? matrix(inputs[i] + step * direction[i]) : inputs[i]; }));
+            return matrix_of(each(f,
+                [&](std::size_t i) { return active(i) ? wide_matrix(inputs[i] + step * direction[i]) : inputs[i]; }));
         };
-        const matrix difference = (moved(h) - moved(-h)) / (2 * h);
+        const wide_matrix difference = (moved(h) - moved(-h)) / (2 * h);
         CHECK(largest_difference(tangent, difference) <= tolerance * (1 + difference.cwiseAbs().maxCoeff()));
         // Dual numbers.
         const taskvec::row_matrix<one> duals = matrix_of(each(f, [&](std::size_t i) {
-            return join<one>(
-                inputs[i], active(i) ? direction[i] : matrix(matrix::Zero(inputs[i].rows(), inputs[i].cols())));
+            return join<one>(inputs[i],
+                active(i) ? direction[i] : wide_matrix(wide_matrix::Zero(inputs[i].rows(), inputs[i].cols())));
         }));
-        matrix dual_tangent(duals.rows(), duals.cols());
+        wide_matrix dual_tangent(duals.rows(), duals.cols());
         for (Eigen::Index i = 0; i < duals.size(); ++i) { dual_tangent.data()[i] = duals.data()[i].tangent; }
         CHECK(largest_difference(tangent, dual_tangent) <= 1e-11 * (1 + dual_tangent.cwiseAbs().maxCoeff()));
         // Second derivatives along direction and second, both ways.
         const auto inner = [&](std::size_t i) { return join<one>(inputs[i], second[i]); };
         const auto outer = [&](std::size_t i) {
-            const matrix zero = matrix::Zero(inputs[i].rows(), inputs[i].cols());
+            const wide_matrix zero = wide_matrix::Zero(inputs[i].rows(), inputs[i].cols());
             return join<one>(active(i) ? direction[i] : zero, zero);
         };
         const auto nested = parts_of(each(f, [&](std::size_t i) {
@@ -152,7 +152,7 @@ void check_operation(const std::string& name, const F& f, const std::array<matri
 
 /// Holds a vjp to the jvp: ⟨dy, J·v⟩ = ⟨Jᵀ·dy, v⟩ for one operand at a time. `gradient(i)` is the vjp for operand i.
 template <std::size_t N, class F, class Gradients>
-void check_vjp(const std::string& name, const F& f, const Gradients& vjp, const std::array<matrix, N>& inputs,
+void check_vjp(const std::string& name, const F& f, const Gradients& vjp, const std::array<wide_matrix, N>& inputs,
     std::uint64_t seed = 7)
 {
     using taskvec::primal_tangent;
@@ -160,16 +160,16 @@ void check_vjp(const std::string& name, const F& f, const Gradients& vjp, const 
         return [&]<std::size_t... Index>(std::index_sequence<Index...>) { return function(make(Index)...); }(
                    std::make_index_sequence<N>{});
     };
-    const matrix y = matrix_of(each(f, [&](std::size_t i) { return inputs[i]; }));
-    const matrix dy = random_matrix(y.rows(), y.cols(), seed);
-    const std::array<matrix, N> gradients = vjp(dy);
+    const wide_matrix y = matrix_of(each(f, [&](std::size_t i) { return inputs[i]; }));
+    const wide_matrix dy = random_matrix(y.rows(), y.cols(), seed);
+    const std::array<wide_matrix, N> gradients = vjp(dy);
     for (std::size_t k = 0; k < N; ++k) {
         CAPTURE(name);
         CAPTURE(k);
         REQUIRE(gradients[k].rows() == inputs[k].rows());
         REQUIRE(gradients[k].cols() == inputs[k].cols());
         for (std::uint64_t trial = 0; trial < 3; ++trial) {
-            const matrix v = random_matrix(inputs[k].rows(), inputs[k].cols(), seed + 100 + trial);
+            const wide_matrix v = random_matrix(inputs[k].rows(), inputs[k].cols(), seed + 100 + trial);
             const auto [primal, tangent] = parts_of(each(f, [&](std::size_t i) {
                 return i == k ? primal_tangent<double>(inputs[i], v) : primal_tangent<double>(inputs[i]);
             }));
