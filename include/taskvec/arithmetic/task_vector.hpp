@@ -330,11 +330,11 @@ auto combine(const P&, Arguments&&...)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::arithmetic>,
         "combine() on taskvec::gpu: include <taskvec/device/arithmetic.hpp>");
 }
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto combine(const P&, const Arguments&...)
+template <class P, class X, class... Rest>
+    requires detail::flawed_call<P, X>
+auto combine(const P&, const X&, const Rest&...)
 {
-    detail::refuse_call<P, Arguments...>();
+    detail::refuse_call<P, X>();
 }
 template <detail::gpu_without_header<detail::gpu_room::arithmetic> P, class... Arguments>
 auto dot(const P&, Arguments&&...)

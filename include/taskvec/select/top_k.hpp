@@ -743,11 +743,11 @@ auto top_k(const P&, Arguments&&...)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::select>,
         "top_k() on taskvec::gpu: include <taskvec/device/select.hpp>");
 }
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto top_k(const P&, const Arguments&...)
+template <class P, class X, class... Rest>
+    requires detail::flawed_call<P, X>
+auto top_k(const P&, const X&, const Rest&...)
 {
-    detail::refuse_call<P, Arguments...>();
+    detail::refuse_call<P, X>();
 }
 template <detail::gpu_without_header<detail::gpu_room::select> P, class... Arguments>
 auto kth_magnitude(const P&, Arguments&&...)
@@ -755,11 +755,11 @@ auto kth_magnitude(const P&, Arguments&&...)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::select>,
         "kth_magnitude() on taskvec::gpu: include <taskvec/device/select.hpp>");
 }
-template <class P, class... Arguments>
-    requires detail::flawed_call<P, Arguments...>
-auto kth_magnitude(const P&, const Arguments&...)
+template <class P, class X, class... Rest>
+    requires detail::flawed_call<P, X>
+auto kth_magnitude(const P&, const X&, const Rest&...)
 {
-    detail::refuse_call<P, Arguments...>();
+    detail::refuse_call<P, X>();
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
