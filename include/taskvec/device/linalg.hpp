@@ -153,8 +153,8 @@ template <storage_element S>
                 message("no approximation for '", what, "'; try randomized_svd()"), "cusolverDnXgesvdr", code);
         }
         result.sigma.assign(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(rank));
-        result.u = detail::left_part<T>(ready, std::move(u), rank);
-        result.v = detail::left_part<T>(ready, std::move(v), rank);
+        result.u = detail::left_part<T>(ready, std::move(u), rank, detail::factor_place::kept);
+        result.v = detail::left_part<T>(ready, std::move(v), rank, detail::factor_place::kept);
         result.squared_error = std::max(0.0, result.squared_norm - energy_beyond(result.sigma, 0));
         if (result.squared_error < cancellation_limit<T>(ready) * result.squared_norm) {
             result.squared_error = squared_residual<T>(
