@@ -15,11 +15,12 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-namespace kernels {
+namespace detail {
 
 TASKVEC_KERNELS_BEGIN
 
-/// The largest magnitude bits of stored words at any address, as a signed word.
+/// The largest magnitude bits of stored words at any address, as a signed word. Whole numbers: any compiler's are the
+/// same, nvcc's too.
 template <class Word>
 TASKVEC_NOINLINE Word largest_stored(const void* data, std::size_t n, Word magnitude)
 {
@@ -42,7 +43,7 @@ TASKVEC_NOINLINE Word largest_stored(const void* data, std::size_t n, Word magni
 
 TASKVEC_KERNELS_END
 
-} // namespace kernels
+} // namespace detail
 
 /// A sink that looks at what is written for infinity (or NaN) that no input holds at that place: a finite result that
 /// the dtype of the output cannot hold. It is an error that names tensor and index, or becomes the dtype's largest
@@ -127,7 +128,7 @@ private:
             const auto stored = narrow<T>(static_cast<arithmetic_type<T>>(HUGE_VAL));
             std::memcpy(&infinity, &stored, sizeof infinity);
             constexpr word magnitude = static_cast<word>(static_cast<std::make_unsigned_t<word>>(-1) >> 1);
-            return kernels::largest_stored<word>(data, size / sizeof(T), magnitude) >= infinity;
+            return detail::largest_stored<word>(data, size / sizeof(T), magnitude) >= infinity;
         });
     }
     [[nodiscard]] static bool any_input_nonfinite(const aligned_tensor& tensor, std::uint64_t place)
