@@ -125,7 +125,6 @@ struct unit_election_body : Rule {
             sum = in.sum_of(kept);
         }
         in.watch(sum);
-        const auto none = sum == 0;
         in.count(election_counts::positive, sum > 0);
         in.count(election_counts::negative, sum < 0);
         // With the sum's sign taken off, an entry agrees where it is a positive number, and then it is one as a word
@@ -137,8 +136,10 @@ struct unit_election_body : Rule {
             agreeing = added_where(x > 0, agreeing);
             return from_bits(larger(x, words{}));
         });
-        // A sum of 0 has entries of both signs, or none at all.
-        in.count(election_counts::unresolved, none & (agreeing > 0));
+        // A sum of 0 has entries of both signs, or none at all. (By its bits: g++ 12 takes a conjunction of two
+        // comparisons apart, entry by entry, where the file is not built for the wide processor.)
+        const auto zero = spread_sign(magnitude_of(sum) + signed_word<A>{-1});
+        in.count(election_counts::unresolved, where(zero, agreeing) > 0);
         const pack mean = turned(total / to_numbers(larger(agreeing, filled_words<words>(1))), sign);
         return in.base() + lambda * select(sum == sum, mean, sum);
     }
