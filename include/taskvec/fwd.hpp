@@ -238,7 +238,7 @@ struct breadcrumbs_options;
 struct breadcrumbs_ties_options;
 template <arithmetic_element A>
 struct combination_body;
-class tensor_combination;
+class combination_method;
 struct dare_options;
 struct dare_ties_options;
 enum class disjoint_merge : std::uint8_t;

@@ -87,24 +87,42 @@ template <class Passes>
 
 } // namespace detail
 
-/// Factors for every tensor and task, rounded to both arithmetic types once, and the body that combines by them.
-class tensor_combination {
+/// A method that combines the models of every tensor by factors of its own, which come from their dot products: derive
+/// from it, and say in the constructor what the factors of a tensor are. Needs no base. Cost: two reads of the models.
+class combination_method : public elementwise_method {
 public:
-    /// `factors`: [tensor][task], one row after the other.
-    template <class Passes>
-    tensor_combination(Passes& passes, const std::vector<double>& factors, bool on_base)
-        : numbers_(passes, factors)
-        , tasks_(passes.tasks())
-        , on_base_(on_base)
-    { }
+    static constexpr bool needs_base = false;
+
     template <arithmetic_element A>
     [[nodiscard]] combination_body<A> body(std::size_t tensor) const
     {
-        return {numbers_.get<A>() + tensor * tasks_, on_base_};
+        return {factors_.get<A>() + tensor * tasks_, on_base_};
     }
+    [[nodiscard]] unsigned walks() const noexcept { return 1; }
+
+protected:
+    /// factors_of(dots, tensor) gives one factor for each task.
+    template <class Passes, class Rule>
+    combination_method(Passes& passes, bool on_base, const Rule& factors_of)
+        : factors_(passes, all_factors(passes, on_base, factors_of))
+        , tasks_(passes.tasks())
+        , on_base_(on_base)
+    { }
 
 private:
-    kept_numbers numbers_;
+    template <class Passes, class Rule>
+    [[nodiscard]] static std::vector<double> all_factors(Passes& passes, bool on_base, const Rule& factors_of)
+    {
+        std::vector<double> all;
+        std::size_t tensor = 0;
+        for (const auto& dots : detail::gram_matrices(passes, on_base, "angles")) {
+            const std::vector<double> factors = factors_of(dots, tensor++);
+            all.insert(all.end(), factors.begin(), factors.end());
+        }
+        return all;
+    }
+
+    kept_numbers factors_;
     std::size_t tasks_;
     bool on_base_;
 };

@@ -96,40 +96,31 @@ namespace detail {
 } // namespace detail
 
 template <>
-class method<karcher_options> : public elementwise_method {
+class method<karcher_options> : public combination_method {
 public:
-    static constexpr bool needs_base = false;
-
     template <class Passes>
     method(Passes& passes, const karcher_options& options)
-        : combination_(passes, factors(passes, options), false)
+        : method(passes, options, weights_of(options, passes.tasks()))
     { }
-    template <arithmetic_element A>
-    [[nodiscard]] combination_body<A> body(std::size_t tensor) const
-    {
-        return combination_.body<A>(tensor);
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return 1; }
 
 private:
     template <class Passes>
-    [[nodiscard]] static std::vector<double> factors(Passes& passes, const karcher_options& options)
+    method(Passes& passes, const karcher_options& options, const std::vector<double>& weights)
+        : combination_method(passes, false, [&](const detail::gram_matrix& dots, std::size_t) {
+            return detail::karcher_factors(options, dots, weights);
+        })
+    { }
+    [[nodiscard]] static std::vector<double> weights_of(const karcher_options& options, std::size_t tasks)
     {
         if (!(options.tolerance > 0)) {
             raise<invalid_argument>(error_code::parameter_out_of_range,
                 message("tolerance is ", options.tolerance, "; expected a number above 0, such as 1e-5"));
         }
-        auto weights = detail::checked_weights(options.weights, passes.tasks(), false);
-        const double total = detail::weight_divisor(weights, true).template get<double>();
+        auto weights = detail::checked_weights(options.weights, tasks, false);
+        const double total = detail::weight_divisor(weights, true).get<double>();
         for (double& weight : weights) { weight /= total; }
-        std::vector<double> all;
-        for (const auto& dots : detail::gram_matrices(passes, false, "angles")) {
-            for (const double factor : detail::karcher_factors(options, dots, weights)) { all.push_back(factor); }
-        }
-        return all;
+        return weights;
     }
-
-    tensor_combination combination_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -66,40 +66,28 @@ namespace detail {
 } // namespace detail
 
 template <>
-class method<multi_slerp_options> : public elementwise_method {
+class method<multi_slerp_options> : public combination_method {
 public:
-    static constexpr bool needs_base = false;
-
     template <class Passes>
     method(Passes& passes, const multi_slerp_options& options)
-        : combination_(passes, factors(passes, options), passes.models().has_base())
+        : method(passes, weights_of(options, passes.tasks()))
     { }
-    template <arithmetic_element A>
-    [[nodiscard]] combination_body<A> body(std::size_t tensor) const
-    {
-        return combination_.body<A>(tensor);
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return 1; }
 
 private:
     template <class Passes>
-    [[nodiscard]] static std::vector<double> factors(Passes& passes, const multi_slerp_options& options)
+    method(Passes& passes, const std::vector<double>& weights)
+        : combination_method(
+              passes, passes.models().has_base(), [&](const detail::gram_matrix& dots, std::size_t tensor) {
+                  return detail::multi_slerp_factors(dots, weights, passes.models().tensors()[tensor].name);
+              })
+    { }
+    [[nodiscard]] static std::vector<double> weights_of(const multi_slerp_options& options, std::size_t tasks)
     {
-        auto weights = detail::checked_weights(options.weights, passes.tasks());
-        const double divisor = detail::weight_divisor(weights, options.normalize).template get<double>();
+        auto weights = detail::checked_weights(options.weights, tasks);
+        const double divisor = detail::weight_divisor(weights, options.normalize).get<double>();
         for (double& weight : weights) { weight /= divisor; }
-        std::vector<double> all;
-        for (const auto& dots : detail::gram_matrices(passes, passes.models().has_base(), "angles")) {
-            const std::size_t tensor = all.size() / weights.size();
-            for (const double factor :
-                detail::multi_slerp_factors(dots, weights, passes.models().tensors()[tensor].name)) {
-                all.push_back(factor);
-            }
-        }
-        return all;
+        return weights;
     }
-
-    tensor_combination combination_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

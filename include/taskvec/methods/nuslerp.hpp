@@ -45,39 +45,30 @@ namespace detail {
 } // namespace detail
 
 template <>
-class method<nuslerp_options> : public elementwise_method {
+class method<nuslerp_options> : public combination_method {
 public:
-    static constexpr bool needs_base = false;
-
     template <class Passes>
     method(Passes& passes, const nuslerp_options& options)
-        : combination_(passes, factors(passes, options), passes.models().has_base())
+        : method(passes, place(options, passes.tasks()))
     { }
-    template <arithmetic_element A>
-    [[nodiscard]] combination_body<A> body(std::size_t tensor) const
-    {
-        return combination_.body<A>(tensor);
-    }
-    [[nodiscard]] unsigned walks() const noexcept { return 1; }
 
 private:
     template <class Passes>
-    [[nodiscard]] static std::vector<double> factors(Passes& passes, const nuslerp_options& options)
+    method(Passes& passes, double t)
+        : combination_method(passes, passes.models().has_base(),
+              [t](const detail::gram_matrix& dots, std::size_t) { return detail::nuslerp_factors(dots, t); })
+    { }
+    /// t, between the two models.
+    [[nodiscard]] static double place(const nuslerp_options& options, std::size_t tasks)
     {
-        if (passes.tasks() != 2) {
+        if (tasks != 2) {
             raise<invalid_argument>(error_code::task_count,
-                message("NuSLERP goes between two models, and the number of tasks is ", passes.tasks(), ": give two"));
+                message("NuSLERP goes between two models, and the number of tasks is ", tasks, ": give two"));
         }
         const auto weights = detail::checked_weights(options.weights, 2);
-        const double total = weights[0] + weights[1], t = std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
-        std::vector<double> all;
-        for (const auto& dots : detail::gram_matrices(passes, passes.models().has_base(), "angles")) {
-            for (const double factor : detail::nuslerp_factors(dots, t)) { all.push_back(factor); }
-        }
-        return all;
+        const double total = weights[0] + weights[1];
+        return std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
     }
-
-    tensor_combination combination_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
