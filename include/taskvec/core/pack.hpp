@@ -326,6 +326,14 @@ template <arithmetic_element A, int bytes>
 {
     return bits_of(x) & static_cast<signed_word<A>>(~sign_mask<A>);
 }
+/// Words where x is 0 of either sign; 0 elsewhere. (By the bits of x: g++ 12 takes a conjunction of two comparisons
+/// apart, entry by entry, where the file is not built for the wide processor.)
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> where_zero(
+    const pack<A, bytes>& x, const pack_words<A, bytes>& words) noexcept
+{
+    return where(spread_sign(magnitude_of(x) + signed_word<A>{-1}), words);
+}
 /// x with its sign turned where the word's sign bit is set; the word's other bits are clear.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> turned(const pack<A, bytes>& x, const pack_words<A, bytes>& sign) noexcept

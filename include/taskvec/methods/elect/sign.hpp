@@ -75,7 +75,7 @@ struct sign_election_body : Rule {
         const auto none = sum == 0;
         in.count(election_counts::positive, sum > 0);
         in.count(election_counts::negative, sum < 0);
-        in.count(election_counts::unresolved, none & (seen > 0));
+        in.count(election_counts::unresolved, where_zero(sum, seen) > 0);
         pack sign = select(sum > 0, filled<pack>(1), sum);
         sign = select(sum < 0, filled<pack>(-1), sign);
         sign = select(none, filled<pack>(zero), sign);
@@ -136,10 +136,8 @@ struct unit_election_body : Rule {
             agreeing = added_where(x > 0, agreeing);
             return from_bits(larger(x, words{}));
         });
-        // A sum of 0 has entries of both signs, or none at all. (By its bits: g++ 12 takes a conjunction of two
-        // comparisons apart, entry by entry, where the file is not built for the wide processor.)
-        const auto zero = spread_sign(magnitude_of(sum) + signed_word<A>{-1});
-        in.count(election_counts::unresolved, where(zero, agreeing) > 0);
+        // A sum of 0 has entries of both signs, or none at all.
+        in.count(election_counts::unresolved, where_zero(sum, agreeing) > 0);
         const pack mean = turned(total / to_numbers(larger(agreeing, filled_words<words>(1))), sign);
         return in.base() + lambda * select(sum == sum, mean, sum);
     }
