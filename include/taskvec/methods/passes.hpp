@@ -115,7 +115,7 @@ template <std::derived_from<cpu_passes> Passes>
     Passes& passes, const std::vector<operand_pair>& pairs, bool difference, std::string_view phase = "sums")
 {
     const std::size_t tasks = passes.tasks();
-    return tensor_sums(
+    return tensor_sums<storage_of<Passes>>(
         passes.policy(), passes.models(), pairs.size(), 2, phase, [&]<class A>(row_block<A>& rows, double* sum) {
             if (difference) { // they share rows with the tasks: all of them first
                 for (std::size_t t = 0; t < tasks; ++t) { (void)rows.delta(t); }

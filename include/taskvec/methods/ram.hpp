@@ -158,7 +158,7 @@ private:
         }
         const std::size_t tasks = passes.tasks();
         // For every task the entries that it shares, then those that it has alone: whole numbers, exact in f64.
-        auto counts = tensor_sums(
+        auto counts = tensor_sums<storage_of<Passes>>(
             passes.policy(), passes.models(), 2 * tasks, 0, "shares", [&]<class A>(row_block<A>& rows, double* sum) {
                 const A epsilon = static_cast<A>(options.epsilon);
                 std::fill_n(sum, 2 * tasks, 0.0);

@@ -212,7 +212,7 @@ private:
     template <class Passes>
     [[nodiscard]] std::vector<std::vector<double>> squares_of(Passes& passes) const
     {
-        return tensor_sums(
+        return tensor_sums<storage_of<Passes>>(
             passes.policy(), passes.models(), tasks_, 0, "weights", [&]<class A>(row_block<A>& rows, double* sum) {
                 const std::size_t tensor = rows.tensor_index();
                 sce_body<A> rule{{}, nullptr, 0};

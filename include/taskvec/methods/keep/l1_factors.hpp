@@ -58,7 +58,7 @@ template <class Passes, class Keep>
     }
     else {
         const std::size_t tasks = passes.tasks();
-        auto sums = tensor_sums(
+        auto sums = tensor_sums<storage_of<Passes>>(
             passes.policy(), passes.models(), 2 * tasks, 0, "norms", [&]<class A>(row_block<A>& rows, double* sum) {
                 const auto rule = keep.template get<A>(rows.tensor_index());
                 for (std::size_t t = 0; t < tasks; ++t) {
