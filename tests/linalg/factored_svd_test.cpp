@@ -136,6 +136,18 @@ TEST_CASE("columns that are scaled against each other lose nothing")
     CHECK(reference::departure_from_orthonormal<float>(scaled.u.view()) <= 1e-6);
 }
 
+TEST_CASE("a factor that owns its elements, or may change them, is decomposed as its view is")
+{
+    auto a = normal_matrix<float>(20, 3, 1);
+    const auto b = normal_matrix<float>(15, 3, 2);
+    const matrix_view<const float> right = b;
+    const auto plain = factored_svd<float>(cpu{}, a.view(), right, {.rank = 2});
+    CHECK(factored_svd(cpu{}, a, b, {.rank = 2}).sigma == plain.sigma);
+    CHECK(factored_svd(cpu{}, a.view(), right, {.rank = 2}).sigma == plain.sigma);
+    CHECK(factored_svd(cpu{}, right, a, {.rank = 2}).sigma
+        == factored_svd<float>(cpu{}, right, a.view(), {.rank = 2}).sigma);
+}
+
 TEST_CASE("a weight multiplies the spectrum; a negative one turns one side")
 {
     const auto a = normal_matrix<double>(20, 3, 1), b = normal_matrix<double>(15, 3, 2);

@@ -6,6 +6,7 @@
 #include <taskvec/fwd.hpp>
 #include <taskvec/linalg/factor_pair.hpp>
 #include <taskvec/linalg/svd.hpp>
+#include <taskvec/linalg/wrong_call.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -226,6 +227,25 @@ factored_svd_result<arithmetic_type<T>, P::space> factored_svd(const P& policy, 
     std::type_identity_t<matrix_view<const T, P::space>> right, const rank_choice& choice)
 {
     return factored_svd<T>(policy, factor_pair<T, P::space>{.left = left, .right = right}, choice);
+}
+
+/// Of a left factor that owns its elements, or a view of mutable ones.
+template <linear_algebra_policy P, detail::other_matrix<P::space> X, class Y>
+    requires std::is_same_v<detail::matrix_element_of<X, P::space>, detail::matrix_element_of<Y, P::space>>
+[[nodiscard]] auto factored_svd(const P& policy, const X& left, const Y& right, const rank_choice& choice)
+{
+    using T = detail::matrix_element_of<X, P::space>;
+    return factored_svd<T>(policy, matrix_view<const T, P::space>(left), right, choice);
+}
+template <linear_algebra_policy P, class X, class Y>
+    requires(!std::is_same_v<detail::matrix_element_of<X, P::space>, detail::matrix_element_of<Y, P::space>>)
+    || detail::no_matrix<X, P::space>
+auto factored_svd(const P&, const X&, const Y&, const rank_choice&)
+{
+    detail::refuse_matrix<P, X>();
+    detail::refuse_matrix<P, Y>();
+    static_assert(std::is_same_v<detail::matrix_element_of<X, P::space>, detail::matrix_element_of<Y, P::space>>,
+        "taskvec: the factors of a product are of one storage type: convert one of them");
 }
 
 template <storage_element T, linear_algebra_policy P>

@@ -6,6 +6,7 @@
 #include <taskvec/compiled/linalg.hpp>
 #include <taskvec/fwd.hpp>
 #include <taskvec/linalg/svd.hpp>
+#include <taskvec/linalg/wrong_call.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -151,6 +152,19 @@ randomized_svd_result<arithmetic_type<S>, P::space> randomized_svd(
 {
     return with_context(policy,
         [&](const P& ready) { return detail::sampled_svd<S>(ready, input, options, detail::factor_place::kept); });
+}
+
+/// The same of a matrix that owns its elements, or of a view of mutable ones.
+template <linear_algebra_policy P, detail::other_matrix<P::space> X>
+[[nodiscard]] auto randomized_svd(const P& policy, const X& input, const randomized_svd_options& options)
+{
+    using S = detail::matrix_element_of<X, P::space>;
+    return randomized_svd<S>(policy, matrix_view<const S, P::space>(input), options);
+}
+template <linear_algebra_policy P, detail::no_matrix<P::space> X>
+auto randomized_svd(const P&, const X&, const randomized_svd_options&)
+{
+    detail::refuse_matrix<P, X>();
 }
 
 /// randomized_svd() as a way to decompose layers, for algorithms that take one.

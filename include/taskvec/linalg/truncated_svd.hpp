@@ -8,6 +8,7 @@
 
 #include <taskvec/compiled/linalg.hpp>
 #include <taskvec/linalg/svd.hpp>
+#include <taskvec/linalg/wrong_call.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -115,6 +116,20 @@ template <storage_element S>
     const cpu& policy, matrix_view<const S> input, const rank_choice& choice, std::string_view what = "A")
 {
     return detail::exact_svd(policy, input, choice, what, detail::factor_place::kept);
+}
+
+/// The same of a matrix that owns its elements, or of a view of mutable ones.
+template <detail::other_matrix<memory_space::host> X>
+[[nodiscard]] auto truncated_svd(
+    const cpu& policy, const X& input, const rank_choice& choice, std::string_view what = "A")
+{
+    using S = detail::matrix_element_of<X, memory_space::host>;
+    return truncated_svd<S>(policy, matrix_view<const S>(input), choice, what);
+}
+template <detail::no_matrix<memory_space::host> X>
+auto truncated_svd(const cpu&, const X&, const rank_choice&, std::string_view = {})
+{
+    detail::refuse_matrix<cpu, X>();
 }
 
 /// truncated_svd() as a way to decompose layers, for algorithms that take one.
