@@ -72,6 +72,13 @@
 #else
 #define TASKVEC_INLINE inline
 #endif
+// Before a loop of a kernel on the CPU: how many turns become one.
+#if defined(__CUDACC__)
+#define TASKVEC_UNROLL(turns)
+#else
+#define TASKVEC_UNROLL(turns) TASKVEC_PRAGMA_(GCC unroll turns)
+#define TASKVEC_PRAGMA_(words) _Pragma(#words)
+#endif
 #if defined(__CUDACC__)
 // Device code rounds each operation by intrinsics (device/thrust). The CPU's kernels lose their guarantee in a file
 // that nvcc compiles for a processor with fused multiply-adds: run cpu policies from files of the host compiler.

@@ -40,7 +40,7 @@ template <std::size_t count, class Word>
 [[gnu::always_inline]] inline void fetch_ahead(const Word* words) noexcept
 {
     const auto place = reinterpret_cast<std::uintptr_t>(words) + 4096; // a number: most lie outside the words' array
-#pragma GCC unroll 16
+    TASKVEC_UNROLL(16)
     for (std::size_t line = 0; line < count * sizeof(Word); line += 64) {
         __builtin_prefetch(reinterpret_cast<const void*>(place + line), 0, 3);
     }
@@ -244,7 +244,7 @@ struct dot_kernel {
             constexpr int width = pack_lanes<double, bytes>, count = lanes / width;
             pack<double, bytes> sums[count]{};
             for (; at + lanes <= size; at += lanes) {
-#pragma GCC unroll 8
+                TASKVEC_UNROLL(8)
                 for (int k = 0; k < count; ++k) {
                     const std::size_t i = at + static_cast<std::size_t>(k * width);
                     sums[k] = sums[k] + wide<bytes>(x + i) * wide<bytes>(y + i);

@@ -105,7 +105,7 @@ public:
     {
         if constexpr (held > 0) {
             pack sum = f(std::size_t{0});
-#pragma GCC unroll 8
+            TASKVEC_UNROLL(8)
             for (std::size_t t = 1; t < held; ++t) { sum = sum + f(t); }
             return sum;
         }
@@ -126,7 +126,7 @@ public:
     TASKVEC_INLINE void each(const F& f) const
     {
         if constexpr (held > 0) {
-#pragma GCC unroll 8
+            TASKVEC_UNROLL(8)
             for (std::size_t t = 0; t < held; ++t) { f(t); }
         }
         else {
@@ -141,7 +141,7 @@ public:
             : f_(f)
         {
             if constexpr (held > 0) {
-#pragma GCC unroll 8
+                TASKVEC_UNROLL(8)
                 for (std::size_t t = 0; t < held; ++t) { kept_[t] = f(t); }
             }
             static_cast<void>(in);
@@ -215,7 +215,7 @@ struct merge_kernel {
         words* const of_tasks = reinterpret_cast<words*>(lanes_of_tasks);
         const storage_word<T>* x[held > 0 ? held : 1];
         if constexpr (held > 0) {
-#pragma GCC unroll 8
+            TASKVEC_UNROLL(8)
             for (int t = 0; t < held; ++t) { x[t] = static_cast<const storage_word<T>*>(in.tasks[t]); }
         }
         storage_word<T>* TASKVEC_RESTRICT out = in.out - in.first;
@@ -223,7 +223,7 @@ struct merge_kernel {
         for (std::size_t i = in.first; i + group <= last; i += group) {
             if constexpr (bytes > 0) {
                 if constexpr (held > 0) {
-#pragma GCC unroll 8
+                    TASKVEC_UNROLL(8)
                     for (int t = 0; t < held; ++t) { fetch(x[t] + i); }
                 }
                 else {
@@ -233,7 +233,7 @@ struct merge_kernel {
                 }
                 if (in.base) { fetch(in.base + i); }
             }
-#pragma GCC unroll 1
+            TASKVEC_UNROLL(1)
             for (std::size_t at = i; at < i + group; at += step) {
                 stored base, tasks[held > 0 ? held : 1], made;
                 if (in.base) { base.load(in.base + at); }
@@ -241,7 +241,7 @@ struct merge_kernel {
                     base.raw = decltype(base.raw){};
                 }
                 if constexpr (held > 0) {
-#pragma GCC unroll 8
+                    TASKVEC_UNROLL(8)
                     for (int t = 0; t < held; ++t) { tasks[t].load(x[t] + at); }
                 }
                 {

@@ -137,7 +137,7 @@ struct look_kernel {
                 fetch_ahead<line>(x + i);
                 if constexpr (difference) { fetch_ahead<line>(base + i); }
             }
-#pragma GCC unroll 4
+            TASKVEC_UNROLL(4)
             for (std::size_t at = i; at < i + group; at += stored::entries) {
                 stored entries, origin;
                 entries.load(x + at);
@@ -175,7 +175,7 @@ private:
         word chosen[lanes], found[lanes];
         std::memcpy(chosen, &hit, sizeof chosen);
         std::memcpy(found, &magnitude, sizeof found);
-#pragma GCC unroll 16
+        TASKVEC_UNROLL(16)
         for (std::size_t lane = 0; lane < lanes; ++lane) {
             *out = static_cast<bits_type<number>>(found[lane]);
             out -= chosen[lane];

@@ -26,8 +26,8 @@ struct lone_entry {
     std::uint64_t place = 0;
     std::uint32_t word = 0; ///< of the rule's stream
 
-    [[nodiscard]] bool before(std::uint64_t end) const noexcept { return place < end; }
-    [[nodiscard]] words draws(std::size_t) const noexcept
+    [[nodiscard]] TASKVEC_INLINE bool before(std::uint64_t end) const noexcept { return place < end; }
+    [[nodiscard]] TASKVEC_INLINE words draws(std::size_t) const noexcept
     {
         return {static_cast<signed_word<A>>(static_cast<std::int64_t>(word) - (std::int64_t{1} << 31))};
     }
