@@ -39,3 +39,13 @@ macro(taskvec_find_cuda)
         endif()
     endif()
 endmacro()
+
+# Debug builds show that kernels compile; on a device, scripts/gpu-check builds for speed. Half of nvcc's time goes into
+# optimising them (of a minute and a half for one merge in every storage type, half a minute is left).
+function(taskvec_quick_kernels target)
+    include(CheckCompilerFlag)
+    check_compiler_flag(CUDA -Ofc=max TASKVEC_NVCC_COMPILES_QUICKLY)
+    if(TASKVEC_NVCC_COMPILES_QUICKLY)
+        target_compile_options(${target} PRIVATE $<$<AND:$<CONFIG:Debug>,$<COMPILE_LANGUAGE:CUDA>>:-Ofc=max>)
+    endif()
+endfunction()
