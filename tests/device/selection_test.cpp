@@ -7,7 +7,9 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <limits>
 
 using namespace taskvec;
@@ -156,6 +158,53 @@ TEST_CASE_TEMPLATE(
         std::vector<std::uint64_t> counts(tasks, 700);
         counts.front() = 63065; // everything
         check_bracket(smooth, counts, {.spare = std::size_t{1} << 24});
+    }
+}
+
+TEST_CASE("a device without room for the lists finds the same by the radix select, and holds nothing of them")
+{
+    struct small final : device_memory_resource {
+        void* allocate(std::size_t bytes, void*) override
+        {
+            asked = std::max(asked, bytes);
+            if (bytes > limit) {
+                ++refused;
+                return nullptr;
+            }
+            ++live;
+            return std::malloc(bytes);
+        }
+        void deallocate(void* place, std::size_t, void*) noexcept override
+        {
+            --live;
+            std::free(place);
+        }
+        std::size_t limit = std::size_t{1} << 30, asked = 0, refused = 0;
+        int live = 0;
+    } memory;
+    const testing::random_models<float> models({3000, 1, 0, 64, 2000000}, 2, 4);
+    const testing::on_device<float> device(gpu{}, models);
+    const auto base = device.base();
+    const auto tasks = device.tasks();
+    const gpu policy{.allocator = &memory};
+    const aligned_models aligned = align_on_device(policy, &base, tasks);
+    const tensor_range all{0, aligned.tensors().size()};
+    resident_models resident(policy, aligned);
+    const std::vector<std::uint64_t> counts{12613, 1000000};
+    const int live = memory.live;
+    unsigned walks = 0;
+    const auto expected = detail::device_top_k_search<float>(resident, all).run(counts, &walks);
+    CHECK(walks == 1);
+    CHECK(memory.refused == 0);
+    const std::size_t largest = memory.asked;
+    for (const std::size_t limit : {largest - 1, largest / 2 - 1}) { // room for no places; for no magnitudes
+        CAPTURE(limit);
+        memory.limit = limit;
+        memory.refused = 0;
+        CHECK(detail::device_top_k_search<float>(resident, all).run(counts, &walks) == expected);
+        CHECK(walks == 4);
+        CHECK(memory.refused > 0);
+        CHECK(memory.live == live);
     }
 }
 

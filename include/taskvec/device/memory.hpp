@@ -138,29 +138,34 @@ inline void clear([[maybe_unused]] const gpu& policy, void* place, std::size_t b
 #endif
 }
 
-/// Device memory from the policy's allocator, or the vendor's, in the stream's order; never null. Errors:
-/// backend_error.
+/// Device memory from the policy's allocator, or the vendor's, in the stream's order; null where there is no room.
+/// Errors: backend_error, for whatever else fails.
+[[nodiscard]] inline void* try_allocate(const gpu& policy, std::size_t bytes)
+{
+    if (policy.allocator) { return policy.allocator->allocate(bytes, policy.stream); }
+#if TASKVEC_ON_DEVICE
+    void* place = nullptr;
+    const vendor::error_type code = vendor::allocate(&place, bytes, stream_of(policy));
+    if (vendor::kind_of(code) == failure::memory) {
+        (void)vendor::take_last_error(); // it would be taken for the next launch's
+        return nullptr;
+    }
+    check(code, vendor::calls::allocate);
+    return place;
+#else
+    return std::malloc(bytes);
+#endif
+}
+/// The same, never null. Errors: backend_error, out_of_memory among them.
 [[nodiscard]] inline void* allocate(const gpu& policy, std::size_t bytes)
 {
-    if (policy.allocator) {
-        void* const place = policy.allocator->allocate(bytes, policy.stream);
-        if (!place) {
-            raise<backend_error>(error_code::out_of_memory, message("no room for ", bytes, " bytes of scratch"),
-                "gpu::allocator->allocate", 0);
-        }
-        return place;
-    }
-    void* place = nullptr;
+    void* const place = try_allocate(policy, bytes);
+    if (place) { return place; }
 #if TASKVEC_ON_DEVICE
-    check(vendor::allocate(&place, bytes, stream_of(policy)), vendor::calls::allocate);
-#else
-    place = std::malloc(bytes);
-    if (!place) {
-        raise<backend_error>(
-            error_code::out_of_memory, message("no room for ", bytes, " bytes of scratch"), "malloc", 0);
-    }
+    if (!policy.allocator) { check(vendor::out_of_memory, vendor::calls::allocate); }
 #endif
-    return place;
+    raise<backend_error>(error_code::out_of_memory, message("no room for ", bytes, " bytes of scratch"),
+        policy.allocator ? "gpu::allocator->allocate" : "malloc", 0);
 }
 inline void deallocate(const gpu& policy, void* place, std::size_t bytes) noexcept
 {
@@ -192,6 +197,15 @@ public:
         , size_(size)
     {
         if (size_ > 0) { data_ = static_cast<T*>(allocate(policy_, size_ * sizeof(T))); }
+    }
+    /// Of no elements where there is no room for them.
+    [[nodiscard]] static buffer where_there_is_room(const gpu& policy, std::size_t size)
+    {
+        buffer made;
+        made.policy_ = policy;
+        if (size > 0) { made.data_ = static_cast<T*>(try_allocate(policy, size * sizeof(T))); }
+        if (made.data_) { made.size_ = size; }
+        return made;
     }
     buffer(const gpu& policy, const std::vector<T>& values)
         : buffer(policy, values.size())

@@ -5,7 +5,7 @@
 // A sample brackets the k-th magnitude of every task vector. One walk counts what lies above the brackets and collects
 // what lies inside, with its places, and the answer is chosen from these few, place among equals included. Magnitudes
 // that many entries of the sample share are counted instead, in blocks of 4096 elements, of which one is read again.
-// Where the sample was wrong, or too much lies inside for the memory there is, the radix select of device_radix.hpp
+// Where the sample was wrong, or too much lies inside for the memory there is, the radix select of select/radix.hpp
 // finds the same thresholds in four more reads (f64: seven).
 #pragma once
 
@@ -149,11 +149,26 @@ private:
             for (const bracket& one : brackets_) { commons_ = std::max<std::size_t>(commons_, one.commons); }
             const std::uint64_t wanted = parts * room_ * (sizeof(bits) + sizeof(std::uint64_t))
                 + commons_ * blocks_.count() * sizeof(elementwise::counter);
-            if (tasks_ * wanted <= spare_) { return true; }
+            if (tasks_ * wanted <= spare_) { return make_room(); }
             if (8 * size > std::min<std::uint64_t>(elements_ / 64, std::uint64_t{1} << 20)) {
                 return false;
             } // a larger sample would not pay
         }
+    }
+
+    /// Takes the memory for the lists. False, and none is held, where the device has not as much left.
+    [[nodiscard]] bool make_room()
+    {
+        const gpu& policy = models_.policy();
+        const std::size_t listed = tasks_ * parts * room_, equals = tasks_ * commons_ * blocks_.count();
+        magnitudes_ = device::buffer<bits>::where_there_is_room(policy, listed);
+        places_ = device::buffer<std::uint64_t>::where_there_is_room(policy, listed);
+        equal_ = device::buffer<elementwise::counter>::where_there_is_room(policy, equals);
+        if (magnitudes_.size() == listed && places_.size() == listed && equal_.size() == equals) { return true; }
+        magnitudes_ = {};
+        places_ = {};
+        equal_ = {};
+        return false;
     }
 
     /// Brackets the k-th magnitude by what a sample shows; returns how many entries its list may get, by the same.
@@ -193,9 +208,6 @@ private:
         const device::buffer<bracket> brackets(policy, brackets_);
         tallies_ = device::buffer<elementwise::counter>(policy, 2 * tasks_ * parts);
         tallies_.clear();
-        magnitudes_ = device::buffer<bits>(policy, tasks_ * parts * room_);
-        places_ = device::buffer<std::uint64_t>(policy, tasks_ * parts * room_);
-        equal_ = device::buffer<elementwise::counter>(policy, tasks_ * commons_ * blocks_.count());
         equal_.clear();
         models_.read(range_, [&](const gpu& lane, std::size_t tensor, const device_piece& piece) {
             for_each_arithmetic(tensor, [&]<class B>(std::type_identity<B>) {

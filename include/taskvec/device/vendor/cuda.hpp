@@ -27,6 +27,7 @@ using event_type = cudaEvent_t;
 
 inline constexpr error_type success = cudaSuccess;
 inline constexpr error_type no_device = cudaErrorNoDevice;
+inline constexpr error_type out_of_memory = cudaErrorMemoryAllocation;
 
 /// What kind of failure a code is.
 [[nodiscard]] inline failure kind_of(error_type code) noexcept

@@ -28,6 +28,7 @@ using event_type = hipEvent_t;
 
 inline constexpr error_type success = hipSuccess;
 inline constexpr error_type no_device = hipErrorNoDevice;
+inline constexpr error_type out_of_memory = hipErrorOutOfMemory;
 
 /// What kind of failure a code is.
 [[nodiscard]] inline failure kind_of(error_type code) noexcept
