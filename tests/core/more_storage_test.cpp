@@ -1,4 +1,4 @@
-// A program's own storage type: one header (tiny_storage.hpp) and one definition, and every merge computes with it.
+// A program's own storage types: one header (tiny_storage.hpp) and one definition, and every merge computes with them.
 // SPDX-License-Identifier: Apache-2.0
 #define TASKVEC_MORE_STORAGE "core/tiny_storage.hpp"
 #include <taskvec/core/sink.hpp>
@@ -15,6 +15,7 @@
 #include <vector>
 
 using namespace taskvec;
+using tests::coarse;
 using tests::tiny;
 
 namespace {
@@ -48,10 +49,10 @@ TEST_CASE("a program's own storage type is in the list, in messages and in visit
 {
     CHECK(storage_element<tiny>);
     CHECK(is_storage(dtype::f8_e4m3fnuz));
-    CHECK(storage_names() == "F64, F32, BF16, F16 or F8_E4M3FNUZ");
+    CHECK(storage_names() == "F64, F32, BF16, F16, F8_E4M3FNUZ or F8_E5M2");
     CHECK(visit_storage(dtype::f8_e4m3fnuz, "w", []<class T>(std::type_identity<T>) { return sizeof(T); }) == 1);
     CHECK_THROWS_WITH_AS(visit_storage(dtype::i8, "w", [](auto) { }),
-        "tensor 'w' has dtype I8; expected F64, F32, BF16, F16 or F8_E4M3FNUZ: exclude it or convert it first",
+        "tensor 'w' has dtype I8; expected F64, F32, BF16, F16, F8_E4M3FNUZ or F8_E5M2: exclude it or convert it first",
         dtype_mismatch);
     for (unsigned word = 0; word < 256; ++word) {
         const tiny x{static_cast<std::uint8_t>(word)};
@@ -101,4 +102,26 @@ TEST_CASE("models by name hold a program's own storage type beside others, and k
         const float start = widen<float>(base[i]), change = widen<float>(task[i]) - start;
         CHECK(weight[i].word == narrow<tiny>(start + change).word);
     }
+}
+
+TEST_CASE("a type whose dtype is fp8 takes the place of reading it as f32")
+{
+    const std::vector<float> from{1, -2, 0.5, 6, 57344, -0.25}, to{1.5, 2, 0.5, 7, 40960, 0.25};
+    std::vector<coarse> base, task, out(from.size());
+    for (const float x : from) { base.push_back(narrow<coarse>(x)); }
+    for (const float x : to) { task.push_back(narrow<coarse>(x)); }
+    const auto check = [&] {
+        for (std::size_t i = 0; i < from.size(); ++i) {
+            CAPTURE(i);
+            CHECK(widen<float>(out[i]) == widen<float>(narrow<coarse>(0.5f * (from[i] + to[i]))));
+        }
+    };
+    const const_model_ref before{{"w", as_tensor(as_view(base))}}, after{{"w", as_tensor(as_view(task))}};
+    const model_ref result{{"w", as_tensor(as_view(out))}};
+    CHECK(result.find("w")->dtype == dtype::f8_e5m2);
+    merge(cpu{}, task_arithmetic_options{.lambda = 0.5}, before, std::vector{after}, result);
+    check();
+    out.assign(from.size(), coarse{0});
+    merge(cpu{}, task_arithmetic_options{.lambda = 0.5}, base, std::vector<std::vector<coarse>>{task}, out);
+    check();
 }

@@ -1,14 +1,19 @@
-// A storage type that a program brings: eight bits with a sign, four of exponent and three of mantissa, no infinity and
-// no −0 (F8_E4M3FNUZ). Plain and slow.
+// Storage types that a program brings: eight bits with a sign, four of exponent and three of mantissa, no infinity and
+// no −0 (F8_E4M3FNUZ), and eight bits of a dtype that is read as f32 where no type stands for it. Plain and slow.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/half.hpp>
 #include <taskvec/core/storage_traits.hpp>
 
 #include <cstdint>
 
 namespace tests {
 struct tiny {
+    std::uint8_t word;
+};
+/// The upper half of an f16 (F8_E5M2); what is below it is left off.
+struct coarse {
     std::uint8_t word;
 };
 } // namespace tests
@@ -49,8 +54,24 @@ struct storage_traits<tests::tiny> {
     }
 };
 
+template <>
+struct storage_traits<tests::coarse> {
+    using word = std::uint8_t;
+    using arithmetic = float;
+    static constexpr taskvec::dtype dtype = taskvec::dtype::f8_e5m2;
+
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr float widen(word stored) noexcept
+    {
+        return storage_traits<f16>::widen(static_cast<std::uint16_t>(stored << 8));
+    }
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr word narrow(float value) noexcept
+    {
+        return static_cast<word>(storage_traits<f16>::narrow(value) >> 8);
+    }
+};
+
 TASKVEC_KERNELS_END
 
-using more_storage_types = storage_list<tests::tiny>;
+using more_storage_types = storage_list<tests::tiny, tests::coarse>;
 
 } // namespace taskvec::inline TASKVEC_ABI

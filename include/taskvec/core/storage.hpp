@@ -172,6 +172,12 @@ template <class... T>
     return detail::any_is(type, storage_types{});
 }
 
+/// True for fp8 that is dequantised to f32 on reading: that which is no storage type itself.
+[[nodiscard]] constexpr bool is_dequantised(dtype type) noexcept
+{
+    return is_fp8(type) && !is_storage(type);
+}
+
 /// The storage types as messages name them: "F64, F32, BF16 or F16".
 [[nodiscard, gnu::cold]] inline std::string storage_names()
 {

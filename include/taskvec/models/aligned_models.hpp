@@ -317,7 +317,8 @@ private:
             copied_.push_back({name, output, tensor});
             return;
         }
-        aligned.output_dtype = options_.output.value_or(is_fp8(tensor.dtype) ? taskvec::dtype::f32 : tensor.dtype);
+        aligned.output_dtype =
+            options_.output.value_or(is_dequantised(tensor.dtype) ? taskvec::dtype::f32 : tensor.dtype);
         if (!is_storage(aligned.output_dtype)) {
             raise<dtype_mismatch>(error_code::output_dtype,
                 message("a merge cannot be stored as ", to_string(aligned.output_dtype), ": choose ", storage_names()));

@@ -28,7 +28,7 @@ template <class Use>
 decltype(auto) with_elements(
     const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
 {
-    if (is_fp8(from.dtype)) {
+    if (is_dequantised(from.dtype)) {
         const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
         auto* const values = reinterpret_cast<float*>(raw);
         for (std::size_t i = 0; i < size; ++i) { values[i] = fp8_value(from.dtype, codes[i]); }

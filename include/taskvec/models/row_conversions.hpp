@@ -67,9 +67,9 @@ public:
     template <storage_element... T>
     constexpr explicit row_conversions(storage_list<T...>) noexcept
     {
-        ((table_[static_cast<std::size_t>(dtype_of<T>)] = conversion_of<A, T>()), ...);
         table_[static_cast<std::size_t>(dtype::f8_e4m3)] = fp8_conversion<A, dtype::f8_e4m3>();
         table_[static_cast<std::size_t>(dtype::f8_e5m2)] = fp8_conversion<A, dtype::f8_e5m2>();
+        ((table_[static_cast<std::size_t>(dtype_of<T>)] = conversion_of<A, T>()), ...); // also what is fp8
     }
     /// Those of a dtype; dtype_mismatch for a tensor that nothing can be computed with.
     [[nodiscard]] const row_conversion<A>& of(dtype type, std::string_view tensor, bool written = false) const
