@@ -90,7 +90,7 @@ std::optional<std::int64_t> vocabulary_rows(const std::vector<taskvec::tensor_sp
 
 /// A configuration that says of the result what is so; empty where nothing changes.
 std::string updated_config(const std::string& text, const fs::path& file,
-    const std::vector<taskvec::tensor_spec>& specs, const std::optional<std::int64_t>& rows_before,
+    const std::vector<taskvec::tensor_spec>& specs, const std::optional<std::int64_t>& rows_before, bool untied,
     const run_options& run)
 {
     (void)taskvec::parse_json(text, file.string()); // strictly, once: what is no JSON is refused by its name
@@ -122,6 +122,12 @@ std::string updated_config(const std::string& text, const fs::path& file,
     update(config, true);
     for (const char* key : {"text_config", "llm_config", "language_config"}) {
         if (config.contains(key) && config[key].is_object()) { update(config[key], false); }
+    }
+    if (untied) {
+        set(config, "tie_word_embeddings", false);
+        if (config.contains("text_config") && config["text_config"].is_object()) {
+            set(config["text_config"], "tie_word_embeddings", false);
+        }
     }
     const bool quantised = std::any_of(specs.begin(), specs.end(), [](const taskvec::tensor_spec& spec) {
         return spec.dtype == taskvec::dtype::i8 || spec.dtype == taskvec::dtype::u8 || spec.dtype == taskvec::dtype::i32
@@ -303,7 +309,7 @@ void add_model_files(model_output& out, const copy_request& copies, const run_op
             const auto text = taskvec::read_text_file(file, std::size_t{4} << 30);
             std::string updated;
             if (name == "config.json") {
-                updated = updated_config(text, file, specs, rows_before, run);
+                updated = updated_config(text, file, specs, rows_before, how.untied, run);
                 if (code && !copies.copy_code && text.find("\"auto_map\"") != text.npos) {
                     note(run,
                         "config.json leads to Python files of the model's own (auto_map), which are not copied: "

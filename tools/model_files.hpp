@@ -32,6 +32,7 @@ struct recipe {
     std::string method;
     std::vector<model> models; ///< the base first, where there is one
     std::string options; ///< JSON of those in force
+    bool untied = false; ///< the head is no longer the embedding
 };
 /// The models of a merge.
 [[nodiscard]] std::vector<recipe::model> recipe_models(const model_request& request, const merge_inputs& inputs);

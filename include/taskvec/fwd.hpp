@@ -189,6 +189,7 @@ struct truncated_svd_result;
 struct decompose_exactly;
 
 // models/
+class operand_source;
 enum class missing_tensors : std::uint8_t;
 enum class overflow : std::uint8_t;
 struct model_options;
@@ -338,6 +339,14 @@ struct lora_update;
 struct linear_merge_options;
 struct adapter_ties_options;
 struct initialized_adapter;
+struct update_place;
+struct weight_change;
+template <arithmetic_element A>
+class adapted_weight;
+class adapted_model;
+struct fuse_options;
+template <arithmetic_element T>
+struct weighted_update;
 
 // reuse/
 struct peru_lora_options;
@@ -363,6 +372,13 @@ struct peft_tensor;
 template <arithmetic_element T>
 struct peft_adapter;
 struct peft_read_options;
+enum class adapter_dialect : std::uint8_t;
+template <arithmetic_element T>
+struct adapted_module;
+template <arithmetic_element T>
+struct adapter_contents;
+struct module_match;
+struct adapter_base_traits;
 struct peft_write_options;
 struct safetensors_entry;
 struct safetensors_header;

@@ -2,9 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/adapters/adapted_model.hpp>
+#include <taskvec/adapters/adapted_weight.hpp>
 #include <taskvec/adapters/adapter.hpp>
 #include <taskvec/adapters/extract.hpp>
 #include <taskvec/adapters/fold_adapter.hpp>
+#include <taskvec/adapters/fuse.hpp>
 #include <taskvec/adapters/initialization.hpp>
 #include <taskvec/adapters/lora.hpp>
 #include <taskvec/adapters/merge_adapters.hpp>
@@ -103,6 +106,7 @@
 #include <taskvec/models/companion.hpp>
 #include <taskvec/models/copy_through.hpp>
 #include <taskvec/models/operand_pair.hpp>
+#include <taskvec/models/operand_source.hpp>
 #include <taskvec/models/overflow_guard.hpp>
 #include <taskvec/models/row_conversions.hpp>
 #include <taskvec/models/tensor_sums.hpp>

@@ -5,6 +5,7 @@
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/sink.hpp>
 #include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/models/operand_source.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -58,6 +59,7 @@ struct aligned_tensor {
     struct operand {
         const std::byte* data = nullptr;
         taskvec::dtype dtype = taskvec::dtype::f32;
+        const operand_source* source = nullptr; ///< where set, elements come from it, and `data` is not read
     };
     std::string name;
     extents shape;
@@ -190,6 +192,25 @@ public:
         }
         cut();
     }
+
+    /// Puts elements that are worked out in place of those that a task stores. `tensor` is a place in tensors();
+    /// `source` outlives these models and their copies. Host memory only.
+    void compute(std::size_t task, std::size_t tensor, const operand_source& source)
+    {
+        if (space_ != memory_space::host) {
+            raise<invalid_argument>(error_code::tensor_memory,
+                message("tensor '", tensors_[tensor].name, "' of ", label(task),
+                    " is worked out on the host: use the cpu policy, or store the model first"));
+        }
+        auto& operand = tensors_[tensor].tasks[task];
+        operand.dtype = source.type();
+        operand.source = &source;
+        tensors_[tensor].wide = tensors_[tensor].wide || operand.dtype == taskvec::dtype::f64;
+        any_wide_ = any_wide_ || tensors_[tensor].wide;
+        computed_ = true;
+    }
+    /// Whether some tensor of a task is worked out: compute().
+    [[nodiscard]] bool computed() const noexcept { return computed_; }
 
     /// The tensors that the result holds, in name order.
     [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
@@ -366,7 +387,7 @@ private:
     std::vector<std::size_t> filled_;
     std::uint64_t elements_ = 0;
     std::size_t task_count_ = 0;
-    bool has_base_ = false, any_wide_ = false;
+    bool has_base_ = false, any_wide_ = false, computed_ = false;
 };
 
 namespace detail {

@@ -22,12 +22,17 @@ namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
 
-/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements
-/// and fp8 go through `raw` (room for block_size doubles).
+/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements,
+/// fp8 and what is worked out go through `raw` (room for block_size doubles).
 template <class Use>
 decltype(auto) with_elements(
     const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
 {
+    if (from.source) {
+        from.source->read(offset, size, raw);
+        if (from.dtype == dtype::f64) { return use(reinterpret_cast<const double*>(raw)); }
+        return use(reinterpret_cast<const float*>(raw));
+    }
     if (is_dequantised(from.dtype)) {
         const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
         auto* const values = reinterpret_cast<float*>(raw);
@@ -158,7 +163,8 @@ private:
     template <storage_element T>
     [[nodiscard]] static bool usable(const aligned_tensor::operand& from) noexcept
     {
-        return from.dtype == dtype_of<T> && reinterpret_cast<std::uintptr_t>(from.data) % alignof(T) == 0;
+        return !from.source
+            && from.dtype == dtype_of<T> && reinterpret_cast<std::uintptr_t>(from.data) % alignof(T) == 0;
     }
     template <storage_element T>
     [[nodiscard]] const storage_word<T>* place(const aligned_tensor::operand& from) const noexcept
@@ -189,9 +195,13 @@ private:
     {
         return bits_per_element(from.dtype) / 8;
     }
-    /// The elements of this block of an operand, copied into raw() where they are not aligned.
+    /// The elements of this block of an operand, put into raw() where they are not aligned or worked out.
     [[nodiscard]] const std::byte* elements(const aligned_tensor::operand& from)
     {
+        if (from.source) {
+            from.source->read(offset_, size_, raw());
+            return raw();
+        }
         const std::byte* const place = from.data + offset_ * width(from);
         if (reinterpret_cast<std::uintptr_t>(place) % width(from) == 0) { return place; }
         std::memcpy(raw(), place, size_ * width(from));

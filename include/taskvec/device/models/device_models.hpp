@@ -47,6 +47,11 @@ public:
         , beside_(beside.begin(), beside.end())
         , beside_each_(models.tensors().empty() ? 0 : beside.size() / models.tensors().size())
     {
+        if (models.computed()) {
+            raise<invalid_argument>(error_code::device_unavailable,
+                "a task that is worked out from a base and an adapter is merged on the CPU: use the cpu policy, or "
+                "store the model first (fuse)");
+        }
         if (models.options().on_nonfinite == nonfinite::error) {
             least_ = device::buffer<elementwise::counter>(policy, std::vector{none});
         }

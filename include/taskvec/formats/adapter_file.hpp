@@ -1,0 +1,665 @@
+// Adapters as people have them: PEFT's directories, files of kohya and A1111, diffusers and MLX, told apart by what
+// they hold, read into one form that folds into a base. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/adapters/lora.hpp>
+#include <taskvec/formats/peft.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Who wrote an adapter, by the names of its tensors.
+enum class adapter_dialect : std::uint8_t {
+    peft, ///< `MODULE.lora_A.weight`, at times with an adapter's name in it, and PEFT's prefix before it
+    kohya, ///< kohya's scripts, A1111, LyCORIS: `lora_unet_MODULE.lora_down.weight`, `.alpha`; dots are underscores
+    diffusers, ///< `unet.MODULE.lora.down.weight`, `MODULE_lora.down.weight`, `MODULE.lora_linear_layer.down.weight`
+    mlx ///< `MODULE.lora_a` (in×r) and `MODULE.lora_b` (r×out)
+};
+
+/// "PEFT", "kohya", "diffusers", "MLX".
+[[nodiscard]] constexpr std::string_view to_string(adapter_dialect dialect) noexcept
+{
+    switch (dialect) {
+    case adapter_dialect::peft: return "PEFT";
+    case adapter_dialect::kohya: return "kohya";
+    case adapter_dialect::diffusers: return "diffusers";
+    default: return "MLX";
+    }
+}
+
+/// What an adapter does to one module.
+template <arithmetic_element T>
+struct adapted_module {
+    lora_update<T>
+        update{}; ///< out×in; a convolution's `in` counts its kernel (in·kh·kw), an embedding's is its entries
+    extents kernel{}; ///< of a convolution: its sides, {1, 1} included; empty otherwise
+    bool embedding = false; ///< factored as PEFT does it: the weight is entries×dimensions
+    std::vector<double> magnitude{}; ///< DoRA's, one for each output; empty: none
+    lora_update<T> bias{}; ///< what lora_bias adds to the module's bias, as an update of 1×out; of rank 0: nothing
+    dtype stored = dtype_of<T>; ///< of the factors in the file
+    std::string kind = "LoRA"; ///< "LoRA", "DoRA", "LoHa" or "LoKr": what the update was made of
+};
+
+/// An adapter read from any dialect. Module names are the file's, without prefixes that say nothing of the module;
+/// kohya's have underscores for dots: match_modules() finds the weights of a base that they mean.
+template <arithmetic_element T>
+struct adapter_contents {
+    std::map<std::string, adapted_module<T>> modules{};
+    std::map<std::string, peft_tensor> wholes{}; ///< tensors that were trained whole (modules_to_save, biases), by name
+    std::map<std::string, peft_tensor> copies{}; ///< copies of base weights that an adapter carries, by name
+    adapter_dialect dialect = adapter_dialect::peft;
+    bool fan_in_fan_out = false; ///< square weights lie in×out, as its configuration says
+    bool tied = false; ///< what it does to the embedding it does to the head tied to it (PEFT's ensure_weight_tying)
+    nlohmann::json config = nlohmann::json::object(); ///< adapter_config.json, where there is one
+    std::vector<std::string> notes{}; ///< what was taken for granted, a sentence each
+    std::string label{}; ///< names the adapter in messages: its path
+    std::filesystem::path file{}; ///< the tensors
+};
+
+/// The file of tensors that an adapter's path stands for: itself, or PEFT's, diffusers' or MLX's file in a directory.
+/// Throws io_error where there is none.
+[[nodiscard]] inline std::filesystem::path adapter_tensor_file(const std::filesystem::path& path)
+{
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(path, ignored)) { return path; }
+    for (const std::string_view name : {peft_model_name, std::string_view("pytorch_lora_weights.safetensors"),
+             std::string_view("adapters.safetensors")}) {
+        if (std::filesystem::exists(path / name, ignored)) { return path / name; }
+    }
+    if (std::filesystem::exists(path / "adapter_model.bin", ignored)) {
+        raise<io_error>(error_code::model_not_found,
+            "holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", path.string());
+    }
+    raise<io_error>(error_code::model_not_found,
+        message("holds no adapter: expected ", peft_model_name,
+            " (PEFT), pytorch_lora_weights.safetensors (diffusers) or adapters.safetensors (MLX), or name the file"),
+        path.string());
+}
+
+namespace detail {
+
+/// One tensor's part in an adapter, from its name.
+struct adapter_role {
+    enum what {
+        whole,
+        a,
+        b,
+        embedding_a,
+        embedding_b,
+        magnitude,
+        bias,
+        trained_bias,
+        alpha,
+        mid,
+        base_copy,
+        ignored,
+        hada_w1_a,
+        hada_w1_b,
+        hada_w2_a,
+        hada_w2_b,
+        lokr_w1,
+        lokr_w1_a,
+        lokr_w1_b,
+        lokr_w2,
+        lokr_w2_a,
+        lokr_w2_b,
+        unknown
+    } role = whole;
+    std::string module{}, adapter{}; ///< the adapter's name, where the key has one
+    std::optional<adapter_dialect> dialect{}; ///< nothing: it may be any
+};
+
+[[nodiscard]] inline adapter_role role_of(std::string_view name)
+{
+    using role = adapter_role;
+    using dialect = adapter_dialect;
+    struct ending {
+        std::string_view text;
+        role::what what;
+        std::optional<dialect> of;
+    };
+    static const std::array<ending, 36> endings{{{".lora_A.weight", role::a, dialect::peft},
+        {".lora_B.weight", role::b, dialect::peft}, {".lora_embedding_A", role::embedding_a, dialect::peft},
+        {".lora_embedding_B", role::embedding_b, dialect::peft}, {".lora_B.bias", role::bias, dialect::peft},
+        {".lora_magnitude_vector.weight", role::magnitude, dialect::peft},
+        {".lora_magnitude_vector", role::magnitude, dialect::peft}, {".lora_down.weight", role::a, dialect::kohya},
+        {".lora_up.weight", role::b, dialect::kohya}, {".lora_mid.weight", role::mid, dialect::kohya},
+        {".dora_scale", role::magnitude, dialect::kohya}, {".alpha", role::alpha, {}},
+        {".lora.down.weight", role::a, dialect::diffusers}, {".lora.up.weight", role::b, dialect::diffusers},
+        {"_lora.down.weight", role::a, dialect::diffusers}, {"_lora.up.weight", role::b, dialect::diffusers},
+        {".lora_linear_layer.down.weight", role::a, dialect::diffusers},
+        {".lora_linear_layer.up.weight", role::b, dialect::diffusers}, {".lora_a", role::a, dialect::mlx},
+        {".lora_b", role::b, dialect::mlx}, {".hada_w1_a", role::hada_w1_a, {}}, {".hada_w1_b", role::hada_w1_b, {}},
+        {".hada_w2_a", role::hada_w2_a, {}}, {".hada_w2_b", role::hada_w2_b, {}}, {".lokr_w1", role::lokr_w1, {}},
+        {".lokr_w1_a", role::lokr_w1_a, {}}, {".lokr_w1_b", role::lokr_w1_b, {}}, {".lokr_w2", role::lokr_w2, {}},
+        {".lokr_w2_a", role::lokr_w2_a, {}}, {".lokr_w2_b", role::lokr_w2_b, {}},
+        {".base_layer.weight", role::base_copy, dialect::peft}, {".base_layer.bias", role::trained_bias, dialect::peft},
+        {".lora_A", role::a, dialect::peft}, {".lora_B", role::b, dialect::peft},
+        {".lora_up.bias", role::bias, dialect::kohya}, {".lora_linear_layer.alpha", role::alpha, dialect::diffusers}}};
+    const auto plain = [&](std::string_view text) -> std::optional<role> {
+        const ending* best = nullptr;
+        for (const auto& one : endings) {
+            if (text.size() > one.text.size() && text.ends_with(one.text)
+                && (!best || one.text.size() > best->text.size())) {
+                best = &one;
+            }
+        }
+        if (!best) { return std::nullopt; }
+        return role{best->what, std::string(text.substr(0, text.size() - best->text.size())), {}, best->of};
+    };
+    if (name.find(".original_module.") != name.npos) { return {role::ignored, std::string(name), {}, {}}; }
+    if (const auto at = name.find(".modules_to_save."); at != name.npos) {
+        const auto rest = name.substr(at + 17);
+        const auto dot = rest.find('.');
+        return {role::whole,
+            std::string(name.substr(0, at + 1)) + std::string(rest.substr(dot == rest.npos ? 0 : dot + 1)),
+            std::string(dot == rest.npos ? "" : rest.substr(0, dot)), dialect::peft};
+    }
+    if (auto found = plain(name)) { return *found; }
+    // With the adapter's name in it: MODULE.lora_A.default.weight, MODULE.lora_embedding_A.default, …
+    for (const std::string_view part : {".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.",
+             ".lora_magnitude_vector.", ".hada_w1_a.", ".hada_w1_b.", ".hada_w2_a.", ".hada_w2_b.", ".lokr_w1.",
+             ".lokr_w1_a.", ".lokr_w1_b.", ".lokr_w2.", ".lokr_w2_a.", ".lokr_w2_b."}) {
+        const auto at = name.rfind(part);
+        if (at == name.npos) { continue; }
+        const auto rest = name.substr(at + part.size());
+        const auto dot = rest.find('.');
+        const auto without = std::string(name.substr(0, at + part.size() - 1))
+            + std::string(dot == rest.npos ? std::string_view() : rest.substr(dot));
+        if (auto found = plain(without)) {
+            found->adapter = std::string(rest.substr(0, dot));
+            return *found;
+        }
+    }
+    const bool like_a_factor = name.find("lora_") != name.npos || name.find(".lora.") != name.npos
+        || name.find(".hada_") != name.npos || name.find(".lokr_") != name.npos || name.find(".oft_") != name.npos
+        || name.find(".vera_") != name.npos || name.find(".diff") != name.npos;
+    if (like_a_factor && !name.starts_with("lora_unet_") && !name.starts_with("lora_te")) {
+        return {role::unknown, std::string(name), {}, {}};
+    }
+    return {like_a_factor ? role::unknown : role::whole, std::string(name), {}, {}};
+}
+
+/// All entries of a stored factor in T, as rows of its first extent.
+template <class T>
+[[nodiscard]] matrix<T> read_flat_factor(const safetensors_file& file, const safetensors_entry& entry)
+{
+    safetensors_entry flat = entry;
+    std::int64_t rest = 1;
+    for (std::size_t i = 1; i < entry.shape.size(); ++i) { rest *= entry.shape[i]; }
+    flat.shape = entry.shape.empty() ? extents{1, 1}
+        : entry.shape.size() == 1    ? extents{1, entry.shape[0]}
+                                     : extents{entry.shape[0], rest};
+    return read_factor<T>(file, flat);
+}
+
+template <class T>
+[[nodiscard]] matrix<T> turned_over(const matrix<T>& x)
+{
+    matrix<T> y(x.cols(), x.rows(), matrix_order::row_major);
+    for (std::size_t i = 0; i < x.rows(); ++i) {
+        for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
+    }
+    return y;
+}
+
+/// The Kronecker product.
+template <class T>
+[[nodiscard]] matrix<T> kronecker(const matrix<T>& x, const matrix<T>& y)
+{
+    matrix<T> z(x.rows() * y.rows(), x.cols() * y.cols(), matrix_order::row_major);
+    for (std::size_t i = 0; i < z.rows(); ++i) {
+        for (std::size_t j = 0; j < z.cols(); ++j) {
+            z(i, j) = x(i / y.rows(), j / y.cols()) * y(i % y.rows(), j % y.cols());
+        }
+    }
+    return z;
+}
+template <class T>
+[[nodiscard]] matrix<T> identity_matrix(std::size_t n)
+{
+    matrix<T> x(n, n, matrix_order::row_major);
+    for (std::size_t i = 0; i < n; ++i) { x(i, i) = 1; }
+    return x;
+}
+
+/// The tensors of one module.
+struct adapter_parts {
+    std::map<adapter_role::what, const safetensors_entry*> tensors{};
+    [[nodiscard]] const safetensors_entry* get(adapter_role::what which) const
+    {
+        const auto place = tensors.find(which);
+        return place == tensors.end() ? nullptr : place->second;
+    }
+};
+
+/// One module's update, without its scaling. `rank` receives what its α is divided by.
+template <class T>
+[[nodiscard]] adapted_module<T> read_module(const safetensors_file& file, const std::string& module,
+    const adapter_parts& parts, adapter_dialect dialect, std::size_t& rank)
+{
+    using role = adapter_role;
+    const std::string where = file.path().string();
+    adapted_module<T> made;
+    const auto need = [&](role::what which, std::string_view word, std::string_view other) -> const safetensors_entry& {
+        const auto* const found = parts.get(which);
+        if (!found) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("module '", module, "' has ", other, " but no ", word, ": half of its update is missing"),
+                where);
+        }
+        return *found;
+    };
+    const auto factor = [&](const safetensors_entry& entry) {
+        made.stored = made.update.b.empty() && made.update.a.empty() ? entry.dtype : wider(made.stored, entry.dtype);
+        return read_flat_factor<T>(file, entry);
+    };
+    const auto fits = [&](const matrix<T>& b, const matrix<T>& a, std::string_view left, std::string_view right) {
+        if (b.cols() != a.rows()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", where, "': module '", module, "': ", left, " is ", b.rows(), "×", b.cols(), " and ", right,
+                    " ", a.rows(), "×", a.cols(), "; their ranks differ"));
+        }
+        if (a.rows() == 0) {
+            raise<format_error>(error_code::adapter_tensors, message("module '", module, "' has rank 0"), where);
+        }
+    };
+    const bool is_hada = parts.get(role::hada_w1_a) || parts.get(role::hada_w1_b) || parts.get(role::hada_w2_a)
+        || parts.get(role::hada_w2_b);
+    const bool is_lokr = parts.get(role::lokr_w1) || parts.get(role::lokr_w1_a) || parts.get(role::lokr_w1_b)
+        || parts.get(role::lokr_w2) || parts.get(role::lokr_w2_a) || parts.get(role::lokr_w2_b);
+    const bool is_embedding = parts.get(role::embedding_a) || parts.get(role::embedding_b);
+    const bool is_lora = parts.get(role::a) || parts.get(role::b);
+    if (int{is_hada} + int{is_lokr} + int{is_embedding} + int{is_lora} != 1) {
+        raise<format_error>(error_code::adapter_tensors,
+            message("module '", module, "' has ",
+                is_hada || is_lokr || is_embedding || is_lora ? "factors of more than one kind"
+                                                              : "an alpha, a magnitude or a bias but no factors"),
+            where);
+    }
+    if (is_hada) { // (w1a·w1b)∘(w2a·w2b): an update of rank r1·r2, exactly
+        made.kind = "LoHa";
+        const auto w1a = factor(need(role::hada_w1_a, "hada_w1_a", "other LoHa factors")),
+                   w1b = factor(need(role::hada_w1_b, "hada_w1_b", "other LoHa factors")),
+                   w2a = factor(need(role::hada_w2_a, "hada_w2_a", "other LoHa factors")),
+                   w2b = factor(need(role::hada_w2_b, "hada_w2_b", "other LoHa factors"));
+        fits(w1a, w1b, "hada_w1_a", "hada_w1_b");
+        fits(w2a, w2b, "hada_w2_a", "hada_w2_b");
+        if (w1a.rows() != w2a.rows() || w1b.cols() != w2b.cols()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", where, "': module '", module, "': the two products of LoHa are ", w1a.rows(), "×",
+                    w1b.cols(), " and ", w2a.rows(), "×", w2b.cols()));
+        }
+        rank = w1b.rows();
+        const std::size_t r1 = w1b.rows(), r2 = w2b.rows();
+        made.update.b = matrix<T>(w1a.rows(), r1 * r2, matrix_order::row_major);
+        made.update.a = matrix<T>(r1 * r2, w1b.cols(), matrix_order::row_major);
+        for (std::size_t k = 0; k < r1 * r2; ++k) {
+            for (std::size_t i = 0; i < w1a.rows(); ++i) { made.update.b(i, k) = w1a(i, k / r2) * w2a(i, k % r2); }
+            for (std::size_t j = 0; j < w1b.cols(); ++j) { made.update.a(k, j) = w1b(k / r2, j) * w2b(k % r2, j); }
+        }
+        return made;
+    }
+    if (is_lokr) { // w1 ⊗ w2, as (w1 ⊗ left)·(1 ⊗ right) with w2 = left·right, or the other way round
+        made.kind = "LoKr";
+        const auto half = [&](role::what whole, role::what left, role::what right, std::string_view name) {
+            std::pair<matrix<T>, matrix<T>> found; // left and right; right empty: whole
+            if (parts.get(whole)) {
+                found.first = factor(*parts.get(whole));
+                return found;
+            }
+            found.first = factor(need(left, message(name, " or ", name, "_a"), "other LoKr factors"));
+            found.second = factor(need(right, message(name, "_b"), message(name, "_a")));
+            fits(found.first, found.second, message(name, "_a"), message(name, "_b"));
+            return found;
+        };
+        const auto w1 = half(role::lokr_w1, role::lokr_w1_a, role::lokr_w1_b, "lokr_w1"),
+                   w2 = half(role::lokr_w2, role::lokr_w2_a, role::lokr_w2_b, "lokr_w2");
+        rank = !w2.second.empty() ? w2.second.rows() : !w1.second.empty() ? w1.second.rows() : 0; // 0: no scale
+        const std::size_t v = w1.second.empty() ? w1.first.cols() : w1.second.cols();
+        const std::size_t inner = w2.second.empty() ? w2.first.rows() : w2.second.rows();
+        const auto product = [](const matrix<T>& x, const matrix<T>& y) {
+            if (y.empty()) { return x; }
+            matrix<T> z(x.rows(), y.cols(), matrix_order::row_major);
+            for (std::size_t i = 0; i < x.rows(); ++i) {
+                for (std::size_t j = 0; j < y.cols(); ++j) {
+                    T sum = 0;
+                    for (std::size_t k = 0; k < x.cols(); ++k) { sum += x(i, k) * y(k, j); }
+                    z(i, j) = sum;
+                }
+            }
+            return z;
+        };
+        if (!w1.second.empty() && w1.second.rows() * inner < v * inner) { // the rank of w1 is the smaller one
+            made.update.b = kronecker(w1.first, w2.second.empty() ? identity_matrix<T>(inner) : w2.first);
+            made.update.a = kronecker(w1.second, w2.second.empty() ? w2.first : w2.second);
+        }
+        else {
+            const auto whole = product(w1.first, w1.second);
+            made.update.b = kronecker(whole, w2.second.empty() ? identity_matrix<T>(inner) : w2.first);
+            made.update.a = kronecker(identity_matrix<T>(v), w2.second.empty() ? w2.first : w2.second);
+        }
+        return made;
+    }
+    const auto& a = is_embedding ? need(role::embedding_a, "lora_A", "lora_B")
+                                 : need(role::a, dialect == adapter_dialect::peft ? "lora_A" : "its down factor",
+                                       dialect == adapter_dialect::peft ? "lora_B" : "an up factor");
+    const auto& b = is_embedding ? need(role::embedding_b, "lora_B", "lora_A")
+                                 : need(role::b, dialect == adapter_dialect::peft ? "lora_B" : "its up factor",
+                                       dialect == adapter_dialect::peft ? "lora_A" : "a down factor");
+    made.embedding = is_embedding;
+    made.stored = wider(a.dtype, b.dtype);
+    made.update.a = read_flat_factor<T>(file, a);
+    made.update.b = read_flat_factor<T>(file, b);
+    if (dialect == adapter_dialect::mlx) {
+        made.update.a = turned_over(made.update.a);
+        made.update.b = turned_over(made.update.b);
+    }
+    if (a.shape.size() > 2) { made.kernel.assign(a.shape.begin() + 2, a.shape.end()); }
+    for (std::size_t i = 2; i < b.shape.size(); ++i) {
+        if (b.shape[i] != 1) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("tensor '", b.name, "' has shape ", to_string(b.shape),
+                    "; of a convolution's factors only the first has a kernel"),
+                where);
+        }
+    }
+    if (const auto* const mid = parts.get(role::mid)) { // up·mid·down, mid with the kernel
+        const auto core = read_flat_factor<T>(file, *mid);
+        if (mid->shape.size() < 3 || static_cast<std::size_t>(mid->shape[1]) != made.update.a.rows()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", where, "': tensor '", mid->name, "' has shape ", to_string(mid->shape),
+                    ", which does not fit between its up and down factors"));
+        }
+        made.kernel.assign(mid->shape.begin() + 2, mid->shape.end());
+        const std::size_t inner = made.update.a.rows(), in = made.update.a.cols(), cells = core.cols() / inner;
+        matrix<T> joined(core.rows(), in * cells, matrix_order::row_major);
+        for (std::size_t p = 0; p < core.rows(); ++p) {
+            for (std::size_t i = 0; i < in; ++i) {
+                for (std::size_t cell = 0; cell < cells; ++cell) {
+                    T sum = 0;
+                    for (std::size_t q = 0; q < inner; ++q) { sum += core(p, q * cells + cell) * made.update.a(q, i); }
+                    joined(p, i * cells + cell) = sum;
+                }
+            }
+        }
+        made.update.a = std::move(joined);
+    }
+    fits(made.update.b, made.update.a, dialect == adapter_dialect::peft ? "lora_B" : "the up factor",
+        dialect == adapter_dialect::peft ? "lora_A" : "the down factor");
+    rank = made.update.a.rows();
+    if (const auto* const vector = parts.get(role::magnitude)) {
+        made.kind = "DoRA";
+        const auto values = read_flat_factor<double>(file, *vector);
+        made.magnitude.assign(values.data(), values.data() + values.size());
+        const bool by_output = dialect != adapter_dialect::kohya
+            || (!vector->shape.empty() && static_cast<std::size_t>(vector->shape[0]) == made.update.out());
+        if (made.magnitude.size() != made.update.out() || is_embedding || !by_output) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("tensor '", vector->name, "' has shape ", to_string(vector->shape), ", and module '", module,
+                    "' has ", made.update.out(), " outputs: DoRA is folded where it has a magnitude for each output",
+                    is_embedding ? " of a linear layer or a convolution" : ""),
+                where);
+        }
+    }
+    if (const auto* const bias = parts.get(role::bias)) {
+        made.bias.a = read_flat_factor<T>(file, *bias);
+        if (made.bias.a.rows() != 1 || made.bias.a.cols() != made.update.out()) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("tensor '", bias->name, "' has shape ", to_string(bias->shape), ", and module '", module,
+                    "' has ", made.update.out(), " outputs"),
+                where);
+        }
+        made.bias.b = identity_matrix<T>(1);
+    }
+    return made;
+}
+
+/// Refuses configurations of PEFT whose update is none that can be folded, each by name.
+inline void check_foldable(const nlohmann::json& config, const std::string& file)
+{
+    const peft_fields fields(config, file);
+    const auto refuse = [&](std::string_view what, std::string_view why) {
+        raise<format_error>(error_code::adapter_unsupported,
+            message(what, ": ", why, "; fold it into its base with PEFT (merge_and_unload) and go on with the model"),
+            file);
+    };
+    if (const auto* type = fields.find("peft_type")) {
+        const bool known = *type == "LORA" || *type == "LOHA" || *type == "LOKR" || *type == "ADALORA";
+        if (!known || *type == "ADALORA") {
+            refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)),
+                *type == "ADALORA" ? "its ranks are cut by a mask of its own" : "another kind of adapter");
+        }
+    }
+    if (const auto* init = fields.find("init_lora_weights"); init && init->is_string()) {
+        const auto& name = init->get_ref<const std::string&>();
+        constexpr std::array<std::string_view, 5> harmless{"gaussian", "eva", "orthogonal", "mica", "velora"};
+        if (std::find(harmless.begin(), harmless.end(), name) == harmless.end()) {
+            refuse(message("init_lora_weights is '", name, "'"),
+                "such an initialisation changes the base weights, which makes it an update of another base");
+        }
+    }
+    constexpr std::array<std::pair<const char*, std::string_view>, 9> refused{
+        {{"use_qalora", "QA-LoRA pools its input"}, {"use_bdlora", "its factors are block-diagonal"},
+            {"alora_invocation_tokens", "aLoRA switches on within the input"},
+            {"trainable_token_indices", "single rows of an embedding are replaced"},
+            {"target_parameters", "bare parameters are adapted"},
+            {"layer_replication", "the base's layers are repeated"}, {"kasa_config", "KaSA changes the base weights"},
+            {"arrow_config", "adapters are routed"}, {"monteclora_config", "its factors are random variables"}}};
+    for (const auto& [field, why] : refused) {
+        if (fields.says_something(field)) { refuse(field, why); }
+    }
+}
+
+} // namespace detail
+
+/// Reads an adapter of any dialect: a PEFT directory, a directory of diffusers or MLX, or a file. Told apart by the
+/// names of its tensors; a file that mixes dialects, or holds several adapters, is refused. Scalings are α/r (α/√r with
+/// use_rslora), with α and r from the configuration and its patterns, or from `.alpha` tensors; MLX gives its scale;
+/// where nothing gives one α is r, which `notes` says. LoHa and LoKr become updates of higher rank, exactly but for the
+/// rounding of products of two factors to T. Factors of convolutions are flattened, with the kernel among the inputs.
+/// Throws io_error; format_error for halves without partners, a rank of 0, alphas that contradict each other, tensors
+/// with no place in an adapter, configurations that no update can say; shape_mismatch; dtype_mismatch.
+///
+///     const auto adapter = read_adapter("style.safetensors");
+template <arithmetic_element T = float>
+[[nodiscard]] adapter_contents<T> read_adapter(const std::filesystem::path& path)
+{
+    using role = detail::adapter_role;
+    adapter_contents<T> adapter;
+    adapter.label = "'" + path.string() + "'";
+    adapter.file = adapter_tensor_file(path);
+    const safetensors_file file(adapter.file);
+    const std::string where = adapter.file.string();
+
+    std::error_code ignored;
+    const auto config_path = adapter.file.parent_path() / peft_config_name;
+    const std::string config_file = config_path.string();
+    const bool may_have_config =
+        std::filesystem::is_directory(path, ignored) || adapter.file.filename() == peft_model_name;
+    std::string text;
+    if (may_have_config && std::filesystem::exists(config_path, ignored)) {
+        text = read_text_file(config_path);
+        adapter.config = parse_json(text, config_file);
+        if (!adapter.config.is_object()) {
+            raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
+        }
+    }
+    const detail::peft_fields fields(adapter.config, config_file);
+
+    std::map<std::string, detail::adapter_parts> parts;
+    std::optional<adapter_dialect> dialect;
+    std::string first_name, first_adapter;
+    bool any_adapter = false;
+    std::vector<std::pair<std::string, const safetensors_entry*>> wholes;
+    std::size_t prefixed = 0;
+    for (const auto& entry : file.entries()) { prefixed += entry.name.starts_with(peft_prefix) ? 1u : 0u; }
+    for (const auto& entry : file.entries()) {
+        std::string_view name = entry.name;
+        if (prefixed > 0) {
+            if (!name.starts_with(peft_prefix)) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("tensor '", entry.name, "' does not begin with '", peft_prefix, "' as others of it do"),
+                    where);
+            }
+            name.remove_prefix(peft_prefix.size());
+        }
+        auto found = detail::role_of(name);
+        if (found.role == role::ignored) { continue; }
+        if (found.role == role::unknown) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("tensor '", entry.name,
+                    "' is no part of a LoRA, DoRA, LoHa or LoKr adapter: fold it into its base with what wrote it"),
+                where);
+        }
+        if (found.dialect && found.role != role::whole && found.role != role::base_copy
+            && found.role != role::trained_bias) {
+            // diffusers writes PEFT's names too, under the names of its components
+            if (dialect && *dialect != *found.dialect) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("mixes dialects: '", first_name, "' is ", to_string(*dialect), "'s, and '", entry.name,
+                        "' ", to_string(*found.dialect), "'s; split the file, or save it anew"),
+                    where);
+            }
+            if (!dialect) { first_name = entry.name; }
+            dialect = found.dialect;
+        }
+        if (!found.adapter.empty()) {
+            if (any_adapter && found.adapter != first_adapter) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("holds the adapters '", first_adapter, "' and '", found.adapter,
+                        "': save each into a file of its own"),
+                    where);
+            }
+            first_adapter = found.adapter;
+            any_adapter = true;
+        }
+        if (found.role == role::whole) {
+            wholes.emplace_back(found.module, &entry);
+            continue;
+        }
+        if (found.role == role::trained_bias) {
+            wholes.emplace_back(found.module + ".bias", &entry);
+            continue;
+        }
+        if (found.role == role::base_copy) {
+            const auto* const data = static_cast<const std::byte*>(file.tensor(entry).data);
+            adapter.copies.emplace(found.module + ".weight",
+                peft_tensor{entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)});
+            continue;
+        }
+        if (!parts[found.module].tensors.emplace(found.role, &entry).second) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("tensor '", entry.name, "' is the second such factor of its module"), where);
+        }
+    }
+    const bool underscored = std::any_of(parts.begin(), parts.end(), [](const auto& one) {
+        return one.first.starts_with("lora_unet_") || one.first.starts_with("lora_te")
+            || one.first.starts_with("lycoris_") || one.first.starts_with("lora_transformer_");
+    });
+    if (!dialect) { dialect = underscored ? adapter_dialect::kohya : adapter_dialect::peft; } // LoHa and LoKr
+    adapter.dialect = *dialect;
+    if (parts.empty() && adapter.copies.empty()) {
+        raise<format_error>(error_code::adapter_tensors, "holds no factors of an adapter", where);
+    }
+
+    const bool peft_config = !text.empty() && (*dialect == adapter_dialect::peft);
+    detail::peft_patterns ranks, alphas;
+    if (peft_config) {
+        detail::check_foldable(adapter.config, config_file);
+        const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
+        const auto pattern = [&](const char* field) {
+            return detail::peft_patterns(
+                ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
+        };
+        ranks = pattern("rank_pattern");
+        alphas = pattern("alpha_pattern");
+        adapter.fan_in_fan_out = fields.flag("fan_in_fan_out");
+        adapter.tied = fields.flag("ensure_weight_tying");
+    }
+    const bool loha_or_lokr = peft_config && (adapter.config.value("peft_type", "") != "LORA");
+    const double config_rank = peft_config ? fields.number("r", 8) : 0,
+                 config_alpha = peft_config ? fields.number(loha_or_lokr ? "alpha" : "lora_alpha", 8) : 0;
+    const bool root = peft_config && !loha_or_lokr && fields.flag("use_rslora");
+    std::optional<double> mlx_scale;
+    if (*dialect == adapter_dialect::mlx && adapter.config.contains("lora_parameters")
+        && adapter.config["lora_parameters"].is_object()) {
+        const auto& settings = adapter.config["lora_parameters"];
+        if (settings.contains("scale") && settings["scale"].is_number()) {
+            mlx_scale = settings["scale"].template get<double>();
+        }
+    }
+    std::size_t without_alpha = 0;
+    for (const auto& [module, found] : parts) {
+        std::size_t rank = 0;
+        auto made = detail::read_module<T>(file, module, found, *dialect, rank);
+        std::optional<double> alpha;
+        if (const auto* const entry = found.get(role::alpha)) {
+            const auto value = detail::read_flat_factor<double>(file, *entry);
+            if (value.size() != 1 || !std::isfinite(value.data()[0])) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("tensor '", entry->name, "' of shape ", to_string(entry->shape), " is no finite number"),
+                    where);
+            }
+            alpha = value.data()[0];
+        }
+        double scaling = 1;
+        if (peft_config) {
+            const double expected = ranks.find(module, config_rank), strength = alphas.find(module, config_alpha);
+            if (rank > 0 && static_cast<double>(rank) != expected) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("module '", module, "' has rank ", rank, " but ", peft_config_name, " says ", expected),
+                    where);
+            }
+            if (alpha && *alpha != strength) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("module '", module, "' has the alpha ", *alpha, " but ", peft_config_name, " says ",
+                        strength, ": correct one of them"),
+                    where);
+            }
+            scaling = root ? strength / std::sqrt(expected) : strength / expected;
+        }
+        else if (mlx_scale) {
+            scaling = *mlx_scale;
+        }
+        else if (alpha && rank > 0) {
+            scaling = *alpha / static_cast<double>(rank);
+        }
+        else if (rank > 0) {
+            ++without_alpha;
+        }
+        made.update.scaling = scaling;
+        made.bias.scaling = scaling;
+        check_update(made.update, module);
+        adapter.modules.emplace(module, std::move(made));
+    }
+    if (peft_config) {
+        ranks.check_used("rank_pattern", config_file);
+        alphas.check_used("alpha_pattern", config_file);
+    }
+    if (without_alpha > 0) {
+        adapter.notes.push_back(message(adapter.label, " gives no alpha for ", without_alpha, " of ", parts.size(),
+            " modules: it is taken to be the rank, a scaling of 1"));
+    }
+    for (const auto& [name, entry] : wholes) {
+        const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);
+        adapter.wholes.emplace(
+            name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
+    }
+    return adapter;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

@@ -1,0 +1,259 @@
+// Which tensors of a base the modules of an adapter mean: prefixes, underscores for dots, names of components.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/adapters/adapted_model.hpp>
+#include <taskvec/formats/adapter_file.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Modules of an adapter, and the base's tensors that they mean.
+struct module_match {
+    std::map<std::string, std::string> tensors{}; ///< the module's weight, by the module's name
+    std::vector<std::string> unmatched{}; ///< modules without one
+    std::map<std::string, std::vector<std::string>>
+        doubtful{}; ///< of these, those that several tensors may be meant by
+    std::vector<std::string> changes{}; ///< how names were changed, a phrase each: "'model.' put before"
+
+    /// What the adapter calls `name` (a tensor that comes with it whole), called as the base calls it.
+    [[nodiscard]] std::string renamed(const std::string& name, const const_model_ref& base) const
+    {
+        if (base.find(name)) { return name; }
+        const auto dot = name.rfind('.');
+        if (const auto place = tensors.find(name.substr(0, dot)); place != tensors.end() && dot != name.npos) {
+            return place->second.substr(0, place->second.rfind('.')) + name.substr(dot);
+        }
+        for (const auto& [off, on] : prefixes) {
+            if (name.starts_with(off) && base.find(on + name.substr(off.size()))) {
+                return on + name.substr(off.size());
+            }
+        }
+        return name;
+    }
+    std::vector<std::pair<std::string, std::string>> prefixes{}; ///< taken off, and put before
+};
+
+namespace detail {
+
+[[nodiscard]] inline std::string with_underscores(std::string name)
+{
+    std::replace(name.begin(), name.end(), '.', '_');
+    return name;
+}
+/// A module's name without the name of its component: lora_unet_, lora_te1_, …
+[[nodiscard]] inline std::string_view without_component(std::string_view module)
+{
+    for (const std::string_view prefix : {"lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_",
+             "lora_transformer_", "lycoris_", "lora_prior_unet_"}) {
+        if (module.starts_with(prefix)) { return module.substr(prefix.size()); }
+    }
+    return module;
+}
+
+} // namespace detail
+
+/// Finds, for every module of an adapter, the tensor "….weight" of the base that it means: by its own name; where dots
+/// are underscores by the one name that has them there; where a file names components (unet., text_encoder.) or
+/// diffusers' processors without these; and by prefixes that one of the two puts before its names, where they are the
+/// same for all. Nothing is matched where two tensors would do.
+[[nodiscard]] inline module_match match_modules(
+    const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
+{
+    constexpr std::string_view suffix = ".weight";
+    module_match match;
+    std::vector<std::string> left;
+    const auto has = [&](const std::string& module) { return base.find(module + std::string(suffix)) != nullptr; };
+    for (const auto& module : modules) {
+        if (has(module)) { match.tensors.emplace(module, module + std::string(suffix)); }
+        else {
+            left.push_back(module);
+        }
+    }
+    if (dialect == adapter_dialect::kohya && !left.empty()) {
+        std::vector<std::pair<std::string, std::string>> names; // with underscores, and the module's name
+        for (const auto& [name, tensor] : base) {
+            if (!name.ends_with(suffix)) { continue; }
+            auto module = name.substr(0, name.size() - suffix.size());
+            names.emplace_back(detail::with_underscores(module), module);
+        }
+        std::vector<std::string> still;
+        bool components = false;
+        for (const auto& module : left) {
+            const std::string key = detail::with_underscores(std::string(detail::without_component(module)));
+            std::vector<std::string> whole, ending;
+            for (const auto& [underscored, name] : names) {
+                if (underscored == key) { whole.push_back(name); }
+                else if (underscored.size() > key.size() && underscored.ends_with(key)
+                    && underscored[underscored.size() - key.size() - 1] == '_') {
+                    ending.push_back(name);
+                }
+            }
+            const auto& found = whole.empty() ? ending : whole;
+            if (found.size() == 1) {
+                match.tensors.emplace(module, found[0] + std::string(suffix));
+                components = true;
+            }
+            else {
+                if (!found.empty()) { match.doubtful[module] = found; }
+                still.push_back(module);
+            }
+        }
+        if (components) { match.changes.emplace_back("underscores read as the base's dots"); }
+        match.unmatched = std::move(still);
+        return match;
+    }
+    // diffusers: components, processors, and the list that to_out is
+    std::vector<std::string> still;
+    for (const auto& module : left) {
+        std::string name = module;
+        for (const std::string_view component :
+            {"unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.", "prior."}) {
+            if (name.starts_with(component) && !has(name)) {
+                name = name.substr(component.size());
+                break;
+            }
+        }
+        if (const auto at = name.find(".processor."); at != name.npos) { name.erase(at, 10); }
+        if (!has(name) && name.ends_with(".to_out") && has(name + ".0")) { name += ".0"; }
+        if (name != module && has(name)) {
+            match.tensors.emplace(module, name + std::string(suffix));
+            const std::string change = "names of components and processors left out";
+            if (std::find(match.changes.begin(), match.changes.end(), change) == match.changes.end()) {
+                match.changes.push_back(change);
+            }
+        }
+        else {
+            still.push_back(module);
+        }
+    }
+    left = std::move(still);
+    while (!left.empty()) {
+        // Prefixes by the first that is left: its longest ending that a tensor of the base has.
+        std::string off, on;
+        bool found = false;
+        const std::string first = left.front() + std::string(suffix);
+        for (std::size_t at = 0; !found; ++at) {
+            const auto ending = first.substr(at);
+            std::vector<std::string> before;
+            for (const auto& [name, tensor] : base) {
+                const bool whole_there = name.size() == ending.size();
+                if (name.size() < ending.size() || !name.ends_with(ending)
+                    || (!whole_there && name[name.size() - ending.size() - 1] != '.')
+                    || (at > 0 && !whole_there && ending.find('.') == ending.size() - suffix.size())) {
+                    continue;
+                }
+                before.push_back(name.substr(0, name.size() - ending.size()));
+            }
+            if (before.size() > 1) {
+                for (const auto& prefix : before) { match.doubtful[left.front()].push_back(prefix + ending); }
+                break;
+            }
+            if (before.size() == 1) {
+                off = first.substr(0, at);
+                on = before[0];
+                found = true;
+                break;
+            }
+            at = first.find('.', at);
+            if (at == first.npos || at + suffix.size() >= first.size()) { break; }
+        }
+        if (!found) { // it stays unmatched; the others may say more
+            match.unmatched.push_back(left.front());
+            left.erase(left.begin());
+            continue;
+        }
+        std::vector<std::string> rest;
+        for (const auto& module : left) {
+            const auto name = module.starts_with(off) ? on + module.substr(off.size()) : "";
+            if (!name.empty() && has(name)) { match.tensors.emplace(module, name + std::string(suffix)); }
+            else {
+                rest.push_back(module);
+            }
+        }
+        match.prefixes.emplace_back(off, on);
+        match.changes.push_back(off.empty() ? "'" + on + "' put before"
+                : on.empty()                ? "'" + off + "' taken off"
+                                            : "'" + on + "' in place of '" + off + "'");
+        left = std::move(rest);
+    }
+    return match;
+}
+
+/// What add_adapter() is told of a base.
+struct adapter_base_traits {
+    bool conv1d = false; ///< square weights lie in×out (GPT-2's Conv1D), but for heads and embeddings
+    std::string_view label = "the base"; ///< names it in messages
+};
+
+/// Adds weight·(what an adapter does) to `sum`, which refers to the adapter from then on. Where a weight is not square
+/// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so.
+/// Throws invalid_argument for modules that `match` has no tensor for, or a copy of a base weight that is another
+/// base's; shape_mismatch, nonfinite_error.
+template <arithmetic_element T>
+void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_contents<T>& adapter,
+    const module_match& match, double weight = 1, const adapter_base_traits& traits = {})
+{
+    if (!match.unmatched.empty()) {
+        const auto& module = match.unmatched.front();
+        const auto doubt = match.doubtful.find(module);
+        raise<invalid_argument>(error_code::tensor_unexpected,
+            message("module '", module, "' of ", adapter.label,
+                doubt != match.doubtful.end() && doubt->second.size() > 1
+                    ? message(" may mean '", doubt->second[0], "' or '", doubt->second[1], "' of ", traits.label)
+                    : message(" is no module of ", traits.label),
+                match.unmatched.size() > 1 ? message(", nor are ", match.unmatched.size() - 1, " others clear") : "",
+                ": use the base that it was trained on, or leave such modules out"));
+    }
+    for (const auto& [module, made] : adapter.modules) {
+        const std::string& tensor = match.tensors.at(module);
+        const const_tensor_ref& to = *base.find(tensor);
+        update_place place;
+        place.magnitude = made.magnitude;
+        const auto [rows, columns] = adapted_model::sides(to.shape, to.size(tensor));
+        const bool fits = rows == made.update.out() && columns == made.update.in(),
+                   turned = to.shape.size() == 2 && rows == made.update.in() && columns == made.update.out();
+        const bool head =
+            tensor.ends_with("head.weight") || tensor.ends_with("wte.weight") || tensor.ends_with("wpe.weight");
+        place.transposed =
+            made.embedding || (turned && (!fits || ((adapter.fan_in_fan_out || traits.conv1d) && !head)));
+        sum.add(base, tensor, made.update, weight, std::move(place), adapter.label);
+        if (made.bias.rank() > 0) {
+            const std::string bias = tensor.substr(0, tensor.size() - 6) + "bias";
+            if (!base.find(bias)) {
+                raise<invalid_argument>(error_code::tensor_missing,
+                    message("module '", module, "' of ", adapter.label, " has a bias of its own (lora_bias), and ",
+                        traits.label, " has no '", bias,
+                        "' to add it to: fold it with PEFT, which adds the layer's bias"));
+            }
+            sum.add(base, bias, made.bias, weight, {}, adapter.label);
+        }
+    }
+    for (const auto& [name, stored] : adapter.copies) {
+        const auto tensor = match.renamed(name, base);
+        const const_tensor_ref* const there = base.find(tensor);
+        if (there && there->dtype == stored.dtype
+            && (there->shape != stored.shape
+                || std::memcmp(there->data, stored.bytes.data(), stored.bytes.size()) != 0)) {
+            raise<invalid_argument>(error_code::tensor_unexpected,
+                message(adapter.label, " carries a copy of the weight '", tensor,
+                    "' that it was trained on, which is not that of ", traits.label,
+                    ": use the base that it was trained on"));
+        }
+    }
+    for (const auto& [name, stored] : adapter.wholes) {
+        sum.replace(base, match.renamed(name, base),
+            const_tensor_ref{stored.bytes.data(), stored.dtype, stored.shape, {}, memory_space::host, 0}, weight,
+            adapter.label);
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

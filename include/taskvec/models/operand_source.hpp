@@ -1,0 +1,25 @@
+// Tensors of a task that are stored nowhere: their elements are worked out when they are read.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/dtype.hpp>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What stands for the stored elements of one tensor of a task (aligned_models::compute()): a base weight with adapters
+/// added, say (adapters/adapted_weight.hpp). Everything that walks over aligned models reads it as it would a tensor of
+/// dtype type() with these elements. Reads come from several threads at once, in any order, the same one more than
+/// once; the same elements must come out each time.
+class operand_source {
+public:
+    virtual ~operand_source() = default;
+    /// f32 or f64.
+    [[nodiscard]] virtual taskvec::dtype type() const noexcept = 0;
+    /// Elements [offset, offset + count) of the tensor, row-major, as type(), to `out`, which is aligned to them.
+    virtual void read(std::uint64_t offset, std::size_t count, void* out) const = 0;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI

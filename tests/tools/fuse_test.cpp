@@ -1,0 +1,451 @@
+// taskvec fuse, against plain loops over the files.
+// SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include <nlohmann/json.hpp>
+
+using namespace tools_test;
+
+namespace {
+
+values_tensor random_tensor(
+    taskvec::extents shape, unsigned seed, taskvec::dtype type = taskvec::dtype::f32, float size = 1)
+{
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal(0, size);
+    values_tensor made{type, std::move(shape), {}};
+    made.values.resize(taskvec::element_count(made.shape));
+    for (auto& value : made.values) { value = rounded(type, normal(random)); }
+    return made;
+}
+
+void write_text(const std::filesystem::path& path, const std::string& text)
+{
+    std::filesystem::create_directories(path.parent_path());
+    std::ofstream(path) << text;
+}
+
+/// A directory as PEFT writes it. `tensors` are without PEFT's prefix.
+void write_adapter_as(const std::filesystem::path& directory, const values_model& tensors,
+    const nlohmann::json& more = {}, const std::string& prefix = "base_model.model.")
+{
+    nlohmann::json config{{"peft_type", "LORA"}, {"r", 2}, {"lora_alpha", 1}, {"base_model_name_or_path", "base"}};
+    for (const auto& [key, value] : more.items()) { config[key] = value; }
+    write_text(directory / "adapter_config.json", config.dump());
+    values_model named;
+    for (const auto& [name, tensor] : tensors) { named[prefix + name] = tensor; }
+    write_values(directory / "adapter_model.safetensors", named);
+}
+
+values_model factors(const std::string& module, std::int64_t out, std::int64_t in, unsigned seed, std::int64_t rank = 2)
+{
+    return {{module + ".lora_A.weight", random_tensor({rank, in}, seed)},
+        {module + ".lora_B.weight", random_tensor({out, rank}, seed + 1)}};
+}
+
+/// w + scaling·b·a, in the order and with the rounding that the tool documents; `turned`: w lies in×out.
+values_tensor added(
+    const values_tensor& w, const values_tensor& a, const values_tensor& b, double scaling, bool turned = false)
+{
+    values_tensor result = w;
+    const auto rank = static_cast<std::size_t>(a.shape[0]), in = a.values.size() / rank, out = b.values.size() / rank;
+    for (std::size_t o = 0; o < out; ++o) {
+        for (std::size_t i = 0; i < in; ++i) {
+            float sum = 0;
+            for (std::size_t k = 0; k < rank; ++k) {
+                const volatile float factor = static_cast<float>(static_cast<double>(b.values[o * rank + k]) * scaling);
+                const volatile float product = factor * a.values[k * in + i];
+                sum = sum + product;
+            }
+            auto& value = result.values[turned ? i * out + o : o * in + i];
+            value = rounded(w.dtype, value + sum);
+        }
+    }
+    return result;
+}
+
+values_model two_layers(taskvec::dtype type = taskvec::dtype::f32)
+{
+    return {{"layers.0.bias", random_tensor({9}, 1, type)}, {"layers.0.weight", random_tensor({9, 20}, 2, type)},
+        {"layers.1.weight", random_tensor({20, 20}, 3, type)}};
+}
+
+void refused(const scratch& folder, const std::vector<std::string>& arguments, int code, const std::string& because)
+{
+    const auto before = folder.names();
+    const auto result = run(folder, arguments);
+    CAPTURE(because);
+    CAPTURE(result.err);
+    CHECK(result.code == code);
+    CHECK(is_error_line(result.err));
+    CHECK(result.err.find(because) != std::string::npos);
+    CHECK(folder.names() == before);
+}
+
+const std::vector<std::string> fuse_one{
+    "fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "out.safetensors"};
+
+} // namespace
+
+TEST_CASE("fuse adds adapters by weight, rounds once, and copies the rest")
+{
+    const scratch folder;
+    const auto base = two_layers(taskvec::dtype::bf16);
+    write_values(folder / "base.safetensors", base);
+    const auto first = factors("layers.0", 9, 20, 10), second = factors("layers.1", 20, 20, 20);
+    write_adapter_as(folder / "a", first);
+    write_adapter_as(folder / "b", second, {{"use_rslora", true}, {"lora_alpha", 4}});
+    for (const std::string threads : {"1", "3"}) {
+        const auto result = run(folder,
+            {"fuse", "--base", "base.safetensors", "--adapter", "a=0.5", "--adapter", "b=-2", "--out",
+                "out.safetensors", "--threads", threads, "--report", "report.json"});
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        CHECK(result.out.find("2 tensors of 3 changed") != std::string::npos);
+        const auto fused = read_values(folder / "out.safetensors");
+        auto expected = base;
+        expected["layers.0.weight"] = added(base.at("layers.0.weight"), first.at("layers.0.lora_A.weight"),
+            first.at("layers.0.lora_B.weight"), 0.5 * 0.5);
+        expected["layers.1.weight"] = added(base.at("layers.1.weight"), second.at("layers.1.lora_A.weight"),
+            second.at("layers.1.lora_B.weight"), -2 * (4 / std::sqrt(2.0)));
+        CHECK(same(fused, expected));
+        const auto report = nlohmann::json::parse(slurp(folder / "report.json"));
+        CHECK(report["adapters"][1]["weight"] == -2);
+        CHECK(report["adapters"][0]["dialect"] == "PEFT");
+        CHECK(report["changed"] == 2);
+        CHECK(report["tensors"][0]["change"] == 0);
+    }
+    // What was put in comes out again, up to the rounding of the dtype; in f32 nearly exactly.
+    REQUIRE(run(folder,
+                {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "wide.safetensors", "--dtype", "f32"})
+                .code
+        == 0);
+    REQUIRE(
+        run(folder, {"fuse", "--base", "wide.safetensors", "--adapter", "a", "--out", "back.safetensors", "--subtract"})
+            .code
+        == 0);
+    const auto back = read_values(folder / "back.safetensors");
+    for (std::size_t i = 0; i < 180; ++i) {
+        CHECK(std::abs(back.at("layers.0.weight").values[i] - base.at("layers.0.weight").values[i]) < 2e-6);
+    }
+    const auto dry =
+        run(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "dry.safetensors", "--dry-run"});
+    CHECK(dry.out.find("would fold 1 adapter into") != std::string::npos);
+    CHECK(!std::filesystem::exists(folder / "dry.safetensors"));
+}
+
+TEST_CASE("fuse writes a directory that loads: configuration, tokenizer, card, and a head that comes apart from its "
+          "embedding")
+{
+    const scratch folder;
+    values_model base{{"model.embed_tokens.weight", random_tensor({11, 6}, 1)},
+        {"model.layers.0.q_proj.weight", random_tensor({6, 6}, 2)}};
+    std::filesystem::create_directories(folder / "base");
+    write_values(folder / "base/model.safetensors", base);
+    write_text(folder / "base/config.json", R"({"model_type": "llama", "tie_word_embeddings": true})");
+    write_text(folder / "base/tokenizer.json", "{}");
+    auto tensors = factors("model.layers.0.q_proj", 6, 6, 5);
+    write_adapter_as(folder / "plain", tensors);
+    auto result = run(folder, {"fuse", "--base", "base", "--adapter", "plain", "--out", "fused"});
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    CHECK(read_values(folder / "fused/model.safetensors").size() == 2);
+    CHECK(slurp(folder / "fused/tokenizer.json") == "{}");
+    CHECK(slurp(folder / "fused/README.md").find("| plain | adapter | 1 |") != std::string::npos);
+    CHECK(nlohmann::json::parse(slurp(folder / "fused/config.json"))["tie_word_embeddings"] == true);
+
+    const auto head = factors("lm_head", 11, 6, 7);
+    tensors.insert(head.begin(), head.end());
+    write_adapter_as(folder / "head", tensors);
+    result = run(folder, {"fuse", "--base", "base", "--adapter", "head", "--out", "untied"});
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    CHECK(result.err.find("tie_word_embeddings: false") != std::string::npos);
+    const auto untied = read_values(folder / "untied/model.safetensors");
+    CHECK(untied.at("model.embed_tokens.weight").values == base.at("model.embed_tokens.weight").values);
+    CHECK(untied.at("lm_head.weight").values
+        == added(base.at("model.embed_tokens.weight"), head.at("lm_head.lora_A.weight"),
+            head.at("lm_head.lora_B.weight"), 0.5)
+            .values);
+    CHECK(nlohmann::json::parse(slurp(folder / "untied/config.json"))["tie_word_embeddings"] == false);
+
+    // An embedding's factors lie the other way round; the head keeps what it had.
+    const values_model embedding{{"model.embed_tokens.lora_embedding_A", random_tensor({2, 11}, 8)},
+        {"model.embed_tokens.lora_embedding_B", random_tensor({6, 2}, 9)}};
+    write_adapter_as(folder / "words", embedding);
+    REQUIRE(run(folder, {"fuse", "--base", "base", "--adapter", "words", "--out", "words-fused"}).code == 0);
+    const auto words = read_values(folder / "words-fused/model.safetensors");
+    const auto expected =
+        added(base.at("model.embed_tokens.weight"), embedding.at("model.embed_tokens.lora_embedding_A"),
+            embedding.at("model.embed_tokens.lora_embedding_B"), 0.5, true);
+    CHECK(words.at("model.embed_tokens.weight").values == expected.values);
+    CHECK(words.at("lm_head.weight").values == base.at("model.embed_tokens.weight").values);
+    // Tied on purpose, they stay one matrix.
+    write_adapter_as(folder / "tied", embedding, {{"ensure_weight_tying", true}});
+    REQUIRE(run(folder, {"fuse", "--base", "base", "--adapter", "tied", "--out", "tied-fused"}).code == 0);
+    const auto tied = read_values(folder / "tied-fused/model.safetensors");
+    CHECK(tied.size() == 2);
+    CHECK(tied.at("model.embed_tokens.weight").values == expected.values);
+}
+
+TEST_CASE("fuse takes square weights of Conv1D models the other way round, by flag, configuration or the adapter")
+{
+    const scratch folder;
+    const values_model base{
+        {"h.0.attn.c_attn.weight", random_tensor({6, 18}, 1)}, {"h.0.attn.c_proj.weight", random_tensor({6, 6}, 2)}};
+    std::filesystem::create_directories(folder / "gpt2");
+    write_values(folder / "gpt2/model.safetensors", base);
+    write_values(folder / "alone.safetensors", base);
+    write_text(folder / "gpt2/config.json", R"({"model_type": "gpt2"})");
+    auto tensors = factors("transformer.h.0.attn.c_attn", 18, 6, 3);
+    tensors.merge(factors("transformer.h.0.attn.c_proj", 6, 6, 5));
+    write_adapter_as(folder / "unsaid", tensors);
+    write_adapter_as(folder / "said", tensors, {{"fan_in_fan_out", true}});
+    const auto part = [&](const std::string& name, const std::string& which) {
+        return tensors.at("transformer.h.0.attn." + name + ".lora_" + which + ".weight");
+    };
+    auto expected = base;
+    for (const std::string name : {"c_attn", "c_proj"}) {
+        auto& weight = expected["h.0.attn." + name + ".weight"];
+        weight = added(weight, part(name, "A"), part(name, "B"), 0.5, true);
+    }
+    const auto check = [&](const std::vector<std::string>& arguments) {
+        const auto result = run(folder, arguments);
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        CHECK(result.err.find("names of components and processors left out") != std::string::npos);
+        CHECK(same(read_values(folder / "out.safetensors"), expected));
+    };
+    check({"fuse", "--base", "gpt2", "--adapter", "unsaid", "--out", "out.safetensors"});
+    check({"fuse", "--base", "alone.safetensors", "--adapter", "said", "--out", "out.safetensors"});
+    check(
+        {"fuse", "--base", "alone.safetensors", "--adapter", "unsaid", "--out", "out.safetensors", "--fan-in-fan-out"});
+}
+
+TEST_CASE("fuse rescales by DoRA, replaces what was trained whole, and adds biases of lora_B")
+{
+    const scratch folder;
+    const auto base = two_layers();
+    write_values(folder / "base.safetensors", base);
+    auto tensors = factors("layers.0", 9, 20, 10);
+    tensors["layers.0.lora_magnitude_vector"] = random_tensor({9}, 30);
+    tensors["layers.0.lora_B.bias"] = random_tensor({9}, 31);
+    tensors["layers.1.weight"] = random_tensor({20, 20}, 32);
+    write_adapter_as(
+        folder / "a", tensors, {{"use_dora", true}, {"lora_bias", true}, {"modules_to_save", {"layers.1"}}});
+    const auto result = run(folder, fuse_one);
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    const auto fused = read_values(folder / "out.safetensors");
+    CHECK(fused.at("layers.1.weight").values == tensors.at("layers.1.weight").values);
+    const auto& w = base.at("layers.0.weight").values;
+    const auto &a = tensors.at("layers.0.lora_A.weight").values, &b = tensors.at("layers.0.lora_B.weight").values;
+    for (std::size_t o = 0; o < 9; ++o) {
+        std::vector<double> row;
+        double squares = 0;
+        for (std::size_t i = 0; i < 20; ++i) {
+            row.push_back(double{w[o * 20 + i]}
+                + 0.5 * (double{b[o * 2]} * double{a[i]} + double{b[o * 2 + 1]} * double{a[20 + i]}));
+            squares += row.back() * row.back();
+        }
+        const double gain = double{tensors.at("layers.0.lora_magnitude_vector").values[o]} / std::sqrt(squares);
+        for (std::size_t i = 0; i < 20; ++i) {
+            CHECK(std::abs(double{fused.at("layers.0.weight").values[o * 20 + i]} - gain * row[i]) < 2e-6);
+        }
+        CHECK(fused.at("layers.0.bias").values[o]
+            == doctest::Approx(
+                base.at("layers.0.bias").values[o] + 0.5f * tensors.at("layers.0.lora_B.bias").values[o]));
+    }
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors", "--subtract"},
+        1, "DoRA");
+}
+
+TEST_CASE("fuse reads the dialects of kohya, diffusers and MLX, and keys with an adapter's name, as the same update")
+{
+    const scratch folder;
+    const values_model base{{"down_blocks.0.attn1.to_q.weight", random_tensor({8, 6}, 1)},
+        {"down_blocks.0.attn1.to_out.0.weight", random_tensor({6, 8}, 2)},
+        {"conv_in.weight", random_tensor({4, 3, 3, 3}, 3)}};
+    write_values(folder / "base.safetensors", base);
+    const auto qa = random_tensor({2, 6}, 4), qb = random_tensor({8, 2}, 5), oa = random_tensor({2, 8}, 6),
+               ob = random_tensor({6, 2}, 7);
+    const auto conv_a = random_tensor({2, 3, 3, 3}, 8), conv_b = random_tensor({4, 2, 1, 1}, 9);
+    auto expected = base;
+    expected["down_blocks.0.attn1.to_q.weight"] = added(base.at("down_blocks.0.attn1.to_q.weight"), qa, qb, 0.5);
+    expected["down_blocks.0.attn1.to_out.0.weight"] =
+        added(base.at("down_blocks.0.attn1.to_out.0.weight"), oa, ob, 0.5);
+    auto with_conv = expected;
+    with_conv["conv_in.weight"] = added(base.at("conv_in.weight"), conv_a, conv_b, 0.5);
+    const values_tensor one{taskvec::dtype::f32, {}, {1}};
+    const auto turned = [](const values_tensor& x) {
+        values_tensor y{x.dtype, {x.shape[1], x.shape[0]}, {}};
+        for (std::int64_t j = 0; j < x.shape[1]; ++j) {
+            for (std::int64_t i = 0; i < x.shape[0]; ++i) {
+                y.values.push_back(x.values[static_cast<std::size_t>(i * x.shape[1] + j)]);
+            }
+        }
+        return y;
+    };
+    const auto fused_by = [&](const std::string& adapter, const values_model& model, const std::string& dialect) {
+        CAPTURE(adapter);
+        const auto result = run(folder,
+            {"fuse", "--base", "base.safetensors", "--adapter", adapter, "--out", "out.safetensors", "--report",
+                "r.json"});
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        CHECK(same(read_values(folder / "out.safetensors"), model));
+        CHECK(nlohmann::json::parse(slurp(folder / "r.json"))["adapters"][0]["dialect"] == dialect);
+        return result.err;
+    };
+    const std::string q = "down_blocks.0.attn1.to_q", o = "down_blocks.0.attn1.to_out.0";
+    write_values(folder / "kohya.safetensors",
+        {{"lora_unet_down_blocks_0_attn1_to_q.lora_down.weight", qa},
+            {"lora_unet_down_blocks_0_attn1_to_q.lora_up.weight", qb},
+            {"lora_unet_down_blocks_0_attn1_to_q.alpha", one},
+            {"lora_unet_down_blocks_0_attn1_to_out_0.lora_down.weight", oa},
+            {"lora_unet_down_blocks_0_attn1_to_out_0.lora_up.weight", ob},
+            {"lora_unet_down_blocks_0_attn1_to_out_0.alpha", one}, {"lora_unet_conv_in.lora_down.weight", conv_a},
+            {"lora_unet_conv_in.lora_up.weight", conv_b}, {"lora_unet_conv_in.alpha", one}});
+    fused_by("kohya.safetensors", with_conv, "kohya");
+    auto half_up = qb, half_out = ob;
+    for (auto* x : {&half_up, &half_out}) {
+        for (auto& value : x->values) { value *= 0.5f; }
+    }
+    std::filesystem::create_directories(folder / "diffusers");
+    write_values(folder / "diffusers/pytorch_lora_weights.safetensors",
+        {{"unet.down_blocks.0.attn1.processor.to_q_lora.down.weight", qa},
+            {"unet.down_blocks.0.attn1.processor.to_q_lora.up.weight", half_up},
+            {"unet.down_blocks.0.attn1.processor.to_out_lora.down.weight", oa},
+            {"unet.down_blocks.0.attn1.processor.to_out_lora.up.weight", half_out}});
+    CHECK(fused_by("diffusers", expected, "diffusers").find("gives no alpha") != std::string::npos);
+    std::filesystem::create_directories(folder / "mlx");
+    write_values(folder / "mlx/adapters.safetensors",
+        {{q + ".lora_a", turned(qa)}, {q + ".lora_b", turned(qb)}, {o + ".lora_a", turned(oa)},
+            {o + ".lora_b", turned(ob)}});
+    write_text(folder / "mlx/adapter_config.json",
+        R"({"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 0.5}})");
+    fused_by("mlx", expected, "MLX");
+    values_model named;
+    for (const auto& [name, tensor] :
+        values_model{{q + ".lora_A.default.weight", qa}, {q + ".lora_B.default.weight", qb},
+            {o + ".lora_A.default.weight", oa}, {o + ".lora_B.default.weight", ob}}) {
+        named[name] = tensor;
+    }
+    write_adapter_as(folder / "named", named);
+    fused_by("named", expected, "PEFT");
+
+    write_values(folder / "mixed.safetensors",
+        {{q + ".lora_A.weight", qa}, {q + ".lora_B.weight", qb}, {o + ".lora.down.weight", oa},
+            {o + ".lora.up.weight", ob}});
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "mixed.safetensors", "--out", "no.safetensors"},
+        1, "mixes dialects");
+    named.erase(o + ".lora_A.default.weight");
+    named[o + ".lora_A.other.weight"] = oa;
+    write_adapter_as(folder / "several", named);
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "several", "--out", "no.safetensors"}, 1,
+        "holds the adapters 'other' and 'default'");
+}
+
+TEST_CASE("fuse reads LoHa and LoKr")
+{
+    const scratch folder;
+    const values_model base{{"w.weight", random_tensor({6, 8}, 1)}};
+    write_values(folder / "base.safetensors", base);
+    const auto product = [](const values_tensor& x, const values_tensor& y) {
+        std::vector<double> z(static_cast<std::size_t>(x.shape[0] * y.shape[1]));
+        for (std::int64_t i = 0; i < x.shape[0]; ++i) {
+            for (std::int64_t j = 0; j < y.shape[1]; ++j) {
+                for (std::int64_t k = 0; k < x.shape[1]; ++k) {
+                    z[static_cast<std::size_t>(i * y.shape[1] + j)] +=
+                        double{x.values[static_cast<std::size_t>(i * x.shape[1] + k)]}
+                        * double{y.values[static_cast<std::size_t>(k * y.shape[1] + j)]};
+                }
+            }
+        }
+        return z;
+    };
+    const auto check = [&](const std::vector<double>& delta) {
+        const auto result = run(
+            folder, {"fuse", "--base", "base.safetensors", "--adapter", "a.safetensors", "--out", "out.safetensors"});
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        const auto fused = read_values(folder / "out.safetensors").at("w.weight").values;
+        for (std::size_t i = 0; i < fused.size(); ++i) {
+            CHECK(std::abs(double{fused[i]} - (double{base.at("w.weight").values[i]} + delta[i])) < 1e-5);
+        }
+    };
+    const values_tensor alpha{taskvec::dtype::f32, {}, {3}};
+    const auto w1a = random_tensor({6, 2}, 2), w1b = random_tensor({2, 8}, 3), w2a = random_tensor({6, 2}, 4),
+               w2b = random_tensor({2, 8}, 5);
+    write_values(folder / "a.safetensors",
+        {{"lycoris_w.hada_w1_a", w1a}, {"lycoris_w.hada_w1_b", w1b}, {"lycoris_w.hada_w2_a", w2a},
+            {"lycoris_w.hada_w2_b", w2b}, {"lycoris_w.alpha", alpha}});
+    auto delta = product(w1a, w1b);
+    const auto other = product(w2a, w2b);
+    for (std::size_t i = 0; i < delta.size(); ++i) { delta[i] *= other[i] * 1.5; }
+    check(delta);
+
+    const auto small = random_tensor({2, 2}, 6), left = random_tensor({3, 1}, 7), right = random_tensor({1, 4}, 8),
+               full = random_tensor({3, 4}, 9);
+    const auto kron = [&](const std::vector<double>& y, double scale) {
+        std::vector<double> z(48);
+        for (std::size_t i = 0; i < 6; ++i) {
+            for (std::size_t j = 0; j < 8; ++j) {
+                z[i * 8 + j] = scale * double{small.values[i / 3 * 2 + j / 4]} * y[i % 3 * 4 + j % 4];
+            }
+        }
+        return z;
+    };
+    write_values(folder / "a.safetensors",
+        {{"lycoris_w.lokr_w1", small}, {"lycoris_w.lokr_w2_a", left}, {"lycoris_w.lokr_w2_b", right},
+            {"lycoris_w.alpha", alpha}});
+    check(kron(product(left, right), 3));
+    write_values(folder / "a.safetensors",
+        {{"lycoris_w.lokr_w1", small}, {"lycoris_w.lokr_w2", full}, {"lycoris_w.alpha", alpha}});
+    check(kron(std::vector<double>(full.values.begin(), full.values.end()), 1));
+}
+
+TEST_CASE("fuse names what is wrong with an adapter, and writes nothing")
+{
+    const scratch folder;
+    write_values(folder / "base.safetensors", two_layers());
+    auto tensors = factors("layers.0", 9, 20, 10);
+    const auto with = [&](const values_model& more, const nlohmann::json& config = {}) {
+        std::filesystem::remove_all(folder / "a");
+        std::filesystem::create_directories(folder / "a");
+        auto all = tensors;
+        for (const auto& [name, tensor] : more) { all[name] = tensor; }
+        write_adapter_as(folder / "a", all, config);
+    };
+    with({{"layers.1.lora_A.weight", random_tensor({2, 20}, 1)}});
+    refused(folder, fuse_one, 1, "module 'layers.1' has lora_A but no lora_B");
+    with(factors("layers.7", 9, 20, 1));
+    refused(folder, fuse_one, 1, "module 'layers.7' of 'a' is no module of 'base.safetensors'");
+    with(factors("layers.1", 20, 21, 1));
+    refused(folder, fuse_one, 1, "its update in 'a' is 20×21");
+    with({{"layers.0.alpha", {taskvec::dtype::f32, {}, {7}}}});
+    refused(folder, fuse_one, 1, "has the alpha 7 but adapter_config.json says 1");
+    with({{"layers.0.lora_A.weight", random_tensor({0, 20}, 1)}, {"layers.0.lora_B.weight", random_tensor({9, 0}, 1)}});
+    refused(folder, fuse_one, 1, "rank 0");
+    with({}, {{"layer_replication", {{0, 1}}}});
+    refused(folder, fuse_one, 1, "layer_replication");
+    with({}, {{"target_parameters", {"experts.w"}}});
+    refused(folder, fuse_one, 1, "target_parameters");
+    with({{"layers.1.oft_r", random_tensor({2, 20}, 1)}});
+    refused(folder, fuse_one, 1, "'base_model.model.layers.1.oft_r'");
+    with({{"layers.0.lora_A.weight", {taskvec::dtype::f32, {2, 20}, std::vector<float>(40, std::nanf(""))}}});
+    refused(folder, fuse_one, 1, "NaN");
+    with({{"layers.0.base_layer.weight", random_tensor({9, 20}, 77)}});
+    refused(folder, fuse_one, 1, "a copy of the weight 'layers.0.weight'");
+    refused(folder, {"fuse", "--base", "base.safetensors", "--out", "o.safetensors"}, 2, "--adapter");
+    refused(
+        folder, {"fuse", "--base", "base.safetensors", "--adapter", "nothing", "--out", "o.safetensors"}, 1, "nothing");
+    // What the base lacks may be left out on purpose.
+    with(factors("layers.7", 9, 20, 1));
+    auto left_out = fuse_one;
+    left_out.insert(left_out.end(), {"--exclude", "layers.7"});
+    const auto result = run(folder, left_out);
+    CAPTURE(result.err);
+    CHECK(result.code == 0);
+    CHECK(result.out.find("1 tensor of 3 changed") != std::string::npos);
+}

@@ -1,0 +1,217 @@
+// Adapters on a base.
+// SPDX-License-Identifier: Apache-2.0
+#include "adapter_sums.hpp"
+
+#include "runner.hpp"
+#include "words.hpp"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+namespace tool {
+
+namespace {
+
+nlohmann::json config_beside(const fs::path& model)
+{
+    std::error_code ignored;
+    const auto file = (fs::is_directory(model, ignored) ? model : model.parent_path()) / "config.json";
+    if (!fs::is_regular_file(file, ignored)) { return nlohmann::json::object(); }
+    auto config = taskvec::parse_json(taskvec::read_text_file(file), file.string());
+    return config.is_object() ? config : nlohmann::json::object();
+}
+
+/// Models whose linear layers are transformers' Conv1D: their weights lie in×out.
+bool has_conv1d(const nlohmann::json& config)
+{
+    static constexpr std::array<std::string_view, 6> types{
+        "gpt2", "openai-gpt", "imagegpt", "ctrl", "decision_transformer", "gpt-sw3"};
+    const auto type = config.find("model_type");
+    return type != config.end() && type->is_string()
+        && std::find(types.begin(), types.end(), type->get_ref<const std::string&>()) != types.end();
+}
+
+/// Whether the head of a model is its embedding: as its configuration says, or as transformers takes it where that says
+/// nothing and the head is in no file.
+bool heads_are_tied(const nlohmann::json& config, bool head_missing)
+{
+    for (const auto* part : {&config, config.contains("text_config") ? &config["text_config"] : nullptr}) {
+        if (!part || !part->is_object() || !part->contains("tie_word_embeddings")) { continue; }
+        return (*part)["tie_word_embeddings"] == true;
+    }
+    const auto architectures = config.find("architectures");
+    if (!head_missing || architectures == config.end() || !architectures->is_array() || architectures->empty()) {
+        return false;
+    }
+    const auto& first = (*architectures)[0];
+    if (!first.is_string()) { return false; }
+    const auto& name = first.get_ref<const std::string&>();
+    return name.ends_with("LMHeadModel") || name.ends_with("ForCausalLM") || name.ends_with("ForConditionalGeneration");
+}
+
+bool is_head_module(std::string_view module)
+{
+    return module == "lm_head" || module.ends_with(".lm_head") || module == "embed_out"
+        || module.ends_with(".embed_out");
+}
+
+/// The input embedding of a language model by the name of its weight; nullptr: it has none.
+const taskvec::const_model_ref::entry* input_embedding(const taskvec::const_model_ref& model)
+{
+    for (const std::string_view ending :
+        {"embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight"}) {
+        for (const auto& entry : model) {
+            if (entry.name.ends_with(ending) && entry.tensor.shape.size() == 2) { return &entry; }
+        }
+    }
+    return nullptr;
+}
+
+template <class T>
+std::vector<std::string> module_names(const taskvec::adapter_contents<T>& adapter)
+{
+    std::vector<std::string> names;
+    for (const auto& [module, made] : adapter.modules) { names.push_back(module); }
+    return names;
+}
+
+} // namespace
+
+std::uint64_t adapter_sum::bytes() const
+{
+    std::uint64_t total = 0;
+    for (const auto& file : files_) { total += file.data_bytes(); }
+    return total;
+}
+
+adapter_sum::adapter_sum(const std::vector<task_argument>& arguments, const taskvec::checkpoint& base,
+    const settings& how, const run_options& run)
+    : base_(base.model())
+{
+    for (const auto& argument : arguments) {
+        files_.push_back(open_guarded(taskvec::adapter_tensor_file(argument.path)));
+        bool wide = false;
+        for (const auto& [name, tensor] : files_.back().model()) { wide = wide || tensor.dtype == taskvec::dtype::f64; }
+        if (wide) { adapters_.emplace_back(taskvec::read_adapter<double>(argument.path)); }
+        else {
+            adapters_.emplace_back(taskvec::read_adapter<float>(argument.path));
+        }
+        std::visit([&](auto& read) { add(read, argument, files_.back(), how, run); }, adapters_.back());
+    }
+    if (changes_.empty()) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
+            "no module of the adapters is left: there is nothing to add to the base");
+    }
+}
+
+/// An adapter of a head that is tied to the embedding, or of the embedding, changes one of the two: unless it says that
+/// they stay one, the head becomes a tensor of its own. Returns the name of the head's tensor then.
+template <class T>
+std::string adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run)
+{
+    const auto names_of = [&](const auto& matches) {
+        std::string found;
+        for (const auto& [module, made] : read.modules) {
+            if (matches(module)) { found = module; }
+        }
+        for (const auto& [name, tensor] : read.wholes) {
+            if (name.ends_with(".weight") && matches(name.substr(0, name.size() - 7))) {
+                found = name.substr(0, name.size() - 7);
+            }
+        }
+        return found;
+    };
+    const std::string head = names_of([](const std::string& module) { return is_head_module(module); });
+    const auto* const embedding = input_embedding(base_);
+    if (!embedding) { return ""; }
+    const auto last = [](std::string_view name) { return name.substr(name.rfind('.') + 1); };
+    const std::string module = embedding->name.substr(0, embedding->name.size() - 7);
+    const std::string adapted =
+        names_of([&](const std::string& name) { return last(name) == last(module) || name == module; });
+    if (head.empty() && adapted.empty()) { return ""; }
+    std::string stored_head;
+    for (const auto& [name, tensor] : base_) {
+        if (name.ends_with(".weight") && is_head_module(name.substr(0, name.size() - 7))) { stored_head = name; }
+    }
+    const auto config = config_beside(how.base_path);
+    const bool tied = heads_are_tied(config, stored_head.empty()) || (stored_head.empty() && !head.empty());
+    if (!tied) { return ""; }
+    if (read.tied) {
+        // One matrix, changed once: by the embedding's factors, or the head's where these are all there are.
+        if (!head.empty() && !adapted.empty() && stored_head.empty()) {
+            read.modules.erase(head);
+            read.wholes.erase(head + ".weight");
+        }
+        return "";
+    }
+    const std::string name =
+        stored_head.empty() ? (head.empty() ? std::string("lm_head") : head) + ".weight" : stored_head;
+    if (!how.may_untie) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
+            taskvec::message(read.label, " changes '", head.empty() ? adapted : head,
+                "' alone, and the base ties its head to its embedding: as a task it cannot; fold it first (taskvec "
+                "fuse)"));
+    }
+    if (stored_head.empty()) { base_.insert(name, taskvec::const_tensor_ref(embedding->tensor)); }
+    untied_ = true;
+    note(run,
+        taskvec::message(read.label, " changes ",
+            head.empty()          ? "the embedding, and not the head that is tied to it"
+                : adapted.empty() ? "the head, and not the embedding that it is tied to"
+                                  : "the head and the embedding that it is tied to each by itself",
+            ": the result holds '", name, "' for itself, and must be loaded with tie_word_embeddings: false"));
+    return name;
+}
+
+template <class T>
+void adapter_sum::add(taskvec::adapter_contents<T>& read, const task_argument& argument,
+    const taskvec::checkpoint& opened, const settings& how, const run_options& run)
+{
+    (void)opened;
+    for (const auto& text : read.notes) { note(run, text); }
+    if (how.subtract) {
+        for (const auto& [module, made] : read.modules) {
+            if (made.magnitude.empty()) { continue; }
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
+                taskvec::message("--subtract: module '", module, "' of ", read.label,
+                    " is DoRA's, whose norms are those of the base: it cannot be taken out of a model that holds it"));
+        }
+        if (!read.wholes.empty()) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
+                taskvec::message("--subtract: ", read.label, " replaces '", read.wholes.begin()->first,
+                    "' whole, and nothing tells what was there before: leave it out by --exclude"));
+        }
+    }
+    const std::string head = untie(read, how, run);
+    auto match = taskvec::match_modules(module_names(read), base_, read.dialect);
+    if (how.include) { // what is left out on purpose may be unknown to the base
+        std::erase_if(match.unmatched, [&](const std::string& module) {
+            if (how.include(module + ".weight")) { return false; }
+            read.modules.erase(module);
+            return true;
+        });
+        std::erase_if(read.modules, [&](const auto& one) {
+            const auto place = match.tensors.find(one.first);
+            return place != match.tensors.end() && !how.include(place->second);
+        });
+        std::erase_if(read.wholes, [&](const auto& one) { return !how.include(match.renamed(one.first, base_)); });
+    }
+    if (!match.changes.empty()) {
+        std::string text;
+        for (const auto& change : match.changes) { text += (text.empty() ? "" : ", ") + change; }
+        note(run, "modules of " + read.label + ": " + text);
+    }
+    facts about{std::string(taskvec::to_string(read.dialect)), read.modules.size(), read.wholes.size(), 0, 0};
+    for (const auto& [module, made] : read.modules) {
+        const auto rank = made.update.rank();
+        about.least_rank = about.least_rank == 0 ? rank : std::min(about.least_rank, rank);
+        about.greatest_rank = std::max(about.greatest_rank, rank);
+    }
+    facts_.push_back(about);
+    const std::string base_label = "'" + how.base_path.string() + "'";
+    taskvec::add_adapter(changes_, base_, read, match, how.subtract ? -argument.weight : argument.weight,
+        {.conv1d = how.fan_in_fan_out || has_conv1d(config_beside(how.base_path)), .label = base_label});
+}
+
+} // namespace tool

@@ -1,0 +1,67 @@
+// Adapters on a base: read in any dialect, lined up with its names, and added up without forming their updates.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "arguments.hpp"
+
+#include <taskvec/adapters/adapted_model.hpp>
+#include <taskvec/formats/adapter_names.hpp>
+#include <taskvec/formats/checkpoint.hpp>
+
+#include <deque>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+namespace tool {
+
+/// Σ weight·(what each adapter does), for a base. Never moves: changes() points into it.
+class adapter_sum {
+public:
+    struct settings {
+        fs::path base_path;
+        std::function<bool(std::string_view)>
+            include{}; ///< modules without a weight in the base that it leaves out are no error
+        bool fan_in_fan_out = false; ///< square weights lie in×out
+        bool subtract = false;
+        bool may_untie = true; ///< a head that is tied to an embedding may become a tensor of its own
+    };
+    adapter_sum(const std::vector<task_argument>& arguments, const taskvec::checkpoint& base, const settings& how,
+        const run_options& run);
+    adapter_sum(const adapter_sum&) = delete;
+    adapter_sum& operator=(const adapter_sum&) = delete;
+
+    /// The base's tensors, and its head beside the embedding that it was tied to, where the two come apart.
+    [[nodiscard]] const taskvec::const_model_ref& base() const { return base_; }
+    [[nodiscard]] const taskvec::adapted_model& changes() const { return changes_; }
+    /// Whether the head has a tensor of its own now, or other values than the embedding.
+    [[nodiscard]] bool untied() const { return untied_; }
+    /// The files of tensors, in the order of the arguments.
+    [[nodiscard]] const std::deque<taskvec::checkpoint>& files() const { return files_; }
+    [[nodiscard]] std::uint64_t bytes() const;
+
+    struct facts {
+        std::string dialect;
+        std::size_t modules = 0, wholes = 0, least_rank = 0, greatest_rank = 0;
+    };
+    [[nodiscard]] const std::vector<facts>& about() const { return facts_; }
+
+private:
+    using adapter = std::variant<taskvec::adapter_contents<float>, taskvec::adapter_contents<double>>;
+    template <class T>
+    void add(taskvec::adapter_contents<T>& read, const task_argument& argument, const taskvec::checkpoint& opened,
+        const settings& how, const run_options& run);
+    template <class T>
+    std::string untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run);
+
+    taskvec::const_model_ref base_;
+    std::deque<taskvec::checkpoint> files_;
+    std::deque<adapter> adapters_;
+    std::vector<facts> facts_;
+    taskvec::adapted_model changes_;
+    bool untied_ = false;
+};
+
+} // namespace tool
