@@ -243,7 +243,7 @@ void add_merge_options(command& verb, merge_request& request, const std::vector<
     verb.after_parse([&request](const std::vector<std::pair<std::string, std::string>>& given) {
         std::string task;
         for (const auto& [flag, value] : given) {
-            if (flag == "--task") { task = value; }
+            if (flag == "--task" || flag == "--task-adapter") { task = value; }
             if (flag != "--weight") { continue; }
             if (task.empty()) {
                 throw usage_error("--weight '" + value + "' stands before every --task; it belongs after one");
@@ -338,7 +338,7 @@ const method_entry& find_method(const merge_request& request)
     }
     if (place->check) { place->check(request); }
     if (!place->weighted) {
-        check_no_weights(request.tasks, who, place->without_weights);
+        check_no_weights(request, who, place->without_weights);
         if (!request.weights.empty()) {
             throw usage_error(who + " has no meaning for --weight: " + place->without_weights);
         }
@@ -385,6 +385,10 @@ nlohmann::ordered_json report_of(const runner& run, const merge_request& request
     for (std::size_t t = 0; t < inputs.arguments().size(); ++t) {
         const auto& task = inputs.arguments()[t];
         nlohmann::ordered_json entry{{"name", task.name}, {"path", task.path.string()}, {"weight", task.weight}};
+        if (inputs.adapter(t)) {
+            entry["weight"] = 1;
+            entry["adapter_weight"] = task.weight;
+        }
         if (inputs.models().filled()[t] > 0) { entry["missing"] = inputs.models().filled()[t]; }
         entry["kept"] = kept[t];
         entry["conflicting"] =

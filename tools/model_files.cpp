@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model_files.hpp"
 
+#include "adapter_sums.hpp"
 #include "words.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
@@ -249,6 +250,10 @@ std::vector<recipe::model> recipe_models(const model_request& request, const mer
     }
     for (std::size_t t = 0; t < inputs.tasks().size(); ++t) {
         const auto& task = inputs.arguments()[t];
+        if (const auto* const sum = inputs.adapter(t)) {
+            models.push_back({"task, an adapter", task.name, task.path, task.weight, &sum->files().front()});
+            continue;
+        }
         models.push_back({"task", task.name, task.path, task.weight, &inputs.tasks()[t]});
     }
     return models;

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "models.hpp"
 
+#include "adapter_sums.hpp"
 #include "words.hpp"
 
 #include <taskvec/formats/name_pattern.hpp>
@@ -54,10 +55,35 @@ void add_base_option(command& verb, model_request& request, presence how)
     verb.text("--base", request.base, "MODEL", "The pre-trained model that the tasks started from", how);
 }
 
+void add_tasks_options(command& verb, model_request& request, const std::string& unit, const std::string& help)
+{
+    const auto ignore = [](const std::string&) { };
+    verb.take("--task", unit, help, ignore, true);
+    verb.take("--task-adapter", "PATH[=W]",
+        "An adapter: the base with W times its update (default 1) is a task, which no file holds", ignore, true);
+    verb.after_parse([&request](const std::vector<std::pair<std::string, std::string>>& given) {
+        for (const auto& [flag, value] : given) {
+            if (flag != "--task" && flag != "--task-adapter") { continue; }
+            const bool adapter = flag == "--task-adapter";
+            for (const auto& other : request.tasks) {
+                if (other == value && request.adapters.contains(value) != adapter) {
+                    throw usage_error("'" + value + "' is given by --task and by --task-adapter; it is one of the two");
+                }
+            }
+            if (adapter) { request.adapters.insert(value); }
+            request.tasks.push_back(value);
+        }
+        if (request.tasks.empty()) { throw usage_error("--task is required"); }
+        if (!request.adapters.empty() && request.base.empty()) {
+            throw usage_error("--base is required by --task-adapter: the model that the adapter was trained on");
+        }
+    });
+}
+
 void add_weighted_tasks_option(command& verb, model_request& request)
 {
-    verb.texts("--task", request.tasks, "PATH[=WEIGHT]",
-        "A fine-tuned model, with its weight (default 1); repeat, order counts", presence::required);
+    add_tasks_options(
+        verb, request, "PATH[=WEIGHT]", "A fine-tuned model, with its weight (default 1); repeat, order counts");
 }
 
 void add_nonfinite_option(command& verb, std::string& nonfinite)
@@ -180,6 +206,11 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
         options.base_label = in_quotes(request.base);
     }
     for (const auto& task : arguments_) {
+        if (request.adapters.contains(task.text)) {
+            options.labels.push_back(in_quotes(task.path));
+            add_adapter(request, task, tasks_.size());
+            continue;
+        }
         weights_.push_back(task.weight);
         const auto& rules = rules_of(request, task.text);
         tasks_.push_back(open_noted(task.path, request.run, request.index, rules));
@@ -196,6 +227,9 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     for (const auto& task : tasks_) { task_models_.push_back(task.model()); }
     check_filters(request);
     models_.emplace(base_ ? &base_->model() : nullptr, task_models_, std::move(options));
+    for (const auto& [t, sum] : sums_) {
+        for (auto& source : sum->changes().attach(*models_, t)) { sources_.push_back(std::move(source)); }
+    }
     if (models_->tensors().empty() && !models_->outputs().empty()) {
         const bool filtered = !request.include.empty() || !request.exclude.empty();
         const bool lacking = std::any_of(
@@ -208,6 +242,36 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
         }
     }
     note_what_is_missing(request);
+}
+
+/// The task stands for the base; its tensors are worked out once all are lined up.
+void merge_inputs::add_adapter(const model_request& request, const task_argument& task, std::size_t t)
+{
+    if (!rules_of(request, task.text).empty()) {
+        throw usage_error("--rename and --map have no meaning for --task-adapter '" + task.path.string()
+            + "', whose modules are lined up with the base by themselves");
+    }
+    if (request.run.device != "cpu") {
+        throw usage_error(
+            "--task-adapter runs on the cpu; leave --device out, or store the model first (taskvec fuse)");
+    }
+    sums_.emplace(t,
+        std::make_unique<adapter_sum>(std::vector{task}, *base_,
+            adapter_sum::settings{.base_path = request.base,
+                .include = name_filter(request.include, request.exclude),
+                .may_untie = false},
+            request.run));
+    weights_.push_back(1);
+    tasks_.push_back(open_noted(request.base, request.run, request.index, rules_of(request, "")));
+}
+
+merge_inputs::~merge_inputs() = default;
+
+std::vector<std::unique_ptr<taskvec::operand_source>> merge_inputs::attach(
+    taskvec::aligned_models& models, std::size_t place, std::size_t t) const
+{
+    if (!adapter(t)) { return {}; }
+    return adapter(t)->changes().attach(models, place);
 }
 
 std::string merge_inputs::name_of_base(const model_request& request) const
@@ -241,6 +305,7 @@ void merge_inputs::line_up(const model_request& request)
     const auto reference_path = base_ ? fs::path(request.base) : arguments_.front().path;
     auto& first = base_ ? *base_ : tasks_.front();
     for (std::size_t t = base_ ? 0 : 1; t < tasks_.size(); ++t) {
+        if (adapter(t)) { continue; }
         auto& task = tasks_[t];
         const auto label = in_quotes(arguments_[t].path);
         std::size_t extra = 0, lacking = 0, present = 0;
@@ -291,6 +356,7 @@ void merge_inputs::check_filters(const model_request& request) const
     };
     if (base_) { add(*base_); }
     for (const auto& task : tasks_) { add(task); }
+    for (const auto& [t, sum] : sums_) { add(sum->files().front()); }
     const auto what = "tensor of " + name_of_base(request) + (base_ || tasks_.size() > 1 ? " and the tasks" : "");
     check_patterns(request.include, "--include", names, what);
     check_patterns(request.exclude, "--exclude", names, what);
@@ -351,10 +417,10 @@ std::uint64_t merge_inputs::copied_bytes() const
     return total;
 }
 
-void check_no_weights(const std::vector<std::string>& tasks, const std::string& who, const std::string& mend)
+void check_no_weights(const model_request& request, const std::string& who, const std::string& mend)
 {
-    for (const auto& task : parse_tasks(tasks)) {
-        if (task.weight != 1) {
+    for (const auto& task : parse_tasks(request.tasks)) {
+        if (task.weight != 1 && !request.adapters.contains(task.text)) {
             throw usage_error(taskvec::message(
                 who, " has no meaning for the weight ", task.weight, " of --task '", task.path.string(), "': ", mend));
         }
@@ -386,6 +452,11 @@ std::string describe(const merge_inputs& inputs)
     };
     if (inputs.base()) { line("base", *inputs.base(), ""); }
     for (std::size_t t = 0; t < inputs.tasks().size(); ++t) {
+        if (const auto* const sum = inputs.adapter(t)) {
+            line("task", sum->files().front(),
+                taskvec::message("  adapter on the base, times ", inputs.arguments()[t].weight));
+            continue;
+        }
         line("task", inputs.tasks()[t],
             inputs.arguments()[t].weight == 1 ? "" : taskvec::message("  weight ", inputs.arguments()[t].weight));
     }

@@ -13,12 +13,17 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
+#include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace tool {
+
+class adapter_sum;
 
 /// What is copied beside the weights of an output directory.
 struct copy_request {
@@ -29,7 +34,8 @@ struct copy_request {
 /// Which models, which of their tensors, and what is wrong with these.
 struct model_request {
     std::string base, out;
-    std::vector<std::string> tasks;
+    std::vector<std::string> tasks; ///< of --task and --task-adapter, in the order of the command line
+    std::set<std::string> adapters; ///< which of them are adapters
     std::string dtype = "keep", nonfinite = "error", missing = "error", overflow = "error", index = "strict",
                 shard_size;
     std::vector<std::string> include, exclude;
@@ -41,7 +47,9 @@ struct model_request {
 
 /// Adds --base, the model that the tasks started from.
 void add_base_option(command& verb, model_request& request, presence how = presence::optional);
-/// Adds --task PATH[=WEIGHT].
+/// Adds --task and --task-adapter, at least one of which is wanted. `unit` and `help` are those of --task.
+void add_tasks_options(command& verb, model_request& request, const std::string& unit, const std::string& help);
+/// The same for --task PATH[=WEIGHT].
 void add_weighted_tasks_option(command& verb, model_request& request);
 /// Adds --nonfinite.
 void add_nonfinite_option(command& verb, std::string& nonfinite);
@@ -81,6 +89,7 @@ public:
     merge_inputs(const model_request& request, bool base_wanted);
     merge_inputs(const merge_inputs&) = delete;
     merge_inputs& operator=(const merge_inputs&) = delete;
+    ~merge_inputs();
 
     [[nodiscard]] const taskvec::checkpoint* base() const { return base_ ? &*base_ : nullptr; }
     [[nodiscard]] const std::vector<task_argument>& arguments() const { return arguments_; }
@@ -88,6 +97,15 @@ public:
     [[nodiscard]] const std::vector<taskvec::const_model_ref>& task_models() const { return task_models_; }
     [[nodiscard]] const taskvec::aligned_models& models() const { return *models_; }
     [[nodiscard]] const std::vector<double>& weights() const { return weights_; }
+    /// The adapter that task t is made of by the base; nullptr for a model.
+    [[nodiscard]] const adapter_sum* adapter(std::size_t t) const
+    {
+        const auto place = sums_.find(t);
+        return place == sums_.end() ? nullptr : place->second.get();
+    }
+    /// Makes task `place` of other models, which stands for the base, what task t is. The sources outlive those models.
+    [[nodiscard]] std::vector<std::unique_ptr<taskvec::operand_source>> attach(
+        taskvec::aligned_models& models, std::size_t place, std::size_t t) const;
     /// The base's metadata, or the first task's where there is no base.
     [[nodiscard]] const taskvec::metadata_map& metadata() const
     {
@@ -102,6 +120,10 @@ private:
     void note_what_is_missing(const model_request& request) const;
     [[nodiscard]] std::string name_of_base(const model_request& request) const;
 
+    void add_adapter(const model_request& request, const task_argument& task, std::size_t t);
+
+    std::map<std::size_t, std::unique_ptr<adapter_sum>> sums_;
+    std::vector<std::unique_ptr<taskvec::operand_source>> sources_;
     std::optional<taskvec::checkpoint> base_;
     std::vector<task_argument> arguments_;
     std::vector<double> weights_;
@@ -117,8 +139,8 @@ private:
 [[nodiscard]] std::string describe(const merge_inputs& inputs);
 
 /// Throws usage_error for --task PATH=WEIGHT where `who` (a verb or method) has no meaning for weights; `mend` says
-/// what to do.
-void check_no_weights(const std::vector<std::string>& tasks, const std::string& who, const std::string& mend);
+/// what to do. That of an adapter is no weight in the merge.
+void check_no_weights(const model_request& request, const std::string& who, const std::string& mend);
 /// Throws usage_error unless `factor` is finite.
 void check_finite(double factor, const std::string& option);
 

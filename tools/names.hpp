@@ -29,7 +29,7 @@ using name_rules = std::map<std::string, std::vector<name_rule>>;
 /// Adds --rename, --map and --match-prefixes. Each of the first two applies to the model that `model_options` named
 /// last before it, or first where there is none before it.
 void add_name_options(command& verb, name_rules& rules, bool& match_prefixes,
-    const std::vector<std::string>& model_options = {"--base", "--task"});
+    const std::vector<std::string>& model_options = {"--base", "--task", "--task-adapter"});
 
 /// A model's tensors under the names that rules give them. Throws usage_error for a rule that is none, invalid_argument
 /// for one that matches nothing or gives one name to two tensors. `label`: the model, for messages.

@@ -71,8 +71,9 @@ void run_peru_fft(const tool::merge_request& request)
         const bool whole = how.on_missing == taskvec::missing_tensors::error;
         const auto model =
             whole ? inputs.task_models()[t] : taskvec::completed(inputs.task_models()[t], inputs.base()->model());
-        tool::prune_into(run.policy(), request.run, pruning, taskvec::aligned_models(&merged.model(), {&model, 1}, how),
-            *deltas.back());
+        taskvec::aligned_models residual(&merged.model(), {&model, 1}, how);
+        const auto sources = inputs.attach(residual, 0, t);
+        tool::prune_into(run.policy(), request.run, pruning, residual, *deltas.back());
         deltas.back()->writer().finish();
         written += deltas.back()->writer().file_size();
         kept += deltas.back()->writer().kept();

@@ -22,7 +22,7 @@ void run_prune(const tool::merge_request& request)
     if (request.tasks.size() != 1) {
         throw tool::usage_error("prune takes one --task; got " + std::to_string(request.tasks.size()));
     }
-    tool::check_no_weights(request.tasks, "prune", "'taskvec apply --scale' scales a delta");
+    tool::check_no_weights(request, "prune", "'taskvec apply --scale' scales a delta");
     const auto options = tool::pruning_options(request.options);
     const tool::merge_inputs inputs(request, true);
     const auto& models = inputs.models();
@@ -65,7 +65,7 @@ const tool::register_verb prune_verb(
         const auto request = std::make_shared<tool::merge_request>();
         verb.text("--base", request->base, "MODEL",
             "What the delta will be added to: the pre-trained model, or a merged one", tool::presence::required);
-        verb.texts("--task", request->tasks, "PATH", "The fine-tuned model", tool::presence::required);
+        tool::add_tasks_options(verb, *request, "PATH", "The fine-tuned model");
         verb.text("--out", request->out, "FILE", "Where the delta goes", tool::presence::required);
         tool::add_merge_options(verb, *request, {tool::pruning_table()});
         verb.footer("Example:\n  taskvec prune --base base.safetensors --task math.safetensors --density 0.1 --out "

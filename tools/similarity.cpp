@@ -53,7 +53,7 @@ struct similarity_settings {
 
 void run_similarity(const similarity_settings& given)
 {
-    tool::check_no_weights(given.models.tasks, "similarity", "a cosine does not depend on lengths; leave it out");
+    tool::check_no_weights(given.models, "similarity", "a cosine does not depend on lengths; leave it out");
     const tool::merge_inputs inputs(given.models, true);
     if (!given.csv.empty()) { tool::claim_output(given.csv, "--csv"); }
     if (!given.svg.empty()) { tool::claim_output(given.svg, "--svg"); }
@@ -102,7 +102,7 @@ const tool::register_verb similarity_verb(
     100, "similarity", "Cosine similarity of task vectors, as a table, CSV or picture", [](tool::command& verb) {
         const auto given = std::make_shared<similarity_settings>();
         tool::add_base_option(verb, given->models, tool::presence::required);
-        verb.texts("--task", given->models.tasks, "PATH", "A fine-tuned model; repeat", tool::presence::required);
+        tool::add_tasks_options(verb, given->models, "PATH", "A fine-tuned model; repeat");
         verb.text("--csv", given->csv, "FILE", "Also write the matrix as CSV");
         verb.text("--svg", given->svg, "FILE", "Also draw the matrix (needs gnuplot)");
         tool::add_tensor_options(verb, given->models);

@@ -12,8 +12,13 @@ statistics_inputs::statistics_inputs(const method_call& call, const std::string&
         guard_map(file.file().map());
         option == "fisher" ? file.require_fisher() : file.require_gram();
         const auto& task = call.inputs.tasks()[t];
-        taskvec::check_statistics(call.policy, file, task.model(), task.path().string());
-        if (file.described() && file.info().fingerprint) { checked_bytes_ += task.data_bytes(); }
+        // Of an adapter's task there is no file to compare with.
+        if (!call.inputs.adapter(t)) {
+            taskvec::check_statistics(call.policy, file, task.model(), task.path().string());
+        }
+        if (!call.inputs.adapter(t) && file.described() && file.info().fingerprint) {
+            checked_bytes_ += task.data_bytes();
+        }
         models_.push_back(file.model());
         labels_.push_back("'" + paths[t] + "'");
     }

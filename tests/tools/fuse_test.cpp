@@ -449,3 +449,70 @@ TEST_CASE("fuse names what is wrong with an adapter, and writes nothing")
     CHECK(result.code == 0);
     CHECK(result.out.find("1 tensor of 3 changed") != std::string::npos);
 }
+
+TEST_CASE("an adapter on the base is a task of every verb, with the bits of the fused model stored as F32")
+{
+    const scratch folder;
+    const auto base = two_layers(taskvec::dtype::bf16);
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "other.safetensors", sample_task(base, 5, 0.2f));
+    auto tensors = factors("layers.0", 9, 20, 10);
+    tensors.merge(factors("layers.1", 20, 20, 20));
+    tensors["layers.1.lora_magnitude_vector"] = random_tensor({20}, 30);
+    write_adapter_as(folder / "a", tensors, {{"use_dora", true}});
+    const auto must = [&](const std::vector<std::string>& arguments) {
+        const auto result = run(folder, arguments);
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        return result.out;
+    };
+    must({"fuse", "--base", "base.safetensors", "--adapter", "a=0.5", "--out", "a.safetensors", "--dtype", "f32"});
+    const std::vector<std::vector<std::string>> methods{{"ties", "--density", "0.3"}, {"task-arithmetic"},
+        {"dare-ties", "--seed", "3"}, {"model-stock"}, {"average"}, {"breadcrumbs"}};
+    for (const auto& method : methods) {
+        std::vector<std::string> merge{"merge", "--method"};
+        merge.insert(merge.end(), method.begin(), method.end());
+        merge.insert(merge.end(), {"--base", "base.safetensors", "--task", "other.safetensors", "--report", "r.json"});
+        auto stored = merge, worked_out = merge;
+        stored.insert(stored.end(), {"--task", "a.safetensors", "--out", "stored.safetensors"});
+        worked_out.insert(
+            worked_out.end(), {"--task-adapter", "a=0.5", "--out", "worked.safetensors", "--threads", "3"});
+        CAPTURE(method[0]);
+        must(stored);
+        must(worked_out);
+        CHECK(slurp(folder / "stored.safetensors") == slurp(folder / "worked.safetensors"));
+        const auto report = nlohmann::json::parse(slurp(folder / "r.json"));
+        CHECK(report["tasks"][1]["adapter_weight"] == 0.5);
+    }
+    must({"prune", "--base", "base.safetensors", "--task", "a.safetensors", "--density", "0.2", "--out",
+        "stored.delta"});
+    must({"prune", "--base", "base.safetensors", "--task-adapter", "a=0.5", "--density", "0.2", "--out",
+        "worked.delta"});
+    CHECK(slurp(folder / "stored.delta") == slurp(folder / "worked.delta"));
+    const auto cosines =
+        must({"similarity", "--base", "base.safetensors", "--task", "a.safetensors", "--task", "other.safetensors"});
+    CHECK(must({"similarity", "--base", "base.safetensors", "--task-adapter", "a=0.5", "--task", "other.safetensors"})
+        == cosines);
+    must({"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--task",
+        "other.safetensors", "--out", "stored"});
+    must({"peru-fft", "--method", "ties", "--base", "base.safetensors", "--task-adapter", "a=0.5", "--task",
+        "other.safetensors", "--out", "worked"});
+    for (const std::string file : {"merged.safetensors", "other.delta.safetensors", "a.delta.safetensors"}) {
+        CHECK(slurp(folder / "stored" / file) == slurp(folder / "worked" / file));
+    }
+    const auto dry = must({"merge", "--method", "ties", "--base", "base.safetensors", "--task-adapter", "a=2", "--out",
+        "no.safetensors", "--dry-run"});
+    CHECK(dry.find("adapter on the base, times 2") != std::string::npos);
+    refused(folder, {"merge", "--method", "average", "--task-adapter", "a", "--out", "no.safetensors"}, 2,
+        "--base is required by --task-adapter");
+    refused(folder, {"merge", "--method", "ties", "--base", "base.safetensors", "--out", "no.safetensors"}, 2,
+        "--task is required");
+    refused(folder,
+        {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "other.safetensors", "--task-adapter",
+            "other.safetensors", "--out", "no.safetensors"},
+        2, "by --task and by --task-adapter");
+    refused(folder,
+        {"merge", "--method", "ties", "--base", "base.safetensors", "--task-adapter", "base.safetensors", "--out",
+            "no.safetensors"},
+        1, "holds no factors");
+}
