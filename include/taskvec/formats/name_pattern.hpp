@@ -4,23 +4,28 @@
 
 #include <taskvec/core/error.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <iterator>
 #include <regex>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
 /// An ECMAScript regular expression that is matched against names of tensors and modules. Where the standard library
 /// can, without backtracking: no pattern takes exponential time, no name exhausts the stack, and back-references are
-/// refused. Patterns have at most 1,000 bytes, names at most 4,096.
+/// refused. Patterns have at most 1,000 bytes, names at most 4,096. The time of a match is bounded by the product of
+/// the two, times the name's length again where there is a look-ahead such as `(?!lm_head)`: counted repeats such as
+/// `x{3}` are written out, and a pattern may have at most 2,000 characters and groups that way; a count has at most
+/// four digits; a look-ahead holds no other.
 ///
 ///     const name_pattern pattern("layers\\.[0-9]+\\.weight");
 ///     bool in = pattern.occurs_in("model.layers.3.weight");
 class name_pattern {
 public:
-    static constexpr std::size_t longest_pattern = 1000, longest_name = 4096;
+    static constexpr std::size_t longest_pattern = 1000, longest_name = 4096, largest_expansion = 2000;
 
     /// Throws invalid_argument for text that is not a regular expression, saying why.
     explicit name_pattern(const std::string& text)
@@ -29,16 +34,17 @@ public:
             raise<invalid_argument>(error_code::pattern_invalid,
                 message("a regular expression of ", text.size(), " bytes; expected at most ", longest_pattern));
         }
+        check_budget(text);
 #if !defined(TASKVEC_NO_EXCEPTIONS)
         try {
-            expression_ = std::regex(text, flags);
+            compile(text);
         }
         catch (const std::regex_error& problem) {
             raise<invalid_argument>(error_code::pattern_invalid,
                 message("'", text, "' is not a regular expression that is understood here: ", problem.what()));
         }
 #else
-        expression_ = std::regex(text, flags);
+        compile(text);
 #endif
     }
 
@@ -50,14 +56,19 @@ public:
     /// Whether a part of the name matches. Throws like matches().
     [[nodiscard]] bool occurs_in(std::string_view name) const
     {
+#if defined(__GLIBCXX__)
+        return std::regex_match(checked(name).begin(), name.end(), within_);
+#else
         return std::regex_search(checked(name).begin(), name.end(), expression_);
+#endif
     }
     /// The name with each match replaced; `$1` stands for a group, `$&` for the match, as in ECMAScript. Throws like
-    /// matches().
+    /// matches(). What groups hold is kept for this alone, and costs more than matching: not for hostile patterns.
     [[nodiscard]] std::string replaced_in(std::string_view name, const std::string& replacement) const
     {
         std::string result;
-        std::regex_replace(std::back_inserter(result), checked(name).begin(), name.end(), expression_, replacement);
+        std::regex_replace(
+            std::back_inserter(result), checked(name).begin(), name.end(), std::regex(text_, flags), replacement);
         return result;
     }
 
@@ -67,6 +78,97 @@ private:
 #else
     static constexpr auto flags = std::regex::ECMAScript | std::regex::optimize;
 #endif
+    void compile(const std::string& text)
+    {
+        expression_ = std::regex(text, flags | std::regex::nosubs);
+#if defined(__GLIBCXX__)
+        // A search would begin anew at every character of the name; this is one walk over it.
+        within_ = std::regex("[^]*(?:" + text + ")[^]*", flags | std::regex::nosubs);
+#endif
+        text_ = text;
+    }
+
+    /// Refuses what would take long. What is no pattern passes; the parser refuses it afterwards.
+    static void check_budget(std::string_view text)
+    {
+        struct group {
+            std::size_t size = 0; ///< with the repeats written out; never more than what is too large
+            bool looks_ahead = false;
+        };
+        constexpr std::size_t too_large = largest_expansion + 1;
+        std::vector<group> open{{}}; // outermost first
+        std::size_t last = 0; // the size of what a repeat would repeat
+        bool fits = true, nested = false;
+        const auto grow = [&](std::size_t size) { open.back().size = std::min(open.back().size + size, too_large); };
+        const auto add = [&](std::size_t size) {
+            last = size;
+            grow(size);
+        };
+        for (std::size_t at = 0; at < text.size(); ++at) {
+            const char c = text[at];
+            if (c == '\\') {
+                ++at;
+                add(1);
+            }
+            else if (c == '[') {
+                at = end_of_class(text, at + 1);
+                add(1);
+            }
+            else if (c == '(') {
+                const auto kind = text.substr(at + 1, 2);
+                const bool looks = kind == "?=" || kind == "?!";
+                nested = nested || (looks && open.back().looks_ahead);
+                open.push_back({1, looks || open.back().looks_ahead});
+            }
+            else if (c == ')' && open.size() > 1) {
+                const auto inner = open.back().size;
+                open.pop_back();
+                add(inner);
+            }
+            else if (c == '{') {
+                std::size_t most = 0, value = 0, digits = 0;
+                for (++at; at < text.size() && text[at] != '}'; ++at) {
+                    if (text[at] < '0' || text[at] > '9') {
+                        value = digits = 0;
+                        continue;
+                    }
+                    fits = fits && ++digits <= 4;
+                    value = std::min<std::size_t>(10 * value + static_cast<std::size_t>(text[at] - '0'), 10'000);
+                    most = std::max(most, value);
+                }
+                if (most > 1) {
+                    grow(std::min(last * (most - 1), too_large));
+                    last = std::min(last * most, too_large);
+                }
+            }
+            else {
+                add(1);
+            }
+        }
+        std::size_t total = 0;
+        for (const auto& part : open) { total += part.size; }
+        if (!fits || total > largest_expansion) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text, "' has more than ", largest_expansion,
+                    " characters and groups once its counted repeats are written out: use smaller counts, '*' or '+'"));
+        }
+        if (nested) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text, "' has a look-ahead within a look-ahead: write one after the other"));
+        }
+    }
+    /// Where the `]` is that ends the class whose inside begins at `at`.
+    static std::size_t end_of_class(std::string_view text, std::size_t at)
+    {
+        for (; at < text.size() && text[at] != ']'; ++at) {
+            if (text[at] == '\\') { ++at; }
+            else if (text[at] == '[' && at + 1 < text.size()
+                && std::string_view(".:=").find(text[at + 1]) != std::string_view::npos) {
+                at = std::min(text.find(text[at + 1], at + 2), text.size() - 1) + 1; // [:alpha:], [.hyphen.], [=a=]
+            }
+        }
+        return at;
+    }
     static std::string_view checked(std::string_view name)
     {
         if (name.size() > longest_name) {
@@ -76,7 +178,11 @@ private:
         }
         return name;
     }
+    std::string text_;
     std::regex expression_;
+#if defined(__GLIBCXX__)
+    std::regex within_; ///< the pattern with anything before and after it
+#endif
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
