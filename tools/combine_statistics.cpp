@@ -16,11 +16,13 @@ struct combine_statistics_settings {
 
 void combine(const combine_statistics_settings& given)
 {
-    taskvec::combine_statistics({given.parts.begin(), given.parts.end()}, given.out);
-    const taskvec::statistics_file whole(given.out);
-    tool::print("joined " + tool::counted(given.parts.size(), "part") + " into '" + tool::printable(given.out)
-        + "': " + std::string(to_string(whole.info().kind)) + " of " + tool::counted(whole.model().size(), "tensor")
-        + " over " + tool::counted(whole.info().examples, "example") + "\n");
+    const auto say = [&](const taskvec::statistics_info& info, std::size_t tensors) {
+        tool::print("joined " + tool::counted(given.parts.size(), "part") + " into '" + tool::printable(given.out)
+            + "': " + std::string(to_string(info.kind)) + " of " + tool::counted(tensors, "tensor") + " over "
+            + tool::counted(info.examples, "example") + "\n");
+    };
+    taskvec::combine_statistics(
+        {given.parts.begin(), given.parts.end()}, given.out, taskvec::durability::synchronised, say);
 }
 
 const tool::register_verb combine_statistics_verb(110, "combine-statistics",

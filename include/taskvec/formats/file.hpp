@@ -117,6 +117,7 @@ public:
             raise<io_error>(error_code::file_kind,
                 S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
         }
+        opened_ = identity(status);
         size_ = static_cast<std::size_t>(status.st_size);
         if (size_ == 0) { return; }
         void* const memory = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
@@ -131,6 +132,7 @@ public:
         : path_(std::move(other.path_))
         , data_(std::exchange(other.data_, nullptr))
         , size_(std::exchange(other.size_, 0))
+        , opened_(other.opened_)
     { }
     mapped_file& operator=(mapped_file&& other) noexcept
     {
@@ -139,10 +141,41 @@ public:
             path_ = std::move(other.path_);
             data_ = std::exchange(other.data_, nullptr);
             size_ = std::exchange(other.size_, 0);
+            opened_ = other.opened_;
         }
         return *this;
     }
     ~mapped_file() { unmap(); }
+
+    /// What tells one state of a file from another: where it lies on the disk, its size, when it was written to.
+    struct identity {
+        std::uint64_t device = 0, inode = 0, size = 0;
+        std::int64_t seconds = 0, nanoseconds = 0;
+
+        identity() = default;
+        explicit identity(const struct stat& status) noexcept
+            : device(static_cast<std::uint64_t>(status.st_dev))
+            , inode(static_cast<std::uint64_t>(status.st_ino))
+            , size(static_cast<std::uint64_t>(status.st_size))
+            , seconds(status.st_mtim.tv_sec)
+            , nanoseconds(status.st_mtim.tv_nsec)
+        { }
+        bool operator==(const identity&) const = default;
+    };
+    /// The file as it was when it was opened.
+    [[nodiscard]] const identity& opened() const noexcept { return opened_; }
+    /// Throws io_error (file_changed) where the file at `path` is no longer the one that was `opened`: shortened,
+    /// written to, replaced, removed.
+    static void check_unchanged(const std::filesystem::path& path, const identity& opened)
+    {
+        struct stat status{};
+        if (::stat(path.c_str(), &status) == 0 && identity(status) == opened) { return; }
+        raise<io_error>(error_code::file_changed,
+            "changed while it was being read: what was computed from it may mix old and new bytes; run again when "
+            "nothing else writes to it",
+            path.string());
+    }
+    void check_unchanged() const { check_unchanged(path_, opened_); }
 
     [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
     [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return {data_, size_}; }
@@ -164,6 +197,7 @@ private:
     std::filesystem::path path_;
     const std::byte* data_ = nullptr;
     std::size_t size_ = 0;
+    identity opened_;
 };
 
 /// Whether a finished file is forced to disk before it takes its name.
@@ -485,7 +519,9 @@ inline void write_text_file(
         raise<format_error>(error_code::file_too_large,
             message("has ", bytes.size(), " bytes; expected at most ", limit), path.string());
     }
-    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+    std::string text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    file.check_unchanged();
+    return text;
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

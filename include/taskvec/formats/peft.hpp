@@ -479,6 +479,7 @@ template <arithmetic_element T = float>
     }
     ranks.check_used("rank_pattern", config_file);
     alphas.check_used("alpha_pattern", config_file);
+    file.map().check_unchanged();
     return adapter;
 }
 

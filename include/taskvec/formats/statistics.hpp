@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -337,9 +338,12 @@ inline void check_grams(const statistics_file& file)
 /// Joins statistics of one model over parts of its data into one file, as if they had been collected in one go: Grams
 /// add up, Fishers are means weighted by their examples. dtypes are those of the first part. Sums run in f64 in the
 /// order of the parts. Throws invalid_argument for parts of different kinds, models or tensors, or without metadata,
-/// for a negative Fisher, and for what is no Gram matrix; shape_mismatch; nonfinite_error; io_error.
-inline void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out,
-    durability mode = durability::synchronised)
+/// for a negative Fisher, and for what is no Gram matrix; shape_mismatch; nonfinite_error; io_error, also where a part
+/// changed meanwhile. Calls `before_commit(info, tensors)` once the file is complete, before it takes its name: what
+/// that throws leaves the output as it was.
+template <std::invocable<const statistics_info&, std::size_t> Call>
+void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out,
+    durability mode, Call&& before_commit)
 {
     if (parts.empty()) {
         raise<invalid_argument>(error_code::inputs_empty, "no statistics were given: at least one file is needed");
@@ -413,7 +417,17 @@ inline void combine_statistics(const std::vector<std::filesystem::path>& parts, 
             detail::write_narrowed(writer, index, at, specs[index].dtype, total);
         }
     }
+    writer.finish();
+    for (const auto& file : files) { file.file().map().check_unchanged(); }
+    before_commit(std::as_const(info), specs.size());
     writer.commit();
+}
+
+/// The same, without a call.
+inline void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out,
+    durability mode = durability::synchronised)
+{
+    combine_statistics(parts, out, mode, [](const statistics_info&, std::size_t) { });
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
