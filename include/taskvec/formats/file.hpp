@@ -85,17 +85,40 @@ private:
     return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
 }
 
-/// Makes renames in a directory durable. File systems that cannot do so are left to themselves.
+} // namespace detail
+
+/// Called where a directory could not be forced to disk after the files in it had taken their names: they are in place,
+/// and only a power cut could still undo that. That is no error, since nothing can be taken back.
+using unsynchronised_handler = void (*)(const std::filesystem::path& directory, int code);
+
+namespace detail {
+
+inline std::atomic<unsynchronised_handler>& unsynchronised_slot() noexcept
+{
+    static std::atomic<unsynchronised_handler> handler{nullptr};
+    return handler;
+}
+
+/// Makes renames in a directory durable. File systems that cannot do so are left to themselves; a failure is told to
+/// the handler.
 inline void synchronise_directory(const std::filesystem::path& directory)
 {
     const descriptor handle(retry([&] { return ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
     if (!handle) { return; }
     if (retry([&] { return ::fsync(handle.get()); }) != 0 && errno != EINVAL && errno != ENOTSUP && errno != EROFS) {
-        raise_io(directory, "cannot make the new directory entries durable", errno);
+        const int code = errno;
+        if (const auto handler = unsynchronised_slot().load()) { handler(directory, code); }
     }
 }
 
 } // namespace detail
+
+/// Sets what hears of directories that could not be forced to disk; returns what heard of them before (at first:
+/// nothing).
+inline unsynchronised_handler set_unsynchronised_handler(unsynchronised_handler handler) noexcept
+{
+    return detail::unsynchronised_slot().exchange(handler);
+}
 
 /// A whole regular file, mapped read-only and private. Move-only; the address does not change when the object moves.
 ///
@@ -470,8 +493,13 @@ public:
         }
         path_ = target_;
         for (const auto& level : made_) { detail::temporaries::drop(level); }
+        // The name first, then those of the directories above that are new themselves.
+        if (mode_ == durability::synchronised) {
+            for (; !made_.empty(); made_.pop_back()) {
+                detail::synchronise_directory(detail::directory_of(made_.back()));
+            }
+        }
         made_.clear();
-        if (mode_ == durability::synchronised) { detail::synchronise_directory(detail::directory_of(target_)); }
     }
 
 private:
