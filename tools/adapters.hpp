@@ -122,21 +122,22 @@ void add_result(nlohmann::ordered_json& content, const taskvec::adapter_result<T
     return report_file(settings.run.dry_run ? std::string() : settings.run.report);
 }
 
-/// Writes an adapter and the report beside it: `content` and what the run took. Says `summary` at the end.
+/// Writes an adapter and the report beside it: `content` and what the run took. Says `summary` once both are complete,
+/// before they take their names.
 template <class T>
 void write_adapter(const adapter_settings& settings, const runner& run, report_file& report,
     const taskvec::peft_adapter<T>& adapter, nlohmann::ordered_json content, std::uint64_t bytes_read,
     const std::string& summary)
 {
-    taskvec::write_peft(settings.out, adapter, {.output = settings.output()});
+    taskvec::peft_writer out(settings.out, adapter, {.output = settings.output()});
+    for (const auto& temporary : out.temporaries()) { guard_temporary(temporary); }
     content["output"] = settings.out;
     content["seconds"] = run.seconds();
     content["bytes_read"] = bytes_read;
-    content["bytes_written"] = adapter_bytes(settings.out);
+    content["bytes_written"] = out.file_size();
     content["peak_memory"] = peak_memory();
     report.finish(content);
-    report.commit();
-    print(summary + ", in " + seconds_text(run.seconds()) + "\n");
+    conclude(summary + ", in " + seconds_text(run.seconds()) + "\n", report, out);
 }
 
 /// 0.0123 as "1.23%".

@@ -42,7 +42,8 @@ void run_peru_fft(const tool::merge_request& request)
         return;
     }
     tool::report_file report(request.run.report);
-    taskvec::output_directory folder(request.out);
+    taskvec::output_directory folder(
+        request.out, taskvec::durability::synchronised, taskvec::existing_directory::exchange);
     for (const auto& made : folder.made()) { tool::guard_temporary(made); }
     tool::model_output out(folder.path() / (request.shard_size.empty() ? "merged.safetensors" : "merged"),
         inputs.models().outputs(), inputs.metadata(), request.shard_size);

@@ -18,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include <unistd.h>
+
 namespace taskvec::inline TASKVEC_ABI {
 
 /// The file names of a checkpoint directory.
@@ -415,7 +417,7 @@ struct shard_plan {
 /// file) takes its name last, and is what decides which model the directory holds. Where a shard's name is taken, by
 /// an earlier model in the same directory, the new one is called `model-00001-of-000NN-2.safetensors` and so on, so a
 /// crash at any moment leaves the earlier model whole or the new one. Once the new one stands, the earlier one's files
-/// are removed.
+/// are removed. One writer at a time has an existing directory: a second one throws io_error (see directory_lock).
 ///
 ///     taskvec::sharded_writer out("merged", specs, 5'000'000'000);
 ///     out.write(index, offset, data, size);
@@ -438,8 +440,9 @@ public:
         for (const auto& part : parts) {
             (void)layout_safetensors(part, metadata);
         } // whatever is wrong with the specs is wrong before a directory appears
-        old_ = present_files(); // an index that cannot be read is refused before anything is written
-        folder_.emplace(directory_, mode);
+        (void)present_files(); // an index that cannot be read is refused before anything is written
+        folder_.emplace(directory_, mode); // from here on nobody else takes names in the directory
+        old_ = present_files();
         const std::size_t generation = plan_.shards == 1 ? 1 : free_generation();
         for (std::size_t i = 0; i < parts.size(); ++i) {
             names_.push_back(plan_.shards == 1 ? std::string(single_file_name) : shard_name(i, generation));
@@ -468,7 +471,11 @@ public:
     }
     sharded_writer(const sharded_writer&) = delete;
     sharded_writer& operator=(const sharded_writer&) = delete;
-    ~sharded_writer() override = default;
+    ~sharded_writer() override
+    {
+        // Shards that took their names before a failure belong to no index.
+        for (const auto& path : unlisted_) { ::unlink(path.c_str()); }
+    }
 
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
@@ -489,11 +496,15 @@ public:
     void commit()
     {
         finish();
-        for (auto& writer : writers_) { writer->commit(false); }
+        if (index_) { unlisted_.reserve(writers_.size()); }
+        for (auto& writer : writers_) {
+            writer->commit(false);
+            if (index_) { unlisted_.push_back(writer->target()); }
+        }
         if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
         if (index_) { index_->commit(); }
+        unlisted_.clear();
         folder_->commit();
-        // `model.safetensors` comes before an index when a directory is opened: with it gone, a new index takes effect.
         std::error_code ignored;
         for (const auto& name : old_) {
             // An index that somebody else wrote may name any file: only what is called a model's is removed.
@@ -502,6 +513,15 @@ public:
                 && !(index_ && name == index_file_name)) {
                 std::filesystem::remove(directory_ / name, ignored);
             }
+        }
+        // `model.safetensors` comes before an index when a directory is opened: with it gone, a new index takes effect.
+        const auto first = directory_ / single_file_name;
+        if (struct stat status{}; index_ && ::lstat(first.c_str(), &status) == 0) {
+            raise<io_error>(error_code::system_refused,
+                "is an earlier model's and cannot be removed: the new model lies beside it, whole, and takes effect "
+                "once "
+                "this file is gone",
+                first.string());
         }
         if (mode_ == durability::synchronised) { detail::synchronise_directory(directory_); }
     }
@@ -522,6 +542,7 @@ public:
     [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
     {
         auto result = folder_->made();
+        if (auto lock = folder_->lock_file(); !lock.empty()) { result.push_back(std::move(lock)); }
         const auto shards = shard_temporaries();
         result.insert(result.end(), shards.begin(), shards.end());
         if (index_) { result.push_back(index_->temporary()); }
@@ -576,6 +597,7 @@ private:
     shard_plan plan_;
     std::vector<std::size_t> place_; // of each tensor within its shard
     std::vector<std::string> names_, old_; // the new files, and those of the model that they replace
+    std::vector<std::filesystem::path> unlisted_; // shards with their names whose index has not taken its own
     std::vector<std::unique_ptr<safetensors_writer>> writers_;
     std::unique_ptr<atomic_file> index_;
 };

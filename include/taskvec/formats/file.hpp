@@ -5,11 +5,13 @@
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/parallel.hpp>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -18,6 +20,8 @@
 #include <vector>
 
 #include <fcntl.h>
+#include <stdio.h> // renameat2
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -438,10 +442,73 @@ private:
     durability mode_ = durability::synchronised;
 };
 
+/// A directory that one writer has for itself, by an advisory lock (flock) on `.taskvec-lock` in it. The lock ends with
+/// its holder, also with a killed process; the file is removed by the destructor, and one that a killed process left is
+/// taken over. Throws io_error (EWOULDBLOCK) where another writer holds it. File systems without such locks (some
+/// network ones) are written to without.
+class directory_lock {
+public:
+    directory_lock() = default;
+    explicit directory_lock(const std::filesystem::path& directory)
+        : path_(directory / ".taskvec-lock")
+    {
+        for (;;) {
+            file_ = detail::descriptor(
+                detail::retry([&] { return ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666); }));
+            if (!file_) { return; } // whatever is wrong with the directory is found when files are made in it
+            if (detail::retry([&] { return ::flock(file_.get(), LOCK_EX | LOCK_NB); }) != 0) {
+                const int code = errno;
+                file_.close();
+                if (code != EWOULDBLOCK) { return; }
+                raise<io_error>(system_error_code(code),
+                    "is being written to by another process; wait until it is done, or choose another output",
+                    directory.string(), code);
+            }
+            // The holder before may have removed the file between the two calls: what is locked must be what is there.
+            if (is_there()) {
+                detail::temporaries::add(path_);
+                return;
+            }
+        }
+    }
+    directory_lock(const directory_lock&) = delete;
+    directory_lock& operator=(const directory_lock&) = delete;
+    ~directory_lock()
+    {
+        if (!file_) { return; }
+        if (is_there()) { ::unlink(path_.c_str()); }
+        detail::temporaries::drop(path_);
+    }
+
+    /// The file in the directory, while the lock is held.
+    [[nodiscard]] std::filesystem::path path() const { return file_ ? path_ : std::filesystem::path(); }
+
+private:
+    /// Whether the locked file still has its name: the directory may have been exchanged for another.
+    [[nodiscard]] bool is_there() const noexcept
+    {
+        struct stat held{}, there{};
+        return ::fstat(file_.get(), &held) == 0 && ::stat(path_.c_str(), &there) == 0 && held.st_dev == there.st_dev
+            && held.st_ino == there.st_ino;
+    }
+
+    std::filesystem::path path_;
+    detail::descriptor file_;
+};
+
+/// What becomes of a directory that exists already.
+enum class existing_directory : std::uint8_t {
+    fill, ///< files take their names in it one by one
+    exchange ///< a sibling, with links to what stays, takes its place in one step, where the system can do that
+};
+
 /// A directory that files are written to. One that does not exist appears whole or not at all: it is filled under
 /// another name beside its own, `.taskvec-<process>-directory-<number>.tmp`, and takes its own on commit(); until then
 /// the destructor removes it, and the directories above it that had to be made. In one that exists, files are written
-/// where they belong, each by itself. Throws io_error.
+/// where they belong, each by itself; or, where they belong together (existing_directory::exchange), to a sibling that
+/// is exchanged with it on commit(), so that nobody ever sees some of the old and some of the new: that needs Linux, a
+/// file system with links, and a directory of one's own without directories in it, and is `fill` elsewhere. One writer
+/// at a time has an existing directory (see directory_lock). Throws io_error.
 ///
 ///     output_directory folder("out/merged");
 ///     atomic_file file(folder.path() / "a.bin", 4);
@@ -450,7 +517,8 @@ private:
 ///     folder.commit();
 class output_directory {
 public:
-    explicit output_directory(const std::filesystem::path& target, durability mode = durability::synchronised)
+    explicit output_directory(const std::filesystem::path& target, durability mode = durability::synchronised,
+        existing_directory existing = existing_directory::fill)
         : target_(target.has_filename() ? target : target.parent_path())
         , path_(target_)
         , mode_(mode)
@@ -461,6 +529,8 @@ public:
                 raise<io_error>(error_code::file_kind, "exists and is not a directory; choose another output",
                     target_.string(), ENOTDIR);
             }
+            lock_.emplace(target_);
+            if (existing == existing_directory::exchange) { make_sibling(); }
             return;
         }
         std::vector<std::filesystem::path> missing;
@@ -469,10 +539,7 @@ public:
             missing.push_back(level);
         }
         for (; !missing.empty(); missing.pop_back()) { make(missing.back()); }
-        static std::atomic<unsigned> counter{0};
-        path_ = detail::directory_of(target_)
-            / message(".taskvec-", static_cast<long>(::getpid()), "-directory-",
-                counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+        path_ = sibling_name();
         make(path_);
     }
     output_directory(const output_directory&) = delete;
@@ -488,6 +555,10 @@ public:
     void commit()
     {
         if (made_.empty()) { return; }
+        if (exchanged_) {
+            exchange();
+            return;
+        }
         if (::rename(path_.c_str(), target_.c_str()) != 0) {
             detail::raise_io(target_, "cannot give the finished directory its name", errno);
         }
@@ -502,7 +573,112 @@ public:
         made_.clear();
     }
 
+    /// The lock's file, while the directory is locked, for whoever must remove it when no destructor can run.
+    [[nodiscard]] std::filesystem::path lock_file() const { return lock_ ? lock_->path() : std::filesystem::path(); }
+
 private:
+    [[nodiscard]] std::filesystem::path sibling_name() const
+    {
+        static std::atomic<unsigned> counter{0};
+        return detail::directory_of(target_)
+            / message(".taskvec-", static_cast<long>(::getpid()), "-directory-",
+                counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+    }
+    /// A new directory beside one that exists; leaves everything as it is where the two could not be exchanged.
+    void make_sibling()
+    {
+#if defined(RENAME_EXCHANGE)
+        std::error_code failure;
+        const auto real = std::filesystem::canonical(target_, failure); // a link to a directory stays a link
+        if (failure || real == real.root_path()) { return; }
+        struct stat status{}, above{};
+        if (::stat(real.c_str(), &status) != 0 || ::stat(real.parent_path().c_str(), &above) != 0
+            || status.st_dev != above.st_dev || ::access(real.parent_path().c_str(), W_OK | X_OK) != 0) {
+            return;
+        }
+        for (std::filesystem::directory_iterator it(real, failure), end; !failure && it != end; it.increment(failure)) {
+            if (!it->is_regular_file(failure) || it->is_symlink(failure)) { return; }
+        }
+        if (failure) { return; }
+        const auto named = std::exchange(target_, real);
+        path_ = sibling_name();
+        struct stat own{};
+        if (::mkdir(path_.c_str(), 0700) != 0 || ::stat(path_.c_str(), &own) != 0 || own.st_uid != status.st_uid
+            || own.st_gid != status.st_gid || ::chmod(path_.c_str(), status.st_mode & 07777) != 0) {
+            ::rmdir(path_.c_str());
+            target_ = path_ = named;
+            return;
+        }
+        made_.push_back(path_);
+        detail::temporaries::add(path_);
+        exchanged_ = true;
+#endif
+    }
+    /// Takes the place of the old directory, with all that stays of it.
+    void exchange()
+    {
+#if defined(RENAME_EXCHANGE)
+        const auto fresh = names_in(path_);
+        for (const auto& name : fresh) { // each keeps the permissions of what it replaces
+            struct stat old{};
+            if (::stat((target_ / name).c_str(), &old) != 0) { continue; }
+            if (::access((target_ / name).c_str(), W_OK) != 0) {
+                detail::raise_io(target_ / name, "exists and may not be written", errno);
+            }
+            (void)!::chmod((path_ / name).c_str(), old.st_mode & 0777);
+        }
+        if (!link_the_rest() || !take_place()) {
+            // As in a directory that is filled, but each file is complete by now.
+            for (const auto& name : fresh) {
+                if (::rename((path_ / name).c_str(), (target_ / name).c_str()) != 0) {
+                    detail::raise_io(target_ / name, "cannot give the finished file its name", errno);
+                }
+            }
+            if (mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
+        }
+        discard(); // under the temporary name lies the old directory by now, or nothing new
+        path_ = target_;
+        exchanged_ = false;
+#endif
+    }
+#if defined(RENAME_EXCHANGE)
+    /// Gives all that is only in the old directory a name in the new one too; false where the system has no such links.
+    [[nodiscard]] bool link_the_rest() const
+    {
+        const auto lock = lock_file().filename();
+        for (const auto& name : names_in(target_)) {
+            if (name != lock && ::link((target_ / name).c_str(), (path_ / name).c_str()) != 0 && errno != EEXIST) {
+                return false;
+            }
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(path_); }
+        return true;
+    }
+    /// False where the system cannot exchange the two.
+    [[nodiscard]] bool take_place() const
+    {
+        if (::renameat2(AT_FDCWD, path_.c_str(), AT_FDCWD, target_.c_str(), RENAME_EXCHANGE) != 0) {
+            const int code = errno;
+            if (code == EINVAL || code == ENOSYS || code == ENOTSUP || code == EXDEV || code == EBUSY) { return false; }
+            detail::raise_io(target_, "cannot be exchanged with the finished directory", code);
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(detail::directory_of(target_)); }
+        return true;
+    }
+    /// The last one in the alphabet first: an adapter's weights before its configuration.
+    [[nodiscard]] static std::vector<std::filesystem::path> names_in(const std::filesystem::path& directory)
+    {
+        std::error_code failure;
+        std::vector<std::filesystem::path> names;
+        for (std::filesystem::directory_iterator it(directory, failure), end; !failure && it != end;
+            it.increment(failure)) {
+            names.push_back(it->path().filename());
+        }
+        if (failure) { detail::raise_io(directory, "cannot be read as a directory", failure.value()); }
+        std::sort(names.rbegin(), names.rend());
+        return names;
+    }
+#endif
     void make(const std::filesystem::path& level)
     {
         if (::mkdir(level.c_str(), 0777) == 0) {
@@ -527,6 +703,8 @@ private:
     std::filesystem::path target_, path_;
     durability mode_;
     std::vector<std::filesystem::path> made_;
+    std::optional<directory_lock> lock_;
+    bool exchanged_ = false; ///< an existing directory is replaced by the one at path_
 };
 
 /// Writes a whole text file atomically.

@@ -569,15 +569,63 @@ struct peft_write_options {
     durability mode = durability::synchronised;
 };
 
+/// The two files of an adapter, complete and on disk under temporary names, which take their own on commit(): what
+/// write_peft() does, for those who have something to do between the two.
+///
+///     peft_writer out("adapter-r8", adapter);
+///     …
+///     out.commit();
+class peft_writer {
+public:
+    /// Throws like write_peft().
+    template <arithmetic_element T>
+    peft_writer(
+        const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options = {});
+
+    /// Gives the files their names.
+    void commit()
+    {
+        model_->commit();
+        settings_->commit();
+        folder_->commit();
+    }
+    /// Bytes of both files.
+    [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
+    /// All temporary files, and before them the directories that were made for them, for whoever must remove them when
+    /// no destructor can run.
+    [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
+    {
+        auto result = folder_->made();
+        for (auto path : {folder_->lock_file(), model_->temporary(), settings_->temporary()}) {
+            if (!path.empty()) { result.push_back(std::move(path)); }
+        }
+        return result;
+    }
+
+private:
+    std::optional<output_directory> folder_; // before the files in it, so that it outlives them
+    std::optional<safetensors_writer> model_;
+    std::optional<atomic_file> settings_;
+    std::uint64_t size_ = 0;
+};
+
 /// Writes an adapter directory that PEFT loads and that gives the same updates (once rounded to the stored dtype). A
-/// directory that does not exist appears whole or not at all; in one that does, the two files are replaced once both
-/// are complete, the configuration last. Throws invalid_argument (no module, a rank of 0), dtype_mismatch,
-/// nonfinite_error where a factor overflows its dtype, io_error.
+/// directory that does not exist appears whole or not at all; one that does is exchanged for one with both new files,
+/// in one step where the system can (see output_directory), otherwise the two files are replaced once both are
+/// complete, the configuration last. Throws invalid_argument (no module, a rank of 0), dtype_mismatch, nonfinite_error
+/// where a factor overflows its dtype, io_error.
 ///
 ///     write_peft("adapter-r8", adapter);
 template <arithmetic_element T>
 void write_peft(
     const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options = {})
+{
+    peft_writer(directory, adapter, options).commit();
+}
+
+template <arithmetic_element T>
+peft_writer::peft_writer(
+    const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options)
 {
     if (adapter.updates.empty()) {
         raise<invalid_argument>(error_code::inputs_empty,
@@ -619,24 +667,22 @@ void write_peft(
     }
     const std::string config = peft_config(adapter).dump(2) + "\n";
 
-    output_directory folder(directory, options.mode);
+    folder_.emplace(directory, options.mode, existing_directory::exchange);
     std::vector<tensor_spec> all = specs;
     for (const auto& [name, tensor] : adapter.others) {
         all.push_back({std::string(peft_prefix) + name, tensor.dtype, tensor.shape});
     }
-    safetensors_writer model(folder.path() / peft_model_name, all, metadata_map{}, options.mode);
+    auto& model = model_.emplace(folder_->path() / peft_model_name, all, metadata_map{}, options.mode);
     for (std::size_t i = 0; i < buffers.size(); ++i) { model.write(i, 0, buffers[i].data(), buffers[i].size()); }
     std::size_t index = buffers.size();
     for (const auto& [name, tensor] : adapter.others) {
         model.write(index++, 0, tensor.bytes.data(), tensor.bytes.size());
     }
-    atomic_file settings(folder.path() / peft_config_name, config.size(), options.mode);
+    auto& settings = settings_.emplace(folder_->path() / peft_config_name, config.size(), options.mode);
     settings.write(0, config.data(), config.size());
     model.finish();
     settings.finish();
-    model.commit();
-    settings.commit();
-    folder.commit();
+    size_ = model.file_size() + config.size();
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
