@@ -3,6 +3,7 @@
 #include "command.hpp"
 
 #include "arguments.hpp"
+#include "runner.hpp"
 #include "words.hpp"
 
 #include <taskvec/core/config.hpp>
@@ -20,6 +21,7 @@
 #include <memory>
 #include <new>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 namespace tool {
@@ -289,11 +291,19 @@ int run_command_line(int count, const char* const* words)
     catch (const taskvec::cancelled&) {
         return fail("interrupted; no output was written");
     }
-    catch (const std::bad_alloc&) {
-        return fail("out of memory: use fewer --threads or a smaller --memory");
+    catch (const std::bad_alloc&) { // what says so takes no memory itself
+        say_plainly("taskvec: error: out of memory: use fewer --threads or a smaller --memory\n");
+        return 1;
     }
     catch (const taskvec::error& failure) {
         return fail(failure.what(), failure.code());
+    }
+    catch (const std::system_error& failure) {
+        if (failure.code() == std::errc::resource_unavailable_try_again) {
+            return fail("a thread cannot be started: use fewer --threads, or allow more processes (ulimit -u): "
+                + std::string(failure.what()));
+        }
+        return fail(failure.what());
     }
     catch (const std::exception& failure) { // whatever the system throws
         return fail(failure.what());

@@ -1,11 +1,43 @@
 // The taskvec command line.
 // SPDX-License-Identifier: Apache-2.0
 #include "command.hpp"
+#include "runner.hpp"
 
+#include <fcntl.h>
 #include <malloc.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+namespace {
+
+/// What is closed is opened on nothing: a model file would take its number, and receive what is printed. Writing to
+/// standard output stays an error.
+void occupy_standard_descriptors()
+{
+    for (int descriptor = 0; descriptor < 3; ++descriptor) {
+        if (::fcntl(descriptor, F_GETFD) == -1) {
+            (void)!::open("/dev/null", descriptor == 0 ? O_WRONLY : O_RDONLY); // the lowest free number: this one
+        }
+    }
+}
+
+/// Shards are open files: as many as the system allows.
+void allow_files()
+{
+    struct rlimit limit{};
+    if (::getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        ::setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
+} // namespace
 
 int main(int argc, char** argv)
 {
+    occupy_standard_descriptors();
+    allow_files();
+    tool::install_handlers();
 #if defined(M_MMAP_THRESHOLD)
     // Large blocks go back to the system when they are freed; left alone, glibc soon keeps them, and --memory would be
     // passed.

@@ -45,6 +45,7 @@ void run_peru_fft(const tool::merge_request& request)
     taskvec::output_directory folder(
         request.out, taskvec::durability::synchronised, taskvec::existing_directory::exchange);
     for (const auto& made : folder.made()) { tool::guard_temporary(made); }
+    tool::guard_temporary(folder.lock_file());
     tool::model_output out(folder.path() / (request.shard_size.empty() ? "merged.safetensors" : "merged"),
         inputs.models().outputs(), inputs.metadata(), request.shard_size);
     const auto options = tool::json_of(method.values(merging.options));

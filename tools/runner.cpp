@@ -16,6 +16,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <new>
 #include <utility>
 
 #include <unistd.h>
@@ -49,6 +51,45 @@ extern "C" void on_interrupt(int signal)
     if (interrupted.exchange(signal) != 0) { ::_exit(1); }
 }
 
+void remove_temporaries()
+{
+    for (std::size_t i = temporary_count.load(); i-- > 0;) { // what lies in a directory comes after it
+        const char* name = temporaries[i].load();
+        if (name && ::unlink(name) != 0) { ::rmdir(name); }
+    }
+}
+
+/// Does nothing: the write that failed is an error by itself, with EPIPE or EFBIG. Not SIG_IGN, which a program that
+/// scores candidates would inherit.
+extern "C" void on_failed_write(int) { }
+
+[[noreturn]] void on_terminate()
+{
+    const char* what =
+        "taskvec: error: ended by an error within an error; each output is the old one or the new one, whole\n";
+    if (const auto current = std::current_exception()) {
+        try {
+            std::rethrow_exception(current);
+        }
+        catch (const std::bad_alloc&) {
+            what = "taskvec: error: out of memory: use fewer --threads or a smaller --memory\n";
+        }
+        catch (...) { // NOLINT(bugprone-empty-catch): there is nobody left to tell
+        }
+    }
+    write_text(what);
+    remove_temporaries();
+    ::_exit(1);
+}
+
+void on_unsynchronised(const fs::path& directory, int code)
+{
+    std::fprintf(stderr,
+        "taskvec: warning: directory '%s' could not be forced to disk (%s): the outputs have their names and are "
+        "whole, but a power cut now may bring back what was there before\n",
+        directory.c_str(), std::strerror(code));
+}
+
 extern "C" void on_bus_error(int, siginfo_t* info, void*)
 {
     const auto* address = static_cast<const std::byte*>(info->si_addr);
@@ -62,11 +103,35 @@ extern "C" void on_bus_error(int, siginfo_t* info, void*)
     write_text(path);
     write_text(": the file shrank, or its disk failed, while it was being read; nothing was written: run again when "
                "nothing else changes it\n");
-    for (std::size_t i = temporary_count.load(); i-- > 0;) { // what lies in a directory comes after it
-        const char* name = temporaries[i].load();
-        if (name && ::unlink(name) != 0) { ::rmdir(name); }
-    }
+    remove_temporaries();
     ::_exit(1);
+}
+
+/// A string that is never freed: handlers may read it at any time.
+const char* keep(const std::string& text)
+{
+    char* copy = static_cast<char*>(std::malloc(text.size() + 1));
+    if (copy) { std::memcpy(copy, text.c_str(), text.size() + 1); }
+    return copy;
+}
+
+/// The files that are read, as they were when they were opened.
+std::vector<std::pair<fs::path, taskvec::mapped_file::identity>>& opened_files()
+{
+    static std::vector<std::pair<fs::path, taskvec::mapped_file::identity>> list;
+    return list;
+}
+
+} // namespace
+
+void say_plainly(const char* text)
+{
+    write_text(text);
+}
+
+void check_inputs()
+{
+    for (const auto& [path, opened] : opened_files()) { taskvec::mapped_file::check_unchanged(path, opened); }
 }
 
 void install_handlers()
@@ -78,25 +143,21 @@ void install_handlers()
         ::sigaction(SIGBUS, &action, nullptr);
         struct sigaction stop{};
         stop.sa_handler = on_interrupt;
-        for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
+        struct sigaction failed{};
+        failed.sa_handler = on_failed_write;
+        const auto handle = [](int signal, const struct sigaction& how) {
             struct sigaction before{};
             ::sigaction(signal, nullptr, &before);
-            if (before.sa_handler != SIG_IGN) { ::sigaction(signal, &stop, nullptr); }
-        }
+            if (before.sa_handler != SIG_IGN) { ::sigaction(signal, &how, nullptr); }
+        };
+        for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT}) { handle(signal, stop); }
+        for (const int signal : {SIGPIPE, SIGXFSZ}) { handle(signal, failed); }
+        std::set_terminate(on_terminate);
+        taskvec::set_unsynchronised_handler(on_unsynchronised);
         return true;
     }();
     (void)once;
 }
-
-/// A string that is never freed: handlers may read it at any time.
-const char* keep(const std::string& text)
-{
-    char* copy = static_cast<char*>(std::malloc(text.size() + 1));
-    if (copy) { std::memcpy(copy, text.c_str(), text.size() + 1); }
-    return copy;
-}
-
-} // namespace
 
 void clear_progress()
 {
@@ -137,6 +198,7 @@ void guard_map(const taskvec::mapped_file& map)
     install_handlers();
     const auto bytes = map.bytes();
     opened_places().push_back(place_of(map.path()));
+    opened_files().emplace_back(map.path(), map.opened());
     const auto index = mapped_count.load();
     if (bytes.empty() || index == mapped_ranges.size()) { return; }
     mapped_ranges[index].end = bytes.data() + bytes.size();

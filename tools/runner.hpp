@@ -22,7 +22,14 @@ namespace tool {
 
 // Signals: an interrupt asks the work to stop; a file that shrinks while it is mapped ends the process with its name.
 
-/// Whether an interrupt (SIGINT, SIGTERM, SIGHUP) has asked the tool to stop.
+/// Sees to signals, to std::terminate (one line is said, temporary files go), and to directories that could not be
+/// forced to disk (a warning).
+void install_handlers();
+/// Throws io_error (file_changed) where a file that was opened by these functions is no longer what it was.
+void check_inputs();
+/// Says one line on standard error, and nothing else: no memory is needed.
+void say_plainly(const char* text);
+/// Whether an interrupt (SIGINT, SIGTERM, SIGHUP, SIGQUIT) has asked the tool to stop.
 [[nodiscard]] bool was_interrupted();
 /// taskvec::open_model(), with the maps known to the handler for files that shrink.
 [[nodiscard]] taskvec::checkpoint open_guarded(const fs::path& path);

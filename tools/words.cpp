@@ -115,6 +115,11 @@ std::size_t text_width(std::string_view text)
         text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xc0u) != 0x80u; }));
 }
 
+void check_before_commit()
+{
+    check_inputs();
+}
+
 void print(const std::string& text)
 {
     clear_progress();

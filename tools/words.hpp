@@ -34,10 +34,14 @@ void note(const run_options& options, const std::string& text);
 [[nodiscard]] std::size_t text_width(std::string_view text);
 /// Writes to standard output; a failure is an error.
 void print(const std::string& text);
-/// Says what was done, then gives the finished outputs their names: where standard output fails, nothing is changed.
+/// Before outputs take their names: throws where an input has changed since it was opened.
+void check_before_commit();
+/// Says what was done, then gives the finished outputs their names: where an input has changed or standard output
+/// fails, nothing is changed. Where one of them fails, those before it are given back: what cannot be comes last.
 template <class... Outputs>
 void conclude(const std::string& text, Outputs&... outputs)
 {
+    check_before_commit();
     print(text);
     (outputs.commit(), ...);
 }
