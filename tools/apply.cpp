@@ -63,7 +63,7 @@ void run_apply(const apply_settings& given)
     tool::conclude("added " + tool::counted(kept, "entry") + " to '" + tool::printable(given.base) + "' into '"
             + tool::printable(given.out) + "' (" + tool::size_text(size) + ") in " + tool::seconds_text(run.seconds())
             + "\n",
-        out, report);
+        report, out);
 }
 
 const tool::register_verb apply_verb(

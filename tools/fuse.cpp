@@ -99,7 +99,7 @@ void run_fuse(const fuse_settings& given)
     tool::conclude("folded " + what + ", " + tool::counted(sources.size(), "tensor") + " of "
             + std::to_string(models.outputs().size()) + " changed: '" + tool::printable(request.out) + "' ("
             + tool::size_text(size) + ") in " + tool::seconds_text(run.seconds()) + "\n",
-        out, report);
+        report, out);
 }
 
 const tool::register_verb fuse_verb(

@@ -45,7 +45,7 @@ void run_merge(const tool::merge_request& request)
     tool::conclude("merged " + tool::counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
             + tool::printable(request.out) + "': " + tool::counted(inputs.models().outputs().size(), "tensor") + ", "
             + tool::size_text(size) + " in " + tool::seconds_text(run.seconds()) + "\n",
-        out, report);
+        report, out);
 }
 
 const tool::register_verb merge_verb(20, "merge", "Merge fine-tuned models into one", [](tool::command& verb) {

@@ -216,7 +216,14 @@ void text_output::finish_text(std::string_view text)
 
 void text_output::commit()
 {
-    if (file_) { file_->commit(); }
+    if (file_) {
+        const auto kept = fs::path(file_->temporary()).replace_extension(".old.tmp");
+        if (::link(path_.c_str(), kept.c_str()) == 0) {
+            guard_temporary(kept);
+            replaced_ = kept;
+        }
+        file_->commit();
+    }
     if (place_.kind == special_place::none) { return; }
     // A descriptor is written to where it stands: opened anew it would begin at the top of its file.
     const bool own = place_.kind == special_place::descriptor && place_.number >= 0;
@@ -234,6 +241,20 @@ void text_output::commit()
     }
     if (!own && to >= 0) { ::close(to); }
     if (code) { refuse(path_, "cannot write", code); }
+}
+
+void text_output::revert() noexcept
+{
+    if (!file_ || !file_->temporary().empty()) { return; } // no file, or one that never took its name
+    if (replaced_.empty()) { ::unlink(path_.c_str()); }
+    else if (::rename(replaced_.c_str(), path_.c_str()) == 0) {
+        replaced_.clear();
+    }
+}
+
+text_output::~text_output()
+{
+    if (!replaced_.empty()) { ::unlink(replaced_.c_str()); }
 }
 
 } // namespace tool

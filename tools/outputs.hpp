@@ -76,13 +76,20 @@ class text_output {
 public:
     explicit text_output(const std::string& path);
     [[nodiscard]] bool wanted() const { return file_ != nullptr || place_.kind != special_place::none; }
+    text_output(const text_output&) = delete;
+    text_output& operator=(const text_output&) = delete;
+    ~text_output();
     void finish_text(std::string_view text);
     void commit();
+    /// Gives back what commit() replaced, where that was a plain file: for outputs that belong together, of which a
+    /// later one fails.
+    void revert() noexcept;
 
 private:
     std::string path_, text_;
     special_place place_;
     std::unique_ptr<taskvec::atomic_file> file_;
+    fs::path replaced_; // a second name of what had the name before, until all is done
 };
 
 } // namespace tool

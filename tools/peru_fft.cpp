@@ -103,7 +103,7 @@ void run_peru_fft(const tool::merge_request& request)
     tool::conclude("merged " + tool::counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
             + tool::printable(name.string()) + "', kept " + tool::grouped(kept) + " entries of what they lose, "
             + tool::size_text(written) + " in " + tool::seconds_text(run.seconds()) + "\n",
-        all, out, folder, report);
+        report, all, out, folder);
 }
 
 const tool::register_verb peru_fft_verb(50, "peru-fft",

@@ -57,7 +57,7 @@ void run_prune(const tool::merge_request& request)
     tool::conclude("kept " + tool::grouped(writer.kept()) + " of " + tool::counted(models.elements(), "entry") + " in '"
             + tool::printable(request.out) + "' (" + tool::size_text(size) + ") in " + tool::seconds_text(run.seconds())
             + "\n",
-        writer, report);
+        report, writer);
 }
 
 const tool::register_verb prune_verb(

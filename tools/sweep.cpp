@@ -449,12 +449,18 @@ void run_sweep(const sweep_settings& given)
         content["options"] = tool::json_of(method.values(request_of(given, method, points, winner).options));
         report.finish(content);
     }
-    if (out) { out->commit(); }
-    report.commit();
-    tool::print("best of " + tool::counted(points.candidates.size(), "point") + ": "
-        + tool::printable(here.describe(best.point)) + " score=" + taskvec::csv_number(best.score)
-        + (given.merge.out.empty() ? std::string() : ", merged into '" + tool::printable(given.merge.out) + "'")
-        + "\n");
+    struct {
+        std::optional<tool::model_output>& model;
+        void commit()
+        {
+            if (model) { model->commit(); }
+        }
+    } merged{out};
+    tool::conclude("best of " + tool::counted(points.candidates.size(), "point") + ": "
+            + tool::printable(here.describe(best.point)) + " score=" + taskvec::csv_number(best.score)
+            + (given.merge.out.empty() ? std::string() : ", merged into '" + tool::printable(given.merge.out) + "'")
+            + "\n",
+        report, merged);
 }
 
 /// Adds a flag for each axis that some method's table has.

@@ -43,7 +43,21 @@ void conclude(const std::string& text, Outputs&... outputs)
 {
     check_before_commit();
     print(text);
-    (outputs.commit(), ...);
+    std::size_t done = 0;
+    try {
+        ((outputs.commit(), ++done), ...);
+    }
+    catch (...) {
+        std::size_t i = 0;
+        const auto give_back = [&](auto& output) {
+            if constexpr (requires { output.revert(); }) {
+                if (i <= done) { output.revert(); } // the one that failed may have its name by now
+            }
+            ++i;
+        };
+        (give_back(outputs), ...);
+        throw;
+    }
 }
 
 } // namespace tool
