@@ -54,8 +54,8 @@ const tool::register_verb merge_verb(20, "merge", "Merge fine-tuned models into 
     tool::add_base_option(verb, *request);
     tool::add_weighted_tasks_option(verb, *request);
     verb.text("--out", request->out, "PATH",
-        "Where the merged model goes: a file, or a directory, as which any name without .safetensors stands where the "
-        "models are directories",
+        "Where the merged model goes: a file, or a directory, as which any name without .safetensors or .st stands "
+        "where the models are directories",
         tool::presence::required);
     tool::add_merge_options(verb, *request);
     tool::add_copy_options(verb, request->copies);

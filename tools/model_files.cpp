@@ -239,7 +239,8 @@ bool out_is_directory(const fs::path& out, const fs::path& first_model, bool sha
 {
     std::error_code ignored;
     if (sharded || !out.has_filename() || fs::is_directory(out, ignored)) { return true; }
-    return holds_files(first_model) && out.extension() != ".safetensors" && !fs::exists(out, ignored);
+    const bool names_file = out.extension() == ".safetensors" || out.extension() == ".st";
+    return holds_files(first_model) && !names_file && !fs::exists(out, ignored);
 }
 
 std::vector<recipe::model> recipe_models(const model_request& request, const merge_inputs& inputs)
