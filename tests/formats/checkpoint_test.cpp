@@ -56,6 +56,12 @@ struct sample {
     }
 };
 
+bool is_model(const std::filesystem::path& path, const sample& expected)
+{
+    const auto opened = open_model(path);
+    return expected.equals(opened.model());
+}
+
 void write_one(const std::filesystem::path& path, const std::vector<std::string>& names)
 {
     const float value = 1;
@@ -178,6 +184,57 @@ TEST_CASE("a sharded writer that is dropped leaves no trace")
     CHECK_THROWS_AS(
         sharded_writer(folder / "m", {{"a", dtype::f32, {1}}, {"a", dtype::f32, {1}}}, 4), invalid_argument);
     CHECK(folder.names().empty());
+}
+
+TEST_CASE("shards whose index cannot take its name go again, and the earlier model stays")
+{
+    const scratch folder;
+    const auto out = folder / "m";
+    const sample first(9, 1), second(9, 2);
+    first.write(out, 1000);
+    {
+        sharded_writer writer(out, second.specs, 20);
+        for (std::size_t i = 0; i < second.specs.size(); ++i) {
+            writer.write(i, 0, second.contents[i].data(), second.specs[i].bytes());
+        }
+        std::filesystem::create_directory(out / "model.safetensors.index.json"); // no file takes this name
+        CHECK_THROWS_AS(writer.commit(), io_error);
+    }
+    CHECK(scratch::names_in(out) == std::set<std::string>{"model.safetensors", "model.safetensors.index.json"});
+    std::filesystem::remove(out / "model.safetensors.index.json");
+    CHECK(is_model(out, first));
+}
+
+TEST_CASE("an earlier model that would be read instead of the new shards is an error where it stays")
+{
+    const scratch folder;
+    const auto out = folder / "m";
+    const sample first(9, 1), second(9, 2);
+    first.write(out, 1000);
+    sharded_writer writer(out, second.specs, 20);
+    for (std::size_t i = 0; i < second.specs.size(); ++i) {
+        writer.write(i, 0, second.contents[i].data(), second.specs[i].bytes());
+    }
+    std::filesystem::remove(out / "model.safetensors");
+    std::filesystem::create_directories(out / "model.safetensors/full"); // cannot be removed as a file can
+    CHECK_THROWS_WITH_AS(writer.commit(), doctest::Contains("cannot be removed"), io_error);
+    std::filesystem::remove_all(out / "model.safetensors");
+    CHECK(is_model(out, second));
+}
+
+TEST_CASE("a second writer of a directory is an error, and changes nothing")
+{
+    const scratch folder;
+    const auto out = folder / "m";
+    const sample first(9, 1), second(9, 2);
+    first.write(out, 20);
+    {
+        sharded_writer writer(out, second.specs, 20);
+        CHECK_THROWS_WITH_AS(second.write(out, 20), doctest::Contains("written to by another process"), io_error);
+    }
+    CHECK(is_model(out, first));
+    second.write(out, 20);
+    CHECK(is_model(out, second));
 }
 
 TEST_CASE("a sharded writer that is killed leaves the old model or the new")

@@ -240,3 +240,97 @@ TEST_CASE("copying from a map whose file was cut short is an error that says so"
     }
     CHECK(found.find("shrank") != std::string::npos);
 }
+
+TEST_CASE("a directory that is exchanged has its new files all at once, and keeps the others")
+{
+    const scratch folder;
+    std::filesystem::create_directory(folder / "out");
+    spill(folder / "out/a", "old a");
+    spill(folder / "out/b", "old b");
+    spill(folder / "out/kept", "kept");
+    std::filesystem::permissions(
+        folder / "out/a", std::filesystem::perms::owner_read | std::filesystem::perms::owner_write);
+    {
+        output_directory out(folder / "out", durability::synchronised, existing_directory::exchange);
+        write_text_file(out.path() / "a", "new a");
+        CHECK(slurp(folder / "out/a") == "old a");
+        CHECK(slurp(folder / "out/b") == "old b");
+    } // not committed
+    CHECK(folder.names() == std::set<std::string>{"out"});
+    CHECK(slurp(folder / "out/a") == "old a");
+    {
+        output_directory out(folder / "out", durability::synchronised, existing_directory::exchange);
+        write_text_file(out.path() / "a", "new a");
+        write_text_file(out.path() / "b", "new b");
+        out.commit();
+        CHECK(slurp(folder / "out/a") == "new a");
+        CHECK(slurp(folder / "out/b") == "new b");
+    }
+    CHECK(slurp(folder / "out/kept") == "kept");
+    CHECK(std::filesystem::status(folder / "out/a").permissions()
+        == (std::filesystem::perms::owner_read | std::filesystem::perms::owner_write));
+    CHECK(scratch::names_in(folder / "out") == std::set<std::string>{"a", "b", "kept"});
+    CHECK(folder.names() == std::set<std::string>{"out"});
+
+    std::filesystem::create_directory(folder / "out/inner"); // cannot be linked: files take their names one by one
+    {
+        output_directory out(folder / "out", durability::synchronised, existing_directory::exchange);
+        CHECK(out.path() == folder / "out");
+        write_text_file(out.path() / "a", "newer a");
+        out.commit();
+    }
+    CHECK(slurp(folder / "out/a") == "newer a");
+    CHECK(scratch::names_in(folder / "out") == std::set<std::string>{"a", "b", "inner", "kept"});
+}
+
+TEST_CASE("one writer at a time has a directory; a dead one's lock is taken over")
+{
+    const scratch folder;
+    {
+        const directory_lock first(folder.path());
+        CHECK(first.path() == folder / ".taskvec-lock");
+        CHECK_THROWS_WITH_AS(directory_lock(folder.path()), doctest::Contains("another process"), io_error);
+        CHECK_THROWS_AS(output_directory(folder.path()), io_error);
+    }
+    CHECK(folder.names().empty());
+    const pid_t child = ::fork();
+    if (child == 0) {
+        const directory_lock held(folder.path());
+        ::_exit(0); // as when it is killed: the file stays
+    }
+    ::waitpid(child, nullptr, 0);
+    CHECK(folder.names() == std::set<std::string>{".taskvec-lock"});
+    {
+        const directory_lock next(folder.path());
+        CHECK(!next.path().empty());
+    }
+    CHECK(folder.names().empty());
+}
+
+TEST_CASE("a file that is written to, cut, replaced or removed while it is mapped is found out")
+{
+    const scratch folder;
+    const auto path = folder / "in";
+    const auto change = [&](auto&& how) {
+        spill(path, "0123456789");
+        const mapped_file map(path);
+        map.check_unchanged();
+        how();
+        CHECK_THROWS_WITH_AS(map.check_unchanged(), doctest::Contains("changed while it was being read"), io_error);
+    };
+    change([&] { std::filesystem::resize_file(path, 9); });
+    change([&] { std::filesystem::remove(path); });
+    change([&] { write_text_file(path, "0123456789"); });
+    change([&] {
+        ::usleep(20'000); // times are those of the system's clock tick
+        spill(path, "9876543210");
+    });
+    spill(path, "0123456789");
+    mapped_file moved;
+    {
+        mapped_file map(path);
+        moved = std::move(map);
+    }
+    moved.check_unchanged();
+    CHECK(moved.opened().size == 10);
+}
