@@ -1,5 +1,6 @@
 // taskvec inspect: what a model holds.
 // SPDX-License-Identifier: Apache-2.0
+#include "adapter_table.hpp"
 #include "command.hpp"
 #include "model_diff.hpp"
 #include "models.hpp"
@@ -20,7 +21,7 @@ namespace {
 struct inspect_settings {
     std::string model;
     std::string index = "strict", diff;
-    bool json = false, sketch = false;
+    bool json = false, sketch = false, adapter = false;
     tool::run_options run;
 };
 
@@ -88,18 +89,25 @@ void print_table(const taskvec::checkpoint& model)
 }
 
 const tool::register_verb inspect_verb(10, "inspect",
-    "List a model's tensors, metadata and totals; fails if the file is malformed", [](tool::command& verb) {
+    "List a model's tensors, metadata and totals, or an adapter's modules; fails if the file is malformed",
+    [](tool::command& verb) {
         const auto given = std::make_shared<inspect_settings>();
         verb.positional("MODEL", given->model, "The model to look into");
         verb.flag("--json", given->json, "Print JSON instead of a table");
         verb.text("--diff", given->diff, "MODEL", "What differs between the two: which tensors, and how much");
         verb.flag("--sketch", given->sketch,
             "Print the sketch that model cards hold: a number over names, dtypes, shapes and the ends of each tensor");
+        verb.flag("--adapter", given->adapter,
+            "As an adapter: ranks, scalings and norms of its modules (a directory of one is seen to be it)");
         tool::add_index_option(verb, given->index);
         tool::add_quiet(verb, given->run);
         verb.footer("Example:\n  taskvec inspect model.safetensors\n  taskvec inspect model.safetensors --json | jq "
                     "'.tensors | length'");
         verb.action([given] {
+            if (given->adapter || (given->diff.empty() && !given->sketch && tool::is_adapter_directory(given->model))) {
+                tool::print(tool::adapter_table(given->model, given->json, given->run));
+                return;
+            }
             const auto model = tool::open_noted(given->model, given->run, given->index);
             if (given->sketch) {
                 tool::print(taskvec::fingerprint_text(taskvec::fingerprint_sketch(model.model())) + "\n");

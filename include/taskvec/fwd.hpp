@@ -378,6 +378,8 @@ struct adapted_module;
 template <arithmetic_element T>
 struct adapter_contents;
 struct module_match;
+struct adapter_write_options;
+struct written_adapter;
 struct adapter_base_traits;
 struct peft_write_options;
 struct safetensors_entry;

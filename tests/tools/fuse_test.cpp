@@ -516,3 +516,81 @@ TEST_CASE("an adapter on the base is a task of every verb, with the bits of the 
             "no.safetensors"},
         1, "holds no factors");
 }
+
+TEST_CASE("convert writes the same update in every dialect, and inspect shows its modules")
+{
+    const scratch folder;
+    const values_model base{{"down.0.to_q.weight", random_tensor({8, 6}, 1, taskvec::dtype::bf16)},
+        {"conv_in.weight", random_tensor({4, 3, 3, 3}, 2)}};
+    write_values(folder / "base.safetensors", base);
+    auto tensors = factors("down.0.to_q", 8, 6, 3);
+    const auto conv = values_model{{"conv_in.lora_A.weight", random_tensor({2, 3, 3, 3}, 5)},
+        {"conv_in.lora_B.weight", random_tensor({4, 2, 1, 1}, 6)}};
+    const auto must = [&](const std::vector<std::string>& arguments) {
+        const auto result = run(folder, arguments);
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        return result.out;
+    };
+    write_adapter_as(folder / "linear", tensors);
+    tensors.insert(conv.begin(), conv.end());
+    write_adapter_as(folder / "all", tensors);
+    const auto fused = [&](const std::string& adapter) {
+        must({"fuse", "--base", "base.safetensors", "--adapter", adapter, "--out", "out.safetensors"});
+        return read_values(folder / "out.safetensors");
+    };
+    const auto whole = fused("all"), linear = fused("linear");
+    CHECK(!same(whole, linear));
+    must({"convert", "all", "--as", "kohya", "--out", "kohya.safetensors"});
+    CHECK(read_values(folder / "kohya.safetensors").contains("lora_unet_down_0_to_q.lora_down.weight"));
+    CHECK(same(fused("kohya.safetensors"), whole));
+    must({"convert", "all", "--as", "diffusers", "--out", "diffusers.safetensors"});
+    CHECK(same(fused("diffusers.safetensors"), whole));
+    must({"convert", "linear", "--as", "mlx", "--out", "mlx"});
+    CHECK(same(fused("mlx"), linear));
+    CHECK(nlohmann::json::parse(slurp(folder / "mlx/adapter_config.json"))["lora_parameters"]["scale"] == 0.5);
+    // And back: kohya's underscores need the base.
+    must({"convert", "kohya.safetensors", "--as", "peft", "--base", "base.safetensors", "--out", "back"});
+    const auto back = read_values(folder / "back/adapter_model.safetensors");
+    CHECK(back.size() == 4);
+    for (const auto& [name, tensor] : tensors) {
+        REQUIRE(back.contains("base_model.model." + name));
+        CHECK(back.at("base_model.model." + name).values == tensor.values);
+        CHECK(back.at("base_model.model." + name).shape == tensor.shape);
+    }
+    CHECK(same(fused("back"), whole));
+    must({"convert", "mlx", "--as", "diffusers", "--out", "folder", "--dtype", "bf16"});
+    CHECK(
+        read_values(folder / "folder/pytorch_lora_weights.safetensors").begin()->second.dtype == taskvec::dtype::bf16);
+    refused(folder, {"convert", "kohya.safetensors", "--as", "peft", "--out", "no"}, 1, "its dots are underscores");
+    refused(folder, {"convert", "all", "--as", "mlx", "--out", "no"}, 1, "it is a convolution");
+    refused(folder, {"convert", "all", "--as", "gguf", "--out", "no"}, 2, "--as");
+    tensors["down.0.to_q.lora_magnitude_vector"] = random_tensor({8}, 30);
+    write_adapter_as(folder / "dora", tensors, {{"use_dora", true}});
+    refused(folder, {"convert", "dora", "--as", "diffusers", "--out", "no"}, 1, "it is DoRA's");
+    must({"convert", "dora", "--as", "kohya", "--out", "dora.safetensors"});
+    CHECK(same(fused("dora.safetensors"), fused("dora")));
+    must({"convert", "dora.safetensors", "--as", "peft", "--base", "base.safetensors", "--out", "dora-back"});
+    CHECK(same(fused("dora-back"), fused("dora")));
+
+    const auto shown = must({"inspect", "dora"});
+    CHECK(shown.find("DoRA") != std::string::npos);
+    CHECK(shown.find("PEFT: 2 modules") != std::string::npos);
+    const auto json = nlohmann::json::parse(must({"inspect", "kohya.safetensors", "--adapter", "--json"}));
+    CHECK(json["dialect"] == "kohya");
+    REQUIRE(json["modules"].size() == 2);
+    CHECK(json["modules"][1]["scaling"] == 0.5);
+    CHECK(json["modules"][1]["rank"] == 2);
+    const auto &a = tensors.at("down.0.to_q.lora_A.weight"), &b = tensors.at("down.0.to_q.lora_B.weight");
+    double squares = 0;
+    for (std::size_t o = 0; o < 8; ++o) {
+        for (std::size_t i = 0; i < 6; ++i) {
+            const double x = 0.5
+                * (double{b.values[2 * o]} * double{a.values[i]}
+                    + double{b.values[2 * o + 1]} * double{a.values[6 + i]});
+            squares += x * x;
+        }
+    }
+    CHECK(json["modules"][1]["norm"].get<double>() == doctest::Approx(std::sqrt(squares)));
+    CHECK(must({"inspect", "kohya.safetensors"}).find("6 tensors") != std::string::npos);
+}

@@ -160,7 +160,9 @@ struct adapter_role {
         if (!best) { return std::nullopt; }
         return role{best->what, std::string(text.substr(0, text.size() - best->text.size())), {}, best->of};
     };
-    if (name.find(".original_module.") != name.npos) { return {role::ignored, std::string(name), {}, {}}; }
+    if (name.find(".original_module.") != name.npos || name.find(".lora_velora_embed") != name.npos) {
+        return {role::ignored, std::string(name), {}, {}};
+    }
     if (const auto at = name.find(".modules_to_save."); at != name.npos) {
         const auto rest = name.substr(at + 17);
         const auto dot = rest.find('.');

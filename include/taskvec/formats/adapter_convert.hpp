@@ -1,0 +1,281 @@
+// Adapters written in any dialect, so that what reads that dialect gets the same update.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/formats/adapter_file.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+struct adapter_write_options {
+    std::optional<dtype> output{}; ///< dtype of all factors; empty: each module's as it was stored
+    durability mode = durability::synchronised;
+};
+
+/// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
+/// none).
+struct written_adapter {
+    std::vector<tensor_spec> specs{};
+    std::vector<std::vector<std::byte>> bytes{}; ///< of each tensor
+    std::string config{};
+    std::string file_name{}; ///< in a directory; empty: the dialect is a file
+};
+
+namespace detail {
+
+class adapter_writer {
+public:
+    explicit adapter_writer(written_adapter& out)
+        : out_(out)
+    { }
+
+    /// rows×cols entries by value(i, j), as a tensor of `shape`.
+    template <class Value>
+    void add(const std::string& name, dtype type, extents shape, std::size_t rows, std::size_t cols, const Value& value)
+    {
+        auto& bytes = out_.bytes.emplace_back();
+        visit_storage(type, name, [&]<class S>(std::type_identity<S>) {
+            bytes.resize(rows * cols * sizeof(S));
+            for (std::size_t i = 0; i < rows; ++i) {
+                for (std::size_t j = 0; j < cols; ++j) {
+                    const double exact = value(i, j);
+                    const S stored = narrow<S>(static_cast<arithmetic_type<S>>(exact));
+                    if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(stored)))) {
+                        raise<nonfinite_error>(error_code::result_overflow,
+                            message("factor '", name, "' would hold ", exact, ", which ", to_string(type),
+                                " cannot; choose a wider dtype for the adapter"));
+                    }
+                    std::memcpy(bytes.data() + (i * cols + j) * sizeof(S), &stored, sizeof(S));
+                }
+            }
+        });
+        out_.specs.push_back({name, type, std::move(shape)});
+    }
+    void add(const std::string& name, const peft_tensor& tensor)
+    {
+        out_.bytes.push_back(tensor.bytes);
+        out_.specs.push_back({name, tensor.dtype, tensor.shape});
+    }
+
+private:
+    written_adapter& out_;
+};
+
+/// Whether a module is called as kohya calls them, dots being underscores.
+[[nodiscard]] inline bool is_kohya_name(std::string_view module) noexcept
+{
+    return module.starts_with("lora_unet_") || module.starts_with("lora_te") || module.starts_with("lycoris_")
+        || module.starts_with("lora_transformer_");
+}
+/// A module's name for kohya: its component, and underscores.
+[[nodiscard]] inline std::string kohya_name(std::string module, bool several_encoders)
+{
+    if (is_kohya_name(module)) { return module; }
+    std::string prefix = "lora_unet_";
+    const auto off = [&](std::string_view component, const char* on) {
+        if (!module.starts_with(component)) { return false; }
+        module.erase(0, component.size());
+        prefix = on;
+        return true;
+    };
+    if (!off("unet.", "lora_unet_") && !off("text_encoder_2.", "lora_te2_")
+        && !off("text_encoder.", several_encoders ? "lora_te1_" : "lora_te_") && module.starts_with("text_model.")) {
+        prefix = "lora_te_";
+    }
+    std::replace(module.begin(), module.end(), '.', '_');
+    return prefix + module;
+}
+
+} // namespace detail
+
+/// An adapter as the tensors of a dialect. Factors keep their bits in the dtype that they were stored in, and scalings
+/// become α = scaling·r where the dialect has an α; diffusers has none, and MLX one scale for all modules: there what
+/// is left of it goes into the up factors, which is exact for powers of two. LoHa and LoKr are written as the LoRA that
+/// they equal. Names need dots: kohya's are resolved before (match_modules()). Throws format_error for what the dialect
+/// cannot say, by name: tensors that were trained whole, biases and embeddings outside PEFT, DoRA in diffusers and MLX,
+/// convolutions in MLX; nonfinite_error where a factor overflows its dtype.
+///
+///     const auto file = converted_adapter(read_adapter("style.safetensors"), adapter_dialect::diffusers);
+template <arithmetic_element T>
+[[nodiscard]] written_adapter converted_adapter(
+    const adapter_contents<T>& adapter, adapter_dialect dialect, const adapter_write_options& options = {})
+{
+    written_adapter out;
+    detail::adapter_writer writer(out);
+    const auto lose = [&](const std::string& what, std::string_view why) {
+        raise<format_error>(error_code::adapter_unsupported,
+            message(what, " cannot be written as ", to_string(dialect), ": ", why), adapter.label);
+    };
+    const bool is_peft = dialect == adapter_dialect::peft;
+    if (adapter.modules.empty()) { lose("an adapter without a module", "there is nothing to write"); }
+    if (!is_peft && !adapter.wholes.empty()) {
+        lose("'" + adapter.wholes.begin()->first + "'", "it was trained whole, and the dialect holds factors alone");
+    }
+    const bool several = std::any_of(adapter.modules.begin(), adapter.modules.end(),
+        [](const auto& one) { return one.first.starts_with("text_encoder_2."); });
+    double mlx_scale = 1;
+    std::size_t mlx_rank = 0;
+    if (dialect == adapter_dialect::mlx) {
+        mlx_scale = adapter.modules.begin()->second.update.scaling;
+        for (const auto& [module, made] : adapter.modules) { mlx_rank = std::max(mlx_rank, made.update.rank()); }
+        if (mlx_scale == 0) { mlx_scale = 1; }
+    }
+    peft_adapter<T> for_config;
+    bool dora = false, biased = false;
+    for (const auto& [module, entry] : adapter.modules) {
+        const auto& made = entry;
+        const auto& update = made.update;
+        const dtype type = options.output.value_or(made.stored);
+        const auto rank = static_cast<std::int64_t>(update.rank()), out_size = static_cast<std::int64_t>(update.out());
+        if (detail::is_kohya_name(module) && dialect != adapter_dialect::kohya) {
+            lose("module '" + module + "'",
+                "its dots are underscores, and nothing says where they were; the base's names do (--base)");
+        }
+        if (!is_peft && made.embedding) { lose("module '" + module + "'", "it is an embedding"); }
+        if (!is_peft && made.bias.rank() > 0) { lose("the bias of module '" + module + "'", "it has no place there"); }
+        if ((dialect == adapter_dialect::diffusers || dialect == adapter_dialect::mlx) && !made.magnitude.empty()) {
+            lose("module '" + module + "'", "it is DoRA's");
+        }
+        if (dialect == adapter_dialect::mlx && !made.kernel.empty()) {
+            lose("module '" + module + "'", "it is a convolution");
+        }
+        extents a_shape{rank, static_cast<std::int64_t>(update.in())}, b_shape{out_size, rank};
+        if (!made.kernel.empty()) {
+            std::int64_t cells = 1;
+            for (const auto side : made.kernel) { cells *= side; }
+            a_shape[1] /= cells;
+            a_shape.insert(a_shape.end(), made.kernel.begin(), made.kernel.end());
+            b_shape.insert(b_shape.end(), made.kernel.size(), 1);
+        }
+        double left = 1; // of the scaling, in the up factor
+        if (dialect == adapter_dialect::diffusers) { left = update.scaling; }
+        if (dialect == adapter_dialect::mlx) {
+            left = same_scaling(update.scaling, mlx_scale) ? 1 : update.scaling / mlx_scale;
+        }
+        const auto down = [&](std::size_t k, std::size_t i) { return static_cast<double>(update.a(k, i)); };
+        const auto up = [&](std::size_t o, std::size_t k) { return left * static_cast<double>(update.b(o, k)); };
+        const auto add_pair = [&](const std::string& a_name, const std::string& b_name) {
+            writer.add(a_name, type, a_shape, update.rank(), update.in(), down);
+            writer.add(b_name, type, b_shape, update.out(), update.rank(), up);
+        };
+        switch (dialect) {
+        case adapter_dialect::peft: {
+            const std::string stem = std::string(peft_prefix) + module;
+            if (made.embedding) { add_pair(stem + ".lora_embedding_A", stem + ".lora_embedding_B"); }
+            else {
+                add_pair(stem + ".lora_A.weight", stem + ".lora_B.weight");
+            }
+            if (!made.magnitude.empty()) {
+                extents shape{out_size};
+                if (!made.kernel.empty()) { // as PEFT keeps it: 1×out×1×1
+                    shape.assign(2 + made.kernel.size(), 1);
+                    shape[1] = out_size;
+                }
+                writer.add(stem + ".lora_magnitude_vector", type, shape, 1, update.out(),
+                    [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
+                dora = true;
+            }
+            if (made.bias.rank() > 0) {
+                writer.add(stem + ".lora_B.bias", type, {out_size}, 1, update.out(),
+                    [&](std::size_t, std::size_t o) { return static_cast<double>(made.bias.a(0, o)); });
+                biased = true;
+            }
+            for_config.updates.emplace(module, update);
+            break;
+        }
+        case adapter_dialect::kohya: {
+            const std::string stem = detail::kohya_name(module, several);
+            add_pair(stem + ".lora_down.weight", stem + ".lora_up.weight");
+            writer.add(stem + ".alpha", dtype::f32, {}, 1, 1,
+                [&](std::size_t, std::size_t) { return update.scaling * static_cast<double>(update.rank()); });
+            if (!made.magnitude.empty()) {
+                extents shape(2 + made.kernel.size(), 1);
+                shape[0] = out_size;
+                writer.add(stem + ".dora_scale", type, shape, 1, update.out(),
+                    [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
+            }
+            break;
+        }
+        case adapter_dialect::diffusers: {
+            const bool component =
+                module.starts_with("unet.") || module.starts_with("text_encoder") || module.starts_with("transformer.");
+            const std::string stem = (component ? "" : "unet.") + module;
+            add_pair(stem + ".lora.down.weight", stem + ".lora.up.weight");
+            break;
+        }
+        default:
+            writer.add(module + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
+                [&](std::size_t i, std::size_t k) { return down(k, i); });
+            writer.add(module + ".lora_b", type, {rank, out_size}, update.rank(), update.out(),
+                [&](std::size_t k, std::size_t o) { return up(o, k); });
+        }
+    }
+    if (is_peft) {
+        for (const auto& [name, tensor] : adapter.wholes) { writer.add(std::string(peft_prefix) + name, tensor); }
+        if (adapter.dialect == adapter_dialect::peft && adapter.config.value("peft_type", "LORA") == "LORA") {
+            for_config.config = adapter.config;
+        }
+        auto config = peft_config(for_config);
+        config["fan_in_fan_out"] = adapter.fan_in_fan_out;
+        config["use_dora"] = dora;
+        config["lora_bias"] = biased;
+        out.config = config.dump(2) + "\n";
+        out.file_name = std::string(peft_model_name);
+    }
+    else if (dialect == adapter_dialect::mlx) {
+        const nlohmann::json config{{"fine_tune_type", "lora"},
+            {"lora_parameters", {{"rank", mlx_rank}, {"scale", mlx_scale}, {"dropout", 0.0}}}};
+        out.config = config.dump(2) + "\n";
+        out.file_name = "adapters.safetensors";
+    }
+    else if (dialect == adapter_dialect::diffusers) {
+        out.file_name = "pytorch_lora_weights.safetensors";
+    }
+    return out;
+}
+
+/// Writes it: a directory for PEFT and MLX, a file for kohya, and for diffusers whichever the path's ending says. What
+/// is there is replaced once everything is complete; nothing is left of what fails. Throws io_error.
+inline void write_adapter(
+    const std::filesystem::path& path, const written_adapter& adapter, const adapter_write_options& options = {})
+{
+    const auto fill = [&](safetensors_writer& file) {
+        for (std::size_t i = 0; i < adapter.bytes.size(); ++i) {
+            file.write(i, 0, adapter.bytes[i].data(), adapter.bytes[i].size());
+        }
+        file.finish();
+    };
+    const metadata_map metadata{{"format", "pt"}};
+    if (adapter.file_name.empty() || (adapter.config.empty() && path.extension() == ".safetensors")) {
+        safetensors_writer file(path, adapter.specs, metadata, options.mode);
+        fill(file);
+        file.commit();
+        return;
+    }
+    output_directory folder(path, options.mode);
+    safetensors_writer file(folder.path() / adapter.file_name, adapter.specs, metadata, options.mode);
+    std::optional<atomic_file> settings;
+    if (!adapter.config.empty()) {
+        settings.emplace(folder.path() / peft_config_name, adapter.config.size(), options.mode);
+        settings->write(0, adapter.config.data(), adapter.config.size());
+        settings->finish();
+    }
+    fill(file);
+    file.commit();
+    if (settings) { settings->commit(); }
+    folder.commit();
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
