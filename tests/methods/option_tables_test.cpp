@@ -4,6 +4,7 @@
 #include <taskvec/taskvec.hpp>
 
 #include <doctest/doctest.h>
+#include <library_methods.hpp>
 
 #include <set>
 #include <string>
@@ -40,27 +41,14 @@ void check_table()
     }
 }
 
+template <class... Options>
+struct check_tables {
+    static void run() { (check_table<Options>(), ...); }
+};
+
 TEST_CASE("the library's tables hold what they promise")
 {
-    check_table<taskvec::average_options>();
-    check_table<taskvec::task_arithmetic_options>();
-    check_table<taskvec::ties_options>();
-    check_table<taskvec::dare_options>();
-    check_table<taskvec::dare_ties_options>();
-    check_table<taskvec::breadcrumbs_options>();
-    check_table<taskvec::breadcrumbs_ties_options>();
-    check_table<taskvec::passthrough_options>();
-    check_table<taskvec::nuslerp_options>();
-    check_table<taskvec::multi_slerp_options>();
-    check_table<taskvec::karcher_options>();
-    check_table<taskvec::nearswap_options>();
-    check_table<taskvec::ram_options>();
-    check_table<taskvec::ram_plus_options>();
-    check_table<taskvec::sce_options>();
-    check_table<taskvec::fisher_options>();
-    check_table<taskvec::regmean_options>();
-    check_table<taskvec::slerp_options>();
-    check_table<taskvec::model_stock_options>();
+    with_library_methods<check_tables>::run();
     check_table<taskvec::post_pruning_options>();
     check_table<taskvec::lorahub_options>();
     check_table<taskvec::sweep_options>();

@@ -3,16 +3,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../device.hpp"
 
+#include <library_methods.hpp>
 #include <taskvec/device/methods.hpp>
 #include <taskvec/device/methods/regmean.hpp>
 #include <taskvec/device/reuse/streamed.hpp>
-#include <taskvec/methods/breadcrumbs.hpp>
-#include <taskvec/methods/karcher.hpp>
-#include <taskvec/methods/multi_slerp.hpp>
-#include <taskvec/methods/nearswap.hpp>
-#include <taskvec/methods/nuslerp.hpp>
-#include <taskvec/methods/passthrough.hpp>
-#include <taskvec/methods/ram.hpp>
 
 namespace tool {
 
@@ -37,17 +31,19 @@ taskvec::merge_report merge_on_cuda(const void* options, const taskvec::aligned_
         taskvec::gpu{}, *static_cast<const Options*>(options), models, out, {.memory = memory, .host = host});
 }
 
-/// A method has a device version where its line is here, or in another device file.
+/// Those of the methods that have a device version. One of a program's own is registered in a device file of its own.
 template <class... Options>
 struct register_device_methods {
-    register_device_merge entries[sizeof...(Options)] = {{typeid(Options), &merge_on_cuda<Options>}...};
+    register_device_methods() { (add<Options>(), ...); }
+
+private:
+    template <class One>
+    static void add()
+    {
+        if constexpr (taskvec::device_merge_method<One>) { register_device_merge(typeid(One), &merge_on_cuda<One>); }
+    }
 };
-const register_device_methods<taskvec::average_options, taskvec::task_arithmetic_options, taskvec::ties_options,
-    taskvec::dare_options, taskvec::dare_ties_options, taskvec::fisher_options, taskvec::regmean_options,
-    taskvec::slerp_options, taskvec::model_stock_options, taskvec::breadcrumbs_options,
-    taskvec::breadcrumbs_ties_options, taskvec::passthrough_options, taskvec::nuslerp_options,
-    taskvec::multi_slerp_options, taskvec::karcher_options, taskvec::nearswap_options, taskvec::ram_options>
-    methods{};
+const with_library_methods<register_device_methods> methods;
 
 } // namespace
 
