@@ -366,11 +366,14 @@ struct file_kind;
 class mapped_file;
 enum class durability : std::uint8_t;
 class atomic_file;
+class directory_lock;
+enum class existing_directory : std::uint8_t;
 class output_directory;
 class name_pattern;
 struct peft_tensor;
 template <arithmetic_element T>
 struct peft_adapter;
+class peft_writer;
 struct peft_read_options;
 enum class adapter_dialect : std::uint8_t;
 template <arithmetic_element T>
