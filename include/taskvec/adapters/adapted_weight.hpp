@@ -178,6 +178,7 @@ TASKVEC_KERNELS_END
 /// the factors (wt·gt·st·bt) and into c = 1 + Σ wt·(gt − 1), which is rounded once and scales θ0. Tensors that were
 /// saved whole add wt·(θ − θ0) after θ0; a single one of weight 1 takes its place. The same bits for any threads,
 /// blocks and instruction sets.
+/// Factors laid out for reads lie in ordinary memory: (rows + columns)·rank entries of A.
 template <arithmetic_element A>
 class adapted_weight final : public operand_source {
 public:
@@ -196,13 +197,13 @@ public:
 
     /// Lays the factors out for reads, and computes the norms that DoRA needs, which reads the base once. read() does
     /// it by itself, on one thread, when it was not done before.
-    void prepare(const cpu& policy) const
+    void prepare(const cpu& policy) const override
     {
         const std::lock_guard lock(mutex_);
         if (!ready_.load(std::memory_order_relaxed)) { lay_out(policy); }
     }
     /// Gives the memory of prepare() back. Nobody reads meanwhile.
-    void release() const
+    void release() const override
     {
         const std::lock_guard lock(mutex_);
         left_ = right_ = scale_ = {};

@@ -53,10 +53,8 @@ private:
     {
         const aligned_tensor& tensor = models.tensors()[index];
         const auto& from = tensor.tasks[0];
-        const auto* const single = dynamic_cast<const adapted_weight<float>*>(from.source);
-        const auto* const wide = dynamic_cast<const adapted_weight<double>*>(from.source);
-        if (tensor.size > 0 && single) { single->prepare(policy); }
-        if (tensor.size > 0 && wide) { wide->prepare(policy); }
+        const bool worked_out = tensor.size > 0 && from.source;
+        if (worked_out) { from.source->prepare(policy); }
         const chunk_range range = chunks_of(models, index);
         const std::size_t width = bits_per_element(tensor.output_dtype) / 8;
         auto* const direct = static_cast<std::byte*>(out.direct(tensor.output));
@@ -88,8 +86,7 @@ private:
             }
             if (!meter.advance(models.bytes(piece))) { raise<cancelled>(error_code::cancelled); }
         });
-        if (single) { single->release(); }
-        if (wide) { wide->release(); }
+        if (worked_out) { from.source->release(); }
     }
     template <arithmetic_element A>
     static void read(

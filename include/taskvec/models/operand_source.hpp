@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/dtype.hpp>
+#include <taskvec/fwd.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -20,6 +21,10 @@ public:
     [[nodiscard]] virtual taskvec::dtype type() const noexcept = 0;
     /// Elements [offset, offset + count) of the tensor, row-major, as type(), to `out`, which is aligned to them.
     virtual void read(std::uint64_t offset, std::size_t count, void* out) const = 0;
+    /// Does beforehand, on the policy's threads, what the first read would do by itself.
+    virtual void prepare(const cpu& /*policy*/) const { }
+    /// Gives back what prepare() and reads keep, until the next one. Nobody reads meanwhile.
+    virtual void release() const { }
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
