@@ -14,8 +14,21 @@ void add_adapter_options(command& verb, adapter_settings& settings, const std::s
 
 void add_modules_to_save(command& verb, adapter_settings& settings)
 {
-    verb.flag("--modules-to-save", settings.modules_to_save,
-        "Accept adapters with modules_to_save, and carry the fine-tuned weights along");
+    verb.word_or_flag("--modules-to-save", settings.modules_to_save, "equal",
+        {"error", "equal", "average", "first", "drop"}, "[WHAT]",
+        "Accept adapters with modules_to_save, and carry the fine-tuned weights along. Where several have some: equal "
+        "(they are, "
+        "the default of the flag), average (by weight), first, or drop; error accepts none");
+}
+
+void drop_whole_modules(std::map<std::string, taskvec::peft_tensor>& others, nlohmann::json& config)
+{
+    const auto bias = config.find("bias");
+    const bool biases = bias != config.end() && bias->is_string() && *bias != "none";
+    std::erase_if(others, [&](const auto& one) {
+        return !one.first.ends_with(taskvec::peft_base_weight) && !(biases && one.first.ends_with(".bias"));
+    });
+    config["modules_to_save"] = nullptr;
 }
 
 taskvec::rank_choice rank_settings::choice() const

@@ -13,7 +13,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <optional>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -24,7 +26,7 @@ namespace tool {
 /// What every verb that writes an adapter is told.
 struct adapter_settings {
     std::string out, dtype = "keep";
-    bool modules_to_save = false;
+    std::string modules_to_save = "error"; ///< what becomes of whole modules: error, equal, average, first or drop
     run_options run;
 
     /// Nothing for `keep`.
@@ -66,12 +68,17 @@ void in_precision(bool wide, F&& f)
     }
 }
 
+/// Takes away what an adapter carries beside its factors, but for copies of base weights and the biases that it
+/// announces.
+void drop_whole_modules(std::map<std::string, taskvec::peft_tensor>& others, nlohmann::json& config);
+
 /// read_peft(), which then looks for NaN and infinity, so that the message names the file.
 template <class T>
 [[nodiscard]] taskvec::peft_adapter<T> read_adapter(const fs::path& directory, const adapter_settings& settings)
 {
     auto adapter = taskvec::read_peft<T>(
-        directory, {.whole_modules = settings.modules_to_save, .whole_modules_word = "--modules-to-save"});
+        directory, {.whole_modules = settings.modules_to_save != "error", .whole_modules_word = "--modules-to-save"});
+    if (settings.modules_to_save == "drop") { drop_whole_modules(adapter.others, adapter.config); }
     const auto check = [&](auto&& value, std::size_t size, const auto&... where) {
         for (std::size_t i = 0; i < size; ++i) {
             if (std::isfinite(value(i))) { continue; }

@@ -180,6 +180,19 @@ void command::count(
     finished(app_->add_option(flag, value, help), unit)->transform(decimal_number());
 }
 
+void command::word_or_flag(const std::string& flag, std::string& value, const std::string& alone,
+    const std::vector<std::string>& words, const std::string& unit, const std::string& help)
+{
+    const auto receive = [&value, flag, alone, words](const std::vector<std::string>& texts) {
+        value = texts.empty() || texts[0].empty() ? alone : texts[0];
+        if (std::find(words.begin(), words.end(), value) != words.end()) { return; }
+        std::string list;
+        for (const auto& word : words) { list += (list.empty() ? "" : ", ") + word; }
+        throw usage_error(flag + " '" + value + "' is none of " + list);
+    };
+    finished(app_->add_option_function<std::vector<std::string>>(flag, receive, help), unit)->expected(0, 1);
+}
+
 void command::flag(const std::string& flag, bool& value, const std::string& help)
 {
     app_->add_flag(flag, value, help);

@@ -35,6 +35,9 @@ public:
     /// One of a few words. `any_case`: upper case is lowered first.
     void word(const std::string& flag, std::string& value, const std::vector<std::string>& words,
         const std::string& unit, const std::string& help, bool any_case = false, presence how = presence::optional);
+    /// One of a few words, or none: the flag alone means `alone`.
+    void word_or_flag(const std::string& flag, std::string& value, const std::string& alone,
+        const std::vector<std::string>& words, const std::string& unit, const std::string& help);
     void number(const std::string& flag, double& value, const std::string& unit, const std::string& help);
     void number(
         const std::string& flag, std::optional<double>& value, const std::string& unit, const std::string& help);

@@ -10,7 +10,10 @@
 #include <taskvec/methods/task_arithmetic.hpp>
 
 #include <algorithm>
+#include <cstring>
+#include <map>
 #include <memory>
+#include <set>
 #include <utility>
 
 namespace {
@@ -56,6 +59,9 @@ public:
             bytes_ += tool::adapter_bytes(given.init);
         }
         line_up(given);
+        if (given.modules_to_save == "average" || given.modules_to_save == "first") {
+            join_whole_modules(given.modules_to_save == "average");
+        }
         for (std::size_t i = 1; i < adapters_.size(); ++i) {
             for (std::size_t j = 0; j < i; ++j) { check_together(adapters_[j], adapters_[i], given.any_base); }
         }
@@ -196,6 +202,68 @@ private:
         check_others(first, other, fail);
         check_others(other, first, fail);
     }
+    /// Makes what adapters carry whole one and the same in all of them: the mean by weight of those that have it, or
+    /// what the first of them has.
+    void join_whole_modules(bool mean)
+    {
+        std::map<std::string, std::vector<std::size_t>> carried; // by whom
+        std::set<std::string> listed;
+        for (std::size_t i = 0; i < adapters_.size(); ++i) {
+            for (const auto& [name, tensor] : adapters_[i].others) {
+                if (!name.ends_with(taskvec::peft_base_weight)) { carried[name].push_back(i); }
+            }
+            const auto list = adapters_[i].config.find("modules_to_save");
+            if (list == adapters_[i].config.end() || !list->is_array()) { continue; }
+            for (const auto& module : *list) {
+                if (module.is_string()) { listed.insert(module.template get<std::string>()); }
+            }
+        }
+        for (const auto& [name, owners] : carried) {
+            auto joined = adapters_[owners[0]].others.at(name);
+            if (mean && owners.size() > 1) { joined = mean_of(name, owners); }
+            for (auto& adapter : adapters_) { adapter.others[name] = joined; }
+            initial_.others[name] = joined; // of which nothing is merged
+        }
+        for (auto& adapter : adapters_) {
+            if (!listed.empty()) { adapter.config["modules_to_save"] = listed; }
+        }
+    }
+    [[nodiscard]] taskvec::peft_tensor mean_of(const std::string& name, const std::vector<std::size_t>& owners) const
+    {
+        auto joined = adapters_[owners[0]].others.at(name);
+        const auto& label = adapters_[owners[0]].label;
+        double total = 0;
+        std::vector<double> sum(taskvec::element_count(joined.shape));
+        for (const auto i : owners) {
+            const auto& tensor = adapters_[i].others.at(name);
+            if (tensor.shape != joined.shape) {
+                taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::tensor_shape,
+                    taskvec::message("tensor '", name, "' has shape ", taskvec::to_string(tensor.shape), " in '",
+                        adapters_[i].label, "' but ", taskvec::to_string(joined.shape), " in '", label,
+                        "': they have no mean; take one of them (--modules-to-save first), or none (drop)"));
+            }
+            total += weights_[i];
+            taskvec::visit_storage(tensor.dtype, name, [&]<class S>(std::type_identity<S>) {
+                for (std::size_t k = 0; k < sum.size(); ++k) {
+                    S value;
+                    std::memcpy(&value, tensor.bytes.data() + k * sizeof(S), sizeof(S));
+                    sum[k] += weights_[i] * static_cast<double>(taskvec::widen<taskvec::arithmetic_type<S>>(value));
+                }
+            });
+        }
+        if (total == 0) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::weights_sum_zero,
+                taskvec::message("the weights of the adapters that carry '", name,
+                    "' sum to 0, and nothing can be divided by that: take one of them (--modules-to-save first)"));
+        }
+        taskvec::visit_storage(joined.dtype, name, [&]<class S>(std::type_identity<S>) {
+            for (std::size_t k = 0; k < sum.size(); ++k) {
+                const S value = taskvec::narrow<S>(static_cast<taskvec::arithmetic_type<S>>(sum[k] / total));
+                std::memcpy(joined.bytes.data() + k * sizeof(S), &value, sizeof(S));
+            }
+        });
+        return joined;
+    }
     /// What `first` carries beside its factors `other` carries too, but for the base weight of a module that it does
     /// not adapt.
     template <class Fail>
@@ -207,8 +275,9 @@ private:
             if (place == other.others.end() ? copy : place->second == tensor) { continue; }
             if (copy) { fail("carry different base weights '", name, "': they are adapters of different bases"); }
             fail("carry different tensors beside their factors ('", name,
-                "' among them), which no merge of low-rank updates joins: merge those by 'taskvec merge', or remove "
-                "them");
+                "' among them), which no merge of low-rank updates joins: choose what becomes of them "
+                "(--modules-to-save "
+                "average, first or drop), or remove them");
         }
     }
     void check_shapes() const
