@@ -50,12 +50,6 @@ bool heads_are_tied(const nlohmann::json& config, bool head_missing)
     return name.ends_with("LMHeadModel") || name.ends_with("ForCausalLM") || name.ends_with("ForConditionalGeneration");
 }
 
-bool is_head_module(std::string_view module)
-{
-    return module == "lm_head" || module.ends_with(".lm_head") || module == "embed_out"
-        || module.ends_with(".embed_out");
-}
-
 /// The input embedding of a language model by the name of its weight; nullptr: it has none.
 const taskvec::const_model_ref::entry* input_embedding(const taskvec::const_model_ref& model)
 {
@@ -77,6 +71,25 @@ std::vector<std::string> module_names(const taskvec::adapter_contents<T>& adapte
 }
 
 } // namespace
+
+bool is_head_module(std::string_view module)
+{
+    return module == "lm_head" || module.ends_with(".lm_head") || module == "embed_out"
+        || module.ends_with(".embed_out");
+}
+
+bool has_conv1d_layers(const fs::path& model)
+{
+    return has_conv1d(config_beside(model));
+}
+
+bool ties_head(const fs::path& model, const taskvec::const_model_ref& tensors)
+{
+    const bool stored = std::any_of(tensors.begin(), tensors.end(), [](const auto& entry) {
+        return entry.name.ends_with(".weight") && is_head_module(entry.name.substr(0, entry.name.size() - 7));
+    });
+    return heads_are_tied(config_beside(model), !stored);
+}
 
 std::uint64_t adapter_sum::bytes() const
 {

@@ -17,6 +17,14 @@
 
 namespace tool {
 
+/// Whether a model's linear layers are transformers' Conv1D, whose weights lie in×out, by the config.json beside it.
+[[nodiscard]] bool has_conv1d_layers(const fs::path& model);
+/// Whether a model's head is its embedding, by the config.json beside it, or since the head of a language model is in
+/// no file.
+[[nodiscard]] bool ties_head(const fs::path& model, const taskvec::const_model_ref& tensors);
+/// lm_head or embed_out.
+[[nodiscard]] bool is_head_module(std::string_view module);
+
 /// Σ weight·(what each adapter does), for a base. Never moves: changes() points into it.
 class adapter_sum {
 public:

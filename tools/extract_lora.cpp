@@ -1,13 +1,17 @@
 // taskvec extract-lora: what fine-tuning changed in the weight matrices, as a LoRA adapter.
 // SPDX-License-Identifier: Apache-2.0
+#include "adapter_sums.hpp"
 #include "adapters.hpp"
 #include "decompose.hpp"
 
 #include <taskvec/adapters/extract.hpp>
 
+#include <algorithm>
 #include <iostream>
 #include <map>
 #include <memory>
+#include <string>
+#include <string_view>
 #include <utility>
 
 namespace {
@@ -28,6 +32,16 @@ constexpr const char* known_embeddings =
     "(^|\\.)((tok|token|word|position|pos|token_type|segment|entity|entity_position|lang|language|[xyhw]_position|"
     "relative_position|distance|time_position)s?_emb(ed(ding)?)?s?|embed_(tokens|tokens_per_layer|positions|in)|"
     "embeddings?|emb|shared|wte|wpe|relative_attention_bias)$";
+
+/// The embedding of words that a language model's head may be tied to.
+bool is_input_embedding(std::string_view module)
+{
+    for (const std::string_view name :
+        {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared"}) {
+        if (module == name || module.ends_with("." + std::string(name))) { return true; }
+    }
+    return false;
+}
 
 /// True when the layers of some model need f64.
 bool wide(const taskvec::checkpoint& model)
@@ -100,13 +114,35 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     auto patterns = given.embedding;
     patterns.emplace_back(known_embeddings);
     const auto is_embedding = tool::name_matcher(patterns, "--embedding");
+    const bool tied = tool::ties_head(given.base, base.model());
+    bool embedding_changed = false;
+    if (tied) { // one matrix under two names is one module
+        std::erase_if(found.adapter, [&](const auto& one) {
+            return tool::is_head_module(one.first)
+                && std::any_of(found.adapter.begin(), found.adapter.end(),
+                    [&](const auto& other) { return is_input_embedding(other.first); });
+        });
+    }
     for (auto& [name, update] : found.adapter) {
         const bool embedding = is_embedding(name);
+        embedding_changed = embedding_changed || (embedding && is_input_embedding(name));
         if (embedding) { adapter.embeddings.insert(name); }
         adapter.stored.emplace(name, base.model().find(name + ".weight")->dtype);
-        adapter.updates.emplace(name, embedding || given.fan_in_fan_out ? transposed(update) : std::move(update));
+        adapter.updates.emplace(name,
+            embedding || (given.fan_in_fan_out && !tool::is_head_module(name)) ? transposed(update)
+                                                                               : std::move(update));
     }
     if (given.fan_in_fan_out) { adapter.config["fan_in_fan_out"] = true; }
+    if (tied && embedding_changed) {
+        // What the embedding changes by the head changes by: PEFT adapts both when it is told so.
+        auto modules = list_of(adapter.updates);
+        modules.emplace_back("lm_head");
+        adapter.config["target_modules"] = modules;
+        adapter.config["ensure_weight_tying"] = true;
+        tool::note(given.run,
+            "the head of '" + given.base
+                + "' is tied to its embedding: the adapter says ensure_weight_tying, so that PEFT adapts both");
+    }
     std::error_code ignored;
     if (tool::fs::is_directory(given.base, ignored)) { adapter.config["base_model_name_or_path"] = given.base; }
 
@@ -147,8 +183,14 @@ void line_up(const extract_lora_settings& given, const taskvec::checkpoint& base
     for (const auto& text : notes) { tool::note(given.run, text); }
 }
 
-void run_extract_lora(const extract_lora_settings& given)
+void run_extract_lora(extract_lora_settings given)
 {
+    if (!given.fan_in_fan_out && tool::has_conv1d_layers(given.base)) {
+        given.fan_in_fan_out = true;
+        tool::note(given.run,
+            "weights of '" + given.base
+                + "' are taken to lie in×out, as its config.json names a model of Conv1D layers");
+    }
     if (given.run.device != "cpu") { throw tool::usage_error("extract-lora runs on the cpu; leave --device out"); }
     (void)given.rank.choice();
     const auto rules = [&](const std::string& model) {

@@ -120,6 +120,25 @@ def main():
                 failures.append(f"{what}: transformers misses {report['missing_keys']}, and does not expect {report['unexpected_keys']}")
             judge(f"{what}: logits", largest_difference(found.eval()(ids).logits.detach(), expected), 1e-5)
 
+        # The other way round: what low-rank changes of tied embeddings and Conv1D layers become in PEFT's hands.
+        for model_name, changed in (("gpt2", ["wte", "c_attn", "c_proj"]), ("llama tied", ["embed_tokens", "q_proj"]), ("llama", ["lm_head", "down_proj"])):
+            count += 1
+            torch.manual_seed(6)
+            model = language_models()[model_name]().eval()
+            place = scratch / ("extract_" + model_name.replace(" ", "_"))
+            model.save_pretrained(place / "base")
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if any(name.endswith(f"{module}.weight") for module in changed):
+                        parameter.add_(0.1 * torch.randn(parameter.shape[0], 2) @ torch.randn(2, parameter.shape[1]))
+            model.save_pretrained(place / "tuned")
+            done = subprocess.run([arguments.tool, "extract-lora", "--base", place / "base", "--task", place / "tuned", "--rank", "2", "--out", place / "adapter"], capture_output=True, text=True)
+            if done.returncode != 0:
+                failures.append(f"extract-lora of {model_name}: {done.stderr.strip()}")
+                continue
+            found = PeftModel.from_pretrained(type(model).from_pretrained(place / "base"), str(place / "adapter")).eval()
+            judge(f"extract-lora of {model_name}: logits", largest_difference(found(ids).logits.detach(), model(ids).logits.detach()), 1e-5)
+
     if failures:
         raise SystemExit("\n".join([f"{len(failures)} of {count} failed:", *failures]))
     print(f"  {count} adapters agree")

@@ -594,3 +594,78 @@ TEST_CASE("convert writes the same update in every dialect, and inspect shows it
     CHECK(json["modules"][1]["norm"].get<double>() == doctest::Approx(std::sqrt(squares)));
     CHECK(must({"inspect", "kohya.safetensors"}).find("6 tensors") != std::string::npos);
 }
+
+TEST_CASE("merge-lora joins what adapters carry whole by the policy that it is told")
+{
+    const scratch folder;
+    const auto head = random_tensor({3, 6}, 40), other = random_tensor({3, 6}, 41), bias = random_tensor({3}, 42);
+    auto first = factors("q", 6, 6, 1), second = factors("q", 6, 6, 3);
+    first["head.weight"] = head;
+    second["head.weight"] = other;
+    second["head.bias"] = bias;
+    write_adapter_as(folder / "a", first, {{"modules_to_save", {"head"}}});
+    write_adapter_as(folder / "b", second, {{"modules_to_save", {"head"}}});
+    const auto merge = [&](const std::vector<std::string>& more) {
+        std::vector<std::string> all{"merge-lora", "--adapter", "a=3", "--adapter", "b=1", "--out", "out"};
+        all.insert(all.end(), more.begin(), more.end());
+        return all;
+    };
+    const auto merged = [&](const std::string& policy) {
+        const auto result = run(folder, merge({"--modules-to-save", policy}));
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        return read_values(folder / "out/adapter_model.safetensors");
+    };
+    refused(folder, merge({}), 1, "modules_to_save");
+    refused(folder, merge({"--modules-to-save", "error"}), 1, "modules_to_save");
+    refused(folder, merge({"--modules-to-save"}), 1, "average, first or drop");
+    refused(folder, merge({"--modules-to-save", "equal"}), 1, "average, first or drop");
+    refused(folder, merge({"--modules-to-save", "both"}), 2, "'both' is none of");
+    const auto mean = merged("average");
+    for (std::size_t i = 0; i < 18; ++i) {
+        CHECK(mean.at("base_model.model.head.weight").values[i]
+            == static_cast<float>((3 * double{head.values[i]} + double{other.values[i]}) / 4));
+    }
+    CHECK(mean.at("base_model.model.head.bias").values == bias.values);
+    CHECK(merged("first").at("base_model.model.head.weight").values == head.values);
+    CHECK(nlohmann::json::parse(slurp(folder / "out/adapter_config.json"))["modules_to_save"][0] == "head");
+    CHECK(merged("drop").size() == 2);
+    CHECK(nlohmann::json::parse(slurp(folder / "out/adapter_config.json"))["modules_to_save"].is_null());
+    second["head.weight"] = random_tensor({4, 6}, 43);
+    write_adapter_as(folder / "b", second, {{"modules_to_save", {"head"}}});
+    refused(folder, merge({"--modules-to-save", "average"}), 1, "they have no mean");
+}
+
+TEST_CASE("extract-lora reads a configuration: Conv1D layers, and heads that are tied to embeddings")
+{
+    const scratch folder;
+    values_model base{{"h.0.c_proj.weight", random_tensor({6, 6}, 1)}, {"wte.weight", random_tensor({9, 6}, 2)}};
+    auto tuned = base;
+    for (auto& [name, tensor] : tuned) {
+        for (std::size_t i = 0; i < tensor.values.size(); ++i) {
+            tensor.values[i] += 0.25f * static_cast<float>(i / 6 + 1) * static_cast<float>(i % 6 + 1); // of rank 1
+        }
+    }
+    tuned["h.0.c_proj.weight"].values[1] += 1;
+    for (const std::string name : {"base", "tuned"}) {
+        std::filesystem::create_directories(folder / name);
+        write_values(folder / name / "model.safetensors", name == "base" ? base : tuned);
+        write_text(folder / name / "config.json", R"({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})");
+    }
+    const auto result =
+        run(folder, {"extract-lora", "--base", "base", "--task", "tuned", "--rank", "2", "--out", "out"});
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    const auto config = nlohmann::json::parse(slurp(folder / "out/adapter_config.json"));
+    CHECK(config["fan_in_fan_out"] == true);
+    CHECK(config["ensure_weight_tying"] == true);
+    CHECK(config["target_modules"] == nlohmann::json{"h.0.c_proj", "wte", "lm_head"});
+    REQUIRE(run(folder, {"fuse", "--base", "base", "--adapter", "out", "--out", "fused"}).code == 0);
+    const auto fused = read_values(folder / "fused/model.safetensors");
+    REQUIRE(fused.size() == 2);
+    for (const auto& [name, tensor] : tuned) {
+        for (std::size_t i = 0; i < tensor.values.size(); ++i) {
+            CHECK(std::abs(fused.at(name).values[i] - tensor.values[i]) < 2e-5);
+        }
+    }
+}
