@@ -51,6 +51,15 @@ TEST_CASE("nesting is bounded")
     CHECK_THROWS_AS((void)parse_json(std::string(1'000'000, '['), "f"), format_error);
 }
 
+TEST_CASE("the number of values is bounded")
+{
+    std::string numbers = "[0";
+    for (std::size_t i = 1; i < 1'999'999; ++i) { numbers += ",0"; }
+    CHECK(parse_json(numbers + "]", "file").size() == 1'999'999);
+    CHECK_THROWS_WITH_AS(
+        (void)parse_json(numbers + ",0]", "file"), doctest::Contains("more than 2000000 values"), format_error);
+}
+
 TEST_CASE("UTF-8 is recognised by its definition")
 {
     CHECK(is_utf8(""));

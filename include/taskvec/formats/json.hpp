@@ -15,6 +15,8 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// The most values that a JSON file may have, which take a hundred times its bytes in memory.
+inline constexpr std::size_t json_value_limit = 2'000'000;
 /// The deepest nesting that a JSON file may have: the reference safetensors reader's limit.
 inline constexpr std::size_t json_depth_limit = 127;
 
@@ -82,6 +84,11 @@ public:
 private:
     nlohmann::json* place(nlohmann::json x)
     {
+        if (++values_ > json_value_limit) {
+            raise<format_error>(error_code::json_syntax,
+                message("JSON of more than ", json_value_limit, " values, which is no configuration or index"), file_,
+                offset_);
+        }
         if (stack_.empty()) { return &(root_ = std::move(x)); }
         auto& parent = *stack_.back();
         if (parent.is_array()) {
@@ -114,6 +121,7 @@ private:
     std::string file_;
     std::uint64_t offset_;
     nlohmann::json root_;
+    std::size_t values_ = 0;
     std::vector<nlohmann::json*> stack_;
     std::string key_;
 };
