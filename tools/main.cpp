@@ -5,7 +5,6 @@
 
 #include <fcntl.h>
 #include <malloc.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 namespace {
@@ -21,14 +20,10 @@ void occupy_standard_descriptors()
     }
 }
 
-/// Shards are open files: as many as the system allows.
-void allow_files()
+/// Before all that allocates: what ends before main() ends in one line too.
+[[gnu::constructor(101)]] void install_early()
 {
-    struct rlimit limit{};
-    if (::getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
-        limit.rlim_cur = limit.rlim_max;
-        ::setrlimit(RLIMIT_NOFILE, &limit);
-    }
+    tool::install_handlers();
 }
 
 } // namespace
@@ -36,8 +31,6 @@ void allow_files()
 int main(int argc, char** argv)
 {
     occupy_standard_descriptors();
-    allow_files();
-    tool::install_handlers();
 #if defined(M_MMAP_THRESHOLD)
     // Large blocks go back to the system when they are freed; left alone, glibc soon keeps them, and --memory would be
     // passed.

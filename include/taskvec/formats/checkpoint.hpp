@@ -450,6 +450,7 @@ public:
         for (std::size_t i = 0; i < parts.size(); ++i) {
             writers_.push_back(
                 std::make_unique<safetensors_writer>(folder_->path() / names_[i], parts[i], metadata, mode));
+            if (parts.size() > 1) { writers_.back()->open_on_demand(); }
         }
         if (plan_.shards > 1) {
             std::string json = "{\n  \"metadata\": {\n    \"total_size\": " + std::to_string(plan_.total_bytes)

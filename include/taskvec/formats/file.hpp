@@ -350,6 +350,7 @@ public:
         : target_(std::move(other.target_))
         , temporary_(std::exchange(other.temporary_, {}))
         , file_(std::move(other.file_))
+        , finished_(other.finished_)
         , mode_(other.mode_)
     { }
     atomic_file& operator=(atomic_file&& other) noexcept
@@ -359,6 +360,7 @@ public:
             target_ = std::move(other.target_);
             temporary_ = std::exchange(other.temporary_, {});
             file_ = std::move(other.file_);
+            finished_ = other.finished_;
             mode_ = other.mode_;
         }
         return *this;
@@ -394,14 +396,30 @@ public:
         }
     }
 
+    /// Closes the file until open_again(), for those who write more files than a process may have open. Nothing may be
+    /// written in between.
+    void close_for_now()
+    {
+        if (const int code = file_.close()) { detail::raise_io(target_, "cannot close the file", code); }
+    }
+    void open_again()
+    {
+        if (file_) { return; }
+        file_ = detail::descriptor(
+            detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW); }));
+        if (!file_) { detail::raise_io(target_, "cannot open the file again", errno); }
+    }
+
     /// Forces the bytes to disk (unless durability::process) and closes the file; only the rename is left to commit().
     void finish()
     {
-        if (!file_) { return; }
+        if (finished_) { return; }
+        open_again();
         if (mode_ == durability::synchronised && detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
             detail::raise_io(target_, "cannot force the file to disk", errno);
         }
-        if (const int code = file_.close()) { detail::raise_io(target_, "cannot close the file", code); }
+        close_for_now();
+        finished_ = true;
     }
 
     /// Gives the file its name, replacing what had it. `whole_directory`: also make the rename durable.
@@ -439,6 +457,7 @@ private:
 
     std::filesystem::path target_, temporary_;
     detail::descriptor file_;
+    bool finished_ = false;
     durability mode_ = durability::synchronised;
 };
 

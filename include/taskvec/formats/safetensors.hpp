@@ -472,8 +472,25 @@ public:
                 message("a write of ", size, " bytes at ", offset, " lies outside tensor ", index, " of '",
                     file_.target().string(), "'"));
         }
+        if (on_demand_ && !open_.load(std::memory_order_acquire)) {
+            const detail::light_lock lock(busy_);
+            if (!open_.load(std::memory_order_relaxed)) {
+                file_.open_again();
+                open_.store(true, std::memory_order_release);
+            }
+        }
         file_.write(offsets_[index] + offset, data, size);
-        written_.fetch_add(size, std::memory_order_relaxed);
+        // Each byte is written once: whoever writes the last one is the only one left.
+        if (written_.fetch_add(size, std::memory_order_acq_rel) + size == expected_ && on_demand_ && size) {
+            file_.close_for_now();
+        }
+    }
+    /// Has the file open from its first write to its last only, for those who write more files than a process may have
+    /// open. Before the first write.
+    void open_on_demand()
+    {
+        file_.close_for_now();
+        on_demand_ = true;
     }
 
     /// Forces the bytes to disk, so that commit() only renames. Throws invalid_argument if fewer bytes were written
@@ -516,6 +533,9 @@ private:
     std::vector<std::uint64_t> offsets_, sizes_;
     std::uint64_t size_, expected_;
     std::atomic<std::uint64_t> written_{0};
+    bool on_demand_ = false;
+    std::atomic<bool> open_{false}; ///< once and for all, where the file is opened on demand
+    std::atomic_flag busy_;
 };
 
 /// Writes a whole model that lies in memory. The tensors must be contiguous host memory.
