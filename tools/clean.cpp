@@ -4,7 +4,7 @@
 #include "runner.hpp"
 #include "words.hpp"
 
-#include <taskvec/formats/file.hpp>
+#include <taskvec/formats/checkpoint.hpp>
 
 #include <algorithm>
 #include <cerrno>
@@ -55,7 +55,15 @@ void clean(const clean_settings& given)
                 taskvec::message("cannot be removed: ", failure.message()), path.string(), failure.value());
         }
     }
-    if (!given.dry_run) { const taskvec::directory_lock lock(directory); } // removes a dead writer's on its way out
+    // What a writer of shards left: those that no index names, and its lock.
+    const bool locked = tool::fs::exists(directory / ".taskvec-lock", failure);
+    taskvec::directory_lock lock(directory);
+    if (given.dry_run && locked) { lock.keep(); }
+    for (const auto& name : taskvec::orphan_shards(directory, lock)) {
+        const auto path = directory / name;
+        text += (given.dry_run ? "would remove '" : "removed '") + tool::printable(path.string()) + "'\n";
+        if (!given.dry_run) { tool::fs::remove(path, failure); }
+    }
     tool::print(text.empty() ? "nothing of a dead run lies in '" + tool::printable(given.directory) + "'\n" : text);
 }
 

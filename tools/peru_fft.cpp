@@ -42,8 +42,10 @@ void run_peru_fft(const tool::merge_request& request)
         return;
     }
     tool::report_file report(request.run.report);
-    taskvec::output_directory folder(
-        request.out, taskvec::durability::synchronised, taskvec::existing_directory::exchange);
+    std::error_code ignored;
+    const bool inner = tool::fs::is_directory(tool::fs::path(request.out) / "merged", ignored); // keeps other files
+    taskvec::output_directory folder(request.out, taskvec::durability::synchronised,
+        inner ? taskvec::existing_directory::fill : taskvec::existing_directory::exchange);
     for (const auto& made : folder.made()) { tool::guard_temporary(made); }
     tool::guard_temporary(folder.lock_file());
     tool::model_output out(folder.path() / (request.shard_size.empty() ? "merged.safetensors" : "merged"),

@@ -7,9 +7,12 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <csignal>
 #include <numeric>
+#include <thread>
 
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 using namespace taskvec;
@@ -55,6 +58,19 @@ struct sample {
         return true;
     }
 };
+
+/// body(0) … body(count - 1), on four threads.
+template <class F>
+void run_on_many(std::size_t count, F body)
+{
+    std::atomic<std::size_t> next{0};
+    const auto work = [&] {
+        for (std::size_t i = 0; (i = next.fetch_add(1)) < count;) { body(i); }
+    };
+    std::vector<std::jthread> threads;
+    for (int t = 0; t < 3; ++t) { threads.emplace_back(work); }
+    work();
+}
 
 bool is_model(const std::filesystem::path& path, const sample& expected)
 {
@@ -235,6 +251,59 @@ TEST_CASE("a second writer of a directory is an error, and changes nothing")
     CHECK(is_model(out, first));
     second.write(out, 20);
     CHECK(is_model(out, second));
+}
+
+TEST_CASE("shards that a killed writer left without an index are removed by the next one, and nothing else")
+{
+    const scratch folder;
+    const auto out = folder / "m";
+    const sample first(9, 1), second(9, 2);
+    first.write(out, 20);
+    const auto names = scratch::names_in(out);
+    const std::string orphan = "model-00001-of-00007-2.safetensors", other = "model-00002-of-00009.safetensors";
+    spill(out / orphan, "cut off");
+    spill(out / other, "somebody's");
+    spill(out / "notes.txt", "mine");
+    spill(folder / "model-outside.safetensors", "mine");
+    // As when it is killed between the shards' renames and the index's: it noted them in its lock.
+    spill(out / ".taskvec-lock",
+        orphan + "\n" + *names.begin() + "\nnotes.txt\n../model-outside.safetensors\nmodel-gone.safetensors\nmodel-");
+    {
+        const directory_lock lock(out);
+        CHECK(orphan_shards(out, lock) == std::vector<std::string>{orphan, "model-gone.safetensors"});
+        CHECK_THROWS_AS(directory_lock{out}, io_error);
+    }
+    spill(out / ".taskvec-lock", orphan + "\n");
+    second.write(out, 20);
+    const auto now = scratch::names_in(out);
+    CHECK_FALSE(now.contains(orphan));
+    CHECK(now.contains(other));
+    CHECK(slurp(folder / "model-outside.safetensors") == "mine");
+    CHECK_FALSE(now.contains(".taskvec-lock"));
+    CHECK(is_model(out, second));
+}
+
+TEST_CASE("more shards are written than files may be open")
+{
+    const scratch folder;
+    const sample model(200);
+    struct rlimit before{}, few{};
+    REQUIRE(::getrlimit(RLIMIT_NOFILE, &before) == 0);
+    few = before;
+    few.rlim_cur = 30;
+    REQUIRE(::setrlimit(RLIMIT_NOFILE, &few) == 0);
+    {
+        sharded_writer writer(folder / "m", model.specs, 4);
+        run_on_many(model.specs.size(), [&](std::size_t i) {
+            const auto half = model.specs[i].bytes() / 8 * 4; // the first and the last bytes, and some twice opened
+            const auto* bytes = reinterpret_cast<const std::byte*>(model.contents[i].data());
+            writer.write(i, half, bytes + half, model.specs[i].bytes() - half);
+            writer.write(i, 0, bytes, half);
+        });
+        writer.commit();
+    }
+    REQUIRE(::setrlimit(RLIMIT_NOFILE, &before) == 0);
+    CHECK(is_model(folder / "m", model));
 }
 
 TEST_CASE("a sharded writer that is killed leaves the old model or the new")

@@ -241,6 +241,48 @@ TEST_CASE("copying from a map whose file was cut short is an error that says so"
     CHECK(found.find("shrank") != std::string::npos);
 }
 
+TEST_CASE("what a holder noted in its lock is there for who takes it over")
+{
+    const scratch folder;
+    {
+        directory_lock first(folder.path());
+        CHECK(first.noted().empty());
+        first.note("longer than the next\n");
+        first.note(std::string(5000, 'x'));
+        first.keep(); // as when it is killed
+    }
+    CHECK(folder.names() == std::set<std::string>{".taskvec-lock"});
+    CHECK(directory_lock(folder.path()).noted() == std::string(5000, 'x'));
+    CHECK(folder.names().empty());
+}
+
+TEST_CASE("a file that is closed for a while goes on where it was")
+{
+    const scratch folder;
+    atomic_file file(folder / "out", 6);
+    file.write(0, "abc", 3);
+    file.close_for_now();
+    file.open_again();
+    file.write(3, "def", 3);
+    file.close_for_now();
+    file.finish();
+    file.commit();
+    CHECK(slurp(folder / "out") == "abcdef");
+}
+
+TEST_CASE("a directory that is dropped goes with all that was put into it")
+{
+    const scratch folder;
+    {
+        const output_directory out(folder / "new/out");
+        std::filesystem::create_directories(out.path() / "a/b");
+        for (int i = 0; i < 300; ++i) { spill(out.path() / ("a/" + std::string(200, 'x') + std::to_string(i)), "x"); }
+        std::filesystem::create_directory_symlink(folder.path(), out.path() / "link");
+        spill(folder / "kept", "kept");
+    }
+    CHECK(folder.names() == std::set<std::string>{"kept"});
+}
+
 TEST_CASE("a directory that is exchanged has its new files all at once, and keeps the others")
 {
     const scratch folder;
@@ -275,8 +317,9 @@ TEST_CASE("a directory that is exchanged has its new files all at once, and keep
     std::filesystem::create_directory(folder / "out/inner"); // cannot be linked: files take their names one by one
     {
         output_directory out(folder / "out", durability::synchronised, existing_directory::exchange);
-        CHECK(out.path() == folder / "out");
+        CHECK(out.path().parent_path() == folder / "out");
         write_text_file(out.path() / "a", "newer a");
+        CHECK(slurp(folder / "out/a") == "new a");
         out.commit();
     }
     CHECK(slurp(folder / "out/a") == "newer a");

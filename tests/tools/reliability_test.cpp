@@ -123,7 +123,8 @@ TEST_CASE("clean removes what dead runs left, and nothing else")
     spill(folder / (alive + "-0.tmp"), "x");
     spill(folder / ".taskvec-notes.tmp", "x");
     spill(folder / "model.safetensors", "x");
-    spill(folder / ".taskvec-lock", "");
+    spill(folder / ".taskvec-lock", "model-00001-of-00002-2.safetensors\nmodel.safetensors\n");
+    spill(folder / "model-00001-of-00002-2.safetensors", "x");
     const auto before = folder.names();
     CHECK(run(folder, {"clean", ".", "--dry-run"}).code == 0);
     CHECK(folder.names() == before);

@@ -409,6 +409,49 @@ struct shard_plan {
     return plan;
 }
 
+namespace detail {
+/// The files of the model that a directory holds, as far as its index can be read.
+[[nodiscard]] inline std::vector<std::string> model_files_in(const std::filesystem::path& directory)
+{
+    std::vector<std::string> result;
+    std::error_code ignored;
+    if (std::filesystem::exists(directory / single_file_name, ignored)) { result.emplace_back(single_file_name); }
+    const auto index_path = directory / index_file_name;
+    if (!std::filesystem::exists(index_path, ignored)) { return result; }
+    for (const auto& [name, shard] : read_index(index_path)) {
+        if (std::find(result.begin(), result.end(), shard) == result.end()) { result.push_back(shard); }
+    }
+    result.emplace_back(index_file_name);
+    return result;
+}
+[[nodiscard]] inline std::string lines_of(const std::vector<std::string>& names)
+{
+    std::string text;
+    for (const auto& name : names) { text += name + '\n'; }
+    return text;
+}
+} // namespace detail
+
+/// The shards that a killed writer gave their names in a directory before their index had its own: what it noted in the
+/// lock, less what an index of the directory names by now. Throws format_error for an index that cannot be read.
+[[nodiscard]] inline std::vector<std::string> orphan_shards(
+    const std::filesystem::path& directory, const directory_lock& lock)
+{
+    std::vector<std::string> result;
+    const std::string text = lock.noted();
+    if (text.empty()) { return result; }
+    const auto present = detail::model_files_in(directory);
+    for (std::size_t at = 0, end = 0; (end = text.find('\n', at)) != text.npos; at = end + 1) {
+        auto name = text.substr(at, end - at);
+        const bool of_a_model =
+            name.starts_with("model-") && name.ends_with(".safetensors") && name.find('/') == name.npos;
+        if (of_a_model && std::find(present.begin(), present.end(), name) == present.end()) {
+            result.push_back(std::move(name));
+        }
+    }
+    return result;
+}
+
 /// Writes a checkpoint directory: `model-00001-of-000NN.safetensors` … and their index, or `model.safetensors` when one
 /// shard is enough. A directory that does not exist appears whole or not at all; in one that does, other files are left
 /// alone.
@@ -417,7 +460,8 @@ struct shard_plan {
 /// file) takes its name last, and is what decides which model the directory holds. Where a shard's name is taken, by
 /// an earlier model in the same directory, the new one is called `model-00001-of-000NN-2.safetensors` and so on, so a
 /// crash at any moment leaves the earlier model whole or the new one. Once the new one stands, the earlier one's files
-/// are removed. One writer at a time has an existing directory: a second one throws io_error (see directory_lock).
+/// are removed, and where a writer is killed before, its own are by the next. As many files are open as are written to
+/// at once. One writer at a time has an existing directory: a second one throws io_error (see directory_lock).
 ///
 ///     taskvec::sharded_writer out("merged", specs, 5'000'000'000);
 ///     out.write(index, offset, data, size);
@@ -443,6 +487,9 @@ public:
         (void)present_files(); // an index that cannot be read is refused before anything is written
         folder_.emplace(directory_, mode); // from here on nobody else takes names in the directory
         old_ = present_files();
+        if (const auto* const lock = folder_->lock()) {
+            for (const auto& name : orphan_shards(directory_, *lock)) { ::unlink((directory_ / name).c_str()); }
+        }
         const std::size_t generation = plan_.shards == 1 ? 1 : free_generation();
         for (std::size_t i = 0; i < parts.size(); ++i) {
             names_.push_back(plan_.shards == 1 ? std::string(single_file_name) : shard_name(i, generation));
@@ -497,26 +544,28 @@ public:
     void commit()
     {
         finish();
-        if (index_) { unlisted_.reserve(writers_.size()); }
-        for (auto& writer : writers_) {
-            writer->commit(false);
-            if (index_) { unlisted_.push_back(writer->target()); }
-        }
-        if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
-        if (index_) { index_->commit(); }
-        unlisted_.clear();
-        folder_->commit();
-        std::error_code ignored;
+        // Once the index, or the single file, has its name nothing may fail, memory included.
+        std::vector<std::filesystem::path> obsolete;
         for (const auto& name : old_) {
             // An index that somebody else wrote may name any file: only what is called a model's is removed.
             const bool of_a_model = name == index_file_name || name.ends_with(".safetensors");
             if (of_a_model && std::find(names_.begin(), names_.end(), name) == names_.end()
                 && !(index_ && name == index_file_name)) {
-                std::filesystem::remove(directory_ / name, ignored);
+                obsolete.push_back(directory_ / name);
             }
         }
-        // `model.safetensors` comes before an index when a directory is opened: with it gone, a new index takes effect.
         const auto first = directory_ / single_file_name;
+        if (index_) {
+            for (const auto& writer : writers_) { unlisted_.push_back(writer->target()); }
+            if (auto* const lock = folder_->lock()) { lock->note(detail::lines_of(names_)); }
+        }
+        for (auto& writer : writers_) { writer->commit(false); }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
+        if (index_) { index_->commit(); }
+        unlisted_.clear();
+        folder_->commit();
+        for (const auto& path : obsolete) { ::unlink(path.c_str()); }
+        // `model.safetensors` comes before an index when a directory is opened: with it gone, a new index takes effect.
         if (struct stat status{}; index_ && ::lstat(first.c_str(), &status) == 0) {
             raise<io_error>(error_code::system_refused,
                 "is an earlier model's and cannot be removed: the new model lies beside it, whole, and takes effect "
@@ -578,20 +627,7 @@ private:
             if (!taken) { return generation; }
         }
     }
-    /// The files of the model that the directory holds now, as far as its index can be read.
-    [[nodiscard]] std::vector<std::string> present_files() const
-    {
-        std::vector<std::string> result;
-        std::error_code ignored;
-        if (std::filesystem::exists(directory_ / single_file_name, ignored)) { result.emplace_back(single_file_name); }
-        const auto index_path = directory_ / index_file_name;
-        if (!std::filesystem::exists(index_path, ignored)) { return result; }
-        for (const auto& [name, shard] : read_index(index_path)) {
-            if (std::find(result.begin(), result.end(), shard) == result.end()) { result.push_back(shard); }
-        }
-        result.emplace_back(index_file_name);
-        return result;
-    }
+    [[nodiscard]] std::vector<std::string> present_files() const { return detail::model_files_in(directory_); }
     std::filesystem::path directory_;
     std::optional<output_directory> folder_; // before the files in it, so that it outlives them
     durability mode_;

@@ -10,7 +10,9 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -19,11 +21,15 @@
 #include <utility>
 #include <vector>
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h> // renameat2
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #include <unistd.h>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -87,6 +93,32 @@ private:
 [[nodiscard]] inline std::filesystem::path directory_of(const std::filesystem::path& path)
 {
     return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+}
+
+/// Removes a file, or a directory with all that lies in it. Takes no memory, which may be what has run out.
+inline void remove_tree(int parent, const char* name) noexcept
+{
+    if (::unlinkat(parent, name, 0) == 0 || (errno != EISDIR && errno != EPERM)) { return; }
+    for (int tries = 0; tries < 2 && ::unlinkat(parent, name, AT_REMOVEDIR) != 0; ++tries) {
+#if defined(__linux__)
+        const descriptor directory(::openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW));
+        alignas(8) char entries[4096]; // of numbers (16 bytes), a length (2), a kind (1), a name
+        for (long size = 0;
+            directory && (size = ::syscall(SYS_getdents64, directory.get(), entries, sizeof entries)) > 0;) {
+            std::uint16_t length = 0;
+            for (long at = 0; at < size; at += length) {
+                std::memcpy(&length, entries + at + 16, sizeof length);
+                const char* const inner = entries + at + 19;
+                if (std::strcmp(inner, ".") != 0 && std::strcmp(inner, "..") != 0) {
+                    remove_tree(directory.get(), inner);
+                }
+            }
+        }
+        if (directory) { continue; }
+#endif
+        return;
+    }
+    ::unlinkat(parent, name, AT_REMOVEDIR);
 }
 
 } // namespace detail
@@ -426,14 +458,14 @@ public:
     void commit(bool whole_directory = true)
     {
         finish();
+        const auto directory = detail::directory_of(target_); // after the rename nothing may fail, memory included
         if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
-            detail::raise_io(target_, message("cannot rename '", temporary_.string(), "' to it"), errno);
+            const int code = errno;
+            detail::raise_io(target_, message("cannot rename '", temporary_.string(), "' to it"), code);
         }
         detail::temporaries::drop(temporary_);
         temporary_.clear();
-        if (whole_directory && mode_ == durability::synchronised) {
-            detail::synchronise_directory(detail::directory_of(target_));
-        }
+        if (whole_directory && mode_ == durability::synchronised) { detail::synchronise_directory(directory); }
     }
 
 private:
@@ -463,8 +495,8 @@ private:
 
 /// A directory that one writer has for itself, by an advisory lock (flock) on `.taskvec-lock` in it. The lock ends with
 /// its holder, also with a killed process; the file is removed by the destructor, and one that a killed process left is
-/// taken over. Throws io_error (EWOULDBLOCK) where another writer holds it. File systems without such locks (some
-/// network ones) are written to without.
+/// taken over, with the text that it left in it. Throws io_error (EWOULDBLOCK) where another writer holds it. File
+/// systems without such locks (some network ones) are written to without.
 class directory_lock {
 public:
     directory_lock() = default;
@@ -478,7 +510,10 @@ public:
             if (detail::retry([&] { return ::flock(file_.get(), LOCK_EX | LOCK_NB); }) != 0) {
                 const int code = errno;
                 file_.close();
-                if (code != EWOULDBLOCK) { return; }
+                if (code != EWOULDBLOCK) {
+                    ::unlink(path_.c_str());
+                    return;
+                }
                 raise<io_error>(system_error_code(code),
                     "is being written to by another process; wait until it is done, or choose another output",
                     directory.string(), code);
@@ -495,12 +530,40 @@ public:
     ~directory_lock()
     {
         if (!file_) { return; }
-        if (is_there()) { ::unlink(path_.c_str()); }
+        if (!kept_ && is_there()) { ::unlink(path_.c_str()); }
         detail::temporaries::drop(path_);
     }
 
     /// The file in the directory, while the lock is held.
     [[nodiscard]] std::filesystem::path path() const { return file_ ? path_ : std::filesystem::path(); }
+    /// What note() left here: by a holder that was killed, at first.
+    [[nodiscard]] std::string noted() const
+    {
+        std::string text;
+        if (file_) {
+            char piece[4096];
+            ssize_t size = 0;
+            while ((size = detail::retry([&] {
+                return ::pread(file_.get(), piece, sizeof piece, static_cast<off_t>(text.size()));
+            })) > 0) {
+                text.append(piece, static_cast<std::size_t>(size));
+            }
+        }
+        return text;
+    }
+    /// Leaves a text for whoever takes the lock over, should this process be killed; on disk when it returns.
+    void note(std::string_view text)
+    {
+        if (!file_) { return; }
+        const auto size = static_cast<ssize_t>(text.size());
+        if (detail::retry([&] { return ::ftruncate(file_.get(), 0); }) != 0
+            || detail::retry([&] { return ::pwrite(file_.get(), text.data(), text.size(), 0); }) != size
+            || detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
+            detail::raise_io(path_, "cannot be written", errno);
+        }
+    }
+    /// The file stays when the lock ends, with its text.
+    void keep() noexcept { kept_ = true; }
 
 private:
     /// Whether the locked file still has its name: the directory may have been exchanged for another.
@@ -513,6 +576,7 @@ private:
 
     std::filesystem::path path_;
     detail::descriptor file_;
+    bool kept_ = false;
 };
 
 /// What becomes of a directory that exists already.
@@ -525,9 +589,10 @@ enum class existing_directory : std::uint8_t {
 /// another name beside its own, `.taskvec-<process>-directory-<number>.tmp`, and takes its own on commit(); until then
 /// the destructor removes it, and the directories above it that had to be made. In one that exists, files are written
 /// where they belong, each by itself; or, where they belong together (existing_directory::exchange), to a sibling that
-/// is exchanged with it on commit(), so that nobody ever sees some of the old and some of the new: that needs Linux, a
-/// file system with links, and a directory of one's own without directories in it, and is `fill` elsewhere. One writer
-/// at a time has an existing directory (see directory_lock). Throws io_error.
+/// is exchanged with it on commit(), so that nobody ever sees some of the old and some of the new. That needs Linux, a
+/// file system with links, and a directory of one's own without directories in it; elsewhere the old files go aside and
+/// the new ones take their names, the first in the alphabet (an adapter's configuration) going first and coming last.
+/// One writer at a time has an existing directory (see directory_lock). Throws io_error.
 ///
 ///     output_directory folder("out/merged");
 ///     atomic_file file(folder.path() / "a.bin", 4);
@@ -549,7 +614,7 @@ public:
                     target_.string(), ENOTDIR);
             }
             lock_.emplace(target_);
-            if (existing == existing_directory::exchange) { make_sibling(); }
+            if (existing == existing_directory::exchange) { stage(); }
             return;
         }
         std::vector<std::filesystem::path> missing;
@@ -557,9 +622,9 @@ public:
             level = level.parent_path()) {
             missing.push_back(level);
         }
-        for (; !missing.empty(); missing.pop_back()) { make(missing.back()); }
-        path_ = sibling_name();
-        make(path_);
+        missing.insert(missing.begin(), path_ = sibling_name());
+        made_.reserve(missing.size());
+        for (; !missing.empty(); missing.pop_back()) { make(std::move(missing.back())); }
     }
     output_directory(const output_directory&) = delete;
     output_directory& operator=(const output_directory&) = delete;
@@ -574,26 +639,29 @@ public:
     void commit()
     {
         if (made_.empty()) { return; }
-        if (exchanged_) {
-            exchange();
+        if (staged_) {
+            replace();
             return;
         }
+        auto named = target_; // after the rename nothing may fail, memory included
+        std::vector<std::filesystem::path> above;
+        for (const auto& level : made_) { above.push_back(detail::directory_of(level)); }
         if (::rename(path_.c_str(), target_.c_str()) != 0) {
             detail::raise_io(target_, "cannot give the finished directory its name", errno);
         }
-        path_ = target_;
+        path_.swap(named);
         for (const auto& level : made_) { detail::temporaries::drop(level); }
-        // The name first, then those of the directories above that are new themselves.
-        if (mode_ == durability::synchronised) {
-            for (; !made_.empty(); made_.pop_back()) {
-                detail::synchronise_directory(detail::directory_of(made_.back()));
-            }
-        }
         made_.clear();
+        // The name first, then those of the directories above that are new themselves.
+        for (; mode_ == durability::synchronised && !above.empty(); above.pop_back()) {
+            detail::synchronise_directory(above.back());
+        }
     }
 
     /// The lock's file, while the directory is locked, for whoever must remove it when no destructor can run.
     [[nodiscard]] std::filesystem::path lock_file() const { return lock_ ? lock_->path() : std::filesystem::path(); }
+    /// The lock on a directory that exists already; none otherwise.
+    [[nodiscard]] directory_lock* lock() noexcept { return lock_ ? &*lock_ : nullptr; }
 
 private:
     [[nodiscard]] std::filesystem::path sibling_name() const
@@ -603,64 +671,95 @@ private:
             / message(".taskvec-", static_cast<long>(::getpid()), "-directory-",
                 counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
     }
-    /// A new directory beside one that exists; leaves everything as it is where the two could not be exchanged.
-    void make_sibling()
+    /// A new directory for the new files: beside the one that exists, or within it where the two cannot be exchanged.
+    void stage()
+    {
+        std::error_code failure;
+        auto real = std::filesystem::canonical(target_, failure); // a link to a directory stays a link
+        if (failure) { return; }
+        const auto named = std::exchange(target_, std::move(real));
+        for (const bool beside : {true, false}) {
+            struct stat old{}, own{};
+            if (beside && !can_be_exchanged(old)) { continue; }
+            path_ = beside ? sibling_name() : target_ / sibling_name().filename();
+            made_.push_back(path_); // before there is something to remove
+            if (::mkdir(path_.c_str(), 0700) == 0
+                && (!beside
+                    || (::stat(path_.c_str(), &own) == 0 && own.st_uid == old.st_uid && own.st_gid == old.st_gid
+                        && ::chmod(path_.c_str(), old.st_mode & 07777) == 0))) {
+                detail::temporaries::add(path_);
+                staged_ = true;
+                beside_ = beside;
+                return;
+            }
+            ::rmdir(path_.c_str());
+            made_.clear();
+        }
+        target_ = path_ = named;
+    }
+    [[nodiscard]] bool can_be_exchanged([[maybe_unused]] struct stat& status) const
     {
 #if defined(RENAME_EXCHANGE)
-        std::error_code failure;
-        const auto real = std::filesystem::canonical(target_, failure); // a link to a directory stays a link
-        if (failure || real == real.root_path()) { return; }
-        struct stat status{}, above{};
-        if (::stat(real.c_str(), &status) != 0 || ::stat(real.parent_path().c_str(), &above) != 0
-            || status.st_dev != above.st_dev || ::access(real.parent_path().c_str(), W_OK | X_OK) != 0) {
-            return;
+        struct stat above{};
+        if (target_ == target_.root_path() || ::stat(target_.c_str(), &status) != 0
+            || ::stat(target_.parent_path().c_str(), &above) != 0 || status.st_dev != above.st_dev
+            || ::access(target_.parent_path().c_str(), W_OK | X_OK) != 0) {
+            return false;
         }
-        for (std::filesystem::directory_iterator it(real, failure), end; !failure && it != end; it.increment(failure)) {
-            if (!it->is_regular_file(failure) || it->is_symlink(failure)) { return; }
+        for (const auto& name : names_in(target_)) {
+            struct stat entry{};
+            if (::lstat((target_ / name).c_str(), &entry) != 0 || !S_ISREG(entry.st_mode)) { return false; }
         }
-        if (failure) { return; }
-        const auto named = std::exchange(target_, real);
-        path_ = sibling_name();
-        struct stat own{};
-        if (::mkdir(path_.c_str(), 0700) != 0 || ::stat(path_.c_str(), &own) != 0 || own.st_uid != status.st_uid
-            || own.st_gid != status.st_gid || ::chmod(path_.c_str(), status.st_mode & 07777) != 0) {
-            ::rmdir(path_.c_str());
-            target_ = path_ = named;
-            return;
-        }
-        made_.push_back(path_);
-        detail::temporaries::add(path_);
-        exchanged_ = true;
+        return true;
+#else
+        return false;
 #endif
     }
-    /// Takes the place of the old directory, with all that stays of it.
-    void exchange()
+    /// Puts the new files in the place of the old ones.
+    void replace()
     {
-#if defined(RENAME_EXCHANGE)
         const auto fresh = names_in(path_);
+        auto named = target_;
         for (const auto& name : fresh) { // each keeps the permissions of what it replaces
             struct stat old{};
-            if (::stat((target_ / name).c_str(), &old) != 0) { continue; }
+            if (::stat((target_ / name).c_str(), &old) != 0 || !S_ISREG(old.st_mode)) { continue; }
             if (::access((target_ / name).c_str(), W_OK) != 0) {
                 detail::raise_io(target_ / name, "exists and may not be written", errno);
             }
             (void)!::chmod((path_ / name).c_str(), old.st_mode & 0777);
         }
-        if (!link_the_rest() || !take_place()) {
-            // As in a directory that is filled, but each file is complete by now.
-            for (const auto& name : fresh) {
-                if (::rename((path_ / name).c_str(), (target_ / name).c_str()) != 0) {
-                    detail::raise_io(target_ / name, "cannot give the finished file its name", errno);
-                }
-            }
-            if (mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
-        }
-        discard(); // under the temporary name lies the old directory by now, or nothing new
-        path_ = target_;
-        exchanged_ = false;
-#endif
+        if (!beside_ || !link_the_rest() || !take_place()) { move_in(fresh); }
+        discard(); // what lies under the temporary name is old by now
+        path_.swap(named);
+        staged_ = false;
     }
-#if defined(RENAME_EXCHANGE)
+    /// Where the directories cannot be exchanged: the old files go aside, then the new ones take their names. The first
+    /// to go and the last to come is the first one in the alphabet: an adapter has no configuration, and is read by
+    /// nobody, while its weights change.
+    void move_in(const std::vector<std::filesystem::path>& fresh) const
+    {
+        struct step {
+            std::filesystem::path from, to;
+        };
+        std::vector<step> steps;
+        for (auto name = fresh.rbegin(); name != fresh.rend(); ++name) {
+            struct stat old{};
+            if (::lstat((target_ / *name).c_str(), &old) == 0) {
+                steps.push_back({target_ / *name, path_ / (name->string() + ".old")});
+            }
+        }
+        const std::size_t aside = steps.size();
+        for (const auto& name : fresh) { steps.push_back({path_ / name, target_ / name}); }
+        for (std::size_t i = 0; i < steps.size(); ++i) {
+            const bool ordered = i == aside || i + 1 == steps.size(); // also on the disk
+            if (mode_ == durability::synchronised && ordered) { detail::synchronise_directory(target_); }
+            if (::rename(steps[i].from.c_str(), steps[i].to.c_str()) == 0) { continue; }
+            const int code = errno;
+            while (i-- > 0) { ::rename(steps[i].to.c_str(), steps[i].from.c_str()); }
+            detail::raise_io(target_, "the finished files cannot take their names in it", code);
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
+    }
     /// Gives all that is only in the old directory a name in the new one too; false where the system has no such links.
     [[nodiscard]] bool link_the_rest() const
     {
@@ -676,33 +775,41 @@ private:
     /// False where the system cannot exchange the two.
     [[nodiscard]] bool take_place() const
     {
+#if defined(RENAME_EXCHANGE)
+        const auto above = detail::directory_of(target_);
         if (::renameat2(AT_FDCWD, path_.c_str(), AT_FDCWD, target_.c_str(), RENAME_EXCHANGE) != 0) {
             const int code = errno;
             if (code == EINVAL || code == ENOSYS || code == ENOTSUP || code == EXDEV || code == EBUSY) { return false; }
             detail::raise_io(target_, "cannot be exchanged with the finished directory", code);
         }
-        if (mode_ == durability::synchronised) { detail::synchronise_directory(detail::directory_of(target_)); }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(above); }
         return true;
+#else
+        return false;
+#endif
     }
     /// The last one in the alphabet first: an adapter's weights before its configuration.
     [[nodiscard]] static std::vector<std::filesystem::path> names_in(const std::filesystem::path& directory)
     {
-        std::error_code failure;
+        // Not by std::filesystem::directory_iterator, which ends the process where memory runs out.
+        struct closer {
+            void operator()(DIR* handle) const noexcept { ::closedir(handle); }
+        };
+        const std::unique_ptr<DIR, closer> handle(::opendir(directory.c_str()));
+        if (!handle) { detail::raise_io(directory, "cannot be read as a directory", errno); }
         std::vector<std::filesystem::path> names;
-        for (std::filesystem::directory_iterator it(directory, failure), end; !failure && it != end;
-            it.increment(failure)) {
-            names.push_back(it->path().filename());
+        while (const auto* const entry = ::readdir(handle.get())) {
+            const std::string_view name = entry->d_name;
+            if (name != "." && name != "..") { names.emplace_back(name); }
         }
-        if (failure) { detail::raise_io(directory, "cannot be read as a directory", failure.value()); }
         std::sort(names.rbegin(), names.rend());
         return names;
     }
-#endif
-    void make(const std::filesystem::path& level)
+    void make(std::filesystem::path level)
     {
         if (::mkdir(level.c_str(), 0777) == 0) {
-            made_.push_back(level);
-            detail::temporaries::add(level);
+            made_.push_back(std::move(level)); // there is room for it
+            detail::temporaries::add(made_.back());
             return;
         }
         const int code = errno;
@@ -711,8 +818,7 @@ private:
     }
     void discard() noexcept
     {
-        std::error_code ignored;
-        if (!made_.empty() && made_.back() == path_) { std::filesystem::remove_all(path_, ignored); }
+        if (!made_.empty() && made_.back() == path_) { detail::remove_tree(AT_FDCWD, path_.c_str()); }
         for (; !made_.empty(); made_.pop_back()) {
             detail::temporaries::drop(made_.back());
             ::rmdir(made_.back().c_str());
@@ -723,7 +829,8 @@ private:
     durability mode_;
     std::vector<std::filesystem::path> made_;
     std::optional<directory_lock> lock_;
-    bool exchanged_ = false; ///< an existing directory is replaced by the one at path_
+    bool staged_ = false; ///< what lies at path_ is to replace what lies at target_
+    bool beside_ = false; ///< by an exchange of the two
 };
 
 /// Writes a whole text file atomically.
