@@ -130,6 +130,37 @@ void claim_report(const run_options& options)
     if (!options.report.empty()) { claim_output(options.report, "--report"); }
 }
 
+revocable_file::revocable_file(const fs::path& path, std::uint64_t size)
+    : file_(path, size)
+{
+    guard_temporary(file_.temporary());
+}
+
+revocable_file::~revocable_file()
+{
+    if (!replaced_.empty()) { ::unlink(replaced_.c_str()); }
+}
+
+void revocable_file::commit()
+{
+    auto kept = fs::path(file_.temporary()).replace_extension(".old.tmp");
+    guard_temporary(kept);
+    if (::link(file_.target().c_str(), kept.c_str()) == 0) { replaced_ = std::move(kept); }
+    else {
+        new_ = errno == ENOENT;
+    }
+    file_.commit();
+}
+
+void revocable_file::revert() noexcept
+{
+    if (!file_.temporary().empty()) { return; } // it never took its name
+    if (new_) { ::unlink(file_.target().c_str()); }
+    else if (!replaced_.empty() && ::rename(replaced_.c_str(), file_.target().c_str()) == 0) {
+        replaced_.clear();
+    }
+}
+
 model_output::model_output(fs::path path, const std::vector<taskvec::tensor_spec>& specs,
     const taskvec::metadata_map& metadata, const std::string& shard_size, bool directory)
     : path_(std::move(path))
@@ -157,9 +188,8 @@ void model_output::add_file(const std::string& name, std::string_view content)
     const auto path = folder_ / name;
     std::error_code failure;
     fs::create_directories(path.parent_path(), failure);
-    auto file = std::make_unique<taskvec::atomic_file>(path, content.size());
-    guard_temporary(file->temporary());
-    file->write(0, content.data(), content.size());
+    auto file = std::make_unique<revocable_file>(path, content.size());
+    file->write(content);
     file->finish();
     beside_.push_back(std::move(file));
 }
@@ -187,8 +217,14 @@ taskvec::checkpoint model_output::reopen() const
 
 void model_output::commit()
 {
-    for (auto& file : beside_) { file->commit(); } // the weights come last: they decide what the directory holds
-    file_ ? file_->commit() : shards_->commit();
+    try {
+        for (auto& file : beside_) { file->commit(); } // the weights come last: they decide what the directory holds
+        file_ ? file_->commit() : shards_->commit();
+    }
+    catch (...) {
+        for (auto& file : beside_) { file->revert(); }
+        throw;
+    }
 }
 
 std::uint64_t model_output::file_size() const
@@ -202,28 +238,20 @@ text_output::text_output(const std::string& path)
     if (path.empty()) { return; }
     place_ = special_place_of(path);
     if (place_.kind != special_place::none) { return; }
-    file_ = std::make_unique<taskvec::atomic_file>(path);
-    guard_temporary(file_->temporary());
+    file_ = std::make_unique<revocable_file>(path);
 }
 
 void text_output::finish_text(std::string_view text)
 {
     text_ = std::string(text);
     if (!file_) { return; }
-    file_->write(0, text.data(), text.size());
+    file_->write(text);
     file_->finish();
 }
 
 void text_output::commit()
 {
-    if (file_) {
-        const auto kept = fs::path(file_->temporary()).replace_extension(".old.tmp");
-        if (::link(path_.c_str(), kept.c_str()) == 0) {
-            guard_temporary(kept);
-            replaced_ = kept;
-        }
-        file_->commit();
-    }
+    if (file_) { file_->commit(); }
     if (place_.kind == special_place::none) { return; }
     // A descriptor is written to where it stands: opened anew it would begin at the top of its file.
     const bool own = place_.kind == special_place::descriptor && place_.number >= 0;
@@ -245,16 +273,7 @@ void text_output::commit()
 
 void text_output::revert() noexcept
 {
-    if (!file_ || !file_->temporary().empty()) { return; } // no file, or one that never took its name
-    if (replaced_.empty()) { ::unlink(path_.c_str()); }
-    else if (::rename(replaced_.c_str(), path_.c_str()) == 0) {
-        replaced_.clear();
-    }
-}
-
-text_output::~text_output()
-{
-    if (!replaced_.empty()) { ::unlink(replaced_.c_str()); }
+    if (file_) { file_->revert(); }
 }
 
 } // namespace tool

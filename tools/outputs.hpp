@@ -35,6 +35,24 @@ void claim_output(const fs::path& path, const std::string& option, output_kind k
 /// claim_output() for --report, where it was given.
 void claim_report(const run_options& options);
 
+/// A file whose commit() can be taken back: what it replaces keeps a second name until this object goes.
+class revocable_file {
+public:
+    explicit revocable_file(const fs::path& path, std::uint64_t size = 0);
+    revocable_file(const revocable_file&) = delete;
+    revocable_file& operator=(const revocable_file&) = delete;
+    ~revocable_file();
+    void write(std::string_view content) { file_.write(0, content.data(), content.size()); }
+    void finish() { file_.finish(); }
+    void commit();
+    void revert() noexcept;
+
+private:
+    taskvec::atomic_file file_;
+    fs::path replaced_; ///< the second name, where the system has such links
+    bool new_ = false; ///< nothing was replaced
+};
+
 /// A model that is being written: a file, a directory (`DIR/model.safetensors`), or a directory of shards.
 class model_output {
 public:
@@ -64,7 +82,7 @@ public:
 
 private:
     fs::path path_, folder_, place_;
-    std::vector<std::unique_ptr<taskvec::atomic_file>> beside_;
+    std::vector<std::unique_ptr<revocable_file>> beside_;
     std::unique_ptr<taskvec::safetensors_writer> file_;
     std::unique_ptr<taskvec::sharded_writer> shards_;
 };
@@ -76,9 +94,6 @@ class text_output {
 public:
     explicit text_output(const std::string& path);
     [[nodiscard]] bool wanted() const { return file_ != nullptr || place_.kind != special_place::none; }
-    text_output(const text_output&) = delete;
-    text_output& operator=(const text_output&) = delete;
-    ~text_output();
     void finish_text(std::string_view text);
     void commit();
     /// Gives back what commit() replaced, where that was a plain file: for outputs that belong together, of which a
@@ -88,8 +103,7 @@ public:
 private:
     std::string path_, text_;
     special_place place_;
-    std::unique_ptr<taskvec::atomic_file> file_;
-    fs::path replaced_; // a second name of what had the name before, until all is done
+    std::unique_ptr<revocable_file> file_;
 };
 
 } // namespace tool
