@@ -346,6 +346,7 @@ template <arithmetic_element T = float>
     }
     const auto config_path = directory / peft_config_name, model_path = directory / peft_model_name;
     const std::string config_file = config_path.string();
+    const mapped_file configuration(config_path);
     const std::string text = read_text_file(config_path);
     peft_adapter<T> adapter;
     adapter.label = directory.string();
@@ -480,6 +481,7 @@ template <arithmetic_element T = float>
     ranks.check_used("rank_pattern", config_file);
     alphas.check_used("alpha_pattern", config_file);
     file.map().check_unchanged();
+    configuration.check_unchanged(); // another run may have replaced both files between the two readings
     return adapter;
 }
 
