@@ -68,11 +68,16 @@ void convert(const convert_settings& given)
         return;
     }
     tool::report_file report(given.run.report);
-    taskvec::write_adapter(given.out, made, options);
     report.finish({{"output", given.out}, {"from", from}, {"as", given.as}, {"modules", adapter.modules.size()},
         {"bytes_written", bytes}});
-    report.commit();
-    tool::print("wrote " + what + " (" + tool::size_text(bytes) + ")\n");
+    try {
+        taskvec::write_adapter(given.out, made, options,
+            [&] { tool::conclude("wrote " + what + " (" + tool::size_text(bytes) + ")\n", report); });
+    }
+    catch (...) {
+        report.revert();
+        throw;
+    }
 }
 
 void run_convert(const convert_settings& given)

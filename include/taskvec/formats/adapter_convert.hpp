@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -247,9 +248,12 @@ template <arithmetic_element T>
 }
 
 /// Writes it: a directory for PEFT and MLX, a file for kohya, and for diffusers whichever the path's ending says. What
-/// is there is replaced once everything is complete; nothing is left of what fails. Throws io_error.
-inline void write_adapter(
-    const std::filesystem::path& path, const written_adapter& adapter, const adapter_write_options& options = {})
+/// is there is replaced once everything is complete, both files together (see output_directory); nothing is left of
+/// what fails. Calls `before_commit()` before the files take their names: what that throws leaves all as it was. Throws
+/// io_error.
+template <std::invocable Call>
+void write_adapter(const std::filesystem::path& path, const written_adapter& adapter,
+    const adapter_write_options& options, Call&& before_commit)
 {
     const auto fill = [&](safetensors_writer& file) {
         for (std::size_t i = 0; i < adapter.bytes.size(); ++i) {
@@ -261,10 +265,11 @@ inline void write_adapter(
     if (adapter.file_name.empty() || (adapter.config.empty() && path.extension() == ".safetensors")) {
         safetensors_writer file(path, adapter.specs, metadata, options.mode);
         fill(file);
+        before_commit();
         file.commit();
         return;
     }
-    output_directory folder(path, options.mode);
+    output_directory folder(path, options.mode, existing_directory::exchange);
     safetensors_writer file(folder.path() / adapter.file_name, adapter.specs, metadata, options.mode);
     std::optional<atomic_file> settings;
     if (!adapter.config.empty()) {
@@ -273,9 +278,17 @@ inline void write_adapter(
         settings->finish();
     }
     fill(file);
+    before_commit();
     file.commit();
     if (settings) { settings->commit(); }
     folder.commit();
+}
+
+/// The same, without a call.
+inline void write_adapter(
+    const std::filesystem::path& path, const written_adapter& adapter, const adapter_write_options& options = {})
+{
+    write_adapter(path, adapter, options, [] { });
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
