@@ -1,6 +1,7 @@
 // Options whose values depend on the tensor: by patterns, and by depth.
 // SPDX-License-Identifier: Apache-2.0
 #include "methods.hpp"
+#include "words.hpp"
 
 #include <nlohmann/json.hpp>
 
@@ -49,9 +50,6 @@ void check_none_by_tensor(const option_values& values, const std::string& who)
     }
 }
 
-namespace {
-
-/// The layer in a tensor's name: what stands before the first number between dots, and that number.
 std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view name)
 {
     for (std::size_t at = 0; at < name.size();) {
@@ -65,10 +63,27 @@ std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view nam
     return std::nullopt;
 }
 
+namespace {
+
+/// The number of a layer among `count`. mergekit rounds a layer's share of the depth first, and takes a single layer
+/// for the last one.
+double at_depth(const option_value& value, std::size_t layer, std::size_t count)
+{
+    const double last = static_cast<double>(value.numbers.size() - 1), layers = static_cast<double>(count) - 1;
+    double place = 0;
+    if (value.as_in_mergekit) { place = (count > 1 ? static_cast<double>(layer) / layers : 1) * last; }
+    else if (count > 1) {
+        place = last * static_cast<double>(layer) / layers;
+    }
+    const auto left = std::min(static_cast<std::size_t>(place), value.numbers.size() - 2);
+    const double share = place - static_cast<double>(left);
+    return (1 - share) * value.numbers[left] + share * value.numbers[left + 1];
+}
+
 /// Values by tensor, ready to be asked: how many layers there are is known, and every pattern matches something.
 class tensor_values {
 public:
-    tensor_values(const option_values& values, const taskvec::aligned_models& models)
+    tensor_values(const option_values& values, const taskvec::aligned_models& models, const run_options& run)
     {
         std::vector<std::string> names;
         for (const auto& tensor : models.tensors()) {
@@ -81,7 +96,13 @@ public:
         for (const auto& value : values) {
             if (!value.by_tensor) { continue; }
             if (!value.pattern.empty()) {
-                check_patterns({value.pattern}, value.flag, names, "tensor that takes part");
+                const auto matches = name_matcher({value.pattern}, value.flag);
+                if (!value.as_in_mergekit) {
+                    check_patterns({value.pattern}, value.flag, names, "tensor that takes part");
+                }
+                else if (std::none_of(names.begin(), names.end(), matches)) {
+                    note(run, value.flag + ": the filter matches no tensor that takes part");
+                }
             }
             if (value.numbers.size() > 1 && layers_.empty()) {
                 taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
@@ -101,14 +122,8 @@ public:
             double number = value.numbers.front();
             if (value.numbers.size() > 1) {
                 const auto layer = layer_of(tensor);
-                if (!layer) { continue; } // it has the value that all have
-                const auto count = layers_.at(layer->first);
-                const double last = static_cast<double>(value.numbers.size() - 1);
-                const double place =
-                    count > 1 ? last * static_cast<double>(layer->second) / static_cast<double>(count - 1) : 0;
-                const auto left = std::min(static_cast<std::size_t>(place), value.numbers.size() - 2);
-                const double share = place - static_cast<double>(left);
-                number = (1 - share) * value.numbers[left] + share * value.numbers[left + 1];
+                if (!layer && !value.as_in_mergekit) { continue; } // it has the value that all have
+                if (layer) { number = at_depth(value, layer->second, layers_.at(layer->first)); }
             }
             result.push_back({value.name, taskvec::csv_number(number), value.flag});
         }
@@ -126,14 +141,16 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
 {
     method_call call{policy, inputs.models(), request.options, inputs.weights(), request, inputs,
         request.run.device == "cuda", static_cast<std::size_t>(request.run.memory_bytes())};
-    auto values = std::make_shared<tensor_values>(request.options, inputs.models());
+    auto values = std::make_shared<tensor_values>(request.options, inputs.models(), request.run);
     if (!values->empty()) {
         call.values_of = [values](std::string_view tensor) { return values->of(tensor); };
     }
     std::vector<std::pair<std::size_t, tensor_values>> weights;
     for (std::size_t t = 0; t < inputs.arguments().size(); ++t) {
         const auto place = request.weights.find(inputs.arguments()[t].text);
-        if (place != request.weights.end()) { weights.emplace_back(t, tensor_values(place->second, inputs.models())); }
+        if (place != request.weights.end()) {
+            weights.emplace_back(t, tensor_values(place->second, inputs.models(), request.run));
+        }
     }
     if (!weights.empty()) {
         call.weights_of = [weights, plain = inputs.weights()](std::string_view tensor) {

@@ -5,48 +5,82 @@
 #include "report.hpp"
 #include "words.hpp"
 
-namespace {
+namespace tool {
 
-void run_merge(const tool::merge_request& request)
+void run_merge(const merge_request& request)
 {
-    const auto& method = tool::find_method(request);
-    const tool::merge_inputs inputs(request, method.needs_base);
-    const bool directory = tool::out_is_directory(request.out,
-        inputs.base() ? tool::fs::path(request.base) : inputs.arguments().front().path, !request.shard_size.empty());
-    tool::claim_output(request.out, "--out", directory ? tool::output_kind::directory : tool::output_kind::model);
-    tool::claim_report(request.run);
-    tool::runner run(request.run, tool::runs_on::any_device);
-    const auto call = tool::call_of(run.policy(), request, inputs);
+    const auto& method = find_method(request);
+    const merge_inputs inputs(request, method.needs_base);
+    const bool directory = out_is_directory(request.out,
+        inputs.base() ? fs::path(request.base) : inputs.arguments().front().path, !request.shard_size.empty());
+    claim_output(request.out, "--out", directory ? output_kind::directory : output_kind::model);
+    claim_report(request.run);
+    runner run(request.run, runs_on::any_device);
+    const auto call = call_of(run.policy(), request, inputs);
     if (request.run.dry_run) {
         method.examine(call);
         std::uint64_t bytes = 0;
         for (const auto& spec : inputs.models().outputs()) { bytes += spec.bytes(); }
-        tool::check_space(request.out, bytes);
-        tool::print("would merge " + tool::counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-            + tool::printable(request.out) + "' (" + tool::size_text(bytes) + ")\n" + tool::describe(inputs));
+        check_space(request.out, bytes);
+        print("would merge " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
+            + printable(request.out) + "' (" + size_text(bytes) + ")\n" + describe(inputs));
         return;
     }
-    tool::report_file report(request.run.report);
-    tool::model_output out(request.out, inputs.models().outputs(), inputs.metadata(), request.shard_size, directory);
-    const auto options = tool::json_of(method.values(request.options));
-    tool::add_model_files(out, request.copies, request.run,
-        {"Merged by " + request.method, request.method, tool::recipe_models(request, inputs), options.dump(2)},
+    report_file report(request.run.report);
+    model_output out(request.out, inputs.models().outputs(), inputs.metadata(), request.shard_size, directory);
+    const auto options = json_of(method.values(request.options));
+    add_model_files(out, request.copies, request.run,
+        {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2)},
         inputs.models().outputs());
     const auto merged = method.run(call, out.sink());
     out.finish();
     if (report.wanted()) {
-        auto content = tool::report_of(run, request, inputs, merged, out.file_size());
+        auto content = report_of(run, request, inputs, merged, out.file_size());
         content["options"] = options;
         const auto stored = out.reopen();
-        content["tensors"] = tool::norms_of(run.policy(), tool::beside_base(request, inputs, stored));
+        content["tensors"] = norms_of(run.policy(), beside_base(request, inputs, stored));
         report.finish(content);
     }
     const auto size = out.file_size();
-    tool::conclude("merged " + tool::counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-            + tool::printable(request.out) + "': " + tool::counted(inputs.models().outputs().size(), "tensor") + ", "
-            + tool::size_text(size) + " in " + tool::seconds_text(run.seconds()) + "\n",
+    conclude("merged " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
+            + printable(request.out) + "': " + counted(inputs.models().outputs().size(), "tensor") + ", "
+            + size_text(size) + " in " + seconds_text(run.seconds()) + "\n",
         report, out);
 }
+
+void explain_merge(const merge_request& request)
+{
+    const auto& method = find_method(request);
+    const merge_inputs inputs(request, method.needs_base);
+    runner run(request.run, runs_on::any_device);
+    const auto call = call_of(run.policy(), request, inputs);
+    method.examine(call);
+    std::string text = "would merge " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
+        + printable(request.out) + "'\n" + describe(inputs) + "  options "
+        + json_of(method.values(request.options)).dump() + "\n";
+    for (const auto& tensor : inputs.models().tensors()) {
+        text += printable(tensor.name) + ": ";
+        std::map<std::string, std::string> own; // the last one counts
+        for (const auto& value : call.values_of ? call.values_of(tensor.name) : option_values()) {
+            own[value.name] = value.text;
+        }
+        std::string parts;
+        for (const auto& [name, value] : own) { parts += (parts.empty() ? "" : ", ") + name + " " + value; }
+        if (method.weighted) {
+            parts += parts.empty() ? "weights" : ", weights";
+            for (const double weight : call.weights_of ? call.weights_of(tensor.name) : inputs.weights()) {
+                parts += " " + taskvec::csv_number(weight);
+            }
+        }
+        text += (parts.empty() ? "as the options say" : parts) + "\n";
+    }
+    for (const auto& tensor : inputs.models().copied()) { text += printable(tensor.name) + ": copied\n"; }
+    print(text);
+}
+
+} // namespace tool
+
+namespace {
 
 const tool::register_verb merge_verb(20, "merge", "Merge fine-tuned models into one", [](tool::command& verb) {
     const auto request = std::make_shared<tool::merge_request>();

@@ -9,8 +9,12 @@
 
 #include <nlohmann/json_fwd.hpp>
 
+#include <cstddef>
 #include <map>
+#include <optional>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 namespace tool {
@@ -57,6 +61,13 @@ void check_options(const merge_request& request, const std::string& who, const d
 /// Runs `check`, and throws usage_error for what it refuses.
 void check_usage(const std::function<void()>& check);
 
+/// What merge does with a request.
+void run_merge(const merge_request& request);
+/// Says what it would do for each tensor.
+void explain_merge(const merge_request& request);
+
+/// The layer in a tensor's name: what stands before the first number between dots, and that number.
+[[nodiscard]] std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view name);
 /// What a method is run with.
 [[nodiscard]] method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs);
 

@@ -35,6 +35,8 @@ struct option_value {
     bool by_tensor = false;
     std::string pattern{};
     std::vector<double> numbers{};
+    /// A pattern may match nothing, and tensors outside of the layers have the first of several numbers.
+    bool as_in_mergekit = false;
 };
 using option_values = std::vector<option_value>;
 

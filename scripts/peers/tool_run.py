@@ -1,0 +1,106 @@
+"""`taskvec run` against mergekit: whole configurations, both commands' results compared element for element."""
+# SPDX-License-Identifier: Apache-2.0
+import argparse
+import logging
+import os
+import pathlib
+import subprocess
+import tempfile
+import warnings
+
+import torch
+import yaml
+
+from common import load
+from tool_mergekit import checkpoints
+
+WEIGHTED = """
+base_model: base
+dtype: float32
+models:
+  - model: base
+  - model: task0
+    parameters:
+      weight:
+        - filter: self_attn
+          value: [0.2, 0.9, 0.4]
+        - value: 0.7
+  - model: task1
+    parameters: {weight: 0.5}
+"""
+# What differs by more than this is another merge: f32 rounds in another order where it is not 0.
+CONFIGURATIONS = {
+    "task_arithmetic": (WEIGHTED + "merge_method: task_arithmetic\nparameters: {lambda: 0.6}", 1e-7),
+    "ties": (WEIGHTED + "merge_method: ties\nparameters: {density: 0.3}", 1e-7),
+    "ties, summed": (WEIGHTED + "merge_method: ties\nparameters: {density: 0.3, normalize: false, rescale: true}", 1e-6),
+    "breadcrumbs": (WEIGHTED + "merge_method: breadcrumbs\nparameters: {density: 0.7, gamma: 0.1}", 1e-7),
+    "nuslerp": (WEIGHTED + "merge_method: nuslerp", 1e-6),
+    "sce": (WEIGHTED + "merge_method: sce\nparameters: {select_topk: 0.5}", 1e-6),
+    "model_stock": (WEIGHTED + "merge_method: model_stock", 1e-6),
+    "linear": ("models: [{model: task0}, {model: task1}]\nbase_model: base\nmerge_method: linear\nparameters: {weight: [0.25, 1], normalize: false}\n"
+               "dtype: float32", 1e-6),
+    "karcher": ("models: [{model: task0}, {model: task1}]\nmerge_method: karcher\ndtype: float32", 1e-6),
+    "passthrough": ("models: [{model: task0, parameters: {scale: [{filter: down_proj, value: 0.5}, {value: 1}]}}]\nmerge_method: passthrough\n"
+                    "dtype: float32", 0.0),
+    "slerp": ("""
+slices:
+  - sources:
+      - {model: base, layer_range: [0, 2]}
+      - {model: task0, layer_range: [0, 2]}
+merge_method: slerp
+base_model: base
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5
+dtype: float32
+""", 1e-6),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tool", type=pathlib.Path, required=True)
+    parser.add_argument("--data", type=pathlib.Path)
+    arguments = parser.parse_args()
+    tool = arguments.tool.resolve()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    failures, count = [], 0
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        checkpoints(pathlib.Path("."))
+        for name, (text, tolerance) in CONFIGURATIONS.items():
+            run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), f"mergekit {name}", MergeOptions(copy_tokenizer=False, quiet=True))
+            expected = {}
+            for path in pathlib.Path(f"mergekit {name}").glob("*.safetensors"):
+                expected |= load(path)[0]
+            pathlib.Path("config.yml").write_text(text)
+            done = subprocess.run([tool, "run", "config.yml", "--out", f"taskvec {name}"], capture_output=True, text=True)
+            if done.returncode != 0:
+                failures.append(f"{name}: exit code {done.returncode}: {done.stderr.strip()}")
+                continue
+            found, _ = load(pathlib.Path(f"taskvec {name}/model.safetensors"))
+            if set(found) != set(expected):
+                failures.append(f"{name}: tensors differ: {sorted(set(found) ^ set(expected))}")
+            apart = max(float((found[tensor] - expected[tensor]).abs().max()) for tensor in set(found) & set(expected))
+            count += sum(tensor.numel() for tensor in found.values())
+            if apart > tolerance:
+                failures.append(f"{name}: off by {apart:.2e}")
+            print(f"  {name}: {len(found)} tensors, apart by {apart:.1e}")
+        os.chdir("/")
+    if failures:
+        raise SystemExit("\n".join(failures))
+    print(f"{count} elements as mergekit's own runs have them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+// taskvec run: a configuration makes what the command line that says the same makes, and gradients are as by hand.
+// SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include "../skip.hpp"
+
+#include <chrono>
+#include <fstream>
+
+using namespace tools_test;
+
+namespace {
+
+struct configured {
+    scratch folder;
+    values_model base, a, b;
+
+    configured()
+    {
+        std::mt19937 random(5);
+        std::normal_distribution<float> normal;
+        for (const auto* name : {"embed.weight", "layers.0.attn.weight", "layers.0.mlp.weight", "layers.1.attn.weight",
+                 "layers.1.mlp.weight", "layers.2.attn.weight", "layers.2.mlp.weight", "norm.weight"}) {
+            values_tensor tensor{taskvec::dtype::f32, {6, 7}, std::vector<float>(42)};
+            for (auto& value : tensor.values) { value = normal(random); }
+            base[name] = tensor;
+        }
+        a = sample_task(base, 6);
+        b = sample_task(base, 7);
+        for (const auto& [name, model] : {std::pair{"base", &base}, {"a", &a}, {"b", &b}}) {
+            std::filesystem::create_directories(folder / name);
+            write_values(folder / name / "model.safetensors", *model);
+        }
+    }
+    void write(const std::string& text) const { std::ofstream(folder / "config.yml", std::ios::binary) << text; }
+    [[nodiscard]] outcome run_it(const std::vector<std::string>& more = {}) const
+    {
+        std::vector<std::string> words{"run", "config.yml", "--out", "out"};
+        words.insert(words.end(), more.begin(), more.end());
+        return run(folder, words);
+    }
+    [[nodiscard]] values_model result(const std::string& text, const std::vector<std::string>& more = {}) const
+    {
+        std::filesystem::remove_all(folder / "out");
+        write(text);
+        const auto done = run_it(more);
+        CAPTURE(text);
+        CAPTURE(done.err);
+        REQUIRE(done.code == 0);
+        return read_values(folder / "out/model.safetensors");
+    }
+    [[nodiscard]] values_model merged(std::vector<std::string> words) const
+    {
+        words.insert(words.begin(), "merge");
+        words.insert(words.end(), {"--out", "merged.safetensors"});
+        const auto done = run(folder, words);
+        CAPTURE(done.err);
+        REQUIRE(done.code == 0);
+        return read_values(folder / "merged.safetensors");
+    }
+    /// What a configuration is refused for: one line with the place, nothing written.
+    [[nodiscard]] std::string refusal(const std::string& text) const
+    {
+        std::filesystem::remove_all(folder / "out");
+        write(text);
+        const auto begin = std::chrono::steady_clock::now();
+        const auto done = run_it();
+        CHECK(std::chrono::steady_clock::now() - begin < std::chrono::seconds(10));
+        CAPTURE(text);
+        CAPTURE(done.err);
+        CHECK(done.code == 1);
+        CHECK(is_error_line(done.err));
+        CHECK_FALSE(std::filesystem::exists(folder / "out"));
+        return done.err;
+    }
+};
+
+/// Whether the tool reads configurations; where it does not, the verb names the package.
+bool reads_yaml(const configured& m)
+{
+    m.write("merge_method: linear\n");
+    const auto done = m.run_it();
+    CHECK(done.code == 1);
+    if (done.err.find("libyaml-cpp-dev") == std::string::npos) { return true; }
+    CHECK(is_error_line(done.err));
+    testing::skip("the taskvec tool was built without yaml-cpp");
+    return false;
+}
+
+bool has(const std::string& text, const std::string& part)
+{
+    INFO(text);
+    const bool found = text.find(part) != std::string::npos;
+    CHECK_MESSAGE(found, part);
+    return found;
+}
+
+const std::string tasks = "models:\n  - model: a\n    parameters: {weight: 0.75}\n  - model: b\n"
+                          "    parameters: {weight: 0.5}\n";
+
+} // namespace
+
+TEST_CASE("a configuration is the command line that says the same, bit for bit")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const std::vector<std::string> base{"--base", "base"}, two{"--task", "a=0.75", "--task", "b=0.5"};
+    const auto line = [&](const std::string& method, const std::vector<std::string>& more, bool with_base = true) {
+        std::vector<std::string> words{"--method", method};
+        if (with_base) { words.insert(words.end(), base.begin(), base.end()); }
+        words.insert(words.end(), two.begin(), two.end());
+        words.insert(words.end(), more.begin(), more.end());
+        return m.merged(words);
+    };
+    const auto config = [&](const std::string& method, const std::string& parameters) {
+        return m.result("merge_method: " + method + "\nbase_model: base\n" + tasks + parameters);
+    };
+    CHECK(same(m.result("merge_method: linear\n" + tasks), line("average", {}, false)));
+    CHECK(same(m.result("merge_method: linear\n" + tasks + "parameters:\n  normalize: false\n"),
+        line("average", {"--unnormalized"}, false)));
+    CHECK(same(config("task_arithmetic", "parameters: {lambda: 0.6, int8_mask: true}\n"),
+        line("task-arithmetic", {"--semantics", "mergekit", "--lambda", "0.6"})));
+    CHECK(same(config("ties", "parameters: {density: 0.4, normalize: false}\n"),
+        line("ties", {"--semantics", "mergekit", "--density", "0.4", "--merge-weights", "sum"})));
+    CHECK(same(config("ties", ""), line("ties", {"--semantics", "mergekit", "--density", "1"})));
+    CHECK(same(config("dare_ties", "parameters: {density: 0.4, normalize: true, rescale: false}\n"),
+        line("dare-ties",
+            {"--semantics", "mergekit", "--density", "0.4", "--merge-weights", "mean", "--rescale-by", "none"})));
+    CHECK(same(config("dare_linear", "parameters: {density: 0.4}\n"),
+        line("dare", {"--semantics", "mergekit", "--density", "0.4"})));
+    CHECK(same(config("breadcrumbs", "parameters: {density: 0.7, gamma: 0.1, rescale: true}\n"),
+        line("breadcrumbs", {"--semantics", "mergekit", "--density", "0.7", "--gamma", "0.1", "--rescale"})));
+    CHECK(same(config("breadcrumbs_ties", "parameters: {density: 0.7}\n"),
+        line("breadcrumbs-ties", {"--semantics", "mergekit", "--density", "0.7"})));
+    CHECK(same(config("nuslerp", ""), line("nuslerp", {})));
+    CHECK(same(m.result("merge_method: multislerp\n" + tasks), line("multi-slerp", {}, false)));
+    const std::vector<std::string> plain{"--base", "base", "--task", "a", "--task", "b"};
+    const auto bare = [&](const std::string& method, std::vector<std::string> words) {
+        words.insert(words.begin(), {"--method", method});
+        return m.merged(words);
+    };
+    const auto with = [&](std::vector<std::string> more) {
+        more.insert(more.begin(), plain.begin(), plain.end());
+        return more;
+    };
+    const std::string names = "\nmodels: [{model: a}, {model: b}]\n";
+    CHECK(same(m.result("merge_method: karcher\nparameters: {max_iter: 3}" + names),
+        bare("karcher", {"--task", "a", "--task", "b", "--steps", "3"})));
+    CHECK(same(
+        m.result("merge_method: model_stock\nbase_model: base" + names), bare("model-stock", with({"--unclamped"}))));
+    CHECK(same(m.result("merge_method: sce\nbase_model: base\nparameters: {select_topk: 0.3}" + names),
+        bare("sce", with({"--semantics", "mergekit", "--density", "0.3"}))));
+    CHECK(same(m.result("merge_method: ram\nbase_model: base\nparameters: {epsilon: 0.05}" + names),
+        bare("ram", with({"--epsilon", "0.05"}))));
+    CHECK(same(m.result("merge_method: ramplus_tl\nbase_model: base\nparameters: {r: 0.3}" + names),
+        bare("ram-plus", with({"--semantics", "mergekit", "--r", "0.3"}))));
+    CHECK(same(m.result("merge_method: nearswap\nbase_model: base\nmodels: [{model: base}, {model: a}]\n"
+                        "parameters: {t: 0.01}\n"),
+        bare("nearswap", {"--base", "base", "--task", "a", "--t", "0.01"})));
+    CHECK(same(m.result("merge_method: passthrough\nmodels: [{model: a, parameters: {scale: 0.5}}]\n"),
+        bare("passthrough", {"--task", "a", "--scale", "0.5"})));
+    CHECK(same(m.result("merge_method: ties\nbase_model: base\n" + tasks + "parameters: {density: 0.4}\n",
+                   {"--semantics", "paper"}),
+        line("ties", {"--density", "0.4"})));
+    CHECK(same(m.result("merge_method: linear\ndtype: bfloat16\nout_dtype: float16\n" + tasks),
+        line("average", {"--dtype", "f16"}, false)));
+}
+
+TEST_CASE("models of a Hub's cache, slices of all layers, values of each model, and a base among the models")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto expected = m.merged({"--method", "slerp", "--base", "base", "--task", "a", "--t", "0.3"});
+    const auto slices = [](const std::string& range) {
+        return "slices:\n  - sources:\n      - {model: base, layer_range: [0, 3]}\n      - {model: a, layer_range: "
+            + range + "}\nmerge_method: slerp\nbase_model: base\nparameters:\n  t: [0.3]\n";
+    };
+    CHECK(same(m.result(slices("[0, 3]")), expected));
+    has(m.refusal(slices("[0, 2]")), "config.yml:4:33: layer_range [0, 2]: 'a' has the layers [0, 3]");
+    has(m.refusal(slices("[1, 4]")), "config.yml:4:33: ");
+
+    const auto snapshot = m.folder / "hub/models--some--tune/snapshots/0123abcd";
+    std::filesystem::create_directories(snapshot);
+    std::filesystem::create_directories(m.folder / "hub/models--some--tune/refs");
+    std::ofstream(m.folder / "hub/models--some--tune/refs/main") << "0123abcd\n";
+    std::filesystem::copy(m.folder / "a/model.safetensors", snapshot / "model.safetensors");
+    m.write("merge_method: slerp\nbase_model: base\nmodels: [{model: some/tune}]\nparameters: {t: 0.3}\n");
+    std::filesystem::remove_all(m.folder / "out");
+    const auto done = run(m.folder, {"run", "config.yml", "--out", "out"}, {"HF_HUB_CACHE=hub"});
+    CHECK(done.code == 0);
+    CHECK(same(read_values(m.folder / "out/model.safetensors"), expected));
+
+    // What each model says of itself wins; equal densities are one.
+    CHECK(same(m.result("merge_method: ties\nbase_model: base\nmodels:\n"
+                        "  - model: base\n"
+                        "  - {model: a, parameters: {density: 0.3, weight: 0.75}}\n"
+                        "  - {model: b, parameters: {density: 0.3}}\n"
+                        "parameters: {weight: 0.5, density: 0.9}\n"),
+        m.merged({"--method", "ties", "--semantics", "mergekit", "--base", "base", "--task", "a=0.75", "--task",
+            "b=0.5", "--density", "0.3"})));
+}
+
+TEST_CASE("filters and gradients give each tensor the number that mergekit gives it")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    // Three layers over [0, 1, 0.5]: 0, 1, 0.5 themselves; over [1, 0]: 1, 0.5, 0. No layer: the first number.
+    const std::string text = "merge_method: linear\nparameters: {normalize: false}\nmodels:\n"
+                             "  - model: a\n    parameters:\n      weight:\n"
+                             "        - {filter: attn, value: [0, 1, 0.5]}\n"
+                             "        - {filter: 'layers.1', value: 0.125}\n"
+                             "        - {filter: 'layers*', value: 77}\n" // a text, no pattern
+                             "        - value: [1, 0]\n"
+                             "  - model: b\n    parameters: {weight: 0}\n";
+    const auto found = m.result(text);
+    const std::map<std::string, float> factors{{"embed.weight", 1.0f}, {"norm.weight", 1.0f},
+        {"layers.0.attn.weight", 0.0f}, {"layers.1.attn.weight", 1.0f}, {"layers.2.attn.weight", 0.5f},
+        {"layers.0.mlp.weight", 1.0f}, {"layers.1.mlp.weight", 0.125f}, {"layers.2.mlp.weight", 0.0f}};
+    for (const auto& [name, factor] : factors) {
+        CAPTURE(name);
+        for (std::size_t i = 0; i < 42; ++i) { REQUIRE(found.at(name).values[i] == factor * m.a.at(name).values[i]); }
+    }
+    const auto explained = m.run_it({"--explain"});
+    CHECK(explained.code == 0);
+    has(explained.out, "layers.1.mlp.weight: weights 0.125 0\n");
+    has(explained.err, "config.yml:9:38: weight: the filter matches no tensor that takes part");
+    // Two values between three layers, of an option of all models.
+    const auto along = m.result("merge_method: slerp\nbase_model: base\nmodels: [{model: a}]\n"
+                                "parameters: {t: [0.2, 0.4]}\n");
+    for (const auto& [name, t] : {std::pair{"layers.0.mlp.weight", "0.2"}, {"norm.weight", "0.2"},
+             {"layers.2.attn.weight", "0.4"}, {"layers.1.attn.weight", "0.30000000000000004"}}) {
+        const auto alone = m.merged({"--method", "slerp", "--base", "base", "--task", "a", "--t", t});
+        CHECK(along.at(name).values == alone.at(name).values);
+    }
+}
+
+TEST_CASE("what is wrong with a configuration is said with its place")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const std::string head = "merge_method: ties\nbase_model: base\n";
+    has(m.refusal("merge_metod: ties\n"),
+        "config.yml:1:1: 'merge_metod' is no key of a configuration; did you mean 'merge_method'?");
+    has(m.refusal(head + tasks + "parameters:\n  densty: 0.5\n"),
+        "config.yml:9:3: 'densty' is no key of parameters; did you mean 'density'?");
+    has(m.refusal(head + tasks + "parameters:\n  density: much\n"),
+        "config.yml:9:12: density is 'much'; expected a number");
+    has(m.refusal(head + tasks + "parameters:\n  density: 2\n"), "config.yml:9:12: density");
+    has(m.refusal(head + tasks + "parameters:\n  lambda: {filter: attn}\n"),
+        "config.yml:9:11: 'lambda': a filter without a 'value'");
+    has(m.refusal(head + tasks + "parameters: 3\n"), "config.yml:8:13: parameters is '3'; expected a mapping");
+    has(m.refusal(head + tasks + "dtype: float8\n"), "config.yml:8:8: dtype is 'float8'");
+    has(m.refusal(head + tasks + "merge_method: ties\n"), "config.yml:8:1: 'merge_method' stands twice");
+    has(m.refusal(head + "models: [{model: a}]\n"), "config.yml:3:18: 'weight' of 'a' is missing");
+    has(m.refusal(head + "models: [{model: a, parameters: {weight: [{filter: attn, value: 1}]}}]\n"),
+        "add one without a filter");
+    has(m.refusal(head + "models: [{model: some/where}]\n"), "config.yml:3:18: there is no model 'some/where'");
+    has(m.refusal(head + "models: [{model: a}, {model: a}]\n"), "config.yml:3:30: 'a' stands twice");
+    has(m.refusal(head + "models: [{model: a, parameters: {density: 0.1}}, {model: b}]\nparameters: {weight: 1}\n"),
+        "'density' of 'b' is another than that of 'a'");
+    has(m.refusal("merge_method: ties\n" + tasks), "config.yml:1:15: merge_method 'ties' needs a 'base_model'");
+    has(m.refusal("merge_method: della\n" + tasks),
+        "config.yml:1:15: merge_method 'della' is one of mergekit's that taskvec lacks");
+    has(m.refusal("merge_method: tie\n" + tasks), "did you mean 'ties'?");
+    has(m.refusal(head + tasks + "tokenizer_source: union\n"), "config.yml:8:1: 'tokenizer_source: union'");
+    has(m.refusal(head + tasks + "---\n" + head), "several documents");
+    has(m.refusal(head + "models: [\n"), "this is no YAML");
+    has(m.refusal(""), "is empty");
+    has(m.refusal("[]"), "config.yml:1:1: a configuration is a list; expected a mapping");
+}
+
+TEST_CASE("configurations that are bombs are answered at once")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    std::string bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n";
+    for (int i = 1; i < 40; ++i) {
+        const auto last = "*a" + std::to_string(i - 1);
+        bomb += "a" + std::to_string(i) + ": &a" + std::to_string(i) + " [" + last;
+        for (int k = 0; k < 8; ++k) { bomb += ", " + last; }
+        bomb += "]\n";
+    }
+    has(m.refusal(bomb), "config.yml:1:1: 'a0' is no key");
+    has(m.refusal(bomb + "models: *a39\n"), "is no key");
+    std::string lines = "merge_method: ties\nbase_model: base\nmodels:\n";
+    for (int i = 0; i < 100000; ++i) { lines += "- b\n"; }
+    has(m.refusal(lines), "there are more than 1000 models");
+    has(m.refusal("x: " + std::string(200000, '[')), "config.yml");
+    has(m.refusal(std::string(2 << 20, '#')), "more than 1 MiB");
+}

@@ -1,0 +1,805 @@
+// taskvec run: a configuration of mergekit becomes the request that a command line of merge becomes.
+// SPDX-License-Identifier: Apache-2.0
+#include "methods.hpp"
+#include "model_files.hpp"
+#include "words.hpp"
+
+#include <memory>
+
+#if defined(TASKVEC_HAS_YAML)
+#include <yaml-cpp/yaml.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <optional>
+#include <set>
+#endif
+
+namespace {
+
+struct run_settings {
+    std::string config, semantics = "mergekit";
+    bool explain = false;
+    tool::merge_request request;
+};
+
+#if defined(TASKVEC_HAS_YAML)
+
+using tool::fs::path;
+
+/// What mergekit calls a parameter, and the row of a table that it sets here.
+struct parameter {
+    enum class kind { number, whole_number, truth };
+    enum class scope { shared, input, tasks }; ///< one for all, one for each model, one for each but the base
+    std::string name, row;
+    kind type = kind::number;
+    scope of = scope::shared;
+    bool required = false;
+    std::string on = "true", off = "false"; ///< what a truth sets the row to
+    std::string unless{}; ///< mergekit's default, where the preset's is another
+};
+
+struct method_words {
+    enum class base { required, optional, input };
+    std::string theirs, ours;
+    base takes = base::required;
+    std::vector<parameter> parameters{};
+    bool semantics = false; ///< its table has presets
+};
+
+const std::vector<method_words>& methods_of_mergekit()
+{
+    using kind = parameter::kind;
+    using scope = parameter::scope;
+    using base = method_words::base;
+    static const std::vector<method_words> list = [] {
+        const parameter weight{"weight", "weight", kind::number, scope::tasks, true};
+        const parameter weight_of_all{"weight", "weight", kind::number, scope::input, true};
+        const parameter lambda{"lambda", "lambda"};
+        const parameter density{.name = "density", .row = "density", .of = scope::tasks, .unless = "1"};
+        const parameter gamma{.name = "gamma", .row = "gamma", .of = scope::tasks};
+        const parameter divided{.name = "normalize", .row = "normalize-weights", .type = kind::truth};
+        const parameter averaged{
+            .name = "normalize", .row = "merge-weights", .type = kind::truth, .on = "mean", .off = "sum"};
+        const parameter rescale{.name = "rescale", .row = "rescale", .type = kind::truth};
+        const parameter rescale_drawn{
+            .name = "rescale", .row = "rescale-by", .type = kind::truth, .on = "l1", .off = "none"};
+        const parameter t{.name = "t", .row = "t", .required = true};
+        const parameter epsilon{.name = "epsilon", .row = "epsilon"};
+        return std::vector<method_words>{
+            {"linear", "average", base::input,
+                {weight_of_all, {.name = "normalize", .row = "normalized", .type = kind::truth}}},
+            {"task_arithmetic", "task-arithmetic", base::required, {weight, lambda, divided}, true},
+            {"ties", "ties", base::required, {weight, density, lambda, averaged, rescale}, true},
+            {"dare_ties", "dare-ties", base::required, {weight, density, lambda, averaged, rescale_drawn}, true},
+            {"dare_linear", "dare", base::required, {weight, density, lambda, divided, rescale_drawn}, true},
+            {"breadcrumbs", "breadcrumbs", base::required, {weight, density, gamma, lambda, divided, rescale}, true},
+            {"breadcrumbs_ties", "breadcrumbs-ties", base::required,
+                {weight, density, gamma, lambda, averaged, rescale}, true},
+            {"slerp", "slerp", base::required, {t}}, {"nuslerp", "nuslerp", base::optional, {weight}},
+            {"multislerp", "multi-slerp", base::optional,
+                {weight, {.name = "normalize_weights", .row = "normalized", .type = kind::truth}}},
+            {"karcher", "karcher", base::input,
+                {{.name = "max_iter", .row = "steps", .type = kind::whole_number},
+                    {.name = "tol", .row = "tolerance"}}},
+            {"model_stock", "model-stock", base::required}, {"nearswap", "nearswap", base::required, {t}},
+            {"sce", "sce", base::required, {{.name = "select_topk", .row = "density"}}, true},
+            {"ram", "ram", base::required, {epsilon}},
+            {"ramplus_tl", "ram-plus", base::required,
+                {epsilon, {.name = "r", .row = "r"}, {.name = "alpha", .row = "alpha"}}, true},
+            {"passthrough", "passthrough", base::input, {{.name = "scale", .row = "scale", .of = scope::input}}}};
+    }();
+    return list;
+}
+
+/// Where a value stands, and what is wrong with it.
+class place {
+public:
+    explicit place(std::string file)
+        : file_(std::move(file))
+    { }
+    [[nodiscard]] std::string of(const YAML::Mark& mark) const
+    {
+        return mark.is_null() ? file_ : taskvec::message(file_, ':', mark.line + 1, ':', mark.column + 1);
+    }
+    [[nodiscard]] std::string of(const YAML::Node& node) const { return of(node.Mark()); }
+    [[noreturn]] void fail(const YAML::Node& node, const std::string& what,
+        taskvec::error_code code = taskvec::error_code::option_value) const
+    {
+        taskvec::raise<taskvec::invalid_argument>(code, of(node) + ": " + what);
+    }
+
+private:
+    std::string file_;
+};
+
+/// What a sentence has room for.
+std::string shown(const std::string& text)
+{
+    return text.size() > 80 ? text.substr(0, 80) + "…" : text;
+}
+
+std::string kind_of(const YAML::Node& node)
+{
+    return node.IsMap()     ? "a mapping"
+        : node.IsSequence() ? "a list"
+        : node.IsNull()     ? "nothing"
+                            : "'" + shown(node.Scalar()) + "'";
+}
+
+std::string meant(const std::string& word, const std::vector<std::string>& known)
+{
+    const auto like = tool::closest_name(word, known);
+    if (!like.empty()) { return "; did you mean '" + like + "'?"; }
+    std::string text;
+    for (const auto& name : known) { text += (text.empty() ? "; expected " : ", ") + name; }
+    return text;
+}
+
+/// A mapping with its keys checked.
+class mapping {
+public:
+    mapping(const place& where, const YAML::Node& node, const std::string& what)
+        : node_(node)
+    {
+        if (!node.IsMap()) { where.fail(node, what + " is " + kind_of(node) + "; expected a mapping"); }
+        std::set<std::string> seen;
+        for (const auto& pair : node) {
+            if (!pair.first.IsScalar()) { where.fail(pair.first, "a key is " + kind_of(pair.first)); }
+            const auto key = pair.first.Scalar();
+            if (!seen.insert(key).second) {
+                where.fail(
+                    pair.first, "'" + shown(key) + "' stands twice in " + what, taskvec::error_code::json_key_repeated);
+            }
+            entries_.push_back({key, pair.first, pair.second});
+        }
+    }
+    mapping(const place& where, const YAML::Node& node, const std::string& what, const std::vector<std::string>& known)
+        : mapping(where, node, what)
+    {
+        for (const auto& one : entries_) {
+            if (!std::count(known.begin(), known.end(), one.name)) {
+                where.fail(one.key, "'" + shown(one.name) + "' is no key of " + what + meant(one.name, known));
+            }
+        }
+    }
+    struct entry {
+        std::string name;
+        YAML::Node key, value;
+    };
+    [[nodiscard]] const std::vector<entry>& entries() const { return entries_; }
+    /// Nothing where the key is not there, or empty.
+    [[nodiscard]] std::optional<entry> find(const std::string& name) const
+    {
+        for (const auto& one : entries_) {
+            if (one.name == name && !one.value.IsNull()) { return one; }
+        }
+        return std::nullopt;
+    }
+    [[nodiscard]] const YAML::Node& node() const { return node_; }
+
+private:
+    YAML::Node node_;
+    std::vector<entry> entries_;
+};
+
+std::string scalar_of(const place& where, const YAML::Node& node, const std::string& what)
+{
+    if (!node.IsScalar()) { where.fail(node, what + " is " + kind_of(node) + "; expected one word"); }
+    return node.Scalar();
+}
+
+double number_of(const place& where, const YAML::Node& node, const std::string& what)
+{
+    const auto text = scalar_of(where, node, what);
+    const char* first = text.data() + (text.starts_with('+') ? 1 : 0);
+    double value = 0;
+    const auto [end, failure] = std::from_chars(first, text.data() + text.size(), value);
+    if (failure != std::errc{} || end != text.data() + text.size() || !std::isfinite(value)) {
+        where.fail(node, what + " is '" + shown(text) + "'; expected a number");
+    }
+    return value;
+}
+
+bool truth_of(const place& where, const YAML::Node& node, const std::string& what)
+{
+    auto text = scalar_of(where, node, what);
+    std::transform(text.begin(), text.end(), text.begin(),
+        [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
+    for (const auto* word : {"true", "yes", "on", "1"}) {
+        if (text == word) { return true; }
+    }
+    for (const auto* word : {"false", "no", "off", "0"}) {
+        if (text == word) { return false; }
+    }
+    where.fail(node, what + " is '" + shown(text) + "'; expected true or false");
+}
+
+/// The values of a parameter, the first that matches a tensor counts.
+struct setting {
+    std::string filter; ///< what occurs in the tensor's name; empty: any
+    YAML::Node value; ///< a scalar or a list of scalars
+};
+
+std::vector<setting> settings_of(const place& where, const YAML::Node& node, const std::string& name)
+{
+    std::vector<setting> result;
+    const auto add = [&](const YAML::Node& one) {
+        const mapping part(where, one, "a value of '" + name + "'", {"filter", "value"});
+        const auto value = part.find("value");
+        if (!value) { where.fail(one, "'" + name + "': a filter without a 'value'"); }
+        setting made{"", value->value};
+        if (const auto filter = part.find("filter")) {
+            made.filter = scalar_of(where, filter->value, "the filter");
+            if (made.filter == "*") { made.filter.clear(); }
+        }
+        result.push_back(std::move(made));
+    };
+    if (node.IsMap()) { add(node); }
+    else if (node.IsSequence() && node.size() > 0 && node[0].IsMap()) {
+        for (const auto& one : node) { add(one); }
+    }
+    else {
+        result.push_back({"", node});
+    }
+    for (const auto& one : result) {
+        if (one.value.IsScalar()) { continue; }
+        if (!one.value.IsSequence() || one.value.size() == 0) {
+            where.fail(one.value,
+                "'" + name + "' is " + (one.value.IsSequence() ? "an empty list" : kind_of(one.value))
+                    + "; expected a value, a list of numbers over the layers, or a list of filters with values");
+        }
+        for (const auto& number : one.value) {
+            if (!number.IsScalar()) {
+                where.fail(number, "'" + name + "' has " + kind_of(number) + " in a list of numbers");
+            }
+        }
+    }
+    return result;
+}
+
+/// A pattern that occurs where the text does.
+std::string escaped(const std::string& text)
+{
+    std::string pattern;
+    for (const char c : text) {
+        if (std::string_view("^$\\.*+?()[]{}|").find(c) != std::string_view::npos) { pattern += '\\'; }
+        pattern += c;
+    }
+    return pattern;
+}
+
+path cache_of_hub()
+{
+    const auto variable = [](const char* name) {
+        const char* value = std::getenv(name);
+        return std::string(value ? value : "");
+    };
+    for (const auto* name : {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"}) {
+        if (auto folder = variable(name); !folder.empty()) { return folder; }
+    }
+    if (auto home = variable("HF_HOME"); !home.empty()) { return path(home) / "hub"; }
+    if (auto cache = variable("XDG_CACHE_HOME"); !cache.empty()) { return path(cache) / "huggingface/hub"; }
+    return path(variable("HOME")) / ".cache/huggingface/hub";
+}
+
+/// A model of the configuration: what is there under its name, or the Hub's copy of it on this machine.
+path find_model(const place& where, const YAML::Node& node, const std::string& name)
+{
+    std::error_code ignored;
+    if (tool::fs::exists(name, ignored)) { return name; }
+    const auto at = name.find('@');
+    auto repository = name.substr(0, at);
+    auto revision = at == name.npos ? std::string("main") : name.substr(at + 1);
+    const auto plain = [](const std::string& text, std::size_t slashes) {
+        return !text.empty() && !text.starts_with('.') && text.find("..") == text.npos
+            && static_cast<std::size_t>(std::count(text.begin(), text.end(), '/')) <= slashes
+            && std::none_of(text.begin(), text.end(), [](char c) { return c == '\\' || c == '\n' || c == '\0'; });
+    };
+    const auto cache = cache_of_hub();
+    if (plain(repository, 1) && !repository.starts_with('/') && plain(revision, 8) && !revision.starts_with('/')) {
+        for (std::size_t i = 0; (i = repository.find('/', i)) != repository.npos;) { repository.replace(i, 1, "--"); }
+        const auto folder = cache / ("models--" + repository);
+        if (std::ifstream reference(folder / "refs" / revision); reference) {
+            std::string hash;
+            if (reference >> hash && plain(hash, 0)) { revision = hash; }
+        }
+        if (auto found = folder / "snapshots" / revision; tool::fs::is_directory(found, ignored)) { return found; }
+    }
+    where.fail(node,
+        "there is no model '" + shown(name) + "': no file or directory has this name, and the Hub's cache '"
+            + cache.string() + "' does not hold it; nothing is downloaded: fetch it first, or give a path",
+        taskvec::error_code::model_not_found);
+}
+
+/// A model among `models` or `sources`. Copied, never assigned: an assignment to a node writes into the document.
+struct input {
+    std::string name, path, adapter;
+    YAML::Node at; ///< its name
+    std::optional<YAML::Node> parameters{}, layers{};
+};
+
+class reader {
+public:
+    reader(run_settings& given)
+        : given_(given)
+        , where_(given.config)
+    { }
+
+    void read()
+    {
+        const auto node = load();
+        const mapping top(where_, node, "a configuration",
+            {"merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters",
+                "tokenizer_source", "tokenizer", "chat_template"});
+        for (const auto* name : {"modules", "tokenizer", "chat_template"}) {
+            if (const auto one = top.find(name)) {
+                where_.fail(one->key,
+                    std::string("'") + name + "' is not supported: leave it out"
+                        + (std::string(name) == "modules" ? ", and give 'models'" : ""));
+            }
+        }
+        read_method(top);
+        auto base = top.find("base_model");
+        read_models(top, base);
+        set_base(base);
+        read_dtype(top);
+        read_parameters();
+        check_tokenizers(top);
+    }
+
+private:
+    using scopes = std::vector<YAML::Node>;
+
+    YAML::Node load()
+    {
+        constexpr std::size_t most = 1 << 20;
+        std::error_code ignored;
+        if (tool::fs::is_directory(given_.config, ignored)) {
+            taskvec::raise<taskvec::io_error>(taskvec::error_code::file_kind,
+                "'" + given_.config + "' is a directory; expected a configuration such as config.yml", given_.config);
+        }
+        std::ifstream file(given_.config, std::ios::binary);
+        if (!file) {
+            taskvec::raise<taskvec::io_error>(taskvec::error_code::file_not_found,
+                "'" + given_.config + "' cannot be read; expected a configuration such as config.yml", given_.config);
+        }
+        std::string text(most + 1, '\0');
+        file.read(text.data(), static_cast<std::streamsize>(text.size()));
+        text.resize(static_cast<std::size_t>(file.gcount()));
+        if (text.size() > most) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::file_too_large,
+                "'" + given_.config + "' has more than 1 MiB; a configuration is a page");
+        }
+        std::vector<YAML::Node> documents;
+        try {
+            documents = YAML::LoadAll(text);
+        }
+        catch (const YAML::Exception& wrong) {
+            taskvec::raise<taskvec::invalid_argument>(
+                taskvec::error_code::json_syntax, where_.of(wrong.mark) + ": this is no YAML: " + wrong.msg);
+        }
+        if (documents.empty() || documents.front().IsNull()) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+                "'" + given_.config + "' is empty; expected merge_method, models and so on");
+        }
+        if (documents.size() > 1) {
+            where_.fail(documents[1], "several documents in one file are not supported: run one file for each stage");
+        }
+        return documents.front();
+    }
+
+    void read_method(const mapping& top)
+    {
+        const auto one = top.find("merge_method");
+        if (!one) { where_.fail(top.node(), "'merge_method' is missing"); }
+        const auto name = scalar_of(where_, one->value, "merge_method");
+        std::vector<std::string> known;
+        for (const auto& method : methods_of_mergekit()) {
+            known.push_back(method.theirs);
+            if (method.theirs == name) { method_ = &method; }
+        }
+        at_method_ = one->value;
+        if (name == "della" || name == "della_linear" || name == "arcee_fusion") {
+            where_.fail(one->value, "merge_method '" + name + "' is one of mergekit's that taskvec lacks");
+        }
+        if (!method_) { where_.fail(one->value, "merge_method '" + shown(name) + "' is unknown" + meant(name, known)); }
+        request().method = method_->ours;
+    }
+
+    input read_input(const YAML::Node& node, bool slice)
+    {
+        auto keys = std::vector<std::string>{"model", "parameters"};
+        if (slice) { keys.insert(keys.begin() + 1, "layer_range"); }
+        const mapping part(where_, node, slice ? "a source" : "a model", keys);
+        const auto model = part.find("model");
+        if (!model) { where_.fail(node, "'model' is missing"); }
+        auto made = named(model->value);
+        if (const auto given = part.find("parameters")) { made.parameters = given->value; }
+        if (const auto range = part.find("layer_range")) { made.layers = range->value; }
+        if (slice && !made.layers) { where_.fail(node, "'layer_range' is missing, such as [0, 32]"); }
+        return made;
+    }
+
+    input named(const YAML::Node& node)
+    {
+        input made;
+        made.at = node;
+        made.name = scalar_of(where_, node, "a model");
+        std::error_code ignored;
+        const auto plus = made.name.find('+');
+        if (plus != made.name.npos && !tool::fs::exists(made.name, ignored)) {
+            made.path = find_model(where_, node, made.name.substr(0, plus)).string();
+            made.adapter = find_model(where_, node, made.name.substr(plus + 1)).string();
+        }
+        else {
+            made.path = find_model(where_, node, made.name).string();
+        }
+        return made;
+    }
+
+    void read_models(const mapping& top, std::optional<mapping::entry>& base)
+    {
+        const auto models = top.find("models"), slices = top.find("slices");
+        if (models && slices) {
+            where_.fail(slices->key, "'models' and 'slices' are both given; expected one of them");
+        }
+        if (!models && !slices) { where_.fail(top.node(), "'models' is missing (or 'slices')"); }
+        YAML::Node list(models ? models->value : slices->value);
+        if (!list.IsSequence() || list.size() == 0) {
+            where_.fail(list, (models ? "'models' is " : "'slices' is ") + kind_of(list) + "; expected a list");
+        }
+        if (slices) {
+            if (list.size() > 1) {
+                where_.fail(list[1], "more than one slice is not supported: a slice here holds all layers");
+            }
+            const mapping slice(where_, list[0], "a slice", {"sources", "base_model", "residual_weight", "parameters"});
+            if (const auto one = slice.find("residual_weight")) {
+                where_.fail(one->key, "'residual_weight' is not supported");
+            }
+            if (const auto own = slice.find("base_model")) { base.emplace(*own); }
+            if (const auto given = slice.find("parameters")) { shared_.push_back(given->value); }
+            const auto sources = slice.find("sources");
+            if (!sources || !sources->value.IsSequence() || sources->value.size() == 0) {
+                where_.fail(list[0], "a slice without a list of 'sources'");
+            }
+            list.reset(sources->value);
+        }
+        constexpr std::size_t most = 1000;
+        if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " models")); }
+        for (const auto& node : list) {
+            inputs_.push_back(read_input(node, slices.has_value()));
+            for (std::size_t i = 0; i + 1 < inputs_.size(); ++i) {
+                if (inputs_[i].path == inputs_.back().path && inputs_[i].adapter == inputs_.back().adapter) {
+                    where_.fail(inputs_.back().at, "'" + inputs_.back().name + "' stands twice among the models");
+                }
+            }
+            if (inputs_.back().layers) { check_layers(inputs_.back()); }
+        }
+        if (const auto given = top.find("parameters")) { shared_.push_back(given->value); }
+    }
+
+    /// A slice holds all layers.
+    void check_layers(const input& one)
+    {
+        const auto& node = *one.layers;
+        if (!node.IsSequence() || node.size() != 2) {
+            where_.fail(node, "layer_range is " + kind_of(node) + "; expected two numbers such as [0, 32]");
+        }
+        const auto first = number_of(where_, node[0], "layer_range"), last = number_of(where_, node[1], "layer_range");
+        std::size_t count = 0;
+        const auto model = taskvec::open_model(one.path);
+        for (const auto& [name, tensor] : model.model()) {
+            if (const auto layer = tool::layer_of(name)) { count = std::max(count, layer->second + 1); }
+        }
+        if (first != 0 || last != static_cast<double>(count)) {
+            where_.fail(node,
+                taskvec::message("layer_range [", first, ", ", last, "]: '", one.name, "' has the layers [0, ", count,
+                    "], and a part of them is not supported"));
+        }
+    }
+
+    void set_base(const std::optional<mapping::entry>& given)
+    {
+        using base = method_words::base;
+        if (!given) {
+            if (method_->takes == base::required) {
+                where_.fail(at_method_, "merge_method '" + method_->theirs + "' needs a 'base_model'");
+            }
+        }
+        else {
+            auto found = named(given->value);
+            if (!found.adapter.empty()) {
+                where_.fail(given->value, "a base with an adapter is not supported: fuse it first");
+            }
+            const auto same = [&](const input& one) { return one.path == found.path && one.adapter.empty(); };
+            std::vector<input> others;
+            std::copy_if(inputs_.begin(), inputs_.end(), std::back_inserter(others), std::not_fn(same));
+            if (method_->takes != base::input) {
+                request().base = found.path;
+                inputs_.swap(others);
+            }
+            else if (others.size() == inputs_.size()) {
+                inputs_.push_back(std::move(found));
+            }
+        }
+        if (inputs_.empty()) { where_.fail(at_method_, "no model is left beside the base"); }
+    }
+
+    void read_dtype(const mapping& top)
+    {
+        for (const auto* key : {"dtype", "out_dtype"}) {
+            const auto one = top.find(key);
+            if (!one) { continue; }
+            const auto word = scalar_of(where_, one->value, key);
+            const auto dtype = word == "float32" ? "f32" : word == "bfloat16" ? "bf16" : word == "float16" ? "f16" : "";
+            if (*dtype == '\0') {
+                where_.fail(one->value,
+                    std::string(key) + " is '" + shown(word) + "'" + meant(word, {"float32", "bfloat16", "float16"}));
+            }
+            request().dtype = dtype;
+        }
+    }
+
+    /// The values of a parameter as options, the last of which that matches counts. `chain`: from what counts most.
+    tool::option_values values_of(const parameter& one, const scopes& chain, bool& for_all)
+    {
+        tool::option_values result;
+        for_all = false;
+        for (const auto& level : chain) {
+            const auto given = mapping(where_, level, "parameters").find(one.name);
+            if (!given) { continue; }
+            for (const auto& part : settings_of(where_, given->value, one.name)) {
+                if (for_all) { break; } // what comes later never counts
+                result.push_back(value_of(one, part));
+                for_all = part.filter.empty();
+            }
+        }
+        std::reverse(result.begin(), result.end());
+        return result;
+    }
+
+    tool::option_value value_of(const parameter& one, const setting& part)
+    {
+        const auto flag = where_.of(part.value) + ": " + one.name;
+        tool::option_value made{one.row, "", flag};
+        if (one.type != parameter::kind::number) {
+            if (!part.filter.empty() || !part.value.IsScalar()) {
+                where_.fail(part.value,
+                    "'" + one.name + "' has one value for all tensors; filters and lists are not supported");
+            }
+            made.text = one.type == parameter::kind::whole_number ? part.value.Scalar()
+                : truth_of(where_, part.value, one.name)          ? one.on
+                                                                  : one.off;
+            if (made.text == "l1" && given_.semantics == "paper") { made.text = "density"; }
+            return made;
+        }
+        if (part.value.IsScalar()) { made.numbers = {number_of(where_, part.value, one.name)}; }
+        for (const auto& number : part.value.IsSequence() ? part.value : YAML::Node()) {
+            made.numbers.push_back(number_of(where_, number, one.name));
+        }
+        for (const double number : made.numbers) {
+            made.text += (made.text.empty() ? "" : ",") + taskvec::csv_number(number);
+        }
+        if (part.filter.empty() && made.numbers.size() == 1) {
+            made.numbers.clear();
+            return made;
+        }
+        made.by_tensor = true;
+        made.as_in_mergekit = true;
+        made.pattern = escaped(part.filter);
+        return made;
+    }
+
+    void read_parameters()
+    {
+        check_names();
+        const bool mergekit = given_.semantics == "mergekit";
+        auto& options = request().options;
+        if (mergekit && method_->semantics) { options.push_back({"semantics", "mergekit", "--semantics"}); }
+        if (mergekit && method_->ours == "model-stock") { options.push_back({"clamp", "false", "--semantics"}); }
+        std::vector<tool::option_values> weights(inputs_.size());
+        for (const auto& one : method_->parameters) {
+            if (one.name == "weight") {
+                for (std::size_t i = 0; i < inputs_.size(); ++i) {
+                    bool for_all = false;
+                    weights[i] = values_of(one, chain_of(i), for_all);
+                    if (!for_all) { missing(one, inputs_[i].at, weights[i], " of '" + inputs_[i].name + "'"); }
+                }
+                continue;
+            }
+            bool for_all = false;
+            auto values = values_of(one, one.of == parameter::scope::shared ? shared_ : chain_of(0), for_all);
+            if (one.of != parameter::scope::shared) {
+                for (std::size_t i = 1; i < inputs_.size(); ++i) {
+                    bool its_for_all = false;
+                    const auto its = values_of(one, chain_of(i), its_for_all);
+                    const auto equal = [](const tool::option_value& a, const tool::option_value& b) {
+                        return a.text == b.text && a.pattern == b.pattern;
+                    };
+                    if (!std::equal(its.begin(), its.end(), values.begin(), values.end(), equal)) {
+                        where_.fail(inputs_[i].at,
+                            "'" + one.name + "' of '" + inputs_[i].name + "' is another than that of '"
+                                + inputs_.front().name + "'; one for all models is supported");
+                    }
+                }
+            }
+            if (!for_all && one.required) { missing(one, at_method_, values, ""); }
+            if (!for_all && mergekit && !one.unless.empty()) {
+                values.insert(values.begin(), {one.row, one.unless, one.name});
+            }
+            options.insert(options.end(), values.begin(), values.end());
+        }
+        for (std::size_t i = 0; i < inputs_.size(); ++i) { add_task(inputs_[i], std::move(weights[i])); }
+    }
+
+    [[noreturn]] void missing(
+        const parameter& one, const YAML::Node& at, const tool::option_values& given, const std::string& whose)
+    {
+        where_.fail(at,
+            given.empty() ? "'" + one.name + "'" + whose + " is missing"
+                          : "'" + one.name + "'" + whose
+                    + " has filters and no value for the tensors that none of them matches: add one without a filter");
+    }
+
+    [[nodiscard]] scopes chain_of(std::size_t i) const
+    {
+        scopes chain;
+        if (inputs_[i].parameters) { chain.push_back(*inputs_[i].parameters); }
+        chain.insert(chain.end(), shared_.begin(), shared_.end());
+        return chain;
+    }
+
+    /// Keys of `parameters`: those of other methods are noted, what no method knows is refused.
+    void check_names()
+    {
+        const std::set<std::string> silent{"int8_mask", "eps"};
+        std::vector<std::string> known(silent.begin(), silent.end());
+        known.insert(known.end(), {"filter_wise", "nuslerp_row_wise", "nuslerp_flatten"});
+        for (const auto& method : methods_of_mergekit()) {
+            for (const auto& one : method.parameters) {
+                if (!std::count(known.begin(), known.end(), one.name)) { known.push_back(one.name); }
+            }
+        }
+        const auto check = [&](const YAML::Node& node, bool of_model) {
+            const mapping level(where_, node, "parameters", known);
+            for (const auto& one : level.entries()) {
+                const auto has = std::find_if(method_->parameters.begin(), method_->parameters.end(),
+                    [&](const parameter& its) { return its.name == one.name; });
+                const bool used =
+                    has != method_->parameters.end() && !(of_model && has->of == parameter::scope::shared);
+                if (used) { continue; }
+                const bool whole = one.name == "nuslerp_flatten" && method_->theirs == "nuslerp";
+                const bool rows = (one.name == "nuslerp_row_wise" && method_->theirs == "nuslerp")
+                    || (one.name == "filter_wise" && method_->theirs == "model_stock");
+                if ((whole || rows) && !one.value.IsNull() && truth_of(where_, one.value, one.name) == rows) {
+                    where_.fail(one.value,
+                        "'" + one.name + ": " + one.value.Scalar()
+                            + "' is not supported: angles are those of whole tensors");
+                }
+                if (!whole && !rows) {
+                    tool::note(request().run,
+                        where_.of(one.key) + ": '" + one.name + "' has no effect"
+                            + (silent.contains(one.name) ? "" : " on merge_method '" + method_->theirs + "'")
+                            + (has != method_->parameters.end() ? " for one model alone" : ""));
+                }
+            }
+        };
+        for (const auto& level : shared_) { check(level, false); }
+        for (const auto& one : inputs_) {
+            if (one.parameters) { check(*one.parameters, true); }
+        }
+    }
+
+    void add_task(const input& one, tool::option_values weight)
+    {
+        if (!one.adapter.empty()) {
+            if (one.path != request().base) {
+                where_.fail(one.at,
+                    "'" + one.name + "': an adapter on another model than the base; store it first by 'taskvec fuse'");
+            }
+            const auto text = one.adapter + "=1"; // that is the adapter's own factor
+            request().adapters.insert(text);
+            request().tasks.push_back(text);
+            for (auto& value : weight) {
+                if (value.by_tensor) { continue; }
+                value.by_tensor = value.as_in_mergekit = true;
+                value.numbers = {std::strtod(value.text.c_str(), nullptr)};
+            }
+            if (!weight.empty()) { request().weights[text] = std::move(weight); }
+            return;
+        }
+        const bool plain = !weight.empty() && !weight.front().by_tensor; // the first is what counts last
+        const auto text = one.path + "=" + (plain ? weight.front().text : "1");
+        if (plain) { weight.erase(weight.begin()); }
+        request().tasks.push_back(text);
+        if (!weight.empty()) { request().weights[text] = std::move(weight); }
+    }
+
+    /// Vocabularies that are the same need no work; others are not lined up.
+    void check_tokenizers(const mapping& top)
+    {
+        const auto one = top.find("tokenizer_source");
+        if (!one) { return; }
+        const auto word = scalar_of(where_, one->value, "tokenizer_source");
+        const auto content = [](const std::string& model) -> std::optional<std::string> {
+            std::ifstream file(path(model) / "tokenizer.json", std::ios::binary);
+            if (!file) { return std::nullopt; }
+            return std::string(std::istreambuf_iterator<char>(file), {});
+        };
+        const auto first = content(request().base.empty() ? inputs_.front().path : request().base);
+        bool same = first.has_value();
+        for (const auto& model : inputs_) { same = same && content(model.path) == first; }
+        if (!same) {
+            where_.fail(one->key,
+                "'tokenizer_source: " + word
+                    + "' is supported where all models have the same tokenizer.json, and these differ or lack it");
+        }
+    }
+
+    tool::merge_request& request() { return given_.request; }
+
+    run_settings& given_;
+    place where_;
+    const method_words* method_ = nullptr;
+    YAML::Node at_method_;
+    std::vector<input> inputs_;
+    scopes shared_; ///< parameters of the slice and of all, what counts most first
+};
+
+void run_config(run_settings& given)
+{
+    try {
+        reader(given).read();
+        (void)tool::find_method(given.request);
+    }
+    catch (const YAML::Exception& wrong) {
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::error_code::option_value, given.config + ": " + wrong.what());
+    }
+    catch (const tool::usage_error& wrong) { // of values in the file: no wrong usage
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value, wrong.what());
+    }
+    auto& out = given.request.out;
+    if (!out.ends_with('/')) { out += '/'; }
+    if (given.explain) { tool::explain_merge(given.request); }
+    else {
+        tool::run_merge(given.request);
+    }
+}
+
+#else
+
+void run_config(run_settings&)
+{
+    taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+        "this build of taskvec reads no configurations: it was built without yaml-cpp (Debian: libyaml-cpp-dev); "
+        "install it, configure anew and build again");
+}
+
+#endif
+
+const tool::register_verb run_verb(25, "run", "Merge as a mergekit configuration says", [](tool::command& verb) {
+    const auto given = std::make_shared<run_settings>();
+    verb.positional("CONFIG", given->config, "A configuration such as config.yml");
+    verb.text("--out", given->request.out, "DIR", "Where the merged model goes, a directory", tool::presence::required);
+    verb.word("--semantics", given->semantics, {"mergekit", "paper"}, "WHOSE",
+        "mergekit or paper: whose definition of a method to follow (default: mergekit)");
+    verb.flag("--explain", given->explain, "Say what would be done for each tensor, and write nothing");
+    tool::add_nonfinite_option(verb, given->request.nonfinite);
+    tool::add_overflow_option(verb, given->request.overflow);
+    tool::add_index_option(verb, given->request.index);
+    tool::add_shard_size_option(verb, given->request.shard_size);
+    tool::add_copy_options(verb, given->request.copies);
+    tool::add_run_options(verb, given->request.run);
+    verb.footer("Models are paths, or names that the Hub's cache on this machine holds; nothing is downloaded.\n"
+                "\nExample:\n  taskvec run config.yml --out merged");
+    verb.action([given] { run_config(*given); });
+});
+
+} // namespace
