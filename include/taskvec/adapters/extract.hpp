@@ -6,6 +6,7 @@
 #include <taskvec/compiled/adapters.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/models/operand_source.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -55,11 +56,42 @@ template <arithmetic_element T, decomposition<T> Decompose>
 
 namespace detail {
 
+/// Elements [first, first + n) of a tensor, stored or decoded, in T.
+template <class T>
+void load_elements(const const_tensor_ref& tensor, std::string_view name, std::size_t first, std::size_t n, T* out)
+{
+    if (tensor.source) {
+        std::vector<float> values(n);
+        tensor.source->read(first, n, values.data());
+        for (std::size_t i = 0; i < n; ++i) { out[i] = static_cast<T>(values[i]); }
+        return;
+    }
+    visit_storage(tensor.dtype, name, [&]<class S>(std::type_identity<S>) {
+        const auto* const from = static_cast<const std::byte*>(tensor.data) + first * sizeof(S);
+        for (std::size_t i = 0; i < n; ++i) {
+            S stored;
+            std::memcpy(&stored, from + i * sizeof(S), sizeof(S));
+            out[i] = widen<T>(stored);
+        }
+    });
+}
+
 /// tuned − base in T, row-major.
 template <class T>
 void subtract_tensors(const cpu& policy, const const_tensor_ref& base, const const_tensor_ref& tuned,
     std::string_view name, T* out, std::size_t size)
 {
+    if (base.source || tuned.source) {
+        constexpr std::size_t piece = std::size_t{1} << 16;
+        for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t index, std::size_t) {
+            const std::size_t first = index * piece, n = std::min(piece, size - first);
+            std::vector<T> before(n);
+            load_elements(base, name, first, n, before.data());
+            load_elements(tuned, name, first, n, out + first);
+            for (std::size_t i = 0; i < n; ++i) { out[first + i] -= before[i]; }
+        });
+        return;
+    }
     visit_storage(base.dtype, name, [&]<class B>(std::type_identity<B>) {
         visit_storage(tuned.dtype, name, [&]<class X>(std::type_identity<X>) {
             constexpr std::size_t piece = std::size_t{1} << 16;
@@ -82,11 +114,9 @@ void subtract_tensors(const cpu& policy, const const_tensor_ref& base, const con
 inline void blame_nonfinite_tensor(const const_tensor_ref& tensor, std::string_view name, std::string_view label)
 {
     visit_storage(tensor.dtype, name, [&]<class S>(std::type_identity<S>) {
-        const auto* const from = static_cast<const std::byte*>(tensor.data);
         for (std::size_t i = 0; i < tensor.size(name); ++i) {
-            S stored;
-            std::memcpy(&stored, from + i * sizeof(S), sizeof(S));
-            const auto value = widen<arithmetic_type<S>>(stored);
+            arithmetic_type<S> value;
+            load_elements(tensor, name, i, 1, &value);
             if (std::isfinite(value)) { continue; }
             raise<nonfinite_error>(error_code::not_finite,
                 message("tensor '", name, "' of ", label, " holds ", std::isnan(value) ? "NaN" : "infinity",
@@ -184,7 +214,9 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
     for (const auto& name : others) {
         const auto *const before = base.find(name), *const after = tuned.find(name);
         const std::size_t bytes = before->bytes(name);
-        if (before->dtype == after->dtype && (bytes == 0 || std::memcmp(before->data, after->data, bytes) == 0)) {
+        const bool in_memory = !before->source && !after->source;
+        if (in_memory && before->dtype == after->dtype
+            && (bytes == 0 || std::memcmp(before->data, after->data, bytes) == 0)) {
             continue;
         }
         double norm = 0;

@@ -71,6 +71,7 @@ struct basic_tensor_ref {
     extents strides{};
     memory_space space = memory_space::host;
     int device = 0;
+    const operand_source* source = nullptr; ///< not null: `data` is null, and elements come from here
 
     [[nodiscard]] std::size_t size(std::string_view what = "tensor") const { return element_count(shape, what); }
     [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const { return byte_count(dtype, size(what)); }
@@ -92,9 +93,18 @@ struct basic_tensor_ref {
         requires(std::same_as<To, const void> && !std::is_const_v<Byte>)
     operator basic_tensor_ref<To>() const
     {
-        return {data, dtype, shape, strides, space, device};
+        return {data, dtype, shape, strides, space, device, source};
     }
 };
+
+namespace detail {
+/// What takes tensors as memory says this of those that are worked out.
+[[noreturn, gnu::cold]] inline void refuse_source(std::string_view tensor)
+{
+    raise<invalid_argument>(error_code::tensor_without_data,
+        message("tensor '", tensor, "' is a quantised layer: its numbers are nowhere in memory; decode it first"));
+}
+} // namespace detail
 
 /// The tensor that a view's memory makes with this shape (default: one flat dimension).
 template <class T, memory_space S>
@@ -130,6 +140,7 @@ template <storage_element T, memory_space S = memory_space::host>
         raise<invalid_argument>(error_code::tensor_layout,
             message("tensor '", what, "' is not contiguous; copy it to row-major memory first"));
     }
+    if (tensor.source) { detail::refuse_source(what); }
     return view<const T, S>{static_cast<const T*>(tensor.data), tensor.size(what)};
 }
 

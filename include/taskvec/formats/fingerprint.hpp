@@ -5,6 +5,7 @@
 #include <taskvec/core/hash.hpp>
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/models/operand_source.hpp>
 
 #include <algorithm>
 #include <charconv>
@@ -29,6 +30,8 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
 ///                   extents, the block hashes in order
 ///     fingerprint   XXH64 of: number of tensors, the tensor hashes in the order of the names' bytes
 ///
+/// A quantised layer counts as the F32 tensor that it stands for.
+///
 /// Tensors must be contiguous host memory of any dtype and alignment. The value does not depend on the policy, on the
 /// order of tensors in a file, or on how they are spread over shards.
 /// Throws invalid_argument for a tensor that is not contiguous host memory; cancelled. Cost: one read of all bytes.
@@ -37,6 +40,8 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
     struct block {
         const std::byte* data;
         std::size_t size;
+        const operand_source* source;
+        std::uint64_t first; ///< of the elements that are decoded
     };
     std::pmr::vector<block> blocks(memory_of(policy));
     std::uint64_t total = 0;
@@ -48,7 +53,9 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
         const std::size_t bytes = tensor.bytes(name);
         const auto* data = static_cast<const std::byte*>(tensor.data);
         for (std::size_t at = 0; at < bytes; at += fingerprint_block) {
-            blocks.push_back({data + at, std::min(fingerprint_block, bytes - at)});
+            const bool decoded = tensor.source != nullptr;
+            blocks.push_back({decoded ? nullptr : data + at, std::min(fingerprint_block, bytes - at), tensor.source,
+                at / sizeof(float)});
         }
         total += bytes;
     }
@@ -56,7 +63,19 @@ inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
     detail::progress_meter progress(policy, "fingerprint", total);
     for_each_index(policy, blocks.size(), [&](std::size_t index, std::size_t) {
         xxh64 hash;
-        hash.update(blocks[index].data, blocks[index].size);
+        const block& part = blocks[index];
+        if (part.source) {
+            constexpr std::size_t piece = 65536;
+            std::pmr::vector<float> values(std::min(piece, part.size / sizeof(float)), memory_of(policy));
+            for (std::size_t at = 0; at < part.size / sizeof(float); at += piece) {
+                const std::size_t n = std::min(piece, part.size / sizeof(float) - at);
+                part.source->read(part.first + at, n, values.data());
+                hash.update(values.data(), n * sizeof(float));
+            }
+        }
+        else {
+            hash.update(part.data, part.size);
+        }
         hashes[index] = hash.digest();
         if (!progress.advance(blocks[index].size)) { raise<cancelled>(error_code::cancelled); }
     });
@@ -107,6 +126,17 @@ inline constexpr std::size_t sketch_bytes = 4096;
         number(tensor.shape.size());
         for (const auto extent : tensor.shape) { number(static_cast<std::uint64_t>(extent)); }
         const std::size_t bytes = tensor.bytes(label);
+        if (tensor.source) {
+            const std::size_t edge = sketch_bytes / sizeof(float), size = bytes / sizeof(float);
+            std::vector<float> values(std::min(size, 2 * edge));
+            if (size <= 2 * edge) { tensor.source->read(0, size, values.data()); }
+            else {
+                tensor.source->read(0, edge, values.data());
+                tensor.source->read(size - edge, edge, values.data() + edge);
+            }
+            whole.update(values.data(), values.size() * sizeof(float));
+            continue;
+        }
         const std::string_view content(static_cast<const char*>(tensor.data), bytes);
         whole.update(content.substr(0, bytes <= 2 * sketch_bytes ? bytes : sketch_bytes));
         whole.update(content.substr(bytes <= 2 * sketch_bytes ? bytes : bytes - sketch_bytes));

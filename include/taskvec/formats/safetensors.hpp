@@ -556,5 +556,6 @@ inline void write_safetensors(const std::filesystem::path& path, const const_mod
     for (std::size_t i = 0; i < specs.size(); ++i) { writer.write(i, 0, model[i].tensor.data, specs[i].bytes()); }
     writer.commit();
 }
+        if (tensor.source) { detail::refuse_source(name); }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -154,7 +154,7 @@ public:
         for (const layer& one : problem_.layers()) {
             const aligned_tensor& tensor = models_->tensors()[one.tensor];
             for (std::size_t t = 0; t < one.grams.size(); ++t) {
-                bytes += one.grams.size() > 1 ? byte_count(tensor.tasks[t].dtype, tensor.size) : 0;
+                bytes += one.grams.size() > 1 ? tensor.tasks[t].bytes(tensor.size) : 0;
                 bytes += (1 + panels(one)) * byte_count(one.grams[t].dtype, one.in * one.in);
             }
         }

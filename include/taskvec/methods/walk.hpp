@@ -66,10 +66,11 @@ inline void check_aliases(
     };
     for (std::size_t i = 0; i < models.tensors().size(); ++i) {
         const auto& tensor = models.tensors()[i];
-        check(tensor.base.data, byte_count(tensor.base.dtype, tensor.size), i, in_place);
-        for (const auto& task : tensor.tasks) {
-            if (!task.source) { check(task.data, byte_count(task.dtype, tensor.size), i, in_place); }
-        }
+        const auto check_operand = [&](const aligned_tensor::operand& from) {
+            if (!from.source) { check(from.data, byte_count(from.dtype, tensor.size), i, in_place); }
+        };
+        check_operand(tensor.base);
+        for (const auto& task : tensor.tasks) { check_operand(task); }
     }
     for (const auto& beside : companions) { check(beside.data, beside.bytes, beside.tensor, false); }
 }

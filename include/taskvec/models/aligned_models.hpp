@@ -60,6 +60,12 @@ struct aligned_tensor {
         const std::byte* data = nullptr;
         taskvec::dtype dtype = taskvec::dtype::f32;
         const operand_source* source = nullptr; ///< where set, elements come from it, and `data` is not read
+
+        /// Bytes of `count` elements as they are stored.
+        [[nodiscard]] std::uint64_t bytes(std::size_t count) const noexcept
+        {
+            return source ? (std::uint64_t{count} * source->stored_bits() + 7) / 8 : byte_count(dtype, count);
+        }
     };
     std::string name;
     extents shape;
@@ -76,8 +82,8 @@ struct aligned_tensor {
     /// Bytes of `count` elements in the base and all tasks together; a task that stands for the base adds none.
     [[nodiscard]] std::uint64_t bytes(std::size_t count) const noexcept
     {
-        std::uint64_t total = base.data ? byte_count(base.dtype, count) : 0;
-        for (const auto& task : tasks) { total += task.data == base.data ? 0 : byte_count(task.dtype, count); }
+        std::uint64_t total = base.data ? base.bytes(count) : 0;
+        for (const auto& task : tasks) { total += task.data == base.data ? 0 : task.bytes(count); }
         return total;
     }
 };
@@ -284,7 +290,8 @@ private:
             raise<invalid_argument>(error_code::tensor_layout,
                 message("tensor '", name, "' of ", where, " is not contiguous: copy it to row-major memory first"));
         }
-        if (!tensor.data && tensor.bytes(name) > 0) {
+        if (tensor.source && space_ != memory_space::host) { detail::refuse_source(name); }
+        if (!tensor.data && !tensor.source && tensor.bytes(name) > 0) {
             raise<invalid_argument>(error_code::tensor_without_data,
                 message("tensor '", name, "' of ", where, " has no data (null pointer)"));
         }
@@ -298,13 +305,18 @@ private:
         const std::size_t size = tensor.size(name), output = outputs_.size();
         const bool included = !options_.include || options_.include(name);
         if (!included) {
-            outputs_.push_back({name, tensor.dtype, tensor.shape});
+            outputs_.push_back(
+                {name, tensor.source ? options_.output.value_or(tensor.dtype) : tensor.dtype, tensor.shape});
             copied_.push_back({name, output, tensor});
             return;
         }
         aligned_tensor aligned{
             name, tensor.shape, size, output, elements_, tensor.dtype, tensor.dtype == taskvec::dtype::f64, {}, {}};
-        const aligned_tensor::operand reference{static_cast<const std::byte*>(tensor.data), tensor.dtype};
+        const auto operand_of = [](const const_tensor_ref& from) {
+            const void* const data = from.source ? from.source : from.data; // not read: it tells operands apart
+            return aligned_tensor::operand{static_cast<const std::byte*>(data), from.dtype, from.source};
+        };
+        const auto reference = operand_of(tensor);
         if (has_base_) { aligned.base = reference; }
         std::size_t lacking = 0;
         for (std::size_t t = 0; t < tasks.size(); ++t) {
@@ -328,7 +340,7 @@ private:
             }
             check_place(*mine, name, label(t));
             check_same(name, tensor, *mine, t, equal);
-            aligned.tasks.push_back({static_cast<const std::byte*>(mine->data), mine->dtype});
+            aligned.tasks.push_back(operand_of(*mine));
             aligned.wide = aligned.wide || mine->dtype == taskvec::dtype::f64;
         }
         // What no task has stays as it is: a share of entries does not count it.

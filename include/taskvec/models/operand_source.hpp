@@ -1,4 +1,4 @@
-// Tensors of a task that are stored nowhere: their elements are worked out when they are read.
+// Tensors that are stored nowhere as numbers: their elements are worked out when they are read.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -10,8 +10,9 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// What stands for the stored elements of one tensor of a task (aligned_models::compute()): a base weight with adapters
-/// added, say (adapters/adapted_weight.hpp). Everything that walks over aligned models reads it as it would a tensor of
+/// What stands for the stored elements of one tensor: of a task (aligned_models::compute()), as a base weight with
+/// adapters added (adapters/adapted_weight.hpp); or of any model whose tensor_ref names it (`source`), as a quantised
+/// layer (formats/quantised.hpp). Everything that walks over aligned models reads it as it would a tensor of
 /// dtype type() with these elements. Reads come from several threads at once, in any order, the same one more than
 /// once; the same elements must come out each time.
 class operand_source {
@@ -25,6 +26,8 @@ public:
     virtual void prepare(const cpu& /*policy*/) const { }
     /// Gives back what prepare() and reads keep, until the next one. Nobody reads meanwhile.
     virtual void release() const { }
+    /// Bits that are read for an element: for progress and reports.
+    [[nodiscard]] virtual unsigned stored_bits() const noexcept { return bits_per_element(type()); }
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -54,7 +54,7 @@ public:
                 const const_tensor_ref* const fisher = fishers[t].find(tensor.name);
                 if (!fisher) {
                     const bool stands_in = models.options().on_missing == missing_tensors::base
-                        && tensor.tasks[t].data == tensor.base.data && !tensor.tasks[t].source;
+                        && tensor.tasks[t].data == tensor.base.data && tensor.tasks[t].source == tensor.base.source;
                     if (stands_in) { continue; }
                     raise<invalid_argument>(error_code::tensor_missing,
                         message("tensor '", tensor.name, "' is missing in ", fishers_label(labels, t, models),

@@ -40,6 +40,13 @@ public:
         , options_(options)
         , out_(out)
     {
+        for (const auto& tensor : models.tensors()) {
+            if (tensor.base.source || std::any_of(tensor.tasks.begin(), tensor.tasks.end(), [](const auto& task) {
+                    return task.source != nullptr;
+                })) {
+                detail::refuse_source(tensor.name);
+            }
+        }
         device::require_device();
         std::size_t largest = 0;
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {
