@@ -81,6 +81,7 @@ enum class error_code : std::uint16_t {
     name_collision = 142,
     output_path = 143,
     adapter_factors = 144,
+    layer_split = 145,
     // Shapes that do not fit.
     tensor_shape = 201,
     input_size = 202,
@@ -121,6 +122,7 @@ enum class error_code : std::uint16_t {
     adapter_unsupported = 513,
     adapter_tensors = 514,
     csv_syntax = 515,
+    quantised_layer = 516,
     // What the operating system refused.
     file_not_found = 601,
     file_access = 602,
@@ -195,6 +197,7 @@ inline constexpr error_code_entry error_codes[] = {
     {error_code::name_collision, "name-collision", error_kind::invalid_argument},
     {error_code::output_path, "output-path", error_kind::invalid_argument},
     {error_code::adapter_factors, "adapter-factors", error_kind::invalid_argument},
+    {error_code::layer_split, "layer-split", error_kind::invalid_argument},
     {error_code::tensor_shape, "tensor-shape", error_kind::shape_mismatch},
     {error_code::input_size, "input-size", error_kind::shape_mismatch},
     {error_code::output_shape, "output-shape", error_kind::shape_mismatch},
@@ -231,6 +234,7 @@ inline constexpr error_code_entry error_codes[] = {
     {error_code::adapter_unsupported, "adapter-unsupported", error_kind::format_error},
     {error_code::adapter_tensors, "adapter-tensors", error_kind::format_error},
     {error_code::csv_syntax, "csv-syntax", error_kind::format_error},
+    {error_code::quantised_layer, "quantised-layer", error_kind::format_error},
     {error_code::file_not_found, "file-not-found", error_kind::io_error},
     {error_code::file_access, "file-access", error_kind::io_error},
     {error_code::disk_full, "disk-full", error_kind::io_error},

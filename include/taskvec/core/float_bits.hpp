@@ -88,6 +88,33 @@ template <class To, class From>
     return f16_to_f32(static_cast<std::uint16_t>(code << 8));
 }
 
+/// f32 to fp8 bits, to nearest even. A finite value beyond the largest number becomes that number (448, 57344). NaN
+/// stays NaN, and so does infinity in e4m3, which has none.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint8_t f32_to_e4m3(float value) noexcept
+{
+    const auto word = reinterpret_bits<std::uint32_t>(value);
+    const std::uint32_t sign = (word >> 24) & 0x80u, magnitude = word & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) { return static_cast<std::uint8_t>(sign | 0x7fu); }
+    // Below 2^-6 an addition of 2^14 aligns the mantissa to the subnormals' spacing of 2^-9.
+    const std::uint32_t code = magnitude < 0x3c800000u
+        ? reinterpret_bits<std::uint32_t>(reinterpret_bits<float>(magnitude) + 0x1p14f) - 0x46800000u
+        : (magnitude - 0x3c000000u + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
+    return static_cast<std::uint8_t>(sign | (code > 0x7eu ? 0x7eu : code));
+}
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint8_t f32_to_e5m2(float value) noexcept
+{
+    const auto word = reinterpret_bits<std::uint32_t>(value);
+    const std::uint32_t sign = (word >> 24) & 0x80u, magnitude = word & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) {
+        return static_cast<std::uint8_t>(sign | (magnitude > 0x7f800000u ? 0x7eu : 0x7cu));
+    }
+    // Below 2^-14 an addition of 2^7 aligns the mantissa to the subnormals' spacing of 2^-16.
+    const std::uint32_t code = magnitude < 0x38800000u
+        ? reinterpret_bits<std::uint32_t>(reinterpret_bits<float>(magnitude) + 0x1p7f) - 0x43000000u
+        : (magnitude - 0x38000000u + 0xfffffu + ((magnitude >> 21) & 1u)) >> 21;
+    return static_cast<std::uint8_t>(sign | (code > 0x7bu ? 0x7bu : code));
+}
+
 /// f64 to f32, rounded to odd: what is then rounded to a type of at most 22 bits of precision is rounded once.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr float f64_to_f32_odd(double value) noexcept
 {

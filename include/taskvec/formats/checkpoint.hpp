@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/callback.hpp>
+#include <taskvec/formats/quantised.hpp>
 #include <taskvec/formats/safetensors.hpp>
 
 #include <algorithm>
@@ -89,9 +90,25 @@ public:
 
 private:
     std::filesystem::path path_;
+    /// Makes model() have quantised layers as tensors of numbers (formats/quantised.hpp). stored() keeps what the files
+    /// hold. open_model() has done so.
+    void read_layers(quantised_layers::hint_source hints)
+    {
+        auto layers = std::make_shared<const quantised_layers>(model_, std::move(hints));
+        if (!layers->any()) { return; }
+        stored_ = std::exchange(model_, layers->model());
+        layers_ = std::move(layers);
+    }
+    /// The tensors of the files: model(), but for quantised layers and names that were changed.
+    [[nodiscard]] const const_model_ref& stored() const& noexcept { return layers_ ? stored_ : model_; }
+    void stored() const&& = delete; // name the owner first: its views would dangle
+    /// The quantised layers; null where no layer is.
+    [[nodiscard]] const quantised_layers* layers() const& noexcept { return layers_.get(); }
+    void layers() const&& = delete; // name the owner first: its views would dangle
     std::vector<safetensors_file> files_;
     std::vector<std::string> notes_;
-    const_model_ref model_;
+    const_model_ref model_, stored_;
+    std::shared_ptr<const quantised_layers> layers_;
     metadata_map metadata_;
     std::uint64_t data_bytes_ = 0;
 };
@@ -319,7 +336,10 @@ struct model_directory {
 ///
 ///     const auto base = taskvec::open_model("base");
 ///     for (const auto& [name, tensor] : base.model()) { … }
-[[nodiscard]] inline checkpoint open_model(const std::filesystem::path& path, index_check how = index_check::strict)
+[[nodiscard]] checkpoint open_model(const std::filesystem::path& path, index_check how = index_check::strict);
+
+namespace detail {
+[[nodiscard]] inline checkpoint open_stored(const std::filesystem::path& path, index_check how)
 {
     std::error_code ignored;
     std::vector<safetensors_file> files;
@@ -336,6 +356,16 @@ struct model_directory {
                 ": its directory or its index names the whole model"));
         }
         return single(path, std::move(notes));
+/// The hints of the configuration beside a model.
+[[nodiscard]] inline quantised_layers::hint_source hints_beside(const std::filesystem::path& model)
+{
+    return [model] {
+        std::error_code unknown;
+        const auto folder = std::filesystem::is_directory(model, unknown) ? model : detail::directory_of(model);
+        return read_quantisation_hints(folder / "config.json");
+    };
+}
+
     }
     const auto has = [&](std::string_view name) { return std::filesystem::exists(path / name, ignored); };
     for (const std::string_view stem : {"model", "diffusion_pytorch_model"}) {
@@ -454,6 +484,14 @@ namespace detail {
 
 /// Writes a checkpoint directory: `model-00001-of-000NN.safetensors` … and their index, or `model.safetensors` when one
 /// shard is enough. A directory that does not exist appears whole or not at all; in one that does, other files are left
+} // namespace detail
+
+inline checkpoint open_model(const std::filesystem::path& path, index_check how)
+{
+    auto model = detail::open_stored(path, how);
+    model.read_layers(hints_beside(path));
+    return model;
+}
 /// alone.
 ///
 /// All shards are complete and on disk under temporary names before the first takes its own; the index (or the single

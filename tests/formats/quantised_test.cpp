@@ -1,0 +1,710 @@
+// Quantised layers: read as the numbers that their definitions give, written again by the same scheme, and refused by
+// name where their tensors contradict each other.
+// SPDX-License-Identifier: Apache-2.0
+#include <taskvec/core/random.hpp>
+#include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/fingerprint.hpp>
+#include <taskvec/formats/quantising_sink.hpp>
+#include <taskvec/methods/average.hpp>
+#include <taskvec/methods/merge.hpp>
+#include <taskvec/methods/ties.hpp>
+
+#include "scratch.hpp"
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <deque>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace quantised_test {
+
+using namespace taskvec;
+
+/// Tensors that own their bytes.
+class owned_model {
+public:
+    void add(const std::string& name, dtype type, extents shape, std::string bytes)
+    {
+        REQUIRE(byte_count(type, element_count(shape)) == bytes.size());
+        bytes_.push_back(std::move(bytes));
+        model_.insert(name, const_tensor_ref{bytes_.back().data(), type, std::move(shape)});
+    }
+    void add(const std::string& name, extents shape, const std::vector<float>& values)
+    {
+        add(name, dtype::f32, std::move(shape),
+            std::string(reinterpret_cast<const char*>(values.data()), 4 * values.size()));
+    }
+    [[nodiscard]] const const_model_ref& model() const { return model_; }
+
+private:
+    std::deque<std::string> bytes_;
+    const_model_ref model_;
+};
+
+struct random_words {
+    random_stream stream;
+    std::uint64_t next = 0;
+    explicit random_words(std::string_view name)
+        : stream(20261129, 0, name)
+    { }
+    std::uint64_t below(std::uint64_t bound) { return stream.word(next++) % bound; }
+    float between(float low, float high) { return low + (high - low) * static_cast<float>(below(1u << 20)) / 0x1p20f; }
+};
+
+std::string random_codes(random_words& random, std::size_t count, dtype type)
+{
+    std::string codes(count, '\0');
+    for (auto& code : codes) {
+        do {
+            code = static_cast<char>(random.below(256));
+        } while (type == dtype::f8_e4m3 ? (static_cast<unsigned>(code) & 0x7fu) == 0x7fu
+                                        : (static_cast<unsigned>(code) & 0x7cu) == 0x7cu);
+    }
+    return codes;
+}
+
+/// What a code of 1 + exponent + mantissa bits means, by its definition.
+double meaning(unsigned code, int exponent_bits, int mantissa_bits)
+{
+    const int bias = (1 << (exponent_bits - 1)) - 1;
+    const int mantissa = static_cast<int>(code & ((1u << mantissa_bits) - 1));
+    const int exponent = static_cast<int>(code >> mantissa_bits) & ((1 << exponent_bits) - 1);
+    const double size = exponent == 0 ? std::ldexp(mantissa, 1 - bias - mantissa_bits)
+                                      : std::ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
+    return (code >> (exponent_bits + mantissa_bits)) & 1u ? -size : size;
+}
+double meaning_of(unsigned code, dtype type)
+{
+    return type == dtype::f8_e5m2 ? meaning(code, 5, 2) : meaning(code, 4, 3);
+}
+
+/// The nearest code, ties to the even one: by looking at all of them.
+unsigned nearest_code(double value, dtype type)
+{
+    unsigned best = 0;
+    const unsigned last = type == dtype::f8_e5m2 ? 0x7bu : 0x7eu;
+    for (unsigned code = 0; code <= last; ++code) {
+        const double now = std::abs(meaning_of(code, type) - std::abs(value));
+        const double before = std::abs(meaning_of(best, type) - std::abs(value));
+        if (now < before || (now == before && code % 2 == 0)) { best = code; }
+    }
+    return best | (std::signbit(value) ? 0x80u : 0u);
+}
+
+std::vector<float> all_of(const const_tensor_ref& tensor)
+{
+    std::vector<float> values(tensor.size());
+    REQUIRE(tensor.source != nullptr);
+    tensor.source->read(0, values.size(), values.data());
+    return values;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b)
+{
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), 4 * a.size()) == 0;
+}
+
+/// The whole, and runs that begin and end anywhere.
+void check_runs(const const_tensor_ref& tensor, const std::vector<float>& expected, random_words& random)
+{
+    REQUIRE(same_bits(all_of(tensor), expected));
+    for (int i = 0; i < 30; ++i) {
+        const auto first = random.below(expected.size()), count = random.below(expected.size() - first + 1);
+        std::vector<float> run(count);
+        tensor.source->read(first, count, run.data());
+        REQUIRE(same_bits(run,
+            {expected.begin() + static_cast<std::ptrdiff_t>(first),
+                expected.begin() + static_cast<std::ptrdiff_t>(first + count)}));
+    }
+}
+
+/// A layer of FP8: shape of weight and scales, how many rows and columns share one.
+struct fp8_case {
+    extents shape, scales;
+    std::int64_t rows, columns;
+};
+const std::vector<fp8_case> fp8_cases{{{5, 7}, {}, 5, 7}, {{5, 7}, {1}, 5, 7}, {{5, 7}, {1, 1}, 5, 7},
+    {{5, 7}, {5}, 1, 7}, {{5, 7}, {5, 1}, 1, 7}, {{130, 300}, {2, 3}, 128, 128}, {{256, 128}, {2, 1}, 128, 128},
+    {{4, 6}, {2, 3}, 2, 2}, {{4, 64}, {4, 2}, 1, 32}, {{9}, {}, 9, 9}, {{1, 300}, {1, 3}, 128, 128}};
+
+struct fp8_layer {
+    owned_model stored;
+    std::vector<float> expected;
+};
+void make(fp8_layer& made, const fp8_case& how, dtype codes_type, dtype scale_type, random_words& random,
+    const std::string& scale_name = "l.weight_scale")
+{
+    const std::size_t size = element_count(how.shape), groups = element_count(how.scales);
+    const auto codes = random_codes(random, size, codes_type);
+    std::string scales;
+    std::vector<float> factors;
+    for (std::size_t g = 0; g < groups; ++g) {
+        const float wanted = random.between(0.001f, 3);
+        if (scale_type == dtype::f32) {
+            factors.push_back(wanted);
+            scales.append(reinterpret_cast<const char*>(&factors.back()), 4);
+        }
+        else if (scale_type == dtype::bf16) {
+            const auto word = f32_to_bf16(wanted);
+            factors.push_back(bf16_to_f32(word));
+            scales.append(reinterpret_cast<const char*>(&word), 2);
+        }
+        else {
+            const auto exponent = 120 + random.below(10);
+            factors.push_back(std::ldexp(1.0f, static_cast<int>(exponent) - 127));
+            scales += static_cast<char>(exponent);
+        }
+    }
+    const auto columns = how.shape.back();
+    const auto across = (columns + how.columns - 1) / how.columns;
+    for (std::size_t i = 0; i < size; ++i) {
+        const auto row = static_cast<std::int64_t>(i) / columns, column = static_cast<std::int64_t>(i) % columns;
+        const auto group = static_cast<std::size_t>(row / how.rows * across + column / how.columns);
+        made.expected.push_back(
+            static_cast<float>(meaning_of(static_cast<unsigned char>(codes[i]), codes_type)) * factors[group]);
+    }
+    made.stored.add("l.weight", codes_type, how.shape, codes);
+    made.stored.add(scale_name, scale_type, how.scales, scales);
+}
+
+TEST_CASE("fp8 codes round to nearest even and saturate")
+{
+    random_words random("fp8 codes");
+    for (const auto type : {dtype::f8_e4m3, dtype::f8_e5m2}) {
+        const auto narrow = [&](float x) { return type == dtype::f8_e4m3 ? f32_to_e4m3(x) : f32_to_e5m2(x); };
+        const unsigned last = type == dtype::f8_e4m3 ? 0x7eu : 0x7bu;
+        for (unsigned code = 0; code <= last; ++code) {
+            const auto x = static_cast<float>(meaning_of(code, type));
+            const auto above = static_cast<float>(meaning_of(std::min(code + 1, last), type));
+            for (const float value : {x, std::nextafter(x, 0.0f), std::nextafter(x, 1e9f), (x + above) / 2,
+                     std::nextafter((x + above) / 2, 0.0f), std::nextafter((x + above) / 2, 1e9f)}) {
+                REQUIRE(narrow(value) == nearest_code(value, type));
+                REQUIRE(narrow(-value) == nearest_code(-value, type));
+            }
+        }
+        for (int i = 0; i < 2000; ++i) {
+            const float value = std::ldexp(random.between(-1, 1), static_cast<int>(random.below(40)) - 22);
+            REQUIRE(narrow(value) == nearest_code(value, type));
+        }
+        CHECK(narrow(1e30f) == last);
+        CHECK(narrow(-1e30f) == (last | 0x80u));
+        CHECK((narrow(std::nanf("")) & 0x7fu) > last);
+        CHECK(narrow(HUGE_VALF) == (type == dtype::f8_e4m3 ? 0x7f : 0x7c));
+    }
+}
+
+TEST_CASE("scaled FP8: codes times scales, by tensor, channel and block, under each tool's names")
+{
+    random_words random("fp8");
+    for (const auto& how : fp8_cases) {
+        CAPTURE(to_string(how.scales));
+        for (const auto codes : {dtype::f8_e4m3, dtype::f8_e5m2}) {
+            for (const auto scales : {dtype::f32, dtype::bf16, dtype::f8_e8m0}) {
+                for (const std::string name : {"l.weight_scale", "l.weight_scale_inv", "l.scale_weight"}) {
+                    fp8_layer made;
+                    make(made, how, codes, scales, random, name);
+                    const quantised_layers layers(made.stored.model());
+                    REQUIRE(layers.unread().empty());
+                    REQUIRE(layers.model().size() == 1);
+                    REQUIRE(layers.model()[0].name == "l.weight");
+                    REQUIRE(layers.model()[0].tensor.shape == how.shape);
+                    check_runs(layers.model()[0].tensor, made.expected, random);
+                }
+            }
+        }
+    }
+}
+
+TEST_CASE("block sizes come from the configuration, where it says them")
+{
+    random_words random("hints");
+    fp8_layer made;
+    make(made, {{96, 96}, {3, 3}, 32, 32}, dtype::f8_e4m3, dtype::f32, random);
+    const auto hint = [](extents block) { return [block] { return quantisation_hints{block, false, "config.json"}; }; };
+    CHECK(quantised_layers(made.stored.model(), hint({32, 32})).unread().empty());
+    const quantised_layers wrong(made.stored.model(), hint({64, 64}));
+    REQUIRE(wrong.unread().size() == 1);
+    CHECK(
+        wrong.unread()[0].what.find("expected [] for all of it, [96] for each channel or [2, 2] for blocks of 64 × 64 "
+                                    "(config.json)")
+        != std::string::npos);
+
+    const scratch folder;
+    spill(folder / "config.json", R"({"quantization_config": {"weight_block_size": [64, 32], "scale_fmt": "ue8m0"}})");
+    CHECK(read_quantisation_hints(folder / "config.json").block == extents{64, 32});
+    CHECK(read_quantisation_hints(folder / "config.json").powers_of_two);
+    spill(folder / "config.json",
+        R"({"quantization_config": {"config_groups": {"group_0": {"weights": {"block_structure": [16, 8]}}}}})");
+    CHECK(read_quantisation_hints(folder / "config.json").block == extents{16, 8});
+    spill(folder / "config.json", R"({"quantization_config": {"weight_block_size": [0, 32]}})");
+    CHECK_THROWS_AS((void)read_quantisation_hints(folder / "config.json"), format_error);
+}
+
+TEST_CASE("MXFP4 and NVFP4: nibbles, low first, times the scale of their group")
+{
+    constexpr double e2m1[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+    random_words random("fp4");
+    const auto number = [&](const std::string& packed, std::size_t i) {
+        const auto byte = static_cast<unsigned char>(packed[i / 2]);
+        const unsigned code = i % 2 ? byte >> 4 : byte & 15u;
+        return static_cast<float>(code & 8u ? -e2m1[code & 7u] : e2m1[code & 7u]);
+    };
+    const auto bytes = [&](std::size_t count, unsigned from, unsigned below) {
+        std::string text;
+        for (std::size_t i = 0; i < count; ++i) { text += static_cast<char>(from + random.below(below)); }
+        return text;
+    };
+    { // gpt-oss: experts, out, in / 32, 16; read as experts, in, out
+        const std::size_t experts = 2, out = 5, groups = 3, in = 32 * groups;
+        owned_model stored;
+        const auto packed = bytes(experts * out * groups * 16, 0, 256), scales = bytes(experts * out * groups, 110, 30);
+        stored.add("m.experts.up_blocks", dtype::u8, {2, 5, 3, 16}, packed);
+        stored.add("m.experts.up_scales", dtype::u8, {2, 5, 3}, scales);
+        const quantised_layers layers(stored.model());
+        REQUIRE(layers.model().size() == 1);
+        CHECK(layers.model()[0].name == "m.experts.up");
+        REQUIRE(layers.model()[0].tensor.shape == extents{2, 96, 5});
+        std::vector<float> expected(experts * in * out);
+        for (std::size_t e = 0; e < experts; ++e) {
+            for (std::size_t o = 0; o < out; ++o) {
+                for (std::size_t i = 0; i < in; ++i) {
+                    const std::size_t row = e * out + o;
+                    const int exponent = static_cast<unsigned char>(scales[row * groups + i / 32]) - 127;
+                    expected[(e * in + i) * out + o] = std::ldexp(number(packed, row * in + i), exponent);
+                }
+            }
+        }
+        check_runs(layers.model()[0].tensor, expected, random);
+    }
+    for (const std::string way : {"mxfp4", "modelopt", "compressed-tensors"}) {
+        const std::size_t out = 6, in = 96, group = way == "mxfp4" ? 32 : 16;
+        owned_model stored;
+        const auto packed = bytes(out * in / 2, 0, 256);
+        const auto scales = way == "mxfp4" ? bytes(out * in / group, 110, 30) : bytes(out * in / group, 1, 126);
+        const float global = 0.37f;
+        stored.add(way == "modelopt" ? "l.weight" : "l.weight_packed", dtype::u8, {6, 48}, packed);
+        stored.add("l.weight_scale", way == "mxfp4" ? dtype::u8 : dtype::f8_e4m3,
+            {6, static_cast<std::int64_t>(in / group)}, scales);
+        if (way == "modelopt") { stored.add("l.weight_scale_2", {}, {global}); }
+        if (way == "compressed-tensors") { stored.add("l.weight_global_scale", {1}, {global}); }
+        const quantised_layers layers(stored.model());
+        REQUIRE(layers.unread().empty());
+        REQUIRE(layers.model().size() == 1);
+        CHECK(layers.model()[0].name == "l.weight");
+        std::vector<float> expected(out * in);
+        for (std::size_t i = 0; i < expected.size(); ++i) {
+            const auto code = static_cast<unsigned char>(scales[i / group]);
+            const float scale = way == "mxfp4"
+                ? std::ldexp(1.0f, code - 127)
+                : static_cast<float>(meaning_of(code, dtype::f8_e4m3)) * (way == "modelopt" ? global : 1.0f / global);
+            expected[i] = number(packed, i) * scale;
+        }
+        check_runs(layers.model()[0].tensor, expected, random);
+    }
+}
+
+TEST_CASE("quantising again: fresh scales from the largest magnitudes, codes to nearest even")
+{
+    random_words random("requantise");
+    for (const auto& how : fp8_cases) {
+        CAPTURE(to_string(how.scales));
+        for (const auto codes_type : {dtype::f8_e4m3, dtype::f8_e5m2}) {
+            for (const auto scale_type : {dtype::f32, dtype::bf16, dtype::f8_e8m0}) {
+                fp8_layer made;
+                make(made, how, codes_type, scale_type, random);
+                const quantised_layers layers(made.stored.model());
+                const auto& layer = layers.layers()[0].layer();
+                std::vector<float> values;
+                for (std::size_t i = 0; i < made.expected.size(); ++i) { values.push_back(random.between(-9, 9)); }
+                std::vector<std::uint8_t> codes(values.size());
+                std::vector<std::byte> scales(layer.scales.bytes());
+                memory_sink sink({codes.data(), scales.data()});
+                quantise_fp8(layer, values.data(), sink, 0, 1);
+
+                const auto columns = how.shape.back(), across = (columns + how.columns - 1) / how.columns;
+                std::vector<float> largest(element_count(how.scales));
+                const auto group = [&](std::size_t i) {
+                    const auto row = static_cast<std::int64_t>(i) / columns,
+                               column = static_cast<std::int64_t>(i) % columns;
+                    return static_cast<std::size_t>(row / how.rows * across + column / how.columns);
+                };
+                for (std::size_t i = 0; i < values.size(); ++i) {
+                    largest[group(i)] = std::max(largest[group(i)], std::abs(values[i]));
+                }
+                const const_tensor_ref stored{scales.data(), scale_type, how.scales};
+                for (std::size_t g = 0; g < largest.size(); ++g) {
+                    const float exact = largest[g] / (codes_type == dtype::f8_e4m3 ? 448.0f : 57344.0f);
+                    const float found = detail::scale_at(stored, g);
+                    if (scale_type == dtype::f32) { REQUIRE(found == exact); }
+                    else if (scale_type == dtype::bf16) {
+                        REQUIRE(found == bf16_to_f32(f32_to_bf16(exact)));
+                    }
+                    else {
+                        REQUIRE(std::log2(found) == std::ceil(std::log2(exact)));
+                    }
+                }
+                for (std::size_t i = 0; i < values.size(); ++i) {
+                    REQUIRE(codes[i] == nearest_code(values[i] / detail::scale_at(stored, group(i)), codes_type));
+                }
+            }
+        }
+    }
+}
+
+TEST_CASE("quantising zeros, NaN and infinity")
+{
+    owned_model stored;
+    stored.add("l.weight", dtype::f8_e4m3, {2, 3}, std::string(6, '\x38'));
+    stored.add("l.weight_scale", {2, 1}, {1, 1});
+    const quantised_layers layers(stored.model());
+    const std::vector<float> values{0, -0.0f, 0, NAN, HUGE_VALF, 2};
+    std::vector<std::uint8_t> codes(6);
+    std::vector<float> scales(2);
+    memory_sink sink({codes.data(), scales.data()});
+    quantise_fp8(layers.layers()[0].layer(), values.data(), sink, 0, 1);
+    CHECK(scales == std::vector<float>{1, 2 / 448.0f});
+    CHECK(codes == std::vector<std::uint8_t>{0, 0x80, 0, 0x7f, 0x7f, 0x7e});
+
+    owned_model small; // a scale that F16 cannot hold
+    const auto one = f32_to_f16(1);
+    small.add("l.weight", dtype::f8_e4m3, {1}, "\x38");
+    small.add("l.weight_scale", dtype::f16, {}, std::string(reinterpret_cast<const char*>(&one), 2));
+    const quantised_layers other(small.model());
+    const float large = 1e30f;
+    CHECK_THROWS_AS(quantise_fp8(other.layers()[0].layer(), &large, sink, 0, 1), nonfinite_error);
+}
+
+TEST_CASE("layers that contradict themselves, or that nothing reads, are named")
+{
+    const std::string codes(16, '\x38');
+    struct fault {
+        const char* what;
+        std::function<void(owned_model&)> make;
+        std::string layer, words;
+    };
+    const auto f32_scale = [](extents shape, std::vector<float> values) {
+        return [shape, values, codes = std::string(16, '\x38')](owned_model& m) {
+            m.add("l.weight", dtype::f8_e4m3, {4, 4}, codes);
+            m.add("l.weight_scale", shape, values);
+        };
+    };
+    const auto i32 = [](owned_model& m, const std::string& name, extents shape) {
+        m.add(name, dtype::i32, shape, std::string(4 * element_count(shape), '\1'));
+    };
+    const std::vector<fault> faults{
+        {"three scales", f32_scale({3}, {1, 1, 1}), "l.weight", "shape [3] for a weight of shape [4, 4]"},
+        {"as many as codes", f32_scale({4, 4}, std::vector<float>(16, 1)), "l.weight", "expected [] for all of it"},
+        {"columns", f32_scale({1, 4}, {1, 1, 1, 1}), "l.weight", "[4] for each channel"},
+        {"none", f32_scale({0}, {}), "l.weight", "shape [0]"},
+        {"NaN", f32_scale({4}, {1, 1, NAN, 1}), "l.weight", "the scale nan (at 2 of 4)"},
+        {"infinite", f32_scale({}, {HUGE_VALF}), "l.weight", "the scale inf"},
+        {"negative", f32_scale({}, {-1}), "l.weight", "the scale -1"},
+        {"integers",
+            [&](owned_model& m) {
+                m.add("l.weight", dtype::f8_e4m3, {4, 4}, codes);
+                i32(m, "l.weight_scale", {});
+            },
+            "l.weight", "dtype I32"},
+        {"two scales",
+            [&](owned_model& m) {
+                f32_scale({}, {1})(m);
+                m.add("l.scale_weight", {}, {1});
+            },
+            "l.weight", "two scales"},
+        {"scale alone", [&](owned_model& m) { m.add("l.weight_scale_inv", {}, {1}); }, "l.weight", "no codes"},
+        {"codes alone",
+            [&](owned_model& m) {
+                f32_scale({}, {1})(m);
+                m.add("k.weight", dtype::f8_e4m3, {4, 4}, codes);
+            },
+            "k.weight", "without a scale"},
+        {"a scale of numbers",
+            [&](owned_model& m) {
+                f32_scale({}, {1})(m);
+                m.add("k.weight", {1}, {1});
+                m.add("k.weight_scale", {}, {1});
+            },
+            "k.weight", "is F32 and has a scale"},
+        {"GPTQ",
+            [&](owned_model& m) {
+                i32(m, "q.qweight", {1, 8});
+                i32(m, "q.qzeros", {1, 1});
+                i32(m, "q.g_idx", {8});
+                m.add("q.scales", {1, 8}, std::vector<float>(8, 1));
+            },
+            "q", "by GPTQ"},
+        {"AWQ",
+            [&](owned_model& m) {
+                i32(m, "q.qweight", {8, 1});
+                i32(m, "q.qzeros", {1, 1});
+                m.add("q.scales", {1, 8}, std::vector<float>(8, 1));
+            },
+            "q", "by AWQ"},
+        {"NF4",
+            [&](owned_model& m) {
+                m.add("q.weight", dtype::u8, {8, 1}, std::string(8, '\1'));
+                m.add("q.weight.absmax", dtype::u8, {1}, "\1");
+                m.add("q.weight.quant_map", {16}, std::vector<float>(16, 1));
+                m.add("q.weight.quant_state.bitsandbytes__nf4", dtype::u8, {2}, "{}");
+            },
+            "q.weight", "NF4 by bitsandbytes"},
+        {"INT8",
+            [&](owned_model& m) {
+                m.add("q.weight", dtype::i8, {4, 4}, codes);
+                m.add("q.SCB", {4}, {1, 1, 1, 1});
+            },
+            "q.weight", "8 bits by bitsandbytes"},
+        {"compressed-tensors",
+            [&](owned_model& m) {
+                i32(m, "q.weight_packed", {4, 1});
+                m.add("q.weight_scale", {4, 1}, {1, 1, 1, 1});
+                m.add("q.weight_shape", dtype::i64, {2}, std::string(16, '\0'));
+            },
+            "q", "integers (compressed-tensors)"},
+        {"integers with scales",
+            [&](owned_model& m) {
+                m.add("q.weight", dtype::i8, {4, 4}, codes);
+                m.add("q.weight_scale", {4, 1}, {1, 1, 1, 1});
+            },
+            "q.weight", "to integers"},
+        {"NVFP4 without its factor",
+            [&](owned_model& m) {
+                m.add("q.weight_packed", dtype::u8, {2, 8}, codes);
+                m.add("q.weight_scale", dtype::f8_e4m3, {2, 1}, "\x38\x38");
+            },
+            "q.weight", "without 'weight_scale_2'"},
+        {"NVFP4 of another width",
+            [&](owned_model& m) {
+                m.add("q.weight_packed", dtype::u8, {2, 8}, codes);
+                m.add("q.weight_scale", dtype::f8_e4m3, {2, 2}, "\x38\x38\x38\x38");
+                m.add("q.weight_global_scale", {1}, {1});
+            },
+            "q.weight", "expected [2, 1]"},
+        {"MXFP4 with a NaN",
+            [&](owned_model& m) {
+                m.add("q.up_blocks", dtype::u8, {1, 1, 1, 16}, codes);
+                m.add("q.up_scales", dtype::u8, {1, 1, 1}, "\xff");
+            },
+            "q.up", "the scale nan"},
+        {"MXFP4 without scales", [&](owned_model& m) { m.add("q.up_blocks", dtype::u8, {1, 1, 1, 16}, codes); }, "q.up",
+            "without scales"}};
+    for (const auto& fault : faults) {
+        CAPTURE(fault.what);
+        owned_model stored;
+        fault.make(stored);
+        const quantised_layers layers(stored.model());
+        REQUIRE(layers.unread().size() == 1);
+        const auto& found = layers.unread()[0];
+        CHECK(found.name == fault.layer);
+        CHECK_MESSAGE(found.what.find(fault.words) != std::string::npos, found.what);
+        for (const auto& part : found.parts) {
+            CHECK(layers.model().find(part) != nullptr); // nothing is hidden
+        }
+        const auto refused = [&](const callback<bool(std::string_view)>& include) -> std::string {
+            try {
+                refuse_unread(layers, include, "m.safetensors");
+            }
+            catch (const error& failure) {
+                return failure.what();
+            }
+            return "";
+        };
+        CHECK(refused({}).find("m.safetensors: layer '" + fault.layer + "' ") == 0);
+        const auto& parts = found.parts;
+        const auto listed = [&](std::string_view name) {
+            return std::find(parts.begin(), parts.end(), name) != parts.end();
+        };
+        CHECK(refused([&](std::string_view name) { return !listed(name); }).empty());
+        if (parts.size() > 1) {
+            CHECK(refused([&](std::string_view name) { return name != parts[0]; }).find("exclude the whole layer")
+                != std::string::npos);
+        }
+    }
+}
+
+TEST_CASE("what is not quantised stays as it is")
+{
+    owned_model stored;
+    stored.add("f8", dtype::f8_e4m3, {2}, "\x38\x38"); // FP8 without scales anywhere: numbers
+    stored.add("l.weight", {2}, {1, 2});
+    stored.add("l.weight_scale", {}, {3}); // a parameter that happens to be called so
+    stored.add("input_scale", {}, {3});
+    const quantised_layers layers(stored.model());
+    CHECK(!layers.any());
+    CHECK(layers.model().size() == 4);
+}
+
+TEST_CASE("markers and scales of inputs go with their layers, and are no tensors to merge")
+{
+    random_words random("markers");
+    fp8_layer made;
+    make(made, {{4, 4}, {}, 4, 4}, dtype::f8_e4m3, dtype::f32, random, "l.scale_weight");
+    made.stored.add("l.scale_input", {}, {0.5f});
+    made.stored.add("scaled_fp8", dtype::f8_e4m3, {0}, "");
+    made.stored.add("attn.k_scale", {}, {0.25f});
+    made.stored.add("norm", {2}, {1, 2});
+    const quantised_layers layers(made.stored.model());
+    REQUIRE(layers.unread().empty());
+    CHECK(layers.model().size() == 2);
+    CHECK(layers.layers()[0].layer().parts.size() == 3);
+    CHECK(layers.beside().size() == 2);
+}
+
+TEST_CASE("merges through a quantising sink: the numbers of the merge in f32, quantised")
+{
+    random_words random("sink");
+    const scratch folder;
+    // One layer in memory, one in a file without a name; a task in F32 among quantised ones.
+    const std::vector<fp8_case> shapes{{{130, 300}, {2, 3}, 128, 128}, {{600, 700}, {600, 1}, 1, 700}};
+    std::deque<owned_model> stored(3), plain(3);
+    std::deque<quantised_layers> layers;
+    for (std::size_t m = 0; m < 3; ++m) {
+        for (std::size_t l = 0; l < shapes.size(); ++l) {
+            fp8_layer made;
+            make(made, shapes[l], dtype::f8_e4m3, dtype::f32, random);
+            const std::string name = "layer" + std::to_string(l);
+            for (const auto& [part, tensor] : made.stored.model()) {
+                stored[m].add(name + part.substr(1), tensor.dtype, tensor.shape,
+                    {static_cast<const char*>(tensor.data), tensor.bytes()});
+            }
+            plain[m].add(name + ".weight", shapes[l].shape, made.expected);
+        }
+        const std::vector<float> norm{random.between(-1, 1), random.between(-1, 1)};
+        stored[m].add("norm", {2}, norm);
+        plain[m].add("norm", {2}, norm);
+        layers.emplace_back(stored[m].model());
+    }
+    cpu policy;
+    policy.threads = 3;
+    CHECK(fingerprint(policy, layers[0].model()) == fingerprint(policy, plain[0].model()));
+    CHECK(fingerprint_sketch(layers[0].model()) == fingerprint_sketch(plain[0].model()));
+
+    const auto run = [&](const auto& options) {
+        const std::vector<const_model_ref> quantised{layers[1].model(), plain[2].model()};
+        const std::vector<const_model_ref> numbers{plain[1].model(), plain[2].model()};
+        const aligned_models models(&layers[0].model(), quantised), reference(&plain[0].model(), numbers);
+        std::deque<std::vector<float>> expected;
+        std::vector<void*> places;
+        for (const auto& spec : reference.outputs()) {
+            expected.emplace_back(spec.size());
+            places.push_back(expected.back().data());
+        }
+        memory_sink in_memory(places);
+        merge(policy, options, reference, in_memory);
+
+        for (const bool keep : {false, true}) {
+            const auto plan = plan_outputs(models, layers[0].model(), layers[0].beside(), keep);
+            CHECK(plan.plain() == !keep);
+            std::deque<std::vector<std::byte>> files;
+            std::vector<void*> file_places;
+            std::map<std::string, std::size_t> place;
+            for (const auto& spec : plan.specs) {
+                place[spec.name] = files.size();
+                files.emplace_back(spec.bytes());
+                file_places.push_back(files.back().data());
+            }
+            memory_sink file(file_places);
+            quantising_sink out(plan, file, folder.path());
+            merge(policy, options, models, out);
+            out.finish();
+            for (std::size_t i = 0; i < expected.size(); ++i) {
+                const auto& name = reference.outputs()[i].name;
+                CAPTURE(name);
+                const auto& written = files[place.at(name)];
+                if (!keep || name == "norm") {
+                    REQUIRE(std::memcmp(written.data(), expected[i].data(), 4 * expected[i].size()) == 0);
+                    continue;
+                }
+                const auto& layer = layers[0].layers()[i].layer();
+                REQUIRE(layer.name == name);
+                std::vector<std::uint8_t> codes(expected[i].size());
+                std::vector<std::byte> scales(layer.scales.bytes());
+                memory_sink direct({codes.data(), scales.data()});
+                quantise_fp8(layer, expected[i].data(), direct, 0, 1);
+                CHECK(std::memcmp(written.data(), codes.data(), codes.size()) == 0);
+                CHECK(files[place.at(name + "_scale")] == scales);
+            }
+        }
+        CHECK(folder.names().empty());
+    };
+    run(average_options{});
+    run(ties_options{.density = 0.3});
+}
+
+TEST_CASE("a sink of layers says what was not written")
+{
+    random_words random("incomplete");
+    fp8_layer made;
+    make(made, {{4, 4}, {}, 4, 4}, dtype::f8_e4m3, dtype::f32, random);
+    const quantised_layers layers(made.stored.model());
+    const aligned_models models(&layers.model(), {&layers.model(), 1});
+    const auto plan = plan_outputs(models, layers.model(), {}, true);
+    std::vector<std::byte> codes(16), scale(4);
+    memory_sink file({codes.data(), scale.data()});
+    quantising_sink out(plan, file, {});
+    const std::vector<float> some(16, 1);
+    CHECK(out.direct(0) == nullptr);
+    CHECK_THROWS_AS(out.write(0, 60, some.data(), 8), invalid_argument);
+    out.write(0, 0, some.data(), 32);
+    CHECK_THROWS_AS(out.finish(), invalid_argument);
+    out.write(0, 32, some.data(), 32);
+    CHECK_THROWS_AS(out.write(0, 0, some.data(), 4), invalid_argument);
+    out.finish();
+    CHECK(static_cast<unsigned>(codes[3]) == 0x7eu);
+}
+
+TEST_CASE("layers that take no part stay as they are stored, and are numbers where one dtype is asked for")
+{
+    random_words random("excluded");
+    fp8_layer made;
+    make(made, {{4, 4}, {4}, 1, 4}, dtype::f8_e4m3, dtype::f32, random);
+    made.stored.add("norm", {2}, {1, 2});
+    const quantised_layers layers(made.stored.model());
+    model_options options;
+    options.include = [](std::string_view name) { return name == "norm"; };
+    {
+        const aligned_models models(&layers.model(), {&layers.model(), 1}, options);
+        const auto plan = plan_outputs(models, layers.model(), layers.beside(), false);
+        REQUIRE(plan.specs.size() == 3);
+        std::vector<std::byte> codes(16), scales(16), norm(8);
+        memory_sink file({codes.data(), scales.data(), norm.data()});
+        quantising_sink out(plan, file, {});
+        merge(cpu{}, average_options{}, models, out);
+        out.finish();
+        CHECK(std::memcmp(codes.data(), made.stored.model().find("l.weight")->data, 16) == 0);
+        CHECK(std::memcmp(scales.data(), made.stored.model().find("l.weight_scale")->data, 16) == 0);
+    }
+    options.output = dtype::bf16;
+    const aligned_models models(&layers.model(), {&layers.model(), 1}, options);
+    const auto plan = plan_outputs(models, layers.model(), layers.beside(), true);
+    REQUIRE(plan.specs.size() == 2);
+    CHECK(plan.specs[0].dtype == dtype::bf16);
+    std::vector<std::uint16_t> weight(16), norm(2);
+    memory_sink file({weight.data(), norm.data()});
+    quantising_sink out(plan, file, {});
+    merge(cpu{}, average_options{}, models, out);
+    out.finish();
+    for (std::size_t i = 0; i < 16; ++i) { CHECK(weight[i] == f32_to_bf16(made.expected[i])); }
+}
+
+TEST_CASE("what takes tensors as memory refuses layers that are decoded")
+{
+    random_words random("memory");
+    const scratch folder;
+    fp8_layer made;
+    make(made, {{4, 4}, {}, 4, 4}, dtype::f8_e4m3, dtype::f32, random);
+    const quantised_layers layers(made.stored.model());
+    CHECK_THROWS_AS((void)flat_view<float>(layers.model()[0].tensor, "l.weight"), invalid_argument);
+    CHECK_THROWS_AS(write_safetensors(folder / "m.safetensors", layers.model()), invalid_argument);
+    write_safetensors(folder / "m.safetensors", made.stored.model());
+    const auto opened = open_model(folder / "m.safetensors");
+    REQUIRE(opened.layers() != nullptr);
+    CHECK(opened.model().size() == 1);
+    CHECK(opened.stored().size() == 2);
+    CHECK(same_bits(all_of(opened.model()[0].tensor), made.expected));
+}
+
+} // namespace quantised_test
