@@ -395,6 +395,7 @@ class quantised_tensor;
 class quantised_layers;
 struct quantised_outputs;
 class quantising_sink;
+struct pytorch_contents;
 struct safetensors_entry;
 struct safetensors_header;
 class safetensors_file;

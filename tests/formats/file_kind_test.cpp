@@ -95,10 +95,10 @@ TEST_CASE("a directory without a model says what it holds instead")
         return refusal<io_error>(folder.path());
     };
     const auto has = [](const std::string& text, const std::string& words) { return text.find(words) != text.npos; };
-    CHECK(has(says_of({{"pytorch_model.bin", "PK\x03\x04\0\0\x08\x08"s}, {"training_args.bin", "x"}}),
-        "holds no safetensors file, but 'pytorch_model.bin': that is a zip archive, as PyTorch's"));
-    CHECK(has(says_of({{"pytorch_model.bin.index.json", "{}"}}),
-        "'pytorch_model.bin.index.json': the weights lie in files of another format"));
+    CHECK(has(says_of({{"weights.bin", "PK\x03\x04\0\0\x08\x08"s}, {"training_args.bin", "x"}}),
+        "holds no safetensors file, but 'weights.bin': that is a zip archive, as PyTorch's"));
+    CHECK(has(says_of({{"weights.bin.index.json", "{}"}}),
+        "'weights.bin.index.json': the weights lie in files of another format"));
     CHECK(has(says_of({{"model.gguf", "GGUF\x03"}}), "GGUF"));
     CHECK(has(says_of({{"adapter_model.safetensors", "x"}, {"adapter_config.json", "{}"}}), "holds an adapter"));
     CHECK(has(says_of({{"unet/diffusion_pytorch_model.safetensors", "x"}, {"model_index.json", "{}"}}),

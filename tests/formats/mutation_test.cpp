@@ -4,6 +4,7 @@
 #include <taskvec/formats/checkpoint.hpp>
 #include <taskvec/formats/delta.hpp>
 #include <taskvec/formats/peft.hpp>
+#include <taskvec/formats/pytorch.hpp>
 #include <taskvec/formats/statistics.hpp>
 
 #include "scratch.hpp"
@@ -130,6 +131,42 @@ const std::vector<std::int32_t> places{3, 70};
 const std::vector<std::uint8_t> mask{5, 0};
 
 } // namespace
+
+TEST_CASE("a mutated PyTorch file is refused, or has tensors that lie inside it")
+{
+    const std::filesystem::path data = std::filesystem::path(TASKVEC_TEST_DIR) / "formats" / "data" / "pytorch";
+    const std::vector<std::string> seeds{slurp(data / "pytorch_model.bin"), slurp(data / "training.pt")};
+    const auto check = [](const std::string& bytes) {
+        const auto contents = parse_pytorch(std::as_bytes(std::span(bytes)), "mutated");
+        for (const auto& entry : contents.header.entries) {
+            CHECK(entry.offset <= bytes.size());
+            CHECK(entry.bytes <= bytes.size() - entry.offset);
+            CHECK(entry.bytes == byte_count(entry.dtype, element_count(entry.shape)));
+        }
+    };
+    (void)read_mutations("pytorch", seeds, 4000, check);
+    // Most of a file is padding: the pickle by itself, its length kept, so that the archive around it stays sound.
+    mutator mutate("pickle");
+    int taken = 0, refused = 0;
+    for (int i = 0; i < 6000; ++i) {
+        auto bytes = seeds[mutate.below(2)];
+        const auto begin = bytes.find("\x80\x02"), end = bytes.find("PK", begin);
+        for (std::size_t rounds = 1 + mutate.below(3); rounds > 0; --rounds) {
+            const auto at = begin + mutate.below(end - begin);
+            bytes[at] = static_cast<char>(mutate.below(256));
+        }
+        CAPTURE(i);
+        try {
+            check(bytes);
+            ++taken;
+        }
+        catch (const format_error&) {
+            ++refused;
+        }
+    }
+    CHECK(taken > 100);
+    CHECK(refused > 1000);
+}
 
 TEST_CASE("a mutated safetensors file is refused, or is one whose tensors tile its bytes and that can be written again")
 {

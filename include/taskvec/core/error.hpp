@@ -123,6 +123,8 @@ enum class error_code : std::uint16_t {
     adapter_tensors = 514,
     csv_syntax = 515,
     quantised_layer = 516,
+    pickle_unsupported = 517,
+    archive_damaged = 518,
     // What the operating system refused.
     file_not_found = 601,
     file_access = 602,
@@ -235,6 +237,8 @@ inline constexpr error_code_entry error_codes[] = {
     {error_code::adapter_tensors, "adapter-tensors", error_kind::format_error},
     {error_code::csv_syntax, "csv-syntax", error_kind::format_error},
     {error_code::quantised_layer, "quantised-layer", error_kind::format_error},
+    {error_code::pickle_unsupported, "pickle-unsupported", error_kind::format_error},
+    {error_code::archive_damaged, "archive-damaged", error_kind::format_error},
     {error_code::file_not_found, "file-not-found", error_kind::io_error},
     {error_code::file_access, "file-access", error_kind::io_error},
     {error_code::disk_full, "disk-full", error_kind::io_error},

@@ -3,12 +3,14 @@
 #pragma once
 
 #include <taskvec/core/callback.hpp>
+#include <taskvec/formats/pytorch.hpp>
 #include <taskvec/formats/quantised.hpp>
 #include <taskvec/formats/safetensors.hpp>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -87,9 +89,6 @@ public:
     /// The same files under other names, or with other views into them: what `model` holds must outlive the checkpoint
     /// (views of its own files do).
     void set_model(const_model_ref model) { model_ = std::move(model); }
-
-private:
-    std::filesystem::path path_;
     /// Makes model() have quantised layers as tensors of numbers (formats/quantised.hpp). stored() keeps what the files
     /// hold. open_model() has done so.
     void read_layers(quantised_layers::hint_source hints)
@@ -105,6 +104,9 @@ private:
     /// The quantised layers; null where no layer is.
     [[nodiscard]] const quantised_layers* layers() const& noexcept { return layers_.get(); }
     void layers() const&& = delete; // name the owner first: its views would dangle
+
+private:
+    std::filesystem::path path_;
     std::vector<safetensors_file> files_;
     std::vector<std::string> notes_;
     const_model_ref model_, stored_;
@@ -153,6 +155,13 @@ inline void check_shard_name(std::string_view shard, std::string_view index)
 [[nodiscard]] inline bool is_index_name(std::string_view name)
 {
     const auto at = name.find(".safetensors.index.");
+    return at != name.npos && at > 0 && name.ends_with(".json");
+}
+
+/// The same for PyTorch's shards: `pytorch_model.bin.index.json`.
+[[nodiscard]] inline bool is_pytorch_index_name(std::string_view name)
+{
+    const auto at = name.find(".bin.index.");
     return at != name.npos && at > 0 && name.ends_with(".json");
 }
 
@@ -271,6 +280,21 @@ struct model_directory {
         path.string());
 }
 
+/// A file of tensors: safetensors, or PyTorch's, as its first bytes say.
+[[nodiscard]] inline safetensors_file open_weights(const std::filesystem::path& path, std::vector<std::string>& notes)
+{
+    mapped_file map(path);
+    const auto bytes = map.bytes();
+    constexpr std::string_view zip = "PK\x03\x04";
+    if (bytes.size() < zip.size() || std::memcmp(bytes.data(), zip.data(), zip.size()) != 0) {
+        auto header = parse_safetensors(bytes, path.string());
+        return {std::move(map), std::move(header)};
+    }
+    auto contents = parse_pytorch(bytes, path.string());
+    notes.insert(notes.end(), contents.notes.begin(), contents.notes.end());
+    return {std::move(map), std::move(contents.header)};
+}
+
 /// The shards that an index names, beside it.
 [[nodiscard]] inline checkpoint open_indexed(
     const std::filesystem::path& path, const std::filesystem::path& index_path, index_check how)
@@ -295,7 +319,7 @@ struct model_directory {
             notes.push_back(message("'", path.string(), "': ", what));
             continue;
         }
-        auto& file = files.emplace_back(directory / shard);
+        auto& file = files.emplace_back(open_weights(directory / shard, notes));
         names.emplace_back(shard);
         std::map<std::string_view, bool> present;
         for (const auto& entry : file.entries()) {
@@ -328,11 +352,24 @@ struct model_directory {
 
 } // namespace detail
 
+/// The hints of the configuration beside a model.
+[[nodiscard]] inline quantised_layers::hint_source hints_beside(const std::filesystem::path& model)
+{
+    return [model] {
+        std::error_code unknown;
+        const auto folder = std::filesystem::is_directory(model, unknown) ? model : detail::directory_of(model);
+        return read_quantisation_hints(folder / "config.json");
+    };
+}
+
 /// Opens a model: a safetensors file; an index of shards (any `*.safetensors.index.json`); or a directory. Of what a
 /// directory holds, the first of these is the model: `model.safetensors`; `model.safetensors.index.json`; diffusers'
 /// `diffusion_pytorch_model` in the same two ways; the only index; a whole set of shards without one (with a note); the
-/// only .safetensors file that is neither a delta nor an adapter. An index is an allowlist: shards hold exactly the
-/// tensors that it gives them, unless `how` is lenient. Throws io_error, format_error. Cost: O(headers).
+/// only .safetensors file that is neither a delta nor an adapter; where there are none, `pytorch_model.bin` or its
+/// index, and diffusers'. PyTorch's files are read as formats/pytorch.hpp says, whatever they are called. An index is
+/// an allowlist: shards hold exactly the tensors that it gives them, unless `how` is lenient. Quantised layers are
+/// tensors of numbers in model() where their scheme is read, and are found in layers()->unread() where it is not.
+/// Throws io_error, format_error. Cost: O(headers), and the scales of quantised layers.
 ///
 ///     const auto base = taskvec::open_model("base");
 ///     for (const auto& [name, tensor] : base.model()) { … }
@@ -344,28 +381,18 @@ namespace detail {
     std::error_code ignored;
     std::vector<safetensors_file> files;
     const auto single = [&](const std::filesystem::path& file, std::vector<std::string> notes = {}) -> checkpoint {
-        files.emplace_back(file);
+        files.push_back(detail::open_weights(file, notes));
         return {path, std::move(files), {}, std::move(notes)};
     };
     if (!std::filesystem::is_directory(path, ignored)) {
         const auto name = path.filename().string();
-        if (is_index_name(name)) { return detail::open_indexed(path, path, how); }
+        if (is_index_name(name) || is_pytorch_index_name(name)) { return detail::open_indexed(path, path, how); }
         std::vector<std::string> notes;
         if (const auto parts = parse_shard_name(name); parts && parts->count > 1) {
             notes.push_back(message("'", path.string(), "' is shard ", parts->number, " of ", parts->count,
                 ": its directory or its index names the whole model"));
         }
         return single(path, std::move(notes));
-/// The hints of the configuration beside a model.
-[[nodiscard]] inline quantised_layers::hint_source hints_beside(const std::filesystem::path& model)
-{
-    return [model] {
-        std::error_code unknown;
-        const auto folder = std::filesystem::is_directory(model, unknown) ? model : detail::directory_of(model);
-        return read_quantisation_hints(folder / "config.json");
-    };
-}
-
     }
     const auto has = [&](std::string_view name) { return std::filesystem::exists(path / name, ignored); };
     for (const std::string_view stem : {"model", "diffusion_pytorch_model"}) {
@@ -404,7 +431,22 @@ namespace detail {
             {message("'", path.string(), "' holds no index: all ", names.size(), " shards are taken")}};
     }
     if (whole.size() == 1 && sets.empty()) { return single(path / whole.front()); }
+    if (whole.empty() && sets.empty()) {
+        for (const std::string_view stem : {"pytorch_model", "diffusion_pytorch_model"}) {
+            const std::string file = std::string(stem) + ".bin", index = file + ".index.json";
+            if (has(file)) { return single(path / file); }
+            if (has(index)) { return detail::open_indexed(path, path / index, how); }
+        }
+    }
     detail::refuse_directory(path, found);
+}
+} // namespace detail
+
+inline checkpoint open_model(const std::filesystem::path& path, index_check how)
+{
+    auto model = detail::open_stored(path, how);
+    model.read_layers(hints_beside(path));
+    return model;
 }
 
 /// How a model is split into shards: for each tensor its shard, tensors taken in name order, a new shard begun when the
@@ -484,14 +526,6 @@ namespace detail {
 
 /// Writes a checkpoint directory: `model-00001-of-000NN.safetensors` … and their index, or `model.safetensors` when one
 /// shard is enough. A directory that does not exist appears whole or not at all; in one that does, other files are left
-} // namespace detail
-
-inline checkpoint open_model(const std::filesystem::path& path, index_check how)
-{
-    auto model = detail::open_stored(path, how);
-    model.read_layers(hints_beside(path));
-    return model;
-}
 /// alone.
 ///
 /// All shards are complete and on disk under temporary names before the first takes its own; the index (or the single

@@ -347,6 +347,12 @@ public:
         : map_(std::move(path))
         , header_(parse_safetensors(map_.bytes(), map_.path().string()))
     { }
+    /// A file of another format whose tensors lie in it as they do here: `header` was read from it, and checked against
+    /// its bytes (formats/pytorch.hpp).
+    safetensors_file(mapped_file map, safetensors_header header)
+        : map_(std::move(map))
+        , header_(std::move(header))
+    { }
 
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return map_.path(); }
     [[nodiscard]] std::filesystem::path path() && { return map_.path(); }
@@ -550,12 +556,12 @@ inline void write_safetensors(const std::filesystem::path& path, const const_mod
             raise<invalid_argument>(
                 error_code::tensor_layout, message("tensor '", name, "' is not contiguous host memory; copy it first"));
         }
+        if (tensor.source) { detail::refuse_source(name); }
         specs.push_back({name, tensor.dtype, tensor.shape});
     }
     safetensors_writer writer(path, specs, std::move(metadata), mode);
     for (std::size_t i = 0; i < specs.size(); ++i) { writer.write(i, 0, model[i].tensor.data, specs[i].bytes()); }
     writer.commit();
 }
-        if (tensor.source) { detail::refuse_source(name); }
 
 } // namespace taskvec::inline TASKVEC_ABI

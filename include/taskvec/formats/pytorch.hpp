@@ -1,0 +1,725 @@
+// PyTorch files (pytorch_model.bin, .pt, .pth), read without Python: a zip archive with a pickle that builds tensors,
+// and nothing else. No code runs. SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <taskvec/core/dtype.hpp>
+#include <taskvec/core/error.hpp>
+#include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/formats/file_kind.hpp>
+#include <taskvec/formats/safetensors.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The largest pickle that is read; tensors' bytes lie beside it.
+inline constexpr std::size_t pickle_size_limit = 100'000'000;
+/// The most values that a pickle may build: room for 200,000 tensors.
+inline constexpr std::size_t pickle_value_limit = 5'000'000;
+
+/// What a PyTorch file holds, in the terms of a safetensors header: tensors are ranges of the file's bytes (ranges may
+/// be equal: tied weights).
+struct pytorch_contents {
+    safetensors_header header;
+    std::vector<std::string> notes{}; ///< what whoever opens it should know
+};
+
+namespace detail {
+
+/// A zip archive's directory, each entry checked: where its bytes lie, stored as they are.
+class zip_directory {
+public:
+    struct entry {
+        std::string_view name;
+        std::uint64_t offset = 0, size = 0;
+        bool stored = true; ///< neither compressed nor encrypted
+    };
+
+    zip_directory(std::string_view bytes, std::string_view file)
+        : bytes_(bytes)
+        , file_(file)
+    {
+        read();
+    }
+    [[nodiscard]] const std::vector<entry>& entries() const noexcept { return entries_; }
+    /// The entry of that name, or nullptr.
+    [[nodiscard]] const entry* find(std::string_view name) const
+    {
+        const auto place = std::lower_bound(entries_.begin(), entries_.end(), name,
+            [](const entry& one, std::string_view wanted) { return one.name < wanted; });
+        return place != entries_.end() && place->name == name ? &*place : nullptr;
+    }
+    [[nodiscard]] std::string_view content(const entry& one) const
+    {
+        return bytes_.substr(static_cast<std::size_t>(one.offset), static_cast<std::size_t>(one.size));
+    }
+
+private:
+    [[noreturn]] void fail(const std::string& what, std::uint64_t at) const
+    {
+        raise<format_error>(error_code::archive_damaged,
+            message("is a damaged PyTorch file (a zip archive): ", what, ": ", fetch_again), std::string(file_), at);
+    }
+    /// A little-endian number; the place must lie inside the file.
+    template <class T>
+    [[nodiscard]] T number(std::uint64_t at) const
+    {
+        if (at > bytes_.size() || bytes_.size() - at < sizeof(T)) { fail("a record runs past its end", at); }
+        T value;
+        std::memcpy(&value, bytes_.data() + at, sizeof value);
+        return value;
+    }
+    [[nodiscard]] std::string_view text(std::uint64_t at, std::uint64_t size) const
+    {
+        if (at > bytes_.size() || bytes_.size() - at < size) { fail("a record runs past its end", at); }
+        return bytes_.substr(static_cast<std::size_t>(at), static_cast<std::size_t>(size));
+    }
+
+    void read()
+    {
+        constexpr std::uint32_t end_mark = 0x06054b50, end64_mark = 0x06064b50, locator_mark = 0x07064b50,
+                                entry_mark = 0x02014b50;
+        constexpr std::uint64_t end_size = 22, locator_size = 20;
+        std::uint64_t end = bytes_.size();
+        for (std::uint64_t comment = 0; comment <= 65535 && comment + end_size <= bytes_.size(); ++comment) {
+            const std::uint64_t at = bytes_.size() - end_size - comment;
+            if (number<std::uint32_t>(at) == end_mark && number<std::uint16_t>(at + 20) == comment) {
+                end = at;
+                break;
+            }
+        }
+        if (end == bytes_.size()) { fail("its directory, at its end, is missing", end); }
+        std::uint64_t count = number<std::uint16_t>(end + 10), size = number<std::uint32_t>(end + 12),
+                      begin = number<std::uint32_t>(end + 16), limit = end;
+        if (end >= locator_size && number<std::uint32_t>(end - locator_size) == locator_mark) {
+            const auto at = number<std::uint64_t>(end - locator_size + 8);
+            if (number<std::uint32_t>(at) != end64_mark) { fail("its 64-bit directory is not where it should be", at); }
+            count = number<std::uint64_t>(at + 32);
+            size = number<std::uint64_t>(at + 40);
+            begin = number<std::uint64_t>(at + 48);
+            limit = at;
+        }
+        if (begin > limit || size > limit - begin) { fail("its directory runs past its end", begin); }
+        std::uint64_t at = begin;
+        for (std::uint64_t i = 0; i < count; ++i) {
+            if (begin + size - at < 46 || number<std::uint32_t>(at) != entry_mark) {
+                fail(message("its directory promises ", count, " entries and has ", i), at);
+            }
+            at = read_entry(at, begin);
+            if (at > begin + size) { fail("its directory runs past its end", at); }
+        }
+        std::sort(entries_.begin(), entries_.end(), [](const entry& a, const entry& b) { return a.name < b.name; });
+        for (std::size_t i = 1; i < entries_.size(); ++i) {
+            if (entries_[i].name == entries_[i - 1].name) {
+                fail(message("'", entries_[i].name, "' occurs twice"), entries_[i].offset);
+            }
+        }
+        auto places = entries_;
+        std::sort(places.begin(), places.end(), [](const entry& a, const entry& b) { return a.offset < b.offset; });
+        for (std::size_t i = 1; i < places.size(); ++i) {
+            if (places[i - 1].size > places[i].offset - places[i - 1].offset) {
+                fail(message("'", places[i - 1].name, "' and '", places[i].name, "' share bytes"), places[i].offset);
+            }
+        }
+    }
+    /// Reads the entry of the directory at `at`; returns where the next one begins. Entries lie before `begin`.
+    [[nodiscard]] std::uint64_t read_entry(std::uint64_t at, std::uint64_t begin)
+    {
+        constexpr std::uint32_t local_mark = 0x04034b50, wide = 0xffffffff;
+        const auto flags = number<std::uint16_t>(at + 8), method = number<std::uint16_t>(at + 10);
+        const std::uint64_t name_size = number<std::uint16_t>(at + 28), extra_size = number<std::uint16_t>(at + 30),
+                            comment_size = number<std::uint16_t>(at + 32);
+        std::uint64_t packed = number<std::uint32_t>(at + 20), size = number<std::uint32_t>(at + 24),
+                      local = number<std::uint32_t>(at + 42);
+        entry one;
+        one.name = text(at + 46, name_size);
+        const std::uint64_t extra_end = at + 46 + name_size + extra_size;
+        (void)text(at + 46 + name_size, extra_size);
+        for (std::uint64_t field = at + 46 + name_size; extra_end - field >= 4;) {
+            const auto id = number<std::uint16_t>(field), length = number<std::uint16_t>(field + 2);
+            if (length > extra_end - field - 4) { break; }
+            std::uint64_t place = field + 4;
+            const std::uint64_t field_end = place + length;
+            for (auto* value : {&size, &packed, &local}) {
+                if (id == 1 && *value == wide && field_end - place >= 8) {
+                    *value = number<std::uint64_t>(place);
+                    place += 8;
+                }
+            }
+            field = field_end;
+        }
+        if (local > begin || begin - local < 30 || number<std::uint32_t>(local) != local_mark) {
+            fail(message("'", one.name, "' is not where the directory says"), local);
+        }
+        const std::uint64_t here = number<std::uint16_t>(local + 26);
+        one.offset = local + 30 + here + number<std::uint16_t>(local + 28);
+        if (here != name_size || text(local + 30, here) != one.name) {
+            fail(message("'", one.name, "' has another name where it lies"), local);
+        }
+        one.stored = method == 0 && (flags & 1u) == 0;
+        one.size = one.stored ? size : packed;
+        if (one.stored && packed != size) { fail(message("'", one.name, "' has two sizes"), at); }
+        if (one.offset > begin || one.size > begin - one.offset) {
+            fail(message("'", one.name, "' runs past the end"), one.offset);
+        }
+        entries_.push_back(one);
+        return extra_end + comment_size;
+    }
+
+    std::string_view bytes_, file_;
+    std::vector<entry> entries_;
+};
+
+/// The machine of a pickle, with the instructions that build numbers, strings, lists, tuples, dictionaries and tensors.
+/// Values lie in one list and refer to each other by place: nothing recurses, whatever is nested.
+class pickle_reader {
+public:
+    using index = std::uint32_t;
+    enum class kind : std::uint8_t { none, number, text, list, tuple, dictionary, global, storage, tensor, other };
+    struct value {
+        kind what = kind::none;
+        bool truth = false; ///< of numbers: True or False
+        taskvec::dtype type = taskvec::dtype::f32; ///< of storages and tensors
+        std::int64_t number = 0; ///< a number; of storages how many elements, of tensors the first one's place
+        std::string_view text{}; ///< a text; a global's "module name"; of storages the entry's key
+        std::vector<index> items{}; ///< of dictionaries keys and values in turn; of tensors the storage, sizes, strides
+    };
+
+    pickle_reader(std::string_view code, std::string_view file)
+        : code_(code)
+        , file_(file)
+    { }
+    /// Runs it; the value that it leaves.
+    [[nodiscard]] const value& run()
+    {
+        for (;;) {
+            const auto operation = static_cast<unsigned char>(take(1)[0]);
+            if (operation == '.') {
+                if (!marks_.empty() || stack_.size() != 1) { damaged("leaves no single value"); }
+                return values_[stack_.back()];
+            }
+            step(operation);
+        }
+    }
+    [[nodiscard]] const value& at(index place) const { return values_[place]; }
+
+    [[noreturn]] void refuse(const std::string& what) const
+    {
+        raise<format_error>(error_code::pickle_unsupported,
+            message("is a PyTorch file whose pickle ", what,
+                ", and builds more than tensors; nothing of it was run: ", convert_to_safetensors),
+            std::string(file_), place_);
+    }
+    [[noreturn]] void damaged(const std::string& what) const
+    {
+        raise<format_error>(error_code::archive_damaged,
+            message("is a damaged PyTorch file: its pickle ", what, ": ", fetch_again), std::string(file_), place_);
+    }
+
+private:
+    [[nodiscard]] std::string_view take(std::uint64_t size)
+    {
+        if (size > code_.size() - place_) { damaged("is cut short"); }
+        const auto part = code_.substr(place_, static_cast<std::size_t>(size));
+        place_ += static_cast<std::size_t>(size);
+        return part;
+    }
+    template <class T>
+    [[nodiscard]] T take_number()
+    {
+        T number;
+        std::memcpy(&number, take(sizeof(T)).data(), sizeof(T));
+        return number;
+    }
+    [[nodiscard]] std::string_view take_line()
+    {
+        const auto end = code_.find('\n', place_);
+        if (end == code_.npos) { damaged("is cut short"); }
+        const auto line = code_.substr(place_, end - place_);
+        place_ = end + 1;
+        return line;
+    }
+    void push(value one)
+    {
+        if (values_.size() >= pickle_value_limit) {
+            refuse(message("builds more than ", pickle_value_limit, " values"));
+        }
+        values_.push_back(std::move(one));
+        stack_.push_back(static_cast<index>(values_.size() - 1));
+    }
+    void push_number(std::int64_t number, bool truth = false) { push({kind::number, truth, {}, number, {}, {}}); }
+    [[nodiscard]] index pop()
+    {
+        if (stack_.size() <= (marks_.empty() ? 0 : marks_.back())) { damaged("takes more values than it has"); }
+        const index top = stack_.back();
+        stack_.pop_back();
+        return top;
+    }
+    [[nodiscard]] std::vector<index> pop_to_mark()
+    {
+        if (marks_.empty()) { damaged("has no mark where it takes one"); }
+        const auto first = stack_.begin() + static_cast<std::ptrdiff_t>(marks_.back());
+        std::vector<index> items(first, stack_.end());
+        stack_.erase(first, stack_.end());
+        marks_.pop_back();
+        return items;
+    }
+    [[nodiscard]] value& top()
+    {
+        if (stack_.size() <= (marks_.empty() ? 0 : marks_.back())) { damaged("takes more values than it has"); }
+        return values_[stack_.back()];
+    }
+    void put(std::uint64_t slot)
+    {
+        (void)top();
+        memo_[slot] = stack_.back();
+    }
+    void get(std::uint64_t slot)
+    {
+        const auto place = memo_.find(slot);
+        if (place == memo_.end()) { damaged("asks for a value that it never kept"); }
+        stack_.push_back(place->second);
+        if (stack_.size() > pickle_value_limit) { refuse("holds too many values at once"); }
+    }
+    void push_tuple(std::size_t size)
+    {
+        value tuple{kind::tuple, false, {}, 0, {}, std::vector<index>(size)};
+        while (size > 0) { tuple.items[--size] = pop(); }
+        push(std::move(tuple));
+    }
+    void append(const std::vector<index>& items, kind to)
+    {
+        value& collection = top();
+        if (collection.what != to || (to == kind::dictionary && items.size() % 2 != 0)) {
+            damaged("adds to something that is no collection");
+        }
+        collection.items.insert(collection.items.end(), items.begin(), items.end());
+    }
+
+    void step(unsigned operation)
+    {
+        switch (operation) {
+        case 0x80: // PROTO
+            if (const auto version = take_number<std::uint8_t>(); version < 2 || version > 5) {
+                refuse(message("is of protocol ", unsigned{version}));
+            }
+            break;
+        case 0x95: (void)take(8); break; // FRAME
+        case '(': marks_.push_back(stack_.size()); break;
+        case '0': (void)pop(); break;
+        case '}': push({kind::dictionary, false, {}, 0, {}, {}}); break;
+        case ']': push({kind::list, false, {}, 0, {}, {}}); break;
+        case ')': push({kind::tuple, false, {}, 0, {}, {}}); break;
+        case 'q': put(take_number<std::uint8_t>()); break;
+        case 'r': put(take_number<std::uint32_t>()); break;
+        case 0x94: put(memo_.size()); break; // MEMOIZE
+        case 'h': get(take_number<std::uint8_t>()); break;
+        case 'j': get(take_number<std::uint32_t>()); break;
+        case 'X': push_text(take_number<std::uint32_t>()); break;
+        case 0x8c: push_text(take_number<std::uint8_t>()); break; // SHORT_BINUNICODE
+        case 'T': push_text(take_number<std::uint32_t>()); break; // BINSTRING
+        case 'U': push_text(take_number<std::uint8_t>()); break; // SHORT_BINSTRING
+        case 'J': push_number(take_number<std::int32_t>()); break;
+        case 'K': push_number(take_number<std::uint8_t>()); break;
+        case 'M': push_number(take_number<std::uint16_t>()); break;
+        case 0x8a: push_long(take_number<std::uint8_t>()); break; // LONG1
+        case 'G': // BINFLOAT
+            (void)take(8);
+            push({kind::other, false, {}, 0, {}, {}});
+            break;
+        case 'N': push({}); break;
+        case 0x88: push_number(1, true); break;
+        case 0x89: push_number(0, true); break;
+        case 't': push({kind::tuple, false, {}, 0, {}, pop_to_mark()}); break;
+        case 0x85: push_tuple(1); break;
+        case 0x86: push_tuple(2); break;
+        case 0x87: push_tuple(3); break;
+        case 'a': {
+            const index item = pop();
+            append({item}, kind::list);
+            break;
+        }
+        case 'e': append(pop_to_mark(), kind::list); break;
+        case 's': {
+            const index item = pop(), key = pop();
+            append({key, item}, kind::dictionary);
+            break;
+        }
+        case 'u': append(pop_to_mark(), kind::dictionary); break;
+        case 'c': {
+            const auto module = take_line();
+            const auto name = take_line();
+            push_global(module, name);
+            break;
+        }
+        case 0x93: { // STACK_GLOBAL
+            const auto& name = values_[pop()];
+            const auto& module = values_[pop()];
+            if (name.what != kind::text || module.what != kind::text) { damaged("names something by no text"); }
+            push_global(module.text, name.text);
+            break;
+        }
+        case 'Q': push_storage(); break;
+        case 'R': call(); break;
+        case 'b': { // BUILD: attributes of a dictionary (state_dict's _metadata) say nothing about tensors
+            const auto& state = values_[pop()];
+            if (top().what != kind::dictionary || state.what != kind::dictionary) {
+                refuse("sets the state of an object");
+            }
+            break;
+        }
+        default:
+            refuse(operation >= 0x20 && operation < 0x7f
+                    ? message("has the instruction '", std::string(1, static_cast<char>(operation)), "'")
+                    : message("has the instruction ", operation));
+        }
+    }
+    void push_text(std::uint64_t size)
+    {
+        const auto text = take(size);
+        push({kind::text, false, {}, 0, text, {}});
+    }
+    void push_long(std::uint64_t size)
+    {
+        const auto bytes = take(size);
+        if (size > 8) { refuse("has a number above 2^63"); }
+        std::uint64_t number = 0;
+        for (std::size_t i = 0; i < bytes.size(); ++i) {
+            number |= static_cast<std::uint64_t>(static_cast<unsigned char>(bytes[i])) << (8 * i);
+        }
+        if (!bytes.empty() && bytes.size() < 8 && (static_cast<unsigned char>(bytes.back()) & 0x80u)) {
+            number |= ~std::uint64_t{0} << (8 * bytes.size());
+        }
+        push_number(static_cast<std::int64_t>(number));
+    }
+
+    struct named_type {
+        std::string_view module, name;
+        taskvec::dtype type;
+    };
+    [[nodiscard]] static const named_type* type_of(std::string_view module, std::string_view name)
+    {
+        using enum taskvec::dtype;
+        static constexpr named_type types[] = {{"torch", "DoubleStorage", f64}, {"torch", "FloatStorage", f32},
+            {"torch", "HalfStorage", f16}, {"torch", "BFloat16Storage", bf16}, {"torch", "LongStorage", i64},
+            {"torch", "IntStorage", i32}, {"torch", "ShortStorage", i16}, {"torch", "CharStorage", i8},
+            {"torch", "ByteStorage", u8}, {"torch", "BoolStorage", boolean}, {"torch", "ComplexFloatStorage", c64},
+            {"torch.storage", "UntypedStorage", u8}, {"torch", "float64", f64}, {"torch", "float32", f32},
+            {"torch", "float16", f16}, {"torch", "bfloat16", bf16}, {"torch", "int64", i64}, {"torch", "int32", i32},
+            {"torch", "int16", i16}, {"torch", "int8", i8}, {"torch", "uint64", u64}, {"torch", "uint32", u32},
+            {"torch", "uint16", u16}, {"torch", "uint8", u8}, {"torch", "bool", boolean}, {"torch", "complex64", c64},
+            {"torch", "float8_e4m3fn", f8_e4m3}, {"torch", "float8_e5m2", f8_e5m2},
+            {"torch", "float8_e8m0fnu", f8_e8m0}, {"torch", "float8_e4m3fnuz", f8_e4m3fnuz},
+            {"torch", "float8_e5m2fnuz", f8_e5m2fnuz}};
+        for (const auto& one : types) {
+            if (one.module == module && one.name == name) { return &one; }
+        }
+        return nullptr;
+    }
+    /// What a global is to call(): of a few names that are known.
+    enum callable : std::int64_t { data_type, ordered_dictionary, tensor_v2, tensor_v3, parameter, torch_size };
+
+    void push_global(std::string_view module, std::string_view name)
+    {
+        value global{kind::global, false, {}, data_type, name, {}};
+        if (const auto* const type = type_of(module, name)) { global.type = type->type; }
+        else if (module == "collections" && name == "OrderedDict") {
+            global.number = ordered_dictionary;
+        }
+        else if (module == "torch._utils" && (name == "_rebuild_tensor_v2" || name == "_rebuild_tensor")) {
+            global.number = tensor_v2;
+        }
+        else if (module == "torch._utils" && name == "_rebuild_tensor_v3") {
+            global.number = tensor_v3;
+        }
+        else if (module == "torch._utils" && name == "_rebuild_parameter") {
+            global.number = parameter;
+        }
+        else if (module == "torch" && name == "Size") {
+            global.number = torch_size;
+        }
+        else {
+            refuse(message("names '", first_words(module, 80), ".", first_words(name, 80), "'"));
+        }
+        push(std::move(global));
+    }
+    void push_storage()
+    {
+        const auto& id = values_[pop()];
+        if (id.what != kind::tuple || id.items.size() != 5) { damaged("has a storage that is none"); }
+        const auto& word = values_[id.items[0]];
+        const auto& type = values_[id.items[1]];
+        const auto& key = values_[id.items[2]];
+        const auto& count = values_[id.items[4]];
+        if (word.what != kind::text || word.text != "storage" || type.what != kind::global || type.number != data_type
+            || key.what != kind::text || count.what != kind::number || count.truth || count.number < 0) {
+            damaged("has a storage that is none");
+        }
+        push({kind::storage, false, type.type, count.number, key.text, {}});
+    }
+    void call()
+    {
+        const index given = pop(), callee = pop();
+        const auto arguments = values_[given].items;
+        const value function = values_[callee];
+        if (function.what != kind::global || function.number == data_type || values_[given].what != kind::tuple) {
+            refuse("calls what is no function of tensors");
+        }
+        switch (function.number) {
+        case ordered_dictionary:
+            if (!arguments.empty()) { refuse("fills an OrderedDict by a call"); }
+            push({kind::dictionary, false, {}, 0, {}, {}});
+            break;
+        case torch_size:
+            if (arguments.size() != 1 || values_[arguments[0]].what != kind::tuple) {
+                damaged("has a size that is none");
+            }
+            stack_.push_back(arguments[0]);
+            break;
+        case parameter:
+            if (arguments.empty() || values_[arguments[0]].what != kind::tensor) {
+                damaged("has a parameter that is no tensor");
+            }
+            stack_.push_back(arguments[0]);
+            break;
+        default: push_tensor(arguments, function.number == tensor_v3);
+        }
+    }
+    void push_tensor(const std::vector<index>& arguments, bool typed)
+    {
+        if (arguments.size() < (typed ? 7u : 4u)) { damaged("has a tensor that is none"); }
+        const auto& storage = values_[arguments[0]];
+        const auto& offset = values_[arguments[1]];
+        const auto& shape = values_[arguments[2]];
+        const auto& strides = values_[arguments[3]];
+        const auto numbers = [&](const value& tuple) {
+            return tuple.what == kind::tuple && std::all_of(tuple.items.begin(), tuple.items.end(), [&](index item) {
+                return values_[item].what == kind::number && !values_[item].truth && values_[item].number >= 0;
+            });
+        };
+        if (storage.what != kind::storage || offset.what != kind::number || offset.truth || offset.number < 0
+            || !numbers(shape) || !numbers(strides) || shape.items.size() != strides.items.size()) {
+            damaged("has a tensor that is none");
+        }
+        value tensor{kind::tensor, false, storage.type, offset.number, {}, {arguments[0], arguments[2], arguments[3]}};
+        if (typed) {
+            const auto& type = values_[arguments[6]];
+            if (type.what != kind::global || type.number != data_type) { damaged("has a tensor of no type"); }
+            tensor.type = type.type;
+        }
+        push(std::move(tensor));
+    }
+
+    std::string_view code_, file_;
+    std::size_t place_ = 0;
+    std::vector<value> values_;
+    std::vector<index> stack_;
+    std::vector<std::size_t> marks_;
+    std::map<std::uint64_t, index> memo_;
+};
+
+/// Tensors of a PyTorch file by name, each checked against the archive.
+class pytorch_tensors {
+public:
+    pytorch_tensors(std::string_view bytes, std::string_view file)
+        : file_(file)
+        , archive_(bytes, file)
+    {
+        const zip_directory::entry* code = nullptr;
+        for (const auto& entry : archive_.entries()) {
+            const auto slash = entry.name.find('/');
+            if (slash == entry.name.npos || entry.name.substr(slash) != "/data.pkl") { continue; }
+            if (code) { fail("holds two pickles"); }
+            code = &entry;
+            folder_ = std::string(entry.name.substr(0, slash + 1));
+        }
+        if (!code || archive_.find(folder_ + "constants.pkl")) {
+            const auto kind = kind_of_zip(bytes);
+            raise<format_error>(error_code::not_safetensors, kind.sentence(), std::string(file));
+        }
+        if (!code->stored || code->size > pickle_size_limit) {
+            fail(code->stored ? "has a pickle of more than 100 MB" : "is compressed, which PyTorch never does");
+        }
+        if (const auto* const order = archive_.find(folder_ + "byteorder");
+            order && archive_.content(*order) != "little") {
+            fail("was written by a big-endian machine");
+        }
+        pickle_reader pickle(archive_.content(*code), file);
+        const auto& result = pickle.run();
+        read(pickle, result);
+    }
+    [[nodiscard]] pytorch_contents take() { return std::move(contents_); }
+
+private:
+    [[noreturn]] void fail(const std::string& what) const
+    {
+        raise<format_error>(error_code::pickle_unsupported,
+            message("is a PyTorch file that ", what, ": ", convert_to_safetensors), std::string(file_));
+    }
+    [[noreturn]] void wrong(const std::string& name, const std::string& what) const
+    {
+        raise<format_error>(error_code::archive_damaged,
+            message("tensor '", name, "' ", what, ": the file is damaged; ", fetch_again), std::string(file_));
+    }
+
+    void read(const pickle_reader& pickle, const pickle_reader::value& result)
+    {
+        using kind = pickle_reader::kind;
+        const auto* model = &result;
+        if (model->what != kind::dictionary) { fail("holds no dictionary of tensors (a state_dict)"); }
+        // A training checkpoint has the model under one of these names.
+        const auto tensors_in = [&](const pickle_reader::value& dictionary) {
+            std::size_t count = 0;
+            for (std::size_t i = 1; i < dictionary.items.size(); i += 2) {
+                count += pickle.at(dictionary.items[i]).what == kind::tensor ? 1u : 0u;
+            }
+            return count;
+        };
+        if (tensors_in(*model) == 0) {
+            for (const std::string_view word :
+                {"state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema"}) {
+                bool found = false;
+                for (std::size_t i = 0; i < model->items.size() && !found; i += 2) {
+                    const auto& key = pickle.at(model->items[i]);
+                    const auto& inner = pickle.at(model->items[i + 1]);
+                    if (key.what != kind::text || key.text != word || inner.what != kind::dictionary
+                        || tensors_in(inner) == 0) {
+                        continue;
+                    }
+                    contents_.notes.push_back(message("'", std::string(file_), "': its '", word, "' is taken"));
+                    model = &inner;
+                    found = true;
+                }
+                if (found) { break; }
+            }
+        }
+        std::map<std::string, std::pair<std::string_view, bool>> names;
+        std::size_t others = 0;
+        std::string first_other;
+        std::set<std::string_view> seen;
+        for (std::size_t i = 0; i < model->items.size(); i += 2) {
+            const auto& key = pickle.at(model->items[i]);
+            const auto& tensor = pickle.at(model->items[i + 1]);
+            if (key.what != kind::text || tensor.what != kind::tensor) {
+                if (tensor.what == kind::dictionary && tensors_in(tensor) > 0) {
+                    fail(message("holds tensors and, under '",
+                        key.what == kind::text ? first_words(key.text) : std::string("a number"), "', more of them"));
+                }
+                ++others;
+                if (first_other.empty()) { first_other = key.what == kind::text ? first_words(key.text) : "a number"; }
+                continue;
+            }
+            if (!seen.insert(key.text).second) { // as in Python the last one would win: nothing that is saved has two
+                fail(message("names tensor '", first_words(key.text), "' twice"));
+            }
+            add(std::string(key.text), pickle, tensor);
+        }
+        if (contents_.header.entries.empty() && others > 0) { fail("holds no tensors by name"); }
+        if (others > 0) {
+            contents_.notes.push_back(message("'", std::string(file_), "': ", others,
+                others == 1 ? " value that is no tensor ('" : " values that are no tensors ('", first_other,
+                others == 1 ? "') is left out" : "' …) are left out"));
+        }
+        auto& entries = contents_.header.entries;
+        std::stable_sort(
+            entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.offset < b.offset; });
+        contents_.header.metadata.emplace("format", "pt");
+    }
+
+    void add(std::string name, const pickle_reader& pickle, const pickle_reader::value& tensor)
+    {
+        if (name.empty() || !is_text(name)) { fail("has a tensor whose name is empty or no UTF-8"); }
+        const auto& storage = pickle.at(tensor.items[0]);
+        const auto* const entry = archive_.find(folder_ + "data/" + std::string(storage.text));
+        if (!entry) { wrong(name, message("lies in 'data/", first_words(storage.text), "', which is not there")); }
+        if (!entry->stored) { fail(message("has tensor '", name, "' compressed, which PyTorch never does")); }
+        const std::uint64_t width = bits_per_element(tensor.type) / 8;
+        const std::uint64_t storage_width = bits_per_element(storage.type) / 8;
+        if (static_cast<std::uint64_t>(storage.number) > entry->size / storage_width
+            || static_cast<std::uint64_t>(storage.number) * storage_width != entry->size) {
+            wrong(name,
+                message(
+                    "lies in a storage of ", storage.number, " × ", storage_width, " bytes, which has ", entry->size));
+        }
+        extents shape, strides;
+        std::uint64_t count = 1;
+        bool empty = false;
+        for (const auto item : pickle.at(tensor.items[1]).items) {
+            shape.push_back(pickle.at(item).number);
+            empty = empty || shape.back() == 0;
+        }
+        for (const auto item : pickle.at(tensor.items[2]).items) { strides.push_back(pickle.at(item).number); }
+        for (const auto extent : shape) {
+            if (!empty && __builtin_mul_overflow(count, static_cast<std::uint64_t>(extent), &count)) {
+                wrong(name, "has a shape whose product is above 2^64-1");
+            }
+        }
+        if (empty) { count = 0; }
+        const auto first = static_cast<std::uint64_t>(tensor.number), room = entry->size / width;
+        if (first > room || count > room - first) {
+            wrong(name,
+                message("of ", to_string(tensor.type), " ", to_string(shape), " runs past the end of its storage"));
+        }
+        if (const const_tensor_ref view{nullptr, tensor.type, shape, strides}; !view.contiguous()) {
+            fail(message("has tensor '", name, "' of shape ", to_string(shape), " and strides ", to_string(strides),
+                ": only contiguous tensors are read; save it as .contiguous()"));
+        }
+        contents_.header.entries.push_back(
+            {std::move(name), tensor.type, std::move(shape), entry->offset + first * width, count * width});
+    }
+    /// Whether a name can be a safetensors name: UTF-8.
+    [[nodiscard]] static bool is_text(std::string_view text)
+    {
+        for (std::size_t i = 0; i < text.size();) {
+            const auto first = static_cast<unsigned char>(text[i]);
+            const std::size_t more = first < 0x80 ? 0
+                : first < 0xc2                    ? 4
+                : first < 0xe0                    ? 1
+                : first < 0xf0                    ? 2
+                : first < 0xf5                    ? 3
+                                                  : 4;
+            if (more == 4 || text.size() - i <= more) { return false; }
+            for (std::size_t k = 1; k <= more; ++k) {
+                if ((static_cast<unsigned char>(text[i + k]) & 0xc0u) != 0x80u) { return false; }
+            }
+            const auto second = more > 0 ? static_cast<unsigned char>(text[i + 1]) : 0u;
+            if ((first == 0xe0 && second < 0xa0) || (first == 0xed && second > 0x9f) || (first == 0xf0 && second < 0x90)
+                || (first == 0xf4 && second > 0x8f)) {
+                return false;
+            }
+            i += more + 1;
+        }
+        return true;
+    }
+
+    std::string_view file_;
+    zip_directory archive_;
+    std::string folder_;
+    pytorch_contents contents_;
+};
+
+} // namespace detail
+
+/// Reads what a PyTorch file (torch.save() since 1.6) holds: a dictionary from names to tensors, or a training
+/// checkpoint with one under `state_dict`, `model` or the like. The pickle is interpreted by a machine that knows
+/// numbers, texts, collections and the functions that rebuild tensors and parameters; anything else that it names or
+/// does is refused by its name, and nothing runs. Checked: every record of the archive (64-bit ones too), that entries
+/// share no bytes and are neither compressed nor encrypted, storages against their sizes, tensors against their
+/// storages. Tensors that are not contiguous are refused. Values that are no tensors are noted. Throws format_error
+/// naming `file` and the tensor. Cost: O(pickle); no tensor byte is read.
+[[nodiscard]] inline pytorch_contents parse_pytorch(std::span<const std::byte> bytes, std::string_view file)
+{
+    return detail::pytorch_tensors({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file).take();
+}
+
+} // namespace taskvec::inline TASKVEC_ABI

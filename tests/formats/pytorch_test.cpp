@@ -1,0 +1,336 @@
+// PyTorch files: what torch.save() wrote is read as it was, and everything that builds more than tensors, or does not
+// fit together, is refused by name. SPDX-License-Identifier: Apache-2.0
+#include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/pytorch.hpp>
+
+#include "scratch.hpp"
+
+#include <doctest/doctest.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace pytorch_test {
+
+using namespace taskvec;
+using namespace std::string_literals;
+
+const std::filesystem::path data = std::filesystem::path(TASKVEC_TEST_DIR) / "formats" / "data" / "pytorch";
+
+template <class T>
+std::string bytes_of(T value)
+{
+    return std::string(reinterpret_cast<const char*>(&value), sizeof value);
+}
+std::string u16(std::uint64_t value)
+{
+    return bytes_of(static_cast<std::uint16_t>(value));
+}
+std::string u32(std::uint64_t value)
+{
+    return bytes_of(static_cast<std::uint32_t>(value));
+}
+
+/// A zip archive of stored entries, and what may be wrong with it.
+struct archive {
+    struct entry {
+        std::string name, content;
+        std::uint64_t method = 0, flags = 0;
+        std::string other_name{}; ///< where it lies
+        std::uint64_t shift = 0; ///< of its place in the directory
+        bool wide = false; ///< sizes in a 64-bit field
+    };
+    std::vector<entry> entries;
+    bool wide = false; ///< a 64-bit directory
+    std::uint64_t count_more = 0;
+    std::string comment{};
+
+    [[nodiscard]] std::string bytes() const
+    {
+        std::string file, directory;
+        for (const auto& one : entries) {
+            const std::uint64_t at = file.size(), size = one.content.size();
+            const auto& name = one.other_name.empty() ? one.name : one.other_name;
+            file += "PK\x03\x04"s + u16(0) + u16(one.flags) + u16(one.method) + u32(0) + u32(0) + u32(size) + u32(size)
+                + u16(name.size()) + u16(0) + name + one.content;
+            const auto extra = one.wide ? u16(1) + u16(16) + bytes_of(size) + bytes_of(size) : ""s;
+            const std::uint64_t shown = one.wide ? 0xffffffffu : size;
+            directory += "PK\x01\x02"s + u16(0) + u16(0) + u16(one.flags) + u16(one.method) + u32(0) + u32(0)
+                + u32(shown) + u32(shown) + u16(one.name.size()) + u16(extra.size()) + u16(0) + u16(0) + u16(0) + u32(0)
+                + u32(at + one.shift) + one.name + extra;
+        }
+        const std::uint64_t begin = file.size(), count = entries.size() + count_more;
+        file += directory;
+        if (wide) {
+            const std::uint64_t at = file.size();
+            file += "PK\x06\x06"s + bytes_of(std::uint64_t{44}) + u16(0) + u16(0) + u32(0) + u32(0) + bytes_of(count)
+                + bytes_of(count) + bytes_of(std::uint64_t{directory.size()}) + bytes_of(begin);
+            file += "PK\x06\x07"s + u32(0) + bytes_of(at) + u32(1);
+        }
+        const std::uint64_t shown = wide ? 0xffffffffu : begin;
+        return file + "PK\x05\x06"s + u16(0) + u16(0) + u16(count) + u16(count)
+            + u32(wide ? 0xffffffffu : directory.size()) + u32(shown) + u16(comment.size()) + comment;
+    }
+};
+
+// Pickles, in words.
+std::string text(const std::string& words)
+{
+    return "X" + u32(words.size()) + words;
+}
+std::string global(const std::string& module, const std::string& name)
+{
+    return "c" + module + "\n" + name + "\n";
+}
+std::string number(std::int32_t value)
+{
+    return "J" + bytes_of(value);
+}
+std::string numbers(const std::vector<std::int32_t>& values)
+{
+    std::string all = "(";
+    for (const auto value : values) { all += number(value); }
+    return all + "t";
+}
+std::string storage(const std::string& key, std::int32_t count, const std::string& type = "FloatStorage")
+{
+    return "(" + text("storage") + global("torch", type) + text(key) + text("cpu") + number(count) + "tQ";
+}
+std::string tensor(const std::string& of, std::int32_t offset, const std::vector<std::int32_t>& shape,
+    const std::vector<std::int32_t>& strides)
+{
+    return global("torch._utils", "_rebuild_tensor_v2") + "(" + of + number(offset) + numbers(shape) + numbers(strides)
+        + "\x89" + global("collections", "OrderedDict") + ")RtR";
+}
+std::string dictionary(const std::vector<std::pair<std::string, std::string>>& items)
+{
+    std::string all = "}(";
+    for (const auto& [key, value] : items) { all += text(key) + value; }
+    return all + "u";
+}
+std::string pickle(const std::string& value)
+{
+    return "\x80\x02" + value + ".";
+}
+const std::string four = std::string(16, '\1');
+archive file_of(const std::string& code, const std::string& content = four)
+{
+    return {{{"m/data.pkl", code}, {"m/byteorder", "little"}, {"m/data/0", content}}};
+}
+
+pytorch_contents read(const std::string& bytes)
+{
+    return parse_pytorch(std::as_bytes(std::span(bytes)), "m.bin");
+}
+std::string refusal(const std::string& bytes)
+{
+    try {
+        (void)read(bytes);
+    }
+    catch (const format_error& failure) {
+        return failure.what();
+    }
+    return "";
+}
+
+void check_same(const checkpoint& found, const std::filesystem::path& expected)
+{
+    const safetensors_file file(expected);
+    const auto model = file.model();
+    REQUIRE(found.model().size() == model.size());
+    for (const auto& [name, tensor] : model) {
+        CAPTURE(name);
+        const auto* const mine = found.model().find(name);
+        REQUIRE(mine != nullptr);
+        CHECK(mine->dtype == tensor.dtype);
+        CHECK(mine->shape == tensor.shape);
+        CHECK(std::memcmp(mine->data, tensor.data, tensor.bytes()) == 0);
+    }
+}
+
+std::size_t tensors_of(const std::filesystem::path& path)
+{
+    const auto opened = open_model(path);
+    return opened.model().size();
+}
+
+TEST_CASE("what PyTorch saved is read as it was")
+{
+    check_same(open_model(data / "pytorch_model.bin"), data / "expected.safetensors");
+    const auto training = open_model(data / "training.pt");
+    check_same(training, data / "training.safetensors");
+    REQUIRE(training.notes().size() == 1);
+    CHECK(training.notes()[0].ends_with("training.pt': its 'state_dict' is taken"));
+    const auto tied = open_model(data / "pytorch_model.bin");
+    const auto *const rows = tied.model().find("rows"), *const whole = tied.model().find("tied");
+    CHECK(static_cast<const float*>(rows->data) == static_cast<const float*>(whole->data) + 6);
+}
+
+TEST_CASE("directories and indexes of PyTorch files")
+{
+    const scratch folder;
+    std::filesystem::copy_file(data / "pytorch_model.bin", folder / "pytorch_model.bin");
+    check_same(open_model(folder.path()), data / "expected.safetensors");
+    std::filesystem::rename(folder / "pytorch_model.bin", folder / "pytorch_model-00001-of-00002.bin");
+    spill(folder / "pytorch_model-00002-of-00002.bin",
+        file_of(pickle(dictionary({{"more", tensor(storage("0", 4), 0, {2, 2}, {2, 1})}}))).bytes());
+    std::string map;
+    const safetensors_file expected(data / "expected.safetensors");
+    for (const auto& [name, unused] : expected.model()) {
+        map += "\"" + name + "\": \"pytorch_model-00001-of-00002.bin\", ";
+    }
+    const std::string index = "pytorch_model.bin.index.json";
+    spill(folder / index, "{\"weight_map\": {" + map + "\"more\": \"pytorch_model-00002-of-00002.bin\"}}");
+    CHECK(tensors_of(folder.path()) == 16);
+    CHECK(tensors_of(folder / index) == 16);
+    spill(folder / index, "{\"weight_map\": {" + map + "\"less\": \"pytorch_model-00002-of-00002.bin\"}}");
+    CHECK_THROWS_AS((void)open_model(folder.path()), format_error);
+    // safetensors come first.
+    std::filesystem::copy_file(data / "training.safetensors", folder / "model.safetensors");
+    check_same(open_model(folder.path()), data / "training.safetensors");
+}
+
+TEST_CASE("what is no plain state_dict is refused by name, and nothing runs")
+{
+    const auto says = [](const std::string& name, const std::string& words) {
+        std::string found;
+        try {
+            (void)open_model(data / name);
+        }
+        catch (const format_error& failure) {
+            found = failure.what();
+        }
+        CHECK_MESSAGE(found.find(words) != std::string::npos, found);
+        CHECK(found.find("save_pretrained()") != std::string::npos);
+    };
+    says("turned.bin", "tensor 'turned' of shape [3, 2] and strides [1, 3]: only contiguous tensors");
+    says("old.bin", "a PyTorch file of the old kind");
+    says("command.bin", "whose pickle names 'posix.system'");
+    says("sparse.bin", "whose pickle names 'torch._utils._rebuild_sparse_tensor'");
+    says("tensor.pt", "holds no dictionary of tensors");
+    CHECK_FALSE(std::filesystem::exists("taskvec-ran-this"));
+}
+
+TEST_CASE("archives that are sound in other ways")
+{
+    const auto code = pickle(dictionary({{"w", tensor(storage("0", 4), 1, {3}, {1})}}));
+    auto made = file_of(code);
+    CHECK(read(made.bytes()).header.entries.size() == 1);
+    made.wide = true;
+    made.entries[2].wide = true;
+    made.comment = "a comment PK\x05\x06";
+    const auto found = read(made.bytes());
+    REQUIRE(found.header.entries.size() == 1);
+    CHECK(found.header.entries[0].bytes == 12);
+    CHECK(made.bytes().substr(found.header.entries[0].offset - 4, 16) == four);
+    // Newer protocols: frames, short texts, memos by their order.
+    const auto brief = [](const std::string& words) {
+        return "\x8c"s + static_cast<char>(words.size()) + words + "\x94";
+    };
+    const auto newer = "\x80\x04\x95"s + std::string(8, '\0') + "}\x94(" + brief("w") + brief("torch._utils")
+        + brief("_rebuild_tensor_v2") + "\x93(" + "(" + brief("storage") + brief("torch") + brief("FloatStorage")
+        + "\x93" + brief("0") + brief("cpu") + "K\x04tQK\0"s + "K\x04\x85K\x01\x85\x89NtRu.";
+    CHECK(read(file_of(newer).bytes()).header.entries.size() == 1);
+    // Others than tensors are counted.
+    const auto mixed = read(file_of(
+        pickle(dictionary({{"w", tensor(storage("0", 4), 0, {4}, {1})}, {"step", number(3)}, {"name", text("x")}})))
+            .bytes());
+    CHECK(mixed.header.entries.size() == 1);
+    CHECK(mixed.notes == std::vector<std::string>{"'m.bin': 2 values that are no tensors ('step' …) are left out"});
+}
+
+TEST_CASE("damaged archives")
+{
+    const auto code = pickle(dictionary({{"w", tensor(storage("0", 4), 0, {4}, {1})}}));
+    const auto says = [&](const std::string& words, const std::function<void(archive&)>& break_it) {
+        auto made = file_of(code);
+        break_it(made);
+        const auto found = refusal(made.bytes());
+        CHECK_MESSAGE(found.find(words) != std::string::npos, found);
+        CHECK(found.find("m.bin: ") == 0);
+    };
+    says("promises 4 entries and has 3", [](archive& a) { a.count_more = 1; });
+    says("tensor 'w' compressed", [](archive& a) {
+        a.entries[2].method = 8;
+        a.entries[2].name = "m/data/0";
+    });
+    says("is compressed", [](archive& a) { a.entries[0].flags = 1; });
+    says("is compressed", [](archive& a) { a.entries[0].method = 8; });
+    says("has another name where it lies", [](archive& a) { a.entries[2].other_name = "m/data/1"; });
+    says("is not where the directory says", [](archive& a) { a.entries[2].shift = 1; });
+    says("is not where the directory says", [](archive& a) { a.entries[2].shift = 0xfffffff0; });
+    says("occurs twice", [](archive& a) { a.entries.push_back(a.entries[2]); });
+    says("big-endian", [](archive& a) { a.entries[1].content = "big"; });
+    says("two pickles", [](archive& a) { a.entries.push_back({"n/data.pkl", pickle("}")}); });
+    says("TorchScript", [](archive& a) { a.entries.push_back({"m/constants.pkl", pickle("}")}); });
+    says("'data/0', which is not there", [](archive& a) { a.entries.pop_back(); });
+    says("lies in a storage of 4 × 4 bytes, which has 15", [](archive& a) { a.entries[2].content.pop_back(); });
+    says("zip archive", [](archive& a) { a.entries.erase(a.entries.begin()); });
+    // An entry whose size reaches into the next one.
+    auto made = file_of(code);
+    made.entries[1].content = "little";
+    auto bytes = made.bytes();
+    const auto at = bytes.find("m/byteorder", bytes.find("PK\x01\x02"));
+    for (const std::size_t field : {26u, 22u}) { bytes.replace(at - field, 4, u32(50)); }
+    CHECK(refusal(bytes).find("share bytes") != std::string::npos);
+    bytes = file_of(code).bytes();
+    CHECK(
+        refusal(bytes.substr(0, bytes.size() - 3)).find("its directory, at its end, is missing") != std::string::npos);
+    CHECK(refusal("PK\x03\x04").find("is missing") != std::string::npos);
+}
+
+TEST_CASE("pickles that do more than build tensors, or build what does not fit")
+{
+    const auto good = storage("0", 4);
+    const auto one = [](const std::string& value) { return pickle(dictionary({{"w", value}})); };
+    const std::string deep(200'000, ']');
+    struct fault {
+        std::string code, words;
+    };
+    const std::vector<fault> faults{{one(global("os", "system")), "names 'os.system'"},
+        {one(global("builtins", "eval")), "names 'builtins.eval'"},
+        {one(text("a") + text("b") + "\x93"), "names 'a.b'"}, {pickle("}i"), "the instruction 'i'"},
+        {pickle("}o"), "the instruction 'o'"}, {pickle("})\x81"), "the instruction 129"},
+        {pickle(text("x") + "P"), "the instruction 'P'"}, {"\x80\x01}.", "protocol 1"},
+        {one(text("f") + ")R"), "calls what is no function"},
+        {one(global("torch", "FloatStorage") + ")R"), "calls what"}, {one(number(1) + "}b"), "sets the state"},
+        {pickle("}"), ""}, {one("\x8a\x09" + std::string(9, '\1')), "number above 2^63"}, {"", "cut short"},
+        {"\x80", "cut short"}, {pickle("X\xff\xff\xff\xff"), "cut short"}, {pickle("cos"), "cut short"},
+        {pickle(""), "no single value"}, {pickle("}}"), "no single value"}, {pickle("(}"), "no single value"},
+        {pickle("}h\5"), "never kept"}, {pickle("t"), "no mark"}, {pickle("s"), "more values than it has"},
+        {pickle("}(s"), "more values than it has"}, {pickle("q\1"), "more values than it has"},
+        {pickle(")" + number(1) + "a"), "no collection"}, {pickle("}(" + number(1) + "u"), "no collection"},
+        {pickle("Q"), "more values"}, {pickle(")Q"), "storage"}, {pickle(number(1) + "."), "holds no dictionary"},
+        {pickle(number(1)), "holds no dictionary"}, {one(number(7)), "holds no tensors by name"},
+        {pickle("}(" + number(7) + tensor(good, 0, {4}, {1}) + "u"), "holds no tensors by name"},
+        {one(tensor(good, 1, {4}, {1})), "runs past the end"}, {one(tensor(good, -1, {4}, {1})), "is none"},
+        {one(tensor(good, 0, {-4}, {1})), "is none"}, {one(tensor(good, 0, {4}, {1, 1})), "is none"},
+        {one(tensor(good, 0, {2, 2}, {1, 2})), "only contiguous"}, {one(tensor(good, 0, {4, 4}, {0, 1})), "runs past"},
+        {one(tensor(good, 0, {2, 2}, {0, 1})), "only contiguous"},
+        {one(tensor(good, 0, {2147483647, 2147483647, 2147483647}, {1, 1, 1})), "above 2^64"},
+        {one(tensor(number(1), 0, {4}, {1})), "is none"}, {one(tensor(storage("0", 5), 0, {4}, {1})), "storage of 5"},
+        {one(tensor(storage("0", -4), 0, {4}, {1})), "storage that is none"},
+        {one(tensor(storage("0", 2, "DoubleStorage"), 0, {3}, {1})), "runs past"},
+        {one(tensor(storage("../x", 4), 0, {4}, {1})), "'data/../x', which is not there"},
+        {one(tensor(storage("0", 4, "QInt8Storage"), 0, {4}, {1})), "names 'torch.QInt8Storage'"},
+        {pickle(dictionary({{"w", tensor(good, 0, {4}, {1})}, {"w", tensor(good, 0, {4}, {1})}})), "'w' twice"},
+        {pickle(dictionary({{"", tensor(good, 0, {4}, {1})}})), "name is empty"},
+        {pickle(dictionary({{"\xff", tensor(good, 0, {4}, {1})}})), "no UTF-8"},
+        {pickle(dictionary({{"w", tensor(good, 0, {4}, {1})}, {"d", dictionary({{"v", tensor(good, 0, {4}, {1})}})}})),
+            "more of them"},
+        {pickle(deep), "no single value"}};
+    for (const auto& fault : faults) {
+        CAPTURE(fault.words);
+        const auto found = refusal(file_of(fault.code).bytes());
+        CHECK_MESSAGE((fault.words.empty() ? found.empty() : found.find(fault.words) != std::string::npos), found);
+    }
+    // Nothing recurses: lists in lists, and a list that holds itself.
+    std::string nested;
+    for (int i = 0; i < 100'000; ++i) { nested += "]"; }
+    for (int i = 1; i < 100'000; ++i) { nested += "a"; }
+    CHECK(refusal(file_of(pickle(nested)).bytes()).find("holds no dictionary") != std::string::npos);
+    CHECK(refusal(file_of(pickle("]q\1h\1a")).bytes()).find("holds no dictionary") != std::string::npos);
+}
+
+} // namespace pytorch_test
