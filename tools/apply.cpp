@@ -22,6 +22,7 @@ void run_apply(const apply_settings& given)
 {
     tool::check_finite(given.scale, "--scale");
     const auto base = tool::open_noted(given.base, given.run, given.index);
+    tool::check_readable(base, {});
     const taskvec::delta_file delta(given.delta);
     tool::guard_map(delta.file().map());
     const bool directory = tool::out_is_directory(given.out, given.base, !given.shard_size.empty());
@@ -36,18 +37,19 @@ void run_apply(const apply_settings& given)
     tool::runner run(given.run);
     taskvec::check_base(run.policy(), delta.base_fingerprint(), base.model(), given.delta, given.base);
     const auto kept = delta.kept();
+    const auto plan = tool::outputs_of(given.run, models, base, false, "");
     if (given.run.dry_run) {
-        tool::check_space(given.out, base.data_bytes());
+        tool::check_space(given.out, tool::bytes_of(plan));
         tool::print("would add " + tool::counted(kept, "entry") + " of '" + tool::printable(given.delta) + "' to '"
             + tool::printable(given.base) + "' into '" + tool::printable(given.out) + "' ("
-            + tool::size_text(base.data_bytes()) + ")\n");
+            + tool::size_text(tool::bytes_of(plan)) + ")\n");
         return;
     }
     tool::report_file report(given.run.report);
-    tool::model_output out(given.out, models.outputs(), base.metadata(), given.shard_size, directory);
+    tool::model_output out(given.out, plan, base.metadata(), given.shard_size, directory);
     tool::add_model_files(out, given.copies, given.run,
         {"Base plus delta", "", {{"base", tool::parse_task(given.base, "--base").name, given.base, 1, &base}}, ""},
-        models.outputs());
+        plan.specs);
     const auto done = taskvec::merge(run.policy(),
         taskvec::sparse_addition_options{delta.parts(), given.scale, options.on_nonfinite}, models, out.sink());
     out.finish();

@@ -199,6 +199,10 @@ void run_extract_lora(extract_lora_settings given)
     };
     const auto base = tool::open_noted(given.base, given.run, given.index, rules(""));
     auto tuned = tool::open_noted(given.task, given.run, given.index, rules(given.task));
+    const auto include = tool::name_filter(given.include, given.exclude);
+    for (const auto* model : {&base, static_cast<const taskvec::checkpoint*>(&tuned)}) {
+        tool::check_readable(*model, include);
+    }
     line_up(given, base, tuned);
     const auto names = list_of(base.model());
     tool::check_patterns(given.include, "--include", names, "tensor of '" + given.base + "'");

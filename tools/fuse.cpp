@@ -26,6 +26,7 @@ void run_fuse(const fuse_settings& given)
     std::vector<tool::task_argument> arguments;
     for (const auto& text : given.adapters) { arguments.push_back(tool::parse_task(text, "--adapter")); }
     const auto base = tool::open_noted(request.base, request.run, request.index);
+    tool::check_readable(base, tool::name_filter(request.include, request.exclude));
     auto options = tool::model_options_of(request);
     const tool::adapter_sum sum(arguments, base,
         {.base_path = request.base,
@@ -48,8 +49,9 @@ void run_fuse(const fuse_settings& given)
     taskvec::aligned_models models(&sum.base(), {&sum.base(), 1}, options);
     const auto sources = sum.changes().attach(models, 0);
     const tool::runner run(request.run);
-    std::uint64_t bytes = 0;
-    for (const auto& spec : models.outputs()) { bytes += spec.bytes(); }
+    const auto plan = tool::outputs_of(
+        request.run, models, base, request.dtype == "keep", request.dtype.empty() ? tool::ways_of_layers : "");
+    const std::uint64_t bytes = tool::bytes_of(plan);
     const std::string what = tool::counted(arguments.size(), "adapter") + (given.subtract ? " out of '" : " into '")
         + tool::printable(request.base) + "'";
     if (request.run.dry_run) {
@@ -60,7 +62,7 @@ void run_fuse(const fuse_settings& given)
         return;
     }
     tool::report_file report(request.run.report);
-    tool::model_output out(request.out, models.outputs(), base.metadata(), request.shard_size, directory);
+    tool::model_output out(request.out, plan, base.metadata(), request.shard_size, directory);
     tool::recipe how{given.subtract ? "Base minus adapters" : "Base plus adapters", "",
         {{"base", tool::parse_task(request.base, "--base").name, request.base, 1, &base}}, ""};
     for (std::size_t i = 0; i < arguments.size(); ++i) {
@@ -68,7 +70,7 @@ void run_fuse(const fuse_settings& given)
             given.subtract ? -arguments[i].weight : arguments[i].weight, &sum.files()[i]});
     }
     how.untied = sum.untied();
-    tool::add_model_files(out, request.copies, request.run, how, models.outputs());
+    tool::add_model_files(out, request.copies, request.run, how, plan.specs);
     const auto done = taskvec::merge(run.policy(), taskvec::fuse_options{}, models, out.sink());
     out.finish();
     if (report.wanted()) {
@@ -86,7 +88,7 @@ void run_fuse(const fuse_settings& given)
                     {"dialect", about.dialect}, {"modules", about.modules}, {"whole_tensors", about.wholes},
                     {"least_rank", about.least_rank}, {"greatest_rank", about.greatest_rank}});
         }
-        const auto stored = out.reopen();
+        const auto stored = out.reopen(base);
         auto reading = options;
         reading.on_nonfinite = taskvec::nonfinite::propagate;
         reading.output.reset();
@@ -118,7 +120,7 @@ const tool::register_verb fuse_verb(
         verb.flag("--subtract", given->subtract, "Take the adapters out of a model that holds them");
         verb.flag("--fan-in-fan-out", given->fan_in_fan_out,
             "Square weights are stored in×out, as in GPT-2 (a config.json beside the base says so by itself)");
-        tool::add_dtype_option(verb, request.dtype, "dtype of the result (default: keep, the base's, per tensor)");
+        tool::add_dtype_option(verb, request.dtype, tool::dtype_of_result);
         verb.texts("--include", request.include, "REGEX", "Only tensors that match; others are copied from the base");
         verb.texts("--exclude", request.exclude, "REGEX",
             "All but tensors that match; modules of an adapter that the base lacks may be named too");

@@ -29,7 +29,7 @@ void print_json(const taskvec::checkpoint& model)
 {
     // One tensor a line, so that people and line tools can read it too.
     std::string text = "{\"tensors\": [";
-    for (const auto& [name, tensor] : model.model()) {
+    for (const auto& [name, tensor] : model.stored()) {
         const nlohmann::ordered_json entry{{"name", name}, {"dtype", taskvec::to_string(tensor.dtype)},
             {"shape", tensor.shape}, {"bytes", tensor.bytes(name)}};
         text += (text.back() == '[' ? "\n  " : ",\n  ") + entry.dump();
@@ -47,7 +47,7 @@ void print_table(const taskvec::checkpoint& model)
     std::vector<row> rows{{{"name", "dtype", "shape", "bytes"}}};
     std::map<taskvec::dtype, std::pair<std::uint64_t, std::uint64_t>> by_dtype; // tensors, elements
     std::uint64_t elements = 0;
-    for (const auto& [name, tensor] : model.model()) {
+    for (const auto& [name, tensor] : model.stored()) {
         rows.push_back({{tool::printable(name), std::string(taskvec::to_string(tensor.dtype)),
             taskvec::to_string(tensor.shape), tool::grouped(tensor.bytes(name))}});
         auto& [tensors, count] = by_dtype[tensor.dtype];
@@ -66,7 +66,7 @@ void print_table(const taskvec::checkpoint& model)
             text += i == 3 ? space + line.cells[i] + "\n" : line.cells[i] + space + "  ";
         }
     }
-    text += "\n" + tool::counted(model.model().size(), "tensor") + ", " + tool::counted(elements, "element") + ", "
+    text += "\n" + tool::counted(model.stored().size(), "tensor") + ", " + tool::counted(elements, "element") + ", "
         + tool::counted(model.data_bytes(), "byte");
     if (model.data_bytes() >= 1000) { text += " (" + tool::size_text(model.data_bytes()) + ")"; }
     text += " in " + tool::counted(model.files().size(), "file") + "\n";
@@ -76,6 +76,7 @@ void print_table(const taskvec::checkpoint& model)
                 + tool::counted(counts.second, "element") + "\n";
         }
     }
+    if (const auto layers = tool::layers_text(model); !layers.empty()) { text += "quantised: " + layers + "\n"; }
     if (!model.metadata().empty()) {
         text += "metadata\n";
         for (const auto& [key, value] : model.metadata()) {

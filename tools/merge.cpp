@@ -17,34 +17,33 @@ void run_merge(const merge_request& request)
     claim_report(request.run);
     runner run(request.run, runs_on::any_device);
     const auto call = call_of(run.policy(), request, inputs);
+    const auto plan = outputs_of(request, inputs);
     if (request.run.dry_run) {
         method.examine(call);
-        std::uint64_t bytes = 0;
-        for (const auto& spec : inputs.models().outputs()) { bytes += spec.bytes(); }
+        const auto bytes = bytes_of(plan);
         check_space(request.out, bytes);
         print("would merge " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
             + printable(request.out) + "' (" + size_text(bytes) + ")\n" + describe(inputs));
         return;
     }
     report_file report(request.run.report);
-    model_output out(request.out, inputs.models().outputs(), inputs.metadata(), request.shard_size, directory);
+    model_output out(request.out, plan, inputs.metadata(), request.shard_size, directory);
     const auto options = json_of(method.values(request.options));
     add_model_files(out, request.copies, request.run,
-        {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2)},
-        inputs.models().outputs());
+        {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2)}, plan.specs);
     const auto merged = method.run(call, out.sink());
     out.finish();
     if (report.wanted()) {
         auto content = report_of(run, request, inputs, merged, out.file_size());
         content["options"] = options;
-        const auto stored = out.reopen();
+        const auto stored = out.reopen(inputs.reference());
         content["tensors"] = norms_of(run.policy(), beside_base(request, inputs, stored));
         report.finish(content);
     }
     const auto size = out.file_size();
     conclude("merged " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-            + printable(request.out) + "': " + counted(inputs.models().outputs().size(), "tensor") + ", "
-            + size_text(size) + " in " + seconds_text(run.seconds()) + "\n",
+            + printable(request.out) + "': " + counted(plan.specs.size(), "tensor") + ", " + size_text(size) + " in "
+            + seconds_text(run.seconds()) + "\n",
         report, out);
 }
 

@@ -262,7 +262,7 @@ void add_merge_options(command& verb, merge_request& request, const std::vector<
                 [&request, name = list.name](const std::vector<std::string>& texts) { request.lists[name] = texts; });
         }
     }
-    add_dtype_option(verb, request.dtype, "dtype of the result (default: keep, the base's, per tensor)");
+    add_dtype_option(verb, request.dtype, dtype_of_result);
     add_tensor_options(verb, request, "; others are copied from the base");
     add_overflow_option(verb, request.overflow);
     add_shard_size_option(verb, request.shard_size);

@@ -55,7 +55,8 @@ nlohmann::ordered_json diff_of(const runner& run, const taskvec::checkpoint& a, 
             continue;
         }
         const bool both = computes(tensor) && computes(*other) && tensor.shape == other->shape;
-        const bool same = tensor.dtype == other->dtype && tensor.shape == other->shape
+        const bool in_memory = !tensor.source && !other->source;
+        const bool same = in_memory && tensor.dtype == other->dtype && tensor.shape == other->shape
             && (tensor.bytes() == 0 || std::memcmp(tensor.data, other->data, tensor.bytes()) == 0);
         if (same) { ++equal; }
         else if (both) {

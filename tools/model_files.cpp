@@ -69,6 +69,10 @@ std::string torch_name(taskvec::dtype type)
 /// The dtype of most of a model's floating bytes.
 std::string main_dtype(const std::vector<taskvec::tensor_spec>& specs)
 {
+    // Scales beside codes have a dtype of their own: a model that stays quantised keeps what its configuration says.
+    if (std::any_of(specs.begin(), specs.end(), [](const auto& spec) { return taskvec::is_fp8(spec.dtype); })) {
+        return "";
+    }
     std::map<std::string, std::uint64_t> bytes;
     for (const auto& spec : specs) {
         if (auto name = torch_name(spec.dtype); !name.empty()) { bytes[name] += spec.bytes(); }
@@ -76,6 +80,15 @@ std::string main_dtype(const std::vector<taskvec::tensor_spec>& specs)
     const auto most =
         std::max_element(bytes.begin(), bytes.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
     return most == bytes.end() ? "" : most->first;
+}
+
+/// Whether any tensor is stored as codes.
+bool is_quantised(const std::vector<taskvec::tensor_spec>& specs)
+{
+    return std::any_of(specs.begin(), specs.end(), [](const taskvec::tensor_spec& spec) {
+        return spec.dtype == taskvec::dtype::i8 || spec.dtype == taskvec::dtype::u8 || spec.dtype == taskvec::dtype::i32
+            || (taskvec::bits_per_element(spec.dtype) <= 8 && spec.dtype != taskvec::dtype::boolean);
+    });
 }
 
 std::optional<std::int64_t> vocabulary_rows(const std::vector<taskvec::tensor_spec>& specs)
@@ -130,11 +143,7 @@ std::string updated_config(const std::string& text, const fs::path& file,
             set(config["text_config"], "tie_word_embeddings", false);
         }
     }
-    const bool quantised = std::any_of(specs.begin(), specs.end(), [](const taskvec::tensor_spec& spec) {
-        return spec.dtype == taskvec::dtype::i8 || spec.dtype == taskvec::dtype::u8 || spec.dtype == taskvec::dtype::i32
-            || (taskvec::bits_per_element(spec.dtype) <= 8 && spec.dtype != taskvec::dtype::boolean);
-    });
-    if (config.contains("quantization_config") && !quantised) {
+    if (config.contains("quantization_config") && !is_quantised(specs)) {
         config.erase("quantization_config");
         changed = true;
         note(run, "config.json: quantization_config is left out, as no tensor of the result is quantised");
@@ -322,6 +331,7 @@ void add_model_files(model_output& out, const copy_request& copies, const run_op
                         "--copy-code copies them");
                 }
             }
+            if (name == "hf_quant_config.json" && !is_quantised(specs)) { continue; }
             if (in_place && updated.empty()) { continue; }
             out.add_file(name, updated.empty() ? text : updated);
         }

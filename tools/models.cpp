@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 
 namespace tool {
 
@@ -127,6 +128,7 @@ taskvec::checkpoint open_noted(
 {
     auto model = open_guarded(path, index == "lenient" ? taskvec::index_check::lenient : taskvec::index_check::strict);
     for (const auto& text : model.notes()) { note(run, text); }
+    if (!rules.empty()) { check_readable(model, {}); } // its parts would go by other names than their layer
     if (!rules.empty()) { model.set_model(renamed(model.model(), rules, "'" + path.string() + "'")); }
     return model;
 }
@@ -222,6 +224,7 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
             note(request.run, in_quotes(task.path) + " is the base itself: its task vector is 0");
         }
     }
+    check_layers(request);
     check_no_factors(options);
     line_up(request);
     for (const auto& task : tasks_) { task_models_.push_back(task.model()); }
@@ -274,6 +277,42 @@ std::vector<std::unique_ptr<taskvec::operand_source>> merge_inputs::attach(
     return adapter(t)->changes().attach(models, place);
 }
 
+/// Quantised layers: those that are not read, those of which a part is named, those on a device.
+void merge_inputs::check_layers(const model_request& request) const
+{
+    const auto include = name_filter(request.include, request.exclude);
+    const auto split = [&](const taskvec::checkpoint& model, const std::vector<std::string>& patterns,
+                           const std::string& option) {
+        for (const auto& pattern : patterns) {
+            const auto matches = name_matcher({pattern}, option);
+            for (const auto& tensor : model.layers()->layers()) {
+                const auto& layer = tensor.layer();
+                if (matches(layer.name)) { continue; }
+                for (const auto& part : layer.parts) {
+                    const auto name = std::string(taskvec::layer_stem(layer.name)) + part.leaf;
+                    if (!matches(name)) { continue; }
+                    taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::layer_split,
+                        taskvec::message(option, " '", pattern, "' matches '", name, "' of ", in_quotes(model.path()),
+                            ", which is part of the quantised layer '", layer.name,
+                            "': name the whole layer, by that name"));
+                }
+            }
+        }
+    };
+    const auto check = [&](const taskvec::checkpoint& model) {
+        if (!model.layers()) { return; }
+        check_readable(model, include);
+        split(model, request.exclude, "--exclude");
+        split(model, request.include, "--include");
+        if (request.run.device != "cpu" && !model.layers()->layers().empty()) {
+            throw usage_error(taskvec::message("--device ", request.run.device, ": ", in_quotes(model.path()),
+                " has quantised layers, which are for the cpu; leave --device out"));
+        }
+    };
+    if (base_) { check(*base_); }
+    for (const auto& task : tasks_) { check(task); }
+}
+
 std::string merge_inputs::name_of_base(const model_request& request) const
 {
     return in_quotes(base_ ? fs::path(request.base) : arguments_.front().path);
@@ -322,6 +361,7 @@ void merge_inputs::line_up(const model_request& request)
                 note(request.run,
                     taskvec::message(
                         "names of ", label, ": ", match.words(), ", ", counted(match.names.size(), "tensor")));
+                check_readable(task, {});
                 task.set_model(renamed(task.model(), match));
             }
             else if (!match.names.empty() && (extra > 0 || request.missing == "error" || present == 0)) {
@@ -413,8 +453,76 @@ void merge_inputs::note_what_is_missing(const model_request& request) const
 std::uint64_t merge_inputs::copied_bytes() const
 {
     std::uint64_t total = 0;
-    for (const auto& tensor : models_->copied()) { total += tensor.source.bytes(); }
+    for (const auto& tensor : models_->copied()) {
+        const auto* const decoder = tensor.source.source;
+        total += decoder ? tensor.source.size() * decoder->stored_bits() / 8 : tensor.source.bytes();
+    }
     return total;
+}
+
+void check_readable(const taskvec::checkpoint& model, const std::function<bool(std::string_view)>& include)
+{
+    if (model.layers()) { taskvec::refuse_unread(*model.layers(), include, model.path().string()); }
+}
+
+std::string layers_text(const taskvec::checkpoint& model)
+{
+    if (!model.layers()) { return ""; }
+    std::map<std::string, std::size_t> kinds;
+    for (const auto& tensor : model.layers()->layers()) {
+        const auto& layer = tensor.layer();
+        const bool fp8 = layer.scheme == taskvec::quantisation::fp8;
+        ++kinds[std::string(taskvec::to_string(layer.scheme)) + (fp8 ? " (" + layer.granularity() + ")" : "")];
+    }
+    std::string text;
+    for (const auto& [kind, count] : kinds) {
+        text += (text.empty() ? "" : ", ") + counted(count, "layer") + " in " + kind;
+    }
+    std::map<std::string, std::size_t> unread;
+    for (const auto& layer : model.layers()->unread()) { ++unread[layer.what]; }
+    for (const auto& [what, count] : unread) {
+        text += (text.empty() ? "" : ", ") + counted(count, "layer") + " that "
+            + (count == 1 || !what.starts_with("is ") ? what : "are " + what.substr(3));
+    }
+    return text;
+}
+
+taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::aligned_models& models,
+    const taskvec::checkpoint& reference, bool keep, const std::string& how_to_keep)
+{
+    auto plan = taskvec::plan_outputs(models, reference.model(), reference.layers(), keep);
+    const std::string label = in_quotes(reference.path());
+    if (plan.dequantised > 0) {
+        note(run,
+            counted(plan.dequantised, "quantised layer") + " of " + label + (plan.dequantised == 1 ? " is" : " are")
+                + " written as numbers, without scales" + how_to_keep);
+    }
+    if (!plan.left_out.empty()) {
+        note(run,
+            counted(plan.left_out.size(), "tensor") + " about the quantisation of " + label + " ('"
+                + plan.left_out.front() + "'" + (plan.left_out.size() > 1 ? " …" : "")
+                + (plan.left_out.size() > 1 ? ") are" : ") is") + " left out");
+    }
+    std::size_t inputs = 0;
+    for (const auto& output : plan.outputs) {
+        if (output.how != taskvec::quantised_outputs::way::quantised) { continue; }
+        inputs += output.layer->parts.size() > 2 ? 1u : 0u;
+    }
+    if (inputs > 0) { note(run, "scales of the inputs of " + counted(inputs, "layer") + " stay those of " + label); }
+    return plan;
+}
+
+taskvec::quantised_outputs outputs_of(const model_request& request, const merge_inputs& inputs)
+{
+    const std::string way = request.dtype.empty() ? ways_of_layers : "";
+    return outputs_of(request.run, inputs.models(), inputs.reference(), request.dtype == "keep", way);
+}
+
+std::uint64_t bytes_of(const taskvec::quantised_outputs& plan)
+{
+    std::uint64_t bytes = 0;
+    for (const auto& spec : plan.specs) { bytes += spec.bytes(); }
+    return bytes;
 }
 
 void check_no_weights(const model_request& request, const std::string& who, const std::string& mend)

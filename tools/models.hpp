@@ -8,6 +8,7 @@
 #include "runner.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/quantising_sink.hpp>
 #include <taskvec/methods/merge.hpp>
 
 #include <cstdint>
@@ -36,8 +37,7 @@ struct model_request {
     std::string base, out;
     std::vector<std::string> tasks; ///< of --task and --task-adapter, in the order of the command line
     std::set<std::string> adapters; ///< which of them are adapters
-    std::string dtype = "keep", nonfinite = "error", missing = "error", overflow = "error", index = "strict",
-                shard_size;
+    std::string dtype, nonfinite = "error", missing = "error", overflow = "error", index = "strict", shard_size;
     std::vector<std::string> include, exclude;
     name_rules names;
     bool match_prefixes = false;
@@ -68,7 +68,12 @@ void check_patterns(const std::vector<std::string>& patterns, const std::string&
 void add_tensor_options(command& verb, model_request& request, const std::string& others = "");
 /// Adds --dtype.
 void add_dtype_option(command& verb, std::string& dtype, const std::string& help);
-/// The dtype that --dtype names; nothing for `keep`.
+/// The help of --dtype where models are written, and what a note says of layers that became numbers without it.
+inline constexpr const char* dtype_of_result =
+    "dtype of the result; keep: the base's, per tensor, and layers in scaled FP8 are quantised again (default: the "
+    "base's, and F32 for quantised layers)";
+inline constexpr const char* ways_of_layers = ": --dtype keep quantises them again, --dtype bf16 takes half the space";
+/// The dtype that --dtype names; nothing for `keep`, and where it is not given.
 [[nodiscard]] std::optional<taskvec::dtype> output_dtype(const std::string& text);
 /// Adds --shard-size.
 void add_shard_size_option(command& verb, std::string& shard_size);
@@ -112,10 +117,13 @@ public:
         return base_ ? base_->metadata() : tasks_.front().metadata();
     }
     [[nodiscard]] std::uint64_t copied_bytes() const;
+    /// The base, or the first task where there is no base.
+    [[nodiscard]] const taskvec::checkpoint& reference() const { return base_ ? *base_ : tasks_.front(); }
 
 private:
     void line_up(const model_request& request);
     void check_filters(const model_request& request) const;
+    void check_layers(const model_request& request) const;
     void check_no_factors(const taskvec::model_options& options) const;
     void note_what_is_missing(const model_request& request) const;
     [[nodiscard]] std::string name_of_base(const model_request& request) const;
@@ -131,6 +139,19 @@ private:
     std::vector<taskvec::const_model_ref> task_models_;
     std::optional<taskvec::aligned_models> models_;
 };
+
+/// What the file of a result holds, where layers of `reference` are quantised; notes what becomes of them. `keep`:
+/// whether they are quantised again.
+[[nodiscard]] taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::aligned_models& models,
+    const taskvec::checkpoint& reference, bool keep, const std::string& how_to_keep);
+/// The same for a merge, as its --dtype says.
+[[nodiscard]] taskvec::quantised_outputs outputs_of(const model_request& request, const merge_inputs& inputs);
+/// Bytes of the tensors that are written.
+[[nodiscard]] std::uint64_t bytes_of(const taskvec::quantised_outputs& plan);
+/// Throws where a model has layers that cannot be read and that `include` does not leave out whole.
+void check_readable(const taskvec::checkpoint& model, const std::function<bool(std::string_view)>& include);
+/// "12 layers in scaled FP8 (blocks of 128 × 128)", each kind; empty where none is.
+[[nodiscard]] std::string layers_text(const taskvec::checkpoint& model);
 
 /// A merged model beside the base, lined up for norms.
 [[nodiscard]] taskvec::aligned_models beside_base(

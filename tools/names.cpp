@@ -138,8 +138,8 @@ bool is_head(std::string_view name)
 
 bool same_bytes(const taskvec::const_tensor_ref& a, const taskvec::const_tensor_ref& b)
 {
-    return a.dtype == b.dtype && a.shape == b.shape
-        && (a.data == b.data || std::memcmp(a.data, b.data, a.bytes()) == 0);
+    return a.dtype == b.dtype && a.shape == b.shape && a.source == b.source
+        && (a.source || a.data == b.data || std::memcmp(a.data, b.data, a.bytes()) == 0);
 }
 
 /// The embedding of a model whose shape a tensor has, where there is just one of that kind.

@@ -161,11 +161,18 @@ void revocable_file::revert() noexcept
     }
 }
 
-model_output::model_output(fs::path path, const std::vector<taskvec::tensor_spec>& specs,
-    const taskvec::metadata_map& metadata, const std::string& shard_size, bool directory)
+model_output::model_output(fs::path path, const taskvec::quantised_outputs& plan, const taskvec::metadata_map& metadata,
+    const std::string& shard_size, bool directory)
     : path_(std::move(path))
 {
     std::error_code ignored;
+    const auto& specs = plan.specs;
+    const auto place_sink = [&] {
+        if (plan.plain()) { return; }
+        taskvec::tensor_sink& file = file_ ? static_cast<taskvec::tensor_sink&>(*file_) : *shards_;
+        const auto beside = file_ ? file_->temporary().parent_path() : shards_->folder();
+        quantising_ = std::make_unique<taskvec::quantising_sink>(plan, file, beside);
+    };
     if (!shard_size.empty()) {
         shards_ =
             std::make_unique<taskvec::sharded_writer>(path_, specs, parse_size(shard_size, "--shard-size"), metadata);
@@ -177,8 +184,10 @@ model_output::model_output(fs::path path, const std::vector<taskvec::tensor_spec
     else {
         file_ = std::make_unique<taskvec::safetensors_writer>(path_, specs, metadata);
         guard_temporary(file_->temporary());
+        place_sink();
         return;
     }
+    place_sink();
     for (const auto& temporary : shards_->temporaries()) { guard_temporary(temporary); }
     folder_ = shards_->folder();
 }
@@ -196,23 +205,28 @@ void model_output::add_file(const std::string& name, std::string_view content)
 
 taskvec::tensor_sink& model_output::sink()
 {
+    if (quantising_) { return *quantising_; }
     if (file_) { return *file_; }
     return *shards_;
 }
 
 void model_output::finish()
 {
+    if (quantising_) { std::exchange(quantising_, nullptr)->finish(); }
     file_ ? file_->finish() : shards_->finish();
 }
 
-taskvec::checkpoint model_output::reopen() const
+taskvec::checkpoint model_output::reopen(const taskvec::checkpoint& like) const
 {
     std::vector<taskvec::safetensors_file> files;
     if (file_) { files.emplace_back(file_->temporary()); }
     else {
         for (const auto& temporary : shards_->shard_temporaries()) { files.emplace_back(temporary); }
     }
-    return {path_, std::move(files)};
+    taskvec::checkpoint model(path_, std::move(files));
+    model.read_layers(
+        [hints = like.layers() ? like.layers()->hints() : taskvec::quantisation_hints()] { return hints; });
+    return model;
 }
 
 void model_output::commit()

@@ -4,6 +4,7 @@
 
 #include <taskvec/core/sink.hpp>
 #include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/quantising_sink.hpp>
 
 #include <cstdint>
 #include <filesystem>
@@ -56,8 +57,9 @@ private:
 /// A model that is being written: a file, a directory (`DIR/model.safetensors`), or a directory of shards.
 class model_output {
 public:
-    /// `shard_size`: empty for one file. `directory`: whether that goes to a directory of the path's name.
-    model_output(fs::path path, const std::vector<taskvec::tensor_spec>& specs, const taskvec::metadata_map& metadata,
+    /// `plan`: what the file holds of the tensors that sink() is given; it is kept by reference. `shard_size`: empty
+    /// for one file. `directory`: whether that goes to a directory of the path's name.
+    model_output(fs::path path, const taskvec::quantised_outputs& plan, const taskvec::metadata_map& metadata,
         const std::string& shard_size, bool directory = false);
     /// The directory that the weights are written to, under its temporary name where it is new; empty for a file.
     [[nodiscard]] const fs::path& folder() const { return folder_; }
@@ -74,8 +76,9 @@ public:
     [[nodiscard]] taskvec::tensor_sink& sink();
     /// Forces the bytes to disk; the files still have temporary names.
     void finish();
-    /// The finished model, read back under its temporary names.
-    [[nodiscard]] taskvec::checkpoint reopen() const;
+    /// The finished model, read back under its temporary names. `like`: the model by whose configuration layers are
+    /// quantised.
+    [[nodiscard]] taskvec::checkpoint reopen(const taskvec::checkpoint& like) const;
     void commit();
     [[nodiscard]] std::uint64_t file_size() const;
     [[nodiscard]] const fs::path& path() const { return path_; }
@@ -85,6 +88,7 @@ private:
     std::vector<std::unique_ptr<revocable_file>> beside_;
     std::unique_ptr<taskvec::safetensors_writer> file_;
     std::unique_ptr<taskvec::sharded_writer> shards_;
+    std::unique_ptr<taskvec::quantising_sink> quantising_;
 };
 
 /// A file of text that is created at once, so that a path that cannot be written is known early, filled at the end, and

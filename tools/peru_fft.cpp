@@ -34,6 +34,7 @@ void run_peru_fft(const tool::merge_request& request)
     tool::claim_report(request.run);
     tool::runner run(request.run, tool::runs_on::any_device);
     const auto call = tool::call_of(run.policy(), merging, inputs);
+    const auto plan = tool::outputs_of(merging, inputs);
     if (request.run.dry_run) {
         method.examine(call);
         tool::print("would merge " + tool::counted(inputs.tasks().size(), "task") + " by " + request.method
@@ -48,19 +49,19 @@ void run_peru_fft(const tool::merge_request& request)
         inner ? taskvec::existing_directory::fill : taskvec::existing_directory::exchange);
     for (const auto& made : folder.made()) { tool::guard_temporary(made); }
     tool::guard_temporary(folder.lock_file());
-    tool::model_output out(folder.path() / (request.shard_size.empty() ? "merged.safetensors" : "merged"),
-        inputs.models().outputs(), inputs.metadata(), request.shard_size);
+    tool::model_output out(folder.path() / (request.shard_size.empty() ? "merged.safetensors" : "merged"), plan,
+        inputs.metadata(), request.shard_size);
     const auto options = tool::json_of(method.values(merging.options));
     const bool sharded = !request.shard_size.empty();
     if (!sharded) { out.set_folder(folder.path(), request.out); }
     tool::add_model_files(out, request.copies, request.run,
         {"Merged by " + request.method + ", with a delta for each task (PERU-FFT)", request.method,
             tool::recipe_models(request, inputs), options.dump(2)},
-        inputs.models().outputs(), sharded ? "" : "merged.safetensors");
+        plan.specs, sharded ? "" : "merged.safetensors");
     const auto merge_report = method.run(call, out.sink());
     out.finish();
 
-    const auto merged = out.reopen();
+    const auto merged = out.reopen(inputs.reference());
     const auto stamp = taskvec::fingerprint(run.policy(), merged.model());
     auto how = inputs.models().options();
     how.base_label = "the merged model";

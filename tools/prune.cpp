@@ -13,7 +13,7 @@ void run_prune(const tool::merge_request& request)
     tool::check_none_by_tensor(request.options, "prune");
     tool::check_options(request, "prune", tool::pruning_table(), {},
         [](const tool::option_values& values) { (void)tool::pruning_options(values); });
-    if (request.dtype != "keep") {
+    if (!request.dtype.empty() && request.dtype != "keep") {
         tool::note(request.run, "--dtype has no effect on prune: deltas hold F32, or F64 for F64 tensors");
     }
     if (!request.shard_size.empty()) {

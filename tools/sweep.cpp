@@ -355,6 +355,7 @@ void run_sweep(const sweep_settings& given)
         given.merge, method.needs_base); // everything that can be checked is, before the first candidate
     tool::runner run(given.merge.run);
     method.examine(tool::call_of(run.policy(), given.merge, all));
+    (void)tool::outputs_of(given.merge, all);
     if (given.merge.run.dry_run) {
         tool::print("would score " + tool::counted(left.size(), "candidate") + " of "
             + tool::counted(points.candidates.size(), "point") + " by '" + tool::printable(given.score.text) + "'\n"
@@ -379,10 +380,15 @@ void run_sweep(const sweep_settings& given)
             for (std::size_t i = 0; i < count; ++i) {
                 const auto request = request_of(given, method, points, *left[first + i]);
                 const auto& models = inputs.of(request);
+                auto quiet = request;
+                quiet.run.quiet = true; // what becomes of layers is noted once
+                const auto plan = tool::outputs_of(quiet, models);
                 files.push_back(scratch.path() / ("candidate" + std::to_string(i) + ".safetensors"));
                 taskvec::safetensors_writer out(
-                    files.back(), models.models().outputs(), models.metadata(), taskvec::durability::process);
-                (void)method.run(tool::call_of(run.policy(), request, models), out);
+                    files.back(), plan.specs, models.metadata(), taskvec::durability::process);
+                taskvec::quantising_sink sink(plan, out, scratch.path());
+                (void)method.run(tool::call_of(run.policy(), request, models), sink);
+                sink.finish();
                 if (first == 0) { tool::guard_temporary(files.back()); }
                 out.commit();
             }
@@ -430,12 +436,15 @@ void run_sweep(const sweep_settings& given)
         const bool directory = tool::out_is_directory(request.out,
             inputs.base() ? tool::fs::path(request.base) : inputs.arguments().front().path,
             !request.shard_size.empty());
-        out.emplace(request.out, inputs.models().outputs(), inputs.metadata(), request.shard_size, directory);
+        auto quiet = request;
+        quiet.run.quiet = true;
+        const auto plan = tool::outputs_of(quiet, inputs);
+        out.emplace(request.out, plan, inputs.metadata(), request.shard_size, directory);
         tool::add_model_files(*out, request.copies, request.run,
             {"Merged by " + request.method + ", the best of " + tool::counted(points.candidates.size(), "point"),
                 request.method, tool::recipe_models(request, inputs),
                 tool::json_of(method.values(request.options)).dump(2)},
-            inputs.models().outputs());
+            plan.specs);
         (void)method.run(tool::call_of(run.policy(), request, inputs), out->sink());
         out->finish();
     }

@@ -385,7 +385,6 @@ struct adapter_write_options;
 struct written_adapter;
 struct adapter_base_traits;
 struct peft_write_options;
-class peft_writer;
 enum class quantisation : std::uint8_t;
 struct layer_part;
 struct quantised_layer;

@@ -596,7 +596,7 @@ TEST_CASE("merges through a quantising sink: the numbers of the merge in f32, qu
         merge(policy, options, reference, in_memory);
 
         for (const bool keep : {false, true}) {
-            const auto plan = plan_outputs(models, layers[0].model(), layers[0].beside(), keep);
+            const auto plan = plan_outputs(models, layers[0].model(), &layers[0], keep);
             CHECK(plan.plain() == !keep);
             std::deque<std::vector<std::byte>> files;
             std::vector<void*> file_places;
@@ -641,7 +641,7 @@ TEST_CASE("a sink of layers says what was not written")
     make(made, {{4, 4}, {}, 4, 4}, dtype::f8_e4m3, dtype::f32, random);
     const quantised_layers layers(made.stored.model());
     const aligned_models models(&layers.model(), {&layers.model(), 1});
-    const auto plan = plan_outputs(models, layers.model(), {}, true);
+    const auto plan = plan_outputs(models, layers.model(), &layers, true);
     std::vector<std::byte> codes(16), scale(4);
     memory_sink file({codes.data(), scale.data()});
     quantising_sink out(plan, file, {});
@@ -667,7 +667,7 @@ TEST_CASE("layers that take no part stay as they are stored, and are numbers whe
     options.include = [](std::string_view name) { return name == "norm"; };
     {
         const aligned_models models(&layers.model(), {&layers.model(), 1}, options);
-        const auto plan = plan_outputs(models, layers.model(), layers.beside(), false);
+        const auto plan = plan_outputs(models, layers.model(), &layers, false);
         REQUIRE(plan.specs.size() == 3);
         std::vector<std::byte> codes(16), scales(16), norm(8);
         memory_sink file({codes.data(), scales.data(), norm.data()});
@@ -679,7 +679,7 @@ TEST_CASE("layers that take no part stay as they are stored, and are numbers whe
     }
     options.output = dtype::bf16;
     const aligned_models models(&layers.model(), {&layers.model(), 1}, options);
-    const auto plan = plan_outputs(models, layers.model(), layers.beside(), true);
+    const auto plan = plan_outputs(models, layers.model(), &layers, true);
     REQUIRE(plan.specs.size() == 2);
     CHECK(plan.specs[0].dtype == dtype::bf16);
     std::vector<std::uint16_t> weight(16), norm(2);

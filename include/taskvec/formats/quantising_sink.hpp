@@ -10,6 +10,7 @@
 #include <taskvec/formats/file.hpp>
 #include <taskvec/formats/quantised.hpp>
 #include <taskvec/models/aligned_models.hpp>
+#include <taskvec/models/operand_source.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -21,6 +22,7 @@
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -167,24 +169,27 @@ struct quantised_outputs {
     }
 };
 
-/// Plans the outputs of models whose reference (the base, or the first task) has quantised layers. `beside`: its
-/// tensors about the quantisation as a whole (quantised_layers::beside()). `quantise`: whether merged layers are
-/// quantised again; otherwise they become numbers of the output's dtype. Layers that take no part stay as they are
-/// stored, unless the models ask for one dtype throughout. Throws dtype_mismatch for a layer to be quantised again by a
-/// scheme that is only read.
+/// Plans the outputs of models whose reference (the base, or the first task) has quantised layers, `layers`; null where
+/// it has none. `quantise`: whether merged layers are quantised again; otherwise they become numbers of the output's
+/// dtype. Layers that take no part stay as they are stored, unless the models ask for one dtype throughout. Throws
+/// dtype_mismatch for a layer to be quantised again by a scheme that is only read.
 [[nodiscard]] inline quantised_outputs plan_outputs(
-    const aligned_models& models, const const_model_ref& reference, const const_model_ref& beside, bool quantise)
+    const aligned_models& models, const const_model_ref& reference, const quantised_layers* layers, bool quantise)
 {
     using way = quantised_outputs::way;
     quantised_outputs plan;
     std::vector<bool> copied(models.outputs().size());
     for (const auto& tensor : models.copied()) { copied[tensor.output] = true; }
+    std::map<const operand_source*, const quantised_layer*> by_source;
+    if (layers) {
+        for (const auto& tensor : layers->layers()) { by_source.emplace(&tensor, &tensor.layer()); }
+    }
     bool any_layer = false;
     for (std::size_t i = 0; i < models.outputs().size(); ++i) {
         const auto& spec = models.outputs()[i];
         const auto* const tensor = reference.find(spec.name);
-        const auto* const decoder = tensor ? dynamic_cast<const quantised_tensor*>(tensor->source) : nullptr;
-        const auto* const layer = decoder ? &decoder->layer() : nullptr;
+        const auto found = tensor && tensor->source ? by_source.find(tensor->source) : by_source.end();
+        const auto* const layer = found != by_source.end() ? found->second : nullptr;
         quantised_outputs::output one{way::numbers, plan.specs.size(), layer};
         if (layer && copied[i] && !models.options().output) { one.how = way::as_stored; }
         if (layer && !copied[i] && quantise) { one.how = way::quantised; }
@@ -214,7 +219,7 @@ struct quantised_outputs {
         }
         plan.outputs.push_back(one);
     }
-    for (const auto& [name, tensor] : beside) {
+    for (const auto& [name, tensor] : layers ? layers->beside() : const_model_ref()) {
         if (!any_layer) {
             plan.left_out.push_back(name);
             continue;
@@ -231,7 +236,7 @@ struct quantised_outputs {
 /// the model's size. Each byte has to be written once. finish() writes what is copied. Throws what the file's sink
 /// throws, io_error.
 ///
-///     const auto plan = plan_outputs(models, base.model(), {}, true);
+///     const auto plan = plan_outputs(models, base.model(), base.layers(), true);
 ///     safetensors_writer file(path, plan.specs);
 ///     quantising_sink out(plan, file, path.parent_path());
 ///     merge(cpu{}, options, models, out);

@@ -1,0 +1,393 @@
+// Models with quantised layers: every verb computes with their numbers, as it does with the same model in F32; results
+// are numbers, or quantised again by the same scheme; a layer is never taken apart. SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include <taskvec/formats/quantised.hpp>
+
+#include <nlohmann/json.hpp>
+
+#include <map>
+
+namespace quantised_tools {
+
+using namespace tools_test;
+using words = std::vector<std::string>;
+
+bool says(const std::string& text, const std::string& part)
+{
+    return text.find(part) != std::string::npos;
+}
+words with(words list, const words& more)
+{
+    list.insert(list.end(), more.begin(), more.end());
+    return list;
+}
+bool refuses(const outcome& result, const words& parts, int code = 1)
+{
+    bool all = result.code == code && is_error_line(result.err);
+    for (const auto& part : parts) { all = all && says(result.err, part); }
+    if (!all) { MESSAGE("exit ", result.code, ": ", result.err); }
+    return all;
+}
+
+/// Tensors as bytes, to be written and read.
+struct stored_tensor {
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    taskvec::extents shape{};
+    std::string bytes{};
+    bool operator==(const stored_tensor&) const = default;
+};
+using stored_model = std::map<std::string, stored_tensor>;
+
+stored_tensor floats(taskvec::extents shape, const std::vector<float>& values)
+{
+    return {taskvec::dtype::f32, std::move(shape),
+        std::string(reinterpret_cast<const char*>(values.data()), 4 * values.size())};
+}
+void write_stored(const std::filesystem::path& path, const stored_model& model)
+{
+    std::filesystem::create_directories(path.parent_path());
+    taskvec::const_model_ref views;
+    for (const auto& [name, tensor] : model) {
+        views.insert(name, taskvec::const_tensor_ref{tensor.bytes.data(), tensor.dtype, tensor.shape});
+    }
+    taskvec::write_safetensors(path, views, {}, taskvec::durability::process);
+}
+stored_model read_stored(const std::filesystem::path& path)
+{
+    const taskvec::safetensors_file file(path);
+    stored_model model;
+    for (const auto& [name, tensor] : file.model()) {
+        model[name] = {tensor.dtype, tensor.shape, {static_cast<const char*>(tensor.data), tensor.bytes()}};
+    }
+    return model;
+}
+
+/// Every layer as F32, by the library's own decoder (which is held to the definitions elsewhere).
+stored_model as_numbers(const stored_model& model)
+{
+    taskvec::const_model_ref views;
+    for (const auto& [name, tensor] : model) {
+        views.insert(name, taskvec::const_tensor_ref{tensor.bytes.data(), tensor.dtype, tensor.shape});
+    }
+    const taskvec::quantised_layers layers(views);
+    stored_model result;
+    for (const auto& [name, tensor] : layers.model()) {
+        if (!tensor.source) {
+            result[name] = model.at(name);
+            continue;
+        }
+        std::vector<float> values(tensor.size());
+        tensor.source->read(0, values.size(), values.data());
+        result[name] = floats(tensor.shape, values);
+    }
+    return result;
+}
+
+/// A model of three layers (one scale, one for each row, blocks of 128 × 128), and a norm that is not quantised.
+stored_model quantised(unsigned seed, unsigned noise = 0)
+{
+    stored_model model;
+    std::mt19937 random(seed);
+    const auto add = [&](const std::string& name, const std::string& scale, taskvec::extents shape,
+                         taskvec::extents grid) {
+        stored_tensor codes{taskvec::dtype::f8_e4m3, shape, {}};
+        for (std::size_t i = 0; i < taskvec::element_count(shape); ++i) {
+            codes.bytes += static_cast<char>((random() % 128) % 0x7f | (random() % 2) << 7);
+        }
+        std::vector<float> scales;
+        for (std::size_t i = 0; i < taskvec::element_count(grid); ++i) {
+            scales.push_back(0.001f * static_cast<float>(1 + random() % 100));
+        }
+        if (noise) { // a task near the base: other codes and scales for nearly the same numbers
+            std::mt19937 other(noise);
+            for (auto& code : codes.bytes) {
+                const unsigned bits = static_cast<unsigned char>(code), bump = other() % 2;
+                code = static_cast<char>((bits & 7u) < 6 ? bits + bump : bits);
+            }
+            for (auto& factor : scales) { factor *= 1.0f + 0.01f * static_cast<float>(other() % 10); }
+        }
+        model[name] = codes;
+        model[name.substr(0, name.size() - 6) + scale] = floats(grid, scales);
+    };
+    add("layers.0.weight", "weight_scale", {40, 24}, {});
+    add("layers.1.weight", "weight_scale", {40, 24}, {40, 1});
+    add("layers.2.weight", "weight_scale_inv", {130, 140}, {2, 2});
+    std::vector<float> norm;
+    for (int i = 0; i < 5; ++i) { norm.push_back(static_cast<float>((random() + noise) % 1000) / 500 - 1); }
+    model["norm"] = floats({5}, norm);
+    return model;
+}
+
+/// q*: quantised; f*: the same numbers in F32.
+struct quantised_models {
+    scratch folder;
+    stored_model base = quantised(1), first = quantised(1, 7), second = quantised(1, 8);
+    quantised_models()
+    {
+        const std::map<std::string, const stored_model*> all{{"base", &base}, {"first", &first}, {"second", &second}};
+        for (const auto& [name, model] : all) {
+            write_stored(folder / ("q/" + name + ".safetensors"), *model);
+            write_stored(folder / ("f/" + name + ".safetensors"), as_numbers(*model));
+        }
+    }
+    /// The same command line with quantised models and with numbers: both end in 0. `@` is the folder.
+    std::pair<outcome, outcome> both(const words& line) const
+    {
+        outcome results[2];
+        for (int i = 0; i < 2; ++i) {
+            auto mine = line;
+            for (auto& word : mine) {
+                if (const auto at = word.find('@'); at != word.npos) { word.replace(at, 1, i == 0 ? "q" : "f"); }
+            }
+            results[i] = run(folder, mine);
+            CHECK_MESSAGE(results[i].code == 0, results[i].err);
+        }
+        return {results[0], results[1]};
+    }
+    [[nodiscard]] bool same_files(const std::string& name) const
+    {
+        return read_stored(folder / ("q/" + name)) == read_stored(folder / ("f/" + name));
+    }
+};
+const words trio{"--base", "@/base.safetensors", "--task", "@/first.safetensors", "--task", "@/second.safetensors"};
+const words pair{"--base", "@/base.safetensors", "--task", "@/first.safetensors"};
+
+TEST_CASE("every verb computes with the numbers of quantised layers")
+{
+    const quantised_models m;
+    for (const words& how : std::vector<words>{{"average"}, {"task-arithmetic"}, {"ties", "--density", "0.3"},
+             {"dare-ties", "--density", "0.4"}, {"model-stock"}, {"sce"}, {"breadcrumbs"}, {"ram"}, {"karcher"},
+             {"multi-slerp"}}) {
+        CAPTURE(how[0]);
+        m.both(with(with({"merge", "--method"}, how), with(trio, {"--out", "@/o.safetensors"})));
+        CHECK(m.same_files("o.safetensors"));
+    }
+    m.both({"merge", "--method", "slerp", "--task", "@/first.safetensors", "--task", "@/second.safetensors", "--out",
+        "@/o.safetensors", "--dtype", "bf16"});
+    CHECK(m.same_files("o.safetensors"));
+    m.both(with(with({"prune"}, pair), {"--density", "0.2", "--out", "@/d.safetensors"}));
+    CHECK(m.same_files("d.safetensors"));
+    m.both({"apply", "--base", "@/base.safetensors", "--delta", "@/d.safetensors", "--out", "@/a.safetensors"});
+    CHECK(m.same_files("a.safetensors"));
+    // A delta belongs to the numbers of its base, however these are stored.
+    REQUIRE(run(m.folder,
+                {"apply", "--base", "q/base.safetensors", "--delta", "f/d.safetensors", "--out", "q/b.safetensors"})
+                .code
+        == 0);
+    CHECK(read_stored(m.folder / "q/b.safetensors") == read_stored(m.folder / "f/a.safetensors"));
+    m.both(with(with({"peru-fft", "--method", "ties"}, trio), {"--density", "0.1", "--out", "@/p", "--no-card"}));
+    for (const std::string file : {"merged.safetensors", "first.delta.safetensors", "second.delta.safetensors"}) {
+        CHECK(m.same_files("p/" + file));
+    }
+    const auto [q, f] = m.both(with({"similarity"}, trio));
+    CHECK(q.out == f.out);
+    m.both(with(with({"extract-lora"}, pair), {"--rank", "4", "--out", "@/lora"}));
+    CHECK(m.same_files("lora/adapter_model.safetensors"));
+    m.both(with(with({"sweep", "--method", "task-arithmetic"}, trio),
+        {"--lambdas", "0.5,1", "--score", "cksum {} | cut -d ' ' -f 1", "--csv", "@/s.csv", "--out",
+            "@/o.safetensors"}));
+    CHECK(slurp(m.folder / "q/s.csv") == slurp(m.folder / "f/s.csv"));
+    CHECK(m.same_files("o.safetensors"));
+    const auto diff = run(m.folder, {"inspect", "q/base.safetensors", "--diff", "f/base.safetensors"});
+    CHECK(diff.code == 0);
+    CHECK(says(diff.out, "4 tensors equal, 0 differ"));
+}
+
+TEST_CASE("a base in numbers and a task in scaled FP8, and the other way round")
+{
+    const quantised_models m;
+    const auto line = [](const std::string& base, const std::string& task, const std::string& out) {
+        return words{"merge", "--method", "task-arithmetic", "--lambda", "0.5", "--base", base, "--task", task, "--out",
+            out, "--dtype", "keep"};
+    };
+    REQUIRE(run(m.folder, line("f/base.safetensors", "q/first.safetensors", "mixed.safetensors")).code == 0);
+    REQUIRE(run(m.folder, line("f/base.safetensors", "f/first.safetensors", "plain.safetensors")).code == 0);
+    CHECK(read_stored(m.folder / "mixed.safetensors") == read_stored(m.folder / "plain.safetensors"));
+    REQUIRE(run(m.folder, line("q/base.safetensors", "f/first.safetensors", "mixed.safetensors")).code == 0);
+    REQUIRE(run(m.folder, line("q/base.safetensors", "q/first.safetensors", "again.safetensors")).code == 0);
+    CHECK(read_stored(m.folder / "mixed.safetensors") == read_stored(m.folder / "again.safetensors"));
+    CHECK(read_stored(m.folder / "mixed.safetensors").size() == m.base.size());
+}
+
+TEST_CASE("--dtype keep quantises again by the same scheme, within the codes' own error")
+{
+    quantised_models m;
+    const auto one = [&](const std::string& folder, const std::string& dtype, const std::string& out) {
+        words line{"merge", "--method", "average", "--task", folder + "/first.safetensors", "--task",
+            folder + "/second.safetensors", "--out", out, "--report", out + ".json"};
+        if (!dtype.empty()) { line.insert(line.end(), {"--dtype", dtype}); }
+        const auto result = run(m.folder, line);
+        REQUIRE_MESSAGE(result.code == 0, result.err);
+        return result.err;
+    };
+    CHECK(says(one("q", "", "n.safetensors"), "3 quantised layers of 'q/first.safetensors' are written as numbers"));
+    CHECK(one("q", "keep", "k.safetensors").empty());
+    const auto numbers = read_stored(m.folder / "n.safetensors"), kept = read_stored(m.folder / "k.safetensors");
+    CHECK(numbers.size() == 4);
+    REQUIRE(kept.size() == m.first.size());
+    for (const auto& [name, tensor] : kept) {
+        CHECK(tensor.dtype == m.first.at(name).dtype);
+        CHECK(tensor.shape == m.first.at(name).shape);
+    }
+    const auto back = as_numbers(kept);
+    for (const auto& [name, tensor] : numbers) {
+        const auto* const wanted = reinterpret_cast<const float*>(tensor.bytes.data());
+        const auto* const found = reinterpret_cast<const float*>(back.at(name).bytes.data());
+        float largest = 0, worst = 0;
+        for (std::size_t i = 0; i < tensor.bytes.size() / 4; ++i) {
+            largest = std::max(largest, std::abs(wanted[i]));
+            worst = std::max(worst, std::abs(found[i] - wanted[i]));
+        }
+        CHECK(worst <= (name == "norm" ? 0 : largest * 16.01f / 448));
+        CHECK(largest > 0);
+    }
+    const auto report = nlohmann::json::parse(slurp(m.folder / "k.safetensors.json"));
+    CHECK(report["tensors"].size() == 4);
+    // Quantising what was quantised changes nothing more: the largest magnitude of a group stays.
+    REQUIRE(
+        run(m.folder,
+            {"merge", "--method", "average", "--task", "k.safetensors", "--out", "k2.safetensors", "--dtype", "keep"})
+            .code
+        == 0);
+    CHECK(as_numbers(read_stored(m.folder / "k2.safetensors")).size() == 4);
+    // Shards, threads and little memory make no difference.
+    REQUIRE(run(m.folder,
+                {"merge", "--method", "average", "--task", "q/first.safetensors", "--task", "q/second.safetensors",
+                    "--out", "shards", "--dtype", "keep", "--shard-size", "2kB", "--threads", "3", "--memory", "1MB"})
+                .code
+        == 0);
+    const auto shards = taskvec::open_model(m.folder / "shards");
+    for (const auto& [name, tensor] : shards.stored()) {
+        CHECK(kept.at(name).bytes == std::string(static_cast<const char*>(tensor.data), tensor.bytes()));
+    }
+}
+
+TEST_CASE("directories: block sizes from the configuration, which goes with the codes and not without them")
+{
+    const scratch folder;
+    stored_model model;
+    model["l.weight"] = {taskvec::dtype::f8_e4m3, {6, 6}, std::string(36, '\x38')};
+    model["l.weight_scale_inv"] = floats({2, 2}, {1, 2, 3, 4});
+    model["l.input_scale"] = floats({}, {0.5f});
+    write_stored(folder / "m/model.safetensors", model);
+    const std::string config = R"({"model_type": "x", "quantization_config": {"weight_block_size": [4, 4]}})";
+    spill(folder / "m/config.json", config);
+    spill(folder / "m/hf_quant_config.json", "{}");
+    const words line{"merge", "--method", "average", "--task", "m", "--no-card"};
+    auto result = run(folder, with(line, {"--out", "kept", "--dtype", "keep"}));
+    REQUIRE_MESSAGE(result.code == 0, result.err);
+    CHECK(says(result.err, "scales of the inputs of 1 layer stay those of 'm'"));
+    CHECK(scratch::names_in(folder / "kept")
+        == std::set<std::string>{"model.safetensors", "config.json", "hf_quant_config.json"});
+    CHECK(nlohmann::json::parse(slurp(folder / "kept/config.json")) == nlohmann::json::parse(config));
+    const auto kept = read_stored(folder / "kept/model.safetensors");
+    CHECK(kept.at("l.input_scale") == model.at("l.input_scale"));
+    const auto opened = taskvec::open_model(folder / "kept");
+    std::vector<float> values(36);
+    opened.model().find("l.weight")->source->read(0, 36, values.data());
+    for (std::size_t i = 0; i < 36; ++i) {
+        const float expected = static_cast<float>(1 + i / 24 * 2 + i % 6 / 4);
+        CHECK(values[i] == doctest::Approx(expected).epsilon(1e-6));
+    }
+    result = run(folder, with(line, {"--out", "plain", "--dtype", "bf16"}));
+    REQUIRE_MESSAGE(result.code == 0, result.err);
+    CHECK(says(result.err, "'l.input_scale') is left out"));
+    CHECK(scratch::names_in(folder / "plain") == std::set<std::string>{"model.safetensors", "config.json"});
+    CHECK(nlohmann::json::parse(slurp(folder / "plain/config.json"))
+        == nlohmann::json::parse(R"({"model_type": "x", "torch_dtype": "bfloat16"})"));
+    CHECK(read_stored(folder / "plain/model.safetensors").size() == 1);
+    // A configuration that the shapes contradict.
+    spill(folder / "m/config.json", R"({"quantization_config": {"weight_block_size": [128, 128]}})");
+    CHECK(refuses(run(folder, with(line, {"--out", "no"})), {"'l.weight'", "[2, 2]", "128 × 128", "m/config.json"}));
+    CHECK_FALSE(std::filesystem::exists(folder / "no"));
+}
+
+TEST_CASE("a layer is excluded whole, and then copied as it is stored")
+{
+    const quantised_models m;
+    const words line{"merge", "--method", "average", "--task", "q/first.safetensors", "--task", "q/second.safetensors",
+        "--out", "o.safetensors"};
+    for (const std::string dtype : {"keep", ""}) {
+        auto mine = with(line, {"--exclude", "layers\\.0\\.weight$"});
+        if (!dtype.empty()) { mine = with(mine, {"--dtype", dtype}); }
+        REQUIRE(run(m.folder, mine).code == 0);
+        const auto out = read_stored(m.folder / "o.safetensors");
+        CHECK(out.at("layers.0.weight") == m.first.at("layers.0.weight"));
+        CHECK(out.at("layers.0.weight_scale") == m.first.at("layers.0.weight_scale"));
+        CHECK(out.contains("layers.1.weight_scale") == (dtype == "keep"));
+    }
+    REQUIRE(run(m.folder, with(line, {"--exclude", "layers.0", "--dtype", "f32"})).code == 0);
+    const auto numbers = read_stored(m.folder / "o.safetensors");
+    CHECK(numbers.size() == 4);
+    CHECK(numbers.at("layers.0.weight") == as_numbers(m.first).at("layers.0.weight"));
+    std::filesystem::remove(m.folder / "o.safetensors");
+    CHECK(refuses(run(m.folder, with(line, {"--exclude", "layers.0.weight_scale"})),
+        {"'layers.0.weight_scale'", "'layers.0.weight'", "the whole layer", "[layer-split]"}));
+    CHECK(
+        refuses(run(m.folder, with(line, {"--include", "weight_scale_inv"})), {"'layers.2.weight'", "[layer-split]"}));
+    CHECK_FALSE(std::filesystem::exists(m.folder / "o.safetensors"));
+}
+
+TEST_CASE("MXFP4 is read, and written as numbers")
+{
+    const scratch folder;
+    stored_model model;
+    model["e.up_blocks"] = {taskvec::dtype::u8, {1, 2, 1, 16}, std::string(32, '\x22')};
+    model["e.up_scales"] = {taskvec::dtype::u8, {1, 2, 1}, "\x7f\x80"};
+    write_stored(folder / "m.safetensors", model);
+    stored_model numbers;
+    std::vector<float> values;
+    for (int i = 0; i < 32; ++i) { values.insert(values.end(), {3, 4}); }
+    numbers["e.up"] = floats({1, 32, 2}, values);
+    write_stored(folder / "n.safetensors", numbers);
+    const words line{
+        "merge", "--method", "average", "--task", "m.safetensors", "--task", "n.safetensors", "--out", "o"};
+    REQUIRE(run(folder, line).code == 0);
+    for (auto& value : values) { value = value == 3 ? 2 : 3; }
+    CHECK(read_stored(folder / "o").at("e.up") == floats({1, 32, 2}, values));
+    CHECK(refuses(run(folder, with(line, {"--dtype", "keep"})), {"'e.up'", "MXFP4", "choose a dtype"}));
+}
+
+TEST_CASE("layers that nothing reads, and damaged ones, are refused by name in every verb")
+{
+    const scratch folder;
+    stored_model gptq;
+    gptq["l.qweight"] = {taskvec::dtype::i32, {1, 8}, std::string(32, '\1')};
+    gptq["l.qzeros"] = {taskvec::dtype::i32, {1, 1}, std::string(4, '\1')};
+    gptq["l.scales"] = floats({1, 8}, std::vector<float>(8, 1));
+    gptq["l.g_idx"] = {taskvec::dtype::i32, {8}, std::string(32, '\0')};
+    gptq["norm"] = floats({2}, {1, 2});
+    auto other = gptq;
+    other["norm"] = floats({2}, {3, 4});
+    write_stored(folder / "a.safetensors", gptq);
+    write_stored(folder / "b.safetensors", other);
+    const words models{"--base", "a.safetensors", "--task", "b.safetensors"};
+    const std::vector<words> verbs{with({"merge", "--method", "ties", "--out", "o"}, models),
+        with({"prune", "--out", "o"}, models), with({"peru-fft", "--method", "ties", "--out", "o"}, models),
+        with({"similarity"}, models), with({"extract-lora", "--rank", "1", "--out", "o"}, models),
+        with({"sweep", "--method", "ties", "--lambdas", "1", "--score", "echo 1 {}", "--csv", "o"}, models)};
+    for (const auto& verb : verbs) {
+        CAPTURE(verb[0]);
+        CHECK(refuses(run(folder, verb), {"a.safetensors: layer 'l' is quantised by GPTQ: ", "dequantise", "exclude"}));
+    }
+    CHECK(refuses(run(folder, with(verbs[0], {"--exclude", "qweight"})), {"'l.qweight'", "'l'", "[layer-split]"}));
+    CHECK(refuses(run(folder, with(verbs[0], {"--rename", "^l=k", "--exclude", "^k"})), {"'l'"}));
+    REQUIRE(run(folder, with(verbs[0], {"--exclude", "^l\\.", "--density", "1"})).code == 0);
+    auto expected = other;
+    CHECK(read_stored(folder / "o") == expected);
+    const auto inspected = run(folder, {"inspect", "a.safetensors"});
+    CHECK(inspected.code == 0);
+    CHECK(says(inspected.out, "5 tensors"));
+    CHECK(says(inspected.out, "quantised: 1 layer that is quantised by GPTQ"));
+
+    stored_model damaged;
+    damaged["l.weight"] = {taskvec::dtype::f8_e4m3, {2, 2}, "8888"};
+    damaged["l.weight_scale"] = floats({}, {NAN});
+    write_stored(folder / "c.safetensors", damaged);
+    CHECK(refuses(run(folder, {"merge", "--method", "average", "--task", "c.safetensors", "--out", "n"}),
+        {"c.safetensors: layer 'l.weight' has the scale nan", "expected a positive number"}));
+    CHECK_FALSE(std::filesystem::exists(folder / "n"));
+}
+
+} // namespace quantised_tools
