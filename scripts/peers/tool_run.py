@@ -79,7 +79,7 @@ def main():
         os.chdir(scratch)
         checkpoints(pathlib.Path("."))
         for name, (text, tolerance) in CONFIGURATIONS.items():
-            run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), f"mergekit {name}", MergeOptions(copy_tokenizer=False, quiet=True))
+            run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), f"mergekit {name}", MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True))
             expected = {}
             for path in pathlib.Path(f"mergekit {name}").glob("*.safetensors"):
                 expected |= load(path)[0]
