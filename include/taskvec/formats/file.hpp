@@ -325,8 +325,7 @@ public:
     /// `size`: the bytes that the file will have, reserved at once.
     explicit atomic_file(
         std::filesystem::path target, std::uint64_t size = 0, durability mode = durability::synchronised)
-        : target_(std::move(target))
-        , mode_(mode)
+        : atomic_file(begun{}, std::move(target), mode) // what throws from here on is cleared up by the destructor
     {
         if (!target_.has_filename()) {
             raise<io_error>(error_code::file_kind, "names no file", target_.string(), EISDIR);
@@ -362,7 +361,6 @@ public:
                     target_, message("cannot create a file in directory '", directory.string(), "'"), code);
             }
         }
-        // From here on the destructor does not run if something throws: remove the temporary file by hand.
         int code = 0;
         std::string_view what;
         if (exists && ::fchmod(file_.get(), status.st_mode & 0777) != 0 && errno != EPERM) {
@@ -374,7 +372,7 @@ public:
             what = "cannot reserve the file's space";
         }
         if (code) {
-            discard();
+            discard(); // without exceptions no destructor runs
             detail::raise_io(target_, message(what, " (", size, " bytes)"), code);
         }
     }
@@ -469,6 +467,11 @@ public:
     }
 
 private:
+    struct begun { };
+    atomic_file(begun, std::filesystem::path target, durability mode)
+        : target_(std::move(target))
+        , mode_(mode)
+    { }
     int reserve(std::uint64_t size) noexcept
     {
 #if defined(__linux__)
@@ -501,8 +504,9 @@ class directory_lock {
 public:
     directory_lock() = default;
     explicit directory_lock(const std::filesystem::path& directory)
-        : path_(directory / ".taskvec-lock")
+        : directory_lock() // what throws from here on is cleared up by the destructor
     {
+        path_ = directory / ".taskvec-lock";
         for (;;) {
             file_ = detail::descriptor(
                 detail::retry([&] { return ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666); }));
@@ -603,9 +607,7 @@ class output_directory {
 public:
     explicit output_directory(const std::filesystem::path& target, durability mode = durability::synchronised,
         existing_directory existing = existing_directory::fill)
-        : target_(target.has_filename() ? target : target.parent_path())
-        , path_(target_)
-        , mode_(mode)
+        : output_directory(begun{}, target, mode) // what throws from here on is cleared up by the destructor
     {
         std::error_code ignored;
         if (std::filesystem::exists(target_, ignored)) {
@@ -664,6 +666,12 @@ public:
     [[nodiscard]] directory_lock* lock() noexcept { return lock_ ? &*lock_ : nullptr; }
 
 private:
+    struct begun { };
+    output_directory(begun, const std::filesystem::path& target, durability mode)
+        : target_(target.has_filename() ? target : target.parent_path())
+        , path_(target_)
+        , mode_(mode)
+    { }
     [[nodiscard]] std::filesystem::path sibling_name() const
     {
         static std::atomic<unsigned> counter{0};

@@ -37,7 +37,7 @@
 // The constructor checks the options and may ask `passes` for what takes a walk over the models: dot products of every
 // tensor, thresholds of top-k, and memory for tables that bodies read (see cpu_passes). body<A>(tensor) is a small
 // value for each tensor: trivially copyable, numbers and pointers from passes.keep(). Its call operator works on a pack
-// of entries (core/pack.hpp; the interface of `in` is that of detail::entries): no branches on packs, one result. It is
+// of entries (core/pack.hpp; the interface of `in` is that of kernels::entries): no branches on packs, one result. It is
 // compiled for every vector width and, on the gpu policy, as a functor.
 //
 // What a method may say beside that has a default in elementwise_method. Methods that are not elementwise are row
