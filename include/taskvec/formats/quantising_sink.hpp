@@ -301,7 +301,7 @@ private:
     /// The numbers of one layer.
     struct gathering {
         std::mutex lock;
-        std::vector<float> small;
+        std::vector<float> in_memory;
         float* values = nullptr;
         std::size_t mapped = 0; ///< bytes of the map
         std::atomic<std::uint64_t> received{0};
@@ -316,7 +316,7 @@ private:
             if (mapped > 0) { ::munmap(values, mapped); }
             mapped = 0;
             values = nullptr;
-            small = {};
+            in_memory = {};
         }
     };
 
@@ -344,8 +344,8 @@ private:
     void prepare(gathering& mine, std::size_t bytes) const
     {
         if (bytes <= std::size_t{1} << 20) {
-            mine.small.resize(bytes / sizeof(float));
-            mine.values = mine.small.data();
+            mine.in_memory.resize(bytes / sizeof(float));
+            mine.values = mine.in_memory.data();
             return;
         }
         const auto place = folder_.empty() ? std::filesystem::path(".") : folder_;
