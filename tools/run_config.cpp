@@ -152,10 +152,7 @@ public:
         for (const auto& pair : node) {
             if (!pair.first.IsScalar()) { where.fail(pair.first, "a key is " + kind_of(pair.first)); }
             const auto key = pair.first.Scalar();
-            if (!seen.insert(key).second) {
-                where.fail(
-                    pair.first, "'" + shown(key) + "' stands twice in " + what, taskvec::error_code::json_key_repeated);
-            }
+            if (!seen.insert(key).second) { where.fail(pair.first, "'" + shown(key) + "' stands twice in " + what); }
             entries_.push_back({key, pair.first, pair.second});
         }
     }
@@ -373,16 +370,16 @@ private:
         file.read(text.data(), static_cast<std::streamsize>(text.size()));
         text.resize(static_cast<std::size_t>(file.gcount()));
         if (text.size() > most) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::file_too_large,
-                "'" + given_.config + "' has more than 1 MiB; a configuration is a page");
+            taskvec::raise<taskvec::format_error>(taskvec::error_code::file_too_large,
+                "'" + given_.config + "' has more than 1 MiB; a configuration is a page", "");
         }
         std::vector<YAML::Node> documents;
         try {
             documents = YAML::LoadAll(text);
         }
         catch (const YAML::Exception& wrong) {
-            taskvec::raise<taskvec::invalid_argument>(
-                taskvec::error_code::json_syntax, where_.of(wrong.mark) + ": this is no YAML: " + wrong.msg);
+            taskvec::raise<taskvec::format_error>(
+                taskvec::error_code::json_syntax, where_.of(wrong.mark) + ": this is no YAML: " + wrong.msg, "");
         }
         if (documents.empty() || documents.front().IsNull()) {
             taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
