@@ -104,7 +104,7 @@ std::vector<float> all_of(const const_tensor_ref& tensor)
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b)
 {
-    return a.size() == b.size() && std::memcmp(a.data(), b.data(), 4 * a.size()) == 0;
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), 4 * a.size()) == 0);
 }
 
 /// The whole, and runs that begin and end anywhere.
