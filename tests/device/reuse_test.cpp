@@ -97,7 +97,7 @@ TEST_CASE("bad input is named, and nothing is changed")
     const gpu policy;
     const testing::random_models<float> models({100}, 1, 3);
     const testing::on_device<float> device(policy, models);
-    CHECK_THROWS_AS(to_device(policy, sparse_vector<float>{{5}, {3, 2}, {1, 1}}), invalid_argument);
+    CHECK_THROWS_AS((void)to_device(policy, sparse_vector<float>{{5}, {3, 2}, {1, 1}}), invalid_argument);
     const device_sparse_model delta =
         to_device(policy, sparse_model{{"t0", sparse_vector<float>{{100}, {3, 99}, {1, 1}}}});
     CHECK_THROWS_WITH_AS(
