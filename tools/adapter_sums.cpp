@@ -104,13 +104,11 @@ adapter_sum::adapter_sum(const std::vector<task_argument>& arguments, const task
 {
     for (const auto& argument : arguments) {
         files_.push_back(open_guarded(taskvec::adapter_tensor_file(argument.path)));
-        bool wide = false;
-        for (const auto& [name, tensor] : files_.back().model()) { wide = wide || tensor.dtype == taskvec::dtype::f64; }
-        if (wide) { adapters_.emplace_back(taskvec::read_adapter<double>(argument.path)); }
+        if (holds_f64(files_.back())) { adapters_.emplace_back(taskvec::read_adapter<double>(argument.path)); }
         else {
             adapters_.emplace_back(taskvec::read_adapter<float>(argument.path));
         }
-        std::visit([&](auto& read) { add(read, argument, files_.back(), how, run); }, adapters_.back());
+        std::visit([&](auto& read) { add(read, argument, how, run); }, adapters_.back());
     }
     if (changes_.empty()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
@@ -178,10 +176,9 @@ std::string adapter_sum::untie(taskvec::adapter_contents<T>& read, const setting
 }
 
 template <class T>
-void adapter_sum::add(taskvec::adapter_contents<T>& read, const task_argument& argument,
-    const taskvec::checkpoint& opened, const settings& how, const run_options& run)
+void adapter_sum::add(
+    taskvec::adapter_contents<T>& read, const task_argument& argument, const settings& how, const run_options& run)
 {
-    (void)opened;
     for (const auto& text : read.notes) { note(run, text); }
     if (how.subtract) {
         for (const auto& [module, made] : read.modules) {

@@ -59,8 +59,8 @@ public:
 private:
     using adapter = std::variant<taskvec::adapter_contents<float>, taskvec::adapter_contents<double>>;
     template <class T>
-    void add(taskvec::adapter_contents<T>& read, const task_argument& argument, const taskvec::checkpoint& opened,
-        const settings& how, const run_options& run);
+    void add(
+        taskvec::adapter_contents<T>& read, const task_argument& argument, const settings& how, const run_options& run);
     template <class T>
     std::string untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run);
 

@@ -94,9 +94,7 @@ bool is_adapter_directory(const fs::path& path)
 std::string adapter_table(const fs::path& path, bool json, const run_options& run)
 {
     const auto file = open_guarded(taskvec::adapter_tensor_file(path));
-    bool wide = false;
-    for (const auto& [name, tensor] : file.model()) { wide = wide || tensor.dtype == taskvec::dtype::f64; }
-    return wide ? table_of<double>(path, json, run) : table_of<float>(path, json, run);
+    return holds_f64(file) ? table_of<double>(path, json, run) : table_of<float>(path, json, run);
 }
 
 } // namespace tool

@@ -88,9 +88,7 @@ void run_convert(const convert_settings& given)
         given.as == "kohya" || (given.as == "diffusers" && tool::fs::path(given.out).extension() == ".safetensors");
     tool::claim_output(given.out, "--out", as_file ? tool::output_kind::file : tool::output_kind::directory);
     tool::claim_report(given.run);
-    bool wide = false;
-    for (const auto& [name, tensor] : file.model()) { wide = wide || tensor.dtype == taskvec::dtype::f64; }
-    if (wide) { convert<double>(given); }
+    if (tool::holds_f64(file)) { convert<double>(given); }
     else {
         convert<float>(given);
     }

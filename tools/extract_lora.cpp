@@ -43,15 +43,6 @@ bool is_input_embedding(std::string_view module)
     return false;
 }
 
-/// True when the layers of some model need f64.
-bool wide(const taskvec::checkpoint& model)
-{
-    for (const auto& [name, tensor] : model.model()) {
-        if (tensor.dtype == taskvec::dtype::f64) { return true; }
-    }
-    return false;
-}
-
 /// ΔWᵀ for ΔW.
 template <class T>
 taskvec::lora_update<T> transposed(const taskvec::lora_update<T>& update)
@@ -215,8 +206,8 @@ void run_extract_lora(extract_lora_settings given)
         }
     }
     tool::check_patterns(given.embedding, "--embedding", list_of(modules), "module of '" + given.base + "'");
-    tool::in_precision(
-        wide(base) || wide(tuned), [&]<class T>(std::type_identity<T>) { extract_as<T>(given, base, tuned); });
+    tool::in_precision(tool::holds_f64(base) || tool::holds_f64(tuned),
+        [&]<class T>(std::type_identity<T>) { extract_as<T>(given, base, tuned); });
 }
 
 const tool::register_verb extract_lora_verb(70, "extract-lora",

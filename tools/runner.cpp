@@ -207,6 +207,12 @@ void guard_map(const taskvec::mapped_file& map)
     mapped_count = index + 1;
 }
 
+bool holds_f64(const taskvec::checkpoint& model)
+{
+    return std::any_of(model.model().begin(), model.model().end(),
+        [](const auto& entry) { return entry.tensor.dtype == taskvec::dtype::f64; });
+}
+
 taskvec::checkpoint open_guarded(const fs::path& path)
 {
     return open_guarded(path, taskvec::index_check::strict);

@@ -34,6 +34,8 @@ void say_plainly(const char* text);
 /// taskvec::open_model(), with the maps known to the handler for files that shrink.
 [[nodiscard]] taskvec::checkpoint open_guarded(const fs::path& path);
 [[nodiscard]] taskvec::checkpoint open_guarded(const fs::path& path, taskvec::index_check how);
+/// True when some tensor is f64: everything then computes in f64.
+[[nodiscard]] bool holds_f64(const taskvec::checkpoint& model);
 /// Makes another map known to that handler.
 void guard_map(const taskvec::mapped_file& map);
 /// Removes this file, or this directory if it is empty by then, should the process have to end without destructors.

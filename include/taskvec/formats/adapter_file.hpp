@@ -446,22 +446,8 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
                 *type == "ADALORA" ? "its ranks are cut by a mask of its own" : "another kind of adapter");
         }
     }
-    if (const auto* init = fields.find("init_lora_weights"); init && init->is_string()) {
-        const auto& name = init->get_ref<const std::string&>();
-        constexpr std::array<std::string_view, 5> harmless{"gaussian", "eva", "orthogonal", "mica", "velora"};
-        if (std::find(harmless.begin(), harmless.end(), name) == harmless.end()) {
-            refuse(message("init_lora_weights is '", name, "'"),
-                "such an initialisation changes the base weights, which makes it an update of another base");
-        }
-    }
-    constexpr std::array<std::pair<const char*, std::string_view>, 9> refused{
-        {{"use_qalora", "QA-LoRA pools its input"}, {"use_bdlora", "its factors are block-diagonal"},
-            {"alora_invocation_tokens", "aLoRA switches on within the input"},
-            {"trainable_token_indices", "single rows of an embedding are replaced"},
-            {"target_parameters", "bare parameters are adapted"},
-            {"layer_replication", "the base's layers are repeated"}, {"kasa_config", "KaSA changes the base weights"},
-            {"arrow_config", "adapters are routed"}, {"monteclora_config", "its factors are random variables"}}};
-    for (const auto& [field, why] : refused) {
+    check_lora_initialization(fields, {"gaussian", "eva", "orthogonal", "mica", "velora"}, refuse);
+    for (const auto& [field, why] : beyond_updates) {
         if (fields.says_something(field)) { refuse(field, why); }
     }
 }

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <initializer_list>
 #include <map>
 #include <optional>
 #include <set>
@@ -210,6 +211,31 @@ private:
     const std::string& file_;
 };
 
+/// Fields of a configuration that, where they say something, make an adapter another thing than a change of each weight
+/// by itself, whoever reads it, and what each does.
+inline constexpr std::array<std::pair<const char*, std::string_view>, 9> beyond_updates{
+    {{"use_qalora", "QA-LoRA pools its input"}, {"use_bdlora", "its factors are block-diagonal"},
+        {"alora_invocation_tokens", "aLoRA switches on within the input"},
+        {"trainable_token_indices", "single rows of an embedding are replaced"},
+        {"target_parameters", "bare parameters are adapted"}, {"layer_replication", "the base's layers are repeated"},
+        {"kasa_config", "KaSA changes the base weights"}, {"arrow_config", "adapters are routed"},
+        {"monteclora_config", "its factors are random variables"}}};
+
+/// Refuses an initialisation of LoRA that is not one of those that leave the base as it is (pissa, olora, corda, loftq,
+/// lora_ga … change it), by refuse(what, why).
+template <class Refuse>
+void check_lora_initialization(
+    const peft_fields& fields, std::initializer_list<std::string_view> harmless, const Refuse& refuse)
+{
+    const auto* const init = fields.find("init_lora_weights");
+    if (!init || !init->is_string()) { return; }
+    const auto& name = init->get_ref<const std::string&>();
+    if (std::find(harmless.begin(), harmless.end(), name) == harmless.end()) {
+        refuse(message("init_lora_weights is '", name, "'"),
+            "such an initialisation changes the base weights, which makes it an update of another base");
+    }
+}
+
 /// Refuses by name whatever is not a plain low-rank update.
 inline void check_plain_lora(const nlohmann::json& config, const std::string& file, const peft_read_options& options)
 {
@@ -231,27 +257,16 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
             "another kind of adapter");
     }
 
-    if (const auto* init = fields.find("init_lora_weights"); init && init->is_string()) {
-        const auto& name = init->get_ref<const std::string&>();
-        // These leave the base as it is; the others (pissa, olora, corda, loftq, lora_ga …) change it.
-        constexpr std::array<std::string_view, 3> harmless{"gaussian", "eva", "orthogonal"};
-        if (std::find(harmless.begin(), harmless.end(), name) == harmless.end()) {
-            refuse(message("init_lora_weights is '", name, "'"),
-                "such an initialisation changes the base weights, which makes it an update of another base");
-        }
-    }
-    constexpr std::array<std::pair<const char*, std::string_view>, 15> refused{
-        {{"use_dora", "DoRA rescales the weights"}, {"use_qalora", "QA-LoRA pools its input"},
-            {"use_bdlora", "its factors are block-diagonal"},
-            {"alora_invocation_tokens", "aLoRA switches on within the input"},
-            {"trainable_token_indices", "single rows of an embedding are replaced"},
-            {"target_parameters", "bare parameters are adapted"},
-            {"layer_replication", "the base's layers are repeated"}, {"lora_bias", "the update has a bias of its own"},
+    check_lora_initialization(fields, {"gaussian", "eva", "orthogonal"}, refuse);
+    constexpr std::array<std::pair<const char*, std::string_view>, 6> refused{
+        {{"use_dora", "DoRA rescales the weights"}, {"lora_bias", "the update has a bias of its own"},
             {"corda_config", "CorDA changes the base weights"}, {"lora_ga_config", "LoRA-GA changes the base weights"},
-            {"kasa_config", "KaSA changes the base weights"}, {"loftq_config", "LoftQ changes the base weights"},
-            {"arrow_config", "adapters are routed"}, {"monteclora_config", "its factors are random variables"},
+            {"loftq_config", "LoftQ changes the base weights"},
             {"velora_config", "a configuration that is not known here"}}};
     for (const auto& [field, why] : refused) {
+        if (fields.says_something(field)) { refuse(field, why); }
+    }
+    for (const auto& [field, why] : beyond_updates) {
         if (fields.says_something(field)) { refuse(field, why); }
     }
     if (fields.says_something("modules_to_save") && !options.whole_modules) {
