@@ -1,7 +1,11 @@
 """Shared by the scripts that make and check tests/data: a deterministic safetensors writer, cases, comparisons."""
 # SPDX-License-Identifier: Apache-2.0
+import argparse
 import json
+import logging
+import pathlib
 import struct
+import warnings
 
 import numpy as np
 import torch
@@ -104,3 +108,14 @@ def largest_difference(a, b):
         return 0.0
     a, b = a.double(), b.double()
     return float((a - b).abs().max() / max(1e-30, float(b.abs().max())))
+
+
+def tool_arguments(description, needs_data=False):
+    """What the scripts that run the tool beside peers are given, --tool and --data; peers keep quiet, on one thread."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--tool", required=True)
+    parser.add_argument("--data", type=pathlib.Path, required=needs_data)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    return parser.parse_args()

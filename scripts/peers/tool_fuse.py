@@ -1,16 +1,14 @@
 """The taskvec tool's fuse beside PEFT's merge_and_unload: the weights of every kind of adapter, and the outputs of language models."""
 # SPDX-License-Identifier: Apache-2.0
-import argparse
 import json
 import logging
 import pathlib
 import subprocess
 import tempfile
-import warnings
 
 import torch
 
-from common import largest_difference, load, save
+from common import largest_difference, load, save, tool_arguments
 from tiny_model import load_adapter, tiny
 
 TOLERANCE = 1e-6  # of the largest weight, in f32
@@ -46,13 +44,7 @@ def adapters():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tool", required=True)
-    parser.add_argument("--data", type=pathlib.Path, required=True)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    arguments = tool_arguments(__doc__, needs_data=True)
     data, failures, count = arguments.data / "peft", [], 0
 
     def fuse(*words):

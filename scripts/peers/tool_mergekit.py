@@ -1,16 +1,13 @@
 """The taskvec tool against whole mergekit runs: tiny Llama checkpoints on disk, merged by both, compared element for element."""
 # SPDX-License-Identifier: Apache-2.0
-import argparse
-import logging
 import pathlib
 import subprocess
 import tempfile
-import warnings
 
 import torch
 
 import definition
-from common import equal_values, load
+from common import equal_values, load, tool_arguments
 
 
 def checkpoints(folder, count=3):
@@ -31,13 +28,7 @@ def checkpoints(folder, count=3):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tool", required=True)
-    parser.add_argument("--data", type=pathlib.Path)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+    arguments = tool_arguments(__doc__)
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions

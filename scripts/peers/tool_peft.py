@@ -1,16 +1,13 @@
 """Round trips through the taskvec tool: adapters that it writes load in PEFT, and give the update that they should."""
 # SPDX-License-Identifier: Apache-2.0
-import argparse
 import json
-import logging
 import pathlib
 import subprocess
 import tempfile
-import warnings
 
 import torch
 
-from common import largest_difference, load, save
+from common import largest_difference, load, save, tool_arguments
 from tiny_model import deltas, load_adapter, tiny
 
 TOLERANCE = 1e-5
@@ -56,13 +53,7 @@ def truncated(update, rank):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tool", required=True)
-    parser.add_argument("--data", type=pathlib.Path, required=True)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    arguments = tool_arguments(__doc__, needs_data=True)
     checks, data = Checks(arguments.tool, arguments.data / "peft"), arguments.data / "peft"
     index = json.loads((data / "index.json").read_text())
 

@@ -1,17 +1,13 @@
 """`taskvec run` against mergekit: whole configurations, both commands' results compared element for element."""
 # SPDX-License-Identifier: Apache-2.0
-import argparse
-import logging
 import os
 import pathlib
 import subprocess
 import tempfile
-import warnings
 
-import torch
 import yaml
 
-from common import load
+from common import load, tool_arguments
 from tool_mergekit import checkpoints
 
 WEIGHTED = """
@@ -62,14 +58,8 @@ dtype: float32
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tool", type=pathlib.Path, required=True)
-    parser.add_argument("--data", type=pathlib.Path)
-    arguments = parser.parse_args()
-    tool = arguments.tool.resolve()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+    arguments = tool_arguments(__doc__)
+    tool = pathlib.Path(arguments.tool).resolve()
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions

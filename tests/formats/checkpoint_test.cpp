@@ -42,8 +42,13 @@ struct sample {
         const std::filesystem::path& folder, std::uint64_t shard_size, durability mode = durability::process) const
     {
         sharded_writer writer(folder, specs, shard_size, {{"origin", "test"}}, mode);
-        for (std::size_t i = specs.size(); i-- > 0;) { writer.write(i, 0, contents[i].data(), specs[i].bytes()); }
+        fill(writer);
         writer.commit();
+    }
+    /// Every tensor, the last one first.
+    void fill(sharded_writer& writer) const
+    {
+        for (std::size_t i = specs.size(); i-- > 0;) { writer.write(i, 0, contents[i].data(), specs[i].bytes()); }
     }
     bool equals(const const_model_ref& model) const
     {
@@ -210,9 +215,7 @@ TEST_CASE("shards whose index cannot take its name go again, and the earlier mod
     first.write(out, 1000);
     {
         sharded_writer writer(out, second.specs, 20);
-        for (std::size_t i = 0; i < second.specs.size(); ++i) {
-            writer.write(i, 0, second.contents[i].data(), second.specs[i].bytes());
-        }
+        second.fill(writer);
         std::filesystem::create_directory(out / "model.safetensors.index.json"); // no file takes this name
         CHECK_THROWS_AS(writer.commit(), io_error);
     }
@@ -228,9 +231,7 @@ TEST_CASE("an earlier model that would be read instead of the new shards is an e
     const sample first(9, 1), second(9, 2);
     first.write(out, 1000);
     sharded_writer writer(out, second.specs, 20);
-    for (std::size_t i = 0; i < second.specs.size(); ++i) {
-        writer.write(i, 0, second.contents[i].data(), second.specs[i].bytes());
-    }
+    second.fill(writer);
     std::filesystem::remove(out / "model.safetensors");
     std::filesystem::create_directories(out / "model.safetensors/full"); // cannot be removed as a file can
     CHECK_THROWS_WITH_AS(writer.commit(), doctest::Contains("cannot be removed"), io_error);

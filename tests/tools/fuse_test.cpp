@@ -70,18 +70,6 @@ values_model two_layers(taskvec::dtype type = taskvec::dtype::f32)
         {"layers.1.weight", random_tensor({20, 20}, 3, type)}};
 }
 
-void refused(const scratch& folder, const std::vector<std::string>& arguments, int code, const std::string& because)
-{
-    const auto before = folder.names();
-    const auto result = run(folder, arguments);
-    CAPTURE(because);
-    CAPTURE(result.err);
-    CHECK(result.code == code);
-    CHECK(is_error_line(result.err));
-    CHECK(result.err.find(because) != std::string::npos);
-    CHECK(folder.names() == before);
-}
-
 const std::vector<std::string> fuse_one{
     "fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "out.safetensors"};
 

@@ -96,19 +96,6 @@ std::vector<std::string> with(std::vector<std::string> arguments, const std::vec
     return arguments;
 }
 
-/// The tool refuses, says why in one line, and the folder holds what it held before.
-void refused(const scratch& folder, const std::vector<std::string>& arguments, int code, const std::string& because)
-{
-    const auto before = folder.names();
-    const auto result = run(folder, arguments);
-    CAPTURE(because);
-    CAPTURE(result.err);
-    CHECK(result.code == code);
-    CHECK(is_error_line(result.err));
-    CHECK(result.err.find(because) != std::string::npos);
-    CHECK(folder.names() == before);
-}
-
 const std::vector<std::string> peru{"peru-lora", "--adapter", "task", "--out", "out"};
 const std::vector<std::string> extract{
     "extract-lora", "--base", "base.safetensors", "--task", "task.safetensors", "--out", "out"};

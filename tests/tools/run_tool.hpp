@@ -108,6 +108,20 @@ inline bool is_usage_error(const std::string& text)
     return is_error_line(text) && text.find(" (usage: taskvec ") != std::string::npos && text.ends_with(" --help')\n");
 }
 
+/// The tool refuses, says why in one line, and the folder holds what it held before.
+inline void refused(
+    const scratch& folder, const std::vector<std::string>& arguments, int code, const std::string& because)
+{
+    const auto before = folder.names();
+    const auto result = run(folder, arguments);
+    CAPTURE(because);
+    CAPTURE(result.err);
+    CHECK(result.code == code);
+    CHECK(is_error_line(result.err));
+    CHECK(result.err.find(because) != std::string::npos);
+    CHECK(folder.names() == before);
+}
+
 /// A tensor in memory: values as floats that its dtype (f32, bf16, f16) holds exactly.
 struct values_tensor {
     taskvec::dtype dtype = taskvec::dtype::f32;
