@@ -220,6 +220,7 @@ class sparse_sink;
 class sparse_model_sink;
 enum class scope : std::uint8_t;
 enum class trim_rule : std::uint8_t;
+class task_shares;
 class trim_thresholds;
 template <arithmetic_element A>
 struct top_k_threshold;

@@ -44,7 +44,9 @@ TEST_CASE_TEMPLATE("every method streams with the CPU's bits, whatever the budge
         check_streamed(models, ties_options{.density = 0.3}, memory);
         check_streamed(smooth, ties_options{.density = 0.3, .scope = scope::tensor}, memory);
         check_streamed(models, dare_options{.density = 0.3}, memory);
+        check_streamed(models, dare_options{.densities = {0.3, 1.0, 0.7}}, memory);
         check_streamed(models, dare_ties_options{.density = 0.3}, memory);
+        check_streamed(models, ties_options{.densities = {0.3, 0.9, 0.05}}, memory);
         check_streamed(smooth, slerp_options{.t = 0.3}, memory);
         check_streamed(models, model_stock_options{}, memory);
         check_streamed(models, fisher_options{.fishers = fishers.task_models(), .normalize = true}, memory);

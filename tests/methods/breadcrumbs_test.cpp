@@ -11,6 +11,7 @@
 
 #include <array>
 #include <cmath>
+#include <random>
 #include <vector>
 
 using namespace taskvec;
@@ -94,6 +95,77 @@ TEST_CASE("Breadcrumbs-TIES elect among what is kept")
         for (std::size_t i = 0; i < expected.size(); ++i) { expected[i] = reference::sum(models.base[i], expected[i]); }
         CHECK(same_bits(merged(models, options), expected));
     }
+}
+
+TEST_CASE("each task has its own density and gamma, and equal ones are one for all")
+{
+    std::mt19937 random(12);
+    for (int round = 0; round < 6; ++round) {
+        const testing::random_models<float> models(sizes, 3, static_cast<unsigned>(round), round % 2 ? 9 : 0);
+        std::uniform_real_distribution<double> share(0.0001, 1);
+        const std::vector<double> each{share(random), round == 0 ? 1.0 : share(random), share(random)};
+        const std::vector<double> gammas{0.5 * share(random), 0.0, 0.3 * share(random)};
+        const auto deltas = reference::task_vectors(models.base, models.tasks);
+        for (const scope over : {scope::tensor, scope::model}) {
+            const std::vector<std::size_t> stretches =
+                over == scope::model ? std::vector<std::size_t>{models.base.size()} : sizes;
+            auto kept = deltas;
+            for (std::size_t t = 0; t < 3; ++t) {
+                kept[t] = reference::between(kept[t], stretches, each[t], gammas[t]);
+            }
+            breadcrumbs_options crumbs{.lambda = 0.7, .scope = over};
+            crumbs.densities = each;
+            crumbs.gammas = gammas;
+            CHECK(same_bits(merged(models, crumbs), reference::added(models.base, kept, {1, 1, 1}, 0.7, false)));
+
+            for (const trim_rule trim : {trim_rule::exact, trim_rule::reach_next}) {
+                ties_options ties{.scope = over, .trim = trim};
+                ties.densities = each;
+                CHECK(same_bits(merged(models, ties), reference::ties(models.base, models.tasks, sizes, ties)));
+                ties_options all{.density = 0.3, .scope = over, .trim = trim};
+                ties = all;
+                ties.density = 0.9;
+                ties.densities = {0.3, 0.3, 0.3};
+                CHECK(same_bits(merged(models, ties), merged(models, all)));
+            }
+            breadcrumbs_ties_options all;
+            all.ties.scope = over;
+            auto listed = all;
+            listed.density = 0.1;
+            listed.densities = {0.85, 0.85, 0.85};
+            listed.gammas = {0.01, 0.01, 0.01};
+            CHECK(same_bits(merged(models, listed), merged(models, all)));
+        }
+
+        auto kept = deltas;
+        for (std::uint32_t t = 0; t < 3; ++t) {
+            std::size_t begin = 0;
+            for (std::size_t k = 0; k < sizes.size(); begin += sizes[k++]) {
+                const random_stream stream(3, t, "t" + std::to_string(k));
+                for (std::size_t i = 0; i < sizes[k]; ++i) {
+                    if (!(stream.uniform(i) < each[t])) { kept[t][begin + i] = 0; }
+                    else {
+                        kept[t][begin + i] /= static_cast<float>(each[t]);
+                    }
+                }
+            }
+        }
+        dare_options dare{.density = 0.5, .seed = 3};
+        dare.densities = each;
+        CHECK(same_bits(merged(models, dare), reference::added(models.base, kept, {1, 1, 1}, 1, false)));
+        CHECK(same_bits(merged(models, dare, 64, 3), merged(models, dare)));
+        dare.densities = {0.5, 0.5, 0.5};
+        CHECK(same_bits(merged(models, dare), merged(models, dare_options{.density = 0.5, .seed = 3})));
+        dare_ties_options elected{.density = 0.9, .seed = 3};
+        elected.densities = {0.5, 0.5, 0.5};
+        CHECK(same_bits(merged(models, elected), merged(models, dare_ties_options{.density = 0.5, .seed = 3})));
+    }
+    const testing::random_models<float> models(sizes, 2, 1);
+    CHECK_THROWS_WITH_AS(merged(models, dare_options{.densities = {0.5}}),
+        "1 densities for 2 tasks: give one each, or none", invalid_argument);
+    CHECK_THROWS_WITH_AS(merged(models, breadcrumbs_options{.gammas = {0.1, 0.1, 0.1}}),
+        "3 gammas for 2 tasks: give one each, or none", invalid_argument);
+    CHECK_THROWS_AS(merged(models, breadcrumbs_options{.gammas = {0.1, 1.0}}), invalid_argument);
 }
 
 TEST_CASE("L1 norms come back: Breadcrumbs, DARE, and TIES of any kind")

@@ -215,6 +215,9 @@ TEST_CASE("bad arguments are named before any work")
     CHECK_THROWS_AS(merge(cpu{}, ties_options{.lambda = std::nan("")}, base, tasks, out), invalid_argument);
     CHECK_THROWS_WITH_AS(merge(cpu{}, ties_options{.weights = {1.0}}, base, tasks, out),
         "1 weights for 2 tasks: give one each, or none", invalid_argument);
+    CHECK_THROWS_WITH_AS(merge(cpu{}, ties_options{.densities = {0.5, 0.5, 0.5}}, base, tasks, out),
+        "3 densities for 2 tasks: give one each, or none", invalid_argument);
+    CHECK_THROWS_AS(merge(cpu{}, ties_options{.densities = {0.5, 1.5}}, base, tasks, out), invalid_argument);
     CHECK_THROWS_AS(merge(cpu{}, ties_options{.weights = {1.0, -1.0}}, base, tasks, out), invalid_argument);
     CHECK_THROWS_AS(merge(cpu{}, ties_options{}, base, std::vector<std::vector<float>>{}, out), invalid_argument);
     CHECK_THROWS_AS(merge(cpu{}, ties_options{}, base, tasks, three), shape_mismatch);

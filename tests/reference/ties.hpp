@@ -57,7 +57,8 @@ std::vector<A> ties(const std::vector<A>& base, const std::vector<std::vector<A>
         for (const std::size_t size : scopes) {
             std::vector<A> part(
                 tau[t].begin() + static_cast<long>(begin), tau[t].begin() + static_cast<long>(begin + size));
-            auto k = static_cast<std::uint64_t>(std::floor(o.density * static_cast<double>(size)));
+            auto k = static_cast<std::uint64_t>(
+                std::floor((o.densities.empty() ? o.density : o.densities[t]) * static_cast<double>(size)));
             if (o.trim == taskvec::trim_rule::reach_next) { k = std::min<std::uint64_t>(size, k + 1); }
             else {
                 k = size ? std::max<std::uint64_t>(1, k) : 0;

@@ -130,10 +130,15 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
         elements += layer.out * layer.in;
     }
     detail::check_layer_ranks(options.rank, largest_rank, "the merged adapter");
-    const auto count = [&](std::uint64_t n) {
-        return std::min(n, top_k_count(how.density, n) + (how.trim == trim_rule::reach_next ? 1 : 0));
+    const task_shares density(how.density, how.densities, tasks, "densities");
+    const auto counts = [&](std::uint64_t n) {
+        std::vector<std::uint64_t> kept;
+        for (std::size_t t = 0; t < tasks; ++t) {
+            kept.push_back(std::min(n, top_k_count(density.of(t), n) + (how.trim == trim_rule::reach_next ? 1 : 0)));
+        }
+        return kept;
     };
-    (void)count(1);
+    (void)counts(1);
 
     const std::vector<double> ones(tasks, 1.0);
     election_weights factors_of{how.weighted_election ? weights : ones, weights, how.divide_by_count ? ones : weights,
@@ -227,7 +232,7 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
     std::vector<trimming> rules(tasks);
     int model_zero = provisional;
     if (how.scope == scope::model) {
-        detail::streamed_top_k<T> search(std::vector<std::uint64_t>(tasks, count(elements)), memory);
+        detail::streamed_top_k<T> search(counts(elements), memory);
         for (int digit = 0; digit < search.digits; ++digit) {
             search.begin(digit);
             for (const auto& layer : layers) {
@@ -258,7 +263,7 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
         const std::size_t size = form(layer);
         int zero = model_zero;
         if (how.scope == scope::tensor) {
-            detail::streamed_top_k<T> search(std::vector<std::uint64_t>(tasks, count(size)), memory);
+            detail::streamed_top_k<T> search(counts(size), memory);
             for (int digit = 0; digit < search.digits; ++digit) {
                 search.begin(digit);
                 for_each_index(policy, tasks,

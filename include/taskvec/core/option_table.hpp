@@ -82,6 +82,7 @@ struct option_row {
     std::string_view meaning;
     option_details details;
     bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
+    std::string_view each_of{}; ///< of such a list: what an entry is, "weight", or the row that holds for all tasks
 
     constexpr option_row(
         std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
@@ -105,6 +106,26 @@ template <class Options>
 {
     option_row<Options, std::vector<double>> row("weights", member, meaning);
     row.per_task = true;
+    row.each_of = "weight";
+    return row;
+}
+
+/// A density of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr option_row<Options, std::vector<double>> densities_row(std::vector<double> Options::* member)
+{
+    option_row<Options, std::vector<double>> row("densities", member, "density of each task, or none for one of all");
+    row.per_task = true;
+    row.each_of = "density";
+    return row;
+}
+/// The share of outliers of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr option_row<Options, std::vector<double>> gammas_row(std::vector<double> Options::* member)
+{
+    option_row<Options, std::vector<double>> row("gammas", member, "gamma of each task, or none for one of all");
+    row.per_task = true;
+    row.each_of = "gamma";
     return row;
 }
 

@@ -36,6 +36,7 @@ struct option_description {
     std::vector<std::string> words{};
     option_axis axis{};
     bool per_task = false;
+    std::string each_of{}; ///< of a list for the tasks: "weight", or the row that holds for all of them
     bool is_preset = false; ///< chooses a set of values for others: the words name the presets
 };
 
@@ -297,6 +298,7 @@ template <class Options>
         if constexpr (worded_enum<Value>) { one.words = detail::words_of<Value>(); }
         one.axis = row.details.axis;
         one.per_task = row.per_task;
+        one.each_of = row.each_of;
         list.push_back(std::move(one));
     });
     if constexpr (described_options<Options>) {

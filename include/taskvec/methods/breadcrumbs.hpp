@@ -18,8 +18,9 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// θ* = θ0 + λ·Σ wt·τ̂t, where τ̂t drops the floor(gamma·n) largest entries of τt by magnitude, keeps the
 /// floor(density·n) below them and drops the rest: n counts a tensor (the paper's layers) or the model. With
-/// `normalize` the sum is divided by Σ wt; with `rescale` τ̂t gets the L1 norm of τt back, tensor by tensor. Bit-exact
-/// for any threads and blocks. Cost: about three reads of the models, one more to rescale (on the CPU only).
+/// `densities` and `gammas` each task has its own; with `normalize` the sum is divided by Σ wt; with `rescale` τ̂t gets
+/// the L1 norm of τt back, tensor by tensor. Bit-exact for any threads and blocks. Cost: about three reads of the
+/// models, one more to rescale (on the CPU only).
 ///
 ///     merge(cpu{}, breadcrumbs_options{.density = 0.85, .gamma = 0.01}, base, tasks, out);
 struct breadcrumbs_options {
@@ -30,6 +31,8 @@ struct breadcrumbs_options {
     taskvec::scope scope = taskvec::scope::tensor;
     bool normalize = false; ///< divide by the sum of the weights
     bool rescale = false; ///< give what is kept of a task vector its L1 norm back
+    std::vector<double> densities{}; ///< of each task, or none for `density` of all
+    std::vector<double> gammas{}; ///< of each task, or none for `gamma` of all
 
     /// mergekit's: λ is 1 where none is given.
     [[nodiscard]] static breadcrumbs_options as_in_mergekit()
@@ -48,6 +51,8 @@ struct breadcrumbs_ties_options {
     double density = 0.85;
     double gamma = 0.01;
     ties_options ties = in_tensors();
+    std::vector<double> densities{}; ///< of each task, or none for `density` of all
+    std::vector<double> gammas{}; ///< of each task, or none for `gamma` of all
 
     /// What mergekit's breadcrumbs_ties does: what agrees is added up, not averaged.
     [[nodiscard]] static breadcrumbs_ties_options as_in_mergekit()
@@ -71,10 +76,11 @@ template <>
 struct options_of<breadcrumbs_options> {
     static constexpr option_table table{
         option_row("density", &breadcrumbs_options::density, "share of entries kept", share_details(common_densities)),
+        densities_row(&breadcrumbs_options::densities),
         option_row("gamma", &breadcrumbs_options::gamma, "share of the largest entries dropped as outliers",
             {.unit = "D", .at_least = 0, .at_most = 1}),
         option_row("lambda", &breadcrumbs_options::lambda, "scale of the merged task vector", lambda_details()),
-        weights_row(&breadcrumbs_options::weights),
+        gammas_row(&breadcrumbs_options::gammas), weights_row(&breadcrumbs_options::weights),
         option_row("scope", &breadcrumbs_options::scope, "what a density counts over", {.unit = "SCOPE"}),
         option_row("normalize-weights", &breadcrumbs_options::normalize, "divide by the sum of the weights"),
         option_row("rescale", &breadcrumbs_options::rescale,
@@ -90,7 +96,8 @@ struct options_of<breadcrumbs_ties_options> {
                                             "share of entries kept", share_details(common_densities)),
         option_row("gamma", &breadcrumbs_ties_options::gamma, "share of the largest entries dropped as outliers",
             {.unit = "D", .at_least = 0, .at_most = 1}),
-        options_within(&breadcrumbs_ties_options::ties, "density", "trim")};
+        densities_row(&breadcrumbs_ties_options::densities), gammas_row(&breadcrumbs_ties_options::gammas),
+        options_within(&breadcrumbs_ties_options::ties, "density", "densities", "trim")};
     static constexpr std::string_view preset_option = "semantics";
     static constexpr std::array presets{
         option_preset<breadcrumbs_ties_options>{"paper", "the paper", [] { return breadcrumbs_ties_options{}; }},
@@ -104,7 +111,8 @@ public:
 
     template <class Passes>
     method(Passes& passes, const breadcrumbs_options& options)
-        : keep_(passes, options.density, options.gamma, options.scope)
+        : keep_(passes, task_shares(options.density, options.densities, passes.tasks(), "densities"),
+              task_shares(options.gamma, options.gammas, passes.tasks(), "gammas"), options.scope)
         , sum_(passes, options, keep_, options.rescale)
     { }
     template <arithmetic_element A>
@@ -124,8 +132,10 @@ class method<breadcrumbs_ties_options> : public sign_election_method<keep_betwee
 public:
     template <class Passes>
     method(Passes& passes, const breadcrumbs_ties_options& options)
-        : sign_election_method(passes, options.ties,
-              [&] { return keep_between(passes, options.density, options.gamma, options.ties.scope); })
+        : sign_election_method(passes, options.ties, [&] {
+            return keep_between(passes, task_shares(options.density, options.densities, passes.tasks(), "densities"),
+                task_shares(options.gamma, options.gammas, passes.tasks(), "gammas"), options.ties.scope);
+        })
     { }
 };
 

@@ -29,7 +29,7 @@ struct enum_words<drop_rescale> {
 /// Task arithmetic over task vectors of which each entry is kept with probability `density` and divided by `density`.
 /// The draw of an entry is random_stream(seed, task, tensor name).word(flat index) < keep_below(density): a function of
 /// these alone, so results do not depend on threads, blocks or the other tensors. Bit-exact. With `normalize` the sum
-/// is divided by Σ wt, which may not be 0.
+/// is divided by Σ wt, which may not be 0. With `densities` each task has its own.
 ///
 ///     merge(cpu{}, dare_options{.density = 0.5, .seed = 7}, base, tasks, out);
 struct dare_options {
@@ -39,6 +39,7 @@ struct dare_options {
     std::vector<double> weights{};
     drop_rescale rescale = drop_rescale::density;
     bool normalize = false; ///< divide by the sum of the weights
+    std::vector<double> densities{}; ///< of each task, or none for `density` of all
 
     /// What mergekit's dare_linear does, up to its random numbers.
     [[nodiscard]] static dare_options as_in_mergekit()
@@ -49,8 +50,8 @@ struct dare_options {
     }
 };
 
-/// DARE, then TIES without its trim: election and disjoint merge over what was kept. `ties.density` and `ties.rescale`
-/// are not used.
+/// DARE, then TIES without its trim: election and disjoint merge over what was kept. `ties.density`, `ties.densities`
+/// and `ties.rescale` are not used.
 ///
 ///     merge(cpu{}, dare_ties_options{.density = 0.5, .ties = {.lambda = 0.7}}, base, tasks, out);
 struct dare_ties_options {
@@ -58,6 +59,7 @@ struct dare_ties_options {
     std::uint64_t seed = 0;
     ties_options ties{};
     drop_rescale rescale = drop_rescale::density;
+    std::vector<double> densities{}; ///< of each task, or none for `density` of all
 
     [[nodiscard]] static dare_ties_options as_in_ties_merging()
     {
@@ -86,7 +88,7 @@ template <>
 struct options_of<dare_options> {
     static constexpr option_table table{
         option_row("density", &dare_options::density, "share of entries kept", share_details(common_densities)),
-        option_row("seed", &dare_options::seed, "of random choices"),
+        densities_row(&dare_options::densities), option_row("seed", &dare_options::seed, "of random choices"),
         option_row("lambda", &dare_options::lambda, "scale of the merged task vector", lambda_details()),
         weights_row(&dare_options::weights),
         option_row("rescale-by", &dare_options::rescale, "what makes up for dropped entries", {.unit = "HOW"}),
@@ -100,8 +102,8 @@ template <>
 struct options_of<dare_ties_options> {
     static constexpr option_table table{
         option_row("density", &dare_ties_options::density, "share of entries kept", share_details(common_densities)),
-        option_row("seed", &dare_ties_options::seed, "of random choices"),
-        options_within(&dare_ties_options::ties, "density", "trim", "rescale"),
+        densities_row(&dare_ties_options::densities), option_row("seed", &dare_ties_options::seed, "of random choices"),
+        options_within(&dare_ties_options::ties, "density", "densities", "trim", "rescale"),
         option_row("rescale-by", &dare_ties_options::rescale, "what makes up for dropped entries", {.unit = "HOW"})};
     static constexpr std::string_view preset_option = "semantics";
     static constexpr std::array presets{
@@ -128,7 +130,8 @@ public:
 
     template <class Passes>
     method(Passes& passes, const dare_options& options)
-        : keep_(passes, options.density, options.seed, options.rescale == drop_rescale::density)
+        : keep_(passes, task_shares(options.density, options.densities, passes.tasks(), "densities"), options.seed,
+              options.rescale == drop_rescale::density)
         , sum_(passes, options, keep_, options.rescale == drop_rescale::l1)
     { }
     template <arithmetic_element A>
@@ -149,7 +152,8 @@ public:
     template <class Passes>
     method(Passes& passes, const dare_ties_options& options)
         : sign_election_method(passes, detail::rescaled(options.ties, options.rescale == drop_rescale::l1), [&] {
-            return keep_random(passes, options.density, options.seed, options.rescale == drop_rescale::density);
+            return keep_random(passes, task_shares(options.density, options.densities, passes.tasks(), "densities"),
+                options.seed, options.rescale == drop_rescale::density);
         })
     { }
 };

@@ -33,6 +33,7 @@ struct enum_words<zero_sign> {
 
 /// θ* = θ0 + λ·τ, where τ merges the trimmed task vectors τ̂t:
 ///   1. trim: τ̂t keeps the top `density` of τt by magnitude (k = floor(density·n), at least 1), zeroes the rest;
+///      with `densities` each task has its own;
 ///   2. elect: γ = sign(Σ wt·τ̂t), elementwise;
 ///   3. merge the entries with sign γ: Σ wt·τ̂t / Σ wt (mean), Σ wt·τ̂t (sum), or the wt·τ̂t of largest magnitude (max).
 /// Sums run in f32 (f64 for f64) in task order; every product, sum and quotient rounds; bit-exact for any threads and
@@ -53,6 +54,7 @@ struct ties_options {
     bool agree_when_weighted =
         false; ///< an entry agrees by the sign of wt·τ̂t, so that a negative weight turns its task around
     bool negative_weights = false; ///< negative weights are accepted
+    std::vector<double> densities{}; ///< of each task, or none for `density` of all
     bool rescale = false; ///< what is kept of a task vector gets its L1 norm back, tensor by tensor: mergekit's rescale
 
     /// What the paper's own code does: the trim keeps one entry more than asked and all its equals (all of them at
@@ -95,6 +97,7 @@ template <>
 struct options_of<ties_options> {
     static constexpr option_table table{
         option_row("density", &ties_options::density, "share of entries kept", share_details(common_densities)),
+        densities_row(&ties_options::densities),
         option_row("lambda", &ties_options::lambda, "scale of the merged task vector", lambda_details()),
         weights_row(&ties_options::weights),
         option_row("scope", &ties_options::scope, "what a density counts over", {.unit = "SCOPE"}),
@@ -162,7 +165,7 @@ namespace detail {
 } // namespace detail
 
 /// Any keep rule × sign election: what TIES and DARE-TIES are. `Keep` prepares a rule for every tensor (keep_top,
-/// keep_random, keep_all …); the election is that of `options`, whose density is not looked at.
+/// keep_random, keep_all …); the election is that of `options`, whose densities are not looked at.
 template <class Keep>
 class sign_election_method : public elementwise_method {
 public:
@@ -267,8 +270,10 @@ class method<ties_options> : public sign_election_method<keep_top> {
 public:
     template <class Passes>
     method(Passes& passes, const ties_options& options)
-        : sign_election_method(
-              passes, options, [&] { return keep_top(passes, options.density, options.scope, options.trim); })
+        : sign_election_method(passes, options, [&] {
+            return keep_top(passes, task_shares(options.density, options.densities, passes.tasks(), "densities"),
+                options.scope, options.trim);
+        })
     { }
 };
 

@@ -360,8 +360,8 @@ void sweep_lambda(const cpu& policy, const Base& base, const Vector& vector, std
     runner.flush();
 }
 
-/// Scores TIES over density × λ: columns `density,lambda`. `ties` gives everything else. Candidates have the bits of
-/// merge(). Otherwise as sweep_lambda(). Cost of a point: one TIES merge and one score.
+/// Scores TIES over density × λ: columns `density,lambda`. `ties` gives everything else but `densities`. Candidates
+/// have the bits of merge(). Otherwise as sweep_lambda(). Cost of a point: one TIES merge and one score.
 ///
 ///     sweep_ties(cpu{}, {}, base, tasks, std::array{0.1, 0.2, 0.5}, lambda_steps(), table, score);
 template <input_of<cpu> Base, tasks_of<cpu> Tasks, loss_function<std::remove_const_t<element_of<const Base>>> Score>
@@ -380,6 +380,7 @@ void sweep_ties(const cpu& policy, const ties_options& ties, const Base& base, c
             if (!runner.wanted(point)) { continue; }
             ties_options here = ties;
             here.density = density;
+            here.densities.clear();
             here.lambda = lambda;
             runner.add(std::move(point), [&](host_view<T> out) { merge(policy, here, base, tasks, out); });
         }

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/error.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/select/top_k.hpp>
 
@@ -13,7 +14,9 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -59,41 +62,71 @@ struct top_k_by_sampling {
 
 } // namespace detail
 
-/// How many entries of n are kept: a function of n, for what is no plain share.
+/// How many entries of n are kept, for what is no plain share: count(n), or count(n, t) of task t.
 template <class Count>
-concept entry_count = std::invocable<const Count&, std::uint64_t>
-    && std::same_as<std::invoke_result_t<const Count&, std::uint64_t>, std::uint64_t>;
+concept entry_count = std::same_as<std::invoke_result_t<const Count&, std::uint64_t>, std::uint64_t>
+    || std::same_as<std::invoke_result_t<const Count&, std::uint64_t, std::size_t>, std::uint64_t>;
+
+/// A share of the entries of task vectors: one for all, or one for each task.
+class task_shares {
+public:
+    task_shares(double all) // a number is one for all
+        : all_(all)
+    { }
+    /// `each`: one for each task, or none for `all`. `what`: "densities", for messages. Errors: invalid_argument where
+    /// there are not as many as tasks.
+    task_shares(double all, std::vector<double> each, std::size_t tasks, std::string_view what)
+        : all_(all)
+        , each_(std::move(each))
+    {
+        if (!each_.empty() && each_.size() != tasks) {
+            raise<invalid_argument>(error_code::list_length,
+                message(each_.size(), " ", what, " for ", tasks, " tasks: give one each, or none"));
+        }
+    }
+    [[nodiscard]] double of(std::size_t t) const { return each_.empty() ? all_ : each_[t]; }
+
+private:
+    double all_;
+    std::vector<double> each_{};
+};
 
 /// Thresholds of every task vector, over the whole model or for each tensor.
 class trim_thresholds {
 public:
     template <cpu_policy P> // a template, so that files which do not call it do not compile the search for every type
-    trim_thresholds(
-        const P& policy, const aligned_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
+    trim_thresholds(const P& policy, const aligned_models& models, const task_shares& density, scope over,
+        trim_rule rule = trim_rule::exact)
         : trim_thresholds(models, density, over, rule, detail::top_k_by_sampling<>{&policy, &models})
     { }
     /// The same by another search: search(std::type_identity<A>{}, tensors, counts, walks) finds the thresholds that
     /// keep counts[t] entries of task vector t over a range of tensors.
     template <class Search>
-    trim_thresholds(const aligned_models& models, double density, scope over, trim_rule rule, const Search& search)
+    trim_thresholds(
+        const aligned_models& models, const task_shares& density, scope over, trim_rule rule, const Search& search)
         : trim_thresholds(storage_types{}, models, density, over, rule, search)
     { }
     /// The same for models that store nothing but the types of a list: no code is made for others.
     template <class... T, class Search>
-    trim_thresholds(storage_list<T...>, const aligned_models& models, double density, scope over, trim_rule rule,
-        const Search& search)
+    trim_thresholds(storage_list<T...>, const aligned_models& models, const task_shares& density, scope over,
+        trim_rule rule, const Search& search)
         : trim_thresholds(
               storage_list<T...>{}, models,
-              [=](std::uint64_t n) {
+              [&density, rule](std::uint64_t n, std::size_t t) {
+                  const double share = density.of(t);
                   return rule == trim_rule::exact
-                      ? top_k_count(density, n)
-                      : std::min(n, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))) + 1);
+                      ? top_k_count(share, n)
+                      : std::min(n, static_cast<std::uint64_t>(std::floor(share * static_cast<double>(n))) + 1);
               },
               over, search, rule == trim_rule::reach_next)
     {
-        if (models.tensors().empty()) { static_cast<void>(top_k_count(density, 0)); } // a wrong density is one anywhere
+        if (!models.tensors().empty()) { return; }
+        for (std::size_t t = 0; t < tasks_; ++t) { // a wrong density is one anywhere
+            static_cast<void>(top_k_count(density.of(t), 0));
+        }
     }
-    /// The same for count(n) entries of n, the largest; with `equals` all that are as large as the last of them.
+    /// The same for count(n) entries of n, or count(n, t) of task t, the largest; with `equals` all that are as large
+    /// as the last of them.
     template <class... T, entry_count Count, class Search>
     trim_thresholds(storage_list<T...>, const aligned_models& models, const Count& count, scope over,
         const Search& search, bool equals = false)
@@ -129,17 +162,28 @@ private:
         std::vector<top_k_threshold<A>>& thresholds)
     {
         const auto add = [&](tensor_range range, std::uint64_t n) {
-            const std::uint64_t k = count(n);
-            if (k == 0) { // above every magnitude
-                thresholds.resize(thresholds.size() + tasks_, {static_cast<bits_type<A>>(~sign_mask<A>), 0});
+            const top_k_threshold<A> none{static_cast<bits_type<A>>(~sign_mask<A>), 0}; // above every magnitude
+            std::vector<std::uint64_t> counts;
+            std::vector<bool> empty;
+            for (std::size_t t = 0; t < tasks_; ++t) {
+                std::uint64_t k = 0;
+                if constexpr (std::invocable<const Count&, std::uint64_t, std::size_t>) { k = count(n, t); }
+                else {
+                    k = count(n);
+                }
+                empty.push_back(k == 0);
+                counts.push_back(std::max<std::uint64_t>(1, k)); // a search finds one at least
+            }
+            if (std::find(empty.begin(), empty.end(), false) == empty.end()) {
+                thresholds.resize(thresholds.size() + tasks_, none);
                 return;
             }
-            const std::vector<std::uint64_t> counts(tasks_, k);
             unsigned walks = 0;
+            std::size_t task = 0;
             for (auto threshold :
                 search(std::type_identity<A>{}, range, std::span<const std::uint64_t>(counts), &walks)) {
                 if (equals) { threshold.equal_end = std::numeric_limits<std::uint64_t>::max(); }
-                thresholds.push_back(threshold);
+                thresholds.push_back(empty[task++] ? none : threshold);
             }
             walks_ = std::max(walks_, walks);
         };
@@ -160,14 +204,14 @@ private:
 template <class Passes>
     requires(Passes::space == memory_space::host)
 [[nodiscard]] trim_thresholds trim_thresholds_of(
-    Passes& passes, double density, scope over, trim_rule rule = trim_rule::exact)
+    Passes& passes, const task_shares& density, scope over, trim_rule rule = trim_rule::exact)
 {
     using types = storage_of<Passes>;
     return {types{}, passes.models(), density, over, rule,
         detail::top_k_by_sampling<types>{&passes.policy(), &passes.models()}};
 }
 
-/// The same where count(n) entries of n are kept, the largest.
+/// The same where count(n) entries of n, or count(n, t) of task t, are kept, the largest.
 template <class Passes, entry_count Count>
     requires(Passes::space == memory_space::host)
 [[nodiscard]] trim_thresholds trim_thresholds_of(Passes& passes, const Count& count, scope over)

@@ -69,7 +69,7 @@ template <std::same_as<device_passes> Passes>
 
 template <std::same_as<device_passes> Passes>
 [[nodiscard]] trim_thresholds trim_thresholds_of(
-    Passes& passes, double density, scope over, trim_rule rule = trim_rule::exact)
+    Passes& passes, const task_shares& density, scope over, trim_rule rule = trim_rule::exact)
 {
     trim_thresholds found = detail::thresholds_on_device(passes.walked(), density, over, rule);
     passes.walked().check_finite(); // the selection has read everything but what it kept whole, and has waited

@@ -392,14 +392,14 @@ private:
 
 /// trim_thresholds of models that the gpu policy walks over.
 [[nodiscard]] inline trim_thresholds thresholds_on_device(
-    device_models& models, double density, scope over, trim_rule rule = trim_rule::exact)
+    device_models& models, const task_shares& density, scope over, trim_rule rule = trim_rule::exact)
 {
     return trim_thresholds(models.models(), density, over, rule,
         [&]<class A>(std::type_identity<A>, tensor_range range, std::span<const std::uint64_t> counts,
             unsigned* walks) { return device_top_k_search<A>(models, range).run(counts, walks); });
 }
 
-/// The same where count(n) entries of n are kept.
+/// The same where count(n) entries of n, or count(n, t) of task t, are kept.
 template <entry_count Count>
 [[nodiscard]] trim_thresholds thresholds_on_device(device_models& models, const Count& count, scope over)
 {

@@ -34,14 +34,20 @@ struct keep_between_of_tensor {
 /// Of n entries of a task vector (of a tensor, or of all) the floor(gamma·n) largest magnitudes are dropped as
 /// outliers, the floor(density·n) below them are kept, and the rest is dropped; where gamma and density leave no room
 /// for both, fewer outliers are dropped. Among equals the lowest index counts as the largest. Errors: invalid_argument
-/// unless 0 < density ≤ 1 and 0 ≤ gamma < 1. Cost: about two reads of the models.
+/// unless 0 < density ≤ 1 and 0 ≤ gamma < 1 for every task. Cost: about two reads of the models.
 class keep_between {
 public:
     template <class Passes>
-    keep_between(Passes& passes, double density, double gamma, scope over)
+    keep_between(Passes& passes, const task_shares& density, const task_shares& gamma, scope over)
         : outliers_(
-              passes, [=](std::uint64_t n) { return outlier_count(density, gamma, n); }, over)
-        , kept_(passes, [=](std::uint64_t n) { return outlier_count(density, gamma, n) + share(density, n); }, over)
+              passes, [&](std::uint64_t n, std::size_t t) { return outlier_count(density.of(t), gamma.of(t), n); },
+              over)
+        , kept_(
+              passes,
+              [&](std::uint64_t n, std::size_t t) {
+                  return outlier_count(density.of(t), gamma.of(t), n) + share(density.of(t), n);
+              },
+              over)
     { }
     template <arithmetic_element A>
     [[nodiscard]] keep_between_of_tensor<A> get(std::size_t tensor) const noexcept

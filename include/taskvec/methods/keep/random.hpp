@@ -5,9 +5,12 @@
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/pack.hpp>
 #include <taskvec/core/random.hpp>
+#include <taskvec/methods/passes.hpp>
+#include <taskvec/select/thresholds.hpp>
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -18,39 +21,47 @@ struct keep_random_of_tensor {
     static constexpr bool sees_all = false;
     static constexpr bool clears_zeros = false;
     std::uint64_t key; ///< of random_stream
-    std::uint64_t bound; ///< at most 2³²: everything
-    A divisor;
+    const std::uint64_t* bounds; ///< of each task, at most 2³²: everything
+    const A* divisors; ///< of each task
+    bool draws; ///< whether any task's bound asks for draws
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
     {
-        if (!drawing()) { return bound == 0 ? typename In::pack{} : x; } // x / 1 is x
+        const std::uint64_t bound = bounds[t];
+        if (bound == 0) { return typename In::pack{}; }
+        if (bound >> 32 != 0) { return x; } // x / 1 is x
         const auto last = static_cast<signed_word<A>>(static_cast<std::int64_t>(bound) - (std::int64_t{1} << 31));
-        return where(in.draws(t) < filled_words<typename In::words>(last), x / divisor);
+        return where(in.draws(t) < filled_words<typename In::words>(last), x / divisors[t]);
     }
-    [[nodiscard]] TASKVEC_INLINE bool drawing() const noexcept { return bound != 0 && bound >> 32 == 0; }
+    [[nodiscard]] TASKVEC_INLINE bool drawing() const noexcept { return draws; }
     [[nodiscard]] TASKVEC_HOST_DEVICE random_stream stream(std::size_t t) const noexcept
     {
         return {key, static_cast<std::uint32_t>(t)};
     }
 };
 
-/// Keeps each entry with probability `density`, by draws of (seed, task, tensor name, element index) alone, and divides
-/// it by the density unless it is to stay as it is. Errors: invalid_argument unless 0 < density ≤ 1.
+/// Keeps each entry with probability `density` (of its task), by draws of (seed, task, tensor name, element index)
+/// alone, and divides it by the density unless it is to stay as it is. Errors: invalid_argument unless 0 < density ≤ 1.
 class keep_random {
 public:
     template <class Passes>
-    keep_random(const Passes& passes, double density, std::uint64_t seed, bool divided = true)
-        : divisor_(divided ? density : 1.0)
-        , bound_(keep_below(checked(density)))
+    keep_random(Passes& passes, const task_shares& density, std::uint64_t seed, bool divided = true)
+        : divisors_(passes, divisors_of(passes.tasks(), density, divided))
     {
+        std::vector<std::uint64_t> bounds;
+        for (std::size_t t = 0; t < passes.tasks(); ++t) {
+            bounds.push_back(keep_below(density.of(t)));
+            draws_ = draws_ || (bounds.back() != 0 && bounds.back() >> 32 == 0);
+        }
+        bounds_ = passes.keep(std::move(bounds));
         for (const auto& tensor : passes.models().tensors()) { keys_.push_back(hash64(tensor.name, seed)); }
     }
     template <arithmetic_element A>
     [[nodiscard]] keep_random_of_tensor<A> get(std::size_t tensor) const noexcept
     {
-        return {keys_[tensor], bound_, static_cast<A>(divisor_)};
+        return {keys_[tensor], bounds_, divisors_.get<A>(), draws_};
     }
     [[nodiscard]] unsigned walks() const noexcept { return 0; }
 
@@ -64,8 +75,19 @@ private:
         return density;
     }
 
-    double divisor_;
-    std::uint64_t bound_;
+    [[nodiscard]] static std::vector<double> divisors_of(std::size_t tasks, const task_shares& density, bool divided)
+    {
+        std::vector<double> divisors;
+        for (std::size_t t = 0; t < tasks; ++t) {
+            const double share = checked(density.of(t));
+            divisors.push_back(divided ? share : 1.0);
+        }
+        return divisors;
+    }
+
+    kept_numbers divisors_;
+    const std::uint64_t* bounds_ = nullptr;
+    bool draws_ = false;
     std::vector<std::uint64_t> keys_;
 };
 

@@ -46,10 +46,10 @@ struct keep_top_of_tensor {
 class keep_top {
 public:
     template <class Passes>
-    keep_top(Passes& passes, double density, scope over, trim_rule rule = trim_rule::exact)
+    keep_top(Passes& passes, const task_shares& density, scope over, trim_rule rule = trim_rule::exact)
         : keep_top(passes, over, trim_thresholds_of(passes, density, over, rule))
     { }
-    /// The same for count(n) entries of n.
+    /// The same for count(n) entries of n, or count(n, t) of task t.
     template <class Passes, entry_count Count>
     keep_top(Passes& passes, const Count& count, scope over)
         : keep_top(passes, over, trim_thresholds_of(passes, count, over))

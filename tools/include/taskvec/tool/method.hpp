@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -28,6 +29,13 @@ namespace tool {
 struct merge_request; // methods.hpp: the command line of a verb that merges
 class merge_inputs; // models.hpp: the models that it names
 
+/// Layers [first, last) of the result, and what stands before or after all layers.
+struct part_of_model {
+    std::size_t first = 0, last = 0;
+    bool begins = false, ends = false;
+    [[nodiscard]] bool holds(std::string_view tensor) const;
+};
+
 /// What the command line gives for a row of a table: its text, and the flag that messages name. By tensor: numbers for
 /// the tensors that a pattern occurs in (an empty one: all), spread over the layers where there are several.
 struct option_value {
@@ -37,6 +45,7 @@ struct option_value {
     std::vector<double> numbers{};
     /// A pattern may match nothing, and tensors outside of the layers have the first of several numbers.
     bool as_in_mergekit = false;
+    std::optional<part_of_model> part{}; ///< where it holds, and over what it is spread; nothing: everywhere
 };
 using option_values = std::vector<option_value>;
 
@@ -69,6 +78,9 @@ struct method_call {
     std::size_t memory = 0; ///< --memory
     std::function<option_values(std::string_view)> values_of{}; ///< of a tensor; empty: all have the same
     std::function<std::vector<double>(std::string_view)> weights_of{}; ///< the same of weights
+    std::vector<option_values> of_tasks{}; ///< what tasks have for themselves: for each of them, or none
+    std::function<std::vector<option_values>(std::string_view)>
+        of_tasks_in{}; ///< of a tensor; empty: all have the same
 };
 
 /// What a method says beside its table. All of it may be left out.
@@ -164,7 +176,7 @@ public:
         for (const auto& option : entry.options) {
             const std::string field = "{" + option.name + "}";
             if (const auto at = line.find(field); at != line.npos) { line.replace(at, field.size(), option.initial); }
-            entry.weighted = entry.weighted || option.per_task;
+            entry.weighted = entry.weighted || option.each_of == "weight";
         }
         entry.line = std::move(line);
         entry.lists = std::move(details.lists);
@@ -191,13 +203,14 @@ public:
             const auto held = attach ? attach(call, options) : nullptr;
             const auto merged = [&] {
                 if (call.on_device) { return merge_on_device(typeid(Options), &options, call, out); }
-                if (!call.values_of && !call.weights_of) {
+                if (!call.values_of && !call.weights_of && !call.of_tasks_in) {
                     return taskvec::merge(call.policy, options, call.models, out);
                 }
                 const auto of = [&](std::string_view tensor) {
                     auto its = options;
                     if (call.values_of) { apply_options(its, call.values_of(tensor)); }
                     if (call.weights_of) { set_weights(its, call.weights_of(tensor)); }
+                    set_of_tasks(its, call.of_tasks_in ? call.of_tasks_in(tensor) : call.of_tasks);
                     return its;
                 };
                 return taskvec::merge_by_tensor<Options>(call.policy, of, call.models, out);
@@ -215,13 +228,45 @@ private:
         Options options{};
         apply_options(options, call.values);
         set_weights(options, call.weights);
+        set_of_tasks(options, call.of_tasks);
         return options;
+    }
+    /// Lists of what each task has for itself; the others have what holds for all.
+    static void set_of_tasks(Options& options, const std::vector<option_values>& of_tasks)
+    {
+        taskvec::for_each_option(options, [&]<class Value>(const auto& row, Value& member) {
+            if constexpr (std::is_same_v<Value, std::vector<double>>) {
+                if (row.each_of.empty() || row.each_of == "weight") { return; }
+                std::vector<double> list;
+                bool any = false;
+                for (const auto& values : of_tasks) {
+                    Options its = options;
+                    for (const auto& value : values) {
+                        if (value.name != row.each_of) { continue; }
+                        any = true;
+                        apply_options(its, {value});
+                    }
+                    list.push_back(number_of(its, row.each_of));
+                }
+                if (any) { member = std::move(list); }
+            }
+        });
+    }
+    static double number_of(const Options& options, std::string_view name)
+    {
+        double number = 0;
+        taskvec::for_each_option(options, [&]<class Value>(const auto& row, const Value& member) {
+            if constexpr (std::is_floating_point_v<Value>) {
+                if (row.name == name) { number = static_cast<double>(member); }
+            }
+        });
+        return number;
     }
     static void set_weights(Options& options, const std::vector<double>& weights)
     {
         taskvec::for_each_option(options, [&]<class Value>(const auto& row, Value& member) {
             if constexpr (std::is_same_v<Value, std::vector<double>>) {
-                if (row.per_task) { member = weights; }
+                if (row.each_of == "weight") { member = weights; }
             }
         });
     }
