@@ -50,17 +50,10 @@ void check_none_by_tensor(const option_values& values, const std::string& who)
     }
 }
 
-std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view name)
+bool part_of_model::holds(std::string_view tensor) const
 {
-    for (std::size_t at = 0; at < name.size();) {
-        const auto end = std::min(name.find('.', at), name.size());
-        const auto part = name.substr(at, end - at);
-        if (!part.empty() && part.size() < 7 && part.find_first_not_of("0123456789") == part.npos) {
-            return std::pair(std::string(name.substr(0, at)), static_cast<std::size_t>(std::stoul(std::string(part))));
-        }
-        at = end + 1;
-    }
-    return std::nullopt;
+    if (const auto layer = layer_of(tensor)) { return layer->second >= first && layer->second < last; }
+    return stands_before_layers(tensor) ? begins : ends;
 }
 
 namespace {
@@ -119,11 +112,16 @@ public:
         option_values result;
         for (const auto& [value, matches] : values_) {
             if (!value.pattern.empty() && !matches(tensor)) { continue; }
+            const auto layer = layer_of(tensor);
+            const auto& part = value.part;
+            if (part && !part->holds(tensor)) { continue; }
             double number = value.numbers.front();
             if (value.numbers.size() > 1) {
-                const auto layer = layer_of(tensor);
                 if (!layer && !value.as_in_mergekit) { continue; } // it has the value that all have
-                if (layer) { number = at_depth(value, layer->second, layers_.at(layer->first)); }
+                if (layer && part) { number = at_depth(value, layer->second - part->first, part->last - part->first); }
+                else if (layer) {
+                    number = at_depth(value, layer->second, layers_.at(layer->first));
+                }
             }
             result.push_back({value.name, taskvec::csv_number(number), value.flag});
         }
@@ -161,7 +159,28 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
             return result;
         };
     }
-    if (call.on_device && (call.values_of || call.weights_of)) {
+    std::vector<std::pair<std::size_t, tensor_values>> own;
+    for (std::size_t t = 0; t < inputs.arguments().size(); ++t) {
+        const auto place = request.of_tasks.find(inputs.arguments()[t].text);
+        if (place == request.of_tasks.end()) { continue; }
+        call.of_tasks.resize(inputs.arguments().size());
+        for (const auto& value : place->second) {
+            if (!value.by_tensor) { call.of_tasks[t].push_back(value); }
+        }
+        if (tensor_values more(place->second, inputs.models(), request.run); !more.empty()) {
+            own.emplace_back(t, std::move(more));
+        }
+    }
+    if (!own.empty()) {
+        call.of_tasks_in = [own, plain = call.of_tasks](std::string_view tensor) {
+            auto result = plain;
+            for (const auto& [t, given] : own) {
+                for (auto& value : given.of(tensor)) { result[t].push_back(std::move(value)); }
+            }
+            return result;
+        };
+    }
+    if (call.on_device && (call.values_of || call.weights_of || call.of_tasks_in)) {
         throw usage_error("--device cuda: values by tensor are for the cpu; leave --device out");
     }
     return call;
@@ -175,12 +194,15 @@ nlohmann::ordered_json json_by_tensor(const merge_request& request)
         nlohmann::ordered_json one{{"option", value.name}};
         if (!task.empty()) { one["task"] = task; }
         if (!value.pattern.empty()) { one["pattern"] = value.pattern; }
+        if (value.part) { one["layers"] = {value.part->first, value.part->last}; }
         one["values"] = value.numbers;
         list.push_back(std::move(one));
     };
     for (const auto& value : request.options) { add(value, ""); }
-    for (const auto& [task, values] : request.weights) {
-        for (const auto& value : values) { add(value, task); }
+    for (const auto* of_tasks : {&request.weights, &request.of_tasks}) {
+        for (const auto& [task, values] : *of_tasks) {
+            for (const auto& value : values) { add(value, task); }
+        }
     }
     return list;
 }

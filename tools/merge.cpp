@@ -5,7 +5,20 @@
 #include "report.hpp"
 #include "words.hpp"
 
+#include <algorithm>
+
 namespace tool {
+
+namespace {
+
+/// Where the layers of the result come from in its first model; empty where they are all of that model's.
+model_view layers_of_result(const merge_request& request)
+{
+    const auto view = request.views.find(request.base.empty() ? request.tasks.front() : "");
+    return view == request.views.end() ? model_view() : view->second;
+}
+
+} // namespace
 
 void run_merge(const merge_request& request)
 {
@@ -29,8 +42,17 @@ void run_merge(const merge_request& request)
     report_file report(request.run.report);
     model_output out(request.out, plan, inputs.metadata(), request.shard_size, directory);
     const auto options = json_of(method.values(request.options));
+    const auto layers = layers_of_result(request);
+    const fs::path source = !request.copies.from.empty() ? request.copies.from
+        : !request.base.empty()                          ? request.base
+                                                         : inputs.arguments().front().path.string();
+    const bool untied = !layers.empty() && says_tied(source) // a head of its own, of another model than the embedding
+        && std::any_of(plan.specs.begin(), plan.specs.end(),
+            [](const taskvec::tensor_spec& spec) { return spec.name.ends_with("lm_head.weight"); });
     add_model_files(out, request.copies, request.run,
-        {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2)}, plan.specs);
+        {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2), layers,
+            untied},
+        plan.specs);
     const auto merged = method.run(call, out.sink());
     out.finish();
     if (report.wanted()) {
@@ -69,6 +91,14 @@ void explain_merge(const merge_request& request)
             parts += parts.empty() ? "weights" : ", weights";
             for (const double weight : call.weights_of ? call.weights_of(tensor.name) : inputs.weights()) {
                 parts += " " + taskvec::csv_number(weight);
+            }
+        }
+        const auto of_tasks = call.of_tasks_in ? call.of_tasks_in(tensor.name) : call.of_tasks;
+        for (std::size_t t = 0; t < of_tasks.size(); ++t) {
+            std::map<std::string, std::string> its;
+            for (const auto& value : of_tasks[t]) { its[value.name] = value.text; }
+            for (const auto& [name, value] : its) {
+                parts += (parts.empty() ? "" : ", ") + name + " of task " + std::to_string(t + 1) + " " + value;
             }
         }
         text += (parts.empty() ? "as the options say" : parts) + "\n";

@@ -117,6 +117,19 @@ bool has(const std::vector<taskvec::option_description>& options, const std::str
         [&](const taskvec::option_description& option) { return option.name == name && !option.per_task; });
 }
 
+/// Rows that a method takes for each task as well.
+std::vector<std::string> names_of_each()
+{
+    std::vector<std::string> names;
+    for (const auto& entry : all_methods()) {
+        for (const auto& option : entry.options) {
+            if (option.each_of.empty() || option.each_of == "weight") { continue; }
+            if (!std::count(names.begin(), names.end(), option.each_of)) { names.push_back(option.each_of); }
+        }
+    }
+    return names;
+}
+
 /// Values that the tables of others know, checked by them: what all of them refuse is wrong for every method.
 void check_other_value(const option_value& value)
 {
@@ -240,10 +253,24 @@ void add_merge_options(command& verb, merge_request& request, const std::vector<
         "--weight", "REGEX=W",
         "A weight for tensors that match, of the --task before it; several (W,W,…) are spread over the layers",
         [](const std::string&) { }, true);
-    verb.after_parse([&request](const std::vector<std::pair<std::string, std::string>>& given) {
+    const auto of_each = names_of_each();
+    for (const auto& name : of_each) {
+        verb.take(
+            "--task-" + name, "[REGEX=]X",
+            "Its own " + name + " for the --task before it; several (X,X,…) are spread over the layers",
+            [](const std::string&) { }, true);
+    }
+    verb.after_parse([&request, of_each](const std::vector<std::pair<std::string, std::string>>& given) {
         std::string task;
         for (const auto& [flag, value] : given) {
             if (flag == "--task" || flag == "--task-adapter") { task = value; }
+            for (const auto& name : of_each) {
+                if (flag != "--task-" + name) { continue; }
+                if (task.empty()) {
+                    throw usage_error(flag + " '" + value + "' stands before every --task; it belongs after one");
+                }
+                request.of_tasks[task].push_back(parse_value(name, value, flag));
+            }
             if (flag != "--weight") { continue; }
             if (task.empty()) {
                 throw usage_error("--weight '" + value + "' stands before every --task; it belongs after one");
@@ -336,6 +363,16 @@ const method_entry& find_method(const merge_request& request)
                 + " for " + counted(request.tasks.size(), "task"));
         }
     }
+    for (const auto& [task, values] : request.of_tasks) {
+        for (const auto& value : values) {
+            const auto takes = [&](const taskvec::option_description& option) { return option.each_of == value.name; };
+            if (std::none_of(place->options.begin(), place->options.end(), takes)) {
+                throw usage_error(value.flag + " '" + value.text + "': " + who + " takes no " + value.name
+                    + " of each task" + (has(place->options, value.name) ? ": give one for all" : ""));
+            }
+            check_usage([&] { place->check_values({value}); });
+        }
+    }
     if (place->check) { place->check(request); }
     if (!place->weighted) {
         check_no_weights(request, who, place->without_weights);
@@ -388,6 +425,11 @@ nlohmann::ordered_json report_of(const runner& run, const merge_request& request
         if (inputs.adapter(t)) {
             entry["weight"] = 1;
             entry["adapter_weight"] = task.weight;
+        }
+        if (const auto own = request.of_tasks.find(task.text); own != request.of_tasks.end()) {
+            for (const auto& value : own->second) {
+                if (!value.by_tensor) { entry[value.name] = std::strtod(value.text.c_str(), nullptr); }
+            }
         }
         if (inputs.models().filled()[t] > 0) { entry["missing"] = inputs.models().filled()[t]; }
         entry["kept"] = kept[t];

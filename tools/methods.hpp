@@ -25,6 +25,7 @@ struct merge_request : model_request {
     option_values options; ///< what was given for rows of tables, in order
     std::map<std::string, std::vector<std::string>> lists; ///< what was given for list_options, by name
     std::map<std::string, option_values> weights; ///< --weight, by the text of its --task
+    std::map<std::string, option_values> of_tasks; ///< --task-density and its like, by the text of its --task
 
     [[nodiscard]] const std::vector<std::string>& list(const std::string& name) const;
 };
@@ -66,8 +67,6 @@ void run_merge(const merge_request& request);
 /// Says what it would do for each tensor.
 void explain_merge(const merge_request& request);
 
-/// The layer in a tensor's name: what stands before the first number between dots, and that number.
-[[nodiscard]] std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view name);
 /// What a method is run with.
 [[nodiscard]] method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs);
 

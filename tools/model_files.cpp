@@ -102,9 +102,54 @@ std::optional<std::int64_t> vocabulary_rows(const std::vector<taskvec::tensor_sp
     return std::nullopt;
 }
 
+/// Brings how many layers there are, and what is said of each of them, up to date in a part of a configuration. `key`:
+/// of the part; empty: the whole.
+bool update_layers(json& part, const std::string& key, const model_view& layers, const run_options& run)
+{
+    std::size_t total = 0;
+    for (const auto& one : layers) { total += one.last - one.first; }
+    bool changed = false;
+    std::size_t before = 0;
+    for (const char* name : {"num_hidden_layers", "n_layer", "num_layers", "n_layers"}) {
+        if (!part.contains(name) || !part[name].is_number_unsigned()) { continue; }
+        before = part[name].get<std::size_t>();
+        changed = changed || before != total;
+        part[name] = total;
+    }
+    if (before == 0) { return changed; }
+    std::map<std::string, json> others; // the configurations of the models that layers are of
+    for (const auto& one : layers) {
+        const auto file = fs::path(one.path) / "config.json";
+        std::error_code ignored;
+        if (others.contains(one.path) || !fs::is_regular_file(file, ignored)) { continue; }
+        const auto text = taskvec::read_text_file(file);
+        (void)taskvec::parse_json(text, file.string());
+        const auto whole = json::parse(text);
+        others[one.path] = key.empty() ? whole : whole.value(key, json::object());
+    }
+    for (auto& [name, value] : part.items()) {
+        if (name == "mlp_only_layers" && value.is_array() && !value.empty()) {
+            note(run, "config.json: mlp_only_layers holds numbers of layers before these were put together: check it");
+            continue;
+        }
+        if (name.find("layer") == name.npos || !value.is_array() || value.size() != before) { continue; }
+        auto list = json::array();
+        for (const auto& one : layers) {
+            const auto place = others.find(one.path);
+            const bool has = place != others.end() && place->second.contains(name) && place->second[name].is_array()
+                && place->second[name].size() >= one.last;
+            const json& from = has ? place->second[name] : value;
+            for (std::size_t i = one.first; i < one.last && i < from.size(); ++i) { list.push_back(from[i]); }
+        }
+        changed = changed || list != value;
+        value = std::move(list);
+    }
+    return changed;
+}
+
 /// A configuration that says of the result what is so; empty where nothing changes.
 std::string updated_config(const std::string& text, const fs::path& file,
-    const std::vector<taskvec::tensor_spec>& specs, const std::optional<std::int64_t>& rows_before, bool untied,
+    const std::vector<taskvec::tensor_spec>& specs, const std::optional<std::int64_t>& rows_before, const recipe& how,
     const run_options& run)
 {
     (void)taskvec::parse_json(text, file.string()); // strictly, once: what is no JSON is refused by its name
@@ -137,7 +182,15 @@ std::string updated_config(const std::string& text, const fs::path& file,
     for (const char* key : {"text_config", "llm_config", "language_config"}) {
         if (config.contains(key) && config[key].is_object()) { update(config[key], false); }
     }
-    if (untied) {
+    if (!how.layers.empty()) {
+        changed = update_layers(config, "", how.layers, run) || changed;
+        for (const char* key : {"text_config", "llm_config", "language_config"}) {
+            if (config.contains(key) && config[key].is_object()) {
+                changed = update_layers(config[key], key, how.layers, run) || changed;
+            }
+        }
+    }
+    if (how.untied) {
         set(config, "tie_word_embeddings", false);
         if (config.contains("text_config") && config["text_config"].is_object()) {
             set(config["text_config"], "tie_word_embeddings", false);
@@ -266,6 +319,11 @@ std::vector<recipe::model> recipe_models(const model_request& request, const mer
         }
         models.push_back({"task", task.name, task.path, task.weight, &inputs.tasks()[t]});
     }
+    for (const auto& part : inputs.parts()) {
+        const auto same = [&](const recipe::model& model) { return model.path == part.path(); };
+        if (std::any_of(models.begin(), models.end(), same)) { continue; }
+        models.push_back({"layers of it", parse_task(part.path().string(), "a model").name, part.path(), 1, &part});
+    }
     return models;
 }
 
@@ -324,7 +382,7 @@ void add_model_files(model_output& out, const copy_request& copies, const run_op
             const auto text = taskvec::read_text_file(file, std::size_t{4} << 30);
             std::string updated;
             if (name == "config.json") {
-                updated = updated_config(text, file, specs, rows_before, how.untied, run);
+                updated = updated_config(text, file, specs, rows_before, how, run);
                 if (code && !copies.copy_code && text.find("\"auto_map\"") != text.npos) {
                     note(run,
                         "config.json leads to Python files of the model's own (auto_map), which are not copied: "

@@ -32,6 +32,7 @@ struct recipe {
     std::string method;
     std::vector<model> models; ///< the base first, where there is one
     std::string options; ///< JSON of those in force
+    model_view layers{}; ///< of which its layers are, where they are not those of the first model
     bool untied = false; ///< the head is no longer the embedding
 };
 /// The models of a merge.

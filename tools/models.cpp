@@ -204,7 +204,7 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     auto options = model_options_of(request);
     if (!request.shard_size.empty()) { (void)parse_size(request.shard_size, "--shard-size"); }
     if (base_wanted || !request.base.empty()) {
-        base_.emplace(open_noted(request.base, request.run, request.index, rules_of(request, "")));
+        base_.emplace(open(request, request.base, ""));
         options.base_label = in_quotes(request.base);
     }
     for (const auto& task : arguments_) {
@@ -215,7 +215,7 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
         }
         weights_.push_back(task.weight);
         const auto& rules = rules_of(request, task.text);
-        tasks_.push_back(open_noted(task.path, request.run, request.index, rules));
+        tasks_.push_back(open(request, task.path, task.text));
         options.labels.push_back(in_quotes(task.path));
         if (task.time > 1) {
             note(request.run, in_quotes(task.path) + " is given " + (task.time == 2 ? "twice" : "again"));
@@ -245,6 +245,38 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
         }
     }
     note_what_is_missing(request);
+}
+
+/// A model, or what is put together in its place.
+taskvec::checkpoint merge_inputs::open(const model_request& request, const fs::path& path, const std::string& key)
+{
+    auto model = open_noted(path, request.run, request.index, rules_of(request, key));
+    const auto view = request.views.find(key);
+    if (view == request.views.end()) { return model; }
+    const auto own = model.model();
+    std::vector<layers_taken> taken;
+    const auto check = [](const taskvec::checkpoint& one) {
+        if (one.layers() && (!one.layers()->layers().empty() || !one.layers()->unread().empty())) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::layer_split,
+                in_quotes(one.path())
+                    + " has quantised layers, which are not taken apart: store it as numbers first (taskvec convert)");
+        }
+    };
+    check(model);
+    for (const auto& part : view->second) {
+        const taskvec::const_model_ref* from = part.path == path ? &own : nullptr;
+        for (const auto& one : parts_) {
+            if (!from && one.path() == part.path) { from = &one.model(); }
+        }
+        if (!from) {
+            parts_.push_back(open_noted(part.path, request.run, request.index));
+            check(parts_.back());
+            from = &parts_.back().model();
+        }
+        taken.push_back({from, part.first, part.last});
+    }
+    model.set_model(model_of_layers(taken));
+    return model;
 }
 
 /// The task stands for the base; its tensors are worked out once all are lined up.

@@ -32,6 +32,14 @@ struct copy_request {
     bool no_copy = false, copy_code = false, no_card = false;
 };
 
+/// Layers [first, last) of a model.
+struct layer_part {
+    std::string path;
+    std::size_t first = 0, last = 0;
+};
+/// A model put together from layers of several (model_of_layers).
+using model_view = std::vector<layer_part>;
+
 /// Which models, which of their tensors, and what is wrong with these.
 struct model_request {
     std::string base, out;
@@ -40,6 +48,7 @@ struct model_request {
     std::string dtype, nonfinite = "error", missing = "error", overflow = "error", index = "strict", shard_size;
     std::vector<std::string> include, exclude;
     name_rules names;
+    std::map<std::string, model_view> views; ///< what stands for a model, by the keys of `names`
     bool match_prefixes = false;
     copy_request copies;
     run_options run;
@@ -99,6 +108,8 @@ public:
     [[nodiscard]] const taskvec::checkpoint* base() const { return base_ ? &*base_ : nullptr; }
     [[nodiscard]] const std::vector<task_argument>& arguments() const { return arguments_; }
     [[nodiscard]] const std::deque<taskvec::checkpoint>& tasks() const { return tasks_; }
+    /// Models that only give layers to others.
+    [[nodiscard]] const std::deque<taskvec::checkpoint>& parts() const { return parts_; }
     [[nodiscard]] const std::vector<taskvec::const_model_ref>& task_models() const { return task_models_; }
     [[nodiscard]] const taskvec::aligned_models& models() const { return *models_; }
     [[nodiscard]] const std::vector<double>& weights() const { return weights_; }
@@ -128,10 +139,12 @@ private:
     void note_what_is_missing(const model_request& request) const;
     [[nodiscard]] std::string name_of_base(const model_request& request) const;
 
+    [[nodiscard]] taskvec::checkpoint open(const model_request& request, const fs::path& path, const std::string& key);
     void add_adapter(const model_request& request, const task_argument& task, std::size_t t);
 
     std::map<std::size_t, std::unique_ptr<adapter_sum>> sums_;
     std::vector<std::unique_ptr<taskvec::operand_source>> sources_;
+    std::deque<taskvec::checkpoint> parts_;
     std::optional<taskvec::checkpoint> base_;
     std::vector<task_argument> arguments_;
     std::vector<double> weights_;

@@ -447,6 +447,73 @@ std::vector<std::string> resolve_ties(taskvec::const_model_ref& model, const tas
     return notes;
 }
 
+std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view name)
+{
+    for (std::size_t at = 0; at < name.size();) {
+        const auto end = std::min(name.find('.', at), name.size());
+        const auto part = name.substr(at, end - at);
+        if (!part.empty() && part.size() < 7 && part.find_first_not_of("0123456789") == part.npos) {
+            return std::pair(std::string(name.substr(0, at)), static_cast<std::size_t>(std::stoul(std::string(part))));
+        }
+        at = end + 1;
+    }
+    return std::nullopt;
+}
+
+bool stands_before_layers(std::string_view name)
+{
+    const auto has = [&](std::string_view part) { return name.find(part) != name.npos; };
+    return (has("embed") && !has("embed_out")) || has("wte") || has("wpe") || name.ends_with("shared.weight");
+}
+
+std::size_t count_layers(const taskvec::const_model_ref& model, const std::string& label)
+{
+    std::map<std::string, std::size_t> counts;
+    for (const auto& [name, tensor] : model) {
+        if (const auto layer = layer_of(name)) {
+            auto& count = counts[layer->first];
+            count = std::max(count, layer->second + 1);
+        }
+    }
+    if (counts.size() == 1) { return counts.begin()->second; }
+    std::string text;
+    for (const auto& [prefix, count] : counts) {
+        text += taskvec::message(text.empty() ? "" : ", ", "'", prefix, "' with ", count);
+    }
+    taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+        label
+            + (counts.empty() ? " has no layers: no tensor has a number in its name"
+                              : " has several lists of layers (" + text + "); expected one to take layers from"));
+}
+
+taskvec::const_model_ref model_of_layers(const std::vector<layers_taken>& parts)
+{
+    std::map<std::string, taskvec::const_tensor_ref> tensors;
+    std::size_t begin = 0;
+    for (std::size_t p = 0; p < parts.size(); ++p) {
+        const auto& part = parts[p];
+        for (const auto& [name, tensor] : *part.model) {
+            const auto layer = layer_of(name);
+            if (!layer) {
+                if (stands_before_layers(name) ? p == 0 : p + 1 == parts.size()) { tensors.emplace(name, tensor); }
+            }
+            else if (layer->second >= part.first && layer->second < part.last) {
+                const auto end = std::min(name.find('.', layer->first.size()), name.size());
+                tensors.emplace(
+                    layer->first + std::to_string(layer->second - part.first + begin) + name.substr(end), tensor);
+            }
+        }
+        begin += part.last - part.first;
+    }
+    for (const auto& [name, head] : *parts.front().model) {
+        if (!is_head(name) || tensors.contains(name)) { continue; }
+        if (const auto* const tied = embedding_like(*parts.back().model, head)) { tensors.emplace(name, tied->tensor); }
+    }
+    taskvec::const_model_ref result;
+    for (const auto& [name, tensor] : tensors) { result.insert(name, tensor); }
+    return result;
+}
+
 std::string adapter_kind(std::string_view name)
 {
     const auto has = [&](std::string_view part) { return name.find(part) != name.npos; };

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -72,6 +73,23 @@ struct prefix_match {
     const std::string& reference_label);
 /// Whether the configuration beside a model says that its head is tied.
 [[nodiscard]] bool says_tied(const fs::path& model);
+
+/// The layer in a tensor's name: what stands before the first number between dots, and that number.
+[[nodiscard]] std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view name);
+/// Whether a tensor that is in no layer stands before them, as embeddings do; final norms and heads stand after them.
+[[nodiscard]] bool stands_before_layers(std::string_view name);
+/// How many layers a model has. Throws invalid_argument where it has none, or several lists of them. `label`: the
+/// model.
+[[nodiscard]] std::size_t count_layers(const taskvec::const_model_ref& model, const std::string& label);
+/// Layers [first, last) of a model.
+struct layers_taken {
+    const taskvec::const_model_ref* model = nullptr;
+    std::size_t first = 0, last = 0;
+};
+/// A model of the layers of several, one part after another and numbered anew. What is in no layer is the first part's
+/// where it stands before the layers, and the last part's where it stands after them; a head that the first model has
+/// and the last one's is tied to its embedding is that embedding.
+[[nodiscard]] taskvec::const_model_ref model_of_layers(const std::vector<layers_taken>& parts);
 
 /// What kind of adapter's factor a tensor is by its name ("LoRA", "LoHa", "LoKr", …); empty: none.
 [[nodiscard]] std::string adapter_kind(std::string_view name);

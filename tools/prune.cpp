@@ -22,6 +22,9 @@ void run_prune(const tool::merge_request& request)
     if (request.tasks.size() != 1) {
         throw tool::usage_error("prune takes one --task; got " + std::to_string(request.tasks.size()));
     }
+    for (const auto& [task, values] : request.of_tasks) {
+        throw tool::usage_error(values.front().flag + " has no meaning for prune, which has one task: give --density");
+    }
     tool::check_no_weights(request, "prune", "'taskvec apply --scale' scales a delta");
     const auto options = tool::pruning_options(request.options);
     const tool::merge_inputs inputs(request, true);

@@ -319,6 +319,15 @@ struct input {
     std::string name, path, adapter;
     YAML::Node at; ///< its name
     std::optional<YAML::Node> parameters{}, layers{};
+    std::size_t first = 0, last = 0; ///< its layers, in a slice of several
+};
+
+/// What is merged by itself: all, or a slice of the layers.
+struct slice {
+    std::vector<input> inputs; ///< the base not among them
+    std::vector<YAML::Node> parameters; ///< of all its inputs, what counts most first
+    std::optional<input> base{};
+    std::optional<tool::part_of_model> part{}; ///< of the result; nothing: all
 };
 
 class reader {
@@ -451,59 +460,172 @@ private:
         if (!list.IsSequence() || list.size() == 0) {
             where_.fail(list, (models ? "'models' is " : "'slices' is ") + kind_of(list) + "; expected a list");
         }
-        if (slices) {
-            if (list.size() > 1) {
-                where_.fail(list[1], "more than one slice is not supported: a slice here holds all layers");
-            }
-            const mapping slice(where_, list[0], "a slice", {"sources", "base_model", "residual_weight", "parameters"});
-            if (const auto one = slice.find("residual_weight")) {
-                where_.fail(one->key, "'residual_weight' is not supported");
-            }
-            if (const auto own = slice.find("base_model")) { base.emplace(*own); }
-            if (const auto given = slice.find("parameters")) { shared_.push_back(given->value); }
-            const auto sources = slice.find("sources");
-            if (!sources || !sources->value.IsSequence() || sources->value.size() == 0) {
-                where_.fail(list[0], "a slice without a list of 'sources'");
-            }
-            list.reset(sources->value);
+        if (slices) { read_slices(list, base); }
+        else {
+            slices_.emplace_back();
+            read_inputs(list, slices_.back(), false);
         }
-        constexpr std::size_t most = 1000;
-        if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " models")); }
-        for (const auto& node : list) {
-            inputs_.push_back(read_input(node, slices.has_value()));
-            for (std::size_t i = 0; i + 1 < inputs_.size(); ++i) {
-                if (inputs_[i].path == inputs_.back().path && inputs_[i].adapter == inputs_.back().adapter) {
-                    where_.fail(inputs_.back().at, "'" + inputs_.back().name + "' stands twice among the models");
-                }
-            }
-            if (inputs_.back().layers) { check_layers(inputs_.back()); }
+        for (auto& one : slices_) {
+            if (const auto given = top.find("parameters")) { one.parameters.push_back(given->value); }
         }
-        if (const auto given = top.find("parameters")) { shared_.push_back(given->value); }
     }
 
-    /// A slice holds all layers.
-    void check_layers(const input& one)
+    void read_inputs(const YAML::Node& list, slice& to, bool layers)
+    {
+        constexpr std::size_t most = 1000;
+        if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " models")); }
+        auto& inputs = to.inputs;
+        for (const auto& node : list) {
+            inputs.push_back(read_input(node, layers));
+            for (std::size_t i = 0; i + 1 < inputs.size(); ++i) {
+                if (inputs[i].path == inputs.back().path && inputs[i].adapter == inputs.back().adapter) {
+                    where_.fail(inputs.back().at, "'" + inputs.back().name + "' stands twice among the models");
+                }
+            }
+        }
+    }
+
+    void read_slices(const YAML::Node& list, std::optional<mapping::entry>& base)
+    {
+        constexpr std::size_t most = 10000;
+        if (list.size() > most) { where_.fail(list, taskvec::message("there are more than ", most, " slices")); }
+        bool whole = list.size() == 1;
+        std::size_t begin = 0;
+        std::optional<mapping::entry> own_base;
+        for (const auto& node : list) {
+            const mapping part(where_, node, "a slice", {"sources", "base_model", "residual_weight", "parameters"});
+            if (const auto one = part.find("residual_weight")) {
+                where_.fail(one->key, "'residual_weight' is not supported");
+            }
+            slice made;
+            if (const auto given = part.find("parameters")) { made.parameters.push_back(given->value); }
+            const auto sources = part.find("sources");
+            if (!sources || !sources->value.IsSequence() || sources->value.size() == 0) {
+                where_.fail(node, "a slice without a list of 'sources'");
+            }
+            read_inputs(sources->value, made, true);
+            for (auto& one : made.inputs) {
+                whole = read_layers(one) && whole;
+                const auto wanted = made.inputs.front().last - made.inputs.front().first;
+                if (one.last - one.first != wanted) {
+                    where_.fail(*one.layers,
+                        taskvec::message("'", one.name, "' gives ", tool::counted(one.last - one.first, "layer"),
+                            " and '", made.inputs.front().name, "' ", wanted,
+                            "; expected as many of each source of a slice"));
+                }
+            }
+            if (const auto own = part.find("base_model")) {
+                own_base.emplace(*own);
+                made.base = named(own->value);
+            }
+            else if (base) {
+                made.base = named(base->value);
+            }
+            const auto end = begin + made.inputs.front().last - made.inputs.front().first;
+            made.part = {begin, end, slices_.empty(), slices_.size() + 1 == list.size()};
+            begin = end;
+            slices_.push_back(std::move(made));
+        }
+        if (whole) { // it is as if it were no slice
+            slices_.front().part.reset();
+            if (own_base) { base.emplace(*own_base); }
+        }
+    }
+
+    /// The layers of a source; whether they are all that its model has.
+    bool read_layers(input& one)
     {
         const auto& node = *one.layers;
+        if (!one.adapter.empty()) {
+            where_.fail(
+                one.at, "'" + one.name + "': layers of a model with an adapter; store it first by 'taskvec fuse'");
+        }
         if (!node.IsSequence() || node.size() != 2) {
             where_.fail(node, "layer_range is " + kind_of(node) + "; expected two numbers such as [0, 32]");
         }
         const auto first = number_of(where_, node[0], "layer_range"), last = number_of(where_, node[1], "layer_range");
-        std::size_t count = 0;
-        const auto model = taskvec::open_model(one.path);
-        for (const auto& [name, tensor] : model.model()) {
-            if (const auto layer = tool::layer_of(name)) { count = std::max(count, layer->second + 1); }
+        auto place = layers_.find(one.path);
+        if (place == layers_.end()) {
+            try {
+                const auto model = taskvec::open_model(one.path);
+                place = layers_.emplace(one.path, tool::count_layers(model.model(), "'" + one.name + "'")).first;
+            }
+            catch (const taskvec::invalid_argument& wrong) {
+                where_.fail(one.at, wrong.what(), wrong.code());
+            }
         }
-        if (first != 0 || last != static_cast<double>(count)) {
+        const auto count = static_cast<double>(place->second);
+        if (std::floor(first) != first || std::floor(last) != last || first < 0 || first >= last || last > count) {
             where_.fail(node,
-                taskvec::message("layer_range [", first, ", ", last, "]: '", one.name, "' has the layers [0, ", count,
-                    "], and a part of them is not supported"));
+                taskvec::message("layer_range [", first, ", ", last, "]: '", one.name, "' has the layers [0, ",
+                    place->second, "]; expected a part of them, the end not included"));
+        }
+        one.first = static_cast<std::size_t>(first);
+        one.last = static_cast<std::size_t>(last);
+        return one.first == 0 && one.last == place->second;
+    }
+
+    [[nodiscard]] bool sliced() const { return slices_.front().part.has_value(); }
+
+    /// The bases of slices stand among their sources.
+    void set_bases_of_slices(const std::optional<mapping::entry>& given)
+    {
+        using base = method_words::base;
+        for (auto& one : slices_) {
+            auto& inputs = one.inputs;
+            if (method_->takes == base::input) {
+                one.base.reset();
+                continue;
+            }
+            if (!one.base) {
+                if (method_->takes == base::required) {
+                    where_.fail(at_method_, "merge_method '" + method_->theirs + "' needs a 'base_model'");
+                }
+                continue;
+            }
+            const auto place = std::find_if(
+                inputs.begin(), inputs.end(), [&](const input& its) { return its.path == one.base->path; });
+            if (place == inputs.end()) {
+                where_.fail(inputs.front().at,
+                    "the base '" + one.base->name + "' is not among the sources of the slice: add it, with its layers");
+            }
+            one.base->first = place->first;
+            one.base->last = place->last;
+            std::vector<input> others;
+            for (auto& its : inputs) {
+                if (&its != &*place) { others.push_back(std::move(its)); }
+            }
+            inputs.swap(others);
+        }
+        const auto& first = slices_.front();
+        for (const auto& one : slices_) {
+            if (one.inputs.empty()) { where_.fail(at_method_, "a slice has no model beside the base"); }
+            if (one.inputs.size() != first.inputs.size() || one.base.has_value() != first.base.has_value()) {
+                where_.fail(one.inputs.front().at,
+                    taskvec::message("this slice merges ", tool::counted(one.inputs.size(), "model"), " and the first ",
+                        first.inputs.size(), "; expected as many in every slice"));
+            }
+        }
+        if (first.base) { request().base = first.base->path; }
+        for (const auto& one : slices_) {
+            if (one.base) { request().views[""].push_back({one.base->path, one.base->first, one.base->last}); }
+        }
+        std::error_code ignored;
+        if (given && request().copies.from.empty()) { // configuration and tokenizer are the base's
+            if (const auto from = named(given->value).path; tool::fs::is_directory(from, ignored)) {
+                request().copies.from = from;
+            }
         }
     }
 
     void set_base(const std::optional<mapping::entry>& given)
     {
         using base = method_words::base;
+        if (sliced()) {
+            set_bases_of_slices(given);
+            return;
+        }
+        auto& inputs = slices_.front().inputs;
         if (!given) {
             if (method_->takes == base::required) {
                 where_.fail(at_method_, "merge_method '" + method_->theirs + "' needs a 'base_model'");
@@ -516,16 +638,16 @@ private:
             }
             const auto same = [&](const input& one) { return one.path == found.path && one.adapter.empty(); };
             std::vector<input> others;
-            std::copy_if(inputs_.begin(), inputs_.end(), std::back_inserter(others), std::not_fn(same));
+            std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(others), std::not_fn(same));
             if (method_->takes != base::input) {
                 request().base = found.path;
-                inputs_.swap(others);
+                inputs.swap(others);
             }
-            else if (others.size() == inputs_.size()) {
-                inputs_.push_back(std::move(found));
+            else if (others.size() == inputs.size()) {
+                inputs.push_back(std::move(found));
             }
         }
-        if (inputs_.empty()) { where_.fail(at_method_, "no model is left beside the base"); }
+        if (inputs.empty()) { where_.fail(at_method_, "no model is left beside the base"); }
     }
 
     void read_dtype(const mapping& top)
@@ -600,39 +722,107 @@ private:
         auto& options = request().options;
         if (mergekit && method_->semantics) { options.push_back({"semantics", "mergekit", "--semantics"}); }
         if (mergekit && method_->ours == "model-stock") { options.push_back({"clamp", "false", "--semantics"}); }
-        std::vector<tool::option_values> weights(inputs_.size());
+        const auto& inputs = slices_.front().inputs;
+        std::vector<tool::option_values> weights(inputs.size()), own(inputs.size());
         for (const auto& one : method_->parameters) {
             if (one.name == "weight") {
-                for (std::size_t i = 0; i < inputs_.size(); ++i) {
-                    bool for_all = false;
-                    weights[i] = values_of(one, chain_of(i), for_all);
-                    if (!for_all) { missing(one, inputs_[i].at, weights[i], " of '" + inputs_[i].name + "'"); }
+                for (const auto& part : slices_) {
+                    for (std::size_t i = 0; i < inputs.size(); ++i) {
+                        bool for_all = false;
+                        auto its = values_of(one, chain_of(part, i), for_all);
+                        if (!for_all) { missing(one, part.inputs[i].at, its, " of '" + part.inputs[i].name + "'"); }
+                        add_values(weights[i], std::move(its), part);
+                    }
                 }
                 continue;
             }
-            bool for_all = false;
-            auto values = values_of(one, one.of == parameter::scope::shared ? shared_ : chain_of(0), for_all);
-            if (one.of != parameter::scope::shared) {
-                for (std::size_t i = 1; i < inputs_.size(); ++i) {
-                    bool its_for_all = false;
-                    const auto its = values_of(one, chain_of(i), its_for_all);
-                    const auto equal = [](const tool::option_value& a, const tool::option_value& b) {
-                        return a.text == b.text && a.pattern == b.pattern;
-                    };
-                    if (!std::equal(its.begin(), its.end(), values.begin(), values.end(), equal)) {
-                        where_.fail(inputs_[i].at,
-                            "'" + one.name + "' of '" + inputs_[i].name + "' is another than that of '"
-                                + inputs_.front().name + "'; one for all models is supported");
+            if (one.of == parameter::scope::tasks && one.type == parameter::kind::number && differs(one)) {
+                for (std::size_t i = 0; i < inputs.size(); ++i) {
+                    bool always = true;
+                    for (const auto& part : slices_) {
+                        bool for_all = false;
+                        add_values(own[i], values_of(one, chain_of(part, i), for_all), part);
+                        always = always && for_all;
+                    }
+                    if (!always && mergekit && !one.unless.empty()) {
+                        own[i].insert(own[i].begin(), {one.row, one.unless, one.name});
                     }
                 }
+                continue;
             }
-            if (!for_all && one.required) { missing(one, at_method_, values, ""); }
-            if (!for_all && mergekit && !one.unless.empty()) {
-                values.insert(values.begin(), {one.row, one.unless, one.name});
+            tool::option_values all;
+            bool all_for_all = true;
+            for (const auto& part : slices_) {
+                bool for_all = false;
+                auto values = values_of_inputs(one, part, for_all);
+                if (!for_all && one.required) { missing(one, at_method_, values, ""); }
+                all_for_all = all_for_all && for_all;
+                if (one.type == parameter::kind::number) {
+                    add_values(all, std::move(values), part);
+                    continue;
+                }
+                if (&part == &slices_.front()) { all = std::move(values); }
+                else if (!same_values(all, values)) {
+                    where_.fail(part.inputs.front().at,
+                        "'" + one.name + "' of this slice is another than that of the first; one for all is supported");
+                }
             }
-            options.insert(options.end(), values.begin(), values.end());
+            if (!all_for_all && mergekit && !one.unless.empty()) {
+                all.insert(all.begin(), {one.row, one.unless, one.name});
+            }
+            options.insert(options.end(), all.begin(), all.end());
         }
-        for (std::size_t i = 0; i < inputs_.size(); ++i) { add_task(inputs_[i], std::move(weights[i])); }
+        for (std::size_t i = 0; i < inputs.size(); ++i) { add_task(i, std::move(weights[i]), std::move(own[i])); }
+    }
+
+    /// Whether a parameter is not the same for all models.
+    [[nodiscard]] bool differs(const parameter& one)
+    {
+        bool for_all = false;
+        for (const auto& part : slices_) {
+            const auto values = values_of(one, chain_of(part, 0), for_all);
+            for (std::size_t i = 1; i < part.inputs.size(); ++i) {
+                if (!same_values(values_of(one, chain_of(part, i), for_all), values)) { return true; }
+            }
+        }
+        return false;
+    }
+
+    [[nodiscard]] static bool same_values(const tool::option_values& a, const tool::option_values& b)
+    {
+        return std::equal(
+            a.begin(), a.end(), b.begin(), b.end(), [](const tool::option_value& x, const tool::option_value& y) {
+                return x.text == y.text && x.pattern == y.pattern;
+            });
+    }
+
+    /// Values that hold in a slice.
+    static void add_values(tool::option_values& to, tool::option_values values, const slice& part)
+    {
+        for (auto& value : values) {
+            if (part.part) {
+                if (!value.by_tensor) { value.numbers = {std::strtod(value.text.c_str(), nullptr)}; }
+                value.by_tensor = value.as_in_mergekit = true;
+                value.part = part.part;
+            }
+            to.push_back(std::move(value));
+        }
+    }
+
+    /// Values that all inputs of a slice have.
+    tool::option_values values_of_inputs(const parameter& one, const slice& part, bool& for_all)
+    {
+        auto values = values_of(one, one.of == parameter::scope::shared ? part.parameters : chain_of(part, 0), for_all);
+        if (one.of == parameter::scope::shared) { return values; }
+        for (std::size_t i = 1; i < part.inputs.size(); ++i) {
+            bool its_for_all = false;
+            if (!same_values(values_of(one, chain_of(part, i), its_for_all), values)) {
+                where_.fail(part.inputs[i].at,
+                    "'" + one.name + "' of '" + part.inputs[i].name + "' is another than that of '"
+                        + part.inputs.front().name + "'; one for all models is supported");
+            }
+        }
+        return values;
     }
 
     [[noreturn]] void missing(
@@ -644,11 +834,11 @@ private:
                     + " has filters and no value for the tensors that none of them matches: add one without a filter");
     }
 
-    [[nodiscard]] scopes chain_of(std::size_t i) const
+    [[nodiscard]] static scopes chain_of(const slice& part, std::size_t i)
     {
         scopes chain;
-        if (inputs_[i].parameters) { chain.push_back(*inputs_[i].parameters); }
-        chain.insert(chain.end(), shared_.begin(), shared_.end());
+        if (part.inputs[i].parameters) { chain.push_back(*part.inputs[i].parameters); }
+        chain.insert(chain.end(), part.parameters.begin(), part.parameters.end());
         return chain;
     }
 
@@ -687,14 +877,24 @@ private:
                 }
             }
         };
-        for (const auto& level : shared_) { check(level, false); }
-        for (const auto& one : inputs_) {
-            if (one.parameters) { check(*one.parameters, true); }
+        const auto& top = slices_.front().parameters; // the last of them is that of all slices
+        const bool common = !top.empty() && std::all_of(slices_.begin(), slices_.end(), [&](const slice& one) {
+            return !one.parameters.empty() && one.parameters.back().is(top.back());
+        });
+        if (common) { check(top.back(), false); }
+        for (const auto& part : slices_) {
+            for (std::size_t i = 0; i + (common ? 1 : 0) < part.parameters.size(); ++i) {
+                check(part.parameters[i], false);
+            }
+            for (const auto& one : part.inputs) {
+                if (one.parameters) { check(*one.parameters, true); }
+            }
         }
     }
 
-    void add_task(const input& one, tool::option_values weight)
+    void add_task(std::size_t i, tool::option_values weight, tool::option_values own)
     {
+        const auto& one = slices_.front().inputs[i];
         if (!one.adapter.empty()) {
             if (one.path != request().base) {
                 where_.fail(one.at,
@@ -703,6 +903,7 @@ private:
             const auto text = one.adapter + "=1"; // that is the adapter's own factor
             request().adapters.insert(text);
             request().tasks.push_back(text);
+            if (!own.empty()) { request().of_tasks[text] = std::move(own); }
             for (auto& value : weight) {
                 if (value.by_tensor) { continue; }
                 value.by_tensor = value.as_in_mergekit = true;
@@ -716,6 +917,11 @@ private:
         if (plain) { weight.erase(weight.begin()); }
         request().tasks.push_back(text);
         if (!weight.empty()) { request().weights[text] = std::move(weight); }
+        if (!own.empty()) { request().of_tasks[text] = std::move(own); }
+        for (const auto& part : slices_) {
+            if (!part.part) { continue; }
+            request().views[text].push_back({part.inputs[i].path, part.inputs[i].first, part.inputs[i].last});
+        }
     }
 
     /// Vocabularies that are the same need no work; others are not lined up.
@@ -729,9 +935,12 @@ private:
             if (!file) { return std::nullopt; }
             return std::string(std::istreambuf_iterator<char>(file), {});
         };
-        const auto first = content(request().base.empty() ? inputs_.front().path : request().base);
+        const auto first = content(request().base.empty() ? slices_.front().inputs.front().path : request().base);
         bool same = first.has_value();
-        for (const auto& model : inputs_) { same = same && content(model.path) == first; }
+        for (const auto& part : slices_) {
+            for (const auto& model : part.inputs) { same = same && content(model.path) == first; }
+            if (part.base) { same = same && content(part.base->path) == first; }
+        }
         if (!same) {
             where_.fail(one->key,
                 "'tokenizer_source: " + word
@@ -745,8 +954,8 @@ private:
     place where_;
     const method_words* method_ = nullptr;
     YAML::Node at_method_;
-    std::vector<input> inputs_;
-    scopes shared_; ///< parameters of the slice and of all, what counts most first
+    std::vector<slice> slices_; ///< one where there are none: the whole
+    std::map<std::string, std::size_t> layers_; ///< how many a model has, by path
 };
 
 void run_config(run_settings& given)

@@ -10,11 +10,11 @@ import definition
 from common import equal_values, load, tool_arguments
 
 
-def checkpoints(folder, count=3):
-    """A tiny Llama and `count` fine-tuned ones, in f32, without ties at the thresholds that are used below."""
+def checkpoints(folder, count=3, layers=2):
+    """A tiny Llama of `layers` layers and `count` fine-tuned ones, in f32, without ties at the thresholds that are used below."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+    config = LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
                          tie_word_embeddings=False)
     torch.manual_seed(5)
     base = LlamaForCausalLM(config).float()

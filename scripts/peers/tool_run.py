@@ -1,5 +1,6 @@
 """`taskvec run` against mergekit: whole configurations, both commands' results compared element for element."""
 # SPDX-License-Identifier: Apache-2.0
+import json
 import os
 import pathlib
 import subprocess
@@ -41,8 +42,8 @@ CONFIGURATIONS = {
     "slerp": ("""
 slices:
   - sources:
-      - {model: base, layer_range: [0, 2]}
-      - {model: task0, layer_range: [0, 2]}
+      - {model: base, layer_range: [0, 4]}
+      - {model: task0, layer_range: [0, 4]}
 merge_method: slerp
 base_model: base
 parameters:
@@ -54,6 +55,87 @@ parameters:
     - value: 0.5
 dtype: float32
 """, 1e-6),
+    "a density of each": ("""
+base_model: base
+merge_method: ties
+dtype: float32
+models:
+  - model: base
+  - model: task0
+    parameters: {weight: 1, density: [1, 0.7, 0.1]}
+  - model: task1
+    parameters:
+      weight: [0, 0.3, 0.7, 1]
+      density: 0.5
+  - model: task2
+    parameters:
+      weight:
+        - {filter: mlp, value: 0.5}
+        - value: 0
+      density: 0.33
+parameters: {normalize: true}
+""", 1e-7),
+    "a density and gamma of each": ("""
+base_model: base
+merge_method: breadcrumbs
+dtype: float32
+models:
+  - {model: task0, parameters: {weight: 1, density: 0.6, gamma: [0, 0.2]}}
+  - {model: task1, parameters: {weight: 0.4, density: [0.3, 0.8], gamma: 0.1}}
+""", 1e-7),
+    "layers of two models": ("""
+slices:
+  - sources: [{model: task0, layer_range: [0, 3]}]
+  - sources:
+      - model: task1
+        layer_range: [1, 4]
+        parameters: {scale: [{filter: down_proj, value: [0.5, 2]}, {value: 1}]}
+merge_method: passthrough
+dtype: float32
+""", 0.0),
+    "layers of one model again": ("""
+slices:
+  - sources: [{model: task0, layer_range: [0, 3]}]
+  - sources: [{model: task0, layer_range: [1, 2]}]
+  - sources: [{model: task0, layer_range: [1, 4]}]
+merge_method: passthrough
+dtype: float32
+""", 0.0),
+    "slerp of slices": ("""
+slices:
+  - sources: [{model: base, layer_range: [0, 2]}, {model: task0, layer_range: [1, 3]}]
+    parameters: {t: 0.3}
+  - sources: [{model: task1, layer_range: [1, 4]}, {model: base, layer_range: [0, 3]}]
+    parameters: {t: [{filter: mlp, value: [0.2, 0.9]}, {value: 0.6}]}
+merge_method: slerp
+base_model: base
+dtype: float32
+""", 1e-6),
+    "linear over slices": ("""
+slices:
+  - sources:
+      - {model: task0, layer_range: [0, 2], parameters: {weight: [0.2, 0.8]}}
+      - {model: task1, layer_range: [0, 2], parameters: {weight: 0.7}}
+  - sources:
+      - {model: task2, layer_range: [2, 4], parameters: {weight: 0.1}}
+      - {model: task0, layer_range: [1, 3], parameters: {weight: 0.3}}
+merge_method: linear
+dtype: float32
+""", 1e-6),
+    "ties over slices": ("""
+slices:
+  - sources:
+      - {model: base, layer_range: [0, 1]}
+      - {model: task0, layer_range: [0, 1], parameters: {weight: 0.5, density: 0.4}}
+      - {model: task1, layer_range: [0, 1], parameters: {weight: 0.3, density: 0.6}}
+  - sources:
+      - {model: base, layer_range: [1, 4]}
+      - {model: task2, layer_range: [1, 4], parameters: {weight: [0.5, 1], density: 0.7}}
+      - {model: task0, layer_range: [0, 3], parameters: {weight: 0.2, density: [0.9, 0.2]}}
+merge_method: ties
+base_model: base
+dtype: float32
+""", 1e-7),
 }
 
 
@@ -67,7 +149,7 @@ def main():
     failures, count = [], 0
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
-        checkpoints(pathlib.Path("."))
+        checkpoints(pathlib.Path("."), layers=4)
         for name, (text, tolerance) in CONFIGURATIONS.items():
             run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), f"mergekit {name}", MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True))
             expected = {}
@@ -78,6 +160,9 @@ def main():
             if done.returncode != 0:
                 failures.append(f"{name}: exit code {done.returncode}: {done.stderr.strip()}")
                 continue
+            layers = [json.loads(pathlib.Path(f"{whose} {name}/config.json").read_text())["num_hidden_layers"] for whose in ("mergekit", "taskvec")]
+            if layers[0] != layers[1]:
+                failures.append(f"{name}: config.json has {layers[1]} layers, and mergekit's {layers[0]}")
             found, _ = load(pathlib.Path(f"taskvec {name}/model.safetensors"))
             if set(found) != set(expected):
                 failures.append(f"{name}: tensors differ: {sorted(set(found) ^ set(expected))}")

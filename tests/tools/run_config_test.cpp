@@ -4,8 +4,11 @@
 
 #include "../skip.hpp"
 
+#include <nlohmann/json.hpp>
+
 #include <chrono>
 #include <fstream>
+#include <tuple>
 
 using namespace tools_test;
 
@@ -176,8 +179,10 @@ TEST_CASE("models of a Hub's cache, slices of all layers, values of each model, 
             + range + "}\nmerge_method: slerp\nbase_model: base\nparameters:\n  t: [0.3]\n";
     };
     CHECK(same(m.result(slices("[0, 3]")), expected));
-    has(m.refusal(slices("[0, 2]")), "config.yml:4:33: layer_range [0, 2]: 'a' has the layers [0, 3]");
-    has(m.refusal(slices("[1, 4]")), "config.yml:4:33: ");
+    has(m.refusal(slices("[0, 2]")), "config.yml:4:33: 'a' gives 2 layers and 'base' 3");
+    has(m.refusal(slices("[1, 4]")), "config.yml:4:33: layer_range [1, 4]: 'a' has the layers [0, 3]");
+    has(m.refusal(slices("[2, 2]")), "config.yml:4:33: layer_range [2, 2]: ");
+    has(m.refusal(slices("[0, 2.5]")), "config.yml:4:33: layer_range [0, 2.5]: ");
 
     const auto snapshot = m.folder / "hub/models--some--tune/snapshots/0123abcd";
     std::filesystem::create_directories(snapshot);
@@ -234,6 +239,133 @@ TEST_CASE("filters and gradients give each tensor the number that mergekit gives
     }
 }
 
+TEST_CASE("slices put layers of several models together, numbered anew")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    std::ofstream(m.folder / "a/config.json")
+        << R"({"model_type": "x", "num_hidden_layers": 3, "layer_types": ["full", "sliding", "linear"]})";
+    std::ofstream(m.folder / "b/config.json") << R"({"num_hidden_layers": 3, "layer_types": ["p", "q", "r"]})";
+    const auto out = m.result("slices:\n"
+                              "  - sources: [{model: a, layer_range: [0, 2]}]\n"
+                              "  - sources: [{model: a, layer_range: [1, 3]}]\n"
+                              "  - sources: [{model: b, layer_range: [2, 3], parameters: {scale: 0.5}}]\n"
+                              "merge_method: passthrough\n");
+    CHECK(out.size() == 12);
+    for (const auto& [to, model, from] : std::vector<std::tuple<int, const values_model*, int>>{
+             {0, &m.a, 0}, {1, &m.a, 1}, {2, &m.a, 1}, {3, &m.a, 2}}) {
+        for (const std::string part : {".attn.weight", ".mlp.weight"}) {
+            CHECK(out.at("layers." + std::to_string(to) + part).values
+                == model->at("layers." + std::to_string(from) + part).values);
+        }
+    }
+    auto halves = m.b.at("layers.2.mlp.weight").values;
+    for (auto& value : halves) { value *= 0.5f; }
+    CHECK(out.at("layers.4.mlp.weight").values == halves);
+    CHECK(out.at("embed.weight").values == m.a.at("embed.weight").values); // the first slice's
+    halves = m.b.at("norm.weight").values; // the last slice's, parameters too
+    for (auto& value : halves) { value *= 0.5f; }
+    CHECK(out.at("norm.weight").values == halves);
+    const auto config = nlohmann::json::parse(slurp(m.folder / "out/config.json"));
+    CHECK(config["num_hidden_layers"] == 5);
+    CHECK(config["layer_types"] == std::vector<std::string>{"full", "sliding", "sliding", "linear", "r"});
+
+    // A merge in slices that come to the whole is the merge of the whole, where values are one for all.
+    const std::string end = "merge_method: ties\nbase_model: base\nparameters: {weight: 0.5, density: 0.4}\n";
+    const auto slice = [](const std::string& range) {
+        std::string text = "  - sources:\n";
+        for (const auto* name : {"a", "base", "b"}) {
+            text += "      - {model: " + std::string(name) + ", layer_range: " + range + "}\n";
+        }
+        return text;
+    };
+    CHECK(same(m.result("slices:\n" + slice("[0, 1]") + slice("[1, 3]") + end),
+        m.result("slices:\n" + slice("[0, 3]") + end)));
+
+    has(m.refusal("slices:\n  - sources: [{model: a, layer_range: [0, 2]}, {model: base, layer_range: [0, 2]}]\n"
+                  "  - sources: [{model: a, layer_range: [2, 3]}]\n"
+            + end),
+        "config.yml:3:23: the base 'base' is not among the sources of the slice");
+    has(m.refusal("slices:\n" + slice("[0, 2]")
+            + "  - sources: [{model: a, layer_range: [2, 3]}, {model: base, "
+              "layer_range: [2, 3]}]\n"
+            + end),
+        "this slice merges 1 model and the first 2");
+}
+
+TEST_CASE("heads that are tied in one of the models of slices come out as the last model's")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto tensor = [](float first) {
+        values_tensor made{taskvec::dtype::f32, {4, 3}, std::vector<float>(12)};
+        for (auto& value : made.values) { value = first++; }
+        return made;
+    };
+    const values_model tied{{"model.embed_tokens.weight", tensor(1)}, {"model.layers.0.w", tensor(2)}};
+    const values_model own{
+        {"model.embed_tokens.weight", tensor(3)}, {"model.layers.0.w", tensor(4)}, {"lm_head.weight", tensor(5)}};
+    for (const auto& [name, model, says] : std::vector<std::tuple<std::string, const values_model*, const char*>>{
+             {"tied", &tied, "true"}, {"own", &own, "false"}}) {
+        std::filesystem::create_directories(m.folder / name);
+        write_values(m.folder / name / "model.safetensors", *model);
+        std::ofstream(m.folder / name / "config.json")
+            << R"({"num_hidden_layers": 1, "tie_word_embeddings": )" << says << "}";
+    }
+    const auto made = [&](const std::string& first, const std::string& last) {
+        return m.result("slices:\n  - sources: [{model: " + first + ", layer_range: [0, 1]}]\n  - sources: [{model: "
+            + last + ", layer_range: [0, 1]}]\nmerge_method: passthrough\n");
+    };
+    const auto says_tied = [&] {
+        return nlohmann::json::parse(slurp(m.folder / "out/config.json"))["tie_word_embeddings"].get<bool>();
+    };
+    CHECK(made("tied", "own").at("lm_head.weight").values == tensor(5).values);
+    CHECK_FALSE(says_tied());
+    CHECK(made("own", "tied").at("lm_head.weight").values == tensor(1).values);
+    CHECK_FALSE(says_tied());
+    CHECK_FALSE(made("tied", "tied").contains("lm_head.weight"));
+    CHECK(says_tied());
+    const auto explained = m.run_it({"--explain"});
+    CHECK(explained.code == 0);
+    has(explained.out, "model.layers.1.w: ");
+}
+
+TEST_CASE("models have densities of their own, as options of their tasks")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const std::vector<std::string> head{"--method", "ties", "--semantics", "mergekit", "--base", "base"};
+    auto words = head;
+    words.insert(words.end(),
+        {"--task", "a=0.5", "--task-density", "0.3", "--task", "b=0.5", "--task-density", "1", "--task-density",
+            "attn=0.6"});
+    const auto expected = m.merged(words);
+    CHECK(same(m.result("merge_method: ties\nbase_model: base\nmodels:\n"
+                        "  - {model: a, parameters: {density: 0.3}}\n"
+                        "  - {model: b, parameters: {density: [{filter: attn, value: 0.6}]}}\n"
+                        "parameters: {weight: 0.5}\n"),
+        expected));
+    words = head;
+    words.insert(words.end(), {"--density", "0.3", "--task", "a=0.5", "--task", "b=0.5"});
+    const auto one = m.merged(words);
+    words.insert(words.end(), {"--task-density", "0.3"});
+    CHECK(same(m.merged(words), one)); // a has the density of all
+    CHECK_FALSE(same(expected, one));
+
+    const auto wrong = [&](std::vector<std::string> more, const std::string& part) {
+        more.insert(more.begin(), "merge");
+        more.insert(more.end(), {"--base", "base", "--out", "never"});
+        const auto done = run(m.folder, more);
+        CHECK(done.code == 2);
+        has(done.err, part);
+    };
+    wrong({"--method", "ties", "--task", "a", "--task-density", "1.5"}, "--task-density");
+    wrong({"--method", "ties", "--task-density", "0.5", "--task", "a"}, "stands before every --task");
+    wrong({"--method", "ties", "--task", "a", "--task-gamma", "0.5"}, "--method ties takes no gamma of each task");
+    wrong({"--method", "sce", "--task", "a", "--task-density", "0.5"},
+        "--method sce takes no density of each task: give one for all");
+}
+
 TEST_CASE("what is wrong with a configuration is said with its place")
 {
     const configured m;
@@ -256,8 +388,6 @@ TEST_CASE("what is wrong with a configuration is said with its place")
         "add one without a filter");
     has(m.refusal(head + "models: [{model: some/where}]\n"), "config.yml:3:18: there is no model 'some/where'");
     has(m.refusal(head + "models: [{model: a}, {model: a}]\n"), "config.yml:3:30: 'a' stands twice");
-    has(m.refusal(head + "models: [{model: a, parameters: {density: 0.1}}, {model: b}]\nparameters: {weight: 1}\n"),
-        "'density' of 'b' is another than that of 'a'");
     has(m.refusal("merge_method: ties\n" + tasks), "config.yml:1:15: merge_method 'ties' needs a 'base_model'");
     has(m.refusal("merge_method: della\n" + tasks),
         "config.yml:1:15: merge_method 'della' is one of mergekit's that taskvec lacks");
