@@ -3,6 +3,7 @@
 #include "command.hpp"
 
 #include "arguments.hpp"
+#include "build_facts.hpp"
 #include "runner.hpp"
 #include "words.hpp"
 
@@ -37,6 +38,13 @@ std::vector<verb_entry>& verbs()
 {
     static std::vector<verb_entry> list;
     return list;
+}
+
+/// The words of an option, where there are such.
+std::map<const CLI::Option*, std::vector<std::string>>& words_of()
+{
+    static std::map<const CLI::Option*, std::vector<std::string>> words;
+    return words;
 }
 
 /// CLI11 takes -1 for 2^64-1, and 010 for 8.
@@ -97,7 +105,7 @@ private:
     {
         std::string text;
         for (const auto* option : app->get_options([](const CLI::Option* o) { return o->get_positional(); })) {
-            text += " " + option->get_name(true);
+            text += option->get_required() ? " " + option->get_name(true) : " [" + option->get_name(true) + "]";
         }
         return text;
     }
@@ -131,15 +139,16 @@ void command::texts(const std::string& flag, std::vector<std::string>& values, c
     finished(app_->add_option(flag, values, help), unit, how)->allow_extra_args(false);
 }
 
-void command::positional(const std::string& name, std::string& value, const std::string& help)
+void command::positional(const std::string& name, std::string& value, const std::string& help, presence how)
 {
-    app_->add_option(name, value, help)->required();
+    app_->add_option(name, value, help)->required(how == presence::required);
 }
 
 void command::word(const std::string& flag, std::string& value, const std::vector<std::string>& words,
     const std::string& unit, const std::string& help, bool any_case, presence how)
 {
     auto* option = finished(app_->add_option(flag, value, help), unit, how);
+    words_of()[option] = words;
     option->transform(CLI::Validator(
         [words, any_case](std::string& text) {
             std::string list;
@@ -190,7 +199,9 @@ void command::word_or_flag(const std::string& flag, std::string& value, const st
         for (const auto& word : words) { list += (list.empty() ? "" : ", ") + word; }
         throw usage_error(flag + " '" + value + "' is none of " + list);
     };
-    finished(app_->add_option_function<std::vector<std::string>>(flag, receive, help), unit)->expected(0, 1);
+    auto* option = finished(app_->add_option_function<std::vector<std::string>>(flag, receive, help), unit);
+    option->expected(0, 1);
+    words_of()[option] = words;
 }
 
 void command::flag(const std::string& flag, bool& value, const std::string& help)
@@ -219,6 +230,11 @@ void command::take_all(const std::string& flag, const std::string& unit, const s
 {
     finished(app_->add_option_function<std::vector<std::string>>(flag, std::move(receive), help), unit)
         ->allow_extra_args(false);
+}
+
+void command::choices(const std::string& flag, const std::vector<std::string>& words)
+{
+    words_of()[app_->get_option(flag)] = words;
 }
 
 void command::exclude(const std::string& flag, const std::string& other)
@@ -258,17 +274,68 @@ register_verb::register_verb(int place, const char* name, const char* help, void
     verbs().push_back({place, name, help, describe});
 }
 
-int run_command_line(int count, const char* const* words)
+namespace {
+
+/// The tool's options and verbs.
+void describe_tool(CLI::App& app)
 {
-    CLI::App app(
-        "taskvec: merge, prune and reuse fine-tuned models, straight from their safetensors files.", "taskvec");
     app.formatter(std::make_shared<formatter>());
-    app.set_version_flag("-v,-V,--version", "taskvec " + tool_version());
+    app.set_version_flag("-v,-V,--version", [] { return version_page(); });
     app.require_subcommand(1);
     app.option_defaults()->always_capture_default(false);
     app.footer("'taskvec VERB --help' explains a verb and gives an example.\n"
                "A MODEL is a .safetensors file, or a directory that holds model.safetensors "
                "or\nmodel.safetensors.index.json.");
+    std::sort(
+        verbs().begin(), verbs().end(), [](const verb_entry& a, const verb_entry& b) { return a.place < b.place; });
+    for (const auto& verb : verbs()) {
+        command part(*app.add_subcommand(verb.name, verb.help));
+        verb.describe(part);
+    }
+}
+
+constexpr const char* what_it_is =
+    "taskvec: merge, prune and reuse fine-tuned models, straight from their safetensors files.";
+
+verb_page page_of(const CLI::App& app)
+{
+    verb_page page{app.get_parent() == nullptr ? "" : app.get_name(), app.get_description(), formatter::usage_of(&app),
+        app.get_footer(), {}};
+    for (const auto* option : app.get_options()) {
+        option_page one;
+        one.positional = option->get_positional();
+        if (one.positional) { one.unit = option->get_name(true); }
+        else {
+            for (const auto& name : option->get_snames()) { one.names.push_back("-" + name); }
+            for (const auto& name : option->get_lnames()) { one.names.push_back("--" + name); }
+            if (option->get_type_size() > 0) { one.unit = option->get_type_name(); }
+        }
+        one.help = option->get_description();
+        one.required = option->get_required();
+        one.value_optional = option->get_items_expected_min() == 0;
+        one.repeatable = option->get_items_expected_max() > 1;
+        if (const auto words = words_of().find(option); words != words_of().end()) { one.words = words->second; }
+        page.options.push_back(std::move(one));
+    }
+    return page;
+}
+
+} // namespace
+
+std::vector<verb_page> command_pages()
+{
+    CLI::App app(what_it_is, "taskvec");
+    describe_tool(app);
+    std::vector<verb_page> pages{page_of(app)};
+    for (const auto* verb : app.get_subcommands([](const CLI::App*) { return true; })) {
+        pages.push_back(page_of(*verb));
+    }
+    return pages;
+}
+
+int run_command_line(int count, const char* const* words)
+{
+    CLI::App app(what_it_is, "taskvec");
     // Wrong usage: one line too, with the usage of the verb, as far as one was named.
     const auto misused = [&](const std::string& what) {
         const CLI::App* verb = &app;
@@ -281,12 +348,7 @@ int run_command_line(int count, const char* const* words)
     auto given = reversed(count, words);
     const std::string first = given.empty() ? "" : given.back();
     try {
-        std::sort(
-            verbs().begin(), verbs().end(), [](const verb_entry& a, const verb_entry& b) { return a.place < b.place; });
-        for (const auto& verb : verbs()) {
-            command part(*app.add_subcommand(verb.name, verb.help));
-            verb.describe(part);
-        }
+        describe_tool(app);
         app.parse(std::move(given));
         return 0;
     }

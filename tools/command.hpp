@@ -31,7 +31,8 @@ public:
     void texts(const std::string& flag, std::vector<std::string>& values, const std::string& unit,
         const std::string& help, presence how = presence::optional);
     /// What stands by itself.
-    void positional(const std::string& name, std::string& value, const std::string& help);
+    void positional(
+        const std::string& name, std::string& value, const std::string& help, presence how = presence::required);
     /// One of a few words. `any_case`: upper case is lowered first.
     void word(const std::string& flag, std::string& value, const std::vector<std::string>& words,
         const std::string& unit, const std::string& help, bool any_case = false, presence how = presence::optional);
@@ -55,6 +56,8 @@ public:
     /// All values of what may be repeated.
     void take_all(const std::string& flag, const std::string& unit, const std::string& help,
         std::function<void(const std::vector<std::string>&)> receive);
+    /// The words that an option's receiver accepts, for completions.
+    void choices(const std::string& flag, const std::vector<std::string>& words);
     /// Two options that may not both be given.
     void exclude(const std::string& flag, const std::string& other);
     /// Hears, before the verb acts, of all options and values in the order of the command line.
@@ -77,6 +80,22 @@ struct register_verb {
     /// `place`: in the list of verbs.
     register_verb(int place, const char* name, const char* help, void (*describe)(command&));
 };
+
+/// What is known of an option: for man pages and completions.
+struct option_page {
+    std::vector<std::string> names; ///< "-h", "--help"; a positional has none
+    std::string unit; ///< what stands for the value, or the positional's name; empty where there is none
+    std::string help;
+    std::vector<std::string> words; ///< that the value is one of, where there are such
+    bool positional = false, required = false, repeatable = false, value_optional = false;
+};
+/// What is known of a verb, or, with an empty name, of the tool itself.
+struct verb_page {
+    std::string name, help, usage, footer;
+    std::vector<option_page> options;
+};
+/// The tool itself, then every verb, as --help lists them.
+[[nodiscard]] std::vector<verb_page> command_pages();
 
 /// Parses and runs a command line: the exit code.
 [[nodiscard]] int run_command_line(int count, const char* const* words);

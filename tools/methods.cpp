@@ -225,6 +225,7 @@ void add_described_options(command& verb, const std::vector<described>& own, con
         else if (one.option.kind != taskvec::option_kind::truth) {
             verb.take(flag, one.option.unit, help_of(one, false, other),
                 [give, flag](const std::string& text) { give(flag, text); });
+            if (!one.option.words.empty()) { verb.choices(flag, one.option.words); }
         }
         else if (one.option.negated.empty()) {
             verb.take(flag, help_of(one, false, other), [give, flag] { give(flag, "true"); });

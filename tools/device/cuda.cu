@@ -1,6 +1,7 @@
 // --device cuda, compiled by nvcc; for the test of it also for host threads (tests/device/tool). Nothing that computes
 // on the CPU is called here: what nvcc makes of it keeps no promise about bits.
 // SPDX-License-Identifier: Apache-2.0
+#include "../build_facts.hpp"
 #include "../device.hpp"
 
 #include <library_methods.hpp>
@@ -9,6 +10,11 @@
 #include <taskvec/device/reuse/streamed.hpp>
 
 namespace tool {
+
+bool has_cuda() noexcept
+{
+    return true;
+}
 
 void require_cuda()
 {

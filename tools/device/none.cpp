@@ -1,8 +1,14 @@
 // --device cuda in a build without CUDA.
 // SPDX-License-Identifier: Apache-2.0
+#include "../build_facts.hpp"
 #include "../device.hpp"
 
 namespace tool {
+
+bool has_cuda() noexcept
+{
+    return false;
+}
 
 void require_cuda()
 {
