@@ -1,0 +1,17113 @@
+// taskvec in one header. Generated from the headers of the taskvec project by scripts/single-header: change those instead.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// ---- taskvec/formats/adapter_convert.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_CONVERT_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_CONVERT_HPP
+// Adapters written in any dialect, so that what reads that dialect gets the same update.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/formats/adapter_file.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP
+// Adapters as people have them: PEFT's directories, files of kohya and A1111, diffusers and MLX, told apart by what
+// they hold, read into one form that folds into a base. SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/adapters/lora.hpp
+#if !defined(TASKVEC_SINGLE_ADAPTERS_LORA_HPP)
+#define TASKVEC_SINGLE_ADAPTERS_LORA_HPP
+// LoRA adapters in memory: the low-rank update of one weight, and an adapter as updates by module name.
+// Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: low-rank adaptation of large language models" (2021).
+// SPDX-License-Identifier: Apache-2.0
+//
+// The one LoRA type: what PEFT's files are read into, what algorithms on adapters take and return, and what the layers
+// of jvp/ are made from and give back. It needs no Eigen; jvp/lora_layer.hpp sees its factors as Eigen matrices.
+
+
+// ---- taskvec/core/error.hpp
+#if !defined(TASKVEC_SINGLE_CORE_ERROR_HPP)
+#define TASKVEC_SINGLE_CORE_ERROR_HPP
+// Errors: one base class, one kind a class, one code a subject, and messages that name the tensor, what was found and
+// what to do.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/config.hpp
+#if !defined(TASKVEC_SINGLE_CORE_CONFIG_HPP)
+#define TASKVEC_SINGLE_CORE_CONFIG_HPP
+// taskvec: tensor algorithms for reusing fine-tuned models.
+// SPDX-License-Identifier: Apache-2.0
+//
+// The version, and the few macros that every header shares.
+
+#define TASKVEC_VERSION_MAJOR 0
+#define TASKVEC_VERSION_MINOR 2
+#define TASKVEC_VERSION_PATCH 0
+
+// TASKVEC_NO_EXCEPTIONS: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
+#if !defined(TASKVEC_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
+#define TASKVEC_NO_EXCEPTIONS 1
+#endif
+
+// Everything lives in an inline namespace that names the version, the options that change a type's meaning, and the
+// Thrust system (see device/thrust): translation units that disagree link side by side instead of silently mixing.
+#if defined(TASKVEC_NO_EXCEPTIONS)
+#define TASKVEC_ABI_ERRORS aborts
+#else
+#define TASKVEC_ABI_ERRORS throws
+#endif
+#ifndef TASKVEC_ABI_SYSTEM
+#if defined(__CUDACC__)
+#define TASKVEC_ABI_SYSTEM cuda
+#elif defined(THRUST_DEVICE_SYSTEM)
+// THRUST_DEVICE_SYSTEM is a name until Thrust has been included, and a number afterwards: both name the same system.
+#define TASKVEC_SYSTEM_THRUST_DEVICE_SYSTEM_OMP thrust_omp
+#define TASKVEC_SYSTEM_THRUST_DEVICE_SYSTEM_TBB thrust_tbb
+#define TASKVEC_SYSTEM_THRUST_DEVICE_SYSTEM_CPP thrust_cpp
+#define TASKVEC_SYSTEM_2 thrust_omp
+#define TASKVEC_SYSTEM_3 thrust_tbb
+#define TASKVEC_SYSTEM_4 thrust_cpp
+#define TASKVEC_SYSTEM_OF_(system) TASKVEC_SYSTEM_##system
+#define TASKVEC_SYSTEM_OF(system) TASKVEC_SYSTEM_OF_(system)
+#define TASKVEC_ABI_SYSTEM TASKVEC_SYSTEM_OF(THRUST_DEVICE_SYSTEM)
+#else
+#define TASKVEC_ABI_SYSTEM host
+#endif
+#endif
+#if defined(TASKVEC_MORE_STORAGE)
+#define TASKVEC_ABI_STORAGE _more
+#else
+#define TASKVEC_ABI_STORAGE
+#endif
+#define TASKVEC_ABI_JOIN_(a, b, c, d, e) v##a##_##b##_##c##_##d##e
+#define TASKVEC_ABI_JOIN(a, b, c, d, e) TASKVEC_ABI_JOIN_(a, b, c, d, e)
+#define TASKVEC_ABI                                                                                                    \
+    TASKVEC_ABI_JOIN(                                                                                                  \
+        TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_ABI_ERRORS, TASKVEC_ABI_SYSTEM, TASKVEC_ABI_STORAGE)
+
+#if defined(__CUDACC__)
+#define TASKVEC_HOST_DEVICE __host__ __device__
+#else
+#define TASKVEC_HOST_DEVICE
+#endif
+
+// Elementwise kernels are bit-reproducible: each product and each sum rounds separately, whatever flags the user
+// builds with (short of -ffast-math, and -ffp-contract=fast under clang). A kernel is a function of its own, never
+// inlined, between TASKVEC_KERNELS_BEGIN and TASKVEC_KERNELS_END, whose body starts with TASKVEC_STRICT_FP: the
+// optimiser then sees one flat loop over restrict pointers and vectorises it, and no multiply-add is fused.
+#define TASKVEC_NOINLINE [[gnu::noinline]]
+#define TASKVEC_RESTRICT __restrict
+// Behind the parameters of a lambda in a body.
+#define TASKVEC_BODY __attribute__((always_inline))
+// What a kernel's body is made of (core/pack.hpp): always inlined, so that it is compiled for the kernel's instruction
+// set.
+#if defined(__CUDACC__)
+#define TASKVEC_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define TASKVEC_INLINE __attribute__((always_inline)) inline
+#else
+#define TASKVEC_INLINE inline
+#endif
+// Before a loop of a kernel on the CPU: how many turns become one.
+#if defined(__CUDACC__)
+#define TASKVEC_UNROLL(turns)
+#else
+#define TASKVEC_UNROLL(turns) TASKVEC_PRAGMA_(GCC unroll turns)
+#define TASKVEC_PRAGMA_(words) _Pragma(#words)
+#endif
+#if defined(__CUDACC__)
+// Device code rounds each operation by intrinsics (device/thrust). The CPU's kernels lose their guarantee in a file
+// that nvcc compiles for a processor with fused multiply-adds: run cpu policies from files of the host compiler.
+#define TASKVEC_KERNELS_BEGIN
+#define TASKVEC_KERNELS_END
+#define TASKVEC_STRICT_FP
+#elif defined(__clang__)
+#define TASKVEC_KERNELS_BEGIN
+#define TASKVEC_KERNELS_END
+#define TASKVEC_STRICT_FP _Pragma("clang fp contract(off)")
+#elif defined(__GNUC__)
+#define TASKVEC_KERNELS_BEGIN                                                                                          \
+    _Pragma("GCC push_options") _Pragma(                                                                               \
+        "GCC optimize(\"fp-contract=off\",\"no-trapping-math\",\"tree-vectorize\",\"vect-cost-model=dynamic\")")
+#define TASKVEC_KERNELS_END _Pragma("GCC pop_options")
+#define TASKVEC_STRICT_FP
+#else
+#error "taskvec needs g++ 12 or clang 14 (or later): its bit-exact kernels rely on their floating-point pragmas"
+#endif
+// The call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END: it loops
+// over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
+#if defined(__CUDACC__)
+#define TASKVEC_FUNCTOR __host__ __device__
+#else
+#define TASKVEC_FUNCTOR TASKVEC_NOINLINE
+#endif
+#endif // TASKVEC_SINGLE_CORE_CONFIG_HPP
+
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What went wrong, as a value: the same in an exception and in the no-exceptions handler.
+enum class error_kind {
+    invalid_argument,
+    shape_mismatch,
+    dtype_mismatch,
+    nonfinite,
+    format_error,
+    io_error,
+    backend_error,
+    cancelled
+};
+
+/// What went wrong, exactly: one code for each subject, the same in every version, to search for and to branch on.
+/// The hundreds are the kinds. A number or a word, once given, never changes its meaning; new codes take new numbers.
+/// docs/errors.md says of each what it means and what to do. Codes from 10000 up are never the library's: an error of
+/// one's own may carry static_cast<error_code>(10001).
+enum class error_code : std::uint16_t {
+    // The caller's doing: a value, a list or a combination of models that cannot be.
+    tensor_missing = 101,
+    tensor_unexpected = 102,
+    tensor_repeated = 103,
+    unwritable = 104,
+    tensor_layout = 105,
+    tensor_memory = 106,
+    tensor_without_data = 107,
+    dlpack_tensor = 108,
+    alias_output = 109,
+    inputs_empty = 110,
+    base_missing = 111,
+    task_count = 112,
+    list_length = 113,
+    parameter_not_finite = 114,
+    parameter_out_of_range = 115,
+    weights_sum_zero = 116,
+    density_out_of_range = 117,
+    rank_out_of_range = 118,
+    rank_choice = 119,
+    index_out_of_range = 120,
+    option_value = 121,
+    pattern_invalid = 122,
+    nothing_selected = 123,
+    delta_entries = 124,
+    call_order = 125,
+    saved_words = 126,
+    fingerprint_differs = 127,
+    initialization_differs = 128,
+    adapters_differ = 129,
+    statistics_kind = 130,
+    statistics_differ = 131,
+    statistics_invalid = 132,
+    no_solution = 133,
+    norm_overflow = 134,
+    size_limit = 135,
+    context_stream = 136,
+    sweep_table = 137,
+    score_invalid = 138,
+    operation_size = 139,
+    parameter_inactive = 140,
+    device_unavailable = 141,
+    name_collision = 142,
+    output_path = 143,
+    adapter_factors = 144,
+    layer_split = 145,
+    // Shapes that do not fit.
+    tensor_shape = 201,
+    input_size = 202,
+    output_shape = 203,
+    shape_invalid = 204,
+    matrix_shape = 205,
+    factor_rank = 206,
+    adapter_shape = 207,
+    delta_shape = 208,
+    statistics_shape = 209,
+    operation_shape = 210,
+    // Element types that do not fit.
+    dtype_unsupported = 301,
+    dtype_differs = 302,
+    output_dtype = 303,
+    not_mergeable = 304,
+    delta_dtype = 305,
+    // NaN, infinity and overflow.
+    not_finite = 401,
+    statistics_not_finite = 402,
+    result_overflow = 403,
+    scaling_not_finite = 404,
+    score_not_finite = 405,
+    tangent_not_finite = 406,
+    // Files that do not hold what their format promises.
+    json_syntax = 501,
+    json_key_repeated = 502,
+    not_safetensors = 503,
+    header_field = 504,
+    tensor_offsets = 505,
+    file_truncated = 506,
+    file_too_large = 507,
+    file_tensors = 508,
+    index_field = 509,
+    delta_format = 510,
+    statistics_format = 511,
+    adapter_config = 512,
+    adapter_unsupported = 513,
+    adapter_tensors = 514,
+    csv_syntax = 515,
+    quantised_layer = 516,
+    pickle_unsupported = 517,
+    archive_damaged = 518,
+    // What the operating system refused.
+    file_not_found = 601,
+    file_access = 602,
+    disk_full = 603,
+    file_kind = 604,
+    file_changed = 605,
+    model_not_found = 606,
+    program_failed = 607,
+    system_refused = 608,
+    // Devices, solvers, optimisers and other people's programs.
+    out_of_memory = 701,
+    device_unusable = 702,
+    device_lost = 703,
+    device_call = 704,
+    no_convergence = 705,
+    optimizer_failed = 706,
+    scoring_command = 707,
+    // Stopped on request.
+    cancelled = 801
+};
+
+/// A code, its word, and the kind of the errors that carry it.
+struct error_code_entry {
+    error_code code;
+    std::string_view word;
+    error_kind kind;
+};
+
+/// Every code of the library, in ascending order.
+inline constexpr error_code_entry error_codes[] = {
+    {error_code::tensor_missing, "tensor-missing", error_kind::invalid_argument},
+    {error_code::tensor_unexpected, "tensor-unexpected", error_kind::invalid_argument},
+    {error_code::tensor_repeated, "tensor-repeated", error_kind::invalid_argument},
+    {error_code::unwritable, "unwritable", error_kind::invalid_argument},
+    {error_code::tensor_layout, "tensor-layout", error_kind::invalid_argument},
+    {error_code::tensor_memory, "tensor-memory", error_kind::invalid_argument},
+    {error_code::tensor_without_data, "tensor-without-data", error_kind::invalid_argument},
+    {error_code::dlpack_tensor, "dlpack-tensor", error_kind::invalid_argument},
+    {error_code::alias_output, "alias-output", error_kind::invalid_argument},
+    {error_code::inputs_empty, "inputs-empty", error_kind::invalid_argument},
+    {error_code::base_missing, "base-missing", error_kind::invalid_argument},
+    {error_code::task_count, "task-count", error_kind::invalid_argument},
+    {error_code::list_length, "list-length", error_kind::invalid_argument},
+    {error_code::parameter_not_finite, "parameter-not-finite", error_kind::invalid_argument},
+    {error_code::parameter_out_of_range, "parameter-out-of-range", error_kind::invalid_argument},
+    {error_code::weights_sum_zero, "weights-sum-zero", error_kind::invalid_argument},
+    {error_code::density_out_of_range, "density-out-of-range", error_kind::invalid_argument},
+    {error_code::rank_out_of_range, "rank-out-of-range", error_kind::invalid_argument},
+    {error_code::rank_choice, "rank-choice", error_kind::invalid_argument},
+    {error_code::index_out_of_range, "index-out-of-range", error_kind::invalid_argument},
+    {error_code::option_value, "option-value", error_kind::invalid_argument},
+    {error_code::pattern_invalid, "pattern-invalid", error_kind::invalid_argument},
+    {error_code::nothing_selected, "nothing-selected", error_kind::invalid_argument},
+    {error_code::delta_entries, "delta-entries", error_kind::invalid_argument},
+    {error_code::call_order, "call-order", error_kind::invalid_argument},
+    {error_code::saved_words, "saved-words", error_kind::invalid_argument},
+    {error_code::fingerprint_differs, "fingerprint-differs", error_kind::invalid_argument},
+    {error_code::initialization_differs, "initialization-differs", error_kind::invalid_argument},
+    {error_code::adapters_differ, "adapters-differ", error_kind::invalid_argument},
+    {error_code::statistics_kind, "statistics-kind", error_kind::invalid_argument},
+    {error_code::statistics_differ, "statistics-differ", error_kind::invalid_argument},
+    {error_code::statistics_invalid, "statistics-invalid", error_kind::invalid_argument},
+    {error_code::no_solution, "no-solution", error_kind::invalid_argument},
+    {error_code::norm_overflow, "norm-overflow", error_kind::invalid_argument},
+    {error_code::size_limit, "size-limit", error_kind::invalid_argument},
+    {error_code::context_stream, "context-stream", error_kind::invalid_argument},
+    {error_code::sweep_table, "sweep-table", error_kind::invalid_argument},
+    {error_code::score_invalid, "score-invalid", error_kind::invalid_argument},
+    {error_code::operation_size, "operation-size", error_kind::invalid_argument},
+    {error_code::parameter_inactive, "parameter-inactive", error_kind::invalid_argument},
+    {error_code::device_unavailable, "device-unavailable", error_kind::invalid_argument},
+    {error_code::name_collision, "name-collision", error_kind::invalid_argument},
+    {error_code::output_path, "output-path", error_kind::invalid_argument},
+    {error_code::adapter_factors, "adapter-factors", error_kind::invalid_argument},
+    {error_code::layer_split, "layer-split", error_kind::invalid_argument},
+    {error_code::tensor_shape, "tensor-shape", error_kind::shape_mismatch},
+    {error_code::input_size, "input-size", error_kind::shape_mismatch},
+    {error_code::output_shape, "output-shape", error_kind::shape_mismatch},
+    {error_code::shape_invalid, "shape-invalid", error_kind::shape_mismatch},
+    {error_code::matrix_shape, "matrix-shape", error_kind::shape_mismatch},
+    {error_code::factor_rank, "factor-rank", error_kind::shape_mismatch},
+    {error_code::adapter_shape, "adapter-shape", error_kind::shape_mismatch},
+    {error_code::delta_shape, "delta-shape", error_kind::shape_mismatch},
+    {error_code::statistics_shape, "statistics-shape", error_kind::shape_mismatch},
+    {error_code::operation_shape, "operation-shape", error_kind::shape_mismatch},
+    {error_code::dtype_unsupported, "dtype-unsupported", error_kind::dtype_mismatch},
+    {error_code::dtype_differs, "dtype-differs", error_kind::dtype_mismatch},
+    {error_code::output_dtype, "output-dtype", error_kind::dtype_mismatch},
+    {error_code::not_mergeable, "not-mergeable", error_kind::dtype_mismatch},
+    {error_code::delta_dtype, "delta-dtype", error_kind::dtype_mismatch},
+    {error_code::not_finite, "not-finite", error_kind::nonfinite},
+    {error_code::statistics_not_finite, "statistics-not-finite", error_kind::nonfinite},
+    {error_code::result_overflow, "result-overflow", error_kind::nonfinite},
+    {error_code::scaling_not_finite, "scaling-not-finite", error_kind::nonfinite},
+    {error_code::score_not_finite, "score-not-finite", error_kind::nonfinite},
+    {error_code::tangent_not_finite, "tangent-not-finite", error_kind::nonfinite},
+    {error_code::json_syntax, "json-syntax", error_kind::format_error},
+    {error_code::json_key_repeated, "json-key-repeated", error_kind::format_error},
+    {error_code::not_safetensors, "not-safetensors", error_kind::format_error},
+    {error_code::header_field, "header-field", error_kind::format_error},
+    {error_code::tensor_offsets, "tensor-offsets", error_kind::format_error},
+    {error_code::file_truncated, "file-truncated", error_kind::format_error},
+    {error_code::file_too_large, "file-too-large", error_kind::format_error},
+    {error_code::file_tensors, "file-tensors", error_kind::format_error},
+    {error_code::index_field, "index-field", error_kind::format_error},
+    {error_code::delta_format, "delta-format", error_kind::format_error},
+    {error_code::statistics_format, "statistics-format", error_kind::format_error},
+    {error_code::adapter_config, "adapter-config", error_kind::format_error},
+    {error_code::adapter_unsupported, "adapter-unsupported", error_kind::format_error},
+    {error_code::adapter_tensors, "adapter-tensors", error_kind::format_error},
+    {error_code::csv_syntax, "csv-syntax", error_kind::format_error},
+    {error_code::quantised_layer, "quantised-layer", error_kind::format_error},
+    {error_code::pickle_unsupported, "pickle-unsupported", error_kind::format_error},
+    {error_code::archive_damaged, "archive-damaged", error_kind::format_error},
+    {error_code::file_not_found, "file-not-found", error_kind::io_error},
+    {error_code::file_access, "file-access", error_kind::io_error},
+    {error_code::disk_full, "disk-full", error_kind::io_error},
+    {error_code::file_kind, "file-kind", error_kind::io_error},
+    {error_code::file_changed, "file-changed", error_kind::io_error},
+    {error_code::model_not_found, "model-not-found", error_kind::io_error},
+    {error_code::program_failed, "program-failed", error_kind::io_error},
+    {error_code::system_refused, "system-refused", error_kind::io_error},
+    {error_code::out_of_memory, "out-of-memory", error_kind::backend_error},
+    {error_code::device_unusable, "device-unusable", error_kind::backend_error},
+    {error_code::device_lost, "device-lost", error_kind::backend_error},
+    {error_code::device_call, "device-call", error_kind::backend_error},
+    {error_code::no_convergence, "no-convergence", error_kind::backend_error},
+    {error_code::optimizer_failed, "optimizer-failed", error_kind::backend_error},
+    {error_code::scoring_command, "scoring-command", error_kind::backend_error},
+    {error_code::cancelled, "cancelled", error_kind::cancelled},
+};
+
+/// The word of a code, such as "density-out-of-range"; "user-defined" for a code that is not the library's.
+///
+///     catch (const taskvec::error& failure) { log(taskvec::to_string(failure.code()), failure.what()); }
+[[nodiscard]] constexpr std::string_view to_string(error_code code) noexcept
+{
+    for (const auto& entry : error_codes) {
+        if (entry.code == code) { return entry.word; }
+    }
+    return "user-defined";
+}
+
+/// The code that fits an errno; system_refused for those that have no code of their own.
+[[nodiscard]] constexpr error_code system_error_code(int system_code) noexcept
+{
+    switch (system_code) {
+    case ENOENT: return error_code::file_not_found;
+    case EACCES:
+    case EPERM:
+    case EROFS: return error_code::file_access;
+    case ENOSPC:
+    case EDQUOT: return error_code::disk_full;
+    case EISDIR:
+    case ENOTDIR:
+    case EEXIST: return error_code::file_kind;
+    default: return error_code::system_refused;
+    }
+}
+
+/// Base of everything that the library throws: a kind, a code and a message.
+class error : public std::runtime_error {
+public:
+    error(error_code code, error_kind kind, const std::string& message)
+        : std::runtime_error(message)
+        , kind_(kind)
+        , code_(code)
+    { }
+    [[nodiscard]] error_kind kind() const noexcept { return kind_; }
+    [[nodiscard]] error_code code() const noexcept { return code_; }
+
+private:
+    error_kind kind_;
+    error_code code_;
+};
+
+/// A broken precondition: a value outside its range, an empty list, aliased outputs.
+class invalid_argument : public error {
+public:
+    invalid_argument(error_code code, const std::string& message)
+        : error(code, error_kind::invalid_argument, message)
+    { }
+};
+
+/// Two tensors that must have the same shape have not.
+class shape_mismatch : public error {
+public:
+    shape_mismatch(error_code code, const std::string& message)
+        : error(code, error_kind::shape_mismatch, message)
+    { }
+};
+
+/// A tensor has an element type that the algorithm cannot use, or that differs from its partner's.
+class dtype_mismatch : public error {
+public:
+    dtype_mismatch(error_code code, const std::string& message)
+        : error(code, error_kind::dtype_mismatch, message)
+    { }
+};
+
+/// An input holds NaN or infinity and propagation was not asked for.
+class nonfinite_error : public error {
+public:
+    nonfinite_error(error_code code, const std::string& message)
+        : error(code, error_kind::nonfinite, message)
+    { }
+};
+
+/// A file does not hold what its format promises. `offset` is the byte at which the fault was seen.
+class format_error : public error {
+public:
+    format_error(error_code code, const std::string& message, std::string file, std::uint64_t offset = 0)
+        : error(code, error_kind::format_error, file.empty() ? message : file + ": " + message)
+        , file_(std::move(file))
+        , offset_(offset)
+    { }
+    [[nodiscard]] const std::string& file() const noexcept { return file_; }
+    [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
+
+private:
+    std::string file_;
+    std::uint64_t offset_;
+};
+
+/// The operating system refused: `system_code` is its errno, 0 where there is none.
+class io_error : public error {
+public:
+    io_error(error_code code, const std::string& message, std::string file, int system_code = 0)
+        : error(code, error_kind::io_error, file.empty() ? message : file + ": " + message)
+        , file_(std::move(file))
+        , system_code_(system_code)
+    { }
+    [[nodiscard]] const std::string& file() const noexcept { return file_; }
+    [[nodiscard]] int system_code() const noexcept { return system_code_; }
+
+private:
+    std::string file_;
+    int system_code_;
+};
+
+/// A backend failed: `call` is what was called, `backend_code` what it answered.
+class backend_error : public error {
+public:
+    backend_error(error_code code, const std::string& message, std::string call, int backend_code)
+        : error(code, error_kind::backend_error, call + ": " + message + " (code " + std::to_string(backend_code) + ")")
+        , call_(std::move(call))
+        , backend_code_(backend_code)
+    { }
+    [[nodiscard]] const std::string& call() const noexcept { return call_; }
+    [[nodiscard]] int backend_code() const noexcept { return backend_code_; }
+
+private:
+    std::string call_;
+    int backend_code_;
+};
+
+/// The progress callback asked to stop.
+class cancelled : public error {
+public:
+    explicit cancelled(error_code code, const std::string& message = "cancelled by the progress callback")
+        : error(code, error_kind::cancelled, message)
+    { }
+};
+
+/// With exceptions off every error goes here, as what would have been thrown: kind(), code() and what(), and by its
+/// kind the file, the offset or the call. Files that were being written under temporary names are gone by then. A
+/// handler that returns is followed by std::abort().
+using error_handler = void (*)(const error&);
+
+namespace detail {
+inline void print_error(const error& failure)
+{
+    const std::string_view word = to_string(failure.code());
+    std::fprintf(stderr, "taskvec: error: %s [%.*s]\n", failure.what(), static_cast<int>(word.size()), word.data());
+}
+inline error_handler& error_handler_slot() noexcept
+{
+    static error_handler handler = &print_error;
+    return handler;
+}
+
+/// What is done before the handler is called, as no destructor will run: formats/file.hpp removes temporary files.
+using error_cleanup = void (*)() noexcept;
+inline error_cleanup& error_cleanup_slot() noexcept
+{
+    static error_cleanup cleanup = nullptr;
+    return cleanup;
+}
+
+/// One piece of a message: text as it is, or a number written out.
+class message_part {
+public:
+    message_part(std::string_view text) noexcept
+        : text_(text)
+    { }
+    message_part(const char* text) noexcept
+        : text_(text)
+    { }
+    message_part(const std::string& text) noexcept
+        : text_(text)
+    { }
+    message_part(char letter) noexcept
+        : digits_{letter}
+        , size_(1)
+    { }
+    template <class Number>
+        requires std::is_arithmetic_v<Number>
+    message_part(Number number) noexcept
+    {
+        if constexpr (std::is_floating_point_v<Number>) { print("%.6g", static_cast<double>(number)); }
+        else if constexpr (std::is_signed_v<Number>) {
+            print("%lld", static_cast<long long>(number));
+        }
+        else {
+            print("%llu", static_cast<unsigned long long>(number));
+        }
+    }
+    [[nodiscard]] std::string_view text() const noexcept { return size_ ? std::string_view(digits_, size_) : text_; }
+
+private:
+    template <class Number>
+    void print(const char* format, Number number) noexcept
+    {
+        size_ = static_cast<std::size_t>(std::snprintf(digits_, sizeof digits_, format, number));
+    }
+    std::string_view text_{};
+    char digits_[24] = {};
+    std::size_t size_ = 0;
+};
+
+[[gnu::cold, gnu::noinline]] inline std::string join(std::initializer_list<message_part> parts)
+{
+    std::string text;
+    for (const auto& part : parts) { text += part.text(); }
+    return text;
+}
+} // namespace detail
+
+/// Replaces the handler that is called with exceptions off; returns the former one. Not synchronised: set it at start.
+inline error_handler set_error_handler(error_handler handler) noexcept
+{
+    return std::exchange(detail::error_handler_slot(), handler);
+}
+
+/// Joins its arguments (strings and numbers) into one message.
+template <class... Parts>
+[[nodiscard]] std::string message(const Parts&... parts)
+{
+    return detail::join({detail::message_part(parts)...});
+}
+
+/// Throws Error(code, arguments…), or hands it to the handler when exceptions are off. Never returns.
+///
+///     if (tasks == 0) { raise<invalid_argument>(error_code::inputs_empty, "no task was given: at least one is
+///     needed"); }
+template <class Error, class... Arguments>
+[[noreturn, gnu::cold, gnu::noinline]] void raise(error_code code, Arguments&&... arguments)
+{
+#if defined(TASKVEC_NO_EXCEPTIONS)
+    const Error failure(code, std::forward<Arguments>(arguments)...);
+    if (detail::error_cleanup_slot()) { detail::error_cleanup_slot()(); }
+    detail::error_handler_slot()(failure);
+    std::abort();
+#else
+    throw Error(code, std::forward<Arguments>(arguments)...);
+#endif
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_ERROR_HPP
+
+// ---- taskvec/core/matrix.hpp
+#if !defined(TASKVEC_SINGLE_CORE_MATRIX_HPP)
+#define TASKVEC_SINGLE_CORE_MATRIX_HPP
+// Matrices: views of somebody else's memory in either storage order, and a small owner for results and scratch.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/view.hpp
+#if !defined(TASKVEC_SINGLE_CORE_VIEW_HPP)
+#define TASKVEC_SINGLE_CORE_VIEW_HPP
+// Flat views of somebody else's memory. The memory space is part of the type: mixing spaces does not compile.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/storage.hpp
+#if !defined(TASKVEC_SINGLE_CORE_STORAGE_HPP)
+#define TASKVEC_SINGLE_CORE_STORAGE_HPP
+// Storage types: what follows from the list of them. How to add one is told in core/storage_traits.hpp.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/half.hpp
+#if !defined(TASKVEC_SINGLE_CORE_HALF_HPP)
+#define TASKVEC_SINGLE_CORE_HALF_HPP
+// The 16-bit storage types bf16 and f16: two bytes each, no arithmetic of their own.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/storage_traits.hpp
+#if !defined(TASKVEC_SINGLE_CORE_STORAGE_TRAITS_HPP)
+#define TASKVEC_SINGLE_CORE_STORAGE_TRAITS_HPP
+// What a storage type is: the trait to specialise for a type that tensors are stored in.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A storage type is one header, which includes this one and holds the type and its storage_traits, and one entry in the
+// list of core/storage_list.hpp. A program that brings a type of its own leaves that list alone: it compiles with
+// TASKVEC_MORE_STORAGE defined as the name of its header, `-DTASKVEC_MORE_STORAGE='"my/fixed.hpp"'`, which ends with
+//
+//     namespace taskvec::inline TASKVEC_ABI {
+//     using more_storage_types = storage_list<my::fixed>;
+//     }
+//
+// All files of the program define it alike (the inline namespace holds them apart where they do not). Everything else,
+// files, merges, selection, messages, follows from the trait.
+
+
+// ---- taskvec/core/dtype.hpp
+#if !defined(TASKVEC_SINGLE_CORE_DTYPE_HPP)
+#define TASKVEC_SINGLE_CORE_DTYPE_HPP
+// Element types of files, by name: every dtype of the safetensors format.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Every element type of the safetensors format, in the order of its reference implementation (which is the order in
+/// which that writer sorts tensors, descending).
+enum class dtype : std::uint8_t {
+    boolean,
+    f4,
+    f6_e2m3,
+    f6_e3m2,
+    u8,
+    i8,
+    f8_e5m2,
+    f8_e4m3,
+    f8_e8m0,
+    f8_e4m3fnuz,
+    f8_e5m2fnuz,
+    i16,
+    u16,
+    f16,
+    bf16,
+    i32,
+    u32,
+    f32,
+    c64,
+    f64,
+    i64,
+    u64
+};
+
+namespace detail {
+struct dtype_row {
+    dtype type;
+    std::string_view name; // as safetensors spells it
+    unsigned bits;
+};
+inline constexpr dtype_row dtype_table[] = {
+    {dtype::boolean, "BOOL", 8},
+    {dtype::f4, "F4", 4},
+    {dtype::f6_e2m3, "F6_E2M3", 6},
+    {dtype::f6_e3m2, "F6_E3M2", 6},
+    {dtype::u8, "U8", 8},
+    {dtype::i8, "I8", 8},
+    {dtype::f8_e5m2, "F8_E5M2", 8},
+    {dtype::f8_e4m3, "F8_E4M3", 8},
+    {dtype::f8_e8m0, "F8_E8M0", 8},
+    {dtype::f8_e4m3fnuz, "F8_E4M3FNUZ", 8},
+    {dtype::f8_e5m2fnuz, "F8_E5M2FNUZ", 8},
+    {dtype::i16, "I16", 16},
+    {dtype::u16, "U16", 16},
+    {dtype::f16, "F16", 16},
+    {dtype::bf16, "BF16", 16},
+    {dtype::i32, "I32", 32},
+    {dtype::u32, "U32", 32},
+    {dtype::f32, "F32", 32},
+    {dtype::c64, "C64", 64},
+    {dtype::f64, "F64", 64},
+    {dtype::i64, "I64", 64},
+    {dtype::u64, "U64", 64},
+};
+} // namespace detail
+
+/// The name of a dtype as safetensors spells it ("BF16").
+[[nodiscard]] constexpr std::string_view to_string(dtype type) noexcept
+{
+    return detail::dtype_table[static_cast<std::size_t>(type)].name;
+}
+
+/// Bits of one element: 4 and 6 for the packed types, otherwise a multiple of 8.
+[[nodiscard]] constexpr unsigned bits_per_element(dtype type) noexcept
+{
+    return detail::dtype_table[static_cast<std::size_t>(type)].bits;
+}
+
+/// The dtype with this safetensors name, or nothing.
+[[nodiscard]] constexpr std::optional<dtype> parse_dtype(std::string_view text) noexcept
+{
+    for (const auto& row : detail::dtype_table) {
+        if (row.name == text) { return row.type; }
+    }
+    return std::nullopt;
+}
+
+/// True for 8-bit floats that are dequantised to f32 on reading.
+[[nodiscard]] constexpr bool is_fp8(dtype type) noexcept
+{
+    return type == dtype::f8_e4m3 || type == dtype::f8_e5m2;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_DTYPE_HPP
+
+// ---- taskvec/core/float_bits.hpp
+#if !defined(TASKVEC_SINGLE_CORE_FLOAT_BITS_HPP)
+#define TASKVEC_SINGLE_CORE_FLOAT_BITS_HPP
+// Floating-point numbers as bits: the exact conversions between stored words and arithmetic types, and magnitudes as
+// integers.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/storage_list.hpp
+#if !defined(TASKVEC_SINGLE_CORE_STORAGE_LIST_HPP)
+#define TASKVEC_SINGLE_CORE_STORAGE_LIST_HPP
+// Which types tensors are stored in, by name alone: the list that a new storage type is entered in.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <concepts>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The types that arithmetic runs in.
+template <class T>
+concept arithmetic_element = std::same_as<T, double> || std::same_as<T, float>;
+
+/// Storage types in a row: the list of all of them is storage_types (fwd.hpp).
+template <class... T>
+struct storage_list { };
+
+struct [[gnu::may_alias]] bf16;
+struct [[gnu::may_alias]] f16;
+
+/// The storage types that come with the library, in the order in which messages name them.
+using own_storage_types = storage_list<double, float, bf16, f16>;
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_STORAGE_LIST_HPP
+
+#include <concepts>
+#include <cstdint>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+TASKVEC_KERNELS_BEGIN
+
+/// std::bit_cast, compiled under the kernels' options: g++ inlines no function into a kernel that was compiled without
+/// them.
+template <class To, class From>
+    requires(sizeof(To) == sizeof(From))
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr To reinterpret_bits(From value) noexcept
+{
+    return __builtin_bit_cast(To, value);
+}
+
+/// bf16 bits to f32, exact.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr float bf16_to_f32(std::uint16_t value) noexcept
+{
+    return reinterpret_bits<float>(static_cast<std::uint32_t>(value) << 16);
+}
+
+/// f32 to bf16 bits, to nearest even; NaN stays a quiet NaN of the same sign.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint16_t f32_to_bf16(float value) noexcept
+{
+    const auto word = reinterpret_bits<std::uint32_t>(value);
+    const std::uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+    const std::uint32_t quiet = (word >> 16) | 0x0040u;
+    const std::uint32_t nan = 0u - static_cast<std::uint32_t>((word & 0x7fffffffu) > 0x7f800000u);
+    return static_cast<std::uint16_t>((quiet & nan) | (rounded & ~nan));
+}
+
+/// f16 bits to f32, exact (subnormals too). Branch-free, so that loops of it vectorise.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr float f16_to_f32(std::uint16_t value) noexcept
+{
+    const std::uint32_t sign = (value & 0x8000u) << 16;
+    const std::uint32_t magnitude = value & 0x7fffu;
+    // Exponent and mantissa moved into place are 2^112 too small; an exact product by a power of two mends normals and
+    // subnormals alike. Infinity and NaN keep their all-ones exponent.
+    const float scaled = reinterpret_bits<float>(magnitude << 13) * 0x1p112f;
+    const std::uint32_t special = (magnitude << 13) | 0x7f800000u;
+    const std::uint32_t extreme = 0u - static_cast<std::uint32_t>(magnitude >= 0x7c00u);
+    const std::uint32_t word = (special & extreme) | (reinterpret_bits<std::uint32_t>(scaled) & ~extreme);
+    return reinterpret_bits<float>(word | sign);
+}
+
+/// f32 to f16 bits, to nearest even, overflow to infinity, subnormals exact; NaN stays a quiet NaN of the same sign.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint16_t f32_to_f16(float value) noexcept
+{
+    const auto word = reinterpret_bits<std::uint32_t>(value);
+    const std::uint32_t sign = (word >> 16) & 0x8000u;
+    const std::uint32_t magnitude = word & 0x7fffffffu;
+    const std::uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Below 2^-14 an addition of 1/2 aligns the mantissa to f16's subnormal spacing and rounds it to nearest even.
+    const std::uint32_t subnormal =
+        reinterpret_bits<std::uint32_t>(reinterpret_bits<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const std::uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x03ffu);
+    const auto select = [](bool condition, std::uint32_t yes, std::uint32_t no) {
+        const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
+        return (yes & mask) | (no & ~mask);
+    };
+    std::uint32_t result = select(magnitude < 0x38800000u, subnormal, normal);
+    result = select(magnitude >= 0x477ff000u, 0x7c00u, result);
+    result = select(magnitude > 0x7f800000u, nan, result);
+    return static_cast<std::uint16_t>(result | sign);
+}
+
+/// fp8 bits to f32, exact. e4m3 (fn) has no infinity: its largest code is NaN. e5m2 is the upper byte of f16.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr float e4m3_to_f32(std::uint8_t code) noexcept
+{
+    const std::uint32_t sign = (code & 0x80u) << 24, magnitude = code & 0x7fu;
+    // As for f16: moved into place an e4m3 number is 2^120 too small, subnormals too.
+    const float scaled = reinterpret_bits<float>(magnitude << 20) * 0x1p120f;
+    const std::uint32_t nan = 0u - static_cast<std::uint32_t>(magnitude == 0x7fu);
+    return reinterpret_bits<float>((0x7fc00000u & nan) | (reinterpret_bits<std::uint32_t>(scaled) & ~nan) | sign);
+}
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr float e5m2_to_f32(std::uint8_t code) noexcept
+{
+    return f16_to_f32(static_cast<std::uint16_t>(code << 8));
+}
+
+/// f32 to fp8 bits, to nearest even. A finite value beyond the largest number becomes that number (448, 57344). NaN
+/// stays NaN, and so does infinity in e4m3, which has none.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint8_t f32_to_e4m3(float value) noexcept
+{
+    const auto word = reinterpret_bits<std::uint32_t>(value);
+    const std::uint32_t sign = (word >> 24) & 0x80u, magnitude = word & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) { return static_cast<std::uint8_t>(sign | 0x7fu); }
+    // Below 2^-6 an addition of 2^14 aligns the mantissa to the subnormals' spacing of 2^-9.
+    const std::uint32_t code = magnitude < 0x3c800000u
+        ? reinterpret_bits<std::uint32_t>(reinterpret_bits<float>(magnitude) + 0x1p14f) - 0x46800000u
+        : (magnitude - 0x3c000000u + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
+    return static_cast<std::uint8_t>(sign | (code > 0x7eu ? 0x7eu : code));
+}
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint8_t f32_to_e5m2(float value) noexcept
+{
+    const auto word = reinterpret_bits<std::uint32_t>(value);
+    const std::uint32_t sign = (word >> 24) & 0x80u, magnitude = word & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) {
+        return static_cast<std::uint8_t>(sign | (magnitude > 0x7f800000u ? 0x7eu : 0x7cu));
+    }
+    // Below 2^-14 an addition of 2^7 aligns the mantissa to the subnormals' spacing of 2^-16.
+    const std::uint32_t code = magnitude < 0x38800000u
+        ? reinterpret_bits<std::uint32_t>(reinterpret_bits<float>(magnitude) + 0x1p7f) - 0x43000000u
+        : (magnitude - 0x38000000u + 0xfffffu + ((magnitude >> 21) & 1u)) >> 21;
+    return static_cast<std::uint8_t>(sign | (code > 0x7bu ? 0x7bu : code));
+}
+
+/// f64 to f32, rounded to odd: what is then rounded to a type of at most 22 bits of precision is rounded once.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr float f64_to_f32_odd(double value) noexcept
+{
+    const float nearest = static_cast<float>(value);
+    const double back = static_cast<double>(nearest);
+    auto word = reinterpret_bits<std::uint32_t>(nearest);
+    if (back == value || value != value || (word & 0x7fffffffu) == 0x7f800000u) { return nearest; }
+    // Truncate toward zero, then set the last bit: an inexact value can no longer look like a tie.
+    const double magnitude = value < 0 ? -value : value;
+    const double rounded = back < 0 ? -back : back;
+    if (rounded > magnitude) { --word; }
+    return reinterpret_bits<float>(word | 1u);
+}
+
+/// Unsigned words as wide as the arithmetic type; magnitudes compare as these once the sign is cleared.
+template <arithmetic_element A>
+using bits_type = std::conditional_t<std::same_as<A, double>, std::uint64_t, std::uint32_t>;
+
+template <arithmetic_element A>
+inline constexpr bits_type<A> sign_mask = std::same_as<A, double> ? static_cast<bits_type<A>>(std::uint64_t{1} << 63)
+                                                                  : static_cast<bits_type<A>>(0x80000000u);
+
+template <arithmetic_element A>
+inline constexpr bits_type<A> exponent_mask =
+    std::same_as<A, double> ? static_cast<bits_type<A>>(0x7ff0000000000000ull) : static_cast<bits_type<A>>(0x7f800000u);
+
+/// The bits of |x|: ordered as the magnitudes are.
+template <arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr bits_type<A> magnitude_bits(A value) noexcept
+{
+    return reinterpret_bits<bits_type<A>>(value) & static_cast<bits_type<A>>(~sign_mask<A>);
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_FLOAT_BITS_HPP
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Specialised for each storage type T, a trivially copyable type that holds one word and nothing else:
+///
+///     word        the unsigned integer (or float, double) that holds an element: what loops load and store
+///     arithmetic  float or double: the type that arithmetic on T runs in; it holds every T exactly
+///     dtype       the dtype of safetensors that T is stored as; two storage types cannot share one
+///     widen       word → arithmetic, exact
+///     narrow      arithmetic → word, rounded once, to nearest even; NaN stays NaN
+///
+/// widen and narrow are static, constexpr, noexcept and TASKVEC_HOST_DEVICE, and stand between TASKVEC_KERNELS_BEGIN
+/// and TASKVEC_KERNELS_END; without a branch, loops of them vectorise. An f64 becomes a T whose arithmetic is f32
+/// through a float that is rounded to odd, hence by one rounding where T has at most 22 bits of precision.
+///
+///     template <>
+///     struct storage_traits<my::fixed> {
+///         using word = std::uint16_t;
+///         using arithmetic = float;
+///         static constexpr taskvec::dtype dtype = taskvec::dtype::i16;
+///         static constexpr float widen(word stored) noexcept;
+///         static constexpr word narrow(float value) noexcept;
+///     };
+template <class T>
+struct storage_traits;
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_STORAGE_TRAITS_HPP
+
+#include <cstdint>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+TASKVEC_KERNELS_BEGIN
+
+/// A bfloat16 number (the upper half of an f32) as its 16 bits. Only stored: arithmetic runs in f32. Numbers become a
+/// bf16 by one rounding, to nearest even; a bf16 becomes a float exactly. Comparison compares the numbers: NaN equals
+/// nothing, −0 equals +0. Trivial: not initialised unless by `bf16{}`, which is 0. It may alias other types of the same
+/// bits (Eigen::bfloat16, std::bfloat16_t, std::uint16_t).
+///
+///     const taskvec::bf16 x(1.5f), y = taskvec::bf16::from_bits(0x3fc0);
+///     const bool same = x == y && static_cast<float>(y) == 1.5f;
+struct [[gnu::may_alias]] bf16 {
+    std::uint16_t word;
+
+    bf16() = default;
+    TASKVEC_HOST_DEVICE explicit constexpr bf16(float value) noexcept
+        : word(f32_to_bf16(value))
+    { }
+    template <class Number>
+        requires std::is_arithmetic_v<Number>
+    TASKVEC_HOST_DEVICE explicit constexpr bf16(Number value) noexcept
+        : word(f32_to_bf16(f64_to_f32_odd(static_cast<double>(value))))
+    { }
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr bf16 from_bits(std::uint16_t bits) noexcept
+    {
+        return reinterpret_bits<bf16>(bits);
+    }
+    [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator float() const noexcept { return bf16_to_f32(word); }
+    [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator double() const noexcept { return bf16_to_f32(word); }
+    [[nodiscard]] TASKVEC_HOST_DEVICE friend constexpr bool operator==(bf16 x, bf16 y) noexcept
+    {
+        return bf16_to_f32(x.word) == bf16_to_f32(y.word);
+    }
+};
+
+/// An IEEE half-precision number as its 16 bits. Otherwise as bf16; what is above 65504 rounds to infinity as IEEE has
+/// it. May alias Eigen::half, std::float16_t, std::uint16_t.
+struct [[gnu::may_alias]] f16 {
+    std::uint16_t word;
+
+    f16() = default;
+    TASKVEC_HOST_DEVICE explicit constexpr f16(float value) noexcept
+        : word(f32_to_f16(value))
+    { }
+    template <class Number>
+        requires std::is_arithmetic_v<Number>
+    TASKVEC_HOST_DEVICE explicit constexpr f16(Number value) noexcept
+        : word(f32_to_f16(f64_to_f32_odd(static_cast<double>(value))))
+    { }
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr f16 from_bits(std::uint16_t bits) noexcept
+    {
+        return reinterpret_bits<f16>(bits);
+    }
+    [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator float() const noexcept { return f16_to_f32(word); }
+    [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator double() const noexcept { return f16_to_f32(word); }
+    [[nodiscard]] TASKVEC_HOST_DEVICE friend constexpr bool operator==(f16 x, f16 y) noexcept
+    {
+        return f16_to_f32(x.word) == f16_to_f32(y.word);
+    }
+};
+
+template <>
+struct storage_traits<bf16> {
+    using word = std::uint16_t;
+    using arithmetic = float;
+    static constexpr taskvec::dtype dtype = taskvec::dtype::bf16;
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr float widen(word stored) noexcept { return bf16_to_f32(stored); }
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr word narrow(float value) noexcept { return f32_to_bf16(value); }
+};
+
+template <>
+struct storage_traits<f16> {
+    using word = std::uint16_t;
+    using arithmetic = float;
+    static constexpr taskvec::dtype dtype = taskvec::dtype::f16;
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr float widen(word stored) noexcept { return f16_to_f32(stored); }
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr word narrow(float value) noexcept { return f32_to_f16(value); }
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_HALF_HPP
+
+// ---- taskvec/fwd.hpp
+#if !defined(TASKVEC_SINGLE_FWD_HPP)
+#define TASKVEC_SINGLE_FWD_HPP
+// Every public type of the CPU's rooms, declared: for headers that name the library's types and need no more of them.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Definitions are in the header of each type, `taskvec/<room>/…`; default template arguments are here. A program's own
+// header includes this one, and its source files what they use. It includes a few small headers of the standard
+// library (and, where TASKVEC_MORE_STORAGE is defined, that header).
+//
+//     #include <taskvec/fwd.hpp>
+//
+//     class adapters_on_disk {
+//         taskvec::lora_update<float> read(const taskvec::cpu& policy) const;
+//         taskvec::matrix<double>* scratch;
+//     };
+//
+// Not declared, because their constraints need definitions: disentanglement_meter (analysis/disentanglement.hpp),
+// dlpack_handle (interop/dlpack.hpp) and tensor_group (methods/by_tensor.hpp).
+
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#if defined(TASKVEC_MORE_STORAGE)
+#include TASKVEC_MORE_STORAGE
+#endif
+
+namespace taskvec::inline TASKVEC_ABI {
+
+// Storage types and memory spaces: what the constraints below ask for.
+
+#if !defined(TASKVEC_MORE_STORAGE)
+/// The storage types that a program adds (TASKVEC_MORE_STORAGE).
+using more_storage_types = storage_list<>;
+#endif
+
+namespace detail {
+template <class First, class Second>
+struct joined_lists;
+template <class... A, class... B>
+struct joined_lists<storage_list<A...>, storage_list<B...>> {
+    using type = storage_list<A..., B...>;
+};
+
+template <class T, class List>
+inline constexpr bool is_listed = false;
+template <class T, class... Listed>
+inline constexpr bool is_listed<T, storage_list<Listed...>> = (std::same_as<T, Listed> || ...);
+} // namespace detail
+
+/// Every storage type.
+using storage_types = typename detail::joined_lists<own_storage_types, more_storage_types>::type;
+
+/// The types that the algorithms compute with when tensors are stored in them: f64, f32, bf16, f16, and what the
+/// program adds.
+template <class T>
+concept storage_element = detail::is_listed<T, storage_types>;
+
+/// Where memory is: part of the type of what views it.
+enum class memory_space : std::uint8_t { host, device };
+
+template <class T>
+struct dual;
+
+namespace detail {
+template <class T>
+inline constexpr bool is_dual = false;
+template <class T>
+inline constexpr bool is_dual<dual<T>> = true;
+} // namespace detail
+
+/// What derivatives are taken of: float, double, or a dual number over one of them (nested for higher derivatives).
+template <class T>
+concept differentiable_scalar = std::same_as<T, float> || std::same_as<T, double> || detail::is_dual<T>;
+
+// core/
+template <class Signature>
+class callback;
+template <class Signature>
+class function_ref;
+enum class dtype : std::uint8_t;
+enum class error_kind;
+enum class error_code : std::uint16_t;
+struct error_code_entry;
+class error;
+class invalid_argument;
+class shape_mismatch;
+class dtype_mismatch;
+class nonfinite_error;
+class format_error;
+class io_error;
+class backend_error;
+class cancelled;
+class xxh64;
+enum class instruction_set : std::uint8_t;
+enum class matrix_order : std::uint8_t;
+template <class T, memory_space S = memory_space::host>
+    requires storage_element<std::remove_const_t<T>>
+class matrix_view;
+template <storage_element T, memory_space S = memory_space::host>
+class matrix;
+struct option_axis;
+struct option_details;
+template <class Options, class Value>
+struct option_row;
+template <class Options, class Inner, std::size_t N>
+struct inner_options;
+template <class... Rows>
+struct option_table;
+template <class Options>
+struct option_preset;
+template <class Options>
+struct options_of;
+template <class Enum>
+struct enum_words;
+template <class Enum>
+struct enum_word;
+enum class option_kind : std::uint8_t;
+struct option_description;
+template <arithmetic_element A, int bytes>
+struct pack_mask;
+template <arithmetic_element A, int bytes>
+struct pack_words;
+template <arithmetic_element A, int bytes>
+struct pack;
+enum class progress_unit : std::uint8_t;
+struct progress_event;
+enum class nonfinite : std::uint8_t;
+struct cpu;
+class device_memory_resource;
+class gpu_context;
+struct gpu;
+class random_stream;
+struct tensor_spec;
+class tensor_sink;
+class memory_sink;
+template <class T>
+struct same_bits_as;
+template <class T>
+struct storage_traits;
+template <storage_element T>
+struct pack_conversion;
+template <storage_element T, int bytes>
+struct stored_pack;
+template <class Byte>
+    requires std::is_void_v<Byte>
+struct basic_tensor_ref;
+template <class Ref>
+class basic_model;
+template <class T, memory_space S>
+    requires storage_element<std::remove_const_t<T>>
+class view;
+template <class X>
+struct view_traits;
+
+template <class T>
+using host_view = view<T, memory_space::host>;
+template <class T>
+using device_view = view<T, memory_space::device>;
+template <class T>
+using device_matrix_view = matrix_view<T, memory_space::device>;
+using tensor_ref = basic_tensor_ref<void>;
+using const_tensor_ref = basic_tensor_ref<const void>;
+using model_ref = basic_model<tensor_ref>;
+using const_model_ref = basic_model<const_tensor_ref>;
+
+// linalg/
+template <storage_element T, memory_space S = memory_space::host>
+struct factor_pair;
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct factored_svd_result;
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct stacked_factors;
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct qr_factors;
+struct small_svd_result;
+struct randomized_svd_options;
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct randomized_svd_result;
+struct decompose_randomized;
+struct rank_choice;
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct svd_result;
+template <arithmetic_element T>
+struct truncated_svd_result;
+struct decompose_exactly;
+
+// models/
+class operand_source;
+enum class missing_tensors : std::uint8_t;
+enum class overflow : std::uint8_t;
+struct model_options;
+struct aligned_tensor;
+struct copied_tensor;
+struct tensor_chunk;
+class chunk_list;
+struct tensor_range;
+class aligned_models;
+template <arithmetic_element A>
+class row_block;
+class block_workspace;
+struct chunk_range;
+struct companion;
+class overflow_guard;
+struct operand_pair;
+enum class weight_layout : std::uint8_t;
+
+// select/
+class index_list;
+template <arithmetic_element A>
+struct sparse_vector;
+template <arithmetic_element A>
+struct bitmask_vector;
+struct sparse_view;
+class saved_words;
+class sparse_sink;
+class sparse_model_sink;
+enum class scope : std::uint8_t;
+enum class trim_rule : std::uint8_t;
+class task_shares;
+class trim_thresholds;
+template <arithmetic_element A>
+struct top_k_threshold;
+
+// statistics/
+class fisher_accumulator;
+class empirical_fisher_accumulator;
+class expected_fisher_accumulator;
+class gram_accumulator;
+
+// methods/
+struct keep_all;
+template <arithmetic_element A>
+struct acting_mean_body;
+struct average_options;
+struct breadcrumbs_options;
+struct breadcrumbs_ties_options;
+template <arithmetic_element A>
+struct combination_body;
+class combination_method;
+struct dare_options;
+struct dare_ties_options;
+enum class disjoint_merge : std::uint8_t;
+enum class drop_rescale : std::uint8_t;
+struct election_weights;
+struct election_counts;
+template <arithmetic_element A, class Rule>
+struct sign_election_body;
+template <arithmetic_element A, class Rule>
+struct unit_election_body;
+template <arithmetic_element A, class Rule = keep_all>
+struct kept_sum_body;
+class kept_sum;
+struct fisher_options;
+template <arithmetic_element A>
+struct fisher_body;
+template <arithmetic_element A>
+struct keep_between_of_tensor;
+class keep_between;
+template <arithmetic_element A>
+struct keep_random_of_tensor;
+class keep_random;
+template <arithmetic_element A>
+struct keep_top_of_tensor;
+class keep_top;
+template <arithmetic_element A>
+struct mean_body;
+template <arithmetic_element A>
+struct pair_body;
+template <arithmetic_element A>
+struct scaled_body;
+template <class Options>
+class method;
+struct merge_report;
+struct merge_tally;
+struct elementwise_method;
+struct general_method;
+struct karcher_options;
+struct model_stock_options;
+struct multi_slerp_options;
+struct nearswap_options;
+template <arithmetic_element A>
+struct nearswap_body;
+struct nuslerp_options;
+class cpu_passes;
+template <class Types>
+class typed_passes;
+class kept_numbers;
+struct passthrough_options;
+struct ram_options;
+struct ram_plus_options;
+struct regmean_options;
+struct sce_options;
+template <arithmetic_element A>
+struct sce_body;
+struct slerp_options;
+struct task_arithmetic_options;
+enum class zero_sign : std::uint8_t;
+struct ties_options;
+template <class Keep>
+class sign_election_method;
+
+// search/
+struct lambda_grid;
+struct lorahub_options;
+struct lorahub_candidate;
+struct lorahub_result;
+struct lorahub_problem;
+class lorahub_error;
+struct cobyla;
+struct subset_sweep_options;
+struct sweep_row;
+class sweep_table;
+struct sweep_options;
+template <storage_element T>
+class task_space;
+struct plane_options;
+
+// analysis/
+struct prediction_mismatch;
+struct tensor_norms;
+struct summary;
+
+// adapters/
+enum class sigma_side : std::uint8_t;
+struct layer_report;
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct adapter_result;
+template <storage_element S>
+class folded_update;
+struct extract_options;
+template <arithmetic_element T>
+struct extract_result;
+struct initialization_labels;
+template <arithmetic_element T, memory_space S = memory_space::host>
+struct lora_update;
+struct linear_merge_options;
+struct adapter_ties_options;
+struct initialized_adapter;
+struct update_place;
+struct weight_change;
+template <arithmetic_element A>
+class adapted_weight;
+class adapted_model;
+struct fuse_options;
+template <arithmetic_element T>
+struct weighted_update;
+
+// reuse/
+struct peru_lora_options;
+struct post_pruning_options;
+struct sparse_addition_options;
+
+// formats/
+enum class index_check : std::uint8_t;
+class checkpoint;
+struct shard_name_parts;
+struct shard_plan;
+class sharded_writer;
+struct delta;
+class delta_writer;
+class delta_file;
+struct file_kind;
+class mapped_file;
+enum class durability : std::uint8_t;
+class atomic_file;
+class directory_lock;
+enum class existing_directory : std::uint8_t;
+class output_directory;
+class name_pattern;
+struct peft_tensor;
+template <arithmetic_element T>
+struct peft_adapter;
+class peft_writer;
+struct peft_read_options;
+enum class adapter_dialect : std::uint8_t;
+template <arithmetic_element T>
+struct adapted_module;
+template <arithmetic_element T>
+struct adapter_contents;
+struct module_match;
+struct adapter_write_options;
+struct written_adapter;
+struct adapter_base_traits;
+struct peft_write_options;
+enum class quantisation : std::uint8_t;
+struct layer_part;
+struct quantised_layer;
+struct unread_layer;
+struct quantisation_hints;
+class quantised_tensor;
+class quantised_layers;
+struct quantised_outputs;
+class quantising_sink;
+struct pytorch_contents;
+struct safetensors_entry;
+struct safetensors_header;
+class safetensors_file;
+struct safetensors_layout;
+class safetensors_writer;
+enum class statistics_kind : std::uint8_t;
+struct statistics_info;
+class statistics_file;
+
+// jvp/
+struct attention_options;
+template <class T>
+struct attention_gradient;
+template <class T>
+struct sum_gradient;
+template <class T>
+struct elementwise_product_gradient;
+template <class Value>
+struct jvp_result;
+template <class T>
+struct matmul_gradient;
+struct matmul_wanted;
+template <class T>
+struct linear_gradient;
+struct linear_wanted;
+struct linearize_options;
+template <class F, differentiable_scalar T>
+class linearized;
+template <class T>
+struct linearized_lora_gradient;
+template <arithmetic_element T>
+class linearized_lora_layer;
+template <class T>
+struct lora_gradient;
+struct lora_wanted;
+template <arithmetic_element T>
+class lora_layer;
+struct normalization_options;
+template <class T>
+struct normalization_gradient;
+template <class Value>
+class named_values;
+template <differentiable_scalar T>
+class primal_tangent;
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FWD_HPP
+
+#include <concepts>
+#include <cstddef>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+TASKVEC_KERNELS_BEGIN
+
+template <>
+struct storage_traits<double> {
+    using word = double;
+    using arithmetic = double;
+    static constexpr taskvec::dtype dtype = taskvec::dtype::f64;
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr double widen(double stored) noexcept { return stored; }
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr double narrow(double value) noexcept { return value; }
+};
+
+template <>
+struct storage_traits<float> {
+    using word = float;
+    using arithmetic = float;
+    static constexpr taskvec::dtype dtype = taskvec::dtype::f32;
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr float widen(float stored) noexcept { return stored; }
+    [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr float narrow(float value) noexcept { return value; }
+};
+
+TASKVEC_KERNELS_END
+
+namespace detail {
+// What an entry of the list may lack, each in a sentence.
+template <class T>
+concept storage_with_word = requires { typename storage_traits<T>::word; };
+template <class T>
+concept storage_with_arithmetic =
+    requires { typename storage_traits<T>::arithmetic; } && arithmetic_element<typename storage_traits<T>::arithmetic>;
+template <class T>
+concept storage_with_dtype = requires {
+    { storage_traits<T>::dtype } -> std::convertible_to<dtype>;
+};
+template <class T>
+concept storage_with_widen = requires(typename storage_traits<T>::word stored) {
+    { storage_traits<T>::widen(stored) } -> std::same_as<typename storage_traits<T>::arithmetic>;
+};
+template <class T>
+concept storage_with_narrow = requires(typename storage_traits<T>::arithmetic value) {
+    { storage_traits<T>::narrow(value) } -> std::same_as<typename storage_traits<T>::word>;
+};
+
+template <class T>
+consteval bool complete_storage()
+{
+    constexpr bool word = storage_with_word<T>, arithmetic = storage_with_arithmetic<T>, type = storage_with_dtype<T>;
+    static_assert(word, "taskvec: this storage type has no storage_traits<T>::word, the type of what it is stored as");
+    static_assert(arithmetic,
+        "taskvec: this storage type has no storage_traits<T>::arithmetic, float or double, to compute with it in");
+    static_assert(type,
+        "taskvec: this storage type has no storage_traits<T>::dtype, the dtype of safetensors that it is stored as");
+    if constexpr (word && arithmetic) {
+        static_assert(storage_with_widen<T>,
+            "taskvec: this storage type has no storage_traits<T>::widen, which makes the arithmetic type of a word: "
+            "static constexpr arithmetic widen(word)");
+        static_assert(storage_with_narrow<T>,
+            "taskvec: this storage type has no storage_traits<T>::narrow, which rounds the arithmetic type to a word: "
+            "static constexpr word narrow(arithmetic)");
+    }
+    if constexpr (word && type) {
+        static_assert(std::is_trivially_copyable_v<T> && sizeof(T) == sizeof(typename storage_traits<T>::word)
+                && 8 * sizeof(T) == bits_per_element(storage_traits<T>::dtype),
+            "taskvec: this storage type is not one word of its dtype's size, trivially copyable");
+    }
+    return true;
+}
+template <class... T>
+consteval bool complete_storages(storage_list<T...>)
+{
+    return (complete_storage<T>() && ...);
+}
+template <class... T>
+consteval bool dtypes_differ(storage_list<T...>)
+{
+    const dtype types[] = {storage_traits<T>::dtype...};
+    for (std::size_t i = 0; i < sizeof...(T); ++i) {
+        for (std::size_t j = 0; j < i; ++j) {
+            if (types[i] == types[j]) { return false; }
+        }
+    }
+    return true;
+}
+} // namespace detail
+
+static_assert(detail::complete_storages(storage_types{}) && detail::dtypes_differ(storage_types{}),
+    "taskvec: two storage types have the same dtype");
+
+namespace detail {
+template <class>
+struct storage_of_any {
+    using type = storage_types;
+};
+template <class X>
+    requires requires { typename X::storage; }
+struct storage_of_any<X> {
+    using type = typename X::storage;
+};
+} // namespace detail
+
+/// The storage types that X may meet: those of the list that it names as X::storage, otherwise all.
+template <class X>
+using storage_of = typename detail::storage_of_any<X>::type;
+
+/// The type that arithmetic on T runs in: f64 for f64, otherwise f32.
+template <storage_element T>
+using arithmetic_type = typename storage_traits<T>::arithmetic;
+
+/// What the loops load and store for an element of T: the number itself, or the bits of a narrow type (a class there
+/// keeps the vectoriser away).
+template <storage_element T>
+using storage_word = typename storage_traits<T>::word;
+
+template <storage_element T>
+inline constexpr dtype dtype_of = storage_traits<T>::dtype;
+
+/// Somebody else's type with the bits of a storage type, specialised where such types are known (Eigen::bfloat16 and
+/// Eigen::half in interop/eigen.hpp): containers of it are views of that storage type, without a copy.
+///
+///     template <>
+///     struct same_bits_as<std::bfloat16_t> { using type = taskvec::bf16; };
+template <class T>
+struct same_bits_as;
+template <storage_element T>
+struct same_bits_as<T> {
+    using type = T;
+};
+
+/// A storage type, or a type that has the bits of one.
+template <class T>
+concept storable = requires { typename same_bits_as<T>::type; };
+
+namespace detail {
+template <class... T>
+[[nodiscard]] constexpr bool any_is(dtype type, storage_list<T...>) noexcept
+{
+    return ((type == dtype_of<T>) || ...);
+}
+
+template <class... T>
+[[nodiscard]] std::string names_of(storage_list<T...>)
+{
+    const std::string_view names[] = {to_string(dtype_of<T>)...};
+    std::string text;
+    for (std::size_t i = 0; i < sizeof...(T); ++i) {
+        text += i == 0 ? "" : i + 1 == sizeof...(T) ? " or " : ", ";
+        text += names[i];
+    }
+    return text;
+}
+} // namespace detail
+
+/// True for the dtypes that merges compute with directly: those of the storage types.
+[[nodiscard]] constexpr bool is_storage(dtype type) noexcept
+{
+    return detail::any_is(type, storage_types{});
+}
+
+/// True for fp8 that is dequantised to f32 on reading: that which is no storage type itself.
+[[nodiscard]] constexpr bool is_dequantised(dtype type) noexcept
+{
+    return is_fp8(type) && !is_storage(type);
+}
+
+/// The storage types as messages name them: "F64, F32, BF16 or F16".
+[[nodiscard, gnu::cold]] inline std::string storage_names()
+{
+    return detail::names_of(storage_types{});
+}
+
+TASKVEC_KERNELS_BEGIN
+
+/// Converts the stored word of a T to an arithmetic type. Exact, except f64 to f32 (to nearest even).
+template <arithmetic_element A, storage_element T>
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr A widen_word(storage_word<T> word) noexcept
+{
+    return static_cast<A>(storage_traits<T>::widen(word));
+}
+
+/// Converts one stored element to an arithmetic type.
+template <arithmetic_element A, storage_element T>
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr A widen(T value) noexcept
+{
+    return widen_word<A, T>(reinterpret_bits<storage_word<T>>(value));
+}
+
+/// Rounds an arithmetic value to the stored word of a T once, to nearest even. f64 to f32 and back are the hardware's
+/// conversions; narrower types go through f32 (f64 therefore rounds to odd first, so that the result is rounded once).
+template <storage_element T, arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr storage_word<T> narrow_word(A value) noexcept
+{
+    if constexpr (arithmetic_element<T>) { return static_cast<T>(value); }
+    else if constexpr (std::same_as<A, double> && std::same_as<arithmetic_type<T>, float>) {
+        return storage_traits<T>::narrow(f64_to_f32_odd(value));
+    }
+    else {
+        return storage_traits<T>::narrow(static_cast<arithmetic_type<T>>(value));
+    }
+}
+
+/// Rounds an arithmetic value to a storage type once, to nearest even.
+template <storage_element T, arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr T narrow(A value) noexcept
+{
+    return reinterpret_bits<T>(narrow_word<T>(value));
+}
+
+TASKVEC_KERNELS_END
+
+namespace detail {
+[[noreturn, gnu::cold]] inline void refuse_storage(dtype type, std::string_view tensor)
+{
+    raise<dtype_mismatch>(error_code::dtype_unsupported,
+        message("tensor '", tensor, "' has dtype ", to_string(type), "; expected ", storage_names(),
+            ": exclude it or convert it first"));
+}
+template <class F, class First, class... Rest>
+decltype(auto) visit_listed(dtype type, std::string_view what, F& f, storage_list<First, Rest...>)
+{
+    if (type == dtype_of<First>) { return f(std::type_identity<First>{}); }
+    if constexpr (sizeof...(Rest) > 0) { return visit_listed(type, what, f, storage_list<Rest...>{}); }
+    else {
+        refuse_storage(type, what);
+    }
+}
+} // namespace detail
+
+/// Calls f with a value of the storage type that `type` names (std::type_identity<T>{}); other types are an error that
+/// names `what`.
+template <class F>
+decltype(auto) visit_storage(dtype type, std::string_view what, F&& f)
+{
+    return detail::visit_listed(type, what, f, storage_types{});
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_STORAGE_HPP
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <type_traits>
+#include <utility>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A contiguous run of `size` elements of T in memory space S; does not own them. T may be const.
+template <class T, memory_space S>
+    requires storage_element<std::remove_const_t<T>>
+class view {
+public:
+    using element_type = T;
+    using value_type = std::remove_const_t<T>;
+    static constexpr memory_space space = S;
+
+    constexpr view() noexcept = default;
+    constexpr view(T* data, std::size_t size) noexcept
+        : data_(data)
+        , size_(size)
+    { }
+    /// A view of mutable elements is a view of const ones.
+    template <std::same_as<value_type> Mutable>
+        requires std::is_const_v<T>
+    constexpr view(const view<Mutable, S>& other) noexcept
+        : data_(other.data())
+        , size_(other.size())
+    { }
+
+    [[nodiscard]] constexpr T* data() const noexcept { return data_; }
+    [[nodiscard]] constexpr std::size_t size() const noexcept { return size_; }
+    [[nodiscard]] constexpr bool empty() const noexcept { return size_ == 0; }
+
+    // Only memory that the host can read has elements.
+    [[nodiscard]] constexpr T& operator[](std::size_t index) const noexcept
+        requires(S == memory_space::host)
+    {
+        return data_[index];
+    }
+    [[nodiscard]] constexpr T* begin() const noexcept
+        requires(S == memory_space::host)
+    {
+        return data_;
+    }
+    [[nodiscard]] constexpr T* end() const noexcept
+        requires(S == memory_space::host)
+    {
+        return data_ + size_;
+    }
+
+private:
+    T* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+/// How a type becomes a view. Specialised for views and contiguous ranges here, for Eigen and xtensor in interop/.
+/// A specialisation has `static view<…> get(X&)`, and refuses with an error what is not contiguous.
+template <class X>
+struct view_traits;
+
+template <class T, memory_space S>
+struct view_traits<view<T, S>> {
+    static constexpr view<T, S> get(const view<T, S>& x) noexcept { return x; }
+};
+template <class T, memory_space S>
+struct view_traits<const view<T, S>> : view_traits<view<T, S>> { };
+
+namespace detail {
+/// The storage type with the bits of T, const where T is.
+template <class T>
+using stored_as = std::conditional_t<std::is_const_v<T>, const typename same_bits_as<std::remove_const_t<T>>::type,
+    typename same_bits_as<std::remove_const_t<T>>::type>;
+
+/// Elements as those of their storage type.
+template <class T>
+[[nodiscard]] constexpr stored_as<T>* as_stored(T* x) noexcept
+{
+    if constexpr (std::same_as<T, stored_as<T>>) { return x; }
+    else {
+        return reinterpret_cast<stored_as<T>*>(x);
+    }
+}
+
+/// A vector, array, span or their like: elements that can be stored, one after another.
+template <class X>
+concept contiguous_run = requires(X& x) {
+    { *std::data(x) } -> std::same_as<std::remove_pointer_t<decltype(std::data(x))>&>;
+    { std::size(x) } -> std::convertible_to<std::size_t>;
+    requires storable<std::remove_cv_t<std::remove_pointer_t<decltype(std::data(x))>>>;
+};
+
+/// Something with a shape of its own: its elements need not lie row-major in one run. interop/ knows how it becomes a
+/// view.
+template <class X>
+concept has_shape = requires(X& x) { x.shape(); } || requires(X& x) {
+    x.rows();
+    x.cols();
+};
+} // namespace detail
+
+template <class X>
+    requires detail::contiguous_run<X> && (!detail::has_shape<X>)
+struct view_traits<X> {
+    using element = detail::stored_as<std::remove_pointer_t<decltype(std::data(std::declval<X&>()))>>;
+    static constexpr host_view<element> get(X& x) noexcept
+    {
+        return {detail::as_stored(std::data(x)), static_cast<std::size_t>(std::size(x))};
+    }
+};
+
+/// Something that as_view() turns into a view: a view, a vector, array or span, an Eigen or xtensor container.
+template <class X>
+concept viewable = requires(std::remove_reference_t<X>& x) { view_traits<std::remove_reference_t<X>>::get(x); };
+
+namespace detail {
+/// Whether an object of this type owns the elements that it shows: its constness is theirs, and it is no
+/// expression that says which other type its plain form is (Eigen's maps and blocks, xtensor's views).
+template <class X>
+concept owns_elements =
+    viewable<X> && std::is_const_v<typename decltype(view_traits<const X>::get(std::declval<const X&>()))::element_type>
+    && !std::is_const_v<typename decltype(view_traits<X>::get(std::declval<X&>()))::element_type>
+    && !(
+        requires { typename X::PlainObject; } && !requires { requires std::same_as<typename X::PlainObject, X>; })
+    && !(
+        requires { typename X::temporary_type; }
+        && !requires { requires std::same_as<typename X::temporary_type, X>; });
+} // namespace detail
+
+/// Something whose elements are still there after the expression that it stands in: anything with a name, or a view.
+/// (A temporary container is not: name it first.)
+template <class X>
+concept outlives_the_expression = std::is_lvalue_reference_v<X> || !detail::owns_elements<std::remove_cvref_t<X>>;
+
+/// The view of x, without a copy. A temporary container is refused: its view would dangle.
+template <viewable X>
+    requires outlives_the_expression<X>
+[[nodiscard]] constexpr auto as_view(X&& x)
+{
+    return view_traits<std::remove_reference_t<X>>::get(x);
+}
+
+/// The type of as_view(x), its element type (never const) and its memory space.
+template <viewable X>
+using view_of = decltype(view_traits<std::remove_reference_t<X>>::get(std::declval<std::remove_reference_t<X>&>()));
+template <viewable X>
+using element_of = typename view_of<X>::value_type;
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_VIEW_HPP
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <memory_resource>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Which neighbours lie side by side in memory: those of a row (C, NumPy, PyTorch) or those of a column (Fortran, BLAS,
+/// Eigen's default).
+enum class matrix_order : std::uint8_t { row_major, column_major };
+
+/// A rows×cols matrix of T in memory space S; does not own it. T may be const. `stride` counts the elements between the
+/// starts of consecutive rows (row_major) or columns (column_major); 0 stands for a matrix without gaps.
+///
+///     matrix_view<const float> weight(data, out, in, matrix_order::row_major);
+template <class T, memory_space S>
+    requires storage_element<std::remove_const_t<T>>
+class matrix_view {
+public:
+    using element_type = T;
+    using value_type = std::remove_const_t<T>;
+    static constexpr memory_space space = S;
+
+    constexpr matrix_view() noexcept = default;
+    constexpr matrix_view(
+        T* data, std::size_t rows, std::size_t cols, matrix_order order, std::size_t stride = 0) noexcept
+        : data_(data)
+        , rows_(rows)
+        , cols_(cols)
+        , stride_(stride ? stride : (order == matrix_order::row_major ? cols : rows))
+        , order_(order)
+    { }
+    /// A view of mutable elements is a view of const ones.
+    template <std::same_as<value_type> Other>
+        requires std::is_const_v<T>
+    constexpr matrix_view(const matrix_view<Other, S>& other) noexcept
+        : matrix_view(other.data(), other.rows(), other.cols(), other.order(), other.stride())
+    { }
+
+    [[nodiscard]] constexpr T* data() const noexcept { return data_; }
+    [[nodiscard]] constexpr std::size_t rows() const noexcept { return rows_; }
+    [[nodiscard]] constexpr std::size_t cols() const noexcept { return cols_; }
+    [[nodiscard]] constexpr std::size_t size() const noexcept { return rows_ * cols_; }
+    [[nodiscard]] constexpr std::size_t stride() const noexcept { return stride_; }
+    [[nodiscard]] constexpr matrix_order order() const noexcept { return order_; }
+    [[nodiscard]] constexpr bool empty() const noexcept { return rows_ == 0 || cols_ == 0; }
+
+    [[nodiscard]] constexpr T& operator()(std::size_t row, std::size_t col) const noexcept
+        requires(S == memory_space::host)
+    {
+        return data_[order_ == matrix_order::row_major ? row * stride_ + col : col * stride_ + row];
+    }
+    /// The same memory read as the transposed matrix.
+    [[nodiscard]] constexpr matrix_view transposed() const noexcept
+    {
+        return {data_, cols_, rows_,
+            order_ == matrix_order::row_major ? matrix_order::column_major : matrix_order::row_major, stride_};
+    }
+    /// rows×cols elements from (row, col) on; the caller keeps inside the matrix.
+    [[nodiscard]] constexpr matrix_view block(
+        std::size_t row, std::size_t col, std::size_t rows, std::size_t cols) const noexcept
+    {
+        T* const first = data_ + (order_ == matrix_order::row_major ? row * stride_ + col : col * stride_ + row);
+        return {first, rows, cols, order_, stride_};
+    }
+    [[nodiscard]] constexpr matrix_view left_columns(std::size_t count) const noexcept
+    {
+        return block(0, 0, rows_, count);
+    }
+
+private:
+    T* data_ = nullptr;
+    std::size_t rows_ = 0, cols_ = 0, stride_ = 0;
+    matrix_order order_ = matrix_order::column_major;
+};
+
+/// A matrix that owns its memory, without gaps, zero at first. A backend specialises it for its own memory space.
+template <storage_element T, memory_space S>
+class matrix;
+
+template <storage_element T>
+class matrix<T, memory_space::host> {
+public:
+    matrix() = default;
+    matrix(std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major,
+        std::pmr::memory_resource* memory = std::pmr::get_default_resource())
+        : data_(rows * cols, T{}, memory)
+        , rows_(rows)
+        , cols_(cols)
+        , order_(order)
+    { }
+    matrix(const matrix&) = default;
+    matrix& operator=(const matrix&) = default;
+    matrix(matrix&& other) noexcept
+        : data_(std::move(other.data_))
+        , rows_(std::exchange(other.rows_, 0))
+        , cols_(std::exchange(other.cols_, 0))
+        , order_(other.order_)
+    { }
+    /// Takes over the other's memory, and with it the resource that it came from.
+    matrix& operator=(matrix&& other) noexcept
+    {
+        if (this != &other) {
+            std::destroy_at(&data_);
+            std::construct_at(&data_, std::move(other.data_));
+            rows_ = std::exchange(other.rows_, 0);
+            cols_ = std::exchange(other.cols_, 0);
+            order_ = other.order_;
+        }
+        return *this;
+    }
+    ~matrix() = default;
+
+    [[nodiscard]] T* data() noexcept { return data_.data(); }
+    [[nodiscard]] const T* data() const noexcept { return data_.data(); }
+    [[nodiscard]] std::size_t rows() const noexcept { return rows_; }
+    [[nodiscard]] std::size_t cols() const noexcept { return cols_; }
+    [[nodiscard]] std::size_t size() const noexcept { return data_.size(); }
+    [[nodiscard]] bool empty() const noexcept { return data_.empty(); }
+    [[nodiscard]] matrix_order order() const noexcept { return order_; }
+
+    [[nodiscard]] T& operator()(std::size_t row, std::size_t col) noexcept { return view()(row, col); }
+    [[nodiscard]] const T& operator()(std::size_t row, std::size_t col) const noexcept { return view()(row, col); }
+
+    [[nodiscard]] matrix_view<T> view() & noexcept { return {data_.data(), rows_, cols_, order_}; }
+    [[nodiscard]] matrix_view<const T> view() const& noexcept { return {data_.data(), rows_, cols_, order_}; }
+    void view() const&& = delete; // name the owner first: its views would dangle
+    /// Also of a temporary, for the call that it is an argument of.
+    operator matrix_view<T>() noexcept { return view(); }
+    operator matrix_view<const T>() const noexcept { return view(); }
+
+private:
+    std::pmr::vector<T> data_;
+    std::size_t rows_ = 0, cols_ = 0;
+    matrix_order order_ = matrix_order::column_major;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_MATRIX_HPP
+
+// ---- taskvec/linalg/factor_pair.hpp
+#if !defined(TASKVEC_SINGLE_LINALG_FACTOR_PAIR_HPP)
+#define TASKVEC_SINGLE_LINALG_FACTOR_PAIR_HPP
+// A matrix that is held by two thin factors.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A product weight·left·rightᵀ that is held by its factors: left is m×r, right is n×r, in either order each. LoRA's
+/// scaling·b·a is left = b, right = aᵀ (see lora_update::factors()). Refers to the factors, which must outlive it.
+///
+///     factor_pair<float> p{.left = b.view(), .right = a.view().transposed(), .weight = scaling};
+template <storage_element T, memory_space S>
+struct factor_pair {
+    matrix_view<const T, S> left{};
+    matrix_view<const T, S> right{};
+    double weight = 1;
+    std::string_view name{}; ///< for errors
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_LINALG_FACTOR_PAIR_HPP
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <map>
+#include <string>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The update ΔW = scaling·b·a of one weight matrix (out×in), held by PEFT's factors: b is lora_B (out×r), a is lora_A
+/// (r×in), both row-major, scaling is α/r or α/√r. In the papers' symbols A = scaling·b and B = aᵀ.
+///
+///     lora_update<float> update{.b = b, .a = a, .scaling = 2};
+template <arithmetic_element T, memory_space S>
+struct lora_update {
+    matrix<T, S> b;
+    matrix<T, S> a;
+    double scaling = 1;
+
+    [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
+    [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
+    [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
+    /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
+    [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
+    {
+        return {.left = b.view(), .right = a.view().transposed(), .weight = weight * scaling, .name = name};
+    }
+};
+
+/// An adapter: updates by the name of the module that they belong to, in the order of the names' bytes.
+template <arithmetic_element T, memory_space S = memory_space::host>
+using lora_adapter = std::map<std::string, lora_update<T, S>>;
+
+/// Throws shape_mismatch where b and a do not make a product, nonfinite_error for a scaling that is not finite.
+template <arithmetic_element T, memory_space S>
+void check_update(const lora_update<T, S>& update, std::string_view name)
+{
+    if (update.b.cols() != update.a.rows()) {
+        raise<shape_mismatch>(error_code::factor_rank,
+            message("'", name, "': lora_B is ", update.b.rows(), "×", update.b.cols(), " and lora_A ", update.a.rows(),
+                "×", update.a.cols(), "; their ranks differ"));
+    }
+    if (!std::isfinite(update.scaling)) {
+        raise<nonfinite_error>(error_code::scaling_not_finite, message("'", name, "': its scaling is not finite"));
+    }
+}
+
+/// True for two scalings that are one number but for rounding: α/√r, say, and the same written as α'/r.
+[[nodiscard]] inline bool same_scaling(double a, double b) noexcept
+{
+    return std::abs(a - b) <= 1e-12 * std::max(std::abs(a), std::abs(b));
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_ADAPTERS_LORA_HPP
+
+// ---- taskvec/formats/peft.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_PEFT_HPP)
+#define TASKVEC_SINGLE_FORMATS_PEFT_HPP
+// PEFT's LoRA adapter directories: adapter_config.json and adapter_model.safetensors, read strictly and written so that
+// PEFT loads them.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/adapters/adapter.hpp
+#if !defined(TASKVEC_SINGLE_ADAPTERS_ADAPTER_HPP)
+#define TASKVEC_SINGLE_ADAPTERS_ADAPTER_HPP
+// What every algorithm on LoRA adapters uses: singular triples as updates, dense updates, norms, reports, and updates
+// folded into a weight. The type itself is in adapters/lora.hpp.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/option_table.hpp
+#if !defined(TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP)
+#define TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP
+// What an options struct says about itself: one table with a row for each member.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A row names the member and says what it means, what it may hold and what unit stands for it in a usage line; its kind
+// comes from the member's type and its default from the struct's own initialisers. Reading a value from text, writing
+// it, listing (core/option_text.hpp), the command line's flags, notes, reports and sweep axes all come from the table.
+//
+// A struct gets its table by specialising options_of, beside it:
+//
+//     struct my_options {
+//         double share = 0.5;
+//         bool centred = true;
+//         std::vector<double> weights{};
+//     };
+//     template <>
+//     struct taskvec::options_of<my_options> {
+//         static constexpr taskvec::option_table table{
+//             taskvec::option_row("share", &my_options::share, "share of entries kept",
+//                 {.unit = "D", .above = 0, .at_most = 1}),
+//             taskvec::option_row("centred", &my_options::centred, "take the mean off", {.negated = "uncentred"}),
+//             taskvec::weights_row(&my_options::weights)};
+//     };
+//
+// or, where that reads better, by a static member function `describe()` that returns the same table.
+
+
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <limits>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Values that a sweep goes over: the plural that names them, and the usual ones as text ("0.1,0.2" or
+/// "FIRST:LAST:STEP"); `of_subsets` where every subset of the tasks is tried as well.
+struct option_axis {
+    std::string_view name{}, usual{}, of_subsets{};
+};
+
+/// What a row says beside name, member and meaning. Numbers are finite always, and within the range that is given.
+struct option_details {
+    std::string_view unit{}; ///< stands for the value in a usage line: "D", "N"; empty: by the kind
+    double at_least = -std::numeric_limits<double>::infinity();
+    double above = -std::numeric_limits<double>::infinity(); ///< the bound itself is outside
+    double at_most = std::numeric_limits<double>::infinity();
+    std::string_view expected{}; ///< what messages say is expected; empty: in words made of the range
+    std::string_view negated{}; ///< of a bool that is on by default: the flag that turns it off
+    option_axis axis{};
+};
+
+/// Of a share of entries: above 0 and up to 1.
+[[nodiscard]] constexpr option_details share_details(option_axis axis = {})
+{
+    return {.unit = "D",
+        .above = 0,
+        .at_most = 1,
+        .expected = "a share above 0 and up to 1, such as 0.1 for a tenth",
+        .axis = axis};
+}
+/// The densities that a merge is usually tried with.
+inline constexpr option_axis common_densities{"densities", "0.05,0.1,0.2,0.3,0.5", {}};
+/// Of λ, the scale of a merged task vector.
+[[nodiscard]] constexpr option_details lambda_details()
+{
+    return {.axis = {"lambdas", "0:1:0.05", "0.3"}};
+}
+
+/// One member of an options struct. `name`: lower case words with hyphens; `meaning`: a phrase without a full stop.
+template <class Options, class Value>
+struct option_row {
+    using options_type = Options;
+    using value_type = Value;
+
+    std::string_view name;
+    Value Options::* member;
+    std::string_view meaning;
+    option_details details;
+    bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
+    std::string_view each_of{}; ///< of such a list: what an entry is, "weight", or the row that holds for all tasks
+
+    constexpr option_row(
+        std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
+        : name(its_name)
+        , member(its_member)
+        , meaning(words)
+        , details(more)
+    { }
+
+    template <class Owner, class Visit>
+    constexpr void visit(Owner& options, Visit&& visit) const
+    {
+        visit(*this, options.*member);
+    }
+};
+
+/// The weights of the tasks: one for each, or none for all 1.
+template <class Options>
+[[nodiscard]] constexpr option_row<Options, std::vector<double>> weights_row(
+    std::vector<double> Options::* member, std::string_view meaning = "one for each task, or none for all 1")
+{
+    option_row<Options, std::vector<double>> row("weights", member, meaning);
+    row.per_task = true;
+    row.each_of = "weight";
+    return row;
+}
+
+/// A density of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr option_row<Options, std::vector<double>> densities_row(std::vector<double> Options::* member)
+{
+    option_row<Options, std::vector<double>> row("densities", member, "density of each task, or none for one of all");
+    row.per_task = true;
+    row.each_of = "density";
+    return row;
+}
+/// The share of outliers of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr option_row<Options, std::vector<double>> gammas_row(std::vector<double> Options::* member)
+{
+    option_row<Options, std::vector<double>> row("gammas", member, "gamma of each task, or none for one of all");
+    row.per_task = true;
+    row.each_of = "gamma";
+    return row;
+}
+
+/// The options of a struct that is a member: its rows stand in the owner's table as if they were the owner's, all but
+/// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
+template <class Options, class Inner, std::size_t N>
+struct inner_options {
+    Inner Options::* member;
+    std::array<std::string_view, N> without;
+
+    [[nodiscard]] constexpr bool leaves_out(std::string_view name) const noexcept
+    {
+        for (const auto& other : without) {
+            if (other == name) { return true; }
+        }
+        return false;
+    }
+    template <class Owner, class Visit>
+    constexpr void visit(Owner& options, Visit&& visit) const;
+};
+template <class Options, class Inner, class... Names>
+[[nodiscard]] constexpr inner_options<Options, Inner, sizeof...(Names)> options_within(
+    Inner Options::* member, Names... without)
+{
+    return {member, {std::string_view(without)...}};
+}
+
+/// The rows of a struct.
+template <class... Rows>
+struct option_table {
+    std::tuple<Rows...> rows;
+
+    constexpr explicit option_table(const Rows&... all)
+        : rows(all...)
+    { }
+};
+
+/// A set of values under a name: "as the other library does it".
+template <class Options>
+struct option_preset {
+    std::string_view name, meaning;
+    Options (*make)();
+};
+
+/// The extension point: `table`, and where there are presets `presets` (an array of option_preset, the first of which
+/// is what the struct's initialisers say) with `preset_option`, the name of the option that chooses one.
+template <class Options>
+struct options_of { };
+template <class Options>
+    requires requires { Options::describe(); }
+struct options_of<Options> {
+    static constexpr auto table = Options::describe();
+};
+
+/// A struct that has a table.
+template <class Options>
+concept described_options = requires { options_of<Options>::table.rows; };
+
+/// A struct with named presets.
+template <class Options>
+concept options_with_presets = requires {
+    options_of<Options>::presets.size();
+    options_of<Options>::preset_option;
+};
+
+/// The words for the values of an enumeration: specialise with `static constexpr std::array words{enum_word{…}, …}`.
+template <class Enum>
+struct enum_words { };
+template <class Enum>
+struct enum_word {
+    Enum value;
+    std::string_view word;
+};
+template <class Enum>
+concept worded_enum = std::is_enum_v<Enum> && requires { enum_words<Enum>::words.size(); };
+
+/// What may stand in a table.
+template <class Value>
+concept describable_value = std::same_as<Value, bool> || std::floating_point<Value> || std::unsigned_integral<Value>
+    || worded_enum<Value> || std::same_as<Value, std::vector<double>>;
+
+/// Calls visit(row, member) for every row of the table of `options`, those of inner structs in their places. The member
+/// is const where `options` is.
+///
+///     for_each_option(options, [](const auto& row, const auto& value) { std::cout << row.name << …; });
+template <class Options, class Visit>
+constexpr void for_each_option(Options& options, Visit&& visit)
+{
+    using bare = std::remove_const_t<Options>;
+    static_assert(described_options<bare>,
+        "taskvec: this options struct has no table: specialise taskvec::options_of for it (core/option_table.hpp)");
+    if constexpr (described_options<bare>) {
+        std::apply([&](const auto&... rows) { (rows.visit(options, visit), ...); }, options_of<bare>::table.rows);
+    }
+}
+
+/// Calls visit(preset_option, presets, inner) for each struct with presets among `options` and its inner structs. A
+/// struct's own presets stand in place of those of its inner structs: it knows what the names mean for the whole.
+template <class Options, class Visit>
+constexpr void for_each_preset_list(Options& options, Visit&& visit);
+
+template <class Options, class Inner, std::size_t N>
+template <class Owner, class Visit>
+constexpr void inner_options<Options, Inner, N>::visit(Owner& options, Visit&& visit) const
+{
+    for_each_option(options.*member, [&](const auto& row, auto& value) {
+        if (!leaves_out(row.name)) { visit(row, value); }
+    });
+}
+
+template <class Options, class Visit>
+constexpr void for_each_preset_list(Options& options, Visit&& visit)
+{
+    using bare = std::remove_const_t<Options>;
+    if constexpr (options_with_presets<bare>) {
+        visit(options_of<bare>::preset_option, options_of<bare>::presets, options);
+    }
+    else if constexpr (described_options<bare>) {
+        std::apply(
+            [&](const auto&... rows) {
+                const auto within = [&](const auto& row) {
+                    if constexpr (requires { row.leaves_out(""); }) {
+                        for_each_preset_list(options.*row.member, visit);
+                    }
+                };
+                (within(rows), ...);
+            },
+            options_of<bare>::table.rows);
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP
+
+// ---- taskvec/linalg/factored_svd.hpp
+#if !defined(TASKVEC_SINGLE_LINALG_FACTORED_SVD_HPP)
+#define TASKVEC_SINGLE_LINALG_FACTORED_SVD_HPP
+// The SVD of a product left·rightᵀ from its factors: two thin QRs and a small core, never the product itself.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/compiled/linalg.hpp
+#if !defined(TASKVEC_SINGLE_COMPILED_LINALG_HPP)
+#define TASKVEC_SINGLE_COMPILED_LINALG_HPP
+// What taskvec::compiled compiles of linalg/, as lists: EXTERN is `extern` where the library is linked, nothing where
+// it is made. SPDX-License-Identifier: Apache-2.0
+//
+// The headers are the same with and without the library. With TASKVEC_COMPILED defined, which linking taskvec::compiled
+// does, they declare these instances to be elsewhere; the files of src/compiled define them. Both hold each other to
+// one list, this one. Other types than float and double compile in the caller's file as ever.
+
+#include <memory_resource>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#define TASKVEC_COMPILED_SMALL_MATRICES(EXTERN)                                                                        \
+    EXTERN template double detail::cholesky_factor<0>(                                                                 \
+        matrix_view<const double>, matrix_view<double>, matrix_view<double>, std::pmr::memory_resource*);              \
+    EXTERN template void detail::householder<0>(matrix_view<double>, double*);                                         \
+    EXTERN template small_svd_result small_svd<0>(const cpu&, matrix_view<const double>);                              \
+    EXTERN template double factor_cholesky<0>(const cpu&, matrix_view<double>);                                        \
+    EXTERN template void solve_cholesky<0>(const cpu&, matrix_view<const double>, matrix_view<double>);                \
+    EXTERN template bool cholesky_solve<0>(const cpu&, matrix_view<const double>, matrix_view<double>);                \
+    EXTERN template matrix<double> small_product<0>(const cpu&, double, const matrix<double>&, const matrix<double>&);
+
+#define TASKVEC_COMPILED_MATRICES(EXTERN, T)                                                                           \
+    EXTERN template void detail::multiply_any<T>(T, matrix_view<const T>, matrix_view<const T>, T, matrix_view<T>);    \
+    EXTERN template void detail::gram<T>(matrix_view<const T>, matrix_view<double>, std::pmr::memory_resource*);       \
+    EXTERN template void gemm<T>(const cpu&, T, matrix_view<const T>, matrix_view<const T>, T, matrix_view<T>);        \
+    EXTERN template double squared_norm<T>(const cpu&, matrix_view<const T>);                                          \
+    EXTERN template void fill_normal<T>(const cpu&, const random_stream&, matrix_view<T>);                             \
+    EXTERN template qr_factors<T> factor_qr<T>(const cpu&, matrix_view<const T>, std::string_view);                    \
+    EXTERN template void multiply_q<T>(const cpu&, const qr_factors<T>&, matrix_view<const double>, matrix_view<T>);   \
+    EXTERN template void multiply_small<T>(                                                                            \
+        const cpu&, matrix_view<const T>, matrix_view<const double>, matrix_view<T>);                                  \
+    EXTERN template matrix<T> orthonormal_basis<T>(const cpu&, matrix_view<const T>, std::string_view);
+
+#define TASKVEC_COMPILED_FACTORED_SVD(EXTERN, T)                                                                       \
+    EXTERN template class detail::factored_core<T, cpu>;                                                               \
+    EXTERN template factored_svd_result<T> detail::factored_core<T, cpu>::finish<small_svd_result>(                    \
+        const cpu&, small_svd_result&&, const rank_choice&, detail::factor_place) const;                               \
+    EXTERN template factored_svd_result<T> detail::factored_svd_in<T, cpu>(                                            \
+        const cpu&, const factor_pair<T>&, const rank_choice&, detail::factor_place);                                  \
+    EXTERN template std::vector<factored_svd_result<T>> factored_svd<T, cpu>(                                          \
+        const cpu&, std::span<const factor_pair<T>>, const rank_choice&);                                              \
+    EXTERN template stacked_factors<T> detail::stack_factors_in<T>(                                                    \
+        std::span<const factor_pair<T>>, std::string_view, std::pmr::memory_resource*);
+
+#define TASKVEC_COMPILED_RANDOMIZED_SVD(EXTERN, T)                                                                     \
+    EXTERN template randomized_svd_result<T> detail::sampled_svd<T, cpu>(                                              \
+        const cpu&, matrix_view<const T>, const randomized_svd_options&, detail::factor_place);
+
+#define TASKVEC_COMPILED_TRUNCATED_SVD(EXTERN, T)                                                                      \
+    EXTERN template bool detail::divide_and_conquer<T>(                                                                \
+        matrix_view<const T>, matrix<T>&, std::vector<double>&, matrix<T>&, std::pmr::memory_resource*);               \
+    EXTERN template truncated_svd_result<T> detail::exact_svd<T>(                                                      \
+        const cpu&, matrix_view<const T>, const rank_choice&, std::string_view, detail::factor_place);
+#endif // TASKVEC_SINGLE_COMPILED_LINALG_HPP
+
+// ---- taskvec/linalg/svd.hpp
+#if !defined(TASKVEC_SINGLE_LINALG_SVD_HPP)
+#define TASKVEC_SINGLE_LINALG_SVD_HPP
+// What every singular value decomposition here returns, how a rank is chosen, and how an approximation is measured.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/linalg/eigen.hpp
+#if !defined(TASKVEC_SINGLE_LINALG_EIGEN_HPP)
+#define TASKVEC_SINGLE_LINALG_EIGEN_HPP
+// The linear algebra seam (linalg/linalg.hpp) on the CPU: Eigen's products and Cholesky, and loops of our own.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Tall matrices are in the caller's precision; the small square work (triangular factors, cores) is always in f64, so
+// there is one instantiation of it and f32 data loses nothing to it. Including this is cheap: Eigen's Cholesky is the
+// only decomposition, and everything is a template (some only in name) so that nothing is compiled before it is called.
+
+
+// ---- taskvec/core/parallel.hpp
+#if !defined(TASKVEC_SINGLE_CORE_PARALLEL_HPP)
+#define TASKVEC_SINGLE_CORE_PARALLEL_HPP
+// The CPU's parallel loop over blocks: errors carried across threads, cancellation, progress, one scratch a worker.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/policy.hpp
+#if !defined(TASKVEC_SINGLE_CORE_POLICY_HPP)
+#define TASKVEC_SINGLE_CORE_POLICY_HPP
+// Policies: where an algorithm runs, and how. The first argument of every algorithm, by const reference.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/callback.hpp
+#if !defined(TASKVEC_SINGLE_CORE_CALLBACK_HPP)
+#define TASKVEC_SINGLE_CORE_CALLBACK_HPP
+// Functions as values: callback owns what it calls, function_ref refers to it. What std::function is for, without the
+// tenth of a second that <functional> costs in every file. SPDX-License-Identifier: Apache-2.0
+
+
+#include <concepts>
+#include <cstddef>
+#include <type_traits>
+#include <utility>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A function of this signature, owned: a lambda, a function, a std::function. Empty at first, and where it is made of
+/// a null pointer or of an empty std::function; an empty one must not be called. A copy copies what is called.
+///
+///     callback<bool(std::string_view)> wanted = [](std::string_view name) { return name != "bias"; };
+///     if (wanted && wanted("weight")) { … }
+template <class Signature>
+class callback;
+
+/// A function of this signature that somebody else owns and keeps until the last call: for parameters.
+///
+///     void repeat(std::size_t times, function_ref<void(std::size_t)> body);
+///     repeat(3, [&](std::size_t i) { sum += i; });
+template <class Signature>
+class function_ref;
+
+template <class R, class... A>
+class callback<R(A...)> {
+public:
+    callback() noexcept = default;
+    callback(std::nullptr_t) noexcept { }
+    template <class F>
+        requires(!std::same_as<std::remove_cvref_t<F>, callback> && std::is_invocable_r_v<R, std::decay_t<F>&, A...>)
+    callback(F&& f)
+    {
+        using target = std::decay_t<F>;
+        if constexpr (std::is_pointer_v<std::remove_cvref_t<F>> || requires { f.operator bool(); }) {
+            if (!static_cast<bool>(f)) { return; }
+        }
+        target_ = new target(std::forward<F>(f));
+        kind_ = &kind_of<target>;
+    }
+    callback(const callback& other)
+        : target_(other.kind_ ? other.kind_->copy(other.target_) : nullptr)
+        , kind_(other.kind_)
+    { }
+    callback(callback&& other) noexcept
+        : target_(std::exchange(other.target_, nullptr))
+        , kind_(std::exchange(other.kind_, nullptr))
+    { }
+    callback& operator=(callback other) noexcept
+    {
+        std::swap(target_, other.target_);
+        std::swap(kind_, other.kind_);
+        return *this;
+    }
+    ~callback()
+    {
+        if (kind_) { kind_->destroy(target_); }
+    }
+
+    [[nodiscard]] explicit operator bool() const noexcept { return kind_ != nullptr; }
+    R operator()(A... arguments) const { return kind_->call(target_, std::forward<A>(arguments)...); }
+
+private:
+    struct kind {
+        R (*call)(void*, A...);
+        void* (*copy)(const void*);
+        void (*destroy)(void*) noexcept;
+    };
+    template <class F>
+    static constexpr kind kind_of{
+        [](void* target, A... arguments) -> R { return (*static_cast<F*>(target))(std::forward<A>(arguments)...); },
+        [](const void* target) -> void* { return new F(*static_cast<const F*>(target)); },
+        [](void* target) noexcept { delete static_cast<F*>(target); }};
+
+    void* target_ = nullptr;
+    const kind* kind_ = nullptr;
+};
+
+template <class R, class... A>
+class function_ref<R(A...)> {
+public:
+    template <class F>
+        requires(!std::same_as<std::remove_cvref_t<F>, function_ref> && std::is_object_v<std::remove_reference_t<F>>
+                    && std::is_invocable_r_v<R, F&, A...>)
+    function_ref(F&& f) noexcept
+        : target_(const_cast<void*>(static_cast<const volatile void*>(&f)))
+        , call_([](void* target, A... arguments) -> R {
+            return (*static_cast<std::remove_reference_t<F>*>(target))(std::forward<A>(arguments)...);
+        })
+    { }
+
+    R operator()(A... arguments) const { return call_(target_, std::forward<A>(arguments)...); }
+
+private:
+    void* target_;
+    R (*call_)(void*, A...);
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_CALLBACK_HPP
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <memory_resource>
+#include <string_view>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What a progress_event counts: bytes of the inputs that a phase reads, or the layers of a phase whose work is not
+/// reading (decompositions, linear systems).
+enum class progress_unit : std::uint8_t { bytes, layers };
+
+/// What a long-running algorithm reports: `done` of `total` units of the phase it is in.
+struct progress_event {
+    std::string_view phase;
+    std::uint64_t done = 0;
+    std::uint64_t total = 0;
+    progress_unit unit = progress_unit::bytes;
+};
+
+/// Called now and then from one thread at a time; returning false stops the work with taskvec::cancelled.
+using progress_callback = callback<bool(const progress_event&)>;
+
+/// The caller's own parallel loop: calls body(0) … body(count − 1), each once, in any order and on any threads, and
+/// returns when all have returned. `body` never throws.
+///
+///     taskvec::cpu policy{.executor = [&](std::size_t count, const auto& body) { pool.run(count, body); }};
+using parallel_for = callback<void(std::size_t count, function_ref<void(std::size_t)> body)>;
+
+/// What to do with NaN or infinity in an input: an error that names the tensor and index, or let it spread.
+enum class nonfinite : std::uint8_t { error, propagate };
+
+/// Run on the CPU. Results do not depend on any of these members.
+///
+/// Memory: what grows with the elements of tensors comes from `memory`, which is asked from several threads at once
+/// unless `threads` is 1: hand in a std::pmr::synchronized_pool_resource, or a resource of your own that locks. A
+/// second call of the same kind asks for the same again, so that a resource that keeps what it was given back takes
+/// nothing more from the system. Around it, from operator new, goes what grows with names alone: lists of tensors and
+/// options, less than 2 KB for each tensor of each model; and the singular values of a decomposition. Eigen's products
+/// take up to a few MB a thread from malloc, whatever the sizes, and its large SVD (truncated_svd()) takes its work
+/// space there. What a call returns: sparse vectors and saved words lie in memory of `memory`, which must outlive them;
+/// matrices, adapters, statistics and lists lie in ordinary memory. Readers and writers of files have no policy.
+///
+///     taskvec::cpu policy{.threads = 4};
+struct cpu {
+    static constexpr memory_space space = memory_space::host;
+
+    unsigned threads = 0; ///< 0: one for each hardware thread
+    parallel_for executor{}; ///< empty: threads, started for each call
+    std::pmr::memory_resource* memory = nullptr; ///< for scratch; null: std::pmr::get_default_resource()
+    progress_callback progress{}; ///< empty: silent
+};
+
+/// The caller's own device memory, for scratch: ordered on the stream that is passed on (a cudaStream_t).
+class device_memory_resource {
+public:
+    virtual ~device_memory_resource() = default;
+    /// At least `bytes` bytes of device memory, aligned to 256; nullptr when there are not so many.
+    [[nodiscard]] virtual void* allocate(std::size_t bytes, void* stream) = 0;
+    virtual void deallocate(void* place, std::size_t bytes, void* stream) noexcept = 0;
+};
+
+/// What outlives a call on a stream: library handles. Made and described by device/cusolver.
+class gpu_context;
+
+/// Run on the device of a CUDA stream, or, where the code was compiled for a Thrust host system, on the host threads of
+/// that system, whose memory then counts as device memory. Results do not depend on any of these members.
+///
+/// The type is here so that interfaces can name it without a CUDA header. Each room has its gpu versions in a header of
+/// their own (<taskvec/device/methods.hpp> and so on; <taskvec/gpu.hpp> includes them all), for nvcc, or for g++ and
+/// clang with THRUST_DEVICE_SYSTEM set to a host system (see docs/gpu.md).
+///
+///     taskvec::gpu policy{.stream = stream};
+struct gpu {
+    static constexpr memory_space space = memory_space::device;
+
+    void* stream = nullptr; ///< a cudaStream_t; null: the default stream
+    device_memory_resource* allocator = nullptr; ///< scratch on the device; null: cudaMallocAsync
+    gpu_context* context = nullptr; ///< handles to reuse; null: made where they are needed, for the one call
+};
+
+namespace detail {
+template <class P>
+inline constexpr bool is_policy = false;
+template <>
+inline constexpr bool is_policy<cpu> = true;
+template <>
+inline constexpr bool is_policy<gpu> = true;
+
+/// The rooms whose algorithms have gpu versions.
+enum class gpu_room : std::uint8_t { arithmetic, select, merge, lowrank, reuse };
+/// True once the gpu header of a room has been included: it specialises this.
+template <class P, gpu_room Room>
+inline constexpr bool gpu_header_included = false;
+/// gpu, in a program that has not included the gpu header of a room: what the overloads match that say so.
+template <class P, gpu_room Room>
+concept gpu_without_header = std::same_as<P, gpu> && !gpu_header_included<P, Room>;
+} // namespace detail
+
+/// cpu or gpu.
+template <class P>
+concept policy = detail::is_policy<P>;
+
+/// cpu alone. A function that needs no template otherwise is one over its policy, so that its body, and what that would
+/// instantiate of Eigen, costs nothing to compile in a program that never calls it.
+template <class P>
+concept cpu_policy = std::same_as<P, cpu>;
+
+/// Something that can be read (as elements of one storage type) in the memory space of policy P.
+template <class X, class P>
+concept input_of =
+    viewable<const std::remove_reference_t<X>> && (view_of<const std::remove_reference_t<X>>::space == P::space);
+
+/// Something that can be written in the memory space of policy P, and is still there afterwards.
+template <class X, class P>
+concept output_of = viewable<X> && outlives_the_expression<X> && (view_of<X>::space == P::space)
+    && !std::is_const_v<typename view_of<X>::element_type>;
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_POLICY_HPP
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory_resource>
+#include <string_view>
+
+// <thread> costs a file a sixth of a second; what is needed of it is a few calls of POSIX.
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#include <unistd.h>
+#else
+#include <thread>
+#include <vector>
+#endif
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+/// How many threads the machine runs at once; at least 1.
+[[nodiscard]] inline std::size_t hardware_threads() noexcept
+{
+#if defined(__unix__) || defined(__APPLE__)
+    const long count = sysconf(_SC_NPROCESSORS_ONLN);
+    return count > 0 ? static_cast<std::size_t>(count) : 1;
+#else
+    return std::max<std::size_t>(1, std::thread::hardware_concurrency());
+#endif
+}
+
+/// Calls body(0) … body(count − 1), each on a thread of its own, body(0) on this one; returns when all have returned.
+/// Where the system gives no more threads this one makes their calls. body does not throw.
+[[gnu::noinline]] inline void run_on_threads(std::size_t count, function_ref<void(std::size_t)> body)
+{
+#if defined(__unix__) || defined(__APPLE__)
+    constexpr std::size_t most = 256;
+    if (count > most) { // the last of these threads starts the others
+        run_on_threads(most, [&](std::size_t index) {
+            if (index + 1 < most) { body(index); }
+            else {
+                run_on_threads(count - index, [&](std::size_t rest) { body(index + rest); });
+            }
+        });
+        return;
+    }
+    struct worker {
+        const function_ref<void(std::size_t)>* body;
+        std::size_t index;
+        pthread_t thread;
+    };
+    const auto run = [](void* argument) -> void* {
+        const worker& mine = *static_cast<worker*>(argument);
+        (*mine.body)(mine.index);
+        return nullptr;
+    };
+    worker workers[most];
+    std::size_t started = 1;
+    for (; started < count; ++started) {
+        workers[started] = {&body, started, {}};
+        if (pthread_create(&workers[started].thread, nullptr, run, &workers[started]) != 0) { break; }
+    }
+    body(0);
+    for (std::size_t index = started; index < count; ++index) { body(index); }
+    for (std::size_t index = 1; index < started; ++index) { pthread_join(workers[index].thread, nullptr); }
+#else
+    std::vector<std::jthread> threads;
+    threads.reserve(count - 1);
+    for (std::size_t index = 1; index < count; ++index) {
+        threads.emplace_back([&body, index] { body(index); });
+    }
+    body(0);
+#endif
+}
+
+/// Holds a lock while it lives; what is waited for is short.
+class light_lock {
+public:
+    explicit light_lock(std::atomic_flag& flag) noexcept
+        : flag_(flag)
+    {
+        while (flag_.test_and_set(std::memory_order_acquire)) { flag_.wait(true, std::memory_order_relaxed); }
+    }
+    ~light_lock()
+    {
+        flag_.clear(std::memory_order_release);
+        flag_.notify_one();
+    }
+    light_lock(const light_lock&) = delete;
+    light_lock& operator=(const light_lock&) = delete;
+
+private:
+    std::atomic_flag& flag_;
+};
+} // namespace detail
+
+/// Number of workers that a policy may use for `count` independent pieces of work.
+[[nodiscard]] inline std::size_t worker_count(const cpu& policy, std::size_t count)
+{
+    const std::size_t wanted = policy.threads ? policy.threads : detail::hardware_threads();
+    return std::max<std::size_t>(1, std::min(wanted, count));
+}
+
+/// The policy's memory resource.
+[[nodiscard]] inline std::pmr::memory_resource* memory_of(const cpu& policy) noexcept
+{
+    return policy.memory ? policy.memory : std::pmr::get_default_resource();
+}
+
+/// The same policy on one thread, silent: for work that is already inside a parallel loop.
+[[nodiscard]] inline cpu sequential(const cpu& policy)
+{
+    return {.threads = 1, .executor = {}, .memory = policy.memory, .progress = {}};
+}
+
+namespace detail {
+
+/// Counts finished work and asks the callback, one thread at a time, whether to go on.
+class progress_meter {
+public:
+    progress_meter(
+        const cpu& policy, std::string_view phase, std::uint64_t total, progress_unit unit = progress_unit::bytes)
+        : callback_(policy.progress)
+        , phase_(phase)
+        , unit_(unit)
+        , total_(total)
+        , step_(std::max<std::uint64_t>(1, total / 256))
+    { }
+
+    /// Adds `amount`; false once the callback has asked to stop.
+    bool advance(std::uint64_t amount)
+    {
+        if (!callback_) { return true; }
+        const std::uint64_t before = done_.fetch_add(amount, std::memory_order_relaxed), after = before + amount;
+        if (before / step_ != after / step_ || after >= total_) {
+            const light_lock lock(busy_);
+            if (!stopped_.load(std::memory_order_relaxed)
+                && !callback_({phase_, std::min(after, total_), total_, unit_})) {
+                stopped_.store(true, std::memory_order_relaxed);
+            }
+        }
+        return !stopped_.load(std::memory_order_relaxed);
+    }
+
+private:
+    const progress_callback& callback_;
+    std::string_view phase_;
+    progress_unit unit_;
+    std::uint64_t total_, step_;
+    std::atomic<std::uint64_t> done_{0};
+    std::atomic<bool> stopped_{false};
+    std::atomic_flag busy_;
+};
+
+} // namespace detail
+
+/// Calls body(index, worker) once for each index in [0, count); `worker` < worker_count(policy, count) names a slot
+/// that no other call uses at the same time. Indices are handed out in ascending order. The error of the lowest index
+/// that failed is rethrown after all workers have stopped; indices above a failed one may be skipped, those below never
+/// are: which error is reported does not depend on threads.
+inline void for_each_index(
+    const cpu& policy, std::size_t count, function_ref<void(std::size_t index, std::size_t worker)> body)
+{
+    if (count == 0) { return; }
+    const std::size_t workers = worker_count(policy, count);
+    if (workers == 1) {
+        for (std::size_t index = 0; index < count; ++index) { body(index, std::size_t{0}); }
+        return;
+    }
+    std::atomic<std::size_t> next{0}, first_failed{count};
+#if !defined(TASKVEC_NO_EXCEPTIONS)
+    std::atomic_flag busy;
+    std::exception_ptr failure;
+#endif
+    const auto work = [&](std::size_t worker) {
+        for (std::size_t index;
+            (index = next.fetch_add(1, std::memory_order_relaxed)) < first_failed.load(std::memory_order_relaxed)
+            && index < count;) {
+#if defined(TASKVEC_NO_EXCEPTIONS)
+            body(index, worker);
+#else
+            try {
+                body(index, worker);
+            }
+            catch (...) {
+                const detail::light_lock lock(busy);
+                if (index < first_failed.load(std::memory_order_relaxed)) {
+                    first_failed.store(index, std::memory_order_relaxed);
+                    failure = std::current_exception();
+                }
+            }
+#endif
+        }
+    };
+    if (policy.executor) { policy.executor(workers, work); }
+    else {
+        detail::run_on_threads(workers, work);
+    }
+#if !defined(TASKVEC_NO_EXCEPTIONS)
+    if (failure) { std::rethrow_exception(failure); }
+#endif
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_PARALLEL_HPP
+
+// ---- taskvec/core/random.hpp
+#if !defined(TASKVEC_SINGLE_CORE_RANDOM_HPP)
+#define TASKVEC_SINGLE_CORE_RANDOM_HPP
+// Counter-based random numbers: the same draw for an element wherever, and in whatever order, it is processed.
+// Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/hash.hpp
+#if !defined(TASKVEC_SINGLE_CORE_HASH_HPP)
+#define TASKVEC_SINGLE_CORE_HASH_HPP
+// XXH64 (the xxHash specification by Yann Collet): the 64-bit hash behind fingerprints and random streams.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Streaming XXH64. The result depends on the bytes alone, not on how they were split into updates.
+///
+///     xxh64 hash;
+///     hash.update(data, size);
+///     std::uint64_t value = hash.digest();
+class xxh64 {
+public:
+    explicit constexpr xxh64(std::uint64_t seed = 0) noexcept
+        : lanes_{seed + p1 + p2, seed + p2, seed, seed - p1}
+        , seed_(seed)
+    { }
+
+    void update(const void* data, std::size_t size) noexcept
+    {
+        const auto* bytes = static_cast<const unsigned char*>(data);
+        total_ += size;
+        if (size < 32 && held_ + size < 32) { // (the first half for compilers that take the sum for one that wraps)
+            if (size) { std::memcpy(buffer_ + held_, bytes, size); }
+            held_ += size;
+            return;
+        }
+        if (held_) {
+            const std::size_t missing = 32 - held_;
+            std::memcpy(buffer_ + held_, bytes, missing);
+            bytes += missing;
+            size -= missing;
+            stripe(buffer_);
+        }
+        for (; size >= 32; bytes += 32, size -= 32) { stripe(bytes); }
+        if (size) { std::memcpy(buffer_, bytes, size); }
+        held_ = size;
+    }
+    void update(std::string_view text) noexcept { update(text.data(), text.size()); }
+
+    [[nodiscard]] std::uint64_t digest() const noexcept
+    {
+        std::uint64_t h;
+        if (total_ >= 32) {
+            h = std::rotl(lanes_[0], 1) + std::rotl(lanes_[1], 7) + std::rotl(lanes_[2], 12) + std::rotl(lanes_[3], 18);
+            for (const auto lane : lanes_) { h = (h ^ round(0, lane)) * p1 + p4; }
+        }
+        else {
+            h = seed_ + p5;
+        }
+        h += total_;
+        std::size_t at = 0;
+        for (; at + 8 <= held_; at += 8) {
+            h = std::rotl(h ^ round(0, read<std::uint64_t>(buffer_ + at)), 27) * p1 + p4;
+        }
+        if (at + 4 <= held_) {
+            h = std::rotl(h ^ (read<std::uint32_t>(buffer_ + at) * p1), 23) * p2 + p3;
+            at += 4;
+        }
+        for (; at < held_; ++at) { h = std::rotl(h ^ (buffer_[at] * p5), 11) * p1; }
+        h = (h ^ (h >> 33)) * p2;
+        h = (h ^ (h >> 29)) * p3;
+        return h ^ (h >> 32);
+    }
+
+private:
+    static_assert(std::endian::native == std::endian::little, "taskvec reads and writes little-endian files in place");
+    static constexpr std::uint64_t p1 = 0x9E3779B185EBCA87ull, p2 = 0xC2B2AE3D27D4EB4Full, p3 = 0x165667B19E3779F9ull,
+                                   p4 = 0x85EBCA77C2B2AE63ull, p5 = 0x27D4EB2F165667C5ull;
+    template <class Word>
+    static std::uint64_t read(const unsigned char* bytes) noexcept
+    {
+        Word word;
+        std::memcpy(&word, bytes, sizeof word);
+        return word;
+    }
+    static constexpr std::uint64_t round(std::uint64_t lane, std::uint64_t input) noexcept
+    {
+        return std::rotl(lane + input * p2, 31) * p1;
+    }
+    void stripe(const unsigned char* bytes) noexcept
+    {
+        for (std::size_t i = 0; i < 4; ++i) { lanes_[i] = round(lanes_[i], read<std::uint64_t>(bytes + 8 * i)); }
+    }
+
+    std::uint64_t lanes_[4];
+    std::uint64_t seed_;
+    std::uint64_t total_ = 0;
+    std::size_t held_ = 0;
+    unsigned char buffer_[32] = {};
+};
+
+/// XXH64 of a string.
+[[nodiscard]] inline std::uint64_t hash64(std::string_view text, std::uint64_t seed = 0) noexcept
+{
+    xxh64 hash(seed);
+    hash.update(text);
+    return hash.digest();
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_HASH_HPP
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <numbers>
+#include <string_view>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// One block of Philox4x32-10: four random words for a 128-bit counter and a 64-bit key.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32(
+    std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) noexcept
+{
+    for (int round = 0; round < 10; ++round) {
+        const std::uint64_t a = std::uint64_t{0xD2511F53u} * counter[0];
+        const std::uint64_t b = std::uint64_t{0xCD9E8D57u} * counter[2];
+        counter = {static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key[0], static_cast<std::uint32_t>(b),
+            static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key[1], static_cast<std::uint32_t>(a)};
+        key = {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};
+    }
+    return counter;
+}
+
+/// The random numbers of one (seed, task, tensor name): element i's draw is a function of these and i alone.
+/// Key: XXH64 of the name seeded with `seed`. Counter: (i / 4, task, 0) as (low word, high word, task, 0); word i
+/// mod 4.
+///
+///     random_stream stream(seed, task, "layer.weight");
+///     bool keep = stream.word(i) < keep_below(density);
+class random_stream {
+public:
+    random_stream(std::uint64_t seed, std::uint32_t task, std::string_view name) noexcept
+        : random_stream(hash64(name, seed), task)
+    { }
+    TASKVEC_HOST_DEVICE constexpr random_stream(std::uint64_t key, std::uint32_t task) noexcept
+        : key_{static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)}
+        , task_(task)
+    { }
+
+    /// The four words of elements 4·block … 4·block + 3.
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> words(std::uint64_t block) const noexcept
+    {
+        return philox4x32(
+            {static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), task_, 0u}, key_);
+    }
+    /// A uniform 32-bit word for element `index`.
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t word(std::uint64_t index) const noexcept
+    {
+        return words(index / 4)[index % 4];
+    }
+    /// Uniform in [0, 1), a multiple of 2^-32.
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr double uniform(std::uint64_t index) const noexcept
+    {
+        return word(index) * 0x1p-32;
+    }
+    /// Standard normal, by Box and Muller: elements 2j and 2j + 1 are pair j.
+    [[nodiscard]] std::array<double, 2> normal_pair(std::uint64_t pair) const noexcept
+    {
+        const auto four = words(pair);
+        const double u = static_cast<double>(((std::uint64_t{four[0]} << 32 | four[1]) >> 11) + 1) * 0x1p-53; // (0, 1]
+        const double v = static_cast<double>((std::uint64_t{four[2]} << 32 | four[3]) >> 11) * 0x1p-53; // [0, 1)
+        const double radius = std::sqrt(-2.0 * std::log(u)), angle = 2.0 * std::numbers::pi * v;
+        return {radius * std::cos(angle), radius * std::sin(angle)};
+    }
+    [[nodiscard]] double normal(std::uint64_t index) const noexcept { return normal_pair(index / 2)[index % 2]; }
+
+private:
+    std::array<std::uint32_t, 2> key_;
+    std::uint32_t task_;
+};
+
+/// An element is kept with probability `density` when its word is below this: density·2^32, rounded.
+[[nodiscard]] inline std::uint64_t keep_below(double density) noexcept
+{
+    return static_cast<std::uint64_t>(std::llround(density * 0x1p32));
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_RANDOM_HPP
+
+// ---- taskvec/linalg/linalg.hpp
+#if !defined(TASKVEC_SINGLE_LINALG_LINALG_HPP)
+#define TASKVEC_SINGLE_LINALG_LINALG_HPP
+// The linear algebra seam: the operations that the algorithms of linalg/, adapters/, reuse/ and RegMean ask of a
+// backend.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A backend supplies the names below, overloaded on its policy and found through it, and says so by specialising
+// has_linear_algebra. Three do: linalg/eigen.hpp for taskvec::cpu, whose functions document each operation;
+// device/cusolver/linalg.hpp (cuBLAS and cuSOLVER) and device/linalg/host.hpp (Thrust's host systems) for taskvec::gpu.
+// The concept linear_algebra_backend lists them all, and check_linear_algebra<P>() says in a sentence which one a
+// backend lacks. `tall` matrices are matrix<T, P::space> with T the caller's precision. The type of the small square
+// work (triangular factors, cores and what small_svd() returns) is the backend's affair: f64 on the host for Eigen, T
+// on the device for cuSOLVER. This header needs no Eigen.
+
+
+#include <concepts>
+#include <cstddef>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What becomes of the columns of A: A = Q·R with Q (m×k) orthonormal, k = min(m, n), R (k×n) in f64; R need not be
+/// triangular. Q is kept in whatever form the backend likes (see multiply_q). Refers to A, which must outlive it.
+template <arithmetic_element T, memory_space S>
+struct qr_factors;
+
+/// A = u·diag(sigma)·vᵀ of a small f64 matrix, sigma descending, u (m×k) and v (n×k) orthonormal, k = min(m, n). u and
+/// v lie in the policy's scratch memory.
+struct small_svd_result {
+    matrix<double> u;
+    std::vector<double> sigma;
+    matrix<double> v;
+};
+
+/// Whether a policy's backend supplies the operations of this header: specialised as true in the header that has them,
+/// where check_linear_algebra() holds it to that.
+///
+///     template <>
+///     inline constexpr bool has_linear_algebra<my_policy> = true;
+template <class P>
+inline constexpr bool has_linear_algebra = false;
+
+/// A policy whose backend supplies the operations of this header: cpu; gpu once <taskvec/device/linalg.hpp> is
+/// included.
+template <class P>
+concept linear_algebra_policy = policy<P> && has_linear_algebra<P>;
+
+/// One concept for each operation of the seam. P is the policy, T float or double. m, n, p, q stand for sizes, `c` and
+/// `v` for const and mutable views of tall matrices.
+namespace linear_algebra {
+
+template <class P, class T>
+using view_in = matrix_view<T, P::space>;
+template <class P, class T>
+using const_view_in = matrix_view<const T, P::space>;
+
+/// A matrix of zeros that outlives the call, and one of the policy's scratch memory.
+template <class P, class T>
+concept holds_matrices = requires(const P& p, std::size_t size, matrix_order order) {
+    { result_matrix<T>(p, size, size) } -> std::same_as<matrix<T, P::space>>;
+    { result_matrix<T>(p, size, size, order) } -> std::same_as<matrix<T, P::space>>;
+    { scratch_matrix<T>(p, size, size) } -> std::same_as<matrix<T, P::space>>;
+    { scratch_matrix<T>(p, size, size, order) } -> std::same_as<matrix<T, P::space>>;
+};
+/// v = c; the orders may differ.
+template <class P, class T>
+concept copies_matrices = requires(const P& p, const_view_in<P, T> c, view_in<P, T> v) { copy_matrix<T>(p, c, v); };
+/// v = c·diag(scale).
+template <class P, class T>
+concept scales_columns = requires(const P& p, const_view_in<P, T> c, std::span<const double> scale, view_in<P, T> v) {
+    scale_columns<T>(p, c, scale, v);
+};
+/// v = α·a·b + β·v, every operand in either order.
+template <class P, class T>
+concept multiplies = requires(const P& p, T alpha, const_view_in<P, T> a, const_view_in<P, T> b, view_in<P, T> v) {
+    gemm<T>(p, alpha, a, b, alpha, v);
+};
+/// ‖c‖²_F in f64.
+template <class P, class T>
+concept measures_norms = requires(const P& p, const_view_in<P, T> c) {
+    { squared_norm<T>(p, c) } -> std::same_as<double>;
+};
+/// Entry (i, j) = stream.normal(j·rows + i), on every backend.
+template <class P, class T>
+concept draws_normals =
+    requires(const P& p, const random_stream& stream, view_in<P, T> v) { fill_normal<T>(p, stream, v); };
+/// A stored matrix in its arithmetic type: as it is, or a copy that is kept in the caller's matrix.
+template <class P, class T>
+concept converts_storage = requires(const P& p, const_view_in<P, T> c, matrix<T, P::space>& copy) {
+    { in_arithmetic(p, c, copy) } -> std::same_as<const_view_in<P, T>>;
+};
+/// nonfinite_error for the first NaN or infinity, if there is one.
+template <class P, class T>
+concept refuses_nonfinite =
+    requires(const P& p, const_view_in<P, T> c, std::string_view what) { refuse_nonfinite(p, c, what); };
+/// The thin QR of c: Q in whatever form the backend likes, R as its member r.
+template <class P, class T>
+concept factors_qr = requires(const P& p, const_view_in<P, T> c, std::string_view what) {
+    { factor_qr<T>(p, c, what) } -> std::same_as<qr_factors<T, P::space>>;
+};
+/// A matrix with a name has a view.
+template <class X>
+concept shows_view = requires(std::remove_reference_t<X>& x) { x.view(); };
+/// weight·Ra·Rbᵀ of two triangular factors: a small matrix.
+template <class P, class T>
+concept multiplies_triangles = requires(const P& p, double weight, const qr_factors<T, P::space>& f) {
+    { small_product(p, weight, f.r, f.r) } -> shows_view;
+};
+/// The SVD of a small matrix: u, sigma (on the host, descending) and v.
+template <class P, class T>
+concept decomposes_small = requires(const P& p, const qr_factors<T, P::space>& f) {
+    { small_svd(p, f.r.view()).sigma } -> std::convertible_to<std::vector<double>>;
+    { small_svd(p, f.r.view()).u } -> shows_view;
+    { small_svd(p, f.r.view()).v } -> shows_view;
+};
+namespace detail {
+template <class P, class T>
+using small_view = decltype(std::declval<const qr_factors<T, P::space>&>().r.view());
+} // namespace detail
+/// v = Q·y for the Q of factor_qr() and a small y.
+template <class P, class T>
+concept multiplies_by_q = requires(const P& p, const qr_factors<T, P::space>& f, detail::small_view<P, T> y,
+    view_in<P, T> v) { multiply_q<T>(p, f, y, v); };
+/// v = c·y for a tall c and a small y.
+template <class P, class T>
+concept multiplies_small = requires(
+    const P& p, const_view_in<P, T> c, detail::small_view<P, T> y, view_in<P, T> v) { multiply_small<T>(p, c, y, v); };
+/// On a device: the SVDs of many small matrices together, and a small matrix as a tall one.
+template <class P, class T>
+concept decomposes_batches = P::space == memory_space::host
+    || requires(
+        const P& p, const std::vector<detail::small_view<P, T>>& many, detail::small_view<P, T> y, view_in<P, T> v) {
+           small_svds(p, many)[0].sigma;
+           keep_small<T>(p, y, v);
+       };
+/// An orthonormal basis of the columns of c, explicitly.
+template <class P, class T>
+concept finds_bases = requires(const P& p, const_view_in<P, T> c, std::string_view what) {
+    { orthonormal_basis<T>(p, c, what) } -> std::same_as<matrix<T, P::space>>;
+};
+/// Signs of matching columns so that the largest entry of each of u is positive.
+template <class P, class T>
+concept orients = requires(const P& p, view_in<P, T> u, view_in<P, T> v) { orient<T>(p, u, v); };
+/// G = L·Lᵀ in place, with the least share of a variable's square that the others do not explain; 0 where there is
+/// none.
+template <class P>
+concept factors_cholesky = requires(const P& p, view_in<P, double> g) {
+    { factor_cholesky(p, g) } -> std::same_as<double>;
+};
+/// L·Lᵀ·X = B in place of B.
+template <class P>
+concept solves_cholesky =
+    requires(const P& p, const_view_in<P, double> l, view_in<P, double> b) { solve_cholesky(p, l, b); };
+/// G·X = B in place of B; false where G is not positive definite.
+template <class P>
+concept solves_symmetric = requires(const P& p, const_view_in<P, double> g, view_in<P, double> b) {
+    { cholesky_solve(p, g, b) } -> std::same_as<bool>;
+};
+namespace detail {
+// Bodies to ask with: nvcc knows no lambda in a concept.
+struct piece {
+    template <class P>
+    void operator()(const P&, std::size_t) const
+    { }
+};
+struct work {
+    template <class P>
+    int operator()(const P&) const
+    {
+        return 0;
+    }
+};
+} // namespace detail
+/// body(policy, index) for each index.
+template <class P>
+concept runs_pieces = requires(const P& p) { for_each_piece(p, std::size_t{}, detail::piece{}); };
+/// body(policy) with what many calls share made once.
+template <class P>
+concept keeps_context = requires(const P& p) {
+    { with_context(p, detail::work{}) } -> std::same_as<int>;
+};
+/// The share of ‖A‖² below which ‖A‖² − Σσ² would cancel.
+template <class P, class T>
+concept knows_cancellation = requires(const P& p) {
+    { cancellation_limit<T>(p) } -> std::same_as<double>;
+};
+
+} // namespace linear_algebra
+
+/// A policy with every operation of the seam in one precision, T.
+template <class P, class T>
+concept linear_algebra_in = linear_algebra::holds_matrices<P, T> && linear_algebra::copies_matrices<P, T>
+    && linear_algebra::scales_columns<P, T> && linear_algebra::multiplies<P, T> && linear_algebra::measures_norms<P, T>
+    && linear_algebra::draws_normals<P, T> && linear_algebra::converts_storage<P, T>
+    && linear_algebra::refuses_nonfinite<P, T> && linear_algebra::factors_qr<P, T>
+    && linear_algebra::multiplies_triangles<P, T> && linear_algebra::decomposes_small<P, T>
+    && linear_algebra::multiplies_by_q<P, T> && linear_algebra::multiplies_small<P, T>
+    && linear_algebra::decomposes_batches<P, T> && linear_algebra::finds_bases<P, T> && linear_algebra::orients<P, T>
+    && linear_algebra::factors_cholesky<P> && linear_algebra::solves_cholesky<P> && linear_algebra::solves_symmetric<P>
+    && linear_algebra::runs_pieces<P> && linear_algebra::keeps_context<P> && linear_algebra::knows_cancellation<P, T>;
+
+/// A policy with every operation of the seam, in f32 and f64.
+template <class P>
+concept linear_algebra_backend = linear_algebra_in<P, float> && linear_algebra_in<P, double>;
+
+/// True; where a backend is not complete, the compiler says in a sentence which operation it lacks. Each backend's
+/// tests hold it to this.
+///
+///     static_assert(taskvec::check_linear_algebra<my_policy, double>());
+template <class P, class T>
+[[nodiscard]] consteval bool check_linear_algebra()
+{
+    namespace la = linear_algebra;
+    static_assert(la::holds_matrices<P, T>, "linear algebra: this policy lacks result_matrix or scratch_matrix");
+    static_assert(la::copies_matrices<P, T>, "linear algebra: this policy lacks copy_matrix");
+    static_assert(la::scales_columns<P, T>, "linear algebra: this policy lacks scale_columns");
+    static_assert(la::multiplies<P, T>, "linear algebra: this policy lacks gemm");
+    static_assert(la::measures_norms<P, T>, "linear algebra: this policy lacks squared_norm");
+    static_assert(la::draws_normals<P, T>, "linear algebra: this policy lacks fill_normal");
+    static_assert(la::converts_storage<P, T>, "linear algebra: this policy lacks in_arithmetic");
+    static_assert(la::refuses_nonfinite<P, T>, "linear algebra: this policy lacks refuse_nonfinite");
+    static_assert(la::factors_qr<P, T>, "linear algebra: this policy lacks factor_qr, or its qr_factors");
+    static_assert(la::multiplies_triangles<P, T>, "linear algebra: this policy lacks small_product");
+    static_assert(la::decomposes_small<P, T>, "linear algebra: this policy lacks small_svd");
+    static_assert(la::multiplies_by_q<P, T>, "linear algebra: this policy lacks multiply_q");
+    static_assert(la::multiplies_small<P, T>, "linear algebra: this policy lacks multiply_small");
+    static_assert(la::decomposes_batches<P, T>, "linear algebra: this device policy lacks small_svds or keep_small");
+    static_assert(la::finds_bases<P, T>, "linear algebra: this policy lacks orthonormal_basis");
+    static_assert(la::orients<P, T>, "linear algebra: this policy lacks orient");
+    static_assert(la::factors_cholesky<P>, "linear algebra: this policy lacks factor_cholesky");
+    static_assert(la::solves_cholesky<P>, "linear algebra: this policy lacks solve_cholesky");
+    static_assert(la::solves_symmetric<P>, "linear algebra: this policy lacks cholesky_solve");
+    static_assert(la::runs_pieces<P>, "linear algebra: this policy lacks for_each_piece");
+    static_assert(la::keeps_context<P>, "linear algebra: this policy lacks with_context");
+    static_assert(la::knows_cancellation<P, T>, "linear algebra: this policy lacks cancellation_limit");
+    return linear_algebra_in<P, T>;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_LINALG_LINALG_HPP
+
+#include <Eigen/Cholesky>
+#include <Eigen/Core>
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory_resource>
+#include <numeric>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace taskvec::inline TASKVEC_ABI {
+
+template <>
+inline constexpr bool has_linear_algebra<cpu> = true;
+
+/// C = alpha·A·B + beta·C.
+/// A is m×k, B k×n, C m×n, each in either order; C may not overlap A or B. f32 or f64; every entry is a sum in that
+/// type whose order depends on the shapes alone, so the bits do not depend on the number of threads. Throws
+/// shape_mismatch. Cost: 2·m·n·k flops.
+///
+///     gemm(cpu{}, 1.0f, a.view(), b.view(), 0.0f, c.view());
+template <arithmetic_element T>
+void gemm(const cpu& policy, T alpha, std::type_identity_t<matrix_view<const T>> a,
+    std::type_identity_t<matrix_view<const T>> b, std::type_identity_t<T> beta, std::type_identity_t<matrix_view<T>> c);
+
+/// ‖A‖²_F in f64: blocks of fixed size added in order, so the bits do not depend on threads. Relative error ≤ 1e-14
+/// (f64 input: unless squares overflow). Cost: one read of A.
+template <arithmetic_element T>
+[[nodiscard]] double squared_norm(const cpu& policy, matrix_view<const T> a);
+
+/// Standard normal numbers: entry (i, j) is stream.normal(j·rows + i), whatever the order and the number of threads.
+template <arithmetic_element T>
+void fill_normal(const cpu& policy, const random_stream& stream, matrix_view<T> a);
+
+template <arithmetic_element T>
+struct qr_factors<T, memory_space::host> {
+    matrix<double> r; ///< k×n
+
+    // How Q is kept: A·inverse (A as given), the matrix itself, or Householder reflectors. An identity needs nothing.
+    enum class form : std::uint8_t { scaled, stored, reflectors, identity };
+    form kept = form::identity;
+    matrix_view<const T> a{};
+    matrix<double> q{}; ///< scaled: n×k with Q = A·q; stored: m×k; reflectors: m×k below the diagonal
+    matrix<double> tau{}; ///< k×1
+};
+
+/// The thin QR of an m×n matrix A, either order; `what` names it in errors.
+/// f32 data is factored through its f64 Gram matrix while that is safe (unit-length columns with κ up to 3000), by
+/// Cholesky-QR twice (Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015) up to κ = 10⁶, and otherwise, or when columns
+/// depend on each other, by Householder reflections; always in f64. ‖QᵀQ − I‖ and ‖A − QR‖/‖A‖ stay below 1e-8 for f32
+/// data and below n·1e-15 for f64. A wide A (m ≤ n) has Q = I and R = A. Throws nonfinite_error. The factors lie in
+/// memory of the policy's resource. Cost: m·n² flops on the first road.
+template <arithmetic_element T>
+[[nodiscard]] qr_factors<T> factor_qr(
+    const cpu& policy, std::type_identity_t<matrix_view<const T>> a, std::string_view what = "A");
+
+/// out = Q·X for the Q of factor_qr(): X is k×p in f64, out m×p. Cost: 2·m·k·p flops.
+template <arithmetic_element T>
+void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<matrix_view<const double>> x,
+    std::type_identity_t<matrix_view<T>> out);
+
+/// The SVD of a small f64 matrix by one-sided Jacobi rotations (Hestenes 1958; de Rijk 1989 for the pivoting).
+/// σ to about n·ε·σ₁, u and v orthonormal to n·ε; values below ε·σ₁ count as zero and their u completes a basis. Signs
+/// are left as they fall. Throws nonfinite_error. u and v lie in memory of the policy's resource. Cost: about 6·m·n²
+/// flops a sweep, 4 to 9 sweeps: meant for n up to a few hundred.
+template <int = 0>
+[[nodiscard]] small_svd_result small_svd(const cpu& policy, matrix_view<const double> a);
+
+/// Turns the signs of matching columns of u and v so that the entry of largest magnitude of each u is positive (the
+/// first one among equals): results then compare across backends and runs.
+template <arithmetic_element T>
+void orient(const cpu&, std::type_identity_t<matrix_view<T>> u, std::type_identity_t<matrix_view<T>> v);
+
+/// G = L·Lᵀ for a symmetric positive definite G (n×n, f64): L replaces the lower triangle of a column-major G, the
+/// upper one is left alone. Returns the least L(i, i)²/G(i, i), the share of its square that a variable does not owe to
+/// those before it: near rounding (n·1e-16) G is singular for all purposes, and 0, with G unspecified, says that it is
+/// not positive definite. Cost: n³/3 flops.
+template <int = 0>
+[[nodiscard]] double factor_cholesky(const cpu&, matrix_view<double> g);
+
+/// X with L·Lᵀ·X = B, in place of B (n×p, either order), for the L of factor_cholesky(). Cost: 2·n²·p flops, by pieces
+/// of columns in parallel.
+template <int = 0>
+void solve_cholesky(const cpu& policy, matrix_view<const double> l, matrix_view<double> b);
+
+/// Solves G·X = B for a symmetric positive definite G (n×n, f64) and B (n×p), in place of B, by Cholesky. False, with B
+/// unspecified, where G is not numerically positive definite. Cost: n³/3 + 2·n²·p flops, and a copy of G.
+template <int = 0>
+[[nodiscard]] bool cholesky_solve(const cpu& policy, matrix_view<const double> g, matrix_view<double> b);
+
+// What the algorithms need besides: matrices of the policy's memory, and moves between them.
+
+/// A zero matrix that outlives the call: memory of the default resource.
+template <arithmetic_element T>
+[[nodiscard]] matrix<T> result_matrix(
+    const cpu&, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+{
+    return matrix<T>(rows, cols, order);
+}
+
+/// A zero matrix of the policy's scratch memory.
+template <arithmetic_element T>
+[[nodiscard]] matrix<T> scratch_matrix(
+    const cpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)
+{
+    return matrix<T>(rows, cols, order, memory_of(policy));
+}
+
+/// to = from, of the same shape; the orders may differ. Throws shape_mismatch.
+template <arithmetic_element T>
+void copy_matrix(const cpu&, std::type_identity_t<matrix_view<const T>> from, std::type_identity_t<matrix_view<T>> to);
+
+/// out = x·diag(scale): x and out m×q, q scales. Each product is rounded once.
+template <arithmetic_element T>
+void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std::span<const double> scale,
+    std::type_identity_t<matrix_view<T>> out);
+
+/// weight·Ra·Rbᵀ of two triangular factors, in scratch memory.
+template <int = 0>
+[[nodiscard]] matrix<double> small_product(
+    const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b);
+
+/// out = x·y for a tall x (m×k) and columns y (k×q) of what small_svd() returned, rounded to T before the product.
+template <arithmetic_element T>
+void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>> x,
+    std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<matrix_view<T>> out);
+
+/// An orthonormal basis of the columns of y, m×min(m, n), explicitly, in scratch memory.
+template <arithmetic_element T>
+[[nodiscard]] matrix<T> orthonormal_basis(
+    const cpu& policy, std::type_identity_t<matrix_view<const T>> y, std::string_view what);
+
+/// The matrix in its arithmetic type: as it is, or a converted copy kept in `copy`, in scratch memory.
+template <storage_element T>
+[[nodiscard]] matrix_view<const arithmetic_type<T>> in_arithmetic(
+    const cpu& policy, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy);
+
+/// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none.
+template <storage_element T>
+void refuse_nonfinite(const cpu& policy, matrix_view<const T> a, std::string_view what);
+
+/// body(inside, index) for each index in [0, count), in parallel where the policy can; `inside` is the policy for the
+/// work of one index.
+template <class Body>
+void for_each_piece(const cpu& policy, std::size_t count, const Body& body)
+{
+    const cpu inside = sequential(policy);
+    for_each_index(policy, count, [&](std::size_t index, std::size_t) { body(inside, index); });
+}
+
+/// Calls body with a policy that is ready for many calls: what a backend has to make for each of them is made once.
+template <class Body>
+decltype(auto) with_context(const cpu& policy, const Body& body)
+{
+    return body(policy);
+}
+
+/// Below this share of ‖A‖² a squared error is measured entry by entry: ‖A‖² − Σσ² would cancel.
+template <arithmetic_element T>
+[[nodiscard]] constexpr double cancellation_limit(const cpu&)
+{
+    return 1e-6;
+}
+
+namespace detail {
+
+using eigen_index = Eigen::Index;
+
+inline constexpr auto eigen_success = static_cast<Eigen::ComputationInfo>(0); // its name is a macro of X11
+
+template <class T, int Order>
+using eigen_map =
+    Eigen::Map<Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Order>, Eigen::Unaligned, Eigen::OuterStride<>>;
+
+template <class T, int Order>
+using eigen_const_map =
+    Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Order>, Eigen::Unaligned, Eigen::OuterStride<>>;
+
+template <int Order, class T>
+[[nodiscard]] auto map_as(const matrix_view<const T>& x)
+{
+    return eigen_const_map<T, Order>(x.data(), static_cast<eigen_index>(x.rows()), static_cast<eigen_index>(x.cols()),
+        Eigen::OuterStride<>(static_cast<eigen_index>(x.stride())));
+}
+
+/// Keeps Eigen's own OpenMP threads out of a product: the parallelism is over layers and blocks, one thread inside
+/// each.
+class one_thread_inside {
+public:
+#if defined(_OPENMP)
+    one_thread_inside()
+        : threads_(omp_get_max_threads())
+    {
+        omp_set_num_threads(1);
+    }
+    ~one_thread_inside() { omp_set_num_threads(threads_); }
+    one_thread_inside(const one_thread_inside&) = delete;
+    one_thread_inside& operator=(const one_thread_inside&) = delete;
+
+private:
+    int threads_;
+#else
+    one_thread_inside() noexcept { }
+#endif
+};
+
+/// C (column-major) = alpha·A·B + beta·C on this thread.
+template <int OrderA, int OrderB, class T>
+TASKVEC_NOINLINE void multiply_block(T alpha, matrix_view<const T> a, matrix_view<const T> b, T beta, matrix_view<T> c)
+{
+    eigen_map<T, Eigen::ColMajor> out(c.data(), static_cast<eigen_index>(c.rows()), static_cast<eigen_index>(c.cols()),
+        Eigen::OuterStride<>(static_cast<eigen_index>(c.stride())));
+    if (beta == T(0)) { out.setZero(); }
+    else if (beta != T(1)) {
+        out *= beta;
+    }
+    if (a.cols() != 0) { out.noalias() += alpha * (map_as<OrderA>(a) * map_as<OrderB>(b)); }
+}
+
+template <class T>
+void multiply_any(T alpha, matrix_view<const T> a, matrix_view<const T> b, T beta, matrix_view<T> c)
+{
+    const bool a_rows = a.order() == matrix_order::row_major, b_rows = b.order() == matrix_order::row_major;
+    if (a_rows && b_rows) { multiply_block<Eigen::RowMajor, Eigen::RowMajor>(alpha, a, b, beta, c); }
+    else if (a_rows) {
+        multiply_block<Eigen::RowMajor, Eigen::ColMajor>(alpha, a, b, beta, c);
+    }
+    else if (b_rows) {
+        multiply_block<Eigen::ColMajor, Eigen::RowMajor>(alpha, a, b, beta, c);
+    }
+    else {
+        multiply_block<Eigen::ColMajor, Eigen::ColMajor>(alpha, a, b, beta, c);
+    }
+}
+
+/// Sum of squares of a run, in f64, by 8 lanes that are folded at the end.
+template <class T>
+[[nodiscard]] TASKVEC_NOINLINE double run_of_squares(const T* data, std::size_t size)
+{
+    using lanes = Eigen::Array<double, 8, 1>;
+    using stored = Eigen::Array<T, 8, 1>;
+    lanes sum = lanes::Zero();
+    std::size_t i = 0;
+    for (; i + 8 <= size; i += 8) {
+        const lanes x = Eigen::Map<const stored>(data + i).template cast<double>();
+        sum += x * x;
+    }
+    double rest = 0;
+    for (; i < size; ++i) { rest += static_cast<double>(data[i]) * static_cast<double>(data[i]); }
+    return sum.sum() + rest;
+}
+
+/// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none.
+template <class T>
+[[gnu::cold]] void blame_nonfinite(matrix_view<const T> x, std::string_view what)
+{
+    for (std::size_t i = 0; i < x.rows(); ++i) {
+        for (std::size_t j = 0; j < x.cols(); ++j) {
+            if (!std::isfinite(static_cast<double>(x(i, j)))) {
+                raise<nonfinite_error>(error_code::not_finite,
+                    message("matrix '", what, "' holds ", std::isnan(static_cast<double>(x(i, j))) ? "NaN" : "infinity",
+                        " at row ", i, ", column ", j,
+                        "; a decomposition needs finite numbers: repair or leave out this matrix"));
+            }
+        }
+    }
+}
+
+/// Uninitialised memory that is aligned as Eigen's own matrices are, so that it computes the same bits in it.
+template <class T>
+class matrix_room {
+public:
+    matrix_room(std::size_t size, std::pmr::memory_resource* memory)
+        : memory_(memory)
+        , bytes_(size * sizeof(T))
+        , data_(static_cast<T*>(memory->allocate(bytes_, alignment)))
+    { }
+    ~matrix_room() { memory_->deallocate(data_, bytes_, alignment); }
+    matrix_room(const matrix_room&) = delete;
+    matrix_room& operator=(const matrix_room&) = delete;
+    [[nodiscard]] T* data() const noexcept { return data_; }
+
+private:
+    static constexpr std::size_t alignment = 64;
+    std::pmr::memory_resource* memory_;
+    std::size_t bytes_;
+    T* data_;
+};
+
+inline constexpr std::size_t tall_block = 256; // rows that are converted to f64 at a time
+
+/// Copies a block to f64, in the order of the source.
+template <class T>
+[[nodiscard]] matrix_view<const double> widened(matrix_view<const T> x, std::pmr::vector<double>& scratch)
+{
+    if constexpr (std::same_as<T, double>) { return x; }
+    else {
+        const bool by_rows = x.order() == matrix_order::row_major;
+        const std::size_t runs = by_rows ? x.rows() : x.cols(), length = by_rows ? x.cols() : x.rows();
+        scratch.resize(std::max(scratch.size(), x.size()));
+        for (std::size_t k = 0; k < runs; ++k) {
+            Eigen::Map<Eigen::ArrayXd>(scratch.data() + k * length, static_cast<eigen_index>(length)) =
+                Eigen::Map<const Eigen::Array<T, Eigen::Dynamic, 1>>(
+                    x.data() + k * x.stride(), static_cast<eigen_index>(length))
+                    .template cast<double>();
+        }
+        return {scratch.data(), x.rows(), x.cols(), x.order()};
+    }
+}
+
+/// G = AᵀA in f64 (n×n, both triangles).
+template <class T>
+void gram(matrix_view<const T> a, matrix_view<double> g, std::pmr::memory_resource* memory)
+{
+    const std::size_t n = a.cols();
+    constexpr std::size_t panel = 32;
+    std::pmr::vector<double> scratch(memory);
+    for (std::size_t i = 0; i < a.rows(); i += tall_block) {
+        const auto rows = widened(a.block(i, 0, std::min(tall_block, a.rows() - i), n), scratch);
+        for (std::size_t j = 0; j < n; j += panel) { // the lower triangle, by panels of columns
+            const std::size_t width = std::min(panel, n - j);
+            multiply_any<double>(1.0, rows.block(0, j, rows.rows(), n - j).transposed(),
+                rows.block(0, j, rows.rows(), width), i == 0 ? 0.0 : 1.0, g.block(j, j, n - j, width));
+        }
+    }
+    for (std::size_t j = 0; j < n; ++j) {
+        for (std::size_t i = j + 1; i < n; ++i) { g(j, i) = g(i, j); }
+    }
+}
+
+/// R with RᵀR = G and its inverse, for a positive definite G. Returns a lower bound of the least eigenvalue of G with
+/// its columns scaled to unit length (about 1/κ² of the scaled columns), or 0 where G is not numerically definite.
+template <int = 0>
+[[nodiscard]] double cholesky_factor(
+    matrix_view<const double> g, matrix_view<double> r, matrix_view<double> inverse, std::pmr::memory_resource* memory)
+{
+    const std::size_t n = g.cols();
+    const matrix_room<double> room(n * n, memory);
+    eigen_map<double, Eigen::ColMajor> l(room.data(), static_cast<eigen_index>(n), static_cast<eigen_index>(n),
+        Eigen::OuterStride<>(static_cast<eigen_index>(n)));
+    std::pmr::vector<double> scale(n, memory);
+    for (std::size_t j = 0; j < n; ++j) {
+        if (!(g(j, j) > 0)) { return 0; }
+        scale[j] = std::sqrt(g(j, j));
+    }
+    for (std::size_t j = 0; j < n; ++j) {
+        for (std::size_t i = 0; i < n; ++i) {
+            l(static_cast<eigen_index>(i), static_cast<eigen_index>(j)) = g(i, j) / scale[i] / scale[j];
+        }
+    }
+    Eigen::Ref<Eigen::MatrixXd> in_place(l);
+    const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> llt(in_place);
+    if (llt.info() != eigen_success) { return 0; }
+    for (std::size_t j = 0; j < n; ++j) {
+        for (std::size_t i = 0; i < n; ++i) {
+            r(i, j) = i <= j ? l(static_cast<eigen_index>(j), static_cast<eigen_index>(i)) * scale[j] : 0;
+        }
+    }
+    // The inverse of an upper triangle, column by column.
+    for (std::size_t j = 0; j < n; ++j) {
+        for (std::size_t i = 0; i < n; ++i) { inverse(i, j) = 0; }
+        inverse(j, j) = 1 / r(j, j);
+        for (std::size_t i = j; i-- > 0;) {
+            double sum = 0;
+            for (std::size_t k = i + 1; k <= j; ++k) { sum += r(i, k) * inverse(k, j); }
+            inverse(i, j) = -sum / r(i, i);
+        }
+    }
+    double inverse_norm = 0; // ‖scaled R⁻¹‖²_F, at least 1/λ
+    for (std::size_t j = 0; j < n; ++j) {
+        for (std::size_t i = 0; i <= j; ++i) { inverse_norm += inverse(i, j) * scale[i] * inverse(i, j) * scale[i]; }
+    }
+    return 1 / inverse_norm;
+}
+
+/// Householder QR in place: reflectors below the diagonal, R above it. Unconditionally stable, any rank; column by
+/// column.
+template <int = 0>
+void householder(matrix_view<double> a, double* tau)
+{
+    using column = Eigen::Map<Eigen::VectorXd>;
+    const std::size_t m = a.rows(), n = a.cols();
+    for (std::size_t j = 0; j < std::min(m, n); ++j) {
+        column x(&a(j, j), static_cast<eigen_index>(m - j));
+        const double largest = x.cwiseAbs().maxCoeff();
+        tau[j] = 0;
+        if (largest == 0) { continue; }
+        const double norm = largest * (x / largest).norm();
+        const double alpha = x(0), beta = alpha >= 0 ? -norm : norm;
+        tau[j] = (beta - alpha) / beta;
+        x /= alpha - beta;
+        x(0) = 1;
+        for (std::size_t k = j + 1; k < n; ++k) {
+            column y(&a(j, k), static_cast<eigen_index>(m - j));
+            const double along = tau[j] * x.dot(y);
+            y -= along * x;
+        }
+        x(0) = beta;
+    }
+}
+
+using jacobi_lanes = Eigen::Array<double, 8, 1>;
+
+template <int = 0>
+[[nodiscard]] TASKVEC_NOINLINE double padded_dot(const double* x, const double* y, std::size_t size)
+{
+    jacobi_lanes sum = jacobi_lanes::Zero();
+    for (std::size_t i = 0; i < size; i += 8) {
+        sum += Eigen::Map<const jacobi_lanes>(x + i) * Eigen::Map<const jacobi_lanes>(y + i);
+    }
+    return sum.sum();
+}
+
+/// (x, y) ← (c·x − s·y, s·x + c·y)
+template <int = 0>
+TASKVEC_NOINLINE void padded_rotate(double* x, double* y, std::size_t size, double c, double s)
+{
+    for (std::size_t i = 0; i < size; i += 8) {
+        Eigen::Map<jacobi_lanes> px(x + i), py(y + i);
+        const jacobi_lanes a = px, b = py;
+        px = c * a - s * b;
+        py = s * a + c * b;
+    }
+}
+
+/// Fills columns [first, cols) of an orthonormal u with unit vectors made orthogonal to all columns before.
+template <int = 0>
+void complete_basis(matrix_view<double> u, std::size_t first, std::pmr::memory_resource* memory)
+{
+    const std::size_t m = u.rows();
+    std::pmr::vector<double> weight(m, 0.0, memory); // squared length of row i so far: e_i is best where it is least
+    for (std::size_t j = 0; j < first; ++j) {
+        for (std::size_t i = 0; i < m; ++i) { weight[i] += u(i, j) * u(i, j); }
+    }
+    for (std::size_t j = first; j < u.cols(); ++j) {
+        const auto pick = static_cast<std::size_t>(std::min_element(weight.begin(), weight.end()) - weight.begin());
+        Eigen::Map<Eigen::VectorXd> x(&u(0, j), static_cast<eigen_index>(m));
+        x.setZero();
+        x(static_cast<eigen_index>(pick)) = 1;
+        for (int twice = 0; twice < 2; ++twice) {
+            for (std::size_t k = 0; k < j; ++k) {
+                const Eigen::Map<const Eigen::VectorXd> y(&u(0, k), static_cast<eigen_index>(m));
+                const double along = y.dot(x);
+                x -= along * y;
+            }
+        }
+        x.normalize();
+        for (std::size_t i = 0; i < m; ++i) { weight[i] += u(i, j) * u(i, j); }
+    }
+}
+
+} // namespace detail
+
+template <arithmetic_element T>
+void gemm(const cpu& policy, T alpha, std::type_identity_t<matrix_view<const T>> a,
+    std::type_identity_t<matrix_view<const T>> b, std::type_identity_t<T> beta, std::type_identity_t<matrix_view<T>> c)
+{
+    if (a.rows() != c.rows() || b.cols() != c.cols() || a.cols() != b.rows()) {
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("gemm: ", a.rows(), "×", a.cols(), " times ", b.rows(), "×", b.cols(), " into ", c.rows(), "×",
+                c.cols()));
+    }
+    if (c.empty()) { return; }
+    if (c.order() == matrix_order::row_major) {
+        c = c.transposed();
+        std::swap(a, b);
+        a = a.transposed();
+        b = b.transposed();
+    }
+    // Fixed pieces of the longer side: the same products whatever the number of threads.
+    constexpr std::size_t piece = 256;
+    const bool by_rows = c.rows() >= c.cols();
+    const std::size_t pieces = ((by_rows ? c.rows() : c.cols()) + piece - 1) / piece;
+    const bool worth_threads = static_cast<double>(c.size()) * static_cast<double>(a.cols()) > 4e6;
+    for_each_index(worth_threads ? policy : sequential(policy), pieces, [&](std::size_t index, std::size_t) {
+        const detail::one_thread_inside guard;
+        const std::size_t first = index * piece;
+        if (by_rows) {
+            const std::size_t count = std::min(piece, c.rows() - first);
+            detail::multiply_any<T>(
+                alpha, a.block(first, 0, count, a.cols()), b, beta, c.block(first, 0, count, c.cols()));
+        }
+        else {
+            const std::size_t count = std::min(piece, c.cols() - first);
+            detail::multiply_any<T>(
+                alpha, a, b.block(0, first, b.rows(), count), beta, c.block(0, first, c.rows(), count));
+        }
+    });
+}
+
+template <arithmetic_element T>
+double squared_norm(const cpu& policy, matrix_view<const T> a)
+{
+    if (a.empty()) { return 0; }
+    if (a.order() == matrix_order::row_major) { a = a.transposed(); }
+    constexpr std::size_t piece = 64;
+    std::pmr::vector<double> part((a.cols() + piece - 1) / piece, 0.0, memory_of(policy));
+    for_each_index(
+        a.size() > 1'000'000 ? policy : sequential(policy), part.size(), [&](std::size_t index, std::size_t) {
+            for (std::size_t j = index * piece; j < std::min(a.cols(), (index + 1) * piece); ++j) {
+                part[index] += detail::run_of_squares(a.data() + j * a.stride(), a.rows());
+            }
+        });
+    return std::accumulate(part.begin(), part.end(), 0.0);
+}
+
+template <arithmetic_element T>
+void fill_normal(const cpu& policy, const random_stream& stream, matrix_view<T> a)
+{
+    for_each_index(a.size() > 10'000 ? policy : sequential(policy), a.cols(), [&](std::size_t j, std::size_t) {
+        const std::uint64_t first = std::uint64_t{j} * a.rows();
+        for (std::size_t i = 0; i < a.rows();) {
+            if ((first + i) % 2 == 0 && i + 1 < a.rows()) {
+                const auto [even, odd] = stream.normal_pair((first + i) / 2);
+                a(i, j) = static_cast<T>(even);
+                a(i + 1, j) = static_cast<T>(odd);
+                i += 2;
+            }
+            else {
+                a(i, j) = static_cast<T>(stream.normal(first + i));
+                ++i;
+            }
+        }
+    });
+}
+
+template <arithmetic_element T>
+qr_factors<T> factor_qr(const cpu& policy, std::type_identity_t<matrix_view<const T>> a, std::string_view what)
+{
+    const detail::one_thread_inside guard;
+    const std::size_t m = a.rows(), n = a.cols();
+    std::pmr::memory_resource* const memory = memory_of(policy);
+    qr_factors<T> f;
+    f.a = a;
+    f.r = matrix<double>(std::min(m, n), n, matrix_order::column_major, memory);
+    if (a.empty()) { return f; }
+    if (m <= n) { // Q = I
+        for (std::size_t j = 0; j < n; ++j) {
+            for (std::size_t i = 0; i < m; ++i) { f.r(i, j) = static_cast<double>(a(i, j)); }
+        }
+        if (!std::isfinite(squared_norm(policy, a))) { detail::blame_nonfinite(a, what); }
+        return f;
+    }
+    matrix<double> g(n, n, matrix_order::column_major, memory), inverse(n, n, matrix_order::column_major, memory);
+    detail::gram(a, g.view(), memory);
+    double trace = 0;
+    for (std::size_t j = 0; j < n; ++j) { trace += g(j, j); }
+    if (!std::isfinite(trace)) { detail::blame_nonfinite(a, what); } // returns when only the squares overflow
+    const double least = std::isfinite(trace) ? detail::cholesky_factor(g, f.r, inverse, memory) : 0;
+    if constexpr (std::same_as<T, float>) {
+        if (least >= 1e-7) {
+            f.kept = qr_factors<T>::form::scaled;
+            f.q = std::move(inverse);
+            return f;
+        }
+    }
+    f.q = matrix<double>(m, n, matrix_order::column_major, memory);
+    if (least >= 1e-12) { // once more, on the nearly orthonormal A·R⁻¹
+        std::pmr::vector<double> scratch(memory);
+        matrix<double> once(m, n, matrix_order::column_major, memory), r1(n, n, matrix_order::column_major, memory),
+            r2(n, n, matrix_order::column_major, memory);
+        std::copy_n(f.r.data(), r1.size(), r1.data());
+        for (std::size_t i = 0; i < m; i += detail::tall_block) {
+            const std::size_t count = std::min(detail::tall_block, m - i);
+            detail::multiply_any<double>(1.0, detail::widened(a.block(i, 0, count, n), scratch), inverse, 0.0,
+                once.view().block(i, 0, count, n));
+        }
+        detail::gram<double>(once.view(), g.view(), memory);
+        if (detail::cholesky_factor(g, r2, inverse, memory) * static_cast<double>(n) > 0.5) {
+            detail::multiply_any<double>(1.0, once, inverse, 0.0, f.q);
+            detail::multiply_any<double>(1.0, r2, r1, 0.0, f.r);
+            f.kept = qr_factors<T>::form::stored;
+            return f;
+        }
+    }
+    for (std::size_t j = 0; j < n; ++j) {
+        for (std::size_t i = 0; i < m; ++i) { f.q(i, j) = static_cast<double>(a(i, j)); }
+    }
+    f.tau = matrix<double>(std::min(m, n), 1, matrix_order::column_major, memory);
+    detail::householder(f.q, f.tau.data());
+    for (std::size_t j = 0; j < n; ++j) {
+        for (std::size_t i = 0; i < n; ++i) { f.r(i, j) = i <= j ? f.q(i, j) : 0; }
+    }
+    f.kept = qr_factors<T>::form::reflectors;
+    return f;
+}
+
+template <arithmetic_element T>
+void multiply_q(const cpu& policy, const qr_factors<T>& f, std::type_identity_t<matrix_view<const double>> x,
+    std::type_identity_t<matrix_view<T>> out)
+{
+    using form = typename qr_factors<T>::form;
+    const detail::one_thread_inside guard;
+    const std::size_t m = f.a.rows(), p = x.cols();
+    if (x.rows() != f.r.rows() || out.rows() != m || out.cols() != p) {
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("multiply_q: Q is ", m, "×", f.r.rows(), ", X ", x.rows(), "×", p, ", the result ", out.rows(), "×",
+                out.cols()));
+    }
+    if (out.empty()) { return; }
+    std::pmr::memory_resource* const memory = memory_of(policy);
+    if (f.kept == form::identity || f.kept == form::reflectors) {
+        matrix<double> y(m, p, matrix_order::column_major, memory);
+        for (std::size_t j = 0; j < p; ++j) {
+            for (std::size_t i = 0; i < x.rows(); ++i) { y(i, j) = x(i, j); }
+            for (std::size_t k = f.tau.size(); k-- > 0;) {
+                Eigen::Map<Eigen::VectorXd> tail(&y(k, j), static_cast<Eigen::Index>(m - k));
+                const Eigen::Map<const Eigen::VectorXd> reflector(&f.q(k, k), static_cast<Eigen::Index>(m - k));
+                const auto below = static_cast<Eigen::Index>(m - k - 1);
+                const double along = f.tau(k, 0) * (tail(0) + reflector.tail(below).dot(tail.tail(below)));
+                tail(0) -= along;
+                tail.tail(below) -= along * reflector.tail(below);
+            }
+            for (std::size_t i = 0; i < m; ++i) { out(i, j) = static_cast<T>(y(i, j)); }
+        }
+        return;
+    }
+    matrix<double> scaled;
+    if (f.kept == form::scaled) {
+        scaled = matrix<double>(f.a.cols(), p, matrix_order::column_major, memory);
+        detail::multiply_any<double>(1.0, f.q, x, 0.0, scaled);
+    }
+    std::pmr::vector<double> scratch(memory), block(memory);
+    for (std::size_t i = 0; i < m; i += detail::tall_block) {
+        const std::size_t count = std::min(detail::tall_block, m - i);
+        block.resize(count * p);
+        const matrix_view<double> y(block.data(), count, p, matrix_order::column_major);
+        if (f.kept == form::scaled) {
+            detail::multiply_any<double>(
+                1.0, detail::widened(f.a.block(i, 0, count, f.a.cols()), scratch), scaled, 0.0, y);
+        }
+        else {
+            detail::multiply_any<double>(1.0, f.q.view().block(i, 0, count, f.q.cols()), x, 0.0, y);
+        }
+        for (std::size_t j = 0; j < p; ++j) {
+            for (std::size_t k = 0; k < count; ++k) { out(i + k, j) = static_cast<T>(y(k, j)); }
+        }
+    }
+}
+
+template <int>
+small_svd_result small_svd(const cpu& policy, matrix_view<const double> a)
+{
+    if (a.rows() < a.cols()) {
+        small_svd_result turned = small_svd(policy, a.transposed());
+        std::swap(turned.u, turned.v);
+        return turned;
+    }
+    const std::size_t m = a.rows(), n = a.cols();
+    std::pmr::memory_resource* const memory = memory_of(policy);
+    small_svd_result result{matrix<double>(m, n, matrix_order::column_major, memory), std::vector<double>(n, 0.0),
+        matrix<double>(n, n, matrix_order::column_major, memory)};
+    if (n == 0) { return result; }
+    double largest = 0;
+    for (std::size_t j = 0; j < n; ++j) {
+        for (std::size_t i = 0; i < m; ++i) {
+            if (!std::isfinite(a(i, j))) { detail::blame_nonfinite(a, "the core"); }
+            largest = std::max(largest, std::abs(a(i, j)));
+        }
+    }
+    if (largest == 0) {
+        for (std::size_t j = 0; j < n; ++j) { result.u(j, j) = result.v(j, j) = 1; }
+        return result;
+    }
+    int exponent = 0;
+    std::frexp(largest, &exponent);
+
+    // Columns of w (A·V so far) and v, each padded to whole lanes.
+    const auto padded = [](std::size_t size) { return (size + 7) / 8 * 8; };
+    const std::size_t wm = padded(m), vn = padded(n);
+    std::pmr::vector<double> w(wm * n, 0.0, memory), v(vn * n, 0.0, memory);
+    std::pmr::vector<double> squares(n, memory);
+    std::pmr::vector<std::size_t> at(n, memory); // column p of the iteration lies at at[p]
+    for (std::size_t j = 0; j < n; ++j) {
+        for (std::size_t i = 0; i < m; ++i) { w[j * wm + i] = std::ldexp(a(i, j), -exponent); }
+        v[j * vn + j] = 1;
+        at[j] = j;
+    }
+    constexpr double epsilon = std::numeric_limits<double>::epsilon();
+    constexpr int most_sweeps = 60;
+    for (int sweep = 0; sweep < most_sweeps; ++sweep) {
+        double top = 0;
+        for (std::size_t j = 0; j < n; ++j) {
+            squares[j] = detail::padded_dot(&w[j * wm], &w[j * wm], wm);
+            top = std::max(top, squares[j]);
+        }
+        const double negligible = top * epsilon * epsilon;
+        std::size_t rotations = 0;
+        std::sort(at.begin(), at.end(),
+            [&](std::size_t x, std::size_t y) { return squares[x] != squares[y] ? squares[x] > squares[y] : x < y; });
+        for (std::size_t p = 0; p + 1 < n; ++p) {
+            for (std::size_t q = p + 1; q < n; ++q) {
+                if (squares[at[p]] < squares[at[q]]) { std::swap(at[p], at[q]); }
+                const std::size_t x = at[p], y = at[q];
+                if (squares[y] <= negligible) { continue; }
+                const double dot = detail::padded_dot(&w[x * wm], &w[y * wm], wm);
+                if (std::abs(dot) <= 4 * epsilon * std::sqrt(squares[x] * squares[y])) { continue; }
+                const double zeta = (squares[y] - squares[x]) / (2 * dot);
+                const double t = std::copysign(1 / (std::abs(zeta) + std::sqrt(1 + zeta * zeta)), zeta);
+                const double c = 1 / std::sqrt(1 + t * t), s = c * t;
+                detail::padded_rotate(&w[x * wm], &w[y * wm], wm, c, s);
+                detail::padded_rotate(&v[x * vn], &v[y * vn], vn, c, s);
+                squares[x] -= t * dot;
+                squares[y] = std::max(0.0, squares[y] + t * dot);
+                ++rotations;
+            }
+        }
+        if (rotations == 0) { break; }
+    }
+    for (std::size_t j = 0; j < n; ++j) { squares[j] = detail::padded_dot(&w[j * wm], &w[j * wm], wm); }
+    std::sort(at.begin(), at.end(),
+        [&](std::size_t x, std::size_t y) { return squares[x] != squares[y] ? squares[x] > squares[y] : x < y; });
+    std::size_t rank = n;
+    for (std::size_t j = 0; j < n; ++j) {
+        const double length = std::sqrt(squares[at[j]]);
+        if (rank == n && length <= epsilon * std::sqrt(squares[at[0]])) { rank = j; }
+        result.sigma[j] = j < rank ? std::ldexp(length, exponent) : 0;
+        for (std::size_t i = 0; i < n; ++i) { result.v(i, j) = v[at[j] * vn + i]; }
+        for (std::size_t i = 0; i < m && j < rank; ++i) { result.u(i, j) = w[at[j] * wm + i] / length; }
+    }
+    detail::complete_basis(result.u, rank, memory);
+    return result;
+}
+
+template <arithmetic_element T>
+void orient(const cpu&, std::type_identity_t<matrix_view<T>> u, std::type_identity_t<matrix_view<T>> v)
+{
+    for (std::size_t j = 0; j < u.cols(); ++j) {
+        T largest = 0;
+        for (std::size_t i = 0; i < u.rows(); ++i) {
+            if (std::abs(u(i, j)) > std::abs(largest)) { largest = u(i, j); }
+        }
+        if (largest >= 0) { continue; }
+        for (std::size_t i = 0; i < u.rows(); ++i) { u(i, j) = -u(i, j); }
+        for (std::size_t i = 0; i < v.rows(); ++i) { v(i, j) = -v(i, j); }
+    }
+}
+
+template <int>
+double factor_cholesky(const cpu& policy, matrix_view<double> g)
+{
+    if (g.rows() != g.cols() || g.order() != matrix_order::column_major) {
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("factor_cholesky: G is ", g.rows(), "×", g.cols(), "; expected a square, column-major matrix"));
+    }
+    if (g.empty()) { return 1; }
+    const detail::one_thread_inside guard;
+    std::pmr::vector<double> diagonal(g.rows(), memory_of(policy));
+    for (std::size_t i = 0; i < diagonal.size(); ++i) {
+        diagonal[i] = g(i, i);
+        if (!(diagonal[i] > 0)) { return 0; }
+    }
+    detail::eigen_map<double, Eigen::ColMajor> l(g.data(), static_cast<detail::eigen_index>(g.rows()),
+        static_cast<detail::eigen_index>(g.cols()), Eigen::OuterStride<>(static_cast<detail::eigen_index>(g.stride())));
+    Eigen::Ref<Eigen::MatrixXd> in_place(l);
+    const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> llt(in_place);
+    if (llt.info() != detail::eigen_success) { return 0; }
+    double least = 1;
+    for (std::size_t i = 0; i < diagonal.size(); ++i) {
+        const double share = g(i, i) * g(i, i) / diagonal[i];
+        least = share < least ? share : least;
+    }
+    return least;
+}
+
+template <int>
+void solve_cholesky(const cpu& policy, matrix_view<const double> l, matrix_view<double> b)
+{
+    if (l.rows() != l.cols() || b.rows() != l.rows() || l.order() != matrix_order::column_major) {
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("solve_cholesky: L is ", l.rows(), "×", l.cols(), ", B ", b.rows(), "×", b.cols()));
+    }
+    if (b.empty()) { return; }
+    constexpr std::size_t piece = 256;
+    const bool worth_threads = static_cast<double>(b.size()) * static_cast<double>(b.rows()) > 4e6;
+    for_each_index(worth_threads ? policy : sequential(policy), (b.cols() + piece - 1) / piece,
+        [&](std::size_t index, std::size_t) {
+            const detail::one_thread_inside guard;
+            const auto lower = detail::map_as<Eigen::ColMajor>(l);
+            const matrix_view<double> part =
+                b.block(0, index * piece, b.rows(), std::min(piece, b.cols() - index * piece));
+            const auto rows = static_cast<detail::eigen_index>(part.rows()),
+                       cols = static_cast<detail::eigen_index>(part.cols());
+            const Eigen::OuterStride<> stride(static_cast<detail::eigen_index>(part.stride()));
+            if (part.order() == matrix_order::row_major) {
+                detail::eigen_map<double, Eigen::RowMajor> x(part.data(), rows, cols, stride);
+                lower.template triangularView<Eigen::Lower>().solveInPlace(x);
+                lower.template triangularView<Eigen::Lower>().transpose().solveInPlace(x);
+            }
+            else {
+                detail::eigen_map<double, Eigen::ColMajor> x(part.data(), rows, cols, stride);
+                lower.template triangularView<Eigen::Lower>().solveInPlace(x);
+                lower.template triangularView<Eigen::Lower>().transpose().solveInPlace(x);
+            }
+        });
+}
+
+template <int>
+bool cholesky_solve(const cpu& policy, matrix_view<const double> g, matrix_view<double> b)
+{
+    if (g.rows() != g.cols() || b.rows() != g.rows()) {
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("cholesky_solve: G is ", g.rows(), "×", g.cols(), ", B ", b.rows(), "×", b.cols()));
+    }
+    matrix<double> l(g.rows(), g.cols(), matrix_order::column_major, memory_of(policy));
+    for (std::size_t j = 0; j < g.cols(); ++j) {
+        for (std::size_t i = j; i < g.rows(); ++i) { l(i, j) = g(i, j); }
+    }
+    if (factor_cholesky(policy, l.view()) <= 0) { return false; }
+    solve_cholesky(policy, l.view(), b);
+    return true;
+}
+
+template <arithmetic_element T>
+void copy_matrix(const cpu&, std::type_identity_t<matrix_view<const T>> from, std::type_identity_t<matrix_view<T>> to)
+{
+    if (from.rows() != to.rows() || from.cols() != to.cols()) {
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("copy_matrix: ", from.rows(), "×", from.cols(), " into ", to.rows(), "×", to.cols()));
+    }
+    if (from.order() != to.order()) {
+        for (std::size_t j = 0; j < to.cols(); ++j) {
+            for (std::size_t i = 0; i < to.rows(); ++i) { to(i, j) = from(i, j); }
+        }
+        return;
+    }
+    const bool by_rows = from.order() == matrix_order::row_major;
+    const std::size_t runs = by_rows ? from.rows() : from.cols(), length = by_rows ? from.cols() : from.rows();
+    for (std::size_t k = 0; k < runs; ++k) {
+        std::copy_n(from.data() + k * from.stride(), length, to.data() + k * to.stride());
+    }
+}
+
+template <arithmetic_element T>
+void scale_columns(const cpu&, std::type_identity_t<matrix_view<const T>> x, std::span<const double> scale,
+    std::type_identity_t<matrix_view<T>> out)
+{
+    for (std::size_t j = 0; j < scale.size(); ++j) {
+        for (std::size_t i = 0; i < x.rows(); ++i) {
+            out(i, j) = static_cast<T>(static_cast<double>(x(i, j)) * scale[j]);
+        }
+    }
+}
+
+template <int>
+matrix<double> small_product(const cpu& policy, double weight, const matrix<double>& a, const matrix<double>& b)
+{
+    auto core = scratch_matrix<double>(policy, a.rows(), b.rows());
+    gemm(policy, weight, a.view(), b.view().transposed(), 0.0, core.view());
+    return core;
+}
+
+template <arithmetic_element T>
+void multiply_small(const cpu& policy, std::type_identity_t<matrix_view<const T>> x,
+    std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<matrix_view<T>> out)
+{
+    auto rounded = scratch_matrix<T>(policy, y.rows(), y.cols());
+    for (std::size_t j = 0; j < y.cols(); ++j) {
+        for (std::size_t i = 0; i < y.rows(); ++i) { rounded(i, j) = static_cast<T>(y(i, j)); }
+    }
+    gemm<T>(policy, T(1), x, rounded.view(), T(0), out);
+}
+
+template <arithmetic_element T>
+matrix<T> orthonormal_basis(const cpu& policy, std::type_identity_t<matrix_view<const T>> y, std::string_view what)
+{
+    const auto f = factor_qr<T>(policy, y, what);
+    const std::size_t k = f.r.rows();
+    auto unit = scratch_matrix<double>(policy, k, k);
+    for (std::size_t j = 0; j < k; ++j) { unit(j, j) = 1; }
+    auto q = scratch_matrix<T>(policy, y.rows(), k);
+    multiply_q<T>(policy, f, unit.view(), q);
+    return q;
+}
+
+template <storage_element T>
+matrix_view<const arithmetic_type<T>> in_arithmetic(
+    const cpu& policy, matrix_view<const T> a, matrix<arithmetic_type<T>>& copy)
+{
+    if constexpr (arithmetic_element<T>) { return a; }
+    else {
+        copy = scratch_matrix<arithmetic_type<T>>(policy, a.rows(), a.cols(), a.order());
+        const bool by_rows = a.order() == matrix_order::row_major;
+        const std::size_t runs = by_rows ? a.rows() : a.cols(), length = by_rows ? a.cols() : a.rows();
+        for (std::size_t k = 0; k < runs; ++k) {
+            for (std::size_t i = 0; i < length; ++i) {
+                copy.data()[k * length + i] = widen<arithmetic_type<T>>(a.data()[k * a.stride() + i]);
+            }
+        }
+        return copy;
+    }
+}
+
+template <storage_element T>
+void refuse_nonfinite(const cpu& policy, matrix_view<const T> a, std::string_view what)
+{
+    matrix<arithmetic_type<T>> copy;
+    detail::blame_nonfinite(in_arithmetic(policy, a, copy), what);
+}
+
+static_assert(check_linear_algebra<cpu, float>() && check_linear_algebra<cpu, double>());
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_SMALL_MATRICES(extern)
+TASKVEC_COMPILED_MATRICES(extern, float)
+TASKVEC_COMPILED_MATRICES(extern, double)
+#endif
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_LINALG_EIGEN_HPP
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// How many singular triples are kept: a number, or as many as a share of the energy Σσ² needs. Exactly one is given.
+///
+///     rank_choice{.rank = 16}      rank_choice{.energy = 0.99}
+struct rank_choice {
+    std::size_t rank = 0; ///< this many
+    double energy = 0; ///< or the smallest rank whose σ² sum to this share of all, 0 < energy ≤ 1
+    bool clamp = false; ///< lower a rank above the largest possible one to it; otherwise that is an error
+
+    /// Everything there is.
+    [[nodiscard]] static constexpr rank_choice full() noexcept
+    {
+        return {.rank = std::numeric_limits<std::size_t>::max(), .clamp = true};
+    }
+};
+
+template <>
+struct options_of<rank_choice> {
+    static constexpr option_table table{option_row("rank", &rank_choice::rank, "how many singular triples are kept"),
+        option_row("energy", &rank_choice::energy, "or the share of the squared singular values to keep",
+            {.at_least = 0, .at_most = 1}),
+        option_row("clamp", &rank_choice::clamp, "lower a rank that is too high to the highest there is")};
+};
+
+/// The best (or, where randomized, a nearly best) rank-q approximation of a matrix A: u·diag(sigma)·vᵀ.
+/// The factors are in the memory space that A was in; σ is always on the host.
+template <arithmetic_element T, memory_space S>
+struct svd_result {
+    matrix<T, S> u; ///< m×q, orthonormal columns; the largest entry of each is positive
+    std::vector<double> sigma; ///< q values, descending
+    matrix<T, S> v; ///< n×q, orthonormal columns
+    double squared_norm = 0; ///< ‖A‖²_F
+    double squared_error = 0; ///< ‖A − u·diag(sigma)·vᵀ‖²_F
+
+    [[nodiscard]] std::size_t rank() const noexcept { return sigma.size(); }
+    /// ‖A − Aq‖_F / ‖A‖_F; 0 for a zero matrix.
+    [[nodiscard]] double relative_error() const noexcept
+    {
+        return squared_norm > 0 ? std::sqrt(squared_error / squared_norm) : 0;
+    }
+    /// The share of ‖A‖²_F that is kept; 1 for a zero matrix.
+    [[nodiscard]] double energy() const noexcept { return squared_norm > 0 ? 1 - squared_error / squared_norm : 1; }
+};
+
+/// The smallest rank, at least 1, whose leading σ² sum to `energy` of the total; `sigma` descending. 0 for an empty
+/// list.
+///
+///     rank_for_energy(std::vector{3.0, 1.0}, 0.9) == 1   // 9 of 10
+[[nodiscard]] inline std::size_t rank_for_energy(std::span<const double> sigma, double energy)
+{
+    if (!(energy > 0 && energy <= 1)) {
+        raise<invalid_argument>(error_code::parameter_out_of_range,
+            message("energy is ", energy, "; expected a share above 0 and at most 1"));
+    }
+    if (sigma.empty()) { return 0; }
+    std::vector<double> tail(sigma.size() + 1, 0.0); // tail sums from the small end lose nothing
+    for (std::size_t i = sigma.size(); i-- > 0;) { tail[i] = tail[i + 1] + sigma[i] * sigma[i]; }
+    const double allowed = energy < 1 ? tail[0] - energy * tail[0] : 0;
+    std::size_t rank = 1;
+    while (rank < sigma.size() && tail[rank] > allowed) { ++rank; }
+    return rank;
+}
+
+/// Σσ² beyond the first `rank` values, added from the small end.
+[[nodiscard]] inline double energy_beyond(std::span<const double> sigma, std::size_t rank)
+{
+    double sum = 0;
+    for (std::size_t i = sigma.size(); i-- > rank;) { sum += sigma[i] * sigma[i]; }
+    return sum;
+}
+
+/// ‖A − u·diag(sigma)·vᵀ‖²_F computed entry by entry, block by block: exact to rounding, whatever the factors are.
+/// A is m×n, u m×q, v n×q. Cost: one read of A and 2·m·n·q flops; scratch of 256 rows of A for each thread (4,096 on a
+/// device).
+template <arithmetic_element T, linear_algebra_policy P>
+[[nodiscard]] double squared_residual(const P& policy, matrix_view<const T, P::space> a,
+    std::type_identity_t<matrix_view<const T, P::space>> u, std::span<const double> sigma,
+    std::type_identity_t<matrix_view<const T, P::space>> v);
+
+namespace detail {
+
+/// Checks a choice before any work; `largest` is the highest rank that there is, and `label` and `owner` begin the
+/// sentences.
+inline void check_rank_of(
+    const rank_choice& choice, std::size_t largest, std::string_view label, std::string_view owner)
+{
+    if (choice.energy != 0) {
+        if (choice.rank != 0) {
+            raise<invalid_argument>(
+                error_code::rank_choice, message(label, ": both a rank and an energy are given; give one of them"));
+        }
+        if (!(choice.energy > 0 && choice.energy <= 1)) {
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message(label, ": energy is ", choice.energy, "; expected a share above 0 and at most 1"));
+        }
+        return;
+    }
+    if (choice.rank == 0) {
+        raise<invalid_argument>(error_code::rank_out_of_range,
+            message(label, ": rank 0 asked for; give a rank from 1 to ", largest, ", or an energy"));
+    }
+    if (choice.rank > largest && !choice.clamp) {
+        raise<invalid_argument>(error_code::rank_out_of_range,
+            message(label, ": rank ", choice.rank, " asked for, but ", owner, " at most ", largest,
+                "; ask for less, or for clamping"));
+    }
+}
+/// For one matrix, that may be called `what`.
+inline void check_rank(const rank_choice& choice, std::size_t largest, std::string_view what)
+{
+    check_rank_of(choice, largest, message("'", what, "'"), "its rank is");
+}
+/// For layers that share a choice: what has a smaller rank than some other layer is kept whole.
+inline void check_layer_ranks(const rank_choice& choice, std::size_t largest, std::string_view label)
+{
+    check_rank_of(choice, largest, label, "the ranks of its layers are");
+}
+
+[[nodiscard]] inline std::size_t chosen_rank(const rank_choice& choice, std::span<const double> sigma)
+{
+    return choice.energy != 0 ? rank_for_energy(sigma, choice.energy) : std::min(choice.rank, sigma.size());
+}
+
+/// Where a decomposition puts its factors: in memory of their own, for the caller to keep, or among the policy's
+/// scratch, for an algorithm that makes something else of them.
+enum class factor_place : std::uint8_t { kept, scratch };
+
+/// A zero matrix there.
+template <arithmetic_element T, linear_algebra_policy P>
+[[nodiscard]] matrix<T, P::space> placed_matrix(const P& policy, std::size_t rows, std::size_t cols, factor_place place)
+{
+    return place == factor_place::kept ? result_matrix<T>(policy, rows, cols) : scratch_matrix<T>(policy, rows, cols);
+}
+
+/// The first `count` columns of a scratch matrix, as a matrix of its own.
+template <arithmetic_element T, linear_algebra_policy P>
+[[nodiscard]] matrix<T, P::space> left_part(
+    const P& policy, matrix<T, P::space> x, std::size_t count, factor_place place)
+{
+    if (place == factor_place::scratch && count == x.cols()) { return x; }
+    auto part = placed_matrix<T>(policy, x.rows(), count, place);
+    copy_matrix<T>(policy, x.view().left_columns(count), part.view());
+    return part;
+}
+
+} // namespace detail
+
+template <arithmetic_element T, linear_algebra_policy P>
+double squared_residual(const P& policy, matrix_view<const T, P::space> a,
+    std::type_identity_t<matrix_view<const T, P::space>> u, std::span<const double> sigma,
+    std::type_identity_t<matrix_view<const T, P::space>> v)
+{
+    const std::size_t m = a.rows(), n = a.cols(), q = sigma.size();
+    if (u.rows() != m || v.rows() != n || u.cols() != q || v.cols() != q) {
+        raise<shape_mismatch>(error_code::matrix_shape,
+            message("squared_residual: A is ", m, "×", n, ", u ", u.rows(), "×", u.cols(), ", v ", v.rows(), "×",
+                v.cols(), ", sigma ", q));
+    }
+    constexpr std::size_t piece = P::space == memory_space::host ? 256 : 4096;
+    std::vector<double> part((m + piece - 1) / piece, 0.0);
+    for_each_piece(policy, part.size(), [&](const P& inside, std::size_t index) {
+        const std::size_t first = index * piece, count = std::min(piece, m - first);
+        auto rest = scratch_matrix<T>(inside, count, n, a.order());
+        auto scaled = scratch_matrix<T>(inside, count, q, matrix_order::column_major);
+        scale_columns<T>(inside, u.block(first, 0, count, q), sigma, scaled.view());
+        copy_matrix<T>(inside, a.block(first, 0, count, n), rest.view());
+        gemm<T>(inside, T(-1), scaled.view(), v.transposed(), T(1), rest.view());
+        part[index] = squared_norm<T>(inside, rest.view());
+    });
+    return std::accumulate(part.begin(), part.end(), 0.0);
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_LINALG_SVD_HPP
+
+// ---- taskvec/linalg/wrong_call.hpp
+#if !defined(TASKVEC_SINGLE_LINALG_WRONG_CALL_HPP)
+#define TASKVEC_SINGLE_LINALG_WRONG_CALL_HPP
+// What decompositions take beside views of const elements, and what they say of anything else: one sentence.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// The storage type of a matrix of the library in a memory space, a view or an owner; void for anything else.
+template <class X, memory_space S>
+struct matrix_element {
+    using type = void;
+};
+template <class T, memory_space S>
+struct matrix_element<matrix_view<T, S>, S> {
+    using type = std::remove_const_t<T>;
+};
+template <class T, memory_space S>
+struct matrix_element<matrix<T, S>, S> {
+    using type = T;
+};
+template <class X, memory_space S>
+using matrix_element_of = typename matrix_element<std::remove_cvref_t<X>, S>::type;
+
+/// A matrix in a memory space that is no view of const elements: functions of such views see it as one.
+template <class X, memory_space S>
+concept other_matrix = !std::is_void_v<matrix_element_of<X, S>>
+    && !std::is_same_v<std::remove_cvref_t<X>, matrix_view<const matrix_element_of<X, S>, S>>;
+
+/// What is no matrix in a memory space.
+template <class X, memory_space S>
+concept no_matrix = std::is_void_v<matrix_element_of<X, S>>;
+
+/// The memory space that a matrix does not lie in, of the two that there are.
+template <memory_space S>
+inline constexpr memory_space other_space = S == memory_space::host ? memory_space::device : memory_space::host;
+
+/// Refuses an argument that is no matrix where a policy works.
+template <policy P, class X>
+consteval void refuse_matrix()
+{
+    static_assert(std::is_void_v<matrix_element_of<X, other_space<P::space>>>,
+        "taskvec: a matrix lies in another memory space than the policy works in: host memory with taskvec::cpu, "
+        "device memory with taskvec::gpu");
+    static_assert(!no_matrix<X, P::space> || !std::is_void_v<matrix_element_of<X, other_space<P::space>>>,
+        "taskvec: an argument is no matrix: pass taskvec::matrix_view<const float>(data, rows, cols, order), or "
+        "taskvec::as_matrix(x) of an Eigen or xtensor matrix of double, float or 16-bit elements");
+}
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_LINALG_WRONG_CALL_HPP
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <memory_resource>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What factored_svd() returns: also all singular values of the product, from which the error is known exactly.
+template <arithmetic_element T, memory_space S>
+struct factored_svd_result : svd_result<T, S> {
+    std::vector<double> spectrum; ///< every singular value that left·rightᵀ can have nonzero, descending
+};
+
+/// Σ weightᵢ·leftᵢ·rightᵢᵀ as one pair of factors: the leftᵢ side by side, each times its weight, and the rightᵢ side
+/// by side. Exact but for the rounding of weightᵢ·leftᵢ.
+template <arithmetic_element T, memory_space S>
+struct stacked_factors {
+    matrix<T, S> left; ///< m×R, R the sum of the ranks
+    matrix<T, S> right; ///< n×R
+
+    [[nodiscard]] factor_pair<T, S> pair(std::string_view name = {}) const
+    {
+        return {.left = left.view(), .right = right.view(), .name = name};
+    }
+};
+
+/// The leading singular triples of P = left·rightᵀ, exactly: left = Ql·Rl, right = Qr·Rr, and the SVD of the small core
+/// Rl·Rrᵀ. left is m×r, right is n×r, in either order and of the storage types f64, f32, bf16, f16 (16-bit factors are
+/// computed in f32). σ is right to e = 2e-7·‖left‖·‖right‖ for f32 (1e-14 for f64; Frobenius norms); u and v are
+/// orthonormal to rounding and their spaces right to an angle of 4·e divided by the gap σq − σq+1 (Wedin 1972);
+/// squared_error is the tail of σ² (Eckart and Young 1936). The product (m×n) is never formed. Throws shape_mismatch
+/// where the inner ranks differ, invalid_argument for a rank of 0 or above min(m, n, r), nonfinite_error. Cost: (m +
+/// n)·r² + O(r³) flops, scratch O(r²).
+///
+///     auto best = factored_svd(cpu{}, left, right, {.rank = 16});
+///     double lost = best.relative_error();
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd(
+    const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice);
+
+/// The same of two views.
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd(const P& policy,
+    matrix_view<const T, P::space> left, std::type_identity_t<matrix_view<const T, P::space>> right,
+    const rank_choice& choice);
+
+/// Many layers at once: layer i of the result belongs to pairs[i]. On the CPU layers run in parallel, one thread inside
+/// each, and the result does not depend on the number of threads; on a device the cores of equal shape are decomposed
+/// together.
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] std::vector<factored_svd_result<arithmetic_type<T>, P::space>> factored_svd(
+    const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice);
+
+/// Stacks pairs of the same m and n; their ranks may differ. Throws shape_mismatch, and invalid_argument for an empty
+/// list.
+template <storage_element T>
+[[nodiscard]] stacked_factors<arithmetic_type<T>> stack_factors(
+    std::span<const factor_pair<T>> pairs, std::string_view what = "the sum");
+
+/// The best approximation of Σ weightᵢ·leftᵢ·rightᵢᵀ (ranks may differ) by rank q: the stacked factors through
+/// factored_svd(), with the exact error. Same types, errors and cost as factored_svd() with r the sum of the ranks; a
+/// rank above that sum, or above m or n, is an error unless clamped.
+///
+///     std::array pairs{factor_pair<float>{.left = left1, .right = right1, .weight = 0.5},
+///         factor_pair<float>{.left = left2, .right = right2, .weight = 0.5}};
+///     auto merged = compress_sum(cpu{}, std::span<const factor_pair<float>>(pairs), {.rank = 16});
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> compress_sum(const P& policy,
+    std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice, std::string_view what = "the sum");
+
+namespace detail {
+
+/// factored_svd() up to the small SVD, and from there on: a device takes many small SVDs between the two together.
+template <storage_element T, linear_algebra_policy P>
+class factored_core {
+public:
+    using element = arithmetic_type<T>;
+    using result_type = factored_svd_result<element, P::space>;
+
+    factored_core(const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice)
+        : what_(p.name.empty() ? std::string_view("left·rightᵀ") : p.name)
+        , m_(p.left.rows())
+        , n_(p.right.rows())
+    {
+        if (p.left.cols() != p.right.cols()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", what_, "': the left factor is ", m_, "×", p.left.cols(), " and the right one ", n_, "×",
+                    p.right.cols(), "; the inner ranks differ"));
+        }
+        if (!std::isfinite(p.weight)) {
+            raise<nonfinite_error>(error_code::scaling_not_finite, message("'", what_, "': its weight is not finite"));
+        }
+        check_rank(choice, std::min({m_, n_, p.left.cols()}), what_);
+        if (p.left.empty() || p.right.empty()) { return; }
+        left_ = p.left;
+        right_ = p.right;
+        left_qr_ = factor_qr<element>(policy, in_arithmetic(policy, p.left, left_copy_), what_);
+        right_qr_ = factor_qr<element>(policy, in_arithmetic(policy, p.right, right_copy_), what_);
+        product_ = small_product(policy, p.weight, left_qr_.r, right_qr_.r);
+    }
+
+    [[nodiscard]] bool empty() const noexcept { return product_.empty(); }
+    /// weight·Rl·Rrᵀ
+    [[nodiscard]] auto product() const noexcept { return std::as_const(product_).view(); }
+
+    [[nodiscard]] result_type nothing(const P& policy, factor_place place) const
+    {
+        result_type result;
+        result.u = placed_matrix<element>(policy, m_, 0, place);
+        result.v = placed_matrix<element>(policy, n_, 0, place);
+        return result;
+    }
+
+    /// The result, from the SVD of product().
+    template <class SmallSvd>
+    [[nodiscard]] result_type finish(
+        const P& policy, SmallSvd&& core, const rank_choice& choice, factor_place place) const
+    {
+        if (!std::all_of(core.sigma.begin(), core.sigma.end(),
+                [](double x) { return std::isfinite(x); })) { // not found before, on a device
+            refuse_nonfinite(policy, left_, what_);
+            refuse_nonfinite(policy, right_, what_);
+            raise<nonfinite_error>(error_code::result_overflow,
+                message("'", what_, "': its singular values overflow; scale it down first"));
+        }
+        result_type result;
+        result.spectrum = std::move(core.sigma);
+        const std::size_t q = chosen_rank(choice, result.spectrum);
+        result.sigma.assign(result.spectrum.begin(), result.spectrum.begin() + static_cast<std::ptrdiff_t>(q));
+        result.squared_norm = energy_beyond(result.spectrum, 0);
+        result.squared_error = energy_beyond(result.spectrum, q);
+        result.u = placed_matrix<element>(policy, m_, q, place);
+        result.v = placed_matrix<element>(policy, n_, q, place);
+        multiply_q<element>(policy, left_qr_, std::as_const(core.u).view().left_columns(q), result.u.view());
+        multiply_q<element>(policy, right_qr_, std::as_const(core.v).view().left_columns(q), result.v.view());
+        orient<element>(policy, result.u.view(), result.v.view());
+        return result;
+    }
+
+private:
+    std::string_view what_;
+    std::size_t m_, n_;
+    matrix<element, P::space> left_copy_{}, right_copy_{};
+    matrix_view<const T, P::space> left_{}, right_{};
+    qr_factors<element, P::space> left_qr_{}, right_qr_{};
+    std::remove_cvref_t<decltype(small_product(std::declval<const P&>(), 1.0, left_qr_.r, right_qr_.r))> product_{};
+};
+
+/// factored_svd(), whose u and v go where it is said.
+template <storage_element T, linear_algebra_policy P>
+[[nodiscard]] factored_svd_result<arithmetic_type<T>, P::space> factored_svd_in(
+    const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice, factor_place place)
+{
+    return with_context(policy, [&](const P& ready) {
+        const factored_core<T, P> core(ready, p, choice);
+        return core.empty() ? core.nothing(ready, place)
+                            : core.finish(ready, small_svd(ready, core.product()), choice, place);
+    });
+}
+
+/// sink(i, result of pairs[i]) for each i, in any order and, on the CPU, from many threads; choice(i) is its rank.
+template <storage_element T, class Choice, class Sink>
+void for_each_factored_svd(const cpu& policy, std::span<const factor_pair<T>> pairs, factor_place place,
+    const Choice& choice, const Sink& sink)
+{
+    progress_meter meter(policy, "svd", pairs.size(), progress_unit::layers);
+    const cpu inside = sequential(policy);
+    for_each_index(policy, pairs.size(), [&](std::size_t i, std::size_t) {
+        const rank_choice wanted = choice(i);
+        const factored_core<T, cpu> core(inside, pairs[i], wanted);
+        sink(i,
+            core.empty() ? core.nothing(inside, place)
+                         : core.finish(inside, small_svd(inside, core.product()), wanted, place));
+        if (!meter.advance(1)) { raise<cancelled>(error_code::cancelled); }
+    });
+}
+
+/// On a device: batches of layers, whose cores are decomposed together by small_svds().
+template <storage_element T, linear_algebra_policy P, class Choice, class Sink>
+    requires(P::space == memory_space::device)
+void for_each_factored_svd(const P& policy, std::span<const factor_pair<T, P::space>> pairs, factor_place place,
+    const Choice& choice, const Sink& sink)
+{
+    constexpr std::size_t batch = 64; // layers whose orthonormal factors are held at a time
+    for (std::size_t first = 0; first < pairs.size(); first += batch) {
+        const std::size_t count = std::min(batch, pairs.size() - first);
+        std::vector<factored_core<T, P>> cores;
+        cores.reserve(count);
+        std::vector<decltype(cores[0].product())> products;
+        for (std::size_t i = 0; i < count; ++i) { cores.emplace_back(policy, pairs[first + i], choice(first + i)); }
+        for (const auto& core : cores) { products.push_back(core.product()); }
+        auto decomposed = small_svds(policy, products);
+        for (std::size_t i = 0; i < count; ++i) {
+            sink(first + i,
+                cores[i].empty() ? cores[i].nothing(policy, place)
+                                 : cores[i].finish(policy, std::move(decomposed[i]), choice(first + i), place));
+        }
+    }
+}
+
+} // namespace detail
+
+template <storage_element T, linear_algebra_policy P>
+factored_svd_result<arithmetic_type<T>, P::space> factored_svd(
+    const P& policy, const factor_pair<T, P::space>& p, const rank_choice& choice)
+{
+    return detail::factored_svd_in<T>(policy, p, choice, detail::factor_place::kept);
+}
+
+template <storage_element T, linear_algebra_policy P>
+factored_svd_result<arithmetic_type<T>, P::space> factored_svd(const P& policy, matrix_view<const T, P::space> left,
+    std::type_identity_t<matrix_view<const T, P::space>> right, const rank_choice& choice)
+{
+    return factored_svd<T>(policy, factor_pair<T, P::space>{.left = left, .right = right}, choice);
+}
+
+/// Of a left factor that owns its elements, or a view of mutable ones.
+template <linear_algebra_policy P, detail::other_matrix<P::space> X, class Y>
+    requires std::is_same_v<detail::matrix_element_of<X, P::space>, detail::matrix_element_of<Y, P::space>>
+[[nodiscard]] auto factored_svd(const P& policy, const X& left, const Y& right, const rank_choice& choice)
+{
+    using T = detail::matrix_element_of<X, P::space>;
+    return factored_svd<T>(policy, matrix_view<const T, P::space>(left), right, choice);
+}
+template <linear_algebra_policy P, class X, class Y>
+    requires(!std::is_same_v<detail::matrix_element_of<X, P::space>, detail::matrix_element_of<Y, P::space>>)
+    || detail::no_matrix<X, P::space>
+auto factored_svd(const P&, const X&, const Y&, const rank_choice&)
+{
+    detail::refuse_matrix<P, X>();
+    detail::refuse_matrix<P, Y>();
+    static_assert(std::is_same_v<detail::matrix_element_of<X, P::space>, detail::matrix_element_of<Y, P::space>>,
+        "taskvec: the factors of a product are of one storage type: convert one of them");
+}
+
+template <storage_element T, linear_algebra_policy P>
+std::vector<factored_svd_result<arithmetic_type<T>, P::space>> factored_svd(
+    const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice)
+{
+    std::vector<factored_svd_result<arithmetic_type<T>, P::space>> results(pairs.size());
+    with_context(policy, [&](const P& ready) {
+        detail::for_each_factored_svd<T>(
+            ready, pairs, detail::factor_place::kept, [&](std::size_t) { return choice; },
+            [&](std::size_t i, auto&& result) { results[i] = std::move(result); });
+    });
+    return results;
+}
+
+namespace detail {
+/// The sum of the ranks of pairs that can be stacked.
+template <storage_element T, memory_space S>
+[[nodiscard]] std::size_t stacked_rank(std::span<const factor_pair<T, S>> pairs, std::string_view what)
+{
+    if (pairs.empty()) {
+        raise<invalid_argument>(error_code::inputs_empty, message("'", what, "': no factor pairs to add"));
+    }
+    const std::size_t m = pairs[0].left.rows(), n = pairs[0].right.rows();
+    std::size_t total = 0;
+    for (std::size_t i = 0; i < pairs.size(); ++i) {
+        const auto& [left, right, weight, name] = pairs[i];
+        if (left.rows() != m || right.rows() != n || left.cols() != right.cols()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", what, "': pair ", i, " is ", left.rows(), "×", left.cols(), " and ", right.rows(), "×",
+                    right.cols(), "; expected ", m, "×r and ", n, "×r, as in pair 0"));
+        }
+        if (!std::isfinite(weight)) {
+            raise<nonfinite_error>(
+                error_code::scaling_not_finite, message("'", what, "': the weight of pair ", i, " is not finite"));
+        }
+        total += left.cols();
+    }
+    return total;
+}
+/// stack_factors() in memory of `memory`.
+template <storage_element T>
+[[nodiscard]] stacked_factors<arithmetic_type<T>> stack_factors_in(
+    std::span<const factor_pair<T>> pairs, std::string_view what, std::pmr::memory_resource* memory)
+{
+    using E = arithmetic_type<T>;
+    const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].left.rows(), n = pairs[0].right.rows();
+    stacked_factors<E> sum{matrix<E>(m, total, matrix_order::column_major, memory),
+        matrix<E>(n, total, matrix_order::column_major, memory)};
+    std::size_t at = 0;
+    for (const auto& pair : pairs) {
+        const E weight = static_cast<E>(pair.weight);
+        for (std::size_t k = 0; k < pair.left.cols(); ++k, ++at) {
+            for (std::size_t i = 0; i < m; ++i) { sum.left(i, at) = weight * widen<E>(pair.left(i, k)); }
+            for (std::size_t i = 0; i < n; ++i) { sum.right(i, at) = widen<E>(pair.right(i, k)); }
+        }
+    }
+    return sum;
+}
+} // namespace detail
+
+template <storage_element T>
+stacked_factors<arithmetic_type<T>> stack_factors(std::span<const factor_pair<T>> pairs, std::string_view what)
+{
+    return detail::stack_factors_in<T>(pairs, what, std::pmr::get_default_resource());
+}
+
+/// The same in the memory space of the policy; on the CPU in memory of the policy's resource.
+template <storage_element T>
+[[nodiscard]] auto stack_factors(const cpu& policy, std::span<const factor_pair<T>> pairs, std::string_view what)
+{
+    return detail::stack_factors_in<T>(pairs, what, memory_of(policy));
+}
+template <storage_element T, linear_algebra_policy P>
+    requires(P::space == memory_space::device)
+[[nodiscard]] auto stack_factors(
+    const P& policy, std::span<const factor_pair<T, P::space>> pairs, std::string_view what)
+{
+    using E = arithmetic_type<T>;
+    const std::size_t total = detail::stacked_rank<T>(pairs, what), m = pairs[0].left.rows(), n = pairs[0].right.rows();
+    stacked_factors<E, P::space> sum{result_matrix<E>(policy, m, total), result_matrix<E>(policy, n, total)};
+    std::size_t at = 0;
+    for (const auto& pair : pairs) {
+        const std::size_t r = pair.left.cols();
+        matrix<E, P::space> left_copy, right_copy;
+        const std::vector<double> weights(r, pair.weight);
+        scale_columns<E>(
+            policy, in_arithmetic(policy, pair.left, left_copy), weights, sum.left.view().block(0, at, m, r));
+        copy_matrix<E>(policy, in_arithmetic(policy, pair.right, right_copy), sum.right.view().block(0, at, n, r));
+        at += r;
+    }
+    return sum;
+}
+
+template <storage_element T, linear_algebra_policy P>
+factored_svd_result<arithmetic_type<T>, P::space> compress_sum(
+    const P& policy, std::span<const factor_pair<T, P::space>> pairs, const rank_choice& choice, std::string_view what)
+{
+    return with_context(policy, [&](const P& ready) {
+        const auto sum = stack_factors<T>(ready, pairs, what);
+        return factored_svd(ready, sum.pair(what), choice);
+    });
+}
+
+// On taskvec::gpu these need <taskvec/device/linalg.hpp>; without it a call says so.
+template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto factored_svd(const P&, const X&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+template <detail::gpu_without_header<detail::gpu_room::lowrank> P, class X, class Y>
+auto factored_svd(const P&, const X&, const Y&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto factored_svd(const P&, const X&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X, class Y>
+auto factored_svd(const P&, const X&, const Y&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "factored_svd() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+template <storage_element T, detail::gpu_without_header<detail::gpu_room::lowrank> P, class X>
+auto compress_sum(const P&, const X&, const rank_choice&)
+{
+    static_assert(detail::gpu_header_included<P, detail::gpu_room::lowrank>,
+        "compress_sum() on taskvec::gpu: include <taskvec/device/linalg.hpp>");
+}
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_FACTORED_SVD(extern, float)
+TASKVEC_COMPILED_FACTORED_SVD(extern, double)
+#endif
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_LINALG_FACTORED_SVD_HPP
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// On which side σ goes when triples become factors.
+enum class sigma_side : std::uint8_t {
+    both, ///< b = u·√σ, a = √σ·vᵀ: entries of like size on both sides, which 16-bit storage likes
+    left ///< b = u·σ, a = vᵀ
+};
+
+template <>
+struct enum_words<sigma_side> {
+    static constexpr std::array words{
+        enum_word<sigma_side>{sigma_side::both, "both"}, enum_word<sigma_side>{sigma_side::left, "left"}};
+};
+
+/// The update u·diag(σ)·vᵀ with scaling 1. u is out×q, v in×q.
+template <arithmetic_element T>
+[[nodiscard]] lora_update<T> to_update(const svd_result<T>& s, sigma_side side = sigma_side::both)
+{
+    const std::size_t q = s.sigma.size();
+    lora_update<T> update{
+        matrix<T>(s.u.rows(), q, matrix_order::row_major), matrix<T>(q, s.v.rows(), matrix_order::row_major), 1};
+    for (std::size_t k = 0; k < q; ++k) {
+        const double left = side == sigma_side::both ? std::sqrt(s.sigma[k]) : s.sigma[k],
+                     right = side == sigma_side::both ? left : 1;
+        for (std::size_t i = 0; i < s.u.rows(); ++i) {
+            update.b(i, k) = static_cast<T>(static_cast<double>(s.u(i, k)) * left);
+        }
+        for (std::size_t i = 0; i < s.v.rows(); ++i) {
+            update.a(k, i) = static_cast<T>(static_cast<double>(s.v(i, k)) * right);
+        }
+    }
+    return update;
+}
+
+/// The same in the memory space of the policy.
+template <arithmetic_element T>
+[[nodiscard]] lora_update<T> to_update(const cpu&, const svd_result<T>& s, sigma_side side)
+{
+    return to_update(s, side);
+}
+
+/// The same update once more.
+template <arithmetic_element T>
+[[nodiscard]] lora_update<T> copy_update(const cpu&, const lora_update<T>& update)
+{
+    return update;
+}
+
+/// On a device: u and v are scaled there, and turned into row-major factors by writing them to transposed views.
+template <arithmetic_element T, linear_algebra_policy P>
+    requires(P::space == memory_space::device)
+[[nodiscard]] lora_update<T, P::space> to_update(const P& policy, const svd_result<T, P::space>& s, sigma_side side)
+{
+    const std::size_t q = s.sigma.size();
+    std::vector<double> left(s.sigma), right(q, 1.0);
+    if (side == sigma_side::both) {
+        for (std::size_t k = 0; k < q; ++k) { left[k] = right[k] = std::sqrt(s.sigma[k]); }
+    }
+    lora_update<T, P::space> update{result_matrix<T>(policy, s.u.rows(), q, matrix_order::row_major),
+        result_matrix<T>(policy, q, s.v.rows(), matrix_order::row_major), 1};
+    auto scaled = scratch_matrix<T>(policy, s.u.rows(), q);
+    scale_columns<T>(policy, s.u.view(), left, scaled.view());
+    copy_matrix<T>(policy, scaled.view(), update.b.view());
+    scaled = scratch_matrix<T>(policy, s.v.rows(), q);
+    scale_columns<T>(policy, s.v.view(), right, scaled.view());
+    copy_matrix<T>(policy, scaled.view(), update.a.view().transposed());
+    return update;
+}
+template <arithmetic_element T, linear_algebra_policy P>
+    requires(P::space == memory_space::device)
+[[nodiscard]] lora_update<T, P::space> copy_update(const P& policy, const lora_update<T, P::space>& update)
+{
+    lora_update<T, P::space> copy{result_matrix<T>(policy, update.b.rows(), update.b.cols(), update.b.order()),
+        result_matrix<T>(policy, update.a.rows(), update.a.cols(), update.a.order()), update.scaling};
+    copy_matrix<T>(policy, update.b.view(), copy.b.view());
+    copy_matrix<T>(policy, update.a.view(), copy.a.view());
+    return copy;
+}
+
+/// Stacked factors as an update with scaling 1, exactly.
+template <arithmetic_element T>
+[[nodiscard]] lora_update<T> to_update(const stacked_factors<T>& sum)
+{
+    lora_update<T> update{matrix<T>(sum.left.rows(), sum.left.cols(), matrix_order::row_major),
+        matrix<T>(sum.right.cols(), sum.right.rows(), matrix_order::row_major), 1};
+    for (std::size_t k = 0; k < sum.left.cols(); ++k) {
+        for (std::size_t i = 0; i < sum.left.rows(); ++i) { update.b(i, k) = sum.left(i, k); }
+        for (std::size_t i = 0; i < sum.right.rows(); ++i) { update.a(k, i) = sum.right(i, k); }
+    }
+    return update;
+}
+
+/// out = weight·ΔW, dense (out×in, either order). Cost: 2·out·in·r flops.
+template <arithmetic_element T>
+void densify(
+    const cpu& policy, const lora_update<T>& update, std::type_identity_t<matrix_view<T>> out, double weight = 1)
+{
+    gemm<T>(policy, static_cast<T>(weight * update.scaling), update.b.view(), update.a.view(), T(0), out);
+}
+
+/// ‖ΔW‖²_F from the factors: Σ (bᵀb)∘(a·aᵀ) in f64, times scaling². Cost: (out + in)·r² flops.
+template <arithmetic_element T>
+[[nodiscard]] double squared_norm(const cpu& policy, const lora_update<T>& update)
+{
+    const std::size_t r = update.rank();
+    if (r == 0 || update.out() == 0 || update.in() == 0) { return 0; }
+    auto left = scratch_matrix<double>(policy, r, r), right = scratch_matrix<double>(policy, r, r);
+    detail::gram<T>(update.b.view(), left, memory_of(policy));
+    detail::gram<T>(update.a.view().transposed(), right, memory_of(policy));
+    double sum = 0;
+    for (std::size_t i = 0; i < r * r; ++i) { sum += left.data()[i] * right.data()[i]; }
+    return (sum < 0 ? 0 : sum) * update.scaling * update.scaling; // NaN stays NaN
+}
+
+/// What an algorithm on adapters did to one layer.
+struct layer_report {
+    std::string name{};
+    std::size_t out = 0, in = 0;
+    std::size_t rank_before = 0; ///< of the adapter, or of all stacked ones together; 0 where the update was dense
+    std::size_t rank = 0; ///< what is stored now
+    bool whole = false; ///< nothing was cut off: the update is exact
+    double squared_norm = 0; ///< ‖ΔW‖²_F before
+    double squared_error = 0; ///< ‖ΔW − what is stored‖²_F, before rounding to a storage type
+
+    [[nodiscard]] double relative_error() const noexcept
+    {
+        return squared_norm > 0 ? std::sqrt(squared_error / squared_norm) : 0;
+    }
+    [[nodiscard]] double energy() const noexcept { return squared_norm > 0 ? 1 - squared_error / squared_norm : 1; }
+    /// Numbers stored: rank·(out + in + 1) with the singular values, rank·(out + in) for a layer that was kept whole.
+    [[nodiscard]] std::uint64_t parameters() const noexcept
+    {
+        return std::uint64_t{rank} * (out + in + (whole ? 0 : 1));
+    }
+};
+
+/// A new adapter, and what was done for it layer by layer.
+template <arithmetic_element T, memory_space S>
+struct adapter_result {
+    lora_adapter<T, S> adapter;
+    std::vector<layer_report> layers; ///< in name order
+
+    /// Relative error over all layers together.
+    [[nodiscard]] double relative_error() const noexcept
+    {
+        double norm = 0, error = 0;
+        for (const auto& layer : layers) {
+            norm += layer.squared_norm;
+            error += layer.squared_error;
+        }
+        return norm > 0 ? std::sqrt(error / norm) : 0;
+    }
+    [[nodiscard]] std::uint64_t parameters() const noexcept
+    {
+        std::uint64_t total = 0;
+        for (const auto& layer : layers) { total += layer.parameters(); }
+        return total;
+    }
+};
+
+/// A way to decompose a dense matrix: randomized (decompose_randomized, in linalg/randomized_svd.hpp) or exact
+/// (decompose_exactly, in linalg/truncated_svd.hpp, which alone pays for compiling a large SVD). u and v of these two
+/// lie in memory of the policy's resource: the algorithm that asks makes factors of them.
+template <class D, class T>
+concept decomposition = arithmetic_element<T>
+    && requires(const D& decompose, const cpu& policy, matrix_view<const T> a, const rank_choice& choice) {
+           { decompose(policy, a, choice, std::string_view{}) } -> std::convertible_to<svd_result<T>>;
+       };
+
+/// weight ← round(weight + factor·ΔW) in place: the adapter folded into a base weight. `weight` is out×in in any
+/// storage type and either order (an embedding or a transposed layer passes its transposed view); arithmetic in T, one
+/// rounding. Folding out again with −factor gives the former weight up to that rounding; folded_update restores it
+/// exactly. Throws shape_mismatch. The bits do not depend on threads. Cost: 2·out·in·r flops, one read and write of the
+/// weight.
+///
+///     fold_update(cpu{}, adapter.at("layers.0.q_proj"), weight);
+template <arithmetic_element T, storage_element S>
+void fold_update(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1,
+    std::string_view name = "the update")
+{
+    check_update(update, name);
+    if (weight.rows() != update.out() || weight.cols() != update.in()) {
+        raise<shape_mismatch>(error_code::adapter_shape,
+            message("'", name, "': the update is ", update.out(), "×", update.in(), " and the weight ", weight.rows(),
+                "×", weight.cols(), "; this adapter belongs to another base"));
+    }
+    constexpr std::size_t piece = 64;
+    const cpu inside = sequential(policy);
+    for_each_index(policy, (weight.rows() + piece - 1) / piece, [&](std::size_t index, std::size_t) {
+        const std::size_t first = index * piece, count = std::min(piece, weight.rows() - first);
+        matrix<T> delta(count, weight.cols(), weight.order(), memory_of(policy));
+        gemm<T>(inside, static_cast<T>(factor * update.scaling), update.b.view().block(first, 0, count, update.rank()),
+            update.a.view(), T(0), delta.view());
+        const bool by_rows = weight.order() == matrix_order::row_major;
+        const std::size_t runs = by_rows ? count : weight.cols(), length = by_rows ? weight.cols() : count;
+        for (std::size_t k = 0; k < runs; ++k) {
+            S* const at = by_rows ? &weight(first + k, 0) : &weight(first, k);
+            const T* const add = delta.data() + k * length;
+            for (std::size_t i = 0; i < length; ++i) { at[i] = narrow<S>(static_cast<T>(widen<T>(at[i]) + add[i])); }
+        }
+    });
+}
+
+/// An update folded into a weight that can be taken out again bit for bit: it keeps the words that it changed (a copy
+/// of the weight, in memory of the policy's resource). Move-only; does nothing on destruction.
+///
+///     folded_update<float> folded(cpu{}, adapter.at("layers.0.q_proj"), weight);
+///     … serve …
+///     folded.undo();
+template <storage_element S>
+class folded_update {
+public:
+    template <arithmetic_element T>
+    folded_update(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1,
+        std::string_view name = "the update")
+        : weight_(weight)
+        , saved_(weight.rows(), weight.cols(), weight.order(), memory_of(policy))
+    {
+        copy(weight_, saved_.view());
+        fold_update(policy, update, weight, factor, name);
+    }
+    folded_update(folded_update&&) noexcept = default;
+    folded_update& operator=(folded_update&&) noexcept = default;
+
+    /// Writes the former words back. A second call changes nothing.
+    void undo()
+    {
+        if (!saved_.empty()) { copy(saved_.view(), weight_); }
+        saved_ = {};
+    }
+
+private:
+    static void copy(matrix_view<const S> from, matrix_view<S> to)
+    {
+        const bool by_rows = from.order() == matrix_order::row_major;
+        const std::size_t runs = by_rows ? from.rows() : from.cols(), length = by_rows ? from.cols() : from.rows();
+        for (std::size_t k = 0; k < runs; ++k) {
+            std::copy_n(from.data() + k * from.stride(), length, to.data() + k * to.stride());
+        }
+    }
+
+    matrix_view<S> weight_;
+    matrix<S> saved_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_ADAPTERS_ADAPTER_HPP
+
+// ---- taskvec/formats/name_pattern.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP)
+#define TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP
+// Regular expressions over tensor names. Both may come from files, so neither may cost more than it says.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstddef>
+#include <iterator>
+#include <regex>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// An ECMAScript regular expression that is matched against names of tensors and modules. Where the standard library
+/// can, without backtracking: no pattern takes exponential time, no name exhausts the stack, and back-references are
+/// refused. Patterns have at most 1,000 bytes, names at most 4,096. The time of a match is bounded by the product of
+/// the two, times the name's length again where there is a look-ahead such as `(?!lm_head)`: counted repeats such as
+/// `x{3}` are written out, and a pattern may have at most 2,000 characters and groups that way; a count has at most
+/// four digits; a look-ahead holds no other.
+///
+///     const name_pattern pattern("layers\\.[0-9]+\\.weight");
+///     bool in = pattern.occurs_in("model.layers.3.weight");
+class name_pattern {
+public:
+    static constexpr std::size_t longest_pattern = 1000, longest_name = 4096, largest_expansion = 2000;
+
+    /// Throws invalid_argument for text that is not a regular expression, saying why.
+    explicit name_pattern(const std::string& text)
+    {
+        if (text.size() > longest_pattern) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("a regular expression of ", text.size(), " bytes; expected at most ", longest_pattern));
+        }
+        check_budget(text);
+#if !defined(TASKVEC_NO_EXCEPTIONS)
+        try {
+            compile(text);
+        }
+        catch (const std::regex_error& problem) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text, "' is not a regular expression that is understood here: ", problem.what()));
+        }
+#else
+        compile(text);
+#endif
+    }
+
+    /// Whether the whole name matches. Throws invalid_argument for a name that is too long.
+    [[nodiscard]] bool matches(std::string_view name) const
+    {
+        return std::regex_match(checked(name).begin(), name.end(), expression_);
+    }
+    /// Whether a part of the name matches. Throws like matches().
+    [[nodiscard]] bool occurs_in(std::string_view name) const
+    {
+#if defined(__GLIBCXX__)
+        return std::regex_match(checked(name).begin(), name.end(), within_);
+#else
+        return std::regex_search(checked(name).begin(), name.end(), expression_);
+#endif
+    }
+    /// The name with each match replaced; `$1` stands for a group, `$&` for the match, as in ECMAScript. Throws like
+    /// matches(). What groups hold is kept for this alone, and costs more than matching: not for hostile patterns.
+    [[nodiscard]] std::string replaced_in(std::string_view name, const std::string& replacement) const
+    {
+        std::string result;
+        std::regex_replace(
+            std::back_inserter(result), checked(name).begin(), name.end(), std::regex(text_, flags), replacement);
+        return result;
+    }
+
+private:
+#if defined(__GLIBCXX__)
+    static constexpr auto flags = std::regex::ECMAScript | std::regex::optimize | std::regex_constants::__polynomial;
+#else
+    static constexpr auto flags = std::regex::ECMAScript | std::regex::optimize;
+#endif
+    void compile(const std::string& text)
+    {
+        expression_ = std::regex(text, flags | std::regex::nosubs);
+#if defined(__GLIBCXX__)
+        // A search would begin anew at every character of the name; this is one walk over it.
+        within_ = std::regex("[^]*(?:" + text + ")[^]*", flags | std::regex::nosubs);
+#endif
+        text_ = text;
+    }
+
+    /// Refuses what would take long. What is no pattern passes; the parser refuses it afterwards.
+    static void check_budget(std::string_view text)
+    {
+        struct group {
+            std::size_t size = 0; ///< with the repeats written out; never more than what is too large
+            bool looks_ahead = false;
+        };
+        constexpr std::size_t too_large = largest_expansion + 1;
+        std::vector<group> open{{}}; // outermost first
+        std::size_t last = 0; // the size of what a repeat would repeat
+        bool fits = true, nested = false;
+        const auto grow = [&](std::size_t size) { open.back().size = std::min(open.back().size + size, too_large); };
+        const auto add = [&](std::size_t size) {
+            last = size;
+            grow(size);
+        };
+        for (std::size_t at = 0; at < text.size(); ++at) {
+            const char c = text[at];
+            if (c == '\\') {
+                ++at;
+                add(1);
+            }
+            else if (c == '[') {
+                at = end_of_class(text, at + 1);
+                add(1);
+            }
+            else if (c == '(') {
+                const auto kind = text.substr(at + 1, 2);
+                const bool looks = kind == "?=" || kind == "?!";
+                nested = nested || (looks && open.back().looks_ahead);
+                open.push_back({1, looks || open.back().looks_ahead});
+            }
+            else if (c == ')' && open.size() > 1) {
+                const auto inner = open.back().size;
+                open.pop_back();
+                add(inner);
+            }
+            else if (c == '{') {
+                std::size_t most = 0, value = 0, digits = 0;
+                for (++at; at < text.size() && text[at] != '}'; ++at) {
+                    if (text[at] < '0' || text[at] > '9') {
+                        value = digits = 0;
+                        continue;
+                    }
+                    fits = fits && ++digits <= 4;
+                    value = std::min<std::size_t>(10 * value + static_cast<std::size_t>(text[at] - '0'), 10'000);
+                    most = std::max(most, value);
+                }
+                if (most > 1) {
+                    grow(std::min(last * (most - 1), too_large));
+                    last = std::min(last * most, too_large);
+                }
+            }
+            else {
+                add(1);
+            }
+        }
+        std::size_t total = 0;
+        for (const auto& part : open) { total += part.size; }
+        if (!fits || total > largest_expansion) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text, "' has more than ", largest_expansion,
+                    " characters and groups once its counted repeats are written out: use smaller counts, '*' or '+'"));
+        }
+        if (nested) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text, "' has a look-ahead within a look-ahead: write one after the other"));
+        }
+    }
+    /// Where the `]` is that ends the class whose inside begins at `at`.
+    static std::size_t end_of_class(std::string_view text, std::size_t at)
+    {
+        for (; at < text.size() && text[at] != ']'; ++at) {
+            if (text[at] == '\\') { ++at; }
+            else if (text[at] == '[' && at + 1 < text.size()
+                && std::string_view(".:=").find(text[at + 1]) != std::string_view::npos) {
+                at = std::min(text.find(text[at + 1], at + 2), text.size() - 1) + 1; // [:alpha:], [.hyphen.], [=a=]
+            }
+        }
+        return at;
+    }
+    static std::string_view checked(std::string_view name)
+    {
+        if (name.size() > longest_name) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("tensor '", name.substr(0, 60), "…' has a name of ", name.size(),
+                    " bytes; regular expressions are matched against at most ", longest_name));
+        }
+        return name;
+    }
+    std::string text_;
+    std::regex expression_;
+#if defined(__GLIBCXX__)
+    std::regex within_; ///< the pattern with anything before and after it
+#endif
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP
+
+// ---- taskvec/formats/safetensors.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_SAFETENSORS_HPP)
+#define TASKVEC_SINGLE_FORMATS_SAFETENSORS_HPP
+// The safetensors format: a strict reader over a memory map, and an atomic writer that takes bytes in any order.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Format: https://github.com/huggingface/safetensors. A file is an 8-byte little-endian header length, that many bytes
+// of JSON, and one buffer that the tensors tile.
+
+
+// ---- taskvec/core/sink.hpp
+#if !defined(TASKVEC_SINGLE_CORE_SINK_HPP)
+#define TASKVEC_SINGLE_CORE_SINK_HPP
+// Where a model-wide algorithm puts its result: tensors in memory, or a file that is written block by block.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/tensor_ref.hpp
+#if !defined(TASKVEC_SINGLE_CORE_TENSOR_REF_HPP)
+#define TASKVEC_SINGLE_CORE_TENSOR_REF_HPP
+// Tensors and models as the run-time layer sees them: a pointer, a dtype, a shape. Nothing here owns memory.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+using extents = std::vector<std::int64_t>;
+
+/// "[2, 3]"
+[[nodiscard]] inline std::string to_string(const extents& shape)
+{
+    std::string text = "[";
+    for (std::size_t i = 0; i < shape.size(); ++i) { text += (i ? ", " : "") + std::to_string(shape[i]); }
+    return text + "]";
+}
+
+/// Number of elements of a shape; a negative extent or a product above 2^63-1 is an error that names `what`.
+[[nodiscard]] inline std::size_t element_count(const extents& shape, std::string_view what = "tensor")
+{
+    std::uint64_t count = 1;
+    bool empty = false;
+    for (const auto extent : shape) {
+        if (extent < 0) {
+            raise<shape_mismatch>(
+                error_code::shape_invalid, message("tensor '", what, "' has a negative extent in ", to_string(shape)));
+        }
+        empty = empty || extent == 0;
+    }
+    if (empty) { return 0; }
+    for (const auto extent : shape) {
+        if (count > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())
+                / static_cast<std::uint64_t>(extent)) {
+            raise<shape_mismatch>(error_code::shape_invalid,
+                message("tensor '", what, "' of shape ", to_string(shape), " has more than 2^63-1 elements"));
+        }
+        count *= static_cast<std::uint64_t>(extent);
+    }
+    return static_cast<std::size_t>(count);
+}
+
+/// Bytes of `count` elements of `type` (packed sub-byte types round up to whole bytes).
+[[nodiscard]] constexpr std::size_t byte_count(dtype type, std::size_t count) noexcept
+{
+    const std::size_t width = bits_per_element(type);
+    return width % 8 == 0 ? count * (width / 8) : (count * width + 7) / 8;
+}
+
+/// {pointer, dtype, shape, strides, device}: DLPack's fields without the ownership. Byte is `void` or `const void`.
+/// Strides count elements; empty strides mean row-major and contiguous.
+template <class Byte>
+    requires std::is_void_v<Byte>
+struct basic_tensor_ref {
+    Byte* data = nullptr;
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+    extents strides{};
+    memory_space space = memory_space::host;
+    int device = 0;
+    const operand_source* source = nullptr; ///< not null: `data` is null, and elements come from here
+
+    [[nodiscard]] std::size_t size(std::string_view what = "tensor") const { return element_count(shape, what); }
+    [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const { return byte_count(dtype, size(what)); }
+    /// True when the elements lie row-major without holes.
+    [[nodiscard]] bool contiguous() const noexcept
+    {
+        if (strides.empty()) { return true; }
+        std::int64_t expected = 1;
+        for (std::size_t i = shape.size(); i-- > 0;) {
+            if (shape[i] == 0) { return true; }
+            if (shape[i] != 1 && strides[i] != expected) { return false; }
+            expected *= shape[i];
+        }
+        return true;
+    }
+    /// What may be written may be read. (A template: of a reference that is const already nvcc would say that it never
+    /// converts to itself.)
+    template <class To>
+        requires(std::same_as<To, const void> && !std::is_const_v<Byte>)
+    operator basic_tensor_ref<To>() const
+    {
+        return {data, dtype, shape, strides, space, device, source};
+    }
+};
+
+namespace detail {
+/// What takes tensors as memory says this of those that are worked out.
+[[noreturn, gnu::cold]] inline void refuse_source(std::string_view tensor)
+{
+    raise<invalid_argument>(error_code::tensor_without_data,
+        message("tensor '", tensor, "' is a quantised layer: its numbers are nowhere in memory; decode it first"));
+}
+} // namespace detail
+
+/// The tensor that a view's memory makes with this shape (default: one flat dimension).
+template <class T, memory_space S>
+[[nodiscard]] auto as_tensor(view<T, S> flat, extents shape)
+{
+    using ref = basic_tensor_ref<std::conditional_t<std::is_const_v<T>, const void, void>>;
+    if (element_count(shape) != flat.size()) {
+        raise<shape_mismatch>(error_code::shape_invalid,
+            message("a view of ", flat.size(), " elements cannot have shape ", to_string(shape)));
+    }
+    return ref{flat.data(), dtype_of<std::remove_const_t<T>>, std::move(shape), {}, S, 0};
+}
+template <class T, memory_space S>
+[[nodiscard]] auto as_tensor(view<T, S> flat)
+{
+    return as_tensor(flat, {static_cast<std::int64_t>(flat.size())});
+}
+
+/// The flat view of a contiguous tensor of element type T in memory space S; anything else is an error naming `what`.
+template <storage_element T, memory_space S = memory_space::host>
+[[nodiscard]] auto flat_view(const const_tensor_ref& tensor, std::string_view what)
+{
+    if (tensor.dtype != dtype_of<T>) {
+        raise<dtype_mismatch>(error_code::dtype_differs,
+            message("tensor '", what, "' has dtype ", to_string(tensor.dtype), "; expected ", to_string(dtype_of<T>)));
+    }
+    if (tensor.space != S) {
+        raise<invalid_argument>(error_code::tensor_memory,
+            message("tensor '", what, "' lives in ", tensor.space == memory_space::host ? "host" : "device",
+                " memory; copy it to the policy's own memory space first"));
+    }
+    if (!tensor.contiguous()) {
+        raise<invalid_argument>(error_code::tensor_layout,
+            message("tensor '", what, "' is not contiguous; copy it to row-major memory first"));
+    }
+    if (tensor.source) { detail::refuse_source(what); }
+    return view<const T, S>{static_cast<const T*>(tensor.data), tensor.size(what)};
+}
+
+/// A model: tensors by name. Kept sorted by the bytes of the name, which is the order that model-wide algorithms use.
+template <class Ref>
+class basic_model {
+public:
+    struct entry {
+        std::string name;
+        Ref tensor;
+    };
+
+    basic_model() = default;
+    basic_model(std::initializer_list<entry> entries)
+    {
+        for (const auto& [name, tensor] : entries) { insert(name, tensor); }
+    }
+    /// A model of mutable tensors is a model of const ones.
+    template <class Other>
+        requires(!std::same_as<Other, Ref> && std::convertible_to<Other, Ref>)
+    basic_model(const basic_model<Other>& other)
+    {
+        for (const auto& [name, tensor] : other) { entries_.push_back({name, Ref(tensor)}); }
+    }
+
+    /// Adds a tensor; a name that is already there is an error. Cost: O(log n) and a shift.
+    void insert(std::string name, Ref tensor)
+    {
+        const auto place = lower_bound(name);
+        if (place != entries_.end() && place->name == name) {
+            raise<invalid_argument>(
+                error_code::tensor_repeated, message("tensor '", name, "' occurs twice in one model"));
+        }
+        entries_.insert(place, entry{std::move(name), std::move(tensor)});
+    }
+    /// The tensor of that name, or nullptr.
+    [[nodiscard]] const Ref* find(std::string_view name) const
+    {
+        const auto place = const_cast<basic_model*>(this)->lower_bound(name);
+        return place != entries_.end() && place->name == name ? &place->tensor : nullptr;
+    }
+    [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
+    [[nodiscard]] auto end() const noexcept { return entries_.end(); }
+    [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
+    [[nodiscard]] bool empty() const noexcept { return entries_.empty(); }
+    [[nodiscard]] const entry& operator[](std::size_t index) const noexcept { return entries_[index]; }
+
+private:
+    auto lower_bound(std::string_view name)
+    {
+        return std::lower_bound(entries_.begin(), entries_.end(), name,
+            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
+    }
+    std::vector<entry> entries_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_TENSOR_REF_HPP
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A tensor that is yet to be written.
+struct tensor_spec {
+    std::string name;
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+
+    [[nodiscard]] std::size_t size() const { return element_count(shape, name); }
+    [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
+};
+
+/// Receives the bytes of a fixed list of tensors, in any order and from several threads at once, each byte exactly once
+/// or with the same final value: blocks never overlap while they are written.
+class tensor_sink {
+public:
+    virtual ~tensor_sink() = default;
+    /// The host memory of tensor `index`, to be written in place; nullptr when bytes must go through write().
+    [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
+    /// Writes `size` bytes at byte `offset` of tensor `index`.
+    virtual void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) = 0;
+    /// The same of results that are far from the largest number of their dtype, as whoever made them knows: for sinks
+    /// that look for overflow.
+    virtual void write_bounded(std::size_t index, std::uint64_t offset, const void* data, std::size_t size)
+    {
+        write(index, offset, data, size);
+    }
+};
+
+/// The sink over tensors that the caller owns, in the order of `tensors`.
+class memory_sink final : public tensor_sink {
+public:
+    explicit memory_sink(std::vector<void*> tensors)
+        : tensors_(std::move(tensors))
+    { }
+    [[nodiscard]] void* direct(std::size_t index) override { return tensors_[index]; }
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        std::memcpy(static_cast<std::byte*>(tensors_[index]) + offset, data, size);
+    }
+
+private:
+    std::vector<void*> tensors_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_SINK_HPP
+
+// ---- taskvec/formats/file.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_FILE_HPP)
+#define TASKVEC_SINGLE_FORMATS_FILE_HPP
+// Files: read-only memory maps, and files that appear whole or not at all.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h> // renameat2
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+#include <unistd.h>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// The system's words for an errno.
+[[nodiscard]] inline std::string errno_text(int code)
+{
+    return std::system_category().message(code);
+}
+
+[[noreturn]] inline void raise_io(const std::filesystem::path& path, std::string_view what, int code)
+{
+    raise<io_error>(system_error_code(code), message(what, ": ", errno_text(code)), path.string(), code);
+}
+
+/// Calls a system function again for as long as a signal interrupts it.
+template <class Call>
+auto retry(Call call)
+{
+    for (;;) {
+        const auto result = call();
+        if (result >= 0 || errno != EINTR) { return result; }
+    }
+}
+
+/// A file descriptor, closed once.
+class descriptor {
+public:
+    descriptor() = default;
+    explicit descriptor(int value) noexcept
+        : value_(value)
+    { }
+    descriptor(descriptor&& other) noexcept
+        : value_(std::exchange(other.value_, -1))
+    { }
+    descriptor& operator=(descriptor&& other) noexcept
+    {
+        if (this != &other) {
+            close();
+            value_ = std::exchange(other.value_, -1);
+        }
+        return *this;
+    }
+    ~descriptor() { close(); }
+
+    [[nodiscard]] int get() const noexcept { return value_; }
+    [[nodiscard]] explicit operator bool() const noexcept { return value_ >= 0; }
+    /// 0, or the errno of close(2): some file systems report a failed write only here.
+    int close() noexcept
+    {
+        return value_ >= 0 && ::close(std::exchange(value_, -1)) != 0 && errno != EINTR ? errno : 0;
+    }
+
+private:
+    int value_ = -1;
+};
+
+/// The directory that holds `path`, "." where it names none.
+[[nodiscard]] inline std::filesystem::path directory_of(const std::filesystem::path& path)
+{
+    return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+}
+
+/// Removes a file, or a directory with all that lies in it. Takes no memory, which may be what has run out.
+inline void remove_tree(int parent, const char* name) noexcept
+{
+    if (::unlinkat(parent, name, 0) == 0 || (errno != EISDIR && errno != EPERM)) { return; }
+    for (int tries = 0; tries < 2 && ::unlinkat(parent, name, AT_REMOVEDIR) != 0; ++tries) {
+#if defined(__linux__)
+        const descriptor directory(::openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW));
+        alignas(8) char entries[4096]; // of numbers (16 bytes), a length (2), a kind (1), a name
+        for (long size = 0;
+            directory && (size = ::syscall(SYS_getdents64, directory.get(), entries, sizeof entries)) > 0;) {
+            std::uint16_t length = 0;
+            for (long at = 0; at < size; at += length) {
+                std::memcpy(&length, entries + at + 16, sizeof length);
+                const char* const inner = entries + at + 19;
+                if (std::strcmp(inner, ".") != 0 && std::strcmp(inner, "..") != 0) {
+                    remove_tree(directory.get(), inner);
+                }
+            }
+        }
+        if (directory) { continue; }
+#endif
+        return;
+    }
+    ::unlinkat(parent, name, AT_REMOVEDIR);
+}
+
+} // namespace detail
+
+/// Called where a directory could not be forced to disk after the files in it had taken their names: they are in place,
+/// and only a power cut could still undo that. That is no error, since nothing can be taken back.
+using unsynchronised_handler = void (*)(const std::filesystem::path& directory, int code);
+
+namespace detail {
+
+inline std::atomic<unsynchronised_handler>& unsynchronised_slot() noexcept
+{
+    static std::atomic<unsynchronised_handler> handler{nullptr};
+    return handler;
+}
+
+/// Makes renames in a directory durable. File systems that cannot do so are left to themselves; a failure is told to
+/// the handler.
+inline void synchronise_directory(const std::filesystem::path& directory)
+{
+    const descriptor handle(retry([&] { return ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+    if (!handle) { return; }
+    if (retry([&] { return ::fsync(handle.get()); }) != 0 && errno != EINVAL && errno != ENOTSUP && errno != EROFS) {
+        const int code = errno;
+        if (const auto handler = unsynchronised_slot().load()) { handler(directory, code); }
+    }
+}
+
+} // namespace detail
+
+/// Sets what hears of directories that could not be forced to disk; returns what heard of them before (at first:
+/// nothing).
+inline unsynchronised_handler set_unsynchronised_handler(unsynchronised_handler handler) noexcept
+{
+    return detail::unsynchronised_slot().exchange(handler);
+}
+
+/// A whole regular file, mapped read-only and private. Move-only; the address does not change when the object moves.
+///
+/// The bytes follow the file: a file that another process shortens while it is mapped makes reads beyond its new end
+/// raise SIGBUS, which a library cannot turn into an error. Replacing a file by rename, as this library does, is safe.
+/// Throws io_error for what is missing, unreadable, or not a regular file. Cost: no byte is read.
+class mapped_file {
+public:
+    mapped_file() = default;
+    explicit mapped_file(std::filesystem::path path)
+        : path_(std::move(path))
+    {
+        const detail::descriptor file(
+            detail::retry([&] { return ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
+        if (!file) { detail::raise_io(path_, "cannot open for reading", errno); }
+        struct stat status{};
+        if (::fstat(file.get(), &status) != 0) { detail::raise_io(path_, "cannot read the file's size", errno); }
+        if (!S_ISREG(status.st_mode)) {
+            raise<io_error>(error_code::file_kind,
+                S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
+        }
+        opened_ = identity(status);
+        size_ = static_cast<std::size_t>(status.st_size);
+        if (size_ == 0) { return; }
+        void* const memory = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
+        if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
+            const int code = errno;
+            size_ = 0;
+            detail::raise_io(path_, "cannot map the file into memory", code);
+        }
+        data_ = static_cast<const std::byte*>(memory);
+    }
+    mapped_file(mapped_file&& other) noexcept
+        : path_(std::move(other.path_))
+        , data_(std::exchange(other.data_, nullptr))
+        , size_(std::exchange(other.size_, 0))
+        , opened_(other.opened_)
+    { }
+    mapped_file& operator=(mapped_file&& other) noexcept
+    {
+        if (this != &other) {
+            unmap();
+            path_ = std::move(other.path_);
+            data_ = std::exchange(other.data_, nullptr);
+            size_ = std::exchange(other.size_, 0);
+            opened_ = other.opened_;
+        }
+        return *this;
+    }
+    ~mapped_file() { unmap(); }
+
+    /// What tells one state of a file from another: where it lies on the disk, its size, when it was written to.
+    struct identity {
+        std::uint64_t device = 0, inode = 0, size = 0;
+        std::int64_t seconds = 0, nanoseconds = 0;
+
+        identity() = default;
+        explicit identity(const struct stat& status) noexcept
+            : device(static_cast<std::uint64_t>(status.st_dev))
+            , inode(static_cast<std::uint64_t>(status.st_ino))
+            , size(static_cast<std::uint64_t>(status.st_size))
+            , seconds(status.st_mtim.tv_sec)
+            , nanoseconds(status.st_mtim.tv_nsec)
+        { }
+        bool operator==(const identity&) const = default;
+    };
+    /// The file as it was when it was opened.
+    [[nodiscard]] const identity& opened() const noexcept { return opened_; }
+    /// Throws io_error (file_changed) where the file at `path` is no longer the one that was `opened`: shortened,
+    /// written to, replaced, removed.
+    static void check_unchanged(const std::filesystem::path& path, const identity& opened)
+    {
+        struct stat status{};
+        if (::stat(path.c_str(), &status) == 0 && identity(status) == opened) { return; }
+        raise<io_error>(error_code::file_changed,
+            "changed while it was being read: what was computed from it may mix old and new bytes; run again when "
+            "nothing else writes to it",
+            path.string());
+    }
+    void check_unchanged() const { check_unchanged(path_, opened_); }
+
+    [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+    [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return {data_, size_}; }
+    void bytes() const&& = delete; // name the owner first: its views would dangle
+
+    /// How the bytes will be read: MADV_SEQUENTIAL, MADV_RANDOM, MADV_WILLNEED, MADV_NORMAL. A hint: failure is
+    /// ignored.
+    void advise(int advice) const noexcept
+    {
+        if (size_) { ::madvise(const_cast<std::byte*>(data_), size_, advice); }
+    }
+
+private:
+    void unmap() noexcept
+    {
+        if (data_) { ::munmap(const_cast<std::byte*>(data_), size_); }
+    }
+
+    std::filesystem::path path_;
+    const std::byte* data_ = nullptr;
+    std::size_t size_ = 0;
+    identity opened_;
+};
+
+/// Whether a finished file is forced to disk before it takes its name.
+enum class durability : std::uint8_t {
+    synchronised, ///< fsync the file, rename, fsync the directory: survives a power cut as the old file or the new
+    process ///< rename only: survives a killed process as the old file or the new
+};
+
+namespace detail {
+#if defined(TASKVEC_NO_EXCEPTIONS)
+/// What stands under temporary names: an error ends the process without a destructor, and removes it before that.
+class temporaries {
+public:
+    static void add(const std::filesystem::path& place)
+    {
+        const light_lock lock(busy_);
+        places_.push_back(place);
+    }
+    static void drop(const std::filesystem::path& place) noexcept
+    {
+        const light_lock lock(busy_);
+        std::erase(places_, place);
+    }
+    /// The youngest first: files before the directories that they lie in.
+    static void remove() noexcept
+    {
+        const light_lock lock(busy_);
+        std::error_code ignored;
+        for (; !places_.empty(); places_.pop_back()) {
+            const std::filesystem::path& place = places_.back();
+            // Of the directories only one that is not finished has such a name, and others' files lie in the rest.
+            if (place.filename().string().starts_with(".taskvec-")) { std::filesystem::remove_all(place, ignored); }
+            else {
+                std::filesystem::remove(place, ignored);
+            }
+        }
+    }
+
+private:
+    static inline std::atomic_flag busy_;
+    static inline std::vector<std::filesystem::path> places_;
+    static inline const bool hooked_ = (error_cleanup_slot() = &temporaries::remove, true);
+};
+#else
+/// Destructors see to what stands under temporary names.
+struct temporaries {
+    static void add(const std::filesystem::path&) noexcept { }
+    static void drop(const std::filesystem::path&) noexcept { }
+};
+#endif
+} // namespace detail
+
+/// A file that is written under a temporary name beside its target and takes the target's name on commit().
+///
+/// Until then, and for ever when the process is killed or commit() is never called, the target stays as it was. The
+/// temporary file is called `.taskvec-<process>-<number>.tmp`; the destructor removes it, a killed process leaves it
+/// behind. A target that exists keeps its permission bits; a new one follows the umask. A symbolic link is replaced,
+/// not followed. A file that is still mapped may be replaced: the map keeps the old bytes. Throws io_error with the
+/// errno of whatever the system refuses (a full disk at construction, where space is reserved).
+///
+///     atomic_file file("out.bin", 1024);
+///     file.write(0, data, 1024);
+///     file.commit();
+class atomic_file {
+public:
+    /// `size`: the bytes that the file will have, reserved at once.
+    explicit atomic_file(
+        std::filesystem::path target, std::uint64_t size = 0, durability mode = durability::synchronised)
+        : atomic_file(begun{}, std::move(target), mode) // what throws from here on is cleared up by the destructor
+    {
+        if (!target_.has_filename()) {
+            raise<io_error>(error_code::file_kind, "names no file", target_.string(), EISDIR);
+        }
+        struct stat status{};
+        const bool exists = ::stat(target_.c_str(), &status) == 0;
+        if (exists && S_ISDIR(status.st_mode)) {
+            raise<io_error>(error_code::file_kind, "is a directory; name a file to write", target_.string(), EISDIR);
+        }
+        if (exists && !S_ISREG(status.st_mode)) {
+            raise<io_error>(error_code::file_kind, "exists and is not a regular file; choose another output",
+                target_.string(), EEXIST);
+        }
+        if (exists && ::access(target_.c_str(), W_OK) != 0) {
+            detail::raise_io(target_, "exists and may not be written", errno);
+        }
+        const auto directory = detail::directory_of(target_);
+        static std::atomic<unsigned> counter{0};
+        for (;;) {
+            temporary_ = directory
+                / message(".taskvec-", static_cast<long>(::getpid()), '-',
+                    counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+            file_ = detail::descriptor(
+                detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666); }));
+            if (file_) {
+                detail::temporaries::add(temporary_);
+                break;
+            }
+            if (errno != EEXIST) {
+                const int code = errno;
+                temporary_.clear();
+                detail::raise_io(
+                    target_, message("cannot create a file in directory '", directory.string(), "'"), code);
+            }
+        }
+        int code = 0;
+        std::string_view what;
+        if (exists && ::fchmod(file_.get(), status.st_mode & 0777) != 0 && errno != EPERM) {
+            code = errno;
+            what = "cannot give the new file the old one's permissions";
+        }
+        if (!code && size) {
+            code = reserve(size);
+            what = "cannot reserve the file's space";
+        }
+        if (code) {
+            discard(); // without exceptions no destructor runs
+            detail::raise_io(target_, message(what, " (", size, " bytes)"), code);
+        }
+    }
+    atomic_file(atomic_file&& other) noexcept
+        : target_(std::move(other.target_))
+        , temporary_(std::exchange(other.temporary_, {}))
+        , file_(std::move(other.file_))
+        , finished_(other.finished_)
+        , mode_(other.mode_)
+    { }
+    atomic_file& operator=(atomic_file&& other) noexcept
+    {
+        if (this != &other) {
+            discard();
+            target_ = std::move(other.target_);
+            temporary_ = std::exchange(other.temporary_, {});
+            file_ = std::move(other.file_);
+            finished_ = other.finished_;
+            mode_ = other.mode_;
+        }
+        return *this;
+    }
+    ~atomic_file() { discard(); }
+
+    [[nodiscard]] const std::filesystem::path& target() const noexcept { return target_; }
+    /// The name that the file has until commit(); empty afterwards.
+    [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return temporary_; }
+
+    /// Writes all `size` bytes at `offset`. May be called from several threads for ranges that do not overlap.
+    void write(std::uint64_t offset, const void* data, std::size_t size)
+    {
+        const auto* bytes = static_cast<const std::byte*>(data);
+        while (size) {
+            // pwrite moves at most 0x7ffff000 bytes at once, and may stop early at a signal or a full disk.
+            const auto written =
+                detail::retry([&] { return ::pwrite(file_.get(), bytes, size, static_cast<off_t>(offset)); });
+            if (written <= 0) {
+                const int code = written < 0 ? errno : ENOSPC;
+                if (code == EFAULT) { // bytes of a map whose file has been shortened: the system sees it before a
+                                      // SIGBUS could be raised
+                    raise<io_error>(error_code::file_changed,
+                        "cannot be written: a model file that is copied from shrank, or its disk failed, "
+                        "while it was being read",
+                        target_.string(), code);
+                }
+                detail::raise_io(target_, message("cannot write ", size, " bytes at offset ", offset), code);
+            }
+            bytes += written;
+            offset += static_cast<std::uint64_t>(written);
+            size -= static_cast<std::size_t>(written);
+        }
+    }
+
+    /// Closes the file until open_again(), for those who write more files than a process may have open. Nothing may be
+    /// written in between.
+    void close_for_now()
+    {
+        if (const int code = file_.close()) { detail::raise_io(target_, "cannot close the file", code); }
+    }
+    void open_again()
+    {
+        if (file_) { return; }
+        file_ = detail::descriptor(
+            detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW); }));
+        if (!file_) { detail::raise_io(target_, "cannot open the file again", errno); }
+    }
+
+    /// Forces the bytes to disk (unless durability::process) and closes the file; only the rename is left to commit().
+    void finish()
+    {
+        if (finished_) { return; }
+        open_again();
+        if (mode_ == durability::synchronised && detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
+            detail::raise_io(target_, "cannot force the file to disk", errno);
+        }
+        close_for_now();
+        finished_ = true;
+    }
+
+    /// Gives the file its name, replacing what had it. `whole_directory`: also make the rename durable.
+    void commit(bool whole_directory = true)
+    {
+        finish();
+        const auto directory = detail::directory_of(target_); // after the rename nothing may fail, memory included
+        if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
+            const int code = errno;
+            detail::raise_io(target_, message("cannot rename '", temporary_.string(), "' to it"), code);
+        }
+        detail::temporaries::drop(temporary_);
+        temporary_.clear();
+        if (whole_directory && mode_ == durability::synchronised) { detail::synchronise_directory(directory); }
+    }
+
+private:
+    struct begun { };
+    atomic_file(begun, std::filesystem::path target, durability mode)
+        : target_(std::move(target))
+        , mode_(mode)
+    { }
+    int reserve(std::uint64_t size) noexcept
+    {
+#if defined(__linux__)
+        if (detail::retry([&] { return ::fallocate(file_.get(), 0, 0, static_cast<off_t>(size)); }) == 0) { return 0; }
+        if (errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL) { return errno; }
+#endif
+        return detail::retry([&] { return ::ftruncate(file_.get(), static_cast<off_t>(size)); }) == 0 ? 0 : errno;
+    }
+    void discard() noexcept
+    {
+        file_.close();
+        if (!temporary_.empty()) {
+            ::unlink(temporary_.c_str());
+            detail::temporaries::drop(temporary_);
+        }
+        temporary_.clear();
+    }
+
+    std::filesystem::path target_, temporary_;
+    detail::descriptor file_;
+    bool finished_ = false;
+    durability mode_ = durability::synchronised;
+};
+
+/// A directory that one writer has for itself, by an advisory lock (flock) on `.taskvec-lock` in it. The lock ends with
+/// its holder, also with a killed process; the file is removed by the destructor, and one that a killed process left is
+/// taken over, with the text that it left in it. Throws io_error (EWOULDBLOCK) where another writer holds it. File
+/// systems without such locks (some network ones) are written to without.
+class directory_lock {
+public:
+    directory_lock() = default;
+    explicit directory_lock(const std::filesystem::path& directory)
+        : directory_lock() // what throws from here on is cleared up by the destructor
+    {
+        path_ = directory / ".taskvec-lock";
+        for (;;) {
+            file_ = detail::descriptor(
+                detail::retry([&] { return ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666); }));
+            if (!file_) { return; } // whatever is wrong with the directory is found when files are made in it
+            if (detail::retry([&] { return ::flock(file_.get(), LOCK_EX | LOCK_NB); }) != 0) {
+                const int code = errno;
+                file_.close();
+                if (code != EWOULDBLOCK) {
+                    ::unlink(path_.c_str());
+                    return;
+                }
+                raise<io_error>(system_error_code(code),
+                    "is being written to by another process; wait until it is done, or choose another output",
+                    directory.string(), code);
+            }
+            // The holder before may have removed the file between the two calls: what is locked must be what is there.
+            if (is_there()) {
+                detail::temporaries::add(path_);
+                return;
+            }
+        }
+    }
+    directory_lock(const directory_lock&) = delete;
+    directory_lock& operator=(const directory_lock&) = delete;
+    ~directory_lock()
+    {
+        if (!file_) { return; }
+        if (!kept_ && is_there()) { ::unlink(path_.c_str()); }
+        detail::temporaries::drop(path_);
+    }
+
+    /// The file in the directory, while the lock is held.
+    [[nodiscard]] std::filesystem::path path() const { return file_ ? path_ : std::filesystem::path(); }
+    /// What note() left here: by a holder that was killed, at first.
+    [[nodiscard]] std::string noted() const
+    {
+        std::string text;
+        if (file_) {
+            char piece[4096];
+            ssize_t size = 0;
+            while ((size = detail::retry([&] {
+                return ::pread(file_.get(), piece, sizeof piece, static_cast<off_t>(text.size()));
+            })) > 0) {
+                text.append(piece, static_cast<std::size_t>(size));
+            }
+        }
+        return text;
+    }
+    /// Leaves a text for whoever takes the lock over, should this process be killed; on disk when it returns.
+    void note(std::string_view text)
+    {
+        if (!file_) { return; }
+        const auto size = static_cast<ssize_t>(text.size());
+        if (detail::retry([&] { return ::ftruncate(file_.get(), 0); }) != 0
+            || detail::retry([&] { return ::pwrite(file_.get(), text.data(), text.size(), 0); }) != size
+            || detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
+            detail::raise_io(path_, "cannot be written", errno);
+        }
+    }
+    /// The file stays when the lock ends, with its text.
+    void keep() noexcept { kept_ = true; }
+
+private:
+    /// Whether the locked file still has its name: the directory may have been exchanged for another.
+    [[nodiscard]] bool is_there() const noexcept
+    {
+        struct stat held{}, there{};
+        return ::fstat(file_.get(), &held) == 0 && ::stat(path_.c_str(), &there) == 0 && held.st_dev == there.st_dev
+            && held.st_ino == there.st_ino;
+    }
+
+    std::filesystem::path path_;
+    detail::descriptor file_;
+    bool kept_ = false;
+};
+
+/// What becomes of a directory that exists already.
+enum class existing_directory : std::uint8_t {
+    fill, ///< files take their names in it one by one
+    exchange ///< a sibling, with links to what stays, takes its place in one step, where the system can do that
+};
+
+/// A directory that files are written to. One that does not exist appears whole or not at all: it is filled under
+/// another name beside its own, `.taskvec-<process>-directory-<number>.tmp`, and takes its own on commit(); until then
+/// the destructor removes it, and the directories above it that had to be made. In one that exists, files are written
+/// where they belong, each by itself; or, where they belong together (existing_directory::exchange), to a sibling that
+/// is exchanged with it on commit(), so that nobody ever sees some of the old and some of the new. That needs Linux, a
+/// file system with links, and a directory of one's own without directories in it; elsewhere the old files go aside and
+/// the new ones take their names, the first in the alphabet (an adapter's configuration) going first and coming last.
+/// One writer at a time has an existing directory (see directory_lock). Throws io_error.
+///
+///     output_directory folder("out/merged");
+///     atomic_file file(folder.path() / "a.bin", 4);
+///     …
+///     file.commit();
+///     folder.commit();
+class output_directory {
+public:
+    explicit output_directory(const std::filesystem::path& target, durability mode = durability::synchronised,
+        existing_directory existing = existing_directory::fill)
+        : output_directory(begun{}, target, mode) // what throws from here on is cleared up by the destructor
+    {
+        std::error_code ignored;
+        if (std::filesystem::exists(target_, ignored)) {
+            if (!std::filesystem::is_directory(target_, ignored)) {
+                raise<io_error>(error_code::file_kind, "exists and is not a directory; choose another output",
+                    target_.string(), ENOTDIR);
+            }
+            lock_.emplace(target_);
+            if (existing == existing_directory::exchange) { stage(); }
+            return;
+        }
+        std::vector<std::filesystem::path> missing;
+        for (auto level = target_.parent_path(); !level.empty() && !std::filesystem::exists(level, ignored);
+            level = level.parent_path()) {
+            missing.push_back(level);
+        }
+        missing.insert(missing.begin(), path_ = sibling_name());
+        made_.reserve(missing.size());
+        for (; !missing.empty(); missing.pop_back()) { make(std::move(missing.back())); }
+    }
+    output_directory(const output_directory&) = delete;
+    output_directory& operator=(const output_directory&) = delete;
+    ~output_directory() { discard(); }
+
+    /// Where to write: under the temporary name where the directory is new.
+    [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+    /// What was made so far, outermost first: empty for a directory that exists, and after commit().
+    [[nodiscard]] const std::vector<std::filesystem::path>& made() const noexcept { return made_; }
+
+    /// Gives a new directory its name.
+    void commit()
+    {
+        if (made_.empty()) { return; }
+        if (staged_) {
+            replace();
+            return;
+        }
+        auto named = target_; // after the rename nothing may fail, memory included
+        std::vector<std::filesystem::path> above;
+        for (const auto& level : made_) { above.push_back(detail::directory_of(level)); }
+        if (::rename(path_.c_str(), target_.c_str()) != 0) {
+            detail::raise_io(target_, "cannot give the finished directory its name", errno);
+        }
+        path_.swap(named);
+        for (const auto& level : made_) { detail::temporaries::drop(level); }
+        made_.clear();
+        // The name first, then those of the directories above that are new themselves.
+        for (; mode_ == durability::synchronised && !above.empty(); above.pop_back()) {
+            detail::synchronise_directory(above.back());
+        }
+    }
+
+    /// The lock's file, while the directory is locked, for whoever must remove it when no destructor can run.
+    [[nodiscard]] std::filesystem::path lock_file() const { return lock_ ? lock_->path() : std::filesystem::path(); }
+    /// The lock on a directory that exists already; none otherwise.
+    [[nodiscard]] directory_lock* lock() noexcept { return lock_ ? &*lock_ : nullptr; }
+
+private:
+    struct begun { };
+    output_directory(begun, const std::filesystem::path& target, durability mode)
+        : target_(target.has_filename() ? target : target.parent_path())
+        , path_(target_)
+        , mode_(mode)
+    { }
+    [[nodiscard]] std::filesystem::path sibling_name() const
+    {
+        static std::atomic<unsigned> counter{0};
+        return detail::directory_of(target_)
+            / message(".taskvec-", static_cast<long>(::getpid()), "-directory-",
+                counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+    }
+    /// A new directory for the new files: beside the one that exists, or within it where the two cannot be exchanged.
+    void stage()
+    {
+        std::error_code failure;
+        auto real = std::filesystem::canonical(target_, failure); // a link to a directory stays a link
+        if (failure) { return; }
+        const auto named = std::exchange(target_, std::move(real));
+        for (const bool beside : {true, false}) {
+            struct stat old{}, own{};
+            if (beside && !can_be_exchanged(old)) { continue; }
+            path_ = beside ? sibling_name() : target_ / sibling_name().filename();
+            made_.push_back(path_); // before there is something to remove
+            if (::mkdir(path_.c_str(), 0700) == 0
+                && (!beside
+                    || (::stat(path_.c_str(), &own) == 0 && own.st_uid == old.st_uid && own.st_gid == old.st_gid
+                        && ::chmod(path_.c_str(), old.st_mode & 07777) == 0))) {
+                detail::temporaries::add(path_);
+                staged_ = true;
+                beside_ = beside;
+                return;
+            }
+            ::rmdir(path_.c_str());
+            made_.clear();
+        }
+        target_ = path_ = named;
+    }
+    [[nodiscard]] bool can_be_exchanged([[maybe_unused]] struct stat& status) const
+    {
+#if defined(RENAME_EXCHANGE)
+        struct stat above{};
+        if (target_ == target_.root_path() || ::stat(target_.c_str(), &status) != 0
+            || ::stat(target_.parent_path().c_str(), &above) != 0 || status.st_dev != above.st_dev
+            || ::access(target_.parent_path().c_str(), W_OK | X_OK) != 0) {
+            return false;
+        }
+        for (const auto& name : names_in(target_)) {
+            struct stat entry{};
+            if (::lstat((target_ / name).c_str(), &entry) != 0 || !S_ISREG(entry.st_mode)) { return false; }
+        }
+        return true;
+#else
+        return false;
+#endif
+    }
+    /// Puts the new files in the place of the old ones.
+    void replace()
+    {
+        const auto fresh = names_in(path_);
+        auto named = target_;
+        for (const auto& name : fresh) { // each keeps the permissions of what it replaces
+            struct stat old{};
+            if (::stat((target_ / name).c_str(), &old) != 0 || !S_ISREG(old.st_mode)) { continue; }
+            if (::access((target_ / name).c_str(), W_OK) != 0) {
+                detail::raise_io(target_ / name, "exists and may not be written", errno);
+            }
+            (void)!::chmod((path_ / name).c_str(), old.st_mode & 0777);
+        }
+        if (!beside_ || !link_the_rest() || !take_place()) { move_in(fresh); }
+        discard(); // what lies under the temporary name is old by now
+        path_.swap(named);
+        staged_ = false;
+    }
+    /// Where the directories cannot be exchanged: the old files go aside, then the new ones take their names. The first
+    /// to go and the last to come is the first one in the alphabet: an adapter has no configuration, and is read by
+    /// nobody, while its weights change.
+    void move_in(const std::vector<std::filesystem::path>& fresh) const
+    {
+        struct step {
+            std::filesystem::path from, to;
+        };
+        std::vector<step> steps;
+        for (auto name = fresh.rbegin(); name != fresh.rend(); ++name) {
+            struct stat old{};
+            if (::lstat((target_ / *name).c_str(), &old) == 0) {
+                steps.push_back({target_ / *name, path_ / (name->string() + ".old")});
+            }
+        }
+        const std::size_t aside = steps.size();
+        for (const auto& name : fresh) { steps.push_back({path_ / name, target_ / name}); }
+        for (std::size_t i = 0; i < steps.size(); ++i) {
+            const bool ordered = i == aside || i + 1 == steps.size(); // also on the disk
+            if (mode_ == durability::synchronised && ordered) { detail::synchronise_directory(target_); }
+            if (::rename(steps[i].from.c_str(), steps[i].to.c_str()) == 0) { continue; }
+            const int code = errno;
+            while (i-- > 0) { ::rename(steps[i].to.c_str(), steps[i].from.c_str()); }
+            detail::raise_io(target_, "the finished files cannot take their names in it", code);
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
+    }
+    /// Gives all that is only in the old directory a name in the new one too; false where the system has no such links.
+    [[nodiscard]] bool link_the_rest() const
+    {
+        const auto lock = lock_file().filename();
+        for (const auto& name : names_in(target_)) {
+            if (name != lock && ::link((target_ / name).c_str(), (path_ / name).c_str()) != 0 && errno != EEXIST) {
+                return false;
+            }
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(path_); }
+        return true;
+    }
+    /// False where the system cannot exchange the two.
+    [[nodiscard]] bool take_place() const
+    {
+#if defined(RENAME_EXCHANGE)
+        const auto above = detail::directory_of(target_);
+        if (::renameat2(AT_FDCWD, path_.c_str(), AT_FDCWD, target_.c_str(), RENAME_EXCHANGE) != 0) {
+            const int code = errno;
+            if (code == EINVAL || code == ENOSYS || code == ENOTSUP || code == EXDEV || code == EBUSY) { return false; }
+            detail::raise_io(target_, "cannot be exchanged with the finished directory", code);
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(above); }
+        return true;
+#else
+        return false;
+#endif
+    }
+    /// The last one in the alphabet first: an adapter's weights before its configuration.
+    [[nodiscard]] static std::vector<std::filesystem::path> names_in(const std::filesystem::path& directory)
+    {
+        // Not by std::filesystem::directory_iterator, which ends the process where memory runs out.
+        struct closer {
+            void operator()(DIR* handle) const noexcept { ::closedir(handle); }
+        };
+        const std::unique_ptr<DIR, closer> handle(::opendir(directory.c_str()));
+        if (!handle) { detail::raise_io(directory, "cannot be read as a directory", errno); }
+        std::vector<std::filesystem::path> names;
+        while (const auto* const entry = ::readdir(handle.get())) {
+            const std::string_view name = entry->d_name;
+            if (name != "." && name != "..") { names.emplace_back(name); }
+        }
+        std::sort(names.rbegin(), names.rend());
+        return names;
+    }
+    void make(std::filesystem::path level)
+    {
+        if (::mkdir(level.c_str(), 0777) == 0) {
+            made_.push_back(std::move(level)); // there is room for it
+            detail::temporaries::add(made_.back());
+            return;
+        }
+        const int code = errno;
+        discard();
+        detail::raise_io(target_, message("cannot create the directory '", level.string(), "'"), code);
+    }
+    void discard() noexcept
+    {
+        if (!made_.empty() && made_.back() == path_) { detail::remove_tree(AT_FDCWD, path_.c_str()); }
+        for (; !made_.empty(); made_.pop_back()) {
+            detail::temporaries::drop(made_.back());
+            ::rmdir(made_.back().c_str());
+        } // fails, as it should, where something else lies in it by now
+    }
+
+    std::filesystem::path target_, path_;
+    durability mode_;
+    std::vector<std::filesystem::path> made_;
+    std::optional<directory_lock> lock_;
+    bool staged_ = false; ///< what lies at path_ is to replace what lies at target_
+    bool beside_ = false; ///< by an exchange of the two
+};
+
+/// Writes a whole text file atomically.
+inline void write_text_file(
+    const std::filesystem::path& path, std::string_view text, durability mode = durability::synchronised)
+{
+    atomic_file file(path, 0, mode);
+    file.write(0, text.data(), text.size());
+    file.commit();
+}
+
+/// A whole file as a string. Meant for small files: more than `limit` bytes is a format_error.
+[[nodiscard]] inline std::string read_text_file(const std::filesystem::path& path, std::size_t limit = 100'000'000)
+{
+    const mapped_file file(path);
+    const auto bytes = file.bytes();
+    if (bytes.size() > limit) {
+        raise<format_error>(error_code::file_too_large,
+            message("has ", bytes.size(), " bytes; expected at most ", limit), path.string());
+    }
+    std::string text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    file.check_unchanged();
+    return text;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_FILE_HPP
+
+// ---- taskvec/formats/file_kind.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_FILE_KIND_HPP)
+#define TASKVEC_SINGLE_FORMATS_FILE_KIND_HPP
+// What a file is that is no safetensors file: said by its bytes, with the way on.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What a file turned out to be, in words: "is <what>: <mend>".
+struct file_kind {
+    std::string what, mend;
+    [[nodiscard]] std::string sentence() const { return message("is ", what, ": ", mend); }
+};
+
+namespace detail {
+
+inline constexpr std::string_view convert_to_safetensors =
+    "convert it once by transformers' save_pretrained(), or by safetensors.torch.save_file(torch.load(FILE, "
+    "weights_only=True), 'model.safetensors')";
+inline constexpr std::string_view fetch_again = "fetch it again, and compare its size with that at its source";
+
+[[nodiscard]] inline bool begins_like(std::string_view text, std::string_view lower_case)
+{
+    return text.size() >= lower_case.size()
+        && std::equal(lower_case.begin(), lower_case.end(), text.begin(),
+            [](char want, char found) { return want == (found >= 'A' && found <= 'Z' ? found - 'A' + 'a' : found); });
+}
+
+/// Whether bytes are text that people read: no control characters but white space.
+[[nodiscard]] inline bool is_plain_text(std::string_view text)
+{
+    return !text.empty() && std::none_of(text.begin(), text.end(), [](char c) {
+        const auto code = static_cast<unsigned char>(c);
+        return (code < 0x20u && c != '\n' && c != '\r' && c != '\t') || code == 0x7fu;
+    });
+}
+
+/// The first words of a text, on one line.
+[[nodiscard]] inline std::string first_words(std::string_view text, std::size_t most = 60)
+{
+    std::string words(text.substr(0, most));
+    for (auto& c : words) {
+        if (c == '\n' || c == '\r' || c == '\t') { c = ' '; }
+    }
+    while (words.ends_with(' ')) { words.pop_back(); }
+    return words + (text.size() > most ? " …" : "");
+}
+
+[[nodiscard]] inline file_kind kind_of_zip(std::string_view bytes)
+{
+    // Names stand in the directory at the end, and before each entry.
+    constexpr std::size_t part = 65536;
+    const auto head = bytes.substr(0, part), tail = bytes.substr(bytes.size() - std::min(part, bytes.size()));
+    const auto names = [&](std::string_view name) {
+        return head.find(name) != head.npos || tail.find(name) != tail.npos;
+    };
+    const bool cut = tail.find("PK\x05\x06") == tail.npos;
+    const std::string lost = cut ? "the end of a zip archive is missing: " + std::string(fetch_again) + "; then " : "";
+    if (names("constants.pkl") || names("/code/")) {
+        return {"a TorchScript archive (PyTorch, zip)", lost + "save the model's state_dict() as safetensors"};
+    }
+    if (names("data.pkl")) {
+        return {"a PyTorch file (a zip archive with a pickle)", lost + std::string(convert_to_safetensors)};
+    }
+    if (names(".npy")) {
+        return {"a NumPy archive (.npz, zip)", lost + "save its arrays by safetensors.numpy.save_file()"};
+    }
+    return {"a zip archive, as PyTorch's .bin, .pt and .pth are (pickles in a zip)",
+        lost + std::string(convert_to_safetensors) + ", or unpack it"};
+}
+
+} // namespace detail
+
+/// Says what a file is that was taken for a safetensors file, by its content alone: PyTorch's zip and pickle files, a
+/// Git LFS pointer, a page of HTML, GGUF, HDF5, archives, text, zeros, nothing at all. Nothing for what is unknown. For
+/// messages: a valid safetensors file is not asked about. Cost: looks at the first and last 64 KiB.
+///
+///     if (const auto kind = what_is_this_file(map.bytes())) { std::cerr << kind->sentence(); }
+[[nodiscard]] inline std::optional<file_kind> what_is_this_file(std::span<const std::byte> content)
+{
+    using detail::convert_to_safetensors, detail::fetch_again;
+    const std::string_view bytes(reinterpret_cast<const char*>(content.data()), content.size());
+    const auto begins = [&](std::string_view magic) { return bytes.starts_with(magic); };
+    const std::string again(fetch_again), convert(convert_to_safetensors);
+    if (bytes.empty()) { return file_kind{"empty (0 bytes)", again}; }
+    if (begins("version https://git-lfs.github.com/spec/")) {
+        std::string size = "the";
+        if (const auto at = bytes.substr(0, 1024).find("\nsize "); at != bytes.npos) {
+            auto digits = bytes.substr(at + 6, 20);
+            digits = digits.substr(0, digits.find_first_not_of("0123456789"));
+            if (!digits.empty()) { size = "a file of " + std::string(digits) + " bytes, the"; }
+        }
+        return file_kind{"a Git LFS pointer, not the file that it stands for",
+            "fetch " + size + " real one, by 'git lfs pull' in its repository or by 'hf download'"};
+    }
+    using namespace std::string_view_literals;
+    if (begins("PK\x03\x04"sv) || begins("PK\x05\x06"sv)) { return detail::kind_of_zip(bytes); }
+    if (begins("\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"sv)) {
+        return file_kind{"a PyTorch file of the old kind (before 1.6: a row of pickles)", convert};
+    }
+    if (bytes.size() > 2 && bytes[0] == '\x80' && bytes[1] >= 2 && bytes[1] <= 5) {
+        return file_kind{"a Python pickle, as PyTorch and others write them", convert};
+    }
+    if (begins("GGUF") || begins("FUGG")) {
+        return file_kind{"a GGUF file (llama.cpp)", "take the model's safetensors files, from which it was converted"};
+    }
+    if (begins("lmgg") || begins("tjgg") || begins("fmgg")) {
+        return file_kind{
+            "a GGML file (llama.cpp of old)", "take the model's safetensors files, from which it was converted"};
+    }
+    if (begins("\x89HDF\r\n\x1a\n"sv)) {
+        return file_kind{"an HDF5 file (Keras, TensorFlow: .h5)",
+            "convert it once by transformers' from_pretrained(DIR, from_tf=True).save_pretrained()"};
+    }
+    if (begins("\x93NUMPY"sv)) { return file_kind{"a NumPy array (.npy)", "save it by safetensors.numpy.save_file()"}; }
+    if (bytes.size() > 8 && bytes.substr(4, 4) == "TFL3") {
+        return file_kind{"a TensorFlow Lite model", "take the safetensors files of the model that it was made of"};
+    }
+    if (bytes.size() > 262 && bytes.substr(257, 5) == "ustar") { return file_kind{"a tar archive", "unpack it first"}; }
+    for (const auto& [magic, name] : {std::pair{"\x1f\x8b"sv, "gzip"sv}, std::pair{"\x28\xb5\x2f\xfd"sv, "zstd"sv},
+             std::pair{"\xfd\x37zXZ\0"sv, "xz"sv}, std::pair{"BZh"sv, "bzip2"sv},
+             std::pair{"7z\xbc\xaf\x27\x1c"sv, "7-Zip"sv}, std::pair{"Rar!\x1a\x07"sv, "RAR"sv}}) {
+        if (begins(magic)) { return file_kind{message("compressed by ", name), "unpack it first"}; }
+    }
+    if (const auto head = bytes.substr(0, std::min<std::size_t>(bytes.size(), 65536));
+        head.find_first_not_of('\0') == head.npos) {
+        return file_kind{message("zeros from its first byte on"), "the download did not finish; " + again};
+    }
+    if (const auto first = static_cast<unsigned char>(bytes[0]);
+        bytes.size() > 2 && first > 0x80u && first < 0x90u && (static_cast<unsigned char>(bytes[1]) & 0xe0u) == 0xa0u) {
+        return file_kind{"MessagePack (Flax: .msgpack)",
+            "convert it once by transformers' from_pretrained(DIR, from_flax=True).save_pretrained()"};
+    }
+    auto text = bytes.substr(0, 65536);
+    if (text.starts_with("\xef\xbb\xbf")) { text.remove_prefix(3); }
+    const auto start = text.find_first_not_of(" \t\r\n");
+    const auto words = start == text.npos ? text : text.substr(start);
+    if (detail::begins_like(words, "<!doctype html") || detail::begins_like(words, "<html")
+        || detail::begins_like(words, "<head")) {
+        return file_kind{"a page of HTML, not a model",
+            "the address answered with a page (to log in, to accept terms, or an error): fetch the file itself, by "
+            "'hf download' or from the address behind 'download'"};
+    }
+    if (detail::is_plain_text(text.size() < bytes.size() ? text.substr(0, text.size() - 4) : text)) {
+        if (words.starts_with('<')) { return file_kind{"a page of XML", again}; }
+        if (words.starts_with('{') || words.starts_with('[')) {
+            return file_kind{"JSON (" + detail::first_words(words) + "), not tensors",
+                "name the model's directory, its .safetensors file or its .safetensors.index.json"};
+        }
+        return file_kind{"a text ('" + detail::first_words(words) + "'), not a model", again};
+    }
+    if (bytes.size() > 16 && bytes[0] == '\x08' && bytes.substr(0, 256).find("onnx") != bytes.npos) {
+        return file_kind{"an ONNX model", "take the safetensors files of the model that it was made of"};
+    }
+    return std::nullopt;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_FILE_KIND_HPP
+
+// ---- taskvec/formats/json.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_JSON_HPP)
+#define TASKVEC_SINGLE_FORMATS_JSON_HPP
+// JSON read strictly: UTF-8 only, no repeated keys, bounded depth, nothing after the value; and JSON strings written.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <nlohmann/json.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The most values that a JSON file may have, which take a hundred times its bytes in memory.
+inline constexpr std::size_t json_value_limit = 2'000'000;
+/// The deepest nesting that a JSON file may have: the reference safetensors reader's limit.
+inline constexpr std::size_t json_depth_limit = 127;
+
+namespace detail {
+
+/// Feeds `events`, a nlohmann SAX handler with a `fail(message)` for syntax errors, with one JSON text.
+/// What nlohmann's lexer allows and JSON does not (a byte order mark, text that ends at a NUL) is a syntax error here.
+template <class Events>
+bool sax_parse_strictly(std::string_view text, Events& events)
+{
+    if (text.starts_with("\xef\xbb\xbf")) { return events.fail("begins with a byte order mark; JSON has none", 0); }
+    if (const auto nul = text.find('\0'); nul != text.npos) {
+        return events.fail("holds a NUL byte, which JSON never has", nul);
+    }
+    return nlohmann::json::sax_parse(text.begin(), text.end(), &events);
+}
+
+/// Shortens nlohmann's "[json.exception.parse_error.101] parse error at line 1, column 5: …" to what a reader needs.
+[[nodiscard]] inline std::string syntax_message(const char* what)
+{
+    std::string text = what;
+    if (const auto end = text.find("] "); text.starts_with('[') && end != text.npos) { text.erase(0, end + 2); }
+    return text;
+}
+
+/// Builds a json value, refusing what the header of this file lists.
+class json_builder final : public nlohmann::json_sax<nlohmann::json> {
+public:
+    json_builder(std::string_view file, std::uint64_t offset)
+        : file_(file)
+        , offset_(offset)
+    { }
+    [[nodiscard]] nlohmann::json take() { return std::move(root_); }
+    [[noreturn]] bool fail(const std::string& what, std::uint64_t position)
+    {
+        raise<format_error>(error_code::json_syntax, message("invalid JSON at byte ", offset_ + position, ": ", what),
+            file_, offset_ + position);
+    }
+
+    bool null() override { return value(nullptr); }
+    bool boolean(bool x) override { return value(x); }
+    bool number_integer(number_integer_t x) override { return value(x); }
+    bool number_unsigned(number_unsigned_t x) override { return value(x); }
+    bool number_float(number_float_t x, const string_t&) override { return value(x); }
+    bool string(string_t& x) override { return value(std::move(x)); }
+    bool binary(binary_t&) override { fail("binary value", 0); }
+    bool start_object(std::size_t) override { return open(nlohmann::json::object()); }
+    bool start_array(std::size_t) override { return open(nlohmann::json::array()); }
+    bool end_object() override { return close(); }
+    bool end_array() override { return close(); }
+    bool key(string_t& x) override
+    {
+        if (stack_.back()->contains(x)) {
+            raise<format_error>(error_code::json_key_repeated, message("key '", x, "' occurs twice in one JSON object"),
+                file_, offset_);
+        }
+        key_ = std::move(x);
+        return true;
+    }
+    bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& ex) override
+    {
+        fail(syntax_message(ex.what()), position ? position - 1 : 0);
+    }
+
+private:
+    nlohmann::json* place(nlohmann::json x)
+    {
+        if (++values_ > json_value_limit) {
+            raise<format_error>(error_code::json_syntax,
+                message("JSON of more than ", json_value_limit, " values, which is no configuration or index"), file_,
+                offset_);
+        }
+        if (stack_.empty()) { return &(root_ = std::move(x)); }
+        auto& parent = *stack_.back();
+        if (parent.is_array()) {
+            parent.push_back(std::move(x));
+            return &parent.back();
+        }
+        return &(parent[key_] = std::move(x));
+    }
+    template <class X>
+    bool value(X&& x)
+    {
+        place(nlohmann::json(std::forward<X>(x)));
+        return true;
+    }
+    bool open(nlohmann::json x)
+    {
+        if (stack_.size() == json_depth_limit) {
+            raise<format_error>(error_code::json_syntax,
+                message("JSON is nested deeper than ", json_depth_limit, " levels"), file_, offset_);
+        }
+        stack_.push_back(place(std::move(x)));
+        return true;
+    }
+    bool close()
+    {
+        stack_.pop_back();
+        return true;
+    }
+
+    std::string file_;
+    std::uint64_t offset_;
+    nlohmann::json root_;
+    std::size_t values_ = 0;
+    std::vector<nlohmann::json*> stack_;
+    std::string key_;
+};
+
+} // namespace detail
+
+/// The JSON value that `text` holds, read strictly; anything else is a format_error that names `file` and the byte.
+/// `offset` is where the text begins in the file.
+[[nodiscard]] inline nlohmann::json parse_json(std::string_view text, std::string_view file, std::uint64_t offset = 0)
+{
+    detail::json_builder builder(file, offset);
+    detail::sax_parse_strictly(text, builder);
+    return builder.take();
+}
+
+/// True when `text` is well-formed UTF-8: no overlong form, no surrogate, nothing above U+10FFFF.
+[[nodiscard]] constexpr bool is_utf8(std::string_view text) noexcept
+{
+    for (std::size_t i = 0; i < text.size();) {
+        const auto byte = [&](std::size_t k) {
+            return i + k < text.size() ? static_cast<unsigned char>(text[i + k]) : 0u;
+        };
+        const auto tail = [&](std::size_t k) { return (byte(k) & 0xc0u) == 0x80u; };
+        const unsigned lead = byte(0);
+        if (lead < 0x80u) { i += 1; }
+        else if (lead >= 0xc2u && lead <= 0xdfu && tail(1)) {
+            i += 2;
+        }
+        else if (lead >= 0xe0u && lead <= 0xefu && tail(1) && tail(2) && !(lead == 0xe0u && byte(1) < 0xa0u)
+            && !(lead == 0xedu && byte(1) > 0x9fu)) {
+            i += 3;
+        }
+        else if (lead >= 0xf0u && lead <= 0xf4u && tail(1) && tail(2) && tail(3) && !(lead == 0xf0u && byte(1) < 0x90u)
+            && !(lead == 0xf4u && byte(1) > 0x8fu)) {
+            i += 4;
+        }
+        else {
+            return false;
+        }
+    }
+    return true;
+}
+
+/// `text` as a JSON string with its quotes, escaped as the reference safetensors writer escapes: quotes, backslashes
+/// and control characters only. Text that is not UTF-8 is an invalid_argument.
+[[nodiscard]] inline std::string json_string(std::string_view text)
+{
+    if (!is_utf8(text)) {
+        raise<invalid_argument>(
+            error_code::unwritable, message("'", text, "' is not UTF-8 and cannot be written to a file"));
+    }
+    std::string result = "\"";
+    for (const char c : text) {
+        switch (c) {
+        case '"': result += "\\\""; break;
+        case '\\': result += "\\\\"; break;
+        case '\b': result += "\\b"; break;
+        case '\f': result += "\\f"; break;
+        case '\n': result += "\\n"; break;
+        case '\r': result += "\\r"; break;
+        case '\t': result += "\\t"; break;
+        default:
+            if (static_cast<unsigned char>(c) < 0x20u) {
+                constexpr char digits[] = "0123456789abcdef";
+                result += "\\u00";
+                result += digits[static_cast<unsigned char>(c) >> 4];
+                result += digits[static_cast<unsigned char>(c) & 15];
+            }
+            else {
+                result += c;
+            }
+        }
+    }
+    return result += '"';
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_JSON_HPP
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+#include <map>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A file's `__metadata__`: strings by name.
+using metadata_map = std::map<std::string, std::string>;
+
+/// The longest header that a reader accepts and a writer makes.
+inline constexpr std::uint64_t safetensors_header_limit = 100'000'000;
+
+/// One tensor of a file.
+struct safetensors_entry {
+    std::string name;
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+    std::uint64_t offset = 0; ///< of its first byte, from the beginning of the file
+    std::uint64_t bytes = 0;
+};
+
+/// What a header says, checked.
+struct safetensors_header {
+    std::vector<safetensors_entry> entries; ///< in the order of their bytes in the file
+    metadata_map metadata;
+    std::uint64_t data_offset = 0; ///< where the buffer begins, from the beginning of the file
+};
+
+namespace detail {
+
+/// Reads a header's JSON event by event, so that its cost in memory is that of its result.
+class safetensors_events final : public nlohmann::json_sax<nlohmann::json> {
+public:
+    struct tensor {
+        std::string name;
+        taskvec::dtype dtype = taskvec::dtype::f32;
+        std::vector<std::uint64_t> shape, range;
+        bool has_dtype = false, has_shape = false, has_range = false;
+    };
+
+    explicit safetensors_events(std::string_view file)
+        : file_(file)
+    { }
+
+    std::vector<tensor> tensors;
+    metadata_map metadata;
+
+    [[noreturn]] bool fail(const std::string& what, std::uint64_t position)
+    {
+        raise<format_error>(error_code::json_syntax,
+            message("header is not valid JSON at byte ", 8 + position, ": ", what), file_, 8 + position);
+    }
+
+    bool null() override
+    {
+        // The reference reader takes a null __metadata__ for none at all.
+        return top() == state::root && in_metadata_key() ? true : scalar("null");
+    }
+    bool boolean(bool) override { return scalar("a boolean"); }
+    bool number_integer(number_integer_t x) override { return scalar(x == 0 ? "-0" : "a negative number"); }
+    bool number_float(number_float_t, const string_t& text) override { return scalar(text); }
+    bool number_unsigned(number_unsigned_t x) override
+    {
+        if (top() == state::shape) { tensors.back().shape.push_back(x); }
+        else if (top() == state::range) {
+            if (tensors.back().range.size() == 2) { bad("data_offsets has more than two numbers"); }
+            tensors.back().range.push_back(x);
+        }
+        else {
+            return scalar("a number");
+        }
+        return true;
+    }
+    bool string(string_t& x) override
+    {
+        if (top() == state::metadata) { metadata[key_] = std::move(x); }
+        else if (top() == state::tensor && key_ == "dtype") {
+            const auto type = parse_dtype(x);
+            if (!type) { bad(message("has the unknown dtype '", x, "'")); }
+            tensors.back().dtype = *type;
+            tensors.back().has_dtype = true;
+        }
+        else {
+            return scalar("a string");
+        }
+        return true;
+    }
+    bool binary(binary_t&) override { return scalar("binary"); }
+
+    bool start_object(std::size_t) override
+    {
+        if (stack_.empty()) { return push(state::root); }
+        if (top() == state::root) {
+            if (in_metadata_key()) { return push(state::metadata); }
+            tensors.push_back({.name = key_, .shape = {}, .range = {}});
+            return push(state::tensor);
+        }
+        if (!ignoring()) { scalar("an object"); }
+        return push(state::ignored);
+    }
+    bool start_array(std::size_t) override
+    {
+        if (!stack_.empty() && top() == state::tensor && key_ == "shape") {
+            tensors.back().has_shape = true;
+            return push(state::shape);
+        }
+        if (!stack_.empty() && top() == state::tensor && key_ == "data_offsets") {
+            tensors.back().has_range = true;
+            return push(state::range);
+        }
+        if (stack_.empty() || !ignoring()) { scalar("an array"); }
+        return push(state::ignored);
+    }
+    bool key(string_t& x) override
+    {
+        if (!stack_.back().keys.insert(x).second) {
+            const auto kind = top();
+            if (kind == state::root) {
+                raise<format_error>(error_code::json_key_repeated,
+                    message("tensor '", x, "' occurs twice in the header"), file_, std::uint64_t{8});
+            }
+            if (kind == state::metadata) {
+                raise<format_error>(error_code::json_key_repeated, message("metadata key '", x, "' occurs twice"),
+                    file_, std::uint64_t{8});
+            }
+            bad(message("has the key '", x, "' twice"));
+        }
+        key_ = std::move(x);
+        return true;
+    }
+    bool end_object() override
+    {
+        if (top() == state::tensor) {
+            const auto& t = tensors.back();
+            if (!t.has_dtype || !t.has_shape || !t.has_range) {
+                bad(message("has no ", !t.has_dtype ? "dtype" : !t.has_shape ? "shape" : "data_offsets"));
+            }
+        }
+        return pop();
+    }
+    bool end_array() override
+    {
+        if (top() == state::range && tensors.back().range.size() != 2) {
+            bad("has data_offsets of fewer than two numbers");
+        }
+        return pop();
+    }
+    bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& ex) override
+    {
+        fail(syntax_message(ex.what()), position ? position - 1 : 0);
+    }
+
+private:
+    enum class state : std::uint8_t { none, root, metadata, tensor, shape, range, ignored };
+    struct frame {
+        state kind = state::none;
+        std::set<std::string> keys{};
+    };
+
+    [[nodiscard]] state top() const { return stack_.empty() ? state::none : stack_.back().kind; }
+    [[nodiscard]] bool in_metadata_key() const { return key_ == "__metadata__"; }
+    /// Keys of a tensor that the format does not know are ignored, as the reference reader does.
+    [[nodiscard]] bool ignoring() const
+    {
+        return top() == state::ignored
+            || (top() == state::tensor && key_ != "dtype" && key_ != "shape" && key_ != "data_offsets");
+    }
+    /// A value that is neither a string nor an unsigned number where one belongs.
+    bool scalar(std::string_view found)
+    {
+        if (ignoring()) { return true; }
+        switch (top()) {
+        case state::none:
+            raise<format_error>(error_code::header_field, message("header is ", found, "; expected a JSON object"),
+                file_, std::uint64_t{8});
+        case state::root:
+            raise<format_error>(error_code::header_field,
+                message(in_metadata_key() ? "__metadata__" : "tensor '" + key_ + "'", " is ", found,
+                    "; expected a JSON object"),
+                file_, std::uint64_t{8});
+        case state::metadata:
+            raise<format_error>(error_code::header_field,
+                message("metadata '", key_, "' is ", found, "; expected a string"), file_, std::uint64_t{8});
+        case state::shape: bad(message("has ", found, " in its shape; expected unsigned integers"));
+        case state::range: bad(message("has ", found, " in its data_offsets; expected unsigned integers"));
+        default:
+            bad(message("has ", found, " as its ", key_,
+                key_ == "dtype" ? "; expected a string" : "; expected an array of unsigned integers"));
+        }
+    }
+    [[noreturn]] void bad(const std::string& what)
+    {
+        raise<format_error>(
+            error_code::header_field, message("tensor '", tensors.back().name, "' ", what), file_, std::uint64_t{8});
+    }
+    bool push(state kind)
+    {
+        if (stack_.size() == json_depth_limit) {
+            raise<format_error>(error_code::json_syntax,
+                message("header is nested deeper than ", json_depth_limit, " levels"), file_, std::uint64_t{8});
+        }
+        stack_.push_back({kind});
+        return true;
+    }
+    bool pop()
+    {
+        stack_.pop_back();
+        return true;
+    }
+
+    std::string file_;
+    std::vector<frame> stack_;
+    std::string key_;
+};
+
+/// Checks one tensor's numbers the way the reference reader does; `start` is where its bytes must begin in the buffer.
+inline safetensors_entry check_tensor(
+    safetensors_events::tensor&& t, std::uint64_t start, std::uint64_t data_offset, std::string_view file)
+{
+    const auto fail = [&](const std::string& what) {
+        raise<format_error>(
+            error_code::tensor_offsets, message("tensor '", t.name, "' ", what), std::string(file), data_offset);
+    };
+    const std::uint64_t begin = t.range[0], end = t.range[1];
+    if (begin > end) { fail(message("has data_offsets [", begin, ", ", end, "] that run backwards")); }
+    if (begin != start) {
+        fail(message("begins at byte ", begin, " of the buffer; expected ", start,
+            ", where the tensor before it ends: the buffer has ", begin > start ? "a hole" : "an overlap"));
+    }
+    std::uint64_t count = 1;
+    extents shape;
+    shape.reserve(t.shape.size());
+    for (const auto extent : t.shape) {
+        if (__builtin_mul_overflow(count, extent, &count)) { fail("has a shape whose product is above 2^64-1"); }
+        if (extent > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
+            fail("has an extent above 2^63-1");
+        }
+        shape.push_back(static_cast<std::int64_t>(extent));
+    }
+    std::uint64_t bit_count = 0;
+    if (__builtin_mul_overflow(count, std::uint64_t{bits_per_element(t.dtype)}, &bit_count)) {
+        fail("has more than 2^64-1 bits");
+    }
+    if (bit_count % 8 != 0) {
+        fail(message("of dtype ", to_string(t.dtype), " has ", bit_count, " bits; expected whole bytes"));
+    }
+    if (end - begin != bit_count / 8) {
+        fail(message("of dtype ", to_string(t.dtype), " and shape ", to_string(shape), " needs ", bit_count / 8,
+            " bytes; its data_offsets give it ", end - begin));
+    }
+    return {std::move(t.name), t.dtype, std::move(shape), data_offset + begin, end - begin};
+}
+
+} // namespace detail
+
+/// Reads and checks the header of a safetensors file that lies in memory, by the rules of the reference reader: header
+/// of at most 100,000,000 bytes, UTF-8 JSON nested at most 127 deep, ranges that tile the buffer without hole or
+/// overlap, products checked for overflow, sizes that match. Leading white space, unknown keys of a tensor, empty
+/// tensors, scalars, any rank, any order of tensors and unaligned data are valid. Stricter than the reference in four
+/// points: a key that occurs twice, a tensor described by a JSON array instead of an object, a dtype that is no string,
+/// and an extent above 2^63-1 are refused. Throws format_error naming `file` and the tensor. Cost: O(header).
+[[nodiscard]] inline safetensors_header parse_safetensors(std::span<const std::byte> bytes, std::string_view file)
+{
+    const auto fail = [&](error_code code, const std::string& what, std::uint64_t offset) {
+        raise<format_error>(code, what, std::string(file), offset);
+    };
+    std::uint64_t length = 0;
+    if (bytes.size() >= 8) { std::memcpy(&length, bytes.data(), 8); }
+    if (bytes.size() < 8 || length > safetensors_header_limit || length > bytes.size() - 8 || length == 0) {
+        if (const auto kind = what_is_this_file(bytes)) { fail(error_code::not_safetensors, kind->sentence(), 0); }
+    }
+    if (bytes.size() < 8) {
+        fail(error_code::file_truncated,
+            message("has ", bytes.size(), " bytes; a safetensors file has at least 8: fetch it again"), 0);
+    }
+    if (length > safetensors_header_limit) {
+        fail(error_code::not_safetensors,
+            message("claims a header of ", length, " bytes; at most ", safetensors_header_limit,
+                " are allowed: this is not a safetensors file, or a damaged one"),
+            0);
+    }
+    if (length > bytes.size() - 8) {
+        fail(error_code::file_truncated,
+            message("claims a header of ", length, " bytes and has ", bytes.size() - 8,
+                " after it: the file is cut short; fetch it again"),
+            0);
+    }
+
+    detail::safetensors_events events(file);
+    detail::sax_parse_strictly(
+        {reinterpret_cast<const char*>(bytes.data()) + 8, static_cast<std::size_t>(length)}, events);
+
+    safetensors_header header;
+    header.metadata = std::move(events.metadata);
+    header.data_offset = 8 + length;
+    std::stable_sort(
+        events.tensors.begin(), events.tensors.end(), [](const auto& a, const auto& b) { return a.range < b.range; });
+    header.entries.reserve(events.tensors.size());
+    std::uint64_t end = 0;
+    for (auto& tensor : events.tensors) {
+        header.entries.push_back(detail::check_tensor(std::move(tensor), end, header.data_offset, file));
+        end += header.entries.back().bytes;
+    }
+    if (const std::uint64_t present = bytes.size() - header.data_offset; end != present) {
+        fail(end > present ? error_code::file_truncated : error_code::tensor_offsets,
+            message("has ", present, " bytes of tensor data; its header describes ", end,
+                end > present ? ": the file is cut short; fetch it again" : ""),
+            header.data_offset);
+    }
+    return header;
+}
+
+/// A safetensors file, mapped. Tensors are views into the map and live as long as this object (moving it keeps them).
+/// A view's address is aligned to its dtype only if the file aligned it.
+///
+///     taskvec::safetensors_file file("model.safetensors");
+///     for (const auto& [name, tensor] : file.model()) { … }
+///
+/// Throws io_error, format_error. Cost: O(header); no tensor byte is read.
+class safetensors_file {
+public:
+    explicit safetensors_file(std::filesystem::path path)
+        : map_(std::move(path))
+        , header_(parse_safetensors(map_.bytes(), map_.path().string()))
+    { }
+    /// A file of another format whose tensors lie in it as they do here: `header` was read from it, and checked against
+    /// its bytes (formats/pytorch.hpp).
+    safetensors_file(mapped_file map, safetensors_header header)
+        : map_(std::move(map))
+        , header_(std::move(header))
+    { }
+
+    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return map_.path(); }
+    [[nodiscard]] std::filesystem::path path() && { return map_.path(); }
+    [[nodiscard]] const mapped_file& map() const& noexcept { return map_; }
+    void map() const&& = delete; // name the owner first: its views would dangle
+    /// The tensors in the order of their bytes in the file.
+    [[nodiscard]] const std::vector<safetensors_entry>& entries() const& noexcept { return header_.entries; }
+    [[nodiscard]] std::vector<safetensors_entry> entries() && { return std::move(header_.entries); }
+    [[nodiscard]] const metadata_map& metadata() const& noexcept { return header_.metadata; }
+    [[nodiscard]] metadata_map metadata() && { return std::move(header_.metadata); }
+    /// Bytes of the tensors together.
+    [[nodiscard]] std::uint64_t data_bytes() const noexcept { return map_.bytes().size() - header_.data_offset; }
+    void tensor(const safetensors_entry&) const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const_tensor_ref tensor(const safetensors_entry& entry) const&
+    {
+        return {map_.bytes().data() + entry.offset, entry.dtype, entry.shape, {}, memory_space::host, 0};
+    }
+    void model() const&& = delete; // name the owner first: its views would dangle
+    /// All tensors, by name.
+    [[nodiscard]] const_model_ref model() const&
+    {
+        std::vector<const safetensors_entry*> sorted;
+        for (const auto& entry : header_.entries) { sorted.push_back(&entry); }
+        std::sort(sorted.begin(), sorted.end(), [](auto* a, auto* b) { return a->name < b->name; });
+        const_model_ref result;
+        for (const auto* entry : sorted) { result.insert(entry->name, tensor(*entry)); }
+        return result;
+    }
+
+private:
+    mapped_file map_;
+    safetensors_header header_;
+};
+
+/// The header bytes (length included) of a file that holds `specs`, and where each tensor's bytes go.
+struct safetensors_layout {
+    std::string head;
+    std::vector<std::uint64_t> offsets; ///< for each spec, from the beginning of the file
+    std::uint64_t size = 0; ///< of the whole file
+};
+
+/// Lays a file out as the reference writer does: tensors by dtype (its enum, descending), then by name; `__metadata__`
+/// first; the header padded with spaces to a multiple of 8. `format` is set to "pt" unless the metadata has it already.
+/// Throws invalid_argument for a name that occurs twice, is "__metadata__", or is not UTF-8.
+[[nodiscard]] inline safetensors_layout layout_safetensors(
+    const std::vector<tensor_spec>& specs, metadata_map metadata = {})
+{
+    metadata.try_emplace("format", "pt");
+    std::vector<std::size_t> order(specs.size());
+    for (std::size_t i = 0; i < order.size(); ++i) { order[i] = i; }
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+        return specs[a].dtype != specs[b].dtype ? specs[a].dtype > specs[b].dtype : specs[a].name < specs[b].name;
+    });
+
+    std::string json = "{\"__metadata__\":{";
+    for (const auto& [key, value] : metadata) {
+        json += (json.back() == '{' ? "" : ",") + json_string(key) + ":" + json_string(value);
+    }
+    json += '}';
+    safetensors_layout layout;
+    layout.offsets.resize(specs.size());
+    std::uint64_t at = 0;
+    std::set<std::string_view> names{"__metadata__"};
+    for (const auto index : order) {
+        const auto& spec = specs[index];
+        if (!names.insert(spec.name).second) {
+            raise<invalid_argument>(spec.name == "__metadata__" ? error_code::unwritable : error_code::tensor_repeated,
+                spec.name == "__metadata__" ? "a tensor cannot be called '__metadata__'"
+                                            : message("tensor '", spec.name, "' would be written twice"));
+        }
+        const std::uint64_t count = spec.size();
+        std::uint64_t bit_count = 0, end = 0;
+        if (__builtin_mul_overflow(count, std::uint64_t{bits_per_element(spec.dtype)}, &bit_count)
+            || __builtin_add_overflow(at, bit_count / 8, &end)) {
+            raise<invalid_argument>(error_code::unwritable,
+                message("tensor '", spec.name, "' of shape ", to_string(spec.shape), " is too large for a file"));
+        }
+        if (bit_count % 8 != 0) {
+            raise<invalid_argument>(error_code::unwritable,
+                message("tensor '", spec.name, "' of dtype ", to_string(spec.dtype), " does not fill whole bytes"));
+        }
+        json += ',' + json_string(spec.name) + ":{\"dtype\":\"" + std::string(to_string(spec.dtype)) + "\",\"shape\":[";
+        for (std::size_t i = 0; i < spec.shape.size(); ++i) { json += message(i ? "," : "", spec.shape[i]); }
+        json += "],\"data_offsets\":[" + std::to_string(at) + ',' + std::to_string(end) + "]}";
+        layout.offsets[index] = at;
+        at = end;
+    }
+    json += '}';
+    json.append((8 - json.size() % 8) % 8, ' ');
+    const std::uint64_t length = json.size();
+    if (length > safetensors_header_limit) {
+        raise<invalid_argument>(error_code::unwritable,
+            message("the header would have ", length, " bytes; a safetensors header has at most ",
+                safetensors_header_limit, ": write several files"));
+    }
+    layout.head.resize(8);
+    std::memcpy(layout.head.data(), &length, 8);
+    layout.head += json;
+    for (auto& offset : layout.offsets) { offset += layout.head.size(); }
+    layout.size = layout.head.size() + at;
+    return layout;
+}
+
+/// Writes one safetensors file: reserves it under a temporary name, takes the tensors' bytes in any order and from any
+/// thread, and gives it its name on commit(). See atomic_file for what a crash leaves, and for replacing an input.
+///
+///     taskvec::safetensors_writer out("merged.safetensors", {{"w", taskvec::dtype::f32, {2, 2}}});
+///     out.write(0, 0, data, 16);
+///     out.commit();
+class safetensors_writer final : public tensor_sink {
+public:
+    /// Tensor `index` of write() is specs[index], whatever its place in the file.
+    /// Throws invalid_argument (see layout_safetensors) before anything is created, and io_error.
+    safetensors_writer(std::filesystem::path target, const std::vector<tensor_spec>& specs, metadata_map metadata = {},
+        durability mode = durability::synchronised)
+        : safetensors_writer(std::move(target), specs, layout_safetensors(specs, std::move(metadata)), mode)
+    { }
+
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        if (index >= sizes_.size() || offset > sizes_[index] || size > sizes_[index] - offset) {
+            raise<invalid_argument>(error_code::index_out_of_range,
+                message("a write of ", size, " bytes at ", offset, " lies outside tensor ", index, " of '",
+                    file_.target().string(), "'"));
+        }
+        if (on_demand_ && !open_.load(std::memory_order_acquire)) {
+            const detail::light_lock lock(busy_);
+            if (!open_.load(std::memory_order_relaxed)) {
+                file_.open_again();
+                open_.store(true, std::memory_order_release);
+            }
+        }
+        file_.write(offsets_[index] + offset, data, size);
+        // Each byte is written once: whoever writes the last one is the only one left.
+        if (written_.fetch_add(size, std::memory_order_acq_rel) + size == expected_ && on_demand_ && size) {
+            file_.close_for_now();
+        }
+    }
+    /// Has the file open from its first write to its last only, for those who write more files than a process may have
+    /// open. Before the first write.
+    void open_on_demand()
+    {
+        file_.close_for_now();
+        on_demand_ = true;
+    }
+
+    /// Forces the bytes to disk, so that commit() only renames. Throws invalid_argument if fewer bytes were written
+    /// than the tensors have.
+    void finish()
+    {
+        if (const auto written = written_.load(); written < expected_) {
+            raise<invalid_argument>(error_code::call_order,
+                message("'", file_.target().string(), "' is incomplete: ", written, " of ", expected_,
+                    " bytes were written"));
+        }
+        file_.finish();
+    }
+    /// Gives the file its name. Nothing may be written afterwards.
+    void commit(bool whole_directory = true)
+    {
+        finish();
+        file_.commit(whole_directory);
+    }
+
+    [[nodiscard]] const std::filesystem::path& target() const noexcept { return file_.target(); }
+    [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return file_.temporary(); }
+    /// Bytes of the whole file.
+    [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
+
+private:
+    safetensors_writer(
+        std::filesystem::path target, const std::vector<tensor_spec>& specs, safetensors_layout layout, durability mode)
+        : file_(std::move(target), layout.size, mode)
+        , offsets_(std::move(layout.offsets))
+        , size_(layout.size)
+        , expected_(layout.size - layout.head.size())
+    {
+        sizes_.reserve(specs.size());
+        for (const auto& spec : specs) { sizes_.push_back(spec.bytes()); }
+        file_.write(0, layout.head.data(), layout.head.size());
+    }
+
+    atomic_file file_;
+    std::vector<std::uint64_t> offsets_, sizes_;
+    std::uint64_t size_, expected_;
+    std::atomic<std::uint64_t> written_{0};
+    bool on_demand_ = false;
+    std::atomic<bool> open_{false}; ///< once and for all, where the file is opened on demand
+    std::atomic_flag busy_;
+};
+
+/// Writes a whole model that lies in memory. The tensors must be contiguous host memory.
+///
+///     taskvec::write_safetensors("model.safetensors", model, {{"step", "100"}});
+inline void write_safetensors(const std::filesystem::path& path, const const_model_ref& model,
+    metadata_map metadata = {}, durability mode = durability::synchronised)
+{
+    std::vector<tensor_spec> specs;
+    for (const auto& [name, tensor] : model) {
+        if (tensor.space != memory_space::host || !tensor.contiguous()) {
+            raise<invalid_argument>(
+                error_code::tensor_layout, message("tensor '", name, "' is not contiguous host memory; copy it first"));
+        }
+        if (tensor.source) { detail::refuse_source(name); }
+        specs.push_back({name, tensor.dtype, tensor.shape});
+    }
+    safetensors_writer writer(path, specs, std::move(metadata), mode);
+    for (std::size_t i = 0; i < specs.size(); ++i) { writer.write(i, 0, model[i].tensor.data, specs[i].bytes()); }
+    writer.commit();
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_SAFETENSORS_HPP
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <initializer_list>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The file names of an adapter directory, and what PEFT puts before the names of modules.
+inline constexpr std::string_view peft_config_name = "adapter_config.json";
+inline constexpr std::string_view peft_model_name = "adapter_model.safetensors";
+inline constexpr std::string_view peft_prefix = "base_model.model.";
+
+/// A tensor that an adapter carries beside its factors: a bias, or a weight of a module that was trained whole.
+struct peft_tensor {
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+    std::vector<std::byte> bytes{};
+    friend bool operator==(const peft_tensor&, const peft_tensor&) = default;
+};
+
+/// What follows the name of an adapted module in the name of the copy of its base weight that an adapter may carry.
+inline constexpr std::string_view peft_base_weight = ".base_layer.weight";
+
+/// An adapter as a PEFT directory holds it. Module names are those of the base model ("layers.0.attn.q_proj").
+/// The update of an embedding (entries×dimensions) is kept as PEFT factors it, transposed: out = dimensions, in =
+/// entries. The weight of a transposed layer (`fan_in_fan_out`) is in×out, its update here out×in like any other.
+template <arithmetic_element T>
+struct peft_adapter {
+    lora_adapter<T> updates{}; ///< factors in T, scaling from the configuration
+    std::set<std::string> embeddings{}; ///< which of the modules are embeddings
+    std::map<std::string, dtype> stored{}; ///< the dtype of each module's factors in the file; absent: T
+    std::map<std::string, peft_tensor>
+        others{}; ///< biases, copies of base weights, whole modules: by name in the file without PEFT's prefix
+    nlohmann::json config = nlohmann::json::object(); ///< the configuration as it was read
+    std::string label{}; ///< names the adapter in messages: its directory
+};
+
+/// The narrowest floating storage dtype that holds the values of both.
+[[nodiscard]] constexpr dtype wider(dtype a, dtype b) noexcept
+{
+    return a == b ? a : a == dtype::f64 || b == dtype::f64 ? dtype::f64 : dtype::f32;
+}
+
+struct peft_read_options {
+    /// Accept an adapter that is more than low-rank updates because whole weights come with it (modules_to_save,
+    /// embeddings that were saved): they are kept in `others`. By default such an adapter is refused. The copies of
+    /// base weights that PEFT stores beside the factors of embed_tokens and lm_head are not meant: they are always
+    /// accepted.
+    bool whole_modules = false;
+    /// What messages call the switch above: the caller's own word for it, such as a flag.
+    std::string whole_modules_word = "peft_read_options::whole_modules";
+};
+
+namespace detail {
+
+/// PEFT's rule for rank_pattern and alpha_pattern: the first key, in file order, that as a regular expression matches
+/// the module's whole name or a dotted end of it.
+class peft_patterns {
+public:
+    struct pattern {
+        std::string key;
+        name_pattern matcher;
+        double value = 0;
+        bool used = false;
+    };
+
+    peft_patterns() = default;
+    peft_patterns(const nlohmann::ordered_json& object, std::string_view field, const std::string& file)
+    {
+        if (object.is_null()) { return; }
+        if (!object.is_object()) {
+            raise<format_error>(error_code::adapter_config, message(field, " is not an object"), file);
+        }
+        for (const auto& [key, value] : object.items()) {
+            if (!value.is_number()) {
+                raise<format_error>(error_code::adapter_config,
+                    message(field, " gives '", key, "' something that is not a number"), file);
+            }
+            patterns_.push_back({key, compile(key, field, file), value.template get<double>(), false});
+        }
+    }
+    /// The value for a module, or `otherwise`.
+    [[nodiscard]] double find(const std::string& module, double otherwise)
+    {
+        bool found = false;
+        for (auto& one : patterns_) {
+            if (!one.matcher.matches(module)) { continue; }
+            one.used = true;
+            if (!found) {
+                otherwise = one.value;
+                found = true;
+            }
+        }
+        return otherwise;
+    }
+    /// A key that matched no module is a mistake that PEFT does not notice.
+    void check_used(std::string_view field, const std::string& file) const
+    {
+        for (const auto& one : patterns_) {
+            if (!one.used) {
+                raise<format_error>(error_code::adapter_config,
+                    message(field, " has the key '", one.key,
+                        "', which matches no module of the adapter; remove or correct it"),
+                    file);
+            }
+        }
+    }
+
+private:
+    static name_pattern compile(const std::string& key, std::string_view field, const std::string& file)
+    {
+#if !defined(TASKVEC_NO_EXCEPTIONS)
+        try {
+            return name_pattern("(.*\\.)?(" + key + ")");
+        }
+        catch (const invalid_argument& problem) {
+            raise<format_error>(
+                error_code::adapter_config, message(field, " has the key '", key, "': ", problem.what()), file);
+        }
+#else
+        (void)field;
+        (void)file;
+        return name_pattern("(.*\\.)?(" + key + ")");
+#endif
+    }
+    std::vector<pattern> patterns_;
+};
+
+/// Fields of adapter_config.json, read with a complaint that names the file and the field.
+class peft_fields {
+public:
+    peft_fields(const nlohmann::json& config, const std::string& file)
+        : config_(config)
+        , file_(file)
+    { }
+    [[nodiscard]] const nlohmann::json* find(const char* field) const
+    {
+        const auto place = config_.find(field);
+        return place == config_.end() || place->is_null() ? nullptr : &*place;
+    }
+    [[nodiscard]] bool flag(const char* field) const
+    {
+        const auto* value = find(field);
+        if (value && !value->is_boolean()) {
+            raise<format_error>(
+                error_code::adapter_config, message(field, " is ", shown(*value), "; expected true or false"), file_);
+        }
+        return value && value->get<bool>();
+    }
+    /// `otherwise` where the field is absent; null is no number.
+    [[nodiscard]] double number(const char* field, double otherwise) const
+    {
+        const auto value = config_.find(field);
+        if (value == config_.end()) { return otherwise; }
+        if (!value->is_number()) {
+            raise<format_error>(
+                error_code::adapter_config, message(field, " is ", shown(*value), "; expected a number"), file_);
+        }
+        return value->get<double>();
+    }
+    /// Absent, null, a text or a list of texts, as PEFT names modules.
+    void check_names(const char* field) const
+    {
+        const auto* value = find(field);
+        if (!value || value->is_string()) { return; }
+        if (!value->is_array()
+            || !std::all_of(value->begin(), value->end(), [](const auto& one) { return one.is_string(); })) {
+            raise<format_error>(error_code::adapter_config,
+                message(field, " is ", shown(*value), "; expected names of modules, or a regular expression"), file_);
+        }
+    }
+    /// A value as JSON, shortened for a message.
+    [[nodiscard]] static std::string shown(const nlohmann::json& value)
+    {
+        const auto text = value.dump(-1, ' ', true);
+        return text.size() <= 80 ? text : text.substr(0, 80) + "…";
+    }
+    /// Present and saying something: not null, false, "", [] or {}.
+    [[nodiscard]] bool says_something(const char* field) const
+    {
+        const auto* value = find(field);
+        return value && !(value->is_boolean() && !value->get<bool>())
+            && !(value->is_string() && value->get_ref<const std::string&>().empty())
+            && !((value->is_array() || value->is_object()) && value->empty());
+    }
+
+private:
+    const nlohmann::json& config_;
+    const std::string& file_;
+};
+
+/// Fields of a configuration that, where they say something, make an adapter another thing than a change of each weight
+/// by itself, whoever reads it, and what each does.
+inline constexpr std::array<std::pair<const char*, std::string_view>, 9> beyond_updates{
+    {{"use_qalora", "QA-LoRA pools its input"}, {"use_bdlora", "its factors are block-diagonal"},
+        {"alora_invocation_tokens", "aLoRA switches on within the input"},
+        {"trainable_token_indices", "single rows of an embedding are replaced"},
+        {"target_parameters", "bare parameters are adapted"}, {"layer_replication", "the base's layers are repeated"},
+        {"kasa_config", "KaSA changes the base weights"}, {"arrow_config", "adapters are routed"},
+        {"monteclora_config", "its factors are random variables"}}};
+
+/// Refuses an initialisation of LoRA that is not one of those that leave the base as it is (pissa, olora, corda, loftq,
+/// lora_ga … change it), by refuse(what, why).
+template <class Refuse>
+void check_lora_initialization(
+    const peft_fields& fields, std::initializer_list<std::string_view> harmless, const Refuse& refuse)
+{
+    const auto* const init = fields.find("init_lora_weights");
+    if (!init || !init->is_string()) { return; }
+    const auto& name = init->get_ref<const std::string&>();
+    if (std::find(harmless.begin(), harmless.end(), name) == harmless.end()) {
+        refuse(message("init_lora_weights is '", name, "'"),
+            "such an initialisation changes the base weights, which makes it an update of another base");
+    }
+}
+
+/// Refuses by name whatever is not a plain low-rank update.
+inline void check_plain_lora(const nlohmann::json& config, const std::string& file, const peft_read_options& options)
+{
+    const peft_fields fields(config, file);
+    const auto refuse = [&](std::string_view what, std::string_view why) {
+        raise<format_error>(error_code::adapter_unsupported,
+            message(what, ": ", why,
+                ", not a plain low-rank update; fold it into its base with PEFT and extract an adapter "
+                "from the result"),
+            file);
+    };
+    const auto* type = fields.find("peft_type");
+    if (!type) {
+        raise<format_error>(
+            error_code::adapter_config, "has no peft_type; expected the configuration of a LoRA adapter", file);
+    }
+    if (*type != "LORA") {
+        refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)),
+            "another kind of adapter");
+    }
+
+    check_lora_initialization(fields, {"gaussian", "eva", "orthogonal"}, refuse);
+    constexpr std::array<std::pair<const char*, std::string_view>, 6> refused{
+        {{"use_dora", "DoRA rescales the weights"}, {"lora_bias", "the update has a bias of its own"},
+            {"corda_config", "CorDA changes the base weights"}, {"lora_ga_config", "LoRA-GA changes the base weights"},
+            {"loftq_config", "LoftQ changes the base weights"},
+            {"velora_config", "a configuration that is not known here"}}};
+    for (const auto& [field, why] : refused) {
+        if (fields.says_something(field)) { refuse(field, why); }
+    }
+    for (const auto& [field, why] : beyond_updates) {
+        if (fields.says_something(field)) { refuse(field, why); }
+    }
+    if (fields.says_something("modules_to_save") && !options.whole_modules) {
+        raise<format_error>(error_code::adapter_unsupported,
+            message("modules_to_save: whole modules (", fields.shown(*fields.find("modules_to_save")),
+                ") come with this adapter, which makes it more than a low-rank update; ask for them to "
+                "be carried along (",
+                options.whole_modules_word, "), or remove them"),
+            file);
+    }
+    for (const char* names : {"target_modules", "exclude_modules", "modules_to_save"}) { fields.check_names(names); }
+    (void)fields.flag("fan_in_fan_out");
+    constexpr std::array<std::string_view, 3> biases{"none", "all", "lora_only"};
+    if (const auto* bias = fields.find("bias");
+        bias && std::find(biases.begin(), biases.end(), *bias) == biases.end()) {
+        raise<format_error>(error_code::adapter_config,
+            message("bias is ", fields.shown(*bias), "; expected \"none\", \"all\" or \"lora_only\""), file);
+    }
+    if (const double rank = fields.number("r", 8); !(rank >= 1 && rank == std::floor(rank))) {
+        raise<format_error>(error_code::adapter_config,
+            message("r is ", fields.shown(*fields.find("r")), "; expected a rank, a whole number above 0"), file);
+    }
+}
+
+/// A stored factor (rows×cols) in T, row-major.
+template <class T>
+[[nodiscard]] matrix<T> read_factor(const safetensors_file& file, const safetensors_entry& entry)
+{
+    if (entry.shape.size() != 2) {
+        raise<format_error>(error_code::adapter_unsupported,
+            message("tensor '", entry.name, "' has shape ", to_string(entry.shape),
+                entry.shape.size() == 4 ? ": a convolution's factors are not supported" : "; expected a matrix"),
+            file.path().string(), entry.offset);
+    }
+    if (!is_storage(entry.dtype)) {
+        raise<dtype_mismatch>(error_code::dtype_unsupported,
+            message("'", file.path().string(), "': tensor '", entry.name, "' has dtype ", to_string(entry.dtype),
+                "; a factor is ", storage_names(), ": convert the adapter first"));
+    }
+    matrix<T> x(
+        static_cast<std::size_t>(entry.shape[0]), static_cast<std::size_t>(entry.shape[1]), matrix_order::row_major);
+    const auto* const from = static_cast<const std::byte*>(file.tensor(entry).data);
+    visit_storage(entry.dtype, entry.name, [&]<class S>(std::type_identity<S>) {
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            S value;
+            std::memcpy(&value, from + i * sizeof(S), sizeof(S));
+            x.data()[i] = static_cast<T>(widen<arithmetic_type<S>>(value));
+        }
+    });
+    return x;
+}
+
+/// True when one of the modules that a configuration lists as saved whole is on the path of this tensor.
+[[nodiscard]] inline bool belongs_to_saved_module(std::string_view name, const nlohmann::json& config)
+{
+    const auto list = config.find("modules_to_save");
+    if (list == config.end() || !list->is_array()) { return false; }
+    const std::string path = "." + std::string(name);
+    for (const auto& module : *list) {
+        if (module.is_string() && path.find("." + module.get<std::string>() + ".") != path.npos) { return true; }
+    }
+    return false;
+}
+
+} // namespace detail
+
+/// True when some factor of an adapter is stored as F64: it then wants read_peft<double>().
+[[nodiscard]] inline bool peft_is_wide(const std::filesystem::path& directory)
+{
+    const safetensors_file file(directory / peft_model_name);
+    return std::any_of(
+        file.entries().begin(), file.entries().end(), [](const auto& entry) { return entry.dtype == dtype::f64; });
+}
+
+/// Reads an adapter directory that PEFT (or write_peft) wrote. The scaling of a module is α/r, or α/√r with use_rslora,
+/// with α and r from alpha_pattern and rank_pattern where these match (as PEFT matches: in file order, the whole name
+/// or a dotted end). Throws io_error for a missing file; format_error for what is not a plain LoRA adapter (each by
+/// name: DoRA, aLoRA, QA-LoRA, PiSSA, OLoRA, CorDA, LoftQ and the like, lora_bias, trainable tokens, target_parameters,
+/// convolutions, other peft types, modules_to_save unless asked for), a half of a pair without the other, ranks that
+/// contradict the configuration, patterns that match nothing, tensors with no place in an adapter; dtype_mismatch for
+/// factors that are not floating.
+///
+///     const auto adapter = read_peft("adapter");
+///     const auto served = peru_lora(cpu{}, adapter.updates, {.rank = {.rank = 8}});
+template <arithmetic_element T = float>
+[[nodiscard]] peft_adapter<T> read_peft(const std::filesystem::path& directory, const peft_read_options& options = {})
+{
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(directory, ignored)) {
+        raise<io_error>(error_code::file_kind, "is not a directory; expected a PEFT adapter directory",
+            directory.string(), ENOTDIR);
+    }
+    const auto config_path = directory / peft_config_name, model_path = directory / peft_model_name;
+    const std::string config_file = config_path.string();
+    const mapped_file configuration(config_path);
+    const std::string text = read_text_file(config_path);
+    peft_adapter<T> adapter;
+    adapter.label = directory.string();
+    adapter.config = parse_json(text, config_file);
+    if (!adapter.config.is_object()) {
+        raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
+    }
+    detail::check_plain_lora(adapter.config, config_file, options);
+    if (!std::filesystem::exists(model_path, ignored)
+        && std::filesystem::exists(directory / "adapter_model.bin", ignored)) {
+        raise<io_error>(error_code::model_not_found,
+            "holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", directory.string());
+    }
+    const safetensors_file file(model_path);
+    const std::string model_file = model_path.string();
+
+    // Pairs of factors, by module; everything else by name.
+    struct halves {
+        const safetensors_entry *a = nullptr, *b = nullptr;
+        bool embedding = false;
+    };
+    std::map<std::string, halves> pairs;
+    std::map<std::string, const safetensors_entry*> others;
+    const detail::peft_fields fields(adapter.config, config_file);
+    const auto* bias = fields.find("bias");
+    const bool biases = bias && *bias != "none";
+    for (const auto& entry : file.entries()) {
+        std::string_view name = entry.name;
+        if (!name.starts_with(peft_prefix)) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("tensor '", entry.name, "' does not begin with '", peft_prefix,
+                    "' as the names of a PEFT adapter do"),
+                model_file);
+        }
+        name.remove_prefix(peft_prefix.size());
+        const auto take = [&](std::string_view suffix, bool is_a, bool embedding) {
+            if (!name.ends_with(suffix) || name.size() == suffix.size()) { return false; }
+            auto& pair = pairs[std::string(name.substr(0, name.size() - suffix.size()))];
+            if (is_a ? pair.a : pair.b) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("tensor '", entry.name, "' is the second such factor of its module"), model_file);
+            }
+            (is_a ? pair.a : pair.b) = &entry;
+            if ((pair.a && pair.b) && pair.embedding != embedding) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("tensor '", entry.name,
+                        "' and its other half are not both factors of an embedding, or of a layer"),
+                    model_file);
+            }
+            pair.embedding = embedding;
+            return true;
+        };
+        if (take(".lora_A.weight", true, false) || take(".lora_B.weight", false, false)
+            || take(".lora_embedding_A", true, true) || take(".lora_embedding_B", false, true)) {
+            continue;
+        }
+        if (name.find(".lora_") != name.npos || name.find("lora_") == 0) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("tensor '", entry.name,
+                    "' is not a factor of a plain low-rank update; expected lora_A.weight, lora_B.weight, "
+                    "lora_embedding_A and lora_embedding_B"),
+                model_file);
+        }
+        others.emplace(name, &entry);
+    }
+    if (pairs.empty()) { raise<format_error>(error_code::adapter_tensors, "holds no LoRA factors", model_file); }
+    for (const auto& [name, entry] : others) {
+        const bool is_bias = biases && name.ends_with(".bias");
+        const bool is_copy =
+            name.ends_with(peft_base_weight) && pairs.contains(name.substr(0, name.size() - peft_base_weight.size()));
+        if (!is_bias && !is_copy
+            && !(options.whole_modules
+                && (detail::belongs_to_saved_module(name, adapter.config) || name.ends_with(".weight")))) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("tensor '", entry->name,
+                    "' is neither a factor nor a bias that the configuration announces: this adapter is more than a "
+                    "low-rank update; ask for whole weights to be carried along (",
+                    options.whole_modules_word, "), or remove it"),
+                model_file);
+        }
+        const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);
+        adapter.others.emplace(
+            name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
+    }
+
+    const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
+    const auto pattern = [&](const char* field) {
+        return detail::peft_patterns(
+            ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
+    };
+    auto ranks = pattern("rank_pattern"), alphas = pattern("alpha_pattern");
+    const double rank = fields.number("r", 8), alpha = fields.number("lora_alpha", 8);
+    const bool root = fields.flag("use_rslora");
+    for (const auto& [module, pair] : pairs) {
+        if (!pair.a || !pair.b) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("module '", module, "' has ", pair.a ? "lora_A but no lora_B" : "lora_B but no lora_A",
+                    ": half of its update is missing"),
+                model_file);
+        }
+        lora_update<T> update{detail::read_factor<T>(file, *pair.b), detail::read_factor<T>(file, *pair.a), 1};
+        if (update.b.cols() != update.a.rows()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", model_file, "': module '", module, "': lora_B is ", update.b.rows(), "×", update.b.cols(),
+                    " and lora_A ", update.a.rows(), "×", update.a.cols(), "; their ranks differ"));
+        }
+        const double expected = ranks.find(module, rank), strength = alphas.find(module, alpha);
+        if (static_cast<double>(update.rank()) != expected) {
+            raise<format_error>(error_code::adapter_tensors,
+                message(
+                    "module '", module, "' has rank ", update.rank(), " but ", peft_config_name, " says ", expected),
+                model_file);
+        }
+        if (update.rank() == 0) {
+            raise<format_error>(error_code::adapter_tensors, message("module '", module, "' has rank 0"), model_file);
+        }
+        if (const auto copy = others.find(module + std::string(peft_base_weight)); copy != others.end()) {
+            const auto out = static_cast<std::int64_t>(update.out()), in = static_cast<std::int64_t>(update.in());
+            if (copy->second->shape != extents{out, in} && copy->second->shape != extents{in, out}) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("tensor '", copy->second->name, "' has shape ", to_string(copy->second->shape),
+                        ", but the update of its module is ", out, "×", in),
+                    model_file);
+            }
+        }
+        update.scaling = root ? strength / std::sqrt(expected) : strength / expected;
+        check_update(update, module);
+        if (pair.embedding) { adapter.embeddings.insert(module); }
+        adapter.stored.emplace(module, wider(pair.a->dtype, pair.b->dtype));
+        adapter.updates.emplace(module, std::move(update));
+    }
+    ranks.check_used("rank_pattern", config_file);
+    alphas.check_used("alpha_pattern", config_file);
+    file.map().check_unchanged();
+    configuration.check_unchanged(); // another run may have replaced both files between the two readings
+    return adapter;
+}
+
+namespace detail {
+
+/// A number as JSON, without a fraction where it has none.
+[[nodiscard]] inline nlohmann::json json_number(double x)
+{
+    if (x == std::floor(x) && std::abs(x) < 9e15) { return static_cast<std::int64_t>(x); }
+    return x;
+}
+
+/// Key of a pattern that matches one module alone: its name, or, where that would match others too, an anchored
+/// expression.
+[[nodiscard]] inline std::string exact_pattern(const std::string& module, const std::vector<std::string>& modules)
+{
+    const bool plain_name =
+        module.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-") == module.npos;
+    const bool alone =
+        std::none_of(modules.begin(), modules.end(), [&](const auto& other) { // a dot in the name matches any character
+            if (other == module || other.size() < module.size()) { return false; }
+            const std::size_t head = other.size() - module.size();
+            return (head == 0 || other[head - 1] == '.')
+                && std::equal(module.begin(), module.end(), other.begin() + static_cast<std::ptrdiff_t>(head),
+                    [](char c, char x) { return c == '.' || c == x; });
+        });
+    if (plain_name && alone) { return module; }
+    std::string escaped = "^";
+    for (const char c : module) {
+        if (std::string_view("\\^$.|?*+()[]{}").find(c) != std::string_view::npos) { escaped += '\\'; }
+        escaped += c;
+    }
+    return escaped;
+}
+
+} // namespace detail
+
+/// The configuration with which PEFT gives the updates their ranks and scalings: r and lora_alpha of the largest rank,
+/// patterns for what differs, everything that would make PEFT change the base reset. Fields that say which modules are
+/// meant (target_modules and the like) are kept when they are there, otherwise every module is listed by its full name.
+template <arithmetic_element T>
+[[nodiscard]] nlohmann::json peft_config(const peft_adapter<T>& adapter)
+{
+    nlohmann::json config = adapter.config;
+    const nlohmann::json defaults = {{"auto_mapping", nullptr}, {"base_model_name_or_path", nullptr}, {"bias", "none"},
+        {"fan_in_fan_out", false}, {"layers_pattern", nullptr}, {"layers_to_transform", nullptr}, {"lora_dropout", 0.0},
+        {"modules_to_save", nullptr}, {"revision", nullptr}, {"task_type", nullptr}};
+    for (const auto& [key, value] : defaults.items()) {
+        if (!config.contains(key)) { config[key] = value; }
+    }
+    std::size_t rank = 1;
+    double alpha = 1;
+    std::vector<std::string> modules;
+    for (const auto& [module, update] : adapter.updates) {
+        modules.push_back(module);
+        if (update.rank() > rank || modules.size() == 1) {
+            rank = update.rank();
+            alpha = update.scaling * static_cast<double>(rank);
+        }
+    }
+    nlohmann::json ranks = nlohmann::json::object(), alphas = nlohmann::json::object();
+    for (const auto& [module, update] : adapter.updates) {
+        const double own = update.scaling * static_cast<double>(update.rank());
+        if (update.rank() != rank) { ranks[detail::exact_pattern(module, modules)] = update.rank(); }
+        if (own != alpha) { alphas[detail::exact_pattern(module, modules)] = detail::json_number(own); }
+    }
+    config["peft_type"] = "LORA";
+    config["r"] = rank;
+    config["lora_alpha"] = detail::json_number(alpha);
+    config["rank_pattern"] = ranks;
+    config["alpha_pattern"] = alphas;
+    config["use_rslora"] = false;
+    config["init_lora_weights"] = true;
+    config["inference_mode"] = true;
+    if (config.contains("eva_config")) { config["eva_config"] = nullptr; }
+    if (!config.contains("target_modules") || config["target_modules"].is_null()) {
+        config["target_modules"] = modules;
+        config["layers_to_transform"] = nullptr;
+        config["layers_pattern"] = nullptr;
+    }
+    return config;
+}
+
+/// How write_peft() stores factors and writes files.
+struct peft_write_options {
+    std::optional<dtype> output{}; ///< dtype of all factors; empty: as `stored` says
+    durability mode = durability::synchronised;
+};
+
+/// The two files of an adapter, complete and on disk under temporary names, which take their own on commit(): what
+/// write_peft() does, for those who have something to do between the two.
+///
+///     peft_writer out("adapter-r8", adapter);
+///     …
+///     out.commit();
+class peft_writer {
+public:
+    /// Throws like write_peft().
+    template <arithmetic_element T>
+    peft_writer(
+        const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options = {});
+
+    /// Gives the files their names.
+    void commit()
+    {
+        model_->commit();
+        settings_->commit();
+        folder_->commit();
+    }
+    /// Bytes of both files.
+    [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
+    /// All temporary files, and before them the directories that were made for them, for whoever must remove them when
+    /// no destructor can run.
+    [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
+    {
+        auto result = folder_->made();
+        for (auto path : {folder_->lock_file(), model_->temporary(), settings_->temporary()}) {
+            if (!path.empty()) { result.push_back(std::move(path)); }
+        }
+        return result;
+    }
+
+private:
+    std::optional<output_directory> folder_; // before the files in it, so that it outlives them
+    std::optional<safetensors_writer> model_;
+    std::optional<atomic_file> settings_;
+    std::uint64_t size_ = 0;
+};
+
+/// Writes an adapter directory that PEFT loads and that gives the same updates (once rounded to the stored dtype). A
+/// directory that does not exist appears whole or not at all; one that does is exchanged for one with both new files,
+/// in one step where the system can (see output_directory), otherwise the two files are replaced once both are
+/// complete, the configuration last. Throws invalid_argument (no module, a rank of 0), dtype_mismatch, nonfinite_error
+/// where a factor overflows its dtype, io_error.
+///
+///     write_peft("adapter-r8", adapter);
+template <arithmetic_element T>
+void write_peft(
+    const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options = {})
+{
+    peft_writer(directory, adapter, options).commit();
+}
+
+template <arithmetic_element T>
+peft_writer::peft_writer(
+    const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options)
+{
+    if (adapter.updates.empty()) {
+        raise<invalid_argument>(error_code::inputs_empty,
+            message("'", directory.string(), "': an adapter without a module cannot be written"));
+    }
+    std::vector<tensor_spec> specs;
+    std::vector<std::vector<std::byte>> buffers;
+    const auto add = [&](std::string name, const matrix<T>& x, dtype type) {
+        auto& bytes = buffers.emplace_back();
+        visit_storage(type, name, [&]<class S>(std::type_identity<S>) {
+            bytes.resize(x.size() * sizeof(S));
+            for (std::size_t i = 0; i < x.rows(); ++i) {
+                for (std::size_t j = 0; j < x.cols(); ++j) {
+                    const S value = narrow<S>(x(i, j));
+                    if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(value)))) {
+                        raise<nonfinite_error>(error_code::result_overflow,
+                            message("factor '", name, "' holds ", static_cast<double>(x(i, j)), ", which ",
+                                to_string(type), " cannot; choose a wider dtype for the adapter"));
+                    }
+                    std::memcpy(bytes.data() + (i * x.cols() + j) * sizeof(S), &value, sizeof(S));
+                }
+            }
+        });
+        specs.push_back(
+            {std::move(name), type, {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())}});
+    };
+    for (const auto& [module, update] : adapter.updates) {
+        check_update(update, module);
+        if (update.rank() == 0) {
+            raise<invalid_argument>(
+                error_code::rank_out_of_range, message("module '", module, "' has rank 0; PEFT has no such adapter"));
+        }
+        const auto place = adapter.stored.find(module);
+        const dtype type = options.output.value_or(place == adapter.stored.end() ? dtype_of<T> : place->second);
+        const bool embedding = adapter.embeddings.contains(module);
+        const std::string stem = std::string(peft_prefix) + module;
+        add(stem + (embedding ? ".lora_embedding_A" : ".lora_A.weight"), update.a, type);
+        add(stem + (embedding ? ".lora_embedding_B" : ".lora_B.weight"), update.b, type);
+    }
+    const std::string config = peft_config(adapter).dump(2) + "\n";
+
+    folder_.emplace(directory, options.mode, existing_directory::exchange);
+    std::vector<tensor_spec> all = specs;
+    for (const auto& [name, tensor] : adapter.others) {
+        all.push_back({std::string(peft_prefix) + name, tensor.dtype, tensor.shape});
+    }
+    auto& model = model_.emplace(folder_->path() / peft_model_name, all, metadata_map{}, options.mode);
+    for (std::size_t i = 0; i < buffers.size(); ++i) { model.write(i, 0, buffers[i].data(), buffers[i].size()); }
+    std::size_t index = buffers.size();
+    for (const auto& [name, tensor] : adapter.others) {
+        model.write(index++, 0, tensor.bytes.data(), tensor.bytes.size());
+    }
+    auto& settings = settings_.emplace(folder_->path() / peft_config_name, config.size(), options.mode);
+    settings.write(0, config.data(), config.size());
+    model.finish();
+    settings.finish();
+    size_ = model.file_size() + config.size();
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_PEFT_HPP
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Who wrote an adapter, by the names of its tensors.
+enum class adapter_dialect : std::uint8_t {
+    peft, ///< `MODULE.lora_A.weight`, at times with an adapter's name in it, and PEFT's prefix before it
+    kohya, ///< kohya's scripts, A1111, LyCORIS: `lora_unet_MODULE.lora_down.weight`, `.alpha`; dots are underscores
+    diffusers, ///< `unet.MODULE.lora.down.weight`, `MODULE_lora.down.weight`, `MODULE.lora_linear_layer.down.weight`
+    mlx ///< `MODULE.lora_a` (in×r) and `MODULE.lora_b` (r×out)
+};
+
+/// "PEFT", "kohya", "diffusers", "MLX".
+[[nodiscard]] constexpr std::string_view to_string(adapter_dialect dialect) noexcept
+{
+    switch (dialect) {
+    case adapter_dialect::peft: return "PEFT";
+    case adapter_dialect::kohya: return "kohya";
+    case adapter_dialect::diffusers: return "diffusers";
+    default: return "MLX";
+    }
+}
+
+/// What an adapter does to one module.
+template <arithmetic_element T>
+struct adapted_module {
+    lora_update<T>
+        update{}; ///< out×in; a convolution's `in` counts its kernel (in·kh·kw), an embedding's is its entries
+    extents kernel{}; ///< of a convolution: its sides, {1, 1} included; empty otherwise
+    bool embedding = false; ///< factored as PEFT does it: the weight is entries×dimensions
+    std::vector<double> magnitude{}; ///< DoRA's, one for each output; empty: none
+    lora_update<T> bias{}; ///< what lora_bias adds to the module's bias, as an update of 1×out; of rank 0: nothing
+    dtype stored = dtype_of<T>; ///< of the factors in the file
+    std::string kind = "LoRA"; ///< "LoRA", "DoRA", "LoHa" or "LoKr": what the update was made of
+};
+
+/// An adapter read from any dialect. Module names are the file's, without prefixes that say nothing of the module;
+/// kohya's have underscores for dots: match_modules() finds the weights of a base that they mean.
+template <arithmetic_element T>
+struct adapter_contents {
+    std::map<std::string, adapted_module<T>> modules{};
+    std::map<std::string, peft_tensor> wholes{}; ///< tensors that were trained whole (modules_to_save, biases), by name
+    std::map<std::string, peft_tensor> copies{}; ///< copies of base weights that an adapter carries, by name
+    adapter_dialect dialect = adapter_dialect::peft;
+    bool fan_in_fan_out = false; ///< square weights lie in×out, as its configuration says
+    bool tied = false; ///< what it does to the embedding it does to the head tied to it (PEFT's ensure_weight_tying)
+    nlohmann::json config = nlohmann::json::object(); ///< adapter_config.json, where there is one
+    std::vector<std::string> notes{}; ///< what was taken for granted, a sentence each
+    std::string label{}; ///< names the adapter in messages: its path
+    std::filesystem::path file{}; ///< the tensors
+};
+
+/// The file of tensors that an adapter's path stands for: itself, or PEFT's, diffusers' or MLX's file in a directory.
+/// Throws io_error where there is none.
+[[nodiscard]] inline std::filesystem::path adapter_tensor_file(const std::filesystem::path& path)
+{
+    std::error_code ignored;
+    if (!std::filesystem::is_directory(path, ignored)) { return path; }
+    for (const std::string_view name : {peft_model_name, std::string_view("pytorch_lora_weights.safetensors"),
+             std::string_view("adapters.safetensors")}) {
+        if (std::filesystem::exists(path / name, ignored)) { return path / name; }
+    }
+    if (std::filesystem::exists(path / "adapter_model.bin", ignored)) {
+        raise<io_error>(error_code::model_not_found,
+            "holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", path.string());
+    }
+    raise<io_error>(error_code::model_not_found,
+        message("holds no adapter: expected ", peft_model_name,
+            " (PEFT), pytorch_lora_weights.safetensors (diffusers) or adapters.safetensors (MLX), or name the file"),
+        path.string());
+}
+
+namespace detail {
+
+/// One tensor's part in an adapter, from its name.
+struct adapter_role {
+    enum what {
+        whole,
+        a,
+        b,
+        embedding_a,
+        embedding_b,
+        magnitude,
+        bias,
+        trained_bias,
+        alpha,
+        mid,
+        base_copy,
+        ignored,
+        hada_w1_a,
+        hada_w1_b,
+        hada_w2_a,
+        hada_w2_b,
+        lokr_w1,
+        lokr_w1_a,
+        lokr_w1_b,
+        lokr_w2,
+        lokr_w2_a,
+        lokr_w2_b,
+        unknown
+    } role = whole;
+    std::string module{}, adapter{}; ///< the adapter's name, where the key has one
+    std::optional<adapter_dialect> dialect{}; ///< nothing: it may be any
+};
+
+[[nodiscard]] inline adapter_role role_of(std::string_view name)
+{
+    using role = adapter_role;
+    using dialect = adapter_dialect;
+    struct ending {
+        std::string_view text;
+        role::what what;
+        std::optional<dialect> of;
+    };
+    static const std::array<ending, 36> endings{{{".lora_A.weight", role::a, dialect::peft},
+        {".lora_B.weight", role::b, dialect::peft}, {".lora_embedding_A", role::embedding_a, dialect::peft},
+        {".lora_embedding_B", role::embedding_b, dialect::peft}, {".lora_B.bias", role::bias, dialect::peft},
+        {".lora_magnitude_vector.weight", role::magnitude, dialect::peft},
+        {".lora_magnitude_vector", role::magnitude, dialect::peft}, {".lora_down.weight", role::a, dialect::kohya},
+        {".lora_up.weight", role::b, dialect::kohya}, {".lora_mid.weight", role::mid, dialect::kohya},
+        {".dora_scale", role::magnitude, dialect::kohya}, {".alpha", role::alpha, {}},
+        {".lora.down.weight", role::a, dialect::diffusers}, {".lora.up.weight", role::b, dialect::diffusers},
+        {"_lora.down.weight", role::a, dialect::diffusers}, {"_lora.up.weight", role::b, dialect::diffusers},
+        {".lora_linear_layer.down.weight", role::a, dialect::diffusers},
+        {".lora_linear_layer.up.weight", role::b, dialect::diffusers}, {".lora_a", role::a, dialect::mlx},
+        {".lora_b", role::b, dialect::mlx}, {".hada_w1_a", role::hada_w1_a, {}}, {".hada_w1_b", role::hada_w1_b, {}},
+        {".hada_w2_a", role::hada_w2_a, {}}, {".hada_w2_b", role::hada_w2_b, {}}, {".lokr_w1", role::lokr_w1, {}},
+        {".lokr_w1_a", role::lokr_w1_a, {}}, {".lokr_w1_b", role::lokr_w1_b, {}}, {".lokr_w2", role::lokr_w2, {}},
+        {".lokr_w2_a", role::lokr_w2_a, {}}, {".lokr_w2_b", role::lokr_w2_b, {}},
+        {".base_layer.weight", role::base_copy, dialect::peft}, {".base_layer.bias", role::trained_bias, dialect::peft},
+        {".lora_A", role::a, dialect::peft}, {".lora_B", role::b, dialect::peft},
+        {".lora_up.bias", role::bias, dialect::kohya}, {".lora_linear_layer.alpha", role::alpha, dialect::diffusers}}};
+    const auto plain = [&](std::string_view text) -> std::optional<role> {
+        const ending* best = nullptr;
+        for (const auto& one : endings) {
+            if (text.size() > one.text.size() && text.ends_with(one.text)
+                && (!best || one.text.size() > best->text.size())) {
+                best = &one;
+            }
+        }
+        if (!best) { return std::nullopt; }
+        return role{best->what, std::string(text.substr(0, text.size() - best->text.size())), {}, best->of};
+    };
+    if (name.find(".original_module.") != name.npos || name.find(".lora_velora_embed") != name.npos) {
+        return {role::ignored, std::string(name), {}, {}};
+    }
+    if (const auto at = name.find(".modules_to_save."); at != name.npos) {
+        const auto rest = name.substr(at + 17);
+        const auto dot = rest.find('.');
+        return {role::whole,
+            std::string(name.substr(0, at + 1)) + std::string(rest.substr(dot == rest.npos ? 0 : dot + 1)),
+            std::string(dot == rest.npos ? "" : rest.substr(0, dot)), dialect::peft};
+    }
+    if (auto found = plain(name)) { return *found; }
+    // With the adapter's name in it: MODULE.lora_A.default.weight, MODULE.lora_embedding_A.default, …
+    for (const std::string_view part : {".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.",
+             ".lora_magnitude_vector.", ".hada_w1_a.", ".hada_w1_b.", ".hada_w2_a.", ".hada_w2_b.", ".lokr_w1.",
+             ".lokr_w1_a.", ".lokr_w1_b.", ".lokr_w2.", ".lokr_w2_a.", ".lokr_w2_b."}) {
+        const auto at = name.rfind(part);
+        if (at == name.npos) { continue; }
+        const auto rest = name.substr(at + part.size());
+        const auto dot = rest.find('.');
+        const auto without = std::string(name.substr(0, at + part.size() - 1))
+            + std::string(dot == rest.npos ? std::string_view() : rest.substr(dot));
+        if (auto found = plain(without)) {
+            found->adapter = std::string(rest.substr(0, dot));
+            return *found;
+        }
+    }
+    const bool like_a_factor = name.find("lora_") != name.npos || name.find(".lora.") != name.npos
+        || name.find(".hada_") != name.npos || name.find(".lokr_") != name.npos || name.find(".oft_") != name.npos
+        || name.find(".vera_") != name.npos || name.find(".diff") != name.npos;
+    if (like_a_factor && !name.starts_with("lora_unet_") && !name.starts_with("lora_te")) {
+        return {role::unknown, std::string(name), {}, {}};
+    }
+    return {like_a_factor ? role::unknown : role::whole, std::string(name), {}, {}};
+}
+
+/// All entries of a stored factor in T, as rows of its first extent.
+template <class T>
+[[nodiscard]] matrix<T> read_flat_factor(const safetensors_file& file, const safetensors_entry& entry)
+{
+    safetensors_entry flat = entry;
+    std::int64_t rest = 1;
+    for (std::size_t i = 1; i < entry.shape.size(); ++i) { rest *= entry.shape[i]; }
+    flat.shape = entry.shape.empty() ? extents{1, 1}
+        : entry.shape.size() == 1    ? extents{1, entry.shape[0]}
+                                     : extents{entry.shape[0], rest};
+    return read_factor<T>(file, flat);
+}
+
+template <class T>
+[[nodiscard]] matrix<T> turned_over(const matrix<T>& x)
+{
+    matrix<T> y(x.cols(), x.rows(), matrix_order::row_major);
+    for (std::size_t i = 0; i < x.rows(); ++i) {
+        for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
+    }
+    return y;
+}
+
+/// The Kronecker product.
+template <class T>
+[[nodiscard]] matrix<T> kronecker(const matrix<T>& x, const matrix<T>& y)
+{
+    matrix<T> z(x.rows() * y.rows(), x.cols() * y.cols(), matrix_order::row_major);
+    for (std::size_t i = 0; i < z.rows(); ++i) {
+        for (std::size_t j = 0; j < z.cols(); ++j) {
+            z(i, j) = x(i / y.rows(), j / y.cols()) * y(i % y.rows(), j % y.cols());
+        }
+    }
+    return z;
+}
+template <class T>
+[[nodiscard]] matrix<T> identity_matrix(std::size_t n)
+{
+    matrix<T> x(n, n, matrix_order::row_major);
+    for (std::size_t i = 0; i < n; ++i) { x(i, i) = 1; }
+    return x;
+}
+
+/// The tensors of one module.
+struct adapter_parts {
+    std::map<adapter_role::what, const safetensors_entry*> tensors{};
+    [[nodiscard]] const safetensors_entry* get(adapter_role::what which) const
+    {
+        const auto place = tensors.find(which);
+        return place == tensors.end() ? nullptr : place->second;
+    }
+};
+
+/// One module's update, without its scaling. `rank` receives what its α is divided by.
+template <class T>
+[[nodiscard]] adapted_module<T> read_module(const safetensors_file& file, const std::string& module,
+    const adapter_parts& parts, adapter_dialect dialect, std::size_t& rank)
+{
+    using role = adapter_role;
+    const std::string where = file.path().string();
+    adapted_module<T> made;
+    const auto need = [&](role::what which, std::string_view word, std::string_view other) -> const safetensors_entry& {
+        const auto* const found = parts.get(which);
+        if (!found) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("module '", module, "' has ", other, " but no ", word, ": half of its update is missing"),
+                where);
+        }
+        return *found;
+    };
+    const auto factor = [&](const safetensors_entry& entry) {
+        made.stored = made.update.b.empty() && made.update.a.empty() ? entry.dtype : wider(made.stored, entry.dtype);
+        return read_flat_factor<T>(file, entry);
+    };
+    const auto fits = [&](const matrix<T>& b, const matrix<T>& a, std::string_view left, std::string_view right) {
+        if (b.cols() != a.rows()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", where, "': module '", module, "': ", left, " is ", b.rows(), "×", b.cols(), " and ", right,
+                    " ", a.rows(), "×", a.cols(), "; their ranks differ"));
+        }
+        if (a.rows() == 0) {
+            raise<format_error>(error_code::adapter_tensors, message("module '", module, "' has rank 0"), where);
+        }
+    };
+    const bool is_hada = parts.get(role::hada_w1_a) || parts.get(role::hada_w1_b) || parts.get(role::hada_w2_a)
+        || parts.get(role::hada_w2_b);
+    const bool is_lokr = parts.get(role::lokr_w1) || parts.get(role::lokr_w1_a) || parts.get(role::lokr_w1_b)
+        || parts.get(role::lokr_w2) || parts.get(role::lokr_w2_a) || parts.get(role::lokr_w2_b);
+    const bool is_embedding = parts.get(role::embedding_a) || parts.get(role::embedding_b);
+    const bool is_lora = parts.get(role::a) || parts.get(role::b);
+    if (int{is_hada} + int{is_lokr} + int{is_embedding} + int{is_lora} != 1) {
+        raise<format_error>(error_code::adapter_tensors,
+            message("module '", module, "' has ",
+                is_hada || is_lokr || is_embedding || is_lora ? "factors of more than one kind"
+                                                              : "an alpha, a magnitude or a bias but no factors"),
+            where);
+    }
+    if (is_hada) { // (w1a·w1b)∘(w2a·w2b): an update of rank r1·r2, exactly
+        made.kind = "LoHa";
+        const auto w1a = factor(need(role::hada_w1_a, "hada_w1_a", "other LoHa factors")),
+                   w1b = factor(need(role::hada_w1_b, "hada_w1_b", "other LoHa factors")),
+                   w2a = factor(need(role::hada_w2_a, "hada_w2_a", "other LoHa factors")),
+                   w2b = factor(need(role::hada_w2_b, "hada_w2_b", "other LoHa factors"));
+        fits(w1a, w1b, "hada_w1_a", "hada_w1_b");
+        fits(w2a, w2b, "hada_w2_a", "hada_w2_b");
+        if (w1a.rows() != w2a.rows() || w1b.cols() != w2b.cols()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", where, "': module '", module, "': the two products of LoHa are ", w1a.rows(), "×",
+                    w1b.cols(), " and ", w2a.rows(), "×", w2b.cols()));
+        }
+        rank = w1b.rows();
+        const std::size_t r1 = w1b.rows(), r2 = w2b.rows();
+        made.update.b = matrix<T>(w1a.rows(), r1 * r2, matrix_order::row_major);
+        made.update.a = matrix<T>(r1 * r2, w1b.cols(), matrix_order::row_major);
+        for (std::size_t k = 0; k < r1 * r2; ++k) {
+            for (std::size_t i = 0; i < w1a.rows(); ++i) { made.update.b(i, k) = w1a(i, k / r2) * w2a(i, k % r2); }
+            for (std::size_t j = 0; j < w1b.cols(); ++j) { made.update.a(k, j) = w1b(k / r2, j) * w2b(k % r2, j); }
+        }
+        return made;
+    }
+    if (is_lokr) { // w1 ⊗ w2, as (w1 ⊗ left)·(1 ⊗ right) with w2 = left·right, or the other way round
+        made.kind = "LoKr";
+        const auto half = [&](role::what whole, role::what left, role::what right, std::string_view name) {
+            std::pair<matrix<T>, matrix<T>> found; // left and right; right empty: whole
+            if (parts.get(whole)) {
+                found.first = factor(*parts.get(whole));
+                return found;
+            }
+            found.first = factor(need(left, message(name, " or ", name, "_a"), "other LoKr factors"));
+            found.second = factor(need(right, message(name, "_b"), message(name, "_a")));
+            fits(found.first, found.second, message(name, "_a"), message(name, "_b"));
+            return found;
+        };
+        const auto w1 = half(role::lokr_w1, role::lokr_w1_a, role::lokr_w1_b, "lokr_w1"),
+                   w2 = half(role::lokr_w2, role::lokr_w2_a, role::lokr_w2_b, "lokr_w2");
+        rank = !w2.second.empty() ? w2.second.rows() : !w1.second.empty() ? w1.second.rows() : 0; // 0: no scale
+        const std::size_t v = w1.second.empty() ? w1.first.cols() : w1.second.cols();
+        const std::size_t inner = w2.second.empty() ? w2.first.rows() : w2.second.rows();
+        const auto product = [](const matrix<T>& x, const matrix<T>& y) {
+            if (y.empty()) { return x; }
+            matrix<T> z(x.rows(), y.cols(), matrix_order::row_major);
+            for (std::size_t i = 0; i < x.rows(); ++i) {
+                for (std::size_t j = 0; j < y.cols(); ++j) {
+                    T sum = 0;
+                    for (std::size_t k = 0; k < x.cols(); ++k) { sum += x(i, k) * y(k, j); }
+                    z(i, j) = sum;
+                }
+            }
+            return z;
+        };
+        if (!w1.second.empty() && w1.second.rows() * inner < v * inner) { // the rank of w1 is the smaller one
+            made.update.b = kronecker(w1.first, w2.second.empty() ? identity_matrix<T>(inner) : w2.first);
+            made.update.a = kronecker(w1.second, w2.second.empty() ? w2.first : w2.second);
+        }
+        else {
+            const auto whole = product(w1.first, w1.second);
+            made.update.b = kronecker(whole, w2.second.empty() ? identity_matrix<T>(inner) : w2.first);
+            made.update.a = kronecker(identity_matrix<T>(v), w2.second.empty() ? w2.first : w2.second);
+        }
+        return made;
+    }
+    const auto& a = is_embedding ? need(role::embedding_a, "lora_A", "lora_B")
+                                 : need(role::a, dialect == adapter_dialect::peft ? "lora_A" : "its down factor",
+                                       dialect == adapter_dialect::peft ? "lora_B" : "an up factor");
+    const auto& b = is_embedding ? need(role::embedding_b, "lora_B", "lora_A")
+                                 : need(role::b, dialect == adapter_dialect::peft ? "lora_B" : "its up factor",
+                                       dialect == adapter_dialect::peft ? "lora_A" : "a down factor");
+    made.embedding = is_embedding;
+    made.stored = wider(a.dtype, b.dtype);
+    made.update.a = read_flat_factor<T>(file, a);
+    made.update.b = read_flat_factor<T>(file, b);
+    if (dialect == adapter_dialect::mlx) {
+        made.update.a = turned_over(made.update.a);
+        made.update.b = turned_over(made.update.b);
+    }
+    if (a.shape.size() > 2) { made.kernel.assign(a.shape.begin() + 2, a.shape.end()); }
+    for (std::size_t i = 2; i < b.shape.size(); ++i) {
+        if (b.shape[i] != 1) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("tensor '", b.name, "' has shape ", to_string(b.shape),
+                    "; of a convolution's factors only the first has a kernel"),
+                where);
+        }
+    }
+    if (const auto* const mid = parts.get(role::mid)) { // up·mid·down, mid with the kernel
+        const auto core = read_flat_factor<T>(file, *mid);
+        if (mid->shape.size() < 3 || static_cast<std::size_t>(mid->shape[1]) != made.update.a.rows()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", where, "': tensor '", mid->name, "' has shape ", to_string(mid->shape),
+                    ", which does not fit between its up and down factors"));
+        }
+        made.kernel.assign(mid->shape.begin() + 2, mid->shape.end());
+        const std::size_t inner = made.update.a.rows(), in = made.update.a.cols(), cells = core.cols() / inner;
+        matrix<T> joined(core.rows(), in * cells, matrix_order::row_major);
+        for (std::size_t p = 0; p < core.rows(); ++p) {
+            for (std::size_t i = 0; i < in; ++i) {
+                for (std::size_t cell = 0; cell < cells; ++cell) {
+                    T sum = 0;
+                    for (std::size_t q = 0; q < inner; ++q) { sum += core(p, q * cells + cell) * made.update.a(q, i); }
+                    joined(p, i * cells + cell) = sum;
+                }
+            }
+        }
+        made.update.a = std::move(joined);
+    }
+    fits(made.update.b, made.update.a, dialect == adapter_dialect::peft ? "lora_B" : "the up factor",
+        dialect == adapter_dialect::peft ? "lora_A" : "the down factor");
+    rank = made.update.a.rows();
+    if (const auto* const vector = parts.get(role::magnitude)) {
+        made.kind = "DoRA";
+        const auto values = read_flat_factor<double>(file, *vector);
+        made.magnitude.assign(values.data(), values.data() + values.size());
+        const bool by_output = dialect != adapter_dialect::kohya
+            || (!vector->shape.empty() && static_cast<std::size_t>(vector->shape[0]) == made.update.out());
+        if (made.magnitude.size() != made.update.out() || is_embedding || !by_output) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("tensor '", vector->name, "' has shape ", to_string(vector->shape), ", and module '", module,
+                    "' has ", made.update.out(), " outputs: DoRA is folded where it has a magnitude for each output",
+                    is_embedding ? " of a linear layer or a convolution" : ""),
+                where);
+        }
+    }
+    if (const auto* const bias = parts.get(role::bias)) {
+        made.bias.a = read_flat_factor<T>(file, *bias);
+        if (made.bias.a.rows() != 1 || made.bias.a.cols() != made.update.out()) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("tensor '", bias->name, "' has shape ", to_string(bias->shape), ", and module '", module,
+                    "' has ", made.update.out(), " outputs"),
+                where);
+        }
+        made.bias.b = identity_matrix<T>(1);
+    }
+    return made;
+}
+
+/// Refuses configurations of PEFT whose update is none that can be folded, each by name.
+inline void check_foldable(const nlohmann::json& config, const std::string& file)
+{
+    const peft_fields fields(config, file);
+    const auto refuse = [&](std::string_view what, std::string_view why) {
+        raise<format_error>(error_code::adapter_unsupported,
+            message(what, ": ", why, "; fold it into its base with PEFT (merge_and_unload) and go on with the model"),
+            file);
+    };
+    if (const auto* type = fields.find("peft_type")) {
+        const bool known = *type == "LORA" || *type == "LOHA" || *type == "LOKR" || *type == "ADALORA";
+        if (!known || *type == "ADALORA") {
+            refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)),
+                *type == "ADALORA" ? "its ranks are cut by a mask of its own" : "another kind of adapter");
+        }
+    }
+    check_lora_initialization(fields, {"gaussian", "eva", "orthogonal", "mica", "velora"}, refuse);
+    for (const auto& [field, why] : beyond_updates) {
+        if (fields.says_something(field)) { refuse(field, why); }
+    }
+}
+
+} // namespace detail
+
+/// Reads an adapter of any dialect: a PEFT directory, a directory of diffusers or MLX, or a file. Told apart by the
+/// names of its tensors; a file that mixes dialects, or holds several adapters, is refused. Scalings are α/r (α/√r with
+/// use_rslora), with α and r from the configuration and its patterns, or from `.alpha` tensors; MLX gives its scale;
+/// where nothing gives one α is r, which `notes` says. LoHa and LoKr become updates of higher rank, exactly but for the
+/// rounding of products of two factors to T. Factors of convolutions are flattened, with the kernel among the inputs.
+/// Throws io_error; format_error for halves without partners, a rank of 0, alphas that contradict each other, tensors
+/// with no place in an adapter, configurations that no update can say; shape_mismatch; dtype_mismatch.
+///
+///     const auto adapter = read_adapter("style.safetensors");
+template <arithmetic_element T = float>
+[[nodiscard]] adapter_contents<T> read_adapter(const std::filesystem::path& path)
+{
+    using role = detail::adapter_role;
+    adapter_contents<T> adapter;
+    adapter.label = "'" + path.string() + "'";
+    adapter.file = adapter_tensor_file(path);
+    const safetensors_file file(adapter.file);
+    const std::string where = adapter.file.string();
+
+    std::error_code ignored;
+    const auto config_path = adapter.file.parent_path() / peft_config_name;
+    const std::string config_file = config_path.string();
+    const bool may_have_config =
+        std::filesystem::is_directory(path, ignored) || adapter.file.filename() == peft_model_name;
+    std::string text;
+    if (may_have_config && std::filesystem::exists(config_path, ignored)) {
+        text = read_text_file(config_path);
+        adapter.config = parse_json(text, config_file);
+        if (!adapter.config.is_object()) {
+            raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
+        }
+    }
+    const detail::peft_fields fields(adapter.config, config_file);
+
+    std::map<std::string, detail::adapter_parts> parts;
+    std::optional<adapter_dialect> dialect;
+    std::string first_name, first_adapter;
+    bool any_adapter = false;
+    std::vector<std::pair<std::string, const safetensors_entry*>> wholes;
+    std::size_t prefixed = 0;
+    for (const auto& entry : file.entries()) { prefixed += entry.name.starts_with(peft_prefix) ? 1u : 0u; }
+    for (const auto& entry : file.entries()) {
+        std::string_view name = entry.name;
+        if (prefixed > 0) {
+            if (!name.starts_with(peft_prefix)) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("tensor '", entry.name, "' does not begin with '", peft_prefix, "' as others of it do"),
+                    where);
+            }
+            name.remove_prefix(peft_prefix.size());
+        }
+        auto found = detail::role_of(name);
+        if (found.role == role::ignored) { continue; }
+        if (found.role == role::unknown) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("tensor '", entry.name,
+                    "' is no part of a LoRA, DoRA, LoHa or LoKr adapter: fold it into its base with what wrote it"),
+                where);
+        }
+        if (found.dialect && found.role != role::whole && found.role != role::base_copy
+            && found.role != role::trained_bias) {
+            // diffusers writes PEFT's names too, under the names of its components
+            if (dialect && *dialect != *found.dialect) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("mixes dialects: '", first_name, "' is ", to_string(*dialect), "'s, and '", entry.name,
+                        "' ", to_string(*found.dialect), "'s; split the file, or save it anew"),
+                    where);
+            }
+            if (!dialect) { first_name = entry.name; }
+            dialect = found.dialect;
+        }
+        if (!found.adapter.empty()) {
+            if (any_adapter && found.adapter != first_adapter) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("holds the adapters '", first_adapter, "' and '", found.adapter,
+                        "': save each into a file of its own"),
+                    where);
+            }
+            first_adapter = found.adapter;
+            any_adapter = true;
+        }
+        if (found.role == role::whole) {
+            wholes.emplace_back(found.module, &entry);
+            continue;
+        }
+        if (found.role == role::trained_bias) {
+            wholes.emplace_back(found.module + ".bias", &entry);
+            continue;
+        }
+        if (found.role == role::base_copy) {
+            const auto* const data = static_cast<const std::byte*>(file.tensor(entry).data);
+            adapter.copies.emplace(found.module + ".weight",
+                peft_tensor{entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)});
+            continue;
+        }
+        if (!parts[found.module].tensors.emplace(found.role, &entry).second) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("tensor '", entry.name, "' is the second such factor of its module"), where);
+        }
+    }
+    const bool underscored = std::any_of(parts.begin(), parts.end(), [](const auto& one) {
+        return one.first.starts_with("lora_unet_") || one.first.starts_with("lora_te")
+            || one.first.starts_with("lycoris_") || one.first.starts_with("lora_transformer_");
+    });
+    if (!dialect) { dialect = underscored ? adapter_dialect::kohya : adapter_dialect::peft; } // LoHa and LoKr
+    adapter.dialect = *dialect;
+    if (parts.empty() && adapter.copies.empty()) {
+        raise<format_error>(error_code::adapter_tensors, "holds no factors of an adapter", where);
+    }
+
+    const bool peft_config = !text.empty() && (*dialect == adapter_dialect::peft);
+    detail::peft_patterns ranks, alphas;
+    if (peft_config) {
+        detail::check_foldable(adapter.config, config_file);
+        const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
+        const auto pattern = [&](const char* field) {
+            return detail::peft_patterns(
+                ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
+        };
+        ranks = pattern("rank_pattern");
+        alphas = pattern("alpha_pattern");
+        adapter.fan_in_fan_out = fields.flag("fan_in_fan_out");
+        adapter.tied = fields.flag("ensure_weight_tying");
+    }
+    const bool loha_or_lokr = peft_config && (adapter.config.value("peft_type", "") != "LORA");
+    const double config_rank = peft_config ? fields.number("r", 8) : 0,
+                 config_alpha = peft_config ? fields.number(loha_or_lokr ? "alpha" : "lora_alpha", 8) : 0;
+    const bool root = peft_config && !loha_or_lokr && fields.flag("use_rslora");
+    std::optional<double> mlx_scale;
+    if (*dialect == adapter_dialect::mlx && adapter.config.contains("lora_parameters")
+        && adapter.config["lora_parameters"].is_object()) {
+        const auto& settings = adapter.config["lora_parameters"];
+        if (settings.contains("scale") && settings["scale"].is_number()) {
+            mlx_scale = settings["scale"].template get<double>();
+        }
+    }
+    std::size_t without_alpha = 0;
+    for (const auto& [module, found] : parts) {
+        std::size_t rank = 0;
+        auto made = detail::read_module<T>(file, module, found, *dialect, rank);
+        std::optional<double> alpha;
+        if (const auto* const entry = found.get(role::alpha)) {
+            const auto value = detail::read_flat_factor<double>(file, *entry);
+            if (value.size() != 1 || !std::isfinite(value.data()[0])) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("tensor '", entry->name, "' of shape ", to_string(entry->shape), " is no finite number"),
+                    where);
+            }
+            alpha = value.data()[0];
+        }
+        double scaling = 1;
+        if (peft_config) {
+            const double expected = ranks.find(module, config_rank), strength = alphas.find(module, config_alpha);
+            if (rank > 0 && static_cast<double>(rank) != expected) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("module '", module, "' has rank ", rank, " but ", peft_config_name, " says ", expected),
+                    where);
+            }
+            if (alpha && *alpha != strength) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("module '", module, "' has the alpha ", *alpha, " but ", peft_config_name, " says ",
+                        strength, ": correct one of them"),
+                    where);
+            }
+            scaling = root ? strength / std::sqrt(expected) : strength / expected;
+        }
+        else if (mlx_scale) {
+            scaling = *mlx_scale;
+        }
+        else if (alpha && rank > 0) {
+            scaling = *alpha / static_cast<double>(rank);
+        }
+        else if (rank > 0) {
+            ++without_alpha;
+        }
+        made.update.scaling = scaling;
+        made.bias.scaling = scaling;
+        check_update(made.update, module);
+        adapter.modules.emplace(module, std::move(made));
+    }
+    if (peft_config) {
+        ranks.check_used("rank_pattern", config_file);
+        alphas.check_used("alpha_pattern", config_file);
+    }
+    if (without_alpha > 0) {
+        adapter.notes.push_back(message(adapter.label, " gives no alpha for ", without_alpha, " of ", parts.size(),
+            " modules: it is taken to be the rank, a scaling of 1"));
+    }
+    for (const auto& [name, entry] : wholes) {
+        const auto* const data = static_cast<const std::byte*>(file.tensor(*entry).data);
+        adapter.wholes.emplace(
+            name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
+    }
+    return adapter;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+struct adapter_write_options {
+    std::optional<dtype> output{}; ///< dtype of all factors; empty: each module's as it was stored
+    durability mode = durability::synchronised;
+};
+
+/// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
+/// none).
+struct written_adapter {
+    std::vector<tensor_spec> specs{};
+    std::vector<std::vector<std::byte>> bytes{}; ///< of each tensor
+    std::string config{};
+    std::string file_name{}; ///< in a directory; empty: the dialect is a file
+};
+
+namespace detail {
+
+class adapter_writer {
+public:
+    explicit adapter_writer(written_adapter& out)
+        : out_(out)
+    { }
+
+    /// rows×cols entries by value(i, j), as a tensor of `shape`.
+    template <class Value>
+    void add(const std::string& name, dtype type, extents shape, std::size_t rows, std::size_t cols, const Value& value)
+    {
+        auto& bytes = out_.bytes.emplace_back();
+        visit_storage(type, name, [&]<class S>(std::type_identity<S>) {
+            bytes.resize(rows * cols * sizeof(S));
+            for (std::size_t i = 0; i < rows; ++i) {
+                for (std::size_t j = 0; j < cols; ++j) {
+                    const double exact = value(i, j);
+                    const S stored = narrow<S>(static_cast<arithmetic_type<S>>(exact));
+                    if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(stored)))) {
+                        raise<nonfinite_error>(error_code::result_overflow,
+                            message("factor '", name, "' would hold ", exact, ", which ", to_string(type),
+                                " cannot; choose a wider dtype for the adapter"));
+                    }
+                    std::memcpy(bytes.data() + (i * cols + j) * sizeof(S), &stored, sizeof(S));
+                }
+            }
+        });
+        out_.specs.push_back({name, type, std::move(shape)});
+    }
+    void add(const std::string& name, const peft_tensor& tensor)
+    {
+        out_.bytes.push_back(tensor.bytes);
+        out_.specs.push_back({name, tensor.dtype, tensor.shape});
+    }
+
+private:
+    written_adapter& out_;
+};
+
+/// Whether a module is called as kohya calls them, dots being underscores.
+[[nodiscard]] inline bool is_kohya_name(std::string_view module) noexcept
+{
+    return module.starts_with("lora_unet_") || module.starts_with("lora_te") || module.starts_with("lycoris_")
+        || module.starts_with("lora_transformer_");
+}
+/// A module's name for kohya: its component, and underscores.
+[[nodiscard]] inline std::string kohya_name(std::string module, bool several_encoders)
+{
+    if (is_kohya_name(module)) { return module; }
+    std::string prefix = "lora_unet_";
+    const auto off = [&](std::string_view component, const char* on) {
+        if (!module.starts_with(component)) { return false; }
+        module.erase(0, component.size());
+        prefix = on;
+        return true;
+    };
+    if (!off("unet.", "lora_unet_") && !off("text_encoder_2.", "lora_te2_")
+        && !off("text_encoder.", several_encoders ? "lora_te1_" : "lora_te_") && module.starts_with("text_model.")) {
+        prefix = "lora_te_";
+    }
+    std::replace(module.begin(), module.end(), '.', '_');
+    return prefix + module;
+}
+
+} // namespace detail
+
+/// An adapter as the tensors of a dialect. Factors keep their bits in the dtype that they were stored in, and scalings
+/// become α = scaling·r where the dialect has an α; diffusers has none, and MLX one scale for all modules: there what
+/// is left of it goes into the up factors, which is exact for powers of two. LoHa and LoKr are written as the LoRA that
+/// they equal. Names need dots: kohya's are resolved before (match_modules()). Throws format_error for what the dialect
+/// cannot say, by name: tensors that were trained whole, biases and embeddings outside PEFT, DoRA in diffusers and MLX,
+/// convolutions in MLX; nonfinite_error where a factor overflows its dtype.
+///
+///     const auto file = converted_adapter(read_adapter("style.safetensors"), adapter_dialect::diffusers);
+template <arithmetic_element T>
+[[nodiscard]] written_adapter converted_adapter(
+    const adapter_contents<T>& adapter, adapter_dialect dialect, const adapter_write_options& options = {})
+{
+    written_adapter out;
+    detail::adapter_writer writer(out);
+    const auto lose = [&](const std::string& what, std::string_view why) {
+        raise<format_error>(error_code::adapter_unsupported,
+            message(what, " cannot be written as ", to_string(dialect), ": ", why), adapter.label);
+    };
+    const bool is_peft = dialect == adapter_dialect::peft;
+    if (adapter.modules.empty()) { lose("an adapter without a module", "there is nothing to write"); }
+    if (!is_peft && !adapter.wholes.empty()) {
+        lose("'" + adapter.wholes.begin()->first + "'", "it was trained whole, and the dialect holds factors alone");
+    }
+    const bool several = std::any_of(adapter.modules.begin(), adapter.modules.end(),
+        [](const auto& one) { return one.first.starts_with("text_encoder_2."); });
+    double mlx_scale = 1;
+    std::size_t mlx_rank = 0;
+    if (dialect == adapter_dialect::mlx) {
+        mlx_scale = adapter.modules.begin()->second.update.scaling;
+        for (const auto& [module, made] : adapter.modules) { mlx_rank = std::max(mlx_rank, made.update.rank()); }
+        if (mlx_scale == 0) { mlx_scale = 1; }
+    }
+    peft_adapter<T> for_config;
+    bool dora = false, biased = false;
+    for (const auto& [module, entry] : adapter.modules) {
+        const auto& made = entry;
+        const auto& update = made.update;
+        const dtype type = options.output.value_or(made.stored);
+        const auto rank = static_cast<std::int64_t>(update.rank()), out_size = static_cast<std::int64_t>(update.out());
+        if (detail::is_kohya_name(module) && dialect != adapter_dialect::kohya) {
+            lose("module '" + module + "'",
+                "its dots are underscores, and nothing says where they were; the base's names do (--base)");
+        }
+        if (!is_peft && made.embedding) { lose("module '" + module + "'", "it is an embedding"); }
+        if (!is_peft && made.bias.rank() > 0) { lose("the bias of module '" + module + "'", "it has no place there"); }
+        if ((dialect == adapter_dialect::diffusers || dialect == adapter_dialect::mlx) && !made.magnitude.empty()) {
+            lose("module '" + module + "'", "it is DoRA's");
+        }
+        if (dialect == adapter_dialect::mlx && !made.kernel.empty()) {
+            lose("module '" + module + "'", "it is a convolution");
+        }
+        extents a_shape{rank, static_cast<std::int64_t>(update.in())}, b_shape{out_size, rank};
+        if (!made.kernel.empty()) {
+            std::int64_t cells = 1;
+            for (const auto side : made.kernel) { cells *= side; }
+            a_shape[1] /= cells;
+            a_shape.insert(a_shape.end(), made.kernel.begin(), made.kernel.end());
+            b_shape.insert(b_shape.end(), made.kernel.size(), 1);
+        }
+        double left = 1; // of the scaling, in the up factor
+        if (dialect == adapter_dialect::diffusers) { left = update.scaling; }
+        if (dialect == adapter_dialect::mlx) {
+            left = same_scaling(update.scaling, mlx_scale) ? 1 : update.scaling / mlx_scale;
+        }
+        const auto down = [&](std::size_t k, std::size_t i) { return static_cast<double>(update.a(k, i)); };
+        const auto up = [&](std::size_t o, std::size_t k) { return left * static_cast<double>(update.b(o, k)); };
+        const auto add_pair = [&](const std::string& a_name, const std::string& b_name) {
+            writer.add(a_name, type, a_shape, update.rank(), update.in(), down);
+            writer.add(b_name, type, b_shape, update.out(), update.rank(), up);
+        };
+        switch (dialect) {
+        case adapter_dialect::peft: {
+            const std::string stem = std::string(peft_prefix) + module;
+            if (made.embedding) { add_pair(stem + ".lora_embedding_A", stem + ".lora_embedding_B"); }
+            else {
+                add_pair(stem + ".lora_A.weight", stem + ".lora_B.weight");
+            }
+            if (!made.magnitude.empty()) {
+                extents shape{out_size};
+                if (!made.kernel.empty()) { // as PEFT keeps it: 1×out×1×1
+                    shape.assign(2 + made.kernel.size(), 1);
+                    shape[1] = out_size;
+                }
+                writer.add(stem + ".lora_magnitude_vector", type, shape, 1, update.out(),
+                    [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
+                dora = true;
+            }
+            if (made.bias.rank() > 0) {
+                writer.add(stem + ".lora_B.bias", type, {out_size}, 1, update.out(),
+                    [&](std::size_t, std::size_t o) { return static_cast<double>(made.bias.a(0, o)); });
+                biased = true;
+            }
+            for_config.updates.emplace(module, update);
+            break;
+        }
+        case adapter_dialect::kohya: {
+            const std::string stem = detail::kohya_name(module, several);
+            add_pair(stem + ".lora_down.weight", stem + ".lora_up.weight");
+            writer.add(stem + ".alpha", dtype::f32, {}, 1, 1,
+                [&](std::size_t, std::size_t) { return update.scaling * static_cast<double>(update.rank()); });
+            if (!made.magnitude.empty()) {
+                extents shape(2 + made.kernel.size(), 1);
+                shape[0] = out_size;
+                writer.add(stem + ".dora_scale", type, shape, 1, update.out(),
+                    [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
+            }
+            break;
+        }
+        case adapter_dialect::diffusers: {
+            const bool component =
+                module.starts_with("unet.") || module.starts_with("text_encoder") || module.starts_with("transformer.");
+            const std::string stem = (component ? "" : "unet.") + module;
+            add_pair(stem + ".lora.down.weight", stem + ".lora.up.weight");
+            break;
+        }
+        default:
+            writer.add(module + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
+                [&](std::size_t i, std::size_t k) { return down(k, i); });
+            writer.add(module + ".lora_b", type, {rank, out_size}, update.rank(), update.out(),
+                [&](std::size_t k, std::size_t o) { return up(o, k); });
+        }
+    }
+    if (is_peft) {
+        for (const auto& [name, tensor] : adapter.wholes) { writer.add(std::string(peft_prefix) + name, tensor); }
+        if (adapter.dialect == adapter_dialect::peft && adapter.config.value("peft_type", "LORA") == "LORA") {
+            for_config.config = adapter.config;
+        }
+        auto config = peft_config(for_config);
+        config["fan_in_fan_out"] = adapter.fan_in_fan_out;
+        config["use_dora"] = dora;
+        config["lora_bias"] = biased;
+        out.config = config.dump(2) + "\n";
+        out.file_name = std::string(peft_model_name);
+    }
+    else if (dialect == adapter_dialect::mlx) {
+        const nlohmann::json config{{"fine_tune_type", "lora"},
+            {"lora_parameters", {{"rank", mlx_rank}, {"scale", mlx_scale}, {"dropout", 0.0}}}};
+        out.config = config.dump(2) + "\n";
+        out.file_name = "adapters.safetensors";
+    }
+    else if (dialect == adapter_dialect::diffusers) {
+        out.file_name = "pytorch_lora_weights.safetensors";
+    }
+    return out;
+}
+
+/// Writes it: a directory for PEFT and MLX, a file for kohya, and for diffusers whichever the path's ending says. What
+/// is there is replaced once everything is complete, both files together (see output_directory); nothing is left of
+/// what fails. Calls `before_commit()` before the files take their names: what that throws leaves all as it was. Throws
+/// io_error.
+template <std::invocable Call>
+void write_adapter(const std::filesystem::path& path, const written_adapter& adapter,
+    const adapter_write_options& options, Call&& before_commit)
+{
+    const auto fill = [&](safetensors_writer& file) {
+        for (std::size_t i = 0; i < adapter.bytes.size(); ++i) {
+            file.write(i, 0, adapter.bytes[i].data(), adapter.bytes[i].size());
+        }
+        file.finish();
+    };
+    const metadata_map metadata{{"format", "pt"}};
+    if (adapter.file_name.empty() || (adapter.config.empty() && path.extension() == ".safetensors")) {
+        safetensors_writer file(path, adapter.specs, metadata, options.mode);
+        fill(file);
+        before_commit();
+        file.commit();
+        return;
+    }
+    output_directory folder(path, options.mode, existing_directory::exchange);
+    safetensors_writer file(folder.path() / adapter.file_name, adapter.specs, metadata, options.mode);
+    std::optional<atomic_file> settings;
+    if (!adapter.config.empty()) {
+        settings.emplace(folder.path() / peft_config_name, adapter.config.size(), options.mode);
+        settings->write(0, adapter.config.data(), adapter.config.size());
+        settings->finish();
+    }
+    fill(file);
+    before_commit();
+    file.commit();
+    if (settings) { settings->commit(); }
+    folder.commit();
+}
+
+/// The same, without a call.
+inline void write_adapter(
+    const std::filesystem::path& path, const written_adapter& adapter, const adapter_write_options& options = {})
+{
+    write_adapter(path, adapter, options, [] { });
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_ADAPTER_CONVERT_HPP
+
+// ---- taskvec/formats/adapter_names.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_NAMES_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_NAMES_HPP
+// Which tensors of a base the modules of an adapter mean: prefixes, underscores for dots, names of components.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/adapters/adapted_model.hpp
+#if !defined(TASKVEC_SINGLE_ADAPTERS_ADAPTED_MODEL_HPP)
+#define TASKVEC_SINGLE_ADAPTERS_ADAPTED_MODEL_HPP
+// What adapters change of a base, by tensor: folded into it, or a task of any merge that is never stored.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/adapters/adapted_weight.hpp
+#if !defined(TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP)
+#define TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP
+// A weight with adapters added, worked out a block at a time: what folds adapters into a base, and what makes a task of
+// an adapter that no file holds. SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/kernels.hpp
+#if !defined(TASKVEC_SINGLE_CORE_KERNELS_HPP)
+#define TASKVEC_SINGLE_CORE_KERNELS_HPP
+// The CPU's elementwise kernels: over rows of one block, each written once over packs.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A block is a few thousand elements: small enough that its rows stay in the first cache levels, large enough that a
+// call costs nothing. Every kernel reads few rows and writes one; it is compiled for each instruction set and chosen
+// at run time (core/instruction_set.hpp), so that no flag is needed. No kernel fuses a multiply with an add.
+
+
+// ---- taskvec/core/instruction_set.hpp
+#if !defined(TASKVEC_SINGLE_CORE_INSTRUCTION_SET_HPP)
+#define TASKVEC_SINGLE_CORE_INSTRUCTION_SET_HPP
+// Instruction sets: kernels that are compiled several times, and the widest of them that the processor has, chosen at
+// run time. SPDX-License-Identifier: Apache-2.0
+//
+// A kernel is a functor with a call operator over the bytes of a pack (core/pack.hpp). run_widest() compiles it for
+// each instruction set by target attributes, whatever flags the file is built with, and runs one: 16-byte vectors
+// everywhere, 32 with AVX2, 64 with AVX-512. Results are the same bits: no kernel fuses a multiply with an add. Other
+// compilers than g++ and clang, and device code, run kernels on scalars.
+
+
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What kernels of elementwise work are compiled for.
+enum class instruction_set : std::uint8_t {
+    scalar, ///< one element at a time
+    baseline, ///< 16-byte vectors: SSE2, NEON
+    avx2, ///< 32-byte vectors (x86-64-v3)
+    avx512 ///< 64-byte vectors (x86-64-v4)
+};
+
+/// The name that reports give it: "AVX-512".
+[[nodiscard]] constexpr const char* to_string(instruction_set set) noexcept
+{
+    switch (set) {
+    case instruction_set::avx512: return "AVX-512";
+    case instruction_set::avx2: return "AVX2";
+    case instruction_set::baseline: return "baseline";
+    default: return "scalar";
+    }
+}
+
+/// The widest instruction set that this header compiles kernels for and this processor has.
+[[nodiscard]] inline instruction_set supported_instruction_set() noexcept
+{
+#if defined(__CUDACC__) || !defined(__GNUC__)
+    return instruction_set::scalar;
+#elif defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl")) {
+        return instruction_set::avx512;
+    }
+    return __builtin_cpu_supports("avx2") ? instruction_set::avx2 : instruction_set::baseline;
+#else
+    return instruction_set::baseline;
+#endif
+}
+
+namespace detail {
+/// The chosen set plus 1; 0 until somebody asks. Constant-initialised: no constructor runs before main().
+inline std::uint8_t& instruction_set_slot() noexcept
+{
+    static std::uint8_t slot = 0;
+    return slot;
+}
+} // namespace detail
+
+/// The instruction set that kernels run with: the widest supported one, or what limit_instruction_set() said.
+[[nodiscard]] inline instruction_set current_instruction_set() noexcept
+{
+    std::uint8_t& slot = detail::instruction_set_slot();
+    std::uint8_t chosen = __atomic_load_n(&slot, __ATOMIC_RELAXED);
+    if (chosen == 0) {
+        chosen = static_cast<std::uint8_t>(static_cast<std::uint8_t>(supported_instruction_set()) + 1);
+        __atomic_store_n(&slot, chosen, __ATOMIC_RELAXED);
+    }
+    return static_cast<instruction_set>(chosen - 1);
+}
+
+/// Keeps kernels from running with more than `most`; what the processor lacks is never run. Results do not change. For
+/// tests and measurements.
+///
+///     limit_instruction_set(instruction_set::avx2);
+inline void limit_instruction_set(instruction_set most) noexcept
+{
+    const instruction_set least = most < supported_instruction_set() ? most : supported_instruction_set();
+    __atomic_store_n(&detail::instruction_set_slot(), static_cast<std::uint8_t>(static_cast<std::uint8_t>(least) + 1),
+        __ATOMIC_RELAXED);
+}
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__CUDACC__)
+template <class Kernel>
+[[gnu::noinline, gnu::target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi2,popcnt")]] void run_avx512(
+    const Kernel& kernel)
+{
+    TASKVEC_STRICT_FP
+    kernel.template run<64>();
+}
+template <class Kernel>
+[[gnu::noinline, gnu::target("avx2,bmi2,popcnt")]] void run_avx2(const Kernel& kernel)
+{
+    TASKVEC_STRICT_FP
+    kernel.template run<32>();
+}
+#endif
+#if defined(__GNUC__) && !defined(__CUDACC__)
+template <class Kernel>
+TASKVEC_NOINLINE void run_baseline(const Kernel& kernel)
+{
+    TASKVEC_STRICT_FP
+    kernel.template run<16>();
+}
+#endif
+template <class Kernel>
+TASKVEC_NOINLINE void run_scalar(const Kernel& kernel)
+{
+    TASKVEC_STRICT_FP
+    kernel.template run<0>();
+}
+
+TASKVEC_KERNELS_END
+
+/// Calls kernel.run<bytes>() with the widest packs that the processor has; run<0>() works on scalars. `run` is always
+/// inlined (TASKVEC_INLINE), and so is all that it calls with packs.
+template <class Kernel>
+void run_widest(const Kernel& kernel)
+{
+#if defined(__GNUC__) && !defined(__CUDACC__)
+    switch (current_instruction_set()) {
+#if defined(__x86_64__)
+    case instruction_set::avx512: return run_avx512(kernel);
+    case instruction_set::avx2: return run_avx2(kernel);
+#endif
+    case instruction_set::baseline: return run_baseline(kernel);
+    default: break;
+    }
+#endif
+    run_scalar(kernel);
+}
+
+} // namespace kernels
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_INSTRUCTION_SET_HPP
+
+// ---- taskvec/core/stored_pack.hpp
+#if !defined(TASKVEC_SINGLE_CORE_STORED_PACK_HPP)
+#define TASKVEC_SINGLE_CORE_STORED_PACK_HPP
+// Packs of stored words: how entries of a storage type become packs of its arithmetic type, and packs become stored
+// words. SPDX-License-Identifier: Apache-2.0
+//
+// 16-bit types are read in words of 32 bits, two entries in each, whose halves come apart and together again by shifts
+// and masks: part 0 of such a pack holds the even entries, part 1 the odd ones.
+
+
+// ---- taskvec/core/pack.hpp
+#if !defined(TASKVEC_SINGLE_CORE_PACK_HPP)
+#define TASKVEC_SINGLE_CORE_PACK_HPP
+// Packs: the few entries that a kernel's body works on at once. A vector on the CPU, a single number on a device, in
+// tails and under other compilers than g++ and clang: a body is written once, over packs, and gives the same bits with
+// any of them. SPDX-License-Identifier: Apache-2.0
+//
+// Every operation rounds by itself (no multiply-add is fused). Comparisons give masks, and masks choose: select(mask,
+// yes, no), where(mask, x). A body has no branches on packs: `if (x > y)` does not compile.
+
+
+// ---- taskvec/core/rounding.hpp
+#if !defined(TASKVEC_SINGLE_CORE_ROUNDING_HPP)
+#define TASKVEC_SINGLE_CORE_ROUNDING_HPP
+// Arithmetic of elementwise functors that run on host and device: each operation rounds by itself, and no multiply-add
+// is fused.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A functor is a struct of plain values and device pointers whose call operator (TASKVEC_FUNCTOR) loops over the
+// indices that it is handed: device::sweep() (device/thrust) runs it. It stands beside its algorithm, between
+// TASKVEC_KERNELS_BEGIN and TASKVEC_KERNELS_END, and takes its products, sums and quotients from here.
+
+
+#include <concepts>
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI::elementwise {
+
+/// The indices of one worker of a sweep: first, first + step, … below last. Neighbouring workers have neighbouring
+/// indices on a device, and runs of their own on host threads.
+struct indices {
+    std::uint64_t first = 0, last = 0, step = 1, worker = 0;
+};
+
+/// What counts and flags in device memory are made of: the type that CUDA's atomics take.
+using counter = unsigned long long;
+
+TASKVEC_KERNELS_BEGIN
+
+template <arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A product(A x, A y) noexcept
+{
+    TASKVEC_STRICT_FP
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::same_as<A, double>) { return __dmul_rn(x, y); }
+    else {
+        return __fmul_rn(x, y);
+    }
+#else
+    return x * y;
+#endif
+}
+
+template <arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A sum(A x, A y) noexcept
+{
+    TASKVEC_STRICT_FP
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::same_as<A, double>) { return __dadd_rn(x, y); }
+    else {
+        return __fadd_rn(x, y);
+    }
+#else
+    return x + y;
+#endif
+}
+
+template <arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A difference(A x, A y) noexcept
+{
+    TASKVEC_STRICT_FP
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::same_as<A, double>) { return __dsub_rn(x, y); }
+    else {
+        return __fsub_rn(x, y);
+    }
+#else
+    return x - y;
+#endif
+}
+
+template <arithmetic_element A>
+[[nodiscard]] TASKVEC_HOST_DEVICE inline A quotient(A x, A y) noexcept
+{
+    TASKVEC_STRICT_FP
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::same_as<A, double>) { return __ddiv_rn(x, y); }
+    else {
+        return __fdiv_rn(x, y);
+    }
+#else
+    return x / y;
+#endif
+}
+
+/// *place += amount, from any number of workers at once. Integers: the order does not matter.
+TASKVEC_HOST_DEVICE inline void atomic_add(counter* place, counter amount) noexcept
+{
+#if defined(__CUDA_ARCH__)
+    atomicAdd(place, amount);
+#else
+    __atomic_fetch_add(place, amount, __ATOMIC_RELAXED);
+#endif
+}
+
+/// The value of *place before 1 is added to it, from any number of workers at once: a number that no other gets.
+TASKVEC_HOST_DEVICE inline counter atomic_take(counter* place) noexcept
+{
+#if defined(__CUDA_ARCH__)
+    return atomicAdd(place, counter{1});
+#else
+    return __atomic_fetch_add(place, 1, __ATOMIC_RELAXED);
+#endif
+}
+
+/// *place = min(*place, value), from any number of workers at once.
+TASKVEC_HOST_DEVICE inline void atomic_min(counter* place, counter value) noexcept
+{
+#if defined(__CUDA_ARCH__)
+    atomicMin(place, value);
+#else
+    counter found = __atomic_load_n(place, __ATOMIC_RELAXED);
+    while (value < found
+        && !__atomic_compare_exchange_n(place, &found, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) { }
+#endif
+}
+
+/// Lowers *flag to `place` where a value is NaN or infinity; a null flag asks for nothing.
+template <arithmetic_element A>
+TASKVEC_HOST_DEVICE inline void note(A value, std::uint64_t place, counter* flag) noexcept
+{
+    if (magnitude_bits(value) >= exponent_mask<A> && flag) { atomic_min(flag, place); }
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace taskvec::inline TASKVEC_ABI::elementwise
+#endif // TASKVEC_SINGLE_CORE_ROUNDING_HPP
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Signed words as wide as A.
+template <arithmetic_element A>
+using signed_word = std::conditional_t<std::same_as<A, double>, std::int64_t, std::int32_t>;
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+#define TASKVEC_OPAQUE(value) asm("" : "+x"(value))
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__) && !defined(__CUDACC__)
+#define TASKVEC_OPAQUE(value) asm("" : "+w"(value))
+#else
+#define TASKVEC_OPAQUE(value) ((void)0)
+#endif
+
+namespace detail {
+// Members, not alias templates: g++ drops vector_size of a dependent size there.
+template <class T, int bytes>
+struct vector_of {
+#if defined(__GNUC__) && !defined(__CUDACC__)
+    typedef T type __attribute__((vector_size(bytes)));
+    typedef T anywhere __attribute__((vector_size(bytes), aligned(1), may_alias)); // in memory
+#endif
+};
+template <class T>
+struct vector_of<T, 0> {
+    using type = T;
+    using anywhere = T;
+};
+template <class>
+inline constexpr bool never = false;
+} // namespace detail
+
+/// Lanes of A in a pack of `bytes`; 0 bytes are a single number.
+template <arithmetic_element A, int bytes>
+inline constexpr int pack_lanes = bytes == 0 ? 1 : bytes / static_cast<int>(sizeof(A));
+
+/// What a comparison of packs gives: all bits of a lane where it holds, none where not.
+template <arithmetic_element A, int bytes>
+struct pack_mask {
+    typename detail::vector_of<signed_word<A>, bytes>::type lanes;
+
+    template <class T = void>
+    TASKVEC_HOST_DEVICE explicit operator bool() const
+    {
+        static_assert(detail::never<T>,
+            "a body must not branch on a pack: its entries may differ; choose with select(mask, yes, no) or "
+            "where(mask, x)");
+        return false;
+    }
+};
+
+/// The bits of packs as signed words: magnitudes (their sign bit is clear) compare as numbers do.
+template <arithmetic_element A, int bytes>
+struct pack_words {
+    using word = signed_word<A>;
+    typename detail::vector_of<word, bytes>::type lanes;
+};
+
+/// `bytes` of entries of A; 0 bytes are one entry.
+template <arithmetic_element A, int bytes>
+struct pack {
+    using value_type = A;
+    using mask = pack_mask<A, bytes>;
+    using words = pack_words<A, bytes>;
+    static constexpr int size = pack_lanes<A, bytes>;
+    typename detail::vector_of<A, bytes>::type lanes;
+};
+
+TASKVEC_KERNELS_BEGIN
+
+/// A number in every lane. (g++ 12 finds the instruction for it only where the number is a floating one that is no
+/// expression: it is hidden, and what looks like a difference is none.)
+template <class Words>
+[[nodiscard]] TASKVEC_INLINE Words filled_words(typename Words::word value) noexcept
+{
+    if constexpr (sizeof(Words) == sizeof(value)) { return {value}; }
+    else if (__builtin_constant_p(value)) {
+        return {decltype(Words::lanes){} + value};
+    }
+    else {
+        using number = std::conditional_t<sizeof(value) == 8, double, float>;
+        using numbers = typename detail::vector_of<number, sizeof(Words)>::type;
+        auto bits = __builtin_bit_cast(number, value);
+        TASKVEC_OPAQUE(bits);
+        return {__builtin_bit_cast(decltype(Words::lanes), static_cast<numbers>(bits - numbers{}))};
+    }
+}
+template <class Pack>
+[[nodiscard]] TASKVEC_INLINE Pack filled(typename Pack::value_type value) noexcept
+{
+    using words = typename Pack::words;
+    return __builtin_bit_cast(Pack, filled_words<words>(__builtin_bit_cast(typename words::word, value)));
+}
+
+// Arithmetic. Each operation is a function of its own, so that clang sees no expression to contract.
+#if defined(__CUDACC__)
+#define TASKVEC_PACK_ARITHMETIC(operation, rounded)                                                                    \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator operation(                                                    \
+        const pack<A, bytes>& x, const pack<A, bytes>& y) noexcept                                                     \
+    {                                                                                                                  \
+        return {elementwise::rounded(x.lanes, y.lanes)};                                                               \
+    }
+#else
+#define TASKVEC_PACK_ARITHMETIC(operation, rounded)                                                                    \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator operation(                                                    \
+        const pack<A, bytes>& x, const pack<A, bytes>& y) noexcept                                                     \
+    {                                                                                                                  \
+        TASKVEC_STRICT_FP                                                                                              \
+        return {x.lanes operation y.lanes};                                                                            \
+    }
+#endif
+TASKVEC_PACK_ARITHMETIC(+, sum)
+TASKVEC_PACK_ARITHMETIC(-, difference)
+TASKVEC_PACK_ARITHMETIC(*, product)
+TASKVEC_PACK_ARITHMETIC(/, quotient)
+#undef TASKVEC_PACK_ARITHMETIC
+
+/// A number and a pack: the number stands in every lane.
+#define TASKVEC_PACK_WITH_NUMBER(operation)                                                                            \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator operation(                                                    \
+        std::type_identity_t<A> x, const pack<A, bytes>& y) noexcept                                                   \
+    {                                                                                                                  \
+        return filled<pack<A, bytes>>(x) operation y;                                                                  \
+    }                                                                                                                  \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator operation(                                                    \
+        const pack<A, bytes>& x, std::type_identity_t<A> y) noexcept                                                   \
+    {                                                                                                                  \
+        return x operation filled<pack<A, bytes>>(y);                                                                  \
+    }
+TASKVEC_PACK_WITH_NUMBER(+)
+TASKVEC_PACK_WITH_NUMBER(-)
+TASKVEC_PACK_WITH_NUMBER(*)
+TASKVEC_PACK_WITH_NUMBER(/)
+#undef TASKVEC_PACK_WITH_NUMBER
+
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator-(const pack<A, bytes>& x) noexcept
+{
+    return {-x.lanes};
+}
+
+// Comparisons: vectors give all bits or none, single numbers are made to.
+#define TASKVEC_PACK_COMPARISON(operation)                                                                             \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator operation(                                               \
+        const pack<A, bytes>& x, const pack<A, bytes>& y) noexcept                                                     \
+    {                                                                                                                  \
+        if constexpr (bytes == 0) { return {static_cast<signed_word<A>>(x.lanes operation y.lanes ? -1 : 0)}; }        \
+        else {                                                                                                         \
+            return {x.lanes operation y.lanes};                                                                        \
+        }                                                                                                              \
+    }                                                                                                                  \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator operation(                                               \
+        const pack<A, bytes>& x, std::type_identity_t<A> y) noexcept                                                   \
+    {                                                                                                                  \
+        return x operation filled<pack<A, bytes>>(y);                                                                  \
+    }
+TASKVEC_PACK_COMPARISON(<)
+TASKVEC_PACK_COMPARISON(>)
+TASKVEC_PACK_COMPARISON(<=)
+TASKVEC_PACK_COMPARISON(>=)
+TASKVEC_PACK_COMPARISON(==)
+TASKVEC_PACK_COMPARISON(!=)
+#undef TASKVEC_PACK_COMPARISON
+
+/// The bits of a pack, and a pack of bits.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> bits_of(const pack<A, bytes>& x) noexcept
+{
+    return __builtin_bit_cast(pack_words<A, bytes>, x);
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> from_bits(const pack_words<A, bytes>& x) noexcept
+{
+    return __builtin_bit_cast(pack<A, bytes>, x);
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> words_of(const pack_mask<A, bytes>& x) noexcept
+{
+    return {x.lanes};
+}
+
+#define TASKVEC_PACK_BITS(type, operation)                                                                             \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE type<A, bytes> operator operation(                                                    \
+        const type<A, bytes>& x, const type<A, bytes>& y) noexcept                                                     \
+    {                                                                                                                  \
+        return {x.lanes operation y.lanes};                                                                            \
+    }
+TASKVEC_PACK_BITS(pack_mask, &)
+TASKVEC_PACK_BITS(pack_mask, |)
+TASKVEC_PACK_BITS(pack_mask, ^)
+TASKVEC_PACK_BITS(pack_words, &)
+TASKVEC_PACK_BITS(pack_words, |)
+TASKVEC_PACK_BITS(pack_words, ^)
+TASKVEC_PACK_BITS(pack_words, +)
+TASKVEC_PACK_BITS(pack_words, -)
+#undef TASKVEC_PACK_BITS
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator~(const pack_mask<A, bytes>& x) noexcept
+{
+    return {~x.lanes};
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator&(
+    const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
+{
+    return {x.lanes & y};
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator|(
+    const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
+{
+    return {x.lanes | y};
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator+(
+    const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
+{
+    return {x.lanes + y};
+}
+/// Words of a mask's lanes that hold; 0 elsewhere.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> where(
+    const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& x) noexcept
+{
+    return {mask.lanes & x.lanes};
+}
+/// x where a mask holds; +0 elsewhere.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> where(const pack_mask<A, bytes>& mask, const pack<A, bytes>& x) noexcept
+{
+    return from_bits(where(mask, bits_of(x)));
+}
+/// yes where a mask holds, no elsewhere.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> select(
+    const pack_mask<A, bytes>& mask, const pack<A, bytes>& yes, const pack<A, bytes>& no) noexcept
+{
+    if constexpr (bytes == 0) { return {mask.lanes ? yes.lanes : no.lanes}; }
+    else {
+        return {mask.lanes ? yes.lanes : no.lanes};
+    }
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> select(
+    const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& yes, const pack_words<A, bytes>& no) noexcept
+{
+    return {mask.lanes ? yes.lanes : no.lanes};
+}
+
+#define TASKVEC_WORDS_COMPARISON(operation)                                                                            \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator operation(                                               \
+        const pack_words<A, bytes>& x, const pack_words<A, bytes>& y) noexcept                                         \
+    {                                                                                                                  \
+        if constexpr (bytes == 0) { return {static_cast<signed_word<A>>(x.lanes operation y.lanes ? -1 : 0)}; }        \
+        else {                                                                                                         \
+            return {x.lanes operation y.lanes};                                                                        \
+        }                                                                                                              \
+    }                                                                                                                  \
+    template <arithmetic_element A, int bytes>                                                                         \
+    [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator operation(                                               \
+        const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept                                \
+    {                                                                                                                  \
+        return x operation filled_words<pack_words<A, bytes>>(y);                                                      \
+    }
+TASKVEC_WORDS_COMPARISON(<)
+TASKVEC_WORDS_COMPARISON(>)
+TASKVEC_WORDS_COMPARISON(<=)
+TASKVEC_WORDS_COMPARISON(>=)
+TASKVEC_WORDS_COMPARISON(==)
+TASKVEC_WORDS_COMPARISON(!=)
+#undef TASKVEC_WORDS_COMPARISON
+
+/// Shifts of every word, to the left or, filling with zeros, to the right.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept
+{
+    return {x.lanes << by};
+}
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator>>(const pack_words<A, bytes>& x, int by) noexcept
+{
+    using bare = typename detail::vector_of<std::make_unsigned_t<signed_word<A>>, bytes>::type;
+    return {__builtin_bit_cast(decltype(x.lanes), static_cast<bare>(__builtin_bit_cast(bare, x.lanes) >> by))};
+}
+/// All bits where a word is negative.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> spread_sign(const pack_words<A, bytes>& x) noexcept
+{
+    return {x.lanes >> (8 * static_cast<int>(sizeof(A)) - 1)};
+}
+/// The larger word.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> larger(
+    const pack_words<A, bytes>& x, const pack_words<A, bytes>& y) noexcept
+{
+    return {x.lanes > y.lanes ? x.lanes : y.lanes};
+}
+/// The bits of |x|.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> magnitude_of(const pack<A, bytes>& x) noexcept
+{
+    return bits_of(x) & static_cast<signed_word<A>>(~sign_mask<A>);
+}
+/// Words where x is 0 of either sign; 0 elsewhere. (By the bits of x: g++ 12 takes a conjunction of two comparisons
+/// apart, entry by entry, where the file is not built for the wide processor.)
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> where_zero(
+    const pack<A, bytes>& x, const pack_words<A, bytes>& words) noexcept
+{
+    return where(spread_sign(magnitude_of(x) + signed_word<A>{-1}), words);
+}
+/// x with its sign turned where the word's sign bit is set; the word's other bits are clear.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> turned(const pack<A, bytes>& x, const pack_words<A, bytes>& sign) noexcept
+{
+    return from_bits(bits_of(x) ^ sign);
+}
+/// Words plus 1 where a mask holds.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> added_where(
+    const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& x) noexcept
+{
+    return {x.lanes - mask.lanes};
+}
+/// Small whole numbers as A, exactly.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> to_numbers(const pack_words<A, bytes>& x) noexcept
+{
+    if constexpr (bytes == 0) { return {static_cast<A>(x.lanes)}; }
+    else {
+        return {__builtin_convertvector(x.lanes, decltype(pack<A, bytes>::lanes))};
+    }
+}
+
+/// Whether a mask holds in some lane: one answer for the whole pack, which a body may branch on. (g++ 12 finds no such
+/// instruction by itself; clang does.)
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE bool any(const pack_mask<A, bytes>& mask) noexcept
+{
+    if constexpr (bytes == 0) { return mask.lanes != 0; }
+    else {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+        if constexpr (bytes == 64) {
+            bool found;
+            asm("vptestmd %1, %1, %%k1\n\tkortestw %%k1, %%k1" : "=@ccnz"(found) : "v"(mask.lanes) : "k1");
+            return found;
+        }
+        else if constexpr (bytes == 32) {
+            bool found;
+            asm("vptest %1, %1" : "=@ccnz"(found) : "x"(mask.lanes));
+            return found;
+        }
+        else {
+            int found;
+            asm("%vpmovmskb %1, %0" : "=r"(found) : "x"(mask.lanes));
+            return found != 0;
+        }
+#else
+        std::uint64_t parts[bytes / 8], found = 0;
+        std::memcpy(parts, &mask, sizeof parts);
+        for (const std::uint64_t part : parts) { found |= part; }
+        return found != 0;
+#endif
+    }
+}
+
+TASKVEC_KERNELS_END
+
+#undef TASKVEC_OPAQUE
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_PACK_HPP
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+TASKVEC_KERNELS_BEGIN
+
+/// The conversions of a 16-bit type on words of 32 bits, as core/dtype.hpp defines them on one. `widen` reads the lower
+/// half of a word and `widen_upper` the upper one; `narrow` gives the code in a word that is clear otherwise,
+/// `narrow_upper` in the upper half, and leaves anything below.
+template <storage_element T>
+struct pack_conversion { };
+
+/// Whether stored words of T come apart into packs.
+template <storage_element T>
+inline constexpr bool has_pack_conversion =
+    std::same_as<T, arithmetic_type<T>> || requires { pack_conversion<T>::template widen<0>; };
+
+template <>
+struct pack_conversion<bf16> {
+    template <int bytes>
+    [[nodiscard]] static TASKVEC_INLINE pack<float, bytes> widen(const pack_words<float, bytes>& code) noexcept
+    {
+        return from_bits(code << 16);
+    }
+    template <int bytes>
+    [[nodiscard]] static TASKVEC_INLINE pack<float, bytes> widen_upper(const pack_words<float, bytes>& word) noexcept
+    {
+        return from_bits(word & static_cast<std::int32_t>(0xffff0000u));
+    }
+    template <int bytes>
+    [[nodiscard]] static TASKVEC_INLINE pack_words<float, bytes> narrow_upper(const pack<float, bytes>& x) noexcept
+    {
+        const auto word = bits_of(x);
+        const auto rounded = word + 0x7fff + ((word >> 16) & 1);
+        return select(x == x, rounded, word | 0x00400000);
+    }
+    template <int bytes>
+    [[nodiscard]] static TASKVEC_INLINE pack_words<float, bytes> narrow(const pack<float, bytes>& x) noexcept
+    {
+        return narrow_upper(x) >> 16;
+    }
+};
+
+template <>
+struct pack_conversion<f16> {
+    template <int bytes>
+    [[nodiscard]] static TASKVEC_INLINE pack<float, bytes> widen(const pack_words<float, bytes>& code) noexcept
+    {
+        const auto sign = (code & 0x8000) << 16, magnitude = code & 0x7fff;
+        const auto scaled = bits_of(from_bits(magnitude << 13) * 0x1p112f);
+        return from_bits(select(magnitude >= 0x7c00, (magnitude << 13) | 0x7f800000, scaled) | sign);
+    }
+    template <int bytes>
+    [[nodiscard]] static TASKVEC_INLINE pack<float, bytes> widen_upper(const pack_words<float, bytes>& word) noexcept
+    {
+        return widen(word >> 16);
+    }
+    template <int bytes>
+    [[nodiscard]] static TASKVEC_INLINE pack_words<float, bytes> narrow(const pack<float, bytes>& x) noexcept
+    {
+        const auto word = bits_of(x);
+        const auto sign = (word >> 16) & 0x8000, magnitude = word & 0x7fffffff;
+        const auto normal = (magnitude + static_cast<std::int32_t>(0xc8000fffu) + ((magnitude >> 13) & 1)) >> 13;
+        const auto subnormal = bits_of(from_bits(magnitude) + 0.5f) + static_cast<std::int32_t>(0xc1000000u);
+        const auto nan = ((magnitude >> 13) & 0x03ff) | 0x7e00;
+        auto result = select(magnitude < 0x38800000, subnormal, normal);
+        result = select(magnitude >= 0x477ff000, filled_words<pack_words<float, bytes>>(0x7c00), result);
+        result = select(magnitude > 0x7f800000, nan, result);
+        return result | sign;
+    }
+    template <int bytes>
+    [[nodiscard]] static TASKVEC_INLINE pack_words<float, bytes> narrow_upper(const pack<float, bytes>& x) noexcept
+    {
+        return narrow(x) << 16;
+    }
+};
+
+/// `bytes` of consecutive stored entries of T (one entry for 0 bytes), which hold `parts` packs.
+template <storage_element T, int bytes>
+struct stored_pack {
+    using number = arithmetic_type<T>;
+    using pack_type = pack<number, bytes>;
+    static constexpr int parts = bytes == 0 ? 1 : static_cast<int>(sizeof(number) / sizeof(T));
+    static constexpr std::size_t entries = bytes == 0 ? 1 : static_cast<std::size_t>(bytes) / sizeof(T);
+
+    /// From and to any address.
+    TASKVEC_INLINE void load(const storage_word<T>* from) noexcept
+    {
+        if constexpr (bytes == 0) { raw = *from; }
+        else {
+            raw.lanes = *reinterpret_cast<const in_memory*>(from);
+        }
+    }
+    TASKVEC_INLINE void store(storage_word<T>* to) const noexcept
+    {
+        if constexpr (bytes == 0) { *to = raw; }
+        else {
+            *reinterpret_cast<in_memory*>(to) = raw.lanes;
+        }
+    }
+
+    template <int part>
+    [[nodiscard]] TASKVEC_INLINE pack_type get() const noexcept
+    {
+        if constexpr (bytes == 0) { return {widen_word<number, T>(raw)}; }
+        else if constexpr (parts == 1) {
+            return __builtin_bit_cast(pack_type, raw);
+        }
+        else if constexpr (part == 0) {
+            return pack_conversion<T>::widen(raw);
+        }
+        else {
+            return pack_conversion<T>::widen_upper(raw);
+        }
+    }
+    /// Puts a part: part 0 first, which overwrites what was there.
+    template <int part>
+    TASKVEC_INLINE void put(const pack_type& x) noexcept
+    {
+        if constexpr (bytes == 0) { raw = narrow_word<T>(x.lanes); }
+        else if constexpr (parts == 1) {
+            raw = __builtin_bit_cast(decltype(raw), x);
+        }
+        else if constexpr (part == 0) {
+            raw = pack_conversion<T>::narrow(x);
+        }
+        else {
+            raw = raw | (pack_conversion<T>::narrow_upper(x) & static_cast<std::int32_t>(0xffff0000u));
+        }
+    }
+
+    std::conditional_t<bytes == 0, storage_word<T>, pack_words<number, bytes>> raw;
+
+private:
+    using in_memory = typename detail::vector_of<signed_word<number>, bytes>::anywhere;
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_STORED_PACK_HPP
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace taskvec::inline TASKVEC_ABI::kernels {
+
+/// The words of a run of T. The 16-bit classes hold exactly one such word.
+template <storage_element T>
+[[nodiscard]] inline const storage_word<T>* words(const T* x) noexcept
+{
+    return reinterpret_cast<const storage_word<T>*>(x);
+}
+template <storage_element T>
+[[nodiscard]] inline storage_word<T>* words(T* x) noexcept
+{
+    return reinterpret_cast<storage_word<T>*>(x);
+}
+
+/// Asks for the lines of `count` words that lie 4 KiB ahead, for a kernel that does so much between two loads that it
+/// hides from the processor what is still to be loaded. Never faults. Always inlined: g++ takes a call of a function
+/// that does nothing but prefetch for one without effect, and leaves it out.
+template <std::size_t count, class Word>
+[[gnu::always_inline]] inline void fetch_ahead(const Word* words) noexcept
+{
+    const auto place = reinterpret_cast<std::uintptr_t>(words) + 4096; // a number: most lie outside the words' array
+    TASKVEC_UNROLL(16)
+    for (std::size_t line = 0; line < count * sizeof(Word); line += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(place + line), 0, 3);
+    }
+}
+
+TASKVEC_KERNELS_BEGIN
+
+/// Whether consecutive stored words of T become consecutive entries of A as packs; otherwise they do one by one.
+template <storage_element T, arithmetic_element A>
+inline constexpr bool has_row_packs =
+    std::same_as<T, A> || (std::same_as<A, float> && sizeof(T) == 2 && has_pack_conversion<T>);
+
+/// `bytes` of consecutive entries of A, from stored words of T (one entry for 0 bytes), and back.
+template <arithmetic_element A, int bytes, storage_element T>
+[[nodiscard]] TASKVEC_INLINE pack<A, bytes> load_row(const storage_word<T>* from) noexcept
+{
+    if constexpr (bytes == 0) { return {widen_word<A, T>(*from)}; }
+    else if constexpr (std::same_as<T, A>) {
+        stored_pack<A, bytes> loaded;
+        loaded.load(from);
+        return loaded.template get<0>();
+    }
+    else {
+        using codes = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere;
+        using lanes = typename taskvec::detail::vector_of<std::int32_t, bytes>::type;
+        return pack_conversion<T>::widen(
+            pack_words<A, bytes>{__builtin_convertvector(*reinterpret_cast<const codes*>(from), lanes)});
+    }
+}
+template <storage_element T, arithmetic_element A, int bytes>
+TASKVEC_INLINE void store_row(const pack<A, bytes>& x, storage_word<T>* to) noexcept
+{
+    if constexpr (bytes == 0) { *to = narrow_word<T>(x.lanes); }
+    else if constexpr (std::same_as<T, A>) {
+        stored_pack<A, bytes> made;
+        made.template put<0>(x);
+        made.store(to);
+    }
+    else {
+        using codes = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::type;
+        using in_memory = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere;
+        *reinterpret_cast<in_memory*>(to) = __builtin_convertvector(pack_conversion<T>::narrow(x).lanes, codes);
+    }
+}
+
+/// The largest word of a pack's lanes, or `least`.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE bits_type<A> largest_lane(const pack_words<A, bytes>& x, bits_type<A> least) noexcept
+{
+    signed_word<A> lanes[pack_lanes<A, bytes>];
+    std::memcpy(lanes, &x, sizeof lanes);
+    for (const auto lane : lanes) {
+        least = static_cast<bits_type<A>>(lane) > least ? static_cast<bits_type<A>>(lane) : least;
+    }
+    return least;
+}
+
+/// out[i] = map(x[i], y[i]), entries of A that are stored as Out, X and Y: whole packs first, then single entries.
+/// `watched`: `largest` receives the largest magnitude bits of the results. Without `out` nothing is stored.
+template <arithmetic_element A, bool watched, storage_element Out, storage_element X, storage_element Y, class Map>
+struct row_kernel {
+    static constexpr bool packs = has_row_packs<Out, A> && has_row_packs<X, A> && has_row_packs<Y, A>;
+
+    Map map;
+    storage_word<Out>* out;
+    const storage_word<X>* x;
+    const storage_word<Y>* y;
+    std::size_t size;
+    bits_type<A>& largest;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        const auto from = row_kernel(*this); // stores cannot change a copy
+        std::size_t i = 0;
+        bits_type<A> found = 0;
+        if constexpr (bytes > 0) { found = from.template packs_of<bytes>(i, found); }
+        found = from.template packs_of<0>(i, found);
+        if constexpr (watched) { largest = found; }
+    }
+
+private:
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE bits_type<A> packs_of(std::size_t& i, bits_type<A> found) const
+    {
+        constexpr std::size_t width = static_cast<std::size_t>(pack_lanes<A, bytes>);
+        pack_words<A, bytes> seen{};
+        std::size_t at = i;
+        for (; at + width <= size; at += width) {
+            const pack<A, bytes> result = map(load_row<A, bytes, X>(x + at), load_row<A, bytes, Y>(y + at));
+            if constexpr (watched) { seen = larger(seen, magnitude_of(result)); }
+            store_row<Out>(result, out + at);
+        }
+        i = at;
+        return largest_lane<A, bytes>(seen, found);
+    }
+};
+
+/// Runs a row_kernel; returns the largest magnitude bits of the results where they are watched.
+template <arithmetic_element A, bool watched, storage_element Out, storage_element X, storage_element Y, class Map>
+bits_type<A> map_row(Out* out, const X* x, const Y* y, std::size_t n, const Map& map)
+{
+    bits_type<A> largest = 0;
+    using kernel = row_kernel<A, watched, Out, X, Y, Map>;
+    const kernel row{map, words(out), words(x), words(y), n, largest};
+    if constexpr (kernel::packs) { run_widest(row); }
+    else {
+        run_scalar(row);
+    }
+    return largest;
+}
+
+// What rows are mapped by.
+struct taken {
+    template <class Pack>
+    [[nodiscard]] TASKVEC_INLINE Pack operator()(const Pack& x, const Pack&) const noexcept
+    {
+        return x;
+    }
+};
+struct difference {
+    template <class Pack>
+    [[nodiscard]] TASKVEC_INLINE Pack operator()(const Pack& x, const Pack& y) const noexcept
+    {
+        return x - y;
+    }
+};
+struct negated {
+    template <class Pack>
+    [[nodiscard]] TASKVEC_INLINE Pack operator()(const Pack& x, const Pack&) const noexcept
+    {
+        return -x;
+    }
+};
+template <arithmetic_element A>
+struct sum_with_scaled {
+    A factor;
+    template <class Pack>
+    [[nodiscard]] TASKVEC_INLINE Pack operator()(const Pack& sum, const Pack& x) const noexcept
+    {
+        return sum + factor * x;
+    }
+};
+template <arithmetic_element A>
+struct sum_begun_with {
+    A factor;
+    template <class Pack>
+    [[nodiscard]] TASKVEC_INLINE Pack operator()(const Pack& x, const Pack&) const noexcept
+    {
+        return filled<Pack>(A{0}) + factor * x;
+    }
+};
+
+/// The largest magnitude bits of a row, and whether an entry is below a number.
+template <arithmetic_element A, bool magnitudes>
+struct row_scan {
+    const A* x;
+    std::size_t size;
+    A floor;
+    bits_type<A>& found;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        std::size_t i = 0;
+        if constexpr (bytes > 0) { look<bytes>(i); }
+        look<0>(i);
+    }
+
+private:
+    template <int bytes>
+    TASKVEC_INLINE void look(std::size_t& i) const
+    {
+        constexpr std::size_t width = static_cast<std::size_t>(pack_lanes<A, bytes>);
+        pack_words<A, bytes> seen{};
+        for (; i + width <= size; i += width) {
+            const auto values = load_row<A, bytes, A>(x + i);
+            if constexpr (magnitudes) { seen = larger(seen, magnitude_of(values)); }
+            else {
+                seen = larger(seen, words_of(values < floor) & signed_word<A>{1});
+            }
+        }
+        found = largest_lane<A, bytes>(seen, found);
+    }
+};
+
+/// Σ x·y over a row in f64: sixteen interleaved partial sums, added pairwise at the end.
+template <arithmetic_element A>
+struct dot_kernel {
+    static constexpr int lanes = 16;
+    const A *x, *y;
+    std::size_t size;
+    double& total;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        double sum[lanes] = {};
+        std::size_t at = 0;
+        if constexpr (bytes > 0) {
+            constexpr int width = pack_lanes<double, bytes>, count = lanes / width;
+            pack<double, bytes> sums[count]{};
+            for (; at + lanes <= size; at += lanes) {
+                TASKVEC_UNROLL(8)
+                for (int k = 0; k < count; ++k) {
+                    const std::size_t i = at + static_cast<std::size_t>(k * width);
+                    sums[k] = sums[k] + wide<bytes>(x + i) * wide<bytes>(y + i);
+                }
+            }
+            std::memcpy(sum, sums, sizeof sum);
+        }
+        else {
+            for (; at + lanes <= size; at += lanes) {
+                for (std::size_t lane = 0; lane < lanes; ++lane) { add(sum[lane], at + lane); }
+            }
+        }
+        for (std::size_t lane = 0; at + lane < size; ++lane) { add(sum[lane], at + lane); }
+        for (std::size_t half = lanes / 2; half > 0; half /= 2) {
+            for (std::size_t lane = 0; lane < half; ++lane) { sum[lane] = sum[lane] + sum[lane + half]; }
+        }
+        total = sum[0];
+    }
+
+private:
+    TASKVEC_INLINE void add(double& sum, std::size_t i) const noexcept
+    {
+        TASKVEC_STRICT_FP
+        const double product = static_cast<double>(x[i]) * static_cast<double>(y[i]);
+        sum = sum + product;
+    }
+    template <int bytes>
+    [[nodiscard]] static TASKVEC_INLINE pack<double, bytes> wide(const A* from) noexcept
+    {
+        if constexpr (std::same_as<A, double>) { return load_row<double, bytes, double>(from); }
+        else {
+            using numbers = typename taskvec::detail::vector_of<float, bytes / 2>::anywhere;
+            return {
+                __builtin_convertvector(*reinterpret_cast<const numbers*>(from), decltype(pack<double, bytes>::lanes))};
+        }
+    }
+};
+
+TASKVEC_KERNELS_END
+
+/// out = widen(x). Returns the largest magnitude bits seen, so that the caller learns of NaN and infinity for free.
+template <arithmetic_element A, storage_element T>
+bits_type<A> widen(const T* x, A* out, std::size_t n)
+{
+    return map_row<A, true>(out, x, x, n, taken{});
+}
+
+/// The largest magnitude bits of a row.
+template <arithmetic_element A>
+bits_type<A> largest_magnitude(const A* x, std::size_t n)
+{
+    bits_type<A> largest = 0;
+    run_widest(row_scan<A, true>{x, n, A{0}, largest});
+    return largest;
+}
+
+/// out = widen(x) − base. Returns the largest magnitude bits of the result.
+template <arithmetic_element A, storage_element T>
+bits_type<A> subtract(const T* x, const A* base, A* out, std::size_t n)
+{
+    return map_row<A, true>(out, x, base, n, difference{});
+}
+
+/// out = narrow(x), rounded once to nearest even.
+template <storage_element T, arithmetic_element A>
+void narrow(const A* x, T* out, std::size_t n)
+{
+    map_row<A, false>(out, x, x, n, taken{});
+}
+
+/// Whether some entry is below `floor`.
+template <arithmetic_element A>
+bool any_below(const A* x, A floor, std::size_t n)
+{
+    bits_type<A> found = 0;
+    run_widest(row_scan<A, false>{x, n, floor, found});
+    return found != 0;
+}
+
+/// sum += weight · x
+template <arithmetic_element A>
+void accumulate(A* sum, const A* x, A weight, std::size_t n)
+{
+    map_row<A, false>(sum, sum, x, n, sum_with_scaled<A>{weight});
+}
+
+/// out = 0 + weight · x: the first term of a sum that starts at +0.
+template <arithmetic_element A>
+void begin_sum(A* sum, const A* x, A weight, std::size_t n)
+{
+    map_row<A, false>(sum, x, x, n, sum_begun_with<A>{weight});
+}
+
+/// x = base + lambda · x
+template <arithmetic_element A>
+void add_scaled(A* x, const A* base, A lambda, std::size_t n)
+{
+    map_row<A, false>(x, base, x, n, sum_with_scaled<A>{lambda});
+}
+
+/// out = −x
+template <arithmetic_element A>
+void negate(const A* x, A* out, std::size_t n)
+{
+    map_row<A, false>(out, x, x, n, negated{});
+}
+
+/// Σ x·y over a row in f64, in a fixed shape: sixteen interleaved partial sums, added pairwise at the end.
+template <arithmetic_element A>
+[[nodiscard]] double dot(const A* x, const A* y, std::size_t n)
+{
+    double total = 0;
+    run_widest(dot_kernel<A>{x, y, n, total});
+    return total;
+}
+
+/// Copies to memory that will not be read again soon: non-temporal stores where the processor has them.
+inline void stream_copy(void* to, const void* from, std::size_t size)
+{
+#if defined(__SSE2__)
+    auto* out = static_cast<char*>(to);
+    const auto* in = static_cast<const char*>(from);
+    const std::size_t head = std::min(size, (16 - reinterpret_cast<std::uintptr_t>(out) % 16) % 16);
+    std::memcpy(out, in, head);
+    out += head;
+    in += head;
+    size -= head;
+    for (; size >= 64; size -= 64, in += 64, out += 64) {
+        const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)),
+                      b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 16)),
+                      c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 32)),
+                      d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 48));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out), a);
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + 16), b);
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + 32), c);
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + 48), d);
+    }
+    std::memcpy(out, in, size);
+#else
+    std::memcpy(to, from, size);
+#endif
+}
+
+/// Makes non-temporal stores visible to other threads; called once after a run of stream_copy().
+inline void stream_fence() noexcept
+{
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+} // namespace taskvec::inline TASKVEC_ABI::kernels
+#endif // TASKVEC_SINGLE_CORE_KERNELS_HPP
+
+// ---- taskvec/models/block.hpp
+#if !defined(TASKVEC_SINGLE_MODELS_BLOCK_HPP)
+#define TASKVEC_SINGLE_MODELS_BLOCK_HPP
+// Blocks: a few thousand elements of every aligned model, widened to the arithmetic type on demand.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/models/aligned_models.hpp
+#if !defined(TASKVEC_SINGLE_MODELS_ALIGNED_MODELS_HPP)
+#define TASKVEC_SINGLE_MODELS_ALIGNED_MODELS_HPP
+// Several models lined up tensor by tensor: what every model-wide algorithm walks over, block by block.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/models/operand_source.hpp
+#if !defined(TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP)
+#define TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
+// Tensors that are stored nowhere as numbers: their elements are worked out when they are read.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What stands for the stored elements of one tensor: of a task (aligned_models::compute()), as a base weight with
+/// adapters added (adapters/adapted_weight.hpp); or of any model whose tensor_ref names it (`source`), as a quantised
+/// layer (formats/quantised.hpp). Everything that walks over aligned models reads it as it would a tensor of
+/// dtype type() with these elements. Reads come from several threads at once, in any order, the same one more than
+/// once; the same elements must come out each time.
+class operand_source {
+public:
+    virtual ~operand_source() = default;
+    /// f32 or f64.
+    [[nodiscard]] virtual taskvec::dtype type() const noexcept = 0;
+    /// Elements [offset, offset + count) of the tensor, row-major, as type(), to `out`, which is aligned to them.
+    virtual void read(std::uint64_t offset, std::size_t count, void* out) const = 0;
+    /// Does beforehand, on the policy's threads, what the first read would do by itself.
+    virtual void prepare(const cpu& /*policy*/) const { }
+    /// Gives back what prepare() and reads keep, until the next one. Nobody reads meanwhile.
+    virtual void release() const { }
+    /// Bits that are read for an element: for progress and reports.
+    [[nodiscard]] virtual unsigned stored_bits() const noexcept { return bits_per_element(type()); }
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What a tensor that a task lacks means: an error, or "unchanged from the base".
+enum class missing_tensors : std::uint8_t { error, base };
+
+/// What becomes of a finite result that the dtype of the output cannot hold: an error that names it, the dtype's
+/// largest number, or infinity.
+enum class overflow : std::uint8_t { error, saturate, propagate };
+
+/// A task's tensors, and the base's where the task lacks some: the model that missing_tensors::base takes it for.
+[[nodiscard]] inline const_model_ref completed(const_model_ref task, const const_model_ref& base)
+{
+    for (const auto& [name, tensor] : base) {
+        if (!task.find(name)) { task.insert(name, tensor); }
+    }
+    return task;
+}
+
+/// What every model-wide algorithm may be told. None of it changes a bit of a tensor that is included.
+struct model_options {
+    callback<bool(std::string_view)> include{}; ///< empty: every floating tensor; the others are copied from the base
+    std::optional<taskvec::dtype>
+        output{}; ///< dtype of the result; empty: the base's, tensor by tensor (fp8 becomes f32)
+    nonfinite on_nonfinite = nonfinite::error; ///< NaN and infinity in an input
+    missing_tensors on_missing = missing_tensors::error; ///< a tensor that a task lacks
+    overflow on_overflow = overflow::propagate; ///< a result that is too large for the output's dtype (host memory)
+    std::vector<std::string> labels{}; ///< names of the tasks in messages; empty: "task 1", "task 2", …
+    std::string base_label = "the base"; ///< name of the base in messages
+    std::size_t chunk = 65536; ///< elements handed to a thread at a time (rounded up to a multiple of 64)
+    bool statistics = false; ///< collect counts and norms for a report, at some cost
+    std::size_t memory = std::size_t{256}
+        << 20; ///< bytes of scratch that a pass may take; less means more reads of the inputs, never other bits
+};
+
+/// One tensor of the aligned models: where its data lie in the base and in each task.
+struct aligned_tensor {
+    struct operand {
+        const std::byte* data = nullptr;
+        taskvec::dtype dtype = taskvec::dtype::f32;
+        const operand_source* source = nullptr; ///< where set, elements come from it, and `data` is not read
+
+        /// Bytes of `count` elements as they are stored.
+        [[nodiscard]] std::uint64_t bytes(std::size_t count) const noexcept
+        {
+            return source ? (std::uint64_t{count} * source->stored_bits() + 7) / 8 : byte_count(dtype, count);
+        }
+    };
+    std::string name;
+    extents shape;
+    std::size_t size = 0;
+    std::size_t output = 0; ///< index in aligned_models::outputs()
+    std::uint64_t position = 0; ///< first element's place in the concatenation of all included tensors
+    taskvec::dtype output_dtype = taskvec::dtype::f32;
+    bool wide = false; ///< arithmetic runs in f64, because some model stores f64
+    operand base{}; ///< data == nullptr when there is no base
+    std::vector<operand> tasks{};
+
+    /// True when what is to be added to the base has f64 values: an f64 tensor, whatever the tasks store.
+    [[nodiscard]] bool wide_base() const noexcept { return base.dtype == taskvec::dtype::f64; }
+    /// Bytes of `count` elements in the base and all tasks together; a task that stands for the base adds none.
+    [[nodiscard]] std::uint64_t bytes(std::size_t count) const noexcept
+    {
+        std::uint64_t total = base.data ? base.bytes(count) : 0;
+        for (const auto& task : tasks) { total += task.data == base.data ? 0 : task.bytes(count); }
+        return total;
+    }
+};
+
+/// A tensor that takes no part: it is copied through unchanged.
+struct copied_tensor {
+    std::string name;
+    std::size_t output = 0;
+    const_tensor_ref source{};
+};
+
+/// A run of consecutive elements of one tensor, handed to one thread.
+struct tensor_chunk {
+    std::size_t tensor = 0;
+    std::uint64_t offset = 0;
+    std::size_t size = 0;
+};
+
+/// The chunks of a model's tensors in order. They are worked out when they are asked for: a list of them would grow
+/// with the model.
+class chunk_list {
+public:
+    /// `first_of[i]` is the number of the first chunk of tensor i, with the number of all chunks at the end; chunks are
+    /// `step` elements long, the last one of each tensor excepted.
+    chunk_list(
+        std::span<const std::size_t> first_of, const std::vector<aligned_tensor>& tensors, std::size_t step) noexcept
+        : first_of_(first_of)
+        , tensors_(&tensors)
+        , step_(step)
+    { }
+    [[nodiscard]] std::size_t size() const noexcept { return first_of_.empty() ? 0 : first_of_.back(); }
+    [[nodiscard]] tensor_chunk operator[](std::size_t index) const noexcept
+    {
+        // Of tensors that share a first chunk only the last is not empty.
+        const auto after = std::upper_bound(first_of_.begin(), first_of_.end(), index);
+        const auto tensor = static_cast<std::size_t>(after - first_of_.begin()) - 1;
+        const std::size_t offset = (index - first_of_[tensor]) * step_;
+        return {tensor, offset, std::min(step_, (*tensors_)[tensor].size - offset)};
+    }
+
+private:
+    std::span<const std::size_t> first_of_;
+    const std::vector<aligned_tensor>* tensors_;
+    std::size_t step_;
+};
+
+/// Tensors [first, last) of aligned models.
+struct tensor_range {
+    std::size_t first = 0, last = 0;
+};
+
+/// Lines up a base (optional) and tasks by tensor name, and checks everything that can be checked before any work:
+/// names, shapes, dtypes, contiguity, memory space. Tensors are ordered by the bytes of their names. Integer tensors
+/// must be equal in all models and are copied; excluded tensors are copied from the base. Holds views only. All tensors
+/// live in the memory space `space`; for device memory `equal` says whether two runs of bytes are the same.
+/// Errors: invalid_argument, shape_mismatch, dtype_mismatch, each naming the tensor and the model.
+class aligned_models {
+public:
+    using bytes_equal = callback<bool(const void* a, const void* b, std::size_t bytes)>;
+
+    aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {},
+        memory_space space = memory_space::host, const bytes_equal& equal = {})
+        : options_(std::move(options))
+        , space_(space)
+    {
+        if (tasks.empty()) {
+            raise<invalid_argument>(error_code::inputs_empty, "no task was given: at least one is needed");
+        }
+        if (!options_.labels.empty() && options_.labels.size() != tasks.size()) {
+            raise<invalid_argument>(error_code::list_length,
+                message(options_.labels.size(), " labels for ", tasks.size(), " tasks: give one each, or none"));
+        }
+        task_count_ = tasks.size();
+        has_base_ = base != nullptr;
+        filled_.assign(tasks.size(), 0);
+        const const_model_ref& reference = base ? *base : tasks[0];
+        for (std::size_t t = 0; t < tasks.size(); ++t) {
+            for (const auto& [name, tensor] : tasks[t]) {
+                if (!reference.find(name) && (!options_.include || options_.include(name))) {
+                    raise<invalid_argument>(error_code::tensor_unexpected,
+                        message("tensor '", name, "' is in ", label(t), " but not in ", reference_label(),
+                            ": use models of one architecture, or exclude the tensor"));
+                }
+            }
+        }
+        for (const auto& [name, tensor] : reference) { add(name, tensor, tasks, equal); }
+        cut();
+    }
+
+    /// The same models, handed to threads in other chunks.
+    aligned_models(const aligned_models& other, std::size_t chunk)
+        : aligned_models(other)
+    {
+        options_.chunk = chunk;
+        cut();
+    }
+
+    /// Some of the tensors that take part, by a list of their places in tensors(), ascending: the same outputs, and
+    /// nothing that is copied. Model-wide shares are then shares of these.
+    aligned_models(const aligned_models& other, std::span<const std::size_t> chosen)
+        : aligned_models(other)
+    {
+        tensors_.clear();
+        copied_.clear();
+        elements_ = 0;
+        any_wide_ = false;
+        for (const std::size_t i : chosen) {
+            auto& tensor = tensors_.emplace_back(other.tensors()[i]);
+            tensor.position = elements_;
+            elements_ += tensor.size;
+            any_wide_ = any_wide_ || tensor.wide;
+        }
+        cut();
+    }
+
+    /// Puts elements that are worked out in place of those that a task stores. `tensor` is a place in tensors();
+    /// `source` outlives these models and their copies. Host memory only.
+    void compute(std::size_t task, std::size_t tensor, const operand_source& source)
+    {
+        if (space_ != memory_space::host) {
+            raise<invalid_argument>(error_code::tensor_memory,
+                message("tensor '", tensors_[tensor].name, "' of ", label(task),
+                    " is worked out on the host: use the cpu policy, or store the model first"));
+        }
+        auto& operand = tensors_[tensor].tasks[task];
+        operand.dtype = source.type();
+        operand.source = &source;
+        tensors_[tensor].wide = tensors_[tensor].wide || operand.dtype == taskvec::dtype::f64;
+        any_wide_ = any_wide_ || tensors_[tensor].wide;
+        computed_ = true;
+    }
+    /// Whether some tensor of a task is worked out: compute().
+    [[nodiscard]] bool computed() const noexcept { return computed_; }
+
+    /// The tensors that the result holds, in name order.
+    [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
+    /// The included floating tensors, in name order.
+    [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
+    [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
+    [[nodiscard]] chunk_list chunks() const& noexcept { return {first_chunk_, tensors_, step()}; }
+    chunk_list chunks() const&& = delete; // a list over a temporary
+    /// Chunks [first_chunk(i), first_chunk(i + 1)) cover tensor i.
+    [[nodiscard]] std::size_t first_chunk(std::size_t tensor) const noexcept { return first_chunk_[tensor]; }
+    /// Elements of all included tensors together.
+    [[nodiscard]] std::uint64_t elements() const noexcept { return elements_; }
+    [[nodiscard]] std::size_t task_count() const noexcept { return task_count_; }
+    [[nodiscard]] bool has_base() const noexcept { return has_base_; }
+    /// For each task, how many tensors it lacks that stand for the base's (missing_tensors::base), among those that
+    /// take part and those that no task has, which are copied.
+    [[nodiscard]] const std::vector<std::size_t>& filled() const noexcept { return filled_; }
+    /// True when some included tensor computes in f64: model-wide magnitudes then compare as f64.
+    [[nodiscard]] bool any_wide() const noexcept { return any_wide_; }
+    [[nodiscard]] const model_options& options() const noexcept { return options_; }
+    [[nodiscard]] std::string label(std::size_t task) const
+    {
+        return options_.labels.empty() ? message("task ", task + 1) : options_.labels[task];
+    }
+    /// The tensor that holds place `position` of the concatenation.
+    [[nodiscard]] std::size_t tensor_at(std::uint64_t position) const
+    {
+        const auto after = std::upper_bound(tensors_.begin(), tensors_.end(), position,
+            [](std::uint64_t p, const aligned_tensor& tensor) { return p < tensor.position; });
+        return static_cast<std::size_t>(after - tensors_.begin())
+            - 1; // of tensors that share a position only the last is not empty
+    }
+    /// Bytes that one walk over all included tensors reads.
+    [[nodiscard]] std::uint64_t bytes() const noexcept
+    {
+        std::uint64_t total = 0;
+        for (const auto& tensor : tensors_) { total += tensor.bytes(tensor.size); }
+        return total;
+    }
+    /// Bytes that one walk over a chunk reads.
+    [[nodiscard]] std::uint64_t bytes(const tensor_chunk& piece) const noexcept
+    {
+        return tensors_[piece.tensor].bytes(piece.size);
+    }
+
+private:
+    [[nodiscard]] std::size_t step() const noexcept
+    {
+        return std::max<std::size_t>(64, (options_.chunk + 63) / 64 * 64);
+    }
+    void cut()
+    {
+        first_chunk_.assign(1, 0);
+        first_chunk_.reserve(tensors_.size() + 1);
+        for (const auto& tensor : tensors_) {
+            first_chunk_.push_back(first_chunk_.back() + tensor.size / step() + (tensor.size % step() != 0));
+        }
+    }
+
+    [[nodiscard]] std::string reference_label() const { return has_base_ ? options_.base_label : label(0); }
+    void check_place(const const_tensor_ref& tensor, const std::string& name, const std::string& where) const
+    {
+        if (tensor.space != space_) {
+            raise<invalid_argument>(error_code::tensor_memory,
+                message("tensor '", name, "' of ", where,
+                    space_ == memory_space::host ? " lives in device memory: the cpu policy needs host memory"
+                                                 : " lives in host memory: the gpu policy needs device memory, or "
+                                                   "merge_streamed() for models on the host"));
+        }
+        if (!tensor.contiguous()) {
+            raise<invalid_argument>(error_code::tensor_layout,
+                message("tensor '", name, "' of ", where, " is not contiguous: copy it to row-major memory first"));
+        }
+        if (tensor.source && space_ != memory_space::host) { detail::refuse_source(name); }
+        if (!tensor.data && !tensor.source && tensor.bytes(name) > 0) {
+            raise<invalid_argument>(error_code::tensor_without_data,
+                message("tensor '", name, "' of ", where, " has no data (null pointer)"));
+        }
+    }
+    static bool computes(taskvec::dtype type) noexcept { return is_storage(type) || is_fp8(type); }
+
+    void add(const std::string& name, const const_tensor_ref& tensor, std::span<const const_model_ref> tasks,
+        const bytes_equal& equal)
+    {
+        check_place(tensor, name, reference_label());
+        const std::size_t size = tensor.size(name), output = outputs_.size();
+        const bool included = !options_.include || options_.include(name);
+        if (!included) {
+            outputs_.push_back(
+                {name, tensor.source ? options_.output.value_or(tensor.dtype) : tensor.dtype, tensor.shape});
+            copied_.push_back({name, output, tensor});
+            return;
+        }
+        aligned_tensor aligned{
+            name, tensor.shape, size, output, elements_, tensor.dtype, tensor.dtype == taskvec::dtype::f64, {}, {}};
+        const auto operand_of = [](const const_tensor_ref& from) {
+            const void* const data = from.source ? from.source : from.data; // not read: it tells operands apart
+            return aligned_tensor::operand{static_cast<const std::byte*>(data), from.dtype, from.source};
+        };
+        const auto reference = operand_of(tensor);
+        if (has_base_) { aligned.base = reference; }
+        std::size_t lacking = 0;
+        for (std::size_t t = 0; t < tasks.size(); ++t) {
+            const const_tensor_ref* const mine = tasks[t].find(name);
+            if (!mine) {
+                // There is nothing to merge in integers: a task that lacks them (a buffer that is saved no more) has
+                // the base's.
+                if (has_base_ && !computes(tensor.dtype)) {
+                    ++filled_[t];
+                    continue;
+                }
+                if (options_.on_missing == missing_tensors::error || !has_base_) {
+                    raise<invalid_argument>(error_code::tensor_missing,
+                        message("tensor '", name, "' of ", reference_label(), " is missing in ", label(t),
+                            has_base_ ? ": add it, or let missing tensors stand for the base's" : ": add it"));
+                }
+                aligned.tasks.push_back(reference);
+                ++filled_[t];
+                ++lacking;
+                continue;
+            }
+            check_place(*mine, name, label(t));
+            check_same(name, tensor, *mine, t, equal);
+            aligned.tasks.push_back(operand_of(*mine));
+            aligned.wide = aligned.wide || mine->dtype == taskvec::dtype::f64;
+        }
+        // What no task has stays as it is: a share of entries does not count it.
+        const bool untouched = lacking == tasks.size() && options_.output.value_or(tensor.dtype) == tensor.dtype;
+        if (!computes(tensor.dtype) || untouched) {
+            outputs_.push_back({name, tensor.dtype, tensor.shape});
+            copied_.push_back({name, output, tensor});
+            return;
+        }
+        aligned.output_dtype =
+            options_.output.value_or(is_dequantised(tensor.dtype) ? taskvec::dtype::f32 : tensor.dtype);
+        if (!is_storage(aligned.output_dtype)) {
+            raise<dtype_mismatch>(error_code::output_dtype,
+                message("a merge cannot be stored as ", to_string(aligned.output_dtype), ": choose ", storage_names()));
+        }
+        outputs_.push_back({name, aligned.output_dtype, tensor.shape});
+        elements_ += size;
+        any_wide_ = any_wide_ || aligned.wide;
+        tensors_.push_back(std::move(aligned));
+    }
+
+    void check_same(const std::string& name, const const_tensor_ref& tensor, const const_tensor_ref& mine,
+        std::size_t t, const bytes_equal& equal) const
+    {
+        if (mine.shape != tensor.shape) {
+            raise<shape_mismatch>(error_code::tensor_shape,
+                message("tensor '", name, "' has shape ", to_string(mine.shape), " in ", label(t), " but ",
+                    to_string(tensor.shape), " in ", reference_label(),
+                    ": use models of one architecture, or exclude the tensor"));
+        }
+        const bool floating = computes(tensor.dtype);
+        if (computes(mine.dtype) != floating || (!floating && mine.dtype != tensor.dtype)) {
+            raise<dtype_mismatch>(error_code::dtype_differs,
+                message("tensor '", name, "' has dtype ", to_string(mine.dtype), " in ", label(t), " but ",
+                    to_string(tensor.dtype), " in ", reference_label(),
+                    ": convert one of them, or exclude the tensor"));
+        }
+        const std::size_t size = tensor.bytes(name);
+        const auto same = [&] {
+            return equal ? equal(mine.data, tensor.data, size) : std::memcmp(mine.data, tensor.data, size) == 0;
+        };
+        if (!floating && size > 0 && !same()) {
+            raise<dtype_mismatch>(error_code::not_mergeable,
+                message("tensor '", name, "' of dtype ", to_string(tensor.dtype), " differs between ", label(t),
+                    " and ", reference_label(), ": only floating tensors can be merged; exclude it to keep the one of ",
+                    reference_label()));
+        }
+    }
+
+    model_options options_;
+    memory_space space_;
+    std::vector<tensor_spec> outputs_;
+    std::vector<aligned_tensor> tensors_;
+    std::vector<copied_tensor> copied_;
+    std::vector<std::size_t> first_chunk_;
+    std::vector<std::size_t> filled_;
+    std::uint64_t elements_ = 0;
+    std::size_t task_count_ = 0;
+    bool has_base_ = false, any_wide_ = false, computed_ = false;
+};
+
+namespace detail {
+/// A model that is one flat view: how the typed functions use the model-wide machinery.
+template <class T, memory_space S>
+[[nodiscard]] const_model_ref flat_model(view<T, S> values, std::string_view name = "values")
+{
+    const_model_ref model;
+    model.insert(std::string(name), as_tensor(view<const std::remove_const_t<T>, S>(values)));
+    return model;
+}
+
+/// What every walk over models says of NaN or infinity in an input.
+[[noreturn, gnu::cold]] inline void refuse_nonfinite(
+    std::string_view tensor, std::string_view where, double found, std::uint64_t index)
+{
+    raise<nonfinite_error>(error_code::not_finite,
+        message("tensor '", tensor, "' of ", where, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ",
+            index, ": repair it, exclude the tensor, or ask for non-finite values to propagate"));
+}
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_MODELS_ALIGNED_MODELS_HPP
+
+// ---- taskvec/models/row_conversions.hpp
+#if !defined(TASKVEC_SINGLE_MODELS_ROW_CONVERSIONS_HPP)
+#define TASKVEC_SINGLE_MODELS_ROW_CONVERSIONS_HPP
+// How rows of an arithmetic type come from stored elements, and go back: one function for each dtype.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <utility>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// An 8-bit float by its bits.
+[[nodiscard]] inline float fp8_value(dtype type, unsigned code) noexcept
+{
+    return type == dtype::f8_e5m2 ? e5m2_to_f32(static_cast<std::uint8_t>(code))
+                                  : e4m3_to_f32(static_cast<std::uint8_t>(code));
+}
+
+/// The conversions of one dtype. `from` and `to` are aligned to its elements.
+template <arithmetic_element A>
+struct row_conversion {
+    bits_type<A> (*widen)(const void* from, A* out, std::size_t n) = nullptr; ///< kernels::widen
+    bits_type<A> (*subtract)(const void* from, const A* base, A* out, std::size_t n) = nullptr; ///< kernels::subtract
+    void (*narrow)(const A* from, void* to, std::size_t n) = nullptr; ///< kernels::narrow
+};
+
+template <arithmetic_element A, storage_element T>
+[[nodiscard]] constexpr row_conversion<A> conversion_of() noexcept
+{
+    return {[](const void* from, A* out, std::size_t n) { return kernels::widen(static_cast<const T*>(from), out, n); },
+        [](const void* from, const A* base, A* out, std::size_t n) {
+            return kernels::subtract(static_cast<const T*>(from), base, out, n);
+        },
+        [](const A* from, void* to, std::size_t n) { kernels::narrow(from, static_cast<T*>(to), n); }};
+}
+
+/// 8-bit floats are read, as f32, and not written.
+template <arithmetic_element A, dtype type>
+[[nodiscard]] constexpr row_conversion<A> fp8_conversion() noexcept
+{
+    return {[](const void* from, A* out, std::size_t n) {
+                for (std::size_t i = 0; i < n; ++i) {
+                    out[i] = static_cast<A>(fp8_value(type, static_cast<const unsigned char*>(from)[i]));
+                }
+                return kernels::largest_magnitude(out, n);
+            },
+        [](const void* from, const A* base, A* out, std::size_t n) {
+            for (std::size_t i = 0; i < n; ++i) {
+                out[i] = static_cast<A>(fp8_value(type, static_cast<const unsigned char*>(from)[i])) - base[i];
+            }
+            return kernels::largest_magnitude(out, n);
+        },
+        nullptr};
+}
+
+/// The conversions between rows of A and every dtype that may be met.
+template <arithmetic_element A>
+class row_conversions {
+public:
+    template <storage_element... T>
+    constexpr explicit row_conversions(storage_list<T...>) noexcept
+    {
+        table_[static_cast<std::size_t>(dtype::f8_e4m3)] = fp8_conversion<A, dtype::f8_e4m3>();
+        table_[static_cast<std::size_t>(dtype::f8_e5m2)] = fp8_conversion<A, dtype::f8_e5m2>();
+        ((table_[static_cast<std::size_t>(dtype_of<T>)] = conversion_of<A, T>()), ...); // also what is fp8
+    }
+    /// Those of a dtype; dtype_mismatch for a tensor that nothing can be computed with.
+    [[nodiscard]] const row_conversion<A>& of(dtype type, std::string_view tensor, bool written = false) const
+    {
+        const row_conversion<A>& found = table_[static_cast<std::size_t>(type)];
+        if (written ? !found.narrow : !found.widen) { refuse_storage(type, tensor); }
+        return found;
+    }
+
+private:
+    std::array<row_conversion<A>, std::size(dtype_table)> table_{};
+};
+
+template <arithmetic_element A, class Types>
+inline constexpr row_conversions<A> conversions_between{Types{}};
+
+/// The conversions of both arithmetic types, those that a list of storage types needs.
+struct storage_conversions {
+    const row_conversions<float>* single = nullptr;
+    const row_conversions<double>* wide = nullptr;
+
+    template <class... T>
+    [[nodiscard]] static constexpr storage_conversions of(storage_list<T...> types) noexcept
+    {
+        storage_conversions all;
+        if constexpr ((std::same_as<arithmetic_type<T>, float> || ...)) {
+            all.single = &conversions_between<float, decltype(types)>;
+        }
+        if constexpr ((std::same_as<arithmetic_type<T>, double> || ...)) {
+            all.wide = &conversions_between<double, decltype(types)>;
+        }
+        return all;
+    }
+    template <arithmetic_element A>
+    [[nodiscard]] const row_conversions<A>& get() const noexcept
+    {
+        if constexpr (std::same_as<A, double>) { return *wide; }
+        else {
+            return *single;
+        }
+    }
+};
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_MODELS_ROW_CONVERSIONS_HPP
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory_resource>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements,
+/// fp8 and what is worked out go through `raw` (room for block_size doubles).
+template <class Use>
+decltype(auto) with_elements(
+    const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
+{
+    if (from.source) {
+        from.source->read(offset, size, raw);
+        if (from.dtype == dtype::f64) { return use(reinterpret_cast<const double*>(raw)); }
+        return use(reinterpret_cast<const float*>(raw));
+    }
+    if (is_dequantised(from.dtype)) {
+        const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
+        auto* const values = reinterpret_cast<float*>(raw);
+        for (std::size_t i = 0; i < size; ++i) { values[i] = fp8_value(from.dtype, codes[i]); }
+        return use(static_cast<const float*>(values));
+    }
+    return visit_storage(from.dtype, "operand", [&]<class T>(std::type_identity<T>) -> decltype(auto) {
+        const std::byte* place = from.data + offset * sizeof(T);
+        if (reinterpret_cast<std::uintptr_t>(place) % alignof(T) != 0) {
+            std::memcpy(raw, place, size * sizeof(T));
+            place = raw;
+        }
+        return use(reinterpret_cast<const T*>(place));
+    });
+}
+
+} // namespace detail
+
+/// Elements of a block: a row of f32 takes 16 KiB, so a dozen rows stay in the second-level cache.
+inline constexpr std::size_t block_size = 4096;
+
+/// The rows of one block: base(), task(t) and delta(t) = task(t) − base() in the arithmetic type A, loaded on demand,
+/// and scratch rows. There is one for each worker; open() moves it on.
+template <arithmetic_element A>
+class row_block {
+public:
+    row_block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory,
+        const detail::row_conversions<A>& conversions = detail::conversions_between<A, storage_types>)
+        : models_(&models)
+        , conversions_(&conversions)
+        , rows_((models.task_count() + 1 + scratch_rows) * block_size, memory)
+        , raw_(block_size, memory)
+    { }
+
+    /// Moves to elements [offset, offset + size) of a tensor; size ≤ block_size.
+    void open(const aligned_tensor& tensor, std::uint64_t offset, std::size_t size)
+    {
+        tensor_ = &tensor;
+        offset_ = offset;
+        size_ = size;
+        base_ = nullptr;
+        largest_ = 0;
+    }
+
+    [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
+    [[nodiscard]] std::uint64_t position() const noexcept { return tensor_->position + offset_; }
+    [[nodiscard]] const aligned_tensor& tensor() const noexcept { return *tensor_; }
+    /// The tensor's place in models().tensors().
+    [[nodiscard]] std::size_t tensor_index() const noexcept
+    {
+        return static_cast<std::size_t>(tensor_ - models_->tensors().data());
+    }
+    [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
+    [[nodiscard]] std::size_t task_count() const noexcept { return models_->task_count(); }
+
+    /// θ0 of this block.
+    const A* base()
+    {
+        if (!base_) { base_ = load(tensor_->base, rows_.data()); }
+        return base_;
+    }
+    /// θt of this block: in place where it is stored as A, otherwise in row(t), which it shares with delta(t).
+    const A* task(std::size_t t) { return load(tensor_->tasks[t], row(t)); }
+    /// τt of this block (θt itself when there is no base).
+    const A* delta(std::size_t t)
+    {
+        if (!tensor_->base.data) { return task(t); }
+        const A* const from = base();
+        const auto& task = tensor_->tasks[t];
+        const auto& conversion = conversions_->of(task.dtype, tensor_->name);
+        ahead(elements(task), width(task), largest_, [&](const std::byte* values, std::size_t at, std::size_t n) {
+            return conversion.subtract(values, from + at, row(t) + at, n);
+        });
+        return row(t);
+    }
+    /// The stored words of this block, when the base (where there is one) and every task store T at aligned places:
+    /// what a kernel reads without a detour through rows. tasks[t] for each task. False otherwise.
+    template <storage_element T>
+    [[nodiscard]] bool stored(const storage_word<T>*& base, std::pmr::vector<const void*>& tasks) const
+    {
+        if (tensor_->base.data && !usable<T>(tensor_->base)) { return false; }
+        for (const auto& task : tensor_->tasks) {
+            if (!usable<T>(task)) { return false; }
+        }
+        base = tensor_->base.data ? place<T>(tensor_->base) : nullptr;
+        tasks.resize(task_count());
+        for (std::size_t t = 0; t < task_count(); ++t) { tasks[t] = place<T>(tensor_->tasks[t]); }
+        return true;
+    }
+    /// The same for task t alone.
+    template <storage_element T>
+    [[nodiscard]] bool stored_task(std::size_t t, const storage_word<T>*& base, const storage_word<T>*& task) const
+    {
+        if (!usable<T>(tensor_->tasks[t]) || (tensor_->base.data && !usable<T>(tensor_->base))) { return false; }
+        base = tensor_->base.data ? place<T>(tensor_->base) : nullptr;
+        task = place<T>(tensor_->tasks[t]);
+        return true;
+    }
+    /// Tells check_finite() the largest magnitude bits that a fused kernel met: of its inputs, or of a result that NaN
+    /// and infinity in an input cannot but reach.
+    void note(bits_type<A> magnitude) noexcept { largest_ = std::max(largest_, magnitude); }
+    /// The largest magnitude bits that were met since open().
+    [[nodiscard]] bits_type<A> largest() const noexcept { return largest_; }
+
+    /// The same elements of an operand that lies beside the models, as a method's statistics do: in place or in `out`,
+    /// a row of its own. `largest` receives their largest magnitude bits: whoever reads them reports NaN and infinity.
+    const A* beside(const aligned_tensor::operand& from, A* out, bits_type<A>& largest)
+    {
+        return load(from, out, largest);
+    }
+    /// Row of task t. Rows of tasks and scratch rows are consecutive, block_size apart.
+    [[nodiscard]] A* row(std::size_t t) noexcept { return rows_.data() + (1 + t) * block_size; }
+    [[nodiscard]] A* scratch(std::size_t i) noexcept { return row(task_count() + i); }
+
+    /// Throws nonfinite_error if an input of this block that was loaded holds NaN or infinity (unless propagation was
+    /// asked for). A difference of finite values that overflows is not an input.
+    void check_finite()
+    {
+        if (largest_ < exponent_mask<A> || models_->options().on_nonfinite == nonfinite::propagate) { return; }
+        for (std::size_t i = 0; i < size_; ++i) {
+            if (tensor_->base.data) { check(tensor_->base, i, models_->options().base_label); }
+            for (std::size_t t = 0; t < task_count(); ++t) { check(tensor_->tasks[t], i, models_->label(t)); }
+        }
+    }
+
+private:
+    template <storage_element T>
+    [[nodiscard]] static bool usable(const aligned_tensor::operand& from) noexcept
+    {
+        return !from.source
+            && from.dtype == dtype_of<T> && reinterpret_cast<std::uintptr_t>(from.data) % alignof(T) == 0;
+    }
+    template <storage_element T>
+    [[nodiscard]] const storage_word<T>* place(const aligned_tensor::operand& from) const noexcept
+    {
+        return reinterpret_cast<const storage_word<T>*>(from.data) + offset_;
+    }
+    [[nodiscard]] std::byte* raw() noexcept { return reinterpret_cast<std::byte*>(raw_.data()); }
+
+    const A* load(const aligned_tensor::operand& from, A* out)
+    {
+        bits_type<A> largest = 0;
+        const A* const values = load(from, out, largest);
+        note(largest);
+        return values;
+    }
+    const A* load(const aligned_tensor::operand& from, A* out, bits_type<A>& largest)
+    {
+        const std::byte* const stored = elements(from);
+        const bool in_place = from.dtype == dtype_of<A> && stored != raw();
+        const auto& conversion = conversions_->of(from.dtype, tensor_->name);
+        ahead(stored, width(from), largest, [&](const std::byte* values, std::size_t at, std::size_t n) {
+            return in_place ? kernels::largest_magnitude(reinterpret_cast<const A*>(values), n)
+                            : conversion.widen(values, out + at, n);
+        });
+        return in_place ? reinterpret_cast<const A*>(stored) : out;
+    }
+    [[nodiscard]] static std::size_t width(const aligned_tensor::operand& from) noexcept
+    {
+        return bits_per_element(from.dtype) / 8;
+    }
+    /// The elements of this block of an operand, put into raw() where they are not aligned or worked out.
+    [[nodiscard]] const std::byte* elements(const aligned_tensor::operand& from)
+    {
+        if (from.source) {
+            from.source->read(offset_, size_, raw());
+            return raw();
+        }
+        const std::byte* const place = from.data + offset_ * width(from);
+        if (reinterpret_cast<std::uintptr_t>(place) % width(from) == 0) { return place; }
+        std::memcpy(raw(), place, size_ * width(from));
+        return raw();
+    }
+
+    /// Runs a kernel over the row in pieces, and before each fetches the same piece of the next block: with a dozen
+    /// streams of 8 KiB each the hardware prefetchers start anew all the time.
+    template <class Kernel>
+    void ahead(const std::byte* values, std::size_t width, bits_type<A>& largest, const Kernel& kernel)
+    {
+        constexpr std::size_t piece = 512;
+        for (std::size_t at = 0; at < size_; at += piece) {
+            const std::byte* const here = values + at * width;
+            const auto next = reinterpret_cast<std::uintptr_t>(here + block_size * width);
+            for (std::size_t line = 0; line < piece * width; line += 64) {
+                __builtin_prefetch(reinterpret_cast<const void*>(next + line), 0, 2);
+            }
+            largest = std::max(largest, kernel(here, at, std::min(piece, size_ - at)));
+        }
+    }
+
+    void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
+    {
+        const double found = detail::with_elements(
+            from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
+        if (!std::isfinite(found)) { detail::refuse_nonfinite(tensor_->name, where, found, offset_ + i); }
+    }
+
+    const aligned_models* models_;
+    const detail::row_conversions<A>* conversions_;
+    std::pmr::vector<A> rows_;
+    std::pmr::vector<double> raw_;
+    const aligned_tensor* tensor_ = nullptr;
+    std::uint64_t offset_ = 0;
+    std::size_t size_ = 0;
+    const A* base_ = nullptr;
+    bits_type<A> largest_ = 0;
+};
+
+/// The blocks of one worker: in f32 and, where a tensor needs it, in f64.
+class block_workspace {
+public:
+    /// `conversions`: of the storage types that the models may store, all of them where nothing else is known.
+    block_workspace(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory,
+        detail::storage_conversions conversions)
+        : models_(&models)
+        , scratch_rows_(scratch_rows)
+        , memory_(memory)
+        , conversions_(conversions)
+    { }
+    template <arithmetic_element A>
+    row_block<A>& get()
+    {
+        std::optional<row_block<A>>* slot;
+        if constexpr (std::same_as<A, double>) { slot = &wide_; }
+        else {
+            slot = &single_;
+        }
+        if (!*slot) { slot->emplace(*models_, scratch_rows_, memory_, conversions_.get<A>()); }
+        return **slot;
+    }
+    /// Calls use(block) with the block type that the tensor's arithmetic asks for.
+    template <class Use>
+    decltype(auto) with_block(const aligned_tensor& tensor, Use&& use)
+    {
+        return tensor.wide ? use(get<double>()) : use(get<float>());
+    }
+
+private:
+    const aligned_models* models_;
+    std::size_t scratch_rows_;
+    std::pmr::memory_resource* memory_;
+    detail::storage_conversions conversions_;
+    std::optional<row_block<float>> single_;
+    std::optional<row_block<double>> wide_;
+};
+
+namespace detail {
+
+/// Whether some type of a list computes in A.
+template <arithmetic_element A, class... T>
+consteval bool computes_in(storage_list<T...>)
+{
+    return (std::same_as<arithmetic_type<T>, A> || ...);
+}
+
+/// block_workspace::with_block() for tensors that store the types of a list.
+template <class Types, class Use>
+decltype(auto) with_block_of(block_workspace& space, const aligned_tensor& tensor, Use&& use)
+{
+    if constexpr (!computes_in<double>(Types{})) { return use(space.get<float>()); }
+    else if constexpr (!computes_in<float>(Types{})) {
+        return use(space.get<double>());
+    }
+    else {
+        return space.with_block(tensor, use);
+    }
+}
+
+} // namespace detail
+
+/// A range of chunks, by index.
+struct chunk_range {
+    std::size_t first = 0, last = 0;
+};
+[[nodiscard]] inline chunk_range all_chunks(const aligned_models& models) noexcept
+{
+    return {0, models.chunks().size()};
+}
+[[nodiscard]] inline chunk_range chunks_of(const aligned_models& models, std::size_t tensor) noexcept
+{
+    return {models.first_chunk(tensor), models.first_chunk(tensor + 1)};
+}
+/// Bytes that one walk over a range of chunks reads.
+[[nodiscard]] inline std::uint64_t bytes_of(const aligned_models& models, chunk_range range) noexcept
+{
+    std::uint64_t total = 0;
+    for (std::size_t c = range.first; c < range.last; ++c) { total += models.bytes(models.chunks()[c]); }
+    return total;
+}
+
+/// One workspace for each worker that a walk over `count` chunks may use, for models that store the types of a
+/// storage_list.
+template <class Types = storage_types>
+[[nodiscard]] std::pmr::vector<block_workspace> make_workspaces(
+    const cpu& policy, const aligned_models& models, std::size_t count, std::size_t scratch_rows)
+{
+    std::pmr::vector<block_workspace> workspaces(memory_of(policy));
+    const std::size_t workers = worker_count(policy, count);
+    workspaces.reserve(workers);
+    for (std::size_t w = 0; w < workers; ++w) {
+        workspaces.emplace_back(models, scratch_rows, memory_of(policy), detail::storage_conversions::of(Types{}));
+    }
+    return workspaces;
+}
+
+/// Opens each block of a chunk in turn, calls body(block), and reports non-finite inputs after it.
+template <arithmetic_element A, class Body>
+void for_each_block_of(row_block<A>& rows, const tensor_chunk& piece, Body&& body)
+{
+    const aligned_tensor& tensor = rows.models().tensors()[piece.tensor];
+    for (std::size_t at = 0; at < piece.size; at += block_size) {
+        rows.open(tensor, piece.offset + at, std::min(block_size, piece.size - at));
+        body(rows);
+        rows.check_finite();
+    }
+}
+
+/// Calls body(chunk index, worker, block) for every block of a range of chunks: chunks in parallel, the blocks of a
+/// chunk in ascending order. `block` is a row_block<float>& or a row_block<double>&, `worker` as in for_each_index. No
+/// code is made for storage types that `Types` does not list.
+template <class Types = storage_types, class Body>
+void for_each_block(const cpu& policy, const aligned_models& models, chunk_range range, std::size_t scratch_rows,
+    std::string_view phase, Body&& body)
+{
+    const std::size_t count = range.last - range.first;
+    auto workspaces = make_workspaces<Types>(policy, models, count, scratch_rows);
+    detail::progress_meter meter(policy, phase, bytes_of(models, range));
+    for_each_index(policy, count, [&](std::size_t index, std::size_t worker) {
+        const tensor_chunk& piece = models.chunks()[range.first + index];
+        detail::with_block_of<Types>(workspaces[worker], models.tensors()[piece.tensor], [&](auto& rows) {
+            for_each_block_of(rows, piece, [&](auto& opened) { body(range.first + index, worker, opened); });
+        });
+        if (!meter.advance(models.bytes(piece))) { raise<cancelled>(error_code::cancelled); }
+    });
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_MODELS_BLOCK_HPP
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// How an update belongs to its weight.
+struct update_place {
+    bool transposed = false; ///< the weight is in×out: a Conv1D layer, or an embedding (entries×dimensions)
+    /// DoRA's magnitudes, one for each output: the weight becomes m·(θ0 + ΔW)/‖θ0 + ΔW‖, norms over each output's
+    /// inputs. Empty: none.
+    std::vector<double> magnitude{};
+};
+
+/// One thing that is added to a tensor. It refers to the update, or the stored tensor, which outlive it.
+struct weight_change {
+    const lora_update<float>* single = nullptr;
+    const lora_update<double>* wide = nullptr;
+    const_tensor_ref saved{}; ///< a whole tensor in place of the base's, where there is no update
+    double weight = 1; ///< of the change: θ0 + weight·(θ − θ0)
+    update_place place{};
+    std::string label{}; ///< names the adapter in messages
+
+    [[nodiscard]] bool is_update() const noexcept { return single || wide; }
+    [[nodiscard]] std::size_t out() const noexcept { return single ? single->out() : wide->out(); }
+    [[nodiscard]] std::size_t in() const noexcept { return single ? single->in() : wide->in(); }
+    [[nodiscard]] std::size_t rank() const noexcept { return single ? single->rank() : wide->rank(); }
+    [[nodiscard]] double scaling() const noexcept { return single ? single->scaling : wide->scaling; }
+    [[nodiscard]] double a(std::size_t k, std::size_t i) const noexcept
+    {
+        return single ? static_cast<double>(single->a(k, i)) : wide->a(k, i);
+    }
+    [[nodiscard]] double b(std::size_t i, std::size_t k) const noexcept
+    {
+        return single ? static_cast<double>(single->b(i, k)) : wide->b(i, k);
+    }
+};
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// Entries of A in a panel: a cache line.
+template <arithmetic_element A>
+inline constexpr std::size_t panel_width = 64 / sizeof(A);
+
+/// out += left·right for rows of `out`. `right` lies in panels of panel_width columns, [panel][rank][column]. Each
+/// entry is out + (0 + l0·r0 + l1·r1 + …), every product and sum rounded by itself, in that order: the same bits for
+/// any packs and any range.
+template <arithmetic_element A>
+struct low_rank_rows {
+    const A* left; ///< rows×rank
+    const A* panels;
+    std::size_t rank, rows, first, count; ///< columns [first, first + count)
+    A* out;
+    std::size_t stride; ///< of out
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        constexpr std::size_t width = panel_width<A>;
+        constexpr int tall = bytes == 64 ? 8 : 4;
+        std::size_t j = 0;
+        for (; j < count && (first + j) % width != 0; ++j) { column(j); }
+        for (; j + width <= count; j += width) {
+            const A* const panel = panels + (first + j) * rank; // whole panels lie before it
+            std::size_t i = 0;
+            for (; i + tall <= rows; i += tall) { tile<bytes, tall>(panel, i, j); }
+            for (; i < rows; ++i) { tile<bytes, 1>(panel, i, j); }
+        }
+        for (; j < count; ++j) { column(j); }
+    }
+
+private:
+    TASKVEC_INLINE void column(std::size_t j) const
+    {
+        constexpr std::size_t width = panel_width<A>;
+        const std::size_t at = first + j;
+        const A* const panel = panels + (at / width) * width * rank + at % width;
+        for (std::size_t i = 0; i < rows; ++i) {
+            TASKVEC_STRICT_FP
+            A sum = 0;
+            for (std::size_t k = 0; k < rank; ++k) {
+                const A product = left[i * rank + k] * panel[k * width];
+                sum = sum + product;
+            }
+            out[i * stride + j] = out[i * stride + j] + sum;
+        }
+    }
+    template <int bytes, int tall>
+    TASKVEC_INLINE void tile(const A* panel, std::size_t i, std::size_t j) const
+    {
+        constexpr std::size_t width = panel_width<A>, lanes = static_cast<std::size_t>(pack_lanes<A, bytes>);
+        constexpr int across = static_cast<int>(width / lanes);
+        if constexpr (across > 4) { // baseline packs: half a panel at a time leaves registers for the sums
+            for (std::size_t c = 0; c < width; c += 2 * lanes) { sums<bytes, tall, 2>(panel + c, i, j + c); }
+        }
+        else {
+            sums<bytes, tall, across>(panel, i, j);
+        }
+    }
+    template <int bytes, int tall, int across>
+    TASKVEC_INLINE void sums(const A* panel, std::size_t i, std::size_t j) const
+    {
+        constexpr std::size_t width = panel_width<A>, lanes = static_cast<std::size_t>(pack_lanes<A, bytes>);
+        pack<A, bytes> sum[tall][across]{};
+        const A* const l = left + i * rank;
+        for (std::size_t k = 0; k < rank; ++k) {
+            pack<A, bytes> r[across];
+#pragma GCC unroll 4
+            for (int c = 0; c < across; ++c) {
+                r[c] = load_row<A, bytes, A>(words(panel + k * width + static_cast<std::size_t>(c) * lanes));
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < tall; ++t) {
+                const A factor = l[static_cast<std::size_t>(t) * rank + k];
+#pragma GCC unroll 4
+                for (int c = 0; c < across; ++c) { sum[t][c] = sum[t][c] + factor * r[c]; }
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < tall; ++t) {
+            A* const to = out + (i + static_cast<std::size_t>(t)) * stride + j;
+#pragma GCC unroll 4
+            for (int c = 0; c < across; ++c) {
+                A* const here = to + static_cast<std::size_t>(c) * lanes;
+                store_row<A, A, bytes>(load_row<A, bytes, A>(words(here)) + sum[t][c], words(here));
+            }
+        }
+    }
+};
+
+/// sums[i] += x[i]², in f64.
+template <arithmetic_element A>
+TASKVEC_NOINLINE void add_squares(const A* x, double* sums, std::size_t n)
+{
+    TASKVEC_STRICT_FP
+    for (std::size_t i = 0; i < n; ++i) {
+        const double square = static_cast<double>(x[i]) * static_cast<double>(x[i]);
+        sums[i] = sums[i] + square;
+    }
+}
+/// x·(y − 1) + sum.
+TASKVEC_NOINLINE inline double add_gain(double sum, double x, double y)
+{
+    TASKVEC_STRICT_FP
+    const double part = x * (y - 1);
+    return sum + part;
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
+/// One tensor of a base with changes: c∘θ0 + Σ factors, in A, of any block of its elements. It reads the base where it
+/// lies and forms no ΔW.
+///
+/// With updates ΔWt = st·bt·at and weights wt each entry is θ0 + Σ (wt·st·bt)·at: the factors wt·st·b are rounded to A
+/// once, all ranks are summed one after the other in the order of the changes, from 0, and the sum is added to θ0;
+/// every product and sum rounds by itself. DoRA's ΔW = g∘(θ0 + s·b·a) − θ0, with g = m/‖θ0 + s·b·a‖ in f64, is put into
+/// the factors (wt·gt·st·bt) and into c = 1 + Σ wt·(gt − 1), which is rounded once and scales θ0. Tensors that were
+/// saved whole add wt·(θ − θ0) after θ0; a single one of weight 1 takes its place. The same bits for any threads,
+/// blocks and instruction sets.
+/// Factors laid out for reads lie in ordinary memory: (rows + columns)·rank entries of A.
+template <arithmetic_element A>
+class adapted_weight final : public operand_source {
+public:
+    /// `columns`: of the weight as it lies in memory, row-major; convolutions count their kernel as columns. The
+    /// changes fit the weight. Keeps to what it is handed.
+    adapted_weight(std::string name, const aligned_tensor::operand& base, std::size_t rows, std::size_t columns,
+        std::vector<weight_change> changes)
+        : name_(std::move(name))
+        , base_(base)
+        , rows_(rows)
+        , columns_(columns)
+        , changes_(std::move(changes))
+    { }
+
+    [[nodiscard]] taskvec::dtype type() const noexcept override { return dtype_of<A>; }
+
+    /// Lays the factors out for reads, and computes the norms that DoRA needs, which reads the base once. read() does
+    /// it by itself, on one thread, when it was not done before.
+    void prepare(const cpu& policy) const override
+    {
+        const std::lock_guard lock(mutex_);
+        if (!ready_.load(std::memory_order_relaxed)) { lay_out(policy); }
+    }
+    /// Gives the memory of prepare() back. Nobody reads meanwhile.
+    void release() const override
+    {
+        const std::lock_guard lock(mutex_);
+        left_ = right_ = scale_ = {};
+        ready_.store(false, std::memory_order_release);
+    }
+
+    void read(std::uint64_t offset, std::size_t count, void* out) const override
+    {
+        if (!ready_.load(std::memory_order_acquire)) { prepare(cpu{.threads = 1}); }
+        A* const values = static_cast<A*>(out);
+        begin(offset, count, values);
+        if (rank_ == 0) { return; }
+        std::size_t row = static_cast<std::size_t>(offset / columns_),
+                    column = static_cast<std::size_t>(offset % columns_);
+        for (std::size_t at = 0; at < count;) {
+            const std::size_t whole = column == 0 ? (count - at) / columns_ : 0;
+            const std::size_t rows = std::max<std::size_t>(whole, 1);
+            const std::size_t length = whole > 0 ? columns_ : std::min(columns_ - column, count - at);
+            kernels::run_widest(kernels::low_rank_rows<A>{
+                left_.data() + row * rank_, right_.data(), rank_, rows, column, length, values + at, columns_});
+            at += rows * length;
+            row += rows;
+            column = 0;
+        }
+    }
+
+private:
+    /// Elements of an operand in A.
+    static void widen_to(const aligned_tensor::operand& from, std::uint64_t offset, std::size_t count, A* out)
+    {
+        constexpr std::size_t piece = 512;
+        std::array<double, piece> raw;
+        for (std::size_t at = 0; at < count; at += piece) {
+            const std::size_t n = std::min(piece, count - at);
+            detail::with_elements(
+                from, offset + at, n, reinterpret_cast<std::byte*>(raw.data()), [&]<class T>(const T* stored) {
+                    for (std::size_t i = 0; std::same_as<T, double> && std::same_as<A, float> && i < n; ++i) {
+                        out[at + i] = static_cast<A>(widen<double>(stored[i]));
+                    }
+                    if constexpr (!(std::same_as<T, double> && std::same_as<A, float>)) {
+                        (void)kernels::widen(stored, out + at, n);
+                    }
+                });
+        }
+    }
+    [[nodiscard]] static aligned_tensor::operand operand_of(const const_tensor_ref& tensor)
+    {
+        return {static_cast<const std::byte*>(tensor.data), tensor.dtype};
+    }
+
+    /// What the low-rank sum is added to.
+    void begin(std::uint64_t offset, std::size_t count, A* out) const
+    {
+        const bool replaced = wholes_ == 1 && only_whole_->weight == 1;
+        widen_to(replaced ? operand_of(only_whole_->saved) : base_, offset, count, out);
+        if (!scale_.empty()) {
+            for (std::size_t i = 0; i < count; ++i) {
+                const auto place =
+                    static_cast<std::size_t>(scale_by_column_ ? (offset + i) % columns_ : (offset + i) / columns_);
+                out[i] = scale_[place] * out[i];
+            }
+        }
+        if (wholes_ == 0 || replaced) { return; }
+        constexpr std::size_t piece = 512;
+        std::array<A, piece> before, saved;
+        for (std::size_t at = 0; at < count; at += piece) {
+            const std::size_t n = std::min(piece, count - at);
+            widen_to(base_, offset + at, n, before.data());
+            for (const auto& change : changes_) {
+                if (change.is_update()) { continue; }
+                widen_to(operand_of(change.saved), offset + at, n, saved.data());
+                (void)kernels::subtract(saved.data(), before.data(), saved.data(), n);
+                kernels::accumulate(out + at, saved.data(), static_cast<A>(change.weight), n);
+            }
+        }
+    }
+    void lay_out(const cpu& policy) const
+    {
+        rank_ = wholes_ = 0;
+        scale_ = {};
+        bool rescaled = false;
+        for (const auto& change : changes_) {
+            if (!change.is_update()) {
+                ++wholes_;
+                only_whole_ = &change;
+                continue;
+            }
+            rank_ += change.rank();
+            if (!change.place.magnitude.empty()) {
+                rescaled = true;
+                scale_by_column_ = change.place.transposed;
+            }
+        }
+        if (rank_ == 0) {
+            ready_.store(true, std::memory_order_release);
+            return;
+        }
+        std::vector<double> scale(rescaled ? (scale_by_column_ ? columns_ : rows_) : 0, 1.0);
+        constexpr std::size_t width = kernels::panel_width<A>;
+        const std::size_t panels = (columns_ + width - 1) / width;
+        std::vector<A> left(rows_ * rank_), right(panels * width * rank_);
+        std::size_t first = 0;
+        for (const auto& change : changes_) {
+            if (!change.is_update()) { continue; }
+            std::vector<double> gain;
+            if (!change.place.magnitude.empty()) {
+                gain = norms(policy, change);
+                for (std::size_t i = 0; i < gain.size(); ++i) {
+                    gain[i] = change.place.magnitude[i] / gain[i];
+                    scale[i] = kernels::add_gain(scale[i], change.weight, gain[i]);
+                }
+            }
+            const double factor = change.weight * change.scaling();
+            const bool turned = change.place.transposed;
+            const auto strength = [&](std::size_t output) { return gain.empty() ? factor : factor * gain[output]; };
+            // The scaling goes into b, wherever b lies.
+            for_each_index(policy, rows_, [&](std::size_t i, std::size_t) {
+                A* const to = left.data() + i * rank_ + first;
+                for (std::size_t k = 0; k < change.rank(); ++k) {
+                    to[k] = static_cast<A>(turned ? change.a(k, i) : change.b(i, k) * strength(i));
+                }
+            });
+            for_each_index(policy, panels, [&](std::size_t p, std::size_t) {
+                for (std::size_t k = 0; k < change.rank(); ++k) {
+                    A* const to = right.data() + (p * rank_ + first + k) * width;
+                    for (std::size_t c = 0; c < std::min(width, columns_ - p * width); ++c) {
+                        const std::size_t j = p * width + c;
+                        to[c] = static_cast<A>(turned ? change.b(j, k) * strength(j) : change.a(k, j));
+                    }
+                }
+            });
+            first += change.rank();
+        }
+        left_ = std::move(left);
+        right_ = std::move(right);
+        scale_.assign(scale.begin(), scale.end());
+        ready_.store(true, std::memory_order_release);
+    }
+
+    /// ‖θ0 + s·b·a‖ of each output, in f64, in a fixed shape.
+    [[nodiscard]] std::vector<double> norms(const cpu& policy, const weight_change& change) const
+    {
+        weight_change plain = change;
+        plain.weight = 1;
+        plain.place.magnitude.clear();
+        const adapted_weight sum(name_, base_, rows_, columns_, {plain});
+        sum.prepare(policy);
+        const bool by_column = change.place.transposed;
+        std::vector<double> squares(by_column ? columns_ : rows_, 0.0);
+        if (!by_column) {
+            for_each_index(policy, rows_, [&](std::size_t i, std::size_t) {
+                std::vector<A> row(columns_);
+                sum.read(std::uint64_t{i} * columns_, columns_, row.data());
+                squares[i] = kernels::dot(row.data(), row.data(), columns_);
+            });
+        }
+        else {
+            constexpr std::size_t piece = 512;
+            for_each_index(policy, (columns_ + piece - 1) / piece, [&](std::size_t index, std::size_t) {
+                std::array<A, piece> row;
+                const std::size_t from = index * piece, n = std::min(piece, columns_ - from);
+                for (std::size_t i = 0; i < rows_; ++i) {
+                    sum.read(std::uint64_t{i} * columns_ + from, n, row.data());
+                    kernels::add_squares(row.data(), squares.data() + from, n);
+                }
+            });
+        }
+        for (std::size_t i = 0; i < squares.size(); ++i) {
+            squares[i] = std::sqrt(squares[i]);
+            if (squares[i] > 0 && std::isfinite(squares[i])) { continue; }
+            raise<nonfinite_error>(error_code::not_finite,
+                message("tensor '", name_, "' with the update of ", change.label, " has the norm ", squares[i],
+                    " for output ", i,
+                    ", by which DoRA divides: this adapter belongs to another base, or one of them is "
+                    "damaged"));
+        }
+        return squares;
+    }
+
+    std::string name_;
+    aligned_tensor::operand base_;
+    std::size_t rows_, columns_;
+    std::vector<weight_change> changes_;
+    mutable std::mutex mutex_;
+    mutable std::atomic<bool> ready_{false};
+    mutable std::vector<A> left_, right_, scale_;
+    mutable std::size_t rank_ = 0, wholes_ = 0;
+    mutable const weight_change* only_whole_ = nullptr;
+    mutable bool scale_by_column_ = false;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What adapters change of a base: updates, and tensors that were saved whole, by the names of the base's tensors. It
+/// refers to the updates. One of these may become a task of aligned models (attach()), which then reads
+/// base + Σ weight·ΔW wherever it would read a stored model; or be folded into the base (fuse()).
+///
+///     adapted_model sum;
+///     for (const auto& [module, update] : adapter) { sum.add(base, module + ".weight", update); }
+class adapted_model {
+public:
+    /// Adds weight·ΔW to a tensor of the base: out×in, or in×out where `place` says so; of a convolution
+    /// (out×in×kernel…) the update's `in` counts the kernel. A vector takes an update of 1×n. Throws invalid_argument
+    /// for a tensor that the base lacks, dtype_mismatch for one that does not hold floating numbers, shape_mismatch,
+    /// nonfinite_error for factors or weights that are not finite.
+    template <arithmetic_element T>
+    void add(const const_model_ref& base, const std::string& tensor, const lora_update<T>& update, double weight = 1,
+        update_place place = {}, std::string_view label = "the adapter")
+    {
+        weight_change change;
+        if constexpr (std::same_as<T, double>) { change.wide = &update; }
+        else {
+            change.single = &update;
+        }
+        check_update(update, tensor);
+        check_weight(weight, label);
+        const const_tensor_ref& to = find(base, tensor, label);
+        const auto [rows, columns] = sides(to);
+        const std::size_t out = place.transposed ? columns : rows, in = place.transposed ? rows : columns;
+        if (out != update.out() || in != update.in()) {
+            const bool turned = rows == update.in() && columns == update.out();
+            raise<shape_mismatch>(error_code::adapter_shape,
+                message("tensor '", tensor, "' has shape ", to_string(to.shape), ", but its update in ", label, " is ",
+                    update.out(), "×", update.in(), place.transposed ? " (transposed)" : "",
+                    turned ? ": it fits the other way round (fan_in_fan_out)"
+                           : ": this adapter belongs to another base"));
+        }
+        if (!place.magnitude.empty() && place.magnitude.size() != update.out()) {
+            raise<shape_mismatch>(error_code::adapter_shape,
+                message("tensor '", tensor, "': ", label, " has ", place.magnitude.size(), " magnitudes (DoRA) for ",
+                    update.out(), " outputs"));
+        }
+        check_finite(update.b.data(), update.b.size(), tensor, "lora_B", label);
+        check_finite(update.a.data(), update.a.size(), tensor, "lora_A", label);
+        check_finite(place.magnitude.data(), place.magnitude.size(), tensor, "the magnitudes", label);
+        change.weight = weight;
+        change.place = std::move(place);
+        change.label = label;
+        auto& list = changes_[tensor];
+        for (const auto& other : list) {
+            if (other.is_update() && other.place.transposed != change.place.transposed) {
+                raise<shape_mismatch>(error_code::adapter_shape,
+                    message("tensor '", tensor, "' is transposed for ", change.place.transposed ? label : other.label,
+                        ", and as it is for ", change.place.transposed ? other.label : std::string(label),
+                        ": the two were made for different layers"));
+            }
+        }
+        list.push_back(std::move(change));
+    }
+    /// Adds weight·(saved − base): a tensor that was trained whole. With weight 1, and nothing else for this tensor, it
+    /// takes the base's place.
+    void replace(const const_model_ref& base, const std::string& tensor, const const_tensor_ref& saved,
+        double weight = 1, std::string_view label = "the adapter")
+    {
+        check_weight(weight, label);
+        const const_tensor_ref& to = find(base, tensor, label);
+        if (to.shape != saved.shape) {
+            raise<shape_mismatch>(error_code::tensor_shape,
+                message("tensor '", tensor, "' has shape ", to_string(to.shape), ", and ", label,
+                    " saves it whole with shape ", to_string(saved.shape),
+                    ": bring the base to that shape first, or leave the tensor out"));
+        }
+        if (!is_storage(saved.dtype) && !is_fp8(saved.dtype)) { detail::refuse_storage(saved.dtype, tensor); }
+        weight_change change;
+        change.saved = saved;
+        change.weight = weight;
+        change.label = label;
+        changes_[tensor].push_back(std::move(change));
+    }
+
+    [[nodiscard]] const std::map<std::string, std::vector<weight_change>>& changes() const noexcept { return changes_; }
+    [[nodiscard]] bool empty() const noexcept { return changes_.empty(); }
+
+    /// The sources of the changed tensors, for task `task` of models that were lined up with the base in its place. It
+    /// outlives the models. Tensors that take no part in them are left out.
+    [[nodiscard]] std::vector<std::unique_ptr<operand_source>> attach(aligned_models& models, std::size_t task) const
+    {
+        std::vector<std::unique_ptr<operand_source>> sources;
+        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+            const aligned_tensor& tensor = models.tensors()[i];
+            const auto place = changes_.find(tensor.name);
+            if (place == changes_.end()) { continue; }
+            const auto& list = place->second;
+            const aligned_tensor::operand from = tensor.tasks[task];
+            const auto [rows, columns] = sides(tensor.shape, tensor.size);
+            const bool wide = from.dtype == dtype::f64 || std::any_of(list.begin(), list.end(), [](const auto& change) {
+                return change.wide || (!change.is_update() && change.saved.dtype == dtype::f64);
+            });
+            if (wide) {
+                sources.push_back(std::make_unique<adapted_weight<double>>(tensor.name, from, rows, columns, list));
+            }
+            else {
+                sources.push_back(std::make_unique<adapted_weight<float>>(tensor.name, from, rows, columns, list));
+            }
+            models.compute(task, i, *sources.back());
+        }
+        return sources;
+    }
+
+    /// Rows and columns of a weight: the first extent, and all others together; a vector is one row.
+    [[nodiscard]] static std::pair<std::size_t, std::size_t> sides(const extents& shape, std::size_t size)
+    {
+        const std::size_t rows = shape.size() < 2 ? 1 : static_cast<std::size_t>(shape[0]);
+        return {rows, rows == 0 ? 0 : size / rows};
+    }
+
+private:
+    [[nodiscard]] static std::pair<std::size_t, std::size_t> sides(const const_tensor_ref& tensor)
+    {
+        return sides(tensor.shape, tensor.size());
+    }
+    [[nodiscard]] static const const_tensor_ref& find(
+        const const_model_ref& base, const std::string& tensor, std::string_view label)
+    {
+        const const_tensor_ref* const found = base.find(tensor);
+        if (!found) {
+            raise<invalid_argument>(error_code::tensor_unexpected,
+                message(label, " changes the tensor '", tensor,
+                    "', which the base does not have: use the base that it was trained on"));
+        }
+        if (!is_storage(found->dtype) && !is_fp8(found->dtype)) { detail::refuse_storage(found->dtype, tensor); }
+        return *found;
+    }
+    static void check_weight(double weight, std::string_view label)
+    {
+        if (!std::isfinite(weight)) {
+            raise<invalid_argument>(
+                error_code::parameter_not_finite, message("the weight of ", label, " is not finite"));
+        }
+    }
+    template <class T>
+    static void check_finite(
+        const T* values, std::size_t size, std::string_view tensor, std::string_view what, std::string_view label)
+    {
+        for (std::size_t i = 0; i < size; ++i) {
+            if (std::isfinite(values[i])) { continue; }
+            raise<nonfinite_error>(error_code::not_finite,
+                message("tensor '", tensor, "': ", what, " in ", label, " holds ",
+                    std::isnan(values[i]) ? "NaN" : "infinity", " at entry ", i,
+                    "; repair the adapter or leave it out"));
+        }
+    }
+
+    std::map<std::string, std::vector<weight_change>> changes_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_ADAPTERS_ADAPTED_MODEL_HPP
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Modules of an adapter, and the base's tensors that they mean.
+struct module_match {
+    std::map<std::string, std::string> tensors{}; ///< the module's weight, by the module's name
+    std::vector<std::string> unmatched{}; ///< modules without one
+    std::map<std::string, std::vector<std::string>>
+        doubtful{}; ///< of these, those that several tensors may be meant by
+    std::vector<std::string> changes{}; ///< how names were changed, a phrase each: "'model.' put before"
+
+    /// What the adapter calls `name` (a tensor that comes with it whole), called as the base calls it.
+    [[nodiscard]] std::string renamed(const std::string& name, const const_model_ref& base) const
+    {
+        if (base.find(name)) { return name; }
+        const auto dot = name.rfind('.');
+        if (const auto place = tensors.find(name.substr(0, dot)); place != tensors.end() && dot != name.npos) {
+            return place->second.substr(0, place->second.rfind('.')) + name.substr(dot);
+        }
+        for (const auto& [off, on] : prefixes) {
+            if (name.starts_with(off) && base.find(on + name.substr(off.size()))) {
+                return on + name.substr(off.size());
+            }
+        }
+        return name;
+    }
+    std::vector<std::pair<std::string, std::string>> prefixes{}; ///< taken off, and put before
+};
+
+namespace detail {
+
+[[nodiscard]] inline std::string with_underscores(std::string name)
+{
+    std::replace(name.begin(), name.end(), '.', '_');
+    return name;
+}
+/// A module's name without the name of its component: lora_unet_, lora_te1_, …
+[[nodiscard]] inline std::string_view without_component(std::string_view module)
+{
+    for (const std::string_view prefix : {"lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_",
+             "lora_transformer_", "lycoris_", "lora_prior_unet_"}) {
+        if (module.starts_with(prefix)) { return module.substr(prefix.size()); }
+    }
+    return module;
+}
+
+} // namespace detail
+
+/// Finds, for every module of an adapter, the tensor "….weight" of the base that it means: by its own name; where dots
+/// are underscores by the one name that has them there; where a file names components (unet., text_encoder.) or
+/// diffusers' processors without these; and by prefixes that one of the two puts before its names, where they are the
+/// same for all. Nothing is matched where two tensors would do.
+[[nodiscard]] inline module_match match_modules(
+    const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
+{
+    constexpr std::string_view suffix = ".weight";
+    module_match match;
+    std::vector<std::string> left;
+    const auto has = [&](const std::string& module) { return base.find(module + std::string(suffix)) != nullptr; };
+    for (const auto& module : modules) {
+        if (has(module)) { match.tensors.emplace(module, module + std::string(suffix)); }
+        else {
+            left.push_back(module);
+        }
+    }
+    if (dialect == adapter_dialect::kohya && !left.empty()) {
+        std::vector<std::pair<std::string, std::string>> names; // with underscores, and the module's name
+        for (const auto& [name, tensor] : base) {
+            if (!name.ends_with(suffix)) { continue; }
+            auto module = name.substr(0, name.size() - suffix.size());
+            names.emplace_back(detail::with_underscores(module), module);
+        }
+        std::vector<std::string> still;
+        bool components = false;
+        for (const auto& module : left) {
+            const std::string key = detail::with_underscores(std::string(detail::without_component(module)));
+            std::vector<std::string> whole, ending;
+            for (const auto& [underscored, name] : names) {
+                if (underscored == key) { whole.push_back(name); }
+                else if (underscored.size() > key.size() && underscored.ends_with(key)
+                    && underscored[underscored.size() - key.size() - 1] == '_') {
+                    ending.push_back(name);
+                }
+            }
+            const auto& found = whole.empty() ? ending : whole;
+            if (found.size() == 1) {
+                match.tensors.emplace(module, found[0] + std::string(suffix));
+                components = true;
+            }
+            else {
+                if (!found.empty()) { match.doubtful[module] = found; }
+                still.push_back(module);
+            }
+        }
+        if (components) { match.changes.emplace_back("underscores read as the base's dots"); }
+        match.unmatched = std::move(still);
+        return match;
+    }
+    // diffusers: components, processors, and the list that to_out is
+    std::vector<std::string> still;
+    for (const auto& module : left) {
+        std::string name = module;
+        for (const std::string_view component :
+            {"unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.", "prior."}) {
+            if (name.starts_with(component) && !has(name)) {
+                name = name.substr(component.size());
+                break;
+            }
+        }
+        if (const auto at = name.find(".processor."); at != name.npos) { name.erase(at, 10); }
+        if (!has(name) && name.ends_with(".to_out") && has(name + ".0")) { name += ".0"; }
+        if (name != module && has(name)) {
+            match.tensors.emplace(module, name + std::string(suffix));
+            const std::string change = "names of components and processors left out";
+            if (std::find(match.changes.begin(), match.changes.end(), change) == match.changes.end()) {
+                match.changes.push_back(change);
+            }
+        }
+        else {
+            still.push_back(module);
+        }
+    }
+    left = std::move(still);
+    while (!left.empty()) {
+        // Prefixes by the first that is left: its longest ending that a tensor of the base has.
+        std::string off, on;
+        bool found = false;
+        const std::string first = left.front() + std::string(suffix);
+        for (std::size_t at = 0; !found; ++at) {
+            const auto ending = first.substr(at);
+            std::vector<std::string> before;
+            for (const auto& [name, tensor] : base) {
+                const bool whole_there = name.size() == ending.size();
+                if (name.size() < ending.size() || !name.ends_with(ending)
+                    || (!whole_there && name[name.size() - ending.size() - 1] != '.')
+                    || (at > 0 && !whole_there && ending.find('.') == ending.size() - suffix.size())) {
+                    continue;
+                }
+                before.push_back(name.substr(0, name.size() - ending.size()));
+            }
+            if (before.size() > 1) {
+                for (const auto& prefix : before) { match.doubtful[left.front()].push_back(prefix + ending); }
+                break;
+            }
+            if (before.size() == 1) {
+                off = first.substr(0, at);
+                on = before[0];
+                found = true;
+                break;
+            }
+            at = first.find('.', at);
+            if (at == first.npos || at + suffix.size() >= first.size()) { break; }
+        }
+        if (!found) { // it stays unmatched; the others may say more
+            match.unmatched.push_back(left.front());
+            left.erase(left.begin());
+            continue;
+        }
+        std::vector<std::string> rest;
+        for (const auto& module : left) {
+            const auto name = module.starts_with(off) ? on + module.substr(off.size()) : "";
+            if (!name.empty() && has(name)) { match.tensors.emplace(module, name + std::string(suffix)); }
+            else {
+                rest.push_back(module);
+            }
+        }
+        match.prefixes.emplace_back(off, on);
+        match.changes.push_back(off.empty() ? "'" + on + "' put before"
+                : on.empty()                ? "'" + off + "' taken off"
+                                            : "'" + on + "' in place of '" + off + "'");
+        left = std::move(rest);
+    }
+    return match;
+}
+
+/// What add_adapter() is told of a base.
+struct adapter_base_traits {
+    bool conv1d = false; ///< square weights lie in×out (GPT-2's Conv1D), but for heads and embeddings
+    std::string_view label = "the base"; ///< names it in messages
+};
+
+/// Adds weight·(what an adapter does) to `sum`, which refers to the adapter from then on. Where a weight is not square
+/// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so.
+/// Throws invalid_argument for modules that `match` has no tensor for, or a copy of a base weight that is another
+/// base's; shape_mismatch, nonfinite_error.
+template <arithmetic_element T>
+void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_contents<T>& adapter,
+    const module_match& match, double weight = 1, const adapter_base_traits& traits = {})
+{
+    if (!match.unmatched.empty()) {
+        const auto& module = match.unmatched.front();
+        const auto doubt = match.doubtful.find(module);
+        raise<invalid_argument>(error_code::tensor_unexpected,
+            message("module '", module, "' of ", adapter.label,
+                doubt != match.doubtful.end() && doubt->second.size() > 1
+                    ? message(" may mean '", doubt->second[0], "' or '", doubt->second[1], "' of ", traits.label)
+                    : message(" is no module of ", traits.label),
+                match.unmatched.size() > 1 ? message(", nor are ", match.unmatched.size() - 1, " others clear") : "",
+                ": use the base that it was trained on, or leave such modules out"));
+    }
+    for (const auto& [module, made] : adapter.modules) {
+        const std::string& tensor = match.tensors.at(module);
+        const const_tensor_ref& to = *base.find(tensor);
+        update_place place;
+        place.magnitude = made.magnitude;
+        const auto [rows, columns] = adapted_model::sides(to.shape, to.size(tensor));
+        const bool fits = rows == made.update.out() && columns == made.update.in(),
+                   turned = to.shape.size() == 2 && rows == made.update.in() && columns == made.update.out();
+        const bool head =
+            tensor.ends_with("head.weight") || tensor.ends_with("wte.weight") || tensor.ends_with("wpe.weight");
+        place.transposed =
+            made.embedding || (turned && (!fits || ((adapter.fan_in_fan_out || traits.conv1d) && !head)));
+        sum.add(base, tensor, made.update, weight, std::move(place), adapter.label);
+        if (made.bias.rank() > 0) {
+            const std::string bias = tensor.substr(0, tensor.size() - 6) + "bias";
+            if (!base.find(bias)) {
+                raise<invalid_argument>(error_code::tensor_missing,
+                    message("module '", module, "' of ", adapter.label, " has a bias of its own (lora_bias), and ",
+                        traits.label, " has no '", bias,
+                        "' to add it to: fold it with PEFT, which adds the layer's bias"));
+            }
+            sum.add(base, bias, made.bias, weight, {}, adapter.label);
+        }
+    }
+    for (const auto& [name, stored] : adapter.copies) {
+        const auto tensor = match.renamed(name, base);
+        const const_tensor_ref* const there = base.find(tensor);
+        if (there && there->dtype == stored.dtype
+            && (there->shape != stored.shape
+                || std::memcmp(there->data, stored.bytes.data(), stored.bytes.size()) != 0)) {
+            raise<invalid_argument>(error_code::tensor_unexpected,
+                message(adapter.label, " carries a copy of the weight '", tensor,
+                    "' that it was trained on, which is not that of ", traits.label,
+                    ": use the base that it was trained on"));
+        }
+    }
+    for (const auto& [name, stored] : adapter.wholes) {
+        sum.replace(base, match.renamed(name, base),
+            const_tensor_ref{stored.bytes.data(), stored.dtype, stored.shape, {}, memory_space::host, 0}, weight,
+            adapter.label);
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_ADAPTER_NAMES_HPP
+
+// ---- taskvec/formats/checkpoint.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP)
+#define TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP
+// Checkpoints: one safetensors file, or a directory of shards with its index, read and written as one model.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/formats/pytorch.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_PYTORCH_HPP)
+#define TASKVEC_SINGLE_FORMATS_PYTORCH_HPP
+// PyTorch files (pytorch_model.bin, .pt, .pth), read without Python: a zip archive with a pickle that builds tensors,
+// and nothing else. No code runs. SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The largest pickle that is read; tensors' bytes lie beside it.
+inline constexpr std::size_t pickle_size_limit = 100'000'000;
+/// The most values that a pickle may build: room for 200,000 tensors.
+inline constexpr std::size_t pickle_value_limit = 5'000'000;
+
+/// What a PyTorch file holds, in the terms of a safetensors header: tensors are ranges of the file's bytes (ranges may
+/// be equal: tied weights).
+struct pytorch_contents {
+    safetensors_header header;
+    std::vector<std::string> notes{}; ///< what whoever opens it should know
+};
+
+namespace detail {
+
+/// A zip archive's directory, each entry checked: where its bytes lie, stored as they are.
+class zip_directory {
+public:
+    struct entry {
+        std::string_view name;
+        std::uint64_t offset = 0, size = 0;
+        bool stored = true; ///< neither compressed nor encrypted
+    };
+
+    zip_directory(std::string_view bytes, std::string_view file)
+        : bytes_(bytes)
+        , file_(file)
+    {
+        read();
+    }
+    [[nodiscard]] const std::vector<entry>& entries() const noexcept { return entries_; }
+    /// The entry of that name, or nullptr.
+    [[nodiscard]] const entry* find(std::string_view name) const
+    {
+        const auto place = std::lower_bound(entries_.begin(), entries_.end(), name,
+            [](const entry& one, std::string_view wanted) { return one.name < wanted; });
+        return place != entries_.end() && place->name == name ? &*place : nullptr;
+    }
+    [[nodiscard]] std::string_view content(const entry& one) const
+    {
+        return bytes_.substr(static_cast<std::size_t>(one.offset), static_cast<std::size_t>(one.size));
+    }
+
+private:
+    [[noreturn]] void fail(const std::string& what, std::uint64_t at) const
+    {
+        raise<format_error>(error_code::archive_damaged,
+            message("is a damaged PyTorch file (a zip archive): ", what, ": ", fetch_again), std::string(file_), at);
+    }
+    /// A little-endian number; the place must lie inside the file.
+    template <class T>
+    [[nodiscard]] T number(std::uint64_t at) const
+    {
+        if (at > bytes_.size() || bytes_.size() - at < sizeof(T)) { fail("a record runs past its end", at); }
+        T value;
+        std::memcpy(&value, bytes_.data() + at, sizeof value);
+        return value;
+    }
+    [[nodiscard]] std::string_view text(std::uint64_t at, std::uint64_t size) const
+    {
+        if (at > bytes_.size() || bytes_.size() - at < size) { fail("a record runs past its end", at); }
+        return bytes_.substr(static_cast<std::size_t>(at), static_cast<std::size_t>(size));
+    }
+
+    void read()
+    {
+        constexpr std::uint32_t end_mark = 0x06054b50, end64_mark = 0x06064b50, locator_mark = 0x07064b50,
+                                entry_mark = 0x02014b50;
+        constexpr std::uint64_t end_size = 22, locator_size = 20;
+        std::uint64_t end = bytes_.size();
+        for (std::uint64_t comment = 0; comment <= 65535 && comment + end_size <= bytes_.size(); ++comment) {
+            const std::uint64_t at = bytes_.size() - end_size - comment;
+            if (number<std::uint32_t>(at) == end_mark && number<std::uint16_t>(at + 20) == comment) {
+                end = at;
+                break;
+            }
+        }
+        if (end == bytes_.size()) { fail("its directory, at its end, is missing", end); }
+        std::uint64_t count = number<std::uint16_t>(end + 10), size = number<std::uint32_t>(end + 12),
+                      begin = number<std::uint32_t>(end + 16), limit = end;
+        if (end >= locator_size && number<std::uint32_t>(end - locator_size) == locator_mark) {
+            const auto at = number<std::uint64_t>(end - locator_size + 8);
+            if (number<std::uint32_t>(at) != end64_mark) { fail("its 64-bit directory is not where it should be", at); }
+            count = number<std::uint64_t>(at + 32);
+            size = number<std::uint64_t>(at + 40);
+            begin = number<std::uint64_t>(at + 48);
+            limit = at;
+        }
+        if (begin > limit || size > limit - begin) { fail("its directory runs past its end", begin); }
+        std::uint64_t at = begin;
+        for (std::uint64_t i = 0; i < count; ++i) {
+            if (begin + size - at < 46 || number<std::uint32_t>(at) != entry_mark) {
+                fail(message("its directory promises ", count, " entries and has ", i), at);
+            }
+            at = read_entry(at, begin);
+            if (at > begin + size) { fail("its directory runs past its end", at); }
+        }
+        std::sort(entries_.begin(), entries_.end(), [](const entry& a, const entry& b) { return a.name < b.name; });
+        for (std::size_t i = 1; i < entries_.size(); ++i) {
+            if (entries_[i].name == entries_[i - 1].name) {
+                fail(message("'", entries_[i].name, "' occurs twice"), entries_[i].offset);
+            }
+        }
+        auto places = entries_;
+        std::sort(places.begin(), places.end(), [](const entry& a, const entry& b) { return a.offset < b.offset; });
+        for (std::size_t i = 1; i < places.size(); ++i) {
+            if (places[i - 1].size > places[i].offset - places[i - 1].offset) {
+                fail(message("'", places[i - 1].name, "' and '", places[i].name, "' share bytes"), places[i].offset);
+            }
+        }
+    }
+    /// Reads the entry of the directory at `at`; returns where the next one begins. Entries lie before `begin`.
+    [[nodiscard]] std::uint64_t read_entry(std::uint64_t at, std::uint64_t begin)
+    {
+        constexpr std::uint32_t local_mark = 0x04034b50, wide = 0xffffffff;
+        const auto flags = number<std::uint16_t>(at + 8), method = number<std::uint16_t>(at + 10);
+        const std::uint64_t name_size = number<std::uint16_t>(at + 28), extra_size = number<std::uint16_t>(at + 30),
+                            comment_size = number<std::uint16_t>(at + 32);
+        std::uint64_t packed = number<std::uint32_t>(at + 20), size = number<std::uint32_t>(at + 24),
+                      local = number<std::uint32_t>(at + 42);
+        entry one;
+        one.name = text(at + 46, name_size);
+        const std::uint64_t extra_end = at + 46 + name_size + extra_size;
+        (void)text(at + 46 + name_size, extra_size);
+        for (std::uint64_t field = at + 46 + name_size; extra_end - field >= 4;) {
+            const auto id = number<std::uint16_t>(field), length = number<std::uint16_t>(field + 2);
+            if (length > extra_end - field - 4) { break; }
+            std::uint64_t place = field + 4;
+            const std::uint64_t field_end = place + length;
+            for (auto* value : {&size, &packed, &local}) {
+                if (id == 1 && *value == wide && field_end - place >= 8) {
+                    *value = number<std::uint64_t>(place);
+                    place += 8;
+                }
+            }
+            field = field_end;
+        }
+        if (local > begin || begin - local < 30 || number<std::uint32_t>(local) != local_mark) {
+            fail(message("'", one.name, "' is not where the directory says"), local);
+        }
+        const std::uint64_t here = number<std::uint16_t>(local + 26);
+        one.offset = local + 30 + here + number<std::uint16_t>(local + 28);
+        if (here != name_size || text(local + 30, here) != one.name) {
+            fail(message("'", one.name, "' has another name where it lies"), local);
+        }
+        one.stored = method == 0 && (flags & 1u) == 0;
+        one.size = one.stored ? size : packed;
+        if (one.stored && packed != size) { fail(message("'", one.name, "' has two sizes"), at); }
+        if (one.offset > begin || one.size > begin - one.offset) {
+            fail(message("'", one.name, "' runs past the end"), one.offset);
+        }
+        entries_.push_back(one);
+        return extra_end + comment_size;
+    }
+
+    std::string_view bytes_, file_;
+    std::vector<entry> entries_;
+};
+
+/// The machine of a pickle, with the instructions that build numbers, strings, lists, tuples, dictionaries and tensors.
+/// Values lie in one list and refer to each other by place: nothing recurses, whatever is nested.
+class pickle_reader {
+public:
+    using index = std::uint32_t;
+    enum class kind : std::uint8_t { none, number, text, list, tuple, dictionary, global, storage, tensor, other };
+    struct value {
+        kind what = kind::none;
+        bool truth = false; ///< of numbers: True or False
+        taskvec::dtype type = taskvec::dtype::f32; ///< of storages and tensors
+        std::int64_t number = 0; ///< a number; of storages how many elements, of tensors the first one's place
+        std::string_view text{}; ///< a text; a global's "module name"; of storages the entry's key
+        std::vector<index> items{}; ///< of dictionaries keys and values in turn; of tensors the storage, sizes, strides
+    };
+
+    pickle_reader(std::string_view code, std::string_view file)
+        : code_(code)
+        , file_(file)
+    { }
+    /// Runs it; the value that it leaves.
+    [[nodiscard]] const value& run()
+    {
+        for (;;) {
+            const auto operation = static_cast<unsigned char>(take(1)[0]);
+            if (operation == '.') {
+                if (!marks_.empty() || stack_.size() != 1) { damaged("leaves no single value"); }
+                return values_[stack_.back()];
+            }
+            step(operation);
+        }
+    }
+    [[nodiscard]] const value& at(index place) const { return values_[place]; }
+
+    [[noreturn]] void refuse(const std::string& what) const
+    {
+        raise<format_error>(error_code::pickle_unsupported,
+            message("is a PyTorch file whose pickle ", what,
+                ", and builds more than tensors; nothing of it was run: ", convert_to_safetensors),
+            std::string(file_), place_);
+    }
+    [[noreturn]] void damaged(const std::string& what) const
+    {
+        raise<format_error>(error_code::archive_damaged,
+            message("is a damaged PyTorch file: its pickle ", what, ": ", fetch_again), std::string(file_), place_);
+    }
+
+private:
+    [[nodiscard]] std::string_view take(std::uint64_t size)
+    {
+        if (size > code_.size() - place_) { damaged("is cut short"); }
+        const auto part = code_.substr(place_, static_cast<std::size_t>(size));
+        place_ += static_cast<std::size_t>(size);
+        return part;
+    }
+    template <class T>
+    [[nodiscard]] T take_number()
+    {
+        T number;
+        std::memcpy(&number, take(sizeof(T)).data(), sizeof(T));
+        return number;
+    }
+    [[nodiscard]] std::string_view take_line()
+    {
+        const auto end = code_.find('\n', place_);
+        if (end == code_.npos) { damaged("is cut short"); }
+        const auto line = code_.substr(place_, end - place_);
+        place_ = end + 1;
+        return line;
+    }
+    void push(value one)
+    {
+        if (values_.size() >= pickle_value_limit) {
+            refuse(message("builds more than ", pickle_value_limit, " values"));
+        }
+        values_.push_back(std::move(one));
+        stack_.push_back(static_cast<index>(values_.size() - 1));
+    }
+    void push_number(std::int64_t number, bool truth = false) { push({kind::number, truth, {}, number, {}, {}}); }
+    [[nodiscard]] index pop()
+    {
+        if (stack_.size() <= (marks_.empty() ? 0 : marks_.back())) { damaged("takes more values than it has"); }
+        const index top = stack_.back();
+        stack_.pop_back();
+        return top;
+    }
+    [[nodiscard]] std::vector<index> pop_to_mark()
+    {
+        if (marks_.empty()) { damaged("has no mark where it takes one"); }
+        const auto first = stack_.begin() + static_cast<std::ptrdiff_t>(marks_.back());
+        std::vector<index> items(first, stack_.end());
+        stack_.erase(first, stack_.end());
+        marks_.pop_back();
+        return items;
+    }
+    [[nodiscard]] value& top()
+    {
+        if (stack_.size() <= (marks_.empty() ? 0 : marks_.back())) { damaged("takes more values than it has"); }
+        return values_[stack_.back()];
+    }
+    void put(std::uint64_t slot)
+    {
+        (void)top();
+        memo_[slot] = stack_.back();
+    }
+    void get(std::uint64_t slot)
+    {
+        const auto place = memo_.find(slot);
+        if (place == memo_.end()) { damaged("asks for a value that it never kept"); }
+        stack_.push_back(place->second);
+        if (stack_.size() > pickle_value_limit) { refuse("holds too many values at once"); }
+    }
+    void push_tuple(std::size_t size)
+    {
+        value tuple{kind::tuple, false, {}, 0, {}, std::vector<index>(size)};
+        while (size > 0) { tuple.items[--size] = pop(); }
+        push(std::move(tuple));
+    }
+    void append(const std::vector<index>& items, kind to)
+    {
+        value& collection = top();
+        if (collection.what != to || (to == kind::dictionary && items.size() % 2 != 0)) {
+            damaged("adds to something that is no collection");
+        }
+        collection.items.insert(collection.items.end(), items.begin(), items.end());
+    }
+
+    void step(unsigned operation)
+    {
+        switch (operation) {
+        case 0x80: // PROTO
+            if (const auto version = take_number<std::uint8_t>(); version < 2 || version > 5) {
+                refuse(message("is of protocol ", unsigned{version}));
+            }
+            break;
+        case 0x95: (void)take(8); break; // FRAME
+        case '(': marks_.push_back(stack_.size()); break;
+        case '0': (void)pop(); break;
+        case '}': push({kind::dictionary, false, {}, 0, {}, {}}); break;
+        case ']': push({kind::list, false, {}, 0, {}, {}}); break;
+        case ')': push({kind::tuple, false, {}, 0, {}, {}}); break;
+        case 'q': put(take_number<std::uint8_t>()); break;
+        case 'r': put(take_number<std::uint32_t>()); break;
+        case 0x94: put(memo_.size()); break; // MEMOIZE
+        case 'h': get(take_number<std::uint8_t>()); break;
+        case 'j': get(take_number<std::uint32_t>()); break;
+        case 'X': push_text(take_number<std::uint32_t>()); break;
+        case 0x8c: push_text(take_number<std::uint8_t>()); break; // SHORT_BINUNICODE
+        case 'T': push_text(take_number<std::uint32_t>()); break; // BINSTRING
+        case 'U': push_text(take_number<std::uint8_t>()); break; // SHORT_BINSTRING
+        case 'J': push_number(take_number<std::int32_t>()); break;
+        case 'K': push_number(take_number<std::uint8_t>()); break;
+        case 'M': push_number(take_number<std::uint16_t>()); break;
+        case 0x8a: push_long(take_number<std::uint8_t>()); break; // LONG1
+        case 'G': // BINFLOAT
+            (void)take(8);
+            push({kind::other, false, {}, 0, {}, {}});
+            break;
+        case 'N': push({}); break;
+        case 0x88: push_number(1, true); break;
+        case 0x89: push_number(0, true); break;
+        case 't': push({kind::tuple, false, {}, 0, {}, pop_to_mark()}); break;
+        case 0x85: push_tuple(1); break;
+        case 0x86: push_tuple(2); break;
+        case 0x87: push_tuple(3); break;
+        case 'a': {
+            const index item = pop();
+            append({item}, kind::list);
+            break;
+        }
+        case 'e': append(pop_to_mark(), kind::list); break;
+        case 's': {
+            const index item = pop(), key = pop();
+            append({key, item}, kind::dictionary);
+            break;
+        }
+        case 'u': append(pop_to_mark(), kind::dictionary); break;
+        case 'c': {
+            const auto module = take_line();
+            const auto name = take_line();
+            push_global(module, name);
+            break;
+        }
+        case 0x93: { // STACK_GLOBAL
+            const auto& name = values_[pop()];
+            const auto& module = values_[pop()];
+            if (name.what != kind::text || module.what != kind::text) { damaged("names something by no text"); }
+            push_global(module.text, name.text);
+            break;
+        }
+        case 'Q': push_storage(); break;
+        case 'R': call(); break;
+        case 'b': { // BUILD: attributes of a dictionary (state_dict's _metadata) say nothing about tensors
+            const auto& state = values_[pop()];
+            if (top().what != kind::dictionary || state.what != kind::dictionary) {
+                refuse("sets the state of an object");
+            }
+            break;
+        }
+        default:
+            refuse(operation >= 0x20 && operation < 0x7f
+                    ? message("has the instruction '", std::string(1, static_cast<char>(operation)), "'")
+                    : message("has the instruction ", operation));
+        }
+    }
+    void push_text(std::uint64_t size)
+    {
+        const auto text = take(size);
+        push({kind::text, false, {}, 0, text, {}});
+    }
+    void push_long(std::uint64_t size)
+    {
+        const auto bytes = take(size);
+        if (size > 8) { refuse("has a number above 2^63"); }
+        std::uint64_t number = 0;
+        for (std::size_t i = 0; i < bytes.size(); ++i) {
+            number |= static_cast<std::uint64_t>(static_cast<unsigned char>(bytes[i])) << (8 * i);
+        }
+        if (!bytes.empty() && bytes.size() < 8 && (static_cast<unsigned char>(bytes.back()) & 0x80u)) {
+            number |= ~std::uint64_t{0} << (8 * bytes.size());
+        }
+        push_number(static_cast<std::int64_t>(number));
+    }
+
+    struct named_type {
+        std::string_view module, name;
+        taskvec::dtype type;
+    };
+    [[nodiscard]] static const named_type* type_of(std::string_view module, std::string_view name)
+    {
+        using enum taskvec::dtype;
+        static constexpr named_type types[] = {{"torch", "DoubleStorage", f64}, {"torch", "FloatStorage", f32},
+            {"torch", "HalfStorage", f16}, {"torch", "BFloat16Storage", bf16}, {"torch", "LongStorage", i64},
+            {"torch", "IntStorage", i32}, {"torch", "ShortStorage", i16}, {"torch", "CharStorage", i8},
+            {"torch", "ByteStorage", u8}, {"torch", "BoolStorage", boolean}, {"torch", "ComplexFloatStorage", c64},
+            {"torch.storage", "UntypedStorage", u8}, {"torch", "float64", f64}, {"torch", "float32", f32},
+            {"torch", "float16", f16}, {"torch", "bfloat16", bf16}, {"torch", "int64", i64}, {"torch", "int32", i32},
+            {"torch", "int16", i16}, {"torch", "int8", i8}, {"torch", "uint64", u64}, {"torch", "uint32", u32},
+            {"torch", "uint16", u16}, {"torch", "uint8", u8}, {"torch", "bool", boolean}, {"torch", "complex64", c64},
+            {"torch", "float8_e4m3fn", f8_e4m3}, {"torch", "float8_e5m2", f8_e5m2},
+            {"torch", "float8_e8m0fnu", f8_e8m0}, {"torch", "float8_e4m3fnuz", f8_e4m3fnuz},
+            {"torch", "float8_e5m2fnuz", f8_e5m2fnuz}};
+        for (const auto& one : types) {
+            if (one.module == module && one.name == name) { return &one; }
+        }
+        return nullptr;
+    }
+    /// What a global is to call(): of a few names that are known.
+    enum callable : std::int64_t { data_type, ordered_dictionary, tensor_v2, tensor_v3, parameter, torch_size };
+
+    void push_global(std::string_view module, std::string_view name)
+    {
+        value global{kind::global, false, {}, data_type, name, {}};
+        if (const auto* const type = type_of(module, name)) { global.type = type->type; }
+        else if (module == "collections" && name == "OrderedDict") {
+            global.number = ordered_dictionary;
+        }
+        else if (module == "torch._utils" && (name == "_rebuild_tensor_v2" || name == "_rebuild_tensor")) {
+            global.number = tensor_v2;
+        }
+        else if (module == "torch._utils" && name == "_rebuild_tensor_v3") {
+            global.number = tensor_v3;
+        }
+        else if (module == "torch._utils" && name == "_rebuild_parameter") {
+            global.number = parameter;
+        }
+        else if (module == "torch" && name == "Size") {
+            global.number = torch_size;
+        }
+        else {
+            refuse(message("names '", first_words(module, 80), ".", first_words(name, 80), "'"));
+        }
+        push(std::move(global));
+    }
+    void push_storage()
+    {
+        const auto& id = values_[pop()];
+        if (id.what != kind::tuple || id.items.size() != 5) { damaged("has a storage that is none"); }
+        const auto& word = values_[id.items[0]];
+        const auto& type = values_[id.items[1]];
+        const auto& key = values_[id.items[2]];
+        const auto& count = values_[id.items[4]];
+        if (word.what != kind::text || word.text != "storage" || type.what != kind::global || type.number != data_type
+            || key.what != kind::text || count.what != kind::number || count.truth || count.number < 0) {
+            damaged("has a storage that is none");
+        }
+        push({kind::storage, false, type.type, count.number, key.text, {}});
+    }
+    void call()
+    {
+        const index given = pop(), callee = pop();
+        const auto arguments = values_[given].items;
+        const value function = values_[callee];
+        if (function.what != kind::global || function.number == data_type || values_[given].what != kind::tuple) {
+            refuse("calls what is no function of tensors");
+        }
+        switch (function.number) {
+        case ordered_dictionary:
+            if (!arguments.empty()) { refuse("fills an OrderedDict by a call"); }
+            push({kind::dictionary, false, {}, 0, {}, {}});
+            break;
+        case torch_size:
+            if (arguments.size() != 1 || values_[arguments[0]].what != kind::tuple) {
+                damaged("has a size that is none");
+            }
+            stack_.push_back(arguments[0]);
+            break;
+        case parameter:
+            if (arguments.empty() || values_[arguments[0]].what != kind::tensor) {
+                damaged("has a parameter that is no tensor");
+            }
+            stack_.push_back(arguments[0]);
+            break;
+        default: push_tensor(arguments, function.number == tensor_v3);
+        }
+    }
+    void push_tensor(const std::vector<index>& arguments, bool typed)
+    {
+        if (arguments.size() < (typed ? 7u : 4u)) { damaged("has a tensor that is none"); }
+        const auto& storage = values_[arguments[0]];
+        const auto& offset = values_[arguments[1]];
+        const auto& shape = values_[arguments[2]];
+        const auto& strides = values_[arguments[3]];
+        const auto numbers = [&](const value& tuple) {
+            return tuple.what == kind::tuple && std::all_of(tuple.items.begin(), tuple.items.end(), [&](index item) {
+                return values_[item].what == kind::number && !values_[item].truth && values_[item].number >= 0;
+            });
+        };
+        if (storage.what != kind::storage || offset.what != kind::number || offset.truth || offset.number < 0
+            || !numbers(shape) || !numbers(strides) || shape.items.size() != strides.items.size()) {
+            damaged("has a tensor that is none");
+        }
+        value tensor{kind::tensor, false, storage.type, offset.number, {}, {arguments[0], arguments[2], arguments[3]}};
+        if (typed) {
+            const auto& type = values_[arguments[6]];
+            if (type.what != kind::global || type.number != data_type) { damaged("has a tensor of no type"); }
+            tensor.type = type.type;
+        }
+        push(std::move(tensor));
+    }
+
+    std::string_view code_, file_;
+    std::size_t place_ = 0;
+    std::vector<value> values_;
+    std::vector<index> stack_;
+    std::vector<std::size_t> marks_;
+    std::map<std::uint64_t, index> memo_;
+};
+
+/// Tensors of a PyTorch file by name, each checked against the archive.
+class pytorch_tensors {
+public:
+    pytorch_tensors(std::string_view bytes, std::string_view file)
+        : file_(file)
+        , archive_(bytes, file)
+    {
+        const zip_directory::entry* code = nullptr;
+        for (const auto& entry : archive_.entries()) {
+            const auto slash = entry.name.find('/');
+            if (slash == entry.name.npos || entry.name.substr(slash) != "/data.pkl") { continue; }
+            if (code) { fail("holds two pickles"); }
+            code = &entry;
+            folder_ = std::string(entry.name.substr(0, slash + 1));
+        }
+        if (!code || archive_.find(folder_ + "constants.pkl")) {
+            const auto kind = kind_of_zip(bytes);
+            raise<format_error>(error_code::not_safetensors, kind.sentence(), std::string(file));
+        }
+        if (!code->stored || code->size > pickle_size_limit) {
+            fail(code->stored ? "has a pickle of more than 100 MB" : "is compressed, which PyTorch never does");
+        }
+        if (const auto* const order = archive_.find(folder_ + "byteorder");
+            order && archive_.content(*order) != "little") {
+            fail("was written by a big-endian machine");
+        }
+        pickle_reader pickle(archive_.content(*code), file);
+        const auto& result = pickle.run();
+        read(pickle, result);
+    }
+    [[nodiscard]] pytorch_contents take() { return std::move(contents_); }
+
+private:
+    [[noreturn]] void fail(const std::string& what) const
+    {
+        raise<format_error>(error_code::pickle_unsupported,
+            message("is a PyTorch file that ", what, ": ", convert_to_safetensors), std::string(file_));
+    }
+    [[noreturn]] void wrong(const std::string& name, const std::string& what) const
+    {
+        raise<format_error>(error_code::archive_damaged,
+            message("tensor '", name, "' ", what, ": the file is damaged; ", fetch_again), std::string(file_));
+    }
+
+    void read(const pickle_reader& pickle, const pickle_reader::value& result)
+    {
+        using kind = pickle_reader::kind;
+        const auto* model = &result;
+        if (model->what != kind::dictionary) { fail("holds no dictionary of tensors (a state_dict)"); }
+        // A training checkpoint has the model under one of these names.
+        const auto tensors_in = [&](const pickle_reader::value& dictionary) {
+            std::size_t count = 0;
+            for (std::size_t i = 1; i < dictionary.items.size(); i += 2) {
+                count += pickle.at(dictionary.items[i]).what == kind::tensor ? 1u : 0u;
+            }
+            return count;
+        };
+        if (tensors_in(*model) == 0) {
+            for (const std::string_view word :
+                {"state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema"}) {
+                bool found = false;
+                for (std::size_t i = 0; i < model->items.size() && !found; i += 2) {
+                    const auto& key = pickle.at(model->items[i]);
+                    const auto& inner = pickle.at(model->items[i + 1]);
+                    if (key.what != kind::text || key.text != word || inner.what != kind::dictionary
+                        || tensors_in(inner) == 0) {
+                        continue;
+                    }
+                    contents_.notes.push_back(message("'", std::string(file_), "': its '", word, "' is taken"));
+                    model = &inner;
+                    found = true;
+                }
+                if (found) { break; }
+            }
+        }
+        std::map<std::string, std::pair<std::string_view, bool>> names;
+        std::size_t others = 0;
+        std::string first_other;
+        std::set<std::string_view> seen;
+        for (std::size_t i = 0; i < model->items.size(); i += 2) {
+            const auto& key = pickle.at(model->items[i]);
+            const auto& tensor = pickle.at(model->items[i + 1]);
+            if (key.what != kind::text || tensor.what != kind::tensor) {
+                if (tensor.what == kind::dictionary && tensors_in(tensor) > 0) {
+                    fail(message("holds tensors and, under '",
+                        key.what == kind::text ? first_words(key.text) : std::string("a number"), "', more of them"));
+                }
+                ++others;
+                if (first_other.empty()) { first_other = key.what == kind::text ? first_words(key.text) : "a number"; }
+                continue;
+            }
+            if (!seen.insert(key.text).second) { // as in Python the last one would win: nothing that is saved has two
+                fail(message("names tensor '", first_words(key.text), "' twice"));
+            }
+            add(std::string(key.text), pickle, tensor);
+        }
+        if (contents_.header.entries.empty() && others > 0) { fail("holds no tensors by name"); }
+        if (others > 0) {
+            contents_.notes.push_back(message("'", std::string(file_), "': ", others,
+                others == 1 ? " value that is no tensor ('" : " values that are no tensors ('", first_other,
+                others == 1 ? "') is left out" : "' …) are left out"));
+        }
+        auto& entries = contents_.header.entries;
+        std::stable_sort(
+            entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.offset < b.offset; });
+        contents_.header.metadata.emplace("format", "pt");
+    }
+
+    void add(std::string name, const pickle_reader& pickle, const pickle_reader::value& tensor)
+    {
+        if (name.empty() || !is_text(name)) { fail("has a tensor whose name is empty or no UTF-8"); }
+        const auto& storage = pickle.at(tensor.items[0]);
+        const auto* const entry = archive_.find(folder_ + "data/" + std::string(storage.text));
+        if (!entry) { wrong(name, message("lies in 'data/", first_words(storage.text), "', which is not there")); }
+        if (!entry->stored) { fail(message("has tensor '", name, "' compressed, which PyTorch never does")); }
+        const std::uint64_t width = bits_per_element(tensor.type) / 8;
+        const std::uint64_t storage_width = bits_per_element(storage.type) / 8;
+        if (static_cast<std::uint64_t>(storage.number) > entry->size / storage_width
+            || static_cast<std::uint64_t>(storage.number) * storage_width != entry->size) {
+            wrong(name,
+                message(
+                    "lies in a storage of ", storage.number, " × ", storage_width, " bytes, which has ", entry->size));
+        }
+        extents shape, strides;
+        std::uint64_t count = 1;
+        bool empty = false;
+        for (const auto item : pickle.at(tensor.items[1]).items) {
+            shape.push_back(pickle.at(item).number);
+            empty = empty || shape.back() == 0;
+        }
+        for (const auto item : pickle.at(tensor.items[2]).items) { strides.push_back(pickle.at(item).number); }
+        for (const auto extent : shape) {
+            if (!empty && __builtin_mul_overflow(count, static_cast<std::uint64_t>(extent), &count)) {
+                wrong(name, "has a shape whose product is above 2^64-1");
+            }
+        }
+        if (empty) { count = 0; }
+        const auto first = static_cast<std::uint64_t>(tensor.number), room = entry->size / width;
+        if (first > room || count > room - first) {
+            wrong(name,
+                message("of ", to_string(tensor.type), " ", to_string(shape), " runs past the end of its storage"));
+        }
+        if (const const_tensor_ref view{nullptr, tensor.type, shape, strides}; !view.contiguous()) {
+            fail(message("has tensor '", name, "' of shape ", to_string(shape), " and strides ", to_string(strides),
+                ": only contiguous tensors are read; save it as .contiguous()"));
+        }
+        contents_.header.entries.push_back(
+            {std::move(name), tensor.type, std::move(shape), entry->offset + first * width, count * width});
+    }
+    /// Whether a name can be a safetensors name: UTF-8.
+    [[nodiscard]] static bool is_text(std::string_view text)
+    {
+        for (std::size_t i = 0; i < text.size();) {
+            const auto first = static_cast<unsigned char>(text[i]);
+            const std::size_t more = first < 0x80 ? 0
+                : first < 0xc2                    ? 4
+                : first < 0xe0                    ? 1
+                : first < 0xf0                    ? 2
+                : first < 0xf5                    ? 3
+                                                  : 4;
+            if (more == 4 || text.size() - i <= more) { return false; }
+            for (std::size_t k = 1; k <= more; ++k) {
+                if ((static_cast<unsigned char>(text[i + k]) & 0xc0u) != 0x80u) { return false; }
+            }
+            const auto second = more > 0 ? static_cast<unsigned char>(text[i + 1]) : 0u;
+            if ((first == 0xe0 && second < 0xa0) || (first == 0xed && second > 0x9f) || (first == 0xf0 && second < 0x90)
+                || (first == 0xf4 && second > 0x8f)) {
+                return false;
+            }
+            i += more + 1;
+        }
+        return true;
+    }
+
+    std::string_view file_;
+    zip_directory archive_;
+    std::string folder_;
+    pytorch_contents contents_;
+};
+
+} // namespace detail
+
+/// Reads what a PyTorch file (torch.save() since 1.6) holds: a dictionary from names to tensors, or a training
+/// checkpoint with one under `state_dict`, `model` or the like. The pickle is interpreted by a machine that knows
+/// numbers, texts, collections and the functions that rebuild tensors and parameters; anything else that it names or
+/// does is refused by its name, and nothing runs. Checked: every record of the archive (64-bit ones too), that entries
+/// share no bytes and are neither compressed nor encrypted, storages against their sizes, tensors against their
+/// storages. Tensors that are not contiguous are refused. Values that are no tensors are noted. Throws format_error
+/// naming `file` and the tensor. Cost: O(pickle); no tensor byte is read.
+[[nodiscard]] inline pytorch_contents parse_pytorch(std::span<const std::byte> bytes, std::string_view file)
+{
+    return detail::pytorch_tensors({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file).take();
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_PYTORCH_HPP
+
+// ---- taskvec/formats/quantised.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_QUANTISED_HPP)
+#define TASKVEC_SINGLE_FORMATS_QUANTISED_HPP
+// Quantised layers: codes and their scales, recognised by their names, read as one tensor of numbers, and written
+// again. SPDX-License-Identifier: Apache-2.0
+//
+// What is read: FP8 with scales (per tensor, per channel, in blocks; under the names of vLLM and compressed-tensors,
+// DeepSeek and ComfyUI), MXFP4 (gpt-oss, compressed-tensors) and NVFP4 (ModelOpt, compressed-tensors). What is only
+// recognised: GPTQ, AWQ, bitsandbytes, compressed-tensors' integers, HQQ, Quanto.
+
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <initializer_list>
+#include <set>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The schemes that are read.
+enum class quantisation : std::uint8_t {
+    fp8, ///< one code of 8 bits (E4M3 or E5M2) for each number, one scale for a tensor, a channel or a block
+    mxfp4, ///< two codes of 4 bits (E2M1) in a byte, a power of two for each 32 numbers
+    nvfp4 ///< two codes of 4 bits in a byte, an E4M3 scale for each 16 numbers, one factor for all
+};
+[[nodiscard]] constexpr std::string_view to_string(quantisation scheme) noexcept
+{
+    return scheme == quantisation::fp8 ? "scaled FP8" : scheme == quantisation::mxfp4 ? "MXFP4" : "NVFP4";
+}
+
+/// A tensor of a file that belongs to a layer: what its name has after the layer's stem ("weight_scale"), and its view.
+struct layer_part {
+    std::string leaf;
+    const_tensor_ref tensor{};
+};
+
+/// How a layer is quantised. A number is its code times its scale (times `factor`), each product rounded to f32.
+struct quantised_layer {
+    std::string name; ///< of the tensor that it stands for, such as "model.layers.0.mlp.down_proj.weight"
+    quantisation scheme = quantisation::fp8;
+    extents shape{}; ///< of the numbers
+    extents block{}; ///< for each extent, how many elements share a scale
+    extents grid{}; ///< for each extent, how many scales there are
+    const_tensor_ref codes{}, scales{};
+    float factor = 1; ///< NVFP4: of all scales
+    bool powers_of_two = false; ///< scales are powers of two, whatever they are stored as
+    bool transposed = false; ///< MXFP4 experts: the last two extents are stored the other way round
+    std::vector<layer_part> parts{}; ///< codes, scales, and what belongs to the layer beside them (input scales)
+
+    /// "per tensor", "per channel", "blocks of 128 × 128", …
+    [[nodiscard]] std::string granularity() const
+    {
+        if (element_count(grid) <= 1) { return "per tensor"; }
+        std::size_t split = 0;
+        for (std::size_t i = 1; i < grid.size(); ++i) { split += grid[i] > 1 ? 1u : 0u; }
+        if (block[0] == 1 && split == 0) { return "per channel"; }
+        std::string text = "blocks of ";
+        for (std::size_t i = 0; i < block.size(); ++i) { text += (i ? " × " : "") + std::to_string(block[i]); }
+        return text;
+    }
+};
+
+/// What stands before a layer's last word: part names are this and their leaves. "a.b.weight" has "a.b.".
+[[nodiscard]] inline std::string_view layer_stem(std::string_view name)
+{
+    const auto dot = name.rfind('.');
+    return dot == name.npos ? std::string_view() : name.substr(0, dot + 1);
+}
+
+/// A layer that nothing here reads, or that is damaged.
+struct unread_layer {
+    std::string name; ///< of the layer
+    std::string what; ///< "is quantised by GPTQ", "has a scale of shape …"
+    std::string mend; ///< "dequantise it first …"
+    std::vector<std::string> parts{}; ///< names of its tensors
+};
+
+/// What a configuration says about scales beyond their shapes.
+struct quantisation_hints {
+    extents block{}; ///< quantization_config.weight_block_size; empty: deduced from shapes
+    bool powers_of_two = false; ///< scale_fmt "ue8m0"
+    std::string file{}; ///< which says so, for messages
+};
+
+/// The hints of a config.json; none where it is not there, or says nothing. Throws format_error for block sizes that
+/// are none.
+[[nodiscard]] inline quantisation_hints read_quantisation_hints(const std::filesystem::path& config)
+{
+    quantisation_hints hints;
+    std::error_code ignored;
+    if (!std::filesystem::is_regular_file(config, ignored)) { return hints; }
+    const auto json = parse_json(read_text_file(config), config.string());
+    const nlohmann::json* how = nullptr;
+    for (const auto* part : {&json, json.contains("text_config") ? &json["text_config"] : &json}) {
+        if (!how && part->is_object() && part->contains("quantization_config")
+            && (*part)["quantization_config"].is_object()) {
+            how = &(*part)["quantization_config"];
+        }
+    }
+    if (!how) { return hints; }
+    hints.file = config.string();
+    const auto take = [&](const nlohmann::json& sizes, std::string_view key) {
+        bool fits = sizes.is_array() && !sizes.empty();
+        for (const auto& size : sizes) {
+            fits = fits && size.is_number_unsigned() && size.get<std::uint64_t>() > 0
+                && size.get<std::uint64_t>() < (std::uint64_t{1} << 32);
+        }
+        if (!fits) {
+            raise<format_error>(error_code::quantised_layer,
+                message("quantization_config has a '", key, "' that is no list of sizes, such as [128, 128]"),
+                hints.file);
+        }
+        hints.block.clear();
+        for (const auto& size : sizes) { hints.block.push_back(size.get<std::int64_t>()); }
+    };
+    if (how->contains("weight_block_size") && !(*how)["weight_block_size"].is_null()) {
+        take((*how)["weight_block_size"], "weight_block_size");
+    }
+    if (how->contains("config_groups") && (*how)["config_groups"].is_object()) {
+        for (const auto& group : (*how)["config_groups"]) {
+            if (!group.is_object() || !group.contains("weights") || !group["weights"].is_object()) { continue; }
+            const auto& weights = group["weights"];
+            if (weights.contains("block_structure") && weights["block_structure"].is_array()) {
+                take(weights["block_structure"], "block_structure");
+            }
+        }
+    }
+    hints.powers_of_two = how->contains("scale_fmt") && (*how)["scale_fmt"] == "ue8m0";
+    return hints;
+}
+
+namespace detail {
+
+/// The numbers of all codes.
+template <class Widen>
+[[nodiscard]] constexpr std::array<float, 256> code_table(Widen widen)
+{
+    std::array<float, 256> table{};
+    for (unsigned code = 0; code < 256; ++code) { table[code] = widen(static_cast<std::uint8_t>(code)); }
+    return table;
+}
+inline constexpr auto e4m3_numbers = code_table([](std::uint8_t code) { return e4m3_to_f32(code); });
+inline constexpr auto e5m2_numbers = code_table([](std::uint8_t code) { return e5m2_to_f32(code); });
+/// Powers of two: 2^(code − 127), 255 is NaN.
+inline constexpr auto e8m0_numbers = code_table([](std::uint8_t code) {
+    return code == 255 ? reinterpret_bits<float>(std::uint32_t{0x7fc00000u})
+        : code == 0    ? 0x1p-127f
+                       : reinterpret_bits<float>(static_cast<std::uint32_t>(code) << 23);
+});
+inline constexpr std::array<float, 16> e2m1_numbers{
+    0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+[[nodiscard]] constexpr bool is_scale_dtype(dtype type) noexcept
+{
+    return type == dtype::f32 || type == dtype::f16 || type == dtype::bf16 || type == dtype::f64
+        || type == dtype::f8_e8m0;
+}
+
+/// A scale by its place. `type`: that of is_scale_dtype(), f8_e4m3, or u8 for powers of two.
+[[nodiscard]] inline float scale_at(const const_tensor_ref& scales, std::uint64_t index) noexcept
+{
+    const auto* const data = static_cast<const unsigned char*>(scales.data);
+    const auto load = [&]<class T>(T value) {
+        std::memcpy(&value, data + index * sizeof value, sizeof value);
+        return value;
+    };
+    switch (scales.dtype) {
+    case dtype::f32: return load(float{});
+    case dtype::f64: return static_cast<float>(load(double{}));
+    case dtype::f16: return f16_to_f32(load(std::uint16_t{}));
+    case dtype::bf16: return bf16_to_f32(load(std::uint16_t{}));
+    case dtype::f8_e4m3: return e4m3_numbers[data[index]];
+    default: return e8m0_numbers[data[index]];
+    }
+}
+
+/// The first scale of a row, a row being all numbers that share the other indices.
+[[nodiscard]] inline std::uint64_t first_scale(const quantised_layer& layer, std::uint64_t row) noexcept
+{
+    std::uint64_t index = 0, stride = layer.grid.empty() ? 1 : static_cast<std::uint64_t>(layer.grid.back());
+    for (std::size_t d = layer.shape.size(); d-- > 1;) {
+        const auto extent = static_cast<std::uint64_t>(layer.shape[d - 1]);
+        index += row % extent / static_cast<std::uint64_t>(layer.block[d - 1]) * stride;
+        stride *= static_cast<std::uint64_t>(layer.grid[d - 1]);
+        row /= extent;
+    }
+    return index;
+}
+
+} // namespace detail
+
+/// A quantised layer as a tensor: decodes any run of its numbers.
+class quantised_tensor final : public operand_source {
+public:
+    explicit quantised_tensor(quantised_layer layer)
+        : layer_(std::move(layer))
+    { }
+    [[nodiscard]] const quantised_layer& layer() const noexcept { return layer_; }
+    /// The tensor that walks over models are given.
+    [[nodiscard]] const_tensor_ref tensor() const
+    {
+        return {nullptr, dtype::f32, layer_.shape, {}, memory_space::host, 0, this};
+    }
+    [[nodiscard]] dtype type() const noexcept override { return dtype::f32; }
+    [[nodiscard]] unsigned stored_bits() const noexcept override { return layer_.scheme == quantisation::fp8 ? 8 : 4; }
+
+    void read(std::uint64_t offset, std::size_t count, void* numbers) const override
+    {
+        auto* out = static_cast<float*>(numbers);
+        const std::uint64_t columns = layer_.shape.empty() ? 1 : static_cast<std::uint64_t>(layer_.shape.back());
+        while (count > 0) {
+            const std::uint64_t row = offset / columns, column = offset % columns;
+            const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(count, columns - column));
+            layer_.transposed ? decode_column(row, column, n, out) : decode_row(row, column, n, out);
+            offset += n;
+            count -= n;
+            out += n;
+        }
+    }
+
+private:
+    [[nodiscard]] float scale(std::uint64_t index) const
+    {
+        const float value = detail::scale_at(layer_.scales, index);
+        return layer_.scheme == quantisation::nvfp4 ? value * layer_.factor : value;
+    }
+    [[nodiscard]] float nibble(std::uint64_t index) const
+    {
+        const unsigned byte = static_cast<const unsigned char*>(layer_.codes.data)[index / 2];
+        return detail::e2m1_numbers[index % 2 ? byte >> 4 : byte & 15u];
+    }
+    void decode_row(std::uint64_t row, std::uint64_t column, std::size_t n, float* out) const
+    {
+        const std::uint64_t columns = layer_.shape.empty() ? 1 : static_cast<std::uint64_t>(layer_.shape.back());
+        const std::uint64_t width = layer_.shape.empty() ? 1 : static_cast<std::uint64_t>(layer_.block.back());
+        const std::uint64_t scales = detail::first_scale(layer_, row), first = row * columns;
+        const auto* const codes = static_cast<const unsigned char*>(layer_.codes.data);
+        const float* const numbers =
+            layer_.codes.dtype == dtype::f8_e5m2 ? detail::e5m2_numbers.data() : detail::e4m3_numbers.data();
+        for (std::size_t i = 0; i < n;) {
+            const std::uint64_t at = column + i;
+            const auto end = static_cast<std::size_t>(std::min<std::uint64_t>(n, i + width - at % width));
+            const float factor = scale(scales + at / width);
+            if (layer_.scheme == quantisation::fp8) {
+                for (; i < end; ++i) { out[i] = numbers[codes[first + column + i]] * factor; }
+            }
+            else {
+                for (; i < end; ++i) { out[i] = nibble(first + column + i) * factor; }
+            }
+        }
+    }
+    /// Row and column of the numbers, stored as column and row: shape […, in, out] of codes […, out, in].
+    void decode_column(std::uint64_t row, std::uint64_t column, std::size_t n, float* out) const
+    {
+        const std::size_t rank = layer_.shape.size();
+        const auto ins = static_cast<std::uint64_t>(layer_.shape[rank - 2]);
+        const auto outs = static_cast<std::uint64_t>(layer_.shape[rank - 1]);
+        const auto width = static_cast<std::uint64_t>(layer_.block[rank - 2]);
+        const auto groups = static_cast<std::uint64_t>(layer_.grid[rank - 2]);
+        const std::uint64_t matrix = row / ins, in = row % ins;
+        for (std::size_t i = 0; i < n; ++i) {
+            const std::uint64_t stored = matrix * outs + column + i;
+            out[i] = nibble(stored * ins + in) * scale(stored * groups + in / width);
+        }
+    }
+
+    quantised_layer layer_;
+};
+
+/// The layers of a model that are quantised, and the model with each of them as one tensor.
+///
+///     const quantised_layers layers(file.model(), hints);
+///     for (const auto& [name, tensor] : layers.model()) { … } // "l.weight", F32; no "l.weight_scale"
+///
+/// A layer whose scheme is not read, or whose tensors contradict each other (a scale of the wrong shape, NaN, negative
+/// or infinite scales, a scale without its weight, FP8 without a scale beside layers with one), is in unread(), and its
+/// tensors stay in the model as they are: whoever computes with them asks refuse_unread() first. Views only.
+/// Cost: O(names), and one read of all scales.
+class quantised_layers {
+public:
+    using hint_source = std::function<quantisation_hints()>;
+
+    quantised_layers() = default;
+    /// `hints` is asked at most once, and only where scales of blocks have to be understood.
+    explicit quantised_layers(const const_model_ref& stored, hint_source hints = {})
+        : stored_(&stored)
+        , ask_(std::move(hints))
+    {
+        find_layers();
+        stored_ = nullptr;
+        ask_ = {};
+    }
+    quantised_layers(const quantised_layers&) = delete;
+    quantised_layers& operator=(const quantised_layers&) = delete;
+
+    /// Whether any layer is quantised, by a scheme that is read or not.
+    [[nodiscard]] bool any() const noexcept { return !layers_.empty() || !unread_.empty(); }
+    [[nodiscard]] const const_model_ref& model() const noexcept { return model_; }
+    [[nodiscard]] const std::vector<quantised_tensor>& layers() const noexcept { return layers_; }
+    [[nodiscard]] const std::vector<unread_layer>& unread() const noexcept { return unread_; }
+    /// Tensors that are about the quantisation and belong to no one layer (`scaled_fp8`, scales of a KV cache).
+    [[nodiscard]] const const_model_ref& beside() const noexcept { return beside_; }
+    [[nodiscard]] const quantisation_hints& hints() const noexcept { return hints_; }
+
+private:
+    using tensor = const const_tensor_ref*;
+
+    [[nodiscard]] tensor find(const std::string& name) const { return stored_->find(name); }
+    [[nodiscard]] static bool ends(std::string_view name, std::string_view leaf)
+    {
+        return name.ends_with(leaf) && (name.size() == leaf.size() || name[name.size() - leaf.size() - 1] == '.');
+    }
+    void need_hints()
+    {
+        if (ask_) { hints_ = std::exchange(ask_, {})(); }
+    }
+    [[nodiscard]] static std::string dequantise_first()
+    {
+        return "dequantise the model first (transformers' model.dequantize() and save_pretrained(), or take the "
+               "weights "
+               "that it was made of), or exclude the whole layer";
+    }
+    [[nodiscard]] static std::string repair() { return "fetch the file again, or exclude the whole layer"; }
+
+    void give_up(const std::string& name, const std::string& what, std::vector<std::string> parts,
+        const std::string& mend = dequantise_first())
+    {
+        for (const auto& part : parts) { taken_.insert(part); }
+        unread_.push_back({name, what, mend, std::move(parts)});
+    }
+    /// Those of some names that the model has, after a stem.
+    [[nodiscard]] std::vector<std::string> present(
+        const std::string& stem, std::initializer_list<std::string_view> leaves) const
+    {
+        std::vector<std::string> names;
+        for (const auto leaf : leaves) {
+            if (auto name = stem + std::string(leaf); find(name)) { names.push_back(std::move(name)); }
+        }
+        return names;
+    }
+
+    void find_layers()
+    {
+        for (const auto& [name, value] : *stored_) {
+            if (!taken_.contains(name)) { find_unread(name, value); }
+        }
+        for (const auto& [name, value] : *stored_) {
+            if (!taken_.contains(name)) { find_fp4(name, value); }
+        }
+        for (const auto& [name, value] : *stored_) {
+            if (!taken_.contains(name) && is_fp8(value.dtype)) { find_fp8(name, value); }
+        }
+        find_leftovers();
+        std::vector<const_model_ref::entry> entries;
+        for (const auto& entry : *stored_) {
+            if (!read_.contains(entry.name)) { entries.push_back(entry); }
+        }
+        for (const auto& layer : layers_) { entries.push_back({layer.layer().name, layer.tensor()}); }
+        std::stable_sort(entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
+        for (std::size_t i = 0; i < entries.size(); ++i) {
+            if (i > 0 && entries[i].name == entries[i - 1].name) { continue; } // refused by add()
+            model_.insert(entries[i].name, entries[i].tensor);
+        }
+    }
+
+    void find_unread(const std::string& name, const const_tensor_ref& value)
+    {
+        const std::string stem(layer_stem(name));
+        const auto leaf = std::string_view(name).substr(stem.size());
+        const auto module = [&] { return stem.empty() ? name : stem.substr(0, stem.size() - 1); };
+        if (leaf == "qweight") {
+            auto parts = present(stem, {"qweight", "qzeros", "scales", "g_idx"});
+            const auto scales = find(stem + "scales");
+            const bool wide =
+                scales && scales->shape.size() == 2 && value.shape.size() == 2 && scales->shape[1] != value.shape[1];
+            const bool awq = !find(stem + "g_idx") && wide;
+            give_up(module(), awq ? "is quantised by AWQ" : "is quantised by GPTQ", std::move(parts));
+        }
+        else if (leaf == "weight_packed" && value.dtype != dtype::u8) {
+            give_up(module(), "is quantised to integers (compressed-tensors)",
+                present(stem,
+                    {"weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx",
+                        "input_scale", "input_zero_point"}));
+        }
+        else if (leaf == "W_q") {
+            give_up(module(), "is quantised by HQQ",
+                present(stem, {"W_q", "scale", "zero", "meta", "nbits", "group_size", "shape", "axis", "packing"}));
+        }
+        else if (name.ends_with("._data") && find(name.substr(0, name.size() - 5) + "_scale")) {
+            const auto whole = name.substr(0, name.size() - 6);
+            give_up(whole, "is quantised by Quanto", present(whole, {"._data", "._scale", "._shift"}));
+        }
+        else if (leaf == "SCB" && find(stem + "weight")) {
+            give_up(stem + "weight", "is quantised to 8 bits by bitsandbytes",
+                present(stem, {"weight", "SCB", "weight_format"}));
+        }
+        else if (name.ends_with(".absmax") && !name.ends_with(".nested_absmax")) {
+            const auto whole = name.substr(0, name.size() - 7);
+            auto parts = present(whole, {"", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"});
+            std::string kind = "4 bits";
+            for (const std::string_view type : {"nf4", "fp4"}) {
+                const auto state = whole + ".quant_state.bitsandbytes__" + std::string(type);
+                if (find(state)) {
+                    parts.push_back(state);
+                    kind = type == "nf4" ? "NF4" : "FP4";
+                }
+            }
+            give_up(whole, "is quantised to " + kind + " by bitsandbytes", std::move(parts));
+        }
+        else if (leaf == "weight" && (value.dtype == dtype::i8 || value.dtype == dtype::i32)
+            && (find(name + "_scale") || find(name + "_scales"))) {
+            give_up(name, "is quantised to integers",
+                present(stem,
+                    {"weight", "weight_scale", "weight_scales", "weight_zero_point", "input_scale",
+                        "input_zero_point"}));
+        }
+        else if (value.dtype == dtype::f8_e4m3fnuz || value.dtype == dtype::f8_e5m2fnuz) {
+            if (find(name + "_scale") || find(name + "_scale_inv")) {
+                give_up(name, message("is quantised to ", to_string(value.dtype)),
+                    present(name, {"", "_scale", "_scale_inv"}));
+            }
+        }
+    }
+
+    void find_fp4(const std::string& name, const const_tensor_ref& value)
+    {
+        const std::string stem(layer_stem(name));
+        const auto leaf = std::string_view(name).substr(stem.size());
+        if (value.dtype != dtype::u8) { return; }
+        constexpr std::string_view blocks = "_blocks";
+        if (name.ends_with(blocks)) {
+            const auto whole = name.substr(0, name.size() - blocks.size());
+            const auto scales = find(whole + "_scales");
+            if (scales && scales->dtype == dtype::u8) { add_mxfp4_blocks(whole, name, value, *scales); }
+            else if (value.shape.size() > 2 && value.shape.back() == 16) {
+                give_up(whole, "has MXFP4 codes ('" + name + "') without scales ('" + whole + "_scales', U8)", {name},
+                    repair());
+            }
+            return;
+        }
+        if (leaf != "weight_packed" && leaf != "weight") { return; }
+        const auto scales = find(stem + "weight_scale");
+        if (!scales) {
+            if (leaf == "weight_packed") {
+                give_up(stem + "weight", "has packed codes without 'weight_scale'", {name}, repair());
+            }
+            return;
+        }
+        auto parts = present(stem,
+            {leaf, "weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale",
+                "weight_shape"});
+        quantised_layer layer;
+        layer.name = stem + "weight";
+        layer.codes = value;
+        layer.scales = *scales;
+        const bool powers = scales->dtype == dtype::u8 || scales->dtype == dtype::f8_e8m0;
+        const auto factor = find(stem + "weight_scale_2"), divisor = find(stem + "weight_global_scale");
+        const auto wrong = [&](const std::string& what, const std::string& mend) {
+            give_up(layer.name, what, parts, mend);
+        };
+        if (!powers && scales->dtype != dtype::f8_e4m3) {
+            return wrong("is packed in bytes with scales of " + std::string(to_string(scales->dtype))
+                    + ": neither MXFP4 nor NVFP4",
+                dequantise_first());
+        }
+        layer.scheme = powers ? quantisation::mxfp4 : quantisation::nvfp4;
+        const std::int64_t group = powers ? 32 : 16;
+        if (!powers) {
+            const auto global = factor ? factor : divisor;
+            if (!global) {
+                return wrong("has NVFP4 codes without 'weight_scale_2' or 'weight_global_scale'", repair());
+            }
+            if (global->dtype != dtype::f32 || global->size() != 1) {
+                return wrong("has a global scale of " + std::string(to_string(global->dtype)) + " "
+                        + to_string(global->shape) + "; expected one F32",
+                    repair());
+            }
+            layer.factor = detail::scale_at(*global, 0);
+            if (!(layer.factor > 0) || !std::isfinite(layer.factor)) {
+                return wrong(message("has the global scale ", layer.factor, "; expected a positive number"), repair());
+            }
+            if (!factor) { layer.factor = 1.0f / layer.factor; }
+        }
+        if (value.shape.size() < 2) {
+            return wrong("has packed codes of shape " + to_string(value.shape) + "; expected [out, in / 2]", repair());
+        }
+        layer.shape = value.shape;
+        layer.shape.back() *= 2;
+        auto expected = layer.shape;
+        expected.back() = (expected.back() + group - 1) / group;
+        if (scales->shape != expected || layer.shape.back() % group != 0) {
+            return wrong("has scales of shape " + to_string(scales->shape) + " for numbers of shape "
+                    + to_string(layer.shape) + "; expected " + to_string(expected),
+                repair());
+        }
+        layer.block = extents(layer.shape.size(), 1);
+        layer.block.back() = group;
+        layer.grid = expected;
+        add(std::move(layer), parts, stem);
+    }
+
+    void add_mxfp4_blocks(const std::string& whole, const std::string& name, const const_tensor_ref& value,
+        const const_tensor_ref& scales)
+    {
+        const std::vector<std::string> parts{name, whole + "_scales"};
+        const std::size_t rank = value.shape.size();
+        auto expected = value.shape;
+        if (rank > 0) { expected.pop_back(); }
+        if (rank < 3 || rank > 4 || value.shape.back() != 16 || scales.shape != expected) {
+            give_up(whole,
+                "has MXFP4 codes of shape " + to_string(value.shape) + " and scales of shape " + to_string(scales.shape)
+                    + "; expected [experts, out, in / 32, 16] and [experts, out, in / 32]",
+                parts, repair());
+            return;
+        }
+        quantised_layer layer;
+        layer.name = whole;
+        layer.scheme = quantisation::mxfp4;
+        layer.codes = value;
+        layer.scales = scales;
+        const std::int64_t groups = value.shape[rank - 2], out = value.shape[rank - 3];
+        layer.transposed = rank == 4; // experts are multiplied from the right: [experts, in, out]
+        if (layer.transposed) {
+            layer.shape = {value.shape[0], groups * 32, out};
+            layer.block = {1, 32, 1};
+            layer.grid = {value.shape[0], groups, out};
+        }
+        else {
+            layer.shape = {out, groups * 32};
+            layer.block = {1, 32};
+            layer.grid = {out, groups};
+        }
+        add(std::move(layer), parts, std::string(layer_stem(whole)));
+    }
+
+    void find_fp8(const std::string& name, const const_tensor_ref& value)
+    {
+        const std::string stem(layer_stem(name));
+        const auto leaf = std::string_view(name).substr(stem.size());
+        if (leaf == "scaled_fp8") { return; }
+        std::vector<std::string> scales = present(name, {"_scale", "_scale_inv"});
+        if (leaf == "weight" && find(stem + "scale_weight")) { scales.push_back(stem + "scale_weight"); }
+        if (scales.empty()) {
+            bare_.push_back(name);
+            return;
+        }
+        std::vector<std::string> parts{name, scales[0]};
+        for (auto& more : present(stem, {"input_scale", "scale_input", "input_scale_ub"})) {
+            if (leaf == "weight") { parts.push_back(std::move(more)); }
+        }
+        for (auto& more : present(name, {"_input_scale"})) { parts.push_back(std::move(more)); }
+        if (scales.size() > 1) {
+            parts.insert(parts.end(), scales.begin() + 1, scales.end());
+            give_up(name, "has two scales, '" + scales[0] + "' and '" + scales[1] + "'", parts, repair());
+            return;
+        }
+        quantised_layer layer;
+        layer.name = name;
+        layer.codes = value;
+        layer.scales = *find(scales[0]);
+        layer.shape = value.shape;
+        if (!detail::is_scale_dtype(layer.scales.dtype)) {
+            give_up(name,
+                "has a scale ('" + scales[0] + "') of dtype " + std::string(to_string(layer.scales.dtype))
+                    + "; expected F32, BF16, F16 or F8_E8M0",
+                parts, repair());
+            return;
+        }
+        if (const auto wrong = lay_out(layer, scales[0]); !wrong.empty()) {
+            give_up(name, wrong, parts, repair());
+            return;
+        }
+        if (element_count(layer.grid) > 1) { need_hints(); }
+        layer.powers_of_two = layer.scales.dtype == dtype::f8_e8m0 || hints_.powers_of_two;
+        add(std::move(layer), parts, stem);
+    }
+
+    /// Blocks and grid from the shapes of codes and scales; what is wrong with them, or nothing.
+    [[nodiscard]] std::string lay_out(quantised_layer& layer, const std::string& scale_name)
+    {
+        const auto& shape = layer.shape;
+        const auto& given = layer.scales.shape;
+        const std::size_t rank = shape.size();
+        layer.block.assign(rank, 1);
+        layer.grid.assign(rank, 1);
+        for (std::size_t i = 0; i < rank; ++i) { layer.block[i] = std::max<std::int64_t>(1, shape[i]); }
+        if (layer.scales.size() == 1) { return {}; }
+        const auto wrong = [&](const std::string& expected) {
+            return "has a scale ('" + scale_name + "') of shape " + to_string(given) + " for a weight of shape "
+                + to_string(shape) + "; expected " + expected;
+        };
+        const auto ceiling = [](std::int64_t n, std::int64_t by) { return (n + by - 1) / by; };
+        std::string choices = "[] for all of it";
+        if (rank > 0) { choices += message(", [", shape[0], "] for each channel"); }
+        if (rank > 1) {
+            need_hints();
+            auto sizes = extents(rank, 1);
+            const std::int64_t usual = 128;
+            const bool told = hints_.block.size() == 2;
+            sizes[rank - 2] = told ? hints_.block[0] : usual;
+            sizes[rank - 1] = told ? hints_.block[1] : usual;
+            auto blocks = shape;
+            for (std::size_t i = 0; i < rank; ++i) { blocks[i] = ceiling(shape[i], sizes[i]); }
+            choices += message(" or ", to_string(blocks), " for blocks of ", sizes[rank - 2], " × ", sizes[rank - 1],
+                told ? " (" + hints_.file + ")" : std::string());
+            if (given == blocks) {
+                for (std::size_t i = 0; i < rank; ++i) {
+                    layer.block[i] = std::min(sizes[i], std::max<std::int64_t>(1, shape[i]));
+                }
+                layer.grid = given;
+                return {};
+            }
+        }
+        if (rank == 0 || layer.scales.size() == 0 || element_count(shape) == 0) { return wrong(choices); }
+        auto channel = extents(rank, 1);
+        channel[0] = shape[0];
+        if (given == extents{shape[0]} || given == channel) {
+            layer.block[0] = 1;
+            layer.grid = channel;
+            return {};
+        }
+        const bool told = rank == 2 && hints_.block.size() == 2;
+        if (given.size() != rank || told || (rank == 2 && given[0] == 1) || given == shape) { return wrong(choices); }
+        for (std::size_t i = 0; i < rank; ++i) {
+            if (given[i] <= 0 || shape[i] % given[i] != 0) { return wrong(choices); }
+            layer.block[i] = shape[i] / given[i];
+        }
+        layer.grid = given;
+        return {};
+    }
+
+    void add(quantised_layer layer, const std::vector<std::string>& parts, const std::string& stem)
+    {
+        const bool signless = layer.scales.dtype == dtype::u8 || layer.scales.dtype == dtype::f8_e8m0;
+        const std::uint64_t count = layer.scales.size();
+        for (std::uint64_t i = 0; i < count; ++i) {
+            const float scale = detail::scale_at(layer.scales, i);
+            if (signless ? scale == scale : scale >= 0 && std::isfinite(scale)) { continue; }
+            give_up(layer.name,
+                message("has the scale ", scale, " (at ", i, " of ", count, "); expected a positive number"), parts,
+                repair());
+            return;
+        }
+        if (layer.name != parts[0] && find(layer.name)) {
+            give_up(layer.name, "is there twice, as it is and quantised ('" + parts[0] + "')", parts, repair());
+            return;
+        }
+        for (const auto& part : parts) {
+            taken_.insert(part);
+            read_.insert(part);
+            layer.parts.push_back({part.substr(stem.size()), *find(part)});
+        }
+        layers_.emplace_back(std::move(layer));
+    }
+
+    /// Scales without weights, FP8 without scales, and what belongs to no one layer.
+    void find_leftovers()
+    {
+        const bool scaled = !layers_.empty() || find("scaled_fp8");
+        for (const auto& name : bare_) {
+            if (!scaled) { continue; } // numbers as they are
+            give_up(name, "is FP8 without a scale ('" + name + "_scale'), which other layers of the model have", {name},
+                repair());
+        }
+        for (const auto& [name, value] : *stored_) {
+            if (taken_.contains(name)) { continue; }
+            const std::string stem(layer_stem(name));
+            const auto leaf = std::string_view(name).substr(stem.size());
+            if (leaf == "weight_scale" || leaf == "weight_scale_inv" || leaf == "scale_weight") {
+                const auto weight = find(stem + "weight");
+                if (weight && !scaled && is_storage(weight->dtype)) { continue; } // a parameter of that name
+                if (weight && is_storage(weight->dtype)) {
+                    give_up(stem + "weight",
+                        "is " + std::string(to_string(weight->dtype)) + " and has a scale ('" + name
+                            + "') all the same",
+                        {stem + "weight", name}, repair());
+                    continue;
+                }
+                give_up(
+                    stem + "weight", "has a scale ('" + name + "') and no codes that it belongs to", {name}, repair());
+                continue;
+            }
+            if (!scaled) { continue; }
+            for (const std::string_view word : {"scaled_fp8", "k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale",
+                     "output_scale", "input_scale", "scale_input"}) {
+                if (leaf == word) {
+                    beside_.insert(name, value);
+                    read_.insert(name);
+                    break;
+                }
+            }
+        }
+    }
+
+    const const_model_ref* stored_ = nullptr;
+    hint_source ask_;
+    quantisation_hints hints_;
+    std::vector<quantised_tensor> layers_;
+    std::vector<unread_layer> unread_;
+    std::vector<std::string> bare_;
+    std::set<std::string> taken_, read_; // names that are settled, and those that the model has no more
+    const_model_ref model_, beside_;
+};
+
+/// Throws for layers that are not read and take part: format_error by the layer's name, saying what to do; for one of
+/// which `include` leaves some tensors and not others, invalid_argument (a layer is excluded whole). `include`: empty
+/// where all do. `file`: for messages.
+inline void refuse_unread(
+    const quantised_layers& layers, const callback<bool(std::string_view)>& include, const std::string& file)
+{
+    for (const auto& layer : layers.unread()) {
+        std::size_t in = 0;
+        const std::string* excluded = nullptr;
+        for (const auto& part : layer.parts) {
+            if (!include || include(part)) { ++in; }
+            else {
+                excluded = &part;
+            }
+        }
+        if (in == 0) { continue; }
+        if (excluded) {
+            raise<invalid_argument>(error_code::layer_split,
+                message("'", file, "': tensor '", *excluded, "' is excluded, and it is part of layer '", layer.name,
+                    "', which ", layer.what, ": exclude the whole layer, or nothing of it"));
+        }
+        raise<format_error>(
+            error_code::quantised_layer, message("layer '", layer.name, "' ", layer.what, ": ", layer.mend), file);
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_QUANTISED_HPP
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <unistd.h>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The file names of a checkpoint directory.
+inline constexpr std::string_view single_file_name = "model.safetensors";
+inline constexpr std::string_view index_file_name = "model.safetensors.index.json";
+
+/// Whether the tensors of shards have to be those that their index gives them.
+enum class index_check : std::uint8_t {
+    strict, ///< each of them, and no other
+    lenient ///< what is there counts, as for transformers: a note says what differs
+};
+
+/// A model on disk: the maps of its files, and the tensors in them by name. Move-only; views stay valid when it moves.
+class checkpoint {
+public:
+    /// `take`: which tensors of which file (by its place in `files`) the model has; all, where it is empty.
+    checkpoint(std::filesystem::path path, std::vector<safetensors_file> files,
+        const callback<bool(std::size_t, const safetensors_entry&)>& take = {}, std::vector<std::string> notes = {})
+        : path_(std::move(path))
+        , files_(std::move(files))
+        , notes_(std::move(notes))
+    {
+        struct item {
+            const safetensors_file* file;
+            const safetensors_entry* entry;
+        };
+        std::vector<item> sorted;
+        for (std::size_t f = 0; f < files_.size(); ++f) {
+            const auto& file = files_[f];
+            for (const auto& entry : file.entries()) {
+                if (take && !take(f, entry)) { continue; }
+                sorted.push_back({&file, &entry});
+                data_bytes_ += entry.bytes;
+            }
+            metadata_.insert(file.metadata().begin(), file.metadata().end());
+        }
+        std::sort(
+            sorted.begin(), sorted.end(), [](const item& a, const item& b) { return a.entry->name < b.entry->name; });
+        for (std::size_t i = 0; i < sorted.size(); ++i) {
+            if (i && sorted[i].entry->name == sorted[i - 1].entry->name) {
+                raise<format_error>(error_code::file_tensors,
+                    message("tensor '", sorted[i].entry->name, "' is in this file and in '",
+                        sorted[i - 1].file->path().string(), "'"),
+                    sorted[i].file->path().string());
+            }
+            model_.insert(sorted[i].entry->name, sorted[i].file->tensor(*sorted[i].entry));
+        }
+    }
+
+    /// What open_model() was given.
+    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return path_; }
+    [[nodiscard]] std::filesystem::path path() && { return path_; }
+    [[nodiscard]] const std::vector<safetensors_file>& files() const& noexcept { return files_; }
+    void files() const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
+    void model() const&& = delete; // name the owner first: its views would dangle
+    /// The files' metadata; of a key in several shards, the first shard's value.
+    [[nodiscard]] const metadata_map& metadata() const& noexcept { return metadata_; }
+    [[nodiscard]] metadata_map metadata() && { return std::move(metadata_); }
+    /// Bytes of all tensors.
+    [[nodiscard]] std::uint64_t data_bytes() const noexcept { return data_bytes_; }
+    /// What whoever opened it should know: sentences without a full stop.
+    [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
+    /// The same files under other names, or with other views into them: what `model` holds must outlive the checkpoint
+    /// (views of its own files do).
+    void set_model(const_model_ref model) { model_ = std::move(model); }
+    /// Makes model() have quantised layers as tensors of numbers (formats/quantised.hpp). stored() keeps what the files
+    /// hold. open_model() has done so.
+    void read_layers(quantised_layers::hint_source hints)
+    {
+        auto layers = std::make_shared<const quantised_layers>(model_, std::move(hints));
+        if (!layers->any()) { return; }
+        stored_ = std::exchange(model_, layers->model());
+        layers_ = std::move(layers);
+    }
+    /// The tensors of the files: model(), but for quantised layers and names that were changed.
+    [[nodiscard]] const const_model_ref& stored() const& noexcept { return layers_ ? stored_ : model_; }
+    void stored() const&& = delete; // name the owner first: its views would dangle
+    /// The quantised layers; null where no layer is.
+    [[nodiscard]] const quantised_layers* layers() const& noexcept { return layers_.get(); }
+    void layers() const&& = delete; // name the owner first: its views would dangle
+
+private:
+    std::filesystem::path path_;
+    std::vector<safetensors_file> files_;
+    std::vector<std::string> notes_;
+    const_model_ref model_, stored_;
+    std::shared_ptr<const quantised_layers> layers_;
+    metadata_map metadata_;
+    std::uint64_t data_bytes_ = 0;
+};
+
+/// Refuses a shard name that could lead out of the checkpoint's directory.
+inline void check_shard_name(std::string_view shard, std::string_view index)
+{
+    if (shard.empty() || shard == "." || shard.find('/') != shard.npos || shard.find('\\') != shard.npos
+        || shard.find("..") != shard.npos || shard.find('\0') != shard.npos) {
+        raise<format_error>(error_code::index_field,
+            message("names the shard '", shard,
+                "'; a shard is a file beside its index, with no '/', '\\' or '..' in its name"),
+            std::string(index));
+    }
+}
+
+/// What an index file says: the shard of each tensor. Keys other than `weight_map` are ignored, as transformers does.
+/// Throws format_error for JSON that is not an index, or names a shard outside the directory.
+[[nodiscard]] inline std::map<std::string, std::string> read_index(const std::filesystem::path& path)
+{
+    const auto file = path.string();
+    const auto json = parse_json(read_text_file(path), file);
+    if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) {
+        raise<format_error>(
+            error_code::index_field, "has no object 'weight_map'; an index maps each tensor's name to its shard", file);
+    }
+    std::map<std::string, std::string> result;
+    for (const auto& [name, shard] : json["weight_map"].items()) {
+        if (!shard.is_string()) {
+            raise<format_error>(
+                error_code::index_field, message("maps tensor '", name, "' to something that is not a string"), file);
+        }
+        const auto& text = shard.get_ref<const std::string&>();
+        check_shard_name(text, file);
+        result.emplace(name, text);
+    }
+    return result;
+}
+
+/// Whether a file's name is that of an index of shards: `model.safetensors.index.json`, another stem, as diffusers has
+/// it, or a variant (`….safetensors.index.fp16.json`).
+[[nodiscard]] inline bool is_index_name(std::string_view name)
+{
+    const auto at = name.find(".safetensors.index.");
+    return at != name.npos && at > 0 && name.ends_with(".json");
+}
+
+/// The same for PyTorch's shards: `pytorch_model.bin.index.json`.
+[[nodiscard]] inline bool is_pytorch_index_name(std::string_view name)
+{
+    const auto at = name.find(".bin.index.");
+    return at != name.npos && at > 0 && name.ends_with(".json");
+}
+
+/// The parts of a shard's name, such as `model-00001-of-00003.safetensors`.
+struct shard_name_parts {
+    std::string stem, rest; ///< before the numbers, and what stands after them
+    std::size_t number = 0, count = 0;
+};
+[[nodiscard]] inline std::optional<shard_name_parts> parse_shard_name(std::string_view name)
+{
+    constexpr std::size_t digits = 5;
+    constexpr std::string_view between = "-of-", ending = ".safetensors";
+    if (!name.ends_with(ending)) { return std::nullopt; }
+    for (std::size_t at = name.find('-'); at != name.npos; at = name.find('-', at + 1)) {
+        const auto field = name.substr(at + 1);
+        if (field.size() < 2 * digits + between.size() + ending.size()
+            || field.substr(digits, between.size()) != between) {
+            continue;
+        }
+        std::size_t values[2] = {0, 0};
+        bool numbers = true;
+        for (std::size_t i = 0; i < 2; ++i) {
+            for (const char c : field.substr(i * (digits + between.size()), digits)) {
+                numbers = numbers && c >= '0' && c <= '9';
+                values[i] = 10 * values[i] + static_cast<std::size_t>(c - '0');
+            }
+        }
+        if (!numbers || values[0] == 0 || values[0] > values[1]) { continue; }
+        return shard_name_parts{std::string(name.substr(0, at)), std::string(field.substr(2 * digits + between.size())),
+            values[0], values[1]};
+    }
+    return std::nullopt;
+}
+
+namespace detail {
+
+/// What a directory holds that could be a model, by name.
+struct model_directory {
+    std::vector<std::string> indexes, weights, others, folders;
+
+    explicit model_directory(const std::filesystem::path& path)
+    {
+        std::error_code ignored;
+        for (std::filesystem::directory_iterator it(path, ignored), end; !ignored && it != end; it.increment(ignored)) {
+            const auto name = it->path().filename().string();
+            std::error_code unknown;
+            if (it->is_directory(unknown)) { folders.push_back(name); }
+            else if (is_index_name(name)) {
+                indexes.push_back(name);
+            }
+            else if (name.ends_with(".safetensors")) {
+                weights.push_back(name);
+            }
+            else {
+                others.push_back(name);
+            }
+        }
+        for (auto* list : {&indexes, &weights, &others, &folders}) { std::sort(list->begin(), list->end()); }
+    }
+};
+
+[[nodiscard]] inline std::string quoted_list(const std::vector<std::string>& names, std::size_t most = 4)
+{
+    std::string text;
+    for (std::size_t i = 0; i < names.size() && i < most; ++i) { text += (i ? ", '" : "'") + names[i] + "'"; }
+    return names.size() > most ? text + " and " + std::to_string(names.size() - most) + " more" : text;
+}
+
+/// Says of a directory without a model what it holds instead, and what to name.
+[[noreturn, gnu::cold]] inline void refuse_directory(const std::filesystem::path& path, const model_directory& found)
+{
+    const auto fail = [&](const std::string& what) {
+        raise<io_error>(error_code::model_not_found, what, path.string());
+    };
+    std::error_code ignored;
+    std::vector<std::string> inner;
+    for (const auto& folder : found.folders) {
+        const model_directory inside(path / folder);
+        if (!inside.weights.empty() || !inside.indexes.empty()) { inner.push_back(folder); }
+    }
+    for (const auto& name : found.weights) {
+        if (name == "adapter_model.safetensors") {
+            fail("holds an adapter ('adapter_model.safetensors'), not a model: name the model that it was trained on, "
+                 "or read it as an adapter");
+        }
+    }
+    if (found.weights.size() > 1) {
+        fail(message("holds no '", single_file_name, "', no index, and several files (", quoted_list(found.weights),
+            "): name the file that is meant"));
+    }
+    for (const auto& name : found.others) {
+        for (const std::string_view ending :
+            {".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl"}) {
+            if (!name.ends_with(ending) || name == "training_args.bin" || name == "optimizer.bin"
+                || name == "optimizer.pt" || name == "scheduler.pt" || name == "scheduler.bin") {
+                continue;
+            }
+            std::string what = "the weights lie in files of another format";
+            std::string mend = std::string(convert_to_safetensors);
+            if (std::filesystem::file_size(path / name, ignored) > 0 && !ignored && !name.ends_with(".json")) {
+                const mapped_file file(path / name);
+                if (const auto kind = what_is_this_file(file.bytes())) {
+                    what = "that is " + kind->what;
+                    mend = kind->mend;
+                }
+            }
+            fail(message("holds no safetensors file, but '", name, "': ", what, "; ", mend));
+        }
+    }
+    if (!inner.empty()) {
+        fail(message("holds no model itself, but its folders do (", quoted_list(inner), "): name one of them"));
+    }
+    raise<io_error>(error_code::model_not_found,
+        message("holds neither '", single_file_name, "' nor '", index_file_name,
+            "'; name a checkpoint directory or a .safetensors file"),
+        path.string());
+}
+
+/// A file of tensors: safetensors, or PyTorch's, as its first bytes say.
+[[nodiscard]] inline safetensors_file open_weights(const std::filesystem::path& path, std::vector<std::string>& notes)
+{
+    mapped_file map(path);
+    const auto bytes = map.bytes();
+    constexpr std::string_view zip = "PK\x03\x04";
+    if (bytes.size() < zip.size() || std::memcmp(bytes.data(), zip.data(), zip.size()) != 0) {
+        auto header = parse_safetensors(bytes, path.string());
+        return {std::move(map), std::move(header)};
+    }
+    auto contents = parse_pytorch(bytes, path.string());
+    notes.insert(notes.end(), contents.notes.begin(), contents.notes.end());
+    return {std::move(map), std::move(contents.header)};
+}
+
+/// The shards that an index names, beside it.
+[[nodiscard]] inline checkpoint open_indexed(
+    const std::filesystem::path& path, const std::filesystem::path& index_path, index_check how)
+{
+    const auto directory = directory_of(index_path);
+    const auto index_name = index_path.filename().string();
+    const auto index = read_index(index_path);
+    const bool strict = how == index_check::strict;
+    std::vector<safetensors_file> files;
+    std::vector<std::string> names, notes;
+    std::map<std::string_view, std::size_t> expected;
+    for (const auto& [name, shard] : index) { ++expected[shard]; }
+    std::error_code ignored;
+    for (const auto& [shard, count] : expected) {
+        if (!std::filesystem::exists(directory / shard, ignored)) {
+            const auto what = message("the shard '", shard, "' of '", index_name, "', with ", count,
+                count == 1 ? " tensor" : " tensors", ", is not there");
+            if (strict) {
+                raise<io_error>(error_code::file_not_found,
+                    message(what, ": fetch it, or go on without it (index lenient)"), path.string());
+            }
+            notes.push_back(message("'", path.string(), "': ", what));
+            continue;
+        }
+        auto& file = files.emplace_back(open_weights(directory / shard, notes));
+        names.emplace_back(shard);
+        std::map<std::string_view, bool> present;
+        for (const auto& entry : file.entries()) {
+            const auto place = index.find(entry.name);
+            present[entry.name] = true;
+            if (place != index.end() && place->second == shard) { continue; }
+            const auto what = message("holds tensor '", entry.name, "', which '", index_name, "' ",
+                place == index.end() ? std::string("does not list") : "places in '" + place->second + "'");
+            if (strict) {
+                raise<format_error>(error_code::file_tensors, what + " (index lenient goes on)", file.path().string());
+            }
+            notes.push_back(message("'", file.path().string(), "' ", what,
+                place == index.end() ? ": it is taken" : ": the one there is taken"));
+        }
+        for (const auto& [name, where] : index) {
+            if (where != shard || present.contains(name)) { continue; }
+            const auto what = message("lacks tensor '", name, "', which '", index_name, "' places there");
+            if (strict) {
+                raise<format_error>(error_code::file_tensors, what + " (index lenient goes on)", file.path().string());
+            }
+            notes.push_back(message("'", file.path().string(), "' ", what));
+        }
+    }
+    const auto take = [&](std::size_t f, const safetensors_entry& entry) {
+        const auto place = index.find(entry.name);
+        return place == index.end() || place->second == names[f];
+    };
+    return {path, std::move(files), take, std::move(notes)};
+}
+
+} // namespace detail
+
+/// The hints of the configuration beside a model.
+[[nodiscard]] inline quantised_layers::hint_source hints_beside(const std::filesystem::path& model)
+{
+    return [model] {
+        std::error_code unknown;
+        const auto folder = std::filesystem::is_directory(model, unknown) ? model : detail::directory_of(model);
+        return read_quantisation_hints(folder / "config.json");
+    };
+}
+
+/// Opens a model: a safetensors file; an index of shards (any `*.safetensors.index.json`); or a directory. Of what a
+/// directory holds, the first of these is the model: `model.safetensors`; `model.safetensors.index.json`; diffusers'
+/// `diffusion_pytorch_model` in the same two ways; the only index; a whole set of shards without one (with a note); the
+/// only .safetensors file that is neither a delta nor an adapter; where there are none, `pytorch_model.bin` or its
+/// index, and diffusers'. PyTorch's files are read as formats/pytorch.hpp says, whatever they are called. An index is
+/// an allowlist: shards hold exactly the tensors that it gives them, unless `how` is lenient. Quantised layers are
+/// tensors of numbers in model() where their scheme is read, and are found in layers()->unread() where it is not.
+/// Throws io_error, format_error. Cost: O(headers), and the scales of quantised layers.
+///
+///     const auto base = taskvec::open_model("base");
+///     for (const auto& [name, tensor] : base.model()) { … }
+[[nodiscard]] checkpoint open_model(const std::filesystem::path& path, index_check how = index_check::strict);
+
+namespace detail {
+[[nodiscard]] inline checkpoint open_stored(const std::filesystem::path& path, index_check how)
+{
+    std::error_code ignored;
+    std::vector<safetensors_file> files;
+    const auto single = [&](const std::filesystem::path& file, std::vector<std::string> notes = {}) -> checkpoint {
+        files.push_back(detail::open_weights(file, notes));
+        return {path, std::move(files), {}, std::move(notes)};
+    };
+    if (!std::filesystem::is_directory(path, ignored)) {
+        const auto name = path.filename().string();
+        if (is_index_name(name) || is_pytorch_index_name(name)) { return detail::open_indexed(path, path, how); }
+        std::vector<std::string> notes;
+        if (const auto parts = parse_shard_name(name); parts && parts->count > 1) {
+            notes.push_back(message("'", path.string(), "' is shard ", parts->number, " of ", parts->count,
+                ": its directory or its index names the whole model"));
+        }
+        return single(path, std::move(notes));
+    }
+    const auto has = [&](std::string_view name) { return std::filesystem::exists(path / name, ignored); };
+    for (const std::string_view stem : {"model", "diffusion_pytorch_model"}) {
+        const std::string file = std::string(stem) + ".safetensors", index = file + ".index.json";
+        if (has(file)) { return single(path / file); }
+        if (has(index)) { return detail::open_indexed(path, path / index, how); }
+    }
+    const detail::model_directory found(path);
+    if (found.indexes.size() == 1) { return detail::open_indexed(path, path / found.indexes.front(), how); }
+    if (found.indexes.size() > 1) {
+        raise<io_error>(error_code::model_not_found,
+            message("holds several indexes (", detail::quoted_list(found.indexes),
+                "): name the one that is meant, by its path"),
+            path.string());
+    }
+    std::map<std::pair<std::string, std::size_t>, std::vector<std::string>> sets; // shards by stem, rest and count
+    std::vector<std::string> whole;
+    for (const auto& name : found.weights) {
+        if (const auto parts = parse_shard_name(name)) {
+            sets[{parts->stem + " " + parts->rest, parts->count}].push_back(name);
+        }
+        else if (!name.ends_with(".delta.safetensors") && name != "adapter_model.safetensors") {
+            whole.push_back(name);
+        }
+    }
+    if (sets.size() == 1 && whole.empty()) {
+        const auto& [key, names] = *sets.begin();
+        if (names.size() != key.second) {
+            raise<io_error>(error_code::file_not_found,
+                message("holds ", names.size(), " of ", key.second, " shards (", detail::quoted_list(names),
+                    ") and no index: fetch the others"),
+                path.string());
+        }
+        for (const auto& name : names) { files.emplace_back(path / name); }
+        return {path, std::move(files), {},
+            {message("'", path.string(), "' holds no index: all ", names.size(), " shards are taken")}};
+    }
+    if (whole.size() == 1 && sets.empty()) { return single(path / whole.front()); }
+    if (whole.empty() && sets.empty()) {
+        for (const std::string_view stem : {"pytorch_model", "diffusion_pytorch_model"}) {
+            const std::string file = std::string(stem) + ".bin", index = file + ".index.json";
+            if (has(file)) { return single(path / file); }
+            if (has(index)) { return detail::open_indexed(path, path / index, how); }
+        }
+    }
+    detail::refuse_directory(path, found);
+}
+} // namespace detail
+
+inline checkpoint open_model(const std::filesystem::path& path, index_check how)
+{
+    auto model = detail::open_stored(path, how);
+    model.read_layers(hints_beside(path));
+    return model;
+}
+
+/// How a model is split into shards: for each tensor its shard, tensors taken in name order, a new shard begun when the
+/// next tensor would take the current one above `shard_size` bytes of data (a larger tensor has a shard of its own).
+struct shard_plan {
+    std::vector<std::size_t> shard_of; ///< for each spec
+    std::size_t shards = 0;
+    std::uint64_t total_bytes = 0;
+};
+[[nodiscard]] inline shard_plan plan_shards(const std::vector<tensor_spec>& specs, std::uint64_t shard_size)
+{
+    if (shard_size == 0) {
+        raise<invalid_argument>(error_code::parameter_out_of_range, "a shard size of 0 bytes; expected at least 1");
+    }
+    std::vector<std::size_t> order(specs.size());
+    for (std::size_t i = 0; i < order.size(); ++i) { order[i] = i; }
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return specs[a].name < specs[b].name; });
+    shard_plan plan;
+    plan.shard_of.resize(specs.size());
+    plan.shards = 1;
+    std::uint64_t held = 0;
+    for (const auto index : order) {
+        const std::uint64_t bytes = specs[index].bytes();
+        if (held && bytes > shard_size - std::min(held, shard_size)) {
+            ++plan.shards;
+            held = 0;
+        }
+        plan.shard_of[index] = plan.shards - 1;
+        held += bytes;
+        plan.total_bytes += bytes;
+    }
+    return plan;
+}
+
+namespace detail {
+/// The files of the model that a directory holds, as far as its index can be read.
+[[nodiscard]] inline std::vector<std::string> model_files_in(const std::filesystem::path& directory)
+{
+    std::vector<std::string> result;
+    std::error_code ignored;
+    if (std::filesystem::exists(directory / single_file_name, ignored)) { result.emplace_back(single_file_name); }
+    const auto index_path = directory / index_file_name;
+    if (!std::filesystem::exists(index_path, ignored)) { return result; }
+    for (const auto& [name, shard] : read_index(index_path)) {
+        if (std::find(result.begin(), result.end(), shard) == result.end()) { result.push_back(shard); }
+    }
+    result.emplace_back(index_file_name);
+    return result;
+}
+[[nodiscard]] inline std::string lines_of(const std::vector<std::string>& names)
+{
+    std::string text;
+    for (const auto& name : names) { text += name + '\n'; }
+    return text;
+}
+} // namespace detail
+
+/// The shards that a killed writer gave their names in a directory before their index had its own: what it noted in the
+/// lock, less what an index of the directory names by now. Throws format_error for an index that cannot be read.
+[[nodiscard]] inline std::vector<std::string> orphan_shards(
+    const std::filesystem::path& directory, const directory_lock& lock)
+{
+    std::vector<std::string> result;
+    const std::string text = lock.noted();
+    if (text.empty()) { return result; }
+    const auto present = detail::model_files_in(directory);
+    for (std::size_t at = 0, end = 0; (end = text.find('\n', at)) != text.npos; at = end + 1) {
+        auto name = text.substr(at, end - at);
+        const bool of_a_model =
+            name.starts_with("model-") && name.ends_with(".safetensors") && name.find('/') == name.npos;
+        if (of_a_model && std::find(present.begin(), present.end(), name) == present.end()) {
+            result.push_back(std::move(name));
+        }
+    }
+    return result;
+}
+
+/// Writes a checkpoint directory: `model-00001-of-000NN.safetensors` … and their index, or `model.safetensors` when one
+/// shard is enough. A directory that does not exist appears whole or not at all; in one that does, other files are left
+/// alone.
+///
+/// All shards are complete and on disk under temporary names before the first takes its own; the index (or the single
+/// file) takes its name last, and is what decides which model the directory holds. Where a shard's name is taken, by
+/// an earlier model in the same directory, the new one is called `model-00001-of-000NN-2.safetensors` and so on, so a
+/// crash at any moment leaves the earlier model whole or the new one. Once the new one stands, the earlier one's files
+/// are removed, and where a writer is killed before, its own are by the next. As many files are open as are written to
+/// at once. One writer at a time has an existing directory: a second one throws io_error (see directory_lock).
+///
+///     taskvec::sharded_writer out("merged", specs, 5'000'000'000);
+///     out.write(index, offset, data, size);
+///     out.commit();
+class sharded_writer final : public tensor_sink {
+public:
+    sharded_writer(std::filesystem::path directory, const std::vector<tensor_spec>& specs, std::uint64_t shard_size,
+        const metadata_map& metadata = {}, durability mode = durability::synchronised)
+        : directory_(std::move(directory))
+        , mode_(mode)
+        , plan_(plan_shards(specs, shard_size))
+        , place_(specs.size())
+    {
+        std::vector<std::vector<tensor_spec>> parts(plan_.shards);
+        for (std::size_t i = 0; i < specs.size(); ++i) {
+            auto& part = parts[plan_.shard_of[i]];
+            place_[i] = part.size();
+            part.push_back(specs[i]);
+        }
+        for (const auto& part : parts) {
+            (void)layout_safetensors(part, metadata);
+        } // whatever is wrong with the specs is wrong before a directory appears
+        (void)present_files(); // an index that cannot be read is refused before anything is written
+        folder_.emplace(directory_, mode); // from here on nobody else takes names in the directory
+        old_ = present_files();
+        if (const auto* const lock = folder_->lock()) {
+            for (const auto& name : orphan_shards(directory_, *lock)) { ::unlink((directory_ / name).c_str()); }
+        }
+        const std::size_t generation = plan_.shards == 1 ? 1 : free_generation();
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+            names_.push_back(plan_.shards == 1 ? std::string(single_file_name) : shard_name(i, generation));
+        }
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+            writers_.push_back(
+                std::make_unique<safetensors_writer>(folder_->path() / names_[i], parts[i], metadata, mode));
+            if (parts.size() > 1) { writers_.back()->open_on_demand(); }
+        }
+        if (plan_.shards > 1) {
+            std::string json = "{\n  \"metadata\": {\n    \"total_size\": " + std::to_string(plan_.total_bytes)
+                + "\n  },\n  \"weight_map\": {";
+            std::map<std::string_view, std::size_t> by_name;
+            for (std::size_t i = 0; i < specs.size(); ++i) { by_name[specs[i].name] = plan_.shard_of[i]; }
+            if (by_name.size() != specs.size()) {
+                raise<invalid_argument>(
+                    error_code::tensor_repeated, "a tensor's name occurs twice in the model to be written");
+            }
+            for (const auto& [name, shard] : by_name) {
+                json +=
+                    (json.back() == '{' ? "\n    " : ",\n    ") + json_string(name) + ": " + json_string(names_[shard]);
+            }
+            json += "\n  }\n}\n";
+            index_ = std::make_unique<atomic_file>(folder_->path() / index_file_name, json.size(), mode);
+            index_->write(0, json.data(), json.size());
+        }
+    }
+    sharded_writer(const sharded_writer&) = delete;
+    sharded_writer& operator=(const sharded_writer&) = delete;
+    ~sharded_writer() override
+    {
+        // Shards that took their names before a failure belong to no index.
+        for (const auto& path : unlisted_) { ::unlink(path.c_str()); }
+    }
+
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        if (index >= place_.size()) {
+            raise<invalid_argument>(
+                error_code::index_out_of_range, message("a write to tensor ", index, " of ", place_.size()));
+        }
+        writers_[plan_.shard_of[index]]->write(place_[index], offset, data, size);
+    }
+
+    /// Forces all files to disk, so that commit() only renames.
+    void finish()
+    {
+        for (auto& writer : writers_) { writer->finish(); }
+        if (index_) { index_->finish(); }
+    }
+    /// Gives the files their names; see above for the order.
+    void commit()
+    {
+        finish();
+        // Once the index, or the single file, has its name nothing may fail, memory included.
+        std::vector<std::filesystem::path> obsolete;
+        for (const auto& name : old_) {
+            // An index that somebody else wrote may name any file: only what is called a model's is removed.
+            const bool of_a_model = name == index_file_name || name.ends_with(".safetensors");
+            if (of_a_model && std::find(names_.begin(), names_.end(), name) == names_.end()
+                && !(index_ && name == index_file_name)) {
+                obsolete.push_back(directory_ / name);
+            }
+        }
+        const auto first = directory_ / single_file_name;
+        if (index_) {
+            for (const auto& writer : writers_) { unlisted_.push_back(writer->target()); }
+            if (auto* const lock = folder_->lock()) { lock->note(detail::lines_of(names_)); }
+        }
+        for (auto& writer : writers_) { writer->commit(false); }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
+        if (index_) { index_->commit(); }
+        unlisted_.clear();
+        folder_->commit();
+        for (const auto& path : obsolete) { ::unlink(path.c_str()); }
+        // `model.safetensors` comes before an index when a directory is opened: with it gone, a new index takes effect.
+        if (struct stat status{}; index_ && ::lstat(first.c_str(), &status) == 0) {
+            raise<io_error>(error_code::system_refused,
+                "is an earlier model's and cannot be removed: the new model lies beside it, whole, and takes effect "
+                "once "
+                "this file is gone",
+                first.string());
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(directory_); }
+    }
+
+    /// Where the files are written until commit(): for what is to lie beside them.
+    [[nodiscard]] const std::filesystem::path& folder() const noexcept { return folder_->path(); }
+    /// The files' names, in shard order.
+    [[nodiscard]] const std::vector<std::string>& names() const noexcept { return names_; }
+    /// The shards' temporary names, for whoever reads them back between finish() and commit().
+    [[nodiscard]] std::vector<std::filesystem::path> shard_temporaries() const
+    {
+        std::vector<std::filesystem::path> result;
+        for (const auto& writer : writers_) { result.push_back(writer->temporary()); }
+        return result;
+    }
+    /// All temporary files, and before them the directories that were made for them, for whoever must remove them when
+    /// no destructor can run.
+    [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
+    {
+        auto result = folder_->made();
+        if (auto lock = folder_->lock_file(); !lock.empty()) { result.push_back(std::move(lock)); }
+        const auto shards = shard_temporaries();
+        result.insert(result.end(), shards.begin(), shards.end());
+        if (index_) { result.push_back(index_->temporary()); }
+        return result;
+    }
+    [[nodiscard]] std::uint64_t file_size() const noexcept
+    {
+        std::uint64_t total = 0;
+        for (const auto& writer : writers_) { total += writer->file_size(); }
+        return total;
+    }
+
+private:
+    [[nodiscard]] std::string shard_name(std::size_t index, std::size_t generation) const
+    {
+        const auto padded = [](std::size_t number) {
+            const auto digits = std::to_string(number);
+            return std::string(digits.size() < 5 ? 5 - digits.size() : 0, '0') + digits;
+        };
+        return "model-" + padded(index + 1) + "-of-" + padded(plan_.shards)
+            + (generation > 1 ? "-" + std::to_string(generation) : "") + ".safetensors";
+    }
+    /// The first generation none of whose shard names is taken.
+    [[nodiscard]] std::size_t free_generation() const
+    {
+        std::error_code ignored;
+        for (std::size_t generation = 1;; ++generation) {
+            bool taken = false;
+            for (std::size_t i = 0; i < plan_.shards && !taken; ++i) {
+                taken = std::filesystem::exists(directory_ / shard_name(i, generation), ignored);
+            }
+            if (!taken) { return generation; }
+        }
+    }
+    [[nodiscard]] std::vector<std::string> present_files() const { return detail::model_files_in(directory_); }
+    std::filesystem::path directory_;
+    std::optional<output_directory> folder_; // before the files in it, so that it outlives them
+    durability mode_;
+    shard_plan plan_;
+    std::vector<std::size_t> place_; // of each tensor within its shard
+    std::vector<std::string> names_, old_; // the new files, and those of the model that they replace
+    std::vector<std::filesystem::path> unlisted_; // shards with their names whose index has not taken its own
+    std::vector<std::unique_ptr<safetensors_writer>> writers_;
+    std::unique_ptr<atomic_file> index_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP
+
+// ---- taskvec/formats/delta.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_DELTA_HPP)
+#define TASKVEC_SINGLE_FORMATS_DELTA_HPP
+// Deltas on disk: the kept entries of residuals, as a plain safetensors file that any reader can open.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/formats/fingerprint.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_FINGERPRINT_HPP)
+#define TASKVEC_SINGLE_FORMATS_FINGERPRINT_HPP
+// The fingerprint of a model: one 64-bit number over names, dtypes, shapes and bytes.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Bytes that are hashed as one piece.
+inline constexpr std::size_t fingerprint_block = std::size_t{1} << 22;
+
+/// The fingerprint of a model, by which a delta knows its base. All hashes are XXH64 with seed 0, all numbers 64-bit
+/// little-endian:
+///
+///     block hash    XXH64 of up to 2^22 bytes of a tensor; a tensor of n bytes has ceil(n / 2^22) blocks
+///     tensor hash   XXH64 of: length of the name, name, length of the dtype's name, dtype's name ("BF16"), rank,
+///                   extents, the block hashes in order
+///     fingerprint   XXH64 of: number of tensors, the tensor hashes in the order of the names' bytes
+///
+/// A quantised layer counts as the F32 tensor that it stands for.
+///
+/// Tensors must be contiguous host memory of any dtype and alignment. The value does not depend on the policy, on the
+/// order of tensors in a file, or on how they are spread over shards.
+/// Throws invalid_argument for a tensor that is not contiguous host memory; cancelled. Cost: one read of all bytes.
+[[nodiscard]] inline std::uint64_t fingerprint(const cpu& policy, const const_model_ref& model)
+{
+    struct block {
+        const std::byte* data;
+        std::size_t size;
+        const operand_source* source;
+        std::uint64_t first; ///< of the elements that are decoded
+    };
+    std::pmr::vector<block> blocks(memory_of(policy));
+    std::uint64_t total = 0;
+    for (const auto& [name, tensor] : model) {
+        if (tensor.space != memory_space::host || !tensor.contiguous()) {
+            raise<invalid_argument>(
+                error_code::tensor_layout, message("tensor '", name, "' is not contiguous host memory; copy it first"));
+        }
+        const std::size_t bytes = tensor.bytes(name);
+        const auto* data = static_cast<const std::byte*>(tensor.data);
+        for (std::size_t at = 0; at < bytes; at += fingerprint_block) {
+            const bool decoded = tensor.source != nullptr;
+            blocks.push_back({decoded ? nullptr : data + at, std::min(fingerprint_block, bytes - at), tensor.source,
+                at / sizeof(float)});
+        }
+        total += bytes;
+    }
+    std::pmr::vector<std::uint64_t> hashes(blocks.size(), memory_of(policy));
+    detail::progress_meter progress(policy, "fingerprint", total);
+    for_each_index(policy, blocks.size(), [&](std::size_t index, std::size_t) {
+        xxh64 hash;
+        const block& part = blocks[index];
+        if (part.source) {
+            constexpr std::size_t piece = 65536;
+            std::pmr::vector<float> values(std::min(piece, part.size / sizeof(float)), memory_of(policy));
+            for (std::size_t at = 0; at < part.size / sizeof(float); at += piece) {
+                const std::size_t n = std::min(piece, part.size / sizeof(float) - at);
+                part.source->read(part.first + at, n, values.data());
+                hash.update(values.data(), n * sizeof(float));
+            }
+        }
+        else {
+            hash.update(part.data, part.size);
+        }
+        hashes[index] = hash.digest();
+        if (!progress.advance(blocks[index].size)) { raise<cancelled>(error_code::cancelled); }
+    });
+
+    xxh64 whole;
+    const auto number = [](xxh64& hash, std::uint64_t value) { hash.update(&value, sizeof value); };
+    const auto text = [&](xxh64& hash, std::string_view value) {
+        number(hash, value.size());
+        hash.update(value);
+    };
+    number(whole, model.size());
+    std::size_t next = 0;
+    for (const auto& [label, tensor] : model) {
+        xxh64 hash;
+        text(hash, label);
+        text(hash, to_string(tensor.dtype));
+        number(hash, tensor.shape.size());
+        for (const auto extent : tensor.shape) { number(hash, static_cast<std::uint64_t>(extent)); }
+        const std::size_t bytes = tensor.bytes(label);
+        for (std::size_t at = 0; at < bytes; at += fingerprint_block) { number(hash, hashes[next++]); }
+        number(whole, hash.digest());
+    }
+    return whole.digest();
+}
+
+/// Bytes at the beginning and at the end of each tensor that a sketch looks at.
+inline constexpr std::size_t sketch_bytes = 4096;
+
+/// A fingerprint that costs nothing: as fingerprint(), with the first and the last 4 KiB of each tensor in place of its
+/// bytes (all of a tensor of up to 8 KiB). It tells models apart by what training changes, and is no proof that two are
+/// equal: fingerprint() is. For records such as model cards.
+[[nodiscard]] inline std::uint64_t fingerprint_sketch(const const_model_ref& model)
+{
+    xxh64 whole;
+    const auto number = [&](std::uint64_t value) { whole.update(&value, sizeof value); };
+    const auto text = [&](std::string_view value) {
+        number(value.size());
+        whole.update(value);
+    };
+    number(model.size());
+    for (const auto& [label, tensor] : model) {
+        if (tensor.space != memory_space::host || !tensor.contiguous()) {
+            raise<invalid_argument>(error_code::tensor_layout,
+                message("tensor '", label, "' is not contiguous host memory; copy it first"));
+        }
+        text(label);
+        text(to_string(tensor.dtype));
+        number(tensor.shape.size());
+        for (const auto extent : tensor.shape) { number(static_cast<std::uint64_t>(extent)); }
+        const std::size_t bytes = tensor.bytes(label);
+        if (tensor.source) {
+            const std::size_t edge = sketch_bytes / sizeof(float), size = bytes / sizeof(float);
+            std::vector<float> values(std::min(size, 2 * edge));
+            if (size <= 2 * edge) { tensor.source->read(0, size, values.data()); }
+            else {
+                tensor.source->read(0, edge, values.data());
+                tensor.source->read(size - edge, edge, values.data() + edge);
+            }
+            whole.update(values.data(), values.size() * sizeof(float));
+            continue;
+        }
+        const std::string_view content(static_cast<const char*>(tensor.data), bytes);
+        whole.update(content.substr(0, bytes <= 2 * sketch_bytes ? bytes : sketch_bytes));
+        whole.update(content.substr(bytes <= 2 * sketch_bytes ? bytes : bytes - sketch_bytes));
+    }
+    return whole.digest();
+}
+
+/// A fingerprint as files spell it: "xxh64:" and 16 hexadecimal digits.
+[[nodiscard]] inline std::string fingerprint_text(std::uint64_t value)
+{
+    constexpr char digits[] = "0123456789abcdef";
+    std::string text = "xxh64:";
+    for (int shift = 60; shift >= 0; shift -= 4) { text += digits[(value >> shift) & 15]; }
+    return text;
+}
+[[nodiscard]] inline std::optional<std::uint64_t> parse_fingerprint(std::string_view text)
+{
+    if (!text.starts_with("xxh64:") || text.size() != 22) { return std::nullopt; }
+    std::uint64_t value = 0;
+    const auto [end, failure] = std::from_chars(text.data() + 6, text.data() + 22, value, 16);
+    if (failure != std::errc{} || end != text.data() + 22) { return std::nullopt; }
+    return value;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_FINGERPRINT_HPP
+
+// ---- taskvec/select/sparse.hpp
+#if !defined(TASKVEC_SINGLE_SELECT_SPARSE_HPP)
+#define TASKVEC_SINGLE_SELECT_SPARSE_HPP
+// Sparse vectors: the entries of a tensor that were kept, by ascending flat index; added to live weights and taken
+// back.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/select/index_list.hpp
+#if !defined(TASKVEC_SINGLE_SELECT_INDEX_LIST_HPP)
+#define TASKVEC_SINGLE_SELECT_INDEX_LIST_HPP
+// A list of flat indices that takes four bytes for each where the tensor allows it.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <iterator>
+#include <limits>
+#include <memory_resource>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Flat indices, read as 64-bit numbers and held in 32 bits each until one of them needs more (those of a tensor of at
+/// most 2^32 elements never do). The list does not order or check them. Copies take their memory from the default
+/// resource, as all std::pmr containers do; a move keeps it.
+///
+///     index_list indices{3, 15};
+///     for (const std::uint64_t index : indices) { … }
+class index_list {
+public:
+    using value_type = std::uint64_t;
+    using allocator_type = std::pmr::polymorphic_allocator<std::byte>;
+
+    index_list() = default;
+    explicit index_list(const allocator_type& memory)
+        : narrow_(memory)
+        , wide_(memory)
+    { }
+    /// `count` zeros, with room for the indices of a tensor of `elements` elements.
+    index_list(std::size_t count, std::uint64_t elements, const allocator_type& memory = {})
+        : index_list(memory)
+    {
+        is_wide_ = elements > 0 && elements - 1 > most;
+        is_wide_ ? wide_.resize(count) : narrow_.resize(count);
+    }
+    index_list(std::initializer_list<std::uint64_t> indices, const allocator_type& memory = {})
+        : index_list(memory)
+    {
+        for (const std::uint64_t index : indices) { push_back(index); }
+    }
+
+    [[nodiscard]] std::size_t size() const noexcept { return is_wide_ ? wide_.size() : narrow_.size(); }
+    [[nodiscard]] bool empty() const noexcept { return size() == 0; }
+    [[nodiscard]] std::uint64_t operator[](std::size_t i) const noexcept { return is_wide_ ? wide_[i] : narrow_[i]; }
+    [[nodiscard]] std::uint64_t back() const noexcept { return (*this)[size() - 1]; }
+    /// True where an index takes eight bytes.
+    [[nodiscard]] bool wide() const noexcept { return is_wide_; }
+    /// The words: std::uint32_t, or std::uint64_t where wide().
+    [[nodiscard]] const void* data() const noexcept
+    {
+        return is_wide_ ? static_cast<const void*>(wide_.data()) : static_cast<const void*>(narrow_.data());
+    }
+
+    void reserve(std::size_t count) { is_wide_ ? wide_.reserve(count) : narrow_.reserve(count); }
+    void push_back(std::uint64_t index)
+    {
+        if (!is_wide_ && index > most) {
+            wide_.reserve(narrow_.capacity());
+            wide_.assign(narrow_.begin(), narrow_.end());
+            narrow_.clear();
+            narrow_.shrink_to_fit();
+            is_wide_ = true;
+        }
+        is_wide_ ? wide_.push_back(index) : narrow_.push_back(static_cast<std::uint32_t>(index));
+    }
+    /// Replaces `n` indices from number `first` on, which fit the width that the list has. Disjoint runs may be stored
+    /// from several threads at once.
+    void store(std::size_t first, const std::uint64_t* indices, std::size_t n) noexcept
+    {
+        for (std::size_t i = 0; i < n; ++i) {
+            if (is_wide_) { wide_[first + i] = indices[i]; }
+            else {
+                narrow_[first + i] = static_cast<std::uint32_t>(indices[i]);
+            }
+        }
+    }
+
+    class iterator {
+    public:
+        using iterator_category = std::input_iterator_tag;
+        using iterator_concept = std::random_access_iterator_tag;
+        using value_type = std::uint64_t;
+        using difference_type = std::ptrdiff_t;
+        using pointer = void;
+        using reference = std::uint64_t;
+
+        iterator() = default;
+        iterator(const index_list& list, std::size_t at) noexcept
+            : list_(&list)
+            , at_(at)
+        { }
+        [[nodiscard]] std::uint64_t operator*() const noexcept { return (*list_)[at_]; }
+        [[nodiscard]] std::uint64_t operator[](std::ptrdiff_t n) const noexcept { return *(*this + n); }
+        iterator& operator++() noexcept { return *this += 1; }
+        iterator& operator--() noexcept { return *this -= 1; }
+        iterator operator++(int) noexcept
+        {
+            const iterator before = *this;
+            ++*this;
+            return before;
+        }
+        iterator operator--(int) noexcept
+        {
+            const iterator before = *this;
+            --*this;
+            return before;
+        }
+        iterator& operator+=(std::ptrdiff_t n) noexcept
+        {
+            at_ += static_cast<std::size_t>(n);
+            return *this;
+        }
+        iterator& operator-=(std::ptrdiff_t n) noexcept { return *this += -n; }
+        friend iterator operator+(iterator i, std::ptrdiff_t n) noexcept { return i += n; }
+        friend iterator operator+(std::ptrdiff_t n, iterator i) noexcept { return i += n; }
+        friend iterator operator-(iterator i, std::ptrdiff_t n) noexcept { return i -= n; }
+        friend std::ptrdiff_t operator-(const iterator& a, const iterator& b) noexcept
+        {
+            return static_cast<std::ptrdiff_t>(a.at_) - static_cast<std::ptrdiff_t>(b.at_);
+        }
+        friend bool operator==(const iterator& a, const iterator& b) noexcept { return a.at_ == b.at_; }
+        friend auto operator<=>(const iterator& a, const iterator& b) noexcept { return a.at_ <=> b.at_; }
+
+    private:
+        const index_list* list_ = nullptr;
+        std::size_t at_ = 0;
+    };
+    [[nodiscard]] iterator begin() const noexcept { return {*this, 0}; }
+    [[nodiscard]] iterator end() const noexcept { return {*this, size()}; }
+
+    /// The same indices, whatever they are held in.
+    friend bool operator==(const index_list& a, const index_list& b) noexcept
+    {
+        if (a.size() != b.size()) { return false; }
+        for (std::size_t i = 0; i < a.size(); ++i) {
+            if (a[i] != b[i]) { return false; }
+        }
+        return true;
+    }
+
+private:
+    static constexpr std::uint64_t most = std::numeric_limits<std::uint32_t>::max();
+
+    std::pmr::vector<std::uint32_t> narrow_{};
+    std::pmr::vector<std::uint64_t> wide_{};
+    bool is_wide_ = false;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_SELECT_INDEX_LIST_HPP
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory_resource>
+#include <ranges>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The kept entries of a tensor of this shape: `indices` ascend and are row-major flat, values[i] belongs to
+/// indices[i]. A is the arithmetic type: f32, or f64 for f64 tensors. An f32 entry takes 8 bytes (12 in tensors of more
+/// than 2^32 elements).
+template <arithmetic_element A>
+struct sparse_vector {
+    using value_type = A;
+    extents shape{};
+    index_list indices{};
+    std::pmr::vector<A> values{};
+
+    [[nodiscard]] std::size_t kept() const noexcept { return indices.size(); }
+    friend bool operator==(const sparse_vector&, const sparse_vector&) = default;
+};
+
+/// The same entries with a bit for each element of the tensor (least significant first) instead of indices: smaller
+/// when more than one element in 32 is kept.
+template <arithmetic_element A>
+struct bitmask_vector {
+    using value_type = A;
+    extents shape{};
+    std::pmr::vector<std::uint8_t> bitmask{};
+    std::pmr::vector<A> values{};
+
+    [[nodiscard]] std::size_t kept() const noexcept { return values.size(); }
+    friend bool operator==(const bitmask_vector&, const bitmask_vector&) = default;
+};
+
+/// One tensor's kept entries, and a model's by tensor name.
+using sparse_tensor = std::variant<sparse_vector<float>, sparse_vector<double>>;
+using sparse_model = std::map<std::string, sparse_tensor>;
+
+/// Entries kept in a whole model.
+[[nodiscard]] inline std::uint64_t kept_entries(const sparse_model& model)
+{
+    std::uint64_t total = 0;
+    for (const auto& [name, tensor] : model) {
+        total += std::visit([](const auto& sparse) { return sparse.kept(); }, tensor);
+    }
+    return total;
+}
+
+namespace detail {
+/// A value of T from memory of any alignment.
+template <class T>
+[[nodiscard]] T load(const void* data, std::size_t index) noexcept
+{
+    T value;
+    std::memcpy(&value, static_cast<const std::byte*>(data) + index * sizeof(T), sizeof(T));
+    return value;
+}
+} // namespace detail
+
+/// Kept entries that lie in somebody else's memory, such as a mapped file: indices or a bitmask, and their values, of
+/// any alignment. Who makes one has checked them: indices ascend and are in range, the bits are as many as the values.
+struct sparse_view {
+    std::string name = "values"; ///< of the tensor
+    extents shape{};
+    std::uint64_t size = 0, kept = 0; ///< elements, and entries
+    bool wide = false; ///< f64 values
+    const std::byte* values = nullptr;
+    const std::byte* indices = nullptr; ///< 32-bit words, or 64-bit ones; null where there is a bitmask
+    bool wide_indices = false;
+    const std::uint8_t* bitmask = nullptr;
+    std::span<const std::uint64_t> before{}; ///< bits set before each run of `run` elements
+    static constexpr std::uint64_t run = 65536;
+
+    [[nodiscard]] std::uint64_t index(std::uint64_t entry) const noexcept
+    {
+        return wide_indices ? detail::load<std::uint64_t>(indices, entry) : detail::load<std::uint32_t>(indices, entry);
+    }
+    template <arithmetic_element A>
+    [[nodiscard]] A value(std::uint64_t entry) const noexcept
+    {
+        return wide ? static_cast<A>(detail::load<double>(values, entry))
+                    : static_cast<A>(detail::load<float>(values, entry));
+    }
+    /// Calls use(index, entry) for the kept entries in elements [from, to), in ascending order.
+    template <class Use>
+    void for_each(std::uint64_t from, std::uint64_t to, Use&& use) const
+    {
+        if (!bitmask) {
+            std::uint64_t low = 0, high = kept; // the first entry at or after `from`
+            while (low < high) {
+                const std::uint64_t middle = low + (high - low) / 2;
+                if (index(middle) < from) { low = middle + 1; }
+                else {
+                    high = middle;
+                }
+            }
+            for (; low < kept; ++low) {
+                const auto place = index(low);
+                if (place >= to) { return; }
+                use(place, low);
+            }
+            return;
+        }
+        if (from >= to) { return; }
+        std::uint64_t entry = before[from / run];
+        for (std::uint64_t byte = from / run * (run / 8); byte < from / 8; ++byte) {
+            entry += static_cast<unsigned>(std::popcount(bitmask[byte]));
+        }
+        for (std::uint64_t byte = from / 8; byte * 8 < to; ++byte) {
+            for (unsigned rest = bitmask[byte]; rest; rest &= rest - 1, ++entry) {
+                const std::uint64_t place = 8 * byte + static_cast<unsigned>(std::countr_zero(rest));
+                if (place >= from && place < to) { use(place, entry); }
+            }
+        }
+    }
+};
+
+/// Throws invalid_argument unless a sparse vector keeps its own promises: as many values as indices, ascending, in
+/// range.
+template <arithmetic_element A>
+void check_sparse(const sparse_vector<A>& sparse, std::string_view name = "values")
+{
+    const std::uint64_t size = element_count(sparse.shape, name);
+    if (sparse.values.size() != sparse.indices.size()) {
+        raise<invalid_argument>(error_code::delta_entries,
+            message("delta of tensor '", name, "' has ", sparse.values.size(), " values for ", sparse.indices.size(),
+                " indices"));
+    }
+    for (std::size_t i = 0; i < sparse.indices.size(); ++i) {
+        if (sparse.indices[i] >= size) {
+            raise<invalid_argument>(error_code::delta_entries,
+                message("delta of tensor '", name, "' has index ", sparse.indices[i], "; the tensor has ", size,
+                    " elements"));
+        }
+        if (i && sparse.indices[i] <= sparse.indices[i - 1]) {
+            raise<invalid_argument>(error_code::delta_entries,
+                message("delta of tensor '", name, "' has index ", sparse.indices[i], " after ", sparse.indices[i - 1],
+                    "; indices must ascend"));
+        }
+    }
+}
+/// Throws invalid_argument unless a bitmask has a bit for each element, none beyond the last, and as many set as there
+/// are values.
+template <arithmetic_element A>
+void check_sparse(const bitmask_vector<A>& masked, std::string_view name = "values")
+{
+    const std::size_t size = element_count(masked.shape, name), bytes = masked.bitmask.size();
+    if (bytes != size / 8 + (size % 8 != 0)) {
+        raise<invalid_argument>(error_code::delta_entries,
+            message("a bitmask of ", bytes, " bytes for ", size, " elements; expected ", size / 8 + (size % 8 != 0)));
+    }
+    if (size % 8 && (masked.bitmask[bytes - 1] >> (size % 8)) != 0) {
+        raise<invalid_argument>(error_code::delta_entries,
+            message("a bitmask sets bit ",
+                8 * (bytes - 1) + static_cast<std::size_t>(std::bit_width(unsigned{masked.bitmask[bytes - 1]})) - 1,
+                " of ", size));
+    }
+    std::size_t set = 0;
+    for (const std::uint8_t byte : masked.bitmask) { set += static_cast<unsigned>(std::popcount(byte)); }
+    if (set != masked.values.size()) {
+        raise<invalid_argument>(
+            error_code::delta_entries, message("a bitmask sets ", set, " bits for ", masked.values.size(), " values"));
+    }
+}
+
+/// Indices become bits, in memory from `memory`. Errors: as check_sparse().
+template <arithmetic_element A>
+[[nodiscard]] bitmask_vector<A> to_bitmask(
+    const sparse_vector<A>& sparse, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
+{
+    check_sparse(sparse);
+    const std::size_t size = element_count(sparse.shape);
+    bitmask_vector<A> result{sparse.shape, std::pmr::vector<std::uint8_t>(size / 8 + (size % 8 != 0), 0, memory),
+        std::pmr::vector<A>(sparse.values, memory)};
+    for (const auto index : sparse.indices) {
+        result.bitmask[index / 8] = static_cast<std::uint8_t>(result.bitmask[index / 8] | (1u << (index % 8)));
+    }
+    return result;
+}
+
+/// Bits become indices, in memory from `memory`. Errors: as check_sparse().
+template <arithmetic_element A>
+[[nodiscard]] sparse_vector<A> to_sparse(
+    const bitmask_vector<A>& masked, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
+{
+    check_sparse(masked);
+    sparse_vector<A> result{
+        masked.shape, index_list(0, element_count(masked.shape), memory), std::pmr::vector<A>(masked.values, memory)};
+    result.indices.reserve(masked.values.size());
+    for (std::size_t byte = 0; byte < masked.bitmask.size(); ++byte) {
+        for (unsigned bits = masked.bitmask[byte]; bits; bits &= bits - 1) {
+            result.indices.push_back(byte * 8 + static_cast<unsigned>(std::countr_zero(bits)));
+        }
+    }
+    return result;
+}
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// live[indices[i]] += scale · values[i], in A, rounded once on storing.
+template <storage_element T, arithmetic_element A>
+TASKVEC_NOINLINE void add_at(storage_word<T>* live, const std::uint64_t* TASKVEC_RESTRICT indices,
+    const A* TASKVEC_RESTRICT values, A scale, std::size_t n)
+{
+    TASKVEC_STRICT_FP
+    for (std::size_t i = 0; i < n; ++i) {
+        const A product = scale * values[i];
+        live[indices[i]] = narrow_word<T>(widen_word<A, T>(live[indices[i]]) + product);
+    }
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
+namespace detail {
+
+/// The view of a sparse vector, a bitmask or a view, checked, and what it needs beside them.
+struct viewed_entries {
+    sparse_view view;
+    std::pmr::vector<std::uint64_t> before; // what view.before shows, of a bitmask in memory
+};
+template <arithmetic_element A>
+[[nodiscard]] viewed_entries view_entries(
+    const sparse_vector<A>& sparse, std::pmr::memory_resource* memory, std::string_view name = "values")
+{
+    check_sparse(sparse, name);
+    viewed_entries result{{.name = std::string(name), .shape = sparse.shape}, std::pmr::vector<std::uint64_t>(memory)};
+    result.view.size = element_count(sparse.shape, name);
+    result.view.kept = sparse.kept();
+    result.view.wide = std::same_as<A, double>;
+    result.view.values = reinterpret_cast<const std::byte*>(sparse.values.data());
+    result.view.indices = static_cast<const std::byte*>(sparse.indices.data());
+    result.view.wide_indices = sparse.indices.wide();
+    return result;
+}
+template <arithmetic_element A>
+[[nodiscard]] viewed_entries view_entries(
+    const bitmask_vector<A>& masked, std::pmr::memory_resource* memory, std::string_view name = "values")
+{
+    check_sparse(masked, name);
+    viewed_entries result{{.name = std::string(name), .shape = masked.shape}, std::pmr::vector<std::uint64_t>(memory)};
+    result.view.size = element_count(masked.shape, name);
+    result.view.kept = masked.kept();
+    result.view.wide = std::same_as<A, double>;
+    result.view.values = reinterpret_cast<const std::byte*>(masked.values.data());
+    result.view.bitmask = masked.bitmask.data();
+    result.before.reserve(masked.bitmask.size() / (sparse_view::run / 8) + 1);
+    std::uint64_t set = 0;
+    for (std::size_t byte = 0; byte < masked.bitmask.size(); ++byte) {
+        if (byte % (sparse_view::run / 8) == 0) { result.before.push_back(set); }
+        set += static_cast<unsigned>(std::popcount(masked.bitmask[byte]));
+    }
+    result.view.before = result.before;
+    return result;
+}
+[[nodiscard]] inline viewed_entries view_entries(const sparse_view& view, std::pmr::memory_resource* memory)
+{
+    return {view, std::pmr::vector<std::uint64_t>(memory)};
+}
+
+/// Entries of one sort that are handed on together.
+inline constexpr std::size_t entry_batch = 512;
+
+/// Calls use(first, places, n) for the entries first … first + n − 1 at these places, n ≤ entry_batch, each entry once:
+/// pieces of 65,536 entries (of a bitmask: elements) in parallel.
+template <class Use>
+void for_each_entry_batch(const cpu& policy, const sparse_view& entries, const Use& use)
+{
+    const std::uint64_t length = entries.bitmask ? entries.size : entries.kept, piece = sparse_view::run;
+    for_each_index(policy, static_cast<std::size_t>((length + piece - 1) / piece), [&](std::size_t p, std::size_t) {
+        std::array<std::uint64_t, entry_batch> places;
+        std::size_t n = 0;
+        std::uint64_t first = entries.bitmask ? entries.before[p] : p * piece;
+        const auto take = [&](std::uint64_t place) {
+            places[n++] = place;
+            if (n == entry_batch) {
+                use(first, places.data(), n);
+                first += n;
+                n = 0;
+            }
+        };
+        const std::uint64_t begin = p * piece, end = std::min(length, begin + piece);
+        if (entries.bitmask) {
+            entries.for_each(begin, end, [&](std::uint64_t place, std::uint64_t) { take(place); });
+        }
+        else {
+            for (std::uint64_t entry = begin; entry < end; ++entry) { take(entries.index(entry)); }
+        }
+        if (n > 0) { use(first, places.data(), n); }
+    });
+}
+
+/// Saves the words at the entries' places, then adds the entries.
+template <storage_element T>
+void add_entries(const cpu& policy, const sparse_view& entries, T* live, double scale, T* saved)
+{
+    using A = arithmetic_type<T>;
+    for_each_entry_batch(policy, entries, [&](std::uint64_t first, const std::uint64_t* places, std::size_t n) {
+        std::array<A, entry_batch> values;
+        for (std::size_t i = 0; i < n; ++i) {
+            values[i] = entries.value<A>(first + i);
+            saved[first + i] = live[places[i]];
+        }
+        kernels::add_at<T, A>(kernels::words(live), places, values.data(), static_cast<A>(scale), n);
+    });
+}
+template <storage_element T>
+void put_entries_back(const cpu& policy, const sparse_view& entries, T* live, const T* saved)
+{
+    for_each_entry_batch(policy, entries, [&](std::uint64_t first, const std::uint64_t* places, std::size_t n) {
+        for (std::size_t i = 0; i < n; ++i) { live[places[i]] = saved[first + i]; }
+    });
+}
+
+/// Throws unless entries fit flat weights of T.
+template <storage_element T>
+void check_fits(const sparse_view& entries, std::size_t size)
+{
+    if (entries.wide != std::same_as<arithmetic_type<T>, double>) {
+        raise<dtype_mismatch>(error_code::delta_dtype,
+            message("tensor '", entries.name, "' has dtype ", to_string(dtype_of<T>), "; the delta holds ",
+                entries.wide ? "F64" : "F32", " values"));
+    }
+    if (entries.size != size) {
+        raise<shape_mismatch>(error_code::delta_shape,
+            message("tensor '", entries.name, "' has ", size, " elements; the delta is for shape ",
+                to_string(entries.shape)));
+    }
+}
+
+template <class T>
+inline constexpr bool holds_entries = false;
+template <class A>
+inline constexpr bool holds_entries<sparse_vector<A>> = true;
+template <class A>
+inline constexpr bool holds_entries<bitmask_vector<A>> = true;
+template <>
+inline constexpr bool holds_entries<sparse_view> = true;
+
+/// What the values are known to be while compiling; void for a view.
+template <class Sparse>
+struct entry_value {
+    using type = void;
+};
+template <class Sparse>
+    requires requires { typename Sparse::value_type; }
+struct entry_value<Sparse> {
+    using type = typename Sparse::value_type;
+};
+template <class Sparse, class T>
+inline constexpr bool entries_suit = std::same_as<typename entry_value<Sparse>::type, void>
+    || std::same_as<typename entry_value<Sparse>::type, arithmetic_type<T>>;
+
+} // namespace detail
+
+/// One tensor's kept entries: a sparse_vector, a bitmask_vector, or a sparse_view.
+template <class X>
+concept sparse_entries = detail::holds_entries<X>;
+
+/// Adds sparse entries to live weights in place: live[index] += scale·value, in f32 (f64 for f64), rounded once. The
+/// words that were there go to `saved`, for undo(): room for kept() words, in the order of the entries. Storage type of
+/// `live`: any; f64 values need f64 weights. A bitmask is read as it is. Bit-exact. Errors: invalid_argument (indices,
+/// room), shape_mismatch, dtype_mismatch (a view of other values); nothing is changed then. Cost: O(kept), and for a
+/// bitmask O(elements / 8). Memory: none, but for a bitmask 8 bytes for each 65,536 elements.
+///
+///     std::vector<bf16> saved(delta.kept());
+///     apply(cpu{}, delta, weights, saved);         // switch the task on
+///     undo(cpu{}, delta, saved, weights);          // and off: the very words of before
+template <sparse_entries Sparse, output_of<cpu> Live, class Saved>
+    requires std::ranges::contiguous_range<Saved> && std::ranges::sized_range<Saved>
+void apply(const cpu& policy, const Sparse& sparse, Live&& live, Saved&& saved, double scale = 1.0)
+{
+    const auto weights = as_view(live);
+    using T = element_of<Live>;
+    static_assert(detail::entries_suit<Sparse, T>,
+        "an f64 delta belongs to f64 weights, an f32 delta to f32, bf16 or f16 weights");
+    static_assert(std::same_as<std::ranges::range_value_t<Saved>, T>,
+        "the saved words are of another storage type than the weights");
+    static_assert(std::ranges::borrowed_range<Saved> || std::is_lvalue_reference_v<Saved>,
+        "the saved words would be gone before undo(): name a container for them");
+    const auto entries = detail::view_entries(sparse, memory_of(policy));
+    detail::check_fits<T>(entries.view, weights.size());
+    if (std::ranges::size(saved) != entries.view.kept) {
+        raise<invalid_argument>(error_code::saved_words,
+            message(
+                "room for ", std::ranges::size(saved), " saved words; the delta has ", entries.view.kept, " entries"));
+    }
+    detail::add_entries(policy, entries.view, weights.data(), scale, std::ranges::data(saved));
+}
+
+/// The same with the saved words returned, in memory of the policy's resource.
+///
+///     const auto saved = apply(cpu{}, delta, weights);
+template <sparse_entries Sparse, output_of<cpu> Live>
+[[nodiscard]] auto apply(const cpu& policy, const Sparse& sparse, Live&& live, double scale = 1.0)
+{
+    const auto weights = as_view(live);
+    using T = element_of<Live>;
+    static_assert(detail::entries_suit<Sparse, T>,
+        "an f64 delta belongs to f64 weights, an f32 delta to f32, bf16 or f16 weights");
+    const auto entries = detail::view_entries(sparse, memory_of(policy));
+    detail::check_fits<T>(entries.view, weights.size());
+    std::pmr::vector<T> saved(entries.view.kept, memory_of(policy));
+    detail::add_entries(policy, entries.view, weights.data(), scale, saved.data());
+    return saved;
+}
+
+/// Puts back the words that apply() saved. Bit-exact: it restores, it never subtracts.
+template <sparse_entries Sparse, class Saved, output_of<cpu> Live>
+    requires std::ranges::contiguous_range<const Saved> && std::ranges::sized_range<const Saved>
+void undo(const cpu& policy, const Sparse& sparse, const Saved& saved, Live&& live)
+{
+    const auto weights = as_view(live);
+    using T = element_of<Live>;
+    static_assert(std::same_as<std::ranges::range_value_t<const Saved>, T>,
+        "the saved words are of another storage type than the weights");
+    const auto entries = detail::view_entries(sparse, memory_of(policy));
+    detail::check_fits<T>(entries.view, weights.size());
+    if (std::ranges::size(saved) != entries.view.kept) {
+        raise<invalid_argument>(error_code::saved_words,
+            message(std::ranges::size(saved), " saved words for ", entries.view.kept, " entries"));
+    }
+    detail::put_entries_back(policy, entries.view, weights.data(), std::ranges::data(saved));
+}
+
+/// The entries of a model's tensors as views, checked, in name order; they live as long as the model does.
+/// Errors: as check_sparse().
+[[nodiscard]] inline std::vector<sparse_view> views(const sparse_model& model)
+{
+    std::vector<sparse_view> result;
+    result.reserve(model.size());
+    for (const auto& entry : model) {
+        result.push_back(std::visit(
+            [&](const auto& sparse) {
+                return detail::view_entries(sparse, std::pmr::get_default_resource(), entry.first).view;
+            },
+            entry.second));
+    }
+    return result;
+}
+std::vector<sparse_view> views(const sparse_model&& model) = delete; // views of a temporary
+
+namespace detail {
+
+/// Calls use(entries, live weights of their type T, offset of the tensor's saved words) after checking all tensors.
+/// Returns the bytes of the saved words: tensor after tensor, each from a multiple of 8 on.
+template <class Use>
+std::size_t for_each_live_tensor(std::span<const sparse_view> delta, const model_ref& live, const Use& use)
+{
+    const auto visit_pair = [&](const sparse_view& entries, std::size_t& at, const auto& then) {
+        const tensor_ref* const weights = live.find(entries.name);
+        if (!weights) {
+            raise<invalid_argument>(error_code::tensor_missing,
+                message("tensor '", entries.name, "' of the delta is missing in the model"));
+        }
+        visit_storage(weights->dtype, entries.name, [&]<class T>(std::type_identity<T>) {
+            check_fits<T>(entries, entries.size);
+            (void)flat_view<T>(*weights, entries.name);
+            if (entries.shape != weights->shape) {
+                raise<shape_mismatch>(error_code::delta_shape,
+                    message("tensor '", entries.name, "' has shape ", to_string(weights->shape),
+                        "; the delta is for shape ", to_string(entries.shape)));
+            }
+            then(entries, static_cast<T*>(weights->data), at);
+            at += (entries.kept * sizeof(T) + 7) / 8 * 8;
+        });
+    };
+    std::size_t bytes = 0, at = 0;
+    for (const auto& entries : delta) {
+        visit_pair(entries, bytes, [](const auto&, auto*, std::size_t) { });
+    }
+    for (const auto& entries : delta) { visit_pair(entries, at, use); }
+    return bytes;
+}
+inline void check_saved_bytes(std::span<const std::byte> saved, std::size_t needed)
+{
+    if (saved.size() != needed) {
+        raise<invalid_argument>(error_code::saved_words,
+            message("the saved words of this delta take ", needed, " bytes (see saved_bytes()), not ", saved.size(),
+                ": they do not belong to it"));
+    }
+    if (reinterpret_cast<std::uintptr_t>(saved.data()) % 8 != 0) {
+        raise<invalid_argument>(error_code::tensor_layout, "memory for saved words must be aligned to 8 bytes");
+    }
+}
+
+} // namespace detail
+
+/// The words that a model-wide apply() replaced.
+class saved_words {
+public:
+    saved_words() = default;
+    explicit saved_words(std::size_t bytes, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
+        : words_((bytes + 7) / 8, memory)
+    { }
+    [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return std::as_bytes(std::span(words_)); }
+    [[nodiscard]] std::span<std::byte> bytes() & noexcept { return std::as_writable_bytes(std::span(words_)); }
+    std::span<const std::byte> bytes() const&& = delete;
+
+private:
+    std::pmr::vector<std::uint64_t> words_;
+};
+
+/// Bytes that the saved words of a model-wide apply() take: 8 for each 8 begun of each tensor. Errors: as apply().
+[[nodiscard]] inline std::size_t saved_bytes(std::span<const sparse_view> delta, const model_ref& live)
+{
+    return detail::for_each_live_tensor(delta, live, [](const auto&, auto*, std::size_t) { });
+}
+[[nodiscard]] inline std::size_t saved_bytes(const sparse_model& delta, const model_ref& live)
+{
+    return saved_bytes(views(delta), live);
+}
+
+/// Adds a delta to the live weights of a model in place. The words that were there go to `saved`, for undo():
+/// saved_bytes() bytes, aligned to 8. Errors: a tensor that is missing, of another shape or storage type; room of
+/// another size; nothing is changed then.
+///
+///     const delta_file delta("task.delta.safetensors");
+///     std::vector<double> memory(saved_bytes(delta.parts(), live) / 8);
+///     apply(cpu{}, delta.parts(), live, std::as_writable_bytes(std::span(memory)));
+template <cpu_policy Policy>
+void apply(const Policy& policy, std::span<const sparse_view> delta, const model_ref& live, std::span<std::byte> saved,
+    double scale = 1.0)
+{
+    detail::check_saved_bytes(saved, saved_bytes(delta, live));
+    detail::for_each_live_tensor(delta, live, [&]<class T>(const sparse_view& entries, T* weights, std::size_t offset) {
+        detail::add_entries(policy, entries, weights, scale, reinterpret_cast<T*>(saved.data() + offset));
+    });
+}
+template <cpu_policy Policy>
+void apply(const Policy& policy, const sparse_model& delta, const model_ref& live, std::span<std::byte> saved,
+    double scale = 1.0)
+{
+    apply(policy, views(delta), live, saved, scale);
+}
+
+/// The same with the saved words returned, in memory of the policy's resource.
+template <cpu_policy Policy>
+[[nodiscard]] saved_words apply(
+    const Policy& policy, std::span<const sparse_view> delta, const model_ref& live, double scale = 1.0)
+{
+    saved_words saved(saved_bytes(delta, live), memory_of(policy));
+    apply(policy, delta, live, saved.bytes(), scale);
+    return saved;
+}
+template <cpu_policy Policy>
+[[nodiscard]] saved_words apply(
+    const Policy& policy, const sparse_model& delta, const model_ref& live, double scale = 1.0)
+{
+    return apply(policy, views(delta), live, scale);
+}
+
+/// Takes a delta that apply() added out of the live weights again: the very words of before.
+template <cpu_policy Policy>
+void undo(
+    const Policy& policy, std::span<const sparse_view> delta, std::span<const std::byte> saved, const model_ref& live)
+{
+    detail::check_saved_bytes(saved, saved_bytes(delta, live));
+    detail::for_each_live_tensor(delta, live, [&]<class T>(const sparse_view& entries, T* weights, std::size_t offset) {
+        detail::put_entries_back(policy, entries, weights, reinterpret_cast<const T*>(saved.data() + offset));
+    });
+}
+template <cpu_policy Policy>
+void undo(const Policy& policy, const sparse_model& delta, std::span<const std::byte> saved, const model_ref& live)
+{
+    undo(policy, views(delta), saved, live);
+}
+template <cpu_policy Policy>
+void undo(const Policy& policy, std::span<const sparse_view> delta, const saved_words& saved, const model_ref& live)
+{
+    undo(policy, delta, saved.bytes(), live);
+}
+template <cpu_policy Policy>
+void undo(const Policy& policy, const sparse_model& delta, const saved_words& saved, const model_ref& live)
+{
+    undo(policy, views(delta), saved.bytes(), live);
+}
+
+/// Receives the kept entries of a model: first how many there are of each included tensor, then the entries, in pieces
+/// that come in any order and from several threads at once.
+class sparse_sink {
+public:
+    virtual ~sparse_sink() = default;
+    /// kept[i] entries of models.tensors()[i] will follow. Called once, before any write.
+    virtual void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) = 0;
+    /// Entries number `first` … `first + n − 1` of a tensor; they all lie in its elements [from, to), where `from` is a
+    /// multiple of 64 and `to` too, or the tensor's end. n may be 0.
+    virtual void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const float* values, std::size_t n) = 0;
+    virtual void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const double* values, std::size_t n) = 0;
+};
+
+/// Collects kept entries in memory, which comes from `memory` and must outlive what take() returns.
+class sparse_model_sink final : public sparse_sink {
+public:
+    explicit sparse_model_sink(std::pmr::memory_resource* memory = std::pmr::get_default_resource())
+        : memory_(memory)
+    { }
+    void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) override
+    {
+        tensors_.clear();
+        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+            const auto& tensor = models.tensors()[i];
+            const auto make = [&]<class A>(std::type_identity<A>) {
+                sparse_vector<A> sparse{
+                    tensor.shape, index_list(kept[i], tensor.size, memory_), std::pmr::vector<A>(kept[i], memory_)};
+                tensors_.push_back(&model_.insert_or_assign(tensor.name, std::move(sparse)).first->second);
+            };
+            if (tensor.wide_base()) { make(std::type_identity<double>{}); }
+            else {
+                make(std::type_identity<float>{});
+            }
+        }
+    }
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t, std::uint64_t, const std::uint64_t* indices,
+        const float* values, std::size_t n) override
+    {
+        store(tensor, first, indices, values, n);
+    }
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t, std::uint64_t, const std::uint64_t* indices,
+        const double* values, std::size_t n) override
+    {
+        store(tensor, first, indices, values, n);
+    }
+    [[nodiscard]] sparse_model take() { return std::move(model_); }
+
+private:
+    template <arithmetic_element A>
+    void store(std::size_t tensor, std::uint64_t first, const std::uint64_t* indices, const A* values, std::size_t n)
+    {
+        auto& sparse = std::get<sparse_vector<A>>(*tensors_[tensor]);
+        sparse.indices.store(first, indices, n);
+        std::copy_n(values, n, sparse.values.begin() + static_cast<std::ptrdiff_t>(first));
+    }
+    std::pmr::memory_resource* memory_;
+    sparse_model model_;
+    std::vector<sparse_tensor*> tensors_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_SELECT_SPARSE_HPP
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <limits>
+#include <memory>
+#include <memory_resource>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The value of the metadata key `schema` that this version writes and reads.
+inline constexpr std::string_view delta_schema = "taskvec.delta.1";
+
+/// A model's kept entries, with the fingerprint of the base that they are to be added to.
+struct delta {
+    sparse_model tensors;
+    std::uint64_t base_fingerprint = 0;
+    metadata_map metadata{}; ///< further keys to write; on reading, all keys of the file
+};
+
+namespace detail {
+
+/// True when a bit for each element takes less room than four bytes for each kept one.
+[[nodiscard]] constexpr bool stored_as_bitmask(std::uint64_t kept, std::uint64_t size) noexcept
+{
+    return kept > size / 32;
+}
+
+} // namespace detail
+
+/// Writes a delta as its entries come, in pieces, in any order and from several threads. For each tensor P: `P.values`
+/// (F32, or F64), `P.shape` (I64), and the places of the values as `P.indices` (I32; I64 for tensors of more than
+/// 2^31 - 1 elements; ascending, row-major flat) or, where more than 1/32 of the entries are kept, `P.bitmask` (U8,
+/// ceil(size / 8) bytes; bit i%8 of byte i/8, least significant first, is set where entry i is kept; the bits beyond
+/// the last entry are 0). Metadata: `schema` "taskvec.delta.1", `additive` "true", `fingerprint` of the base (see
+/// fingerprint(), "xxh64:" and 16 hexadecimal digits). Atomic like safetensors_writer. Memory: a piece.
+///
+///     delta_writer out("task.delta.safetensors", fingerprint(cpu{}, base));
+///     post_pruning(cpu{}, {.density = 0.1}, models, out);
+///     out.commit();
+class delta_writer final : public sparse_sink {
+public:
+    /// What is known of a tensor before its entries come.
+    struct part {
+        std::string name;
+        extents shape;
+        std::uint64_t kept = 0;
+        bool wide = false; ///< f64 values
+    };
+
+    delta_writer(std::filesystem::path path, std::uint64_t base_fingerprint, metadata_map metadata = {},
+        durability mode = durability::synchronised)
+        : path_(std::move(path))
+        , metadata_(std::move(metadata))
+        , mode_(mode)
+    {
+        metadata_["schema"] = delta_schema;
+        metadata_["additive"] = "true";
+        metadata_["fingerprint"] = fingerprint_text(base_fingerprint);
+    }
+
+    void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) override
+    {
+        std::vector<part> parts;
+        for (std::size_t i = 0; i < models.tensors().size(); ++i) {
+            const auto& tensor = models.tensors()[i];
+            parts.push_back({tensor.name, tensor.shape, kept[i], tensor.wide_base()});
+        }
+        begin(std::move(parts));
+    }
+    /// Creates the file. Throws invalid_argument, io_error.
+    void begin(std::vector<part> parts)
+    {
+        parts_ = std::move(parts);
+        std::vector<tensor_spec> specs;
+        for (const auto& [name, shape, kept, wide] : parts_) {
+            const std::uint64_t size = element_count(shape, name);
+            if (kept > size) {
+                raise<invalid_argument>(error_code::delta_entries,
+                    message("delta of tensor '", name, "' keeps ", kept, " of ", size, " entries"));
+            }
+            const auto count = static_cast<std::int64_t>(kept);
+            specs.push_back({name + ".values", wide ? dtype::f64 : dtype::f32, {count}});
+            specs.push_back({name + ".shape", dtype::i64, {static_cast<std::int64_t>(shape.size())}});
+            if (detail::stored_as_bitmask(kept, size)) {
+                specs.push_back(
+                    {name + ".bitmask", dtype::u8, {static_cast<std::int64_t>(size / 8 + (size % 8 != 0))}});
+            }
+            else {
+                specs.push_back({name + ".indices",
+                    size > std::uint64_t{std::numeric_limits<std::int32_t>::max()} ? dtype::i64 : dtype::i32, {count}});
+            }
+            places_.push_back(specs.back().dtype);
+        }
+        file_ = std::make_unique<safetensors_writer>(path_, specs, metadata_, mode_);
+        for (std::size_t i = 0; i < parts_.size(); ++i) {
+            file_->write(3 * i + 1, 0, parts_[i].shape.data(), specs[3 * i + 1].bytes());
+        }
+    }
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const float* values, std::size_t n) override
+    {
+        store(tensor, first, from, to, indices, values, n);
+    }
+    void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const double* values, std::size_t n) override
+    {
+        store(tensor, first, from, to, indices, values, n);
+    }
+    /// Forces the file to disk, so that commit() only renames.
+    void finish() { file().finish(); }
+    /// Gives the file its name.
+    void commit() { file().commit(); }
+    [[nodiscard]] const std::filesystem::path& target() const noexcept { return path_; }
+    /// What begin() was told.
+    [[nodiscard]] const std::vector<part>& parts() const noexcept { return parts_; }
+    [[nodiscard]] std::uint64_t kept() const noexcept
+    {
+        std::uint64_t total = 0;
+        for (const auto& each : parts_) { total += each.kept; }
+        return total;
+    }
+    /// The name that the file has until commit(); empty before begin().
+    [[nodiscard]] std::filesystem::path temporary() const
+    {
+        return file_ ? file_->temporary() : std::filesystem::path();
+    }
+    [[nodiscard]] std::uint64_t file_size() const noexcept { return file_ ? file_->file_size() : 0; }
+
+private:
+    safetensors_writer& file()
+    {
+        if (!file_) {
+            raise<invalid_argument>(error_code::call_order, message("'", path_.string(), "': no delta was begun"));
+        }
+        return *file_;
+    }
+    template <class A>
+    void store(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
+        const std::uint64_t* indices, const A* values, std::size_t n)
+    {
+        if (parts_[tensor].wide != std::same_as<A, double>) {
+            raise<invalid_argument>(error_code::call_order,
+                message("delta of tensor '", parts_[tensor].name, "' was begun with other values"));
+        }
+        file().write(3 * tensor, first * sizeof(A), values, n * sizeof(A));
+        if (places_[tensor] == dtype::u8) {
+            std::array<std::uint8_t, 16384> bytes;
+            std::size_t i = 0;
+            for (std::uint64_t at = from / 8; at * 8 < to; at += bytes.size()) {
+                const std::uint64_t length = std::min<std::uint64_t>(bytes.size(), to / 8 + (to % 8 != 0) - at);
+                std::fill_n(bytes.begin(), length, std::uint8_t{0});
+                for (; i < n && indices[i] / 8 < at + length; ++i) {
+                    auto& byte = bytes[indices[i] / 8 - at];
+                    byte = static_cast<std::uint8_t>(byte | (1u << (indices[i] % 8)));
+                }
+                file_->write(3 * tensor + 2, at, bytes.data(), length);
+            }
+        }
+        else if (places_[tensor] == dtype::i32) {
+            std::array<std::int32_t, 4096> narrow;
+            for (std::size_t at = 0; at < n; at += narrow.size()) {
+                const std::size_t length = std::min(narrow.size(), n - at);
+                std::transform(indices + at, indices + at + length, narrow.begin(),
+                    [](std::uint64_t index) { return static_cast<std::int32_t>(index); });
+                file_->write(
+                    3 * tensor + 2, (first + at) * sizeof(std::int32_t), narrow.data(), length * sizeof(std::int32_t));
+            }
+        }
+        else {
+            file_->write(3 * tensor + 2, first * sizeof(std::int64_t), indices, n * sizeof(std::int64_t));
+        }
+    }
+
+    std::filesystem::path path_;
+    metadata_map metadata_;
+    durability mode_;
+    std::vector<part> parts_;
+    std::vector<dtype> places_;
+    std::unique_ptr<safetensors_writer> file_;
+};
+
+/// Writes a delta that lies in memory; see delta_writer for the format.
+/// Throws invalid_argument for a sparse vector that breaks its own promises; io_error.
+inline void write_delta(
+    const std::filesystem::path& path, const delta& content, durability mode = durability::synchronised)
+{
+    std::vector<delta_writer::part> parts;
+    for (const auto& [name, tensor] : content.tensors) {
+        std::visit(
+            [&, &name = name]<class A>(const sparse_vector<A>& sparse) { // clang 14 captures no structured binding
+                check_sparse(sparse, name);
+                parts.push_back({name, sparse.shape, sparse.kept(), std::same_as<A, double>});
+            },
+            tensor);
+    }
+    delta_writer writer(path, content.base_fingerprint, content.metadata, mode);
+    writer.begin(std::move(parts));
+    std::size_t at = 0;
+    for (const auto& [name, tensor] : content.tensors) {
+        std::visit(
+            [&, &name = name](const auto& sparse) {
+                const std::uint64_t size = element_count(sparse.shape, name);
+                constexpr std::uint64_t piece = std::uint64_t{1} << 20;
+                std::vector<std::uint64_t> places;
+                std::size_t first = 0;
+                const bool bits = detail::stored_as_bitmask(sparse.kept(), size);
+                for (std::uint64_t from = 0; from < size && (bits || first < sparse.kept()); from += piece) {
+                    if (!bits) { from = sparse.indices[first] / piece * piece; } // nothing is stored of a run of zeros
+                    const std::uint64_t to = from + std::min(size - from, piece);
+                    places.clear();
+                    for (std::size_t i = first; i < sparse.kept() && sparse.indices[i] < to; ++i) {
+                        places.push_back(sparse.indices[i]);
+                    }
+                    writer.write(at, first, from, to, places.data(), sparse.values.data() + first, places.size());
+                    first += places.size();
+                }
+            },
+            tensor);
+        ++at;
+    }
+    writer.commit();
+}
+
+/// A delta file, mapped and checked: schema, dtypes, counts that match, indices in range and ascending, zero bits
+/// beyond the last entry, no tensor left over. Its entries stay in the file; see delta_writer for the format.
+/// Move-only; parts() are views into it. Throws format_error naming the file and the tensor; io_error. Cost: one read
+/// of the places, O(tensors) memory and a number for each 65,536 elements of a bitmask.
+///
+///     const taskvec::delta_file delta("task.delta.safetensors");
+///     taskvec::add_delta(cpu{}, models, delta.parts(), 1.0, sink);   // <taskvec/reuse/sparse_addition.hpp>
+class delta_file {
+public:
+    /// What the file holds for one tensor of the base.
+    using part = sparse_view;
+
+    explicit delta_file(std::filesystem::path path)
+        : file_(std::move(path))
+        , model_(file_.model())
+    {
+        const auto value = [&](const char* key) {
+            const auto place = file_.metadata().find(key);
+            return place == file_.metadata().end() ? std::string() : place->second;
+        };
+        const auto fail_file = [&](const std::string& what) {
+            raise<format_error>(error_code::delta_format, what, file_.path().string());
+        };
+        if (const auto schema = value("schema"); schema != delta_schema) {
+            fail_file(schema.empty() ? message("is not a delta: its metadata has no schema '", delta_schema, "'")
+                                     : message("has schema '", schema, "'; this version reads '", delta_schema, "'"));
+        }
+        if (const auto additive = value("additive"); additive != "true") {
+            fail_file(message("has additive '", additive, "'; this version reads 'true'"));
+        }
+        const auto stamp = parse_fingerprint(value("fingerprint"));
+        if (!stamp) {
+            fail_file(message(
+                "has the fingerprint '", value("fingerprint"), "'; expected 'xxh64:' and 16 hexadecimal digits"));
+        }
+        fingerprint_ = *stamp;
+        for (const auto& [label, tensor] : model_) {
+            if (label.ends_with(".shape")) { parts_.push_back(read_part(label.substr(0, label.size() - 6), tensor)); }
+        }
+        std::sort(parts_.begin(), parts_.end(), [](const part& a, const part& b) { return a.name < b.name; });
+        if (3 * parts_.size() != model_.size()) { fail_stray(); }
+    }
+
+    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return file_.path(); }
+    [[nodiscard]] std::filesystem::path path() && { return file_.path(); }
+    [[nodiscard]] const safetensors_file& file() const& noexcept { return file_; }
+    void file() const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const metadata_map& metadata() const& noexcept { return file_.metadata(); }
+    [[nodiscard]] metadata_map metadata() && { return std::move(file_).metadata(); }
+    /// Of the base that the delta is to be added to.
+    [[nodiscard]] std::uint64_t base_fingerprint() const noexcept { return fingerprint_; }
+    /// In name order.
+    [[nodiscard]] const std::vector<part>& parts() const& noexcept { return parts_; }
+    void parts() const&& = delete; // name the owner first: its views would dangle
+    void find(std::string_view) const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const part* find(std::string_view name) const& noexcept
+    {
+        const auto place = std::lower_bound(parts_.begin(), parts_.end(), name,
+            [](const part& p, std::string_view n) { return std::string_view(p.name) < n; });
+        return place != parts_.end() && place->name == name ? &*place : nullptr;
+    }
+    [[nodiscard]] std::uint64_t kept() const noexcept
+    {
+        std::uint64_t total = 0;
+        for (const auto& each : parts_) { total += each.kept; }
+        return total;
+    }
+
+private:
+    [[noreturn]] void fail(std::string_view stem, const std::string& what) const
+    {
+        raise<format_error>(
+            error_code::delta_format, message("delta of tensor '", stem, "' ", what), file_.path().string());
+    }
+    [[noreturn]] void fail_stray() const
+    {
+        for (const auto& [label, tensor] : model_) {
+            const auto dot = label.rfind('.');
+            const auto role = dot == label.npos ? std::string() : label.substr(dot);
+            const bool known = role == ".shape" || role == ".values" || role == ".indices" || role == ".bitmask";
+            if (!known || !find(std::string_view(label).substr(0, dot))) {
+                raise<format_error>(error_code::delta_format,
+                    message("holds '", label,
+                        "', which belongs to no delta tensor (there must be P.values, P.shape, and "
+                        "P.indices or P.bitmask)"),
+                    file_.path().string());
+            }
+        }
+        raise<format_error>(error_code::delta_format, "holds tensors that belong to no delta", file_.path().string());
+    }
+
+    [[nodiscard]] part read_part(const std::string& stem, const const_tensor_ref& shape)
+    {
+        part result;
+        result.name = stem;
+        const auto* const values = model_.find(stem + ".values");
+        if (!values) { fail(stem, message("has '", stem, ".shape' and no '", stem, ".values'")); }
+        if (values->dtype != dtype::f32 && values->dtype != dtype::f64) {
+            fail(stem, message("has values of dtype ", to_string(values->dtype), "; expected F32 or F64"));
+        }
+        if (values->shape.size() != 1) {
+            fail(stem, message("has values of rank ", values->shape.size(), "; expected 1"));
+        }
+        result.wide = values->dtype == dtype::f64;
+        result.values = static_cast<const std::byte*>(values->data);
+        result.kept = values->size();
+        read_shape(result, shape);
+        const auto* const indices = model_.find(stem + ".indices");
+        const auto* const bitmask = model_.find(stem + ".bitmask");
+        if (!indices == !bitmask) {
+            fail(stem, indices ? "has both indices and a bitmask" : "has neither indices nor a bitmask");
+        }
+        if (indices) { read_indices(result, *indices); }
+        else {
+            read_bitmask(result, *bitmask);
+        }
+        return result;
+    }
+
+    void read_shape(part& result, const const_tensor_ref& shape) const
+    {
+        if (shape.dtype != dtype::i64 || shape.shape.size() != 1) {
+            fail(result.name,
+                message("has a shape of dtype ", to_string(shape.dtype), " and rank ", shape.shape.size(),
+                    "; expected I64 of rank 1"));
+        }
+        result.shape.resize(shape.size());
+        bool empty = false;
+        for (std::size_t i = 0; i < result.shape.size(); ++i) {
+            const auto extent = detail::load<std::int64_t>(shape.data, i);
+            if (extent < 0) { fail(result.name, message("has the negative extent ", extent)); }
+            result.shape[i] = extent;
+            empty = empty || extent == 0;
+        }
+        result.size = empty ? 0 : 1;
+        for (const auto extent : result.shape) {
+            if (!empty
+                && (__builtin_mul_overflow(result.size, static_cast<std::uint64_t>(extent), &result.size)
+                    || result.size > std::uint64_t{std::numeric_limits<std::int64_t>::max()})) {
+                fail(result.name, "has a shape of more than 2^63-1 elements");
+            }
+        }
+    }
+
+    void read_indices(part& result, const const_tensor_ref& tensor) const
+    {
+        if ((tensor.dtype != dtype::i32 && tensor.dtype != dtype::i64) || tensor.shape.size() != 1) {
+            fail(result.name,
+                message("has indices of dtype ", to_string(tensor.dtype), " and rank ", tensor.shape.size(),
+                    "; expected I32 or I64 of rank 1"));
+        }
+        if (tensor.size() != result.kept) {
+            fail(result.name, message("has ", tensor.size(), " indices for ", result.kept, " values"));
+        }
+        result.indices = static_cast<const std::byte*>(tensor.data);
+        result.wide_indices = tensor.dtype == dtype::i64;
+        std::int64_t previous = -1;
+        for (std::uint64_t i = 0; i < result.kept; ++i) {
+            const std::int64_t index = result.wide_indices ? detail::load<std::int64_t>(tensor.data, i)
+                                                           : detail::load<std::int32_t>(tensor.data, i);
+            if (index < 0 || static_cast<std::uint64_t>(index) >= result.size) {
+                fail(result.name,
+                    message("has index ", index, " at position ", i, "; the tensor has ", result.size, " elements"));
+            }
+            if (index <= previous) {
+                fail(result.name,
+                    message("has index ", index, " after ", previous, " at position ", i, "; indices must ascend"));
+            }
+            previous = index;
+        }
+    }
+
+    void read_bitmask(part& result, const const_tensor_ref& tensor)
+    {
+        if (tensor.dtype != dtype::u8 || tensor.shape.size() != 1) {
+            fail(result.name,
+                message("has a bitmask of dtype ", to_string(tensor.dtype), " and rank ", tensor.shape.size(),
+                    "; expected U8 of rank 1"));
+        }
+        const std::uint64_t bytes = tensor.size(), needed = result.size / 8 + (result.size % 8 != 0);
+        if (bytes != needed) {
+            fail(result.name, message("has a bitmask of ", bytes, " bytes; ", result.size, " elements need ", needed));
+        }
+        result.bitmask = static_cast<const std::uint8_t*>(tensor.data);
+        std::uint64_t set = 0;
+        auto& before = before_.emplace_back();
+        for (std::uint64_t i = 0; i < bytes; ++i) {
+            if (i % (part::run / 8) == 0) { before.push_back(set); }
+            set += static_cast<unsigned>(std::popcount(result.bitmask[i]));
+        }
+        result.before = before;
+        if (set != result.kept) { fail(result.name, message("has ", set, " bits set for ", result.kept, " values")); }
+        if (result.size % 8 && (result.bitmask[bytes - 1] >> (result.size % 8)) != 0) {
+            fail(result.name, "has bits set beyond its last element");
+        }
+    }
+
+    safetensors_file file_;
+    const_model_ref model_;
+    std::vector<std::vector<std::uint64_t>> before_; // what the parts' `before` show
+    std::vector<part> parts_;
+    std::uint64_t fingerprint_ = 0;
+};
+
+/// Reads a whole delta into memory, which comes from `memory`. Errors: as delta_file.
+[[nodiscard]] inline delta read_delta(
+    const std::filesystem::path& path, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
+{
+    const delta_file file(path);
+    delta result;
+    result.base_fingerprint = file.base_fingerprint();
+    result.metadata = file.metadata();
+    for (const auto& part : file.parts()) {
+        const auto make = [&]<class A>(std::type_identity<A>) {
+            sparse_vector<A> sparse{
+                part.shape, index_list(part.kept, part.size, memory), std::pmr::vector<A>(part.kept, memory)};
+            part.for_each(0, part.size, [&](std::uint64_t index, std::uint64_t entry) {
+                sparse.indices.store(entry, &index, 1);
+                sparse.values[entry] = part.template value<A>(entry);
+            });
+            result.tensors.emplace(part.name, std::move(sparse));
+        };
+        if (part.wide) { make(std::type_identity<double>{}); }
+        else {
+            make(std::type_identity<float>{});
+        }
+    }
+    return result;
+}
+
+/// Throws invalid_argument unless `base` is the model with this fingerprint. Cost: one read of the base's bytes.
+inline void check_base(const cpu& policy, std::uint64_t base_fingerprint, const const_model_ref& base,
+    std::string_view delta_name = "delta", std::string_view base_name = "base")
+{
+    if (const auto found = fingerprint(policy, base); found != base_fingerprint) {
+        raise<invalid_argument>(error_code::fingerprint_differs,
+            message("'", base_name, "' is not the model that '", delta_name, "' was made for: its fingerprint is ",
+                fingerprint_text(found), "; expected ", fingerprint_text(base_fingerprint)));
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_DELTA_HPP
+
+// ---- taskvec/formats/quantising_sink.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_QUANTISING_SINK_HPP)
+#define TASKVEC_SINGLE_FORMATS_QUANTISING_SINK_HPP
+// Results of quantised layers, written as codes and scales again.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// A power of two that is at least `value`.
+[[nodiscard]] inline float power_above(float value) noexcept
+{
+    int exponent = 0;
+    return std::frexp(value, &exponent) == 0.5f ? value : std::ldexp(1.0f, exponent);
+}
+
+/// The word of a scale in its dtype, and the number that it then stands for.
+struct stored_scale {
+    std::uint64_t word = 0;
+    float value = 0;
+};
+[[nodiscard]] inline stored_scale store_scale(dtype type, float scale) noexcept
+{
+    switch (type) {
+    case dtype::f16: {
+        const auto word = f32_to_f16(std::max(scale, 0x1p-14f));
+        return {word, f16_to_f32(word)};
+    }
+    case dtype::bf16: {
+        const auto word = f32_to_bf16(std::max(scale, 0x1p-126f));
+        return {word, bf16_to_f32(word)};
+    }
+    case dtype::f64: {
+        const double value = std::max(scale, 0x1p-126f);
+        return {reinterpret_bits<std::uint64_t>(value), static_cast<float>(value)};
+    }
+    case dtype::f8_e8m0: {
+        const float value = power_above(std::max(scale, 0x1p-126f));
+        return {reinterpret_bits<std::uint32_t>(value) >> 23, value};
+    }
+    default: {
+        const float value = std::max(scale, 0x1p-126f);
+        return {reinterpret_bits<std::uint32_t>(value), value};
+    }
+    }
+}
+
+} // namespace detail
+
+/// Quantises numbers as a scaled FP8 layer is, with fresh scales: for each group that shares a scale, the largest
+/// finite magnitude over the largest number of the codes (448 for E4M3, 57344 for E5M2), rounded to the scale's dtype
+/// (up to a power of two where the layer has those); 1 for a group of zeros. A code is the number over the scale as
+/// stored, rounded to nearest even and saturated. NaN stays NaN, infinity becomes NaN in E4M3. `out` receives codes as
+/// tensor `codes` and scales as tensor `scales`. Throws nonfinite_error for a scale that its dtype cannot hold. Error:
+/// at most half a unit of the codes' last place times the scale. Cost: two reads of the numbers.
+inline void quantise_fp8(
+    const quantised_layer& like, const float* values, tensor_sink& out, std::size_t codes, std::size_t scales)
+{
+    const std::uint64_t size = element_count(like.shape), groups = element_count(like.grid);
+    const std::uint64_t columns = like.shape.empty() ? 1 : static_cast<std::uint64_t>(like.shape.back());
+    const std::uint64_t width = like.shape.empty() ? 1 : static_cast<std::uint64_t>(like.block.back());
+    const bool wide = like.codes.dtype == dtype::f8_e5m2;
+    const auto each_run = [&](const auto& body) { // body(scale, first, count): numbers in a row that share a scale
+        for (std::uint64_t row = 0; row * columns < size; ++row) {
+            const std::uint64_t first = detail::first_scale(like, row);
+            for (std::uint64_t at = 0; at < columns; at += width) {
+                body(first + at / width, row * columns + at, std::min(width, columns - at));
+            }
+        }
+    };
+    std::vector<float> scale(groups, 0.0f);
+    each_run([&](std::uint64_t group, std::uint64_t first, std::uint64_t count) {
+        float most = scale[group];
+        for (std::uint64_t i = first; i < first + count; ++i) {
+            const float magnitude = std::abs(values[i]);
+            most = magnitude > most && magnitude <= std::numeric_limits<float>::max() ? magnitude : most;
+        }
+        scale[group] = most;
+    });
+    const std::size_t word_bytes = bits_per_element(like.scales.dtype) / 8;
+    std::vector<std::byte> words(groups * word_bytes);
+    for (std::uint64_t g = 0; g < groups; ++g) {
+        float wanted = scale[g] == 0 ? 1.0f : scale[g] / (wide ? 57344.0f : 448.0f);
+        if (like.powers_of_two && wanted > 0x1p-126f) { wanted = detail::power_above(wanted); }
+        const auto stored = detail::store_scale(like.scales.dtype, wanted);
+        if (!std::isfinite(stored.value)) {
+            raise<nonfinite_error>(error_code::result_overflow,
+                message("layer '", like.name, "' would have the scale ", wanted, ", which ",
+                    to_string(like.scales.dtype), " cannot hold: choose a dtype that is not quantised"));
+        }
+        std::memcpy(words.data() + g * word_bytes, &stored.word, word_bytes);
+        scale[g] = stored.value;
+    }
+    if (!words.empty()) { out.write(scales, 0, words.data(), words.size()); }
+    std::vector<std::uint8_t> buffer(static_cast<std::size_t>(std::min<std::uint64_t>(size, 1u << 18)));
+    std::uint64_t begin = 0, held = 0;
+    each_run([&](std::uint64_t group, std::uint64_t first, std::uint64_t count) {
+        const float by = scale[group];
+        for (std::uint64_t i = first; i < first + count; ++i) {
+            buffer[held++] = wide ? f32_to_e5m2(values[i] / by) : f32_to_e4m3(values[i] / by);
+            if (held == buffer.size()) {
+                out.write(codes, begin, buffer.data(), held);
+                begin += held;
+                held = 0;
+            }
+        }
+    });
+    if (held > 0) { out.write(codes, begin, buffer.data(), held); }
+}
+
+/// What the outputs of aligned models become in a file: numbers, or a layer's codes and scales.
+struct quantised_outputs {
+    enum class way : std::uint8_t {
+        numbers, ///< as the algorithm writes them
+        quantised, ///< quantised again, by the layer's own scheme
+        as_stored ///< a layer that takes no part: its tensors as they are
+    };
+    struct output {
+        way how = way::numbers;
+        std::size_t first = 0; ///< its tensor in `specs`, or the first of them (codes; scales come next)
+        const quantised_layer* layer = nullptr;
+    };
+    struct copy {
+        std::size_t spec = 0;
+        const_tensor_ref source{};
+    };
+    std::vector<output> outputs; ///< for each of aligned_models::outputs()
+    std::vector<tensor_spec> specs; ///< of the file
+    std::vector<copy> copies; ///< what the file holds of `specs` as it is
+    std::vector<std::string> left_out; ///< tensors about the quantisation that the file has no more
+    std::size_t dequantised = 0; ///< layers that become numbers
+    std::size_t requantised = 0; ///< layers that are quantised again
+
+    /// Whether the file holds what the algorithm writes, and nothing else.
+    [[nodiscard]] bool plain() const noexcept
+    {
+        return copies.empty() && requantised == 0
+            && std::all_of(outputs.begin(), outputs.end(), [](const output& one) { return one.how == way::numbers; });
+    }
+};
+
+/// Plans the outputs of models whose reference (the base, or the first task) has quantised layers, `layers`; null where
+/// it has none. `quantise`: whether merged layers are quantised again; otherwise they become numbers of the output's
+/// dtype. Layers that take no part stay as they are stored, unless the models ask for one dtype throughout. Throws
+/// dtype_mismatch for a layer to be quantised again by a scheme that is only read.
+[[nodiscard]] inline quantised_outputs plan_outputs(
+    const aligned_models& models, const const_model_ref& reference, const quantised_layers* layers, bool quantise)
+{
+    using way = quantised_outputs::way;
+    quantised_outputs plan;
+    std::vector<bool> copied(models.outputs().size());
+    for (const auto& tensor : models.copied()) { copied[tensor.output] = true; }
+    std::map<const operand_source*, const quantised_layer*> by_source;
+    if (layers) {
+        for (const auto& tensor : layers->layers()) { by_source.emplace(&tensor, &tensor.layer()); }
+    }
+    bool any_layer = false;
+    for (std::size_t i = 0; i < models.outputs().size(); ++i) {
+        const auto& spec = models.outputs()[i];
+        const auto* const tensor = reference.find(spec.name);
+        const auto found = tensor && tensor->source ? by_source.find(tensor->source) : by_source.end();
+        const auto* const layer = found != by_source.end() ? found->second : nullptr;
+        quantised_outputs::output one{way::numbers, plan.specs.size(), layer};
+        if (layer && copied[i] && !models.options().output) { one.how = way::as_stored; }
+        if (layer && !copied[i] && quantise) { one.how = way::quantised; }
+        if (one.how == way::quantised && layer->scheme != quantisation::fp8) {
+            raise<dtype_mismatch>(error_code::output_dtype,
+                message("layer '", spec.name, "' is ", to_string(layer->scheme),
+                    ", which is read and not written: choose a dtype for the result, f32 or bf16"));
+        }
+        if (one.how == way::numbers) {
+            plan.specs.push_back(spec);
+            plan.dequantised += layer ? 1 : 0;
+            if (layer) {
+                for (std::size_t p = 2; p < layer->parts.size(); ++p) {
+                    plan.left_out.push_back(std::string(layer_stem(spec.name)) + layer->parts[p].leaf);
+                }
+            }
+        }
+        else {
+            any_layer = true;
+            plan.requantised += one.how == way::quantised ? 1 : 0;
+            for (std::size_t p = 0; p < layer->parts.size(); ++p) {
+                const auto& part = layer->parts[p];
+                if (p >= 2 || one.how == way::as_stored) { plan.copies.push_back({plan.specs.size(), part.tensor}); }
+                plan.specs.push_back(
+                    {std::string(layer_stem(spec.name)) + part.leaf, part.tensor.dtype, part.tensor.shape});
+            }
+        }
+        plan.outputs.push_back(one);
+    }
+    for (const auto& [name, tensor] : layers ? layers->beside() : const_model_ref()) {
+        if (!any_layer) {
+            plan.left_out.push_back(name);
+            continue;
+        }
+        plan.copies.push_back({plan.specs.size(), tensor});
+        plan.specs.push_back({name, tensor.dtype, tensor.shape});
+    }
+    return plan;
+}
+
+/// The sink between a walk over models and the file that a plan describes. The numbers of a layer that is quantised
+/// again are gathered until all are there (in memory up to a MiB, otherwise in a file without a name in `folder`,
+/// mapped) and then become codes and scales: a walk that takes tensors in order has few of them open at once, whatever
+/// the model's size. Each byte has to be written once. finish() writes what is copied. Throws what the file's sink
+/// throws, io_error.
+///
+///     const auto plan = plan_outputs(models, base.model(), base.layers(), true);
+///     safetensors_writer file(path, plan.specs);
+///     quantising_sink out(plan, file, path.parent_path());
+///     merge(cpu{}, options, models, out);
+///     out.finish();
+class quantising_sink final : public tensor_sink {
+public:
+    quantising_sink(const quantised_outputs& plan, tensor_sink& out, std::filesystem::path folder)
+        : plan_(&plan)
+        , out_(&out)
+        , folder_(std::move(folder))
+    {
+        gathered_.resize(plan.outputs.size());
+        for (std::size_t i = 0; i < plan.outputs.size(); ++i) {
+            if (plan.outputs[i].how == quantised_outputs::way::quantised) {
+                gathered_[i] = std::make_unique<gathering>();
+            }
+        }
+    }
+
+    [[nodiscard]] void* direct(std::size_t index) override
+    {
+        const auto& output = plan_->outputs[index];
+        return output.how == quantised_outputs::way::numbers ? out_->direct(output.first) : nullptr;
+    }
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        const auto& output = plan_->outputs[index];
+        switch (output.how) {
+        case quantised_outputs::way::numbers: out_->write(output.first, offset, data, size); break;
+        case quantised_outputs::way::as_stored: break;
+        case quantised_outputs::way::quantised: gather(index, offset, data, size); break;
+        }
+    }
+    void write_bounded(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        const auto& output = plan_->outputs[index];
+        if (output.how == quantised_outputs::way::numbers) { out_->write_bounded(output.first, offset, data, size); }
+        else {
+            write(index, offset, data, size);
+        }
+    }
+
+    /// Writes what is copied. Throws invalid_argument where a layer was not written whole.
+    void finish()
+    {
+        for (std::size_t i = 0; i < gathered_.size(); ++i) {
+            if (!gathered_[i] || gathered_[i]->done) { continue; }
+            const auto& output = plan_->outputs[i];
+            if (element_count(output.layer->shape) > 0) {
+                raise<invalid_argument>(error_code::call_order,
+                    message("layer '", output.layer->name, "' is incomplete: ", gathered_[i]->received.load(),
+                        " bytes of its numbers were written"));
+            }
+            quantise_fp8(*output.layer, nullptr, *out_, output.first, output.first + 1);
+        }
+        for (const auto& [spec, source] : plan_->copies) {
+            if (const std::size_t bytes = source.bytes(); bytes > 0) { out_->write(spec, 0, source.data, bytes); }
+        }
+    }
+
+private:
+    /// The numbers of one layer.
+    struct gathering {
+        std::mutex lock;
+        std::vector<float> in_memory;
+        float* values = nullptr;
+        std::size_t mapped = 0; ///< bytes of the map
+        std::atomic<std::uint64_t> received{0};
+        bool done = false;
+
+        gathering() = default;
+        gathering(const gathering&) = delete;
+        gathering& operator=(const gathering&) = delete;
+        ~gathering() { release(); }
+        void release() noexcept
+        {
+            if (mapped > 0) { ::munmap(values, mapped); }
+            mapped = 0;
+            values = nullptr;
+            in_memory = {};
+        }
+    };
+
+    void gather(std::size_t index, std::uint64_t offset, const void* data, std::size_t size)
+    {
+        auto& mine = *gathered_[index];
+        const auto& output = plan_->outputs[index];
+        const std::uint64_t whole = std::uint64_t{element_count(output.layer->shape)} * sizeof(float);
+        {
+            const std::lock_guard hold(mine.lock);
+            if (mine.done || size > whole || offset > whole - size) {
+                raise<invalid_argument>(error_code::index_out_of_range,
+                    message("a write of ", size, " bytes at ", offset, " lies outside layer '", output.layer->name,
+                        "', or comes after it is whole"));
+            }
+            if (!mine.values) { prepare(mine, static_cast<std::size_t>(whole)); }
+        }
+        std::memcpy(reinterpret_cast<std::byte*>(mine.values) + offset, data, size);
+        if (mine.received.fetch_add(size, std::memory_order_acq_rel) + size < whole) { return; }
+        quantise_fp8(*output.layer, mine.values, *out_, output.first, output.first + 1);
+        const std::lock_guard hold(mine.lock);
+        mine.done = true;
+        mine.release();
+    }
+    void prepare(gathering& mine, std::size_t bytes) const
+    {
+        if (bytes <= std::size_t{1} << 20) {
+            mine.in_memory.resize(bytes / sizeof(float));
+            mine.values = mine.in_memory.data();
+            return;
+        }
+        const auto place = folder_.empty() ? std::filesystem::path(".") : folder_;
+        detail::descriptor file(
+            detail::retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
+        if (!file) { // not every file system has files without names
+            auto pattern = (place / ".taskvec-XXXXXX").string();
+            file = detail::descriptor(::mkostemp(pattern.data(), O_CLOEXEC));
+            if (!file) { detail::raise_io(place, "cannot create a temporary file in it", errno); }
+            ::unlink(pattern.c_str());
+        }
+        if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
+            detail::raise_io(place, "cannot reserve space for a layer that is quantised again", code);
+        }
+        void* const memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
+        if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
+            detail::raise_io(place, "cannot map a temporary file in it", errno);
+        }
+        mine.values = static_cast<float*>(memory);
+        mine.mapped = bytes;
+    }
+
+    const quantised_outputs* plan_;
+    tensor_sink* out_;
+    std::filesystem::path folder_;
+    std::vector<std::unique_ptr<gathering>> gathered_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_QUANTISING_SINK_HPP
+
+// ---- taskvec/formats/statistics.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_STATISTICS_HPP)
+#define TASKVEC_SINGLE_FORMATS_STATISTICS_HPP
+// Statistics on disk: what Fisher merging and RegMean need to know of a task's data, as plain safetensors files.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/models/weight_layout.hpp
+#if !defined(TASKVEC_SINGLE_MODELS_WEIGHT_LAYOUT_HPP)
+#define TASKVEC_SINGLE_MODELS_WEIGHT_LAYOUT_HPP
+// How the weight of a linear layer is stored.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// How a linear layer's weight lies in memory, row-major: as torch's Linear stores it, or as transformers' Conv1D does.
+enum class weight_layout : std::uint8_t {
+    out_in, ///< y = x·Wᵀ: a row for each output
+    in_out ///< y = x·W: a row for each input
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_MODELS_WEIGHT_LAYOUT_HPP
+
+// ---- taskvec/statistics/fisher_accumulator.hpp
+#if !defined(TASKVEC_SINGLE_STATISTICS_FISHER_ACCUMULATOR_HPP)
+#define TASKVEC_SINGLE_STATISTICS_FISHER_ACCUMULATOR_HPP
+// Diagonal Fisher information, built from per-example gradients: what Fisher merging needs to know of the data.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// sum += weight · x², in f64
+template <arithmetic_element A>
+TASKVEC_NOINLINE void accumulate_squares(
+    double* TASKVEC_RESTRICT sum, const A* TASKVEC_RESTRICT x, double weight, std::size_t n)
+{
+    TASKVEC_STRICT_FP
+    for (std::size_t i = 0; i < n; ++i) {
+        const double value = static_cast<double>(x[i]);
+        const double square = value * value;
+        const double product = weight * square;
+        sum[i] = sum[i] + product;
+    }
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
+/// Sums of squared gradients over the parameters of a model, in f64, and the number of examples they come from. What
+/// the two kinds of Fisher share: empirical_fisher_accumulator and expected_fisher_accumulator say which gradients they
+/// take.
+class fisher_accumulator {
+public:
+    /// Examples seen.
+    [[nodiscard]] std::uint64_t examples() const noexcept { return examples_; }
+    /// The parameters' names and shapes.
+    [[nodiscard]] const std::vector<tensor_spec>& parameters() const noexcept { return parameters_; }
+    /// The mean of tensor `index` of parameters(): its diagonal Fisher. Throws invalid_argument before the first
+    /// example.
+    [[nodiscard]] std::vector<double> fisher(std::size_t index) const
+    {
+        if (examples_ == 0) {
+            raise<invalid_argument>(
+                error_code::inputs_empty, "no example was given: the Fisher information is a mean over examples");
+        }
+        std::vector<double> mean = sums_[index];
+        for (double& value : mean) { value /= static_cast<double>(examples_); }
+        return mean;
+    }
+
+protected:
+    /// `parameters` gives names and shapes; its data are not read.
+    explicit fisher_accumulator(const const_model_ref& parameters)
+    {
+        for (const auto& [name, tensor] : parameters) {
+            if (!is_storage(tensor.dtype) && !is_fp8(tensor.dtype)) { continue; } // integers have no gradient
+            parameters_.push_back({name, tensor.dtype, tensor.shape});
+            sums_.emplace_back(tensor.size(name), 0.0);
+        }
+    }
+    ~fisher_accumulator() = default;
+    fisher_accumulator(const fisher_accumulator&) = default;
+    fisher_accumulator(fisher_accumulator&&) = default;
+    fisher_accumulator& operator=(const fisher_accumulator&) = default;
+    fisher_accumulator& operator=(fisher_accumulator&&) = default;
+
+    /// Checks a gradient whole before any of it counts.
+    void check(const cpu& policy, const const_model_ref& gradient) const
+    {
+        for (const auto& [name, tensor] : gradient) {
+            if (!has(name)) {
+                raise<invalid_argument>(error_code::tensor_unexpected,
+                    message("the gradient has tensor '", name, "', which the model has not"));
+            }
+        }
+        for (const auto& spec : parameters_) {
+            const const_tensor_ref* const tensor = gradient.find(spec.name);
+            if (!tensor) {
+                raise<invalid_argument>(error_code::tensor_missing,
+                    message(
+                        "the gradient lacks tensor '", spec.name, "': pass zeros for a parameter that is not used"));
+            }
+            if (tensor->shape != spec.shape) {
+                raise<shape_mismatch>(error_code::statistics_shape,
+                    message("the gradient of '", spec.name, "' has shape ", to_string(tensor->shape), "; expected ",
+                        to_string(spec.shape), ", its parameter's"));
+            }
+            if (!is_storage(tensor->dtype)) {
+                raise<dtype_mismatch>(error_code::dtype_unsupported,
+                    message("the gradient of '", spec.name, "' has dtype ", to_string(tensor->dtype), "; expected ",
+                        storage_names()));
+            }
+            if (tensor->space != memory_space::host || !tensor->contiguous() || (!tensor->data && tensor->size() > 0)) {
+                raise<invalid_argument>(error_code::tensor_layout,
+                    message("the gradient of '", spec.name, "' must be contiguous host memory: copy it first"));
+            }
+            visit(policy, *tensor, [&](std::size_t at, const double* values, std::size_t n) {
+                for (std::size_t i = 0; i < n; ++i) {
+                    if (!std::isfinite(values[i])) {
+                        raise<nonfinite_error>(error_code::statistics_not_finite,
+                            message("the gradient of '", spec.name, "' holds ",
+                                std::isnan(values[i]) ? "NaN" : "infinity", " at index ", at + i,
+                                ": leave out this example"));
+                    }
+                }
+            });
+        }
+    }
+    /// sums += weight · gradient²
+    void add_squares(const cpu& policy, const const_model_ref& gradient, double weight)
+    {
+        constexpr std::size_t piece = 65536;
+        for (std::size_t index = 0; index < parameters_.size(); ++index) {
+            const const_tensor_ref& tensor = *gradient.find(parameters_[index].name);
+            const std::size_t size = sums_[index].size();
+            for_each_index(size > piece ? policy : sequential(policy), (size + piece - 1) / piece,
+                [&](std::size_t p, std::size_t) {
+                    const std::size_t first = p * piece;
+                    visit_range(policy, tensor, first, std::min(piece, size - first),
+                        [&](std::size_t at, const double* values, std::size_t n) {
+                            kernels::accumulate_squares(sums_[index].data() + at, values, weight, n);
+                        });
+                });
+        }
+    }
+    void count_example() noexcept { ++examples_; }
+    /// Adds what was seen elsewhere. Throws invalid_argument, shape_mismatch for another model's.
+    void add_sums(const fisher_accumulator& other)
+    {
+        if (other.parameters_.size() != parameters_.size()) {
+            raise<invalid_argument>(
+                error_code::statistics_differ, "Fisher sums of models with different parameters cannot be added");
+        }
+        for (std::size_t i = 0; i < parameters_.size(); ++i) {
+            if (other.parameters_[i].name != parameters_[i].name) {
+                raise<invalid_argument>(error_code::statistics_differ,
+                    message("Fisher sums of models with different parameters cannot be added: one has '",
+                        parameters_[i].name, "' where the other has '", other.parameters_[i].name, "'"));
+            }
+            if (other.parameters_[i].shape != parameters_[i].shape) {
+                raise<shape_mismatch>(error_code::statistics_shape,
+                    message("Fisher sums of '", parameters_[i].name, "' have shapes ", to_string(parameters_[i].shape),
+                        " and ", to_string(other.parameters_[i].shape)));
+            }
+        }
+        for (std::size_t i = 0; i < sums_.size(); ++i) {
+            for (std::size_t k = 0; k < sums_[i].size(); ++k) { sums_[i][k] += other.sums_[i][k]; }
+        }
+        examples_ += other.examples_;
+    }
+
+private:
+    [[nodiscard]] bool has(std::string_view name) const
+    {
+        const auto place = std::lower_bound(parameters_.begin(), parameters_.end(), name,
+            [](const tensor_spec& spec, std::string_view n) { return spec.name < n; });
+        return place != parameters_.end() && place->name == name;
+    }
+    /// Calls use(first, values, count) for consecutive runs of elements [first, first + size), in f64.
+    template <class Use>
+    static void visit_range(
+        const cpu& policy, const const_tensor_ref& tensor, std::size_t first, std::size_t size, Use&& use)
+    {
+        std::pmr::vector<double> raw(block_size, memory_of(policy)), values(block_size, memory_of(policy));
+        const aligned_tensor::operand from{static_cast<const std::byte*>(tensor.data), tensor.dtype};
+        for (std::size_t at = 0; at < size; at += block_size) {
+            const std::size_t n = std::min(block_size, size - at);
+            detail::with_elements(from, first + at, n, reinterpret_cast<std::byte*>(raw.data()),
+                [&](const auto* stored) { (void)kernels::widen(stored, values.data(), n); });
+            use(first + at, values.data(), n);
+        }
+    }
+    template <class Use>
+    static void visit(const cpu& policy, const const_tensor_ref& tensor, Use&& use)
+    {
+        visit_range(policy, tensor, 0, tensor.size(), use);
+    }
+
+    std::vector<tensor_spec> parameters_; // in name order
+    std::vector<std::vector<double>> sums_;
+    std::uint64_t examples_ = 0;
+};
+
+/// The empirical Fisher: mean over examples of g², g the gradient of log p(y|x) at the example's own label y. Cheap,
+/// and biased where the model is wrong (Kunstner, Balles, Hennig 2019). The sign and any constant factor of the loss's
+/// gradient do not matter to a merge, except that factors differ between tasks: divide a batch's mean loss back to one
+/// example's. Errors leave the sums as they were. Cost of an example: one read of the gradient to check, one to add.
+///
+///     empirical_fisher_accumulator fisher(parameters);
+///     for (…) { fisher.add(cpu{}, gradient_of_log_likelihood); }
+class empirical_fisher_accumulator : public fisher_accumulator {
+public:
+    explicit empirical_fisher_accumulator(const const_model_ref& parameters)
+        : fisher_accumulator(parameters)
+    { }
+    /// Adds one example.
+    void add(const cpu& policy, const const_model_ref& gradient)
+    {
+        check(policy, gradient);
+        add_squares(policy, gradient, 1.0);
+        count_example();
+    }
+    void add(const empirical_fisher_accumulator& other) { add_sums(other); }
+};
+
+/// The Fisher information itself: mean over examples of the expectation Σy p(y|x)·gy² over the model's own labels y, gy
+/// the gradient of log p(y|x). Errors leave the sums as they were.
+///
+///     expected_fisher_accumulator fisher(parameters);
+///     for (…) { fisher.add(cpu{}, gradients_of_each_label, probabilities); }
+class expected_fisher_accumulator : public fisher_accumulator {
+public:
+    explicit expected_fisher_accumulator(const const_model_ref& parameters)
+        : fisher_accumulator(parameters)
+    { }
+    /// Adds one example: for each label the gradient and the probability that the model gives it; probabilities sum to
+    /// 1 (within 1e-3). Where there are too many labels, draw some from the model and give each draw 1 / draws.
+    void add(const cpu& policy, std::span<const const_model_ref> gradients, std::span<const double> probabilities)
+    {
+        if (gradients.size() != probabilities.size() || gradients.empty()) {
+            raise<invalid_argument>(error_code::list_length,
+                message(gradients.size(), " gradients for ", probabilities.size(),
+                    " probabilities: give one of each for every label"));
+        }
+        double total = 0;
+        for (std::size_t y = 0; y < probabilities.size(); ++y) {
+            if (!(probabilities[y] >= 0)) {
+                raise<invalid_argument>(error_code::parameter_out_of_range,
+                    message("the probability of label ", y, " is ", probabilities[y]));
+            }
+            total += probabilities[y];
+        }
+        if (!(std::abs(total - 1) <= 1e-3)) {
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message("the probabilities of the labels sum to ", total, "; expected 1"));
+        }
+        for (const auto& gradient : gradients) { check(policy, gradient); }
+        for (std::size_t y = 0; y < gradients.size(); ++y) { add_squares(policy, gradients[y], probabilities[y]); }
+        count_example();
+    }
+    void add(const expected_fisher_accumulator& other) { add_sums(other); }
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_STATISTICS_FISHER_ACCUMULATOR_HPP
+
+// ---- taskvec/statistics/gram_accumulator.hpp
+#if !defined(TASKVEC_SINGLE_STATISTICS_GRAM_ACCUMULATOR_HPP)
+#define TASKVEC_SINGLE_STATISTICS_GRAM_ACCUMULATOR_HPP
+// Gram matrices of a layer's inputs, built from batches: what RegMean needs to know of the data.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// G = Σ xᵀx over all rows x that a linear layer was given. Batches are examples×features, of any storage type and
+/// order; only the half below the diagonal is summed and held, in f64, 4·n² bytes for n features. Accumulators over
+/// parts of the data add up. The bits depend on the batches alone, not on threads. Cost: examples·n² flops.
+///
+///     gram_accumulator gram(768, "encoder.0.fc1");
+///     for (…) { gram.add(cpu{}, matrix_view<const float>(x, examples, 768, matrix_order::row_major)); }
+///     matrix<double> g = gram.matrix();
+class gram_accumulator {
+public:
+    explicit gram_accumulator(std::size_t features, std::string layer = "the layer")
+        : features_(features)
+        , layer_(std::move(layer))
+    {
+        for (std::size_t j = 0; j < features; j += panel) {
+            panels_.emplace_back(features - j, std::min(panel, features - j));
+        }
+    }
+
+    [[nodiscard]] std::size_t features() const noexcept { return features_; }
+    /// Rows seen: examples, or tokens where each position is a row.
+    [[nodiscard]] std::uint64_t examples() const noexcept { return examples_; }
+
+    /// Adds a batch. Throws shape_mismatch; nonfinite_error, with the sums as they were before.
+    template <storage_element T>
+    void add(const cpu& policy, matrix_view<const T> batch)
+    {
+        if (batch.cols() != features_) {
+            raise<shape_mismatch>(error_code::statistics_shape,
+                message("a batch of ", batch.rows(), "×", batch.cols(), " was given to the Gram matrix of ", layer_,
+                    ", which has ", features_, " inputs: pass examples×features"));
+        }
+        for (std::size_t i = 0; i < batch.rows(); ++i) {
+            for (std::size_t j = 0; j < features_; ++j) {
+                if (const double value = widen<double>(batch(i, j)); !std::isfinite(value)) {
+                    raise<nonfinite_error>(error_code::statistics_not_finite,
+                        message("a batch for ", layer_, " holds ", std::isnan(value) ? "NaN" : "infinity", " at row ",
+                            i, ", column ", j, ": leave out this example"));
+                }
+            }
+        }
+        taskvec::matrix<double> rows(
+            std::min(block, batch.rows()), features_, matrix_order::row_major, memory_of(policy));
+        for (std::size_t first = 0; first < batch.rows(); first += block) {
+            const std::size_t count = std::min(block, batch.rows() - first);
+            for (std::size_t i = 0; i < count; ++i) {
+                for (std::size_t j = 0; j < features_; ++j) { rows(i, j) = widen<double>(batch(first + i, j)); }
+            }
+            const matrix_view<const double> x = std::as_const(rows).view();
+            const bool worth_threads =
+                static_cast<double>(count) * static_cast<double>(features_) * static_cast<double>(features_) > 4e6;
+            for_each_index(
+                worth_threads ? policy : sequential(policy), panels_.size(), [&](std::size_t p, std::size_t) {
+                    const std::size_t j = p * panel;
+                    gemm(sequential(policy), 1.0, x.block(0, j, count, features_ - j).transposed(),
+                        x.block(0, j, count, panels_[p].cols()), 1.0, panels_[p].view());
+                });
+        }
+        examples_ += batch.rows();
+    }
+    template <storage_element T>
+    void add(const cpu& policy, matrix_view<T> batch)
+    {
+        add(policy, matrix_view<const T>(batch));
+    }
+    /// Adds what was seen elsewhere. Throws shape_mismatch.
+    void add(const gram_accumulator& other)
+    {
+        if (other.features_ != features_) {
+            raise<shape_mismatch>(error_code::statistics_shape,
+                message("the Gram matrix of ", layer_, " has ", features_, " inputs, and that of ", other.layer_,
+                    " has ", other.features_));
+        }
+        for (std::size_t p = 0; p < panels_.size(); ++p) {
+            for (std::size_t i = 0; i < panels_[p].size(); ++i) { panels_[p].data()[i] += other.panels_[p].data()[i]; }
+        }
+        examples_ += other.examples_;
+    }
+
+    /// G(i, j).
+    [[nodiscard]] double operator()(std::size_t i, std::size_t j) const noexcept
+    {
+        if (i < j) { std::swap(i, j); }
+        return panels_[j / panel](i - j / panel * panel, j % panel);
+    }
+    /// G, both halves, n×n.
+    [[nodiscard]] taskvec::matrix<double> matrix() const
+    {
+        taskvec::matrix<double> g(features_, features_);
+        for (std::size_t j = 0; j < features_; ++j) {
+            for (std::size_t i = j; i < features_; ++i) { g(i, j) = g(j, i) = (*this)(i, j); }
+        }
+        return g;
+    }
+
+private:
+    static constexpr std::size_t panel = 64, block = 256;
+
+    std::size_t features_;
+    std::string layer_;
+    std::uint64_t examples_ = 0;
+    std::vector<taskvec::matrix<double>> panels_; // columns [64·p, 64·(p + 1)), from their diagonal down
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_STATISTICS_GRAM_ACCUMULATOR_HPP
+
+// ---- taskvec/statistics/stored_gram.hpp
+#if !defined(TASKVEC_SINGLE_STATISTICS_STORED_GRAM_HPP)
+#define TASKVEC_SINGLE_STATISTICS_STORED_GRAM_HPP
+// Gram matrices as they lie in memory or in a mapped file: read, and checked to be what they claim on the way.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <utility>
+
+namespace taskvec::inline TASKVEC_ABI::detail {
+
+/// How far entries of a Gram matrix may be from symmetric, as a share of what the diagonal allows: what storage rounds.
+[[nodiscard]] constexpr double gram_tolerance(taskvec::dtype type) noexcept
+{
+    return type == taskvec::dtype::f64 ? 1e-9 : type == taskvec::dtype::f32 ? 1e-4 : 2e-2;
+}
+[[noreturn, gnu::cold]] inline void refuse_gram_nonfinite(const std::string& where, double value, std::size_t index)
+{
+    raise<nonfinite_error>(error_code::statistics_not_finite,
+        message(where, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", index,
+            ": collect the statistics again"));
+}
+[[noreturn, gnu::cold]] inline void refuse_gram_negative(const std::string& where, double value, std::size_t i)
+{
+    raise<invalid_argument>(error_code::statistics_invalid,
+        message(where, " has ", value, " at row and column ", i, ": a sum of squares cannot be negative"));
+}
+/// Entries (i, j) and (j, i), of which one is not finite, or which differ by more than is tolerated, or are too large.
+[[noreturn, gnu::cold]] inline void refuse_gram_entry(
+    const std::string& where, std::size_t n, std::size_t i, std::size_t j, double lower, double upper, double tolerated)
+{
+    if (!std::isfinite(lower)) { refuse_gram_nonfinite(where, lower, i * n + j); }
+    if (!std::isfinite(upper)) { refuse_gram_nonfinite(where, upper, j * n + i); }
+    if (std::abs(lower - upper) > tolerated) {
+        raise<invalid_argument>(error_code::statistics_invalid,
+            message(
+                where, " is not symmetric: ", lower, " at (", i, ", ", j, ") but ", upper, " at (", j, ", ", i, ")"));
+    }
+    raise<invalid_argument>(error_code::statistics_invalid,
+        message(where, " is no Gram matrix: its entry ", lower, " at (", i, ", ", j,
+            ") is larger than its diagonal allows"));
+}
+
+/// A Gram matrix that is read from memory or a mapped file, n×n, and checked to be one on the way: finite, symmetric,
+/// no entry larger than its diagonal allows (each up to what storage rounds). Throws nonfinite_error, invalid_argument,
+/// in which `where` names it.
+class stored_gram {
+public:
+    static constexpr std::size_t tile = 128; ///< square pieces, both halves of which are in memory at a time
+
+    /// `raw` has room for block_size doubles, `diagonal` for n; both are used again for the next one.
+    stored_gram(const aligned_tensor::operand& from, std::size_t n, std::function<std::string()> where,
+        std::span<double> diagonal, double* raw)
+        : from_(from)
+        , n_(n)
+        , where_(std::move(where))
+        , diagonal_(diagonal.first(n))
+    {
+        for (std::size_t i = 0; i < n; ++i) {
+            (void)read(from, i * n + i, 1, &diagonal_[i], raw);
+            if (!std::isfinite(diagonal_[i])) { refuse_gram_nonfinite(where_(), diagonal_[i], i * n + i); }
+            if (diagonal_[i] < 0) { refuse_gram_negative(where_(), diagonal_[i], i); }
+        }
+    }
+
+    [[nodiscard]] std::size_t tile_rows() const noexcept { return (n_ + tile - 1) / tile; }
+    /// Calls use(i, j, value) for the entries of one row of tiles on and below the diagonal, the mean of both halves.
+    /// `memory`: 2·tile² doubles. Rows of tiles may be read at the same time.
+    template <class Use>
+    void for_each_entry(std::size_t tile_row, double* memory, double* raw, Use&& use) const
+    {
+        const double tolerance = gram_tolerance(from_.dtype);
+        double *const below = memory, *const above = memory + tile * tile;
+        const std::size_t r = tile_row * tile, height = std::min(tile, n_ - r);
+        for (std::size_t c = 0; c <= r; c += tile) {
+            const std::size_t width = std::min(tile, n_ - c);
+            for (std::size_t i = 0; i < height; ++i) {
+                (void)read(from_, (r + i) * n_ + c, width, below + i * tile, raw);
+            }
+            for (std::size_t j = 0; j < width; ++j) {
+                (void)read(from_, (c + j) * n_ + r, height, above + j * tile, raw);
+            }
+            for (std::size_t i = 0; i < height; ++i) {
+                for (std::size_t j = 0; j < width && c + j <= r + i; ++j) {
+                    const double lower = below[i * tile + j], upper = above[j * tile + i];
+                    const double bound = std::sqrt(diagonal_[r + i]) * std::sqrt(diagonal_[c + j]);
+                    if (!(std::abs(lower - upper) <= tolerance * bound)
+                        || !(std::abs(lower) <= (1 + 10 * tolerance) * bound)) {
+                        refuse_gram_entry(where_(), n_, r + i, c + j, lower, upper, tolerance * bound);
+                    }
+                    use(r + i, c + j, 0.5 * (lower + upper));
+                }
+            }
+        }
+    }
+
+    /// `count` elements of any operand from `offset` on, in f64. Returns their largest magnitude bits.
+    static std::uint64_t read(
+        const aligned_tensor::operand& from, std::uint64_t offset, std::size_t count, double* out, double* raw)
+    {
+        std::uint64_t largest = 0;
+        for (std::size_t at = 0; at < count; at += block_size) {
+            const std::size_t n = std::min(block_size, count - at);
+            largest = std::max(largest,
+                with_elements(from, offset + at, n, reinterpret_cast<std::byte*>(raw),
+                    [&](const auto* values) { return kernels::widen(values, out + at, n); }));
+        }
+        return largest;
+    }
+
+private:
+    aligned_tensor::operand from_;
+    std::size_t n_;
+    std::function<std::string()> where_;
+    std::span<double> diagonal_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_STATISTICS_STORED_GRAM_HPP
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The value of the metadata key `schema` that this version writes and reads.
+inline constexpr std::string_view statistics_schema = "taskvec.statistics.1";
+
+/// What a statistics file holds.
+enum class statistics_kind : std::uint8_t { empirical_fisher, expected_fisher, gram };
+
+[[nodiscard]] constexpr std::string_view to_string(statistics_kind kind) noexcept
+{
+    return kind == statistics_kind::gram            ? "gram"
+        : kind == statistics_kind::empirical_fisher ? "empirical_fisher"
+                                                    : "expected_fisher";
+}
+
+/// What a statistics file says about itself.
+struct statistics_info {
+    statistics_kind kind = statistics_kind::empirical_fisher;
+    std::uint64_t examples = 0; ///< how many the statistics come from; of Grams, the rows of the layer that saw most
+    std::optional<std::uint64_t> fingerprint{}; ///< of the model that they were collected with
+    std::vector<std::string> in_out{}; ///< Grams: the weights that are stored in×out (Conv1D); all others are out×in
+    metadata_map metadata{}; ///< further keys to write; on reading, all keys of the file
+};
+
+/// Writes statistics. Each tensor has the name of the parameter that it belongs to: a Fisher also its shape, a Gram
+/// in×in. Metadata: `schema` "taskvec.statistics.1", `kind` "empirical_fisher", "expected_fisher" or "gram",
+/// `examples`, and where known `fingerprint` of the model (see fingerprint()); for Grams of weights that are stored
+/// in×out their names, as a JSON list, under `in_out`. Throws invalid_argument, io_error. Written atomically.
+inline void write_statistics(const std::filesystem::path& path, const const_model_ref& tensors,
+    const statistics_info& info, durability mode = durability::synchronised);
+
+namespace detail {
+
+inline metadata_map statistics_metadata(const statistics_info& info)
+{
+    metadata_map metadata = info.metadata;
+    metadata["schema"] = statistics_schema;
+    metadata["kind"] = to_string(info.kind);
+    metadata["examples"] = std::to_string(info.examples);
+    metadata.erase("fingerprint");
+    metadata.erase("in_out");
+    if (info.fingerprint) { metadata["fingerprint"] = fingerprint_text(*info.fingerprint); }
+    if (!info.in_out.empty()) { metadata["in_out"] = nlohmann::json(info.in_out).dump(); }
+    return metadata;
+}
+
+/// Writes f64 values as another storage type.
+inline void write_narrowed(
+    safetensors_writer& writer, std::size_t index, std::uint64_t element, dtype type, std::span<const double> values)
+{
+    visit_storage(type, "statistics", [&]<class T>(std::type_identity<T>) {
+        std::vector<T> stored(values.size());
+        kernels::narrow(values.data(), stored.data(), values.size());
+        writer.write(index, element * sizeof(T), stored.data(), stored.size() * sizeof(T));
+    });
+}
+
+/// `count` elements of a tensor from `first` on, in f64.
+inline std::vector<double> read_widened(const const_tensor_ref& tensor, std::uint64_t first, std::size_t count)
+{
+    std::vector<double> raw(block_size), values(count);
+    const aligned_tensor::operand from{static_cast<const std::byte*>(tensor.data), tensor.dtype};
+    for (std::size_t at = 0; at < count; at += block_size) {
+        const std::size_t n = std::min(block_size, count - at);
+        with_elements(from, first + at, n, reinterpret_cast<std::byte*>(raw.data()),
+            [&](const auto* stored) { (void)kernels::widen(stored, values.data() + at, n); });
+    }
+    return values;
+}
+
+} // namespace detail
+
+inline void write_statistics(
+    const std::filesystem::path& path, const const_model_ref& tensors, const statistics_info& info, durability mode)
+{
+    for (const auto& [label, tensor] : tensors) {
+        if (!is_storage(tensor.dtype)) {
+            raise<dtype_mismatch>(error_code::dtype_unsupported,
+                message("statistics of '", label, "' have dtype ", to_string(tensor.dtype), "; expected ",
+                    storage_names()));
+        }
+        if (info.kind == statistics_kind::gram && (tensor.shape.size() != 2 || tensor.shape[0] != tensor.shape[1])) {
+            raise<shape_mismatch>(error_code::statistics_shape,
+                message("the Gram matrix of '", label, "' has shape ", to_string(tensor.shape), "; expected a square"));
+        }
+    }
+    write_safetensors(path, tensors, detail::statistics_metadata(info), mode);
+}
+
+/// Writes the Fisher that an accumulator has built, in `storage`.
+///
+///     write_statistics("a.fisher.safetensors", fisher, fingerprint(cpu{}, model));
+inline void write_statistics(const std::filesystem::path& path, const fisher_accumulator& fisher, statistics_kind kind,
+    std::optional<std::uint64_t> model = {}, dtype storage = dtype::f32, durability mode = durability::synchronised)
+{
+    if (kind == statistics_kind::gram) {
+        raise<invalid_argument>(error_code::statistics_kind, "a Fisher accumulator holds no Gram matrices");
+    }
+    if (fisher.examples() == 0) {
+        raise<invalid_argument>(
+            error_code::inputs_empty, "no example was given: the Fisher information is a mean over examples");
+    }
+    std::vector<tensor_spec> specs;
+    for (const auto& parameter : fisher.parameters()) { specs.push_back({parameter.name, storage, parameter.shape}); }
+    safetensors_writer writer(path, specs,
+        detail::statistics_metadata(
+            {.kind = kind, .examples = fisher.examples(), .fingerprint = model, .in_out = {}, .metadata = {}}),
+        mode);
+    for (std::size_t i = 0; i < specs.size(); ++i) { detail::write_narrowed(writer, i, 0, storage, fisher.fisher(i)); }
+    writer.commit();
+}
+inline void write_statistics(const std::filesystem::path& path, const empirical_fisher_accumulator& fisher,
+    std::optional<std::uint64_t> model = {}, dtype storage = dtype::f32, durability mode = durability::synchronised)
+{
+    write_statistics(path, fisher, statistics_kind::empirical_fisher, model, storage, mode);
+}
+inline void write_statistics(const std::filesystem::path& path, const expected_fisher_accumulator& fisher,
+    std::optional<std::uint64_t> model = {}, dtype storage = dtype::f32, durability mode = durability::synchronised)
+{
+    write_statistics(path, fisher, statistics_kind::expected_fisher, model, storage, mode);
+}
+
+/// Writes the Grams of a model's layers, by the names of their weights. `in_out` names those stored in×out. f64 by
+/// default: what f32 rounds away decides where inputs are nearly dependent.
+///
+///     const auto of = fingerprint(cpu{}, model);
+///     write_statistics("a.gram.safetensors", {{"fc1.weight", gram1}, {"fc2.weight", gram2}}, of);
+inline void write_statistics(const std::filesystem::path& path, const std::map<std::string, gram_accumulator>& grams,
+    std::optional<std::uint64_t> model = {}, std::vector<std::string> in_out = {}, dtype storage = dtype::f64,
+    durability mode = durability::synchronised)
+{
+    statistics_info info{.kind = statistics_kind::gram,
+        .examples = 0,
+        .fingerprint = model,
+        .in_out = std::move(in_out),
+        .metadata = {}};
+    std::vector<tensor_spec> specs;
+    for (const auto& [label, gram] : grams) {
+        const auto n = static_cast<std::int64_t>(gram.features());
+        specs.push_back({label, storage, {n, n}});
+        info.examples = std::max(info.examples, gram.examples());
+    }
+    for (const auto& label : info.in_out) {
+        if (!grams.contains(label)) {
+            raise<invalid_argument>(error_code::tensor_missing,
+                message("'", label, "' is said to be stored in×out, and has no Gram matrix here"));
+        }
+    }
+    safetensors_writer writer(path, specs, detail::statistics_metadata(info), mode);
+    std::size_t index = 0;
+    for (const auto& [label, gram] : grams) {
+        std::vector<double> row(gram.features());
+        for (std::size_t i = 0; i < row.size(); ++i) {
+            for (std::size_t j = 0; j < row.size(); ++j) { row[j] = gram(i, j); }
+            detail::write_narrowed(writer, index, i * row.size(), storage, row);
+        }
+        ++index;
+    }
+    writer.commit();
+}
+
+/// A statistics file, mapped: views into it live as long as this object. A safetensors file without our metadata is
+/// taken as it is: then described() is false, and neither its kind nor its model can be checked. Throws format_error
+/// for metadata or tensors that break the format, io_error. Cost: O(header); merges check the values that they read.
+///
+///     const statistics_file fisher("a.fisher.safetensors");
+///     fisher.require_fisher();
+///     check_statistics(cpu{}, fisher, model, "a.safetensors");
+class statistics_file {
+public:
+    explicit statistics_file(const std::filesystem::path& path)
+        : file_(path)
+        , model_(file_.model())
+    {
+        info_.metadata = file_.metadata();
+        const auto value = [&](const char* key) -> const std::string* {
+            const auto place = info_.metadata.find(key);
+            return place == info_.metadata.end() ? nullptr : &place->second;
+        };
+        for (const auto& [label, tensor] : model_) {
+            if (!is_storage(tensor.dtype)) {
+                fail(message(
+                    "holds '", label, "' of dtype ", to_string(tensor.dtype), "; statistics are ", storage_names()));
+            }
+        }
+        const auto* const schema = value("schema");
+        if (!schema) { return; }
+        if (*schema != statistics_schema) {
+            fail(message("has schema '", *schema, "'; this version reads '", statistics_schema, "'"));
+        }
+        described_ = true;
+        const auto* const kind = value("kind");
+        bool known_kind = false;
+        for (const auto known :
+            {statistics_kind::empirical_fisher, statistics_kind::expected_fisher, statistics_kind::gram}) {
+            if (kind && *kind == to_string(known)) {
+                info_.kind = known;
+                known_kind = true;
+            }
+        }
+        if (!known_kind) {
+            fail(message(
+                "has kind '", kind ? *kind : std::string(), "'; expected empirical_fisher, expected_fisher or gram"));
+        }
+        const auto* const examples = value("examples");
+        if (!examples
+            || std::from_chars(examples->data(), examples->data() + examples->size(), info_.examples).ptr
+                != examples->data() + examples->size()
+            || examples->empty()) {
+            fail(message("has examples '", examples ? *examples : std::string(), "'; expected a count"));
+        }
+        if (const auto* const stamp = value("fingerprint")) {
+            info_.fingerprint = parse_fingerprint(*stamp);
+            if (!info_.fingerprint) {
+                fail(message("has the fingerprint '", *stamp, "'; expected 'xxh64:' and 16 hexadecimal digits"));
+            }
+        }
+        if (info_.kind != statistics_kind::gram) { return; }
+        for (const auto& [label, tensor] : model_) {
+            if (tensor.shape.size() != 2 || tensor.shape[0] != tensor.shape[1]) {
+                fail(message("holds '", label, "' of shape ", to_string(tensor.shape), "; a Gram matrix is square"));
+            }
+        }
+        if (const auto* const list = value("in_out")) {
+            const auto json = parse_json(*list, path.string());
+            bool good = json.is_array();
+            for (const auto& entry : json) {
+                good = good && entry.is_string() && model_.find(entry.get_ref<const std::string&>());
+            }
+            if (!good) { fail("has an in_out that is no list of its tensors' names"); }
+            for (const auto& entry : json) { info_.in_out.push_back(entry.get<std::string>()); }
+        }
+    }
+
+    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return file_.path(); }
+    [[nodiscard]] std::filesystem::path path() && { return file_.path(); }
+    [[nodiscard]] const safetensors_file& file() const& noexcept { return file_; }
+    void file() const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
+    void model() const&& = delete; // name the owner first: its views would dangle
+    /// Whether the file says what it holds; info() means something only then.
+    [[nodiscard]] bool described() const noexcept { return described_; }
+    [[nodiscard]] const statistics_info& info() const& noexcept { return info_; }
+    [[nodiscard]] statistics_info info() && { return std::move(info_); }
+    /// How the weight of this name is stored, as the file says; out_in if it says nothing.
+    [[nodiscard]] weight_layout layout(std::string_view label) const
+    {
+        return std::find(info_.in_out.begin(), info_.in_out.end(), label) != info_.in_out.end() ? weight_layout::in_out
+                                                                                                : weight_layout::out_in;
+    }
+
+    /// Throws invalid_argument if the file says that it holds something else.
+    void require_fisher() const { require(info_.kind != statistics_kind::gram, "a diagonal Fisher"); }
+    void require_gram() const { require(info_.kind == statistics_kind::gram, "Gram matrices"); }
+
+private:
+    [[noreturn]] void fail(const std::string& what) const
+    {
+        raise<format_error>(error_code::statistics_format, what, file_.path().string());
+    }
+    void require(bool right, std::string_view wanted) const
+    {
+        if (described_ && !right) {
+            raise<invalid_argument>(error_code::statistics_kind,
+                message("'", path().string(), "' holds ", to_string(info_.kind), "; expected ", wanted));
+        }
+    }
+
+    safetensors_file file_;
+    const_model_ref model_;
+    statistics_info info_;
+    bool described_ = false;
+};
+
+/// Throws invalid_argument if the file names another model than this one. Cost: one read of the model's bytes.
+inline void check_statistics(const cpu& policy, const statistics_file& file, const const_model_ref& model,
+    std::string_view model_name = "the model")
+{
+    if (!file.described() || !file.info().fingerprint) { return; }
+    if (const auto found = fingerprint(policy, model); found != *file.info().fingerprint) {
+        raise<invalid_argument>(error_code::fingerprint_differs,
+            message("'", file.path().string(), "' holds the statistics of another model than '", model_name,
+                "': its fingerprint is ", fingerprint_text(*file.info().fingerprint), "; expected ",
+                fingerprint_text(found)));
+    }
+}
+
+namespace detail {
+
+/// Throws invalid_argument or nonfinite_error unless every tensor of a file of Grams is one. Cost: one read of both
+/// halves.
+inline void check_grams(const statistics_file& file)
+{
+    std::vector<double> memory(2 * stored_gram::tile * stored_gram::tile), raw(block_size), diagonal;
+    for (const auto& [label, tensor] : file.model()) {
+        const auto n = static_cast<std::size_t>(tensor.shape[0]);
+        diagonal.resize(std::max(diagonal.size(), n));
+        const auto where = [&file, &label = label] {
+            return message("the Gram matrix of '", label, "' in '", file.path().string(), "'");
+        };
+        const stored_gram gram(
+            {static_cast<const std::byte*>(tensor.data), tensor.dtype}, n, where, diagonal, raw.data());
+        for (std::size_t row = 0; row < gram.tile_rows(); ++row) {
+            gram.for_each_entry(row, memory.data(), raw.data(), [](std::size_t, std::size_t, double) { });
+        }
+    }
+}
+
+} // namespace detail
+
+/// Joins statistics of one model over parts of its data into one file, as if they had been collected in one go: Grams
+/// add up, Fishers are means weighted by their examples. dtypes are those of the first part. Sums run in f64 in the
+/// order of the parts. Throws invalid_argument for parts of different kinds, models or tensors, or without metadata,
+/// for a negative Fisher, and for what is no Gram matrix; shape_mismatch; nonfinite_error; io_error, also where a part
+/// changed meanwhile. Calls `before_commit(info, tensors)` once the file is complete, before it takes its name: what
+/// that throws leaves the output as it was.
+template <std::invocable<const statistics_info&, std::size_t> Call>
+void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out,
+    durability mode, Call&& before_commit)
+{
+    if (parts.empty()) {
+        raise<invalid_argument>(error_code::inputs_empty, "no statistics were given: at least one file is needed");
+    }
+    std::vector<statistics_file> files;
+    for (const auto& part : parts) { files.emplace_back(part); }
+    const statistics_file& first = files.front();
+    statistics_info info = first.info();
+    info.examples = 0;
+    std::vector<double> weights;
+    for (const auto& file : files) {
+        const auto differ = [&](std::string_view what) {
+            raise<invalid_argument>(error_code::statistics_differ,
+                message("'", file.path().string(), "' and '", first.path().string(), "' ", what,
+                    ": only parts of one collection can be joined"));
+        };
+        if (!file.described()) {
+            raise<invalid_argument>(error_code::statistics_kind,
+                message(
+                    "'", file.path().string(), "' does not say what it holds (no schema '", statistics_schema, "')"));
+        }
+        if (file.info().kind != info.kind) { differ("hold different kinds of statistics"); }
+        if (file.info().fingerprint != info.fingerprint) { differ("come from different models"); }
+        if (file.info().in_out != info.in_out) { differ("disagree about the layout of weights"); }
+        if (file.model().size() != first.model().size()) { differ("hold different tensors"); }
+        for (const auto& [label, tensor] : file.model()) {
+            const auto* const partner = first.model().find(label);
+            if (!partner) { differ("hold different tensors"); }
+            if (partner->shape != tensor.shape) {
+                raise<shape_mismatch>(error_code::statistics_shape,
+                    message("'", label, "' has shape ", to_string(tensor.shape), " in '", file.path().string(),
+                        "' and ", to_string(partner->shape), " in '", first.path().string(), "'"));
+            }
+        }
+        info.examples += file.info().examples;
+        weights.push_back(info.kind == statistics_kind::gram ? 1.0 : static_cast<double>(file.info().examples));
+    }
+    if (info.kind != statistics_kind::gram) {
+        if (info.examples == 0) {
+            raise<invalid_argument>(error_code::inputs_empty, "the Fishers to join come from no examples");
+        }
+        for (double& weight : weights) { weight /= static_cast<double>(info.examples); }
+    }
+    else {
+        for (const auto& file : files) { detail::check_grams(file); }
+    }
+    std::vector<tensor_spec> specs;
+    for (const auto& [label, tensor] : first.model()) { specs.push_back({label, tensor.dtype, tensor.shape}); }
+    safetensors_writer writer(out, specs, detail::statistics_metadata(info), mode);
+    constexpr std::size_t piece = std::size_t{1} << 18;
+    for (std::size_t index = 0; index < specs.size(); ++index) {
+        const std::size_t size = specs[index].size();
+        for (std::size_t at = 0; at < size; at += piece) {
+            const std::size_t n = std::min(piece, size - at);
+            std::vector<double> total(n, 0.0);
+            for (std::size_t f = 0; f < files.size(); ++f) {
+                const auto values = detail::read_widened(files[f].model()[index].tensor, at, n);
+                for (std::size_t i = 0; i < n; ++i) {
+                    if (!std::isfinite(values[i]) || (info.kind != statistics_kind::gram && values[i] < 0)) {
+                        const auto what = message("'", specs[index].name, "' of '", files[f].path().string(),
+                            "' holds ", values[i], " at index ", at + i);
+                        if (std::isfinite(values[i])) {
+                            raise<invalid_argument>(error_code::statistics_invalid,
+                                what + ": a diagonal Fisher is a mean of squares and cannot be negative");
+                        }
+                        raise<nonfinite_error>(error_code::statistics_not_finite, what + ": collect this part again");
+                    }
+                }
+                kernels::accumulate(total.data(), values.data(), weights[f], n);
+            }
+            detail::write_narrowed(writer, index, at, specs[index].dtype, total);
+        }
+    }
+    writer.finish();
+    for (const auto& file : files) { file.file().map().check_unchanged(); }
+    before_commit(std::as_const(info), specs.size());
+    writer.commit();
+}
+
+/// The same, without a call.
+inline void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out,
+    durability mode = durability::synchronised)
+{
+    combine_statistics(parts, out, mode, [](const statistics_info&, std::size_t) { });
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_STATISTICS_HPP
