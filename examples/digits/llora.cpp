@@ -328,9 +328,17 @@ double mean_cosine(const std::vector<std::vector<double>>& seeds)
     return taskvec::mean_off_diagonal(mean_over_seeds(seeds));
 }
 
-double score(const phi_results& results, std::string_view method, std::size_t size)
+/// The mean over subsets of so many tasks, for each seed.
+std::vector<double> score(const phi_results& results, std::string_view method, std::size_t size)
 {
-    return mean_of(results.normalized.at(std::string(method))[size]);
+    const std::vector<double>& all = results.normalized.at(std::string(method))[size];
+    std::vector<double> seeds;
+    const std::size_t each = subsets_of(size);
+    for (std::size_t first = 0; first + each <= all.size(); first += each) {
+        seeds.push_back(mean_of({all.begin() + static_cast<std::ptrdiff_t>(first),
+            all.begin() + static_cast<std::ptrdiff_t>(first + each)}));
+    }
+    return seeds;
 }
 
 /// "93.31±1.20": of fractions, in percent.
@@ -507,72 +515,97 @@ void write_llora(const llora_results& results, const std::filesystem::path& out)
 std::vector<claim> llora_claims(const llora_results& results, const table* fully_fine_tuned)
 {
     const table &lora = results.lora.methods, &linearized = results.linearized.methods;
-    const auto grids =
-        std::pair(mean_over_seeds(results.lora.disentanglement), mean_over_seeds(results.linearized.disentanglement));
-    const auto below = [](std::string_view what, double lora_value, double linearized_value) {
-        return taskvec::message(what, ": L-LoRA ", fixed(linearized_value), ", LoRA ", fixed(lora_value));
-    };
     std::vector<claim> claims;
-    const double single = linearized["Single-Task"].average(), lora_single = lora["Single-Task"].average();
-    claims.push_back({"L-LoRA Single-Task is a little below LoRA Single-Task: not above it, and within 6 points",
-        single <= lora_single && lora_single - single <= 0.06, against("L-LoRA", single, "LoRA", lora_single)});
-    const double cosine = mean_cosine(results.lora.cosines),
-                 linearized_cosine = mean_cosine(results.linearized.cosines);
-    claims.push_back({"L-LoRA's task vectors are closer to orthogonal than LoRA's, in φ space",
-        std::abs(linearized_cosine) < std::abs(cosine), below("mean cosine", cosine, linearized_cosine)});
-    const double in_weights = mean_cosine(results.lora.weight_cosines),
-                 linearized_in_weights = mean_cosine(results.linearized.weight_cosines);
-    claims.push_back({"L-LoRA's task vectors are closer to orthogonal than LoRA's, as changes of the weights",
-        std::abs(linearized_in_weights) < std::abs(in_weights),
-        below("mean cosine", in_weights, linearized_in_weights)});
-    const std::pair merging(mean_where_positive(grids.first), mean_where_positive(grids.second));
-    claims.push_back({"L-LoRA's disentanglement error is lower, on average over λ in [0, 1]²",
-        merging.second < merging.first, below("ξ", merging.first, merging.second)});
-    claims.push_back({"L-LoRA's disentanglement error is lower, on average over λ in [-1, 1]²",
-        grids.second.mean() < grids.first.mean(), below("ξ", grids.first.mean(), grids.second.mean())});
-    claims.push_back({"L-LoRA's disentanglement error is lower where two task vectors are added whole",
-        on_diagonal(grids.second, 1) < on_diagonal(grids.first, 1),
-        below("ξ(1, 1)", on_diagonal(grids.first, 1), on_diagonal(grids.second, 1))});
-    claims.push_back({"L-LoRA's disentanglement error is lower where all eight task vectors are added whole",
-        mean_over_seeds(results.linearized.together).back() < mean_over_seeds(results.lora.together).back(),
-        below("ξ(1, …, 1) / 8", mean_over_seeds(results.lora.together).back(),
-            mean_over_seeds(results.linearized.together).back())});
+    // A figure of each seed that is to be lower for L-LoRA.
+    const auto lower = [&](std::string_view sentence, std::string_view place, std::string_view what, auto&& figure) {
+        const std::vector<double> of_lora = figure(results.lora), of_linearized = figure(results.linearized);
+        const spread difference = over_seeds(minus(of_lora, of_linearized));
+        claims.push_back({std::string(sentence), std::string(place), minus(of_lora, of_linearized),
+            taskvec::message(what, ": L-LoRA ", fixed(over_seeds(of_linearized).mean), ", LoRA ",
+                fixed(over_seeds(of_lora).mean),
+                of_lora.size() > 1
+                    ? taskvec::message(" (difference ", fixed(difference.mean), "±", fixed(difference.deviation), ")")
+                    : "")});
+    };
+    const auto of_each = [](const auto& seeds, auto&& figure) {
+        std::vector<double> values;
+        for (const auto& seed : seeds) { values.push_back(figure(seed)); }
+        return values;
+    };
+    const auto cosine = [](const std::vector<double>& matrix) { return std::abs(taskvec::mean_off_diagonal(matrix)); };
+
+    lower("L-LoRA's task vectors are closer to orthogonal than LoRA's, in φ space", "L Figures 2, 8", "mean cosine",
+        [&](const phi_results& way) { return of_each(way.cosines, cosine); });
+    lower("L-LoRA's disentanglement error is lower, on average over λ in [0, 1]²", "L Figure 6", "ξ",
+        [&](const phi_results& way) { return of_each(way.disentanglement, mean_where_positive); });
+    lower("L-LoRA's disentanglement error is lower, on average over λ in [-1, 1]²", "L Figure 6", "ξ",
+        [&](const phi_results& way) {
+            return of_each(way.disentanglement, [](const taskvec::lambda_grid& grid) { return grid.mean(); });
+        });
+    for (const auto method : phi_merges()) {
+        // By how much it is higher for every number of tasks, in each seed: the least of the gains.
+        std::vector<double> least;
+        std::string measured = "gain in points for 2 to 8 tasks:";
+        for (std::size_t k = 2; k <= tasks; ++k) {
+            const std::vector<double> gain =
+                minus(score(results.linearized, method, k), score(results.lora, method, k));
+            measured += ' ' + points(over_seeds(gain).mean);
+            if (least.empty()) { least = gain; }
+            for (std::size_t seed = 0; seed < gain.size(); ++seed) { least[seed] = std::min(least[seed], gain[seed]); }
+        }
+        claims.push_back(
+            {taskvec::message("L-LoRA's normalized score is higher for every number of tasks, by ", method),
+                "L Table 1, Figures 9–11", least, measured});
+    }
+
+    const auto single = linearized["Single-Task"].averages(), lora_single = lora["Single-Task"].averages();
+    std::vector<double> a_little;
+    for (std::size_t seed = 0; seed < single.size(); ++seed) {
+        const double below = lora_single[seed] - single[seed];
+        a_little.push_back(std::min(below, 0.06 - below));
+    }
+    claims.push_back({"L-LoRA Single-Task is a little below LoRA Single-Task: below it, and within 6 points", "",
+        a_little, against("L-LoRA", single, "LoRA", lora_single)});
+    lower("L-LoRA's task vectors are closer to orthogonal than LoRA's, as changes of the weights", "", "mean cosine",
+        [&](const phi_results& way) { return of_each(way.weight_cosines, cosine); });
+    lower("L-LoRA's disentanglement error is lower where two task vectors are added whole", "", "ξ(1, 1)",
+        [&](const phi_results& way) {
+            return of_each(way.disentanglement, [](const taskvec::lambda_grid& grid) { return on_diagonal(grid, 1); });
+        });
+    lower("L-LoRA's disentanglement error is lower where all eight task vectors are added whole", "", "ξ(1, …, 1) / 8",
+        [&](const phi_results& way) {
+            return of_each(way.together, [](const std::vector<double>& seed) { return seed.back(); });
+        });
+    std::vector<double> mean(single.size()), lora_mean(single.size());
     std::vector<std::string> merged; // all the merges of the tables
     for (const auto& r : linearized.rows()) {
         if (r.method != "Pre-Trained" && r.method != "Single-Task") { merged.push_back(r.method); }
     }
-    double mean = 0, lora_mean = 0;
     for (const auto& method : merged) {
-        const double accuracy = linearized[method].average(), lora_accuracy = lora[method].average();
-        mean += accuracy / static_cast<double>(merged.size());
-        lora_mean += lora_accuracy / static_cast<double>(merged.size());
-        claims.push_back({taskvec::message("L-LoRA merges better than LoRA by ", method, ", eight tasks"),
-            accuracy > lora_accuracy, against("L-LoRA", accuracy, "LoRA", lora_accuracy)});
-    }
-    claims.push_back({"L-LoRA merges better than LoRA on average over these methods, eight tasks", mean > lora_mean,
-        against("L-LoRA", mean, "LoRA", lora_mean)});
-    for (const auto method : phi_merges()) {
-        std::size_t better = 0;
-        std::string measured = "gain in points for 2 to 8 tasks:";
-        const auto gain = [&](std::size_t k) {
-            return score(results.linearized, method, k) - score(results.lora, method, k);
-        };
-        for (std::size_t k = 2; k <= tasks; ++k) {
-            better += gain(k) > 0;
-            measured += ' ' + points(gain(k));
+        const auto accuracy = linearized[method].averages(), lora_accuracy = lora[method].averages();
+        for (std::size_t seed = 0; seed < mean.size(); ++seed) {
+            mean[seed] += accuracy[seed] / static_cast<double>(merged.size());
+            lora_mean[seed] += lora_accuracy[seed] / static_cast<double>(merged.size());
         }
-        claims.push_back(
-            {taskvec::message("L-LoRA's normalized score is higher for every number of tasks, by ", method),
-                better == tasks - 1, measured});
-        claims.push_back({taskvec::message("L-LoRA's gain grows with the number of tasks, by ", method),
-            gain(tasks) > gain(2),
-            taskvec::message("in points: ", points(gain(2)), " for two tasks, ", points(gain(tasks)), " for eight")});
+        claims.push_back({taskvec::message("L-LoRA merges better than LoRA by ", method, ", eight tasks, in accuracy"),
+            "", minus(accuracy, lora_accuracy), against("L-LoRA", accuracy, "LoRA", lora_accuracy)});
+    }
+    claims.push_back({"L-LoRA merges better than LoRA on average over these methods, eight tasks, in accuracy", "",
+        minus(mean, lora_mean), against("L-LoRA", mean, "LoRA", lora_mean)});
+    for (const auto method : phi_merges()) {
+        const auto gain = [&](std::size_t k) {
+            return minus(score(results.linearized, method, k), score(results.lora, method, k));
+        };
+        claims.push_back({taskvec::message("L-LoRA's gain grows with the number of tasks, by ", method), "",
+            minus(gain(tasks), gain(2)),
+            taskvec::message("in points: ", points(over_seeds(gain(2)).mean), " for two tasks, ",
+                points(over_seeds(gain(tasks)).mean), " for eight")});
     }
     if (fully_fine_tuned) {
-        const double best = linearized.best(phi_merges()), full = fully_fine_tuned->best(phi_merges());
-        claims.push_back(
-            {"the best L-LoRA merge is better than the best merge of fully fine-tuned models by the same methods",
-                best > full, against("L-LoRA", best, "full fine-tuning", full)});
+        const auto best = linearized.best(phi_merges()), full = fully_fine_tuned->best(phi_merges());
+        claims.push_back({"the best L-LoRA merge is better than the best merge of fully fine-tuned models by the same "
+                          "methods, in accuracy",
+            "", minus(best, full), against("L-LoRA", best, "full fine-tuning", full)});
     }
     return claims;
 }

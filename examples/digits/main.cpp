@@ -136,7 +136,9 @@ void experiment(const options& o)
         print("Chosen on validation, for 2 to 8 tasks\n" + llora.chosen);
         write_llora(llora, o.out);
     }
-    print("What this small setting says about the papers' claims, as measured above");
+    print(taskvec::message("What this small setting says about the papers' claims, as measured above\n", papers, " ",
+        o.seeds > 1 ? "\"Within noise\": the difference is within its deviation over the seeds.\n"
+                    : "Of one seed: a small difference may be noise, and --seeds 8 says whether it is.\n"));
     if (wanted("fft")) { print(text(fft_claims(fft))); }
     if (wanted("lora")) { print(text(lora_claims(lora))); }
     if (wanted("llora")) { print(text(llora_claims(llora, wanted("fft") ? &fft.methods : nullptr))); }

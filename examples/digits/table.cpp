@@ -68,11 +68,24 @@ const row& table::operator[](std::string_view method) const
     return *place;
 }
 
-double table::best(const std::vector<std::string_view>& methods) const
+std::vector<double> table::best(const std::vector<std::string_view>& methods) const
 {
-    double highest = 0;
-    for (const auto method : methods) { highest = std::max(highest, (*this)[method].average()); }
+    std::vector<double> highest = (*this)[methods.front()].averages();
+    for (const auto method : methods) {
+        const std::vector<double> averages = (*this)[method].averages();
+        std::ranges::transform(highest, averages, highest.begin(), [](double a, double b) { return std::max(a, b); });
+    }
     return highest;
+}
+
+std::vector<double> table::worst(const std::vector<std::string_view>& methods) const
+{
+    std::vector<double> lowest = (*this)[methods.front()].averages();
+    for (const auto method : methods) {
+        const std::vector<double> averages = (*this)[method].averages();
+        std::ranges::transform(lowest, averages, lowest.begin(), [](double a, double b) { return std::min(a, b); });
+    }
+    return lowest;
 }
 
 std::string table::text() const

@@ -49,8 +49,9 @@ public:
     [[nodiscard]] const std::vector<row>& rows() const { return rows_; }
     /// The row of that method; a method that is not in the table is an error.
     [[nodiscard]] const row& operator[](std::string_view method) const;
-    /// The highest average of these methods.
-    [[nodiscard]] double best(const std::vector<std::string_view>& methods) const;
+    /// The highest and the lowest average of these methods, for each seed.
+    [[nodiscard]] std::vector<double> best(const std::vector<std::string_view>& methods) const;
+    [[nodiscard]] std::vector<double> worst(const std::vector<std::string_view>& methods) const;
 
     /// Columns separated by blanks: method, #params, the tasks, Avg; percent with two decimals, ± the standard
     /// deviation over seeds where there are several.
