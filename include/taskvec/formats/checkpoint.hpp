@@ -291,8 +291,10 @@ struct model_directory {
         return {std::move(map), std::move(header)};
     }
     auto contents = parse_pytorch(bytes, path.string());
+    std::error_code unknown;
+    auto rows = lay_out_rows(contents, bytes, path.string(), std::filesystem::temp_directory_path(unknown));
     notes.insert(notes.end(), contents.notes.begin(), contents.notes.end());
-    return {std::move(map), std::move(contents.header)};
+    return {std::move(map), std::move(contents.header), std::move(rows)};
 }
 
 /// The shards that an index names, beside it.

@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <memory>
@@ -145,6 +146,29 @@ inline void synchronise_directory(const std::filesystem::path& directory)
         const int code = errno;
         if (const auto handler = unsynchronised_slot().load()) { handler(directory, code); }
     }
+}
+
+/// Maps `bytes` (not 0) of a new file that has no name and is gone with the map: munmap() gives it back. `folder`:
+/// where it lies (empty: here). `what`: for whom, in messages.
+[[nodiscard]] inline void* map_unnamed_file(
+    const std::filesystem::path& folder, std::size_t bytes, std::string_view what)
+{
+    const auto place = folder.empty() ? std::filesystem::path(".") : folder;
+    descriptor file(retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
+    if (!file) { // not every file system has files without names
+        auto pattern = (place / ".taskvec-XXXXXX").string();
+        file = descriptor(::mkostemp(pattern.data(), O_CLOEXEC));
+        if (!file) { raise_io(place, "cannot create a temporary file in it", errno); }
+        ::unlink(pattern.c_str());
+    }
+    if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
+        raise_io(place, message("cannot reserve space for ", what), code);
+    }
+    void* const memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
+    if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
+        raise_io(place, "cannot map a temporary file in it", errno);
+    }
+    return memory;
 }
 
 } // namespace detail

@@ -5,6 +5,7 @@
 #include <taskvec/core/dtype.hpp>
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/formats/file.hpp>
 #include <taskvec/formats/file_kind.hpp>
 #include <taskvec/formats/safetensors.hpp>
 
@@ -12,13 +13,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <map>
+#include <memory>
 #include <set>
 #include <span>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include <sys/mman.h>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -32,6 +37,9 @@ inline constexpr std::size_t pickle_value_limit = 5'000'000;
 struct pytorch_contents {
     safetensors_header header;
     std::vector<std::string> notes{}; ///< what whoever opens it should know
+    /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, or parts of others):
+    /// lay_out_rows() gives them rows. Every element lies in the file.
+    std::map<std::string, extents> strides{};
 };
 
 namespace detail {
@@ -670,9 +678,18 @@ private:
             wrong(name,
                 message("of ", to_string(tensor.type), " ", to_string(shape), " runs past the end of its storage"));
         }
-        if (const const_tensor_ref view{nullptr, tensor.type, shape, strides}; !view.contiguous()) {
-            fail(message("has tensor '", name, "' of shape ", to_string(shape), " and strides ", to_string(strides),
-                ": only contiguous tensors are read; save it as .contiguous()"));
+        if (const const_tensor_ref view{nullptr, tensor.type, shape, strides}; !empty && !view.contiguous()) {
+            std::uint64_t last = first, way = 0;
+            for (std::size_t d = 0; d < shape.size(); ++d) {
+                if (__builtin_mul_overflow(
+                        static_cast<std::uint64_t>(shape[d]) - 1, static_cast<std::uint64_t>(strides[d]), &way)
+                    || __builtin_add_overflow(last, way, &last) || last >= room) {
+                    wrong(name,
+                        message("of ", to_string(tensor.type), " ", to_string(shape), " with strides ",
+                            to_string(strides), " runs past the end of its storage"));
+                }
+            }
+            contents_.strides.emplace(name, std::move(strides));
         }
         contents_.header.entries.push_back(
             {std::move(name), tensor.type, std::move(shape), entry->offset + first * width, count * width});
@@ -715,11 +732,88 @@ private:
 /// numbers, texts, collections and the functions that rebuild tensors and parameters; anything else that it names or
 /// does is refused by its name, and nothing runs. Checked: every record of the archive (64-bit ones too), that entries
 /// share no bytes and are neither compressed nor encrypted, storages against their sizes, tensors against their
-/// storages. Tensors that are not contiguous are refused. Values that are no tensors are noted. Throws format_error
+/// storages. Values that are no tensors are noted. Throws format_error
 /// naming `file` and the tensor. Cost: O(pickle); no tensor byte is read.
 [[nodiscard]] inline pytorch_contents parse_pytorch(std::span<const std::byte> bytes, std::string_view file)
 {
     return detail::pytorch_tensors({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file).take();
+}
+
+namespace detail {
+
+/// Copies a tensor of elements of `Word` to row-major memory, in tiles of its last two dimensions: the columns of a
+/// transposed matrix share lines of the cache.
+template <class Word>
+void copy_rows(const std::byte* from, const extents& shape, const extents& strides, std::byte* to)
+{
+    constexpr std::int64_t tile = 32;
+    const std::size_t rank = shape.size();
+    const std::int64_t columns = shape[rank - 1], rows = rank > 1 ? shape[rank - 2] : 1;
+    const std::int64_t by_column = strides[rank - 1], by_row = rank > 1 ? strides[rank - 2] : 0;
+    std::int64_t outer = 1;
+    for (std::size_t d = 0; d + 2 < rank; ++d) { outer *= shape[d]; }
+    for (std::int64_t block = 0; block < outer; ++block) {
+        std::int64_t begin = 0, rest = block;
+        for (std::size_t d = rank; d-- > 2;) {
+            begin += rest % shape[d - 2] * strides[d - 2];
+            rest /= shape[d - 2];
+        }
+        std::byte* const out = to + static_cast<std::size_t>(block * rows * columns) * sizeof(Word);
+        for (std::int64_t i0 = 0; i0 < rows; i0 += tile) {
+            for (std::int64_t j0 = 0; j0 < columns; j0 += tile) {
+                for (std::int64_t i = i0; i < std::min(rows, i0 + tile); ++i) {
+                    for (std::int64_t j = j0; j < std::min(columns, j0 + tile); ++j) {
+                        Word word;
+                        std::memcpy(&word,
+                            from + static_cast<std::size_t>(begin + i * by_row + j * by_column) * sizeof(Word),
+                            sizeof word);
+                        std::memcpy(out + static_cast<std::size_t>(i * columns + j) * sizeof(Word), &word, sizeof word);
+                    }
+                }
+            }
+        }
+    }
+}
+
+} // namespace detail
+
+/// Lays the tensors of contents.strides out row-major, one after another, in a file without a name in `folder`, and
+/// gives their entries offsets behind the end of `bytes`, as safetensors_file takes them; a note says so. Null where
+/// all lie so already. Memory: none but the page cache's. Throws io_error. Cost: one read of these tensors.
+[[nodiscard]] inline std::shared_ptr<const std::byte> lay_out_rows(pytorch_contents& contents,
+    std::span<const std::byte> bytes, std::string_view file, const std::filesystem::path& folder)
+{
+    if (contents.strides.empty()) { return nullptr; }
+    std::uint64_t total = 0;
+    const auto padded = [](std::uint64_t size) { return (size + 63) / 64 * 64; };
+    for (const auto& entry : contents.header.entries) {
+        if (contents.strides.contains(entry.name)) { total += padded(entry.bytes); }
+    }
+    const auto size = static_cast<std::size_t>(total);
+    auto* const memory =
+        static_cast<std::byte*>(detail::map_unnamed_file(folder, size, "tensors that are stored transposed"));
+    std::shared_ptr<const std::byte> result(
+        memory, [size](const std::byte* data) { ::munmap(const_cast<std::byte*>(data), size); });
+    std::uint64_t at = 0;
+    for (auto& entry : contents.header.entries) {
+        const auto place = contents.strides.find(entry.name);
+        if (place == contents.strides.end()) { continue; }
+        const auto* const from = bytes.data() + entry.offset;
+        switch (bits_per_element(entry.dtype)) {
+        case 8: detail::copy_rows<std::uint8_t>(from, entry.shape, place->second, memory + at); break;
+        case 16: detail::copy_rows<std::uint16_t>(from, entry.shape, place->second, memory + at); break;
+        case 32: detail::copy_rows<std::uint32_t>(from, entry.shape, place->second, memory + at); break;
+        default: detail::copy_rows<std::uint64_t>(from, entry.shape, place->second, memory + at);
+        }
+        entry.offset = bytes.size() + at;
+        at += padded(entry.bytes);
+    }
+    const auto count = contents.strides.size();
+    contents.notes.push_back(message("'", std::string(file), "': ", count, count == 1 ? " tensor ('" : " tensors ('",
+        contents.strides.begin()->first, count == 1 ? "') does" : "' …) do",
+        " not lie row by row there (transposed, say): laid out in a temporary file of ", total, " bytes"));
+    contents.strides.clear();
+    return result;
 }
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -14,11 +14,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <limits>
@@ -29,7 +27,6 @@
 #include <utility>
 #include <vector>
 
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -348,22 +345,7 @@ private:
             mine.values = mine.in_memory.data();
             return;
         }
-        const auto place = folder_.empty() ? std::filesystem::path(".") : folder_;
-        detail::descriptor file(
-            detail::retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
-        if (!file) { // not every file system has files without names
-            auto pattern = (place / ".taskvec-XXXXXX").string();
-            file = detail::descriptor(::mkostemp(pattern.data(), O_CLOEXEC));
-            if (!file) { detail::raise_io(place, "cannot create a temporary file in it", errno); }
-            ::unlink(pattern.c_str());
-        }
-        if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
-            detail::raise_io(place, "cannot reserve space for a layer that is quantised again", code);
-        }
-        void* const memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
-        if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
-            detail::raise_io(place, "cannot map a temporary file in it", errno);
-        }
+        void* const memory = detail::map_unnamed_file(folder_, bytes, "a layer that is quantised again");
         mine.values = static_cast<float*>(memory);
         mine.mapped = bytes;
     }

@@ -19,6 +19,7 @@
 #include <filesystem>
 #include <limits>
 #include <map>
+#include <memory>
 #include <set>
 #include <span>
 #include <string>
@@ -353,6 +354,12 @@ public:
         : map_(std::move(map))
         , header_(std::move(header))
     { }
+    /// The same, with some tensors laid out anew: those whose offset is `size of the file + n` lie at byte n of `more`.
+    safetensors_file(mapped_file map, safetensors_header header, std::shared_ptr<const std::byte> more)
+        : map_(std::move(map))
+        , header_(std::move(header))
+        , more_(std::move(more))
+    { }
 
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return map_.path(); }
     [[nodiscard]] std::filesystem::path path() && { return map_.path(); }
@@ -368,7 +375,10 @@ public:
     void tensor(const safetensors_entry&) const&& = delete; // name the owner first: its views would dangle
     [[nodiscard]] const_tensor_ref tensor(const safetensors_entry& entry) const&
     {
-        return {map_.bytes().data() + entry.offset, entry.dtype, entry.shape, {}, memory_space::host, 0};
+        const auto size = map_.bytes().size();
+        const auto* const data =
+            more_ && entry.offset >= size ? more_.get() + (entry.offset - size) : map_.bytes().data() + entry.offset;
+        return {data, entry.dtype, entry.shape, {}, memory_space::host, 0};
     }
     void model() const&& = delete; // name the owner first: its views would dangle
     /// All tensors, by name.
@@ -385,6 +395,7 @@ public:
 private:
     mapped_file map_;
     safetensors_header header_;
+    std::shared_ptr<const std::byte> more_;
 };
 
 /// The header bytes (length included) of a file that holds `specs`, and where each tensor's bytes go.
