@@ -12,22 +12,22 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// The rule of one tensor: what is among the top entries of `kept`, and not among those of `outliers`.
+/// The rule of one tensor: what is among the top entries of `upper`, and not among those of `outliers`.
 template <arithmetic_element A>
 struct keep_between_of_tensor {
     static constexpr bool sees_all = false; // NaN and infinity are the outliers
     static constexpr bool clears_zeros = true;
-    keep_top_of_tensor<A> kept, outliers;
+    keep_top_of_tensor<A> upper, outliers;
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
     {
-        return select(outliers(in, t, x) == 0, kept(in, t, x), typename In::pack{});
+        return select(outliers(in, t, x) == 0, upper(in, t, x), typename In::pack{});
     }
     [[nodiscard]] std::uint64_t constant_until(std::uint64_t place, std::uint64_t end) const noexcept
     {
-        return outliers.constant_until(place, kept.constant_until(place, end));
+        return outliers.constant_until(place, upper.constant_until(place, end));
     }
 };
 
