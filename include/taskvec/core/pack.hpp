@@ -295,6 +295,18 @@ TASKVEC_WORDS_COMPARISON(==)
 TASKVEC_WORDS_COMPARISON(!=)
 #undef TASKVEC_WORDS_COMPARISON
 
+/// A mask that loops after it use: a body says so where it makes one before `in.each` or `in.sum_of`. (g++ 12 may carry
+/// the comparison instead of its result from block to block; in 64-byte packs there is no such value, and it ends in an
+/// internal error. A value that is hidden is no comparison.)
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> materialised(pack_mask<A, bytes> mask) noexcept
+{
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+    if constexpr (bytes == 64) { asm("" : "+v"(mask.lanes)); }
+#endif
+    return mask;
+}
+
 /// Shifts of every word, to the left or, filling with zeros, to the right.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept

@@ -84,7 +84,8 @@ struct sce_body {
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
     {
         using pack = typename In::pack;
-        const auto takes_part = mask_of(in, in.tasks(), [&](std::size_t t) TASKVEC_BODY { return in.delta(t); });
+        const auto takes_part =
+            materialised(mask_of(in, in.tasks(), [&](std::size_t t) TASKVEC_BODY { return in.delta(t); }));
         const pack sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return where(takes_part, in.delta(t)); });
         const pack sign = select(sum >= 0, filled<pack>(1), filled<pack>(-1));
         pack total{}, divisor{};
