@@ -3,11 +3,17 @@
 #include <taskvec/core/option_text.hpp>
 #include <taskvec/taskvec.hpp>
 
+#include "../../examples/midpoint.hpp"
+
 #include <doctest/doctest.h>
 #include <library_methods.hpp>
 
+#include <cmath>
+#include <concepts>
 #include <set>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -41,9 +47,51 @@ void check_table()
     }
 }
 
+/// What a row's range leaves out is refused by check_options(), in the words in which text is refused.
+template <class Options>
+void check_ranges()
+{
+    Options options{};
+    CHECK_NOTHROW(taskvec::check_options(options));
+    taskvec::for_each_option(options, [&](const auto& row, auto& value) {
+        if constexpr (std::same_as<std::remove_cvref_t<decltype(value)>, double>) {
+            const double kept = value;
+            const auto& range = row.details;
+            for (const double wrong :
+                {std::nan(""), HUGE_VAL, -HUGE_VAL, range.at_least - 1, range.above, range.at_most + 1}) {
+                CAPTURE(row.name);
+                CAPTURE(wrong);
+                value = wrong;
+                const std::string text = taskvec::write_option(wrong);
+                std::string said, read;
+                try {
+                    taskvec::check_options(options);
+                }
+                catch (const taskvec::invalid_argument& error) {
+                    said = error.what();
+                    CHECK(error.code()
+                        == (std::isfinite(wrong) ? taskvec::error_code::parameter_out_of_range
+                                                 : taskvec::error_code::parameter_not_finite));
+                }
+                Options other{};
+                try {
+                    taskvec::set_option(other, row.name, text);
+                }
+                catch (const taskvec::invalid_argument& error) {
+                    read = error.what();
+                }
+                CHECK_FALSE(said.empty());
+                CHECK(said == read);
+            }
+            value = kept;
+        }
+    });
+    CHECK_NOTHROW(taskvec::check_options(options));
+}
+
 template <class... Options>
 struct check_tables {
-    static void run() { (check_table<Options>(), ...); }
+    static void run() { ((check_table<Options>(), check_ranges<Options>()), ...); }
 };
 
 TEST_CASE("the library's tables hold what they promise")
@@ -57,6 +105,15 @@ TEST_CASE("the library's tables hold what they promise")
     check_table<taskvec::adapter_ties_options>();
     check_table<taskvec::peru_lora_options>();
     check_table<taskvec::extract_options>();
+}
+
+TEST_CASE("a method of one's own is never given a number that its table leaves out")
+{
+    const std::vector<float> x{1, 2};
+    std::vector<float> out(2);
+    CHECK_THROWS_WITH_AS(merge(taskvec::cpu{}, example::midpoint_options{.lambda = NAN}, x, std::vector{x, x}, out),
+        "lambda is nan; expected a finite number", taskvec::invalid_argument);
+    CHECK(out == std::vector<float>(2));
 }
 
 TEST_CASE("presets are the structs that they name")

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/adapters/merge_adapters.hpp>
+#include <taskvec/core/option_range.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/keep/all.hpp>
 #include <taskvec/methods/ties.hpp>
@@ -117,10 +118,10 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
     const adapter_ties_options& options, const Decompose& decompose)
 {
     const ties_options& how = options.ties;
+    check_options(how);
     const std::size_t tasks = adapters.size();
     (void)detail::adapter_weights(how.weights, tasks, 1); // how many there must be
-    const auto weights = detail::checked_weights(how.weights, tasks, how.negative_weights);
-    detail::check_factor(how.lambda, "lambda");
+    const auto weights = task_weights(how.weights, tasks, how.negative_weights);
     const auto layers = detail::shared_layers<T>(adapters);
     std::size_t largest_rank = 0, largest_size = 0;
     std::uint64_t elements = 0;

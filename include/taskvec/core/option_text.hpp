@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/core/error.hpp>
+#include <taskvec/core/option_range.hpp>
 #include <taskvec/core/option_table.hpp>
 
 #include <algorithm>
@@ -68,13 +69,6 @@ template <class Options>
 
 namespace detail {
 
-[[nodiscard]] inline std::string number_text(double value)
-{
-    char digits[32];
-    const auto end = std::to_chars(digits, digits + sizeof digits, value).ptr;
-    return {digits, end};
-}
-
 /// A decimal number that is the whole text; a sign of either kind may stand before it.
 [[nodiscard]] inline std::optional<double> read_number(std::string_view text)
 {
@@ -90,25 +84,6 @@ namespace detail {
     const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (text.empty() || failure != std::errc{} || end != text.data() + text.size()) { return std::nullopt; }
     return value;
-}
-
-[[nodiscard]] inline bool in_range(const option_details& range, double value)
-{
-    return std::isfinite(value) && value >= range.at_least && value > range.above && value <= range.at_most;
-}
-
-[[nodiscard]] inline std::string range_text(const option_details& range, std::string_view noun)
-{
-    if (!range.expected.empty()) { return std::string(range.expected); }
-    std::string text(noun);
-    const bool least = std::isfinite(range.at_least), above = std::isfinite(range.above);
-    const bool most = std::isfinite(range.at_most);
-    if (least && most) { return text + " from " + number_text(range.at_least) + " to " + number_text(range.at_most); }
-    if (least) { return text + " of at least " + number_text(range.at_least); }
-    if (above) { text += " above " + number_text(range.above); }
-    if (most) { text += std::string(above ? " and" : "") + " up to " + number_text(range.at_most); }
-    if (!above && !most) { text.replace(0, 1, "a finite"); }
-    return text;
 }
 
 template <class Words>
@@ -157,11 +132,7 @@ template <class Value>
         return range_text(details, "a number");
     }
     else if constexpr (kind == option_kind::whole_number) {
-        auto range = details;
-        if (!(range.at_least > 0)) { range.at_least = 0; }
-        if (std::isfinite(range.at_most)) { return range_text(range, "a whole number"); }
-        return "a whole number from " + number_text(range.at_least) + " to "
-            + std::to_string(std::numeric_limits<Value>::max());
+        return whole_number_text(details, std::numeric_limits<Value>::max());
     }
     else if constexpr (kind == option_kind::word) {
         return list_text(words_of<Value>());

@@ -38,7 +38,7 @@ public:
 
     template <class Passes>
     method(Passes& passes, const average_options& options)
-        : weights_(detail::checked_weights(options.weights, passes.tasks()))
+        : weights_(task_weights(options.weights, passes.tasks()))
         , normalize_(options.normalize)
         , numbers_(passes, weights_)
     {

@@ -107,18 +107,14 @@ namespace detail {
             ": a diagonal Fisher is a mean of squares and cannot be negative"));
 }
 
-/// Throws unless the weights and the floor mean something. Returns the weights ct.
+/// Throws unless the weights mean something. Returns the weights ct.
 [[nodiscard]] inline std::vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
 {
-    std::vector<double> weights = checked_weights(options.weights, tasks, false);
+    std::vector<double> weights = task_weights(options.weights, tasks, false);
     double total = 0;
     for (const double weight : weights) { total += weight; }
     if (total == 0) {
         raise<invalid_argument>(error_code::weights_sum_zero, "the weights of a Fisher merge are all 0");
-    }
-    if (!(options.floor >= 0) || !std::isfinite(options.floor)) {
-        raise<invalid_argument>(error_code::parameter_out_of_range,
-            message("floor is ", options.floor, "; expected a number that is not negative, such as 1e-12"));
     }
     return weights;
 }

@@ -112,11 +112,7 @@ private:
     { }
     [[nodiscard]] static std::vector<double> weights_of(const karcher_options& options, std::size_t tasks)
     {
-        if (!(options.tolerance > 0)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("tolerance is ", options.tolerance, "; expected a number above 0, such as 1e-5"));
-        }
-        auto weights = detail::checked_weights(options.weights, tasks, false);
+        auto weights = task_weights(options.weights, tasks, false);
         const double total = detail::weight_divisor(weights, true).get<double>();
         for (double& weight : weights) { weight /= total; }
         return weights;

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_range.hpp>
 #include <taskvec/methods/walk.hpp>
 #include <taskvec/methods/wrong_call.hpp>
 #include <taskvec/models/overflow_guard.hpp>
@@ -64,6 +65,7 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
 {
     using method_type = method<Options>;
     static_assert(check_method<Options>());
+    check_options(options);
     if (method_type::needs_base && !models.has_base()) {
         raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }

@@ -37,8 +37,8 @@
 // The constructor checks the options and may ask `passes` for what takes a walk over the models: dot products of every
 // tensor, thresholds of top-k, and memory for tables that bodies read (see cpu_passes). body<A>(tensor) is a small
 // value for each tensor: trivially copyable, numbers and pointers from passes.keep(). Its call operator works on a pack
-// of entries (core/pack.hpp; the interface of `in` is that of kernels::entries): no branches on packs, one result. It is
-// compiled for every vector width and, on the gpu policy, as a functor.
+// of entries (core/pack.hpp; the interface of `in` is that of kernels::entries): no branches on packs, one result. It
+// is compiled for every vector width and, on the gpu policy, as a functor.
 //
 // What a method may say beside that has a default in elementwise_method. Methods that are not elementwise are row
 // methods, with a call for a block of rows, or write everything themselves: row_method and whole_method below.
@@ -57,7 +57,6 @@
 #include <memory_resource>
 #include <ranges>
 #include <string>
-#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -188,29 +187,6 @@ consteval bool check_method()
     return true;
 }
 
-/// Weights as many as tasks: given, or all 1. Rounded to A once, when used.
-inline std::vector<double> checked_weights(
-    const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
-{
-    if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
-    if (weights.size() != tasks) {
-        raise<invalid_argument>(
-            error_code::list_length, message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
-    }
-    for (std::size_t t = 0; t < tasks; ++t) {
-        if (!std::isfinite(weights[t])) {
-            raise<invalid_argument>(
-                error_code::parameter_not_finite, message("the weight of task ", t + 1, " is not finite"));
-        }
-        if (!negative_allowed && weights[t] < 0) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("the weight of task ", t + 1, " is ", weights[t],
-                    ": this method has no meaning for negative weights"));
-        }
-    }
-    return weights;
-}
-
 /// What a sum over tasks is divided by: Σ weights in the arithmetic type, in task order; 1 where it is not
 /// `normalized`.
 class weight_divisor {
@@ -244,13 +220,32 @@ private:
     double wide_ = 1;
 };
 
-inline void check_factor(double value, std::string_view what)
-{
-    if (!std::isfinite(value)) {
-        raise<invalid_argument>(error_code::parameter_not_finite, message(what, " is not finite"));
-    }
-}
-
 } // namespace detail
+
+/// The weights of the tasks, one for each: those given, or 1 for all where none are. A method's constructor checks its
+/// list with this. Errors: invalid_argument (another number of them; not finite; negative where that means nothing).
+///
+///     const std::vector<double> weights = task_weights(options.weights, passes.tasks());
+[[nodiscard]] inline std::vector<double> task_weights(
+    const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
+{
+    if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
+    if (weights.size() != tasks) {
+        raise<invalid_argument>(
+            error_code::list_length, message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
+    }
+    for (std::size_t t = 0; t < tasks; ++t) {
+        if (!std::isfinite(weights[t])) {
+            raise<invalid_argument>(
+                error_code::parameter_not_finite, message("the weight of task ", t + 1, " is not finite"));
+        }
+        if (!negative_allowed && weights[t] < 0) {
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message("the weight of task ", t + 1, " is ", weights[t],
+                    ": this method has no meaning for negative weights"));
+        }
+    }
+    return weights;
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -83,7 +83,7 @@ private:
     { }
     [[nodiscard]] static std::vector<double> weights_of(const multi_slerp_options& options, std::size_t tasks)
     {
-        auto weights = detail::checked_weights(options.weights, tasks);
+        auto weights = task_weights(options.weights, tasks);
         const double divisor = detail::weight_divisor(weights, options.normalize).get<double>();
         for (double& weight : weights) { weight /= divisor; }
         return weights;

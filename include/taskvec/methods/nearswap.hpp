@@ -21,8 +21,9 @@ struct nearswap_options {
 
 template <>
 struct options_of<nearswap_options> {
-    static constexpr option_table table{option_row(
-        "t", &nearswap_options::t, "how near entries are to be taken, and how far others go", {.at_least = 0})};
+    static constexpr option_table table{
+        option_row("t", &nearswap_options::t, "how near entries are to be taken, and how far others go",
+            {.at_least = 0, .expected = "a distance of at least 0, such as 0.001"})};
 };
 
 template <arithmetic_element A>
@@ -51,11 +52,6 @@ public:
     method(Passes& passes, const nearswap_options& options)
         : t_(options.t)
     {
-        detail::check_factor(t_, "t");
-        if (t_ < 0) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("t is ", t_, "; expected a distance of at least 0, such as 0.001"));
-        }
         if (passes.tasks() != 1) {
             raise<invalid_argument>(error_code::task_count,
                 message("NearSwap takes a base and one task, and there are ", passes.tasks(), " tasks: give one"));

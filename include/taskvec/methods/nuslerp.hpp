@@ -65,7 +65,7 @@ private:
             raise<invalid_argument>(error_code::task_count,
                 message("NuSLERP goes between two models, and the number of tasks is ", tasks, ": give two"));
         }
-        const auto weights = detail::checked_weights(options.weights, 2);
+        const auto weights = task_weights(options.weights, 2);
         const double total = weights[0] + weights[1];
         return std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
     }

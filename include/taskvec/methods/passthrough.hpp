@@ -45,7 +45,6 @@ public:
     method(Passes& passes, const passthrough_options& options)
         : scale_(options.scale)
     {
-        detail::check_factor(scale_, "scale");
         if (passes.tasks() != 1) {
             raise<invalid_argument>(error_code::task_count,
                 message("passthrough takes one model, and there are ", passes.tasks(), " tasks: give one"));

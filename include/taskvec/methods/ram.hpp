@@ -47,15 +47,22 @@ struct ram_plus_options {
     }
 };
 
+namespace detail {
+[[nodiscard]] constexpr option_details epsilon_details()
+{
+    return {.at_least = 0, .expected = "a magnitude of at least 0, such as 1e-5"};
+}
+} // namespace detail
+
 template <>
 struct options_of<ram_options> {
-    static constexpr option_table table{
-        option_row("epsilon", &ram_options::epsilon, "magnitude above which a task acts on an entry", {.at_least = 0})};
+    static constexpr option_table table{option_row(
+        "epsilon", &ram_options::epsilon, "magnitude above which a task acts on an entry", detail::epsilon_details())};
 };
 template <>
 struct options_of<ram_plus_options> {
     static constexpr option_table table{option_row("epsilon", &ram_plus_options::epsilon,
-                                            "magnitude above which a task acts on an entry", {.at_least = 0}),
+                                            "magnitude above which a task acts on an entry", detail::epsilon_details()),
         option_row("r", &ram_plus_options::r, "how much the share of common entries raises those of one task"),
         option_row("alpha", &ram_plus_options::alpha, "the largest share that counts", {.at_least = 0}),
         option_row("scope", &ram_plus_options::scope, "what shares count over", {.unit = "SCOPE"})};
@@ -95,16 +102,6 @@ struct acting_mean_body {
     }
 };
 
-namespace detail {
-inline void check_epsilon(double epsilon)
-{
-    if (!(epsilon >= 0) || !std::isfinite(epsilon)) {
-        raise<invalid_argument>(error_code::parameter_out_of_range,
-            message("epsilon is ", epsilon, "; expected a magnitude of at least 0, such as 1e-5"));
-    }
-}
-} // namespace detail
-
 template <>
 class method<ram_options> : public elementwise_method {
 public:
@@ -113,9 +110,7 @@ public:
     template <class Passes>
     method(Passes&, const ram_options& options)
         : epsilon_(options.epsilon)
-    {
-        detail::check_epsilon(epsilon_);
-    }
+    { }
     template <arithmetic_element A>
     [[nodiscard]] acting_mean_body<A> body(std::size_t) const
     {
@@ -150,12 +145,6 @@ private:
     template <class Passes>
     [[nodiscard]] static std::vector<double> factors(Passes& passes, const ram_plus_options& options)
     {
-        detail::check_epsilon(options.epsilon);
-        detail::check_factor(options.r, "r");
-        if (!(options.alpha >= 0) || !std::isfinite(options.alpha)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("alpha is ", options.alpha, "; expected a share of at least 0, such as 0.2"));
-        }
         const std::size_t tasks = passes.tasks();
         // For every task the entries that it shares, then those that it has alone: whole numbers, exact in f64.
         auto counts = tensor_sums<storage_of<Passes>>(

@@ -69,18 +69,10 @@ class regmean_problem {
 public:
     regmean_problem(const aligned_models& models, const regmean_options& options, memory_space space)
         : options_(options)
-        , weights_(checked_weights(options.weights, models.task_count(), false))
+        , weights_(task_weights(options.weights, models.task_count(), false))
         , grams_(models, options.grams, options.labels, options.layout, space)
     {
         for (const double weight : weights_) { total_ += weight; }
-        if (!(options.alpha >= 0 && options.alpha <= 1)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("alpha is ", options.alpha, "; expected a number in [0, 1], such as 0.9"));
-        }
-        if (!(options.ridge >= 0) || !std::isfinite(options.ridge)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("ridge is ", options.ridge, "; expected a number that is not negative, such as 1e-6"));
-        }
     }
 
     [[nodiscard]] const std::vector<double>& weights() const noexcept { return weights_; }

@@ -129,10 +129,6 @@ public:
         , least_(options.least_weight)
     {
         static_cast<void>(top_k_count(options.density, 0)); // refuses what is no share
-        if (!(least_ >= 0) || !std::isfinite(least_)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("least_weight is ", least_, "; expected a number of at least 0, such as 1e-6"));
-        }
         const auto& models = passes.models();
         single_.resize(models.tensors().size());
         wide_.resize(models.tensors().size());

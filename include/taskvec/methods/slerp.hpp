@@ -48,9 +48,8 @@ struct slerp_factors {
 }
 
 /// Throws unless there are two models to go between. True where the first of them is the base.
-inline bool check_slerp(const aligned_models& models, const slerp_options& options)
+inline bool check_slerp(const aligned_models& models)
 {
-    check_factor(options.t, "t");
     const bool from_base = models.task_count() == 1;
     if (models.task_count() > 2 || (from_base && !models.has_base())) {
         raise<invalid_argument>(error_code::task_count,
@@ -70,7 +69,7 @@ public:
 
     template <class Passes>
     method(Passes& passes, const slerp_options& options)
-        : from_base_(detail::check_slerp(passes.models(), options))
+        : from_base_(detail::check_slerp(passes.models()))
     {
         const std::uint32_t a = from_base_ ? 0 : 1, b = a + 1;
         for (const auto& sum : tensor_dots(passes, {{a, a}, {b, b}, {a, b}}, false, "angles")) {

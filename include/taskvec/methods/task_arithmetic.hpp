@@ -51,11 +51,9 @@ public:
     template <class Passes>
     method(Passes& passes, const task_arithmetic_options& options)
         : lambda_(options.lambda)
-        , weights_(passes, detail::checked_weights(options.weights, passes.tasks()))
-        , divisor_(detail::checked_weights(options.weights, passes.tasks()), options.normalize)
-    {
-        detail::check_factor(lambda_, "lambda");
-    }
+        , weights_(passes, task_weights(options.weights, passes.tasks()))
+        , divisor_(task_weights(options.weights, passes.tasks()), options.normalize)
+    { }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A> body(std::size_t) const
     {

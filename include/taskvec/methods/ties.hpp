@@ -149,11 +149,10 @@ namespace detail {
     return signs;
 }
 
-/// The factors of each task in an election with these options. Errors: invalid_argument (lambda, weights).
+/// The factors of each task in an election with these options. Errors: invalid_argument (weights).
 [[nodiscard]] inline election_weights election_weights_of(const ties_options& options, std::size_t tasks)
 {
-    check_factor(options.lambda, "lambda");
-    const auto weights = checked_weights(options.weights, tasks, options.negative_weights);
+    const auto weights = task_weights(options.weights, tasks, options.negative_weights);
     const std::vector<double> ones(tasks, 1.0);
     return {options.weighted_election ? weights : ones, weights,
         options.combine != disjoint_merge::mean ? std::vector<double>(tasks, 0.0)

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_range.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/select/sparse.hpp>
 
@@ -38,7 +39,7 @@ public:
         , on_nonfinite_(options.on_nonfinite)
     {
         const aligned_models& models = passes.models();
-        detail::check_factor(scale_, "scale");
+        detail::check_number("scale", {}, scale_);
         tensors_.assign(models.tensors().size(), nullptr);
         for (const auto& entries : options.entries) {
             const auto place = std::lower_bound(models.tensors().begin(), models.tensors().end(), entries.name,

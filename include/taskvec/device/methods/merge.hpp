@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/option_range.hpp>
 #include <taskvec/core/wrong_call.hpp>
 #include <taskvec/device/methods/walk.hpp>
 #include <taskvec/device/models/device_models.hpp>
@@ -39,6 +40,7 @@ namespace detail {
 template <device_merge_method Options>
 merge_report merge_on_device(device_models& models, const Options& options)
 {
+    check_options(options);
     merge_report report;
     if constexpr (packed_method<Options>) {
         device_passes passes(models);

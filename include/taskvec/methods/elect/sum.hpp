@@ -47,11 +47,10 @@ public:
     template <class Passes, class Options, class Keep>
     kept_sum(Passes& passes, const Options& options, const Keep& keep, bool rescale)
         : lambda_(options.lambda)
-        , divisor_(detail::checked_weights(options.weights, passes.tasks()), options.normalize)
+        , divisor_(task_weights(options.weights, passes.tasks()), options.normalize)
         , stride_(rescale ? passes.tasks() : 0)
     {
-        detail::check_factor(lambda_, "lambda");
-        auto weights = detail::checked_weights(options.weights, passes.tasks());
+        auto weights = task_weights(options.weights, passes.tasks());
         if (rescale) {
             std::vector<double> scaled;
             for (const auto& factors : l1_factors(passes, keep)) {
