@@ -28,8 +28,8 @@
 #include <taskvec/core/instruction_set.hpp>
 #include <taskvec/core/kernels.hpp>
 #include <taskvec/core/matrix.hpp>
-#include <taskvec/core/option_table.hpp>
 #include <taskvec/core/option_range.hpp>
+#include <taskvec/core/option_table.hpp>
 #include <taskvec/core/option_text.hpp>
 #include <taskvec/core/pack.hpp>
 #include <taskvec/core/parallel.hpp>

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/linear_body.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -67,5 +68,9 @@ private:
     bool normalize_;
     kept_numbers numbers_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, average_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/elect/sum.hpp>
 #include <taskvec/methods/keep/between.hpp>
@@ -138,5 +139,10 @@ public:
         })
     { }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, breadcrumbs_options)
+TASKVEC_COMPILED_MERGES(extern, breadcrumbs_ties_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

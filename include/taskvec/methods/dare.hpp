@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/elect/sum.hpp>
 #include <taskvec/methods/keep/random.hpp>
@@ -157,5 +158,10 @@ public:
         })
     { }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, dare_options)
+TASKVEC_COMPILED_MERGES(extern, dare_ties_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/statistics/aligned_fishers.hpp>
@@ -198,5 +199,9 @@ private:
     kept_numbers plain_, factors_; // ct; ct or ct/‖Ft‖
     std::uint64_t bytes_ = 0;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, fisher_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // "Riemannian center of mass and mollifier smoothing" (1977). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/combination.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -118,5 +119,9 @@ private:
         return weights;
     }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, karcher_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_range.hpp>
 #include <taskvec/methods/walk.hpp>
 #include <taskvec/methods/wrong_call.hpp>
@@ -301,5 +302,12 @@ auto merge(const P&, Arguments&&...)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::merge>,
         "merge() on taskvec::gpu: include <taskvec/device/methods.hpp>");
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_types)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_list<float>)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_list<f16>)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_list<bf16>)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/elect/sum.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -100,5 +101,9 @@ private:
     kept_numbers weights_;
     std::vector<double> factors_; // t/N for each tensor
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, model_stock_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/combination.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -89,5 +90,9 @@ private:
         return weights;
     }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, multi_slerp_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

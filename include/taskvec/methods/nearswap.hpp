@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
@@ -66,5 +67,9 @@ public:
 private:
     double t_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, nearswap_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/combination.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -70,5 +71,9 @@ private:
         return std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
     }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, nuslerp_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

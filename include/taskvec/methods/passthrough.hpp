@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 
@@ -59,5 +60,9 @@ public:
 private:
     double scale_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, passthrough_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

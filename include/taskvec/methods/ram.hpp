@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/select/thresholds.hpp>
@@ -185,5 +186,10 @@ private:
     std::size_t tasks_;
     kept_numbers raise_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, ram_options)
+TASKVEC_COMPILED_MERGES(extern, ram_plus_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

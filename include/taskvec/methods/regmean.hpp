@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/linalg/eigen.hpp>
 #include <taskvec/methods/average.hpp>
@@ -363,5 +364,9 @@ private:
     const aligned_models* models_;
     detail::regmean_problem problem_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, regmean_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // Wan et al., "FuseChat: knowledge fusion of chat models" (arXiv 2408.07990). SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/keep/l1_factors.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -236,5 +237,9 @@ private:
     const float* single_weights_ = nullptr;
     const double* wide_weights_ = nullptr;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, sce_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

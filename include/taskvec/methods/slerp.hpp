@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/linear_body.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -87,5 +88,9 @@ private:
     bool from_base_;
     std::vector<detail::slerp_factors> factors_; // for each tensor
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, slerp_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/elect/sum.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -73,5 +74,9 @@ private:
 {
     return {.lambda = lambda, .weights = {1.0, 1.0, -1.0}};
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, task_arithmetic_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/compiled/methods.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/elect/sign.hpp>
 #include <taskvec/methods/keep/l1_factors.hpp>
@@ -275,5 +276,9 @@ public:
         })
     { }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, ties_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
