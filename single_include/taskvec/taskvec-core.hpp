@@ -2741,6 +2741,18 @@ TASKVEC_WORDS_COMPARISON(==)
 TASKVEC_WORDS_COMPARISON(!=)
 #undef TASKVEC_WORDS_COMPARISON
 
+/// A mask that loops after it use: a body says so where it makes one before `in.each` or `in.sum_of`. (g++ 12 may carry
+/// the comparison instead of its result from block to block; in 64-byte packs there is no such value, and it ends in an
+/// internal error. A value that is hidden is no comparison.)
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> materialised(pack_mask<A, bytes> mask) noexcept
+{
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+    if constexpr (bytes == 64) { asm("" : "+v"(mask.lanes)); }
+#endif
+    return mask;
+}
+
 /// Shifts of every word, to the left or, filling with zeros, to the right.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept
@@ -5750,6 +5762,392 @@ template <arithmetic_element T>
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/compiled/methods.hpp
+#if !defined(TASKVEC_SINGLE_COMPILED_METHODS_HPP)
+#define TASKVEC_SINGLE_COMPILED_METHODS_HPP
+// What taskvec::compiled compiles of methods/, as a list; see compiled/linalg.hpp. Each method's header declares its
+// own merges with it. SPDX-License-Identifier: Apache-2.0
+
+#include <span>
+
+/// The merges of a method: of models of any storage types, and of flat views of one of those that models come in.
+#define TASKVEC_COMPILED_MERGES(EXTERN, OPTIONS)                                                                       \
+    EXTERN template merge_report detail::merge_storing<storage_types, OPTIONS>(                                        \
+        const cpu&, const OPTIONS&, const aligned_models&, tensor_sink&);                                              \
+    TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, float)                                                               \
+    TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, f16)                                                                 \
+    TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, bf16)
+
+#define TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, T)                                                               \
+    EXTERN template merge_report detail::merge_in_memory<storage_list<T>, OPTIONS>(const cpu&, const OPTIONS&,         \
+        const const_model_ref*, std::span<const const_model_ref>, const model_ref&, const model_options&);
+
+/// What merges share: the norms that a report gives.
+#define TASKVEC_COMPILED_MERGED_NORMS(EXTERN, TYPES)                                                                   \
+    EXTERN template void detail::add_norms<TYPES>(const cpu&, const aligned_models&, merge_report&);
+#endif // TASKVEC_SINGLE_COMPILED_METHODS_HPP
+
+// ---- taskvec/core/option_range.hpp
+#if !defined(TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP)
+#define TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP
+// What the numbers of options may be, held to their tables (core/option_table.hpp): the same ranges and words as where
+// they are read from text. SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/option_table.hpp
+#if !defined(TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP)
+#define TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP
+// What an options struct says about itself: one table with a row for each member.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A row names the member and says what it means, what it may hold and what unit stands for it in a usage line; its kind
+// comes from the member's type and its default from the struct's own initialisers. Reading a value from text, writing
+// it, listing (core/option_text.hpp), the command line's flags, notes, reports and sweep axes all come from the table.
+//
+// A struct gets its table by specialising options_of, beside it:
+//
+//     struct my_options {
+//         double share = 0.5;
+//         bool centred = true;
+//         std::vector<double> weights{};
+//     };
+//     template <>
+//     struct taskvec::options_of<my_options> {
+//         static constexpr taskvec::option_table table{
+//             taskvec::option_row("share", &my_options::share, "share of entries kept",
+//                 {.unit = "D", .above = 0, .at_most = 1}),
+//             taskvec::option_row("centred", &my_options::centred, "take the mean off", {.negated = "uncentred"}),
+//             taskvec::weights_row(&my_options::weights)};
+//     };
+//
+// or, where that reads better, by a static member function `describe()` that returns the same table.
+
+
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <limits>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Values that a sweep goes over: the plural that names them, and the usual ones as text ("0.1,0.2" or
+/// "FIRST:LAST:STEP"); `of_subsets` where every subset of the tasks is tried as well.
+struct option_axis {
+    std::string_view name{}, usual{}, of_subsets{};
+};
+
+/// What a row says beside name, member and meaning. Numbers are finite always, and within the range that is given.
+struct option_details {
+    std::string_view unit{}; ///< stands for the value in a usage line: "D", "N"; empty: by the kind
+    double at_least = -std::numeric_limits<double>::infinity();
+    double above = -std::numeric_limits<double>::infinity(); ///< the bound itself is outside
+    double at_most = std::numeric_limits<double>::infinity();
+    std::string_view expected{}; ///< what messages say is expected; empty: in words made of the range
+    std::string_view negated{}; ///< of a bool that is on by default: the flag that turns it off
+    option_axis axis{};
+};
+
+/// Of a share of entries: above 0 and up to 1.
+[[nodiscard]] constexpr option_details share_details(option_axis axis = {})
+{
+    return {.unit = "D",
+        .above = 0,
+        .at_most = 1,
+        .expected = "a share above 0 and up to 1, such as 0.1 for a tenth",
+        .axis = axis};
+}
+/// The densities that a merge is usually tried with.
+inline constexpr option_axis common_densities{"densities", "0.05,0.1,0.2,0.3,0.5", {}};
+/// Of λ, the scale of a merged task vector.
+[[nodiscard]] constexpr option_details lambda_details()
+{
+    return {.axis = {"lambdas", "0:1:0.05", "0.3"}};
+}
+
+/// One member of an options struct. `name`: lower case words with hyphens; `meaning`: a phrase without a full stop.
+template <class Options, class Value>
+struct option_row {
+    using options_type = Options;
+    using value_type = Value;
+
+    std::string_view name;
+    Value Options::* member;
+    std::string_view meaning;
+    option_details details;
+    bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
+    std::string_view each_of{}; ///< of such a list: what an entry is, "weight", or the row that holds for all tasks
+
+    constexpr option_row(
+        std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
+        : name(its_name)
+        , member(its_member)
+        , meaning(words)
+        , details(more)
+    { }
+
+    template <class Owner, class Visit>
+    constexpr void visit(Owner& options, Visit&& visit) const
+    {
+        visit(*this, options.*member);
+    }
+};
+
+/// The weights of the tasks: one for each, or none for all 1.
+template <class Options>
+[[nodiscard]] constexpr option_row<Options, std::vector<double>> weights_row(
+    std::vector<double> Options::* member, std::string_view meaning = "one for each task, or none for all 1")
+{
+    option_row<Options, std::vector<double>> row("weights", member, meaning);
+    row.per_task = true;
+    row.each_of = "weight";
+    return row;
+}
+
+/// A density of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr option_row<Options, std::vector<double>> densities_row(std::vector<double> Options::* member)
+{
+    option_row<Options, std::vector<double>> row("densities", member, "density of each task, or none for one of all");
+    row.per_task = true;
+    row.each_of = "density";
+    return row;
+}
+/// The share of outliers of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr option_row<Options, std::vector<double>> gammas_row(std::vector<double> Options::* member)
+{
+    option_row<Options, std::vector<double>> row("gammas", member, "gamma of each task, or none for one of all");
+    row.per_task = true;
+    row.each_of = "gamma";
+    return row;
+}
+
+/// The options of a struct that is a member: its rows stand in the owner's table as if they were the owner's, all but
+/// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
+template <class Options, class Inner, std::size_t N>
+struct inner_options {
+    Inner Options::* member;
+    std::array<std::string_view, N> without;
+
+    [[nodiscard]] constexpr bool leaves_out(std::string_view name) const noexcept
+    {
+        for (const auto& other : without) {
+            if (other == name) { return true; }
+        }
+        return false;
+    }
+    template <class Owner, class Visit>
+    constexpr void visit(Owner& options, Visit&& visit) const;
+};
+template <class Options, class Inner, class... Names>
+[[nodiscard]] constexpr inner_options<Options, Inner, sizeof...(Names)> options_within(
+    Inner Options::* member, Names... without)
+{
+    return {member, {std::string_view(without)...}};
+}
+
+/// The rows of a struct.
+template <class... Rows>
+struct option_table {
+    std::tuple<Rows...> rows;
+
+    constexpr explicit option_table(const Rows&... all)
+        : rows(all...)
+    { }
+};
+
+/// A set of values under a name: "as the other library does it".
+template <class Options>
+struct option_preset {
+    std::string_view name, meaning;
+    Options (*make)();
+};
+
+/// The extension point: `table`, and where there are presets `presets` (an array of option_preset, the first of which
+/// is what the struct's initialisers say) with `preset_option`, the name of the option that chooses one.
+template <class Options>
+struct options_of { };
+template <class Options>
+    requires requires { Options::describe(); }
+struct options_of<Options> {
+    static constexpr auto table = Options::describe();
+};
+
+/// A struct that has a table.
+template <class Options>
+concept described_options = requires { options_of<Options>::table.rows; };
+
+/// A struct with named presets.
+template <class Options>
+concept options_with_presets = requires {
+    options_of<Options>::presets.size();
+    options_of<Options>::preset_option;
+};
+
+/// The words for the values of an enumeration: specialise with `static constexpr std::array words{enum_word{…}, …}`.
+template <class Enum>
+struct enum_words { };
+template <class Enum>
+struct enum_word {
+    Enum value;
+    std::string_view word;
+};
+template <class Enum>
+concept worded_enum = std::is_enum_v<Enum> && requires { enum_words<Enum>::words.size(); };
+
+/// What may stand in a table.
+template <class Value>
+concept describable_value = std::same_as<Value, bool> || std::floating_point<Value> || std::unsigned_integral<Value>
+    || worded_enum<Value> || std::same_as<Value, std::vector<double>>;
+
+/// Calls visit(row, member) for every row of the table of `options`, those of inner structs in their places. The member
+/// is const where `options` is.
+///
+///     for_each_option(options, [](const auto& row, const auto& value) { std::cout << row.name << …; });
+template <class Options, class Visit>
+constexpr void for_each_option(Options& options, Visit&& visit)
+{
+    using bare = std::remove_const_t<Options>;
+    static_assert(described_options<bare>,
+        "taskvec: this options struct has no table: specialise taskvec::options_of for it (core/option_table.hpp)");
+    if constexpr (described_options<bare>) {
+        std::apply([&](const auto&... rows) { (rows.visit(options, visit), ...); }, options_of<bare>::table.rows);
+    }
+}
+
+/// Calls visit(preset_option, presets, inner) for each struct with presets among `options` and its inner structs. A
+/// struct's own presets stand in place of those of its inner structs: it knows what the names mean for the whole.
+template <class Options, class Visit>
+constexpr void for_each_preset_list(Options& options, Visit&& visit);
+
+template <class Options, class Inner, std::size_t N>
+template <class Owner, class Visit>
+constexpr void inner_options<Options, Inner, N>::visit(Owner& options, Visit&& visit) const
+{
+    for_each_option(options.*member, [&](const auto& row, auto& value) {
+        if (!leaves_out(row.name)) { visit(row, value); }
+    });
+}
+
+template <class Options, class Visit>
+constexpr void for_each_preset_list(Options& options, Visit&& visit)
+{
+    using bare = std::remove_const_t<Options>;
+    if constexpr (options_with_presets<bare>) {
+        visit(options_of<bare>::preset_option, options_of<bare>::presets, options);
+    }
+    else if constexpr (described_options<bare>) {
+        std::apply(
+            [&](const auto&... rows) {
+                const auto within = [&](const auto& row) {
+                    if constexpr (requires { row.leaves_out(""); }) {
+                        for_each_preset_list(options.*row.member, visit);
+                    }
+                };
+                (within(rows), ...);
+            },
+            options_of<bare>::table.rows);
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP
+
+#include <charconv>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Throws where a number of `options` is not finite or outside the range that its row gives. merge() checks with it,
+/// on every policy, before a method sees its options; a method checks what no row can say. Options without a table
+/// pass. Errors: invalid_argument, "density is 1.5; expected a number above 0 and up to 1".
+///
+///     check_options(ties_options{.density = 1.5});
+template <class Options>
+void check_options(const Options& options);
+
+namespace detail {
+
+[[nodiscard]] inline std::string number_text(double value)
+{
+    char digits[32];
+    const auto end = std::to_chars(digits, digits + sizeof digits, value).ptr;
+    return {digits, end};
+}
+
+[[nodiscard]] inline bool in_range(const option_details& range, double value)
+{
+    return std::isfinite(value) && value >= range.at_least && value > range.above && value <= range.at_most;
+}
+
+[[nodiscard]] inline std::string range_text(const option_details& range, std::string_view noun)
+{
+    if (!range.expected.empty()) { return std::string(range.expected); }
+    std::string text(noun);
+    const bool least = std::isfinite(range.at_least), above = std::isfinite(range.above);
+    const bool most = std::isfinite(range.at_most);
+    if (least && most) { return text + " from " + number_text(range.at_least) + " to " + number_text(range.at_most); }
+    if (least) { return text + " of at least " + number_text(range.at_least); }
+    if (above) { text += " above " + number_text(range.above); }
+    if (most) { text += std::string(above ? " and" : "") + " up to " + number_text(range.at_most); }
+    if (!above && !most) { text.replace(0, 1, "a finite"); }
+    return text;
+}
+
+[[nodiscard]] inline std::string whole_number_text(option_details range, std::uint64_t largest)
+{
+    if (!(range.at_least > 0)) { range.at_least = 0; }
+    if (std::isfinite(range.at_most)) { return range_text(range, "a whole number"); }
+    return "a whole number from " + number_text(range.at_least) + " to " + std::to_string(largest);
+}
+
+[[noreturn]] inline void refuse_number(std::string_view name, double value, const std::string& expected)
+{
+    raise<invalid_argument>(
+        std::isfinite(value) ? error_code::parameter_out_of_range : error_code::parameter_not_finite,
+        message(name, " is ", number_text(value), "; expected ", expected));
+}
+
+inline void check_number(std::string_view name, const option_details& range, double value)
+{
+    if (!in_range(range, value)) { refuse_number(name, value, range_text(range, "a number")); }
+}
+
+} // namespace detail
+
+template <class Options>
+void check_options(const Options& options)
+{
+    if constexpr (described_options<Options>) {
+        for_each_option(options, [](const auto& row, const auto& value) {
+            using value_type = std::remove_cvref_t<decltype(value)>;
+            if constexpr (std::floating_point<value_type>) {
+                detail::check_number(row.name, row.details, static_cast<double>(value));
+            }
+            else if constexpr (std::unsigned_integral<value_type> && !std::same_as<value_type, bool>) {
+                const auto number = static_cast<double>(value);
+                if (!detail::in_range(row.details, number)) {
+                    detail::refuse_number(row.name, number,
+                        detail::whole_number_text(row.details, std::numeric_limits<value_type>::max()));
+                }
+            }
+        });
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP
+
 // ---- taskvec/methods/walk.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_WALK_HPP)
 #define TASKVEC_SINGLE_METHODS_WALK_HPP
@@ -6006,8 +6404,8 @@ private:
 // The constructor checks the options and may ask `passes` for what takes a walk over the models: dot products of every
 // tensor, thresholds of top-k, and memory for tables that bodies read (see cpu_passes). body<A>(tensor) is a small
 // value for each tensor: trivially copyable, numbers and pointers from passes.keep(). Its call operator works on a pack
-// of entries (core/pack.hpp; the interface of `in` is that of kernels::entries): no branches on packs, one result. It is
-// compiled for every vector width and, on the gpu policy, as a functor.
+// of entries (core/pack.hpp; the interface of `in` is that of kernels::entries): no branches on packs, one result. It
+// is compiled for every vector width and, on the gpu policy, as a functor.
 //
 // What a method may say beside that has a default in elementwise_method. Methods that are not elementwise are row
 // methods, with a call for a block of rows, or write everything themselves: row_method and whole_method below.
@@ -6042,7 +6440,6 @@ struct companion {
 #include <memory_resource>
 #include <ranges>
 #include <string>
-#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -6173,29 +6570,6 @@ consteval bool check_method()
     return true;
 }
 
-/// Weights as many as tasks: given, or all 1. Rounded to A once, when used.
-inline std::vector<double> checked_weights(
-    const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
-{
-    if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
-    if (weights.size() != tasks) {
-        raise<invalid_argument>(
-            error_code::list_length, message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
-    }
-    for (std::size_t t = 0; t < tasks; ++t) {
-        if (!std::isfinite(weights[t])) {
-            raise<invalid_argument>(
-                error_code::parameter_not_finite, message("the weight of task ", t + 1, " is not finite"));
-        }
-        if (!negative_allowed && weights[t] < 0) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("the weight of task ", t + 1, " is ", weights[t],
-                    ": this method has no meaning for negative weights"));
-        }
-    }
-    return weights;
-}
-
 /// What a sum over tasks is divided by: Σ weights in the arithmetic type, in task order; 1 where it is not
 /// `normalized`.
 class weight_divisor {
@@ -6229,14 +6603,33 @@ private:
     double wide_ = 1;
 };
 
-inline void check_factor(double value, std::string_view what)
-{
-    if (!std::isfinite(value)) {
-        raise<invalid_argument>(error_code::parameter_not_finite, message(what, " is not finite"));
-    }
-}
-
 } // namespace detail
+
+/// The weights of the tasks, one for each: those given, or 1 for all where none are. A method's constructor checks its
+/// list with this. Errors: invalid_argument (another number of them; not finite; negative where that means nothing).
+///
+///     const std::vector<double> weights = task_weights(options.weights, passes.tasks());
+[[nodiscard]] inline std::vector<double> task_weights(
+    const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
+{
+    if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
+    if (weights.size() != tasks) {
+        raise<invalid_argument>(
+            error_code::list_length, message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
+    }
+    for (std::size_t t = 0; t < tasks; ++t) {
+        if (!std::isfinite(weights[t])) {
+            raise<invalid_argument>(
+                error_code::parameter_not_finite, message("the weight of task ", t + 1, " is not finite"));
+        }
+        if (!negative_allowed && weights[t] < 0) {
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message("the weight of task ", t + 1, " is ", weights[t],
+                    ": this method has no meaning for negative weights"));
+        }
+    }
+    return weights;
+}
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_METHOD_HPP
@@ -7957,6 +8350,7 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
 {
     using method_type = method<Options>;
     static_assert(check_method<Options>());
+    check_options(options);
     if (method_type::needs_base && !models.has_base()) {
         raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }
@@ -8192,6 +8586,13 @@ auto merge(const P&, Arguments&&...)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::merge>,
         "merge() on taskvec::gpu: include <taskvec/device/methods.hpp>");
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_types)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_list<float>)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_list<f16>)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_list<bf16>)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_MERGE_HPP
@@ -9124,269 +9525,6 @@ namespace taskvec::inline TASKVEC_ABI {
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_CSV_HPP
 
-// ---- taskvec/core/option_table.hpp
-#if !defined(TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP)
-#define TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP
-// What an options struct says about itself: one table with a row for each member.
-// SPDX-License-Identifier: Apache-2.0
-//
-// A row names the member and says what it means, what it may hold and what unit stands for it in a usage line; its kind
-// comes from the member's type and its default from the struct's own initialisers. Reading a value from text, writing
-// it, listing (core/option_text.hpp), the command line's flags, notes, reports and sweep axes all come from the table.
-//
-// A struct gets its table by specialising options_of, beside it:
-//
-//     struct my_options {
-//         double share = 0.5;
-//         bool centred = true;
-//         std::vector<double> weights{};
-//     };
-//     template <>
-//     struct taskvec::options_of<my_options> {
-//         static constexpr taskvec::option_table table{
-//             taskvec::option_row("share", &my_options::share, "share of entries kept",
-//                 {.unit = "D", .above = 0, .at_most = 1}),
-//             taskvec::option_row("centred", &my_options::centred, "take the mean off", {.negated = "uncentred"}),
-//             taskvec::weights_row(&my_options::weights)};
-//     };
-//
-// or, where that reads better, by a static member function `describe()` that returns the same table.
-
-
-#include <array>
-#include <concepts>
-#include <cstddef>
-#include <limits>
-#include <string_view>
-#include <tuple>
-#include <type_traits>
-#include <vector>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// Values that a sweep goes over: the plural that names them, and the usual ones as text ("0.1,0.2" or
-/// "FIRST:LAST:STEP"); `of_subsets` where every subset of the tasks is tried as well.
-struct option_axis {
-    std::string_view name{}, usual{}, of_subsets{};
-};
-
-/// What a row says beside name, member and meaning. Numbers are finite always, and within the range that is given.
-struct option_details {
-    std::string_view unit{}; ///< stands for the value in a usage line: "D", "N"; empty: by the kind
-    double at_least = -std::numeric_limits<double>::infinity();
-    double above = -std::numeric_limits<double>::infinity(); ///< the bound itself is outside
-    double at_most = std::numeric_limits<double>::infinity();
-    std::string_view expected{}; ///< what messages say is expected; empty: in words made of the range
-    std::string_view negated{}; ///< of a bool that is on by default: the flag that turns it off
-    option_axis axis{};
-};
-
-/// Of a share of entries: above 0 and up to 1.
-[[nodiscard]] constexpr option_details share_details(option_axis axis = {})
-{
-    return {.unit = "D",
-        .above = 0,
-        .at_most = 1,
-        .expected = "a share above 0 and up to 1, such as 0.1 for a tenth",
-        .axis = axis};
-}
-/// The densities that a merge is usually tried with.
-inline constexpr option_axis common_densities{"densities", "0.05,0.1,0.2,0.3,0.5", {}};
-/// Of λ, the scale of a merged task vector.
-[[nodiscard]] constexpr option_details lambda_details()
-{
-    return {.axis = {"lambdas", "0:1:0.05", "0.3"}};
-}
-
-/// One member of an options struct. `name`: lower case words with hyphens; `meaning`: a phrase without a full stop.
-template <class Options, class Value>
-struct option_row {
-    using options_type = Options;
-    using value_type = Value;
-
-    std::string_view name;
-    Value Options::* member;
-    std::string_view meaning;
-    option_details details;
-    bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
-    std::string_view each_of{}; ///< of such a list: what an entry is, "weight", or the row that holds for all tasks
-
-    constexpr option_row(
-        std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
-        : name(its_name)
-        , member(its_member)
-        , meaning(words)
-        , details(more)
-    { }
-
-    template <class Owner, class Visit>
-    constexpr void visit(Owner& options, Visit&& visit) const
-    {
-        visit(*this, options.*member);
-    }
-};
-
-/// The weights of the tasks: one for each, or none for all 1.
-template <class Options>
-[[nodiscard]] constexpr option_row<Options, std::vector<double>> weights_row(
-    std::vector<double> Options::* member, std::string_view meaning = "one for each task, or none for all 1")
-{
-    option_row<Options, std::vector<double>> row("weights", member, meaning);
-    row.per_task = true;
-    row.each_of = "weight";
-    return row;
-}
-
-/// A density of each task, where they differ.
-template <class Options>
-[[nodiscard]] constexpr option_row<Options, std::vector<double>> densities_row(std::vector<double> Options::* member)
-{
-    option_row<Options, std::vector<double>> row("densities", member, "density of each task, or none for one of all");
-    row.per_task = true;
-    row.each_of = "density";
-    return row;
-}
-/// The share of outliers of each task, where they differ.
-template <class Options>
-[[nodiscard]] constexpr option_row<Options, std::vector<double>> gammas_row(std::vector<double> Options::* member)
-{
-    option_row<Options, std::vector<double>> row("gammas", member, "gamma of each task, or none for one of all");
-    row.per_task = true;
-    row.each_of = "gamma";
-    return row;
-}
-
-/// The options of a struct that is a member: its rows stand in the owner's table as if they were the owner's, all but
-/// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
-template <class Options, class Inner, std::size_t N>
-struct inner_options {
-    Inner Options::* member;
-    std::array<std::string_view, N> without;
-
-    [[nodiscard]] constexpr bool leaves_out(std::string_view name) const noexcept
-    {
-        for (const auto& other : without) {
-            if (other == name) { return true; }
-        }
-        return false;
-    }
-    template <class Owner, class Visit>
-    constexpr void visit(Owner& options, Visit&& visit) const;
-};
-template <class Options, class Inner, class... Names>
-[[nodiscard]] constexpr inner_options<Options, Inner, sizeof...(Names)> options_within(
-    Inner Options::* member, Names... without)
-{
-    return {member, {std::string_view(without)...}};
-}
-
-/// The rows of a struct.
-template <class... Rows>
-struct option_table {
-    std::tuple<Rows...> rows;
-
-    constexpr explicit option_table(const Rows&... all)
-        : rows(all...)
-    { }
-};
-
-/// A set of values under a name: "as the other library does it".
-template <class Options>
-struct option_preset {
-    std::string_view name, meaning;
-    Options (*make)();
-};
-
-/// The extension point: `table`, and where there are presets `presets` (an array of option_preset, the first of which
-/// is what the struct's initialisers say) with `preset_option`, the name of the option that chooses one.
-template <class Options>
-struct options_of { };
-template <class Options>
-    requires requires { Options::describe(); }
-struct options_of<Options> {
-    static constexpr auto table = Options::describe();
-};
-
-/// A struct that has a table.
-template <class Options>
-concept described_options = requires { options_of<Options>::table.rows; };
-
-/// A struct with named presets.
-template <class Options>
-concept options_with_presets = requires {
-    options_of<Options>::presets.size();
-    options_of<Options>::preset_option;
-};
-
-/// The words for the values of an enumeration: specialise with `static constexpr std::array words{enum_word{…}, …}`.
-template <class Enum>
-struct enum_words { };
-template <class Enum>
-struct enum_word {
-    Enum value;
-    std::string_view word;
-};
-template <class Enum>
-concept worded_enum = std::is_enum_v<Enum> && requires { enum_words<Enum>::words.size(); };
-
-/// What may stand in a table.
-template <class Value>
-concept describable_value = std::same_as<Value, bool> || std::floating_point<Value> || std::unsigned_integral<Value>
-    || worded_enum<Value> || std::same_as<Value, std::vector<double>>;
-
-/// Calls visit(row, member) for every row of the table of `options`, those of inner structs in their places. The member
-/// is const where `options` is.
-///
-///     for_each_option(options, [](const auto& row, const auto& value) { std::cout << row.name << …; });
-template <class Options, class Visit>
-constexpr void for_each_option(Options& options, Visit&& visit)
-{
-    using bare = std::remove_const_t<Options>;
-    static_assert(described_options<bare>,
-        "taskvec: this options struct has no table: specialise taskvec::options_of for it (core/option_table.hpp)");
-    if constexpr (described_options<bare>) {
-        std::apply([&](const auto&... rows) { (rows.visit(options, visit), ...); }, options_of<bare>::table.rows);
-    }
-}
-
-/// Calls visit(preset_option, presets, inner) for each struct with presets among `options` and its inner structs. A
-/// struct's own presets stand in place of those of its inner structs: it knows what the names mean for the whole.
-template <class Options, class Visit>
-constexpr void for_each_preset_list(Options& options, Visit&& visit);
-
-template <class Options, class Inner, std::size_t N>
-template <class Owner, class Visit>
-constexpr void inner_options<Options, Inner, N>::visit(Owner& options, Visit&& visit) const
-{
-    for_each_option(options.*member, [&](const auto& row, auto& value) {
-        if (!leaves_out(row.name)) { visit(row, value); }
-    });
-}
-
-template <class Options, class Visit>
-constexpr void for_each_preset_list(Options& options, Visit&& visit)
-{
-    using bare = std::remove_const_t<Options>;
-    if constexpr (options_with_presets<bare>) {
-        visit(options_of<bare>::preset_option, options_of<bare>::presets, options);
-    }
-    else if constexpr (described_options<bare>) {
-        std::apply(
-            [&](const auto&... rows) {
-                const auto within = [&](const auto& row) {
-                    if constexpr (requires { row.leaves_out(""); }) {
-                        for_each_preset_list(options.*row.member, visit);
-                    }
-                };
-                (within(rows), ...);
-            },
-            options_of<bare>::table.rows);
-    }
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP
-
 // ---- taskvec/core/option_text.hpp
 #if !defined(TASKVEC_SINGLE_CORE_OPTION_TEXT_HPP)
 #define TASKVEC_SINGLE_CORE_OPTION_TEXT_HPP
@@ -9457,13 +9595,6 @@ template <class Options>
 
 namespace detail {
 
-[[nodiscard]] inline std::string number_text(double value)
-{
-    char digits[32];
-    const auto end = std::to_chars(digits, digits + sizeof digits, value).ptr;
-    return {digits, end};
-}
-
 /// A decimal number that is the whole text; a sign of either kind may stand before it.
 [[nodiscard]] inline std::optional<double> read_number(std::string_view text)
 {
@@ -9479,25 +9610,6 @@ namespace detail {
     const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (text.empty() || failure != std::errc{} || end != text.data() + text.size()) { return std::nullopt; }
     return value;
-}
-
-[[nodiscard]] inline bool in_range(const option_details& range, double value)
-{
-    return std::isfinite(value) && value >= range.at_least && value > range.above && value <= range.at_most;
-}
-
-[[nodiscard]] inline std::string range_text(const option_details& range, std::string_view noun)
-{
-    if (!range.expected.empty()) { return std::string(range.expected); }
-    std::string text(noun);
-    const bool least = std::isfinite(range.at_least), above = std::isfinite(range.above);
-    const bool most = std::isfinite(range.at_most);
-    if (least && most) { return text + " from " + number_text(range.at_least) + " to " + number_text(range.at_most); }
-    if (least) { return text + " of at least " + number_text(range.at_least); }
-    if (above) { text += " above " + number_text(range.above); }
-    if (most) { text += std::string(above ? " and" : "") + " up to " + number_text(range.at_most); }
-    if (!above && !most) { text.replace(0, 1, "a finite"); }
-    return text;
 }
 
 template <class Words>
@@ -9546,11 +9658,7 @@ template <class Value>
         return range_text(details, "a number");
     }
     else if constexpr (kind == option_kind::whole_number) {
-        auto range = details;
-        if (!(range.at_least > 0)) { range.at_least = 0; }
-        if (std::isfinite(range.at_most)) { return range_text(range, "a whole number"); }
-        return "a whole number from " + number_text(range.at_least) + " to "
-            + std::to_string(std::numeric_limits<Value>::max());
+        return whole_number_text(details, std::numeric_limits<Value>::max());
     }
     else if constexpr (kind == option_kind::word) {
         return list_text(words_of<Value>());
@@ -10461,7 +10569,7 @@ public:
 
     template <class Passes>
     method(Passes& passes, const average_options& options)
-        : weights_(detail::checked_weights(options.weights, passes.tasks()))
+        : weights_(task_weights(options.weights, passes.tasks()))
         , normalize_(options.normalize)
         , numbers_(passes, weights_)
     {
@@ -10490,6 +10598,10 @@ private:
     bool normalize_;
     kept_numbers numbers_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, average_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_AVERAGE_HPP
@@ -10676,11 +10788,10 @@ public:
     template <class Passes, class Options, class Keep>
     kept_sum(Passes& passes, const Options& options, const Keep& keep, bool rescale)
         : lambda_(options.lambda)
-        , divisor_(detail::checked_weights(options.weights, passes.tasks()), options.normalize)
+        , divisor_(task_weights(options.weights, passes.tasks()), options.normalize)
         , stride_(rescale ? passes.tasks() : 0)
     {
-        detail::check_factor(lambda_, "lambda");
-        auto weights = detail::checked_weights(options.weights, passes.tasks());
+        auto weights = task_weights(options.weights, passes.tasks());
         if (rescale) {
             std::vector<double> scaled;
             for (const auto& factors : l1_factors(passes, keep)) {
@@ -11815,22 +11926,22 @@ private:
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// The rule of one tensor: what is among the top entries of `kept`, and not among those of `outliers`.
+/// The rule of one tensor: what is among the top entries of `upper`, and not among those of `outliers`.
 template <arithmetic_element A>
 struct keep_between_of_tensor {
     static constexpr bool sees_all = false; // NaN and infinity are the outliers
     static constexpr bool clears_zeros = true;
-    keep_top_of_tensor<A> kept, outliers;
+    keep_top_of_tensor<A> upper, outliers;
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
     {
-        return select(outliers(in, t, x) == 0, kept(in, t, x), typename In::pack{});
+        return select(outliers(in, t, x) == 0, upper(in, t, x), typename In::pack{});
     }
     [[nodiscard]] std::uint64_t constant_until(std::uint64_t place, std::uint64_t end) const noexcept
     {
-        return outliers.constant_until(place, kept.constant_until(place, end));
+        return outliers.constant_until(place, upper.constant_until(place, end));
     }
 };
 
@@ -12175,11 +12286,10 @@ namespace detail {
     return signs;
 }
 
-/// The factors of each task in an election with these options. Errors: invalid_argument (lambda, weights).
+/// The factors of each task in an election with these options. Errors: invalid_argument (weights).
 [[nodiscard]] inline election_weights election_weights_of(const ties_options& options, std::size_t tasks)
 {
-    check_factor(options.lambda, "lambda");
-    const auto weights = checked_weights(options.weights, tasks, options.negative_weights);
+    const auto weights = task_weights(options.weights, tasks, options.negative_weights);
     const std::vector<double> ones(tasks, 1.0);
     return {options.weighted_election ? weights : ones, weights,
         options.combine != disjoint_merge::mean ? std::vector<double>(tasks, 0.0)
@@ -12302,6 +12412,10 @@ public:
         })
     { }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, ties_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_TIES_HPP
@@ -12435,6 +12549,11 @@ public:
         })
     { }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, breadcrumbs_options)
+TASKVEC_COMPILED_MERGES(extern, breadcrumbs_ties_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_BREADCRUMBS_HPP
@@ -12922,6 +13041,11 @@ public:
     { }
 };
 
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, dare_options)
+TASKVEC_COMPILED_MERGES(extern, dare_ties_options)
+#endif
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_DARE_HPP
 
@@ -13134,18 +13258,14 @@ namespace detail {
             ": a diagonal Fisher is a mean of squares and cannot be negative"));
 }
 
-/// Throws unless the weights and the floor mean something. Returns the weights ct.
+/// Throws unless the weights mean something. Returns the weights ct.
 [[nodiscard]] inline std::vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
 {
-    std::vector<double> weights = checked_weights(options.weights, tasks, false);
+    std::vector<double> weights = task_weights(options.weights, tasks, false);
     double total = 0;
     for (const double weight : weights) { total += weight; }
     if (total == 0) {
         raise<invalid_argument>(error_code::weights_sum_zero, "the weights of a Fisher merge are all 0");
-    }
-    if (!(options.floor >= 0) || !std::isfinite(options.floor)) {
-        raise<invalid_argument>(error_code::parameter_out_of_range,
-            message("floor is ", options.floor, "; expected a number that is not negative, such as 1e-12"));
     }
     return weights;
 }
@@ -13229,6 +13349,10 @@ private:
     kept_numbers plain_, factors_; // ct; ct or ct/‖Ft‖
     std::uint64_t bytes_ = 0;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, fisher_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_FISHER_HPP
@@ -13346,16 +13470,16 @@ private:
     { }
     [[nodiscard]] static std::vector<double> weights_of(const karcher_options& options, std::size_t tasks)
     {
-        if (!(options.tolerance > 0)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("tolerance is ", options.tolerance, "; expected a number above 0, such as 1e-5"));
-        }
-        auto weights = detail::checked_weights(options.weights, tasks, false);
+        auto weights = task_weights(options.weights, tasks, false);
         const double total = detail::weight_divisor(weights, true).get<double>();
         for (double& weight : weights) { weight /= total; }
         return weights;
     }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, karcher_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_KARCHER_HPP
@@ -13462,6 +13586,10 @@ private:
     std::vector<double> factors_; // t/N for each tensor
 };
 
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, model_stock_options)
+#endif
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_MODEL_STOCK_HPP
 
@@ -13549,12 +13677,16 @@ private:
     { }
     [[nodiscard]] static std::vector<double> weights_of(const multi_slerp_options& options, std::size_t tasks)
     {
-        auto weights = detail::checked_weights(options.weights, tasks);
+        auto weights = task_weights(options.weights, tasks);
         const double divisor = detail::weight_divisor(weights, options.normalize).get<double>();
         for (double& weight : weights) { weight /= divisor; }
         return weights;
     }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, multi_slerp_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_MULTI_SLERP_HPP
@@ -13582,8 +13714,9 @@ struct nearswap_options {
 
 template <>
 struct options_of<nearswap_options> {
-    static constexpr option_table table{option_row(
-        "t", &nearswap_options::t, "how near entries are to be taken, and how far others go", {.at_least = 0})};
+    static constexpr option_table table{
+        option_row("t", &nearswap_options::t, "how near entries are to be taken, and how far others go",
+            {.at_least = 0, .expected = "a distance of at least 0, such as 0.001"})};
 };
 
 template <arithmetic_element A>
@@ -13612,11 +13745,6 @@ public:
     method(Passes& passes, const nearswap_options& options)
         : t_(options.t)
     {
-        detail::check_factor(t_, "t");
-        if (t_ < 0) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("t is ", t_, "; expected a distance of at least 0, such as 0.001"));
-        }
         if (passes.tasks() != 1) {
             raise<invalid_argument>(error_code::task_count,
                 message("NearSwap takes a base and one task, and there are ", passes.tasks(), " tasks: give one"));
@@ -13631,6 +13759,10 @@ public:
 private:
     double t_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, nearswap_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_NEARSWAP_HPP
@@ -13701,11 +13833,15 @@ private:
             raise<invalid_argument>(error_code::task_count,
                 message("NuSLERP goes between two models, and the number of tasks is ", tasks, ": give two"));
         }
-        const auto weights = detail::checked_weights(options.weights, 2);
+        const auto weights = task_weights(options.weights, 2);
         const double total = weights[0] + weights[1];
         return std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
     }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, nuslerp_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_NUSLERP_HPP
@@ -13757,7 +13893,6 @@ public:
     method(Passes& passes, const passthrough_options& options)
         : scale_(options.scale)
     {
-        detail::check_factor(scale_, "scale");
         if (passes.tasks() != 1) {
             raise<invalid_argument>(error_code::task_count,
                 message("passthrough takes one model, and there are ", passes.tasks(), " tasks: give one"));
@@ -13772,6 +13907,10 @@ public:
 private:
     double scale_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, passthrough_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_PASSTHROUGH_HPP
@@ -13824,15 +13963,22 @@ struct ram_plus_options {
     }
 };
 
+namespace detail {
+[[nodiscard]] constexpr option_details epsilon_details()
+{
+    return {.at_least = 0, .expected = "a magnitude of at least 0, such as 1e-5"};
+}
+} // namespace detail
+
 template <>
 struct options_of<ram_options> {
-    static constexpr option_table table{
-        option_row("epsilon", &ram_options::epsilon, "magnitude above which a task acts on an entry", {.at_least = 0})};
+    static constexpr option_table table{option_row(
+        "epsilon", &ram_options::epsilon, "magnitude above which a task acts on an entry", detail::epsilon_details())};
 };
 template <>
 struct options_of<ram_plus_options> {
     static constexpr option_table table{option_row("epsilon", &ram_plus_options::epsilon,
-                                            "magnitude above which a task acts on an entry", {.at_least = 0}),
+                                            "magnitude above which a task acts on an entry", detail::epsilon_details()),
         option_row("r", &ram_plus_options::r, "how much the share of common entries raises those of one task"),
         option_row("alpha", &ram_plus_options::alpha, "the largest share that counts", {.at_least = 0}),
         option_row("scope", &ram_plus_options::scope, "what shares count over", {.unit = "SCOPE"})};
@@ -13872,16 +14018,6 @@ struct acting_mean_body {
     }
 };
 
-namespace detail {
-inline void check_epsilon(double epsilon)
-{
-    if (!(epsilon >= 0) || !std::isfinite(epsilon)) {
-        raise<invalid_argument>(error_code::parameter_out_of_range,
-            message("epsilon is ", epsilon, "; expected a magnitude of at least 0, such as 1e-5"));
-    }
-}
-} // namespace detail
-
 template <>
 class method<ram_options> : public elementwise_method {
 public:
@@ -13890,9 +14026,7 @@ public:
     template <class Passes>
     method(Passes&, const ram_options& options)
         : epsilon_(options.epsilon)
-    {
-        detail::check_epsilon(epsilon_);
-    }
+    { }
     template <arithmetic_element A>
     [[nodiscard]] acting_mean_body<A> body(std::size_t) const
     {
@@ -13927,12 +14061,6 @@ private:
     template <class Passes>
     [[nodiscard]] static std::vector<double> factors(Passes& passes, const ram_plus_options& options)
     {
-        detail::check_epsilon(options.epsilon);
-        detail::check_factor(options.r, "r");
-        if (!(options.alpha >= 0) || !std::isfinite(options.alpha)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("alpha is ", options.alpha, "; expected a share of at least 0, such as 0.2"));
-        }
         const std::size_t tasks = passes.tasks();
         // For every task the entries that it shares, then those that it has alone: whole numbers, exact in f64.
         auto counts = tensor_sums<storage_of<Passes>>(
@@ -13973,6 +14101,11 @@ private:
     std::size_t tasks_;
     kept_numbers raise_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, ram_options)
+TASKVEC_COMPILED_MERGES(extern, ram_plus_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_RAM_HPP
@@ -14061,7 +14194,8 @@ struct sce_body {
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
     {
         using pack = typename In::pack;
-        const auto takes_part = mask_of(in, in.tasks(), [&](std::size_t t) TASKVEC_BODY { return in.delta(t); });
+        const auto takes_part =
+            materialised(mask_of(in, in.tasks(), [&](std::size_t t) TASKVEC_BODY { return in.delta(t); }));
         const pack sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return where(takes_part, in.delta(t)); });
         const pack sign = select(sum >= 0, filled<pack>(1), filled<pack>(-1));
         pack total{}, divisor{};
@@ -14105,10 +14239,6 @@ public:
         , least_(options.least_weight)
     {
         static_cast<void>(top_k_count(options.density, 0)); // refuses what is no share
-        if (!(least_ >= 0) || !std::isfinite(least_)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("least_weight is ", least_, "; expected a number of at least 0, such as 1e-6"));
-        }
         const auto& models = passes.models();
         single_.resize(models.tensors().size());
         wide_.resize(models.tensors().size());
@@ -14217,6 +14347,10 @@ private:
     const double* wide_weights_ = nullptr;
 };
 
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, sce_options)
+#endif
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_SCE_HPP
 
@@ -14269,9 +14403,8 @@ struct slerp_factors {
 }
 
 /// Throws unless there are two models to go between. True where the first of them is the base.
-inline bool check_slerp(const aligned_models& models, const slerp_options& options)
+inline bool check_slerp(const aligned_models& models)
 {
-    check_factor(options.t, "t");
     const bool from_base = models.task_count() == 1;
     if (models.task_count() > 2 || (from_base && !models.has_base())) {
         raise<invalid_argument>(error_code::task_count,
@@ -14291,7 +14424,7 @@ public:
 
     template <class Passes>
     method(Passes& passes, const slerp_options& options)
-        : from_base_(detail::check_slerp(passes.models(), options))
+        : from_base_(detail::check_slerp(passes.models()))
     {
         const std::uint32_t a = from_base_ ? 0 : 1, b = a + 1;
         for (const auto& sum : tensor_dots(passes, {{a, a}, {b, b}, {a, b}}, false, "angles")) {
@@ -14309,6 +14442,10 @@ private:
     bool from_base_;
     std::vector<detail::slerp_factors> factors_; // for each tensor
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, slerp_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_SLERP_HPP
@@ -14365,11 +14502,9 @@ public:
     template <class Passes>
     method(Passes& passes, const task_arithmetic_options& options)
         : lambda_(options.lambda)
-        , weights_(passes, detail::checked_weights(options.weights, passes.tasks()))
-        , divisor_(detail::checked_weights(options.weights, passes.tasks()), options.normalize)
-    {
-        detail::check_factor(lambda_, "lambda");
-    }
+        , weights_(passes, task_weights(options.weights, passes.tasks()))
+        , divisor_(task_weights(options.weights, passes.tasks()), options.normalize)
+    { }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A> body(std::size_t) const
     {
@@ -14389,6 +14524,10 @@ private:
 {
     return {.lambda = lambda, .weights = {1.0, 1.0, -1.0}};
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, task_arithmetic_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_TASK_ARITHMETIC_HPP
@@ -15562,7 +15701,7 @@ public:
         , on_nonfinite_(options.on_nonfinite)
     {
         const aligned_models& models = passes.models();
-        detail::check_factor(scale_, "scale");
+        detail::check_number("scale", {}, scale_);
         tensors_.assign(models.tensors().size(), nullptr);
         for (const auto& entries : options.entries) {
             const auto place = std::lower_bound(models.tensors().begin(), models.tensors().end(), entries.name,
@@ -16000,7 +16139,7 @@ public:
     template <class Passes>
     method(Passes& passes, const detail::combination_options& options)
         : from_base_(passes.models().has_base())
-        , weights_(passes, detail::checked_weights(options.weights, passes.tasks()))
+        , weights_(passes, task_weights(options.weights, passes.tasks()))
     { }
     template <arithmetic_element A, class Use>
     decltype(auto) with_body(std::size_t, Use&& use) const

@@ -5692,6 +5692,7 @@ private:
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <memory>
@@ -5827,6 +5828,29 @@ inline void synchronise_directory(const std::filesystem::path& directory)
         const int code = errno;
         if (const auto handler = unsynchronised_slot().load()) { handler(directory, code); }
     }
+}
+
+/// Maps `bytes` (not 0) of a new file that has no name and is gone with the map: munmap() gives it back. `folder`:
+/// where it lies (empty: here). `what`: for whom, in messages.
+[[nodiscard]] inline void* map_unnamed_file(
+    const std::filesystem::path& folder, std::size_t bytes, std::string_view what)
+{
+    const auto place = folder.empty() ? std::filesystem::path(".") : folder;
+    descriptor file(retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
+    if (!file) { // not every file system has files without names
+        auto pattern = (place / ".taskvec-XXXXXX").string();
+        file = descriptor(::mkostemp(pattern.data(), O_CLOEXEC));
+        if (!file) { raise_io(place, "cannot create a temporary file in it", errno); }
+        ::unlink(pattern.c_str());
+    }
+    if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
+        raise_io(place, message("cannot reserve space for ", what), code);
+    }
+    void* const memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
+    if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
+        raise_io(place, "cannot map a temporary file in it", errno);
+    }
+    return memory;
 }
 
 } // namespace detail
@@ -6931,6 +6955,7 @@ private:
 #include <filesystem>
 #include <limits>
 #include <map>
+#include <memory>
 #include <set>
 #include <span>
 #include <string>
@@ -7265,6 +7290,12 @@ public:
         : map_(std::move(map))
         , header_(std::move(header))
     { }
+    /// The same, with some tensors laid out anew: those whose offset is `size of the file + n` lie at byte n of `more`.
+    safetensors_file(mapped_file map, safetensors_header header, std::shared_ptr<const std::byte> more)
+        : map_(std::move(map))
+        , header_(std::move(header))
+        , more_(std::move(more))
+    { }
 
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return map_.path(); }
     [[nodiscard]] std::filesystem::path path() && { return map_.path(); }
@@ -7280,7 +7311,10 @@ public:
     void tensor(const safetensors_entry&) const&& = delete; // name the owner first: its views would dangle
     [[nodiscard]] const_tensor_ref tensor(const safetensors_entry& entry) const&
     {
-        return {map_.bytes().data() + entry.offset, entry.dtype, entry.shape, {}, memory_space::host, 0};
+        const auto size = map_.bytes().size();
+        const auto* const data =
+            more_ && entry.offset >= size ? more_.get() + (entry.offset - size) : map_.bytes().data() + entry.offset;
+        return {data, entry.dtype, entry.shape, {}, memory_space::host, 0};
     }
     void model() const&& = delete; // name the owner first: its views would dangle
     /// All tensors, by name.
@@ -7297,6 +7331,7 @@ public:
 private:
     mapped_file map_;
     safetensors_header header_;
+    std::shared_ptr<const std::byte> more_;
 };
 
 /// The header bytes (length included) of a file that holds `specs`, and where each tensor's bytes go.
@@ -9724,6 +9759,18 @@ TASKVEC_WORDS_COMPARISON(==)
 TASKVEC_WORDS_COMPARISON(!=)
 #undef TASKVEC_WORDS_COMPARISON
 
+/// A mask that loops after it use: a body says so where it makes one before `in.each` or `in.sum_of`. (g++ 12 may carry
+/// the comparison instead of its result from block to block; in 64-byte packs there is no such value, and it ends in an
+/// internal error. A value that is hidden is no comparison.)
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> materialised(pack_mask<A, bytes> mask) noexcept
+{
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+    if constexpr (bytes == 64) { asm("" : "+v"(mask.lanes)); }
+#endif
+    return mask;
+}
+
 /// Shifts of every word, to the left or, filling with zeros, to the right.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept
@@ -12147,13 +12194,17 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <map>
+#include <memory>
 #include <set>
 #include <span>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include <sys/mman.h>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -12167,6 +12218,9 @@ inline constexpr std::size_t pickle_value_limit = 5'000'000;
 struct pytorch_contents {
     safetensors_header header;
     std::vector<std::string> notes{}; ///< what whoever opens it should know
+    /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, or parts of others):
+    /// lay_out_rows() gives them rows. Every element lies in the file.
+    std::map<std::string, extents> strides{};
 };
 
 namespace detail {
@@ -12805,9 +12859,18 @@ private:
             wrong(name,
                 message("of ", to_string(tensor.type), " ", to_string(shape), " runs past the end of its storage"));
         }
-        if (const const_tensor_ref view{nullptr, tensor.type, shape, strides}; !view.contiguous()) {
-            fail(message("has tensor '", name, "' of shape ", to_string(shape), " and strides ", to_string(strides),
-                ": only contiguous tensors are read; save it as .contiguous()"));
+        if (const const_tensor_ref view{nullptr, tensor.type, shape, strides}; !empty && !view.contiguous()) {
+            std::uint64_t last = first, way = 0;
+            for (std::size_t d = 0; d < shape.size(); ++d) {
+                if (__builtin_mul_overflow(
+                        static_cast<std::uint64_t>(shape[d]) - 1, static_cast<std::uint64_t>(strides[d]), &way)
+                    || __builtin_add_overflow(last, way, &last) || last >= room) {
+                    wrong(name,
+                        message("of ", to_string(tensor.type), " ", to_string(shape), " with strides ",
+                            to_string(strides), " runs past the end of its storage"));
+                }
+            }
+            contents_.strides.emplace(name, std::move(strides));
         }
         contents_.header.entries.push_back(
             {std::move(name), tensor.type, std::move(shape), entry->offset + first * width, count * width});
@@ -12850,11 +12913,88 @@ private:
 /// numbers, texts, collections and the functions that rebuild tensors and parameters; anything else that it names or
 /// does is refused by its name, and nothing runs. Checked: every record of the archive (64-bit ones too), that entries
 /// share no bytes and are neither compressed nor encrypted, storages against their sizes, tensors against their
-/// storages. Tensors that are not contiguous are refused. Values that are no tensors are noted. Throws format_error
+/// storages. Values that are no tensors are noted. Throws format_error
 /// naming `file` and the tensor. Cost: O(pickle); no tensor byte is read.
 [[nodiscard]] inline pytorch_contents parse_pytorch(std::span<const std::byte> bytes, std::string_view file)
 {
     return detail::pytorch_tensors({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file).take();
+}
+
+namespace detail {
+
+/// Copies a tensor of elements of `Word` to row-major memory, in tiles of its last two dimensions: the columns of a
+/// transposed matrix share lines of the cache.
+template <class Word>
+void copy_rows(const std::byte* from, const extents& shape, const extents& strides, std::byte* to)
+{
+    constexpr std::int64_t tile = 32;
+    const std::size_t rank = shape.size();
+    const std::int64_t columns = shape[rank - 1], rows = rank > 1 ? shape[rank - 2] : 1;
+    const std::int64_t by_column = strides[rank - 1], by_row = rank > 1 ? strides[rank - 2] : 0;
+    std::int64_t outer = 1;
+    for (std::size_t d = 0; d + 2 < rank; ++d) { outer *= shape[d]; }
+    for (std::int64_t block = 0; block < outer; ++block) {
+        std::int64_t begin = 0, rest = block;
+        for (std::size_t d = rank; d-- > 2;) {
+            begin += rest % shape[d - 2] * strides[d - 2];
+            rest /= shape[d - 2];
+        }
+        std::byte* const out = to + static_cast<std::size_t>(block * rows * columns) * sizeof(Word);
+        for (std::int64_t i0 = 0; i0 < rows; i0 += tile) {
+            for (std::int64_t j0 = 0; j0 < columns; j0 += tile) {
+                for (std::int64_t i = i0; i < std::min(rows, i0 + tile); ++i) {
+                    for (std::int64_t j = j0; j < std::min(columns, j0 + tile); ++j) {
+                        Word word;
+                        std::memcpy(&word,
+                            from + static_cast<std::size_t>(begin + i * by_row + j * by_column) * sizeof(Word),
+                            sizeof word);
+                        std::memcpy(out + static_cast<std::size_t>(i * columns + j) * sizeof(Word), &word, sizeof word);
+                    }
+                }
+            }
+        }
+    }
+}
+
+} // namespace detail
+
+/// Lays the tensors of contents.strides out row-major, one after another, in a file without a name in `folder`, and
+/// gives their entries offsets behind the end of `bytes`, as safetensors_file takes them; a note says so. Null where
+/// all lie so already. Memory: none but the page cache's. Throws io_error. Cost: one read of these tensors.
+[[nodiscard]] inline std::shared_ptr<const std::byte> lay_out_rows(pytorch_contents& contents,
+    std::span<const std::byte> bytes, std::string_view file, const std::filesystem::path& folder)
+{
+    if (contents.strides.empty()) { return nullptr; }
+    std::uint64_t total = 0;
+    const auto padded = [](std::uint64_t size) { return (size + 63) / 64 * 64; };
+    for (const auto& entry : contents.header.entries) {
+        if (contents.strides.contains(entry.name)) { total += padded(entry.bytes); }
+    }
+    const auto size = static_cast<std::size_t>(total);
+    auto* const memory =
+        static_cast<std::byte*>(detail::map_unnamed_file(folder, size, "tensors that are stored transposed"));
+    std::shared_ptr<const std::byte> result(
+        memory, [size](const std::byte* data) { ::munmap(const_cast<std::byte*>(data), size); });
+    std::uint64_t at = 0;
+    for (auto& entry : contents.header.entries) {
+        const auto place = contents.strides.find(entry.name);
+        if (place == contents.strides.end()) { continue; }
+        const auto* const from = bytes.data() + entry.offset;
+        switch (bits_per_element(entry.dtype)) {
+        case 8: detail::copy_rows<std::uint8_t>(from, entry.shape, place->second, memory + at); break;
+        case 16: detail::copy_rows<std::uint16_t>(from, entry.shape, place->second, memory + at); break;
+        case 32: detail::copy_rows<std::uint32_t>(from, entry.shape, place->second, memory + at); break;
+        default: detail::copy_rows<std::uint64_t>(from, entry.shape, place->second, memory + at);
+        }
+        entry.offset = bytes.size() + at;
+        at += padded(entry.bytes);
+    }
+    const auto count = contents.strides.size();
+    contents.notes.push_back(message("'", std::string(file), "': ", count, count == 1 ? " tensor ('" : " tensors ('",
+        contents.strides.begin()->first, count == 1 ? "') does" : "' …) do",
+        " not lie row by row there (transposed, say): laid out in a temporary file of ", total, " bytes"));
+    contents.strides.clear();
+    return result;
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -13887,8 +14027,10 @@ struct model_directory {
         return {std::move(map), std::move(header)};
     }
     auto contents = parse_pytorch(bytes, path.string());
+    std::error_code unknown;
+    auto rows = lay_out_rows(contents, bytes, path.string(), std::filesystem::temp_directory_path(unknown));
     notes.insert(notes.end(), contents.notes.begin(), contents.notes.end());
-    return {std::move(map), std::move(contents.header)};
+    return {std::move(map), std::move(contents.header), std::move(rows)};
 }
 
 /// The shards that an index names, beside it.
@@ -15791,11 +15933,9 @@ inline void check_base(const cpu& policy, std::uint64_t base_fingerprint, const 
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <limits>
@@ -15806,7 +15946,6 @@ inline void check_base(const cpu& policy, std::uint64_t base_fingerprint, const 
 #include <utility>
 #include <vector>
 
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -16125,22 +16264,7 @@ private:
             mine.values = mine.in_memory.data();
             return;
         }
-        const auto place = folder_.empty() ? std::filesystem::path(".") : folder_;
-        detail::descriptor file(
-            detail::retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
-        if (!file) { // not every file system has files without names
-            auto pattern = (place / ".taskvec-XXXXXX").string();
-            file = detail::descriptor(::mkostemp(pattern.data(), O_CLOEXEC));
-            if (!file) { detail::raise_io(place, "cannot create a temporary file in it", errno); }
-            ::unlink(pattern.c_str());
-        }
-        if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
-            detail::raise_io(place, "cannot reserve space for a layer that is quantised again", code);
-        }
-        void* const memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
-        if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
-            detail::raise_io(place, "cannot map a temporary file in it", errno);
-        }
+        void* const memory = detail::map_unnamed_file(folder_, bytes, "a layer that is quantised again");
         mine.values = static_cast<float*>(memory);
         mine.mapped = bytes;
     }

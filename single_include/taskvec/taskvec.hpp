@@ -2748,6 +2748,18 @@ TASKVEC_WORDS_COMPARISON(==)
 TASKVEC_WORDS_COMPARISON(!=)
 #undef TASKVEC_WORDS_COMPARISON
 
+/// A mask that loops after it use: a body says so where it makes one before `in.each` or `in.sum_of`. (g++ 12 may carry
+/// the comparison instead of its result from block to block; in 64-byte packs there is no such value, and it ends in an
+/// internal error. A value that is hidden is no comparison.)
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> materialised(pack_mask<A, bytes> mask) noexcept
+{
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+    if constexpr (bytes == 64) { asm("" : "+v"(mask.lanes)); }
+#endif
+    return mask;
+}
+
 /// Shifts of every word, to the left or, filling with zeros, to the right.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept
@@ -8627,6 +8639,129 @@ template <arithmetic_element T>
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/compiled/methods.hpp
+#if !defined(TASKVEC_SINGLE_COMPILED_METHODS_HPP)
+#define TASKVEC_SINGLE_COMPILED_METHODS_HPP
+// What taskvec::compiled compiles of methods/, as a list; see compiled/linalg.hpp. Each method's header declares its
+// own merges with it. SPDX-License-Identifier: Apache-2.0
+
+#include <span>
+
+/// The merges of a method: of models of any storage types, and of flat views of one of those that models come in.
+#define TASKVEC_COMPILED_MERGES(EXTERN, OPTIONS)                                                                       \
+    EXTERN template merge_report detail::merge_storing<storage_types, OPTIONS>(                                        \
+        const cpu&, const OPTIONS&, const aligned_models&, tensor_sink&);                                              \
+    TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, float)                                                               \
+    TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, f16)                                                                 \
+    TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, bf16)
+
+#define TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, T)                                                               \
+    EXTERN template merge_report detail::merge_in_memory<storage_list<T>, OPTIONS>(const cpu&, const OPTIONS&,         \
+        const const_model_ref*, std::span<const const_model_ref>, const model_ref&, const model_options&);
+
+/// What merges share: the norms that a report gives.
+#define TASKVEC_COMPILED_MERGED_NORMS(EXTERN, TYPES)                                                                   \
+    EXTERN template void detail::add_norms<TYPES>(const cpu&, const aligned_models&, merge_report&);
+#endif // TASKVEC_SINGLE_COMPILED_METHODS_HPP
+
+// ---- taskvec/core/option_range.hpp
+#if !defined(TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP)
+#define TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP
+// What the numbers of options may be, held to their tables (core/option_table.hpp): the same ranges and words as where
+// they are read from text. SPDX-License-Identifier: Apache-2.0
+
+
+#include <charconv>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Throws where a number of `options` is not finite or outside the range that its row gives. merge() checks with it,
+/// on every policy, before a method sees its options; a method checks what no row can say. Options without a table
+/// pass. Errors: invalid_argument, "density is 1.5; expected a number above 0 and up to 1".
+///
+///     check_options(ties_options{.density = 1.5});
+template <class Options>
+void check_options(const Options& options);
+
+namespace detail {
+
+[[nodiscard]] inline std::string number_text(double value)
+{
+    char digits[32];
+    const auto end = std::to_chars(digits, digits + sizeof digits, value).ptr;
+    return {digits, end};
+}
+
+[[nodiscard]] inline bool in_range(const option_details& range, double value)
+{
+    return std::isfinite(value) && value >= range.at_least && value > range.above && value <= range.at_most;
+}
+
+[[nodiscard]] inline std::string range_text(const option_details& range, std::string_view noun)
+{
+    if (!range.expected.empty()) { return std::string(range.expected); }
+    std::string text(noun);
+    const bool least = std::isfinite(range.at_least), above = std::isfinite(range.above);
+    const bool most = std::isfinite(range.at_most);
+    if (least && most) { return text + " from " + number_text(range.at_least) + " to " + number_text(range.at_most); }
+    if (least) { return text + " of at least " + number_text(range.at_least); }
+    if (above) { text += " above " + number_text(range.above); }
+    if (most) { text += std::string(above ? " and" : "") + " up to " + number_text(range.at_most); }
+    if (!above && !most) { text.replace(0, 1, "a finite"); }
+    return text;
+}
+
+[[nodiscard]] inline std::string whole_number_text(option_details range, std::uint64_t largest)
+{
+    if (!(range.at_least > 0)) { range.at_least = 0; }
+    if (std::isfinite(range.at_most)) { return range_text(range, "a whole number"); }
+    return "a whole number from " + number_text(range.at_least) + " to " + std::to_string(largest);
+}
+
+[[noreturn]] inline void refuse_number(std::string_view name, double value, const std::string& expected)
+{
+    raise<invalid_argument>(
+        std::isfinite(value) ? error_code::parameter_out_of_range : error_code::parameter_not_finite,
+        message(name, " is ", number_text(value), "; expected ", expected));
+}
+
+inline void check_number(std::string_view name, const option_details& range, double value)
+{
+    if (!in_range(range, value)) { refuse_number(name, value, range_text(range, "a number")); }
+}
+
+} // namespace detail
+
+template <class Options>
+void check_options(const Options& options)
+{
+    if constexpr (described_options<Options>) {
+        for_each_option(options, [](const auto& row, const auto& value) {
+            using value_type = std::remove_cvref_t<decltype(value)>;
+            if constexpr (std::floating_point<value_type>) {
+                detail::check_number(row.name, row.details, static_cast<double>(value));
+            }
+            else if constexpr (std::unsigned_integral<value_type> && !std::same_as<value_type, bool>) {
+                const auto number = static_cast<double>(value);
+                if (!detail::in_range(row.details, number)) {
+                    detail::refuse_number(row.name, number,
+                        detail::whole_number_text(row.details, std::numeric_limits<value_type>::max()));
+                }
+            }
+        });
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP
+
 // ---- taskvec/methods/walk.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_WALK_HPP)
 #define TASKVEC_SINGLE_METHODS_WALK_HPP
@@ -8683,8 +8818,8 @@ template <arithmetic_element T>
 // The constructor checks the options and may ask `passes` for what takes a walk over the models: dot products of every
 // tensor, thresholds of top-k, and memory for tables that bodies read (see cpu_passes). body<A>(tensor) is a small
 // value for each tensor: trivially copyable, numbers and pointers from passes.keep(). Its call operator works on a pack
-// of entries (core/pack.hpp; the interface of `in` is that of kernels::entries): no branches on packs, one result. It is
-// compiled for every vector width and, on the gpu policy, as a functor.
+// of entries (core/pack.hpp; the interface of `in` is that of kernels::entries): no branches on packs, one result. It
+// is compiled for every vector width and, on the gpu policy, as a functor.
 //
 // What a method may say beside that has a default in elementwise_method. Methods that are not elementwise are row
 // methods, with a call for a block of rows, or write everything themselves: row_method and whole_method below.
@@ -8719,7 +8854,6 @@ struct companion {
 #include <memory_resource>
 #include <ranges>
 #include <string>
-#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -8850,29 +8984,6 @@ consteval bool check_method()
     return true;
 }
 
-/// Weights as many as tasks: given, or all 1. Rounded to A once, when used.
-inline std::vector<double> checked_weights(
-    const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
-{
-    if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
-    if (weights.size() != tasks) {
-        raise<invalid_argument>(
-            error_code::list_length, message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
-    }
-    for (std::size_t t = 0; t < tasks; ++t) {
-        if (!std::isfinite(weights[t])) {
-            raise<invalid_argument>(
-                error_code::parameter_not_finite, message("the weight of task ", t + 1, " is not finite"));
-        }
-        if (!negative_allowed && weights[t] < 0) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("the weight of task ", t + 1, " is ", weights[t],
-                    ": this method has no meaning for negative weights"));
-        }
-    }
-    return weights;
-}
-
 /// What a sum over tasks is divided by: Σ weights in the arithmetic type, in task order; 1 where it is not
 /// `normalized`.
 class weight_divisor {
@@ -8906,14 +9017,33 @@ private:
     double wide_ = 1;
 };
 
-inline void check_factor(double value, std::string_view what)
-{
-    if (!std::isfinite(value)) {
-        raise<invalid_argument>(error_code::parameter_not_finite, message(what, " is not finite"));
-    }
-}
-
 } // namespace detail
+
+/// The weights of the tasks, one for each: those given, or 1 for all where none are. A method's constructor checks its
+/// list with this. Errors: invalid_argument (another number of them; not finite; negative where that means nothing).
+///
+///     const std::vector<double> weights = task_weights(options.weights, passes.tasks());
+[[nodiscard]] inline std::vector<double> task_weights(
+    const std::vector<double>& weights, std::size_t tasks, bool negative_allowed = true)
+{
+    if (weights.empty()) { return std::vector<double>(tasks, 1.0); }
+    if (weights.size() != tasks) {
+        raise<invalid_argument>(
+            error_code::list_length, message(weights.size(), " weights for ", tasks, " tasks: give one each, or none"));
+    }
+    for (std::size_t t = 0; t < tasks; ++t) {
+        if (!std::isfinite(weights[t])) {
+            raise<invalid_argument>(
+                error_code::parameter_not_finite, message("the weight of task ", t + 1, " is not finite"));
+        }
+        if (!negative_allowed && weights[t] < 0) {
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message("the weight of task ", t + 1, " is ", weights[t],
+                    ": this method has no meaning for negative weights"));
+        }
+    }
+    return weights;
+}
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_METHOD_HPP
@@ -10634,6 +10764,7 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
 {
     using method_type = method<Options>;
     static_assert(check_method<Options>());
+    check_options(options);
     if (method_type::needs_base && !models.has_base()) {
         raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
     }
@@ -10869,6 +11000,13 @@ auto merge(const P&, Arguments&&...)
     static_assert(detail::gpu_header_included<P, detail::gpu_room::merge>,
         "merge() on taskvec::gpu: include <taskvec/device/methods.hpp>");
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_types)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_list<float>)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_list<f16>)
+TASKVEC_COMPILED_MERGED_NORMS(extern, storage_list<bf16>)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_MERGE_HPP
@@ -12814,11 +12952,10 @@ namespace detail {
     return signs;
 }
 
-/// The factors of each task in an election with these options. Errors: invalid_argument (lambda, weights).
+/// The factors of each task in an election with these options. Errors: invalid_argument (weights).
 [[nodiscard]] inline election_weights election_weights_of(const ties_options& options, std::size_t tasks)
 {
-    check_factor(options.lambda, "lambda");
-    const auto weights = checked_weights(options.weights, tasks, options.negative_weights);
+    const auto weights = task_weights(options.weights, tasks, options.negative_weights);
     const std::vector<double> ones(tasks, 1.0);
     return {options.weighted_election ? weights : ones, weights,
         options.combine != disjoint_merge::mean ? std::vector<double>(tasks, 0.0)
@@ -12942,6 +13079,10 @@ public:
     { }
 };
 
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, ties_options)
+#endif
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_TIES_HPP
 
@@ -13055,10 +13196,10 @@ adapter_result<T> merge_ties(const cpu& policy, std::type_identity_t<std::span<c
     const adapter_ties_options& options, const Decompose& decompose)
 {
     const ties_options& how = options.ties;
+    check_options(how);
     const std::size_t tasks = adapters.size();
     (void)detail::adapter_weights(how.weights, tasks, 1); // how many there must be
-    const auto weights = detail::checked_weights(how.weights, tasks, how.negative_weights);
-    detail::check_factor(how.lambda, "lambda");
+    const auto weights = task_weights(how.weights, tasks, how.negative_weights);
     const auto layers = detail::shared_layers<T>(adapters);
     std::size_t largest_rank = 0, largest_size = 0;
     std::uint64_t elements = 0;
@@ -14456,13 +14597,6 @@ template <class Options>
 
 namespace detail {
 
-[[nodiscard]] inline std::string number_text(double value)
-{
-    char digits[32];
-    const auto end = std::to_chars(digits, digits + sizeof digits, value).ptr;
-    return {digits, end};
-}
-
 /// A decimal number that is the whole text; a sign of either kind may stand before it.
 [[nodiscard]] inline std::optional<double> read_number(std::string_view text)
 {
@@ -14478,25 +14612,6 @@ namespace detail {
     const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (text.empty() || failure != std::errc{} || end != text.data() + text.size()) { return std::nullopt; }
     return value;
-}
-
-[[nodiscard]] inline bool in_range(const option_details& range, double value)
-{
-    return std::isfinite(value) && value >= range.at_least && value > range.above && value <= range.at_most;
-}
-
-[[nodiscard]] inline std::string range_text(const option_details& range, std::string_view noun)
-{
-    if (!range.expected.empty()) { return std::string(range.expected); }
-    std::string text(noun);
-    const bool least = std::isfinite(range.at_least), above = std::isfinite(range.above);
-    const bool most = std::isfinite(range.at_most);
-    if (least && most) { return text + " from " + number_text(range.at_least) + " to " + number_text(range.at_most); }
-    if (least) { return text + " of at least " + number_text(range.at_least); }
-    if (above) { text += " above " + number_text(range.above); }
-    if (most) { text += std::string(above ? " and" : "") + " up to " + number_text(range.at_most); }
-    if (!above && !most) { text.replace(0, 1, "a finite"); }
-    return text;
 }
 
 template <class Words>
@@ -14545,11 +14660,7 @@ template <class Value>
         return range_text(details, "a number");
     }
     else if constexpr (kind == option_kind::whole_number) {
-        auto range = details;
-        if (!(range.at_least > 0)) { range.at_least = 0; }
-        if (std::isfinite(range.at_most)) { return range_text(range, "a whole number"); }
-        return "a whole number from " + number_text(range.at_least) + " to "
-            + std::to_string(std::numeric_limits<Value>::max());
+        return whole_number_text(details, std::numeric_limits<Value>::max());
     }
     else if constexpr (kind == option_kind::word) {
         return list_text(words_of<Value>());
@@ -19185,7 +19296,7 @@ public:
 
     template <class Passes>
     method(Passes& passes, const average_options& options)
-        : weights_(detail::checked_weights(options.weights, passes.tasks()))
+        : weights_(task_weights(options.weights, passes.tasks()))
         , normalize_(options.normalize)
         , numbers_(passes, weights_)
     {
@@ -19214,6 +19325,10 @@ private:
     bool normalize_;
     kept_numbers numbers_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, average_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_AVERAGE_HPP
@@ -19274,11 +19389,10 @@ public:
     template <class Passes, class Options, class Keep>
     kept_sum(Passes& passes, const Options& options, const Keep& keep, bool rescale)
         : lambda_(options.lambda)
-        , divisor_(detail::checked_weights(options.weights, passes.tasks()), options.normalize)
+        , divisor_(task_weights(options.weights, passes.tasks()), options.normalize)
         , stride_(rescale ? passes.tasks() : 0)
     {
-        detail::check_factor(lambda_, "lambda");
-        auto weights = detail::checked_weights(options.weights, passes.tasks());
+        auto weights = task_weights(options.weights, passes.tasks());
         if (rescale) {
             std::vector<double> scaled;
             for (const auto& factors : l1_factors(passes, keep)) {
@@ -19327,22 +19441,22 @@ private:
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// The rule of one tensor: what is among the top entries of `kept`, and not among those of `outliers`.
+/// The rule of one tensor: what is among the top entries of `upper`, and not among those of `outliers`.
 template <arithmetic_element A>
 struct keep_between_of_tensor {
     static constexpr bool sees_all = false; // NaN and infinity are the outliers
     static constexpr bool clears_zeros = true;
-    keep_top_of_tensor<A> kept, outliers;
+    keep_top_of_tensor<A> upper, outliers;
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
     {
-        return select(outliers(in, t, x) == 0, kept(in, t, x), typename In::pack{});
+        return select(outliers(in, t, x) == 0, upper(in, t, x), typename In::pack{});
     }
     [[nodiscard]] std::uint64_t constant_until(std::uint64_t place, std::uint64_t end) const noexcept
     {
-        return outliers.constant_until(place, kept.constant_until(place, end));
+        return outliers.constant_until(place, upper.constant_until(place, end));
     }
 };
 
@@ -19521,6 +19635,11 @@ public:
         })
     { }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, breadcrumbs_options)
+TASKVEC_COMPILED_MERGES(extern, breadcrumbs_ties_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_BREADCRUMBS_HPP
@@ -20008,6 +20127,11 @@ public:
     { }
 };
 
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, dare_options)
+TASKVEC_COMPILED_MERGES(extern, dare_ties_options)
+#endif
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_DARE_HPP
 
@@ -20220,18 +20344,14 @@ namespace detail {
             ": a diagonal Fisher is a mean of squares and cannot be negative"));
 }
 
-/// Throws unless the weights and the floor mean something. Returns the weights ct.
+/// Throws unless the weights mean something. Returns the weights ct.
 [[nodiscard]] inline std::vector<double> checked_fisher_weights(const fisher_options& options, std::size_t tasks)
 {
-    std::vector<double> weights = checked_weights(options.weights, tasks, false);
+    std::vector<double> weights = task_weights(options.weights, tasks, false);
     double total = 0;
     for (const double weight : weights) { total += weight; }
     if (total == 0) {
         raise<invalid_argument>(error_code::weights_sum_zero, "the weights of a Fisher merge are all 0");
-    }
-    if (!(options.floor >= 0) || !std::isfinite(options.floor)) {
-        raise<invalid_argument>(error_code::parameter_out_of_range,
-            message("floor is ", options.floor, "; expected a number that is not negative, such as 1e-12"));
     }
     return weights;
 }
@@ -20315,6 +20435,10 @@ private:
     kept_numbers plain_, factors_; // ct; ct or ct/‖Ft‖
     std::uint64_t bytes_ = 0;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, fisher_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_FISHER_HPP
@@ -20432,16 +20556,16 @@ private:
     { }
     [[nodiscard]] static std::vector<double> weights_of(const karcher_options& options, std::size_t tasks)
     {
-        if (!(options.tolerance > 0)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("tolerance is ", options.tolerance, "; expected a number above 0, such as 1e-5"));
-        }
-        auto weights = detail::checked_weights(options.weights, tasks, false);
+        auto weights = task_weights(options.weights, tasks, false);
         const double total = detail::weight_divisor(weights, true).get<double>();
         for (double& weight : weights) { weight /= total; }
         return weights;
     }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, karcher_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_KARCHER_HPP
@@ -20548,6 +20672,10 @@ private:
     std::vector<double> factors_; // t/N for each tensor
 };
 
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, model_stock_options)
+#endif
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_MODEL_STOCK_HPP
 
@@ -20635,12 +20763,16 @@ private:
     { }
     [[nodiscard]] static std::vector<double> weights_of(const multi_slerp_options& options, std::size_t tasks)
     {
-        auto weights = detail::checked_weights(options.weights, tasks);
+        auto weights = task_weights(options.weights, tasks);
         const double divisor = detail::weight_divisor(weights, options.normalize).get<double>();
         for (double& weight : weights) { weight /= divisor; }
         return weights;
     }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, multi_slerp_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_MULTI_SLERP_HPP
@@ -20668,8 +20800,9 @@ struct nearswap_options {
 
 template <>
 struct options_of<nearswap_options> {
-    static constexpr option_table table{option_row(
-        "t", &nearswap_options::t, "how near entries are to be taken, and how far others go", {.at_least = 0})};
+    static constexpr option_table table{
+        option_row("t", &nearswap_options::t, "how near entries are to be taken, and how far others go",
+            {.at_least = 0, .expected = "a distance of at least 0, such as 0.001"})};
 };
 
 template <arithmetic_element A>
@@ -20698,11 +20831,6 @@ public:
     method(Passes& passes, const nearswap_options& options)
         : t_(options.t)
     {
-        detail::check_factor(t_, "t");
-        if (t_ < 0) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("t is ", t_, "; expected a distance of at least 0, such as 0.001"));
-        }
         if (passes.tasks() != 1) {
             raise<invalid_argument>(error_code::task_count,
                 message("NearSwap takes a base and one task, and there are ", passes.tasks(), " tasks: give one"));
@@ -20717,6 +20845,10 @@ public:
 private:
     double t_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, nearswap_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_NEARSWAP_HPP
@@ -20787,11 +20919,15 @@ private:
             raise<invalid_argument>(error_code::task_count,
                 message("NuSLERP goes between two models, and the number of tasks is ", tasks, ": give two"));
         }
-        const auto weights = detail::checked_weights(options.weights, 2);
+        const auto weights = task_weights(options.weights, 2);
         const double total = weights[0] + weights[1];
         return std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
     }
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, nuslerp_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_NUSLERP_HPP
@@ -20843,7 +20979,6 @@ public:
     method(Passes& passes, const passthrough_options& options)
         : scale_(options.scale)
     {
-        detail::check_factor(scale_, "scale");
         if (passes.tasks() != 1) {
             raise<invalid_argument>(error_code::task_count,
                 message("passthrough takes one model, and there are ", passes.tasks(), " tasks: give one"));
@@ -20858,6 +20993,10 @@ public:
 private:
     double scale_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, passthrough_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_PASSTHROUGH_HPP
@@ -20910,15 +21049,22 @@ struct ram_plus_options {
     }
 };
 
+namespace detail {
+[[nodiscard]] constexpr option_details epsilon_details()
+{
+    return {.at_least = 0, .expected = "a magnitude of at least 0, such as 1e-5"};
+}
+} // namespace detail
+
 template <>
 struct options_of<ram_options> {
-    static constexpr option_table table{
-        option_row("epsilon", &ram_options::epsilon, "magnitude above which a task acts on an entry", {.at_least = 0})};
+    static constexpr option_table table{option_row(
+        "epsilon", &ram_options::epsilon, "magnitude above which a task acts on an entry", detail::epsilon_details())};
 };
 template <>
 struct options_of<ram_plus_options> {
     static constexpr option_table table{option_row("epsilon", &ram_plus_options::epsilon,
-                                            "magnitude above which a task acts on an entry", {.at_least = 0}),
+                                            "magnitude above which a task acts on an entry", detail::epsilon_details()),
         option_row("r", &ram_plus_options::r, "how much the share of common entries raises those of one task"),
         option_row("alpha", &ram_plus_options::alpha, "the largest share that counts", {.at_least = 0}),
         option_row("scope", &ram_plus_options::scope, "what shares count over", {.unit = "SCOPE"})};
@@ -20958,16 +21104,6 @@ struct acting_mean_body {
     }
 };
 
-namespace detail {
-inline void check_epsilon(double epsilon)
-{
-    if (!(epsilon >= 0) || !std::isfinite(epsilon)) {
-        raise<invalid_argument>(error_code::parameter_out_of_range,
-            message("epsilon is ", epsilon, "; expected a magnitude of at least 0, such as 1e-5"));
-    }
-}
-} // namespace detail
-
 template <>
 class method<ram_options> : public elementwise_method {
 public:
@@ -20976,9 +21112,7 @@ public:
     template <class Passes>
     method(Passes&, const ram_options& options)
         : epsilon_(options.epsilon)
-    {
-        detail::check_epsilon(epsilon_);
-    }
+    { }
     template <arithmetic_element A>
     [[nodiscard]] acting_mean_body<A> body(std::size_t) const
     {
@@ -21013,12 +21147,6 @@ private:
     template <class Passes>
     [[nodiscard]] static std::vector<double> factors(Passes& passes, const ram_plus_options& options)
     {
-        detail::check_epsilon(options.epsilon);
-        detail::check_factor(options.r, "r");
-        if (!(options.alpha >= 0) || !std::isfinite(options.alpha)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("alpha is ", options.alpha, "; expected a share of at least 0, such as 0.2"));
-        }
         const std::size_t tasks = passes.tasks();
         // For every task the entries that it shares, then those that it has alone: whole numbers, exact in f64.
         auto counts = tensor_sums<storage_of<Passes>>(
@@ -21059,6 +21187,11 @@ private:
     std::size_t tasks_;
     kept_numbers raise_;
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, ram_options)
+TASKVEC_COMPILED_MERGES(extern, ram_plus_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_RAM_HPP
@@ -21406,18 +21539,10 @@ class regmean_problem {
 public:
     regmean_problem(const aligned_models& models, const regmean_options& options, memory_space space)
         : options_(options)
-        , weights_(checked_weights(options.weights, models.task_count(), false))
+        , weights_(task_weights(options.weights, models.task_count(), false))
         , grams_(models, options.grams, options.labels, options.layout, space)
     {
         for (const double weight : weights_) { total_ += weight; }
-        if (!(options.alpha >= 0 && options.alpha <= 1)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("alpha is ", options.alpha, "; expected a number in [0, 1], such as 0.9"));
-        }
-        if (!(options.ridge >= 0) || !std::isfinite(options.ridge)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("ridge is ", options.ridge, "; expected a number that is not negative, such as 1e-6"));
-        }
     }
 
     [[nodiscard]] const std::vector<double>& weights() const noexcept { return weights_; }
@@ -21709,6 +21834,10 @@ private:
     detail::regmean_problem problem_;
 };
 
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, regmean_options)
+#endif
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_REGMEAN_HPP
 
@@ -21796,7 +21925,8 @@ struct sce_body {
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
     {
         using pack = typename In::pack;
-        const auto takes_part = mask_of(in, in.tasks(), [&](std::size_t t) TASKVEC_BODY { return in.delta(t); });
+        const auto takes_part =
+            materialised(mask_of(in, in.tasks(), [&](std::size_t t) TASKVEC_BODY { return in.delta(t); }));
         const pack sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return where(takes_part, in.delta(t)); });
         const pack sign = select(sum >= 0, filled<pack>(1), filled<pack>(-1));
         pack total{}, divisor{};
@@ -21840,10 +21970,6 @@ public:
         , least_(options.least_weight)
     {
         static_cast<void>(top_k_count(options.density, 0)); // refuses what is no share
-        if (!(least_ >= 0) || !std::isfinite(least_)) {
-            raise<invalid_argument>(error_code::parameter_out_of_range,
-                message("least_weight is ", least_, "; expected a number of at least 0, such as 1e-6"));
-        }
         const auto& models = passes.models();
         single_.resize(models.tensors().size());
         wide_.resize(models.tensors().size());
@@ -21952,6 +22078,10 @@ private:
     const double* wide_weights_ = nullptr;
 };
 
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, sce_options)
+#endif
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_SCE_HPP
 
@@ -22004,9 +22134,8 @@ struct slerp_factors {
 }
 
 /// Throws unless there are two models to go between. True where the first of them is the base.
-inline bool check_slerp(const aligned_models& models, const slerp_options& options)
+inline bool check_slerp(const aligned_models& models)
 {
-    check_factor(options.t, "t");
     const bool from_base = models.task_count() == 1;
     if (models.task_count() > 2 || (from_base && !models.has_base())) {
         raise<invalid_argument>(error_code::task_count,
@@ -22026,7 +22155,7 @@ public:
 
     template <class Passes>
     method(Passes& passes, const slerp_options& options)
-        : from_base_(detail::check_slerp(passes.models(), options))
+        : from_base_(detail::check_slerp(passes.models()))
     {
         const std::uint32_t a = from_base_ ? 0 : 1, b = a + 1;
         for (const auto& sum : tensor_dots(passes, {{a, a}, {b, b}, {a, b}}, false, "angles")) {
@@ -22044,6 +22173,10 @@ private:
     bool from_base_;
     std::vector<detail::slerp_factors> factors_; // for each tensor
 };
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, slerp_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_SLERP_HPP
@@ -22100,11 +22233,9 @@ public:
     template <class Passes>
     method(Passes& passes, const task_arithmetic_options& options)
         : lambda_(options.lambda)
-        , weights_(passes, detail::checked_weights(options.weights, passes.tasks()))
-        , divisor_(detail::checked_weights(options.weights, passes.tasks()), options.normalize)
-    {
-        detail::check_factor(lambda_, "lambda");
-    }
+        , weights_(passes, task_weights(options.weights, passes.tasks()))
+        , divisor_(task_weights(options.weights, passes.tasks()), options.normalize)
+    { }
     template <arithmetic_element A>
     [[nodiscard]] kept_sum_body<A> body(std::size_t) const
     {
@@ -22124,6 +22255,10 @@ private:
 {
     return {.lambda = lambda, .weights = {1.0, 1.0, -1.0}};
 }
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MERGES(extern, task_arithmetic_options)
+#endif
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_TASK_ARITHMETIC_HPP
@@ -23376,7 +23511,7 @@ public:
         , on_nonfinite_(options.on_nonfinite)
     {
         const aligned_models& models = passes.models();
-        detail::check_factor(scale_, "scale");
+        detail::check_number("scale", {}, scale_);
         tensors_.assign(models.tensors().size(), nullptr);
         for (const auto& entries : options.entries) {
             const auto place = std::lower_bound(models.tensors().begin(), models.tensors().end(), entries.name,
@@ -23711,7 +23846,7 @@ public:
     template <class Passes>
     method(Passes& passes, const detail::combination_options& options)
         : from_base_(passes.models().has_base())
-        , weights_(passes, detail::checked_weights(options.weights, passes.tasks()))
+        , weights_(passes, task_weights(options.weights, passes.tasks()))
     { }
     template <arithmetic_element A, class Use>
     decltype(auto) with_body(std::size_t, Use&& use) const
