@@ -47,6 +47,19 @@
 #define TASKVEC_VERSION_MINOR 2
 #define TASKVEC_VERSION_PATCH 0
 
+// What cannot compile the headers is told so in one sentence, and nothing after it: an #include of nothing ends it
+// there.
+#if !defined(__GNUC__) && !defined(__clang__)
+#error "taskvec needs g++ 12 or clang 14 (or later): its bit-exact kernels rely on their floating-point pragmas"
+#include "taskvec: the error above ends the compilation"
+#elif (defined(__clang__) && __clang_major__ < 14) || (!defined(__clang__) && __GNUC__ < 12)
+#error "taskvec needs g++ 12 or clang 14 (or later): this compiler is older"
+#include "taskvec: the error above ends the compilation"
+#elif __cplusplus < 202002L
+#error "taskvec needs C++20: compile with -std=c++20 (or later)"
+#include "taskvec: the error above ends the compilation"
+#endif
+
 // TASKVEC_NO_EXCEPTIONS: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
 #if !defined(TASKVEC_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
 #define TASKVEC_NO_EXCEPTIONS 1
@@ -3410,6 +3423,10 @@ template <class P, class T>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_LINALG_LINALG_HPP
 
+#if !__has_include(<Eigen/Core>)
+#error "this header of taskvec needs Eigen 3.4 or later (Debian: libeigen3-dev, with -I /usr/include/eigen3)"
+#include "taskvec: the error above ends the compilation"
+#endif
 #include <Eigen/Cholesky>
 #include <Eigen/Core>
 
@@ -6750,6 +6767,10 @@ inline constexpr std::string_view fetch_again = "fetch it again, and compare its
 // SPDX-License-Identifier: Apache-2.0
 
 
+#if !__has_include(<nlohmann/json.hpp>)
+#error "this header of taskvec needs nlohmann_json 3.10 or later (Debian: nlohmann-json3-dev)"
+#include "taskvec: the error above ends the compilation"
+#endif
 #include <nlohmann/json.hpp>
 
 #include <cstddef>

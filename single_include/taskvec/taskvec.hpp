@@ -54,6 +54,19 @@
 #define TASKVEC_VERSION_MINOR 2
 #define TASKVEC_VERSION_PATCH 0
 
+// What cannot compile the headers is told so in one sentence, and nothing after it: an #include of nothing ends it
+// there.
+#if !defined(__GNUC__) && !defined(__clang__)
+#error "taskvec needs g++ 12 or clang 14 (or later): its bit-exact kernels rely on their floating-point pragmas"
+#include "taskvec: the error above ends the compilation"
+#elif (defined(__clang__) && __clang_major__ < 14) || (!defined(__clang__) && __GNUC__ < 12)
+#error "taskvec needs g++ 12 or clang 14 (or later): this compiler is older"
+#include "taskvec: the error above ends the compilation"
+#elif __cplusplus < 202002L
+#error "taskvec needs C++20: compile with -std=c++20 (or later)"
+#include "taskvec: the error above ends the compilation"
+#endif
+
 // TASKVEC_NO_EXCEPTIONS: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
 #if !defined(TASKVEC_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
 #define TASKVEC_NO_EXCEPTIONS 1
@@ -6424,6 +6437,10 @@ template <class P, class T>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_LINALG_LINALG_HPP
 
+#if !__has_include(<Eigen/Core>)
+#error "this header of taskvec needs Eigen 3.4 or later (Debian: libeigen3-dev, with -I /usr/include/eigen3)"
+#include "taskvec: the error above ends the compilation"
+#endif
 #include <Eigen/Cholesky>
 #include <Eigen/Core>
 
@@ -14217,6 +14234,10 @@ template <storage_element T, loss_function<T> Loss>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_SEARCH_TASK_SPACE_HPP
 
+#if !__has_include(<Eigen/Core>)
+#error "this header of taskvec needs Eigen 3.4 or later (Debian: libeigen3-dev, with -I /usr/include/eigen3)"
+#include "taskvec: the error above ends the compilation"
+#endif
 #include <Eigen/Core>
 
 #include <concepts>
@@ -15151,6 +15172,10 @@ template <dlpack_managed M, class Byte>
 // SPDX-License-Identifier: Apache-2.0
 
 
+#if !__has_include(<Eigen/Core>)
+#error "this header of taskvec needs Eigen 3.4 or later (Debian: libeigen3-dev, with -I /usr/include/eigen3)"
+#include "taskvec: the error above ends the compilation"
+#endif
 #include <Eigen/Core>
 
 #include <concepts>
@@ -15748,6 +15773,10 @@ void as_xtensor(const matrix<T>&& x) = delete; // name the owner first: the adap
 // SPDX-License-Identifier: Apache-2.0
 
 
+#if !__has_include(<Eigen/Core>)
+#error "this header of taskvec needs Eigen 3.4 or later (Debian: libeigen3-dev, with -I /usr/include/eigen3)"
+#include "taskvec: the error above ends the compilation"
+#endif
 #include <Eigen/Core>
 
 #include <cmath>
@@ -15996,6 +16025,10 @@ template <class T>
 class std::numeric_limits<taskvec::dual<T>> : public std::numeric_limits<T> { };
 #endif // TASKVEC_SINGLE_JVP_DUAL_HPP
 
+#if !__has_include(<Eigen/Core>)
+#error "this header of taskvec needs Eigen 3.4 or later (Debian: libeigen3-dev, with -I /usr/include/eigen3)"
+#include "taskvec: the error above ends the compilation"
+#endif
 #include <Eigen/Core>
 
 #include <cmath>

@@ -8,6 +8,19 @@
 #define TASKVEC_VERSION_MINOR 2
 #define TASKVEC_VERSION_PATCH 0
 
+// What cannot compile the headers is told so in one sentence, and nothing after it: an #include of nothing ends it
+// there.
+#if !defined(__GNUC__) && !defined(__clang__)
+#error "taskvec needs g++ 12 or clang 14 (or later): its bit-exact kernels rely on their floating-point pragmas"
+#include "taskvec: the error above ends the compilation"
+#elif (defined(__clang__) && __clang_major__ < 14) || (!defined(__clang__) && __GNUC__ < 12)
+#error "taskvec needs g++ 12 or clang 14 (or later): this compiler is older"
+#include "taskvec: the error above ends the compilation"
+#elif __cplusplus < 202002L
+#error "taskvec needs C++20: compile with -std=c++20 (or later)"
+#include "taskvec: the error above ends the compilation"
+#endif
+
 // TASKVEC_NO_EXCEPTIONS: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
 #if !defined(TASKVEC_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
 #define TASKVEC_NO_EXCEPTIONS 1

@@ -4,6 +4,10 @@
 
 #include <taskvec/core/error.hpp>
 
+#if !__has_include(<nlohmann/json.hpp>)
+#error "this header of taskvec needs nlohmann_json 3.10 or later (Debian: nlohmann-json3-dev)"
+#include "taskvec: the error above ends the compilation"
+#endif
 #include <nlohmann/json.hpp>
 
 #include <cstddef>

@@ -14,6 +14,10 @@
 #include <taskvec/core/random.hpp>
 #include <taskvec/linalg/linalg.hpp>
 
+#if !__has_include(<Eigen/Core>)
+#error "this header of taskvec needs Eigen 3.4 or later (Debian: libeigen3-dev, with -I /usr/include/eigen3)"
+#include "taskvec: the error above ends the compilation"
+#endif
 #include <Eigen/Cholesky>
 #include <Eigen/Core>
 

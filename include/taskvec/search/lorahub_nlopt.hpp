@@ -5,6 +5,10 @@
 
 #include <taskvec/search/lorahub.hpp>
 
+#if !__has_include(<nlopt.h>)
+#error "this header of taskvec needs NLopt (Debian: libnlopt-dev)"
+#include "taskvec: the error above ends the compilation"
+#endif
 #include <nlopt.h>
 
 #include <algorithm>
