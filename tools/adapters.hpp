@@ -126,6 +126,7 @@ void add_result(nlohmann::ordered_json& content, const taskvec::adapter_result<T
 /// run.
 [[nodiscard]] inline report_file open_report(const adapter_settings& settings)
 {
+    note_left_overs(settings.run, settings.out);
     return report_file(settings.run.dry_run ? std::string() : settings.run.report);
 }
 
@@ -137,7 +138,6 @@ void write_adapter(const adapter_settings& settings, const runner& run, report_f
     const std::string& summary)
 {
     taskvec::peft_writer out(settings.out, adapter, {.output = settings.output()});
-    for (const auto& temporary : out.temporaries()) { guard_temporary(temporary); }
     content["output"] = settings.out;
     content["seconds"] = run.seconds();
     content["bytes_read"] = bytes_read;

@@ -1,17 +1,12 @@
 // taskvec clean: removes what killed runs left in a directory.
 // SPDX-License-Identifier: Apache-2.0
 #include "command.hpp"
-#include "runner.hpp"
+#include "outputs.hpp"
 #include "words.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
 
-#include <algorithm>
-#include <cerrno>
-#include <charconv>
-#include <csignal>
 #include <memory>
-#include <string_view>
 #include <system_error>
 
 namespace {
@@ -21,31 +16,25 @@ struct clean_settings {
     bool dry_run = false;
 };
 
-/// Whether a name is that of a temporary file or directory whose process is no more.
-bool is_left_over(std::string_view name)
-{
-    constexpr std::string_view prefix = ".taskvec-";
-    if (!name.starts_with(prefix) || !name.ends_with(".tmp")) { return false; }
-    name.remove_prefix(prefix.size());
-    int process = 0;
-    const auto [end, failure] = std::from_chars(name.data(), name.data() + name.size(), process);
-    return failure == std::errc{} && process > 0 && *end == '-' && ::kill(process, 0) != 0 && errno == ESRCH;
-}
-
 void clean(const clean_settings& given)
 {
     const tool::fs::path directory = given.directory;
     std::error_code failure;
-    std::vector<tool::fs::path> found;
-    for (tool::fs::directory_iterator it(directory, failure), end; !failure && it != end; it.increment(failure)) {
-        if (is_left_over(it->path().filename().string())) { found.push_back(it->path()); }
-    }
+    const auto found = tool::left_overs(directory, failure);
     if (failure) {
         taskvec::raise<taskvec::io_error>(taskvec::system_error_code(failure.value()),
             taskvec::message("cannot be read as a directory: ", failure.message()), given.directory, failure.value());
     }
-    std::sort(found.begin(), found.end());
+    const bool locked = tool::fs::exists(directory / ".taskvec-lock", failure);
+    taskvec::directory_lock lock(directory);
+    if (given.dry_run && locked) { lock.keep(); }
     std::string text;
+    // What was put aside for files that never came returns before anything goes.
+    if (!given.dry_run) {
+        for (const auto& name : taskvec::finish_replacements(directory, lock)) {
+            text += "brought back '" + tool::printable((directory / name).string()) + "'\n";
+        }
+    }
     for (const auto& path : found) {
         text += (given.dry_run ? "would remove '" : "removed '") + tool::printable(path.string()) + "'\n";
         if (given.dry_run) { continue; }
@@ -56,9 +45,6 @@ void clean(const clean_settings& given)
         }
     }
     // What a writer of shards left: those that no index names, and its lock.
-    const bool locked = tool::fs::exists(directory / ".taskvec-lock", failure);
-    taskvec::directory_lock lock(directory);
-    if (given.dry_run && locked) { lock.keep(); }
     for (const auto& name : taskvec::orphan_shards(directory, lock)) {
         const auto path = directory / name;
         text += (given.dry_run ? "would remove '" : "removed '") + tool::printable(path.string()) + "'\n";

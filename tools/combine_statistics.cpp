@@ -23,6 +23,7 @@ void combine(const combine_statistics_settings& given)
     };
     taskvec::combine_statistics(
         {given.parts.begin(), given.parts.end()}, given.out, taskvec::durability::synchronised, say);
+    tool::outputs_are_there();
 }
 
 const tool::register_verb combine_statistics_verb(110, "combine-statistics",

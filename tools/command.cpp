@@ -367,6 +367,7 @@ int run_command_line(int count, const char* const* words)
         return fail("interrupted; no output was written");
     }
     catch (const std::bad_alloc&) { // what says so takes no memory itself
+        if (are_outputs_there()) { return 0; }
         say_plainly("taskvec: error: out of memory: use fewer --threads or a smaller --memory\n");
         return 1;
     }

@@ -71,13 +71,17 @@ void convert(const convert_settings& given)
     report.finish({{"output", given.out}, {"from", from}, {"as", given.as}, {"modules", adapter.modules.size()},
         {"bytes_written", bytes}});
     try {
-        taskvec::write_adapter(given.out, made, options,
-            [&] { tool::conclude("wrote " + what + " (" + tool::size_text(bytes) + ")\n", report); });
+        taskvec::write_adapter(given.out, made, options, [&] {
+            tool::check_before_commit();
+            tool::print("wrote " + what + " (" + tool::size_text(bytes) + ")\n");
+            report.commit();
+        });
     }
     catch (...) {
         report.revert();
         throw;
     }
+    tool::outputs_are_there();
 }
 
 void run_convert(const convert_settings& given)

@@ -20,7 +20,6 @@ public:
     void begin(const taskvec::aligned_models& models, const std::vector<std::uint64_t>& kept) override
     {
         writer_.begin(models, kept);
-        guard_temporary(writer_.temporary());
     }
     void write(std::size_t tensor, std::uint64_t first, std::uint64_t from, std::uint64_t to,
         const std::uint64_t* indices, const float* values, std::size_t n) override

@@ -5,6 +5,8 @@
 #include "report.hpp"
 #include "words.hpp"
 
+#include <taskvec/formats/fingerprint.hpp>
+
 #include <algorithm>
 
 namespace tool {
@@ -59,6 +61,7 @@ void run_merge(const merge_request& request)
         auto content = report_of(run, request, inputs, merged, out.file_size());
         content["options"] = options;
         const auto stored = out.reopen(inputs.reference());
+        content["fingerprint"] = taskvec::fingerprint_text(taskvec::fingerprint_sketch(stored.model()));
         content["tensors"] = norms_of(run.policy(), beside_base(request, inputs, stored));
         report.finish(content);
     }

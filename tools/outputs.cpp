@@ -4,11 +4,14 @@
 
 #include "arguments.hpp"
 #include "runner.hpp"
+#include "words.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -127,27 +130,75 @@ void claim_output(const fs::path& path, const std::string& option, output_kind k
 
 void claim_report(const run_options& options)
 {
+    const auto outputs = claimed(); // a report is small
     if (!options.report.empty()) { claim_output(options.report, "--report"); }
+    for (const auto& output : outputs) { note_left_overs(options, output.first); }
+}
+
+namespace {
+
+/// Whether a name is that of a temporary file or directory whose process is no more.
+bool is_left_over(std::string_view name)
+{
+    constexpr std::string_view prefix = ".taskvec-";
+    if (!name.starts_with(prefix) || !name.ends_with(".tmp")) { return false; }
+    name.remove_prefix(prefix.size());
+    int process = 0;
+    const auto [end, failure] = std::from_chars(name.data(), name.data() + name.size(), process);
+    return failure == std::errc{} && process > 0 && *end == '-' && ::kill(process, 0) != 0 && errno == ESRCH;
+}
+
+} // namespace
+
+std::vector<fs::path> left_overs(const fs::path& directory, std::error_code& failure)
+{
+    std::vector<fs::path> found;
+    failure.clear();
+    for (fs::directory_iterator it(directory, failure), end; !failure && it != end; it.increment(failure)) {
+        if (is_left_over(it->path().filename().string())) { found.push_back(it->path()); }
+    }
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
+void note_left_overs(const run_options& options, const fs::path& output)
+{
+    std::error_code ignored;
+    const auto place = fs::absolute(output, ignored);
+    for (const auto& folder : {place.parent_path(), place}) {
+        if (!fs::is_directory(folder, ignored)) { continue; }
+        const auto found = left_overs(folder, ignored);
+        if (found.empty()) { continue; }
+        note(options,
+            taskvec::message("'", folder.string(), "' holds ", counted(found.size(), "temporary file"),
+                " of killed runs: 'taskvec clean ", folder.string(), "' removes what they left"));
+    }
 }
 
 revocable_file::revocable_file(const fs::path& path, std::uint64_t size)
     : file_(path, size)
-{
-    guard_temporary(file_.temporary());
-}
+{ }
 
 revocable_file::~revocable_file()
 {
     if (!replaced_.empty()) { ::unlink(replaced_.c_str()); }
+    if (!kept_.empty()) {
+        release_temporary(kept_);
+        release_temporary(file_.target());
+    }
 }
 
 void revocable_file::commit()
 {
-    auto kept = fs::path(file_.temporary()).replace_extension(".old.tmp");
-    guard_temporary(kept);
-    if (::link(file_.target().c_str(), kept.c_str()) == 0) { replaced_ = std::move(kept); }
+    kept_ = fs::path(file_.temporary()).replace_extension(".old.tmp");
+    auto kept = kept_;
+    if (::link(file_.target().c_str(), kept.c_str()) == 0) {
+        replaced_ = std::move(kept);
+        guard_replaced(file_.target(), replaced_);
+    }
     else {
         new_ = errno == ENOENT;
+        if (new_) { guard_temporary(file_.target()); }
     }
     file_.commit();
 }
@@ -174,21 +225,19 @@ model_output::model_output(fs::path path, const taskvec::quantised_outputs& plan
         quantising_ = std::make_unique<taskvec::quantising_sink>(plan, file, beside);
     };
     if (!shard_size.empty()) {
-        shards_ =
-            std::make_unique<taskvec::sharded_writer>(path_, specs, parse_size(shard_size, "--shard-size"), metadata);
+        shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, parse_size(shard_size, "--shard-size"),
+            metadata, taskvec::durability::synchronised, taskvec::existing_directory::exchange);
     }
     else if (directory || !path_.has_filename() || fs::is_directory(path_, ignored)) {
-        shards_ = std::make_unique<taskvec::sharded_writer>(
-            path_, specs, std::numeric_limits<std::uint64_t>::max(), metadata);
+        shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, std::numeric_limits<std::uint64_t>::max(),
+            metadata, taskvec::durability::synchronised, taskvec::existing_directory::exchange);
     }
     else {
         file_ = std::make_unique<taskvec::safetensors_writer>(path_, specs, metadata);
-        guard_temporary(file_->temporary());
         place_sink();
         return;
     }
     place_sink();
-    for (const auto& temporary : shards_->temporaries()) { guard_temporary(temporary); }
     folder_ = shards_->folder();
 }
 

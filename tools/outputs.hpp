@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 namespace tool {
@@ -33,8 +34,12 @@ struct special_place {
 /// replaced, that no other option asks for it, and that only a model replaces one of the files that are read. Throws
 /// usage_error, io_error, invalid_argument.
 void claim_output(const fs::path& path, const std::string& option, output_kind kind = output_kind::file);
-/// claim_output() for --report, where it was given.
+/// claim_output() for --report, where it was given; then notes what dead runs left beside what was claimed.
 void claim_report(const run_options& options);
+/// What killed runs left in a directory: temporary files and directories whose process this machine no longer has.
+[[nodiscard]] std::vector<fs::path> left_overs(const fs::path& directory, std::error_code& failure);
+/// Notes what dead runs left beside an output, or in it, and how it goes.
+void note_left_overs(const run_options& options, const fs::path& output);
 
 /// A file whose commit() can be taken back: what it replaces keeps a second name until this object goes.
 class revocable_file {
@@ -50,6 +55,7 @@ public:
 
 private:
     taskvec::atomic_file file_;
+    fs::path kept_; ///< the second name that is to be
     fs::path replaced_; ///< the second name, where the system has such links
     bool new_ = false; ///< nothing was replaced
 };

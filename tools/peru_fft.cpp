@@ -5,6 +5,8 @@
 #include "report.hpp"
 #include "words.hpp"
 
+#include <taskvec/formats/fingerprint.hpp>
+
 #include <memory>
 
 namespace {
@@ -47,8 +49,6 @@ void run_peru_fft(const tool::merge_request& request)
     const bool inner = tool::fs::is_directory(tool::fs::path(request.out) / "merged", ignored); // keeps other files
     taskvec::output_directory folder(request.out, taskvec::durability::synchronised,
         inner ? taskvec::existing_directory::fill : taskvec::existing_directory::exchange);
-    for (const auto& made : folder.made()) { tool::guard_temporary(made); }
-    tool::guard_temporary(folder.lock_file());
     tool::model_output out(folder.path() / (request.shard_size.empty() ? "merged.safetensors" : "merged"), plan,
         inputs.metadata(), request.shard_size);
     const auto options = tool::json_of(method.values(merging.options));
@@ -88,6 +88,7 @@ void run_peru_fft(const tool::merge_request& request)
         content["bytes_read"] = content["bytes_read"].get<std::uint64_t>() + merged.data_bytes()
             + tool::pruning_walks * (inputs.tasks().size() * merged.data_bytes() + inputs.models().bytes());
         content["density"] = pruning.density;
+        content["fingerprint"] = taskvec::fingerprint_text(taskvec::fingerprint_sketch(merged.model()));
         content["options"] = options;
         content["parameters"] = inputs.models().elements() + kept;
         for (std::size_t t = 0; t < deltas.size(); ++t) { content["tasks"][t]["stored"] = deltas[t]->writer().kept(); }

@@ -11,12 +11,14 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <climits>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <mutex>
 #include <new>
 #include <utility>
 
@@ -35,7 +37,12 @@ struct mapped_range {
 };
 std::array<mapped_range, 4096> mapped_ranges;
 std::atomic<std::size_t> mapped_count{0};
-std::array<std::atomic<const char*>, 4096> temporaries;
+struct temporary_name {
+    std::atomic<bool> there{false};
+    bool given_back = false; ///< is a second name of what stood under the name before it in this list
+    char path[PATH_MAX];
+};
+std::array<temporary_name, 4096> temporaries; // of memory that is never asked for
 std::atomic<std::size_t> temporary_count{0};
 std::atomic<int> interrupted{0};
 bool progress_visible = false;
@@ -54,9 +61,40 @@ extern "C" void on_interrupt(int signal)
 void remove_temporaries()
 {
     for (std::size_t i = temporary_count.load(); i-- > 0;) { // what lies in a directory comes after it
-        const char* name = temporaries[i].load();
-        if (name && ::unlink(name) != 0) { ::rmdir(name); }
+        if (!temporaries[i].there.load()) { continue; }
+        const bool back = temporaries[i].given_back;
+        if (back && !are_outputs_there()) { ::rename(temporaries[i].path, temporaries[i - 1].path); }
+        taskvec::remove_temporary(temporaries[i].path);
+        if (back) { --i; }
     }
+}
+
+/// Appends to the list, in which there is room.
+void append_temporary(const fs::path& path, bool given_back) noexcept
+{
+    const auto count = temporary_count.load();
+    auto& entry = temporaries[count];
+    const auto& name = path.native();
+    std::memcpy(entry.path, name.c_str(), name.size() + 1);
+    entry.given_back = given_back;
+    entry.there = true;
+    temporary_count = count + 1;
+}
+constinit std::mutex temporaries_busy;
+
+void on_temporary(const fs::path& path, bool there) noexcept
+{
+    const std::lock_guard lock(temporaries_busy);
+    auto count = temporary_count.load();
+    const std::string_view name = path.native();
+    if (there) {
+        if (count < temporaries.size() && name.size() < PATH_MAX) { append_temporary(path, false); }
+        return;
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+        if (temporaries[i].there.load() && name == temporaries[i].path) { temporaries[i].there = false; }
+    }
+    while (count > 0 && !temporaries[count - 1].there.load()) { temporary_count = --count; }
 }
 
 /// Does nothing: the write that failed is an error by itself, with EPIPE or EFBIG. Not SIG_IGN, which a program that
@@ -65,6 +103,10 @@ extern "C" void on_failed_write(int) { }
 
 [[noreturn]] void on_terminate()
 {
+    if (are_outputs_there()) { // the outputs have their names: what is left cannot be said to have failed
+        remove_temporaries();
+        ::_exit(0);
+    }
     const char* what =
         "taskvec: error: ended by an error within an error; each output is the old one or the new one, whole\n";
     if (const auto current = std::current_exception()) {
@@ -154,6 +196,7 @@ void install_handlers()
         for (const int signal : {SIGPIPE, SIGXFSZ}) { handle(signal, failed); }
         std::set_terminate(on_terminate);
         taskvec::set_unsynchronised_handler(on_unsynchronised);
+        taskvec::set_temporary_handler(on_temporary);
         return true;
     }();
     (void)once;
@@ -228,11 +271,23 @@ taskvec::checkpoint open_guarded(const fs::path& path, taskvec::index_check how)
 
 void guard_temporary(const fs::path& path)
 {
-    install_handlers();
-    const auto index = temporary_count.load();
-    if (path.empty() || index == temporaries.size()) { return; }
-    temporaries[index] = keep(path.string());
-    temporary_count = index + 1;
+    on_temporary(path, true);
+}
+
+void guard_replaced(const fs::path& path, const fs::path& kept) noexcept
+{
+    const std::lock_guard lock(temporaries_busy);
+    if (temporary_count.load() + 2 > temporaries.size() || path.native().size() >= PATH_MAX
+        || kept.native().size() >= PATH_MAX) {
+        return;
+    }
+    append_temporary(path, false);
+    append_temporary(kept, true);
+}
+
+void release_temporary(const fs::path& path) noexcept
+{
+    on_temporary(path, false);
 }
 
 runner::runner(const run_options& options, runs_on where)

@@ -38,9 +38,13 @@ void say_plainly(const char* text);
 [[nodiscard]] bool holds_f64(const taskvec::checkpoint& model);
 /// Makes another map known to that handler.
 void guard_map(const taskvec::mapped_file& map);
-/// Removes this file, or this directory if it is empty by then, should the process have to end without destructors.
-/// What lies in a directory is named after it.
+/// Removes this file, or this directory if it is empty by then, should the process have to end without destructors. The
+/// library's own temporary files are known already.
 void guard_temporary(const fs::path& path);
+/// Gives a file back what it replaced, which has the second name `kept`, should the process have to end like that.
+void guard_replaced(const fs::path& path, const fs::path& kept) noexcept;
+/// Ends what guard_temporary() and guard_replaced() began, for one of the names.
+void release_temporary(const fs::path& path) noexcept;
 /// The files that were opened by these, where they lie.
 [[nodiscard]] std::vector<fs::path>& opened_places();
 /// Where a path leads, as far as it exists.

@@ -8,6 +8,7 @@
 #include <taskvec/formats/json.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -113,6 +114,20 @@ std::size_t text_width(std::string_view text)
 {
     return static_cast<std::size_t>(std::count_if(
         text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xc0u) != 0x80u; }));
+}
+
+namespace {
+std::atomic<bool> all_there{false};
+} // namespace
+
+void outputs_are_there() noexcept
+{
+    all_there = true;
+}
+
+bool are_outputs_there() noexcept
+{
+    return all_there.load();
 }
 
 void check_before_commit()

@@ -36,6 +36,9 @@ void note(const run_options& options, const std::string& text);
 void print(const std::string& text);
 /// Before outputs take their names: throws where an input has changed since it was opened.
 void check_before_commit();
+/// Says that all outputs have their names: memory that runs out from here on is no failure.
+void outputs_are_there() noexcept;
+[[nodiscard]] bool are_outputs_there() noexcept;
 /// Says what was done, then gives the finished outputs their names: where an input has changed or standard output
 /// fails, nothing is changed. Where one of them fails, those before it are given back: what cannot be comes last.
 template <class... Outputs>
@@ -58,6 +61,7 @@ void conclude(const std::string& text, Outputs&... outputs)
         (give_back(outputs), ...);
         throw;
     }
+    outputs_are_there();
 }
 
 } // namespace tool

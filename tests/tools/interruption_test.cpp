@@ -2,7 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
+#include <chrono>
 #include <csignal>
+#include <cstdlib>
+#include <random>
 
 using namespace tools_test;
 
@@ -117,4 +120,68 @@ TEST_CASE("a directory that was made for the output goes when an input shrinks")
         std::filesystem::remove_all(folder / "new");
     }
     CHECK(seen > 0);
+}
+
+TEST_CASE("killed at random moments, sharded merges leave the old model or the new one, and clean removes the rest")
+{
+    const char* const wanted = std::getenv("TASKVEC_KILLS"); // the nightly test: 1,000
+    const int rounds = wanted ? std::atoi(wanted) : 20;
+    const scratch folder;
+    values_model base;
+    for (const char* name : {"a", "b", "c", "d"}) {
+        base[name] = {taskvec::dtype::f32, {wanted ? 300'000 : 100'000}, {}};
+        base[name].values.assign(taskvec::element_count(base[name].shape), 0.5f);
+    }
+    auto other = base;
+    for (auto& [name, tensor] : other) { tensor.values.assign(tensor.values.size(), 2.0f); }
+    for (const auto& [name, model] : {std::pair{"base", &base}, std::pair{"other", &other}}) {
+        std::filesystem::create_directory(folder / name);
+        write_values(folder / name / "model.safetensors", *model);
+        spill(folder / name / "config.json", std::string("{\"of\": \"") + name + "\"}");
+    }
+    // Two models in turn, of different numbers of shards, into one directory.
+    const auto merge = [](bool first) {
+        return std::vector<std::string>{"merge", "--method", "average", "--task", first ? "base" : "other", "--out",
+            "out", "--shard-size", first ? "400kB" : "900kB", "--threads", "1", "--no-card"};
+    };
+    const auto is = [&](bool first) {
+        const auto model = taskvec::open_model(folder / "out");
+        const float value = first ? 0.5f : 2.0f;
+        bool right = slurp(folder / "out/config.json").find(first ? "base" : "other") != std::string::npos
+            && model.model().size() == base.size();
+        for (const auto& [name, tensor] : model.model()) {
+            const auto* const values = static_cast<const float*>(tensor.data);
+            for (std::size_t i = 0; i < tensor.size(); ++i) { right = right && values[i] == value; }
+        }
+        return right;
+    };
+    REQUIRE(run(folder, merge(true)).code == 0);
+    const auto began = std::chrono::steady_clock::now();
+    REQUIRE(run(folder, merge(false)).code == 0);
+    const auto took = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - began).count();
+    std::mt19937 random(wanted ? static_cast<unsigned>(::getpid()) : 7u);
+    bool first = false; // which one is there
+    int killed = 0, changed = 0;
+    for (int round = 0; round < rounds; ++round) {
+        process tool(folder, merge(!first));
+        ::usleep(static_cast<useconds_t>(std::uniform_real_distribution<double>(0, 1.2 * took)(random)));
+        tool.send(SIGKILL);
+        killed += tool.wait().code == -SIGKILL;
+        if (is(!first)) {
+            first = !first;
+            ++changed;
+        }
+        else {
+            CHECK(is(first));
+        }
+    }
+    CHECK(killed > 0);
+    MESSAGE(rounds << " rounds, " << killed << " killed, " << changed << " with the new model");
+    for (const char* place : {"out", "."}) { CHECK(run(folder, {"clean", place}).code == 0); }
+    CHECK(folder.names() == std::set<std::string>{"base", "other", "out"});
+    REQUIRE(run(folder, merge(true)).code == 0);
+    auto names = scratch::names_in(folder / "out");
+    std::erase_if(names, [](const std::string& name) { return name.starts_with("model-0000"); });
+    CHECK(names == std::set<std::string>{"config.json", "model.safetensors.index.json"});
+    CHECK(scratch::names_in(folder / "out").size() == 2 + 4);
 }

@@ -135,6 +135,63 @@ TEST_CASE("clean removes what dead runs left, and nothing else")
     CHECK(run(folder, {"clean", "missing"}).code == 1);
 }
 
+TEST_CASE("what killed runs left beside an output is noted, with what removes it")
+{
+    const scratch folder;
+    write_inputs(folder);
+    const pid_t child = ::fork();
+    if (child == 0) { ::_exit(0); }
+    ::waitpid(child, nullptr, 0);
+    const auto left = ".taskvec-" + std::to_string(child) + "-0.tmp";
+    spill(folder / left, "x");
+    std::vector<std::string> merge{
+        "merge", "--method", "average", "--task", "a.safetensors", "--task", "base.safetensors", "--out", "o"};
+    for (const auto& verb :
+        {merge, {"merge-lora", "--adapter", "la", "--adapter", "lb", "--rank", "2", "--out", "lo"}}) {
+        const auto result = run(folder, verb);
+        CHECK(result.code == 0);
+        CHECK(result.err.find("holds 1 temporary file of killed runs: 'taskvec clean ") != std::string::npos);
+    }
+    CHECK(folder.names().contains(left)); // it is not theirs to remove
+    merge.emplace_back("--quiet");
+    CHECK(run(folder, merge).err.empty());
+    std::filesystem::remove(folder / left);
+    CHECK(run(folder, {"merge-lora", "--adapter", "la", "--adapter", "lb", "--rank", "2", "--out", "lo"}).err.empty());
+}
+
+TEST_CASE("what a killed run had put aside comes back with clean, or with the next run")
+{
+    const pid_t child = ::fork();
+    if (child == 0) { ::_exit(0); }
+    ::waitpid(child, nullptr, 0);
+    const auto aside = ".taskvec-" + std::to_string(child) + "-directory-0.tmp";
+    for (const bool by_clean : {true, false}) {
+        const scratch folder;
+        write_inputs(folder);
+        write_adapter(folder / "lo", 3);
+        const auto config = slurp(folder / "lo/adapter_config.json"),
+                   weights = slurp(folder / "lo/adapter_model.safetensors");
+        std::filesystem::create_directory(folder / "lo" / aside);
+        for (const char* name : {"adapter_config.json", "adapter_model.safetensors"}) {
+            std::filesystem::rename(folder / "lo" / name, folder / "lo" / aside / (std::string(name) + ".old"));
+        }
+        spill(folder / "lo" / aside / "adapter_config.json", "new");
+        spill(folder / "lo/adapter_model.safetensors", "new");
+        if (by_clean) {
+            const auto result = run(folder, {"clean", "lo"});
+            CHECK(result.code == 0);
+            CHECK(result.out.find("brought back 'lo/adapter_config.json'\n") != std::string::npos);
+        }
+        else {
+            const taskvec::output_directory next(folder / "lo");
+        }
+        CHECK(slurp(folder / "lo/adapter_config.json") == config);
+        CHECK(slurp(folder / "lo/adapter_model.safetensors") == weights);
+        CHECK(scratch::names_in(folder / "lo")
+            == std::set<std::string>{"adapter_config.json", "adapter_model.safetensors"});
+    }
+}
+
 TEST_CASE("the set of peru-fft replaces an older one as a whole, and keeps what else lies there")
 {
     const scratch folder;

@@ -479,7 +479,9 @@ template <arithmetic_element T = float>
     const bool may_have_config =
         std::filesystem::is_directory(path, ignored) || adapter.file.filename() == peft_model_name;
     std::string text;
+    std::optional<mapped_file> configuration;
     if (may_have_config && std::filesystem::exists(config_path, ignored)) {
+        configuration.emplace(config_path);
         text = read_text_file(config_path);
         adapter.config = parse_json(text, config_file);
         if (!adapter.config.is_object()) {
@@ -647,6 +649,8 @@ template <arithmetic_element T = float>
         adapter.wholes.emplace(
             name, peft_tensor{entry->dtype, entry->shape, std::vector<std::byte>(data, data + entry->bytes)});
     }
+    file.map().check_unchanged();
+    if (configuration) { configuration->check_unchanged(); } // of one pair: another run may have replaced both
     return adapter;
 }
 

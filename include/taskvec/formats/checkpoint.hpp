@@ -542,8 +542,11 @@ namespace detail {
 ///     out.commit();
 class sharded_writer final : public tensor_sink {
 public:
+    /// `existing`: whether a directory that is there is exchanged for one with the new files and all others, so that
+    /// what else is written to folder() changes with them.
     sharded_writer(std::filesystem::path directory, const std::vector<tensor_spec>& specs, std::uint64_t shard_size,
-        const metadata_map& metadata = {}, durability mode = durability::synchronised)
+        const metadata_map& metadata = {}, durability mode = durability::synchronised,
+        existing_directory existing = existing_directory::fill)
         : directory_(std::move(directory))
         , mode_(mode)
         , plan_(plan_shards(specs, shard_size))
@@ -559,7 +562,7 @@ public:
             (void)layout_safetensors(part, metadata);
         } // whatever is wrong with the specs is wrong before a directory appears
         (void)present_files(); // an index that cannot be read is refused before anything is written
-        folder_.emplace(directory_, mode); // from here on nobody else takes names in the directory
+        folder_.emplace(directory_, mode, existing); // from here on nobody else takes names in the directory
         old_ = present_files();
         if (const auto* const lock = folder_->lock()) {
             for (const auto& name : orphan_shards(directory_, *lock)) { ::unlink((directory_ / name).c_str()); }
@@ -596,7 +599,10 @@ public:
     ~sharded_writer() override
     {
         // Shards that took their names before a failure belong to no index.
-        for (const auto& path : unlisted_) { ::unlink(path.c_str()); }
+        for (const auto& path : unlisted_) {
+            ::unlink(path.c_str());
+            detail::temporaries::drop(path);
+        }
     }
 
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
@@ -619,26 +625,36 @@ public:
     {
         finish();
         // Once the index, or the single file, has its name nothing may fail, memory included.
-        std::vector<std::filesystem::path> obsolete;
+        const bool in_place = folder_->made().empty();
+        std::vector<std::string> obsolete;
         for (const auto& name : old_) {
             // An index that somebody else wrote may name any file: only what is called a model's is removed.
             const bool of_a_model = name == index_file_name || name.ends_with(".safetensors");
             if (of_a_model && std::find(names_.begin(), names_.end(), name) == names_.end()
                 && !(index_ && name == index_file_name)) {
-                obsolete.push_back(directory_ / name);
+                obsolete.push_back(name);
             }
         }
+        std::vector<std::filesystem::path> superseded;
+        for (const auto& name : obsolete) { superseded.push_back(directory_ / name); }
         const auto first = directory_ / single_file_name;
-        if (index_) {
+        if (index_ && in_place) {
             for (const auto& writer : writers_) { unlisted_.push_back(writer->target()); }
-            if (auto* const lock = folder_->lock()) { lock->note(detail::lines_of(names_)); }
+            if (auto* const lock = folder_->lock()) {
+                lock->note(detail::lines_of(names_));
+                // Also after a power cut the lock is there before the first of the names.
+                if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
+            }
+            for (const auto& path : unlisted_) { detail::temporaries::add(path); }
         }
         for (auto& writer : writers_) { writer->commit(false); }
         if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
         if (index_) { index_->commit(); }
+        for (const auto& path : unlisted_) { detail::temporaries::drop(path); }
         unlisted_.clear();
-        folder_->commit();
-        for (const auto& path : obsolete) { ::unlink(path.c_str()); }
+        folder_->commit(obsolete);
+        if (!in_place) { return; }
+        for (const auto& path : superseded) { ::unlink(path.c_str()); }
         // `model.safetensors` comes before an index when a directory is opened: with it gone, a new index takes effect.
         if (struct stat status{}; index_ && ::lstat(first.c_str(), &status) == 0) {
             raise<io_error>(error_code::system_refused,

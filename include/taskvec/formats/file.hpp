@@ -24,6 +24,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h> // renameat2
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -289,22 +290,46 @@ enum class durability : std::uint8_t {
     process ///< rename only: survives a killed process as the old file or the new
 };
 
+/// Called where a temporary file, a directory or a lock was made (`there`) and where it has its real name or is gone,
+/// for those who must remove it when no destructor can run: in a handler of signals or of std::terminate. May be called
+/// by several threads at once. The youngest goes first: files before the directories that they lie in.
+using temporary_handler = void (*)(const std::filesystem::path& place, bool there) noexcept;
+
 namespace detail {
-#if defined(TASKVEC_NO_EXCEPTIONS)
-/// What stands under temporary names: an error ends the process without a destructor, and removes it before that.
+
+inline std::atomic<temporary_handler>& temporary_slot() noexcept
+{
+    static std::atomic<temporary_handler> handler{nullptr};
+    return handler;
+}
+
+/// What stands under temporary names.
 class temporaries {
 public:
     static void add(const std::filesystem::path& place)
     {
+        tell(place, true);
+#if defined(TASKVEC_NO_EXCEPTIONS)
         const light_lock lock(busy_);
         places_.push_back(place);
+#endif
     }
     static void drop(const std::filesystem::path& place) noexcept
     {
+        tell(place, false);
+#if defined(TASKVEC_NO_EXCEPTIONS)
         const light_lock lock(busy_);
         std::erase(places_, place);
+#endif
     }
-    /// The youngest first: files before the directories that they lie in.
+
+private:
+    static void tell(const std::filesystem::path& place, bool there) noexcept
+    {
+        if (const auto handler = temporary_slot().load()) { handler(place, there); }
+    }
+#if defined(TASKVEC_NO_EXCEPTIONS)
+    /// An error ends the process without a destructor, and calls this before that.
     static void remove() noexcept
     {
         const light_lock lock(busy_);
@@ -319,19 +344,31 @@ public:
         }
     }
 
-private:
     static inline std::atomic_flag busy_;
     static inline std::vector<std::filesystem::path> places_;
     static inline const bool hooked_ = (error_cleanup_slot() = &temporaries::remove, true);
-};
-#else
-/// Destructors see to what stands under temporary names.
-struct temporaries {
-    static void add(const std::filesystem::path&) noexcept { }
-    static void drop(const std::filesystem::path&) noexcept { }
-};
 #endif
+};
+
 } // namespace detail
+
+/// Sets what hears of temporary names; returns what heard of them before (at first: nothing).
+inline temporary_handler set_temporary_handler(temporary_handler handler) noexcept
+{
+    return detail::temporary_slot().exchange(handler);
+}
+
+/// Removes a temporary file or directory that a temporary_handler heard of: a directory with all that lies in it where
+/// it is not finished, otherwise only where it is empty. Takes no memory, and may be called by handlers of signals.
+inline void remove_temporary(const char* place) noexcept
+{
+    const char* const slash = std::strrchr(place, '/');
+    const std::string_view name = slash ? slash + 1 : place;
+    if (name.starts_with(".taskvec-")) { detail::remove_tree(AT_FDCWD, place); }
+    else if (::unlink(place) != 0) {
+        ::rmdir(place);
+    }
+}
 
 /// A file that is written under a temporary name beside its target and takes the target's name on commit().
 ///
@@ -607,6 +644,76 @@ private:
     bool kept_ = false;
 };
 
+namespace detail {
+
+/// What is in a directory, the last one in the alphabet first: an adapter's weights before its configuration.
+[[nodiscard]] inline std::vector<std::filesystem::path> names_in(const std::filesystem::path& directory)
+{
+    // Not by std::filesystem::directory_iterator, which ends the process where memory runs out.
+    struct closer {
+        void operator()(DIR* handle) const noexcept { ::closedir(handle); }
+    };
+    const std::unique_ptr<DIR, closer> handle(::opendir(directory.c_str()));
+    if (!handle) { raise_io(directory, "cannot be read as a directory", errno); }
+    std::vector<std::filesystem::path> names;
+    while (const auto* const entry = ::readdir(handle.get())) {
+        const std::string_view name = entry->d_name;
+        if (name != "." && name != "..") { names.emplace_back(name); }
+    }
+    std::sort(names.rbegin(), names.rend());
+    return names;
+}
+
+/// What follows the name of an old file that has gone aside, and that of a new file where there was no old one.
+inline constexpr std::string_view put_aside_ending = ".old", was_not_there_ending = ".new";
+
+} // namespace detail
+
+/// Brings a directory back to what it was before a writer that replaced its files one by one was killed: where new
+/// files were still to come, the old ones, which had gone aside, return. Returns the names that did. `lock`: on the
+/// directory, held. Called by output_directory.
+inline std::vector<std::string> finish_replacements(
+    const std::filesystem::path& directory, [[maybe_unused]] const directory_lock& lock)
+{
+    std::vector<std::string> returned;
+    for (const auto& name : detail::names_in(directory)) {
+        if (!name.native().starts_with(".taskvec-") || name.native().find("-directory-") == std::string::npos) {
+            continue;
+        }
+        const long process = std::strtol(name.c_str() + std::strlen(".taskvec-"), nullptr, 10);
+        if (process != ::getpid() && (::kill(static_cast<pid_t>(process), 0) == 0 || errno != ESRCH)) { continue; }
+        const auto folder = directory / name;
+        struct stat status{};
+        if (::lstat(folder.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) { continue; }
+        std::vector<std::string> aside, added;
+        bool to_come = false;
+        for (const auto& inner : detail::names_in(folder)) {
+            const bool old = inner.native().ends_with(detail::put_aside_ending);
+            const bool mark = inner.native().ends_with(detail::was_not_there_ending);
+            if (old) { aside.push_back(inner.native()); }
+            if (mark) { added.push_back(inner.native()); }
+            to_come = to_come || (!old && !mark);
+        }
+        if (aside.empty() && added.empty()) { continue; } // nothing was moved yet
+        for (const auto& mark : added) {
+            const auto plain = mark.substr(0, mark.size() - detail::was_not_there_ending.size());
+            if (to_come) { ::unlink((directory / plain).c_str()); }
+        }
+        // The first to go and the last to come comes back last here too.
+        for (const auto& old : aside) {
+            if (!to_come) { break; }
+            auto plain = old.substr(0, old.size() - detail::put_aside_ending.size());
+            if (::rename((folder / old).c_str(), (directory / plain).c_str()) != 0) {
+                detail::raise_io(directory / plain, "cannot be given back what a killed run put aside", errno);
+            }
+            returned.push_back(std::move(plain));
+        }
+        if (to_come) { detail::synchronise_directory(directory); }
+        detail::remove_tree(AT_FDCWD, folder.c_str());
+    }
+    return returned;
+}
+
 /// What becomes of a directory that exists already.
 enum class existing_directory : std::uint8_t {
     fill, ///< files take their names in it one by one
@@ -640,6 +747,7 @@ public:
                     target_.string(), ENOTDIR);
             }
             lock_.emplace(target_);
+            finish_replacements(target_, *lock_);
             if (existing == existing_directory::exchange) { stage(); }
             return;
         }
@@ -661,12 +769,13 @@ public:
     /// What was made so far, outermost first: empty for a directory that exists, and after commit().
     [[nodiscard]] const std::vector<std::filesystem::path>& made() const noexcept { return made_; }
 
-    /// Gives a new directory its name.
-    void commit()
+    /// Gives a new directory its name. `obsolete`: names of files that go as the new ones come, from a directory whose
+    /// files are replaced together.
+    void commit(const std::vector<std::string>& obsolete = {})
     {
         if (made_.empty()) { return; }
         if (staged_) {
-            replace();
+            replace(obsolete);
             return;
         }
         auto named = target_; // after the rename nothing may fail, memory included
@@ -738,7 +847,7 @@ private:
             || ::access(target_.parent_path().c_str(), W_OK | X_OK) != 0) {
             return false;
         }
-        for (const auto& name : names_in(target_)) {
+        for (const auto& name : detail::names_in(target_)) {
             struct stat entry{};
             if (::lstat((target_ / name).c_str(), &entry) != 0 || !S_ISREG(entry.st_mode)) { return false; }
         }
@@ -748,9 +857,9 @@ private:
 #endif
     }
     /// Puts the new files in the place of the old ones.
-    void replace()
+    void replace(const std::vector<std::string>& obsolete)
     {
-        const auto fresh = names_in(path_);
+        const auto fresh = detail::names_in(path_);
         auto named = target_;
         for (const auto& name : fresh) { // each keeps the permissions of what it replaces
             struct stat old{};
@@ -760,30 +869,63 @@ private:
             }
             (void)!::chmod((path_ / name).c_str(), old.st_mode & 0777);
         }
-        if (!beside_ || !link_the_rest() || !take_place()) { move_in(fresh); }
+        if (!beside_ || !link_the_rest(obsolete) || !take_place()) {
+            go_inside(fresh);
+            move_in(fresh, obsolete);
+        }
         discard(); // what lies under the temporary name is old by now
         path_.swap(named);
         staged_ = false;
     }
+    /// Takes the new files into the old directory, where the next writer of it looks for what has gone aside.
+    void go_inside(const std::vector<std::filesystem::path>& fresh)
+    {
+        if (!beside_) { return; }
+        for (const auto& name : detail::names_in(path_)) {
+            if (std::find(fresh.begin(), fresh.end(), name) == fresh.end()) { ::unlink((path_ / name).c_str()); }
+        }
+        auto inner = target_ / path_.filename(), made = inner;
+        if (::rename(path_.c_str(), inner.c_str()) != 0) {
+            detail::raise_io(target_, "the finished files cannot be moved into it", errno);
+        }
+        detail::temporaries::drop(path_);
+        detail::temporaries::add(inner);
+        path_.swap(inner);
+        made_.back().swap(made);
+        beside_ = false;
+    }
     /// Where the directories cannot be exchanged: the old files go aside, then the new ones take their names. The first
     /// to go and the last to come is the first one in the alphabet: an adapter has no configuration, and is read by
     /// nobody, while its weights change.
-    void move_in(const std::vector<std::filesystem::path>& fresh) const
+    void move_in(const std::vector<std::filesystem::path>& fresh, const std::vector<std::string>& obsolete) const
     {
         struct step {
             std::filesystem::path from, to;
         };
         std::vector<step> steps;
-        for (auto name = fresh.rbegin(); name != fresh.rend(); ++name) {
+        const auto put_aside = [&](const std::filesystem::path& name) {
             struct stat old{};
-            if (::lstat((target_ / *name).c_str(), &old) == 0) {
-                steps.push_back({target_ / *name, path_ / (name->string() + ".old")});
+            if (::lstat((target_ / name).c_str(), &old) == 0) {
+                steps.push_back({target_ / name, path_ / (name.string() + std::string(detail::put_aside_ending))});
+            }
+        };
+        for (auto name = fresh.rbegin(); name != fresh.rend(); ++name) {
+            const std::size_t before = steps.size();
+            put_aside(*name);
+            if (steps.size() != before) { continue; }
+            // Nothing of this name is there to come back: whoever undoes the work removes the new file.
+            const auto mark = path_ / (name->string() + std::string(detail::was_not_there_ending));
+            if (!detail::descriptor(detail::retry(
+                    [&] { return ::open(mark.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600); }))) {
+                detail::raise_io(target_, "a file cannot be created in it", errno);
             }
         }
+        for (const auto& name : obsolete) { put_aside(name); }
         const std::size_t aside = steps.size();
         for (const auto& name : fresh) { steps.push_back({path_ / name, target_ / name}); }
         for (std::size_t i = 0; i < steps.size(); ++i) {
-            const bool ordered = i == aside || i + 1 == steps.size(); // also on the disk
+            if (i == 0 && mode_ == durability::synchronised) { detail::synchronise_directory(path_); }
+            const bool ordered = i == 0 || i == aside || i + 1 == steps.size(); // also on the disk
             if (mode_ == durability::synchronised && ordered) { detail::synchronise_directory(target_); }
             if (::rename(steps[i].from.c_str(), steps[i].to.c_str()) == 0) { continue; }
             const int code = errno;
@@ -793,10 +935,11 @@ private:
         if (mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
     }
     /// Gives all that is only in the old directory a name in the new one too; false where the system has no such links.
-    [[nodiscard]] bool link_the_rest() const
+    [[nodiscard]] bool link_the_rest(const std::vector<std::string>& obsolete) const
     {
         const auto lock = lock_file().filename();
-        for (const auto& name : names_in(target_)) {
+        for (const auto& name : detail::names_in(target_)) {
+            if (std::find(obsolete.begin(), obsolete.end(), name) != obsolete.end()) { continue; }
             if (name != lock && ::link((target_ / name).c_str(), (path_ / name).c_str()) != 0 && errno != EEXIST) {
                 return false;
             }
@@ -819,23 +962,6 @@ private:
 #else
         return false;
 #endif
-    }
-    /// The last one in the alphabet first: an adapter's weights before its configuration.
-    [[nodiscard]] static std::vector<std::filesystem::path> names_in(const std::filesystem::path& directory)
-    {
-        // Not by std::filesystem::directory_iterator, which ends the process where memory runs out.
-        struct closer {
-            void operator()(DIR* handle) const noexcept { ::closedir(handle); }
-        };
-        const std::unique_ptr<DIR, closer> handle(::opendir(directory.c_str()));
-        if (!handle) { detail::raise_io(directory, "cannot be read as a directory", errno); }
-        std::vector<std::filesystem::path> names;
-        while (const auto* const entry = ::readdir(handle.get())) {
-            const std::string_view name = entry->d_name;
-            if (name != "." && name != "..") { names.emplace_back(name); }
-        }
-        std::sort(names.rbegin(), names.rend());
-        return names;
     }
     void make(std::filesystem::path level)
     {

@@ -5,6 +5,8 @@
 //     TASKVEC_FAULT_ON      set: all calls from that number on fail
 //     TASKVEC_FAULT_NO_EXCHANGE   set: directories cannot be exchanged, as on some file systems
 //     TASKVEC_FAULT_COUNT   a file that gets the number of calls, for whoever wants to try each
+//     TASKVEC_FAULT_TRACE   a directory that gets a list, `calls`, of all that changes files and directories, and under
+//                           their numbers there what files hold when they are forced to disk
 //
 // Calls that only undo (unlink, rmdir, close, munmap) never fail: nothing could be said of what they leave.
 // SPDX-License-Identifier: Apache-2.0
@@ -75,6 +77,114 @@ F* real(const char* name)
     return reinterpret_cast<F*>(::dlsym(RTLD_NEXT, name));
 }
 
+// The trace, by raw calls and without memory.
+
+int trace_calls = -1;
+const char* trace_folder = nullptr;
+int snapshots = 0;
+
+/// Begins when the first call asks.
+bool tracing()
+{
+    static bool asked = false;
+    if (!asked) {
+        asked = true;
+        trace_folder = std::getenv("TASKVEC_FAULT_TRACE");
+        if (trace_folder) {
+            char path[4096];
+            std::snprintf(path, sizeof path, "%s/calls", trace_folder);
+            trace_calls = static_cast<int>(
+                ::syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
+        }
+    }
+    return trace_calls >= 0;
+}
+
+/// A path from the root, of a name in a directory that is open.
+struct whole_path {
+    char text[8192];
+    whole_path(int directory, const char* name)
+    {
+        text[0] = 0;
+        if (*name == '/') {
+            std::snprintf(text, sizeof text, "%s", name);
+            return;
+        }
+        char link[64];
+        std::snprintf(link, sizeof link, directory == AT_FDCWD ? "/proc/self/cwd" : "/proc/self/fd/%d", directory);
+        const long size = ::syscall(SYS_readlinkat, AT_FDCWD, link, text, std::size_t{4096});
+        if (size > 0) { std::snprintf(text + size, sizeof text - static_cast<std::size_t>(size), "/%s", name); }
+    }
+};
+
+unsigned long number_of(const char* path)
+{
+    struct stat status{};
+    return ::fstatat(AT_FDCWD, path, &status, AT_SYMLINK_NOFOLLOW) == 0 ? static_cast<unsigned long>(status.st_ino) : 0;
+}
+
+/// A line of the list.
+void trace(const char* what, const char* first, const char* second, unsigned long number, int snapshot)
+{
+    static char line[20000];
+    const int size = std::snprintf(line, sizeof line, "%s\t%s\t%s\t%lu\t%d\n", what, first, second, number, snapshot);
+    (void)::syscall(SYS_write, trace_calls, line, static_cast<std::size_t>(size));
+}
+
+void trace_written(int file)
+{
+    struct stat status{};
+    if (!tracing() || ::fstat(file, &status) != 0 || !S_ISREG(status.st_mode)) { return; }
+    trace("write", "", "", static_cast<unsigned long>(status.st_ino), 0);
+}
+
+void trace_forced(int file)
+{
+    struct stat status{};
+    if (!tracing() || ::fstat(file, &status) != 0) { return; }
+    if (S_ISREG(status.st_mode)) {
+        char path[4096];
+        std::snprintf(path, sizeof path, "%s/%d", trace_folder, ++snapshots);
+        const auto to =
+            static_cast<int>(::syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
+        char piece[4096];
+        off_t at = 0;
+        for (long size = 0; (size = ::syscall(SYS_pread64, file, piece, sizeof piece, at)) > 0; at += size) {
+            (void)::syscall(SYS_write, to, piece, static_cast<std::size_t>(size));
+        }
+        (void)::syscall(SYS_close, to);
+    }
+    trace("force", "", "", static_cast<unsigned long>(status.st_ino), S_ISREG(status.st_mode) ? snapshots : 0);
+}
+
+void trace_names(const char* what, const char* from, const char* to)
+{
+    if (!tracing()) { return; }
+    const whole_path first(AT_FDCWD, from), second(AT_FDCWD, to);
+    trace(what, first.text, second.text, number_of(second.text), 0);
+}
+
+int opened(const char* name, const char* path, int flags, mode_t mode)
+{
+    if (fails(fault::system, EMFILE)) { return -1; }
+    const bool made = (flags & O_CREAT) != 0 && tracing() && number_of(path) == 0;
+    const int file = real<int(const char*, int, ...)>(name)(path, flags, mode);
+    if (file >= 0 && made) {
+        const whole_path whole(AT_FDCWD, path);
+        trace("create", whole.text, "", number_of(whole.text), 0);
+    }
+    return file;
+}
+
+int removed(int directory, const char* name, int flags, int result)
+{
+    if (result == 0 && tracing()) {
+        const whole_path whole(directory, name);
+        trace((flags & AT_REMOVEDIR) != 0 ? "rmdir" : "unlink", whole.text, "", 0, 0);
+    }
+    return result;
+}
+
 } // namespace
 
 extern "C" {
@@ -111,7 +221,7 @@ int open(const char* path, int flags, ...)
     va_start(rest, flags);
     const auto mode = va_arg(rest, mode_t);
     va_end(rest);
-    return fails(fault::system, EMFILE) ? -1 : real<int(const char*, int, ...)>("open")(path, flags, mode);
+    return opened("open", path, flags, mode);
 }
 int open64(const char* path, int flags, ...)
 {
@@ -119,7 +229,7 @@ int open64(const char* path, int flags, ...)
     va_start(rest, flags);
     const auto mode = va_arg(rest, mode_t);
     va_end(rest);
-    return fails(fault::system, EMFILE) ? -1 : real<int(const char*, int, ...)>("open64")(path, flags, mode);
+    return opened("open64", path, flags, mode);
 }
 void* mmap(void* address, std::size_t size, int protection, int flags, int file, off_t offset) noexcept
 {
@@ -134,22 +244,27 @@ ssize_t write(int file, const void* data, std::size_t size)
 }
 ssize_t pwrite(int file, const void* data, std::size_t size, off_t offset)
 {
-    return fails(fault::system, ENOSPC)
-        ? -1
-        : real<ssize_t(int, const void*, std::size_t, off_t)>("pwrite")(file, data, size, offset);
+    if (fails(fault::system, ENOSPC)) { return -1; }
+    trace_written(file);
+    return real<ssize_t(int, const void*, std::size_t, off_t)>("pwrite")(file, data, size, offset);
 }
 int fallocate(int file, int mode, off_t offset, off_t size)
 {
-    return fails(fault::system, ENOSPC) ? -1 : real<int(int, int, off_t, off_t)>("fallocate")(file, mode, offset, size);
+    if (fails(fault::system, ENOSPC)) { return -1; }
+    trace_written(file);
+    return real<int(int, int, off_t, off_t)>("fallocate")(file, mode, offset, size);
 }
 int ftruncate(int file, off_t size) noexcept
 {
-    return fails(fault::system, EIO) ? -1 : real<int(int, off_t)>("ftruncate")(file, size);
+    if (fails(fault::system, EIO)) { return -1; }
+    trace_written(file);
+    return real<int(int, off_t)>("ftruncate")(file, size);
 }
 int fsync(int file)
 {
-    (void)file; // a success takes no time: nothing here cuts the power
-    return fails(fault::system, EIO) ? -1 : 0;
+    if (fails(fault::system, EIO)) { return -1; }
+    trace_forced(file);
+    return 0; // takes no time: nothing here cuts the power
 }
 int fchmod(int file, mode_t mode) noexcept
 {
@@ -157,15 +272,27 @@ int fchmod(int file, mode_t mode) noexcept
 }
 int mkdir(const char* path, mode_t mode) noexcept
 {
-    return fails(fault::system, ENOSPC) ? -1 : real<int(const char*, mode_t)>("mkdir")(path, mode);
+    if (fails(fault::system, ENOSPC)) { return -1; }
+    const int result = real<int(const char*, mode_t)>("mkdir")(path, mode);
+    if (result == 0 && tracing()) {
+        const whole_path whole(AT_FDCWD, path);
+        trace("mkdir", whole.text, "", number_of(whole.text), 0);
+    }
+    return result;
 }
 int link(const char* from, const char* to) noexcept
 {
-    return fails(fault::system, EMLINK) ? -1 : real<int(const char*, const char*)>("link")(from, to);
+    if (fails(fault::system, EMLINK)) { return -1; }
+    const int result = real<int(const char*, const char*)>("link")(from, to);
+    if (result == 0) { trace_names("link", from, to); }
+    return result;
 }
 int rename(const char* from, const char* to) noexcept
 {
-    return fails(fault::system, EIO) ? -1 : real<int(const char*, const char*)>("rename")(from, to);
+    if (fails(fault::system, EIO)) { return -1; }
+    const int result = real<int(const char*, const char*)>("rename")(from, to);
+    if (result == 0) { trace_names("rename", from, to); }
+    return result;
 }
 int renameat2(int from_directory, const char* from, int to_directory, const char* to, unsigned flags) noexcept
 {
@@ -173,9 +300,23 @@ int renameat2(int from_directory, const char* from, int to_directory, const char
         errno = EINVAL;
         return -1;
     }
-    return fails(fault::system, EIO) ? -1
-                                     : real<int(int, const char*, int, const char*, unsigned)>("renameat2")(
-                                           from_directory, from, to_directory, to, flags);
+    if (fails(fault::system, EIO)) { return -1; }
+    const int result = real<int(int, const char*, int, const char*, unsigned)>("renameat2")(
+        from_directory, from, to_directory, to, flags);
+    if (result == 0) { trace_names("exchange", from, to); }
+    return result;
+}
+int unlink(const char* path) noexcept
+{
+    return removed(AT_FDCWD, path, 0, real<int(const char*)>("unlink")(path));
+}
+int rmdir(const char* path) noexcept
+{
+    return removed(AT_FDCWD, path, AT_REMOVEDIR, real<int(const char*)>("rmdir")(path));
+}
+int unlinkat(int directory, const char* name, int flags) noexcept
+{
+    return removed(directory, name, flags, real<int(int, const char*, int)>("unlinkat")(directory, name, flags));
 }
 int lock(int file, int operation) noexcept __asm__("flock"); // a struct has the name
 int lock(int file, int operation) noexcept
