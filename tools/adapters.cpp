@@ -9,6 +9,7 @@ namespace tool {
 void add_adapter_options(command& verb, adapter_settings& settings, const std::string& kept)
 {
     add_dtype_option(verb, settings.dtype, "dtype of the factors (default: keep, " + kept + ")");
+    add_overflow_option(verb, settings.overflow);
     add_run_options(verb, settings.run);
 }
 

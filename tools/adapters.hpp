@@ -26,6 +26,7 @@ namespace tool {
 /// What every verb that writes an adapter is told.
 struct adapter_settings {
     std::string out, dtype = "keep";
+    std::string overflow = "error";
     std::string modules_to_save = "error"; ///< what becomes of whole modules: error, equal, average, first or drop
     run_options run;
 
@@ -137,11 +138,13 @@ void write_adapter(const adapter_settings& settings, const runner& run, report_f
     const taskvec::peft_adapter<T>& adapter, nlohmann::ordered_json content, std::uint64_t bytes_read,
     const std::string& summary)
 {
-    taskvec::peft_writer out(settings.out, adapter, {.output = settings.output()});
+    taskvec::peft_writer out(
+        settings.out, adapter, {.output = settings.output(), .on_overflow = overflow_of(settings.overflow)});
     content["output"] = settings.out;
     content["seconds"] = run.seconds();
     content["bytes_read"] = bytes_read;
     content["bytes_written"] = out.file_size();
+    if (settings.overflow == "saturate") { content["saturated"] = out.saturated(); }
     content["peak_memory"] = peak_memory();
     report.finish(content);
     conclude(summary + ", in " + seconds_text(run.seconds()) + "\n", report, out);

@@ -15,7 +15,7 @@
 namespace {
 
 struct convert_settings {
-    std::string in, base, out, as, dtype = "keep", index = "strict";
+    std::string in, base, out, as, dtype = "keep", index = "strict", overflow = "error";
     tool::run_options run;
 };
 
@@ -56,7 +56,8 @@ void convert(const convert_settings& given)
     const std::string from(taskvec::to_string(adapter.dialect));
     if (!given.base.empty()) { name_as_base(adapter, given); }
     const auto dialect = dialect_of(given.as);
-    const taskvec::adapter_write_options options{.output = tool::output_dtype(given.dtype)};
+    const taskvec::adapter_write_options options{
+        .output = tool::output_dtype(given.dtype), .on_overflow = tool::overflow_of(given.overflow)};
     const auto made = taskvec::converted_adapter(adapter, dialect, options);
     std::uint64_t bytes = made.config.size();
     for (const auto& tensor : made.bytes) { bytes += tensor.size(); }
@@ -68,8 +69,10 @@ void convert(const convert_settings& given)
         return;
     }
     tool::report_file report(given.run.report);
-    report.finish({{"output", given.out}, {"from", from}, {"as", given.as}, {"modules", adapter.modules.size()},
-        {"bytes_written", bytes}});
+    nlohmann::ordered_json content{{"output", given.out}, {"from", from}, {"as", given.as},
+        {"modules", adapter.modules.size()}, {"bytes_written", bytes}};
+    if (given.overflow == "saturate") { content["saturated"] = made.saturated; }
+    report.finish(content);
     try {
         taskvec::write_adapter(given.out, made, options, [&] {
             tool::check_before_commit();
@@ -110,6 +113,7 @@ const tool::register_verb convert_verb(
         verb.text("--base", given->base, "MODEL",
             "The model that it was trained on, which says what modules are called: for adapters of kohya");
         tool::add_dtype_option(verb, given->dtype, "dtype of the factors (default: keep, the adapter's)");
+        tool::add_overflow_option(verb, given->overflow);
         tool::add_index_option(verb, given->index);
         tool::add_run_options(verb, given->run);
         verb.footer("Factors keep their bits, scalings become alphas. What a dialect cannot say (whole modules, "

@@ -60,7 +60,7 @@ public:
         }
         line_up(given);
         if (given.modules_to_save == "average" || given.modules_to_save == "first") {
-            join_whole_modules(given.modules_to_save == "average");
+            join_whole_modules(given.modules_to_save == "average", given);
         }
         for (std::size_t i = 1; i < adapters_.size(); ++i) {
             for (std::size_t j = 0; j < i; ++j) { check_together(adapters_[j], adapters_[i], given.any_base); }
@@ -204,7 +204,7 @@ private:
     }
     /// Makes what adapters carry whole one and the same in all of them: the mean by weight of those that have it, or
     /// what the first of them has.
-    void join_whole_modules(bool mean)
+    void join_whole_modules(bool mean, const merge_lora_settings& given)
     {
         std::map<std::string, std::vector<std::size_t>> carried; // by whom
         std::set<std::string> listed;
@@ -220,7 +220,7 @@ private:
         }
         for (const auto& [name, owners] : carried) {
             auto joined = adapters_[owners[0]].others.at(name);
-            if (mean && owners.size() > 1) { joined = mean_of(name, owners); }
+            if (mean && owners.size() > 1) { joined = mean_of(name, owners, given); }
             for (auto& adapter : adapters_) { adapter.others[name] = joined; }
             initial_.others[name] = joined; // of which nothing is merged
         }
@@ -228,7 +228,8 @@ private:
             if (!listed.empty()) { adapter.config["modules_to_save"] = listed; }
         }
     }
-    [[nodiscard]] taskvec::peft_tensor mean_of(const std::string& name, const std::vector<std::size_t>& owners) const
+    [[nodiscard]] taskvec::peft_tensor mean_of(
+        const std::string& name, const std::vector<std::size_t>& owners, const merge_lora_settings& given) const
     {
         auto joined = adapters_[owners[0]].others.at(name);
         const auto& label = adapters_[owners[0]].label;
@@ -258,7 +259,15 @@ private:
         }
         taskvec::visit_storage(joined.dtype, name, [&]<class S>(std::type_identity<S>) {
             for (std::size_t k = 0; k < sum.size(); ++k) {
-                const S value = taskvec::narrow<S>(static_cast<taskvec::arithmetic_type<S>>(sum[k] / total));
+                const auto mean = static_cast<taskvec::arithmetic_type<S>>(sum[k] / total);
+                std::uint64_t saturated = 0;
+                const S value = taskvec::narrow_within<S>(mean, tool::overflow_of(given.overflow), saturated, [&] {
+                    taskvec::raise<taskvec::nonfinite_error>(taskvec::error_code::result_overflow,
+                        taskvec::message("the mean of tensor '", name, "' would be ", sum[k] / total, " at index ", k,
+                            ", which ", taskvec::to_string(joined.dtype),
+                            " cannot hold; take one of the adapters' (--modules-to-save first), or let it saturate "
+                            "or propagate (--overflow)"));
+                });
                 std::memcpy(joined.bytes.data() + k * sizeof(S), &value, sizeof(S));
             }
         });

@@ -31,6 +31,7 @@
 #include <taskvec/core/option_range.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/core/option_text.hpp>
+#include <taskvec/core/overflow.hpp>
 #include <taskvec/core/pack.hpp>
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/policy.hpp>

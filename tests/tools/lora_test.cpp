@@ -798,3 +798,41 @@ TEST_CASE("the adapter verbs' --dry-run writes nothing, and a failure leaves a f
     CHECK(slurp(folder / "out" / weights_file) == weights);
     CHECK(slurp(folder / "out" / config_file) == config);
 }
+
+TEST_CASE("a factor that its dtype cannot hold is an error, its largest number or infinity, in every verb on adapters")
+{
+    const scratch folder;
+    auto large = three_layers();
+    large.updates.at("layers.1.q").b(2, 1) = -70000;
+    taskvec::write_peft(folder / "a", large);
+    auto initial = large;
+    for (auto& [name, update] : initial.updates) {
+        std::fill(update.b.data(), update.b.data() + update.b.size(), 0.0f);
+    }
+    taskvec::write_peft(folder / "init", initial);
+    const std::vector<std::vector<std::string>> lines{{"merge-lora", "--adapter", "a"},
+        {"peru-lora", "--adapter", "a", "--rank", "4"}, {"fold-llora", "--init", "init", "--adapter", "a"},
+        {"convert", "a", "--as", "peft"}, {"convert", "a", "--as", "mlx"}};
+    for (const auto& line : lines) {
+        CAPTURE(line[0]);
+        const auto all = with(line, {"--dtype", "f16", "--out", "out"});
+        refused(folder, all, 1, "let it saturate or propagate (overflow)");
+        const auto stored = [&](const std::string& how) {
+            std::filesystem::remove_all(folder / "out");
+            const auto done = run(folder, with(all, {"--overflow", how, "--report", "r.json"}));
+            CHECK_MESSAGE(done.code == 0, done.err);
+            float least = 0;
+            for (const auto& file : std::filesystem::directory_iterator(folder / "out")) {
+                if (file.path().extension() != ".safetensors") { continue; }
+                for (const auto& [name, factor] : read_values(file.path())) {
+                    for (const float value : factor.values) { least = std::min(least, value); }
+                }
+            }
+            return least;
+        };
+        CHECK(stored("saturate") == -65504);
+        CHECK(json_of(folder / "r.json")["saturated"] == 1);
+        CHECK(stored("propagate") == -HUGE_VALF);
+    }
+    refused(folder, with(lines[0], {"--dtype", "f16", "--out", "out", "--overflow", "clip"}), 2, "--overflow");
+}

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/overflow.hpp>
 #include <taskvec/formats/adapter_file.hpp>
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -23,6 +25,7 @@ namespace taskvec::inline TASKVEC_ABI {
 struct adapter_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: each module's as it was stored
     durability mode = durability::synchronised;
+    overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
 };
 
 /// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
@@ -32,14 +35,16 @@ struct written_adapter {
     std::vector<std::vector<std::byte>> bytes{}; ///< of each tensor
     std::string config{};
     std::string file_name{}; ///< in a directory; empty: the dialect is a file
+    std::uint64_t saturated = 0; ///< entries that became the largest number of their dtype (overflow::saturate)
 };
 
 namespace detail {
 
 class adapter_writer {
 public:
-    explicit adapter_writer(written_adapter& out)
+    adapter_writer(written_adapter& out, overflow how)
         : out_(out)
+        , how_(how)
     { }
 
     /// rows×cols entries by value(i, j), as a tensor of `shape`.
@@ -52,12 +57,19 @@ public:
             for (std::size_t i = 0; i < rows; ++i) {
                 for (std::size_t j = 0; j < cols; ++j) {
                     const double exact = value(i, j);
-                    const S stored = narrow<S>(static_cast<arithmetic_type<S>>(exact));
-                    if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(stored)))) {
+                    const auto refuse = [&] {
                         raise<nonfinite_error>(error_code::result_overflow,
-                            message("factor '", name, "' would hold ", exact, ", which ", to_string(type),
-                                " cannot; choose a wider dtype for the adapter"));
+                            message("factor '", name, "' would hold ", exact, " at index ", i * cols + j, ", which ",
+                                to_string(type),
+                                " cannot; choose a wider dtype for the adapter, or let it saturate or propagate "
+                                "(overflow)"));
+                    };
+                    auto rounded = static_cast<arithmetic_type<S>>(exact);
+                    if (how_ == overflow::saturate && std::isfinite(exact) && !std::isfinite(rounded)) {
+                        rounded = std::numeric_limits<arithmetic_type<S>>::max() * (exact < 0 ? -1 : 1);
+                        ++out_.saturated;
                     }
+                    const S stored = narrow_within<S>(rounded, how_, out_.saturated, refuse);
                     std::memcpy(bytes.data() + (i * cols + j) * sizeof(S), &stored, sizeof(S));
                 }
             }
@@ -72,6 +84,7 @@ public:
 
 private:
     written_adapter& out_;
+    overflow how_;
 };
 
 /// Whether a module is called as kohya calls them, dots being underscores.
@@ -114,7 +127,7 @@ template <arithmetic_element T>
     const adapter_contents<T>& adapter, adapter_dialect dialect, const adapter_write_options& options = {})
 {
     written_adapter out;
-    detail::adapter_writer writer(out);
+    detail::adapter_writer writer(out, options.on_overflow);
     const auto lose = [&](const std::string& what, std::string_view why) {
         raise<format_error>(error_code::adapter_unsupported,
             message(what, " cannot be written as ", to_string(dialect), ": ", why), adapter.label);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/adapters/adapter.hpp>
+#include <taskvec/core/overflow.hpp>
 #include <taskvec/formats/name_pattern.hpp>
 #include <taskvec/formats/safetensors.hpp>
 
@@ -584,6 +585,7 @@ template <arithmetic_element T>
 struct peft_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: as `stored` says
     durability mode = durability::synchronised;
+    overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
 };
 
 /// The two files of an adapter, complete and on disk under temporary names, which take their own on commit(): what
@@ -608,6 +610,8 @@ public:
     }
     /// Bytes of both files.
     [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
+    /// Entries of factors that became the largest number of their dtype (overflow::saturate).
+    [[nodiscard]] std::uint64_t saturated() const noexcept { return saturated_; }
     /// All temporary files, and before them the directories that were made for them, for whoever must remove them when
     /// no destructor can run.
     [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
@@ -623,7 +627,7 @@ private:
     std::optional<output_directory> folder_; // before the files in it, so that it outlives them
     std::optional<safetensors_writer> model_;
     std::optional<atomic_file> settings_;
-    std::uint64_t size_ = 0;
+    std::uint64_t size_ = 0, saturated_ = 0;
 };
 
 /// Writes an adapter directory that PEFT loads and that gives the same updates (once rounded to the stored dtype). A
@@ -656,12 +660,13 @@ peft_writer::peft_writer(
             bytes.resize(x.size() * sizeof(S));
             for (std::size_t i = 0; i < x.rows(); ++i) {
                 for (std::size_t j = 0; j < x.cols(); ++j) {
-                    const S value = narrow<S>(x(i, j));
-                    if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(value)))) {
+                    const S value = narrow_within<S>(x(i, j), options.on_overflow, saturated_, [&] {
                         raise<nonfinite_error>(error_code::result_overflow,
-                            message("factor '", name, "' holds ", static_cast<double>(x(i, j)), ", which ",
-                                to_string(type), " cannot; choose a wider dtype for the adapter"));
-                    }
+                            message("factor '", name, "' holds ", static_cast<double>(x(i, j)), " at index ",
+                                i * x.cols() + j, ", which ", to_string(type),
+                                " cannot; choose a wider dtype for the adapter, or let it saturate or propagate "
+                                "(overflow)"));
+                    });
                     std::memcpy(bytes.data() + (i * x.cols() + j) * sizeof(S), &value, sizeof(S));
                 }
             }

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/overflow.hpp>
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/sink.hpp>
 #include <taskvec/core/tensor_ref.hpp>
@@ -24,10 +25,6 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What a tensor that a task lacks means: an error, or "unchanged from the base".
 enum class missing_tensors : std::uint8_t { error, base };
-
-/// What becomes of a finite result that the dtype of the output cannot hold: an error that names it, the dtype's
-/// largest number, or infinity.
-enum class overflow : std::uint8_t { error, saturate, propagate };
 
 /// A task's tensors, and the base's where the task lacks some: the model that missing_tensors::base takes it for.
 [[nodiscard]] inline const_model_ref completed(const_model_ref task, const const_model_ref& base)

@@ -103,19 +103,6 @@ public:
     [[nodiscard]] std::uint64_t saturated() const noexcept { return saturated_.load(std::memory_order_relaxed); }
 
 private:
-    /// The largest finite number of T, as its word.
-    template <storage_element T>
-    [[nodiscard]] static storage_word<T> largest_word(bool negative) noexcept
-    {
-        // The word before infinity's.
-        const auto infinity = narrow<T>(static_cast<arithmetic_type<T>>(negative ? -HUGE_VAL : HUGE_VAL));
-        std::make_unsigned_t<signed_word_of<sizeof(T)>> bits;
-        std::memcpy(&bits, &infinity, sizeof bits);
-        --bits;
-        storage_word<T> word;
-        std::memcpy(&word, &bits, sizeof word);
-        return word;
-    }
     template <std::size_t bytes>
     using signed_word_of = std::conditional_t<bytes == 2, std::int16_t,
         std::conditional_t<bytes == 4, std::int32_t, std::conditional_t<bytes == 8, std::int64_t, std::int8_t>>>;
