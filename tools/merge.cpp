@@ -52,8 +52,8 @@ void run_merge(const merge_request& request)
         && std::any_of(plan.specs.begin(), plan.specs.end(),
             [](const taskvec::tensor_spec& spec) { return spec.name.ends_with("lm_head.weight"); });
     add_model_files(out, request.copies, request.run,
-        {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2), layers,
-            untied},
+        {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2), layers, untied,
+            &inputs.vocabulary()},
         plan.specs);
     const auto merged = method.run(call, out.sink());
     out.finish();

@@ -3,6 +3,7 @@
 #include "model_files.hpp"
 
 #include "adapter_sums.hpp"
+#include "vocabulary.hpp"
 #include "words.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
@@ -378,7 +379,19 @@ void add_model_files(model_output& out, const copy_request& copies, const run_op
             }
         }
         std::sort(files.begin(), files.end());
+        std::map<std::string, std::optional<std::string>> tokenizer;
+        if (how.vocabulary && how.vocabulary->changed()) {
+            if (copies.from.empty()) { tokenizer = how.vocabulary->tokenizer_files(run); }
+            else {
+                note(run,
+                    "the tokenizer is that of '" + copies.from + "' as it is: --vocabulary changes only the base's");
+            }
+        }
         for (const auto& [name, file] : files) {
+            if (const auto place = tokenizer.find(name); place != tokenizer.end()) {
+                if (place->second) { out.add_file(name, *place->second); }
+                continue;
+            }
             const auto text = taskvec::read_text_file(file, std::size_t{4} << 30);
             std::string updated;
             if (name == "config.json") {
@@ -388,6 +401,12 @@ void add_model_files(model_output& out, const copy_request& copies, const run_op
                         "config.json leads to Python files of the model's own (auto_map), which are not copied: "
                         "--copy-code copies them");
                 }
+            }
+            if (how.vocabulary && (name == "config.json" || name == "generation_config.json")) {
+                auto content = updated.empty() ? text : updated;
+                const auto dropped = how.vocabulary->drop_lost_ids(content);
+                if (!dropped.empty()) { updated = content; }
+                for (const auto& key : dropped) { note(run, name + ": " + key + " is left out: its token is no more"); }
             }
             if (name == "hf_quant_config.json" && !is_quantised(specs)) { continue; }
             if (in_place && updated.empty()) { continue; }

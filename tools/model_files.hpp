@@ -34,6 +34,7 @@ struct recipe {
     std::string options; ///< JSON of those in force
     model_view layers{}; ///< of which its layers are, where they are not those of the first model
     bool untied = false; ///< the head is no longer the embedding
+    const lined_up_vocabulary* vocabulary = nullptr; ///< what became of rows of tokens
 };
 /// The models of a merge.
 [[nodiscard]] std::vector<recipe::model> recipe_models(const model_request& request, const merge_inputs& inputs);

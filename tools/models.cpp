@@ -3,6 +3,7 @@
 #include "models.hpp"
 
 #include "adapter_sums.hpp"
+#include "vocabulary.hpp"
 #include "words.hpp"
 
 #include <taskvec/formats/name_pattern.hpp>
@@ -101,6 +102,7 @@ void add_tensor_options(command& verb, model_request& request, const std::string
     verb.word("--missing", request.missing, {"error", "base"}, "WHAT",
         "error or base: a tensor that a task lacks (default: error)");
     add_name_options(verb, request.names, request.match_prefixes);
+    add_vocabulary_option(verb, request.vocabulary);
     add_index_option(verb, request.index);
 }
 
@@ -227,9 +229,9 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     check_layers(request);
     check_no_factors(options);
     line_up(request);
-    for (const auto& task : tasks_) { task_models_.push_back(task.model()); }
+    line_up_vocabulary(request);
     check_filters(request);
-    models_.emplace(base_ ? &base_->model() : nullptr, task_models_, std::move(options));
+    models_.emplace(base_ ? &base_model() : nullptr, task_models_, std::move(options));
     for (const auto& [t, sum] : sums_) {
         for (auto& source : sum->changes().attach(*models_, t)) { sources_.push_back(std::move(source)); }
     }
@@ -419,6 +421,42 @@ void merge_inputs::line_up(const model_request& request)
     }
 }
 
+/// Rows of tokens; task_models_ are lined up then.
+void merge_inputs::line_up_vocabulary(const model_request& request)
+{
+    std::vector<vocabulary_input> inputs;
+    if (base_) { inputs.push_back({request.base, in_quotes(request.base), &base_->model()}); }
+    for (std::size_t t = 0; t < tasks_.size(); ++t) {
+        const auto& path = arguments_[t].path;
+        inputs.push_back({adapter(t) ? fs::path(request.base) : path, in_quotes(path), &tasks_[t].model()});
+    }
+    vocabulary_ = std::make_unique<lined_up_vocabulary>(
+        inputs, vocabulary_policy_of(request.vocabulary), name_filter(request.include, request.exclude), request.run);
+    const auto& models = vocabulary_->models();
+    task_models_.assign(models.begin() + (base_ ? 1 : 0), models.end());
+    if (!vocabulary_->changed()) { return; }
+    if (request.run.device != "cpu") {
+        throw usage_error("--vocabulary lines rows up on the cpu; leave --device " + request.run.device + " out");
+    }
+    for (const auto& [t, sum] : sums_) {
+        for (const auto& name : vocabulary_->tensors()) {
+            if (!sum->changes().changes().contains(name)) { continue; }
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+                taskvec::message("--vocabulary ", request.vocabulary, ": the adapter ", in_quotes(arguments_[t].path),
+                    " changes '", name, "', whose rows are lined up: store its model first (taskvec fuse)"));
+        }
+    }
+}
+
+const taskvec::const_model_ref& merge_inputs::base_model() const
+{
+    return vocabulary_->models().front();
+}
+const taskvec::const_model_ref& merge_inputs::reference_model() const
+{
+    return vocabulary_->models().front();
+}
+
 void merge_inputs::check_filters(const model_request& request) const
 {
     if (request.include.empty() && request.exclude.empty()) { return; }
@@ -520,9 +558,10 @@ std::string layers_text(const taskvec::checkpoint& model)
 }
 
 taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::aligned_models& models,
-    const taskvec::checkpoint& reference, bool keep, const std::string& how_to_keep)
+    const taskvec::checkpoint& reference, bool keep, const std::string& how_to_keep,
+    const taskvec::const_model_ref* lined_up)
 {
-    auto plan = taskvec::plan_outputs(models, reference.model(), reference.layers(), keep);
+    auto plan = taskvec::plan_outputs(models, lined_up ? *lined_up : reference.model(), reference.layers(), keep);
     const std::string label = in_quotes(reference.path());
     if (plan.dequantised > 0) {
         note(run,
@@ -547,7 +586,8 @@ taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::ali
 taskvec::quantised_outputs outputs_of(const model_request& request, const merge_inputs& inputs)
 {
     const std::string way = request.dtype.empty() ? ways_of_layers : "";
-    return outputs_of(request.run, inputs.models(), inputs.reference(), request.dtype == "keep", way);
+    return outputs_of(
+        request.run, inputs.models(), inputs.reference(), request.dtype == "keep", way, &inputs.reference_model());
 }
 
 std::uint64_t bytes_of(const taskvec::quantised_outputs& plan)
@@ -580,7 +620,7 @@ taskvec::aligned_models beside_base(
     auto options = model_options_of(request);
     options.on_nonfinite = taskvec::nonfinite::propagate;
     options.output.reset();
-    return {inputs.base() ? &inputs.base()->model() : nullptr, {&merged.model(), 1}, options};
+    return {inputs.base() ? &inputs.base_model() : nullptr, {&merged.model(), 1}, options};
 }
 
 std::string describe(const merge_inputs& inputs)

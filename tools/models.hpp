@@ -25,6 +25,7 @@
 namespace tool {
 
 class adapter_sum;
+class lined_up_vocabulary;
 
 /// What is copied beside the weights of an output directory.
 struct copy_request {
@@ -45,7 +46,8 @@ struct model_request {
     std::string base, out;
     std::vector<std::string> tasks; ///< of --task and --task-adapter, in the order of the command line
     std::set<std::string> adapters; ///< which of them are adapters
-    std::string dtype, nonfinite = "error", missing = "error", overflow = "error", index = "strict", shard_size;
+    std::string dtype, nonfinite = "error", missing = "error", overflow = "error", index = "strict",
+                       vocabulary = "error", shard_size;
     std::vector<std::string> include, exclude;
     name_rules names;
     std::map<std::string, model_view> views; ///< what stands for a model, by the keys of `names`
@@ -106,6 +108,12 @@ public:
     ~merge_inputs();
 
     [[nodiscard]] const taskvec::checkpoint* base() const { return base_ ? &*base_ : nullptr; }
+    /// The base's tensors as they are lined up with the tasks': base()->model(), but for rows of tokens (--vocabulary).
+    [[nodiscard]] const taskvec::const_model_ref& base_model() const;
+    /// The same of the base, or of the first task where there is no base.
+    [[nodiscard]] const taskvec::const_model_ref& reference_model() const;
+    /// How rows of tokens are lined up.
+    [[nodiscard]] const lined_up_vocabulary& vocabulary() const { return *vocabulary_; }
     [[nodiscard]] const std::vector<task_argument>& arguments() const { return arguments_; }
     [[nodiscard]] const std::deque<taskvec::checkpoint>& tasks() const { return tasks_; }
     /// Models that only give layers to others.
@@ -136,6 +144,7 @@ private:
     void check_filters(const model_request& request) const;
     void check_layers(const model_request& request) const;
     void check_no_factors(const taskvec::model_options& options) const;
+    void line_up_vocabulary(const model_request& request);
     void note_what_is_missing(const model_request& request) const;
     [[nodiscard]] std::string name_of_base(const model_request& request) const;
 
@@ -149,6 +158,7 @@ private:
     std::vector<task_argument> arguments_;
     std::vector<double> weights_;
     std::deque<taskvec::checkpoint> tasks_;
+    std::unique_ptr<lined_up_vocabulary> vocabulary_;
     std::vector<taskvec::const_model_ref> task_models_;
     std::optional<taskvec::aligned_models> models_;
 };
@@ -156,7 +166,8 @@ private:
 /// What the file of a result holds, where layers of `reference` are quantised; notes what becomes of them. `keep`:
 /// whether they are quantised again.
 [[nodiscard]] taskvec::quantised_outputs outputs_of(const run_options& run, const taskvec::aligned_models& models,
-    const taskvec::checkpoint& reference, bool keep, const std::string& how_to_keep);
+    const taskvec::checkpoint& reference, bool keep, const std::string& how_to_keep,
+    const taskvec::const_model_ref* lined_up = nullptr);
 /// The same for a merge, as its --dtype says.
 [[nodiscard]] taskvec::quantised_outputs outputs_of(const model_request& request, const merge_inputs& inputs);
 /// Bytes of the tensors that are written.

@@ -3,6 +3,7 @@
 #include "names.hpp"
 
 #include "command.hpp"
+#include "vocabulary.hpp"
 #include "words.hpp"
 
 #include <taskvec/core/error.hpp>
@@ -142,13 +143,16 @@ bool same_bytes(const taskvec::const_tensor_ref& a, const taskvec::const_tensor_
         && (a.source || a.data == b.data || std::memcmp(a.data, b.data, a.bytes()) == 0);
 }
 
-/// The embedding of a model whose shape a tensor has, where there is just one of that kind.
+/// The embedding of a model whose shape a tensor has, where there is just one of that kind. `any_rows`: the head is
+/// another model's, whose vocabulary may differ.
 const taskvec::const_model_ref::entry* embedding_like(
-    const taskvec::const_model_ref& model, const taskvec::const_tensor_ref& head)
+    const taskvec::const_model_ref& model, const taskvec::const_tensor_ref& head, bool any_rows = false)
 {
     const taskvec::const_model_ref::entry* found = nullptr;
     for (const auto& entry : model) {
-        if (!is_embedding(entry.name) || entry.tensor.shape != head.shape) { continue; }
+        const bool fits =
+            any_rows ? same_but_tokens(entry.name, entry.tensor.shape, head.shape) : entry.tensor.shape == head.shape;
+        if (!is_embedding(entry.name) || !fits) { continue; }
         if (found) { return nullptr; }
         found = &entry;
     }
@@ -320,7 +324,7 @@ prefix_match match_prefixes(const taskvec::const_model_ref& model, const taskvec
                 for (auto it = first; it != last; ++it) {
                     const auto& to = *it->second;
                     const bool whole_there = ending.size() == to.name.size();
-                    if (taken.contains(to.name) || to.tensor.shape != shape
+                    if (taken.contains(to.name) || !same_but_tokens(to.name, to.tensor.shape, shape)
                         || (!whole && !whole_there && ending.find('.') == ending.npos)) {
                         continue;
                     }
@@ -347,7 +351,7 @@ prefix_match match_prefixes(const taskvec::const_model_ref& model, const taskvec
             if (name.starts_with(off)) {
                 const auto to = on + name.substr(off.size());
                 const auto* const there = reference.find(to);
-                if (there && there->shape == model.find(name)->shape && !model.find(to)
+                if (there && same_but_tokens(to, there->shape, model.find(name)->shape) && !model.find(to)
                     && taken
                         .insert(std::string_view(std::find_if(reference.begin(), reference.end(),
                             [&](const auto& e) {
@@ -418,10 +422,10 @@ std::vector<std::string> resolve_ties(taskvec::const_model_ref& model, const tas
             }
         }
         if (!mine && is_head(name) && says_tied) {
-            mine = embedding_like(model, tensor);
+            mine = embedding_like(model, tensor, true);
             why = "its config.json says tie_word_embeddings";
         }
-        if (!mine || mine->tensor.shape != tensor.shape) { continue; }
+        if (!mine || !same_but_tokens(name, mine->tensor.shape, tensor.shape)) { continue; }
         added.insert(name, mine->tensor);
         notes.push_back(label + " has no '" + name + "': it is tied to '" + mine->name + "' (" + why + ")");
     }

@@ -56,7 +56,7 @@ void run_peru_fft(const tool::merge_request& request)
     if (!sharded) { out.set_folder(folder.path(), request.out); }
     tool::add_model_files(out, request.copies, request.run,
         {"Merged by " + request.method + ", with a delta for each task (PERU-FFT)", request.method,
-            tool::recipe_models(request, inputs), options.dump(2)},
+            tool::recipe_models(request, inputs), options.dump(2), {}, false, &inputs.vocabulary()},
         plan.specs, sharded ? "" : "merged.safetensors");
     const auto merge_report = method.run(call, out.sink());
     out.finish();
@@ -75,7 +75,7 @@ void run_peru_fft(const tool::merge_request& request)
         how.labels = {"'" + task.path.string() + "'"};
         const bool whole = how.on_missing == taskvec::missing_tensors::error;
         const auto model =
-            whole ? inputs.task_models()[t] : taskvec::completed(inputs.task_models()[t], inputs.base()->model());
+            whole ? inputs.task_models()[t] : taskvec::completed(inputs.task_models()[t], inputs.base_model());
         taskvec::aligned_models residual(&merged.model(), {&model, 1}, how);
         const auto sources = inputs.attach(residual, 0, t);
         tool::prune_into(run.policy(), request.run, pruning, residual, *deltas.back());

@@ -443,7 +443,7 @@ void run_sweep(const sweep_settings& given)
         tool::add_model_files(*out, request.copies, request.run,
             {"Merged by " + request.method + ", the best of " + tool::counted(points.candidates.size(), "point"),
                 request.method, tool::recipe_models(request, inputs),
-                tool::json_of(method.values(request.options)).dump(2)},
+                tool::json_of(method.values(request.options)).dump(2), {}, false, &inputs.vocabulary()},
             plan.specs);
         (void)method.run(tool::call_of(run.policy(), request, inputs), out->sink());
         out->finish();

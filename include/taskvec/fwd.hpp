@@ -190,6 +190,8 @@ struct decompose_exactly;
 
 // models/
 class operand_source;
+struct row_run;
+class selected_rows;
 enum class missing_tensors : std::uint8_t;
 enum class overflow : std::uint8_t;
 struct model_options;

@@ -111,6 +111,7 @@
 #include <taskvec/models/operand_source.hpp>
 #include <taskvec/models/overflow_guard.hpp>
 #include <taskvec/models/row_conversions.hpp>
+#include <taskvec/models/selected_rows.hpp>
 #include <taskvec/models/tensor_sums.hpp>
 #include <taskvec/models/weight_layout.hpp>
 #include <taskvec/reuse/parameter_count.hpp>

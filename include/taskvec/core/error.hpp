@@ -125,6 +125,7 @@ enum class error_code : std::uint16_t {
     quantised_layer = 516,
     pickle_unsupported = 517,
     archive_damaged = 518,
+    tokenizer = 519,
     // What the operating system refused.
     file_not_found = 601,
     file_access = 602,
@@ -239,6 +240,7 @@ inline constexpr error_code_entry error_codes[] = {
     {error_code::quantised_layer, "quantised-layer", error_kind::format_error},
     {error_code::pickle_unsupported, "pickle-unsupported", error_kind::format_error},
     {error_code::archive_damaged, "archive-damaged", error_kind::format_error},
+    {error_code::tokenizer, "tokenizer", error_kind::format_error},
     {error_code::file_not_found, "file-not-found", error_kind::io_error},
     {error_code::file_access, "file-access", error_kind::io_error},
     {error_code::disk_full, "disk-full", error_kind::io_error},

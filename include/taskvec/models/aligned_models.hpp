@@ -311,9 +311,11 @@ private:
             name, tensor.shape, size, output, elements_, tensor.dtype, tensor.dtype == taskvec::dtype::f64, {}, {}};
         const auto operand_of = [](const const_tensor_ref& from) {
             const void* const data = from.source ? from.source : from.data; // not read: it tells operands apart
-            return aligned_tensor::operand{static_cast<const std::byte*>(data), from.dtype, from.source};
+            return aligned_tensor::operand{
+                static_cast<const std::byte*>(data), from.source ? from.source->type() : from.dtype, from.source};
         };
         const auto reference = operand_of(tensor);
+        aligned.wide = aligned.wide || reference.dtype == taskvec::dtype::f64;
         if (has_base_) { aligned.base = reference; }
         std::size_t lacking = 0;
         for (std::size_t t = 0; t < tasks.size(); ++t) {
@@ -338,7 +340,7 @@ private:
             check_place(*mine, name, label(t));
             check_same(name, tensor, *mine, t, equal);
             aligned.tasks.push_back(operand_of(*mine));
-            aligned.wide = aligned.wide || mine->dtype == taskvec::dtype::f64;
+            aligned.wide = aligned.wide || aligned.tasks.back().dtype == taskvec::dtype::f64;
         }
         // What no task has stays as it is: a share of entries does not count it.
         const bool untouched = lacking == tasks.size() && options_.output.value_or(tensor.dtype) == tensor.dtype;

@@ -21,16 +21,19 @@ inline void decode_through(
 {
     constexpr std::size_t piece = 65536;
     const std::size_t size = tensor.source.size();
-    visit_storage(type, tensor.name, [&]<class T>(std::type_identity<T>) {
+    const auto write = [&]<class T, class A>(std::type_identity<T>, A) {
         for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t i, std::size_t) {
             const std::size_t n = std::min(piece, size - i * piece);
-            std::pmr::vector<float> values(n, memory_of(policy));
+            std::pmr::vector<A> values(n, memory_of(policy));
             std::pmr::vector<storage_word<T>> words(n, memory_of(policy));
             tensor.source.source->read(i * piece, n, values.data());
             for (std::size_t k = 0; k < n; ++k) { words[k] = narrow_word<T>(values[k]); }
             out.write(tensor.output, i * piece * sizeof(T), words.data(), n * sizeof(T));
-            if (!meter.advance(n * sizeof(float))) { raise<cancelled>(error_code::cancelled); }
+            if (!meter.advance(n * sizeof(A))) { raise<cancelled>(error_code::cancelled); }
         });
+    };
+    visit_storage(type, tensor.name, [&]<class T>(std::type_identity<T> as) {
+        tensor.source.source->type() == dtype::f64 ? write(as, double{}) : write(as, float{});
     });
 }
 

@@ -1,0 +1,335 @@
+// Models whose vocabularies differ: rows of embeddings and heads lined up by the text of tokens, or by index, and the
+// tokenizer and configuration that fit the result. SPDX-License-Identifier: Apache-2.0
+#include "run_tool.hpp"
+
+#include <taskvec/models/selected_rows.hpp>
+
+#include <nlohmann/json.hpp>
+
+#include <map>
+#include <optional>
+
+namespace vocabulary_test {
+
+using namespace tools_test;
+using words = std::vector<std::string>;
+
+bool says(const std::string& text, const std::string& part)
+{
+    return text.find(part) != std::string::npos;
+}
+
+/// A model's directory: tokens of the model's vocabulary, added tokens behind them, and rows past all of them.
+struct vocabulary {
+    words own{}, added{};
+    std::size_t padding = 0;
+    float shift = 0; ///< of all rows
+    bool tokenizer = true;
+    words merges{};
+};
+/// A token's row in a model without a shift.
+float value_of(const std::string& token)
+{
+    float sum = 0;
+    for (const char c : token) { sum = 2 * sum + static_cast<float>(c); }
+    return sum;
+}
+float padding_value(std::size_t row)
+{
+    return 5000 + static_cast<float>(row);
+}
+void write_directory(const std::filesystem::path& folder, const vocabulary& v, bool tied = false)
+{
+    std::vector<float> rows;
+    auto all = v.own;
+    all.insert(all.end(), v.added.begin(), v.added.end());
+    for (const auto& token : all) { rows.insert(rows.end(), {value_of(token) + v.shift, -value_of(token)}); }
+    for (std::size_t i = 0; i < v.padding; ++i) {
+        rows.insert(rows.end(), {padding_value(all.size() + i) + v.shift, 0});
+    }
+    const auto count = static_cast<std::int64_t>(rows.size() / 2);
+    std::filesystem::create_directories(folder);
+    values_model model{{"model.embed_tokens.weight", {taskvec::dtype::f32, {count, 2}, rows}},
+        {"lm_head.weight", {taskvec::dtype::f32, {count, 2}, rows}},
+        {"model.norm.weight", {taskvec::dtype::f32, {2}, {1, 2}}}};
+    if (tied) { model.erase("lm_head.weight"); }
+    write_values(folder / "model.safetensors", model);
+    nlohmann::json config{{"model_type", "llama"}, {"vocab_size", count}, {"pad_token_id", all.size() - 1},
+        {"eos_token_id", {0, all.size() - 1}}};
+    if (tied) { config["tie_word_embeddings"] = true; }
+    spill(folder / "config.json", config.dump());
+    if (!v.tokenizer) { return; }
+    nlohmann::json tokenizer{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
+        {"model", {{"type", "BPE"}, {"vocab", nlohmann::json::object()}, {"merges", v.merges}}}};
+    nlohmann::json settings{{"pad_token", all.back()}, {"added_tokens_decoder", nlohmann::json::object()}};
+    for (std::size_t i = 0; i < all.size(); ++i) {
+        if (i < v.own.size()) { tokenizer["model"]["vocab"][all[i]] = i; }
+        else {
+            nlohmann::json entry{{"content", all[i]}, {"lstrip", true}, {"rstrip", false}, {"normalized", false},
+                {"single_word", false}, {"special", true}};
+            settings["added_tokens_decoder"][std::to_string(i)] = entry;
+            entry["id"] = i;
+            tokenizer["added_tokens"].push_back(entry);
+        }
+    }
+    spill(folder / "tokenizer.json", tokenizer.dump());
+    spill(folder / "tokenizer_config.json", settings.dump());
+}
+/// The first column of a tensor of a directory.
+std::vector<float> column(const std::filesystem::path& folder, const std::string& name = "model.embed_tokens.weight")
+{
+    std::vector<float> result;
+    const auto model = read_values(folder / "model.safetensors");
+    const auto& values = model.at(name).values;
+    for (std::size_t i = 0; i < values.size(); i += 2) { result.push_back(values[i]); }
+    return result;
+}
+nlohmann::json json_of(const std::filesystem::path& file)
+{
+    return nlohmann::json::parse(slurp(file));
+}
+std::vector<float> values_of(const words& tokens, float shift)
+{
+    std::vector<float> result;
+    for (const auto& token : tokens) { result.push_back(value_of(token) + shift); }
+    return result;
+}
+
+struct models {
+    scratch folder;
+    models()
+    {
+        write_directory(folder / "base", {.own = {"a", "b", "c"}, .added = {"<s>"}});
+        write_directory(folder / "more", {.own = {"a", "b", "c"}, .added = {"<s>", "<x>"}, .shift = 1});
+        write_directory(folder / "other",
+            {.own = {"c", "a", "b", "ab"}, .added = {"<y>", "<s>"}, .padding = 2, .shift = 2, .merges = {"a b"}});
+        write_directory(folder / "padded", {.own = {"a", "b", "c"}, .added = {"<s>"}, .padding = 3, .shift = 4});
+        write_directory(
+            folder / "bare", {.own = {"a", "b", "c"}, .added = {"<s>", "<x>"}, .shift = 1, .tokenizer = false});
+    }
+    outcome merge(const words& tasks, const words& more, const std::string& base = "base") const
+    {
+        words line{"merge", "--method", "task-arithmetic", "--lambda", "1", "--base", base, "--out", "out"};
+        for (const auto& task : tasks) { line.insert(line.end(), {"--task", task}); }
+        line.insert(line.end(), more.begin(), more.end());
+        std::filesystem::remove_all(folder / "out");
+        return run(folder, line);
+    }
+};
+
+TEST_CASE("vocabularies that differ are refused by default, and the message names the option")
+{
+    const models m;
+    for (const std::string task : {"more", "other", "padded", "bare"}) {
+        refused(m.folder, {"merge", "--method", "ties", "--base", "base", "--task", task, "--out", "new"}, 1,
+            "--vocabulary base, union or truncate lines the rows up");
+    }
+    refused(m.folder, {"merge", "--method", "slerp", "--task", "base", "--task", "more", "--out", "new"}, 1,
+        "tensor 'lm_head.weight' has 5 rows in 'more' and 4 in 'base'");
+    // What takes no part may differ.
+    CHECK(m.merge({"more"}, {"--exclude", "embed_tokens|lm_head"}).code == 0);
+    // Equal numbers of rows are merged by index, and it is said where the texts differ.
+    write_directory(m.folder / "turned", {.own = {"b", "a", "c"}, .added = {"<s>"}, .shift = 1});
+    const auto turned = m.merge({"turned"}, {});
+    CHECK(turned.code == 0);
+    CHECK(says(turned.err, "give 2 tokens ('b', 'a') of the former other ids: their rows are merged by index"));
+    CHECK(column(m.folder / "out")[0] == value_of("b") + 1);
+    CHECK(m.merge({"turned"}, {"--vocabulary", "base"}).code == 0);
+    CHECK(column(m.folder / "out") == values_of({"a", "b", "c", "<s>"}, 1));
+}
+
+TEST_CASE("--vocabulary base keeps the base's rows and files")
+{
+    const models m;
+    const auto done = m.merge({"more", "other"}, {"--vocabulary", "base", "--report", "report.json"});
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    CHECK(column(m.folder / "out") == values_of({"a", "b", "c", "<s>"}, 3));
+    CHECK(column(m.folder / "out", "lm_head.weight") == values_of({"a", "b", "c", "<s>"}, 3));
+    CHECK(says(done.err, "'more' has 1 token ('<x>') that 'base' lacks: left out"));
+    CHECK(says(done.err, "'other' has 2 tokens ('ab', '<y>') that 'base' lacks: left out"));
+    CHECK(slurp(m.folder / "out/tokenizer.json") == slurp(m.folder / "base/tokenizer.json"));
+    CHECK(json_of(m.folder / "out/config.json")["vocab_size"] == 4);
+    // A token that the task lacks, and padding that it lacks, are the base's.
+    REQUIRE(m.merge({"base"}, {"--vocabulary", "base"}, "other").code == 0);
+    CHECK(column(m.folder / "out")
+        == std::vector<float>{value_of("c"), value_of("a"), value_of("b"), value_of("ab") + 2, value_of("<y>") + 2,
+            value_of("<s>"), padding_value(6) + 2, padding_value(7) + 2});
+    // Padding that both have is merged.
+    write_directory(m.folder / "padded2", {.own = {"a", "b", "c"}, .added = {"<s>", "<x>"}, .padding = 2, .shift = 1});
+    REQUIRE(m.merge({"padded2"}, {"--vocabulary", "base"}, "padded").code == 0);
+    CHECK(column(m.folder / "out")
+        == std::vector<float>{value_of("a") + 1, value_of("b") + 1, value_of("c") + 1, value_of("<s>") + 1,
+            padding_value(4) + 4, padding_value(5) + 1, padding_value(6) + 1});
+}
+
+TEST_CASE("--vocabulary union adds the rows of the models that have them, and their tokens")
+{
+    const models m;
+    const auto done = m.merge({"more", "other"}, {"--vocabulary", "union", "--report", "report.json"});
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    auto expected = values_of({"a", "b", "c", "<s>"}, 3);
+    for (const auto& [token, shift] : std::vector<std::pair<std::string, float>>{{"<x>", 1}, {"ab", 2}, {"<y>", 2}}) {
+        expected.push_back(value_of(token) + shift);
+    }
+    CHECK(column(m.folder / "out") == expected);
+    CHECK(says(done.err, "the vocabulary of the result has 7 rows, that of 'base' has 4"));
+    CHECK(json_of(m.folder / "out/config.json")["vocab_size"] == 7);
+    const auto tokenizer = json_of(m.folder / "out/tokenizer.json");
+    CHECK(tokenizer["model"]["vocab"] == nlohmann::json{{"a", 0}, {"b", 1}, {"c", 2}, {"ab", 5}});
+    CHECK(tokenizer["model"]["merges"] == nlohmann::json::parse(R"([["a", "b"]])"));
+    REQUIRE(tokenizer["added_tokens"].size() == 3);
+    CHECK(tokenizer["added_tokens"][1]["content"] == "<x>");
+    CHECK(tokenizer["added_tokens"][1]["id"] == 4);
+    CHECK(tokenizer["added_tokens"][1]["lstrip"] == true);
+    CHECK(tokenizer["added_tokens"][2]["id"] == 6);
+    const auto settings = json_of(m.folder / "out/tokenizer_config.json");
+    CHECK(settings["added_tokens_decoder"]["4"]["content"] == "<x>");
+    CHECK(settings["added_tokens_decoder"]["6"]["content"] == "<y>");
+    CHECK(settings["pad_token"] == "<s>");
+    // The result is a model to go on with: nothing is new to it.
+    const auto again = run(m.folder,
+        {"merge", "--method", "slerp", "--t", "1", "--task", "more", "--task", "out", "--vocabulary", "union", "--out",
+            "again"});
+    REQUIRE_MESSAGE(again.code == 0, again.err);
+    CHECK(column(m.folder / "again").size() == 7);
+    // A token that two models have and the base lacks is their mean, by equal weights.
+    write_directory(m.folder / "more2", {.own = {"a", "b", "c"}, .added = {"<s>", "<z>", "<x>"}, .shift = 3});
+    REQUIRE(m.merge({"more", "more2"}, {"--vocabulary", "union"}).code == 0);
+    CHECK(column(m.folder / "out")[4] == value_of("<x>") + 2);
+    CHECK(column(m.folder / "out")[5] == value_of("<z>") + 3);
+    // New tokens take the place of padding; what is excluded is lined up all the same.
+    REQUIRE(m.merge({"more"}, {"--vocabulary", "union", "--exclude", "lm_head"}, "padded").code == 0);
+    CHECK(column(m.folder / "out").size() == 7);
+    CHECK(column(m.folder / "out")[4] == value_of("<x>") + 1);
+    CHECK(column(m.folder / "out")[5] == padding_value(5) + 4);
+    CHECK(column(m.folder / "out", "lm_head.weight")[4] == value_of("<x>") + 1);
+    CHECK(column(m.folder / "out", "lm_head.weight")[0] == value_of("a") + 4);
+    // A tied head of another length is found.
+    write_directory(m.folder / "tied", {.own = {"a", "b", "c"}, .added = {"<s>", "<x>"}, .shift = 1}, true);
+    REQUIRE(m.merge({"tied"}, {"--vocabulary", "union"}).code == 0);
+    CHECK(column(m.folder / "out", "lm_head.weight") == values_of({"a", "b", "c", "<s>", "<x>"}, 1));
+    // Deltas of what a merge loses belong to the merged model, rows and all.
+    const auto reuse = run(m.folder,
+        {"peru-fft", "--method", "task-arithmetic", "--base", "base", "--task", "more", "--density", "0.5", "--out",
+            "reuse", "--vocabulary", "union"});
+    CHECK_MESSAGE(reuse.code == 0, reuse.err);
+    CHECK(run(m.folder,
+              {"apply", "--base", "reuse/merged.safetensors", "--delta", "reuse/more.delta.safetensors", "--out",
+                  "whole"})
+              .code
+        == 0);
+}
+
+TEST_CASE("--vocabulary truncate ends at the last token that all have")
+{
+    const models m;
+    const auto done = m.merge({"base"}, {"--vocabulary", "truncate"}, "more");
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    CHECK(column(m.folder / "out") == values_of({"a", "b", "c", "<s>"}, 0));
+    CHECK(says(done.err, "1 token ('<x>') of 'more' are left out") == false);
+    CHECK(says(done.err, "1 token ('<x>') of 'more' is left out"));
+    const auto config = json_of(m.folder / "out/config.json");
+    CHECK(config["vocab_size"] == 4);
+    CHECK(config["pad_token_id"] == nullptr);
+    CHECK(config["eos_token_id"] == nlohmann::json::array({0}));
+    CHECK(json_of(m.folder / "out/tokenizer.json")["added_tokens"].size() == 1);
+    const auto settings = json_of(m.folder / "out/tokenizer_config.json");
+    CHECK_FALSE(settings.contains("pad_token"));
+    CHECK(settings["added_tokens_decoder"].size() == 1);
+    // Padding goes, tokens do not.
+    REQUIRE(m.merge({"base"}, {"--vocabulary", "truncate"}, "padded").code == 0);
+    CHECK(column(m.folder / "out") == values_of({"a", "b", "c", "<s>"}, 0));
+}
+
+TEST_CASE("without a tokenizer rows are lined up by index, and it is said")
+{
+    const models m;
+    for (const auto& [policy, rows] : std::map<std::string, std::size_t>{{"base", 4}, {"union", 5}, {"truncate", 4}}) {
+        CAPTURE(policy);
+        const auto done = m.merge({"bare"}, {"--vocabulary", policy});
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        CHECK(says(done.err, "no tokenizer.json beside 'bare': rows of the vocabulary are lined up by index"));
+        CHECK(column(m.folder / "out").size() == rows);
+        CHECK(column(m.folder / "out")[3] == value_of("<s>") + 1);
+        if (rows == 5) { CHECK(column(m.folder / "out")[4] == value_of("<x>") + 1); }
+        CHECK(json_of(m.folder / "out/config.json")["vocab_size"] == rows);
+    }
+    refused(m.folder,
+        {"merge", "--method", "average", "--base", "base", "--task", "more", "--task", "bare", "--vocabulary", "union",
+            "--out", "new"},
+        1, "no tokenizer.json says of which tokens");
+}
+
+TEST_CASE("tokenizers that contradict are refused by name")
+{
+    const models m;
+    const auto refuses = [&](const std::string& because, const std::string& task = "wrong") {
+        refused(m.folder,
+            {"merge", "--method", "average", "--base", "base", "--task", task, "--vocabulary", "union", "--out", "new",
+                "--quiet"},
+            1, because);
+    };
+    write_directory(m.folder / "wrong", {.own = {"a", "b"}, .added = {"<s>"}});
+    const auto file = m.folder / "wrong/tokenizer.json";
+    spill(file, R"({"model": {"vocab": {"a": 0, "b": 1, "c": 9}}})");
+    refuses("gives token 'c' the id 9, but 'lm_head.weight' of 'wrong' has 3 rows: they contradict each other");
+    spill(file, R"({"model": {"vocab": {"a": 0, "b": 0}}})");
+    refuses("gives the id 0 to two tokens, 'a' and 'b'");
+    spill(file, R"({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": "a"}]})");
+    refuses("gives token 'a' two ids, 0 and 1");
+    spill(file, R"({"model": {"vocab": {"a": -1}}})");
+    refuses("the id -1; ids count from 0");
+    spill(file, R"({"model": {"vocab": {"a": 999999999999}}})");
+    refuses("which no embedding has");
+    spill(file, R"({"added_tokens": [{"content": "a"}]})");
+    refuses("without an id");
+    spill(file, R"({"version": "1.0"})");
+    refuses("names no token");
+    spill(file, R"({"model": {"vocab": {"a": 0)");
+    refuses("invalid JSON");
+    spill(file, std::string(1000, '['));
+    refuses("nested");
+    // A list of pieces has no place for a token behind added ones.
+    spill(m.folder / "base/tokenizer.json",
+        R"({"model": {"type": "Unigram", "vocab": [["a", 0], ["b", -1], ["c", -2]]}, "added_tokens": [{"id": 3, "content": "<s>"}]})");
+    refuses("token 'ab' of", "other");
+    for (const words& wrong : {words{"prune", "--base", "base", "--task", "more"}}) {
+        auto line = wrong;
+        line.insert(line.end(), {"--out", "new.safetensors", "--vocabulary", "union"});
+        refused(m.folder, line, 2, "has no meaning for prune");
+    }
+    CHECK(run(m.folder,
+              {"prune", "--base", "base", "--task", "bare", "--vocabulary", "base", "--density", "1", "--out",
+                  "d.safetensors"})
+              .code
+        == 0);
+}
+
+TEST_CASE("selected_rows reads any run of any rows, and means")
+{
+    using namespace taskvec;
+    std::vector<float> a(5 * 3000), b(4 * 3000);
+    for (std::size_t i = 0; i < a.size(); ++i) { a[i] = static_cast<float>(i % 977); }
+    for (std::size_t i = 0; i < b.size(); ++i) { b[i] = static_cast<float>(i % 121) - 7; }
+    std::vector<std::uint16_t> halves;
+    for (const float value : b) { halves.push_back(f32_to_bf16(value)); }
+    const const_tensor_ref first{a.data(), dtype::f32, {5, 3000}}, second{halves.data(), dtype::bf16, {4, 3000}};
+    const selected_rows rows({first, second}, {{0, 2, {{0, 3}}}, {2, 1, {{1, 1}}}, {3, 1, {{0, 0}, {1, 3}}}});
+    CHECK(rows.tensor(dtype::bf16).shape == extents{4, 3000});
+    std::vector<float> expected;
+    expected.insert(expected.end(), a.begin() + 9000, a.end());
+    expected.insert(expected.end(), b.begin() + 3000, b.begin() + 6000);
+    for (std::size_t i = 0; i < 3000; ++i) { expected.push_back((a[i] + b[9000 + i]) / 2); }
+    for (const auto& [offset, count] : std::vector<std::pair<std::size_t, std::size_t>>{
+             {0, 12000}, {1, 1}, {2999, 2}, {5999, 4097}, {8990, 3010}, {11999, 1}, {3, 0}}) {
+        std::vector<float> found(count);
+        rows.read(offset, count, found.data());
+        CHECK(std::equal(found.begin(), found.end(), expected.begin() + static_cast<std::ptrdiff_t>(offset)));
+    }
+    CHECK_THROWS_AS(selected_rows({first}, {{0, 6, {{0, 0}}}}), shape_mismatch);
+    CHECK_THROWS_AS(selected_rows({first}, {{1, 2, {{0, 0}}}}), shape_mismatch);
+    CHECK_THROWS_AS(selected_rows({first}, {{0, 1, {{1, 0}}}}), shape_mismatch);
+    CHECK_THROWS_AS(selected_rows({first, {halves.data(), dtype::bf16, {3, 4000}}}, {}), shape_mismatch);
+}
+
+} // namespace vocabulary_test

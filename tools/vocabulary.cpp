@@ -1,0 +1,855 @@
+// Models whose vocabularies differ.
+// SPDX-License-Identifier: Apache-2.0
+#include "vocabulary.hpp"
+
+#include "command.hpp"
+#include "words.hpp"
+
+#include <taskvec/core/error.hpp>
+#include <taskvec/formats/file.hpp>
+#include <taskvec/formats/json.hpp>
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cstring>
+#include <set>
+#include <utility>
+
+namespace tool {
+
+namespace {
+
+using json = nlohmann::ordered_json;
+/// For objects of many keys: those of the other are found one by one.
+using large_json = nlohmann::json;
+
+constexpr const char* tokenizer_name = "tokenizer.json";
+
+[[noreturn, gnu::cold]] void refuse_tokenizer(const fs::path& file, const std::string& what)
+{
+    taskvec::raise<taskvec::format_error>(taskvec::error_code::tokenizer, what, file.string());
+}
+
+std::string quoted(const fs::path& path)
+{
+    return "'" + path.string() + "'";
+}
+
+/// The tokenizer.json beside a model's weights: in its directory, or beside a file that is a directory's whole model.
+fs::path tokenizer_of(const fs::path& model)
+{
+    std::error_code ignored;
+    const bool folder = fs::is_directory(model, ignored);
+    const auto name = model.filename().string();
+    if (!folder && name != "model.safetensors" && !name.starts_with("pytorch_model.") && !name.ends_with(".json")) {
+        return {};
+    }
+    const auto file = (folder ? model : model.parent_path()) / tokenizer_name;
+    return fs::is_regular_file(file, ignored) ? file : fs::path();
+}
+
+/// Hears of a tokenizer.json what token_table holds, and, where somebody listens, merges.
+class token_events final : public nlohmann::json_sax<nlohmann::json> {
+public:
+    using merge_listener = std::function<void(const std::string& left, const std::string& right)>;
+
+    token_events(const fs::path& file, token_table& table, merge_listener merge = {})
+        : file_(file)
+        , table_(table)
+        , merge_(std::move(merge))
+    { }
+
+    bool null() override { return next(); }
+    bool boolean(bool value) override
+    {
+        if (in_added()) {
+            const auto& key = stack_[2].key;
+            if (key == "single_word") { token_.single_word = value; }
+            if (key == "lstrip") { token_.lstrip = value; }
+            if (key == "rstrip") { token_.rstrip = value; }
+            if (key == "normalized") { token_.normalized = value; }
+            if (key == "special") { token_.special = value; }
+        }
+        return next();
+    }
+    bool number_integer(number_integer_t value) override
+    {
+        if (value < 0 && (in_vocabulary() || (in_added() && stack_[2].key == "id"))) {
+            refuse_tokenizer(file_, taskvec::message("gives a token the id ", value, "; ids count from 0"));
+        }
+        return value < 0 ? next() : number_unsigned(static_cast<number_unsigned_t>(value));
+    }
+    bool number_unsigned(number_unsigned_t value) override
+    {
+        if (in_vocabulary()) { add(stack_[2].key, value); }
+        if (in_added() && stack_[2].key == "id") {
+            token_.id = id_of(token_.content, value);
+            has_id_ = true;
+        }
+        return next();
+    }
+    bool number_float(number_float_t, const string_t&) override { return next(); }
+    bool string(string_t& value) override
+    {
+        if (in_added() && stack_[2].key == "content") { token_.content = value; }
+        if (stack_.size() == 2 && stack_[0].key == "model" && stack_[1].key == "type") { table_.model = value; }
+        const bool listed = stack_.size() == 4 && stack_[3].array && within_model("vocab");
+        if (listed && stack_[2].array && stack_[3].index == 0) { add(value, stack_[2].index); } // Unigram
+        if (merge_ && stack_.size() >= 3 && stack_[2].array && within_model("merges")) {
+            if (stack_.size() == 3) {
+                const auto space = value.find(' ', 1);
+                if (space != value.npos) { merge_(value.substr(0, space), value.substr(space + 1)); }
+            }
+            else if (stack_[3].index == 0) {
+                left_ = value;
+            }
+            else {
+                merge_(left_, value);
+            }
+        }
+        return next();
+    }
+    bool binary(binary_t&) override { return next(); }
+    bool start_object(std::size_t) override { return open(false); }
+    bool start_array(std::size_t) override { return open(true); }
+    bool end_object() override
+    {
+        if (in_added()) {
+            if (!has_id_) { refuse_tokenizer(file_, "has an entry of added_tokens without an id"); }
+            add(token_.content, token_.id);
+            table_.added[token_.content] = token_;
+        }
+        return close();
+    }
+    bool end_array() override { return close(); }
+    bool key(string_t& value) override
+    {
+        stack_.back().key = std::move(value);
+        return true;
+    }
+    bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception&) override
+    {
+        taskvec::raise<taskvec::format_error>(taskvec::error_code::json_syntax,
+            taskvec::message("invalid JSON at byte ", position ? position - 1 : 0), file_.string());
+    }
+
+private:
+    struct level {
+        bool array = false;
+        std::string key; ///< the last one, of an object
+        std::size_t index = 0; ///< of the next element, of an array
+    };
+    [[nodiscard]] bool within_model(std::string_view part) const
+    {
+        return stack_[0].key == "model" && stack_[1].key == part;
+    }
+    [[nodiscard]] bool in_vocabulary() const { return stack_.size() == 3 && !stack_[2].array && within_model("vocab"); }
+    [[nodiscard]] bool in_added() const
+    {
+        return stack_.size() == 3 && !stack_[2].array && stack_[1].array && stack_[0].key == "added_tokens";
+    }
+    bool next()
+    {
+        if (!stack_.empty()) { ++stack_.back().index; }
+        return true;
+    }
+    bool open(bool array)
+    {
+        if (stack_.size() > 100) { refuse_tokenizer(file_, "is nested more than 100 levels deep"); }
+        stack_.push_back({array, {}, 0});
+        if (in_added()) {
+            token_ = {};
+            has_id_ = false;
+        }
+        return true;
+    }
+    bool close()
+    {
+        stack_.pop_back();
+        return next();
+    }
+    [[nodiscard]] std::uint32_t id_of(const std::string& text, std::uint64_t id) const
+    {
+        if (id >= (1u << 28)) {
+            refuse_tokenizer(
+                file_, taskvec::message("gives token '", printable(text), "' the id ", id, ", which no embedding has"));
+        }
+        return static_cast<std::uint32_t>(id);
+    }
+    void add(const std::string& text, std::uint64_t number)
+    {
+        const auto id = id_of(text, number);
+        const auto [place, is_new] = table_.ids.emplace(text, id);
+        if (!is_new) {
+            if (place->second == id) { return; }
+            refuse_tokenizer(
+                file_, taskvec::message("gives token '", printable(text), "' two ids, ", place->second, " and ", id));
+        }
+        const auto [other, id_is_new] = table_.texts.emplace(id, &place->first);
+        if (!id_is_new) {
+            refuse_tokenizer(file_,
+                taskvec::message("gives the id ", id, " to two tokens, '", printable(*other->second), "' and '",
+                    printable(text), "'"));
+        }
+    }
+
+    const fs::path& file_;
+    token_table& table_;
+    merge_listener merge_;
+    std::vector<level> stack_;
+    added_token token_;
+    std::string left_;
+    bool has_id_ = false;
+};
+
+void hear(const fs::path& file, token_events& events)
+{
+    const taskvec::mapped_file map(file);
+    const auto bytes = map.bytes();
+    const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    (void)nlohmann::json::sax_parse(text.begin(), text.end(), &events);
+}
+
+bool same_bytes(const fs::path& a, const fs::path& b)
+{
+    const taskvec::mapped_file first(a), second(b);
+    const auto x = first.bytes(), y = second.bytes();
+    return x.size() == y.size() && (x.empty() || std::memcmp(x.data(), y.data(), x.size()) == 0);
+}
+
+bool ends_as_a_name(std::string_view name, std::string_view ending)
+{
+    return name.ends_with(ending) && (name.size() == ending.size() || name[name.size() - ending.size() - 1] == '.');
+}
+
+std::uint64_t rows_of(const taskvec::const_tensor_ref& tensor)
+{
+    return tensor.shape.empty() ? 0 : static_cast<std::uint64_t>(tensor.shape[0]);
+}
+
+/// "3 tokens ('a', 'b', 'c')", with the first few.
+std::string token_list(const std::vector<std::string>& texts)
+{
+    std::string list;
+    for (std::size_t i = 0; i < texts.size() && i < 3; ++i) { list += (i ? ", '" : "'") + printable(texts[i]) + "'"; }
+    return counted(texts.size(), "token") + " (" + list + (texts.size() > 3 ? " …)" : ")");
+}
+
+} // namespace
+
+void add_vocabulary_option(command& verb, std::string& vocabulary)
+{
+    verb.word("--vocabulary", vocabulary, {"error", "base", "union", "truncate"}, "WHAT",
+        "error, base, union or truncate: embeddings and heads whose rows differ in number; rows are lined up by the "
+        "tokens' text where models have a tokenizer.json, otherwise by index (default: error)");
+}
+
+vocabulary_policy vocabulary_policy_of(const std::string& word)
+{
+    return word == "base"    ? vocabulary_policy::base
+        : word == "union"    ? vocabulary_policy::all
+        : word == "truncate" ? vocabulary_policy::truncate
+                             : vocabulary_policy::error;
+}
+
+bool has_rows_of_tokens(std::string_view name)
+{
+    for (const std::string_view ending :
+        {"embed_tokens.weight", "embed_tokens_per_layer.weight", "wte.weight", "word_embeddings.weight",
+            "tok_embeddings.weight", "embed_in.weight", "shared.weight", "token_embedding.weight", "token_embd.weight",
+            "tokens_embed.weight", "lm_head.weight", "lm_head.bias", "lm_head.decoder.weight", "lm_head.decoder.bias",
+            "embed_out.weight", "predictions.decoder.weight", "predictions.decoder.bias", "predictions.bias"}) {
+        if (ends_as_a_name(name, ending)) { return true; }
+    }
+    return name == "output.weight" || name == "model.output.weight" || name == "decoder.weight"
+        || name == "decoder.bias";
+}
+
+bool same_but_tokens(std::string_view name, const taskvec::extents& a, const taskvec::extents& b)
+{
+    if (a == b) { return true; }
+    return !a.empty() && a.size() == b.size() && std::equal(a.begin() + 1, a.end(), b.begin() + 1)
+        && has_rows_of_tokens(name);
+}
+
+const std::string* token_table::text(std::uint64_t id) const
+{
+    if (id >= (1u << 28)) { return nullptr; }
+    const auto place = texts.find(static_cast<std::uint32_t>(id));
+    return place == texts.end() ? nullptr : place->second;
+}
+
+token_table read_tokens(const fs::path& tokenizer)
+{
+    token_table table;
+    token_events events(tokenizer, table);
+    hear(tokenizer, events);
+    if (table.ids.empty()) {
+        refuse_tokenizer(tokenizer, "names no token: it has neither model.vocab nor added_tokens");
+    }
+    return table;
+}
+
+lined_up_vocabulary::lined_up_vocabulary(const std::vector<vocabulary_input>& inputs, vocabulary_policy policy,
+    const std::function<bool(std::string_view)>& include, const run_options& run)
+    : policy_(policy)
+{
+    for (const auto& input : inputs) { models_.push_back(*input.model); }
+    const auto& first = models_.front();
+    // What has a row for each token: by its name, or as long as an embedding is in each model.
+    std::vector<std::optional<std::uint64_t>> embedding(inputs.size());
+    for (std::size_t m = 0; m < inputs.size(); ++m) {
+        for (const auto& [name, tensor] : models_[m]) {
+            if (!embedding[m] && tensor.shape.size() == 2 && has_rows_of_tokens(name)) {
+                embedding[m] = rows_of(tensor);
+            }
+        }
+    }
+    std::vector<std::string> names;
+    bool rows_differ = false;
+    for (const auto& [name, tensor] : first) {
+        bool differs = false, fits = !tensor.shape.empty(), as_embedding = true;
+        for (std::size_t m = 0; m < inputs.size(); ++m) {
+            const auto* const mine = models_[m].find(name);
+            if (!mine) { continue; }
+            fits = fits && mine->shape.size() == tensor.shape.size()
+                && std::equal(tensor.shape.begin() + 1, tensor.shape.end(), mine->shape.begin() + 1);
+            differs = differs || mine->shape != tensor.shape;
+            as_embedding = as_embedding && embedding[m] && !mine->shape.empty() && rows_of(*mine) == *embedding[m];
+        }
+        if (!fits || !(has_rows_of_tokens(name) || (differs && as_embedding))) { continue; }
+        if (policy == vocabulary_policy::error && differs && (!include || include(name))) {
+            for (std::size_t m = 1; m < inputs.size(); ++m) {
+                const auto* const mine = models_[m].find(name);
+                if (!mine || mine->shape == tensor.shape) { continue; }
+                taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::tensor_shape,
+                    taskvec::message("tensor '", name, "' has ", grouped(rows_of(*mine)), " rows in ", inputs[m].label,
+                        " and ", grouped(rows_of(tensor)), " in ", inputs.front().label,
+                        ": their vocabularies differ; --vocabulary base, union or truncate lines the rows up"));
+            }
+        }
+        rows_differ = rows_differ || differs;
+        names.push_back(name);
+    }
+    if (names.empty() || inputs.size() == 1) { return; }
+    members_.resize(inputs.size());
+    for (std::size_t m = 0; m < inputs.size(); ++m) { members_[m].tokenizer = tokenizer_of(inputs[m].path); }
+    bool files_differ = false;
+    for (std::size_t m = 1; m < inputs.size(); ++m) {
+        const auto& a = members_.front().tokenizer;
+        const auto& b = members_[m].tokenizer;
+        files_differ = files_differ || (!a.empty() && !b.empty() && a != b && !same_bytes(a, b));
+    }
+    if (policy == vocabulary_policy::error) {
+        if (!files_differ || rows_differ) { return; }
+        try { // rows are merged by index; it is only said where that may be wrong
+            read_tokenizers(inputs);
+        }
+        catch (const taskvec::error&) {
+            return;
+        }
+        for (std::size_t m = 1; m < inputs.size(); ++m) {
+            if (!members_[m].by_text) { continue; }
+            std::vector<std::string> other;
+            for (const auto& [id, text] : members_[m].tokens.texts) {
+                const auto* const mine = members_.front().tokens.text(id);
+                if (mine && *mine != *text) { other.push_back(*text); }
+            }
+            if (!other.empty()) {
+                note(run,
+                    "the tokenizers of " + inputs[m].label + " and " + inputs.front().label + " give "
+                        + token_list(other)
+                        + " of the former other ids: their rows are merged by index; --vocabulary base lines them up "
+                          "by text");
+            }
+        }
+        return;
+    }
+    if (!rows_differ && !files_differ) { return; }
+    read_tokenizers(inputs);
+    plan(inputs, names);
+    for (const auto& name : names) { line_up(inputs, name); }
+    runs_.clear();
+    say(inputs, run);
+}
+
+void lined_up_vocabulary::read_tokenizers(const std::vector<vocabulary_input>& inputs)
+{
+    if (members_.front().tokenizer.empty()) { return; }
+    for (std::size_t m = 0; m < inputs.size(); ++m) {
+        auto& mine = members_[m];
+        if (mine.tokenizer.empty()) { continue; }
+        mine.tokens = read_tokens(mine.tokenizer);
+        mine.by_text = true;
+        tokens_differ_ = tokens_differ_ || mine.tokens.ids != members_.front().tokens.ids;
+        if (policy_ == vocabulary_policy::error) { continue; }
+        for (const auto& [name, tensor] : models_[m]) {
+            if (!has_rows_of_tokens(name) || tensor.shape.empty() || !models_.front().find(name)) { continue; }
+            if (rows_of(tensor) >= mine.tokens.size()) { continue; }
+            const auto& last = *mine.tokens.texts.rbegin();
+            refuse_tokenizer(mine.tokenizer,
+                taskvec::message("gives token '", printable(*last.second), "' the id ", last.first, ", but '", name,
+                    "' of ", inputs[m].label, " has ", rows_of(tensor),
+                    " rows: they contradict each other; use the tokenizer of this model, or line rows up by index, "
+                    "without a tokenizer.json beside it"));
+        }
+    }
+}
+
+/// What the result's tokens are.
+void lined_up_vocabulary::plan(const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names)
+{
+    const auto& first = members_.front();
+    if (policy_ == vocabulary_policy::all && first.by_text) {
+        std::set<std::string_view> known;
+        for (std::size_t m = 1; m < members_.size(); ++m) {
+            for (const auto& [id, text] : members_[m].tokens.texts) {
+                if (!first.tokens.ids.contains(*text) && known.insert(*text).second) {
+                    new_tokens_.push_back({*text, m});
+                }
+            }
+        }
+        for (std::size_t i = 0; i < new_tokens_.size(); ++i) {
+            new_ids_[new_tokens_[i].text] = first.tokens.size() + i;
+        }
+        for (std::size_t m = 1; m < members_.size(); ++m) {
+            for (const auto& name : names) {
+                const auto* const mine = models_[m].find(name);
+                if (members_[m].by_text || !mine || new_tokens_.empty()) { continue; }
+                if (rows_of(*mine) <= rows_of(*models_.front().find(name))) { continue; }
+                taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+                    taskvec::message("--vocabulary union: '", name, "' of ", inputs[m].label,
+                        " has rows that the first model lacks, and no tokenizer.json says of which tokens: give it "
+                        "one, or use --vocabulary base"));
+            }
+        }
+    }
+    if (policy_ == vocabulary_policy::truncate && first.by_text) {
+        for (const auto& [id, text] : first.tokens.texts) {
+            bool common = true;
+            for (const auto& one : members_) { common = common && (!one.by_text || one.tokens.ids.contains(*text)); }
+            if (common) { cut_ = std::uint64_t{id} + 1; }
+        }
+        if (cut_ == 0) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+                "--vocabulary truncate: no token of " + inputs.front().label
+                    + " is in the tokenizers of all models; expected models of one family");
+        }
+        if (cut_ == first.tokens.size()) { cut_ = 0; } // all are common: at most padding goes
+    }
+}
+
+std::uint64_t lined_up_vocabulary::rows_of_result(const row_counts& rows) const
+{
+    std::uint64_t result = *rows.front();
+    for (std::size_t m = 1; m < rows.size(); ++m) {
+        if (!rows[m]) { continue; }
+        if (policy_ == vocabulary_policy::all && !members_[m].by_text) { result = std::max(result, *rows[m]); }
+        if (policy_ == vocabulary_policy::truncate && cut_ == 0) { result = std::min(result, *rows[m]); }
+        if (policy_ == vocabulary_policy::truncate && !members_[m].by_text) { result = std::min(result, *rows[m]); }
+    }
+    if (policy_ == vocabulary_policy::all && !new_tokens_.empty()) {
+        result = std::max(result, members_.front().tokens.size() + new_tokens_.size());
+    }
+    if (policy_ == vocabulary_policy::truncate) {
+        if (cut_ > 0) { result = std::min(result, cut_); }
+        // Padding may go, tokens of the first model may not.
+        else if (members_.front().by_text
+            && std::all_of(members_.begin(), members_.end(), [](const member& one) { return one.by_text; })) {
+            result = std::max(result, std::min(*rows.front(), members_.front().tokens.size()));
+        }
+    }
+    return result;
+}
+
+/// The row of model m that stands for a row of the result.
+std::optional<std::uint64_t> lined_up_vocabulary::row_in(std::size_t m, std::uint64_t row, const row_counts& rows) const
+{
+    if (!rows[m]) { return std::nullopt; }
+    const auto& first = members_.front();
+    const auto& mine = members_[m];
+    const auto by_index = row < *rows[m] ? std::optional(row) : std::nullopt;
+    if (!first.by_text) { return by_index; }
+    const std::string* text = first.tokens.text(row);
+    if (!text && row >= first.tokens.size() && row - first.tokens.size() < new_tokens_.size()) {
+        if (m == 0) { return std::nullopt; } // padding there
+        text = &new_tokens_[static_cast<std::size_t>(row - first.tokens.size())].text;
+        if (!mine.by_text) { return std::nullopt; }
+    }
+    if (!mine.by_text || m == 0) { return by_index; }
+    if (!text) { return mine.tokens.text(row) ? std::nullopt : by_index; } // padding
+    const auto place = mine.tokens.ids.find(*text);
+    return place == mine.tokens.ids.end() ? std::nullopt : std::optional<std::uint64_t>(place->second);
+}
+
+void lined_up_vocabulary::line_up(const std::vector<vocabulary_input>& inputs, const std::string& name)
+{
+    row_counts rows;
+    for (const auto& input : inputs) {
+        const auto* const mine = input.model->find(name);
+        rows.push_back(mine ? std::optional(rows_of(*mine)) : std::nullopt);
+    }
+    auto& runs = runs_[rows];
+    if (runs.empty()) {
+        runs.resize(inputs.size());
+        const auto total = rows_of_result(rows);
+        std::vector<taskvec::row_run::part> lacking;
+        for (std::uint64_t row = 0; row < total; ++row) {
+            std::vector<std::optional<std::uint64_t>> own;
+            for (std::size_t m = 0; m < inputs.size(); ++m) { own.push_back(row_in(m, row, rows)); }
+            lacking.clear();
+            for (std::size_t m = 0; m < own.size(); ++m) {
+                if (own[m] && (lacking.empty() || !own[0])) { lacking.push_back({m, *own[m]}); }
+            }
+            for (std::size_t m = 0; m < own.size(); ++m) {
+                if (!rows[m]) { continue; }
+                const std::vector<taskvec::row_run::part> one{{m, own[m].value_or(0)}};
+                const auto& parts = own[m] ? one : lacking;
+                auto& mine = runs[m];
+                bool follows = !mine.empty() && mine.back().parts.size() == parts.size();
+                for (std::size_t p = 0; follows && p < parts.size(); ++p) {
+                    const auto& before = mine.back().parts[p];
+                    follows = before.tensor == parts[p].tensor && before.row + mine.back().count == parts[p].row;
+                }
+                if (follows) { ++mine.back().count; }
+                else {
+                    mine.push_back({row, 1, parts});
+                }
+            }
+        }
+    }
+    std::vector<taskvec::const_tensor_ref> tensors;
+    for (const auto& input : inputs) {
+        const auto* const mine = input.model->find(name);
+        tensors.push_back(mine ? *mine : *inputs.front().model->find(name));
+    }
+    bool any = false;
+    for (std::size_t m = 0; m < inputs.size(); ++m) {
+        if (!rows[m]) { continue; }
+        const auto& mine = runs[m];
+        const bool whole =
+            mine.size() == 1 && mine[0].parts.size() == 1 && mine[0].parts[0].tensor == m && mine[0].parts[0].row == 0;
+        if (whole && mine[0].count == *rows[m]) { continue; }
+        any = true;
+        auto changed = tensors[m];
+        if (whole && !changed.source) { changed.shape[0] = static_cast<std::int64_t>(mine[0].count); }
+        else {
+            const auto stored = taskvec::is_storage(changed.dtype) ? changed.dtype : taskvec::dtype::f32;
+            sources_.push_back(std::make_unique<taskvec::selected_rows>(tensors, mine));
+            changed = sources_.back()->tensor(stored);
+        }
+        taskvec::const_model_ref others;
+        for (const auto& [other, tensor] : models_[m]) { others.insert(other, other == name ? changed : tensor); }
+        models_[m] = std::move(others);
+    }
+    if (any) { tensors_.push_back(name); }
+    changed_ = changed_ || any;
+}
+
+void lined_up_vocabulary::say(const std::vector<vocabulary_input>& inputs, const run_options& run) const
+{
+    if (!changed_) { return; }
+    const auto& first = members_.front();
+    std::string lacking;
+    for (std::size_t m = 0; m < inputs.size(); ++m) {
+        if (members_[m].tokenizer.empty()) { lacking += (lacking.empty() ? "" : ", ") + inputs[m].label; }
+    }
+    if (!lacking.empty()) {
+        note(run,
+            "no tokenizer.json beside " + lacking
+                + (first.by_text ? ": rows of the vocabulary are lined up by index there"
+                                 : ": rows of the vocabulary are lined up by index"));
+    }
+    for (std::size_t m = 1; m < inputs.size(); ++m) {
+        if (!members_[m].by_text) { continue; }
+        std::vector<std::string> more, less;
+        for (const auto& [id, text] : members_[m].tokens.texts) {
+            if (!first.tokens.ids.contains(*text)) { more.push_back(*text); }
+        }
+        for (const auto& [id, text] : first.tokens.texts) {
+            if (!members_[m].tokens.ids.contains(*text)) { less.push_back(*text); }
+        }
+        if (!more.empty()) {
+            note(run,
+                inputs[m].label + " has " + token_list(more) + " that " + inputs.front().label
+                    + " lacks: " + (policy_ == vocabulary_policy::all ? "the result has them" : "left out"));
+        }
+        if (!less.empty() && cut_ == 0) {
+            note(run,
+                inputs[m].label + " lacks " + token_list(less) + " of " + inputs.front().label
+                    + ": rows of the latter stand for them");
+        }
+    }
+    if (cut_ > 0) {
+        std::vector<std::string> lost;
+        for (const auto& [id, text] : first.tokens.texts) {
+            if (id >= cut_) { lost.push_back(*text); }
+        }
+        note(run,
+            token_list(lost) + " of " + inputs.front().label + (lost.size() == 1 ? " is" : " are")
+                + " left out: not all models have " + (lost.size() == 1 ? "it" : "them"));
+    }
+    const auto* const result = models_.front().find(tensors_.front());
+    const auto* const before = inputs.front().model->find(tensors_.front());
+    if (rows_of(*result) != rows_of(*before)) {
+        note(run,
+            taskvec::message("the vocabulary of the result has ", grouped(rows_of(*result)), " rows, that of ",
+                inputs.front().label, " has ", grouped(rows_of(*before))));
+    }
+}
+
+namespace {
+
+template <class Json>
+Json token_entry(const added_token& token, bool with_id, std::uint64_t id)
+{
+    Json entry = Json::object();
+    if (with_id) { entry["id"] = id; }
+    entry["content"] = token.content;
+    entry["single_word"] = token.single_word;
+    entry["lstrip"] = token.lstrip;
+    entry["rstrip"] = token.rstrip;
+    entry["normalized"] = token.normalized;
+    entry["special"] = token.special;
+    return entry;
+}
+
+template <class Json>
+std::string dumped(const Json& content)
+{
+    return content.dump(2, ' ', false) + "\n";
+}
+
+template <class Json>
+std::optional<Json> read_object(const fs::path& file)
+{
+    std::error_code ignored;
+    if (!fs::is_regular_file(file, ignored)) { return std::nullopt; }
+    const taskvec::mapped_file map(file);
+    const auto bytes = map.bytes();
+    const auto* const text = reinterpret_cast<const char*>(bytes.data());
+    auto content = Json::parse(text, text + bytes.size(), nullptr, false);
+    if (content.is_discarded() || !content.is_object()) {
+        taskvec::raise<taskvec::format_error>(
+            taskvec::error_code::json_syntax, "is no JSON object, as tokenizers have it", file.string());
+    }
+    return content;
+}
+
+/// The two tokens of a merge, which is an array of them or a text with a space between; empty for what is neither.
+std::pair<std::string, std::string> parts_of_merge(const large_json& merge)
+{
+    if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
+        return {merge[0].get<std::string>(), merge[1].get<std::string>()};
+    }
+    if (!merge.is_string()) { return {}; }
+    const auto& text = merge.get_ref<const std::string&>();
+    const auto space = text.find(' ', 1);
+    return space == text.npos ? std::pair<std::string, std::string>()
+                              : std::pair(text.substr(0, space), text.substr(space + 1));
+}
+
+} // namespace
+
+/// Puts new tokens into a tokenizer: those that a donor's added_tokens describe there (and into `added`), others into
+/// the model's vocabulary, with the merges that make them. True where the model has changed.
+bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string, std::uint64_t>& added) const
+{
+    const auto& first = members_.front();
+    auto& model = tokenizer["model"];
+    if (!model.is_object()) { model = large_json::object(); }
+    auto& descriptions = tokenizer["added_tokens"];
+    if (!descriptions.is_array()) { descriptions = large_json::array(); }
+    std::set<std::size_t> donors;
+    for (std::size_t i = 0; i < new_tokens_.size(); ++i) {
+        const auto& token = new_tokens_[i];
+        const auto id = first.tokens.size() + i;
+        const auto& table = members_[token.from].tokens;
+        if (const auto place = table.added.find(token.text); place != table.added.end()) {
+            descriptions.push_back(token_entry<large_json>(place->second, true, id));
+            added[token.text] = id;
+            continue;
+        }
+        donors.insert(token.from);
+        if (model["vocab"].is_object()) { model["vocab"][token.text] = id; }
+        else if (model["vocab"].is_array() && model["vocab"].size() == id) {
+            // A Unigram piece of the least score: texts keep their segmentations where they can.
+            double least = 0;
+            for (const auto& piece : model["vocab"]) {
+                if (piece.is_array() && piece.size() == 2 && piece[1].is_number()) {
+                    least = std::min(least, piece[1].get<double>());
+                }
+            }
+            model["vocab"].push_back(large_json::array({token.text, least}));
+        }
+        else {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+                taskvec::message("--vocabulary union: token '", printable(token.text), "' of ",
+                    quoted(members_[token.from].tokenizer), " cannot be added to the ", first.tokens.model,
+                    " vocabulary of ", quoted(first.tokenizer),
+                    ", whose ids are places in a list: use --vocabulary base, or --copy-from with a tokenizer of "
+                    "your own"));
+        }
+    }
+    if (donors.empty() || !model.contains("merges") || !model["merges"].is_array()) { return !donors.empty(); }
+    auto& merges = model["merges"];
+    const bool as_text = !merges.empty() && merges.front().is_string();
+    std::set<std::pair<std::string, std::string>> there; // each once
+    for (const auto donor : donors) {
+        token_table unused;
+        token_events events(members_[donor].tokenizer, unused, [&](const std::string& left, const std::string& right) {
+            const auto whole = left + right;
+            if (!new_ids_.contains(whole) || added.contains(whole)) { return; }
+            if (!model["vocab"].contains(left) || !model["vocab"].contains(right)) { return; }
+            if (!there.emplace(left, right).second) { return; }
+            as_text ? merges.push_back(left + " " + right) : merges.push_back(large_json::array({left, right}));
+        });
+        hear(members_[donor].tokenizer, events);
+    }
+    return true;
+}
+
+/// Takes the tokens from cut_ on out of a tokenizer (and puts them into `lost`), with merges that need them. True where
+/// the model has changed.
+bool lined_up_vocabulary::remove_tokens(large_json& tokenizer, std::map<std::string, std::uint64_t>& lost) const
+{
+    for (const auto& [id, text] : members_.front().tokens.texts) {
+        if (id >= cut_) { lost[*text] = id; }
+    }
+    const auto keep = [](large_json& list, const auto& wanted) {
+        auto kept = large_json::array();
+        for (auto& entry : list) {
+            if (wanted(entry)) { kept.push_back(std::move(entry)); }
+        }
+        list = std::move(kept);
+    };
+    if (tokenizer.contains("added_tokens") && tokenizer["added_tokens"].is_array()) {
+        keep(tokenizer["added_tokens"], [&](const large_json& entry) {
+            return !(entry.is_object() && entry.contains("id") && entry["id"].is_number_unsigned()
+                && entry["id"].get<std::uint64_t>() >= cut_);
+        });
+    }
+    if (!tokenizer.contains("model") || !tokenizer["model"].is_object()) { return false; }
+    auto& model = tokenizer["model"];
+    auto& vocabulary = model["vocab"];
+    const auto before = vocabulary.size();
+    if (vocabulary.is_array()) {
+        while (vocabulary.size() > cut_) { vocabulary.erase(vocabulary.size() - 1); }
+    }
+    else {
+        for (const auto& [text, id] : lost) { vocabulary.erase(text); }
+    }
+    if (vocabulary.size() != before && model.contains("merges") && model["merges"].is_array()) {
+        keep(model["merges"], [&](const large_json& merge) {
+            const auto [left, right] = parts_of_merge(merge);
+            return !lost.contains(left) && !lost.contains(right) && !lost.contains(left + right);
+        });
+    }
+    return vocabulary.size() != before;
+}
+
+std::map<std::string, std::optional<std::string>> lined_up_vocabulary::tokenizer_files(const run_options& run) const
+{
+    std::map<std::string, std::optional<std::string>> files;
+    if (!changed_ || (new_tokens_.empty() && cut_ == 0)) { return files; }
+    const auto& first = members_.front();
+    const auto folder = first.tokenizer.parent_path();
+    std::map<std::string, std::uint64_t> added, lost;
+    bool model_changes = false;
+    {
+        auto tokenizer = *read_object<large_json>(first.tokenizer);
+        model_changes = new_tokens_.empty() ? remove_tokens(tokenizer, lost) : add_tokens(tokenizer, added);
+        files[tokenizer_name] = dumped(tokenizer);
+    }
+    std::set<std::string> dropped;
+    const auto is_lost = [&](const json& value) {
+        const json* text = &value;
+        if (value.is_object() && value.contains("content")) { text = &value["content"]; }
+        return text->is_string() && lost.contains(text->get<std::string>());
+    };
+    for (const char* name : {"tokenizer_config.json", "special_tokens_map.json"}) {
+        auto content = read_object<json>(folder / name);
+        if (!content) { continue; }
+        if (content->contains("added_tokens_decoder") && (*content)["added_tokens_decoder"].is_object()) {
+            auto& decoder = (*content)["added_tokens_decoder"];
+            for (const auto& [text, id] : added) {
+                const auto& table = members_[std::find_if(new_tokens_.begin(), new_tokens_.end(),
+                                                 [&](const auto& one) { return one.text == text; })
+                                                 ->from]
+                                        .tokens;
+                decoder[std::to_string(id)] = token_entry<json>(table.added.find(text)->second, false, id);
+            }
+            for (const auto& [text, id] : lost) { decoder.erase(std::to_string(id)); }
+        }
+        std::vector<std::string> keys;
+        for (auto& [key, value] : content->items()) {
+            if (is_lost(value)) { keys.push_back(key); }
+            if (!value.is_array()) { continue; }
+            auto list = json::array();
+            for (const auto& one : value) {
+                if (!is_lost(one)) { list.push_back(one); }
+            }
+            if (list.size() != value.size()) { value = std::move(list); }
+        }
+        for (const auto& key : keys) {
+            content->erase(key);
+            dropped.insert(key);
+        }
+        files[name] = dumped(*content);
+    }
+    if (auto content = read_object<large_json>(folder / "added_tokens.json")) {
+        for (const auto& [text, id] : added) { (*content)[text] = id; }
+        for (const auto& [text, id] : lost) { content->erase(text); }
+        files["added_tokens.json"] = dumped(*content);
+    }
+    for (const auto& key : dropped) { note(run, "the tokenizer's " + key + " is left out: its token is no more"); }
+    if (model_changes) {
+        std::string gone;
+        for (const char* name : {"vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+                 "sentencepiece.bpe.model", "tokenizer.tiktoken"}) {
+            std::error_code ignored;
+            if (!fs::exists(folder / name, ignored)) { continue; }
+            files[name] = std::nullopt;
+            gone += (gone.empty() ? "'" : ", '") + std::string(name) + "'";
+        }
+        if (!gone.empty()) {
+            note(run, gone + " of the slow tokenizer are left out: tokenizer.json has the tokens of the result");
+        }
+    }
+    return files;
+}
+
+std::vector<std::string> lined_up_vocabulary::drop_lost_ids(std::string& config) const
+{
+    std::vector<std::string> keys;
+    if (!changed_ || policy_ != vocabulary_policy::truncate) { return keys; }
+    const auto rows = rows_of(*models_.front().find(tensors_.front()));
+    auto content = json::parse(config, nullptr, false);
+    if (!content.is_object()) { return keys; }
+    const auto lost = [&](const json& id) { return id.is_number_unsigned() && id.get<std::uint64_t>() >= rows; };
+    const std::function<void(json&)> look = [&](json& part) {
+        for (auto& [key, value] : part.items()) {
+            if (value.is_object()) { look(value); }
+            if (!key.ends_with("_token_id")) { continue; }
+            if (lost(value)) {
+                value = nullptr;
+                keys.push_back(key);
+            }
+            else if (value.is_array()) {
+                auto list = json::array();
+                for (const auto& id : value) {
+                    if (!lost(id)) { list.push_back(id); }
+                }
+                if (list.size() == value.size()) { continue; }
+                value = list.empty() ? json(nullptr) : std::move(list);
+                keys.push_back(key);
+            }
+        }
+    };
+    look(content);
+    if (!keys.empty()) { config = dumped(content); }
+    return keys;
+}
+
+} // namespace tool

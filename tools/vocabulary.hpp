@@ -1,0 +1,132 @@
+// Models whose vocabularies differ: rows of embeddings and heads lined up, and the tokenizer that fits the result.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "arguments.hpp"
+
+#include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/models/selected_rows.hpp>
+
+#include <nlohmann/json_fwd.hpp>
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace tool {
+
+class command;
+
+/// Whose rows a result has where vocabularies differ.
+enum class vocabulary_policy : std::uint8_t {
+    error, ///< they may not differ
+    base, ///< those of the first model
+    all, ///< those of the first model, and behind them what others have more (--vocabulary union)
+    truncate ///< those of the first model, up to the last token that all have
+};
+/// Adds --vocabulary.
+void add_vocabulary_option(command& verb, std::string& vocabulary);
+[[nodiscard]] vocabulary_policy vocabulary_policy_of(const std::string& word);
+
+/// Whether a tensor of this name has a row for each token: input embeddings, and heads with their biases.
+[[nodiscard]] bool has_rows_of_tokens(std::string_view name);
+/// Whether two shapes are the same, or differ by the rows of tokens alone.
+[[nodiscard]] bool same_but_tokens(std::string_view name, const taskvec::extents& a, const taskvec::extents& b);
+
+/// A token that tokenizers add to their model's vocabulary, as tokenizer.json describes it.
+struct added_token {
+    std::string content;
+    std::uint32_t id = 0;
+    bool single_word = false, lstrip = false, rstrip = false, normalized = false, special = false;
+};
+/// What tokenizer.json says of ids.
+struct token_table {
+    std::map<std::string, std::uint32_t, std::less<>> ids; ///< of the model's vocabulary and of added tokens
+    std::map<std::uint32_t, const std::string*> texts;
+    std::map<std::string, added_token, std::less<>> added;
+    std::string model; ///< "BPE", "WordPiece", "Unigram", …
+    /// One above the highest id.
+    [[nodiscard]] std::uint64_t size() const { return texts.empty() ? 0 : std::uint64_t{texts.rbegin()->first} + 1; }
+    [[nodiscard]] const std::string* text(std::uint64_t id) const;
+};
+/// Reads `vocab` of the model and `added_tokens`; the rest of the file is only looked over. Throws format_error for
+/// what is no tokenizer, or gives one id or one token twice.
+[[nodiscard]] token_table read_tokens(const fs::path& tokenizer);
+
+/// A model whose rows are to be lined up.
+struct vocabulary_input {
+    fs::path path; ///< beside whose weights a tokenizer may lie
+    std::string label;
+    const taskvec::const_model_ref* model = nullptr;
+};
+
+/// Models lined up with the first one (the base, or the first task): the one place that knows what rows a policy takes.
+///
+/// Tokens are told apart by their text where a model and the first one have a tokenizer.json, otherwise by their index.
+/// A row that a model lacks is the first one's; where that lacks it too, the mean of those that have it, as for
+/// mergekit: a merge then leaves the row of a token that one model has as it is there.
+///
+/// Never moves: models() may refer to it. Throws shape_mismatch where rows differ and the policy is `error`,
+/// format_error where a tokenizer has more tokens than an embedding has rows, invalid_argument where nothing is common.
+class lined_up_vocabulary {
+public:
+    /// `include`: which tensors count for the policy `error`; empty: all.
+    lined_up_vocabulary(const std::vector<vocabulary_input>& inputs, vocabulary_policy policy,
+        const std::function<bool(std::string_view)>& include, const run_options& run);
+    lined_up_vocabulary(const lined_up_vocabulary&) = delete;
+    lined_up_vocabulary& operator=(const lined_up_vocabulary&) = delete;
+
+    /// The models in the order of the inputs.
+    [[nodiscard]] const std::vector<taskvec::const_model_ref>& models() const { return models_; }
+    /// Whether rows were lined up: some model, or the result, has others than before.
+    [[nodiscard]] bool changed() const { return changed_; }
+    /// Names of tensors whose rows were lined up.
+    [[nodiscard]] const std::vector<std::string>& tensors() const { return tensors_; }
+
+    /// The tokenizer files of the first model's directory that differ for the result, by name: new contents, or nothing
+    /// where a file cannot be kept. Empty where the tokenizer stays.
+    [[nodiscard]] std::map<std::string, std::optional<std::string>> tokenizer_files(const run_options& run) const;
+    /// Takes what names tokens that are no more (`pad_token_id` and its like) out of a configuration; returns their
+    /// keys.
+    [[nodiscard]] std::vector<std::string> drop_lost_ids(std::string& config) const;
+
+private:
+    struct member {
+        fs::path tokenizer; ///< empty: none
+        token_table tokens;
+        bool by_text = false; ///< against the first one
+    };
+    struct new_token {
+        std::string text;
+        std::size_t from = 0;
+    };
+    using row_counts = std::vector<std::optional<std::uint64_t>>;
+
+    void read_tokenizers(const std::vector<vocabulary_input>& inputs);
+    void plan(const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names);
+    [[nodiscard]] std::uint64_t rows_of_result(const row_counts& rows) const;
+    [[nodiscard]] std::optional<std::uint64_t> row_in(std::size_t m, std::uint64_t row, const row_counts& rows) const;
+    void line_up(const std::vector<vocabulary_input>& inputs, const std::string& name);
+    bool add_tokens(nlohmann::json& tokenizer, std::map<std::string, std::uint64_t>& added) const;
+    bool remove_tokens(nlohmann::json& tokenizer, std::map<std::string, std::uint64_t>& lost) const;
+    void say(const std::vector<vocabulary_input>& inputs, const run_options& run) const;
+
+    vocabulary_policy policy_;
+    std::vector<member> members_;
+    std::vector<taskvec::const_model_ref> models_;
+    std::vector<std::unique_ptr<taskvec::selected_rows>> sources_;
+    std::vector<std::string> tensors_;
+    std::vector<new_token> new_tokens_; ///< `all`: behind the first one's, in this order
+    std::map<std::string_view, std::uint64_t> new_ids_;
+    std::uint64_t cut_ = 0; ///< `truncate`: tokens from here on are left out; 0: none
+    bool changed_ = false, tokens_differ_ = false;
+    std::map<row_counts, std::vector<std::vector<taskvec::row_run>>> runs_; ///< by rows, for each model
+};
+
+} // namespace tool
