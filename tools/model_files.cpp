@@ -148,6 +148,61 @@ bool update_layers(json& part, const std::string& key, const model_view& layers,
     return changed;
 }
 
+/// Brings what a configuration says of quantisation up to date: it is left out where nothing is quantised, taken from
+/// the model whose layers these are where it is missing, and names the layers that became numbers beside those that did
+/// not.
+bool update_quantisation(
+    json& config, const std::vector<taskvec::tensor_spec>& specs, const recipe& how, const run_options& run)
+{
+    constexpr const char* key = "quantization_config";
+    if (!is_quantised(specs)) {
+        if (config.erase(key) == 0) { return false; }
+        note(run, "config.json: quantization_config is left out, as no tensor of the result is quantised");
+        return true;
+    }
+    const auto* const first = how.models.empty() ? nullptr : how.models.front().opened;
+    if (!first || !first->layers() || first->layers()->layers().empty()) { return false; }
+    bool changed = false;
+    if (!config.contains(key)) {
+        const auto file = first->path() / "config.json";
+        std::error_code ignored;
+        if (!fs::is_regular_file(file, ignored)) { return false; }
+        const auto text = taskvec::read_text_file(file);
+        (void)taskvec::parse_json(text, file.string());
+        const auto own = json::parse(text);
+        if (!own.is_object() || !own.contains(key)) { return false; }
+        config[key] = own[key];
+        changed = true;
+        note(run,
+            "config.json: quantization_config is that of '" + first->path().string() + "', whose layers these are");
+    }
+    auto& said = config[key];
+    if (!said.is_object()) { return changed; }
+    std::map<std::string_view, taskvec::dtype> stored;
+    for (const auto& spec : specs) { stored[spec.name] = spec.dtype; }
+    std::vector<std::string> numbers;
+    for (const auto& layer : first->layers()->layers()) {
+        const std::string name = layer.layer().name;
+        const auto place = stored.find(name);
+        if (place == stored.end() || taskvec::is_fp8(place->second)) { continue; }
+        if (name.ends_with(".weight")) { numbers.push_back(name.substr(0, name.size() - 7)); }
+    }
+    if (numbers.empty()) { return changed; }
+    const char* list = said.value("quant_method", "") == "compressed-tensors" ? "ignore" : "modules_to_not_convert";
+    for (const char* word : {"modules_to_not_convert", "ignored_layers", "ignore"}) {
+        if (said.contains(word)) { list = word; }
+    }
+    if (!said[list].is_array()) { said[list] = json::array(); }
+    for (const auto& name : numbers) {
+        if (std::find(said[list].begin(), said[list].end(), name) == said[list].end()) { said[list].push_back(name); }
+    }
+    note(run,
+        "config.json: " + counted(numbers.size(), "layer") + (numbers.size() == 1 ? " that is" : " that are")
+            + " no longer quantised ('" + numbers.front() + (numbers.size() > 1 ? "' …" : "'") + ") added to "
+            + std::string(list) + " of quantization_config");
+    return true;
+}
+
 /// A configuration that says of the result what is so; empty where nothing changes.
 std::string updated_config(const std::string& text, const fs::path& file,
     const std::vector<taskvec::tensor_spec>& specs, const std::optional<std::int64_t>& rows_before, const recipe& how,
@@ -197,11 +252,7 @@ std::string updated_config(const std::string& text, const fs::path& file,
             set(config["text_config"], "tie_word_embeddings", false);
         }
     }
-    if (config.contains("quantization_config") && !is_quantised(specs)) {
-        config.erase("quantization_config");
-        changed = true;
-        note(run, "config.json: quantization_config is left out, as no tensor of the result is quantised");
-    }
+    changed = update_quantisation(config, specs, how, run) || changed;
     return changed ? config.dump(2) + "\n" : "";
 }
 

@@ -9,22 +9,18 @@
 // SPDX-License-Identifier: Apache-2.0
 
 
-// ---- taskvec/formats/adapter_file.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP)
-#define TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP
-// Adapters as people have them: PEFT's directories, files of kohya and A1111, diffusers and MLX, told apart by what
-// they hold, read into one form that folds into a base. SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/adapters/lora.hpp
-#if !defined(TASKVEC_SINGLE_ADAPTERS_LORA_HPP)
-#define TASKVEC_SINGLE_ADAPTERS_LORA_HPP
-// LoRA adapters in memory: the low-rank update of one weight, and an adapter as updates by module name.
-// Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: low-rank adaptation of large language models" (2021).
+// ---- taskvec/core/overflow.hpp
+#if !defined(TASKVEC_SINGLE_CORE_OVERFLOW_HPP)
+#define TASKVEC_SINGLE_CORE_OVERFLOW_HPP
+// What becomes of finite numbers that a storage type cannot hold.
 // SPDX-License-Identifier: Apache-2.0
-//
-// The one LoRA type: what PEFT's files are read into, what algorithms on adapters take and return, and what the layers
-// of jvp/ are made from and give back. It needs no Eigen; jvp/lora_layer.hpp sees its factors as Eigen matrices.
+
+
+// ---- taskvec/core/storage.hpp
+#if !defined(TASKVEC_SINGLE_CORE_STORAGE_HPP)
+#define TASKVEC_SINGLE_CORE_STORAGE_HPP
+// Storage types: what follows from the list of them. How to add one is told in core/storage_traits.hpp.
+// SPDX-License-Identifier: Apache-2.0
 
 
 // ---- taskvec/core/error.hpp
@@ -279,6 +275,7 @@ enum class error_code : std::uint16_t {
     quantised_layer = 516,
     pickle_unsupported = 517,
     archive_damaged = 518,
+    tokenizer = 519,
     // What the operating system refused.
     file_not_found = 601,
     file_access = 602,
@@ -393,6 +390,7 @@ inline constexpr error_code_entry error_codes[] = {
     {error_code::quantised_layer, "quantised-layer", error_kind::format_error},
     {error_code::pickle_unsupported, "pickle-unsupported", error_kind::format_error},
     {error_code::archive_damaged, "archive-damaged", error_kind::format_error},
+    {error_code::tokenizer, "tokenizer", error_kind::format_error},
     {error_code::file_not_found, "file-not-found", error_kind::io_error},
     {error_code::file_access, "file-access", error_kind::io_error},
     {error_code::disk_full, "disk-full", error_kind::io_error},
@@ -649,27 +647,6 @@ template <class Error, class... Arguments>
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_ERROR_HPP
-
-// ---- taskvec/core/matrix.hpp
-#if !defined(TASKVEC_SINGLE_CORE_MATRIX_HPP)
-#define TASKVEC_SINGLE_CORE_MATRIX_HPP
-// Matrices: views of somebody else's memory in either storage order, and a small owner for results and scratch.
-// SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/core/view.hpp
-#if !defined(TASKVEC_SINGLE_CORE_VIEW_HPP)
-#define TASKVEC_SINGLE_CORE_VIEW_HPP
-// Flat views of somebody else's memory. The memory space is part of the type: mixing spaces does not compile.
-// SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/core/storage.hpp
-#if !defined(TASKVEC_SINGLE_CORE_STORAGE_HPP)
-#define TASKVEC_SINGLE_CORE_STORAGE_HPP
-// Storage types: what follows from the list of them. How to add one is told in core/storage_traits.hpp.
-// SPDX-License-Identifier: Apache-2.0
-
 
 // ---- taskvec/core/half.hpp
 #if !defined(TASKVEC_SINGLE_CORE_HALF_HPP)
@@ -1289,6 +1266,8 @@ struct decompose_exactly;
 
 // models/
 class operand_source;
+struct row_run;
+class selected_rows;
 enum class missing_tensors : std::uint8_t;
 enum class overflow : std::uint8_t;
 struct model_options;
@@ -1787,6 +1766,82 @@ decltype(auto) visit_storage(dtype type, std::string_view what, F&& f)
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_STORAGE_HPP
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What becomes of a finite result that the dtype of the output cannot hold: an error that names it, the dtype's
+/// largest number, or infinity.
+enum class overflow : std::uint8_t { error, saturate, propagate };
+
+/// The largest finite number of T (or the lowest), as its word: the one before infinity's.
+template <storage_element T>
+[[nodiscard]] storage_word<T> largest_word(bool negative) noexcept
+{
+    using word_bits = std::conditional_t<sizeof(T) == 1, std::uint8_t,
+        std::conditional_t<sizeof(T) == 2, std::uint16_t,
+            std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>>;
+    const auto infinity = narrow<T>(static_cast<arithmetic_type<T>>(negative ? -HUGE_VAL : HUGE_VAL));
+    word_bits bits;
+    std::memcpy(&bits, &infinity, sizeof bits);
+    --bits;
+    storage_word<T> word;
+    std::memcpy(&word, &bits, sizeof word);
+    return word;
+}
+
+/// A number as T. One that T cannot hold is an error, for which `refuse()` throws, T's largest number, which
+/// `saturated` counts, or infinity. What is not finite to begin with is refused unless it propagates.
+template <storage_element T, arithmetic_element A, class Refuse>
+[[nodiscard]] T narrow_within(A value, overflow how, std::uint64_t& saturated, Refuse&& refuse)
+{
+    const T stored = narrow<T>(value);
+    if (std::isfinite(static_cast<double>(widen<arithmetic_type<T>>(stored))) || how == overflow::propagate) {
+        return stored;
+    }
+    if (how == overflow::error || !std::isfinite(value)) { refuse(); }
+    ++saturated;
+    return reinterpret_bits<T>(largest_word<T>(value < 0));
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_OVERFLOW_HPP
+
+// ---- taskvec/formats/adapter_file.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP
+// Adapters as people have them: PEFT's directories, files of kohya and A1111, diffusers and MLX, told apart by what
+// they hold, read into one form that folds into a base. SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/adapters/lora.hpp
+#if !defined(TASKVEC_SINGLE_ADAPTERS_LORA_HPP)
+#define TASKVEC_SINGLE_ADAPTERS_LORA_HPP
+// LoRA adapters in memory: the low-rank update of one weight, and an adapter as updates by module name.
+// Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: low-rank adaptation of large language models" (2021).
+// SPDX-License-Identifier: Apache-2.0
+//
+// The one LoRA type: what PEFT's files are read into, what algorithms on adapters take and return, and what the layers
+// of jvp/ are made from and give back. It needs no Eigen; jvp/lora_layer.hpp sees its factors as Eigen matrices.
+
+
+// ---- taskvec/core/matrix.hpp
+#if !defined(TASKVEC_SINGLE_CORE_MATRIX_HPP)
+#define TASKVEC_SINGLE_CORE_MATRIX_HPP
+// Matrices: views of somebody else's memory in either storage order, and a small owner for results and scratch.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/view.hpp
+#if !defined(TASKVEC_SINGLE_CORE_VIEW_HPP)
+#define TASKVEC_SINGLE_CORE_VIEW_HPP
+// Flat views of somebody else's memory. The memory space is part of the type: mixing spaces does not compile.
+// SPDX-License-Identifier: Apache-2.0
+
 
 #include <concepts>
 #include <cstddef>
@@ -8238,6 +8293,7 @@ template <arithmetic_element T>
 struct peft_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: as `stored` says
     durability mode = durability::synchronised;
+    overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
 };
 
 /// The two files of an adapter, complete and on disk under temporary names, which take their own on commit(): what
@@ -8262,6 +8318,8 @@ public:
     }
     /// Bytes of both files.
     [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
+    /// Entries of factors that became the largest number of their dtype (overflow::saturate).
+    [[nodiscard]] std::uint64_t saturated() const noexcept { return saturated_; }
     /// All temporary files, and before them the directories that were made for them, for whoever must remove them when
     /// no destructor can run.
     [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
@@ -8277,7 +8335,7 @@ private:
     std::optional<output_directory> folder_; // before the files in it, so that it outlives them
     std::optional<safetensors_writer> model_;
     std::optional<atomic_file> settings_;
-    std::uint64_t size_ = 0;
+    std::uint64_t size_ = 0, saturated_ = 0;
 };
 
 /// Writes an adapter directory that PEFT loads and that gives the same updates (once rounded to the stored dtype). A
@@ -8310,12 +8368,13 @@ peft_writer::peft_writer(
             bytes.resize(x.size() * sizeof(S));
             for (std::size_t i = 0; i < x.rows(); ++i) {
                 for (std::size_t j = 0; j < x.cols(); ++j) {
-                    const S value = narrow<S>(x(i, j));
-                    if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(value)))) {
+                    const S value = narrow_within<S>(x(i, j), options.on_overflow, saturated_, [&] {
                         raise<nonfinite_error>(error_code::result_overflow,
-                            message("factor '", name, "' holds ", static_cast<double>(x(i, j)), ", which ",
-                                to_string(type), " cannot; choose a wider dtype for the adapter"));
-                    }
+                            message("factor '", name, "' holds ", static_cast<double>(x(i, j)), " at index ",
+                                i * x.cols() + j, ", which ", to_string(type),
+                                " cannot; choose a wider dtype for the adapter, or let it saturate or propagate "
+                                "(overflow)"));
+                    });
                     std::memcpy(bytes.data() + (i * x.cols() + j) * sizeof(S), &value, sizeof(S));
                 }
             }
@@ -9018,6 +9077,7 @@ template <arithmetic_element T = float>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -9030,6 +9090,7 @@ namespace taskvec::inline TASKVEC_ABI {
 struct adapter_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: each module's as it was stored
     durability mode = durability::synchronised;
+    overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
 };
 
 /// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
@@ -9039,14 +9100,16 @@ struct written_adapter {
     std::vector<std::vector<std::byte>> bytes{}; ///< of each tensor
     std::string config{};
     std::string file_name{}; ///< in a directory; empty: the dialect is a file
+    std::uint64_t saturated = 0; ///< entries that became the largest number of their dtype (overflow::saturate)
 };
 
 namespace detail {
 
 class adapter_writer {
 public:
-    explicit adapter_writer(written_adapter& out)
+    adapter_writer(written_adapter& out, overflow how)
         : out_(out)
+        , how_(how)
     { }
 
     /// rows×cols entries by value(i, j), as a tensor of `shape`.
@@ -9059,12 +9122,19 @@ public:
             for (std::size_t i = 0; i < rows; ++i) {
                 for (std::size_t j = 0; j < cols; ++j) {
                     const double exact = value(i, j);
-                    const S stored = narrow<S>(static_cast<arithmetic_type<S>>(exact));
-                    if (!std::isfinite(static_cast<double>(widen<arithmetic_type<S>>(stored)))) {
+                    const auto refuse = [&] {
                         raise<nonfinite_error>(error_code::result_overflow,
-                            message("factor '", name, "' would hold ", exact, ", which ", to_string(type),
-                                " cannot; choose a wider dtype for the adapter"));
+                            message("factor '", name, "' would hold ", exact, " at index ", i * cols + j, ", which ",
+                                to_string(type),
+                                " cannot; choose a wider dtype for the adapter, or let it saturate or propagate "
+                                "(overflow)"));
+                    };
+                    auto rounded = static_cast<arithmetic_type<S>>(exact);
+                    if (how_ == overflow::saturate && std::isfinite(exact) && !std::isfinite(rounded)) {
+                        rounded = std::numeric_limits<arithmetic_type<S>>::max() * (exact < 0 ? -1 : 1);
+                        ++out_.saturated;
                     }
+                    const S stored = narrow_within<S>(rounded, how_, out_.saturated, refuse);
                     std::memcpy(bytes.data() + (i * cols + j) * sizeof(S), &stored, sizeof(S));
                 }
             }
@@ -9079,6 +9149,7 @@ public:
 
 private:
     written_adapter& out_;
+    overflow how_;
 };
 
 /// Whether a module is called as kohya calls them, dots being underscores.
@@ -9121,7 +9192,7 @@ template <arithmetic_element T>
     const adapter_contents<T>& adapter, adapter_dialect dialect, const adapter_write_options& options = {})
 {
     written_adapter out;
-    detail::adapter_writer writer(out);
+    detail::adapter_writer writer(out, options.on_overflow);
     const auto lose = [&](const std::string& what, std::string_view why) {
         raise<format_error>(error_code::adapter_unsupported,
             message(what, " cannot be written as ", to_string(dialect), ": ", why), adapter.label);
@@ -10625,10 +10696,6 @@ namespace taskvec::inline TASKVEC_ABI {
 /// What a tensor that a task lacks means: an error, or "unchanged from the base".
 enum class missing_tensors : std::uint8_t { error, base };
 
-/// What becomes of a finite result that the dtype of the output cannot hold: an error that names it, the dtype's
-/// largest number, or infinity.
-enum class overflow : std::uint8_t { error, saturate, propagate };
-
 /// A task's tensors, and the base's where the task lacks some: the model that missing_tensors::base takes it for.
 [[nodiscard]] inline const_model_ref completed(const_model_ref task, const const_model_ref& base)
 {
@@ -10914,9 +10981,11 @@ private:
             name, tensor.shape, size, output, elements_, tensor.dtype, tensor.dtype == taskvec::dtype::f64, {}, {}};
         const auto operand_of = [](const const_tensor_ref& from) {
             const void* const data = from.source ? from.source : from.data; // not read: it tells operands apart
-            return aligned_tensor::operand{static_cast<const std::byte*>(data), from.dtype, from.source};
+            return aligned_tensor::operand{
+                static_cast<const std::byte*>(data), from.source ? from.source->type() : from.dtype, from.source};
         };
         const auto reference = operand_of(tensor);
+        aligned.wide = aligned.wide || reference.dtype == taskvec::dtype::f64;
         if (has_base_) { aligned.base = reference; }
         std::size_t lacking = 0;
         for (std::size_t t = 0; t < tasks.size(); ++t) {
@@ -10941,7 +11010,7 @@ private:
             check_place(*mine, name, label(t));
             check_same(name, tensor, *mine, t, equal);
             aligned.tasks.push_back(operand_of(*mine));
-            aligned.wide = aligned.wide || mine->dtype == taskvec::dtype::f64;
+            aligned.wide = aligned.wide || aligned.tasks.back().dtype == taskvec::dtype::f64;
         }
         // What no task has stays as it is: a share of entries does not count it.
         const bool untouched = lacking == tasks.size() && options_.output.value_or(tensor.dtype) == tensor.dtype;

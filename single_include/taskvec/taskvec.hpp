@@ -286,6 +286,7 @@ enum class error_code : std::uint16_t {
     quantised_layer = 516,
     pickle_unsupported = 517,
     archive_damaged = 518,
+    tokenizer = 519,
     // What the operating system refused.
     file_not_found = 601,
     file_access = 602,
@@ -400,6 +401,7 @@ inline constexpr error_code_entry error_codes[] = {
     {error_code::quantised_layer, "quantised-layer", error_kind::format_error},
     {error_code::pickle_unsupported, "pickle-unsupported", error_kind::format_error},
     {error_code::archive_damaged, "archive-damaged", error_kind::format_error},
+    {error_code::tokenizer, "tokenizer", error_kind::format_error},
     {error_code::file_not_found, "file-not-found", error_kind::io_error},
     {error_code::file_access, "file-access", error_kind::io_error},
     {error_code::disk_full, "disk-full", error_kind::io_error},
@@ -1296,6 +1298,8 @@ struct decompose_exactly;
 
 // models/
 class operand_source;
+struct row_run;
+class selected_rows;
 enum class missing_tensors : std::uint8_t;
 enum class overflow : std::uint8_t;
 struct model_options;
@@ -3871,6 +3875,57 @@ inline void for_each_index(
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/overflow.hpp
+#if !defined(TASKVEC_SINGLE_CORE_OVERFLOW_HPP)
+#define TASKVEC_SINGLE_CORE_OVERFLOW_HPP
+// What becomes of finite numbers that a storage type cannot hold.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What becomes of a finite result that the dtype of the output cannot hold: an error that names it, the dtype's
+/// largest number, or infinity.
+enum class overflow : std::uint8_t { error, saturate, propagate };
+
+/// The largest finite number of T (or the lowest), as its word: the one before infinity's.
+template <storage_element T>
+[[nodiscard]] storage_word<T> largest_word(bool negative) noexcept
+{
+    using word_bits = std::conditional_t<sizeof(T) == 1, std::uint8_t,
+        std::conditional_t<sizeof(T) == 2, std::uint16_t,
+            std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>>;
+    const auto infinity = narrow<T>(static_cast<arithmetic_type<T>>(negative ? -HUGE_VAL : HUGE_VAL));
+    word_bits bits;
+    std::memcpy(&bits, &infinity, sizeof bits);
+    --bits;
+    storage_word<T> word;
+    std::memcpy(&word, &bits, sizeof word);
+    return word;
+}
+
+/// A number as T. One that T cannot hold is an error, for which `refuse()` throws, T's largest number, which
+/// `saturated` counts, or infinity. What is not finite to begin with is refused unless it propagates.
+template <storage_element T, arithmetic_element A, class Refuse>
+[[nodiscard]] T narrow_within(A value, overflow how, std::uint64_t& saturated, Refuse&& refuse)
+{
+    const T stored = narrow<T>(value);
+    if (std::isfinite(static_cast<double>(widen<arithmetic_type<T>>(stored))) || how == overflow::propagate) {
+        return stored;
+    }
+    if (how == overflow::error || !std::isfinite(value)) { refuse(); }
+    ++saturated;
+    return reinterpret_bits<T>(largest_word<T>(value < 0));
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_OVERFLOW_HPP
+
 // ---- taskvec/core/sink.hpp
 #if !defined(TASKVEC_SINGLE_CORE_SINK_HPP)
 #define TASKVEC_SINGLE_CORE_SINK_HPP
@@ -4188,10 +4243,6 @@ namespace taskvec::inline TASKVEC_ABI {
 /// What a tensor that a task lacks means: an error, or "unchanged from the base".
 enum class missing_tensors : std::uint8_t { error, base };
 
-/// What becomes of a finite result that the dtype of the output cannot hold: an error that names it, the dtype's
-/// largest number, or infinity.
-enum class overflow : std::uint8_t { error, saturate, propagate };
-
 /// A task's tensors, and the base's where the task lacks some: the model that missing_tensors::base takes it for.
 [[nodiscard]] inline const_model_ref completed(const_model_ref task, const const_model_ref& base)
 {
@@ -4477,9 +4528,11 @@ private:
             name, tensor.shape, size, output, elements_, tensor.dtype, tensor.dtype == taskvec::dtype::f64, {}, {}};
         const auto operand_of = [](const const_tensor_ref& from) {
             const void* const data = from.source ? from.source : from.data; // not read: it tells operands apart
-            return aligned_tensor::operand{static_cast<const std::byte*>(data), from.dtype, from.source};
+            return aligned_tensor::operand{
+                static_cast<const std::byte*>(data), from.source ? from.source->type() : from.dtype, from.source};
         };
         const auto reference = operand_of(tensor);
+        aligned.wide = aligned.wide || reference.dtype == taskvec::dtype::f64;
         if (has_base_) { aligned.base = reference; }
         std::size_t lacking = 0;
         for (std::size_t t = 0; t < tasks.size(); ++t) {
@@ -4504,7 +4557,7 @@ private:
             check_place(*mine, name, label(t));
             check_same(name, tensor, *mine, t, equal);
             aligned.tasks.push_back(operand_of(*mine));
-            aligned.wide = aligned.wide || mine->dtype == taskvec::dtype::f64;
+            aligned.wide = aligned.wide || aligned.tasks.back().dtype == taskvec::dtype::f64;
         }
         // What no task has stays as it is: a share of entries does not count it.
         const bool untouched = lacking == tasks.size() && options_.output.value_or(tensor.dtype) == tensor.dtype;
@@ -9654,16 +9707,19 @@ inline void decode_through(
 {
     constexpr std::size_t piece = 65536;
     const std::size_t size = tensor.source.size();
-    visit_storage(type, tensor.name, [&]<class T>(std::type_identity<T>) {
+    const auto write = [&]<class T, class A>(std::type_identity<T>, A) {
         for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t i, std::size_t) {
             const std::size_t n = std::min(piece, size - i * piece);
-            std::pmr::vector<float> values(n, memory_of(policy));
+            std::pmr::vector<A> values(n, memory_of(policy));
             std::pmr::vector<storage_word<T>> words(n, memory_of(policy));
             tensor.source.source->read(i * piece, n, values.data());
             for (std::size_t k = 0; k < n; ++k) { words[k] = narrow_word<T>(values[k]); }
             out.write(tensor.output, i * piece * sizeof(T), words.data(), n * sizeof(T));
-            if (!meter.advance(n * sizeof(float))) { raise<cancelled>(error_code::cancelled); }
+            if (!meter.advance(n * sizeof(A))) { raise<cancelled>(error_code::cancelled); }
         });
+    };
+    visit_storage(type, tensor.name, [&]<class T>(std::type_identity<T> as) {
+        tensor.source.source->type() == dtype::f64 ? write(as, double{}) : write(as, float{});
     });
 }
 
@@ -10664,19 +10720,6 @@ public:
     [[nodiscard]] std::uint64_t saturated() const noexcept { return saturated_.load(std::memory_order_relaxed); }
 
 private:
-    /// The largest finite number of T, as its word.
-    template <storage_element T>
-    [[nodiscard]] static storage_word<T> largest_word(bool negative) noexcept
-    {
-        // The word before infinity's.
-        const auto infinity = narrow<T>(static_cast<arithmetic_type<T>>(negative ? -HUGE_VAL : HUGE_VAL));
-        std::make_unsigned_t<signed_word_of<sizeof(T)>> bits;
-        std::memcpy(&bits, &infinity, sizeof bits);
-        --bits;
-        storage_word<T> word;
-        std::memcpy(&word, &bits, sizeof word);
-        return word;
-    }
     template <std::size_t bytes>
     using signed_word_of = std::conditional_t<bytes == 2, std::int16_t,
         std::conditional_t<bytes == 4, std::int32_t, std::conditional_t<bytes == 8, std::int64_t, std::int8_t>>>;
@@ -22295,6 +22338,139 @@ TASKVEC_COMPILED_MERGES(extern, task_arithmetic_options)
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_TASK_ARITHMETIC_HPP
+
+// ---- taskvec/models/selected_rows.hpp
+#if !defined(TASKVEC_SINGLE_MODELS_SELECTED_ROWS_HPP)
+#define TASKVEC_SINGLE_MODELS_SELECTED_ROWS_HPP
+// Rows of several tensors as one tensor: embeddings and heads of models whose vocabularies differ, lined up.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A run of rows that are taken together: row `first + i` is the mean of row `row + i` of each part.
+struct row_run {
+    struct part {
+        std::size_t tensor = 0; ///< in the list that selected_rows is given
+        std::uint64_t row = 0;
+    };
+    std::uint64_t first = 0, count = 0;
+    std::vector<part> parts{};
+};
+
+/// A tensor whose rows (the first extent) are rows of others, or means of some. One row of another is it bit for bit;
+/// a mean is summed in the order of its parts, in f32 (f64 where a tensor holds f64). Nothing is stored but the runs.
+/// The tensors' memory outlives it. Throws shape_mismatch where rows differ in length or lie outside their tensors, and
+/// where runs leave rows out.
+///
+///     const selected_rows rows({base, task}, {{0, 32000, {{0, 0}}}, {32000, 1, {{1, 32000}}}});
+///     model.insert("embed_tokens.weight", rows.tensor(base.dtype)); // 32001 rows, the last one of the task
+class selected_rows final : public operand_source {
+public:
+    selected_rows(std::vector<const_tensor_ref> tensors, std::vector<row_run> runs)
+        : tensors_(std::move(tensors))
+        , runs_(std::move(runs))
+    {
+        if (tensors_.empty()) { raise<shape_mismatch>(error_code::shape_invalid, "rows of no tensor were selected"); }
+        shape_ = tensors_.front().shape;
+        const auto inner = [](const extents& shape) { return extents(shape.begin() + !shape.empty(), shape.end()); };
+        for (const auto& tensor : tensors_) {
+            if (tensor.shape.empty() || inner(tensor.shape) != inner(shape_)) {
+                raise<shape_mismatch>(error_code::shape_invalid,
+                    message("rows of tensors of shape ", to_string(shape_), " and ", to_string(tensor.shape),
+                        " cannot stand in one"));
+            }
+            operands_.push_back({static_cast<const std::byte*>(tensor.data),
+                tensor.source ? tensor.source->type() : tensor.dtype, tensor.source});
+            wide_ = wide_ || operands_.back().dtype == dtype::f64;
+        }
+        columns_ = element_count(inner(shape_));
+        std::uint64_t rows = 0;
+        for (const auto& run : runs_) {
+            const bool inside = std::all_of(run.parts.begin(), run.parts.end(), [&](const row_run::part& part) {
+                const auto held =
+                    part.tensor < tensors_.size() ? static_cast<std::uint64_t>(tensors_[part.tensor].shape[0]) : 0;
+                return part.row <= held && run.count <= held - part.row;
+            });
+            if (run.first != rows || run.parts.empty() || !inside) {
+                raise<shape_mismatch>(error_code::shape_invalid,
+                    message("the run of ", run.count, " rows at row ", run.first,
+                        " does not follow the one before it, or takes rows that its tensors lack"));
+            }
+            rows += run.count;
+        }
+        shape_[0] = static_cast<std::int64_t>(rows);
+    }
+
+    /// The tensor that walks over models are given. `stored`: what a result is stored as where nothing else is asked.
+    [[nodiscard]] const_tensor_ref tensor(taskvec::dtype stored) const
+    {
+        return {nullptr, stored, shape_, {}, memory_space::host, 0, this};
+    }
+    [[nodiscard]] const std::vector<row_run>& runs() const noexcept { return runs_; }
+    [[nodiscard]] taskvec::dtype type() const noexcept override { return wide_ ? dtype::f64 : dtype::f32; }
+    [[nodiscard]] unsigned stored_bits() const noexcept override
+    {
+        return tensors_.front().source ? tensors_.front().source->stored_bits()
+                                       : bits_per_element(tensors_.front().dtype);
+    }
+    void read(std::uint64_t offset, std::size_t count, void* out) const override
+    {
+        wide_ ? read_as(offset, count, static_cast<double*>(out)) : read_as(offset, count, static_cast<float*>(out));
+    }
+
+private:
+    template <class A>
+    void read_as(std::uint64_t offset, std::size_t count, A* out) const
+    {
+        if (count == 0) { return; }
+        std::array<double, block_size> raw; // what with_elements() may need
+        auto run = std::upper_bound(runs_.begin(), runs_.end(), offset,
+            [&](std::uint64_t at, const row_run& one) { return at < one.first * columns_; });
+        for (--run; count > 0; ++run) {
+            std::uint64_t inner = offset - run->first * columns_;
+            auto left = static_cast<std::size_t>(std::min<std::uint64_t>(count, run->count * columns_ - inner));
+            offset += left;
+            count -= left;
+            while (left > 0) {
+                const std::size_t n = std::min(left, block_size);
+                for (std::size_t p = 0; p < run->parts.size(); ++p) {
+                    const auto& part = run->parts[p];
+                    detail::with_elements(operands_[part.tensor], part.row * columns_ + inner, n,
+                        reinterpret_cast<std::byte*>(raw.data()), [&](const auto* values) {
+                            for (std::size_t i = 0; i < n; ++i) {
+                                const auto value = static_cast<A>(widen<A>(values[i]));
+                                out[i] = p == 0 ? value : out[i] + value;
+                            }
+                        });
+                }
+                if (run->parts.size() > 1) {
+                    for (std::size_t i = 0; i < n; ++i) { out[i] /= static_cast<A>(run->parts.size()); }
+                }
+                out += n;
+                inner += n;
+                left -= n;
+            }
+        }
+    }
+
+    std::vector<const_tensor_ref> tensors_;
+    std::vector<aligned_tensor::operand> operands_;
+    std::vector<row_run> runs_;
+    extents shape_;
+    std::uint64_t columns_ = 1;
+    bool wide_ = false;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_MODELS_SELECTED_ROWS_HPP
 
 // ---- taskvec/reuse/parameter_count.hpp
 #if !defined(TASKVEC_SINGLE_REUSE_PARAMETER_COUNT_HPP)

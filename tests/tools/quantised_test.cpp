@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include <map>
+#include <random>
 
 namespace quantised_tools {
 
@@ -301,6 +302,125 @@ TEST_CASE("directories: block sizes from the configuration, which goes with the 
     spill(folder / "m/config.json", R"({"quantization_config": {"weight_block_size": [128, 128]}})");
     CHECK(refuses(run(folder, with(line, {"--out", "no"})), {"'l.weight'", "[2, 2]", "128 × 128", "m/config.json"}));
     CHECK_FALSE(std::filesystem::exists(folder / "no"));
+}
+
+/// Blocks of 128 × 128 as DeepSeek has them, with the last ones cut: each number within the quantiser's own error of
+/// the merge in F32, which is half a unit of E4M3's last place, or of its least number, times the block's scale.
+TEST_CASE("a model in DeepSeek's FP8 is merged within the error of its own codes")
+{
+    const scratch folder;
+    const std::string config =
+        R"({"model_type": "deepseek_v3", "torch_dtype": "bfloat16", "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}})";
+    std::mt19937 random(5);
+    std::normal_distribution<float> normal;
+    const std::size_t rows = 300, columns = 200;
+    std::vector<float> base;
+    for (std::size_t i = 0; i < rows * columns; ++i) { // blocks of very different magnitudes, and outliers
+        base.push_back(normal(random) * (i / columns < 128 ? 0.02f : 3) * (i % 97 == 0 ? 40 : 1));
+    }
+    for (const std::string name : {"base", "first", "second"}) {
+        auto values = base;
+        if (name != "base") {
+            for (auto& value : values) { value += 0.05f * normal(random); }
+        }
+        stored_model model;
+        std::vector<float> scales(6, 0);
+        const auto block = [&](std::size_t i) { return i / columns / 128 * 2 + i % columns / 128; };
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            scales[block(i)] = std::max(scales[block(i)], std::abs(values[i]) / 448);
+        }
+        stored_tensor codes{taskvec::dtype::f8_e4m3, {300, 200}, {}};
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            codes.bytes += static_cast<char>(taskvec::f32_to_e4m3(values[i] / scales[block(i)]));
+        }
+        model["model.layers.0.mlp.down_proj.weight"] = codes;
+        model["model.layers.0.mlp.down_proj.weight_scale_inv"] = floats({3, 2}, scales);
+        model["model.norm.weight"] = floats({3}, {1, 2, 3});
+        write_stored(folder / name / "model.safetensors", model);
+        write_stored(folder / ("f32 " + name) / "model.safetensors", as_numbers(model));
+        spill(folder / name / "config.json", config);
+    }
+    const auto merge = [&](const std::string& prefix, const words& more) {
+        const auto done = run(folder,
+            with({"merge", "--method", "task-arithmetic", "--lambda", "0.5", "--base", prefix + "base", "--task",
+                     prefix + "first", "--task", prefix + "second"},
+                more));
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+    };
+    merge("f32 ", {"--out", "numbers"});
+    merge("", {"--out", "codes", "--dtype", "keep"});
+    merge("", {"--out", "plain"});
+    const auto exact = read_stored(folder / "numbers/model.safetensors");
+    CHECK(read_stored(folder / "plain/model.safetensors") == exact);
+    const auto stored = read_stored(folder / "codes/model.safetensors");
+    const std::string name = "model.layers.0.mlp.down_proj.weight";
+    REQUIRE(stored.at(name + "_scale_inv").shape == taskvec::extents{3, 2});
+    const auto* const scales = reinterpret_cast<const float*>(stored.at(name + "_scale_inv").bytes.data());
+    const auto decoded = as_numbers(stored);
+    const auto* const found = reinterpret_cast<const float*>(decoded.at(name).bytes.data());
+    const auto* const wanted = reinterpret_cast<const float*>(exact.at(name).bytes.data());
+    std::vector<float> largest(6, 0);
+    for (std::size_t i = 0; i < rows * columns; ++i) {
+        const auto block = i / columns / 128 * 2 + i % columns / 128;
+        largest[block] = std::max(largest[block], std::abs(wanted[i]));
+        const double bound = std::max(std::abs(wanted[i]) * 0x1p-4, scales[block] * 0x1p-10) * (1 + 1e-6);
+        REQUIRE(std::abs(double{found[i]} - double{wanted[i]}) <= bound);
+    }
+    for (std::size_t b = 0; b < 6; ++b) { CHECK(scales[b] == doctest::Approx(largest[b] / 448)); }
+    CHECK(nlohmann::json::parse(slurp(folder / "codes/config.json")) == nlohmann::json::parse(config));
+    const auto plain = nlohmann::json::parse(slurp(folder / "plain/config.json"));
+    CHECK_FALSE(plain.contains("quantization_config"));
+    CHECK(plain["torch_dtype"] == "float32");
+}
+
+TEST_CASE("quantization_config is that of what the result holds, where models are mixed")
+{
+    const scratch folder;
+    const std::string plain = R"({"model_type": "x", "torch_dtype": "bfloat16"})",
+                      scaled = R"({"model_type": "x", "quantization_config": {"quant_method": "fp8"}})";
+    stored_model codes;
+    for (const std::string layer : {"a", "b"}) {
+        codes[layer + ".weight"] = {taskvec::dtype::f8_e4m3, {2, 2}, "\x38\x38\x38\x40"};
+        codes[layer + ".weight_scale"] = floats({}, {0.5f});
+    }
+    write_stored(folder / "fp8/model.safetensors", codes);
+    spill(folder / "fp8/config.json", scaled);
+    values_model numbers;
+    for (const std::string layer : {"a", "b"}) {
+        numbers[layer + ".weight"] = {taskvec::dtype::bf16, {2, 2}, {0.5f, 0.5f, 0.5f, 1}};
+    }
+    std::filesystem::create_directories(folder / "bf16");
+    write_values(folder / "bf16/model.safetensors", numbers);
+    spill(folder / "bf16/config.json", plain);
+    const auto merge = [&](const std::string& first, const std::string& second, const words& more) {
+        std::filesystem::remove_all(folder / "out");
+        const auto done = run(folder,
+            with({"merge", "--method", "average", "--task", first, "--task", second, "--out", "out", "--no-card"},
+                more));
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        return nlohmann::json::parse(slurp(folder / "out/config.json"));
+    };
+    const auto type = [&](const std::string& name) {
+        return read_stored(folder / "out/model.safetensors").at(name).dtype;
+    };
+    // The first model decides.
+    CHECK(merge("bf16", "fp8", {}) == nlohmann::json::parse(plain));
+    CHECK(merge("bf16", "fp8", {"--dtype", "keep"}) == nlohmann::json::parse(plain));
+    CHECK(type("a.weight") == taskvec::dtype::bf16);
+    CHECK_FALSE(merge("fp8", "bf16", {}).contains("quantization_config"));
+    CHECK(type("a.weight") == taskvec::dtype::f32);
+    CHECK(merge("fp8", "bf16", {"--dtype", "bf16"}) == nlohmann::json::parse(plain));
+    CHECK(merge("fp8", "bf16", {"--dtype", "keep"}) == nlohmann::json::parse(scaled));
+    CHECK(type("a.weight") == taskvec::dtype::f8_e4m3);
+    // Somebody else's configuration says of these tensors what is so, too.
+    CHECK_FALSE(merge("bf16", "bf16", {"--copy-from", "fp8"}).contains("quantization_config"));
+    CHECK(merge("fp8", "bf16", {"--dtype", "keep", "--copy-from", "bf16"})["quantization_config"]["quant_method"]
+        == "fp8");
+    // Layers of both kinds in one result.
+    const auto mixed = merge("fp8", "bf16", {"--exclude", "^a"});
+    CHECK(type("a.weight") == taskvec::dtype::f8_e4m3);
+    CHECK(type("b.weight") == taskvec::dtype::f32);
+    CHECK(mixed["quantization_config"]["modules_to_not_convert"] == nlohmann::json::array({"b"}));
 }
 
 TEST_CASE("a layer is excluded whole, and then copied as it is stored")
