@@ -96,6 +96,10 @@ fish)
 zsh)
     "$tool" completion zsh > _taskvec
     "$program" -n _taskvec
+    "$program" -f -c 'zmodload zsh/zpty && zpty session true' > /dev/null 2>&1 || {
+        echo "skipped: no pseudo terminal opens here, in which zsh completes"
+        exit 77
+    }
     # Completion runs in a line editor only, and so in a terminal: here, what the widget is handed is caught.
     cat > ask.zsh <<'END'
 fpath=("$PWD" $fpath)
