@@ -31,6 +31,7 @@ struct curve {
     std::vector<double> x, y;
     bool dashed = false; ///< for what is there to compare with
     bool marks = true; ///< a mark at each point
+    bool line = true; ///< false: the marks alone
 };
 
 struct line_chart {
@@ -42,6 +43,11 @@ struct line_chart {
     unsigned width = 840, height = 520;
 };
 
+/// A block of a heat map's cells, first and last included.
+struct cell_box {
+    std::size_t first_row = 0, last_row = 0, first_column = 0, last_column = 0;
+};
+
 /// A matrix as coloured cells with their values written in them; row 0 is at the top.
 struct heat_map {
     std::string title;
@@ -51,6 +57,7 @@ struct heat_map {
     int decimals = 2;
     bool diverging = true; ///< blue to white to red, around a middle that means something; otherwise white to dark blue
     std::string x_label{}, y_label{};
+    std::optional<cell_box> box{}; ///< cells with a frame around them
 };
 
 namespace detail {
@@ -214,9 +221,12 @@ inline std::string terminal(unsigned width, unsigned height)
             script += number_text(line.x[i]) + " " + number_text(line.y[i]) + "\n";
         }
         script += "EOD\n";
-        plots += (c ? ", \\\n  " : "plot ") + block + " using 1:2 with " + (line.marks ? "linespoints" : "lines")
-            + " lw 2 lc rgb '" + colours[c % std::size(colours)] + "'" + (line.dashed ? " dt (8,6)" : "")
-            + (line.marks ? " pt 7 ps 0.5" : "") + " title " + literal(line.label);
+        plots += (c ? ", \\\n  " : "plot ") + block + " using 1:2 with "
+            + (!line.line        ? "points"
+                    : line.marks ? "linespoints"
+                                 : "lines")
+            + " lw 2 lc rgb '" + colours[c % std::size(colours)] + "'" + (line.dashed && line.line ? " dt (8,6)" : "")
+            + (line.marks || !line.line ? " pt 7 ps 0.5" : "") + " title " + literal(line.label);
     }
     return run_gnuplot(script + plots + "\n", path);
 }
@@ -266,6 +276,12 @@ inline std::string terminal(unsigned width, unsigned height)
         return text + ")";
     };
     script += "set xtics " + ticks(map.columns) + " rotate by 45 right\nset ytics " + ticks(map.rows) + "\n";
+    if (map.box) {
+        const auto edge = [](std::size_t cell, double side) { return number_text(static_cast<double>(cell) + side); };
+        script += "set object 2 rect from " + edge(map.box->first_column, -0.5) + "," + edge(map.box->first_row, -0.5)
+            + " to " + edge(map.box->last_column, 0.5) + "," + edge(map.box->last_row, 0.5)
+            + " front fs empty border rgb '#d00000' lw 3\n";
+    }
     script += "$cells << EOD\n";
     const auto dark = [&](double value) {
         const double place = (value - map.lowest) / (map.highest - map.lowest); // on the colour scale, 0 to 1

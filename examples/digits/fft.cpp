@@ -4,6 +4,7 @@
 #include "checkpoints.hpp"
 #include "data_merges.hpp"
 #include "figures.hpp"
+#include "lora.hpp"
 #include "lorahub.hpp"
 #include "merging.hpp"
 #include "train.hpp"
@@ -76,7 +77,7 @@ const std::vector<double>& table_densities()
 const std::vector<double>& curve_densities()
 {
     static const std::vector<double> densities{
-        0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.30, 0.50, 1.0};
+        0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50, 1.0};
     return densities;
 }
 
@@ -115,21 +116,28 @@ void run_fft(const setting& s, const std::optional<std::filesystem::path>& out, 
         elected.best.lambda, " density ", elected.best.density, ", RegMean α ", regmean.best.alpha, ", LoraHub ",
         text(sought.found), "\n");
 
-    const auto reuse = [&](std::string_view method, auto&& compress) {
+    const auto reuse = [&](std::string_view method, const encoder& shared, auto&& compress) {
+        results.curve.add(with_density(method, 0), one_model, evaluate(shared, s.base.head, s.test));
         for (const double density : curve_densities()) {
+            if (density == 0) { continue; }
             const reused compressed = compress(density);
             const scores accuracies = served(compressed, s);
             const std::string name = with_density(method, density);
-            results.curve.add(name, compressed.parameters(), accuracies);
+            results.curve.add(name, compressed.parameters(), accuracies, compressed.bytes());
             if (std::ranges::find(table_densities(), density) != table_densities().end()) {
-                results.methods.add(name, compressed.parameters(), accuracies);
+                results.methods.add(name, compressed.parameters(), accuracies, compressed.bytes());
             }
         }
     };
     const taskvec::task_arithmetic_options shared{.lambda = arithmetic.best.lambda};
-    reuse("Post-Pruning", [&](double density) { return post_pruned(s.base.body, models, density); });
-    reuse("PERU-FFT", [&](double density) { return peru(shared, s.base.body, models, density); });
-    results.subsets.add(s, models);
+    reuse("Post-Pruning", s.base.body, [&](double density) { return post_pruned(s.base.body, models, density); });
+    reuse(
+        "PERU-FFT", arithmetic.best.model, [&](double density) { return peru(shared, s.base.body, models, density); });
+    for (const std::size_t q : table_ranks()) {
+        const reused compressed = peru(
+            shared, s.base.body, models, static_cast<double>(peru_lora_parameters(q)) / static_cast<double>(one_model));
+        results.as_large.add(with_rank(q), compressed.parameters(), served(compressed, s), compressed.bytes());
+    }
 
     if (out) {
         save_base(s.base, *out);
@@ -152,15 +160,14 @@ void write_fft(const fft_results& results, const std::filesystem::path& out)
     results.methods.write_csv(out / "fft.csv");
     results.lambdas.write(out / "accuracy-against-lambda.csv", out / "accuracy-against-lambda.svg",
         "Merging eight fine-tuned models: accuracy against λ");
-    results.subsets.write(
-        out / "fft-normalized-score-against-tasks.csv", out / "fft-normalized-score-against-tasks.svg");
-    std::string csv = "m%,Post-Pruning,PERU-FFT,Post-Pruning #params,PERU-FFT #params\n";
+    std::string csv =
+        "m%,Post-Pruning,PERU-FFT,Post-Pruning #params,PERU-FFT #params,Post-Pruning bytes,PERU-FFT bytes\n";
     plot::curve by_pruning{.label = "Post-Pruning", .x = {}, .y = {}}, by_peru{.label = "PERU-FFT", .x = {}, .y = {}};
     for (const double density : curve_densities()) {
         const row &pruned = results.curve[with_density("Post-Pruning", density)],
                   &peru = results.curve[with_density("PERU-FFT", density)];
         csv += taskvec::message(100 * density, ',', percent(pruned.average()), ',', percent(peru.average()), ',',
-            pruned.parameters, ',', peru.parameters, '\n');
+            pruned.parameters, ',', peru.parameters, ',', pruned.bytes, ',', peru.bytes, '\n');
         by_pruning.x.push_back(100 * density);
         by_pruning.y.push_back(100 * pruned.average());
         by_peru.x.push_back(100 * density);
@@ -175,8 +182,25 @@ void write_fft(const fft_results& results, const std::filesystem::path& out)
         .log_x = true,
         .x_ticks = {0.25, 0.5, 1, 2, 5, 10, 20, 50, 100}};
     for (const char* method : {"Single-Task", "TIES", "Task Arithmetic", "Pre-Trained"}) {
-        chart.curves.push_back(
-            level(method, 100 * results.methods[method].average(), by_peru.x.front(), by_peru.x.back()));
+        chart.curves.push_back(level(method, 100 * results.methods[method].average(), by_peru.x[1], by_peru.x.back()));
+    }
+    // As the paper draws it: from 0 to 40%, where the curves have long been level.
+    plot::line_chart saturation = chart;
+    saturation.log_x = false;
+    saturation.x_ticks = {0, 1, 5, 10, 20, 30, 40};
+    for (auto& line : saturation.curves) {
+        if (line.x.size() == 2) { line.x = {0, 40}; }
+        while (line.x.back() > 40) {
+            line.x.pop_back();
+            line.y.pop_back();
+        }
+    }
+    draw(saturation, out / "accuracy-against-m-to-40.svg");
+    for (auto& line : chart.curves) { // 0 has no place on a logarithmic axis
+        if (line.x.front() == 0) {
+            line.x.erase(line.x.begin());
+            line.y.erase(line.y.begin());
+        }
     }
     draw(chart, out / "accuracy-against-m.svg");
 }
@@ -187,8 +211,8 @@ std::vector<claim> fft_claims(const fft_results& results)
     const auto of = [&](std::string_view method) { return t[method].averages(); };
     const auto pre_trained = of("Pre-Trained"), single = of("Single-Task"), best = t.best(merges),
                worst = t.worst(merges);
-    const auto pruned = [&](double m) { return of(with_density("Post-Pruning", m)); };
-    const auto peru = [&](double m) { return of(with_density("PERU-FFT", m)); };
+    const auto pruned = [&](double m) { return results.curve[with_density("Post-Pruning", m)].averages(); };
+    const auto peru = [&](double m) { return results.curve[with_density("PERU-FFT", m)].averages(); };
 
     std::vector<claim> claims;
     claims.push_back({"no merge comes near the single-task models: 5 points or more below", "P §4.1–2, Tables 1–4",
@@ -204,6 +228,8 @@ std::vector<claim> fft_claims(const fft_results& results)
     claims.push_back({"PERU-FFT (5%) is as good as Post-Pruning (10%), with half the entries: not 0.5 points below it",
         "P §4.1", minus(peru(0.05), pruned(0.10), -0.005),
         against("PERU-FFT (5%)", peru(0.05), "Post-Pruning (10%)", pruned(0.10))});
+    claims.push_back({"PERU-FFT is saturated at m = 20%: 40% gains less than 0.5 points", "P Figure 5",
+        minus(peru(0.20), peru(0.40), -0.005), against("PERU-FFT (40%)", peru(0.40), "PERU-FFT (20%)", peru(0.20))});
 
     const auto compare = [&](std::string_view sentence, std::string_view a, std::string_view b) {
         claims.push_back({std::string(sentence), "", minus(of(a), of(b)), against(a, of(a), b, of(b))});

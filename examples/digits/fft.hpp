@@ -5,7 +5,6 @@
 #include "claims.hpp"
 #include "curves.hpp"
 #include "setting.hpp"
-#include "subsets.hpp"
 #include "table.hpp"
 
 #include <filesystem>
@@ -21,13 +20,14 @@ struct fft_results {
     table methods{"Full fine-tuning: test accuracy in percent"};
     /// Post-Pruning and PERU-FFT at every density of the curve, rows named like those of `methods`.
     table curve{"Accuracy against m"};
+    /// PERU-FFT with as many parameters as PERU-LoRA at each of table_ranks(), rows named like those of PERU-LoRA.
+    table as_large{"PERU-FFT with as many parameters as PERU-LoRA"};
     lambda_curves lambdas;
-    subset_curves subsets;
     /// The chosen hyperparameters, a line for each seed.
     std::string chosen;
 };
 
-/// The densities of the table, and those of the curve.
+/// The densities of the table, and those of the curve, which begins at 0: the base itself, and the merged model itself.
 [[nodiscard]] const std::vector<double>& table_densities();
 [[nodiscard]] const std::vector<double>& curve_densities();
 

@@ -5,23 +5,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace digits {
-namespace {
-
-/// Σ −log p(label | logits)
-double cross_entropy(const matrix& logits, const std::vector<int>& labels)
-{
-    double sum = 0;
-    for (Eigen::Index i = 0; i < logits.rows(); ++i) {
-        const Eigen::Array<double, 1, classes> row = logits.row(i).cast<double>();
-        sum += std::log((row - row.maxCoeff()).exp().sum()) + row.maxCoeff() - row(labels[static_cast<std::size_t>(i)]);
-    }
-    return sum;
-}
-
-} // namespace
-
 void evolution_strategy::operator()(
     const taskvec::lorahub_problem& problem, const taskvec::lorahub_objective& objective) const
 {
@@ -32,6 +18,14 @@ void evolution_strategy::operator()(
     for (std::size_t evaluation = 1; evaluation < problem.evaluations; ++evaluation) {
         for (std::size_t t = 0; t < problem.dimension; ++t) {
             candidate[t] = std::clamp(best[t] + size * random.normal(draw++), problem.lower, problem.upper);
+        }
+        // To the nearest point of the plane Σ wt = 1; what that pushes out of the bounds comes back in the next round.
+        for (int round = 0; sum_to_one && round < 20; ++round) {
+            const double missing = 1 - std::accumulate(candidate.begin(), candidate.end(), 0.0);
+            for (double& weight : candidate) {
+                weight =
+                    std::clamp(weight + missing / static_cast<double>(candidate.size()), problem.lower, problem.upper);
+            }
         }
         const double value = objective(candidate);
         const bool better = value < lowest;
@@ -60,7 +54,7 @@ double few_shot_loss::operator()(const encoder& model) const
 {
     double sum = 0;
     for (const auto& task : few_) { sum += cross_entropy(forward(model, *head_, task.inputs).logits, task.labels); }
-    return sum / static_cast<double>(few_.size() * few_shot_images);
+    return sum / static_cast<double>(few_.size());
 }
 
 } // namespace digits

@@ -26,6 +26,7 @@ inline constexpr std::size_t few_shot_images = 64, lorahub_evaluations = 200;
 struct evolution_strategy {
     std::uint64_t seed = 0;
     double step = 0.2;
+    bool sum_to_one = false; ///< only weights with Σ wt = 1, as the second paper writes its problem (E.1.4)
 
     void operator()(const taskvec::lorahub_problem& problem, const taskvec::lorahub_objective& objective) const;
 };

@@ -2,10 +2,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "low_rank.hpp"
 
+#include "checkpoints.hpp"
+
 #include <taskvec/adapters/merge_adapters.hpp>
 #include <taskvec/adapters/merge_ties.hpp>
 #include <taskvec/formats/peft.hpp>
 #include <taskvec/jvp/lora_layer.hpp>
+#include <taskvec/linalg/factored_svd.hpp>
 #include <taskvec/linalg/randomized_svd.hpp>
 #include <taskvec/reuse/peru_lora.hpp>
 
@@ -79,6 +82,31 @@ void save(const updates& adapter, const std::filesystem::path& folder)
 updates load_updates(const std::filesystem::path& folder)
 {
     return taskvec::read_peft<float>(folder).updates;
+}
+
+void save_linearized(const network& base, const adapter& initial, const std::vector<adapter>& adapters,
+    const std::filesystem::path& folder)
+{
+    save_base(base, folder);
+    save(updates_of(initial), folder / "llora-init");
+    for (std::size_t task = 0; task < tasks; ++task) {
+        save(updates_of(adapters[task]), folder / "llora" / task_names[task]);
+    }
+}
+
+std::vector<std::vector<double>> spectra(const updates& adapter)
+{
+    std::vector<std::vector<double>> all;
+    for (const auto& [module, update] : adapter) {
+        all.push_back(
+            taskvec::factored_svd(one_thread, update.factors(1, module), taskvec::rank_choice::full()).spectrum);
+    }
+    return all;
+}
+
+updates combined(const std::vector<updates>& adapters, const std::vector<double>& weights)
+{
+    return taskvec::merge_linear<float>(one_thread, adapters, {.weights = weights}).adapter;
 }
 
 } // namespace digits

@@ -35,5 +35,14 @@ compressed_updates truncated(const updates& adapter, std::size_t q);
 /// A PEFT adapter directory.
 void save(const updates& adapter, const std::filesystem::path& folder);
 updates load_updates(const std::filesystem::path& folder);
+/// base.safetensors and head.safetensors, φ0 as llora-init/, and the linearized adapters as llora/<task>/.
+void save_linearized(const network& base, const adapter& initial, const std::vector<adapter>& adapters,
+    const std::filesystem::path& folder);
+
+/// Each layer's singular values, descending, of one update.
+std::vector<std::vector<double>> spectra(const updates& adapter);
+
+/// Σ weightt·ΔWt, exactly.
+updates combined(const std::vector<updates>& adapters, const std::vector<double>& weights);
 
 } // namespace digits

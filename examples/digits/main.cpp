@@ -7,10 +7,12 @@
 //     checkpoints in DIR
 #include "checkpoints.hpp"
 #include "fft.hpp"
-#include "llora.hpp"
+#include "fusion.hpp"
 #include "lora.hpp"
 #include "low_rank.hpp"
+#include "reuse.hpp"
 #include "setting.hpp"
+#include "way.hpp"
 
 #include <taskvec/core/error.hpp>
 
@@ -87,7 +89,7 @@ void experiment(const options& o)
 
     fft_results fft;
     lora_results lora;
-    llora_results llora;
+    fusion_results fusion;
     for (int i = 0; i < o.seeds; ++i) {
         const setting s = make_setting(images, o.seed + static_cast<std::uint64_t>(i));
         // The files are those of the first seed.
@@ -103,7 +105,7 @@ void experiment(const options& o)
         }
         const adapter initial = initial_adapter(s.seed);
         std::vector<adapter> adapters;
-        if (wanted("lora") || wanted("llora")) {
+        if (wanted("lora") || wanted("fusion")) {
             adapters = fine_tune_adapters(s, initial, parameterisation::lora);
             report("fine-tuning LoRA adapters");
         }
@@ -111,11 +113,16 @@ void experiment(const options& o)
             run_lora(s, adapters, out, lora);
             report("merging and truncating LoRA adapters");
         }
-        if (wanted("llora")) {
+        if (wanted("fusion")) {
             const std::vector<adapter> linearized = fine_tune_adapters(s, initial, parameterisation::linearized);
-            report("fine-tuning linearized LoRA adapters");
-            run_llora(s, initial, adapters, linearized, o.complete ? effort::complete() : effort{}, out, llora);
-            report("merging adapters in φ space, all subsets of tasks and disentanglement");
+            if (out) { save_linearized(s.base, initial, linearized, *out); }
+            const std::vector<way> ways{full_way(s, fine_tune_all(s)),
+                adapter_way(s, initial, adapters, parameterisation::lora),
+                adapter_way(s, initial, linearized, parameterisation::linearized),
+                linearized_way(s, fine_tune_linearized(s))};
+            report("fine-tuning in the linearized ways");
+            run_fusion(s, ways, o.complete ? effort::complete() : effort{}, fusion);
+            report("merging subsets of tasks in four ways, and disentanglement");
         }
     }
 
@@ -127,21 +134,23 @@ void experiment(const options& o)
     if (wanted("lora")) {
         print(lora.methods.text());
         print("Chosen on validation\n" + lora.chosen);
+        print(lora.kept.text());
+        print(text(lora));
         write_lora(lora, o.out);
     }
-    if (wanted("llora")) {
-        print(llora.lora.methods.text());
-        print(llora.linearized.methods.text());
-        print(text(llora));
-        print("Chosen on validation, for 2 to 8 tasks\n" + llora.chosen);
-        write_llora(llora, o.out);
+    if (wanted("fft") && wanted("lora")) { print(equal_storage(fft, lora)); }
+    if (wanted("fusion")) {
+        for (const auto& one : fusion.ways) { print(one.methods.text()); }
+        print(text(fusion));
+        write_fusion(fusion, o.out);
     }
     print(taskvec::message("What this small setting says about the papers' claims, as measured above\n", papers, " ",
         o.seeds > 1 ? "\"Within noise\": the difference is within its deviation over the seeds.\n"
                     : "Of one seed: a small difference may be noise, and --seeds 8 says whether it is.\n"));
     if (wanted("fft")) { print(text(fft_claims(fft))); }
     if (wanted("lora")) { print(text(lora_claims(lora))); }
-    if (wanted("llora")) { print(text(llora_claims(llora, wanted("fft") ? &fft.methods : nullptr))); }
+    if (wanted("fft") && wanted("lora")) { print(text(reuse_claims(fft, lora))); }
+    if (wanted("fusion")) { print(text(fusion_claims(fusion))); }
 }
 
 } // namespace
@@ -162,14 +171,13 @@ int main(int argc, char** argv)
         ->capture_default_str();
     app.add_option("--data", o.data, "The digits, a CSV file")->capture_default_str();
     app.add_option("--part", o.parts, "Only this part; repeat for several")
-        ->check(CLI::IsMember({"fft", "lora", "llora"}));
+        ->check(CLI::IsMember({"fft", "lora", "fusion"}));
     app.add_flag("--complete", o.complete,
-        "llora: choose λ on all subsets of tasks, and measure ξ on all pairs of tasks and a finer grid; takes several "
-        "times as long");
+        "fusion: all 247 subsets of tasks, λ on all validation images, ξ of all pairs of tasks on a finer grid; takes "
+        "many times as long");
     app.add_option("--score", o.score,
         "Train nothing: print the accuracy of this safetensors file's model, or of this PEFT adapter directory, made "
-        "from the checkpoints in --out "
-        "(same --seed)");
+        "from the checkpoints in --out (same --seed)");
     app.add_option("--split", o.split, "What --score measures on")
         ->check(CLI::IsMember({"validation", "test"}))
         ->capture_default_str();

@@ -9,8 +9,10 @@
 #include <taskvec/reuse/peru_fft.hpp>
 #include <taskvec/reuse/post_pruning.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <utility>
+#include <variant>
 #include <vector>
 
 namespace digits {
@@ -40,6 +42,21 @@ struct reused {
 
     /// |θ*| + Σ kept.
     [[nodiscard]] std::size_t parameters() const { return taskvec::parameter_count(shared.model(), deltas); }
+    /// The same in files, without their headers: four bytes a value, and a tensor's places as indices of four bytes or
+    /// as a bit for each of its elements, whichever delta files take.
+    [[nodiscard]] std::size_t bytes() const
+    {
+        std::size_t all = 4 * parameters();
+        for (const auto& task : deltas) {
+            for (const auto& [name, tensor] : task) {
+                const auto [kept, size] = std::visit(
+                    [](const auto& sparse) { return std::pair(sparse.kept(), taskvec::element_count(sparse.shape)); },
+                    tensor);
+                all += std::min(4 * kept, (size + 7) / 8);
+            }
+        }
+        return all;
+    }
 };
 
 /// θ0 + the top `density` of each task vector.

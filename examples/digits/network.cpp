@@ -78,14 +78,29 @@ matrix cross_entropy_gradient(const matrix& logits, const std::vector<int>& labe
     return gradient / static_cast<float>(gradient.rows());
 }
 
+double cross_entropy(const matrix& logits, const std::vector<int>& labels)
+{
+    double sum = 0;
+    for (Eigen::Index i = 0; i < logits.rows(); ++i) {
+        const Eigen::Array<double, 1, classes> row = logits.row(i).cast<double>();
+        sum += std::log((row - row.maxCoeff()).exp().sum()) + row.maxCoeff() - row(labels[static_cast<std::size_t>(i)]);
+    }
+    return sum / static_cast<double>(labels.size());
+}
+
 void backward(const network& model, const dataset& batch, network& gradient, bool with_head)
 {
     const activations out = forward(model.body, model.head, batch.inputs);
-    const matrix logits = cross_entropy_gradient(out.logits, batch.labels);
-    if (with_head) { gradient.head.noalias() = logits.transpose() * out.features; }
+    backward(model, batch.inputs, out, cross_entropy_gradient(out.logits, batch.labels), gradient, with_head);
+}
+
+void backward(const network& model, const matrix& inputs, const activations& out, const matrix& by_logits,
+    network& gradient, bool with_head)
+{
+    if (with_head) { gradient.head.noalias() = by_logits.transpose() * out.features; }
 
     matrix second;
-    second.noalias() = logits * model.head;
+    second.noalias() = by_logits * model.head;
     through_relu(second, out.features);
     gradient.body.weight2().noalias() = second.transpose() * out.hidden;
     gradient.body.bias2() = second.colwise().sum();
@@ -93,7 +108,7 @@ void backward(const network& model, const dataset& batch, network& gradient, boo
     matrix first;
     first.noalias() = second * model.body.weight2();
     through_relu(first, out.hidden);
-    gradient.body.weight1().noalias() = first.transpose() * batch.inputs;
+    gradient.body.weight1().noalias() = first.transpose() * inputs;
     gradient.body.bias1() = first.colwise().sum();
 }
 

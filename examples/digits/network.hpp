@@ -75,9 +75,15 @@ activations forward(const encoder& body, const matrix& head, const matrix& input
 /// Gradient of the logits: (softmax − one-hot) / examples, of the mean cross-entropy.
 matrix cross_entropy_gradient(const matrix& logits, const std::vector<int>& labels);
 
+/// Mean cross-entropy over the examples.
+double cross_entropy(const matrix& logits, const std::vector<int>& labels);
+
 /// Adds nothing, overwrites `gradient`: the mean cross-entropy's gradient by every parameter. The head's part only when
 /// `with_head`.
 void backward(const network& model, const dataset& batch, network& gradient, bool with_head);
+/// The same from a gradient by the logits of a forward pass.
+void backward(const network& model, const matrix& inputs, const activations& out, const matrix& by_logits,
+    network& gradient, bool with_head);
 
 /// Share of the examples whose largest logit is their label's.
 double accuracy(const matrix& logits, const std::vector<int>& labels);

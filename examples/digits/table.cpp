@@ -51,10 +51,13 @@ std::vector<double> row::averages() const
     return all;
 }
 
-void table::add(std::string_view method, std::size_t parameters, const scores& accuracies)
+void table::add(
+    std::string_view method, std::size_t parameters, const scores& accuracies, std::optional<std::size_t> bytes)
 {
     auto place = std::find_if(rows_.begin(), rows_.end(), [&](const row& r) { return r.method == method; });
-    if (place == rows_.end()) { place = rows_.insert(place, row{std::string(method), parameters}); }
+    if (place == rows_.end()) {
+        place = rows_.insert(place, row{std::string(method), parameters, bytes.value_or(4 * parameters)});
+    }
     place->accuracies.push_back(accuracies);
 }
 
@@ -90,11 +93,12 @@ std::vector<double> table::worst(const std::vector<std::string_view>& methods) c
 
 std::string table::text() const
 {
-    std::vector<std::vector<std::string>> cells{{"Method", "#params"}};
+    std::vector<std::vector<std::string>> cells{{"Method", "#params", "KiB"}};
     for (const auto task : task_names) { cells[0].emplace_back(task); }
     cells[0].emplace_back("Avg");
     for (const auto& r : rows_) {
-        auto& line = cells.emplace_back(std::vector<std::string>{r.method, std::to_string(r.parameters)});
+        auto& line = cells.emplace_back(
+            std::vector<std::string>{r.method, std::to_string(r.parameters), std::to_string((r.bytes + 512) / 1024)});
         for (std::size_t task = 0; task <= tasks; ++task) {
             const spread value = column(r, task);
             line.push_back(
@@ -107,14 +111,14 @@ std::string table::text() const
 void table::write_csv(const std::filesystem::path& file) const
 {
     const bool several = !rows_.empty() && rows_.front().accuracies.size() > 1;
-    std::string out = "method,#params";
+    std::string out = "method,#params,bytes";
     for (const auto task : task_names) { out += taskvec::message(',', task); }
     out += ",Avg";
     for (std::size_t task = 0; several && task <= tasks; ++task) {
         out += taskvec::message(",sd ", task == tasks ? "Avg" : task_names[task]);
     }
     for (const auto& r : rows_) {
-        out += taskvec::message('\n', r.method, ',', r.parameters);
+        out += taskvec::message('\n', r.method, ',', r.parameters, ',', r.bytes);
         for (std::size_t task = 0; task <= tasks; ++task) {
             out += taskvec::message(',', percent(column(r, task).mean));
         }

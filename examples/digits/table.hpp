@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -27,7 +28,8 @@ struct spread {
 /// One method in one table.
 struct row {
     std::string method;
-    std::size_t parameters = 0;
+    std::size_t parameters = 0; ///< as the papers count: without the places of sparse entries
+    std::size_t bytes = 0; ///< in files, places included, headers left out
     std::vector<scores> accuracies{}; ///< one element for each seed
 
     /// The average over the tasks, for each seed and over all seeds.
@@ -42,8 +44,9 @@ public:
         : title_(std::move(title))
     { }
 
-    /// Adds one seed's accuracies to the row of this method.
-    void add(std::string_view method, std::size_t parameters, const scores& accuracies);
+    /// Adds one seed's accuracies to the row of this method. Without `bytes` each parameter takes four.
+    void add(std::string_view method, std::size_t parameters, const scores& accuracies,
+        std::optional<std::size_t> bytes = std::nullopt);
 
     [[nodiscard]] const std::string& title() const { return title_; }
     [[nodiscard]] const std::vector<row>& rows() const { return rows_; }
@@ -53,7 +56,7 @@ public:
     [[nodiscard]] std::vector<double> best(const std::vector<std::string_view>& methods) const;
     [[nodiscard]] std::vector<double> worst(const std::vector<std::string_view>& methods) const;
 
-    /// Columns separated by blanks: method, #params, the tasks, Avg; percent with two decimals, ± the standard
+    /// Columns separated by blanks: method, #params, KiB, the tasks, Avg; percent with two decimals, ± the standard
     /// deviation over seeds where there are several.
     [[nodiscard]] std::string text() const;
     /// The same as CSV; the standard deviations follow as columns of their own.

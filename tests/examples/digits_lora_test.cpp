@@ -13,6 +13,7 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <string>
 #include <vector>
@@ -109,6 +110,35 @@ TEST_CASE("the truncation's error falls with q, and vanishes at the adapter's ra
     CHECK(run().results.curve["PERU-LoRA (q=32)"].average() == doctest::Approx(average("Single-Task")).epsilon(1e-3));
 }
 
+TEST_CASE("the error's decay is fitted, and residuals of a merged model have the rank of all its tasks")
+{
+    const auto& [out, s, initial, adapters, results] = run();
+    lora_results exact;
+    exact.errors.resize(curve_ranks().size());
+    for (std::size_t i = 0; i < curve_ranks().size(); ++i) {
+        exact.errors[i].total = {2 * std::exp(-0.25 * static_cast<double>(curve_ranks()[i]))};
+    }
+    CHECK(fit_errors(exact)[0].rate == doctest::Approx(0.25));
+    CHECK(fit_errors(exact)[0].intercept == doctest::Approx(std::log(2.0)));
+    CHECK(fit_errors(exact)[0].r_squared == doctest::Approx(1.0));
+    for (const auto& ranks : results.residual_ranks) { CHECK(ranks[0] >= 0.9); }
+    CHECK(results.residual_text.starts_with("seed 1: 8/8 12/12"));
+    CHECK(results.kept["A and B pruned (as q=4)"].average() < results.kept["product pruned (as q=4)"].average());
+    CHECK(results.kept["product pruned (as q=4)"].parameters == 74368 + 8 * 834 * 4);
+    CHECK(results.spectra[0].front() == doctest::Approx(1.0));
+    CHECK(std::ranges::is_sorted(results.spectra[1], std::greater{}));
+}
+
+TEST_CASE("LoRA's claims are judged by the figures of the run, and name their place")
+{
+    std::size_t reproduced = 0;
+    for (const auto& claim : lora_claims(run().results)) {
+        CHECK((claim.place.empty() || claim.place.starts_with("P ")));
+        reproduced += !claim.place.empty() && claim.holds();
+    }
+    CHECK(reproduced >= 5);
+}
+
 TEST_CASE("merges of updates are what they say, against the dense updates")
 {
     const auto& [out, s, initial, adapters, results] = run();
@@ -167,8 +197,8 @@ TEST_CASE("the adapter directories hold the models of the table")
 TEST_CASE("the LoRA table and curve are written as CSV")
 {
     const std::string csv = content(run().out / "lora.csv");
-    CHECK(csv.starts_with(
-        "method,#params,rot90,rot180,rot270,transpose,mirror,flip,invert,permute,Avg\nPre-Trained,74368,"));
+    CHECK(csv.starts_with("method,#params,bytes,rot90,rot180,rot270,transpose,mirror,flip,invert,permute,Avg\nPre-"
+                          "Trained,74368,297472,"));
     CHECK(csv.find("\nSingle-Task,287360,") != std::string::npos);
     const std::string curve = content(run().out / "accuracy-against-q.csv");
     CHECK(curve.starts_with("q,PERU-LoRA,#params,relative error,"));
