@@ -443,7 +443,8 @@ void write_fusion(const fusion_results& results, const std::filesystem::path& ou
         draw(grid_map(mean, taskvec::message("ξ(λ1, λ2), mean over pairs of tasks, ", one.name), highest),
             out / taskvec::message("disentanglement-", one.file, ".svg"));
         for (const auto& [first, second] : drawn_pairs) {
-            const auto drawn = [&](const pair_map& map) { return map.task1 == first && map.task2 == second; };
+            const auto drawn = [t = first, u = second](
+                                   const pair_map& map) { return map.task1 == t && map.task2 == u; };
             const std::string of = taskvec::message(task_names[first], " and ", task_names[second], ", ", one.name),
                               file =
                                   taskvec::message(one.file, '-', task_names[first], '-', task_names[second], ".svg");
