@@ -39,7 +39,7 @@ encoder folded(const encoder& base, const updates& adapter, double factor)
     const std::array<std::pair<const char*, taskvec::matrix_view<float>>, 2> weights{
         {{"fc1", weight(model.weight1())}, {"fc2", weight(model.weight2())}}};
     for (const auto& [module, update] : adapter) {
-        const auto place = std::ranges::find_if(weights, [&](const auto& entry) { return entry.first == module; });
+        const auto place = std::ranges::find(weights, module, &decltype(weights)::value_type::first);
         if (place == weights.end()) {
             taskvec::raise<taskvec::invalid_argument>(
                 taskvec::error_code::tensor_missing, taskvec::message("the network has no module '", module, "'"));
