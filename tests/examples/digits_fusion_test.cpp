@@ -1,6 +1,6 @@
-// The second paper's claims that hold on real data for one fixed seed, and the
-// chain from L-LoRA adapters on disk to a plain one. SPDX-License-Identifier:
-// Apache-2.0
+// The second paper's claims that hold on real data for one fixed seed, and the chain from L-LoRA adapters on disk to a
+// plain one.
+// SPDX-License-Identifier: Apache-2.0
 #include "checkpoints.hpp"
 #include "fft.hpp"
 #include "fusion.hpp"
