@@ -43,8 +43,7 @@
 #define TASKVEC_VERSION_MINOR 2
 #define TASKVEC_VERSION_PATCH 0
 
-// What cannot compile the headers is told so in one sentence, and nothing after it: an #include of nothing ends it
-// there.
+// What cannot compile the headers is told so in one sentence, and nothing after it: an #include of nothing ends it.
 #if !defined(__GNUC__) && !defined(__clang__)
 #error "taskvec needs g++ 12 or clang 14 (or later): its bit-exact kernels rely on their floating-point pragmas"
 #include "taskvec: the error above ends the compilation"
@@ -61,16 +60,18 @@
 #define TASKVEC_NO_EXCEPTIONS 1
 #endif
 
-// Everything lives in an inline namespace that names the version, the options that change a type's meaning, and the
-// Thrust system (see device/thrust): translation units that disagree link side by side instead of silently mixing.
+// Everything lives in an inline namespace that names the version, what changes a type's meaning, and the Thrust system:
+// files that disagree link side by side. Those that taskvec::compiled is not made for compile everything themselves.
 #if defined(TASKVEC_NO_EXCEPTIONS)
 #define TASKVEC_ABI_ERRORS aborts
+#undef TASKVEC_COMPILED
 #else
 #define TASKVEC_ABI_ERRORS throws
 #endif
 #ifndef TASKVEC_ABI_SYSTEM
 #if defined(__CUDACC__)
 #define TASKVEC_ABI_SYSTEM cuda
+#undef TASKVEC_COMPILED
 #elif defined(THRUST_DEVICE_SYSTEM)
 // THRUST_DEVICE_SYSTEM is a name until Thrust has been included, and a number afterwards: both name the same system.
 #define TASKVEC_SYSTEM_THRUST_DEVICE_SYSTEM_OMP thrust_omp
@@ -82,12 +83,14 @@
 #define TASKVEC_SYSTEM_OF_(system) TASKVEC_SYSTEM_##system
 #define TASKVEC_SYSTEM_OF(system) TASKVEC_SYSTEM_OF_(system)
 #define TASKVEC_ABI_SYSTEM TASKVEC_SYSTEM_OF(THRUST_DEVICE_SYSTEM)
+#undef TASKVEC_COMPILED
 #else
 #define TASKVEC_ABI_SYSTEM host
 #endif
 #endif
 #if defined(TASKVEC_MORE_STORAGE)
 #define TASKVEC_ABI_STORAGE _more
+#undef TASKVEC_COMPILED
 #else
 #define TASKVEC_ABI_STORAGE
 #endif
@@ -111,8 +114,7 @@
 #define TASKVEC_RESTRICT __restrict
 // Behind the parameters of a lambda in a body.
 #define TASKVEC_BODY __attribute__((always_inline))
-// What a kernel's body is made of (core/pack.hpp): always inlined, so that it is compiled for the kernel's instruction
-// set.
+// What a kernel's body is made of (core/pack.hpp): always inlined, and so compiled for the kernel's instruction set.
 #if defined(__CUDACC__)
 #define TASKVEC_INLINE __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
@@ -143,8 +145,6 @@
         "GCC optimize(\"fp-contract=off\",\"no-trapping-math\",\"tree-vectorize\",\"vect-cost-model=dynamic\")")
 #define TASKVEC_KERNELS_END _Pragma("GCC pop_options")
 #define TASKVEC_STRICT_FP
-#else
-#error "taskvec needs g++ 12 or clang 14 (or later): its bit-exact kernels rely on their floating-point pragmas"
 #endif
 // The call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END: it loops
 // over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
