@@ -3,6 +3,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "../transformer.hpp"
+
 #include <taskvec/core/random.hpp>
 #include <taskvec/jvp/attention.hpp>
 #include <taskvec/jvp/elementwise.hpp>
@@ -96,13 +98,7 @@ parameters<T> initial_adapters(const shape& s, Eigen::Index rank, std::uint64_t 
     for (Eigen::Index layer = 0; layer < s.layers; ++layer) {
         for (const char* name : adapted) {
             const std::string prefix = projection_name(layer, name);
-            auto& a = p.insert(prefix + ".lora_A", row_matrix<T>(rank, s.width));
-            const taskvec::random_stream stream(seed, 0, prefix);
-            for (Eigen::Index i = 0; i < a.size(); ++i) {
-                a.data()[i] = static_cast<T>(
-                    stream.normal(static_cast<std::uint64_t>(i)) / std::sqrt(static_cast<double>(s.width)));
-            }
-            p.insert(prefix + ".lora_B", row_matrix<T>::Zero(s.width, rank));
+            transformer::insert_adapter(p, prefix, s.width, rank, taskvec::random_stream(seed, 0, prefix));
         }
     }
     return p;
@@ -119,38 +115,7 @@ struct tape {
     std::vector<layer> layers{};
 };
 
-namespace detail {
-
-template <class T>
-row_matrix<T> values(row_matrix<T>&& x)
-{
-    return std::move(x);
-}
-template <class T>
-row_matrix<T> values(taskvec::primal_tangent<T>&& x)
-{
-    return std::move(x).take_primal();
-}
-
-template <class T, class P, class X>
-auto project(const network<T>& net, const P& p, const std::string& name, const X& x)
-    -> decltype(taskvec::linear(x, p[name], p[name]))
-{
-    if (const auto* layer = net.linearized.find(name)) {
-        if constexpr (std::same_as<X, row_matrix<T>>) { return layer->forward(x); }
-        else {
-            // Linear in φ already: a network of these layers is differentiated in its input only.
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapters_differ,
-                "per-layer linearized adapters do not mix with a linearized network");
-        }
-    }
-    if (p.contains(name + ".lora_A")) {
-        return taskvec::lora_linear(x, p[name + ".weight"], p[name + ".bias"], p[name + ".lora_A"], p[name + ".lora_B"],
-            static_cast<T>(net.scaling));
-    }
-    return taskvec::linear(x, p[name + ".weight"], p[name + ".bias"]);
-}
-
+/// Of each token, its place in its text.
 inline std::vector<std::int64_t> positions_of(const batch& b)
 {
     std::vector<std::int64_t> all(b.ids.size());
@@ -159,8 +124,6 @@ inline std::vector<std::int64_t> positions_of(const batch& b)
     }
     return all;
 }
-
-} // namespace detail
 
 /// Mean of the last layer's token vectors, texts × width: the sentence embedding, before normalized(). `p` is
 /// parameters<T> or active_parameters<T> (under jvp() and linearize()), by the names of the model's file. Throws as
@@ -182,15 +145,15 @@ auto embed(const network<T>& net, const P& p, const batch& b, tape<T>* record = 
     if (record) { record->layers.resize(static_cast<std::size_t>(s.layers)); }
     // Every token is of the first type.
     auto embedded = add(add(embedding(p["embeddings.word_embeddings.weight"], b.ids),
-                            embedding(p["embeddings.position_embeddings.weight"], detail::positions_of(b))),
+                            embedding(p["embeddings.position_embeddings.weight"], positions_of(b))),
         embedding(p["embeddings.token_type_embeddings.weight"], std::vector<std::int64_t>(b.ids.size(), 0)));
     auto stream = norm("embeddings.LayerNorm", embedded);
-    if (record) { record->embedded = detail::values(std::move(embedded)); }
+    if (record) { record->embedded = transformer::values(std::move(embedded)); }
     for (Eigen::Index i = 0; i < s.layers; ++i) {
         const std::string layer = layer_name(i);
-        auto q = detail::project(net, p, projection_name(i, "query"), stream);
+        auto q = transformer::project(net, p, projection_name(i, "query"), stream);
         auto k = dense(projection_name(i, "key"), stream);
-        auto v = detail::project(net, p, projection_name(i, "value"), stream);
+        auto v = transformer::project(net, p, projection_name(i, "value"), stream);
         auto mixed = attention(q, k, v, heads);
         auto attended = add(stream, dense(layer + "attention.output.dense", mixed));
         auto middle = norm(layer + "attention.output.LayerNorm", attended);
@@ -200,17 +163,17 @@ auto embed(const network<T>& net, const P& p, const batch& b, tape<T>* record = 
         auto next = norm(layer + "output.LayerNorm", output);
         if (record) {
             auto& kept = record->layers[static_cast<std::size_t>(i)];
-            kept.input = detail::values(std::move(stream));
-            kept.q = detail::values(std::move(q));
-            kept.k = detail::values(std::move(k));
-            kept.v = detail::values(std::move(v));
-            kept.attended = detail::values(std::move(attended));
-            kept.up = detail::values(std::move(up));
-            kept.output = detail::values(std::move(output));
+            kept.input = transformer::values(std::move(stream));
+            kept.q = transformer::values(std::move(q));
+            kept.k = transformer::values(std::move(k));
+            kept.v = transformer::values(std::move(v));
+            kept.attended = transformer::values(std::move(attended));
+            kept.up = transformer::values(std::move(up));
+            kept.output = transformer::values(std::move(output));
             if (record->dense) {
-                kept.mixed = detail::values(std::move(mixed));
-                kept.middle = detail::values(std::move(middle));
-                kept.activated = detail::values(std::move(activated));
+                kept.mixed = transformer::values(std::move(mixed));
+                kept.middle = transformer::values(std::move(middle));
+                kept.activated = transformer::values(std::move(activated));
             }
         }
         stream = std::move(next);
@@ -235,77 +198,33 @@ parameters<T> gradient(const network<T>& net, const parameters<T>& p, const batc
     using namespace taskvec;
     const shape& s = net.shape;
     const attention_options heads{.batch = b.texts(), .heads = s.heads};
-    const normalization_options eps{.epsilon = s.epsilon};
     const bool dense = record.dense;
-    parameters<T> gradients;
-    // The gradient of a linear layer's input; its parameters' are stored.
-    const auto linear_back = [&](const std::string& name, const row_matrix<T>& input, const row_matrix<T>& dy,
-                                 bool input_wanted = true) {
-        auto g = dense ? linear_vjp(input, p[name + ".weight"], dy, {.x = input_wanted})
-                       : linear_gradient<T>{matmul(dy, p[name + ".weight"]), {}, {}};
-        if (dense) {
-            gradients.insert(name + ".weight", std::move(g.w));
-            gradients.insert(name + ".bias", std::move(g.bias));
-        }
-        return std::move(g.x);
-    };
-    const auto norm_back = [&](const std::string& name, const row_matrix<T>& input, const row_matrix<T>& dy) {
-        auto g = layer_norm_vjp(input, p[name + ".weight"], dy, eps);
-        if (dense) {
-            gradients.insert(name + ".weight", std::move(g.gamma));
-            gradients.insert(name + ".bias", std::move(g.beta));
-        }
-        return std::move(g.x);
-    };
-    const auto adapted_back = [&](const std::string& name, const row_matrix<T>& input, const row_matrix<T>& dy,
-                                  bool input_wanted) {
-        const auto low_rank_back = [&](const auto& layer, const row_matrix<T>& hidden) {
-            auto g = layer.vjp(input, hidden, dy, {.x = input_wanted});
-            gradients.insert(name + ".lora_A", std::move(g.a));
-            gradients.insert(name + ".lora_B", std::move(g.b));
-            return std::move(g.x);
-        };
-        // scaling·x·aᵀ is cheap to compute again.
-        if (const auto* layer = net.linearized.find(name)) {
-            const auto& folded = layer->fold();
-            return low_rank_back(*layer, scale(linear(input, as_row_matrix(folded.a)), static_cast<T>(folded.scaling)));
-        }
-        if (!p.contains(name + ".lora_A")) { return linear_back(name, input, dy, input_wanted); }
-        if (dense) {
-            auto g = linear_vjp(input, p[name + ".weight"], dy, {.x = false});
-            gradients.insert(name + ".weight", std::move(g.w));
-            gradients.insert(name + ".bias", std::move(g.bias));
-        }
-        const lora_layer<T> layer(
-            p[name + ".weight"], p[name + ".bias"], make_lora(p[name + ".lora_B"], p[name + ".lora_A"], net.scaling));
-        return low_rank_back(layer, scale(linear(input, layer.a()), static_cast<T>(layer.adapter().scaling)));
-    };
-
+    transformer::backward_pass<T, network<T>> back(net, p, dense, {.epsilon = s.epsilon});
     row_matrix<T> d_stream = mean_rows_vjp(d_embedding, b.length);
     for (Eigen::Index i = s.layers; i-- > 0;) {
         const std::string layer = layer_name(i);
         const auto& kept = record.layers[static_cast<std::size_t>(i)];
-        const row_matrix<T> d_output = norm_back(layer + "output.LayerNorm", kept.output, d_stream);
-        const row_matrix<T> d_up = gelu_vjp(kept.up, linear_back(layer + "output.dense", kept.activated, d_output));
-        const row_matrix<T> d_middle = d_output + linear_back(layer + "intermediate.dense", kept.middle, d_up);
-        const row_matrix<T> d_attended = norm_back(layer + "attention.output.LayerNorm", kept.attended, d_middle);
+        const row_matrix<T> d_output = back.norm(layer + "output.LayerNorm", kept.output, d_stream);
+        const row_matrix<T> d_up = gelu_vjp(kept.up, back.linear(layer + "output.dense", kept.activated, d_output));
+        const row_matrix<T> d_middle = d_output + back.linear(layer + "intermediate.dense", kept.middle, d_up);
+        const row_matrix<T> d_attended = back.norm(layer + "attention.output.LayerNorm", kept.attended, d_middle);
         const auto d_attention = attention_vjp(
-            kept.q, kept.k, kept.v, linear_back(layer + "attention.output.dense", kept.mixed, d_attended), heads);
+            kept.q, kept.k, kept.v, back.linear(layer + "attention.output.dense", kept.mixed, d_attended), heads);
         const bool further = i > 0 || dense; // is anything trained below?
-        const row_matrix<T> by_query = adapted_back(projection_name(i, "query"), kept.input, d_attention.q, further);
-        const row_matrix<T> by_value = adapted_back(projection_name(i, "value"), kept.input, d_attention.v, further);
-        if (!further) { return gradients; }
+        const row_matrix<T> by_query = back.projection(projection_name(i, "query"), kept.input, d_attention.q, further);
+        const row_matrix<T> by_value = back.projection(projection_name(i, "value"), kept.input, d_attention.v, further);
+        if (!further) { return std::move(back.gradients); }
         d_stream = d_attended + by_query + by_value;
-        d_stream += linear_back(projection_name(i, "key"), kept.input, d_attention.k);
+        d_stream += back.linear(projection_name(i, "key"), kept.input, d_attention.k);
     }
-    const row_matrix<T> d_embedded = norm_back("embeddings.LayerNorm", record.embedded, d_stream);
-    gradients.insert("embeddings.word_embeddings.weight", embedding_vjp(d_embedded, b.ids, s.vocabulary));
-    gradients.insert(
-        "embeddings.position_embeddings.weight", embedding_vjp(d_embedded, detail::positions_of(b), s.positions));
-    gradients.insert("embeddings.token_type_embeddings.weight",
+    const row_matrix<T> d_embedded = back.norm("embeddings.LayerNorm", record.embedded, d_stream);
+    back.gradients.insert("embeddings.word_embeddings.weight", embedding_vjp(d_embedded, b.ids, s.vocabulary));
+    back.gradients.insert(
+        "embeddings.position_embeddings.weight", embedding_vjp(d_embedded, positions_of(b), s.positions));
+    back.gradients.insert("embeddings.token_type_embeddings.weight",
         embedding_vjp(d_embedded, std::vector<std::int64_t>(b.ids.size(), 0),
             p["embeddings.token_type_embeddings.weight"].rows()));
-    return gradients;
+    return std::move(back.gradients);
 }
 
 } // namespace minilm

@@ -3,6 +3,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "../transformer.hpp"
+
 #include <taskvec/core/random.hpp>
 #include <taskvec/jvp/attention.hpp>
 #include <taskvec/jvp/elementwise.hpp>
@@ -104,13 +106,7 @@ parameters<T> initial_adapters(const shape& s, const adapter_shape& adapter, std
     for (Eigen::Index b = 0; b < s.blocks; ++b) {
         for (const char* name : adapted) {
             const std::string prefix = block_name(b) + name;
-            auto& a = p.insert(prefix + ".lora_A", row_matrix<T>(adapter.rank, s.width));
-            const taskvec::random_stream stream(seed, 1, prefix);
-            for (Eigen::Index i = 0; i < a.size(); ++i) {
-                a.data()[i] = static_cast<T>(
-                    stream.normal(static_cast<std::uint64_t>(i)) / std::sqrt(static_cast<double>(s.width)));
-            }
-            p.insert(prefix + ".lora_B", row_matrix<T>::Zero(s.width, adapter.rank));
+            transformer::insert_adapter(p, prefix, s.width, adapter.rank, taskvec::random_stream(seed, 1, prefix));
         }
     }
     return p;
@@ -136,38 +132,6 @@ struct tape {
     row_matrix<T> last{}, pooled{};
 };
 
-namespace detail {
-template <class T>
-row_matrix<T> values(row_matrix<T>&& x)
-{
-    return std::move(x);
-}
-template <class T>
-row_matrix<T> values(taskvec::primal_tangent<T>&& x)
-{
-    return std::move(x).take_primal();
-}
-
-template <class T, class P, class X>
-auto project(const network<T>& net, const P& p, const std::string& name, const X& x)
-    -> decltype(taskvec::linear(x, p[name], p[name]))
-{
-    if (const auto* layer = net.linearized.find(name)) {
-        if constexpr (std::same_as<X, row_matrix<T>>) { return layer->forward(x); }
-        else {
-            // Linear in φ already: a network of these layers is differentiated in its input only.
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapters_differ,
-                "per-layer linearized adapters do not mix with a linearized network");
-        }
-    }
-    if (p.contains(name + ".lora_A")) {
-        return taskvec::lora_linear(x, p[name + ".weight"], p[name + ".bias"], p[name + ".lora_A"], p[name + ".lora_B"],
-            static_cast<T>(net.scaling));
-    }
-    return taskvec::linear(x, p[name + ".weight"], p[name + ".bias"]);
-}
-} // namespace detail
-
 /// Logits, images × classes. `p` is parameters<T> or active_parameters<T> (under jvp() and linearize()); x holds
 /// patches().
 template <class T, class P>
@@ -187,9 +151,9 @@ auto logits(const network<T>& net, const P& p, const row_matrix<T>& x, tape<T>* 
     for (Eigen::Index b = 0; b < s.blocks; ++b) {
         const std::string block = block_name(b);
         auto normed1 = norm(block + "norm1", stream);
-        auto q = detail::project(net, p, block + "query", normed1);
+        auto q = transformer::project(net, p, block + "query", normed1);
         auto k = dense(block + "key", normed1);
-        auto v = detail::project(net, p, block + "value", normed1);
+        auto v = transformer::project(net, p, block + "value", normed1);
         auto mixed = attention(q, k, v, heads);
         auto middle = add(stream, dense(block + "out", mixed));
         auto normed2 = norm(block + "norm2", middle);
@@ -198,17 +162,17 @@ auto logits(const network<T>& net, const P& p, const row_matrix<T>& x, tape<T>* 
         auto next = add(middle, dense(block + "down", activated));
         if (record) {
             auto& kept = record->blocks[static_cast<std::size_t>(b)];
-            kept.input = detail::values(std::move(stream));
-            kept.normed1 = detail::values(std::move(normed1));
-            kept.q = detail::values(std::move(q));
-            kept.k = detail::values(std::move(k));
-            kept.v = detail::values(std::move(v));
-            kept.middle = detail::values(std::move(middle));
-            kept.up = detail::values(std::move(up));
+            kept.input = transformer::values(std::move(stream));
+            kept.normed1 = transformer::values(std::move(normed1));
+            kept.q = transformer::values(std::move(q));
+            kept.k = transformer::values(std::move(k));
+            kept.v = transformer::values(std::move(v));
+            kept.middle = transformer::values(std::move(middle));
+            kept.up = transformer::values(std::move(up));
             if (record->dense) {
-                kept.mixed = detail::values(std::move(mixed));
-                kept.normed2 = detail::values(std::move(normed2));
-                kept.activated = detail::values(std::move(activated));
+                kept.mixed = transformer::values(std::move(mixed));
+                kept.normed2 = transformer::values(std::move(normed2));
+                kept.activated = transformer::values(std::move(activated));
             }
         }
         stream = std::move(next);
@@ -216,8 +180,8 @@ auto logits(const network<T>& net, const P& p, const row_matrix<T>& x, tape<T>* 
     auto pooled = mean_rows(norm("norm", stream), s.tokens());
     auto y = dense("head", pooled);
     if (record) {
-        record->last = detail::values(std::move(stream));
-        record->pooled = detail::values(std::move(pooled));
+        record->last = transformer::values(std::move(stream));
+        record->pooled = transformer::values(std::move(pooled));
     }
     return y;
 }
@@ -232,74 +196,29 @@ parameters<T> gradient(const network<T>& net, const parameters<T>& p, const row_
     const shape& s = net.shape;
     const attention_options heads{.batch = x.rows() / s.tokens(), .heads = s.heads};
     const bool dense = record.dense;
-    parameters<T> gradients;
-    // The gradient of a linear layer's input; its parameters' are stored.
-    const auto linear_back = [&](const std::string& name, const row_matrix<T>& input, const row_matrix<T>& dy,
-                                 bool input_wanted = true) {
-        auto g = input.size() != 0
-            ? linear_vjp(input, p[name + ".weight"], dy, {.x = input_wanted, .w = dense, .bias = dense})
-            : linear_gradient<T>{matmul(dy, p[name + ".weight"]), {}, {}};
-        if (dense) {
-            gradients.insert(name + ".weight", std::move(g.w));
-            gradients.insert(name + ".bias", std::move(g.bias));
-        }
-        return std::move(g.x);
-    };
-    const auto norm_back = [&](const std::string& name, const row_matrix<T>& input, const row_matrix<T>& dy) {
-        auto g = layer_norm_vjp(input, p[name + ".weight"], dy);
-        if (dense) {
-            gradients.insert(name + ".weight", std::move(g.gamma));
-            gradients.insert(name + ".bias", std::move(g.beta));
-        }
-        return std::move(g.x);
-    };
-    const auto adapted_back = [&](const std::string& name, const row_matrix<T>& input, const row_matrix<T>& dy,
-                                  bool input_wanted) {
-        const auto low_rank_back = [&](const auto& layer, const row_matrix<T>& hidden) {
-            auto g = layer.vjp(input, hidden, dy, {.x = input_wanted});
-            gradients.insert(name + ".lora_A", std::move(g.a));
-            gradients.insert(name + ".lora_B", std::move(g.b));
-            return std::move(g.x);
-        };
-        // scaling·x·aᵀ is cheap to compute again.
-        if (const auto* layer = net.linearized.find(name)) {
-            const auto& folded = layer->fold();
-            return low_rank_back(
-                *layer, scale(linear(input, taskvec::as_row_matrix(folded.a)), static_cast<T>(folded.scaling)));
-        }
-        if (!p.contains(name + ".lora_A")) { return linear_back(name, input, dy, input_wanted); }
-        if (dense) {
-            auto g = linear_vjp(input, p[name + ".weight"], dy, {.x = false});
-            gradients.insert(name + ".weight", std::move(g.w));
-            gradients.insert(name + ".bias", std::move(g.bias));
-        }
-        const lora_layer<T> layer(p[name + ".weight"], p[name + ".bias"],
-            taskvec::make_lora(p[name + ".lora_B"], p[name + ".lora_A"], net.scaling));
-        return low_rank_back(layer, scale(linear(input, layer.a()), static_cast<T>(layer.adapter().scaling)));
-    };
-
+    transformer::backward_pass<T, network<T>> back(net, p, dense);
     row_matrix<T> d_stream =
-        norm_back("norm", record.last, mean_rows_vjp(linear_back("head", record.pooled, d_logits), s.tokens()));
+        back.norm("norm", record.last, mean_rows_vjp(back.linear("head", record.pooled, d_logits), s.tokens()));
     for (Eigen::Index b = s.blocks; b-- > 0;) {
         const std::string block = block_name(b);
         const auto& kept = record.blocks[static_cast<std::size_t>(b)];
-        const row_matrix<T> d_up = gelu_vjp(kept.up, linear_back(block + "down", kept.activated, d_stream));
-        d_stream += norm_back(block + "norm2", kept.middle, linear_back(block + "up", kept.normed2, d_up));
+        const row_matrix<T> d_up = gelu_vjp(kept.up, back.linear(block + "down", kept.activated, d_stream));
+        d_stream += back.norm(block + "norm2", kept.middle, back.linear(block + "up", kept.normed2, d_up));
         const auto d_attention =
-            attention_vjp(kept.q, kept.k, kept.v, linear_back(block + "out", kept.mixed, d_stream), heads);
+            attention_vjp(kept.q, kept.k, kept.v, back.linear(block + "out", kept.mixed, d_stream), heads);
         const bool further = b > 0 || dense; // is anything trained below?
-        row_matrix<T> d_normed = adapted_back(block + "query", kept.normed1, d_attention.q, further);
-        const row_matrix<T> from_value = adapted_back(block + "value", kept.normed1, d_attention.v, further);
+        row_matrix<T> d_normed = back.projection(block + "query", kept.normed1, d_attention.q, further);
+        const row_matrix<T> from_value = back.projection(block + "value", kept.normed1, d_attention.v, further);
         if (!further) { break; }
         d_normed += from_value;
-        d_normed += linear_back(block + "key", kept.normed1, d_attention.k);
-        d_stream += norm_back(block + "norm1", kept.input, d_normed);
+        d_normed += back.linear(block + "key", kept.normed1, d_attention.k);
+        d_stream += back.norm(block + "norm1", kept.input, d_normed);
     }
     if (dense) {
-        gradients.insert("positions", add_bias_vjp(d_stream, s.tokens()));
-        (void)linear_back("embed", x, d_stream, false);
+        back.gradients.insert("positions", add_bias_vjp(d_stream, s.tokens()));
+        (void)back.linear("embed", x, d_stream, false);
     }
-    return gradients;
+    return std::move(back.gradients);
 }
 
 } // namespace vit
