@@ -2339,34 +2339,34 @@ struct option_row {
     }
 };
 
-/// The weights of the tasks: one for each, or none for all 1.
+/// A list with an entry for each task. `each_of`: what an entry is, "weight", or the row that holds for all tasks.
 template <class Options>
-[[nodiscard]] constexpr option_row<Options, std::vector<double>> weights_row(
-    std::vector<double> Options::* member, std::string_view meaning = "one for each task, or none for all 1")
+[[nodiscard]] constexpr option_row<Options, std::vector<double>> task_row(
+    std::string_view name, std::vector<double> Options::* member, std::string_view each_of, std::string_view meaning)
 {
-    option_row<Options, std::vector<double>> row("weights", member, meaning);
+    option_row<Options, std::vector<double>> row(name, member, meaning);
     row.per_task = true;
-    row.each_of = "weight";
+    row.each_of = each_of;
     return row;
 }
-
+/// The weights of the tasks: one for each, or none for all 1.
+template <class Options>
+[[nodiscard]] constexpr auto weights_row(
+    std::vector<double> Options::* member, std::string_view meaning = "one for each task, or none for all 1")
+{
+    return task_row("weights", member, "weight", meaning);
+}
 /// A density of each task, where they differ.
 template <class Options>
-[[nodiscard]] constexpr option_row<Options, std::vector<double>> densities_row(std::vector<double> Options::* member)
+[[nodiscard]] constexpr auto densities_row(std::vector<double> Options::* member)
 {
-    option_row<Options, std::vector<double>> row("densities", member, "density of each task, or none for one of all");
-    row.per_task = true;
-    row.each_of = "density";
-    return row;
+    return task_row("densities", member, "density", "density of each task, or none for one of all");
 }
 /// The share of outliers of each task, where they differ.
 template <class Options>
-[[nodiscard]] constexpr option_row<Options, std::vector<double>> gammas_row(std::vector<double> Options::* member)
+[[nodiscard]] constexpr auto gammas_row(std::vector<double> Options::* member)
 {
-    option_row<Options, std::vector<double>> row("gammas", member, "gamma of each task, or none for one of all");
-    row.per_task = true;
-    row.each_of = "gamma";
-    return row;
+    return task_row("gammas", member, "gamma", "gamma of each task, or none for one of all");
 }
 
 /// The options of a struct that is a member: its rows stand in the owner's table as if they were the owner's, all but

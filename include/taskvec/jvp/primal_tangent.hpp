@@ -5,10 +5,6 @@
 #include <taskvec/core/error.hpp>
 #include <taskvec/jvp/dual.hpp>
 
-#if !__has_include(<Eigen/Core>)
-#error "this header of taskvec needs Eigen 3.4 or later (Debian: libeigen3-dev, with -I /usr/include/eigen3)"
-#include "taskvec: the error above ends the compilation"
-#endif
 #include <Eigen/Core>
 
 #include <cmath>
