@@ -612,16 +612,6 @@ public:
     [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
     /// Entries of factors that became the largest number of their dtype (overflow::saturate).
     [[nodiscard]] std::uint64_t saturated() const noexcept { return saturated_; }
-    /// All temporary files, and before them the directories that were made for them, for whoever must remove them when
-    /// no destructor can run.
-    [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
-    {
-        auto result = folder_->made();
-        for (auto path : {folder_->lock_file(), model_->temporary(), settings_->temporary()}) {
-            if (!path.empty()) { result.push_back(std::move(path)); }
-        }
-        return result;
-    }
 
 private:
     std::optional<output_directory> folder_; // before the files in it, so that it outlives them
