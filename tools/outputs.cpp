@@ -10,8 +10,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
-#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -135,27 +133,12 @@ void claim_report(const run_options& options)
     for (const auto& output : outputs) { note_left_overs(options, output.first); }
 }
 
-namespace {
-
-/// Whether a name is that of a temporary file or directory whose process is no more.
-bool is_left_over(std::string_view name)
-{
-    constexpr std::string_view prefix = ".taskvec-";
-    if (!name.starts_with(prefix) || !name.ends_with(".tmp")) { return false; }
-    name.remove_prefix(prefix.size());
-    int process = 0;
-    const auto [end, failure] = std::from_chars(name.data(), name.data() + name.size(), process);
-    return failure == std::errc{} && process > 0 && *end == '-' && ::kill(process, 0) != 0 && errno == ESRCH;
-}
-
-} // namespace
-
 std::vector<fs::path> left_overs(const fs::path& directory, std::error_code& failure)
 {
     std::vector<fs::path> found;
     failure.clear();
     for (fs::directory_iterator it(directory, failure), end; !failure && it != end; it.increment(failure)) {
-        if (is_left_over(it->path().filename().string())) { found.push_back(it->path()); }
+        if (taskvec::is_left_over(it->path().filename().string())) { found.push_back(it->path()); }
     }
     std::sort(found.begin(), found.end());
     return found;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -664,10 +665,29 @@ namespace detail {
     return names;
 }
 
+/// The process that gave a temporary name; 0 where it is none.
+[[nodiscard]] inline int process_of_temporary(std::string_view name) noexcept
+{
+    constexpr std::string_view prefix = ".taskvec-";
+    if (!name.starts_with(prefix) || !name.ends_with(".tmp")) { return 0; }
+    name.remove_prefix(prefix.size());
+    int process = 0;
+    const auto [end, failure] = std::from_chars(name.data(), name.data() + name.size(), process);
+    return failure == std::errc{} && *end == '-' ? process : 0;
+}
+
 /// What follows the name of an old file that has gone aside, and that of a new file where there was no old one.
 inline constexpr std::string_view put_aside_ending = ".old", was_not_there_ending = ".new";
 
 } // namespace detail
+
+/// Whether a name is that of a temporary file or directory (`.taskvec-<process>-….tmp`) whose process is no more on
+/// this machine.
+[[nodiscard]] inline bool is_left_over(std::string_view name) noexcept
+{
+    const auto process = detail::process_of_temporary(name);
+    return process > 0 && ::kill(static_cast<pid_t>(process), 0) != 0 && errno == ESRCH;
+}
 
 /// Brings a directory back to what it was before a writer that replaced its files one by one was killed: where new
 /// files were still to come, the old ones, which had gone aside, return. Returns the names that did. `lock`: on the
@@ -677,11 +697,8 @@ inline std::vector<std::string> finish_replacements(
 {
     std::vector<std::string> returned;
     for (const auto& name : detail::names_in(directory)) {
-        if (!name.native().starts_with(".taskvec-") || name.native().find("-directory-") == std::string::npos) {
-            continue;
-        }
-        const long process = std::strtol(name.c_str() + std::strlen(".taskvec-"), nullptr, 10);
-        if (process != ::getpid() && (::kill(static_cast<pid_t>(process), 0) == 0 || errno != ESRCH)) { continue; }
+        const bool dead = is_left_over(name.native()) || detail::process_of_temporary(name.native()) == ::getpid();
+        if (!dead || name.native().find("-directory-") == std::string::npos) { continue; }
         const auto folder = directory / name;
         struct stat status{};
         if (::lstat(folder.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) { continue; }
@@ -695,20 +712,20 @@ inline std::vector<std::string> finish_replacements(
             to_come = to_come || (!old && !mark);
         }
         if (aside.empty() && added.empty()) { continue; } // nothing was moved yet
-        for (const auto& mark : added) {
-            const auto plain = mark.substr(0, mark.size() - detail::was_not_there_ending.size());
-            if (to_come) { ::unlink((directory / plain).c_str()); }
-        }
-        // The first to go and the last to come comes back last here too.
-        for (const auto& old : aside) {
-            if (!to_come) { break; }
-            auto plain = old.substr(0, old.size() - detail::put_aside_ending.size());
-            if (::rename((folder / old).c_str(), (directory / plain).c_str()) != 0) {
-                detail::raise_io(directory / plain, "cannot be given back what a killed run put aside", errno);
+        if (to_come) {
+            for (const auto& mark : added) {
+                const auto plain = mark.substr(0, mark.size() - detail::was_not_there_ending.size());
+                ::unlink((directory / plain).c_str());
             }
-            returned.push_back(std::move(plain));
+            for (const auto& old : aside) { // the first to go and the last to come comes back last here too
+                auto plain = old.substr(0, old.size() - detail::put_aside_ending.size());
+                if (::rename((folder / old).c_str(), (directory / plain).c_str()) != 0) {
+                    detail::raise_io(directory / plain, "cannot be given back what a killed run put aside", errno);
+                }
+                returned.push_back(std::move(plain));
+            }
+            detail::synchronise_directory(directory);
         }
-        if (to_come) { detail::synchronise_directory(directory); }
         detail::remove_tree(AT_FDCWD, folder.c_str());
     }
     return returned;
