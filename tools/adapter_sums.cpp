@@ -219,7 +219,7 @@ void adapter_sum::add(
         about.greatest_rank = std::max(about.greatest_rank, rank);
     }
     facts_.push_back(about);
-    const std::string base_label = "'" + how.base_path.string() + "'";
+    const std::string base_label = in_quotes(how.base_path);
     taskvec::add_adapter(changes_, base_, read, match, how.subtract ? -argument.weight : argument.weight,
         {.conv1d = how.fan_in_fan_out || has_conv1d(config_beside(how.base_path)), .label = base_label});
 }

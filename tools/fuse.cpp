@@ -42,7 +42,7 @@ void run_fuse(const fuse_settings& given)
     }
     tool::check_patterns(request.exclude, "--exclude", names, "tensor of '" + request.base + "' and the adapters");
     options.base_label = "'" + request.base + "'";
-    options.labels = {arguments.size() == 1 ? "'" + arguments[0].path.string() + "'" : std::string("the adapters")};
+    options.labels = {arguments.size() == 1 ? tool::in_quotes(arguments[0].path) : std::string("the adapters")};
     const bool directory = tool::out_is_directory(request.out, request.base, !request.shard_size.empty());
     tool::claim_output(request.out, "--out", directory ? tool::output_kind::directory : tool::output_kind::model);
     tool::claim_report(request.run);

@@ -3,6 +3,7 @@
 #include "adapters.hpp"
 #include "decompose.hpp"
 #include "methods.hpp"
+#include "words.hpp"
 
 #include <taskvec/adapters/merge_ties.hpp>
 #include <taskvec/adapters/phi_space.hpp>
@@ -78,7 +79,7 @@ public:
     [[nodiscard]] std::vector<std::string> labels() const
     {
         std::vector<std::string> labels;
-        for (const auto& argument : arguments_) { labels.push_back("'" + argument.path.string() + "'"); }
+        for (const auto& argument : arguments_) { labels.push_back(tool::in_quotes(argument.path)); }
         return labels;
     }
 

@@ -131,7 +131,7 @@ taskvec::checkpoint open_noted(
     auto model = open_guarded(path, index == "lenient" ? taskvec::index_check::lenient : taskvec::index_check::strict);
     for (const auto& text : model.notes()) { note(run, text); }
     if (!rules.empty()) { check_readable(model, {}); } // its parts would go by other names than their layer
-    if (!rules.empty()) { model.set_model(renamed(model.model(), rules, "'" + path.string() + "'")); }
+    if (!rules.empty()) { model.set_model(renamed(model.model(), rules, in_quotes(path))); }
     return model;
 }
 
@@ -191,11 +191,6 @@ const std::vector<name_rule>& rules_of(const model_request& request, const std::
 bool computes(taskvec::dtype type)
 {
     return taskvec::is_storage(type) || taskvec::is_fp8(type);
-}
-
-std::string in_quotes(const fs::path& path)
-{
-    return "'" + path.string() + "'";
 }
 
 } // namespace

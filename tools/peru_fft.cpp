@@ -72,7 +72,7 @@ void run_peru_fft(const tool::merge_request& request)
         const auto& task = inputs.arguments()[t];
         deltas.push_back(
             std::make_unique<tool::delta_output>(folder.path() / (task.name + ".delta.safetensors"), stamp));
-        how.labels = {"'" + task.path.string() + "'"};
+        how.labels = {tool::in_quotes(task.path)};
         const bool whole = how.on_missing == taskvec::missing_tensors::error;
         const auto model =
             whole ? inputs.task_models()[t] : taskvec::completed(inputs.task_models()[t], inputs.base_model());

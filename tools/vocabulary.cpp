@@ -31,11 +31,6 @@ constexpr const char* tokenizer_name = "tokenizer.json";
     taskvec::raise<taskvec::format_error>(taskvec::error_code::tokenizer, what, file.string());
 }
 
-std::string quoted(const fs::path& path)
-{
-    return "'" + path.string() + "'";
-}
-
 /// The tokenizer.json beside a model's weights: in its directory, or beside a file that is a directory's whole model.
 fs::path tokenizer_of(const fs::path& model)
 {
@@ -686,8 +681,8 @@ bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string
         else {
             taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
                 taskvec::message("--vocabulary union: token '", printable(token.text), "' of ",
-                    quoted(members_[token.from].tokenizer), " cannot be added to the ", first.tokens.model,
-                    " vocabulary of ", quoted(first.tokenizer),
+                    in_quotes(members_[token.from].tokenizer), " cannot be added to the ", first.tokens.model,
+                    " vocabulary of ", in_quotes(first.tokenizer),
                     ", whose ids are places in a list: use --vocabulary base, or --copy-from with a tokenizer of "
                     "your own"));
         }

@@ -78,6 +78,11 @@ std::string counted(std::uint64_t count, const std::string& noun)
     return grouped(count) + " " + (noun.ends_with("ry") ? noun.substr(0, noun.size() - 1) + "ies" : noun + "s");
 }
 
+std::string in_quotes(const std::filesystem::path& path)
+{
+    return "'" + path.string() + "'";
+}
+
 std::string printable(std::string_view text)
 {
     std::string result;
