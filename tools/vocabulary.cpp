@@ -645,6 +645,18 @@ std::pair<std::string, std::string> parts_of_merge(const large_json& merge)
                               : std::pair(text.substr(0, space), text.substr(space + 1));
 }
 
+/// Of the pieces of a Unigram vocabulary; 0 where none is below.
+double least_score(const large_json& pieces)
+{
+    double least = 0;
+    for (const auto& piece : pieces) {
+        if (piece.is_array() && piece.size() == 2 && piece[1].is_number()) {
+            least = std::min(least, piece[1].get<double>());
+        }
+    }
+    return least;
+}
+
 } // namespace
 
 /// Puts new tokens into a tokenizer: those that a donor's added_tokens describe there (and into `added`), others into
@@ -657,6 +669,7 @@ bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string
     auto& descriptions = tokenizer["added_tokens"];
     if (!descriptions.is_array()) { descriptions = large_json::array(); }
     std::set<std::size_t> donors;
+    std::optional<double> least;
     for (std::size_t i = 0; i < new_tokens_.size(); ++i) {
         const auto& token = new_tokens_[i];
         const auto id = first.tokens.size() + i;
@@ -670,13 +683,8 @@ bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string
         if (model["vocab"].is_object()) { model["vocab"][token.text] = id; }
         else if (model["vocab"].is_array() && model["vocab"].size() == id) {
             // A Unigram piece of the least score: texts keep their segmentations where they can.
-            double least = 0;
-            for (const auto& piece : model["vocab"]) {
-                if (piece.is_array() && piece.size() == 2 && piece[1].is_number()) {
-                    least = std::min(least, piece[1].get<double>());
-                }
-            }
-            model["vocab"].push_back(large_json::array({token.text, least}));
+            if (!least) { least = least_score(model["vocab"]); }
+            model["vocab"].push_back(large_json::array({token.text, *least}));
         }
         else {
             taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
