@@ -57,11 +57,20 @@ struct page {
     bool needs_base = true, weighted = true;
     std::vector<taskvec::option_description> options;
     std::vector<tool::list_option> lists;
+    std::vector<std::string> aliases{};
 };
+
+/// " `--method linear` is the same.": nothing where there is no other name.
+std::string aliases_of(const page& one, const std::string& quote)
+{
+    std::string text;
+    for (const auto& alias : one.aliases) { text += (text.empty() ? "" : ", ") + quote + "--method " + alias + quote; }
+    return text.empty() ? text : " The same: " + text + ".";
+}
 
 std::string markdown_of(const page& one)
 {
-    std::string text = "\n## " + one.name + "\n\n" + one_line(one.line) + ".\n";
+    std::string text = "\n## " + one.name + "\n\n" + one_line(one.line) + "." + aliases_of(one, "`") + "\n";
     if (one.options.empty() && one.lists.empty()) { return text; }
     std::string rows;
     for (const auto& option : one.options) {
@@ -77,7 +86,8 @@ std::string markdown_of(const page& one)
 
 std::string plain_of(const page& one)
 {
-    std::string text = one.name + ": " + one_line(one.line) + "\n";
+    const auto aliases = aliases_of(one, "");
+    std::string text = one.name + ": " + one_line(one.line) + (aliases.empty() ? "" : "." + aliases) + "\n";
     for (const auto& option : one.options) {
         if (option.per_task) { continue; }
         const auto values = values_of(option);
@@ -92,7 +102,8 @@ std::vector<page> pages()
 {
     std::vector<page> list;
     for (const auto& entry : tool::all_methods()) {
-        list.push_back({entry.name, entry.line, entry.needs_base, entry.weighted, entry.options, entry.lists});
+        list.push_back(
+            {entry.name, entry.line, entry.needs_base, entry.weighted, entry.options, entry.lists, entry.aliases});
     }
     return list;
 }
@@ -100,8 +111,9 @@ std::vector<page> pages()
 void list_methods(const list_methods_settings& given)
 {
     std::string text;
+    const auto* const chosen = tool::method_named(given.method);
     for (const auto& one : pages()) {
-        if (!given.method.empty() && one.name != given.method) { continue; }
+        if (!given.method.empty() && (!chosen || one.name != chosen->name)) { continue; }
         text += given.markdown ? markdown_of(one) : (text.empty() ? "" : "\n") + plain_of(one);
     }
     if (text.empty()) { throw tool::usage_error("'" + given.method + "' is none of the methods"); }

@@ -6,6 +6,6 @@
 namespace {
 
 const tool::register_method<taskvec::average_options> average(
-    "average", "weighted mean of the models; needs no --base", 10, {.needs_base = false});
+    "average", "weighted mean of the models; needs no --base", 10, {.needs_base = false, .aliases = {"linear"}});
 
 } // namespace

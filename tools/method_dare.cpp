@@ -5,7 +5,8 @@
 
 namespace {
 
-const tool::register_method<taskvec::dare_options> dare(
-    "dare", "keep entries with probability --density ({density}), rescale, then as task arithmetic", 40);
+const tool::register_method<taskvec::dare_options> dare("dare",
+    "keep entries with probability --density ({density}), rescale, then as task arithmetic", 40,
+    {.aliases = {"dare-linear"}});
 
 } // namespace

@@ -7,6 +7,6 @@ namespace {
 
 const tool::register_method<taskvec::multi_slerp_options> multi_slerp("multi-slerp",
     "mean direction of the tasks at their mean length, or with --base of their task vectors", 84,
-    {.needs_base = false});
+    {.needs_base = false, .aliases = {"multislerp"}});
 
 } // namespace

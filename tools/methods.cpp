@@ -182,6 +182,14 @@ const std::vector<method_entry>& all_methods()
     return methods();
 }
 
+const method_entry* method_named(std::string_view name)
+{
+    for (const auto& entry : all_methods()) {
+        if (entry.name == name || std::count(entry.aliases.begin(), entry.aliases.end(), name)) { return &entry; }
+    }
+    return nullptr;
+}
+
 std::vector<described> method_tables()
 {
     std::vector<described> tables;
@@ -301,7 +309,11 @@ void add_method_option(command& verb, merge_request& request, presence how, cons
 {
     std::vector<std::string> names;
     for (const auto& entry : all_methods()) { names.push_back(entry.name); }
+    for (const auto& entry : all_methods()) { names.insert(names.end(), entry.aliases.begin(), entry.aliases.end()); }
     verb.word("--method", request.method, names, "METHOD", help, false, how);
+    verb.after_parse([&request](const std::vector<std::pair<std::string, std::string>>&) {
+        if (const auto* entry = method_named(request.method)) { request.method = entry->name; }
+    });
 }
 
 std::string method_list()
@@ -310,7 +322,9 @@ std::string method_list()
     for (const auto& entry : all_methods()) { width = std::max(width, entry.name.size() + 2); }
     std::string text;
     for (const auto& entry : all_methods()) {
-        text += "  " + entry.name + std::string(width - entry.name.size(), ' ') + entry.line + "\n";
+        text += "  " + entry.name + std::string(width - entry.name.size(), ' ') + entry.line;
+        for (const auto& alias : entry.aliases) { text += " (also: " + alias + ")"; }
+        text += "\n";
     }
     return text;
 }
@@ -347,10 +361,8 @@ void check_options(const merge_request& request, const std::string& who, const d
 
 const method_entry& find_method(const merge_request& request)
 {
-    const auto& list = all_methods();
-    const auto place =
-        std::find_if(list.begin(), list.end(), [&](const method_entry& entry) { return entry.name == request.method; });
-    if (place == list.end()) { throw usage_error("--method '" + request.method + "' is unknown"); }
+    const auto* const place = method_named(request.method);
+    if (!place) { throw usage_error("--method '" + request.method + "' is unknown"); }
     const std::string who = "--method " + place->name;
     if (place->needs_base && request.base.empty()) { throw usage_error("--base is required by " + who); }
     std::vector<std::string> lists;

@@ -37,6 +37,8 @@ struct described {
 };
 /// All methods, by place.
 [[nodiscard]] const std::vector<method_entry>& all_methods();
+/// The method of this name or alias; nullptr where there is none.
+[[nodiscard]] const method_entry* method_named(std::string_view name);
 /// Their tables.
 [[nodiscard]] std::vector<described> method_tables();
 

@@ -411,6 +411,13 @@ private:
             if (method.theirs == name) { method_ = &method; }
         }
         at_method_ = one->value;
+        auto ours = name; // the names of --method do as well
+        std::replace(ours.begin(), ours.end(), '_', '-');
+        if (const auto* entry = tool::method_named(ours); entry && !method_) {
+            for (const auto& method : methods_of_mergekit()) {
+                if (method.ours == entry->name) { method_ = &method; }
+            }
+        }
         if (name == "della" || name == "della_linear" || name == "arcee_fusion") {
             where_.fail(one->value, "merge_method '" + name + "' is one of mergekit's that taskvec lacks");
         }

@@ -61,3 +61,48 @@ TEST_CASE("options that only C++ had are options of the command line")
         CHECK(report.find(part) != std::string::npos);
     }
 }
+
+TEST_CASE("mergekit's names of methods do what ours do, and reports say ours")
+{
+    const scratch folder;
+    const auto base = sample_base();
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "a.safetensors", sample_task(base, 2));
+    write_values(folder / "b.safetensors", sample_task(base, 3));
+    const auto by = [&](std::vector<std::string> words) {
+        words.insert(words.end(),
+            {"--base", "base.safetensors", "--task", "a.safetensors", "--task", "b.safetensors=0.5", "--out", "o",
+                "--report", "r.json"});
+        std::filesystem::remove_all(folder / "o");
+        const auto done = run(folder, words);
+        CAPTURE(words[2]);
+        CAPTURE(done.err);
+        CHECK(done.code == 0);
+    };
+    const std::vector<std::pair<std::string, std::string>> names{
+        {"linear", "average"}, {"multislerp", "multi-slerp"}, {"dare-linear", "dare"}};
+    for (const auto& [alias, name] : names) {
+        CAPTURE(alias);
+        by({"merge", "--method", name});
+        const auto expected = slurp(folder / "o");
+        by({"merge", "--method", alias});
+        CHECK(slurp(folder / "o") == expected);
+        CHECK(slurp(folder / "r.json").find("\"method\": \"" + name + "\"") != std::string::npos);
+        by({"peru-fft", "--method", alias, "--density", "0.1"});
+        CHECK(slurp(folder / "o/merged.safetensors") == expected);
+        CHECK(slurp(folder / "r.json").find("\"method\": \"" + name + "\"") != std::string::npos);
+        const auto listed = run(folder, {"methods", "--method", alias});
+        CHECK(listed.out == run(folder, {"methods", "--method", name}).out);
+        CHECK(listed.out.find("The same: --method " + alias + ".") != std::string::npos);
+        CHECK(run(folder, {"completion", "bash"}).out.find(" " + alias) != std::string::npos);
+    }
+    const auto swept = run(folder,
+        {"sweep", "--method", "dare-linear", "--densities", "0.5", "--base", "base.safetensors", "--task",
+            "a.safetensors", "--score", "true {}; echo 1", "--csv", "s.csv", "--report", "r.json"});
+    CAPTURE(swept.err);
+    CHECK(swept.code == 0);
+    CHECK(slurp(folder / "r.json").find("\"method\": \"dare\"") != std::string::npos);
+    const auto wrong = run(folder, {"merge", "--method", "linea", "--task", "a.safetensors", "--out", "o"});
+    CHECK(wrong.code == 2);
+    CHECK(wrong.err.find("linear") != std::string::npos);
+}

@@ -119,6 +119,9 @@ TEST_CASE("a configuration is the command line that says the same, bit for bit")
         return m.result("merge_method: " + method + "\nbase_model: base\n" + tasks + parameters);
     };
     CHECK(same(m.result("merge_method: linear\n" + tasks), line("average", {}, false)));
+    CHECK(same(m.result("merge_method: average\n" + tasks), line("average", {}, false)));
+    CHECK(same(m.result("merge_method: dare-linear\nbase_model: base\n" + tasks),
+        m.result("merge_method: dare_linear\nbase_model: base\n" + tasks)));
     CHECK(same(m.result("merge_method: linear\n" + tasks + "parameters:\n  normalize: false\n"),
         line("average", {"--unnormalized"}, false)));
     CHECK(same(config("task_arithmetic", "parameters: {lambda: 0.6, int8_mask: true}\n"),

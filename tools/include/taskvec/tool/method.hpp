@@ -89,6 +89,7 @@ struct method_details {
     bool needs_base = true;
     std::string without_weights = "leave the weight out"; ///< the mend for a task's weight, where the table has no row
     std::vector<list_option> lists{};
+    std::vector<std::string> aliases{}; ///< other names that --method takes, mergekit's; reports say the method's own
     /// Checks what needs no models.
     void (*check)(const merge_request&) = nullptr;
     /// Opens what is read beside the models, and points the options to it.
@@ -100,6 +101,7 @@ struct method_details {
 /// A method without its type.
 struct method_entry {
     std::string name, line;
+    std::vector<std::string> aliases;
     int place = 0;
     bool needs_base = true, weighted = false;
     std::string without_weights;
@@ -180,6 +182,7 @@ public:
         }
         entry.line = std::move(line);
         entry.lists = std::move(details.lists);
+        entry.aliases = std::move(details.aliases);
         entry.check = details.check;
         entry.check_values = [](const option_values& values) {
             Options options{};
