@@ -10,14 +10,16 @@
 #include <iostream>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 namespace {
 
 struct extract_lora_settings : tool::adapter_settings {
-    std::string base, task;
+    std::string base, task, adapter; ///< the fine-tuned model: stored, or an adapter on the base
     tool::rank_settings rank;
     bool randomized = false, fan_in_fan_out = false;
     std::uint64_t seed = 0;
@@ -65,8 +67,16 @@ std::vector<std::string> list_of(const Names& entries)
     return names;
 }
 
+/// What the two models differ by, for messages.
+std::string label_of_task(const extract_lora_settings& given)
+{
+    return given.adapter.empty() ? tool::in_quotes(given.task)
+                                 : tool::in_quotes(given.adapter) + " on " + tool::in_quotes(given.base);
+}
+
 template <class T>
-void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& base, const taskvec::checkpoint& tuned)
+void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& base,
+    const taskvec::const_model_ref& tuned, std::uint64_t task_bytes)
 {
     const tool::runner run(given.run);
     auto report = tool::open_report(given);
@@ -75,15 +85,16 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
             : given.randomized                  ? way::randomized
                                                 : way::exactly,
         given.seed};
-    auto found = taskvec::extract_lora<T>(run.policy(), base.model(), tuned.model(),
+    auto found = taskvec::extract_lora<T>(run.policy(), base.model(), tuned,
         {.rank = given.rank.choice(),
             .include = tool::name_filter(given.include, given.exclude),
             .base_label = "'" + given.base + "'",
-            .tuned_label = "'" + given.task + "'"},
+            .tuned_label = label_of_task(given)},
         how);
     if (found.adapter.empty()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
-            taskvec::message("'", given.base, "' and '", given.task, "' do not differ in any 2-D '*.weight' tensor",
+            taskvec::message("'", given.base, "' and ", label_of_task(given),
+                " do not differ in any 2-D '*.weight' tensor",
                 given.include.empty() && given.exclude.empty() ? "" : " that is looked at",
                 ": there is nothing to extract an adapter from"));
     }
@@ -137,14 +148,15 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     std::error_code ignored;
     if (tool::fs::is_directory(given.base, ignored)) { adapter.config["base_model_name_or_path"] = given.base; }
 
-    nlohmann::ordered_json content{
-        {"base", given.base}, {"task", given.task}, {"method", given.randomized ? "randomized" : "exact"}};
+    nlohmann::ordered_json content{{"base", given.base},
+        {given.adapter.empty() ? "task" : "task_adapter", given.adapter.empty() ? given.task : given.adapter},
+        {"method", given.randomized ? "randomized" : "exact"}};
     tool::add_result(content, found);
     content["unchanged"] = found.unchanged;
     content["left_out"] = found.left_out;
     content["left_out_norm"] = std::sqrt(found.left_out_squared_norm);
     content["embeddings"] = adapter.embeddings;
-    tool::write_adapter(given, run, report, adapter, std::move(content), base.data_bytes() + tuned.data_bytes(),
+    tool::write_adapter(given, run, report, adapter, std::move(content), base.data_bytes() + task_bytes,
         "extracted '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer") + " at "
             + given.rank.words() + ", " + tool::grouped(found.parameters()) + " parameters, relative error "
             + tool::percent(found.relative_error()) + also);
@@ -184,17 +196,49 @@ void run_extract_lora(extract_lora_settings given)
     }
     if (given.run.device != "cpu") { throw tool::usage_error("extract-lora runs on the cpu; leave --device out"); }
     (void)given.rank.choice();
+    if (given.task.empty() == given.adapter.empty()) {
+        throw tool::usage_error(given.task.empty() ? "--task or --task-adapter is required: what was fine-tuned"
+                                                   : "--task and --task-adapter: give one of the two");
+    }
     const auto rules = [&](const std::string& model) {
         const auto place = given.names.find(model);
         return place == given.names.end() ? std::vector<tool::name_rule>() : place->second;
     };
     const auto base = tool::open_noted(given.base, given.run, given.index, rules(""));
-    auto tuned = tool::open_noted(given.task, given.run, given.index, rules(given.task));
     const auto include = tool::name_filter(given.include, given.exclude);
-    for (const auto* model : {&base, static_cast<const taskvec::checkpoint*>(&tuned)}) {
-        tool::check_readable(*model, include);
+    tool::check_readable(base, include);
+    std::optional<taskvec::checkpoint> stored;
+    std::optional<tool::adapter_sum> sum;
+    std::vector<std::unique_ptr<taskvec::operand_source>> sources;
+    taskvec::const_model_ref tuned;
+    std::uint64_t task_bytes = 0;
+    bool wide = tool::holds_f64(base);
+    if (given.adapter.empty()) {
+        stored.emplace(tool::open_noted(given.task, given.run, given.index, rules(given.task)));
+        tool::check_readable(*stored, include);
+        line_up(given, base, *stored);
+        tuned = stored->model();
+        task_bytes = stored->data_bytes();
+        wide = wide || tool::holds_f64(*stored);
     }
-    line_up(given, base, tuned);
+    else {
+        if (!rules(given.adapter).empty()) {
+            throw tool::usage_error("--rename and --map have no meaning for --task-adapter '" + given.adapter
+                + "', whose modules are lined up with the base by themselves");
+        }
+        sum.emplace(std::vector{tool::parse_task(given.adapter, "--task-adapter")}, base,
+            tool::adapter_sum::settings{.base_path = given.base,
+                .include = include,
+                .fan_in_fan_out = given.fan_in_fan_out,
+                .may_untie = false},
+            given.run);
+        tuned = base.model();
+        sources = sum->changes().put_into(tuned);
+        task_bytes = sum->bytes();
+        wide = wide || std::any_of(sources.begin(), sources.end(), [](const auto& source) {
+            return source->type() == taskvec::dtype::f64;
+        });
+    }
     const auto names = list_of(base.model());
     tool::check_patterns(given.include, "--include", names, "tensor of '" + given.base + "'");
     tool::check_patterns(given.exclude, "--exclude", names, "tensor of '" + given.base + "'");
@@ -206,15 +250,16 @@ void run_extract_lora(extract_lora_settings given)
         }
     }
     tool::check_patterns(given.embedding, "--embedding", list_of(modules), "module of '" + given.base + "'");
-    tool::in_precision(tool::holds_f64(base) || tool::holds_f64(tuned),
-        [&]<class T>(std::type_identity<T>) { extract_as<T>(given, base, tuned); });
+    tool::in_precision(wide, [&]<class T>(std::type_identity<T>) { extract_as<T>(given, base, tuned, task_bytes); });
 }
 
 const tool::register_verb extract_lora_verb(70, "extract-lora",
     "Make a LoRA adapter of what fine-tuning changed in a model's 2-D weights", [](tool::command& verb) {
         const auto given = std::make_shared<extract_lora_settings>();
         verb.text("--base", given->base, "MODEL", "The pre-trained model", tool::presence::required);
-        verb.text("--task", given->task, "MODEL", "The fine-tuned model", tool::presence::required);
+        verb.text("--task", given->task, "MODEL", "The fine-tuned model");
+        verb.text("--task-adapter", given->adapter, "PATH[=W]",
+            "In its place an adapter of any dialect or kind: what W times it (default 1) makes of the base");
         verb.text("--out", given->out, "DIR", "Where the adapter goes, a PEFT directory", tool::presence::required);
         tool::add_rank_options(verb, given->rank);
         verb.flag("--randomized", given->randomized,

@@ -5615,20 +5615,31 @@ public:
             const aligned_tensor& tensor = models.tensors()[i];
             const auto place = changes_.find(tensor.name);
             if (place == changes_.end()) { continue; }
-            const auto& list = place->second;
-            const aligned_tensor::operand from = tensor.tasks[task];
-            const auto [rows, columns] = sides(tensor.shape, tensor.size);
-            const bool wide = from.dtype == dtype::f64 || std::any_of(list.begin(), list.end(), [](const auto& change) {
-                return change.wide || (!change.is_update() && change.saved.dtype == dtype::f64);
-            });
-            if (wide) {
-                sources.push_back(std::make_unique<adapted_weight<double>>(tensor.name, from, rows, columns, list));
-            }
-            else {
-                sources.push_back(std::make_unique<adapted_weight<float>>(tensor.name, from, rows, columns, list));
-            }
+            sources.push_back(
+                source_of(tensor.name, tensor.tasks[task], sides(tensor.shape, tensor.size), place->second));
             models.compute(task, i, *sources.back());
         }
+        return sources;
+    }
+    /// Makes `model`, the base's tensors, have the changed ones: each names a source that works it out as F32 (F64
+    /// where the base or a change is F64) whenever it is read. The sources outlive the model's readers. For algorithms
+    /// that read models tensor by tensor, as extract_lora() does.
+    [[nodiscard]] std::vector<std::unique_ptr<operand_source>> put_into(const_model_ref& model) const
+    {
+        std::vector<std::unique_ptr<operand_source>> sources;
+        const_model_ref changed;
+        for (const auto& [name, tensor] : model) {
+            const auto place = changes_.find(name);
+            if (place == changes_.end()) {
+                changed.insert(name, const_tensor_ref(tensor));
+                continue;
+            }
+            sources.push_back(source_of(name, {static_cast<const std::byte*>(tensor.data), tensor.dtype, tensor.source},
+                sides(tensor), place->second));
+            changed.insert(
+                name, {nullptr, sources.back()->type(), tensor.shape, {}, memory_space::host, 0, sources.back().get()});
+        }
+        model = std::move(changed);
         return sources;
     }
 
@@ -5643,6 +5654,16 @@ private:
     [[nodiscard]] static std::pair<std::size_t, std::size_t> sides(const const_tensor_ref& tensor)
     {
         return sides(tensor.shape, tensor.size());
+    }
+    [[nodiscard]] static std::unique_ptr<operand_source> source_of(const std::string& name,
+        const aligned_tensor::operand& from, std::pair<std::size_t, std::size_t> size,
+        const std::vector<weight_change>& list)
+    {
+        const bool wide = from.dtype == dtype::f64 || std::any_of(list.begin(), list.end(), [](const auto& change) {
+            return change.wide || (!change.is_update() && change.saved.dtype == dtype::f64);
+        });
+        if (wide) { return std::make_unique<adapted_weight<double>>(name, from, size.first, size.second, list); }
+        return std::make_unique<adapted_weight<float>>(name, from, size.first, size.second, list);
     }
     [[nodiscard]] static const const_tensor_ref& find(
         const const_model_ref& base, const std::string& tensor, std::string_view label)

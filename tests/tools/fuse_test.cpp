@@ -488,6 +488,23 @@ TEST_CASE("an adapter on the base is a task of every verb, with the bits of the 
     for (const std::string file : {"merged.safetensors", "other.delta.safetensors", "a.delta.safetensors"}) {
         CHECK(slurp(folder / "stored" / file) == slurp(folder / "worked" / file));
     }
+    must({"extract-lora", "--base", "base.safetensors", "--task", "a.safetensors", "--rank", "4", "--out",
+        "stored-lora"});
+    must({"extract-lora", "--base", "base.safetensors", "--task-adapter", "a=0.5", "--rank", "4", "--out",
+        "worked-lora", "--report", "r.json"});
+    for (const std::string file : {"adapter_model.safetensors", "adapter_config.json"}) {
+        CHECK(slurp(folder / "stored-lora" / file) == slurp(folder / "worked-lora" / file));
+    }
+    CHECK(nlohmann::json::parse(slurp(folder / "r.json"))["task_adapter"] == "a=0.5");
+    for (const auto& both : {std::vector<std::string>{}, {"--task", "a.safetensors", "--task-adapter", "a"}}) {
+        std::vector<std::string> extract{"extract-lora", "--base", "base.safetensors", "--rank", "4", "--out", "no"};
+        extract.insert(extract.end(), both.begin(), both.end());
+        refused(folder, extract, 2, both.empty() ? "--task or --task-adapter is required" : "give one of the two");
+    }
+    refused(folder,
+        {"extract-lora", "--base", "base.safetensors", "--task-adapter", "other.safetensors", "--rank", "4", "--out",
+            "no"},
+        1, "holds no factors");
     const auto dry = must({"merge", "--method", "ties", "--base", "base.safetensors", "--task-adapter", "a=2", "--out",
         "no.safetensors", "--dry-run"});
     CHECK(dry.find("adapter on the base, times 2") != std::string::npos);

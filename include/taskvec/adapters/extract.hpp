@@ -61,9 +61,14 @@ template <class T>
 void load_elements(const const_tensor_ref& tensor, std::string_view name, std::size_t first, std::size_t n, T* out)
 {
     if (tensor.source) {
-        std::vector<float> values(n);
-        tensor.source->read(first, n, values.data());
-        for (std::size_t i = 0; i < n; ++i) { out[i] = static_cast<T>(values[i]); }
+        const auto take = [&]<class S>(std::vector<S> values) {
+            tensor.source->read(first, n, values.data());
+            for (std::size_t i = 0; i < n; ++i) { out[i] = static_cast<T>(values[i]); }
+        };
+        if (tensor.source->type() == dtype::f64) { take(std::vector<double>(n)); }
+        else {
+            take(std::vector<float>(n));
+        }
         return;
     }
     visit_storage(tensor.dtype, name, [&]<class S>(std::type_identity<S>) {
@@ -83,6 +88,9 @@ void subtract_tensors(const cpu& policy, const const_tensor_ref& base, const con
 {
     if (base.source || tuned.source) {
         constexpr std::size_t piece = std::size_t{1} << 16;
+        for (const auto* one : {&base, &tuned}) {
+            if (one->source) { one->source->prepare(policy); }
+        }
         for_each_index(policy, (size + piece - 1) / piece, [&](std::size_t index, std::size_t) {
             const std::size_t first = index * piece, n = std::min(piece, size - first);
             std::vector<T> before(n);
@@ -90,6 +98,9 @@ void subtract_tensors(const cpu& policy, const const_tensor_ref& base, const con
             load_elements(tuned, name, first, n, out + first);
             for (std::size_t i = 0; i < n; ++i) { out[first + i] -= before[i]; }
         });
+        for (const auto* one : {&base, &tuned}) {
+            if (one->source) { one->source->release(); }
+        }
         return;
     }
     visit_storage(base.dtype, name, [&]<class B>(std::type_identity<B>) {
