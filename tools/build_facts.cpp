@@ -97,6 +97,12 @@ std::string version_page()
 #else
     text += "no (needs yaml-cpp; Debian: libyaml-cpp-dev)";
 #endif
+    text += "; taskvec lorahub: ";
+#if defined(TASKVEC_HAS_NLOPT)
+    text += "yes";
+#else
+    text += "no (needs NLopt; Debian: libnlopt-dev)";
+#endif
     text += "; --device cuda: ";
     text += has_cuda() ? "yes" : "no (the cuda preset has it)";
     return text;

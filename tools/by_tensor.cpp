@@ -135,10 +135,12 @@ private:
 
 } // namespace
 
-method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs)
+method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs,
+    const std::vector<double>* weights_of_tasks)
 {
-    method_call call{policy, inputs.models(), request.options, inputs.weights(), request, inputs,
-        request.run.device == "cuda", static_cast<std::size_t>(request.run.memory_bytes())};
+    const auto& all = weights_of_tasks ? *weights_of_tasks : inputs.weights();
+    method_call call{policy, inputs.models(), request.options, all, request, inputs, request.run.device == "cuda",
+        static_cast<std::size_t>(request.run.memory_bytes())};
     auto values = std::make_shared<tensor_values>(request.options, inputs.models(), request.run);
     if (!values->empty()) {
         call.values_of = [values](std::string_view tensor) { return values->of(tensor); };
@@ -151,7 +153,7 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
         }
     }
     if (!weights.empty()) {
-        call.weights_of = [weights, plain = inputs.weights()](std::string_view tensor) {
+        call.weights_of = [weights, plain = all](std::string_view tensor) {
             auto result = plain;
             for (const auto& [t, given] : weights) {
                 for (const auto& value : given.of(tensor)) { result[t] = std::strtod(value.text.c_str(), nullptr); }

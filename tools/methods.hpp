@@ -69,8 +69,10 @@ void run_merge(const merge_request& request);
 /// Says what it would do for each tensor.
 void explain_merge(const merge_request& request);
 
-/// What a method is run with.
-[[nodiscard]] method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs);
+/// What a method is run with. `weights`: of the tasks, where they are not those of the command line; they outlive the
+/// call.
+[[nodiscard]] method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs,
+    const std::vector<double>* weights = nullptr);
 
 /// The part of a report that merges have in common.
 [[nodiscard]] nlohmann::ordered_json report_of(const runner& run, const merge_request& request,

@@ -1,9 +1,7 @@
 // taskvec sweep: merges over a grid, each scored by a command.
 // SPDX-License-Identifier: Apache-2.0
-#include "methods.hpp"
-#include "model_files.hpp"
+#include "candidates.hpp"
 #include "report.hpp"
-#include "scoring.hpp"
 #include "words.hpp"
 
 #include <taskvec/core/csv.hpp>
@@ -26,11 +24,12 @@ namespace {
 
 struct sweep_settings {
     tool::merge_request merge;
-    tool::score_command score;
-    std::string csv, svg, scratch;
+    tool::score_settings score;
+    std::string svg;
     std::map<std::string, tool::option_value> grids; ///< by option: the grid that was asked for
     std::vector<std::string> over; ///< OPTION=GRID
-    bool subsets = false, minimize = false;
+    std::string per_task; ///< the grid of each task's own lambda
+    bool subsets = false;
     std::size_t smallest = 2, jobs = 1;
 };
 
@@ -74,6 +73,7 @@ std::vector<double> parse_grid(const std::string& text, const std::string& optio
 struct candidate {
     std::vector<std::size_t> tasks;
     std::vector<double> values; ///< one for each axis
+    std::vector<double> weights; ///< each task's own lambda, where these are swept over
     std::vector<std::string> point; ///< as the table has it
 };
 
@@ -125,6 +125,13 @@ std::vector<axis> axes_of(const sweep_settings& given, const tool::method_entry&
             option.kind == taskvec::option_kind::number || option.kind == taskvec::option_kind::whole_number;
         const auto asked = grids.find(option.name);
         const auto* const one = given_value(given, option.name);
+        if (!given.per_task.empty() && option.name == "lambda") {
+            if (one || asked != grids.end()) {
+                throw tool::usage_error(
+                    (one ? one->flag : asked->second.flag) + " and --lambda-per-task exclude each other");
+            }
+            continue; // 1: the weights are the tasks' own
+        }
         if (!number || (asked == grids.end() && option.axis.name.empty())) { continue; }
         used.insert(option.name);
         std::string flag = "--" + (option.axis.name.empty() ? option.name : std::string(option.axis.name)), text;
@@ -159,8 +166,26 @@ grid grid_of(const sweep_settings& given, const tool::method_entry& method)
     const auto tasks = tool::parse_tasks(given.merge.tasks);
     grid result;
     result.axes = axes_of(given, method);
+    std::vector<double> own;
+    if (!given.per_task.empty()) {
+        const bool takes = method.weighted
+            && std::any_of(method.options.begin(), method.options.end(),
+                [](const taskvec::option_description& option) { return option.name == "lambda"; });
+        if (!takes) {
+            throw tool::usage_error("--method " + method.name + " has no lambda of each task to sweep over");
+        }
+        if (given.subsets) {
+            throw tool::usage_error(
+                "--subsets and --lambda-per-task exclude each other: a lambda of 0 leaves a task out");
+        }
+        tool::check_no_weights(given.merge, "--lambda-per-task", "it goes over the tasks' weights");
+        own = parse_grid(given.per_task, "--lambda-per-task");
+    }
     if (given.subsets) { result.columns.push_back("tasks"); }
     for (const auto& axis : result.axes) { result.columns.push_back(axis.option); }
+    if (!own.empty()) {
+        for (const auto& task : tasks) { result.columns.push_back("lambda of " + task.name); }
+    }
     if (result.columns.empty()) {
         throw tool::usage_error("--method " + method.name + " has nothing to sweep over but --subsets");
     }
@@ -180,26 +205,33 @@ grid grid_of(const sweep_settings& given, const tool::method_entry& method)
         for (std::size_t t = 0; t < tasks.size(); ++t) { sets[0].push_back(t); }
     }
     std::vector<std::vector<double>> points(1);
-    for (const auto& axis : result.axes) { // the last one runs fastest
+    const auto extend = [&](const std::vector<double>& values) { // the last one runs fastest
+        constexpr std::size_t most = 100000;
+        if (points.size() * values.size() > most) {
+            throw tool::usage_error(taskvec::message("the grid has more than ", most, " points: give fewer values",
+                own.empty() ? "" : ", or let 'taskvec lorahub' seek each task's weight"));
+        }
         std::vector<std::vector<double>> longer;
         for (const auto& point : points) {
-            for (const double value : axis.values) {
+            for (const double value : values) {
                 longer.push_back(point);
                 longer.back().push_back(value);
             }
         }
         points = std::move(longer);
-    }
+    };
+    for (const auto& axis : result.axes) { extend(axis.values); }
+    for (std::size_t t = 0; !own.empty() && t < tasks.size(); ++t) { extend(own); }
+    std::set<std::vector<std::string>> seen;
     for (const auto& set : sets) {
         std::string names;
         for (const auto t : set) { names += (names.empty() ? "" : "+") + tasks[t].name; }
         for (const auto& values : points) {
-            candidate one{set, values, {}};
+            const auto axes = values.begin() + static_cast<std::ptrdiff_t>(result.axes.size());
+            candidate one{set, {values.begin(), axes}, {axes, values.end()}, {}};
             if (given.subsets) { one.point.push_back(names); }
             for (const double value : values) { one.point.push_back(taskvec::csv_number(value)); }
-            const bool again = std::any_of(result.candidates.begin(), result.candidates.end(),
-                [&](const candidate& c) { return c.point == one.point; });
-            if (!again) { result.candidates.push_back(std::move(one)); }
+            if (seen.insert(one.point).second) { result.candidates.push_back(std::move(one)); }
         }
     }
     return result;
@@ -225,15 +257,28 @@ tool::merge_request request_of(
         std::erase_if(result.options, [&](const tool::option_value& value) { return value.name == option; });
         result.options.push_back({option, taskvec::csv_number(one.values[i]), "--" + option});
     }
+    if (!one.weights.empty()) { result.options.push_back({"lambda", "1", "--lambda-per-task"}); }
     return result;
+}
+
+/// What a method is run with for one candidate.
+tool::method_call call_of(const taskvec::cpu& policy, const tool::merge_request& request,
+    const tool::merge_inputs& inputs, const candidate& one)
+{
+    return tool::call_of(policy, request, inputs, one.weights.empty() ? nullptr : &one.weights);
 }
 
 /// What a scoring command is told of its candidate: TASKVEC_TASKS, TASKVEC_DENSITY, TASKVEC_LAMBDA, those that the
 /// sweep has.
-std::vector<std::string> variables_of(const std::vector<std::string>& columns, const std::vector<std::string>& point)
+std::vector<std::string> variables_of(const std::vector<std::string>& columns, const candidate& one)
 {
+    const auto& point = one.point;
     std::vector<std::string> variables;
-    for (std::size_t i = 0; i < columns.size(); ++i) {
+    std::string own; // each task's lambda, joined by commas
+    const std::size_t shared = columns.size() - one.weights.size();
+    for (std::size_t i = shared; i < columns.size(); ++i) { own += (own.empty() ? "" : ",") + point[i]; }
+    if (!own.empty()) { variables.push_back("TASKVEC_LAMBDA=" + own); }
+    for (std::size_t i = 0; i < shared; ++i) {
         std::string name = "TASKVEC_";
         for (const char c : columns[i]) {
             name += c == '-' ? '_' : c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c;
@@ -263,32 +308,6 @@ private:
     std::vector<std::string> tasks_;
     std::unique_ptr<tool::merge_inputs> inputs_;
 };
-
-void write_table(const std::string& path, const taskvec::sweep_table& table)
-{
-    if (path.empty()) { return; }
-    std::ostringstream text;
-    taskvec::write_csv(text, table);
-    taskvec::write_text_file(path, text.str());
-}
-
-taskvec::sweep_table read_table(const std::string& path, const std::vector<std::string>& columns)
-{
-    std::error_code ignored;
-    taskvec::sweep_table table;
-    if (!path.empty() && tool::fs::exists(path, ignored)) {
-        table = taskvec::read_sweep(taskvec::read_text_file(path), path);
-    }
-    if (!table.columns().empty() && table.columns() != columns) {
-        std::string found;
-        for (const auto& name : table.columns()) { found += name + ","; }
-        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::sweep_table,
-            taskvec::message("'", path, "' holds another sweep, with the columns ", found,
-                "score: name another --csv, or remove it"));
-    }
-    table.require_columns(columns);
-    return table;
-}
 
 void draw(const sweep_settings& given, const grid& points, const taskvec::sweep_table& table)
 {
@@ -329,7 +348,7 @@ void draw(const sweep_settings& given, const grid& points, const taskvec::sweep_
             auto place = std::find_if(chart.curves.begin(), chart.curves.end(),
                 [&](const plot::curve& curve) { return curve.label == label; });
             if (place == chart.curves.end()) { place = chart.curves.insert(place, {.label = label, .x = {}, .y = {}}); }
-            place->x.push_back(one.values.back());
+            place->x.push_back(one.weights.empty() ? one.values.back() : one.weights.back());
             place->y.push_back(scores.at(one.point));
         }
     }
@@ -338,15 +357,11 @@ void draw(const sweep_settings& given, const grid& points, const taskvec::sweep_
 
 void run_sweep(const sweep_settings& given)
 {
-    tool::check_score_command(given.score.text);
-    if (!(given.score.timeout >= 0) || !std::isfinite(given.score.timeout)) {
-        throw tool::usage_error(
-            taskvec::message("--timeout is ", given.score.timeout, "; expected seconds, or 0 for as long as it takes"));
-    }
+    tool::check_score_settings(given.score);
     if (given.jobs == 0) { throw tool::usage_error("--jobs is 0; expected at least 1"); }
     const auto& method = tool::find_method(given.merge);
     const auto points = grid_of(given, method);
-    auto table = read_table(given.csv, points.columns);
+    auto table = tool::read_scores(given.score, points.columns);
     std::vector<const candidate*> left;
     for (const auto& one : points.candidates) {
         if (!table.contains(one.point)) { left.push_back(&one); }
@@ -358,21 +373,20 @@ void run_sweep(const sweep_settings& given)
     (void)tool::outputs_of(given.merge, all);
     if (given.merge.run.dry_run) {
         tool::print("would score " + tool::counted(left.size(), "candidate") + " of "
-            + tool::counted(points.candidates.size(), "point") + " by '" + tool::printable(given.score.text) + "'\n"
-            + tool::describe(all));
+            + tool::counted(points.candidates.size(), "point") + " by '" + tool::printable(given.score.command.text)
+            + "'\n" + tool::describe(all));
         return;
     }
     tool::report_file report(given.merge.run.report);
-    write_table(given.csv, table); // a path that cannot be written is known early
+    tool::write_scores(given.score, table); // a path that cannot be written is known early
     if (!table.rows().empty()) {
         tool::note(given.merge.run,
             tool::counted(points.candidates.size() - left.size(), "point") + " of "
-                + std::to_string(points.candidates.size()) + " are in '" + given.csv
+                + std::to_string(points.candidates.size()) + " are in '" + given.score.csv
                 + "' already: remove it to score them again");
     }
     {
-        const tool::scratch_directory scratch(
-            given.scratch.empty() ? tool::fs::temp_directory_path() : tool::fs::path(given.scratch));
+        const tool::scratch_directory scratch(tool::scratch_parent(given.score));
         open_inputs inputs(method);
         for (std::size_t first = 0; first < left.size(); first += given.jobs) {
             const std::size_t count = std::min(given.jobs, left.size() - first);
@@ -380,17 +394,9 @@ void run_sweep(const sweep_settings& given)
             for (std::size_t i = 0; i < count; ++i) {
                 const auto request = request_of(given, method, points, *left[first + i]);
                 const auto& models = inputs.of(request);
-                auto quiet = request;
-                quiet.run.quiet = true; // what becomes of layers is noted once
-                const auto plan = tool::outputs_of(quiet, models);
                 files.push_back(scratch.path() / ("candidate" + std::to_string(i) + ".safetensors"));
-                taskvec::safetensors_writer out(
-                    files.back(), plan.specs, models.metadata(), taskvec::durability::process);
-                taskvec::quantising_sink sink(plan, out, scratch.path());
-                (void)method.run(tool::call_of(run.policy(), request, models), sink);
-                sink.finish();
-                if (first == 0) { tool::guard_temporary(files.back()); }
-                out.commit();
+                tool::write_candidate(
+                    files.back(), method, call_of(run.policy(), request, models, *left[first + i]), scratch.path());
             }
             std::vector<std::optional<double>> scores(count);
             std::vector<std::exception_ptr> failures(count);
@@ -399,8 +405,8 @@ void run_sweep(const sweep_settings& given)
                 const auto score = [&](std::size_t i) {
                     try {
                         const auto& point = left[first + i]->point;
-                        scores[i] = tool::run_score_command(
-                            given.score, {files[i], table.describe(point), variables_of(points.columns, point)});
+                        scores[i] = tool::run_score_command(given.score.command,
+                            {files[i], table.describe(point), variables_of(points.columns, *left[first + i])});
                     }
                     catch (...) {
                         failures[i] = std::current_exception();
@@ -412,7 +418,7 @@ void run_sweep(const sweep_settings& given)
             for (std::size_t i = 0; i < count; ++i) {
                 if (scores[i]) { table.add(left[first + i]->point, *scores[i]); }
             }
-            write_table(given.csv, table);
+            tool::write_scores(given.score, table);
             for (const auto& failure : failures) {
                 if (failure) { std::rethrow_exception(failure); }
             }
@@ -420,33 +426,19 @@ void run_sweep(const sweep_settings& given)
     }
     // The best of this grid: the table may hold other points.
     taskvec::sweep_table here(points.columns);
+    std::map<std::vector<std::string>, const candidate*> places;
+    for (const auto& one : points.candidates) { places.emplace(one.point, &one); }
     for (const auto& row : table.rows()) {
-        if (std::any_of(points.candidates.begin(), points.candidates.end(),
-                [&](const candidate& c) { return c.point == row.point; })) {
-            here.add(row.point, row.score);
-        }
+        if (places.contains(row.point)) { here.add(row.point, row.score); }
     }
-    const auto& best = *here.best(!given.minimize);
-    const auto& winner = *std::find_if(
-        points.candidates.begin(), points.candidates.end(), [&](const candidate& c) { return c.point == best.point; });
-    std::optional<tool::model_output> out;
+    const auto& best = *here.best(!given.score.minimize);
+    const auto& winner = *places.at(best.point);
+    std::optional<tool::best_merge> out;
     if (!given.merge.out.empty()) {
         const auto request = request_of(given, method, points, winner);
         const tool::merge_inputs inputs(request, method.needs_base);
-        const bool directory = tool::out_is_directory(request.out,
-            inputs.base() ? tool::fs::path(request.base) : inputs.arguments().front().path,
-            !request.shard_size.empty());
-        auto quiet = request;
-        quiet.run.quiet = true;
-        const auto plan = tool::outputs_of(quiet, inputs);
-        out.emplace(request.out, plan, inputs.metadata(), request.shard_size, directory);
-        tool::add_model_files(*out, request.copies, request.run,
-            {"Merged by " + request.method + ", the best of " + tool::counted(points.candidates.size(), "point"),
-                request.method, tool::recipe_models(request, inputs),
-                tool::json_of(method.values(request.options)).dump(2), {}, false, &inputs.vocabulary()},
-            plan.specs);
-        (void)method.run(tool::call_of(run.policy(), request, inputs), out->sink());
-        out->finish();
+        out.emplace(method, call_of(run.policy(), request, inputs, winner),
+            "Merged by " + request.method + ", the best of " + tool::counted(points.candidates.size(), "point"));
     }
     if (!given.svg.empty()) { draw(given, points, here); }
     if (report.wanted()) {
@@ -459,7 +451,7 @@ void run_sweep(const sweep_settings& given)
         report.finish(content);
     }
     struct {
-        std::optional<tool::model_output>& model;
+        std::optional<tool::best_merge>& model;
         void commit()
         {
             if (model) { model->commit(); }
@@ -489,6 +481,8 @@ void add_axis_options(tool::command& verb, sweep_settings& given)
         }
     }
     verb.texts("--over", given.over, "OPTION=GRID", "Values of any other option that is a number, such as t=0:1:0.1");
+    verb.text("--lambda-per-task", given.per_task, "GRID",
+        "Values of a lambda of each task's own, such as 0:1:0.25: all combinations");
 }
 
 const tool::register_verb sweep_verb(25, "sweep",
@@ -500,28 +494,22 @@ const tool::register_verb sweep_verb(25, "sweep",
             "How to merge; see 'taskvec merge --help' (default: task-arithmetic)");
         tool::add_base_option(verb, given->merge);
         tool::add_weighted_tasks_option(verb, given->merge);
-        verb.text("--score", given->score.text, "'CMD {}'",
-            "Shell command; {} is the merged model's path, the last number it prints is the score",
-            tool::presence::required);
+        tool::add_score_options(verb, given->score);
         add_axis_options(verb, *given);
         verb.flag("--subsets", given->subsets, "Every subset of two or more tasks");
         verb.count("--smallest", given->smallest, "N", "Tasks in the smallest of the subsets (default: 2)");
-        verb.flag("--minimize", given->minimize, "The lowest score is the best");
         verb.count("--jobs", given->jobs, "N", "Scoring commands that run at the same time (default: 1)");
-        verb.number(
-            "--timeout", given->score.timeout, "S", "Seconds that a scoring command may take (default: 0, any)");
-        verb.text(
-            "--csv", given->csv, "FILE", "Table of points and scores, written after each; a later run goes on from it");
+        tool::add_table_option(verb, given->score, "points");
         verb.text("--svg", given->svg, "FILE", "Also draw the scores (needs gnuplot)");
         verb.text("--out", given->merge.out, "PATH", "Write the best merge: a file, or a directory");
-        verb.text("--scratch", given->scratch, "DIR",
-            "Directory for candidates while they are scored (default: the system's)");
+        tool::add_scratch_option(verb, given->score);
         tool::add_merge_options(verb, given->merge);
         tool::add_copy_options(verb, given->merge.copies);
-        verb.footer("The command finds the point in TASKVEC_TASKS (names joined by +), TASKVEC_DENSITY and "
-                    "TASKVEC_LAMBDA.\n\nExample:\n  taskvec sweep "
-                    "--base base.safetensors --task math.safetensors --task code.safetensors \\\n"
-                    "      --score 'python evaluate.py {}' --csv scores.csv --out best.safetensors");
+        verb.footer(
+            "The command finds the point in TASKVEC_TASKS (names joined by +), TASKVEC_DENSITY and "
+            "TASKVEC_LAMBDA (of each task, joined by commas, with --lambda-per-task).\n\nExample:\n  taskvec sweep "
+            "--base base.safetensors --task math.safetensors --task code.safetensors \\\n"
+            "      --score 'python evaluate.py {}' --csv scores.csv --out best.safetensors");
         verb.action([given] { run_sweep(*given); });
     });
 

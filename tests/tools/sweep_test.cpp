@@ -1,10 +1,13 @@
-// taskvec sweep, with small shell commands as scores.
+// taskvec sweep and lorahub, with small shell commands as scores.
 // SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
+
+#include "../skip.hpp"
 
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <csignal>
 #include <sstream>
 #include <thread>
@@ -162,6 +165,188 @@ TEST_CASE("density × lambda, and subsets")
     CHECK(m.table("average.csv")[1].starts_with("a+b+c,"));
 }
 
+TEST_CASE("a lambda of each task's own: all combinations, with the bits of weights")
+{
+    const sweep_models m;
+    const auto done = m.sweep(
+        digest, {"--lambda-per-task", "0,0.5", "--csv", "s.csv", "--svg", "s.svg", "--out", "best.safetensors"}, "ab");
+    CAPTURE(done.err);
+    REQUIRE(done.code == 0);
+    const auto table = m.table();
+    REQUIRE(table.size() == 5);
+    CHECK(table[0] == "lambda of a,lambda of b,score");
+    for (const std::string point : {"0,0", "0,0.5", "0.5,0", "0.5,0.5"}) {
+        const auto row = std::find_if(table.begin(), table.end(),
+            [&](const std::string& line) { return line.starts_with(point + ",") && line != table[0]; });
+        REQUIRE(row != table.end());
+        const auto comma = point.find(',');
+        REQUIRE(run(m.folder,
+                    {"merge", "--method", "task-arithmetic", "--lambda", "1", "--base", "base.safetensors", "--task",
+                        "a.safetensors=" + point.substr(0, comma), "--task", "b.safetensors=" + point.substr(comma + 1),
+                        "--out", "one.safetensors"})
+                    .code
+            == 0);
+        const auto shell =
+            "cd '" + m.folder.path().string() + "' && cksum < one.safetensors | cut -d ' ' -f 1 > digest";
+        REQUIRE(std::system(shell.c_str()) == 0);
+        CHECK(std::stod(slurp(m.folder / "digest")) == std::stod(row->substr(point.size() + 1)));
+        if (done.out.find("lambda of a=" + point.substr(0, comma) + " lambda of b=" + point.substr(comma + 1) + " ")
+            != std::string::npos) {
+            CHECK(slurp(m.folder / "best.safetensors") == slurp(m.folder / "one.safetensors"));
+        }
+    }
+    CHECK(slurp(m.folder / "s.svg").find("</svg>") != std::string::npos);
+    // Beside another option, and what the command hears.
+    const auto told = m.sweep(": {}; echo $TASKVEC_DENSITY/$TASKVEC_LAMBDA >> told; wc -l < told",
+        {"--method", "ties", "--densities", "0.5", "--lambda-per-task", "0.5,1"}, "ab");
+    CAPTURE(told.err);
+    REQUIRE(told.code == 0);
+    CHECK(slurp(m.folder / "told") == "0.5/0.5,0.5\n0.5/0.5,1\n0.5/1,0.5\n0.5/1,1\n");
+}
+
+namespace {
+
+/// Scores that are known beforehand: highest, with 0, at weights of 0.5 and -0.25. Each call adds a line to `calls`.
+const std::string bowl = "echo x >> calls; echo $TASKVEC_WEIGHTS | "
+                         "awk -F, '{ print \"score\", -(($1 - 0.5) ^ 2 + ($2 + 0.25) ^ 2) }'; test -s {}";
+
+struct lorahub_models : sweep_models {
+    std::vector<std::string> arguments(const std::string& score, const std::vector<std::string>& more) const
+    {
+        auto result = command(score, more, "ab");
+        result[0] = "lorahub";
+        result.insert(result.end(), {"--out", "best.safetensors"});
+        return result;
+    }
+    outcome seek(const std::string& score, const std::vector<std::string>& more) const
+    {
+        const auto result = run(folder, arguments(score, more), {"TMPDIR=" + (folder / "tmp").string()});
+        CHECK(std::filesystem::is_empty(folder / "tmp"));
+        return result;
+    }
+    /// Whether the tool has an optimiser; where it has none, the verb names the package.
+    bool seeks() const
+    {
+        const auto done = seek("echo 1 {}", {"--evaluations", "1"});
+        std::filesystem::remove(folder / "best.safetensors");
+        if (done.code == 0) { return true; }
+        CAPTURE(done.err);
+        CHECK(is_error_line(done.err));
+        REQUIRE(done.err.find("libnlopt-dev") != std::string::npos);
+        testing::skip("the taskvec tool was built without NLopt");
+        return false;
+    }
+    std::size_t calls() const
+    {
+        const auto text = slurp(folder / "calls");
+        return static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n'));
+    }
+};
+
+} // namespace
+
+TEST_CASE("lorahub finds weights, writes what merge writes with them, and goes on from its table")
+{
+    const lorahub_models m;
+    if (!m.seeks()) { return; }
+    const auto done = m.seek(bowl, {"--l1", "0", "--csv", "w.csv", "--report", "r.json"});
+    CAPTURE(done.err);
+    REQUIRE(done.code == 0);
+    const auto table = m.table("w.csv");
+    const auto count = table.size() - 1; // it may be sure of itself before
+    REQUIRE(count <= 40);
+    REQUIRE(count > 20);
+    CHECK(done.out.find("best of " + std::to_string(count) + " candidates: a=0.") != std::string::npos);
+    CHECK(table[0] == "a,b,score");
+    CHECK(table[1] == "0,0,-0.3125"); // it starts at the base
+    CHECK(m.calls() == count);
+    const auto report = nlohmann::json::parse(slurp(m.folder / "r.json"));
+    CHECK(report["evaluations"] == count);
+    CHECK(report["scored"] == count);
+    CHECK(std::abs(report["weights"]["a"].get<double>() - 0.5) < 0.02);
+    CHECK(std::abs(report["weights"]["b"].get<double>() + 0.25) < 0.02);
+    CHECK(report["score"].get<double>() > -1e-3);
+    const auto written = slurp(m.folder / "best.safetensors");
+    REQUIRE(run(m.folder,
+                {"merge", "--method", "task-arithmetic", "--lambda", "1", "--base", "base.safetensors", "--task",
+                    "a.safetensors=" + report["weights"]["a"].dump(), "--task",
+                    "b.safetensors=" + report["weights"]["b"].dump(), "--out", "again.safetensors"})
+                .code
+        == 0);
+    CHECK(slurp(m.folder / "again.safetensors") == written);
+
+    // Again from the table: nothing is asked. From a part of it: the rest, and the same table.
+    REQUIRE(m.seek(bowl, {"--l1", "0", "--csv", "w.csv"}).code == 0);
+    CHECK(m.calls() == count);
+    std::string part;
+    for (std::size_t i = 0; i < 16; ++i) { part += table[i] + "\n"; }
+    spill(m.folder / "w.csv", part);
+    const auto resumed = m.seek(bowl, {"--l1", "0", "--csv", "w.csv"});
+    CHECK(resumed.err.find("15 scores") != std::string::npos);
+    CHECK(m.table("w.csv") == table);
+    CHECK(m.calls() == 2 * count - 15);
+    CHECK(slurp(m.folder / "best.safetensors") == written);
+
+    // The other way round, within other bounds, and what the L1 term does.
+    const auto narrow = m.seek("echo $TASKVEC_WEIGHTS | awk -F, '{ print ($1 - 0.5) ^ 2 + ($2 + 0.25) ^ 2 }'; test "
+                               "$TASKVEC_TASKS = a+b -a -s {}",
+        {"--minimize", "--l1", "0", "--bounds", "0.1:0.3", "--csv", "narrow.csv", "--report", "narrow.json"});
+    CAPTURE(narrow.err);
+    REQUIRE(narrow.code == 0);
+    CHECK(m.table("narrow.csv")[1].starts_with("0.1,0.1,")); // nearest to 0
+    const auto inside = nlohmann::json::parse(slurp(m.folder / "narrow.json"))["weights"];
+    CHECK(std::abs(inside["a"].get<double>() - 0.3) < 1e-3);
+    CHECK(std::abs(inside["b"].get<double>() - 0.1) < 1e-3);
+    REQUIRE(m.seek(bowl, {"--l1", "10", "--evaluations", "20", "--report", "l1.json"}).code == 0);
+    const auto none = nlohmann::json::parse(slurp(m.folder / "l1.json"));
+    CHECK(none["weights"]["a"] == 0);
+    CHECK(none["weights"]["b"] == 0);
+    CHECK(none["objective"] == 0.3125);
+}
+
+TEST_CASE("bad input of lorahub: one line that names what is wrong, and no model")
+{
+    const lorahub_models m;
+    if (!m.seeks()) { return; }
+    spill(m.folder / "other.csv", "lambda,score\n0.1,1\n");
+    const auto names = m.folder.names();
+    struct bad {
+        std::string score;
+        std::vector<std::string> arguments, parts;
+        int code = 1;
+    };
+    const std::vector<bad> cases{{digest, {"--bounds", "1.5:-1.5"}, {"--bounds", "1.5:-1.5", "reversed"}, 2},
+        {digest, {"--bounds", "1"}, {"--bounds", "'1'"}, 2}, {digest, {"--bounds", "0:nan"}, {"--bounds"}, 2},
+        {digest, {"--bounds", "0:0"}, {"--bounds"}, 2}, {digest, {"--evaluations", "0"}, {"evaluations", "0"}, 2},
+        {digest, {"--l1", "-1"}, {"l1", "-1"}, 2}, {digest, {"--l1", "nan"}, {"l1", "nan"}, 2},
+        {"echo 1", {}, {"{}"}, 2},
+        {digest, {"--task", "c.safetensors=0.5"}, {"weight 0.5", "c.safetensors", "seeks"}, 2},
+        {digest, {"--timeout", "-1"}, {"--timeout"}, 2}, {"echo nan {}", {}, {"nan", "a=0 b=0", "finite"}},
+        {"true {}", {}, {"no number", "a=0 b=0"}},
+        {"echo x >> n; test $(wc -l < n) -lt 3 || exit 7; echo 1 {}; rm -f n.", {"--csv", "part.csv"}, {"code 7"}},
+        {digest, {"--csv", "other.csv"}, {"other.csv", "lambda"}},
+        {digest, {"--csv", "no/folder/s.csv"}, {"no/folder"}},
+        {digest, {"--task", "absent.safetensors"}, {"absent.safetensors"}}};
+    for (const auto& [score, arguments, parts, code] : cases) {
+        const auto result = m.seek(score, arguments);
+        CAPTURE(score);
+        CAPTURE(result.err);
+        CHECK(result.code == code);
+        CHECK(is_error_line(result.err));
+        for (const auto& part : parts) { CHECK(result.err.find(part) != std::string::npos); }
+        std::filesystem::remove(m.folder / "n");
+        if (arguments == std::vector<std::string>{"--csv", "part.csv"}) {
+            CHECK(m.table("part.csv").size() == 3); // what was scored before stays
+            std::filesystem::remove(m.folder / "part.csv");
+        }
+        CHECK(m.folder.names() == names);
+    }
+    const auto dry = m.seek("touch called; echo 1 {}", {"--csv", "dry.csv", "--dry-run"});
+    CHECK(dry.code == 0);
+    CHECK(dry.out.find("40 candidates") != std::string::npos);
+    CHECK(m.folder.names() == names);
+}
+
 TEST_CASE("the score is the last number that is printed, and no part of a word")
 {
     const sweep_models m;
@@ -283,6 +468,11 @@ TEST_CASE("bad input: one line that names what is wrong")
         {digest, {"--lambdas", "1", "--csv", "no/folder/s.csv"}, {"no/folder"}},
         {digest, {"--lambdas", "1", "--scratch", "no/folder"}, {"no/folder"}},
         {digest, {"--task", "absent", "--lambdas", "1"}, {"absent"}},
+        {digest, {"--lambda-per-task", "0:1:0.01"}, {"100000", "lorahub"}, 2},
+        {digest, {"--lambda-per-task", "0,1", "--lambda", "1"}, {"--lambda ", "exclude"}, 2},
+        {digest, {"--lambda-per-task", "0,1", "--subsets"}, {"--subsets", "exclude"}, 2},
+        {digest, {"--lambda-per-task", "0,1", "--task", "b.safetensors=2"}, {"weight 2", "b.safetensors"}, 2},
+        {digest, {"--lambda-per-task", "0,1", "--method", "average"}, {"average", "lambda"}, 2},
     };
     for (const auto& [score, arguments, parts, code] : cases) {
         const auto result = m.sweep(score, arguments);

@@ -1,0 +1,121 @@
+// Candidates and their scores.
+// SPDX-License-Identifier: Apache-2.0
+#include "candidates.hpp"
+
+#include "report.hpp"
+#include "words.hpp"
+
+#include <taskvec/core/csv.hpp>
+
+#include <cmath>
+#include <sstream>
+#include <utility>
+
+namespace tool {
+
+namespace {
+
+/// The same without notes, which were made when all was checked.
+merge_request quiet(const merge_request& request)
+{
+    auto result = request;
+    result.run.quiet = true;
+    return result;
+}
+
+} // namespace
+
+void add_score_options(command& verb, score_settings& score)
+{
+    verb.text("--score", score.command.text, "'CMD {}'",
+        "Shell command; {} is the merged model's path, the last number it prints is the score", presence::required);
+    verb.flag("--minimize", score.minimize, "The lowest score is the best");
+    verb.number("--timeout", score.command.timeout, "S", "Seconds that a scoring command may take (default: 0, any)");
+}
+
+void add_table_option(command& verb, score_settings& score, const std::string& rows)
+{
+    verb.text("--csv", score.csv, "FILE",
+        "Table of " + rows + " and scores, written after each; a later run goes on from it");
+}
+
+void add_scratch_option(command& verb, score_settings& score)
+{
+    verb.text(
+        "--scratch", score.scratch, "DIR", "Directory for candidates while they are scored (default: the system's)");
+}
+
+void check_score_settings(const score_settings& score)
+{
+    check_score_command(score.command.text);
+    if (!(score.command.timeout >= 0) || !std::isfinite(score.command.timeout)) {
+        throw usage_error(taskvec::message(
+            "--timeout is ", score.command.timeout, "; expected seconds, or 0 for as long as it takes"));
+    }
+}
+
+taskvec::sweep_table read_scores(const score_settings& score, const std::vector<std::string>& columns)
+{
+    std::error_code ignored;
+    taskvec::sweep_table table;
+    if (!score.csv.empty() && fs::exists(score.csv, ignored)) {
+        table = taskvec::read_sweep(taskvec::read_text_file(score.csv), score.csv);
+    }
+    if (!table.columns().empty() && table.columns() != columns) {
+        std::string found;
+        for (const auto& name : table.columns()) { found += name + ","; }
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::sweep_table,
+            taskvec::message("'", score.csv, "' holds another sweep, with the columns ", found,
+                "score: name another --csv, or remove it"));
+    }
+    table.require_columns(columns);
+    return table;
+}
+
+void write_scores(const score_settings& score, const taskvec::sweep_table& table)
+{
+    if (score.csv.empty()) { return; }
+    std::ostringstream text;
+    taskvec::write_csv(text, table);
+    taskvec::write_text_file(score.csv, text.str());
+}
+
+fs::path scratch_parent(const score_settings& score)
+{
+    return score.scratch.empty() ? fs::temp_directory_path() : fs::path(score.scratch);
+}
+
+void write_candidate(const fs::path& file, const method_entry& method, const method_call& call, const fs::path& scratch)
+{
+    const auto plan = outputs_of(quiet(call.request), call.inputs);
+    taskvec::safetensors_writer out(file, plan.specs, call.inputs.metadata(), taskvec::durability::process);
+    taskvec::quantising_sink sink(plan, out, scratch);
+    (void)method.run(call, sink);
+    sink.finish();
+    std::error_code ignored;
+    if (!fs::exists(file, ignored)) { guard_temporary(file); } // the next candidate takes the same name
+    out.commit();
+}
+
+best_merge::best_merge(const method_entry& method, const method_call& call, const std::string& done)
+{
+    const auto request = quiet(call.request);
+    const auto& inputs = call.inputs;
+    const bool directory = out_is_directory(request.out,
+        inputs.base() ? fs::path(request.base) : inputs.arguments().front().path, !request.shard_size.empty());
+    plan_ = std::make_unique<taskvec::quantised_outputs>(outputs_of(request, inputs));
+    out_ = std::make_unique<model_output>(request.out, *plan_, inputs.metadata(), request.shard_size, directory);
+    auto models = recipe_models(request, inputs);
+    for (std::size_t t = 0; t < call.weights.size(); ++t) { // where they were sought, they are no arguments
+        auto& model = models[t + (inputs.base() ? 1 : 0)];
+        model.weight = inputs.adapter(t) ? model.weight * call.weights[t] : call.weights[t];
+    }
+    add_model_files(*out_, request.copies, call.request.run,
+        {done, request.method, std::move(models), json_of(method.values(request.options)).dump(2), {}, false,
+            &inputs.vocabulary()},
+        plan_->specs);
+    (void)method.run(call, out_->sink());
+    out_->finish();
+}
+
+} // namespace tool
