@@ -11,7 +11,7 @@
 
 namespace tool {
 
-namespace {
+namespace { } // namespace
 
 nlohmann::json config_beside(const fs::path& model)
 {
@@ -21,6 +21,20 @@ nlohmann::json config_beside(const fs::path& model)
     auto config = taskvec::parse_json(taskvec::read_text_file(file), file.string());
     return config.is_object() ? config : nlohmann::json::object();
 }
+
+taskvec::checkpoint open_adapter(const fs::path& path)
+{
+    const auto file = taskvec::adapter_tensor_file(path);
+    if (!taskvec::is_gguf_file(file)) { return open_guarded(file); }
+    install_handlers();
+    std::vector<taskvec::safetensors_file> files;
+    files.push_back(taskvec::open_gguf(file));
+    taskvec::checkpoint made(file, std::move(files));
+    guard_map(made.files().front().map());
+    return made;
+}
+
+namespace {
 
 /// Models whose linear layers are transformers' Conv1D: their weights lie in×out.
 bool has_conv1d(const nlohmann::json& config)
@@ -103,7 +117,7 @@ adapter_sum::adapter_sum(const std::vector<task_argument>& arguments, const task
     : base_(base.model())
 {
     for (const auto& argument : arguments) {
-        files_.push_back(open_guarded(taskvec::adapter_tensor_file(argument.path)));
+        files_.push_back(open_adapter(argument.path));
         if (holds_f64(files_.back())) { adapters_.emplace_back(taskvec::read_adapter<double>(argument.path)); }
         else {
             adapters_.emplace_back(taskvec::read_adapter<float>(argument.path));
@@ -193,6 +207,7 @@ void adapter_sum::add(
                     "' whole, and nothing tells what was there before: leave it out by --exclude"));
         }
     }
+    restore_rows(read, how.base_path);
     const std::string head = untie(read, how, run);
     auto match = taskvec::match_modules(module_names(read), base_, read.dialect);
     if (how.include) { // what is left out on purpose may be unknown to the base

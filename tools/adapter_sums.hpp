@@ -3,6 +3,7 @@
 #pragma once
 
 #include "arguments.hpp"
+#include "words.hpp"
 
 #include <taskvec/adapters/adapted_model.hpp>
 #include <taskvec/formats/adapter_names.hpp>
@@ -17,6 +18,29 @@
 
 namespace tool {
 
+/// The config.json beside a model; an empty object where there is none.
+[[nodiscard]] nlohmann::json config_beside(const fs::path& model);
+/// An adapter's file of tensors, in any dialect, with its map known to the handler for files that shrink.
+[[nodiscard]] taskvec::checkpoint open_adapter(const fs::path& path);
+/// Puts rows back that a GGUF adapter holds in llama.cpp's order, by the heads that the config.json beside the base
+/// counts. Throws where that is another family's, or does not say.
+template <class T>
+void restore_rows(taskvec::adapter_contents<T>& adapter, const fs::path& base)
+{
+    if (adapter.dialect != taskvec::adapter_dialect::gguf) { return; }
+    const auto config = config_beside(base);
+    taskvec::gguf_target target;
+    if (config.contains("architectures")) {
+        target = taskvec::gguf_target_of(config, (base / "config.json").string());
+        if (target.architecture != adapter.target.architecture) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapters_differ,
+                taskvec::message(adapter.label, " is an adapter for llama.cpp's architecture ",
+                    adapter.target.architecture, ", and ", in_quotes(base), " is ", target.architecture,
+                    ": use the base that it was trained on"));
+        }
+    }
+    taskvec::unpair_rows(adapter, target.heads, target.kv_heads);
+}
 /// Whether a model's linear layers are transformers' Conv1D, whose weights lie in×out, by the config.json beside it.
 [[nodiscard]] bool has_conv1d_layers(const fs::path& model);
 /// Whether a model's head is its embedding, by the config.json beside it, or since the head of a language model is in

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapter_table.hpp"
 
+#include "adapter_sums.hpp"
 #include "runner.hpp"
 #include "words.hpp"
 
@@ -77,9 +78,18 @@ std::string table_of(const fs::path& path, bool as_json, const run_options& run)
 
 } // namespace
 
-bool is_adapter_directory(const fs::path& path)
+bool is_adapter(const fs::path& path)
 {
     std::error_code ignored;
+    if (fs::is_regular_file(path, ignored) && taskvec::is_gguf_file(path)) {
+        const taskvec::mapped_file map(path);
+        try {
+            return taskvec::parse_gguf(map.bytes(), path.string()).text("general.type") != "model";
+        }
+        catch (const taskvec::dtype_mismatch&) { // the types of quantised models
+            return false;
+        }
+    }
     if (!fs::is_directory(path, ignored)) { return false; }
     for (const char* model : {"model.safetensors", "model.safetensors.index.json"}) {
         if (fs::exists(path / model, ignored)) { return false; }
@@ -93,7 +103,7 @@ bool is_adapter_directory(const fs::path& path)
 
 std::string adapter_table(const fs::path& path, bool json, const run_options& run)
 {
-    const auto file = open_guarded(taskvec::adapter_tensor_file(path));
+    const auto file = open_adapter(path);
     return holds_f64(file) ? table_of<double>(path, json, run) : table_of<float>(path, json, run);
 }
 

@@ -8,8 +8,8 @@
 
 namespace tool {
 
-/// Whether a path is a directory of an adapter and of no model.
-[[nodiscard]] bool is_adapter_directory(const fs::path& path);
+/// Whether a path is a directory of an adapter and of no model, or a GGUF file of an adapter.
+[[nodiscard]] bool is_adapter(const fs::path& path);
 /// Its modules with kind, shape, rank, scaling, ‖ΔW‖ and dtype, as a table or as JSON.
 [[nodiscard]] std::string adapter_table(const fs::path& path, bool json, const run_options& run);
 

@@ -1,5 +1,6 @@
 // taskvec convert: an adapter in another dialect.
 // SPDX-License-Identifier: Apache-2.0
+#include "adapter_sums.hpp"
 #include "models.hpp"
 #include "outputs.hpp"
 #include "report.hpp"
@@ -9,7 +10,10 @@
 #include <taskvec/formats/adapter_convert.hpp>
 #include <taskvec/formats/adapter_names.hpp>
 
+#include <algorithm>
+#include <cerrno>
 #include <memory>
+#include <system_error>
 #include <utility>
 
 namespace {
@@ -24,6 +28,7 @@ taskvec::adapter_dialect dialect_of(const std::string& word)
     return word == "kohya"    ? taskvec::adapter_dialect::kohya
         : word == "diffusers" ? taskvec::adapter_dialect::diffusers
         : word == "mlx"       ? taskvec::adapter_dialect::mlx
+        : word == "gguf"      ? taskvec::adapter_dialect::gguf
                               : taskvec::adapter_dialect::peft;
 }
 
@@ -48,16 +53,61 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
     adapter.modules = std::move(renamed);
 }
 
+/// The model that a GGUF adapter is for: the base's configuration, or that of the model which the adapter names.
+template <class T>
+taskvec::gguf_target target_of(const taskvec::adapter_contents<T>& adapter, const convert_settings& given)
+{
+    tool::fs::path model = given.base;
+    std::error_code ignored;
+    if (!model.empty() && !tool::fs::exists(model, ignored)) {
+        taskvec::raise<taskvec::io_error>(
+            taskvec::error_code::file_not_found, "no such file or directory", given.base, ENOENT);
+    }
+    if (model.empty() && adapter.dialect == taskvec::adapter_dialect::gguf) { return adapter.target; }
+    const auto named = adapter.config.find("base_model_name_or_path");
+    if (model.empty() && named != adapter.config.end() && named->is_string()) {
+        model = named->template get<std::string>();
+        if (!tool::fs::is_directory(model, ignored)) { model.clear(); }
+    }
+    const auto config = model.empty() ? nlohmann::json::object() : tool::config_beside(model);
+    if (config.empty()) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_unsupported,
+            taskvec::message("GGUF needs the architecture of the model that ", adapter.label,
+                model.empty()
+                    ? " was trained on, and nothing here says it: give the model's directory, or one with its "
+                      "config.json (--base)"
+                    : " was trained on: there is no config.json beside " + tool::in_quotes(model)
+                        + "; give a directory that has it (--base)"));
+    }
+    return taskvec::gguf_target_of(config, (model / "config.json").string());
+}
+
 template <class T>
 void convert(const convert_settings& given)
 {
     auto adapter = taskvec::read_adapter<T>(given.in);
     for (const auto& text : adapter.notes) { tool::note(given.run, text); }
     const std::string from(taskvec::to_string(adapter.dialect));
-    if (!given.base.empty()) { name_as_base(adapter, given); }
     const auto dialect = dialect_of(given.as);
-    const taskvec::adapter_write_options options{
-        .output = tool::output_dtype(given.dtype), .on_overflow = tool::overflow_of(given.overflow)};
+    const bool to_gguf = dialect == taskvec::adapter_dialect::gguf;
+    const bool paired = std::any_of(
+        adapter.modules.begin(), adapter.modules.end(), [](const auto& one) { return one.second.paired_rows; });
+    if (paired && !to_gguf && given.base.empty()) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_unsupported,
+            taskvec::message(adapter.label,
+                " has rows of q and k in the order of llama.cpp, in pairs within each head, and does not say how many "
+                "heads there are: give the model that it was trained on, or a directory with its config.json "
+                "(--base)"));
+    }
+    if (!given.base.empty()) { tool::restore_rows(adapter, given.base); }
+    // Of GGUF only the configuration is needed, and names are its own.
+    const bool own_names = to_gguf || adapter.dialect == taskvec::adapter_dialect::gguf;
+    if (!given.base.empty() && (!own_names || adapter.dialect == taskvec::adapter_dialect::kohya)) {
+        name_as_base(adapter, given);
+    }
+    const taskvec::adapter_write_options options{.output = tool::output_dtype(given.dtype),
+        .on_overflow = tool::overflow_of(given.overflow),
+        .target = to_gguf ? target_of(adapter, given) : taskvec::gguf_target()};
     const auto made = taskvec::converted_adapter(adapter, dialect, options);
     std::uint64_t bytes = made.config.size();
     for (const auto& tensor : made.bytes) { bytes += tensor.size(); }
@@ -90,9 +140,9 @@ void convert(const convert_settings& given)
 void run_convert(const convert_settings& given)
 {
     if (given.run.device != "cpu") { throw tool::usage_error("convert runs on the cpu; leave --device out"); }
-    const auto file = tool::open_guarded(taskvec::adapter_tensor_file(given.in));
-    const bool as_file =
-        given.as == "kohya" || (given.as == "diffusers" && tool::fs::path(given.out).extension() == ".safetensors");
+    const auto file = tool::open_adapter(given.in);
+    const bool as_file = given.as == "kohya" || given.as == "gguf"
+        || (given.as == "diffusers" && tool::fs::path(given.out).extension() == ".safetensors");
     tool::claim_output(given.out, "--out", as_file ? tool::output_kind::file : tool::output_kind::directory);
     tool::claim_report(given.run);
     if (tool::holds_f64(file)) { convert<double>(given); }
@@ -102,16 +152,18 @@ void run_convert(const convert_settings& given)
 }
 
 const tool::register_verb convert_verb(
-    78, "convert", "Write an adapter in another dialect: PEFT, kohya, diffusers or MLX", [](tool::command& verb) {
+    78, "convert", "Write an adapter in another dialect: PEFT, kohya, diffusers, MLX or GGUF", [](tool::command& verb) {
         const auto given = std::make_shared<convert_settings>();
         verb.positional("ADAPTER", given->in, "The adapter, in any of these dialects");
-        verb.word("--as", given->as, {"peft", "kohya", "diffusers", "mlx"}, "DIALECT", "peft, kohya, diffusers or mlx",
-            false, tool::presence::required);
+        verb.word("--as", given->as, {"peft", "kohya", "diffusers", "mlx", "gguf"}, "DIALECT",
+            "peft, kohya, diffusers, mlx or gguf", false, tool::presence::required);
         verb.text("--out", given->out, "PATH",
-            "Where it goes: a directory for peft and mlx, a file for kohya, either for diffusers",
+            "Where it goes: a directory for peft and mlx, a file for kohya and gguf, either for diffusers",
             tool::presence::required);
         verb.text("--base", given->base, "MODEL",
-            "The model that it was trained on, which says what modules are called: for adapters of kohya");
+            "The model that it was trained on, which says what modules are called: for adapters of kohya. For gguf a "
+            "directory "
+            "with its config.json, which says what llama.cpp calls them and how many heads there are");
         tool::add_dtype_option(verb, given->dtype, "dtype of the factors (default: keep, the adapter's)");
         tool::add_overflow_option(verb, given->overflow);
         tool::add_index_option(verb, given->index);
@@ -119,7 +171,8 @@ const tool::register_verb convert_verb(
         verb.footer("Factors keep their bits, scalings become alphas. What a dialect cannot say (whole modules, "
                     "embeddings, DoRA "
                     "…) is an error that names it.\n\n"
-                    "Example:\n  taskvec convert style-lora --as kohya --out style.safetensors");
+                    "Example:\n  taskvec convert style-lora --as kohya --out style.safetensors\n  taskvec convert "
+                    "math-lora --as gguf --base llama-3 --out math.gguf");
         verb.action([given] { run_convert(*given); });
     });
 

@@ -99,13 +99,14 @@ const tool::register_verb inspect_verb(10, "inspect",
         verb.flag("--sketch", given->sketch,
             "Print the sketch that model cards hold: a number over names, dtypes, shapes and the ends of each tensor");
         verb.flag("--adapter", given->adapter,
-            "As an adapter: ranks, scalings and norms of its modules (a directory of one is seen to be it)");
+            "As an adapter: ranks, scalings and norms of its modules (a directory of one, and a GGUF file, are seen to "
+            "be it)");
         tool::add_index_option(verb, given->index);
         tool::add_quiet(verb, given->run);
         verb.footer("Example:\n  taskvec inspect model.safetensors\n  taskvec inspect model.safetensors --json | jq "
                     "'.tensors | length'");
         verb.action([given] {
-            if (given->adapter || (given->diff.empty() && !given->sketch && tool::is_adapter_directory(given->model))) {
+            if (given->adapter || (given->diff.empty() && !given->sketch && tool::is_adapter(given->model))) {
                 tool::print(tool::adapter_table(given->model, given->json, given->run));
                 return;
             }

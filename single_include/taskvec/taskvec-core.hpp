@@ -1488,6 +1488,8 @@ struct module_match;
 struct adapter_write_options;
 struct written_adapter;
 struct adapter_base_traits;
+struct gguf_header;
+struct gguf_target;
 struct peft_write_options;
 enum class quantisation : std::uint8_t;
 struct layer_part;

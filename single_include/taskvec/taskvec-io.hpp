@@ -2,25 +2,22 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// ---- taskvec/formats/adapter_convert.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_CONVERT_HPP)
-#define TASKVEC_SINGLE_FORMATS_ADAPTER_CONVERT_HPP
-// Adapters written in any dialect, so that what reads that dialect gets the same update.
+// ---- taskvec/formats/adapter_contents.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_CONTENTS_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_CONTENTS_HPP
+// An adapter of any dialect in one form, and what readers of dialects share.
 // SPDX-License-Identifier: Apache-2.0
 
 
-// ---- taskvec/core/overflow.hpp
-#if !defined(TASKVEC_SINGLE_CORE_OVERFLOW_HPP)
-#define TASKVEC_SINGLE_CORE_OVERFLOW_HPP
-// What becomes of finite numbers that a storage type cannot hold.
+// ---- taskvec/adapters/lora.hpp
+#if !defined(TASKVEC_SINGLE_ADAPTERS_LORA_HPP)
+#define TASKVEC_SINGLE_ADAPTERS_LORA_HPP
+// LoRA adapters in memory: the low-rank update of one weight, and an adapter as updates by module name.
+// Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: low-rank adaptation of large language models" (2021).
 // SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/core/storage.hpp
-#if !defined(TASKVEC_SINGLE_CORE_STORAGE_HPP)
-#define TASKVEC_SINGLE_CORE_STORAGE_HPP
-// Storage types: what follows from the list of them. How to add one is told in core/storage_traits.hpp.
-// SPDX-License-Identifier: Apache-2.0
+//
+// The one LoRA type: what PEFT's files are read into, what algorithms on adapters take and return, and what the layers
+// of jvp/ are made from and give back. It needs no Eigen; jvp/lora_layer.hpp sees its factors as Eigen matrices.
 
 
 // ---- taskvec/core/error.hpp
@@ -647,6 +644,27 @@ template <class Error, class... Arguments>
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_ERROR_HPP
+
+// ---- taskvec/core/matrix.hpp
+#if !defined(TASKVEC_SINGLE_CORE_MATRIX_HPP)
+#define TASKVEC_SINGLE_CORE_MATRIX_HPP
+// Matrices: views of somebody else's memory in either storage order, and a small owner for results and scratch.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/view.hpp
+#if !defined(TASKVEC_SINGLE_CORE_VIEW_HPP)
+#define TASKVEC_SINGLE_CORE_VIEW_HPP
+// Flat views of somebody else's memory. The memory space is part of the type: mixing spaces does not compile.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/storage.hpp
+#if !defined(TASKVEC_SINGLE_CORE_STORAGE_HPP)
+#define TASKVEC_SINGLE_CORE_STORAGE_HPP
+// Storage types: what follows from the list of them. How to add one is told in core/storage_traits.hpp.
+// SPDX-License-Identifier: Apache-2.0
+
 
 // ---- taskvec/core/half.hpp
 #if !defined(TASKVEC_SINGLE_CORE_HALF_HPP)
@@ -1463,6 +1481,8 @@ struct module_match;
 struct adapter_write_options;
 struct written_adapter;
 struct adapter_base_traits;
+struct gguf_header;
+struct gguf_target;
 struct peft_write_options;
 enum class quantisation : std::uint8_t;
 struct layer_part;
@@ -1766,82 +1786,6 @@ decltype(auto) visit_storage(dtype type, std::string_view what, F&& f)
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_STORAGE_HPP
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// What becomes of a finite result that the dtype of the output cannot hold: an error that names it, the dtype's
-/// largest number, or infinity.
-enum class overflow : std::uint8_t { error, saturate, propagate };
-
-/// The largest finite number of T (or the lowest), as its word: the one before infinity's.
-template <storage_element T>
-[[nodiscard]] storage_word<T> largest_word(bool negative) noexcept
-{
-    using word_bits = std::conditional_t<sizeof(T) == 1, std::uint8_t,
-        std::conditional_t<sizeof(T) == 2, std::uint16_t,
-            std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>>;
-    const auto infinity = narrow<T>(static_cast<arithmetic_type<T>>(negative ? -HUGE_VAL : HUGE_VAL));
-    word_bits bits;
-    std::memcpy(&bits, &infinity, sizeof bits);
-    --bits;
-    storage_word<T> word;
-    std::memcpy(&word, &bits, sizeof word);
-    return word;
-}
-
-/// A number as T. One that T cannot hold is an error, for which `refuse()` throws, T's largest number, which
-/// `saturated` counts, or infinity. What is not finite to begin with is refused unless it propagates.
-template <storage_element T, arithmetic_element A, class Refuse>
-[[nodiscard]] T narrow_within(A value, overflow how, std::uint64_t& saturated, Refuse&& refuse)
-{
-    const T stored = narrow<T>(value);
-    if (std::isfinite(static_cast<double>(widen<arithmetic_type<T>>(stored))) || how == overflow::propagate) {
-        return stored;
-    }
-    if (how == overflow::error || !std::isfinite(value)) { refuse(); }
-    ++saturated;
-    return reinterpret_bits<T>(largest_word<T>(value < 0));
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_CORE_OVERFLOW_HPP
-
-// ---- taskvec/formats/adapter_file.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP)
-#define TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP
-// Adapters as people have them: PEFT's directories, files of kohya and A1111, diffusers and MLX, told apart by what
-// they hold, read into one form that folds into a base. SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/adapters/lora.hpp
-#if !defined(TASKVEC_SINGLE_ADAPTERS_LORA_HPP)
-#define TASKVEC_SINGLE_ADAPTERS_LORA_HPP
-// LoRA adapters in memory: the low-rank update of one weight, and an adapter as updates by module name.
-// Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: low-rank adaptation of large language models" (2021).
-// SPDX-License-Identifier: Apache-2.0
-//
-// The one LoRA type: what PEFT's files are read into, what algorithms on adapters take and return, and what the layers
-// of jvp/ are made from and give back. It needs no Eigen; jvp/lora_layer.hpp sees its factors as Eigen matrices.
-
-
-// ---- taskvec/core/matrix.hpp
-#if !defined(TASKVEC_SINGLE_CORE_MATRIX_HPP)
-#define TASKVEC_SINGLE_CORE_MATRIX_HPP
-// Matrices: views of somebody else's memory in either storage order, and a small owner for results and scratch.
-// SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/core/view.hpp
-#if !defined(TASKVEC_SINGLE_CORE_VIEW_HPP)
-#define TASKVEC_SINGLE_CORE_VIEW_HPP
-// Flat views of somebody else's memory. The memory space is part of the type: mixing spaces does not compile.
-// SPDX-License-Identifier: Apache-2.0
-
 
 #include <concepts>
 #include <cstddef>
@@ -2221,367 +2165,500 @@ void check_update(const lora_update<T, S>& update, std::string_view name)
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_ADAPTERS_LORA_HPP
 
-// ---- taskvec/formats/peft.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_PEFT_HPP)
-#define TASKVEC_SINGLE_FORMATS_PEFT_HPP
-// PEFT's LoRA adapter directories: adapter_config.json and adapter_model.safetensors, read strictly and written so that
-// PEFT loads them.
+// ---- taskvec/formats/gguf.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_GGUF_HPP)
+#define TASKVEC_SINGLE_FORMATS_GGUF_HPP
+// GGUF, the files of llama.cpp: their metadata and where their tensors lie, read strictly; whole files written from
+// memory; and what the tensors of its language models are called. SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/formats/json.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_JSON_HPP)
+#define TASKVEC_SINGLE_FORMATS_JSON_HPP
+// JSON read strictly: UTF-8 only, no repeated keys, bounded depth, nothing after the value; and JSON strings written.
 // SPDX-License-Identifier: Apache-2.0
 
 
-// ---- taskvec/adapters/adapter.hpp
-#if !defined(TASKVEC_SINGLE_ADAPTERS_ADAPTER_HPP)
-#define TASKVEC_SINGLE_ADAPTERS_ADAPTER_HPP
-// What every algorithm on LoRA adapters uses: singular triples as updates, dense updates, norms, reports, and updates
-// folded into a weight. The type itself is in adapters/lora.hpp.
-// SPDX-License-Identifier: Apache-2.0
+#if !__has_include(<nlohmann/json.hpp>)
+#error "this header of taskvec needs nlohmann_json 3.10 or later (Debian: nlohmann-json3-dev)"
+#include "taskvec: the error above ends the compilation"
+#endif
+#include <nlohmann/json.hpp>
 
-
-// ---- taskvec/core/option_table.hpp
-#if !defined(TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP)
-#define TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP
-// What an options struct says about itself: one table with a row for each member.
-// SPDX-License-Identifier: Apache-2.0
-//
-// A row names the member and says what it means, what it may hold and what unit stands for it in a usage line; its kind
-// comes from the member's type and its default from the struct's own initialisers. Reading a value from text, writing
-// it, listing (core/option_text.hpp), the command line's flags, notes, reports and sweep axes all come from the table.
-//
-// A struct gets its table by specialising options_of, beside it:
-//
-//     struct my_options {
-//         double share = 0.5;
-//         bool centred = true;
-//         std::vector<double> weights{};
-//     };
-//     template <>
-//     struct taskvec::options_of<my_options> {
-//         static constexpr taskvec::option_table table{
-//             taskvec::option_row("share", &my_options::share, "share of entries kept",
-//                 {.unit = "D", .above = 0, .at_most = 1}),
-//             taskvec::option_row("centred", &my_options::centred, "take the mean off", {.negated = "uncentred"}),
-//             taskvec::weights_row(&my_options::weights)};
-//     };
-//
-// or, where that reads better, by a static member function `describe()` that returns the same table.
-
-
-#include <array>
-#include <concepts>
 #include <cstddef>
-#include <limits>
+#include <cstdint>
+#include <string>
 #include <string_view>
-#include <tuple>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// Values that a sweep goes over: the plural that names them, and the usual ones as text ("0.1,0.2" or
-/// "FIRST:LAST:STEP"); `of_subsets` where every subset of the tasks is tried as well.
-struct option_axis {
-    std::string_view name{}, usual{}, of_subsets{};
-};
+/// The most values that a JSON file may have, which take a hundred times its bytes in memory.
+inline constexpr std::size_t json_value_limit = 2'000'000;
+/// The deepest nesting that a JSON file may have: the reference safetensors reader's limit.
+inline constexpr std::size_t json_depth_limit = 127;
 
-/// What a row says beside name, member and meaning. Numbers are finite always, and within the range that is given.
-struct option_details {
-    std::string_view unit{}; ///< stands for the value in a usage line: "D", "N"; empty: by the kind
-    double at_least = -std::numeric_limits<double>::infinity();
-    double above = -std::numeric_limits<double>::infinity(); ///< the bound itself is outside
-    double at_most = std::numeric_limits<double>::infinity();
-    std::string_view expected{}; ///< what messages say is expected; empty: in words made of the range
-    std::string_view negated{}; ///< of a bool that is on by default: the flag that turns it off
-    option_axis axis{};
-};
+namespace detail {
 
-/// Of a share of entries: above 0 and up to 1.
-[[nodiscard]] constexpr option_details share_details(option_axis axis = {})
+/// Feeds `events`, a nlohmann SAX handler with a `fail(message)` for syntax errors, with one JSON text.
+/// What nlohmann's lexer allows and JSON does not (a byte order mark, text that ends at a NUL) is a syntax error here.
+template <class Events>
+bool sax_parse_strictly(std::string_view text, Events& events)
 {
-    return {.unit = "D",
-        .above = 0,
-        .at_most = 1,
-        .expected = "a share above 0 and up to 1, such as 0.1 for a tenth",
-        .axis = axis};
-}
-/// The densities that a merge is usually tried with.
-inline constexpr option_axis common_densities{"densities", "0.05,0.1,0.2,0.3,0.5", {}};
-/// Of λ, the scale of a merged task vector.
-[[nodiscard]] constexpr option_details lambda_details()
-{
-    return {.axis = {"lambdas", "0:1:0.05", "0.3"}};
-}
-
-/// One member of an options struct. `name`: lower case words with hyphens; `meaning`: a phrase without a full stop.
-template <class Options, class Value>
-struct option_row {
-    using options_type = Options;
-    using value_type = Value;
-
-    std::string_view name;
-    Value Options::* member;
-    std::string_view meaning;
-    option_details details;
-    bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
-    std::string_view each_of{}; ///< of such a list: what an entry is, "weight", or the row that holds for all tasks
-
-    constexpr option_row(
-        std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
-        : name(its_name)
-        , member(its_member)
-        , meaning(words)
-        , details(more)
-    { }
-
-    template <class Owner, class Visit>
-    constexpr void visit(Owner& options, Visit&& visit) const
-    {
-        visit(*this, options.*member);
+    if (text.starts_with("\xef\xbb\xbf")) { return events.fail("begins with a byte order mark; JSON has none", 0); }
+    if (const auto nul = text.find('\0'); nul != text.npos) {
+        return events.fail("holds a NUL byte, which JSON never has", nul);
     }
-};
-
-/// A list with an entry for each task. `each_of`: what an entry is, "weight", or the row that holds for all tasks.
-template <class Options>
-[[nodiscard]] constexpr option_row<Options, std::vector<double>> task_row(
-    std::string_view name, std::vector<double> Options::* member, std::string_view each_of, std::string_view meaning)
-{
-    option_row<Options, std::vector<double>> row(name, member, meaning);
-    row.per_task = true;
-    row.each_of = each_of;
-    return row;
-}
-/// The weights of the tasks: one for each, or none for all 1.
-template <class Options>
-[[nodiscard]] constexpr auto weights_row(
-    std::vector<double> Options::* member, std::string_view meaning = "one for each task, or none for all 1")
-{
-    return task_row("weights", member, "weight", meaning);
-}
-/// A density of each task, where they differ.
-template <class Options>
-[[nodiscard]] constexpr auto densities_row(std::vector<double> Options::* member)
-{
-    return task_row("densities", member, "density", "density of each task, or none for one of all");
-}
-/// The share of outliers of each task, where they differ.
-template <class Options>
-[[nodiscard]] constexpr auto gammas_row(std::vector<double> Options::* member)
-{
-    return task_row("gammas", member, "gamma", "gamma of each task, or none for one of all");
+    return nlohmann::json::sax_parse(text.begin(), text.end(), &events);
 }
 
-/// The options of a struct that is a member: its rows stand in the owner's table as if they were the owner's, all but
-/// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
-template <class Options, class Inner, std::size_t N>
-struct inner_options {
-    Inner Options::* member;
-    std::array<std::string_view, N> without;
+/// Shortens nlohmann's "[json.exception.parse_error.101] parse error at line 1, column 5: …" to what a reader needs.
+[[nodiscard]] inline std::string syntax_message(const char* what)
+{
+    std::string text = what;
+    if (const auto end = text.find("] "); text.starts_with('[') && end != text.npos) { text.erase(0, end + 2); }
+    return text;
+}
 
-    [[nodiscard]] constexpr bool leaves_out(std::string_view name) const noexcept
+/// Builds a json value, refusing what the header of this file lists.
+class json_builder final : public nlohmann::json_sax<nlohmann::json> {
+public:
+    json_builder(std::string_view file, std::uint64_t offset)
+        : file_(file)
+        , offset_(offset)
+    { }
+    [[nodiscard]] nlohmann::json take() { return std::move(root_); }
+    [[noreturn]] bool fail(const std::string& what, std::uint64_t position)
     {
-        for (const auto& other : without) {
-            if (other == name) { return true; }
+        raise<format_error>(error_code::json_syntax, message("invalid JSON at byte ", offset_ + position, ": ", what),
+            file_, offset_ + position);
+    }
+
+    bool null() override { return value(nullptr); }
+    bool boolean(bool x) override { return value(x); }
+    bool number_integer(number_integer_t x) override { return value(x); }
+    bool number_unsigned(number_unsigned_t x) override { return value(x); }
+    bool number_float(number_float_t x, const string_t&) override { return value(x); }
+    bool string(string_t& x) override { return value(std::move(x)); }
+    bool binary(binary_t&) override { fail("binary value", 0); }
+    bool start_object(std::size_t) override { return open(nlohmann::json::object()); }
+    bool start_array(std::size_t) override { return open(nlohmann::json::array()); }
+    bool end_object() override { return close(); }
+    bool end_array() override { return close(); }
+    bool key(string_t& x) override
+    {
+        if (stack_.back()->contains(x)) {
+            raise<format_error>(error_code::json_key_repeated, message("key '", x, "' occurs twice in one JSON object"),
+                file_, offset_);
         }
-        return false;
+        key_ = std::move(x);
+        return true;
     }
-    template <class Owner, class Visit>
-    constexpr void visit(Owner& options, Visit&& visit) const;
+    bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& ex) override
+    {
+        fail(syntax_message(ex.what()), position ? position - 1 : 0);
+    }
+
+private:
+    nlohmann::json* place(nlohmann::json x)
+    {
+        if (++values_ > json_value_limit) {
+            raise<format_error>(error_code::json_syntax,
+                message("JSON of more than ", json_value_limit, " values, which is no configuration or index"), file_,
+                offset_);
+        }
+        if (stack_.empty()) { return &(root_ = std::move(x)); }
+        auto& parent = *stack_.back();
+        if (parent.is_array()) {
+            parent.push_back(std::move(x));
+            return &parent.back();
+        }
+        return &(parent[key_] = std::move(x));
+    }
+    template <class X>
+    bool value(X&& x)
+    {
+        place(nlohmann::json(std::forward<X>(x)));
+        return true;
+    }
+    bool open(nlohmann::json x)
+    {
+        if (stack_.size() == json_depth_limit) {
+            raise<format_error>(error_code::json_syntax,
+                message("JSON is nested deeper than ", json_depth_limit, " levels"), file_, offset_);
+        }
+        stack_.push_back(place(std::move(x)));
+        return true;
+    }
+    bool close()
+    {
+        stack_.pop_back();
+        return true;
+    }
+
+    std::string file_;
+    std::uint64_t offset_;
+    nlohmann::json root_;
+    std::size_t values_ = 0;
+    std::vector<nlohmann::json*> stack_;
+    std::string key_;
 };
-template <class Options, class Inner, class... Names>
-[[nodiscard]] constexpr inner_options<Options, Inner, sizeof...(Names)> options_within(
-    Inner Options::* member, Names... without)
+
+} // namespace detail
+
+/// The JSON value that `text` holds, read strictly; anything else is a format_error that names `file` and the byte.
+/// `offset` is where the text begins in the file.
+[[nodiscard]] inline nlohmann::json parse_json(std::string_view text, std::string_view file, std::uint64_t offset = 0)
 {
-    return {member, {std::string_view(without)...}};
+    detail::json_builder builder(file, offset);
+    detail::sax_parse_strictly(text, builder);
+    return builder.take();
 }
 
-/// The rows of a struct.
-template <class... Rows>
-struct option_table {
-    std::tuple<Rows...> rows;
-
-    constexpr explicit option_table(const Rows&... all)
-        : rows(all...)
-    { }
-};
-
-/// A set of values under a name: "as the other library does it".
-template <class Options>
-struct option_preset {
-    std::string_view name, meaning;
-    Options (*make)();
-};
-
-/// The extension point: `table`, and where there are presets `presets` (an array of option_preset, the first of which
-/// is what the struct's initialisers say) with `preset_option`, the name of the option that chooses one.
-template <class Options>
-struct options_of { };
-template <class Options>
-    requires requires { Options::describe(); }
-struct options_of<Options> {
-    static constexpr auto table = Options::describe();
-};
-
-/// A struct that has a table.
-template <class Options>
-concept described_options = requires { options_of<Options>::table.rows; };
-
-/// A struct with named presets.
-template <class Options>
-concept options_with_presets = requires {
-    options_of<Options>::presets.size();
-    options_of<Options>::preset_option;
-};
-
-/// The words for the values of an enumeration: specialise with `static constexpr std::array words{enum_word{…}, …}`.
-template <class Enum>
-struct enum_words { };
-template <class Enum>
-struct enum_word {
-    Enum value;
-    std::string_view word;
-};
-template <class Enum>
-concept worded_enum = std::is_enum_v<Enum> && requires { enum_words<Enum>::words.size(); };
-
-/// What may stand in a table.
-template <class Value>
-concept describable_value = std::same_as<Value, bool> || std::floating_point<Value> || std::unsigned_integral<Value>
-    || worded_enum<Value> || std::same_as<Value, std::vector<double>>;
-
-/// Calls visit(row, member) for every row of the table of `options`, those of inner structs in their places. The member
-/// is const where `options` is.
-///
-///     for_each_option(options, [](const auto& row, const auto& value) { std::cout << row.name << …; });
-template <class Options, class Visit>
-constexpr void for_each_option(Options& options, Visit&& visit)
+/// True when `text` is well-formed UTF-8: no overlong form, no surrogate, nothing above U+10FFFF.
+[[nodiscard]] constexpr bool is_utf8(std::string_view text) noexcept
 {
-    using bare = std::remove_const_t<Options>;
-    static_assert(described_options<bare>,
-        "taskvec: this options struct has no table: specialise taskvec::options_of for it (core/option_table.hpp)");
-    if constexpr (described_options<bare>) {
-        std::apply([&](const auto&... rows) { (rows.visit(options, visit), ...); }, options_of<bare>::table.rows);
+    for (std::size_t i = 0; i < text.size();) {
+        const auto byte = [&](std::size_t k) {
+            return i + k < text.size() ? static_cast<unsigned char>(text[i + k]) : 0u;
+        };
+        const auto tail = [&](std::size_t k) { return (byte(k) & 0xc0u) == 0x80u; };
+        const unsigned lead = byte(0);
+        if (lead < 0x80u) { i += 1; }
+        else if (lead >= 0xc2u && lead <= 0xdfu && tail(1)) {
+            i += 2;
+        }
+        else if (lead >= 0xe0u && lead <= 0xefu && tail(1) && tail(2) && !(lead == 0xe0u && byte(1) < 0xa0u)
+            && !(lead == 0xedu && byte(1) > 0x9fu)) {
+            i += 3;
+        }
+        else if (lead >= 0xf0u && lead <= 0xf4u && tail(1) && tail(2) && tail(3) && !(lead == 0xf0u && byte(1) < 0x90u)
+            && !(lead == 0xf4u && byte(1) > 0x8fu)) {
+            i += 4;
+        }
+        else {
+            return false;
+        }
     }
+    return true;
 }
 
-/// Calls visit(preset_option, presets, inner) for each struct with presets among `options` and its inner structs. A
-/// struct's own presets stand in place of those of its inner structs: it knows what the names mean for the whole.
-template <class Options, class Visit>
-constexpr void for_each_preset_list(Options& options, Visit&& visit);
-
-template <class Options, class Inner, std::size_t N>
-template <class Owner, class Visit>
-constexpr void inner_options<Options, Inner, N>::visit(Owner& options, Visit&& visit) const
+/// `text` as a JSON string with its quotes, escaped as the reference safetensors writer escapes: quotes, backslashes
+/// and control characters only. Text that is not UTF-8 is an invalid_argument.
+[[nodiscard]] inline std::string json_string(std::string_view text)
 {
-    for_each_option(options.*member, [&](const auto& row, auto& value) {
-        if (!leaves_out(row.name)) { visit(row, value); }
-    });
-}
-
-template <class Options, class Visit>
-constexpr void for_each_preset_list(Options& options, Visit&& visit)
-{
-    using bare = std::remove_const_t<Options>;
-    if constexpr (options_with_presets<bare>) {
-        visit(options_of<bare>::preset_option, options_of<bare>::presets, options);
+    if (!is_utf8(text)) {
+        raise<invalid_argument>(
+            error_code::unwritable, message("'", text, "' is not UTF-8 and cannot be written to a file"));
     }
-    else if constexpr (described_options<bare>) {
-        std::apply(
-            [&](const auto&... rows) {
-                const auto within = [&](const auto& row) {
-                    if constexpr (requires { row.leaves_out(""); }) {
-                        for_each_preset_list(options.*row.member, visit);
-                    }
-                };
-                (within(rows), ...);
-            },
-            options_of<bare>::table.rows);
+    std::string result = "\"";
+    for (const char c : text) {
+        switch (c) {
+        case '"': result += "\\\""; break;
+        case '\\': result += "\\\\"; break;
+        case '\b': result += "\\b"; break;
+        case '\f': result += "\\f"; break;
+        case '\n': result += "\\n"; break;
+        case '\r': result += "\\r"; break;
+        case '\t': result += "\\t"; break;
+        default:
+            if (static_cast<unsigned char>(c) < 0x20u) {
+                constexpr char digits[] = "0123456789abcdef";
+                result += "\\u00";
+                result += digits[static_cast<unsigned char>(c) >> 4];
+                result += digits[static_cast<unsigned char>(c) & 15];
+            }
+            else {
+                result += c;
+            }
+        }
     }
+    return result += '"';
 }
 
 } // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP
+#endif // TASKVEC_SINGLE_FORMATS_JSON_HPP
 
-// ---- taskvec/linalg/factored_svd.hpp
-#if !defined(TASKVEC_SINGLE_LINALG_FACTORED_SVD_HPP)
-#define TASKVEC_SINGLE_LINALG_FACTORED_SVD_HPP
-// The SVD of a product left·rightᵀ from its factors: two thin QRs and a small core, never the product itself.
+// ---- taskvec/formats/safetensors.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_SAFETENSORS_HPP)
+#define TASKVEC_SINGLE_FORMATS_SAFETENSORS_HPP
+// The safetensors format: a strict reader over a memory map, and an atomic writer that takes bytes in any order.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Format: https://github.com/huggingface/safetensors. A file is an 8-byte little-endian header length, that many bytes
+// of JSON, and one buffer that the tensors tile.
+
+
+// ---- taskvec/core/sink.hpp
+#if !defined(TASKVEC_SINGLE_CORE_SINK_HPP)
+#define TASKVEC_SINGLE_CORE_SINK_HPP
+// Where a model-wide algorithm puts its result: tensors in memory, or a file that is written block by block.
 // SPDX-License-Identifier: Apache-2.0
 
 
-// ---- taskvec/compiled/linalg.hpp
-#if !defined(TASKVEC_SINGLE_COMPILED_LINALG_HPP)
-#define TASKVEC_SINGLE_COMPILED_LINALG_HPP
-// What taskvec::compiled compiles of linalg/, as lists: EXTERN is `extern` where the library is linked, nothing where
-// it is made. SPDX-License-Identifier: Apache-2.0
-//
-// The headers are the same with and without the library. With TASKVEC_COMPILED defined, which linking taskvec::compiled
-// does, they declare these instances to be elsewhere; the files of src/compiled define them. Both hold each other to
-// one list, this one. Other types than float and double compile in the caller's file as ever.
+// ---- taskvec/core/tensor_ref.hpp
+#if !defined(TASKVEC_SINGLE_CORE_TENSOR_REF_HPP)
+#define TASKVEC_SINGLE_CORE_TENSOR_REF_HPP
+// Tensors and models as the run-time layer sees them: a pointer, a dtype, a shape. Nothing here owns memory.
+// SPDX-License-Identifier: Apache-2.0
 
-#include <memory_resource>
-#include <span>
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <string>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
-#define TASKVEC_COMPILED_SMALL_MATRICES(EXTERN)                                                                        \
-    EXTERN template double detail::cholesky_factor<0>(                                                                 \
-        matrix_view<const double>, matrix_view<double>, matrix_view<double>, std::pmr::memory_resource*);              \
-    EXTERN template void detail::householder<0>(matrix_view<double>, double*);                                         \
-    EXTERN template small_svd_result small_svd<0>(const cpu&, matrix_view<const double>);                              \
-    EXTERN template double factor_cholesky<0>(const cpu&, matrix_view<double>);                                        \
-    EXTERN template void solve_cholesky<0>(const cpu&, matrix_view<const double>, matrix_view<double>);                \
-    EXTERN template bool cholesky_solve<0>(const cpu&, matrix_view<const double>, matrix_view<double>);                \
-    EXTERN template matrix<double> small_product<0>(const cpu&, double, const matrix<double>&, const matrix<double>&);
+namespace taskvec::inline TASKVEC_ABI {
 
-#define TASKVEC_COMPILED_MATRICES(EXTERN, T)                                                                           \
-    EXTERN template void detail::multiply_any<T>(T, matrix_view<const T>, matrix_view<const T>, T, matrix_view<T>);    \
-    EXTERN template void detail::gram<T>(matrix_view<const T>, matrix_view<double>, std::pmr::memory_resource*);       \
-    EXTERN template void gemm<T>(const cpu&, T, matrix_view<const T>, matrix_view<const T>, T, matrix_view<T>);        \
-    EXTERN template double squared_norm<T>(const cpu&, matrix_view<const T>);                                          \
-    EXTERN template void fill_normal<T>(const cpu&, const random_stream&, matrix_view<T>);                             \
-    EXTERN template qr_factors<T> factor_qr<T>(const cpu&, matrix_view<const T>, std::string_view);                    \
-    EXTERN template void multiply_q<T>(const cpu&, const qr_factors<T>&, matrix_view<const double>, matrix_view<T>);   \
-    EXTERN template void multiply_small<T>(                                                                            \
-        const cpu&, matrix_view<const T>, matrix_view<const double>, matrix_view<T>);                                  \
-    EXTERN template matrix<T> orthonormal_basis<T>(const cpu&, matrix_view<const T>, std::string_view);
+using extents = std::vector<std::int64_t>;
 
-#define TASKVEC_COMPILED_FACTORED_SVD(EXTERN, T)                                                                       \
-    EXTERN template class detail::factored_core<T, cpu>;                                                               \
-    EXTERN template factored_svd_result<T> detail::factored_core<T, cpu>::finish<small_svd_result>(                    \
-        const cpu&, small_svd_result&&, const rank_choice&, detail::factor_place) const;                               \
-    EXTERN template factored_svd_result<T> detail::factored_svd_in<T, cpu>(                                            \
-        const cpu&, const factor_pair<T>&, const rank_choice&, detail::factor_place);                                  \
-    EXTERN template std::vector<factored_svd_result<T>> factored_svd<T, cpu>(                                          \
-        const cpu&, std::span<const factor_pair<T>>, const rank_choice&);                                              \
-    EXTERN template stacked_factors<T> detail::stack_factors_in<T>(                                                    \
-        std::span<const factor_pair<T>>, std::string_view, std::pmr::memory_resource*);
+/// "[2, 3]"
+[[nodiscard]] inline std::string to_string(const extents& shape)
+{
+    std::string text = "[";
+    for (std::size_t i = 0; i < shape.size(); ++i) { text += (i ? ", " : "") + std::to_string(shape[i]); }
+    return text + "]";
+}
 
-#define TASKVEC_COMPILED_RANDOMIZED_SVD(EXTERN, T)                                                                     \
-    EXTERN template randomized_svd_result<T> detail::sampled_svd<T, cpu>(                                              \
-        const cpu&, matrix_view<const T>, const randomized_svd_options&, detail::factor_place);
+/// Number of elements of a shape; a negative extent or a product above 2^63-1 is an error that names `what`.
+[[nodiscard]] inline std::size_t element_count(const extents& shape, std::string_view what = "tensor")
+{
+    std::uint64_t count = 1;
+    bool empty = false;
+    for (const auto extent : shape) {
+        if (extent < 0) {
+            raise<shape_mismatch>(
+                error_code::shape_invalid, message("tensor '", what, "' has a negative extent in ", to_string(shape)));
+        }
+        empty = empty || extent == 0;
+    }
+    if (empty) { return 0; }
+    for (const auto extent : shape) {
+        if (count > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())
+                / static_cast<std::uint64_t>(extent)) {
+            raise<shape_mismatch>(error_code::shape_invalid,
+                message("tensor '", what, "' of shape ", to_string(shape), " has more than 2^63-1 elements"));
+        }
+        count *= static_cast<std::uint64_t>(extent);
+    }
+    return static_cast<std::size_t>(count);
+}
 
-#define TASKVEC_COMPILED_TRUNCATED_SVD(EXTERN, T)                                                                      \
-    EXTERN template bool detail::divide_and_conquer<T>(                                                                \
-        matrix_view<const T>, matrix<T>&, std::vector<double>&, matrix<T>&, std::pmr::memory_resource*);               \
-    EXTERN template truncated_svd_result<T> detail::exact_svd<T>(                                                      \
-        const cpu&, matrix_view<const T>, const rank_choice&, std::string_view, detail::factor_place);
-#endif // TASKVEC_SINGLE_COMPILED_LINALG_HPP
+/// Bytes of `count` elements of `type` (packed sub-byte types round up to whole bytes).
+[[nodiscard]] constexpr std::size_t byte_count(dtype type, std::size_t count) noexcept
+{
+    const std::size_t width = bits_per_element(type);
+    return width % 8 == 0 ? count * (width / 8) : (count * width + 7) / 8;
+}
 
-// ---- taskvec/linalg/svd.hpp
-#if !defined(TASKVEC_SINGLE_LINALG_SVD_HPP)
-#define TASKVEC_SINGLE_LINALG_SVD_HPP
-// What every singular value decomposition here returns, how a rank is chosen, and how an approximation is measured.
+/// {pointer, dtype, shape, strides, device}: DLPack's fields without the ownership. Byte is `void` or `const void`.
+/// Strides count elements; empty strides mean row-major and contiguous.
+template <class Byte>
+    requires std::is_void_v<Byte>
+struct basic_tensor_ref {
+    Byte* data = nullptr;
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+    extents strides{};
+    memory_space space = memory_space::host;
+    int device = 0;
+    const operand_source* source = nullptr; ///< not null: `data` is null, and elements come from here
+
+    [[nodiscard]] std::size_t size(std::string_view what = "tensor") const { return element_count(shape, what); }
+    [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const { return byte_count(dtype, size(what)); }
+    /// True when the elements lie row-major without holes.
+    [[nodiscard]] bool contiguous() const noexcept
+    {
+        if (strides.empty()) { return true; }
+        std::int64_t expected = 1;
+        for (std::size_t i = shape.size(); i-- > 0;) {
+            if (shape[i] == 0) { return true; }
+            if (shape[i] != 1 && strides[i] != expected) { return false; }
+            expected *= shape[i];
+        }
+        return true;
+    }
+    /// What may be written may be read. (A template: of a reference that is const already nvcc would say that it never
+    /// converts to itself.)
+    template <class To>
+        requires(std::same_as<To, const void> && !std::is_const_v<Byte>)
+    operator basic_tensor_ref<To>() const
+    {
+        return {data, dtype, shape, strides, space, device, source};
+    }
+};
+
+namespace detail {
+/// What takes tensors as memory says this of those that are worked out.
+[[noreturn, gnu::cold]] inline void refuse_source(std::string_view tensor)
+{
+    raise<invalid_argument>(error_code::tensor_without_data,
+        message("tensor '", tensor, "' is a quantised layer: its numbers are nowhere in memory; decode it first"));
+}
+} // namespace detail
+
+/// The tensor that a view's memory makes with this shape (default: one flat dimension).
+template <class T, memory_space S>
+[[nodiscard]] auto as_tensor(view<T, S> flat, extents shape)
+{
+    using ref = basic_tensor_ref<std::conditional_t<std::is_const_v<T>, const void, void>>;
+    if (element_count(shape) != flat.size()) {
+        raise<shape_mismatch>(error_code::shape_invalid,
+            message("a view of ", flat.size(), " elements cannot have shape ", to_string(shape)));
+    }
+    return ref{flat.data(), dtype_of<std::remove_const_t<T>>, std::move(shape), {}, S, 0};
+}
+template <class T, memory_space S>
+[[nodiscard]] auto as_tensor(view<T, S> flat)
+{
+    return as_tensor(flat, {static_cast<std::int64_t>(flat.size())});
+}
+
+/// The flat view of a contiguous tensor of element type T in memory space S; anything else is an error naming `what`.
+template <storage_element T, memory_space S = memory_space::host>
+[[nodiscard]] auto flat_view(const const_tensor_ref& tensor, std::string_view what)
+{
+    if (tensor.dtype != dtype_of<T>) {
+        raise<dtype_mismatch>(error_code::dtype_differs,
+            message("tensor '", what, "' has dtype ", to_string(tensor.dtype), "; expected ", to_string(dtype_of<T>)));
+    }
+    if (tensor.space != S) {
+        raise<invalid_argument>(error_code::tensor_memory,
+            message("tensor '", what, "' lives in ", tensor.space == memory_space::host ? "host" : "device",
+                " memory; copy it to the policy's own memory space first"));
+    }
+    if (!tensor.contiguous()) {
+        raise<invalid_argument>(error_code::tensor_layout,
+            message("tensor '", what, "' is not contiguous; copy it to row-major memory first"));
+    }
+    if (tensor.source) { detail::refuse_source(what); }
+    return view<const T, S>{static_cast<const T*>(tensor.data), tensor.size(what)};
+}
+
+/// A model: tensors by name. Kept sorted by the bytes of the name, which is the order that model-wide algorithms use.
+template <class Ref>
+class basic_model {
+public:
+    struct entry {
+        std::string name;
+        Ref tensor;
+    };
+
+    basic_model() = default;
+    basic_model(std::initializer_list<entry> entries)
+    {
+        for (const auto& [name, tensor] : entries) { insert(name, tensor); }
+    }
+    /// A model of mutable tensors is a model of const ones.
+    template <class Other>
+        requires(!std::same_as<Other, Ref> && std::convertible_to<Other, Ref>)
+    basic_model(const basic_model<Other>& other)
+    {
+        for (const auto& [name, tensor] : other) { entries_.push_back({name, Ref(tensor)}); }
+    }
+
+    /// Adds a tensor; a name that is already there is an error. Cost: O(log n) and a shift.
+    void insert(std::string name, Ref tensor)
+    {
+        const auto place = lower_bound(name);
+        if (place != entries_.end() && place->name == name) {
+            raise<invalid_argument>(
+                error_code::tensor_repeated, message("tensor '", name, "' occurs twice in one model"));
+        }
+        entries_.insert(place, entry{std::move(name), std::move(tensor)});
+    }
+    /// The tensor of that name, or nullptr.
+    [[nodiscard]] const Ref* find(std::string_view name) const
+    {
+        const auto place = const_cast<basic_model*>(this)->lower_bound(name);
+        return place != entries_.end() && place->name == name ? &place->tensor : nullptr;
+    }
+    [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
+    [[nodiscard]] auto end() const noexcept { return entries_.end(); }
+    [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
+    [[nodiscard]] bool empty() const noexcept { return entries_.empty(); }
+    [[nodiscard]] const entry& operator[](std::size_t index) const noexcept { return entries_[index]; }
+
+private:
+    auto lower_bound(std::string_view name)
+    {
+        return std::lower_bound(entries_.begin(), entries_.end(), name,
+            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
+    }
+    std::vector<entry> entries_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_TENSOR_REF_HPP
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A tensor that is yet to be written.
+struct tensor_spec {
+    std::string name;
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+
+    [[nodiscard]] std::size_t size() const { return element_count(shape, name); }
+    [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
+};
+
+/// Receives the bytes of a fixed list of tensors, in any order and from several threads at once, each byte exactly once
+/// or with the same final value: blocks never overlap while they are written.
+class tensor_sink {
+public:
+    virtual ~tensor_sink() = default;
+    /// The host memory of tensor `index`, to be written in place; nullptr when bytes must go through write().
+    [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
+    /// Writes `size` bytes at byte `offset` of tensor `index`.
+    virtual void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) = 0;
+    /// The same of results that are far from the largest number of their dtype, as whoever made them knows: for sinks
+    /// that look for overflow.
+    virtual void write_bounded(std::size_t index, std::uint64_t offset, const void* data, std::size_t size)
+    {
+        write(index, offset, data, size);
+    }
+};
+
+/// The sink over tensors that the caller owns, in the order of `tensors`.
+class memory_sink final : public tensor_sink {
+public:
+    explicit memory_sink(std::vector<void*> tensors)
+        : tensors_(std::move(tensors))
+    { }
+    [[nodiscard]] void* direct(std::size_t index) override { return tensors_[index]; }
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        std::memcpy(static_cast<std::byte*>(tensors_[index]) + offset, data, size);
+    }
+
+private:
+    std::vector<void*> tensors_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_SINK_HPP
+
+// ---- taskvec/formats/file.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_FILE_HPP)
+#define TASKVEC_SINGLE_FORMATS_FILE_HPP
+// Files: read-only memory maps, and files that appear whole or not at all.
 // SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/linalg/eigen.hpp
-#if !defined(TASKVEC_SINGLE_LINALG_EIGEN_HPP)
-#define TASKVEC_SINGLE_LINALG_EIGEN_HPP
-// The linear algebra seam (linalg/linalg.hpp) on the CPU: Eigen's products and Cholesky, and loops of our own.
-// SPDX-License-Identifier: Apache-2.0
-//
-// Tall matrices are in the caller's precision; the small square work (triangular factors, cores) is always in f64, so
-// there is one instantiation of it and f32 data loses nothing to it. Including this is cheap: Eigen's Cholesky is the
-// only decomposition, and everything is a template (some only in name) so that nothing is compiled before it is called.
 
 
 // ---- taskvec/core/parallel.hpp
@@ -3031,6 +3108,2660 @@ inline void for_each_index(
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_PARALLEL_HPP
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h> // renameat2
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+#include <unistd.h>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+/// The system's words for an errno.
+[[nodiscard]] inline std::string errno_text(int code)
+{
+    return std::system_category().message(code);
+}
+
+[[noreturn]] inline void raise_io(const std::filesystem::path& path, std::string_view what, int code)
+{
+    raise<io_error>(system_error_code(code), message(what, ": ", errno_text(code)), path.string(), code);
+}
+
+/// Calls a system function again for as long as a signal interrupts it.
+template <class Call>
+auto retry(Call call)
+{
+    for (;;) {
+        const auto result = call();
+        if (result >= 0 || errno != EINTR) { return result; }
+    }
+}
+
+/// A file descriptor, closed once.
+class descriptor {
+public:
+    descriptor() = default;
+    explicit descriptor(int value) noexcept
+        : value_(value)
+    { }
+    descriptor(descriptor&& other) noexcept
+        : value_(std::exchange(other.value_, -1))
+    { }
+    descriptor& operator=(descriptor&& other) noexcept
+    {
+        if (this != &other) {
+            close();
+            value_ = std::exchange(other.value_, -1);
+        }
+        return *this;
+    }
+    ~descriptor() { close(); }
+
+    [[nodiscard]] int get() const noexcept { return value_; }
+    [[nodiscard]] explicit operator bool() const noexcept { return value_ >= 0; }
+    /// 0, or the errno of close(2): some file systems report a failed write only here.
+    int close() noexcept
+    {
+        return value_ >= 0 && ::close(std::exchange(value_, -1)) != 0 && errno != EINTR ? errno : 0;
+    }
+
+private:
+    int value_ = -1;
+};
+
+/// The directory that holds `path`, "." where it names none.
+[[nodiscard]] inline std::filesystem::path directory_of(const std::filesystem::path& path)
+{
+    return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+}
+
+/// Removes a file, or a directory with all that lies in it. Takes no memory, which may be what has run out.
+inline void remove_tree(int parent, const char* name) noexcept
+{
+    if (::unlinkat(parent, name, 0) == 0 || (errno != EISDIR && errno != EPERM)) { return; }
+    for (int tries = 0; tries < 2 && ::unlinkat(parent, name, AT_REMOVEDIR) != 0; ++tries) {
+#if defined(__linux__)
+        const descriptor directory(::openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW));
+        alignas(8) char entries[4096]; // of numbers (16 bytes), a length (2), a kind (1), a name
+        for (long size = 0;
+            directory && (size = ::syscall(SYS_getdents64, directory.get(), entries, sizeof entries)) > 0;) {
+            std::uint16_t length = 0;
+            for (long at = 0; at < size; at += length) {
+                std::memcpy(&length, entries + at + 16, sizeof length);
+                const char* const inner = entries + at + 19;
+                if (std::strcmp(inner, ".") != 0 && std::strcmp(inner, "..") != 0) {
+                    remove_tree(directory.get(), inner);
+                }
+            }
+        }
+        if (directory) { continue; }
+#endif
+        return;
+    }
+    ::unlinkat(parent, name, AT_REMOVEDIR);
+}
+
+} // namespace detail
+
+/// Called where a directory could not be forced to disk after the files in it had taken their names: they are in place,
+/// and only a power cut could still undo that. That is no error, since nothing can be taken back.
+using unsynchronised_handler = void (*)(const std::filesystem::path& directory, int code);
+
+namespace detail {
+
+inline std::atomic<unsynchronised_handler>& unsynchronised_slot() noexcept
+{
+    static std::atomic<unsynchronised_handler> handler{nullptr};
+    return handler;
+}
+
+/// Makes renames in a directory durable. File systems that cannot do so are left to themselves; a failure is told to
+/// the handler.
+inline void synchronise_directory(const std::filesystem::path& directory)
+{
+    const descriptor handle(retry([&] { return ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+    if (!handle) { return; }
+    if (retry([&] { return ::fsync(handle.get()); }) != 0 && errno != EINVAL && errno != ENOTSUP && errno != EROFS) {
+        const int code = errno;
+        if (const auto handler = unsynchronised_slot().load()) { handler(directory, code); }
+    }
+}
+
+/// Maps `bytes` (not 0) of a new file that has no name and is gone with the map: munmap() gives it back. `folder`:
+/// where it lies (empty: here). `what`: for whom, in messages.
+[[nodiscard]] inline void* map_unnamed_file(
+    const std::filesystem::path& folder, std::size_t bytes, std::string_view what)
+{
+    const auto place = folder.empty() ? std::filesystem::path(".") : folder;
+    descriptor file(retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
+    if (!file) { // not every file system has files without names
+        auto pattern = (place / ".taskvec-XXXXXX").string();
+        file = descriptor(::mkostemp(pattern.data(), O_CLOEXEC));
+        if (!file) { raise_io(place, "cannot create a temporary file in it", errno); }
+        ::unlink(pattern.c_str());
+    }
+    if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
+        raise_io(place, message("cannot reserve space for ", what), code);
+    }
+    void* const memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
+    if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
+        raise_io(place, "cannot map a temporary file in it", errno);
+    }
+    return memory;
+}
+
+} // namespace detail
+
+/// Sets what hears of directories that could not be forced to disk; returns what heard of them before (at first:
+/// nothing).
+inline unsynchronised_handler set_unsynchronised_handler(unsynchronised_handler handler) noexcept
+{
+    return detail::unsynchronised_slot().exchange(handler);
+}
+
+/// A whole regular file, mapped read-only and private. Move-only; the address does not change when the object moves.
+///
+/// The bytes follow the file: a file that another process shortens while it is mapped makes reads beyond its new end
+/// raise SIGBUS, which a library cannot turn into an error. Replacing a file by rename, as this library does, is safe.
+/// Throws io_error for what is missing, unreadable, or not a regular file. Cost: no byte is read.
+class mapped_file {
+public:
+    mapped_file() = default;
+    explicit mapped_file(std::filesystem::path path)
+        : path_(std::move(path))
+    {
+        const detail::descriptor file(
+            detail::retry([&] { return ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
+        if (!file) { detail::raise_io(path_, "cannot open for reading", errno); }
+        struct stat status{};
+        if (::fstat(file.get(), &status) != 0) { detail::raise_io(path_, "cannot read the file's size", errno); }
+        if (!S_ISREG(status.st_mode)) {
+            raise<io_error>(error_code::file_kind,
+                S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
+        }
+        opened_ = identity(status);
+        size_ = static_cast<std::size_t>(status.st_size);
+        if (size_ == 0) { return; }
+        void* const memory = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
+        if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
+            const int code = errno;
+            size_ = 0;
+            detail::raise_io(path_, "cannot map the file into memory", code);
+        }
+        data_ = static_cast<const std::byte*>(memory);
+    }
+    mapped_file(mapped_file&& other) noexcept
+        : path_(std::move(other.path_))
+        , data_(std::exchange(other.data_, nullptr))
+        , size_(std::exchange(other.size_, 0))
+        , opened_(other.opened_)
+    { }
+    mapped_file& operator=(mapped_file&& other) noexcept
+    {
+        if (this != &other) {
+            unmap();
+            path_ = std::move(other.path_);
+            data_ = std::exchange(other.data_, nullptr);
+            size_ = std::exchange(other.size_, 0);
+            opened_ = other.opened_;
+        }
+        return *this;
+    }
+    ~mapped_file() { unmap(); }
+
+    /// What tells one state of a file from another: where it lies on the disk, its size, when it was written to.
+    struct identity {
+        std::uint64_t device = 0, inode = 0, size = 0;
+        std::int64_t seconds = 0, nanoseconds = 0;
+
+        identity() = default;
+        explicit identity(const struct stat& status) noexcept
+            : device(static_cast<std::uint64_t>(status.st_dev))
+            , inode(static_cast<std::uint64_t>(status.st_ino))
+            , size(static_cast<std::uint64_t>(status.st_size))
+            , seconds(status.st_mtim.tv_sec)
+            , nanoseconds(status.st_mtim.tv_nsec)
+        { }
+        bool operator==(const identity&) const = default;
+    };
+    /// The file as it was when it was opened.
+    [[nodiscard]] const identity& opened() const noexcept { return opened_; }
+    /// Throws io_error (file_changed) where the file at `path` is no longer the one that was `opened`: shortened,
+    /// written to, replaced, removed.
+    static void check_unchanged(const std::filesystem::path& path, const identity& opened)
+    {
+        struct stat status{};
+        if (::stat(path.c_str(), &status) == 0 && identity(status) == opened) { return; }
+        raise<io_error>(error_code::file_changed,
+            "changed while it was being read: what was computed from it may mix old and new bytes; run again when "
+            "nothing else writes to it",
+            path.string());
+    }
+    void check_unchanged() const { check_unchanged(path_, opened_); }
+
+    [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+    [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return {data_, size_}; }
+    void bytes() const&& = delete; // name the owner first: its views would dangle
+
+    /// How the bytes will be read: MADV_SEQUENTIAL, MADV_RANDOM, MADV_WILLNEED, MADV_NORMAL. A hint: failure is
+    /// ignored.
+    void advise(int advice) const noexcept
+    {
+        if (size_) { ::madvise(const_cast<std::byte*>(data_), size_, advice); }
+    }
+
+private:
+    void unmap() noexcept
+    {
+        if (data_) { ::munmap(const_cast<std::byte*>(data_), size_); }
+    }
+
+    std::filesystem::path path_;
+    const std::byte* data_ = nullptr;
+    std::size_t size_ = 0;
+    identity opened_;
+};
+
+/// Whether a finished file is forced to disk before it takes its name.
+enum class durability : std::uint8_t {
+    synchronised, ///< fsync the file, rename, fsync the directory: survives a power cut as the old file or the new
+    process ///< rename only: survives a killed process as the old file or the new
+};
+
+/// Called where a temporary file, a directory or a lock was made (`there`) and where it has its real name or is gone,
+/// for those who must remove it when no destructor can run: in a handler of signals or of std::terminate. May be called
+/// by several threads at once. The youngest goes first: files before the directories that they lie in.
+using temporary_handler = void (*)(const std::filesystem::path& place, bool there) noexcept;
+
+namespace detail {
+
+inline std::atomic<temporary_handler>& temporary_slot() noexcept
+{
+    static std::atomic<temporary_handler> handler{nullptr};
+    return handler;
+}
+
+/// What stands under temporary names.
+class temporaries {
+public:
+    static void add(const std::filesystem::path& place)
+    {
+        tell(place, true);
+#if defined(TASKVEC_NO_EXCEPTIONS)
+        const light_lock lock(busy_);
+        places_.push_back(place);
+#endif
+    }
+    static void drop(const std::filesystem::path& place) noexcept
+    {
+        tell(place, false);
+#if defined(TASKVEC_NO_EXCEPTIONS)
+        const light_lock lock(busy_);
+        std::erase(places_, place);
+#endif
+    }
+
+private:
+    static void tell(const std::filesystem::path& place, bool there) noexcept
+    {
+        if (const auto handler = temporary_slot().load()) { handler(place, there); }
+    }
+#if defined(TASKVEC_NO_EXCEPTIONS)
+    /// An error ends the process without a destructor, and calls this before that.
+    static void remove() noexcept
+    {
+        const light_lock lock(busy_);
+        std::error_code ignored;
+        for (; !places_.empty(); places_.pop_back()) {
+            const std::filesystem::path& place = places_.back();
+            // Of the directories only one that is not finished has such a name, and others' files lie in the rest.
+            if (place.filename().string().starts_with(".taskvec-")) { std::filesystem::remove_all(place, ignored); }
+            else {
+                std::filesystem::remove(place, ignored);
+            }
+        }
+    }
+
+    static inline std::atomic_flag busy_;
+    static inline std::vector<std::filesystem::path> places_;
+    static inline const bool hooked_ = (error_cleanup_slot() = &temporaries::remove, true);
+#endif
+};
+
+} // namespace detail
+
+/// Sets what hears of temporary names; returns what heard of them before (at first: nothing).
+inline temporary_handler set_temporary_handler(temporary_handler handler) noexcept
+{
+    return detail::temporary_slot().exchange(handler);
+}
+
+/// Removes a temporary file or directory that a temporary_handler heard of: a directory with all that lies in it where
+/// it is not finished, otherwise only where it is empty. Takes no memory, and may be called by handlers of signals.
+inline void remove_temporary(const char* place) noexcept
+{
+    const char* const slash = std::strrchr(place, '/');
+    const std::string_view name = slash ? slash + 1 : place;
+    if (name.starts_with(".taskvec-")) { detail::remove_tree(AT_FDCWD, place); }
+    else if (::unlink(place) != 0) {
+        ::rmdir(place);
+    }
+}
+
+/// A file that is written under a temporary name beside its target and takes the target's name on commit().
+///
+/// Until then, and for ever when the process is killed or commit() is never called, the target stays as it was. The
+/// temporary file is called `.taskvec-<process>-<number>.tmp`; the destructor removes it, a killed process leaves it
+/// behind. A target that exists keeps its permission bits; a new one follows the umask. A symbolic link is replaced,
+/// not followed. A file that is still mapped may be replaced: the map keeps the old bytes. Throws io_error with the
+/// errno of whatever the system refuses (a full disk at construction, where space is reserved).
+///
+///     atomic_file file("out.bin", 1024);
+///     file.write(0, data, 1024);
+///     file.commit();
+class atomic_file {
+public:
+    /// `size`: the bytes that the file will have, reserved at once.
+    explicit atomic_file(
+        std::filesystem::path target, std::uint64_t size = 0, durability mode = durability::synchronised)
+        : atomic_file(begun{}, std::move(target), mode) // what throws from here on is cleared up by the destructor
+    {
+        if (!target_.has_filename()) {
+            raise<io_error>(error_code::file_kind, "names no file", target_.string(), EISDIR);
+        }
+        struct stat status{};
+        const bool exists = ::stat(target_.c_str(), &status) == 0;
+        if (exists && S_ISDIR(status.st_mode)) {
+            raise<io_error>(error_code::file_kind, "is a directory; name a file to write", target_.string(), EISDIR);
+        }
+        if (exists && !S_ISREG(status.st_mode)) {
+            raise<io_error>(error_code::file_kind, "exists and is not a regular file; choose another output",
+                target_.string(), EEXIST);
+        }
+        if (exists && ::access(target_.c_str(), W_OK) != 0) {
+            detail::raise_io(target_, "exists and may not be written", errno);
+        }
+        const auto directory = detail::directory_of(target_);
+        static std::atomic<unsigned> counter{0};
+        for (;;) {
+            temporary_ = directory
+                / message(".taskvec-", static_cast<long>(::getpid()), '-',
+                    counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+            file_ = detail::descriptor(
+                detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666); }));
+            if (file_) {
+                detail::temporaries::add(temporary_);
+                break;
+            }
+            if (errno != EEXIST) {
+                const int code = errno;
+                temporary_.clear();
+                detail::raise_io(
+                    target_, message("cannot create a file in directory '", directory.string(), "'"), code);
+            }
+        }
+        int code = 0;
+        std::string_view what;
+        if (exists && ::fchmod(file_.get(), status.st_mode & 0777) != 0 && errno != EPERM) {
+            code = errno;
+            what = "cannot give the new file the old one's permissions";
+        }
+        if (!code && size) {
+            code = reserve(size);
+            what = "cannot reserve the file's space";
+        }
+        if (code) {
+            discard(); // without exceptions no destructor runs
+            detail::raise_io(target_, message(what, " (", size, " bytes)"), code);
+        }
+    }
+    atomic_file(atomic_file&& other) noexcept
+        : target_(std::move(other.target_))
+        , temporary_(std::exchange(other.temporary_, {}))
+        , file_(std::move(other.file_))
+        , finished_(other.finished_)
+        , mode_(other.mode_)
+    { }
+    atomic_file& operator=(atomic_file&& other) noexcept
+    {
+        if (this != &other) {
+            discard();
+            target_ = std::move(other.target_);
+            temporary_ = std::exchange(other.temporary_, {});
+            file_ = std::move(other.file_);
+            finished_ = other.finished_;
+            mode_ = other.mode_;
+        }
+        return *this;
+    }
+    ~atomic_file() { discard(); }
+
+    [[nodiscard]] const std::filesystem::path& target() const noexcept { return target_; }
+    /// The name that the file has until commit(); empty afterwards.
+    [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return temporary_; }
+
+    /// Writes all `size` bytes at `offset`. May be called from several threads for ranges that do not overlap.
+    void write(std::uint64_t offset, const void* data, std::size_t size)
+    {
+        const auto* bytes = static_cast<const std::byte*>(data);
+        while (size) {
+            // pwrite moves at most 0x7ffff000 bytes at once, and may stop early at a signal or a full disk.
+            const auto written =
+                detail::retry([&] { return ::pwrite(file_.get(), bytes, size, static_cast<off_t>(offset)); });
+            if (written <= 0) {
+                const int code = written < 0 ? errno : ENOSPC;
+                if (code == EFAULT) { // bytes of a map whose file has been shortened: the system sees it before a
+                                      // SIGBUS could be raised
+                    raise<io_error>(error_code::file_changed,
+                        "cannot be written: a model file that is copied from shrank, or its disk failed, "
+                        "while it was being read",
+                        target_.string(), code);
+                }
+                detail::raise_io(target_, message("cannot write ", size, " bytes at offset ", offset), code);
+            }
+            bytes += written;
+            offset += static_cast<std::uint64_t>(written);
+            size -= static_cast<std::size_t>(written);
+        }
+    }
+
+    /// Closes the file until open_again(), for those who write more files than a process may have open. Nothing may be
+    /// written in between.
+    void close_for_now()
+    {
+        if (const int code = file_.close()) { detail::raise_io(target_, "cannot close the file", code); }
+    }
+    void open_again()
+    {
+        if (file_) { return; }
+        file_ = detail::descriptor(
+            detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW); }));
+        if (!file_) { detail::raise_io(target_, "cannot open the file again", errno); }
+    }
+
+    /// Forces the bytes to disk (unless durability::process) and closes the file; only the rename is left to commit().
+    void finish()
+    {
+        if (finished_) { return; }
+        open_again();
+        if (mode_ == durability::synchronised && detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
+            detail::raise_io(target_, "cannot force the file to disk", errno);
+        }
+        close_for_now();
+        finished_ = true;
+    }
+
+    /// Gives the file its name, replacing what had it. `whole_directory`: also make the rename durable.
+    void commit(bool whole_directory = true)
+    {
+        finish();
+        const auto directory = detail::directory_of(target_); // after the rename nothing may fail, memory included
+        if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
+            const int code = errno;
+            detail::raise_io(target_, message("cannot rename '", temporary_.string(), "' to it"), code);
+        }
+        detail::temporaries::drop(temporary_);
+        temporary_.clear();
+        if (whole_directory && mode_ == durability::synchronised) { detail::synchronise_directory(directory); }
+    }
+
+private:
+    struct begun { };
+    atomic_file(begun, std::filesystem::path target, durability mode)
+        : target_(std::move(target))
+        , mode_(mode)
+    { }
+    int reserve(std::uint64_t size) noexcept
+    {
+#if defined(__linux__)
+        if (detail::retry([&] { return ::fallocate(file_.get(), 0, 0, static_cast<off_t>(size)); }) == 0) { return 0; }
+        if (errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL) { return errno; }
+#endif
+        return detail::retry([&] { return ::ftruncate(file_.get(), static_cast<off_t>(size)); }) == 0 ? 0 : errno;
+    }
+    void discard() noexcept
+    {
+        file_.close();
+        if (!temporary_.empty()) {
+            ::unlink(temporary_.c_str());
+            detail::temporaries::drop(temporary_);
+        }
+        temporary_.clear();
+    }
+
+    std::filesystem::path target_, temporary_;
+    detail::descriptor file_;
+    bool finished_ = false;
+    durability mode_ = durability::synchronised;
+};
+
+/// A directory that one writer has for itself, by an advisory lock (flock) on `.taskvec-lock` in it. The lock ends with
+/// its holder, also with a killed process; the file is removed by the destructor, and one that a killed process left is
+/// taken over, with the text that it left in it. Throws io_error (EWOULDBLOCK) where another writer holds it. File
+/// systems without such locks (some network ones) are written to without.
+class directory_lock {
+public:
+    directory_lock() = default;
+    explicit directory_lock(const std::filesystem::path& directory)
+        : directory_lock() // what throws from here on is cleared up by the destructor
+    {
+        path_ = directory / ".taskvec-lock";
+        for (;;) {
+            file_ = detail::descriptor(
+                detail::retry([&] { return ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666); }));
+            if (!file_) { return; } // whatever is wrong with the directory is found when files are made in it
+            if (detail::retry([&] { return ::flock(file_.get(), LOCK_EX | LOCK_NB); }) != 0) {
+                const int code = errno;
+                file_.close();
+                if (code != EWOULDBLOCK) {
+                    ::unlink(path_.c_str());
+                    return;
+                }
+                raise<io_error>(system_error_code(code),
+                    "is being written to by another process; wait until it is done, or choose another output",
+                    directory.string(), code);
+            }
+            // The holder before may have removed the file between the two calls: what is locked must be what is there.
+            if (is_there()) {
+                detail::temporaries::add(path_);
+                return;
+            }
+        }
+    }
+    directory_lock(const directory_lock&) = delete;
+    directory_lock& operator=(const directory_lock&) = delete;
+    ~directory_lock()
+    {
+        if (!file_) { return; }
+        if (!kept_ && is_there()) { ::unlink(path_.c_str()); }
+        detail::temporaries::drop(path_);
+    }
+
+    /// The file in the directory, while the lock is held.
+    [[nodiscard]] std::filesystem::path path() const { return file_ ? path_ : std::filesystem::path(); }
+    /// What note() left here: by a holder that was killed, at first.
+    [[nodiscard]] std::string noted() const
+    {
+        std::string text;
+        if (file_) {
+            char piece[4096];
+            ssize_t size = 0;
+            while ((size = detail::retry([&] {
+                return ::pread(file_.get(), piece, sizeof piece, static_cast<off_t>(text.size()));
+            })) > 0) {
+                text.append(piece, static_cast<std::size_t>(size));
+            }
+        }
+        return text;
+    }
+    /// Leaves a text for whoever takes the lock over, should this process be killed; on disk when it returns.
+    void note(std::string_view text)
+    {
+        if (!file_) { return; }
+        const auto size = static_cast<ssize_t>(text.size());
+        if (detail::retry([&] { return ::ftruncate(file_.get(), 0); }) != 0
+            || detail::retry([&] { return ::pwrite(file_.get(), text.data(), text.size(), 0); }) != size
+            || detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
+            detail::raise_io(path_, "cannot be written", errno);
+        }
+    }
+    /// The file stays when the lock ends, with its text.
+    void keep() noexcept { kept_ = true; }
+
+private:
+    /// Whether the locked file still has its name: the directory may have been exchanged for another.
+    [[nodiscard]] bool is_there() const noexcept
+    {
+        struct stat held{}, there{};
+        return ::fstat(file_.get(), &held) == 0 && ::stat(path_.c_str(), &there) == 0 && held.st_dev == there.st_dev
+            && held.st_ino == there.st_ino;
+    }
+
+    std::filesystem::path path_;
+    detail::descriptor file_;
+    bool kept_ = false;
+};
+
+namespace detail {
+
+/// What is in a directory, the last one in the alphabet first: an adapter's weights before its configuration.
+[[nodiscard]] inline std::vector<std::filesystem::path> names_in(const std::filesystem::path& directory)
+{
+    // Not by std::filesystem::directory_iterator, which ends the process where memory runs out.
+    struct closer {
+        void operator()(DIR* handle) const noexcept { ::closedir(handle); }
+    };
+    const std::unique_ptr<DIR, closer> handle(::opendir(directory.c_str()));
+    if (!handle) { raise_io(directory, "cannot be read as a directory", errno); }
+    std::vector<std::filesystem::path> names;
+    while (const auto* const entry = ::readdir(handle.get())) {
+        const std::string_view name = entry->d_name;
+        if (name != "." && name != "..") { names.emplace_back(name); }
+    }
+    std::sort(names.rbegin(), names.rend());
+    return names;
+}
+
+/// The process that gave a temporary name; 0 where it is none.
+[[nodiscard]] inline int process_of_temporary(std::string_view name) noexcept
+{
+    constexpr std::string_view prefix = ".taskvec-";
+    if (!name.starts_with(prefix) || !name.ends_with(".tmp")) { return 0; }
+    name.remove_prefix(prefix.size());
+    int process = 0;
+    const auto [end, failure] = std::from_chars(name.data(), name.data() + name.size(), process);
+    return failure == std::errc{} && *end == '-' ? process : 0;
+}
+
+/// What follows the name of an old file that has gone aside, and that of a new file where there was no old one.
+inline constexpr std::string_view put_aside_ending = ".old", was_not_there_ending = ".new";
+
+} // namespace detail
+
+/// Whether a name is that of a temporary file or directory (`.taskvec-<process>-….tmp`) whose process is no more on
+/// this machine.
+[[nodiscard]] inline bool is_left_over(std::string_view name) noexcept
+{
+    const auto process = detail::process_of_temporary(name);
+    return process > 0 && ::kill(static_cast<pid_t>(process), 0) != 0 && errno == ESRCH;
+}
+
+/// Brings a directory back to what it was before a writer that replaced its files one by one was killed: where new
+/// files were still to come, the old ones, which had gone aside, return. Returns the names that did. `lock`: on the
+/// directory, held. Called by output_directory.
+inline std::vector<std::string> finish_replacements(
+    const std::filesystem::path& directory, [[maybe_unused]] const directory_lock& lock)
+{
+    std::vector<std::string> returned;
+    for (const auto& name : detail::names_in(directory)) {
+        const bool dead = is_left_over(name.native()) || detail::process_of_temporary(name.native()) == ::getpid();
+        if (!dead || name.native().find("-directory-") == std::string::npos) { continue; }
+        const auto folder = directory / name;
+        struct stat status{};
+        if (::lstat(folder.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) { continue; }
+        std::vector<std::string> aside, added;
+        bool to_come = false;
+        for (const auto& inner : detail::names_in(folder)) {
+            const bool old = inner.native().ends_with(detail::put_aside_ending);
+            const bool mark = inner.native().ends_with(detail::was_not_there_ending);
+            if (old) { aside.push_back(inner.native()); }
+            if (mark) { added.push_back(inner.native()); }
+            to_come = to_come || (!old && !mark);
+        }
+        if (aside.empty() && added.empty()) { continue; } // nothing was moved yet
+        if (to_come) {
+            for (const auto& mark : added) {
+                const auto plain = mark.substr(0, mark.size() - detail::was_not_there_ending.size());
+                ::unlink((directory / plain).c_str());
+            }
+            for (const auto& old : aside) { // the first to go and the last to come comes back last here too
+                auto plain = old.substr(0, old.size() - detail::put_aside_ending.size());
+                if (::rename((folder / old).c_str(), (directory / plain).c_str()) != 0) {
+                    detail::raise_io(directory / plain, "cannot be given back what a killed run put aside", errno);
+                }
+                returned.push_back(std::move(plain));
+            }
+            detail::synchronise_directory(directory);
+        }
+        detail::remove_tree(AT_FDCWD, folder.c_str());
+    }
+    return returned;
+}
+
+/// What becomes of a directory that exists already.
+enum class existing_directory : std::uint8_t {
+    fill, ///< files take their names in it one by one
+    exchange ///< a sibling, with links to what stays, takes its place in one step, where the system can do that
+};
+
+/// A directory that files are written to. One that does not exist appears whole or not at all: it is filled under
+/// another name beside its own, `.taskvec-<process>-directory-<number>.tmp`, and takes its own on commit(); until then
+/// the destructor removes it, and the directories above it that had to be made. In one that exists, files are written
+/// where they belong, each by itself; or, where they belong together (existing_directory::exchange), to a sibling that
+/// is exchanged with it on commit(), so that nobody ever sees some of the old and some of the new. That needs Linux, a
+/// file system with links, and a directory of one's own without directories in it; elsewhere the old files go aside and
+/// the new ones take their names, the first in the alphabet (an adapter's configuration) going first and coming last.
+/// One writer at a time has an existing directory (see directory_lock). Throws io_error.
+///
+///     output_directory folder("out/merged");
+///     atomic_file file(folder.path() / "a.bin", 4);
+///     …
+///     file.commit();
+///     folder.commit();
+class output_directory {
+public:
+    explicit output_directory(const std::filesystem::path& target, durability mode = durability::synchronised,
+        existing_directory existing = existing_directory::fill)
+        : output_directory(begun{}, target, mode) // what throws from here on is cleared up by the destructor
+    {
+        std::error_code ignored;
+        if (std::filesystem::exists(target_, ignored)) {
+            if (!std::filesystem::is_directory(target_, ignored)) {
+                raise<io_error>(error_code::file_kind, "exists and is not a directory; choose another output",
+                    target_.string(), ENOTDIR);
+            }
+            lock_.emplace(target_);
+            finish_replacements(target_, *lock_);
+            if (existing == existing_directory::exchange) { stage(); }
+            return;
+        }
+        std::vector<std::filesystem::path> missing;
+        for (auto level = target_.parent_path(); !level.empty() && !std::filesystem::exists(level, ignored);
+            level = level.parent_path()) {
+            missing.push_back(level);
+        }
+        missing.insert(missing.begin(), path_ = sibling_name());
+        made_.reserve(missing.size());
+        for (; !missing.empty(); missing.pop_back()) { make(std::move(missing.back())); }
+    }
+    output_directory(const output_directory&) = delete;
+    output_directory& operator=(const output_directory&) = delete;
+    ~output_directory() { discard(); }
+
+    /// Where to write: under the temporary name where the directory is new.
+    [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+    /// What was made so far, outermost first: empty for a directory that exists, and after commit().
+    [[nodiscard]] const std::vector<std::filesystem::path>& made() const noexcept { return made_; }
+
+    /// Gives a new directory its name. `obsolete`: names of files that go as the new ones come, from a directory whose
+    /// files are replaced together.
+    void commit(const std::vector<std::string>& obsolete = {})
+    {
+        if (made_.empty()) { return; }
+        if (staged_) {
+            replace(obsolete);
+            return;
+        }
+        auto named = target_; // after the rename nothing may fail, memory included
+        std::vector<std::filesystem::path> above;
+        for (const auto& level : made_) { above.push_back(detail::directory_of(level)); }
+        if (::rename(path_.c_str(), target_.c_str()) != 0) {
+            detail::raise_io(target_, "cannot give the finished directory its name", errno);
+        }
+        path_.swap(named);
+        for (const auto& level : made_) { detail::temporaries::drop(level); }
+        made_.clear();
+        // The name first, then those of the directories above that are new themselves.
+        for (; mode_ == durability::synchronised && !above.empty(); above.pop_back()) {
+            detail::synchronise_directory(above.back());
+        }
+    }
+
+    /// The lock's file, while the directory is locked, for whoever must remove it when no destructor can run.
+    [[nodiscard]] std::filesystem::path lock_file() const { return lock_ ? lock_->path() : std::filesystem::path(); }
+    /// The lock on a directory that exists already; none otherwise.
+    [[nodiscard]] directory_lock* lock() noexcept { return lock_ ? &*lock_ : nullptr; }
+
+private:
+    struct begun { };
+    output_directory(begun, const std::filesystem::path& target, durability mode)
+        : target_(target.has_filename() ? target : target.parent_path())
+        , path_(target_)
+        , mode_(mode)
+    { }
+    [[nodiscard]] std::filesystem::path sibling_name() const
+    {
+        static std::atomic<unsigned> counter{0};
+        return detail::directory_of(target_)
+            / message(".taskvec-", static_cast<long>(::getpid()), "-directory-",
+                counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
+    }
+    /// A new directory for the new files: beside the one that exists, or within it where the two cannot be exchanged.
+    void stage()
+    {
+        std::error_code failure;
+        auto real = std::filesystem::canonical(target_, failure); // a link to a directory stays a link
+        if (failure) { return; }
+        const auto named = std::exchange(target_, std::move(real));
+        for (const bool beside : {true, false}) {
+            struct stat old{}, own{};
+            if (beside && !can_be_exchanged(old)) { continue; }
+            path_ = beside ? sibling_name() : target_ / sibling_name().filename();
+            made_.push_back(path_); // before there is something to remove
+            if (::mkdir(path_.c_str(), 0700) == 0
+                && (!beside
+                    || (::stat(path_.c_str(), &own) == 0 && own.st_uid == old.st_uid && own.st_gid == old.st_gid
+                        && ::chmod(path_.c_str(), old.st_mode & 07777) == 0))) {
+                detail::temporaries::add(path_);
+                staged_ = true;
+                beside_ = beside;
+                return;
+            }
+            ::rmdir(path_.c_str());
+            made_.clear();
+        }
+        target_ = path_ = named;
+    }
+    [[nodiscard]] bool can_be_exchanged([[maybe_unused]] struct stat& status) const
+    {
+#if defined(RENAME_EXCHANGE)
+        struct stat above{};
+        if (target_ == target_.root_path() || ::stat(target_.c_str(), &status) != 0
+            || ::stat(target_.parent_path().c_str(), &above) != 0 || status.st_dev != above.st_dev
+            || ::access(target_.parent_path().c_str(), W_OK | X_OK) != 0) {
+            return false;
+        }
+        for (const auto& name : detail::names_in(target_)) {
+            struct stat entry{};
+            if (::lstat((target_ / name).c_str(), &entry) != 0 || !S_ISREG(entry.st_mode)) { return false; }
+        }
+        return true;
+#else
+        return false;
+#endif
+    }
+    /// Puts the new files in the place of the old ones.
+    void replace(const std::vector<std::string>& obsolete)
+    {
+        const auto fresh = detail::names_in(path_);
+        auto named = target_;
+        for (const auto& name : fresh) { // each keeps the permissions of what it replaces
+            struct stat old{};
+            if (::stat((target_ / name).c_str(), &old) != 0 || !S_ISREG(old.st_mode)) { continue; }
+            if (::access((target_ / name).c_str(), W_OK) != 0) {
+                detail::raise_io(target_ / name, "exists and may not be written", errno);
+            }
+            (void)!::chmod((path_ / name).c_str(), old.st_mode & 0777);
+        }
+        if (!beside_ || !link_the_rest(obsolete) || !take_place()) {
+            go_inside(fresh);
+            move_in(fresh, obsolete);
+        }
+        discard(); // what lies under the temporary name is old by now
+        path_.swap(named);
+        staged_ = false;
+    }
+    /// Takes the new files into the old directory, where the next writer of it looks for what has gone aside.
+    void go_inside(const std::vector<std::filesystem::path>& fresh)
+    {
+        if (!beside_) { return; }
+        for (const auto& name : detail::names_in(path_)) {
+            if (std::find(fresh.begin(), fresh.end(), name) == fresh.end()) { ::unlink((path_ / name).c_str()); }
+        }
+        auto inner = target_ / path_.filename(), made = inner;
+        if (::rename(path_.c_str(), inner.c_str()) != 0) {
+            detail::raise_io(target_, "the finished files cannot be moved into it", errno);
+        }
+        detail::temporaries::drop(path_);
+        detail::temporaries::add(inner);
+        path_.swap(inner);
+        made_.back().swap(made);
+        beside_ = false;
+    }
+    /// Where the directories cannot be exchanged: the old files go aside, then the new ones take their names. The first
+    /// to go and the last to come is the first one in the alphabet: an adapter has no configuration, and is read by
+    /// nobody, while its weights change.
+    void move_in(const std::vector<std::filesystem::path>& fresh, const std::vector<std::string>& obsolete) const
+    {
+        struct step {
+            std::filesystem::path from, to;
+        };
+        std::vector<step> steps;
+        const auto put_aside = [&](const std::filesystem::path& name) {
+            struct stat old{};
+            if (::lstat((target_ / name).c_str(), &old) == 0) {
+                steps.push_back({target_ / name, path_ / (name.string() + std::string(detail::put_aside_ending))});
+            }
+        };
+        for (auto name = fresh.rbegin(); name != fresh.rend(); ++name) {
+            const std::size_t before = steps.size();
+            put_aside(*name);
+            if (steps.size() != before) { continue; }
+            // Nothing of this name is there to come back: whoever undoes the work removes the new file.
+            const auto mark = path_ / (name->string() + std::string(detail::was_not_there_ending));
+            if (!detail::descriptor(detail::retry(
+                    [&] { return ::open(mark.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600); }))) {
+                detail::raise_io(target_, "a file cannot be created in it", errno);
+            }
+        }
+        for (const auto& name : obsolete) { put_aside(name); }
+        const std::size_t aside = steps.size();
+        for (const auto& name : fresh) { steps.push_back({path_ / name, target_ / name}); }
+        for (std::size_t i = 0; i < steps.size(); ++i) {
+            if (i == 0 && mode_ == durability::synchronised) { detail::synchronise_directory(path_); }
+            const bool ordered = i == 0 || i == aside || i + 1 == steps.size(); // also on the disk
+            if (mode_ == durability::synchronised && ordered) { detail::synchronise_directory(target_); }
+            if (::rename(steps[i].from.c_str(), steps[i].to.c_str()) == 0) { continue; }
+            const int code = errno;
+            while (i-- > 0) { ::rename(steps[i].to.c_str(), steps[i].from.c_str()); }
+            detail::raise_io(target_, "the finished files cannot take their names in it", code);
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
+    }
+    /// Gives all that is only in the old directory a name in the new one too; false where the system has no such links.
+    [[nodiscard]] bool link_the_rest(const std::vector<std::string>& obsolete) const
+    {
+        const auto lock = lock_file().filename();
+        for (const auto& name : detail::names_in(target_)) {
+            if (std::find(obsolete.begin(), obsolete.end(), name) != obsolete.end()) { continue; }
+            if (name != lock && ::link((target_ / name).c_str(), (path_ / name).c_str()) != 0 && errno != EEXIST) {
+                return false;
+            }
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(path_); }
+        return true;
+    }
+    /// False where the system cannot exchange the two.
+    [[nodiscard]] bool take_place() const
+    {
+#if defined(RENAME_EXCHANGE)
+        const auto above = detail::directory_of(target_);
+        if (::renameat2(AT_FDCWD, path_.c_str(), AT_FDCWD, target_.c_str(), RENAME_EXCHANGE) != 0) {
+            const int code = errno;
+            if (code == EINVAL || code == ENOSYS || code == ENOTSUP || code == EXDEV || code == EBUSY) { return false; }
+            detail::raise_io(target_, "cannot be exchanged with the finished directory", code);
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(above); }
+        return true;
+#else
+        return false;
+#endif
+    }
+    void make(std::filesystem::path level)
+    {
+        if (::mkdir(level.c_str(), 0777) == 0) {
+            made_.push_back(std::move(level)); // there is room for it
+            detail::temporaries::add(made_.back());
+            return;
+        }
+        const int code = errno;
+        discard();
+        detail::raise_io(target_, message("cannot create the directory '", level.string(), "'"), code);
+    }
+    void discard() noexcept
+    {
+        if (!made_.empty() && made_.back() == path_) { detail::remove_tree(AT_FDCWD, path_.c_str()); }
+        for (; !made_.empty(); made_.pop_back()) {
+            detail::temporaries::drop(made_.back());
+            ::rmdir(made_.back().c_str());
+        } // fails, as it should, where something else lies in it by now
+    }
+
+    std::filesystem::path target_, path_;
+    durability mode_;
+    std::vector<std::filesystem::path> made_;
+    std::optional<directory_lock> lock_;
+    bool staged_ = false; ///< what lies at path_ is to replace what lies at target_
+    bool beside_ = false; ///< by an exchange of the two
+};
+
+/// Writes a whole text file atomically.
+inline void write_text_file(
+    const std::filesystem::path& path, std::string_view text, durability mode = durability::synchronised)
+{
+    atomic_file file(path, 0, mode);
+    file.write(0, text.data(), text.size());
+    file.commit();
+}
+
+/// A whole file as a string. Meant for small files: more than `limit` bytes is a format_error.
+[[nodiscard]] inline std::string read_text_file(const std::filesystem::path& path, std::size_t limit = 100'000'000)
+{
+    const mapped_file file(path);
+    const auto bytes = file.bytes();
+    if (bytes.size() > limit) {
+        raise<format_error>(error_code::file_too_large,
+            message("has ", bytes.size(), " bytes; expected at most ", limit), path.string());
+    }
+    std::string text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    file.check_unchanged();
+    return text;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_FILE_HPP
+
+// ---- taskvec/formats/file_kind.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_FILE_KIND_HPP)
+#define TASKVEC_SINGLE_FORMATS_FILE_KIND_HPP
+// What a file is that is no safetensors file: said by its bytes, with the way on.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What a file turned out to be, in words: "is <what>: <mend>".
+struct file_kind {
+    std::string what, mend;
+    [[nodiscard]] std::string sentence() const { return message("is ", what, ": ", mend); }
+};
+
+namespace detail {
+
+inline constexpr std::string_view convert_to_safetensors =
+    "convert it once by transformers' save_pretrained(), or by safetensors.torch.save_file(torch.load(FILE, "
+    "weights_only=True), 'model.safetensors')";
+inline constexpr std::string_view fetch_again = "fetch it again, and compare its size with that at its source";
+
+[[nodiscard]] inline bool begins_like(std::string_view text, std::string_view lower_case)
+{
+    return text.size() >= lower_case.size()
+        && std::equal(lower_case.begin(), lower_case.end(), text.begin(),
+            [](char want, char found) { return want == (found >= 'A' && found <= 'Z' ? found - 'A' + 'a' : found); });
+}
+
+/// Whether bytes are text that people read: no control characters but white space.
+[[nodiscard]] inline bool is_plain_text(std::string_view text)
+{
+    return !text.empty() && std::none_of(text.begin(), text.end(), [](char c) {
+        const auto code = static_cast<unsigned char>(c);
+        return (code < 0x20u && c != '\n' && c != '\r' && c != '\t') || code == 0x7fu;
+    });
+}
+
+/// The first words of a text, on one line.
+[[nodiscard]] inline std::string first_words(std::string_view text, std::size_t most = 60)
+{
+    std::string words(text.substr(0, most));
+    for (auto& c : words) {
+        if (c == '\n' || c == '\r' || c == '\t') { c = ' '; }
+    }
+    while (words.ends_with(' ')) { words.pop_back(); }
+    return words + (text.size() > most ? " …" : "");
+}
+
+[[nodiscard]] inline file_kind kind_of_zip(std::string_view bytes)
+{
+    // Names stand in the directory at the end, and before each entry.
+    constexpr std::size_t part = 65536;
+    const auto head = bytes.substr(0, part), tail = bytes.substr(bytes.size() - std::min(part, bytes.size()));
+    const auto names = [&](std::string_view name) {
+        return head.find(name) != head.npos || tail.find(name) != tail.npos;
+    };
+    const bool cut = tail.find("PK\x05\x06") == tail.npos;
+    const std::string lost = cut ? "the end of a zip archive is missing: " + std::string(fetch_again) + "; then " : "";
+    if (names("constants.pkl") || names("/code/")) {
+        return {"a TorchScript archive (PyTorch, zip)", lost + "save the model's state_dict() as safetensors"};
+    }
+    if (names("data.pkl")) {
+        return {"a PyTorch file (a zip archive with a pickle)", lost + std::string(convert_to_safetensors)};
+    }
+    if (names(".npy")) {
+        return {"a NumPy archive (.npz, zip)", lost + "save its arrays by safetensors.numpy.save_file()"};
+    }
+    return {"a zip archive, as PyTorch's .bin, .pt and .pth are (pickles in a zip)",
+        lost + std::string(convert_to_safetensors) + ", or unpack it"};
+}
+
+} // namespace detail
+
+/// Says what a file is that was taken for a safetensors file, by its content alone: PyTorch's zip and pickle files, a
+/// Git LFS pointer, a page of HTML, GGUF, HDF5, archives, text, zeros, nothing at all. Nothing for what is unknown. For
+/// messages: a valid safetensors file is not asked about. Cost: looks at the first and last 64 KiB.
+///
+///     if (const auto kind = what_is_this_file(map.bytes())) { std::cerr << kind->sentence(); }
+[[nodiscard]] inline std::optional<file_kind> what_is_this_file(std::span<const std::byte> content)
+{
+    using detail::convert_to_safetensors, detail::fetch_again;
+    const std::string_view bytes(reinterpret_cast<const char*>(content.data()), content.size());
+    const auto begins = [&](std::string_view magic) { return bytes.starts_with(magic); };
+    const std::string again(fetch_again), convert(convert_to_safetensors);
+    if (bytes.empty()) { return file_kind{"empty (0 bytes)", again}; }
+    if (begins("version https://git-lfs.github.com/spec/")) {
+        std::string size = "the";
+        if (const auto at = bytes.substr(0, 1024).find("\nsize "); at != bytes.npos) {
+            auto digits = bytes.substr(at + 6, 20);
+            digits = digits.substr(0, digits.find_first_not_of("0123456789"));
+            if (!digits.empty()) { size = "a file of " + std::string(digits) + " bytes, the"; }
+        }
+        return file_kind{"a Git LFS pointer, not the file that it stands for",
+            "fetch " + size + " real one, by 'git lfs pull' in its repository or by 'hf download'"};
+    }
+    using namespace std::string_view_literals;
+    if (begins("PK\x03\x04"sv) || begins("PK\x05\x06"sv)) { return detail::kind_of_zip(bytes); }
+    if (begins("\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"sv)) {
+        return file_kind{"a PyTorch file of the old kind (before 1.6: a row of pickles)", convert};
+    }
+    if (bytes.size() > 2 && bytes[0] == '\x80' && bytes[1] >= 2 && bytes[1] <= 5) {
+        return file_kind{"a Python pickle, as PyTorch and others write them", convert};
+    }
+    if (begins("GGUF") || begins("FUGG")) {
+        return file_kind{"a GGUF file (llama.cpp)", "take the model's safetensors files, from which it was converted"};
+    }
+    if (begins("lmgg") || begins("tjgg") || begins("fmgg")) {
+        return file_kind{
+            "a GGML file (llama.cpp of old)", "take the model's safetensors files, from which it was converted"};
+    }
+    if (begins("\x89HDF\r\n\x1a\n"sv)) {
+        return file_kind{"an HDF5 file (Keras, TensorFlow: .h5)",
+            "convert it once by transformers' from_pretrained(DIR, from_tf=True).save_pretrained()"};
+    }
+    if (begins("\x93NUMPY"sv)) { return file_kind{"a NumPy array (.npy)", "save it by safetensors.numpy.save_file()"}; }
+    if (bytes.size() > 8 && bytes.substr(4, 4) == "TFL3") {
+        return file_kind{"a TensorFlow Lite model", "take the safetensors files of the model that it was made of"};
+    }
+    if (bytes.size() > 262 && bytes.substr(257, 5) == "ustar") { return file_kind{"a tar archive", "unpack it first"}; }
+    for (const auto& [magic, name] : {std::pair{"\x1f\x8b"sv, "gzip"sv}, std::pair{"\x28\xb5\x2f\xfd"sv, "zstd"sv},
+             std::pair{"\xfd\x37zXZ\0"sv, "xz"sv}, std::pair{"BZh"sv, "bzip2"sv},
+             std::pair{"7z\xbc\xaf\x27\x1c"sv, "7-Zip"sv}, std::pair{"Rar!\x1a\x07"sv, "RAR"sv}}) {
+        if (begins(magic)) { return file_kind{message("compressed by ", name), "unpack it first"}; }
+    }
+    if (const auto head = bytes.substr(0, std::min<std::size_t>(bytes.size(), 65536));
+        head.find_first_not_of('\0') == head.npos) {
+        return file_kind{message("zeros from its first byte on"), "the download did not finish; " + again};
+    }
+    if (const auto first = static_cast<unsigned char>(bytes[0]);
+        bytes.size() > 2 && first > 0x80u && first < 0x90u && (static_cast<unsigned char>(bytes[1]) & 0xe0u) == 0xa0u) {
+        return file_kind{"MessagePack (Flax: .msgpack)",
+            "convert it once by transformers' from_pretrained(DIR, from_flax=True).save_pretrained()"};
+    }
+    auto text = bytes.substr(0, 65536);
+    if (text.starts_with("\xef\xbb\xbf")) { text.remove_prefix(3); }
+    const auto start = text.find_first_not_of(" \t\r\n");
+    const auto words = start == text.npos ? text : text.substr(start);
+    if (detail::begins_like(words, "<!doctype html") || detail::begins_like(words, "<html")
+        || detail::begins_like(words, "<head")) {
+        return file_kind{"a page of HTML, not a model",
+            "the address answered with a page (to log in, to accept terms, or an error): fetch the file itself, by "
+            "'hf download' or from the address behind 'download'"};
+    }
+    if (detail::is_plain_text(text.size() < bytes.size() ? text.substr(0, text.size() - 4) : text)) {
+        if (words.starts_with('<')) { return file_kind{"a page of XML", again}; }
+        if (words.starts_with('{') || words.starts_with('[')) {
+            return file_kind{"JSON (" + detail::first_words(words) + "), not tensors",
+                "name the model's directory, its .safetensors file or its .safetensors.index.json"};
+        }
+        return file_kind{"a text ('" + detail::first_words(words) + "'), not a model", again};
+    }
+    if (bytes.size() > 16 && bytes[0] == '\x08' && bytes.substr(0, 256).find("onnx") != bytes.npos) {
+        return file_kind{"an ONNX model", "take the safetensors files of the model that it was made of"};
+    }
+    return std::nullopt;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_FILE_KIND_HPP
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+#include <map>
+#include <memory>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A file's `__metadata__`: strings by name.
+using metadata_map = std::map<std::string, std::string>;
+
+/// The longest header that a reader accepts and a writer makes.
+inline constexpr std::uint64_t safetensors_header_limit = 100'000'000;
+
+/// One tensor of a file.
+struct safetensors_entry {
+    std::string name;
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+    std::uint64_t offset = 0; ///< of its first byte, from the beginning of the file
+    std::uint64_t bytes = 0;
+};
+
+/// What a header says, checked.
+struct safetensors_header {
+    std::vector<safetensors_entry> entries; ///< in the order of their bytes in the file
+    metadata_map metadata;
+    std::uint64_t data_offset = 0; ///< where the buffer begins, from the beginning of the file
+};
+
+namespace detail {
+
+/// Reads a header's JSON event by event, so that its cost in memory is that of its result.
+class safetensors_events final : public nlohmann::json_sax<nlohmann::json> {
+public:
+    struct tensor {
+        std::string name;
+        taskvec::dtype dtype = taskvec::dtype::f32;
+        std::vector<std::uint64_t> shape, range;
+        bool has_dtype = false, has_shape = false, has_range = false;
+    };
+
+    explicit safetensors_events(std::string_view file)
+        : file_(file)
+    { }
+
+    std::vector<tensor> tensors;
+    metadata_map metadata;
+
+    [[noreturn]] bool fail(const std::string& what, std::uint64_t position)
+    {
+        raise<format_error>(error_code::json_syntax,
+            message("header is not valid JSON at byte ", 8 + position, ": ", what), file_, 8 + position);
+    }
+
+    bool null() override
+    {
+        // The reference reader takes a null __metadata__ for none at all.
+        return top() == state::root && in_metadata_key() ? true : scalar("null");
+    }
+    bool boolean(bool) override { return scalar("a boolean"); }
+    bool number_integer(number_integer_t x) override { return scalar(x == 0 ? "-0" : "a negative number"); }
+    bool number_float(number_float_t, const string_t& text) override { return scalar(text); }
+    bool number_unsigned(number_unsigned_t x) override
+    {
+        if (top() == state::shape) { tensors.back().shape.push_back(x); }
+        else if (top() == state::range) {
+            if (tensors.back().range.size() == 2) { bad("data_offsets has more than two numbers"); }
+            tensors.back().range.push_back(x);
+        }
+        else {
+            return scalar("a number");
+        }
+        return true;
+    }
+    bool string(string_t& x) override
+    {
+        if (top() == state::metadata) { metadata[key_] = std::move(x); }
+        else if (top() == state::tensor && key_ == "dtype") {
+            const auto type = parse_dtype(x);
+            if (!type) { bad(message("has the unknown dtype '", x, "'")); }
+            tensors.back().dtype = *type;
+            tensors.back().has_dtype = true;
+        }
+        else {
+            return scalar("a string");
+        }
+        return true;
+    }
+    bool binary(binary_t&) override { return scalar("binary"); }
+
+    bool start_object(std::size_t) override
+    {
+        if (stack_.empty()) { return push(state::root); }
+        if (top() == state::root) {
+            if (in_metadata_key()) { return push(state::metadata); }
+            tensors.push_back({.name = key_, .shape = {}, .range = {}});
+            return push(state::tensor);
+        }
+        if (!ignoring()) { scalar("an object"); }
+        return push(state::ignored);
+    }
+    bool start_array(std::size_t) override
+    {
+        if (!stack_.empty() && top() == state::tensor && key_ == "shape") {
+            tensors.back().has_shape = true;
+            return push(state::shape);
+        }
+        if (!stack_.empty() && top() == state::tensor && key_ == "data_offsets") {
+            tensors.back().has_range = true;
+            return push(state::range);
+        }
+        if (stack_.empty() || !ignoring()) { scalar("an array"); }
+        return push(state::ignored);
+    }
+    bool key(string_t& x) override
+    {
+        if (!stack_.back().keys.insert(x).second) {
+            const auto kind = top();
+            if (kind == state::root) {
+                raise<format_error>(error_code::json_key_repeated,
+                    message("tensor '", x, "' occurs twice in the header"), file_, std::uint64_t{8});
+            }
+            if (kind == state::metadata) {
+                raise<format_error>(error_code::json_key_repeated, message("metadata key '", x, "' occurs twice"),
+                    file_, std::uint64_t{8});
+            }
+            bad(message("has the key '", x, "' twice"));
+        }
+        key_ = std::move(x);
+        return true;
+    }
+    bool end_object() override
+    {
+        if (top() == state::tensor) {
+            const auto& t = tensors.back();
+            if (!t.has_dtype || !t.has_shape || !t.has_range) {
+                bad(message("has no ", !t.has_dtype ? "dtype" : !t.has_shape ? "shape" : "data_offsets"));
+            }
+        }
+        return pop();
+    }
+    bool end_array() override
+    {
+        if (top() == state::range && tensors.back().range.size() != 2) {
+            bad("has data_offsets of fewer than two numbers");
+        }
+        return pop();
+    }
+    bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& ex) override
+    {
+        fail(syntax_message(ex.what()), position ? position - 1 : 0);
+    }
+
+private:
+    enum class state : std::uint8_t { none, root, metadata, tensor, shape, range, ignored };
+    struct frame {
+        state kind = state::none;
+        std::set<std::string> keys{};
+    };
+
+    [[nodiscard]] state top() const { return stack_.empty() ? state::none : stack_.back().kind; }
+    [[nodiscard]] bool in_metadata_key() const { return key_ == "__metadata__"; }
+    /// Keys of a tensor that the format does not know are ignored, as the reference reader does.
+    [[nodiscard]] bool ignoring() const
+    {
+        return top() == state::ignored
+            || (top() == state::tensor && key_ != "dtype" && key_ != "shape" && key_ != "data_offsets");
+    }
+    /// A value that is neither a string nor an unsigned number where one belongs.
+    bool scalar(std::string_view found)
+    {
+        if (ignoring()) { return true; }
+        switch (top()) {
+        case state::none:
+            raise<format_error>(error_code::header_field, message("header is ", found, "; expected a JSON object"),
+                file_, std::uint64_t{8});
+        case state::root:
+            raise<format_error>(error_code::header_field,
+                message(in_metadata_key() ? "__metadata__" : "tensor '" + key_ + "'", " is ", found,
+                    "; expected a JSON object"),
+                file_, std::uint64_t{8});
+        case state::metadata:
+            raise<format_error>(error_code::header_field,
+                message("metadata '", key_, "' is ", found, "; expected a string"), file_, std::uint64_t{8});
+        case state::shape: bad(message("has ", found, " in its shape; expected unsigned integers"));
+        case state::range: bad(message("has ", found, " in its data_offsets; expected unsigned integers"));
+        default:
+            bad(message("has ", found, " as its ", key_,
+                key_ == "dtype" ? "; expected a string" : "; expected an array of unsigned integers"));
+        }
+    }
+    [[noreturn]] void bad(const std::string& what)
+    {
+        raise<format_error>(
+            error_code::header_field, message("tensor '", tensors.back().name, "' ", what), file_, std::uint64_t{8});
+    }
+    bool push(state kind)
+    {
+        if (stack_.size() == json_depth_limit) {
+            raise<format_error>(error_code::json_syntax,
+                message("header is nested deeper than ", json_depth_limit, " levels"), file_, std::uint64_t{8});
+        }
+        stack_.push_back({kind});
+        return true;
+    }
+    bool pop()
+    {
+        stack_.pop_back();
+        return true;
+    }
+
+    std::string file_;
+    std::vector<frame> stack_;
+    std::string key_;
+};
+
+/// Checks one tensor's numbers the way the reference reader does; `start` is where its bytes must begin in the buffer.
+inline safetensors_entry check_tensor(
+    safetensors_events::tensor&& t, std::uint64_t start, std::uint64_t data_offset, std::string_view file)
+{
+    const auto fail = [&](const std::string& what) {
+        raise<format_error>(
+            error_code::tensor_offsets, message("tensor '", t.name, "' ", what), std::string(file), data_offset);
+    };
+    const std::uint64_t begin = t.range[0], end = t.range[1];
+    if (begin > end) { fail(message("has data_offsets [", begin, ", ", end, "] that run backwards")); }
+    if (begin != start) {
+        fail(message("begins at byte ", begin, " of the buffer; expected ", start,
+            ", where the tensor before it ends: the buffer has ", begin > start ? "a hole" : "an overlap"));
+    }
+    std::uint64_t count = 1;
+    extents shape;
+    shape.reserve(t.shape.size());
+    for (const auto extent : t.shape) {
+        if (__builtin_mul_overflow(count, extent, &count)) { fail("has a shape whose product is above 2^64-1"); }
+        if (extent > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
+            fail("has an extent above 2^63-1");
+        }
+        shape.push_back(static_cast<std::int64_t>(extent));
+    }
+    std::uint64_t bit_count = 0;
+    if (__builtin_mul_overflow(count, std::uint64_t{bits_per_element(t.dtype)}, &bit_count)) {
+        fail("has more than 2^64-1 bits");
+    }
+    if (bit_count % 8 != 0) {
+        fail(message("of dtype ", to_string(t.dtype), " has ", bit_count, " bits; expected whole bytes"));
+    }
+    if (end - begin != bit_count / 8) {
+        fail(message("of dtype ", to_string(t.dtype), " and shape ", to_string(shape), " needs ", bit_count / 8,
+            " bytes; its data_offsets give it ", end - begin));
+    }
+    return {std::move(t.name), t.dtype, std::move(shape), data_offset + begin, end - begin};
+}
+
+} // namespace detail
+
+/// Reads and checks the header of a safetensors file that lies in memory, by the rules of the reference reader: header
+/// of at most 100,000,000 bytes, UTF-8 JSON nested at most 127 deep, ranges that tile the buffer without hole or
+/// overlap, products checked for overflow, sizes that match. Leading white space, unknown keys of a tensor, empty
+/// tensors, scalars, any rank, any order of tensors and unaligned data are valid. Stricter than the reference in four
+/// points: a key that occurs twice, a tensor described by a JSON array instead of an object, a dtype that is no string,
+/// and an extent above 2^63-1 are refused. Throws format_error naming `file` and the tensor. Cost: O(header).
+[[nodiscard]] inline safetensors_header parse_safetensors(std::span<const std::byte> bytes, std::string_view file)
+{
+    const auto fail = [&](error_code code, const std::string& what, std::uint64_t offset) {
+        raise<format_error>(code, what, std::string(file), offset);
+    };
+    std::uint64_t length = 0;
+    if (bytes.size() >= 8) { std::memcpy(&length, bytes.data(), 8); }
+    if (bytes.size() < 8 || length > safetensors_header_limit || length > bytes.size() - 8 || length == 0) {
+        if (const auto kind = what_is_this_file(bytes)) { fail(error_code::not_safetensors, kind->sentence(), 0); }
+    }
+    if (bytes.size() < 8) {
+        fail(error_code::file_truncated,
+            message("has ", bytes.size(), " bytes; a safetensors file has at least 8: fetch it again"), 0);
+    }
+    if (length > safetensors_header_limit) {
+        fail(error_code::not_safetensors,
+            message("claims a header of ", length, " bytes; at most ", safetensors_header_limit,
+                " are allowed: this is not a safetensors file, or a damaged one"),
+            0);
+    }
+    if (length > bytes.size() - 8) {
+        fail(error_code::file_truncated,
+            message("claims a header of ", length, " bytes and has ", bytes.size() - 8,
+                " after it: the file is cut short; fetch it again"),
+            0);
+    }
+
+    detail::safetensors_events events(file);
+    detail::sax_parse_strictly(
+        {reinterpret_cast<const char*>(bytes.data()) + 8, static_cast<std::size_t>(length)}, events);
+
+    safetensors_header header;
+    header.metadata = std::move(events.metadata);
+    header.data_offset = 8 + length;
+    std::stable_sort(
+        events.tensors.begin(), events.tensors.end(), [](const auto& a, const auto& b) { return a.range < b.range; });
+    header.entries.reserve(events.tensors.size());
+    std::uint64_t end = 0;
+    for (auto& tensor : events.tensors) {
+        header.entries.push_back(detail::check_tensor(std::move(tensor), end, header.data_offset, file));
+        end += header.entries.back().bytes;
+    }
+    if (const std::uint64_t present = bytes.size() - header.data_offset; end != present) {
+        fail(end > present ? error_code::file_truncated : error_code::tensor_offsets,
+            message("has ", present, " bytes of tensor data; its header describes ", end,
+                end > present ? ": the file is cut short; fetch it again" : ""),
+            header.data_offset);
+    }
+    return header;
+}
+
+/// A safetensors file, mapped. Tensors are views into the map and live as long as this object (moving it keeps them).
+/// A view's address is aligned to its dtype only if the file aligned it.
+///
+///     taskvec::safetensors_file file("model.safetensors");
+///     for (const auto& [name, tensor] : file.model()) { … }
+///
+/// Throws io_error, format_error. Cost: O(header); no tensor byte is read.
+class safetensors_file {
+public:
+    explicit safetensors_file(std::filesystem::path path)
+        : map_(std::move(path))
+        , header_(parse_safetensors(map_.bytes(), map_.path().string()))
+    { }
+    /// A file of another format whose tensors lie in it as they do here: `header` was read from it, and checked against
+    /// its bytes (formats/pytorch.hpp).
+    safetensors_file(mapped_file map, safetensors_header header)
+        : map_(std::move(map))
+        , header_(std::move(header))
+    { }
+    /// The same, with some tensors laid out anew: those whose offset is `size of the file + n` lie at byte n of `more`.
+    safetensors_file(mapped_file map, safetensors_header header, std::shared_ptr<const std::byte> more)
+        : map_(std::move(map))
+        , header_(std::move(header))
+        , more_(std::move(more))
+    { }
+
+    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return map_.path(); }
+    [[nodiscard]] std::filesystem::path path() && { return map_.path(); }
+    [[nodiscard]] const mapped_file& map() const& noexcept { return map_; }
+    void map() const&& = delete; // name the owner first: its views would dangle
+    /// The tensors in the order of their bytes in the file.
+    [[nodiscard]] const std::vector<safetensors_entry>& entries() const& noexcept { return header_.entries; }
+    [[nodiscard]] std::vector<safetensors_entry> entries() && { return std::move(header_.entries); }
+    [[nodiscard]] const metadata_map& metadata() const& noexcept { return header_.metadata; }
+    [[nodiscard]] metadata_map metadata() && { return std::move(header_.metadata); }
+    /// Bytes of the tensors together.
+    [[nodiscard]] std::uint64_t data_bytes() const noexcept { return map_.bytes().size() - header_.data_offset; }
+    void tensor(const safetensors_entry&) const&& = delete; // name the owner first: its views would dangle
+    [[nodiscard]] const_tensor_ref tensor(const safetensors_entry& entry) const&
+    {
+        const auto size = map_.bytes().size();
+        const auto* const data =
+            more_ && entry.offset >= size ? more_.get() + (entry.offset - size) : map_.bytes().data() + entry.offset;
+        return {data, entry.dtype, entry.shape, {}, memory_space::host, 0};
+    }
+    void model() const&& = delete; // name the owner first: its views would dangle
+    /// All tensors, by name.
+    [[nodiscard]] const_model_ref model() const&
+    {
+        std::vector<const safetensors_entry*> sorted;
+        for (const auto& entry : header_.entries) { sorted.push_back(&entry); }
+        std::sort(sorted.begin(), sorted.end(), [](auto* a, auto* b) { return a->name < b->name; });
+        const_model_ref result;
+        for (const auto* entry : sorted) { result.insert(entry->name, tensor(*entry)); }
+        return result;
+    }
+
+private:
+    mapped_file map_;
+    safetensors_header header_;
+    std::shared_ptr<const std::byte> more_;
+};
+
+/// The header bytes (length included) of a file that holds `specs`, and where each tensor's bytes go.
+struct safetensors_layout {
+    std::string head;
+    std::vector<std::uint64_t> offsets; ///< for each spec, from the beginning of the file
+    std::uint64_t size = 0; ///< of the whole file
+};
+
+/// Lays a file out as the reference writer does: tensors by dtype (its enum, descending), then by name; `__metadata__`
+/// first; the header padded with spaces to a multiple of 8. `format` is set to "pt" unless the metadata has it already.
+/// Throws invalid_argument for a name that occurs twice, is "__metadata__", or is not UTF-8.
+[[nodiscard]] inline safetensors_layout layout_safetensors(
+    const std::vector<tensor_spec>& specs, metadata_map metadata = {})
+{
+    metadata.try_emplace("format", "pt");
+    std::vector<std::size_t> order(specs.size());
+    for (std::size_t i = 0; i < order.size(); ++i) { order[i] = i; }
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+        return specs[a].dtype != specs[b].dtype ? specs[a].dtype > specs[b].dtype : specs[a].name < specs[b].name;
+    });
+
+    std::string json = "{\"__metadata__\":{";
+    for (const auto& [key, value] : metadata) {
+        json += (json.back() == '{' ? "" : ",") + json_string(key) + ":" + json_string(value);
+    }
+    json += '}';
+    safetensors_layout layout;
+    layout.offsets.resize(specs.size());
+    std::uint64_t at = 0;
+    std::set<std::string_view> names{"__metadata__"};
+    for (const auto index : order) {
+        const auto& spec = specs[index];
+        if (!names.insert(spec.name).second) {
+            raise<invalid_argument>(spec.name == "__metadata__" ? error_code::unwritable : error_code::tensor_repeated,
+                spec.name == "__metadata__" ? "a tensor cannot be called '__metadata__'"
+                                            : message("tensor '", spec.name, "' would be written twice"));
+        }
+        const std::uint64_t count = spec.size();
+        std::uint64_t bit_count = 0, end = 0;
+        if (__builtin_mul_overflow(count, std::uint64_t{bits_per_element(spec.dtype)}, &bit_count)
+            || __builtin_add_overflow(at, bit_count / 8, &end)) {
+            raise<invalid_argument>(error_code::unwritable,
+                message("tensor '", spec.name, "' of shape ", to_string(spec.shape), " is too large for a file"));
+        }
+        if (bit_count % 8 != 0) {
+            raise<invalid_argument>(error_code::unwritable,
+                message("tensor '", spec.name, "' of dtype ", to_string(spec.dtype), " does not fill whole bytes"));
+        }
+        json += ',' + json_string(spec.name) + ":{\"dtype\":\"" + std::string(to_string(spec.dtype)) + "\",\"shape\":[";
+        for (std::size_t i = 0; i < spec.shape.size(); ++i) { json += message(i ? "," : "", spec.shape[i]); }
+        json += "],\"data_offsets\":[" + std::to_string(at) + ',' + std::to_string(end) + "]}";
+        layout.offsets[index] = at;
+        at = end;
+    }
+    json += '}';
+    json.append((8 - json.size() % 8) % 8, ' ');
+    const std::uint64_t length = json.size();
+    if (length > safetensors_header_limit) {
+        raise<invalid_argument>(error_code::unwritable,
+            message("the header would have ", length, " bytes; a safetensors header has at most ",
+                safetensors_header_limit, ": write several files"));
+    }
+    layout.head.resize(8);
+    std::memcpy(layout.head.data(), &length, 8);
+    layout.head += json;
+    for (auto& offset : layout.offsets) { offset += layout.head.size(); }
+    layout.size = layout.head.size() + at;
+    return layout;
+}
+
+/// Writes one safetensors file: reserves it under a temporary name, takes the tensors' bytes in any order and from any
+/// thread, and gives it its name on commit(). See atomic_file for what a crash leaves, and for replacing an input.
+///
+///     taskvec::safetensors_writer out("merged.safetensors", {{"w", taskvec::dtype::f32, {2, 2}}});
+///     out.write(0, 0, data, 16);
+///     out.commit();
+class safetensors_writer final : public tensor_sink {
+public:
+    /// Tensor `index` of write() is specs[index], whatever its place in the file.
+    /// Throws invalid_argument (see layout_safetensors) before anything is created, and io_error.
+    safetensors_writer(std::filesystem::path target, const std::vector<tensor_spec>& specs, metadata_map metadata = {},
+        durability mode = durability::synchronised)
+        : safetensors_writer(std::move(target), specs, layout_safetensors(specs, std::move(metadata)), mode)
+    { }
+
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        if (index >= sizes_.size() || offset > sizes_[index] || size > sizes_[index] - offset) {
+            raise<invalid_argument>(error_code::index_out_of_range,
+                message("a write of ", size, " bytes at ", offset, " lies outside tensor ", index, " of '",
+                    file_.target().string(), "'"));
+        }
+        if (on_demand_ && !open_.load(std::memory_order_acquire)) {
+            const detail::light_lock lock(busy_);
+            if (!open_.load(std::memory_order_relaxed)) {
+                file_.open_again();
+                open_.store(true, std::memory_order_release);
+            }
+        }
+        file_.write(offsets_[index] + offset, data, size);
+        // Each byte is written once: whoever writes the last one is the only one left.
+        if (written_.fetch_add(size, std::memory_order_acq_rel) + size == expected_ && on_demand_ && size) {
+            file_.close_for_now();
+        }
+    }
+    /// Has the file open from its first write to its last only, for those who write more files than a process may have
+    /// open. Before the first write.
+    void open_on_demand()
+    {
+        file_.close_for_now();
+        on_demand_ = true;
+    }
+
+    /// Forces the bytes to disk, so that commit() only renames. Throws invalid_argument if fewer bytes were written
+    /// than the tensors have.
+    void finish()
+    {
+        if (const auto written = written_.load(); written < expected_) {
+            raise<invalid_argument>(error_code::call_order,
+                message("'", file_.target().string(), "' is incomplete: ", written, " of ", expected_,
+                    " bytes were written"));
+        }
+        file_.finish();
+    }
+    /// Gives the file its name. Nothing may be written afterwards.
+    void commit(bool whole_directory = true)
+    {
+        finish();
+        file_.commit(whole_directory);
+    }
+
+    [[nodiscard]] const std::filesystem::path& target() const noexcept { return file_.target(); }
+    [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return file_.temporary(); }
+    /// Bytes of the whole file.
+    [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
+
+private:
+    safetensors_writer(
+        std::filesystem::path target, const std::vector<tensor_spec>& specs, safetensors_layout layout, durability mode)
+        : file_(std::move(target), layout.size, mode)
+        , offsets_(std::move(layout.offsets))
+        , size_(layout.size)
+        , expected_(layout.size - layout.head.size())
+    {
+        sizes_.reserve(specs.size());
+        for (const auto& spec : specs) { sizes_.push_back(spec.bytes()); }
+        file_.write(0, layout.head.data(), layout.head.size());
+    }
+
+    atomic_file file_;
+    std::vector<std::uint64_t> offsets_, sizes_;
+    std::uint64_t size_, expected_;
+    std::atomic<std::uint64_t> written_{0};
+    bool on_demand_ = false;
+    std::atomic<bool> open_{false}; ///< once and for all, where the file is opened on demand
+    std::atomic_flag busy_;
+};
+
+/// Writes a whole model that lies in memory. The tensors must be contiguous host memory.
+///
+///     taskvec::write_safetensors("model.safetensors", model, {{"step", "100"}});
+inline void write_safetensors(const std::filesystem::path& path, const const_model_ref& model,
+    metadata_map metadata = {}, durability mode = durability::synchronised)
+{
+    std::vector<tensor_spec> specs;
+    for (const auto& [name, tensor] : model) {
+        if (tensor.space != memory_space::host || !tensor.contiguous()) {
+            raise<invalid_argument>(
+                error_code::tensor_layout, message("tensor '", name, "' is not contiguous host memory; copy it first"));
+        }
+        if (tensor.source) { detail::refuse_source(name); }
+        specs.push_back({name, tensor.dtype, tensor.shape});
+    }
+    safetensors_writer writer(path, specs, std::move(metadata), mode);
+    for (std::size_t i = 0; i < specs.size(); ++i) { writer.write(i, 0, model[i].tensor.data, specs[i].bytes()); }
+    writer.commit();
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_SAFETENSORS_HPP
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// One value of a GGUF file's metadata. Arrays are passed over (std::monostate), their bytes checked.
+using gguf_value = std::variant<std::monostate, bool, std::uint64_t, std::int64_t, double, std::string>;
+
+/// What stands before the data of a GGUF file, checked.
+struct gguf_header {
+    std::uint32_t version = 3;
+    std::uint64_t alignment = 32;
+    std::map<std::string, gguf_value> metadata{};
+    safetensors_header tensors{}; ///< extents slowest first, as everywhere here: ggml's in reverse
+
+    /// The text of a key; empty where it is absent or no text.
+    [[nodiscard]] std::string text(const std::string& key) const
+    {
+        const auto place = metadata.find(key);
+        const auto* const value = place == metadata.end() ? nullptr : std::get_if<std::string>(&place->second);
+        return value ? *value : std::string();
+    }
+    /// The number of a key; nothing where it is absent or no number.
+    [[nodiscard]] std::optional<double> number(const std::string& key) const
+    {
+        const auto place = metadata.find(key);
+        if (place == metadata.end()) { return std::nullopt; }
+        if (const auto* const value = std::get_if<double>(&place->second)) { return *value; }
+        if (const auto* const value = std::get_if<std::uint64_t>(&place->second)) {
+            return static_cast<double>(*value);
+        }
+        if (const auto* const value = std::get_if<std::int64_t>(&place->second)) { return static_cast<double>(*value); }
+        return std::nullopt;
+    }
+};
+
+/// Whether bytes begin as a GGUF file does.
+[[nodiscard]] inline bool is_gguf(std::span<const std::byte> bytes) noexcept
+{
+    return bytes.size() >= 4 && std::memcmp(bytes.data(), "GGUF", 4) == 0;
+}
+
+namespace detail {
+
+/// ggml's types by number: what a file calls them, and the dtype of those that are numbers as they are.
+struct ggml_type {
+    std::uint32_t number;
+    std::string_view name;
+    std::optional<taskvec::dtype> stored{};
+};
+inline constexpr std::array<ggml_type, 22> ggml_types{
+    {{0, "F32", dtype::f32}, {1, "F16", dtype::f16}, {2, "Q4_0"}, {3, "Q4_1"}, {6, "Q5_0"}, {7, "Q5_1"}, {8, "Q8_0"},
+        {9, "Q8_1"}, {10, "Q2_K"}, {11, "Q3_K"}, {12, "Q4_K"}, {13, "Q5_K"}, {14, "Q6_K"}, {15, "Q8_K"}, {20, "IQ4_NL"},
+        {23, "IQ4_XS"}, {24, "I8", dtype::i8}, {25, "I16", dtype::i16}, {26, "I32", dtype::i32},
+        {27, "I64", dtype::i64}, {28, "F64", dtype::f64}, {30, "BF16", dtype::bf16}}};
+
+/// Reads numbers and texts one after the other, none beyond the end.
+class gguf_cursor {
+public:
+    gguf_cursor(std::span<const std::byte> bytes, const std::string& label)
+        : bytes_(bytes)
+        , label_(label)
+    { }
+    [[nodiscard]] std::uint64_t at() const noexcept { return at_; }
+    [[nodiscard]] std::uint64_t left() const noexcept { return bytes_.size() - at_; }
+
+    template <class N>
+    [[nodiscard]] N number(std::string_view what)
+    {
+        need(sizeof(N), what);
+        std::array<std::byte, sizeof(N)> raw;
+        std::copy_n(bytes_.begin() + static_cast<std::ptrdiff_t>(at_), sizeof(N), raw.begin());
+        if constexpr (std::endian::native == std::endian::big) { std::reverse(raw.begin(), raw.end()); }
+        at_ += sizeof(N);
+        return std::bit_cast<N>(raw);
+    }
+    [[nodiscard]] std::string text(std::string_view what)
+    {
+        const auto size = number<std::uint64_t>(what);
+        need(size, what);
+        std::string made(reinterpret_cast<const char*>(bytes_.data()) + at_, static_cast<std::size_t>(size));
+        at_ += size;
+        return made;
+    }
+    void skip(std::uint64_t size, std::string_view what)
+    {
+        need(size, what);
+        at_ += size;
+    }
+    /// A count of things of at least `least` bytes each.
+    [[nodiscard]] std::uint64_t count(std::string_view what, std::uint64_t least)
+    {
+        const auto from = at_;
+        const auto many = number<std::uint64_t>(what);
+        if (many > left() / least) {
+            raise<format_error>(error_code::file_truncated,
+                message(what, " is ", many, ", and ", left(),
+                    " bytes are left, too few for so many: the file was cut, or is damaged; fetch it again"),
+                label_, from);
+        }
+        return many;
+    }
+    template <class... Parts>
+    [[noreturn]] void refuse(error_code code, std::uint64_t offset, const Parts&... parts) const
+    {
+        raise<format_error>(code, message(parts...), label_, offset);
+    }
+
+private:
+    void need(std::uint64_t size, std::string_view what) const
+    {
+        if (size <= left()) { return; }
+        raise<format_error>(error_code::file_truncated,
+            message(what, " takes ", size, " bytes, and ", left(),
+                " are left: the file was cut, or is damaged; fetch it again"),
+            label_, at_);
+    }
+    std::span<const std::byte> bytes_;
+    const std::string& label_;
+    std::uint64_t at_ = 0;
+};
+
+/// One value of a key's type, or one that is passed over.
+[[nodiscard]] inline gguf_value read_gguf_value(
+    gguf_cursor& in, std::uint32_t type, const std::string& key, bool within = false)
+{
+    const std::string what = "the value of '" + key + "'";
+    switch (type) {
+    case 0: return std::uint64_t{in.number<std::uint8_t>(what)};
+    case 1: return std::int64_t{in.number<std::int8_t>(what)};
+    case 2: return std::uint64_t{in.number<std::uint16_t>(what)};
+    case 3: return std::int64_t{in.number<std::int16_t>(what)};
+    case 4: return std::uint64_t{in.number<std::uint32_t>(what)};
+    case 5: return std::int64_t{in.number<std::int32_t>(what)};
+    case 6: return static_cast<double>(in.number<float>(what));
+    case 7: return in.number<std::uint8_t>(what) != 0;
+    case 8: return in.text(what);
+    case 10: return in.number<std::uint64_t>(what);
+    case 11: return in.number<std::int64_t>(what);
+    case 12: return in.number<double>(what);
+    case 9:
+        if (!within) {
+            constexpr std::array<std::uint64_t, 13> sizes{1, 1, 2, 2, 4, 4, 4, 1, 8, 0, 8, 8, 8};
+            const auto from = in.at();
+            const auto element = in.number<std::uint32_t>(what);
+            if (element >= sizes.size() || element == 9) {
+                in.refuse(error_code::header_field, from, what, " is an array of type ", element,
+                    element == 9 ? ", of arrays: no adapter has one" : ", which GGUF does not have");
+            }
+            const auto many = in.count("the length of the array '" + key + "'", sizes[element]);
+            if (element == 8) {
+                for (std::uint64_t i = 0; i < many; ++i) { (void)in.text(what); }
+            }
+            else {
+                in.skip(many * sizes[element], what);
+            }
+            return std::monostate{};
+        }
+        [[fallthrough]];
+    default:
+        in.refuse(error_code::header_field, in.at(), what, " is of type ", type,
+            ", which GGUF does not have: the file is damaged, or newer than version 3");
+    }
+}
+
+} // namespace detail
+
+/// Reads what stands before the data of a GGUF file of version 2 or 3, little-endian. Throws format_error, with the
+/// byte, for another magic or version, a big-endian file, counts, texts and tensors that reach beyond the file, keys or
+/// tensors that occur twice, an alignment that is no power of two (0 included), more than four extents or an extent of
+/// 0, offsets that are not aligned, tensors that overlap; dtype_mismatch for tensors in quantised or unknown types. No
+/// byte of the data is read.
+///
+///     const mapped_file map("math.gguf");
+///     const auto header = parse_gguf(map.bytes(), "math.gguf");
+[[nodiscard]] inline gguf_header parse_gguf(std::span<const std::byte> bytes, const std::string& label)
+{
+    detail::gguf_cursor in(bytes, label);
+    gguf_header header;
+    if (!is_gguf(bytes)) { in.refuse(error_code::header_field, 0, "does not begin with 'GGUF': it is no GGUF file"); }
+    in.skip(4, "the magic");
+    header.version = in.number<std::uint32_t>("the version");
+    if ((header.version & 0xffffu) == 0 && header.version != 0) {
+        in.refuse(error_code::header_field, 4,
+            "is a big-endian GGUF file: convert it on a machine like this one (without --bigendian)");
+    }
+    if (header.version != 2 && header.version != 3) {
+        in.refuse(error_code::header_field, 4, "is GGUF of version ", header.version,
+            "; versions 2 and 3 are read: convert the adapter again with a current llama.cpp");
+    }
+    constexpr std::uint64_t least_tensor = 8 + 4 + 8 + 4 + 8, least_key = 8 + 4 + 1;
+    const auto tensors = in.count("the number of tensors", least_tensor);
+    const auto keys = in.count("the number of metadata keys", least_key);
+    for (std::uint64_t i = 0; i < keys; ++i) {
+        const auto from = in.at();
+        auto key = in.text(message("metadata key ", i + 1));
+        if (!is_utf8(key)) { in.refuse(error_code::header_field, from, "metadata key ", i + 1, " is no UTF-8"); }
+        const auto type = in.number<std::uint32_t>("the type of '" + key + "'");
+        auto value = detail::read_gguf_value(in, type, key);
+        if (!header.metadata.emplace(key, std::move(value)).second) {
+            in.refuse(error_code::header_field, from, "the metadata key '", key, "' stands twice");
+        }
+    }
+    if (const auto place = header.metadata.find("general.alignment"); place != header.metadata.end()) {
+        const auto* const given = std::get_if<std::uint64_t>(&place->second);
+        if (!given || !std::has_single_bit(*given) || *given > (std::uint64_t{1} << 31)) {
+            in.refuse(error_code::header_field, 0, "general.alignment is ",
+                given ? message(*given) : std::string("no unsigned number"), "; expected a power of two");
+        }
+        header.alignment = *given;
+    }
+    for (std::uint64_t i = 0; i < tensors; ++i) {
+        safetensors_entry entry;
+        const auto from = in.at();
+        entry.name = in.text(message("the name of tensor ", i + 1));
+        if (!is_utf8(entry.name)) {
+            in.refuse(error_code::header_field, from, "the name of tensor ", i + 1, " is no UTF-8");
+        }
+        const std::string what = "tensor '" + entry.name + "'";
+        const auto rank = in.number<std::uint32_t>(what);
+        if (rank < 1 || rank > 4) {
+            in.refuse(error_code::header_field, from, what, " has ", rank, " extents; GGUF has 1 to 4");
+        }
+        std::uint64_t elements = 1;
+        for (std::uint32_t k = 0; k < rank; ++k) {
+            const auto extent = in.number<std::uint64_t>(what);
+            if (extent == 0 || extent > (std::uint64_t{1} << 56) / elements) {
+                in.refuse(error_code::header_field, from, what, " has an extent of ", extent,
+                    extent == 0 ? ": it is empty" : ": it has more elements than a file can hold");
+            }
+            elements *= extent;
+            entry.shape.insert(entry.shape.begin(), static_cast<std::int64_t>(extent));
+        }
+        const auto type = in.number<std::uint32_t>(what);
+        const auto known = std::find_if(
+            detail::ggml_types.begin(), detail::ggml_types.end(), [&](const auto& one) { return one.number == type; });
+        if (known == detail::ggml_types.end() || !known->stored) {
+            raise<dtype_mismatch>(error_code::dtype_unsupported,
+                message("'", label, "': ", what, " is of ggml's type ", type,
+                    known == detail::ggml_types.end() ? std::string() : message(" (", known->name, ")"),
+                    "; F32, F16 and BF16 are read: convert the adapter again with --outtype f16"));
+        }
+        entry.dtype = *known->stored;
+        entry.bytes = elements * (bits_per_element(entry.dtype) / 8);
+        entry.offset = in.number<std::uint64_t>(what);
+        if (entry.offset % header.alignment != 0) {
+            in.refuse(error_code::tensor_offsets, from, what, " begins at byte ", entry.offset,
+                " of the data, which is no multiple of the alignment ", header.alignment);
+        }
+        header.tensors.entries.push_back(std::move(entry));
+    }
+    const std::uint64_t begin = (in.at() + header.alignment - 1) / header.alignment * header.alignment,
+                        room = bytes.size() > begin ? bytes.size() - begin : 0;
+    header.tensors.data_offset = std::min<std::uint64_t>(begin, bytes.size());
+    for (auto& entry : header.tensors.entries) {
+        if (entry.offset > room || entry.bytes > room - entry.offset) {
+            in.refuse(error_code::file_truncated, bytes.size(), "tensor '", entry.name, "' takes bytes ", entry.offset,
+                " to ", entry.offset + entry.bytes, " of the data, and the file has ", room,
+                ": it was cut, or is damaged; fetch it again");
+        }
+        entry.offset += begin;
+    }
+    auto& entries = header.tensors.entries;
+    std::sort(entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
+    for (std::size_t i = 1; i < entries.size(); ++i) {
+        if (entries[i].name == entries[i - 1].name) {
+            in.refuse(error_code::header_field, 0, "the tensor '", entries[i].name, "' stands twice");
+        }
+    }
+    std::sort(entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.offset < b.offset; });
+    for (std::size_t i = 1; i < entries.size(); ++i) {
+        if (entries[i].offset < entries[i - 1].offset + entries[i - 1].bytes) {
+            in.refuse(error_code::tensor_offsets, entries[i].offset, "the tensors '", entries[i - 1].name, "' and '",
+                entries[i].name, "' share bytes");
+        }
+    }
+    return header;
+}
+
+/// A GGUF file (version 3, aligned to 32) as one run of bytes: metadata in the order of its keys, after
+/// general.architecture; tensors as they are given, extents slowest first. Metadata are texts, unsigned numbers (as
+/// u32) and numbers (as f32). Throws dtype_mismatch for a dtype that ggml does not have.
+[[nodiscard]] inline std::vector<std::byte> gguf_bytes(const std::map<std::string, gguf_value>& metadata,
+    const std::vector<tensor_spec>& specs, const std::vector<std::vector<std::byte>>& data)
+{
+    constexpr std::uint64_t alignment = 32;
+    std::vector<std::byte> out;
+    const auto number = [&](auto value) {
+        auto raw = std::bit_cast<std::array<std::byte, sizeof value>>(value);
+        if constexpr (std::endian::native == std::endian::big) { std::reverse(raw.begin(), raw.end()); }
+        out.insert(out.end(), raw.begin(), raw.end());
+    };
+    const auto text = [&](std::string_view words) {
+        number(std::uint64_t{words.size()});
+        const auto* const from = reinterpret_cast<const std::byte*>(words.data());
+        out.insert(out.end(), from, from + words.size());
+    };
+    const auto align = [&] { out.resize((out.size() + alignment - 1) / alignment * alignment); };
+    const auto key = [&](const std::string& name, const gguf_value& value) {
+        text(name);
+        if (const auto* const words = std::get_if<std::string>(&value)) {
+            number(std::uint32_t{8});
+            text(*words);
+        }
+        else if (const auto* const count = std::get_if<std::uint64_t>(&value)) {
+            number(std::uint32_t{4});
+            number(static_cast<std::uint32_t>(*count));
+        }
+        else {
+            const auto* const real = std::get_if<double>(&value);
+            number(std::uint32_t{6});
+            number(static_cast<float>(real ? *real : 0));
+        }
+    };
+    for (const char c : {'G', 'G', 'U', 'F'}) { out.push_back(static_cast<std::byte>(c)); }
+    number(std::uint32_t{3});
+    number(std::uint64_t{specs.size()});
+    number(std::uint64_t{metadata.size()});
+    const std::string first = "general.architecture";
+    if (const auto place = metadata.find(first); place != metadata.end()) { key(first, place->second); }
+    for (const auto& [name, value] : metadata) {
+        if (name != first) { key(name, value); }
+    }
+    std::uint64_t at = 0;
+    for (std::size_t i = 0; i < specs.size(); ++i) {
+        const auto& spec = specs[i];
+        const auto type = std::find_if(detail::ggml_types.begin(), detail::ggml_types.end(),
+            [&](const auto& one) { return one.stored == spec.dtype; });
+        if (type == detail::ggml_types.end()) {
+            raise<dtype_mismatch>(error_code::dtype_unsupported,
+                message("tensor '", spec.name, "' has dtype ", to_string(spec.dtype), ", which GGUF does not have"));
+        }
+        text(spec.name);
+        number(static_cast<std::uint32_t>(spec.shape.size()));
+        for (auto extent = spec.shape.rbegin(); extent != spec.shape.rend(); ++extent) {
+            number(static_cast<std::uint64_t>(*extent));
+        }
+        number(type->number);
+        number(at);
+        at += (data[i].size() + alignment - 1) / alignment * alignment;
+    }
+    for (const auto& one : data) {
+        align();
+        out.insert(out.end(), one.begin(), one.end());
+    }
+    align();
+    return out;
+}
+
+/// A language model as llama.cpp knows it: what decides the names and the layout of an adapter for it.
+struct gguf_target {
+    std::string architecture{}; ///< llama.cpp's word: "llama", "qwen2", "gemma2", "phi3", …
+    std::size_t heads = 0, kv_heads = 0; ///< of attention; 0: not known
+    bool tied = false; ///< the head is the embedding, and llama.cpp keeps one tensor for both
+
+    /// Whether rows of q and k lie in pairs that rotate together, as llama.cpp keeps them for Llama, Mistral and
+    /// Mixtral: row h·d + 2j + s is the model's row h·d + s·d/2 + j, of d rows a head.
+    [[nodiscard]] bool pairs_rows() const noexcept { return architecture == "llama"; }
+};
+
+namespace detail {
+
+/// A family: transformers' classes, and llama.cpp's word.
+struct gguf_family {
+    std::string_view transformers, architecture;
+};
+inline constexpr std::array<gguf_family, 14> gguf_families{
+    {{"LlamaForCausalLM", "llama"}, {"MistralForCausalLM", "llama"}, {"MixtralForCausalLM", "llama"},
+        {"Qwen2ForCausalLM", "qwen2"}, {"Qwen2MoeForCausalLM", "qwen2moe"}, {"Qwen3ForCausalLM", "qwen3"},
+        {"Qwen3MoeForCausalLM", "qwen3moe"}, {"GemmaForCausalLM", "gemma"}, {"Gemma2ForCausalLM", "gemma2"},
+        {"Gemma3ForCausalLM", "gemma3"}, {"Gemma3ForConditionalGeneration", "gemma3"}, {"PhiForCausalLM", "phi2"},
+        {"Phi3ForCausalLM", "phi3"}, {"Gemma3TextModel", "gemma3"}}};
+
+[[nodiscard]] inline bool is_gguf_architecture(std::string_view word) noexcept
+{
+    return std::any_of(
+        gguf_families.begin(), gguf_families.end(), [&](const auto& one) { return one.architecture == word; });
+}
+/// "llama, qwen2, …"
+[[nodiscard]] inline std::string gguf_architectures()
+{
+    std::string words;
+    std::vector<std::string_view> seen;
+    for (const auto& one : gguf_families) {
+        if (std::find(seen.begin(), seen.end(), one.architecture) != seen.end()) { continue; }
+        seen.push_back(one.architecture);
+        words += (words.empty() ? "" : ", ") + std::string(one.architecture);
+    }
+    return words;
+}
+
+/// A module of a layer: transformers' name, and llama.cpp's.
+struct gguf_module {
+    std::string_view name, stem;
+};
+[[nodiscard]] constexpr std::array<gguf_module, 9> gguf_modules(std::string_view architecture) noexcept
+{
+    if (architecture == "phi2") {
+        return {{{"self_attn.q_proj", "attn_q"}, {"self_attn.k_proj", "attn_k"}, {"self_attn.v_proj", "attn_v"},
+            {"self_attn.dense", "attn_output"}, {"mlp.fc1", "ffn_up"}, {"mlp.fc2", "ffn_down"}, {}, {}, {}}};
+    }
+    if (architecture == "phi3") {
+        return {{{"self_attn.qkv_proj", "attn_qkv"}, {"self_attn.o_proj", "attn_output"},
+            {"mlp.gate_up_proj", "ffn_up"}, {"mlp.down_proj", "ffn_down"}, {}, {}, {}, {}, {}}};
+    }
+    const bool experts = architecture.ends_with("moe"); // whose only dense feed-forward layer is their router
+    return {{{"self_attn.q_proj", "attn_q"}, {"self_attn.k_proj", "attn_k"}, {"self_attn.v_proj", "attn_v"},
+        {"self_attn.o_proj", "attn_output"}, {"mlp.gate_proj", "ffn_gate"}, {"mlp.up_proj", "ffn_up"},
+        {"mlp.down_proj", "ffn_down"},
+        experts                       ? gguf_module{"mlp.gate", "ffn_gate_inp"}
+            : architecture == "llama" ? gguf_module{"block_sparse_moe.gate", "ffn_gate_inp"}
+                                      : gguf_module{},
+        {}}};
+}
+
+} // namespace detail
+
+/// What a model is for llama.cpp, by its config.json. Throws format_error that names what is missing or unknown.
+/// `label` is the configuration's, for messages.
+[[nodiscard]] inline gguf_target gguf_target_of(const nlohmann::json& config, const std::string& label)
+{
+    const auto refuse = [&](const auto&... parts) {
+        raise<format_error>(error_code::adapter_unsupported, message(parts...), label);
+    };
+    const auto text = config.find("text_config");
+    const auto& inner = text != config.end() && text->is_object() ? *text : config;
+    const auto named = [](const nlohmann::json& from) {
+        const auto list = from.find("architectures");
+        return list != from.end() && list->is_array() && !list->empty() && list->front().is_string()
+            ? list->front().get<std::string>()
+            : std::string();
+    };
+    const auto name = named(inner).empty() ? named(config) : named(inner);
+    if (name.empty()) {
+        refuse("has no \"architectures\": what llama.cpp calls the tensors depends on it; take the config.json of the "
+               "model that the adapter was trained on");
+    }
+    const auto family = std::find_if(detail::gguf_families.begin(), detail::gguf_families.end(),
+        [&](const auto& one) { return one.transformers == name; });
+    if (family == detail::gguf_families.end()) {
+        refuse("names the architecture ", name,
+            ", whose names in GGUF are not known here (known: ", detail::gguf_architectures(),
+            "): convert with llama.cpp's convert_lora_to_gguf.py");
+    }
+    gguf_target target{std::string(family->architecture)};
+    const auto count = [&](const char* field) -> std::size_t {
+        const auto place = inner.find(field);
+        return place != inner.end() && place->is_number_unsigned() ? place->get<std::size_t>() : 0;
+    };
+    target.heads = count("num_attention_heads");
+    target.kv_heads = count("num_key_value_heads");
+    if (target.kv_heads == 0) { target.kv_heads = target.heads; }
+    const auto tie = inner.find("tie_word_embeddings");
+    const auto outer = config.find("tie_word_embeddings");
+    target.tied = tie != inner.end() && tie->is_boolean() ? tie->get<bool>()
+        : outer != config.end() && outer->is_boolean()    ? outer->get<bool>()
+                                                          : target.architecture.starts_with("gemma");
+    return target;
+}
+
+/// What llama.cpp calls the weight of a module ("blk.3.attn_q.weight"); empty: it has no such weight, or none is known.
+[[nodiscard]] inline std::string gguf_tensor_name(std::string_view module, const gguf_target& target)
+{
+    const auto ends = [&](std::string_view word) {
+        return module == word || (module.ends_with(word) && module[module.size() - word.size() - 1] == '.');
+    };
+    if (ends("embed_tokens")) { return "token_embd.weight"; }
+    if (ends("lm_head")) { return "output.weight"; }
+    const std::string_view list = "layers.";
+    const auto at = module.starts_with(list) ? 0 : module.find(".layers.");
+    if (at == module.npos) { return {}; }
+    auto rest = module.substr(at + (at == 0 && module.starts_with(list) ? list.size() : list.size() + 1));
+    const auto dot = rest.find('.');
+    if (dot == rest.npos || dot == 0 || rest.substr(0, dot).find_first_not_of("0123456789") != rest.npos) { return {}; }
+    const auto number = rest.substr(0, dot);
+    rest.remove_prefix(dot + 1);
+    for (const auto& one : detail::gguf_modules(target.architecture)) {
+        if (!one.name.empty() && one.name == rest) { return message("blk.", number, ".", one.stem, ".weight"); }
+    }
+    return {};
+}
+
+/// The module of such a name, as transformers' class calls it ("model.layers.3.self_attn.q_proj"); empty: none is
+/// known.
+[[nodiscard]] inline std::string gguf_module_name(std::string_view tensor, const gguf_target& target)
+{
+    if (tensor == "token_embd.weight") { return "model.embed_tokens"; }
+    if (tensor == "output.weight") { return "lm_head"; }
+    constexpr std::string_view block = "blk.", weight = ".weight";
+    if (!tensor.starts_with(block) || !tensor.ends_with(weight)) { return {}; }
+    tensor = tensor.substr(block.size(), tensor.size() - block.size() - weight.size());
+    const auto dot = tensor.find('.');
+    if (dot == tensor.npos || dot == 0 || tensor.substr(0, dot).find_first_not_of("0123456789") != tensor.npos) {
+        return {};
+    }
+    for (const auto& one : detail::gguf_modules(target.architecture)) {
+        if (!one.name.empty() && one.stem == tensor.substr(dot + 1)) {
+            return message("model.layers.", tensor.substr(0, dot), ".", one.name);
+        }
+    }
+    return {};
+}
+
+/// The row of a q or k weight that stands at `row` of llama.cpp's (pairs_rows()), of `rows` in `heads` heads.
+[[nodiscard]] constexpr std::size_t paired_row(std::size_t row, std::size_t rows, std::size_t heads) noexcept
+{
+    const std::size_t size = rows / heads, within = row % size;
+    return row - within + within % 2 * (size / 2) + within / 2;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_GGUF_HPP
+
+// ---- taskvec/formats/peft.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_PEFT_HPP)
+#define TASKVEC_SINGLE_FORMATS_PEFT_HPP
+// PEFT's LoRA adapter directories: adapter_config.json and adapter_model.safetensors, read strictly and written so that
+// PEFT loads them.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/adapters/adapter.hpp
+#if !defined(TASKVEC_SINGLE_ADAPTERS_ADAPTER_HPP)
+#define TASKVEC_SINGLE_ADAPTERS_ADAPTER_HPP
+// What every algorithm on LoRA adapters uses: singular triples as updates, dense updates, norms, reports, and updates
+// folded into a weight. The type itself is in adapters/lora.hpp.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/core/option_table.hpp
+#if !defined(TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP)
+#define TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP
+// What an options struct says about itself: one table with a row for each member.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A row names the member and says what it means, what it may hold and what unit stands for it in a usage line; its kind
+// comes from the member's type and its default from the struct's own initialisers. Reading a value from text, writing
+// it, listing (core/option_text.hpp), the command line's flags, notes, reports and sweep axes all come from the table.
+//
+// A struct gets its table by specialising options_of, beside it:
+//
+//     struct my_options {
+//         double share = 0.5;
+//         bool centred = true;
+//         std::vector<double> weights{};
+//     };
+//     template <>
+//     struct taskvec::options_of<my_options> {
+//         static constexpr taskvec::option_table table{
+//             taskvec::option_row("share", &my_options::share, "share of entries kept",
+//                 {.unit = "D", .above = 0, .at_most = 1}),
+//             taskvec::option_row("centred", &my_options::centred, "take the mean off", {.negated = "uncentred"}),
+//             taskvec::weights_row(&my_options::weights)};
+//     };
+//
+// or, where that reads better, by a static member function `describe()` that returns the same table.
+
+
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <limits>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Values that a sweep goes over: the plural that names them, and the usual ones as text ("0.1,0.2" or
+/// "FIRST:LAST:STEP"); `of_subsets` where every subset of the tasks is tried as well.
+struct option_axis {
+    std::string_view name{}, usual{}, of_subsets{};
+};
+
+/// What a row says beside name, member and meaning. Numbers are finite always, and within the range that is given.
+struct option_details {
+    std::string_view unit{}; ///< stands for the value in a usage line: "D", "N"; empty: by the kind
+    double at_least = -std::numeric_limits<double>::infinity();
+    double above = -std::numeric_limits<double>::infinity(); ///< the bound itself is outside
+    double at_most = std::numeric_limits<double>::infinity();
+    std::string_view expected{}; ///< what messages say is expected; empty: in words made of the range
+    std::string_view negated{}; ///< of a bool that is on by default: the flag that turns it off
+    option_axis axis{};
+};
+
+/// Of a share of entries: above 0 and up to 1.
+[[nodiscard]] constexpr option_details share_details(option_axis axis = {})
+{
+    return {.unit = "D",
+        .above = 0,
+        .at_most = 1,
+        .expected = "a share above 0 and up to 1, such as 0.1 for a tenth",
+        .axis = axis};
+}
+/// The densities that a merge is usually tried with.
+inline constexpr option_axis common_densities{"densities", "0.05,0.1,0.2,0.3,0.5", {}};
+/// Of λ, the scale of a merged task vector.
+[[nodiscard]] constexpr option_details lambda_details()
+{
+    return {.axis = {"lambdas", "0:1:0.05", "0.3"}};
+}
+
+/// One member of an options struct. `name`: lower case words with hyphens; `meaning`: a phrase without a full stop.
+template <class Options, class Value>
+struct option_row {
+    using options_type = Options;
+    using value_type = Value;
+
+    std::string_view name;
+    Value Options::* member;
+    std::string_view meaning;
+    option_details details;
+    bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
+    std::string_view each_of{}; ///< of such a list: what an entry is, "weight", or the row that holds for all tasks
+
+    constexpr option_row(
+        std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
+        : name(its_name)
+        , member(its_member)
+        , meaning(words)
+        , details(more)
+    { }
+
+    template <class Owner, class Visit>
+    constexpr void visit(Owner& options, Visit&& visit) const
+    {
+        visit(*this, options.*member);
+    }
+};
+
+/// A list with an entry for each task. `each_of`: what an entry is, "weight", or the row that holds for all tasks.
+template <class Options>
+[[nodiscard]] constexpr option_row<Options, std::vector<double>> task_row(
+    std::string_view name, std::vector<double> Options::* member, std::string_view each_of, std::string_view meaning)
+{
+    option_row<Options, std::vector<double>> row(name, member, meaning);
+    row.per_task = true;
+    row.each_of = each_of;
+    return row;
+}
+/// The weights of the tasks: one for each, or none for all 1.
+template <class Options>
+[[nodiscard]] constexpr auto weights_row(
+    std::vector<double> Options::* member, std::string_view meaning = "one for each task, or none for all 1")
+{
+    return task_row("weights", member, "weight", meaning);
+}
+/// A density of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr auto densities_row(std::vector<double> Options::* member)
+{
+    return task_row("densities", member, "density", "density of each task, or none for one of all");
+}
+/// The share of outliers of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr auto gammas_row(std::vector<double> Options::* member)
+{
+    return task_row("gammas", member, "gamma", "gamma of each task, or none for one of all");
+}
+
+/// The options of a struct that is a member: its rows stand in the owner's table as if they were the owner's, all but
+/// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
+template <class Options, class Inner, std::size_t N>
+struct inner_options {
+    Inner Options::* member;
+    std::array<std::string_view, N> without;
+
+    [[nodiscard]] constexpr bool leaves_out(std::string_view name) const noexcept
+    {
+        for (const auto& other : without) {
+            if (other == name) { return true; }
+        }
+        return false;
+    }
+    template <class Owner, class Visit>
+    constexpr void visit(Owner& options, Visit&& visit) const;
+};
+template <class Options, class Inner, class... Names>
+[[nodiscard]] constexpr inner_options<Options, Inner, sizeof...(Names)> options_within(
+    Inner Options::* member, Names... without)
+{
+    return {member, {std::string_view(without)...}};
+}
+
+/// The rows of a struct.
+template <class... Rows>
+struct option_table {
+    std::tuple<Rows...> rows;
+
+    constexpr explicit option_table(const Rows&... all)
+        : rows(all...)
+    { }
+};
+
+/// A set of values under a name: "as the other library does it".
+template <class Options>
+struct option_preset {
+    std::string_view name, meaning;
+    Options (*make)();
+};
+
+/// The extension point: `table`, and where there are presets `presets` (an array of option_preset, the first of which
+/// is what the struct's initialisers say) with `preset_option`, the name of the option that chooses one.
+template <class Options>
+struct options_of { };
+template <class Options>
+    requires requires { Options::describe(); }
+struct options_of<Options> {
+    static constexpr auto table = Options::describe();
+};
+
+/// A struct that has a table.
+template <class Options>
+concept described_options = requires { options_of<Options>::table.rows; };
+
+/// A struct with named presets.
+template <class Options>
+concept options_with_presets = requires {
+    options_of<Options>::presets.size();
+    options_of<Options>::preset_option;
+};
+
+/// The words for the values of an enumeration: specialise with `static constexpr std::array words{enum_word{…}, …}`.
+template <class Enum>
+struct enum_words { };
+template <class Enum>
+struct enum_word {
+    Enum value;
+    std::string_view word;
+};
+template <class Enum>
+concept worded_enum = std::is_enum_v<Enum> && requires { enum_words<Enum>::words.size(); };
+
+/// What may stand in a table.
+template <class Value>
+concept describable_value = std::same_as<Value, bool> || std::floating_point<Value> || std::unsigned_integral<Value>
+    || worded_enum<Value> || std::same_as<Value, std::vector<double>>;
+
+/// Calls visit(row, member) for every row of the table of `options`, those of inner structs in their places. The member
+/// is const where `options` is.
+///
+///     for_each_option(options, [](const auto& row, const auto& value) { std::cout << row.name << …; });
+template <class Options, class Visit>
+constexpr void for_each_option(Options& options, Visit&& visit)
+{
+    using bare = std::remove_const_t<Options>;
+    static_assert(described_options<bare>,
+        "taskvec: this options struct has no table: specialise taskvec::options_of for it (core/option_table.hpp)");
+    if constexpr (described_options<bare>) {
+        std::apply([&](const auto&... rows) { (rows.visit(options, visit), ...); }, options_of<bare>::table.rows);
+    }
+}
+
+/// Calls visit(preset_option, presets, inner) for each struct with presets among `options` and its inner structs. A
+/// struct's own presets stand in place of those of its inner structs: it knows what the names mean for the whole.
+template <class Options, class Visit>
+constexpr void for_each_preset_list(Options& options, Visit&& visit);
+
+template <class Options, class Inner, std::size_t N>
+template <class Owner, class Visit>
+constexpr void inner_options<Options, Inner, N>::visit(Owner& options, Visit&& visit) const
+{
+    for_each_option(options.*member, [&](const auto& row, auto& value) {
+        if (!leaves_out(row.name)) { visit(row, value); }
+    });
+}
+
+template <class Options, class Visit>
+constexpr void for_each_preset_list(Options& options, Visit&& visit)
+{
+    using bare = std::remove_const_t<Options>;
+    if constexpr (options_with_presets<bare>) {
+        visit(options_of<bare>::preset_option, options_of<bare>::presets, options);
+    }
+    else if constexpr (described_options<bare>) {
+        std::apply(
+            [&](const auto&... rows) {
+                const auto within = [&](const auto& row) {
+                    if constexpr (requires { row.leaves_out(""); }) {
+                        for_each_preset_list(options.*row.member, visit);
+                    }
+                };
+                (within(rows), ...);
+            },
+            options_of<bare>::table.rows);
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_OPTION_TABLE_HPP
+
+// ---- taskvec/linalg/factored_svd.hpp
+#if !defined(TASKVEC_SINGLE_LINALG_FACTORED_SVD_HPP)
+#define TASKVEC_SINGLE_LINALG_FACTORED_SVD_HPP
+// The SVD of a product left·rightᵀ from its factors: two thin QRs and a small core, never the product itself.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/compiled/linalg.hpp
+#if !defined(TASKVEC_SINGLE_COMPILED_LINALG_HPP)
+#define TASKVEC_SINGLE_COMPILED_LINALG_HPP
+// What taskvec::compiled compiles of linalg/, as lists: EXTERN is `extern` where the library is linked, nothing where
+// it is made. SPDX-License-Identifier: Apache-2.0
+//
+// The headers are the same with and without the library. With TASKVEC_COMPILED defined, which linking taskvec::compiled
+// does, they declare these instances to be elsewhere; the files of src/compiled define them. Both hold each other to
+// one list, this one. Other types than float and double compile in the caller's file as ever.
+
+#include <memory_resource>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#define TASKVEC_COMPILED_SMALL_MATRICES(EXTERN)                                                                        \
+    EXTERN template double detail::cholesky_factor<0>(                                                                 \
+        matrix_view<const double>, matrix_view<double>, matrix_view<double>, std::pmr::memory_resource*);              \
+    EXTERN template void detail::householder<0>(matrix_view<double>, double*);                                         \
+    EXTERN template small_svd_result small_svd<0>(const cpu&, matrix_view<const double>);                              \
+    EXTERN template double factor_cholesky<0>(const cpu&, matrix_view<double>);                                        \
+    EXTERN template void solve_cholesky<0>(const cpu&, matrix_view<const double>, matrix_view<double>);                \
+    EXTERN template bool cholesky_solve<0>(const cpu&, matrix_view<const double>, matrix_view<double>);                \
+    EXTERN template matrix<double> small_product<0>(const cpu&, double, const matrix<double>&, const matrix<double>&);
+
+#define TASKVEC_COMPILED_MATRICES(EXTERN, T)                                                                           \
+    EXTERN template void detail::multiply_any<T>(T, matrix_view<const T>, matrix_view<const T>, T, matrix_view<T>);    \
+    EXTERN template void detail::gram<T>(matrix_view<const T>, matrix_view<double>, std::pmr::memory_resource*);       \
+    EXTERN template void gemm<T>(const cpu&, T, matrix_view<const T>, matrix_view<const T>, T, matrix_view<T>);        \
+    EXTERN template double squared_norm<T>(const cpu&, matrix_view<const T>);                                          \
+    EXTERN template void fill_normal<T>(const cpu&, const random_stream&, matrix_view<T>);                             \
+    EXTERN template qr_factors<T> factor_qr<T>(const cpu&, matrix_view<const T>, std::string_view);                    \
+    EXTERN template void multiply_q<T>(const cpu&, const qr_factors<T>&, matrix_view<const double>, matrix_view<T>);   \
+    EXTERN template void multiply_small<T>(                                                                            \
+        const cpu&, matrix_view<const T>, matrix_view<const double>, matrix_view<T>);                                  \
+    EXTERN template matrix<T> orthonormal_basis<T>(const cpu&, matrix_view<const T>, std::string_view);
+
+#define TASKVEC_COMPILED_FACTORED_SVD(EXTERN, T)                                                                       \
+    EXTERN template class detail::factored_core<T, cpu>;                                                               \
+    EXTERN template factored_svd_result<T> detail::factored_core<T, cpu>::finish<small_svd_result>(                    \
+        const cpu&, small_svd_result&&, const rank_choice&, detail::factor_place) const;                               \
+    EXTERN template factored_svd_result<T> detail::factored_svd_in<T, cpu>(                                            \
+        const cpu&, const factor_pair<T>&, const rank_choice&, detail::factor_place);                                  \
+    EXTERN template std::vector<factored_svd_result<T>> factored_svd<T, cpu>(                                          \
+        const cpu&, std::span<const factor_pair<T>>, const rank_choice&);                                              \
+    EXTERN template stacked_factors<T> detail::stack_factors_in<T>(                                                    \
+        std::span<const factor_pair<T>>, std::string_view, std::pmr::memory_resource*);
+
+#define TASKVEC_COMPILED_RANDOMIZED_SVD(EXTERN, T)                                                                     \
+    EXTERN template randomized_svd_result<T> detail::sampled_svd<T, cpu>(                                              \
+        const cpu&, matrix_view<const T>, const randomized_svd_options&, detail::factor_place);
+
+#define TASKVEC_COMPILED_TRUNCATED_SVD(EXTERN, T)                                                                      \
+    EXTERN template bool detail::divide_and_conquer<T>(                                                                \
+        matrix_view<const T>, matrix<T>&, std::vector<double>&, matrix<T>&, std::pmr::memory_resource*);               \
+    EXTERN template truncated_svd_result<T> detail::exact_svd<T>(                                                      \
+        const cpu&, matrix_view<const T>, const rank_choice&, std::string_view, detail::factor_place);
+#endif // TASKVEC_SINGLE_COMPILED_LINALG_HPP
+
+// ---- taskvec/linalg/svd.hpp
+#if !defined(TASKVEC_SINGLE_LINALG_SVD_HPP)
+#define TASKVEC_SINGLE_LINALG_SVD_HPP
+// What every singular value decomposition here returns, how a rank is chosen, and how an approximation is measured.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/linalg/eigen.hpp
+#if !defined(TASKVEC_SINGLE_LINALG_EIGEN_HPP)
+#define TASKVEC_SINGLE_LINALG_EIGEN_HPP
+// The linear algebra seam (linalg/linalg.hpp) on the CPU: Eigen's products and Cholesky, and loops of our own.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Tall matrices are in the caller's precision; the small square work (triangular factors, cores) is always in f64, so
+// there is one instantiation of it and f32 data loses nothing to it. Including this is cheap: Eigen's Cholesky is the
+// only decomposition, and everything is a template (some only in name) so that nothing is compiled before it is called.
+
 
 // ---- taskvec/core/random.hpp
 #if !defined(TASKVEC_SINGLE_CORE_RANDOM_HPP)
@@ -5287,6 +8018,57 @@ private:
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_ADAPTERS_ADAPTER_HPP
 
+// ---- taskvec/core/overflow.hpp
+#if !defined(TASKVEC_SINGLE_CORE_OVERFLOW_HPP)
+#define TASKVEC_SINGLE_CORE_OVERFLOW_HPP
+// What becomes of finite numbers that a storage type cannot hold.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What becomes of a finite result that the dtype of the output cannot hold: an error that names it, the dtype's
+/// largest number, or infinity.
+enum class overflow : std::uint8_t { error, saturate, propagate };
+
+/// The largest finite number of T (or the lowest), as its word: the one before infinity's.
+template <storage_element T>
+[[nodiscard]] storage_word<T> largest_word(bool negative) noexcept
+{
+    using word_bits = std::conditional_t<sizeof(T) == 1, std::uint8_t,
+        std::conditional_t<sizeof(T) == 2, std::uint16_t,
+            std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>>;
+    const auto infinity = narrow<T>(static_cast<arithmetic_type<T>>(negative ? -HUGE_VAL : HUGE_VAL));
+    word_bits bits;
+    std::memcpy(&bits, &infinity, sizeof bits);
+    --bits;
+    storage_word<T> word;
+    std::memcpy(&word, &bits, sizeof word);
+    return word;
+}
+
+/// A number as T. One that T cannot hold is an error, for which `refuse()` throws, T's largest number, which
+/// `saturated` counts, or infinity. What is not finite to begin with is refused unless it propagates.
+template <storage_element T, arithmetic_element A, class Refuse>
+[[nodiscard]] T narrow_within(A value, overflow how, std::uint64_t& saturated, Refuse&& refuse)
+{
+    const T stored = narrow<T>(value);
+    if (std::isfinite(static_cast<double>(widen<arithmetic_type<T>>(stored))) || how == overflow::propagate) {
+        return stored;
+    }
+    if (how == overflow::error || !std::isfinite(value)) { refuse(); }
+    ++saturated;
+    return reinterpret_bits<T>(largest_word<T>(value < 0));
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_OVERFLOW_HPP
+
 // ---- taskvec/formats/name_pattern.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP)
 #define TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP
@@ -5477,2261 +8259,6 @@ private:
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP
-
-// ---- taskvec/formats/safetensors.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_SAFETENSORS_HPP)
-#define TASKVEC_SINGLE_FORMATS_SAFETENSORS_HPP
-// The safetensors format: a strict reader over a memory map, and an atomic writer that takes bytes in any order.
-// SPDX-License-Identifier: Apache-2.0
-//
-// Format: https://github.com/huggingface/safetensors. A file is an 8-byte little-endian header length, that many bytes
-// of JSON, and one buffer that the tensors tile.
-
-
-// ---- taskvec/core/sink.hpp
-#if !defined(TASKVEC_SINGLE_CORE_SINK_HPP)
-#define TASKVEC_SINGLE_CORE_SINK_HPP
-// Where a model-wide algorithm puts its result: tensors in memory, or a file that is written block by block.
-// SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/core/tensor_ref.hpp
-#if !defined(TASKVEC_SINGLE_CORE_TENSOR_REF_HPP)
-#define TASKVEC_SINGLE_CORE_TENSOR_REF_HPP
-// Tensors and models as the run-time layer sees them: a pointer, a dtype, a shape. Nothing here owns memory.
-// SPDX-License-Identifier: Apache-2.0
-
-
-#include <algorithm>
-#include <concepts>
-#include <cstddef>
-#include <cstdint>
-#include <initializer_list>
-#include <limits>
-#include <string>
-#include <string_view>
-#include <type_traits>
-#include <utility>
-#include <vector>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-using extents = std::vector<std::int64_t>;
-
-/// "[2, 3]"
-[[nodiscard]] inline std::string to_string(const extents& shape)
-{
-    std::string text = "[";
-    for (std::size_t i = 0; i < shape.size(); ++i) { text += (i ? ", " : "") + std::to_string(shape[i]); }
-    return text + "]";
-}
-
-/// Number of elements of a shape; a negative extent or a product above 2^63-1 is an error that names `what`.
-[[nodiscard]] inline std::size_t element_count(const extents& shape, std::string_view what = "tensor")
-{
-    std::uint64_t count = 1;
-    bool empty = false;
-    for (const auto extent : shape) {
-        if (extent < 0) {
-            raise<shape_mismatch>(
-                error_code::shape_invalid, message("tensor '", what, "' has a negative extent in ", to_string(shape)));
-        }
-        empty = empty || extent == 0;
-    }
-    if (empty) { return 0; }
-    for (const auto extent : shape) {
-        if (count > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())
-                / static_cast<std::uint64_t>(extent)) {
-            raise<shape_mismatch>(error_code::shape_invalid,
-                message("tensor '", what, "' of shape ", to_string(shape), " has more than 2^63-1 elements"));
-        }
-        count *= static_cast<std::uint64_t>(extent);
-    }
-    return static_cast<std::size_t>(count);
-}
-
-/// Bytes of `count` elements of `type` (packed sub-byte types round up to whole bytes).
-[[nodiscard]] constexpr std::size_t byte_count(dtype type, std::size_t count) noexcept
-{
-    const std::size_t width = bits_per_element(type);
-    return width % 8 == 0 ? count * (width / 8) : (count * width + 7) / 8;
-}
-
-/// {pointer, dtype, shape, strides, device}: DLPack's fields without the ownership. Byte is `void` or `const void`.
-/// Strides count elements; empty strides mean row-major and contiguous.
-template <class Byte>
-    requires std::is_void_v<Byte>
-struct basic_tensor_ref {
-    Byte* data = nullptr;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
-    extents strides{};
-    memory_space space = memory_space::host;
-    int device = 0;
-    const operand_source* source = nullptr; ///< not null: `data` is null, and elements come from here
-
-    [[nodiscard]] std::size_t size(std::string_view what = "tensor") const { return element_count(shape, what); }
-    [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const { return byte_count(dtype, size(what)); }
-    /// True when the elements lie row-major without holes.
-    [[nodiscard]] bool contiguous() const noexcept
-    {
-        if (strides.empty()) { return true; }
-        std::int64_t expected = 1;
-        for (std::size_t i = shape.size(); i-- > 0;) {
-            if (shape[i] == 0) { return true; }
-            if (shape[i] != 1 && strides[i] != expected) { return false; }
-            expected *= shape[i];
-        }
-        return true;
-    }
-    /// What may be written may be read. (A template: of a reference that is const already nvcc would say that it never
-    /// converts to itself.)
-    template <class To>
-        requires(std::same_as<To, const void> && !std::is_const_v<Byte>)
-    operator basic_tensor_ref<To>() const
-    {
-        return {data, dtype, shape, strides, space, device, source};
-    }
-};
-
-namespace detail {
-/// What takes tensors as memory says this of those that are worked out.
-[[noreturn, gnu::cold]] inline void refuse_source(std::string_view tensor)
-{
-    raise<invalid_argument>(error_code::tensor_without_data,
-        message("tensor '", tensor, "' is a quantised layer: its numbers are nowhere in memory; decode it first"));
-}
-} // namespace detail
-
-/// The tensor that a view's memory makes with this shape (default: one flat dimension).
-template <class T, memory_space S>
-[[nodiscard]] auto as_tensor(view<T, S> flat, extents shape)
-{
-    using ref = basic_tensor_ref<std::conditional_t<std::is_const_v<T>, const void, void>>;
-    if (element_count(shape) != flat.size()) {
-        raise<shape_mismatch>(error_code::shape_invalid,
-            message("a view of ", flat.size(), " elements cannot have shape ", to_string(shape)));
-    }
-    return ref{flat.data(), dtype_of<std::remove_const_t<T>>, std::move(shape), {}, S, 0};
-}
-template <class T, memory_space S>
-[[nodiscard]] auto as_tensor(view<T, S> flat)
-{
-    return as_tensor(flat, {static_cast<std::int64_t>(flat.size())});
-}
-
-/// The flat view of a contiguous tensor of element type T in memory space S; anything else is an error naming `what`.
-template <storage_element T, memory_space S = memory_space::host>
-[[nodiscard]] auto flat_view(const const_tensor_ref& tensor, std::string_view what)
-{
-    if (tensor.dtype != dtype_of<T>) {
-        raise<dtype_mismatch>(error_code::dtype_differs,
-            message("tensor '", what, "' has dtype ", to_string(tensor.dtype), "; expected ", to_string(dtype_of<T>)));
-    }
-    if (tensor.space != S) {
-        raise<invalid_argument>(error_code::tensor_memory,
-            message("tensor '", what, "' lives in ", tensor.space == memory_space::host ? "host" : "device",
-                " memory; copy it to the policy's own memory space first"));
-    }
-    if (!tensor.contiguous()) {
-        raise<invalid_argument>(error_code::tensor_layout,
-            message("tensor '", what, "' is not contiguous; copy it to row-major memory first"));
-    }
-    if (tensor.source) { detail::refuse_source(what); }
-    return view<const T, S>{static_cast<const T*>(tensor.data), tensor.size(what)};
-}
-
-/// A model: tensors by name. Kept sorted by the bytes of the name, which is the order that model-wide algorithms use.
-template <class Ref>
-class basic_model {
-public:
-    struct entry {
-        std::string name;
-        Ref tensor;
-    };
-
-    basic_model() = default;
-    basic_model(std::initializer_list<entry> entries)
-    {
-        for (const auto& [name, tensor] : entries) { insert(name, tensor); }
-    }
-    /// A model of mutable tensors is a model of const ones.
-    template <class Other>
-        requires(!std::same_as<Other, Ref> && std::convertible_to<Other, Ref>)
-    basic_model(const basic_model<Other>& other)
-    {
-        for (const auto& [name, tensor] : other) { entries_.push_back({name, Ref(tensor)}); }
-    }
-
-    /// Adds a tensor; a name that is already there is an error. Cost: O(log n) and a shift.
-    void insert(std::string name, Ref tensor)
-    {
-        const auto place = lower_bound(name);
-        if (place != entries_.end() && place->name == name) {
-            raise<invalid_argument>(
-                error_code::tensor_repeated, message("tensor '", name, "' occurs twice in one model"));
-        }
-        entries_.insert(place, entry{std::move(name), std::move(tensor)});
-    }
-    /// The tensor of that name, or nullptr.
-    [[nodiscard]] const Ref* find(std::string_view name) const
-    {
-        const auto place = const_cast<basic_model*>(this)->lower_bound(name);
-        return place != entries_.end() && place->name == name ? &place->tensor : nullptr;
-    }
-    [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
-    [[nodiscard]] auto end() const noexcept { return entries_.end(); }
-    [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
-    [[nodiscard]] bool empty() const noexcept { return entries_.empty(); }
-    [[nodiscard]] const entry& operator[](std::size_t index) const noexcept { return entries_[index]; }
-
-private:
-    auto lower_bound(std::string_view name)
-    {
-        return std::lower_bound(entries_.begin(), entries_.end(), name,
-            [](const entry& e, std::string_view n) { return std::string_view(e.name) < n; });
-    }
-    std::vector<entry> entries_;
-};
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_CORE_TENSOR_REF_HPP
-
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <string>
-#include <utility>
-#include <vector>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// A tensor that is yet to be written.
-struct tensor_spec {
-    std::string name;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
-
-    [[nodiscard]] std::size_t size() const { return element_count(shape, name); }
-    [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
-};
-
-/// Receives the bytes of a fixed list of tensors, in any order and from several threads at once, each byte exactly once
-/// or with the same final value: blocks never overlap while they are written.
-class tensor_sink {
-public:
-    virtual ~tensor_sink() = default;
-    /// The host memory of tensor `index`, to be written in place; nullptr when bytes must go through write().
-    [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
-    /// Writes `size` bytes at byte `offset` of tensor `index`.
-    virtual void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) = 0;
-    /// The same of results that are far from the largest number of their dtype, as whoever made them knows: for sinks
-    /// that look for overflow.
-    virtual void write_bounded(std::size_t index, std::uint64_t offset, const void* data, std::size_t size)
-    {
-        write(index, offset, data, size);
-    }
-};
-
-/// The sink over tensors that the caller owns, in the order of `tensors`.
-class memory_sink final : public tensor_sink {
-public:
-    explicit memory_sink(std::vector<void*> tensors)
-        : tensors_(std::move(tensors))
-    { }
-    [[nodiscard]] void* direct(std::size_t index) override { return tensors_[index]; }
-    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
-    {
-        std::memcpy(static_cast<std::byte*>(tensors_[index]) + offset, data, size);
-    }
-
-private:
-    std::vector<void*> tensors_;
-};
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_CORE_SINK_HPP
-
-// ---- taskvec/formats/file.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_FILE_HPP)
-#define TASKVEC_SINGLE_FORMATS_FILE_HPP
-// Files: read-only memory maps, and files that appear whole or not at all.
-// SPDX-License-Identifier: Apache-2.0
-
-
-#include <algorithm>
-#include <atomic>
-#include <cerrno>
-#include <charconv>
-#include <cstddef>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <filesystem>
-#include <memory>
-#include <optional>
-#include <span>
-#include <string>
-#include <string_view>
-#include <system_error>
-#include <utility>
-#include <vector>
-
-#include <dirent.h>
-#include <fcntl.h>
-#include <signal.h>
-#include <stdio.h> // renameat2
-#include <sys/file.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#endif
-#include <unistd.h>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-namespace detail {
-
-/// The system's words for an errno.
-[[nodiscard]] inline std::string errno_text(int code)
-{
-    return std::system_category().message(code);
-}
-
-[[noreturn]] inline void raise_io(const std::filesystem::path& path, std::string_view what, int code)
-{
-    raise<io_error>(system_error_code(code), message(what, ": ", errno_text(code)), path.string(), code);
-}
-
-/// Calls a system function again for as long as a signal interrupts it.
-template <class Call>
-auto retry(Call call)
-{
-    for (;;) {
-        const auto result = call();
-        if (result >= 0 || errno != EINTR) { return result; }
-    }
-}
-
-/// A file descriptor, closed once.
-class descriptor {
-public:
-    descriptor() = default;
-    explicit descriptor(int value) noexcept
-        : value_(value)
-    { }
-    descriptor(descriptor&& other) noexcept
-        : value_(std::exchange(other.value_, -1))
-    { }
-    descriptor& operator=(descriptor&& other) noexcept
-    {
-        if (this != &other) {
-            close();
-            value_ = std::exchange(other.value_, -1);
-        }
-        return *this;
-    }
-    ~descriptor() { close(); }
-
-    [[nodiscard]] int get() const noexcept { return value_; }
-    [[nodiscard]] explicit operator bool() const noexcept { return value_ >= 0; }
-    /// 0, or the errno of close(2): some file systems report a failed write only here.
-    int close() noexcept
-    {
-        return value_ >= 0 && ::close(std::exchange(value_, -1)) != 0 && errno != EINTR ? errno : 0;
-    }
-
-private:
-    int value_ = -1;
-};
-
-/// The directory that holds `path`, "." where it names none.
-[[nodiscard]] inline std::filesystem::path directory_of(const std::filesystem::path& path)
-{
-    return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
-}
-
-/// Removes a file, or a directory with all that lies in it. Takes no memory, which may be what has run out.
-inline void remove_tree(int parent, const char* name) noexcept
-{
-    if (::unlinkat(parent, name, 0) == 0 || (errno != EISDIR && errno != EPERM)) { return; }
-    for (int tries = 0; tries < 2 && ::unlinkat(parent, name, AT_REMOVEDIR) != 0; ++tries) {
-#if defined(__linux__)
-        const descriptor directory(::openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW));
-        alignas(8) char entries[4096]; // of numbers (16 bytes), a length (2), a kind (1), a name
-        for (long size = 0;
-            directory && (size = ::syscall(SYS_getdents64, directory.get(), entries, sizeof entries)) > 0;) {
-            std::uint16_t length = 0;
-            for (long at = 0; at < size; at += length) {
-                std::memcpy(&length, entries + at + 16, sizeof length);
-                const char* const inner = entries + at + 19;
-                if (std::strcmp(inner, ".") != 0 && std::strcmp(inner, "..") != 0) {
-                    remove_tree(directory.get(), inner);
-                }
-            }
-        }
-        if (directory) { continue; }
-#endif
-        return;
-    }
-    ::unlinkat(parent, name, AT_REMOVEDIR);
-}
-
-} // namespace detail
-
-/// Called where a directory could not be forced to disk after the files in it had taken their names: they are in place,
-/// and only a power cut could still undo that. That is no error, since nothing can be taken back.
-using unsynchronised_handler = void (*)(const std::filesystem::path& directory, int code);
-
-namespace detail {
-
-inline std::atomic<unsynchronised_handler>& unsynchronised_slot() noexcept
-{
-    static std::atomic<unsynchronised_handler> handler{nullptr};
-    return handler;
-}
-
-/// Makes renames in a directory durable. File systems that cannot do so are left to themselves; a failure is told to
-/// the handler.
-inline void synchronise_directory(const std::filesystem::path& directory)
-{
-    const descriptor handle(retry([&] { return ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
-    if (!handle) { return; }
-    if (retry([&] { return ::fsync(handle.get()); }) != 0 && errno != EINVAL && errno != ENOTSUP && errno != EROFS) {
-        const int code = errno;
-        if (const auto handler = unsynchronised_slot().load()) { handler(directory, code); }
-    }
-}
-
-/// Maps `bytes` (not 0) of a new file that has no name and is gone with the map: munmap() gives it back. `folder`:
-/// where it lies (empty: here). `what`: for whom, in messages.
-[[nodiscard]] inline void* map_unnamed_file(
-    const std::filesystem::path& folder, std::size_t bytes, std::string_view what)
-{
-    const auto place = folder.empty() ? std::filesystem::path(".") : folder;
-    descriptor file(retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
-    if (!file) { // not every file system has files without names
-        auto pattern = (place / ".taskvec-XXXXXX").string();
-        file = descriptor(::mkostemp(pattern.data(), O_CLOEXEC));
-        if (!file) { raise_io(place, "cannot create a temporary file in it", errno); }
-        ::unlink(pattern.c_str());
-    }
-    if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
-        raise_io(place, message("cannot reserve space for ", what), code);
-    }
-    void* const memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
-    if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
-        raise_io(place, "cannot map a temporary file in it", errno);
-    }
-    return memory;
-}
-
-} // namespace detail
-
-/// Sets what hears of directories that could not be forced to disk; returns what heard of them before (at first:
-/// nothing).
-inline unsynchronised_handler set_unsynchronised_handler(unsynchronised_handler handler) noexcept
-{
-    return detail::unsynchronised_slot().exchange(handler);
-}
-
-/// A whole regular file, mapped read-only and private. Move-only; the address does not change when the object moves.
-///
-/// The bytes follow the file: a file that another process shortens while it is mapped makes reads beyond its new end
-/// raise SIGBUS, which a library cannot turn into an error. Replacing a file by rename, as this library does, is safe.
-/// Throws io_error for what is missing, unreadable, or not a regular file. Cost: no byte is read.
-class mapped_file {
-public:
-    mapped_file() = default;
-    explicit mapped_file(std::filesystem::path path)
-        : path_(std::move(path))
-    {
-        const detail::descriptor file(
-            detail::retry([&] { return ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
-        if (!file) { detail::raise_io(path_, "cannot open for reading", errno); }
-        struct stat status{};
-        if (::fstat(file.get(), &status) != 0) { detail::raise_io(path_, "cannot read the file's size", errno); }
-        if (!S_ISREG(status.st_mode)) {
-            raise<io_error>(error_code::file_kind,
-                S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
-        }
-        opened_ = identity(status);
-        size_ = static_cast<std::size_t>(status.st_size);
-        if (size_ == 0) { return; }
-        void* const memory = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
-        if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
-            const int code = errno;
-            size_ = 0;
-            detail::raise_io(path_, "cannot map the file into memory", code);
-        }
-        data_ = static_cast<const std::byte*>(memory);
-    }
-    mapped_file(mapped_file&& other) noexcept
-        : path_(std::move(other.path_))
-        , data_(std::exchange(other.data_, nullptr))
-        , size_(std::exchange(other.size_, 0))
-        , opened_(other.opened_)
-    { }
-    mapped_file& operator=(mapped_file&& other) noexcept
-    {
-        if (this != &other) {
-            unmap();
-            path_ = std::move(other.path_);
-            data_ = std::exchange(other.data_, nullptr);
-            size_ = std::exchange(other.size_, 0);
-            opened_ = other.opened_;
-        }
-        return *this;
-    }
-    ~mapped_file() { unmap(); }
-
-    /// What tells one state of a file from another: where it lies on the disk, its size, when it was written to.
-    struct identity {
-        std::uint64_t device = 0, inode = 0, size = 0;
-        std::int64_t seconds = 0, nanoseconds = 0;
-
-        identity() = default;
-        explicit identity(const struct stat& status) noexcept
-            : device(static_cast<std::uint64_t>(status.st_dev))
-            , inode(static_cast<std::uint64_t>(status.st_ino))
-            , size(static_cast<std::uint64_t>(status.st_size))
-            , seconds(status.st_mtim.tv_sec)
-            , nanoseconds(status.st_mtim.tv_nsec)
-        { }
-        bool operator==(const identity&) const = default;
-    };
-    /// The file as it was when it was opened.
-    [[nodiscard]] const identity& opened() const noexcept { return opened_; }
-    /// Throws io_error (file_changed) where the file at `path` is no longer the one that was `opened`: shortened,
-    /// written to, replaced, removed.
-    static void check_unchanged(const std::filesystem::path& path, const identity& opened)
-    {
-        struct stat status{};
-        if (::stat(path.c_str(), &status) == 0 && identity(status) == opened) { return; }
-        raise<io_error>(error_code::file_changed,
-            "changed while it was being read: what was computed from it may mix old and new bytes; run again when "
-            "nothing else writes to it",
-            path.string());
-    }
-    void check_unchanged() const { check_unchanged(path_, opened_); }
-
-    [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
-    [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return {data_, size_}; }
-    void bytes() const&& = delete; // name the owner first: its views would dangle
-
-    /// How the bytes will be read: MADV_SEQUENTIAL, MADV_RANDOM, MADV_WILLNEED, MADV_NORMAL. A hint: failure is
-    /// ignored.
-    void advise(int advice) const noexcept
-    {
-        if (size_) { ::madvise(const_cast<std::byte*>(data_), size_, advice); }
-    }
-
-private:
-    void unmap() noexcept
-    {
-        if (data_) { ::munmap(const_cast<std::byte*>(data_), size_); }
-    }
-
-    std::filesystem::path path_;
-    const std::byte* data_ = nullptr;
-    std::size_t size_ = 0;
-    identity opened_;
-};
-
-/// Whether a finished file is forced to disk before it takes its name.
-enum class durability : std::uint8_t {
-    synchronised, ///< fsync the file, rename, fsync the directory: survives a power cut as the old file or the new
-    process ///< rename only: survives a killed process as the old file or the new
-};
-
-/// Called where a temporary file, a directory or a lock was made (`there`) and where it has its real name or is gone,
-/// for those who must remove it when no destructor can run: in a handler of signals or of std::terminate. May be called
-/// by several threads at once. The youngest goes first: files before the directories that they lie in.
-using temporary_handler = void (*)(const std::filesystem::path& place, bool there) noexcept;
-
-namespace detail {
-
-inline std::atomic<temporary_handler>& temporary_slot() noexcept
-{
-    static std::atomic<temporary_handler> handler{nullptr};
-    return handler;
-}
-
-/// What stands under temporary names.
-class temporaries {
-public:
-    static void add(const std::filesystem::path& place)
-    {
-        tell(place, true);
-#if defined(TASKVEC_NO_EXCEPTIONS)
-        const light_lock lock(busy_);
-        places_.push_back(place);
-#endif
-    }
-    static void drop(const std::filesystem::path& place) noexcept
-    {
-        tell(place, false);
-#if defined(TASKVEC_NO_EXCEPTIONS)
-        const light_lock lock(busy_);
-        std::erase(places_, place);
-#endif
-    }
-
-private:
-    static void tell(const std::filesystem::path& place, bool there) noexcept
-    {
-        if (const auto handler = temporary_slot().load()) { handler(place, there); }
-    }
-#if defined(TASKVEC_NO_EXCEPTIONS)
-    /// An error ends the process without a destructor, and calls this before that.
-    static void remove() noexcept
-    {
-        const light_lock lock(busy_);
-        std::error_code ignored;
-        for (; !places_.empty(); places_.pop_back()) {
-            const std::filesystem::path& place = places_.back();
-            // Of the directories only one that is not finished has such a name, and others' files lie in the rest.
-            if (place.filename().string().starts_with(".taskvec-")) { std::filesystem::remove_all(place, ignored); }
-            else {
-                std::filesystem::remove(place, ignored);
-            }
-        }
-    }
-
-    static inline std::atomic_flag busy_;
-    static inline std::vector<std::filesystem::path> places_;
-    static inline const bool hooked_ = (error_cleanup_slot() = &temporaries::remove, true);
-#endif
-};
-
-} // namespace detail
-
-/// Sets what hears of temporary names; returns what heard of them before (at first: nothing).
-inline temporary_handler set_temporary_handler(temporary_handler handler) noexcept
-{
-    return detail::temporary_slot().exchange(handler);
-}
-
-/// Removes a temporary file or directory that a temporary_handler heard of: a directory with all that lies in it where
-/// it is not finished, otherwise only where it is empty. Takes no memory, and may be called by handlers of signals.
-inline void remove_temporary(const char* place) noexcept
-{
-    const char* const slash = std::strrchr(place, '/');
-    const std::string_view name = slash ? slash + 1 : place;
-    if (name.starts_with(".taskvec-")) { detail::remove_tree(AT_FDCWD, place); }
-    else if (::unlink(place) != 0) {
-        ::rmdir(place);
-    }
-}
-
-/// A file that is written under a temporary name beside its target and takes the target's name on commit().
-///
-/// Until then, and for ever when the process is killed or commit() is never called, the target stays as it was. The
-/// temporary file is called `.taskvec-<process>-<number>.tmp`; the destructor removes it, a killed process leaves it
-/// behind. A target that exists keeps its permission bits; a new one follows the umask. A symbolic link is replaced,
-/// not followed. A file that is still mapped may be replaced: the map keeps the old bytes. Throws io_error with the
-/// errno of whatever the system refuses (a full disk at construction, where space is reserved).
-///
-///     atomic_file file("out.bin", 1024);
-///     file.write(0, data, 1024);
-///     file.commit();
-class atomic_file {
-public:
-    /// `size`: the bytes that the file will have, reserved at once.
-    explicit atomic_file(
-        std::filesystem::path target, std::uint64_t size = 0, durability mode = durability::synchronised)
-        : atomic_file(begun{}, std::move(target), mode) // what throws from here on is cleared up by the destructor
-    {
-        if (!target_.has_filename()) {
-            raise<io_error>(error_code::file_kind, "names no file", target_.string(), EISDIR);
-        }
-        struct stat status{};
-        const bool exists = ::stat(target_.c_str(), &status) == 0;
-        if (exists && S_ISDIR(status.st_mode)) {
-            raise<io_error>(error_code::file_kind, "is a directory; name a file to write", target_.string(), EISDIR);
-        }
-        if (exists && !S_ISREG(status.st_mode)) {
-            raise<io_error>(error_code::file_kind, "exists and is not a regular file; choose another output",
-                target_.string(), EEXIST);
-        }
-        if (exists && ::access(target_.c_str(), W_OK) != 0) {
-            detail::raise_io(target_, "exists and may not be written", errno);
-        }
-        const auto directory = detail::directory_of(target_);
-        static std::atomic<unsigned> counter{0};
-        for (;;) {
-            temporary_ = directory
-                / message(".taskvec-", static_cast<long>(::getpid()), '-',
-                    counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
-            file_ = detail::descriptor(
-                detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666); }));
-            if (file_) {
-                detail::temporaries::add(temporary_);
-                break;
-            }
-            if (errno != EEXIST) {
-                const int code = errno;
-                temporary_.clear();
-                detail::raise_io(
-                    target_, message("cannot create a file in directory '", directory.string(), "'"), code);
-            }
-        }
-        int code = 0;
-        std::string_view what;
-        if (exists && ::fchmod(file_.get(), status.st_mode & 0777) != 0 && errno != EPERM) {
-            code = errno;
-            what = "cannot give the new file the old one's permissions";
-        }
-        if (!code && size) {
-            code = reserve(size);
-            what = "cannot reserve the file's space";
-        }
-        if (code) {
-            discard(); // without exceptions no destructor runs
-            detail::raise_io(target_, message(what, " (", size, " bytes)"), code);
-        }
-    }
-    atomic_file(atomic_file&& other) noexcept
-        : target_(std::move(other.target_))
-        , temporary_(std::exchange(other.temporary_, {}))
-        , file_(std::move(other.file_))
-        , finished_(other.finished_)
-        , mode_(other.mode_)
-    { }
-    atomic_file& operator=(atomic_file&& other) noexcept
-    {
-        if (this != &other) {
-            discard();
-            target_ = std::move(other.target_);
-            temporary_ = std::exchange(other.temporary_, {});
-            file_ = std::move(other.file_);
-            finished_ = other.finished_;
-            mode_ = other.mode_;
-        }
-        return *this;
-    }
-    ~atomic_file() { discard(); }
-
-    [[nodiscard]] const std::filesystem::path& target() const noexcept { return target_; }
-    /// The name that the file has until commit(); empty afterwards.
-    [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return temporary_; }
-
-    /// Writes all `size` bytes at `offset`. May be called from several threads for ranges that do not overlap.
-    void write(std::uint64_t offset, const void* data, std::size_t size)
-    {
-        const auto* bytes = static_cast<const std::byte*>(data);
-        while (size) {
-            // pwrite moves at most 0x7ffff000 bytes at once, and may stop early at a signal or a full disk.
-            const auto written =
-                detail::retry([&] { return ::pwrite(file_.get(), bytes, size, static_cast<off_t>(offset)); });
-            if (written <= 0) {
-                const int code = written < 0 ? errno : ENOSPC;
-                if (code == EFAULT) { // bytes of a map whose file has been shortened: the system sees it before a
-                                      // SIGBUS could be raised
-                    raise<io_error>(error_code::file_changed,
-                        "cannot be written: a model file that is copied from shrank, or its disk failed, "
-                        "while it was being read",
-                        target_.string(), code);
-                }
-                detail::raise_io(target_, message("cannot write ", size, " bytes at offset ", offset), code);
-            }
-            bytes += written;
-            offset += static_cast<std::uint64_t>(written);
-            size -= static_cast<std::size_t>(written);
-        }
-    }
-
-    /// Closes the file until open_again(), for those who write more files than a process may have open. Nothing may be
-    /// written in between.
-    void close_for_now()
-    {
-        if (const int code = file_.close()) { detail::raise_io(target_, "cannot close the file", code); }
-    }
-    void open_again()
-    {
-        if (file_) { return; }
-        file_ = detail::descriptor(
-            detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW); }));
-        if (!file_) { detail::raise_io(target_, "cannot open the file again", errno); }
-    }
-
-    /// Forces the bytes to disk (unless durability::process) and closes the file; only the rename is left to commit().
-    void finish()
-    {
-        if (finished_) { return; }
-        open_again();
-        if (mode_ == durability::synchronised && detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
-            detail::raise_io(target_, "cannot force the file to disk", errno);
-        }
-        close_for_now();
-        finished_ = true;
-    }
-
-    /// Gives the file its name, replacing what had it. `whole_directory`: also make the rename durable.
-    void commit(bool whole_directory = true)
-    {
-        finish();
-        const auto directory = detail::directory_of(target_); // after the rename nothing may fail, memory included
-        if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
-            const int code = errno;
-            detail::raise_io(target_, message("cannot rename '", temporary_.string(), "' to it"), code);
-        }
-        detail::temporaries::drop(temporary_);
-        temporary_.clear();
-        if (whole_directory && mode_ == durability::synchronised) { detail::synchronise_directory(directory); }
-    }
-
-private:
-    struct begun { };
-    atomic_file(begun, std::filesystem::path target, durability mode)
-        : target_(std::move(target))
-        , mode_(mode)
-    { }
-    int reserve(std::uint64_t size) noexcept
-    {
-#if defined(__linux__)
-        if (detail::retry([&] { return ::fallocate(file_.get(), 0, 0, static_cast<off_t>(size)); }) == 0) { return 0; }
-        if (errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL) { return errno; }
-#endif
-        return detail::retry([&] { return ::ftruncate(file_.get(), static_cast<off_t>(size)); }) == 0 ? 0 : errno;
-    }
-    void discard() noexcept
-    {
-        file_.close();
-        if (!temporary_.empty()) {
-            ::unlink(temporary_.c_str());
-            detail::temporaries::drop(temporary_);
-        }
-        temporary_.clear();
-    }
-
-    std::filesystem::path target_, temporary_;
-    detail::descriptor file_;
-    bool finished_ = false;
-    durability mode_ = durability::synchronised;
-};
-
-/// A directory that one writer has for itself, by an advisory lock (flock) on `.taskvec-lock` in it. The lock ends with
-/// its holder, also with a killed process; the file is removed by the destructor, and one that a killed process left is
-/// taken over, with the text that it left in it. Throws io_error (EWOULDBLOCK) where another writer holds it. File
-/// systems without such locks (some network ones) are written to without.
-class directory_lock {
-public:
-    directory_lock() = default;
-    explicit directory_lock(const std::filesystem::path& directory)
-        : directory_lock() // what throws from here on is cleared up by the destructor
-    {
-        path_ = directory / ".taskvec-lock";
-        for (;;) {
-            file_ = detail::descriptor(
-                detail::retry([&] { return ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666); }));
-            if (!file_) { return; } // whatever is wrong with the directory is found when files are made in it
-            if (detail::retry([&] { return ::flock(file_.get(), LOCK_EX | LOCK_NB); }) != 0) {
-                const int code = errno;
-                file_.close();
-                if (code != EWOULDBLOCK) {
-                    ::unlink(path_.c_str());
-                    return;
-                }
-                raise<io_error>(system_error_code(code),
-                    "is being written to by another process; wait until it is done, or choose another output",
-                    directory.string(), code);
-            }
-            // The holder before may have removed the file between the two calls: what is locked must be what is there.
-            if (is_there()) {
-                detail::temporaries::add(path_);
-                return;
-            }
-        }
-    }
-    directory_lock(const directory_lock&) = delete;
-    directory_lock& operator=(const directory_lock&) = delete;
-    ~directory_lock()
-    {
-        if (!file_) { return; }
-        if (!kept_ && is_there()) { ::unlink(path_.c_str()); }
-        detail::temporaries::drop(path_);
-    }
-
-    /// The file in the directory, while the lock is held.
-    [[nodiscard]] std::filesystem::path path() const { return file_ ? path_ : std::filesystem::path(); }
-    /// What note() left here: by a holder that was killed, at first.
-    [[nodiscard]] std::string noted() const
-    {
-        std::string text;
-        if (file_) {
-            char piece[4096];
-            ssize_t size = 0;
-            while ((size = detail::retry([&] {
-                return ::pread(file_.get(), piece, sizeof piece, static_cast<off_t>(text.size()));
-            })) > 0) {
-                text.append(piece, static_cast<std::size_t>(size));
-            }
-        }
-        return text;
-    }
-    /// Leaves a text for whoever takes the lock over, should this process be killed; on disk when it returns.
-    void note(std::string_view text)
-    {
-        if (!file_) { return; }
-        const auto size = static_cast<ssize_t>(text.size());
-        if (detail::retry([&] { return ::ftruncate(file_.get(), 0); }) != 0
-            || detail::retry([&] { return ::pwrite(file_.get(), text.data(), text.size(), 0); }) != size
-            || detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
-            detail::raise_io(path_, "cannot be written", errno);
-        }
-    }
-    /// The file stays when the lock ends, with its text.
-    void keep() noexcept { kept_ = true; }
-
-private:
-    /// Whether the locked file still has its name: the directory may have been exchanged for another.
-    [[nodiscard]] bool is_there() const noexcept
-    {
-        struct stat held{}, there{};
-        return ::fstat(file_.get(), &held) == 0 && ::stat(path_.c_str(), &there) == 0 && held.st_dev == there.st_dev
-            && held.st_ino == there.st_ino;
-    }
-
-    std::filesystem::path path_;
-    detail::descriptor file_;
-    bool kept_ = false;
-};
-
-namespace detail {
-
-/// What is in a directory, the last one in the alphabet first: an adapter's weights before its configuration.
-[[nodiscard]] inline std::vector<std::filesystem::path> names_in(const std::filesystem::path& directory)
-{
-    // Not by std::filesystem::directory_iterator, which ends the process where memory runs out.
-    struct closer {
-        void operator()(DIR* handle) const noexcept { ::closedir(handle); }
-    };
-    const std::unique_ptr<DIR, closer> handle(::opendir(directory.c_str()));
-    if (!handle) { raise_io(directory, "cannot be read as a directory", errno); }
-    std::vector<std::filesystem::path> names;
-    while (const auto* const entry = ::readdir(handle.get())) {
-        const std::string_view name = entry->d_name;
-        if (name != "." && name != "..") { names.emplace_back(name); }
-    }
-    std::sort(names.rbegin(), names.rend());
-    return names;
-}
-
-/// The process that gave a temporary name; 0 where it is none.
-[[nodiscard]] inline int process_of_temporary(std::string_view name) noexcept
-{
-    constexpr std::string_view prefix = ".taskvec-";
-    if (!name.starts_with(prefix) || !name.ends_with(".tmp")) { return 0; }
-    name.remove_prefix(prefix.size());
-    int process = 0;
-    const auto [end, failure] = std::from_chars(name.data(), name.data() + name.size(), process);
-    return failure == std::errc{} && *end == '-' ? process : 0;
-}
-
-/// What follows the name of an old file that has gone aside, and that of a new file where there was no old one.
-inline constexpr std::string_view put_aside_ending = ".old", was_not_there_ending = ".new";
-
-} // namespace detail
-
-/// Whether a name is that of a temporary file or directory (`.taskvec-<process>-….tmp`) whose process is no more on
-/// this machine.
-[[nodiscard]] inline bool is_left_over(std::string_view name) noexcept
-{
-    const auto process = detail::process_of_temporary(name);
-    return process > 0 && ::kill(static_cast<pid_t>(process), 0) != 0 && errno == ESRCH;
-}
-
-/// Brings a directory back to what it was before a writer that replaced its files one by one was killed: where new
-/// files were still to come, the old ones, which had gone aside, return. Returns the names that did. `lock`: on the
-/// directory, held. Called by output_directory.
-inline std::vector<std::string> finish_replacements(
-    const std::filesystem::path& directory, [[maybe_unused]] const directory_lock& lock)
-{
-    std::vector<std::string> returned;
-    for (const auto& name : detail::names_in(directory)) {
-        const bool dead = is_left_over(name.native()) || detail::process_of_temporary(name.native()) == ::getpid();
-        if (!dead || name.native().find("-directory-") == std::string::npos) { continue; }
-        const auto folder = directory / name;
-        struct stat status{};
-        if (::lstat(folder.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) { continue; }
-        std::vector<std::string> aside, added;
-        bool to_come = false;
-        for (const auto& inner : detail::names_in(folder)) {
-            const bool old = inner.native().ends_with(detail::put_aside_ending);
-            const bool mark = inner.native().ends_with(detail::was_not_there_ending);
-            if (old) { aside.push_back(inner.native()); }
-            if (mark) { added.push_back(inner.native()); }
-            to_come = to_come || (!old && !mark);
-        }
-        if (aside.empty() && added.empty()) { continue; } // nothing was moved yet
-        if (to_come) {
-            for (const auto& mark : added) {
-                const auto plain = mark.substr(0, mark.size() - detail::was_not_there_ending.size());
-                ::unlink((directory / plain).c_str());
-            }
-            for (const auto& old : aside) { // the first to go and the last to come comes back last here too
-                auto plain = old.substr(0, old.size() - detail::put_aside_ending.size());
-                if (::rename((folder / old).c_str(), (directory / plain).c_str()) != 0) {
-                    detail::raise_io(directory / plain, "cannot be given back what a killed run put aside", errno);
-                }
-                returned.push_back(std::move(plain));
-            }
-            detail::synchronise_directory(directory);
-        }
-        detail::remove_tree(AT_FDCWD, folder.c_str());
-    }
-    return returned;
-}
-
-/// What becomes of a directory that exists already.
-enum class existing_directory : std::uint8_t {
-    fill, ///< files take their names in it one by one
-    exchange ///< a sibling, with links to what stays, takes its place in one step, where the system can do that
-};
-
-/// A directory that files are written to. One that does not exist appears whole or not at all: it is filled under
-/// another name beside its own, `.taskvec-<process>-directory-<number>.tmp`, and takes its own on commit(); until then
-/// the destructor removes it, and the directories above it that had to be made. In one that exists, files are written
-/// where they belong, each by itself; or, where they belong together (existing_directory::exchange), to a sibling that
-/// is exchanged with it on commit(), so that nobody ever sees some of the old and some of the new. That needs Linux, a
-/// file system with links, and a directory of one's own without directories in it; elsewhere the old files go aside and
-/// the new ones take their names, the first in the alphabet (an adapter's configuration) going first and coming last.
-/// One writer at a time has an existing directory (see directory_lock). Throws io_error.
-///
-///     output_directory folder("out/merged");
-///     atomic_file file(folder.path() / "a.bin", 4);
-///     …
-///     file.commit();
-///     folder.commit();
-class output_directory {
-public:
-    explicit output_directory(const std::filesystem::path& target, durability mode = durability::synchronised,
-        existing_directory existing = existing_directory::fill)
-        : output_directory(begun{}, target, mode) // what throws from here on is cleared up by the destructor
-    {
-        std::error_code ignored;
-        if (std::filesystem::exists(target_, ignored)) {
-            if (!std::filesystem::is_directory(target_, ignored)) {
-                raise<io_error>(error_code::file_kind, "exists and is not a directory; choose another output",
-                    target_.string(), ENOTDIR);
-            }
-            lock_.emplace(target_);
-            finish_replacements(target_, *lock_);
-            if (existing == existing_directory::exchange) { stage(); }
-            return;
-        }
-        std::vector<std::filesystem::path> missing;
-        for (auto level = target_.parent_path(); !level.empty() && !std::filesystem::exists(level, ignored);
-            level = level.parent_path()) {
-            missing.push_back(level);
-        }
-        missing.insert(missing.begin(), path_ = sibling_name());
-        made_.reserve(missing.size());
-        for (; !missing.empty(); missing.pop_back()) { make(std::move(missing.back())); }
-    }
-    output_directory(const output_directory&) = delete;
-    output_directory& operator=(const output_directory&) = delete;
-    ~output_directory() { discard(); }
-
-    /// Where to write: under the temporary name where the directory is new.
-    [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
-    /// What was made so far, outermost first: empty for a directory that exists, and after commit().
-    [[nodiscard]] const std::vector<std::filesystem::path>& made() const noexcept { return made_; }
-
-    /// Gives a new directory its name. `obsolete`: names of files that go as the new ones come, from a directory whose
-    /// files are replaced together.
-    void commit(const std::vector<std::string>& obsolete = {})
-    {
-        if (made_.empty()) { return; }
-        if (staged_) {
-            replace(obsolete);
-            return;
-        }
-        auto named = target_; // after the rename nothing may fail, memory included
-        std::vector<std::filesystem::path> above;
-        for (const auto& level : made_) { above.push_back(detail::directory_of(level)); }
-        if (::rename(path_.c_str(), target_.c_str()) != 0) {
-            detail::raise_io(target_, "cannot give the finished directory its name", errno);
-        }
-        path_.swap(named);
-        for (const auto& level : made_) { detail::temporaries::drop(level); }
-        made_.clear();
-        // The name first, then those of the directories above that are new themselves.
-        for (; mode_ == durability::synchronised && !above.empty(); above.pop_back()) {
-            detail::synchronise_directory(above.back());
-        }
-    }
-
-    /// The lock's file, while the directory is locked, for whoever must remove it when no destructor can run.
-    [[nodiscard]] std::filesystem::path lock_file() const { return lock_ ? lock_->path() : std::filesystem::path(); }
-    /// The lock on a directory that exists already; none otherwise.
-    [[nodiscard]] directory_lock* lock() noexcept { return lock_ ? &*lock_ : nullptr; }
-
-private:
-    struct begun { };
-    output_directory(begun, const std::filesystem::path& target, durability mode)
-        : target_(target.has_filename() ? target : target.parent_path())
-        , path_(target_)
-        , mode_(mode)
-    { }
-    [[nodiscard]] std::filesystem::path sibling_name() const
-    {
-        static std::atomic<unsigned> counter{0};
-        return detail::directory_of(target_)
-            / message(".taskvec-", static_cast<long>(::getpid()), "-directory-",
-                counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
-    }
-    /// A new directory for the new files: beside the one that exists, or within it where the two cannot be exchanged.
-    void stage()
-    {
-        std::error_code failure;
-        auto real = std::filesystem::canonical(target_, failure); // a link to a directory stays a link
-        if (failure) { return; }
-        const auto named = std::exchange(target_, std::move(real));
-        for (const bool beside : {true, false}) {
-            struct stat old{}, own{};
-            if (beside && !can_be_exchanged(old)) { continue; }
-            path_ = beside ? sibling_name() : target_ / sibling_name().filename();
-            made_.push_back(path_); // before there is something to remove
-            if (::mkdir(path_.c_str(), 0700) == 0
-                && (!beside
-                    || (::stat(path_.c_str(), &own) == 0 && own.st_uid == old.st_uid && own.st_gid == old.st_gid
-                        && ::chmod(path_.c_str(), old.st_mode & 07777) == 0))) {
-                detail::temporaries::add(path_);
-                staged_ = true;
-                beside_ = beside;
-                return;
-            }
-            ::rmdir(path_.c_str());
-            made_.clear();
-        }
-        target_ = path_ = named;
-    }
-    [[nodiscard]] bool can_be_exchanged([[maybe_unused]] struct stat& status) const
-    {
-#if defined(RENAME_EXCHANGE)
-        struct stat above{};
-        if (target_ == target_.root_path() || ::stat(target_.c_str(), &status) != 0
-            || ::stat(target_.parent_path().c_str(), &above) != 0 || status.st_dev != above.st_dev
-            || ::access(target_.parent_path().c_str(), W_OK | X_OK) != 0) {
-            return false;
-        }
-        for (const auto& name : detail::names_in(target_)) {
-            struct stat entry{};
-            if (::lstat((target_ / name).c_str(), &entry) != 0 || !S_ISREG(entry.st_mode)) { return false; }
-        }
-        return true;
-#else
-        return false;
-#endif
-    }
-    /// Puts the new files in the place of the old ones.
-    void replace(const std::vector<std::string>& obsolete)
-    {
-        const auto fresh = detail::names_in(path_);
-        auto named = target_;
-        for (const auto& name : fresh) { // each keeps the permissions of what it replaces
-            struct stat old{};
-            if (::stat((target_ / name).c_str(), &old) != 0 || !S_ISREG(old.st_mode)) { continue; }
-            if (::access((target_ / name).c_str(), W_OK) != 0) {
-                detail::raise_io(target_ / name, "exists and may not be written", errno);
-            }
-            (void)!::chmod((path_ / name).c_str(), old.st_mode & 0777);
-        }
-        if (!beside_ || !link_the_rest(obsolete) || !take_place()) {
-            go_inside(fresh);
-            move_in(fresh, obsolete);
-        }
-        discard(); // what lies under the temporary name is old by now
-        path_.swap(named);
-        staged_ = false;
-    }
-    /// Takes the new files into the old directory, where the next writer of it looks for what has gone aside.
-    void go_inside(const std::vector<std::filesystem::path>& fresh)
-    {
-        if (!beside_) { return; }
-        for (const auto& name : detail::names_in(path_)) {
-            if (std::find(fresh.begin(), fresh.end(), name) == fresh.end()) { ::unlink((path_ / name).c_str()); }
-        }
-        auto inner = target_ / path_.filename(), made = inner;
-        if (::rename(path_.c_str(), inner.c_str()) != 0) {
-            detail::raise_io(target_, "the finished files cannot be moved into it", errno);
-        }
-        detail::temporaries::drop(path_);
-        detail::temporaries::add(inner);
-        path_.swap(inner);
-        made_.back().swap(made);
-        beside_ = false;
-    }
-    /// Where the directories cannot be exchanged: the old files go aside, then the new ones take their names. The first
-    /// to go and the last to come is the first one in the alphabet: an adapter has no configuration, and is read by
-    /// nobody, while its weights change.
-    void move_in(const std::vector<std::filesystem::path>& fresh, const std::vector<std::string>& obsolete) const
-    {
-        struct step {
-            std::filesystem::path from, to;
-        };
-        std::vector<step> steps;
-        const auto put_aside = [&](const std::filesystem::path& name) {
-            struct stat old{};
-            if (::lstat((target_ / name).c_str(), &old) == 0) {
-                steps.push_back({target_ / name, path_ / (name.string() + std::string(detail::put_aside_ending))});
-            }
-        };
-        for (auto name = fresh.rbegin(); name != fresh.rend(); ++name) {
-            const std::size_t before = steps.size();
-            put_aside(*name);
-            if (steps.size() != before) { continue; }
-            // Nothing of this name is there to come back: whoever undoes the work removes the new file.
-            const auto mark = path_ / (name->string() + std::string(detail::was_not_there_ending));
-            if (!detail::descriptor(detail::retry(
-                    [&] { return ::open(mark.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600); }))) {
-                detail::raise_io(target_, "a file cannot be created in it", errno);
-            }
-        }
-        for (const auto& name : obsolete) { put_aside(name); }
-        const std::size_t aside = steps.size();
-        for (const auto& name : fresh) { steps.push_back({path_ / name, target_ / name}); }
-        for (std::size_t i = 0; i < steps.size(); ++i) {
-            if (i == 0 && mode_ == durability::synchronised) { detail::synchronise_directory(path_); }
-            const bool ordered = i == 0 || i == aside || i + 1 == steps.size(); // also on the disk
-            if (mode_ == durability::synchronised && ordered) { detail::synchronise_directory(target_); }
-            if (::rename(steps[i].from.c_str(), steps[i].to.c_str()) == 0) { continue; }
-            const int code = errno;
-            while (i-- > 0) { ::rename(steps[i].to.c_str(), steps[i].from.c_str()); }
-            detail::raise_io(target_, "the finished files cannot take their names in it", code);
-        }
-        if (mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
-    }
-    /// Gives all that is only in the old directory a name in the new one too; false where the system has no such links.
-    [[nodiscard]] bool link_the_rest(const std::vector<std::string>& obsolete) const
-    {
-        const auto lock = lock_file().filename();
-        for (const auto& name : detail::names_in(target_)) {
-            if (std::find(obsolete.begin(), obsolete.end(), name) != obsolete.end()) { continue; }
-            if (name != lock && ::link((target_ / name).c_str(), (path_ / name).c_str()) != 0 && errno != EEXIST) {
-                return false;
-            }
-        }
-        if (mode_ == durability::synchronised) { detail::synchronise_directory(path_); }
-        return true;
-    }
-    /// False where the system cannot exchange the two.
-    [[nodiscard]] bool take_place() const
-    {
-#if defined(RENAME_EXCHANGE)
-        const auto above = detail::directory_of(target_);
-        if (::renameat2(AT_FDCWD, path_.c_str(), AT_FDCWD, target_.c_str(), RENAME_EXCHANGE) != 0) {
-            const int code = errno;
-            if (code == EINVAL || code == ENOSYS || code == ENOTSUP || code == EXDEV || code == EBUSY) { return false; }
-            detail::raise_io(target_, "cannot be exchanged with the finished directory", code);
-        }
-        if (mode_ == durability::synchronised) { detail::synchronise_directory(above); }
-        return true;
-#else
-        return false;
-#endif
-    }
-    void make(std::filesystem::path level)
-    {
-        if (::mkdir(level.c_str(), 0777) == 0) {
-            made_.push_back(std::move(level)); // there is room for it
-            detail::temporaries::add(made_.back());
-            return;
-        }
-        const int code = errno;
-        discard();
-        detail::raise_io(target_, message("cannot create the directory '", level.string(), "'"), code);
-    }
-    void discard() noexcept
-    {
-        if (!made_.empty() && made_.back() == path_) { detail::remove_tree(AT_FDCWD, path_.c_str()); }
-        for (; !made_.empty(); made_.pop_back()) {
-            detail::temporaries::drop(made_.back());
-            ::rmdir(made_.back().c_str());
-        } // fails, as it should, where something else lies in it by now
-    }
-
-    std::filesystem::path target_, path_;
-    durability mode_;
-    std::vector<std::filesystem::path> made_;
-    std::optional<directory_lock> lock_;
-    bool staged_ = false; ///< what lies at path_ is to replace what lies at target_
-    bool beside_ = false; ///< by an exchange of the two
-};
-
-/// Writes a whole text file atomically.
-inline void write_text_file(
-    const std::filesystem::path& path, std::string_view text, durability mode = durability::synchronised)
-{
-    atomic_file file(path, 0, mode);
-    file.write(0, text.data(), text.size());
-    file.commit();
-}
-
-/// A whole file as a string. Meant for small files: more than `limit` bytes is a format_error.
-[[nodiscard]] inline std::string read_text_file(const std::filesystem::path& path, std::size_t limit = 100'000'000)
-{
-    const mapped_file file(path);
-    const auto bytes = file.bytes();
-    if (bytes.size() > limit) {
-        raise<format_error>(error_code::file_too_large,
-            message("has ", bytes.size(), " bytes; expected at most ", limit), path.string());
-    }
-    std::string text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-    file.check_unchanged();
-    return text;
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_FORMATS_FILE_HPP
-
-// ---- taskvec/formats/file_kind.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_FILE_KIND_HPP)
-#define TASKVEC_SINGLE_FORMATS_FILE_KIND_HPP
-// What a file is that is no safetensors file: said by its bytes, with the way on.
-// SPDX-License-Identifier: Apache-2.0
-
-
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <optional>
-#include <span>
-#include <string>
-#include <string_view>
-#include <utility>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// What a file turned out to be, in words: "is <what>: <mend>".
-struct file_kind {
-    std::string what, mend;
-    [[nodiscard]] std::string sentence() const { return message("is ", what, ": ", mend); }
-};
-
-namespace detail {
-
-inline constexpr std::string_view convert_to_safetensors =
-    "convert it once by transformers' save_pretrained(), or by safetensors.torch.save_file(torch.load(FILE, "
-    "weights_only=True), 'model.safetensors')";
-inline constexpr std::string_view fetch_again = "fetch it again, and compare its size with that at its source";
-
-[[nodiscard]] inline bool begins_like(std::string_view text, std::string_view lower_case)
-{
-    return text.size() >= lower_case.size()
-        && std::equal(lower_case.begin(), lower_case.end(), text.begin(),
-            [](char want, char found) { return want == (found >= 'A' && found <= 'Z' ? found - 'A' + 'a' : found); });
-}
-
-/// Whether bytes are text that people read: no control characters but white space.
-[[nodiscard]] inline bool is_plain_text(std::string_view text)
-{
-    return !text.empty() && std::none_of(text.begin(), text.end(), [](char c) {
-        const auto code = static_cast<unsigned char>(c);
-        return (code < 0x20u && c != '\n' && c != '\r' && c != '\t') || code == 0x7fu;
-    });
-}
-
-/// The first words of a text, on one line.
-[[nodiscard]] inline std::string first_words(std::string_view text, std::size_t most = 60)
-{
-    std::string words(text.substr(0, most));
-    for (auto& c : words) {
-        if (c == '\n' || c == '\r' || c == '\t') { c = ' '; }
-    }
-    while (words.ends_with(' ')) { words.pop_back(); }
-    return words + (text.size() > most ? " …" : "");
-}
-
-[[nodiscard]] inline file_kind kind_of_zip(std::string_view bytes)
-{
-    // Names stand in the directory at the end, and before each entry.
-    constexpr std::size_t part = 65536;
-    const auto head = bytes.substr(0, part), tail = bytes.substr(bytes.size() - std::min(part, bytes.size()));
-    const auto names = [&](std::string_view name) {
-        return head.find(name) != head.npos || tail.find(name) != tail.npos;
-    };
-    const bool cut = tail.find("PK\x05\x06") == tail.npos;
-    const std::string lost = cut ? "the end of a zip archive is missing: " + std::string(fetch_again) + "; then " : "";
-    if (names("constants.pkl") || names("/code/")) {
-        return {"a TorchScript archive (PyTorch, zip)", lost + "save the model's state_dict() as safetensors"};
-    }
-    if (names("data.pkl")) {
-        return {"a PyTorch file (a zip archive with a pickle)", lost + std::string(convert_to_safetensors)};
-    }
-    if (names(".npy")) {
-        return {"a NumPy archive (.npz, zip)", lost + "save its arrays by safetensors.numpy.save_file()"};
-    }
-    return {"a zip archive, as PyTorch's .bin, .pt and .pth are (pickles in a zip)",
-        lost + std::string(convert_to_safetensors) + ", or unpack it"};
-}
-
-} // namespace detail
-
-/// Says what a file is that was taken for a safetensors file, by its content alone: PyTorch's zip and pickle files, a
-/// Git LFS pointer, a page of HTML, GGUF, HDF5, archives, text, zeros, nothing at all. Nothing for what is unknown. For
-/// messages: a valid safetensors file is not asked about. Cost: looks at the first and last 64 KiB.
-///
-///     if (const auto kind = what_is_this_file(map.bytes())) { std::cerr << kind->sentence(); }
-[[nodiscard]] inline std::optional<file_kind> what_is_this_file(std::span<const std::byte> content)
-{
-    using detail::convert_to_safetensors, detail::fetch_again;
-    const std::string_view bytes(reinterpret_cast<const char*>(content.data()), content.size());
-    const auto begins = [&](std::string_view magic) { return bytes.starts_with(magic); };
-    const std::string again(fetch_again), convert(convert_to_safetensors);
-    if (bytes.empty()) { return file_kind{"empty (0 bytes)", again}; }
-    if (begins("version https://git-lfs.github.com/spec/")) {
-        std::string size = "the";
-        if (const auto at = bytes.substr(0, 1024).find("\nsize "); at != bytes.npos) {
-            auto digits = bytes.substr(at + 6, 20);
-            digits = digits.substr(0, digits.find_first_not_of("0123456789"));
-            if (!digits.empty()) { size = "a file of " + std::string(digits) + " bytes, the"; }
-        }
-        return file_kind{"a Git LFS pointer, not the file that it stands for",
-            "fetch " + size + " real one, by 'git lfs pull' in its repository or by 'hf download'"};
-    }
-    using namespace std::string_view_literals;
-    if (begins("PK\x03\x04"sv) || begins("PK\x05\x06"sv)) { return detail::kind_of_zip(bytes); }
-    if (begins("\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"sv)) {
-        return file_kind{"a PyTorch file of the old kind (before 1.6: a row of pickles)", convert};
-    }
-    if (bytes.size() > 2 && bytes[0] == '\x80' && bytes[1] >= 2 && bytes[1] <= 5) {
-        return file_kind{"a Python pickle, as PyTorch and others write them", convert};
-    }
-    if (begins("GGUF") || begins("FUGG")) {
-        return file_kind{"a GGUF file (llama.cpp)", "take the model's safetensors files, from which it was converted"};
-    }
-    if (begins("lmgg") || begins("tjgg") || begins("fmgg")) {
-        return file_kind{
-            "a GGML file (llama.cpp of old)", "take the model's safetensors files, from which it was converted"};
-    }
-    if (begins("\x89HDF\r\n\x1a\n"sv)) {
-        return file_kind{"an HDF5 file (Keras, TensorFlow: .h5)",
-            "convert it once by transformers' from_pretrained(DIR, from_tf=True).save_pretrained()"};
-    }
-    if (begins("\x93NUMPY"sv)) { return file_kind{"a NumPy array (.npy)", "save it by safetensors.numpy.save_file()"}; }
-    if (bytes.size() > 8 && bytes.substr(4, 4) == "TFL3") {
-        return file_kind{"a TensorFlow Lite model", "take the safetensors files of the model that it was made of"};
-    }
-    if (bytes.size() > 262 && bytes.substr(257, 5) == "ustar") { return file_kind{"a tar archive", "unpack it first"}; }
-    for (const auto& [magic, name] : {std::pair{"\x1f\x8b"sv, "gzip"sv}, std::pair{"\x28\xb5\x2f\xfd"sv, "zstd"sv},
-             std::pair{"\xfd\x37zXZ\0"sv, "xz"sv}, std::pair{"BZh"sv, "bzip2"sv},
-             std::pair{"7z\xbc\xaf\x27\x1c"sv, "7-Zip"sv}, std::pair{"Rar!\x1a\x07"sv, "RAR"sv}}) {
-        if (begins(magic)) { return file_kind{message("compressed by ", name), "unpack it first"}; }
-    }
-    if (const auto head = bytes.substr(0, std::min<std::size_t>(bytes.size(), 65536));
-        head.find_first_not_of('\0') == head.npos) {
-        return file_kind{message("zeros from its first byte on"), "the download did not finish; " + again};
-    }
-    if (const auto first = static_cast<unsigned char>(bytes[0]);
-        bytes.size() > 2 && first > 0x80u && first < 0x90u && (static_cast<unsigned char>(bytes[1]) & 0xe0u) == 0xa0u) {
-        return file_kind{"MessagePack (Flax: .msgpack)",
-            "convert it once by transformers' from_pretrained(DIR, from_flax=True).save_pretrained()"};
-    }
-    auto text = bytes.substr(0, 65536);
-    if (text.starts_with("\xef\xbb\xbf")) { text.remove_prefix(3); }
-    const auto start = text.find_first_not_of(" \t\r\n");
-    const auto words = start == text.npos ? text : text.substr(start);
-    if (detail::begins_like(words, "<!doctype html") || detail::begins_like(words, "<html")
-        || detail::begins_like(words, "<head")) {
-        return file_kind{"a page of HTML, not a model",
-            "the address answered with a page (to log in, to accept terms, or an error): fetch the file itself, by "
-            "'hf download' or from the address behind 'download'"};
-    }
-    if (detail::is_plain_text(text.size() < bytes.size() ? text.substr(0, text.size() - 4) : text)) {
-        if (words.starts_with('<')) { return file_kind{"a page of XML", again}; }
-        if (words.starts_with('{') || words.starts_with('[')) {
-            return file_kind{"JSON (" + detail::first_words(words) + "), not tensors",
-                "name the model's directory, its .safetensors file or its .safetensors.index.json"};
-        }
-        return file_kind{"a text ('" + detail::first_words(words) + "'), not a model", again};
-    }
-    if (bytes.size() > 16 && bytes[0] == '\x08' && bytes.substr(0, 256).find("onnx") != bytes.npos) {
-        return file_kind{"an ONNX model", "take the safetensors files of the model that it was made of"};
-    }
-    return std::nullopt;
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_FORMATS_FILE_KIND_HPP
-
-// ---- taskvec/formats/json.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_JSON_HPP)
-#define TASKVEC_SINGLE_FORMATS_JSON_HPP
-// JSON read strictly: UTF-8 only, no repeated keys, bounded depth, nothing after the value; and JSON strings written.
-// SPDX-License-Identifier: Apache-2.0
-
-
-#if !__has_include(<nlohmann/json.hpp>)
-#error "this header of taskvec needs nlohmann_json 3.10 or later (Debian: nlohmann-json3-dev)"
-#include "taskvec: the error above ends the compilation"
-#endif
-#include <nlohmann/json.hpp>
-
-#include <cstddef>
-#include <cstdint>
-#include <string>
-#include <string_view>
-#include <utility>
-#include <vector>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// The most values that a JSON file may have, which take a hundred times its bytes in memory.
-inline constexpr std::size_t json_value_limit = 2'000'000;
-/// The deepest nesting that a JSON file may have: the reference safetensors reader's limit.
-inline constexpr std::size_t json_depth_limit = 127;
-
-namespace detail {
-
-/// Feeds `events`, a nlohmann SAX handler with a `fail(message)` for syntax errors, with one JSON text.
-/// What nlohmann's lexer allows and JSON does not (a byte order mark, text that ends at a NUL) is a syntax error here.
-template <class Events>
-bool sax_parse_strictly(std::string_view text, Events& events)
-{
-    if (text.starts_with("\xef\xbb\xbf")) { return events.fail("begins with a byte order mark; JSON has none", 0); }
-    if (const auto nul = text.find('\0'); nul != text.npos) {
-        return events.fail("holds a NUL byte, which JSON never has", nul);
-    }
-    return nlohmann::json::sax_parse(text.begin(), text.end(), &events);
-}
-
-/// Shortens nlohmann's "[json.exception.parse_error.101] parse error at line 1, column 5: …" to what a reader needs.
-[[nodiscard]] inline std::string syntax_message(const char* what)
-{
-    std::string text = what;
-    if (const auto end = text.find("] "); text.starts_with('[') && end != text.npos) { text.erase(0, end + 2); }
-    return text;
-}
-
-/// Builds a json value, refusing what the header of this file lists.
-class json_builder final : public nlohmann::json_sax<nlohmann::json> {
-public:
-    json_builder(std::string_view file, std::uint64_t offset)
-        : file_(file)
-        , offset_(offset)
-    { }
-    [[nodiscard]] nlohmann::json take() { return std::move(root_); }
-    [[noreturn]] bool fail(const std::string& what, std::uint64_t position)
-    {
-        raise<format_error>(error_code::json_syntax, message("invalid JSON at byte ", offset_ + position, ": ", what),
-            file_, offset_ + position);
-    }
-
-    bool null() override { return value(nullptr); }
-    bool boolean(bool x) override { return value(x); }
-    bool number_integer(number_integer_t x) override { return value(x); }
-    bool number_unsigned(number_unsigned_t x) override { return value(x); }
-    bool number_float(number_float_t x, const string_t&) override { return value(x); }
-    bool string(string_t& x) override { return value(std::move(x)); }
-    bool binary(binary_t&) override { fail("binary value", 0); }
-    bool start_object(std::size_t) override { return open(nlohmann::json::object()); }
-    bool start_array(std::size_t) override { return open(nlohmann::json::array()); }
-    bool end_object() override { return close(); }
-    bool end_array() override { return close(); }
-    bool key(string_t& x) override
-    {
-        if (stack_.back()->contains(x)) {
-            raise<format_error>(error_code::json_key_repeated, message("key '", x, "' occurs twice in one JSON object"),
-                file_, offset_);
-        }
-        key_ = std::move(x);
-        return true;
-    }
-    bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& ex) override
-    {
-        fail(syntax_message(ex.what()), position ? position - 1 : 0);
-    }
-
-private:
-    nlohmann::json* place(nlohmann::json x)
-    {
-        if (++values_ > json_value_limit) {
-            raise<format_error>(error_code::json_syntax,
-                message("JSON of more than ", json_value_limit, " values, which is no configuration or index"), file_,
-                offset_);
-        }
-        if (stack_.empty()) { return &(root_ = std::move(x)); }
-        auto& parent = *stack_.back();
-        if (parent.is_array()) {
-            parent.push_back(std::move(x));
-            return &parent.back();
-        }
-        return &(parent[key_] = std::move(x));
-    }
-    template <class X>
-    bool value(X&& x)
-    {
-        place(nlohmann::json(std::forward<X>(x)));
-        return true;
-    }
-    bool open(nlohmann::json x)
-    {
-        if (stack_.size() == json_depth_limit) {
-            raise<format_error>(error_code::json_syntax,
-                message("JSON is nested deeper than ", json_depth_limit, " levels"), file_, offset_);
-        }
-        stack_.push_back(place(std::move(x)));
-        return true;
-    }
-    bool close()
-    {
-        stack_.pop_back();
-        return true;
-    }
-
-    std::string file_;
-    std::uint64_t offset_;
-    nlohmann::json root_;
-    std::size_t values_ = 0;
-    std::vector<nlohmann::json*> stack_;
-    std::string key_;
-};
-
-} // namespace detail
-
-/// The JSON value that `text` holds, read strictly; anything else is a format_error that names `file` and the byte.
-/// `offset` is where the text begins in the file.
-[[nodiscard]] inline nlohmann::json parse_json(std::string_view text, std::string_view file, std::uint64_t offset = 0)
-{
-    detail::json_builder builder(file, offset);
-    detail::sax_parse_strictly(text, builder);
-    return builder.take();
-}
-
-/// True when `text` is well-formed UTF-8: no overlong form, no surrogate, nothing above U+10FFFF.
-[[nodiscard]] constexpr bool is_utf8(std::string_view text) noexcept
-{
-    for (std::size_t i = 0; i < text.size();) {
-        const auto byte = [&](std::size_t k) {
-            return i + k < text.size() ? static_cast<unsigned char>(text[i + k]) : 0u;
-        };
-        const auto tail = [&](std::size_t k) { return (byte(k) & 0xc0u) == 0x80u; };
-        const unsigned lead = byte(0);
-        if (lead < 0x80u) { i += 1; }
-        else if (lead >= 0xc2u && lead <= 0xdfu && tail(1)) {
-            i += 2;
-        }
-        else if (lead >= 0xe0u && lead <= 0xefu && tail(1) && tail(2) && !(lead == 0xe0u && byte(1) < 0xa0u)
-            && !(lead == 0xedu && byte(1) > 0x9fu)) {
-            i += 3;
-        }
-        else if (lead >= 0xf0u && lead <= 0xf4u && tail(1) && tail(2) && tail(3) && !(lead == 0xf0u && byte(1) < 0x90u)
-            && !(lead == 0xf4u && byte(1) > 0x8fu)) {
-            i += 4;
-        }
-        else {
-            return false;
-        }
-    }
-    return true;
-}
-
-/// `text` as a JSON string with its quotes, escaped as the reference safetensors writer escapes: quotes, backslashes
-/// and control characters only. Text that is not UTF-8 is an invalid_argument.
-[[nodiscard]] inline std::string json_string(std::string_view text)
-{
-    if (!is_utf8(text)) {
-        raise<invalid_argument>(
-            error_code::unwritable, message("'", text, "' is not UTF-8 and cannot be written to a file"));
-    }
-    std::string result = "\"";
-    for (const char c : text) {
-        switch (c) {
-        case '"': result += "\\\""; break;
-        case '\\': result += "\\\\"; break;
-        case '\b': result += "\\b"; break;
-        case '\f': result += "\\f"; break;
-        case '\n': result += "\\n"; break;
-        case '\r': result += "\\r"; break;
-        case '\t': result += "\\t"; break;
-        default:
-            if (static_cast<unsigned char>(c) < 0x20u) {
-                constexpr char digits[] = "0123456789abcdef";
-                result += "\\u00";
-                result += digits[static_cast<unsigned char>(c) >> 4];
-                result += digits[static_cast<unsigned char>(c) & 15];
-            }
-            else {
-                result += c;
-            }
-        }
-    }
-    return result += '"';
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_FORMATS_JSON_HPP
-
-#include <algorithm>
-#include <atomic>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <filesystem>
-#include <limits>
-#include <map>
-#include <memory>
-#include <set>
-#include <span>
-#include <string>
-#include <string_view>
-#include <utility>
-#include <vector>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// A file's `__metadata__`: strings by name.
-using metadata_map = std::map<std::string, std::string>;
-
-/// The longest header that a reader accepts and a writer makes.
-inline constexpr std::uint64_t safetensors_header_limit = 100'000'000;
-
-/// One tensor of a file.
-struct safetensors_entry {
-    std::string name;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
-    std::uint64_t offset = 0; ///< of its first byte, from the beginning of the file
-    std::uint64_t bytes = 0;
-};
-
-/// What a header says, checked.
-struct safetensors_header {
-    std::vector<safetensors_entry> entries; ///< in the order of their bytes in the file
-    metadata_map metadata;
-    std::uint64_t data_offset = 0; ///< where the buffer begins, from the beginning of the file
-};
-
-namespace detail {
-
-/// Reads a header's JSON event by event, so that its cost in memory is that of its result.
-class safetensors_events final : public nlohmann::json_sax<nlohmann::json> {
-public:
-    struct tensor {
-        std::string name;
-        taskvec::dtype dtype = taskvec::dtype::f32;
-        std::vector<std::uint64_t> shape, range;
-        bool has_dtype = false, has_shape = false, has_range = false;
-    };
-
-    explicit safetensors_events(std::string_view file)
-        : file_(file)
-    { }
-
-    std::vector<tensor> tensors;
-    metadata_map metadata;
-
-    [[noreturn]] bool fail(const std::string& what, std::uint64_t position)
-    {
-        raise<format_error>(error_code::json_syntax,
-            message("header is not valid JSON at byte ", 8 + position, ": ", what), file_, 8 + position);
-    }
-
-    bool null() override
-    {
-        // The reference reader takes a null __metadata__ for none at all.
-        return top() == state::root && in_metadata_key() ? true : scalar("null");
-    }
-    bool boolean(bool) override { return scalar("a boolean"); }
-    bool number_integer(number_integer_t x) override { return scalar(x == 0 ? "-0" : "a negative number"); }
-    bool number_float(number_float_t, const string_t& text) override { return scalar(text); }
-    bool number_unsigned(number_unsigned_t x) override
-    {
-        if (top() == state::shape) { tensors.back().shape.push_back(x); }
-        else if (top() == state::range) {
-            if (tensors.back().range.size() == 2) { bad("data_offsets has more than two numbers"); }
-            tensors.back().range.push_back(x);
-        }
-        else {
-            return scalar("a number");
-        }
-        return true;
-    }
-    bool string(string_t& x) override
-    {
-        if (top() == state::metadata) { metadata[key_] = std::move(x); }
-        else if (top() == state::tensor && key_ == "dtype") {
-            const auto type = parse_dtype(x);
-            if (!type) { bad(message("has the unknown dtype '", x, "'")); }
-            tensors.back().dtype = *type;
-            tensors.back().has_dtype = true;
-        }
-        else {
-            return scalar("a string");
-        }
-        return true;
-    }
-    bool binary(binary_t&) override { return scalar("binary"); }
-
-    bool start_object(std::size_t) override
-    {
-        if (stack_.empty()) { return push(state::root); }
-        if (top() == state::root) {
-            if (in_metadata_key()) { return push(state::metadata); }
-            tensors.push_back({.name = key_, .shape = {}, .range = {}});
-            return push(state::tensor);
-        }
-        if (!ignoring()) { scalar("an object"); }
-        return push(state::ignored);
-    }
-    bool start_array(std::size_t) override
-    {
-        if (!stack_.empty() && top() == state::tensor && key_ == "shape") {
-            tensors.back().has_shape = true;
-            return push(state::shape);
-        }
-        if (!stack_.empty() && top() == state::tensor && key_ == "data_offsets") {
-            tensors.back().has_range = true;
-            return push(state::range);
-        }
-        if (stack_.empty() || !ignoring()) { scalar("an array"); }
-        return push(state::ignored);
-    }
-    bool key(string_t& x) override
-    {
-        if (!stack_.back().keys.insert(x).second) {
-            const auto kind = top();
-            if (kind == state::root) {
-                raise<format_error>(error_code::json_key_repeated,
-                    message("tensor '", x, "' occurs twice in the header"), file_, std::uint64_t{8});
-            }
-            if (kind == state::metadata) {
-                raise<format_error>(error_code::json_key_repeated, message("metadata key '", x, "' occurs twice"),
-                    file_, std::uint64_t{8});
-            }
-            bad(message("has the key '", x, "' twice"));
-        }
-        key_ = std::move(x);
-        return true;
-    }
-    bool end_object() override
-    {
-        if (top() == state::tensor) {
-            const auto& t = tensors.back();
-            if (!t.has_dtype || !t.has_shape || !t.has_range) {
-                bad(message("has no ", !t.has_dtype ? "dtype" : !t.has_shape ? "shape" : "data_offsets"));
-            }
-        }
-        return pop();
-    }
-    bool end_array() override
-    {
-        if (top() == state::range && tensors.back().range.size() != 2) {
-            bad("has data_offsets of fewer than two numbers");
-        }
-        return pop();
-    }
-    bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception& ex) override
-    {
-        fail(syntax_message(ex.what()), position ? position - 1 : 0);
-    }
-
-private:
-    enum class state : std::uint8_t { none, root, metadata, tensor, shape, range, ignored };
-    struct frame {
-        state kind = state::none;
-        std::set<std::string> keys{};
-    };
-
-    [[nodiscard]] state top() const { return stack_.empty() ? state::none : stack_.back().kind; }
-    [[nodiscard]] bool in_metadata_key() const { return key_ == "__metadata__"; }
-    /// Keys of a tensor that the format does not know are ignored, as the reference reader does.
-    [[nodiscard]] bool ignoring() const
-    {
-        return top() == state::ignored
-            || (top() == state::tensor && key_ != "dtype" && key_ != "shape" && key_ != "data_offsets");
-    }
-    /// A value that is neither a string nor an unsigned number where one belongs.
-    bool scalar(std::string_view found)
-    {
-        if (ignoring()) { return true; }
-        switch (top()) {
-        case state::none:
-            raise<format_error>(error_code::header_field, message("header is ", found, "; expected a JSON object"),
-                file_, std::uint64_t{8});
-        case state::root:
-            raise<format_error>(error_code::header_field,
-                message(in_metadata_key() ? "__metadata__" : "tensor '" + key_ + "'", " is ", found,
-                    "; expected a JSON object"),
-                file_, std::uint64_t{8});
-        case state::metadata:
-            raise<format_error>(error_code::header_field,
-                message("metadata '", key_, "' is ", found, "; expected a string"), file_, std::uint64_t{8});
-        case state::shape: bad(message("has ", found, " in its shape; expected unsigned integers"));
-        case state::range: bad(message("has ", found, " in its data_offsets; expected unsigned integers"));
-        default:
-            bad(message("has ", found, " as its ", key_,
-                key_ == "dtype" ? "; expected a string" : "; expected an array of unsigned integers"));
-        }
-    }
-    [[noreturn]] void bad(const std::string& what)
-    {
-        raise<format_error>(
-            error_code::header_field, message("tensor '", tensors.back().name, "' ", what), file_, std::uint64_t{8});
-    }
-    bool push(state kind)
-    {
-        if (stack_.size() == json_depth_limit) {
-            raise<format_error>(error_code::json_syntax,
-                message("header is nested deeper than ", json_depth_limit, " levels"), file_, std::uint64_t{8});
-        }
-        stack_.push_back({kind});
-        return true;
-    }
-    bool pop()
-    {
-        stack_.pop_back();
-        return true;
-    }
-
-    std::string file_;
-    std::vector<frame> stack_;
-    std::string key_;
-};
-
-/// Checks one tensor's numbers the way the reference reader does; `start` is where its bytes must begin in the buffer.
-inline safetensors_entry check_tensor(
-    safetensors_events::tensor&& t, std::uint64_t start, std::uint64_t data_offset, std::string_view file)
-{
-    const auto fail = [&](const std::string& what) {
-        raise<format_error>(
-            error_code::tensor_offsets, message("tensor '", t.name, "' ", what), std::string(file), data_offset);
-    };
-    const std::uint64_t begin = t.range[0], end = t.range[1];
-    if (begin > end) { fail(message("has data_offsets [", begin, ", ", end, "] that run backwards")); }
-    if (begin != start) {
-        fail(message("begins at byte ", begin, " of the buffer; expected ", start,
-            ", where the tensor before it ends: the buffer has ", begin > start ? "a hole" : "an overlap"));
-    }
-    std::uint64_t count = 1;
-    extents shape;
-    shape.reserve(t.shape.size());
-    for (const auto extent : t.shape) {
-        if (__builtin_mul_overflow(count, extent, &count)) { fail("has a shape whose product is above 2^64-1"); }
-        if (extent > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
-            fail("has an extent above 2^63-1");
-        }
-        shape.push_back(static_cast<std::int64_t>(extent));
-    }
-    std::uint64_t bit_count = 0;
-    if (__builtin_mul_overflow(count, std::uint64_t{bits_per_element(t.dtype)}, &bit_count)) {
-        fail("has more than 2^64-1 bits");
-    }
-    if (bit_count % 8 != 0) {
-        fail(message("of dtype ", to_string(t.dtype), " has ", bit_count, " bits; expected whole bytes"));
-    }
-    if (end - begin != bit_count / 8) {
-        fail(message("of dtype ", to_string(t.dtype), " and shape ", to_string(shape), " needs ", bit_count / 8,
-            " bytes; its data_offsets give it ", end - begin));
-    }
-    return {std::move(t.name), t.dtype, std::move(shape), data_offset + begin, end - begin};
-}
-
-} // namespace detail
-
-/// Reads and checks the header of a safetensors file that lies in memory, by the rules of the reference reader: header
-/// of at most 100,000,000 bytes, UTF-8 JSON nested at most 127 deep, ranges that tile the buffer without hole or
-/// overlap, products checked for overflow, sizes that match. Leading white space, unknown keys of a tensor, empty
-/// tensors, scalars, any rank, any order of tensors and unaligned data are valid. Stricter than the reference in four
-/// points: a key that occurs twice, a tensor described by a JSON array instead of an object, a dtype that is no string,
-/// and an extent above 2^63-1 are refused. Throws format_error naming `file` and the tensor. Cost: O(header).
-[[nodiscard]] inline safetensors_header parse_safetensors(std::span<const std::byte> bytes, std::string_view file)
-{
-    const auto fail = [&](error_code code, const std::string& what, std::uint64_t offset) {
-        raise<format_error>(code, what, std::string(file), offset);
-    };
-    std::uint64_t length = 0;
-    if (bytes.size() >= 8) { std::memcpy(&length, bytes.data(), 8); }
-    if (bytes.size() < 8 || length > safetensors_header_limit || length > bytes.size() - 8 || length == 0) {
-        if (const auto kind = what_is_this_file(bytes)) { fail(error_code::not_safetensors, kind->sentence(), 0); }
-    }
-    if (bytes.size() < 8) {
-        fail(error_code::file_truncated,
-            message("has ", bytes.size(), " bytes; a safetensors file has at least 8: fetch it again"), 0);
-    }
-    if (length > safetensors_header_limit) {
-        fail(error_code::not_safetensors,
-            message("claims a header of ", length, " bytes; at most ", safetensors_header_limit,
-                " are allowed: this is not a safetensors file, or a damaged one"),
-            0);
-    }
-    if (length > bytes.size() - 8) {
-        fail(error_code::file_truncated,
-            message("claims a header of ", length, " bytes and has ", bytes.size() - 8,
-                " after it: the file is cut short; fetch it again"),
-            0);
-    }
-
-    detail::safetensors_events events(file);
-    detail::sax_parse_strictly(
-        {reinterpret_cast<const char*>(bytes.data()) + 8, static_cast<std::size_t>(length)}, events);
-
-    safetensors_header header;
-    header.metadata = std::move(events.metadata);
-    header.data_offset = 8 + length;
-    std::stable_sort(
-        events.tensors.begin(), events.tensors.end(), [](const auto& a, const auto& b) { return a.range < b.range; });
-    header.entries.reserve(events.tensors.size());
-    std::uint64_t end = 0;
-    for (auto& tensor : events.tensors) {
-        header.entries.push_back(detail::check_tensor(std::move(tensor), end, header.data_offset, file));
-        end += header.entries.back().bytes;
-    }
-    if (const std::uint64_t present = bytes.size() - header.data_offset; end != present) {
-        fail(end > present ? error_code::file_truncated : error_code::tensor_offsets,
-            message("has ", present, " bytes of tensor data; its header describes ", end,
-                end > present ? ": the file is cut short; fetch it again" : ""),
-            header.data_offset);
-    }
-    return header;
-}
-
-/// A safetensors file, mapped. Tensors are views into the map and live as long as this object (moving it keeps them).
-/// A view's address is aligned to its dtype only if the file aligned it.
-///
-///     taskvec::safetensors_file file("model.safetensors");
-///     for (const auto& [name, tensor] : file.model()) { … }
-///
-/// Throws io_error, format_error. Cost: O(header); no tensor byte is read.
-class safetensors_file {
-public:
-    explicit safetensors_file(std::filesystem::path path)
-        : map_(std::move(path))
-        , header_(parse_safetensors(map_.bytes(), map_.path().string()))
-    { }
-    /// A file of another format whose tensors lie in it as they do here: `header` was read from it, and checked against
-    /// its bytes (formats/pytorch.hpp).
-    safetensors_file(mapped_file map, safetensors_header header)
-        : map_(std::move(map))
-        , header_(std::move(header))
-    { }
-    /// The same, with some tensors laid out anew: those whose offset is `size of the file + n` lie at byte n of `more`.
-    safetensors_file(mapped_file map, safetensors_header header, std::shared_ptr<const std::byte> more)
-        : map_(std::move(map))
-        , header_(std::move(header))
-        , more_(std::move(more))
-    { }
-
-    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return map_.path(); }
-    [[nodiscard]] std::filesystem::path path() && { return map_.path(); }
-    [[nodiscard]] const mapped_file& map() const& noexcept { return map_; }
-    void map() const&& = delete; // name the owner first: its views would dangle
-    /// The tensors in the order of their bytes in the file.
-    [[nodiscard]] const std::vector<safetensors_entry>& entries() const& noexcept { return header_.entries; }
-    [[nodiscard]] std::vector<safetensors_entry> entries() && { return std::move(header_.entries); }
-    [[nodiscard]] const metadata_map& metadata() const& noexcept { return header_.metadata; }
-    [[nodiscard]] metadata_map metadata() && { return std::move(header_.metadata); }
-    /// Bytes of the tensors together.
-    [[nodiscard]] std::uint64_t data_bytes() const noexcept { return map_.bytes().size() - header_.data_offset; }
-    void tensor(const safetensors_entry&) const&& = delete; // name the owner first: its views would dangle
-    [[nodiscard]] const_tensor_ref tensor(const safetensors_entry& entry) const&
-    {
-        const auto size = map_.bytes().size();
-        const auto* const data =
-            more_ && entry.offset >= size ? more_.get() + (entry.offset - size) : map_.bytes().data() + entry.offset;
-        return {data, entry.dtype, entry.shape, {}, memory_space::host, 0};
-    }
-    void model() const&& = delete; // name the owner first: its views would dangle
-    /// All tensors, by name.
-    [[nodiscard]] const_model_ref model() const&
-    {
-        std::vector<const safetensors_entry*> sorted;
-        for (const auto& entry : header_.entries) { sorted.push_back(&entry); }
-        std::sort(sorted.begin(), sorted.end(), [](auto* a, auto* b) { return a->name < b->name; });
-        const_model_ref result;
-        for (const auto* entry : sorted) { result.insert(entry->name, tensor(*entry)); }
-        return result;
-    }
-
-private:
-    mapped_file map_;
-    safetensors_header header_;
-    std::shared_ptr<const std::byte> more_;
-};
-
-/// The header bytes (length included) of a file that holds `specs`, and where each tensor's bytes go.
-struct safetensors_layout {
-    std::string head;
-    std::vector<std::uint64_t> offsets; ///< for each spec, from the beginning of the file
-    std::uint64_t size = 0; ///< of the whole file
-};
-
-/// Lays a file out as the reference writer does: tensors by dtype (its enum, descending), then by name; `__metadata__`
-/// first; the header padded with spaces to a multiple of 8. `format` is set to "pt" unless the metadata has it already.
-/// Throws invalid_argument for a name that occurs twice, is "__metadata__", or is not UTF-8.
-[[nodiscard]] inline safetensors_layout layout_safetensors(
-    const std::vector<tensor_spec>& specs, metadata_map metadata = {})
-{
-    metadata.try_emplace("format", "pt");
-    std::vector<std::size_t> order(specs.size());
-    for (std::size_t i = 0; i < order.size(); ++i) { order[i] = i; }
-    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-        return specs[a].dtype != specs[b].dtype ? specs[a].dtype > specs[b].dtype : specs[a].name < specs[b].name;
-    });
-
-    std::string json = "{\"__metadata__\":{";
-    for (const auto& [key, value] : metadata) {
-        json += (json.back() == '{' ? "" : ",") + json_string(key) + ":" + json_string(value);
-    }
-    json += '}';
-    safetensors_layout layout;
-    layout.offsets.resize(specs.size());
-    std::uint64_t at = 0;
-    std::set<std::string_view> names{"__metadata__"};
-    for (const auto index : order) {
-        const auto& spec = specs[index];
-        if (!names.insert(spec.name).second) {
-            raise<invalid_argument>(spec.name == "__metadata__" ? error_code::unwritable : error_code::tensor_repeated,
-                spec.name == "__metadata__" ? "a tensor cannot be called '__metadata__'"
-                                            : message("tensor '", spec.name, "' would be written twice"));
-        }
-        const std::uint64_t count = spec.size();
-        std::uint64_t bit_count = 0, end = 0;
-        if (__builtin_mul_overflow(count, std::uint64_t{bits_per_element(spec.dtype)}, &bit_count)
-            || __builtin_add_overflow(at, bit_count / 8, &end)) {
-            raise<invalid_argument>(error_code::unwritable,
-                message("tensor '", spec.name, "' of shape ", to_string(spec.shape), " is too large for a file"));
-        }
-        if (bit_count % 8 != 0) {
-            raise<invalid_argument>(error_code::unwritable,
-                message("tensor '", spec.name, "' of dtype ", to_string(spec.dtype), " does not fill whole bytes"));
-        }
-        json += ',' + json_string(spec.name) + ":{\"dtype\":\"" + std::string(to_string(spec.dtype)) + "\",\"shape\":[";
-        for (std::size_t i = 0; i < spec.shape.size(); ++i) { json += message(i ? "," : "", spec.shape[i]); }
-        json += "],\"data_offsets\":[" + std::to_string(at) + ',' + std::to_string(end) + "]}";
-        layout.offsets[index] = at;
-        at = end;
-    }
-    json += '}';
-    json.append((8 - json.size() % 8) % 8, ' ');
-    const std::uint64_t length = json.size();
-    if (length > safetensors_header_limit) {
-        raise<invalid_argument>(error_code::unwritable,
-            message("the header would have ", length, " bytes; a safetensors header has at most ",
-                safetensors_header_limit, ": write several files"));
-    }
-    layout.head.resize(8);
-    std::memcpy(layout.head.data(), &length, 8);
-    layout.head += json;
-    for (auto& offset : layout.offsets) { offset += layout.head.size(); }
-    layout.size = layout.head.size() + at;
-    return layout;
-}
-
-/// Writes one safetensors file: reserves it under a temporary name, takes the tensors' bytes in any order and from any
-/// thread, and gives it its name on commit(). See atomic_file for what a crash leaves, and for replacing an input.
-///
-///     taskvec::safetensors_writer out("merged.safetensors", {{"w", taskvec::dtype::f32, {2, 2}}});
-///     out.write(0, 0, data, 16);
-///     out.commit();
-class safetensors_writer final : public tensor_sink {
-public:
-    /// Tensor `index` of write() is specs[index], whatever its place in the file.
-    /// Throws invalid_argument (see layout_safetensors) before anything is created, and io_error.
-    safetensors_writer(std::filesystem::path target, const std::vector<tensor_spec>& specs, metadata_map metadata = {},
-        durability mode = durability::synchronised)
-        : safetensors_writer(std::move(target), specs, layout_safetensors(specs, std::move(metadata)), mode)
-    { }
-
-    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
-    {
-        if (index >= sizes_.size() || offset > sizes_[index] || size > sizes_[index] - offset) {
-            raise<invalid_argument>(error_code::index_out_of_range,
-                message("a write of ", size, " bytes at ", offset, " lies outside tensor ", index, " of '",
-                    file_.target().string(), "'"));
-        }
-        if (on_demand_ && !open_.load(std::memory_order_acquire)) {
-            const detail::light_lock lock(busy_);
-            if (!open_.load(std::memory_order_relaxed)) {
-                file_.open_again();
-                open_.store(true, std::memory_order_release);
-            }
-        }
-        file_.write(offsets_[index] + offset, data, size);
-        // Each byte is written once: whoever writes the last one is the only one left.
-        if (written_.fetch_add(size, std::memory_order_acq_rel) + size == expected_ && on_demand_ && size) {
-            file_.close_for_now();
-        }
-    }
-    /// Has the file open from its first write to its last only, for those who write more files than a process may have
-    /// open. Before the first write.
-    void open_on_demand()
-    {
-        file_.close_for_now();
-        on_demand_ = true;
-    }
-
-    /// Forces the bytes to disk, so that commit() only renames. Throws invalid_argument if fewer bytes were written
-    /// than the tensors have.
-    void finish()
-    {
-        if (const auto written = written_.load(); written < expected_) {
-            raise<invalid_argument>(error_code::call_order,
-                message("'", file_.target().string(), "' is incomplete: ", written, " of ", expected_,
-                    " bytes were written"));
-        }
-        file_.finish();
-    }
-    /// Gives the file its name. Nothing may be written afterwards.
-    void commit(bool whole_directory = true)
-    {
-        finish();
-        file_.commit(whole_directory);
-    }
-
-    [[nodiscard]] const std::filesystem::path& target() const noexcept { return file_.target(); }
-    [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return file_.temporary(); }
-    /// Bytes of the whole file.
-    [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
-
-private:
-    safetensors_writer(
-        std::filesystem::path target, const std::vector<tensor_spec>& specs, safetensors_layout layout, durability mode)
-        : file_(std::move(target), layout.size, mode)
-        , offsets_(std::move(layout.offsets))
-        , size_(layout.size)
-        , expected_(layout.size - layout.head.size())
-    {
-        sizes_.reserve(specs.size());
-        for (const auto& spec : specs) { sizes_.push_back(spec.bytes()); }
-        file_.write(0, layout.head.data(), layout.head.size());
-    }
-
-    atomic_file file_;
-    std::vector<std::uint64_t> offsets_, sizes_;
-    std::uint64_t size_, expected_;
-    std::atomic<std::uint64_t> written_{0};
-    bool on_demand_ = false;
-    std::atomic<bool> open_{false}; ///< once and for all, where the file is opened on demand
-    std::atomic_flag busy_;
-};
-
-/// Writes a whole model that lies in memory. The tensors must be contiguous host memory.
-///
-///     taskvec::write_safetensors("model.safetensors", model, {{"step", "100"}});
-inline void write_safetensors(const std::filesystem::path& path, const const_model_ref& model,
-    metadata_map metadata = {}, durability mode = durability::synchronised)
-{
-    std::vector<tensor_spec> specs;
-    for (const auto& [name, tensor] : model) {
-        if (tensor.space != memory_space::host || !tensor.contiguous()) {
-            raise<invalid_argument>(
-                error_code::tensor_layout, message("tensor '", name, "' is not contiguous host memory; copy it first"));
-        }
-        if (tensor.source) { detail::refuse_source(name); }
-        specs.push_back({name, tensor.dtype, tensor.shape});
-    }
-    safetensors_writer writer(path, specs, std::move(metadata), mode);
-    for (std::size_t i = 0; i < specs.size(); ++i) { writer.write(i, 0, model[i].tensor.data, specs[i].bytes()); }
-    writer.commit();
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_FORMATS_SAFETENSORS_HPP
 
 #include <algorithm>
 #include <array>
@@ -8425,18 +8952,12 @@ peft_writer::peft_writer(
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_PEFT_HPP
 
-#include <algorithm>
-#include <array>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <map>
-#include <optional>
 #include <string>
 #include <string_view>
-#include <system_error>
-#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -8446,17 +8967,19 @@ enum class adapter_dialect : std::uint8_t {
     peft, ///< `MODULE.lora_A.weight`, at times with an adapter's name in it, and PEFT's prefix before it
     kohya, ///< kohya's scripts, A1111, LyCORIS: `lora_unet_MODULE.lora_down.weight`, `.alpha`; dots are underscores
     diffusers, ///< `unet.MODULE.lora.down.weight`, `MODULE_lora.down.weight`, `MODULE.lora_linear_layer.down.weight`
-    mlx ///< `MODULE.lora_a` (in×r) and `MODULE.lora_b` (r×out)
+    mlx, ///< `MODULE.lora_a` (in×r) and `MODULE.lora_b` (r×out)
+    gguf ///< llama.cpp's: a GGUF file with `blk.N.attn_q.weight.lora_a`, `.lora_b`
 };
 
-/// "PEFT", "kohya", "diffusers", "MLX".
+/// "PEFT", "kohya", "diffusers", "MLX", "GGUF".
 [[nodiscard]] constexpr std::string_view to_string(adapter_dialect dialect) noexcept
 {
     switch (dialect) {
     case adapter_dialect::peft: return "PEFT";
     case adapter_dialect::kohya: return "kohya";
     case adapter_dialect::diffusers: return "diffusers";
-    default: return "MLX";
+    case adapter_dialect::mlx: return "MLX";
+    default: return "GGUF";
     }
 }
 
@@ -8466,6 +8989,7 @@ struct adapted_module {
     lora_update<T>
         update{}; ///< out×in; a convolution's `in` counts its kernel (in·kh·kw), an embedding's is its entries
     extents kernel{}; ///< of a convolution: its sides, {1, 1} included; empty otherwise
+    bool paired_rows = false; ///< rows lie as llama.cpp keeps those of q and k: unpair_rows() puts them back
     bool embedding = false; ///< factored as PEFT does it: the weight is entries×dimensions
     std::vector<double> magnitude{}; ///< DoRA's, one for each output; empty: none
     lora_update<T> bias{}; ///< what lora_bias adds to the module's bias, as an update of 1×out; of rank 0: nothing
@@ -8484,10 +9008,252 @@ struct adapter_contents {
     bool fan_in_fan_out = false; ///< square weights lie in×out, as its configuration says
     bool tied = false; ///< what it does to the embedding it does to the head tied to it (PEFT's ensure_weight_tying)
     nlohmann::json config = nlohmann::json::object(); ///< adapter_config.json, where there is one
+    gguf_target target{}; ///< of a GGUF adapter: the model that it says it is for
     std::vector<std::string> notes{}; ///< what was taken for granted, a sentence each
     std::string label{}; ///< names the adapter in messages: its path
     std::filesystem::path file{}; ///< the tensors
 };
+
+namespace detail {
+
+/// All entries of a stored factor in T, as rows of its first extent.
+template <class T>
+[[nodiscard]] matrix<T> read_flat_factor(const safetensors_file& file, const safetensors_entry& entry)
+{
+    safetensors_entry flat = entry;
+    std::int64_t rest = 1;
+    for (std::size_t i = 1; i < entry.shape.size(); ++i) { rest *= entry.shape[i]; }
+    flat.shape = entry.shape.empty() ? extents{1, 1}
+        : entry.shape.size() == 1    ? extents{1, entry.shape[0]}
+                                     : extents{entry.shape[0], rest};
+    return read_factor<T>(file, flat);
+}
+
+template <class T>
+[[nodiscard]] matrix<T> turned_over(const matrix<T>& x)
+{
+    matrix<T> y(x.cols(), x.rows(), matrix_order::row_major);
+    for (std::size_t i = 0; i < x.rows(); ++i) {
+        for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
+    }
+    return y;
+}
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_ADAPTER_CONTENTS_HPP
+
+// ---- taskvec/formats/adapter_convert.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_CONVERT_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_CONVERT_HPP
+// Adapters written in any dialect, so that what reads that dialect gets the same update.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/formats/adapter_file.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_FILE_HPP
+// Adapters as people have them: PEFT's directories, files of kohya and A1111, diffusers, MLX and llama.cpp, told apart
+// by what they hold, read into one form that folds into a base. SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/formats/adapter_gguf.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_ADAPTER_GGUF_HPP)
+#define TASKVEC_SINGLE_FORMATS_ADAPTER_GGUF_HPP
+// Adapters as llama.cpp loads them: GGUF files with a pair lora_a, lora_b for each weight, in its names and its order
+// of rows. SPDX-License-Identifier: Apache-2.0
+
+
+#include <cmath>
+#include <cstddef>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Whether a file begins as GGUF does. Throws io_error.
+[[nodiscard]] inline bool is_gguf_file(const std::filesystem::path& path)
+{
+    const mapped_file map(path);
+    return is_gguf(map.bytes());
+}
+
+/// A GGUF file as one of tensors, for what reads those.
+[[nodiscard]] inline safetensors_file open_gguf(const std::filesystem::path& path)
+{
+    mapped_file map(path);
+    auto header = parse_gguf(map.bytes(), path.string());
+    return {std::move(map), std::move(header.tensors)};
+}
+
+/// Puts the rows of q and k back into the model's order, from the pairs in which llama.cpp keeps them
+/// (gguf_target::pairs_rows()); exact. Does nothing where there are none. Throws format_error for numbers of heads that
+/// are not known (0) or do not divide the rows.
+template <arithmetic_element T>
+void unpair_rows(adapter_contents<T>& adapter, std::size_t heads, std::size_t kv_heads)
+{
+    for (auto& [module, made] : adapter.modules) {
+        if (!made.paired_rows) { continue; }
+        const std::size_t count = module.ends_with("k_proj") ? kv_heads : heads, rows = made.update.out();
+        if (count == 0 || rows % (2 * count) != 0) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("module '", module, "' has its rows in the order of llama.cpp, in pairs within each head, and ",
+                    count == 0 ? std::string("nothing says how many heads there are")
+                               : message(rows, " rows are no ", count, " heads of an even size"),
+                    ": the config.json of the base does (num_attention_heads, num_key_value_heads)"),
+                adapter.file.string());
+        }
+        matrix<T> b(rows, made.update.b.cols(), matrix_order::row_major);
+        for (std::size_t i = 0; i < rows; ++i) {
+            for (std::size_t k = 0; k < b.cols(); ++k) { b(paired_row(i, rows, count), k) = made.update.b(i, k); }
+        }
+        made.update.b = std::move(b);
+        made.paired_rows = false;
+    }
+}
+
+/// Reads a GGUF adapter. Modules are called as transformers calls them; the scaling is adapter.lora.alpha/r, and 1
+/// where that is 0 or absent, as llama.cpp has it. Rows of q and k are put back where the file gives numbers of heads
+/// (those that this library writes do); elsewhere they stay paired until unpair_rows(). Norms that a file carries are
+/// left out with a note, since llama.cpp does not apply them. Throws what parse_gguf() throws; format_error for a file
+/// that is no LoRA adapter, an architecture whose names are not known, experts, aLoRA, halves without partners, a rank
+/// of 0; shape_mismatch.
+template <arithmetic_element T = float>
+[[nodiscard]] adapter_contents<T> read_gguf_adapter(const std::filesystem::path& path)
+{
+    const std::string where = path.string();
+    mapped_file map(path);
+    auto header = parse_gguf(map.bytes(), where);
+    adapter_contents<T> adapter;
+    adapter.dialect = adapter_dialect::gguf;
+    adapter.label = "'" + where + "'";
+    adapter.file = path;
+    const auto refuse = [&](error_code code, const auto&... parts) {
+        raise<format_error>(code, message(parts...), where);
+    };
+    const auto type = header.text("general.type"), kind = header.text("adapter.type");
+    if (type != "adapter" || kind != "lora") {
+        refuse(error_code::adapter_unsupported, "is a GGUF file whose ",
+            type != "adapter" ? "general.type" : "adapter.type", " is '", type != "adapter" ? type : kind,
+            "'; that of an adapter is '", type != "adapter" ? "adapter" : "lora",
+            "': name an adapter as llama.cpp's convert_lora_to_gguf.py writes it");
+    }
+    if (header.metadata.contains("adapter.alora.invocation_tokens")) {
+        refuse(error_code::adapter_unsupported,
+            "adapter.alora.invocation_tokens: aLoRA switches on within the input, which no weight can say: serve it "
+            "with "
+            "llama.cpp as it is");
+    }
+    adapter.target.architecture = header.text("general.architecture");
+    const auto& word = adapter.target.architecture;
+    if (!detail::is_gguf_architecture(word)) {
+        refuse(error_code::adapter_unsupported, "general.architecture is '", word,
+            "', whose names are not known here; known are ", detail::gguf_architectures(),
+            ": take the adapter that it was converted from");
+    }
+    const auto heads = header.number(word + ".attention.head_count"),
+               kv_heads = header.number(word + ".attention.head_count_kv");
+    const auto count_of = [](const std::optional<double>& value) {
+        return value && *value >= 1 && *value <= 65536 ? static_cast<std::size_t>(*value) : 0;
+    };
+    adapter.target.heads = count_of(heads);
+    adapter.target.kv_heads = kv_heads ? count_of(kv_heads) : adapter.target.heads;
+    double alpha = 0;
+    if (header.metadata.contains("adapter.lora.alpha")) {
+        const auto given = header.number("adapter.lora.alpha");
+        if (!given || !std::isfinite(*given)) {
+            refuse(error_code::adapter_tensors, "adapter.lora.alpha is no finite number");
+        }
+        alpha = *given;
+    }
+    const safetensors_file file(std::move(map), std::move(header.tensors));
+    struct halves {
+        const safetensors_entry *a = nullptr, *b = nullptr;
+    };
+    std::map<std::string, halves> parts;
+    std::size_t norms = 0;
+    for (const auto& entry : file.entries()) {
+        const std::string_view name = entry.name, a_end = ".lora_a", b_end = ".lora_b";
+        if (name.ends_with("_norm.weight")) { ++norms; }
+        else if (name.ends_with(a_end) || name.ends_with(b_end)) {
+            auto& pair = parts[std::string(name.substr(0, name.size() - a_end.size()))];
+            (name.ends_with(a_end) ? pair.a : pair.b) = &entry;
+        }
+        else {
+            refuse(error_code::adapter_tensors, "tensor '", name,
+                "' is no half of an update (….lora_a, ….lora_b): convert the adapter again");
+        }
+    }
+    if (parts.empty()) { refuse(error_code::adapter_tensors, "holds no factors of an adapter"); }
+    if (norms > 0) {
+        adapter.notes.push_back(message(adapter.label, " carries ", norms, norms == 1 ? " norm" : " norms",
+            " of its own, left out: llama.cpp does not apply them"));
+    }
+    if (alpha == 0) {
+        adapter.notes.push_back(
+            message(adapter.label, " gives no alpha: it is taken to be the rank, a scaling of 1, as llama.cpp does"));
+    }
+    for (const auto& [name, pair] : parts) {
+        if (!pair.a || !pair.b) {
+            refuse(error_code::adapter_tensors, "'", name, "' has ", pair.a ? "lora_a" : "lora_b", " but no ",
+                pair.a ? "lora_b" : "lora_a", ": half of its update is missing");
+        }
+        for (const auto* half : {pair.a, pair.b}) {
+            if (half->shape.size() != 2) {
+                refuse(error_code::adapter_unsupported, "tensor '", half->name, "' has shape ", to_string(half->shape),
+                    "; expected a matrix: updates of experts are not read, take the adapter that it was converted "
+                    "from");
+            }
+        }
+        const auto module = gguf_module_name(name, adapter.target);
+        if (module.empty()) {
+            refuse(error_code::adapter_unsupported, "tensor '", name, "' is none that is known of the architecture ",
+                word, ": take the adapter that it was converted from");
+        }
+        adapted_module<T> made;
+        made.embedding = name == "token_embd.weight";
+        made.stored = wider(pair.a->dtype, pair.b->dtype);
+        made.update.a = detail::read_factor<T>(file, *pair.a);
+        made.update.b = detail::read_factor<T>(file, *pair.b);
+        if (made.embedding) { made.update.a = detail::turned_over(made.update.a); }
+        if (made.update.a.rows() != made.update.b.cols()) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", where, "': '", name, "': lora_a has shape ", to_string(pair.a->shape), " and lora_b ",
+                    to_string(pair.b->shape), "; their ranks differ"));
+        }
+        made.update.scaling = alpha == 0 ? 1 : alpha / static_cast<double>(made.update.rank());
+        made.bias.scaling = made.update.scaling;
+        made.paired_rows = adapter.target.pairs_rows() && (module.ends_with(".q_proj") || module.ends_with(".k_proj"));
+        adapter.modules.emplace(module, std::move(made));
+    }
+    if (adapter.target.heads > 0) { unpair_rows(adapter, adapter.target.heads, adapter.target.kv_heads); }
+    file.map().check_unchanged();
+    return adapter;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_ADAPTER_GGUF_HPP
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
 
 /// The file of tensors that an adapter's path stands for: itself, or PEFT's, diffusers' or MLX's file in a directory.
 /// Throws io_error where there is none.
@@ -8505,7 +9271,8 @@ struct adapter_contents {
     }
     raise<io_error>(error_code::model_not_found,
         message("holds no adapter: expected ", peft_model_name,
-            " (PEFT), pytorch_lora_weights.safetensors (diffusers) or adapters.safetensors (MLX), or name the file"),
+            " (PEFT), pytorch_lora_weights.safetensors (diffusers) or adapters.safetensors (MLX), or name the file "
+            "(kohya's, or a GGUF file)"),
         path.string());
 }
 
@@ -8613,29 +9380,6 @@ struct adapter_role {
         return {role::unknown, std::string(name), {}, {}};
     }
     return {like_a_factor ? role::unknown : role::whole, std::string(name), {}, {}};
-}
-
-/// All entries of a stored factor in T, as rows of its first extent.
-template <class T>
-[[nodiscard]] matrix<T> read_flat_factor(const safetensors_file& file, const safetensors_entry& entry)
-{
-    safetensors_entry flat = entry;
-    std::int64_t rest = 1;
-    for (std::size_t i = 1; i < entry.shape.size(); ++i) { rest *= entry.shape[i]; }
-    flat.shape = entry.shape.empty() ? extents{1, 1}
-        : entry.shape.size() == 1    ? extents{1, entry.shape[0]}
-                                     : extents{entry.shape[0], rest};
-    return read_factor<T>(file, flat);
-}
-
-template <class T>
-[[nodiscard]] matrix<T> turned_over(const matrix<T>& x)
-{
-    matrix<T> y(x.cols(), x.rows(), matrix_order::row_major);
-    for (std::size_t i = 0; i < x.rows(); ++i) {
-        for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
-    }
-    return y;
 }
 
 /// The Kronecker product.
@@ -8874,13 +9618,14 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
 
 } // namespace detail
 
-/// Reads an adapter of any dialect: a PEFT directory, a directory of diffusers or MLX, or a file. Told apart by the
-/// names of its tensors; a file that mixes dialects, or holds several adapters, is refused. Scalings are α/r (α/√r with
-/// use_rslora), with α and r from the configuration and its patterns, or from `.alpha` tensors; MLX gives its scale;
-/// where nothing gives one α is r, which `notes` says. LoHa and LoKr become updates of higher rank, exactly but for the
-/// rounding of products of two factors to T. Factors of convolutions are flattened, with the kernel among the inputs.
-/// Throws io_error; format_error for halves without partners, a rank of 0, alphas that contradict each other, tensors
-/// with no place in an adapter, configurations that no update can say; shape_mismatch; dtype_mismatch.
+/// Reads an adapter of any dialect: a PEFT directory, a directory of diffusers or MLX, or a file (a GGUF file by
+/// read_gguf_adapter()). Told apart by the names of its tensors; a file that mixes dialects, or holds several adapters,
+/// is refused. Scalings are α/r (α/√r with use_rslora), with α and r from the configuration and its patterns, or from
+/// `.alpha` tensors; MLX gives its scale; where nothing gives one α is r, which `notes` says. LoHa and LoKr become
+/// updates of higher rank, exactly but for the rounding of products of two factors to T. Factors of convolutions are
+/// flattened, with the kernel among the inputs. Throws io_error; format_error for halves without partners, a rank of 0,
+/// alphas that contradict each other, tensors with no place in an adapter, configurations that no update can say;
+/// shape_mismatch; dtype_mismatch.
 ///
 ///     const auto adapter = read_adapter("style.safetensors");
 template <arithmetic_element T = float>
@@ -8890,6 +9635,7 @@ template <arithmetic_element T = float>
     adapter_contents<T> adapter;
     adapter.label = "'" + path.string() + "'";
     adapter.file = adapter_tensor_file(path);
+    if (is_gguf_file(adapter.file)) { return read_gguf_adapter<T>(adapter.file); }
     const safetensors_file file(adapter.file);
     const std::string where = adapter.file.string();
 
@@ -9085,7 +9831,9 @@ template <arithmetic_element T = float>
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -9098,6 +9846,7 @@ struct adapter_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: each module's as it was stored
     durability mode = durability::synchronised;
     overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
+    gguf_target target{}; ///< of GGUF: the model, as gguf_target_of() its config.json; empty: what the adapter says
 };
 
 /// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
@@ -9107,6 +9856,7 @@ struct written_adapter {
     std::vector<std::vector<std::byte>> bytes{}; ///< of each tensor
     std::string config{};
     std::string file_name{}; ///< in a directory; empty: the dialect is a file
+    std::vector<std::byte> whole{}; ///< the file, where it is no safetensors file (GGUF)
     std::uint64_t saturated = 0; ///< entries that became the largest number of their dtype (overflow::saturate)
 };
 
@@ -9189,9 +9939,11 @@ private:
 /// An adapter as the tensors of a dialect. Factors keep their bits in the dtype that they were stored in, and scalings
 /// become α = scaling·r where the dialect has an α; diffusers has none, and MLX one scale for all modules: there what
 /// is left of it goes into the up factors, which is exact for powers of two. LoHa and LoKr are written as the LoRA that
-/// they equal. Names need dots: kohya's are resolved before (match_modules()). Throws format_error for what the dialect
-/// cannot say, by name: tensors that were trained whole, biases and embeddings outside PEFT, DoRA in diffusers and MLX,
-/// convolutions in MLX; nonfinite_error where a factor overflows its dtype.
+/// they equal. Names need dots: kohya's are resolved before (match_modules()). GGUF has one α, rounded to f32, and
+/// llama.cpp's names and order of rows (options.target). Throws format_error for what the dialect cannot say, by name:
+/// tensors that were trained whole, biases and embeddings outside PEFT (GGUF has embeddings), DoRA in diffusers, MLX
+/// and GGUF, convolutions in MLX and GGUF, modules that llama.cpp has no name for; nonfinite_error where a factor
+/// overflows its dtype.
 ///
 ///     const auto file = converted_adapter(read_adapter("style.safetensors"), adapter_dialect::diffusers);
 template <arithmetic_element T>
@@ -9218,6 +9970,19 @@ template <arithmetic_element T>
         for (const auto& [module, made] : adapter.modules) { mlx_rank = std::max(mlx_rank, made.update.rank()); }
         if (mlx_scale == 0) { mlx_scale = 1; }
     }
+    gguf_target target = options.target.architecture.empty() ? adapter.target : options.target;
+    double gguf_alpha = 0;
+    if (dialect == adapter_dialect::gguf) {
+        if (target.architecture.empty()) {
+            lose("an adapter",
+                "nothing says which architecture its model has, on which names there depend; the "
+                "config.json of its base does");
+        }
+        const auto& first = adapter.modules.begin()->second.update;
+        gguf_alpha = static_cast<float>(first.scaling * static_cast<double>(first.rank()));
+        if (gguf_alpha == 0 || !std::isfinite(gguf_alpha)) { gguf_alpha = 1; } // 0 is a scaling of 1 to llama.cpp
+    }
+    std::set<std::string> used;
     peft_adapter<T> for_config;
     bool dora = false, biased = false;
     for (const auto& [module, entry] : adapter.modules) {
@@ -9229,12 +9994,19 @@ template <arithmetic_element T>
             lose("module '" + module + "'",
                 "its dots are underscores, and nothing says where they were; the base's names do (--base)");
         }
-        if (!is_peft && made.embedding) { lose("module '" + module + "'", "it is an embedding"); }
+        const bool to_gguf = dialect == adapter_dialect::gguf;
+        if (made.paired_rows && !(to_gguf && adapter.target.architecture == target.architecture)) {
+            lose("module '" + module + "'",
+                "its rows are in the order of llama.cpp, and nothing says how many heads there are; the config.json of "
+                "its base does");
+        }
+        if (!is_peft && !to_gguf && made.embedding) { lose("module '" + module + "'", "it is an embedding"); }
         if (!is_peft && made.bias.rank() > 0) { lose("the bias of module '" + module + "'", "it has no place there"); }
-        if ((dialect == adapter_dialect::diffusers || dialect == adapter_dialect::mlx) && !made.magnitude.empty()) {
+        if ((dialect == adapter_dialect::diffusers || dialect == adapter_dialect::mlx || to_gguf)
+            && !made.magnitude.empty()) {
             lose("module '" + module + "'", "it is DoRA's");
         }
-        if (dialect == adapter_dialect::mlx && !made.kernel.empty()) {
+        if ((dialect == adapter_dialect::mlx || to_gguf) && !made.kernel.empty()) {
             lose("module '" + module + "'", "it is a convolution");
         }
         extents a_shape{rank, static_cast<std::int64_t>(update.in())}, b_shape{out_size, rank};
@@ -9301,6 +10073,57 @@ template <arithmetic_element T>
             add_pair(stem + ".lora.down.weight", stem + ".lora.up.weight");
             break;
         }
+        case adapter_dialect::gguf: {
+            const std::string tensor = gguf_tensor_name(module, target);
+            if (tensor.empty()) {
+                lose("module '" + module + "'",
+                    message("llama.cpp's architecture ", target.architecture, " has no weight of that name"));
+            }
+            if (tensor == "output.weight" && target.tied) {
+                lose("module '" + module + "'",
+                    "llama.cpp keeps one tensor for it and the embedding that it is tied to");
+            }
+            if (made.embedding != (tensor == "token_embd.weight")) {
+                lose("module '" + module + "'",
+                    made.embedding ? "it is factored as an embedding" : "it is an embedding and not factored as one");
+            }
+            if (type != dtype::f32 && type != dtype::f16 && type != dtype::bf16) {
+                lose("module '" + module + "'",
+                    message(
+                        "its factors are ", to_string(type), ", and llama.cpp takes F32, F16 and BF16; choose one"));
+            }
+            if (!used.insert(tensor).second) {
+                lose("module '" + module + "'", message("another module is '", tensor, "' too"));
+            }
+            left = update.scaling * static_cast<double>(update.rank()) / gguf_alpha;
+            if (std::abs(left - 1) <= 0x1p-23) { left = 1; } // α is an f32
+            std::size_t heads = 0;
+            if (target.pairs_rows() && !made.paired_rows) {
+                heads = module.ends_with(".q_proj") ? target.heads : module.ends_with(".k_proj") ? target.kv_heads : 0;
+                if (module.ends_with(".q_proj") || module.ends_with(".k_proj")) {
+                    if (heads == 0 || update.out() % (2 * heads) != 0) {
+                        lose("module '" + module + "'",
+                            heads == 0 ? std::string("llama.cpp keeps its rows in pairs within each head, and the "
+                                                     "configuration does not say how many heads there are "
+                                                     "(num_attention_heads)")
+                                       : message(update.out(), " rows are no ", heads,
+                                             " heads of an even size, in which llama.cpp pairs them"));
+                    }
+                }
+            }
+            if (made.embedding) { // entries×rank
+                writer.add(tensor + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
+                    [&](std::size_t i, std::size_t k) { return down(k, i); });
+            }
+            else {
+                writer.add(tensor + ".lora_a", type, a_shape, update.rank(), update.in(), down);
+            }
+            writer.add(
+                tensor + ".lora_b", type, b_shape, update.out(), update.rank(), [&](std::size_t o, std::size_t k) {
+                    return up(heads == 0 ? o : paired_row(o, update.out(), heads), k);
+                });
+            break;
+        }
         default:
             writer.add(module + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
                 [&](std::size_t i, std::size_t k) { return down(k, i); });
@@ -9326,16 +10149,34 @@ template <arithmetic_element T>
         out.config = config.dump(2) + "\n";
         out.file_name = "adapters.safetensors";
     }
+    else if (dialect == adapter_dialect::gguf) {
+        const auto f16 = std::count_if(
+                       out.specs.begin(), out.specs.end(), [](const auto& x) { return x.dtype == dtype::f16; }),
+                   bf16 = std::count_if(
+                       out.specs.begin(), out.specs.end(), [](const auto& x) { return x.dtype == dtype::bf16; });
+        std::map<std::string, gguf_value> metadata{{"general.architecture", target.architecture},
+            {"general.type", std::string("adapter")}, {"adapter.type", std::string("lora")},
+            {"adapter.lora.alpha", gguf_alpha},
+            {"general.file_type",
+                std::uint64_t{f16 > bf16 ? 1u
+                        : bf16 > 0       ? 32u
+                                         : 0u}}};
+        if (target.pairs_rows() && target.heads > 0) {
+            metadata[target.architecture + ".attention.head_count"] = std::uint64_t{target.heads};
+            metadata[target.architecture + ".attention.head_count_kv"] = std::uint64_t{target.kv_heads};
+        }
+        out.whole = gguf_bytes(metadata, out.specs, out.bytes);
+    }
     else if (dialect == adapter_dialect::diffusers) {
         out.file_name = "pytorch_lora_weights.safetensors";
     }
     return out;
 }
 
-/// Writes it: a directory for PEFT and MLX, a file for kohya, and for diffusers whichever the path's ending says. What
-/// is there is replaced once everything is complete, both files together (see output_directory); nothing is left of
-/// what fails. Calls `before_commit()` before the files take their names: what that throws leaves all as it was. Throws
-/// io_error.
+/// Writes it: a directory for PEFT and MLX, a file for kohya and GGUF, and for diffusers whichever the path's ending
+/// says. What is there is replaced once everything is complete, both files together (see output_directory); nothing is
+/// left of what fails. Calls `before_commit()` before the files take their names: what that throws leaves all as it
+/// was. Throws io_error.
 template <std::invocable Call>
 void write_adapter(const std::filesystem::path& path, const written_adapter& adapter,
     const adapter_write_options& options, Call&& before_commit)
@@ -9346,6 +10187,14 @@ void write_adapter(const std::filesystem::path& path, const written_adapter& ada
         }
         file.finish();
     };
+    if (!adapter.whole.empty()) {
+        atomic_file file(path, adapter.whole.size(), options.mode);
+        file.write(0, adapter.whole.data(), adapter.whole.size());
+        file.finish();
+        before_commit();
+        file.commit();
+        return;
+    }
     const metadata_map metadata{{"format", "pt"}};
     if (adapter.file_name.empty() || (adapter.config.empty() && path.extension() == ".safetensors")) {
         safetensors_writer file(path, adapter.specs, metadata, options.mode);
@@ -12379,6 +13228,11 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                 ": use the base that it was trained on, or leave such modules out"));
     }
     for (const auto& [module, made] : adapter.modules) {
+        if (made.paired_rows) {
+            raise<invalid_argument>(error_code::call_order,
+                message("module '", module, "' of ", adapter.label,
+                    " has its rows in the order of llama.cpp: unpair_rows() first"));
+        }
         const std::string& tensor = match.tensors.at(module);
         const const_tensor_ref& to = *base.find(tensor);
         update_place place;

@@ -569,7 +569,8 @@ TEST_CASE("convert writes the same update in every dialect, and inspect shows it
         read_values(folder / "folder/pytorch_lora_weights.safetensors").begin()->second.dtype == taskvec::dtype::bf16);
     refused(folder, {"convert", "kohya.safetensors", "--as", "peft", "--out", "no"}, 1, "its dots are underscores");
     refused(folder, {"convert", "all", "--as", "mlx", "--out", "no"}, 1, "it is a convolution");
-    refused(folder, {"convert", "all", "--as", "gguf", "--out", "no"}, 2, "--as");
+    refused(folder, {"convert", "all", "--as", "onnx", "--out", "no"}, 2, "--as");
+    refused(folder, {"convert", "all", "--as", "gguf", "--out", "no"}, 1, "GGUF needs the architecture");
     tensors["down.0.to_q.lora_magnitude_vector"] = random_tensor({8}, 30);
     write_adapter_as(folder / "dora", tensors, {{"use_dora", true}});
     refused(folder, {"convert", "dora", "--as", "diffusers", "--out", "no"}, 1, "it is DoRA's");
@@ -598,6 +599,71 @@ TEST_CASE("convert writes the same update in every dialect, and inspect shows it
     }
     CHECK(json["modules"][1]["norm"].get<double>() == doctest::Approx(std::sqrt(squares)));
     CHECK(must({"inspect", "kohya.safetensors"}).find("6 tensors") != std::string::npos);
+}
+
+TEST_CASE("a GGUF adapter is written for the base's architecture, and folds as the adapter that it was")
+{
+    const scratch folder;
+    const std::string layer = "model.layers.0.", q = layer + "self_attn.q_proj", k = layer + "self_attn.k_proj";
+    const std::string config =
+        R"({"architectures":["LlamaForCausalLM"],"num_attention_heads":2,"num_key_value_heads":1,"model_type":"llama"})";
+    write_text(folder / "base/config.json", config);
+    write_values(folder / "base/model.safetensors",
+        {{q + ".weight", random_tensor({8, 6}, 1)}, {k + ".weight", random_tensor({4, 6}, 2)},
+            {layer + "mlp.up_proj.weight", random_tensor({10, 6}, 3)}});
+    auto tensors = factors(q, 8, 6, 10);
+    tensors.merge(factors(k, 4, 6, 20));
+    tensors.merge(factors(layer + "mlp.up_proj", 10, 6, 30));
+    write_adapter_as(folder / "a", tensors);
+    const auto must = [&](const std::vector<std::string>& arguments) {
+        const auto result = run(folder, arguments);
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        return result.out;
+    };
+    const auto fused = [&](const std::string& adapter) {
+        must({"fuse", "--base", "base", "--adapter", adapter, "--out", "out.safetensors"});
+        return read_values(folder / "out.safetensors");
+    };
+    CHECK(must({"convert", "a", "--as", "gguf", "--out", "a.gguf"}).find("as GGUF into 'a.gguf'") != std::string::npos);
+    // The adapter's own base_model_name_or_path led to the configuration; --base does the same.
+    must({"convert", "a", "--as", "gguf", "--base", "base", "--out", "b.gguf"});
+    CHECK(slurp(folder / "a.gguf") == slurp(folder / "b.gguf"));
+    CHECK(same(fused("a.gguf"), fused("a")));
+    must({"convert", "a.gguf", "--as", "peft", "--out", "back"});
+    const auto back = read_values(folder / "back/adapter_model.safetensors");
+    REQUIRE(back.size() == tensors.size());
+    for (const auto& [name, tensor] : tensors) { CHECK(back.at("base_model.model." + name).values == tensor.values); }
+    must({"convert", "a.gguf", "--as", "gguf", "--dtype", "bf16", "--out", "half.gguf"});
+    const auto json = nlohmann::json::parse(must({"inspect", "half.gguf", "--json"}));
+    CHECK(json["dialect"] == "GGUF");
+    REQUIRE(json["modules"].size() == 3);
+    CHECK(json["modules"][0]["dtype"] == "BF16");
+    CHECK(json["modules"][0]["scaling"] == 0.5);
+    CHECK(must({"inspect", "a.gguf"}).find("GGUF: 3 modules") != std::string::npos);
+    const auto cosine = must({"similarity", "--base", "base", "--task-adapter", "a.gguf", "--task-adapter", "a"});
+    CHECK(cosine.find("0.") == std::string::npos);
+    CHECK(cosine.find("1.0000") != std::string::npos);
+
+    write_text(folder / "base/config.json", R"({"architectures":["Qwen2ForCausalLM"]})");
+    refused(folder, {"fuse", "--base", "base", "--adapter", "a.gguf", "--out", "no.safetensors"}, 1,
+        "is an adapter for llama.cpp's architecture llama, and 'base' is qwen2");
+    write_text(folder / "base/config.json", R"({"architectures":["BertModel"]})");
+    refused(folder, {"convert", "a", "--as", "gguf", "--out", "no.gguf"}, 1, "names the architecture BertModel");
+    write_text(folder / "base/config.json", R"({"architectures":["LlamaForCausalLM"]})");
+    refused(folder, {"convert", "a", "--as", "gguf", "--out", "no.gguf"}, 1, "num_attention_heads");
+    std::filesystem::remove(folder / "base/config.json");
+    refused(folder, {"convert", "a", "--as", "gguf", "--out", "no.gguf"}, 1, "there is no config.json beside 'base'");
+    refused(folder, {"convert", "a", "--as", "gguf", "--base", "none", "--out", "no.gguf"}, 1, "no such file");
+    const std::string data = TASKVEC_TEST_DIR "/data/gguf/llama/";
+    refused(folder, {"convert", data + "expected.gguf", "--as", "peft", "--out", "no"}, 1, "how many heads there are");
+    must({"convert", data + "expected.gguf", "--as", "peft", "--base", data, "--out", "from-peer"});
+    CHECK(same(
+        read_values(folder / "from-peer/adapter_model.safetensors"), read_values(data + "adapter_model.safetensors")));
+    const auto whole = slurp(folder / "a.gguf");
+    write_text(folder / "cut.gguf", whole.substr(0, whole.size() - 200));
+    refused(folder, {"fuse", "--base", "base", "--adapter", "cut.gguf", "--out", "no.safetensors"}, 1, "it was cut");
+    refused(folder, {"inspect", "cut.gguf"}, 1, "it was cut");
 }
 
 TEST_CASE("merge-lora joins what adapters carry whole by the policy that it is told")

@@ -13,7 +13,9 @@
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -26,6 +28,7 @@ struct adapter_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: each module's as it was stored
     durability mode = durability::synchronised;
     overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
+    gguf_target target{}; ///< of GGUF: the model, as gguf_target_of() its config.json; empty: what the adapter says
 };
 
 /// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
@@ -35,6 +38,7 @@ struct written_adapter {
     std::vector<std::vector<std::byte>> bytes{}; ///< of each tensor
     std::string config{};
     std::string file_name{}; ///< in a directory; empty: the dialect is a file
+    std::vector<std::byte> whole{}; ///< the file, where it is no safetensors file (GGUF)
     std::uint64_t saturated = 0; ///< entries that became the largest number of their dtype (overflow::saturate)
 };
 
@@ -117,9 +121,11 @@ private:
 /// An adapter as the tensors of a dialect. Factors keep their bits in the dtype that they were stored in, and scalings
 /// become α = scaling·r where the dialect has an α; diffusers has none, and MLX one scale for all modules: there what
 /// is left of it goes into the up factors, which is exact for powers of two. LoHa and LoKr are written as the LoRA that
-/// they equal. Names need dots: kohya's are resolved before (match_modules()). Throws format_error for what the dialect
-/// cannot say, by name: tensors that were trained whole, biases and embeddings outside PEFT, DoRA in diffusers and MLX,
-/// convolutions in MLX; nonfinite_error where a factor overflows its dtype.
+/// they equal. Names need dots: kohya's are resolved before (match_modules()). GGUF has one α, rounded to f32, and
+/// llama.cpp's names and order of rows (options.target). Throws format_error for what the dialect cannot say, by name:
+/// tensors that were trained whole, biases and embeddings outside PEFT (GGUF has embeddings), DoRA in diffusers, MLX
+/// and GGUF, convolutions in MLX and GGUF, modules that llama.cpp has no name for; nonfinite_error where a factor
+/// overflows its dtype.
 ///
 ///     const auto file = converted_adapter(read_adapter("style.safetensors"), adapter_dialect::diffusers);
 template <arithmetic_element T>
@@ -146,6 +152,19 @@ template <arithmetic_element T>
         for (const auto& [module, made] : adapter.modules) { mlx_rank = std::max(mlx_rank, made.update.rank()); }
         if (mlx_scale == 0) { mlx_scale = 1; }
     }
+    gguf_target target = options.target.architecture.empty() ? adapter.target : options.target;
+    double gguf_alpha = 0;
+    if (dialect == adapter_dialect::gguf) {
+        if (target.architecture.empty()) {
+            lose("an adapter",
+                "nothing says which architecture its model has, on which names there depend; the "
+                "config.json of its base does");
+        }
+        const auto& first = adapter.modules.begin()->second.update;
+        gguf_alpha = static_cast<float>(first.scaling * static_cast<double>(first.rank()));
+        if (gguf_alpha == 0 || !std::isfinite(gguf_alpha)) { gguf_alpha = 1; } // 0 is a scaling of 1 to llama.cpp
+    }
+    std::set<std::string> used;
     peft_adapter<T> for_config;
     bool dora = false, biased = false;
     for (const auto& [module, entry] : adapter.modules) {
@@ -157,12 +176,19 @@ template <arithmetic_element T>
             lose("module '" + module + "'",
                 "its dots are underscores, and nothing says where they were; the base's names do (--base)");
         }
-        if (!is_peft && made.embedding) { lose("module '" + module + "'", "it is an embedding"); }
+        const bool to_gguf = dialect == adapter_dialect::gguf;
+        if (made.paired_rows && !(to_gguf && adapter.target.architecture == target.architecture)) {
+            lose("module '" + module + "'",
+                "its rows are in the order of llama.cpp, and nothing says how many heads there are; the config.json of "
+                "its base does");
+        }
+        if (!is_peft && !to_gguf && made.embedding) { lose("module '" + module + "'", "it is an embedding"); }
         if (!is_peft && made.bias.rank() > 0) { lose("the bias of module '" + module + "'", "it has no place there"); }
-        if ((dialect == adapter_dialect::diffusers || dialect == adapter_dialect::mlx) && !made.magnitude.empty()) {
+        if ((dialect == adapter_dialect::diffusers || dialect == adapter_dialect::mlx || to_gguf)
+            && !made.magnitude.empty()) {
             lose("module '" + module + "'", "it is DoRA's");
         }
-        if (dialect == adapter_dialect::mlx && !made.kernel.empty()) {
+        if ((dialect == adapter_dialect::mlx || to_gguf) && !made.kernel.empty()) {
             lose("module '" + module + "'", "it is a convolution");
         }
         extents a_shape{rank, static_cast<std::int64_t>(update.in())}, b_shape{out_size, rank};
@@ -229,6 +255,57 @@ template <arithmetic_element T>
             add_pair(stem + ".lora.down.weight", stem + ".lora.up.weight");
             break;
         }
+        case adapter_dialect::gguf: {
+            const std::string tensor = gguf_tensor_name(module, target);
+            if (tensor.empty()) {
+                lose("module '" + module + "'",
+                    message("llama.cpp's architecture ", target.architecture, " has no weight of that name"));
+            }
+            if (tensor == "output.weight" && target.tied) {
+                lose("module '" + module + "'",
+                    "llama.cpp keeps one tensor for it and the embedding that it is tied to");
+            }
+            if (made.embedding != (tensor == "token_embd.weight")) {
+                lose("module '" + module + "'",
+                    made.embedding ? "it is factored as an embedding" : "it is an embedding and not factored as one");
+            }
+            if (type != dtype::f32 && type != dtype::f16 && type != dtype::bf16) {
+                lose("module '" + module + "'",
+                    message(
+                        "its factors are ", to_string(type), ", and llama.cpp takes F32, F16 and BF16; choose one"));
+            }
+            if (!used.insert(tensor).second) {
+                lose("module '" + module + "'", message("another module is '", tensor, "' too"));
+            }
+            left = update.scaling * static_cast<double>(update.rank()) / gguf_alpha;
+            if (std::abs(left - 1) <= 0x1p-23) { left = 1; } // α is an f32
+            std::size_t heads = 0;
+            if (target.pairs_rows() && !made.paired_rows) {
+                heads = module.ends_with(".q_proj") ? target.heads : module.ends_with(".k_proj") ? target.kv_heads : 0;
+                if (module.ends_with(".q_proj") || module.ends_with(".k_proj")) {
+                    if (heads == 0 || update.out() % (2 * heads) != 0) {
+                        lose("module '" + module + "'",
+                            heads == 0 ? std::string("llama.cpp keeps its rows in pairs within each head, and the "
+                                                     "configuration does not say how many heads there are "
+                                                     "(num_attention_heads)")
+                                       : message(update.out(), " rows are no ", heads,
+                                             " heads of an even size, in which llama.cpp pairs them"));
+                    }
+                }
+            }
+            if (made.embedding) { // entries×rank
+                writer.add(tensor + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
+                    [&](std::size_t i, std::size_t k) { return down(k, i); });
+            }
+            else {
+                writer.add(tensor + ".lora_a", type, a_shape, update.rank(), update.in(), down);
+            }
+            writer.add(
+                tensor + ".lora_b", type, b_shape, update.out(), update.rank(), [&](std::size_t o, std::size_t k) {
+                    return up(heads == 0 ? o : paired_row(o, update.out(), heads), k);
+                });
+            break;
+        }
         default:
             writer.add(module + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
                 [&](std::size_t i, std::size_t k) { return down(k, i); });
@@ -254,16 +331,34 @@ template <arithmetic_element T>
         out.config = config.dump(2) + "\n";
         out.file_name = "adapters.safetensors";
     }
+    else if (dialect == adapter_dialect::gguf) {
+        const auto f16 = std::count_if(
+                       out.specs.begin(), out.specs.end(), [](const auto& x) { return x.dtype == dtype::f16; }),
+                   bf16 = std::count_if(
+                       out.specs.begin(), out.specs.end(), [](const auto& x) { return x.dtype == dtype::bf16; });
+        std::map<std::string, gguf_value> metadata{{"general.architecture", target.architecture},
+            {"general.type", std::string("adapter")}, {"adapter.type", std::string("lora")},
+            {"adapter.lora.alpha", gguf_alpha},
+            {"general.file_type",
+                std::uint64_t{f16 > bf16 ? 1u
+                        : bf16 > 0       ? 32u
+                                         : 0u}}};
+        if (target.pairs_rows() && target.heads > 0) {
+            metadata[target.architecture + ".attention.head_count"] = std::uint64_t{target.heads};
+            metadata[target.architecture + ".attention.head_count_kv"] = std::uint64_t{target.kv_heads};
+        }
+        out.whole = gguf_bytes(metadata, out.specs, out.bytes);
+    }
     else if (dialect == adapter_dialect::diffusers) {
         out.file_name = "pytorch_lora_weights.safetensors";
     }
     return out;
 }
 
-/// Writes it: a directory for PEFT and MLX, a file for kohya, and for diffusers whichever the path's ending says. What
-/// is there is replaced once everything is complete, both files together (see output_directory); nothing is left of
-/// what fails. Calls `before_commit()` before the files take their names: what that throws leaves all as it was. Throws
-/// io_error.
+/// Writes it: a directory for PEFT and MLX, a file for kohya and GGUF, and for diffusers whichever the path's ending
+/// says. What is there is replaced once everything is complete, both files together (see output_directory); nothing is
+/// left of what fails. Calls `before_commit()` before the files take their names: what that throws leaves all as it
+/// was. Throws io_error.
 template <std::invocable Call>
 void write_adapter(const std::filesystem::path& path, const written_adapter& adapter,
     const adapter_write_options& options, Call&& before_commit)
@@ -274,6 +369,14 @@ void write_adapter(const std::filesystem::path& path, const written_adapter& ada
         }
         file.finish();
     };
+    if (!adapter.whole.empty()) {
+        atomic_file file(path, adapter.whole.size(), options.mode);
+        file.write(0, adapter.whole.data(), adapter.whole.size());
+        file.finish();
+        before_commit();
+        file.commit();
+        return;
+    }
     const metadata_map metadata{{"format", "pt"}};
     if (adapter.file_name.empty() || (adapter.config.empty() && path.extension() == ".safetensors")) {
         safetensors_writer file(path, adapter.specs, metadata, options.mode);

@@ -1,9 +1,9 @@
-// Adapters as people have them: PEFT's directories, files of kohya and A1111, diffusers and MLX, told apart by what
-// they hold, read into one form that folds into a base. SPDX-License-Identifier: Apache-2.0
+// Adapters as people have them: PEFT's directories, files of kohya and A1111, diffusers, MLX and llama.cpp, told apart
+// by what they hold, read into one form that folds into a base. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <taskvec/adapters/lora.hpp>
-#include <taskvec/formats/peft.hpp>
+#include <taskvec/formats/adapter_contents.hpp>
+#include <taskvec/formats/adapter_gguf.hpp>
 
 #include <algorithm>
 #include <array>
@@ -21,54 +21,6 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// Who wrote an adapter, by the names of its tensors.
-enum class adapter_dialect : std::uint8_t {
-    peft, ///< `MODULE.lora_A.weight`, at times with an adapter's name in it, and PEFT's prefix before it
-    kohya, ///< kohya's scripts, A1111, LyCORIS: `lora_unet_MODULE.lora_down.weight`, `.alpha`; dots are underscores
-    diffusers, ///< `unet.MODULE.lora.down.weight`, `MODULE_lora.down.weight`, `MODULE.lora_linear_layer.down.weight`
-    mlx ///< `MODULE.lora_a` (in×r) and `MODULE.lora_b` (r×out)
-};
-
-/// "PEFT", "kohya", "diffusers", "MLX".
-[[nodiscard]] constexpr std::string_view to_string(adapter_dialect dialect) noexcept
-{
-    switch (dialect) {
-    case adapter_dialect::peft: return "PEFT";
-    case adapter_dialect::kohya: return "kohya";
-    case adapter_dialect::diffusers: return "diffusers";
-    default: return "MLX";
-    }
-}
-
-/// What an adapter does to one module.
-template <arithmetic_element T>
-struct adapted_module {
-    lora_update<T>
-        update{}; ///< out×in; a convolution's `in` counts its kernel (in·kh·kw), an embedding's is its entries
-    extents kernel{}; ///< of a convolution: its sides, {1, 1} included; empty otherwise
-    bool embedding = false; ///< factored as PEFT does it: the weight is entries×dimensions
-    std::vector<double> magnitude{}; ///< DoRA's, one for each output; empty: none
-    lora_update<T> bias{}; ///< what lora_bias adds to the module's bias, as an update of 1×out; of rank 0: nothing
-    dtype stored = dtype_of<T>; ///< of the factors in the file
-    std::string kind = "LoRA"; ///< "LoRA", "DoRA", "LoHa" or "LoKr": what the update was made of
-};
-
-/// An adapter read from any dialect. Module names are the file's, without prefixes that say nothing of the module;
-/// kohya's have underscores for dots: match_modules() finds the weights of a base that they mean.
-template <arithmetic_element T>
-struct adapter_contents {
-    std::map<std::string, adapted_module<T>> modules{};
-    std::map<std::string, peft_tensor> wholes{}; ///< tensors that were trained whole (modules_to_save, biases), by name
-    std::map<std::string, peft_tensor> copies{}; ///< copies of base weights that an adapter carries, by name
-    adapter_dialect dialect = adapter_dialect::peft;
-    bool fan_in_fan_out = false; ///< square weights lie in×out, as its configuration says
-    bool tied = false; ///< what it does to the embedding it does to the head tied to it (PEFT's ensure_weight_tying)
-    nlohmann::json config = nlohmann::json::object(); ///< adapter_config.json, where there is one
-    std::vector<std::string> notes{}; ///< what was taken for granted, a sentence each
-    std::string label{}; ///< names the adapter in messages: its path
-    std::filesystem::path file{}; ///< the tensors
-};
-
 /// The file of tensors that an adapter's path stands for: itself, or PEFT's, diffusers' or MLX's file in a directory.
 /// Throws io_error where there is none.
 [[nodiscard]] inline std::filesystem::path adapter_tensor_file(const std::filesystem::path& path)
@@ -85,7 +37,8 @@ struct adapter_contents {
     }
     raise<io_error>(error_code::model_not_found,
         message("holds no adapter: expected ", peft_model_name,
-            " (PEFT), pytorch_lora_weights.safetensors (diffusers) or adapters.safetensors (MLX), or name the file"),
+            " (PEFT), pytorch_lora_weights.safetensors (diffusers) or adapters.safetensors (MLX), or name the file "
+            "(kohya's, or a GGUF file)"),
         path.string());
 }
 
@@ -193,29 +146,6 @@ struct adapter_role {
         return {role::unknown, std::string(name), {}, {}};
     }
     return {like_a_factor ? role::unknown : role::whole, std::string(name), {}, {}};
-}
-
-/// All entries of a stored factor in T, as rows of its first extent.
-template <class T>
-[[nodiscard]] matrix<T> read_flat_factor(const safetensors_file& file, const safetensors_entry& entry)
-{
-    safetensors_entry flat = entry;
-    std::int64_t rest = 1;
-    for (std::size_t i = 1; i < entry.shape.size(); ++i) { rest *= entry.shape[i]; }
-    flat.shape = entry.shape.empty() ? extents{1, 1}
-        : entry.shape.size() == 1    ? extents{1, entry.shape[0]}
-                                     : extents{entry.shape[0], rest};
-    return read_factor<T>(file, flat);
-}
-
-template <class T>
-[[nodiscard]] matrix<T> turned_over(const matrix<T>& x)
-{
-    matrix<T> y(x.cols(), x.rows(), matrix_order::row_major);
-    for (std::size_t i = 0; i < x.rows(); ++i) {
-        for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
-    }
-    return y;
 }
 
 /// The Kronecker product.
@@ -454,13 +384,14 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
 
 } // namespace detail
 
-/// Reads an adapter of any dialect: a PEFT directory, a directory of diffusers or MLX, or a file. Told apart by the
-/// names of its tensors; a file that mixes dialects, or holds several adapters, is refused. Scalings are α/r (α/√r with
-/// use_rslora), with α and r from the configuration and its patterns, or from `.alpha` tensors; MLX gives its scale;
-/// where nothing gives one α is r, which `notes` says. LoHa and LoKr become updates of higher rank, exactly but for the
-/// rounding of products of two factors to T. Factors of convolutions are flattened, with the kernel among the inputs.
-/// Throws io_error; format_error for halves without partners, a rank of 0, alphas that contradict each other, tensors
-/// with no place in an adapter, configurations that no update can say; shape_mismatch; dtype_mismatch.
+/// Reads an adapter of any dialect: a PEFT directory, a directory of diffusers or MLX, or a file (a GGUF file by
+/// read_gguf_adapter()). Told apart by the names of its tensors; a file that mixes dialects, or holds several adapters,
+/// is refused. Scalings are α/r (α/√r with use_rslora), with α and r from the configuration and its patterns, or from
+/// `.alpha` tensors; MLX gives its scale; where nothing gives one α is r, which `notes` says. LoHa and LoKr become
+/// updates of higher rank, exactly but for the rounding of products of two factors to T. Factors of convolutions are
+/// flattened, with the kernel among the inputs. Throws io_error; format_error for halves without partners, a rank of 0,
+/// alphas that contradict each other, tensors with no place in an adapter, configurations that no update can say;
+/// shape_mismatch; dtype_mismatch.
 ///
 ///     const auto adapter = read_adapter("style.safetensors");
 template <arithmetic_element T = float>
@@ -470,6 +401,7 @@ template <arithmetic_element T = float>
     adapter_contents<T> adapter;
     adapter.label = "'" + path.string() + "'";
     adapter.file = adapter_tensor_file(path);
+    if (is_gguf_file(adapter.file)) { return read_gguf_adapter<T>(adapter.file); }
     const safetensors_file file(adapter.file);
     const std::string where = adapter.file.string();
 

@@ -214,6 +214,11 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                 ": use the base that it was trained on, or leave such modules out"));
     }
     for (const auto& [module, made] : adapter.modules) {
+        if (made.paired_rows) {
+            raise<invalid_argument>(error_code::call_order,
+                message("module '", module, "' of ", adapter.label,
+                    " has its rows in the order of llama.cpp: unpair_rows() first"));
+        }
         const std::string& tensor = match.tensors.at(module);
         const const_tensor_ref& to = *base.find(tensor);
         update_place place;
