@@ -1435,6 +1435,8 @@ template <arithmetic_element T, memory_space S = memory_space::host>
 struct lora_update;
 struct linear_merge_options;
 struct adapter_ties_options;
+enum class peft_combination : std::uint8_t;
+struct peft_merge_options;
 struct initialized_adapter;
 struct update_place;
 struct weight_change;

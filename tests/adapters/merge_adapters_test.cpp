@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/adapters/merge_adapters.hpp>
+#include <taskvec/adapters/merge_as_peft.hpp>
 #include <taskvec/adapters/phi_space.hpp>
+#include <taskvec/linalg/truncated_svd.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/methods/ties.hpp>
 
@@ -181,4 +183,91 @@ TEST_CASE("phi space: the merges of models, on the factors")
     other = adapters;
     other[0].emplace("k", normal_update<float>(5, 8, 3, 2, 2));
     CHECK_THROWS_AS((void)merge_in_phi_space<float>(cpu{}, task_arithmetic_options{}, init, other), invalid_argument);
+}
+
+TEST_CASE("PEFT's DARE keeps what random_stream draws, of factors and of updates, divided by the density")
+{
+    std::vector<lora_adapter<double>> adapters(2);
+    for (std::size_t t = 0; t < 2; ++t) {
+        adapters[t]["q"] = normal_update<double>(12, 9, 3, 50 + t, t == 0 ? 0.5 : 2);
+    }
+    const std::vector<double> weights{1.5, -0.25};
+    const double density = 0.75;
+    const auto below = keep_below(density);
+    const auto kept = [&](std::size_t t, const std::string& name, std::size_t i, double x) {
+        return random_stream(9, static_cast<std::uint32_t>(t), name).word(i) < below ? x / density : 0.0;
+    };
+    const auto root = [&](std::size_t t, bool left) {
+        const double strength = weights[t] * adapters[t].at("q").scaling;
+        return double{static_cast<float>(std::sqrt(std::abs(strength)) * (strength < 0 && !left ? -1 : 1))};
+    };
+    const auto exactly = [](const cpu& policy, matrix_view<const double> x, const rank_choice& choice,
+                             std::string_view) { return truncated_svd<double>(policy, x, choice); };
+    const auto factors = merge_as_peft<double>(cpu{}, adapters,
+        {.combination = peft_combination::dare_linear, .weights = weights, .density = density, .seed = 9}, exactly);
+    for (const bool left : {false, true}) {
+        const auto& made = left ? factors.adapter.at("q").b : factors.adapter.at("q").a;
+        const std::string name = left ? "q.lora_B" : "q.lora_A";
+        for (std::size_t i = 0; i < made.size(); ++i) {
+            double sum = 0;
+            for (std::size_t t = 0; t < 2; ++t) {
+                const auto& update = adapters[t].at("q");
+                sum += root(t, left) * kept(t, name, i, (left ? update.b : update.a).data()[i]);
+            }
+            CHECK(made.data()[i] == doctest::Approx(sum).epsilon(1e-14));
+        }
+    }
+    for (const bool elect : {false, true}) {
+        const auto products = merge_as_peft<double>(cpu{}, adapters,
+            {.combination = elect ? peft_combination::dare_ties_svd : peft_combination::dare_linear_svd,
+                .weights = weights,
+                .density = density,
+                .rank = 9,
+                .seed = 9},
+            exactly);
+        const auto made = dense(products.adapter.at("q"));
+        std::vector<reference::plain_matrix> updates{dense(adapters[0].at("q")), dense(adapters[1].at("q"))};
+        for (std::size_t i = 0; i < 12 * 9; ++i) {
+            const double x = kept(0, "q", i, updates[0][i / 9][i % 9]), y = kept(1, "q", i, updates[1][i / 9][i % 9]);
+            double sum = weights[0] * x + weights[1] * y;
+            if (elect) {
+                const bool plus = x + y >= 0;
+                const auto agrees = [&](double one) { return plus ? one > 0 : one < 0; };
+                const int count = int{agrees(x)} + int{agrees(y)};
+                sum = (weights[0] * x * agrees(x) + weights[1] * y * agrees(y)) / std::max(count, 1);
+            }
+            CHECK(made[i / 9][i % 9] == doctest::Approx(sum).epsilon(1e-10));
+        }
+    }
+    // The share that is kept, over many entries.
+    std::vector<lora_adapter<float>> large(2);
+    for (auto& adapter : large) {
+        adapter["w"] = normal_update<float>(400, 300, 20, 7);
+        adapter["w"].scaling = 1;
+    }
+    const auto thin = merge_as_peft<float>(cpu{}, large,
+        {.combination = peft_combination::dare_linear, .weights = {1, 0}, .density = 0.3, .seed = 1},
+        [](const cpu&, matrix_view<const float>, const rank_choice&, std::string_view) { return svd_result<float>(); });
+    std::size_t count = 0;
+    for (std::size_t i = 0; i < 8000; ++i) { count += thin.adapter.at("w").b.data()[i] != 0 ? 1u : 0u; }
+    CHECK(std::abs(static_cast<double>(count) / 8000 - 0.3) < 0.025);
+}
+
+TEST_CASE("PEFT's combinations refuse densities outside (0, 1], unequal ranks, and overflow")
+{
+    const auto adapters = three_adapters<float>();
+    const auto none = [](const cpu&, matrix_view<const float>, const rank_choice&, std::string_view) {
+        return svd_result<float>();
+    };
+    for (const double density : {0.0, -1.0, 1.5, std::numeric_limits<double>::quiet_NaN()}) {
+        CHECK_THROWS_AS((void)merge_as_peft<float>(
+                            cpu{}, adapters, {.combination = peft_combination::ties_svd, .density = density}, none),
+            invalid_argument);
+    }
+    CHECK_THROWS_AS(
+        (void)merge_as_peft<float>(cpu{}, adapters, {.combination = peft_combination::linear}, none), invalid_argument);
+    CHECK_THROWS_AS((void)merge_as_peft<float>(cpu{}, adapters, {.weights = {1}}, none), invalid_argument);
+    CHECK_THROWS_AS((void)merge_as_peft<float>(
+                        cpu{}, adapters, {.combination = peft_combination::cat, .weights = {1e38, 1e38, 1e38}}, none),
+        nonfinite_error);
 }

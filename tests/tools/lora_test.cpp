@@ -657,6 +657,107 @@ TEST_CASE("merge-lora --space phi merges the parameters around the initialisatio
     }
 }
 
+TEST_CASE("merge-lora --semantics peft makes what PEFT's add_weighted_adapter made")
+{
+    const scratch folder;
+    const std::filesystem::path data = TASKVEC_TEST_DIR "/data/peft_merge";
+    const auto index = json_of(data / "index.json");
+    std::size_t cases = 0;
+    for (const auto& [name, one] : index.items()) {
+        CAPTURE(name);
+        ++cases;
+        auto method = one["combination"].get<std::string>();
+        const bool by_products = method.ends_with("svd");
+        std::replace(method.begin(), method.end(), '_', '-');
+        std::vector<std::string> arguments{"merge-lora", "--semantics", "peft", "--method", method, "--out", name};
+        const auto adapters = one["adapters"].get<std::string>();
+        for (std::size_t t = 0; t < adapters.size(); ++t) {
+            arguments.insert(arguments.end(),
+                {"--adapter", (data / adapters.substr(t, 1)).string() + "=" + one["weights"][t].dump()});
+        }
+        if (!one["density"].is_null()) { arguments.insert(arguments.end(), {"--density", one["density"].dump()}); }
+        if (!one["rank"].is_null()) { arguments.insert(arguments.end(), {"--rank", one["rank"].dump()}); }
+        if (one["majority_sign"] != "total") {
+            arguments.insert(arguments.end(), {"--majority-sign", one["majority_sign"]});
+        }
+        const auto result = run(folder, arguments);
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        CHECK(result.out.find("as PEFT") != std::string::npos);
+        const auto found = read_values(folder / name / weights_file),
+                   expected = read_values(data / (name + ".safetensors"));
+        const auto factor = [&](const std::string& module, const std::string& side) {
+            const auto stem = "base_model.model." + module + ".lora_";
+            return found.at(
+                found.contains(stem + side + ".weight") ? stem + side + ".weight" : stem + "embedding_" + side);
+        };
+        if (!by_products) {
+            CHECK(found.size() == expected.size());
+            for (const auto& [key, tensor] : expected) {
+                CAPTURE(key);
+                const auto dot = key.rfind(".lora_");
+                const auto made = factor(key.substr(0, dot), key.substr(dot + 6));
+                CHECK(made.shape == tensor.shape);
+                CHECK(made.values == tensor.values);
+            }
+            continue;
+        }
+        CHECK(found.size() == 2 * expected.size());
+        for (const auto& [module, tensor] : expected) {
+            CAPTURE(module);
+            const auto a = factor(module, "A"), b = factor(module, "B");
+            const auto rank = static_cast<std::size_t>(a.shape[0]), in = a.values.size() / rank,
+                       out = b.values.size() / rank;
+            REQUIRE(tensor.values.size() == out * in);
+            for (std::size_t i = 0; i < out * in; ++i) {
+                double sum = 0;
+                for (std::size_t k = 0; k < rank; ++k) {
+                    sum += double{b.values[i / in * rank + k]} * double{a.values[k * in + i % in]};
+                }
+                CHECK(sum == doctest::Approx(tensor.values[i]).epsilon(2e-5));
+            }
+        }
+    }
+    CHECK(cases == 14);
+
+    // Two ways to ask for one thing; DARE is the seed's alone; what does not go together.
+    taskvec::write_peft(folder / "a", three_layers(1));
+    taskvec::write_peft(folder / "b", three_layers(20));
+    const auto must = [&](const std::vector<std::string>& more) {
+        const auto result = run(folder, with(merge_two, more));
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        return slurp(folder / "out" / weights_file);
+    };
+    const auto once = must({"--semantics", "peft", "--method", "dare-ties", "--density", "0.5", "--seed", "3"});
+    CHECK(must({"--semantics", "peft", "--method", "dare-ties", "--density", "0.5", "--seed", "3", "--threads", "3"})
+        == once);
+    CHECK(must({"--semantics", "peft", "--method", "dare-ties", "--density", "0.5", "--seed", "4"}) != once);
+    CHECK(must({"--semantics", "peft", "--method", "svd", "--rank", "3"}).size()
+        == must({"--method", "linear", "--rank", "3"}).size());
+    const auto noted = run(folder, with(merge_two, {"--semantics", "peft", "--method", "linear", "--density", "0.5"}));
+    CHECK(noted.err.find("--density has no effect on --method linear of PEFT") != std::string::npos);
+    std::filesystem::remove_all(folder / "out");
+    const auto usage = [&](const std::vector<std::string>& more, const std::string& words) {
+        refused(folder, with(merge_two, more), 2, words);
+    };
+    usage({"--method", "cat"}, "say so by --semantics peft");
+    usage({"--method", "dare-linear-svd", "--semantics", "mergekit"}, "say so by --semantics peft");
+    usage({"--semantics", "peft", "--method", "magnitude-prune"}, "needs --density");
+    usage({"--semantics", "peft", "--method", "ties"}, "needs --density");
+    usage({"--semantics", "peft", "--method", "cat", "--rank", "3"}, "--method svd takes one");
+    usage({"--semantics", "peft", "--method", "dare-ties", "--density", "0.5", "--rank", "3"},
+        "--method dare-ties-svd takes one");
+    usage({"--semantics", "peft", "--method", "svd", "--energy", "0.9"}, "knows ranks alone");
+    usage({"--method", "linear", "--majority-sign", "frequency"}, "--majority-sign is of PEFT's");
+    usage({"--semantics", "peft", "--method", "ties", "--density", "1.5"}, "density");
+    auto other = three_layers(30);
+    other.updates["layers.0.q"] = normal_update<float>(9, 7, 2, 40);
+    taskvec::write_peft(folder / "b", other);
+    refused(folder, with(merge_two, {"--semantics", "peft", "--method", "linear"}), 1,
+        "'layers.0.q' has rank 2 in adapter 2 and 4 in adapter 1: PEFT merges factors of one rank");
+}
+
 TEST_CASE("merge-lora averages A and B separately only when asked by that name, and says what does not go together")
 {
     const scratch folder;
