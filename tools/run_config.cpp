@@ -71,6 +71,7 @@ const std::vector<method_words>& methods_of_mergekit()
             .name = "rescale", .row = "rescale-by", .type = kind::truth, .on = "l1", .off = "none"};
         const parameter t{.name = "t", .row = "t", .required = true};
         const parameter epsilon{.name = "epsilon", .row = "epsilon"};
+        const parameter spread{.name = "epsilon", .row = "epsilon", .of = scope::tasks};
         return std::vector<method_words>{
             {"linear", "average", base::input,
                 {weight_of_all, {.name = "normalize", .row = "normalized", .type = kind::truth}}},
@@ -81,6 +82,9 @@ const std::vector<method_words>& methods_of_mergekit()
             {"breadcrumbs", "breadcrumbs", base::required, {weight, density, gamma, lambda, divided, rescale}, true},
             {"breadcrumbs_ties", "breadcrumbs-ties", base::required,
                 {weight, density, gamma, lambda, averaged, rescale}, true},
+            {"della", "della", base::required, {weight, density, spread, lambda, averaged, rescale_drawn}, true},
+            {"della_linear", "della-linear", base::required,
+                {weight, density, spread, lambda, divided, rescale_drawn}, true},
             {"slerp", "slerp", base::required, {t}}, {"nuslerp", "nuslerp", base::optional, {weight}},
             {"multislerp", "multi-slerp", base::optional,
                 {weight, {.name = "normalize_weights", .row = "normalized", .type = kind::truth}}},
@@ -418,7 +422,7 @@ private:
                 if (method.ours == entry->name) { method_ = &method; }
             }
         }
-        if (name == "della" || name == "della_linear" || name == "arcee_fusion") {
+        if (name == "arcee_fusion") {
             where_.fail(one->value, "merge_method '" + name + "' is one of mergekit's that taskvec lacks");
         }
         if (!method_) { where_.fail(one->value, "merge_method '" + shown(name) + "' is unknown" + meant(name, known)); }

@@ -245,6 +245,10 @@ struct combination_body;
 class combination_method;
 struct dare_options;
 struct dare_ties_options;
+struct della_options;
+struct della_linear_options;
+enum class rank_axis : std::uint8_t;
+class row_pieces;
 enum class disjoint_merge : std::uint8_t;
 enum class drop_rescale : std::uint8_t;
 struct election_weights;
@@ -265,6 +269,9 @@ class keep_between;
 template <arithmetic_element A>
 struct keep_random_of_tensor;
 class keep_random;
+template <arithmetic_element A>
+struct keep_ranked_of_tensor;
+class keep_ranked;
 template <arithmetic_element A>
 struct keep_top_of_tensor;
 class keep_top;

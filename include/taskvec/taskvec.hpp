@@ -76,6 +76,7 @@
 #include <taskvec/methods/by_tensor.hpp>
 #include <taskvec/methods/combination.hpp>
 #include <taskvec/methods/dare.hpp>
+#include <taskvec/methods/della.hpp>
 #include <taskvec/methods/elect/sign.hpp>
 #include <taskvec/methods/elect/sum.hpp>
 #include <taskvec/methods/entries.hpp>
@@ -85,6 +86,7 @@
 #include <taskvec/methods/keep/between.hpp>
 #include <taskvec/methods/keep/l1_factors.hpp>
 #include <taskvec/methods/keep/random.hpp>
+#include <taskvec/methods/keep/ranked.hpp>
 #include <taskvec/methods/keep/top.hpp>
 #include <taskvec/methods/linear_body.hpp>
 #include <taskvec/methods/merge.hpp>
@@ -97,6 +99,7 @@
 #include <taskvec/methods/passthrough.hpp>
 #include <taskvec/methods/ram.hpp>
 #include <taskvec/methods/regmean.hpp>
+#include <taskvec/methods/row_pieces.hpp>
 #include <taskvec/methods/sce.hpp>
 #include <taskvec/methods/slerp.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>

@@ -31,6 +31,8 @@ CONFIGURATIONS = {
     "ties": (WEIGHTED + "merge_method: ties\nparameters: {density: 0.3}", 1e-7),
     "ties, summed": (WEIGHTED + "merge_method: ties\nparameters: {density: 0.3, normalize: false, rescale: true}", 1e-6),
     "breadcrumbs": (WEIGHTED + "merge_method: breadcrumbs\nparameters: {density: 0.7, gamma: 0.1}", 1e-7),
+    "della, nothing dropped": (WEIGHTED + "merge_method: della\nparameters: {epsilon: 0.2}", 1e-7),
+    "della_linear, nothing dropped": (WEIGHTED + "merge_method: della_linear\nparameters: {density: 1, lambda: 0.7}", 1e-7),
     "nuslerp": (WEIGHTED + "merge_method: nuslerp", 1e-6),
     "sce": (WEIGHTED + "merge_method: sce\nparameters: {select_topk: 0.5}", 1e-6),
     "model_stock": (WEIGHTED + "merge_method: model_stock", 1e-6),

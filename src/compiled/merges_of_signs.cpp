@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/methods/breadcrumbs.hpp>
 #include <taskvec/methods/dare.hpp>
+#include <taskvec/methods/della.hpp>
 #include <taskvec/methods/ram.hpp>
 #include <taskvec/methods/sce.hpp>
 #include <taskvec/methods/ties.hpp>
@@ -11,6 +12,8 @@ namespace taskvec::inline TASKVEC_ABI {
 TASKVEC_COMPILED_MERGES(, ties_options)
 TASKVEC_COMPILED_MERGES(, dare_ties_options)
 TASKVEC_COMPILED_MERGES(, breadcrumbs_ties_options)
+TASKVEC_COMPILED_MODEL_MERGE(, della_options)
+TASKVEC_COMPILED_MODEL_MERGE(, della_linear_options)
 TASKVEC_COMPILED_MERGES(, sce_options)
 TASKVEC_COMPILED_MERGES(, ram_options)
 TASKVEC_COMPILED_MERGES(, ram_plus_options)

@@ -138,6 +138,13 @@ TEST_CASE("a configuration is the command line that says the same, bit for bit")
         line("breadcrumbs", {"--semantics", "mergekit", "--density", "0.7", "--gamma", "0.1", "--rescale"})));
     CHECK(same(config("breadcrumbs_ties", "parameters: {density: 0.7}\n"),
         line("breadcrumbs-ties", {"--semantics", "mergekit", "--density", "0.7"})));
+    CHECK(same(config("della", "parameters: {density: 0.6, epsilon: 0.2}\n"),
+        line("della", {"--semantics", "mergekit", "--density", "0.6", "--epsilon", "0.2"})));
+    CHECK(same(config("della_linear", "parameters: {density: 0.6, normalize: true, rescale: false}\n"),
+        line("della-linear",
+            {"--semantics", "mergekit", "--density", "0.6", "--normalize-weights", "--rescale-by", "none"})));
+    CHECK(same(config("della_linear", "parameters: {density: 0.6, rescale: false}\n"),
+        config("della_linear", "parameters: {density: 0.6, epsilon: 0.15, rescale: false}\n")));
     CHECK(same(config("nuslerp", ""), line("nuslerp", {})));
     CHECK(same(m.result("merge_method: multislerp\n" + tasks), line("multi-slerp", {}, false)));
     const std::vector<std::string> plain{"--base", "base", "--task", "a", "--task", "b"};
@@ -392,8 +399,10 @@ TEST_CASE("what is wrong with a configuration is said with its place")
     has(m.refusal(head + "models: [{model: some/where}]\n"), "config.yml:3:18: there is no model 'some/where'");
     has(m.refusal(head + "models: [{model: a}, {model: a}]\n"), "config.yml:3:30: 'a' stands twice");
     has(m.refusal("merge_method: ties\n" + tasks), "config.yml:1:15: merge_method 'ties' needs a 'base_model'");
-    has(m.refusal("merge_method: della\n" + tasks),
-        "config.yml:1:15: merge_method 'della' is one of mergekit's that taskvec lacks");
+    has(m.refusal("merge_method: arcee_fusion\n" + tasks),
+        "config.yml:1:15: merge_method 'arcee_fusion' is one of mergekit's that taskvec lacks");
+    has(m.refusal("merge_method: della\nbase_model: base\n" + tasks + "parameters: {density: 0.2, epsilon: 0.3}\n"),
+        "epsilon is 0.3 and density 0.2; expected an epsilon from 0 to below 0.2");
     has(m.refusal("merge_method: tie\n" + tasks), "did you mean 'ties'?");
     has(m.refusal(head + tasks + "tokenizer_source: union\n"), "config.yml:8:1: 'tokenizer_source: union'");
     has(m.refusal(head + tasks + "---\n" + head), "several documents");

@@ -4,10 +4,14 @@
 
 #include <span>
 
-/// The merges of a method: of models of any storage types, and of flat views of one of those that models come in.
-#define TASKVEC_COMPILED_MERGES(EXTERN, OPTIONS)                                                                       \
+/// The merges of a method of models of any storage types.
+#define TASKVEC_COMPILED_MODEL_MERGE(EXTERN, OPTIONS)                                                                  \
     EXTERN template merge_report detail::merge_storing<storage_types, OPTIONS>(                                        \
-        const cpu&, const OPTIONS&, const aligned_models&, tensor_sink&);                                              \
+        const cpu&, const OPTIONS&, const aligned_models&, tensor_sink&);
+
+/// The same, and those of flat views of one of the types that models come in.
+#define TASKVEC_COMPILED_MERGES(EXTERN, OPTIONS)                                                                       \
+    TASKVEC_COMPILED_MODEL_MERGE(EXTERN, OPTIONS)                                                                      \
     TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, float)                                                               \
     TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, f16)                                                                 \
     TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, bf16)

@@ -129,6 +129,13 @@ template <class Options>
     return task_row("gammas", member, "gamma", "gamma of each task, or none for one of all");
 }
 
+/// The spread of keep probabilities of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr auto epsilons_row(std::vector<double> Options::* member)
+{
+    return task_row("epsilons", member, "epsilon", "epsilon of each task, or none for one of all");
+}
+
 /// The options of a struct that is a member: its rows stand in the owner's table as if they were the owner's, all but
 /// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
 template <class Options, class Inner, std::size_t N>

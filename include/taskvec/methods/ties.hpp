@@ -222,6 +222,9 @@ public:
     }
     [[nodiscard]] unsigned walks() const noexcept { return keep_.walks() + (stride_ ? 1u : 0u); }
 
+protected:
+    [[nodiscard]] const Keep& keep() const noexcept { return keep_; }
+
 private:
     template <class Passes, class MakeKeep>
     sign_election_method(

@@ -6,6 +6,7 @@
 #include <taskvec/core/random.hpp>
 #include <taskvec/methods/entries.hpp>
 #include <taskvec/methods/passes.hpp>
+#include <taskvec/methods/row_pieces.hpp>
 #include <taskvec/models/copy_through.hpp>
 
 #include <algorithm>
@@ -216,13 +217,32 @@ struct merge_scratch {
         , words(memory)
         , numbers(memory)
         , lanes(memory)
+        , weighed(memory)
+        , piece_rows(memory)
     { }
     std::pmr::vector<const void*> tasks, beside, draws;
     std::pmr::vector<std::int64_t> words; ///< behind draws: for each task, a block of signed words
     std::pmr::vector<double> numbers; ///< behind beside, where it is not read in place
     std::pmr::vector<std::int32_t> lanes; ///< counts of tasks
+    piece_memory weighed, piece_rows; ///< of methods that look at rows: what they made of a piece, and what they need
+    const void* weighed_rows = nullptr;
+    tensor_chunk piece{};
     alignas(64) std::byte made[made_bytes];
 };
+
+/// Whether a method looks at whole rows before their entries are merged: see elementwise_method.
+template <class Method>
+concept looks_at_rows = requires(const Method& m) { m.pieces(); };
+
+/// What a walk goes over: chunks, or pieces of whole rows.
+template <class Method>
+[[nodiscard]] decltype(auto) walked_pieces(const Method& prepared, const aligned_models& models)
+{
+    if constexpr (looks_at_rows<Method>) { return prepared.pieces(); }
+    else {
+        return models.chunks();
+    }
+}
 
 /// Calls use(body) with the body of a tensor: a method has one, or chooses between several.
 template <arithmetic_element A, class Method, class Use>
@@ -396,17 +416,27 @@ public:
 private:
     void read_beside(const Method& prepared, const Passes& passes)
     {
-        scratch_.beside.resize(passes.beside_each());
-        scratch_.numbers.resize(scratch_.beside.size() * block_size);
-        for (std::size_t b = 0; b < scratch_.beside.size(); ++b) {
-            const auto& from = passes.beside(rows_.tensor_index(), b);
-            scratch_.beside[b] = nullptr;
-            if (!from.data) { continue; }
-            bits_type<A> largest = 0;
-            const A* const values =
-                rows_.beside(from, reinterpret_cast<A*>(scratch_.numbers.data() + b * block_size), largest);
-            scratch_.beside[b] = values;
-            examine_beside(prepared, rows_, b, values, largest);
+        if constexpr (looks_at_rows<Method>) {
+            const A* const made =
+                static_cast<const A*>(scratch_.weighed_rows) + (rows_.offset() - scratch_.piece.offset);
+            scratch_.beside.resize(prepared.row_numbers());
+            for (std::size_t b = 0; b < scratch_.beside.size(); ++b) {
+                scratch_.beside[b] = made + b * scratch_.piece.size;
+            }
+        }
+        else {
+            scratch_.beside.resize(passes.beside_each());
+            scratch_.numbers.resize(scratch_.beside.size() * block_size);
+            for (std::size_t b = 0; b < scratch_.beside.size(); ++b) {
+                const auto& from = passes.beside(rows_.tensor_index(), b);
+                scratch_.beside[b] = nullptr;
+                if (!from.data) { continue; }
+                bits_type<A> largest = 0;
+                const A* const values =
+                    rows_.beside(from, reinterpret_cast<A*>(scratch_.numbers.data() + b * block_size), largest);
+                scratch_.beside[b] = values;
+                examine_beside(prepared, rows_, b, values, largest);
+            }
         }
     }
     void draw()
@@ -509,15 +539,23 @@ void merge_chunks(const Passes& passes, const method<Options>& prepared, std::sp
     }
     const std::size_t task_slots = models.options().statistics ? method<Options>::task_slots : 0;
     std::uint64_t bytes = 0;
-    for (const std::size_t c : chunks) { bytes += models.bytes(models.chunks()[c]); }
+    const auto& pieces = walked_pieces(prepared, models);
+    for (const std::size_t c : chunks) { bytes += models.bytes(pieces[c]); }
     progress_meter meter(policy, phase, bytes);
     for_each_index(policy, chunks.size(), [&](std::size_t index, std::size_t worker) {
-        const tensor_chunk& piece = models.chunks()[chunks[index]];
+        const tensor_chunk& piece = pieces[chunks[index]];
         const aligned_tensor& tensor = models.tensors()[piece.tensor];
         row_writer& writer = writers[worker];
         writer.open(tensor, piece);
         with_block_of<storage_of<Passes>>(workspaces[worker], tensor, [&]<class A>(row_block<A>& rows) {
             if constexpr (packed_method<Options>) {
+                if constexpr (looks_at_rows<method<Options>>) {
+                    merge_scratch& own = scratch[worker];
+                    A* const made = own.weighed.rows<A>(prepared.row_numbers(), piece.size);
+                    prepared.weigh(rows, piece, made, own.piece_rows);
+                    own.weighed_rows = made;
+                    own.piece = piece;
+                }
                 visit_body<A>(prepared, piece.tensor, [&](const auto& body) {
                     for_each_block_of(rows, piece, [&](row_block<A>& opened) {
                         block_merge(prepared, body, passes, opened, writer, scratch[worker], task_slots, tallies[index])
@@ -544,17 +582,18 @@ void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& ou
 {
     const aligned_models& models = passes.models();
     std::pmr::memory_resource* const memory = memory_of(passes.policy());
-    std::pmr::vector<std::size_t> chunks(models.chunks().size(), memory);
+    const auto& pieces = walked_pieces(prepared, models);
+    std::pmr::vector<std::size_t> chunks(pieces.size(), memory);
     for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
     auto tallies = empty_tallies(chunks.size(), memory);
     merge_chunks<Options>(passes, prepared, chunks, out, tallies, "merge");
     if constexpr (requires(std::span<const merge_tally> t) { prepared.settle(t); }) {
         auto of_tensors = empty_tallies(models.tensors().size(), memory);
-        for (std::size_t c = 0; c < tallies.size(); ++c) { of_tensors[models.chunks()[c].tensor] += tallies[c]; }
+        for (std::size_t c = 0; c < tallies.size(); ++c) { of_tensors[pieces[c].tensor] += tallies[c]; }
         if (prepared.settle(std::span<const merge_tally>(of_tensors))) {
             std::pmr::vector<std::size_t> again(memory);
             for (std::size_t c = 0; c < tallies.size(); ++c) {
-                if (prepared.again(models.chunks()[c].tensor, tallies[c])) { again.push_back(c); }
+                if (prepared.again(pieces[c].tensor, tallies[c])) { again.push_back(c); }
             }
             auto redone = empty_tallies(again.size(), memory);
             merge_chunks<Options>(passes, prepared, again, out, redone, "settle");

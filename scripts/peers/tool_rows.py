@@ -1,0 +1,65 @@
+"""Methods that look at rows, against mergekit's own functions: DELLA's probabilities and rescaling, with the tool's draws in place of torch's."""
+# SPDX-License-Identifier: Apache-2.0
+import math
+import os
+import pathlib
+import subprocess
+import tempfile
+import unittest.mock
+
+import torch
+
+from common import load, tool_arguments
+from tool_mergekit import checkpoints
+
+
+def run(tool, *arguments):
+    subprocess.run([tool, "merge", *arguments, "--base", "base", "--task", "task0", "--semantics", "mergekit", "--out", "merged"],
+                   check=True, capture_output=True)
+    return load(pathlib.Path("merged/model.safetensors"))[0]
+
+
+def check_della(tool, base, task):
+    """Each tensor as mergekit makes it of the entries that the tool kept, and how far their number is from what mergekit's probabilities expect."""
+    from mergekit.sparsify import RescaleNorm, della_magprune
+
+    merged = run(tool, "--method", "della-linear", "--density", "0.6", "--epsilon", "0.25")
+    apart, excess, by_rank, variance, variance_by_rank = 0.0, 0.0, 0.0, 0.0, 0.0
+    for name in merged:
+        kept = (merged[name] != base[name]).float()
+        seen = []
+
+        def bernoulli(probabilities):
+            seen.append(probabilities)
+            return kept.reshape(probabilities.shape)
+
+        with unittest.mock.patch("torch.bernoulli", bernoulli):
+            delta = della_magprune(task[name] - base[name], density=0.6, epsilon=0.25, rescale_norm=RescaleNorm.l1)
+        apart = max(apart, float((base[name] + delta - merged[name]).abs().max()))
+        p = seen[0].double()
+        changed = (task[name] != base[name]).reshape(p.shape)
+        off, spread = ((kept.reshape(p.shape) - p) * changed).double(), p * (1 - p) * changed
+        excess += float(off.sum())
+        variance += float(spread.sum())
+        by_rank += float((off * (p - 0.6)).sum())
+        variance_by_rank += float((spread * (p - 0.6) ** 2).sum())
+    z, z_by_rank = excess / math.sqrt(variance), by_rank / math.sqrt(variance_by_rank)
+    print(f"  della-linear: apart by {apart:.1e}; kept entries are off by {z:.2f} standard deviations, {z_by_rank:.2f} when weighed by their probability")
+    if apart > 1e-6 or abs(z) > 5 or abs(z_by_rank) > 5:
+        raise SystemExit("della-linear is not mergekit's")
+
+
+def main():
+    arguments = tool_arguments(__doc__)
+    tool = pathlib.Path(arguments.tool).resolve()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        checkpoints(pathlib.Path("."), layers=4)
+        base, task = load(pathlib.Path("base/model.safetensors"))[0], load(pathlib.Path("task0/model.safetensors"))[0]
+        base, task = ({name: tensor.float() for name, tensor in model.items()} for model in (base, task))
+        check_della(tool, base, task)
+        os.chdir("/")
+
+
+if __name__ == "__main__":
+    main()
