@@ -83,9 +83,10 @@ const std::vector<method_words>& methods_of_mergekit()
             {"breadcrumbs_ties", "breadcrumbs-ties", base::required,
                 {weight, density, gamma, lambda, averaged, rescale}, true},
             {"della", "della", base::required, {weight, density, spread, lambda, averaged, rescale_drawn}, true},
-            {"della_linear", "della-linear", base::required,
-                {weight, density, spread, lambda, divided, rescale_drawn}, true},
-            {"slerp", "slerp", base::required, {t}}, {"nuslerp", "nuslerp", base::optional, {weight}},
+            {"della_linear", "della-linear", base::required, {weight, density, spread, lambda, divided, rescale_drawn},
+                true},
+            {"arcee_fusion", "arcee-fusion", base::required}, {"slerp", "slerp", base::required, {t}},
+            {"nuslerp", "nuslerp", base::optional, {weight}},
             {"multislerp", "multi-slerp", base::optional,
                 {weight, {.name = "normalize_weights", .row = "normalized", .type = kind::truth}}},
             {"karcher", "karcher", base::input,
@@ -421,9 +422,6 @@ private:
             for (const auto& method : methods_of_mergekit()) {
                 if (method.ours == entry->name) { method_ = &method; }
             }
-        }
-        if (name == "arcee_fusion") {
-            where_.fail(one->value, "merge_method '" + name + "' is one of mergekit's that taskvec lacks");
         }
         if (!method_) { where_.fail(one->value, "merge_method '" + shown(name) + "' is unknown" + meant(name, known)); }
         request().method = method_->ours;

@@ -237,6 +237,9 @@ class gram_accumulator;
 struct keep_all;
 template <arithmetic_element A>
 struct acting_mean_body;
+struct arcee_fusion_options;
+template <arithmetic_element A>
+struct chosen_body;
 struct average_options;
 struct breadcrumbs_options;
 struct breadcrumbs_ties_options;

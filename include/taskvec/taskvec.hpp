@@ -71,6 +71,7 @@
 #include <taskvec/linalg/svd.hpp>
 #include <taskvec/linalg/truncated_svd.hpp>
 #include <taskvec/linalg/wrong_call.hpp>
+#include <taskvec/methods/arcee_fusion.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/breadcrumbs.hpp>
 #include <taskvec/methods/by_tensor.hpp>

@@ -1,5 +1,6 @@
 // taskvec::compiled: merges by methods that sum or turn.
 // SPDX-License-Identifier: Apache-2.0
+#include <taskvec/methods/arcee_fusion.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/breadcrumbs.hpp>
 #include <taskvec/methods/dare.hpp>
@@ -21,6 +22,7 @@ TASKVEC_COMPILED_MERGED_NORMS(, storage_list<float>)
 TASKVEC_COMPILED_MERGED_NORMS(, storage_list<f16>)
 TASKVEC_COMPILED_MERGED_NORMS(, storage_list<bf16>)
 
+TASKVEC_COMPILED_MODEL_MERGE(, arcee_fusion_options)
 TASKVEC_COMPILED_MERGES(, average_options)
 TASKVEC_COMPILED_MERGES(, breadcrumbs_options)
 TASKVEC_COMPILED_MERGES(, dare_options)

@@ -167,6 +167,8 @@ TEST_CASE("a configuration is the command line that says the same, bit for bit")
         bare("ram", with({"--epsilon", "0.05"}))));
     CHECK(same(m.result("merge_method: ramplus_tl\nbase_model: base\nparameters: {r: 0.3}" + names),
         bare("ram-plus", with({"--semantics", "mergekit", "--r", "0.3"}))));
+    CHECK(same(m.result("merge_method: arcee_fusion\nbase_model: base\nmodels: [{model: base}, {model: a}]\n"),
+        bare("arcee-fusion", {"--base", "base", "--task", "a"})));
     CHECK(same(m.result("merge_method: nearswap\nbase_model: base\nmodels: [{model: base}, {model: a}]\n"
                         "parameters: {t: 0.01}\n"),
         bare("nearswap", {"--base", "base", "--task", "a", "--t", "0.01"})));
@@ -399,8 +401,8 @@ TEST_CASE("what is wrong with a configuration is said with its place")
     has(m.refusal(head + "models: [{model: some/where}]\n"), "config.yml:3:18: there is no model 'some/where'");
     has(m.refusal(head + "models: [{model: a}, {model: a}]\n"), "config.yml:3:30: 'a' stands twice");
     has(m.refusal("merge_method: ties\n" + tasks), "config.yml:1:15: merge_method 'ties' needs a 'base_model'");
-    has(m.refusal("merge_method: arcee_fusion\n" + tasks),
-        "config.yml:1:15: merge_method 'arcee_fusion' is one of mergekit's that taskvec lacks");
+    has(m.refusal("merge_method: arcee_fusion\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"),
+        "--method arcee-fusion takes --base and one task");
     has(m.refusal("merge_method: della\nbase_model: base\n" + tasks + "parameters: {density: 0.2, epsilon: 0.3}\n"),
         "epsilon is 0.3 and density 0.2; expected an epsilon from 0 to below 0.2");
     has(m.refusal("merge_method: tie\n" + tasks), "did you mean 'ties'?");
