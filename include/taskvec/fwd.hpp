@@ -241,6 +241,9 @@ struct arcee_fusion_options;
 template <arithmetic_element A>
 struct chosen_body;
 struct average_options;
+struct checkpoint_average_options;
+enum class checkpoint_schedule : std::uint8_t;
+enum class decay_shape : std::uint8_t;
 struct breadcrumbs_options;
 struct breadcrumbs_ties_options;
 template <arithmetic_element A>

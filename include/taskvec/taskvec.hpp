@@ -75,6 +75,7 @@
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/breadcrumbs.hpp>
 #include <taskvec/methods/by_tensor.hpp>
+#include <taskvec/methods/checkpoint_average.hpp>
 #include <taskvec/methods/combination.hpp>
 #include <taskvec/methods/dare.hpp>
 #include <taskvec/methods/della.hpp>

@@ -1331,7 +1331,13 @@ class gram_accumulator;
 struct keep_all;
 template <arithmetic_element A>
 struct acting_mean_body;
+struct arcee_fusion_options;
+template <arithmetic_element A>
+struct chosen_body;
 struct average_options;
+struct checkpoint_average_options;
+enum class checkpoint_schedule : std::uint8_t;
+enum class decay_shape : std::uint8_t;
 struct breadcrumbs_options;
 struct breadcrumbs_ties_options;
 template <arithmetic_element A>
@@ -1339,6 +1345,10 @@ struct combination_body;
 class combination_method;
 struct dare_options;
 struct dare_ties_options;
+struct della_options;
+struct della_linear_options;
+enum class rank_axis : std::uint8_t;
+class row_pieces;
 enum class disjoint_merge : std::uint8_t;
 enum class drop_rescale : std::uint8_t;
 struct election_weights;
@@ -1359,6 +1369,9 @@ class keep_between;
 template <arithmetic_element A>
 struct keep_random_of_tensor;
 class keep_random;
+template <arithmetic_element A>
+struct keep_ranked_of_tensor;
+class keep_ranked;
 template <arithmetic_element A>
 struct keep_top_of_tensor;
 class keep_top;
@@ -5548,6 +5561,13 @@ template <class Options>
 [[nodiscard]] constexpr auto gammas_row(std::vector<double> Options::* member)
 {
     return task_row("gammas", member, "gamma", "gamma of each task, or none for one of all");
+}
+
+/// The spread of keep probabilities of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr auto epsilons_row(std::vector<double> Options::* member)
+{
+    return task_row("epsilons", member, "epsilon", "epsilon of each task, or none for one of all");
 }
 
 /// The options of a struct that is a member: its rows stand in the owner's table as if they were the owner's, all but

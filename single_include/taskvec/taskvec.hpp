@@ -1345,7 +1345,13 @@ class gram_accumulator;
 struct keep_all;
 template <arithmetic_element A>
 struct acting_mean_body;
+struct arcee_fusion_options;
+template <arithmetic_element A>
+struct chosen_body;
 struct average_options;
+struct checkpoint_average_options;
+enum class checkpoint_schedule : std::uint8_t;
+enum class decay_shape : std::uint8_t;
 struct breadcrumbs_options;
 struct breadcrumbs_ties_options;
 template <arithmetic_element A>
@@ -1353,6 +1359,10 @@ struct combination_body;
 class combination_method;
 struct dare_options;
 struct dare_ties_options;
+struct della_options;
+struct della_linear_options;
+enum class rank_axis : std::uint8_t;
+class row_pieces;
 enum class disjoint_merge : std::uint8_t;
 enum class drop_rescale : std::uint8_t;
 struct election_weights;
@@ -1373,6 +1383,9 @@ class keep_between;
 template <arithmetic_element A>
 struct keep_random_of_tensor;
 class keep_random;
+template <arithmetic_element A>
+struct keep_ranked_of_tensor;
+class keep_ranked;
 template <arithmetic_element A>
 struct keep_top_of_tensor;
 class keep_top;
@@ -5854,6 +5867,13 @@ template <class Options>
     return task_row("gammas", member, "gamma", "gamma of each task, or none for one of all");
 }
 
+/// The spread of keep probabilities of each task, where they differ.
+template <class Options>
+[[nodiscard]] constexpr auto epsilons_row(std::vector<double> Options::* member)
+{
+    return task_row("epsilons", member, "epsilon", "epsilon of each task, or none for one of all");
+}
+
 /// The options of a struct that is a member: its rows stand in the owner's table as if they were the owner's, all but
 /// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
 template <class Options, class Inner, std::size_t N>
@@ -8753,10 +8773,14 @@ template <arithmetic_element T>
 
 #include <span>
 
-/// The merges of a method: of models of any storage types, and of flat views of one of those that models come in.
-#define TASKVEC_COMPILED_MERGES(EXTERN, OPTIONS)                                                                       \
+/// The merges of a method of models of any storage types.
+#define TASKVEC_COMPILED_MODEL_MERGE(EXTERN, OPTIONS)                                                                  \
     EXTERN template merge_report detail::merge_storing<storage_types, OPTIONS>(                                        \
-        const cpu&, const OPTIONS&, const aligned_models&, tensor_sink&);                                              \
+        const cpu&, const OPTIONS&, const aligned_models&, tensor_sink&);
+
+/// The same, and those of flat views of one of the types that models come in.
+#define TASKVEC_COMPILED_MERGES(EXTERN, OPTIONS)                                                                       \
+    TASKVEC_COMPILED_MODEL_MERGE(EXTERN, OPTIONS)                                                                      \
     TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, float)                                                               \
     TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, f16)                                                                 \
     TASKVEC_COMPILED_TYPED_MERGE(EXTERN, OPTIONS, bf16)
@@ -9018,7 +9042,11 @@ struct merge_tally {
 ///   - `bool settle(std::span<const merge_tally> of_tensors)`, called once everything is merged: whether something has
 ///   to
 ///     be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
-///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp.
+///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp;
+///   - where an entry's fate depends on its row: `const row_pieces& pieces()`, what the walk goes over; and for each of
+///     them `weigh(row_block<A>&, const tensor_chunk& piece, A* numbers, detail::piece_memory&)`, which makes
+///     `row_numbers()` rows of numbers as long as the piece. A body with `reads_beside` sees row b as in.beside(b). CPU
+///     only: see della.hpp.
 struct elementwise_method {
     static constexpr bool needs_base = true; ///< merges without a base do not compile
     static constexpr bool in_place = true; ///< an output may be the memory of an input of the same place: each entry is
@@ -9722,6 +9750,145 @@ template <std::derived_from<cpu_passes> Passes>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_PASSES_HPP
 
+// ---- taskvec/methods/row_pieces.hpp
+#if !defined(TASKVEC_SINGLE_METHODS_ROW_PIECES_HPP)
+#define TASKVEC_SINGLE_METHODS_ROW_PIECES_HPP
+// Pieces of whole rows: what a walk goes over where a method looks at rows and
+// not at single entries. SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory_resource>
+#include <string_view>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The length of a tensor's rows, the entries along its last axis: all of a tensor with one axis, 1 of a scalar.
+[[nodiscard]] inline std::size_t row_length(const aligned_tensor& tensor) noexcept
+{
+    return tensor.shape.empty() || tensor.size == 0 ? 1 : static_cast<std::size_t>(tensor.shape.back());
+}
+
+/// The included tensors in pieces of some 65,536 entries that hold whole units (rows, say): the same for any threads
+/// and chunks. A unit that is longer is a piece by itself. Worked out when they are asked for, as chunk_list is.
+class row_pieces {
+public:
+    static constexpr std::size_t entries = 65536;
+
+    /// `unit(tensor)`: how many entries belong together; they divide the tensor's size.
+    template <class Unit>
+    row_pieces(const aligned_models& models, const Unit& unit)
+        : models_(&models)
+    {
+        for (const auto& tensor : models.tensors()) {
+            const std::size_t together = std::max<std::size_t>(unit(tensor), 1);
+            steps_.push_back(std::max<std::size_t>(entries / together, 1) * together);
+            first_of_.push_back(first_of_.back() + (tensor.size + steps_.back() - 1) / steps_.back());
+        }
+    }
+    [[nodiscard]] std::size_t size() const noexcept { return first_of_.back(); }
+    [[nodiscard]] tensor_chunk operator[](std::size_t index) const noexcept
+    {
+        // Of tensors that share a first piece only the last is not empty.
+        const auto after = std::upper_bound(first_of_.begin(), first_of_.end(), index);
+        const auto tensor = static_cast<std::size_t>(after - first_of_.begin()) - 1;
+        const std::size_t offset = (index - first_of_[tensor]) * steps_[tensor];
+        return {tensor, offset, std::min(steps_[tensor], models_->tensors()[tensor].size - offset)};
+    }
+    /// The pieces of a tensor, by number.
+    [[nodiscard]] chunk_range of_tensor(std::size_t tensor) const noexcept
+    {
+        return {first_of_[tensor], first_of_[tensor + 1]};
+    }
+
+private:
+    const aligned_models* models_;
+    std::vector<std::size_t> first_of_{0}, steps_;
+};
+
+namespace detail {
+
+/// Rows of A for a piece, one after the other: what a method that looks at rows works with, for each worker.
+class piece_memory {
+public:
+    explicit piece_memory(std::pmr::memory_resource* memory)
+        : words_(memory)
+    { }
+    /// Room for `rows` rows of a piece. What was there is gone.
+    template <arithmetic_element A>
+    [[nodiscard]] A* rows(std::size_t rows, std::size_t size)
+    {
+        const std::size_t words = (rows * size * sizeof(A) + sizeof(double) - 1) / sizeof(double);
+        if (words_.size() < words) { words_.resize(words); }
+        return reinterpret_cast<A*>(words_.data());
+    }
+
+private:
+    std::pmr::vector<double> words_;
+};
+
+/// Goes over pieces that hold the storage types of a list, with the blocks and the memory that each worker needs.
+template <class Types>
+class piece_walk {
+public:
+    piece_walk(const cpu& policy, const aligned_models& models, const row_pieces& pieces)
+        : policy_(policy)
+        , models_(&models)
+        , pieces_(&pieces)
+        , workspaces_(make_workspaces<Types>(policy, models, pieces.size(), 0))
+        , memory_(memory_of(policy))
+    {
+        for (std::size_t w = 0; w < workspaces_.size(); ++w) { memory_.emplace_back(memory_of(policy)); }
+    }
+    [[nodiscard]] const cpu& policy() const noexcept { return policy_; }
+    [[nodiscard]] std::size_t workers() const noexcept { return workspaces_.size(); }
+
+    /// body(index, worker, rows, piece, memory) for the pieces of a range, in parallel.
+    template <class Body>
+    void each(chunk_range range, std::string_view phase, const Body& body)
+    {
+        std::uint64_t bytes = 0;
+        for (std::size_t index = range.first; index < range.last; ++index) {
+            bytes += models_->bytes((*pieces_)[index]);
+        }
+        progress_meter meter(policy_, phase, bytes);
+        for_each_index(policy_, range.last - range.first, [&](std::size_t offset, std::size_t worker) {
+            const tensor_chunk piece = (*pieces_)[range.first + offset];
+            with_block_of<Types>(workspaces_[worker], models_->tensors()[piece.tensor],
+                [&](auto& rows) { body(range.first + offset, worker, rows, piece, memory_[worker]); });
+            if (!meter.advance(models_->bytes(piece))) { raise<cancelled>(error_code::cancelled); }
+        });
+    }
+
+private:
+    cpu policy_;
+    const aligned_models* models_;
+    const row_pieces* pieces_;
+    std::pmr::vector<block_workspace> workspaces_;
+    std::pmr::vector<piece_memory> memory_;
+};
+
+/// The task vectors of a piece, task after task, into out[t·size …].
+template <arithmetic_element A>
+void read_deltas(row_block<A>& rows, const tensor_chunk& piece, A* out)
+{
+    for_each_block_of(rows, piece, [&](row_block<A>& opened) {
+        for (std::size_t t = 0; t < opened.task_count(); ++t) {
+            std::memcpy(
+                out + t * piece.size + (opened.offset() - piece.offset), opened.delta(t), opened.size() * sizeof(A));
+        }
+    });
+}
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_METHODS_ROW_PIECES_HPP
+
 // ---- taskvec/models/copy_through.hpp
 #if !defined(TASKVEC_SINGLE_MODELS_COPY_THROUGH_HPP)
 #define TASKVEC_SINGLE_MODELS_COPY_THROUGH_HPP
@@ -9997,13 +10164,32 @@ struct merge_scratch {
         , words(memory)
         , numbers(memory)
         , lanes(memory)
+        , weighed(memory)
+        , piece_rows(memory)
     { }
     std::pmr::vector<const void*> tasks, beside, draws;
     std::pmr::vector<std::int64_t> words; ///< behind draws: for each task, a block of signed words
     std::pmr::vector<double> numbers; ///< behind beside, where it is not read in place
     std::pmr::vector<std::int32_t> lanes; ///< counts of tasks
+    piece_memory weighed, piece_rows; ///< of methods that look at rows: what they made of a piece, and what they need
+    const void* weighed_rows = nullptr;
+    tensor_chunk piece{};
     alignas(64) std::byte made[made_bytes];
 };
+
+/// Whether a method looks at whole rows before their entries are merged: see elementwise_method.
+template <class Method>
+concept looks_at_rows = requires(const Method& m) { m.pieces(); };
+
+/// What a walk goes over: chunks, or pieces of whole rows.
+template <class Method>
+[[nodiscard]] decltype(auto) walked_pieces(const Method& prepared, const aligned_models& models)
+{
+    if constexpr (looks_at_rows<Method>) { return prepared.pieces(); }
+    else {
+        return models.chunks();
+    }
+}
 
 /// Calls use(body) with the body of a tensor: a method has one, or chooses between several.
 template <arithmetic_element A, class Method, class Use>
@@ -10177,17 +10363,27 @@ public:
 private:
     void read_beside(const Method& prepared, const Passes& passes)
     {
-        scratch_.beside.resize(passes.beside_each());
-        scratch_.numbers.resize(scratch_.beside.size() * block_size);
-        for (std::size_t b = 0; b < scratch_.beside.size(); ++b) {
-            const auto& from = passes.beside(rows_.tensor_index(), b);
-            scratch_.beside[b] = nullptr;
-            if (!from.data) { continue; }
-            bits_type<A> largest = 0;
-            const A* const values =
-                rows_.beside(from, reinterpret_cast<A*>(scratch_.numbers.data() + b * block_size), largest);
-            scratch_.beside[b] = values;
-            examine_beside(prepared, rows_, b, values, largest);
+        if constexpr (looks_at_rows<Method>) {
+            const A* const made =
+                static_cast<const A*>(scratch_.weighed_rows) + (rows_.offset() - scratch_.piece.offset);
+            scratch_.beside.resize(prepared.row_numbers());
+            for (std::size_t b = 0; b < scratch_.beside.size(); ++b) {
+                scratch_.beside[b] = made + b * scratch_.piece.size;
+            }
+        }
+        else {
+            scratch_.beside.resize(passes.beside_each());
+            scratch_.numbers.resize(scratch_.beside.size() * block_size);
+            for (std::size_t b = 0; b < scratch_.beside.size(); ++b) {
+                const auto& from = passes.beside(rows_.tensor_index(), b);
+                scratch_.beside[b] = nullptr;
+                if (!from.data) { continue; }
+                bits_type<A> largest = 0;
+                const A* const values =
+                    rows_.beside(from, reinterpret_cast<A*>(scratch_.numbers.data() + b * block_size), largest);
+                scratch_.beside[b] = values;
+                examine_beside(prepared, rows_, b, values, largest);
+            }
         }
     }
     void draw()
@@ -10290,15 +10486,23 @@ void merge_chunks(const Passes& passes, const method<Options>& prepared, std::sp
     }
     const std::size_t task_slots = models.options().statistics ? method<Options>::task_slots : 0;
     std::uint64_t bytes = 0;
-    for (const std::size_t c : chunks) { bytes += models.bytes(models.chunks()[c]); }
+    const auto& pieces = walked_pieces(prepared, models);
+    for (const std::size_t c : chunks) { bytes += models.bytes(pieces[c]); }
     progress_meter meter(policy, phase, bytes);
     for_each_index(policy, chunks.size(), [&](std::size_t index, std::size_t worker) {
-        const tensor_chunk& piece = models.chunks()[chunks[index]];
+        const tensor_chunk& piece = pieces[chunks[index]];
         const aligned_tensor& tensor = models.tensors()[piece.tensor];
         row_writer& writer = writers[worker];
         writer.open(tensor, piece);
         with_block_of<storage_of<Passes>>(workspaces[worker], tensor, [&]<class A>(row_block<A>& rows) {
             if constexpr (packed_method<Options>) {
+                if constexpr (looks_at_rows<method<Options>>) {
+                    merge_scratch& own = scratch[worker];
+                    A* const made = own.weighed.rows<A>(prepared.row_numbers(), piece.size);
+                    prepared.weigh(rows, piece, made, own.piece_rows);
+                    own.weighed_rows = made;
+                    own.piece = piece;
+                }
                 visit_body<A>(prepared, piece.tensor, [&](const auto& body) {
                     for_each_block_of(rows, piece, [&](row_block<A>& opened) {
                         block_merge(prepared, body, passes, opened, writer, scratch[worker], task_slots, tallies[index])
@@ -10325,17 +10529,18 @@ void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& ou
 {
     const aligned_models& models = passes.models();
     std::pmr::memory_resource* const memory = memory_of(passes.policy());
-    std::pmr::vector<std::size_t> chunks(models.chunks().size(), memory);
+    const auto& pieces = walked_pieces(prepared, models);
+    std::pmr::vector<std::size_t> chunks(pieces.size(), memory);
     for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
     auto tallies = empty_tallies(chunks.size(), memory);
     merge_chunks<Options>(passes, prepared, chunks, out, tallies, "merge");
     if constexpr (requires(std::span<const merge_tally> t) { prepared.settle(t); }) {
         auto of_tensors = empty_tallies(models.tensors().size(), memory);
-        for (std::size_t c = 0; c < tallies.size(); ++c) { of_tensors[models.chunks()[c].tensor] += tallies[c]; }
+        for (std::size_t c = 0; c < tallies.size(); ++c) { of_tensors[pieces[c].tensor] += tallies[c]; }
         if (prepared.settle(std::span<const merge_tally>(of_tensors))) {
             std::pmr::vector<std::size_t> again(memory);
             for (std::size_t c = 0; c < tallies.size(); ++c) {
-                if (prepared.again(models.chunks()[c].tensor, tallies[c])) { again.push_back(c); }
+                if (prepared.again(pieces[c].tensor, tallies[c])) { again.push_back(c); }
             }
             auto redone = empty_tallies(again.size(), memory);
             merge_chunks<Options>(passes, prepared, again, out, redone, "settle");
@@ -13119,6 +13324,9 @@ public:
         return part.counts[election_counts::unresolved] > 0 && signs_[tensor] != detail::provisional_sign(options_);
     }
     [[nodiscard]] unsigned walks() const noexcept { return keep_.walks() + (stride_ ? 1u : 0u); }
+
+protected:
+    [[nodiscard]] const Keep& keep() const noexcept { return keep_; }
 
 private:
     template <class Passes, class MakeKeep>
@@ -19317,6 +19525,264 @@ TASKVEC_NOINLINE bool divide_and_conquer(
 #endif
 #endif // TASKVEC_SINGLE_LINALG_TRUNCATED_SVD_HPP
 
+// ---- taskvec/methods/arcee_fusion.hpp
+#if !defined(TASKVEC_SINGLE_METHODS_ARCEE_FUSION_HPP)
+#define TASKVEC_SINGLE_METHODS_ARCEE_FUSION_HPP
+// Arcee Fusion: the entries of one task that matter most in their tensor, by a threshold from its quartiles. mergekit.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// θ* = θ0 + τ where an entry's importance reaches the threshold of its tensor, θ0 elsewhere. The importance is
+/// |τ|·KL(softmax(θ1) ‖ softmax(θ0)) of its row, with 1e-8 added to both distributions; rows lie along the last axis.
+/// The threshold is the median plus `spread` interquartile ranges, over the tensor; the quantile q of n numbers is the
+/// one at place floor(q·(n − 1)) in ascending order. One task. The same bits for any threads and blocks: quartiles are
+/// exact, and divergences are sums in f64 that are rounded to the arithmetic type; but their exp and log are the C
+/// library's, so that another one, or another compiler, may decide an entry at the threshold otherwise. Cost: five
+/// reads of the models in f32 (one for divergences, three for quartiles, one to merge; eight in f64), two exponentials
+/// and a logarithm an entry, and a number for each row. On the CPU.
+///
+///     merge(cpu{}, arcee_fusion_options{}, base, {as_view(task)}, out);
+struct arcee_fusion_options {
+    double spread = 1.5;
+};
+
+template <>
+struct options_of<arcee_fusion_options> {
+    static constexpr option_table table{option_row("spread", &arcee_fusion_options::spread,
+        "interquartile ranges from the median importance to the threshold", {.unit = "X", .at_least = 0})};
+};
+
+/// θ0 + τ·(1 where the entry was chosen, or 0): the row beside the models says so.
+template <arithmetic_element A>
+struct chosen_body {
+    static constexpr bool watches = false;
+    static constexpr bool reads_beside = true;
+
+    template <class In>
+    [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
+    {
+        const auto taken = where(in.beside(0) != 0, in.delta(0));
+        if (in.counts_tasks()) { in.count_of(0, 0, taken != 0); }
+        return in.base() + taken;
+    }
+};
+
+namespace detail {
+
+/// KL(softmax(x) ‖ softmax(y)) of a row, 1e-8 added to both, in f64; not below 0. `p`, `q`: room for n numbers each.
+template <arithmetic_element A>
+[[nodiscard]] double softmax_divergence(const A* x, const A* y, std::size_t n, double* p, double* q)
+{
+    const auto exponentials = [n](const A* from, double* to) {
+        const double most = static_cast<double>(*std::max_element(from, from + n));
+        double sum = 0;
+        for (std::size_t i = 0; i < n; ++i) { sum += to[i] = std::exp(static_cast<double>(from[i]) - most); }
+        return sum;
+    };
+    const double of_x = exponentials(x, p), of_y = exponentials(y, q);
+    double sum = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        const double share = p[i] / of_x + 1e-8;
+        sum += share * std::log(share / (q[i] / of_y + 1e-8));
+    }
+    return sum > 0 ? sum : 0.0;
+}
+
+/// Numbers of a list that is gone over once for each digit of their bits: those at three places in ascending order.
+template <arithmetic_element A>
+class quartile_search {
+public:
+    static constexpr unsigned digit_bits = 11;
+    static constexpr unsigned digits = (sizeof(A) * 8 + digit_bits - 1) / digit_bits;
+    using histograms = std::array<std::array<std::uint64_t, std::size_t{1} << digit_bits>, 3>;
+
+    explicit quartile_search(std::uint64_t n)
+    {
+        for (std::size_t k = 0; k < 3; ++k) {
+            left_[k] = static_cast<std::uint64_t>(0.25 * static_cast<double>(k + 1) * static_cast<double>(n - 1));
+        }
+    }
+    /// Counts a number of at least 0.
+    void count(A value, histograms& to) const noexcept
+    {
+        const auto bits = std::bit_cast<bits_type<A>>(value);
+        const auto digit = static_cast<std::size_t>(bits >> shift()) & (to[0].size() - 1);
+        for (std::size_t k = 0; k < 3; ++k) { to[k][digit] += (bits & known_) == found_[k] ? 1u : 0u; }
+    }
+    /// Goes on to the next digit, once all numbers were counted.
+    void next(const histograms& counted)
+    {
+        for (std::size_t k = 0; k < 3; ++k) {
+            std::size_t digit = 0;
+            for (; left_[k] >= counted[k][digit]; ++digit) { left_[k] -= counted[k][digit]; }
+            found_[k] |= static_cast<bits_type<A>>(digit) << shift();
+        }
+        known_ |= static_cast<bits_type<A>>((bits_type<A>{1} << digit_bits) - 1) << shift();
+        ++done_;
+    }
+    [[nodiscard]] A quartile(std::size_t k) const noexcept { return std::bit_cast<A>(found_[k]); }
+
+private:
+    [[nodiscard]] unsigned shift() const noexcept { return (digits - 1 - done_) * digit_bits; }
+
+    std::array<std::uint64_t, 3> left_{}; // how many of the numbers with the digits found come before
+    std::array<bits_type<A>, 3> found_{};
+    bits_type<A> known_ = 0;
+    unsigned done_ = 0;
+};
+
+} // namespace detail
+
+template <>
+class method<arcee_fusion_options> : public elementwise_method {
+public:
+    static constexpr bool on_device = false; // rows and quartiles are looked at on the CPU
+    static constexpr std::size_t task_slots = 1;
+
+    template <class Passes>
+    method(Passes& passes, const arcee_fusion_options& options)
+        : models_(&passes.models())
+        , pieces_(passes.models(), &row_length)
+    {
+        if (passes.tasks() != 1) {
+            raise<invalid_argument>(error_code::task_count,
+                message("Arcee Fusion takes a base and one task, and there are ", passes.tasks(), " tasks: give one"));
+        }
+        detail::piece_walk<storage_of<Passes>> walk(passes.policy(), *models_, pieces_);
+        diverge(walk);
+        search(walk, options.spread);
+    }
+    template <arithmetic_element A>
+    [[nodiscard]] chosen_body<A> body(std::size_t) const
+    {
+        return {};
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return 1; } // for divergences
+    [[nodiscard]] std::uint64_t bytes_beside() const noexcept { return searched_; }
+    [[nodiscard]] const row_pieces& pieces() const noexcept { return pieces_; }
+    [[nodiscard]] static std::size_t row_numbers() noexcept { return 1; }
+    template <arithmetic_element A>
+    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, detail::piece_memory& memory) const
+    {
+        const A threshold = static_cast<A>(thresholds_[piece.tensor]);
+        each_importance(rows, piece, memory,
+            [&](std::size_t i, A importance) { numbers[i] = importance >= threshold ? A{1} : A{0}; });
+    }
+
+private:
+    /// A divergence for each row of each tensor.
+    template <class Types>
+    void diverge(detail::piece_walk<Types>& walk)
+    {
+        first_row_.push_back(0);
+        for (const auto& tensor : models_->tensors()) {
+            first_row_.push_back(first_row_.back() + tensor.size / row_length(tensor));
+        }
+        divergences_.resize(first_row_.back());
+        walk.each({0, pieces_.size()}, "divergences",
+            [&]<class A>(
+                std::size_t, std::size_t, row_block<A>& rows, const tensor_chunk& piece, detail::piece_memory& memory) {
+                A* const base = memory.rows<A>(2, piece.size);
+                A* const task = base + piece.size;
+                for_each_block_of(rows, piece, [&](row_block<A>& opened) {
+                    const std::size_t at = static_cast<std::size_t>(opened.offset() - piece.offset);
+                    std::memcpy(base + at, opened.base(), opened.size() * sizeof(A));
+                    std::memcpy(task + at, opened.task(0), opened.size() * sizeof(A));
+                });
+                const std::size_t length = row_length(models_->tensors()[piece.tensor]);
+                std::pmr::vector<double> shares(2 * length, memory_of(walk.policy()));
+                double* out = divergences_.data() + first_row_[piece.tensor] + piece.offset / length;
+                for (std::size_t at = 0; at < piece.size; at += length) {
+                    *out++ =
+                        detail::softmax_divergence(task + at, base + at, length, shares.data(), shares.data() + length);
+                }
+            });
+    }
+
+    /// The quartiles of each tensor's importances, and the threshold that they make.
+    template <class Types>
+    void search(detail::piece_walk<Types>& walk, double spread)
+    {
+        thresholds_.assign(models_->tensors().size(), 0);
+        for (std::size_t i = 0; i < models_->tensors().size(); ++i) {
+            const aligned_tensor& tensor = models_->tensors()[i];
+            if (tensor.size == 0) { continue; }
+            if (tensor.wide) { thresholds_[i] = threshold<double>(walk, i, spread); }
+            else {
+                thresholds_[i] = static_cast<double>(threshold<float>(walk, i, static_cast<float>(spread)));
+            }
+        }
+    }
+    template <arithmetic_element A, class Types>
+    [[nodiscard]] A threshold(detail::piece_walk<Types>& walk, std::size_t tensor, A spread)
+    {
+        using search = detail::quartile_search<A>;
+        search quartiles(models_->tensors()[tensor].size);
+        std::pmr::vector<typename search::histograms> counted(walk.workers(), memory_of(walk.policy()));
+        for (unsigned digit = 0; digit < search::digits; ++digit) {
+            for (auto& one : counted) { one = {}; }
+            walk.each(pieces_.of_tensor(tensor), "quartiles",
+                [&]<class B>(std::size_t, std::size_t worker, row_block<B>& rows, const tensor_chunk& piece,
+                    detail::piece_memory& memory) {
+                    if constexpr (std::same_as<A, B>) {
+                        each_importance(rows, piece, memory,
+                            [&](std::size_t, A importance) { quartiles.count(importance, counted[worker]); });
+                    }
+                });
+            for (std::size_t w = 1; w < counted.size(); ++w) {
+                for (std::size_t k = 0; k < 3; ++k) {
+                    for (std::size_t j = 0; j < counted[0][k].size(); ++j) { counted[0][k][j] += counted[w][k][j]; }
+                }
+            }
+            quartiles.next(counted[0]);
+            searched_ += models_->tensors()[tensor].bytes(models_->tensors()[tensor].size);
+        }
+        const A range = quartiles.quartile(2) - quartiles.quartile(0);
+        volatile A distance = spread * range; // so that no compiler fuses it with the sum
+        return quartiles.quartile(1) + distance;
+    }
+
+    /// use(i, importance) for each entry of a piece.
+    template <arithmetic_element A, class Use>
+    void each_importance(
+        row_block<A>& rows, const tensor_chunk& piece, detail::piece_memory& memory, const Use& use) const
+    {
+        A* const deltas = memory.rows<A>(1, piece.size);
+        detail::read_deltas(rows, piece, deltas);
+        const std::size_t length = row_length(models_->tensors()[piece.tensor]);
+        const double* divergence = divergences_.data() + first_row_[piece.tensor] + piece.offset / length;
+        for (std::size_t at = 0; at < piece.size; at += length, ++divergence) {
+            const A factor = static_cast<A>(*divergence);
+            for (std::size_t i = at; i < at + length; ++i) { use(i, std::abs(deltas[i]) * factor); }
+        }
+    }
+
+    const aligned_models* models_;
+    row_pieces pieces_;
+    std::vector<std::uint64_t> first_row_;
+    std::vector<double> divergences_, thresholds_;
+    std::uint64_t searched_ = 0; // bytes read for quartiles
+};
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MODEL_MERGE(extern, arcee_fusion_options)
+#endif
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_METHODS_ARCEE_FUSION_HPP
+
 // ---- taskvec/methods/average.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_AVERAGE_HPP)
 #define TASKVEC_SINGLE_METHODS_AVERAGE_HPP
@@ -19852,6 +20318,130 @@ merge_report merge_by_tensor(const cpu& policy, const callback<Options(std::stri
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_BY_TENSOR_HPP
 
+// ---- taskvec/methods/checkpoint_average.hpp
+#if !defined(TASKVEC_SINGLE_METHODS_CHECKPOINT_AVERAGE_HPP)
+#define TASKVEC_SINGLE_METHODS_CHECKPOINT_AVERAGE_HPP
+// Averages over the checkpoints of one training run, in their order: uniform, exponential, or with the weights that
+// stand for a decay of the learning rate. Tian et al., "WSM: decay-free learning rate schedule via checkpoint merging
+// for LLM pre-training" (2025).
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <numbers>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// How checkpoints are weighed: all the same; each by a factor more than the one before it; or as a decay of the
+/// learning rate would have weighed the updates between them.
+enum class checkpoint_schedule : std::uint8_t { uniform, ema, wsm };
+/// A decay d from d(0) = 1 to d(1) = 0: 1 − x, 1 − √x, (1 + cos πx) / 2.
+enum class decay_shape : std::uint8_t { linear, one_minus_sqrt, cosine };
+
+template <>
+struct enum_words<checkpoint_schedule> {
+    static constexpr std::array words{enum_word<checkpoint_schedule>{checkpoint_schedule::uniform, "uniform"},
+        enum_word<checkpoint_schedule>{checkpoint_schedule::ema, "ema"},
+        enum_word<checkpoint_schedule>{checkpoint_schedule::wsm, "wsm"}};
+};
+template <>
+struct enum_words<decay_shape> {
+    static constexpr std::array words{enum_word<decay_shape>{decay_shape::linear, "linear"},
+        enum_word<decay_shape>{decay_shape::one_minus_sqrt, "one-minus-sqrt"},
+        enum_word<decay_shape>{decay_shape::cosine, "cosine"}};
+};
+
+/// θ* = Σ ct·θt over N checkpoints in the order of the tasks, the oldest first:
+///   - uniform: ct = 1 / N;
+///   - ema: ct ∝ decay^(N − 1 − t), an exponential moving average without the bias towards its first value;
+///   - wsm: ct = d(t / N) − d((t + 1) / N), for which θ* is where the update from checkpoint t − 1 to t, times
+///     d(t / N), for every t, would have led from the first checkpoint: training at a constant rate, then merged, for
+///     training with that decay. The linear one is the uniform average.
+/// This is the weighted average with these weights (average_options), bit for bit. Needs no base.
+///
+///     merge(cpu{}, checkpoint_average_options{.schedule = checkpoint_schedule::wsm}, checkpoints, out);
+struct checkpoint_average_options {
+    checkpoint_schedule schedule = checkpoint_schedule::uniform;
+    double decay = 0.9; ///< of ema: what a checkpoint weighs against the next one
+    decay_shape shape = decay_shape::one_minus_sqrt; ///< of wsm
+};
+
+template <>
+struct options_of<checkpoint_average_options> {
+    static constexpr option_table table{option_row("schedule", &checkpoint_average_options::schedule,
+                                            "how checkpoints are weighed, the oldest first", {.unit = "HOW"}),
+        option_row("decay", &checkpoint_average_options::decay,
+            "what a checkpoint weighs against the next one under ema",
+            {.above = 0, .at_most = 1, .expected = "a factor above 0 and up to 1, such as 0.9"}),
+        option_row("decay-shape", &checkpoint_average_options::shape,
+            "the decay of the learning rate that wsm stands for", {.unit = "SHAPE"})};
+};
+
+namespace detail {
+
+/// What is left of the learning rate at x, the part of the decay that is over.
+[[nodiscard]] inline double decayed(decay_shape shape, double x)
+{
+    switch (shape) {
+    case decay_shape::linear: return 1 - x;
+    case decay_shape::one_minus_sqrt: return 1 - std::sqrt(x);
+    case decay_shape::cosine: break;
+    }
+    return (1 + std::cos(std::numbers::pi * x)) / 2;
+}
+
+} // namespace detail
+
+/// The weights of `count` checkpoints, the oldest first; their sum is 1 up to rounding. Errors: invalid_argument unless
+/// 0 < decay ≤ 1.
+///
+///     const auto weights = checkpoint_weights({.schedule = checkpoint_schedule::ema, .decay = 0.5}, 3); // (1, 2, 4) /
+///     7
+[[nodiscard]] inline std::vector<double> checkpoint_weights(
+    const checkpoint_average_options& options, std::size_t count)
+{
+    if (!(options.decay > 0 && options.decay <= 1)) {
+        raise<invalid_argument>(error_code::parameter_out_of_range,
+            message("decay is ", options.decay, "; expected a factor in (0, 1], such as 0.9"));
+    }
+    std::vector<double> weights;
+    const double n = static_cast<double>(count);
+    double sum = 0;
+    for (std::size_t t = 0; t < count; ++t) {
+        const double x = static_cast<double>(t);
+        switch (options.schedule) {
+        case checkpoint_schedule::uniform: weights.push_back(1); break;
+        case checkpoint_schedule::ema: weights.push_back(std::pow(options.decay, n - 1 - x)); break;
+        case checkpoint_schedule::wsm:
+            weights.push_back(detail::decayed(options.shape, x / n) - detail::decayed(options.shape, (x + 1) / n));
+            break;
+        }
+        sum += weights.back();
+    }
+    for (double& weight : weights) { weight /= sum; }
+    return weights;
+}
+
+template <>
+class method<checkpoint_average_options> : public method<average_options> {
+public:
+    template <class Passes>
+    method(Passes& passes, const checkpoint_average_options& options)
+        : method<average_options>(passes, average_options{.weights = checkpoint_weights(options, passes.tasks())})
+    { }
+};
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MODEL_MERGE(extern, checkpoint_average_options)
+#endif
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_METHODS_CHECKPOINT_AVERAGE_HPP
+
 // ---- taskvec/methods/combination.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_COMBINATION_HPP)
 #define TASKVEC_SINGLE_METHODS_COMBINATION_HPP
@@ -20242,6 +20832,490 @@ TASKVEC_COMPILED_MERGES(extern, dare_ties_options)
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_METHODS_DARE_HPP
+
+// ---- taskvec/methods/della.hpp
+#if !defined(TASKVEC_SINGLE_METHODS_DELLA_HPP)
+#define TASKVEC_SINGLE_METHODS_DELLA_HPP
+// DELLA: drop entries at random, small ones more often, rescale the rest and elect signs. Deep, Bhardwaj and Poria,
+// "DELLA-Merging: reducing interference in model merging through magnitude-based sampling" (2024).
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/methods/keep/ranked.hpp
+#if !defined(TASKVEC_SINGLE_METHODS_KEEP_RANKED_HPP)
+#define TASKVEC_SINGLE_METHODS_KEEP_RANKED_HPP
+// Keeping entries at random, larger ones more often: the MAGPRUNE of DELLA, by ranks within rows.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <memory_resource>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Which entries are ranked among each other: those along the last axis (the rows of a matrix), or those along the
+/// second one (mergekit's: another thing where there are three axes or more). A tensor with one axis is one row.
+enum class rank_axis : std::uint8_t { last, second };
+
+template <>
+struct enum_words<rank_axis> {
+    static constexpr std::array words{
+        enum_word<rank_axis>{rank_axis::last, "last"}, enum_word<rank_axis>{rank_axis::second, "second"}};
+};
+
+/// The rule of one tensor: what an entry is divided by was worked out with its row; 0 where it is dropped.
+template <arithmetic_element A>
+struct keep_ranked_of_tensor {
+    static constexpr bool sees_all = false;
+    static constexpr bool clears_zeros = false;
+    static constexpr bool reads_beside = true;
+
+    template <class In>
+    [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
+        const In& in, std::size_t t, const typename In::pack& x) const noexcept
+    {
+        const auto divisor = in.beside(t);
+        return where(divisor != 0, x / divisor);
+    }
+};
+
+namespace detail {
+
+/// Ranks of magnitudes: 0 is the smallest. Among equals the lowest index counts as the largest.
+template <arithmetic_element A>
+class magnitude_ranks {
+public:
+    explicit magnitude_ranks(std::pmr::memory_resource* memory)
+        : items_(memory)
+        , other_(memory)
+    { }
+
+    /// Calls take(i, rank) for the entries x[0], x[stride], … x[(n − 1)·stride], in ascending rank.
+    template <class Take>
+    void rank(const A* x, std::size_t n, std::size_t stride, const Take& take)
+    {
+        items_.resize(n);
+        for (std::size_t i = 0; i < n; ++i) { // a stable sort leaves equals as they are here: the last ones first
+            const std::size_t from = n - 1 - i;
+            items_[i] = {magnitude_bits(x[from * stride]), static_cast<std::uint32_t>(from)};
+        }
+        if (n < 256) {
+            std::sort(items_.begin(), items_.end(),
+                [](const item& a, const item& b) { return a.key != b.key ? a.key < b.key : a.index > b.index; });
+        }
+        else {
+            sort_digits();
+        }
+        for (std::size_t rank = 0; rank < n; ++rank) { take(items_[rank].index, rank); }
+    }
+
+private:
+    struct item {
+        bits_type<A> key = 0;
+        std::uint32_t index = 0;
+    };
+    static constexpr unsigned digit = 11;
+    static constexpr std::size_t digits = (sizeof(A) * 8 - 1 + digit - 1) / digit; // the sign is none of the magnitude
+    [[nodiscard]] static std::size_t digit_of(const item& one, std::size_t d) noexcept
+    {
+        return static_cast<std::size_t>(one.key >> (d * digit)) & ((std::size_t{1} << digit) - 1);
+    }
+
+    /// A radix sort, without the digits that are the same in all.
+    void sort_digits()
+    {
+        other_.resize(items_.size());
+        for (auto& one : counts_) { one.fill(0); }
+        for (const item& one : items_) {
+            for (std::size_t d = 0; d < digits; ++d) { ++counts_[d][digit_of(one, d)]; }
+        }
+        for (std::size_t d = 0; d < digits; ++d) {
+            auto& places = counts_[d];
+            if (places[digit_of(items_.front(), d)] == items_.size()) { continue; }
+            std::uint32_t before = 0;
+            for (auto& place : places) { before += std::exchange(place, before); }
+            for (const item& one : items_) { other_[places[digit_of(one, d)]++] = one; }
+            std::swap(items_, other_);
+        }
+    }
+
+    std::pmr::vector<item> items_, other_;
+    std::array<std::array<std::uint32_t, std::size_t{1} << digit>, digits> counts_;
+};
+
+} // namespace detail
+
+/// In every row of n entries the entry of rank r by magnitude (0: the smallest; among equals the lowest index is the
+/// largest) is kept with probability p = density − epsilon + 2·epsilon·r / (n − 1), by its draw of (seed, task, tensor
+/// name, element index) as in keep_random, and divided by p unless it is to stay as it is. In a row of one entry p is
+/// the density; a task with density 1 is kept whole. Errors: invalid_argument unless 0 < density ≤ 1, and unless
+/// 0 ≤ epsilon with density ± epsilon within (0, 1). Cost: every row is sorted. On the CPU.
+class keep_ranked {
+public:
+    template <class Passes>
+    keep_ranked(Passes& passes, const task_shares& density, const task_shares& epsilon, std::uint64_t seed,
+        rank_axis axis, bool divided)
+        : policy_(passes.policy())
+        , models_(&passes.models())
+        , axis_(axis)
+        , divided_(divided)
+        , pieces_(passes.models(), [axis](const aligned_tensor& tensor) { return group_of(tensor, axis).block(); })
+    {
+        for (std::size_t t = 0; t < passes.tasks(); ++t) {
+            densities_.push_back(density.of(t));
+            epsilons_.push_back(epsilon.of(t));
+            check(densities_[t], epsilons_[t]);
+        }
+        for (const auto& tensor : passes.models().tensors()) { keys_.push_back(hash64(tensor.name, seed)); }
+    }
+    /// Refuses what the constructor refuses of a task.
+    static void check(double density, double epsilon)
+    {
+        if (!(density > 0.0 && density <= 1.0)) {
+            raise<invalid_argument>(error_code::density_out_of_range,
+                message("density is ", density, "; expected a share in (0, 1], such as 0.5"));
+        }
+        const double room = std::min(density, 1 - density);
+        if (density < 1 && !(epsilon >= 0 && density - epsilon > 0 && density + epsilon < 1)) {
+            raise<invalid_argument>(error_code::parameter_out_of_range,
+                message("epsilon is ", epsilon, " and density ", density, "; expected an epsilon from 0 to below ",
+                    room, ", for which density - epsilon and density + epsilon are within (0, 1)"));
+        }
+    }
+    template <arithmetic_element A>
+    [[nodiscard]] keep_ranked_of_tensor<A> get(std::size_t) const noexcept
+    {
+        return {};
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return 0; }
+    [[nodiscard]] const row_pieces& pieces() const noexcept { return pieces_; }
+
+    /// What each entry of a piece is divided by, 0 where it is dropped: out[t·size …] for task t.
+    template <arithmetic_element A>
+    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* out, detail::piece_memory& scratch) const
+    {
+        std::pmr::memory_resource* const memory = memory_of(policy_);
+        const std::size_t tasks = densities_.size(), size = piece.size;
+        A* const deltas = scratch.rows<A>(tasks, size);
+        detail::read_deltas(rows, piece, deltas);
+        weigh(piece, deltas, out, memory);
+    }
+
+    /// Σ|τ| / Σ|kept τ| for every tensor and task, as l1_factors() says of other rules.
+    template <class Types>
+    [[nodiscard]] std::vector<std::vector<double>> l1_factors() const
+    {
+        const std::size_t tasks = densities_.size();
+        std::pmr::memory_resource* const memory = memory_of(policy_);
+        std::pmr::vector<double> leaves(2 * tasks * pieces_.size(), memory);
+        detail::piece_walk<Types> walk(policy_, *models_, pieces_);
+        walk.each({0, pieces_.size()}, "norms",
+            [&]<class A>(std::size_t index, std::size_t, row_block<A>& rows, const tensor_chunk& piece,
+                detail::piece_memory& held) {
+                A* const deltas = held.rows<A>(2 * tasks, piece.size);
+                A* const out = deltas + tasks * piece.size;
+                detail::read_deltas(rows, piece, deltas);
+                weigh(piece, deltas, out, memory);
+                for (std::size_t t = 0; t < tasks; ++t) {
+                    double all = 0, kept = 0;
+                    for (std::size_t i = t * piece.size; i < (t + 1) * piece.size; ++i) {
+                        const double x = std::abs(static_cast<double>(deltas[i]));
+                        all += x;
+                        if (out[i] != 0) { kept += x / static_cast<double>(out[i]); }
+                    }
+                    leaves[2 * (index * tasks + t)] = all;
+                    leaves[2 * (index * tasks + t) + 1] = kept;
+                }
+            });
+        std::vector<std::vector<double>> factors;
+        for (std::size_t i = 0; i < models_->tensors().size(); ++i) {
+            factors.emplace_back();
+            for (std::size_t t = 0; t < tasks; ++t) {
+                detail::pairwise_sum all, kept;
+                const auto range = pieces_.of_tensor(i);
+                for (std::size_t index = range.first; index < range.last; ++index) {
+                    all.add(leaves[2 * (index * tasks + t)]);
+                    kept.add(leaves[2 * (index * tasks + t) + 1]);
+                }
+                const bool none = all.total() < 1e-7 || kept.total() < 1e-7;
+                factors.back().push_back(none ? 1.0 : all.total() / kept.total());
+            }
+        }
+        return factors;
+    }
+
+private:
+    /// Groups that are ranked by themselves: `length` entries, `stride` apart; stride groups make a block.
+    struct group {
+        std::size_t length = 1, stride = 1;
+        [[nodiscard]] std::size_t block() const noexcept { return length * stride; }
+    };
+    [[nodiscard]] static group group_of(const aligned_tensor& tensor, rank_axis axis)
+    {
+        const std::size_t axes = tensor.shape.size();
+        if (axis == rank_axis::last || axes < 3 || tensor.size == 0) { return {row_length(tensor), 1}; }
+        const auto rows = static_cast<std::size_t>(tensor.shape[0]), length = static_cast<std::size_t>(tensor.shape[1]);
+        return {length, tensor.size / rows / length};
+    }
+
+    /// What an entry's word must be below to be kept, and what it is divided by.
+    template <arithmetic_element A>
+    struct chance {
+        std::uint64_t below = 0;
+        A divisor = 0;
+    };
+
+    template <arithmetic_element A>
+    void weigh(const tensor_chunk& piece, const A* deltas, A* out, std::pmr::memory_resource* memory) const
+    {
+        const std::size_t size = piece.size;
+        const group rows = group_of(models_->tensors()[piece.tensor], axis_);
+        detail::magnitude_ranks<A> ranks(memory);
+        std::pmr::vector<std::uint32_t> words(memory);
+        std::pmr::vector<chance<A>> chances(rows.length, memory); // of every rank
+        for (std::size_t t = 0; t < densities_.size(); ++t) {
+            const A* const x = deltas + t * size;
+            A* const numbers = out + t * size;
+            if (densities_[t] == 1) {
+                std::fill(numbers, numbers + size, A{1});
+                continue;
+            }
+            for (std::size_t rank = 0; rank < rows.length; ++rank) {
+                const double p = probability(t, rank, rows.length);
+                chances[rank] = {keep_below(p), divided_ ? static_cast<A>(p) : A{1}};
+            }
+            draw(random_stream(keys_[piece.tensor], static_cast<std::uint32_t>(t)), piece, words);
+            for (std::size_t begin = 0; begin < size; begin += rows.block()) {
+                for (std::size_t lane = 0; lane < rows.stride; ++lane) {
+                    const std::size_t at = begin + lane;
+                    ranks.rank(x + at, rows.length, rows.stride, [&](std::size_t i, std::size_t rank) {
+                        const std::size_t place = at + i * rows.stride;
+                        const chance<A>& its = chances[rank];
+                        numbers[place] = words[place] < its.below ? its.divisor : A{0};
+                    });
+                }
+            }
+        }
+    }
+    /// The random words of a piece's entries.
+    static void draw(const random_stream& stream, const tensor_chunk& piece, std::pmr::vector<std::uint32_t>& words)
+    {
+        words.resize(piece.size);
+        for (std::size_t i = 0; i < piece.size;) {
+            const auto four = stream.words((piece.offset + i) / 4);
+            for (std::size_t j = (piece.offset + i) % 4; j < 4 && i < piece.size; ++j) { words[i++] = four[j]; }
+        }
+    }
+    [[nodiscard]] double probability(std::size_t t, std::size_t rank, std::size_t n) const noexcept
+    {
+        if (n == 1) { return densities_[t]; }
+        return densities_[t] - epsilons_[t] + 2 * epsilons_[t] * static_cast<double>(rank) / static_cast<double>(n - 1);
+    }
+
+    cpu policy_;
+    const aligned_models* models_;
+    rank_axis axis_;
+    bool divided_;
+    row_pieces pieces_;
+    std::vector<double> densities_, epsilons_;
+    std::vector<std::uint64_t> keys_;
+};
+
+/// The same of ranked entries, which are looked at in whole rows.
+template <class Passes>
+[[nodiscard]] std::vector<std::vector<double>> l1_factors(Passes&, const keep_ranked& keep)
+{
+    return keep.l1_factors<storage_of<Passes>>();
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_METHODS_KEEP_RANKED_HPP
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Task arithmetic over task vectors of which each entry is kept with a probability that grows with the rank r of its
+/// magnitude among the n entries of its row, p = density − epsilon + 2·epsilon·r / (n − 1), and divided by p
+/// (MAGPRUNE; the paper's ε is the width 2·epsilon). Draws are those of DARE, functions of (seed, task, tensor, index)
+/// alone; with epsilon 0 this is DARE, bit for bit. Equal magnitudes: the lowest index ranks highest. Rows of one
+/// entry have p = density, as have scalars; density 1 keeps all, whatever epsilon is. With `rescale` l1 what is kept of
+/// a task vector gets its L1 norm back in place of the division. With `normalize` the sum is divided by Σ wt. With
+/// `densities` and `epsilons` each task has its own. Bit-exact for any threads and blocks. Errors: invalid_argument
+/// unless density ± epsilon is within (0, 1). Cost: one read of the models, one more for L1 norms, and a sort of every
+/// row; memory for each thread: 65,536 entries or one row, 2·T numbers each. On the CPU.
+///
+///     merge(cpu{}, della_linear_options{.density = 0.5, .epsilon = 0.15, .seed = 7}, base, tasks, out);
+struct della_linear_options {
+    double density = 0.5;
+    double epsilon = 0.15;
+    std::uint64_t seed = 0;
+    double lambda = 1.0;
+    std::vector<double> weights{};
+    drop_rescale rescale = drop_rescale::density; ///< density: by each entry's own probability
+    bool normalize = false; ///< divide by the sum of the weights
+    rank_axis axis = rank_axis::last;
+    std::vector<double> densities{}; ///< of each task, or none for `density` of all
+    std::vector<double> epsilons{}; ///< of each task, or none for `epsilon` of all
+
+    /// What mergekit's della_linear does, up to its random numbers.
+    [[nodiscard]] static della_linear_options as_in_mergekit()
+    {
+        della_linear_options options;
+        options.rescale = drop_rescale::l1;
+        options.axis = rank_axis::second;
+        return options;
+    }
+};
+
+/// The same drop, then TIES without its trim: election and disjoint merge over what was kept. `ties.density`,
+/// `ties.densities` and `ties.rescale` are not used.
+///
+///     merge(cpu{}, della_options{.density = 0.4, .epsilon = 0.1, .ties = {.lambda = 1.1}}, base, tasks, out);
+struct della_options {
+    double density = 0.5;
+    double epsilon = 0.15;
+    std::uint64_t seed = 0;
+    ties_options ties{};
+    drop_rescale rescale = drop_rescale::density; ///< density: by each entry's own probability
+    rank_axis axis = rank_axis::last;
+    std::vector<double> densities{}; ///< of each task, or none for `density` of all
+    std::vector<double> epsilons{}; ///< of each task, or none for `epsilon` of all
+
+    /// What mergekit's della does, up to its random numbers.
+    [[nodiscard]] static della_options as_in_mergekit()
+    {
+        della_options options;
+        options.ties = ties_options::as_in_mergekit();
+        options.rescale = drop_rescale::l1;
+        options.axis = rank_axis::second;
+        return options;
+    }
+};
+
+template <>
+struct options_of<della_linear_options> {
+    static constexpr option_table table{
+        option_row("density", &della_linear_options::density, "share of entries kept", share_details(common_densities)),
+        densities_row(&della_linear_options::densities),
+        option_row("epsilon", &della_linear_options::epsilon,
+            "how far the keep probabilities of a row's smallest and largest entry are from the density",
+            {.unit = "X", .at_least = 0}),
+        epsilons_row(&della_linear_options::epsilons),
+        option_row("seed", &della_linear_options::seed, "of random choices"),
+        option_row("lambda", &della_linear_options::lambda, "scale of the merged task vector", lambda_details()),
+        weights_row(&della_linear_options::weights),
+        option_row("rescale-by", &della_linear_options::rescale, "what makes up for dropped entries", {.unit = "HOW"}),
+        option_row("normalize-weights", &della_linear_options::normalize, "divide by the sum of the weights"),
+        option_row("rank-axis", &della_linear_options::axis, "along which axis entries are ranked among each other",
+            {.unit = "AXIS"})};
+    static constexpr std::string_view preset_option = "semantics";
+    static constexpr std::array presets{
+        option_preset<della_linear_options>{"paper", "the paper", [] { return della_linear_options{}; }},
+        option_preset<della_linear_options>{"mergekit", "mergekit", &della_linear_options::as_in_mergekit}};
+};
+template <>
+struct options_of<della_options> {
+    static constexpr option_table table{
+        option_row("density", &della_options::density, "share of entries kept", share_details(common_densities)),
+        densities_row(&della_options::densities),
+        option_row("epsilon", &della_options::epsilon,
+            "how far the keep probabilities of a row's smallest and largest entry are from the density",
+            {.unit = "X", .at_least = 0}),
+        epsilons_row(&della_options::epsilons), option_row("seed", &della_options::seed, "of random choices"),
+        options_within(&della_options::ties, "density", "densities", "trim", "rescale"),
+        option_row("rescale-by", &della_options::rescale, "what makes up for dropped entries", {.unit = "HOW"}),
+        option_row("rank-axis", &della_options::axis, "along which axis entries are ranked among each other",
+            {.unit = "AXIS"})};
+    static constexpr std::string_view preset_option = "semantics";
+    static constexpr std::array presets{
+        option_preset<della_options>{"paper", "the paper", [] { return della_options{}; }},
+        option_preset<della_options>{"mergekit", "mergekit", &della_options::as_in_mergekit}};
+};
+
+namespace detail {
+/// The keep rule of either struct.
+template <class Passes, class Options>
+[[nodiscard]] keep_ranked ranked_of(Passes& passes, const Options& options)
+{
+    return {passes, task_shares(options.density, options.densities, passes.tasks(), "densities"),
+        task_shares(options.epsilon, options.epsilons, passes.tasks(), "epsilons"), options.seed, options.axis,
+        options.rescale == drop_rescale::density};
+}
+} // namespace detail
+
+template <>
+class method<della_linear_options> : public elementwise_method {
+public:
+    static constexpr std::size_t task_slots = 1;
+    static constexpr bool on_device = false; // rows are sorted on the CPU
+
+    template <class Passes>
+    method(Passes& passes, const della_linear_options& options)
+        : tasks_(passes.tasks())
+        , keep_(detail::ranked_of(passes, options))
+        , sum_(passes, options, keep_, options.rescale == drop_rescale::l1)
+    { }
+    template <arithmetic_element A>
+    [[nodiscard]] kept_sum_body<A, keep_ranked_of_tensor<A>> body(std::size_t tensor) const
+    {
+        return sum_.body<A>(keep_.get<A>(tensor), tensor);
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return sum_.walks(); }
+    [[nodiscard]] const row_pieces& pieces() const noexcept { return keep_.pieces(); }
+    [[nodiscard]] std::size_t row_numbers() const noexcept { return tasks_; }
+    template <arithmetic_element A>
+    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, detail::piece_memory& memory) const
+    {
+        keep_.weigh(rows, piece, numbers, memory);
+    }
+
+private:
+    std::size_t tasks_;
+    keep_ranked keep_;
+    kept_sum sum_;
+};
+
+template <>
+class method<della_options> : public sign_election_method<keep_ranked> {
+public:
+    static constexpr bool on_device = false; // rows are sorted on the CPU
+
+    template <class Passes>
+    method(Passes& passes, const della_options& options)
+        : sign_election_method(passes, detail::rescaled(options.ties, options.rescale == drop_rescale::l1),
+              [&] { return detail::ranked_of(passes, options); })
+        , tasks_(passes.tasks())
+    { }
+    [[nodiscard]] const row_pieces& pieces() const noexcept { return keep().pieces(); }
+    [[nodiscard]] std::size_t row_numbers() const noexcept { return tasks_; }
+    template <arithmetic_element A>
+    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, detail::piece_memory& memory) const
+    {
+        keep().weigh(rows, piece, numbers, memory);
+    }
+
+private:
+    std::size_t tasks_;
+};
+
+#if defined(TASKVEC_COMPILED)
+TASKVEC_COMPILED_MODEL_MERGE(extern, della_linear_options)
+TASKVEC_COMPILED_MODEL_MERGE(extern, della_options)
+#endif
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_METHODS_DELLA_HPP
 
 // ---- taskvec/methods/fisher.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_FISHER_HPP)

@@ -3,6 +3,7 @@
 #include <taskvec/methods/arcee_fusion.hpp>
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/breadcrumbs.hpp>
+#include <taskvec/methods/checkpoint_average.hpp>
 #include <taskvec/methods/dare.hpp>
 #include <taskvec/methods/fisher.hpp>
 #include <taskvec/methods/karcher.hpp>
@@ -25,6 +26,7 @@ TASKVEC_COMPILED_MERGED_NORMS(, storage_list<bf16>)
 TASKVEC_COMPILED_MODEL_MERGE(, arcee_fusion_options)
 TASKVEC_COMPILED_MERGES(, average_options)
 TASKVEC_COMPILED_MERGES(, breadcrumbs_options)
+TASKVEC_COMPILED_MODEL_MERGE(, checkpoint_average_options)
 TASKVEC_COMPILED_MERGES(, dare_options)
 TASKVEC_COMPILED_MERGES(, fisher_options)
 TASKVEC_COMPILED_MERGES(, karcher_options)
