@@ -16,7 +16,7 @@ Q, V, FC = "q_proj", "v_proj", "c_fc"
 
 
 def configurations():
-    from peft import IA3Config, LoHaConfig, LoraConfig
+    from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig
 
     accepted = {
         "plain": LoraConfig(r=3, lora_alpha=6, target_modules=[Q, V]),
@@ -36,6 +36,7 @@ def configurations():
     }
     asked = {"modules_to_save": LoraConfig(r=2, lora_alpha=2, target_modules=[Q], modules_to_save=["head"])}
     refused = {
+        "adalora": ("peft_type", AdaLoraConfig(init_r=3, target_r=2, lora_alpha=6, target_modules=[Q, V], total_step=10)),
         "dora": ("use_dora", LoraConfig(r=2, lora_alpha=2, target_modules=[Q], use_dora=True)),
         "pissa": ("init_lora_weights", LoraConfig(r=2, lora_alpha=2, target_modules=[Q], init_lora_weights="pissa")),
         "olora": ("init_lora_weights", LoraConfig(r=2, lora_alpha=2, target_modules=[Q], init_lora_weights="olora")),

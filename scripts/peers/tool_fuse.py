@@ -12,7 +12,7 @@ from common import largest_difference, load, save, tool_arguments
 from tiny_model import load_adapter, tiny
 
 TOLERANCE = 1e-6  # of the largest weight, in f32
-FOLDED = ["dora", "lora_bias", "conv2d", "loha"]  # what fuse takes beside what the other verbs read
+FOLDED = ["adalora", "dora", "lora_bias", "conv2d", "loha"]  # what fuse takes beside what the other verbs read
 
 
 def language_models():
@@ -82,7 +82,7 @@ def main():
             judge(name, max(largest_difference(found[tensor], expected[tensor]) for tensor in expected))
 
         import transformers
-        from peft import PeftModel, get_peft_model
+        from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 
         transformers.utils.logging.disable_progress_bar()
 
@@ -111,6 +111,62 @@ def main():
             if report["missing_keys"] or report["unexpected_keys"]:
                 failures.append(f"{what}: transformers misses {report['missing_keys']}, and does not expect {report['unexpected_keys']}")
             judge(f"{what}: logits", largest_difference(found.eval()(ids).logits.detach(), expected), 1e-5)
+
+        # Initialisations that change the base: saved converted they are plain adapters, and otherwise refused.
+        for init in ("pissa", "olora", "pissa_niter_4"):
+            count += 1
+            torch.manual_seed(8)
+            model = language_models()["llama"]().eval()
+            place = scratch / f"init_{init}"
+            model.save_pretrained(place / "base")
+            adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=init))
+            adapted.peft_config["default"].init_lora_weights = True  # as PEFT asks for the adapter before the training
+            adapted.save_pretrained(str(place / "initial"))
+            adapted.peft_config["default"].init_lora_weights = init
+            with torch.no_grad():
+                for parameter in adapted.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(0.1 * torch.randn(parameter.shape))
+            expected = adapted.eval()(ids).logits.detach()
+            adapted.save_pretrained(str(place / "as_it_is"))
+            adapted.save_pretrained(str(place / "converted"), path_initial_model_for_weight_conversion=str(place / "initial"))
+            code, words = fuse("--base", place / "base", "--adapter", place / "as_it_is", "--out", place / "no")
+            if code != 1 or "path_initial_model_for_weight_conversion" not in words or (place / "no").exists():
+                failures.append(f"{init}, not converted: the tool answers {code}: {words}")
+            code, words = fuse("--base", place / "base", "--adapter", place / "converted", "--out", place / "fused")
+            if code != 0:
+                failures.append(f"{init}: the tool answers {code}: {words}")
+                continue
+            found = type(model).from_pretrained(place / "fused").eval()
+            judge(f"{init}, saved converted: logits", largest_difference(found(ids).logits.detach(), expected), 1e-5)
+
+        # AdaLoRA with ranks that it has cut, one of them to 0.
+        count += 1
+        torch.manual_seed(9)
+        model = language_models()["llama"]().eval()
+        place = scratch / "adalora"
+        model.save_pretrained(place / "base")
+        adapted = get_peft_model(model, AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], total_step=10))
+        pattern = {}
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape))
+                if ".lora_E." in name:
+                    kept = torch.tensor([True, "0" in name, False, True]) if "q_proj" in name else torch.tensor([False, True, True, True])
+                    if "layers.1" in name and "q_proj" in name:
+                        kept = torch.zeros(4, dtype=torch.bool)
+                    parameter[~kept] = 0
+                    pattern[name.removeprefix("base_model.model.")] = kept.tolist()
+        adapted.peft_config["default"].rank_pattern = pattern
+        expected = adapted.eval()(ids).logits.detach()
+        adapted.save_pretrained(str(place / "adapter"))
+        code, words = fuse("--base", place / "base", "--adapter", place / "adapter", "--out", place / "fused")
+        if code != 0:
+            failures.append(f"AdaLoRA: the tool answers {code}: {words}")
+        else:
+            found = type(model).from_pretrained(place / "fused").eval()
+            judge("llama, AdaLoRA with cut ranks: logits", largest_difference(found(ids).logits.detach(), expected), 1e-5)
 
         # The other way round: what low-rank changes of tied embeddings and Conv1D layers become in PEFT's hands.
         for model_name, changed in (("gpt2", ["wte", "c_attn", "c_proj"]), ("llama tied", ["embed_tokens", "q_proj"]), ("llama", ["lm_head", "down_proj"])):

@@ -393,6 +393,62 @@ TEST_CASE("fuse reads LoHa and LoKr")
     check(kron(std::vector<double>(full.values.begin(), full.values.end()), 1));
 }
 
+TEST_CASE("fuse reads AdaLoRA, which scales by the rank that it began with, and cuts modules to nothing")
+{
+    const scratch folder;
+    const auto base = two_layers();
+    write_values(folder / "base.safetensors", base);
+    const nlohmann::json config{{"peft_type", "ADALORA"}, {"init_r", 5}, {"r", 8}, {"lora_alpha", 4},
+        {"rank_pattern", {{"layers.0.lora_E", {true, false, true}}}}};
+    const auto e = random_tensor({2, 1}, 6);
+    const values_model tensors{{"layers.0.lora_A", random_tensor({2, 20}, 4)},
+        {"layers.0.lora_B", random_tensor({9, 2}, 5)}, {"layers.0.lora_E", e},
+        {"layers.1.lora_A", random_tensor({0, 20}, 4)}, {"layers.1.lora_B", random_tensor({20, 0}, 5)},
+        {"layers.1.lora_E", random_tensor({0, 1}, 6)}};
+    write_adapter_as(folder / "a", tensors, config);
+    const auto result = run(folder, fuse_one);
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    CHECK(result.err.find("'a' has 1 of 2 modules at rank 0") != std::string::npos);
+    auto a = tensors.at("layers.0.lora_A");
+    for (std::size_t i = 0; i < 40; ++i) { a.values[i] *= e.values[i / 20]; }
+    auto expected = base;
+    expected["layers.0.weight"] = added(base.at("layers.0.weight"), a, tensors.at("layers.0.lora_B"), 4 / (5 + 1e-5));
+    CHECK(same(read_values(folder / "out.safetensors"), expected));
+    const auto converted = run(folder, {"convert", "a", "--as", "peft", "--out", "plain"});
+    CHECK(converted.code == 0);
+    CHECK(run(folder, {"inspect", "a"}).out.find("AdaLoRA") != std::string::npos);
+    const auto lower = run(folder, {"peru-lora", "--adapter", "plain", "--rank", "1", "--out", "lower"});
+    CAPTURE(lower.err);
+    CHECK(lower.code == 0);
+
+    std::filesystem::remove(folder / "out.safetensors");
+    const auto with = [&](const std::function<void(values_model&, nlohmann::json&)>& change) {
+        auto changed = tensors;
+        auto settings = config;
+        change(changed, settings);
+        std::filesystem::remove_all(folder / "a");
+        write_adapter_as(folder / "a", changed, settings);
+    };
+    with([](auto& all, auto&) { all["layers.0.lora_E"] = random_tensor({3, 1}, 6); });
+    refused(folder, fuse_one, 1, "has shape [3, 1], and module 'layers.0' has rank 2");
+    with([](auto& all, auto&) { all.erase("layers.0.lora_E"); });
+    refused(folder, fuse_one, 1, "has no lora_E");
+    with([](auto&, auto& settings) {
+        settings["peft_type"] = "LORA";
+        settings.erase("rank_pattern");
+    });
+    refused(folder, fuse_one, 1, "says peft_type LORA");
+    with([](auto&, auto& settings) { settings["init_r"] = 0; });
+    refused(folder, fuse_one, 1, "init_r is 0");
+    with([](auto&, auto&) { });
+    std::filesystem::remove(folder / "a/adapter_config.json");
+    refused(folder, fuse_one, 1, "whose scaling is in adapter_config.json");
+    write_adapter_as(folder / "pissa", factors("layers.0", 9, 20, 10), {{"init_lora_weights", "pissa"}});
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "pissa", "--out", "out.safetensors"}, 1,
+        "path_initial_model_for_weight_conversion");
+}
+
 TEST_CASE("fuse names what is wrong with an adapter, and writes nothing")
 {
     const scratch folder;

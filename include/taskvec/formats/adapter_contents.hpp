@@ -48,7 +48,7 @@ struct adapted_module {
     std::vector<double> magnitude{}; ///< DoRA's, one for each output; empty: none
     lora_update<T> bias{}; ///< what lora_bias adds to the module's bias, as an update of 1×out; of rank 0: nothing
     dtype stored = dtype_of<T>; ///< of the factors in the file
-    std::string kind = "LoRA"; ///< "LoRA", "DoRA", "LoHa" or "LoKr": what the update was made of
+    std::string kind = "LoRA"; ///< "LoRA", "DoRA", "AdaLoRA", "LoHa" or "LoKr": what the update was made of
 };
 
 /// An adapter read from any dialect. Module names are the file's, without prefixes that say nothing of the module;

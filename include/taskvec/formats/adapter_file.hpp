@@ -69,6 +69,7 @@ struct adapter_role {
         lokr_w2,
         lokr_w2_a,
         lokr_w2_b,
+        singular,
         unknown
     } role = whole;
     std::string module{}, adapter{}; ///< the adapter's name, where the key has one
@@ -84,8 +85,9 @@ struct adapter_role {
         role::what what;
         std::optional<dialect> of;
     };
-    static const std::array<ending, 36> endings{{{".lora_A.weight", role::a, dialect::peft},
-        {".lora_B.weight", role::b, dialect::peft}, {".lora_embedding_A", role::embedding_a, dialect::peft},
+    static const std::array<ending, 37> endings{{{".lora_E", role::singular, dialect::peft},
+        {".lora_A.weight", role::a, dialect::peft}, {".lora_B.weight", role::b, dialect::peft},
+        {".lora_embedding_A", role::embedding_a, dialect::peft},
         {".lora_embedding_B", role::embedding_b, dialect::peft}, {".lora_B.bias", role::bias, dialect::peft},
         {".lora_magnitude_vector.weight", role::magnitude, dialect::peft},
         {".lora_magnitude_vector", role::magnitude, dialect::peft}, {".lora_down.weight", role::a, dialect::kohya},
@@ -125,7 +127,7 @@ struct adapter_role {
     }
     if (auto found = plain(name)) { return *found; }
     // With the adapter's name in it: MODULE.lora_A.default.weight, MODULE.lora_embedding_A.default, …
-    for (const std::string_view part : {".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.",
+    for (const std::string_view part : {".lora_A.", ".lora_B.", ".lora_E.", ".lora_embedding_A.", ".lora_embedding_B.",
              ".lora_magnitude_vector.", ".hada_w1_a.", ".hada_w1_b.", ".hada_w2_a.", ".hada_w2_b.", ".lokr_w1.",
              ".lokr_w1_a.", ".lokr_w1_b.", ".lokr_w2.", ".lokr_w2_a.", ".lokr_w2_b."}) {
         const auto at = name.rfind(part);
@@ -333,6 +335,18 @@ template <class T>
     fits(made.update.b, made.update.a, dialect == adapter_dialect::peft ? "lora_B" : "the up factor",
         dialect == adapter_dialect::peft ? "lora_A" : "the down factor");
     rank = made.update.a.rows();
+    if (const auto* const values = parts.get(role::singular)) { // AdaLoRA: b·diag(e)·a
+        made.kind = "AdaLoRA";
+        const auto e = read_flat_factor<T>(file, *values);
+        if (e.size() != rank) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", where, "': tensor '", values->name, "' has shape ", to_string(values->shape),
+                    ", and module '", module, "' has rank ", rank));
+        }
+        for (std::size_t k = 0; k < rank; ++k) {
+            for (std::size_t i = 0; i < made.update.a.cols(); ++i) { made.update.a(k, i) *= e.data()[k]; }
+        }
+    }
     if (const auto* const vector = parts.get(role::magnitude)) {
         made.kind = "DoRA";
         const auto values = read_flat_factor<double>(file, *vector);
@@ -371,9 +385,9 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
     };
     if (const auto* type = fields.find("peft_type")) {
         const bool known = *type == "LORA" || *type == "LOHA" || *type == "LOKR" || *type == "ADALORA";
-        if (!known || *type == "ADALORA") {
+        if (!known) {
             refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)),
-                *type == "ADALORA" ? "its ranks are cut by a mask of its own" : "another kind of adapter");
+                "another kind of adapter");
         }
     }
     check_lora_initialization(fields, {"gaussian", "eva", "orthogonal", "mica", "velora"}, refuse);
@@ -444,7 +458,8 @@ template <arithmetic_element T = float>
         if (found.role == role::unknown) {
             raise<format_error>(error_code::adapter_unsupported,
                 message("tensor '", entry.name,
-                    "' is no part of a LoRA, DoRA, LoHa or LoKr adapter: fold it into its base with what wrote it"),
+                    "' is no part of a LoRA, AdaLoRA, DoRA, LoHa or LoKr adapter: fold it into its base with what "
+                    "wrote it"),
                 where);
         }
         if (found.dialect && found.role != role::whole && found.role != role::base_copy
@@ -507,14 +522,25 @@ template <arithmetic_element T = float>
             return detail::peft_patterns(
                 ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
         };
-        ranks = pattern("rank_pattern");
-        alphas = pattern("alpha_pattern");
+        if (adapter.config.value("peft_type", "LORA") != "ADALORA") { // whose rank_pattern has masks
+            ranks = pattern("rank_pattern");
+            alphas = pattern("alpha_pattern");
+        }
         adapter.fan_in_fan_out = fields.flag("fan_in_fan_out");
         adapter.tied = fields.flag("ensure_weight_tying");
     }
-    const bool loha_or_lokr = peft_config && (adapter.config.value("peft_type", "") != "LORA");
+    const std::string peft_type = peft_config ? adapter.config.value("peft_type", "LORA") : std::string();
+    const bool loha_or_lokr = peft_type == "LOHA" || peft_type == "LOKR";
     const double config_rank = peft_config ? fields.number("r", 8) : 0,
                  config_alpha = peft_config ? fields.number(loha_or_lokr ? "alpha" : "lora_alpha", 8) : 0;
+    // AdaLoRA divides by the rank that it began with, whatever was cut since, and a little more.
+    const bool adalora = peft_type == "ADALORA";
+    const double adalora_rank = adalora ? fields.number("init_r", 12) + 1e-5 : 0;
+    if (adalora && !(adalora_rank >= 1)) {
+        raise<format_error>(error_code::adapter_config,
+            message("init_r is ", detail::peft_fields::shown(*fields.find("init_r")), "; expected a rank above 0"),
+            config_file);
+    }
     const bool root = peft_config && !loha_or_lokr && fields.flag("use_rslora");
     std::optional<double> mlx_scale;
     if (*dialect == adapter_dialect::mlx && adapter.config.contains("lora_parameters")
@@ -525,8 +551,27 @@ template <arithmetic_element T = float>
         }
     }
     std::size_t without_alpha = 0;
+    std::size_t cut_to_nothing = 0;
     for (const auto& [module, found] : parts) {
         std::size_t rank = 0;
+        if (const auto* const values = found.get(role::singular)) {
+            if (!adalora) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("tensor '", values->name, "' is AdaLoRA's, ",
+                        peft_config ? message("but ", peft_config_name, " says peft_type ", peft_type)
+                                    : message("whose scaling is in ", peft_config_name,
+                                          ": name the directory that holds both")),
+                    where);
+            }
+            if (values->bytes == 0) { // a module of which AdaLoRA has left nothing
+                ++cut_to_nothing;
+                continue;
+            }
+        }
+        else if (adalora) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("module '", module, "' has no lora_E, which every module of AdaLoRA has"), where);
+        }
         auto made = detail::read_module<T>(file, module, found, *dialect, rank);
         std::optional<double> alpha;
         if (const auto* const entry = found.get(role::alpha)) {
@@ -539,7 +584,8 @@ template <arithmetic_element T = float>
             alpha = value.data()[0];
         }
         double scaling = 1;
-        if (peft_config) {
+        if (adalora) { scaling = (config_alpha > 0 ? config_alpha : static_cast<double>(rank)) / adalora_rank; }
+        else if (peft_config) {
             const double expected = ranks.find(module, config_rank), strength = alphas.find(module, config_alpha);
             if (rank > 0 && static_cast<double>(rank) != expected) {
                 raise<format_error>(error_code::adapter_tensors,
@@ -571,6 +617,10 @@ template <arithmetic_element T = float>
     if (peft_config) {
         ranks.check_used("rank_pattern", config_file);
         alphas.check_used("alpha_pattern", config_file);
+    }
+    if (cut_to_nothing > 0) {
+        adapter.notes.push_back(message(adapter.label, " has ", cut_to_nothing, " of ", parts.size(),
+            " modules at rank 0, to which AdaLoRA has cut them: they change nothing"));
     }
     if (without_alpha > 0) {
         adapter.notes.push_back(message(adapter.label, " gives no alpha for ", without_alpha, " of ", parts.size(),

@@ -233,7 +233,10 @@ void check_lora_initialization(
     const auto& name = init->get_ref<const std::string&>();
     if (std::find(harmless.begin(), harmless.end(), name) == harmless.end()) {
         refuse(message("init_lora_weights is '", name, "'"),
-            "such an initialisation changes the base weights, which makes it an update of another base");
+            "such an initialisation changes the base weights, by a residual that the adapter does not hold, so that it "
+            "is an "
+            "update of another base: save it converted to a plain LoRA, by PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=INITIAL) with what was saved before the training");
     }
 }
 
@@ -254,8 +257,12 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
             error_code::adapter_config, "has no peft_type; expected the configuration of a LoRA adapter", file);
     }
     if (*type != "LORA") {
+        const bool convertible = *type == "ADALORA" || *type == "LOHA" || *type == "LOKR";
         refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)),
-            "another kind of adapter");
+            convertible
+                ? "another kind of adapter (one that read_adapter() reads, and converted_adapter() writes as the LoRA "
+                  "that it equals)"
+                : "another kind of adapter");
     }
 
     check_lora_initialization(fields, {"gaussian", "eva", "orthogonal"}, refuse);
