@@ -7333,7 +7333,6 @@ template <std::derived_from<cpu_passes> Passes>
 #include <cstdint>
 #include <cstring>
 #include <memory_resource>
-#include <string_view>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -7418,15 +7417,10 @@ public:
     [[nodiscard]] const cpu& policy() const noexcept { return policy_; }
     [[nodiscard]] std::size_t workers() const noexcept { return workspaces_.size(); }
 
-    /// body(index, worker, rows, piece, memory) for the pieces of a range, in parallel.
+    /// body(index, worker, rows, piece, memory) for the pieces of a range, in parallel; their bytes go to the meter.
     template <class Body>
-    void each(chunk_range range, std::string_view phase, const Body& body)
+    void each(chunk_range range, progress_meter& meter, const Body& body)
     {
-        std::uint64_t bytes = 0;
-        for (std::size_t index = range.first; index < range.last; ++index) {
-            bytes += models_->bytes((*pieces_)[index]);
-        }
-        progress_meter meter(policy_, phase, bytes);
         for_each_index(policy_, range.last - range.first, [&](std::size_t offset, std::size_t worker) {
             const tensor_chunk piece = (*pieces_)[range.first + offset];
             with_block_of<Types>(workspaces_[worker], models_->tensors()[piece.tensor],
@@ -10934,7 +10928,8 @@ private:
             first_row_.push_back(first_row_.back() + tensor.size / row_length(tensor));
         }
         divergences_.resize(first_row_.back());
-        walk.each({0, pieces_.size()}, "divergences",
+        detail::progress_meter meter(walk.policy(), "divergences", models_->bytes());
+        walk.each({0, pieces_.size()}, meter,
             [&]<class A>(
                 std::size_t, std::size_t, row_block<A>& rows, const tensor_chunk& piece, detail::piece_memory& memory) {
                 A* const base = memory.rows<A>(2, piece.size);
@@ -10959,24 +10954,31 @@ private:
     void search(detail::piece_walk<Types>& walk, double spread)
     {
         thresholds_.assign(models_->tensors().size(), 0);
+        for (const auto& tensor : models_->tensors()) {
+            const unsigned reads =
+                tensor.wide ? detail::quartile_search<double>::digits : detail::quartile_search<float>::digits;
+            searched_ += reads * tensor.bytes(tensor.size);
+        }
+        detail::progress_meter meter(walk.policy(), "quartiles", searched_);
         for (std::size_t i = 0; i < models_->tensors().size(); ++i) {
             const aligned_tensor& tensor = models_->tensors()[i];
             if (tensor.size == 0) { continue; }
-            if (tensor.wide) { thresholds_[i] = threshold<double>(walk, i, spread); }
+            if (tensor.wide) { thresholds_[i] = threshold<double>(walk, meter, i, spread); }
             else {
-                thresholds_[i] = static_cast<double>(threshold<float>(walk, i, static_cast<float>(spread)));
+                thresholds_[i] = static_cast<double>(threshold<float>(walk, meter, i, static_cast<float>(spread)));
             }
         }
     }
     template <arithmetic_element A, class Types>
-    [[nodiscard]] A threshold(detail::piece_walk<Types>& walk, std::size_t tensor, A spread)
+    [[nodiscard]] A threshold(
+        detail::piece_walk<Types>& walk, detail::progress_meter& meter, std::size_t tensor, A spread)
     {
         using search = detail::quartile_search<A>;
         search quartiles(models_->tensors()[tensor].size);
         std::pmr::vector<typename search::histograms> counted(walk.workers(), memory_of(walk.policy()));
         for (unsigned digit = 0; digit < search::digits; ++digit) {
             for (auto& one : counted) { one = {}; }
-            walk.each(pieces_.of_tensor(tensor), "quartiles",
+            walk.each(pieces_.of_tensor(tensor), meter,
                 [&]<class B>(std::size_t, std::size_t worker, row_block<B>& rows, const tensor_chunk& piece,
                     detail::piece_memory& memory) {
                     if constexpr (std::same_as<A, B>) {
@@ -10990,7 +10992,6 @@ private:
                 }
             }
             quartiles.next(counted[0]);
-            searched_ += models_->tensors()[tensor].bytes(models_->tensors()[tensor].size);
         }
         const A range = quartiles.quartile(2) - quartiles.quartile(0);
         volatile A distance = spread * range; // so that no compiler fuses it with the sum
@@ -13902,7 +13903,8 @@ public:
         std::pmr::memory_resource* const memory = memory_of(policy_);
         std::pmr::vector<double> leaves(2 * tasks * pieces_.size(), memory);
         detail::piece_walk<Types> walk(policy_, *models_, pieces_);
-        walk.each({0, pieces_.size()}, "norms",
+        detail::progress_meter meter(policy_, "norms", models_->bytes());
+        walk.each({0, pieces_.size()}, meter,
             [&]<class A>(std::size_t index, std::size_t, row_block<A>& rows, const tensor_chunk& piece,
                 detail::piece_memory& held) {
                 A* const deltas = held.rows<A>(2 * tasks, piece.size);

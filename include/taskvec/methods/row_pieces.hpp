@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory_resource>
-#include <string_view>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -95,15 +94,10 @@ public:
     [[nodiscard]] const cpu& policy() const noexcept { return policy_; }
     [[nodiscard]] std::size_t workers() const noexcept { return workspaces_.size(); }
 
-    /// body(index, worker, rows, piece, memory) for the pieces of a range, in parallel.
+    /// body(index, worker, rows, piece, memory) for the pieces of a range, in parallel; their bytes go to the meter.
     template <class Body>
-    void each(chunk_range range, std::string_view phase, const Body& body)
+    void each(chunk_range range, progress_meter& meter, const Body& body)
     {
-        std::uint64_t bytes = 0;
-        for (std::size_t index = range.first; index < range.last; ++index) {
-            bytes += models_->bytes((*pieces_)[index]);
-        }
-        progress_meter meter(policy_, phase, bytes);
         for_each_index(policy_, range.last - range.first, [&](std::size_t offset, std::size_t worker) {
             const tensor_chunk piece = (*pieces_)[range.first + offset];
             with_block_of<Types>(workspaces_[worker], models_->tensors()[piece.tensor],

@@ -178,7 +178,8 @@ public:
         std::pmr::memory_resource* const memory = memory_of(policy_);
         std::pmr::vector<double> leaves(2 * tasks * pieces_.size(), memory);
         detail::piece_walk<Types> walk(policy_, *models_, pieces_);
-        walk.each({0, pieces_.size()}, "norms",
+        detail::progress_meter meter(policy_, "norms", models_->bytes());
+        walk.each({0, pieces_.size()}, meter,
             [&]<class A>(std::size_t index, std::size_t, row_block<A>& rows, const tensor_chunk& piece,
                 detail::piece_memory& held) {
                 A* const deltas = held.rows<A>(2 * tasks, piece.size);
