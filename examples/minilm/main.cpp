@@ -3,7 +3,9 @@
 //
 //     minilm --model DIR --ids "101 7592 2088 102"      the embedding of a text, given as its token ids
 //     minilm --model DIR --compare goldens.safetensors  how far it is from transformers and torch.func
+//     minilm --model DIR --cost                         what four ways of fine-tuning cost
 #include "compare.hpp"
+#include "cost.hpp"
 
 #include <taskvec/core/error.hpp>
 
@@ -55,6 +57,10 @@ int main(int argc, char** argv)
     app.add_option("--ids", texts, "The token ids of one text, in quotes; repeat for several texts");
     app.add_option(
         "--compare", golden, "What scripts/make-minilm-goldens wrote for this model: prints the differences");
+    bool cost = false;
+    app.add_flag("--cost", cost,
+        "Prints what a forward pass and a training step of 32 texts of 16 tokens cost: full fine-tuning, full "
+        "linearization, LoRA and L-LoRA");
     try {
         app.parse(argc, argv);
     }
@@ -62,11 +68,19 @@ int main(int argc, char** argv)
         return app.exit(e) == 0 ? 0 : 2;
     }
     try {
-        if (texts.empty() == golden.empty()) {
-            std::fprintf(stderr, "minilm: error: give --ids or --compare\n");
+        if ((texts.empty() ? 0 : 1) + (golden.empty() ? 0 : 1) + (cost ? 1 : 0) != 1) {
+            std::fprintf(stderr, "minilm: error: give --ids, --compare or --cost\n");
             return 2;
         }
         const minilm::loaded model = minilm::load(folder);
+        if (cost) {
+            std::printf("%-20s %11s %12s %8s %11s %8s\n", "way", "trained, M", "forward, ms", "MB", "step, ms", "MB");
+            for (const auto& one : minilm::measure_cost(model)) {
+                std::printf("%-20s %11.3f %12.0f %8.0f %11.0f %8.0f\n", one.way.c_str(), one.trained, one.forward,
+                    one.forward_memory, one.step, one.step_memory);
+            }
+            return 0;
+        }
         if (!golden.empty()) {
             for (const auto& [name, value] : minilm::compare(model, golden).named()) {
                 std::printf("%-22s %.2e\n", name.c_str(), value);

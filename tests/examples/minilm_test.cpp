@@ -1,6 +1,7 @@
 // The sentence encoder example against transformers and torch.func, on a cut of two layers; and what it refuses.
 // SPDX-License-Identifier: Apache-2.0
 #include "minilm/compare.hpp"
+#include "minilm/cost.hpp"
 
 #include <taskvec/core/error.hpp>
 
@@ -108,4 +109,24 @@ TEST_CASE("a model that is not there, or another one, is refused by name")
     CHECK(said([&] { (void)minilm::load(scratch); }).find("has no tensor 'embeddings.word_embeddings.weight'")
         != std::string::npos);
     std::filesystem::remove_all(scratch);
+}
+
+TEST_CASE("four ways of fine-tuning have a cost each: what is trained, and times")
+{
+    const minilm::loaded model = minilm::load(folder);
+    const auto costs = minilm::measure_cost(model, {.texts = 2, .length = 4, .rank = 2, .repetitions = 1});
+    REQUIRE(costs.size() == 4);
+    double all = 0;
+    for (const auto& [name, value] : model.values) { all += static_cast<double>(value.size()) / 1e6; }
+    CHECK(costs[0].trained == doctest::Approx(all));
+    CHECK(costs[1].trained == doctest::Approx(all));
+    const double adapters = static_cast<double>(model.shape.layers * 2 * 2 * 2 * model.shape.width) / 1e6;
+    CHECK(costs[2].trained == doctest::Approx(adapters));
+    CHECK(costs[3].trained == doctest::Approx(adapters));
+    for (const auto& one : costs) {
+        CAPTURE(one.way);
+        CHECK(one.forward > 0);
+        CHECK(one.step > 0);
+        CHECK(one.forward_memory >= 0);
+    }
 }
