@@ -7,6 +7,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
+#include <map>
+#include <type_traits>
 #include <utility>
 
 namespace tool {
@@ -74,6 +77,38 @@ const taskvec::const_model_ref::entry* input_embedding(const taskvec::const_mode
         }
     }
     return nullptr;
+}
+
+/// Modules and whole tensors under the names that --rename and --map give them.
+template <class T>
+void rename_modules(taskvec::adapter_contents<T>& adapter, const std::vector<name_rule>& rules)
+{
+    if (rules.empty()) { return; }
+    taskvec::const_model_ref names;
+    std::vector<std::string> before;
+    const auto add = [&](const std::string& name) { // the extent says which it was
+        names.insert(name, {nullptr, taskvec::dtype::f32, {static_cast<std::int64_t>(before.size())}, {}});
+        before.push_back(name);
+    };
+    for (const auto& [module, made] : adapter.modules) { add(module); }
+    for (const auto& [name, tensor] : adapter.wholes) {
+        if (!names.find(name)) { add(name); }
+    }
+    std::map<std::string, std::string> after;
+    for (const auto& [name, tensor] : renamed(names, rules, adapter.label)) {
+        after.emplace(before[static_cast<std::size_t>(tensor.shape[0])], name);
+    }
+    const auto under = [&](auto& map) {
+        std::remove_reference_t<decltype(map)> result;
+        for (auto& [name, value] : map) {
+            const auto place = after.find(name);
+            result.emplace(place == after.end() ? name : place->second, std::move(value));
+        }
+        map = std::move(result);
+    };
+    under(adapter.modules);
+    under(adapter.wholes);
+    under(adapter.copies);
 }
 
 template <class T>
@@ -208,6 +243,9 @@ void adapter_sum::add(
         }
     }
     restore_rows(read, how.base_path);
+    if (const auto rules = how.names.find(argument.text); rules != how.names.end()) {
+        rename_modules(read, rules->second);
+    }
     const std::string head = untie(read, how, run);
     auto match = taskvec::match_modules(module_names(read), base_, read.dialect);
     if (how.include) { // what is left out on purpose may be unknown to the base

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "arguments.hpp"
+#include "names.hpp"
 #include "words.hpp"
 
 #include <taskvec/adapters/adapted_model.hpp>
@@ -56,6 +57,7 @@ public:
         fs::path base_path;
         std::function<bool(std::string_view)>
             include{}; ///< modules without a weight in the base that it leaves out are no error
+        name_rules names{}; ///< of modules and whole tensors, by the texts of the arguments
         bool fan_in_fan_out = false; ///< square weights lie in×out
         bool subtract = false;
         bool may_untie = true; ///< a head that is tied to an embedding may become a tensor of its own

@@ -222,13 +222,10 @@ void run_extract_lora(extract_lora_settings given)
         wide = wide || tool::holds_f64(*stored);
     }
     else {
-        if (!rules(given.adapter).empty()) {
-            throw tool::usage_error("--rename and --map have no meaning for --task-adapter '" + given.adapter
-                + "', whose modules are lined up with the base by themselves");
-        }
         sum.emplace(std::vector{tool::parse_task(given.adapter, "--task-adapter")}, base,
             tool::adapter_sum::settings{.base_path = given.base,
                 .include = include,
+                .names = given.names,
                 .fan_in_fan_out = given.fan_in_fan_out,
                 .may_untie = false},
             given.run);

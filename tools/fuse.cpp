@@ -25,12 +25,15 @@ void run_fuse(const fuse_settings& given)
     if (!request.shard_size.empty()) { (void)tool::parse_size(request.shard_size, "--shard-size"); }
     std::vector<tool::task_argument> arguments;
     for (const auto& text : given.adapters) { arguments.push_back(tool::parse_task(text, "--adapter")); }
-    const auto base = tool::open_noted(request.base, request.run, request.index);
+    const auto base_rules = request.names.find("");
+    const auto base = tool::open_noted(request.base, request.run, request.index,
+        base_rules == request.names.end() ? std::vector<tool::name_rule>() : base_rules->second);
     tool::check_readable(base, tool::name_filter(request.include, request.exclude));
     auto options = tool::model_options_of(request);
     const tool::adapter_sum sum(arguments, base,
         {.base_path = request.base,
             .include = tool::name_filter(request.include, request.exclude),
+            .names = request.names,
             .fan_in_fan_out = given.fan_in_fan_out,
             .subtract = given.subtract},
         request.run);
@@ -124,6 +127,7 @@ const tool::register_verb fuse_verb(
         verb.texts("--include", request.include, "REGEX", "Only tensors that match; others are copied from the base");
         verb.texts("--exclude", request.exclude, "REGEX",
             "All but tensors that match; modules of an adapter that the base lacks may be named too");
+        tool::add_rename_options(verb, request.names, {"--base", "--adapter"});
         tool::add_nonfinite_option(verb, request.nonfinite);
         tool::add_overflow_option(verb, request.overflow);
         tool::add_index_option(verb, request.index);
@@ -131,8 +135,9 @@ const tool::register_verb fuse_verb(
         tool::add_copy_options(verb, request.copies);
         tool::add_run_options(verb, request.run);
         verb.footer(
-            "Adapters of PEFT (LoRA, rsLoRA, DoRA, LoHa, LoKr), kohya, diffusers and MLX are read, told apart by their "
-            "tensors' names. What they hold whole (modules_to_save) takes the base's place.\n\n"
+            "Adapters of PEFT (LoRA, rsLoRA, DoRA, AdaLoRA, LoHa, LoKr), kohya, diffusers, MLX and llama.cpp (GGUF) "
+            "are "
+            "read, told apart by what they hold. What they hold whole (modules_to_save) takes the base's place.\n\n"
             "Example:\n  taskvec fuse --base base --adapter math-lora --adapter style-lora=0.5 --out fused");
         verb.action([given] { run_fuse(*given); });
     });

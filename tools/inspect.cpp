@@ -21,6 +21,7 @@ namespace {
 struct inspect_settings {
     std::string model;
     std::string index = "strict", diff;
+    tool::adapter_table_settings table;
     bool json = false, sketch = false, adapter = false;
     tool::run_options run;
 };
@@ -101,14 +102,24 @@ const tool::register_verb inspect_verb(10, "inspect",
         verb.flag("--adapter", given->adapter,
             "As an adapter: ranks, scalings and norms of its modules (a directory of one, and a GGUF file, are seen to "
             "be it)");
+        verb.flag("--singular-values", given->table.singular_values,
+            "Of an adapter: the largest and least singular value of each update, and the rank that keeps 90% of their "
+            "squares; with --json all of them");
+        verb.text("--svg", given->table.svg, "FILE", "Of an adapter: draw its singular values (needs gnuplot)");
         tool::add_index_option(verb, given->index);
         tool::add_quiet(verb, given->run);
         verb.footer("Example:\n  taskvec inspect model.safetensors\n  taskvec inspect model.safetensors --json | jq "
                     "'.tensors | length'");
         verb.action([given] {
             if (given->adapter || (given->diff.empty() && !given->sketch && tool::is_adapter(given->model))) {
-                tool::print(tool::adapter_table(given->model, given->json, given->run));
+                auto how = given->table;
+                how.json = given->json;
+                tool::print_adapter(given->model, how, given->run);
                 return;
+            }
+            if (given->table.singular_values || !given->table.svg.empty()) {
+                throw tool::usage_error("--singular-values and --svg are of adapters, and '" + given->model
+                    + "' is not taken for one: --adapter says that a file is");
             }
             const auto model = tool::open_noted(given->model, given->run, given->index);
             if (given->sketch) {

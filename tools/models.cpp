@@ -279,10 +279,6 @@ taskvec::checkpoint merge_inputs::open(const model_request& request, const fs::p
 /// The task stands for the base; its tensors are worked out once all are lined up.
 void merge_inputs::add_adapter(const model_request& request, const task_argument& task, std::size_t t)
 {
-    if (!rules_of(request, task.text).empty()) {
-        throw usage_error("--rename and --map have no meaning for --task-adapter '" + task.path.string()
-            + "', whose modules are lined up with the base by themselves");
-    }
     if (request.run.device != "cpu") {
         throw usage_error(
             "--task-adapter runs on the cpu; leave --device out, or store the model first (taskvec fuse)");
@@ -291,6 +287,7 @@ void merge_inputs::add_adapter(const model_request& request, const task_argument
         std::make_unique<adapter_sum>(std::vector{task}, *base_,
             adapter_sum::settings{.base_path = request.base,
                 .include = name_filter(request.include, request.exclude),
+                .names = request.names,
                 .may_untie = false},
             request.run));
     weights_.push_back(1);

@@ -164,7 +164,14 @@ const taskvec::const_model_ref::entry* embedding_like(
 void add_name_options(
     command& verb, name_rules& rules, bool& match_prefixes, const std::vector<std::string>& model_options)
 {
-    static const std::string after = " of the model that is named before it";
+    add_rename_options(verb, rules, model_options);
+    verb.flag("--match-prefixes", match_prefixes,
+        "Line names up where they differ by what stands before them (model., _orig_mod., base_model.model., …)");
+}
+
+void add_rename_options(command& verb, name_rules& rules, const std::vector<std::string>& model_options)
+{
+    static const std::string after = " of the model, or modules of the adapter, that is named before it";
     verb.take(
         "--rename", "REGEX=REPLACEMENT",
         "Rename tensors" + after + ": each match of the expression, $1 or \\1 for its groups; repeatable",
@@ -172,8 +179,6 @@ void add_name_options(
     verb.take(
         "--map", "FILE", "Rename tensors" + after + " by a table: a JSON object old to new, or lines OLD NEW",
         [](const std::string&) { }, true);
-    verb.flag("--match-prefixes", match_prefixes,
-        "Line names up where they differ by what stands before them (model., _orig_mod., base_model.model., …)");
     verb.after_parse([&rules, model_options](const std::vector<std::pair<std::string, std::string>>& given) {
         std::optional<std::string> model;
         std::vector<name_rule> waiting;

@@ -31,6 +31,8 @@ using name_rules = std::map<std::string, std::vector<name_rule>>;
 /// last before it, or first where there is none before it.
 void add_name_options(command& verb, name_rules& rules, bool& match_prefixes,
     const std::vector<std::string>& model_options = {"--base", "--task", "--task-adapter"});
+/// The first two of these.
+void add_rename_options(command& verb, name_rules& rules, const std::vector<std::string>& model_options);
 
 /// A model's tensors under the names that rules give them. Throws usage_error for a rule that is none, invalid_argument
 /// for one that matches nothing or gives one name to two tensors. `label`: the model, for messages.

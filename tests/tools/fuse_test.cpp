@@ -578,6 +578,45 @@ TEST_CASE("an adapter on the base is a task of every verb, with the bits of the 
         1, "holds no factors");
 }
 
+TEST_CASE("modules of an adapter, and its whole tensors, take the names that --rename and --map give them")
+{
+    const scratch folder;
+    write_values(folder / "base.safetensors", two_layers(taskvec::dtype::bf16));
+    const auto must = [&](const std::vector<std::string>& arguments) {
+        const auto result = run(folder, arguments);
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        return result.out;
+    };
+    // Modules that are called otherwise, and whole tensors.
+    auto others = factors("old.0", 9, 20, 10);
+    others["old.0.bias"] = random_tensor({9}, 8);
+    write_adapter_as(folder / "old", others);
+    const auto named = factors("layers.0", 9, 20, 10);
+    values_model with_bias = named;
+    with_bias["layers.0.bias"] = others.at("old.0.bias");
+    write_adapter_as(folder / "new", with_bias);
+    must({"fuse", "--base", "base.safetensors", "--adapter", "new=0.5", "--out", "expected.safetensors"});
+    write_text(folder / "table.json", R"({"old.0":"layers.0","old.0.bias":"layers.0.bias"})");
+    for (const std::vector<std::string>& rule :
+        {std::vector<std::string>{"--rename", "^old=layers"}, {"--map", "table.json"}}) {
+        std::vector<std::string> fuse{
+            "fuse", "--base", "base.safetensors", "--adapter", "old=0.5", "--out", "r.safetensors"};
+        fuse.insert(fuse.end(), rule.begin(), rule.end());
+        must(fuse);
+        CHECK(slurp(folder / "r.safetensors") == slurp(folder / "expected.safetensors"));
+    }
+    CHECK(must({"similarity", "--base", "base.safetensors", "--task-adapter", "old", "--rename", "^old=layers",
+                   "--task-adapter", "new"})
+              .find("0.")
+        == std::string::npos);
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "old", "--out", "no.safetensors"}, 1,
+        "is no module of");
+    refused(folder,
+        {"fuse", "--base", "base.safetensors", "--adapter", "old", "--rename", "^older=x", "--out", "no.safetensors"},
+        1, "matches no tensor of 'old'");
+}
+
 TEST_CASE("convert writes the same update in every dialect, and inspect shows its modules")
 {
     const scratch folder;
@@ -655,6 +694,23 @@ TEST_CASE("convert writes the same update in every dialect, and inspect shows it
     }
     CHECK(json["modules"][1]["norm"].get<double>() == doctest::Approx(std::sqrt(squares)));
     CHECK(must({"inspect", "kohya.safetensors"}).find("6 tensors") != std::string::npos);
+
+    // Singular values: their squares sum to the squared norm, and their first ones bound it.
+    const auto spectra = nlohmann::json::parse(must({"inspect", "linear", "--singular-values", "--json"}));
+    const auto values = spectra["modules"][0]["singular_values"].get<std::vector<double>>();
+    REQUIRE(values.size() == 2);
+    CHECK(values[0] >= values[1]);
+    CHECK(values[0] * values[0] + values[1] * values[1] == doctest::Approx(squares));
+    const auto table = must({"inspect", "linear", "--singular-values"});
+    for (const char* word : {"σ1", "σr", "90%"}) { CHECK(table.find(word) != std::string::npos); }
+    refused(folder, {"inspect", "base.safetensors", "--svg", "x.svg"}, 2, "are of adapters");
+    if (std::system("command -v gnuplot > /dev/null 2>&1") == 0) {
+        must({"inspect", "all", "--svg", "x.svg"});
+        CHECK(slurp(folder / "x.svg").find("down.0.to") != std::string::npos);
+    }
+    else {
+        refused(folder, {"inspect", "all", "--svg", "x.svg"}, 1, "install gnuplot");
+    }
 }
 
 TEST_CASE("a GGUF adapter is written for the base's architecture, and folds as the adapter that it was")
