@@ -21148,14 +21148,14 @@ template <class Passes>
 namespace taskvec::inline TASKVEC_ABI {
 
 /// Task arithmetic over task vectors of which each entry is kept with a probability that grows with the rank r of its
-/// magnitude among the n entries of its row, p = density − epsilon + 2·epsilon·r / (n − 1), and divided by p
-/// (MAGPRUNE; the paper's ε is the width 2·epsilon). Draws are those of DARE, functions of (seed, task, tensor, index)
-/// alone; with epsilon 0 this is DARE, bit for bit. Equal magnitudes: the lowest index ranks highest. Rows of one
-/// entry have p = density, as have scalars; density 1 keeps all, whatever epsilon is. With `rescale` l1 what is kept of
-/// a task vector gets its L1 norm back in place of the division. With `normalize` the sum is divided by Σ wt. With
-/// `densities` and `epsilons` each task has its own. Bit-exact for any threads and blocks. Errors: invalid_argument
-/// unless density ± epsilon is within (0, 1). Cost: one read of the models, one more for L1 norms, and a sort of every
-/// row; memory for each thread: 65,536 entries or one row, 2·T numbers each. On the CPU.
+/// magnitude among the n entries of its row, p = density − epsilon + 2·epsilon·r / (n − 1), and divided by p (MAGPRUNE,
+/// as in the authors' code). Draws are those of DARE, functions of (seed, task, tensor, index) alone; with epsilon 0
+/// this is DARE, bit for bit. Equal magnitudes: the lowest index ranks highest. Rows of one entry have p = density, as
+/// have scalars; density 1 keeps all, whatever epsilon is. With `rescale` l1 what is kept of a task vector gets its L1
+/// norm back in place of the division. With `normalize` the sum is divided by Σ wt. With `densities` and `epsilons`
+/// each task has its own. Bit-exact for any threads and blocks. Errors: invalid_argument unless density ± epsilon is
+/// within (0, 1). Cost: one read of the models, one more for L1 norms, and a sort of every row; memory for each thread:
+/// 65,536 entries or one row, 2·T numbers each. On the CPU.
 ///
 ///     merge(cpu{}, della_linear_options{.density = 0.5, .epsilon = 0.15, .seed = 7}, base, tasks, out);
 struct della_linear_options {
