@@ -30,6 +30,7 @@ class Experiments:
         self.torch, self.work, self.settings, self.tool = torch, work, settings, tool
         self.data = common.Tasks(work, common.read_json(work / "tasks.json"), settings)
         self.names = self.data.names
+        self.merging = [way for way in ("full", "lora16", "llora16") if way in settings["paradigms"]]
         self.base = work / "base" / "model.safetensors"
         self.model = common.upper_layers(common.load_encoder(settings["encoder"]), settings["layers"])
         self.results = common.read_json(work / "results.json", {})
@@ -293,7 +294,7 @@ class Experiments:
             self.once(f"seed{seed}/lora128/peru-lora/{rank}", lambda: self.peru_lora(seed, "lora128", rank))
 
     def second_paper(self, seed):
-        for paradigm in ("full", "lora16", "llora16"):
+        for paradigm in self.merging:
             self.single(seed, paradigm)
             self.once(f"seed{seed}/{paradigm}/cosines", lambda: self.cosines(seed, paradigm))
             if paradigm != "full":
@@ -304,10 +305,11 @@ class Experiments:
     def subsets(self, seed):
         """A sample of the subsets of every size, the same for all: or all of them."""
         draws = random.Random(seed)
+        self.settings = self.settings | {"lambdas": self.settings["subset_lambdas"]}
         for size in range(2, len(self.names)):
             every = list(itertools.combinations(self.names, size))
             for names in sorted(draws.sample(every, min(len(every), self.settings["subsets"]))):
-                for paradigm in ("full", "lora16", "llora16"):
+                for paradigm in self.merging:
                     for method in self.settings["subset_methods"]:
                         self.merge(f"seed{seed}/{paradigm}/subset/{method}/{'+'.join(names)}", seed, paradigm, method, list(names))
 

@@ -67,11 +67,10 @@ class Report:
         return ["| " + " | ".join(words) + " |", "|---" * len(words) + "|"]
 
     def measured_seeds(self):
-        """Which seeds went how far: the second of several may be of the first paper alone."""
-        whole = [seed for seed in self.settings["seeds"] if f"seed{seed}/lora128/peru-lora/{self.settings['ranks'][-1]}" in self.results] if self.settings["ranks"] else []
-        part = [seed for seed in self.settings["seeds"] if seed not in whole]
-        text = "Measured with " + ("seeds " if len(whole) > 1 else "seed ") + ", ".join(map(str, whole))
-        return text + (f", and in part with {', '.join(map(str, part))} (a figure without ± is of one seed)" if part else "")
+        """Which seeds went how far: some may be of the first paper alone."""
+        last = {"the first paper's tables": f"lora128/peru-lora/{self.settings['ranks'][-1]}", "the second's": "llora16/merge/lorahub"}
+        found = {words: [str(seed) for seed in self.settings["seeds"] if f"seed{seed}/{key}" in self.results] for words, key in last.items()}
+        return "Seeds: " + ", ".join(f"{', '.join(seeds) or 'none'} for {words}" for words, seeds in found.items()) + " (a figure without ± is of one seed)"
 
     def setting(self):
         s, tasks = self.settings, common.read_json(self.work / "tasks.json")
