@@ -1,5 +1,6 @@
 // taskvec run: a configuration of mergekit becomes the request that a command line of merge becomes.
 // SPDX-License-Identifier: Apache-2.0
+#include "mergekit_words.hpp"
 #include "methods.hpp"
 #include "model_files.hpp"
 #include "words.hpp"
@@ -31,76 +32,6 @@ struct run_settings {
 #if defined(TASKVEC_HAS_YAML)
 
 using tool::fs::path;
-
-/// What mergekit calls a parameter, and the row of a table that it sets here.
-struct parameter {
-    enum class kind { number, whole_number, truth };
-    enum class scope { shared, input, tasks }; ///< one for all, one for each model, one for each but the base
-    std::string name, row;
-    kind type = kind::number;
-    scope of = scope::shared;
-    bool required = false;
-    std::string on = "true", off = "false"; ///< what a truth sets the row to
-    std::string unless{}; ///< mergekit's default, where the preset's is another
-};
-
-struct method_words {
-    enum class base { required, optional, input };
-    std::string theirs, ours;
-    base takes = base::required;
-    std::vector<parameter> parameters{};
-    bool semantics = false; ///< its table has presets
-};
-
-const std::vector<method_words>& methods_of_mergekit()
-{
-    using kind = parameter::kind;
-    using scope = parameter::scope;
-    using base = method_words::base;
-    static const std::vector<method_words> list = [] {
-        const parameter weight{"weight", "weight", kind::number, scope::tasks, true};
-        const parameter weight_of_all{"weight", "weight", kind::number, scope::input, true};
-        const parameter lambda{"lambda", "lambda"};
-        const parameter density{.name = "density", .row = "density", .of = scope::tasks, .unless = "1"};
-        const parameter gamma{.name = "gamma", .row = "gamma", .of = scope::tasks};
-        const parameter divided{.name = "normalize", .row = "normalize-weights", .type = kind::truth};
-        const parameter averaged{
-            .name = "normalize", .row = "merge-weights", .type = kind::truth, .on = "mean", .off = "sum"};
-        const parameter rescale{.name = "rescale", .row = "rescale", .type = kind::truth};
-        const parameter rescale_drawn{
-            .name = "rescale", .row = "rescale-by", .type = kind::truth, .on = "l1", .off = "none"};
-        const parameter t{.name = "t", .row = "t", .required = true};
-        const parameter epsilon{.name = "epsilon", .row = "epsilon"};
-        const parameter spread{.name = "epsilon", .row = "epsilon", .of = scope::tasks};
-        return std::vector<method_words>{
-            {"linear", "average", base::input,
-                {weight_of_all, {.name = "normalize", .row = "normalized", .type = kind::truth}}},
-            {"task_arithmetic", "task-arithmetic", base::required, {weight, lambda, divided}, true},
-            {"ties", "ties", base::required, {weight, density, lambda, averaged, rescale}, true},
-            {"dare_ties", "dare-ties", base::required, {weight, density, lambda, averaged, rescale_drawn}, true},
-            {"dare_linear", "dare", base::required, {weight, density, lambda, divided, rescale_drawn}, true},
-            {"breadcrumbs", "breadcrumbs", base::required, {weight, density, gamma, lambda, divided, rescale}, true},
-            {"breadcrumbs_ties", "breadcrumbs-ties", base::required,
-                {weight, density, gamma, lambda, averaged, rescale}, true},
-            {"della", "della", base::required, {weight, density, spread, lambda, averaged, rescale_drawn}, true},
-            {"della_linear", "della-linear", base::required, {weight, density, spread, lambda, divided, rescale_drawn},
-                true},
-            {"arcee_fusion", "arcee-fusion", base::required}, {"slerp", "slerp", base::required, {t}},
-            {"nuslerp", "nuslerp", base::optional, {weight}},
-            {"multislerp", "multi-slerp", base::optional,
-                {weight, {.name = "normalize_weights", .row = "normalized", .type = kind::truth}}},
-            {"karcher", "karcher", base::input,
-                {{.name = "max_iter", .row = "steps", .type = kind::whole_number},
-                    {.name = "tol", .row = "tolerance"}}},
-            {"model_stock", "model-stock", base::required}, {"nearswap", "nearswap", base::required, {t}},
-            {"sce", "sce", base::required, {{.name = "select_topk", .row = "density"}}, true},
-            {"ram", "ram", base::required, {epsilon}},
-            {"ramplus_tl", "ram-plus", base::required,
-                {epsilon, {.name = "r", .row = "r"}, {.name = "alpha", .row = "alpha"}}, true},
-            {"passthrough", "passthrough", base::input, {{.name = "scale", .row = "scale", .of = scope::input}}}};
-    }();
-    return list;
-}
 
 /// Where a value stands, and what is wrong with it.
 class place {
@@ -411,7 +342,7 @@ private:
         if (!one) { where_.fail(top.node(), "'merge_method' is missing"); }
         const auto name = scalar_of(where_, one->value, "merge_method");
         std::vector<std::string> known;
-        for (const auto& method : methods_of_mergekit()) {
+        for (const auto& method : tool::mergekit_methods()) {
             known.push_back(method.theirs);
             if (method.theirs == name) { method_ = &method; }
         }
@@ -419,7 +350,7 @@ private:
         auto ours = name; // the names of --method do as well
         std::replace(ours.begin(), ours.end(), '_', '-');
         if (const auto* entry = tool::method_named(ours); entry && !method_) {
-            for (const auto& method : methods_of_mergekit()) {
+            for (const auto& method : tool::mergekit_methods()) {
                 if (method.ours == entry->name) { method_ = &method; }
             }
         }
@@ -579,7 +510,7 @@ private:
     /// The bases of slices stand among their sources.
     void set_bases_of_slices(const std::optional<mapping::entry>& given)
     {
-        using base = method_words::base;
+        using base = tool::mergekit_method::base;
         for (auto& one : slices_) {
             auto& inputs = one.inputs;
             if (method_->takes == base::input) {
@@ -629,7 +560,7 @@ private:
 
     void set_base(const std::optional<mapping::entry>& given)
     {
-        using base = method_words::base;
+        using base = tool::mergekit_method::base;
         if (sliced()) {
             set_bases_of_slices(given);
             return;
@@ -675,7 +606,7 @@ private:
     }
 
     /// The values of a parameter as options, the last of which that matches counts. `chain`: from what counts most.
-    tool::option_values values_of(const parameter& one, const scopes& chain, bool& for_all)
+    tool::option_values values_of(const tool::mergekit_parameter& one, const scopes& chain, bool& for_all)
     {
         tool::option_values result;
         for_all = false;
@@ -692,18 +623,18 @@ private:
         return result;
     }
 
-    tool::option_value value_of(const parameter& one, const setting& part)
+    tool::option_value value_of(const tool::mergekit_parameter& one, const setting& part)
     {
         const auto flag = where_.of(part.value) + ": " + one.name;
         tool::option_value made{one.row, "", flag};
-        if (one.type != parameter::kind::number) {
+        if (one.type != tool::mergekit_parameter::kind::number) {
             if (!part.filter.empty() || !part.value.IsScalar()) {
                 where_.fail(part.value,
                     "'" + one.name + "' has one value for all tensors; filters and lists are not supported");
             }
-            made.text = one.type == parameter::kind::whole_number ? part.value.Scalar()
-                : truth_of(where_, part.value, one.name)          ? one.on
-                                                                  : one.off;
+            made.text = one.type == tool::mergekit_parameter::kind::whole_number ? part.value.Scalar()
+                : truth_of(where_, part.value, one.name)                         ? one.on
+                                                                                 : one.off;
             if (made.text == "l1" && given_.semantics == "paper") { made.text = "density"; }
             return made;
         }
@@ -745,7 +676,8 @@ private:
                 }
                 continue;
             }
-            if (one.of == parameter::scope::tasks && one.type == parameter::kind::number && differs(one)) {
+            if (one.of == tool::mergekit_parameter::scope::tasks && one.type == tool::mergekit_parameter::kind::number
+                && differs(one)) {
                 for (std::size_t i = 0; i < inputs.size(); ++i) {
                     bool always = true;
                     for (const auto& part : slices_) {
@@ -766,7 +698,7 @@ private:
                 auto values = values_of_inputs(one, part, for_all);
                 if (!for_all && one.required) { missing(one, at_method_, values, ""); }
                 all_for_all = all_for_all && for_all;
-                if (one.type == parameter::kind::number) {
+                if (one.type == tool::mergekit_parameter::kind::number) {
                     add_values(all, std::move(values), part);
                     continue;
                 }
@@ -785,7 +717,7 @@ private:
     }
 
     /// Whether a parameter is not the same for all models.
-    [[nodiscard]] bool differs(const parameter& one)
+    [[nodiscard]] bool differs(const tool::mergekit_parameter& one)
     {
         bool for_all = false;
         for (const auto& part : slices_) {
@@ -819,10 +751,11 @@ private:
     }
 
     /// Values that all inputs of a slice have.
-    tool::option_values values_of_inputs(const parameter& one, const slice& part, bool& for_all)
+    tool::option_values values_of_inputs(const tool::mergekit_parameter& one, const slice& part, bool& for_all)
     {
-        auto values = values_of(one, one.of == parameter::scope::shared ? part.parameters : chain_of(part, 0), for_all);
-        if (one.of == parameter::scope::shared) { return values; }
+        auto values = values_of(
+            one, one.of == tool::mergekit_parameter::scope::shared ? part.parameters : chain_of(part, 0), for_all);
+        if (one.of == tool::mergekit_parameter::scope::shared) { return values; }
         for (std::size_t i = 1; i < part.inputs.size(); ++i) {
             bool its_for_all = false;
             if (!same_values(values_of(one, chain_of(part, i), its_for_all), values)) {
@@ -834,8 +767,8 @@ private:
         return values;
     }
 
-    [[noreturn]] void missing(
-        const parameter& one, const YAML::Node& at, const tool::option_values& given, const std::string& whose)
+    [[noreturn]] void missing(const tool::mergekit_parameter& one, const YAML::Node& at,
+        const tool::option_values& given, const std::string& whose)
     {
         where_.fail(at,
             given.empty() ? "'" + one.name + "'" + whose + " is missing"
@@ -857,7 +790,7 @@ private:
         const std::set<std::string> silent{"int8_mask", "eps"};
         std::vector<std::string> known(silent.begin(), silent.end());
         known.insert(known.end(), {"filter_wise", "nuslerp_row_wise", "nuslerp_flatten"});
-        for (const auto& method : methods_of_mergekit()) {
+        for (const auto& method : tool::mergekit_methods()) {
             for (const auto& one : method.parameters) {
                 if (!std::count(known.begin(), known.end(), one.name)) { known.push_back(one.name); }
             }
@@ -866,9 +799,9 @@ private:
             const mapping level(where_, node, "parameters", known);
             for (const auto& one : level.entries()) {
                 const auto has = std::find_if(method_->parameters.begin(), method_->parameters.end(),
-                    [&](const parameter& its) { return its.name == one.name; });
-                const bool used =
-                    has != method_->parameters.end() && !(of_model && has->of == parameter::scope::shared);
+                    [&](const tool::mergekit_parameter& its) { return its.name == one.name; });
+                const bool used = has != method_->parameters.end()
+                    && !(of_model && has->of == tool::mergekit_parameter::scope::shared);
                 if (used) { continue; }
                 const bool whole = one.name == "nuslerp_flatten" && method_->theirs == "nuslerp";
                 const bool rows = (one.name == "nuslerp_row_wise" && method_->theirs == "nuslerp")
@@ -961,7 +894,7 @@ private:
 
     run_settings& given_;
     place where_;
-    const method_words* method_ = nullptr;
+    const tool::mergekit_method* method_ = nullptr;
     YAML::Node at_method_;
     std::vector<slice> slices_; ///< one where there are none: the whole
     std::map<std::string, std::size_t> layers_; ///< how many a model has, by path

@@ -1,0 +1,34 @@
+// mergekit's words for methods and their parameters, and what they are called here: what `run` reads and --as-config
+// writes.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace tool {
+
+/// What mergekit calls a parameter, and the row of a table that it sets here.
+struct mergekit_parameter {
+    enum class kind { number, whole_number, truth };
+    enum class scope { shared, input, tasks }; ///< one for all, one for each model, one for each but the base
+    std::string name, row;
+    kind type = kind::number;
+    scope of = scope::shared;
+    bool required = false;
+    std::string on = "true", off = "false"; ///< what a truth sets the row to
+    std::string unless{}; ///< mergekit's default, where the preset's is another
+};
+
+/// A method of mergekit's, and the method that it is here.
+struct mergekit_method {
+    enum class base { required, optional, input };
+    std::string theirs, ours;
+    base takes = base::required;
+    std::vector<mergekit_parameter> parameters{};
+    bool semantics = false; ///< its table has presets
+};
+/// All that both have.
+[[nodiscard]] const std::vector<mergekit_method>& mergekit_methods();
+
+} // namespace tool
