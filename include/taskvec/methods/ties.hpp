@@ -183,8 +183,9 @@ public:
     {
         using rule = decltype(keep_.template get<A>(tensor));
         const A lambda = static_cast<A>(options_.lambda);
-        if (unit_ && signs_[tensor] == 1) {
-            return use(unit_election_body<A, rule>{keep_.template get<A>(tensor), lambda});
+        if (unit_ && signs_[tensor] != 0) {
+            return use(unit_election_body<A, rule>{keep_.template get<A>(tensor), lambda,
+                signs_[tensor] > 0 ? 0 : static_cast<signed_word<A>>(sign_mask<A>)});
         }
         return use(body<A>(tensor));
     }

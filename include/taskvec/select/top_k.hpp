@@ -88,7 +88,7 @@ struct magnitude_run {
     const storage_word<T>*x = nullptr, *base = nullptr;
     std::size_t size = 0; ///< at most a block's
     bits low = 0, high = 0; ///< the bracket
-    bits* collected = nullptr; ///< room for `size` magnitudes; null: they are counted only
+    bits* collected = nullptr; ///< room for `size` magnitudes and a pack; null: they are counted only
 };
 
 /// What a look finds: magnitudes above a bracket and inside it, and the largest magnitude bits.
@@ -121,7 +121,7 @@ struct look_kernel {
         const std::size_t n = run_of.size;
         const words low = filled_words<words>(static_cast<word>(run_of.low)),
                     high = filled_words<words>(static_cast<word>(run_of.high));
-        bits_type<number>* out = run_of.collected ? run_of.collected + counts.inside : nullptr;
+        word* out = run_of.collected ? reinterpret_cast<word*>(run_of.collected) + counts.inside : nullptr;
         words above{}, reached{}, top{};
         const auto take = [&](const typename stored::pack_type& value) TASKVEC_BODY {
             const words magnitude = magnitude_of(value);
@@ -130,7 +130,7 @@ struct look_kernel {
             reached = added_where(from_low, reached);
             top = larger(top, magnitude);
             const auto hit = from_low & ~over;
-            if (out && any(hit)) { out = append(hit, magnitude, out); }
+            if (out) { out += packed_where(hit, magnitude, out); }
         };
         for (std::size_t i = 0; i + group <= n; i += group) {
             if constexpr (bytes > 0) {
@@ -163,24 +163,6 @@ struct look_kernel {
             const auto found = static_cast<bits_type<number>>(largest[lane]);
             counts.largest = found > counts.largest ? found : counts.largest;
         }
-    }
-
-private:
-    /// Few packs hold something that is appended, and those that do are taken lane by lane without a branch.
-    template <class Mask, class Words>
-    static TASKVEC_INLINE bits_type<number>* append(
-        const Mask& hit, const Words& magnitude, bits_type<number>* out) noexcept
-    {
-        constexpr std::size_t lanes = sizeof(Words) / sizeof(word);
-        word chosen[lanes], found[lanes];
-        std::memcpy(chosen, &hit, sizeof chosen);
-        std::memcpy(found, &magnitude, sizeof found);
-        TASKVEC_UNROLL(16)
-        for (std::size_t lane = 0; lane < lanes; ++lane) {
-            *out = static_cast<bits_type<number>>(found[lane]);
-            out -= chosen[lane];
-        }
-        return out;
     }
 };
 
@@ -568,7 +550,7 @@ private:
         collected& into, std::size_t index, std::size_t share, std::span<std::uint32_t> inside_of)
     {
         const bool collecting = a.collecting && a.low != a.high && !into.overflow;
-        std::array<bits, block_size> values;
+        std::array<bits, block_size + 64 / sizeof(bits)> values;
         kernels::magnitude_counts<A> counts;
         const kernels::magnitude_run<T> run{
             x, base, n, a.low, a.high, collecting || a.counting_bins ? values.data() : nullptr};

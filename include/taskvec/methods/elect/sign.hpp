@@ -103,13 +103,14 @@ struct sign_election_body : Rule {
     }
 };
 
-/// The same where all weights are 1, the agreeing entries become their mean, and a sum of 0 elects plus: the operations
-/// of sign_election_body in its order, but for products by 1 and sums with a 0 that cannot change a bit.
+/// The same where all weights are 1, the agreeing entries become their mean, and a sum of 0 elects one of the signs:
+/// the operations of sign_election_body in its order, but for products by 1 and sums with a 0 that cannot change a bit.
 template <arithmetic_element A, class Rule>
 struct unit_election_body : Rule {
     static constexpr bool watches = Rule::sees_all;
     static constexpr std::integer_sequence<int, 2, 3> held{}; ///< numbers of tasks that are compiled by themselves
     A lambda;
+    signed_word<A> zero; ///< the sign bit that a sum of 0 elects: 0 for plus
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -129,16 +130,20 @@ struct unit_election_body : Rule {
         in.count(election_counts::negative, sum < 0);
         // With the sum's sign taken off, an entry agrees where it is a positive number, and then it is one as a word
         // too.
-        const words sign = bits_of(sum) & static_cast<signed_word<A>>(sign_mask<A>);
+        const words sign = bits_of(sum) & static_cast<signed_word<A>>(sign_mask<A>),
+                    of_zeros = where_zero(sum, filled_words<words>(zero)), elected = sign | of_zeros;
         words agreeing{};
         const pack total = in.total_of([&](std::size_t t) TASKVEC_BODY {
-            const words x = bits_of(kept(t)) ^ sign;
-            agreeing = added_where(x > 0, agreeing);
-            return from_bits(larger(x, words{}));
+            const words x = bits_of(kept(t)) ^ elected;
+            const words agrees = larger(x, words{});
+            agreeing = agreeing + smaller(agrees, filled_words<words>(1));
+            return from_bits(agrees);
         });
         // A sum of 0 has entries of both signs, or none at all.
         in.count(election_counts::unresolved, where_zero(sum, agreeing) > 0);
-        const pack mean = turned(total / to_numbers(larger(agreeing, filled_words<words>(1))), sign);
+        // (Nothing agrees with a sum of no entries, and nothing is +0.)
+        const pack mean = turned(
+            total / to_numbers(larger(agreeing, filled_words<words>(1))), sign | (of_zeros & (words{} - agreeing)));
         return in.base() + lambda * select(sum == sum, mean, sum);
     }
 };
