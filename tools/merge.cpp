@@ -1,5 +1,6 @@
 // taskvec merge: several fine-tuned models become one.
 // SPDX-License-Identifier: Apache-2.0
+#include "as_config.hpp"
 #include "methods.hpp"
 #include "model_files.hpp"
 #include "report.hpp"
@@ -30,6 +31,11 @@ void run_merge(const merge_request& request)
         inputs.base() ? fs::path(request.base) : inputs.arguments().front().path, !request.shard_size.empty());
     claim_output(request.out, "--out", directory ? output_kind::directory : output_kind::model);
     claim_report(request.run);
+    std::string configuration;
+    if (!request.as_config.empty()) {
+        claim_output(request.as_config, "--as-config");
+        configuration = configuration_of(request, method);
+    }
     runner run(request.run, runs_on::any_device);
     const auto call = call_of(run.policy(), request, inputs);
     const auto plan = outputs_of(request, inputs);
@@ -38,10 +44,12 @@ void run_merge(const merge_request& request)
         const auto bytes = bytes_of(plan);
         check_space(request.out, bytes);
         print("would merge " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-            + printable(request.out) + "' (" + size_text(bytes) + ")\n" + describe(inputs));
+            + printable(request.out) + "' (" + size_text(bytes) + ")\n" + describe(inputs)
+            + (configuration.empty() ? "" : "'" + printable(request.as_config) + "' would hold:\n" + configuration));
         return;
     }
     report_file report(request.run.report);
+    text_output config(request.as_config);
     model_output out(request.out, plan, inputs.metadata(), request.shard_size, directory);
     const auto options = json_of(method.values(request.options));
     const auto layers = layers_of_result(request);
@@ -65,11 +73,12 @@ void run_merge(const merge_request& request)
         content["tensors"] = norms_of(run.policy(), beside_base(request, inputs, stored));
         report.finish(content);
     }
+    if (config.wanted()) { config.finish_text(configuration); }
     const auto size = out.file_size();
     conclude("merged " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
             + printable(request.out) + "': " + counted(plan.specs.size(), "tensor") + ", " + size_text(size) + " in "
             + seconds_text(run.seconds()) + "\n",
-        report, out);
+        report, config, out);
 }
 
 void explain_merge(const merge_request& request)
@@ -125,6 +134,8 @@ const tool::register_verb merge_verb(20, "merge", "Merge fine-tuned models into 
         tool::presence::required);
     tool::add_merge_options(verb, *request);
     tool::add_copy_options(verb, request->copies);
+    verb.text("--as-config", request->as_config, "FILE",
+        "Write the merge as a configuration too, with which 'taskvec run' makes it again, and mergekit where it can");
     verb.footer("Methods:\n" + tool::method_list()
         + "\nExample:\n  taskvec merge --method ties --density 0.2 --base base.safetensors --task math.safetensors \\\n"
           "      --task code.safetensors=0.5 --out merged.safetensors");

@@ -26,6 +26,7 @@ struct merge_request : model_request {
     std::map<std::string, std::vector<std::string>> lists; ///< what was given for list_options, by name
     std::map<std::string, option_values> weights; ///< --weight, by the text of its --task
     std::map<std::string, option_values> of_tasks; ///< --task-density and its like, by the text of its --task
+    std::string as_config; ///< where the request goes as a configuration; empty: nowhere
 
     [[nodiscard]] const std::vector<std::string>& list(const std::string& name) const;
 };

@@ -24,7 +24,7 @@
 namespace {
 
 struct run_settings {
-    std::string config, semantics = "mergekit";
+    std::string config, semantics; ///< whose definitions; empty: as the configuration says, mergekit's by default
     bool explain = false;
     tool::merge_request request;
 };
@@ -278,8 +278,8 @@ public:
         const auto node = load();
         const mapping top(where_, node, "a configuration",
             {"merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters",
-                "tokenizer_source", "tokenizer", "chat_template"});
-        for (const auto* name : {"modules", "tokenizer", "chat_template"}) {
+                "tokenizer_source", "tokenizer", "chat_template", "taskvec"});
+        for (const auto* name : {"modules", "chat_template"}) {
             if (const auto one = top.find(name)) {
                 where_.fail(one->key,
                     std::string("'") + name + "' is not supported: leave it out"
@@ -291,7 +291,9 @@ public:
         read_models(top, base);
         set_base(base);
         read_dtype(top);
+        const auto own = read_own(top);
         read_parameters();
+        request().options.insert(request().options.end(), own.begin(), own.end());
         check_tokenizers(top);
     }
 
@@ -605,6 +607,37 @@ private:
         }
     }
 
+    /// What stands under `taskvec`: whose definitions to follow, and options that mergekit has no word for.
+    tool::option_values read_own(const mapping& top)
+    {
+        tool::option_values options;
+        std::string semantics = "mergekit";
+        if (const auto one = top.find("taskvec")) {
+            const auto& entries = tool::all_methods();
+            const auto& rows = std::find_if(entries.begin(), entries.end(), [&](const tool::method_entry& entry) {
+                return entry.name == method_->ours;
+            })->options;
+            std::vector<std::string> known{"semantics"};
+            for (const auto& row : rows) {
+                if (!row.is_preset && !row.per_task) { known.push_back(row.name); }
+            }
+            const auto entries_of_own = mapping(where_, one->value, "'taskvec'", known).entries();
+            for (const auto& entry : entries_of_own) {
+                const auto word = scalar_of(where_, entry.value, entry.name);
+                if (entry.name != "semantics") {
+                    options.push_back({entry.name, word, where_.of(entry.value) + ": " + entry.name});
+                    continue;
+                }
+                if (word != "mergekit" && word != "paper") {
+                    where_.fail(entry.value, "semantics is '" + shown(word) + "'" + meant(word, {"mergekit", "paper"}));
+                }
+                semantics = word;
+            }
+        }
+        if (given_.semantics.empty()) { given_.semantics = semantics; }
+        return options;
+    }
+
     /// The values of a parameter as options, the last of which that matches counts. `chain`: from what counts most.
     tool::option_values values_of(const tool::mergekit_parameter& one, const scopes& chain, bool& for_all)
     {
@@ -866,28 +899,57 @@ private:
         }
     }
 
-    /// Vocabularies that are the same need no work; others are not lined up.
+    /// `tokenizer_source`, or the `source` of `tokenizer`: whose vocabulary the result has, where models differ in it.
     void check_tokenizers(const mapping& top)
     {
-        const auto one = top.find("tokenizer_source");
+        auto one = top.find("tokenizer_source");
+        if (const auto block = top.find("tokenizer")) {
+            if (one) { where_.fail(block->key, "'tokenizer' and 'tokenizer_source' are both given"); }
+            const mapping parts(where_, block->value, "'tokenizer'", {"source", "tokens", "pad_to_multiple_of"});
+            for (const auto* name : {"tokens", "pad_to_multiple_of"}) {
+                if (const auto other = parts.find(name)) {
+                    where_.fail(
+                        other->key, std::string("'") + name + "' of a tokenizer is not supported: leave it out");
+                }
+            }
+            one = parts.find("source");
+            if (!one) { where_.fail(block->value, "'tokenizer' without a 'source'"); }
+        }
         if (!one) { return; }
-        const auto word = scalar_of(where_, one->value, "tokenizer_source");
+        const auto word = scalar_of(where_, one->value, one->name);
         const auto content = [](const std::string& model) -> std::optional<std::string> {
             std::ifstream file(path(model) / "tokenizer.json", std::ios::binary);
             if (!file) { return std::nullopt; }
             return std::string(std::istreambuf_iterator<char>(file), {});
         };
-        const auto first = content(request().base.empty() ? slices_.front().inputs.front().path : request().base);
-        bool same = first.has_value();
+        const auto& reference = request().base.empty() ? slices_.front().inputs.front().path : request().base;
+        const auto first = content(reference);
+        bool same = first.has_value(), all_have = same;
+        const auto look = [&](const input& model) {
+            const auto its = content(model.path);
+            same = same && its == first;
+            all_have = all_have && its.has_value();
+        };
         for (const auto& part : slices_) {
-            for (const auto& model : part.inputs) { same = same && content(model.path) == first; }
-            if (part.base) { same = same && content(part.base->path) == first; }
+            for (const auto& model : part.inputs) { look(model); }
+            if (part.base) { look(*part.base); }
         }
-        if (!same) {
+        if (same) { return; }
+        const std::string what = "'" + one->name + ": " + shown(word) + "'";
+        if (!all_have) {
+            where_.fail(one->key, what + ": tokens are told apart by tokenizer.json, and not every model has one");
+        }
+        if (sliced()) {
             where_.fail(one->key,
-                "'tokenizer_source: " + word
-                    + "' is supported where all models have the same tokenizer.json, and these differ or lack it");
+                what + " is supported in slices where all models have the same tokenizer.json, and these differ");
         }
+        std::error_code ignored;
+        const bool the_first = word == "base" || tool::fs::equivalent(word, reference, ignored);
+        if (!the_first && word != "union") {
+            where_.fail(one->value,
+                what + ": the models' vocabularies differ; expected base, which is '" + reference + "' here, or union");
+        }
+        request().vocabulary = the_first ? "base" : "union";
     }
 
     tool::merge_request& request() { return given_.request; }
@@ -937,7 +999,8 @@ const tool::register_verb run_verb(25, "run", "Merge as a mergekit configuration
     verb.positional("CONFIG", given->config, "A configuration such as config.yml");
     verb.text("--out", given->request.out, "DIR", "Where the merged model goes, a directory", tool::presence::required);
     verb.word("--semantics", given->semantics, {"mergekit", "paper"}, "WHOSE",
-        "mergekit or paper: whose definition of a method to follow (default: mergekit)");
+        "mergekit or paper: whose definition of a method to follow (default: what the configuration says under "
+        "'taskvec', and mergekit)");
     verb.flag("--explain", given->explain, "Say what would be done for each tensor, and write nothing");
     tool::add_nonfinite_option(verb, given->request.nonfinite);
     tool::add_overflow_option(verb, given->request.overflow);

@@ -432,3 +432,115 @@ TEST_CASE("configurations that are bombs are answered at once")
     has(m.refusal("x: " + std::string(200000, '[')), "config.yml");
     has(m.refusal(std::string(2 << 20, '#')), "more than 1 MiB");
 }
+
+TEST_CASE("a merge writes the configuration that makes it again, bit for bit")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    using words = std::vector<std::string>;
+    const words with_base{"--base", "base"}, two{"--task", "a=0.75", "--task", "b=0.5"}, one{"--task", "a"};
+    const auto joined = [](std::initializer_list<words> parts) {
+        words all;
+        for (const auto& part : parts) { all.insert(all.end(), part.begin(), part.end()); }
+        return all;
+    };
+    for (const auto& line : {joined({{"--method", "average", "--unnormalized"}, two}),
+             joined({{"--method", "task-arithmetic"}, with_base, two}),
+             joined({{"--method", "task-arithmetic", "--semantics", "mergekit", "--lambda", "mlp=0.5", "--lambda",
+                         "layers.1.mlp=0.25", "--lambda", "0.75"},
+                 with_base, two}),
+             joined({{"--method", "ties", "--density", "0.4", "--scope", "tensor", "--zero-sign", "positive"},
+                 with_base, two}),
+             joined({{"--method", "ties", "--semantics", "ties-merging", "--merge-weights", "max", "--dtype", "bf16"},
+                 with_base, {"--task", "a", "--task-density", "0.5", "--task", "b", "--weight", "attn=0.25"}}),
+             joined({{"--method", "ties", "--semantics", "mergekit", "--rescale"}, with_base, two}),
+             joined({{"--method", "dare-ties", "--seed", "11"}, with_base, two}),
+             joined({{"--method", "dare", "--rescale-by", "l1"}, with_base, two}),
+             joined({{"--method", "breadcrumbs", "--gamma", "0.02"}, with_base, two}),
+             joined({{"--method", "slerp", "--t", "0.3"}, with_base, one}),
+             joined({{"--method", "model-stock"}, with_base, {"--task", "a", "--task", "b"}}),
+             joined({{"--method", "sce", "--density", "0.3"}, with_base, {"--task", "a", "--task", "b"}})}) {
+        auto given = line;
+        given.insert(given.end(), {"--as-config", "written.yml"});
+        const auto expected = m.merged(given);
+        std::ifstream file(m.folder / "written.yml");
+        const std::string text(std::istreambuf_iterator<char>(file), {});
+        CHECK(same(m.result(text), expected));
+    }
+}
+
+TEST_CASE("what no configuration can say is refused before anything is written")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto refused = [&](std::vector<std::string> line) {
+        line.insert(line.begin(), "merge");
+        line.insert(line.end(), {"--out", "merged", "--as-config", "written.yml"});
+        const auto done = run(m.folder, line);
+        CHECK(done.code == 2);
+        CHECK_FALSE(std::filesystem::exists(m.folder / "merged"));
+        CHECK_FALSE(std::filesystem::exists(m.folder / "written.yml"));
+        return done.err;
+    };
+    CHECK(has(refused({"--method", "ties", "--base", "base", "--task", "a", "--include", "mlp"}), "--include"));
+    CHECK(has(refused({"--method", "ties", "--base", "base", "--task", "a", "--density", "mlp$=0.1"}), "'mlp$'"));
+    CHECK(has(refused({"--method", "ties", "--base", "base", "--task", "a", "--density", "0.1,0.2"}), "layers"));
+    CHECK(has(refused({"--method", "average", "--base", "base", "--task", "a", "--task", "b"}), "--base"));
+    CHECK(has(refused({"--method", "task-arithmetic", "--base", "base", "--task", "a", "--task", "a"}), "twice"));
+}
+
+TEST_CASE("options of taskvec's own in a configuration are checked as mergekit's are")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto with = [&](const std::string& own) {
+        return "merge_method: ties\nbase_model: base\n" + tasks + "taskvec: " + own + "\n";
+    };
+    CHECK(has(m.refusal(with("{scop: tensor}")), "config.yml:8:11: 'scop' is no key of 'taskvec'"));
+    CHECK(has(m.refusal(with("{scope: row}")), "scope"));
+    CHECK(has(m.refusal(with("{semantics: peft}")), "'peft'"));
+    CHECK(has(m.refusal(with("[semantics]")), "expected a mapping"));
+    CHECK(same(m.result(with("{semantics: paper, density: 0.5}")),
+        m.merged({"--method", "ties", "--density", "0.5", "--base", "base", "--task", "a=0.75", "--task", "b=0.5"})));
+    CHECK(same(m.result(with("{semantics: paper}"), {"--semantics", "mergekit"}),
+        m.result("merge_method: ties\nbase_model: base\n" + tasks)));
+}
+
+TEST_CASE("a configuration's tokenizer_source is --vocabulary")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto give = [&](const std::string& name, const std::vector<std::string>& tokens, float shift) {
+        std::filesystem::create_directories(m.folder / name);
+        std::vector<float> rows;
+        nlohmann::json vocabulary = nlohmann::json::object();
+        for (std::size_t i = 0; i < tokens.size(); ++i) {
+            vocabulary[tokens[i]] = i;
+            rows.insert(rows.end(), {static_cast<float>(tokens[i][0]) + shift, shift});
+        }
+        const auto count = static_cast<std::int64_t>(tokens.size());
+        write_values(m.folder / name / "model.safetensors",
+            {{"model.embed_tokens.weight", {taskvec::dtype::f32, {count, 2}, rows}}});
+        spill(m.folder / name / "config.json", nlohmann::json{{"vocab_size", count}}.dump());
+        spill(m.folder / name / "tokenizer.json",
+            nlohmann::json{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
+                {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", tokens[0]}}}}
+                .dump());
+    };
+    give("first", {"a", "b", "c"}, 0);
+    give("second", {"c", "d", "a"}, 0.5F);
+    const std::string head = "merge_method: task_arithmetic\nbase_model: first\nmodels:\n  - model: second\n"
+                             "    parameters: {weight: 0.5}\n";
+    for (const auto* word : {"base", "union"}) {
+        const auto expected = m.merged({"--method", "task-arithmetic", "--semantics", "mergekit", "--base", "first",
+            "--task", "second=0.5", "--vocabulary", word});
+        CHECK(expected.at("model.embed_tokens.weight").shape[0] == (*word == 'b' ? 3 : 4));
+        CHECK(same(m.result(head + "tokenizer_source: " + word + "\n"), expected));
+        CHECK(same(m.result(head + "tokenizer: {source: " + word + "}\n"), expected));
+    }
+    CHECK(same(m.result(head + "tokenizer_source: first\n"), m.result(head + "tokenizer_source: base\n")));
+    has(m.refusal(head + "tokenizer_source: second\n"), "config.yml:6:19: 'tokenizer_source: second'");
+    has(m.refusal(head + "tokenizer: {source: base, tokens: {}}\n"), "'tokens' of a tokenizer is not supported");
+    has(m.refusal(head + "tokenizer: {tokens: {}}\n"), "'tokens'");
+    has(m.refusal(head), "--vocabulary");
+}

@@ -1,0 +1,253 @@
+// merge --as-config: a command line as a configuration of mergekit.
+// SPDX-License-Identifier: Apache-2.0
+#include "as_config.hpp"
+
+#include "mergekit_words.hpp"
+#include "words.hpp"
+
+#if defined(TASKVEC_HAS_YAML)
+#include <yaml-cpp/yaml.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <string_view>
+#include <vector>
+#endif
+
+namespace tool {
+
+#if defined(TASKVEC_HAS_YAML)
+
+namespace {
+
+using row = taskvec::option_description;
+
+[[noreturn]] void cannot_say(const std::string& what, const std::string& mend)
+{
+    throw usage_error("--as-config: a configuration cannot say " + what + "; " + mend);
+}
+
+/// What it says of the inputs and of nothing that a method takes.
+void check_inputs(const merge_request& request)
+{
+    const auto refuse = [](bool given, const std::string& option) {
+        if (given) { cannot_say(option, "leave it out, or write the merged model alone"); }
+    };
+    refuse(!request.include.empty(), "--include");
+    refuse(!request.exclude.empty(), "--exclude");
+    refuse(request.missing != "error", "--missing");
+    refuse(!request.names.empty(), "--rename and --map");
+    refuse(request.match_prefixes, "--match-prefixes");
+    refuse(request.vocabulary != "error", "--vocabulary");
+    for (const auto& [name, texts] : request.lists) { refuse(!texts.empty(), "--" + name); }
+}
+
+const mergekit_method& words_of(const merge_request& request)
+{
+    const auto& known = mergekit_methods();
+    const auto place = std::find_if(
+        known.begin(), known.end(), [&](const mergekit_method& one) { return one.ours == request.method; });
+    if (place == known.end()) { cannot_say("--method " + request.method, "mergekit has no such method"); }
+    return *place;
+}
+
+/// Values of a parameter: those of tensors that a text occurs in, the first that matches counts, then that of all.
+void put(YAML::Emitter& out, const std::string& name, const option_values& by_tensor, const std::string& of_all)
+{
+    out << YAML::Key << name << YAML::Value;
+    if (by_tensor.empty()) {
+        out << of_all;
+        return;
+    }
+    out << YAML::BeginSeq;
+    for (auto one = by_tensor.rbegin(); one != by_tensor.rend(); ++one) { // on the command line the last counts
+        if (one->pattern.empty() || one->numbers.size() != 1) {
+            cannot_say(one->flag + " spread over the layers as here", "give REGEX=X for the tensors that differ");
+        }
+        if (one->pattern.find_first_of("^$\\.*+?()[]{}|") != std::string::npos) {
+            cannot_say("the pattern '" + one->pattern + "' of " + one->flag,
+                "its filters are plain text that occurs in a tensor's name");
+        }
+        out << YAML::BeginMap << YAML::Key << "filter" << YAML::Value << one->pattern << YAML::Key << "value"
+            << YAML::Value << taskvec::csv_number(one->numbers.front()) << YAML::EndMap;
+    }
+    if (!of_all.empty()) { out << YAML::BeginMap << YAML::Key << "value" << YAML::Value << of_all << YAML::EndMap; }
+    out << YAML::EndSeq;
+}
+
+/// What is given for some tensors of a row.
+option_values by_tensor(const option_values& values, const std::string& name)
+{
+    option_values found;
+    std::copy_if(values.begin(), values.end(), std::back_inserter(found),
+        [&](const option_value& one) { return one.by_tensor && one.name == name; });
+    return found;
+}
+
+/// The word of a truth for a row's value; empty where it has none.
+std::string truth_of(const mergekit_parameter& one, const std::string& value, const std::string& semantics)
+{
+    const bool density = one.on == "l1" && semantics == "paper"; // `run` reads the truth so
+    if (value == (density ? "density" : one.on)) { return "true"; }
+    return value == one.off ? "false" : "";
+}
+
+class writer {
+public:
+    writer(const merge_request& request, const method_entry& method)
+        : request_(request)
+        , words_(words_of(request))
+        , rows_(method.values(request.options))
+    {
+        for (const auto& option : request.options) {
+            if (option.name == "semantics" && option.text == "mergekit") { semantics_ = option.text; }
+        }
+        const option_values preset =
+            words_.semantics ? option_values{{"semantics", semantics_, "--semantics"}} : option_values();
+        plain_ = method.values(preset);
+        tasks_ = parse_tasks(request.tasks);
+    }
+
+    std::string text()
+    {
+        out_ << YAML::BeginMap << YAML::Key << "merge_method" << YAML::Value << words_.theirs;
+        put_base();
+        put_models();
+        put_parameters();
+        if (!request_.dtype.empty() && request_.dtype != "keep") {
+            out_ << YAML::Key << "out_dtype" << YAML::Value
+                 << (request_.dtype == "f32"           ? "float32"
+                            : request_.dtype == "bf16" ? "bfloat16"
+                                                       : "float16");
+        }
+        put_own();
+        out_ << YAML::EndMap;
+        return "# taskvec run FILE --out DIR makes this merge; mergekit passes over what stands under 'taskvec'.\n"
+            + std::string(out_.c_str()) + "\n";
+    }
+
+private:
+    void put_base()
+    {
+        using base = mergekit_method::base;
+        if (request_.base.empty()) {
+            if (words_.takes == base::required) {
+                cannot_say(request_.method + " without a base", "give one of the models as --base");
+            }
+            return;
+        }
+        if (words_.takes == base::input) {
+            cannot_say("--base of " + request_.method + ", which mergekit would merge as well", "leave it out");
+        }
+        out_ << YAML::Key << "base_model" << YAML::Value << request_.base;
+    }
+
+    void put_models()
+    {
+        out_ << YAML::Key << "models" << YAML::Value << YAML::BeginSeq;
+        std::set<std::string> seen{request_.base};
+        for (std::size_t t = 0; t < tasks_.size(); ++t) {
+            const auto& text = request_.tasks[t];
+            const auto path = tasks_[t].path.string();
+            const auto name = request_.adapters.contains(text) ? request_.base + "+" + path : path;
+            if (!seen.insert(name).second) { cannot_say("'" + path + "' twice", "give each model once"); }
+            out_ << YAML::BeginMap << YAML::Key << "model" << YAML::Value << name;
+            put_parameters_of(t);
+            out_ << YAML::EndMap;
+        }
+        out_ << YAML::EndSeq;
+    }
+
+    void put_parameters_of(std::size_t t)
+    {
+        const auto own = request_.of_tasks.find(request_.tasks[t]);
+        const auto weights = request_.weights.find(request_.tasks[t]);
+        bool open = false;
+        const auto start = [&] {
+            if (!open) { out_ << YAML::Key << "parameters" << YAML::Value << YAML::BeginMap; }
+            open = true;
+        };
+        for (const auto& one : words_.parameters) {
+            if (one.name == "weight") {
+                start();
+                put(out_, "weight", weights == request_.weights.end() ? option_values() : weights->second,
+                    taskvec::csv_number(tasks_[t].weight));
+            }
+            else if (own != request_.of_tasks.end()) {
+                std::string of_all;
+                for (const auto& value : own->second) {
+                    if (value.name == one.row && !value.by_tensor) { of_all = value.text; }
+                }
+                const auto some = by_tensor(own->second, one.row);
+                if (some.empty() && of_all.empty()) { continue; }
+                start();
+                put(out_, one.name, some, of_all);
+            }
+        }
+        if (open) { out_ << YAML::EndMap; }
+    }
+
+    void put_parameters()
+    {
+        bool open = false;
+        for (const auto& one : words_.parameters) {
+            if (one.name == "weight") { continue; }
+            const auto place =
+                std::find_if(rows_.begin(), rows_.end(), [&](const row& its) { return its.name == one.row; });
+            if (place == rows_.end()) { continue; }
+            const bool truth = one.type == mergekit_parameter::kind::truth;
+            const auto word = truth ? truth_of(one, place->initial, semantics_) : place->initial;
+            if (word.empty()) { continue; } // it stands under `taskvec`
+            said_.insert(one.row);
+            if (!open) { out_ << YAML::Key << "parameters" << YAML::Value << YAML::BeginMap; }
+            open = true;
+            put(out_, one.name, by_tensor(request_.options, one.row), word);
+        }
+        if (open) { out_ << YAML::EndMap; }
+    }
+
+    /// What mergekit has no word for.
+    void put_own()
+    {
+        out_ << YAML::Key << "taskvec" << YAML::Value << YAML::BeginMap << YAML::Key << "semantics" << YAML::Value
+             << semantics_;
+        for (std::size_t i = 0; i < rows_.size(); ++i) {
+            const auto& one = rows_[i];
+            if (one.is_preset || one.per_task || said_.contains(one.name)) { continue; }
+            if (const auto some = by_tensor(request_.options, one.name); !some.empty()) {
+                cannot_say(some.front().flag + " by tensor", "give one value for all");
+            }
+            if (one.initial != plain_[i].initial) { out_ << YAML::Key << one.name << YAML::Value << one.initial; }
+        }
+        out_ << YAML::EndMap;
+    }
+
+    const merge_request& request_;
+    const mergekit_method& words_;
+    std::vector<row> rows_, plain_; ///< the values, and those of the semantics alone
+    std::string semantics_ = "paper"; ///< those that `run` knows; other presets are their rows
+    std::vector<task_argument> tasks_;
+    std::set<std::string> said_; ///< rows that mergekit has a word for
+    YAML::Emitter out_;
+};
+
+} // namespace
+
+std::string configuration_of(const merge_request& request, const method_entry& method)
+{
+    check_inputs(request);
+    return writer(request, method).text();
+}
+
+#else
+
+std::string configuration_of(const merge_request&, const method_entry&)
+{
+    throw usage_error("--as-config: this build of taskvec writes no configurations: it was built without yaml-cpp "
+                      "(Debian: libyaml-cpp-dev); install it, configure anew and build again");
+}
+
+#endif
+
+} // namespace tool
