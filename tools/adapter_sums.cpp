@@ -14,17 +14,6 @@
 
 namespace tool {
 
-namespace { } // namespace
-
-nlohmann::json config_beside(const fs::path& model)
-{
-    std::error_code ignored;
-    const auto file = (fs::is_directory(model, ignored) ? model : model.parent_path()) / "config.json";
-    if (!fs::is_regular_file(file, ignored)) { return nlohmann::json::object(); }
-    auto config = taskvec::parse_json(taskvec::read_text_file(file), file.string());
-    return config.is_object() ? config : nlohmann::json::object();
-}
-
 taskvec::checkpoint open_adapter(const fs::path& path)
 {
     const auto file = taskvec::adapter_tensor_file(path);

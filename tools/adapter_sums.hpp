@@ -19,8 +19,6 @@
 
 namespace tool {
 
-/// The config.json beside a model; an empty object where there is none.
-[[nodiscard]] nlohmann::json config_beside(const fs::path& model);
 /// An adapter's file of tensors, in any dialect, with its map known to the handler for files that shrink.
 [[nodiscard]] taskvec::checkpoint open_adapter(const fs::path& path);
 /// Puts rows back that a GGUF adapter holds in llama.cpp's order, by the heads that the config.json beside the base

@@ -4,10 +4,12 @@
 #include "command.hpp"
 #include "model_diff.hpp"
 #include "models.hpp"
+#include "names.hpp"
 #include "runner.hpp"
 #include "words.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/file.hpp>
 #include <taskvec/formats/fingerprint.hpp>
 
 #include <nlohmann/json.hpp>
@@ -20,7 +22,7 @@ namespace {
 
 struct inspect_settings {
     std::string model;
-    std::string index = "strict", diff;
+    std::string index = "strict", diff, verify;
     tool::adapter_table_settings table;
     bool json = false, sketch = false, adapter = false;
     tool::run_options run;
@@ -40,7 +42,118 @@ void print_json(const taskvec::checkpoint& model)
     tool::print(text + (text.back() == '[' ? "" : "\n") + "],\n\"metadata\": " + metadata.dump() + "}\n");
 }
 
-void print_table(const taskvec::checkpoint& model)
+/// What the configuration beside the weights calls the model; empty where there is none.
+std::string architecture_text(const nlohmann::json& config)
+{
+    const auto word = [](const nlohmann::json& value) {
+        return value.is_string() ? tool::printable(value.get_ref<const std::string&>()) : std::string();
+    };
+    std::string text;
+    if (config.contains("architectures") && config["architectures"].is_array()) {
+        for (const auto& one : config["architectures"]) { text += (text.empty() ? "" : ", ") + word(one); }
+    }
+    const auto type = config.contains("model_type") ? word(config["model_type"]) : "";
+    if (text.empty() || type.empty()) { return text + type; }
+    return text + " (" + type + ")";
+}
+
+/// A smallest and a largest number, one where they are the same.
+std::string range_text(std::uint64_t least, std::uint64_t most, const std::string& unit)
+{
+    return (least == most ? "" : tool::grouped(least) + " to ") + tool::counted(most, unit);
+}
+
+/// How many layers there are, what each holds, and what stands outside of them.
+std::string layer_totals(const taskvec::checkpoint& model)
+{
+    struct totals {
+        std::uint64_t tensors = 0, elements = 0;
+    };
+    std::map<std::string, std::map<std::size_t, totals>> lists;
+    totals outside;
+    for (const auto& [name, tensor] : model.stored()) {
+        const auto layer = tool::layer_of(name);
+        auto& place = layer ? lists[layer->first][layer->second] : outside;
+        ++place.tensors;
+        place.elements += tensor.size(name);
+    }
+    std::string text;
+    for (const auto& [prefix, layers] : lists) {
+        auto least = layers.begin()->second, most = least;
+        for (const auto& [number, one] : layers) {
+            least = {std::min(least.tensors, one.tensors), std::min(least.elements, one.elements)};
+            most = {std::max(most.tensors, one.tensors), std::max(most.elements, one.elements)};
+        }
+        text += "  " + tool::printable(prefix.empty() ? "(numbers)" : prefix.substr(0, prefix.size() - 1)) + ": "
+            + tool::counted(layers.size(), "layer") + (layers.size() == 1 ? " of " : ", each of ")
+            + range_text(least.tensors, most.tensors, "tensor") + " and "
+            + range_text(least.elements, most.elements, "element") + "\n";
+    }
+    if (!lists.empty() && outside.tensors > 0) {
+        text += "  outside of layers: " + tool::counted(outside.tensors, "tensor") + ", "
+            + tool::counted(outside.elements, "element") + "\n";
+    }
+    return text;
+}
+
+/// Fingerprints and sketches that a word or a file names: metadata of a delta or of statistics, or a text such as a
+/// model card. Throws io_error, format_error, invalid_argument where there is none.
+std::vector<std::uint64_t> fingerprints_in(const std::string& what)
+{
+    if (const auto one = taskvec::parse_fingerprint(what)) { return {*one}; }
+    std::vector<std::uint64_t> found;
+    const auto collect = [&](std::string_view text) {
+        constexpr std::string_view start = "xxh64:";
+        for (auto at = text.find(start); at != text.npos; at = text.find(start, at + 1)) {
+            if (const auto one = taskvec::parse_fingerprint(text.substr(at, start.size() + 16))) {
+                found.push_back(*one);
+            }
+        }
+    };
+    std::error_code ignored;
+    const auto card = tool::fs::path(what) / "README.md";
+    if (tool::fs::is_directory(what, ignored)) { collect(taskvec::read_text_file(card)); }
+    else if (what.ends_with(".safetensors")) {
+        for (const auto& [key, value] : taskvec::safetensors_file(what).metadata()) {
+            if (key == "fingerprint") { collect(value); }
+        }
+    }
+    else {
+        collect(taskvec::read_text_file(what));
+    }
+    if (found.empty()) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
+            "'" + tool::printable(what)
+                + "' holds no fingerprint; --verify takes one (xxh64: and 16 hexadecimal digits), or a delta, a file "
+                  "of "
+                  "statistics, a report or a model card");
+    }
+    return found;
+}
+
+void verify(const taskvec::checkpoint& model, const inspect_settings& given)
+{
+    const auto wanted = fingerprints_in(given.verify);
+    const auto has = [&](std::uint64_t value) { return std::count(wanted.begin(), wanted.end(), value) > 0; };
+    const auto name = "'" + tool::printable(given.model) + "'", file = "'" + tool::printable(given.verify) + "'";
+    if (const auto sketch = taskvec::fingerprint_sketch(model.model()); has(sketch)) {
+        tool::print(name + " has the sketch that " + file + " names: " + taskvec::fingerprint_text(sketch) + "\n");
+        return;
+    }
+    const tool::runner run(given.run);
+    const auto found = taskvec::fingerprint(run.policy(), model.model());
+    if (has(found)) {
+        tool::print(name + " has the fingerprint that " + file + " names: " + taskvec::fingerprint_text(found) + "\n");
+        return;
+    }
+    taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::fingerprint_differs,
+        name + " is not what " + file + " names: its fingerprint is " + taskvec::fingerprint_text(found)
+            + " and its sketch " + taskvec::fingerprint_text(taskvec::fingerprint_sketch(model.model())) + "; expected "
+            + (wanted.size() == 1 ? "" : "one of " + std::to_string(wanted.size()) + ", such as ")
+            + taskvec::fingerprint_text(wanted.front()));
+}
+
+void print_table(const taskvec::checkpoint& model, const tool::fs::path& path)
 {
     struct row {
         std::string cells[4];
@@ -77,6 +190,13 @@ void print_table(const taskvec::checkpoint& model)
                 + tool::counted(counts.second, "element") + "\n";
         }
     }
+    text += layer_totals(model);
+    if (const auto name = architecture_text(tool::config_beside(path)); !name.empty()) {
+        text += "architecture: " + name + "\n";
+    }
+    if (const auto tie = tool::tie_text(model.model(), tool::says_tied(path)); !tie.empty()) {
+        text += "tied: " + tool::printable(tie) + "\n";
+    }
     if (const auto layers = tool::layers_text(model); !layers.empty()) { text += "quantised: " + layers + "\n"; }
     if (!model.metadata().empty()) {
         text += "metadata\n";
@@ -106,12 +226,15 @@ const tool::register_verb inspect_verb(10, "inspect",
             "Of an adapter: the largest and least singular value of each update, and the rank that keeps 90% of their "
             "squares; with --json all of them");
         verb.text("--svg", given->table.svg, "FILE", "Of an adapter: draw its singular values (needs gnuplot)");
+        verb.text("--verify", given->verify, "WHAT",
+            "Check that this is the model that a fingerprint, or a delta, statistics, a report or a model card names");
         tool::add_index_option(verb, given->index);
         tool::add_quiet(verb, given->run);
         verb.footer("Example:\n  taskvec inspect model.safetensors\n  taskvec inspect model.safetensors --json | jq "
                     "'.tensors | length'");
         verb.action([given] {
-            if (given->adapter || (given->diff.empty() && !given->sketch && tool::is_adapter(given->model))) {
+            if (given->adapter
+                || (given->diff.empty() && !given->sketch && given->verify.empty() && tool::is_adapter(given->model))) {
                 auto how = given->table;
                 how.json = given->json;
                 tool::print_adapter(given->model, how, given->run);
@@ -126,6 +249,10 @@ const tool::register_verb inspect_verb(10, "inspect",
                 tool::print(taskvec::fingerprint_text(taskvec::fingerprint_sketch(model.model())) + "\n");
                 return;
             }
+            if (!given->verify.empty()) {
+                verify(model, *given);
+                return;
+            }
             if (!given->diff.empty()) {
                 const auto other = tool::open_noted(given->diff, given->run, given->index);
                 const tool::runner run(given->run);
@@ -133,7 +260,7 @@ const tool::register_verb inspect_verb(10, "inspect",
                 tool::print(given->json ? diff.dump(2) + "\n" : tool::diff_text(diff, model, other));
                 return;
             }
-            given->json ? print_json(model) : print_table(model);
+            given->json ? print_json(model) : print_table(model, given->model);
         });
     });
 

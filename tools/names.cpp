@@ -395,16 +395,36 @@ taskvec::const_model_ref renamed(const taskvec::const_model_ref& model, const pr
     return result;
 }
 
-bool says_tied(const fs::path& model)
+nlohmann::json config_beside(const fs::path& model)
 {
     std::error_code ignored;
-    const auto config = (fs::is_directory(model, ignored) ? model : model.parent_path()) / "config.json";
-    if (!fs::is_regular_file(config, ignored)) { return false; }
-    const auto json = taskvec::parse_json(taskvec::read_text_file(config), config.string());
+    const auto file = (fs::is_directory(model, ignored) ? model : model.parent_path()) / "config.json";
+    if (!fs::is_regular_file(file, ignored)) { return nlohmann::json::object(); }
+    auto config = taskvec::parse_json(taskvec::read_text_file(file), file.string());
+    return config.is_object() ? config : nlohmann::json::object();
+}
+
+bool says_tied(const fs::path& model)
+{
+    const auto config = config_beside(model);
     const auto truth = [](const nlohmann::json& object) {
         return object.is_object() && object.contains("tie_word_embeddings") && object["tie_word_embeddings"] == true;
     };
-    return truth(json) || (json.is_object() && json.contains("text_config") && truth(json["text_config"]));
+    return truth(config) || (config.contains("text_config") && truth(config["text_config"]));
+}
+
+std::string tie_text(const taskvec::const_model_ref& model, bool says_tied)
+{
+    const taskvec::const_model_ref::entry* embedding = nullptr;
+    for (const auto& entry : model) {
+        if (is_head(entry.name)) {
+            const auto* const like = embedding_like(model, entry.tensor);
+            if (!like || like->name == entry.name || !same_bytes(entry.tensor, like->tensor)) { return ""; }
+            return "'" + entry.name + "' has the bytes of '" + like->name + "'";
+        }
+        if (is_embedding(entry.name) && entry.tensor.shape.size() == 2 && !embedding) { embedding = &entry; }
+    }
+    return says_tied && embedding ? "the head is '" + embedding->name + "' (config.json: tie_word_embeddings)" : "";
 }
 
 std::vector<std::string> resolve_ties(taskvec::const_model_ref& model, const taskvec::const_model_ref& reference,

@@ -6,6 +6,8 @@
 
 #include <taskvec/core/tensor_ref.hpp>
 
+#include <nlohmann/json_fwd.hpp>
+
 #include <cstddef>
 #include <map>
 #include <optional>
@@ -73,8 +75,12 @@ struct prefix_match {
 [[nodiscard]] std::vector<std::string> resolve_ties(taskvec::const_model_ref& model,
     const taskvec::const_model_ref& reference, bool says_tied, const std::string& label,
     const std::string& reference_label);
+/// The config.json beside a model's weights; an empty object where there is none.
+[[nodiscard]] nlohmann::json config_beside(const fs::path& model);
 /// Whether the configuration beside a model says that its head is tied.
 [[nodiscard]] bool says_tied(const fs::path& model);
+/// How a model's head and its embedding are one, in words; empty where they are two, or none.
+[[nodiscard]] std::string tie_text(const taskvec::const_model_ref& model, bool says_tied);
 
 /// The layer in a tensor's name: what stands before the first number between dots, and that number.
 [[nodiscard]] std::optional<std::pair<std::string, std::size_t>> layer_of(std::string_view name);

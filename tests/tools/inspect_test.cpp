@@ -183,3 +183,75 @@ TEST_CASE("long metadata is abridged in the table, and whole in JSON")
     CHECK(table.out.find("(5,000 bytes, whole with --json)") != std::string::npos);
     CHECK(run(folder, {"inspect", "a.safetensors", "--json"}).out.find(value) != std::string::npos);
 }
+
+TEST_CASE("inspect says what layers hold, what the model is called, and what is tied")
+{
+    const scratch folder;
+    std::filesystem::create_directory(folder / "m");
+    const values_tensor square{taskvec::dtype::f32, {4, 4}, std::vector<float>(16, 1.5F)};
+    values_model model{{"model.embed_tokens.weight", {taskvec::dtype::f32, {8, 4}, std::vector<float>(32, 2.0F)}},
+        {"model.norm.weight", {taskvec::dtype::f32, {4}, {1, 2, 3, 4}}}};
+    for (const auto* layer : {"0", "1", "2"}) {
+        model[std::string("model.layers.") + layer + ".mlp.weight"] = square;
+        model[std::string("model.layers.") + layer + ".attn.weight"] = square;
+    }
+    const auto table = [&] {
+        write_values(folder / "m/model.safetensors", model);
+        const auto result = run(folder, {"inspect", "m"});
+        CHECK(result.code == 0);
+        return result.out;
+    };
+    const auto says = [](const std::string& text, const std::string& part) {
+        INFO(text);
+        CHECK_MESSAGE(text.find(part) != std::string::npos, part);
+    };
+    auto text = table();
+    says(text, "\n  model.layers: 3 layers, each of 2 tensors and 32 elements\n");
+    says(text, "\n  outside of layers: 2 tensors, 36 elements\n");
+    CHECK(text.find("architecture") == std::string::npos);
+    CHECK(text.find("tied") == std::string::npos);
+    spill(folder / "m/config.json",
+        R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": true})");
+    model["model.layers.1.mlp.bias"] = {taskvec::dtype::f32, {4}, {1, 2, 3, 4}};
+    text = table();
+    says(text, "\n  model.layers: 3 layers, each of 2 to 3 tensors and 32 to 36 elements\n");
+    says(text, "\narchitecture: LlamaForCausalLM (llama)\n");
+    says(text, "\ntied: the head is 'model.embed_tokens.weight' (config.json: tie_word_embeddings)\n");
+    model["lm_head.weight"] = model["model.embed_tokens.weight"];
+    says(table(), "\ntied: 'lm_head.weight' has the bytes of 'model.embed_tokens.weight'\n");
+    model["lm_head.weight"].values[5] = 7;
+    CHECK(table().find("tied") == std::string::npos);
+}
+
+TEST_CASE("inspect --verify tells the model that a file names from others")
+{
+    const scratch folder;
+    auto task = sample_base();
+    task.begin()->second.values[0] += 1;
+    write_values(folder / "base.safetensors", sample_base());
+    write_values(folder / "task.safetensors", task);
+    REQUIRE(run(folder, {"prune", "--base", "base.safetensors", "--task", "task.safetensors", "--out", "d.safetensors"})
+                .code
+        == 0);
+    const auto verify = [&](const std::string& model, const std::string& what) {
+        const auto result = run(folder, {"inspect", model, "--verify", what});
+        CAPTURE(result.err);
+        CHECK(result.err.empty() == (result.code == 0));
+        if (result.code != 0) { CHECK(is_error_line(result.err)); }
+        return std::pair(result.code, result.code == 0 ? result.out : result.err);
+    };
+    CHECK(verify("base.safetensors", "d.safetensors").first == 0);
+    const auto other = verify("task.safetensors", "d.safetensors");
+    CHECK(other.first == 1);
+    CHECK(other.second.find("its fingerprint is xxh64:") != std::string::npos);
+    const auto sketch = run(folder, {"inspect", "base.safetensors", "--sketch"}).out.substr(0, 22);
+    CHECK(verify("base.safetensors", sketch).second.find("has the sketch") != std::string::npos);
+    CHECK(verify("task.safetensors", sketch).first == 1);
+    spill(folder / "README.md", "| base | `" + sketch + "` |\n| other | `xxh64:0123456789abcdef` |\n");
+    CHECK(verify("base.safetensors", "README.md").first == 0);
+    CHECK(verify("task.safetensors", "README.md").first == 1);
+    spill(folder / "empty.md", "nothing of use: xxh64:12\n");
+    CHECK(verify("base.safetensors", "empty.md").second.find("holds no fingerprint") != std::string::npos);
+    CHECK(verify("base.safetensors", "base.safetensors").second.find("holds no fingerprint") != std::string::npos);
+    CHECK(verify("base.safetensors", "missing.md").second.find("missing.md") != std::string::npos);
+}
