@@ -3,6 +3,7 @@
 #include "mergekit_words.hpp"
 #include "methods.hpp"
 #include "model_files.hpp"
+#include "scoring.hpp"
 #include "words.hpp"
 
 #include <memory>
@@ -266,19 +267,67 @@ struct slice {
     std::optional<tool::part_of_model> part{}; ///< of the result; nothing: all
 };
 
+/// The documents of a file.
+std::vector<YAML::Node> load(const std::string& config)
+{
+    const place where(config);
+    constexpr std::size_t most = 1 << 20;
+    std::error_code ignored;
+    if (tool::fs::is_directory(config, ignored)) {
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::file_kind,
+            "'" + config + "' is a directory; expected a configuration such as config.yml", config);
+    }
+    std::ifstream file(config, std::ios::binary);
+    if (!file) {
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::file_not_found,
+            "'" + config + "' cannot be read; expected a configuration such as config.yml", config);
+    }
+    std::string text(most + 1, '\0');
+    file.read(text.data(), static_cast<std::streamsize>(text.size()));
+    text.resize(static_cast<std::size_t>(file.gcount()));
+    if (text.size() > most) {
+        taskvec::raise<taskvec::format_error>(
+            taskvec::error_code::file_too_large, "'" + config + "' has more than 1 MiB; a configuration is a page", "");
+    }
+    std::vector<YAML::Node> documents;
+    try {
+        documents = YAML::LoadAll(text);
+    }
+    catch (const YAML::Exception& wrong) {
+        taskvec::raise<taskvec::format_error>(
+            taskvec::error_code::json_syntax, where.of(wrong.mark) + ": this is no YAML: " + wrong.msg, "");
+    }
+    if (documents.empty() || documents.front().IsNull()) {
+        taskvec::raise<taskvec::invalid_argument>(
+            taskvec::error_code::option_value, "'" + config + "' is empty; expected merge_method, models and so on");
+    }
+    constexpr std::size_t many = 100;
+    if (documents.size() > many) {
+        where.fail(documents[many], taskvec::message("there are more than ", many, " documents"));
+    }
+    return documents;
+}
+
+/// Results of documents that stand before in a file, by their names: where they lie, or will lie.
+using stages = std::map<std::string, path>;
+
+/// One document of a file.
 class reader {
 public:
-    reader(run_settings& given)
+    /// `there`: whether the results of stages are.
+    reader(run_settings& given, const YAML::Node& document, const stages& before, bool there)
         : given_(given)
         , where_(given.config)
+        , document_(document)
+        , stages_(before)
+        , stages_are_there_(there)
     { }
 
     void read()
     {
-        const auto node = load();
-        const mapping top(where_, node, "a configuration",
+        const mapping top(where_, document_, "a configuration",
             {"merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters",
-                "tokenizer_source", "tokenizer", "chat_template", "taskvec"});
+                "tokenizer_source", "tokenizer", "chat_template", "taskvec", "name"});
         for (const auto* name : {"modules", "chat_template"}) {
             if (const auto one = top.find(name)) {
                 where_.fail(one->key,
@@ -299,44 +348,6 @@ public:
 
 private:
     using scopes = std::vector<YAML::Node>;
-
-    YAML::Node load()
-    {
-        constexpr std::size_t most = 1 << 20;
-        std::error_code ignored;
-        if (tool::fs::is_directory(given_.config, ignored)) {
-            taskvec::raise<taskvec::io_error>(taskvec::error_code::file_kind,
-                "'" + given_.config + "' is a directory; expected a configuration such as config.yml", given_.config);
-        }
-        std::ifstream file(given_.config, std::ios::binary);
-        if (!file) {
-            taskvec::raise<taskvec::io_error>(taskvec::error_code::file_not_found,
-                "'" + given_.config + "' cannot be read; expected a configuration such as config.yml", given_.config);
-        }
-        std::string text(most + 1, '\0');
-        file.read(text.data(), static_cast<std::streamsize>(text.size()));
-        text.resize(static_cast<std::size_t>(file.gcount()));
-        if (text.size() > most) {
-            taskvec::raise<taskvec::format_error>(taskvec::error_code::file_too_large,
-                "'" + given_.config + "' has more than 1 MiB; a configuration is a page", "");
-        }
-        std::vector<YAML::Node> documents;
-        try {
-            documents = YAML::LoadAll(text);
-        }
-        catch (const YAML::Exception& wrong) {
-            taskvec::raise<taskvec::format_error>(
-                taskvec::error_code::json_syntax, where_.of(wrong.mark) + ": this is no YAML: " + wrong.msg, "");
-        }
-        if (documents.empty() || documents.front().IsNull()) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
-                "'" + given_.config + "' is empty; expected merge_method, models and so on");
-        }
-        if (documents.size() > 1) {
-            where_.fail(documents[1], "several documents in one file are not supported: run one file for each stage");
-        }
-        return documents.front();
-    }
 
     void read_method(const mapping& top)
     {
@@ -379,6 +390,10 @@ private:
         input made;
         made.at = node;
         made.name = scalar_of(where_, node, "a model");
+        if (const auto stage = stages_.find(made.name); stage != stages_.end()) {
+            made.path = stage->second.string();
+            return made;
+        }
         std::error_code ignored;
         const auto plus = made.name.find('+');
         if (plus != made.name.npos && !tool::fs::exists(made.name, ignored)) {
@@ -487,6 +502,9 @@ private:
         }
         const auto first = number_of(where_, node[0], "layer_range"), last = number_of(where_, node[1], "layer_range");
         auto place = layers_.find(one.path);
+        if (!stages_are_there_ && stages_.contains(one.name)) { // its layers are counted when it is
+            place = layers_.emplace(one.path, static_cast<std::size_t>(std::max(last, 0.0))).first;
+        }
         if (place == layers_.end()) {
             try {
                 const auto model = taskvec::open_model(one.path);
@@ -924,6 +942,7 @@ private:
         };
         const auto& reference = request().base.empty() ? slices_.front().inputs.front().path : request().base;
         const auto first = content(reference);
+        if (!stages_are_there_ && !stages_.empty()) { return; } // looked at when all of them are
         bool same = first.has_value(), all_have = same;
         const auto look = [&](const input& model) {
             const auto its = content(model.path);
@@ -956,25 +975,100 @@ private:
 
     run_settings& given_;
     place where_;
+    YAML::Node document_;
+    const stages& stages_;
+    bool stages_are_there_;
     const tool::mergekit_method* method_ = nullptr;
     YAML::Node at_method_;
     std::vector<slice> slices_; ///< one where there are none: the whole
     std::map<std::string, std::size_t> layers_; ///< how many a model has, by path
 };
 
-void run_config(run_settings& given)
+/// Reads a document into a request. Errors of wrong values in the file are no wrong usage.
+void read_document(run_settings& given, const YAML::Node& document, const stages& before, bool there)
 {
     try {
-        reader(given).read();
+        reader(given, document, before, there).read();
         (void)tool::find_method(given.request);
     }
     catch (const YAML::Exception& wrong) {
         taskvec::raise<taskvec::invalid_argument>(
             taskvec::error_code::option_value, given.config + ": " + wrong.what());
     }
-    catch (const tool::usage_error& wrong) { // of values in the file: no wrong usage
+    catch (const tool::usage_error& wrong) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value, wrong.what());
     }
+}
+
+/// Names of the results of all documents but the last, which has none.
+std::vector<std::string> names_of_stages(const run_settings& given, const std::vector<YAML::Node>& documents)
+{
+    const place where(given.config);
+    std::vector<std::string> names;
+    for (std::size_t d = 0; d < documents.size(); ++d) {
+        const mapping top(where, documents[d], "a configuration");
+        const auto name = top.find("name");
+        const bool last = d + 1 == documents.size();
+        if (last && !name) { break; }
+        if (last && documents.size() > 1) {
+            where.fail(name->key, "the last of several documents has no 'name': its result goes to --out");
+        }
+        if (last) { break; } // a configuration by itself may have a name
+        if (!name) { where.fail(documents[d], "'name' is missing, by which a later document takes this one's result"); }
+        const auto word = scalar_of(where, name->value, "name");
+        if (word.empty() || word.size() > 100 || word.starts_with('.')
+            || word.find_first_of(std::string_view("/\\\0", 3)) != word.npos) {
+            where.fail(name->value, "name is '" + shown(word) + "'; expected a word without slashes");
+        }
+        if (std::count(names.begin(), names.end(), word)) {
+            where.fail(name->value, "'" + shown(word) + "' is the name of two documents");
+        }
+        names.push_back(word);
+    }
+    return names;
+}
+
+/// Merges in stages: results of all but the last document lie beside the output until it is made.
+void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, const std::vector<std::string>& names)
+{
+    if (given.explain || given.request.run.dry_run) {
+        throw tool::usage_error("--explain and --dry-run look at one merge, and '" + given.config
+            + "' has several documents: give one of them in a file of its own");
+    }
+    const auto last =
+        tool::fs::path(given.request.out.ends_with('/') ? given.request.out.substr(0, given.request.out.size() - 1)
+                                                        : given.request.out);
+    const tool::scratch_directory scratch(last.has_parent_path() ? last.parent_path() : tool::fs::path("."));
+    stages before;
+    for (std::size_t d = 0; d < documents.size(); ++d) { // what is wrong anywhere is said before any work
+        auto trial = given;
+        trial.request.run.quiet = true;
+        read_document(trial, documents[d], before, false);
+        if (d < names.size()) { before[names[d]] = scratch.path() / names[d]; }
+    }
+    before.clear();
+    for (std::size_t d = 0; d < documents.size(); ++d) {
+        auto stage = given;
+        read_document(stage, documents[d], before, true);
+        if (d < names.size()) {
+            before[names[d]] = scratch.path() / names[d];
+            stage.request.out = before[names[d]].string();
+            stage.request.run.report.clear();
+        }
+        stage.request.out += stage.request.out.ends_with('/') ? "" : "/";
+        tool::run_merge(stage.request);
+    }
+}
+
+void run_config(run_settings& given)
+{
+    const auto documents = load(given.config);
+    const auto names = names_of_stages(given, documents);
+    if (!names.empty()) {
+        run_stages(given, documents, names);
+        return;
+    }
+    read_document(given, documents.front(), {}, true);
     auto& out = given.request.out;
     if (!out.ends_with('/')) { out += '/'; }
     if (given.explain) { tool::explain_merge(given.request); }

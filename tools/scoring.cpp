@@ -20,6 +20,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <spawn.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -293,19 +294,24 @@ double run_score_command(const score_command& command, const scored_candidate& c
 
 scratch_directory::scratch_directory(const fs::path& parent)
 {
-    auto name = (parent / "taskvec-sweep-XXXXXX").string();
-    if (!::mkdtemp(name.data())) {
-        taskvec::raise<taskvec::io_error>(taskvec::system_error_code(errno),
-            taskvec::message("cannot make a directory for candidates in it: ", std::strerror(errno)), parent.string(),
-            errno);
+    for (int number = 0; path_.empty(); ++number) {
+        const auto name =
+            parent / taskvec::message(".taskvec-", ::getpid(), "-scratch", number, ".tmp"); // as other temporary names
+        if (::mkdir(name.c_str(), 0700) == 0) { path_ = name; }
+        else if (errno != EEXIST) {
+            taskvec::raise<taskvec::io_error>(taskvec::system_error_code(errno),
+                taskvec::message("cannot make a temporary directory in it: ", std::strerror(errno)), parent.string(),
+                errno);
+        }
     }
-    path_ = name;
+    guard_temporary(path_);
 }
 
 scratch_directory::~scratch_directory()
 {
     std::error_code ignored;
     fs::remove_all(path_, ignored);
+    release_temporary(path_);
 }
 
 } // namespace tool

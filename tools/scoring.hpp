@@ -38,7 +38,8 @@ struct scored_candidate {
 /// one that prints no finite number, cancelled. May be called from several threads.
 [[nodiscard]] double run_score_command(const score_command& command, const scored_candidate& candidate);
 
-/// A directory for candidates that goes, with what is in it, when this object does.
+/// A directory for what is needed for a while: it goes, with what is in it, when this object does, and when the process
+/// is stopped.
 class scratch_directory {
 public:
     explicit scratch_directory(const fs::path& parent);

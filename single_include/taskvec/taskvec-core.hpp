@@ -2812,6 +2812,13 @@ template <arithmetic_element A, int bytes>
 {
     return {x.lanes > y.lanes ? x.lanes : y.lanes};
 }
+/// The smaller word.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> smaller(
+    const pack_words<A, bytes>& x, const pack_words<A, bytes>& y) noexcept
+{
+    return {x.lanes < y.lanes ? x.lanes : y.lanes};
+}
 /// The bits of |x|.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> magnitude_of(const pack<A, bytes>& x) noexcept
@@ -2878,6 +2885,54 @@ template <arithmetic_element A, int bytes>
         for (const std::uint64_t part : parts) { found |= part; }
         return found != 0;
 #endif
+    }
+}
+
+/// Puts the words where a mask holds side by side at `out`, in the order of the lanes, and tells how many they are.
+/// There must be room for a whole pack: what lies behind those words is anything. (By name what the compilers do not
+/// find: g++ 12 would take the pack apart, lane by lane.)
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE std::size_t packed_where(
+    const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& x, signed_word<A>* out) noexcept
+{
+    if constexpr (bytes == 0) {
+        *out = x.lanes;
+        return mask.lanes != 0;
+    }
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+    else if constexpr (bytes == 64) {
+        auto packed = x.lanes;
+        unsigned chosen;
+        if constexpr (sizeof(A) == 4) {
+            asm("vptestmd %3, %3, %%k1\n\tvpcompressd %2, %0%{%%k1%}%{z%}\n\tkmovw %%k1, %1"
+                : "=v"(packed), "=r"(chosen)
+                : "v"(x.lanes), "v"(mask.lanes)
+                : "k1");
+        }
+        else {
+            asm("vptestmq %3, %3, %%k1\n\tvpcompressq %2, %0%{%%k1%}%{z%}\n\tkmovb %%k1, %1"
+                : "=v"(packed), "=r"(chosen)
+                : "v"(x.lanes), "v"(mask.lanes)
+                : "k1");
+        }
+        std::memcpy(out, &packed, sizeof packed);
+        std::size_t count;
+        asm("popcntl %1, %k0" : "=r"(count) : "r"(chosen) : "cc");
+        return count;
+    }
+#endif
+    else {
+        constexpr std::size_t lanes = bytes / sizeof(A);
+        signed_word<A> chosen[lanes], words[lanes];
+        std::memcpy(chosen, &mask, sizeof chosen);
+        std::memcpy(words, &x, sizeof words);
+        signed_word<A>* const begin = out;
+        TASKVEC_UNROLL(16)
+        for (std::size_t lane = 0; lane < lanes; ++lane) {
+            *out = words[lane];
+            out -= chosen[lane];
+        }
+        return static_cast<std::size_t>(out - begin);
     }
 }
 
@@ -11479,7 +11534,7 @@ struct magnitude_run {
     const storage_word<T>*x = nullptr, *base = nullptr;
     std::size_t size = 0; ///< at most a block's
     bits low = 0, high = 0; ///< the bracket
-    bits* collected = nullptr; ///< room for `size` magnitudes; null: they are counted only
+    bits* collected = nullptr; ///< room for `size` magnitudes and a pack; null: they are counted only
 };
 
 /// What a look finds: magnitudes above a bracket and inside it, and the largest magnitude bits.
@@ -11512,7 +11567,7 @@ struct look_kernel {
         const std::size_t n = run_of.size;
         const words low = filled_words<words>(static_cast<word>(run_of.low)),
                     high = filled_words<words>(static_cast<word>(run_of.high));
-        bits_type<number>* out = run_of.collected ? run_of.collected + counts.inside : nullptr;
+        word* out = run_of.collected ? reinterpret_cast<word*>(run_of.collected) + counts.inside : nullptr;
         words above{}, reached{}, top{};
         const auto take = [&](const typename stored::pack_type& value) TASKVEC_BODY {
             const words magnitude = magnitude_of(value);
@@ -11521,7 +11576,7 @@ struct look_kernel {
             reached = added_where(from_low, reached);
             top = larger(top, magnitude);
             const auto hit = from_low & ~over;
-            if (out && any(hit)) { out = append(hit, magnitude, out); }
+            if (out) { out += packed_where(hit, magnitude, out); }
         };
         for (std::size_t i = 0; i + group <= n; i += group) {
             if constexpr (bytes > 0) {
@@ -11554,24 +11609,6 @@ struct look_kernel {
             const auto found = static_cast<bits_type<number>>(largest[lane]);
             counts.largest = found > counts.largest ? found : counts.largest;
         }
-    }
-
-private:
-    /// Few packs hold something that is appended, and those that do are taken lane by lane without a branch.
-    template <class Mask, class Words>
-    static TASKVEC_INLINE bits_type<number>* append(
-        const Mask& hit, const Words& magnitude, bits_type<number>* out) noexcept
-    {
-        constexpr std::size_t lanes = sizeof(Words) / sizeof(word);
-        word chosen[lanes], found[lanes];
-        std::memcpy(chosen, &hit, sizeof chosen);
-        std::memcpy(found, &magnitude, sizeof found);
-        TASKVEC_UNROLL(16)
-        for (std::size_t lane = 0; lane < lanes; ++lane) {
-            *out = static_cast<bits_type<number>>(found[lane]);
-            out -= chosen[lane];
-        }
-        return out;
     }
 };
 
@@ -11959,7 +11996,7 @@ private:
         collected& into, std::size_t index, std::size_t share, std::span<std::uint32_t> inside_of)
     {
         const bool collecting = a.collecting && a.low != a.high && !into.overflow;
-        std::array<bits, block_size> values;
+        std::array<bits, block_size + 64 / sizeof(bits)> values;
         kernels::magnitude_counts<A> counts;
         const kernels::magnitude_run<T> run{
             x, base, n, a.low, a.high, collecting || a.counting_bins ? values.data() : nullptr};
@@ -12647,13 +12684,14 @@ struct sign_election_body : Rule {
     }
 };
 
-/// The same where all weights are 1, the agreeing entries become their mean, and a sum of 0 elects plus: the operations
-/// of sign_election_body in its order, but for products by 1 and sums with a 0 that cannot change a bit.
+/// The same where all weights are 1, the agreeing entries become their mean, and a sum of 0 elects one of the signs:
+/// the operations of sign_election_body in its order, but for products by 1 and sums with a 0 that cannot change a bit.
 template <arithmetic_element A, class Rule>
 struct unit_election_body : Rule {
     static constexpr bool watches = Rule::sees_all;
     static constexpr std::integer_sequence<int, 2, 3> held{}; ///< numbers of tasks that are compiled by themselves
     A lambda;
+    signed_word<A> zero; ///< the sign bit that a sum of 0 elects: 0 for plus
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -12673,16 +12711,20 @@ struct unit_election_body : Rule {
         in.count(election_counts::negative, sum < 0);
         // With the sum's sign taken off, an entry agrees where it is a positive number, and then it is one as a word
         // too.
-        const words sign = bits_of(sum) & static_cast<signed_word<A>>(sign_mask<A>);
+        const words sign = bits_of(sum) & static_cast<signed_word<A>>(sign_mask<A>),
+                    of_zeros = where_zero(sum, filled_words<words>(zero)), elected = sign | of_zeros;
         words agreeing{};
         const pack total = in.total_of([&](std::size_t t) TASKVEC_BODY {
-            const words x = bits_of(kept(t)) ^ sign;
-            agreeing = added_where(x > 0, agreeing);
-            return from_bits(larger(x, words{}));
+            const words x = bits_of(kept(t)) ^ elected;
+            const words agrees = larger(x, words{});
+            agreeing = agreeing + smaller(agrees, filled_words<words>(1));
+            return from_bits(agrees);
         });
         // A sum of 0 has entries of both signs, or none at all.
         in.count(election_counts::unresolved, where_zero(sum, agreeing) > 0);
-        const pack mean = turned(total / to_numbers(larger(agreeing, filled_words<words>(1))), sign);
+        // (Nothing agrees with a sum of no entries, and nothing is +0.)
+        const pack mean = turned(
+            total / to_numbers(larger(agreeing, filled_words<words>(1))), sign | (of_zeros & (words{} - agreeing)));
         return in.base() + lambda * select(sum == sum, mean, sum);
     }
 };
@@ -12864,8 +12906,9 @@ public:
     {
         using rule = decltype(keep_.template get<A>(tensor));
         const A lambda = static_cast<A>(options_.lambda);
-        if (unit_ && signs_[tensor] == 1) {
-            return use(unit_election_body<A, rule>{keep_.template get<A>(tensor), lambda});
+        if (unit_ && signs_[tensor] != 0) {
+            return use(unit_election_body<A, rule>{keep_.template get<A>(tensor), lambda,
+                signs_[tensor] > 0 ? 0 : static_cast<signed_word<A>>(sign_mask<A>)});
         }
         return use(body<A>(tensor));
     }

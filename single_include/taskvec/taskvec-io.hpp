@@ -10953,6 +10953,13 @@ template <arithmetic_element A, int bytes>
 {
     return {x.lanes > y.lanes ? x.lanes : y.lanes};
 }
+/// The smaller word.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> smaller(
+    const pack_words<A, bytes>& x, const pack_words<A, bytes>& y) noexcept
+{
+    return {x.lanes < y.lanes ? x.lanes : y.lanes};
+}
 /// The bits of |x|.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> magnitude_of(const pack<A, bytes>& x) noexcept
@@ -11019,6 +11026,54 @@ template <arithmetic_element A, int bytes>
         for (const std::uint64_t part : parts) { found |= part; }
         return found != 0;
 #endif
+    }
+}
+
+/// Puts the words where a mask holds side by side at `out`, in the order of the lanes, and tells how many they are.
+/// There must be room for a whole pack: what lies behind those words is anything. (By name what the compilers do not
+/// find: g++ 12 would take the pack apart, lane by lane.)
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE std::size_t packed_where(
+    const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& x, signed_word<A>* out) noexcept
+{
+    if constexpr (bytes == 0) {
+        *out = x.lanes;
+        return mask.lanes != 0;
+    }
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+    else if constexpr (bytes == 64) {
+        auto packed = x.lanes;
+        unsigned chosen;
+        if constexpr (sizeof(A) == 4) {
+            asm("vptestmd %3, %3, %%k1\n\tvpcompressd %2, %0%{%%k1%}%{z%}\n\tkmovw %%k1, %1"
+                : "=v"(packed), "=r"(chosen)
+                : "v"(x.lanes), "v"(mask.lanes)
+                : "k1");
+        }
+        else {
+            asm("vptestmq %3, %3, %%k1\n\tvpcompressq %2, %0%{%%k1%}%{z%}\n\tkmovb %%k1, %1"
+                : "=v"(packed), "=r"(chosen)
+                : "v"(x.lanes), "v"(mask.lanes)
+                : "k1");
+        }
+        std::memcpy(out, &packed, sizeof packed);
+        std::size_t count;
+        asm("popcntl %1, %k0" : "=r"(count) : "r"(chosen) : "cc");
+        return count;
+    }
+#endif
+    else {
+        constexpr std::size_t lanes = bytes / sizeof(A);
+        signed_word<A> chosen[lanes], words[lanes];
+        std::memcpy(chosen, &mask, sizeof chosen);
+        std::memcpy(words, &x, sizeof words);
+        signed_word<A>* const begin = out;
+        TASKVEC_UNROLL(16)
+        for (std::size_t lane = 0; lane < lanes; ++lane) {
+            *out = words[lane];
+            out -= chosen[lane];
+        }
+        return static_cast<std::size_t>(out - begin);
     }
 }
 

@@ -407,7 +407,7 @@ TEST_CASE("what is wrong with a configuration is said with its place")
         "epsilon is 0.3 and density 0.2; expected an epsilon from 0 to below 0.2");
     has(m.refusal("merge_method: tie\n" + tasks), "did you mean 'ties'?");
     has(m.refusal(head + tasks + "tokenizer_source: union\n"), "config.yml:8:1: 'tokenizer_source: union'");
-    has(m.refusal(head + tasks + "---\n" + head), "several documents");
+    has(m.refusal(head + tasks + "---\n" + head), "config.yml:1:1: 'name' is missing");
     has(m.refusal(head + "models: [\n"), "this is no YAML");
     has(m.refusal(""), "is empty");
     has(m.refusal("[]"), "config.yml:1:1: a configuration is a list; expected a mapping");
@@ -543,4 +543,38 @@ TEST_CASE("a configuration's tokenizer_source is --vocabulary")
     has(m.refusal(head + "tokenizer: {source: base, tokens: {}}\n"), "'tokens' of a tokenizer is not supported");
     has(m.refusal(head + "tokenizer: {tokens: {}}\n"), "'tokens'");
     has(m.refusal(head), "--vocabulary");
+}
+
+TEST_CASE("several documents are stages, whose results later ones take by name")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const std::string first =
+                          "name: mixed\nmerge_method: linear\nmodels:\n  - model: a\n    parameters: {weight: 0.75}\n"
+                          "  - model: b\n    parameters: {weight: 0.5}\n",
+                      second = "merge_method: task_arithmetic\nbase_model: base\nmodels:\n  - model: mixed\n"
+                               "    parameters: {weight: 0.5}\n";
+    const auto found = m.result(first + "---\n" + second);
+    const auto mixed = m.merged({"--method", "average", "--task", "a=0.75", "--task", "b=0.5"});
+    std::filesystem::create_directories(m.folder / "mixed");
+    std::filesystem::rename(m.folder / "merged.safetensors", m.folder / "mixed/model.safetensors");
+    CHECK(same(found, m.result(second)));
+    const auto names = [&] {
+        std::vector<std::string> all;
+        for (const auto& entry : std::filesystem::directory_iterator(m.folder / "")) {
+            all.push_back(entry.path().filename().string());
+        }
+        return all;
+    };
+    for (const auto& name : names()) { CHECK_FALSE(name.starts_with(".taskvec")); }
+    std::filesystem::remove_all(m.folder / "mixed");
+    // What is wrong with any of them is said before the first is made.
+    has(m.refusal(first + "---\nmerge_method: tie\n"), "config.yml:9:15: merge_method 'tie' is unknown");
+    has(m.refusal("merge_method: linear\n" + tasks + "---\n" + second), "'name' is missing");
+    has(m.refusal(first + "---\nname: last\n" + second), "config.yml:9:1: the last of several documents has no 'name'");
+    has(m.refusal(first + "---\n" + first + "---\n" + second), "the name of two documents");
+    has(m.refusal("name: a/b\n" + first.substr(first.find('\n') + 1) + "---\n" + second), "'a/b'");
+    for (const auto& name : names()) { CHECK_FALSE(name.starts_with(".taskvec")); }
+    m.write(first + "---\n" + second);
+    CHECK(m.run_it({"--explain"}).code == 2);
 }
