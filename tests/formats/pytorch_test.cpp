@@ -223,6 +223,34 @@ TEST_CASE("tensors that do not lie row by row are read as rows")
     }
 }
 
+TEST_CASE("tensors whose numbers are not their bytes are refused by name")
+{
+    const auto with = [](const std::string& function, const std::string& metadata) {
+        const bool typed = function == "_rebuild_tensor_v3";
+        return refusal(file_of(pickle(dictionary({{"w",
+                                   global("torch._utils", function) + "(" + storage("0", 4) + number(0) + numbers({4})
+                                       + numbers({1}) + "\x89" + global("collections", "OrderedDict") + ")R"
+                                       + (typed ? global("torch", "float32") : ""s) + metadata + "tR"}})))
+                .bytes());
+    };
+    for (const std::string function : {"_rebuild_tensor_v2", "_rebuild_tensor_v3"}) {
+        CAPTURE(function);
+        for (const auto& harmless : {""s, "N"s, "}"s, dictionary({{"neg", "\x89"}, {"conj", "\x89"}})}) {
+            CHECK(with(function, harmless).empty());
+        }
+        const auto negated = with(function, dictionary({{"conj", "\x89"}, {"neg", "\x88"}}));
+        CHECK_MESSAGE(negated.find("tensor 'w' is a view that is negated as it is read") != negated.npos, negated);
+        CHECK(negated.find(".resolve_neg()") != negated.npos);
+        const auto conjugated = with(function, dictionary({{"conj", "\x88"}}));
+        CHECK_MESSAGE(conjugated.find("tensor 'w' is a view that is conjugated") != conjugated.npos, conjugated);
+        const auto other = with(function, dictionary({{"scale", "\x89"}}));
+        CHECK_MESSAGE(other.find("says 'scale' of tensor 'w'") != other.npos, other);
+        for (const auto& odd : {number(1), text("neg")}) {
+            CHECK(with(function, odd).find("says more of tensor 'w'") != std::string::npos);
+        }
+    }
+}
+
 TEST_CASE("directories and indexes of PyTorch files")
 {
     const scratch folder;

@@ -200,7 +200,9 @@ public:
         taskvec::dtype type = taskvec::dtype::f32; ///< of storages and tensors
         std::int64_t number = 0; ///< a number; of storages how many elements, of tensors the first one's place
         std::string_view text{}; ///< a text; a global's "module name"; of storages the entry's key
-        std::vector<index> items{}; ///< of dictionaries keys and values in turn; of tensors the storage, sizes, strides
+        /// Of dictionaries keys and values in turn; of tensors the storage, sizes, strides, and what else was said of
+        /// it.
+        std::vector<index> items{};
     };
 
     pickle_reader(std::string_view code, std::string_view file)
@@ -520,6 +522,8 @@ private:
             damaged("has a tensor that is none");
         }
         value tensor{kind::tensor, false, storage.type, offset.number, {}, {arguments[0], arguments[2], arguments[3]}};
+        const std::size_t described = typed ? 7 : 6; // bits that torch keeps beside the bytes
+        if (arguments.size() > described) { tensor.items.push_back(arguments[described]); }
         if (typed) {
             const auto& type = values_[arguments[6]];
             if (type.what != kind::global || type.number != data_type) { damaged("has a tensor of no type"); }
@@ -647,6 +651,7 @@ private:
     void add(std::string name, const pickle_reader& pickle, const pickle_reader::value& tensor)
     {
         if (name.empty() || !is_text(name)) { fail("has a tensor whose name is empty or no UTF-8"); }
+        if (tensor.items.size() > 3) { check_metadata(name, pickle, pickle.at(tensor.items[3])); }
         const auto& storage = pickle.at(tensor.items[0]);
         const auto* const entry = archive_.find(folder_ + "data/" + std::string(storage.text));
         if (!entry) { wrong(name, message("lies in 'data/", first_words(storage.text), "', which is not there")); }
@@ -693,6 +698,31 @@ private:
         }
         contents_.header.entries.push_back(
             {std::move(name), tensor.type, std::move(shape), entry->offset + first * width, count * width});
+    }
+    /// Refuses a tensor whose numbers are others than its bytes: lazily conjugated or negated views have a bit for it.
+    void check_metadata(
+        const std::string& name, const pickle_reader& pickle, const pickle_reader::value& metadata) const
+    {
+        using kind = pickle_reader::kind;
+        if (metadata.what == kind::none || (metadata.what == kind::number && metadata.number == 0)) { return; }
+        if (metadata.what != kind::dictionary) {
+            fail(message("says more of tensor '", name, "' than its type, shape and bytes"));
+        }
+        for (std::size_t i = 0; i < metadata.items.size(); i += 2) {
+            const auto& key = pickle.at(metadata.items[i]);
+            const auto& said = pickle.at(metadata.items[i + 1]);
+            const auto word = key.what == kind::text ? key.text : std::string_view();
+            if ((word == "neg" || word == "conj") && said.what == kind::number && said.number == 0) { continue; }
+            if (word == "neg" || word == "conj") {
+                raise<format_error>(error_code::pickle_unsupported,
+                    message("is a PyTorch file whose tensor '", name, "' is a view that is ",
+                        word == "neg" ? "negated" : "conjugated", " as it is read (its metadata has '", word,
+                        "'), which its bytes do not show: save it with .resolve_conj().resolve_neg()"),
+                    std::string(file_));
+            }
+            fail(message("says '", first_words(word), "' of tensor '", name,
+                "', which is neither its type, its shape nor its bytes"));
+        }
     }
     /// Whether a name can be a safetensors name: UTF-8.
     [[nodiscard]] static bool is_text(std::string_view text)
