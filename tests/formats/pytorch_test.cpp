@@ -181,7 +181,8 @@ TEST_CASE("tensors that do not lie row by row are read as rows")
     };
     const std::map<std::string, turned> tensors{{"matrix", {{70, 50}, {1, 70}, 0}}, {"columns", {{50, 9}, {100, 3}, 7}},
         {"three", {{3, 40, 37}, {1, 111, 3}, 40}}, {"vector", {{50}, {100}, 99}}, {"rows", {{4, 5}, {5, 1}, 3}},
-        {"same", {{2, 3}, {0, 1}, 5}}, {"none", {{0, 3}, {1, 7}, 0}}, {"four", {{2, 3, 4, 5}, {60, 1, 15, 3}, 0}}};
+        {"same", {{2, 3}, {0, 1}, 5}}, {"none", {{0, 3}, {1, 7}, 0}}, {"wide", {{3, 5000}, {0, 1}, 0}},
+        {"windows", {{99, 60}, {50, 1}, 0}}, {"last", {{70}, {0}, 4999}}, {"four", {{2, 3, 4, 5}, {60, 1, 15, 3}, 0}}};
     std::vector<std::pair<std::string, std::string>> items;
     const auto small = [](const extents& list) { return std::vector<std::int32_t>(list.begin(), list.end()); };
     for (const auto& [name, one] : tensors) {
@@ -190,7 +191,7 @@ TEST_CASE("tensors that do not lie row by row are read as rows")
     spill(folder / "m.bin", file_of(pickle(dictionary(items)), content).bytes());
     const auto model = open_model(folder / "m.bin");
     REQUIRE(model.notes().size() == 1);
-    CHECK(model.notes()[0].find("6 tensors ('columns' …) do not lie row by row") != std::string::npos);
+    CHECK(model.notes()[0].find("9 tensors ('columns' …) do not lie row by row") != std::string::npos);
     for (const auto& [name, one] : tensors) {
         CAPTURE(name);
         const auto& found = *model.model().find(name);
@@ -392,7 +393,13 @@ TEST_CASE("pickles that do more than build tensors, or build what does not fit")
         {one(tensor(good, 0, {2, 2}, {1, 3})), "strides [1, 3] runs past"},
         {one(tensor(good, 1, {1, 3}, {1, 2})), "strides [1, 2] runs past"},
         {one(tensor(good, 0, {2, 1}, {2147483647, 7})), "runs past"},
-        {one(tensor(good, 0, {4, 4}, {0, 1})), "runs past"},
+        {one(tensor(good, 0, {4, 5}, {0, 1})), "strides [0, 1] runs past"},
+        {one(tensor(good, 1, {4, 4}, {0, 1})), "strides [0, 1] runs past"},
+        {one(tensor(good, 4, {2}, {0})), "runs past"}, {one(tensor(good, 5, {2}, {0})), "runs past"},
+        {one(tensor(good, 0, {2147483647, 4}, {0, 1})), "expanded from 4 elements, and more than 1073741824 bytes"},
+        {one(tensor(good, 0, {2147483647, 2147483647}, {0, 0})), "expanded from 4 elements"},
+        {pickle(dictionary({{"v", tensor(good, 0, {200000000}, {0})}, {"w", tensor(good, 0, {200000000}, {0})}})),
+            "tensor 'w' of F32 [200000000] expanded"},
         {one(tensor(good, 0, {2147483647, 2147483647, 2147483647}, {1, 1, 1})), "above 2^64"},
         {one(tensor(number(1), 0, {4}, {1})), "is none"}, {one(tensor(storage("0", 5), 0, {4}, {1})), "storage of 5"},
         {one(tensor(storage("0", -4), 0, {4}, {1})), "storage that is none"},

@@ -31,14 +31,17 @@ namespace taskvec::inline TASKVEC_ABI {
 inline constexpr std::size_t pickle_size_limit = 100'000'000;
 /// The most values that a pickle may build: room for 200,000 tensors.
 inline constexpr std::size_t pickle_value_limit = 5'000'000;
+/// The most bytes, laid out, of a file's tensors that have more elements than their storage (expanded views).
+inline constexpr std::uint64_t expanded_bytes_limit = std::uint64_t{1} << 30;
 
 /// What a PyTorch file holds, in the terms of a safetensors header: tensors are ranges of the file's bytes (ranges may
 /// be equal: tied weights).
 struct pytorch_contents {
     safetensors_header header;
     std::vector<std::string> notes{}; ///< what whoever opens it should know
-    /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, or parts of others):
-    /// lay_out_rows() gives them rows. Every element lies in the file.
+    /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, parts of others, or
+    /// expanded, whose elements share bytes): lay_out_rows() gives them rows. Every element lies in the file, from the
+    /// entry's offset on; the entry's size is that of the rows.
     std::map<std::string, extents> strides{};
 };
 
@@ -679,11 +682,13 @@ private:
         }
         if (empty) { count = 0; }
         const auto first = static_cast<std::uint64_t>(tensor.number), room = entry->size / width;
-        if (first > room || count > room - first) {
+        const bool spread = first <= room && count > room - first; // more elements than bytes: expanded, or overlapping
+        if (first > room) {
             wrong(name,
                 message("of ", to_string(tensor.type), " ", to_string(shape), " runs past the end of its storage"));
         }
-        if (const const_tensor_ref view{nullptr, tensor.type, shape, strides}; !empty && !view.contiguous()) {
+        if (const const_tensor_ref view{nullptr, tensor.type, shape, strides};
+            !empty && (spread || !view.contiguous())) {
             std::uint64_t last = first, way = 0;
             for (std::size_t d = 0; d < shape.size(); ++d) {
                 if (__builtin_mul_overflow(
@@ -693,6 +698,14 @@ private:
                         message("of ", to_string(tensor.type), " ", to_string(shape), " with strides ",
                             to_string(strides), " runs past the end of its storage"));
                 }
+            }
+            if (spread) { // a file of a few bytes must not fill the disk
+                if (last >= room || count > (expanded_bytes_limit - expanded_) / width) {
+                    fail(message("has tensor '", name, "' of ", to_string(tensor.type), " ", to_string(shape),
+                        " expanded from ", room - first, " elements, and more than ", expanded_bytes_limit,
+                        " bytes of such tensors"));
+                }
+                expanded_ += count * width;
             }
             contents_.strides.emplace(name, std::move(strides));
         }
@@ -752,6 +765,7 @@ private:
     std::string_view file_;
     zip_directory archive_;
     std::string folder_;
+    std::uint64_t expanded_ = 0; ///< bytes of tensors that have more elements than their storage
     pytorch_contents contents_;
 };
 
@@ -841,7 +855,7 @@ void copy_rows(const std::byte* from, const extents& shape, const extents& strid
     const auto count = contents.strides.size();
     contents.notes.push_back(message("'", std::string(file), "': ", count, count == 1 ? " tensor ('" : " tensors ('",
         contents.strides.begin()->first, count == 1 ? "') does" : "' …) do",
-        " not lie row by row there (transposed, say): laid out in a temporary file of ", total, " bytes"));
+        " not lie row by row there (transposed or expanded, say): laid out in a temporary file of ", total, " bytes"));
     contents.strides.clear();
     return result;
 }
