@@ -479,6 +479,20 @@ TEST_CASE("fuse names what is wrong with an adapter, and writes nothing")
     refused(folder, fuse_one, 1, "'base_model.model.layers.1.oft_r'");
     with({{"layers.0.lora_A.weight", {taskvec::dtype::f32, {2, 20}, std::vector<float>(40, std::nanf(""))}}});
     refused(folder, fuse_one, 1, "NaN");
+    with({}, {{"use_dora", true}});
+    refused(
+        folder, fuse_one, 1, "module 'layers.0' has no lora_magnitude_vector, but adapter_config.json says use_dora");
+    with({{"layers.0.lora_magnitude_vector", random_tensor({9}, 1)}}, {{"use_dora", false}});
+    refused(folder, fuse_one, 1, "has a lora_magnitude_vector, but adapter_config.json says use_dora false");
+    with({}, {{"peft_type", "LOHA"}});
+    refused(
+        folder, fuse_one, 1, "has the factors of LoRA, but adapter_config.json says peft_type LOHA, and its hada_w1_a");
+    with({}, {{"peft_type", "LOKR"}});
+    refused(folder, fuse_one, 1, "says peft_type LOKR, and its lokr_w1 and lokr_w2 are missing");
+    std::filesystem::remove_all(folder / "a");
+    write_adapter_as(folder / "a",
+        {{"layers.1.lokr_w1", random_tensor({2, 2}, 1)}, {"layers.1.lokr_w2", random_tensor({10, 10}, 2)}});
+    refused(folder, fuse_one, 1, "has the factors of LoKr, but adapter_config.json says peft_type LORA");
     with({{"layers.0.base_layer.weight", random_tensor({9, 20}, 77)}});
     refused(folder, fuse_one, 1, "a copy of the weight 'layers.0.weight'");
     refused(folder, {"fuse", "--base", "base.safetensors", "--out", "o.safetensors"}, 2, "--adapter");
@@ -502,6 +516,7 @@ TEST_CASE("an adapter on the base is a task of every verb, with the bits of the 
     write_values(folder / "other.safetensors", sample_task(base, 5, 0.2f));
     auto tensors = factors("layers.0", 9, 20, 10);
     tensors.merge(factors("layers.1", 20, 20, 20));
+    tensors["layers.0.lora_magnitude_vector"] = random_tensor({9}, 29);
     tensors["layers.1.lora_magnitude_vector"] = random_tensor({20}, 30);
     write_adapter_as(folder / "a", tensors, {{"use_dora", true}});
     const auto must = [&](const std::vector<std::string>& arguments) {
@@ -667,12 +682,20 @@ TEST_CASE("convert writes the same update in every dialect, and inspect shows it
     refused(folder, {"convert", "all", "--as", "onnx", "--out", "no"}, 2, "--as");
     refused(folder, {"convert", "all", "--as", "gguf", "--out", "no"}, 1, "GGUF needs the architecture");
     tensors["down.0.to_q.lora_magnitude_vector"] = random_tensor({8}, 30);
+    write_adapter_as(folder / "mixed", tensors, {{"use_dora", true}});
+    refused(folder, {"convert", "mixed", "--as", "kohya", "--out", "no"}, 1, "'conv_in' has no lora_magnitude_vector");
+    tensors["conv_in.lora_magnitude_vector"] = random_tensor({1, 4, 1, 1}, 31);
     write_adapter_as(folder / "dora", tensors, {{"use_dora", true}});
     refused(folder, {"convert", "dora", "--as", "diffusers", "--out", "no"}, 1, "it is DoRA's");
     must({"convert", "dora", "--as", "kohya", "--out", "dora.safetensors"});
     CHECK(same(fused("dora.safetensors"), fused("dora")));
     must({"convert", "dora.safetensors", "--as", "peft", "--base", "base.safetensors", "--out", "dora-back"});
     CHECK(same(fused("dora-back"), fused("dora")));
+    auto some = read_values(folder / "dora.safetensors");
+    some.erase("lora_unet_conv_in.dora_scale");
+    write_values(folder / "some.safetensors", some);
+    refused(folder, {"convert", "some.safetensors", "--as", "peft", "--base", "base.safetensors", "--out", "no"}, 1,
+        "it has no magnitudes, and use_dora");
 
     const auto shown = must({"inspect", "dora"});
     CHECK(shown.find("DoRA") != std::string::npos);

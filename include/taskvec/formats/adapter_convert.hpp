@@ -167,6 +167,8 @@ template <arithmetic_element T>
     std::set<std::string> used;
     peft_adapter<T> for_config;
     bool dora = false, biased = false;
+    const bool any_dora = std::any_of(
+        adapter.modules.begin(), adapter.modules.end(), [](const auto& one) { return !one.second.magnitude.empty(); });
     for (const auto& [module, entry] : adapter.modules) {
         const auto& made = entry;
         const auto& update = made.update;
@@ -187,6 +189,9 @@ template <arithmetic_element T>
         if ((dialect == adapter_dialect::diffusers || dialect == adapter_dialect::mlx || to_gguf)
             && !made.magnitude.empty()) {
             lose("module '" + module + "'", "it is DoRA's");
+        }
+        if (is_peft && any_dora && made.magnitude.empty()) {
+            lose("module '" + module + "'", "it has no magnitudes, and use_dora, which others need, holds for all");
         }
         if ((dialect == adapter_dialect::mlx || to_gguf) && !made.kernel.empty()) {
             lose("module '" + module + "'", "it is a convolution");

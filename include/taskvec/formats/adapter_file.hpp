@@ -396,6 +396,35 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
     }
 }
 
+/// Refuses a module whose factors are of another kind than the configuration says: the update would be another one.
+inline void check_kind(
+    const peft_fields& fields, const std::string& module, std::string_view kind, const std::string& where)
+{
+    const auto wrong = [&](const std::string& what) {
+        raise<format_error>(error_code::adapter_tensors, message("module '", module, "' ", what), where);
+    };
+    const auto* const type = fields.find("peft_type");
+    const bool loha = type && *type == "LOHA", lokr = type && *type == "LOKR";
+    const bool is_loha = kind == "LoHa", is_lokr = kind == "LoKr";
+    if (type && (loha != is_loha || lokr != is_lokr)) {
+        wrong(message("has the factors of ", kind, ", but ", peft_config_name, " says peft_type ",
+            type->template get<std::string>(), loha ? ", and its hada_w1_a, hada_w1_b, hada_w2_a and hada_w2_b" : "",
+            lokr ? ", and its lokr_w1 and lokr_w2" : "", loha || lokr ? " are missing" : "",
+            ": correct peft_type, or fetch the file that belongs to it"));
+    }
+    if (is_loha || is_lokr) { return; }
+    const bool promised = fields.says_something("use_dora");
+    if (promised && kind != "DoRA") {
+        wrong(message("has no lora_magnitude_vector, but ", peft_config_name,
+            " says use_dora, which rescales every module by one: save the adapter anew, or set use_dora to false if "
+            "it was trained without"));
+    }
+    if (!promised && fields.find("use_dora") && kind == "DoRA") {
+        wrong(message(
+            "has a lora_magnitude_vector, but ", peft_config_name, " says use_dora false: correct one of them"));
+    }
+}
+
 } // namespace detail
 
 /// Reads an adapter of any dialect: a PEFT directory, a directory of diffusers or MLX, or a file (a GGUF file by
@@ -404,7 +433,8 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
 /// `.alpha` tensors; MLX gives its scale; where nothing gives one α is r, which `notes` says. LoHa and LoKr become
 /// updates of higher rank, exactly but for the rounding of products of two factors to T. Factors of convolutions are
 /// flattened, with the kernel among the inputs. Throws io_error; format_error for halves without partners, a rank of 0,
-/// alphas that contradict each other, tensors with no place in an adapter, configurations that no update can say;
+/// alphas that contradict each other, factors of another kind than the configuration says (peft_type, use_dora),
+/// tensors with no place in an adapter, configurations that no update can say;
 /// shape_mismatch; dtype_mismatch.
 ///
 ///     const auto adapter = read_adapter("style.safetensors");
@@ -573,6 +603,7 @@ template <arithmetic_element T = float>
                 message("module '", module, "' has no lora_E, which every module of AdaLoRA has"), where);
         }
         auto made = detail::read_module<T>(file, module, found, *dialect, rank);
+        if (peft_config) { detail::check_kind(fields, module, made.kind, where); }
         std::optional<double> alpha;
         if (const auto* const entry = found.get(role::alpha)) {
             const auto value = detail::read_flat_factor<double>(file, *entry);
