@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <map>
 
 namespace tool {
@@ -193,6 +194,48 @@ bool computes(taskvec::dtype type)
     return taskvec::is_storage(type) || taskvec::is_fp8(type);
 }
 
+using aligned_operand = taskvec::aligned_tensor::operand;
+
+/// Whether `count` elements from `first` on are the same bytes, as stored or, of quantised layers, as decoded.
+bool same_elements(const aligned_operand& a, const aligned_operand& b, std::size_t first, std::size_t count)
+{
+    if (a.source == b.source && a.data == b.data) { return true; }
+    if (a.dtype != b.dtype || (a.source != nullptr) != (b.source != nullptr)) { return false; }
+    if (!a.source) {
+        if (!a.data || !b.data) { return false; }
+        const auto from = taskvec::byte_count(a.dtype, first);
+        return std::memcmp(a.data + from, b.data + from, taskvec::byte_count(a.dtype, count)) == 0;
+    }
+    constexpr std::size_t piece = 65536;
+    std::vector<float> left(std::min(count, piece)), right(left.size());
+    for (std::size_t at = 0; at < count; at += piece) {
+        const auto n = std::min(piece, count - at);
+        a.source->read(first + at, n, left.data());
+        b.source->read(first + at, n, right.data());
+        if (std::memcmp(left.data(), right.data(), n * sizeof(float)) != 0) { return false; }
+    }
+    return true;
+}
+
+/// Whether task t has the base's bytes in every tensor that takes part. Costs nothing where the ends of some tensor
+/// differ, as after any training; otherwise one read of both.
+bool equals_base(const taskvec::aligned_models& models, std::size_t t)
+{
+    static constexpr std::size_t edge = 1024;
+    const auto all = [&](const auto& same) {
+        return std::all_of(models.tensors().begin(), models.tensors().end(),
+            [&](const taskvec::aligned_tensor& one) { return same(one.base, one.tasks[t], one.size); });
+    };
+    const auto same_ends = [](const aligned_operand& base, const aligned_operand& task, std::size_t size) {
+        const auto part = std::min(size, edge);
+        return same_elements(base, task, 0, part) && same_elements(base, task, size - part, part);
+    };
+    return !models.tensors().empty() && all(same_ends)
+        && all([](const aligned_operand& base, const aligned_operand& task, std::size_t size) {
+               return same_elements(base, task, 0, size);
+           });
+}
+
 } // namespace
 
 merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
@@ -242,6 +285,7 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
         }
     }
     note_what_is_missing(request);
+    note_copies_of_the_base(request);
 }
 
 /// A model, or what is put together in its place.
@@ -509,6 +553,23 @@ void merge_inputs::note_what_is_missing(const model_request& request) const
                 " entries that shares such as --density count");
         }
         note(request.run, text);
+    }
+}
+
+/// The base under another path: the wrong file was fetched, or a model was saved before its training.
+void merge_inputs::note_copies_of_the_base(const model_request& request) const
+{
+    if (!base_) { return; }
+    for (std::size_t t = 0; t < tasks_.size(); ++t) {
+        const auto& task = arguments_[t];
+        const bool noted = rules_of(request, task.text).empty() && place_of(task.path) == place_of(request.base);
+        if (noted || adapter(t) || !equals_base(*models_, t)) { continue; }
+        const auto count = models_->tensors().size();
+        note(request.run,
+            taskvec::message(in_quotes(task.path), " has the base's bytes in ",
+                count == 1 ? std::string("the tensor that takes part")
+                           : "all " + counted(count, "tensor") + " that take part",
+                ": its task vector is 0"));
     }
 }
 

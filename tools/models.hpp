@@ -146,6 +146,7 @@ private:
     void check_no_factors(const taskvec::model_options& options) const;
     void line_up_vocabulary(const model_request& request);
     void note_what_is_missing(const model_request& request) const;
+    void note_copies_of_the_base(const model_request& request) const;
     [[nodiscard]] std::string name_of_base(const model_request& request) const;
 
     [[nodiscard]] taskvec::checkpoint open(const model_request& request, const fs::path& path, const std::string& key);

@@ -145,6 +145,45 @@ TEST_CASE("a task that lacks everything is an error, one that lacks something a 
     CHECK(nlohmann::json::parse(slurp(folder / "r.json"))["tasks"][0]["kept"] == 8);
 }
 
+TEST_CASE("a task with the base's bytes is noted in every verb, whatever its path")
+{
+    const scratch folder;
+    values_model base = language_model(1);
+    base["wide"] = f32({3000}, std::vector<float>(3000, 2));
+    auto good = language_model(2), near = base;
+    good["wide"] = base["wide"];
+    near["wide"].values[1500] = 3; // neither end of the tensor shows it
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "copy.safetensors", base);
+    write_values(folder / "good.safetensors", good);
+    write_values(folder / "near.safetensors", near);
+    const std::string said =
+        "'copy.safetensors' has the base's bytes in all 5 tensors that take part: its task vector is 0";
+    for (const words& verb :
+        {words{"merge", "--method", "ties", "--out", "o.safetensors"}, words{"prune", "--out", "d.safetensors"},
+            words{"peru-fft", "--method", "average", "--out", "p"}, words{"similarity"}}) {
+        CAPTURE(verb[0]);
+        auto all = verb;
+        all.insert(all.end(), {"--base", "base.safetensors", "--task", "copy.safetensors", "--report", "r.json"});
+        if (verb[0] != "prune") { all.insert(all.end(), {"--task", "good.safetensors", "--task", "near.safetensors"}); }
+        const auto result = run(folder, all);
+        CHECK(result.code == 0);
+        CHECK_MESSAGE(has(result.err, said), result.err);
+        CHECK_FALSE(has(result.err, "'good"));
+        CHECK_FALSE(has(result.err, "'near"));
+        const auto report = nlohmann::json::parse(slurp(folder / "r.json"));
+        REQUIRE(report["notes"].size() == 1);
+        CHECK(report["notes"][0] == said);
+    }
+    // Of the tensors that take part; the same path is said as before, once.
+    const auto part = merge(folder,
+        {"--base", "base.safetensors", "--task", "good.safetensors", "--task", "base.safetensors", "--include", "wide",
+            "--out", "o.safetensors"});
+    CHECK(has(part.err, "'good.safetensors' has the base's bytes in the tensor that takes part"));
+    CHECK(has(part.err, "'base.safetensors' is the base itself"));
+    CHECK_FALSE(has(part.err, "'base.safetensors' has the base's bytes"));
+}
+
 TEST_CASE("an integer tensor that a task saves no more is the base's")
 {
     const scratch folder;
