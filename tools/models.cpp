@@ -292,6 +292,10 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
 taskvec::checkpoint merge_inputs::open(const model_request& request, const fs::path& path, const std::string& key)
 {
     auto model = open_noted(path, request.run, request.index, rules_of(request, key));
+    if (model.model().empty()) {
+        taskvec::raise<taskvec::format_error>(taskvec::error_code::file_tensors,
+            "holds no tensors: name the file or directory that holds the model's weights", path.string());
+    }
     const auto view = request.views.find(key);
     if (view == request.views.end()) { return model; }
     const auto own = model.model();

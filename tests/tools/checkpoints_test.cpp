@@ -184,6 +184,27 @@ TEST_CASE("a task with the base's bytes is noted in every verb, whatever its pat
     CHECK_FALSE(has(part.err, "'base.safetensors' has the base's bytes"));
 }
 
+TEST_CASE("models without any tensor are errors")
+{
+    const scratch folder;
+    write_values(folder / "none.safetensors", {});
+    write_values(folder / "base.safetensors", language_model(1));
+    for (const words& verb : {words{"merge", "--method", "average", "--out", "o.safetensors"},
+             words{"merge", "--method", "ties", "--base", "none.safetensors", "--out", "o.safetensors"},
+             words{"merge", "--method", "ties", "--base", "base.safetensors", "--missing", "base", "--out",
+                 "o.safetensors"},
+             words{"prune", "--base", "none.safetensors", "--out", "d.safetensors"},
+             words{"peru-fft", "--method", "ties", "--base", "none.safetensors", "--out", "p"},
+             words{"similarity", "--base", "none.safetensors"}}) {
+        CAPTURE(verb[0]);
+        auto all = verb;
+        all.insert(all.end(), {"--task", "none.safetensors"});
+        CHECK(refused(run(folder, all), {"none.safetensors", "holds no tensors"}));
+        CHECK_FALSE(std::filesystem::exists(folder / "o.safetensors"));
+    }
+    CHECK(run(folder, {"inspect", "none.safetensors"}).code == 0);
+}
+
 TEST_CASE("an integer tensor that a task saves no more is the base's")
 {
     const scratch folder;
