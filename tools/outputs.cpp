@@ -85,6 +85,14 @@ void claim_output(const fs::path& path, const std::string& option, output_kind k
         }
         return;
     }
+    std::error_code unknown;
+    const auto link = path.has_filename() ? path : path.parent_path(); // "DIR/" is DIR
+    if (fs::is_symlink(fs::symlink_status(link, unknown)) && !fs::exists(link, unknown)) {
+        taskvec::raise<taskvec::io_error>(taskvec::error_code::file_not_found,
+            taskvec::message("is a link to '", fs::read_symlink(link, unknown).string(),
+                "', which is not there: mend the link (a disk that is not mounted?), or name another path"),
+            link.string(), ENOENT);
+    }
     if (kind == output_kind::model && !path.has_filename()) { kind = output_kind::directory; }
     const auto place = place_of(path);
     for (const auto& [other, owner] : claimed()) {

@@ -276,6 +276,35 @@ TEST_CASE("places that are no plain files are written through or refused, and st
     CHECK(has(table.out, "task,b"));
 }
 
+TEST_CASE("a link that leads nowhere is no place for an output")
+{
+    const scratch folder;
+    write_values(folder / "a.safetensors", {{"w", f32({2}, {1, 2})}});
+    write_values(folder / "b.safetensors", {{"w", f32({2}, {2, 1})}});
+    const auto lost = folder.path() / "not-mounted" / "there";
+    std::filesystem::create_symlink(lost, folder / "link");
+    std::filesystem::create_symlink("round", folder / "round");
+    for (const std::string place : {"link", "link/", "round"}) {
+        for (const words& verb : {words{"merge", "--method", "average", "--out", place},
+                 words{"merge", "--method", "average", "--shard-size", "1GB", "--out", place},
+                 words{"peru-fft", "--method", "ties", "--base", "b.safetensors", "--out", place},
+                 words{"similarity", "--base", "b.safetensors", "--csv", place},
+                 words{"merge", "--method", "average", "--out", "o.safetensors", "--report", place}}) {
+            CAPTURE(verb[0]);
+            auto all = verb;
+            all.insert(all.end(), {"--task", "a.safetensors"});
+            CHECK(refused(run(folder, all),
+                {place == "round" ? "round: is a link to 'round'" : "link: is a link to '" + lost.string() + "'",
+                    "which is not there"}));
+            CHECK_FALSE(std::filesystem::exists(folder / "o.safetensors"));
+        }
+        CHECK(std::filesystem::is_symlink(folder / (place == "link/" ? "link" : place)));
+    }
+    std::filesystem::create_directories(lost);
+    CHECK(run(folder, {"merge", "--method", "average", "--task", "a.safetensors", "--out", "link/o.safetensors"}).code
+        == 0);
+}
+
 TEST_CASE("an existing path wins over PATH=WEIGHT, and a weight that is none says so")
 {
     const scratch folder;
