@@ -296,6 +296,70 @@ TEST_CASE("what is no plain state_dict is refused by name, and nothing runs")
     CHECK_FALSE(std::filesystem::exists("taskvec-ran-this"));
 }
 
+TEST_CASE("objects beside a state_dict are not built, and keep their hands off it")
+{
+    const auto w = tensor(storage("0", 4), 0, {4}, {1});
+    const auto state = dictionary({{"w", w}});
+    const auto space = global("argparse", "Namespace") + ")\x81" + dictionary({{"lr", number(1)}}) + "b";
+    const auto scalar = global("numpy.core.multiarray", "scalar") + "(" + global("numpy", "dtype") + "(" + text("f8")
+        + "\x89\x88tR(" + number(3) + text("<") + "NNNtbC\x02xytR";
+    const auto device = global("torch", "device") + text("cuda") + "\x85R";
+    const auto set = global("__builtin__", "set") + "](" + number(1) + number(2) + "e\x85R";
+    const auto quantised = tensor(storage("1", 4, "QInt8Storage"), 0, {4}, {1});
+    const std::vector<std::pair<std::string, std::string>> beside{{"args", space}, {"loss", scalar}, {"device", device},
+        {"seen", set}, {"new set", "\x8f("s + number(1) + "\x90"}, {"frozen", "("s + number(1) + "\x91"},
+        {"bytes", "B" + u32(3) + "abc"}, {"generator", "\x8a\x09" + std::string(9, '\1')},
+        {"extended", global("a", "B") + ")}\x92"},
+        {"counter", global("collections", "Counter") + "}" + text("k") + number(2) + "s\x85R"},
+        {"filled",
+            global("collections", "defaultdict") + global("__builtin__", "int") + "\x85R" + text("k") + number(2)
+                + "s"},
+        {"optimizer", dictionary({{"inner", quantised}})},
+        {"ema", global("torch.nn.parameter", "Buffer") + "(" + w + "tR"}};
+    for (const auto& one : beside) {
+        CAPTURE(one.first);
+        for (const bool first : {true, false}) {
+            const std::pair<std::string, std::string> model{"state_dict", state};
+            const auto code = pickle(dictionary(first ? std::vector{one, model} : std::vector{model, one}));
+            const auto found = read(file_of(code).bytes());
+            REQUIRE(found.header.entries.size() == 1);
+            CHECK(found.header.entries[0].name == "w");
+            REQUIRE(found.notes.size() == 1);
+            CHECK(found.notes[0].find("its 'state_dict' is taken") != std::string::npos);
+        }
+    }
+    const auto note = read(file_of(pickle(dictionary({{"args", space}, {"model", state}}))).bytes()).notes.at(0);
+    CHECK(note == "'m.bin': its 'model' is taken; what lies beside it names 'argparse.Namespace', and was not built");
+    // What the model holds, is, or was given to must be known.
+    const auto kept = state + "q\5";
+    const auto says = [](const std::string& code, const std::string& words) {
+        const auto found = refusal(file_of(pickle(code)).bytes());
+        CHECK_MESSAGE(found.find(words) != std::string::npos, found);
+    };
+    says(space, "holds no dictionary");
+    says(dictionary({{"args", space}}), "names 'argparse.Namespace'");
+    says(dictionary({{"w", w}, {"args", space}}), "names 'argparse.Namespace'");
+    says(dictionary({{"w", w}, {"more", dictionary({{"v", device}})}}), "names 'torch.device'");
+    says(dictionary({{"state_dict", dictionary({{"w", w}, {"v", quantised}})}}), "names 'torch.QInt8Storage'");
+    says(dictionary({{"state_dict", global("my", "Dict") + ")R" + text("w") + w + "s"}, {"model", state}}),
+        "names 'my.Dict'");
+    says(dictionary({{"state_dict",
+             dictionary({{"w", global("torch._utils", "_rebuild_parameter") + "(" + device + "\x88}tR"}})}}),
+        "names 'torch.device'");
+    const std::string gives = "gives the model's tensors to ";
+    says(dictionary(
+             {{"state_dict", kept}, {"x", global("operator", "setitem") + "(h\5" + text("w") + number(0) + "tR"}}),
+        gives + "'operator.setitem'");
+    says(dictionary({{"state_dict", kept}, {"x", global("a", "B") + "(h\5t\x81"}}), gives + "'a.B'");
+    says(dictionary({{"state_dict", kept}, {"x", global("a", "B") + ")R]h\5ab"}}), gives + "'a.B'");
+    says(dictionary({{"state_dict", kept}, {"x", global("a", "B") + ")Rh\5a"}}), gives + "'a.B'");
+    says(dictionary({{"state_dict", dictionary({{"w", w + "q\5"}})}, {"x", global("a", "B") + "(h\5tR"}}),
+        gives + "'a.B'");
+    says(dictionary({{"state_dict", dictionary({{"w", w + "q\5"}})}, {"x", "(h\5\x91"}}), gives);
+    // The collection is given first and filled later.
+    says(dictionary({{"x", global("a", "B") + "(]q\6tR"}, {"state_dict", kept}, {"y", "h\6h\5a"}}), gives + "'a.B'");
+}
+
 TEST_CASE("archives that are sound in other ways")
 {
     const auto code = pickle(dictionary({{"w", tensor(storage("0", 4), 1, {3}, {1})}}));

@@ -192,17 +192,30 @@ private:
 };
 
 /// The machine of a pickle, with the instructions that build numbers, strings, lists, tuples, dictionaries and tensors.
+/// Whatever else is named, called or built stays a name (`opaque`): nothing of it is known but what it was given.
 /// Values lie in one list and refer to each other by place: nothing recurses, whatever is nested.
 class pickle_reader {
 public:
     using index = std::uint32_t;
-    enum class kind : std::uint8_t { none, number, text, list, tuple, dictionary, global, storage, tensor, other };
+    enum class kind : std::uint8_t {
+        none,
+        number,
+        text,
+        list,
+        tuple,
+        dictionary,
+        global,
+        storage,
+        tensor,
+        other,
+        opaque
+    };
     struct value {
         kind what = kind::none;
         bool truth = false; ///< of numbers: True or False
         taskvec::dtype type = taskvec::dtype::f32; ///< of storages and tensors
         std::int64_t number = 0; ///< a number; of storages how many elements, of tensors the first one's place
-        std::string_view text{}; ///< a text; a global's "module name"; of storages the entry's key
+        std::string_view text{}; ///< a text; a global's name; of storages the entry's key; of the opaque what named it
         /// Of dictionaries keys and values in turn; of tensors the storage, sizes, strides, and what else was said of
         /// it.
         std::vector<index> items{};
@@ -219,18 +232,33 @@ public:
             const auto operation = static_cast<unsigned char>(take(1)[0]);
             if (operation == '.') {
                 if (!marks_.empty() || stack_.size() != 1) { damaged("leaves no single value"); }
+                find_given();
                 return values_[stack_.back()];
             }
             step(operation);
         }
     }
     [[nodiscard]] const value& at(index place) const { return values_[place]; }
+    /// Whether something opaque was given this value, itself or in others: what it is in the end is not known.
+    [[nodiscard]] bool was_given(const value& one) const
+    {
+        return !reached_.empty() && reached_[static_cast<std::size_t>(&one - values_.data())];
+    }
+    /// The first name that is none of tensors, in quotes; empty where all are.
+    [[nodiscard]] const std::string& first_opaque() const { return first_opaque_; }
+    [[noreturn]] void refuse_opaque(std::string_view what) const
+    {
+        refuse(message(what.starts_with('\'') ? "names " : "builds ", what));
+    }
 
     [[noreturn]] void refuse(const std::string& what) const
     {
         raise<format_error>(error_code::pickle_unsupported,
             message("is a PyTorch file whose pickle ", what,
-                ", and builds more than tensors; nothing of it was run: ", convert_to_safetensors),
+                ", and builds more than tensors; nothing of it was run: convert it once by transformers' "
+                "save_pretrained(), or save the state_dict alone where it was made; torch.load(FILE, "
+                "weights_only=True) may refuse it too, and weights_only=False runs what it names: for files that you "
+                "trust"),
             std::string(file_), place_);
     }
     [[noreturn]] void damaged(const std::string& what) const
@@ -310,9 +338,35 @@ private:
         while (size > 0) { tuple.items[--size] = pop(); }
         push(std::move(tuple));
     }
+    void push_opaque(std::string_view name) { push({kind::opaque, false, {}, 0, name, {}}); }
+    /// Marks what opaque values were given, and all that this holds.
+    void find_given()
+    {
+        if (given_.empty()) { return; }
+        reached_.assign(values_.size(), false);
+        while (!given_.empty()) {
+            const index one = given_.back();
+            given_.pop_back();
+            if (reached_[one]) { continue; }
+            reached_[one] = true;
+            given_.insert(given_.end(), values_[one].items.begin(), values_[one].items.end());
+        }
+    }
+    /// NEWOBJ and NEWOBJ_EX: objects of a class, which only opaque ones are.
+    void make_object(std::size_t arguments, unsigned operation)
+    {
+        for (std::size_t i = 0; i < arguments; ++i) { given_.push_back(pop()); }
+        const auto& type = values_[pop()];
+        if (type.what != kind::opaque) { refuse(message("has the instruction ", operation)); }
+        push_opaque(type.text);
+    }
     void append(const std::vector<index>& items, kind to)
     {
         value& collection = top();
+        if (collection.what == kind::opaque) {
+            given_.insert(given_.end(), items.begin(), items.end());
+            return;
+        }
         if (collection.what != to || (to == kind::dictionary && items.size() % 2 != 0)) {
             damaged("adds to something that is no collection");
         }
@@ -340,6 +394,7 @@ private:
         case 'j': get(take_number<std::uint32_t>()); break;
         case 'X': push_text(take_number<std::uint32_t>()); break;
         case 0x8c: push_text(take_number<std::uint8_t>()); break; // SHORT_BINUNICODE
+        case 0x8d: push_text(take_number<std::uint64_t>()); break; // BINUNICODE8
         case 'T': push_text(take_number<std::uint32_t>()); break; // BINSTRING
         case 'U': push_text(take_number<std::uint8_t>()); break; // SHORT_BINSTRING
         case 'J': push_number(take_number<std::int32_t>()); break;
@@ -350,6 +405,22 @@ private:
             (void)take(8);
             push({kind::other, false, {}, 0, {}, {}});
             break;
+        case 'C': push_bytes(take_number<std::uint8_t>()); break; // SHORT_BINBYTES
+        case 'B': push_bytes(take_number<std::uint32_t>()); break; // BINBYTES
+        case 0x8e: // BINBYTES8
+        case 0x96: push_bytes(take_number<std::uint64_t>()); break; // BYTEARRAY8
+        case 0x81: make_object(1, operation); break;
+        case 0x92: make_object(2, operation); break;
+        case 0x8f: push_opaque("a set"); break;
+        case 0x90: // ADDITEMS
+            append(pop_to_mark(), kind::opaque);
+            break;
+        case 0x91: { // FROZENSET
+            const auto items = pop_to_mark();
+            given_.insert(given_.end(), items.begin(), items.end());
+            push_opaque("a set");
+            break;
+        }
         case 'N': push({}); break;
         case 0x88: push_number(1, true); break;
         case 0x89: push_number(0, true); break;
@@ -385,7 +456,12 @@ private:
         case 'Q': push_storage(); break;
         case 'R': call(); break;
         case 'b': { // BUILD: attributes of a dictionary (state_dict's _metadata) say nothing about tensors
-            const auto& state = values_[pop()];
+            const index given = pop();
+            const auto& state = values_[given];
+            if (top().what == kind::opaque) {
+                given_.push_back(given);
+                break;
+            }
             if (top().what != kind::dictionary || state.what != kind::dictionary) {
                 refuse("sets the state of an object");
             }
@@ -402,10 +478,18 @@ private:
         const auto text = take(size);
         push({kind::text, false, {}, 0, text, {}});
     }
+    void push_bytes(std::uint64_t size)
+    {
+        (void)take(size);
+        push({kind::other, false, {}, 0, {}, {}});
+    }
     void push_long(std::uint64_t size)
     {
         const auto bytes = take(size);
-        if (size > 8) { refuse("has a number above 2^63"); }
+        if (size > 8) { // of a generator of random numbers
+            push_opaque("a number above 2^63");
+            return;
+        }
         std::uint64_t number = 0;
         for (std::size_t i = 0; i < bytes.size(); ++i) {
             number |= static_cast<std::uint64_t>(static_cast<unsigned char>(bytes[i])) << (8 * i);
@@ -462,7 +546,10 @@ private:
             global.number = torch_size;
         }
         else {
-            refuse(message("names '", first_words(module, 80), ".", first_words(name, 80), "'"));
+            const auto words = message("'", first_words(module, 80), ".", first_words(name, 80), "'");
+            if (first_opaque_.empty()) { first_opaque_ = words; }
+            push_opaque(*names_.insert(words).first);
+            return;
         }
         push(std::move(global));
     }
@@ -474,6 +561,10 @@ private:
         const auto& type = values_[id.items[1]];
         const auto& key = values_[id.items[2]];
         const auto& count = values_[id.items[4]];
+        if (type.what == kind::opaque) {
+            push_opaque(type.text);
+            return;
+        }
         if (word.what != kind::text || word.text != "storage" || type.what != kind::global || type.number != data_type
             || key.what != kind::text || count.what != kind::number || count.truth || count.number < 0) {
             damaged("has a storage that is none");
@@ -483,6 +574,11 @@ private:
     void call()
     {
         const index given = pop(), callee = pop();
+        if (values_[callee].what == kind::opaque) {
+            given_.push_back(given);
+            push_opaque(values_[callee].text);
+            return;
+        }
         const auto arguments = values_[given].items;
         const value function = values_[callee];
         if (function.what != kind::global || function.number == data_type || values_[given].what != kind::tuple) {
@@ -500,6 +596,10 @@ private:
             stack_.push_back(arguments[0]);
             break;
         case parameter:
+            if (!arguments.empty() && values_[arguments[0]].what == kind::opaque) {
+                stack_.push_back(arguments[0]);
+                break;
+            }
             if (arguments.empty() || values_[arguments[0]].what != kind::tensor) {
                 damaged("has a parameter that is no tensor");
             }
@@ -515,6 +615,10 @@ private:
         const auto& offset = values_[arguments[1]];
         const auto& shape = values_[arguments[2]];
         const auto& strides = values_[arguments[3]];
+        if (storage.what == kind::opaque || (typed && values_[arguments[6]].what == kind::opaque)) {
+            push_opaque(storage.what == kind::opaque ? storage.text : values_[arguments[6]].text);
+            return;
+        }
         const auto numbers = [&](const value& tuple) {
             return tuple.what == kind::tuple && std::all_of(tuple.items.begin(), tuple.items.end(), [&](index item) {
                 return values_[item].what == kind::number && !values_[item].truth && values_[item].number >= 0;
@@ -541,6 +645,10 @@ private:
     std::vector<index> stack_;
     std::vector<std::size_t> marks_;
     std::map<std::uint64_t, index> memo_;
+    std::set<std::string> names_; ///< of opaque values
+    std::string first_opaque_;
+    std::vector<index> given_; ///< what opaque values were given
+    std::vector<bool> reached_; ///< of values_, in the end
 };
 
 /// Tensors of a PyTorch file by name, each checked against the archive.
@@ -607,18 +715,20 @@ private:
                 for (std::size_t i = 0; i < model->items.size() && !found; i += 2) {
                     const auto& key = pickle.at(model->items[i]);
                     const auto& inner = pickle.at(model->items[i + 1]);
-                    if (key.what != kind::text || key.text != word || inner.what != kind::dictionary
-                        || tensors_in(inner) == 0) {
-                        continue;
-                    }
-                    contents_.notes.push_back(message("'", std::string(file_), "': its '", word, "' is taken"));
+                    if (key.what != kind::text || key.text != word) { continue; }
+                    if (const auto* const one = opaque_in(pickle, inner)) { pickle.refuse_opaque(one->text); }
+                    if (inner.what != kind::dictionary || tensors_in(inner) == 0) { continue; }
+                    const auto& beside = pickle.first_opaque();
+                    contents_.notes.push_back(message("'", std::string(file_), "': its '", word, "' is taken",
+                        beside.empty() ? std::string()
+                                       : "; what lies beside it names " + beside + ", and was not built"));
                     model = &inner;
                     found = true;
                 }
                 if (found) { break; }
             }
         }
-        std::map<std::string, std::pair<std::string_view, bool>> names;
+        check_known(pickle, *model);
         std::size_t others = 0;
         std::string first_other;
         std::set<std::string_view> seen;
@@ -651,6 +761,35 @@ private:
         contents_.header.metadata.emplace("format", "pt");
     }
 
+    /// The value itself where it is opaque, or the first key or value of a dictionary that is.
+    [[nodiscard]] static const pickle_reader::value* opaque_in(
+        const pickle_reader& pickle, const pickle_reader::value& one)
+    {
+        using kind = pickle_reader::kind;
+        if (one.what == kind::opaque) { return &one; }
+        if (one.what != kind::dictionary) { return nullptr; }
+        for (const auto item : one.items) {
+            if (pickle.at(item).what == kind::opaque) { return &pickle.at(item); }
+        }
+        return nullptr;
+    }
+    /// Refuses a model with values, or dictionaries of values, that nothing is known of, and one that was given to
+    /// such.
+    static void check_known(const pickle_reader& pickle, const pickle_reader::value& model)
+    {
+        using kind = pickle_reader::kind;
+        if (const auto* const one = opaque_in(pickle, model)) { pickle.refuse_opaque(one->text); }
+        bool given = pickle.was_given(model);
+        for (const auto item : model.items) {
+            const auto& value = pickle.at(item);
+            if (const auto* const one = opaque_in(pickle, value)) { pickle.refuse_opaque(one->text); }
+            given = given || (value.what == kind::tensor && pickle.was_given(value));
+        }
+        if (given) {
+            const auto& first = pickle.first_opaque();
+            pickle.refuse("gives the model's tensors to " + (first.empty() ? std::string("a set") : first));
+        }
+    }
     void add(std::string name, const pickle_reader& pickle, const pickle_reader::value& tensor)
     {
         if (name.empty() || !is_text(name)) { fail("has a tensor whose name is empty or no UTF-8"); }
@@ -773,11 +912,12 @@ private:
 
 /// Reads what a PyTorch file (torch.save() since 1.6) holds: a dictionary from names to tensors, or a training
 /// checkpoint with one under `state_dict`, `model` or the like. The pickle is interpreted by a machine that knows
-/// numbers, texts, collections and the functions that rebuild tensors and parameters; anything else that it names or
-/// does is refused by its name, and nothing runs. Checked: every record of the archive (64-bit ones too), that entries
-/// share no bytes and are neither compressed nor encrypted, storages against their sizes, tensors against their
-/// storages. Values that are no tensors are noted. Throws format_error
-/// naming `file` and the tensor. Cost: O(pickle); no tensor byte is read.
+/// numbers, texts, collections and the functions that rebuild tensors and parameters; nothing runs. Anything else that
+/// it names is refused by that name where the model holds it or was given to it, and otherwise (the arguments of a
+/// training, beside its state_dict) not built, with a note; what else it does is refused. Checked: every record of the
+/// archive (64-bit ones too), that entries share no bytes and are neither compressed nor encrypted, storages against
+/// their sizes, tensors against their storages. Values that are no tensors are noted. Throws format_error naming `file`
+/// and the tensor. Cost: O(pickle); no tensor byte is read.
 [[nodiscard]] inline pytorch_contents parse_pytorch(std::span<const std::byte> bytes, std::string_view file)
 {
     return detail::pytorch_tensors({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file).take();
