@@ -5,18 +5,24 @@
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
+#include <fstream>
 #include <random>
 
 using namespace tools_test;
 
 namespace {
 
-/// A model of zeros that takes no room on disk, and long enough to merge.
+/// A model of zeros that takes no room on disk, and long enough to merge. A task has another last element than the
+/// base, of which it would be noted as a copy.
 void write_zeros(const std::filesystem::path& path, std::int64_t elements)
 {
     const auto layout = taskvec::layout_safetensors({{"w", taskvec::dtype::bf16, {elements}}});
     spill(path, layout.head);
     std::filesystem::resize_file(path, layout.size);
+    if (path.filename() == "base.safetensors") { return; }
+    std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(static_cast<std::streamoff>(layout.size) - 1);
+    file.put('\1');
 }
 
 std::vector<std::string> merge_arguments()

@@ -5,6 +5,7 @@
 #include <taskvec/formats/peft.hpp>
 
 #include <csignal>
+#include <fstream>
 
 using namespace tools_test;
 
@@ -99,6 +100,10 @@ TEST_CASE("SIGQUIT ends as SIGTERM does: one line, nothing left")
         spill(folder / name, layout.head);
         std::filesystem::resize_file(folder / name, layout.size);
     }
+    std::fstream file(folder / "a.safetensors", std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(static_cast<std::streamoff>(layout.size) - 1);
+    file.put('\1'); // else it would be noted as a copy of the base
+    file.close();
     process tool(folder,
         {"merge", "--method", "ties", "--base", "base.safetensors", "--task", "a.safetensors", "--out",
             "out.safetensors", "--threads", "1"});
