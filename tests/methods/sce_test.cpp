@@ -127,3 +127,17 @@ TEST_CASE("SCE counts what is selected and erased, and refuses what has no meani
         "least-weight is -1; expected a number of at least 0", invalid_argument);
     CHECK_THROWS_AS(merge(cpu{}, sce_options{}, base, std::vector{a, {1, 2, 3, INFINITY}}, out), nonfinite_error);
 }
+
+TEST_CASE("SCE ranks variances that overflow as the largest")
+{
+    const std::vector<float> base{-3e38F, 1, 2, 3}, a{3e38F, 2, 2, 3}, b{3e38F, 1, 2, 3};
+    std::vector<float> out(4);
+    model_options how;
+    how.on_overflow = overflow::error;
+    CHECK_THROWS_AS(merge(cpu{}, sce_options{.density = 0.5}, base, std::vector{a, b}, out, how), nonfinite_error);
+    how.on_overflow = overflow::propagate;
+    merge(cpu{}, sce_options{.density = 0.5}, base, std::vector{a, b}, out, how);
+    CHECK_FALSE(std::isfinite(out[0]));
+    CHECK(out[1] == 1);
+    CHECK(out[3] == 3);
+}

@@ -14,6 +14,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <string_view>
 #include <utility>
@@ -176,35 +177,36 @@ private:
             use(i, [&](std::size_t t) { return pack<A, 0>{rows.row(t)[i]}; });
         }
     }
-    /// The threshold on the variances of a tensor.
+    /// The threshold on the variances of a tensor, as bits: a variance that overflows is the largest.
     template <arithmetic_element A, class Passes>
     [[nodiscard]] top_k_threshold<A> threshold(Passes& passes, std::size_t tensor, double density) const
     {
+        using bits = bits_type<A>;
         const auto& models = passes.models();
-        std::pmr::vector<A> variances(models.tensors()[tensor].size, memory_of(passes.policy()));
+        std::pmr::vector<bits> variances(models.tensors()[tensor].size, memory_of(passes.policy()));
         for_each_block(passes.policy(), models, chunk_range{models.first_chunk(tensor), models.first_chunk(tensor + 1)},
             0, "variances", [&]<class B>(std::size_t, std::size_t, row_block<B>& rows) {
                 if constexpr (std::same_as<A, B>) {
                     entries_of<A>(rows, [&](std::size_t i, const auto& x) {
                         variances[static_cast<std::size_t>(rows.offset()) + i] =
-                            detail::variance_of<pack<A, 0>>(tasks_, x).lanes;
+                            magnitude_bits(detail::variance_of<pack<A, 0>>(tasks_, x).lanes);
                     });
                 }
             });
-        const auto differing =
-            static_cast<std::uint64_t>(std::count_if(variances.begin(), variances.end(), [](A x) { return x != 0; }));
+        const auto differing = static_cast<std::uint64_t>(
+            std::count_if(variances.begin(), variances.end(), [](bits x) { return x != 0; }));
         const auto k = static_cast<std::uint64_t>(std::floor(density * static_cast<double>(differing)));
-        if (k == 0) { return {static_cast<bits_type<A>>(~sign_mask<A>), 0}; }
-        std::pmr::vector<A> sorted(variances, memory_of(passes.policy()));
+        if (k == 0) { return {static_cast<bits>(~sign_mask<A>), 0}; }
+        std::pmr::vector<bits> sorted(variances, memory_of(passes.policy()));
         const auto kth = sorted.begin() + static_cast<std::ptrdiff_t>(k - 1);
-        std::nth_element(sorted.begin(), kth, sorted.end(), [](A a, A b) { return a > b; });
-        const A least = *kth;
+        std::nth_element(sorted.begin(), kth, sorted.end(), std::greater<>());
+        const bits least = *kth;
         std::uint64_t equals = k
             - static_cast<std::uint64_t>(
-                std::count_if(variances.begin(), variances.end(), [&](A x) { return x > least; }));
+                std::count_if(variances.begin(), variances.end(), [&](bits x) { return x > least; }));
         std::uint64_t place = models.tensors()[tensor].position;
         for (std::size_t i = 0; equals > 0; ++i, ++place) { equals -= variances[i] == least ? 1u : 0u; }
-        return {magnitude_bits(least), place};
+        return {least, place};
     }
     /// Σ τt² over what is selected of every tensor.
     template <class Passes>
