@@ -8,6 +8,7 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -112,4 +113,20 @@ TEST_CASE("saturated results are counted")
     std::vector<f16> out(size);
     memory_sink sink({out.data()});
     CHECK(merge(cpu{}, task_arithmetic_options{.lambda = 2}, models, sink).saturated == size - 1);
+}
+
+TEST_CASE("a large factor overflows in the widest dtypes too")
+{
+    const std::vector<float> base{0, 1, 2}, task{1e5F, 1, 2};
+    std::vector<float> out(3);
+    model_options how;
+    how.on_overflow = overflow::error;
+    CHECK_THROWS_AS(
+        merge(cpu{}, task_arithmetic_options{.lambda = 1e34}, base, std::array{task}, out, how), nonfinite_error);
+    CHECK_THROWS_AS(
+        merge(cpu{}, task_arithmetic_options{.lambda = 1, .weights = {1e34}}, base, std::array{task}, out, how),
+        nonfinite_error);
+    how.on_overflow = overflow::saturate;
+    merge(cpu{}, task_arithmetic_options{.lambda = 1e34}, base, std::array{task}, out, how);
+    CHECK(out == std::vector<float>{std::numeric_limits<float>::max(), 1, 2});
 }

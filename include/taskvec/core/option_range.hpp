@@ -13,6 +13,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -92,5 +93,32 @@ void check_options(const Options& options)
         });
     }
 }
+
+namespace detail {
+
+/// How much larger the numbers of `options` can make a result: their product, each by itself or as a divisor.
+template <class Options>
+[[nodiscard]] double largest_gain(const Options& options)
+{
+    double gain = 1;
+    if constexpr (described_options<Options>) {
+        const auto of = [](double value) {
+            const double size = std::fabs(value);
+            return size > 1 ? size : size > 0 ? 1 / size : 1.0;
+        };
+        for_each_option(options, [&](const auto&, const auto& value) {
+            using value_type = std::remove_cvref_t<decltype(value)>;
+            if constexpr (std::floating_point<value_type>) { gain *= of(static_cast<double>(value)); }
+            else if constexpr (std::same_as<value_type, std::vector<double>>) {
+                double most = 1;
+                for (const double one : value) { most = of(one) > most ? of(one) : most; }
+                gain *= most;
+            }
+        });
+    }
+    return gain;
+}
+
+} // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI

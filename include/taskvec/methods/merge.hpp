@@ -77,7 +77,7 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
     merge_report report;
     std::optional<overflow_guard> guard;
     if (models.options().on_overflow != overflow::propagate) {
-        guard.emplace(out, models, models.options().on_overflow);
+        guard.emplace(out, models, models.options().on_overflow, largest_gain(options));
     }
     tensor_sink& guarded = guard ? *guard : out;
     if constexpr (whole_method<Options>) { prepared.write(policy, models, guarded); }

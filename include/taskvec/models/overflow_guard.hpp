@@ -51,17 +51,18 @@ TASKVEC_KERNELS_END
 /// through write(): direct() has no memory. Host memory only.
 ///
 /// Cost: one look at each written byte while it is in the cache. None for outputs with the exponents of f32 or f64
-/// where what a merge reads stays below 2^64, as weights do: a walk says so by write_bounded(), which is not looked at.
-/// Factors of 10^18 and more would be missed there.
+/// where what a merge reads stays below 2^64, as weights do: a walk says so by write_bounded(), which is not looked at
+/// unless the numbers of a method's options (`gain`, their product) can make a result 2^50 times as large.
 ///
 ///     overflow_guard guarded(file, models, overflow::error);
 ///     merge(cpu{}, ties_options{}, models, guarded);
 class overflow_guard final : public tensor_sink {
 public:
-    overflow_guard(tensor_sink& out, const aligned_models& models, overflow how)
+    overflow_guard(tensor_sink& out, const aligned_models& models, overflow how, double gain = 1)
         : out_(&out)
         , models_(&models)
         , how_(how)
+        , bounded_(gain < 0x1p50)
         , tensors_(models.outputs().size(), nullptr)
     {
         for (const auto& tensor : models.tensors()) { tensors_[tensor.output] = &tensor; }
@@ -96,7 +97,7 @@ public:
 
     void write_bounded(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
-        out_->write(index, offset, data, size);
+        bounded_ ? out_->write(index, offset, data, size) : write(index, offset, data, size);
     }
 
     /// Results that became the largest number of their dtype.
@@ -142,6 +143,7 @@ private:
     tensor_sink* out_;
     const aligned_models* models_;
     overflow how_;
+    bool bounded_; // write_bounded() need not look
     std::vector<const aligned_tensor*> tensors_; // of each output; null for what is copied
     std::atomic<std::uint64_t> saturated_{0};
 };

@@ -35,7 +35,7 @@ merge_report merge_streamed(const gpu& policy, const Options& options, const ali
         models, out, method_type::in_place, detail::companions_of(options, models, memory_space::host, beside));
     std::optional<overflow_guard> guard;
     if (models.options().on_overflow != overflow::propagate) {
-        guard.emplace(out, models, models.options().on_overflow);
+        guard.emplace(out, models, models.options().on_overflow, detail::largest_gain(options));
     }
     tensor_sink* const guarded = guard ? &*guard : &out;
     streamed_models streamed(policy, models, how, guarded, beside);
