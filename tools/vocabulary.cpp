@@ -828,7 +828,7 @@ std::vector<std::string> lined_up_vocabulary::drop_lost_ids(std::string& config)
     std::vector<std::string> keys;
     if (!changed_ || policy_ != vocabulary_policy::truncate) { return keys; }
     const auto rows = rows_of(*models_.front().find(tensors_.front()));
-    auto content = json::parse(config, nullptr, false);
+    auto content = json::parse(taskvec::quoted_constants(config), nullptr, false);
     if (!content.is_object()) { return keys; }
     const auto lost = [&](const json& id) { return id.is_number_unsigned() && id.get<std::uint64_t>() >= rows; };
     const std::function<void(json&)> look = [&](json& part) {
@@ -851,7 +851,7 @@ std::vector<std::string> lined_up_vocabulary::drop_lost_ids(std::string& config)
         }
     };
     look(content);
-    if (!keys.empty()) { config = dumped(content); }
+    if (!keys.empty()) { config = taskvec::restored_constants(dumped(content)); }
     return keys;
 }
 

@@ -80,3 +80,17 @@ TEST_CASE("strings come back from their JSON form")
     CHECK(json_string("a\"\\\n\x01é/\x7f") == "\"a\\\"\\\\\\n\\u0001é/\x7f\"");
     CHECK_THROWS_AS((void)json_string("\xff"), invalid_argument);
 }
+
+TEST_CASE("Python's constants become strings and come back, outside of strings alone")
+{
+    const std::string text = R"({"a": [NaN, Infinity, -Infinity, 1], "NaN": "x\\", "b": "\"NaN"})";
+    const auto json = parse_configuration(text, "f");
+    CHECK(json["a"][0] == "\u0001NaN");
+    CHECK(json["a"][3] == 1);
+    CHECK(json["NaN"] == "x\\");
+    CHECK(json["b"] == "\"NaN");
+    CHECK(restored_constants(nlohmann::ordered_json::parse(quoted_constants(text)).dump())
+        == R"({"a":[NaN,Infinity,-Infinity,1],"NaN":"x\\","b":"\"NaN"})");
+    CHECK_THROWS_AS((void)parse_json(text, "f"), format_error);
+    CHECK_THROWS_AS((void)parse_configuration("{\"a\": Infinit}", "f"), format_error);
+}

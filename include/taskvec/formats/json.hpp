@@ -141,6 +141,58 @@ private:
     return builder.take();
 }
 
+namespace detail {
+
+inline constexpr std::string_view python_constants[] = {"-Infinity", "Infinity", "NaN"};
+
+} // namespace detail
+
+/// Text in which NaN, Infinity and -Infinity, which are no JSON and which Python writes, are strings that no file has:
+/// their names behind a control character. restored_constants() turns what is written of it back.
+[[nodiscard]] inline std::string quoted_constants(std::string_view text)
+{
+    std::string result;
+    bool in_string = false;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        const char c = text[i];
+        if (in_string) {
+            result += c;
+            if (c == '\\' && i + 1 < text.size()) { result += text[++i]; }
+            in_string = c != '"';
+            continue;
+        }
+        in_string = c == '"';
+        std::string_view found;
+        for (const std::string_view word : detail::python_constants) {
+            if (found.empty() && text.substr(i).starts_with(word)) { found = word; }
+        }
+        if (found.empty()) {
+            result += c;
+            continue;
+        }
+        result.append("\"\\u0001").append(found).append("\"");
+        i += found.size() - 1;
+    }
+    return result;
+}
+[[nodiscard]] inline std::string restored_constants(std::string text)
+{
+    for (const std::string_view word : detail::python_constants) {
+        std::string quoted = "\"\\u0001";
+        quoted.append(word).append("\"");
+        for (std::size_t at = 0; (at = text.find(quoted, at)) != text.npos; at += word.size()) {
+            text.replace(at, quoted.size(), word);
+        }
+    }
+    return text;
+}
+
+/// The JSON of a configuration as Python writes it: parse_json() of quoted_constants().
+[[nodiscard]] inline nlohmann::json parse_configuration(std::string_view text, std::string_view file)
+{
+    return parse_json(quoted_constants(text), file);
+}
+
 /// True when `text` is well-formed UTF-8: no overlong form, no surrogate, nothing above U+10FFFF.
 [[nodiscard]] constexpr bool is_utf8(std::string_view text) noexcept
 {

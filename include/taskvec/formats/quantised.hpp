@@ -105,7 +105,7 @@ struct quantisation_hints {
     quantisation_hints hints;
     std::error_code ignored;
     if (!std::filesystem::is_regular_file(config, ignored)) { return hints; }
-    const auto json = parse_json(read_text_file(config), config.string());
+    const auto json = parse_configuration(read_text_file(config), config.string());
     const nlohmann::json* how = nullptr;
     for (const auto* part : {&json, json.contains("text_config") ? &json["text_config"] : &json}) {
         if (!how && part->is_object() && part->contains("quantization_config")
