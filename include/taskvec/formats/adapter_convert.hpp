@@ -320,7 +320,7 @@ template <arithmetic_element T>
     }
     if (is_peft) {
         for (const auto& [name, tensor] : adapter.wholes) { writer.add(std::string(peft_prefix) + name, tensor); }
-        if (adapter.dialect == adapter_dialect::peft && adapter.config.value("peft_type", "LORA") == "LORA") {
+        if (adapter.dialect == adapter_dialect::peft && detail::peft_type_of(adapter.config) == "LORA") {
             for_config.config = adapter.config;
         }
         auto config = peft_config(for_config);

@@ -552,14 +552,14 @@ template <arithmetic_element T = float>
             return detail::peft_patterns(
                 ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
         };
-        if (adapter.config.value("peft_type", "LORA") != "ADALORA") { // whose rank_pattern has masks
+        if (detail::peft_type_of(adapter.config) != "ADALORA") { // whose rank_pattern has masks
             ranks = pattern("rank_pattern");
             alphas = pattern("alpha_pattern");
         }
         adapter.fan_in_fan_out = fields.flag("fan_in_fan_out");
         adapter.tied = fields.flag("ensure_weight_tying");
     }
-    const std::string peft_type = peft_config ? adapter.config.value("peft_type", "LORA") : std::string();
+    const std::string peft_type = peft_config ? detail::peft_type_of(adapter.config) : std::string();
     const bool loha_or_lokr = peft_type == "LOHA" || peft_type == "LOKR";
     const double config_rank = peft_config ? fields.number("r", 8) : 0,
                  config_alpha = peft_config ? fields.number(loha_or_lokr ? "alpha" : "lora_alpha", 8) : 0;

@@ -222,6 +222,13 @@ inline constexpr std::array<std::pair<const char*, std::string_view>, 9> beyond_
         {"kasa_config", "KaSA changes the base weights"}, {"arrow_config", "adapters are routed"},
         {"monteclora_config", "its factors are random variables"}}};
 
+/// The kind of adapter that a configuration names; LORA where it names none.
+[[nodiscard]] inline std::string peft_type_of(const nlohmann::json& config)
+{
+    const auto type = config.is_object() ? config.find("peft_type") : config.end();
+    return type != config.end() && type->is_string() ? type->get<std::string>() : "LORA";
+}
+
 /// Refuses an initialisation of LoRA that is not one of those that leave the base as it is (pissa, olora, corda, loftq,
 /// lora_ga … change it), by refuse(what, why).
 template <class Refuse>
