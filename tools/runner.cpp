@@ -192,7 +192,10 @@ void install_handlers()
             ::sigaction(signal, nullptr, &before);
             if (before.sa_handler != SIG_IGN) { ::sigaction(signal, &how, nullptr); }
         };
-        for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT}) { handle(signal, stop); }
+        for (const int signal : // by hand, and by what runs jobs: time that is up, a warning before that
+            {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGXCPU, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM}) {
+            handle(signal, stop);
+        }
         for (const int signal : {SIGPIPE, SIGXFSZ}) { handle(signal, failed); }
         std::set_terminate(on_terminate);
         taskvec::set_unsynchronised_handler(on_unsynchronised);

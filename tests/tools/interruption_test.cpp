@@ -67,7 +67,7 @@ TEST_CASE("interrupted, the tool says so and cleans up")
     const scratch folder;
     write_zeros(folder / "base.safetensors", 40'000'000);
     write_zeros(folder / "a.safetensors", 40'000'000);
-    for (const int signal : {SIGINT, SIGTERM}) {
+    for (const int signal : {SIGINT, SIGTERM, SIGXCPU, SIGUSR1, SIGALRM}) {
         process tool(folder, merge_arguments());
         while (!temporary_exists(folder) && !tool.ended()) { ::usleep(200); }
         tool.send(signal);
