@@ -25,6 +25,14 @@ namespace {
 
 using json = nlohmann::ordered_json;
 
+/// A configuration in its own order, read strictly: what is no JSON is refused by its name.
+json parsed(const std::string& text, const fs::path& file)
+{
+    const auto quoted = taskvec::quoted_constants(text);
+    (void)taskvec::parse_json(quoted, file.string());
+    return json::parse(quoted);
+}
+
 bool holds_files(const fs::path& path)
 {
     std::error_code ignored;
@@ -123,9 +131,7 @@ bool update_layers(json& part, const std::string& key, const model_view& layers,
         const auto file = fs::path(one.path) / "config.json";
         std::error_code ignored;
         if (others.contains(one.path) || !fs::is_regular_file(file, ignored)) { continue; }
-        const auto text = taskvec::read_text_file(file);
-        (void)taskvec::parse_json(text, file.string());
-        const auto whole = json::parse(text);
+        const auto whole = parsed(taskvec::read_text_file(file), file);
         others[one.path] = key.empty() ? whole : whole.value(key, json::object());
     }
     for (auto& [name, value] : part.items()) {
@@ -148,6 +154,12 @@ bool update_layers(json& part, const std::string& key, const model_view& layers,
     return changed;
 }
 
+/// Whether a result has a head.
+bool vocabulary_head(const std::vector<taskvec::tensor_spec>& specs)
+{
+    return std::any_of(specs.begin(), specs.end(), [](const taskvec::tensor_spec& spec) { return is_head(spec.name); });
+}
+
 /// Brings what a configuration says of quantisation up to date: it is left out where nothing is quantised, taken from
 /// the model whose layers these are where it is missing, and names the layers that became numbers beside those that did
 /// not.
@@ -167,9 +179,7 @@ bool update_quantisation(
         const auto file = first->path() / "config.json";
         std::error_code ignored;
         if (!fs::is_regular_file(file, ignored)) { return false; }
-        const auto text = taskvec::read_text_file(file);
-        (void)taskvec::parse_json(text, file.string());
-        const auto own = json::parse(text);
+        const auto own = parsed(taskvec::read_text_file(file), file);
         if (!own.is_object() || !own.contains(key)) { return false; }
         config[key] = own[key];
         changed = true;
@@ -188,7 +198,9 @@ bool update_quantisation(
         if (name.ends_with(".weight")) { numbers.push_back(name.substr(0, name.size() - 7)); }
     }
     if (numbers.empty()) { return changed; }
-    const char* list = said.value("quant_method", "") == "compressed-tensors" ? "ignore" : "modules_to_not_convert";
+    const char* list = (said.contains("quant_method") && said["quant_method"] == "compressed-tensors")
+        ? "ignore"
+        : "modules_to_not_convert";
     for (const char* word : {"modules_to_not_convert", "ignored_layers", "ignore"}) {
         if (said.contains(word)) { list = word; }
     }
@@ -208,8 +220,7 @@ std::string updated_config(const std::string& text, const fs::path& file,
     const std::vector<taskvec::tensor_spec>& specs, const std::optional<std::int64_t>& rows_before, const recipe& how,
     const run_options& run)
 {
-    (void)taskvec::parse_json(text, file.string()); // strictly, once: what is no JSON is refused by its name
-    auto config = json::parse(text);
+    auto config = parsed(text, file);
     if (!config.is_object()) { return ""; }
     bool changed = false;
     const auto set = [&](json& part, const char* key, const json& value) {
@@ -246,14 +257,20 @@ std::string updated_config(const std::string& text, const fs::path& file,
             }
         }
     }
-    if (how.untied) {
+    const bool own_head = says_tied(file) && vocabulary_head(specs)
+        && std::any_of(how.models.begin(), how.models.end(),
+            [](const recipe::model& one) { return has_own_head(one.opened->model()); });
+    if (how.untied || own_head) {
+        if (own_head) {
+            note(run, "config.json: tie_word_embeddings is false, as a model has a head that is not its embedding");
+        }
         set(config, "tie_word_embeddings", false);
         if (config.contains("text_config") && config["text_config"].is_object()) {
             set(config["text_config"], "tie_word_embeddings", false);
         }
     }
     changed = update_quantisation(config, specs, how, run) || changed;
-    return changed ? config.dump(2) + "\n" : "";
+    return changed ? taskvec::restored_constants(config.dump(2)) + "\n" : "";
 }
 
 /// The model's name on the Hub, as far as its path or configuration tells: "org/name"; else the directory's name.

@@ -128,15 +128,6 @@ bool is_embedding(std::string_view name)
     }
     return false;
 }
-bool is_head(std::string_view name)
-{
-    for (const std::string_view ending :
-        {"lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight"}) {
-        if (name == ending || (name.ends_with(ending) && name[name.size() - ending.size() - 1] == '.')) { return true; }
-    }
-    return false;
-}
-
 bool same_bytes(const taskvec::const_tensor_ref& a, const taskvec::const_tensor_ref& b)
 {
     return a.dtype == b.dtype && a.shape == b.shape && a.source == b.source
@@ -160,6 +151,15 @@ const taskvec::const_model_ref::entry* embedding_like(
 }
 
 } // namespace
+
+bool is_head(std::string_view name)
+{
+    for (const std::string_view ending :
+        {"lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight"}) {
+        if (name == ending || (name.ends_with(ending) && name[name.size() - ending.size() - 1] == '.')) { return true; }
+    }
+    return false;
+}
 
 void add_name_options(
     command& verb, name_rules& rules, bool& match_prefixes, const std::vector<std::string>& model_options)
@@ -400,7 +400,7 @@ nlohmann::json config_beside(const fs::path& model)
     std::error_code ignored;
     const auto file = (fs::is_directory(model, ignored) ? model : model.parent_path()) / "config.json";
     if (!fs::is_regular_file(file, ignored)) { return nlohmann::json::object(); }
-    auto config = taskvec::parse_json(taskvec::read_text_file(file), file.string());
+    auto config = taskvec::parse_configuration(taskvec::read_text_file(file), file.string());
     return config.is_object() ? config : nlohmann::json::object();
 }
 
@@ -411,6 +411,15 @@ bool says_tied(const fs::path& model)
         return object.is_object() && object.contains("tie_word_embeddings") && object["tie_word_embeddings"] == true;
     };
     return truth(config) || (config.contains("text_config") && truth(config["text_config"]));
+}
+
+bool has_own_head(const taskvec::const_model_ref& model)
+{
+    return std::any_of(model.begin(), model.end(), [&](const taskvec::const_model_ref::entry& entry) {
+        if (!is_head(entry.name)) { return false; }
+        const auto* const like = embedding_like(model, entry.tensor);
+        return like && like->name != entry.name && !same_bytes(entry.tensor, like->tensor);
+    });
 }
 
 std::string tie_text(const taskvec::const_model_ref& model, bool says_tied)

@@ -79,6 +79,10 @@ struct prefix_match {
 [[nodiscard]] nlohmann::json config_beside(const fs::path& model);
 /// Whether the configuration beside a model says that its head is tied.
 [[nodiscard]] bool says_tied(const fs::path& model);
+/// Whether a tensor of this name is a head over the vocabulary.
+[[nodiscard]] bool is_head(std::string_view name);
+/// Whether a model has a head that is not its embedding.
+[[nodiscard]] bool has_own_head(const taskvec::const_model_ref& model);
 /// How a model's head and its embedding are one, in words; empty where they are two, or none.
 [[nodiscard]] std::string tie_text(const taskvec::const_model_ref& model, bool says_tied);
 

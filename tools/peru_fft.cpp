@@ -22,6 +22,20 @@ tool::merge_request merge_part(const tool::merge_request& request)
     return part;
 }
 
+/// A model that a directory already holds would be opened in place of merged.safetensors.
+void check_no_other_model(const tool::fs::path& out)
+{
+    std::error_code ignored;
+    for (const std::string name : {"model", "diffusion_pytorch_model"}) {
+        if (tool::fs::exists(out / (name + ".safetensors"), ignored)) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::output_path,
+                tool::in_quotes(out) + " holds " + name
+                    + ".safetensors, which would be opened in place of merged.safetensors: remove it, or name another "
+                      "directory");
+        }
+    }
+}
+
 void run_peru_fft(const tool::merge_request& request)
 {
     taskvec::post_pruning_options pruning;
@@ -33,6 +47,7 @@ void run_peru_fft(const tool::merge_request& request)
     const auto& method = tool::find_method(merging);
     const tool::merge_inputs inputs(merging, method.needs_base);
     tool::claim_output(request.out, "--out", tool::output_kind::directory);
+    check_no_other_model(request.out);
     tool::claim_report(request.run);
     tool::runner run(request.run, tool::runs_on::any_device);
     const auto call = tool::call_of(run.policy(), merging, inputs);
@@ -66,6 +81,7 @@ void run_peru_fft(const tool::merge_request& request)
     auto how = inputs.models().options();
     how.base_label = "the merged model";
     how.output.reset();
+    if (how.on_overflow == taskvec::overflow::propagate) { how.on_nonfinite = taskvec::nonfinite::propagate; }
     std::vector<std::unique_ptr<tool::delta_output>> deltas;
     std::uint64_t written = out.file_size(), kept = 0;
     for (std::size_t t = 0; t < inputs.tasks().size(); ++t) {

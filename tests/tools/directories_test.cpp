@@ -145,3 +145,74 @@ TEST_CASE("apply and peru-fft make models to open")
     CHECK(scratch::names_in(m.folder / "q") == std::set<std::string>{"math.delta.safetensors", "merged.safetensors"});
     CHECK(run(m.folder, {"inspect", "q"}).code == 0);
 }
+
+TEST_CASE("a head of one model's own unties the result")
+{
+    const scratch folder;
+    const values_tensor table{taskvec::dtype::f32, {4, 2}, {1, 2, 3, 4, 5, 6, 7, 8}};
+    auto head = table;
+    const auto write = [&](const std::string& place, const values_tensor& its_head, const std::string& tied) {
+        std::filesystem::create_directories(folder / place);
+        write_values(
+            folder / place / "model.safetensors", {{"model.embed_tokens.weight", table}, {"lm_head.weight", its_head}});
+        spill(folder / place / "config.json",
+            R"({"model_type": "llama", "vocab_size": 4, "tie_word_embeddings": )" + tied + "}");
+    };
+    write("base", table, "true");
+    write("same", table, "true");
+    head.values[3] += 1;
+    write("other", head, "false");
+    const auto tied = [&](const std::string& task, const std::string& verb) {
+        std::filesystem::remove_all(folder / "out");
+        const auto done =
+            run(folder, {verb, "--method", "task-arithmetic", "--base", "base", "--task", task, "--out", "out"});
+        CAPTURE(done.err);
+        CHECK(done.code == 0);
+        CHECK(has(done.err, "tie_word_embeddings is false") == (task == "other"));
+        return nlohmann::json::parse(slurp(folder / "out/config.json"))["tie_word_embeddings"].get<bool>();
+    };
+    for (const std::string verb : {"merge", "peru-fft"}) {
+        CHECK(tied("same", verb));
+        CHECK_FALSE(tied("other", verb));
+    }
+}
+
+TEST_CASE("a configuration with numbers that are Python's is read, and comes out as it was")
+{
+    const scratch folder;
+    for (const std::string place : {"base", "task"}) {
+        std::filesystem::create_directories(folder / place);
+        write_values(folder / place / "model.safetensors",
+            {{"w", {taskvec::dtype::f32, {2, 2}, {1, 2, 3, place == "base" ? 4.0F : 5.0F}}}});
+        spill(folder / place / "config.json",
+            R"({"model_type": "mamba2", "limit": [0.0, Infinity, -Infinity, NaN], "says": "Infinity \" NaN"})");
+    }
+    for (const std::string dtype : {"f32", "bf16"}) {
+        const auto done = run(folder,
+            {"merge", "--method", "average", "--task", "base", "--task", "task", "--dtype", dtype, "--out", dtype});
+        CAPTURE(done.err);
+        REQUIRE(done.code == 0);
+        auto text = slurp(folder / dtype / "config.json");
+        CHECK(has(text, R"("says": "Infinity \" NaN")"));
+        text.erase(std::remove_if(text.begin(), text.end(), [](char c) { return c == '\n' || c == ' '; }), text.end());
+        CHECK(has(text, "[0.0,Infinity,-Infinity,NaN]"));
+        CHECK(has(text, dtype == "f32" ? "float32" : "bfloat16"));
+    }
+    CHECK(run(folder, {"similarity", "--base", "base", "--task", "task"}).code == 0);
+    spill(folder / "task/config.json", R"({"limit": Infinite})");
+    CHECK(has(run(folder, {"merge", "--method", "average", "--task", "task", "--task", "base", "--out", "x"}).err,
+        "task/config.json: invalid JSON"));
+}
+
+TEST_CASE("peru-fft does not go beside a model that would be opened in its place")
+{
+    const model_directories m;
+    REQUIRE(m.merge({"--out", "out"}).code == 0);
+    const auto before = slurp(m.folder / "out/model.safetensors");
+    const auto done =
+        run(m.folder, {"peru-fft", "--method", "average", "--base", "base", "--task", "math", "--out", "out"});
+    CHECK(done.code == 1);
+    CHECK(has(done.err, "'out' holds model.safetensors, which would be opened in place of merged.safetensors"));
+    CHECK(slurp(m.folder / "out/model.safetensors") == before);
+    CHECK_FALSE(std::filesystem::exists(m.folder / "out/merged.safetensors"));
+}
