@@ -26,6 +26,9 @@ void run_prune(const tool::merge_request& request)
         throw tool::usage_error(values.front().flag + " has no meaning for prune, which has one task: give --density");
     }
     tool::check_no_weights(request, "prune", "'taskvec apply --scale' scales a delta");
+    if (!request.weights.empty()) {
+        throw tool::usage_error("--weight has no meaning for prune: 'taskvec apply --scale' scales a delta");
+    }
     if (request.vocabulary == "union" || request.vocabulary == "truncate") {
         throw tool::usage_error("--vocabulary " + request.vocabulary
             + " has no meaning for prune, whose delta is added to the base as it is: --vocabulary base");

@@ -288,3 +288,25 @@ TEST_CASE("apply refuses NaN and infinity in the delta and in the base, unless t
         std::filesystem::remove(m.folder / "o");
     }
 }
+
+TEST_CASE("a difference that overflows is no delta, and prune has no weights")
+{
+    const scratch folder;
+    write_values(folder / "b.safetensors", {{"w", {taskvec::dtype::f32, {3}, {1, -3e38F, 0}}}});
+    write_values(folder / "t.safetensors", {{"w", {taskvec::dtype::f32, {3}, {2, 3e38F, 0}}}});
+    const auto prune = [&](std::vector<std::string> more) {
+        std::vector<std::string> words{
+            "prune", "--base", "b.safetensors", "--task", "t.safetensors", "--density", "1", "--out", "d.safetensors"};
+        words.insert(words.end(), more.begin(), more.end());
+        return run(folder, words);
+    };
+    const auto done = prune({});
+    CHECK(done.code == 1);
+    CHECK(is_error_line(done.err));
+    CHECK(done.err.find("tensor 'w' differs by infinity at index 1") != std::string::npos);
+    CHECK_FALSE(std::filesystem::exists(folder / "d.safetensors"));
+    CHECK(prune({"--overflow", "propagate"}).code == 0);
+    const auto weighted = prune({"--weight", "w=2"});
+    CHECK(weighted.code == 2);
+    CHECK(weighted.err.find("--weight has no meaning for prune") != std::string::npos);
+}
