@@ -166,6 +166,9 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
 /// Names that differ by prefixes, and tied heads.
 void line_up(const extract_lora_settings& given, const taskvec::checkpoint& base, taskvec::checkpoint& tuned)
 {
+    const auto include = tool::name_filter(given.include, given.exclude);
+    tool::check_no_factors(base, include);
+    tool::check_no_factors(tuned, include);
     const std::string label = "'" + given.task + "'", reference = "'" + given.base + "'";
     const auto match = tool::match_prefixes(tuned.model(), base.model());
     if (!match.names.empty() && !given.match_prefixes) {

@@ -265,7 +265,9 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
         }
     }
     check_layers(request);
-    check_no_factors(options);
+    const auto include = name_filter(request.include, request.exclude);
+    if (base_) { check_no_factors(*base_, include); }
+    for (const auto& task : tasks_) { check_no_factors(task, include); }
     line_up(request);
     line_up_vocabulary(request);
     check_filters(request);
@@ -392,23 +394,19 @@ std::string merge_inputs::name_of_base(const model_request& request) const
     return in_quotes(base_ ? fs::path(request.base) : arguments_.front().path);
 }
 
-void merge_inputs::check_no_factors(const taskvec::model_options& options) const
+void check_no_factors(const taskvec::checkpoint& model, const std::function<bool(std::string_view)>& include)
 {
-    const auto check = [&](const taskvec::checkpoint& model) {
-        for (const auto& [name, tensor] : model.model()) {
-            if (options.include && !options.include(name)) { continue; }
-            if (const auto kind = adapter_kind(name); !kind.empty()) {
-                taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
-                    taskvec::message(in_quotes(model.path()), " holds factors of an adapter (", kind, ": '", name,
-                        "'): merged each by itself they give cross terms, not the mean of the updates. "
-                        "'taskvec merge-lora' merges adapters; where factors lie beside a whole model, --exclude "
-                        "'lora|hada|lokr' "
-                        "leaves them out"));
-            }
+    for (const auto& [name, tensor] : model.model()) {
+        if (include && !include(name)) { continue; }
+        if (const auto kind = adapter_kind(name); !kind.empty()) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
+                taskvec::message(in_quotes(model.path()), " holds factors of an adapter (", kind, ": '", name,
+                    "'): merged each by itself they give cross terms, not the mean of the updates. "
+                    "'taskvec merge-lora' merges adapters; where factors lie beside a whole model, --exclude "
+                    "'lora|hada|lokr' "
+                    "leaves them out"));
         }
-    };
-    if (base_) { check(*base_); }
-    for (const auto& task : tasks_) { check(task); }
+    }
 }
 
 /// Ties, and prefixes: both say what they did, and prefixes are only proposed unless --match-prefixes asks.

@@ -96,6 +96,9 @@ void add_shard_size_option(command& verb, std::string& shard_size);
 [[nodiscard]] std::function<bool(std::string_view)> name_filter(
     const std::vector<std::string>& include, const std::vector<std::string>& exclude);
 
+/// Throws invalid_argument where a model holds factors of an adapter that `include` does not leave out.
+void check_no_factors(const taskvec::checkpoint& model, const std::function<bool(std::string_view)>& include);
+
 /// How models are lined up, from the command line.
 [[nodiscard]] taskvec::model_options model_options_of(const model_request& request);
 
@@ -143,7 +146,6 @@ private:
     void line_up(const model_request& request);
     void check_filters(const model_request& request) const;
     void check_layers(const model_request& request) const;
-    void check_no_factors(const taskvec::model_options& options) const;
     void line_up_vocabulary(const model_request& request);
     void note_what_is_missing(const model_request& request) const;
     void note_copies_of_the_base(const model_request& request) const;

@@ -2331,6 +2331,58 @@ private:
     return builder.take();
 }
 
+namespace detail {
+
+inline constexpr std::string_view python_constants[] = {"-Infinity", "Infinity", "NaN"};
+
+} // namespace detail
+
+/// Text in which NaN, Infinity and -Infinity, which are no JSON and which Python writes, are strings that no file has:
+/// their names behind a control character. restored_constants() turns what is written of it back.
+[[nodiscard]] inline std::string quoted_constants(std::string_view text)
+{
+    std::string result;
+    bool in_string = false;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        const char c = text[i];
+        if (in_string) {
+            result += c;
+            if (c == '\\' && i + 1 < text.size()) { result += text[++i]; }
+            in_string = c != '"';
+            continue;
+        }
+        in_string = c == '"';
+        std::string_view found;
+        for (const std::string_view word : detail::python_constants) {
+            if (found.empty() && text.substr(i).starts_with(word)) { found = word; }
+        }
+        if (found.empty()) {
+            result += c;
+            continue;
+        }
+        result.append("\"\\u0001").append(found).append("\"");
+        i += found.size() - 1;
+    }
+    return result;
+}
+[[nodiscard]] inline std::string restored_constants(std::string text)
+{
+    for (const std::string_view word : detail::python_constants) {
+        std::string quoted = "\"\\u0001";
+        quoted.append(word).append("\"");
+        for (std::size_t at = 0; (at = text.find(quoted, at)) != text.npos; at += word.size()) {
+            text.replace(at, quoted.size(), word);
+        }
+    }
+    return text;
+}
+
+/// The JSON of a configuration as Python writes it: parse_json() of quoted_constants().
+[[nodiscard]] inline nlohmann::json parse_configuration(std::string_view text, std::string_view file)
+{
+    return parse_json(quoted_constants(text), file);
+}
+
 /// True when `text` is well-formed UTF-8: no overlong form, no surrogate, nothing above U+10FFFF.
 [[nodiscard]] constexpr bool is_utf8(std::string_view text) noexcept
 {
@@ -8496,6 +8548,13 @@ inline constexpr std::array<std::pair<const char*, std::string_view>, 9> beyond_
         {"kasa_config", "KaSA changes the base weights"}, {"arrow_config", "adapters are routed"},
         {"monteclora_config", "its factors are random variables"}}};
 
+/// The kind of adapter that a configuration names; LORA where it names none.
+[[nodiscard]] inline std::string peft_type_of(const nlohmann::json& config)
+{
+    const auto type = config.is_object() ? config.find("peft_type") : config.end();
+    return type != config.end() && type->is_string() ? type->get<std::string>() : "LORA";
+}
+
 /// Refuses an initialisation of LoRA that is not one of those that leave the base as it is (pissa, olora, corda, loftq,
 /// lora_ga … change it), by refuse(what, why).
 template <class Refuse>
@@ -9815,14 +9874,14 @@ template <arithmetic_element T = float>
             return detail::peft_patterns(
                 ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
         };
-        if (adapter.config.value("peft_type", "LORA") != "ADALORA") { // whose rank_pattern has masks
+        if (detail::peft_type_of(adapter.config) != "ADALORA") { // whose rank_pattern has masks
             ranks = pattern("rank_pattern");
             alphas = pattern("alpha_pattern");
         }
         adapter.fan_in_fan_out = fields.flag("fan_in_fan_out");
         adapter.tied = fields.flag("ensure_weight_tying");
     }
-    const std::string peft_type = peft_config ? adapter.config.value("peft_type", "LORA") : std::string();
+    const std::string peft_type = peft_config ? detail::peft_type_of(adapter.config) : std::string();
     const bool loha_or_lokr = peft_type == "LOHA" || peft_type == "LOKR";
     const double config_rank = peft_config ? fields.number("r", 8) : 0,
                  config_alpha = peft_config ? fields.number(loha_or_lokr ? "alpha" : "lora_alpha", 8) : 0;
@@ -10248,7 +10307,7 @@ template <arithmetic_element T>
     }
     if (is_peft) {
         for (const auto& [name, tensor] : adapter.wholes) { writer.add(std::string(peft_prefix) + name, tensor); }
-        if (adapter.dialect == adapter_dialect::peft && adapter.config.value("peft_type", "LORA") == "LORA") {
+        if (adapter.dialect == adapter_dialect::peft && detail::peft_type_of(adapter.config) == "LORA") {
             for_config.config = adapter.config;
         }
         auto config = peft_config(for_config);
@@ -14557,7 +14616,7 @@ struct quantisation_hints {
     quantisation_hints hints;
     std::error_code ignored;
     if (!std::filesystem::is_regular_file(config, ignored)) { return hints; }
-    const auto json = parse_json(read_text_file(config), config.string());
+    const auto json = parse_configuration(read_text_file(config), config.string());
     const nlohmann::json* how = nullptr;
     for (const auto* part : {&json, json.contains("text_config") ? &json["text_config"] : &json}) {
         if (!how && part->is_object() && part->contains("quantization_config")

@@ -8864,6 +8864,7 @@ template <arithmetic_element T>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -8943,6 +8944,33 @@ void check_options(const Options& options)
         });
     }
 }
+
+namespace detail {
+
+/// How much larger the numbers of `options` can make a result: their product, each by itself or as a divisor.
+template <class Options>
+[[nodiscard]] double largest_gain(const Options& options)
+{
+    double gain = 1;
+    if constexpr (described_options<Options>) {
+        const auto of = [](double value) {
+            const double size = std::fabs(value);
+            return size > 1 ? size : size > 0 ? 1 / size : 1.0;
+        };
+        for_each_option(options, [&](const auto&, const auto& value) {
+            using value_type = std::remove_cvref_t<decltype(value)>;
+            if constexpr (std::floating_point<value_type>) { gain *= of(static_cast<double>(value)); }
+            else if constexpr (std::same_as<value_type, std::vector<double>>) {
+                double most = 1;
+                for (const double one : value) { most = of(one) > most ? of(one) : most; }
+                gain *= most;
+            }
+        });
+    }
+    return gain;
+}
+
+} // namespace detail
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_OPTION_RANGE_HPP
@@ -10958,17 +10986,18 @@ TASKVEC_KERNELS_END
 /// through write(): direct() has no memory. Host memory only.
 ///
 /// Cost: one look at each written byte while it is in the cache. None for outputs with the exponents of f32 or f64
-/// where what a merge reads stays below 2^64, as weights do: a walk says so by write_bounded(), which is not looked at.
-/// Factors of 10^18 and more would be missed there.
+/// where what a merge reads stays below 2^64, as weights do: a walk says so by write_bounded(), which is not looked at
+/// unless the numbers of a method's options (`gain`, their product) can make a result 2^50 times as large.
 ///
 ///     overflow_guard guarded(file, models, overflow::error);
 ///     merge(cpu{}, ties_options{}, models, guarded);
 class overflow_guard final : public tensor_sink {
 public:
-    overflow_guard(tensor_sink& out, const aligned_models& models, overflow how)
+    overflow_guard(tensor_sink& out, const aligned_models& models, overflow how, double gain = 1)
         : out_(&out)
         , models_(&models)
         , how_(how)
+        , bounded_(gain < 0x1p50)
         , tensors_(models.outputs().size(), nullptr)
     {
         for (const auto& tensor : models.tensors()) { tensors_[tensor.output] = &tensor; }
@@ -11003,7 +11032,7 @@ public:
 
     void write_bounded(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
-        out_->write(index, offset, data, size);
+        bounded_ ? out_->write(index, offset, data, size) : write(index, offset, data, size);
     }
 
     /// Results that became the largest number of their dtype.
@@ -11049,6 +11078,7 @@ private:
     tensor_sink* out_;
     const aligned_models* models_;
     overflow how_;
+    bool bounded_; // write_bounded() need not look
     std::vector<const aligned_tensor*> tensors_; // of each output; null for what is copied
     std::atomic<std::uint64_t> saturated_{0};
 };
@@ -11125,7 +11155,7 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
     merge_report report;
     std::optional<overflow_guard> guard;
     if (models.options().on_overflow != overflow::propagate) {
-        guard.emplace(out, models, models.options().on_overflow);
+        guard.emplace(out, models, models.options().on_overflow, largest_gain(options));
     }
     tensor_sink& guarded = guard ? *guard : out;
     if constexpr (whole_method<Options>) { prepared.write(policy, models, guarded); }
@@ -23081,6 +23111,7 @@ TASKVEC_COMPILED_MERGES(extern, regmean_options)
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <string_view>
 #include <utility>
@@ -23243,35 +23274,36 @@ private:
             use(i, [&](std::size_t t) { return pack<A, 0>{rows.row(t)[i]}; });
         }
     }
-    /// The threshold on the variances of a tensor.
+    /// The threshold on the variances of a tensor, as bits: a variance that overflows is the largest.
     template <arithmetic_element A, class Passes>
     [[nodiscard]] top_k_threshold<A> threshold(Passes& passes, std::size_t tensor, double density) const
     {
+        using bits = bits_type<A>;
         const auto& models = passes.models();
-        std::pmr::vector<A> variances(models.tensors()[tensor].size, memory_of(passes.policy()));
+        std::pmr::vector<bits> variances(models.tensors()[tensor].size, memory_of(passes.policy()));
         for_each_block(passes.policy(), models, chunk_range{models.first_chunk(tensor), models.first_chunk(tensor + 1)},
             0, "variances", [&]<class B>(std::size_t, std::size_t, row_block<B>& rows) {
                 if constexpr (std::same_as<A, B>) {
                     entries_of<A>(rows, [&](std::size_t i, const auto& x) {
                         variances[static_cast<std::size_t>(rows.offset()) + i] =
-                            detail::variance_of<pack<A, 0>>(tasks_, x).lanes;
+                            magnitude_bits(detail::variance_of<pack<A, 0>>(tasks_, x).lanes);
                     });
                 }
             });
-        const auto differing =
-            static_cast<std::uint64_t>(std::count_if(variances.begin(), variances.end(), [](A x) { return x != 0; }));
+        const auto differing = static_cast<std::uint64_t>(
+            std::count_if(variances.begin(), variances.end(), [](bits x) { return x != 0; }));
         const auto k = static_cast<std::uint64_t>(std::floor(density * static_cast<double>(differing)));
-        if (k == 0) { return {static_cast<bits_type<A>>(~sign_mask<A>), 0}; }
-        std::pmr::vector<A> sorted(variances, memory_of(passes.policy()));
+        if (k == 0) { return {static_cast<bits>(~sign_mask<A>), 0}; }
+        std::pmr::vector<bits> sorted(variances, memory_of(passes.policy()));
         const auto kth = sorted.begin() + static_cast<std::ptrdiff_t>(k - 1);
-        std::nth_element(sorted.begin(), kth, sorted.end(), [](A a, A b) { return a > b; });
-        const A least = *kth;
+        std::nth_element(sorted.begin(), kth, sorted.end(), std::greater<>());
+        const bits least = *kth;
         std::uint64_t equals = k
             - static_cast<std::uint64_t>(
-                std::count_if(variances.begin(), variances.end(), [&](A x) { return x > least; }));
+                std::count_if(variances.begin(), variances.end(), [&](bits x) { return x > least; }));
         std::uint64_t place = models.tensors()[tensor].position;
         for (std::size_t i = 0; equals > 0; ++i, ++place) { equals -= variances[i] == least ? 1u : 0u; }
-        return {magnitude_bits(least), place};
+        return {least, place};
     }
     /// Σ τt² over what is selected of every tensor.
     template <class Passes>

@@ -937,3 +937,19 @@ TEST_CASE("a factor that its dtype cannot hold is an error, its largest number o
     }
     refused(folder, with(lines[0], {"--dtype", "f16", "--out", "out", "--overflow", "clip"}), 2, "--overflow");
 }
+
+TEST_CASE("extract-lora refuses factors of adapters as models")
+{
+    const scratch folder;
+    for (const float shift : {0.0F, 1.0F}) {
+        write_values(folder / (shift == 0 ? "a.safetensors" : "b.safetensors"),
+            {{"base_model.model.q.lora_A.weight", {taskvec::dtype::f32, {2, 2}, {1, 2, 3, 4 + shift}}},
+                {"base_model.model.q.lora_B.weight", {taskvec::dtype::f32, {2, 2}, {1, 2, 3, 4 - shift}}}});
+    }
+    const auto done = run(
+        folder, {"extract-lora", "--base", "a.safetensors", "--task", "b.safetensors", "--rank", "1", "--out", "o"});
+    CHECK(done.code == 1);
+    CHECK(is_error_line(done.err));
+    CHECK(done.err.find("holds factors of an adapter") != std::string::npos);
+    CHECK_FALSE(std::filesystem::exists(folder / "o"));
+}
