@@ -11,6 +11,7 @@
 #include <taskvec/adapters/initialization.hpp>
 #include <taskvec/adapters/lora.hpp>
 #include <taskvec/adapters/merge_adapters.hpp>
+#include <taskvec/adapters/merge_as_peft.hpp>
 #include <taskvec/adapters/merge_ties.hpp>
 #include <taskvec/adapters/phi_space.hpp>
 #include <taskvec/analysis/disentanglement.hpp>
