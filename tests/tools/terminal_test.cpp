@@ -3,6 +3,8 @@
 #include "../skip.hpp"
 #include "run_tool.hpp"
 
+#include <poll.h>
+
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -37,13 +39,17 @@ public:
     /// Why there is none; empty if there is one.
     [[nodiscard]] const std::string& trouble() const { return trouble_; }
     [[nodiscard]] const std::string& name() const { return name_; }
-    /// What was written to it so far.
+    /// What was written to it so far. The system passes it on in parts, and a little later on a busy machine.
     [[nodiscard]] std::string written() const
     {
-        std::string text(65536, '\0');
-        ::fcntl(terminal_, F_SETFL, ::fcntl(terminal_, F_GETFL) | O_NONBLOCK);
-        const auto got = ::read(terminal_, text.data(), text.size());
-        return text.substr(0, got > 0 ? static_cast<std::size_t>(got) : 0);
+        std::string text;
+        char part[4096];
+        for (::pollfd ready{terminal_, POLLIN, 0}; ::poll(&ready, 1, 300) > 0;) {
+            const auto got = ::read(terminal_, part, sizeof part);
+            if (got <= 0) { break; }
+            text.append(part, static_cast<std::size_t>(got));
+        }
+        return text;
     }
 
 private:
