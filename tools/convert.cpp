@@ -71,7 +71,7 @@ taskvec::gguf_target target_of(const taskvec::adapter_contents<T>& adapter, cons
     }
     const auto config = model.empty() ? nlohmann::json::object() : tool::config_beside(model);
     if (config.empty()) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_unsupported,
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
             taskvec::message("GGUF needs the architecture of the model that ", adapter.label,
                 model.empty()
                     ? " was trained on, and nothing here says it: give the model's directory, or one with its "
@@ -93,7 +93,7 @@ void convert(const convert_settings& given)
     const bool paired = std::any_of(
         adapter.modules.begin(), adapter.modules.end(), [](const auto& one) { return one.second.paired_rows; });
     if (paired && !to_gguf && given.base.empty()) {
-        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_unsupported,
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
             taskvec::message(adapter.label,
                 " has rows of q and k in the order of llama.cpp, in pairs within each head, and does not say how many "
                 "heads there are: give the model that it was trained on, or a directory with its config.json "

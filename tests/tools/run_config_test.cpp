@@ -542,7 +542,6 @@ TEST_CASE("a configuration's tokenizer_source is --vocabulary")
     has(m.refusal(head + "tokenizer_source: second\n"), "config.yml:6:19: 'tokenizer_source: second'");
     has(m.refusal(head + "tokenizer: {source: base, tokens: {}}\n"), "'tokens' of a tokenizer is not supported");
     has(m.refusal(head + "tokenizer: {tokens: {}}\n"), "'tokens'");
-    has(m.refusal(head), "--vocabulary");
 }
 
 TEST_CASE("several documents are stages, whose results later ones take by name")
