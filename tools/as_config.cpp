@@ -53,8 +53,27 @@ const mergekit_method& words_of(const merge_request& request)
     return *place;
 }
 
+/// The text that occurs in just the names that a pattern matches; a filter of mergekit's is one.
+std::string filter_of(const option_value& value, const std::vector<std::string>& tensors)
+{
+    std::string text;
+    for (std::size_t i = 0; i < value.pattern.size(); ++i) {
+        if (value.pattern[i] == '\\' && i + 1 < value.pattern.size()) { ++i; }
+        text += value.pattern[i];
+    }
+    const auto matches = name_matcher({value.pattern}, value.flag);
+    for (const auto& name : tensors) {
+        if (matches(name) != (name.find(text) != name.npos)) {
+            cannot_say("the pattern '" + value.pattern + "' of " + value.flag,
+                "its filters are plain text that occurs in a tensor's name");
+        }
+    }
+    return text;
+}
+
 /// Values of a parameter: those of tensors that a text occurs in, the first that matches counts, then that of all.
-void put(YAML::Emitter& out, const std::string& name, const option_values& by_tensor, const std::string& of_all)
+void put(YAML::Emitter& out, const std::string& name, const option_values& by_tensor, const std::string& of_all,
+    const std::vector<std::string>& tensors)
 {
     out << YAML::Key << name << YAML::Value;
     if (by_tensor.empty()) {
@@ -66,12 +85,8 @@ void put(YAML::Emitter& out, const std::string& name, const option_values& by_te
         if (one->pattern.empty() || one->numbers.size() != 1) {
             cannot_say(one->flag + " spread over the layers as here", "give REGEX=X for the tensors that differ");
         }
-        if (one->pattern.find_first_of("^$\\.*+?()[]{}|") != std::string::npos) {
-            cannot_say("the pattern '" + one->pattern + "' of " + one->flag,
-                "its filters are plain text that occurs in a tensor's name");
-        }
-        out << YAML::BeginMap << YAML::Key << "filter" << YAML::Value << one->pattern << YAML::Key << "value"
-            << YAML::Value << taskvec::csv_number(one->numbers.front()) << YAML::EndMap;
+        out << YAML::BeginMap << YAML::Key << "filter" << YAML::Value << filter_of(*one, tensors) << YAML::Key
+            << "value" << YAML::Value << taskvec::csv_number(one->numbers.front()) << YAML::EndMap;
     }
     if (!of_all.empty()) { out << YAML::BeginMap << YAML::Key << "value" << YAML::Value << of_all << YAML::EndMap; }
     out << YAML::EndSeq;
@@ -96,8 +111,9 @@ std::string truth_of(const mergekit_parameter& one, const std::string& value, co
 
 class writer {
 public:
-    writer(const merge_request& request, const method_entry& method)
+    writer(const merge_request& request, const method_entry& method, const std::vector<std::string>& tensors)
         : request_(request)
+        , tensors_(tensors)
         , words_(words_of(request))
         , rows_(method.values(request.options))
     {
@@ -173,7 +189,7 @@ private:
             if (one.name == "weight") {
                 start();
                 put(out_, "weight", weights == request_.weights.end() ? option_values() : weights->second,
-                    taskvec::csv_number(tasks_[t].weight));
+                    taskvec::csv_number(tasks_[t].weight), tensors_);
             }
             else if (own != request_.of_tasks.end()) {
                 std::string of_all;
@@ -183,7 +199,7 @@ private:
                 const auto some = by_tensor(own->second, one.row);
                 if (some.empty() && of_all.empty()) { continue; }
                 start();
-                put(out_, one.name, some, of_all);
+                put(out_, one.name, some, of_all, tensors_);
             }
         }
         if (open) { out_ << YAML::EndMap; }
@@ -203,7 +219,7 @@ private:
             said_.insert(one.row);
             if (!open) { out_ << YAML::Key << "parameters" << YAML::Value << YAML::BeginMap; }
             open = true;
-            put(out_, one.name, by_tensor(request_.options, one.row), word);
+            put(out_, one.name, by_tensor(request_.options, one.row), word, tensors_);
         }
         if (open) { out_ << YAML::EndMap; }
     }
@@ -225,6 +241,7 @@ private:
     }
 
     const merge_request& request_;
+    const std::vector<std::string>& tensors_;
     const mergekit_method& words_;
     std::vector<row> rows_, plain_; ///< the values, and those of the semantics alone
     std::string semantics_ = "paper"; ///< those that `run` knows; other presets are their rows
@@ -235,15 +252,16 @@ private:
 
 } // namespace
 
-std::string configuration_of(const merge_request& request, const method_entry& method)
+std::string configuration_of(
+    const merge_request& request, const method_entry& method, const std::vector<std::string>& tensors)
 {
     check_inputs(request);
-    return writer(request, method).text();
+    return writer(request, method, tensors).text();
 }
 
 #else
 
-std::string configuration_of(const merge_request&, const method_entry&)
+std::string configuration_of(const merge_request&, const method_entry&, const std::vector<std::string>&)
 {
     throw usage_error("--as-config: this build of taskvec writes no configurations: it was built without yaml-cpp "
                       "(Debian: libyaml-cpp-dev); install it, configure anew and build again");

@@ -5,11 +5,14 @@
 #include "methods.hpp"
 
 #include <string>
+#include <vector>
 
 namespace tool {
 
 /// The configuration with which `taskvec run` makes what this request makes. What mergekit has no word for stands under
-/// `taskvec`, a key that mergekit passes over. Throws usage_error for what no configuration can say, naming the option.
-[[nodiscard]] std::string configuration_of(const merge_request& request, const method_entry& method);
+/// `taskvec`, a key that mergekit passes over. `tensors`: the names that patterns are for. Throws usage_error for what
+/// no configuration can say, naming the option.
+[[nodiscard]] std::string configuration_of(
+    const merge_request& request, const method_entry& method, const std::vector<std::string>& tensors);
 
 } // namespace tool

@@ -34,7 +34,9 @@ void run_merge(const merge_request& request)
     std::string configuration;
     if (!request.as_config.empty()) {
         claim_output(request.as_config, "--as-config");
-        configuration = configuration_of(request, method);
+        std::vector<std::string> tensors;
+        for (const auto& tensor : inputs.models().tensors()) { tensors.push_back(tensor.name); }
+        configuration = configuration_of(request, method, tensors);
     }
     runner run(request.run, runs_on::any_device);
     const auto call = call_of(run.policy(), request, inputs);

@@ -483,7 +483,8 @@ TEST_CASE("what no configuration can say is refused before anything is written")
         return done.err;
     };
     CHECK(has(refused({"--method", "ties", "--base", "base", "--task", "a", "--include", "mlp"}), "--include"));
-    CHECK(has(refused({"--method", "ties", "--base", "base", "--task", "a", "--density", "mlp$=0.1"}), "'mlp$'"));
+    CHECK(has(refused({"--method", "ties", "--base", "base", "--task", "a", "--density", "mlp.weight$=0.1"}),
+        "'mlp.weight$'"));
     CHECK(has(refused({"--method", "ties", "--base", "base", "--task", "a", "--density", "0.1,0.2"}), "layers"));
     CHECK(has(refused({"--method", "average", "--base", "base", "--task", "a", "--task", "b"}), "--base"));
     CHECK(has(refused({"--method", "task-arithmetic", "--base", "base", "--task", "a", "--task", "a"}), "twice"));
