@@ -332,13 +332,6 @@ template <arithmetic_element A, int bytes>
 {
     return {x.lanes > y.lanes ? x.lanes : y.lanes};
 }
-/// The smaller word.
-template <arithmetic_element A, int bytes>
-[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> smaller(
-    const pack_words<A, bytes>& x, const pack_words<A, bytes>& y) noexcept
-{
-    return {x.lanes < y.lanes ? x.lanes : y.lanes};
-}
 /// The bits of |x|.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> magnitude_of(const pack<A, bytes>& x) noexcept
@@ -365,6 +358,19 @@ template <arithmetic_element A, int bytes>
     const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& x) noexcept
 {
     return {x.lanes - mask.lanes};
+}
+/// Counts plus 1 where a word that is not negative is above 0.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> added_where_positive(
+    const pack_words<A, bytes>& x, const pack_words<A, bytes>& counts) noexcept
+{
+    if constexpr (bytes == 64) { // where masks are no words, the smaller of x and 1 is what is added
+        const auto one = filled_words<pack_words<A, bytes>>(1).lanes;
+        return {counts.lanes + (x.lanes < one ? x.lanes : one)};
+    }
+    else {
+        return added_where(x > 0, counts);
+    }
 }
 /// Small whole numbers as A, exactly.
 template <arithmetic_element A, int bytes>
@@ -442,6 +448,7 @@ template <arithmetic_element A, int bytes>
     }
 #endif
     else {
+        if (!any(mask)) { return 0; } // most packs hold nothing, and the others are taken lane by lane without a branch
         constexpr std::size_t lanes = bytes / sizeof(A);
         signed_word<A> chosen[lanes], words[lanes];
         std::memcpy(chosen, &mask, sizeof chosen);

@@ -130,20 +130,24 @@ struct unit_election_body : Rule {
         in.count(election_counts::negative, sum < 0);
         // With the sum's sign taken off, an entry agrees where it is a positive number, and then it is one as a word
         // too.
-        const words sign = bits_of(sum) & static_cast<signed_word<A>>(sign_mask<A>),
-                    of_zeros = where_zero(sum, filled_words<words>(zero)), elected = sign | of_zeros;
+        const words sign = bits_of(sum) & static_cast<signed_word<A>>(sign_mask<A>);
+        words of_zeros{}, elected = sign;
+        if (zero != 0) { // one answer for all packs: the first sweep has none of it
+            of_zeros = where_zero(sum, filled_words<words>(zero));
+            elected = sign | of_zeros;
+        }
         words agreeing{};
         const pack total = in.total_of([&](std::size_t t) TASKVEC_BODY {
             const words x = bits_of(kept(t)) ^ elected;
             const words agrees = larger(x, words{});
-            agreeing = agreeing + smaller(agrees, filled_words<words>(1));
+            agreeing = added_where_positive(agrees, agreeing);
             return from_bits(agrees);
         });
         // A sum of 0 has entries of both signs, or none at all.
         in.count(election_counts::unresolved, where_zero(sum, agreeing) > 0);
-        // (Nothing agrees with a sum of no entries, and nothing is +0.)
-        const pack mean = turned(
-            total / to_numbers(larger(agreeing, filled_words<words>(1))), sign | (of_zeros & (words{} - agreeing)));
+        // Nothing agrees with a sum of no entries, and nothing is +0.
+        if (zero != 0) { elected = sign | (of_zeros & (words{} - agreeing)); }
+        const pack mean = turned(total / to_numbers(larger(agreeing, filled_words<words>(1))), elected);
         return in.base() + lambda * select(sum == sum, mean, sum);
     }
 };
