@@ -5,6 +5,7 @@
 #include "report.hpp"
 #include "words.hpp"
 
+#include <taskvec/formats/delta.hpp>
 #include <taskvec/formats/fingerprint.hpp>
 
 #include <memory>
@@ -82,12 +83,12 @@ void run_peru_fft(const tool::merge_request& request)
     how.base_label = "the merged model";
     how.output.reset();
     if (how.on_overflow == taskvec::overflow::propagate) { how.on_nonfinite = taskvec::nonfinite::propagate; }
-    std::vector<std::unique_ptr<tool::delta_output>> deltas;
+    std::vector<std::unique_ptr<taskvec::delta_writer>> deltas;
     std::uint64_t written = out.file_size(), kept = 0;
     for (std::size_t t = 0; t < inputs.tasks().size(); ++t) {
         const auto& task = inputs.arguments()[t];
         deltas.push_back(
-            std::make_unique<tool::delta_output>(folder.path() / (task.name + ".delta.safetensors"), stamp));
+            std::make_unique<taskvec::delta_writer>(folder.path() / (task.name + ".delta.safetensors"), stamp));
         how.labels = {tool::in_quotes(task.path)};
         const bool whole = how.on_missing == taskvec::missing_tensors::error;
         const auto model =
@@ -95,9 +96,9 @@ void run_peru_fft(const tool::merge_request& request)
         taskvec::aligned_models residual(&merged.model(), {&model, 1}, how);
         const auto sources = inputs.attach(residual, 0, t);
         tool::prune_into(run.policy(), request.run, pruning, residual, *deltas.back());
-        deltas.back()->writer().finish();
-        written += deltas.back()->writer().file_size();
-        kept += deltas.back()->writer().kept();
+        deltas.back()->finish();
+        written += deltas.back()->file_size();
+        kept += deltas.back()->kept();
     }
     if (report.wanted()) {
         auto content = tool::report_of(run, request, inputs, merge_report, written);
@@ -107,16 +108,16 @@ void run_peru_fft(const tool::merge_request& request)
         content["fingerprint"] = taskvec::fingerprint_text(taskvec::fingerprint_sketch(merged.model()));
         content["options"] = options;
         content["parameters"] = inputs.models().elements() + kept;
-        for (std::size_t t = 0; t < deltas.size(); ++t) { content["tasks"][t]["stored"] = deltas[t]->writer().kept(); }
+        for (std::size_t t = 0; t < deltas.size(); ++t) { content["tasks"][t]["stored"] = deltas[t]->kept(); }
         content["tensors"] = tool::norms_of(run.policy(), tool::beside_base(request, inputs, merged));
         report.finish(content);
     }
     // The deltas before the merged model that they belong to: whoever sees it sees them.
     struct {
-        std::vector<std::unique_ptr<tool::delta_output>>& deltas;
+        std::vector<std::unique_ptr<taskvec::delta_writer>>& deltas;
         void commit()
         {
-            for (auto& delta : deltas) { delta->writer().commit(); }
+            for (auto& delta : deltas) { delta->commit(); }
         }
     } all{deltas};
     const auto name = tool::fs::path(request.out) / out.path().filename();

@@ -4,6 +4,8 @@
 #include "report.hpp"
 #include "words.hpp"
 
+#include <taskvec/formats/delta.hpp>
+
 #include <memory>
 
 namespace {
@@ -46,9 +48,8 @@ void run_prune(const tool::merge_request& request)
         return;
     }
     tool::report_file report(request.run.report);
-    tool::delta_output out(request.out, taskvec::fingerprint(run.policy(), inputs.base()->model()));
-    tool::prune_into(run.policy(), request.run, options, models, out);
-    auto& writer = out.writer();
+    taskvec::delta_writer writer(request.out, taskvec::fingerprint(run.policy(), inputs.base()->model()));
+    tool::prune_into(run.policy(), request.run, options, models, writer);
     writer.finish();
     if (report.wanted()) {
         const taskvec::merge_report done{

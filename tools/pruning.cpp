@@ -23,7 +23,7 @@ taskvec::post_pruning_options pruning_options(const option_values& values)
 }
 
 void prune_into(const taskvec::cpu& policy, const run_options& run, const taskvec::post_pruning_options& options,
-    const taskvec::aligned_models& models, delta_output& out)
+    const taskvec::aligned_models& models, taskvec::sparse_sink& out)
 {
     if (run.device == "cuda") {
         prune_on_cuda(options, models, out, static_cast<std::size_t>(run.memory_bytes()), policy);

@@ -2,10 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "delta_output.hpp"
 #include "methods.hpp"
 
 #include <taskvec/reuse/post_pruning.hpp>
+#include <taskvec/select/sparse.hpp>
 
 #include <string>
 
@@ -17,7 +17,7 @@ namespace tool {
 [[nodiscard]] taskvec::post_pruning_options pruning_options(const option_values& values);
 
 void prune_into(const taskvec::cpu& policy, const run_options& run, const taskvec::post_pruning_options& options,
-    const taskvec::aligned_models& models, delta_output& out);
+    const taskvec::aligned_models& models, taskvec::sparse_sink& out);
 
 /// Reads of both models that pruning needs on smooth data.
 inline constexpr unsigned pruning_walks = 3;

@@ -11048,13 +11048,6 @@ template <arithmetic_element A, int bytes>
 {
     return {x.lanes > y.lanes ? x.lanes : y.lanes};
 }
-/// The smaller word.
-template <arithmetic_element A, int bytes>
-[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> smaller(
-    const pack_words<A, bytes>& x, const pack_words<A, bytes>& y) noexcept
-{
-    return {x.lanes < y.lanes ? x.lanes : y.lanes};
-}
 /// The bits of |x|.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> magnitude_of(const pack<A, bytes>& x) noexcept
@@ -11081,6 +11074,19 @@ template <arithmetic_element A, int bytes>
     const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& x) noexcept
 {
     return {x.lanes - mask.lanes};
+}
+/// Counts plus 1 where a word that is not negative is above 0.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> added_where_positive(
+    const pack_words<A, bytes>& x, const pack_words<A, bytes>& counts) noexcept
+{
+    if constexpr (bytes == 64) { // where masks are no words, the smaller of x and 1 is what is added
+        const auto one = filled_words<pack_words<A, bytes>>(1).lanes;
+        return {counts.lanes + (x.lanes < one ? x.lanes : one)};
+    }
+    else {
+        return added_where(x > 0, counts);
+    }
 }
 /// Small whole numbers as A, exactly.
 template <arithmetic_element A, int bytes>
@@ -11158,6 +11164,7 @@ template <arithmetic_element A, int bytes>
     }
 #endif
     else {
+        if (!any(mask)) { return 0; } // most packs hold nothing, and the others are taken lane by lane without a branch
         constexpr std::size_t lanes = bytes / sizeof(A);
         signed_word<A> chosen[lanes], words[lanes];
         std::memcpy(chosen, &mask, sizeof chosen);
@@ -16981,6 +16988,7 @@ private:
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -17048,8 +17056,12 @@ public:
         metadata_["fingerprint"] = fingerprint_text(base_fingerprint);
     }
 
+    /// Where the models are to be finite and overflow is not to pass, entries have to be finite too: models that are
+    /// may differ by more than their arithmetic holds. Throws nonfinite_error for one that is not, when it comes.
     void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) override
     {
+        finite_ =
+            models.options().on_nonfinite == nonfinite::error && models.options().on_overflow != overflow::propagate;
         std::vector<part> parts;
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {
             const auto& tensor = models.tensors()[i];
@@ -17132,6 +17144,13 @@ private:
             raise<invalid_argument>(error_code::call_order,
                 message("delta of tensor '", parts_[tensor].name, "' was begun with other values"));
         }
+        for (std::size_t i = 0; finite_ && i < n; ++i) {
+            if (std::isfinite(values[i])) { continue; }
+            raise<nonfinite_error>(error_code::result_overflow,
+                message("tensor '", parts_[tensor].name, "' differs by infinity at index ", indices[i],
+                    " though both models are finite there: their difference is beyond ", to_string(dtype_of<A>),
+                    "; let it propagate (overflow)"));
+        }
         file().write(3 * tensor, first * sizeof(A), values, n * sizeof(A));
         if (places_[tensor] == dtype::u8) {
             std::array<std::uint8_t, 16384> bytes;
@@ -17166,6 +17185,7 @@ private:
     durability mode_;
     std::vector<part> parts_;
     std::vector<dtype> places_;
+    bool finite_ = false; ///< entries that are not finite are refused
     std::unique_ptr<safetensors_writer> file_;
 };
 

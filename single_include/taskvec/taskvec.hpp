@@ -2819,13 +2819,6 @@ template <arithmetic_element A, int bytes>
 {
     return {x.lanes > y.lanes ? x.lanes : y.lanes};
 }
-/// The smaller word.
-template <arithmetic_element A, int bytes>
-[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> smaller(
-    const pack_words<A, bytes>& x, const pack_words<A, bytes>& y) noexcept
-{
-    return {x.lanes < y.lanes ? x.lanes : y.lanes};
-}
 /// The bits of |x|.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> magnitude_of(const pack<A, bytes>& x) noexcept
@@ -2852,6 +2845,19 @@ template <arithmetic_element A, int bytes>
     const pack_mask<A, bytes>& mask, const pack_words<A, bytes>& x) noexcept
 {
     return {x.lanes - mask.lanes};
+}
+/// Counts plus 1 where a word that is not negative is above 0.
+template <arithmetic_element A, int bytes>
+[[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> added_where_positive(
+    const pack_words<A, bytes>& x, const pack_words<A, bytes>& counts) noexcept
+{
+    if constexpr (bytes == 64) { // where masks are no words, the smaller of x and 1 is what is added
+        const auto one = filled_words<pack_words<A, bytes>>(1).lanes;
+        return {counts.lanes + (x.lanes < one ? x.lanes : one)};
+    }
+    else {
+        return added_where(x > 0, counts);
+    }
 }
 /// Small whole numbers as A, exactly.
 template <arithmetic_element A, int bytes>
@@ -2929,6 +2935,7 @@ template <arithmetic_element A, int bytes>
     }
 #endif
     else {
+        if (!any(mask)) { return 0; } // most packs hold nothing, and the others are taken lane by lane without a branch
         constexpr std::size_t lanes = bytes / sizeof(A);
         signed_word<A> chosen[lanes], words[lanes];
         std::memcpy(chosen, &mask, sizeof chosen);
@@ -12333,20 +12340,24 @@ struct unit_election_body : Rule {
         in.count(election_counts::negative, sum < 0);
         // With the sum's sign taken off, an entry agrees where it is a positive number, and then it is one as a word
         // too.
-        const words sign = bits_of(sum) & static_cast<signed_word<A>>(sign_mask<A>),
-                    of_zeros = where_zero(sum, filled_words<words>(zero)), elected = sign | of_zeros;
+        const words sign = bits_of(sum) & static_cast<signed_word<A>>(sign_mask<A>);
+        words of_zeros{}, elected = sign;
+        if (zero != 0) { // one answer for all packs: the first sweep has none of it
+            of_zeros = where_zero(sum, filled_words<words>(zero));
+            elected = sign | of_zeros;
+        }
         words agreeing{};
         const pack total = in.total_of([&](std::size_t t) TASKVEC_BODY {
             const words x = bits_of(kept(t)) ^ elected;
             const words agrees = larger(x, words{});
-            agreeing = agreeing + smaller(agrees, filled_words<words>(1));
+            agreeing = added_where_positive(agrees, agreeing);
             return from_bits(agrees);
         });
         // A sum of 0 has entries of both signs, or none at all.
         in.count(election_counts::unresolved, where_zero(sum, agreeing) > 0);
-        // (Nothing agrees with a sum of no entries, and nothing is +0.)
-        const pack mean = turned(
-            total / to_numbers(larger(agreeing, filled_words<words>(1))), sign | (of_zeros & (words{} - agreeing)));
+        // Nothing agrees with a sum of no entries, and nothing is +0.
+        if (zero != 0) { elected = sign | (of_zeros & (words{} - agreeing)); }
+        const pack mean = turned(total / to_numbers(larger(agreeing, filled_words<words>(1))), elected);
         return in.base() + lambda * select(sum == sum, mean, sum);
     }
 };

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -76,8 +77,12 @@ public:
         metadata_["fingerprint"] = fingerprint_text(base_fingerprint);
     }
 
+    /// Where the models are to be finite and overflow is not to pass, entries have to be finite too: models that are
+    /// may differ by more than their arithmetic holds. Throws nonfinite_error for one that is not, when it comes.
     void begin(const aligned_models& models, const std::vector<std::uint64_t>& kept) override
     {
+        finite_ =
+            models.options().on_nonfinite == nonfinite::error && models.options().on_overflow != overflow::propagate;
         std::vector<part> parts;
         for (std::size_t i = 0; i < models.tensors().size(); ++i) {
             const auto& tensor = models.tensors()[i];
@@ -160,6 +165,13 @@ private:
             raise<invalid_argument>(error_code::call_order,
                 message("delta of tensor '", parts_[tensor].name, "' was begun with other values"));
         }
+        for (std::size_t i = 0; finite_ && i < n; ++i) {
+            if (std::isfinite(values[i])) { continue; }
+            raise<nonfinite_error>(error_code::result_overflow,
+                message("tensor '", parts_[tensor].name, "' differs by infinity at index ", indices[i],
+                    " though both models are finite there: their difference is beyond ", to_string(dtype_of<A>),
+                    "; let it propagate (overflow)"));
+        }
         file().write(3 * tensor, first * sizeof(A), values, n * sizeof(A));
         if (places_[tensor] == dtype::u8) {
             std::array<std::uint8_t, 16384> bytes;
@@ -194,6 +206,7 @@ private:
     durability mode_;
     std::vector<part> parts_;
     std::vector<dtype> places_;
+    bool finite_ = false; ///< entries that are not finite are refused
     std::unique_ptr<safetensors_writer> file_;
 };
 
