@@ -101,12 +101,10 @@ option_values by_tensor(const option_values& values, const std::string& name)
     return found;
 }
 
-/// The word of a truth for a row's value; empty where it has none.
+/// The truth that sets a row to a value; empty where none does.
 std::string truth_of(const mergekit_parameter& one, const std::string& value, const std::string& semantics)
 {
-    const bool density = one.on == "l1" && semantics == "paper"; // `run` reads the truth so
-    if (value == (density ? "density" : one.on)) { return "true"; }
-    return value == one.off ? "false" : "";
+    return value == one.word(true, semantics) ? "true" : value == one.word(false, semantics) ? "false" : "";
 }
 
 class writer {

@@ -18,6 +18,12 @@ struct mergekit_parameter {
     bool required = false;
     std::string on = "true", off = "false"; ///< what a truth sets the row to
     std::string unless{}; ///< mergekit's default, where the preset's is another
+
+    /// What a truth sets the row to: the papers rescale by the density where mergekit does by the L1 norm.
+    [[nodiscard]] std::string word(bool truth, const std::string& semantics) const
+    {
+        return !truth ? off : on == "l1" && semantics == "paper" ? "density" : on;
+    }
 };
 
 /// A method of mergekit's, and the method that it is here.

@@ -683,10 +683,9 @@ private:
                 where_.fail(part.value,
                     "'" + one.name + "' has one value for all tensors; filters and lists are not supported");
             }
-            made.text = one.type == tool::mergekit_parameter::kind::whole_number ? part.value.Scalar()
-                : truth_of(where_, part.value, one.name)                         ? one.on
-                                                                                 : one.off;
-            if (made.text == "l1" && given_.semantics == "paper") { made.text = "density"; }
+            made.text = one.type == tool::mergekit_parameter::kind::whole_number
+                ? part.value.Scalar()
+                : one.word(truth_of(where_, part.value, one.name), given_.semantics);
             return made;
         }
         if (part.value.IsScalar()) { made.numbers = {number_of(where_, part.value, one.name)}; }
