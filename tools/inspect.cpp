@@ -123,9 +123,8 @@ std::vector<std::uint64_t> fingerprints_in(const std::string& what)
     }
     if (found.empty()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
-            "'" + tool::printable(what)
-                + "' holds no fingerprint; --verify takes one (xxh64: and 16 hexadecimal digits), or a delta, a file "
-                  "of "
+            tool::in_quotes(what)
+                + " holds no fingerprint; --verify takes one (xxh64: and 16 hexadecimal digits), or a delta, a file of "
                   "statistics, a report or a model card");
     }
     return found;
@@ -135,20 +134,25 @@ void verify(const taskvec::checkpoint& model, const inspect_settings& given)
 {
     const auto wanted = fingerprints_in(given.verify);
     const auto has = [&](std::uint64_t value) { return std::count(wanted.begin(), wanted.end(), value) > 0; };
-    const auto name = "'" + tool::printable(given.model) + "'", file = "'" + tool::printable(given.verify) + "'";
-    if (const auto sketch = taskvec::fingerprint_sketch(model.model()); has(sketch)) {
-        tool::print(name + " has the sketch that " + file + " names: " + taskvec::fingerprint_text(sketch) + "\n");
+    const auto name = tool::in_quotes(given.model), file = tool::in_quotes(given.verify);
+    const auto sketch = taskvec::fingerprint_sketch(model.model());
+    if (has(sketch)) {
+        tool::print(
+            tool::printable(name + " has the sketch that " + file + " names: " + taskvec::fingerprint_text(sketch))
+            + "\n");
         return;
     }
     const tool::runner run(given.run);
     const auto found = taskvec::fingerprint(run.policy(), model.model());
     if (has(found)) {
-        tool::print(name + " has the fingerprint that " + file + " names: " + taskvec::fingerprint_text(found) + "\n");
+        tool::print(
+            tool::printable(name + " has the fingerprint that " + file + " names: " + taskvec::fingerprint_text(found))
+            + "\n");
         return;
     }
     taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::fingerprint_differs,
         name + " is not what " + file + " names: its fingerprint is " + taskvec::fingerprint_text(found)
-            + " and its sketch " + taskvec::fingerprint_text(taskvec::fingerprint_sketch(model.model())) + "; expected "
+            + " and its sketch " + taskvec::fingerprint_text(sketch) + "; expected "
             + (wanted.size() == 1 ? "" : "one of " + std::to_string(wanted.size()) + ", such as ")
             + taskvec::fingerprint_text(wanted.front()));
 }
@@ -191,10 +195,9 @@ void print_table(const taskvec::checkpoint& model, const tool::fs::path& path)
         }
     }
     text += layer_totals(model);
-    if (const auto name = architecture_text(tool::config_beside(path)); !name.empty()) {
-        text += "architecture: " + name + "\n";
-    }
-    if (const auto tie = tool::tie_text(model.model(), tool::says_tied(path)); !tie.empty()) {
+    const auto config = tool::config_beside(path);
+    if (const auto name = architecture_text(config); !name.empty()) { text += "architecture: " + name + "\n"; }
+    if (const auto tie = tool::tie_text(model.model(), tool::config_says_tied(config)); !tie.empty()) {
         text += "tied: " + tool::printable(tie) + "\n";
     }
     if (const auto layers = tool::layers_text(model); !layers.empty()) { text += "quantised: " + layers + "\n"; }

@@ -257,7 +257,7 @@ std::string updated_config(const std::string& text, const fs::path& file,
             }
         }
     }
-    const bool own_head = says_tied(file) && vocabulary_head(specs)
+    const bool own_head = config_says_tied(nlohmann::json(config)) && vocabulary_head(specs)
         && std::any_of(how.models.begin(), how.models.end(),
             [](const recipe::model& one) { return has_own_head(one.opened->model()); });
     if (how.untied || own_head) {

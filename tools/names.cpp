@@ -406,7 +406,11 @@ nlohmann::json config_beside(const fs::path& model)
 
 bool says_tied(const fs::path& model)
 {
-    const auto config = config_beside(model);
+    return config_says_tied(config_beside(model));
+}
+
+bool config_says_tied(const nlohmann::json& config)
+{
     const auto truth = [](const nlohmann::json& object) {
         return object.is_object() && object.contains("tie_word_embeddings") && object["tie_word_embeddings"] == true;
     };

@@ -77,7 +77,8 @@ struct prefix_match {
     const std::string& reference_label);
 /// The config.json beside a model's weights; an empty object where there is none.
 [[nodiscard]] nlohmann::json config_beside(const fs::path& model);
-/// Whether the configuration beside a model says that its head is tied.
+/// Whether a configuration, and that beside a model, says that the head is tied.
+[[nodiscard]] bool config_says_tied(const nlohmann::json& config);
 [[nodiscard]] bool says_tied(const fs::path& model);
 /// Whether a tensor of this name is a head over the vocabulary.
 [[nodiscard]] bool is_head(std::string_view name);
