@@ -166,6 +166,7 @@
 #endif
 #endif // TASKVEC_SINGLE_CORE_CONFIG_HPP
 
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -553,8 +554,10 @@ public:
 };
 
 /// With exceptions off every error goes here, as what would have been thrown: kind(), code() and what(), and by its
-/// kind the file, the offset or the call. Files that were being written under temporary names are gone by then. A
-/// handler that returns is followed by std::abort().
+/// kind the file, the offset or the call. Files that were being written under temporary names are gone by then. It is
+/// called once in a process, on the thread that failed first, and a handler that returns is followed by std::abort().
+/// Other threads may still be at work: std::_Exit() ends the process beside them, where std::exit() would destroy the
+/// program's static objects under their hands.
 using error_handler = void (*)(const error&);
 
 namespace detail {
@@ -575,6 +578,21 @@ inline error_cleanup& error_cleanup_slot() noexcept
 {
     static error_cleanup cleanup = nullptr;
     return cleanup;
+}
+
+/// Lets the first thread that fails go on to the handler. Others wait here for the end of the process: an error in the
+/// handler itself, which would wait for itself, aborts.
+[[gnu::cold, gnu::noinline]] inline void pass_first_failure() noexcept
+{
+    static std::atomic_flag failed;
+    static thread_local bool mine = false;
+    if (!failed.test_and_set(std::memory_order_acq_rel)) { mine = true; }
+    else if (mine) {
+        std::abort();
+    }
+    else {
+        for (;;) { failed.wait(true, std::memory_order_relaxed); }
+    }
 }
 
 /// One piece of a message: text as it is, or a number written out.
@@ -648,6 +666,7 @@ template <class Error, class... Arguments>
 {
 #if defined(TASKVEC_NO_EXCEPTIONS)
     const Error failure(code, std::forward<Arguments>(arguments)...);
+    detail::pass_first_failure();
     if (detail::error_cleanup_slot()) { detail::error_cleanup_slot()(); }
     detail::error_handler_slot()(failure);
     std::abort();
