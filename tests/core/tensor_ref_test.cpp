@@ -3,6 +3,8 @@
 
 #include <doctest/doctest.h>
 
+#include <cstddef>
+#include <limits>
 #include <vector>
 
 using namespace taskvec;
@@ -18,7 +20,16 @@ TEST_CASE("the number of elements of a shape")
         (void)element_count({2, -1}, "w"), "tensor 'w' has a negative extent in [2, -1]", shape_mismatch);
     CHECK_THROWS_AS((void)element_count({0, -1}), shape_mismatch);
     CHECK_THROWS_AS((void)element_count({std::int64_t{1} << 62, 2}), shape_mismatch);
-    CHECK(element_count({std::int64_t{1} << 62, 1}) == std::size_t{1} << 62);
+    const std::int64_t many = std::numeric_limits<std::ptrdiff_t>::max(); // 2^63-1, or 2^31-1 in a 32-bit program
+    CHECK(element_count({many, 1}) == static_cast<std::size_t>(many));
+    CHECK_THROWS_AS((void)element_count({many / 2 + 1, 2}), shape_mismatch);
+    if constexpr (sizeof(std::size_t) < 8) {
+        const const_tensor_ref numbers{nullptr, dtype::f32, {many}}, bytes{nullptr, dtype::u8, {many}};
+        CHECK_THROWS_WITH_AS((void)numbers.bytes("w"),
+            "tensor 'w' of shape [2147483647] and dtype F32 has more bytes than a 32-bit program can address",
+            shape_mismatch);
+        CHECK(bytes.bytes() == static_cast<std::size_t>(many));
+    }
 }
 
 TEST_CASE("the number of bytes rounds packed types up")

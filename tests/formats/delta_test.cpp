@@ -195,6 +195,10 @@ TEST_CASE("a tensor of 2^31 elements has wide indices")
     const scratch folder;
     const delta content{.tensors = {{"w", sparse_vector<float>{{1 << 16, 1 << 16}, {0, 4'294'967'295}, {1, 2}}},
                             {"v", sparse_vector<float>{{(1ll << 31) - 1}, {2'147'483'646}, {3}}}}};
+    if constexpr (sizeof(std::size_t) < 8) {
+        CHECK_THROWS_AS(write_delta(folder / "f", content), shape_mismatch);
+        return;
+    }
     write_delta(folder / "f", content);
     const safetensors_file file(folder / "f");
     const auto model = file.model();

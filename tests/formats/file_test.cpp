@@ -52,6 +52,22 @@ TEST_CASE("an empty file maps to nothing; what is no regular file is refused")
     }
 }
 
+TEST_CASE("a file that does not fit into the addresses of a 32-bit program is an error that says so")
+{
+    const scratch folder;
+    spill(folder / "f", "x");
+    std::filesystem::resize_file(folder / "f", 4'294'967'296 + 5); // a hole
+    if constexpr (sizeof(std::size_t) == 8) {
+        const mapped_file file(folder / "f");
+        CHECK(file.bytes().size() == 4'294'967'301);
+        CHECK(file.bytes()[4'294'967'300] == std::byte{0});
+    }
+    else {
+        CHECK_THROWS_WITH_AS(mapped_file(folder / "f"),
+            doctest::Contains("has 4294967301 bytes, more than a 32-bit program can map into memory"), io_error);
+    }
+}
+
 TEST_CASE("an atomic file appears at commit and not before, and leaves nothing when it is dropped")
 {
     const scratch folder;

@@ -30,6 +30,17 @@ echo "#undef $number
 #include <taskvec/core/config.hpp>" > old.cpp
 refused 'taskvec needs g++ 12 or clang 14 (or later): this compiler is older' 2 compile -std=c++20 -w old.cpp
 
+# Processors, by their macros: of big-endian ones, and of those whose arithmetic keeps more digits than its type has.
+echo '#include <taskvec/core/config.hpp>' > config.cpp
+refused 'taskvec needs a little-endian processor' 2 \
+    compile -std=c++20 -w -U__BYTE_ORDER__ -D__BYTE_ORDER__=4321 config.cpp
+refused 'add -msse2 -mfpmath=sse' 2 compile -std=c++20 -w -U__FLT_EVAL_METHOD__ -D__FLT_EVAL_METHOD__=2 config.cpp
+# What is neither g++ nor clang is not refused, unless it is an old Visual Studio.
+if [ $number = __GNUC__ ]; then
+    compile -std=c++20 -w -U__GNUC__ config.cpp || fail "another compiler is refused"
+    refused 'taskvec needs Visual Studio 2022' 2 compile -std=c++20 -w -U__GNUC__ -D_MSC_VER=1929 config.cpp
+fi
+
 # What other projects' headers are missing. Nothing but the standard library is searched.
 echo '#include <taskvec/formats/safetensors.hpp>' > files.cpp
 for need in 'whole.cpp Eigen libeigen3-dev' 'files.cpp nlohmann_json nlohmann-json3-dev'; do

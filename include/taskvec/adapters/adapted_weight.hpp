@@ -31,29 +31,22 @@ struct update_place {
 
 /// One thing that is added to a tensor. It refers to the update, or the stored tensor, which outlive it.
 struct weight_change {
-    const lora_update<float>* single = nullptr; ///< the update, in f32
-    const lora_update<double>* wide = nullptr; ///< or in f64; both null: `saved` takes the tensor's place
+    const lora_update<float>* single = nullptr;
+    const lora_update<double>* wide = nullptr;
     const_tensor_ref saved{}; ///< a whole tensor in place of the base's, where there is no update
     double weight = 1; ///< of the change: θ0 + weight·(θ − θ0)
-    update_place place{}; ///< how the update lies in the tensor
+    update_place place{};
     std::string label{}; ///< names the adapter in messages
 
-    /// Whether it is a low-rank update; out() to b() are its own, and are asked of nothing else.
     [[nodiscard]] bool is_update() const noexcept { return single || wide; }
-    /// Outputs of the module.
     [[nodiscard]] std::size_t out() const noexcept { return single ? single->out() : wide->out(); }
-    /// Inputs of the module.
     [[nodiscard]] std::size_t in() const noexcept { return single ? single->in() : wide->in(); }
-    /// The rank of its factors.
     [[nodiscard]] std::size_t rank() const noexcept { return single ? single->rank() : wide->rank(); }
-    /// The factor of b·a.
     [[nodiscard]] double scaling() const noexcept { return single ? single->scaling : wide->scaling; }
-    /// Entry (k, i) of lora_A, in f64.
     [[nodiscard]] double a(std::size_t k, std::size_t i) const noexcept
     {
         return single ? static_cast<double>(single->a(k, i)) : wide->a(k, i);
     }
-    /// Entry (i, k) of lora_B, in f64.
     [[nodiscard]] double b(std::size_t i, std::size_t k) const noexcept
     {
         return single ? static_cast<double>(single->b(i, k)) : wide->b(i, k);
@@ -131,21 +124,21 @@ private:
         const A* const l = left + i * rank;
         for (std::size_t k = 0; k < rank; ++k) {
             pack<A, bytes> r[across];
-#pragma GCC unroll 4
+            TASKVEC_UNROLL(4)
             for (int c = 0; c < across; ++c) {
                 r[c] = load_row<A, bytes, A>(words(panel + k * width + static_cast<std::size_t>(c) * lanes));
             }
-#pragma GCC unroll 8
+            TASKVEC_UNROLL(8)
             for (int t = 0; t < tall; ++t) {
                 const A factor = l[static_cast<std::size_t>(t) * rank + k];
-#pragma GCC unroll 4
+                TASKVEC_UNROLL(4)
                 for (int c = 0; c < across; ++c) { sum[t][c] = sum[t][c] + factor * r[c]; }
             }
         }
-#pragma GCC unroll 8
+        TASKVEC_UNROLL(8)
         for (int t = 0; t < tall; ++t) {
             A* const to = out + (i + static_cast<std::size_t>(t)) * stride + j;
-#pragma GCC unroll 4
+            TASKVEC_UNROLL(4)
             for (int c = 0; c < across; ++c) {
                 A* const here = to + static_cast<std::size_t>(c) * lanes;
                 store_row<A, A, bytes>(load_row<A, bytes, A>(words(here)) + sum[t][c], words(here));

@@ -59,7 +59,7 @@ host_view<const T> const_view(host_view<T> x) noexcept
     return x;
 }
 
-[[noreturn, gnu::cold]] inline void refuse_nonfinite_input(std::size_t which, double found, std::uint64_t index)
+[[noreturn]] TASKVEC_COLD inline void refuse_nonfinite_input(std::size_t which, double found, std::uint64_t index)
 {
     raise<nonfinite_error>(error_code::not_finite,
         message("input ", which, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", index,

@@ -37,12 +37,12 @@ template <storage_element T>
 /// hides from the processor what is still to be loaded. Never faults. Always inlined: g++ takes a call of a function
 /// that does nothing but prefetch for one without effect, and leaves it out.
 template <std::size_t count, class Word>
-[[gnu::always_inline]] inline void fetch_ahead(const Word* words) noexcept
+TASKVEC_INLINE void fetch_ahead(const Word* words) noexcept
 {
     const auto place = reinterpret_cast<std::uintptr_t>(words) + 4096; // a number: most lie outside the words' array
     TASKVEC_UNROLL(16)
     for (std::size_t line = 0; line < count * sizeof(Word); line += 64) {
-        __builtin_prefetch(reinterpret_cast<const void*>(place + line), 0, 3);
+        TASKVEC_PREFETCH(reinterpret_cast<const void*>(place + line), 3);
     }
 }
 
@@ -63,12 +63,14 @@ template <arithmetic_element A, int bytes, storage_element T>
         loaded.load(from);
         return loaded.template get<0>();
     }
+#if TASKVEC_VECTORS()
     else {
         using codes = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere;
         using lanes = typename taskvec::detail::vector_of<std::int32_t, bytes>::type;
         return pack_conversion<T>::widen(
             pack_words<A, bytes>{__builtin_convertvector(*reinterpret_cast<const codes*>(from), lanes)});
     }
+#endif
 }
 template <storage_element T, arithmetic_element A, int bytes>
 TASKVEC_INLINE void store_row(const pack<A, bytes>& x, storage_word<T>* to) noexcept
@@ -79,11 +81,13 @@ TASKVEC_INLINE void store_row(const pack<A, bytes>& x, storage_word<T>* to) noex
         made.template put<0>(x);
         made.store(to);
     }
+#if TASKVEC_VECTORS()
     else {
         using codes = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::type;
         using in_memory = typename taskvec::detail::vector_of<std::uint16_t, bytes / 2>::anywhere;
         *reinterpret_cast<in_memory*>(to) = __builtin_convertvector(pack_conversion<T>::narrow(x).lanes, codes);
     }
+#endif
 }
 
 /// The largest word of a pack's lanes, or `least`.
@@ -275,11 +279,13 @@ private:
     [[nodiscard]] static TASKVEC_INLINE pack<double, bytes> wide(const A* from) noexcept
     {
         if constexpr (std::same_as<A, double>) { return load_row<double, bytes, double>(from); }
+#if TASKVEC_VECTORS()
         else {
             using numbers = typename taskvec::detail::vector_of<float, bytes / 2>::anywhere;
             return {
                 __builtin_convertvector(*reinterpret_cast<const numbers*>(from), decltype(pack<double, bytes>::lanes))};
         }
+#endif
     }
 };
 

@@ -21,9 +21,9 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 using signed_word = std::conditional_t<std::same_as<A, double>, std::int64_t, std::int32_t>;
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+#if TASKVEC_VECTORS() && !defined(__clang__) && defined(__x86_64__)
 #define TASKVEC_OPAQUE(value) asm("" : "+x"(value))
-#elif defined(__GNUC__) && !defined(__clang__) && defined(__aarch64__) && !defined(__CUDACC__)
+#elif TASKVEC_VECTORS() && !defined(__clang__) && defined(__aarch64__)
 #define TASKVEC_OPAQUE(value) asm("" : "+w"(value))
 #else
 #define TASKVEC_OPAQUE(value) ((void)0)
@@ -33,7 +33,7 @@ namespace detail {
 // Members, not alias templates: g++ drops vector_size of a dependent size there.
 template <class T, int bytes>
 struct vector_of {
-#if defined(__GNUC__) && !defined(__CUDACC__)
+#if TASKVEC_VECTORS()
     typedef T type __attribute__((vector_size(bytes)));
     typedef T anywhere __attribute__((vector_size(bytes), aligned(1), may_alias)); // in memory
 #endif
@@ -54,7 +54,7 @@ inline constexpr int pack_lanes = bytes == 0 ? 1 : bytes / static_cast<int>(size
 /// What a comparison of packs gives: all bits of a lane where it holds, none where not.
 template <arithmetic_element A, int bytes>
 struct pack_mask {
-    typename detail::vector_of<signed_word<A>, bytes>::type lanes; ///< all bits set, or none
+    typename detail::vector_of<signed_word<A>, bytes>::type lanes;
 
     template <class T = void>
     TASKVEC_HOST_DEVICE explicit operator bool() const
@@ -69,21 +69,18 @@ struct pack_mask {
 /// The bits of packs as signed words: magnitudes (their sign bit is clear) compare as numbers do.
 template <arithmetic_element A, int bytes>
 struct pack_words {
-    /// One lane.
     using word = signed_word<A>;
-    typename detail::vector_of<word, bytes>::type lanes; ///< the words
+    typename detail::vector_of<word, bytes>::type lanes;
 };
 
 /// `bytes` of entries of A; 0 bytes are one entry.
 template <arithmetic_element A, int bytes>
 struct pack {
     using value_type = A;
-    /// What comparisons give.
     using mask = pack_mask<A, bytes>;
-    /// Its bits.
     using words = pack_words<A, bytes>;
     static constexpr int size = pack_lanes<A, bytes>;
-    typename detail::vector_of<A, bytes>::type lanes; ///< the numbers
+    typename detail::vector_of<A, bytes>::type lanes;
 };
 
 TASKVEC_KERNELS_BEGIN
@@ -94,6 +91,7 @@ template <class Words>
 [[nodiscard]] TASKVEC_INLINE Words filled_words(typename Words::word value) noexcept
 {
     if constexpr (sizeof(Words) == sizeof(value)) { return {value}; }
+#if TASKVEC_VECTORS()
     else if (__builtin_constant_p(value)) {
         return {decltype(Words::lanes){} + value};
     }
@@ -104,8 +102,8 @@ template <class Words>
         TASKVEC_OPAQUE(bits);
         return {__builtin_bit_cast(decltype(Words::lanes), static_cast<numbers>(bits - numbers{}))};
     }
+#endif
 }
-/// A number in every lane of a pack.
 template <class Pack>
 [[nodiscard]] TASKVEC_INLINE Pack filled(typename Pack::value_type value) noexcept
 {
@@ -158,7 +156,6 @@ TASKVEC_PACK_WITH_NUMBER(*)
 TASKVEC_PACK_WITH_NUMBER(/)
 #undef TASKVEC_PACK_WITH_NUMBER
 
-/// The sign turned around, of every lane (of 0 and NaN too).
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator-(const pack<A, bytes>& x) noexcept
 {
@@ -196,13 +193,11 @@ template <arithmetic_element A, int bytes>
 {
     return __builtin_bit_cast(pack_words<A, bytes>, x);
 }
-/// The pack that has these bits.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> from_bits(const pack_words<A, bytes>& x) noexcept
 {
     return __builtin_bit_cast(pack<A, bytes>, x);
 }
-/// The mask as words: −1 where it holds, 0 where it does not.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> words_of(const pack_mask<A, bytes>& x) noexcept
 {
@@ -225,27 +220,23 @@ TASKVEC_PACK_BITS(pack_words, ^)
 TASKVEC_PACK_BITS(pack_words, +)
 TASKVEC_PACK_BITS(pack_words, -)
 #undef TASKVEC_PACK_BITS
-/// Where the mask does not hold.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator~(const pack_mask<A, bytes>& x) noexcept
 {
     return {~x.lanes};
 }
-/// Bits of every word and of `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator&(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
     return {x.lanes & y};
 }
-/// Bits of every word or of `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator|(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
     return {x.lanes | y};
 }
-/// Every word plus `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator+(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
@@ -312,19 +303,18 @@ TASKVEC_WORDS_COMPARISON(!=)
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> materialised(pack_mask<A, bytes> mask) noexcept
 {
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+#if TASKVEC_VECTORS() && !defined(__clang__) && defined(__x86_64__)
     if constexpr (bytes == 64) { asm("" : "+v"(mask.lanes)); }
 #endif
     return mask;
 }
 
-/// Every word shifted to the left.
+/// Shifts of every word, to the left or, filling with zeros, to the right.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept
 {
     return {x.lanes << by};
 }
-/// Every word shifted to the right, filled with zeros.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator>>(const pack_words<A, bytes>& x, int by) noexcept
 {
@@ -389,9 +379,11 @@ template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> to_numbers(const pack_words<A, bytes>& x) noexcept
 {
     if constexpr (bytes == 0) { return {static_cast<A>(x.lanes)}; }
+#if TASKVEC_VECTORS()
     else {
         return {__builtin_convertvector(x.lanes, decltype(pack<A, bytes>::lanes))};
     }
+#endif
 }
 
 /// Whether a mask holds in some lane: one answer for the whole pack, which a body may branch on. (g++ 12 finds no such
@@ -401,7 +393,7 @@ template <arithmetic_element A, int bytes>
 {
     if constexpr (bytes == 0) { return mask.lanes != 0; }
     else {
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+#if TASKVEC_VECTORS() && !defined(__clang__) && defined(__x86_64__)
         if constexpr (bytes == 64) {
             bool found;
             asm("vptestmd %1, %1, %%k1\n\tkortestw %%k1, %%k1" : "=@ccnz"(found) : "v"(mask.lanes) : "k1");
@@ -437,7 +429,7 @@ template <arithmetic_element A, int bytes>
         *out = x.lanes;
         return mask.lanes != 0;
     }
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(__CUDACC__)
+#if TASKVEC_VECTORS() && !defined(__clang__) && defined(__x86_64__)
     else if constexpr (bytes == 64) {
         auto packed = x.lanes;
         unsigned chosen;

@@ -37,7 +37,7 @@ namespace detail {
 
 /// Calls body(0) … body(count − 1), each on a thread of its own, body(0) on this one; returns when all have returned.
 /// Where the system gives no more threads this one makes their calls. body does not throw.
-[[gnu::noinline]] inline void run_on_threads(std::size_t count, function_ref<void(std::size_t)> body)
+TASKVEC_NOINLINE inline void run_on_threads(std::size_t count, function_ref<void(std::size_t)> body)
 {
 #if defined(__unix__) || defined(__APPLE__)
     constexpr std::size_t most = 256;

@@ -11,6 +11,9 @@
 
 #include <concepts>
 #include <cstdint>
+#if !TASKVEC_GNU()
+#include <atomic>
+#endif
 
 namespace taskvec::inline TASKVEC_ABI::elementwise {
 
@@ -86,6 +89,8 @@ TASKVEC_HOST_DEVICE inline void atomic_add(counter* place, counter amount) noexc
 {
 #if defined(__CUDA_ARCH__)
     atomicAdd(place, amount);
+#elif !TASKVEC_GNU()
+    std::atomic_ref(*place).fetch_add(amount, std::memory_order_relaxed);
 #else
     __atomic_fetch_add(place, amount, __ATOMIC_RELAXED);
 #endif
@@ -96,6 +101,8 @@ TASKVEC_HOST_DEVICE inline counter atomic_take(counter* place) noexcept
 {
 #if defined(__CUDA_ARCH__)
     return atomicAdd(place, counter{1});
+#elif !TASKVEC_GNU()
+    return std::atomic_ref(*place).fetch_add(1, std::memory_order_relaxed);
 #else
     return __atomic_fetch_add(place, 1, __ATOMIC_RELAXED);
 #endif
@@ -106,6 +113,10 @@ TASKVEC_HOST_DEVICE inline void atomic_min(counter* place, counter value) noexce
 {
 #if defined(__CUDA_ARCH__)
     atomicMin(place, value);
+#elif !TASKVEC_GNU()
+    const std::atomic_ref shared(*place);
+    counter found = shared.load(std::memory_order_relaxed);
+    while (value < found && !shared.compare_exchange_weak(found, value, std::memory_order_relaxed)) { }
 #else
     counter found = __atomic_load_n(place, __ATOMIC_RELAXED);
     while (value < found

@@ -127,7 +127,6 @@ using arithmetic_type = typename storage_traits<T>::arithmetic;
 template <storage_element T>
 using storage_word = typename storage_traits<T>::word;
 
-/// The dtype that tensors of T have.
 template <storage_element T>
 inline constexpr dtype dtype_of = storage_traits<T>::dtype;
 
@@ -180,7 +179,7 @@ template <class... T>
 }
 
 /// The storage types as messages name them: "F64, F32, BF16 or F16".
-[[nodiscard, gnu::cold]] inline std::string storage_names()
+[[nodiscard]] TASKVEC_COLD inline std::string storage_names()
 {
     return detail::names_of(storage_types{});
 }
@@ -225,7 +224,7 @@ template <storage_element T, arithmetic_element A>
 TASKVEC_KERNELS_END
 
 namespace detail {
-[[noreturn, gnu::cold]] inline void refuse_storage(dtype type, std::string_view tensor)
+[[noreturn]] TASKVEC_COLD inline void refuse_storage(dtype type, std::string_view tensor)
 {
     raise<dtype_mismatch>(error_code::dtype_unsupported,
         message("tensor '", tensor, "' has dtype ", to_string(type), "; expected ", storage_names(),

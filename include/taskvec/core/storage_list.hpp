@@ -16,8 +16,8 @@ concept arithmetic_element = std::same_as<T, double> || std::same_as<T, float>;
 template <class... T>
 struct storage_list { };
 
-struct [[gnu::may_alias]] bf16;
-struct [[gnu::may_alias]] f16;
+struct TASKVEC_MAY_ALIAS bf16;
+struct TASKVEC_MAY_ALIAS f16;
 
 /// The storage types that come with the library, in the order in which messages name them.
 using own_storage_types = storage_list<double, float, bf16, f16>;

@@ -19,7 +19,6 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// A shape, or strides: slowest first, in elements.
 using extents = std::vector<std::int64_t>;
 
 /// "[2, 3]"
@@ -30,7 +29,15 @@ using extents = std::vector<std::int64_t>;
     return text + "]";
 }
 
-/// Number of elements of a shape; a negative extent or a product above 2^63-1 is an error that names `what`.
+namespace detail {
+/// How many elements a tensor may have, and how messages say it.
+inline constexpr std::uint64_t most_elements = std::numeric_limits<std::size_t>::max() / 2;
+inline constexpr std::string_view most_elements_text =
+    sizeof(std::size_t) == 8 ? "2^63-1 elements" : "the 2^31-1 elements of a 32-bit program";
+} // namespace detail
+
+/// Number of elements of a shape; a negative extent or a product above 2^63-1 (2^31-1 in a 32-bit program) is an error
+/// that names `what`.
 [[nodiscard]] inline std::size_t element_count(const extents& shape, std::string_view what = "tensor")
 {
     std::uint64_t count = 1;
@@ -44,15 +51,29 @@ using extents = std::vector<std::int64_t>;
     }
     if (empty) { return 0; }
     for (const auto extent : shape) {
-        if (count > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())
-                / static_cast<std::uint64_t>(extent)) {
+        if (count > detail::most_elements / static_cast<std::uint64_t>(extent)) {
             raise<shape_mismatch>(error_code::shape_invalid,
-                message("tensor '", what, "' of shape ", to_string(shape), " has more than 2^63-1 elements"));
+                message(
+                    "tensor '", what, "' of shape ", to_string(shape), " has more than ", detail::most_elements_text));
         }
         count *= static_cast<std::uint64_t>(extent);
     }
     return static_cast<std::size_t>(count);
 }
+
+namespace detail {
+/// The product, or the sum, of two counts, modulo 2^64; whether that is another than theirs.
+[[nodiscard]] constexpr bool product_wraps(std::uint64_t x, std::uint64_t y, std::uint64_t& product) noexcept
+{
+    product = x * y;
+    return x != 0 && product / x != y;
+}
+[[nodiscard]] constexpr bool sum_wraps(std::uint64_t x, std::uint64_t y, std::uint64_t& sum) noexcept
+{
+    sum = x + y;
+    return sum < x;
+}
+} // namespace detail
 
 /// Bytes of `count` elements of `type` (packed sub-byte types round up to whole bytes).
 [[nodiscard]] constexpr std::size_t byte_count(dtype type, std::size_t count) noexcept
@@ -67,16 +88,26 @@ template <class Byte>
     requires std::is_void_v<Byte>
 struct basic_tensor_ref {
     Byte* data = nullptr;
-    taskvec::dtype dtype = taskvec::dtype::f32; ///< of the elements
-    extents shape{}; ///< slowest first; empty: a scalar
-    extents strides{}; ///< empty, or one for each extent
-    memory_space space = memory_space::host; ///< where `data` is
-    int device = 0; ///< of a device's memory: its number
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
+    extents strides{};
+    memory_space space = memory_space::host;
+    int device = 0;
     const operand_source* source = nullptr; ///< not null: `data` is null, and elements come from here
 
     [[nodiscard]] std::size_t size(std::string_view what = "tensor") const { return element_count(shape, what); }
-    /// Bytes of its elements, as if they were contiguous. `what` names it in errors.
-    [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const { return byte_count(dtype, size(what)); }
+    [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const
+    {
+        const std::size_t count = size(what);
+        if constexpr (sizeof(std::size_t) < 8) {
+            if (count > std::numeric_limits<std::size_t>::max() / 8 && bits_per_element(dtype) > 8) {
+                raise<shape_mismatch>(error_code::shape_invalid,
+                    message("tensor '", what, "' of shape ", to_string(shape), " and dtype ", to_string(dtype),
+                        " has more bytes than a 32-bit program can address"));
+            }
+        }
+        return byte_count(dtype, count);
+    }
     /// True when the elements lie row-major without holes.
     [[nodiscard]] bool contiguous() const noexcept
     {
@@ -101,7 +132,7 @@ struct basic_tensor_ref {
 
 namespace detail {
 /// What takes tensors as memory says this of those that are worked out.
-[[noreturn, gnu::cold]] inline void refuse_source(std::string_view tensor)
+[[noreturn]] TASKVEC_COLD inline void refuse_source(std::string_view tensor)
 {
     raise<invalid_argument>(error_code::tensor_without_data,
         message("tensor '", tensor, "' is a quantised layer: its numbers are nowhere in memory; decode it first"));
@@ -150,14 +181,12 @@ template <storage_element T, memory_space S = memory_space::host>
 template <class Ref>
 class basic_model {
 public:
-    /// A tensor and its name.
     struct entry {
-        std::string name; ///< sorts by its bytes
-        Ref tensor; ///< borrowed
+        std::string name;
+        Ref tensor;
     };
 
     basic_model() = default;
-    /// In any order. Errors: as insert().
     basic_model(std::initializer_list<entry> entries)
     {
         for (const auto& [name, tensor] : entries) { insert(name, tensor); }

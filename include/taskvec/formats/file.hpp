@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -36,6 +37,8 @@
 #include <unistd.h>
 
 namespace taskvec::inline TASKVEC_ABI {
+
+static_assert(sizeof(::off_t) == 8, "taskvec's files need 64-bit offsets: compile with -D_FILE_OFFSET_BITS=64");
 
 namespace detail {
 
@@ -153,9 +156,12 @@ inline void synchronise_directory(const std::filesystem::path& directory)
 /// Maps `bytes` (not 0) of a new file that has no name and is gone with the map: munmap() gives it back. `folder`:
 /// where it lies (empty: here). `what`: for whom, in messages.
 [[nodiscard]] inline void* map_unnamed_file(
-    const std::filesystem::path& folder, std::size_t bytes, std::string_view what)
+    const std::filesystem::path& folder, std::uint64_t bytes, std::string_view what)
 {
     const auto place = folder.empty() ? std::filesystem::path(".") : folder;
+    if (bytes > std::numeric_limits<std::size_t>::max()) {
+        raise_io(place, message("cannot map ", bytes, " bytes for ", what, " in a 32-bit program"), EFBIG);
+    }
     descriptor file(retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
     if (!file) { // not every file system has files without names
         auto pattern = (place / ".taskvec-XXXXXX").string();
@@ -166,7 +172,8 @@ inline void synchronise_directory(const std::filesystem::path& directory)
     if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
         raise_io(place, message("cannot reserve space for ", what), code);
     }
-    void* const memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
+    void* const memory =
+        ::mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
     if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
         raise_io(place, "cannot map a temporary file in it", errno);
     }
@@ -190,7 +197,6 @@ inline unsynchronised_handler set_unsynchronised_handler(unsynchronised_handler 
 class mapped_file {
 public:
     mapped_file() = default;
-    /// Maps the file.
     explicit mapped_file(std::filesystem::path path)
         : path_(std::move(path))
     {
@@ -204,6 +210,10 @@ public:
                 S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
         }
         opened_ = identity(status);
+        if (opened_.size > std::numeric_limits<std::size_t>::max()) {
+            detail::raise_io(
+                path_, message("has ", opened_.size, " bytes, more than a 32-bit program can map into memory"), EFBIG);
+        }
         size_ = static_cast<std::size_t>(status.st_size);
         if (size_ == 0) { return; }
         void* const memory = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
@@ -235,11 +245,10 @@ public:
 
     /// What tells one state of a file from another: where it lies on the disk, its size, when it was written to.
     struct identity {
-        std::uint64_t device = 0, inode = 0, size = 0; ///< of the file system, in it, in bytes
-        std::int64_t seconds = 0, nanoseconds = 0; ///< of the last write
+        std::uint64_t device = 0, inode = 0, size = 0;
+        std::int64_t seconds = 0, nanoseconds = 0;
 
         identity() = default;
-        /// Of the result of stat().
         explicit identity(const struct stat& status) noexcept
             : device(static_cast<std::uint64_t>(status.st_dev))
             , inode(static_cast<std::uint64_t>(status.st_ino))
@@ -264,9 +273,7 @@ public:
     }
     void check_unchanged() const { check_unchanged(path_, opened_); }
 
-    /// The file's path.
     [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
-    /// The file's bytes, which stay where they are as long as the map lives.
     [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return {data_, size_}; }
     void bytes() const&& = delete; // name the owner first: its views would dangle
 
@@ -463,7 +470,6 @@ public:
     }
     ~atomic_file() { discard(); }
 
-    /// The path that commit() gives the file.
     [[nodiscard]] const std::filesystem::path& target() const noexcept { return target_; }
     /// The name that the file has until commit(); empty afterwards.
     [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return temporary_; }
@@ -499,7 +505,6 @@ public:
     {
         if (const int code = file_.close()) { detail::raise_io(target_, "cannot close the file", code); }
     }
-    /// Opens what close_for_now() closed.
     void open_again()
     {
         if (file_) { return; }
@@ -571,7 +576,6 @@ private:
 class directory_lock {
 public:
     directory_lock() = default;
-    /// Waits for nobody: takes the lock of `directory`, or throws io_error.
     explicit directory_lock(const std::filesystem::path& directory)
         : directory_lock() // what throws from here on is cleared up by the destructor
     {
@@ -760,7 +764,6 @@ enum class existing_directory : std::uint8_t {
 ///     folder.commit();
 class output_directory {
 public:
-    /// `target`: the directory. What `mode` and `existing` mean is said at their types.
     explicit output_directory(const std::filesystem::path& target, durability mode = durability::synchronised,
         existing_directory existing = existing_directory::fill)
         : output_directory(begun{}, target, mode) // what throws from here on is cleared up by the destructor

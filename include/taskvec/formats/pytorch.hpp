@@ -37,7 +37,7 @@ inline constexpr std::uint64_t expanded_bytes_limit = std::uint64_t{1} << 30;
 /// What a PyTorch file holds, in the terms of a safetensors header: tensors are ranges of the file's bytes (ranges may
 /// be equal: tied weights).
 struct pytorch_contents {
-    safetensors_header header; ///< names, dtypes, shapes and places of the tensors
+    safetensors_header header;
     std::vector<std::string> notes{}; ///< what whoever opens it should know
     /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, parts of others, or
     /// expanded, whose elements share bytes): lay_out_rows() gives them rows. Every element lies in the file, from the
@@ -815,7 +815,7 @@ private:
         }
         for (const auto item : pickle.at(tensor.items[2]).items) { strides.push_back(pickle.at(item).number); }
         for (const auto extent : shape) {
-            if (!empty && __builtin_mul_overflow(count, static_cast<std::uint64_t>(extent), &count)) {
+            if (!empty && detail::product_wraps(count, static_cast<std::uint64_t>(extent), count)) {
                 wrong(name, "has a shape whose product is above 2^64-1");
             }
         }
@@ -830,9 +830,9 @@ private:
             !empty && (spread || !view.contiguous())) {
             std::uint64_t last = first, way = 0;
             for (std::size_t d = 0; d < shape.size(); ++d) {
-                if (__builtin_mul_overflow(
-                        static_cast<std::uint64_t>(shape[d]) - 1, static_cast<std::uint64_t>(strides[d]), &way)
-                    || __builtin_add_overflow(last, way, &last) || last >= room) {
+                if (detail::product_wraps(
+                        static_cast<std::uint64_t>(shape[d]) - 1, static_cast<std::uint64_t>(strides[d]), way)
+                    || detail::sum_wraps(last, way, last) || last >= room) {
                     wrong(name,
                         message("of ", to_string(tensor.type), " ", to_string(shape), " with strides ",
                             to_string(strides), " runs past the end of its storage"));
@@ -973,9 +973,9 @@ void copy_rows(const std::byte* from, const extents& shape, const extents& strid
     for (const auto& entry : contents.header.entries) {
         if (contents.strides.contains(entry.name)) { total += padded(entry.bytes); }
     }
-    const auto size = static_cast<std::size_t>(total);
     auto* const memory =
-        static_cast<std::byte*>(detail::map_unnamed_file(folder, size, "tensors that are stored transposed"));
+        static_cast<std::byte*>(detail::map_unnamed_file(folder, total, "tensors that are stored transposed"));
+    const auto size = static_cast<std::size_t>(total);
     std::shared_ptr<const std::byte> result(
         memory, [size](const std::byte* data) { ::munmap(const_cast<std::byte*>(data), size); });
     std::uint64_t at = 0;

@@ -137,22 +137,19 @@ inline void quantise_fp8(
 
 /// What the outputs of aligned models become in a file: numbers, or a layer's codes and scales.
 struct quantised_outputs {
-    /// What becomes of an output.
     enum class way : std::uint8_t {
         numbers, ///< as the algorithm writes them
         quantised, ///< quantised again, by the layer's own scheme
         as_stored ///< a layer that takes no part: its tensors as they are
     };
-    /// One output of the aligned models.
     struct output {
-        way how = way::numbers; ///< what becomes of it
+        way how = way::numbers;
         std::size_t first = 0; ///< its tensor in `specs`, or the first of them (codes; scales come next)
-        const quantised_layer* layer = nullptr; ///< of one that is quantised, or as stored
+        const quantised_layer* layer = nullptr;
     };
-    /// A tensor of the file that comes from elsewhere as it is.
     struct copy {
-        std::size_t spec = 0; ///< its place in `specs`
-        const_tensor_ref source{}; ///< its bytes
+        std::size_t spec = 0;
+        const_tensor_ref source{};
     };
     std::vector<output> outputs; ///< for each of aligned_models::outputs()
     std::vector<tensor_spec> specs; ///< of the file
@@ -243,8 +240,6 @@ struct quantised_outputs {
 ///     out.finish();
 class quantising_sink final : public tensor_sink {
 public:
-    /// Between a walk and `out`, the sink of the file that `plan` describes; both outlive it. `folder`: for what is
-    /// gathered beyond memory.
     quantising_sink(const quantised_outputs& plan, tensor_sink& out, std::filesystem::path folder)
         : plan_(&plan)
         , out_(&out)
@@ -334,7 +329,7 @@ private:
                     message("a write of ", size, " bytes at ", offset, " lies outside layer '", output.layer->name,
                         "', or comes after it is whole"));
             }
-            if (!mine.values) { prepare(mine, static_cast<std::size_t>(whole)); }
+            if (!mine.values) { prepare(mine, whole); }
         }
         std::memcpy(reinterpret_cast<std::byte*>(mine.values) + offset, data, size);
         if (mine.received.fetch_add(size, std::memory_order_acq_rel) + size < whole) { return; }
@@ -343,16 +338,16 @@ private:
         mine.done = true;
         mine.release();
     }
-    void prepare(gathering& mine, std::size_t bytes) const
+    void prepare(gathering& mine, std::uint64_t bytes) const
     {
-        if (bytes <= std::size_t{1} << 20) {
-            mine.in_memory.resize(bytes / sizeof(float));
+        if (bytes <= std::uint64_t{1} << 20) {
+            mine.in_memory.resize(static_cast<std::size_t>(bytes) / sizeof(float));
             mine.values = mine.in_memory.data();
             return;
         }
         void* const memory = detail::map_unnamed_file(folder_, bytes, "a layer that is quantised again");
         mine.values = static_cast<float*>(memory);
-        mine.mapped = bytes;
+        mine.mapped = static_cast<std::size_t>(bytes);
     }
 
     const quantised_outputs* plan_;

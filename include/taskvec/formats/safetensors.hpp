@@ -37,17 +37,17 @@ inline constexpr std::uint64_t safetensors_header_limit = 100'000'000;
 
 /// One tensor of a file.
 struct safetensors_entry {
-    std::string name; ///< of the tensor
-    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is stored
-    extents shape{}; ///< slowest first
+    std::string name;
+    taskvec::dtype dtype = taskvec::dtype::f32;
+    extents shape{};
     std::uint64_t offset = 0; ///< of its first byte, from the beginning of the file
-    std::uint64_t bytes = 0; ///< of the tensor
+    std::uint64_t bytes = 0;
 };
 
 /// What a header says, checked.
 struct safetensors_header {
     std::vector<safetensors_entry> entries; ///< in the order of their bytes in the file
-    metadata_map metadata; ///< of __metadata__
+    metadata_map metadata;
     std::uint64_t data_offset = 0; ///< where the buffer begins, from the beginning of the file
 };
 
@@ -256,16 +256,14 @@ inline safetensors_entry check_tensor(
     extents shape;
     shape.reserve(t.shape.size());
     for (const auto extent : t.shape) {
-        if (__builtin_mul_overflow(count, extent, &count)) { fail("has a shape whose product is above 2^64-1"); }
+        if (product_wraps(count, extent, count)) { fail("has a shape whose product is above 2^64-1"); }
         if (extent > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
             fail("has an extent above 2^63-1");
         }
         shape.push_back(static_cast<std::int64_t>(extent));
     }
     std::uint64_t bit_count = 0;
-    if (__builtin_mul_overflow(count, std::uint64_t{bits_per_element(t.dtype)}, &bit_count)) {
-        fail("has more than 2^64-1 bits");
-    }
+    if (product_wraps(count, bits_per_element(t.dtype), bit_count)) { fail("has more than 2^64-1 bits"); }
     if (bit_count % 8 != 0) {
         fail(message("of dtype ", to_string(t.dtype), " has ", bit_count, " bits; expected whole bytes"));
     }
@@ -344,7 +342,6 @@ inline safetensors_entry check_tensor(
 /// Throws io_error, format_error. Cost: O(header); no tensor byte is read.
 class safetensors_file {
 public:
-    /// Maps the file and checks its header.
     explicit safetensors_file(std::filesystem::path path)
         : map_(std::move(path))
         , header_(parse_safetensors(map_.bytes(), map_.path().string()))
@@ -362,24 +359,18 @@ public:
         , more_(std::move(more))
     { }
 
-    /// The file's path.
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return map_.path(); }
-    /// The file's path.
     [[nodiscard]] std::filesystem::path path() && { return map_.path(); }
-    /// The map itself.
     [[nodiscard]] const mapped_file& map() const& noexcept { return map_; }
     void map() const&& = delete; // name the owner first: its views would dangle
     /// The tensors in the order of their bytes in the file.
     [[nodiscard]] const std::vector<safetensors_entry>& entries() const& noexcept { return header_.entries; }
     [[nodiscard]] std::vector<safetensors_entry> entries() && { return std::move(header_.entries); }
-    /// What __metadata__ has.
     [[nodiscard]] const metadata_map& metadata() const& noexcept { return header_.metadata; }
-    /// What __metadata__ has.
     [[nodiscard]] metadata_map metadata() && { return std::move(header_.metadata); }
     /// Bytes of the tensors together.
     [[nodiscard]] std::uint64_t data_bytes() const noexcept { return map_.bytes().size() - header_.data_offset; }
     void tensor(const safetensors_entry&) const&& = delete; // name the owner first: its views would dangle
-    /// A tensor of entries(), as a view into the map.
     [[nodiscard]] const_tensor_ref tensor(const safetensors_entry& entry) const&
     {
         const auto size = map_.bytes().size();
@@ -407,7 +398,7 @@ private:
 
 /// The header bytes (length included) of a file that holds `specs`, and where each tensor's bytes go.
 struct safetensors_layout {
-    std::string head; ///< length and header
+    std::string head;
     std::vector<std::uint64_t> offsets; ///< for each spec, from the beginning of the file
     std::uint64_t size = 0; ///< of the whole file
 };
@@ -443,8 +434,8 @@ struct safetensors_layout {
         }
         const std::uint64_t count = spec.size();
         std::uint64_t bit_count = 0, end = 0;
-        if (__builtin_mul_overflow(count, std::uint64_t{bits_per_element(spec.dtype)}, &bit_count)
-            || __builtin_add_overflow(at, bit_count / 8, &end)) {
+        if (detail::product_wraps(count, bits_per_element(spec.dtype), bit_count)
+            || detail::sum_wraps(at, bit_count / 8, end)) {
             raise<invalid_argument>(error_code::unwritable,
                 message("tensor '", spec.name, "' of shape ", to_string(spec.shape), " is too large for a file"));
         }
@@ -535,9 +526,7 @@ public:
         file_.commit(whole_directory);
     }
 
-    /// The path that commit() gives the file.
     [[nodiscard]] const std::filesystem::path& target() const noexcept { return file_.target(); }
-    /// The name that the file has until commit(); empty afterwards.
     [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return file_.temporary(); }
     /// Bytes of the whole file.
     [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }

@@ -283,7 +283,7 @@ template <class T>
 
 /// Raises nonfinite_error for the first NaN or infinity in row-major order; returns if there is none.
 template <class T>
-[[gnu::cold]] void blame_nonfinite(matrix_view<const T> x, std::string_view what)
+TASKVEC_COLD void blame_nonfinite(matrix_view<const T> x, std::string_view what)
 {
     for (std::size_t i = 0; i < x.rows(); ++i) {
         for (std::size_t j = 0; j < x.cols(); ++j) {

@@ -273,7 +273,7 @@ private:
     template <class Word>
     static TASKVEC_INLINE void fetch(const Word* words) noexcept
     {
-        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(words) + 4096), 0, 3);
+        TASKVEC_PREFETCH(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(words) + 4096), 3);
     }
     template <class In>
     static TASKVEC_INLINE void watch_inputs(const In& in) noexcept

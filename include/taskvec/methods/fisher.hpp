@@ -32,7 +32,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///
 ///     merge(cpu{}, fisher_options{.fishers = fishers}, tasks, out);
 struct fisher_options {
-    std::vector<const_model_ref> fishers{}; ///< of each task, by the names of the models' tensors
+    std::vector<const_model_ref> fishers{};
     std::vector<double> weights{};
     bool normalize = false;
     double floor = 1e-12;
@@ -63,8 +63,8 @@ template <arithmetic_element A>
 struct fisher_body {
     static constexpr bool watches = true;
     static constexpr bool reads_beside = true;
-    const A *factors, *weights; ///< ct/‖Ft‖ or ct, and ct, of each task
-    A total, floor; ///< Σ ct, and the least denominator
+    const A *factors, *weights;
+    A total, floor;
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -93,14 +93,14 @@ namespace detail {
 {
     return fishers_label(options.labels, t, models);
 }
-[[noreturn, gnu::cold]] inline void refuse_fisher_nonfinite(
+[[noreturn]] TASKVEC_COLD inline void refuse_fisher_nonfinite(
     const aligned_models& models, std::size_t tensor, const std::string& where, double found, std::uint64_t index)
 {
     raise<nonfinite_error>(error_code::statistics_not_finite,
         message("tensor '", models.tensors()[tensor].name, "' of ", where, " holds ",
             std::isnan(found) ? "NaN" : "infinity", " at index ", index, ": collect the statistics again"));
 }
-[[noreturn, gnu::cold]] inline void refuse_fisher_negative(
+[[noreturn]] TASKVEC_COLD inline void refuse_fisher_negative(
     const aligned_models& models, std::size_t tensor, const std::string& where, double found, std::uint64_t index)
 {
     raise<invalid_argument>(error_code::statistics_invalid,

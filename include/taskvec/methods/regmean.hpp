@@ -45,11 +45,10 @@ namespace taskvec::inline TASKVEC_ABI {
 ///
 ///     merge(cpu{}, regmean_options{.grams = grams, .alpha = 0.9}, tasks, out);
 struct regmean_options {
-    std::vector<const_model_ref> grams{}; ///< of each task, by the names of its layers' weights
+    std::vector<const_model_ref> grams{};
     double alpha = 0.9; ///< scale of the off-diagonals, in [0, 1]
     double ridge = 0; ///< share of the mean diagonal, such as 1e-6
     std::vector<double> weights{};
-    /// How the weight of that name is stored; empty: out_in for all.
     std::function<weight_layout(std::string_view)> layout{};
     std::vector<std::string> labels{}; ///< names of the Gram models in messages; empty: "the Grams of task 1", …
 };
@@ -234,7 +233,7 @@ private:
         std::pmr::vector<worker> panels;
     };
 
-    [[noreturn, gnu::cold]] static void blame(std::string_view what, const double* values, std::size_t count,
+    [[noreturn]] TASKVEC_COLD static void blame(std::string_view what, const double* values, std::size_t count,
         const std::function<std::uint64_t(std::size_t)>& index)
     {
         std::size_t i = 0;

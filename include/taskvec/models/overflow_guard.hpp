@@ -24,8 +24,21 @@ TASKVEC_KERNELS_BEGIN
 template <class Word>
 TASKVEC_NOINLINE Word largest_stored(const void* data, std::size_t n, Word magnitude)
 {
+#if TASKVEC_GNU()
     using word __attribute__((may_alias, aligned(1))) = Word;
     const auto* x = static_cast<const word*>(data);
+#else
+    struct words {
+        const std::byte* at;
+        [[nodiscard]] Word operator[](std::size_t i) const noexcept
+        {
+            Word word;
+            std::memcpy(&word, at + i * sizeof word, sizeof word);
+            return word;
+        }
+        void operator+=(std::size_t count) noexcept { at += count * sizeof(Word); }
+    } x{static_cast<const std::byte*>(data)};
+#endif
     constexpr std::size_t group = 256; // a number that the compiler knows, so that it vectorises at -O2
     Word largest = 0;
     for (; n >= group; n -= group, x += group) {
@@ -58,7 +71,6 @@ TASKVEC_KERNELS_END
 ///     merge(cpu{}, ties_options{}, models, guarded);
 class overflow_guard final : public tensor_sink {
 public:
-    /// In front of `out`, which outlives it as the models do; `gain`: how far options may enlarge a result.
     overflow_guard(tensor_sink& out, const aligned_models& models, overflow how, double gain = 1)
         : out_(&out)
         , models_(&models)
@@ -131,7 +143,7 @@ private:
         return wrong(tensor.base) || std::any_of(tensor.tasks.begin(), tensor.tasks.end(), wrong);
     }
     template <storage_element T>
-    [[noreturn, gnu::cold]] void refuse(const aligned_tensor& tensor, std::uint64_t place, bool lost) const
+    [[noreturn]] TASKVEC_COLD void refuse(const aligned_tensor& tensor, std::uint64_t place, bool lost) const
     {
         const auto word = largest_word<T>(false);
         raise<nonfinite_error>(error_code::result_overflow,

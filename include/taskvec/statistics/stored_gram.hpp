@@ -20,19 +20,19 @@ namespace taskvec::inline TASKVEC_ABI::detail {
 {
     return type == taskvec::dtype::f64 ? 1e-9 : type == taskvec::dtype::f32 ? 1e-4 : 2e-2;
 }
-[[noreturn, gnu::cold]] inline void refuse_gram_nonfinite(const std::string& where, double value, std::size_t index)
+[[noreturn]] TASKVEC_COLD inline void refuse_gram_nonfinite(const std::string& where, double value, std::size_t index)
 {
     raise<nonfinite_error>(error_code::statistics_not_finite,
         message(where, " holds ", std::isnan(value) ? "NaN" : "infinity", " at index ", index,
             ": collect the statistics again"));
 }
-[[noreturn, gnu::cold]] inline void refuse_gram_negative(const std::string& where, double value, std::size_t i)
+[[noreturn]] TASKVEC_COLD inline void refuse_gram_negative(const std::string& where, double value, std::size_t i)
 {
     raise<invalid_argument>(error_code::statistics_invalid,
         message(where, " has ", value, " at row and column ", i, ": a sum of squares cannot be negative"));
 }
 /// Entries (i, j) and (j, i), of which one is not finite, or which differ by more than is tolerated, or are too large.
-[[noreturn, gnu::cold]] inline void refuse_gram_entry(
+[[noreturn]] TASKVEC_COLD inline void refuse_gram_entry(
     const std::string& where, std::size_t n, std::size_t i, std::size_t j, double lower, double upper, double tolerated)
 {
     if (!std::isfinite(lower)) { refuse_gram_nonfinite(where, lower, i * n + j); }

@@ -24,7 +24,7 @@ class TaskvecConan(ConanFile):
 
     @property
     def _oldest_compilers(self):
-        return {"gcc": "12", "clang": "14", "apple-clang": "15"}
+        return {"gcc": "12", "clang": "14", "apple-clang": "15", "msvc": "193"}
 
     def layout(self):
         basic_layout(self, src_folder="src")
