@@ -33,5 +33,7 @@ endfunction()
 
 # What the release preset builds: the tool and the examples.
 add_custom_target(programs)
+# The reference, in docs/html of the build folder: scripts/site.
+add_custom_target(docs COMMAND ${PROJECT_SOURCE_DIR}/scripts/site ${PROJECT_BINARY_DIR}/docs USES_TERMINAL VERBATIM)
 # What scripts/gpu-check builds: the gpu tests and benchmarks.
 add_custom_target(gpu_checks)

@@ -156,15 +156,22 @@ class view;
 template <class X>
 struct view_traits;
 
+/// Elements in host memory.
 template <class T>
 using host_view = view<T, memory_space::host>;
+/// Elements in device memory.
 template <class T>
 using device_view = view<T, memory_space::device>;
+/// A matrix in device memory.
 template <class T>
 using device_matrix_view = matrix_view<T, memory_space::device>;
+/// A tensor that may be written. See basic_tensor_ref.
 using tensor_ref = basic_tensor_ref<void>;
+/// A tensor that is read. See basic_tensor_ref.
 using const_tensor_ref = basic_tensor_ref<const void>;
+/// A model that may be written. See basic_model.
 using model_ref = basic_model<tensor_ref>;
+/// A model that is read. See basic_model.
 using const_model_ref = basic_model<const_tensor_ref>;
 
 // linalg/

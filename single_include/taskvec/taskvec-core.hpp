@@ -43,8 +43,11 @@
 //
 // The version, and the few macros that every header shares.
 
+/// The version's first number. What versions promise is in docs/stability.md.
 #define TASKVEC_VERSION_MAJOR 0
+/// Its second.
 #define TASKVEC_VERSION_MINOR 2
+/// Its third.
 #define TASKVEC_VERSION_PATCH 0
 
 // What cannot compile the headers is told so in one sentence, and nothing after it: an #include of nothing ends it.
@@ -65,23 +68,21 @@
 #include "taskvec: the error above ends the compilation"
 #endif
 
-// TASKVEC_GNU(): whether attributes, pragmas and built-in functions of g++ and clang are used. Other compilers, and
-// these where TASKVEC_STANDARD_ONLY is defined, are given standard C++ alone.
-//
-// TASKVEC_VECTORS(): whether kernels work on vectors. Otherwise, and in device code, they work on one number at a time:
-// the same bits.
 #if (defined(__GNUC__) || defined(__clang__)) && !defined(TASKVEC_STANDARD_ONLY)
+/// Whether attributes, pragmas and built-in functions of g++ and clang are used. Other compilers, and these where
+/// TASKVEC_STANDARD_ONLY is defined, are given standard C++ alone.
 #define TASKVEC_GNU() 1
 #else
 #define TASKVEC_GNU() 0
 #endif
 #if TASKVEC_GNU() && defined(__GNUC__) && !defined(__CUDACC__)
+/// Whether kernels work on vectors. Otherwise, and in device code, they work on one number at a time: the same bits.
 #define TASKVEC_VECTORS() 1
 #else
 #define TASKVEC_VECTORS() 0
 #endif
 
-// TASKVEC_NO_EXCEPTIONS: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
+/// Defined: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
 #if !defined(TASKVEC_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
 #define TASKVEC_NO_EXCEPTIONS 1
 #endif
@@ -92,6 +93,7 @@
 #define TASKVEC_ABI_ERRORS aborts
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says what becomes of errors: `throws`, or `aborts` with TASKVEC_NO_EXCEPTIONS.
 #define TASKVEC_ABI_ERRORS throws
 #endif
 #ifndef TASKVEC_ABI_SYSTEM
@@ -111,6 +113,7 @@
 #define TASKVEC_ABI_SYSTEM TASKVEC_SYSTEM_OF(THRUST_DEVICE_SYSTEM)
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that names the device: `host`, `cuda`, or a host system of Thrust (`thrust_omp` …).
 #define TASKVEC_ABI_SYSTEM host
 #endif
 #endif
@@ -118,16 +121,20 @@
 #define TASKVEC_ABI_STORAGE _more
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says whether TASKVEC_MORE_STORAGE is defined.
 #define TASKVEC_ABI_STORAGE
 #endif
 #if defined(TASKVEC_STANDARD_ONLY)
 #define TASKVEC_ABI_KERNELS _standard
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says whether TASKVEC_STANDARD_ONLY is defined.
 #define TASKVEC_ABI_KERNELS
 #endif
 #define TASKVEC_ABI_JOIN_(a, b, c, d, e, f) v##a##_##b##_##c##_##d##e##f
+/// Joins the parts of TASKVEC_ABI, which are macros themselves.
 #define TASKVEC_ABI_JOIN(a, b, c, d, e, f) TASKVEC_ABI_JOIN_(a, b, c, d, e, f)
+/// The inline namespace of everything, such as `v0_2_throws_host`.
 #define TASKVEC_ABI                                                                                                    \
     TASKVEC_ABI_JOIN(TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_ABI_ERRORS, TASKVEC_ABI_SYSTEM,             \
         TASKVEC_ABI_STORAGE, TASKVEC_ABI_KERNELS)
@@ -135,6 +142,7 @@
 #if defined(__CUDACC__)
 #define TASKVEC_HOST_DEVICE __host__ __device__
 #else
+/// Before a function that kernels on a device call too; nothing where no CUDA compiler reads it.
 #define TASKVEC_HOST_DEVICE
 #endif
 
@@ -143,9 +151,13 @@
 // never inlined, between TASKVEC_KERNELS_BEGIN and TASKVEC_KERNELS_END, whose body starts with TASKVEC_STRICT_FP: the
 // optimiser then sees one flat loop over restrict pointers and vectorises it, and no multiply-add is fused.
 #if TASKVEC_GNU()
+/// Before a function that stays a function of its own.
 #define TASKVEC_NOINLINE [[gnu::noinline]]
+/// Before a function that is hardly ever called.
 #define TASKVEC_COLD [[gnu::cold]]
+/// Behind the star of a pointer whose memory no other pointer reaches.
 #define TASKVEC_RESTRICT __restrict
+/// Asks for the line of an address, to be read; `locality` as of __builtin_prefetch.
 #define TASKVEC_PREFETCH(address, locality) __builtin_prefetch(address, 0, locality)
 #else
 #define TASKVEC_NOINLINE
@@ -153,30 +165,32 @@
 #define TASKVEC_RESTRICT
 #define TASKVEC_PREFETCH(address, locality) ((void)(address))
 #endif
-// A type whose words may be other types' objects. (Compilers without the attribute let every type be so.)
 #if defined(__GNUC__) || defined(__clang__)
+/// Before the name of a type whose words may be other types' objects. (Compilers without the attribute let every type
+/// be so.)
 #define TASKVEC_MAY_ALIAS [[gnu::may_alias]]
 #else
 #define TASKVEC_MAY_ALIAS
 #endif
-// Behind the parameters of a lambda in a body.
 #if TASKVEC_GNU()
+/// Behind the parameters of a lambda in a body.
 #define TASKVEC_BODY __attribute__((always_inline))
 #else
 #define TASKVEC_BODY
 #endif
-// What a kernel's body is made of (core/pack.hpp): always inlined, and so compiled for the kernel's instruction set.
 #if defined(__CUDACC__)
 #define TASKVEC_INLINE __host__ __device__ __forceinline__
 #elif TASKVEC_VECTORS()
+/// Before what a kernel's body is made of (core/pack.hpp), and before a body's call operator: always inlined, and so
+/// compiled for the kernel's instruction set.
 #define TASKVEC_INLINE __attribute__((always_inline)) inline
 #else
 #define TASKVEC_INLINE inline
 #endif
-// Before a loop of a kernel on the CPU: how many turns become one.
 #if !TASKVEC_VECTORS()
 #define TASKVEC_UNROLL(turns)
 #else
+/// Before a loop of a kernel on the CPU: how many turns become one.
 #define TASKVEC_UNROLL(turns) TASKVEC_PRAGMA_(GCC unroll turns)
 #define TASKVEC_PRAGMA_(words) _Pragma(#words)
 #endif
@@ -203,17 +217,20 @@
 #define TASKVEC_KERNELS_END
 #define TASKVEC_STRICT_FP _Pragma("clang fp contract(off)")
 #elif defined(__GNUC__)
+/// Before kernels, at namespace level: no multiply-add is fused from here to TASKVEC_KERNELS_END.
 #define TASKVEC_KERNELS_BEGIN                                                                                          \
     _Pragma("GCC push_options") _Pragma(                                                                               \
         "GCC optimize(\"fp-contract=off\",\"no-trapping-math\",\"tree-vectorize\",\"vect-cost-model=dynamic\")")
+/// Ends what TASKVEC_KERNELS_BEGIN began.
 #define TASKVEC_KERNELS_END _Pragma("GCC pop_options")
+/// The first thing in a kernel's body: the same for clang, which wants it there.
 #define TASKVEC_STRICT_FP
 #endif
-// The call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END: it loops
-// over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
 #if defined(__CUDACC__)
 #define TASKVEC_FUNCTOR __host__ __device__
 #else
+/// Before the call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END:
+/// it loops over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
 #define TASKVEC_FUNCTOR TASKVEC_NOINLINE
 #endif
 #endif // TASKVEC_SINGLE_CORE_CONFIG_HPP
@@ -363,9 +380,9 @@ enum class error_code : std::uint16_t {
 
 /// A code, its word, and the kind of the errors that carry it.
 struct error_code_entry {
-    error_code code;
-    std::string_view word;
-    error_kind kind;
+    error_code code; ///< its number
+    std::string_view word; ///< lower case, with hyphens: what is printed
+    error_kind kind; ///< of every error that carries it
 };
 
 /// Every code of the library, in ascending order.
@@ -504,12 +521,15 @@ inline constexpr error_code_entry error_codes[] = {
 /// Base of everything that the library throws: a kind, a code and a message.
 class error : public std::runtime_error {
 public:
+    /// `message` is what what() returns: it names tensor, found, expected and mend.
     error(error_code code, error_kind kind, const std::string& message)
         : std::runtime_error(message)
         , kind_(kind)
         , code_(code)
     { }
+    /// What kind of thing went wrong.
     [[nodiscard]] error_kind kind() const noexcept { return kind_; }
+    /// What exactly.
     [[nodiscard]] error_code code() const noexcept { return code_; }
 
 private:
@@ -520,6 +540,7 @@ private:
 /// A broken precondition: a value outside its range, an empty list, aliased outputs.
 class invalid_argument : public error {
 public:
+    /// See error.
     invalid_argument(error_code code, const std::string& message)
         : error(code, error_kind::invalid_argument, message)
     { }
@@ -528,6 +549,7 @@ public:
 /// Two tensors that must have the same shape have not.
 class shape_mismatch : public error {
 public:
+    /// See error.
     shape_mismatch(error_code code, const std::string& message)
         : error(code, error_kind::shape_mismatch, message)
     { }
@@ -536,6 +558,7 @@ public:
 /// A tensor has an element type that the algorithm cannot use, or that differs from its partner's.
 class dtype_mismatch : public error {
 public:
+    /// See error.
     dtype_mismatch(error_code code, const std::string& message)
         : error(code, error_kind::dtype_mismatch, message)
     { }
@@ -544,6 +567,7 @@ public:
 /// An input holds NaN or infinity and propagation was not asked for.
 class nonfinite_error : public error {
 public:
+    /// See error.
     nonfinite_error(error_code code, const std::string& message)
         : error(code, error_kind::nonfinite, message)
     { }
@@ -552,12 +576,15 @@ public:
 /// A file does not hold what its format promises. `offset` is the byte at which the fault was seen.
 class format_error : public error {
 public:
+    /// `file`: stands before the message where it is not empty.
     format_error(error_code code, const std::string& message, std::string file, std::uint64_t offset = 0)
         : error(code, error_kind::format_error, file.empty() ? message : file + ": " + message)
         , file_(std::move(file))
         , offset_(offset)
     { }
+    /// The file, or nothing where none was named.
     [[nodiscard]] const std::string& file() const noexcept { return file_; }
+    /// The byte at which reading stopped, 0 where that says nothing.
     [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
 
 private:
@@ -568,12 +595,15 @@ private:
 /// The operating system refused: `system_code` is its errno, 0 where there is none.
 class io_error : public error {
 public:
+    /// `system_code`: an errno, 0 for none.
     io_error(error_code code, const std::string& message, std::string file, int system_code = 0)
         : error(code, error_kind::io_error, file.empty() ? message : file + ": " + message)
         , file_(std::move(file))
         , system_code_(system_code)
     { }
+    /// The file, or nothing where none was named.
     [[nodiscard]] const std::string& file() const noexcept { return file_; }
+    /// The errno of the call that failed, or 0.
     [[nodiscard]] int system_code() const noexcept { return system_code_; }
 
 private:
@@ -584,12 +614,15 @@ private:
 /// A backend failed: `call` is what was called, `backend_code` what it answered.
 class backend_error : public error {
 public:
+    /// `call`: what failed, and what the vendor's code was.
     backend_error(error_code code, const std::string& message, std::string call, int backend_code)
         : error(code, error_kind::backend_error, call + ": " + message + " (code " + std::to_string(backend_code) + ")")
         , call_(std::move(call))
         , backend_code_(backend_code)
     { }
+    /// The name of the call that failed.
     [[nodiscard]] const std::string& call() const noexcept { return call_; }
+    /// The vendor's own code.
     [[nodiscard]] int backend_code() const noexcept { return backend_code_; }
 
 private:
@@ -600,6 +633,7 @@ private:
 /// The progress callback asked to stop.
 class cancelled : public error {
 public:
+    /// See error.
     explicit cancelled(error_code code, const std::string& message = "cancelled by the progress callback")
         : error(code, error_kind::cancelled, message)
     { }
@@ -992,6 +1026,7 @@ template <class To, class From>
     const std::uint32_t nan = 0u - static_cast<std::uint32_t>(magnitude == 0x7fu);
     return reinterpret_bits<float>((0x7fc00000u & nan) | (reinterpret_bits<std::uint32_t>(scaled) & ~nan) | sign);
 }
+/// The number of an e5m2 code (1 sign, 5 exponent, 2 mantissa bits: the upper half of an f16). Exact.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr float e5m2_to_f32(std::uint8_t code) noexcept
 {
     return f16_to_f32(static_cast<std::uint16_t>(code << 8));
@@ -1010,6 +1045,7 @@ template <class To, class From>
         : (magnitude - 0x3c000000u + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
     return static_cast<std::uint8_t>(sign | (code > 0x7eu ? 0x7eu : code));
 }
+/// The same to e5m2, whose infinity stays.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint8_t f32_to_e5m2(float value) noexcept
 {
     const auto word = reinterpret_bits<std::uint32_t>(value);
@@ -1042,10 +1078,12 @@ template <class To, class From>
 template <arithmetic_element A>
 using bits_type = std::conditional_t<std::same_as<A, double>, std::uint64_t, std::uint32_t>;
 
+/// The bit of the sign in A's word.
 template <arithmetic_element A>
 inline constexpr bits_type<A> sign_mask = std::same_as<A, double> ? static_cast<bits_type<A>>(std::uint64_t{1} << 63)
                                                                   : static_cast<bits_type<A>>(0x80000000u);
 
+/// The bits of the exponent in A's word: those of infinity.
 template <arithmetic_element A>
 inline constexpr bits_type<A> exponent_mask =
     std::same_as<A, double> ? static_cast<bits_type<A>>(0x7ff0000000000000ull) : static_cast<bits_type<A>>(0x7f800000u);
@@ -1105,22 +1143,27 @@ TASKVEC_KERNELS_BEGIN
 ///     const taskvec::bf16 x(1.5f), y = taskvec::bf16::from_bits(0x3fc0);
 ///     const bool same = x == y && static_cast<float>(y) == 1.5f;
 struct TASKVEC_MAY_ALIAS bf16 {
-    std::uint16_t word;
+    std::uint16_t word; ///< the bits
 
     bf16() = default;
+    /// Rounds once, to nearest even.
     TASKVEC_HOST_DEVICE explicit constexpr bf16(float value) noexcept
         : word(f32_to_bf16(value))
     { }
+    /// The same of any number, rounded once: by way of f64, never twice.
     template <class Number>
         requires std::is_arithmetic_v<Number>
     TASKVEC_HOST_DEVICE explicit constexpr bf16(Number value) noexcept
         : word(f32_to_bf16(f64_to_f32_odd(static_cast<double>(value))))
     { }
+    /// The number of these bits.
     [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr bf16 from_bits(std::uint16_t bits) noexcept
     {
         return reinterpret_bits<bf16>(bits);
     }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator float() const noexcept { return bf16_to_f32(word); }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator double() const noexcept { return bf16_to_f32(word); }
     [[nodiscard]] TASKVEC_HOST_DEVICE friend constexpr bool operator==(bf16 x, bf16 y) noexcept
     {
@@ -1131,22 +1174,27 @@ struct TASKVEC_MAY_ALIAS bf16 {
 /// An IEEE half-precision number as its 16 bits. Otherwise as bf16; what is above 65504 rounds to infinity as IEEE has
 /// it. May alias Eigen::half, std::float16_t, std::uint16_t.
 struct TASKVEC_MAY_ALIAS f16 {
-    std::uint16_t word;
+    std::uint16_t word; ///< the bits
 
     f16() = default;
+    /// Rounds once, to nearest even.
     TASKVEC_HOST_DEVICE explicit constexpr f16(float value) noexcept
         : word(f32_to_f16(value))
     { }
+    /// The same of any number, rounded once: by way of f64, never twice.
     template <class Number>
         requires std::is_arithmetic_v<Number>
     TASKVEC_HOST_DEVICE explicit constexpr f16(Number value) noexcept
         : word(f32_to_f16(f64_to_f32_odd(static_cast<double>(value))))
     { }
+    /// The number of these bits.
     [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr f16 from_bits(std::uint16_t bits) noexcept
     {
         return reinterpret_bits<f16>(bits);
     }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator float() const noexcept { return f16_to_f32(word); }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator double() const noexcept { return f16_to_f32(word); }
     [[nodiscard]] TASKVEC_HOST_DEVICE friend constexpr bool operator==(f16 x, f16 y) noexcept
     {
@@ -1335,15 +1383,22 @@ class view;
 template <class X>
 struct view_traits;
 
+/// Elements in host memory.
 template <class T>
 using host_view = view<T, memory_space::host>;
+/// Elements in device memory.
 template <class T>
 using device_view = view<T, memory_space::device>;
+/// A matrix in device memory.
 template <class T>
 using device_matrix_view = matrix_view<T, memory_space::device>;
+/// A tensor that may be written. See basic_tensor_ref.
 using tensor_ref = basic_tensor_ref<void>;
+/// A tensor that is read. See basic_tensor_ref.
 using const_tensor_ref = basic_tensor_ref<const void>;
+/// A model that may be written. See basic_model.
 using model_ref = basic_model<tensor_ref>;
+/// A model that is read. See basic_model.
 using const_model_ref = basic_model<const_tensor_ref>;
 
 // linalg/
@@ -1762,6 +1817,7 @@ using arithmetic_type = typename storage_traits<T>::arithmetic;
 template <storage_element T>
 using storage_word = typename storage_traits<T>::word;
 
+/// The dtype that tensors of T have.
 template <storage_element T>
 inline constexpr dtype dtype_of = storage_traits<T>::dtype;
 
@@ -1903,9 +1959,10 @@ class view {
 public:
     using element_type = T;
     using value_type = std::remove_const_t<T>;
-    static constexpr memory_space space = S;
+    static constexpr memory_space space = S; ///< Where the elements are.
 
     constexpr view() noexcept = default;
+    /// `size` elements from `data` on.
     constexpr view(T* data, std::size_t size) noexcept
         : data_(data)
         , size_(size)
@@ -2033,6 +2090,7 @@ template <viewable X>
 /// The type of as_view(x), its element type (never const) and its memory space.
 template <viewable X>
 using view_of = decltype(view_traits<std::remove_reference_t<X>>::get(std::declval<std::remove_reference_t<X>&>()));
+/// The element type of as_view(x), without const.
 template <viewable X>
 using element_of = typename view_of<X>::value_type;
 
@@ -2064,9 +2122,10 @@ class matrix_view {
 public:
     using element_type = T;
     using value_type = std::remove_const_t<T>;
-    static constexpr memory_space space = S;
+    static constexpr memory_space space = S; ///< Where the elements are.
 
     constexpr matrix_view() noexcept = default;
+    /// Rows×cols elements from `data` on; `stride`: between starts of rows or columns, 0 for no gaps.
     constexpr matrix_view(
         T* data, std::size_t rows, std::size_t cols, matrix_order order, std::size_t stride = 0) noexcept
         : data_(data)
@@ -2083,13 +2142,18 @@ public:
     { }
 
     [[nodiscard]] constexpr T* data() const noexcept { return data_; }
+    /// Rows.
     [[nodiscard]] constexpr std::size_t rows() const noexcept { return rows_; }
+    /// Columns.
     [[nodiscard]] constexpr std::size_t cols() const noexcept { return cols_; }
     [[nodiscard]] constexpr std::size_t size() const noexcept { return rows_ * cols_; }
+    /// Elements between the starts of consecutive rows (row_major) or columns (column_major).
     [[nodiscard]] constexpr std::size_t stride() const noexcept { return stride_; }
+    /// Which of the two lie together.
     [[nodiscard]] constexpr matrix_order order() const noexcept { return order_; }
     [[nodiscard]] constexpr bool empty() const noexcept { return rows_ == 0 || cols_ == 0; }
 
+    /// The element; the caller keeps inside the matrix. On the host.
     [[nodiscard]] constexpr T& operator()(std::size_t row, std::size_t col) const noexcept
         requires(S == memory_space::host)
     {
@@ -2108,6 +2172,7 @@ public:
         T* const first = data_ + (order_ == matrix_order::row_major ? row * stride_ + col : col * stride_ + row);
         return {first, rows, cols, order_, stride_};
     }
+    /// The first `count` columns.
     [[nodiscard]] constexpr matrix_view left_columns(std::size_t count) const noexcept
     {
         return block(0, 0, rows_, count);
@@ -2200,9 +2265,9 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     factor_pair<float> p{.left = b.view(), .right = a.view().transposed(), .weight = scaling};
 template <storage_element T, memory_space S>
 struct factor_pair {
-    matrix_view<const T, S> left{};
-    matrix_view<const T, S> right{};
-    double weight = 1;
+    matrix_view<const T, S> left{}; ///< m×r
+    matrix_view<const T, S> right{}; ///< n×r
+    double weight = 1; ///< of the product
     std::string_view name{}; ///< for errors
 };
 
@@ -2224,12 +2289,15 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     lora_update<float> update{.b = b, .a = a, .scaling = 2};
 template <arithmetic_element T, memory_space S>
 struct lora_update {
-    matrix<T, S> b;
-    matrix<T, S> a;
-    double scaling = 1;
+    matrix<T, S> b; ///< lora_B, out×r
+    matrix<T, S> a; ///< lora_A, r×in
+    double scaling = 1; ///< of b·a: α/r, or α/√r where rsLoRA is asked for
 
+    /// Rows of ΔW.
     [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
+    /// Columns of ΔW.
     [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
+    /// R, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
     [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
@@ -2294,6 +2362,7 @@ void check_update(const lora_update<T, S>& update, std::string_view name)
 #if TASKVEC_VECTORS() && defined(__x86_64__) && (!defined(_WIN32) || defined(__clang__))
 #define TASKVEC_WIDE_VECTORS() 1
 #else
+/// Whether kernels are compiled for vectors of 32 and 64 bytes too.
 #define TASKVEC_WIDE_VECTORS() 0
 #endif
 
@@ -2638,7 +2707,7 @@ inline constexpr int pack_lanes = bytes == 0 ? 1 : bytes / static_cast<int>(size
 /// What a comparison of packs gives: all bits of a lane where it holds, none where not.
 template <arithmetic_element A, int bytes>
 struct pack_mask {
-    typename detail::vector_of<signed_word<A>, bytes>::type lanes;
+    typename detail::vector_of<signed_word<A>, bytes>::type lanes; ///< all bits set, or none
 
     template <class T = void>
     TASKVEC_HOST_DEVICE explicit operator bool() const
@@ -2653,18 +2722,21 @@ struct pack_mask {
 /// The bits of packs as signed words: magnitudes (their sign bit is clear) compare as numbers do.
 template <arithmetic_element A, int bytes>
 struct pack_words {
+    /// One lane.
     using word = signed_word<A>;
-    typename detail::vector_of<word, bytes>::type lanes;
+    typename detail::vector_of<word, bytes>::type lanes; ///< the words
 };
 
 /// `bytes` of entries of A; 0 bytes are one entry.
 template <arithmetic_element A, int bytes>
 struct pack {
     using value_type = A;
+    /// What comparisons give.
     using mask = pack_mask<A, bytes>;
+    /// Its bits.
     using words = pack_words<A, bytes>;
     static constexpr int size = pack_lanes<A, bytes>;
-    typename detail::vector_of<A, bytes>::type lanes;
+    typename detail::vector_of<A, bytes>::type lanes; ///< the numbers
 };
 
 TASKVEC_KERNELS_BEGIN
@@ -2688,6 +2760,7 @@ template <class Words>
     }
 #endif
 }
+/// A number in every lane of a pack.
 template <class Pack>
 [[nodiscard]] TASKVEC_INLINE Pack filled(typename Pack::value_type value) noexcept
 {
@@ -2740,6 +2813,7 @@ TASKVEC_PACK_WITH_NUMBER(*)
 TASKVEC_PACK_WITH_NUMBER(/)
 #undef TASKVEC_PACK_WITH_NUMBER
 
+/// The sign turned around, of every lane (of 0 and NaN too).
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator-(const pack<A, bytes>& x) noexcept
 {
@@ -2777,11 +2851,13 @@ template <arithmetic_element A, int bytes>
 {
     return __builtin_bit_cast(pack_words<A, bytes>, x);
 }
+/// The pack that has these bits.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> from_bits(const pack_words<A, bytes>& x) noexcept
 {
     return __builtin_bit_cast(pack<A, bytes>, x);
 }
+/// The mask as words: −1 where it holds, 0 where it does not.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> words_of(const pack_mask<A, bytes>& x) noexcept
 {
@@ -2804,23 +2880,27 @@ TASKVEC_PACK_BITS(pack_words, ^)
 TASKVEC_PACK_BITS(pack_words, +)
 TASKVEC_PACK_BITS(pack_words, -)
 #undef TASKVEC_PACK_BITS
+/// Where the mask does not hold.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator~(const pack_mask<A, bytes>& x) noexcept
 {
     return {~x.lanes};
 }
+/// Bits of every word and of `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator&(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
     return {x.lanes & y};
 }
+/// Bits of every word or of `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator|(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
     return {x.lanes | y};
 }
+/// Every word plus `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator+(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
@@ -2893,12 +2973,13 @@ template <arithmetic_element A, int bytes>
     return mask;
 }
 
-/// Shifts of every word, to the left or, filling with zeros, to the right.
+/// Every word shifted to the left.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept
 {
     return {x.lanes << by};
 }
+/// Every word shifted to the right, filled with zeros.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator>>(const pack_words<A, bytes>& x, int by) noexcept
 {
@@ -3141,9 +3222,13 @@ struct pack_conversion<f16> {
 /// `bytes` of consecutive stored entries of T (one entry for 0 bytes), which hold `parts` packs.
 template <storage_element T, int bytes>
 struct stored_pack {
+    /// What its numbers are computed in.
     using number = arithmetic_type<T>;
+    /// A pack of these.
     using pack_type = pack<number, bytes>;
+    /// Packs that it becomes.
     static constexpr int parts = bytes == 0 ? 1 : static_cast<int>(sizeof(number) / sizeof(T));
+    /// Entries that it holds.
     static constexpr std::size_t entries = bytes == 0 ? 1 : static_cast<std::size_t>(bytes) / sizeof(T);
 
     /// From and to any address.
@@ -3154,6 +3239,7 @@ struct stored_pack {
             raw.lanes = *reinterpret_cast<const in_memory*>(from);
         }
     }
+    /// To any address.
     TASKVEC_INLINE void store(storage_word<T>* to) const noexcept
     {
         if constexpr (bytes == 0) { *to = raw; }
@@ -3162,6 +3248,7 @@ struct stored_pack {
         }
     }
 
+    /// Part `part` as numbers. Of narrow types part 0 has the lower halves of the words and part 1 the upper ones.
     template <int part>
     [[nodiscard]] TASKVEC_INLINE pack_type get() const noexcept
     {
@@ -3192,7 +3279,7 @@ struct stored_pack {
         }
     }
 
-    std::conditional_t<bytes == 0, storage_word<T>, pack_words<number, bytes>> raw;
+    std::conditional_t<bytes == 0, storage_word<T>, pack_words<number, bytes>> raw; ///< the stored words
 
 private:
     using in_memory = typename detail::vector_of<signed_word<number>, bytes>::anywhere;
@@ -3734,10 +3821,10 @@ enum class progress_unit : std::uint8_t { bytes, layers };
 
 /// What a long-running algorithm reports: `done` of `total` units of the phase it is in.
 struct progress_event {
-    std::string_view phase;
-    std::uint64_t done = 0;
-    std::uint64_t total = 0;
-    progress_unit unit = progress_unit::bytes;
+    std::string_view phase; ///< what is done, such as "merging"
+    std::uint64_t done = 0; ///< units done
+    std::uint64_t total = 0; ///< units of the whole phase
+    progress_unit unit = progress_unit::bytes; ///< what is counted
 };
 
 /// Called now and then from one thread at a time; returning false stops the work with taskvec::cancelled.
@@ -3765,6 +3852,7 @@ enum class nonfinite : std::uint8_t { error, propagate };
 ///
 ///     taskvec::cpu policy{.threads = 4};
 struct cpu {
+    /// The space of the views that a call with this policy takes.
     static constexpr memory_space space = memory_space::host;
 
     unsigned threads = 0; ///< 0: one for each hardware thread
@@ -3779,6 +3867,7 @@ public:
     virtual ~device_memory_resource() = default;
     /// At least `bytes` bytes of device memory, aligned to 256; nullptr when there are not so many.
     [[nodiscard]] virtual void* allocate(std::size_t bytes, void* stream) = 0;
+    /// Gives back what allocate() returned, on the same stream or one that waits for it.
     virtual void deallocate(void* place, std::size_t bytes, void* stream) noexcept = 0;
 };
 
@@ -3794,6 +3883,7 @@ class gpu_context;
 ///
 ///     taskvec::gpu policy{.stream = stream};
 struct gpu {
+    /// The space of the views that a call with this policy takes.
     static constexpr memory_space space = memory_space::device;
 
     void* stream = nullptr; ///< a cudaStream_t; null: the default stream
@@ -4140,6 +4230,7 @@ template <storage_element T, arithmetic_element A, class Refuse>
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// A shape, or strides: slowest first, in elements.
 using extents = std::vector<std::int64_t>;
 
 /// "[2, 3]"
@@ -4209,14 +4300,15 @@ template <class Byte>
     requires std::is_void_v<Byte>
 struct basic_tensor_ref {
     Byte* data = nullptr;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
-    extents strides{};
-    memory_space space = memory_space::host;
-    int device = 0;
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< of the elements
+    extents shape{}; ///< slowest first; empty: a scalar
+    extents strides{}; ///< empty, or one for each extent
+    memory_space space = memory_space::host; ///< where `data` is
+    int device = 0; ///< of a device's memory: its number
     const operand_source* source = nullptr; ///< not null: `data` is null, and elements come from here
 
     [[nodiscard]] std::size_t size(std::string_view what = "tensor") const { return element_count(shape, what); }
+    /// Bytes of its elements, as if they were contiguous. `what` names it in errors.
     [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const
     {
         const std::size_t count = size(what);
@@ -4302,12 +4394,14 @@ template <storage_element T, memory_space S = memory_space::host>
 template <class Ref>
 class basic_model {
 public:
+    /// A tensor and its name.
     struct entry {
-        std::string name;
-        Ref tensor;
+        std::string name; ///< sorts by its bytes
+        Ref tensor; ///< borrowed
     };
 
     basic_model() = default;
+    /// In any order. Errors: as insert().
     basic_model(std::initializer_list<entry> entries)
     {
         for (const auto& [name, tensor] : entries) { insert(name, tensor); }
@@ -4365,11 +4459,12 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A tensor that is yet to be written.
 struct tensor_spec {
-    std::string name;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
+    std::string name; ///< of the tensor
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is to be stored
+    extents shape{}; ///< slowest first
 
     [[nodiscard]] std::size_t size() const { return element_count(shape, name); }
+    /// Bytes of the tensor.
     [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
 };
 
@@ -4393,6 +4488,7 @@ public:
 /// The sink over tensors that the caller owns, in the order of `tensors`.
 class memory_sink final : public tensor_sink {
 public:
+    /// `tensors`: memory for each tensor of the list that is written, in its order, which outlives the sink.
     explicit memory_sink(std::vector<void*> tensors)
         : tensors_(std::move(tensors))
     { }
@@ -4489,9 +4585,10 @@ struct model_options {
 
 /// One tensor of the aligned models: where its data lie in the base and in each task.
 struct aligned_tensor {
+    /// Where a tensor's elements lie in one model, and how they are stored.
     struct operand {
         const std::byte* data = nullptr;
-        taskvec::dtype dtype = taskvec::dtype::f32;
+        taskvec::dtype dtype = taskvec::dtype::f32; ///< as they are stored
         const operand_source* source = nullptr; ///< where set, elements come from it, and `data` is not read
 
         /// Bytes of `count` elements as they are stored.
@@ -4500,15 +4597,15 @@ struct aligned_tensor {
             return source ? (std::uint64_t{count} * source->stored_bits() + 7) / 8 : byte_count(dtype, count);
         }
     };
-    std::string name;
-    extents shape;
+    std::string name; ///< of the tensor
+    extents shape; ///< slowest first
     std::size_t size = 0;
     std::size_t output = 0; ///< index in aligned_models::outputs()
     std::uint64_t position = 0; ///< first element's place in the concatenation of all included tensors
-    taskvec::dtype output_dtype = taskvec::dtype::f32;
+    taskvec::dtype output_dtype = taskvec::dtype::f32; ///< of the merged tensor
     bool wide = false; ///< arithmetic runs in f64, because some model stores f64
     operand base{}; ///< data == nullptr when there is no base
-    std::vector<operand> tasks{};
+    std::vector<operand> tasks{}; ///< in their order
 
     /// True when what is to be added to the base has f64 values: an f64 tensor, whatever the tasks store.
     [[nodiscard]] bool wide_base() const noexcept { return base.dtype == taskvec::dtype::f64; }
@@ -4523,15 +4620,15 @@ struct aligned_tensor {
 
 /// A tensor that takes no part: it is copied through unchanged.
 struct copied_tensor {
-    std::string name;
-    std::size_t output = 0;
-    const_tensor_ref source{};
+    std::string name; ///< of the tensor
+    std::size_t output = 0; ///< index in aligned_models::outputs()
+    const_tensor_ref source{}; ///< its bytes
 };
 
 /// A run of consecutive elements of one tensor, handed to one thread.
 struct tensor_chunk {
-    std::size_t tensor = 0;
-    std::uint64_t offset = 0;
+    std::size_t tensor = 0; ///< index in aligned_models::tensors()
+    std::uint64_t offset = 0; ///< of the first element in its tensor
     std::size_t size = 0;
 };
 
@@ -4565,7 +4662,7 @@ private:
 
 /// Tensors [first, last) of aligned models.
 struct tensor_range {
-    std::size_t first = 0, last = 0;
+    std::size_t first = 0, last = 0; ///< indices in aligned_models::tensors()
 };
 
 /// Lines up a base (optional) and tasks by tensor name, and checks everything that can be checked before any work:
@@ -4575,8 +4672,10 @@ struct tensor_range {
 /// Errors: invalid_argument, shape_mismatch, dtype_mismatch, each naming the tensor and the model.
 class aligned_models {
 public:
+    /// Whether two runs of bytes are the same; for memory that the host cannot read.
     using bytes_equal = callback<bool(const void* a, const void* b, std::size_t bytes)>;
 
+    /// `base`: null for none. The models outlive the result.
     aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {},
         memory_space space = memory_space::host, const bytes_equal& equal = {})
         : options_(std::move(options))
@@ -4655,21 +4754,27 @@ public:
     [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
     /// The included floating tensors, in name order.
     [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
+    /// The tensors that are copied, in name order.
     [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
+    /// All chunks, tensor by tensor.
     [[nodiscard]] chunk_list chunks() const& noexcept { return {first_chunk_, tensors_, step()}; }
     chunk_list chunks() const&& = delete; // a list over a temporary
     /// Chunks [first_chunk(i), first_chunk(i + 1)) cover tensor i.
     [[nodiscard]] std::size_t first_chunk(std::size_t tensor) const noexcept { return first_chunk_[tensor]; }
     /// Elements of all included tensors together.
     [[nodiscard]] std::uint64_t elements() const noexcept { return elements_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t task_count() const noexcept { return task_count_; }
+    /// Whether there is a base.
     [[nodiscard]] bool has_base() const noexcept { return has_base_; }
     /// For each task, how many tensors it lacks that stand for the base's (missing_tensors::base), among those that
     /// take part and those that no task has, which are copied.
     [[nodiscard]] const std::vector<std::size_t>& filled() const noexcept { return filled_; }
     /// True when some included tensor computes in f64: model-wide magnitudes then compare as f64.
     [[nodiscard]] bool any_wide() const noexcept { return any_wide_; }
+    /// As they were given.
     [[nodiscard]] const model_options& options() const noexcept { return options_; }
+    /// What messages call a task: its label, or "task 1", "task 2", …
     [[nodiscard]] std::string label(std::size_t task) const
     {
         return options_.labels.empty() ? message("task ", task + 1) : options_.labels[task];
@@ -5034,6 +5139,7 @@ inline constexpr std::size_t block_size = 4096;
 template <arithmetic_element A>
 class row_block {
 public:
+    /// `scratch_rows`: rows beside those of the models; all of them lie in `memory`.
     row_block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory,
         const detail::row_conversions<A>& conversions = detail::conversions_between<A, storage_types>)
         : models_(&models)
@@ -5053,15 +5159,20 @@ public:
     }
 
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    /// The block's first element, in its tensor.
     [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
+    /// The same in the concatenation of all included tensors.
     [[nodiscard]] std::uint64_t position() const noexcept { return tensor_->position + offset_; }
+    /// The tensor that is open.
     [[nodiscard]] const aligned_tensor& tensor() const noexcept { return *tensor_; }
     /// The tensor's place in models().tensors().
     [[nodiscard]] std::size_t tensor_index() const noexcept
     {
         return static_cast<std::size_t>(tensor_ - models_->tensors().data());
     }
+    /// The models that it reads.
     [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t task_count() const noexcept { return models_->task_count(); }
 
     /// θ0 of this block.
@@ -5121,6 +5232,7 @@ public:
     }
     /// Row of task t. Rows of tasks and scratch rows are consecutive, block_size apart.
     [[nodiscard]] A* row(std::size_t t) noexcept { return rows_.data() + (1 + t) * block_size; }
+    /// Scratch row i.
     [[nodiscard]] A* scratch(std::size_t i) noexcept { return row(task_count() + i); }
 
     /// Throws nonfinite_error if an input of this block that was loaded holds NaN or infinity (unless propagation was
@@ -5228,6 +5340,7 @@ public:
         , memory_(memory)
         , conversions_(conversions)
     { }
+    /// The block in A, made when it is first asked for.
     template <arithmetic_element A>
     row_block<A>& get()
     {
@@ -5281,12 +5394,14 @@ decltype(auto) with_block_of(block_workspace& space, const aligned_tensor& tenso
 
 /// A range of chunks, by index.
 struct chunk_range {
-    std::size_t first = 0, last = 0;
+    std::size_t first = 0, last = 0; ///< indices in aligned_models::chunks()
 };
+/// The chunks of all tensors.
 [[nodiscard]] inline chunk_range all_chunks(const aligned_models& models) noexcept
 {
     return {0, models.chunks().size()};
 }
+/// The chunks of one tensor.
 [[nodiscard]] inline chunk_range chunks_of(const aligned_models& models, std::size_t tensor) noexcept
 {
     return {models.first_chunk(tensor), models.first_chunk(tensor + 1)};
@@ -5372,22 +5487,29 @@ struct update_place {
 
 /// One thing that is added to a tensor. It refers to the update, or the stored tensor, which outlive it.
 struct weight_change {
-    const lora_update<float>* single = nullptr;
-    const lora_update<double>* wide = nullptr;
+    const lora_update<float>* single = nullptr; ///< the update, in f32
+    const lora_update<double>* wide = nullptr; ///< or in f64; both null: `saved` takes the tensor's place
     const_tensor_ref saved{}; ///< a whole tensor in place of the base's, where there is no update
     double weight = 1; ///< of the change: θ0 + weight·(θ − θ0)
-    update_place place{};
+    update_place place{}; ///< how the update lies in the tensor
     std::string label{}; ///< names the adapter in messages
 
+    /// Whether it is a low-rank update; out() to b() are its own, and are asked of nothing else.
     [[nodiscard]] bool is_update() const noexcept { return single || wide; }
+    /// Outputs of the module.
     [[nodiscard]] std::size_t out() const noexcept { return single ? single->out() : wide->out(); }
+    /// Inputs of the module.
     [[nodiscard]] std::size_t in() const noexcept { return single ? single->in() : wide->in(); }
+    /// The rank of its factors.
     [[nodiscard]] std::size_t rank() const noexcept { return single ? single->rank() : wide->rank(); }
+    /// The factor of b·a.
     [[nodiscard]] double scaling() const noexcept { return single ? single->scaling : wide->scaling; }
+    /// Entry (k, i) of lora_A, in f64.
     [[nodiscard]] double a(std::size_t k, std::size_t i) const noexcept
     {
         return single ? static_cast<double>(single->a(k, i)) : wide->a(k, i);
     }
+    /// Entry (i, k) of lora_B, in f64.
     [[nodiscard]] double b(std::size_t i, std::size_t k) const noexcept
     {
         return single ? static_cast<double>(single->b(i, k)) : wide->b(i, k);
@@ -5829,6 +5951,7 @@ public:
         changes_[tensor].push_back(std::move(change));
     }
 
+    /// What was added, by the name of the tensor, each tensor's changes in the order in which they came.
     [[nodiscard]] const std::map<std::string, std::vector<weight_change>>& changes() const noexcept { return changes_; }
     [[nodiscard]] bool empty() const noexcept { return changes_.empty(); }
 
@@ -5950,7 +6073,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What messages call an initialisation and the adapter that was trained from it.
 struct initialization_labels {
-    std::string initial = "the initialisation", adapter = "the adapter";
+    std::string initial = "the initialisation", adapter = "the adapter"; ///< in the singular
 };
 
 /// Throws unless one module's update can have been trained from `initial`: shape_mismatch for another shape or rank (or
@@ -6154,18 +6277,20 @@ namespace taskvec::inline TASKVEC_ABI {
 /// Values that a sweep goes over: the plural that names them, and the usual ones as text ("0.1,0.2" or
 /// "FIRST:LAST:STEP"); `of_subsets` where every subset of the tasks is tried as well.
 struct option_axis {
-    std::string_view name{}, usual{}, of_subsets{};
+    std::string_view name{}, usual{}, of_subsets{}; ///< as described above
 };
 
 /// What a row says beside name, member and meaning. Numbers are finite always, and within the range that is given.
 struct option_details {
     std::string_view unit{}; ///< stands for the value in a usage line: "D", "N"; empty: by the kind
+    /// Smallest value.
     double at_least = -std::numeric_limits<double>::infinity();
     double above = -std::numeric_limits<double>::infinity(); ///< the bound itself is outside
+    /// Largest value.
     double at_most = std::numeric_limits<double>::infinity();
     std::string_view expected{}; ///< what messages say is expected; empty: in words made of the range
     std::string_view negated{}; ///< of a bool that is on by default: the flag that turns it off
-    option_axis axis{};
+    option_axis axis{}; ///< what a sweep tries
 };
 
 /// Of a share of entries: above 0 and up to 1.
@@ -6188,16 +6313,18 @@ inline constexpr option_axis common_densities{"densities", "0.05,0.1,0.2,0.3,0.5
 /// One member of an options struct. `name`: lower case words with hyphens; `meaning`: a phrase without a full stop.
 template <class Options, class Value>
 struct option_row {
+    /// The struct that has the member.
     using options_type = Options;
     using value_type = Value;
 
-    std::string_view name;
-    Value Options::* member;
-    std::string_view meaning;
-    option_details details;
+    std::string_view name; ///< lower case words with hyphens
+    Value Options::* member; ///< where the value is
+    std::string_view meaning; ///< a phrase without a full stop
+    option_details details; ///< range, unit, words
     bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
     std::string_view each_of{}; ///< of such a list: what an entry is, "weight", or the row that holds for all tasks
 
+    /// `its_name` and `words` must outlive the table: literals do.
     constexpr option_row(
         std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
         : name(its_name)
@@ -6206,6 +6333,7 @@ struct option_row {
         , details(more)
     { }
 
+    /// Calls visit(row, value) with the member of `options`, as all rows do.
     template <class Owner, class Visit>
     constexpr void visit(Owner& options, Visit&& visit) const
     {
@@ -6254,9 +6382,10 @@ template <class Options>
 /// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
 template <class Options, class Inner, std::size_t N>
 struct inner_options {
-    Inner Options::* member;
-    std::array<std::string_view, N> without;
+    Inner Options::* member; ///< the struct within
+    std::array<std::string_view, N> without; ///< names of its rows that are not the owner's
 
+    /// Whether a row of the struct within is none of the owner's.
     [[nodiscard]] constexpr bool leaves_out(std::string_view name) const noexcept
     {
         for (const auto& other : without) {
@@ -6264,9 +6393,11 @@ struct inner_options {
         }
         return false;
     }
+    /// Calls visit(row, value) for each row of the struct within that is not left out.
     template <class Owner, class Visit>
     constexpr void visit(Owner& options, Visit&& visit) const;
 };
+/// The rows of member `member`, without those that are named. See inner_options.
 template <class Options, class Inner, class... Names>
 [[nodiscard]] constexpr inner_options<Options, Inner, sizeof...(Names)> options_within(
     Inner Options::* member, Names... without)
@@ -6277,8 +6408,9 @@ template <class Options, class Inner, class... Names>
 /// The rows of a struct.
 template <class... Rows>
 struct option_table {
-    std::tuple<Rows...> rows;
+    std::tuple<Rows...> rows; ///< in the order in which they are listed and asked for
 
+    /// Takes option_row and inner_options, in any number.
     constexpr explicit option_table(const Rows&... all)
         : rows(all...)
     { }
@@ -6287,7 +6419,8 @@ struct option_table {
 /// A set of values under a name: "as the other library does it".
 template <class Options>
 struct option_preset {
-    std::string_view name, meaning;
+    std::string_view name, meaning; ///< the preset's word, and what it follows
+    /// The values.
     Options (*make)();
 };
 
@@ -6315,11 +6448,13 @@ concept options_with_presets = requires {
 /// The words for the values of an enumeration: specialise with `static constexpr std::array words{enum_word{…}, …}`.
 template <class Enum>
 struct enum_words { };
+/// A value of an enumeration and its word.
 template <class Enum>
 struct enum_word {
-    Enum value;
-    std::string_view word;
+    Enum value; ///< the value
+    std::string_view word; ///< lower case, with hyphens
 };
+/// An enumeration whose values have words.
 template <class Enum>
 concept worded_enum = std::is_enum_v<Enum> && requires { enum_words<Enum>::words.size(); };
 
@@ -6537,11 +6672,13 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     std::uint64_t value = hash.digest();
 class xxh64 {
 public:
+    /// Begins a hash; the seed is XXH64's.
     explicit constexpr xxh64(std::uint64_t seed = 0) noexcept
         : lanes_{seed + p1 + p2, seed + p2, seed, seed - p1}
         , seed_(seed)
     { }
 
+    /// Goes on with `size` bytes.
     void update(const void* data, std::size_t size) noexcept
     {
         const auto* bytes = static_cast<const unsigned char*>(data);
@@ -6564,6 +6701,7 @@ public:
     }
     void update(std::string_view text) noexcept { update(text.data(), text.size()); }
 
+    /// The hash of all that was given so far, which may go on.
     [[nodiscard]] std::uint64_t digest() const noexcept
     {
         std::uint64_t h;
@@ -6658,9 +6796,11 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     bool keep = stream.word(i) < keep_below(density);
 class random_stream {
 public:
+    /// The numbers of (seed, task, tensor name).
     random_stream(std::uint64_t seed, std::uint32_t task, std::string_view name) noexcept
         : random_stream(hash64(name, seed), task)
     { }
+    /// The same by the key, the hash of name and seed.
     TASKVEC_HOST_DEVICE constexpr random_stream(std::uint64_t key, std::uint32_t task) noexcept
         : key_{static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)}
         , task_(task)
@@ -6691,6 +6831,7 @@ public:
         const double radius = std::sqrt(-2.0 * std::log(u)), angle = 2.0 * std::numbers::pi * v;
         return {radius * std::cos(angle), radius * std::sin(angle)};
     }
+    /// Standard normal: a half of the element's pair.
     [[nodiscard]] double normal(std::uint64_t index) const noexcept { return normal_pair(index / 2)[index % 2]; }
 
 private:
@@ -6776,9 +6917,9 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// Memory that a method reads beside the models (the statistics of a tensor, say), for the check of aliases.
 struct companion {
-    std::size_t tensor = 0;
+    std::size_t tensor = 0; ///< index in aligned_models::tensors()
     const std::byte* data = nullptr;
-    std::size_t bytes = 0;
+    std::size_t bytes = 0; ///< that are read from `data` on
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -6807,14 +6948,15 @@ class method;
 
 /// What a merge can say about itself; filled where model_options::statistics asks for it.
 struct merge_report {
+    /// The norms of one tensor.
     struct tensor_norm {
-        std::string name;
+        std::string name; ///< of the tensor
         double merged = 0; ///< ‖θ*‖ before rounding to storage
         double change = 0; ///< ‖θ* − θ0‖, 0 without a base
     };
     std::vector<std::uint64_t> kept{}; ///< for each task: nonzero entries of its task vector that took part
     std::vector<std::uint64_t> conflicting{}; ///< for each task: those of them whose sign lost the election (TIES)
-    std::vector<tensor_norm> norms{};
+    std::vector<tensor_norm> norms{}; ///< in the order of tensors
     unsigned walks = 0; ///< how often the models were read from end to end
     std::uint64_t beside = 0; ///< bytes read beside those walks: statistics, and second reads of some tensors
     std::uint64_t saturated = 0; ///< results that became their dtype's largest number (overflow::saturate)
@@ -6823,7 +6965,7 @@ struct merge_report {
 /// What bodies counted: on a run of entries, a tensor, a model. Tallies of parts add up to that of the whole, whoever
 /// walked over the parts and in whatever order.
 struct merge_tally {
-    static constexpr std::size_t slot_count = 4;
+    static constexpr std::size_t slot_count = 4; ///< counters that a body has
     std::array<std::uint64_t, slot_count> counts{}; ///< by in.count(slot, mask)
     std::pmr::vector<std::uint64_t> of_tasks{}; ///< by in.count_of(slot, task, mask): [slot][task]
 
@@ -6833,6 +6975,7 @@ struct merge_tally {
         : of_tasks(memory)
     { }
 
+    /// Adds another part's counts, of entries and of tasks.
     merge_tally& operator+=(const merge_tally& other)
     {
         for (std::size_t k = 0; k < slot_count; ++k) { counts[k] += other.counts[k]; }
@@ -6848,8 +6991,7 @@ struct merge_tally {
 ///   - `static std::vector<aligned_tensor::operand> beside(const Options&, const aligned_models&, memory_space)`: what
 ///     in.beside(b) reads, as many for each tensor, in the order of tensors();
 ///   - `bool settle(std::span<const merge_tally> of_tensors)`, called once everything is merged: whether something has
-///   to
-///     be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
+///     to be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
 ///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp;
 ///   - where an entry's fate depends on its row: `const row_pieces& pieces()`, what the walk goes over; and for each of
 ///     them `weigh(row_block<A>&, const tensor_chunk& piece, A* numbers, detail::piece_memory&)`, which makes
@@ -7319,7 +7461,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// Two operands of a tensor by number: 0 is the base, 1 + t task t, and 1 + T + b what lies beside the models (T
 /// tasks).
 struct operand_pair {
-    std::uint32_t first = 0, second = 0;
+    std::uint32_t first = 0, second = 0; ///< numbers of operands
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -7427,16 +7569,20 @@ namespace taskvec::inline TASKVEC_ABI {
 /// function: tensor_dots(passes, pairs, difference) here, trim_thresholds_of(passes, …) in select/thresholds.hpp.
 class cpu_passes {
 public:
+    /// Over models, on this policy, all of which it refers to; `beside`: what a method reads beside them.
     cpu_passes(const cpu& policy, const aligned_models& models, std::span<const aligned_tensor::operand> beside = {})
         : policy_(&policy)
         , models_(&models)
         , beside_(beside)
     { }
 
+    /// Where the passes run.
     [[nodiscard]] const cpu& policy() const noexcept { return *policy_; }
+    /// The models that are merged.
     [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t tasks() const noexcept { return models_->task_count(); }
-    static constexpr memory_space space = memory_space::host;
+    static constexpr memory_space space = memory_space::host; ///< Where tables lie.
     /// Operands beside the models, for each tensor.
     [[nodiscard]] std::size_t beside_each() const noexcept
     {
@@ -7468,18 +7614,22 @@ private:
 template <class Types>
 class typed_passes : public cpu_passes {
 public:
+    /// The storage_list that the models' types are of.
     using storage = Types;
+    /// As cpu_passes.
     using cpu_passes::cpu_passes;
 };
 
 /// Numbers for bodies, rounded to both arithmetic types once.
 class kept_numbers {
 public:
+    /// Keeps `numbers` as long as the passes live, in f32 and in f64.
     template <class Passes>
     kept_numbers(Passes& passes, const std::vector<double>& numbers)
         : single_(passes.keep(std::vector<float>(numbers.begin(), numbers.end())))
         , wide_(passes.keep(numbers))
     { }
+    /// The numbers in A, where bodies can read them.
     template <arithmetic_element A>
     [[nodiscard]] const A* get() const noexcept
     {
@@ -7584,7 +7734,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// and chunks. A unit that is longer is a piece by itself. Worked out when they are asked for, as chunk_list is.
 class row_pieces {
 public:
-    static constexpr std::size_t entries = 65536;
+    static constexpr std::size_t entries = 65536; ///< that a piece has, if its units are not longer
 
     /// `unit(tensor)`: how many entries belong together; they divide the tensor's size.
     template <class Unit>
@@ -8731,6 +8881,7 @@ TASKVEC_KERNELS_END
 ///     merge(cpu{}, ties_options{}, models, guarded);
 class overflow_guard final : public tensor_sink {
 public:
+    /// In front of `out`, which outlives it as the models do; `gain`: how far options may enlarge a result.
     overflow_guard(tensor_sink& out, const aligned_models& models, overflow how, double gain = 1)
         : out_(&out)
         , models_(&models)
@@ -9302,15 +9453,16 @@ merge_report fuse(const Policy& policy, const const_model_ref& base, const lora_
     return fuse(policy, base, changes, out, how);
 }
 
+/// An update and its weight in a sum.
+template <arithmetic_element T>
+struct weighted_update {
+    const lora_update<T>& update; ///< borrowed
+    double weight = 1; ///< of the update
+};
 /// One weight in memory: out = round(weight + Σ factors), typed. `weight` and `out` are out×in and row-major, `updates`
 /// refer to theirs; out may be the weight's own memory.
 ///
 ///     fuse(cpu{}, as_view(weight), {{update, 0.5}, {other, 1.0}}, as_view(out));
-template <arithmetic_element T>
-struct weighted_update {
-    const lora_update<T>& update;
-    double weight = 1;
-};
 template <cpu_policy Policy, arithmetic_element T, storage_element S, storage_element Out>
 void fuse(const Policy& policy, view<const S, memory_space::host> weight,
     std::initializer_list<weighted_update<T>> updates, view<Out, memory_space::host> out, model_options how = {})
@@ -9353,8 +9505,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A fine-tuned adapter φt and the initialisation φ0 that its training started from, as named tensors.
 struct initialized_adapter {
-    const_model_ref adapter;
-    const_model_ref initial;
+    const_model_ref adapter; ///< φt, after training
+    const_model_ref initial; ///< φ0, before it
 };
 
 namespace detail {
@@ -9517,7 +9669,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// ‖θ‖ of a tensor, and ‖θ − θ0‖ where there is a base (0 otherwise).
 struct tensor_norms {
-    double norm = 0, change = 0;
+    double norm = 0, change = 0; ///< of the task, and of its difference to the base
 };
 
 /// The norms of the first task of `models`, for each of its tensors: f64 sums of a fixed shape over the stored values,
@@ -9604,8 +9756,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// Mean and sample standard deviation (divisor n − 1; 0 for one value), smallest and largest.
 struct summary {
-    std::size_t count = 0;
-    double mean = 0, standard_deviation = 0, lowest = 0, highest = 0;
+    std::size_t count = 0; ///< of the values
+    double mean = 0, standard_deviation = 0, lowest = 0, highest = 0; ///< in the units of the values
 };
 /// Of at least one value, else invalid_argument. Two passes.
 [[nodiscard]] inline summary summarize(std::span<const double> values)
@@ -10087,14 +10239,14 @@ enum class option_kind : std::uint8_t { truth, number, whole_number, word, numbe
 
 /// A row of a table, without its types.
 struct option_description {
-    std::string name, meaning, unit;
-    option_kind kind = option_kind::number;
+    std::string name, meaning, unit; ///< as in the row
+    option_kind kind = option_kind::number; ///< of its values
     std::string initial; ///< the default, as write_option() writes it
     std::string expected; ///< "a number above 0 and up to 1", "one of: model, tensor"
     std::string negated; ///< of a truth that is on by default: the name that turns it off
-    std::vector<std::string> words{};
-    option_axis axis{};
-    bool per_task = false;
+    std::vector<std::string> words{}; ///< that it takes, where it takes words
+    option_axis axis{}; ///< what a sweep tries
+    bool per_task = false; ///< a list with an entry for each task
     std::string each_of{}; ///< of a list for the tasks: "weight", or the row that holds for all of them
     bool is_preset = false; ///< chooses a set of values for others: the words name the presets
 };
@@ -10512,6 +10664,8 @@ template <dlpack_managed M>
 class dlpack_handle {
 public:
     dlpack_handle() = default;
+    /// Takes `managed` over, whatever happens; `what` names the tensor in errors. Errors: as from_dlpack();
+    /// invalid_argument for null, and for another major version than 1.
     explicit dlpack_handle(M* managed, std::string_view what = "DLPack tensor")
         : managed_(managed)
         , what_(what)
@@ -11301,8 +11455,8 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct mean_body {
     static constexpr bool watches = true;
-    const A* weights;
-    A divisor;
+    const A* weights; ///< of each task
+    A divisor; ///< of the sum
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -11317,8 +11471,8 @@ struct mean_body {
 template <arithmetic_element A>
 struct pair_body {
     static constexpr bool watches = true;
-    A of_a, of_b;
-    bool from_base;
+    A of_a, of_b; ///< factors of the two
+    bool from_base; ///< a is the base, and b the first task
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -11438,15 +11592,18 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// Keeps every entry as it is.
 struct keep_all {
+    /// NaN and infinity are never dropped: a sum over what is kept shows them.
     static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = false;
 
+    /// X.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In&, std::size_t, const typename In::pack& x) const noexcept
     {
         return x;
     }
+    /// Itself: no tensor has a rule of its own.
     template <arithmetic_element A>
     [[nodiscard]] keep_all get(std::size_t) const noexcept
     {
@@ -11555,9 +11712,9 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A, class Rule>
 struct kept_sum_body : Rule {
     static constexpr bool watches = Rule::sees_all;
-    const A* weights;
-    A factor;
-    A divisor = 1;
+    const A* weights; ///< of each task
+    A factor; ///< of the sum
+    A divisor = 1; ///< of the sum
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -11681,9 +11838,11 @@ namespace taskvec::inline TASKVEC_ABI {
 /// in the scope comes before `equal_end`.
 template <arithmetic_element A>
 struct top_k_threshold {
-    bits_type<A> magnitude = 0;
+    bits_type<A> magnitude = 0; ///< bits of |x|, without the sign
+    /// Place in the scope.
     std::uint64_t equal_end = std::numeric_limits<std::uint64_t>::max();
 
+    /// Whether the entry with this value at this place of the scope is kept.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr bool keeps(A value, std::uint64_t place) const noexcept
     {
         const bits_type<A> bits = magnitude_bits(value);
@@ -12454,7 +12613,8 @@ concept entry_count = std::same_as<std::invoke_result_t<const Count&, std::uint6
 /// A share of the entries of task vectors: one for all, or one for each task.
 class task_shares {
 public:
-    task_shares(double all) // a number is one for all
+    /// One share for all tasks: a number converts.
+    task_shares(double all)
         : all_(all)
     { }
     /// `each`: one for each task, or none for `all`. `what`: "densities", for messages. Errors: invalid_argument where
@@ -12468,6 +12628,7 @@ public:
                 message(each_.size(), " ", what, " for ", tasks, " tasks: give one each, or none"));
         }
     }
+    /// The share of task t.
     [[nodiscard]] double of(std::size_t t) const { return each_.empty() ? all_ : each_[t]; }
 
 private:
@@ -12478,6 +12639,8 @@ private:
 /// Thresholds of every task vector, over the whole model or for each tensor.
 class trim_thresholds {
 public:
+    /// Finds the thresholds of all tasks: about one read of the models. Errors: invalid_argument (a density outside
+    /// (0, 1]), nonfinite_error unless it may spread, cancelled.
     template <cpu_policy P> // a template, so that files which do not call it do not compile the search for every type
     trim_thresholds(const P& policy, const aligned_models& models, const task_shares& density, scope over,
         trim_rule rule = trim_rule::exact)
@@ -12538,6 +12701,7 @@ public:
             return wide_.empty() ? single_[index] : threshold_as<float>(wide_[index]);
         }
     }
+    /// How often the models were read to find them.
     [[nodiscard]] unsigned walks() const noexcept { return walks_; }
 
 private:
@@ -12621,11 +12785,13 @@ namespace taskvec::inline TASKVEC_ABI {
 /// equal_end. A kept 0 is none.
 template <arithmetic_element A>
 struct keep_top_of_tensor {
-    static constexpr bool sees_all = true; // magnitudes of NaN and infinity are the largest
+    /// NaN and infinity are never dropped: their magnitudes are the largest.
+    static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = true;
     const top_k_threshold<A>* thresholds; ///< of each task
-    std::size_t tasks;
+    std::size_t tasks; ///< how many
 
+    /// x where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -12648,6 +12814,7 @@ struct keep_top_of_tensor {
 /// Keeps the top `density` of every task vector over a scope (see trim_thresholds). Cost: about one read of the models.
 class keep_top {
 public:
+    /// The top `density` of each task over `over`, chosen by `rule`.
     template <class Passes>
     keep_top(Passes& passes, const task_shares& density, scope over, trim_rule rule = trim_rule::exact)
         : keep_top(passes, over, trim_thresholds_of(passes, density, over, rule))
@@ -12657,6 +12824,7 @@ public:
     keep_top(Passes& passes, const Count& count, scope over)
         : keep_top(passes, over, trim_thresholds_of(passes, count, over))
     { }
+    /// The rule of a tensor, in the arithmetic type A.
     template <arithmetic_element A>
     [[nodiscard]] keep_top_of_tensor<A> get(std::size_t tensor) const noexcept
     {
@@ -12708,10 +12876,12 @@ namespace taskvec::inline TASKVEC_ABI {
 /// The rule of one tensor: what is among the top entries of `upper`, and not among those of `outliers`.
 template <arithmetic_element A>
 struct keep_between_of_tensor {
-    static constexpr bool sees_all = false; // NaN and infinity are the outliers
+    /// NaN and infinity are outliers, which are dropped.
+    static constexpr bool sees_all = false;
     static constexpr bool clears_zeros = true;
-    keep_top_of_tensor<A> upper, outliers;
+    keep_top_of_tensor<A> upper, outliers; ///< what is kept or above it, and what is above it
 
+    /// x where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -12730,6 +12900,7 @@ struct keep_between_of_tensor {
 /// unless 0 < density ≤ 1 and 0 ≤ gamma < 1 for every task. Cost: about two reads of the models.
 class keep_between {
 public:
+    /// `passes`: of the models that are merged; `over`: what a share counts over.
     template <class Passes>
     keep_between(Passes& passes, const task_shares& density, const task_shares& gamma, scope over)
         : outliers_(
@@ -12742,6 +12913,7 @@ public:
               },
               over)
     { }
+    /// The rule of a tensor, in the arithmetic type A.
     template <arithmetic_element A>
     [[nodiscard]] keep_between_of_tensor<A> get(std::size_t tensor) const noexcept
     {
@@ -12804,7 +12976,7 @@ struct enum_words<disjoint_merge> {
 /// The factors of one task in the election: in the sum that elects, in the value that is merged, in the divisor of the
 /// mean, and in the test of agreement (where only its sign counts).
 struct election_weights {
-    std::vector<double> elect{}, value{}, divide{}, agree{};
+    std::vector<double> elect{}, value{}, divide{}, agree{}; ///< one for each task in each list
 };
 
 /// The factors of an election, rounded to A once: T elect, T value, T divide, T agree.
@@ -12822,7 +12994,9 @@ template <arithmetic_element A>
 /// while some entry is not; for each task, where statistics are asked for, its nonzero entries and those that do not
 /// agree.
 struct election_counts {
+    /// Slots of in.count(): sums above 0, below 0, and exactly 0 while some entry is not.
     static constexpr std::size_t positive = 0, negative = 1, unresolved = 2;
+    /// Slots of in.count_of(): entries that take part, and those of them that do not agree.
     static constexpr std::size_t kept = 0, conflicting = 1;
 };
 
@@ -12831,9 +13005,9 @@ struct election_counts {
 template <arithmetic_element A, class Rule>
 struct sign_election_body : Rule {
     static constexpr bool watches = Rule::sees_all;
-    const A* factors;
-    disjoint_merge combine;
-    A zero, lambda;
+    const A* factors; ///< those of election_factors()
+    disjoint_merge combine; ///< of agreeing entries
+    A zero, lambda; ///< what a sum of 0 elects, and the scale of τ
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -12887,7 +13061,7 @@ template <arithmetic_element A, class Rule>
 struct unit_election_body : Rule {
     static constexpr bool watches = Rule::sees_all;
     static constexpr std::integer_sequence<int, 2, 3> held{}; ///< numbers of tasks that are compiled by themselves
-    A lambda;
+    A lambda; ///< the scale of τ
     signed_word<A> zero; ///< the sign bit that a sum of 0 elects: 0 for plus
 
     template <class In>
@@ -12961,6 +13135,7 @@ struct enum_words<zero_sign> {
 ///      with `densities` each task has its own;
 ///   2. elect: γ = sign(Σ wt·τ̂t), elementwise;
 ///   3. merge the entries with sign γ: Σ wt·τ̂t / Σ wt (mean), Σ wt·τ̂t (sum), or the wt·τ̂t of largest magnitude (max).
+///
 /// Sums run in f32 (f64 for f64) in task order; every product, sum and quotient rounds; bit-exact for any threads and
 /// blocks. Weights: one for each task, or none for all 1; negative ones only under a preset that gives them a meaning.
 /// Cost: two reads of the inputs and one write; a little more where the majority decides.
@@ -13148,6 +13323,7 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return keep_.walks() + (stride_ ? 1u : 0u); }
 
 protected:
+    /// The prepared rules, for methods that derive from this.
     [[nodiscard]] const Keep& keep() const noexcept { return keep_; }
 
 private:
@@ -13253,6 +13429,7 @@ struct breadcrumbs_options {
 struct breadcrumbs_ties_options {
     double density = 0.85;
     double gamma = 0.01;
+    /// Of election and merge.
     ties_options ties = in_tensors();
     std::vector<double> densities{}; ///< of each task, or none for `density` of all
     std::vector<double> gammas{}; ///< of each task, or none for `gamma` of all
@@ -13400,9 +13577,10 @@ inline void add_counts(std::vector<std::uint64_t>& sum, const std::vector<std::u
 /// of a group are those of its first tensor. A group for each set of values, in the order of their first tensors.
 template <described_options Options>
 struct tensor_group {
-    Options options{};
-    std::vector<std::size_t> tensors{};
+    Options options{}; ///< of all of them
+    std::vector<std::size_t> tensors{}; ///< places in models.tensors(), ascending
 };
+/// Groups the tensors that take part by what `options_of(name)` says of each.
 template <described_options Options>
 [[nodiscard]] std::vector<tensor_group<Options>> group_by_options(
     const aligned_models& models, const callback<Options(std::string_view)>& options_of)
@@ -13493,6 +13671,7 @@ struct enum_words<decay_shape> {
 ///   - wsm: ct = d(t / N) − d((t + 1) / N), for which θ* is where the update from checkpoint t − 1 to t, times
 ///     d(t / N), for every t, would have led from the first checkpoint: training at a constant rate, then merged, for
 ///     training with that decay. The linear one is the uniform average.
+///
 /// This is the weighted average with these weights (average_options), bit for bit. Needs no base.
 ///
 ///     merge(cpu{}, checkpoint_average_options{.schedule = checkpoint_schedule::wsm}, checkpoints, out);
@@ -13595,8 +13774,8 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct combination_body {
     static constexpr bool watches = true;
-    const A* weights;
-    bool on_base;
+    const A* weights; ///< of each task
+    bool on_base; ///< of τt on θ0, and not of θt
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -13731,13 +13910,15 @@ namespace taskvec::inline TASKVEC_ABI {
 /// The rule of one tensor: entry i of task t is kept, divided by a number, where its word is below `bound`.
 template <arithmetic_element A>
 struct keep_random_of_tensor {
-    static constexpr bool sees_all = false;
+    static constexpr bool sees_all =
+        false; ///< NaN and infinity may be dropped: the walk looks for them in what it reads.
     static constexpr bool clears_zeros = false;
     std::uint64_t key; ///< of random_stream
     const std::uint64_t* bounds; ///< of each task, at most 2³²: everything
     const A* divisors; ///< of each task
     bool draws; ///< whether any task's bound asks for draws
 
+    /// x divided by the task's number where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -13748,7 +13929,9 @@ struct keep_random_of_tensor {
         const auto last = static_cast<signed_word<A>>(static_cast<std::int64_t>(bound) - (std::int64_t{1} << 31));
         return where(in.draws(t) < filled_words<typename In::words>(last), x / divisors[t]);
     }
+    /// Whether a body has to draw at all.
     [[nodiscard]] TASKVEC_INLINE bool drawing() const noexcept { return draws; }
+    /// The random numbers of task t.
     [[nodiscard]] TASKVEC_HOST_DEVICE random_stream stream(std::size_t t) const noexcept
     {
         return {key, static_cast<std::uint32_t>(t)};
@@ -13759,6 +13942,7 @@ struct keep_random_of_tensor {
 /// alone, and divides it by the density unless it is to stay as it is. Errors: invalid_argument unless 0 < density ≤ 1.
 class keep_random {
 public:
+    /// `divided`: what is kept is divided by its density.
     template <class Passes>
     keep_random(Passes& passes, const task_shares& density, std::uint64_t seed, bool divided = true)
         : divisors_(passes, divisors_of(passes.tasks(), density, divided))
@@ -13771,6 +13955,7 @@ public:
         bounds_ = passes.keep(std::move(bounds));
         for (const auto& tensor : passes.models().tensors()) { keys_.push_back(hash64(tensor.name, seed)); }
     }
+    /// The rule of a tensor, in the arithmetic type A.
     template <arithmetic_element A>
     [[nodiscard]] keep_random_of_tensor<A> get(std::size_t tensor) const noexcept
     {
@@ -13856,10 +14041,11 @@ struct dare_options {
 struct dare_ties_options {
     double density = 0.5;
     std::uint64_t seed = 0;
-    ties_options ties{};
+    ties_options ties{}; ///< of election and merge
     drop_rescale rescale = drop_rescale::density;
     std::vector<double> densities{}; ///< of each task, or none for `density` of all
 
+    /// What ties-merging does with what DARE keeps.
     [[nodiscard]] static dare_ties_options as_in_ties_merging()
     {
         dare_ties_options options;
@@ -13875,6 +14061,7 @@ struct dare_ties_options {
         options.rescale = drop_rescale::l1;
         return options;
     }
+    /// What PEFT's dare_ties does, up to its random numbers.
     [[nodiscard]] static dare_ties_options as_in_peft()
     {
         dare_ties_options options;
@@ -14004,10 +14191,12 @@ struct enum_words<rank_axis> {
 /// The rule of one tensor: what an entry is divided by was worked out with its row; 0 where it is dropped.
 template <arithmetic_element A>
 struct keep_ranked_of_tensor {
-    static constexpr bool sees_all = false;
+    static constexpr bool sees_all =
+        false; ///< NaN and infinity may be dropped: the walk looks for them in what it reads.
     static constexpr bool clears_zeros = false;
     static constexpr bool reads_beside = true;
 
+    /// x divided by its own number where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -14090,6 +14279,7 @@ private:
 /// 0 ≤ epsilon with density ± epsilon within (0, 1). Cost: every row is sorted. On the CPU.
 class keep_ranked {
 public:
+    /// `axis`: which entries make a row; `divided`: what is kept is divided by its probability.
     template <class Passes>
     keep_ranked(Passes& passes, const task_shares& density, const task_shares& epsilon, std::uint64_t seed,
         rank_axis axis, bool divided)
@@ -14120,6 +14310,7 @@ public:
                     room, ", for which density - epsilon and density + epsilon are within (0, 1)"));
         }
     }
+    /// The rule of a tensor: the same for all, as what differs was worked out with the rows.
     template <arithmetic_element A>
     [[nodiscard]] keep_ranked_of_tensor<A> get(std::size_t) const noexcept
     {
@@ -14319,7 +14510,7 @@ struct della_options {
     double density = 0.5;
     double epsilon = 0.15;
     std::uint64_t seed = 0;
-    ties_options ties{};
+    ties_options ties{}; ///< of election and merge
     drop_rescale rescale = drop_rescale::density; ///< density: by each entry's own probability
     rank_axis axis = rank_axis::last;
     std::vector<double> densities{}; ///< of each task, or none for `density` of all
@@ -14583,7 +14774,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///
 ///     merge(cpu{}, fisher_options{.fishers = fishers}, tasks, out);
 struct fisher_options {
-    std::vector<const_model_ref> fishers{};
+    std::vector<const_model_ref> fishers{}; ///< of each task, by the names of the models' tensors
     std::vector<double> weights{};
     bool normalize = false;
     double floor = 1e-12;
@@ -14614,8 +14805,8 @@ template <arithmetic_element A>
 struct fisher_body {
     static constexpr bool watches = true;
     static constexpr bool reads_beside = true;
-    const A *factors, *weights;
-    A total, floor;
+    const A *factors, *weights; ///< ct/‖Ft‖ or ct, and ct, of each task
+    A total, floor; ///< Σ ct, and the least denominator
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -15120,10 +15311,11 @@ struct options_of<nearswap_options> {
             {.at_least = 0, .expected = "a distance of at least 0, such as 0.001"})};
 };
 
+/// What nearswap_options says of an entry.
 template <arithmetic_element A>
 struct nearswap_body {
     static constexpr bool watches = false;
-    A t;
+    A t; ///< the distance
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -15276,7 +15468,7 @@ struct options_of<passthrough_options> {
 template <arithmetic_element A>
 struct scaled_body {
     static constexpr bool watches = false;
-    A factor;
+    A factor; ///< of every entry
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -15393,7 +15585,7 @@ struct options_of<ram_plus_options> {
 template <arithmetic_element A>
 struct acting_mean_body {
     static constexpr bool watches = false;
-    A epsilon;
+    A epsilon; ///< magnitude above which a task acts
     const A* raise; ///< null: 1 for all
 
     template <class In>
@@ -15538,6 +15730,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///   2. calculate: wt = mean(τt²) over the tensor with the others as 0, divided by Σ wt; where that sum is below
 ///      `least_weight`, or 0, all tasks weigh the same;
 ///   3. erase: an entry's sign is that of Σ τt (plus for 0), and tasks of another sign, or 0, are left out there.
+///
 /// θ* = θ0 + Σ wt·τt / Σ wt over the tasks that are left (a divisor is at least `least_weight`). Variances, of the task
 /// vectors less the first, products, sums and quotients round in f32 (f64 for f64) in task order, sums of squares are
 /// f64 sums of a fixed shape: bit-exact for any threads and blocks. Errors: invalid_argument (density, least_weight).
@@ -15589,8 +15782,8 @@ template <arithmetic_element A>
 struct sce_body {
     static constexpr bool watches = false;
     top_k_threshold<A> selected; ///< on variances
-    const A* weights;
-    A least;
+    const A* weights; ///< of each task
+    A least; ///< the least divisor
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -15953,12 +16146,13 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A run of rows that are taken together: row `first + i` is the mean of row `row + i` of each part.
 struct row_run {
+    /// A row of some tensor.
     struct part {
         std::size_t tensor = 0; ///< in the list that selected_rows is given
-        std::uint64_t row = 0;
+        std::uint64_t row = 0; ///< of the first row that is taken
     };
-    std::uint64_t first = 0, count = 0;
-    std::vector<part> parts{};
+    std::uint64_t first = 0, count = 0; ///< of the rows that are made
+    std::vector<part> parts{}; ///< one to be taken bit for bit, more to be averaged
 };
 
 /// A tensor whose rows (the first extent) are rows of others, or means of some. One row of another is it bit for bit;
@@ -15970,6 +16164,7 @@ struct row_run {
 ///     model.insert("embed_tokens.weight", rows.tensor(base.dtype)); // 32001 rows, the last one of the task
 class selected_rows final : public operand_source {
 public:
+    /// `tensors`: of one row length each; `runs`: ascending, without gaps.
     selected_rows(std::vector<const_tensor_ref> tensors, std::vector<row_run> runs)
         : tensors_(std::move(tensors))
         , runs_(std::move(runs))
@@ -16010,6 +16205,7 @@ public:
     {
         return {nullptr, stored, shape_, {}, memory_space::host, 0, this};
     }
+    /// As they were given.
     [[nodiscard]] const std::vector<row_run>& runs() const noexcept { return runs_; }
     [[nodiscard]] taskvec::dtype type() const noexcept override { return wide_ ? dtype::f64 : dtype::f32; }
     [[nodiscard]] unsigned stored_bits() const noexcept override
@@ -16130,9 +16326,11 @@ namespace taskvec::inline TASKVEC_ABI {
 class index_list {
 public:
     using value_type = std::uint64_t;
+    /// Of the memory that holds the words.
     using allocator_type = std::pmr::polymorphic_allocator<std::byte>;
 
     index_list() = default;
+    /// Empty, with memory from `memory`.
     explicit index_list(const allocator_type& memory)
         : narrow_(memory)
         , wide_(memory)
@@ -16153,6 +16351,7 @@ public:
     [[nodiscard]] std::size_t size() const noexcept { return is_wide_ ? wide_.size() : narrow_.size(); }
     [[nodiscard]] bool empty() const noexcept { return size() == 0; }
     [[nodiscard]] std::uint64_t operator[](std::size_t i) const noexcept { return is_wide_ ? wide_[i] : narrow_[i]; }
+    /// The last index; the list is not empty.
     [[nodiscard]] std::uint64_t back() const noexcept { return (*this)[size() - 1]; }
     /// True where an index takes eight bytes.
     [[nodiscard]] bool wide() const noexcept { return is_wide_; }
@@ -16162,7 +16361,9 @@ public:
         return is_wide_ ? static_cast<const void*>(wide_.data()) : static_cast<const void*>(narrow_.data());
     }
 
+    /// Room for `count` indices, without another allocation, of the width that the list has now.
     void reserve(std::size_t count) { is_wide_ ? wide_.reserve(count) : narrow_.reserve(count); }
+    /// Appends an index; the first that needs more than 32 bits widens the list.
     void push_back(std::uint64_t index)
     {
         if (!is_wide_ && index > most) {
@@ -16186,6 +16387,7 @@ public:
         }
     }
 
+    /// Goes through the indices, as numbers: random access, whose reference is a value.
     class iterator {
     public:
         using iterator_category = std::input_iterator_tag;
@@ -16196,6 +16398,7 @@ public:
         using reference = std::uint64_t;
 
         iterator() = default;
+        /// At place `at` of a list, which it refers to.
         iterator(const index_list& list, std::size_t at) noexcept
             : list_(&list)
             , at_(at)
@@ -16216,15 +16419,21 @@ public:
             --*this;
             return before;
         }
+        /// N places on, or back.
         iterator& operator+=(std::ptrdiff_t n) noexcept
         {
             at_ += static_cast<std::size_t>(n);
             return *this;
         }
+        /// N places back.
         iterator& operator-=(std::ptrdiff_t n) noexcept { return *this += -n; }
+        /// N places on.
         friend iterator operator+(iterator i, std::ptrdiff_t n) noexcept { return i += n; }
+        /// N places on.
         friend iterator operator+(std::ptrdiff_t n, iterator i) noexcept { return i += n; }
+        /// N places back.
         friend iterator operator-(iterator i, std::ptrdiff_t n) noexcept { return i -= n; }
+        /// How many places a is behind b.
         friend std::ptrdiff_t operator-(const iterator& a, const iterator& b) noexcept
         {
             return static_cast<std::ptrdiff_t>(a.at_) - static_cast<std::ptrdiff_t>(b.at_);
@@ -16286,10 +16495,11 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct sparse_vector {
     using value_type = A;
-    extents shape{};
-    index_list indices{};
-    std::pmr::vector<A> values{};
+    extents shape{}; ///< of the tensor
+    index_list indices{}; ///< ascending, row-major flat
+    std::pmr::vector<A> values{}; ///< one for each index
 
+    /// How many entries are kept.
     [[nodiscard]] std::size_t kept() const noexcept { return indices.size(); }
     friend bool operator==(const sparse_vector&, const sparse_vector&) = default;
 };
@@ -16299,16 +16509,18 @@ struct sparse_vector {
 template <arithmetic_element A>
 struct bitmask_vector {
     using value_type = A;
-    extents shape{};
-    std::pmr::vector<std::uint8_t> bitmask{};
-    std::pmr::vector<A> values{};
+    extents shape{}; ///< of the tensor
+    std::pmr::vector<std::uint8_t> bitmask{}; ///< bit i%8 of byte i/8 is entry i
+    std::pmr::vector<A> values{}; ///< of the bits that are set, in order
 
+    /// How many entries are kept.
     [[nodiscard]] std::size_t kept() const noexcept { return values.size(); }
     friend bool operator==(const bitmask_vector&, const bitmask_vector&) = default;
 };
 
 /// One tensor's kept entries, and a model's by tensor name.
 using sparse_tensor = std::variant<sparse_vector<float>, sparse_vector<double>>;
+/// A model's kept entries by tensor name.
 using sparse_model = std::map<std::string, sparse_tensor>;
 
 /// Entries kept in a whole model.
@@ -16336,20 +16548,22 @@ template <class T>
 /// any alignment. Who makes one has checked them: indices ascend and are in range, the bits are as many as the values.
 struct sparse_view {
     std::string name = "values"; ///< of the tensor
-    extents shape{};
+    extents shape{}; ///< of the tensor
     std::uint64_t size = 0, kept = 0; ///< elements, and entries
     bool wide = false; ///< f64 values
-    const std::byte* values = nullptr;
+    const std::byte* values = nullptr; ///< f32, or f64 where `wide`
     const std::byte* indices = nullptr; ///< 32-bit words, or 64-bit ones; null where there is a bitmask
-    bool wide_indices = false;
-    const std::uint8_t* bitmask = nullptr;
+    bool wide_indices = false; ///< indices are 64-bit words
+    const std::uint8_t* bitmask = nullptr; ///< where there are no indices: bit i%8 of byte i/8 is entry i
     std::span<const std::uint64_t> before{}; ///< bits set before each run of `run` elements
-    static constexpr std::uint64_t run = 65536;
+    static constexpr std::uint64_t run = 65536; ///< elements of a run that `before` counts
 
+    /// The flat index of kept entry number `entry`; where there are indices.
     [[nodiscard]] std::uint64_t index(std::uint64_t entry) const noexcept
     {
         return wide_indices ? detail::load<std::uint64_t>(indices, entry) : detail::load<std::uint32_t>(indices, entry);
     }
+    /// The value of kept entry number `entry`, as an A.
     template <arithmetic_element A>
     [[nodiscard]] A value(std::uint64_t entry) const noexcept
     {
@@ -16768,10 +16982,13 @@ inline void check_saved_bytes(std::span<const std::byte> saved, std::size_t need
 class saved_words {
 public:
     saved_words() = default;
+    /// Room for `bytes` bytes (see saved_bytes()), from `memory`.
     explicit saved_words(std::size_t bytes, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : words_((bytes + 7) / 8, memory)
     { }
+    /// The memory, aligned to 8 bytes.
     [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return std::as_bytes(std::span(words_)); }
+    /// The memory, aligned to 8 bytes, to be written.
     [[nodiscard]] std::span<std::byte> bytes() & noexcept { return std::as_writable_bytes(std::span(words_)); }
     std::span<const std::byte> bytes() const&& = delete;
 
@@ -16872,6 +17089,7 @@ public:
 /// Collects kept entries in memory, which comes from `memory` and must outlive what take() returns.
 class sparse_model_sink final : public sparse_sink {
 public:
+    /// What is collected lies in `memory`.
     explicit sparse_model_sink(std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : memory_(memory)
     { }
@@ -16901,6 +17119,7 @@ public:
     {
         store(tensor, first, indices, values, n);
     }
+    /// Hands over what was collected.
     [[nodiscard]] sparse_model take() { return std::move(model_); }
 
 private:
@@ -17225,7 +17444,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     merge(cpu{}, sparse_addition_options{.entries = file.parts()}, models, sink);
 struct sparse_addition_options {
     std::span<const sparse_view> entries{}; ///< each names its tensor
-    double scale = 1.0;
+    double scale = 1.0; ///< of every entry
     nonfinite on_nonfinite = nonfinite::propagate; ///< NaN and infinity among the entries
 };
 
@@ -17326,9 +17545,10 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// values[i·lambda2.size() + j] belongs to (lambda1[i], lambda2[j]).
 struct lambda_grid {
-    std::vector<double> lambda1, lambda2;
-    std::vector<double> values{};
+    std::vector<double> lambda1, lambda2; ///< factors along each side
+    std::vector<double> values{}; ///< row by row
 
+    /// The value at (lambda1[i], lambda2[j]), unchecked.
     [[nodiscard]] double& at(std::size_t i, std::size_t j) { return values[i * lambda2.size() + j]; }
     [[nodiscard]] double at(std::size_t i, std::size_t j) const { return values[i * lambda2.size() + j]; }
     /// The mean over all points; 0 for an empty grid.
@@ -17458,6 +17678,7 @@ struct lorahub_candidate {
     double objective = 0; ///< L(w) + α·Σ|wt|
 };
 
+/// What lorahub() found.
 struct lorahub_result {
     lorahub_candidate best; ///< of lowest objective; the first of equals
     std::vector<lorahub_candidate> history; ///< all evaluations, in order
@@ -17467,7 +17688,7 @@ struct lorahub_result {
 struct lorahub_problem {
     std::size_t dimension = 0; ///< one weight for each task
     double lower = 0, upper = 0; ///< bounds of every weight
-    std::vector<double> start;
+    std::vector<double> start; ///< weights to begin with
     std::size_t evaluations = 0; ///< the budget
 };
 
@@ -17491,10 +17712,12 @@ concept candidate_loss = requires(Loss& loss, const Candidate& candidate) {
 /// the loss threw), or an optimiser that failed (backend_error). history() has what had been evaluated until then.
 class lorahub_error : public error {
 public:
+    /// See error; `history` is handed on.
     lorahub_error(error_code code, error_kind kind, const std::string& message, std::vector<lorahub_candidate> history)
         : error(code, kind, message)
         , history_(std::move(history))
     { }
+    /// What was evaluated until then.
     [[nodiscard]] const std::vector<lorahub_candidate>& history() const noexcept { return history_; }
 
 private:
@@ -17834,6 +18057,7 @@ namespace taskvec::inline TASKVEC_ABI {
     }
 }
 
+/// Which subsets are visited, and the weights of their sums.
 struct subset_sweep_options {
     std::vector<double> weights{}; ///< one for each task; empty: all 1
     std::size_t smallest = 2; ///< subsets of fewer tasks are not visited
@@ -17983,8 +18207,11 @@ public:
         }
     }
 
+    /// How many task vectors it has.
     [[nodiscard]] std::size_t tasks() const noexcept { return task_vectors_.size(); }
+    /// Θ0.
     [[nodiscard]] host_view<const T> base() const noexcept { return base_; }
+    /// Τt.
     [[nodiscard]] host_view<const T> task_vector(std::size_t task) const { return task_vectors_[task]; }
 
     /// θ0 + Σ λt·τt over the tasks whose λ is not 0, in f32 (f64 for f64), in task order, rounded once: the bits of
@@ -18044,7 +18271,7 @@ concept loss_function = requires(F& f, host_view<const T> parameters) {
 
 /// The plane of two of a space's tasks.
 struct plane_options {
-    std::size_t task1 = 0, task2 = 1;
+    std::size_t task1 = 0, task2 = 1; ///< places of the tasks in the space
     std::vector<double> lambda1{}, lambda2{}; ///< factors along each side; an empty lambda2 repeats lambda1
 };
 
@@ -18108,8 +18335,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A point of a sweep, as its coordinates are written in a table, and its score.
 struct sweep_row {
-    std::vector<std::string> point;
-    double score = 0;
+    std::vector<std::string> point; ///< the coordinates, in the order of the table's columns
+    double score = 0; ///< as the scoring function gave it
 };
 
 /// Points and scores, in the order in which they came. A sweep skips what its table holds already, so a sweep that was
@@ -18123,7 +18350,9 @@ public:
 
     /// The names of the coordinates.
     [[nodiscard]] const std::vector<std::string>& columns() const noexcept { return columns_; }
+    /// The rows, in the order in which they came.
     [[nodiscard]] const std::vector<sweep_row>& rows() const noexcept { return rows_; }
+    /// Whether this point has been scored.
     [[nodiscard]] bool contains(const std::vector<std::string>& point) const { return places_.contains(point); }
     /// The row of highest score, or of lowest; the first of equals; nullptr when there is none.
     [[nodiscard]] const sweep_row* best(bool highest = true) const noexcept
@@ -18285,6 +18514,7 @@ inline std::vector<std::vector<std::string>> csv_lines(std::string_view text, st
     return steps;
 }
 
+/// How a sweep goes on: how many at once, and what is called when rows were added.
 struct sweep_options {
     std::size_t at_once = 1; ///< candidates that are scored at the same time, each in a buffer of its own: for a score
                              ///< that may be called from several threads
@@ -18763,6 +18993,7 @@ protected:
                 });
         }
     }
+    /// One example more, whose gradients are all added.
     void count_example() noexcept { ++examples_; }
     /// Adds what was seen elsewhere. Throws invalid_argument, shape_mismatch for another model's.
     void add_sums(const fisher_accumulator& other)
@@ -18830,6 +19061,7 @@ private:
 ///     for (…) { fisher.add(cpu{}, gradient_of_log_likelihood); }
 class empirical_fisher_accumulator : public fisher_accumulator {
 public:
+    /// Zeros, of the names and shapes of `parameters`. Errors: as fisher_accumulator.
     explicit empirical_fisher_accumulator(const const_model_ref& parameters)
         : fisher_accumulator(parameters)
     { }
@@ -18850,6 +19082,7 @@ public:
 ///     for (…) { fisher.add(cpu{}, gradients_of_each_label, probabilities); }
 class expected_fisher_accumulator : public fisher_accumulator {
 public:
+    /// Zeros, of the names and shapes of `parameters`. Errors: as fisher_accumulator.
     explicit expected_fisher_accumulator(const const_model_ref& parameters)
         : fisher_accumulator(parameters)
     { }

@@ -36,8 +36,11 @@
 //
 // The version, and the few macros that every header shares.
 
+/// The version's first number. What versions promise is in docs/stability.md.
 #define TASKVEC_VERSION_MAJOR 0
+/// Its second.
 #define TASKVEC_VERSION_MINOR 2
+/// Its third.
 #define TASKVEC_VERSION_PATCH 0
 
 // What cannot compile the headers is told so in one sentence, and nothing after it: an #include of nothing ends it.
@@ -58,23 +61,21 @@
 #include "taskvec: the error above ends the compilation"
 #endif
 
-// TASKVEC_GNU(): whether attributes, pragmas and built-in functions of g++ and clang are used. Other compilers, and
-// these where TASKVEC_STANDARD_ONLY is defined, are given standard C++ alone.
-//
-// TASKVEC_VECTORS(): whether kernels work on vectors. Otherwise, and in device code, they work on one number at a time:
-// the same bits.
 #if (defined(__GNUC__) || defined(__clang__)) && !defined(TASKVEC_STANDARD_ONLY)
+/// Whether attributes, pragmas and built-in functions of g++ and clang are used. Other compilers, and these where
+/// TASKVEC_STANDARD_ONLY is defined, are given standard C++ alone.
 #define TASKVEC_GNU() 1
 #else
 #define TASKVEC_GNU() 0
 #endif
 #if TASKVEC_GNU() && defined(__GNUC__) && !defined(__CUDACC__)
+/// Whether kernels work on vectors. Otherwise, and in device code, they work on one number at a time: the same bits.
 #define TASKVEC_VECTORS() 1
 #else
 #define TASKVEC_VECTORS() 0
 #endif
 
-// TASKVEC_NO_EXCEPTIONS: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
+/// Defined: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
 #if !defined(TASKVEC_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
 #define TASKVEC_NO_EXCEPTIONS 1
 #endif
@@ -85,6 +86,7 @@
 #define TASKVEC_ABI_ERRORS aborts
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says what becomes of errors: `throws`, or `aborts` with TASKVEC_NO_EXCEPTIONS.
 #define TASKVEC_ABI_ERRORS throws
 #endif
 #ifndef TASKVEC_ABI_SYSTEM
@@ -104,6 +106,7 @@
 #define TASKVEC_ABI_SYSTEM TASKVEC_SYSTEM_OF(THRUST_DEVICE_SYSTEM)
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that names the device: `host`, `cuda`, or a host system of Thrust (`thrust_omp` …).
 #define TASKVEC_ABI_SYSTEM host
 #endif
 #endif
@@ -111,16 +114,20 @@
 #define TASKVEC_ABI_STORAGE _more
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says whether TASKVEC_MORE_STORAGE is defined.
 #define TASKVEC_ABI_STORAGE
 #endif
 #if defined(TASKVEC_STANDARD_ONLY)
 #define TASKVEC_ABI_KERNELS _standard
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says whether TASKVEC_STANDARD_ONLY is defined.
 #define TASKVEC_ABI_KERNELS
 #endif
 #define TASKVEC_ABI_JOIN_(a, b, c, d, e, f) v##a##_##b##_##c##_##d##e##f
+/// Joins the parts of TASKVEC_ABI, which are macros themselves.
 #define TASKVEC_ABI_JOIN(a, b, c, d, e, f) TASKVEC_ABI_JOIN_(a, b, c, d, e, f)
+/// The inline namespace of everything, such as `v0_2_throws_host`.
 #define TASKVEC_ABI                                                                                                    \
     TASKVEC_ABI_JOIN(TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_ABI_ERRORS, TASKVEC_ABI_SYSTEM,             \
         TASKVEC_ABI_STORAGE, TASKVEC_ABI_KERNELS)
@@ -128,6 +135,7 @@
 #if defined(__CUDACC__)
 #define TASKVEC_HOST_DEVICE __host__ __device__
 #else
+/// Before a function that kernels on a device call too; nothing where no CUDA compiler reads it.
 #define TASKVEC_HOST_DEVICE
 #endif
 
@@ -136,9 +144,13 @@
 // never inlined, between TASKVEC_KERNELS_BEGIN and TASKVEC_KERNELS_END, whose body starts with TASKVEC_STRICT_FP: the
 // optimiser then sees one flat loop over restrict pointers and vectorises it, and no multiply-add is fused.
 #if TASKVEC_GNU()
+/// Before a function that stays a function of its own.
 #define TASKVEC_NOINLINE [[gnu::noinline]]
+/// Before a function that is hardly ever called.
 #define TASKVEC_COLD [[gnu::cold]]
+/// Behind the star of a pointer whose memory no other pointer reaches.
 #define TASKVEC_RESTRICT __restrict
+/// Asks for the line of an address, to be read; `locality` as of __builtin_prefetch.
 #define TASKVEC_PREFETCH(address, locality) __builtin_prefetch(address, 0, locality)
 #else
 #define TASKVEC_NOINLINE
@@ -146,30 +158,32 @@
 #define TASKVEC_RESTRICT
 #define TASKVEC_PREFETCH(address, locality) ((void)(address))
 #endif
-// A type whose words may be other types' objects. (Compilers without the attribute let every type be so.)
 #if defined(__GNUC__) || defined(__clang__)
+/// Before the name of a type whose words may be other types' objects. (Compilers without the attribute let every type
+/// be so.)
 #define TASKVEC_MAY_ALIAS [[gnu::may_alias]]
 #else
 #define TASKVEC_MAY_ALIAS
 #endif
-// Behind the parameters of a lambda in a body.
 #if TASKVEC_GNU()
+/// Behind the parameters of a lambda in a body.
 #define TASKVEC_BODY __attribute__((always_inline))
 #else
 #define TASKVEC_BODY
 #endif
-// What a kernel's body is made of (core/pack.hpp): always inlined, and so compiled for the kernel's instruction set.
 #if defined(__CUDACC__)
 #define TASKVEC_INLINE __host__ __device__ __forceinline__
 #elif TASKVEC_VECTORS()
+/// Before what a kernel's body is made of (core/pack.hpp), and before a body's call operator: always inlined, and so
+/// compiled for the kernel's instruction set.
 #define TASKVEC_INLINE __attribute__((always_inline)) inline
 #else
 #define TASKVEC_INLINE inline
 #endif
-// Before a loop of a kernel on the CPU: how many turns become one.
 #if !TASKVEC_VECTORS()
 #define TASKVEC_UNROLL(turns)
 #else
+/// Before a loop of a kernel on the CPU: how many turns become one.
 #define TASKVEC_UNROLL(turns) TASKVEC_PRAGMA_(GCC unroll turns)
 #define TASKVEC_PRAGMA_(words) _Pragma(#words)
 #endif
@@ -196,17 +210,20 @@
 #define TASKVEC_KERNELS_END
 #define TASKVEC_STRICT_FP _Pragma("clang fp contract(off)")
 #elif defined(__GNUC__)
+/// Before kernels, at namespace level: no multiply-add is fused from here to TASKVEC_KERNELS_END.
 #define TASKVEC_KERNELS_BEGIN                                                                                          \
     _Pragma("GCC push_options") _Pragma(                                                                               \
         "GCC optimize(\"fp-contract=off\",\"no-trapping-math\",\"tree-vectorize\",\"vect-cost-model=dynamic\")")
+/// Ends what TASKVEC_KERNELS_BEGIN began.
 #define TASKVEC_KERNELS_END _Pragma("GCC pop_options")
+/// The first thing in a kernel's body: the same for clang, which wants it there.
 #define TASKVEC_STRICT_FP
 #endif
-// The call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END: it loops
-// over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
 #if defined(__CUDACC__)
 #define TASKVEC_FUNCTOR __host__ __device__
 #else
+/// Before the call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END:
+/// it loops over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
 #define TASKVEC_FUNCTOR TASKVEC_NOINLINE
 #endif
 #endif // TASKVEC_SINGLE_CORE_CONFIG_HPP
@@ -356,9 +373,9 @@ enum class error_code : std::uint16_t {
 
 /// A code, its word, and the kind of the errors that carry it.
 struct error_code_entry {
-    error_code code;
-    std::string_view word;
-    error_kind kind;
+    error_code code; ///< its number
+    std::string_view word; ///< lower case, with hyphens: what is printed
+    error_kind kind; ///< of every error that carries it
 };
 
 /// Every code of the library, in ascending order.
@@ -497,12 +514,15 @@ inline constexpr error_code_entry error_codes[] = {
 /// Base of everything that the library throws: a kind, a code and a message.
 class error : public std::runtime_error {
 public:
+    /// `message` is what what() returns: it names tensor, found, expected and mend.
     error(error_code code, error_kind kind, const std::string& message)
         : std::runtime_error(message)
         , kind_(kind)
         , code_(code)
     { }
+    /// What kind of thing went wrong.
     [[nodiscard]] error_kind kind() const noexcept { return kind_; }
+    /// What exactly.
     [[nodiscard]] error_code code() const noexcept { return code_; }
 
 private:
@@ -513,6 +533,7 @@ private:
 /// A broken precondition: a value outside its range, an empty list, aliased outputs.
 class invalid_argument : public error {
 public:
+    /// See error.
     invalid_argument(error_code code, const std::string& message)
         : error(code, error_kind::invalid_argument, message)
     { }
@@ -521,6 +542,7 @@ public:
 /// Two tensors that must have the same shape have not.
 class shape_mismatch : public error {
 public:
+    /// See error.
     shape_mismatch(error_code code, const std::string& message)
         : error(code, error_kind::shape_mismatch, message)
     { }
@@ -529,6 +551,7 @@ public:
 /// A tensor has an element type that the algorithm cannot use, or that differs from its partner's.
 class dtype_mismatch : public error {
 public:
+    /// See error.
     dtype_mismatch(error_code code, const std::string& message)
         : error(code, error_kind::dtype_mismatch, message)
     { }
@@ -537,6 +560,7 @@ public:
 /// An input holds NaN or infinity and propagation was not asked for.
 class nonfinite_error : public error {
 public:
+    /// See error.
     nonfinite_error(error_code code, const std::string& message)
         : error(code, error_kind::nonfinite, message)
     { }
@@ -545,12 +569,15 @@ public:
 /// A file does not hold what its format promises. `offset` is the byte at which the fault was seen.
 class format_error : public error {
 public:
+    /// `file`: stands before the message where it is not empty.
     format_error(error_code code, const std::string& message, std::string file, std::uint64_t offset = 0)
         : error(code, error_kind::format_error, file.empty() ? message : file + ": " + message)
         , file_(std::move(file))
         , offset_(offset)
     { }
+    /// The file, or nothing where none was named.
     [[nodiscard]] const std::string& file() const noexcept { return file_; }
+    /// The byte at which reading stopped, 0 where that says nothing.
     [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
 
 private:
@@ -561,12 +588,15 @@ private:
 /// The operating system refused: `system_code` is its errno, 0 where there is none.
 class io_error : public error {
 public:
+    /// `system_code`: an errno, 0 for none.
     io_error(error_code code, const std::string& message, std::string file, int system_code = 0)
         : error(code, error_kind::io_error, file.empty() ? message : file + ": " + message)
         , file_(std::move(file))
         , system_code_(system_code)
     { }
+    /// The file, or nothing where none was named.
     [[nodiscard]] const std::string& file() const noexcept { return file_; }
+    /// The errno of the call that failed, or 0.
     [[nodiscard]] int system_code() const noexcept { return system_code_; }
 
 private:
@@ -577,12 +607,15 @@ private:
 /// A backend failed: `call` is what was called, `backend_code` what it answered.
 class backend_error : public error {
 public:
+    /// `call`: what failed, and what the vendor's code was.
     backend_error(error_code code, const std::string& message, std::string call, int backend_code)
         : error(code, error_kind::backend_error, call + ": " + message + " (code " + std::to_string(backend_code) + ")")
         , call_(std::move(call))
         , backend_code_(backend_code)
     { }
+    /// The name of the call that failed.
     [[nodiscard]] const std::string& call() const noexcept { return call_; }
+    /// The vendor's own code.
     [[nodiscard]] int backend_code() const noexcept { return backend_code_; }
 
 private:
@@ -593,6 +626,7 @@ private:
 /// The progress callback asked to stop.
 class cancelled : public error {
 public:
+    /// See error.
     explicit cancelled(error_code code, const std::string& message = "cancelled by the progress callback")
         : error(code, error_kind::cancelled, message)
     { }
@@ -985,6 +1019,7 @@ template <class To, class From>
     const std::uint32_t nan = 0u - static_cast<std::uint32_t>(magnitude == 0x7fu);
     return reinterpret_bits<float>((0x7fc00000u & nan) | (reinterpret_bits<std::uint32_t>(scaled) & ~nan) | sign);
 }
+/// The number of an e5m2 code (1 sign, 5 exponent, 2 mantissa bits: the upper half of an f16). Exact.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr float e5m2_to_f32(std::uint8_t code) noexcept
 {
     return f16_to_f32(static_cast<std::uint16_t>(code << 8));
@@ -1003,6 +1038,7 @@ template <class To, class From>
         : (magnitude - 0x3c000000u + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
     return static_cast<std::uint8_t>(sign | (code > 0x7eu ? 0x7eu : code));
 }
+/// The same to e5m2, whose infinity stays.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint8_t f32_to_e5m2(float value) noexcept
 {
     const auto word = reinterpret_bits<std::uint32_t>(value);
@@ -1035,10 +1071,12 @@ template <class To, class From>
 template <arithmetic_element A>
 using bits_type = std::conditional_t<std::same_as<A, double>, std::uint64_t, std::uint32_t>;
 
+/// The bit of the sign in A's word.
 template <arithmetic_element A>
 inline constexpr bits_type<A> sign_mask = std::same_as<A, double> ? static_cast<bits_type<A>>(std::uint64_t{1} << 63)
                                                                   : static_cast<bits_type<A>>(0x80000000u);
 
+/// The bits of the exponent in A's word: those of infinity.
 template <arithmetic_element A>
 inline constexpr bits_type<A> exponent_mask =
     std::same_as<A, double> ? static_cast<bits_type<A>>(0x7ff0000000000000ull) : static_cast<bits_type<A>>(0x7f800000u);
@@ -1098,22 +1136,27 @@ TASKVEC_KERNELS_BEGIN
 ///     const taskvec::bf16 x(1.5f), y = taskvec::bf16::from_bits(0x3fc0);
 ///     const bool same = x == y && static_cast<float>(y) == 1.5f;
 struct TASKVEC_MAY_ALIAS bf16 {
-    std::uint16_t word;
+    std::uint16_t word; ///< the bits
 
     bf16() = default;
+    /// Rounds once, to nearest even.
     TASKVEC_HOST_DEVICE explicit constexpr bf16(float value) noexcept
         : word(f32_to_bf16(value))
     { }
+    /// The same of any number, rounded once: by way of f64, never twice.
     template <class Number>
         requires std::is_arithmetic_v<Number>
     TASKVEC_HOST_DEVICE explicit constexpr bf16(Number value) noexcept
         : word(f32_to_bf16(f64_to_f32_odd(static_cast<double>(value))))
     { }
+    /// The number of these bits.
     [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr bf16 from_bits(std::uint16_t bits) noexcept
     {
         return reinterpret_bits<bf16>(bits);
     }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator float() const noexcept { return bf16_to_f32(word); }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator double() const noexcept { return bf16_to_f32(word); }
     [[nodiscard]] TASKVEC_HOST_DEVICE friend constexpr bool operator==(bf16 x, bf16 y) noexcept
     {
@@ -1124,22 +1167,27 @@ struct TASKVEC_MAY_ALIAS bf16 {
 /// An IEEE half-precision number as its 16 bits. Otherwise as bf16; what is above 65504 rounds to infinity as IEEE has
 /// it. May alias Eigen::half, std::float16_t, std::uint16_t.
 struct TASKVEC_MAY_ALIAS f16 {
-    std::uint16_t word;
+    std::uint16_t word; ///< the bits
 
     f16() = default;
+    /// Rounds once, to nearest even.
     TASKVEC_HOST_DEVICE explicit constexpr f16(float value) noexcept
         : word(f32_to_f16(value))
     { }
+    /// The same of any number, rounded once: by way of f64, never twice.
     template <class Number>
         requires std::is_arithmetic_v<Number>
     TASKVEC_HOST_DEVICE explicit constexpr f16(Number value) noexcept
         : word(f32_to_f16(f64_to_f32_odd(static_cast<double>(value))))
     { }
+    /// The number of these bits.
     [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr f16 from_bits(std::uint16_t bits) noexcept
     {
         return reinterpret_bits<f16>(bits);
     }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator float() const noexcept { return f16_to_f32(word); }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator double() const noexcept { return f16_to_f32(word); }
     [[nodiscard]] TASKVEC_HOST_DEVICE friend constexpr bool operator==(f16 x, f16 y) noexcept
     {
@@ -1328,15 +1376,22 @@ class view;
 template <class X>
 struct view_traits;
 
+/// Elements in host memory.
 template <class T>
 using host_view = view<T, memory_space::host>;
+/// Elements in device memory.
 template <class T>
 using device_view = view<T, memory_space::device>;
+/// A matrix in device memory.
 template <class T>
 using device_matrix_view = matrix_view<T, memory_space::device>;
+/// A tensor that may be written. See basic_tensor_ref.
 using tensor_ref = basic_tensor_ref<void>;
+/// A tensor that is read. See basic_tensor_ref.
 using const_tensor_ref = basic_tensor_ref<const void>;
+/// A model that may be written. See basic_model.
 using model_ref = basic_model<tensor_ref>;
+/// A model that is read. See basic_model.
 using const_model_ref = basic_model<const_tensor_ref>;
 
 // linalg/
@@ -1755,6 +1810,7 @@ using arithmetic_type = typename storage_traits<T>::arithmetic;
 template <storage_element T>
 using storage_word = typename storage_traits<T>::word;
 
+/// The dtype that tensors of T have.
 template <storage_element T>
 inline constexpr dtype dtype_of = storage_traits<T>::dtype;
 
@@ -1896,9 +1952,10 @@ class view {
 public:
     using element_type = T;
     using value_type = std::remove_const_t<T>;
-    static constexpr memory_space space = S;
+    static constexpr memory_space space = S; ///< Where the elements are.
 
     constexpr view() noexcept = default;
+    /// `size` elements from `data` on.
     constexpr view(T* data, std::size_t size) noexcept
         : data_(data)
         , size_(size)
@@ -2026,6 +2083,7 @@ template <viewable X>
 /// The type of as_view(x), its element type (never const) and its memory space.
 template <viewable X>
 using view_of = decltype(view_traits<std::remove_reference_t<X>>::get(std::declval<std::remove_reference_t<X>&>()));
+/// The element type of as_view(x), without const.
 template <viewable X>
 using element_of = typename view_of<X>::value_type;
 
@@ -2057,9 +2115,10 @@ class matrix_view {
 public:
     using element_type = T;
     using value_type = std::remove_const_t<T>;
-    static constexpr memory_space space = S;
+    static constexpr memory_space space = S; ///< Where the elements are.
 
     constexpr matrix_view() noexcept = default;
+    /// Rows×cols elements from `data` on; `stride`: between starts of rows or columns, 0 for no gaps.
     constexpr matrix_view(
         T* data, std::size_t rows, std::size_t cols, matrix_order order, std::size_t stride = 0) noexcept
         : data_(data)
@@ -2076,13 +2135,18 @@ public:
     { }
 
     [[nodiscard]] constexpr T* data() const noexcept { return data_; }
+    /// Rows.
     [[nodiscard]] constexpr std::size_t rows() const noexcept { return rows_; }
+    /// Columns.
     [[nodiscard]] constexpr std::size_t cols() const noexcept { return cols_; }
     [[nodiscard]] constexpr std::size_t size() const noexcept { return rows_ * cols_; }
+    /// Elements between the starts of consecutive rows (row_major) or columns (column_major).
     [[nodiscard]] constexpr std::size_t stride() const noexcept { return stride_; }
+    /// Which of the two lie together.
     [[nodiscard]] constexpr matrix_order order() const noexcept { return order_; }
     [[nodiscard]] constexpr bool empty() const noexcept { return rows_ == 0 || cols_ == 0; }
 
+    /// The element; the caller keeps inside the matrix. On the host.
     [[nodiscard]] constexpr T& operator()(std::size_t row, std::size_t col) const noexcept
         requires(S == memory_space::host)
     {
@@ -2101,6 +2165,7 @@ public:
         T* const first = data_ + (order_ == matrix_order::row_major ? row * stride_ + col : col * stride_ + row);
         return {first, rows, cols, order_, stride_};
     }
+    /// The first `count` columns.
     [[nodiscard]] constexpr matrix_view left_columns(std::size_t count) const noexcept
     {
         return block(0, 0, rows_, count);
@@ -2193,9 +2258,9 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     factor_pair<float> p{.left = b.view(), .right = a.view().transposed(), .weight = scaling};
 template <storage_element T, memory_space S>
 struct factor_pair {
-    matrix_view<const T, S> left{};
-    matrix_view<const T, S> right{};
-    double weight = 1;
+    matrix_view<const T, S> left{}; ///< m×r
+    matrix_view<const T, S> right{}; ///< n×r
+    double weight = 1; ///< of the product
     std::string_view name{}; ///< for errors
 };
 
@@ -2217,12 +2282,15 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     lora_update<float> update{.b = b, .a = a, .scaling = 2};
 template <arithmetic_element T, memory_space S>
 struct lora_update {
-    matrix<T, S> b;
-    matrix<T, S> a;
-    double scaling = 1;
+    matrix<T, S> b; ///< lora_B, out×r
+    matrix<T, S> a; ///< lora_A, r×in
+    double scaling = 1; ///< of b·a: α/r, or α/√r where rsLoRA is asked for
 
+    /// Rows of ΔW.
     [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
+    /// Columns of ΔW.
     [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
+    /// R, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
     [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
@@ -2443,6 +2511,7 @@ inline constexpr std::string_view python_constants[] = {"-Infinity", "Infinity",
     }
     return result;
 }
+/// Text in which python_constants' stand-ins are the constants again.
 [[nodiscard]] inline std::string restored_constants(std::string text)
 {
     for (const std::string_view word : detail::python_constants) {
@@ -2563,6 +2632,7 @@ inline constexpr std::string_view python_constants[] = {"-Infinity", "Infinity",
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// A shape, or strides: slowest first, in elements.
 using extents = std::vector<std::int64_t>;
 
 /// "[2, 3]"
@@ -2632,14 +2702,15 @@ template <class Byte>
     requires std::is_void_v<Byte>
 struct basic_tensor_ref {
     Byte* data = nullptr;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
-    extents strides{};
-    memory_space space = memory_space::host;
-    int device = 0;
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< of the elements
+    extents shape{}; ///< slowest first; empty: a scalar
+    extents strides{}; ///< empty, or one for each extent
+    memory_space space = memory_space::host; ///< where `data` is
+    int device = 0; ///< of a device's memory: its number
     const operand_source* source = nullptr; ///< not null: `data` is null, and elements come from here
 
     [[nodiscard]] std::size_t size(std::string_view what = "tensor") const { return element_count(shape, what); }
+    /// Bytes of its elements, as if they were contiguous. `what` names it in errors.
     [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const
     {
         const std::size_t count = size(what);
@@ -2725,12 +2796,14 @@ template <storage_element T, memory_space S = memory_space::host>
 template <class Ref>
 class basic_model {
 public:
+    /// A tensor and its name.
     struct entry {
-        std::string name;
-        Ref tensor;
+        std::string name; ///< sorts by its bytes
+        Ref tensor; ///< borrowed
     };
 
     basic_model() = default;
+    /// In any order. Errors: as insert().
     basic_model(std::initializer_list<entry> entries)
     {
         for (const auto& [name, tensor] : entries) { insert(name, tensor); }
@@ -2788,11 +2861,12 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A tensor that is yet to be written.
 struct tensor_spec {
-    std::string name;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
+    std::string name; ///< of the tensor
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is to be stored
+    extents shape{}; ///< slowest first
 
     [[nodiscard]] std::size_t size() const { return element_count(shape, name); }
+    /// Bytes of the tensor.
     [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
 };
 
@@ -2816,6 +2890,7 @@ public:
 /// The sink over tensors that the caller owns, in the order of `tensors`.
 class memory_sink final : public tensor_sink {
 public:
+    /// `tensors`: memory for each tensor of the list that is written, in its order, which outlives the sink.
     explicit memory_sink(std::vector<void*> tensors)
         : tensors_(std::move(tensors))
     { }
@@ -2974,10 +3049,10 @@ enum class progress_unit : std::uint8_t { bytes, layers };
 
 /// What a long-running algorithm reports: `done` of `total` units of the phase it is in.
 struct progress_event {
-    std::string_view phase;
-    std::uint64_t done = 0;
-    std::uint64_t total = 0;
-    progress_unit unit = progress_unit::bytes;
+    std::string_view phase; ///< what is done, such as "merging"
+    std::uint64_t done = 0; ///< units done
+    std::uint64_t total = 0; ///< units of the whole phase
+    progress_unit unit = progress_unit::bytes; ///< what is counted
 };
 
 /// Called now and then from one thread at a time; returning false stops the work with taskvec::cancelled.
@@ -3005,6 +3080,7 @@ enum class nonfinite : std::uint8_t { error, propagate };
 ///
 ///     taskvec::cpu policy{.threads = 4};
 struct cpu {
+    /// The space of the views that a call with this policy takes.
     static constexpr memory_space space = memory_space::host;
 
     unsigned threads = 0; ///< 0: one for each hardware thread
@@ -3019,6 +3095,7 @@ public:
     virtual ~device_memory_resource() = default;
     /// At least `bytes` bytes of device memory, aligned to 256; nullptr when there are not so many.
     [[nodiscard]] virtual void* allocate(std::size_t bytes, void* stream) = 0;
+    /// Gives back what allocate() returned, on the same stream or one that waits for it.
     virtual void deallocate(void* place, std::size_t bytes, void* stream) noexcept = 0;
 };
 
@@ -3034,6 +3111,7 @@ class gpu_context;
 ///
 ///     taskvec::gpu policy{.stream = stream};
 struct gpu {
+    /// The space of the views that a call with this policy takes.
     static constexpr memory_space space = memory_space::device;
 
     void* stream = nullptr; ///< a cudaStream_t; null: the default stream
@@ -3479,6 +3557,7 @@ inline unsynchronised_handler set_unsynchronised_handler(unsynchronised_handler 
 class mapped_file {
 public:
     mapped_file() = default;
+    /// Maps the file.
     explicit mapped_file(std::filesystem::path path)
         : path_(std::move(path))
     {
@@ -3527,10 +3606,11 @@ public:
 
     /// What tells one state of a file from another: where it lies on the disk, its size, when it was written to.
     struct identity {
-        std::uint64_t device = 0, inode = 0, size = 0;
-        std::int64_t seconds = 0, nanoseconds = 0;
+        std::uint64_t device = 0, inode = 0, size = 0; ///< of the file system, in it, in bytes
+        std::int64_t seconds = 0, nanoseconds = 0; ///< of the last write
 
         identity() = default;
+        /// Of the result of stat().
         explicit identity(const struct stat& status) noexcept
             : device(static_cast<std::uint64_t>(status.st_dev))
             , inode(static_cast<std::uint64_t>(status.st_ino))
@@ -3555,7 +3635,9 @@ public:
     }
     void check_unchanged() const { check_unchanged(path_, opened_); }
 
+    /// The file's path.
     [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+    /// The file's bytes, which stay where they are as long as the map lives.
     [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return {data_, size_}; }
     void bytes() const&& = delete; // name the owner first: its views would dangle
 
@@ -3752,6 +3834,7 @@ public:
     }
     ~atomic_file() { discard(); }
 
+    /// The path that commit() gives the file.
     [[nodiscard]] const std::filesystem::path& target() const noexcept { return target_; }
     /// The name that the file has until commit(); empty afterwards.
     [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return temporary_; }
@@ -3787,6 +3870,7 @@ public:
     {
         if (const int code = file_.close()) { detail::raise_io(target_, "cannot close the file", code); }
     }
+    /// Opens what close_for_now() closed.
     void open_again()
     {
         if (file_) { return; }
@@ -3858,6 +3942,7 @@ private:
 class directory_lock {
 public:
     directory_lock() = default;
+    /// Waits for nobody: takes the lock of `directory`, or throws io_error.
     explicit directory_lock(const std::filesystem::path& directory)
         : directory_lock() // what throws from here on is cleared up by the destructor
     {
@@ -4046,6 +4131,7 @@ enum class existing_directory : std::uint8_t {
 ///     folder.commit();
 class output_directory {
 public:
+    /// `target`: the directory. What `mode` and `existing` mean is said at their types.
     explicit output_directory(const std::filesystem::path& target, durability mode = durability::synchronised,
         existing_directory existing = existing_directory::fill)
         : output_directory(begun{}, target, mode) // what throws from here on is cleared up by the destructor
@@ -4347,7 +4433,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What a file turned out to be, in words: "is <what>: <mend>".
 struct file_kind {
-    std::string what, mend;
+    std::string what, mend; ///< completes "is …", and what to do about it
+    /// "is <what>: <mend>".
     [[nodiscard]] std::string sentence() const { return message("is ", what, ": ", mend); }
 };
 
@@ -4523,17 +4610,17 @@ inline constexpr std::uint64_t safetensors_header_limit = 100'000'000;
 
 /// One tensor of a file.
 struct safetensors_entry {
-    std::string name;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
+    std::string name; ///< of the tensor
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is stored
+    extents shape{}; ///< slowest first
     std::uint64_t offset = 0; ///< of its first byte, from the beginning of the file
-    std::uint64_t bytes = 0;
+    std::uint64_t bytes = 0; ///< of the tensor
 };
 
 /// What a header says, checked.
 struct safetensors_header {
     std::vector<safetensors_entry> entries; ///< in the order of their bytes in the file
-    metadata_map metadata;
+    metadata_map metadata; ///< of __metadata__
     std::uint64_t data_offset = 0; ///< where the buffer begins, from the beginning of the file
 };
 
@@ -4828,6 +4915,7 @@ inline safetensors_entry check_tensor(
 /// Throws io_error, format_error. Cost: O(header); no tensor byte is read.
 class safetensors_file {
 public:
+    /// Maps the file and checks its header.
     explicit safetensors_file(std::filesystem::path path)
         : map_(std::move(path))
         , header_(parse_safetensors(map_.bytes(), map_.path().string()))
@@ -4845,18 +4933,24 @@ public:
         , more_(std::move(more))
     { }
 
+    /// The file's path.
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return map_.path(); }
+    /// The file's path.
     [[nodiscard]] std::filesystem::path path() && { return map_.path(); }
+    /// The map itself.
     [[nodiscard]] const mapped_file& map() const& noexcept { return map_; }
     void map() const&& = delete; // name the owner first: its views would dangle
     /// The tensors in the order of their bytes in the file.
     [[nodiscard]] const std::vector<safetensors_entry>& entries() const& noexcept { return header_.entries; }
     [[nodiscard]] std::vector<safetensors_entry> entries() && { return std::move(header_.entries); }
+    /// What __metadata__ has.
     [[nodiscard]] const metadata_map& metadata() const& noexcept { return header_.metadata; }
+    /// What __metadata__ has.
     [[nodiscard]] metadata_map metadata() && { return std::move(header_.metadata); }
     /// Bytes of the tensors together.
     [[nodiscard]] std::uint64_t data_bytes() const noexcept { return map_.bytes().size() - header_.data_offset; }
     void tensor(const safetensors_entry&) const&& = delete; // name the owner first: its views would dangle
+    /// A tensor of entries(), as a view into the map.
     [[nodiscard]] const_tensor_ref tensor(const safetensors_entry& entry) const&
     {
         const auto size = map_.bytes().size();
@@ -4884,7 +4978,7 @@ private:
 
 /// The header bytes (length included) of a file that holds `specs`, and where each tensor's bytes go.
 struct safetensors_layout {
-    std::string head;
+    std::string head; ///< length and header
     std::vector<std::uint64_t> offsets; ///< for each spec, from the beginning of the file
     std::uint64_t size = 0; ///< of the whole file
 };
@@ -5012,7 +5106,9 @@ public:
         file_.commit(whole_directory);
     }
 
+    /// The path that commit() gives the file.
     [[nodiscard]] const std::filesystem::path& target() const noexcept { return file_.target(); }
+    /// The name that the file has until commit(); empty afterwards.
     [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return file_.temporary(); }
     /// Bytes of the whole file.
     [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
@@ -5084,9 +5180,9 @@ using gguf_value = std::variant<std::monostate, bool, std::uint64_t, std::int64_
 
 /// What stands before the data of a GGUF file, checked.
 struct gguf_header {
-    std::uint32_t version = 3;
-    std::uint64_t alignment = 32;
-    std::map<std::string, gguf_value> metadata{};
+    std::uint32_t version = 3; ///< of the format
+    std::uint64_t alignment = 32; ///< of every tensor's bytes
+    std::map<std::string, gguf_value> metadata{}; ///< by key
     safetensors_header tensors{}; ///< extents slowest first, as everywhere here: ggml's in reverse
 
     /// The text of a key; empty where it is absent or no text.
@@ -5646,18 +5742,20 @@ namespace taskvec::inline TASKVEC_ABI {
 /// Values that a sweep goes over: the plural that names them, and the usual ones as text ("0.1,0.2" or
 /// "FIRST:LAST:STEP"); `of_subsets` where every subset of the tasks is tried as well.
 struct option_axis {
-    std::string_view name{}, usual{}, of_subsets{};
+    std::string_view name{}, usual{}, of_subsets{}; ///< as described above
 };
 
 /// What a row says beside name, member and meaning. Numbers are finite always, and within the range that is given.
 struct option_details {
     std::string_view unit{}; ///< stands for the value in a usage line: "D", "N"; empty: by the kind
+    /// Smallest value.
     double at_least = -std::numeric_limits<double>::infinity();
     double above = -std::numeric_limits<double>::infinity(); ///< the bound itself is outside
+    /// Largest value.
     double at_most = std::numeric_limits<double>::infinity();
     std::string_view expected{}; ///< what messages say is expected; empty: in words made of the range
     std::string_view negated{}; ///< of a bool that is on by default: the flag that turns it off
-    option_axis axis{};
+    option_axis axis{}; ///< what a sweep tries
 };
 
 /// Of a share of entries: above 0 and up to 1.
@@ -5680,16 +5778,18 @@ inline constexpr option_axis common_densities{"densities", "0.05,0.1,0.2,0.3,0.5
 /// One member of an options struct. `name`: lower case words with hyphens; `meaning`: a phrase without a full stop.
 template <class Options, class Value>
 struct option_row {
+    /// The struct that has the member.
     using options_type = Options;
     using value_type = Value;
 
-    std::string_view name;
-    Value Options::* member;
-    std::string_view meaning;
-    option_details details;
+    std::string_view name; ///< lower case words with hyphens
+    Value Options::* member; ///< where the value is
+    std::string_view meaning; ///< a phrase without a full stop
+    option_details details; ///< range, unit, words
     bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
     std::string_view each_of{}; ///< of such a list: what an entry is, "weight", or the row that holds for all tasks
 
+    /// `its_name` and `words` must outlive the table: literals do.
     constexpr option_row(
         std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
         : name(its_name)
@@ -5698,6 +5798,7 @@ struct option_row {
         , details(more)
     { }
 
+    /// Calls visit(row, value) with the member of `options`, as all rows do.
     template <class Owner, class Visit>
     constexpr void visit(Owner& options, Visit&& visit) const
     {
@@ -5746,9 +5847,10 @@ template <class Options>
 /// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
 template <class Options, class Inner, std::size_t N>
 struct inner_options {
-    Inner Options::* member;
-    std::array<std::string_view, N> without;
+    Inner Options::* member; ///< the struct within
+    std::array<std::string_view, N> without; ///< names of its rows that are not the owner's
 
+    /// Whether a row of the struct within is none of the owner's.
     [[nodiscard]] constexpr bool leaves_out(std::string_view name) const noexcept
     {
         for (const auto& other : without) {
@@ -5756,9 +5858,11 @@ struct inner_options {
         }
         return false;
     }
+    /// Calls visit(row, value) for each row of the struct within that is not left out.
     template <class Owner, class Visit>
     constexpr void visit(Owner& options, Visit&& visit) const;
 };
+/// The rows of member `member`, without those that are named. See inner_options.
 template <class Options, class Inner, class... Names>
 [[nodiscard]] constexpr inner_options<Options, Inner, sizeof...(Names)> options_within(
     Inner Options::* member, Names... without)
@@ -5769,8 +5873,9 @@ template <class Options, class Inner, class... Names>
 /// The rows of a struct.
 template <class... Rows>
 struct option_table {
-    std::tuple<Rows...> rows;
+    std::tuple<Rows...> rows; ///< in the order in which they are listed and asked for
 
+    /// Takes option_row and inner_options, in any number.
     constexpr explicit option_table(const Rows&... all)
         : rows(all...)
     { }
@@ -5779,7 +5884,8 @@ struct option_table {
 /// A set of values under a name: "as the other library does it".
 template <class Options>
 struct option_preset {
-    std::string_view name, meaning;
+    std::string_view name, meaning; ///< the preset's word, and what it follows
+    /// The values.
     Options (*make)();
 };
 
@@ -5807,11 +5913,13 @@ concept options_with_presets = requires {
 /// The words for the values of an enumeration: specialise with `static constexpr std::array words{enum_word{…}, …}`.
 template <class Enum>
 struct enum_words { };
+/// A value of an enumeration and its word.
 template <class Enum>
 struct enum_word {
-    Enum value;
-    std::string_view word;
+    Enum value; ///< the value
+    std::string_view word; ///< lower case, with hyphens
 };
+/// An enumeration whose values have words.
 template <class Enum>
 concept worded_enum = std::is_enum_v<Enum> && requires { enum_words<Enum>::words.size(); };
 
@@ -5987,11 +6095,13 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     std::uint64_t value = hash.digest();
 class xxh64 {
 public:
+    /// Begins a hash; the seed is XXH64's.
     explicit constexpr xxh64(std::uint64_t seed = 0) noexcept
         : lanes_{seed + p1 + p2, seed + p2, seed, seed - p1}
         , seed_(seed)
     { }
 
+    /// Goes on with `size` bytes.
     void update(const void* data, std::size_t size) noexcept
     {
         const auto* bytes = static_cast<const unsigned char*>(data);
@@ -6014,6 +6124,7 @@ public:
     }
     void update(std::string_view text) noexcept { update(text.data(), text.size()); }
 
+    /// The hash of all that was given so far, which may go on.
     [[nodiscard]] std::uint64_t digest() const noexcept
     {
         std::uint64_t h;
@@ -6108,9 +6219,11 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     bool keep = stream.word(i) < keep_below(density);
 class random_stream {
 public:
+    /// The numbers of (seed, task, tensor name).
     random_stream(std::uint64_t seed, std::uint32_t task, std::string_view name) noexcept
         : random_stream(hash64(name, seed), task)
     { }
+    /// The same by the key, the hash of name and seed.
     TASKVEC_HOST_DEVICE constexpr random_stream(std::uint64_t key, std::uint32_t task) noexcept
         : key_{static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)}
         , task_(task)
@@ -6141,6 +6254,7 @@ public:
         const double radius = std::sqrt(-2.0 * std::log(u)), angle = 2.0 * std::numbers::pi * v;
         return {radius * std::cos(angle), radius * std::sin(angle)};
     }
+    /// Standard normal: a half of the element's pair.
     [[nodiscard]] double normal(std::uint64_t index) const noexcept { return normal_pair(index / 2)[index % 2]; }
 
 private:
@@ -6191,9 +6305,9 @@ struct qr_factors;
 /// A = u·diag(sigma)·vᵀ of a small f64 matrix, sigma descending, u (m×k) and v (n×k) orthonormal, k = min(m, n). u and
 /// v lie in the policy's scratch memory.
 struct small_svd_result {
-    matrix<double> u;
-    std::vector<double> sigma;
-    matrix<double> v;
+    matrix<double> u; ///< m×k
+    std::vector<double> sigma; ///< k values, descending
+    matrix<double> v; ///< n×k
 };
 
 /// Whether a policy's backend supplies the operations of this header: specialised as true in the header that has them,
@@ -6213,8 +6327,10 @@ concept linear_algebra_policy = policy<P> && has_linear_algebra<P>;
 /// `v` for const and mutable views of tall matrices.
 namespace linear_algebra {
 
+/// A matrix that is written, where P computes.
 template <class P, class T>
 using view_in = matrix_view<T, P::space>;
+/// A matrix that is read, where P computes.
 template <class P, class T>
 using const_view_in = matrix_view<const T, P::space>;
 
@@ -7375,6 +7491,7 @@ struct svd_result {
     double squared_norm = 0; ///< ‖A‖²_F
     double squared_error = 0; ///< ‖A − u·diag(sigma)·vᵀ‖²_F
 
+    /// Q, the number of triples.
     [[nodiscard]] std::size_t rank() const noexcept { return sigma.size(); }
     /// ‖A − Aq‖_F / ‖A‖_F; 0 for a zero matrix.
     [[nodiscard]] double relative_error() const noexcept
@@ -7596,6 +7713,7 @@ struct stacked_factors {
     matrix<T, S> left; ///< m×R, R the sum of the ranks
     matrix<T, S> right; ///< n×R
 
+    /// The two as a product of weight 1. Refers to them.
     [[nodiscard]] factor_pair<T, S> pair(std::string_view name = {}) const
     {
         return {.left = left.view(), .right = right.view(), .name = name};
@@ -8080,18 +8198,20 @@ template <arithmetic_element T>
 
 /// What an algorithm on adapters did to one layer.
 struct layer_report {
-    std::string name{};
-    std::size_t out = 0, in = 0;
+    std::string name{}; ///< of the module
+    std::size_t out = 0, in = 0; ///< shape of ΔW
     std::size_t rank_before = 0; ///< of the adapter, or of all stacked ones together; 0 where the update was dense
     std::size_t rank = 0; ///< what is stored now
     bool whole = false; ///< nothing was cut off: the update is exact
     double squared_norm = 0; ///< ‖ΔW‖²_F before
     double squared_error = 0; ///< ‖ΔW − what is stored‖²_F, before rounding to a storage type
 
+    /// ‖ΔW − what is stored‖_F / ‖ΔW‖_F; 0 for a zero update.
     [[nodiscard]] double relative_error() const noexcept
     {
         return squared_norm > 0 ? std::sqrt(squared_error / squared_norm) : 0;
     }
+    /// The share of ‖ΔW‖²_F that is stored, 1 − squared_error / squared_norm; 1 for a zero update.
     [[nodiscard]] double energy() const noexcept { return squared_norm > 0 ? 1 - squared_error / squared_norm : 1; }
     /// Numbers stored: rank·(out + in + 1) with the singular values, rank·(out + in) for a layer that was kept whole.
     [[nodiscard]] std::uint64_t parameters() const noexcept
@@ -8103,7 +8223,7 @@ struct layer_report {
 /// A new adapter, and what was done for it layer by layer.
 template <arithmetic_element T, memory_space S>
 struct adapter_result {
-    lora_adapter<T, S> adapter;
+    lora_adapter<T, S> adapter; ///< by module
     std::vector<layer_report> layers; ///< in name order
 
     /// Relative error over all layers together.
@@ -8116,6 +8236,7 @@ struct adapter_result {
         }
         return norm > 0 ? std::sqrt(error / norm) : 0;
     }
+    /// Numbers stored, over all layers.
     [[nodiscard]] std::uint64_t parameters() const noexcept
     {
         std::uint64_t total = 0;
@@ -8176,6 +8297,8 @@ void fold_update(const cpu& policy, const lora_update<T>& update, matrix_view<S>
 template <storage_element S>
 class folded_update {
 public:
+    /// Saves `weight` (out×in, of any storage type) and folds factor·ΔW into it, as fold_update(), whose errors these
+    /// are.
     template <arithmetic_element T>
     folded_update(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1,
         std::string_view name = "the update")
@@ -8185,7 +8308,9 @@ public:
         copy(weight_, saved_.view());
         fold_update(policy, update, weight, factor, name);
     }
+    /// A folded update moves: undo() is then the new object's.
     folded_update(folded_update&&) noexcept = default;
+    /// The update that was held before stays folded.
     folded_update& operator=(folded_update&&) noexcept = default;
 
     /// Writes the former words back. A second call changes nothing.
@@ -8291,6 +8416,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     bool in = pattern.occurs_in("model.layers.3.weight");
 class name_pattern {
 public:
+    /// Bytes of a pattern, bytes of a name, and characters of a pattern with its counted repeats written out.
     static constexpr std::size_t longest_pattern = 1000, longest_name = 4096, largest_expansion = 2000;
 
     /// Throws invalid_argument for text that is not a regular expression, saying why.
@@ -8476,14 +8602,16 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// The file names of an adapter directory, and what PEFT puts before the names of modules.
 inline constexpr std::string_view peft_config_name = "adapter_config.json";
+/// Of the file that has the factors.
 inline constexpr std::string_view peft_model_name = "adapter_model.safetensors";
+/// Stands before the name of every module.
 inline constexpr std::string_view peft_prefix = "base_model.model.";
 
 /// A tensor that an adapter carries beside its factors: a bias, or a weight of a module that was trained whole.
 struct peft_tensor {
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
-    std::vector<std::byte> bytes{};
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is stored
+    extents shape{}; ///< slowest first
+    std::vector<std::byte> bytes{}; ///< as they are stored
     friend bool operator==(const peft_tensor&, const peft_tensor&) = default;
 };
 
@@ -8510,6 +8638,7 @@ struct peft_adapter {
     return a == b ? a : a == dtype::f64 || b == dtype::f64 ? dtype::f64 : dtype::f32;
 }
 
+/// What read_peft() accepts beside plain low-rank updates.
 struct peft_read_options {
     /// Accept an adapter that is more than low-rank updates because whole weights come with it (modules_to_save,
     /// embeddings that were saved): they are kept in `others`. By default such an adapter is refused. The copies of
@@ -9044,7 +9173,7 @@ template <arithmetic_element T>
 /// How write_peft() stores factors and writes files.
 struct peft_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: as `stored` says
-    durability mode = durability::synchronised;
+    durability mode = durability::synchronised; ///< how hard the files are forced to disk
     overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
 };
 
@@ -9209,10 +9338,10 @@ struct adapted_module {
 /// kohya's have underscores for dots: match_modules() finds the weights of a base that they mean.
 template <arithmetic_element T>
 struct adapter_contents {
-    std::map<std::string, adapted_module<T>> modules{};
+    std::map<std::string, adapted_module<T>> modules{}; ///< by module
     std::map<std::string, peft_tensor> wholes{}; ///< tensors that were trained whole (modules_to_save, biases), by name
     std::map<std::string, peft_tensor> copies{}; ///< copies of base weights that an adapter carries, by name
-    adapter_dialect dialect = adapter_dialect::peft;
+    adapter_dialect dialect = adapter_dialect::peft; ///< that it was read from
     bool fan_in_fan_out = false; ///< square weights lie in×out, as its configuration says
     bool tied = false; ///< what it does to the embedding it does to the head tied to it (PEFT's ensure_weight_tying)
     nlohmann::json config = nlohmann::json::object(); ///< adapter_config.json, where there is one
@@ -10131,9 +10260,10 @@ template <arithmetic_element T = float>
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// How write_adapter() and its parts store factors and write files.
 struct adapter_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: each module's as it was stored
-    durability mode = durability::synchronised;
+    durability mode = durability::synchronised; ///< how hard the file is forced to disk
     overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
     gguf_target target{}; ///< of GGUF: the model, as gguf_target_of() its config.json; empty: what the adapter says
 };
@@ -10141,9 +10271,9 @@ struct adapter_write_options {
 /// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
 /// none).
 struct written_adapter {
-    std::vector<tensor_spec> specs{};
+    std::vector<tensor_spec> specs{}; ///< of the file
     std::vector<std::vector<std::byte>> bytes{}; ///< of each tensor
-    std::string config{};
+    std::string config{}; ///< text of adapter_config.json
     std::string file_name{}; ///< in a directory; empty: the dialect is a file
     std::vector<std::byte> whole{}; ///< the file, where it is no safetensors file (GGUF)
     std::uint64_t saturated = 0; ///< entries that became the largest number of their dtype (overflow::saturate)
@@ -10572,6 +10702,7 @@ inline void write_adapter(
 #if TASKVEC_VECTORS() && defined(__x86_64__) && (!defined(_WIN32) || defined(__clang__))
 #define TASKVEC_WIDE_VECTORS() 1
 #else
+/// Whether kernels are compiled for vectors of 32 and 64 bytes too.
 #define TASKVEC_WIDE_VECTORS() 0
 #endif
 
@@ -10916,7 +11047,7 @@ inline constexpr int pack_lanes = bytes == 0 ? 1 : bytes / static_cast<int>(size
 /// What a comparison of packs gives: all bits of a lane where it holds, none where not.
 template <arithmetic_element A, int bytes>
 struct pack_mask {
-    typename detail::vector_of<signed_word<A>, bytes>::type lanes;
+    typename detail::vector_of<signed_word<A>, bytes>::type lanes; ///< all bits set, or none
 
     template <class T = void>
     TASKVEC_HOST_DEVICE explicit operator bool() const
@@ -10931,18 +11062,21 @@ struct pack_mask {
 /// The bits of packs as signed words: magnitudes (their sign bit is clear) compare as numbers do.
 template <arithmetic_element A, int bytes>
 struct pack_words {
+    /// One lane.
     using word = signed_word<A>;
-    typename detail::vector_of<word, bytes>::type lanes;
+    typename detail::vector_of<word, bytes>::type lanes; ///< the words
 };
 
 /// `bytes` of entries of A; 0 bytes are one entry.
 template <arithmetic_element A, int bytes>
 struct pack {
     using value_type = A;
+    /// What comparisons give.
     using mask = pack_mask<A, bytes>;
+    /// Its bits.
     using words = pack_words<A, bytes>;
     static constexpr int size = pack_lanes<A, bytes>;
-    typename detail::vector_of<A, bytes>::type lanes;
+    typename detail::vector_of<A, bytes>::type lanes; ///< the numbers
 };
 
 TASKVEC_KERNELS_BEGIN
@@ -10966,6 +11100,7 @@ template <class Words>
     }
 #endif
 }
+/// A number in every lane of a pack.
 template <class Pack>
 [[nodiscard]] TASKVEC_INLINE Pack filled(typename Pack::value_type value) noexcept
 {
@@ -11018,6 +11153,7 @@ TASKVEC_PACK_WITH_NUMBER(*)
 TASKVEC_PACK_WITH_NUMBER(/)
 #undef TASKVEC_PACK_WITH_NUMBER
 
+/// The sign turned around, of every lane (of 0 and NaN too).
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator-(const pack<A, bytes>& x) noexcept
 {
@@ -11055,11 +11191,13 @@ template <arithmetic_element A, int bytes>
 {
     return __builtin_bit_cast(pack_words<A, bytes>, x);
 }
+/// The pack that has these bits.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> from_bits(const pack_words<A, bytes>& x) noexcept
 {
     return __builtin_bit_cast(pack<A, bytes>, x);
 }
+/// The mask as words: −1 where it holds, 0 where it does not.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> words_of(const pack_mask<A, bytes>& x) noexcept
 {
@@ -11082,23 +11220,27 @@ TASKVEC_PACK_BITS(pack_words, ^)
 TASKVEC_PACK_BITS(pack_words, +)
 TASKVEC_PACK_BITS(pack_words, -)
 #undef TASKVEC_PACK_BITS
+/// Where the mask does not hold.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator~(const pack_mask<A, bytes>& x) noexcept
 {
     return {~x.lanes};
 }
+/// Bits of every word and of `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator&(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
     return {x.lanes & y};
 }
+/// Bits of every word or of `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator|(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
     return {x.lanes | y};
 }
+/// Every word plus `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator+(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
@@ -11171,12 +11313,13 @@ template <arithmetic_element A, int bytes>
     return mask;
 }
 
-/// Shifts of every word, to the left or, filling with zeros, to the right.
+/// Every word shifted to the left.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept
 {
     return {x.lanes << by};
 }
+/// Every word shifted to the right, filled with zeros.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator>>(const pack_words<A, bytes>& x, int by) noexcept
 {
@@ -11419,9 +11562,13 @@ struct pack_conversion<f16> {
 /// `bytes` of consecutive stored entries of T (one entry for 0 bytes), which hold `parts` packs.
 template <storage_element T, int bytes>
 struct stored_pack {
+    /// What its numbers are computed in.
     using number = arithmetic_type<T>;
+    /// A pack of these.
     using pack_type = pack<number, bytes>;
+    /// Packs that it becomes.
     static constexpr int parts = bytes == 0 ? 1 : static_cast<int>(sizeof(number) / sizeof(T));
+    /// Entries that it holds.
     static constexpr std::size_t entries = bytes == 0 ? 1 : static_cast<std::size_t>(bytes) / sizeof(T);
 
     /// From and to any address.
@@ -11432,6 +11579,7 @@ struct stored_pack {
             raw.lanes = *reinterpret_cast<const in_memory*>(from);
         }
     }
+    /// To any address.
     TASKVEC_INLINE void store(storage_word<T>* to) const noexcept
     {
         if constexpr (bytes == 0) { *to = raw; }
@@ -11440,6 +11588,7 @@ struct stored_pack {
         }
     }
 
+    /// Part `part` as numbers. Of narrow types part 0 has the lower halves of the words and part 1 the upper ones.
     template <int part>
     [[nodiscard]] TASKVEC_INLINE pack_type get() const noexcept
     {
@@ -11470,7 +11619,7 @@ struct stored_pack {
         }
     }
 
-    std::conditional_t<bytes == 0, storage_word<T>, pack_words<number, bytes>> raw;
+    std::conditional_t<bytes == 0, storage_word<T>, pack_words<number, bytes>> raw; ///< the stored words
 
 private:
     using in_memory = typename detail::vector_of<signed_word<number>, bytes>::anywhere;
@@ -11971,9 +12120,10 @@ struct model_options {
 
 /// One tensor of the aligned models: where its data lie in the base and in each task.
 struct aligned_tensor {
+    /// Where a tensor's elements lie in one model, and how they are stored.
     struct operand {
         const std::byte* data = nullptr;
-        taskvec::dtype dtype = taskvec::dtype::f32;
+        taskvec::dtype dtype = taskvec::dtype::f32; ///< as they are stored
         const operand_source* source = nullptr; ///< where set, elements come from it, and `data` is not read
 
         /// Bytes of `count` elements as they are stored.
@@ -11982,15 +12132,15 @@ struct aligned_tensor {
             return source ? (std::uint64_t{count} * source->stored_bits() + 7) / 8 : byte_count(dtype, count);
         }
     };
-    std::string name;
-    extents shape;
+    std::string name; ///< of the tensor
+    extents shape; ///< slowest first
     std::size_t size = 0;
     std::size_t output = 0; ///< index in aligned_models::outputs()
     std::uint64_t position = 0; ///< first element's place in the concatenation of all included tensors
-    taskvec::dtype output_dtype = taskvec::dtype::f32;
+    taskvec::dtype output_dtype = taskvec::dtype::f32; ///< of the merged tensor
     bool wide = false; ///< arithmetic runs in f64, because some model stores f64
     operand base{}; ///< data == nullptr when there is no base
-    std::vector<operand> tasks{};
+    std::vector<operand> tasks{}; ///< in their order
 
     /// True when what is to be added to the base has f64 values: an f64 tensor, whatever the tasks store.
     [[nodiscard]] bool wide_base() const noexcept { return base.dtype == taskvec::dtype::f64; }
@@ -12005,15 +12155,15 @@ struct aligned_tensor {
 
 /// A tensor that takes no part: it is copied through unchanged.
 struct copied_tensor {
-    std::string name;
-    std::size_t output = 0;
-    const_tensor_ref source{};
+    std::string name; ///< of the tensor
+    std::size_t output = 0; ///< index in aligned_models::outputs()
+    const_tensor_ref source{}; ///< its bytes
 };
 
 /// A run of consecutive elements of one tensor, handed to one thread.
 struct tensor_chunk {
-    std::size_t tensor = 0;
-    std::uint64_t offset = 0;
+    std::size_t tensor = 0; ///< index in aligned_models::tensors()
+    std::uint64_t offset = 0; ///< of the first element in its tensor
     std::size_t size = 0;
 };
 
@@ -12047,7 +12197,7 @@ private:
 
 /// Tensors [first, last) of aligned models.
 struct tensor_range {
-    std::size_t first = 0, last = 0;
+    std::size_t first = 0, last = 0; ///< indices in aligned_models::tensors()
 };
 
 /// Lines up a base (optional) and tasks by tensor name, and checks everything that can be checked before any work:
@@ -12057,8 +12207,10 @@ struct tensor_range {
 /// Errors: invalid_argument, shape_mismatch, dtype_mismatch, each naming the tensor and the model.
 class aligned_models {
 public:
+    /// Whether two runs of bytes are the same; for memory that the host cannot read.
     using bytes_equal = callback<bool(const void* a, const void* b, std::size_t bytes)>;
 
+    /// `base`: null for none. The models outlive the result.
     aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {},
         memory_space space = memory_space::host, const bytes_equal& equal = {})
         : options_(std::move(options))
@@ -12137,21 +12289,27 @@ public:
     [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
     /// The included floating tensors, in name order.
     [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
+    /// The tensors that are copied, in name order.
     [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
+    /// All chunks, tensor by tensor.
     [[nodiscard]] chunk_list chunks() const& noexcept { return {first_chunk_, tensors_, step()}; }
     chunk_list chunks() const&& = delete; // a list over a temporary
     /// Chunks [first_chunk(i), first_chunk(i + 1)) cover tensor i.
     [[nodiscard]] std::size_t first_chunk(std::size_t tensor) const noexcept { return first_chunk_[tensor]; }
     /// Elements of all included tensors together.
     [[nodiscard]] std::uint64_t elements() const noexcept { return elements_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t task_count() const noexcept { return task_count_; }
+    /// Whether there is a base.
     [[nodiscard]] bool has_base() const noexcept { return has_base_; }
     /// For each task, how many tensors it lacks that stand for the base's (missing_tensors::base), among those that
     /// take part and those that no task has, which are copied.
     [[nodiscard]] const std::vector<std::size_t>& filled() const noexcept { return filled_; }
     /// True when some included tensor computes in f64: model-wide magnitudes then compare as f64.
     [[nodiscard]] bool any_wide() const noexcept { return any_wide_; }
+    /// As they were given.
     [[nodiscard]] const model_options& options() const noexcept { return options_; }
+    /// What messages call a task: its label, or "task 1", "task 2", …
     [[nodiscard]] std::string label(std::size_t task) const
     {
         return options_.labels.empty() ? message("task ", task + 1) : options_.labels[task];
@@ -12516,6 +12674,7 @@ inline constexpr std::size_t block_size = 4096;
 template <arithmetic_element A>
 class row_block {
 public:
+    /// `scratch_rows`: rows beside those of the models; all of them lie in `memory`.
     row_block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory,
         const detail::row_conversions<A>& conversions = detail::conversions_between<A, storage_types>)
         : models_(&models)
@@ -12535,15 +12694,20 @@ public:
     }
 
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    /// The block's first element, in its tensor.
     [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
+    /// The same in the concatenation of all included tensors.
     [[nodiscard]] std::uint64_t position() const noexcept { return tensor_->position + offset_; }
+    /// The tensor that is open.
     [[nodiscard]] const aligned_tensor& tensor() const noexcept { return *tensor_; }
     /// The tensor's place in models().tensors().
     [[nodiscard]] std::size_t tensor_index() const noexcept
     {
         return static_cast<std::size_t>(tensor_ - models_->tensors().data());
     }
+    /// The models that it reads.
     [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t task_count() const noexcept { return models_->task_count(); }
 
     /// θ0 of this block.
@@ -12603,6 +12767,7 @@ public:
     }
     /// Row of task t. Rows of tasks and scratch rows are consecutive, block_size apart.
     [[nodiscard]] A* row(std::size_t t) noexcept { return rows_.data() + (1 + t) * block_size; }
+    /// Scratch row i.
     [[nodiscard]] A* scratch(std::size_t i) noexcept { return row(task_count() + i); }
 
     /// Throws nonfinite_error if an input of this block that was loaded holds NaN or infinity (unless propagation was
@@ -12710,6 +12875,7 @@ public:
         , memory_(memory)
         , conversions_(conversions)
     { }
+    /// The block in A, made when it is first asked for.
     template <arithmetic_element A>
     row_block<A>& get()
     {
@@ -12763,12 +12929,14 @@ decltype(auto) with_block_of(block_workspace& space, const aligned_tensor& tenso
 
 /// A range of chunks, by index.
 struct chunk_range {
-    std::size_t first = 0, last = 0;
+    std::size_t first = 0, last = 0; ///< indices in aligned_models::chunks()
 };
+/// The chunks of all tensors.
 [[nodiscard]] inline chunk_range all_chunks(const aligned_models& models) noexcept
 {
     return {0, models.chunks().size()};
 }
+/// The chunks of one tensor.
 [[nodiscard]] inline chunk_range chunks_of(const aligned_models& models, std::size_t tensor) noexcept
 {
     return {models.first_chunk(tensor), models.first_chunk(tensor + 1)};
@@ -12854,22 +13022,29 @@ struct update_place {
 
 /// One thing that is added to a tensor. It refers to the update, or the stored tensor, which outlive it.
 struct weight_change {
-    const lora_update<float>* single = nullptr;
-    const lora_update<double>* wide = nullptr;
+    const lora_update<float>* single = nullptr; ///< the update, in f32
+    const lora_update<double>* wide = nullptr; ///< or in f64; both null: `saved` takes the tensor's place
     const_tensor_ref saved{}; ///< a whole tensor in place of the base's, where there is no update
     double weight = 1; ///< of the change: θ0 + weight·(θ − θ0)
-    update_place place{};
+    update_place place{}; ///< how the update lies in the tensor
     std::string label{}; ///< names the adapter in messages
 
+    /// Whether it is a low-rank update; out() to b() are its own, and are asked of nothing else.
     [[nodiscard]] bool is_update() const noexcept { return single || wide; }
+    /// Outputs of the module.
     [[nodiscard]] std::size_t out() const noexcept { return single ? single->out() : wide->out(); }
+    /// Inputs of the module.
     [[nodiscard]] std::size_t in() const noexcept { return single ? single->in() : wide->in(); }
+    /// The rank of its factors.
     [[nodiscard]] std::size_t rank() const noexcept { return single ? single->rank() : wide->rank(); }
+    /// The factor of b·a.
     [[nodiscard]] double scaling() const noexcept { return single ? single->scaling : wide->scaling; }
+    /// Entry (k, i) of lora_A, in f64.
     [[nodiscard]] double a(std::size_t k, std::size_t i) const noexcept
     {
         return single ? static_cast<double>(single->a(k, i)) : wide->a(k, i);
     }
+    /// Entry (i, k) of lora_B, in f64.
     [[nodiscard]] double b(std::size_t i, std::size_t k) const noexcept
     {
         return single ? static_cast<double>(single->b(i, k)) : wide->b(i, k);
@@ -13311,6 +13486,7 @@ public:
         changes_[tensor].push_back(std::move(change));
     }
 
+    /// What was added, by the name of the tensor, each tensor's changes in the order in which they came.
     [[nodiscard]] const std::map<std::string, std::vector<weight_change>>& changes() const noexcept { return changes_; }
     [[nodiscard]] bool empty() const noexcept { return changes_.empty(); }
 
@@ -13712,7 +13888,7 @@ inline constexpr std::uint64_t expanded_bytes_limit = std::uint64_t{1} << 30;
 /// What a PyTorch file holds, in the terms of a safetensors header: tensors are ranges of the file's bytes (ranges may
 /// be equal: tied weights).
 struct pytorch_contents {
-    safetensors_header header;
+    safetensors_header header; ///< names, dtypes, shapes and places of the tensors
     std::vector<std::string> notes{}; ///< what whoever opens it should know
     /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, parts of others, or
     /// expanded, whose elements share bytes): lay_out_rows() gives them rows. Every element lies in the file, from the
@@ -14713,6 +14889,7 @@ enum class quantisation : std::uint8_t {
     mxfp4, ///< two codes of 4 bits (E2M1) in a byte, a power of two for each 32 numbers
     nvfp4 ///< two codes of 4 bits in a byte, an E4M3 scale for each 16 numbers, one factor for all
 };
+/// The name of a scheme, as messages say it.
 [[nodiscard]] constexpr std::string_view to_string(quantisation scheme) noexcept
 {
     return scheme == quantisation::fp8 ? "scaled FP8" : scheme == quantisation::mxfp4 ? "MXFP4" : "NVFP4";
@@ -14720,18 +14897,18 @@ enum class quantisation : std::uint8_t {
 
 /// A tensor of a file that belongs to a layer: what its name has after the layer's stem ("weight_scale"), and its view.
 struct layer_part {
-    std::string leaf;
-    const_tensor_ref tensor{};
+    std::string leaf; ///< its name without the layer's stem
+    const_tensor_ref tensor{}; ///< of the file
 };
 
 /// How a layer is quantised. A number is its code times its scale (times `factor`), each product rounded to f32.
 struct quantised_layer {
     std::string name; ///< of the tensor that it stands for, such as "model.layers.0.mlp.down_proj.weight"
-    quantisation scheme = quantisation::fp8;
+    quantisation scheme = quantisation::fp8; ///< of its codes
     extents shape{}; ///< of the numbers
     extents block{}; ///< for each extent, how many elements share a scale
     extents grid{}; ///< for each extent, how many scales there are
-    const_tensor_ref codes{}, scales{};
+    const_tensor_ref codes{}, scales{}; ///< as they are stored
     float factor = 1; ///< NVFP4: of all scales
     bool powers_of_two = false; ///< scales are powers of two, whatever they are stored as
     bool transposed = false; ///< MXFP4 experts: the last two extents are stored the other way round
@@ -14882,9 +15059,11 @@ inline constexpr std::array<float, 16> e2m1_numbers{
 /// A quantised layer as a tensor: decodes any run of its numbers.
 class quantised_tensor final : public operand_source {
 public:
+    /// A layer that quantised_layers found.
     explicit quantised_tensor(quantised_layer layer)
         : layer_(std::move(layer))
     { }
+    /// How the layer is stored.
     [[nodiscard]] const quantised_layer& layer() const noexcept { return layer_; }
     /// The tensor that walks over models are given.
     [[nodiscard]] const_tensor_ref tensor() const
@@ -14968,6 +15147,7 @@ private:
 /// Cost: O(names), and one read of all scales.
 class quantised_layers {
 public:
+    /// Where hints come from, asked once and only if they are needed.
     using hint_source = std::function<quantisation_hints()>;
 
     quantised_layers() = default;
@@ -14985,11 +15165,15 @@ public:
 
     /// Whether any layer is quantised, by a scheme that is read or not.
     [[nodiscard]] bool any() const noexcept { return !layers_.empty() || !unread_.empty(); }
+    /// The model: every quantised layer is one tensor of numbers, all others are as they are.
     [[nodiscard]] const const_model_ref& model() const noexcept { return model_; }
+    /// The layers that are read.
     [[nodiscard]] const std::vector<quantised_tensor>& layers() const noexcept { return layers_; }
+    /// The layers that are not.
     [[nodiscard]] const std::vector<unread_layer>& unread() const noexcept { return unread_; }
     /// Tensors that are about the quantisation and belong to no one layer (`scaled_fp8`, scales of a KV cache).
     [[nodiscard]] const const_model_ref& beside() const noexcept { return beside_; }
+    /// What the configuration said, where it was asked.
     [[nodiscard]] const quantisation_hints& hints() const noexcept { return hints_; }
 
 private:
@@ -15441,6 +15625,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// The file names of a checkpoint directory.
 inline constexpr std::string_view single_file_name = "model.safetensors";
+/// Of the index of a sharded checkpoint.
 inline constexpr std::string_view index_file_name = "model.safetensors.index.json";
 
 /// Whether the tensors of shards have to be those that their index gives them.
@@ -15489,8 +15674,10 @@ public:
     /// What open_model() was given.
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return path_; }
     [[nodiscard]] std::filesystem::path path() && { return path_; }
+    /// The mapped files, in the order of their names.
     [[nodiscard]] const std::vector<safetensors_file>& files() const& noexcept { return files_; }
     void files() const&& = delete; // name the owner first: its views would dangle
+    /// All tensors as they are stored, views into the files.
     [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
     void model() const&& = delete; // name the owner first: its views would dangle
     /// The files' metadata; of a key in several shards, the first shard's value.
@@ -15582,8 +15769,9 @@ inline void check_shard_name(std::string_view shard, std::string_view index)
 /// The parts of a shard's name, such as `model-00001-of-00003.safetensors`.
 struct shard_name_parts {
     std::string stem, rest; ///< before the numbers, and what stands after them
-    std::size_t number = 0, count = 0;
+    std::size_t number = 0, count = 0; ///< the two numbers
 };
+/// The parts of a shard's name; empty for a name that is none.
 [[nodiscard]] inline std::optional<shard_name_parts> parse_shard_name(std::string_view name)
 {
     constexpr std::size_t digits = 5;
@@ -15869,9 +16057,10 @@ inline checkpoint open_model(const std::filesystem::path& path, index_check how)
 /// next tensor would take the current one above `shard_size` bytes of data (a larger tensor has a shard of its own).
 struct shard_plan {
     std::vector<std::size_t> shard_of; ///< for each spec
-    std::size_t shards = 0;
-    std::uint64_t total_bytes = 0;
+    std::size_t shards = 0; ///< how many there are
+    std::uint64_t total_bytes = 0; ///< of all tensors
 };
+/// Splits tensors into shards of at most `shard_size` bytes, as shard_plan says.
 [[nodiscard]] inline shard_plan plan_shards(const std::vector<tensor_spec>& specs, std::uint64_t shard_size)
 {
     if (shard_size == 0) {
@@ -16102,6 +16291,7 @@ public:
         if (index_) { result.push_back(index_->temporary()); }
         return result;
     }
+    /// Bytes of all shards together.
     [[nodiscard]] std::uint64_t file_size() const noexcept
     {
         std::uint64_t total = 0;
@@ -16305,6 +16495,7 @@ inline constexpr std::size_t sketch_bytes = 4096;
     for (int shift = 60; shift >= 0; shift -= 4) { text += digits[(value >> shift) & 15]; }
     return text;
 }
+/// The fingerprint that fingerprint_text() wrote; empty for any other text.
 [[nodiscard]] inline std::optional<std::uint64_t> parse_fingerprint(std::string_view text)
 {
     if (!text.starts_with("xxh64:") || text.size() != 22) { return std::nullopt; }
@@ -16352,9 +16543,11 @@ namespace taskvec::inline TASKVEC_ABI {
 class index_list {
 public:
     using value_type = std::uint64_t;
+    /// Of the memory that holds the words.
     using allocator_type = std::pmr::polymorphic_allocator<std::byte>;
 
     index_list() = default;
+    /// Empty, with memory from `memory`.
     explicit index_list(const allocator_type& memory)
         : narrow_(memory)
         , wide_(memory)
@@ -16375,6 +16568,7 @@ public:
     [[nodiscard]] std::size_t size() const noexcept { return is_wide_ ? wide_.size() : narrow_.size(); }
     [[nodiscard]] bool empty() const noexcept { return size() == 0; }
     [[nodiscard]] std::uint64_t operator[](std::size_t i) const noexcept { return is_wide_ ? wide_[i] : narrow_[i]; }
+    /// The last index; the list is not empty.
     [[nodiscard]] std::uint64_t back() const noexcept { return (*this)[size() - 1]; }
     /// True where an index takes eight bytes.
     [[nodiscard]] bool wide() const noexcept { return is_wide_; }
@@ -16384,7 +16578,9 @@ public:
         return is_wide_ ? static_cast<const void*>(wide_.data()) : static_cast<const void*>(narrow_.data());
     }
 
+    /// Room for `count` indices, without another allocation, of the width that the list has now.
     void reserve(std::size_t count) { is_wide_ ? wide_.reserve(count) : narrow_.reserve(count); }
+    /// Appends an index; the first that needs more than 32 bits widens the list.
     void push_back(std::uint64_t index)
     {
         if (!is_wide_ && index > most) {
@@ -16408,6 +16604,7 @@ public:
         }
     }
 
+    /// Goes through the indices, as numbers: random access, whose reference is a value.
     class iterator {
     public:
         using iterator_category = std::input_iterator_tag;
@@ -16418,6 +16615,7 @@ public:
         using reference = std::uint64_t;
 
         iterator() = default;
+        /// At place `at` of a list, which it refers to.
         iterator(const index_list& list, std::size_t at) noexcept
             : list_(&list)
             , at_(at)
@@ -16438,15 +16636,21 @@ public:
             --*this;
             return before;
         }
+        /// N places on, or back.
         iterator& operator+=(std::ptrdiff_t n) noexcept
         {
             at_ += static_cast<std::size_t>(n);
             return *this;
         }
+        /// N places back.
         iterator& operator-=(std::ptrdiff_t n) noexcept { return *this += -n; }
+        /// N places on.
         friend iterator operator+(iterator i, std::ptrdiff_t n) noexcept { return i += n; }
+        /// N places on.
         friend iterator operator+(std::ptrdiff_t n, iterator i) noexcept { return i += n; }
+        /// N places back.
         friend iterator operator-(iterator i, std::ptrdiff_t n) noexcept { return i -= n; }
+        /// How many places a is behind b.
         friend std::ptrdiff_t operator-(const iterator& a, const iterator& b) noexcept
         {
             return static_cast<std::ptrdiff_t>(a.at_) - static_cast<std::ptrdiff_t>(b.at_);
@@ -16508,10 +16712,11 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct sparse_vector {
     using value_type = A;
-    extents shape{};
-    index_list indices{};
-    std::pmr::vector<A> values{};
+    extents shape{}; ///< of the tensor
+    index_list indices{}; ///< ascending, row-major flat
+    std::pmr::vector<A> values{}; ///< one for each index
 
+    /// How many entries are kept.
     [[nodiscard]] std::size_t kept() const noexcept { return indices.size(); }
     friend bool operator==(const sparse_vector&, const sparse_vector&) = default;
 };
@@ -16521,16 +16726,18 @@ struct sparse_vector {
 template <arithmetic_element A>
 struct bitmask_vector {
     using value_type = A;
-    extents shape{};
-    std::pmr::vector<std::uint8_t> bitmask{};
-    std::pmr::vector<A> values{};
+    extents shape{}; ///< of the tensor
+    std::pmr::vector<std::uint8_t> bitmask{}; ///< bit i%8 of byte i/8 is entry i
+    std::pmr::vector<A> values{}; ///< of the bits that are set, in order
 
+    /// How many entries are kept.
     [[nodiscard]] std::size_t kept() const noexcept { return values.size(); }
     friend bool operator==(const bitmask_vector&, const bitmask_vector&) = default;
 };
 
 /// One tensor's kept entries, and a model's by tensor name.
 using sparse_tensor = std::variant<sparse_vector<float>, sparse_vector<double>>;
+/// A model's kept entries by tensor name.
 using sparse_model = std::map<std::string, sparse_tensor>;
 
 /// Entries kept in a whole model.
@@ -16558,20 +16765,22 @@ template <class T>
 /// any alignment. Who makes one has checked them: indices ascend and are in range, the bits are as many as the values.
 struct sparse_view {
     std::string name = "values"; ///< of the tensor
-    extents shape{};
+    extents shape{}; ///< of the tensor
     std::uint64_t size = 0, kept = 0; ///< elements, and entries
     bool wide = false; ///< f64 values
-    const std::byte* values = nullptr;
+    const std::byte* values = nullptr; ///< f32, or f64 where `wide`
     const std::byte* indices = nullptr; ///< 32-bit words, or 64-bit ones; null where there is a bitmask
-    bool wide_indices = false;
-    const std::uint8_t* bitmask = nullptr;
+    bool wide_indices = false; ///< indices are 64-bit words
+    const std::uint8_t* bitmask = nullptr; ///< where there are no indices: bit i%8 of byte i/8 is entry i
     std::span<const std::uint64_t> before{}; ///< bits set before each run of `run` elements
-    static constexpr std::uint64_t run = 65536;
+    static constexpr std::uint64_t run = 65536; ///< elements of a run that `before` counts
 
+    /// The flat index of kept entry number `entry`; where there are indices.
     [[nodiscard]] std::uint64_t index(std::uint64_t entry) const noexcept
     {
         return wide_indices ? detail::load<std::uint64_t>(indices, entry) : detail::load<std::uint32_t>(indices, entry);
     }
+    /// The value of kept entry number `entry`, as an A.
     template <arithmetic_element A>
     [[nodiscard]] A value(std::uint64_t entry) const noexcept
     {
@@ -16990,10 +17199,13 @@ inline void check_saved_bytes(std::span<const std::byte> saved, std::size_t need
 class saved_words {
 public:
     saved_words() = default;
+    /// Room for `bytes` bytes (see saved_bytes()), from `memory`.
     explicit saved_words(std::size_t bytes, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : words_((bytes + 7) / 8, memory)
     { }
+    /// The memory, aligned to 8 bytes.
     [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return std::as_bytes(std::span(words_)); }
+    /// The memory, aligned to 8 bytes, to be written.
     [[nodiscard]] std::span<std::byte> bytes() & noexcept { return std::as_writable_bytes(std::span(words_)); }
     std::span<const std::byte> bytes() const&& = delete;
 
@@ -17094,6 +17306,7 @@ public:
 /// Collects kept entries in memory, which comes from `memory` and must outlive what take() returns.
 class sparse_model_sink final : public sparse_sink {
 public:
+    /// What is collected lies in `memory`.
     explicit sparse_model_sink(std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : memory_(memory)
     { }
@@ -17123,6 +17336,7 @@ public:
     {
         store(tensor, first, indices, values, n);
     }
+    /// Hands over what was collected.
     [[nodiscard]] sparse_model take() { return std::move(model_); }
 
 private:
@@ -17166,8 +17380,8 @@ inline constexpr std::string_view delta_schema = "taskvec.delta.1";
 
 /// A model's kept entries, with the fingerprint of the base that they are to be added to.
 struct delta {
-    sparse_model tensors;
-    std::uint64_t base_fingerprint = 0;
+    sparse_model tensors; ///< by name of the base's tensors
+    std::uint64_t base_fingerprint = 0; ///< see fingerprint()
     metadata_map metadata{}; ///< further keys to write; on reading, all keys of the file
 };
 
@@ -17195,12 +17409,13 @@ class delta_writer final : public sparse_sink {
 public:
     /// What is known of a tensor before its entries come.
     struct part {
-        std::string name;
-        extents shape;
-        std::uint64_t kept = 0;
+        std::string name; ///< of the base's tensor
+        extents shape; ///< of the tensor
+        std::uint64_t kept = 0; ///< entries
         bool wide = false; ///< f64 values
     };
 
+    /// `path`: the file. Nothing is opened before begin().
     delta_writer(std::filesystem::path path, std::uint64_t base_fingerprint, metadata_map metadata = {},
         durability mode = durability::synchronised)
         : path_(std::move(path))
@@ -17268,9 +17483,11 @@ public:
     void finish() { file().finish(); }
     /// Gives the file its name.
     void commit() { file().commit(); }
+    /// The file's path.
     [[nodiscard]] const std::filesystem::path& target() const noexcept { return path_; }
     /// What begin() was told.
     [[nodiscard]] const std::vector<part>& parts() const noexcept { return parts_; }
+    /// Entries in all tensors.
     [[nodiscard]] std::uint64_t kept() const noexcept
     {
         std::uint64_t total = 0;
@@ -17282,6 +17499,7 @@ public:
     {
         return file_ ? file_->temporary() : std::filesystem::path();
     }
+    /// Bytes of the file; 0 before begin().
     [[nodiscard]] std::uint64_t file_size() const noexcept { return file_ ? file_->file_size() : 0; }
 
 private:
@@ -17399,6 +17617,7 @@ public:
     /// What the file holds for one tensor of the base.
     using part = sparse_view;
 
+    /// Maps and checks the file.
     explicit delta_file(std::filesystem::path path)
         : file_(std::move(path))
         , model_(file_.model())
@@ -17430,11 +17649,16 @@ public:
         if (3 * parts_.size() != model_.size()) { fail_stray(); }
     }
 
+    /// The file's path.
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return file_.path(); }
+    /// The file's path.
     [[nodiscard]] std::filesystem::path path() && { return file_.path(); }
+    /// The file itself.
     [[nodiscard]] const safetensors_file& file() const& noexcept { return file_; }
     void file() const&& = delete; // name the owner first: its views would dangle
+    /// All keys of the file's metadata.
     [[nodiscard]] const metadata_map& metadata() const& noexcept { return file_.metadata(); }
+    /// All keys of the file's metadata.
     [[nodiscard]] metadata_map metadata() && { return std::move(file_).metadata(); }
     /// Of the base that the delta is to be added to.
     [[nodiscard]] std::uint64_t base_fingerprint() const noexcept { return fingerprint_; }
@@ -17442,12 +17666,14 @@ public:
     [[nodiscard]] const std::vector<part>& parts() const& noexcept { return parts_; }
     void parts() const&& = delete; // name the owner first: its views would dangle
     void find(std::string_view) const&& = delete; // name the owner first: its views would dangle
+    /// The part of a tensor, or null where the delta leaves it as it is.
     [[nodiscard]] const part* find(std::string_view name) const& noexcept
     {
         const auto place = std::lower_bound(parts_.begin(), parts_.end(), name,
             [](const part& p, std::string_view n) { return std::string_view(p.name) < n; });
         return place != parts_.end() && place->name == name ? &*place : nullptr;
     }
+    /// Entries in all tensors.
     [[nodiscard]] std::uint64_t kept() const noexcept
     {
         std::uint64_t total = 0;
@@ -17763,19 +17989,22 @@ inline void quantise_fp8(
 
 /// What the outputs of aligned models become in a file: numbers, or a layer's codes and scales.
 struct quantised_outputs {
+    /// What becomes of an output.
     enum class way : std::uint8_t {
         numbers, ///< as the algorithm writes them
         quantised, ///< quantised again, by the layer's own scheme
         as_stored ///< a layer that takes no part: its tensors as they are
     };
+    /// One output of the aligned models.
     struct output {
-        way how = way::numbers;
+        way how = way::numbers; ///< what becomes of it
         std::size_t first = 0; ///< its tensor in `specs`, or the first of them (codes; scales come next)
-        const quantised_layer* layer = nullptr;
+        const quantised_layer* layer = nullptr; ///< of one that is quantised, or as stored
     };
+    /// A tensor of the file that comes from elsewhere as it is.
     struct copy {
-        std::size_t spec = 0;
-        const_tensor_ref source{};
+        std::size_t spec = 0; ///< its place in `specs`
+        const_tensor_ref source{}; ///< its bytes
     };
     std::vector<output> outputs; ///< for each of aligned_models::outputs()
     std::vector<tensor_spec> specs; ///< of the file
@@ -17866,6 +18095,8 @@ struct quantised_outputs {
 ///     out.finish();
 class quantising_sink final : public tensor_sink {
 public:
+    /// Between a walk and `out`, the sink of the file that `plan` describes; both outlive it. `folder`: for what is
+    /// gathered beyond memory.
     quantising_sink(const quantised_outputs& plan, tensor_sink& out, std::filesystem::path folder)
         : plan_(&plan)
         , out_(&out)
@@ -18148,6 +18379,7 @@ protected:
                 });
         }
     }
+    /// One example more, whose gradients are all added.
     void count_example() noexcept { ++examples_; }
     /// Adds what was seen elsewhere. Throws invalid_argument, shape_mismatch for another model's.
     void add_sums(const fisher_accumulator& other)
@@ -18215,6 +18447,7 @@ private:
 ///     for (…) { fisher.add(cpu{}, gradient_of_log_likelihood); }
 class empirical_fisher_accumulator : public fisher_accumulator {
 public:
+    /// Zeros, of the names and shapes of `parameters`. Errors: as fisher_accumulator.
     explicit empirical_fisher_accumulator(const const_model_ref& parameters)
         : fisher_accumulator(parameters)
     { }
@@ -18235,6 +18468,7 @@ public:
 ///     for (…) { fisher.add(cpu{}, gradients_of_each_label, probabilities); }
 class expected_fisher_accumulator : public fisher_accumulator {
 public:
+    /// Zeros, of the names and shapes of `parameters`. Errors: as fisher_accumulator.
     explicit expected_fisher_accumulator(const const_model_ref& parameters)
         : fisher_accumulator(parameters)
     { }
@@ -18295,6 +18529,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     matrix<double> g = gram.matrix();
 class gram_accumulator {
 public:
+    /// Of a layer with `features` inputs; `layer` names it in errors. 4·features² bytes.
     explicit gram_accumulator(std::size_t features, std::string layer = "the layer")
         : features_(features)
         , layer_(std::move(layer))
@@ -18304,6 +18539,7 @@ public:
         }
     }
 
+    /// Inputs of the layer.
     [[nodiscard]] std::size_t features() const noexcept { return features_; }
     /// Rows seen: examples, or tokens where each position is a row.
     [[nodiscard]] std::uint64_t examples() const noexcept { return examples_; }
@@ -18543,6 +18779,7 @@ inline constexpr std::string_view statistics_schema = "taskvec.statistics.1";
 /// What a statistics file holds.
 enum class statistics_kind : std::uint8_t { empirical_fisher, expected_fisher, gram };
 
+/// The word that files have for a kind.
 [[nodiscard]] constexpr std::string_view to_string(statistics_kind kind) noexcept
 {
     return kind == statistics_kind::gram            ? "gram"
@@ -18552,7 +18789,7 @@ enum class statistics_kind : std::uint8_t { empirical_fisher, expected_fisher, g
 
 /// What a statistics file says about itself.
 struct statistics_info {
-    statistics_kind kind = statistics_kind::empirical_fisher;
+    statistics_kind kind = statistics_kind::empirical_fisher; ///< what the tensors are
     std::uint64_t examples = 0; ///< how many the statistics come from; of Grams, the rows of the layer that saw most
     std::optional<std::uint64_t> fingerprint{}; ///< of the model that they were collected with
     std::vector<std::string> in_out{}; ///< Grams: the weights that are stored in×out (Conv1D); all others are out×in
@@ -18705,6 +18942,7 @@ inline void write_statistics(const std::filesystem::path& path, const std::map<s
 ///     check_statistics(cpu{}, fisher, model, "a.safetensors");
 class statistics_file {
 public:
+    /// Maps and checks the file.
     explicit statistics_file(const std::filesystem::path& path)
         : file_(path)
         , model_(file_.model())
@@ -18769,15 +19007,21 @@ public:
         }
     }
 
+    /// The file's path.
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return file_.path(); }
+    /// The file's path.
     [[nodiscard]] std::filesystem::path path() && { return file_.path(); }
+    /// The file itself.
     [[nodiscard]] const safetensors_file& file() const& noexcept { return file_; }
     void file() const&& = delete; // name the owner first: its views would dangle
+    /// The statistics by name of the model's tensors.
     [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
     void model() const&& = delete; // name the owner first: its views would dangle
     /// Whether the file says what it holds; info() means something only then.
     [[nodiscard]] bool described() const noexcept { return described_; }
+    /// What the file says about itself.
     [[nodiscard]] const statistics_info& info() const& noexcept { return info_; }
+    /// What the file says about itself.
     [[nodiscard]] statistics_info info() && { return std::move(info_); }
     /// How the weight of this name is stored, as the file says; out_in if it says nothing.
     [[nodiscard]] weight_layout layout(std::string_view label) const
@@ -18788,6 +19032,7 @@ public:
 
     /// Throws invalid_argument if the file says that it holds something else.
     void require_fisher() const { require(info_.kind != statistics_kind::gram, "a diagonal Fisher"); }
+    /// The same for Gram matrices.
     void require_gram() const { require(info_.kind == statistics_kind::gram, "Gram matrices"); }
 
 private:

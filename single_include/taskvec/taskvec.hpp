@@ -50,8 +50,11 @@
 //
 // The version, and the few macros that every header shares.
 
+/// The version's first number. What versions promise is in docs/stability.md.
 #define TASKVEC_VERSION_MAJOR 0
+/// Its second.
 #define TASKVEC_VERSION_MINOR 2
+/// Its third.
 #define TASKVEC_VERSION_PATCH 0
 
 // What cannot compile the headers is told so in one sentence, and nothing after it: an #include of nothing ends it.
@@ -72,23 +75,21 @@
 #include "taskvec: the error above ends the compilation"
 #endif
 
-// TASKVEC_GNU(): whether attributes, pragmas and built-in functions of g++ and clang are used. Other compilers, and
-// these where TASKVEC_STANDARD_ONLY is defined, are given standard C++ alone.
-//
-// TASKVEC_VECTORS(): whether kernels work on vectors. Otherwise, and in device code, they work on one number at a time:
-// the same bits.
 #if (defined(__GNUC__) || defined(__clang__)) && !defined(TASKVEC_STANDARD_ONLY)
+/// Whether attributes, pragmas and built-in functions of g++ and clang are used. Other compilers, and these where
+/// TASKVEC_STANDARD_ONLY is defined, are given standard C++ alone.
 #define TASKVEC_GNU() 1
 #else
 #define TASKVEC_GNU() 0
 #endif
 #if TASKVEC_GNU() && defined(__GNUC__) && !defined(__CUDACC__)
+/// Whether kernels work on vectors. Otherwise, and in device code, they work on one number at a time: the same bits.
 #define TASKVEC_VECTORS() 1
 #else
 #define TASKVEC_VECTORS() 0
 #endif
 
-// TASKVEC_NO_EXCEPTIONS: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
+/// Defined: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
 #if !defined(TASKVEC_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
 #define TASKVEC_NO_EXCEPTIONS 1
 #endif
@@ -99,6 +100,7 @@
 #define TASKVEC_ABI_ERRORS aborts
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says what becomes of errors: `throws`, or `aborts` with TASKVEC_NO_EXCEPTIONS.
 #define TASKVEC_ABI_ERRORS throws
 #endif
 #ifndef TASKVEC_ABI_SYSTEM
@@ -118,6 +120,7 @@
 #define TASKVEC_ABI_SYSTEM TASKVEC_SYSTEM_OF(THRUST_DEVICE_SYSTEM)
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that names the device: `host`, `cuda`, or a host system of Thrust (`thrust_omp` …).
 #define TASKVEC_ABI_SYSTEM host
 #endif
 #endif
@@ -125,16 +128,20 @@
 #define TASKVEC_ABI_STORAGE _more
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says whether TASKVEC_MORE_STORAGE is defined.
 #define TASKVEC_ABI_STORAGE
 #endif
 #if defined(TASKVEC_STANDARD_ONLY)
 #define TASKVEC_ABI_KERNELS _standard
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says whether TASKVEC_STANDARD_ONLY is defined.
 #define TASKVEC_ABI_KERNELS
 #endif
 #define TASKVEC_ABI_JOIN_(a, b, c, d, e, f) v##a##_##b##_##c##_##d##e##f
+/// Joins the parts of TASKVEC_ABI, which are macros themselves.
 #define TASKVEC_ABI_JOIN(a, b, c, d, e, f) TASKVEC_ABI_JOIN_(a, b, c, d, e, f)
+/// The inline namespace of everything, such as `v0_2_throws_host`.
 #define TASKVEC_ABI                                                                                                    \
     TASKVEC_ABI_JOIN(TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_ABI_ERRORS, TASKVEC_ABI_SYSTEM,             \
         TASKVEC_ABI_STORAGE, TASKVEC_ABI_KERNELS)
@@ -142,6 +149,7 @@
 #if defined(__CUDACC__)
 #define TASKVEC_HOST_DEVICE __host__ __device__
 #else
+/// Before a function that kernels on a device call too; nothing where no CUDA compiler reads it.
 #define TASKVEC_HOST_DEVICE
 #endif
 
@@ -150,9 +158,13 @@
 // never inlined, between TASKVEC_KERNELS_BEGIN and TASKVEC_KERNELS_END, whose body starts with TASKVEC_STRICT_FP: the
 // optimiser then sees one flat loop over restrict pointers and vectorises it, and no multiply-add is fused.
 #if TASKVEC_GNU()
+/// Before a function that stays a function of its own.
 #define TASKVEC_NOINLINE [[gnu::noinline]]
+/// Before a function that is hardly ever called.
 #define TASKVEC_COLD [[gnu::cold]]
+/// Behind the star of a pointer whose memory no other pointer reaches.
 #define TASKVEC_RESTRICT __restrict
+/// Asks for the line of an address, to be read; `locality` as of __builtin_prefetch.
 #define TASKVEC_PREFETCH(address, locality) __builtin_prefetch(address, 0, locality)
 #else
 #define TASKVEC_NOINLINE
@@ -160,30 +172,32 @@
 #define TASKVEC_RESTRICT
 #define TASKVEC_PREFETCH(address, locality) ((void)(address))
 #endif
-// A type whose words may be other types' objects. (Compilers without the attribute let every type be so.)
 #if defined(__GNUC__) || defined(__clang__)
+/// Before the name of a type whose words may be other types' objects. (Compilers without the attribute let every type
+/// be so.)
 #define TASKVEC_MAY_ALIAS [[gnu::may_alias]]
 #else
 #define TASKVEC_MAY_ALIAS
 #endif
-// Behind the parameters of a lambda in a body.
 #if TASKVEC_GNU()
+/// Behind the parameters of a lambda in a body.
 #define TASKVEC_BODY __attribute__((always_inline))
 #else
 #define TASKVEC_BODY
 #endif
-// What a kernel's body is made of (core/pack.hpp): always inlined, and so compiled for the kernel's instruction set.
 #if defined(__CUDACC__)
 #define TASKVEC_INLINE __host__ __device__ __forceinline__
 #elif TASKVEC_VECTORS()
+/// Before what a kernel's body is made of (core/pack.hpp), and before a body's call operator: always inlined, and so
+/// compiled for the kernel's instruction set.
 #define TASKVEC_INLINE __attribute__((always_inline)) inline
 #else
 #define TASKVEC_INLINE inline
 #endif
-// Before a loop of a kernel on the CPU: how many turns become one.
 #if !TASKVEC_VECTORS()
 #define TASKVEC_UNROLL(turns)
 #else
+/// Before a loop of a kernel on the CPU: how many turns become one.
 #define TASKVEC_UNROLL(turns) TASKVEC_PRAGMA_(GCC unroll turns)
 #define TASKVEC_PRAGMA_(words) _Pragma(#words)
 #endif
@@ -210,17 +224,20 @@
 #define TASKVEC_KERNELS_END
 #define TASKVEC_STRICT_FP _Pragma("clang fp contract(off)")
 #elif defined(__GNUC__)
+/// Before kernels, at namespace level: no multiply-add is fused from here to TASKVEC_KERNELS_END.
 #define TASKVEC_KERNELS_BEGIN                                                                                          \
     _Pragma("GCC push_options") _Pragma(                                                                               \
         "GCC optimize(\"fp-contract=off\",\"no-trapping-math\",\"tree-vectorize\",\"vect-cost-model=dynamic\")")
+/// Ends what TASKVEC_KERNELS_BEGIN began.
 #define TASKVEC_KERNELS_END _Pragma("GCC pop_options")
+/// The first thing in a kernel's body: the same for clang, which wants it there.
 #define TASKVEC_STRICT_FP
 #endif
-// The call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END: it loops
-// over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
 #if defined(__CUDACC__)
 #define TASKVEC_FUNCTOR __host__ __device__
 #else
+/// Before the call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END:
+/// it loops over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
 #define TASKVEC_FUNCTOR TASKVEC_NOINLINE
 #endif
 #endif // TASKVEC_SINGLE_CORE_CONFIG_HPP
@@ -370,9 +387,9 @@ enum class error_code : std::uint16_t {
 
 /// A code, its word, and the kind of the errors that carry it.
 struct error_code_entry {
-    error_code code;
-    std::string_view word;
-    error_kind kind;
+    error_code code; ///< its number
+    std::string_view word; ///< lower case, with hyphens: what is printed
+    error_kind kind; ///< of every error that carries it
 };
 
 /// Every code of the library, in ascending order.
@@ -511,12 +528,15 @@ inline constexpr error_code_entry error_codes[] = {
 /// Base of everything that the library throws: a kind, a code and a message.
 class error : public std::runtime_error {
 public:
+    /// `message` is what what() returns: it names tensor, found, expected and mend.
     error(error_code code, error_kind kind, const std::string& message)
         : std::runtime_error(message)
         , kind_(kind)
         , code_(code)
     { }
+    /// What kind of thing went wrong.
     [[nodiscard]] error_kind kind() const noexcept { return kind_; }
+    /// What exactly.
     [[nodiscard]] error_code code() const noexcept { return code_; }
 
 private:
@@ -527,6 +547,7 @@ private:
 /// A broken precondition: a value outside its range, an empty list, aliased outputs.
 class invalid_argument : public error {
 public:
+    /// See error.
     invalid_argument(error_code code, const std::string& message)
         : error(code, error_kind::invalid_argument, message)
     { }
@@ -535,6 +556,7 @@ public:
 /// Two tensors that must have the same shape have not.
 class shape_mismatch : public error {
 public:
+    /// See error.
     shape_mismatch(error_code code, const std::string& message)
         : error(code, error_kind::shape_mismatch, message)
     { }
@@ -543,6 +565,7 @@ public:
 /// A tensor has an element type that the algorithm cannot use, or that differs from its partner's.
 class dtype_mismatch : public error {
 public:
+    /// See error.
     dtype_mismatch(error_code code, const std::string& message)
         : error(code, error_kind::dtype_mismatch, message)
     { }
@@ -551,6 +574,7 @@ public:
 /// An input holds NaN or infinity and propagation was not asked for.
 class nonfinite_error : public error {
 public:
+    /// See error.
     nonfinite_error(error_code code, const std::string& message)
         : error(code, error_kind::nonfinite, message)
     { }
@@ -559,12 +583,15 @@ public:
 /// A file does not hold what its format promises. `offset` is the byte at which the fault was seen.
 class format_error : public error {
 public:
+    /// `file`: stands before the message where it is not empty.
     format_error(error_code code, const std::string& message, std::string file, std::uint64_t offset = 0)
         : error(code, error_kind::format_error, file.empty() ? message : file + ": " + message)
         , file_(std::move(file))
         , offset_(offset)
     { }
+    /// The file, or nothing where none was named.
     [[nodiscard]] const std::string& file() const noexcept { return file_; }
+    /// The byte at which reading stopped, 0 where that says nothing.
     [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
 
 private:
@@ -575,12 +602,15 @@ private:
 /// The operating system refused: `system_code` is its errno, 0 where there is none.
 class io_error : public error {
 public:
+    /// `system_code`: an errno, 0 for none.
     io_error(error_code code, const std::string& message, std::string file, int system_code = 0)
         : error(code, error_kind::io_error, file.empty() ? message : file + ": " + message)
         , file_(std::move(file))
         , system_code_(system_code)
     { }
+    /// The file, or nothing where none was named.
     [[nodiscard]] const std::string& file() const noexcept { return file_; }
+    /// The errno of the call that failed, or 0.
     [[nodiscard]] int system_code() const noexcept { return system_code_; }
 
 private:
@@ -591,12 +621,15 @@ private:
 /// A backend failed: `call` is what was called, `backend_code` what it answered.
 class backend_error : public error {
 public:
+    /// `call`: what failed, and what the vendor's code was.
     backend_error(error_code code, const std::string& message, std::string call, int backend_code)
         : error(code, error_kind::backend_error, call + ": " + message + " (code " + std::to_string(backend_code) + ")")
         , call_(std::move(call))
         , backend_code_(backend_code)
     { }
+    /// The name of the call that failed.
     [[nodiscard]] const std::string& call() const noexcept { return call_; }
+    /// The vendor's own code.
     [[nodiscard]] int backend_code() const noexcept { return backend_code_; }
 
 private:
@@ -607,6 +640,7 @@ private:
 /// The progress callback asked to stop.
 class cancelled : public error {
 public:
+    /// See error.
     explicit cancelled(error_code code, const std::string& message = "cancelled by the progress callback")
         : error(code, error_kind::cancelled, message)
     { }
@@ -999,6 +1033,7 @@ template <class To, class From>
     const std::uint32_t nan = 0u - static_cast<std::uint32_t>(magnitude == 0x7fu);
     return reinterpret_bits<float>((0x7fc00000u & nan) | (reinterpret_bits<std::uint32_t>(scaled) & ~nan) | sign);
 }
+/// The number of an e5m2 code (1 sign, 5 exponent, 2 mantissa bits: the upper half of an f16). Exact.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr float e5m2_to_f32(std::uint8_t code) noexcept
 {
     return f16_to_f32(static_cast<std::uint16_t>(code << 8));
@@ -1017,6 +1052,7 @@ template <class To, class From>
         : (magnitude - 0x3c000000u + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
     return static_cast<std::uint8_t>(sign | (code > 0x7eu ? 0x7eu : code));
 }
+/// The same to e5m2, whose infinity stays.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint8_t f32_to_e5m2(float value) noexcept
 {
     const auto word = reinterpret_bits<std::uint32_t>(value);
@@ -1049,10 +1085,12 @@ template <class To, class From>
 template <arithmetic_element A>
 using bits_type = std::conditional_t<std::same_as<A, double>, std::uint64_t, std::uint32_t>;
 
+/// The bit of the sign in A's word.
 template <arithmetic_element A>
 inline constexpr bits_type<A> sign_mask = std::same_as<A, double> ? static_cast<bits_type<A>>(std::uint64_t{1} << 63)
                                                                   : static_cast<bits_type<A>>(0x80000000u);
 
+/// The bits of the exponent in A's word: those of infinity.
 template <arithmetic_element A>
 inline constexpr bits_type<A> exponent_mask =
     std::same_as<A, double> ? static_cast<bits_type<A>>(0x7ff0000000000000ull) : static_cast<bits_type<A>>(0x7f800000u);
@@ -1112,22 +1150,27 @@ TASKVEC_KERNELS_BEGIN
 ///     const taskvec::bf16 x(1.5f), y = taskvec::bf16::from_bits(0x3fc0);
 ///     const bool same = x == y && static_cast<float>(y) == 1.5f;
 struct TASKVEC_MAY_ALIAS bf16 {
-    std::uint16_t word;
+    std::uint16_t word; ///< the bits
 
     bf16() = default;
+    /// Rounds once, to nearest even.
     TASKVEC_HOST_DEVICE explicit constexpr bf16(float value) noexcept
         : word(f32_to_bf16(value))
     { }
+    /// The same of any number, rounded once: by way of f64, never twice.
     template <class Number>
         requires std::is_arithmetic_v<Number>
     TASKVEC_HOST_DEVICE explicit constexpr bf16(Number value) noexcept
         : word(f32_to_bf16(f64_to_f32_odd(static_cast<double>(value))))
     { }
+    /// The number of these bits.
     [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr bf16 from_bits(std::uint16_t bits) noexcept
     {
         return reinterpret_bits<bf16>(bits);
     }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator float() const noexcept { return bf16_to_f32(word); }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator double() const noexcept { return bf16_to_f32(word); }
     [[nodiscard]] TASKVEC_HOST_DEVICE friend constexpr bool operator==(bf16 x, bf16 y) noexcept
     {
@@ -1138,22 +1181,27 @@ struct TASKVEC_MAY_ALIAS bf16 {
 /// An IEEE half-precision number as its 16 bits. Otherwise as bf16; what is above 65504 rounds to infinity as IEEE has
 /// it. May alias Eigen::half, std::float16_t, std::uint16_t.
 struct TASKVEC_MAY_ALIAS f16 {
-    std::uint16_t word;
+    std::uint16_t word; ///< the bits
 
     f16() = default;
+    /// Rounds once, to nearest even.
     TASKVEC_HOST_DEVICE explicit constexpr f16(float value) noexcept
         : word(f32_to_f16(value))
     { }
+    /// The same of any number, rounded once: by way of f64, never twice.
     template <class Number>
         requires std::is_arithmetic_v<Number>
     TASKVEC_HOST_DEVICE explicit constexpr f16(Number value) noexcept
         : word(f32_to_f16(f64_to_f32_odd(static_cast<double>(value))))
     { }
+    /// The number of these bits.
     [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr f16 from_bits(std::uint16_t bits) noexcept
     {
         return reinterpret_bits<f16>(bits);
     }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator float() const noexcept { return f16_to_f32(word); }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator double() const noexcept { return f16_to_f32(word); }
     [[nodiscard]] TASKVEC_HOST_DEVICE friend constexpr bool operator==(f16 x, f16 y) noexcept
     {
@@ -1342,15 +1390,22 @@ class view;
 template <class X>
 struct view_traits;
 
+/// Elements in host memory.
 template <class T>
 using host_view = view<T, memory_space::host>;
+/// Elements in device memory.
 template <class T>
 using device_view = view<T, memory_space::device>;
+/// A matrix in device memory.
 template <class T>
 using device_matrix_view = matrix_view<T, memory_space::device>;
+/// A tensor that may be written. See basic_tensor_ref.
 using tensor_ref = basic_tensor_ref<void>;
+/// A tensor that is read. See basic_tensor_ref.
 using const_tensor_ref = basic_tensor_ref<const void>;
+/// A model that may be written. See basic_model.
 using model_ref = basic_model<tensor_ref>;
+/// A model that is read. See basic_model.
 using const_model_ref = basic_model<const_tensor_ref>;
 
 // linalg/
@@ -1769,6 +1824,7 @@ using arithmetic_type = typename storage_traits<T>::arithmetic;
 template <storage_element T>
 using storage_word = typename storage_traits<T>::word;
 
+/// The dtype that tensors of T have.
 template <storage_element T>
 inline constexpr dtype dtype_of = storage_traits<T>::dtype;
 
@@ -1910,9 +1966,10 @@ class view {
 public:
     using element_type = T;
     using value_type = std::remove_const_t<T>;
-    static constexpr memory_space space = S;
+    static constexpr memory_space space = S; ///< Where the elements are.
 
     constexpr view() noexcept = default;
+    /// `size` elements from `data` on.
     constexpr view(T* data, std::size_t size) noexcept
         : data_(data)
         , size_(size)
@@ -2040,6 +2097,7 @@ template <viewable X>
 /// The type of as_view(x), its element type (never const) and its memory space.
 template <viewable X>
 using view_of = decltype(view_traits<std::remove_reference_t<X>>::get(std::declval<std::remove_reference_t<X>&>()));
+/// The element type of as_view(x), without const.
 template <viewable X>
 using element_of = typename view_of<X>::value_type;
 
@@ -2071,9 +2129,10 @@ class matrix_view {
 public:
     using element_type = T;
     using value_type = std::remove_const_t<T>;
-    static constexpr memory_space space = S;
+    static constexpr memory_space space = S; ///< Where the elements are.
 
     constexpr matrix_view() noexcept = default;
+    /// Rows×cols elements from `data` on; `stride`: between starts of rows or columns, 0 for no gaps.
     constexpr matrix_view(
         T* data, std::size_t rows, std::size_t cols, matrix_order order, std::size_t stride = 0) noexcept
         : data_(data)
@@ -2090,13 +2149,18 @@ public:
     { }
 
     [[nodiscard]] constexpr T* data() const noexcept { return data_; }
+    /// Rows.
     [[nodiscard]] constexpr std::size_t rows() const noexcept { return rows_; }
+    /// Columns.
     [[nodiscard]] constexpr std::size_t cols() const noexcept { return cols_; }
     [[nodiscard]] constexpr std::size_t size() const noexcept { return rows_ * cols_; }
+    /// Elements between the starts of consecutive rows (row_major) or columns (column_major).
     [[nodiscard]] constexpr std::size_t stride() const noexcept { return stride_; }
+    /// Which of the two lie together.
     [[nodiscard]] constexpr matrix_order order() const noexcept { return order_; }
     [[nodiscard]] constexpr bool empty() const noexcept { return rows_ == 0 || cols_ == 0; }
 
+    /// The element; the caller keeps inside the matrix. On the host.
     [[nodiscard]] constexpr T& operator()(std::size_t row, std::size_t col) const noexcept
         requires(S == memory_space::host)
     {
@@ -2115,6 +2179,7 @@ public:
         T* const first = data_ + (order_ == matrix_order::row_major ? row * stride_ + col : col * stride_ + row);
         return {first, rows, cols, order_, stride_};
     }
+    /// The first `count` columns.
     [[nodiscard]] constexpr matrix_view left_columns(std::size_t count) const noexcept
     {
         return block(0, 0, rows_, count);
@@ -2207,9 +2272,9 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     factor_pair<float> p{.left = b.view(), .right = a.view().transposed(), .weight = scaling};
 template <storage_element T, memory_space S>
 struct factor_pair {
-    matrix_view<const T, S> left{};
-    matrix_view<const T, S> right{};
-    double weight = 1;
+    matrix_view<const T, S> left{}; ///< m×r
+    matrix_view<const T, S> right{}; ///< n×r
+    double weight = 1; ///< of the product
     std::string_view name{}; ///< for errors
 };
 
@@ -2231,12 +2296,15 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     lora_update<float> update{.b = b, .a = a, .scaling = 2};
 template <arithmetic_element T, memory_space S>
 struct lora_update {
-    matrix<T, S> b;
-    matrix<T, S> a;
-    double scaling = 1;
+    matrix<T, S> b; ///< lora_B, out×r
+    matrix<T, S> a; ///< lora_A, r×in
+    double scaling = 1; ///< of b·a: α/r, or α/√r where rsLoRA is asked for
 
+    /// Rows of ΔW.
     [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
+    /// Columns of ΔW.
     [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
+    /// R, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
     [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
@@ -2301,6 +2369,7 @@ void check_update(const lora_update<T, S>& update, std::string_view name)
 #if TASKVEC_VECTORS() && defined(__x86_64__) && (!defined(_WIN32) || defined(__clang__))
 #define TASKVEC_WIDE_VECTORS() 1
 #else
+/// Whether kernels are compiled for vectors of 32 and 64 bytes too.
 #define TASKVEC_WIDE_VECTORS() 0
 #endif
 
@@ -2645,7 +2714,7 @@ inline constexpr int pack_lanes = bytes == 0 ? 1 : bytes / static_cast<int>(size
 /// What a comparison of packs gives: all bits of a lane where it holds, none where not.
 template <arithmetic_element A, int bytes>
 struct pack_mask {
-    typename detail::vector_of<signed_word<A>, bytes>::type lanes;
+    typename detail::vector_of<signed_word<A>, bytes>::type lanes; ///< all bits set, or none
 
     template <class T = void>
     TASKVEC_HOST_DEVICE explicit operator bool() const
@@ -2660,18 +2729,21 @@ struct pack_mask {
 /// The bits of packs as signed words: magnitudes (their sign bit is clear) compare as numbers do.
 template <arithmetic_element A, int bytes>
 struct pack_words {
+    /// One lane.
     using word = signed_word<A>;
-    typename detail::vector_of<word, bytes>::type lanes;
+    typename detail::vector_of<word, bytes>::type lanes; ///< the words
 };
 
 /// `bytes` of entries of A; 0 bytes are one entry.
 template <arithmetic_element A, int bytes>
 struct pack {
     using value_type = A;
+    /// What comparisons give.
     using mask = pack_mask<A, bytes>;
+    /// Its bits.
     using words = pack_words<A, bytes>;
     static constexpr int size = pack_lanes<A, bytes>;
-    typename detail::vector_of<A, bytes>::type lanes;
+    typename detail::vector_of<A, bytes>::type lanes; ///< the numbers
 };
 
 TASKVEC_KERNELS_BEGIN
@@ -2695,6 +2767,7 @@ template <class Words>
     }
 #endif
 }
+/// A number in every lane of a pack.
 template <class Pack>
 [[nodiscard]] TASKVEC_INLINE Pack filled(typename Pack::value_type value) noexcept
 {
@@ -2747,6 +2820,7 @@ TASKVEC_PACK_WITH_NUMBER(*)
 TASKVEC_PACK_WITH_NUMBER(/)
 #undef TASKVEC_PACK_WITH_NUMBER
 
+/// The sign turned around, of every lane (of 0 and NaN too).
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator-(const pack<A, bytes>& x) noexcept
 {
@@ -2784,11 +2858,13 @@ template <arithmetic_element A, int bytes>
 {
     return __builtin_bit_cast(pack_words<A, bytes>, x);
 }
+/// The pack that has these bits.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> from_bits(const pack_words<A, bytes>& x) noexcept
 {
     return __builtin_bit_cast(pack<A, bytes>, x);
 }
+/// The mask as words: −1 where it holds, 0 where it does not.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> words_of(const pack_mask<A, bytes>& x) noexcept
 {
@@ -2811,23 +2887,27 @@ TASKVEC_PACK_BITS(pack_words, ^)
 TASKVEC_PACK_BITS(pack_words, +)
 TASKVEC_PACK_BITS(pack_words, -)
 #undef TASKVEC_PACK_BITS
+/// Where the mask does not hold.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator~(const pack_mask<A, bytes>& x) noexcept
 {
     return {~x.lanes};
 }
+/// Bits of every word and of `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator&(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
     return {x.lanes & y};
 }
+/// Bits of every word or of `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator|(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
     return {x.lanes | y};
 }
+/// Every word plus `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator+(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
@@ -2900,12 +2980,13 @@ template <arithmetic_element A, int bytes>
     return mask;
 }
 
-/// Shifts of every word, to the left or, filling with zeros, to the right.
+/// Every word shifted to the left.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept
 {
     return {x.lanes << by};
 }
+/// Every word shifted to the right, filled with zeros.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator>>(const pack_words<A, bytes>& x, int by) noexcept
 {
@@ -3148,9 +3229,13 @@ struct pack_conversion<f16> {
 /// `bytes` of consecutive stored entries of T (one entry for 0 bytes), which hold `parts` packs.
 template <storage_element T, int bytes>
 struct stored_pack {
+    /// What its numbers are computed in.
     using number = arithmetic_type<T>;
+    /// A pack of these.
     using pack_type = pack<number, bytes>;
+    /// Packs that it becomes.
     static constexpr int parts = bytes == 0 ? 1 : static_cast<int>(sizeof(number) / sizeof(T));
+    /// Entries that it holds.
     static constexpr std::size_t entries = bytes == 0 ? 1 : static_cast<std::size_t>(bytes) / sizeof(T);
 
     /// From and to any address.
@@ -3161,6 +3246,7 @@ struct stored_pack {
             raw.lanes = *reinterpret_cast<const in_memory*>(from);
         }
     }
+    /// To any address.
     TASKVEC_INLINE void store(storage_word<T>* to) const noexcept
     {
         if constexpr (bytes == 0) { *to = raw; }
@@ -3169,6 +3255,7 @@ struct stored_pack {
         }
     }
 
+    /// Part `part` as numbers. Of narrow types part 0 has the lower halves of the words and part 1 the upper ones.
     template <int part>
     [[nodiscard]] TASKVEC_INLINE pack_type get() const noexcept
     {
@@ -3199,7 +3286,7 @@ struct stored_pack {
         }
     }
 
-    std::conditional_t<bytes == 0, storage_word<T>, pack_words<number, bytes>> raw;
+    std::conditional_t<bytes == 0, storage_word<T>, pack_words<number, bytes>> raw; ///< the stored words
 
 private:
     using in_memory = typename detail::vector_of<signed_word<number>, bytes>::anywhere;
@@ -3741,10 +3828,10 @@ enum class progress_unit : std::uint8_t { bytes, layers };
 
 /// What a long-running algorithm reports: `done` of `total` units of the phase it is in.
 struct progress_event {
-    std::string_view phase;
-    std::uint64_t done = 0;
-    std::uint64_t total = 0;
-    progress_unit unit = progress_unit::bytes;
+    std::string_view phase; ///< what is done, such as "merging"
+    std::uint64_t done = 0; ///< units done
+    std::uint64_t total = 0; ///< units of the whole phase
+    progress_unit unit = progress_unit::bytes; ///< what is counted
 };
 
 /// Called now and then from one thread at a time; returning false stops the work with taskvec::cancelled.
@@ -3772,6 +3859,7 @@ enum class nonfinite : std::uint8_t { error, propagate };
 ///
 ///     taskvec::cpu policy{.threads = 4};
 struct cpu {
+    /// The space of the views that a call with this policy takes.
     static constexpr memory_space space = memory_space::host;
 
     unsigned threads = 0; ///< 0: one for each hardware thread
@@ -3786,6 +3874,7 @@ public:
     virtual ~device_memory_resource() = default;
     /// At least `bytes` bytes of device memory, aligned to 256; nullptr when there are not so many.
     [[nodiscard]] virtual void* allocate(std::size_t bytes, void* stream) = 0;
+    /// Gives back what allocate() returned, on the same stream or one that waits for it.
     virtual void deallocate(void* place, std::size_t bytes, void* stream) noexcept = 0;
 };
 
@@ -3801,6 +3890,7 @@ class gpu_context;
 ///
 ///     taskvec::gpu policy{.stream = stream};
 struct gpu {
+    /// The space of the views that a call with this policy takes.
     static constexpr memory_space space = memory_space::device;
 
     void* stream = nullptr; ///< a cudaStream_t; null: the default stream
@@ -4147,6 +4237,7 @@ template <storage_element T, arithmetic_element A, class Refuse>
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// A shape, or strides: slowest first, in elements.
 using extents = std::vector<std::int64_t>;
 
 /// "[2, 3]"
@@ -4216,14 +4307,15 @@ template <class Byte>
     requires std::is_void_v<Byte>
 struct basic_tensor_ref {
     Byte* data = nullptr;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
-    extents strides{};
-    memory_space space = memory_space::host;
-    int device = 0;
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< of the elements
+    extents shape{}; ///< slowest first; empty: a scalar
+    extents strides{}; ///< empty, or one for each extent
+    memory_space space = memory_space::host; ///< where `data` is
+    int device = 0; ///< of a device's memory: its number
     const operand_source* source = nullptr; ///< not null: `data` is null, and elements come from here
 
     [[nodiscard]] std::size_t size(std::string_view what = "tensor") const { return element_count(shape, what); }
+    /// Bytes of its elements, as if they were contiguous. `what` names it in errors.
     [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const
     {
         const std::size_t count = size(what);
@@ -4309,12 +4401,14 @@ template <storage_element T, memory_space S = memory_space::host>
 template <class Ref>
 class basic_model {
 public:
+    /// A tensor and its name.
     struct entry {
-        std::string name;
-        Ref tensor;
+        std::string name; ///< sorts by its bytes
+        Ref tensor; ///< borrowed
     };
 
     basic_model() = default;
+    /// In any order. Errors: as insert().
     basic_model(std::initializer_list<entry> entries)
     {
         for (const auto& [name, tensor] : entries) { insert(name, tensor); }
@@ -4372,11 +4466,12 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A tensor that is yet to be written.
 struct tensor_spec {
-    std::string name;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
+    std::string name; ///< of the tensor
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is to be stored
+    extents shape{}; ///< slowest first
 
     [[nodiscard]] std::size_t size() const { return element_count(shape, name); }
+    /// Bytes of the tensor.
     [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
 };
 
@@ -4400,6 +4495,7 @@ public:
 /// The sink over tensors that the caller owns, in the order of `tensors`.
 class memory_sink final : public tensor_sink {
 public:
+    /// `tensors`: memory for each tensor of the list that is written, in its order, which outlives the sink.
     explicit memory_sink(std::vector<void*> tensors)
         : tensors_(std::move(tensors))
     { }
@@ -4496,9 +4592,10 @@ struct model_options {
 
 /// One tensor of the aligned models: where its data lie in the base and in each task.
 struct aligned_tensor {
+    /// Where a tensor's elements lie in one model, and how they are stored.
     struct operand {
         const std::byte* data = nullptr;
-        taskvec::dtype dtype = taskvec::dtype::f32;
+        taskvec::dtype dtype = taskvec::dtype::f32; ///< as they are stored
         const operand_source* source = nullptr; ///< where set, elements come from it, and `data` is not read
 
         /// Bytes of `count` elements as they are stored.
@@ -4507,15 +4604,15 @@ struct aligned_tensor {
             return source ? (std::uint64_t{count} * source->stored_bits() + 7) / 8 : byte_count(dtype, count);
         }
     };
-    std::string name;
-    extents shape;
+    std::string name; ///< of the tensor
+    extents shape; ///< slowest first
     std::size_t size = 0;
     std::size_t output = 0; ///< index in aligned_models::outputs()
     std::uint64_t position = 0; ///< first element's place in the concatenation of all included tensors
-    taskvec::dtype output_dtype = taskvec::dtype::f32;
+    taskvec::dtype output_dtype = taskvec::dtype::f32; ///< of the merged tensor
     bool wide = false; ///< arithmetic runs in f64, because some model stores f64
     operand base{}; ///< data == nullptr when there is no base
-    std::vector<operand> tasks{};
+    std::vector<operand> tasks{}; ///< in their order
 
     /// True when what is to be added to the base has f64 values: an f64 tensor, whatever the tasks store.
     [[nodiscard]] bool wide_base() const noexcept { return base.dtype == taskvec::dtype::f64; }
@@ -4530,15 +4627,15 @@ struct aligned_tensor {
 
 /// A tensor that takes no part: it is copied through unchanged.
 struct copied_tensor {
-    std::string name;
-    std::size_t output = 0;
-    const_tensor_ref source{};
+    std::string name; ///< of the tensor
+    std::size_t output = 0; ///< index in aligned_models::outputs()
+    const_tensor_ref source{}; ///< its bytes
 };
 
 /// A run of consecutive elements of one tensor, handed to one thread.
 struct tensor_chunk {
-    std::size_t tensor = 0;
-    std::uint64_t offset = 0;
+    std::size_t tensor = 0; ///< index in aligned_models::tensors()
+    std::uint64_t offset = 0; ///< of the first element in its tensor
     std::size_t size = 0;
 };
 
@@ -4572,7 +4669,7 @@ private:
 
 /// Tensors [first, last) of aligned models.
 struct tensor_range {
-    std::size_t first = 0, last = 0;
+    std::size_t first = 0, last = 0; ///< indices in aligned_models::tensors()
 };
 
 /// Lines up a base (optional) and tasks by tensor name, and checks everything that can be checked before any work:
@@ -4582,8 +4679,10 @@ struct tensor_range {
 /// Errors: invalid_argument, shape_mismatch, dtype_mismatch, each naming the tensor and the model.
 class aligned_models {
 public:
+    /// Whether two runs of bytes are the same; for memory that the host cannot read.
     using bytes_equal = callback<bool(const void* a, const void* b, std::size_t bytes)>;
 
+    /// `base`: null for none. The models outlive the result.
     aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {},
         memory_space space = memory_space::host, const bytes_equal& equal = {})
         : options_(std::move(options))
@@ -4662,21 +4761,27 @@ public:
     [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
     /// The included floating tensors, in name order.
     [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
+    /// The tensors that are copied, in name order.
     [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
+    /// All chunks, tensor by tensor.
     [[nodiscard]] chunk_list chunks() const& noexcept { return {first_chunk_, tensors_, step()}; }
     chunk_list chunks() const&& = delete; // a list over a temporary
     /// Chunks [first_chunk(i), first_chunk(i + 1)) cover tensor i.
     [[nodiscard]] std::size_t first_chunk(std::size_t tensor) const noexcept { return first_chunk_[tensor]; }
     /// Elements of all included tensors together.
     [[nodiscard]] std::uint64_t elements() const noexcept { return elements_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t task_count() const noexcept { return task_count_; }
+    /// Whether there is a base.
     [[nodiscard]] bool has_base() const noexcept { return has_base_; }
     /// For each task, how many tensors it lacks that stand for the base's (missing_tensors::base), among those that
     /// take part and those that no task has, which are copied.
     [[nodiscard]] const std::vector<std::size_t>& filled() const noexcept { return filled_; }
     /// True when some included tensor computes in f64: model-wide magnitudes then compare as f64.
     [[nodiscard]] bool any_wide() const noexcept { return any_wide_; }
+    /// As they were given.
     [[nodiscard]] const model_options& options() const noexcept { return options_; }
+    /// What messages call a task: its label, or "task 1", "task 2", …
     [[nodiscard]] std::string label(std::size_t task) const
     {
         return options_.labels.empty() ? message("task ", task + 1) : options_.labels[task];
@@ -5041,6 +5146,7 @@ inline constexpr std::size_t block_size = 4096;
 template <arithmetic_element A>
 class row_block {
 public:
+    /// `scratch_rows`: rows beside those of the models; all of them lie in `memory`.
     row_block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory,
         const detail::row_conversions<A>& conversions = detail::conversions_between<A, storage_types>)
         : models_(&models)
@@ -5060,15 +5166,20 @@ public:
     }
 
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    /// The block's first element, in its tensor.
     [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
+    /// The same in the concatenation of all included tensors.
     [[nodiscard]] std::uint64_t position() const noexcept { return tensor_->position + offset_; }
+    /// The tensor that is open.
     [[nodiscard]] const aligned_tensor& tensor() const noexcept { return *tensor_; }
     /// The tensor's place in models().tensors().
     [[nodiscard]] std::size_t tensor_index() const noexcept
     {
         return static_cast<std::size_t>(tensor_ - models_->tensors().data());
     }
+    /// The models that it reads.
     [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t task_count() const noexcept { return models_->task_count(); }
 
     /// θ0 of this block.
@@ -5128,6 +5239,7 @@ public:
     }
     /// Row of task t. Rows of tasks and scratch rows are consecutive, block_size apart.
     [[nodiscard]] A* row(std::size_t t) noexcept { return rows_.data() + (1 + t) * block_size; }
+    /// Scratch row i.
     [[nodiscard]] A* scratch(std::size_t i) noexcept { return row(task_count() + i); }
 
     /// Throws nonfinite_error if an input of this block that was loaded holds NaN or infinity (unless propagation was
@@ -5235,6 +5347,7 @@ public:
         , memory_(memory)
         , conversions_(conversions)
     { }
+    /// The block in A, made when it is first asked for.
     template <arithmetic_element A>
     row_block<A>& get()
     {
@@ -5288,12 +5401,14 @@ decltype(auto) with_block_of(block_workspace& space, const aligned_tensor& tenso
 
 /// A range of chunks, by index.
 struct chunk_range {
-    std::size_t first = 0, last = 0;
+    std::size_t first = 0, last = 0; ///< indices in aligned_models::chunks()
 };
+/// The chunks of all tensors.
 [[nodiscard]] inline chunk_range all_chunks(const aligned_models& models) noexcept
 {
     return {0, models.chunks().size()};
 }
+/// The chunks of one tensor.
 [[nodiscard]] inline chunk_range chunks_of(const aligned_models& models, std::size_t tensor) noexcept
 {
     return {models.first_chunk(tensor), models.first_chunk(tensor + 1)};
@@ -5379,22 +5494,29 @@ struct update_place {
 
 /// One thing that is added to a tensor. It refers to the update, or the stored tensor, which outlive it.
 struct weight_change {
-    const lora_update<float>* single = nullptr;
-    const lora_update<double>* wide = nullptr;
+    const lora_update<float>* single = nullptr; ///< the update, in f32
+    const lora_update<double>* wide = nullptr; ///< or in f64; both null: `saved` takes the tensor's place
     const_tensor_ref saved{}; ///< a whole tensor in place of the base's, where there is no update
     double weight = 1; ///< of the change: θ0 + weight·(θ − θ0)
-    update_place place{};
+    update_place place{}; ///< how the update lies in the tensor
     std::string label{}; ///< names the adapter in messages
 
+    /// Whether it is a low-rank update; out() to b() are its own, and are asked of nothing else.
     [[nodiscard]] bool is_update() const noexcept { return single || wide; }
+    /// Outputs of the module.
     [[nodiscard]] std::size_t out() const noexcept { return single ? single->out() : wide->out(); }
+    /// Inputs of the module.
     [[nodiscard]] std::size_t in() const noexcept { return single ? single->in() : wide->in(); }
+    /// The rank of its factors.
     [[nodiscard]] std::size_t rank() const noexcept { return single ? single->rank() : wide->rank(); }
+    /// The factor of b·a.
     [[nodiscard]] double scaling() const noexcept { return single ? single->scaling : wide->scaling; }
+    /// Entry (k, i) of lora_A, in f64.
     [[nodiscard]] double a(std::size_t k, std::size_t i) const noexcept
     {
         return single ? static_cast<double>(single->a(k, i)) : wide->a(k, i);
     }
+    /// Entry (i, k) of lora_B, in f64.
     [[nodiscard]] double b(std::size_t i, std::size_t k) const noexcept
     {
         return single ? static_cast<double>(single->b(i, k)) : wide->b(i, k);
@@ -5836,6 +5958,7 @@ public:
         changes_[tensor].push_back(std::move(change));
     }
 
+    /// What was added, by the name of the tensor, each tensor's changes in the order in which they came.
     [[nodiscard]] const std::map<std::string, std::vector<weight_change>>& changes() const noexcept { return changes_; }
     [[nodiscard]] bool empty() const noexcept { return changes_.empty(); }
 
@@ -5987,18 +6110,20 @@ namespace taskvec::inline TASKVEC_ABI {
 /// Values that a sweep goes over: the plural that names them, and the usual ones as text ("0.1,0.2" or
 /// "FIRST:LAST:STEP"); `of_subsets` where every subset of the tasks is tried as well.
 struct option_axis {
-    std::string_view name{}, usual{}, of_subsets{};
+    std::string_view name{}, usual{}, of_subsets{}; ///< as described above
 };
 
 /// What a row says beside name, member and meaning. Numbers are finite always, and within the range that is given.
 struct option_details {
     std::string_view unit{}; ///< stands for the value in a usage line: "D", "N"; empty: by the kind
+    /// Smallest value.
     double at_least = -std::numeric_limits<double>::infinity();
     double above = -std::numeric_limits<double>::infinity(); ///< the bound itself is outside
+    /// Largest value.
     double at_most = std::numeric_limits<double>::infinity();
     std::string_view expected{}; ///< what messages say is expected; empty: in words made of the range
     std::string_view negated{}; ///< of a bool that is on by default: the flag that turns it off
-    option_axis axis{};
+    option_axis axis{}; ///< what a sweep tries
 };
 
 /// Of a share of entries: above 0 and up to 1.
@@ -6021,16 +6146,18 @@ inline constexpr option_axis common_densities{"densities", "0.05,0.1,0.2,0.3,0.5
 /// One member of an options struct. `name`: lower case words with hyphens; `meaning`: a phrase without a full stop.
 template <class Options, class Value>
 struct option_row {
+    /// The struct that has the member.
     using options_type = Options;
     using value_type = Value;
 
-    std::string_view name;
-    Value Options::* member;
-    std::string_view meaning;
-    option_details details;
+    std::string_view name; ///< lower case words with hyphens
+    Value Options::* member; ///< where the value is
+    std::string_view meaning; ///< a phrase without a full stop
+    option_details details; ///< range, unit, words
     bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
     std::string_view each_of{}; ///< of such a list: what an entry is, "weight", or the row that holds for all tasks
 
+    /// `its_name` and `words` must outlive the table: literals do.
     constexpr option_row(
         std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
         : name(its_name)
@@ -6039,6 +6166,7 @@ struct option_row {
         , details(more)
     { }
 
+    /// Calls visit(row, value) with the member of `options`, as all rows do.
     template <class Owner, class Visit>
     constexpr void visit(Owner& options, Visit&& visit) const
     {
@@ -6087,9 +6215,10 @@ template <class Options>
 /// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
 template <class Options, class Inner, std::size_t N>
 struct inner_options {
-    Inner Options::* member;
-    std::array<std::string_view, N> without;
+    Inner Options::* member; ///< the struct within
+    std::array<std::string_view, N> without; ///< names of its rows that are not the owner's
 
+    /// Whether a row of the struct within is none of the owner's.
     [[nodiscard]] constexpr bool leaves_out(std::string_view name) const noexcept
     {
         for (const auto& other : without) {
@@ -6097,9 +6226,11 @@ struct inner_options {
         }
         return false;
     }
+    /// Calls visit(row, value) for each row of the struct within that is not left out.
     template <class Owner, class Visit>
     constexpr void visit(Owner& options, Visit&& visit) const;
 };
+/// The rows of member `member`, without those that are named. See inner_options.
 template <class Options, class Inner, class... Names>
 [[nodiscard]] constexpr inner_options<Options, Inner, sizeof...(Names)> options_within(
     Inner Options::* member, Names... without)
@@ -6110,8 +6241,9 @@ template <class Options, class Inner, class... Names>
 /// The rows of a struct.
 template <class... Rows>
 struct option_table {
-    std::tuple<Rows...> rows;
+    std::tuple<Rows...> rows; ///< in the order in which they are listed and asked for
 
+    /// Takes option_row and inner_options, in any number.
     constexpr explicit option_table(const Rows&... all)
         : rows(all...)
     { }
@@ -6120,7 +6252,8 @@ struct option_table {
 /// A set of values under a name: "as the other library does it".
 template <class Options>
 struct option_preset {
-    std::string_view name, meaning;
+    std::string_view name, meaning; ///< the preset's word, and what it follows
+    /// The values.
     Options (*make)();
 };
 
@@ -6148,11 +6281,13 @@ concept options_with_presets = requires {
 /// The words for the values of an enumeration: specialise with `static constexpr std::array words{enum_word{…}, …}`.
 template <class Enum>
 struct enum_words { };
+/// A value of an enumeration and its word.
 template <class Enum>
 struct enum_word {
-    Enum value;
-    std::string_view word;
+    Enum value; ///< the value
+    std::string_view word; ///< lower case, with hyphens
 };
+/// An enumeration whose values have words.
 template <class Enum>
 concept worded_enum = std::is_enum_v<Enum> && requires { enum_words<Enum>::words.size(); };
 
@@ -6328,11 +6463,13 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     std::uint64_t value = hash.digest();
 class xxh64 {
 public:
+    /// Begins a hash; the seed is XXH64's.
     explicit constexpr xxh64(std::uint64_t seed = 0) noexcept
         : lanes_{seed + p1 + p2, seed + p2, seed, seed - p1}
         , seed_(seed)
     { }
 
+    /// Goes on with `size` bytes.
     void update(const void* data, std::size_t size) noexcept
     {
         const auto* bytes = static_cast<const unsigned char*>(data);
@@ -6355,6 +6492,7 @@ public:
     }
     void update(std::string_view text) noexcept { update(text.data(), text.size()); }
 
+    /// The hash of all that was given so far, which may go on.
     [[nodiscard]] std::uint64_t digest() const noexcept
     {
         std::uint64_t h;
@@ -6449,9 +6587,11 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     bool keep = stream.word(i) < keep_below(density);
 class random_stream {
 public:
+    /// The numbers of (seed, task, tensor name).
     random_stream(std::uint64_t seed, std::uint32_t task, std::string_view name) noexcept
         : random_stream(hash64(name, seed), task)
     { }
+    /// The same by the key, the hash of name and seed.
     TASKVEC_HOST_DEVICE constexpr random_stream(std::uint64_t key, std::uint32_t task) noexcept
         : key_{static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)}
         , task_(task)
@@ -6482,6 +6622,7 @@ public:
         const double radius = std::sqrt(-2.0 * std::log(u)), angle = 2.0 * std::numbers::pi * v;
         return {radius * std::cos(angle), radius * std::sin(angle)};
     }
+    /// Standard normal: a half of the element's pair.
     [[nodiscard]] double normal(std::uint64_t index) const noexcept { return normal_pair(index / 2)[index % 2]; }
 
 private:
@@ -6532,9 +6673,9 @@ struct qr_factors;
 /// A = u·diag(sigma)·vᵀ of a small f64 matrix, sigma descending, u (m×k) and v (n×k) orthonormal, k = min(m, n). u and
 /// v lie in the policy's scratch memory.
 struct small_svd_result {
-    matrix<double> u;
-    std::vector<double> sigma;
-    matrix<double> v;
+    matrix<double> u; ///< m×k
+    std::vector<double> sigma; ///< k values, descending
+    matrix<double> v; ///< n×k
 };
 
 /// Whether a policy's backend supplies the operations of this header: specialised as true in the header that has them,
@@ -6554,8 +6695,10 @@ concept linear_algebra_policy = policy<P> && has_linear_algebra<P>;
 /// `v` for const and mutable views of tall matrices.
 namespace linear_algebra {
 
+/// A matrix that is written, where P computes.
 template <class P, class T>
 using view_in = matrix_view<T, P::space>;
+/// A matrix that is read, where P computes.
 template <class P, class T>
 using const_view_in = matrix_view<const T, P::space>;
 
@@ -7716,6 +7859,7 @@ struct svd_result {
     double squared_norm = 0; ///< ‖A‖²_F
     double squared_error = 0; ///< ‖A − u·diag(sigma)·vᵀ‖²_F
 
+    /// Q, the number of triples.
     [[nodiscard]] std::size_t rank() const noexcept { return sigma.size(); }
     /// ‖A − Aq‖_F / ‖A‖_F; 0 for a zero matrix.
     [[nodiscard]] double relative_error() const noexcept
@@ -7937,6 +8081,7 @@ struct stacked_factors {
     matrix<T, S> left; ///< m×R, R the sum of the ranks
     matrix<T, S> right; ///< n×R
 
+    /// The two as a product of weight 1. Refers to them.
     [[nodiscard]] factor_pair<T, S> pair(std::string_view name = {}) const
     {
         return {.left = left.view(), .right = right.view(), .name = name};
@@ -8421,18 +8566,20 @@ template <arithmetic_element T>
 
 /// What an algorithm on adapters did to one layer.
 struct layer_report {
-    std::string name{};
-    std::size_t out = 0, in = 0;
+    std::string name{}; ///< of the module
+    std::size_t out = 0, in = 0; ///< shape of ΔW
     std::size_t rank_before = 0; ///< of the adapter, or of all stacked ones together; 0 where the update was dense
     std::size_t rank = 0; ///< what is stored now
     bool whole = false; ///< nothing was cut off: the update is exact
     double squared_norm = 0; ///< ‖ΔW‖²_F before
     double squared_error = 0; ///< ‖ΔW − what is stored‖²_F, before rounding to a storage type
 
+    /// ‖ΔW − what is stored‖_F / ‖ΔW‖_F; 0 for a zero update.
     [[nodiscard]] double relative_error() const noexcept
     {
         return squared_norm > 0 ? std::sqrt(squared_error / squared_norm) : 0;
     }
+    /// The share of ‖ΔW‖²_F that is stored, 1 − squared_error / squared_norm; 1 for a zero update.
     [[nodiscard]] double energy() const noexcept { return squared_norm > 0 ? 1 - squared_error / squared_norm : 1; }
     /// Numbers stored: rank·(out + in + 1) with the singular values, rank·(out + in) for a layer that was kept whole.
     [[nodiscard]] std::uint64_t parameters() const noexcept
@@ -8444,7 +8591,7 @@ struct layer_report {
 /// A new adapter, and what was done for it layer by layer.
 template <arithmetic_element T, memory_space S>
 struct adapter_result {
-    lora_adapter<T, S> adapter;
+    lora_adapter<T, S> adapter; ///< by module
     std::vector<layer_report> layers; ///< in name order
 
     /// Relative error over all layers together.
@@ -8457,6 +8604,7 @@ struct adapter_result {
         }
         return norm > 0 ? std::sqrt(error / norm) : 0;
     }
+    /// Numbers stored, over all layers.
     [[nodiscard]] std::uint64_t parameters() const noexcept
     {
         std::uint64_t total = 0;
@@ -8517,6 +8665,8 @@ void fold_update(const cpu& policy, const lora_update<T>& update, matrix_view<S>
 template <storage_element S>
 class folded_update {
 public:
+    /// Saves `weight` (out×in, of any storage type) and folds factor·ΔW into it, as fold_update(), whose errors these
+    /// are.
     template <arithmetic_element T>
     folded_update(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1,
         std::string_view name = "the update")
@@ -8526,7 +8676,9 @@ public:
         copy(weight_, saved_.view());
         fold_update(policy, update, weight, factor, name);
     }
+    /// A folded update moves: undo() is then the new object's.
     folded_update(folded_update&&) noexcept = default;
+    /// The update that was held before stays folded.
     folded_update& operator=(folded_update&&) noexcept = default;
 
     /// Writes the former words back. A second call changes nothing.
@@ -8595,8 +8747,9 @@ private:
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// How extract_lora() chooses layers and ranks.
 struct extract_options {
-    rank_choice rank{};
+    rank_choice rank{}; ///< of every layer: a number, or a share of its energy or error
     sigma_side side = sigma_side::both;
     callback<bool(std::string_view)> include{}; ///< which tensors to look at, by name; empty: all
     std::string suffix =
@@ -8849,7 +9002,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What messages call an initialisation and the adapter that was trained from it.
 struct initialization_labels {
-    std::string initial = "the initialisation", adapter = "the adapter";
+    std::string initial = "the initialisation", adapter = "the adapter"; ///< in the singular
 };
 
 /// Throws unless one module's update can have been trained from `initial`: shape_mismatch for another shape or rank (or
@@ -9205,9 +9358,9 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// Memory that a method reads beside the models (the statistics of a tensor, say), for the check of aliases.
 struct companion {
-    std::size_t tensor = 0;
+    std::size_t tensor = 0; ///< index in aligned_models::tensors()
     const std::byte* data = nullptr;
-    std::size_t bytes = 0;
+    std::size_t bytes = 0; ///< that are read from `data` on
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -9236,14 +9389,15 @@ class method;
 
 /// What a merge can say about itself; filled where model_options::statistics asks for it.
 struct merge_report {
+    /// The norms of one tensor.
     struct tensor_norm {
-        std::string name;
+        std::string name; ///< of the tensor
         double merged = 0; ///< ‖θ*‖ before rounding to storage
         double change = 0; ///< ‖θ* − θ0‖, 0 without a base
     };
     std::vector<std::uint64_t> kept{}; ///< for each task: nonzero entries of its task vector that took part
     std::vector<std::uint64_t> conflicting{}; ///< for each task: those of them whose sign lost the election (TIES)
-    std::vector<tensor_norm> norms{};
+    std::vector<tensor_norm> norms{}; ///< in the order of tensors
     unsigned walks = 0; ///< how often the models were read from end to end
     std::uint64_t beside = 0; ///< bytes read beside those walks: statistics, and second reads of some tensors
     std::uint64_t saturated = 0; ///< results that became their dtype's largest number (overflow::saturate)
@@ -9252,7 +9406,7 @@ struct merge_report {
 /// What bodies counted: on a run of entries, a tensor, a model. Tallies of parts add up to that of the whole, whoever
 /// walked over the parts and in whatever order.
 struct merge_tally {
-    static constexpr std::size_t slot_count = 4;
+    static constexpr std::size_t slot_count = 4; ///< counters that a body has
     std::array<std::uint64_t, slot_count> counts{}; ///< by in.count(slot, mask)
     std::pmr::vector<std::uint64_t> of_tasks{}; ///< by in.count_of(slot, task, mask): [slot][task]
 
@@ -9262,6 +9416,7 @@ struct merge_tally {
         : of_tasks(memory)
     { }
 
+    /// Adds another part's counts, of entries and of tasks.
     merge_tally& operator+=(const merge_tally& other)
     {
         for (std::size_t k = 0; k < slot_count; ++k) { counts[k] += other.counts[k]; }
@@ -9277,8 +9432,7 @@ struct merge_tally {
 ///   - `static std::vector<aligned_tensor::operand> beside(const Options&, const aligned_models&, memory_space)`: what
 ///     in.beside(b) reads, as many for each tensor, in the order of tensors();
 ///   - `bool settle(std::span<const merge_tally> of_tensors)`, called once everything is merged: whether something has
-///   to
-///     be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
+///     to be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
 ///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp;
 ///   - where an entry's fate depends on its row: `const row_pieces& pieces()`, what the walk goes over; and for each of
 ///     them `weigh(row_block<A>&, const tensor_chunk& piece, A* numbers, detail::piece_memory&)`, which makes
@@ -9748,7 +9902,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// Two operands of a tensor by number: 0 is the base, 1 + t task t, and 1 + T + b what lies beside the models (T
 /// tasks).
 struct operand_pair {
-    std::uint32_t first = 0, second = 0;
+    std::uint32_t first = 0, second = 0; ///< numbers of operands
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -9856,16 +10010,20 @@ namespace taskvec::inline TASKVEC_ABI {
 /// function: tensor_dots(passes, pairs, difference) here, trim_thresholds_of(passes, …) in select/thresholds.hpp.
 class cpu_passes {
 public:
+    /// Over models, on this policy, all of which it refers to; `beside`: what a method reads beside them.
     cpu_passes(const cpu& policy, const aligned_models& models, std::span<const aligned_tensor::operand> beside = {})
         : policy_(&policy)
         , models_(&models)
         , beside_(beside)
     { }
 
+    /// Where the passes run.
     [[nodiscard]] const cpu& policy() const noexcept { return *policy_; }
+    /// The models that are merged.
     [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t tasks() const noexcept { return models_->task_count(); }
-    static constexpr memory_space space = memory_space::host;
+    static constexpr memory_space space = memory_space::host; ///< Where tables lie.
     /// Operands beside the models, for each tensor.
     [[nodiscard]] std::size_t beside_each() const noexcept
     {
@@ -9897,18 +10055,22 @@ private:
 template <class Types>
 class typed_passes : public cpu_passes {
 public:
+    /// The storage_list that the models' types are of.
     using storage = Types;
+    /// As cpu_passes.
     using cpu_passes::cpu_passes;
 };
 
 /// Numbers for bodies, rounded to both arithmetic types once.
 class kept_numbers {
 public:
+    /// Keeps `numbers` as long as the passes live, in f32 and in f64.
     template <class Passes>
     kept_numbers(Passes& passes, const std::vector<double>& numbers)
         : single_(passes.keep(std::vector<float>(numbers.begin(), numbers.end())))
         , wide_(passes.keep(numbers))
     { }
+    /// The numbers in A, where bodies can read them.
     template <arithmetic_element A>
     [[nodiscard]] const A* get() const noexcept
     {
@@ -10013,7 +10175,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// and chunks. A unit that is longer is a piece by itself. Worked out when they are asked for, as chunk_list is.
 class row_pieces {
 public:
-    static constexpr std::size_t entries = 65536;
+    static constexpr std::size_t entries = 65536; ///< that a piece has, if its units are not longer
 
     /// `unit(tensor)`: how many entries belong together; they divide the tensor's size.
     template <class Unit>
@@ -11160,6 +11322,7 @@ TASKVEC_KERNELS_END
 ///     merge(cpu{}, ties_options{}, models, guarded);
 class overflow_guard final : public tensor_sink {
 public:
+    /// In front of `out`, which outlives it as the models do; `gain`: how far options may enlarge a result.
     overflow_guard(tensor_sink& out, const aligned_models& models, overflow how, double gain = 1)
         : out_(&out)
         , models_(&models)
@@ -11731,15 +11894,16 @@ merge_report fuse(const Policy& policy, const const_model_ref& base, const lora_
     return fuse(policy, base, changes, out, how);
 }
 
+/// An update and its weight in a sum.
+template <arithmetic_element T>
+struct weighted_update {
+    const lora_update<T>& update; ///< borrowed
+    double weight = 1; ///< of the update
+};
 /// One weight in memory: out = round(weight + Σ factors), typed. `weight` and `out` are out×in and row-major, `updates`
 /// refer to theirs; out may be the weight's own memory.
 ///
 ///     fuse(cpu{}, as_view(weight), {{update, 0.5}, {other, 1.0}}, as_view(out));
-template <arithmetic_element T>
-struct weighted_update {
-    const lora_update<T>& update;
-    double weight = 1;
-};
 template <cpu_policy Policy, arithmetic_element T, storage_element S, storage_element Out>
 void fuse(const Policy& policy, view<const S, memory_space::host> weight,
     std::initializer_list<weighted_update<T>> updates, view<Out, memory_space::host> out, model_options how = {})
@@ -12036,8 +12200,9 @@ struct enum_words<peft_combination> {
         word{peft_combination::magnitude_prune_svd, "magnitude-prune-svd"}};
 };
 
+/// What merge_as_peft() does: PEFT's arguments, and a factor over all.
 struct peft_merge_options {
-    peft_combination combination = peft_combination::svd;
+    peft_combination combination = peft_combination::svd; ///< PEFT's combination_type
     std::vector<double> weights{}; ///< one for each adapter, or none for all 1; negative ones subtract
     double lambda = 1; ///< multiplies all weights; PEFT has none
     double density = 1; ///< share kept of each factor or update, in (0, 1]: of TIES, DARE and magnitude pruning
@@ -12047,23 +12212,26 @@ struct peft_merge_options {
     std::uint64_t seed = 0; ///< of DARE
 };
 
-/// Whether a combination type decomposes merged updates, prunes (so that it needs a density), or draws at random.
+/// Whether a combination type decomposes merged updates.
 [[nodiscard]] constexpr bool merges_updates(peft_combination how) noexcept
 {
     using enum peft_combination;
     return how == svd || how == ties_svd || how == dare_linear_svd || how == dare_ties_svd
         || how == magnitude_prune_svd;
 }
+/// Whether it draws at random.
 [[nodiscard]] constexpr bool is_random(peft_combination how) noexcept
 {
     using enum peft_combination;
     return how == dare_linear || how == dare_linear_svd || how == dare_ties || how == dare_ties_svd;
 }
+/// Whether it elects signs.
 [[nodiscard]] constexpr bool elects_signs(peft_combination how) noexcept
 {
     using enum peft_combination;
     return how == ties || how == ties_svd || how == dare_ties || how == dare_ties_svd;
 }
+/// Whether it prunes, so that it needs a density.
 [[nodiscard]] constexpr bool prunes(peft_combination how) noexcept
 {
     return how != peft_combination::linear && how != peft_combination::cat && how != peft_combination::svd;
@@ -12343,15 +12511,18 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// Keeps every entry as it is.
 struct keep_all {
+    /// NaN and infinity are never dropped: a sum over what is kept shows them.
     static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = false;
 
+    /// X.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In&, std::size_t, const typename In::pack& x) const noexcept
     {
         return x;
     }
+    /// Itself: no tensor has a rule of its own.
     template <arithmetic_element A>
     [[nodiscard]] keep_all get(std::size_t) const noexcept
     {
@@ -12396,7 +12567,7 @@ struct enum_words<disjoint_merge> {
 /// The factors of one task in the election: in the sum that elects, in the value that is merged, in the divisor of the
 /// mean, and in the test of agreement (where only its sign counts).
 struct election_weights {
-    std::vector<double> elect{}, value{}, divide{}, agree{};
+    std::vector<double> elect{}, value{}, divide{}, agree{}; ///< one for each task in each list
 };
 
 /// The factors of an election, rounded to A once: T elect, T value, T divide, T agree.
@@ -12414,7 +12585,9 @@ template <arithmetic_element A>
 /// while some entry is not; for each task, where statistics are asked for, its nonzero entries and those that do not
 /// agree.
 struct election_counts {
+    /// Slots of in.count(): sums above 0, below 0, and exactly 0 while some entry is not.
     static constexpr std::size_t positive = 0, negative = 1, unresolved = 2;
+    /// Slots of in.count_of(): entries that take part, and those of them that do not agree.
     static constexpr std::size_t kept = 0, conflicting = 1;
 };
 
@@ -12423,9 +12596,9 @@ struct election_counts {
 template <arithmetic_element A, class Rule>
 struct sign_election_body : Rule {
     static constexpr bool watches = Rule::sees_all;
-    const A* factors;
-    disjoint_merge combine;
-    A zero, lambda;
+    const A* factors; ///< those of election_factors()
+    disjoint_merge combine; ///< of agreeing entries
+    A zero, lambda; ///< what a sum of 0 elects, and the scale of τ
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -12479,7 +12652,7 @@ template <arithmetic_element A, class Rule>
 struct unit_election_body : Rule {
     static constexpr bool watches = Rule::sees_all;
     static constexpr std::integer_sequence<int, 2, 3> held{}; ///< numbers of tasks that are compiled by themselves
-    A lambda;
+    A lambda; ///< the scale of τ
     signed_word<A> zero; ///< the sign bit that a sum of 0 elects: 0 for plus
 
     template <class In>
@@ -12663,9 +12836,11 @@ namespace taskvec::inline TASKVEC_ABI {
 /// in the scope comes before `equal_end`.
 template <arithmetic_element A>
 struct top_k_threshold {
-    bits_type<A> magnitude = 0;
+    bits_type<A> magnitude = 0; ///< bits of |x|, without the sign
+    /// Place in the scope.
     std::uint64_t equal_end = std::numeric_limits<std::uint64_t>::max();
 
+    /// Whether the entry with this value at this place of the scope is kept.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr bool keeps(A value, std::uint64_t place) const noexcept
     {
         const bits_type<A> bits = magnitude_bits(value);
@@ -13436,7 +13611,8 @@ concept entry_count = std::same_as<std::invoke_result_t<const Count&, std::uint6
 /// A share of the entries of task vectors: one for all, or one for each task.
 class task_shares {
 public:
-    task_shares(double all) // a number is one for all
+    /// One share for all tasks: a number converts.
+    task_shares(double all)
         : all_(all)
     { }
     /// `each`: one for each task, or none for `all`. `what`: "densities", for messages. Errors: invalid_argument where
@@ -13450,6 +13626,7 @@ public:
                 message(each_.size(), " ", what, " for ", tasks, " tasks: give one each, or none"));
         }
     }
+    /// The share of task t.
     [[nodiscard]] double of(std::size_t t) const { return each_.empty() ? all_ : each_[t]; }
 
 private:
@@ -13460,6 +13637,8 @@ private:
 /// Thresholds of every task vector, over the whole model or for each tensor.
 class trim_thresholds {
 public:
+    /// Finds the thresholds of all tasks: about one read of the models. Errors: invalid_argument (a density outside
+    /// (0, 1]), nonfinite_error unless it may spread, cancelled.
     template <cpu_policy P> // a template, so that files which do not call it do not compile the search for every type
     trim_thresholds(const P& policy, const aligned_models& models, const task_shares& density, scope over,
         trim_rule rule = trim_rule::exact)
@@ -13520,6 +13699,7 @@ public:
             return wide_.empty() ? single_[index] : threshold_as<float>(wide_[index]);
         }
     }
+    /// How often the models were read to find them.
     [[nodiscard]] unsigned walks() const noexcept { return walks_; }
 
 private:
@@ -13603,11 +13783,13 @@ namespace taskvec::inline TASKVEC_ABI {
 /// equal_end. A kept 0 is none.
 template <arithmetic_element A>
 struct keep_top_of_tensor {
-    static constexpr bool sees_all = true; // magnitudes of NaN and infinity are the largest
+    /// NaN and infinity are never dropped: their magnitudes are the largest.
+    static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = true;
     const top_k_threshold<A>* thresholds; ///< of each task
-    std::size_t tasks;
+    std::size_t tasks; ///< how many
 
+    /// x where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -13630,6 +13812,7 @@ struct keep_top_of_tensor {
 /// Keeps the top `density` of every task vector over a scope (see trim_thresholds). Cost: about one read of the models.
 class keep_top {
 public:
+    /// The top `density` of each task over `over`, chosen by `rule`.
     template <class Passes>
     keep_top(Passes& passes, const task_shares& density, scope over, trim_rule rule = trim_rule::exact)
         : keep_top(passes, over, trim_thresholds_of(passes, density, over, rule))
@@ -13639,6 +13822,7 @@ public:
     keep_top(Passes& passes, const Count& count, scope over)
         : keep_top(passes, over, trim_thresholds_of(passes, count, over))
     { }
+    /// The rule of a tensor, in the arithmetic type A.
     template <arithmetic_element A>
     [[nodiscard]] keep_top_of_tensor<A> get(std::size_t tensor) const noexcept
     {
@@ -13708,6 +13892,7 @@ struct enum_words<zero_sign> {
 ///      with `densities` each task has its own;
 ///   2. elect: γ = sign(Σ wt·τ̂t), elementwise;
 ///   3. merge the entries with sign γ: Σ wt·τ̂t / Σ wt (mean), Σ wt·τ̂t (sum), or the wt·τ̂t of largest magnitude (max).
+///
 /// Sums run in f32 (f64 for f64) in task order; every product, sum and quotient rounds; bit-exact for any threads and
 /// blocks. Weights: one for each task, or none for all 1; negative ones only under a preset that gives them a meaning.
 /// Cost: two reads of the inputs and one write; a little more where the majority decides.
@@ -13895,6 +14080,7 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return keep_.walks() + (stride_ ? 1u : 0u); }
 
 protected:
+    /// The prepared rules, for methods that derive from this.
     [[nodiscard]] const Keep& keep() const noexcept { return keep_; }
 
 private:
@@ -13973,8 +14159,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What ties_options means is said there; `rank` (or an energy) is needed, because a merged product has full rank.
 struct adapter_ties_options {
-    ties_options ties{};
-    rank_choice rank{};
+    ties_options ties{}; ///< of the updates, entry by entry
+    rank_choice rank{}; ///< of each merged update
     sigma_side side = sigma_side::both;
 };
 
@@ -14266,8 +14452,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A fine-tuned adapter φt and the initialisation φ0 that its training started from, as named tensors.
 struct initialized_adapter {
-    const_model_ref adapter;
-    const_model_ref initial;
+    const_model_ref adapter; ///< φt, after training
+    const_model_ref initial; ///< φ0, before it
 };
 
 namespace detail {
@@ -14862,9 +15048,10 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// values[i·lambda2.size() + j] belongs to (lambda1[i], lambda2[j]).
 struct lambda_grid {
-    std::vector<double> lambda1, lambda2;
-    std::vector<double> values{};
+    std::vector<double> lambda1, lambda2; ///< factors along each side
+    std::vector<double> values{}; ///< row by row
 
+    /// The value at (lambda1[i], lambda2[j]), unchecked.
     [[nodiscard]] double& at(std::size_t i, std::size_t j) { return values[i * lambda2.size() + j]; }
     [[nodiscard]] double at(std::size_t i, std::size_t j) const { return values[i * lambda2.size() + j]; }
     /// The mean over all points; 0 for an empty grid.
@@ -14985,8 +15172,11 @@ public:
         }
     }
 
+    /// How many task vectors it has.
     [[nodiscard]] std::size_t tasks() const noexcept { return task_vectors_.size(); }
+    /// Θ0.
     [[nodiscard]] host_view<const T> base() const noexcept { return base_; }
+    /// Τt.
     [[nodiscard]] host_view<const T> task_vector(std::size_t task) const { return task_vectors_[task]; }
 
     /// θ0 + Σ λt·τt over the tasks whose λ is not 0, in f32 (f64 for f64), in task order, rounded once: the bits of
@@ -15046,7 +15236,7 @@ concept loss_function = requires(F& f, host_view<const T> parameters) {
 
 /// The plane of two of a space's tasks.
 struct plane_options {
-    std::size_t task1 = 0, task2 = 1;
+    std::size_t task1 = 0, task2 = 1; ///< places of the tasks in the space
     std::vector<double> lambda1{}, lambda2{}; ///< factors along each side; an empty lambda2 repeats lambda1
 };
 
@@ -15110,6 +15300,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// The share of examples on which two predictions differ, in [0, 1]; 0 for none. A prediction is a range of class
 /// indices, or a matrix batch × classes whose rows' largest entries decide (the first among equal ones).
 struct prediction_mismatch {
+    /// Of class indices. Errors: shape_mismatch where the two are not as long.
     template <std::ranges::sized_range Labels>
         requires std::integral<std::ranges::range_value_t<Labels>>
     [[nodiscard]] double operator()(const Labels& a, const Labels& b) const
@@ -15120,6 +15311,7 @@ struct prediction_mismatch {
         for (const auto label : a) { different += label != *other++; }
         return share(different, std::ranges::size(a));
     }
+    /// Of scores, batch × classes. Errors: shape_mismatch where the two have not as many rows.
     template <class Derived>
     [[nodiscard]] double operator()(const Eigen::MatrixBase<Derived>& a, const Eigen::MatrixBase<Derived>& b) const
     {
@@ -15165,6 +15357,7 @@ template <storage_element T, class Model, class Distance = prediction_mismatch>
     requires model_callback<Model, T>
 class disentanglement_meter {
 public:
+    /// What the model returns.
     using prediction = std::remove_cvref_t<std::invoke_result_t<Model&, host_view<const T>, std::size_t>>;
 
     /// `space` is borrowed.
@@ -15278,7 +15471,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// ‖θ‖ of a tensor, and ‖θ − θ0‖ where there is a base (0 otherwise).
 struct tensor_norms {
-    double norm = 0, change = 0;
+    double norm = 0, change = 0; ///< of the task, and of its difference to the base
 };
 
 /// The norms of the first task of `models`, for each of its tensors: f64 sums of a fixed shape over the stored values,
@@ -15365,8 +15558,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// Mean and sample standard deviation (divisor n − 1; 0 for one value), smallest and largest.
 struct summary {
-    std::size_t count = 0;
-    double mean = 0, standard_deviation = 0, lowest = 0, highest = 0;
+    std::size_t count = 0; ///< of the values
+    double mean = 0, standard_deviation = 0, lowest = 0, highest = 0; ///< in the units of the values
 };
 /// Of at least one value, else invalid_argument. Two passes.
 [[nodiscard]] inline summary summarize(std::span<const double> values)
@@ -15434,14 +15627,14 @@ enum class option_kind : std::uint8_t { truth, number, whole_number, word, numbe
 
 /// A row of a table, without its types.
 struct option_description {
-    std::string name, meaning, unit;
-    option_kind kind = option_kind::number;
+    std::string name, meaning, unit; ///< as in the row
+    option_kind kind = option_kind::number; ///< of its values
     std::string initial; ///< the default, as write_option() writes it
     std::string expected; ///< "a number above 0 and up to 1", "one of: model, tensor"
     std::string negated; ///< of a truth that is on by default: the name that turns it off
-    std::vector<std::string> words{};
-    option_axis axis{};
-    bool per_task = false;
+    std::vector<std::string> words{}; ///< that it takes, where it takes words
+    option_axis axis{}; ///< what a sweep tries
+    bool per_task = false; ///< a list with an entry for each task
     std::string each_of{}; ///< of a list for the tasks: "weight", or the row that holds for all of them
     bool is_preset = false; ///< chooses a set of values for others: the words name the presets
 };
@@ -15859,6 +16052,8 @@ template <dlpack_managed M>
 class dlpack_handle {
 public:
     dlpack_handle() = default;
+    /// Takes `managed` over, whatever happens; `what` names the tensor in errors. Errors: as from_dlpack();
+    /// invalid_argument for null, and for another major version than 1.
     explicit dlpack_handle(M* managed, std::string_view what = "DLPack tensor")
         : managed_(managed)
         , what_(what)
@@ -16654,8 +16849,8 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     auto y = x * exp(x); // y.primal = 3e³, y.tangent = (1 + 3)e³
 template <class T>
 struct dual {
-    T primal{};
-    T tangent{};
+    T primal{}; ///< the value
+    T tangent{}; ///< its derivative along the direction
 
     constexpr dual() = default;
     /// A constant.
@@ -16669,17 +16864,25 @@ struct dual {
         , tangent(derivative)
     { }
 
+    /// x += y, in value and derivative.
     constexpr dual& operator+=(const dual& other) { return *this = *this + other; }
+    /// x −= y, in value and derivative.
     constexpr dual& operator-=(const dual& other) { return *this = *this - other; }
+    /// x *= y, by the product rule.
     constexpr dual& operator*=(const dual& other) { return *this = *this * other; }
+    /// x /= y, by the quotient rule.
     constexpr dual& operator/=(const dual& other) { return *this = *this / other; }
 
+    /// X.
     friend constexpr dual operator+(const dual& x) { return x; }
+    /// −x.
     friend constexpr dual operator-(const dual& x) { return {-x.primal, -x.tangent}; }
+    /// x + y.
     friend constexpr dual operator+(const dual& x, const dual& y)
     {
         return {x.primal + y.primal, x.tangent + y.tangent};
     }
+    /// x − y.
     friend constexpr dual operator-(const dual& x, const dual& y)
     {
         return {x.primal - y.primal, x.tangent - y.tangent};
@@ -16688,6 +16891,7 @@ struct dual {
     {
         return {x.primal * y.primal, x.tangent * y.primal + x.primal * y.tangent};
     }
+    /// x / y, by the quotient rule.
     friend constexpr dual operator/(const dual& x, const dual& y)
     {
         const T quotient = x.primal / y.primal;
@@ -16696,15 +16900,20 @@ struct dual {
     friend constexpr bool operator==(const dual& x, const dual& y) { return x.primal == y.primal; }
     friend constexpr bool operator!=(const dual& x, const dual& y) { return !(x.primal == y.primal); }
     friend constexpr bool operator<(const dual& x, const dual& y) { return x.primal < y.primal; }
+    /// Of the primals.
     friend constexpr bool operator>(const dual& x, const dual& y) { return y.primal < x.primal; }
+    /// Of the primals.
     friend constexpr bool operator<=(const dual& x, const dual& y) { return x.primal <= y.primal; }
+    /// Of the primals.
     friend constexpr bool operator>=(const dual& x, const dual& y) { return y.primal <= x.primal; }
+    /// "primal + tangent e".
     friend std::ostream& operator<<(std::ostream& out, const dual& x)
     {
         return out << x.primal << " + " << x.tangent << "e";
     }
 };
 
+/// Eˣ and its derivative eˣ·ẋ.
 template <class T>
 [[nodiscard]] dual<T> exp(const dual<T>& x)
 {
@@ -16712,6 +16921,7 @@ template <class T>
     const T value = exp(x.primal);
     return {value, value * x.tangent};
 }
+/// Eˣ − 1, exact near 0; derivative eˣ·ẋ.
 template <class T>
 [[nodiscard]] dual<T> expm1(const dual<T>& x)
 {
@@ -16719,18 +16929,21 @@ template <class T>
     const T value = expm1(x.primal);
     return {value, (value + T(1)) * x.tangent};
 }
+/// Ln x; derivative ẋ / x.
 template <class T>
 [[nodiscard]] dual<T> log(const dual<T>& x)
 {
     using std::log;
     return {log(x.primal), x.tangent / x.primal};
 }
+/// Ln(1 + x), exact near 0; derivative ẋ / (1 + x).
 template <class T>
 [[nodiscard]] dual<T> log1p(const dual<T>& x)
 {
     using std::log1p;
     return {log1p(x.primal), x.tangent / (T(1) + x.primal)};
 }
+/// √x; derivative ẋ / (2·√x), infinite at 0.
 template <class T>
 [[nodiscard]] dual<T> sqrt(const dual<T>& x)
 {
@@ -16738,6 +16951,7 @@ template <class T>
     const T value = sqrt(x.primal);
     return {value, x.tangent / (T(2) * value)};
 }
+/// Sin x; derivative cos x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> sin(const dual<T>& x)
 {
@@ -16745,6 +16959,7 @@ template <class T>
     using std::sin;
     return {sin(x.primal), cos(x.primal) * x.tangent};
 }
+/// Cos x; derivative −sin x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> cos(const dual<T>& x)
 {
@@ -16752,6 +16967,7 @@ template <class T>
     using std::sin;
     return {cos(x.primal), -sin(x.primal) * x.tangent};
 }
+/// Tan x; derivative (1 + tan² x)·ẋ.
 template <class T>
 [[nodiscard]] dual<T> tan(const dual<T>& x)
 {
@@ -16759,12 +16975,14 @@ template <class T>
     const T value = tan(x.primal);
     return {value, (T(1) + value * value) * x.tangent};
 }
+/// Arctan x; derivative ẋ / (1 + x²).
 template <class T>
 [[nodiscard]] dual<T> atan(const dual<T>& x)
 {
     using std::atan;
     return {atan(x.primal), x.tangent / (T(1) + x.primal * x.primal)};
 }
+/// Sinh x; derivative cosh x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> sinh(const dual<T>& x)
 {
@@ -16772,6 +16990,7 @@ template <class T>
     using std::sinh;
     return {sinh(x.primal), cosh(x.primal) * x.tangent};
 }
+/// Cosh x; derivative sinh x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> cosh(const dual<T>& x)
 {
@@ -16779,6 +16998,7 @@ template <class T>
     using std::sinh;
     return {cosh(x.primal), sinh(x.primal) * x.tangent};
 }
+/// Tanh x; derivative (1 − tanh² x)·ẋ.
 template <class T>
 [[nodiscard]] dual<T> tanh(const dual<T>& x)
 {
@@ -16786,6 +17006,7 @@ template <class T>
     const T value = tanh(x.primal);
     return {value, (T(1) - value * value) * x.tangent};
 }
+/// The error function; derivative 2/√π·e^(−x²)·ẋ.
 template <class T>
 [[nodiscard]] dual<T> erf(const dual<T>& x)
 {
@@ -16799,6 +17020,7 @@ template <class T>
 {
     return x.primal > T(0) ? x : x.primal < T(0) ? -x : dual<T>(x.primal, T(0) * x.tangent);
 }
+/// Abs(x), under its other name.
 template <class T>
 [[nodiscard]] dual<T> fabs(const dual<T>& x)
 {
@@ -16825,18 +17047,21 @@ template <class T>
 {
     return pow(dual<T>(x), y);
 }
+/// Whether value and derivative are finite.
 template <class T>
 [[nodiscard]] bool isfinite(const dual<T>& x)
 {
     using std::isfinite;
     return isfinite(x.primal) && isfinite(x.tangent);
 }
+/// Whether value or derivative is NaN.
 template <class T>
 [[nodiscard]] bool isnan(const dual<T>& x)
 {
     using std::isnan;
     return isnan(x.primal) || isnan(x.tangent);
 }
+/// Whether value or derivative is infinite.
 template <class T>
 [[nodiscard]] bool isinf(const dual<T>& x)
 {
@@ -16896,6 +17121,7 @@ class std::numeric_limits<taskvec::dual<T>> : public std::numeric_limits<T> { };
 #ifdef NDEBUG
 #define TASKVEC_CHECK_TANGENTS 0
 #else
+/// 1: every operation looks for NaN in the tangent it made, and names itself, as in debug builds; 0: none does.
 #define TASKVEC_CHECK_TANGENTS 1
 #endif
 #endif
@@ -16921,6 +17147,7 @@ using row_matrix_map = Eigen::Map<const row_matrix<T>>;
 template <differentiable_scalar T>
 class primal_tangent {
 public:
+    /// What derivatives are taken of.
     using scalar = T;
 
     primal_tangent() = default;
@@ -16995,7 +17222,9 @@ public:
         return result;
     }
 
+    /// Rows of primal and tangent.
     [[nodiscard]] Eigen::Index rows() const noexcept { return rows_; }
+    /// Columns of both.
     [[nodiscard]] Eigen::Index cols() const noexcept { return cols_; }
     [[nodiscard]] Eigen::Index size() const noexcept { return rows_ * cols_; }
     /// Whether there is a tangent.
@@ -17017,10 +17246,12 @@ public:
 
     /// Writable views of a result that owns its memory.
     [[nodiscard]] Eigen::Map<row_matrix<T>> mutable_primal() { return {storage_.data(), rows_, cols_}; }
+    /// The tangent to be written; of a result that has one.
     [[nodiscard]] Eigen::Map<row_matrix<T>> mutable_tangent()
     {
         return {storage_.data() + rows_ * cols_, rows_, cols_};
     }
+    /// [primal; tangent] to be written.
     [[nodiscard]] Eigen::Map<row_matrix<T>> mutable_stack() { return {storage_.data(), storage_.rows(), cols_}; }
     /// The values alone, without a copy where the object owns them and has no tangent.
     [[nodiscard]] row_matrix<T> take_primal() &&
@@ -17216,6 +17447,7 @@ template <class Y, class G>
     requires matching_operands<Y, G>
 [[nodiscard]] row_matrix<operand_scalar<Y>> softmax_vjp(const Y& y, const G& dy);
 
+/// What layer_norm() and rms_norm() divide by.
 struct normalization_options {
     double epsilon = 1e-5; ///< added to the variance (layer_norm) or the mean square (rms_norm)
 };
@@ -17230,6 +17462,7 @@ template <operand X, operand Gamma, operand Beta>
 [[nodiscard]] operation_result<X, Gamma, Beta> layer_norm(
     const X& x, const Gamma& gamma, const Beta& beta, normalization_options options = {});
 
+/// The gradients of a normalisation.
 template <class T>
 struct normalization_gradient {
     row_matrix<T> x; ///< batch × features
@@ -17484,6 +17717,7 @@ normalization_gradient<operand_scalar<X>> rms_norm_vjp(
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// How rows and columns hold sequences and heads.
 struct attention_options {
     Eigen::Index batch = 1; ///< sequences stacked in the rows
     Eigen::Index heads = 1; ///< heads side by side in the columns
@@ -17501,6 +17735,7 @@ template <operand Q, operand K, operand V>
     requires matching_operands<Q, K, V>
 [[nodiscard]] operation_result<Q, K, V> attention(const Q& q, const K& k, const V& v, attention_options options = {});
 
+/// The gradients of attention.
 template <class T>
 struct attention_gradient {
     row_matrix<T> q, k, v; ///< the shapes of q, k and v
@@ -17690,6 +17925,7 @@ template <operand A, operand B>
     requires matching_operands<A, B>
 [[nodiscard]] operation_result<A, B> add(const A& a, const B& b);
 
+/// The gradients of a sum or difference.
 template <class T>
 struct sum_gradient {
     row_matrix<T> a; ///< dy
@@ -17722,6 +17958,7 @@ template <operand A, operand B>
     requires matching_operands<A, B>
 [[nodiscard]] operation_result<A, B> elementwise_product(const A& a, const B& b);
 
+/// The gradients of an elementwise product.
 template <class T>
 struct elementwise_product_gradient {
     row_matrix<T> a; ///< dy ⊙ b
@@ -17741,6 +17978,7 @@ template <class A, class B, class G>
 /// max(x, 0). The derivative at 0 is 0. NaN stays NaN.
 template <operand X>
 [[nodiscard]] operation_result<X> relu(const X& x);
+/// vjp of relu: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> relu_vjp(const X& x, const G& dy);
@@ -17749,6 +17987,7 @@ template <class X, class G>
 /// approximate='none'.
 template <operand X>
 [[nodiscard]] operation_result<X> gelu(const X& x);
+/// vjp of gelu: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> gelu_vjp(const X& x, const G& dy);
@@ -17756,6 +17995,7 @@ template <class X, class G>
 /// x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))): PyTorch's gelu with approximate='tanh'.
 template <operand X>
 [[nodiscard]] operation_result<X> gelu_tanh(const X& x);
+/// vjp of gelu_tanh: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> gelu_tanh_vjp(const X& x, const G& dy);
@@ -17763,6 +18003,7 @@ template <class X, class G>
 /// x·sigmoid(x).
 template <operand X>
 [[nodiscard]] operation_result<X> silu(const X& x);
+/// vjp of silu: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> silu_vjp(const X& x, const G& dy);
@@ -17770,6 +18011,7 @@ template <class X, class G>
 /// 1/(1 + exp(−x)).
 template <operand X>
 [[nodiscard]] operation_result<X> sigmoid(const X& x);
+/// vjp of sigmoid: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> sigmoid_vjp(const X& x, const G& dy);
@@ -17777,6 +18019,7 @@ template <class X, class G>
 /// tanh(x).
 template <operand X>
 [[nodiscard]] operation_result<X> tanh(const X& x);
+/// vjp of tanh: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> tanh_vjp(const X& x, const G& dy);
@@ -18499,12 +18742,14 @@ namespace taskvec::inline TASKVEC_ABI {
 template <class Value>
 class named_values {
 public:
+    /// A value and its name.
     struct entry {
-        std::string name;
-        Value value;
+        std::string name; ///< sorts by its bytes
+        Value value; ///< owned
     };
 
     named_values() = default;
+    /// In any order. Errors: as insert().
     named_values(std::initializer_list<entry> entries)
     {
         for (const auto& [name, value] : entries) { insert(name, value); }
@@ -18525,6 +18770,7 @@ public:
     /// The value of that name; a missing one is an invalid_argument that names it.
     [[nodiscard]] const Value& operator[](std::string_view name) const { return required(entries_, name); }
     [[nodiscard]] Value& operator[](std::string_view name) { return required(entries_, name); }
+    /// Whether there is a value of that name.
     [[nodiscard]] bool contains(std::string_view name) const { return find(name) != nullptr; }
 
     [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
@@ -18608,8 +18854,8 @@ namespace taskvec::inline TASKVEC_ABI {
 /// f(x) and J(x)·v, of one shape. Binds as `auto [value, derivative] = jvp(…)`.
 template <class Value>
 struct jvp_result {
-    Value primal;
-    Value tangent;
+    Value primal; ///< f at the point
+    Value tangent; ///< its derivative along the direction
 };
 
 namespace detail {
@@ -18772,9 +19018,10 @@ struct matmul_gradient {
     row_matrix<T> a; ///< n × k, empty if not asked for
     row_matrix<T> b; ///< k × m, empty if not asked for
 };
+/// Which gradients matmul_vjp() computes; the other stays empty and costs nothing.
 struct matmul_wanted {
-    bool a = true;
-    bool b = true;
+    bool a = true; ///< dy·bᵀ
+    bool b = true; ///< aᵀ·dy
 };
 /// vjp of matmul: a is n × k, b is k × m, dy is n × m.
 template <class A, class B, class G>
@@ -18795,6 +19042,7 @@ template <operand X, operand W, operand B>
     requires matching_operands<X, W, B>
 [[nodiscard]] operation_result<X, W, B> linear(const X& x, const W& w, const B& bias);
 
+/// The gradients of a linear layer.
 template <class T>
 struct linear_gradient {
     row_matrix<T> x; ///< batch × in: dy·w
@@ -18803,9 +19051,9 @@ struct linear_gradient {
 };
 /// Which gradients a linear layer's vjp computes; the others stay empty and cost nothing.
 struct linear_wanted {
-    bool x = true;
-    bool w = true;
-    bool bias = true;
+    bool x = true; ///< of the input
+    bool w = true; ///< of the weight
+    bool bias = true; ///< of the bias
 };
 /// vjp of linear: x is batch × in, w is out × in, dy is batch × out.
 ///
@@ -19037,6 +19285,8 @@ struct linearize_options {
 template <class F, differentiable_scalar T>
 class linearized {
 public:
+    /// See linearize(), which makes it and deduces the types. Errors: invalid_argument for active names that are not
+    /// there.
     linearized(F f, parameters<T> initial, linearize_options options)
         : f_(std::move(f))
         , initial_(std::move(initial))
@@ -19111,6 +19361,7 @@ public:
         return kept;
     }
 
+    /// Φ0.
     [[nodiscard]] const parameters<T>& initial() const noexcept { return initial_; }
     /// The names of the active parameters, sorted.
     [[nodiscard]] const std::vector<std::string>& active() const noexcept { return active_; }
@@ -19215,6 +19466,7 @@ template <operand X, operand W, operand Bias, operand A, operand B>
 [[nodiscard]] operation_result<X, W, Bias, A, B> lora_linear(
     const X& x, const W& w, const Bias& bias, const A& a, const B& b, const operand_scalar<X>& scaling);
 
+/// The gradients of a LoRA layer.
 template <class T>
 struct lora_gradient {
     row_matrix<T> x; ///< batch × in, empty if not asked for
@@ -19223,9 +19475,9 @@ struct lora_gradient {
 };
 /// Which gradients a LoRA layer's vjp computes; the frozen weight has none.
 struct lora_wanted {
-    bool x = true;
-    bool a = true;
-    bool b = true;
+    bool x = true; ///< of the input
+    bool a = true; ///< of lora_A
+    bool b = true; ///< of lora_B
 };
 
 /// A frozen linear layer with a trainable LoRA adapter.
@@ -19239,6 +19491,7 @@ struct lora_wanted {
 template <arithmetic_element T>
 class lora_layer {
 public:
+    /// Errors: shape_mismatch where weight, bias and adapter make no layer.
     template <operand W, operand Bias>
         requires matching_operands<W, Bias> && std::same_as<operand_scalar<W>, T>
     lora_layer(W&& weight, Bias&& bias, lora_update<T> adapter);
@@ -19259,6 +19512,7 @@ public:
 
     /// The trainable factors in place: a is rank × in, b is out × rank.
     [[nodiscard]] Eigen::Map<row_matrix<T>> a() { return as_row_matrix(adapter_.a); }
+    /// The trainable lora_B in place, out × rank.
     [[nodiscard]] Eigen::Map<row_matrix<T>> b() { return as_row_matrix(adapter_.b); }
     [[nodiscard]] row_matrix_map<T> a() const { return as_row_matrix(adapter_.a); }
     [[nodiscard]] row_matrix_map<T> b() const { return as_row_matrix(adapter_.b); }
@@ -19269,9 +19523,11 @@ public:
     /// W + scaling·b·a, out × in: the plain layer that computes the same.
     [[nodiscard]] row_matrix<T> dense() const;
 
+    /// R, the rank of the adapter.
     [[nodiscard]] Eigen::Index rank() const noexcept { return static_cast<Eigen::Index>(adapter_.rank()); }
     /// The frozen weight and bias.
     [[nodiscard]] row_matrix_map<T> weight() const { return weight_.primal(); }
+    /// The frozen bias, 1 × out, or empty.
     [[nodiscard]] row_matrix_map<T> bias() const { return bias_.primal(); }
 
 private:
@@ -19543,6 +19799,7 @@ public:
     {
         return b0_is_zero_ ? Eigen::Ref<row_matrix<T>>(delta_a_) : Eigen::Ref<row_matrix<T>>(down().bottomRows(rank_));
     }
+    /// B, out × rank, writable in place.
     [[nodiscard]] Eigen::Ref<row_matrix<T>> b() { return up().leftCols(rank_); }
     /// Moves the trainable part to φ = (A, B); a different scaling or shape is an error.
     void set(const lora_update<T>& adapter);
@@ -19558,11 +19815,13 @@ public:
     /// The plain weight that computes the same: W0 + s·(B0·A0 + B0·ΔA + ΔB·A0), out × in.
     [[nodiscard]] row_matrix<T> dense() const { return weight_.primal() + scaling() * (up() * down()); }
 
+    /// R, the rank of the trained adapter.
     [[nodiscard]] Eigen::Index rank() const noexcept { return rank_; }
     /// The rank of fold(): r where B0 = 0, otherwise 2r.
     [[nodiscard]] Eigen::Index stacked_rank() const noexcept { return static_cast<Eigen::Index>(folded_.rank()); }
     /// The frozen weight and bias.
     [[nodiscard]] row_matrix_map<T> weight() const { return weight_.primal(); }
+    /// The frozen bias, 1 × out, or empty.
     [[nodiscard]] row_matrix_map<T> bias() const { return bias_.primal(); }
 
 private:
@@ -19705,10 +19964,11 @@ struct randomized_svd_options {
     bool clamp = false; ///< lower a rank above min(m, n) to it; otherwise that is an error
     std::size_t oversampling = 10; ///< further columns of the random sample
     std::size_t power_iterations = 2; ///< products with A·Aᵀ that sharpen the sample, orthonormalised after each factor
-    std::uint64_t seed = 0;
+    std::uint64_t seed = 0; ///< of the sample
     std::string_view name = "A"; ///< names the matrix in errors and picks its random numbers
 };
 
+/// What randomized_svd() returns.
 template <arithmetic_element T, memory_space S>
 struct randomized_svd_result : svd_result<T, S> {
     bool reached = true; ///< false where max_rank came before the asked energy or relative error
@@ -19848,10 +20108,11 @@ auto randomized_svd(const P&, const X&, const randomized_svd_options&)
 
 /// randomized_svd() as a way to decompose layers, for algorithms that take one.
 struct decompose_randomized {
-    std::size_t oversampling = 10;
-    std::size_t power_iterations = 2;
-    std::uint64_t seed = 0;
+    std::size_t oversampling = 10; ///< further columns of the random sample
+    std::size_t power_iterations = 2; ///< products with A·Aᵀ
+    std::uint64_t seed = 0; ///< of the sample
 
+    /// Randomized_svd() with these and what `choice` asks for.
     template <arithmetic_element T, linear_algebra_policy P>
     [[nodiscard]] svd_result<T, P::space> operator()(
         const P& policy, matrix_view<const T, P::space> a, const rank_choice& choice, std::string_view name) const
@@ -19912,6 +20173,7 @@ TASKVEC_COMPILED_RANDOMIZED_SVD(extern, double)
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// What truncated_svd() returns: also the singular values that were cut off.
 template <arithmetic_element T>
 struct truncated_svd_result : svd_result<T> {
     std::vector<double> spectrum; ///< all min(m, n) singular values, descending
@@ -20026,6 +20288,7 @@ auto truncated_svd(const cpu&, const X&, const rank_choice&, std::string_view = 
 
 /// truncated_svd() as a way to decompose layers, for algorithms that take one.
 struct decompose_exactly {
+    /// Truncated_svd() with what `choice` asks for, whose factors lie in the policy's scratch memory.
     template <arithmetic_element T>
     [[nodiscard]] svd_result<T> operator()(
         const cpu& policy, matrix_view<const T> a, const rank_choice& choice, std::string_view name) const
@@ -20381,8 +20644,8 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct mean_body {
     static constexpr bool watches = true;
-    const A* weights;
-    A divisor;
+    const A* weights; ///< of each task
+    A divisor; ///< of the sum
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -20397,8 +20660,8 @@ struct mean_body {
 template <arithmetic_element A>
 struct pair_body {
     static constexpr bool watches = true;
-    A of_a, of_b;
-    bool from_base;
+    A of_a, of_b; ///< factors of the two
+    bool from_base; ///< a is the base, and b the first task
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -20509,9 +20772,9 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A, class Rule>
 struct kept_sum_body : Rule {
     static constexpr bool watches = Rule::sees_all;
-    const A* weights;
-    A factor;
-    A divisor = 1;
+    const A* weights; ///< of each task
+    A factor; ///< of the sum
+    A divisor = 1; ///< of the sum
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -20594,10 +20857,12 @@ namespace taskvec::inline TASKVEC_ABI {
 /// The rule of one tensor: what is among the top entries of `upper`, and not among those of `outliers`.
 template <arithmetic_element A>
 struct keep_between_of_tensor {
-    static constexpr bool sees_all = false; // NaN and infinity are the outliers
+    /// NaN and infinity are outliers, which are dropped.
+    static constexpr bool sees_all = false;
     static constexpr bool clears_zeros = true;
-    keep_top_of_tensor<A> upper, outliers;
+    keep_top_of_tensor<A> upper, outliers; ///< what is kept or above it, and what is above it
 
+    /// x where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -20616,6 +20881,7 @@ struct keep_between_of_tensor {
 /// unless 0 < density ≤ 1 and 0 ≤ gamma < 1 for every task. Cost: about two reads of the models.
 class keep_between {
 public:
+    /// `passes`: of the models that are merged; `over`: what a share counts over.
     template <class Passes>
     keep_between(Passes& passes, const task_shares& density, const task_shares& gamma, scope over)
         : outliers_(
@@ -20628,6 +20894,7 @@ public:
               },
               over)
     { }
+    /// The rule of a tensor, in the arithmetic type A.
     template <arithmetic_element A>
     [[nodiscard]] keep_between_of_tensor<A> get(std::size_t tensor) const noexcept
     {
@@ -20697,6 +20964,7 @@ struct breadcrumbs_options {
 struct breadcrumbs_ties_options {
     double density = 0.85;
     double gamma = 0.01;
+    /// Of election and merge.
     ties_options ties = in_tensors();
     std::vector<double> densities{}; ///< of each task, or none for `density` of all
     std::vector<double> gammas{}; ///< of each task, or none for `gamma` of all
@@ -20844,9 +21112,10 @@ inline void add_counts(std::vector<std::uint64_t>& sum, const std::vector<std::u
 /// of a group are those of its first tensor. A group for each set of values, in the order of their first tensors.
 template <described_options Options>
 struct tensor_group {
-    Options options{};
-    std::vector<std::size_t> tensors{};
+    Options options{}; ///< of all of them
+    std::vector<std::size_t> tensors{}; ///< places in models.tensors(), ascending
 };
+/// Groups the tensors that take part by what `options_of(name)` says of each.
 template <described_options Options>
 [[nodiscard]] std::vector<tensor_group<Options>> group_by_options(
     const aligned_models& models, const callback<Options(std::string_view)>& options_of)
@@ -20937,6 +21206,7 @@ struct enum_words<decay_shape> {
 ///   - wsm: ct = d(t / N) − d((t + 1) / N), for which θ* is where the update from checkpoint t − 1 to t, times
 ///     d(t / N), for every t, would have led from the first checkpoint: training at a constant rate, then merged, for
 ///     training with that decay. The linear one is the uniform average.
+///
 /// This is the weighted average with these weights (average_options), bit for bit. Needs no base.
 ///
 ///     merge(cpu{}, checkpoint_average_options{.schedule = checkpoint_schedule::wsm}, checkpoints, out);
@@ -21039,8 +21309,8 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct combination_body {
     static constexpr bool watches = true;
-    const A* weights;
-    bool on_base;
+    const A* weights; ///< of each task
+    bool on_base; ///< of τt on θ0, and not of θt
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -21175,13 +21445,15 @@ namespace taskvec::inline TASKVEC_ABI {
 /// The rule of one tensor: entry i of task t is kept, divided by a number, where its word is below `bound`.
 template <arithmetic_element A>
 struct keep_random_of_tensor {
-    static constexpr bool sees_all = false;
+    static constexpr bool sees_all =
+        false; ///< NaN and infinity may be dropped: the walk looks for them in what it reads.
     static constexpr bool clears_zeros = false;
     std::uint64_t key; ///< of random_stream
     const std::uint64_t* bounds; ///< of each task, at most 2³²: everything
     const A* divisors; ///< of each task
     bool draws; ///< whether any task's bound asks for draws
 
+    /// x divided by the task's number where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -21192,7 +21464,9 @@ struct keep_random_of_tensor {
         const auto last = static_cast<signed_word<A>>(static_cast<std::int64_t>(bound) - (std::int64_t{1} << 31));
         return where(in.draws(t) < filled_words<typename In::words>(last), x / divisors[t]);
     }
+    /// Whether a body has to draw at all.
     [[nodiscard]] TASKVEC_INLINE bool drawing() const noexcept { return draws; }
+    /// The random numbers of task t.
     [[nodiscard]] TASKVEC_HOST_DEVICE random_stream stream(std::size_t t) const noexcept
     {
         return {key, static_cast<std::uint32_t>(t)};
@@ -21203,6 +21477,7 @@ struct keep_random_of_tensor {
 /// alone, and divides it by the density unless it is to stay as it is. Errors: invalid_argument unless 0 < density ≤ 1.
 class keep_random {
 public:
+    /// `divided`: what is kept is divided by its density.
     template <class Passes>
     keep_random(Passes& passes, const task_shares& density, std::uint64_t seed, bool divided = true)
         : divisors_(passes, divisors_of(passes.tasks(), density, divided))
@@ -21215,6 +21490,7 @@ public:
         bounds_ = passes.keep(std::move(bounds));
         for (const auto& tensor : passes.models().tensors()) { keys_.push_back(hash64(tensor.name, seed)); }
     }
+    /// The rule of a tensor, in the arithmetic type A.
     template <arithmetic_element A>
     [[nodiscard]] keep_random_of_tensor<A> get(std::size_t tensor) const noexcept
     {
@@ -21300,10 +21576,11 @@ struct dare_options {
 struct dare_ties_options {
     double density = 0.5;
     std::uint64_t seed = 0;
-    ties_options ties{};
+    ties_options ties{}; ///< of election and merge
     drop_rescale rescale = drop_rescale::density;
     std::vector<double> densities{}; ///< of each task, or none for `density` of all
 
+    /// What ties-merging does with what DARE keeps.
     [[nodiscard]] static dare_ties_options as_in_ties_merging()
     {
         dare_ties_options options;
@@ -21319,6 +21596,7 @@ struct dare_ties_options {
         options.rescale = drop_rescale::l1;
         return options;
     }
+    /// What PEFT's dare_ties does, up to its random numbers.
     [[nodiscard]] static dare_ties_options as_in_peft()
     {
         dare_ties_options options;
@@ -21448,10 +21726,12 @@ struct enum_words<rank_axis> {
 /// The rule of one tensor: what an entry is divided by was worked out with its row; 0 where it is dropped.
 template <arithmetic_element A>
 struct keep_ranked_of_tensor {
-    static constexpr bool sees_all = false;
+    static constexpr bool sees_all =
+        false; ///< NaN and infinity may be dropped: the walk looks for them in what it reads.
     static constexpr bool clears_zeros = false;
     static constexpr bool reads_beside = true;
 
+    /// x divided by its own number where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -21534,6 +21814,7 @@ private:
 /// 0 ≤ epsilon with density ± epsilon within (0, 1). Cost: every row is sorted. On the CPU.
 class keep_ranked {
 public:
+    /// `axis`: which entries make a row; `divided`: what is kept is divided by its probability.
     template <class Passes>
     keep_ranked(Passes& passes, const task_shares& density, const task_shares& epsilon, std::uint64_t seed,
         rank_axis axis, bool divided)
@@ -21564,6 +21845,7 @@ public:
                     room, ", for which density - epsilon and density + epsilon are within (0, 1)"));
         }
     }
+    /// The rule of a tensor: the same for all, as what differs was worked out with the rows.
     template <arithmetic_element A>
     [[nodiscard]] keep_ranked_of_tensor<A> get(std::size_t) const noexcept
     {
@@ -21763,7 +22045,7 @@ struct della_options {
     double density = 0.5;
     double epsilon = 0.15;
     std::uint64_t seed = 0;
-    ties_options ties{};
+    ties_options ties{}; ///< of election and merge
     drop_rescale rescale = drop_rescale::density; ///< density: by each entry's own probability
     rank_axis axis = rank_axis::last;
     std::vector<double> densities{}; ///< of each task, or none for `density` of all
@@ -22027,7 +22309,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///
 ///     merge(cpu{}, fisher_options{.fishers = fishers}, tasks, out);
 struct fisher_options {
-    std::vector<const_model_ref> fishers{};
+    std::vector<const_model_ref> fishers{}; ///< of each task, by the names of the models' tensors
     std::vector<double> weights{};
     bool normalize = false;
     double floor = 1e-12;
@@ -22058,8 +22340,8 @@ template <arithmetic_element A>
 struct fisher_body {
     static constexpr bool watches = true;
     static constexpr bool reads_beside = true;
-    const A *factors, *weights;
-    A total, floor;
+    const A *factors, *weights; ///< ct/‖Ft‖ or ct, and ct, of each task
+    A total, floor; ///< Σ ct, and the least denominator
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -22564,10 +22846,11 @@ struct options_of<nearswap_options> {
             {.at_least = 0, .expected = "a distance of at least 0, such as 0.001"})};
 };
 
+/// What nearswap_options says of an entry.
 template <arithmetic_element A>
 struct nearswap_body {
     static constexpr bool watches = false;
-    A t;
+    A t; ///< the distance
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -22720,7 +23003,7 @@ struct options_of<passthrough_options> {
 template <arithmetic_element A>
 struct scaled_body {
     static constexpr bool watches = false;
-    A factor;
+    A factor; ///< of every entry
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -22837,7 +23120,7 @@ struct options_of<ram_plus_options> {
 template <arithmetic_element A>
 struct acting_mean_body {
     static constexpr bool watches = false;
-    A epsilon;
+    A epsilon; ///< magnitude above which a task acts
     const A* raise; ///< null: 1 for all
 
     template <class In>
@@ -23273,10 +23556,11 @@ namespace taskvec::inline TASKVEC_ABI {
 ///
 ///     merge(cpu{}, regmean_options{.grams = grams, .alpha = 0.9}, tasks, out);
 struct regmean_options {
-    std::vector<const_model_ref> grams{};
+    std::vector<const_model_ref> grams{}; ///< of each task, by the names of its layers' weights
     double alpha = 0.9; ///< scale of the off-diagonals, in [0, 1]
     double ridge = 0; ///< share of the mean diagonal, such as 1e-6
     std::vector<double> weights{};
+    /// How the weight of that name is stored; empty: out_in for all.
     std::function<weight_layout(std::string_view)> layout{};
     std::vector<std::string> labels{}; ///< names of the Gram models in messages; empty: "the Grams of task 1", …
 };
@@ -23627,6 +23911,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///   2. calculate: wt = mean(τt²) over the tensor with the others as 0, divided by Σ wt; where that sum is below
 ///      `least_weight`, or 0, all tasks weigh the same;
 ///   3. erase: an entry's sign is that of Σ τt (plus for 0), and tasks of another sign, or 0, are left out there.
+///
 /// θ* = θ0 + Σ wt·τt / Σ wt over the tasks that are left (a divisor is at least `least_weight`). Variances, of the task
 /// vectors less the first, products, sums and quotients round in f32 (f64 for f64) in task order, sums of squares are
 /// f64 sums of a fixed shape: bit-exact for any threads and blocks. Errors: invalid_argument (density, least_weight).
@@ -23678,8 +23963,8 @@ template <arithmetic_element A>
 struct sce_body {
     static constexpr bool watches = false;
     top_k_threshold<A> selected; ///< on variances
-    const A* weights;
-    A least;
+    const A* weights; ///< of each task
+    A least; ///< the least divisor
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -24042,12 +24327,13 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A run of rows that are taken together: row `first + i` is the mean of row `row + i` of each part.
 struct row_run {
+    /// A row of some tensor.
     struct part {
         std::size_t tensor = 0; ///< in the list that selected_rows is given
-        std::uint64_t row = 0;
+        std::uint64_t row = 0; ///< of the first row that is taken
     };
-    std::uint64_t first = 0, count = 0;
-    std::vector<part> parts{};
+    std::uint64_t first = 0, count = 0; ///< of the rows that are made
+    std::vector<part> parts{}; ///< one to be taken bit for bit, more to be averaged
 };
 
 /// A tensor whose rows (the first extent) are rows of others, or means of some. One row of another is it bit for bit;
@@ -24059,6 +24345,7 @@ struct row_run {
 ///     model.insert("embed_tokens.weight", rows.tensor(base.dtype)); // 32001 rows, the last one of the task
 class selected_rows final : public operand_source {
 public:
+    /// `tensors`: of one row length each; `runs`: ascending, without gaps.
     selected_rows(std::vector<const_tensor_ref> tensors, std::vector<row_run> runs)
         : tensors_(std::move(tensors))
         , runs_(std::move(runs))
@@ -24099,6 +24386,7 @@ public:
     {
         return {nullptr, stored, shape_, {}, memory_space::host, 0, this};
     }
+    /// As they were given.
     [[nodiscard]] const std::vector<row_run>& runs() const noexcept { return runs_; }
     [[nodiscard]] taskvec::dtype type() const noexcept override { return wide_ ? dtype::f64 : dtype::f32; }
     [[nodiscard]] unsigned stored_bits() const noexcept override
@@ -24199,9 +24487,11 @@ namespace taskvec::inline TASKVEC_ABI {
 class index_list {
 public:
     using value_type = std::uint64_t;
+    /// Of the memory that holds the words.
     using allocator_type = std::pmr::polymorphic_allocator<std::byte>;
 
     index_list() = default;
+    /// Empty, with memory from `memory`.
     explicit index_list(const allocator_type& memory)
         : narrow_(memory)
         , wide_(memory)
@@ -24222,6 +24512,7 @@ public:
     [[nodiscard]] std::size_t size() const noexcept { return is_wide_ ? wide_.size() : narrow_.size(); }
     [[nodiscard]] bool empty() const noexcept { return size() == 0; }
     [[nodiscard]] std::uint64_t operator[](std::size_t i) const noexcept { return is_wide_ ? wide_[i] : narrow_[i]; }
+    /// The last index; the list is not empty.
     [[nodiscard]] std::uint64_t back() const noexcept { return (*this)[size() - 1]; }
     /// True where an index takes eight bytes.
     [[nodiscard]] bool wide() const noexcept { return is_wide_; }
@@ -24231,7 +24522,9 @@ public:
         return is_wide_ ? static_cast<const void*>(wide_.data()) : static_cast<const void*>(narrow_.data());
     }
 
+    /// Room for `count` indices, without another allocation, of the width that the list has now.
     void reserve(std::size_t count) { is_wide_ ? wide_.reserve(count) : narrow_.reserve(count); }
+    /// Appends an index; the first that needs more than 32 bits widens the list.
     void push_back(std::uint64_t index)
     {
         if (!is_wide_ && index > most) {
@@ -24255,6 +24548,7 @@ public:
         }
     }
 
+    /// Goes through the indices, as numbers: random access, whose reference is a value.
     class iterator {
     public:
         using iterator_category = std::input_iterator_tag;
@@ -24265,6 +24559,7 @@ public:
         using reference = std::uint64_t;
 
         iterator() = default;
+        /// At place `at` of a list, which it refers to.
         iterator(const index_list& list, std::size_t at) noexcept
             : list_(&list)
             , at_(at)
@@ -24285,15 +24580,21 @@ public:
             --*this;
             return before;
         }
+        /// N places on, or back.
         iterator& operator+=(std::ptrdiff_t n) noexcept
         {
             at_ += static_cast<std::size_t>(n);
             return *this;
         }
+        /// N places back.
         iterator& operator-=(std::ptrdiff_t n) noexcept { return *this += -n; }
+        /// N places on.
         friend iterator operator+(iterator i, std::ptrdiff_t n) noexcept { return i += n; }
+        /// N places on.
         friend iterator operator+(std::ptrdiff_t n, iterator i) noexcept { return i += n; }
+        /// N places back.
         friend iterator operator-(iterator i, std::ptrdiff_t n) noexcept { return i -= n; }
+        /// How many places a is behind b.
         friend std::ptrdiff_t operator-(const iterator& a, const iterator& b) noexcept
         {
             return static_cast<std::ptrdiff_t>(a.at_) - static_cast<std::ptrdiff_t>(b.at_);
@@ -24355,10 +24656,11 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct sparse_vector {
     using value_type = A;
-    extents shape{};
-    index_list indices{};
-    std::pmr::vector<A> values{};
+    extents shape{}; ///< of the tensor
+    index_list indices{}; ///< ascending, row-major flat
+    std::pmr::vector<A> values{}; ///< one for each index
 
+    /// How many entries are kept.
     [[nodiscard]] std::size_t kept() const noexcept { return indices.size(); }
     friend bool operator==(const sparse_vector&, const sparse_vector&) = default;
 };
@@ -24368,16 +24670,18 @@ struct sparse_vector {
 template <arithmetic_element A>
 struct bitmask_vector {
     using value_type = A;
-    extents shape{};
-    std::pmr::vector<std::uint8_t> bitmask{};
-    std::pmr::vector<A> values{};
+    extents shape{}; ///< of the tensor
+    std::pmr::vector<std::uint8_t> bitmask{}; ///< bit i%8 of byte i/8 is entry i
+    std::pmr::vector<A> values{}; ///< of the bits that are set, in order
 
+    /// How many entries are kept.
     [[nodiscard]] std::size_t kept() const noexcept { return values.size(); }
     friend bool operator==(const bitmask_vector&, const bitmask_vector&) = default;
 };
 
 /// One tensor's kept entries, and a model's by tensor name.
 using sparse_tensor = std::variant<sparse_vector<float>, sparse_vector<double>>;
+/// A model's kept entries by tensor name.
 using sparse_model = std::map<std::string, sparse_tensor>;
 
 /// Entries kept in a whole model.
@@ -24405,20 +24709,22 @@ template <class T>
 /// any alignment. Who makes one has checked them: indices ascend and are in range, the bits are as many as the values.
 struct sparse_view {
     std::string name = "values"; ///< of the tensor
-    extents shape{};
+    extents shape{}; ///< of the tensor
     std::uint64_t size = 0, kept = 0; ///< elements, and entries
     bool wide = false; ///< f64 values
-    const std::byte* values = nullptr;
+    const std::byte* values = nullptr; ///< f32, or f64 where `wide`
     const std::byte* indices = nullptr; ///< 32-bit words, or 64-bit ones; null where there is a bitmask
-    bool wide_indices = false;
-    const std::uint8_t* bitmask = nullptr;
+    bool wide_indices = false; ///< indices are 64-bit words
+    const std::uint8_t* bitmask = nullptr; ///< where there are no indices: bit i%8 of byte i/8 is entry i
     std::span<const std::uint64_t> before{}; ///< bits set before each run of `run` elements
-    static constexpr std::uint64_t run = 65536;
+    static constexpr std::uint64_t run = 65536; ///< elements of a run that `before` counts
 
+    /// The flat index of kept entry number `entry`; where there are indices.
     [[nodiscard]] std::uint64_t index(std::uint64_t entry) const noexcept
     {
         return wide_indices ? detail::load<std::uint64_t>(indices, entry) : detail::load<std::uint32_t>(indices, entry);
     }
+    /// The value of kept entry number `entry`, as an A.
     template <arithmetic_element A>
     [[nodiscard]] A value(std::uint64_t entry) const noexcept
     {
@@ -24837,10 +25143,13 @@ inline void check_saved_bytes(std::span<const std::byte> saved, std::size_t need
 class saved_words {
 public:
     saved_words() = default;
+    /// Room for `bytes` bytes (see saved_bytes()), from `memory`.
     explicit saved_words(std::size_t bytes, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : words_((bytes + 7) / 8, memory)
     { }
+    /// The memory, aligned to 8 bytes.
     [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return std::as_bytes(std::span(words_)); }
+    /// The memory, aligned to 8 bytes, to be written.
     [[nodiscard]] std::span<std::byte> bytes() & noexcept { return std::as_writable_bytes(std::span(words_)); }
     std::span<const std::byte> bytes() const&& = delete;
 
@@ -24941,6 +25250,7 @@ public:
 /// Collects kept entries in memory, which comes from `memory` and must outlive what take() returns.
 class sparse_model_sink final : public sparse_sink {
 public:
+    /// What is collected lies in `memory`.
     explicit sparse_model_sink(std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : memory_(memory)
     { }
@@ -24970,6 +25280,7 @@ public:
     {
         store(tensor, first, indices, values, n);
     }
+    /// Hands over what was collected.
     [[nodiscard]] sparse_model take() { return std::move(model_); }
 
 private:
@@ -25283,6 +25594,7 @@ auto peru_fft(const P&, const Arguments&...)
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// How peru_lora() cuts ranks.
 struct peru_lora_options {
     rank_choice rank{}; ///< q for every layer, or the share of each layer's energy to keep
     sigma_side side = sigma_side::both;
@@ -25393,7 +25705,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     merge(cpu{}, sparse_addition_options{.entries = file.parts()}, models, sink);
 struct sparse_addition_options {
     std::span<const sparse_view> entries{}; ///< each names its tensor
-    double scale = 1.0;
+    double scale = 1.0; ///< of every entry
     nonfinite on_nonfinite = nonfinite::propagate; ///< NaN and infinity among the entries
 };
 
@@ -25523,6 +25835,7 @@ struct lorahub_candidate {
     double objective = 0; ///< L(w) + α·Σ|wt|
 };
 
+/// What lorahub() found.
 struct lorahub_result {
     lorahub_candidate best; ///< of lowest objective; the first of equals
     std::vector<lorahub_candidate> history; ///< all evaluations, in order
@@ -25532,7 +25845,7 @@ struct lorahub_result {
 struct lorahub_problem {
     std::size_t dimension = 0; ///< one weight for each task
     double lower = 0, upper = 0; ///< bounds of every weight
-    std::vector<double> start;
+    std::vector<double> start; ///< weights to begin with
     std::size_t evaluations = 0; ///< the budget
 };
 
@@ -25556,10 +25869,12 @@ concept candidate_loss = requires(Loss& loss, const Candidate& candidate) {
 /// the loss threw), or an optimiser that failed (backend_error). history() has what had been evaluated until then.
 class lorahub_error : public error {
 public:
+    /// See error; `history` is handed on.
     lorahub_error(error_code code, error_kind kind, const std::string& message, std::vector<lorahub_candidate> history)
         : error(code, kind, message)
         , history_(std::move(history))
     { }
+    /// What was evaluated until then.
     [[nodiscard]] const std::vector<lorahub_candidate>& history() const noexcept { return history_; }
 
 private:
@@ -25899,6 +26214,7 @@ namespace taskvec::inline TASKVEC_ABI {
     }
 }
 
+/// Which subsets are visited, and the weights of their sums.
 struct subset_sweep_options {
     std::vector<double> weights{}; ///< one for each task; empty: all 1
     std::size_t smallest = 2; ///< subsets of fewer tasks are not visited
@@ -26022,8 +26338,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A point of a sweep, as its coordinates are written in a table, and its score.
 struct sweep_row {
-    std::vector<std::string> point;
-    double score = 0;
+    std::vector<std::string> point; ///< the coordinates, in the order of the table's columns
+    double score = 0; ///< as the scoring function gave it
 };
 
 /// Points and scores, in the order in which they came. A sweep skips what its table holds already, so a sweep that was
@@ -26037,7 +26353,9 @@ public:
 
     /// The names of the coordinates.
     [[nodiscard]] const std::vector<std::string>& columns() const noexcept { return columns_; }
+    /// The rows, in the order in which they came.
     [[nodiscard]] const std::vector<sweep_row>& rows() const noexcept { return rows_; }
+    /// Whether this point has been scored.
     [[nodiscard]] bool contains(const std::vector<std::string>& point) const { return places_.contains(point); }
     /// The row of highest score, or of lowest; the first of equals; nullptr when there is none.
     [[nodiscard]] const sweep_row* best(bool highest = true) const noexcept
@@ -26199,6 +26517,7 @@ inline std::vector<std::vector<std::string>> csv_lines(std::string_view text, st
     return steps;
 }
 
+/// How a sweep goes on: how many at once, and what is called when rows were added.
 struct sweep_options {
     std::size_t at_once = 1; ///< candidates that are scored at the same time, each in a buffer of its own: for a score
                              ///< that may be called from several threads
@@ -26547,6 +26866,7 @@ protected:
                 });
         }
     }
+    /// One example more, whose gradients are all added.
     void count_example() noexcept { ++examples_; }
     /// Adds what was seen elsewhere. Throws invalid_argument, shape_mismatch for another model's.
     void add_sums(const fisher_accumulator& other)
@@ -26614,6 +26934,7 @@ private:
 ///     for (…) { fisher.add(cpu{}, gradient_of_log_likelihood); }
 class empirical_fisher_accumulator : public fisher_accumulator {
 public:
+    /// Zeros, of the names and shapes of `parameters`. Errors: as fisher_accumulator.
     explicit empirical_fisher_accumulator(const const_model_ref& parameters)
         : fisher_accumulator(parameters)
     { }
@@ -26634,6 +26955,7 @@ public:
 ///     for (…) { fisher.add(cpu{}, gradients_of_each_label, probabilities); }
 class expected_fisher_accumulator : public fisher_accumulator {
 public:
+    /// Zeros, of the names and shapes of `parameters`. Errors: as fisher_accumulator.
     explicit expected_fisher_accumulator(const const_model_ref& parameters)
         : fisher_accumulator(parameters)
     { }
@@ -26694,6 +27016,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     matrix<double> g = gram.matrix();
 class gram_accumulator {
 public:
+    /// Of a layer with `features` inputs; `layer` names it in errors. 4·features² bytes.
     explicit gram_accumulator(std::size_t features, std::string layer = "the layer")
         : features_(features)
         , layer_(std::move(layer))
@@ -26703,6 +27026,7 @@ public:
         }
     }
 
+    /// Inputs of the layer.
     [[nodiscard]] std::size_t features() const noexcept { return features_; }
     /// Rows seen: examples, or tokens where each position is a row.
     [[nodiscard]] std::uint64_t examples() const noexcept { return examples_; }

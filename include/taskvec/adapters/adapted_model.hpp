@@ -95,6 +95,7 @@ public:
         changes_[tensor].push_back(std::move(change));
     }
 
+    /// What was added, by the name of the tensor, each tensor's changes in the order in which they came.
     [[nodiscard]] const std::map<std::string, std::vector<weight_change>>& changes() const noexcept { return changes_; }
     [[nodiscard]] bool empty() const noexcept { return changes_.empty(); }
 

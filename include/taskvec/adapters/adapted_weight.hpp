@@ -31,22 +31,29 @@ struct update_place {
 
 /// One thing that is added to a tensor. It refers to the update, or the stored tensor, which outlive it.
 struct weight_change {
-    const lora_update<float>* single = nullptr;
-    const lora_update<double>* wide = nullptr;
+    const lora_update<float>* single = nullptr; ///< the update, in f32
+    const lora_update<double>* wide = nullptr; ///< or in f64; both null: `saved` takes the tensor's place
     const_tensor_ref saved{}; ///< a whole tensor in place of the base's, where there is no update
     double weight = 1; ///< of the change: θ0 + weight·(θ − θ0)
-    update_place place{};
+    update_place place{}; ///< how the update lies in the tensor
     std::string label{}; ///< names the adapter in messages
 
+    /// Whether it is a low-rank update; out() to b() are its own, and are asked of nothing else.
     [[nodiscard]] bool is_update() const noexcept { return single || wide; }
+    /// Outputs of the module.
     [[nodiscard]] std::size_t out() const noexcept { return single ? single->out() : wide->out(); }
+    /// Inputs of the module.
     [[nodiscard]] std::size_t in() const noexcept { return single ? single->in() : wide->in(); }
+    /// The rank of its factors.
     [[nodiscard]] std::size_t rank() const noexcept { return single ? single->rank() : wide->rank(); }
+    /// The factor of b·a.
     [[nodiscard]] double scaling() const noexcept { return single ? single->scaling : wide->scaling; }
+    /// Entry (k, i) of lora_A, in f64.
     [[nodiscard]] double a(std::size_t k, std::size_t i) const noexcept
     {
         return single ? static_cast<double>(single->a(k, i)) : wide->a(k, i);
     }
+    /// Entry (i, k) of lora_B, in f64.
     [[nodiscard]] double b(std::size_t i, std::size_t k) const noexcept
     {
         return single ? static_cast<double>(single->b(i, k)) : wide->b(i, k);

@@ -135,18 +135,20 @@ template <arithmetic_element T>
 
 /// What an algorithm on adapters did to one layer.
 struct layer_report {
-    std::string name{};
-    std::size_t out = 0, in = 0;
+    std::string name{}; ///< of the module
+    std::size_t out = 0, in = 0; ///< shape of ΔW
     std::size_t rank_before = 0; ///< of the adapter, or of all stacked ones together; 0 where the update was dense
     std::size_t rank = 0; ///< what is stored now
     bool whole = false; ///< nothing was cut off: the update is exact
     double squared_norm = 0; ///< ‖ΔW‖²_F before
     double squared_error = 0; ///< ‖ΔW − what is stored‖²_F, before rounding to a storage type
 
+    /// ‖ΔW − what is stored‖_F / ‖ΔW‖_F; 0 for a zero update.
     [[nodiscard]] double relative_error() const noexcept
     {
         return squared_norm > 0 ? std::sqrt(squared_error / squared_norm) : 0;
     }
+    /// The share of ‖ΔW‖²_F that is stored, 1 − squared_error / squared_norm; 1 for a zero update.
     [[nodiscard]] double energy() const noexcept { return squared_norm > 0 ? 1 - squared_error / squared_norm : 1; }
     /// Numbers stored: rank·(out + in + 1) with the singular values, rank·(out + in) for a layer that was kept whole.
     [[nodiscard]] std::uint64_t parameters() const noexcept
@@ -158,7 +160,7 @@ struct layer_report {
 /// A new adapter, and what was done for it layer by layer.
 template <arithmetic_element T, memory_space S>
 struct adapter_result {
-    lora_adapter<T, S> adapter;
+    lora_adapter<T, S> adapter; ///< by module
     std::vector<layer_report> layers; ///< in name order
 
     /// Relative error over all layers together.
@@ -171,6 +173,7 @@ struct adapter_result {
         }
         return norm > 0 ? std::sqrt(error / norm) : 0;
     }
+    /// Numbers stored, over all layers.
     [[nodiscard]] std::uint64_t parameters() const noexcept
     {
         std::uint64_t total = 0;
@@ -231,6 +234,8 @@ void fold_update(const cpu& policy, const lora_update<T>& update, matrix_view<S>
 template <storage_element S>
 class folded_update {
 public:
+    /// Saves `weight` (out×in, of any storage type) and folds factor·ΔW into it, as fold_update(), whose errors these
+    /// are.
     template <arithmetic_element T>
     folded_update(const cpu& policy, const lora_update<T>& update, matrix_view<S> weight, double factor = 1,
         std::string_view name = "the update")
@@ -240,7 +245,9 @@ public:
         copy(weight_, saved_.view());
         fold_update(policy, update, weight, factor, name);
     }
+    /// A folded update moves: undo() is then the new object's.
     folded_update(folded_update&&) noexcept = default;
+    /// The update that was held before stays folded.
     folded_update& operator=(folded_update&&) noexcept = default;
 
     /// Writes the former words back. A second call changes nothing.

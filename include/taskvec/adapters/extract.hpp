@@ -20,8 +20,9 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// How extract_lora() chooses layers and ranks.
 struct extract_options {
-    rank_choice rank{};
+    rank_choice rank{}; ///< of every layer: a number, or a share of its energy or error
     sigma_side side = sigma_side::both;
     callback<bool(std::string_view)> include{}; ///< which tensors to look at, by name; empty: all
     std::string suffix =

@@ -178,15 +178,16 @@ merge_report fuse(const Policy& policy, const const_model_ref& base, const lora_
     return fuse(policy, base, changes, out, how);
 }
 
+/// An update and its weight in a sum.
+template <arithmetic_element T>
+struct weighted_update {
+    const lora_update<T>& update; ///< borrowed
+    double weight = 1; ///< of the update
+};
 /// One weight in memory: out = round(weight + Σ factors), typed. `weight` and `out` are out×in and row-major, `updates`
 /// refer to theirs; out may be the weight's own memory.
 ///
 ///     fuse(cpu{}, as_view(weight), {{update, 0.5}, {other, 1.0}}, as_view(out));
-template <arithmetic_element T>
-struct weighted_update {
-    const lora_update<T>& update;
-    double weight = 1;
-};
 template <cpu_policy Policy, arithmetic_element T, storage_element S, storage_element Out>
 void fuse(const Policy& policy, view<const S, memory_space::host> weight,
     std::initializer_list<weighted_update<T>> updates, view<Out, memory_space::host> out, model_options how = {})

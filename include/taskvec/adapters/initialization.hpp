@@ -12,7 +12,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What messages call an initialisation and the adapter that was trained from it.
 struct initialization_labels {
-    std::string initial = "the initialisation", adapter = "the adapter";
+    std::string initial = "the initialisation", adapter = "the adapter"; ///< in the singular
 };
 
 /// Throws unless one module's update can have been trained from `initial`: shape_mismatch for another shape or rank (or

@@ -26,12 +26,15 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     lora_update<float> update{.b = b, .a = a, .scaling = 2};
 template <arithmetic_element T, memory_space S>
 struct lora_update {
-    matrix<T, S> b;
-    matrix<T, S> a;
-    double scaling = 1;
+    matrix<T, S> b; ///< lora_B, out×r
+    matrix<T, S> a; ///< lora_A, r×in
+    double scaling = 1; ///< of b·a: α/r, or α/√r where rsLoRA is asked for
 
+    /// Rows of ΔW.
     [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
+    /// Columns of ΔW.
     [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
+    /// R, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
     [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const

@@ -52,8 +52,9 @@ struct enum_words<peft_combination> {
         word{peft_combination::magnitude_prune_svd, "magnitude-prune-svd"}};
 };
 
+/// What merge_as_peft() does: PEFT's arguments, and a factor over all.
 struct peft_merge_options {
-    peft_combination combination = peft_combination::svd;
+    peft_combination combination = peft_combination::svd; ///< PEFT's combination_type
     std::vector<double> weights{}; ///< one for each adapter, or none for all 1; negative ones subtract
     double lambda = 1; ///< multiplies all weights; PEFT has none
     double density = 1; ///< share kept of each factor or update, in (0, 1]: of TIES, DARE and magnitude pruning
@@ -63,23 +64,26 @@ struct peft_merge_options {
     std::uint64_t seed = 0; ///< of DARE
 };
 
-/// Whether a combination type decomposes merged updates, prunes (so that it needs a density), or draws at random.
+/// Whether a combination type decomposes merged updates.
 [[nodiscard]] constexpr bool merges_updates(peft_combination how) noexcept
 {
     using enum peft_combination;
     return how == svd || how == ties_svd || how == dare_linear_svd || how == dare_ties_svd
         || how == magnitude_prune_svd;
 }
+/// Whether it draws at random.
 [[nodiscard]] constexpr bool is_random(peft_combination how) noexcept
 {
     using enum peft_combination;
     return how == dare_linear || how == dare_linear_svd || how == dare_ties || how == dare_ties_svd;
 }
+/// Whether it elects signs.
 [[nodiscard]] constexpr bool elects_signs(peft_combination how) noexcept
 {
     using enum peft_combination;
     return how == ties || how == ties_svd || how == dare_ties || how == dare_ties_svd;
 }
+/// Whether it prunes, so that it needs a density.
 [[nodiscard]] constexpr bool prunes(peft_combination how) noexcept
 {
     return how != peft_combination::linear && how != peft_combination::cat && how != peft_combination::svd;

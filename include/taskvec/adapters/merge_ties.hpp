@@ -22,8 +22,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What ties_options means is said there; `rank` (or an energy) is needed, because a merged product has full rank.
 struct adapter_ties_options {
-    ties_options ties{};
-    rank_choice rank{};
+    ties_options ties{}; ///< of the updates, entry by entry
+    rank_choice rank{}; ///< of each merged update
     sigma_side side = sigma_side::both;
 };
 

@@ -22,8 +22,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A fine-tuned adapter φt and the initialisation φ0 that its training started from, as named tensors.
 struct initialized_adapter {
-    const_model_ref adapter;
-    const_model_ref initial;
+    const_model_ref adapter; ///< φt, after training
+    const_model_ref initial; ///< φ0, before it
 };
 
 namespace detail {

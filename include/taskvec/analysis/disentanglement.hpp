@@ -26,6 +26,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// The share of examples on which two predictions differ, in [0, 1]; 0 for none. A prediction is a range of class
 /// indices, or a matrix batch × classes whose rows' largest entries decide (the first among equal ones).
 struct prediction_mismatch {
+    /// Of class indices. Errors: shape_mismatch where the two are not as long.
     template <std::ranges::sized_range Labels>
         requires std::integral<std::ranges::range_value_t<Labels>>
     [[nodiscard]] double operator()(const Labels& a, const Labels& b) const
@@ -36,6 +37,7 @@ struct prediction_mismatch {
         for (const auto label : a) { different += label != *other++; }
         return share(different, std::ranges::size(a));
     }
+    /// Of scores, batch × classes. Errors: shape_mismatch where the two have not as many rows.
     template <class Derived>
     [[nodiscard]] double operator()(const Eigen::MatrixBase<Derived>& a, const Eigen::MatrixBase<Derived>& b) const
     {
@@ -81,6 +83,7 @@ template <storage_element T, class Model, class Distance = prediction_mismatch>
     requires model_callback<Model, T>
 class disentanglement_meter {
 public:
+    /// What the model returns.
     using prediction = std::remove_cvref_t<std::invoke_result_t<Model&, host_view<const T>, std::size_t>>;
 
     /// `space` is borrowed.

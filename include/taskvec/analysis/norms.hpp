@@ -17,7 +17,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// ‖θ‖ of a tensor, and ‖θ − θ0‖ where there is a base (0 otherwise).
 struct tensor_norms {
-    double norm = 0, change = 0;
+    double norm = 0, change = 0; ///< of the task, and of its difference to the base
 };
 
 /// The norms of the first task of `models`, for each of its tensors: f64 sums of a fixed shape over the stored values,

@@ -37,8 +37,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// Mean and sample standard deviation (divisor n − 1; 0 for one value), smallest and largest.
 struct summary {
-    std::size_t count = 0;
-    double mean = 0, standard_deviation = 0, lowest = 0, highest = 0;
+    std::size_t count = 0; ///< of the values
+    double mean = 0, standard_deviation = 0, lowest = 0, highest = 0; ///< in the units of the values
 };
 /// Of at least one value, else invalid_argument. Two passes.
 [[nodiscard]] inline summary summarize(std::span<const double> values)

@@ -4,8 +4,11 @@
 // The version, and the few macros that every header shares.
 #pragma once
 
+/// The version's first number. What versions promise is in docs/stability.md.
 #define TASKVEC_VERSION_MAJOR 0
+/// Its second.
 #define TASKVEC_VERSION_MINOR 2
+/// Its third.
 #define TASKVEC_VERSION_PATCH 0
 
 // What cannot compile the headers is told so in one sentence, and nothing after it: an #include of nothing ends it.
@@ -26,23 +29,21 @@
 #include "taskvec: the error above ends the compilation"
 #endif
 
-// TASKVEC_GNU(): whether attributes, pragmas and built-in functions of g++ and clang are used. Other compilers, and
-// these where TASKVEC_STANDARD_ONLY is defined, are given standard C++ alone.
-//
-// TASKVEC_VECTORS(): whether kernels work on vectors. Otherwise, and in device code, they work on one number at a time:
-// the same bits.
 #if (defined(__GNUC__) || defined(__clang__)) && !defined(TASKVEC_STANDARD_ONLY)
+/// Whether attributes, pragmas and built-in functions of g++ and clang are used. Other compilers, and these where
+/// TASKVEC_STANDARD_ONLY is defined, are given standard C++ alone.
 #define TASKVEC_GNU() 1
 #else
 #define TASKVEC_GNU() 0
 #endif
 #if TASKVEC_GNU() && defined(__GNUC__) && !defined(__CUDACC__)
+/// Whether kernels work on vectors. Otherwise, and in device code, they work on one number at a time: the same bits.
 #define TASKVEC_VECTORS() 1
 #else
 #define TASKVEC_VECTORS() 0
 #endif
 
-// TASKVEC_NO_EXCEPTIONS: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
+/// Defined: errors go to a replaceable handler (core/error.hpp) instead of being thrown.
 #if !defined(TASKVEC_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
 #define TASKVEC_NO_EXCEPTIONS 1
 #endif
@@ -53,6 +54,7 @@
 #define TASKVEC_ABI_ERRORS aborts
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says what becomes of errors: `throws`, or `aborts` with TASKVEC_NO_EXCEPTIONS.
 #define TASKVEC_ABI_ERRORS throws
 #endif
 #ifndef TASKVEC_ABI_SYSTEM
@@ -72,6 +74,7 @@
 #define TASKVEC_ABI_SYSTEM TASKVEC_SYSTEM_OF(THRUST_DEVICE_SYSTEM)
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that names the device: `host`, `cuda`, or a host system of Thrust (`thrust_omp` …).
 #define TASKVEC_ABI_SYSTEM host
 #endif
 #endif
@@ -79,16 +82,20 @@
 #define TASKVEC_ABI_STORAGE _more
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says whether TASKVEC_MORE_STORAGE is defined.
 #define TASKVEC_ABI_STORAGE
 #endif
 #if defined(TASKVEC_STANDARD_ONLY)
 #define TASKVEC_ABI_KERNELS _standard
 #undef TASKVEC_COMPILED
 #else
+/// The part of TASKVEC_ABI that says whether TASKVEC_STANDARD_ONLY is defined.
 #define TASKVEC_ABI_KERNELS
 #endif
 #define TASKVEC_ABI_JOIN_(a, b, c, d, e, f) v##a##_##b##_##c##_##d##e##f
+/// Joins the parts of TASKVEC_ABI, which are macros themselves.
 #define TASKVEC_ABI_JOIN(a, b, c, d, e, f) TASKVEC_ABI_JOIN_(a, b, c, d, e, f)
+/// The inline namespace of everything, such as `v0_2_throws_host`.
 #define TASKVEC_ABI                                                                                                    \
     TASKVEC_ABI_JOIN(TASKVEC_VERSION_MAJOR, TASKVEC_VERSION_MINOR, TASKVEC_ABI_ERRORS, TASKVEC_ABI_SYSTEM,             \
         TASKVEC_ABI_STORAGE, TASKVEC_ABI_KERNELS)
@@ -96,6 +103,7 @@
 #if defined(__CUDACC__)
 #define TASKVEC_HOST_DEVICE __host__ __device__
 #else
+/// Before a function that kernels on a device call too; nothing where no CUDA compiler reads it.
 #define TASKVEC_HOST_DEVICE
 #endif
 
@@ -104,9 +112,13 @@
 // never inlined, between TASKVEC_KERNELS_BEGIN and TASKVEC_KERNELS_END, whose body starts with TASKVEC_STRICT_FP: the
 // optimiser then sees one flat loop over restrict pointers and vectorises it, and no multiply-add is fused.
 #if TASKVEC_GNU()
+/// Before a function that stays a function of its own.
 #define TASKVEC_NOINLINE [[gnu::noinline]]
+/// Before a function that is hardly ever called.
 #define TASKVEC_COLD [[gnu::cold]]
+/// Behind the star of a pointer whose memory no other pointer reaches.
 #define TASKVEC_RESTRICT __restrict
+/// Asks for the line of an address, to be read; `locality` as of __builtin_prefetch.
 #define TASKVEC_PREFETCH(address, locality) __builtin_prefetch(address, 0, locality)
 #else
 #define TASKVEC_NOINLINE
@@ -114,30 +126,32 @@
 #define TASKVEC_RESTRICT
 #define TASKVEC_PREFETCH(address, locality) ((void)(address))
 #endif
-// A type whose words may be other types' objects. (Compilers without the attribute let every type be so.)
 #if defined(__GNUC__) || defined(__clang__)
+/// Before the name of a type whose words may be other types' objects. (Compilers without the attribute let every type
+/// be so.)
 #define TASKVEC_MAY_ALIAS [[gnu::may_alias]]
 #else
 #define TASKVEC_MAY_ALIAS
 #endif
-// Behind the parameters of a lambda in a body.
 #if TASKVEC_GNU()
+/// Behind the parameters of a lambda in a body.
 #define TASKVEC_BODY __attribute__((always_inline))
 #else
 #define TASKVEC_BODY
 #endif
-// What a kernel's body is made of (core/pack.hpp): always inlined, and so compiled for the kernel's instruction set.
 #if defined(__CUDACC__)
 #define TASKVEC_INLINE __host__ __device__ __forceinline__
 #elif TASKVEC_VECTORS()
+/// Before what a kernel's body is made of (core/pack.hpp), and before a body's call operator: always inlined, and so
+/// compiled for the kernel's instruction set.
 #define TASKVEC_INLINE __attribute__((always_inline)) inline
 #else
 #define TASKVEC_INLINE inline
 #endif
-// Before a loop of a kernel on the CPU: how many turns become one.
 #if !TASKVEC_VECTORS()
 #define TASKVEC_UNROLL(turns)
 #else
+/// Before a loop of a kernel on the CPU: how many turns become one.
 #define TASKVEC_UNROLL(turns) TASKVEC_PRAGMA_(GCC unroll turns)
 #define TASKVEC_PRAGMA_(words) _Pragma(#words)
 #endif
@@ -164,16 +178,19 @@
 #define TASKVEC_KERNELS_END
 #define TASKVEC_STRICT_FP _Pragma("clang fp contract(off)")
 #elif defined(__GNUC__)
+/// Before kernels, at namespace level: no multiply-add is fused from here to TASKVEC_KERNELS_END.
 #define TASKVEC_KERNELS_BEGIN                                                                                          \
     _Pragma("GCC push_options") _Pragma(                                                                               \
         "GCC optimize(\"fp-contract=off\",\"no-trapping-math\",\"tree-vectorize\",\"vect-cost-model=dynamic\")")
+/// Ends what TASKVEC_KERNELS_BEGIN began.
 #define TASKVEC_KERNELS_END _Pragma("GCC pop_options")
+/// The first thing in a kernel's body: the same for clang, which wants it there.
 #define TASKVEC_STRICT_FP
 #endif
-// The call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END: it loops
-// over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
 #if defined(__CUDACC__)
 #define TASKVEC_FUNCTOR __host__ __device__
 #else
+/// Before the call operator of an elementwise functor of the gpu policy, also between TASKVEC_KERNELS_BEGIN and _END:
+/// it loops over the indices that it is handed. On a host system it is, like a kernel, a function of its own.
 #define TASKVEC_FUNCTOR TASKVEC_NOINLINE
 #endif

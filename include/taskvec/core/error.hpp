@@ -150,9 +150,9 @@ enum class error_code : std::uint16_t {
 
 /// A code, its word, and the kind of the errors that carry it.
 struct error_code_entry {
-    error_code code;
-    std::string_view word;
-    error_kind kind;
+    error_code code; ///< its number
+    std::string_view word; ///< lower case, with hyphens: what is printed
+    error_kind kind; ///< of every error that carries it
 };
 
 /// Every code of the library, in ascending order.
@@ -291,12 +291,15 @@ inline constexpr error_code_entry error_codes[] = {
 /// Base of everything that the library throws: a kind, a code and a message.
 class error : public std::runtime_error {
 public:
+    /// `message` is what what() returns: it names tensor, found, expected and mend.
     error(error_code code, error_kind kind, const std::string& message)
         : std::runtime_error(message)
         , kind_(kind)
         , code_(code)
     { }
+    /// What kind of thing went wrong.
     [[nodiscard]] error_kind kind() const noexcept { return kind_; }
+    /// What exactly.
     [[nodiscard]] error_code code() const noexcept { return code_; }
 
 private:
@@ -307,6 +310,7 @@ private:
 /// A broken precondition: a value outside its range, an empty list, aliased outputs.
 class invalid_argument : public error {
 public:
+    /// See error.
     invalid_argument(error_code code, const std::string& message)
         : error(code, error_kind::invalid_argument, message)
     { }
@@ -315,6 +319,7 @@ public:
 /// Two tensors that must have the same shape have not.
 class shape_mismatch : public error {
 public:
+    /// See error.
     shape_mismatch(error_code code, const std::string& message)
         : error(code, error_kind::shape_mismatch, message)
     { }
@@ -323,6 +328,7 @@ public:
 /// A tensor has an element type that the algorithm cannot use, or that differs from its partner's.
 class dtype_mismatch : public error {
 public:
+    /// See error.
     dtype_mismatch(error_code code, const std::string& message)
         : error(code, error_kind::dtype_mismatch, message)
     { }
@@ -331,6 +337,7 @@ public:
 /// An input holds NaN or infinity and propagation was not asked for.
 class nonfinite_error : public error {
 public:
+    /// See error.
     nonfinite_error(error_code code, const std::string& message)
         : error(code, error_kind::nonfinite, message)
     { }
@@ -339,12 +346,15 @@ public:
 /// A file does not hold what its format promises. `offset` is the byte at which the fault was seen.
 class format_error : public error {
 public:
+    /// `file`: stands before the message where it is not empty.
     format_error(error_code code, const std::string& message, std::string file, std::uint64_t offset = 0)
         : error(code, error_kind::format_error, file.empty() ? message : file + ": " + message)
         , file_(std::move(file))
         , offset_(offset)
     { }
+    /// The file, or nothing where none was named.
     [[nodiscard]] const std::string& file() const noexcept { return file_; }
+    /// The byte at which reading stopped, 0 where that says nothing.
     [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
 
 private:
@@ -355,12 +365,15 @@ private:
 /// The operating system refused: `system_code` is its errno, 0 where there is none.
 class io_error : public error {
 public:
+    /// `system_code`: an errno, 0 for none.
     io_error(error_code code, const std::string& message, std::string file, int system_code = 0)
         : error(code, error_kind::io_error, file.empty() ? message : file + ": " + message)
         , file_(std::move(file))
         , system_code_(system_code)
     { }
+    /// The file, or nothing where none was named.
     [[nodiscard]] const std::string& file() const noexcept { return file_; }
+    /// The errno of the call that failed, or 0.
     [[nodiscard]] int system_code() const noexcept { return system_code_; }
 
 private:
@@ -371,12 +384,15 @@ private:
 /// A backend failed: `call` is what was called, `backend_code` what it answered.
 class backend_error : public error {
 public:
+    /// `call`: what failed, and what the vendor's code was.
     backend_error(error_code code, const std::string& message, std::string call, int backend_code)
         : error(code, error_kind::backend_error, call + ": " + message + " (code " + std::to_string(backend_code) + ")")
         , call_(std::move(call))
         , backend_code_(backend_code)
     { }
+    /// The name of the call that failed.
     [[nodiscard]] const std::string& call() const noexcept { return call_; }
+    /// The vendor's own code.
     [[nodiscard]] int backend_code() const noexcept { return backend_code_; }
 
 private:
@@ -387,6 +403,7 @@ private:
 /// The progress callback asked to stop.
 class cancelled : public error {
 public:
+    /// See error.
     explicit cancelled(error_code code, const std::string& message = "cancelled by the progress callback")
         : error(code, error_kind::cancelled, message)
     { }

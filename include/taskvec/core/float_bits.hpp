@@ -83,6 +83,7 @@ template <class To, class From>
     const std::uint32_t nan = 0u - static_cast<std::uint32_t>(magnitude == 0x7fu);
     return reinterpret_bits<float>((0x7fc00000u & nan) | (reinterpret_bits<std::uint32_t>(scaled) & ~nan) | sign);
 }
+/// The number of an e5m2 code (1 sign, 5 exponent, 2 mantissa bits: the upper half of an f16). Exact.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr float e5m2_to_f32(std::uint8_t code) noexcept
 {
     return f16_to_f32(static_cast<std::uint16_t>(code << 8));
@@ -101,6 +102,7 @@ template <class To, class From>
         : (magnitude - 0x3c000000u + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
     return static_cast<std::uint8_t>(sign | (code > 0x7eu ? 0x7eu : code));
 }
+/// The same to e5m2, whose infinity stays.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint8_t f32_to_e5m2(float value) noexcept
 {
     const auto word = reinterpret_bits<std::uint32_t>(value);
@@ -133,10 +135,12 @@ template <class To, class From>
 template <arithmetic_element A>
 using bits_type = std::conditional_t<std::same_as<A, double>, std::uint64_t, std::uint32_t>;
 
+/// The bit of the sign in A's word.
 template <arithmetic_element A>
 inline constexpr bits_type<A> sign_mask = std::same_as<A, double> ? static_cast<bits_type<A>>(std::uint64_t{1} << 63)
                                                                   : static_cast<bits_type<A>>(0x80000000u);
 
+/// The bits of the exponent in A's word: those of infinity.
 template <arithmetic_element A>
 inline constexpr bits_type<A> exponent_mask =
     std::same_as<A, double> ? static_cast<bits_type<A>>(0x7ff0000000000000ull) : static_cast<bits_type<A>>(0x7f800000u);

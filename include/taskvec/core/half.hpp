@@ -19,22 +19,27 @@ TASKVEC_KERNELS_BEGIN
 ///     const taskvec::bf16 x(1.5f), y = taskvec::bf16::from_bits(0x3fc0);
 ///     const bool same = x == y && static_cast<float>(y) == 1.5f;
 struct TASKVEC_MAY_ALIAS bf16 {
-    std::uint16_t word;
+    std::uint16_t word; ///< the bits
 
     bf16() = default;
+    /// Rounds once, to nearest even.
     TASKVEC_HOST_DEVICE explicit constexpr bf16(float value) noexcept
         : word(f32_to_bf16(value))
     { }
+    /// The same of any number, rounded once: by way of f64, never twice.
     template <class Number>
         requires std::is_arithmetic_v<Number>
     TASKVEC_HOST_DEVICE explicit constexpr bf16(Number value) noexcept
         : word(f32_to_bf16(f64_to_f32_odd(static_cast<double>(value))))
     { }
+    /// The number of these bits.
     [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr bf16 from_bits(std::uint16_t bits) noexcept
     {
         return reinterpret_bits<bf16>(bits);
     }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator float() const noexcept { return bf16_to_f32(word); }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator double() const noexcept { return bf16_to_f32(word); }
     [[nodiscard]] TASKVEC_HOST_DEVICE friend constexpr bool operator==(bf16 x, bf16 y) noexcept
     {
@@ -45,22 +50,27 @@ struct TASKVEC_MAY_ALIAS bf16 {
 /// An IEEE half-precision number as its 16 bits. Otherwise as bf16; what is above 65504 rounds to infinity as IEEE has
 /// it. May alias Eigen::half, std::float16_t, std::uint16_t.
 struct TASKVEC_MAY_ALIAS f16 {
-    std::uint16_t word;
+    std::uint16_t word; ///< the bits
 
     f16() = default;
+    /// Rounds once, to nearest even.
     TASKVEC_HOST_DEVICE explicit constexpr f16(float value) noexcept
         : word(f32_to_f16(value))
     { }
+    /// The same of any number, rounded once: by way of f64, never twice.
     template <class Number>
         requires std::is_arithmetic_v<Number>
     TASKVEC_HOST_DEVICE explicit constexpr f16(Number value) noexcept
         : word(f32_to_f16(f64_to_f32_odd(static_cast<double>(value))))
     { }
+    /// The number of these bits.
     [[nodiscard]] TASKVEC_HOST_DEVICE static constexpr f16 from_bits(std::uint16_t bits) noexcept
     {
         return reinterpret_bits<f16>(bits);
     }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator float() const noexcept { return f16_to_f32(word); }
+    /// Exact.
     [[nodiscard]] TASKVEC_HOST_DEVICE explicit constexpr operator double() const noexcept { return f16_to_f32(word); }
     [[nodiscard]] TASKVEC_HOST_DEVICE friend constexpr bool operator==(f16 x, f16 y) noexcept
     {

@@ -19,11 +19,13 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     std::uint64_t value = hash.digest();
 class xxh64 {
 public:
+    /// Begins a hash; the seed is XXH64's.
     explicit constexpr xxh64(std::uint64_t seed = 0) noexcept
         : lanes_{seed + p1 + p2, seed + p2, seed, seed - p1}
         , seed_(seed)
     { }
 
+    /// Goes on with `size` bytes.
     void update(const void* data, std::size_t size) noexcept
     {
         const auto* bytes = static_cast<const unsigned char*>(data);
@@ -46,6 +48,7 @@ public:
     }
     void update(std::string_view text) noexcept { update(text.data(), text.size()); }
 
+    /// The hash of all that was given so far, which may go on.
     [[nodiscard]] std::uint64_t digest() const noexcept
     {
         std::uint64_t h;

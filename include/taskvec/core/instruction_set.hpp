@@ -15,6 +15,7 @@
 #if TASKVEC_VECTORS() && defined(__x86_64__) && (!defined(_WIN32) || defined(__clang__))
 #define TASKVEC_WIDE_VECTORS() 1
 #else
+/// Whether kernels are compiled for vectors of 32 and 64 bytes too.
 #define TASKVEC_WIDE_VECTORS() 0
 #endif
 

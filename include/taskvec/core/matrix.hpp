@@ -30,9 +30,10 @@ class matrix_view {
 public:
     using element_type = T;
     using value_type = std::remove_const_t<T>;
-    static constexpr memory_space space = S;
+    static constexpr memory_space space = S; ///< Where the elements are.
 
     constexpr matrix_view() noexcept = default;
+    /// Rows×cols elements from `data` on; `stride`: between starts of rows or columns, 0 for no gaps.
     constexpr matrix_view(
         T* data, std::size_t rows, std::size_t cols, matrix_order order, std::size_t stride = 0) noexcept
         : data_(data)
@@ -49,13 +50,18 @@ public:
     { }
 
     [[nodiscard]] constexpr T* data() const noexcept { return data_; }
+    /// Rows.
     [[nodiscard]] constexpr std::size_t rows() const noexcept { return rows_; }
+    /// Columns.
     [[nodiscard]] constexpr std::size_t cols() const noexcept { return cols_; }
     [[nodiscard]] constexpr std::size_t size() const noexcept { return rows_ * cols_; }
+    /// Elements between the starts of consecutive rows (row_major) or columns (column_major).
     [[nodiscard]] constexpr std::size_t stride() const noexcept { return stride_; }
+    /// Which of the two lie together.
     [[nodiscard]] constexpr matrix_order order() const noexcept { return order_; }
     [[nodiscard]] constexpr bool empty() const noexcept { return rows_ == 0 || cols_ == 0; }
 
+    /// The element; the caller keeps inside the matrix. On the host.
     [[nodiscard]] constexpr T& operator()(std::size_t row, std::size_t col) const noexcept
         requires(S == memory_space::host)
     {
@@ -74,6 +80,7 @@ public:
         T* const first = data_ + (order_ == matrix_order::row_major ? row * stride_ + col : col * stride_ + row);
         return {first, rows, cols, order_, stride_};
     }
+    /// The first `count` columns.
     [[nodiscard]] constexpr matrix_view left_columns(std::size_t count) const noexcept
     {
         return block(0, 0, rows_, count);

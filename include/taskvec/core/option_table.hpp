@@ -40,18 +40,20 @@ namespace taskvec::inline TASKVEC_ABI {
 /// Values that a sweep goes over: the plural that names them, and the usual ones as text ("0.1,0.2" or
 /// "FIRST:LAST:STEP"); `of_subsets` where every subset of the tasks is tried as well.
 struct option_axis {
-    std::string_view name{}, usual{}, of_subsets{};
+    std::string_view name{}, usual{}, of_subsets{}; ///< as described above
 };
 
 /// What a row says beside name, member and meaning. Numbers are finite always, and within the range that is given.
 struct option_details {
     std::string_view unit{}; ///< stands for the value in a usage line: "D", "N"; empty: by the kind
+    /// Smallest value.
     double at_least = -std::numeric_limits<double>::infinity();
     double above = -std::numeric_limits<double>::infinity(); ///< the bound itself is outside
+    /// Largest value.
     double at_most = std::numeric_limits<double>::infinity();
     std::string_view expected{}; ///< what messages say is expected; empty: in words made of the range
     std::string_view negated{}; ///< of a bool that is on by default: the flag that turns it off
-    option_axis axis{};
+    option_axis axis{}; ///< what a sweep tries
 };
 
 /// Of a share of entries: above 0 and up to 1.
@@ -74,16 +76,18 @@ inline constexpr option_axis common_densities{"densities", "0.05,0.1,0.2,0.3,0.5
 /// One member of an options struct. `name`: lower case words with hyphens; `meaning`: a phrase without a full stop.
 template <class Options, class Value>
 struct option_row {
+    /// The struct that has the member.
     using options_type = Options;
     using value_type = Value;
 
-    std::string_view name;
-    Value Options::* member;
-    std::string_view meaning;
-    option_details details;
+    std::string_view name; ///< lower case words with hyphens
+    Value Options::* member; ///< where the value is
+    std::string_view meaning; ///< a phrase without a full stop
+    option_details details; ///< range, unit, words
     bool per_task = false; ///< a list with an entry for each task: given with the tasks, not by itself
     std::string_view each_of{}; ///< of such a list: what an entry is, "weight", or the row that holds for all tasks
 
+    /// `its_name` and `words` must outlive the table: literals do.
     constexpr option_row(
         std::string_view its_name, Value Options::* its_member, std::string_view words, option_details more = {})
         : name(its_name)
@@ -92,6 +96,7 @@ struct option_row {
         , details(more)
     { }
 
+    /// Calls visit(row, value) with the member of `options`, as all rows do.
     template <class Owner, class Visit>
     constexpr void visit(Owner& options, Visit&& visit) const
     {
@@ -140,9 +145,10 @@ template <class Options>
 /// those that `without` names (which have no effect there, or which the owner has itself). Likewise its presets.
 template <class Options, class Inner, std::size_t N>
 struct inner_options {
-    Inner Options::* member;
-    std::array<std::string_view, N> without;
+    Inner Options::* member; ///< the struct within
+    std::array<std::string_view, N> without; ///< names of its rows that are not the owner's
 
+    /// Whether a row of the struct within is none of the owner's.
     [[nodiscard]] constexpr bool leaves_out(std::string_view name) const noexcept
     {
         for (const auto& other : without) {
@@ -150,9 +156,11 @@ struct inner_options {
         }
         return false;
     }
+    /// Calls visit(row, value) for each row of the struct within that is not left out.
     template <class Owner, class Visit>
     constexpr void visit(Owner& options, Visit&& visit) const;
 };
+/// The rows of member `member`, without those that are named. See inner_options.
 template <class Options, class Inner, class... Names>
 [[nodiscard]] constexpr inner_options<Options, Inner, sizeof...(Names)> options_within(
     Inner Options::* member, Names... without)
@@ -163,8 +171,9 @@ template <class Options, class Inner, class... Names>
 /// The rows of a struct.
 template <class... Rows>
 struct option_table {
-    std::tuple<Rows...> rows;
+    std::tuple<Rows...> rows; ///< in the order in which they are listed and asked for
 
+    /// Takes option_row and inner_options, in any number.
     constexpr explicit option_table(const Rows&... all)
         : rows(all...)
     { }
@@ -173,7 +182,8 @@ struct option_table {
 /// A set of values under a name: "as the other library does it".
 template <class Options>
 struct option_preset {
-    std::string_view name, meaning;
+    std::string_view name, meaning; ///< the preset's word, and what it follows
+    /// The values.
     Options (*make)();
 };
 
@@ -201,11 +211,13 @@ concept options_with_presets = requires {
 /// The words for the values of an enumeration: specialise with `static constexpr std::array words{enum_word{…}, …}`.
 template <class Enum>
 struct enum_words { };
+/// A value of an enumeration and its word.
 template <class Enum>
 struct enum_word {
-    Enum value;
-    std::string_view word;
+    Enum value; ///< the value
+    std::string_view word; ///< lower case, with hyphens
 };
+/// An enumeration whose values have words.
 template <class Enum>
 concept worded_enum = std::is_enum_v<Enum> && requires { enum_words<Enum>::words.size(); };
 

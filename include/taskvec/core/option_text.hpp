@@ -29,14 +29,14 @@ enum class option_kind : std::uint8_t { truth, number, whole_number, word, numbe
 
 /// A row of a table, without its types.
 struct option_description {
-    std::string name, meaning, unit;
-    option_kind kind = option_kind::number;
+    std::string name, meaning, unit; ///< as in the row
+    option_kind kind = option_kind::number; ///< of its values
     std::string initial; ///< the default, as write_option() writes it
     std::string expected; ///< "a number above 0 and up to 1", "one of: model, tensor"
     std::string negated; ///< of a truth that is on by default: the name that turns it off
-    std::vector<std::string> words{};
-    option_axis axis{};
-    bool per_task = false;
+    std::vector<std::string> words{}; ///< that it takes, where it takes words
+    option_axis axis{}; ///< what a sweep tries
+    bool per_task = false; ///< a list with an entry for each task
     std::string each_of{}; ///< of a list for the tasks: "weight", or the row that holds for all of them
     bool is_preset = false; ///< chooses a set of values for others: the words name the presets
 };

@@ -54,7 +54,7 @@ inline constexpr int pack_lanes = bytes == 0 ? 1 : bytes / static_cast<int>(size
 /// What a comparison of packs gives: all bits of a lane where it holds, none where not.
 template <arithmetic_element A, int bytes>
 struct pack_mask {
-    typename detail::vector_of<signed_word<A>, bytes>::type lanes;
+    typename detail::vector_of<signed_word<A>, bytes>::type lanes; ///< all bits set, or none
 
     template <class T = void>
     TASKVEC_HOST_DEVICE explicit operator bool() const
@@ -69,18 +69,21 @@ struct pack_mask {
 /// The bits of packs as signed words: magnitudes (their sign bit is clear) compare as numbers do.
 template <arithmetic_element A, int bytes>
 struct pack_words {
+    /// One lane.
     using word = signed_word<A>;
-    typename detail::vector_of<word, bytes>::type lanes;
+    typename detail::vector_of<word, bytes>::type lanes; ///< the words
 };
 
 /// `bytes` of entries of A; 0 bytes are one entry.
 template <arithmetic_element A, int bytes>
 struct pack {
     using value_type = A;
+    /// What comparisons give.
     using mask = pack_mask<A, bytes>;
+    /// Its bits.
     using words = pack_words<A, bytes>;
     static constexpr int size = pack_lanes<A, bytes>;
-    typename detail::vector_of<A, bytes>::type lanes;
+    typename detail::vector_of<A, bytes>::type lanes; ///< the numbers
 };
 
 TASKVEC_KERNELS_BEGIN
@@ -104,6 +107,7 @@ template <class Words>
     }
 #endif
 }
+/// A number in every lane of a pack.
 template <class Pack>
 [[nodiscard]] TASKVEC_INLINE Pack filled(typename Pack::value_type value) noexcept
 {
@@ -156,6 +160,7 @@ TASKVEC_PACK_WITH_NUMBER(*)
 TASKVEC_PACK_WITH_NUMBER(/)
 #undef TASKVEC_PACK_WITH_NUMBER
 
+/// The sign turned around, of every lane (of 0 and NaN too).
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> operator-(const pack<A, bytes>& x) noexcept
 {
@@ -193,11 +198,13 @@ template <arithmetic_element A, int bytes>
 {
     return __builtin_bit_cast(pack_words<A, bytes>, x);
 }
+/// The pack that has these bits.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack<A, bytes> from_bits(const pack_words<A, bytes>& x) noexcept
 {
     return __builtin_bit_cast(pack<A, bytes>, x);
 }
+/// The mask as words: −1 where it holds, 0 where it does not.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> words_of(const pack_mask<A, bytes>& x) noexcept
 {
@@ -220,23 +227,27 @@ TASKVEC_PACK_BITS(pack_words, ^)
 TASKVEC_PACK_BITS(pack_words, +)
 TASKVEC_PACK_BITS(pack_words, -)
 #undef TASKVEC_PACK_BITS
+/// Where the mask does not hold.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> operator~(const pack_mask<A, bytes>& x) noexcept
 {
     return {~x.lanes};
 }
+/// Bits of every word and of `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator&(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
     return {x.lanes & y};
 }
+/// Bits of every word or of `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator|(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
 {
     return {x.lanes | y};
 }
+/// Every word plus `y`.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator+(
     const pack_words<A, bytes>& x, std::type_identity_t<signed_word<A>> y) noexcept
@@ -309,12 +320,13 @@ template <arithmetic_element A, int bytes>
     return mask;
 }
 
-/// Shifts of every word, to the left or, filling with zeros, to the right.
+/// Every word shifted to the left.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator<<(const pack_words<A, bytes>& x, int by) noexcept
 {
     return {x.lanes << by};
 }
+/// Every word shifted to the right, filled with zeros.
 template <arithmetic_element A, int bytes>
 [[nodiscard]] TASKVEC_INLINE pack_words<A, bytes> operator>>(const pack_words<A, bytes>& x, int by) noexcept
 {

@@ -20,10 +20,10 @@ enum class progress_unit : std::uint8_t { bytes, layers };
 
 /// What a long-running algorithm reports: `done` of `total` units of the phase it is in.
 struct progress_event {
-    std::string_view phase;
-    std::uint64_t done = 0;
-    std::uint64_t total = 0;
-    progress_unit unit = progress_unit::bytes;
+    std::string_view phase; ///< what is done, such as "merging"
+    std::uint64_t done = 0; ///< units done
+    std::uint64_t total = 0; ///< units of the whole phase
+    progress_unit unit = progress_unit::bytes; ///< what is counted
 };
 
 /// Called now and then from one thread at a time; returning false stops the work with taskvec::cancelled.
@@ -51,6 +51,7 @@ enum class nonfinite : std::uint8_t { error, propagate };
 ///
 ///     taskvec::cpu policy{.threads = 4};
 struct cpu {
+    /// The space of the views that a call with this policy takes.
     static constexpr memory_space space = memory_space::host;
 
     unsigned threads = 0; ///< 0: one for each hardware thread
@@ -65,6 +66,7 @@ public:
     virtual ~device_memory_resource() = default;
     /// At least `bytes` bytes of device memory, aligned to 256; nullptr when there are not so many.
     [[nodiscard]] virtual void* allocate(std::size_t bytes, void* stream) = 0;
+    /// Gives back what allocate() returned, on the same stream or one that waits for it.
     virtual void deallocate(void* place, std::size_t bytes, void* stream) noexcept = 0;
 };
 
@@ -80,6 +82,7 @@ class gpu_context;
 ///
 ///     taskvec::gpu policy{.stream = stream};
 struct gpu {
+    /// The space of the views that a call with this policy takes.
     static constexpr memory_space space = memory_space::device;
 
     void* stream = nullptr; ///< a cudaStream_t; null: the default stream

@@ -37,9 +37,11 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     bool keep = stream.word(i) < keep_below(density);
 class random_stream {
 public:
+    /// The numbers of (seed, task, tensor name).
     random_stream(std::uint64_t seed, std::uint32_t task, std::string_view name) noexcept
         : random_stream(hash64(name, seed), task)
     { }
+    /// The same by the key, the hash of name and seed.
     TASKVEC_HOST_DEVICE constexpr random_stream(std::uint64_t key, std::uint32_t task) noexcept
         : key_{static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)}
         , task_(task)
@@ -70,6 +72,7 @@ public:
         const double radius = std::sqrt(-2.0 * std::log(u)), angle = 2.0 * std::numbers::pi * v;
         return {radius * std::cos(angle), radius * std::sin(angle)};
     }
+    /// Standard normal: a half of the element's pair.
     [[nodiscard]] double normal(std::uint64_t index) const noexcept { return normal_pair(index / 2)[index % 2]; }
 
 private:

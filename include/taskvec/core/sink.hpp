@@ -15,11 +15,12 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A tensor that is yet to be written.
 struct tensor_spec {
-    std::string name;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
+    std::string name; ///< of the tensor
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is to be stored
+    extents shape{}; ///< slowest first
 
     [[nodiscard]] std::size_t size() const { return element_count(shape, name); }
+    /// Bytes of the tensor.
     [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
 };
 
@@ -43,6 +44,7 @@ public:
 /// The sink over tensors that the caller owns, in the order of `tensors`.
 class memory_sink final : public tensor_sink {
 public:
+    /// `tensors`: memory for each tensor of the list that is written, in its order, which outlives the sink.
     explicit memory_sink(std::vector<void*> tensors)
         : tensors_(std::move(tensors))
     { }

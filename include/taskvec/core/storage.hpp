@@ -127,6 +127,7 @@ using arithmetic_type = typename storage_traits<T>::arithmetic;
 template <storage_element T>
 using storage_word = typename storage_traits<T>::word;
 
+/// The dtype that tensors of T have.
 template <storage_element T>
 inline constexpr dtype dtype_of = storage_traits<T>::dtype;
 

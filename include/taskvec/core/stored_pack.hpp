@@ -90,9 +90,13 @@ struct pack_conversion<f16> {
 /// `bytes` of consecutive stored entries of T (one entry for 0 bytes), which hold `parts` packs.
 template <storage_element T, int bytes>
 struct stored_pack {
+    /// What its numbers are computed in.
     using number = arithmetic_type<T>;
+    /// A pack of these.
     using pack_type = pack<number, bytes>;
+    /// Packs that it becomes.
     static constexpr int parts = bytes == 0 ? 1 : static_cast<int>(sizeof(number) / sizeof(T));
+    /// Entries that it holds.
     static constexpr std::size_t entries = bytes == 0 ? 1 : static_cast<std::size_t>(bytes) / sizeof(T);
 
     /// From and to any address.
@@ -103,6 +107,7 @@ struct stored_pack {
             raw.lanes = *reinterpret_cast<const in_memory*>(from);
         }
     }
+    /// To any address.
     TASKVEC_INLINE void store(storage_word<T>* to) const noexcept
     {
         if constexpr (bytes == 0) { *to = raw; }
@@ -111,6 +116,7 @@ struct stored_pack {
         }
     }
 
+    /// Part `part` as numbers. Of narrow types part 0 has the lower halves of the words and part 1 the upper ones.
     template <int part>
     [[nodiscard]] TASKVEC_INLINE pack_type get() const noexcept
     {
@@ -141,7 +147,7 @@ struct stored_pack {
         }
     }
 
-    std::conditional_t<bytes == 0, storage_word<T>, pack_words<number, bytes>> raw;
+    std::conditional_t<bytes == 0, storage_word<T>, pack_words<number, bytes>> raw; ///< the stored words
 
 private:
     using in_memory = typename detail::vector_of<signed_word<number>, bytes>::anywhere;

@@ -19,6 +19,7 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// A shape, or strides: slowest first, in elements.
 using extents = std::vector<std::int64_t>;
 
 /// "[2, 3]"
@@ -88,14 +89,15 @@ template <class Byte>
     requires std::is_void_v<Byte>
 struct basic_tensor_ref {
     Byte* data = nullptr;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
-    extents strides{};
-    memory_space space = memory_space::host;
-    int device = 0;
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< of the elements
+    extents shape{}; ///< slowest first; empty: a scalar
+    extents strides{}; ///< empty, or one for each extent
+    memory_space space = memory_space::host; ///< where `data` is
+    int device = 0; ///< of a device's memory: its number
     const operand_source* source = nullptr; ///< not null: `data` is null, and elements come from here
 
     [[nodiscard]] std::size_t size(std::string_view what = "tensor") const { return element_count(shape, what); }
+    /// Bytes of its elements, as if they were contiguous. `what` names it in errors.
     [[nodiscard]] std::size_t bytes(std::string_view what = "tensor") const
     {
         const std::size_t count = size(what);
@@ -181,12 +183,14 @@ template <storage_element T, memory_space S = memory_space::host>
 template <class Ref>
 class basic_model {
 public:
+    /// A tensor and its name.
     struct entry {
-        std::string name;
-        Ref tensor;
+        std::string name; ///< sorts by its bytes
+        Ref tensor; ///< borrowed
     };
 
     basic_model() = default;
+    /// In any order. Errors: as insert().
     basic_model(std::initializer_list<entry> entries)
     {
         for (const auto& [name, tensor] : entries) { insert(name, tensor); }

@@ -21,9 +21,10 @@ class view {
 public:
     using element_type = T;
     using value_type = std::remove_const_t<T>;
-    static constexpr memory_space space = S;
+    static constexpr memory_space space = S; ///< Where the elements are.
 
     constexpr view() noexcept = default;
+    /// `size` elements from `data` on.
     constexpr view(T* data, std::size_t size) noexcept
         : data_(data)
         , size_(size)
@@ -151,6 +152,7 @@ template <viewable X>
 /// The type of as_view(x), its element type (never const) and its memory space.
 template <viewable X>
 using view_of = decltype(view_traits<std::remove_reference_t<X>>::get(std::declval<std::remove_reference_t<X>&>()));
+/// The element type of as_view(x), without const.
 template <viewable X>
 using element_of = typename view_of<X>::value_type;
 

@@ -39,6 +39,7 @@ template <>
 inline constexpr bool gpu_header_included<gpu, gpu_room::lowrank> = true;
 } // namespace detail
 
+/// What truncated_svd() returns on the device: also the singular values that were cut off.
 template <arithmetic_element T>
 struct device_truncated_svd_result : svd_result<T, memory_space::device> {
     std::vector<double> spectrum; ///< all min(m, n) singular values, descending
@@ -85,6 +86,7 @@ template <storage_element S>
 
 /// truncated_svd() as a way to decompose layers.
 struct decompose_exactly_on_device {
+    /// Truncated_svd() with what `choice` asks for.
     template <arithmetic_element T>
     [[nodiscard]] svd_result<T, memory_space::device> operator()(
         const gpu& policy, device_matrix_view<const T> a, const rank_choice& choice, std::string_view name) const

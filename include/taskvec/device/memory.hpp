@@ -167,6 +167,7 @@ inline void clear([[maybe_unused]] const gpu& policy, void* place, std::size_t b
     raise<backend_error>(error_code::out_of_memory, message("no room for ", bytes, " bytes of scratch"),
         policy.allocator ? "gpu::allocator->allocate" : "malloc", 0);
 }
+/// Gives back what allocate() or try_allocate() returned, in the stream's order.
 inline void deallocate(const gpu& policy, void* place, std::size_t bytes) noexcept
 {
     if (policy.allocator) {
@@ -192,6 +193,7 @@ template <class T>
 class buffer {
 public:
     buffer() = default;
+    /// Room for `size` elements. Errors: backend_error (out of memory).
     buffer(const gpu& policy, std::size_t size)
         : policy_(policy)
         , size_(size)
@@ -207,6 +209,7 @@ public:
         if (made.data_) { made.size_ = size; }
         return made;
     }
+    /// A copy of `values`, queued on the stream.
     buffer(const gpu& policy, const std::vector<T>& values)
         : buffer(policy, values.size())
     {
@@ -232,12 +235,15 @@ public:
     [[nodiscard]] T* data() const noexcept { return data_; }
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
     void view() const&& = delete; // name the owner first: its views would dangle
+    /// The elements, as a view; of storage types.
     [[nodiscard]] auto view() const& noexcept
         requires storage_element<T>
     {
         return device_view<T>(data_, size_);
     }
+    /// Copies `count` elements from the host, queued on the stream.
     void assign(const T* from, std::size_t count) { upload(policy_, data_, from, count * sizeof(T)); }
+    /// Sets all bytes to 0, queued on the stream.
     void clear() { device::clear(policy_, data_, size_ * sizeof(T)); }
     /// The elements, on the host. Waits.
     [[nodiscard]] std::vector<T> download() const

@@ -33,6 +33,7 @@ inline void follow([[maybe_unused]] const gpu& leader, [[maybe_unused]] const gp
 /// A stream of its own, with the allocator of another policy. Its destructor waits for it. Move-only.
 class side_stream {
 public:
+    /// Makes the stream; `beside`: whose allocator it takes. Errors: backend_error.
     explicit side_stream(const gpu& beside)
         : policy_{nullptr, beside.allocator, nullptr}
     {
@@ -59,6 +60,7 @@ public:
         }
 #endif
     }
+    /// A policy on the stream.
     [[nodiscard]] const gpu& policy() const noexcept { return policy_; }
 
 private:
@@ -69,6 +71,7 @@ private:
 class pinned_memory {
 public:
     pinned_memory() = default;
+    /// `bytes` bytes; none for 0. Errors: backend_error.
     explicit pinned_memory(std::size_t bytes)
         : size_(bytes)
     {

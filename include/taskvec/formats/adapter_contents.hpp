@@ -55,10 +55,10 @@ struct adapted_module {
 /// kohya's have underscores for dots: match_modules() finds the weights of a base that they mean.
 template <arithmetic_element T>
 struct adapter_contents {
-    std::map<std::string, adapted_module<T>> modules{};
+    std::map<std::string, adapted_module<T>> modules{}; ///< by module
     std::map<std::string, peft_tensor> wholes{}; ///< tensors that were trained whole (modules_to_save, biases), by name
     std::map<std::string, peft_tensor> copies{}; ///< copies of base weights that an adapter carries, by name
-    adapter_dialect dialect = adapter_dialect::peft;
+    adapter_dialect dialect = adapter_dialect::peft; ///< that it was read from
     bool fan_in_fan_out = false; ///< square weights lie in×out, as its configuration says
     bool tied = false; ///< what it does to the embedding it does to the head tied to it (PEFT's ensure_weight_tying)
     nlohmann::json config = nlohmann::json::object(); ///< adapter_config.json, where there is one

@@ -24,9 +24,10 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// How write_adapter() and its parts store factors and write files.
 struct adapter_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: each module's as it was stored
-    durability mode = durability::synchronised;
+    durability mode = durability::synchronised; ///< how hard the file is forced to disk
     overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
     gguf_target target{}; ///< of GGUF: the model, as gguf_target_of() its config.json; empty: what the adapter says
 };
@@ -34,9 +35,9 @@ struct adapter_write_options {
 /// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
 /// none).
 struct written_adapter {
-    std::vector<tensor_spec> specs{};
+    std::vector<tensor_spec> specs{}; ///< of the file
     std::vector<std::vector<std::byte>> bytes{}; ///< of each tensor
-    std::string config{};
+    std::string config{}; ///< text of adapter_config.json
     std::string file_name{}; ///< in a directory; empty: the dialect is a file
     std::vector<std::byte> whole{}; ///< the file, where it is no safetensors file (GGUF)
     std::uint64_t saturated = 0; ///< entries that became the largest number of their dtype (overflow::saturate)

@@ -27,6 +27,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// The file names of a checkpoint directory.
 inline constexpr std::string_view single_file_name = "model.safetensors";
+/// Of the index of a sharded checkpoint.
 inline constexpr std::string_view index_file_name = "model.safetensors.index.json";
 
 /// Whether the tensors of shards have to be those that their index gives them.
@@ -75,8 +76,10 @@ public:
     /// What open_model() was given.
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return path_; }
     [[nodiscard]] std::filesystem::path path() && { return path_; }
+    /// The mapped files, in the order of their names.
     [[nodiscard]] const std::vector<safetensors_file>& files() const& noexcept { return files_; }
     void files() const&& = delete; // name the owner first: its views would dangle
+    /// All tensors as they are stored, views into the files.
     [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
     void model() const&& = delete; // name the owner first: its views would dangle
     /// The files' metadata; of a key in several shards, the first shard's value.
@@ -168,8 +171,9 @@ inline void check_shard_name(std::string_view shard, std::string_view index)
 /// The parts of a shard's name, such as `model-00001-of-00003.safetensors`.
 struct shard_name_parts {
     std::string stem, rest; ///< before the numbers, and what stands after them
-    std::size_t number = 0, count = 0;
+    std::size_t number = 0, count = 0; ///< the two numbers
 };
+/// The parts of a shard's name; empty for a name that is none.
 [[nodiscard]] inline std::optional<shard_name_parts> parse_shard_name(std::string_view name)
 {
     constexpr std::size_t digits = 5;
@@ -455,9 +459,10 @@ inline checkpoint open_model(const std::filesystem::path& path, index_check how)
 /// next tensor would take the current one above `shard_size` bytes of data (a larger tensor has a shard of its own).
 struct shard_plan {
     std::vector<std::size_t> shard_of; ///< for each spec
-    std::size_t shards = 0;
-    std::uint64_t total_bytes = 0;
+    std::size_t shards = 0; ///< how many there are
+    std::uint64_t total_bytes = 0; ///< of all tensors
 };
+/// Splits tensors into shards of at most `shard_size` bytes, as shard_plan says.
 [[nodiscard]] inline shard_plan plan_shards(const std::vector<tensor_spec>& specs, std::uint64_t shard_size)
 {
     if (shard_size == 0) {
@@ -688,6 +693,7 @@ public:
         if (index_) { result.push_back(index_->temporary()); }
         return result;
     }
+    /// Bytes of all shards together.
     [[nodiscard]] std::uint64_t file_size() const noexcept
     {
         std::uint64_t total = 0;

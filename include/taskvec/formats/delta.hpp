@@ -31,8 +31,8 @@ inline constexpr std::string_view delta_schema = "taskvec.delta.1";
 
 /// A model's kept entries, with the fingerprint of the base that they are to be added to.
 struct delta {
-    sparse_model tensors;
-    std::uint64_t base_fingerprint = 0;
+    sparse_model tensors; ///< by name of the base's tensors
+    std::uint64_t base_fingerprint = 0; ///< see fingerprint()
     metadata_map metadata{}; ///< further keys to write; on reading, all keys of the file
 };
 
@@ -60,12 +60,13 @@ class delta_writer final : public sparse_sink {
 public:
     /// What is known of a tensor before its entries come.
     struct part {
-        std::string name;
-        extents shape;
-        std::uint64_t kept = 0;
+        std::string name; ///< of the base's tensor
+        extents shape; ///< of the tensor
+        std::uint64_t kept = 0; ///< entries
         bool wide = false; ///< f64 values
     };
 
+    /// `path`: the file. Nothing is opened before begin().
     delta_writer(std::filesystem::path path, std::uint64_t base_fingerprint, metadata_map metadata = {},
         durability mode = durability::synchronised)
         : path_(std::move(path))
@@ -133,9 +134,11 @@ public:
     void finish() { file().finish(); }
     /// Gives the file its name.
     void commit() { file().commit(); }
+    /// The file's path.
     [[nodiscard]] const std::filesystem::path& target() const noexcept { return path_; }
     /// What begin() was told.
     [[nodiscard]] const std::vector<part>& parts() const noexcept { return parts_; }
+    /// Entries in all tensors.
     [[nodiscard]] std::uint64_t kept() const noexcept
     {
         std::uint64_t total = 0;
@@ -147,6 +150,7 @@ public:
     {
         return file_ ? file_->temporary() : std::filesystem::path();
     }
+    /// Bytes of the file; 0 before begin().
     [[nodiscard]] std::uint64_t file_size() const noexcept { return file_ ? file_->file_size() : 0; }
 
 private:
@@ -264,6 +268,7 @@ public:
     /// What the file holds for one tensor of the base.
     using part = sparse_view;
 
+    /// Maps and checks the file.
     explicit delta_file(std::filesystem::path path)
         : file_(std::move(path))
         , model_(file_.model())
@@ -295,11 +300,16 @@ public:
         if (3 * parts_.size() != model_.size()) { fail_stray(); }
     }
 
+    /// The file's path.
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return file_.path(); }
+    /// The file's path.
     [[nodiscard]] std::filesystem::path path() && { return file_.path(); }
+    /// The file itself.
     [[nodiscard]] const safetensors_file& file() const& noexcept { return file_; }
     void file() const&& = delete; // name the owner first: its views would dangle
+    /// All keys of the file's metadata.
     [[nodiscard]] const metadata_map& metadata() const& noexcept { return file_.metadata(); }
+    /// All keys of the file's metadata.
     [[nodiscard]] metadata_map metadata() && { return std::move(file_).metadata(); }
     /// Of the base that the delta is to be added to.
     [[nodiscard]] std::uint64_t base_fingerprint() const noexcept { return fingerprint_; }
@@ -307,12 +317,14 @@ public:
     [[nodiscard]] const std::vector<part>& parts() const& noexcept { return parts_; }
     void parts() const&& = delete; // name the owner first: its views would dangle
     void find(std::string_view) const&& = delete; // name the owner first: its views would dangle
+    /// The part of a tensor, or null where the delta leaves it as it is.
     [[nodiscard]] const part* find(std::string_view name) const& noexcept
     {
         const auto place = std::lower_bound(parts_.begin(), parts_.end(), name,
             [](const part& p, std::string_view n) { return std::string_view(p.name) < n; });
         return place != parts_.end() && place->name == name ? &*place : nullptr;
     }
+    /// Entries in all tensors.
     [[nodiscard]] std::uint64_t kept() const noexcept
     {
         std::uint64_t total = 0;

@@ -197,6 +197,7 @@ inline unsynchronised_handler set_unsynchronised_handler(unsynchronised_handler 
 class mapped_file {
 public:
     mapped_file() = default;
+    /// Maps the file.
     explicit mapped_file(std::filesystem::path path)
         : path_(std::move(path))
     {
@@ -245,10 +246,11 @@ public:
 
     /// What tells one state of a file from another: where it lies on the disk, its size, when it was written to.
     struct identity {
-        std::uint64_t device = 0, inode = 0, size = 0;
-        std::int64_t seconds = 0, nanoseconds = 0;
+        std::uint64_t device = 0, inode = 0, size = 0; ///< of the file system, in it, in bytes
+        std::int64_t seconds = 0, nanoseconds = 0; ///< of the last write
 
         identity() = default;
+        /// Of the result of stat().
         explicit identity(const struct stat& status) noexcept
             : device(static_cast<std::uint64_t>(status.st_dev))
             , inode(static_cast<std::uint64_t>(status.st_ino))
@@ -273,7 +275,9 @@ public:
     }
     void check_unchanged() const { check_unchanged(path_, opened_); }
 
+    /// The file's path.
     [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+    /// The file's bytes, which stay where they are as long as the map lives.
     [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return {data_, size_}; }
     void bytes() const&& = delete; // name the owner first: its views would dangle
 
@@ -470,6 +474,7 @@ public:
     }
     ~atomic_file() { discard(); }
 
+    /// The path that commit() gives the file.
     [[nodiscard]] const std::filesystem::path& target() const noexcept { return target_; }
     /// The name that the file has until commit(); empty afterwards.
     [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return temporary_; }
@@ -505,6 +510,7 @@ public:
     {
         if (const int code = file_.close()) { detail::raise_io(target_, "cannot close the file", code); }
     }
+    /// Opens what close_for_now() closed.
     void open_again()
     {
         if (file_) { return; }
@@ -576,6 +582,7 @@ private:
 class directory_lock {
 public:
     directory_lock() = default;
+    /// Waits for nobody: takes the lock of `directory`, or throws io_error.
     explicit directory_lock(const std::filesystem::path& directory)
         : directory_lock() // what throws from here on is cleared up by the destructor
     {
@@ -764,6 +771,7 @@ enum class existing_directory : std::uint8_t {
 ///     folder.commit();
 class output_directory {
 public:
+    /// `target`: the directory. What `mode` and `existing` mean is said at their types.
     explicit output_directory(const std::filesystem::path& target, durability mode = durability::synchronised,
         existing_directory existing = existing_directory::fill)
         : output_directory(begun{}, target, mode) // what throws from here on is cleared up by the destructor

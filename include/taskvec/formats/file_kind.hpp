@@ -17,7 +17,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What a file turned out to be, in words: "is <what>: <mend>".
 struct file_kind {
-    std::string what, mend;
+    std::string what, mend; ///< completes "is …", and what to do about it
+    /// "is <what>: <mend>".
     [[nodiscard]] std::string sentence() const { return message("is ", what, ": ", mend); }
 };
 

@@ -152,6 +152,7 @@ inline constexpr std::size_t sketch_bytes = 4096;
     for (int shift = 60; shift >= 0; shift -= 4) { text += digits[(value >> shift) & 15]; }
     return text;
 }
+/// The fingerprint that fingerprint_text() wrote; empty for any other text.
 [[nodiscard]] inline std::optional<std::uint64_t> parse_fingerprint(std::string_view text)
 {
     if (!text.starts_with("xxh64:") || text.size() != 22) { return std::nullopt; }

@@ -27,9 +27,9 @@ using gguf_value = std::variant<std::monostate, bool, std::uint64_t, std::int64_
 
 /// What stands before the data of a GGUF file, checked.
 struct gguf_header {
-    std::uint32_t version = 3;
-    std::uint64_t alignment = 32;
-    std::map<std::string, gguf_value> metadata{};
+    std::uint32_t version = 3; ///< of the format
+    std::uint64_t alignment = 32; ///< of every tensor's bytes
+    std::map<std::string, gguf_value> metadata{}; ///< by key
     safetensors_header tensors{}; ///< extents slowest first, as everywhere here: ggml's in reverse
 
     /// The text of a key; empty where it is absent or no text.

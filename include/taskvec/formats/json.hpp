@@ -175,6 +175,7 @@ inline constexpr std::string_view python_constants[] = {"-Infinity", "Infinity",
     }
     return result;
 }
+/// Text in which python_constants' stand-ins are the constants again.
 [[nodiscard]] inline std::string restored_constants(std::string text)
 {
     for (const std::string_view word : detail::python_constants) {

@@ -25,6 +25,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     bool in = pattern.occurs_in("model.layers.3.weight");
 class name_pattern {
 public:
+    /// Bytes of a pattern, bytes of a name, and characters of a pattern with its counted repeats written out.
     static constexpr std::size_t longest_pattern = 1000, longest_name = 4096, largest_expansion = 2000;
 
     /// Throws invalid_argument for text that is not a regular expression, saying why.

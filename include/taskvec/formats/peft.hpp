@@ -30,14 +30,16 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// The file names of an adapter directory, and what PEFT puts before the names of modules.
 inline constexpr std::string_view peft_config_name = "adapter_config.json";
+/// Of the file that has the factors.
 inline constexpr std::string_view peft_model_name = "adapter_model.safetensors";
+/// Stands before the name of every module.
 inline constexpr std::string_view peft_prefix = "base_model.model.";
 
 /// A tensor that an adapter carries beside its factors: a bias, or a weight of a module that was trained whole.
 struct peft_tensor {
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
-    std::vector<std::byte> bytes{};
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is stored
+    extents shape{}; ///< slowest first
+    std::vector<std::byte> bytes{}; ///< as they are stored
     friend bool operator==(const peft_tensor&, const peft_tensor&) = default;
 };
 
@@ -64,6 +66,7 @@ struct peft_adapter {
     return a == b ? a : a == dtype::f64 || b == dtype::f64 ? dtype::f64 : dtype::f32;
 }
 
+/// What read_peft() accepts beside plain low-rank updates.
 struct peft_read_options {
     /// Accept an adapter that is more than low-rank updates because whole weights come with it (modules_to_save,
     /// embeddings that were saved): they are kept in `others`. By default such an adapter is refused. The copies of
@@ -598,7 +601,7 @@ template <arithmetic_element T>
 /// How write_peft() stores factors and writes files.
 struct peft_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: as `stored` says
-    durability mode = durability::synchronised;
+    durability mode = durability::synchronised; ///< how hard the files are forced to disk
     overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
 };
 

@@ -37,7 +37,7 @@ inline constexpr std::uint64_t expanded_bytes_limit = std::uint64_t{1} << 30;
 /// What a PyTorch file holds, in the terms of a safetensors header: tensors are ranges of the file's bytes (ranges may
 /// be equal: tied weights).
 struct pytorch_contents {
-    safetensors_header header;
+    safetensors_header header; ///< names, dtypes, shapes and places of the tensors
     std::vector<std::string> notes{}; ///< what whoever opens it should know
     /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, parts of others, or
     /// expanded, whose elements share bytes): lay_out_rows() gives them rows. Every element lies in the file, from the

@@ -39,6 +39,7 @@ enum class quantisation : std::uint8_t {
     mxfp4, ///< two codes of 4 bits (E2M1) in a byte, a power of two for each 32 numbers
     nvfp4 ///< two codes of 4 bits in a byte, an E4M3 scale for each 16 numbers, one factor for all
 };
+/// The name of a scheme, as messages say it.
 [[nodiscard]] constexpr std::string_view to_string(quantisation scheme) noexcept
 {
     return scheme == quantisation::fp8 ? "scaled FP8" : scheme == quantisation::mxfp4 ? "MXFP4" : "NVFP4";
@@ -46,18 +47,18 @@ enum class quantisation : std::uint8_t {
 
 /// A tensor of a file that belongs to a layer: what its name has after the layer's stem ("weight_scale"), and its view.
 struct layer_part {
-    std::string leaf;
-    const_tensor_ref tensor{};
+    std::string leaf; ///< its name without the layer's stem
+    const_tensor_ref tensor{}; ///< of the file
 };
 
 /// How a layer is quantised. A number is its code times its scale (times `factor`), each product rounded to f32.
 struct quantised_layer {
     std::string name; ///< of the tensor that it stands for, such as "model.layers.0.mlp.down_proj.weight"
-    quantisation scheme = quantisation::fp8;
+    quantisation scheme = quantisation::fp8; ///< of its codes
     extents shape{}; ///< of the numbers
     extents block{}; ///< for each extent, how many elements share a scale
     extents grid{}; ///< for each extent, how many scales there are
-    const_tensor_ref codes{}, scales{};
+    const_tensor_ref codes{}, scales{}; ///< as they are stored
     float factor = 1; ///< NVFP4: of all scales
     bool powers_of_two = false; ///< scales are powers of two, whatever they are stored as
     bool transposed = false; ///< MXFP4 experts: the last two extents are stored the other way round
@@ -208,9 +209,11 @@ inline constexpr std::array<float, 16> e2m1_numbers{
 /// A quantised layer as a tensor: decodes any run of its numbers.
 class quantised_tensor final : public operand_source {
 public:
+    /// A layer that quantised_layers found.
     explicit quantised_tensor(quantised_layer layer)
         : layer_(std::move(layer))
     { }
+    /// How the layer is stored.
     [[nodiscard]] const quantised_layer& layer() const noexcept { return layer_; }
     /// The tensor that walks over models are given.
     [[nodiscard]] const_tensor_ref tensor() const
@@ -294,6 +297,7 @@ private:
 /// Cost: O(names), and one read of all scales.
 class quantised_layers {
 public:
+    /// Where hints come from, asked once and only if they are needed.
     using hint_source = std::function<quantisation_hints()>;
 
     quantised_layers() = default;
@@ -311,11 +315,15 @@ public:
 
     /// Whether any layer is quantised, by a scheme that is read or not.
     [[nodiscard]] bool any() const noexcept { return !layers_.empty() || !unread_.empty(); }
+    /// The model: every quantised layer is one tensor of numbers, all others are as they are.
     [[nodiscard]] const const_model_ref& model() const noexcept { return model_; }
+    /// The layers that are read.
     [[nodiscard]] const std::vector<quantised_tensor>& layers() const noexcept { return layers_; }
+    /// The layers that are not.
     [[nodiscard]] const std::vector<unread_layer>& unread() const noexcept { return unread_; }
     /// Tensors that are about the quantisation and belong to no one layer (`scaled_fp8`, scales of a KV cache).
     [[nodiscard]] const const_model_ref& beside() const noexcept { return beside_; }
+    /// What the configuration said, where it was asked.
     [[nodiscard]] const quantisation_hints& hints() const noexcept { return hints_; }
 
 private:

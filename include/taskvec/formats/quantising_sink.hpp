@@ -137,19 +137,22 @@ inline void quantise_fp8(
 
 /// What the outputs of aligned models become in a file: numbers, or a layer's codes and scales.
 struct quantised_outputs {
+    /// What becomes of an output.
     enum class way : std::uint8_t {
         numbers, ///< as the algorithm writes them
         quantised, ///< quantised again, by the layer's own scheme
         as_stored ///< a layer that takes no part: its tensors as they are
     };
+    /// One output of the aligned models.
     struct output {
-        way how = way::numbers;
+        way how = way::numbers; ///< what becomes of it
         std::size_t first = 0; ///< its tensor in `specs`, or the first of them (codes; scales come next)
-        const quantised_layer* layer = nullptr;
+        const quantised_layer* layer = nullptr; ///< of one that is quantised, or as stored
     };
+    /// A tensor of the file that comes from elsewhere as it is.
     struct copy {
-        std::size_t spec = 0;
-        const_tensor_ref source{};
+        std::size_t spec = 0; ///< its place in `specs`
+        const_tensor_ref source{}; ///< its bytes
     };
     std::vector<output> outputs; ///< for each of aligned_models::outputs()
     std::vector<tensor_spec> specs; ///< of the file
@@ -240,6 +243,8 @@ struct quantised_outputs {
 ///     out.finish();
 class quantising_sink final : public tensor_sink {
 public:
+    /// Between a walk and `out`, the sink of the file that `plan` describes; both outlive it. `folder`: for what is
+    /// gathered beyond memory.
     quantising_sink(const quantised_outputs& plan, tensor_sink& out, std::filesystem::path folder)
         : plan_(&plan)
         , out_(&out)

@@ -37,17 +37,17 @@ inline constexpr std::uint64_t safetensors_header_limit = 100'000'000;
 
 /// One tensor of a file.
 struct safetensors_entry {
-    std::string name;
-    taskvec::dtype dtype = taskvec::dtype::f32;
-    extents shape{};
+    std::string name; ///< of the tensor
+    taskvec::dtype dtype = taskvec::dtype::f32; ///< as it is stored
+    extents shape{}; ///< slowest first
     std::uint64_t offset = 0; ///< of its first byte, from the beginning of the file
-    std::uint64_t bytes = 0;
+    std::uint64_t bytes = 0; ///< of the tensor
 };
 
 /// What a header says, checked.
 struct safetensors_header {
     std::vector<safetensors_entry> entries; ///< in the order of their bytes in the file
-    metadata_map metadata;
+    metadata_map metadata; ///< of __metadata__
     std::uint64_t data_offset = 0; ///< where the buffer begins, from the beginning of the file
 };
 
@@ -342,6 +342,7 @@ inline safetensors_entry check_tensor(
 /// Throws io_error, format_error. Cost: O(header); no tensor byte is read.
 class safetensors_file {
 public:
+    /// Maps the file and checks its header.
     explicit safetensors_file(std::filesystem::path path)
         : map_(std::move(path))
         , header_(parse_safetensors(map_.bytes(), map_.path().string()))
@@ -359,18 +360,24 @@ public:
         , more_(std::move(more))
     { }
 
+    /// The file's path.
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return map_.path(); }
+    /// The file's path.
     [[nodiscard]] std::filesystem::path path() && { return map_.path(); }
+    /// The map itself.
     [[nodiscard]] const mapped_file& map() const& noexcept { return map_; }
     void map() const&& = delete; // name the owner first: its views would dangle
     /// The tensors in the order of their bytes in the file.
     [[nodiscard]] const std::vector<safetensors_entry>& entries() const& noexcept { return header_.entries; }
     [[nodiscard]] std::vector<safetensors_entry> entries() && { return std::move(header_.entries); }
+    /// What __metadata__ has.
     [[nodiscard]] const metadata_map& metadata() const& noexcept { return header_.metadata; }
+    /// What __metadata__ has.
     [[nodiscard]] metadata_map metadata() && { return std::move(header_.metadata); }
     /// Bytes of the tensors together.
     [[nodiscard]] std::uint64_t data_bytes() const noexcept { return map_.bytes().size() - header_.data_offset; }
     void tensor(const safetensors_entry&) const&& = delete; // name the owner first: its views would dangle
+    /// A tensor of entries(), as a view into the map.
     [[nodiscard]] const_tensor_ref tensor(const safetensors_entry& entry) const&
     {
         const auto size = map_.bytes().size();
@@ -398,7 +405,7 @@ private:
 
 /// The header bytes (length included) of a file that holds `specs`, and where each tensor's bytes go.
 struct safetensors_layout {
-    std::string head;
+    std::string head; ///< length and header
     std::vector<std::uint64_t> offsets; ///< for each spec, from the beginning of the file
     std::uint64_t size = 0; ///< of the whole file
 };
@@ -526,7 +533,9 @@ public:
         file_.commit(whole_directory);
     }
 
+    /// The path that commit() gives the file.
     [[nodiscard]] const std::filesystem::path& target() const noexcept { return file_.target(); }
+    /// The name that the file has until commit(); empty afterwards.
     [[nodiscard]] const std::filesystem::path& temporary() const noexcept { return file_.temporary(); }
     /// Bytes of the whole file.
     [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }

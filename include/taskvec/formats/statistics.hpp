@@ -33,6 +33,7 @@ inline constexpr std::string_view statistics_schema = "taskvec.statistics.1";
 /// What a statistics file holds.
 enum class statistics_kind : std::uint8_t { empirical_fisher, expected_fisher, gram };
 
+/// The word that files have for a kind.
 [[nodiscard]] constexpr std::string_view to_string(statistics_kind kind) noexcept
 {
     return kind == statistics_kind::gram            ? "gram"
@@ -42,7 +43,7 @@ enum class statistics_kind : std::uint8_t { empirical_fisher, expected_fisher, g
 
 /// What a statistics file says about itself.
 struct statistics_info {
-    statistics_kind kind = statistics_kind::empirical_fisher;
+    statistics_kind kind = statistics_kind::empirical_fisher; ///< what the tensors are
     std::uint64_t examples = 0; ///< how many the statistics come from; of Grams, the rows of the layer that saw most
     std::optional<std::uint64_t> fingerprint{}; ///< of the model that they were collected with
     std::vector<std::string> in_out{}; ///< Grams: the weights that are stored in×out (Conv1D); all others are out×in
@@ -195,6 +196,7 @@ inline void write_statistics(const std::filesystem::path& path, const std::map<s
 ///     check_statistics(cpu{}, fisher, model, "a.safetensors");
 class statistics_file {
 public:
+    /// Maps and checks the file.
     explicit statistics_file(const std::filesystem::path& path)
         : file_(path)
         , model_(file_.model())
@@ -259,15 +261,21 @@ public:
         }
     }
 
+    /// The file's path.
     [[nodiscard]] const std::filesystem::path& path() const& noexcept { return file_.path(); }
+    /// The file's path.
     [[nodiscard]] std::filesystem::path path() && { return file_.path(); }
+    /// The file itself.
     [[nodiscard]] const safetensors_file& file() const& noexcept { return file_; }
     void file() const&& = delete; // name the owner first: its views would dangle
+    /// The statistics by name of the model's tensors.
     [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
     void model() const&& = delete; // name the owner first: its views would dangle
     /// Whether the file says what it holds; info() means something only then.
     [[nodiscard]] bool described() const noexcept { return described_; }
+    /// What the file says about itself.
     [[nodiscard]] const statistics_info& info() const& noexcept { return info_; }
+    /// What the file says about itself.
     [[nodiscard]] statistics_info info() && { return std::move(info_); }
     /// How the weight of this name is stored, as the file says; out_in if it says nothing.
     [[nodiscard]] weight_layout layout(std::string_view label) const
@@ -278,6 +286,7 @@ public:
 
     /// Throws invalid_argument if the file says that it holds something else.
     void require_fisher() const { require(info_.kind != statistics_kind::gram, "a diagonal Fisher"); }
+    /// The same for Gram matrices.
     void require_gram() const { require(info_.kind == statistics_kind::gram, "Gram matrices"); }
 
 private:

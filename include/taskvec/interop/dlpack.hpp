@@ -159,6 +159,8 @@ template <dlpack_managed M>
 class dlpack_handle {
 public:
     dlpack_handle() = default;
+    /// Takes `managed` over, whatever happens; `what` names the tensor in errors. Errors: as from_dlpack();
+    /// invalid_argument for null, and for another major version than 1.
     explicit dlpack_handle(M* managed, std::string_view what = "DLPack tensor")
         : managed_(managed)
         , what_(what)

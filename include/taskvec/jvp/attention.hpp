@@ -11,6 +11,7 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// How rows and columns hold sequences and heads.
 struct attention_options {
     Eigen::Index batch = 1; ///< sequences stacked in the rows
     Eigen::Index heads = 1; ///< heads side by side in the columns
@@ -28,6 +29,7 @@ template <operand Q, operand K, operand V>
     requires matching_operands<Q, K, V>
 [[nodiscard]] operation_result<Q, K, V> attention(const Q& q, const K& k, const V& v, attention_options options = {});
 
+/// The gradients of attention.
 template <class T>
 struct attention_gradient {
     row_matrix<T> q, k, v; ///< the shapes of q, k and v

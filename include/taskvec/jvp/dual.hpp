@@ -30,8 +30,8 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     auto y = x * exp(x); // y.primal = 3e³, y.tangent = (1 + 3)e³
 template <class T>
 struct dual {
-    T primal{};
-    T tangent{};
+    T primal{}; ///< the value
+    T tangent{}; ///< its derivative along the direction
 
     constexpr dual() = default;
     /// A constant.
@@ -45,17 +45,25 @@ struct dual {
         , tangent(derivative)
     { }
 
+    /// x += y, in value and derivative.
     constexpr dual& operator+=(const dual& other) { return *this = *this + other; }
+    /// x −= y, in value and derivative.
     constexpr dual& operator-=(const dual& other) { return *this = *this - other; }
+    /// x *= y, by the product rule.
     constexpr dual& operator*=(const dual& other) { return *this = *this * other; }
+    /// x /= y, by the quotient rule.
     constexpr dual& operator/=(const dual& other) { return *this = *this / other; }
 
+    /// X.
     friend constexpr dual operator+(const dual& x) { return x; }
+    /// −x.
     friend constexpr dual operator-(const dual& x) { return {-x.primal, -x.tangent}; }
+    /// x + y.
     friend constexpr dual operator+(const dual& x, const dual& y)
     {
         return {x.primal + y.primal, x.tangent + y.tangent};
     }
+    /// x − y.
     friend constexpr dual operator-(const dual& x, const dual& y)
     {
         return {x.primal - y.primal, x.tangent - y.tangent};
@@ -64,6 +72,7 @@ struct dual {
     {
         return {x.primal * y.primal, x.tangent * y.primal + x.primal * y.tangent};
     }
+    /// x / y, by the quotient rule.
     friend constexpr dual operator/(const dual& x, const dual& y)
     {
         const T quotient = x.primal / y.primal;
@@ -72,15 +81,20 @@ struct dual {
     friend constexpr bool operator==(const dual& x, const dual& y) { return x.primal == y.primal; }
     friend constexpr bool operator!=(const dual& x, const dual& y) { return !(x.primal == y.primal); }
     friend constexpr bool operator<(const dual& x, const dual& y) { return x.primal < y.primal; }
+    /// Of the primals.
     friend constexpr bool operator>(const dual& x, const dual& y) { return y.primal < x.primal; }
+    /// Of the primals.
     friend constexpr bool operator<=(const dual& x, const dual& y) { return x.primal <= y.primal; }
+    /// Of the primals.
     friend constexpr bool operator>=(const dual& x, const dual& y) { return y.primal <= x.primal; }
+    /// "primal + tangent e".
     friend std::ostream& operator<<(std::ostream& out, const dual& x)
     {
         return out << x.primal << " + " << x.tangent << "e";
     }
 };
 
+/// Eˣ and its derivative eˣ·ẋ.
 template <class T>
 [[nodiscard]] dual<T> exp(const dual<T>& x)
 {
@@ -88,6 +102,7 @@ template <class T>
     const T value = exp(x.primal);
     return {value, value * x.tangent};
 }
+/// Eˣ − 1, exact near 0; derivative eˣ·ẋ.
 template <class T>
 [[nodiscard]] dual<T> expm1(const dual<T>& x)
 {
@@ -95,18 +110,21 @@ template <class T>
     const T value = expm1(x.primal);
     return {value, (value + T(1)) * x.tangent};
 }
+/// Ln x; derivative ẋ / x.
 template <class T>
 [[nodiscard]] dual<T> log(const dual<T>& x)
 {
     using std::log;
     return {log(x.primal), x.tangent / x.primal};
 }
+/// Ln(1 + x), exact near 0; derivative ẋ / (1 + x).
 template <class T>
 [[nodiscard]] dual<T> log1p(const dual<T>& x)
 {
     using std::log1p;
     return {log1p(x.primal), x.tangent / (T(1) + x.primal)};
 }
+/// √x; derivative ẋ / (2·√x), infinite at 0.
 template <class T>
 [[nodiscard]] dual<T> sqrt(const dual<T>& x)
 {
@@ -114,6 +132,7 @@ template <class T>
     const T value = sqrt(x.primal);
     return {value, x.tangent / (T(2) * value)};
 }
+/// Sin x; derivative cos x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> sin(const dual<T>& x)
 {
@@ -121,6 +140,7 @@ template <class T>
     using std::sin;
     return {sin(x.primal), cos(x.primal) * x.tangent};
 }
+/// Cos x; derivative −sin x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> cos(const dual<T>& x)
 {
@@ -128,6 +148,7 @@ template <class T>
     using std::sin;
     return {cos(x.primal), -sin(x.primal) * x.tangent};
 }
+/// Tan x; derivative (1 + tan² x)·ẋ.
 template <class T>
 [[nodiscard]] dual<T> tan(const dual<T>& x)
 {
@@ -135,12 +156,14 @@ template <class T>
     const T value = tan(x.primal);
     return {value, (T(1) + value * value) * x.tangent};
 }
+/// Arctan x; derivative ẋ / (1 + x²).
 template <class T>
 [[nodiscard]] dual<T> atan(const dual<T>& x)
 {
     using std::atan;
     return {atan(x.primal), x.tangent / (T(1) + x.primal * x.primal)};
 }
+/// Sinh x; derivative cosh x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> sinh(const dual<T>& x)
 {
@@ -148,6 +171,7 @@ template <class T>
     using std::sinh;
     return {sinh(x.primal), cosh(x.primal) * x.tangent};
 }
+/// Cosh x; derivative sinh x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> cosh(const dual<T>& x)
 {
@@ -155,6 +179,7 @@ template <class T>
     using std::sinh;
     return {cosh(x.primal), sinh(x.primal) * x.tangent};
 }
+/// Tanh x; derivative (1 − tanh² x)·ẋ.
 template <class T>
 [[nodiscard]] dual<T> tanh(const dual<T>& x)
 {
@@ -162,6 +187,7 @@ template <class T>
     const T value = tanh(x.primal);
     return {value, (T(1) - value * value) * x.tangent};
 }
+/// The error function; derivative 2/√π·e^(−x²)·ẋ.
 template <class T>
 [[nodiscard]] dual<T> erf(const dual<T>& x)
 {
@@ -175,6 +201,7 @@ template <class T>
 {
     return x.primal > T(0) ? x : x.primal < T(0) ? -x : dual<T>(x.primal, T(0) * x.tangent);
 }
+/// Abs(x), under its other name.
 template <class T>
 [[nodiscard]] dual<T> fabs(const dual<T>& x)
 {
@@ -201,18 +228,21 @@ template <class T>
 {
     return pow(dual<T>(x), y);
 }
+/// Whether value and derivative are finite.
 template <class T>
 [[nodiscard]] bool isfinite(const dual<T>& x)
 {
     using std::isfinite;
     return isfinite(x.primal) && isfinite(x.tangent);
 }
+/// Whether value or derivative is NaN.
 template <class T>
 [[nodiscard]] bool isnan(const dual<T>& x)
 {
     using std::isnan;
     return isnan(x.primal) || isnan(x.tangent);
 }
+/// Whether value or derivative is infinite.
 template <class T>
 [[nodiscard]] bool isinf(const dual<T>& x)
 {

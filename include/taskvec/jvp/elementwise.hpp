@@ -18,6 +18,7 @@ template <operand A, operand B>
     requires matching_operands<A, B>
 [[nodiscard]] operation_result<A, B> add(const A& a, const B& b);
 
+/// The gradients of a sum or difference.
 template <class T>
 struct sum_gradient {
     row_matrix<T> a; ///< dy
@@ -50,6 +51,7 @@ template <operand A, operand B>
     requires matching_operands<A, B>
 [[nodiscard]] operation_result<A, B> elementwise_product(const A& a, const B& b);
 
+/// The gradients of an elementwise product.
 template <class T>
 struct elementwise_product_gradient {
     row_matrix<T> a; ///< dy ⊙ b
@@ -69,6 +71,7 @@ template <class A, class B, class G>
 /// max(x, 0). The derivative at 0 is 0. NaN stays NaN.
 template <operand X>
 [[nodiscard]] operation_result<X> relu(const X& x);
+/// vjp of relu: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> relu_vjp(const X& x, const G& dy);
@@ -77,6 +80,7 @@ template <class X, class G>
 /// approximate='none'.
 template <operand X>
 [[nodiscard]] operation_result<X> gelu(const X& x);
+/// vjp of gelu: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> gelu_vjp(const X& x, const G& dy);
@@ -84,6 +88,7 @@ template <class X, class G>
 /// x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))): PyTorch's gelu with approximate='tanh'.
 template <operand X>
 [[nodiscard]] operation_result<X> gelu_tanh(const X& x);
+/// vjp of gelu_tanh: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> gelu_tanh_vjp(const X& x, const G& dy);
@@ -91,6 +96,7 @@ template <class X, class G>
 /// x·sigmoid(x).
 template <operand X>
 [[nodiscard]] operation_result<X> silu(const X& x);
+/// vjp of silu: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> silu_vjp(const X& x, const G& dy);
@@ -98,6 +104,7 @@ template <class X, class G>
 /// 1/(1 + exp(−x)).
 template <operand X>
 [[nodiscard]] operation_result<X> sigmoid(const X& x);
+/// vjp of sigmoid: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> sigmoid_vjp(const X& x, const G& dy);
@@ -105,6 +112,7 @@ template <class X, class G>
 /// tanh(x).
 template <operand X>
 [[nodiscard]] operation_result<X> tanh(const X& x);
+/// vjp of tanh: x and dy have one shape.
 template <class X, class G>
     requires matching_operands<X, G>
 [[nodiscard]] row_matrix<operand_scalar<X>> tanh_vjp(const X& x, const G& dy);

@@ -13,8 +13,8 @@ namespace taskvec::inline TASKVEC_ABI {
 /// f(x) and J(x)·v, of one shape. Binds as `auto [value, derivative] = jvp(…)`.
 template <class Value>
 struct jvp_result {
-    Value primal;
-    Value tangent;
+    Value primal; ///< f at the point
+    Value tangent; ///< its derivative along the direction
 };
 
 namespace detail {

@@ -24,9 +24,10 @@ struct matmul_gradient {
     row_matrix<T> a; ///< n × k, empty if not asked for
     row_matrix<T> b; ///< k × m, empty if not asked for
 };
+/// Which gradients matmul_vjp() computes; the other stays empty and costs nothing.
 struct matmul_wanted {
-    bool a = true;
-    bool b = true;
+    bool a = true; ///< dy·bᵀ
+    bool b = true; ///< aᵀ·dy
 };
 /// vjp of matmul: a is n × k, b is k × m, dy is n × m.
 template <class A, class B, class G>
@@ -47,6 +48,7 @@ template <operand X, operand W, operand B>
     requires matching_operands<X, W, B>
 [[nodiscard]] operation_result<X, W, B> linear(const X& x, const W& w, const B& bias);
 
+/// The gradients of a linear layer.
 template <class T>
 struct linear_gradient {
     row_matrix<T> x; ///< batch × in: dy·w
@@ -55,9 +57,9 @@ struct linear_gradient {
 };
 /// Which gradients a linear layer's vjp computes; the others stay empty and cost nothing.
 struct linear_wanted {
-    bool x = true;
-    bool w = true;
-    bool bias = true;
+    bool x = true; ///< of the input
+    bool w = true; ///< of the weight
+    bool bias = true; ///< of the bias
 };
 /// vjp of linear: x is batch × in, w is out × in, dy is batch × out.
 ///

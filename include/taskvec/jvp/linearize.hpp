@@ -24,6 +24,8 @@ struct linearize_options {
 template <class F, differentiable_scalar T>
 class linearized {
 public:
+    /// See linearize(), which makes it and deduces the types. Errors: invalid_argument for active names that are not
+    /// there.
     linearized(F f, parameters<T> initial, linearize_options options)
         : f_(std::move(f))
         , initial_(std::move(initial))
@@ -98,6 +100,7 @@ public:
         return kept;
     }
 
+    /// Φ0.
     [[nodiscard]] const parameters<T>& initial() const noexcept { return initial_; }
     /// The names of the active parameters, sorted.
     [[nodiscard]] const std::vector<std::string>& active() const noexcept { return active_; }

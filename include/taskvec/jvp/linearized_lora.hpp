@@ -63,6 +63,7 @@ public:
     {
         return b0_is_zero_ ? Eigen::Ref<row_matrix<T>>(delta_a_) : Eigen::Ref<row_matrix<T>>(down().bottomRows(rank_));
     }
+    /// B, out × rank, writable in place.
     [[nodiscard]] Eigen::Ref<row_matrix<T>> b() { return up().leftCols(rank_); }
     /// Moves the trainable part to φ = (A, B); a different scaling or shape is an error.
     void set(const lora_update<T>& adapter);
@@ -78,11 +79,13 @@ public:
     /// The plain weight that computes the same: W0 + s·(B0·A0 + B0·ΔA + ΔB·A0), out × in.
     [[nodiscard]] row_matrix<T> dense() const { return weight_.primal() + scaling() * (up() * down()); }
 
+    /// R, the rank of the trained adapter.
     [[nodiscard]] Eigen::Index rank() const noexcept { return rank_; }
     /// The rank of fold(): r where B0 = 0, otherwise 2r.
     [[nodiscard]] Eigen::Index stacked_rank() const noexcept { return static_cast<Eigen::Index>(folded_.rank()); }
     /// The frozen weight and bias.
     [[nodiscard]] row_matrix_map<T> weight() const { return weight_.primal(); }
+    /// The frozen bias, 1 × out, or empty.
     [[nodiscard]] row_matrix_map<T> bias() const { return bias_.primal(); }
 
 private:

@@ -45,6 +45,7 @@ template <operand X, operand W, operand Bias, operand A, operand B>
 [[nodiscard]] operation_result<X, W, Bias, A, B> lora_linear(
     const X& x, const W& w, const Bias& bias, const A& a, const B& b, const operand_scalar<X>& scaling);
 
+/// The gradients of a LoRA layer.
 template <class T>
 struct lora_gradient {
     row_matrix<T> x; ///< batch × in, empty if not asked for
@@ -53,9 +54,9 @@ struct lora_gradient {
 };
 /// Which gradients a LoRA layer's vjp computes; the frozen weight has none.
 struct lora_wanted {
-    bool x = true;
-    bool a = true;
-    bool b = true;
+    bool x = true; ///< of the input
+    bool a = true; ///< of lora_A
+    bool b = true; ///< of lora_B
 };
 
 /// A frozen linear layer with a trainable LoRA adapter.
@@ -69,6 +70,7 @@ struct lora_wanted {
 template <arithmetic_element T>
 class lora_layer {
 public:
+    /// Errors: shape_mismatch where weight, bias and adapter make no layer.
     template <operand W, operand Bias>
         requires matching_operands<W, Bias> && std::same_as<operand_scalar<W>, T>
     lora_layer(W&& weight, Bias&& bias, lora_update<T> adapter);
@@ -89,6 +91,7 @@ public:
 
     /// The trainable factors in place: a is rank × in, b is out × rank.
     [[nodiscard]] Eigen::Map<row_matrix<T>> a() { return as_row_matrix(adapter_.a); }
+    /// The trainable lora_B in place, out × rank.
     [[nodiscard]] Eigen::Map<row_matrix<T>> b() { return as_row_matrix(adapter_.b); }
     [[nodiscard]] row_matrix_map<T> a() const { return as_row_matrix(adapter_.a); }
     [[nodiscard]] row_matrix_map<T> b() const { return as_row_matrix(adapter_.b); }
@@ -99,9 +102,11 @@ public:
     /// W + scaling·b·a, out × in: the plain layer that computes the same.
     [[nodiscard]] row_matrix<T> dense() const;
 
+    /// R, the rank of the adapter.
     [[nodiscard]] Eigen::Index rank() const noexcept { return static_cast<Eigen::Index>(adapter_.rank()); }
     /// The frozen weight and bias.
     [[nodiscard]] row_matrix_map<T> weight() const { return weight_.primal(); }
+    /// The frozen bias, 1 × out, or empty.
     [[nodiscard]] row_matrix_map<T> bias() const { return bias_.primal(); }
 
 private:

@@ -19,6 +19,7 @@ template <class Y, class G>
     requires matching_operands<Y, G>
 [[nodiscard]] row_matrix<operand_scalar<Y>> softmax_vjp(const Y& y, const G& dy);
 
+/// What layer_norm() and rms_norm() divide by.
 struct normalization_options {
     double epsilon = 1e-5; ///< added to the variance (layer_norm) or the mean square (rms_norm)
 };
@@ -33,6 +34,7 @@ template <operand X, operand Gamma, operand Beta>
 [[nodiscard]] operation_result<X, Gamma, Beta> layer_norm(
     const X& x, const Gamma& gamma, const Beta& beta, normalization_options options = {});
 
+/// The gradients of a normalisation.
 template <class T>
 struct normalization_gradient {
     row_matrix<T> x; ///< batch × features

@@ -20,12 +20,14 @@ namespace taskvec::inline TASKVEC_ABI {
 template <class Value>
 class named_values {
 public:
+    /// A value and its name.
     struct entry {
-        std::string name;
-        Value value;
+        std::string name; ///< sorts by its bytes
+        Value value; ///< owned
     };
 
     named_values() = default;
+    /// In any order. Errors: as insert().
     named_values(std::initializer_list<entry> entries)
     {
         for (const auto& [name, value] : entries) { insert(name, value); }
@@ -46,6 +48,7 @@ public:
     /// The value of that name; a missing one is an invalid_argument that names it.
     [[nodiscard]] const Value& operator[](std::string_view name) const { return required(entries_, name); }
     [[nodiscard]] Value& operator[](std::string_view name) { return required(entries_, name); }
+    /// Whether there is a value of that name.
     [[nodiscard]] bool contains(std::string_view name) const { return find(name) != nullptr; }
 
     [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }

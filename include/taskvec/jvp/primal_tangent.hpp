@@ -20,6 +20,7 @@
 #ifdef NDEBUG
 #define TASKVEC_CHECK_TANGENTS 0
 #else
+/// 1: every operation looks for NaN in the tangent it made, and names itself, as in debug builds; 0: none does.
 #define TASKVEC_CHECK_TANGENTS 1
 #endif
 #endif
@@ -45,6 +46,7 @@ using row_matrix_map = Eigen::Map<const row_matrix<T>>;
 template <differentiable_scalar T>
 class primal_tangent {
 public:
+    /// What derivatives are taken of.
     using scalar = T;
 
     primal_tangent() = default;
@@ -119,7 +121,9 @@ public:
         return result;
     }
 
+    /// Rows of primal and tangent.
     [[nodiscard]] Eigen::Index rows() const noexcept { return rows_; }
+    /// Columns of both.
     [[nodiscard]] Eigen::Index cols() const noexcept { return cols_; }
     [[nodiscard]] Eigen::Index size() const noexcept { return rows_ * cols_; }
     /// Whether there is a tangent.
@@ -141,10 +145,12 @@ public:
 
     /// Writable views of a result that owns its memory.
     [[nodiscard]] Eigen::Map<row_matrix<T>> mutable_primal() { return {storage_.data(), rows_, cols_}; }
+    /// The tangent to be written; of a result that has one.
     [[nodiscard]] Eigen::Map<row_matrix<T>> mutable_tangent()
     {
         return {storage_.data() + rows_ * cols_, rows_, cols_};
     }
+    /// [primal; tangent] to be written.
     [[nodiscard]] Eigen::Map<row_matrix<T>> mutable_stack() { return {storage_.data(), storage_.rows(), cols_}; }
     /// The values alone, without a copy where the object owns them and has no tangent.
     [[nodiscard]] row_matrix<T> take_primal() &&

@@ -15,9 +15,9 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     factor_pair<float> p{.left = b.view(), .right = a.view().transposed(), .weight = scaling};
 template <storage_element T, memory_space S>
 struct factor_pair {
-    matrix_view<const T, S> left{};
-    matrix_view<const T, S> right{};
-    double weight = 1;
+    matrix_view<const T, S> left{}; ///< m×r
+    matrix_view<const T, S> right{}; ///< n×r
+    double weight = 1; ///< of the product
     std::string_view name{}; ///< for errors
 };
 

@@ -33,6 +33,7 @@ struct stacked_factors {
     matrix<T, S> left; ///< m×R, R the sum of the ranks
     matrix<T, S> right; ///< n×R
 
+    /// The two as a product of weight 1. Refers to them.
     [[nodiscard]] factor_pair<T, S> pair(std::string_view name = {}) const
     {
         return {.left = left.view(), .right = right.view(), .name = name};

@@ -34,9 +34,9 @@ struct qr_factors;
 /// A = u·diag(sigma)·vᵀ of a small f64 matrix, sigma descending, u (m×k) and v (n×k) orthonormal, k = min(m, n). u and
 /// v lie in the policy's scratch memory.
 struct small_svd_result {
-    matrix<double> u;
-    std::vector<double> sigma;
-    matrix<double> v;
+    matrix<double> u; ///< m×k
+    std::vector<double> sigma; ///< k values, descending
+    matrix<double> v; ///< n×k
 };
 
 /// Whether a policy's backend supplies the operations of this header: specialised as true in the header that has them,
@@ -56,8 +56,10 @@ concept linear_algebra_policy = policy<P> && has_linear_algebra<P>;
 /// `v` for const and mutable views of tall matrices.
 namespace linear_algebra {
 
+/// A matrix that is written, where P computes.
 template <class P, class T>
 using view_in = matrix_view<T, P::space>;
+/// A matrix that is read, where P computes.
 template <class P, class T>
 using const_view_in = matrix_view<const T, P::space>;
 

@@ -26,10 +26,11 @@ struct randomized_svd_options {
     bool clamp = false; ///< lower a rank above min(m, n) to it; otherwise that is an error
     std::size_t oversampling = 10; ///< further columns of the random sample
     std::size_t power_iterations = 2; ///< products with A·Aᵀ that sharpen the sample, orthonormalised after each factor
-    std::uint64_t seed = 0;
+    std::uint64_t seed = 0; ///< of the sample
     std::string_view name = "A"; ///< names the matrix in errors and picks its random numbers
 };
 
+/// What randomized_svd() returns.
 template <arithmetic_element T, memory_space S>
 struct randomized_svd_result : svd_result<T, S> {
     bool reached = true; ///< false where max_rank came before the asked energy or relative error
@@ -169,10 +170,11 @@ auto randomized_svd(const P&, const X&, const randomized_svd_options&)
 
 /// randomized_svd() as a way to decompose layers, for algorithms that take one.
 struct decompose_randomized {
-    std::size_t oversampling = 10;
-    std::size_t power_iterations = 2;
-    std::uint64_t seed = 0;
+    std::size_t oversampling = 10; ///< further columns of the random sample
+    std::size_t power_iterations = 2; ///< products with A·Aᵀ
+    std::uint64_t seed = 0; ///< of the sample
 
+    /// Randomized_svd() with these and what `choice` asks for.
     template <arithmetic_element T, linear_algebra_policy P>
     [[nodiscard]] svd_result<T, P::space> operator()(
         const P& policy, matrix_view<const T, P::space> a, const rank_choice& choice, std::string_view name) const

@@ -20,6 +20,7 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// What truncated_svd() returns: also the singular values that were cut off.
 template <arithmetic_element T>
 struct truncated_svd_result : svd_result<T> {
     std::vector<double> spectrum; ///< all min(m, n) singular values, descending
@@ -134,6 +135,7 @@ auto truncated_svd(const cpu&, const X&, const rank_choice&, std::string_view = 
 
 /// truncated_svd() as a way to decompose layers, for algorithms that take one.
 struct decompose_exactly {
+    /// Truncated_svd() with what `choice` asks for, whose factors lie in the policy's scratch memory.
     template <arithmetic_element T>
     [[nodiscard]] svd_result<T> operator()(
         const cpu& policy, matrix_view<const T> a, const rank_choice& choice, std::string_view name) const

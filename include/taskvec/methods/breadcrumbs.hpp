@@ -51,6 +51,7 @@ struct breadcrumbs_options {
 struct breadcrumbs_ties_options {
     double density = 0.85;
     double gamma = 0.01;
+    /// Of election and merge.
     ties_options ties = in_tensors();
     std::vector<double> densities{}; ///< of each task, or none for `density` of all
     std::vector<double> gammas{}; ///< of each task, or none for `gamma` of all

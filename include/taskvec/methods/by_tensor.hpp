@@ -50,9 +50,10 @@ inline void add_counts(std::vector<std::uint64_t>& sum, const std::vector<std::u
 /// of a group are those of its first tensor. A group for each set of values, in the order of their first tensors.
 template <described_options Options>
 struct tensor_group {
-    Options options{};
-    std::vector<std::size_t> tensors{};
+    Options options{}; ///< of all of them
+    std::vector<std::size_t> tensors{}; ///< places in models.tensors(), ascending
 };
+/// Groups the tensors that take part by what `options_of(name)` says of each.
 template <described_options Options>
 [[nodiscard]] std::vector<tensor_group<Options>> group_by_options(
     const aligned_models& models, const callback<Options(std::string_view)>& options_of)

@@ -44,6 +44,7 @@ struct enum_words<decay_shape> {
 ///   - wsm: ct = d(t / N) − d((t + 1) / N), for which θ* is where the update from checkpoint t − 1 to t, times
 ///     d(t / N), for every t, would have led from the first checkpoint: training at a constant rate, then merged, for
 ///     training with that decay. The linear one is the uniform average.
+///
 /// This is the weighted average with these weights (average_options), bit for bit. Needs no base.
 ///
 ///     merge(cpu{}, checkpoint_average_options{.schedule = checkpoint_schedule::wsm}, checkpoints, out);

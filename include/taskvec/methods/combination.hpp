@@ -18,8 +18,8 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct combination_body {
     static constexpr bool watches = true;
-    const A* weights;
-    bool on_base;
+    const A* weights; ///< of each task
+    bool on_base; ///< of τt on θ0, and not of θt
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const

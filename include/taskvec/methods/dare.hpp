@@ -58,10 +58,11 @@ struct dare_options {
 struct dare_ties_options {
     double density = 0.5;
     std::uint64_t seed = 0;
-    ties_options ties{};
+    ties_options ties{}; ///< of election and merge
     drop_rescale rescale = drop_rescale::density;
     std::vector<double> densities{}; ///< of each task, or none for `density` of all
 
+    /// What ties-merging does with what DARE keeps.
     [[nodiscard]] static dare_ties_options as_in_ties_merging()
     {
         dare_ties_options options;
@@ -77,6 +78,7 @@ struct dare_ties_options {
         options.rescale = drop_rescale::l1;
         return options;
     }
+    /// What PEFT's dare_ties does, up to its random numbers.
     [[nodiscard]] static dare_ties_options as_in_peft()
     {
         dare_ties_options options;

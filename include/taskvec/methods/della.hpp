@@ -60,7 +60,7 @@ struct della_options {
     double density = 0.5;
     double epsilon = 0.15;
     std::uint64_t seed = 0;
-    ties_options ties{};
+    ties_options ties{}; ///< of election and merge
     drop_rescale rescale = drop_rescale::density; ///< density: by each entry's own probability
     rank_axis axis = rank_axis::last;
     std::vector<double> densities{}; ///< of each task, or none for `density` of all

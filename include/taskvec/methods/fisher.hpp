@@ -32,7 +32,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///
 ///     merge(cpu{}, fisher_options{.fishers = fishers}, tasks, out);
 struct fisher_options {
-    std::vector<const_model_ref> fishers{};
+    std::vector<const_model_ref> fishers{}; ///< of each task, by the names of the models' tensors
     std::vector<double> weights{};
     bool normalize = false;
     double floor = 1e-12;
@@ -63,8 +63,8 @@ template <arithmetic_element A>
 struct fisher_body {
     static constexpr bool watches = true;
     static constexpr bool reads_beside = true;
-    const A *factors, *weights;
-    A total, floor;
+    const A *factors, *weights; ///< ct/‖Ft‖ or ct, and ct, of each task
+    A total, floor; ///< Σ ct, and the least denominator
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const

@@ -12,8 +12,8 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct mean_body {
     static constexpr bool watches = true;
-    const A* weights;
-    A divisor;
+    const A* weights; ///< of each task
+    A divisor; ///< of the sum
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -28,8 +28,8 @@ struct mean_body {
 template <arithmetic_element A>
 struct pair_body {
     static constexpr bool watches = true;
-    A of_a, of_b;
-    bool from_base;
+    A of_a, of_b; ///< factors of the two
+    bool from_base; ///< a is the base, and b the first task
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const

@@ -72,14 +72,15 @@ class method;
 
 /// What a merge can say about itself; filled where model_options::statistics asks for it.
 struct merge_report {
+    /// The norms of one tensor.
     struct tensor_norm {
-        std::string name;
+        std::string name; ///< of the tensor
         double merged = 0; ///< ‖θ*‖ before rounding to storage
         double change = 0; ///< ‖θ* − θ0‖, 0 without a base
     };
     std::vector<std::uint64_t> kept{}; ///< for each task: nonzero entries of its task vector that took part
     std::vector<std::uint64_t> conflicting{}; ///< for each task: those of them whose sign lost the election (TIES)
-    std::vector<tensor_norm> norms{};
+    std::vector<tensor_norm> norms{}; ///< in the order of tensors
     unsigned walks = 0; ///< how often the models were read from end to end
     std::uint64_t beside = 0; ///< bytes read beside those walks: statistics, and second reads of some tensors
     std::uint64_t saturated = 0; ///< results that became their dtype's largest number (overflow::saturate)
@@ -88,7 +89,7 @@ struct merge_report {
 /// What bodies counted: on a run of entries, a tensor, a model. Tallies of parts add up to that of the whole, whoever
 /// walked over the parts and in whatever order.
 struct merge_tally {
-    static constexpr std::size_t slot_count = 4;
+    static constexpr std::size_t slot_count = 4; ///< counters that a body has
     std::array<std::uint64_t, slot_count> counts{}; ///< by in.count(slot, mask)
     std::pmr::vector<std::uint64_t> of_tasks{}; ///< by in.count_of(slot, task, mask): [slot][task]
 
@@ -98,6 +99,7 @@ struct merge_tally {
         : of_tasks(memory)
     { }
 
+    /// Adds another part's counts, of entries and of tasks.
     merge_tally& operator+=(const merge_tally& other)
     {
         for (std::size_t k = 0; k < slot_count; ++k) { counts[k] += other.counts[k]; }
@@ -113,8 +115,7 @@ struct merge_tally {
 ///   - `static std::vector<aligned_tensor::operand> beside(const Options&, const aligned_models&, memory_space)`: what
 ///     in.beside(b) reads, as many for each tensor, in the order of tensors();
 ///   - `bool settle(std::span<const merge_tally> of_tensors)`, called once everything is merged: whether something has
-///   to
-///     be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
+///     to be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
 ///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp;
 ///   - where an entry's fate depends on its row: `const row_pieces& pieces()`, what the walk goes over; and for each of
 ///     them `weigh(row_block<A>&, const tensor_chunk& piece, A* numbers, detail::piece_memory&)`, which makes

@@ -27,10 +27,11 @@ struct options_of<nearswap_options> {
             {.at_least = 0, .expected = "a distance of at least 0, such as 0.001"})};
 };
 
+/// What nearswap_options says of an entry.
 template <arithmetic_element A>
 struct nearswap_body {
     static constexpr bool watches = false;
-    A t;
+    A t; ///< the distance
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const

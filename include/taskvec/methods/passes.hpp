@@ -22,16 +22,20 @@ namespace taskvec::inline TASKVEC_ABI {
 /// function: tensor_dots(passes, pairs, difference) here, trim_thresholds_of(passes, …) in select/thresholds.hpp.
 class cpu_passes {
 public:
+    /// Over models, on this policy, all of which it refers to; `beside`: what a method reads beside them.
     cpu_passes(const cpu& policy, const aligned_models& models, std::span<const aligned_tensor::operand> beside = {})
         : policy_(&policy)
         , models_(&models)
         , beside_(beside)
     { }
 
+    /// Where the passes run.
     [[nodiscard]] const cpu& policy() const noexcept { return *policy_; }
+    /// The models that are merged.
     [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t tasks() const noexcept { return models_->task_count(); }
-    static constexpr memory_space space = memory_space::host;
+    static constexpr memory_space space = memory_space::host; ///< Where tables lie.
     /// Operands beside the models, for each tensor.
     [[nodiscard]] std::size_t beside_each() const noexcept
     {
@@ -63,18 +67,22 @@ private:
 template <class Types>
 class typed_passes : public cpu_passes {
 public:
+    /// The storage_list that the models' types are of.
     using storage = Types;
+    /// As cpu_passes.
     using cpu_passes::cpu_passes;
 };
 
 /// Numbers for bodies, rounded to both arithmetic types once.
 class kept_numbers {
 public:
+    /// Keeps `numbers` as long as the passes live, in f32 and in f64.
     template <class Passes>
     kept_numbers(Passes& passes, const std::vector<double>& numbers)
         : single_(passes.keep(std::vector<float>(numbers.begin(), numbers.end())))
         , wide_(passes.keep(numbers))
     { }
+    /// The numbers in A, where bodies can read them.
     template <arithmetic_element A>
     [[nodiscard]] const A* get() const noexcept
     {

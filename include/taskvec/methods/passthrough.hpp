@@ -28,7 +28,7 @@ struct options_of<passthrough_options> {
 template <arithmetic_element A>
 struct scaled_body {
     static constexpr bool watches = false;
-    A factor;
+    A factor; ///< of every entry
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const

@@ -77,7 +77,7 @@ struct options_of<ram_plus_options> {
 template <arithmetic_element A>
 struct acting_mean_body {
     static constexpr bool watches = false;
-    A epsilon;
+    A epsilon; ///< magnitude above which a task acts
     const A* raise; ///< null: 1 for all
 
     template <class In>

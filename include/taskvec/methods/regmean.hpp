@@ -45,10 +45,11 @@ namespace taskvec::inline TASKVEC_ABI {
 ///
 ///     merge(cpu{}, regmean_options{.grams = grams, .alpha = 0.9}, tasks, out);
 struct regmean_options {
-    std::vector<const_model_ref> grams{};
+    std::vector<const_model_ref> grams{}; ///< of each task, by the names of its layers' weights
     double alpha = 0.9; ///< scale of the off-diagonals, in [0, 1]
     double ridge = 0; ///< share of the mean diagonal, such as 1e-6
     std::vector<double> weights{};
+    /// How the weight of that name is stored; empty: out_in for all.
     std::function<weight_layout(std::string_view)> layout{};
     std::vector<std::string> labels{}; ///< names of the Gram models in messages; empty: "the Grams of task 1", …
 };

@@ -24,7 +24,7 @@ namespace taskvec::inline TASKVEC_ABI {
 /// and chunks. A unit that is longer is a piece by itself. Worked out when they are asked for, as chunk_list is.
 class row_pieces {
 public:
-    static constexpr std::size_t entries = 65536;
+    static constexpr std::size_t entries = 65536; ///< that a piece has, if its units are not longer
 
     /// `unit(tensor)`: how many entries belong together; they divide the tensor's size.
     template <class Unit>

@@ -28,6 +28,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///   2. calculate: wt = mean(τt²) over the tensor with the others as 0, divided by Σ wt; where that sum is below
 ///      `least_weight`, or 0, all tasks weigh the same;
 ///   3. erase: an entry's sign is that of Σ τt (plus for 0), and tasks of another sign, or 0, are left out there.
+///
 /// θ* = θ0 + Σ wt·τt / Σ wt over the tasks that are left (a divisor is at least `least_weight`). Variances, of the task
 /// vectors less the first, products, sums and quotients round in f32 (f64 for f64) in task order, sums of squares are
 /// f64 sums of a fixed shape: bit-exact for any threads and blocks. Errors: invalid_argument (density, least_weight).
@@ -79,8 +80,8 @@ template <arithmetic_element A>
 struct sce_body {
     static constexpr bool watches = false;
     top_k_threshold<A> selected; ///< on variances
-    const A* weights;
-    A least;
+    const A* weights; ///< of each task
+    A least; ///< the least divisor
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const

@@ -37,6 +37,7 @@ struct enum_words<zero_sign> {
 ///      with `densities` each task has its own;
 ///   2. elect: γ = sign(Σ wt·τ̂t), elementwise;
 ///   3. merge the entries with sign γ: Σ wt·τ̂t / Σ wt (mean), Σ wt·τ̂t (sum), or the wt·τ̂t of largest magnitude (max).
+///
 /// Sums run in f32 (f64 for f64) in task order; every product, sum and quotient rounds; bit-exact for any threads and
 /// blocks. Weights: one for each task, or none for all 1; negative ones only under a preset that gives them a meaning.
 /// Cost: two reads of the inputs and one write; a little more where the majority decides.
@@ -224,6 +225,7 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return keep_.walks() + (stride_ ? 1u : 0u); }
 
 protected:
+    /// The prepared rules, for methods that derive from this.
     [[nodiscard]] const Keep& keep() const noexcept { return keep_; }
 
 private:

@@ -53,9 +53,10 @@ struct model_options {
 
 /// One tensor of the aligned models: where its data lie in the base and in each task.
 struct aligned_tensor {
+    /// Where a tensor's elements lie in one model, and how they are stored.
     struct operand {
         const std::byte* data = nullptr;
-        taskvec::dtype dtype = taskvec::dtype::f32;
+        taskvec::dtype dtype = taskvec::dtype::f32; ///< as they are stored
         const operand_source* source = nullptr; ///< where set, elements come from it, and `data` is not read
 
         /// Bytes of `count` elements as they are stored.
@@ -64,15 +65,15 @@ struct aligned_tensor {
             return source ? (std::uint64_t{count} * source->stored_bits() + 7) / 8 : byte_count(dtype, count);
         }
     };
-    std::string name;
-    extents shape;
+    std::string name; ///< of the tensor
+    extents shape; ///< slowest first
     std::size_t size = 0;
     std::size_t output = 0; ///< index in aligned_models::outputs()
     std::uint64_t position = 0; ///< first element's place in the concatenation of all included tensors
-    taskvec::dtype output_dtype = taskvec::dtype::f32;
+    taskvec::dtype output_dtype = taskvec::dtype::f32; ///< of the merged tensor
     bool wide = false; ///< arithmetic runs in f64, because some model stores f64
     operand base{}; ///< data == nullptr when there is no base
-    std::vector<operand> tasks{};
+    std::vector<operand> tasks{}; ///< in their order
 
     /// True when what is to be added to the base has f64 values: an f64 tensor, whatever the tasks store.
     [[nodiscard]] bool wide_base() const noexcept { return base.dtype == taskvec::dtype::f64; }
@@ -87,15 +88,15 @@ struct aligned_tensor {
 
 /// A tensor that takes no part: it is copied through unchanged.
 struct copied_tensor {
-    std::string name;
-    std::size_t output = 0;
-    const_tensor_ref source{};
+    std::string name; ///< of the tensor
+    std::size_t output = 0; ///< index in aligned_models::outputs()
+    const_tensor_ref source{}; ///< its bytes
 };
 
 /// A run of consecutive elements of one tensor, handed to one thread.
 struct tensor_chunk {
-    std::size_t tensor = 0;
-    std::uint64_t offset = 0;
+    std::size_t tensor = 0; ///< index in aligned_models::tensors()
+    std::uint64_t offset = 0; ///< of the first element in its tensor
     std::size_t size = 0;
 };
 
@@ -129,7 +130,7 @@ private:
 
 /// Tensors [first, last) of aligned models.
 struct tensor_range {
-    std::size_t first = 0, last = 0;
+    std::size_t first = 0, last = 0; ///< indices in aligned_models::tensors()
 };
 
 /// Lines up a base (optional) and tasks by tensor name, and checks everything that can be checked before any work:
@@ -139,8 +140,10 @@ struct tensor_range {
 /// Errors: invalid_argument, shape_mismatch, dtype_mismatch, each naming the tensor and the model.
 class aligned_models {
 public:
+    /// Whether two runs of bytes are the same; for memory that the host cannot read.
     using bytes_equal = callback<bool(const void* a, const void* b, std::size_t bytes)>;
 
+    /// `base`: null for none. The models outlive the result.
     aligned_models(const const_model_ref* base, std::span<const const_model_ref> tasks, model_options options = {},
         memory_space space = memory_space::host, const bytes_equal& equal = {})
         : options_(std::move(options))
@@ -219,21 +222,27 @@ public:
     [[nodiscard]] const std::vector<tensor_spec>& outputs() const noexcept { return outputs_; }
     /// The included floating tensors, in name order.
     [[nodiscard]] const std::vector<aligned_tensor>& tensors() const noexcept { return tensors_; }
+    /// The tensors that are copied, in name order.
     [[nodiscard]] const std::vector<copied_tensor>& copied() const noexcept { return copied_; }
+    /// All chunks, tensor by tensor.
     [[nodiscard]] chunk_list chunks() const& noexcept { return {first_chunk_, tensors_, step()}; }
     chunk_list chunks() const&& = delete; // a list over a temporary
     /// Chunks [first_chunk(i), first_chunk(i + 1)) cover tensor i.
     [[nodiscard]] std::size_t first_chunk(std::size_t tensor) const noexcept { return first_chunk_[tensor]; }
     /// Elements of all included tensors together.
     [[nodiscard]] std::uint64_t elements() const noexcept { return elements_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t task_count() const noexcept { return task_count_; }
+    /// Whether there is a base.
     [[nodiscard]] bool has_base() const noexcept { return has_base_; }
     /// For each task, how many tensors it lacks that stand for the base's (missing_tensors::base), among those that
     /// take part and those that no task has, which are copied.
     [[nodiscard]] const std::vector<std::size_t>& filled() const noexcept { return filled_; }
     /// True when some included tensor computes in f64: model-wide magnitudes then compare as f64.
     [[nodiscard]] bool any_wide() const noexcept { return any_wide_; }
+    /// As they were given.
     [[nodiscard]] const model_options& options() const noexcept { return options_; }
+    /// What messages call a task: its label, or "task 1", "task 2", …
     [[nodiscard]] std::string label(std::size_t task) const
     {
         return options_.labels.empty() ? message("task ", task + 1) : options_.labels[task];

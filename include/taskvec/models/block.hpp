@@ -59,6 +59,7 @@ inline constexpr std::size_t block_size = 4096;
 template <arithmetic_element A>
 class row_block {
 public:
+    /// `scratch_rows`: rows beside those of the models; all of them lie in `memory`.
     row_block(const aligned_models& models, std::size_t scratch_rows, std::pmr::memory_resource* memory,
         const detail::row_conversions<A>& conversions = detail::conversions_between<A, storage_types>)
         : models_(&models)
@@ -78,15 +79,20 @@ public:
     }
 
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    /// The block's first element, in its tensor.
     [[nodiscard]] std::uint64_t offset() const noexcept { return offset_; }
+    /// The same in the concatenation of all included tensors.
     [[nodiscard]] std::uint64_t position() const noexcept { return tensor_->position + offset_; }
+    /// The tensor that is open.
     [[nodiscard]] const aligned_tensor& tensor() const noexcept { return *tensor_; }
     /// The tensor's place in models().tensors().
     [[nodiscard]] std::size_t tensor_index() const noexcept
     {
         return static_cast<std::size_t>(tensor_ - models_->tensors().data());
     }
+    /// The models that it reads.
     [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t task_count() const noexcept { return models_->task_count(); }
 
     /// θ0 of this block.
@@ -146,6 +152,7 @@ public:
     }
     /// Row of task t. Rows of tasks and scratch rows are consecutive, block_size apart.
     [[nodiscard]] A* row(std::size_t t) noexcept { return rows_.data() + (1 + t) * block_size; }
+    /// Scratch row i.
     [[nodiscard]] A* scratch(std::size_t i) noexcept { return row(task_count() + i); }
 
     /// Throws nonfinite_error if an input of this block that was loaded holds NaN or infinity (unless propagation was
@@ -253,6 +260,7 @@ public:
         , memory_(memory)
         , conversions_(conversions)
     { }
+    /// The block in A, made when it is first asked for.
     template <arithmetic_element A>
     row_block<A>& get()
     {
@@ -306,12 +314,14 @@ decltype(auto) with_block_of(block_workspace& space, const aligned_tensor& tenso
 
 /// A range of chunks, by index.
 struct chunk_range {
-    std::size_t first = 0, last = 0;
+    std::size_t first = 0, last = 0; ///< indices in aligned_models::chunks()
 };
+/// The chunks of all tensors.
 [[nodiscard]] inline chunk_range all_chunks(const aligned_models& models) noexcept
 {
     return {0, models.chunks().size()};
 }
+/// The chunks of one tensor.
 [[nodiscard]] inline chunk_range chunks_of(const aligned_models& models, std::size_t tensor) noexcept
 {
     return {models.first_chunk(tensor), models.first_chunk(tensor + 1)};

@@ -10,9 +10,9 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// Memory that a method reads beside the models (the statistics of a tensor, say), for the check of aliases.
 struct companion {
-    std::size_t tensor = 0;
+    std::size_t tensor = 0; ///< index in aligned_models::tensors()
     const std::byte* data = nullptr;
-    std::size_t bytes = 0;
+    std::size_t bytes = 0; ///< that are read from `data` on
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

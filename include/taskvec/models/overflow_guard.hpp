@@ -71,6 +71,7 @@ TASKVEC_KERNELS_END
 ///     merge(cpu{}, ties_options{}, models, guarded);
 class overflow_guard final : public tensor_sink {
 public:
+    /// In front of `out`, which outlives it as the models do; `gain`: how far options may enlarge a result.
     overflow_guard(tensor_sink& out, const aligned_models& models, overflow how, double gain = 1)
         : out_(&out)
         , models_(&models)

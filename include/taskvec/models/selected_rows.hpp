@@ -18,12 +18,13 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A run of rows that are taken together: row `first + i` is the mean of row `row + i` of each part.
 struct row_run {
+    /// A row of some tensor.
     struct part {
         std::size_t tensor = 0; ///< in the list that selected_rows is given
-        std::uint64_t row = 0;
+        std::uint64_t row = 0; ///< of the first row that is taken
     };
-    std::uint64_t first = 0, count = 0;
-    std::vector<part> parts{};
+    std::uint64_t first = 0, count = 0; ///< of the rows that are made
+    std::vector<part> parts{}; ///< one to be taken bit for bit, more to be averaged
 };
 
 /// A tensor whose rows (the first extent) are rows of others, or means of some. One row of another is it bit for bit;
@@ -35,6 +36,7 @@ struct row_run {
 ///     model.insert("embed_tokens.weight", rows.tensor(base.dtype)); // 32001 rows, the last one of the task
 class selected_rows final : public operand_source {
 public:
+    /// `tensors`: of one row length each; `runs`: ascending, without gaps.
     selected_rows(std::vector<const_tensor_ref> tensors, std::vector<row_run> runs)
         : tensors_(std::move(tensors))
         , runs_(std::move(runs))
@@ -75,6 +77,7 @@ public:
     {
         return {nullptr, stored, shape_, {}, memory_space::host, 0, this};
     }
+    /// As they were given.
     [[nodiscard]] const std::vector<row_run>& runs() const noexcept { return runs_; }
     [[nodiscard]] taskvec::dtype type() const noexcept override { return wide_ ? dtype::f64 : dtype::f32; }
     [[nodiscard]] unsigned stored_bits() const noexcept override

@@ -16,6 +16,7 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// How peru_lora() cuts ranks.
 struct peru_lora_options {
     rank_choice rank{}; ///< q for every layer, or the share of each layer's energy to keep
     sigma_side side = sigma_side::both;

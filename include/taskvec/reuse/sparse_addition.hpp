@@ -27,7 +27,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     merge(cpu{}, sparse_addition_options{.entries = file.parts()}, models, sink);
 struct sparse_addition_options {
     std::span<const sparse_view> entries{}; ///< each names its tensor
-    double scale = 1.0;
+    double scale = 1.0; ///< of every entry
     nonfinite on_nonfinite = nonfinite::propagate; ///< NaN and infinity among the entries
 };
 

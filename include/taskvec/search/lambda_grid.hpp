@@ -17,9 +17,10 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// values[i·lambda2.size() + j] belongs to (lambda1[i], lambda2[j]).
 struct lambda_grid {
-    std::vector<double> lambda1, lambda2;
-    std::vector<double> values{};
+    std::vector<double> lambda1, lambda2; ///< factors along each side
+    std::vector<double> values{}; ///< row by row
 
+    /// The value at (lambda1[i], lambda2[j]), unchecked.
     [[nodiscard]] double& at(std::size_t i, std::size_t j) { return values[i * lambda2.size() + j]; }
     [[nodiscard]] double at(std::size_t i, std::size_t j) const { return values[i * lambda2.size() + j]; }
     /// The mean over all points; 0 for an empty grid.

@@ -48,6 +48,7 @@ struct lorahub_candidate {
     double objective = 0; ///< L(w) + α·Σ|wt|
 };
 
+/// What lorahub() found.
 struct lorahub_result {
     lorahub_candidate best; ///< of lowest objective; the first of equals
     std::vector<lorahub_candidate> history; ///< all evaluations, in order
@@ -57,7 +58,7 @@ struct lorahub_result {
 struct lorahub_problem {
     std::size_t dimension = 0; ///< one weight for each task
     double lower = 0, upper = 0; ///< bounds of every weight
-    std::vector<double> start;
+    std::vector<double> start; ///< weights to begin with
     std::size_t evaluations = 0; ///< the budget
 };
 
@@ -81,10 +82,12 @@ concept candidate_loss = requires(Loss& loss, const Candidate& candidate) {
 /// the loss threw), or an optimiser that failed (backend_error). history() has what had been evaluated until then.
 class lorahub_error : public error {
 public:
+    /// See error; `history` is handed on.
     lorahub_error(error_code code, error_kind kind, const std::string& message, std::vector<lorahub_candidate> history)
         : error(code, kind, message)
         , history_(std::move(history))
     { }
+    /// What was evaluated until then.
     [[nodiscard]] const std::vector<lorahub_candidate>& history() const noexcept { return history_; }
 
 private:

@@ -31,8 +31,9 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     auto found = lorahub(cpu{}, {}, base, tasks, out, loss, cobyla{});
 struct cobyla {
     double step = 0.5; ///< size of the first simplex
-    double tolerance = 1e-4;
+    double tolerance = 1e-4; ///< the weights' change that ends it
 
+    /// Minimises `objective` within problem.lower and problem.upper, from problem.start on.
     void operator()(const lorahub_problem& problem, const lorahub_objective& objective) const
     {
         if (!(step > 0) || !std::isfinite(step)) {

@@ -35,6 +35,7 @@ namespace taskvec::inline TASKVEC_ABI {
     }
 }
 
+/// Which subsets are visited, and the weights of their sums.
 struct subset_sweep_options {
     std::vector<double> weights{}; ///< one for each task; empty: all 1
     std::size_t smallest = 2; ///< subsets of fewer tasks are not visited

@@ -30,8 +30,8 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// A point of a sweep, as its coordinates are written in a table, and its score.
 struct sweep_row {
-    std::vector<std::string> point;
-    double score = 0;
+    std::vector<std::string> point; ///< the coordinates, in the order of the table's columns
+    double score = 0; ///< as the scoring function gave it
 };
 
 /// Points and scores, in the order in which they came. A sweep skips what its table holds already, so a sweep that was
@@ -45,7 +45,9 @@ public:
 
     /// The names of the coordinates.
     [[nodiscard]] const std::vector<std::string>& columns() const noexcept { return columns_; }
+    /// The rows, in the order in which they came.
     [[nodiscard]] const std::vector<sweep_row>& rows() const noexcept { return rows_; }
+    /// Whether this point has been scored.
     [[nodiscard]] bool contains(const std::vector<std::string>& point) const { return places_.contains(point); }
     /// The row of highest score, or of lowest; the first of equals; nullptr when there is none.
     [[nodiscard]] const sweep_row* best(bool highest = true) const noexcept
@@ -207,6 +209,7 @@ inline std::vector<std::vector<std::string>> csv_lines(std::string_view text, st
     return steps;
 }
 
+/// How a sweep goes on: how many at once, and what is called when rows were added.
 struct sweep_options {
     std::size_t at_once = 1; ///< candidates that are scored at the same time, each in a buffer of its own: for a score
                              ///< that may be called from several threads

@@ -44,8 +44,11 @@ public:
         }
     }
 
+    /// How many task vectors it has.
     [[nodiscard]] std::size_t tasks() const noexcept { return task_vectors_.size(); }
+    /// Θ0.
     [[nodiscard]] host_view<const T> base() const noexcept { return base_; }
+    /// Τt.
     [[nodiscard]] host_view<const T> task_vector(std::size_t task) const { return task_vectors_[task]; }
 
     /// θ0 + Σ λt·τt over the tasks whose λ is not 0, in f32 (f64 for f64), in task order, rounded once: the bits of
@@ -105,7 +108,7 @@ concept loss_function = requires(F& f, host_view<const T> parameters) {
 
 /// The plane of two of a space's tasks.
 struct plane_options {
-    std::size_t task1 = 0, task2 = 1;
+    std::size_t task1 = 0, task2 = 1; ///< places of the tasks in the space
     std::vector<double> lambda1{}, lambda2{}; ///< factors along each side; an empty lambda2 repeats lambda1
 };
 

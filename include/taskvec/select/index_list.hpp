@@ -24,9 +24,11 @@ namespace taskvec::inline TASKVEC_ABI {
 class index_list {
 public:
     using value_type = std::uint64_t;
+    /// Of the memory that holds the words.
     using allocator_type = std::pmr::polymorphic_allocator<std::byte>;
 
     index_list() = default;
+    /// Empty, with memory from `memory`.
     explicit index_list(const allocator_type& memory)
         : narrow_(memory)
         , wide_(memory)
@@ -47,6 +49,7 @@ public:
     [[nodiscard]] std::size_t size() const noexcept { return is_wide_ ? wide_.size() : narrow_.size(); }
     [[nodiscard]] bool empty() const noexcept { return size() == 0; }
     [[nodiscard]] std::uint64_t operator[](std::size_t i) const noexcept { return is_wide_ ? wide_[i] : narrow_[i]; }
+    /// The last index; the list is not empty.
     [[nodiscard]] std::uint64_t back() const noexcept { return (*this)[size() - 1]; }
     /// True where an index takes eight bytes.
     [[nodiscard]] bool wide() const noexcept { return is_wide_; }
@@ -56,7 +59,9 @@ public:
         return is_wide_ ? static_cast<const void*>(wide_.data()) : static_cast<const void*>(narrow_.data());
     }
 
+    /// Room for `count` indices, without another allocation, of the width that the list has now.
     void reserve(std::size_t count) { is_wide_ ? wide_.reserve(count) : narrow_.reserve(count); }
+    /// Appends an index; the first that needs more than 32 bits widens the list.
     void push_back(std::uint64_t index)
     {
         if (!is_wide_ && index > most) {
@@ -80,6 +85,7 @@ public:
         }
     }
 
+    /// Goes through the indices, as numbers: random access, whose reference is a value.
     class iterator {
     public:
         using iterator_category = std::input_iterator_tag;
@@ -90,6 +96,7 @@ public:
         using reference = std::uint64_t;
 
         iterator() = default;
+        /// At place `at` of a list, which it refers to.
         iterator(const index_list& list, std::size_t at) noexcept
             : list_(&list)
             , at_(at)
@@ -110,15 +117,21 @@ public:
             --*this;
             return before;
         }
+        /// N places on, or back.
         iterator& operator+=(std::ptrdiff_t n) noexcept
         {
             at_ += static_cast<std::size_t>(n);
             return *this;
         }
+        /// N places back.
         iterator& operator-=(std::ptrdiff_t n) noexcept { return *this += -n; }
+        /// N places on.
         friend iterator operator+(iterator i, std::ptrdiff_t n) noexcept { return i += n; }
+        /// N places on.
         friend iterator operator+(std::ptrdiff_t n, iterator i) noexcept { return i += n; }
+        /// N places back.
         friend iterator operator-(iterator i, std::ptrdiff_t n) noexcept { return i -= n; }
+        /// How many places a is behind b.
         friend std::ptrdiff_t operator-(const iterator& a, const iterator& b) noexcept
         {
             return static_cast<std::ptrdiff_t>(a.at_) - static_cast<std::ptrdiff_t>(b.at_);

@@ -35,10 +35,11 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct sparse_vector {
     using value_type = A;
-    extents shape{};
-    index_list indices{};
-    std::pmr::vector<A> values{};
+    extents shape{}; ///< of the tensor
+    index_list indices{}; ///< ascending, row-major flat
+    std::pmr::vector<A> values{}; ///< one for each index
 
+    /// How many entries are kept.
     [[nodiscard]] std::size_t kept() const noexcept { return indices.size(); }
     friend bool operator==(const sparse_vector&, const sparse_vector&) = default;
 };
@@ -48,16 +49,18 @@ struct sparse_vector {
 template <arithmetic_element A>
 struct bitmask_vector {
     using value_type = A;
-    extents shape{};
-    std::pmr::vector<std::uint8_t> bitmask{};
-    std::pmr::vector<A> values{};
+    extents shape{}; ///< of the tensor
+    std::pmr::vector<std::uint8_t> bitmask{}; ///< bit i%8 of byte i/8 is entry i
+    std::pmr::vector<A> values{}; ///< of the bits that are set, in order
 
+    /// How many entries are kept.
     [[nodiscard]] std::size_t kept() const noexcept { return values.size(); }
     friend bool operator==(const bitmask_vector&, const bitmask_vector&) = default;
 };
 
 /// One tensor's kept entries, and a model's by tensor name.
 using sparse_tensor = std::variant<sparse_vector<float>, sparse_vector<double>>;
+/// A model's kept entries by tensor name.
 using sparse_model = std::map<std::string, sparse_tensor>;
 
 /// Entries kept in a whole model.
@@ -85,20 +88,22 @@ template <class T>
 /// any alignment. Who makes one has checked them: indices ascend and are in range, the bits are as many as the values.
 struct sparse_view {
     std::string name = "values"; ///< of the tensor
-    extents shape{};
+    extents shape{}; ///< of the tensor
     std::uint64_t size = 0, kept = 0; ///< elements, and entries
     bool wide = false; ///< f64 values
-    const std::byte* values = nullptr;
+    const std::byte* values = nullptr; ///< f32, or f64 where `wide`
     const std::byte* indices = nullptr; ///< 32-bit words, or 64-bit ones; null where there is a bitmask
-    bool wide_indices = false;
-    const std::uint8_t* bitmask = nullptr;
+    bool wide_indices = false; ///< indices are 64-bit words
+    const std::uint8_t* bitmask = nullptr; ///< where there are no indices: bit i%8 of byte i/8 is entry i
     std::span<const std::uint64_t> before{}; ///< bits set before each run of `run` elements
-    static constexpr std::uint64_t run = 65536;
+    static constexpr std::uint64_t run = 65536; ///< elements of a run that `before` counts
 
+    /// The flat index of kept entry number `entry`; where there are indices.
     [[nodiscard]] std::uint64_t index(std::uint64_t entry) const noexcept
     {
         return wide_indices ? detail::load<std::uint64_t>(indices, entry) : detail::load<std::uint32_t>(indices, entry);
     }
+    /// The value of kept entry number `entry`, as an A.
     template <arithmetic_element A>
     [[nodiscard]] A value(std::uint64_t entry) const noexcept
     {
@@ -517,10 +522,13 @@ inline void check_saved_bytes(std::span<const std::byte> saved, std::size_t need
 class saved_words {
 public:
     saved_words() = default;
+    /// Room for `bytes` bytes (see saved_bytes()), from `memory`.
     explicit saved_words(std::size_t bytes, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : words_((bytes + 7) / 8, memory)
     { }
+    /// The memory, aligned to 8 bytes.
     [[nodiscard]] std::span<const std::byte> bytes() const& noexcept { return std::as_bytes(std::span(words_)); }
+    /// The memory, aligned to 8 bytes, to be written.
     [[nodiscard]] std::span<std::byte> bytes() & noexcept { return std::as_writable_bytes(std::span(words_)); }
     std::span<const std::byte> bytes() const&& = delete;
 
@@ -621,6 +629,7 @@ public:
 /// Collects kept entries in memory, which comes from `memory` and must outlive what take() returns.
 class sparse_model_sink final : public sparse_sink {
 public:
+    /// What is collected lies in `memory`.
     explicit sparse_model_sink(std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : memory_(memory)
     { }
@@ -650,6 +659,7 @@ public:
     {
         store(tensor, first, indices, values, n);
     }
+    /// Hands over what was collected.
     [[nodiscard]] sparse_model take() { return std::move(model_); }
 
 private:

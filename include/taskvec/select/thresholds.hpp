@@ -70,7 +70,8 @@ concept entry_count = std::same_as<std::invoke_result_t<const Count&, std::uint6
 /// A share of the entries of task vectors: one for all, or one for each task.
 class task_shares {
 public:
-    task_shares(double all) // a number is one for all
+    /// One share for all tasks: a number converts.
+    task_shares(double all)
         : all_(all)
     { }
     /// `each`: one for each task, or none for `all`. `what`: "densities", for messages. Errors: invalid_argument where
@@ -84,6 +85,7 @@ public:
                 message(each_.size(), " ", what, " for ", tasks, " tasks: give one each, or none"));
         }
     }
+    /// The share of task t.
     [[nodiscard]] double of(std::size_t t) const { return each_.empty() ? all_ : each_[t]; }
 
 private:
@@ -94,6 +96,8 @@ private:
 /// Thresholds of every task vector, over the whole model or for each tensor.
 class trim_thresholds {
 public:
+    /// Finds the thresholds of all tasks: about one read of the models. Errors: invalid_argument (a density outside
+    /// (0, 1]), nonfinite_error unless it may spread, cancelled.
     template <cpu_policy P> // a template, so that files which do not call it do not compile the search for every type
     trim_thresholds(const P& policy, const aligned_models& models, const task_shares& density, scope over,
         trim_rule rule = trim_rule::exact)
@@ -154,6 +158,7 @@ public:
             return wide_.empty() ? single_[index] : threshold_as<float>(wide_[index]);
         }
     }
+    /// How often the models were read to find them.
     [[nodiscard]] unsigned walks() const noexcept { return walks_; }
 
 private:

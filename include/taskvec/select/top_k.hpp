@@ -38,9 +38,11 @@ namespace taskvec::inline TASKVEC_ABI {
 /// in the scope comes before `equal_end`.
 template <arithmetic_element A>
 struct top_k_threshold {
-    bits_type<A> magnitude = 0;
+    bits_type<A> magnitude = 0; ///< bits of |x|, without the sign
+    /// Place in the scope.
     std::uint64_t equal_end = std::numeric_limits<std::uint64_t>::max();
 
+    /// Whether the entry with this value at this place of the scope is kept.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr bool keeps(A value, std::uint64_t place) const noexcept
     {
         const bits_type<A> bits = magnitude_bits(value);

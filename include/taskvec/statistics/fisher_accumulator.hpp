@@ -133,6 +133,7 @@ protected:
                 });
         }
     }
+    /// One example more, whose gradients are all added.
     void count_example() noexcept { ++examples_; }
     /// Adds what was seen elsewhere. Throws invalid_argument, shape_mismatch for another model's.
     void add_sums(const fisher_accumulator& other)
@@ -200,6 +201,7 @@ private:
 ///     for (…) { fisher.add(cpu{}, gradient_of_log_likelihood); }
 class empirical_fisher_accumulator : public fisher_accumulator {
 public:
+    /// Zeros, of the names and shapes of `parameters`. Errors: as fisher_accumulator.
     explicit empirical_fisher_accumulator(const const_model_ref& parameters)
         : fisher_accumulator(parameters)
     { }
@@ -220,6 +222,7 @@ public:
 ///     for (…) { fisher.add(cpu{}, gradients_of_each_label, probabilities); }
 class expected_fisher_accumulator : public fisher_accumulator {
 public:
+    /// Zeros, of the names and shapes of `parameters`. Errors: as fisher_accumulator.
     explicit expected_fisher_accumulator(const const_model_ref& parameters)
         : fisher_accumulator(parameters)
     { }

@@ -23,6 +23,7 @@ namespace taskvec::inline TASKVEC_ABI {
 ///     matrix<double> g = gram.matrix();
 class gram_accumulator {
 public:
+    /// Of a layer with `features` inputs; `layer` names it in errors. 4·features² bytes.
     explicit gram_accumulator(std::size_t features, std::string layer = "the layer")
         : features_(features)
         , layer_(std::move(layer))
@@ -32,6 +33,7 @@ public:
         }
     }
 
+    /// Inputs of the layer.
     [[nodiscard]] std::size_t features() const noexcept { return features_; }
     /// Rows seen: examples, or tokens where each position is a row.
     [[nodiscard]] std::uint64_t examples() const noexcept { return examples_; }

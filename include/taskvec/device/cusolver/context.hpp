@@ -101,6 +101,7 @@ inline void check(cusolverStatus_t status, const char* call)
 template <class H, auto Create, auto Destroy>
 class handle {
 public:
+    /// Creates the object; `call` is Create's name, for the error.
     explicit handle(const char* call) { check(Create(&handle_), call); }
     handle(handle&& other) noexcept
         : handle_(std::exchange(other.handle_, nullptr))
@@ -114,19 +115,25 @@ public:
     {
         if (handle_) { (void)Destroy(handle_); }
     }
+    /// The object, which stays this one's.
     [[nodiscard]] H get() const noexcept { return handle_; }
 
 private:
     H handle_ = nullptr;
 };
 
+/// CuBLAS.
 using cublas_handle = handle<cublasHandle_t, &cublasCreate_v2, &cublasDestroy_v2>;
+/// CuSOLVER.
 using cusolver_handle = handle<cusolverDnHandle_t, &cusolverDnCreate, &cusolverDnDestroy>;
+/// Settings of Jacobi SVDs.
 using jacobi_settings = handle<gesvdjInfo_t, &cusolverDnCreateGesvdjInfo, &cusolverDnDestroyGesvdjInfo>;
+/// Settings of cuSOLVER's 64-bit interface.
 using cusolver_settings = handle<cusolverDnParams_t, &cusolverDnCreateParams, &cusolverDnDestroyParams>;
 
 } // namespace device
 
+/// What gpu_context takes for itself.
 struct gpu_context_options {
     std::size_t blas_workspace = std::size_t{32}
         << 20; ///< bytes that cuBLAS may use, from the policy's allocator; 0: cuBLAS allocates its own
@@ -141,6 +148,7 @@ struct gpu_context_options {
 ///     const taskvec::gpu policy = context.policy();
 class gpu_context {
 public:
+    /// On the stream and with the allocator of `policy`.
     explicit gpu_context(const gpu& policy = {}, const gpu_context_options& options = {})
         : policy_{policy.stream, policy.allocator, this}
         , blas_((device::require_device(), "cublasCreate"))
@@ -162,9 +170,13 @@ public:
 
     /// A policy on this context's stream and allocator, which uses its handles.
     [[nodiscard]] gpu policy() const noexcept { return policy_; }
+    /// CuBLAS, on this stream.
     [[nodiscard]] cublasHandle_t blas() const noexcept { return blas_.get(); }
+    /// CuSOLVER, on this stream.
     [[nodiscard]] cusolverDnHandle_t solver() const noexcept { return solver_.get(); }
+    /// Settings of Jacobi SVDs.
     [[nodiscard]] gesvdjInfo_t jacobi() const noexcept { return jacobi_.get(); }
+    /// Settings of cuSOLVER's 64-bit interface.
     [[nodiscard]] cusolverDnParams_t settings() const noexcept { return settings_.get(); }
 
 private:

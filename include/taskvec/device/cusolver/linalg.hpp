@@ -38,9 +38,9 @@ struct qr_factors<T, memory_space::device> {
 /// A = u·diag(sigma)·vᵀ with u (m×k) and v (n×k) on the device, sigma on the host, descending; k = min(m, n).
 template <arithmetic_element T>
 struct device_svd_result {
-    device_matrix<T> u;
-    std::vector<double> sigma;
-    device_matrix<T> v;
+    device_matrix<T> u; ///< m×k
+    std::vector<double> sigma; ///< k values, descending
+    device_matrix<T> v; ///< n×k
 };
 
 template <>
@@ -151,6 +151,7 @@ template <arithmetic_element T>
 {
     return device_matrix<T>(policy, rows, cols, order);
 }
+/// A matrix for an algorithm's own use; here of the same memory as results.
 template <arithmetic_element T>
 [[nodiscard]] device_matrix<T> scratch_matrix(
     const gpu& policy, std::size_t rows, std::size_t cols, matrix_order order = matrix_order::column_major)

@@ -30,11 +30,13 @@ struct qr_factors<T, memory_space::device> : qr_factors<T, memory_space::host> {
 /// Nothing is kept between calls here: a context may be passed as on CUDA, and does nothing.
 class gpu_context {
 public:
+    /// On the stream and with the allocator of `policy`.
     explicit gpu_context(const gpu& policy = {})
         : policy_{policy.stream, policy.allocator, this}
     { }
     gpu_context(const gpu_context&) = delete;
     gpu_context& operator=(const gpu_context&) = delete;
+    /// A policy that names this context.
     [[nodiscard]] gpu policy() const noexcept { return policy_; }
 
 private:
@@ -133,6 +135,7 @@ template <arithmetic_element T>
     return {factor_qr<T>(cpu{}, detail::here(a), what)};
 }
 
+/// out = Q·x, as on the CPU.
 template <arithmetic_element T>
 void multiply_q(const gpu&, const qr_factors<T, memory_space::device>& f,
     std::type_identity_t<matrix_view<const double>> x, std::type_identity_t<device_matrix_view<T>> out)
@@ -142,16 +145,19 @@ void multiply_q(const gpu&, const qr_factors<T, memory_space::device>& f,
 }
 
 // The small square work is the CPU's: f64, in host matrices.
+/// Weight·a·b of small matrices: the CPU's.
 template <int = 0>
 [[nodiscard]] matrix<double> small_product(const gpu&, double weight, const matrix<double>& a, const matrix<double>& b)
 {
     return small_product(cpu{}, weight, a, b);
 }
+/// The SVD of a small matrix: the CPU's.
 template <int = 0>
 [[nodiscard]] small_svd_result small_svd(const gpu&, matrix_view<const double> a)
 {
     return small_svd(cpu{}, a);
 }
+/// The same for each of many.
 template <int = 0>
 [[nodiscard]] std::vector<small_svd_result> small_svds(
     const gpu&, const std::vector<matrix_view<const double>>& matrices)
@@ -160,6 +166,7 @@ template <int = 0>
     for (const auto& one : matrices) { results.push_back(small_svd(cpu{}, one)); }
     return results;
 }
+/// out = x·y, y small: as on the CPU.
 template <arithmetic_element T>
 void multiply_small(const gpu&, std::type_identity_t<device_matrix_view<const T>> x,
     std::type_identity_t<matrix_view<const double>> y, std::type_identity_t<device_matrix_view<T>> out)

@@ -49,6 +49,7 @@ private:
     matrix_order order_ = matrix_order::column_major;
 };
 
+/// A matrix that owns device memory.
 template <storage_element T>
 using device_matrix = matrix<T, memory_space::device>;
 

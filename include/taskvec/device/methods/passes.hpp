@@ -19,21 +19,28 @@ namespace taskvec::inline TASKVEC_ABI {
 /// The passes of the gpu policy: tables lie in device memory, sums and thresholds come from there.
 class device_passes {
 public:
+    /// Over models that the device sees, which outlive it.
     explicit device_passes(device_models& models)
         : models_(&models)
         , flags_(models.policy(), std::vector(2, device_models::none))
     { }
 
-    static constexpr memory_space space = memory_space::device;
+    static constexpr memory_space space = memory_space::device; ///< Where tables lie.
+    /// The models as the device sees them.
     [[nodiscard]] device_models& walked() const noexcept { return *models_; }
+    /// Where the passes run.
     [[nodiscard]] const gpu& policy() const noexcept { return models_->policy(); }
+    /// The models that are merged.
     [[nodiscard]] const aligned_models& models() const noexcept { return models_->models(); }
+    /// How many tasks there are.
     [[nodiscard]] std::size_t tasks() const noexcept { return models().task_count(); }
+    /// Operands beside the models, for each tensor.
     [[nodiscard]] std::size_t beside_each() const noexcept { return models_->operand_count() - 1 - tasks(); }
     [[nodiscard]] const aligned_tensor::operand& beside(std::size_t tensor, std::size_t b) const noexcept
     {
         return models_->operand(tensor, 1 + tasks() + b);
     }
+    /// A table where functors can read it; it lives as long as the passes do.
     template <class T>
     [[nodiscard]] const T* keep(const std::vector<T>& table)
     {
@@ -47,7 +54,9 @@ public:
     {
         return models_->nonfinite_flag() ? flags_.data() : nullptr;
     }
+    /// Where functors note the least place that is negative beside the models.
     [[nodiscard]] elementwise::counter* negative_beside() const noexcept { return flags_.data() + 1; }
+    /// Both flags, on the host. Waits.
     [[nodiscard]] std::vector<elementwise::counter> flags() const { return flags_.download(); }
 
 private:
@@ -67,6 +76,7 @@ template <std::same_as<device_passes> Passes>
         passes.walked(), pairs, difference, beside ? passes.nonfinite_beside() : passes.walked().nonfinite_flag());
 }
 
+/// As on the CPU, with its bits.
 template <std::same_as<device_passes> Passes>
 [[nodiscard]] trim_thresholds trim_thresholds_of(
     Passes& passes, const task_shares& density, scope over, trim_rule rule = trim_rule::exact)
@@ -75,6 +85,7 @@ template <std::same_as<device_passes> Passes>
     passes.walked().check_finite(); // the selection has read everything but what it kept whole, and has waited
     return found;
 }
+/// The same for count(n) entries of n, or count(n, t) of task t.
 template <std::same_as<device_passes> Passes, entry_count Count>
 [[nodiscard]] trim_thresholds trim_thresholds_of(Passes& passes, const Count& count, scope over)
 {

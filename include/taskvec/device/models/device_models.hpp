@@ -19,6 +19,7 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// The range of all tensors.
 [[nodiscard]] inline tensor_range all_tensors(const aligned_models& models) noexcept
 {
     return {0, models.tensors().size()};
@@ -41,6 +42,8 @@ public:
     /// left, and writes of integers by atomics, need no other order.
     using piece_body = std::function<void(const gpu& policy, std::size_t tensor, const device_piece& piece)>;
 
+    /// Over models and what lies beside them, which outlive it. Errors: invalid_argument for a task that is worked out
+    /// as it is read; backend_error.
     device_models(const gpu& policy, const aligned_models& models, std::span<const aligned_tensor::operand> beside)
         : policy_(policy)
         , models_(&models)
@@ -60,10 +63,13 @@ public:
     device_models& operator=(const device_models&) = delete;
     virtual ~device_models() = default;
 
+    /// Where walks run.
     [[nodiscard]] const gpu& policy() const noexcept { return policy_; }
+    /// The models.
     [[nodiscard]] const aligned_models& models() const noexcept { return *models_; }
     /// Operands of a piece: the base, the tasks, what lies beside.
     [[nodiscard]] std::size_t operand_count() const noexcept { return 1 + models_->task_count() + beside_each_; }
+    /// Operand number `which` of a tensor: 0 is the base, then the tasks, then what lies beside.
     [[nodiscard]] const aligned_tensor::operand& operand(std::size_t tensor, std::size_t which) const noexcept
     {
         const aligned_tensor& of = models_->tensors()[tensor];
@@ -117,9 +123,12 @@ public:
     /// Element i of an operand, brought to the host.
     [[nodiscard]] virtual double element(std::size_t tensor, std::size_t which, std::uint64_t i) const = 0;
 
+    /// What a flag of places holds while nothing was noted.
     static constexpr elementwise::counter none = std::numeric_limits<elementwise::counter>::max();
 
 protected:
+    /// Calls body(policy, tensor, piece) for every piece of the tensors in `range`; `writes`: pieces have
+    /// outputs. Operands before `first` are not looked at.
     virtual void walk(tensor_range range, bool writes, std::size_t first, const piece_body& body) = 0;
 
 private:
@@ -135,6 +144,7 @@ private:
 /// size.
 class resident_models final : public device_models {
 public:
+    /// `out`: null, or what has the outputs' device memory by direct().
     resident_models(const gpu& policy, const aligned_models& models, tensor_sink* out = nullptr,
         std::span<const aligned_tensor::operand> beside = {})
         : device_models(policy, models, beside)
@@ -183,6 +193,7 @@ public:
     }
 
 protected:
+    /// One piece for each tensor.
     void walk(tensor_range range, bool writes, std::size_t, const piece_body& body) override
     {
         for (std::size_t i = range.first; i < range.last; ++i) {

@@ -17,12 +17,12 @@ namespace taskvec::inline TASKVEC_ABI {
 struct device_piece {
     const aligned_tensor::operand* operands =
         nullptr; ///< on the device: the base (null data: none), each task, what lies beside
-    std::size_t tasks = 0;
+    std::size_t tasks = 0; ///< how many
     std::uint64_t offset = 0; ///< of the first element in its tensor
     std::uint64_t position = 0; ///< and in the concatenation of all tensors
     std::uint64_t size = 0;
     void* out = nullptr; ///< of the merged elements; null on walks that only read
-    taskvec::dtype out_dtype = taskvec::dtype::f32;
+    taskvec::dtype out_dtype = taskvec::dtype::f32; ///< of what `out` points to
     bool alike =
         false; ///< the base, the tasks and the output are stored as out_dtype, from addresses that are multiples of 16
 };

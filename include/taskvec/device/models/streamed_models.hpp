@@ -34,6 +34,7 @@ struct stream_options {
 /// sink throws.
 class streamed_models final : public device_models {
 public:
+    /// `out`: null, or the sink on the host that merged pieces go to.
     streamed_models(const gpu& policy, const aligned_models& models, const stream_options& options,
         tensor_sink* out = nullptr, std::span<const aligned_tensor::operand> beside = {})
         : device_models(policy, models, beside)
@@ -95,6 +96,7 @@ public:
     }
 
 protected:
+    /// Pieces of as many elements as the buffers hold, each brought to the device before and back after.
     void walk(tensor_range range, bool writes, std::size_t first, const piece_body& body) override
     {
         std::uint64_t total = 0;

@@ -24,15 +24,17 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A>
 struct device_sparse_vector {
     using value_type = A;
-    extents shape{};
-    device::buffer<std::uint64_t> indices{};
-    device::buffer<A> values{};
+    extents shape{}; ///< of the tensor
+    device::buffer<std::uint64_t> indices{}; ///< ascending, row-major flat
+    device::buffer<A> values{}; ///< one for each index
 
+    /// How many entries are kept.
     [[nodiscard]] std::size_t kept() const noexcept { return indices.size(); }
 };
 
 /// One tensor's kept entries, and a model's by tensor name.
 using device_sparse_tensor = std::variant<device_sparse_vector<float>, device_sparse_vector<double>>;
+/// A model's kept entries by tensor name, in device memory.
 using device_sparse_model = std::map<std::string, device_sparse_tensor>;
 
 /// Entries kept in a whole model.

@@ -8,6 +8,7 @@
 
 namespace taskvec::inline TASKVEC_ABI::device {
 
+/// What kind of failure a vendor's code stands for.
 enum class failure : std::uint8_t {
     other,
     memory, ///< out of device memory

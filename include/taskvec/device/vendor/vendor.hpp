@@ -10,12 +10,15 @@
 #define TASKVEC_ON_HIP 1
 #define TASKVEC_ON_CUDA 0
 #elif defined(__CUDACC__) || !defined(THRUST_DEVICE_SYSTEM)
+/// 1 where the program is compiled for HIP, 0 elsewhere.
 #define TASKVEC_ON_HIP 0
+/// 1 where the program is compiled for CUDA, 0 elsewhere.
 #define TASKVEC_ON_CUDA 1
 #else
 #define TASKVEC_ON_HIP 0
 #define TASKVEC_ON_CUDA 0
 #endif
+/// 1 where the program is compiled for a vendor's device, 0 for a Thrust host system.
 #define TASKVEC_ON_DEVICE (TASKVEC_ON_CUDA || TASKVEC_ON_HIP)
 
 #if TASKVEC_ON_CUDA

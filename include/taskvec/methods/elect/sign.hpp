@@ -26,7 +26,7 @@ struct enum_words<disjoint_merge> {
 /// The factors of one task in the election: in the sum that elects, in the value that is merged, in the divisor of the
 /// mean, and in the test of agreement (where only its sign counts).
 struct election_weights {
-    std::vector<double> elect{}, value{}, divide{}, agree{};
+    std::vector<double> elect{}, value{}, divide{}, agree{}; ///< one for each task in each list
 };
 
 /// The factors of an election, rounded to A once: T elect, T value, T divide, T agree.
@@ -44,7 +44,9 @@ template <arithmetic_element A>
 /// while some entry is not; for each task, where statistics are asked for, its nonzero entries and those that do not
 /// agree.
 struct election_counts {
+    /// Slots of in.count(): sums above 0, below 0, and exactly 0 while some entry is not.
     static constexpr std::size_t positive = 0, negative = 1, unresolved = 2;
+    /// Slots of in.count_of(): entries that take part, and those of them that do not agree.
     static constexpr std::size_t kept = 0, conflicting = 1;
 };
 
@@ -53,9 +55,9 @@ struct election_counts {
 template <arithmetic_element A, class Rule>
 struct sign_election_body : Rule {
     static constexpr bool watches = Rule::sees_all;
-    const A* factors;
-    disjoint_merge combine;
-    A zero, lambda;
+    const A* factors; ///< those of election_factors()
+    disjoint_merge combine; ///< of agreeing entries
+    A zero, lambda; ///< what a sum of 0 elects, and the scale of τ
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
@@ -109,7 +111,7 @@ template <arithmetic_element A, class Rule>
 struct unit_election_body : Rule {
     static constexpr bool watches = Rule::sees_all;
     static constexpr std::integer_sequence<int, 2, 3> held{}; ///< numbers of tasks that are compiled by themselves
-    A lambda;
+    A lambda; ///< the scale of τ
     signed_word<A> zero; ///< the sign bit that a sum of 0 elects: 0 for plus
 
     template <class In>

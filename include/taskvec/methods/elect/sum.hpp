@@ -17,9 +17,9 @@ namespace taskvec::inline TASKVEC_ABI {
 template <arithmetic_element A, class Rule>
 struct kept_sum_body : Rule {
     static constexpr bool watches = Rule::sees_all;
-    const A* weights;
-    A factor;
-    A divisor = 1;
+    const A* weights; ///< of each task
+    A factor; ///< of the sum
+    A divisor = 1; ///< of the sum
 
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const

@@ -17,15 +17,18 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// Keeps every entry as it is.
 struct keep_all {
+    /// NaN and infinity are never dropped: a sum over what is kept shows them.
     static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = false;
 
+    /// X.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In&, std::size_t, const typename In::pack& x) const noexcept
     {
         return x;
     }
+    /// Itself: no tensor has a rule of its own.
     template <arithmetic_element A>
     [[nodiscard]] keep_all get(std::size_t) const noexcept
     {

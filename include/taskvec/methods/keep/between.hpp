@@ -15,10 +15,12 @@ namespace taskvec::inline TASKVEC_ABI {
 /// The rule of one tensor: what is among the top entries of `upper`, and not among those of `outliers`.
 template <arithmetic_element A>
 struct keep_between_of_tensor {
-    static constexpr bool sees_all = false; // NaN and infinity are the outliers
+    /// NaN and infinity are outliers, which are dropped.
+    static constexpr bool sees_all = false;
     static constexpr bool clears_zeros = true;
-    keep_top_of_tensor<A> upper, outliers;
+    keep_top_of_tensor<A> upper, outliers; ///< what is kept or above it, and what is above it
 
+    /// x where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -37,6 +39,7 @@ struct keep_between_of_tensor {
 /// unless 0 < density ≤ 1 and 0 ≤ gamma < 1 for every task. Cost: about two reads of the models.
 class keep_between {
 public:
+    /// `passes`: of the models that are merged; `over`: what a share counts over.
     template <class Passes>
     keep_between(Passes& passes, const task_shares& density, const task_shares& gamma, scope over)
         : outliers_(
@@ -49,6 +52,7 @@ public:
               },
               over)
     { }
+    /// The rule of a tensor, in the arithmetic type A.
     template <arithmetic_element A>
     [[nodiscard]] keep_between_of_tensor<A> get(std::size_t tensor) const noexcept
     {

@@ -18,13 +18,15 @@ namespace taskvec::inline TASKVEC_ABI {
 /// The rule of one tensor: entry i of task t is kept, divided by a number, where its word is below `bound`.
 template <arithmetic_element A>
 struct keep_random_of_tensor {
-    static constexpr bool sees_all = false;
+    static constexpr bool sees_all =
+        false; ///< NaN and infinity may be dropped: the walk looks for them in what it reads.
     static constexpr bool clears_zeros = false;
     std::uint64_t key; ///< of random_stream
     const std::uint64_t* bounds; ///< of each task, at most 2³²: everything
     const A* divisors; ///< of each task
     bool draws; ///< whether any task's bound asks for draws
 
+    /// x divided by the task's number where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -35,7 +37,9 @@ struct keep_random_of_tensor {
         const auto last = static_cast<signed_word<A>>(static_cast<std::int64_t>(bound) - (std::int64_t{1} << 31));
         return where(in.draws(t) < filled_words<typename In::words>(last), x / divisors[t]);
     }
+    /// Whether a body has to draw at all.
     [[nodiscard]] TASKVEC_INLINE bool drawing() const noexcept { return draws; }
+    /// The random numbers of task t.
     [[nodiscard]] TASKVEC_HOST_DEVICE random_stream stream(std::size_t t) const noexcept
     {
         return {key, static_cast<std::uint32_t>(t)};
@@ -46,6 +50,7 @@ struct keep_random_of_tensor {
 /// alone, and divides it by the density unless it is to stay as it is. Errors: invalid_argument unless 0 < density ≤ 1.
 class keep_random {
 public:
+    /// `divided`: what is kept is divided by its density.
     template <class Passes>
     keep_random(Passes& passes, const task_shares& density, std::uint64_t seed, bool divided = true)
         : divisors_(passes, divisors_of(passes.tasks(), density, divided))
@@ -58,6 +63,7 @@ public:
         bounds_ = passes.keep(std::move(bounds));
         for (const auto& tensor : passes.models().tensors()) { keys_.push_back(hash64(tensor.name, seed)); }
     }
+    /// The rule of a tensor, in the arithmetic type A.
     template <arithmetic_element A>
     [[nodiscard]] keep_random_of_tensor<A> get(std::size_t tensor) const noexcept
     {

@@ -35,10 +35,12 @@ struct enum_words<rank_axis> {
 /// The rule of one tensor: what an entry is divided by was worked out with its row; 0 where it is dropped.
 template <arithmetic_element A>
 struct keep_ranked_of_tensor {
-    static constexpr bool sees_all = false;
+    static constexpr bool sees_all =
+        false; ///< NaN and infinity may be dropped: the walk looks for them in what it reads.
     static constexpr bool clears_zeros = false;
     static constexpr bool reads_beside = true;
 
+    /// x divided by its own number where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -121,6 +123,7 @@ private:
 /// 0 ≤ epsilon with density ± epsilon within (0, 1). Cost: every row is sorted. On the CPU.
 class keep_ranked {
 public:
+    /// `axis`: which entries make a row; `divided`: what is kept is divided by its probability.
     template <class Passes>
     keep_ranked(Passes& passes, const task_shares& density, const task_shares& epsilon, std::uint64_t seed,
         rank_axis axis, bool divided)
@@ -151,6 +154,7 @@ public:
                     room, ", for which density - epsilon and density + epsilon are within (0, 1)"));
         }
     }
+    /// The rule of a tensor: the same for all, as what differs was worked out with the rows.
     template <arithmetic_element A>
     [[nodiscard]] keep_ranked_of_tensor<A> get(std::size_t) const noexcept
     {

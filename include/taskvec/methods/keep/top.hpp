@@ -18,11 +18,13 @@ namespace taskvec::inline TASKVEC_ABI {
 /// equal_end. A kept 0 is none.
 template <arithmetic_element A>
 struct keep_top_of_tensor {
-    static constexpr bool sees_all = true; // magnitudes of NaN and infinity are the largest
+    /// NaN and infinity are never dropped: their magnitudes are the largest.
+    static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = true;
     const top_k_threshold<A>* thresholds; ///< of each task
-    std::size_t tasks;
+    std::size_t tasks; ///< how many
 
+    /// x where it is kept, 0 where not.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
@@ -45,6 +47,7 @@ struct keep_top_of_tensor {
 /// Keeps the top `density` of every task vector over a scope (see trim_thresholds). Cost: about one read of the models.
 class keep_top {
 public:
+    /// The top `density` of each task over `over`, chosen by `rule`.
     template <class Passes>
     keep_top(Passes& passes, const task_shares& density, scope over, trim_rule rule = trim_rule::exact)
         : keep_top(passes, over, trim_thresholds_of(passes, density, over, rule))
@@ -54,6 +57,7 @@ public:
     keep_top(Passes& passes, const Count& count, scope over)
         : keep_top(passes, over, trim_thresholds_of(passes, count, over))
     { }
+    /// The rule of a tensor, in the arithmetic type A.
     template <arithmetic_element A>
     [[nodiscard]] keep_top_of_tensor<A> get(std::size_t tensor) const noexcept
     {
