@@ -15,6 +15,7 @@ struct midpoint_options {
     double lambda = 1;
 };
 
+// [body]
 // What becomes of each entry: θ0 + λ·½(min τt + max τt). `In` shows a pack of entries: a few numbers in a vector, or
 // one. There are no branches on packs; select() chooses lane by lane. NaN and infinity are refused before they get
 // here.
@@ -35,6 +36,7 @@ struct midpoint_body {
         return in.base() + lambda * (0.5f * (least + most));
     }
 };
+// [end]
 
 } // namespace example
 

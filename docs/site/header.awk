@@ -76,7 +76,7 @@ END {
             end = upto(i, "(^{|;$|{$|{ }$)")
             text = ""
             for (k = i; k <= end; ++k) { text = text line[k] }
-            if (text ~ /detail::(flawed_|gpu_without_header|[a-z_]*wrong|refuse)/) {
+            if (text ~ /(detail::(flawed_|gpu_without_header|no_policy|no_matrix|right_merge|[a-z_]*wrong|refuse)|requires ?\(?sizeof\.\.\.\(Arguments\) >= 2|!merge_method<Options>)/) {
                 if (line[end] ~ /^{/) { end = upto(end, "^}") }
                 leave_out(i, end)
                 i = end

@@ -19,7 +19,7 @@
 #include <vector>
 
 using namespace taskvec;
-using testing::big_models, testing::check_call;
+using testing::big_models, testing::call_memory, testing::check_call, testing::count_memory, testing::counted_memory;
 
 TEST_CASE_TEMPLATE("Selection takes what it collects from the policy's resource", T, float, bf16, double)
 {
@@ -80,6 +80,29 @@ TEST_CASE("Deltas go on and off in the caller's memory")
     check_call("apply a bitmask", 1, [&](const cpu& policy) { on_and_off(policy, mask); });
     check_call("to_bitmask", 1, [&](const cpu& policy) { return to_bitmask(entries, policy.memory); });
     check_call("to_sparse", 1, [&](const cpu& policy) { return to_sparse(mask, policy.memory); });
+}
+
+TEST_CASE("Switching through views allocates nothing")
+{
+    big_models<float> m(1);
+    const sparse_model delta = post_pruning(cpu{}, {.density = 0.1}, m.base_model, m.task_models[0]);
+    const auto entries = views(delta);
+    std::vector<double> room(saved_bytes(entries, m.out_model) / 8);
+    const std::span<std::byte> saved = std::as_writable_bytes(std::span(room));
+    counted_memory memory;
+    // The caller's own loop, as of a pool: the library's own threads are started anew for every call.
+    const cpu policy{.executor =
+                         [](std::size_t count, const auto& body) {
+                             for (std::size_t i = 0; i < count; ++i) { body(i); }
+                         },
+        .memory = &memory};
+    const call_memory taken = count_memory(memory, [&] {
+        apply(policy, entries, m.out_model, saved);
+        undo(policy, entries, saved, m.out_model);
+    });
+    CHECK(taken.through == 0);
+    CHECK(taken.around == 0);
+    CHECK(taken.received == 0);
 }
 
 TEST_CASE("Arithmetic and sums take what grows with the vectors from the policy's resource")

@@ -158,9 +158,9 @@ template <class T, memory_space S>
     return as_tensor(flat, {static_cast<std::int64_t>(flat.size())});
 }
 
-/// The flat view of a contiguous tensor of element type T in memory space S; anything else is an error naming `what`.
-template <storage_element T, memory_space S = memory_space::host>
-[[nodiscard]] auto flat_view(const const_tensor_ref& tensor, std::string_view what)
+namespace detail {
+template <class T, memory_space S, class Byte>
+[[nodiscard]] view<const T, S> checked_flat_view(const basic_tensor_ref<Byte>& tensor, std::string_view what)
 {
     if (tensor.dtype != dtype_of<T>) {
         raise<dtype_mismatch>(error_code::dtype_differs,
@@ -175,8 +175,21 @@ template <storage_element T, memory_space S = memory_space::host>
         raise<invalid_argument>(error_code::tensor_layout,
             message("tensor '", what, "' is not contiguous; copy it to row-major memory first"));
     }
-    if (tensor.source) { detail::refuse_source(what); }
-    return view<const T, S>{static_cast<const T*>(tensor.data), tensor.size(what)};
+    if (tensor.source) { refuse_source(what); }
+    return {static_cast<const T*>(tensor.data), tensor.size(what)};
+}
+} // namespace detail
+
+/// The flat view of a contiguous tensor of element type T in memory space S; anything else is an error naming `what`.
+template <storage_element T, memory_space S = memory_space::host>
+[[nodiscard]] auto flat_view(const const_tensor_ref& tensor, std::string_view what)
+{
+    return detail::checked_flat_view<T, S>(tensor, what);
+}
+template <storage_element T, memory_space S = memory_space::host>
+[[nodiscard]] auto flat_view(const tensor_ref& tensor, std::string_view what)
+{
+    return detail::checked_flat_view<T, S>(tensor, what); // not by conversion, which copies the shape
 }
 
 /// A model: tensors by name. Kept sorted by the bytes of the name, which is the order that model-wide algorithms use.
