@@ -72,8 +72,14 @@ int cancel_a_merge()
 }
 #endif
 
+bool throws_beside();
+
 int main(int count, char** words)
 {
+    if (!throws_beside()) {
+        std::puts("the file with exceptions did not throw");
+        return 1;
+    }
     if (count > 1) { return std::string_view(words[1]) == "threads" ? fail_on_threads() : cancel_a_merge(); }
     taskvec::set_error_handler([](const taskvec::error& failure) {
         const bool right = failure.kind() == taskvec::error_kind::shape_mismatch

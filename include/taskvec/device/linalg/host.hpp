@@ -199,16 +199,19 @@ void orient(const gpu&, std::type_identity_t<device_matrix_view<T>> u, std::type
 }
 
 // The symmetric solve is in f64, as on the CPU.
+/// As on the CPU.
 template <std::same_as<double> T>
 [[nodiscard]] double factor_cholesky(const gpu&, device_matrix_view<T> g)
 {
     return factor_cholesky(cpu{}, detail::here(g));
 }
+/// As on the CPU.
 template <std::same_as<double> T>
 void solve_cholesky(const gpu&, std::type_identity_t<device_matrix_view<const T>> l, device_matrix_view<T> b)
 {
     solve_cholesky(cpu{}, detail::here(l), detail::here(b));
 }
+/// As on the CPU.
 template <std::same_as<double> T>
 [[nodiscard]] bool cholesky_solve(
     const gpu&, std::type_identity_t<device_matrix_view<const T>> g, device_matrix_view<T> b)
