@@ -2,11 +2,12 @@
 # A header as doxygen is to read it, line for line: awk -f header.awk HEADER
 #
 # What stands at its head becomes the file's description, and the public names belong to the module of their room. Left
-# out are the namespaces `detail`, specialisations (of options_of, enum_words, method …: the primary template says what
-# they are), overloads that only explain a wrong call, and macros that are undefined again or end in an underscore.
+# out are the namespaces `detail`, `kernels` and `elementwise` (what only the library's own loops and functors are made
+# of) and other libraries', specialisations (of options_of, enum_words, method …: the primary template says what they
+# are), overloads that only explain a wrong call, and macros that are undefined again or end in an underscore.
 #
-# Four kinds of names need no comment of their own, and get one here: what is named as the standard library names it
-# (size(), begin(), operator== …); what a contract names (of a merge method, its body and its keep rule); members that
+# Five kinds of names need no comment of their own, and get one here: what is named as the standard library names it
+# (size(), begin(), operator== …); constructors and destructors that only make an empty value, copy or move; what a contract names (of a merge method, its body and its keep rule); members that
 # the options' own table describes; and overloads of a function that is described before, in the same file.
 
 # The lines first..last, and the comment above them, become empty.
@@ -136,7 +137,7 @@ END {
         if (has_comment(i, first)) { known[scope "::" id] = 1; continue }
         if (id ~ standard) { give(first, "As of the standard library's types.") }
         else if (open && scope != "" && (id == type[1] || id == type[2] || id ~ /^~/) && (code ~ /\(\)( noexcept)?( = default| *{ *})?;?$/ || code ~ /= (default|delete);/ || code ~ /\([^,]*&&[^,]*\) noexcept/ || code ~ /\(const [a-z_]+& other\)/)) {
-            give(first, "As of any value.")
+            give(first, "As usual: makes an empty value, copies, moves or destroys; or is deleted, where it says so.")
         }
         else if ((id ~ contract || (id == "operator()" && code ~ /\(In& in\)/)) && (room == "methods" || name ~ /device\/methods/)) { give(first, "As the contract of merge methods says: see elementwise_method.") }
         else if (!open && (scope "::" id) in described) { give(first, described[scope "::" id] ".") }
