@@ -82,6 +82,8 @@ END {
                 leave_out(i, end)
                 i = end
             }
+        } else if (line[i] ~ /^(struct|class|enum class) [a-z_0-9]+( : [a-z_:0-9]+)?;$/) { # declared, not defined
+            leave_out(beginning(i), i)
         } else if (line[i] ~ /&& *[a-z]*\)? = delete;/) {
             leave_out(beginning(i), i)
         } else if (line[i] ~ /^[a-z_]+\(.*\) -> /) { # a deduction guide

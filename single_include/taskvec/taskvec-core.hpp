@@ -2297,7 +2297,7 @@ struct lora_update {
     [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
     /// Columns of ΔW.
     [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
-    /// R, the rank that the factors have room for.
+    /// r, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
     [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
@@ -11609,7 +11609,7 @@ struct keep_all {
     static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = false;
 
-    /// X.
+    /// x.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In&, std::size_t, const typename In::pack& x) const noexcept
@@ -16432,19 +16432,19 @@ public:
             --*this;
             return before;
         }
-        /// N places on, or back.
+        /// n places on, or back.
         iterator& operator+=(std::ptrdiff_t n) noexcept
         {
             at_ += static_cast<std::size_t>(n);
             return *this;
         }
-        /// N places back.
+        /// n places back.
         iterator& operator-=(std::ptrdiff_t n) noexcept { return *this += -n; }
-        /// N places on.
+        /// n places on.
         friend iterator operator+(iterator i, std::ptrdiff_t n) noexcept { return i += n; }
-        /// N places on.
+        /// n places on.
         friend iterator operator+(std::ptrdiff_t n, iterator i) noexcept { return i += n; }
-        /// N places back.
+        /// n places back.
         friend iterator operator-(iterator i, std::ptrdiff_t n) noexcept { return i -= n; }
         /// How many places a is behind b.
         friend std::ptrdiff_t operator-(const iterator& a, const iterator& b) noexcept
@@ -18222,9 +18222,9 @@ public:
 
     /// How many task vectors it has.
     [[nodiscard]] std::size_t tasks() const noexcept { return task_vectors_.size(); }
-    /// Θ0.
+    /// θ0.
     [[nodiscard]] host_view<const T> base() const noexcept { return base_; }
-    /// Τt.
+    /// τt.
     [[nodiscard]] host_view<const T> task_vector(std::size_t task) const { return task_vectors_[task]; }
 
     /// θ0 + Σ λt·τt over the tasks whose λ is not 0, in f32 (f64 for f64), in task order, rounded once: the bits of

@@ -2290,7 +2290,7 @@ struct lora_update {
     [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
     /// Columns of ΔW.
     [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
-    /// R, the rank that the factors have room for.
+    /// r, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
     [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
@@ -7504,7 +7504,7 @@ struct svd_result {
     double squared_norm = 0; ///< ‖A‖²_F
     double squared_error = 0; ///< ‖A − u·diag(sigma)·vᵀ‖²_F
 
-    /// Q, the number of triples.
+    /// q, the number of triples.
     [[nodiscard]] std::size_t rank() const noexcept { return sigma.size(); }
     /// ‖A − Aq‖_F / ‖A‖_F; 0 for a zero matrix.
     [[nodiscard]] double relative_error() const noexcept
@@ -16649,19 +16649,19 @@ public:
             --*this;
             return before;
         }
-        /// N places on, or back.
+        /// n places on, or back.
         iterator& operator+=(std::ptrdiff_t n) noexcept
         {
             at_ += static_cast<std::size_t>(n);
             return *this;
         }
-        /// N places back.
+        /// n places back.
         iterator& operator-=(std::ptrdiff_t n) noexcept { return *this += -n; }
-        /// N places on.
+        /// n places on.
         friend iterator operator+(iterator i, std::ptrdiff_t n) noexcept { return i += n; }
-        /// N places on.
+        /// n places on.
         friend iterator operator+(std::ptrdiff_t n, iterator i) noexcept { return i += n; }
-        /// N places back.
+        /// n places back.
         friend iterator operator-(iterator i, std::ptrdiff_t n) noexcept { return i -= n; }
         /// How many places a is behind b.
         friend std::ptrdiff_t operator-(const iterator& a, const iterator& b) noexcept

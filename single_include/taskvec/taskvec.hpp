@@ -2304,7 +2304,7 @@ struct lora_update {
     [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
     /// Columns of ΔW.
     [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
-    /// R, the rank that the factors have room for.
+    /// r, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
     [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
@@ -7872,7 +7872,7 @@ struct svd_result {
     double squared_norm = 0; ///< ‖A‖²_F
     double squared_error = 0; ///< ‖A − u·diag(sigma)·vᵀ‖²_F
 
-    /// Q, the number of triples.
+    /// q, the number of triples.
     [[nodiscard]] std::size_t rank() const noexcept { return sigma.size(); }
     /// ‖A − Aq‖_F / ‖A‖_F; 0 for a zero matrix.
     [[nodiscard]] double relative_error() const noexcept
@@ -12528,7 +12528,7 @@ struct keep_all {
     static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = false;
 
-    /// X.
+    /// x.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In&, std::size_t, const typename In::pack& x) const noexcept
@@ -15187,9 +15187,9 @@ public:
 
     /// How many task vectors it has.
     [[nodiscard]] std::size_t tasks() const noexcept { return task_vectors_.size(); }
-    /// Θ0.
+    /// θ0.
     [[nodiscard]] host_view<const T> base() const noexcept { return base_; }
-    /// Τt.
+    /// τt.
     [[nodiscard]] host_view<const T> task_vector(std::size_t task) const { return task_vectors_[task]; }
 
     /// θ0 + Σ λt·τt over the tasks whose λ is not 0, in f32 (f64 for f64), in task order, rounded once: the bits of
@@ -16886,7 +16886,7 @@ struct dual {
     /// x /= y, by the quotient rule.
     constexpr dual& operator/=(const dual& other) { return *this = *this / other; }
 
-    /// X.
+    /// x.
     friend constexpr dual operator+(const dual& x) { return x; }
     /// −x.
     friend constexpr dual operator-(const dual& x) { return {-x.primal, -x.tangent}; }
@@ -16926,7 +16926,7 @@ struct dual {
     }
 };
 
-/// Eˣ and its derivative eˣ·ẋ.
+/// eˣ and its derivative eˣ·ẋ.
 template <class T>
 [[nodiscard]] dual<T> exp(const dual<T>& x)
 {
@@ -16934,7 +16934,7 @@ template <class T>
     const T value = exp(x.primal);
     return {value, value * x.tangent};
 }
-/// Eˣ − 1, exact near 0; derivative eˣ·ẋ.
+/// eˣ − 1, exact near 0; derivative eˣ·ẋ.
 template <class T>
 [[nodiscard]] dual<T> expm1(const dual<T>& x)
 {
@@ -16942,7 +16942,7 @@ template <class T>
     const T value = expm1(x.primal);
     return {value, (value + T(1)) * x.tangent};
 }
-/// Ln x; derivative ẋ / x.
+/// ln x; derivative ẋ / x.
 template <class T>
 [[nodiscard]] dual<T> log(const dual<T>& x)
 {
@@ -16964,7 +16964,7 @@ template <class T>
     const T value = sqrt(x.primal);
     return {value, x.tangent / (T(2) * value)};
 }
-/// Sin x; derivative cos x·ẋ.
+/// sin x; derivative cos x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> sin(const dual<T>& x)
 {
@@ -16972,7 +16972,7 @@ template <class T>
     using std::sin;
     return {sin(x.primal), cos(x.primal) * x.tangent};
 }
-/// Cos x; derivative −sin x·ẋ.
+/// cos x; derivative −sin x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> cos(const dual<T>& x)
 {
@@ -16980,7 +16980,7 @@ template <class T>
     using std::sin;
     return {cos(x.primal), -sin(x.primal) * x.tangent};
 }
-/// Tan x; derivative (1 + tan² x)·ẋ.
+/// tan x; derivative (1 + tan² x)·ẋ.
 template <class T>
 [[nodiscard]] dual<T> tan(const dual<T>& x)
 {
@@ -16988,14 +16988,14 @@ template <class T>
     const T value = tan(x.primal);
     return {value, (T(1) + value * value) * x.tangent};
 }
-/// Arctan x; derivative ẋ / (1 + x²).
+/// arctan x; derivative ẋ / (1 + x²).
 template <class T>
 [[nodiscard]] dual<T> atan(const dual<T>& x)
 {
     using std::atan;
     return {atan(x.primal), x.tangent / (T(1) + x.primal * x.primal)};
 }
-/// Sinh x; derivative cosh x·ẋ.
+/// sinh x; derivative cosh x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> sinh(const dual<T>& x)
 {
@@ -17003,7 +17003,7 @@ template <class T>
     using std::sinh;
     return {sinh(x.primal), cosh(x.primal) * x.tangent};
 }
-/// Cosh x; derivative sinh x·ẋ.
+/// cosh x; derivative sinh x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> cosh(const dual<T>& x)
 {
@@ -17011,7 +17011,7 @@ template <class T>
     using std::sinh;
     return {cosh(x.primal), sinh(x.primal) * x.tangent};
 }
-/// Tanh x; derivative (1 − tanh² x)·ẋ.
+/// tanh x; derivative (1 − tanh² x)·ẋ.
 template <class T>
 [[nodiscard]] dual<T> tanh(const dual<T>& x)
 {
@@ -17033,7 +17033,7 @@ template <class T>
 {
     return x.primal > T(0) ? x : x.primal < T(0) ? -x : dual<T>(x.primal, T(0) * x.tangent);
 }
-/// Abs(x), under its other name.
+/// abs(x), under its other name.
 template <class T>
 [[nodiscard]] dual<T> fabs(const dual<T>& x)
 {
@@ -19374,7 +19374,7 @@ public:
         return kept;
     }
 
-    /// Φ0.
+    /// φ0.
     [[nodiscard]] const parameters<T>& initial() const noexcept { return initial_; }
     /// The names of the active parameters, sorted.
     [[nodiscard]] const std::vector<std::string>& active() const noexcept { return active_; }
@@ -19536,7 +19536,7 @@ public:
     /// W + scaling·b·a, out × in: the plain layer that computes the same.
     [[nodiscard]] row_matrix<T> dense() const;
 
-    /// R, the rank of the adapter.
+    /// r, the rank of the adapter.
     [[nodiscard]] Eigen::Index rank() const noexcept { return static_cast<Eigen::Index>(adapter_.rank()); }
     /// The frozen weight and bias.
     [[nodiscard]] row_matrix_map<T> weight() const { return weight_.primal(); }
@@ -19828,7 +19828,7 @@ public:
     /// The plain weight that computes the same: W0 + s·(B0·A0 + B0·ΔA + ΔB·A0), out × in.
     [[nodiscard]] row_matrix<T> dense() const { return weight_.primal() + scaling() * (up() * down()); }
 
-    /// R, the rank of the trained adapter.
+    /// r, the rank of the trained adapter.
     [[nodiscard]] Eigen::Index rank() const noexcept { return rank_; }
     /// The rank of fold(): r where B0 = 0, otherwise 2r.
     [[nodiscard]] Eigen::Index stacked_rank() const noexcept { return static_cast<Eigen::Index>(folded_.rank()); }
@@ -24593,19 +24593,19 @@ public:
             --*this;
             return before;
         }
-        /// N places on, or back.
+        /// n places on, or back.
         iterator& operator+=(std::ptrdiff_t n) noexcept
         {
             at_ += static_cast<std::size_t>(n);
             return *this;
         }
-        /// N places back.
+        /// n places back.
         iterator& operator-=(std::ptrdiff_t n) noexcept { return *this += -n; }
-        /// N places on.
+        /// n places on.
         friend iterator operator+(iterator i, std::ptrdiff_t n) noexcept { return i += n; }
-        /// N places on.
+        /// n places on.
         friend iterator operator+(std::ptrdiff_t n, iterator i) noexcept { return i += n; }
-        /// N places back.
+        /// n places back.
         friend iterator operator-(iterator i, std::ptrdiff_t n) noexcept { return i -= n; }
         /// How many places a is behind b.
         friend std::ptrdiff_t operator-(const iterator& a, const iterator& b) noexcept

@@ -34,7 +34,7 @@ struct lora_update {
     [[nodiscard]] std::size_t out() const noexcept { return b.rows(); }
     /// Columns of ΔW.
     [[nodiscard]] std::size_t in() const noexcept { return a.cols(); }
-    /// R, the rank that the factors have room for.
+    /// r, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
     [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const

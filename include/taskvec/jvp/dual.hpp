@@ -54,7 +54,7 @@ struct dual {
     /// x /= y, by the quotient rule.
     constexpr dual& operator/=(const dual& other) { return *this = *this / other; }
 
-    /// X.
+    /// x.
     friend constexpr dual operator+(const dual& x) { return x; }
     /// −x.
     friend constexpr dual operator-(const dual& x) { return {-x.primal, -x.tangent}; }
@@ -94,7 +94,7 @@ struct dual {
     }
 };
 
-/// Eˣ and its derivative eˣ·ẋ.
+/// eˣ and its derivative eˣ·ẋ.
 template <class T>
 [[nodiscard]] dual<T> exp(const dual<T>& x)
 {
@@ -102,7 +102,7 @@ template <class T>
     const T value = exp(x.primal);
     return {value, value * x.tangent};
 }
-/// Eˣ − 1, exact near 0; derivative eˣ·ẋ.
+/// eˣ − 1, exact near 0; derivative eˣ·ẋ.
 template <class T>
 [[nodiscard]] dual<T> expm1(const dual<T>& x)
 {
@@ -110,7 +110,7 @@ template <class T>
     const T value = expm1(x.primal);
     return {value, (value + T(1)) * x.tangent};
 }
-/// Ln x; derivative ẋ / x.
+/// ln x; derivative ẋ / x.
 template <class T>
 [[nodiscard]] dual<T> log(const dual<T>& x)
 {
@@ -132,7 +132,7 @@ template <class T>
     const T value = sqrt(x.primal);
     return {value, x.tangent / (T(2) * value)};
 }
-/// Sin x; derivative cos x·ẋ.
+/// sin x; derivative cos x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> sin(const dual<T>& x)
 {
@@ -140,7 +140,7 @@ template <class T>
     using std::sin;
     return {sin(x.primal), cos(x.primal) * x.tangent};
 }
-/// Cos x; derivative −sin x·ẋ.
+/// cos x; derivative −sin x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> cos(const dual<T>& x)
 {
@@ -148,7 +148,7 @@ template <class T>
     using std::sin;
     return {cos(x.primal), -sin(x.primal) * x.tangent};
 }
-/// Tan x; derivative (1 + tan² x)·ẋ.
+/// tan x; derivative (1 + tan² x)·ẋ.
 template <class T>
 [[nodiscard]] dual<T> tan(const dual<T>& x)
 {
@@ -156,14 +156,14 @@ template <class T>
     const T value = tan(x.primal);
     return {value, (T(1) + value * value) * x.tangent};
 }
-/// Arctan x; derivative ẋ / (1 + x²).
+/// arctan x; derivative ẋ / (1 + x²).
 template <class T>
 [[nodiscard]] dual<T> atan(const dual<T>& x)
 {
     using std::atan;
     return {atan(x.primal), x.tangent / (T(1) + x.primal * x.primal)};
 }
-/// Sinh x; derivative cosh x·ẋ.
+/// sinh x; derivative cosh x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> sinh(const dual<T>& x)
 {
@@ -171,7 +171,7 @@ template <class T>
     using std::sinh;
     return {sinh(x.primal), cosh(x.primal) * x.tangent};
 }
-/// Cosh x; derivative sinh x·ẋ.
+/// cosh x; derivative sinh x·ẋ.
 template <class T>
 [[nodiscard]] dual<T> cosh(const dual<T>& x)
 {
@@ -179,7 +179,7 @@ template <class T>
     using std::sinh;
     return {cosh(x.primal), sinh(x.primal) * x.tangent};
 }
-/// Tanh x; derivative (1 − tanh² x)·ẋ.
+/// tanh x; derivative (1 − tanh² x)·ẋ.
 template <class T>
 [[nodiscard]] dual<T> tanh(const dual<T>& x)
 {
@@ -201,7 +201,7 @@ template <class T>
 {
     return x.primal > T(0) ? x : x.primal < T(0) ? -x : dual<T>(x.primal, T(0) * x.tangent);
 }
-/// Abs(x), under its other name.
+/// abs(x), under its other name.
 template <class T>
 [[nodiscard]] dual<T> fabs(const dual<T>& x)
 {

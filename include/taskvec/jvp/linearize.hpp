@@ -100,7 +100,7 @@ public:
         return kept;
     }
 
-    /// Φ0.
+    /// φ0.
     [[nodiscard]] const parameters<T>& initial() const noexcept { return initial_; }
     /// The names of the active parameters, sorted.
     [[nodiscard]] const std::vector<std::string>& active() const noexcept { return active_; }

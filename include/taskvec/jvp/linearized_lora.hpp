@@ -79,7 +79,7 @@ public:
     /// The plain weight that computes the same: W0 + s·(B0·A0 + B0·ΔA + ΔB·A0), out × in.
     [[nodiscard]] row_matrix<T> dense() const { return weight_.primal() + scaling() * (up() * down()); }
 
-    /// R, the rank of the trained adapter.
+    /// r, the rank of the trained adapter.
     [[nodiscard]] Eigen::Index rank() const noexcept { return rank_; }
     /// The rank of fold(): r where B0 = 0, otherwise 2r.
     [[nodiscard]] Eigen::Index stacked_rank() const noexcept { return static_cast<Eigen::Index>(folded_.rank()); }

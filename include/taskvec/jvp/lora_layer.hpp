@@ -102,7 +102,7 @@ public:
     /// W + scaling·b·a, out × in: the plain layer that computes the same.
     [[nodiscard]] row_matrix<T> dense() const;
 
-    /// R, the rank of the adapter.
+    /// r, the rank of the adapter.
     [[nodiscard]] Eigen::Index rank() const noexcept { return static_cast<Eigen::Index>(adapter_.rank()); }
     /// The frozen weight and bias.
     [[nodiscard]] row_matrix_map<T> weight() const { return weight_.primal(); }

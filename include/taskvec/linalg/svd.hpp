@@ -52,7 +52,7 @@ struct svd_result {
     double squared_norm = 0; ///< ‖A‖²_F
     double squared_error = 0; ///< ‖A − u·diag(sigma)·vᵀ‖²_F
 
-    /// Q, the number of triples.
+    /// q, the number of triples.
     [[nodiscard]] std::size_t rank() const noexcept { return sigma.size(); }
     /// ‖A − Aq‖_F / ‖A‖_F; 0 for a zero matrix.
     [[nodiscard]] double relative_error() const noexcept

@@ -46,9 +46,9 @@ public:
 
     /// How many task vectors it has.
     [[nodiscard]] std::size_t tasks() const noexcept { return task_vectors_.size(); }
-    /// Θ0.
+    /// θ0.
     [[nodiscard]] host_view<const T> base() const noexcept { return base_; }
-    /// Τt.
+    /// τt.
     [[nodiscard]] host_view<const T> task_vector(std::size_t task) const { return task_vectors_[task]; }
 
     /// θ0 + Σ λt·τt over the tasks whose λ is not 0, in f32 (f64 for f64), in task order, rounded once: the bits of

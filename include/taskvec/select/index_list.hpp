@@ -117,19 +117,19 @@ public:
             --*this;
             return before;
         }
-        /// N places on, or back.
+        /// n places on, or back.
         iterator& operator+=(std::ptrdiff_t n) noexcept
         {
             at_ += static_cast<std::size_t>(n);
             return *this;
         }
-        /// N places back.
+        /// n places back.
         iterator& operator-=(std::ptrdiff_t n) noexcept { return *this += -n; }
-        /// N places on.
+        /// n places on.
         friend iterator operator+(iterator i, std::ptrdiff_t n) noexcept { return i += n; }
-        /// N places on.
+        /// n places on.
         friend iterator operator+(std::ptrdiff_t n, iterator i) noexcept { return i += n; }
-        /// N places back.
+        /// n places back.
         friend iterator operator-(iterator i, std::ptrdiff_t n) noexcept { return i -= n; }
         /// How many places a is behind b.
         friend std::ptrdiff_t operator-(const iterator& a, const iterator& b) noexcept

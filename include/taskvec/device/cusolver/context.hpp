@@ -122,9 +122,9 @@ private:
     H handle_ = nullptr;
 };
 
-/// CuBLAS.
+/// cuBLAS.
 using cublas_handle = handle<cublasHandle_t, &cublasCreate_v2, &cublasDestroy_v2>;
-/// CuSOLVER.
+/// cuSOLVER.
 using cusolver_handle = handle<cusolverDnHandle_t, &cusolverDnCreate, &cusolverDnDestroy>;
 /// Settings of Jacobi SVDs.
 using jacobi_settings = handle<gesvdjInfo_t, &cusolverDnCreateGesvdjInfo, &cusolverDnDestroyGesvdjInfo>;
@@ -170,9 +170,9 @@ public:
 
     /// A policy on this context's stream and allocator, which uses its handles.
     [[nodiscard]] gpu policy() const noexcept { return policy_; }
-    /// CuBLAS, on this stream.
+    /// cuBLAS, on this stream.
     [[nodiscard]] cublasHandle_t blas() const noexcept { return blas_.get(); }
-    /// CuSOLVER, on this stream.
+    /// cuSOLVER, on this stream.
     [[nodiscard]] cusolverDnHandle_t solver() const noexcept { return solver_.get(); }
     /// Settings of Jacobi SVDs.
     [[nodiscard]] gesvdjInfo_t jacobi() const noexcept { return jacobi_.get(); }

@@ -145,7 +145,7 @@ void multiply_q(const gpu&, const qr_factors<T, memory_space::device>& f,
 }
 
 // The small square work is the CPU's: f64, in host matrices.
-/// Weight·a·b of small matrices: the CPU's.
+/// weight·a·b of small matrices: the CPU's.
 template <int = 0>
 [[nodiscard]] matrix<double> small_product(const gpu&, double weight, const matrix<double>& a, const matrix<double>& b)
 {

@@ -21,7 +21,7 @@ struct keep_all {
     static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = false;
 
-    /// X.
+    /// x.
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In&, std::size_t, const typename In::pack& x) const noexcept
