@@ -502,8 +502,10 @@ inline constexpr error_code_entry error_codes[] = {
     case EACCES:
     case EPERM:
     case EROFS: return error_code::file_access;
-    case ENOSPC:
-    case EDQUOT: return error_code::disk_full;
+#if defined(EDQUOT) // not on Windows
+    case EDQUOT:
+#endif
+    case ENOSPC: return error_code::disk_full;
     case EISDIR:
     case ENOTDIR:
     case EEXIST: return error_code::file_kind;
@@ -3378,25 +3380,39 @@ inline void for_each_index(
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_PARALLEL_HPP
 
+// ---- taskvec/formats/system.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_SYSTEM_HPP)
+#define TASKVEC_SINGLE_FORMATS_SYSTEM_HPP
+// What files need of the operating system: one body for POSIX, one for Windows. Internal: formats/file.hpp stands on
+// it. SPDX-License-Identifier: Apache-2.0
+//
+// Functions take paths as std::filesystem has them, give what the calls of POSIX of their kind give (−1 and errno where
+// they fail), and throw nothing but for memory.
+
+
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
-#include <charconv>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <limits>
 #include <memory>
-#include <optional>
-#include <span>
 #include <string>
 #include <string_view>
 #include <system_error>
 #include <utility>
-#include <vector>
 
+#if defined(_WIN32)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <fcntl.h>
+#include <io.h>
+#include <windows.h>
+#else
 #include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -3408,22 +3424,22 @@ inline void for_each_index(
 #include <sys/syscall.h>
 #endif
 #include <unistd.h>
+#endif
 
-namespace taskvec::inline TASKVEC_ABI {
+namespace taskvec::inline TASKVEC_ABI::detail {
 
+#if !defined(_WIN32)
 static_assert(sizeof(::off_t) == 8, "taskvec's files need 64-bit offsets: compile with -D_FILE_OFFSET_BITS=64");
-
-namespace detail {
+#endif
 
 /// The system's words for an errno.
 [[nodiscard]] inline std::string errno_text(int code)
 {
+#if defined(_WIN32)
+    return std::generic_category().message(code); // the system's own numbers are others there
+#else
     return std::system_category().message(code);
-}
-
-[[noreturn]] inline void raise_io(const std::filesystem::path& path, std::string_view what, int code)
-{
-    raise<io_error>(system_error_code(code), message(what, ": ", errno_text(code)), path.string(), code);
+#endif
 }
 
 /// Calls a system function again for as long as a signal interrupts it.
@@ -3435,6 +3451,450 @@ auto retry(Call call)
         if (result >= 0 || errno != EINTR) { return result; }
     }
 }
+
+/// A name as text: as it is (no copy), or of wide characters in UTF-8.
+#if defined(_WIN32)
+[[nodiscard]] inline std::string name_text(const std::filesystem::path& path)
+{
+    const auto text = path.u8string();
+    return {reinterpret_cast<const char*>(text.data()), text.size()};
+}
+#else
+[[nodiscard]] inline const std::string& name_text(const std::filesystem::path& path) noexcept
+{
+    return path.native();
+}
+#endif
+
+/// And back.
+[[nodiscard]] inline std::filesystem::path path_of(std::string_view text)
+{
+#if defined(_WIN32)
+    return std::u8string_view(reinterpret_cast<const char8_t*>(text.data()), text.size());
+#else
+    return text;
+#endif
+}
+
+namespace system {
+
+/// What is known of a file.
+struct status {
+    bool is_file = false, is_directory = false;
+    std::uint64_t device = 0, inode = 0, size = 0;
+    std::int64_t seconds = 0, nanoseconds = 0; ///< when it was written to
+    unsigned mode = 0, owner = 0, group = 0; ///< 0 on Windows
+};
+
+#if !defined(_WIN32)
+
+inline bool known(const struct ::stat& from, status& to) noexcept
+{
+    to = {S_ISREG(from.st_mode), S_ISDIR(from.st_mode), static_cast<std::uint64_t>(from.st_dev),
+        static_cast<std::uint64_t>(from.st_ino), static_cast<std::uint64_t>(from.st_size), from.st_mtim.tv_sec,
+        from.st_mtim.tv_nsec, from.st_mode, from.st_uid, from.st_gid};
+    return true;
+}
+/// False, and errno, where nothing is known.
+inline bool look_at(const std::filesystem::path& path, status& found) noexcept
+{
+    struct ::stat raw{};
+    return ::stat(path.c_str(), &raw) == 0 && known(raw, found);
+}
+inline bool look_at_link(const std::filesystem::path& path, status& found) noexcept
+{
+    struct ::stat raw{};
+    return ::lstat(path.c_str(), &raw) == 0 && known(raw, found);
+}
+inline bool look_at(int file, status& found) noexcept
+{
+    struct ::stat raw{};
+    return ::fstat(file, &raw) == 0 && known(raw, found);
+}
+
+inline int open_to_read(const std::filesystem::path& path) noexcept
+{
+    return retry([&] { return ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); });
+}
+/// A new file, to read and write.
+inline int open_new(const std::filesystem::path& path, bool for_others = true) noexcept
+{
+    return retry([&] { return ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, for_others ? 0666 : 0600); });
+}
+/// A file that is there (or not, where it `may_be_new`), to read and write; no link.
+inline int open_to_write(const std::filesystem::path& path, bool may_be_new = false) noexcept
+{
+    return retry(
+        [&] { return ::open(path.c_str(), O_RDWR | (may_be_new ? O_CREAT : 0) | O_CLOEXEC | O_NOFOLLOW, 0666); });
+}
+inline int close(int file) noexcept
+{
+    return ::close(file);
+}
+inline std::ptrdiff_t read_at(int file, void* to, std::size_t size, std::uint64_t offset) noexcept
+{
+    return retry([&] { return ::pread(file, to, size, static_cast<::off_t>(offset)); });
+}
+/// Moves at most 0x7ffff000 bytes at once, and may stop early at a signal or a full disk.
+inline std::ptrdiff_t write_at(int file, const void* from, std::size_t size, std::uint64_t offset) noexcept
+{
+    return retry([&] { return ::pwrite(file, from, size, static_cast<::off_t>(offset)); });
+}
+inline int force_to_disk(int file) noexcept
+{
+    return retry([&] { return ::fsync(file); });
+}
+inline int resize(int file, std::uint64_t size) noexcept
+{
+    return retry([&] { return ::ftruncate(file, static_cast<::off_t>(size)); });
+}
+/// 0, or an errno: a full disk is found here, where the system can tell.
+inline int reserve(int file, std::uint64_t size) noexcept
+{
+#if defined(__linux__)
+    if (retry([&] { return ::fallocate(file, 0, 0, static_cast<::off_t>(size)); }) == 0) { return 0; }
+    if (errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL) { return errno; }
+#endif
+    return resize(file, size) == 0 ? 0 : errno;
+}
+/// The nine bits of permissions.
+inline int set_permissions(int file, unsigned mode) noexcept
+{
+    return ::fchmod(file, static_cast<::mode_t>(mode));
+}
+inline int set_permissions(const std::filesystem::path& path, unsigned mode) noexcept
+{
+    return ::chmod(path.c_str(), static_cast<::mode_t>(mode));
+}
+
+/// A file's bytes, read-only; null and errno where that fails.
+inline const std::byte* map(int file, std::size_t size) noexcept
+{
+    void* const memory = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
+    return memory == MAP_FAILED ? nullptr : static_cast<const std::byte*>(memory); // NOLINT
+}
+inline void unmap(const void* memory, std::size_t size) noexcept
+{
+    ::munmap(const_cast<void*>(memory), size);
+}
+inline void advise(const std::byte* memory, std::size_t size, int advice) noexcept
+{
+    ::madvise(const_cast<std::byte*>(memory), size, advice);
+}
+
+inline int remove_file(const std::filesystem::path& path) noexcept
+{
+    return ::unlink(path.c_str());
+}
+inline int remove_directory(const std::filesystem::path& path) noexcept
+{
+    return ::rmdir(path.c_str());
+}
+inline int make_directory(const std::filesystem::path& path, bool for_others = true) noexcept
+{
+    return ::mkdir(path.c_str(), for_others ? 0777 : 0700);
+}
+/// Replaces a file.
+inline int rename(const std::filesystem::path& from, const std::filesystem::path& to) noexcept
+{
+    return ::rename(from.c_str(), to.c_str());
+}
+inline int link(const std::filesystem::path& from, const std::filesystem::path& to) noexcept
+{
+    return ::link(from.c_str(), to.c_str());
+}
+/// Two directories take each other's name.
+#if defined(RENAME_EXCHANGE)
+inline constexpr bool can_exchange = true;
+inline int exchange(const std::filesystem::path& one, const std::filesystem::path& other) noexcept
+{
+    return ::renameat2(AT_FDCWD, one.c_str(), AT_FDCWD, other.c_str(), RENAME_EXCHANGE);
+}
+#else
+inline constexpr bool can_exchange = false;
+inline int exchange(const std::filesystem::path&, const std::filesystem::path&) noexcept
+{
+    errno = ENOSYS;
+    return -1;
+}
+#endif
+inline bool may_write(const std::filesystem::path& path) noexcept
+{
+    return ::access(path.c_str(), W_OK) == 0;
+}
+inline bool may_fill(const std::filesystem::path& directory) noexcept
+{
+    return ::access(directory.c_str(), W_OK | X_OK) == 0;
+}
+/// An exclusive lock that ends with the process; EWOULDBLOCK where somebody else has it.
+inline int lock(int file) noexcept
+{
+    return retry([&] { return ::flock(file, LOCK_EX | LOCK_NB); });
+}
+
+[[nodiscard]] inline long process() noexcept
+{
+    return static_cast<long>(::getpid());
+}
+[[nodiscard]] inline bool is_gone(int process) noexcept
+{
+    return ::kill(static_cast<::pid_t>(process), 0) != 0 && errno == ESRCH;
+}
+
+#else
+
+/// The errno that fits an error of Windows.
+inline int fail() noexcept
+{
+    switch (::GetLastError()) {
+    case ERROR_FILE_NOT_FOUND:
+    case ERROR_PATH_NOT_FOUND:
+    case ERROR_INVALID_NAME:
+    case ERROR_BAD_PATHNAME:
+    case ERROR_BAD_NETPATH:
+    case ERROR_INVALID_DRIVE: errno = ENOENT; break;
+    case ERROR_ACCESS_DENIED:
+    case ERROR_SHARING_VIOLATION:
+    case ERROR_USER_MAPPED_FILE:
+    case ERROR_WRITE_PROTECT: errno = EACCES; break;
+    case ERROR_LOCK_VIOLATION: errno = EWOULDBLOCK; break;
+    case ERROR_FILE_EXISTS:
+    case ERROR_ALREADY_EXISTS: errno = EEXIST; break;
+    case ERROR_DISK_FULL:
+    case ERROR_HANDLE_DISK_FULL: errno = ENOSPC; break;
+    case ERROR_DIR_NOT_EMPTY: errno = ENOTEMPTY; break;
+    case ERROR_DIRECTORY: errno = ENOTDIR; break;
+    case ERROR_NOT_SAME_DEVICE: errno = EXDEV; break;
+    case ERROR_TOO_MANY_OPEN_FILES: errno = EMFILE; break;
+    case ERROR_FILENAME_EXCED_RANGE: errno = ENAMETOOLONG; break;
+    case ERROR_NOT_ENOUGH_MEMORY:
+    case ERROR_OUTOFMEMORY:
+    case ERROR_COMMITMENT_LIMIT: errno = ENOMEM; break;
+    case ERROR_NOT_SUPPORTED:
+    case ERROR_INVALID_FUNCTION: errno = ENOTSUP; break;
+    case ERROR_NOACCESS: errno = EFAULT; break;
+    case ERROR_INVALID_PARAMETER: errno = EINVAL; break;
+    default: errno = EIO;
+    }
+    return -1;
+}
+inline HANDLE handle_of(int file) noexcept
+{
+    return reinterpret_cast<HANDLE>(::_get_osfhandle(file));
+}
+/// For files that others may rename and remove meanwhile, as they may elsewhere.
+inline HANDLE open_handle(const std::filesystem::path& path, DWORD access, DWORD creation, DWORD flags) noexcept
+{
+    return ::CreateFileW(path.c_str(), access, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, nullptr,
+        creation, flags, nullptr);
+}
+inline int open(const std::filesystem::path& path, DWORD access, DWORD creation, DWORD flags) noexcept
+{
+    const HANDLE handle = open_handle(path, access, creation, flags);
+    if (handle == INVALID_HANDLE_VALUE) { return fail(); }
+    const int file = ::_open_osfhandle(reinterpret_cast<std::intptr_t>(handle), _O_BINARY | _O_NOINHERIT);
+    if (file < 0) { ::CloseHandle(handle); }
+    return file;
+}
+
+inline bool look_at(HANDLE handle, status& found) noexcept
+{
+    if (::GetFileType(handle) != FILE_TYPE_DISK) {
+        found = {};
+        return true;
+    }
+    BY_HANDLE_FILE_INFORMATION raw{};
+    if (!::GetFileInformationByHandle(handle, &raw)) { return fail() == 0; }
+    const auto together = [](DWORD high, DWORD low) { return std::uint64_t{high} << 32 | low; };
+    const std::uint64_t written = together(raw.ftLastWriteTime.dwHighDateTime, raw.ftLastWriteTime.dwLowDateTime);
+    const bool directory = (raw.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
+    const bool link = (raw.dwFileAttributes & FILE_ATTRIBUTE_REPARSE_POINT) != 0;
+    found = {!directory && !link, directory && !link, raw.dwVolumeSerialNumber,
+        together(raw.nFileIndexHigh, raw.nFileIndexLow), together(raw.nFileSizeHigh, raw.nFileSizeLow),
+        static_cast<std::int64_t>(written / 10'000'000), static_cast<std::int64_t>(written % 10'000'000 * 100), 0, 0,
+        0};
+    return true;
+}
+inline bool look_at(const std::filesystem::path& path, status& found, DWORD flags = 0) noexcept
+{
+    const HANDLE handle = open_handle(path, FILE_READ_ATTRIBUTES, OPEN_EXISTING, FILE_FLAG_BACKUP_SEMANTICS | flags);
+    if (handle == INVALID_HANDLE_VALUE) { return fail() == 0; }
+    const bool known = look_at(handle, found);
+    ::CloseHandle(handle);
+    return known;
+}
+inline bool look_at_link(const std::filesystem::path& path, status& found) noexcept
+{
+    return look_at(path, found, FILE_FLAG_OPEN_REPARSE_POINT);
+}
+inline bool look_at(int file, status& found) noexcept
+{
+    return look_at(handle_of(file), found);
+}
+
+inline int open_to_read(const std::filesystem::path& path) noexcept
+{
+    return open(path, GENERIC_READ, OPEN_EXISTING, FILE_FLAG_BACKUP_SEMANTICS); // directories too, which are told apart
+}
+inline int open_new(const std::filesystem::path& path, bool = true) noexcept
+{
+    return open(path, GENERIC_READ | GENERIC_WRITE, CREATE_NEW, FILE_ATTRIBUTE_NORMAL);
+}
+inline int open_to_write(const std::filesystem::path& path, bool may_be_new = false) noexcept
+{
+    return open(path, GENERIC_READ | GENERIC_WRITE, may_be_new ? OPEN_ALWAYS : OPEN_EXISTING,
+        FILE_ATTRIBUTE_NORMAL | FILE_FLAG_OPEN_REPARSE_POINT);
+}
+inline int close(int file) noexcept
+{
+    return ::_close(file);
+}
+inline OVERLAPPED at(std::uint64_t offset) noexcept
+{
+    OVERLAPPED place{};
+    place.Offset = static_cast<DWORD>(offset);
+    place.OffsetHigh = static_cast<DWORD>(offset >> 32);
+    return place;
+}
+inline std::ptrdiff_t read_at(int file, void* to, std::size_t size, std::uint64_t offset) noexcept
+{
+    OVERLAPPED place = at(offset);
+    DWORD moved = 0;
+    if (::ReadFile(handle_of(file), to, static_cast<DWORD>(std::min<std::size_t>(size, 1u << 30)), &moved, &place)) {
+        return static_cast<std::ptrdiff_t>(moved);
+    }
+    return ::GetLastError() == ERROR_HANDLE_EOF ? 0 : fail();
+}
+inline std::ptrdiff_t write_at(int file, const void* from, std::size_t size, std::uint64_t offset) noexcept
+{
+    OVERLAPPED place = at(offset);
+    DWORD moved = 0;
+    if (::WriteFile(handle_of(file), from, static_cast<DWORD>(std::min<std::size_t>(size, 1u << 30)), &moved, &place)) {
+        return static_cast<std::ptrdiff_t>(moved);
+    }
+    return fail();
+}
+inline int force_to_disk(int file) noexcept
+{
+    return ::FlushFileBuffers(handle_of(file)) ? 0 : fail();
+}
+inline int resize(int file, std::uint64_t size) noexcept
+{
+    FILE_END_OF_FILE_INFO end{};
+    end.EndOfFile.QuadPart = static_cast<LONGLONG>(size);
+    return ::SetFileInformationByHandle(handle_of(file), FileEndOfFileInfo, &end, sizeof end) ? 0 : fail();
+}
+inline int reserve(int file, std::uint64_t size) noexcept
+{
+    return resize(file, size) == 0 ? 0 : errno;
+}
+inline int set_permissions(int, unsigned) noexcept
+{
+    return 0; // a new file has those of its directory
+}
+inline int set_permissions(const std::filesystem::path&, unsigned) noexcept
+{
+    return 0;
+}
+
+/// A whole file as memory, or new memory that the page file backs.
+inline void* map_pages(HANDLE file, std::uint64_t size, bool to_write) noexcept
+{
+    const HANDLE section = ::CreateFileMappingW(file, nullptr, to_write ? PAGE_READWRITE : PAGE_READONLY,
+        static_cast<DWORD>(size >> 32), static_cast<DWORD>(size), nullptr);
+    if (!section) {
+        fail();
+        return nullptr;
+    }
+    void* const memory =
+        ::MapViewOfFile(section, to_write ? FILE_MAP_WRITE : FILE_MAP_READ, 0, 0, static_cast<SIZE_T>(size));
+    if (!memory) { fail(); }
+    ::CloseHandle(section); // the view keeps it
+    return memory;
+}
+inline const std::byte* map(int file, std::size_t size) noexcept
+{
+    return static_cast<const std::byte*>(map_pages(handle_of(file), size, false));
+}
+inline void unmap(const void* memory, std::size_t) noexcept
+{
+    ::UnmapViewOfFile(memory);
+}
+inline void advise(const std::byte*, std::size_t, int) noexcept { }
+
+inline int remove_file(const std::filesystem::path& path) noexcept
+{
+    if (::DeleteFileW(path.c_str())) { return 0; }
+    if (::GetLastError() == ERROR_ACCESS_DENIED) {
+        const DWORD attributes = ::GetFileAttributesW(path.c_str());
+        if (attributes != INVALID_FILE_ATTRIBUTES && (attributes & FILE_ATTRIBUTE_DIRECTORY) != 0) {
+            errno = EISDIR;
+            return -1;
+        }
+        ::SetLastError(ERROR_ACCESS_DENIED);
+    }
+    return fail();
+}
+inline int remove_directory(const std::filesystem::path& path) noexcept
+{
+    return ::RemoveDirectoryW(path.c_str()) ? 0 : fail();
+}
+inline int make_directory(const std::filesystem::path& path, bool = true) noexcept
+{
+    return ::CreateDirectoryW(path.c_str(), nullptr) ? 0 : fail();
+}
+inline int rename(const std::filesystem::path& from, const std::filesystem::path& to) noexcept
+{
+    return ::MoveFileExW(from.c_str(), to.c_str(), MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) ? 0 : fail();
+}
+inline int link(const std::filesystem::path& from, const std::filesystem::path& to) noexcept
+{
+    return ::CreateHardLinkW(to.c_str(), from.c_str(), nullptr) ? 0 : fail();
+}
+inline constexpr bool can_exchange = false;
+inline int exchange(const std::filesystem::path&, const std::filesystem::path&) noexcept
+{
+    errno = ENOSYS;
+    return -1;
+}
+inline bool may_write(const std::filesystem::path& path) noexcept
+{
+    return ::_waccess(path.c_str(), 2) == 0;
+}
+inline bool may_fill(const std::filesystem::path& directory) noexcept
+{
+    return ::_waccess(directory.c_str(), 2) == 0;
+}
+inline int lock(int file) noexcept
+{
+    OVERLAPPED far_away = at(std::uint64_t{1} << 62); // a locked byte that is read by nobody
+    return ::LockFileEx(handle_of(file), LOCKFILE_EXCLUSIVE_LOCK | LOCKFILE_FAIL_IMMEDIATELY, 0, 1, 0, &far_away)
+        ? 0
+        : fail();
+}
+
+[[nodiscard]] inline long process() noexcept
+{
+    return static_cast<long>(::GetCurrentProcessId());
+}
+[[nodiscard]] inline bool is_gone(int process) noexcept
+{
+    const HANDLE handle = ::OpenProcess(SYNCHRONIZE, FALSE, static_cast<DWORD>(process));
+    if (!handle) { return ::GetLastError() == ERROR_INVALID_PARAMETER; }
+    const bool ended = ::WaitForSingleObject(handle, 0) == WAIT_OBJECT_0;
+    ::CloseHandle(handle);
+    return ended;
+}
+
+#endif
+
+/// Whether an errno says that two directories cannot be exchanged here.
+[[nodiscard]] inline bool is_no_exchange(int code) noexcept
+{
+    return code == EINVAL || code == ENOSYS || code == ENOTSUP || code == EXDEV || code == EBUSY;
+}
+
+} // namespace system
 
 /// A file descriptor, closed once.
 class descriptor {
@@ -3461,18 +3921,14 @@ public:
     /// 0, or the errno of close(2): some file systems report a failed write only here.
     int close() noexcept
     {
-        return value_ >= 0 && ::close(std::exchange(value_, -1)) != 0 && errno != EINTR ? errno : 0;
+        return value_ >= 0 && system::close(std::exchange(value_, -1)) != 0 && errno != EINTR ? errno : 0;
     }
 
 private:
     int value_ = -1;
 };
 
-/// The directory that holds `path`, "." where it names none.
-[[nodiscard]] inline std::filesystem::path directory_of(const std::filesystem::path& path)
-{
-    return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
-}
+#if !defined(_WIN32)
 
 /// Removes a file, or a directory with all that lies in it. Takes no memory, which may be what has run out.
 inline void remove_tree(int parent, const char* name) noexcept
@@ -3499,6 +3955,174 @@ inline void remove_tree(int parent, const char* name) noexcept
     }
     ::unlinkat(parent, name, AT_REMOVEDIR);
 }
+inline void remove_tree(const char* path) noexcept
+{
+    remove_tree(AT_FDCWD, path);
+}
+
+namespace system {
+
+/// What remove_temporary() does, for handlers of signals: without memory.
+inline void remove_by_text(const char* path, bool with_contents) noexcept
+{
+    if (with_contents) { remove_tree(path); }
+    else if (::unlink(path) != 0) {
+        ::rmdir(path);
+    }
+}
+
+/// Calls body(name) for each entry of a directory but itself and the one above; false, and errno, where it cannot be
+/// read. Not std::filesystem::directory_iterator, which ends the process where memory runs out.
+template <class Body>
+bool for_each_name(const std::filesystem::path& directory, Body body)
+{
+    struct closer {
+        void operator()(DIR* handle) const noexcept { ::closedir(handle); }
+    };
+    const std::unique_ptr<DIR, closer> handle(::opendir(directory.c_str()));
+    if (!handle) { return false; }
+    while (const auto* const entry = ::readdir(handle.get())) {
+        const std::string_view name = entry->d_name;
+        if (name != "." && name != "..") { body(name); }
+    }
+    return true;
+}
+
+/// A failure of map_unnamed_file: which step, and the errno.
+struct unnamed_failure {
+    std::string_view what;
+    int code = 0;
+    bool of_space = false;
+};
+/// New memory that a file without a name in `place` backs, or null and what failed.
+inline void* map_unnamed(const std::filesystem::path& place, std::size_t bytes, unnamed_failure& failure)
+{
+    descriptor file(retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
+    if (!file) { // not every file system has files without names
+        auto pattern = (place / ".taskvec-XXXXXX").string();
+        file = descriptor(::mkostemp(pattern.data(), O_CLOEXEC));
+        if (!file) {
+            failure = {"cannot create a temporary file in it", errno, false};
+            return nullptr;
+        }
+        ::unlink(pattern.c_str());
+    }
+    if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
+        failure = {"cannot reserve space", code, true};
+        return nullptr;
+    }
+    void* const memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
+    if (memory != MAP_FAILED) { return memory; } // NOLINT(performance-no-int-to-ptr)
+    failure = {"cannot map a temporary file in it", errno, false};
+    return nullptr;
+}
+/// Forces a directory's names to disk: 0, or the errno of a failure that matters. File systems that cannot do so are
+/// left to themselves.
+inline int synchronise(const std::filesystem::path& directory) noexcept
+{
+    const descriptor handle(retry([&] { return ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
+    if (!handle || force_to_disk(handle.get()) == 0) { return 0; }
+    return errno != EINVAL && errno != ENOTSUP && errno != EROFS ? errno : 0;
+}
+
+} // namespace system
+
+#else
+
+namespace system {
+
+template <class Body>
+bool for_each_name(const std::filesystem::path& directory, Body body)
+{
+    WIN32_FIND_DATAW entry{};
+    const HANDLE search = ::FindFirstFileW((directory / L"*").c_str(), &entry);
+    if (search == INVALID_HANDLE_VALUE) { return fail() == 0; }
+    const std::unique_ptr<void, decltype(&::FindClose)> closer(search, &::FindClose);
+    do {
+        const std::wstring_view name = entry.cFileName;
+        if (name != L"." && name != L"..") { body(name); }
+    } while (::FindNextFileW(search, &entry));
+    return true;
+}
+
+struct unnamed_failure {
+    std::string_view what;
+    int code = 0;
+    bool of_space = false;
+};
+/// (The page file backs it: a file that is mapped cannot go before the map does.)
+inline void* map_unnamed(const std::filesystem::path&, std::size_t bytes, unnamed_failure& failure)
+{
+    void* const memory = map_pages(INVALID_HANDLE_VALUE, bytes, true);
+    if (!memory) { failure = {"cannot reserve space", errno, true}; }
+    return memory;
+}
+inline int synchronise(const std::filesystem::path&) noexcept
+{
+    return 0; // renames are written through
+}
+
+} // namespace system
+
+/// Removes a file, or a directory with all that lies in it.
+inline void remove_tree(const std::filesystem::path& path) noexcept
+{
+    if (system::remove_file(path) == 0 || errno != EISDIR) { return; }
+    std::error_code ignored;
+    std::filesystem::remove_all(path, ignored);
+}
+
+namespace system {
+
+/// What remove_temporary() does.
+inline void remove_by_text(const char* text, bool with_contents) noexcept
+{
+    const auto path = path_of(text);
+    if (with_contents) { remove_tree(path); }
+    else if (remove_file(path) != 0) {
+        remove_directory(path);
+    }
+}
+
+} // namespace system
+
+#endif
+
+} // namespace taskvec::inline TASKVEC_ABI::detail
+#endif // TASKVEC_SINGLE_FORMATS_SYSTEM_HPP
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+namespace detail {
+
+[[noreturn]] inline void raise_io(const std::filesystem::path& path, std::string_view what, int code)
+{
+    raise<io_error>(system_error_code(code), message(what, ": ", errno_text(code)), path.string(), code);
+}
+
+/// The directory that holds `path`, "." where it names none.
+[[nodiscard]] inline std::filesystem::path directory_of(const std::filesystem::path& path)
+{
+    return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+}
 
 } // namespace detail
 
@@ -3518,16 +4142,13 @@ inline std::atomic<unsynchronised_handler>& unsynchronised_slot() noexcept
 /// the handler.
 inline void synchronise_directory(const std::filesystem::path& directory)
 {
-    const descriptor handle(retry([&] { return ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
-    if (!handle) { return; }
-    if (retry([&] { return ::fsync(handle.get()); }) != 0 && errno != EINVAL && errno != ENOTSUP && errno != EROFS) {
-        const int code = errno;
-        if (const auto handler = unsynchronised_slot().load()) { handler(directory, code); }
-    }
+    const int code = system::synchronise(directory);
+    if (code == 0) { return; }
+    if (const auto handler = unsynchronised_slot().load()) { handler(directory, code); }
 }
 
-/// Maps `bytes` (not 0) of a new file that has no name and is gone with the map: munmap() gives it back. `folder`:
-/// where it lies (empty: here). `what`: for whom, in messages.
+/// Maps `bytes` (not 0) of a new file that has no name and is gone with the map: system::unmap() gives it back.
+/// `folder`: where it lies (empty: here). `what`: for whom, in messages.
 [[nodiscard]] inline void* map_unnamed_file(
     const std::filesystem::path& folder, std::uint64_t bytes, std::string_view what)
 {
@@ -3535,20 +4156,11 @@ inline void synchronise_directory(const std::filesystem::path& directory)
     if (bytes > std::numeric_limits<std::size_t>::max()) {
         raise_io(place, message("cannot map ", bytes, " bytes for ", what, " in a 32-bit program"), EFBIG);
     }
-    descriptor file(retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
-    if (!file) { // not every file system has files without names
-        auto pattern = (place / ".taskvec-XXXXXX").string();
-        file = descriptor(::mkostemp(pattern.data(), O_CLOEXEC));
-        if (!file) { raise_io(place, "cannot create a temporary file in it", errno); }
-        ::unlink(pattern.c_str());
-    }
-    if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
-        raise_io(place, message("cannot reserve space for ", what), code);
-    }
-    void* const memory =
-        ::mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
-    if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
-        raise_io(place, "cannot map a temporary file in it", errno);
+    system::unnamed_failure failure{};
+    void* const memory = system::map_unnamed(place, static_cast<std::size_t>(bytes), failure);
+    if (!memory) {
+        raise_io(
+            place, failure.of_space ? message(failure.what, " for ", what) : std::string(failure.what), failure.code);
     }
     return memory;
 }
@@ -3574,29 +4186,25 @@ public:
     explicit mapped_file(std::filesystem::path path)
         : path_(std::move(path))
     {
-        const detail::descriptor file(
-            detail::retry([&] { return ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
+        const detail::descriptor file(detail::system::open_to_read(path_));
         if (!file) { detail::raise_io(path_, "cannot open for reading", errno); }
-        struct stat status{};
-        if (::fstat(file.get(), &status) != 0) { detail::raise_io(path_, "cannot read the file's size", errno); }
-        if (!S_ISREG(status.st_mode)) {
+        detail::system::status status;
+        if (!detail::system::look_at(file.get(), status)) {
+            detail::raise_io(path_, "cannot read the file's size", errno);
+        }
+        if (!status.is_file) {
             raise<io_error>(error_code::file_kind,
-                S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
+                status.is_directory ? "is a directory; expected a file" : "is not a regular file", path_.string());
         }
         opened_ = identity(status);
         if (opened_.size > std::numeric_limits<std::size_t>::max()) {
             detail::raise_io(
                 path_, message("has ", opened_.size, " bytes, more than a 32-bit program can map into memory"), EFBIG);
         }
-        size_ = static_cast<std::size_t>(status.st_size);
-        if (size_ == 0) { return; }
-        void* const memory = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
-        if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
-            const int code = errno;
-            size_ = 0;
-            detail::raise_io(path_, "cannot map the file into memory", code);
-        }
-        data_ = static_cast<const std::byte*>(memory);
+        if (opened_.size == 0) { return; }
+        data_ = detail::system::map(file.get(), static_cast<std::size_t>(opened_.size));
+        if (!data_) { detail::raise_io(path_, "cannot map the file into memory", errno); }
+        size_ = static_cast<std::size_t>(opened_.size);
     }
     mapped_file(mapped_file&& other) noexcept
         : path_(std::move(other.path_))
@@ -3623,13 +4231,13 @@ public:
         std::int64_t seconds = 0, nanoseconds = 0; ///< of the last write
 
         identity() = default;
-        /// Of the result of stat().
-        explicit identity(const struct stat& status) noexcept
-            : device(static_cast<std::uint64_t>(status.st_dev))
-            , inode(static_cast<std::uint64_t>(status.st_ino))
-            , size(static_cast<std::uint64_t>(status.st_size))
-            , seconds(status.st_mtim.tv_sec)
-            , nanoseconds(status.st_mtim.tv_nsec)
+        /// Of what the system says of a file.
+        explicit identity(const detail::system::status& status) noexcept
+            : device(status.device)
+            , inode(status.inode)
+            , size(status.size)
+            , seconds(status.seconds)
+            , nanoseconds(status.nanoseconds)
         { }
         bool operator==(const identity&) const = default;
     };
@@ -3639,8 +4247,8 @@ public:
     /// written to, replaced, removed.
     static void check_unchanged(const std::filesystem::path& path, const identity& opened)
     {
-        struct stat status{};
-        if (::stat(path.c_str(), &status) == 0 && identity(status) == opened) { return; }
+        detail::system::status status;
+        if (detail::system::look_at(path, status) && identity(status) == opened) { return; }
         raise<io_error>(error_code::file_changed,
             "changed while it was being read: what was computed from it may mix old and new bytes; run again when "
             "nothing else writes to it",
@@ -3655,16 +4263,16 @@ public:
     void bytes() const&& = delete; // name the owner first: its views would dangle
 
     /// How the bytes will be read: MADV_SEQUENTIAL, MADV_RANDOM, MADV_WILLNEED, MADV_NORMAL. A hint: failure is
-    /// ignored.
+    /// ignored, and so is all of it on Windows.
     void advise(int advice) const noexcept
     {
-        if (size_) { ::madvise(const_cast<std::byte*>(data_), size_, advice); }
+        if (size_) { detail::system::advise(data_, size_, advice); }
     }
 
 private:
     void unmap() noexcept
     {
-        if (data_) { ::munmap(const_cast<std::byte*>(data_), size_); }
+        if (data_) { detail::system::unmap(data_, size_); }
     }
 
     std::filesystem::path path_;
@@ -3751,12 +4359,14 @@ inline temporary_handler set_temporary_handler(temporary_handler handler) noexce
 /// it is not finished, otherwise only where it is empty. Takes no memory, and may be called by handlers of signals.
 inline void remove_temporary(const char* place) noexcept
 {
+#if defined(_WIN32)
+    const std::string_view text = place;
+    const auto name = text.substr(text.find_last_of("/\\") + 1); // npos + 1 is 0
+#else
     const char* const slash = std::strrchr(place, '/');
     const std::string_view name = slash ? slash + 1 : place;
-    if (name.starts_with(".taskvec-")) { detail::remove_tree(AT_FDCWD, place); }
-    else if (::unlink(place) != 0) {
-        ::rmdir(place);
-    }
+#endif
+    detail::system::remove_by_text(place, name.starts_with(".taskvec-"));
 }
 
 /// A file that is written under a temporary name beside its target and takes the target's name on commit().
@@ -3780,26 +4390,25 @@ public:
         if (!target_.has_filename()) {
             raise<io_error>(error_code::file_kind, "names no file", target_.string(), EISDIR);
         }
-        struct stat status{};
-        const bool exists = ::stat(target_.c_str(), &status) == 0;
-        if (exists && S_ISDIR(status.st_mode)) {
+        detail::system::status status;
+        const bool exists = detail::system::look_at(target_, status);
+        if (exists && status.is_directory) {
             raise<io_error>(error_code::file_kind, "is a directory; name a file to write", target_.string(), EISDIR);
         }
-        if (exists && !S_ISREG(status.st_mode)) {
+        if (exists && !status.is_file) {
             raise<io_error>(error_code::file_kind, "exists and is not a regular file; choose another output",
                 target_.string(), EEXIST);
         }
-        if (exists && ::access(target_.c_str(), W_OK) != 0) {
+        if (exists && !detail::system::may_write(target_)) {
             detail::raise_io(target_, "exists and may not be written", errno);
         }
         const auto directory = detail::directory_of(target_);
         static std::atomic<unsigned> counter{0};
         for (;;) {
             temporary_ = directory
-                / message(".taskvec-", static_cast<long>(::getpid()), '-',
-                    counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
-            file_ = detail::descriptor(
-                detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666); }));
+                / message(".taskvec-", detail::system::process(), '-', counter.fetch_add(1, std::memory_order_relaxed),
+                    ".tmp");
+            file_ = detail::descriptor(detail::system::open_new(temporary_));
             if (file_) {
                 detail::temporaries::add(temporary_);
                 break;
@@ -3813,12 +4422,12 @@ public:
         }
         int code = 0;
         std::string_view what;
-        if (exists && ::fchmod(file_.get(), status.st_mode & 0777) != 0 && errno != EPERM) {
+        if (exists && detail::system::set_permissions(file_.get(), status.mode & 0777) != 0 && errno != EPERM) {
             code = errno;
             what = "cannot give the new file the old one's permissions";
         }
         if (!code && size) {
-            code = reserve(size);
+            code = detail::system::reserve(file_.get(), size);
             what = "cannot reserve the file's space";
         }
         if (code) {
@@ -3857,9 +4466,7 @@ public:
     {
         const auto* bytes = static_cast<const std::byte*>(data);
         while (size) {
-            // pwrite moves at most 0x7ffff000 bytes at once, and may stop early at a signal or a full disk.
-            const auto written =
-                detail::retry([&] { return ::pwrite(file_.get(), bytes, size, static_cast<off_t>(offset)); });
+            const auto written = detail::system::write_at(file_.get(), bytes, size, offset);
             if (written <= 0) {
                 const int code = written < 0 ? errno : ENOSPC;
                 if (code == EFAULT) { // bytes of a map whose file has been shortened: the system sees it before a
@@ -3887,8 +4494,7 @@ public:
     void open_again()
     {
         if (file_) { return; }
-        file_ = detail::descriptor(
-            detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW); }));
+        file_ = detail::descriptor(detail::system::open_to_write(temporary_));
         if (!file_) { detail::raise_io(target_, "cannot open the file again", errno); }
     }
 
@@ -3897,7 +4503,7 @@ public:
     {
         if (finished_) { return; }
         open_again();
-        if (mode_ == durability::synchronised && detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
+        if (mode_ == durability::synchronised && detail::system::force_to_disk(file_.get()) != 0) {
             detail::raise_io(target_, "cannot force the file to disk", errno);
         }
         close_for_now();
@@ -3909,7 +4515,7 @@ public:
     {
         finish();
         const auto directory = detail::directory_of(target_); // after the rename nothing may fail, memory included
-        if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
+        if (detail::system::rename(temporary_, target_) != 0) {
             const int code = errno;
             detail::raise_io(target_, message("cannot rename '", temporary_.string(), "' to it"), code);
         }
@@ -3924,19 +4530,11 @@ private:
         : target_(std::move(target))
         , mode_(mode)
     { }
-    int reserve(std::uint64_t size) noexcept
-    {
-#if defined(__linux__)
-        if (detail::retry([&] { return ::fallocate(file_.get(), 0, 0, static_cast<off_t>(size)); }) == 0) { return 0; }
-        if (errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL) { return errno; }
-#endif
-        return detail::retry([&] { return ::ftruncate(file_.get(), static_cast<off_t>(size)); }) == 0 ? 0 : errno;
-    }
     void discard() noexcept
     {
         file_.close();
         if (!temporary_.empty()) {
-            ::unlink(temporary_.c_str());
+            detail::system::remove_file(temporary_);
             detail::temporaries::drop(temporary_);
         }
         temporary_.clear();
@@ -3961,14 +4559,13 @@ public:
     {
         path_ = directory / ".taskvec-lock";
         for (;;) {
-            file_ = detail::descriptor(
-                detail::retry([&] { return ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666); }));
+            file_ = detail::descriptor(detail::system::open_to_write(path_, true));
             if (!file_) { return; } // whatever is wrong with the directory is found when files are made in it
-            if (detail::retry([&] { return ::flock(file_.get(), LOCK_EX | LOCK_NB); }) != 0) {
+            if (detail::system::lock(file_.get()) != 0) {
                 const int code = errno;
                 file_.close();
                 if (code != EWOULDBLOCK) {
-                    ::unlink(path_.c_str());
+                    detail::system::remove_file(path_);
                     return;
                 }
                 raise<io_error>(system_error_code(code),
@@ -3987,7 +4584,7 @@ public:
     ~directory_lock()
     {
         if (!file_) { return; }
-        if (!kept_ && is_there()) { ::unlink(path_.c_str()); }
+        if (!kept_ && is_there()) { detail::system::remove_file(path_); }
         detail::temporaries::drop(path_);
     }
 
@@ -3999,10 +4596,8 @@ public:
         std::string text;
         if (file_) {
             char piece[4096];
-            ssize_t size = 0;
-            while ((size = detail::retry([&] {
-                return ::pread(file_.get(), piece, sizeof piece, static_cast<off_t>(text.size()));
-            })) > 0) {
+            std::ptrdiff_t size = 0;
+            while ((size = detail::system::read_at(file_.get(), piece, sizeof piece, text.size())) > 0) {
                 text.append(piece, static_cast<std::size_t>(size));
             }
         }
@@ -4012,10 +4607,10 @@ public:
     void note(std::string_view text)
     {
         if (!file_) { return; }
-        const auto size = static_cast<ssize_t>(text.size());
-        if (detail::retry([&] { return ::ftruncate(file_.get(), 0); }) != 0
-            || detail::retry([&] { return ::pwrite(file_.get(), text.data(), text.size(), 0); }) != size
-            || detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
+        const auto size = static_cast<std::ptrdiff_t>(text.size());
+        if (detail::system::resize(file_.get(), 0) != 0
+            || detail::system::write_at(file_.get(), text.data(), text.size(), 0) != size
+            || detail::system::force_to_disk(file_.get()) != 0) {
             detail::raise_io(path_, "cannot be written", errno);
         }
     }
@@ -4026,9 +4621,9 @@ private:
     /// Whether the locked file still has its name: the directory may have been exchanged for another.
     [[nodiscard]] bool is_there() const noexcept
     {
-        struct stat held{}, there{};
-        return ::fstat(file_.get(), &held) == 0 && ::stat(path_.c_str(), &there) == 0 && held.st_dev == there.st_dev
-            && held.st_ino == there.st_ino;
+        detail::system::status held, there;
+        return detail::system::look_at(file_.get(), held) && detail::system::look_at(path_, there)
+            && held.device == there.device && held.inode == there.inode;
     }
 
     std::filesystem::path path_;
@@ -4041,16 +4636,9 @@ namespace detail {
 /// What is in a directory, the last one in the alphabet first: an adapter's weights before its configuration.
 [[nodiscard]] inline std::vector<std::filesystem::path> names_in(const std::filesystem::path& directory)
 {
-    // Not by std::filesystem::directory_iterator, which ends the process where memory runs out.
-    struct closer {
-        void operator()(DIR* handle) const noexcept { ::closedir(handle); }
-    };
-    const std::unique_ptr<DIR, closer> handle(::opendir(directory.c_str()));
-    if (!handle) { raise_io(directory, "cannot be read as a directory", errno); }
     std::vector<std::filesystem::path> names;
-    while (const auto* const entry = ::readdir(handle.get())) {
-        const std::string_view name = entry->d_name;
-        if (name != "." && name != "..") { names.emplace_back(name); }
+    if (!system::for_each_name(directory, [&](auto name) { names.emplace_back(name); })) {
+        raise_io(directory, "cannot be read as a directory", errno);
     }
     std::sort(names.rbegin(), names.rend());
     return names;
@@ -4077,7 +4665,7 @@ inline constexpr std::string_view put_aside_ending = ".old", was_not_there_endin
 [[nodiscard]] inline bool is_left_over(std::string_view name) noexcept
 {
     const auto process = detail::process_of_temporary(name);
-    return process > 0 && ::kill(static_cast<pid_t>(process), 0) != 0 && errno == ESRCH;
+    return process > 0 && detail::system::is_gone(process);
 }
 
 /// Brings a directory back to what it was before a writer that replaced its files one by one was killed: where new
@@ -4088,36 +4676,41 @@ inline std::vector<std::string> finish_replacements(
 {
     std::vector<std::string> returned;
     for (const auto& name : detail::names_in(directory)) {
-        const bool dead = is_left_over(name.native()) || detail::process_of_temporary(name.native()) == ::getpid();
-        if (!dead || name.native().find("-directory-") == std::string::npos) { continue; }
+        const auto text = detail::name_text(name);
+        const bool dead = is_left_over(text) || detail::process_of_temporary(text) == detail::system::process();
+        if (!dead || text.find("-directory-") == std::string::npos) { continue; }
         const auto folder = directory / name;
-        struct stat status{};
-        if (::lstat(folder.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) { continue; }
+        detail::system::status status;
+        if (!detail::system::look_at_link(folder, status) || !status.is_directory) { continue; }
         std::vector<std::string> aside, added;
         bool to_come = false;
-        for (const auto& inner : detail::names_in(folder)) {
-            const bool old = inner.native().ends_with(detail::put_aside_ending);
-            const bool mark = inner.native().ends_with(detail::was_not_there_ending);
-            if (old) { aside.push_back(inner.native()); }
-            if (mark) { added.push_back(inner.native()); }
+        for (const auto& entry : detail::names_in(folder)) {
+            auto inner = detail::name_text(entry);
+            const bool old = inner.ends_with(detail::put_aside_ending);
+            const bool mark = inner.ends_with(detail::was_not_there_ending);
             to_come = to_come || (!old && !mark);
+            if (old) { aside.push_back(std::move(inner)); }
+            else if (mark) {
+                added.push_back(std::move(inner));
+            }
         }
         if (aside.empty() && added.empty()) { continue; } // nothing was moved yet
         if (to_come) {
             for (const auto& mark : added) {
                 const auto plain = mark.substr(0, mark.size() - detail::was_not_there_ending.size());
-                ::unlink((directory / plain).c_str());
+                detail::system::remove_file(directory / detail::path_of(plain));
             }
             for (const auto& old : aside) { // the first to go and the last to come comes back last here too
                 auto plain = old.substr(0, old.size() - detail::put_aside_ending.size());
-                if (::rename((folder / old).c_str(), (directory / plain).c_str()) != 0) {
-                    detail::raise_io(directory / plain, "cannot be given back what a killed run put aside", errno);
+                const auto place = directory / detail::path_of(plain);
+                if (detail::system::rename(folder / detail::path_of(old), place) != 0) {
+                    detail::raise_io(place, "cannot be given back what a killed run put aside", errno);
                 }
                 returned.push_back(std::move(plain));
             }
             detail::synchronise_directory(directory);
         }
-        detail::remove_tree(AT_FDCWD, folder.c_str());
+        detail::remove_tree(folder.c_str());
     }
     return returned;
 }
@@ -4190,7 +4783,7 @@ public:
         auto named = target_; // after the rename nothing may fail, memory included
         std::vector<std::filesystem::path> above;
         for (const auto& level : made_) { above.push_back(detail::directory_of(level)); }
-        if (::rename(path_.c_str(), target_.c_str()) != 0) {
+        if (detail::system::rename(path_, target_) != 0) {
             detail::raise_io(target_, "cannot give the finished directory its name", errno);
         }
         path_.swap(named);
@@ -4218,7 +4811,7 @@ private:
     {
         static std::atomic<unsigned> counter{0};
         return detail::directory_of(target_)
-            / message(".taskvec-", static_cast<long>(::getpid()), "-directory-",
+            / message(".taskvec-", detail::system::process(), "-directory-",
                 counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
     }
     /// A new directory for the new files: beside the one that exists, or within it where the two cannot be exchanged.
@@ -4229,41 +4822,38 @@ private:
         if (failure) { return; }
         const auto named = std::exchange(target_, std::move(real));
         for (const bool beside : {true, false}) {
-            struct stat old{}, own{};
+            detail::system::status old, own;
             if (beside && !can_be_exchanged(old)) { continue; }
             path_ = beside ? sibling_name() : target_ / sibling_name().filename();
             made_.push_back(path_); // before there is something to remove
-            if (::mkdir(path_.c_str(), 0700) == 0
+            if (detail::system::make_directory(path_, false) == 0
                 && (!beside
-                    || (::stat(path_.c_str(), &own) == 0 && own.st_uid == old.st_uid && own.st_gid == old.st_gid
-                        && ::chmod(path_.c_str(), old.st_mode & 07777) == 0))) {
+                    || (detail::system::look_at(path_, own) && own.owner == old.owner && own.group == old.group
+                        && detail::system::set_permissions(path_, old.mode & 07777) == 0))) {
                 detail::temporaries::add(path_);
                 staged_ = true;
                 beside_ = beside;
                 return;
             }
-            ::rmdir(path_.c_str());
+            detail::system::remove_directory(path_);
             made_.clear();
         }
         target_ = path_ = named;
     }
-    [[nodiscard]] bool can_be_exchanged([[maybe_unused]] struct stat& status) const
+    [[nodiscard]] bool can_be_exchanged(detail::system::status& status) const
     {
-#if defined(RENAME_EXCHANGE)
-        struct stat above{};
-        if (target_ == target_.root_path() || ::stat(target_.c_str(), &status) != 0
-            || ::stat(target_.parent_path().c_str(), &above) != 0 || status.st_dev != above.st_dev
-            || ::access(target_.parent_path().c_str(), W_OK | X_OK) != 0) {
+        if (!detail::system::can_exchange) { return false; }
+        detail::system::status above;
+        if (target_ == target_.root_path() || !detail::system::look_at(target_, status)
+            || !detail::system::look_at(target_.parent_path(), above) || status.device != above.device
+            || !detail::system::may_fill(target_.parent_path())) {
             return false;
         }
         for (const auto& name : detail::names_in(target_)) {
-            struct stat entry{};
-            if (::lstat((target_ / name).c_str(), &entry) != 0 || !S_ISREG(entry.st_mode)) { return false; }
+            detail::system::status entry;
+            if (!detail::system::look_at_link(target_ / name, entry) || !entry.is_file) { return false; }
         }
         return true;
-#else
-        return false;
-#endif
     }
     /// Puts the new files in the place of the old ones.
     void replace(const std::vector<std::string>& obsolete)
@@ -4271,12 +4861,12 @@ private:
         const auto fresh = detail::names_in(path_);
         auto named = target_;
         for (const auto& name : fresh) { // each keeps the permissions of what it replaces
-            struct stat old{};
-            if (::stat((target_ / name).c_str(), &old) != 0 || !S_ISREG(old.st_mode)) { continue; }
-            if (::access((target_ / name).c_str(), W_OK) != 0) {
+            detail::system::status old;
+            if (!detail::system::look_at(target_ / name, old) || !old.is_file) { continue; }
+            if (!detail::system::may_write(target_ / name)) {
                 detail::raise_io(target_ / name, "exists and may not be written", errno);
             }
-            (void)!::chmod((path_ / name).c_str(), old.st_mode & 0777);
+            (void)detail::system::set_permissions(path_ / name, old.mode & 0777);
         }
         if (!beside_ || !link_the_rest(obsolete) || !take_place()) {
             go_inside(fresh);
@@ -4291,10 +4881,12 @@ private:
     {
         if (!beside_) { return; }
         for (const auto& name : detail::names_in(path_)) {
-            if (std::find(fresh.begin(), fresh.end(), name) == fresh.end()) { ::unlink((path_ / name).c_str()); }
+            if (std::find(fresh.begin(), fresh.end(), name) == fresh.end()) {
+                detail::system::remove_file(path_ / name);
+            }
         }
         auto inner = target_ / path_.filename(), made = inner;
-        if (::rename(path_.c_str(), inner.c_str()) != 0) {
+        if (detail::system::rename(path_, inner) != 0) {
             detail::raise_io(target_, "the finished files cannot be moved into it", errno);
         }
         detail::temporaries::drop(path_);
@@ -4313,9 +4905,9 @@ private:
         };
         std::vector<step> steps;
         const auto put_aside = [&](const std::filesystem::path& name) {
-            struct stat old{};
-            if (::lstat((target_ / name).c_str(), &old) == 0) {
-                steps.push_back({target_ / name, path_ / (name.string() + std::string(detail::put_aside_ending))});
+            detail::system::status old;
+            if (detail::system::look_at_link(target_ / name, old)) {
+                steps.push_back({target_ / name, (path_ / name) += detail::put_aside_ending});
             }
         };
         for (auto name = fresh.rbegin(); name != fresh.rend(); ++name) {
@@ -4323,9 +4915,8 @@ private:
             put_aside(*name);
             if (steps.size() != before) { continue; }
             // Nothing of this name is there to come back: whoever undoes the work removes the new file.
-            const auto mark = path_ / (name->string() + std::string(detail::was_not_there_ending));
-            if (!detail::descriptor(detail::retry(
-                    [&] { return ::open(mark.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600); }))) {
+            const auto mark = (path_ / *name) += detail::was_not_there_ending;
+            if (!detail::descriptor(detail::system::open_new(mark, false))) {
                 detail::raise_io(target_, "a file cannot be created in it", errno);
             }
         }
@@ -4336,9 +4927,9 @@ private:
             if (i == 0 && mode_ == durability::synchronised) { detail::synchronise_directory(path_); }
             const bool ordered = i == 0 || i == aside || i + 1 == steps.size(); // also on the disk
             if (mode_ == durability::synchronised && ordered) { detail::synchronise_directory(target_); }
-            if (::rename(steps[i].from.c_str(), steps[i].to.c_str()) == 0) { continue; }
+            if (detail::system::rename(steps[i].from, steps[i].to) == 0) { continue; }
             const int code = errno;
-            while (i-- > 0) { ::rename(steps[i].to.c_str(), steps[i].from.c_str()); }
+            while (i-- > 0) { detail::system::rename(steps[i].to, steps[i].from); }
             detail::raise_io(target_, "the finished files cannot take their names in it", code);
         }
         if (mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
@@ -4349,7 +4940,7 @@ private:
         const auto lock = lock_file().filename();
         for (const auto& name : detail::names_in(target_)) {
             if (std::find(obsolete.begin(), obsolete.end(), name) != obsolete.end()) { continue; }
-            if (name != lock && ::link((target_ / name).c_str(), (path_ / name).c_str()) != 0 && errno != EEXIST) {
+            if (name != lock && detail::system::link(target_ / name, path_ / name) != 0 && errno != EEXIST) {
                 return false;
             }
         }
@@ -4359,22 +4950,18 @@ private:
     /// False where the system cannot exchange the two.
     [[nodiscard]] bool take_place() const
     {
-#if defined(RENAME_EXCHANGE)
         const auto above = detail::directory_of(target_);
-        if (::renameat2(AT_FDCWD, path_.c_str(), AT_FDCWD, target_.c_str(), RENAME_EXCHANGE) != 0) {
+        if (detail::system::exchange(path_, target_) != 0) {
             const int code = errno;
-            if (code == EINVAL || code == ENOSYS || code == ENOTSUP || code == EXDEV || code == EBUSY) { return false; }
+            if (detail::system::is_no_exchange(code)) { return false; }
             detail::raise_io(target_, "cannot be exchanged with the finished directory", code);
         }
         if (mode_ == durability::synchronised) { detail::synchronise_directory(above); }
         return true;
-#else
-        return false;
-#endif
     }
     void make(std::filesystem::path level)
     {
-        if (::mkdir(level.c_str(), 0777) == 0) {
+        if (detail::system::make_directory(level) == 0) {
             made_.push_back(std::move(level)); // there is room for it
             detail::temporaries::add(made_.back());
             return;
@@ -4385,10 +4972,10 @@ private:
     }
     void discard() noexcept
     {
-        if (!made_.empty() && made_.back() == path_) { detail::remove_tree(AT_FDCWD, path_.c_str()); }
+        if (!made_.empty() && made_.back() == path_) { detail::remove_tree(path_.c_str()); }
         for (; !made_.empty(); made_.pop_back()) {
             detail::temporaries::drop(made_.back());
-            ::rmdir(made_.back().c_str());
+            detail::system::remove_directory(made_.back());
         } // fails, as it should, where something else lies in it by now
     }
 
@@ -13887,8 +14474,6 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
 #include <utility>
 #include <vector>
 
-#include <sys/mman.h>
-
 namespace taskvec::inline TASKVEC_ABI {
 
 /// The largest pickle that is read; tensors' bytes lie beside it.
@@ -14841,7 +15426,7 @@ void copy_rows(const std::byte* from, const extents& shape, const extents& strid
         static_cast<std::byte*>(detail::map_unnamed_file(folder, total, "tensors that are stored transposed"));
     const auto size = static_cast<std::size_t>(total);
     std::shared_ptr<const std::byte> result(
-        memory, [size](const std::byte* data) { ::munmap(const_cast<std::byte*>(data), size); });
+        memory, [size](const std::byte* data) { detail::system::unmap(data, size); });
     std::uint64_t at = 0;
     for (auto& entry : contents.header.entries) {
         const auto place = contents.strides.find(entry.name);
@@ -15632,8 +16217,6 @@ inline void refuse_unread(
 #include <utility>
 #include <vector>
 
-#include <unistd.h>
-
 namespace taskvec::inline TASKVEC_ABI {
 
 /// The file names of a checkpoint directory.
@@ -16181,7 +16764,9 @@ public:
         folder_.emplace(directory_, mode, existing); // from here on nobody else takes names in the directory
         old_ = present_files();
         if (const auto* const lock = folder_->lock()) {
-            for (const auto& name : orphan_shards(directory_, *lock)) { ::unlink((directory_ / name).c_str()); }
+            for (const auto& name : orphan_shards(directory_, *lock)) {
+                detail::system::remove_file(directory_ / name);
+            }
         }
         const std::size_t generation = plan_.shards == 1 ? 1 : free_generation();
         for (std::size_t i = 0; i < parts.size(); ++i) {
@@ -16216,7 +16801,7 @@ public:
     {
         // Shards that took their names before a failure belong to no index.
         for (const auto& path : unlisted_) {
-            ::unlink(path.c_str());
+            detail::system::remove_file(path);
             detail::temporaries::drop(path);
         }
     }
@@ -16270,9 +16855,9 @@ public:
         unlisted_.clear();
         folder_->commit(obsolete);
         if (!in_place) { return; }
-        for (const auto& path : superseded) { ::unlink(path.c_str()); }
+        for (const auto& path : superseded) { detail::system::remove_file(path); }
         // `model.safetensors` comes before an index when a directory is opened: with it gone, a new index takes effect.
-        if (struct stat status{}; index_ && ::lstat(first.c_str(), &status) == 0) {
+        if (detail::system::status status; index_ && detail::system::look_at_link(first, status)) {
             raise<io_error>(error_code::system_refused,
                 "is an earlier model's and cannot be removed: the new model lies beside it, whole, and takes effect "
                 "once "
@@ -17892,9 +18477,6 @@ inline void check_base(const cpu& policy, std::uint64_t base_fingerprint, const 
 #include <utility>
 #include <vector>
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 namespace taskvec::inline TASKVEC_ABI {
 
 namespace detail {
@@ -18180,7 +18762,7 @@ private:
         ~gathering() { release(); }
         void release() noexcept
         {
-            if (mapped > 0) { ::munmap(values, mapped); }
+            if (mapped > 0) { detail::system::unmap(values, mapped); }
             mapped = 0;
             values = nullptr;
             in_memory = {};

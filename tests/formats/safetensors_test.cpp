@@ -11,7 +11,9 @@
 #include <random>
 #include <thread>
 
+#if !defined(_WIN32)
 #include <sys/wait.h>
+#endif
 
 using namespace taskvec;
 
@@ -289,12 +291,20 @@ TEST_CASE("a file may be replaced while it is read")
         const float twice = 2 * from[i];
         writer.write(0, 4 * i, &twice, 4);
     }
+#if defined(_WIN32)
+    CHECK_THROWS_AS(writer.commit(), io_error); // not there: the old file stays
+    CHECK(from[2] == 3.0f);
+    constexpr float expected = 3.0f;
+#else
     writer.commit();
     CHECK(from[2] == 3.0f); // the map keeps the old bytes
+    constexpr float expected = 6.0f;
+#endif
     const safetensors_file output(folder / "f");
-    CHECK(static_cast<const float*>(output.model()[0].tensor.data)[2] == 6.0f);
+    CHECK(static_cast<const float*>(output.model()[0].tensor.data)[2] == expected);
 }
 
+#if !defined(_WIN32)
 TEST_CASE("a writer that is killed at any moment leaves the old file or the new")
 {
     const scratch folder;
@@ -327,6 +337,7 @@ TEST_CASE("a writer that is killed at any moment leaves the old file or the new"
     }
     MESSAGE("the old file stood ", seen_old, " times of 40");
 }
+#endif
 
 TEST_CASE("files damaged at random either parse or are refused by an error")
 {

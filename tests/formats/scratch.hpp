@@ -11,14 +11,27 @@
 #include <string>
 #include <vector>
 
+#if defined(_WIN32)
+#include <process.h>
+#else
 #include <stdlib.h>
+#endif
 
 class scratch {
 public:
     scratch()
     {
+#if defined(_WIN32)
+        static unsigned counter = 0;
+        const auto folder = std::filesystem::temp_directory_path() / ("taskvec-test-" + std::to_string(::_getpid()));
+        do {
+            path_ = folder;
+            path_ += "-" + std::to_string(counter++);
+        } while (!std::filesystem::create_directory(path_));
+#else
         std::string pattern = (std::filesystem::temp_directory_path() / "taskvec-test-XXXXXX").string();
         path_ = ::mkdtemp(pattern.data());
+#endif
     }
     scratch(const scratch&) = delete;
     scratch& operator=(const scratch&) = delete;

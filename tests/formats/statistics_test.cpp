@@ -160,11 +160,13 @@ TEST_CASE("what a file says must be true; a plain file is taken as it is")
         CHECK_THROWS_AS(statistics_file(folder / "s"), format_error);
     };
     write({});
-    const statistics_file plain(folder / "s");
-    CHECK_FALSE(plain.described());
-    plain.require_fisher();
-    plain.require_gram();
-    check_statistics(cpu{}, plain, {});
+    {
+        const statistics_file plain(folder / "s");
+        CHECK_FALSE(plain.described());
+        plain.require_fisher();
+        plain.require_gram();
+        check_statistics(cpu{}, plain, {});
+    }
     refused(good()); // a Gram that is not square
     refused(good(), {2, 3});
     refused(good("schema", "taskvec.statistics.9"));

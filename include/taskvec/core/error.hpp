@@ -279,8 +279,10 @@ inline constexpr error_code_entry error_codes[] = {
     case EACCES:
     case EPERM:
     case EROFS: return error_code::file_access;
-    case ENOSPC:
-    case EDQUOT: return error_code::disk_full;
+#if defined(EDQUOT) // not on Windows
+    case EDQUOT:
+#endif
+    case ENOSPC: return error_code::disk_full;
     case EISDIR:
     case ENOTDIR:
     case EEXIST: return error_code::file_kind;

@@ -6,6 +6,7 @@
 #include <taskvec/formats/pytorch.hpp>
 #include <taskvec/formats/quantised.hpp>
 #include <taskvec/formats/safetensors.hpp>
+#include <taskvec/formats/system.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -20,8 +21,6 @@
 #include <system_error>
 #include <utility>
 #include <vector>
-
-#include <unistd.h>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -570,7 +569,9 @@ public:
         folder_.emplace(directory_, mode, existing); // from here on nobody else takes names in the directory
         old_ = present_files();
         if (const auto* const lock = folder_->lock()) {
-            for (const auto& name : orphan_shards(directory_, *lock)) { ::unlink((directory_ / name).c_str()); }
+            for (const auto& name : orphan_shards(directory_, *lock)) {
+                detail::system::remove_file(directory_ / name);
+            }
         }
         const std::size_t generation = plan_.shards == 1 ? 1 : free_generation();
         for (std::size_t i = 0; i < parts.size(); ++i) {
@@ -605,7 +606,7 @@ public:
     {
         // Shards that took their names before a failure belong to no index.
         for (const auto& path : unlisted_) {
-            ::unlink(path.c_str());
+            detail::system::remove_file(path);
             detail::temporaries::drop(path);
         }
     }
@@ -659,9 +660,9 @@ public:
         unlisted_.clear();
         folder_->commit(obsolete);
         if (!in_place) { return; }
-        for (const auto& path : superseded) { ::unlink(path.c_str()); }
+        for (const auto& path : superseded) { detail::system::remove_file(path); }
         // `model.safetensors` comes before an index when a directory is opened: with it gone, a new index takes effect.
-        if (struct stat status{}; index_ && ::lstat(first.c_str(), &status) == 0) {
+        if (detail::system::status status; index_ && detail::system::look_at_link(first, status)) {
             raise<io_error>(error_code::system_refused,
                 "is an earlier model's and cannot be removed: the new model lies beside it, whole, and takes effect "
                 "once "

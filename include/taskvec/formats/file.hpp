@@ -4,6 +4,7 @@
 
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/parallel.hpp>
+#include <taskvec/formats/system.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -15,7 +16,6 @@
 #include <cstring>
 #include <filesystem>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -24,107 +24,19 @@
 #include <utility>
 #include <vector>
 
-#include <dirent.h>
-#include <fcntl.h>
-#include <signal.h>
-#include <stdio.h> // renameat2
-#include <sys/file.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#endif
-#include <unistd.h>
-
 namespace taskvec::inline TASKVEC_ABI {
 
-static_assert(sizeof(::off_t) == 8, "taskvec's files need 64-bit offsets: compile with -D_FILE_OFFSET_BITS=64");
-
 namespace detail {
-
-/// The system's words for an errno.
-[[nodiscard]] inline std::string errno_text(int code)
-{
-    return std::system_category().message(code);
-}
 
 [[noreturn]] inline void raise_io(const std::filesystem::path& path, std::string_view what, int code)
 {
     raise<io_error>(system_error_code(code), message(what, ": ", errno_text(code)), path.string(), code);
 }
 
-/// Calls a system function again for as long as a signal interrupts it.
-template <class Call>
-auto retry(Call call)
-{
-    for (;;) {
-        const auto result = call();
-        if (result >= 0 || errno != EINTR) { return result; }
-    }
-}
-
-/// A file descriptor, closed once.
-class descriptor {
-public:
-    descriptor() = default;
-    explicit descriptor(int value) noexcept
-        : value_(value)
-    { }
-    descriptor(descriptor&& other) noexcept
-        : value_(std::exchange(other.value_, -1))
-    { }
-    descriptor& operator=(descriptor&& other) noexcept
-    {
-        if (this != &other) {
-            close();
-            value_ = std::exchange(other.value_, -1);
-        }
-        return *this;
-    }
-    ~descriptor() { close(); }
-
-    [[nodiscard]] int get() const noexcept { return value_; }
-    [[nodiscard]] explicit operator bool() const noexcept { return value_ >= 0; }
-    /// 0, or the errno of close(2): some file systems report a failed write only here.
-    int close() noexcept
-    {
-        return value_ >= 0 && ::close(std::exchange(value_, -1)) != 0 && errno != EINTR ? errno : 0;
-    }
-
-private:
-    int value_ = -1;
-};
-
 /// The directory that holds `path`, "." where it names none.
 [[nodiscard]] inline std::filesystem::path directory_of(const std::filesystem::path& path)
 {
     return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
-}
-
-/// Removes a file, or a directory with all that lies in it. Takes no memory, which may be what has run out.
-inline void remove_tree(int parent, const char* name) noexcept
-{
-    if (::unlinkat(parent, name, 0) == 0 || (errno != EISDIR && errno != EPERM)) { return; }
-    for (int tries = 0; tries < 2 && ::unlinkat(parent, name, AT_REMOVEDIR) != 0; ++tries) {
-#if defined(__linux__)
-        const descriptor directory(::openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW));
-        alignas(8) char entries[4096]; // of numbers (16 bytes), a length (2), a kind (1), a name
-        for (long size = 0;
-            directory && (size = ::syscall(SYS_getdents64, directory.get(), entries, sizeof entries)) > 0;) {
-            std::uint16_t length = 0;
-            for (long at = 0; at < size; at += length) {
-                std::memcpy(&length, entries + at + 16, sizeof length);
-                const char* const inner = entries + at + 19;
-                if (std::strcmp(inner, ".") != 0 && std::strcmp(inner, "..") != 0) {
-                    remove_tree(directory.get(), inner);
-                }
-            }
-        }
-        if (directory) { continue; }
-#endif
-        return;
-    }
-    ::unlinkat(parent, name, AT_REMOVEDIR);
 }
 
 } // namespace detail
@@ -145,16 +57,13 @@ inline std::atomic<unsynchronised_handler>& unsynchronised_slot() noexcept
 /// the handler.
 inline void synchronise_directory(const std::filesystem::path& directory)
 {
-    const descriptor handle(retry([&] { return ::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); }));
-    if (!handle) { return; }
-    if (retry([&] { return ::fsync(handle.get()); }) != 0 && errno != EINVAL && errno != ENOTSUP && errno != EROFS) {
-        const int code = errno;
-        if (const auto handler = unsynchronised_slot().load()) { handler(directory, code); }
-    }
+    const int code = system::synchronise(directory);
+    if (code == 0) { return; }
+    if (const auto handler = unsynchronised_slot().load()) { handler(directory, code); }
 }
 
-/// Maps `bytes` (not 0) of a new file that has no name and is gone with the map: munmap() gives it back. `folder`:
-/// where it lies (empty: here). `what`: for whom, in messages.
+/// Maps `bytes` (not 0) of a new file that has no name and is gone with the map: system::unmap() gives it back.
+/// `folder`: where it lies (empty: here). `what`: for whom, in messages.
 [[nodiscard]] inline void* map_unnamed_file(
     const std::filesystem::path& folder, std::uint64_t bytes, std::string_view what)
 {
@@ -162,20 +71,11 @@ inline void synchronise_directory(const std::filesystem::path& directory)
     if (bytes > std::numeric_limits<std::size_t>::max()) {
         raise_io(place, message("cannot map ", bytes, " bytes for ", what, " in a 32-bit program"), EFBIG);
     }
-    descriptor file(retry([&] { return ::open(place.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600); }));
-    if (!file) { // not every file system has files without names
-        auto pattern = (place / ".taskvec-XXXXXX").string();
-        file = descriptor(::mkostemp(pattern.data(), O_CLOEXEC));
-        if (!file) { raise_io(place, "cannot create a temporary file in it", errno); }
-        ::unlink(pattern.c_str());
-    }
-    if (const int code = ::posix_fallocate(file.get(), 0, static_cast<::off_t>(bytes))) {
-        raise_io(place, message("cannot reserve space for ", what), code);
-    }
-    void* const memory =
-        ::mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
-    if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
-        raise_io(place, "cannot map a temporary file in it", errno);
+    system::unnamed_failure failure{};
+    void* const memory = system::map_unnamed(place, static_cast<std::size_t>(bytes), failure);
+    if (!memory) {
+        raise_io(
+            place, failure.of_space ? message(failure.what, " for ", what) : std::string(failure.what), failure.code);
     }
     return memory;
 }
@@ -201,29 +101,25 @@ public:
     explicit mapped_file(std::filesystem::path path)
         : path_(std::move(path))
     {
-        const detail::descriptor file(
-            detail::retry([&] { return ::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); }));
+        const detail::descriptor file(detail::system::open_to_read(path_));
         if (!file) { detail::raise_io(path_, "cannot open for reading", errno); }
-        struct stat status{};
-        if (::fstat(file.get(), &status) != 0) { detail::raise_io(path_, "cannot read the file's size", errno); }
-        if (!S_ISREG(status.st_mode)) {
+        detail::system::status status;
+        if (!detail::system::look_at(file.get(), status)) {
+            detail::raise_io(path_, "cannot read the file's size", errno);
+        }
+        if (!status.is_file) {
             raise<io_error>(error_code::file_kind,
-                S_ISDIR(status.st_mode) ? "is a directory; expected a file" : "is not a regular file", path_.string());
+                status.is_directory ? "is a directory; expected a file" : "is not a regular file", path_.string());
         }
         opened_ = identity(status);
         if (opened_.size > std::numeric_limits<std::size_t>::max()) {
             detail::raise_io(
                 path_, message("has ", opened_.size, " bytes, more than a 32-bit program can map into memory"), EFBIG);
         }
-        size_ = static_cast<std::size_t>(status.st_size);
-        if (size_ == 0) { return; }
-        void* const memory = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
-        if (memory == MAP_FAILED) { // NOLINT(performance-no-int-to-ptr)
-            const int code = errno;
-            size_ = 0;
-            detail::raise_io(path_, "cannot map the file into memory", code);
-        }
-        data_ = static_cast<const std::byte*>(memory);
+        if (opened_.size == 0) { return; }
+        data_ = detail::system::map(file.get(), static_cast<std::size_t>(opened_.size));
+        if (!data_) { detail::raise_io(path_, "cannot map the file into memory", errno); }
+        size_ = static_cast<std::size_t>(opened_.size);
     }
     mapped_file(mapped_file&& other) noexcept
         : path_(std::move(other.path_))
@@ -250,13 +146,13 @@ public:
         std::int64_t seconds = 0, nanoseconds = 0; ///< of the last write
 
         identity() = default;
-        /// Of the result of stat().
-        explicit identity(const struct stat& status) noexcept
-            : device(static_cast<std::uint64_t>(status.st_dev))
-            , inode(static_cast<std::uint64_t>(status.st_ino))
-            , size(static_cast<std::uint64_t>(status.st_size))
-            , seconds(status.st_mtim.tv_sec)
-            , nanoseconds(status.st_mtim.tv_nsec)
+        /// Of what the system says of a file.
+        explicit identity(const detail::system::status& status) noexcept
+            : device(status.device)
+            , inode(status.inode)
+            , size(status.size)
+            , seconds(status.seconds)
+            , nanoseconds(status.nanoseconds)
         { }
         bool operator==(const identity&) const = default;
     };
@@ -266,8 +162,8 @@ public:
     /// written to, replaced, removed.
     static void check_unchanged(const std::filesystem::path& path, const identity& opened)
     {
-        struct stat status{};
-        if (::stat(path.c_str(), &status) == 0 && identity(status) == opened) { return; }
+        detail::system::status status;
+        if (detail::system::look_at(path, status) && identity(status) == opened) { return; }
         raise<io_error>(error_code::file_changed,
             "changed while it was being read: what was computed from it may mix old and new bytes; run again when "
             "nothing else writes to it",
@@ -282,16 +178,16 @@ public:
     void bytes() const&& = delete; // name the owner first: its views would dangle
 
     /// How the bytes will be read: MADV_SEQUENTIAL, MADV_RANDOM, MADV_WILLNEED, MADV_NORMAL. A hint: failure is
-    /// ignored.
+    /// ignored, and so is all of it on Windows.
     void advise(int advice) const noexcept
     {
-        if (size_) { ::madvise(const_cast<std::byte*>(data_), size_, advice); }
+        if (size_) { detail::system::advise(data_, size_, advice); }
     }
 
 private:
     void unmap() noexcept
     {
-        if (data_) { ::munmap(const_cast<std::byte*>(data_), size_); }
+        if (data_) { detail::system::unmap(data_, size_); }
     }
 
     std::filesystem::path path_;
@@ -378,12 +274,14 @@ inline temporary_handler set_temporary_handler(temporary_handler handler) noexce
 /// it is not finished, otherwise only where it is empty. Takes no memory, and may be called by handlers of signals.
 inline void remove_temporary(const char* place) noexcept
 {
+#if defined(_WIN32)
+    const std::string_view text = place;
+    const auto name = text.substr(text.find_last_of("/\\") + 1); // npos + 1 is 0
+#else
     const char* const slash = std::strrchr(place, '/');
     const std::string_view name = slash ? slash + 1 : place;
-    if (name.starts_with(".taskvec-")) { detail::remove_tree(AT_FDCWD, place); }
-    else if (::unlink(place) != 0) {
-        ::rmdir(place);
-    }
+#endif
+    detail::system::remove_by_text(place, name.starts_with(".taskvec-"));
 }
 
 /// A file that is written under a temporary name beside its target and takes the target's name on commit().
@@ -407,26 +305,25 @@ public:
         if (!target_.has_filename()) {
             raise<io_error>(error_code::file_kind, "names no file", target_.string(), EISDIR);
         }
-        struct stat status{};
-        const bool exists = ::stat(target_.c_str(), &status) == 0;
-        if (exists && S_ISDIR(status.st_mode)) {
+        detail::system::status status;
+        const bool exists = detail::system::look_at(target_, status);
+        if (exists && status.is_directory) {
             raise<io_error>(error_code::file_kind, "is a directory; name a file to write", target_.string(), EISDIR);
         }
-        if (exists && !S_ISREG(status.st_mode)) {
+        if (exists && !status.is_file) {
             raise<io_error>(error_code::file_kind, "exists and is not a regular file; choose another output",
                 target_.string(), EEXIST);
         }
-        if (exists && ::access(target_.c_str(), W_OK) != 0) {
+        if (exists && !detail::system::may_write(target_)) {
             detail::raise_io(target_, "exists and may not be written", errno);
         }
         const auto directory = detail::directory_of(target_);
         static std::atomic<unsigned> counter{0};
         for (;;) {
             temporary_ = directory
-                / message(".taskvec-", static_cast<long>(::getpid()), '-',
-                    counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
-            file_ = detail::descriptor(
-                detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666); }));
+                / message(".taskvec-", detail::system::process(), '-', counter.fetch_add(1, std::memory_order_relaxed),
+                    ".tmp");
+            file_ = detail::descriptor(detail::system::open_new(temporary_));
             if (file_) {
                 detail::temporaries::add(temporary_);
                 break;
@@ -440,12 +337,12 @@ public:
         }
         int code = 0;
         std::string_view what;
-        if (exists && ::fchmod(file_.get(), status.st_mode & 0777) != 0 && errno != EPERM) {
+        if (exists && detail::system::set_permissions(file_.get(), status.mode & 0777) != 0 && errno != EPERM) {
             code = errno;
             what = "cannot give the new file the old one's permissions";
         }
         if (!code && size) {
-            code = reserve(size);
+            code = detail::system::reserve(file_.get(), size);
             what = "cannot reserve the file's space";
         }
         if (code) {
@@ -484,9 +381,7 @@ public:
     {
         const auto* bytes = static_cast<const std::byte*>(data);
         while (size) {
-            // pwrite moves at most 0x7ffff000 bytes at once, and may stop early at a signal or a full disk.
-            const auto written =
-                detail::retry([&] { return ::pwrite(file_.get(), bytes, size, static_cast<off_t>(offset)); });
+            const auto written = detail::system::write_at(file_.get(), bytes, size, offset);
             if (written <= 0) {
                 const int code = written < 0 ? errno : ENOSPC;
                 if (code == EFAULT) { // bytes of a map whose file has been shortened: the system sees it before a
@@ -514,8 +409,7 @@ public:
     void open_again()
     {
         if (file_) { return; }
-        file_ = detail::descriptor(
-            detail::retry([&] { return ::open(temporary_.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW); }));
+        file_ = detail::descriptor(detail::system::open_to_write(temporary_));
         if (!file_) { detail::raise_io(target_, "cannot open the file again", errno); }
     }
 
@@ -524,7 +418,7 @@ public:
     {
         if (finished_) { return; }
         open_again();
-        if (mode_ == durability::synchronised && detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
+        if (mode_ == durability::synchronised && detail::system::force_to_disk(file_.get()) != 0) {
             detail::raise_io(target_, "cannot force the file to disk", errno);
         }
         close_for_now();
@@ -536,7 +430,7 @@ public:
     {
         finish();
         const auto directory = detail::directory_of(target_); // after the rename nothing may fail, memory included
-        if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
+        if (detail::system::rename(temporary_, target_) != 0) {
             const int code = errno;
             detail::raise_io(target_, message("cannot rename '", temporary_.string(), "' to it"), code);
         }
@@ -551,19 +445,11 @@ private:
         : target_(std::move(target))
         , mode_(mode)
     { }
-    int reserve(std::uint64_t size) noexcept
-    {
-#if defined(__linux__)
-        if (detail::retry([&] { return ::fallocate(file_.get(), 0, 0, static_cast<off_t>(size)); }) == 0) { return 0; }
-        if (errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL) { return errno; }
-#endif
-        return detail::retry([&] { return ::ftruncate(file_.get(), static_cast<off_t>(size)); }) == 0 ? 0 : errno;
-    }
     void discard() noexcept
     {
         file_.close();
         if (!temporary_.empty()) {
-            ::unlink(temporary_.c_str());
+            detail::system::remove_file(temporary_);
             detail::temporaries::drop(temporary_);
         }
         temporary_.clear();
@@ -588,14 +474,13 @@ public:
     {
         path_ = directory / ".taskvec-lock";
         for (;;) {
-            file_ = detail::descriptor(
-                detail::retry([&] { return ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666); }));
+            file_ = detail::descriptor(detail::system::open_to_write(path_, true));
             if (!file_) { return; } // whatever is wrong with the directory is found when files are made in it
-            if (detail::retry([&] { return ::flock(file_.get(), LOCK_EX | LOCK_NB); }) != 0) {
+            if (detail::system::lock(file_.get()) != 0) {
                 const int code = errno;
                 file_.close();
                 if (code != EWOULDBLOCK) {
-                    ::unlink(path_.c_str());
+                    detail::system::remove_file(path_);
                     return;
                 }
                 raise<io_error>(system_error_code(code),
@@ -614,7 +499,7 @@ public:
     ~directory_lock()
     {
         if (!file_) { return; }
-        if (!kept_ && is_there()) { ::unlink(path_.c_str()); }
+        if (!kept_ && is_there()) { detail::system::remove_file(path_); }
         detail::temporaries::drop(path_);
     }
 
@@ -626,10 +511,8 @@ public:
         std::string text;
         if (file_) {
             char piece[4096];
-            ssize_t size = 0;
-            while ((size = detail::retry([&] {
-                return ::pread(file_.get(), piece, sizeof piece, static_cast<off_t>(text.size()));
-            })) > 0) {
+            std::ptrdiff_t size = 0;
+            while ((size = detail::system::read_at(file_.get(), piece, sizeof piece, text.size())) > 0) {
                 text.append(piece, static_cast<std::size_t>(size));
             }
         }
@@ -639,10 +522,10 @@ public:
     void note(std::string_view text)
     {
         if (!file_) { return; }
-        const auto size = static_cast<ssize_t>(text.size());
-        if (detail::retry([&] { return ::ftruncate(file_.get(), 0); }) != 0
-            || detail::retry([&] { return ::pwrite(file_.get(), text.data(), text.size(), 0); }) != size
-            || detail::retry([&] { return ::fsync(file_.get()); }) != 0) {
+        const auto size = static_cast<std::ptrdiff_t>(text.size());
+        if (detail::system::resize(file_.get(), 0) != 0
+            || detail::system::write_at(file_.get(), text.data(), text.size(), 0) != size
+            || detail::system::force_to_disk(file_.get()) != 0) {
             detail::raise_io(path_, "cannot be written", errno);
         }
     }
@@ -653,9 +536,9 @@ private:
     /// Whether the locked file still has its name: the directory may have been exchanged for another.
     [[nodiscard]] bool is_there() const noexcept
     {
-        struct stat held{}, there{};
-        return ::fstat(file_.get(), &held) == 0 && ::stat(path_.c_str(), &there) == 0 && held.st_dev == there.st_dev
-            && held.st_ino == there.st_ino;
+        detail::system::status held, there;
+        return detail::system::look_at(file_.get(), held) && detail::system::look_at(path_, there)
+            && held.device == there.device && held.inode == there.inode;
     }
 
     std::filesystem::path path_;
@@ -668,16 +551,9 @@ namespace detail {
 /// What is in a directory, the last one in the alphabet first: an adapter's weights before its configuration.
 [[nodiscard]] inline std::vector<std::filesystem::path> names_in(const std::filesystem::path& directory)
 {
-    // Not by std::filesystem::directory_iterator, which ends the process where memory runs out.
-    struct closer {
-        void operator()(DIR* handle) const noexcept { ::closedir(handle); }
-    };
-    const std::unique_ptr<DIR, closer> handle(::opendir(directory.c_str()));
-    if (!handle) { raise_io(directory, "cannot be read as a directory", errno); }
     std::vector<std::filesystem::path> names;
-    while (const auto* const entry = ::readdir(handle.get())) {
-        const std::string_view name = entry->d_name;
-        if (name != "." && name != "..") { names.emplace_back(name); }
+    if (!system::for_each_name(directory, [&](auto name) { names.emplace_back(name); })) {
+        raise_io(directory, "cannot be read as a directory", errno);
     }
     std::sort(names.rbegin(), names.rend());
     return names;
@@ -704,7 +580,7 @@ inline constexpr std::string_view put_aside_ending = ".old", was_not_there_endin
 [[nodiscard]] inline bool is_left_over(std::string_view name) noexcept
 {
     const auto process = detail::process_of_temporary(name);
-    return process > 0 && ::kill(static_cast<pid_t>(process), 0) != 0 && errno == ESRCH;
+    return process > 0 && detail::system::is_gone(process);
 }
 
 /// Brings a directory back to what it was before a writer that replaced its files one by one was killed: where new
@@ -715,36 +591,41 @@ inline std::vector<std::string> finish_replacements(
 {
     std::vector<std::string> returned;
     for (const auto& name : detail::names_in(directory)) {
-        const bool dead = is_left_over(name.native()) || detail::process_of_temporary(name.native()) == ::getpid();
-        if (!dead || name.native().find("-directory-") == std::string::npos) { continue; }
+        const auto text = detail::name_text(name);
+        const bool dead = is_left_over(text) || detail::process_of_temporary(text) == detail::system::process();
+        if (!dead || text.find("-directory-") == std::string::npos) { continue; }
         const auto folder = directory / name;
-        struct stat status{};
-        if (::lstat(folder.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) { continue; }
+        detail::system::status status;
+        if (!detail::system::look_at_link(folder, status) || !status.is_directory) { continue; }
         std::vector<std::string> aside, added;
         bool to_come = false;
-        for (const auto& inner : detail::names_in(folder)) {
-            const bool old = inner.native().ends_with(detail::put_aside_ending);
-            const bool mark = inner.native().ends_with(detail::was_not_there_ending);
-            if (old) { aside.push_back(inner.native()); }
-            if (mark) { added.push_back(inner.native()); }
+        for (const auto& entry : detail::names_in(folder)) {
+            auto inner = detail::name_text(entry);
+            const bool old = inner.ends_with(detail::put_aside_ending);
+            const bool mark = inner.ends_with(detail::was_not_there_ending);
             to_come = to_come || (!old && !mark);
+            if (old) { aside.push_back(std::move(inner)); }
+            else if (mark) {
+                added.push_back(std::move(inner));
+            }
         }
         if (aside.empty() && added.empty()) { continue; } // nothing was moved yet
         if (to_come) {
             for (const auto& mark : added) {
                 const auto plain = mark.substr(0, mark.size() - detail::was_not_there_ending.size());
-                ::unlink((directory / plain).c_str());
+                detail::system::remove_file(directory / detail::path_of(plain));
             }
             for (const auto& old : aside) { // the first to go and the last to come comes back last here too
                 auto plain = old.substr(0, old.size() - detail::put_aside_ending.size());
-                if (::rename((folder / old).c_str(), (directory / plain).c_str()) != 0) {
-                    detail::raise_io(directory / plain, "cannot be given back what a killed run put aside", errno);
+                const auto place = directory / detail::path_of(plain);
+                if (detail::system::rename(folder / detail::path_of(old), place) != 0) {
+                    detail::raise_io(place, "cannot be given back what a killed run put aside", errno);
                 }
                 returned.push_back(std::move(plain));
             }
             detail::synchronise_directory(directory);
         }
-        detail::remove_tree(AT_FDCWD, folder.c_str());
+        detail::remove_tree(folder.c_str());
     }
     return returned;
 }
@@ -817,7 +698,7 @@ public:
         auto named = target_; // after the rename nothing may fail, memory included
         std::vector<std::filesystem::path> above;
         for (const auto& level : made_) { above.push_back(detail::directory_of(level)); }
-        if (::rename(path_.c_str(), target_.c_str()) != 0) {
+        if (detail::system::rename(path_, target_) != 0) {
             detail::raise_io(target_, "cannot give the finished directory its name", errno);
         }
         path_.swap(named);
@@ -845,7 +726,7 @@ private:
     {
         static std::atomic<unsigned> counter{0};
         return detail::directory_of(target_)
-            / message(".taskvec-", static_cast<long>(::getpid()), "-directory-",
+            / message(".taskvec-", detail::system::process(), "-directory-",
                 counter.fetch_add(1, std::memory_order_relaxed), ".tmp");
     }
     /// A new directory for the new files: beside the one that exists, or within it where the two cannot be exchanged.
@@ -856,41 +737,38 @@ private:
         if (failure) { return; }
         const auto named = std::exchange(target_, std::move(real));
         for (const bool beside : {true, false}) {
-            struct stat old{}, own{};
+            detail::system::status old, own;
             if (beside && !can_be_exchanged(old)) { continue; }
             path_ = beside ? sibling_name() : target_ / sibling_name().filename();
             made_.push_back(path_); // before there is something to remove
-            if (::mkdir(path_.c_str(), 0700) == 0
+            if (detail::system::make_directory(path_, false) == 0
                 && (!beside
-                    || (::stat(path_.c_str(), &own) == 0 && own.st_uid == old.st_uid && own.st_gid == old.st_gid
-                        && ::chmod(path_.c_str(), old.st_mode & 07777) == 0))) {
+                    || (detail::system::look_at(path_, own) && own.owner == old.owner && own.group == old.group
+                        && detail::system::set_permissions(path_, old.mode & 07777) == 0))) {
                 detail::temporaries::add(path_);
                 staged_ = true;
                 beside_ = beside;
                 return;
             }
-            ::rmdir(path_.c_str());
+            detail::system::remove_directory(path_);
             made_.clear();
         }
         target_ = path_ = named;
     }
-    [[nodiscard]] bool can_be_exchanged([[maybe_unused]] struct stat& status) const
+    [[nodiscard]] bool can_be_exchanged(detail::system::status& status) const
     {
-#if defined(RENAME_EXCHANGE)
-        struct stat above{};
-        if (target_ == target_.root_path() || ::stat(target_.c_str(), &status) != 0
-            || ::stat(target_.parent_path().c_str(), &above) != 0 || status.st_dev != above.st_dev
-            || ::access(target_.parent_path().c_str(), W_OK | X_OK) != 0) {
+        if (!detail::system::can_exchange) { return false; }
+        detail::system::status above;
+        if (target_ == target_.root_path() || !detail::system::look_at(target_, status)
+            || !detail::system::look_at(target_.parent_path(), above) || status.device != above.device
+            || !detail::system::may_fill(target_.parent_path())) {
             return false;
         }
         for (const auto& name : detail::names_in(target_)) {
-            struct stat entry{};
-            if (::lstat((target_ / name).c_str(), &entry) != 0 || !S_ISREG(entry.st_mode)) { return false; }
+            detail::system::status entry;
+            if (!detail::system::look_at_link(target_ / name, entry) || !entry.is_file) { return false; }
         }
         return true;
-#else
-        return false;
-#endif
     }
     /// Puts the new files in the place of the old ones.
     void replace(const std::vector<std::string>& obsolete)
@@ -898,12 +776,12 @@ private:
         const auto fresh = detail::names_in(path_);
         auto named = target_;
         for (const auto& name : fresh) { // each keeps the permissions of what it replaces
-            struct stat old{};
-            if (::stat((target_ / name).c_str(), &old) != 0 || !S_ISREG(old.st_mode)) { continue; }
-            if (::access((target_ / name).c_str(), W_OK) != 0) {
+            detail::system::status old;
+            if (!detail::system::look_at(target_ / name, old) || !old.is_file) { continue; }
+            if (!detail::system::may_write(target_ / name)) {
                 detail::raise_io(target_ / name, "exists and may not be written", errno);
             }
-            (void)!::chmod((path_ / name).c_str(), old.st_mode & 0777);
+            (void)detail::system::set_permissions(path_ / name, old.mode & 0777);
         }
         if (!beside_ || !link_the_rest(obsolete) || !take_place()) {
             go_inside(fresh);
@@ -918,10 +796,12 @@ private:
     {
         if (!beside_) { return; }
         for (const auto& name : detail::names_in(path_)) {
-            if (std::find(fresh.begin(), fresh.end(), name) == fresh.end()) { ::unlink((path_ / name).c_str()); }
+            if (std::find(fresh.begin(), fresh.end(), name) == fresh.end()) {
+                detail::system::remove_file(path_ / name);
+            }
         }
         auto inner = target_ / path_.filename(), made = inner;
-        if (::rename(path_.c_str(), inner.c_str()) != 0) {
+        if (detail::system::rename(path_, inner) != 0) {
             detail::raise_io(target_, "the finished files cannot be moved into it", errno);
         }
         detail::temporaries::drop(path_);
@@ -940,9 +820,9 @@ private:
         };
         std::vector<step> steps;
         const auto put_aside = [&](const std::filesystem::path& name) {
-            struct stat old{};
-            if (::lstat((target_ / name).c_str(), &old) == 0) {
-                steps.push_back({target_ / name, path_ / (name.string() + std::string(detail::put_aside_ending))});
+            detail::system::status old;
+            if (detail::system::look_at_link(target_ / name, old)) {
+                steps.push_back({target_ / name, (path_ / name) += detail::put_aside_ending});
             }
         };
         for (auto name = fresh.rbegin(); name != fresh.rend(); ++name) {
@@ -950,9 +830,8 @@ private:
             put_aside(*name);
             if (steps.size() != before) { continue; }
             // Nothing of this name is there to come back: whoever undoes the work removes the new file.
-            const auto mark = path_ / (name->string() + std::string(detail::was_not_there_ending));
-            if (!detail::descriptor(detail::retry(
-                    [&] { return ::open(mark.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600); }))) {
+            const auto mark = (path_ / *name) += detail::was_not_there_ending;
+            if (!detail::descriptor(detail::system::open_new(mark, false))) {
                 detail::raise_io(target_, "a file cannot be created in it", errno);
             }
         }
@@ -963,9 +842,9 @@ private:
             if (i == 0 && mode_ == durability::synchronised) { detail::synchronise_directory(path_); }
             const bool ordered = i == 0 || i == aside || i + 1 == steps.size(); // also on the disk
             if (mode_ == durability::synchronised && ordered) { detail::synchronise_directory(target_); }
-            if (::rename(steps[i].from.c_str(), steps[i].to.c_str()) == 0) { continue; }
+            if (detail::system::rename(steps[i].from, steps[i].to) == 0) { continue; }
             const int code = errno;
-            while (i-- > 0) { ::rename(steps[i].to.c_str(), steps[i].from.c_str()); }
+            while (i-- > 0) { detail::system::rename(steps[i].to, steps[i].from); }
             detail::raise_io(target_, "the finished files cannot take their names in it", code);
         }
         if (mode_ == durability::synchronised) { detail::synchronise_directory(target_); }
@@ -976,7 +855,7 @@ private:
         const auto lock = lock_file().filename();
         for (const auto& name : detail::names_in(target_)) {
             if (std::find(obsolete.begin(), obsolete.end(), name) != obsolete.end()) { continue; }
-            if (name != lock && ::link((target_ / name).c_str(), (path_ / name).c_str()) != 0 && errno != EEXIST) {
+            if (name != lock && detail::system::link(target_ / name, path_ / name) != 0 && errno != EEXIST) {
                 return false;
             }
         }
@@ -986,22 +865,18 @@ private:
     /// False where the system cannot exchange the two.
     [[nodiscard]] bool take_place() const
     {
-#if defined(RENAME_EXCHANGE)
         const auto above = detail::directory_of(target_);
-        if (::renameat2(AT_FDCWD, path_.c_str(), AT_FDCWD, target_.c_str(), RENAME_EXCHANGE) != 0) {
+        if (detail::system::exchange(path_, target_) != 0) {
             const int code = errno;
-            if (code == EINVAL || code == ENOSYS || code == ENOTSUP || code == EXDEV || code == EBUSY) { return false; }
+            if (detail::system::is_no_exchange(code)) { return false; }
             detail::raise_io(target_, "cannot be exchanged with the finished directory", code);
         }
         if (mode_ == durability::synchronised) { detail::synchronise_directory(above); }
         return true;
-#else
-        return false;
-#endif
     }
     void make(std::filesystem::path level)
     {
-        if (::mkdir(level.c_str(), 0777) == 0) {
+        if (detail::system::make_directory(level) == 0) {
             made_.push_back(std::move(level)); // there is room for it
             detail::temporaries::add(made_.back());
             return;
@@ -1012,10 +887,10 @@ private:
     }
     void discard() noexcept
     {
-        if (!made_.empty() && made_.back() == path_) { detail::remove_tree(AT_FDCWD, path_.c_str()); }
+        if (!made_.empty() && made_.back() == path_) { detail::remove_tree(path_.c_str()); }
         for (; !made_.empty(); made_.pop_back()) {
             detail::temporaries::drop(made_.back());
-            ::rmdir(made_.back().c_str());
+            detail::system::remove_directory(made_.back());
         } // fails, as it should, where something else lies in it by now
     }
 

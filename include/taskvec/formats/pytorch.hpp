@@ -8,6 +8,7 @@
 #include <taskvec/formats/file.hpp>
 #include <taskvec/formats/file_kind.hpp>
 #include <taskvec/formats/safetensors.hpp>
+#include <taskvec/formats/system.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -22,8 +23,6 @@
 #include <string_view>
 #include <utility>
 #include <vector>
-
-#include <sys/mman.h>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -977,7 +976,7 @@ void copy_rows(const std::byte* from, const extents& shape, const extents& strid
         static_cast<std::byte*>(detail::map_unnamed_file(folder, total, "tensors that are stored transposed"));
     const auto size = static_cast<std::size_t>(total);
     std::shared_ptr<const std::byte> result(
-        memory, [size](const std::byte* data) { ::munmap(const_cast<std::byte*>(data), size); });
+        memory, [size](const std::byte* data) { detail::system::unmap(data, size); });
     std::uint64_t at = 0;
     for (auto& entry : contents.header.entries) {
         const auto place = contents.strides.find(entry.name);

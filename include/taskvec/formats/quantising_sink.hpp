@@ -9,6 +9,7 @@
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/formats/file.hpp>
 #include <taskvec/formats/quantised.hpp>
+#include <taskvec/formats/system.hpp>
 #include <taskvec/models/aligned_models.hpp>
 #include <taskvec/models/operand_source.hpp>
 
@@ -26,9 +27,6 @@
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <sys/mman.h>
-#include <unistd.h>
 
 namespace taskvec::inline TASKVEC_ABI {
 
@@ -315,7 +313,7 @@ private:
         ~gathering() { release(); }
         void release() noexcept
         {
-            if (mapped > 0) { ::munmap(values, mapped); }
+            if (mapped > 0) { detail::system::unmap(values, mapped); }
             mapped = 0;
             values = nullptr;
             in_memory = {};
