@@ -91,6 +91,12 @@ std::string version_page()
 #if defined(TASKVEC_HAS_YAML)
     text += ", yaml-cpp " TASKVEC_YAML_VERSION;
 #endif
+    text += "\nlinked:           ";
+#if defined(TASKVEC_STATIC_TOOL)
+    text += "statically: it runs without the system's libraries, whatever their versions";
+#else
+    text += "with the system's shared libraries";
+#endif
     text += "\noptional parts:   taskvec run: ";
 #if defined(TASKVEC_HAS_YAML)
     text += "yes";
@@ -100,6 +106,8 @@ std::string version_page()
     text += "; taskvec lorahub: ";
 #if defined(TASKVEC_HAS_NLOPT)
     text += "yes";
+#elif defined(TASKVEC_STATIC_TOOL)
+    text += "no (needs NLopt, which this build has no static library of)";
 #else
     text += "no (needs NLopt; Debian: libnlopt-dev)";
 #endif

@@ -128,7 +128,8 @@ void look_at_memory(findings& found)
 {
     const auto total = memory_field("MemTotal:"), available = memory_field("MemAvailable:");
     std::uint64_t usable = available;
-    std::string text = tool::size_text(total) + ", " + tool::size_text(available) + " available";
+    std::string text = total == 0 ? std::string("unknown, /proc/meminfo does not say")
+                                  : tool::size_text(total) + ", " + tool::size_text(available) + " available";
     if (const auto limit = control_group("memory.max"); !limit.empty()) {
         const auto most = std::strtoull(limit.c_str(), nullptr, 10);
         text += ", at most " + tool::size_text(most) + " in this control group";

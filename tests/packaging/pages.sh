@@ -40,7 +40,7 @@ case $part in
 doctor)
     "$tool" --version > version.txt
     grep -qx 'taskvec [0-9.]*' version.txt
-    for fact in compiler: processor: libraries: 'optional parts:'; do grep -q "^$fact  *." version.txt || fail "--version names no $fact"; done
+    for fact in compiler: processor: libraries: linked: 'optional parts:'; do grep -q "^$fact  *." version.txt || fail "--version names no $fact"; done
     "$tool" doctor > doctor.txt
     for fact in 'instruction set' 'kernels' 'threads' 'memory' 'device' 'locale' 'outputs' 'problem'; do
         grep -q "^$fact:  *." doctor.txt || fail "doctor says nothing about: $fact"
