@@ -62,7 +62,7 @@ END {
 
     # What is left out.
     for (; i <= lines; ++i) {
-        if (line[i] ~ /^namespace (taskvec::inline TASKVEC_ABI::)?(detail|kernels|elementwise|calls|Eigen|xt) \{/) {
+        if (line[i] ~ /^namespace (taskvec::inline TASKVEC_ABI::)?(detail|detail::system|kernels|elementwise|calls|Eigen|xt) \{/) {
             end = upto(i, "^}( // namespace|$)")
             while (line[end] ~ /^}$/ && line[i] !~ /namespace xt/) { end = upto(end + 1, "^}( // namespace|$)") }
             leave_out(i, end)

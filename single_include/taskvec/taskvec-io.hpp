@@ -3426,7 +3426,8 @@ inline void for_each_index(
 #include <unistd.h>
 #endif
 
-namespace taskvec::inline TASKVEC_ABI::detail {
+namespace taskvec::inline TASKVEC_ABI {
+namespace detail {
 
 #if !defined(_WIN32)
 static_assert(sizeof(::off_t) == 8, "taskvec's files need 64-bit offsets: compile with -D_FILE_OFFSET_BITS=64");
@@ -3476,7 +3477,9 @@ auto retry(Call call)
 #endif
 }
 
-namespace system {
+} // namespace detail
+
+namespace detail::system {
 
 /// What is known of a file.
 struct status {
@@ -3488,7 +3491,7 @@ struct status {
 
 #if !defined(_WIN32)
 
-inline bool known(const struct ::stat& from, status& to) noexcept
+inline bool known(const struct stat& from, status& to) noexcept
 {
     to = {S_ISREG(from.st_mode), S_ISDIR(from.st_mode), static_cast<std::uint64_t>(from.st_dev),
         static_cast<std::uint64_t>(from.st_ino), static_cast<std::uint64_t>(from.st_size), from.st_mtim.tv_sec,
@@ -3498,17 +3501,17 @@ inline bool known(const struct ::stat& from, status& to) noexcept
 /// False, and errno, where nothing is known.
 inline bool look_at(const std::filesystem::path& path, status& found) noexcept
 {
-    struct ::stat raw{};
+    struct stat raw{};
     return ::stat(path.c_str(), &raw) == 0 && known(raw, found);
 }
 inline bool look_at_link(const std::filesystem::path& path, status& found) noexcept
 {
-    struct ::stat raw{};
+    struct stat raw{};
     return ::lstat(path.c_str(), &raw) == 0 && known(raw, found);
 }
 inline bool look_at(int file, status& found) noexcept
 {
-    struct ::stat raw{};
+    struct stat raw{};
     return ::fstat(file, &raw) == 0 && known(raw, found);
 }
 
@@ -3894,7 +3897,9 @@ inline int lock(int file) noexcept
     return code == EINVAL || code == ENOSYS || code == ENOTSUP || code == EXDEV || code == EBUSY;
 }
 
-} // namespace system
+} // namespace detail::system
+
+namespace detail {
 
 /// A file descriptor, closed once.
 class descriptor {
@@ -3960,7 +3965,9 @@ inline void remove_tree(const char* path) noexcept
     remove_tree(AT_FDCWD, path);
 }
 
-namespace system {
+} // namespace detail
+
+namespace detail::system {
 
 /// What remove_temporary() does, for handlers of signals: without memory.
 inline void remove_by_text(const char* path, bool with_contents) noexcept
@@ -4025,11 +4032,15 @@ inline int synchronise(const std::filesystem::path& directory) noexcept
     return errno != EINVAL && errno != ENOTSUP && errno != EROFS ? errno : 0;
 }
 
-} // namespace system
+} // namespace detail::system
+
+namespace detail {
 
 #else
 
-namespace system {
+} // namespace detail
+
+namespace detail::system {
 
 template <class Body>
 bool for_each_name(const std::filesystem::path& directory, Body body)
@@ -4062,7 +4073,9 @@ inline int synchronise(const std::filesystem::path&) noexcept
     return 0; // renames are written through
 }
 
-} // namespace system
+} // namespace detail::system
+
+namespace detail {
 
 /// Removes a file, or a directory with all that lies in it.
 inline void remove_tree(const std::filesystem::path& path) noexcept
@@ -4072,7 +4085,9 @@ inline void remove_tree(const std::filesystem::path& path) noexcept
     std::filesystem::remove_all(path, ignored);
 }
 
-namespace system {
+} // namespace detail
+
+namespace detail::system {
 
 /// What remove_temporary() does.
 inline void remove_by_text(const char* text, bool with_contents) noexcept
@@ -4084,11 +4099,14 @@ inline void remove_by_text(const char* text, bool with_contents) noexcept
     }
 }
 
-} // namespace system
+} // namespace detail::system
+
+namespace detail {
 
 #endif
 
-} // namespace taskvec::inline TASKVEC_ABI::detail
+} // namespace detail
+} // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_SYSTEM_HPP
 
 #include <algorithm>
