@@ -62,9 +62,10 @@ END {
 
     # What is left out.
     for (; i <= lines; ++i) {
-        if (line[i] ~ /^namespace (taskvec::inline TASKVEC_ABI::)?(detail|detail::system|kernels|elementwise|calls|Eigen|xt) \{/) {
-            end = upto(i, "^}( // namespace|$)")
-            while (line[end] ~ /^}$/ && line[i] !~ /namespace xt/) { end = upto(end + 1, "^}( // namespace|$)") }
+        if (line[i] ~ /^namespace (taskvec::inline TASKVEC_ABI::)?(detail|detail::[a-z_]+|kernels|elementwise|calls|Eigen|xt) \{/) {
+            space = line[i]
+            sub(/ \{.*/, "", space); sub(/^.*[ :]/, "", space)
+            end = upto(i, space == "xt" ? "^}$" : "^} // namespace (.*::)?" space "$")
             leave_out(i, end)
             i = end
         } else if (line[i] ~ /^template <>/ || line[i] ~ /^(struct|class) [a-z_0-9:]+</ || line[i] ~ /^inline constexpr [a-z]+ [a-z_0-9]+</) {
