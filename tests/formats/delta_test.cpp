@@ -253,7 +253,7 @@ TEST_CASE("files that break the format's promises are refused")
     refused({.indices_type = dtype::u32}, "expected I32 or I64");
     refused({.shape_type = dtype::u64}, "expected I64");
     refused({.shape = {2, -8}}, "negative extent");
-    refused({.shape = {1ll << 62, 4}}, "more than 2^63-1");
+    refused({.shape = {1ll << 62, 4}}, "has a shape of more than");
     refused({.shape = {0, 8}}, "the tensor has 0 elements");
     refused({.mask = {0x08}, .with_indices = false, .with_mask = true}, "bitmask of 1 bytes");
     refused({.mask = {0x08, 0x80, 0}, .with_indices = false, .with_mask = true}, "bitmask of 3 bytes");
