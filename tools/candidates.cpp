@@ -90,7 +90,7 @@ void write_candidate(const fs::path& file, const method_entry& method, const met
     const auto plan = outputs_of(quiet(call.request), call.inputs);
     taskvec::safetensors_writer out(file, plan.specs, call.inputs.metadata(), taskvec::durability::process);
     taskvec::quantising_sink sink(plan, out, scratch);
-    (void)method.run(call, sink);
+    (void)run_method(method, call, sink);
     sink.finish();
     std::error_code ignored;
     if (!fs::exists(file, ignored)) { guard_temporary(file); } // the next candidate takes the same name
@@ -114,7 +114,7 @@ best_merge::best_merge(const method_entry& method, const method_call& call, cons
         {done, request.method, std::move(models), json_of(method.values(request.options)).dump(2), {}, false,
             &inputs.vocabulary()},
         plan_->specs);
-    (void)method.run(call, out_->sink());
+    (void)run_method(method, call, out_->sink());
     out_->finish();
 }
 

@@ -65,7 +65,7 @@ void run_merge(const merge_request& request)
         {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2), layers, untied,
             &inputs.vocabulary()},
         plan.specs);
-    const auto merged = method.run(call, out.sink());
+    const auto merged = run_method(method, call, out.sink());
     out.finish();
     if (report.wanted()) {
         auto content = report_of(run, request, inputs, merged, out.file_size());

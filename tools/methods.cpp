@@ -8,13 +8,16 @@
 #include "words.hpp"
 
 #include <taskvec/analysis/norms.hpp>
+#include <taskvec/core/sink.hpp>
 
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
+#include <map>
 #include <set>
 #include <typeindex>
 #include <utility>
+#include <vector>
 
 namespace tool {
 
@@ -130,6 +133,36 @@ std::vector<std::string> names_of_each()
     return names;
 }
 
+/// A sink that writes one tensor under several names; what is computed under the further names is let go.
+class sharing_sink final : public taskvec::tensor_sink {
+public:
+    sharing_sink(taskvec::tensor_sink& out, const std::vector<std::pair<std::size_t, std::size_t>>& shared)
+        : out_(&out)
+    {
+        for (const auto& [further, first] : shared) {
+            further_.insert(further);
+            names_[first].push_back(further);
+        }
+    }
+    [[nodiscard]] void* direct(std::size_t index) override
+    {
+        return further_.contains(index) || names_.contains(index) ? nullptr : out_->direct(index);
+    }
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        if (further_.contains(index)) { return; }
+        out_->write(index, offset, data, size);
+        if (const auto place = names_.find(index); place != names_.end()) {
+            for (const std::size_t further : place->second) { out_->write(further, offset, data, size); }
+        }
+    }
+
+private:
+    taskvec::tensor_sink* out_;
+    std::set<std::size_t> further_;
+    std::map<std::size_t, std::vector<std::size_t>> names_;
+};
+
 /// Values that the tables of others know, checked by them: what all of them refuse is wrong for every method.
 void check_other_value(const option_value& value)
 {
@@ -169,6 +202,14 @@ taskvec::merge_report merge_on_device(
                 " has no device version in this build; leave --device out"));
     }
     return place->second(options, call.models, out, call.memory, call.policy);
+}
+
+taskvec::merge_report run_method(const method_entry& method, const method_call& call, taskvec::tensor_sink& out)
+{
+    const auto shared = shared_matrices(call.models);
+    if (shared.empty()) { return method.run(call, out); }
+    sharing_sink sharing(out, shared);
+    return method.run(call, sharing);
 }
 
 const std::vector<method_entry>& all_methods()

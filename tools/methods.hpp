@@ -75,6 +75,10 @@ void explain_merge(const merge_request& request);
 [[nodiscard]] method_call call_of(const taskvec::cpu& policy, const merge_request& request, const merge_inputs& inputs,
     const std::vector<double>* weights = nullptr);
 
+/// Runs a method. What is one matrix under several names in every model stays one: its further names get what the
+/// first comes out as, whatever the method draws or keeps for each tensor.
+taskvec::merge_report run_method(const method_entry& method, const method_call& call, taskvec::tensor_sink& out);
+
 /// The part of a report that merges have in common.
 [[nodiscard]] nlohmann::ordered_json report_of(const runner& run, const merge_request& request,
     const merge_inputs& inputs, const taskvec::merge_report& merged, std::uint64_t written);

@@ -104,6 +104,13 @@ taskvec::const_model_ref under_names(const taskvec::const_model_ref& model, cons
     return result;
 }
 
+bool same_bytes(
+    const taskvec::aligned_tensor::operand& a, const taskvec::aligned_tensor::operand& b, std::size_t elements)
+{
+    return a.dtype == b.dtype && a.source == b.source
+        && (a.data == b.data || (a.data && b.data && std::memcmp(a.data, b.data, a.bytes(elements)) == 0));
+}
+
 std::vector<std::string> names_of(const taskvec::const_model_ref& model)
 {
     std::vector<std::string> names;
@@ -424,6 +431,30 @@ bool has_own_head(const taskvec::const_model_ref& model)
         const auto* const like = embedding_like(model, entry.tensor);
         return like && like->name != entry.name && !same_bytes(entry.tensor, like->tensor);
     });
+}
+
+std::vector<std::pair<std::size_t, std::size_t>> shared_matrices(const taskvec::aligned_models& models)
+{
+    std::vector<const taskvec::aligned_tensor*> firsts;
+    std::vector<std::pair<std::size_t, std::size_t>> shared;
+    for (const bool heads : {false, true}) { // an embedding is the first
+        for (const auto& tensor : models.tensors()) {
+            if (tensor.shape.size() != 2 || heads != is_head(tensor.name) || !(heads || is_embedding(tensor.name))) {
+                continue;
+            }
+            const auto first = std::find_if(firsts.begin(), firsts.end(), [&](const taskvec::aligned_tensor* other) {
+                return tensor.shape == other->shape && tensor.output_dtype == other->output_dtype
+                    && same_bytes(tensor.base, other->base, tensor.size)
+                    && std::equal(tensor.tasks.begin(), tensor.tasks.end(), other->tasks.begin(), other->tasks.end(),
+                        [&](const auto& a, const auto& b) { return same_bytes(a, b, tensor.size); });
+            });
+            if (first == firsts.end()) { firsts.push_back(&tensor); }
+            else {
+                shared.emplace_back(tensor.output, (*first)->output);
+            }
+        }
+    }
+    return shared;
 }
 
 std::string tie_text(const taskvec::const_model_ref& model, bool says_tied)

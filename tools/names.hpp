@@ -5,6 +5,7 @@
 #include "arguments.hpp"
 
 #include <taskvec/core/tensor_ref.hpp>
+#include <taskvec/models/aligned_models.hpp>
 
 #include <nlohmann/json_fwd.hpp>
 
@@ -84,6 +85,9 @@ struct prefix_match {
 [[nodiscard]] bool is_head(std::string_view name);
 /// Whether a model has a head that is not its embedding.
 [[nodiscard]] bool has_own_head(const taskvec::const_model_ref& model);
+/// Heads and embeddings that are one matrix under several names in the base and in every task: the outputs of each
+/// further name and of the first. Cost: one comparison of the bytes.
+[[nodiscard]] std::vector<std::pair<std::size_t, std::size_t>> shared_matrices(const taskvec::aligned_models& models);
 /// How a model's head and its embedding are one, in words; empty where they are two, or none.
 [[nodiscard]] std::string tie_text(const taskvec::const_model_ref& model, bool says_tied);
 

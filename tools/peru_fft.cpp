@@ -74,7 +74,7 @@ void run_peru_fft(const tool::merge_request& request)
         {"Merged by " + request.method + ", with a delta for each task (PERU-FFT)", request.method,
             tool::recipe_models(request, inputs), options.dump(2), {}, false, &inputs.vocabulary()},
         plan.specs, sharded ? "" : "merged.safetensors");
-    const auto merge_report = method.run(call, out.sink());
+    const auto merge_report = tool::run_method(method, call, out.sink());
     out.finish();
 
     const auto merged = out.reopen(inputs.reference());

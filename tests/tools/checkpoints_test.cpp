@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include <cstdlib>
+#include <random>
 
 using namespace tools_test;
 
@@ -457,6 +458,55 @@ TEST_CASE("a head that is tied to its embedding is found where it lacks, and lef
     task["lm_head.weight"].values[0] += 1;
     write_values(folder / "task/model.safetensors", task);
     CHECK(refused(merge(folder, plain), {"'lm_head.weight'", "not in"}));
+}
+
+TEST_CASE(
+    "what is one matrix under several names in every model is one in the result, whatever a method draws or keeps")
+{
+    const scratch folder;
+    const std::string embedding = "shared.weight", head = "lm_head.weight", encoder = "encoder.embed_tokens.weight";
+    const auto random = [](std::int64_t rows, unsigned seed) {
+        std::mt19937 generator(seed);
+        std::normal_distribution<float> bell;
+        std::vector<float> values(static_cast<std::size_t>(8 * rows));
+        for (float& value : values) { value = bell(generator); }
+        return f32({rows, 8}, values);
+    };
+    const auto model_of = [&](unsigned seed) {
+        values_model model{{"h.0.w", random(30, seed + 100)}, {embedding, random(50, seed)}};
+        model[head] = model[encoder] = model[embedding];
+        return model;
+    };
+    const auto write_all = [&](const values_model& base, const values_model& first, const values_model& second) {
+        write_values(folder / "b.safetensors", base);
+        write_values(folder / "t.safetensors", first);
+        write_values(folder / "u.safetensors", second);
+    };
+    const auto merged = [&](const std::string& method, const std::string& out) {
+        REQUIRE(run(folder,
+                    {"merge", "--method", method, "--base", "b.safetensors", "--task", "t.safetensors", "--task",
+                        "u.safetensors", "--density", "0.3", "--out", out})
+                    .code
+            == 0);
+        return read_values(folder / (out.ends_with("safetensors") ? out : out + "/model.safetensors"));
+    };
+    const auto base = model_of(1), first = model_of(2);
+    auto second = model_of(3);
+    write_all(base, first, second);
+    for (const std::string method : {"dare", "dare-ties", "ties", "della", "breadcrumbs"}) {
+        const auto result = merged(method, "o.safetensors");
+        CHECK(result.at(head).values == result.at(embedding).values);
+        CHECK(result.at(encoder).values == result.at(embedding).values);
+        CHECK(result.at(embedding).values != base.at(embedding).values);
+        CHECK(result.at("h.0.w").values.size() == 240);
+    }
+    second[head].values[399] += 1; // its head is one of its own
+    write_all(base, first, second);
+    const auto result = merged("dare", "o.safetensors");
+    CHECK(result.at(head).values != result.at(embedding).values);
+    CHECK(result.at(encoder).values == result.at(embedding).values);
+    const auto split = merged("dare", "shards"); // a directory
+    CHECK(split.at(head).values == result.at(head).values);
 }
 
 TEST_CASE("an index by its path, and leniently")
