@@ -4802,7 +4802,14 @@ public:
         std::vector<std::filesystem::path> above;
         for (const auto& level : made_) { above.push_back(detail::directory_of(level)); }
         if (detail::system::rename(path_, target_) != 0) {
-            detail::raise_io(target_, "cannot give the finished directory its name", errno);
+            const int code = errno;
+            if (code == ENOTEMPTY || code == EEXIST || code == ENOTDIR) {
+                raise<io_error>(error_code::file_kind,
+                    "was made by another program while this one worked, and is left as that made it; run again to "
+                    "replace it, or choose another output",
+                    target_.string(), code);
+            }
+            detail::raise_io(target_, "cannot give the finished directory its name", code);
         }
         path_.swap(named);
         for (const auto& level : made_) { detail::temporaries::drop(level); }
@@ -16385,11 +16392,12 @@ struct shard_name_parts {
     std::string stem, rest; ///< before the numbers, and what stands after them
     std::size_t number = 0, count = 0; ///< the two numbers
 };
-/// The parts of a shard's name; empty for a name that is none.
-[[nodiscard]] inline std::optional<shard_name_parts> parse_shard_name(std::string_view name)
+/// The parts of a shard's name, which ends as `ending` says; empty for a name that is none.
+[[nodiscard]] inline std::optional<shard_name_parts> parse_shard_name(
+    std::string_view name, std::string_view ending = ".safetensors")
 {
     constexpr std::size_t digits = 5;
-    constexpr std::string_view between = "-of-", ending = ".safetensors";
+    constexpr std::string_view between = "-of-";
     if (!name.ends_with(ending)) { return std::nullopt; }
     for (std::size_t at = name.find('-'); at != name.npos; at = name.find('-', at + 1)) {
         const auto field = name.substr(at + 1);
@@ -16417,11 +16425,14 @@ namespace detail {
 /// What a directory holds that could be a model, by name.
 struct model_directory {
     std::vector<std::string> indexes, weights, others, folders;
+    std::error_code unreadable; ///< why it could not be looked into
 
     explicit model_directory(const std::filesystem::path& path)
     {
         std::error_code ignored;
-        for (std::filesystem::directory_iterator it(path, ignored), end; !ignored && it != end; it.increment(ignored)) {
+        std::filesystem::directory_iterator it(path, ignored);
+        unreadable = ignored;
+        for (const std::filesystem::directory_iterator end; !ignored && it != end; it.increment(ignored)) {
             const auto name = it->path().filename().string();
             std::error_code unknown;
             if (it->is_directory(unknown)) { folders.push_back(name); }
@@ -16452,6 +16463,7 @@ struct model_directory {
     const auto fail = [&](const std::string& what) {
         raise<io_error>(error_code::model_not_found, what, path.string());
     };
+    if (found.unreadable) { raise_io(path, "cannot be read as a directory", found.unreadable.value()); }
     std::error_code ignored;
     std::vector<std::string> inner;
     for (const auto& folder : found.folders) {
@@ -16532,7 +16544,8 @@ struct model_directory {
                 count == 1 ? " tensor" : " tensors", ", is not there");
             if (strict) {
                 raise<io_error>(error_code::file_not_found,
-                    message(what, ": fetch it, or go on without it (index lenient)"), path.string());
+                    message(what, ": fetch it, or go on without it (index_check::lenient; the tool: --index lenient)"),
+                    path.string());
             }
             notes.push_back(message("'", path.string(), "': ", what));
             continue;
@@ -16547,7 +16560,8 @@ struct model_directory {
             const auto what = message("holds tensor '", entry.name, "', which '", index_name, "' ",
                 place == index.end() ? std::string("does not list") : "places in '" + place->second + "'");
             if (strict) {
-                raise<format_error>(error_code::file_tensors, what + " (index lenient goes on)", file.path().string());
+                raise<format_error>(error_code::file_tensors,
+                    what + " (index_check::lenient goes on; in the tool, --index lenient)", file.path().string());
             }
             notes.push_back(message("'", file.path().string(), "' ", what,
                 place == index.end() ? ": it is taken" : ": the one there is taken"));
@@ -16556,7 +16570,8 @@ struct model_directory {
             if (where != shard || present.contains(name)) { continue; }
             const auto what = message("lacks tensor '", name, "', which '", index_name, "' places there");
             if (strict) {
-                raise<format_error>(error_code::file_tensors, what + " (index lenient goes on)", file.path().string());
+                raise<format_error>(error_code::file_tensors,
+                    what + " (index_check::lenient goes on; in the tool, --index lenient)", file.path().string());
             }
             notes.push_back(message("'", file.path().string(), "' ", what));
         }
@@ -16584,10 +16599,11 @@ struct model_directory {
 /// directory holds, the first of these is the model: `model.safetensors`; `model.safetensors.index.json`; diffusers'
 /// `diffusion_pytorch_model` in the same two ways; the only index; a whole set of shards without one (with a note); the
 /// only .safetensors file that is neither a delta nor an adapter; where there are none, `pytorch_model.bin` or its
-/// index, and diffusers'. PyTorch's files are read as formats/pytorch.hpp says, whatever they are called. An index is
-/// an allowlist: shards hold exactly the tensors that it gives them, unless `how` is lenient. Quantised layers are
-/// tensors of numbers in model() where their scheme is read, and are found in layers()->unread() where it is not.
-/// Throws io_error, format_error. Cost: O(headers), and the scales of quantised layers.
+/// index, diffusers', and a whole set of such shards. PyTorch's files are read as formats/pytorch.hpp says, whatever
+/// they are called. An index is an allowlist: shards hold exactly the tensors that it gives them, unless `how` is
+/// lenient. Quantised layers are tensors of numbers in model() where their scheme is read, and are found in
+/// layers()->unread() where it is not. Throws io_error, format_error. Cost: O(headers), and the scales of quantised
+/// layers.
 ///
 ///     const auto base = taskvec::open_model("base");
 ///     for (const auto& [name, tensor] : base.model()) { … }
@@ -16626,7 +16642,21 @@ namespace detail {
                 "): name the one that is meant, by its path"),
             path.string());
     }
-    std::map<std::pair<std::string, std::size_t>, std::vector<std::string>> sets; // shards by stem, rest and count
+    using shard_sets = std::map<std::pair<std::string, std::size_t>, std::vector<std::string>>;
+    const auto whole_set = [&](const shard_sets& sets) -> checkpoint {
+        const auto& [key, names] = *sets.begin();
+        if (names.size() != key.second) {
+            raise<io_error>(error_code::file_not_found,
+                message("holds ", names.size(), " of ", key.second, " shards (", detail::quoted_list(names),
+                    ") and no index: fetch the others"),
+                path.string());
+        }
+        std::vector<std::string> notes{
+            message("'", path.string(), "' holds no index: all ", names.size(), " shards are taken")};
+        for (const auto& name : names) { files.push_back(detail::open_weights(path / name, notes)); }
+        return {path, std::move(files), {}, std::move(notes)};
+    };
+    shard_sets sets; // shards by stem, rest and count
     std::vector<std::string> whole;
     for (const auto& name : found.weights) {
         if (const auto parts = parse_shard_name(name)) {
@@ -16636,18 +16666,7 @@ namespace detail {
             whole.push_back(name);
         }
     }
-    if (sets.size() == 1 && whole.empty()) {
-        const auto& [key, names] = *sets.begin();
-        if (names.size() != key.second) {
-            raise<io_error>(error_code::file_not_found,
-                message("holds ", names.size(), " of ", key.second, " shards (", detail::quoted_list(names),
-                    ") and no index: fetch the others"),
-                path.string());
-        }
-        for (const auto& name : names) { files.emplace_back(path / name); }
-        return {path, std::move(files), {},
-            {message("'", path.string(), "' holds no index: all ", names.size(), " shards are taken")}};
-    }
+    if (sets.size() == 1 && whole.empty()) { return whole_set(sets); }
     if (whole.size() == 1 && sets.empty()) { return single(path / whole.front()); }
     if (whole.empty() && sets.empty()) {
         for (const std::string_view stem : {"pytorch_model", "diffusion_pytorch_model"}) {
@@ -16655,6 +16674,12 @@ namespace detail {
             if (has(file)) { return single(path / file); }
             if (has(index)) { return detail::open_indexed(path, path / index, how); }
         }
+        for (const auto& name : found.others) {
+            if (const auto parts = parse_shard_name(name, ".bin")) {
+                sets[{parts->stem + " " + parts->rest, parts->count}].push_back(name);
+            }
+        }
+        if (sets.size() == 1) { return whole_set(sets); }
     }
     detail::refuse_directory(path, found);
 }

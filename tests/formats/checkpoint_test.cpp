@@ -15,6 +15,7 @@
 #if !defined(_WIN32)
 #include <sys/resource.h>
 #include <sys/wait.h>
+#include <unistd.h>
 #endif
 
 using namespace taskvec;
@@ -419,6 +420,20 @@ TEST_CASE("an index of any stem is found, by its directory and by its path")
         std::filesystem::remove(folder / (stem + "-00001-of-00002.safetensors"));
         CHECK_THROWS_WITH_AS((void)open_model(folder.path()), doctest::Contains("holds 1 of 2 shards"), io_error);
     }
+}
+
+TEST_CASE("a directory that may not be read says so")
+{
+    const scratch folder;
+    std::filesystem::create_directory(folder / "closed");
+    std::filesystem::permissions(folder / "closed", std::filesystem::perms::none);
+    std::filesystem::permissions(folder.path(), std::filesystem::perms::all);
+    const bool root = ::geteuid() == 0; // who may read everything
+    if (root) { REQUIRE(::seteuid(65534) == 0); }
+    CHECK_THROWS_WITH_AS(
+        (void)open_model(folder / "closed"), doctest::Contains("cannot be read as a directory"), io_error);
+    if (root) { REQUIRE(::seteuid(0) == 0); }
+    std::filesystem::permissions(folder / "closed", std::filesystem::perms::owner_all);
 }
 
 TEST_CASE("an index is strict, unless it is read leniently: then notes say what differs")

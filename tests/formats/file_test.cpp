@@ -256,7 +256,8 @@ TEST_CASE("a new directory appears whole or not at all, with those above it")
     output_directory late(folder / "taken");
     std::filesystem::create_directory(folder / "taken");
     spill(folder / "taken/other", "y");
-    CHECK_THROWS_AS(late.commit(), io_error); // somebody else was faster
+    CHECK_THROWS_WITH_AS(
+        late.commit(), doctest::Contains("was made by another program while this one worked"), io_error);
     CHECK(slurp(folder / "taken/other") == "y");
 }
 

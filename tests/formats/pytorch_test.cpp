@@ -271,6 +271,14 @@ TEST_CASE("directories and indexes of PyTorch files")
     CHECK(tensors_of(folder / index) == 16);
     spill(folder / index, "{\"weight_map\": {" + map + "\"less\": \"pytorch_model-00002-of-00002.bin\"}}");
     CHECK_THROWS_AS((void)open_model(folder.path()), format_error);
+    // Without an index a whole set is taken, and a part of one is not.
+    std::filesystem::remove(folder / index);
+    const auto whole = open_model(folder.path());
+    CHECK(whole.model().size() == 16);
+    REQUIRE(whole.notes().size() >= 1);
+    CHECK(whole.notes()[0].find("holds no index: all 2 shards are taken") != std::string::npos);
+    std::filesystem::rename(folder / "pytorch_model-00002-of-00002.bin", folder / "other");
+    CHECK_THROWS_WITH_AS((void)open_model(folder.path()), doctest::Contains("holds 1 of 2 shards"), io_error);
     // safetensors come first.
     std::filesystem::copy_file(data / "training.safetensors", folder / "model.safetensors");
     check_same(open_model(folder.path()), data / "training.safetensors");

@@ -699,7 +699,14 @@ public:
         std::vector<std::filesystem::path> above;
         for (const auto& level : made_) { above.push_back(detail::directory_of(level)); }
         if (detail::system::rename(path_, target_) != 0) {
-            detail::raise_io(target_, "cannot give the finished directory its name", errno);
+            const int code = errno;
+            if (code == ENOTEMPTY || code == EEXIST || code == ENOTDIR) {
+                raise<io_error>(error_code::file_kind,
+                    "was made by another program while this one worked, and is left as that made it; run again to "
+                    "replace it, or choose another output",
+                    target_.string(), code);
+            }
+            detail::raise_io(target_, "cannot give the finished directory its name", code);
         }
         path_.swap(named);
         for (const auto& level : made_) { detail::temporaries::drop(level); }
