@@ -12,7 +12,7 @@
 namespace {
 
 struct apply_settings {
-    std::string base, delta, out, shard_size, nonfinite = "error", overflow = "error", index = "strict";
+    std::string base, delta, out, dtype, shard_size, nonfinite = "error", overflow = "error", index = "strict";
     double scale = 1;
     tool::copy_request copies;
     tool::run_options run;
@@ -33,11 +33,13 @@ void run_apply(const apply_settings& given)
     options.labels = {options.base_label};
     options.on_nonfinite = given.nonfinite == "propagate" ? taskvec::nonfinite::propagate : taskvec::nonfinite::error;
     options.on_overflow = tool::overflow_of(given.overflow);
+    options.output = tool::output_dtype(given.dtype);
     const taskvec::aligned_models models(&base.model(), {&base.model(), 1}, options);
     tool::runner run(given.run);
     taskvec::check_base(run.policy(), delta.base_fingerprint(), base.model(), given.delta, given.base);
     const auto kept = delta.kept();
-    const auto plan = tool::outputs_of(given.run, models, base, false, "");
+    const auto plan = tool::outputs_of(
+        given.run, models, base, given.dtype == "keep", given.dtype.empty() ? tool::ways_of_layers : "");
     if (given.run.dry_run) {
         tool::check_space(given.out, tool::bytes_of(plan));
         tool::print("would add " + tool::counted(kept, "entry") + " of '" + tool::printable(given.delta) + "' to '"
@@ -75,6 +77,7 @@ const tool::register_verb apply_verb(
         verb.text("--delta", given->delta, "FILE", "A delta, from prune or peru-fft", tool::presence::required);
         verb.number("--scale", given->scale, "S", "Factor of the delta (default: 1)");
         verb.text("--out", given->out, "PATH", "Where the sum goes: a file, or a directory", tool::presence::required);
+        tool::add_dtype_option(verb, given->dtype, tool::dtype_of_result);
         tool::add_shard_size_option(verb, given->shard_size);
         tool::add_nonfinite_option(verb, given->nonfinite);
         tool::add_copy_options(verb, given->copies);

@@ -88,6 +88,26 @@ TEST_CASE("apply works in place, into a directory and into shards")
     CHECK(same(read_values(m.folder / "base.safetensors"), expected));
 }
 
+TEST_CASE("apply writes the dtype that it is told")
+{
+    const delta_models m;
+    REQUIRE(
+        run(m.folder, {"prune", "--base", "base.safetensors", "--task", "first.safetensors", "--out", "d"}).code == 0);
+    REQUIRE(run(m.folder,
+                {"apply", "--base", "base.safetensors", "--delta", "d", "--dtype", "bf16", "--out", "o.safetensors"})
+                .code
+        == 0);
+    const auto expected = pruned(m.base, m.first, 0.1);
+    for (const auto& [name, tensor] : read_values(m.folder / "o.safetensors")) {
+        CHECK(tensor.dtype == taskvec::dtype::bf16);
+        REQUIRE(tensor.values.size() == expected.at(name).values.size());
+        for (std::size_t i = 0; i < tensor.values.size(); ++i) {
+            CHECK(
+                tensor.values[i] == taskvec::widen<float>(taskvec::narrow<taskvec::bf16>(expected.at(name).values[i])));
+        }
+    }
+}
+
 TEST_CASE("peru-fft: the merge, and for each task what prune makes of it")
 {
     const delta_models m;
