@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapter_sums.hpp"
 
+#include "models.hpp"
 #include "runner.hpp"
 #include "words.hpp"
 
@@ -149,6 +150,9 @@ adapter_sum::adapter_sum(const std::vector<task_argument>& arguments, const task
         std::visit([&](auto& read) { add(read, argument, how, run); }, adapters_.back());
     }
     if (changes_.empty()) {
+        std::vector<std::string> names;
+        for (const auto& [name, tensor] : base_) { names.push_back(name); }
+        check_patterns(how.included, "--include", names, "tensor of '" + how.base_path.string() + "'");
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
             "no module of the adapters is left: there is nothing to add to the base");
     }

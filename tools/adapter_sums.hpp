@@ -55,6 +55,7 @@ public:
         fs::path base_path;
         std::function<bool(std::string_view)>
             include{}; ///< modules without a weight in the base that it leaves out are no error
+        std::vector<std::string> included{}; ///< the patterns of --include, for the error where nothing is left
         name_rules names{}; ///< of modules and whole tensors, by the texts of the arguments
         bool fan_in_fan_out = false; ///< square weights lie in×out
         bool subtract = false;

@@ -228,6 +228,7 @@ void run_extract_lora(extract_lora_settings given)
         sum.emplace(std::vector{tool::parse_task(given.adapter, "--task-adapter")}, base,
             tool::adapter_sum::settings{.base_path = given.base,
                 .include = include,
+                .included = given.include,
                 .names = given.names,
                 .fan_in_fan_out = given.fan_in_fan_out,
                 .may_untie = false},

@@ -33,6 +33,7 @@ void run_fuse(const fuse_settings& given)
     const tool::adapter_sum sum(arguments, base,
         {.base_path = request.base,
             .include = tool::name_filter(request.include, request.exclude),
+            .included = request.include,
             .names = request.names,
             .fan_in_fan_out = given.fan_in_fan_out,
             .subtract = given.subtract},

@@ -203,7 +203,14 @@ void print_table(const taskvec::checkpoint& model, const tool::fs::path& path)
     if (const auto layers = tool::layers_text(model); !layers.empty()) { text += "quantised: " + layers + "\n"; }
     if (!model.metadata().empty()) {
         text += "metadata\n";
+        std::size_t shown = 0;
         for (const auto& [key, value] : model.metadata()) {
+            constexpr std::size_t most_keys = 50;
+            if (shown == most_keys) {
+                text += "  … and " + tool::counted(model.metadata().size() - shown, "key") + " more, all with --json\n";
+                break;
+            }
+            ++shown;
             constexpr std::size_t most = 200; // training scripts keep whole files here
             const bool long_one = value.size() > most;
             text += "  " + tool::printable(key) + ": " + tool::printable(long_one ? value.substr(0, most - 40) : value)

@@ -337,6 +337,7 @@ void merge_inputs::add_adapter(const model_request& request, const task_argument
         std::make_unique<adapter_sum>(std::vector{task}, *base_,
             adapter_sum::settings{.base_path = request.base,
                 .include = name_filter(request.include, request.exclude),
+                .included = request.include,
                 .names = request.names,
                 .may_untie = false},
             request.run));

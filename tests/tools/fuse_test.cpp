@@ -461,6 +461,10 @@ TEST_CASE("fuse names what is wrong with an adapter, and writes nothing")
         for (const auto& [name, tensor] : more) { all[name] = tensor; }
         write_adapter_as(folder / "a", all, config);
     };
+    with({});
+    auto wrong = fuse_one;
+    wrong.insert(wrong.end(), {"--include", "zzz"});
+    refused(folder, wrong, 1, "--include 'zzz' matches no tensor of 'base.safetensors'");
     with({{"layers.1.lora_A.weight", random_tensor({2, 20}, 1)}});
     refused(folder, fuse_one, 1, "module 'layers.1' has lora_A but no lora_B");
     with(factors("layers.7", 9, 20, 1));

@@ -184,6 +184,19 @@ TEST_CASE("long metadata is abridged in the table, and whole in JSON")
     CHECK(run(folder, {"inspect", "a.safetensors", "--json"}).out.find(value) != std::string::npos);
 }
 
+TEST_CASE("of many keys of metadata the table shows the first, and counts the rest")
+{
+    const scratch folder;
+    std::map<std::string, std::string> metadata;
+    for (int i = 100; i < 400; ++i) { metadata["key" + std::to_string(i)] = "x"; }
+    write_values(folder / "a.safetensors", {{"w", {taskvec::dtype::f32, {1}, {1}}}}, metadata);
+    const auto table = run(folder, {"inspect", "a.safetensors"});
+    CHECK(table.out.find("key149: x") != std::string::npos);
+    CHECK(table.out.find("key150") == std::string::npos);
+    CHECK(table.out.find("… and 250 keys more, all with --json") != std::string::npos);
+    CHECK(run(folder, {"inspect", "a.safetensors", "--json"}).out.find("key399") != std::string::npos);
+}
+
 TEST_CASE("inspect says what layers hold, what the model is called, and what is tied")
 {
     const scratch folder;
