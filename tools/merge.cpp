@@ -78,7 +78,8 @@ void run_merge(const merge_request& request)
     if (config.wanted()) { config.finish_text(configuration); }
     const auto size = out.file_size();
     conclude("merged " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-            + printable(request.out) + "': " + counted(plan.specs.size(), "tensor") + ", " + size_text(size) + " in "
+            + printable(request.called.empty() ? request.out : request.called)
+            + "': " + counted(plan.specs.size(), "tensor") + ", " + size_text(size) + " in "
             + seconds_text(run.seconds()) + "\n",
         report, config, out);
 }

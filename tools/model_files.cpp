@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model_files.hpp"
 
+#include "chat_templates.hpp"
+
 #include "adapter_sums.hpp"
 #include "vocabulary.hpp"
 #include "words.hpp"
@@ -379,11 +381,23 @@ std::vector<recipe::model> recipe_models(const model_request& request, const mer
     std::vector<recipe::model> models;
     if (inputs.base()) {
         models.push_back({"base", parse_task(request.base, "--base").name, request.base, 1, inputs.base()});
+        if (const auto* const sum = inputs.adapter_on(std::nullopt)) {
+            const auto adapter = parse_task(request.base_adapter, "the base's adapter");
+            models.push_back(
+                {"adapter on the base", adapter.name, adapter.path, adapter.weight, &sum->files().front()});
+        }
     }
     for (std::size_t t = 0; t < inputs.tasks().size(); ++t) {
         const auto& task = inputs.arguments()[t];
         if (const auto* const sum = inputs.adapter(t)) {
             models.push_back({"task, an adapter", task.name, task.path, task.weight, &sum->files().front()});
+            continue;
+        }
+        if (const auto* const sum = inputs.adapter_on(t)) {
+            const auto host = parse_task(request.adapters.at(task.text), "a model");
+            models.push_back({"task", host.name, host.path, 1, &inputs.tasks()[t]});
+            models.push_back(
+                {"adapter on '" + host.name + "'", task.name, task.path, task.weight, &sum->files().front()});
             continue;
         }
         models.push_back({"task", task.name, task.path, task.weight, &inputs.tasks()[t]});
@@ -455,13 +469,29 @@ void add_model_files(model_output& out, const copy_request& copies, const run_op
                     "the tokenizer is that of '" + copies.from + "' as it is: --vocabulary changes only the base's");
             }
         }
+        const auto with_template = [&](const std::string& name, const fs::path& file, const std::string& text) {
+            if (!copies.chat_template) { return text; }
+            return name == "chat_template.jinja"  ? *copies.chat_template
+                : name == "tokenizer_config.json" ? with_chat_template(text, file, *copies.chat_template)
+                                                  : text;
+        };
+        if (copies.chat_template && std::none_of(files.begin(), files.end(), [](const auto& one) {
+                return one.first == "tokenizer_config.json";
+            })) {
+            note(run,
+                "'" + source.string()
+                    + "' has no tokenizer_config.json: the chat template is written as "
+                      "chat_template.jinja");
+            out.add_file("chat_template.jinja", *copies.chat_template);
+        }
         for (const auto& [name, file] : files) {
             if (const auto place = tokenizer.find(name); place != tokenizer.end()) {
-                if (place->second) { out.add_file(name, *place->second); }
+                if (place->second) { out.add_file(name, with_template(name, file, *place->second)); }
                 continue;
             }
             const auto text = taskvec::read_text_file(file, std::size_t{4} << 30);
             std::string updated;
+            if (auto changed = with_template(name, file, text); changed != text) { updated = std::move(changed); }
             if (name == "config.json") {
                 updated = updated_config(text, file, specs, rows_before, how, run);
                 if (code && !copies.copy_code && text.find("\"auto_map\"") != text.npos) {

@@ -73,7 +73,7 @@ void add_tasks_options(command& verb, model_request& request, const std::string&
                     throw usage_error("'" + value + "' is given by --task and by --task-adapter; it is one of the two");
                 }
             }
-            if (adapter) { request.adapters.insert(value); }
+            if (adapter) { request.adapters.emplace(value, ""); }
             request.tasks.push_back(value);
         }
         if (request.tasks.empty()) { throw usage_error("--task is required"); }
@@ -246,11 +246,20 @@ merge_inputs::merge_inputs(const model_request& request, bool base_wanted)
     if (base_wanted || !request.base.empty()) {
         base_.emplace(open(request, request.base, ""));
         options.base_label = in_quotes(request.base);
+        if (!request.base_adapter.empty()) {
+            put_on(*base_, parse_task(request.base_adapter, "the base's adapter"), request, std::nullopt);
+        }
     }
     for (const auto& task : arguments_) {
-        if (request.adapters.contains(task.text)) {
+        if (const auto place = request.adapters.find(task.text); place != request.adapters.end()) {
             options.labels.push_back(in_quotes(task.path));
-            add_adapter(request, task, tasks_.size());
+            if (place->second.empty()) {
+                add_adapter(request, task, tasks_.size());
+                continue;
+            }
+            weights_.push_back(1);
+            auto& model = tasks_.emplace_back(open(request, place->second, task.text));
+            put_on(model, task, request, tasks_.size() - 1);
             continue;
         }
         weights_.push_back(task.weight);
@@ -343,6 +352,22 @@ void merge_inputs::add_adapter(const model_request& request, const task_argument
             request.run));
     weights_.push_back(1);
     tasks_.push_back(open_noted(request.base, request.run, request.index, rules_of(request, "")));
+}
+
+/// A model with an adapter on it: tensors that the adapter changes are worked out as they are read.
+void merge_inputs::put_on(taskvec::checkpoint& model, const task_argument& adapter, const model_request& request,
+    std::optional<std::size_t> t)
+{
+    if (request.run.device != "cpu") {
+        throw usage_error(
+            "a model with an adapter is for the cpu; leave --device out, or store it first (taskvec fuse)");
+    }
+    auto& sum = worn_[t];
+    sum = std::make_unique<adapter_sum>(
+        std::vector{adapter}, model, adapter_sum::settings{.base_path = model.path(), .may_untie = false}, request.run);
+    auto changed = model.model();
+    for (auto& source : sum->changes().put_into(changed)) { sources_.push_back(std::move(source)); }
+    model.set_model(std::move(changed));
 }
 
 merge_inputs::~merge_inputs() = default;

@@ -31,6 +31,7 @@ class lined_up_vocabulary;
 struct copy_request {
     std::string from;
     bool no_copy = false, copy_code = false, no_card = false;
+    std::optional<std::string> chat_template{}; ///< that of the result's tokenizer
 };
 
 /// Layers [first, last) of a model.
@@ -45,7 +46,9 @@ using model_view = std::vector<layer_part>;
 struct model_request {
     std::string base, out;
     std::vector<std::string> tasks; ///< of --task and --task-adapter, in the order of the command line
-    std::set<std::string> adapters; ///< which of them are adapters
+    /// Which of them are adapters, and the model that each is on; empty: the base.
+    std::map<std::string, std::string> adapters;
+    std::string base_adapter; ///< one that is on the base itself
     std::string dtype, nonfinite = "error", missing = "error", overflow = "error", index = "strict",
                        vocabulary = "error", shard_size;
     std::vector<std::string> include, exclude;
@@ -130,6 +133,12 @@ public:
         const auto place = sums_.find(t);
         return place == sums_.end() ? nullptr : place->second.get();
     }
+    /// The adapter that a model which is not the base has on it, or that the base has: nullptr where there is none.
+    [[nodiscard]] const adapter_sum* adapter_on(std::optional<std::size_t> t) const
+    {
+        const auto place = worn_.find(t);
+        return place == worn_.end() ? nullptr : place->second.get();
+    }
     /// Makes task `place` of other models, which stands for the base, what task t is. The sources outlive those models.
     [[nodiscard]] std::vector<std::unique_ptr<taskvec::operand_source>> attach(
         taskvec::aligned_models& models, std::size_t place, std::size_t t) const;
@@ -153,7 +162,10 @@ private:
 
     [[nodiscard]] taskvec::checkpoint open(const model_request& request, const fs::path& path, const std::string& key);
     void add_adapter(const model_request& request, const task_argument& task, std::size_t t);
+    void put_on(taskvec::checkpoint& model, const task_argument& adapter, const model_request& request,
+        std::optional<std::size_t> t);
 
+    std::map<std::optional<std::size_t>, std::unique_ptr<adapter_sum>> worn_; ///< nothing: the base's
     std::map<std::size_t, std::unique_ptr<adapter_sum>> sums_;
     std::vector<std::unique_ptr<taskvec::operand_source>> sources_;
     std::deque<taskvec::checkpoint> parts_;

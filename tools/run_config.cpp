@@ -1,5 +1,6 @@
 // taskvec run: a configuration of mergekit becomes the request that a command line of merge becomes.
 // SPDX-License-Identifier: Apache-2.0
+#include "chat_templates.hpp"
 #include "mergekit_words.hpp"
 #include "methods.hpp"
 #include "model_files.hpp"
@@ -328,13 +329,6 @@ public:
         const mapping top(where_, document_, "a configuration",
             {"merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype", "parameters",
                 "tokenizer_source", "tokenizer", "chat_template", "taskvec", "name"});
-        for (const auto* name : {"modules", "chat_template"}) {
-            if (const auto one = top.find(name)) {
-                where_.fail(one->key,
-                    std::string("'") + name + "' is not supported: leave it out"
-                        + (std::string(name) == "modules" ? ", and give 'models'" : ""));
-            }
-        }
         read_method(top);
         auto base = top.find("base_model");
         read_models(top, base);
@@ -344,6 +338,7 @@ public:
         read_parameters();
         request().options.insert(request().options.end(), own.begin(), own.end());
         check_tokenizers(top);
+        read_chat_template(top);
     }
 
 private:
@@ -407,6 +402,27 @@ private:
     }
 
     void read_models(const mapping& top, std::optional<mapping::entry>& base)
+    {
+        if (const auto modules = top.find("modules")) {
+            const mapping all(where_, modules->value, "'modules'");
+            if (all.entries().size() != 1 || top.find("models") || top.find("slices")) {
+                where_.fail(modules->key,
+                    all.entries().size() == 1 ? "'modules' is given beside 'models' or 'slices'; expected one of them"
+                                              : "'modules' has several of them, and one is supported: give 'models' "
+                                                "for all tensors, with filters where modules differ");
+            }
+            const mapping one(where_, all.entries().front().value, "a module", {"models", "slices", "parameters"});
+            read_parts(one, base);
+            if (const auto given = top.find("parameters")) {
+                for (auto& part : slices_) { part.parameters.push_back(given->value); }
+            }
+            return;
+        }
+        read_parts(top, base);
+    }
+
+    /// What a configuration, or its only module, says of models.
+    void read_parts(const mapping& top, std::optional<mapping::entry>& base)
     {
         const auto models = top.find("models"), slices = top.find("slices");
         if (models && slices) {
@@ -593,14 +609,12 @@ private:
         }
         else {
             auto found = named(given->value);
-            if (!found.adapter.empty()) {
-                where_.fail(given->value, "a base with an adapter is not supported: fuse it first");
-            }
-            const auto same = [&](const input& one) { return one.path == found.path && one.adapter.empty(); };
+            const auto same = [&](const input& one) { return one.path == found.path && one.adapter == found.adapter; };
             std::vector<input> others;
             std::copy_if(inputs.begin(), inputs.end(), std::back_inserter(others), std::not_fn(same));
             if (method_->takes != base::input) {
                 request().base = found.path;
+                request().base_adapter = found.adapter;
                 inputs.swap(others);
             }
             else if (others.size() == inputs.size()) {
@@ -888,12 +902,13 @@ private:
     {
         const auto& one = slices_.front().inputs[i];
         if (!one.adapter.empty()) {
-            if (one.path != request().base) {
-                where_.fail(one.at,
-                    "'" + one.name + "': an adapter on another model than the base; store it first by 'taskvec fuse'");
-            }
-            const auto text = one.adapter + "=1"; // that is the adapter's own factor
-            request().adapters.insert(text);
+            auto text = one.adapter + "=1"; // that is the adapter's own factor
+            if (std::count(request().tasks.begin(), request().tasks.end(), text)) { text += '.'; }
+            while (std::count(request().tasks.begin(), request().tasks.end(), text)) {
+                text += '0';
+            } // on one more model
+            const bool on_base = one.path == request().base && request().base_adapter.empty();
+            request().adapters.emplace(text, on_base ? "" : one.path);
             request().tasks.push_back(text);
             if (!own.empty()) { request().of_tasks[text] = std::move(own); }
             for (auto& value : weight) {
@@ -968,6 +983,57 @@ private:
                 what + ": the models' vocabularies differ; expected base, which is '" + reference + "' here, or union");
         }
         request().vocabulary = the_first ? "base" : "union";
+    }
+
+    /// `chat_template`: of the result's tokenizer.
+    void read_chat_template(const mapping& top)
+    {
+        const auto one = top.find("chat_template");
+        if (!one) { return; }
+        const auto text = scalar_of(where_, one->value, "chat_template");
+        if (text.find('{') != text.npos) {
+            request().copies.chat_template = text;
+            return;
+        }
+        if (text == "chatml") {
+            request().copies.chat_template = std::string(tool::chatml_template);
+            return;
+        }
+        if (text != "auto") {
+            where_.fail(one->value,
+                "chat_template is '" + shown(text)
+                    + "'; expected auto (what most of the models have), chatml, or a template itself, a text with {{ … "
+                      "}}");
+        }
+        std::vector<std::pair<std::string, std::size_t>> found; // in the order of the models
+        std::set<std::string> seen;
+        const auto count = [&](const input& model) {
+            if (!seen.insert(model.path).second) { return; }
+            const auto own = tool::chat_template_beside(model.path);
+            if (!own) { return; }
+            const auto place =
+                std::find_if(found.begin(), found.end(), [&](const auto& other) { return other.first == *own; });
+            if (place == found.end()) { found.emplace_back(*own, 1); }
+            else {
+                ++place->second;
+            }
+        };
+        if (!request().base.empty()) {
+            input base;
+            base.path = request().base;
+            count(base);
+        }
+        for (const auto& part : slices_) {
+            if (part.base) { count(*part.base); }
+            for (const auto& model : part.inputs) { count(model); }
+        }
+        if (!stages_are_there_ && !stages_.empty()) { return; } // looked at when all of them are
+        if (found.empty()) {
+            where_.fail(one->value, "chat_template: auto, and no model has a chat template; leave it out, or give one");
+        }
+        request().copies.chat_template = std::max_element(found.begin(), found.end(), [](const auto& a, const auto& b) {
+            return a.second < b.second; // the first of the most
+        })->first;
     }
 
     tool::merge_request& request() { return given_.request; }
@@ -1052,6 +1118,7 @@ void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, c
         if (d < names.size()) {
             before[names[d]] = scratch.path() / names[d];
             stage.request.out = before[names[d]].string();
+            stage.request.called = names[d];
             stage.request.run.report.clear();
         }
         stage.request.out += stage.request.out.ends_with('/') ? "" : "/";

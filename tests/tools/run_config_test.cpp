@@ -545,6 +545,91 @@ TEST_CASE("a configuration's tokenizer_source is --vocabulary")
     has(m.refusal(head + "tokenizer: {tokens: {}}\n"), "'tokens'");
 }
 
+TEST_CASE("adapters on any model, and on the base, are what fuse stores in F32")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    std::filesystem::create_directories(m.folder / "lora");
+    values_model factors;
+    for (const auto* module : {"layers.0.mlp", "layers.2.attn"}) {
+        const auto prefix = "base_model.model." + std::string(module);
+        values_tensor down{taskvec::dtype::f32, {2, 7}, std::vector<float>(14)}, up{taskvec::dtype::f32, {6, 2}, {}};
+        for (std::size_t i = 0; i < 14; ++i) { down.values[i] = 0.25F * static_cast<float>(i % 5) - 0.3F; }
+        for (std::size_t i = 0; i < 12; ++i) { up.values.push_back(0.5F - 0.125F * static_cast<float>(i % 7)); }
+        factors[prefix + ".lora_A.weight"] = down;
+        factors[prefix + ".lora_B.weight"] = up;
+    }
+    write_values(m.folder / "lora/adapter_model.safetensors", factors);
+    spill(m.folder / "lora/adapter_config.json", R"({"peft_type": "LORA", "r": 2, "lora_alpha": 3})");
+    for (const std::string model : {"base", "a", "b"}) {
+        REQUIRE(
+            run(m.folder, {"fuse", "--base", model, "--adapter", "lora", "--dtype", "f32", "--out", model + "-fused"})
+                .code
+            == 0);
+    }
+    const auto with = [&](const std::string& method, const std::string& base, const std::string& one,
+                          const std::string& other) {
+        return m.result("merge_method: " + method + "\n" + (base.empty() ? "" : "base_model: " + base + "\n")
+            + "models:\n  - model: " + one + "\n    parameters: {weight: 0.75}\n  - model: " + other
+            + "\n    parameters: {weight: 0.5}\n");
+    };
+    CHECK(same(with("ties", "base", "a+lora", "b"), with("ties", "base", "a-fused", "b")));
+    CHECK(same(with("linear", "", "a+lora", "b"), with("linear", "", "a-fused", "b")));
+    CHECK(same(with("linear", "", "a+lora", "b+lora"), with("linear", "", "a-fused", "b-fused"))); // twice
+    CHECK(same(with("task_arithmetic", "base", "base+lora", "a+lora"),
+        with("task_arithmetic", "base", "base-fused", "a-fused")));
+    CHECK(same(with("task_arithmetic", "base+lora", "a", "b"), with("task_arithmetic", "base-fused", "a", "b")));
+    CHECK(same(with("ties", "base+lora", "base+lora", "a"),
+        m.result("merge_method: ties\nbase_model: base-fused\n"
+                 "models:\n  - model: a\n    parameters: {weight: 0.5}\n")));
+    const auto card = slurp(m.folder / "out/README.md");
+    CHECK(card.find("ties") != std::string::npos);
+    (void)with("linear", "", "a+lora", "b");
+    has(slurp(m.folder / "out/README.md"), "adapter on 'a'");
+    has(m.refusal("merge_method: passthrough\nslices:\n  - sources: [{model: a+lora, layer_range: [0, 2]}]\n"),
+        "layers of a model with an adapter");
+    has(m.refusal("merge_method: linear\nmodels: [{model: a+nowhere}, {model: b}]\n"), "there is no model 'nowhere'");
+}
+
+TEST_CASE("the chat template is that of most models, a known one, or the text that is given")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto give = [&](const std::string& model, const nlohmann::json& value) {
+        spill(m.folder / model / "tokenizer_config.json",
+            nlohmann::json{{"model_max_length", 512}, {"chat_template", value}}.dump());
+    };
+    const auto template_of = [&](const std::string& word) {
+        (void)m.result("merge_method: ties\nbase_model: base\n" + tasks + "chat_template: " + word + "\n");
+        const auto config = nlohmann::json::parse(slurp(m.folder / "out/tokenizer_config.json"));
+        CHECK(config["model_max_length"] == 512);
+        return config["chat_template"].get<std::string>();
+    };
+    const std::string config = "merge_method: ties\nbase_model: base\n" + tasks;
+    has(m.refusal(config + "chat_template: auto\n"), "config.yml:8:16: chat_template: auto, and no model has");
+    has(m.refusal(config + "chat_template: llama3\n"), "config.yml:8:16: chat_template is 'llama3'; expected auto");
+    give("base", "{{ base }}");
+    give("a", "{{ tasks }}");
+    give("b",
+        nlohmann::json::array(
+            {{{"name", "tool"}, {"template", "x"}}, {{"name", "default"}, {"template", "{{ tasks }}"}}}));
+    CHECK(template_of("auto") == "{{ tasks }}");
+    CHECK(template_of("chatml").starts_with("{% for message in messages %}"));
+    CHECK(template_of("'{{ own }}'") == "{{ own }}");
+    spill(m.folder / "base/chat_template.jinja", "{{ tasks }}");
+    CHECK(template_of("'{{ own }}'") == "{{ own }}");
+    CHECK(slurp(m.folder / "out/chat_template.jinja") == "{{ own }}");
+    std::filesystem::remove(m.folder / "base/tokenizer_config.json");
+    std::filesystem::remove(m.folder / "base/chat_template.jinja");
+    spill(m.folder / "base/config.json", "{}");
+    (void)m.result(config + "chat_template: chatml\n");
+    has(slurp(m.folder / "out/chat_template.jinja"), "im_start");
+    // One module is the model.
+    CHECK(same(m.result("merge_method: linear\nmodules:\n  text:\n    models: [{model: a}, {model: b}]\n"),
+        m.result("merge_method: linear\nmodels: [{model: a}, {model: b}]\n")));
+    has(m.refusal("merge_method: linear\nmodules: {x: {models: []}, y: {models: []}}\n"), "'modules' has several");
+}
+
 TEST_CASE("several documents are stages, whose results later ones take by name")
 {
     const configured m;
