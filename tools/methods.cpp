@@ -148,6 +148,7 @@ public:
     {
         return further_.contains(index) || names_.contains(index) ? nullptr : out_->direct(index);
     }
+    [[nodiscard]] bool rewritable() const override { return out_->rewritable(); }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         if (further_.contains(index)) { return; }

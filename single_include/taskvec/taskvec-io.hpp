@@ -2885,11 +2885,15 @@ struct tensor_spec {
     [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
 };
 
-/// Receives the bytes of a fixed list of tensors, in any order and from several threads at once, each byte exactly once
-/// or with the same final value: blocks never overlap while they are written.
+/// Receives the bytes of a fixed list of tensors, in any order and from several threads at once. Blocks never overlap
+/// while they are written. A walk that settles what it had to guess (TIES, sums of 0) writes blocks again once all have
+/// been written; what is written last counts.
 class tensor_sink {
 public:
     virtual ~tensor_sink() = default;
+    /// Whether blocks may be written again. To a sink for which what it got is final a walk that settles comes twice,
+    /// and writes the second time.
+    [[nodiscard]] virtual bool rewritable() const { return true; }
     /// The host memory of tensor `index`, to be written in place; nullptr when bytes must go through write().
     [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
     /// Writes `size` bytes at byte `offset` of tensor `index`.
@@ -2901,6 +2905,14 @@ public:
         write(index, offset, data, size);
     }
 };
+
+namespace detail {
+/// Where a walk writes that is only to learn something.
+class discarding_sink final : public tensor_sink {
+public:
+    void write(std::size_t /*index*/, std::uint64_t /*offset*/, const void* /*data*/, std::size_t /*size*/) override { }
+};
+} // namespace detail
 
 /// The sink over tensors that the caller owns, in the order of `tensors`.
 class memory_sink final : public tensor_sink {
@@ -5692,6 +5704,13 @@ public:
                 message("a write of ", size, " bytes at ", offset, " lies outside tensor ", index, " of '",
                     file_.target().string(), "'"));
         }
+        if (on_demand_ && whole_.load(std::memory_order_acquire)) { // a walk that settles its sums writes some again
+            const detail::light_lock lock(busy_);
+            file_.open_again();
+            file_.write(offsets_[index] + offset, data, size);
+            file_.close_for_now();
+            return;
+        }
         if (on_demand_ && !open_.load(std::memory_order_acquire)) {
             const detail::light_lock lock(busy_);
             if (!open_.load(std::memory_order_relaxed)) {
@@ -5700,9 +5719,11 @@ public:
             }
         }
         file_.write(offsets_[index] + offset, data, size);
-        // Each byte is written once: whoever writes the last one is the only one left.
+        // Before the first byte is written again all have been written once: whoever writes the last one is the only
+        // one left.
         if (written_.fetch_add(size, std::memory_order_acq_rel) + size == expected_ && on_demand_ && size) {
             file_.close_for_now();
+            whole_.store(true, std::memory_order_release);
         }
     }
     /// Has the file open from its first write to its last only, for those who write more files than a process may have
@@ -5757,6 +5778,7 @@ private:
     std::atomic<std::uint64_t> written_{0};
     bool on_demand_ = false;
     std::atomic<bool> open_{false}; ///< once and for all, where the file is opened on demand
+    std::atomic<bool> whole_{false}; ///< every byte has been written, and the file is closed again
     std::atomic_flag busy_;
 };
 
@@ -18752,6 +18774,12 @@ public:
     {
         const auto& output = plan_->outputs[index];
         return output.how == quantised_outputs::way::numbers ? out_->direct(output.first) : nullptr;
+    }
+    /// Not where layers are quantised again: their numbers are gone once all are there.
+    [[nodiscard]] bool rewritable() const override
+    {
+        return out_->rewritable()
+            && std::all_of(gathered_.begin(), gathered_.end(), [](const auto& layer) { return !layer; });
     }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {

@@ -4490,11 +4490,15 @@ struct tensor_spec {
     [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
 };
 
-/// Receives the bytes of a fixed list of tensors, in any order and from several threads at once, each byte exactly once
-/// or with the same final value: blocks never overlap while they are written.
+/// Receives the bytes of a fixed list of tensors, in any order and from several threads at once. Blocks never overlap
+/// while they are written. A walk that settles what it had to guess (TIES, sums of 0) writes blocks again once all have
+/// been written; what is written last counts.
 class tensor_sink {
 public:
     virtual ~tensor_sink() = default;
+    /// Whether blocks may be written again. To a sink for which what it got is final a walk that settles comes twice,
+    /// and writes the second time.
+    [[nodiscard]] virtual bool rewritable() const { return true; }
     /// The host memory of tensor `index`, to be written in place; nullptr when bytes must go through write().
     [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
     /// Writes `size` bytes at byte `offset` of tensor `index`.
@@ -4506,6 +4510,14 @@ public:
         write(index, offset, data, size);
     }
 };
+
+namespace detail {
+/// Where a walk writes that is only to learn something.
+class discarding_sink final : public tensor_sink {
+public:
+    void write(std::size_t /*index*/, std::uint64_t /*offset*/, const void* /*data*/, std::size_t /*size*/) override { }
+};
+} // namespace detail
 
 /// The sink over tensors that the caller owns, in the order of `tensors`.
 class memory_sink final : public tensor_sink {
@@ -10941,11 +10953,19 @@ void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& ou
     std::pmr::vector<std::size_t> chunks(pieces.size(), memory);
     for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
     auto tallies = empty_tallies(chunks.size(), memory);
-    merge_chunks<Options>(passes, prepared, chunks, out, tallies, "merge");
-    if constexpr (requires(std::span<const merge_tally> t) { prepared.settle(t); }) {
+    constexpr bool settles = requires(std::span<const merge_tally> t) { prepared.settle(t); };
+    discarding_sink nowhere;
+    const bool twice = settles && !out.rewritable();
+    merge_chunks<Options>(passes, prepared, chunks, twice ? nowhere : out, tallies, twice ? "settle" : "merge");
+    if constexpr (settles) {
         auto of_tensors = empty_tallies(models.tensors().size(), memory);
         for (std::size_t c = 0; c < tallies.size(); ++c) { of_tensors[pieces[c].tensor] += tallies[c]; }
-        if (prepared.settle(std::span<const merge_tally>(of_tensors))) {
+        const bool settled = prepared.settle(std::span<const merge_tally>(of_tensors));
+        if (twice) {
+            tallies = empty_tallies(chunks.size(), memory);
+            merge_chunks<Options>(passes, prepared, chunks, out, tallies, "merge");
+        }
+        else if (settled) {
             std::pmr::vector<std::size_t> again(memory);
             for (std::size_t c = 0; c < tallies.size(); ++c) {
                 if (prepared.again(pieces[c].tensor, tallies[c])) { again.push_back(c); }
@@ -11348,6 +11368,7 @@ public:
         for (const auto& tensor : models.tensors()) { tensors_[tensor.output] = &tensor; }
     }
 
+    [[nodiscard]] bool rewritable() const override { return out_->rewritable(); }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         const auto* const tensor = tensors_[index];

@@ -316,6 +316,24 @@ TEST_CASE("more shards are written than files may be open")
 }
 #endif
 
+TEST_CASE("shards that are whole may be written again, and the last bytes count")
+{
+    const scratch folder;
+    const sample wrong(20, 2), right(20, 1);
+    {
+        sharded_writer writer(folder / "m", right.specs, 4);
+        wrong.fill(writer);
+        run_on_many(right.specs.size(), [&](std::size_t i) {
+            const auto half = right.specs[i].bytes() / 8 * 4;
+            const auto* bytes = reinterpret_cast<const std::byte*>(right.contents[i].data());
+            writer.write(i, half, bytes + half, right.specs[i].bytes() - half);
+            writer.write(i, 0, bytes, half);
+        });
+        writer.commit();
+    }
+    CHECK(is_model(folder / "m", right));
+}
+
 #if !defined(_WIN32)
 TEST_CASE("a sharded writer that is killed leaves the old model or the new")
 {

@@ -7,6 +7,8 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <cstring>
 #include <functional>
 #include <limits>
 
@@ -84,6 +86,44 @@ TEST_CASE("unresolved zeros decide as told")
     CHECK(merged({.density = 1.0}, base, tasks) == std::vector<float>{0, 0});
     CHECK(merged({.density = 1.0, .zero_sign = zero_sign::positive}, base, tasks) == std::vector<float>{1, 2});
     CHECK(merged({.density = 1.0, .zero_sign = zero_sign::none}, base, tasks) == std::vector<float>{0, 0});
+}
+
+TEST_CASE("a sink for which bytes are final gets each of them once, settled")
+{
+    /// Takes nothing twice.
+    struct final_sink final : tensor_sink {
+        std::vector<float> values = std::vector<float>(3000);
+        std::vector<int> times = std::vector<int>(3000);
+        [[nodiscard]] bool rewritable() const override { return false; }
+        void write(std::size_t, std::uint64_t offset, const void* data, std::size_t size) override
+        {
+            std::memcpy(values.data() + offset / sizeof(float), data, size);
+            for (std::size_t i = 0; i < size / sizeof(float); ++i) { ++times[offset / sizeof(float) + i]; }
+        }
+    };
+    std::vector<float> base(3000, 0), first(3000), second(3000);
+    for (std::size_t i = 0; i < 3000; ++i) { // sums of 0, and a negative majority, which nothing guesses
+        first[i] = static_cast<float>(i % 7 + 1);
+        second[i] = i % 3 == 0 ? -9.0F : -first[i];
+    }
+    const const_model_ref before{{"w", as_tensor(as_view(base))}};
+    const std::vector<const_model_ref> tasks{{{"w", as_tensor(as_view(first))}}, {{"w", as_tensor(as_view(second))}}};
+    for (const bool statistics : {false, true}) {
+        model_options how;
+        how.chunk = 512;
+        how.statistics = statistics;
+        const aligned_models models(&before, tasks, how);
+        std::vector<float> expected(3000);
+        memory_sink memory({expected.data()});
+        const auto plain = merge(cpu{.threads = 3}, ties_options{.density = 1.0}, models, memory);
+        CHECK(expected[1] == -2.0F);
+        final_sink once;
+        const auto report = merge(cpu{.threads = 3}, ties_options{.density = 1.0}, models, once);
+        CHECK(once.values == expected);
+        CHECK(std::count(once.times.begin(), once.times.end(), 1) == 3000);
+        CHECK(report.kept == plain.kept);
+        CHECK(report.conflicting == plain.conflicting);
+    }
 }
 
 TEST_CASE_TEMPLATE("TIES equals its definition in every storage type", T, float, double, bf16, f16)

@@ -248,6 +248,42 @@ TEST_CASE("shards hold the same model, and are read as one")
     CHECK(same(read_values(m.folder / "joined.safetensors"), expected));
 }
 
+TEST_CASE("sums of 0 that a negative majority decides come out the same in shards")
+{
+    const scratch folder;
+    values_model base, first, second;
+    for (const auto* name : {"a", "b", "c"}) {
+        values_tensor tensor{taskvec::dtype::bf16, {500}, std::vector<float>(500, 0.0F)};
+        base[name] = tensor;
+        for (std::size_t i = 0; i < 500; ++i) { tensor.values[i] = static_cast<float>(i % 5 + 1); }
+        first[name] = tensor;
+        for (std::size_t i = 0; i < 500; ++i) { tensor.values[i] = i % 3 == 0 ? -8.0F : -tensor.values[i]; }
+        second[name] = tensor;
+    }
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "first.safetensors", first);
+    write_values(folder / "second.safetensors", second);
+    const auto merge = [&](const std::vector<std::string>& more) {
+        std::vector<std::string> line{"merge", "--method", "ties", "--density", "1", "--base", "base.safetensors",
+            "--task", "first.safetensors", "--task", "second.safetensors"};
+        line.insert(line.end(), more.begin(), more.end());
+        const auto done = run(folder, line);
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+    };
+    merge({"--out", "one.safetensors"});
+    CHECK(read_values(folder / "one.safetensors").at("b").values[1] == -2.0F);
+    for (const auto* threads : {"1", "3"}) {
+        merge({"--out", "shards", "--shard-size", "1kB", "--threads", threads});
+        CHECK(std::filesystem::exists(folder / "shards/model-00003-of-00003.safetensors"));
+        merge({"--out", "again.safetensors"});
+        const auto shards = taskvec::open_model(folder / "shards");
+        const auto one = taskvec::open_model(folder / "one.safetensors");
+        for (const auto& [name, tensor] : one.model()) {
+            CHECK(std::memcmp(tensor.data, shards.model().find(name)->data, tensor.bytes(name)) == 0);
+        }
+    }
+}
+
 TEST_CASE("dtypes, included and excluded tensors")
 {
     const merge_models m;

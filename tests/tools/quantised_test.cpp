@@ -264,6 +264,43 @@ TEST_CASE("--dtype keep quantises again by the same scheme, within the codes' ow
     }
 }
 
+TEST_CASE("sums of 0 that a negative majority decides are settled before layers are quantised again")
+{
+    const scratch folder;
+    const auto write = [&](const std::string& name,
+                           const std::vector<int>& values) { // scale 1
+        stored_tensor codes{taskvec::dtype::f8_e4m3, {4, 6}, {}};
+        const std::map<int, int> code_of{{0, 0}, {1, 0x38}, {2, 0x40}, {3, 0x44}, {4, 0x48}, {8, 0x50}};
+        for (const int value : values) {
+            codes.bytes += static_cast<char>(code_of.at(std::abs(value)) | (value < 0 ? 0x80 : 0));
+        }
+        write_stored(folder / name, {{"l.weight", codes}, {"l.weight_scale", floats({}, {1})}});
+    };
+    std::vector<int> first, second;
+    for (int i = 0; i < 24; ++i) {
+        first.push_back(i % 4 + 1);
+        second.push_back(i % 3 == 0 ? -8 : -first.back());
+    }
+    write("base.safetensors", std::vector<int>(24, 0));
+    write("first.safetensors", first);
+    write("second.safetensors", second);
+    const auto merge = [&](const std::string& out, const std::string& dtype) {
+        const auto done = run(folder,
+            {"merge", "--method", "ties", "--density", "1", "--base", "base.safetensors", "--task", "first.safetensors",
+                "--task", "second.safetensors", "--dtype", dtype, "--out", out});
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        return as_numbers(read_stored(folder / out)).at("l.weight");
+    };
+    const auto numbers = merge("n.safetensors", "f32"), kept = merge("k.safetensors", "keep");
+    for (std::size_t i = 0; i < 24; ++i) {
+        float wanted = 0, found = 0;
+        std::memcpy(&wanted, numbers.bytes.data() + 4 * i, 4);
+        std::memcpy(&found, kept.bytes.data() + 4 * i, 4);
+        CHECK(wanted < 0);
+        CHECK(std::abs(found - wanted) <= 0.07F * -wanted);
+    }
+}
+
 TEST_CASE("directories: block sizes from the configuration, which goes with the codes and not without them")
 {
     const scratch folder;

@@ -24,11 +24,15 @@ struct tensor_spec {
     [[nodiscard]] std::size_t bytes() const { return byte_count(dtype, size()); }
 };
 
-/// Receives the bytes of a fixed list of tensors, in any order and from several threads at once, each byte exactly once
-/// or with the same final value: blocks never overlap while they are written.
+/// Receives the bytes of a fixed list of tensors, in any order and from several threads at once. Blocks never overlap
+/// while they are written. A walk that settles what it had to guess (TIES, sums of 0) writes blocks again once all have
+/// been written; what is written last counts.
 class tensor_sink {
 public:
     virtual ~tensor_sink() = default;
+    /// Whether blocks may be written again. To a sink for which what it got is final a walk that settles comes twice,
+    /// and writes the second time.
+    [[nodiscard]] virtual bool rewritable() const { return true; }
     /// The host memory of tensor `index`, to be written in place; nullptr when bytes must go through write().
     [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
     /// Writes `size` bytes at byte `offset` of tensor `index`.
@@ -40,6 +44,14 @@ public:
         write(index, offset, data, size);
     }
 };
+
+namespace detail {
+/// Where a walk writes that is only to learn something.
+class discarding_sink final : public tensor_sink {
+public:
+    void write(std::size_t /*index*/, std::uint64_t /*offset*/, const void* /*data*/, std::size_t /*size*/) override { }
+};
+} // namespace detail
 
 /// The sink over tensors that the caller owns, in the order of `tensors`.
 class memory_sink final : public tensor_sink {

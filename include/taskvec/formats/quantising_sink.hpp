@@ -261,6 +261,12 @@ public:
         const auto& output = plan_->outputs[index];
         return output.how == quantised_outputs::way::numbers ? out_->direct(output.first) : nullptr;
     }
+    /// Not where layers are quantised again: their numbers are gone once all are there.
+    [[nodiscard]] bool rewritable() const override
+    {
+        return out_->rewritable()
+            && std::all_of(gathered_.begin(), gathered_.end(), [](const auto& layer) { return !layer; });
+    }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         const auto& output = plan_->outputs[index];

@@ -494,6 +494,13 @@ public:
                 message("a write of ", size, " bytes at ", offset, " lies outside tensor ", index, " of '",
                     file_.target().string(), "'"));
         }
+        if (on_demand_ && whole_.load(std::memory_order_acquire)) { // a walk that settles its sums writes some again
+            const detail::light_lock lock(busy_);
+            file_.open_again();
+            file_.write(offsets_[index] + offset, data, size);
+            file_.close_for_now();
+            return;
+        }
         if (on_demand_ && !open_.load(std::memory_order_acquire)) {
             const detail::light_lock lock(busy_);
             if (!open_.load(std::memory_order_relaxed)) {
@@ -502,9 +509,11 @@ public:
             }
         }
         file_.write(offsets_[index] + offset, data, size);
-        // Each byte is written once: whoever writes the last one is the only one left.
+        // Before the first byte is written again all have been written once: whoever writes the last one is the only
+        // one left.
         if (written_.fetch_add(size, std::memory_order_acq_rel) + size == expected_ && on_demand_ && size) {
             file_.close_for_now();
+            whole_.store(true, std::memory_order_release);
         }
     }
     /// Has the file open from its first write to its last only, for those who write more files than a process may have
@@ -559,6 +568,7 @@ private:
     std::atomic<std::uint64_t> written_{0};
     bool on_demand_ = false;
     std::atomic<bool> open_{false}; ///< once and for all, where the file is opened on demand
+    std::atomic<bool> whole_{false}; ///< every byte has been written, and the file is closed again
     std::atomic_flag busy_;
 };
 

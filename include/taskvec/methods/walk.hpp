@@ -586,11 +586,19 @@ void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& ou
     std::pmr::vector<std::size_t> chunks(pieces.size(), memory);
     for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
     auto tallies = empty_tallies(chunks.size(), memory);
-    merge_chunks<Options>(passes, prepared, chunks, out, tallies, "merge");
-    if constexpr (requires(std::span<const merge_tally> t) { prepared.settle(t); }) {
+    constexpr bool settles = requires(std::span<const merge_tally> t) { prepared.settle(t); };
+    discarding_sink nowhere;
+    const bool twice = settles && !out.rewritable();
+    merge_chunks<Options>(passes, prepared, chunks, twice ? nowhere : out, tallies, twice ? "settle" : "merge");
+    if constexpr (settles) {
         auto of_tensors = empty_tallies(models.tensors().size(), memory);
         for (std::size_t c = 0; c < tallies.size(); ++c) { of_tensors[pieces[c].tensor] += tallies[c]; }
-        if (prepared.settle(std::span<const merge_tally>(of_tensors))) {
+        const bool settled = prepared.settle(std::span<const merge_tally>(of_tensors));
+        if (twice) {
+            tallies = empty_tallies(chunks.size(), memory);
+            merge_chunks<Options>(passes, prepared, chunks, out, tallies, "merge");
+        }
+        else if (settled) {
             std::pmr::vector<std::size_t> again(memory);
             for (std::size_t c = 0; c < tallies.size(); ++c) {
                 if (prepared.again(pieces[c].tensor, tallies[c])) { again.push_back(c); }

@@ -82,6 +82,7 @@ public:
         for (const auto& tensor : models.tensors()) { tensors_[tensor.output] = &tensor; }
     }
 
+    [[nodiscard]] bool rewritable() const override { return out_->rewritable(); }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         const auto* const tensor = tensors_[index];
