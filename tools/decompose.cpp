@@ -11,15 +11,20 @@ template <class T>
 [[nodiscard]] taskvec::svd_result<T> decompose_as(const decompose& d, const taskvec::cpu& policy,
     taskvec::matrix_view<const T> a, const taskvec::rank_choice& choice, std::string_view name)
 {
-    switch (d.how) {
-    case decompose::way::exactly: return taskvec::decompose_exactly{}(policy, a, choice, name);
-    case decompose::way::randomized: return taskvec::decompose_randomized{.seed = d.seed}(policy, a, choice, name);
-    case decompose::way::not_at_all: break;
+    if (d.how == decompose::way::not_at_all) {
+        taskvec::svd_result<T> nothing;
+        nothing.u = taskvec::matrix<T>(a.rows(), 0);
+        nothing.v = taskvec::matrix<T>(a.cols(), 0);
+        return nothing;
     }
-    taskvec::svd_result<T> nothing;
-    nothing.u = taskvec::matrix<T>(a.rows(), 0);
-    nothing.v = taskvec::matrix<T>(a.cols(), 0);
-    return nothing;
+    if (d.kept) {
+        if (auto found = d.kept->next<T>(a.rows(), a.cols())) { return std::move(*found); }
+    }
+    auto made = d.how == decompose::way::exactly
+        ? taskvec::decompose_exactly{}(policy, a, choice, name)
+        : taskvec::decompose_randomized{.seed = d.seed}(policy, a, choice, name);
+    if (d.kept) { d.kept->keep(made); }
+    return made;
 }
 
 } // namespace

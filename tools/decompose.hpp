@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "resume.hpp"
+
 #include <taskvec/core/matrix.hpp>
 #include <taskvec/core/policy.hpp>
 #include <taskvec/linalg/svd.hpp>
@@ -20,6 +22,7 @@ struct decompose {
     };
     way how = way::exactly;
     std::uint64_t seed = 0;
+    kept_layers* kept = nullptr; ///< what earlier runs made, and where this one's goes (--resume)
 
     [[nodiscard]] taskvec::svd_result<float> operator()(const taskvec::cpu& policy, taskvec::matrix_view<const float> a,
         const taskvec::rank_choice& choice, std::string_view name) const;

@@ -27,6 +27,7 @@ struct extract_lora_settings : tool::adapter_settings {
     std::string index = "strict";
     tool::name_rules names;
     bool match_prefixes = false;
+    tool::resume_request resume;
 };
 
 /// Modules that common architectures implement by an embedding: PEFT factors those transposed, under other names.
@@ -78,19 +79,33 @@ template <class T>
 void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& base,
     const taskvec::const_model_ref& tuned, std::uint64_t task_bytes)
 {
+    std::optional<tool::resumed_work> work;
+    std::optional<tool::kept_layers> layers;
+    if (!given.resume.directory.empty() && !given.run.dry_run) {
+        std::vector<tool::fs::path> inputs{given.base};
+        inputs.push_back(given.adapter.empty() ? tool::fs::path(given.task)
+                                               : tool::parse_task(given.adapter, "--task-adapter").path);
+        work.emplace(given.resume, inputs);
+        layers.emplace(work->path());
+    }
     const tool::runner run(given.run);
     auto report = tool::open_report(given);
     using way = tool::decompose::way;
     const tool::decompose how{given.run.dry_run ? way::not_at_all
             : given.randomized                  ? way::randomized
                                                 : way::exactly,
-        given.seed};
+        given.seed, layers ? &*layers : nullptr};
     auto found = taskvec::extract_lora<T>(run.policy(), base.model(), tuned,
         {.rank = given.rank.choice(),
             .include = tool::name_filter(given.include, given.exclude),
             .base_label = "'" + given.base + "'",
             .tuned_label = label_of_task(given)},
         how);
+    if (layers && layers->found() > 0) {
+        tool::note(given.run,
+            tool::counted(layers->found(), "layer") + " of " + tool::in_quotes(work->path())
+                + " were finished by an earlier run");
+    }
     if (found.adapter.empty()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
             taskvec::message("'", given.base, "' and ", label_of_task(given),
@@ -161,6 +176,7 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
             + given.rank.words() + ", " + tool::grouped(found.parameters()) + " parameters, relative error "
             + tool::percent(found.relative_error()) + also);
     list_left_out();
+    if (work) { work->remove(); }
 }
 
 /// Names that differ by prefixes, and tied heads.
@@ -274,6 +290,7 @@ const tool::register_verb extract_lora_verb(70, "extract-lora",
         tool::add_index_option(verb, given->index);
         verb.flag("--fan-in-fan-out", given->fan_in_fan_out, "Weights are stored in×out, as in GPT-2");
         tool::add_adapter_options(verb, *given, "the base's, per tensor");
+        tool::add_resume_option(verb, given->resume, "Layers that are decomposed");
         verb.footer("Other tensors that changed (biases, norms) are listed on standard error and in the report: an "
                     "adapter cannot hold them.\n\n"
                     "Example:\n  taskvec extract-lora --base base.safetensors --task math.safetensors --rank 16 --out "

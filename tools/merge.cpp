@@ -7,8 +7,11 @@
 #include "words.hpp"
 
 #include <taskvec/formats/fingerprint.hpp>
+#include <taskvec/formats/resumable_shards.hpp>
 
 #include <algorithm>
+#include <optional>
+#include <vector>
 
 namespace tool {
 
@@ -21,10 +24,52 @@ model_view layers_of_result(const merge_request& request)
     return view == request.views.end() ? model_view() : view->second;
 }
 
+/// What the result is made of, as far as the request names it.
+std::vector<fs::path> inputs_of(const merge_request& request)
+{
+    std::vector<fs::path> paths;
+    if (!request.base.empty()) { paths.emplace_back(request.base); }
+    if (!request.base_adapter.empty()) { paths.emplace_back(request.base_adapter); }
+    for (const auto& task : parse_tasks(request.tasks)) { paths.push_back(task.path); }
+    for (const auto& [adapter, model] : request.adapters) {
+        if (!model.empty()) { paths.emplace_back(model); }
+    }
+    for (const auto& [key, view] : request.views) {
+        for (const auto& part : view) { paths.emplace_back(part.path); }
+    }
+    return paths;
+}
+
+/// A merge whose shards stay when it is killed (--resume).
+struct resumable_merge {
+    resumed_work work;
+    taskvec::resumable_shards shards;
+    taskvec::merge_report merged{};
+
+    resumable_merge(const merge_request& request, const merge_inputs& inputs, const taskvec::quantised_outputs& plan)
+        : work(request.resume, inputs_of(request))
+        , shards(work.path(), plan.specs, parse_size(request.shard_size, "--shard-size"), inputs.metadata())
+    {
+        if (shards.found() > 0) {
+            note(request.run,
+                taskvec::message(shards.found(), " of ", counted(shards.count(), "shard"), " in ",
+                    in_quotes(work.path()), " were finished by an earlier run"));
+        }
+    }
+};
+
 } // namespace
 
 void run_merge(const merge_request& request)
 {
+    const bool resumable = !request.resume.directory.empty();
+    if (resumable && request.shard_size.empty()) {
+        throw usage_error("--resume keeps the shards that are finished: give --shard-size too");
+    }
+    if (resumable && !request.run.report.empty()) {
+        throw usage_error("--resume: a report counts what a merge does, and parts of this one may be done already; "
+                          "leave --report out");
+    }
     const auto& method = find_method(request);
     const merge_inputs inputs(request, method.needs_base);
     const bool directory = out_is_directory(request.out,
@@ -50,9 +95,19 @@ void run_merge(const merge_request& request)
             + (configuration.empty() ? "" : "'" + printable(request.as_config) + "' would hold:\n" + configuration));
         return;
     }
+    std::optional<resumable_merge> kept;
+    if (resumable) {
+        if (!plan.plain()) {
+            throw usage_error("--resume: layers that are quantised again become codes at the end; leave --resume or "
+                              "--dtype keep out");
+        }
+        kept.emplace(request, inputs, plan);
+        kept->merged = run_method(method, call, kept->shards);
+    }
     report_file report(request.run.report);
     text_output config(request.as_config);
-    model_output out(request.out, plan, inputs.metadata(), request.shard_size, directory);
+    model_output out(request.out, plan, inputs.metadata(), request.shard_size, directory,
+        kept ? kept->shards.finish() : std::vector<fs::path>());
     const auto options = json_of(method.values(request.options));
     const auto layers = layers_of_result(request);
     const fs::path source = !request.copies.from.empty() ? request.copies.from
@@ -65,7 +120,7 @@ void run_merge(const merge_request& request)
         {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2), layers, untied,
             &inputs.vocabulary()},
         plan.specs);
-    const auto merged = run_method(method, call, out.sink());
+    const auto merged = kept ? kept->merged : run_method(method, call, out.sink());
     out.finish();
     if (report.wanted()) {
         auto content = report_of(run, request, inputs, merged, out.file_size());
@@ -82,6 +137,7 @@ void run_merge(const merge_request& request)
             + "': " + counted(plan.specs.size(), "tensor") + ", " + size_text(size) + " in "
             + seconds_text(run.seconds()) + "\n",
         report, config, out);
+    if (kept) { kept->work.remove(); }
 }
 
 void explain_merge(const merge_request& request)
@@ -137,6 +193,7 @@ const tool::register_verb merge_verb(20, "merge", "Merge fine-tuned models into 
         tool::presence::required);
     tool::add_merge_options(verb, *request);
     tool::add_copy_options(verb, request->copies);
+    tool::add_resume_option(verb, request->resume, "Shards that are finished");
     verb.text("--as-config", request->as_config, "FILE",
         "Write the merge as a configuration too, with which 'taskvec run' makes it again, and mergekit where it can");
     verb.footer("Methods:\n" + tool::method_list()

@@ -149,6 +149,14 @@ public:
         return further_.contains(index) || names_.contains(index) ? nullptr : out_->direct(index);
     }
     [[nodiscard]] bool rewritable() const override { return out_->rewritable(); }
+    [[nodiscard]] bool wants(std::size_t index) const override
+    {
+        const auto place = names_.find(index);
+        return out_->wants(index)
+            || (place != names_.end()
+                && std::any_of(place->second.begin(), place->second.end(),
+                    [&](std::size_t further) { return out_->wants(further); }));
+    }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         if (further_.contains(index)) { return; }

@@ -204,7 +204,7 @@ void revocable_file::revert() noexcept
 }
 
 model_output::model_output(fs::path path, const taskvec::quantised_outputs& plan, const taskvec::metadata_map& metadata,
-    const std::string& shard_size, bool directory)
+    const std::string& shard_size, bool directory, const std::vector<fs::path>& finished)
     : path_(std::move(path))
 {
     std::error_code ignored;
@@ -217,7 +217,7 @@ model_output::model_output(fs::path path, const taskvec::quantised_outputs& plan
     };
     if (!shard_size.empty()) {
         shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, parse_size(shard_size, "--shard-size"),
-            metadata, taskvec::durability::synchronised, taskvec::existing_directory::exchange);
+            metadata, taskvec::durability::synchronised, taskvec::existing_directory::exchange, finished);
     }
     else if (directory || !path_.has_filename() || fs::is_directory(path_, ignored)) {
         shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, std::numeric_limits<std::uint64_t>::max(),

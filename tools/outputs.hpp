@@ -64,9 +64,10 @@ private:
 class model_output {
 public:
     /// `plan`: what the file holds of the tensors that sink() is given; it is kept by reference. `shard_size`: empty
-    /// for one file. `directory`: whether that goes to a directory of the path's name.
+    /// for one file. `directory`: whether that goes to a directory of the path's name. `finished`: the shards, where
+    /// they lie already; then nothing goes to sink().
     model_output(fs::path path, const taskvec::quantised_outputs& plan, const taskvec::metadata_map& metadata,
-        const std::string& shard_size, bool directory = false);
+        const std::string& shard_size, bool directory = false, const std::vector<fs::path>& finished = {});
     /// The directory that the weights are written to, under its temporary name where it is new; empty for a file.
     [[nodiscard]] const fs::path& folder() const { return folder_; }
     /// Makes `folder`, which will be called `place`, the one for add_file(), of a model that is a file in it.

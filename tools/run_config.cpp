@@ -1096,6 +1096,10 @@ std::vector<std::string> names_of_stages(const run_settings& given, const std::v
 /// Merges in stages: results of all but the last document lie beside the output until it is made.
 void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, const std::vector<std::string>& names)
 {
+    if (!given.request.resume.directory.empty()) {
+        throw tool::usage_error("--resume is for one merge, and '" + given.config
+            + "' has several documents, whose results between are new files each time");
+    }
     if (given.explain || given.request.run.dry_run) {
         throw tool::usage_error("--explain and --dry-run look at one merge, and '" + given.config
             + "' has several documents: give one of them in a file of its own");
@@ -1167,6 +1171,7 @@ const tool::register_verb run_verb(25, "run", "Merge as a mergekit configuration
     tool::add_index_option(verb, given->request.index);
     tool::add_shard_size_option(verb, given->request.shard_size);
     tool::add_copy_options(verb, given->request.copies);
+    tool::add_resume_option(verb, given->request.resume, "Shards that are finished");
     tool::add_run_options(verb, given->request.run);
     verb.footer("Models are paths, or names that the Hub's cache on this machine holds; nothing is downloaded.\n"
                 "\nExample:\n  taskvec run config.yml --out merged");

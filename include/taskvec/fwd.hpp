@@ -383,6 +383,7 @@ enum class index_check : std::uint8_t;
 class checkpoint;
 struct shard_name_parts;
 struct shard_plan;
+class resumable_shards;
 class sharded_writer;
 struct delta;
 class delta_writer;

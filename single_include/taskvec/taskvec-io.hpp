@@ -1605,6 +1605,7 @@ enum class index_check : std::uint8_t;
 class checkpoint;
 struct shard_name_parts;
 struct shard_plan;
+class resumable_shards;
 class sharded_writer;
 struct delta;
 class delta_writer;
@@ -2896,6 +2897,8 @@ public:
     [[nodiscard]] virtual bool rewritable() const { return true; }
     /// The host memory of tensor `index`, to be written in place; nullptr when bytes must go through write().
     [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
+    /// Whether tensor `index` is still wanted. What is not need not be computed, and is let go where it is written.
+    [[nodiscard]] virtual bool wants(std::size_t /*index*/) const { return true; }
     /// Writes `size` bytes at byte `offset` of tensor `index`.
     virtual void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) = 0;
     /// The same of results that are far from the largest number of their dtype, as whoever made them knows: for sinks
@@ -4528,6 +4531,20 @@ public:
         if (!file_) { detail::raise_io(target_, "cannot open the file again", errno); }
     }
 
+    /// Takes the bytes of a finished file in place of its own: another name of it, or a copy where the file system has
+    /// no such thing.
+    void take(const std::filesystem::path& finished)
+    {
+        close_for_now();
+        detail::system::remove_file(temporary_);
+        if (detail::system::link(finished, temporary_) == 0) { return; }
+        std::error_code failure;
+        std::filesystem::copy_file(finished, temporary_, failure);
+        if (failure) {
+            detail::raise_io(target_, message("cannot take the bytes of '", finished.string(), "'"), failure.value());
+        }
+    }
+
     /// Forces the bytes to disk (unless durability::process) and closes the file; only the rename is left to commit().
     void finish()
     {
@@ -5619,6 +5636,13 @@ struct safetensors_layout {
     std::vector<std::uint64_t> offsets; ///< for each spec, from the beginning of the file
     std::uint64_t size = 0; ///< of the whole file
 };
+/// Whether a file has this head and size.
+[[nodiscard]] inline bool is_laid_out(const std::filesystem::path& path, const safetensors_layout& layout)
+{
+    const mapped_file file(path);
+    const auto bytes = file.bytes();
+    return bytes.size() == layout.size && std::memcmp(bytes.data(), layout.head.data(), layout.head.size()) == 0;
+}
 
 /// Lays a file out as the reference writer does: tensors by dtype (its enum, descending), then by name; `__metadata__`
 /// first; the header padded with spaces to a multiple of 8. `format` is set to "pt" unless the metadata has it already.
@@ -5696,6 +5720,12 @@ public:
         durability mode = durability::synchronised)
         : safetensors_writer(std::move(target), specs, layout_safetensors(specs, std::move(metadata)), mode)
     { }
+    /// A file that is written already, with these tensors and this metadata: only commit() is left. Throws
+    /// format_error where it has others.
+    safetensors_writer(std::filesystem::path target, const std::vector<tensor_spec>& specs, metadata_map metadata,
+        durability mode, const std::filesystem::path& finished)
+        : safetensors_writer(std::move(target), specs, layout_safetensors(specs, std::move(metadata)), mode, finished)
+    { }
 
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
@@ -5770,6 +5800,22 @@ private:
         sizes_.reserve(specs.size());
         for (const auto& spec : specs) { sizes_.push_back(spec.bytes()); }
         file_.write(0, layout.head.data(), layout.head.size());
+    }
+
+    safetensors_writer(std::filesystem::path target, const std::vector<tensor_spec>& specs, safetensors_layout layout,
+        durability mode, const std::filesystem::path& finished)
+        : file_(std::move(target), 0, mode)
+        , offsets_(std::move(layout.offsets))
+        , size_(layout.size)
+        , expected_(layout.size - layout.head.size())
+        , written_(layout.size - layout.head.size())
+    {
+        for (const auto& spec : specs) { sizes_.push_back(spec.bytes()); }
+        if (!is_laid_out(finished, layout)) {
+            raise<format_error>(
+                error_code::file_tensors, "holds other tensors than are to be written", finished.string());
+        }
+        file_.take(finished);
     }
 
     atomic_file file_;
@@ -16807,10 +16853,11 @@ namespace detail {
 class sharded_writer final : public tensor_sink {
 public:
     /// `existing`: whether a directory that is there is exchanged for one with the new files and all others, so that
-    /// what else is written to folder() changes with them.
+    /// what else is written to folder() changes with them. `finished`: where all shards lie already, in order, for
+    /// instance by resumable_shards; then nothing is to be written.
     sharded_writer(std::filesystem::path directory, const std::vector<tensor_spec>& specs, std::uint64_t shard_size,
         const metadata_map& metadata = {}, durability mode = durability::synchronised,
-        existing_directory existing = existing_directory::fill)
+        existing_directory existing = existing_directory::fill, const std::vector<std::filesystem::path>& finished = {})
         : directory_(std::move(directory))
         , mode_(mode)
         , plan_(plan_shards(specs, shard_size))
@@ -16838,8 +16885,10 @@ public:
             names_.push_back(plan_.shards == 1 ? std::string(single_file_name) : shard_name(i, generation));
         }
         for (std::size_t i = 0; i < parts.size(); ++i) {
-            writers_.push_back(
-                std::make_unique<safetensors_writer>(folder_->path() / names_[i], parts[i], metadata, mode));
+            auto path = folder_->path() / names_[i];
+            writers_.push_back(finished.empty()
+                    ? std::make_unique<safetensors_writer>(std::move(path), parts[i], metadata, mode)
+                    : std::make_unique<safetensors_writer>(std::move(path), parts[i], metadata, mode, finished.at(i)));
             if (parts.size() > 1) { writers_.back()->open_on_demand(); }
         }
         if (plan_.shards > 1) {
@@ -18781,6 +18830,11 @@ public:
         return out_->rewritable()
             && std::all_of(gathered_.begin(), gathered_.end(), [](const auto& layer) { return !layer; });
     }
+    [[nodiscard]] bool wants(std::size_t index) const override
+    {
+        const auto& output = plan_->outputs[index];
+        return output.how != quantised_outputs::way::numbers || out_->wants(output.first);
+    }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         const auto& output = plan_->outputs[index];
@@ -18881,6 +18935,121 @@ private:
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_QUANTISING_SINK_HPP
+
+// ---- taskvec/formats/resumable_shards.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_RESUMABLE_SHARDS_HPP)
+#define TASKVEC_SINGLE_FORMATS_RESUMABLE_SHARDS_HPP
+// Shards that stay when whoever writes them is killed, so that the next one goes on with the rest.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// A sink whose shards take their names in a directory as each is complete, and are not wanted again by a later sink
+/// over the same directory. That all of them are of one model is for the caller to see to. A sharded_writer takes the
+/// finished shards into a checkpoint. Throws io_error; format_error for a shard that holds other tensors. Cost: that of
+/// a sharded_writer; the space of the model twice where the file system has no hard links.
+///
+///     resumable_shards shards("work", specs, 5'000'000'000, metadata);
+///     merge(cpu{}, options, models, shards);
+///     sharded_writer out("merged", specs, 5'000'000'000, metadata, durability::synchronised,
+///         existing_directory::exchange, shards.finish());
+///     out.commit();
+class resumable_shards final : public tensor_sink {
+public:
+    /// Opens the shards that are there, and begins the others. Throws io_error, format_error, invalid_argument.
+    resumable_shards(std::filesystem::path directory, const std::vector<tensor_spec>& specs, std::uint64_t shard_size,
+        const metadata_map& metadata = {}, durability mode = durability::synchronised)
+        : directory_(std::move(directory))
+        , plan_(plan_shards(specs, shard_size))
+        , place_(specs.size())
+    {
+        std::vector<std::vector<tensor_spec>> parts(plan_.shards);
+        for (std::size_t i = 0; i < specs.size(); ++i) {
+            auto& part = parts[plan_.shard_of[i]];
+            place_[i] = part.size();
+            part.push_back(specs[i]);
+        }
+        std::error_code ignored;
+        for (std::size_t s = 0; s < parts.size(); ++s) {
+            auto& made = *shards_.emplace_back(std::make_unique<shard>());
+            made.path = directory_ / message("shard-", s + 1, "-of-", parts.size(), ".safetensors");
+            for (const auto& spec : parts[s]) { made.left += spec.bytes(); }
+            if (std::filesystem::exists(made.path, ignored)) {
+                if (!is_laid_out(made.path, layout_safetensors(parts[s], metadata))) {
+                    raise<format_error>(error_code::file_tensors,
+                        "holds other tensors than are to be written: it belongs to another model", made.path.string());
+                }
+                made.done = true;
+                ++found_;
+                continue;
+            }
+            made.writer = std::make_unique<safetensors_writer>(made.path, parts[s], metadata, mode);
+            made.writer->open_on_demand();
+            if (made.left == 0) { complete(made); }
+        }
+    }
+
+    [[nodiscard]] bool rewritable() const override { return false; }
+    [[nodiscard]] bool wants(std::size_t index) const override { return !shards_[plan_.shard_of[index]]->done; }
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        shard& to = *shards_[plan_.shard_of[index]];
+        if (!to.writer) { return; } // an earlier run wrote it
+        to.writer->write(place_[index], offset, data, size);
+        if (to.left.fetch_sub(size, std::memory_order_acq_rel) == size && size) { complete(to); }
+    }
+
+    /// How many shards there were when this began.
+    [[nodiscard]] std::size_t found() const noexcept { return found_; }
+    /// How many the model has.
+    [[nodiscard]] std::size_t count() const noexcept { return shards_.size(); }
+    /// The shards in order, all of them complete. Throws invalid_argument where one is not.
+    [[nodiscard]] std::vector<std::filesystem::path> finish() const
+    {
+        std::vector<std::filesystem::path> result;
+        for (const auto& one : shards_) {
+            if (!one->done) {
+                raise<invalid_argument>(error_code::call_order,
+                    message("'", one->path.string(), "' is incomplete: ", one->left.load(), " bytes were not written"));
+            }
+            result.push_back(one->path);
+        }
+        return result;
+    }
+
+private:
+    struct shard {
+        std::filesystem::path path;
+        std::unique_ptr<safetensors_writer> writer; ///< none where an earlier run wrote it
+        std::atomic<std::uint64_t> left{0}; ///< bytes
+        std::atomic<bool> done{false};
+    };
+    static void complete(shard& one)
+    {
+        one.writer->commit();
+        one.done = true;
+    }
+
+    std::filesystem::path directory_;
+    shard_plan plan_;
+    std::vector<std::size_t> place_; ///< of each spec in its shard
+    std::vector<std::unique_ptr<shard>> shards_;
+    std::size_t found_ = 0;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_RESUMABLE_SHARDS_HPP
 
 // ---- taskvec/formats/statistics.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_STATISTICS_HPP)

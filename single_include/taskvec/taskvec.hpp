@@ -1619,6 +1619,7 @@ enum class index_check : std::uint8_t;
 class checkpoint;
 struct shard_name_parts;
 struct shard_plan;
+class resumable_shards;
 class sharded_writer;
 struct delta;
 class delta_writer;
@@ -4501,6 +4502,8 @@ public:
     [[nodiscard]] virtual bool rewritable() const { return true; }
     /// The host memory of tensor `index`, to be written in place; nullptr when bytes must go through write().
     [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
+    /// Whether tensor `index` is still wanted. What is not need not be computed, and is let go where it is written.
+    [[nodiscard]] virtual bool wants(std::size_t /*index*/) const { return true; }
     /// Writes `size` bytes at byte `offset` of tensor `index`.
     virtual void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) = 0;
     /// The same of results that are far from the largest number of their dtype, as whoever made them knows: for sinks
@@ -10354,6 +10357,10 @@ inline void copy_through(const cpu& policy, const aligned_models& models, tensor
     for (const auto& tensor : models.copied()) { total += tensor.source.bytes(); }
     progress_meter meter(policy, "copy", total);
     for (const auto& tensor : models.copied()) {
+        if (!out.wants(tensor.output)) {
+            if (!meter.advance(tensor.source.bytes())) { raise<cancelled>(error_code::cancelled); }
+            continue;
+        }
         if (tensor.source.source) {
             decode_through(policy, tensor, models.outputs()[tensor.output].dtype, out, meter);
             continue;
@@ -10950,10 +10957,14 @@ void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& ou
     const aligned_models& models = passes.models();
     std::pmr::memory_resource* const memory = memory_of(passes.policy());
     const auto& pieces = walked_pieces(prepared, models);
-    std::pmr::vector<std::size_t> chunks(pieces.size(), memory);
-    for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
-    auto tallies = empty_tallies(chunks.size(), memory);
     constexpr bool settles = requires(std::span<const merge_tally> t) { prepared.settle(t); };
+    std::pmr::vector<std::size_t> all(memory), wanted(memory);
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+        if (settles) { all.push_back(i); }
+        if (out.wants(models.tensors()[pieces[i].tensor].output)) { wanted.push_back(i); }
+    }
+    const auto& chunks = settles ? all : wanted; // what is not wanted has a say in what is settled
+    auto tallies = empty_tallies(chunks.size(), memory);
     discarding_sink nowhere;
     const bool twice = settles && !out.rewritable();
     merge_chunks<Options>(passes, prepared, chunks, twice ? nowhere : out, tallies, twice ? "settle" : "merge");
@@ -10962,8 +10973,8 @@ void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& ou
         for (std::size_t c = 0; c < tallies.size(); ++c) { of_tensors[pieces[c].tensor] += tallies[c]; }
         const bool settled = prepared.settle(std::span<const merge_tally>(of_tensors));
         if (twice) {
-            tallies = empty_tallies(chunks.size(), memory);
-            merge_chunks<Options>(passes, prepared, chunks, out, tallies, "merge");
+            tallies = empty_tallies(wanted.size(), memory);
+            merge_chunks<Options>(passes, prepared, wanted, out, tallies, "merge");
         }
         else if (settled) {
             std::pmr::vector<std::size_t> again(memory);
@@ -11369,6 +11380,7 @@ public:
     }
 
     [[nodiscard]] bool rewritable() const override { return out_->rewritable(); }
+    [[nodiscard]] bool wants(std::size_t index) const override { return out_->wants(index); }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         const auto* const tensor = tensors_[index];
@@ -11804,6 +11816,7 @@ private:
         detail::progress_meter& meter)
     {
         const aligned_tensor& tensor = models.tensors()[index];
+        if (!out.wants(tensor.output)) { return; }
         const auto& from = tensor.tasks[0];
         const bool worked_out = tensor.size > 0 && from.source;
         if (worked_out) { from.source->prepare(policy); }

@@ -1,6 +1,7 @@
 // Checkpoints: single files, directories, shards and their index.
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/resumable_shards.hpp>
 
 #include "scratch.hpp"
 
@@ -334,6 +335,45 @@ TEST_CASE("shards that are whole may be written again, and the last bytes count"
     CHECK(is_model(folder / "m", right));
 }
 
+TEST_CASE("finished shards outlive their writer, and a checkpoint takes them")
+{
+    const scratch folder;
+    const sample model(9);
+    constexpr std::uint64_t size = 40;
+    std::filesystem::create_directory(folder / "work");
+    sharded_writer plain(folder / "plain", model.specs, size);
+    model.fill(plain);
+    plain.commit();
+    const auto write = [&](resumable_shards& to, std::size_t i) {
+        to.write(i, 0, model.contents[i].data(), model.specs[i].bytes());
+    };
+    {
+        resumable_shards first(folder / "work", model.specs, size);
+        CHECK(first.found() == 0);
+        for (const std::size_t i : {8, 7, 0, 1, 2}) { write(first, i); }
+        CHECK_THROWS_AS((void)first.finish(), invalid_argument);
+    }
+    resumable_shards second(folder / "work", model.specs, size);
+    CHECK(second.found() > 0);
+    CHECK(second.found() < second.count());
+    CHECK_FALSE(second.wants(8));
+    CHECK_FALSE(second.rewritable());
+    for (std::size_t i = 0; i < model.specs.size(); ++i) { write(second, i); } // what is not wanted is let go
+    {
+        sharded_writer out(
+            folder / "m", model.specs, size, {}, durability::synchronised, existing_directory::fill, second.finish());
+        out.commit();
+    }
+    CHECK(is_model(folder / "m", model));
+    for (const auto& entry : std::filesystem::directory_iterator(folder / "plain")) {
+        CHECK(slurp(entry.path()) == slurp(folder / "m" / entry.path().filename()));
+    }
+    const sample other(9, 1);
+    auto specs = other.specs;
+    specs[8].shape = {4};
+    CHECK_THROWS_AS(resumable_shards(folder / "work", specs, size), format_error);
+}
+
 #if !defined(_WIN32)
 TEST_CASE("a sharded writer that is killed leaves the old model or the new")
 {
@@ -440,6 +480,7 @@ TEST_CASE("an index of any stem is found, by its directory and by its path")
     }
 }
 
+#if !defined(_WIN32)
 TEST_CASE("a directory that may not be read says so")
 {
     const scratch folder;
@@ -453,6 +494,7 @@ TEST_CASE("a directory that may not be read says so")
     if (root) { REQUIRE(::seteuid(0) == 0); }
     std::filesystem::permissions(folder / "closed", std::filesystem::perms::owner_all);
 }
+#endif
 
 TEST_CASE("an index is strict, unless it is read leniently: then notes say what differs")
 {

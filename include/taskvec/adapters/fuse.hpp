@@ -52,6 +52,7 @@ private:
         detail::progress_meter& meter)
     {
         const aligned_tensor& tensor = models.tensors()[index];
+        if (!out.wants(tensor.output)) { return; }
         const auto& from = tensor.tasks[0];
         const bool worked_out = tensor.size > 0 && from.source;
         if (worked_out) { from.source->prepare(policy); }

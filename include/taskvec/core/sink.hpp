@@ -35,6 +35,8 @@ public:
     [[nodiscard]] virtual bool rewritable() const { return true; }
     /// The host memory of tensor `index`, to be written in place; nullptr when bytes must go through write().
     [[nodiscard]] virtual void* direct(std::size_t /*index*/) { return nullptr; }
+    /// Whether tensor `index` is still wanted. What is not need not be computed, and is let go where it is written.
+    [[nodiscard]] virtual bool wants(std::size_t /*index*/) const { return true; }
     /// Writes `size` bytes at byte `offset` of tensor `index`.
     virtual void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) = 0;
     /// The same of results that are far from the largest number of their dtype, as whoever made them knows: for sinks

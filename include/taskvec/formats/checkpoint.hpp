@@ -565,10 +565,11 @@ namespace detail {
 class sharded_writer final : public tensor_sink {
 public:
     /// `existing`: whether a directory that is there is exchanged for one with the new files and all others, so that
-    /// what else is written to folder() changes with them.
+    /// what else is written to folder() changes with them. `finished`: where all shards lie already, in order, for
+    /// instance by resumable_shards; then nothing is to be written.
     sharded_writer(std::filesystem::path directory, const std::vector<tensor_spec>& specs, std::uint64_t shard_size,
         const metadata_map& metadata = {}, durability mode = durability::synchronised,
-        existing_directory existing = existing_directory::fill)
+        existing_directory existing = existing_directory::fill, const std::vector<std::filesystem::path>& finished = {})
         : directory_(std::move(directory))
         , mode_(mode)
         , plan_(plan_shards(specs, shard_size))
@@ -596,8 +597,10 @@ public:
             names_.push_back(plan_.shards == 1 ? std::string(single_file_name) : shard_name(i, generation));
         }
         for (std::size_t i = 0; i < parts.size(); ++i) {
-            writers_.push_back(
-                std::make_unique<safetensors_writer>(folder_->path() / names_[i], parts[i], metadata, mode));
+            auto path = folder_->path() / names_[i];
+            writers_.push_back(finished.empty()
+                    ? std::make_unique<safetensors_writer>(std::move(path), parts[i], metadata, mode)
+                    : std::make_unique<safetensors_writer>(std::move(path), parts[i], metadata, mode, finished.at(i)));
             if (parts.size() > 1) { writers_.back()->open_on_demand(); }
         }
         if (plan_.shards > 1) {

@@ -413,6 +413,20 @@ public:
         if (!file_) { detail::raise_io(target_, "cannot open the file again", errno); }
     }
 
+    /// Takes the bytes of a finished file in place of its own: another name of it, or a copy where the file system has
+    /// no such thing.
+    void take(const std::filesystem::path& finished)
+    {
+        close_for_now();
+        detail::system::remove_file(temporary_);
+        if (detail::system::link(finished, temporary_) == 0) { return; }
+        std::error_code failure;
+        std::filesystem::copy_file(finished, temporary_, failure);
+        if (failure) {
+            detail::raise_io(target_, message("cannot take the bytes of '", finished.string(), "'"), failure.value());
+        }
+    }
+
     /// Forces the bytes to disk (unless durability::process) and closes the file; only the rename is left to commit().
     void finish()
     {

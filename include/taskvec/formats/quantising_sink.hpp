@@ -267,6 +267,11 @@ public:
         return out_->rewritable()
             && std::all_of(gathered_.begin(), gathered_.end(), [](const auto& layer) { return !layer; });
     }
+    [[nodiscard]] bool wants(std::size_t index) const override
+    {
+        const auto& output = plan_->outputs[index];
+        return output.how != quantised_outputs::way::numbers || out_->wants(output.first);
+    }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         const auto& output = plan_->outputs[index];

@@ -409,6 +409,13 @@ struct safetensors_layout {
     std::vector<std::uint64_t> offsets; ///< for each spec, from the beginning of the file
     std::uint64_t size = 0; ///< of the whole file
 };
+/// Whether a file has this head and size.
+[[nodiscard]] inline bool is_laid_out(const std::filesystem::path& path, const safetensors_layout& layout)
+{
+    const mapped_file file(path);
+    const auto bytes = file.bytes();
+    return bytes.size() == layout.size && std::memcmp(bytes.data(), layout.head.data(), layout.head.size()) == 0;
+}
 
 /// Lays a file out as the reference writer does: tensors by dtype (its enum, descending), then by name; `__metadata__`
 /// first; the header padded with spaces to a multiple of 8. `format` is set to "pt" unless the metadata has it already.
@@ -486,6 +493,12 @@ public:
         durability mode = durability::synchronised)
         : safetensors_writer(std::move(target), specs, layout_safetensors(specs, std::move(metadata)), mode)
     { }
+    /// A file that is written already, with these tensors and this metadata: only commit() is left. Throws
+    /// format_error where it has others.
+    safetensors_writer(std::filesystem::path target, const std::vector<tensor_spec>& specs, metadata_map metadata,
+        durability mode, const std::filesystem::path& finished)
+        : safetensors_writer(std::move(target), specs, layout_safetensors(specs, std::move(metadata)), mode, finished)
+    { }
 
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
@@ -560,6 +573,22 @@ private:
         sizes_.reserve(specs.size());
         for (const auto& spec : specs) { sizes_.push_back(spec.bytes()); }
         file_.write(0, layout.head.data(), layout.head.size());
+    }
+
+    safetensors_writer(std::filesystem::path target, const std::vector<tensor_spec>& specs, safetensors_layout layout,
+        durability mode, const std::filesystem::path& finished)
+        : file_(std::move(target), 0, mode)
+        , offsets_(std::move(layout.offsets))
+        , size_(layout.size)
+        , expected_(layout.size - layout.head.size())
+        , written_(layout.size - layout.head.size())
+    {
+        for (const auto& spec : specs) { sizes_.push_back(spec.bytes()); }
+        if (!is_laid_out(finished, layout)) {
+            raise<format_error>(
+                error_code::file_tensors, "holds other tensors than are to be written", finished.string());
+        }
+        file_.take(finished);
     }
 
     atomic_file file_;

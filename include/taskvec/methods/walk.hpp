@@ -583,10 +583,14 @@ void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& ou
     const aligned_models& models = passes.models();
     std::pmr::memory_resource* const memory = memory_of(passes.policy());
     const auto& pieces = walked_pieces(prepared, models);
-    std::pmr::vector<std::size_t> chunks(pieces.size(), memory);
-    for (std::size_t i = 0; i < chunks.size(); ++i) { chunks[i] = i; }
-    auto tallies = empty_tallies(chunks.size(), memory);
     constexpr bool settles = requires(std::span<const merge_tally> t) { prepared.settle(t); };
+    std::pmr::vector<std::size_t> all(memory), wanted(memory);
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+        if (settles) { all.push_back(i); }
+        if (out.wants(models.tensors()[pieces[i].tensor].output)) { wanted.push_back(i); }
+    }
+    const auto& chunks = settles ? all : wanted; // what is not wanted has a say in what is settled
+    auto tallies = empty_tallies(chunks.size(), memory);
     discarding_sink nowhere;
     const bool twice = settles && !out.rewritable();
     merge_chunks<Options>(passes, prepared, chunks, twice ? nowhere : out, tallies, twice ? "settle" : "merge");
@@ -595,8 +599,8 @@ void merge_walk(const Passes& passes, method<Options>& prepared, tensor_sink& ou
         for (std::size_t c = 0; c < tallies.size(); ++c) { of_tensors[pieces[c].tensor] += tallies[c]; }
         const bool settled = prepared.settle(std::span<const merge_tally>(of_tensors));
         if (twice) {
-            tallies = empty_tallies(chunks.size(), memory);
-            merge_chunks<Options>(passes, prepared, chunks, out, tallies, "merge");
+            tallies = empty_tallies(wanted.size(), memory);
+            merge_chunks<Options>(passes, prepared, wanted, out, tallies, "merge");
         }
         else if (settled) {
             std::pmr::vector<std::size_t> again(memory);

@@ -45,6 +45,10 @@ inline void copy_through(const cpu& policy, const aligned_models& models, tensor
     for (const auto& tensor : models.copied()) { total += tensor.source.bytes(); }
     progress_meter meter(policy, "copy", total);
     for (const auto& tensor : models.copied()) {
+        if (!out.wants(tensor.output)) {
+            if (!meter.advance(tensor.source.bytes())) { raise<cancelled>(error_code::cancelled); }
+            continue;
+        }
         if (tensor.source.source) {
             decode_through(policy, tensor, models.outputs()[tensor.output].dtype, out, meter);
             continue;

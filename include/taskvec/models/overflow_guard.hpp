@@ -83,6 +83,7 @@ public:
     }
 
     [[nodiscard]] bool rewritable() const override { return out_->rewritable(); }
+    [[nodiscard]] bool wants(std::size_t index) const override { return out_->wants(index); }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         const auto* const tensor = tensors_[index];
