@@ -9,11 +9,14 @@
 #include "runner.hpp"
 #include "words.hpp"
 
+#include <taskvec/formats/delta.hpp>
 #include <taskvec/formats/peft.hpp>
 
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -131,23 +134,41 @@ void add_result(nlohmann::ordered_json& content, const taskvec::adapter_result<T
     return report_file(settings.run.dry_run ? std::string() : settings.run.report);
 }
 
+/// What an adapter cannot hold, as a delta beside it.
+inline constexpr const char* rest_file = "rest.delta.safetensors";
+
+/// An adapter's files, and with them its rest, where it has one; one of an earlier adapter goes.
+struct adapter_output {
+    taskvec::peft_writer& files;
+    taskvec::delta_writer* rest;
+    void commit() const
+    {
+        if (rest) { rest->commit(); }
+        files.commit(rest ? std::vector<std::string>() : std::vector<std::string>{rest_file});
+    }
+};
+
 /// Writes an adapter and the report beside it: `content` and what the run took. Says `summary` once both are complete,
-/// before they take their names.
+/// before they take their names. `write_rest` makes the delta of a path, where one is wanted.
 template <class T>
 void write_adapter(const adapter_settings& settings, const runner& run, report_file& report,
     const taskvec::peft_adapter<T>& adapter, nlohmann::ordered_json content, std::uint64_t bytes_read,
-    const std::string& summary)
+    const std::string& summary,
+    const std::function<std::unique_ptr<taskvec::delta_writer>(const fs::path&)>& write_rest = {})
 {
     taskvec::peft_writer out(
         settings.out, adapter, {.output = settings.output(), .on_overflow = overflow_of(settings.overflow)});
+    const auto rest = write_rest ? write_rest(out.folder() / rest_file) : nullptr;
+    adapter_output files{out, rest.get()};
     content["output"] = settings.out;
     content["seconds"] = run.seconds();
     content["bytes_read"] = bytes_read;
-    content["bytes_written"] = out.file_size();
+    content["bytes_written"] = out.file_size() + (rest ? rest->file_size() : 0);
+    if (rest) { content["rest"] = {{"file", rest_file}, {"entries", rest->kept()}}; }
     if (settings.overflow == "saturate") { content["saturated"] = out.saturated(); }
     content["peak_memory"] = peak_memory();
     report.finish(content);
-    conclude(summary + ", in " + seconds_text(run.seconds()) + "\n", report, out);
+    conclude(summary + ", in " + seconds_text(run.seconds()) + "\n", report, files);
 }
 
 /// 0.0123 as "1.23%".

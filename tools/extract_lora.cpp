@@ -5,12 +5,19 @@
 #include "decompose.hpp"
 
 #include <taskvec/adapters/extract.hpp>
+#include <taskvec/formats/delta.hpp>
+#include <taskvec/formats/fingerprint.hpp>
+#include <taskvec/models/aligned_models.hpp>
+#include <taskvec/reuse/post_pruning.hpp>
 
 #include <algorithm>
+#include <functional>
 #include <iostream>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -21,7 +28,7 @@ namespace {
 struct extract_lora_settings : tool::adapter_settings {
     std::string base, task, adapter; ///< the fine-tuned model: stored, or an adapter on the base
     tool::rank_settings rank;
-    bool randomized = false, fan_in_fan_out = false;
+    bool randomized = false, fan_in_fan_out = false, sparse_rest = false;
     std::uint64_t seed = 0;
     std::vector<std::string> include, exclude, embedding;
     std::string index = "strict";
@@ -163,6 +170,29 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     std::error_code ignored;
     if (tool::fs::is_directory(given.base, ignored)) { adapter.config["base_model_name_or_path"] = given.base; }
 
+    std::function<std::unique_ptr<taskvec::delta_writer>(const tool::fs::path&)> write_rest;
+    const std::set<std::string_view> others(found.left_out.begin(), found.left_out.end());
+    taskvec::model_options left_out;
+    left_out.include = [&](std::string_view name) { return others.contains(name); };
+    left_out.base_label = tool::in_quotes(given.base);
+    left_out.labels = {label_of_task(given)};
+    std::optional<taskvec::aligned_models> rest;
+    if (given.sparse_rest) {
+        rest.emplace(&base.model(), std::span(&tuned, 1), left_out);
+        if (rest->tensors().empty()) {
+            tool::note(given.run, "--sparse-rest: nothing else changed, so there is no delta beside the adapter");
+        }
+        else {
+            write_rest = [&](const tool::fs::path& path) {
+                auto writer =
+                    std::make_unique<taskvec::delta_writer>(path, taskvec::fingerprint(run.policy(), base.model()));
+                taskvec::post_pruning(run.policy(), {.density = 1}, *rest, *writer);
+                writer->finish();
+                return writer;
+            };
+        }
+    }
+
     nlohmann::ordered_json content{{"base", given.base},
         {given.adapter.empty() ? "task" : "task_adapter", given.adapter.empty() ? given.task : given.adapter},
         {"method", given.randomized ? "randomized" : "exact"}};
@@ -174,7 +204,8 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     tool::write_adapter(given, run, report, adapter, std::move(content), base.data_bytes() + task_bytes,
         "extracted '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer") + " at "
             + given.rank.words() + ", " + tool::grouped(found.parameters()) + " parameters, relative error "
-            + tool::percent(found.relative_error()) + also);
+            + tool::percent(found.relative_error()) + also,
+        write_rest);
     list_left_out();
     if (work) { work->remove(); }
 }
@@ -290,9 +321,12 @@ const tool::register_verb extract_lora_verb(70, "extract-lora",
         tool::add_index_option(verb, given->index);
         verb.flag("--fan-in-fan-out", given->fan_in_fan_out, "Weights are stored in×out, as in GPT-2");
         tool::add_adapter_options(verb, *given, "the base's, per tensor");
+        verb.flag("--sparse-rest", given->sparse_rest,
+            "Keep what changed and no LoRA can hold (biases, norms) as a delta beside the adapter, "
+            "rest.delta.safetensors, which apply adds to the base");
         tool::add_resume_option(verb, given->resume, "Layers that are decomposed");
         verb.footer("Other tensors that changed (biases, norms) are listed on standard error and in the report: an "
-                    "adapter cannot hold them.\n\n"
+                    "adapter cannot hold them, but --sparse-rest keeps them.\n\n"
                     "Example:\n  taskvec extract-lora --base base.safetensors --task math.safetensors --rank 16 --out "
                     "math-lora");
         verb.action([given] { run_extract_lora(*given); });

@@ -400,6 +400,44 @@ TEST_CASE("extract-lora keeps the base's dtype, and --include and --exclude choo
     REQUIRE(run(folder, with(extract, {"--rank", "2", "--include", "^[ab][.]"})).code == 0);
 }
 
+TEST_CASE("extract-lora --sparse-rest keeps what no LoRA can hold, as a delta that goes with the adapter")
+{
+    const scratch folder;
+    values_model base{{"a.weight", tensor(8, 9, 1)}, {"a.bias", tensor(8, 1, 2)}, {"norm", tensor(5, 1, 3)},
+        {"same", tensor(4, 1, 4)}},
+        task = base;
+    for (auto& value : task.at("a.weight").values) { value *= 2; }
+    for (auto& value : task.at("a.bias").values) { value *= 2; } // doubling is exact
+    task.at("norm").values[3] *= 2;
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "task.safetensors", task);
+    const auto rest = folder / "out/rest.delta.safetensors";
+    REQUIRE(run(folder, with(extract, {"--rank", "8", "--sparse-rest", "--report", "r.json"})).code == 0);
+    CHECK(json_of(folder / "r.json")["rest"]["entries"] == 9);
+    REQUIRE(
+        run(folder, {"apply", "--base", "base.safetensors", "--delta", rest.string(), "--out", "rested.safetensors"})
+            .code
+        == 0);
+    const auto rested = read_values(folder / "rested.safetensors");
+    CHECK(rested.at("a.bias").values == task.at("a.bias").values);
+    CHECK(rested.at("norm").values == task.at("norm").values);
+    CHECK(rested.at("same").values == base.at("same").values);
+    CHECK(rested.at("a.weight").values == base.at("a.weight").values);
+    // The adapter and its rest are read side by side, and change together.
+    REQUIRE(
+        run(folder, {"fuse", "--base", "rested.safetensors", "--adapter", "out", "--out", "o.safetensors"}).code == 0);
+    const auto fused = read_values(folder / "o.safetensors");
+    for (std::size_t i = 0; i < 72; ++i) {
+        CHECK(fused.at("a.weight").values[i] == doctest::Approx(task.at("a.weight").values[i]).epsilon(1e-4));
+    }
+    REQUIRE(run(folder, with(extract, {"--rank", "8"})).code == 0);
+    CHECK_FALSE(std::filesystem::exists(rest));
+    const auto none = run(folder, with(extract, {"--rank", "8", "--sparse-rest", "--include", "weight$"}));
+    CHECK(none.code == 0);
+    CHECK(none.err.find("nothing else changed") != std::string::npos);
+    CHECK_FALSE(std::filesystem::exists(rest));
+}
+
 TEST_CASE("extract-lora turns embeddings, and with --fan-in-fan-out all weights, the way that PEFT factors them")
 {
     const scratch folder;

@@ -618,13 +618,15 @@ public:
     peft_writer(
         const std::filesystem::path& directory, const peft_adapter<T>& adapter, const peft_write_options& options = {});
 
-    /// Gives the files their names.
-    void commit()
+    /// Gives the files their names. `obsolete`: names of files that go as they come.
+    void commit(const std::vector<std::string>& obsolete = {})
     {
         model_->commit();
         settings_->commit();
-        folder_->commit();
+        folder_->commit(obsolete);
     }
+    /// Where the files are written until commit(): for what is to lie beside them.
+    [[nodiscard]] const std::filesystem::path& folder() const noexcept { return folder_->path(); }
     /// Bytes of both files.
     [[nodiscard]] std::uint64_t file_size() const noexcept { return size_; }
     /// Entries of factors that became the largest number of their dtype (overflow::saturate).
