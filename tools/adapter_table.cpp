@@ -5,6 +5,7 @@
 #include "adapter_sums.hpp"
 #include "outputs.hpp"
 #include "runner.hpp"
+#include "table.hpp"
 #include "words.hpp"
 
 #include <taskvec/adapters/adapter.hpp>
@@ -119,19 +120,10 @@ std::string table_of(const fs::path& path, const adapter_table_settings& how, co
     json["norm"] = std::sqrt(total);
     json["parameters"] = parameters;
     if (how.json) { return json.dump(2) + "\n"; }
-    std::vector<std::size_t> widths(rows[0].size(), 0);
-    for (const auto& row : rows) {
-        for (std::size_t i = 0; i < row.size(); ++i) { widths[i] = std::max(widths[i], text_width(row[i])); }
-    }
-    std::string text;
-    for (const auto& row : rows) {
-        for (std::size_t i = 0; i < row.size(); ++i) {
-            const bool last = i + 1 == row.size();
-            text += row[i] + (last ? "\n" : std::string(widths[i] - text_width(row[i]) + 2, ' '));
-        }
-    }
-    text += "\n" + std::string(taskvec::to_string(adapter.dialect)) + ": " + counted(adapter.modules.size(), "module")
-        + ", " + counted(parameters, "parameter") + ", norm of the update " + short_number(std::sqrt(total)) + "\n";
+    const std::vector<bool> right(rows[0].size(), false);
+    std::string text = table_text(std::move(rows), right) + "\n" + std::string(taskvec::to_string(adapter.dialect))
+        + ": " + counted(adapter.modules.size(), "module") + ", " + counted(parameters, "parameter")
+        + ", norm of the update " + short_number(std::sqrt(total)) + "\n";
     for (const auto& [name, tensor] : adapter.wholes) {
         text += "  trained whole: " + printable(name) + "  " + taskvec::to_string(tensor.shape) + "\n";
     }

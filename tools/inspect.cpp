@@ -6,6 +6,7 @@
 #include "models.hpp"
 #include "names.hpp"
 #include "runner.hpp"
+#include "table.hpp"
 #include "words.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
@@ -159,31 +160,18 @@ void verify(const taskvec::checkpoint& model, const inspect_settings& given)
 
 void print_table(const taskvec::checkpoint& model, const tool::fs::path& path)
 {
-    struct row {
-        std::string cells[4];
-    };
-    std::vector<row> rows{{{"name", "dtype", "shape", "bytes"}}};
+    std::vector<std::vector<std::string>> rows{{"name", "dtype", "shape", "bytes"}};
     std::map<taskvec::dtype, std::pair<std::uint64_t, std::uint64_t>> by_dtype; // tensors, elements
     std::uint64_t elements = 0;
     for (const auto& [name, tensor] : model.stored()) {
-        rows.push_back({{tool::printable(name), std::string(taskvec::to_string(tensor.dtype)),
-            taskvec::to_string(tensor.shape), tool::grouped(tensor.bytes(name))}});
+        rows.push_back({tool::printable(name), std::string(taskvec::to_string(tensor.dtype)),
+            taskvec::to_string(tensor.shape), tool::grouped(tensor.bytes(name))});
         auto& [tensors, count] = by_dtype[tensor.dtype];
         ++tensors;
         count += tensor.size(name);
         elements += tensor.size(name);
     }
-    std::size_t width[4] = {};
-    for (const auto& line : rows) {
-        for (std::size_t i = 0; i < 4; ++i) { width[i] = std::max(width[i], tool::text_width(line.cells[i])); }
-    }
-    std::string text;
-    for (const auto& line : rows) {
-        for (std::size_t i = 0; i < 4; ++i) {
-            const std::string space(width[i] - tool::text_width(line.cells[i]), ' ');
-            text += i == 3 ? space + line.cells[i] + "\n" : line.cells[i] + space + "  ";
-        }
-    }
+    std::string text = tool::table_text(std::move(rows), {false, false, false, true});
     text += "\n" + tool::counted(model.stored().size(), "tensor") + ", " + tool::counted(elements, "element") + ", "
         + tool::counted(model.data_bytes(), "byte");
     if (model.data_bytes() >= 1000) { text += " (" + tool::size_text(model.data_bytes()) + ")"; }

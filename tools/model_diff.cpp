@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model_diff.hpp"
 
+#include "table.hpp"
 #include "words.hpp"
 
 #include <taskvec/models/aligned_models.hpp>
@@ -32,12 +33,6 @@ std::string short_number(double value)
     char text[32];
     std::snprintf(text, sizeof text, "%.3g", value);
     return text;
-}
-
-std::string padded(const std::string& text, std::size_t width, bool right)
-{
-    const std::string space(width - std::min(width, text_width(text)), ' ');
-    return right ? space + text : text + space;
 }
 
 } // namespace
@@ -125,16 +120,7 @@ std::string diff_text(const nlohmann::ordered_json& diff, const taskvec::checkpo
     }
     std::string text;
     if (rows.size() > 1) {
-        std::vector<std::size_t> widths(rows[0].size());
-        for (const auto& row : rows) {
-            for (std::size_t i = 0; i < row.size(); ++i) { widths[i] = std::max(widths[i], text_width(row[i])); }
-        }
-        for (const auto& row : rows) {
-            for (std::size_t i = 0; i < row.size(); ++i) {
-                text += (i == 0 ? "" : "  ") + padded(row[i], widths[i], i > 0);
-            }
-            text += "\n";
-        }
+        text = table_text(std::move(rows), {false, true, true, true, true});
         text += "\n";
     }
     for (const auto& one : diff["not_comparable"]) {

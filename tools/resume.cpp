@@ -71,7 +71,8 @@ void add_resume_option(command& verb, resume_request& request, const std::string
 resumed_work::resumed_work(const resume_request& request, const std::vector<fs::path>& inputs)
     : path_(request.directory)
 {
-    std::string now = taskvec::message("taskvec ", TASKVEC_VERSION_MAJOR, '.', TASKVEC_VERSION_MINOR, '.', TASKVEC_VERSION_PATCH, '\n');
+    std::string now = taskvec::message(
+        "taskvec ", TASKVEC_VERSION_MAJOR, '.', TASKVEC_VERSION_MINOR, '.', TASKVEC_VERSION_PATCH, '\n');
     for (const auto& [flag, value] : request.words) {
         now += printable(flag + " " + value) + "\n";
         std::error_code none;

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "methods.hpp"
 #include "report.hpp"
+#include "table.hpp"
 #include "words.hpp"
 
 #include <taskvec/arithmetic/task_vector.hpp>
@@ -25,25 +26,21 @@ std::string fixed_text(double value)
 
 std::string table_of(const std::vector<std::string>& names, const std::vector<double>& cosines)
 {
-    std::size_t label = 0;
-    for (const auto& name : names) { label = std::max(label, tool::text_width(tool::printable(name))); }
-    std::string text(label, ' ');
-    std::vector<std::size_t> widths;
+    constexpr std::size_t least = 7; // as wide as a negative cosine
+    std::vector<std::vector<std::string>> rows{{""}};
+    std::vector<bool> right{false};
     for (const auto& name : names) {
-        widths.push_back(std::max<std::size_t>(7, tool::text_width(tool::printable(name))));
-        text +=
-            "  " + std::string(widths.back() - tool::text_width(tool::printable(name)), ' ') + tool::printable(name);
+        const auto shown = tool::printable(name);
+        rows[0].push_back(std::string(least - std::min(least, tool::text_width(shown)), ' ') + shown);
+        right.push_back(true);
     }
-    text += "\n";
     for (std::size_t r = 0; r < names.size(); ++r) {
-        text += tool::printable(names[r]) + std::string(label - tool::text_width(tool::printable(names[r])), ' ');
+        rows.push_back({tool::printable(names[r])});
         for (std::size_t c = 0; c < names.size(); ++c) {
-            const auto value = fixed_text(cosines[r * names.size() + c]);
-            text += "  " + std::string(widths[c] - value.size(), ' ') + value;
+            rows.back().push_back(fixed_text(cosines[r * names.size() + c]));
         }
-        text += "\n";
     }
-    return text;
+    return tool::table_text(std::move(rows), right);
 }
 
 struct similarity_settings {

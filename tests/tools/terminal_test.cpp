@@ -4,6 +4,7 @@
 #include "run_tool.hpp"
 
 #include <poll.h>
+#include <sys/ioctl.h>
 
 #include <cerrno>
 #include <cstdlib>
@@ -86,4 +87,37 @@ TEST_CASE("on a terminal, progress is drawn and wiped again; --quiet leaves it o
     CHECK(loud.find('%') != std::string::npos);
     CHECK(loud.ends_with("\r\033[K"));
     CHECK(drawn_on(terminal, true).empty());
+}
+
+TEST_CASE("tables keep within a terminal, whose headers stand out")
+{
+    const pseudo_terminal terminal;
+    if (!terminal.trouble().empty()) {
+        testing::skip("no pseudo terminal: " + terminal.trouble());
+        return;
+    }
+    const scratch folder;
+    const std::string name = "model.layers.0." + std::string(60, 'x') + ".q_proj.weight";
+    write_values(folder / "a.safetensors", {{name, {taskvec::dtype::f32, {1}, {1}}}});
+    const auto shown = [&](const std::vector<std::string>& environment, unsigned short columns) {
+        const int end = ::open(terminal.name().c_str(), O_RDWR | O_NOCTTY);
+        const struct winsize size{24, columns, 0, 0};
+        REQUIRE(::ioctl(end, TIOCSWINSZ, &size) == 0);
+        ::close(end);
+        std::string line = "exec '" + std::string(TASKVEC_TOOL) + "' inspect a.safetensors > " + terminal.name();
+        std::vector<std::string> variables = environment;
+        process child(folder, {"-c", line}, variables, "/bin/sh");
+        CHECK(child.wait().code == 0);
+        return terminal.written();
+    };
+    const auto narrow = shown({"TERM=xterm", "NO_COLOR="}, 60);
+    CHECK(narrow.starts_with("\x1b[1mname"));
+    CHECK(narrow.find(name) == std::string::npos);
+    CHECK(narrow.find("model.layers.0.xx") != std::string::npos);
+    CHECK(narrow.find("q_proj.weight") != std::string::npos);
+    CHECK(narrow.find("…") != std::string::npos);
+    const auto plain = shown({"TERM=xterm", "NO_COLOR=1"}, 200);
+    CHECK(plain.starts_with("name"));
+    CHECK(plain.find(name) != std::string::npos);
+    CHECK(run(folder, {"inspect", "a.safetensors"}).out.find(name) != std::string::npos);
 }
