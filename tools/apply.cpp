@@ -48,7 +48,7 @@ void run_apply(const apply_settings& given)
         return;
     }
     tool::report_file report(given.run.report);
-    tool::model_output out(given.out, plan, base.metadata(), given.shard_size, directory);
+    tool::model_output out(given.out, plan, base, given.shard_size, directory);
     tool::add_model_files(out, given.copies, given.run,
         {"Base plus delta", "", {{"base", tool::parse_task(given.base, "--base").name, given.base, 1, &base}}, ""},
         plan.specs);

@@ -104,7 +104,7 @@ best_merge::best_merge(const method_entry& method, const method_call& call, cons
     const bool directory = out_is_directory(request.out,
         inputs.base() ? fs::path(request.base) : inputs.arguments().front().path, !request.shard_size.empty());
     plan_ = std::make_unique<taskvec::quantised_outputs>(outputs_of(request, inputs));
-    out_ = std::make_unique<model_output>(request.out, *plan_, inputs.metadata(), request.shard_size, directory);
+    out_ = std::make_unique<model_output>(request.out, *plan_, inputs.reference(), request.shard_size, directory);
     auto models = recipe_models(request, inputs);
     for (std::size_t t = 0; t < call.weights.size(); ++t) { // where they were sought, they are no arguments
         auto& model = models[t + (inputs.base() ? 1 : 0)];

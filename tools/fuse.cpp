@@ -66,7 +66,7 @@ void run_fuse(const fuse_settings& given)
         return;
     }
     tool::report_file report(request.run.report);
-    tool::model_output out(request.out, plan, base.metadata(), request.shard_size, directory);
+    tool::model_output out(request.out, plan, base, request.shard_size, directory);
     tool::recipe how{given.subtract ? "Base minus adapters" : "Base plus adapters", "",
         {{"base", tool::parse_task(request.base, "--base").name, request.base, 1, &base}}, ""};
     for (std::size_t i = 0; i < arguments.size(); ++i) {

@@ -106,7 +106,7 @@ void run_merge(const merge_request& request)
     }
     report_file report(request.run.report);
     text_output config(request.as_config);
-    model_output out(request.out, plan, inputs.metadata(), request.shard_size, directory,
+    model_output out(request.out, plan, inputs.reference(), request.shard_size, directory,
         kept ? kept->shards.finish() : std::vector<fs::path>());
     const auto options = json_of(method.values(request.options));
     const auto layers = layers_of_result(request);

@@ -434,7 +434,8 @@ void add_model_files(model_output& out, const copy_request& copies, const run_op
             index += (index.back() == '{' ? "\n    " : ",\n    ") + taskvec::json_string(name) + ": "
                 + taskvec::json_string(weights);
         }
-        out.add_file(std::string(taskvec::index_file_name), index + "\n  }\n}\n");
+        const std::string stem(stem_of(*how.models.front().opened));
+        out.add_file(stem + ".safetensors.index.json", index + "\n  }\n}\n");
     }
     const bool in_place = has_source && place_of(source) == place_of(out.place());
     if (has_source) {

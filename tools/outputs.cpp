@@ -203,12 +203,24 @@ void revocable_file::revert() noexcept
     }
 }
 
-model_output::model_output(fs::path path, const taskvec::quantised_outputs& plan, const taskvec::metadata_map& metadata,
+std::string_view stem_of(const taskvec::checkpoint& model)
+{
+    for (const auto& file : model.files()) {
+        for (const auto stem : taskvec::model_stems) {
+            if (file.path().filename().string().starts_with(stem)) { return stem; }
+        }
+    }
+    return taskvec::model_stems[0];
+}
+
+model_output::model_output(fs::path path, const taskvec::quantised_outputs& plan, const taskvec::checkpoint& like,
     const std::string& shard_size, bool directory, const std::vector<fs::path>& finished)
     : path_(std::move(path))
 {
     std::error_code ignored;
     const auto& specs = plan.specs;
+    const auto& metadata = like.metadata();
+    const auto stem = stem_of(like);
     const auto place_sink = [&] {
         if (plan.plain()) { return; }
         taskvec::tensor_sink& file = file_ ? static_cast<taskvec::tensor_sink&>(*file_) : *shards_;
@@ -217,11 +229,12 @@ model_output::model_output(fs::path path, const taskvec::quantised_outputs& plan
     };
     if (!shard_size.empty()) {
         shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, parse_size(shard_size, "--shard-size"),
-            metadata, taskvec::durability::synchronised, taskvec::existing_directory::exchange, finished);
+            metadata, taskvec::durability::synchronised, taskvec::existing_directory::exchange, finished, stem);
     }
     else if (directory || !path_.has_filename() || fs::is_directory(path_, ignored)) {
         shards_ = std::make_unique<taskvec::sharded_writer>(path_, specs, std::numeric_limits<std::uint64_t>::max(),
-            metadata, taskvec::durability::synchronised, taskvec::existing_directory::exchange);
+            metadata, taskvec::durability::synchronised, taskvec::existing_directory::exchange, std::vector<fs::path>(),
+            stem);
     }
     else {
         file_ = std::make_unique<taskvec::safetensors_writer>(path_, specs, metadata);

@@ -60,13 +60,17 @@ private:
     bool new_ = false; ///< nothing was replaced
 };
 
+/// What the files of a model are called by: transformers' or diffusers' word.
+[[nodiscard]] std::string_view stem_of(const taskvec::checkpoint& model);
+
 /// A model that is being written: a file, a directory (`DIR/model.safetensors`), or a directory of shards.
 class model_output {
 public:
+    /// `like`: whose metadata the result has, and whose names of files (diffusers'), in a directory.
     /// `plan`: what the file holds of the tensors that sink() is given; it is kept by reference. `shard_size`: empty
     /// for one file. `directory`: whether that goes to a directory of the path's name. `finished`: the shards, where
     /// they lie already; then nothing goes to sink().
-    model_output(fs::path path, const taskvec::quantised_outputs& plan, const taskvec::metadata_map& metadata,
+    model_output(fs::path path, const taskvec::quantised_outputs& plan, const taskvec::checkpoint& like,
         const std::string& shard_size, bool directory = false, const std::vector<fs::path>& finished = {});
     /// The directory that the weights are written to, under its temporary name where it is new; empty for a file.
     [[nodiscard]] const fs::path& folder() const { return folder_; }

@@ -27,7 +27,8 @@ tool::merge_request merge_part(const tool::merge_request& request)
 void check_no_other_model(const tool::fs::path& out)
 {
     std::error_code ignored;
-    for (const std::string name : {"model", "diffusion_pytorch_model"}) {
+    for (const std::string_view stem : taskvec::model_stems) {
+        const std::string name(stem);
         if (tool::fs::exists(out / (name + ".safetensors"), ignored)) {
             taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::output_path,
                 tool::in_quotes(out) + " holds " + name
@@ -66,7 +67,7 @@ void run_peru_fft(const tool::merge_request& request)
     taskvec::output_directory folder(request.out, taskvec::durability::synchronised,
         inner ? taskvec::existing_directory::fill : taskvec::existing_directory::exchange);
     tool::model_output out(folder.path() / (request.shard_size.empty() ? "merged.safetensors" : "merged"), plan,
-        inputs.metadata(), request.shard_size);
+        inputs.reference(), request.shard_size);
     const auto options = tool::json_of(method.values(merging.options));
     const bool sharded = !request.shard_size.empty();
     if (!sharded) { out.set_folder(folder.path(), request.out); }

@@ -16319,6 +16319,10 @@ inline constexpr std::string_view single_file_name = "model.safetensors";
 /// Of the index of a sharded checkpoint.
 inline constexpr std::string_view index_file_name = "model.safetensors.index.json";
 
+/// What the names of a checkpoint's files begin with: transformers', and diffusers'. Where a directory holds both, the
+/// first is the model.
+inline constexpr std::string_view model_stems[] = {"model", "diffusion_pytorch_model"};
+
 /// Whether the tensors of shards have to be those that their index gives them.
 enum class index_check : std::uint8_t {
     strict, ///< each of them, and no other
@@ -16699,7 +16703,7 @@ namespace detail {
         return single(path, std::move(notes));
     }
     const auto has = [&](std::string_view name) { return std::filesystem::exists(path / name, ignored); };
-    for (const std::string_view stem : {"model", "diffusion_pytorch_model"}) {
+    for (const std::string_view stem : model_stems) {
         const std::string file = std::string(stem) + ".safetensors", index = file + ".index.json";
         if (has(file)) { return single(path / file); }
         if (has(index)) { return detail::open_indexed(path, path / index, how); }
@@ -16801,13 +16805,15 @@ namespace detail {
 {
     std::vector<std::string> result;
     std::error_code ignored;
-    if (std::filesystem::exists(directory / single_file_name, ignored)) { result.emplace_back(single_file_name); }
-    const auto index_path = directory / index_file_name;
-    if (!std::filesystem::exists(index_path, ignored)) { return result; }
-    for (const auto& [name, shard] : read_index(index_path)) {
-        if (std::find(result.begin(), result.end(), shard) == result.end()) { result.push_back(shard); }
+    for (const std::string_view stem : model_stems) {
+        const std::string single = std::string(stem) + ".safetensors", index = single + ".index.json";
+        if (std::filesystem::exists(directory / single, ignored)) { result.push_back(single); }
+        if (!std::filesystem::exists(directory / index, ignored)) { continue; }
+        for (const auto& [name, shard] : read_index(directory / index)) {
+            if (std::find(result.begin(), result.end(), shard) == result.end()) { result.push_back(shard); }
+        }
+        result.push_back(index);
     }
-    result.emplace_back(index_file_name);
     return result;
 }
 [[nodiscard]] inline std::string lines_of(const std::vector<std::string>& names)
@@ -16829,8 +16835,9 @@ namespace detail {
     const auto present = detail::model_files_in(directory);
     for (std::size_t at = 0, end = 0; (end = text.find('\n', at)) != text.npos; at = end + 1) {
         auto name = text.substr(at, end - at);
-        const bool of_a_model =
-            name.starts_with("model-") && name.ends_with(".safetensors") && name.find('/') == name.npos;
+        const bool of_a_model = std::any_of(std::begin(model_stems), std::end(model_stems),
+                                    [&](std::string_view stem) { return name.starts_with(std::string(stem) + "-"); })
+            && name.ends_with(".safetensors") && name.find('/') == name.npos;
         if (of_a_model && std::find(present.begin(), present.end(), name) == present.end()) {
             result.push_back(std::move(name));
         }
@@ -16856,11 +16863,13 @@ class sharded_writer final : public tensor_sink {
 public:
     /// `existing`: whether a directory that is there is exchanged for one with the new files and all others, so that
     /// what else is written to folder() changes with them. `finished`: where all shards lie already, in order, for
-    /// instance by resumable_shards; then nothing is to be written.
+    /// instance by resumable_shards; then nothing is to be written. `stem`: one of model_stems, for the names.
     sharded_writer(std::filesystem::path directory, const std::vector<tensor_spec>& specs, std::uint64_t shard_size,
         const metadata_map& metadata = {}, durability mode = durability::synchronised,
-        existing_directory existing = existing_directory::fill, const std::vector<std::filesystem::path>& finished = {})
+        existing_directory existing = existing_directory::fill, const std::vector<std::filesystem::path>& finished = {},
+        std::string_view stem = model_stems[0])
         : directory_(std::move(directory))
+        , stem_(stem)
         , mode_(mode)
         , plan_(plan_shards(specs, shard_size))
         , place_(specs.size())
@@ -16884,7 +16893,7 @@ public:
         }
         const std::size_t generation = plan_.shards == 1 ? 1 : free_generation();
         for (std::size_t i = 0; i < parts.size(); ++i) {
-            names_.push_back(plan_.shards == 1 ? std::string(single_file_name) : shard_name(i, generation));
+            names_.push_back(plan_.shards == 1 ? single_name() : shard_name(i, generation));
         }
         for (std::size_t i = 0; i < parts.size(); ++i) {
             auto path = folder_->path() / names_[i];
@@ -16907,7 +16916,7 @@ public:
                     (json.back() == '{' ? "\n    " : ",\n    ") + json_string(name) + ": " + json_string(names_[shard]);
             }
             json += "\n  }\n}\n";
-            index_ = std::make_unique<atomic_file>(folder_->path() / index_file_name, json.size(), mode);
+            index_ = std::make_unique<atomic_file>(folder_->path() / index_name(), json.size(), mode);
             index_->write(0, json.data(), json.size());
         }
     }
@@ -16946,15 +16955,14 @@ public:
         std::vector<std::string> obsolete;
         for (const auto& name : old_) {
             // An index that somebody else wrote may name any file: only what is called a model's is removed.
-            const bool of_a_model = name == index_file_name || name.ends_with(".safetensors");
+            const bool of_a_model = is_index_name(name) || name.ends_with(".safetensors");
             if (of_a_model && std::find(names_.begin(), names_.end(), name) == names_.end()
-                && !(index_ && name == index_file_name)) {
+                && !(index_ && name == index_name())) {
                 obsolete.push_back(name);
             }
         }
         std::vector<std::filesystem::path> superseded;
         for (const auto& name : obsolete) { superseded.push_back(directory_ / name); }
-        const auto first = directory_ / single_file_name;
         if (index_ && in_place) {
             for (const auto& writer : writers_) { unlisted_.push_back(writer->target()); }
             if (auto* const lock = folder_->lock()) {
@@ -16972,13 +16980,15 @@ public:
         folder_->commit(obsolete);
         if (!in_place) { return; }
         for (const auto& path : superseded) { detail::system::remove_file(path); }
-        // `model.safetensors` comes before an index when a directory is opened: with it gone, a new index takes effect.
-        if (detail::system::status status; index_ && detail::system::look_at_link(first, status)) {
-            raise<io_error>(error_code::system_refused,
-                "is an earlier model's and cannot be removed: the new model lies beside it, whole, and takes effect "
-                "once "
-                "this file is gone",
-                first.string());
+        // `model.safetensors` comes before an index when a directory is opened, and both before diffusers' files: with
+        // them gone, the new model takes effect.
+        for (const auto& name : opened_before()) {
+            if (detail::system::status status; detail::system::look_at_link(directory_ / name, status)) {
+                raise<io_error>(error_code::system_refused,
+                    "is an earlier model's and cannot be removed: the new model lies beside it, whole, and takes "
+                    "effect once this file is gone",
+                    (directory_ / name).string());
+            }
         }
         if (mode_ == durability::synchronised) { detail::synchronise_directory(directory_); }
     }
@@ -17020,7 +17030,7 @@ private:
             const auto digits = std::to_string(number);
             return std::string(digits.size() < 5 ? 5 - digits.size() : 0, '0') + digits;
         };
-        return "model-" + padded(index + 1) + "-of-" + padded(plan_.shards)
+        return stem_ + "-" + padded(index + 1) + "-of-" + padded(plan_.shards)
             + (generation > 1 ? "-" + std::to_string(generation) : "") + ".safetensors";
     }
     /// The first generation none of whose shard names is taken.
@@ -17036,7 +17046,26 @@ private:
         }
     }
     [[nodiscard]] std::vector<std::string> present_files() const { return detail::model_files_in(directory_); }
+    [[nodiscard]] std::string single_name() const { return stem_ + ".safetensors"; }
+    [[nodiscard]] std::string index_name() const { return single_name() + ".index.json"; }
+    /// What open_model() would take in place of what is written here.
+    [[nodiscard]] std::vector<std::string> opened_before() const
+    {
+        std::vector<std::string> names;
+        for (const std::string_view stem : model_stems) {
+            const std::string single = std::string(stem) + ".safetensors";
+            if (stem == stem_) {
+                if (index_) { names.push_back(single); }
+                break;
+            }
+            names.push_back(single);
+            names.push_back(single + ".index.json");
+        }
+        return names;
+    }
+
     std::filesystem::path directory_;
+    std::string stem_;
     std::optional<output_directory> folder_; // before the files in it, so that it outlives them
     durability mode_;
     shard_plan plan_;

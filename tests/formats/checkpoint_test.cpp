@@ -335,6 +335,33 @@ TEST_CASE("shards that are whole may be written again, and the last bytes count"
     CHECK(is_model(folder / "m", right));
 }
 
+TEST_CASE("diffusers' names are written too, and of two models in a directory the new one is opened")
+{
+    const scratch folder;
+    const auto out = folder / "m";
+    const sample first(9, 1), second(9, 2);
+    const auto write = [&](const sample& model, std::uint64_t size, std::string_view stem) {
+        sharded_writer writer(out, model.specs, size, {}, durability::process, existing_directory::fill, {}, stem);
+        model.fill(writer);
+        writer.commit();
+        CHECK(is_model(out, model));
+    };
+    const std::string single = "diffusion_pytorch_model.safetensors";
+    write(first, 1000, model_stems[1]);
+    CHECK(std::filesystem::exists(out / single));
+    write(second, 40, model_stems[1]);
+    CHECK_FALSE(std::filesystem::exists(out / single));
+    CHECK(std::filesystem::exists(out / (single + ".index.json")));
+    CHECK(std::filesystem::exists(out / "diffusion_pytorch_model-00001-of-00006.safetensors"));
+    write(first, 40, model_stems[0]);
+    CHECK_FALSE(std::filesystem::exists(out / (single + ".index.json")));
+    write(second, 1000, model_stems[1]); // what would be opened before it goes
+    CHECK_FALSE(std::filesystem::exists(out / index_file_name));
+    write(first, 1000, model_stems[0]);
+    write(second, 40, model_stems[1]);
+    CHECK_FALSE(std::filesystem::exists(out / single_file_name));
+}
+
 TEST_CASE("finished shards outlive their writer, and a checkpoint takes them")
 {
     const scratch folder;

@@ -216,3 +216,30 @@ TEST_CASE("peru-fft does not go beside a model that would be opened in its place
     CHECK(slurp(m.folder / "out/model.safetensors") == before);
     CHECK_FALSE(std::filesystem::exists(m.folder / "out/merged.safetensors"));
 }
+
+TEST_CASE("a model of diffusers comes out under diffusers' names")
+{
+    const scratch folder;
+    for (const std::string place : {"base", "tuned"}) {
+        std::filesystem::create_directories(folder / place);
+        write_values(folder / place / "diffusion_pytorch_model.safetensors",
+            {{"conv.weight", {taskvec::dtype::f32, {2, 2}, {1, 2, 3, place == "base" ? 4.0F : 6.0F}}},
+                {"norm.weight", {taskvec::dtype::f32, {2}, {1, 2}}}});
+        spill(folder / place / "config.json", R"({"_class_name": "UNet2DModel", "_diffusers_version": "0.30.0"})");
+    }
+    const std::vector<std::string> line{"merge", "--method", "average", "--task", "base", "--task", "tuned", "--out"};
+    const auto merge = [&](std::vector<std::string> more) {
+        more.insert(more.begin(), line.begin(), line.end());
+        const auto done = run(folder, more);
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+    };
+    merge({"out"});
+    const std::string single = "diffusion_pytorch_model.safetensors";
+    CHECK(scratch::names_in(folder / "out") == std::set<std::string>{"README.md", "config.json", single});
+    CHECK(read_values(folder / "out" / single).at("conv.weight").values[3] == 5.0F);
+    merge({"out", "--shard-size", "10"});
+    CHECK(std::filesystem::exists(folder / "out/diffusion_pytorch_model.safetensors.index.json"));
+    CHECK(std::filesystem::exists(folder / "out/diffusion_pytorch_model-00001-of-00002.safetensors"));
+    CHECK_FALSE(std::filesystem::exists(folder / "out" / single));
+    CHECK(run(folder, {"inspect", "out"}).out.find("2 tensors") != std::string::npos);
+}
