@@ -441,6 +441,17 @@ void merge_inputs::line_up(const model_request& request)
     const auto options = model_options_of(request);
     const auto reference_path = base_ ? fs::path(request.base) : arguments_.front().path;
     auto& first = base_ ? *base_ : tasks_.front();
+    if (says_tied(reference_path)) { // a task may have a head of its own: the base's is its embedding
+        for (std::size_t t = base_ ? 0 : 1; t < tasks_.size(); ++t) {
+            auto model = first.model();
+            const auto added = add_tied_head(model, tasks_[t].model());
+            if (added.empty()) { continue; }
+            first.set_model(std::move(model));
+            note(request.run,
+                in_quotes(arguments_[t].path) + " has a head of its own, '" + added + "'; that of "
+                    + in_quotes(reference_path) + " is its embedding (config.json: tie_word_embeddings)");
+        }
+    }
     for (std::size_t t = base_ ? 0 : 1; t < tasks_.size(); ++t) {
         if (adapter(t)) { continue; }
         auto& task = tasks_[t];

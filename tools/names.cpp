@@ -126,15 +126,6 @@ std::string list_of(const std::vector<prefix_match::change>& changes,
     return text;
 }
 
-/// Names of embeddings that heads are tied to.
-bool is_embedding(std::string_view name)
-{
-    for (const std::string_view ending : {"embed_tokens.weight", "wte.weight", "word_embeddings.weight",
-             "tok_embeddings.weight", "embed_in.weight", "shared.weight", "embeddings.weight", "embedding.weight"}) {
-        if (name.ends_with(ending)) { return true; }
-    }
-    return false;
-}
 bool same_bytes(const taskvec::const_tensor_ref& a, const taskvec::const_tensor_ref& b)
 {
     return a.dtype == b.dtype && a.shape == b.shape && a.source == b.source
@@ -158,6 +149,15 @@ const taskvec::const_model_ref::entry* embedding_like(
 }
 
 } // namespace
+
+bool is_embedding(std::string_view name)
+{
+    for (const std::string_view ending : {"embed_tokens.weight", "wte.weight", "word_embeddings.weight",
+             "tok_embeddings.weight", "embed_in.weight", "shared.weight", "embeddings.weight", "embedding.weight"}) {
+        if (name.ends_with(ending)) { return true; }
+    }
+    return false;
+}
 
 bool is_head(std::string_view name)
 {
@@ -469,6 +469,21 @@ std::string tie_text(const taskvec::const_model_ref& model, bool says_tied)
         if (is_embedding(entry.name) && entry.tensor.shape.size() == 2 && !embedding) { embedding = &entry; }
     }
     return says_tied && embedding ? "the head is '" + embedding->name + "' (config.json: tie_word_embeddings)" : "";
+}
+
+std::string add_tied_head(taskvec::const_model_ref& model, const taskvec::const_model_ref& other)
+{
+    for (const auto& [name, tensor] : other) {
+        if (!is_head(name) || tensor.shape.size() != 2 || model.find(name)) { continue; }
+        const auto* const own = embedding_like(other, tensor);
+        if (own && same_bytes(own->tensor, tensor)) { continue; }
+        const auto* const embedding = embedding_like(model, tensor, true);
+        if (!embedding) { continue; }
+        const auto tied = embedding->tensor;
+        model.insert(name, tied);
+        return name;
+    }
+    return "";
 }
 
 std::vector<std::string> resolve_ties(taskvec::const_model_ref& model, const taskvec::const_model_ref& reference,

@@ -76,11 +76,15 @@ struct prefix_match {
 [[nodiscard]] std::vector<std::string> resolve_ties(taskvec::const_model_ref& model,
     const taskvec::const_model_ref& reference, bool says_tied, const std::string& label,
     const std::string& reference_label);
+/// Adds to a model whose head is its embedding the head that another one has for itself; the name of what was added.
+[[nodiscard]] std::string add_tied_head(taskvec::const_model_ref& model, const taskvec::const_model_ref& other);
 /// The config.json beside a model's weights; an empty object where there is none.
 [[nodiscard]] nlohmann::json config_beside(const fs::path& model);
 /// Whether a configuration, and that beside a model, says that the head is tied.
 [[nodiscard]] bool config_says_tied(const nlohmann::json& config);
 [[nodiscard]] bool says_tied(const fs::path& model);
+/// Whether a tensor of this name is an embedding of tokens.
+[[nodiscard]] bool is_embedding(std::string_view name);
 /// Whether a tensor of this name is a head over the vocabulary.
 [[nodiscard]] bool is_head(std::string_view name);
 /// Whether a model has a head that is not its embedding.

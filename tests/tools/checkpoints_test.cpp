@@ -509,6 +509,25 @@ TEST_CASE(
     CHECK(split.at(head).values == result.at(head).values);
 }
 
+TEST_CASE("a task with a head of its own meets a base whose head is its embedding")
+{
+    const scratch folder;
+    for (const std::string place : {"base", "task"}) { std::filesystem::create_directory(folder / place); }
+    auto base = language_model(1), task = language_model(3);
+    base.erase("lm_head.weight");
+    write_values(folder / "base/model.safetensors", base);
+    write_values(folder / "task/model.safetensors", task);
+    const words line{"--base", "base", "--task", "task", "--out", "out"};
+    CHECK(refused(merge(folder, line), {"'lm_head.weight'"})); // nothing says that it is tied
+    spill(folder / "base/config.json", R"({"model_type": "llama", "tie_word_embeddings": true})");
+    const auto result = merge(folder, line);
+    REQUIRE_MESSAGE(result.code == 0, result.err);
+    CHECK(has(result.err, "has a head of its own, 'lm_head.weight'; that of 'base' is its embedding"));
+    CHECK(read_values(folder / "out/model.safetensors").at("lm_head.weight").values == task["lm_head.weight"].values);
+    CHECK(has(slurp(folder / "out/config.json"), "\"tie_word_embeddings\": false"));
+    CHECK(run(folder, {"merge", "--method", "average", "--task", "base", "--task", "task", "--out", "mean"}).code == 0);
+}
+
 TEST_CASE("an index by its path, and leniently")
 {
     const scratch folder;
