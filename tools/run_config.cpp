@@ -13,8 +13,10 @@
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <fstream>
 #include <functional>
@@ -87,12 +89,7 @@ public:
     {
         if (!node.IsMap()) { where.fail(node, what + " is " + kind_of(node) + "; expected a mapping"); }
         std::set<std::string> seen;
-        for (const auto& pair : node) {
-            if (!pair.first.IsScalar()) { where.fail(pair.first, "a key is " + kind_of(pair.first)); }
-            const auto key = pair.first.Scalar();
-            if (!seen.insert(key).second) { where.fail(pair.first, "'" + shown(key) + "' stands twice in " + what); }
-            entries_.push_back({key, pair.first, pair.second});
-        }
+        add(where, node, what, seen, 0);
     }
     mapping(const place& where, const YAML::Node& node, const std::string& what, const std::vector<std::string>& known)
         : mapping(where, node, what)
@@ -119,6 +116,41 @@ public:
     [[nodiscard]] const YAML::Node& node() const { return node_; }
 
 private:
+    /// The entries of a mapping, and behind them those of mappings that it takes over (`<<: *other`), which have no say
+    /// where a key stands already.
+    void add(const place& where, const YAML::Node& node, const std::string& what, std::set<std::string>& seen,
+        std::size_t depth)
+    {
+        constexpr std::size_t deepest = 16, most = 10000;
+        if (depth > deepest || entries_.size() > most) {
+            where.fail(node, what + " takes over too many others ('<<')");
+        }
+        std::set<std::string> own;
+        std::vector<YAML::Node> others;
+        for (const auto& pair : node) {
+            if (!pair.first.IsScalar()) { where.fail(pair.first, "a key is " + kind_of(pair.first)); }
+            const auto key = pair.first.Scalar();
+            if (!own.insert(key).second) { where.fail(pair.first, "'" + shown(key) + "' stands twice in " + what); }
+            if (key == "<<") {
+                if (pair.second.IsSequence()) {
+                    for (const auto& one : pair.second) { others.push_back(one); }
+                }
+                else {
+                    others.push_back(pair.second);
+                }
+            }
+            else if (seen.insert(key).second) {
+                entries_.push_back({key, pair.first, pair.second});
+            }
+        }
+        for (const auto& other : others) {
+            if (!other.IsMap()) {
+                where.fail(other, "'<<' in " + what + " is " + kind_of(other) + "; expected a mapping");
+            }
+            add(where, other, what, seen, depth + 1);
+        }
+    }
+
     YAML::Node node_;
     std::vector<entry> entries_;
 };
@@ -129,16 +161,46 @@ std::string scalar_of(const place& where, const YAML::Node& node, const std::str
     return node.Scalar();
 }
 
+/// A number as YAML 1.1 has it, which mergekit reads: `0x10`, `0b11`, and `010`, which is 8, where no quotes are around
+/// it; `_` between digits. Nothing for other texts.
+std::optional<double> parse_number(const YAML::Node& node)
+{
+    std::string text;
+    const auto& given = node.Scalar();
+    const auto is_digit = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0; };
+    for (std::size_t i = 0; i < given.size(); ++i) {
+        const bool between =
+            given[i] == '_' && i > 0 && i + 1 < given.size() && is_digit(given[i - 1]) && is_digit(given[i + 1]);
+        if (!between) { text += given[i]; }
+    }
+    const bool negative = text.starts_with('-');
+    std::string_view digits = text;
+    if (negative || text.starts_with('+')) { digits.remove_prefix(1); }
+    if (digits.empty() || digits[0] == '-' || digits[0] == '+') { return std::nullopt; }
+    const bool plain = node.Tag() != "!"; // that of quotes
+    const int base = digits.starts_with("0x") ? 16 : digits.starts_with("0b") ? 2 : 8;
+    if (plain && digits.size() > 1 && digits[0] == '0'
+        && (base != 8 || digits.find_first_not_of("01234567") == digits.npos)) {
+        if (base != 8) { digits.remove_prefix(2); }
+        std::uint64_t whole = 0;
+        const auto [end, failure] = std::from_chars(digits.data(), digits.data() + digits.size(), whole, base);
+        if (failure != std::errc{} || end != digits.data() + digits.size()) { return std::nullopt; }
+        return (negative ? -1.0 : 1.0) * static_cast<double>(whole);
+    }
+    double value = 0;
+    const auto [end, failure] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
+    if (failure != std::errc{} || end != digits.data() + digits.size() || !std::isfinite(value)) {
+        return std::nullopt;
+    }
+    return negative ? -value : value;
+}
+
 double number_of(const place& where, const YAML::Node& node, const std::string& what)
 {
     const auto text = scalar_of(where, node, what);
-    const char* first = text.data() + (text.starts_with('+') ? 1 : 0);
-    double value = 0;
-    const auto [end, failure] = std::from_chars(first, text.data() + text.size(), value);
-    if (failure != std::errc{} || end != text.data() + text.size() || !std::isfinite(value)) {
-        where.fail(node, what + " is '" + shown(text) + "'; expected a number");
-    }
-    return value;
+    const auto value = parse_number(node);
+    if (!value) { where.fail(node, what + " is '" + shown(text) + "'; expected a number"); }
+    return *value;
 }
 
 bool truth_of(const place& where, const YAML::Node& node, const std::string& what)
@@ -146,12 +208,13 @@ bool truth_of(const place& where, const YAML::Node& node, const std::string& wha
     auto text = scalar_of(where, node, what);
     std::transform(text.begin(), text.end(), text.begin(),
         [](char c) { return static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c); });
-    for (const auto* word : {"true", "yes", "on", "1"}) {
+    for (const auto* word : {"true", "yes", "on"}) {
         if (text == word) { return true; }
     }
-    for (const auto* word : {"false", "no", "off", "0"}) {
+    for (const auto* word : {"false", "no", "off"}) {
         if (text == word) { return false; }
     }
+    if (const auto number = parse_number(node)) { return *number != 0; } // as mergekit has written them: 1.0
     where.fail(node, what + " is '" + shown(text) + "'; expected true or false");
 }
 
@@ -380,11 +443,37 @@ private:
         return made;
     }
 
+    /// The name of a model, which mergekit writes as a mapping too: `{model: {path: P, revision: R}, lora: {path: L}}`.
+    std::string reference_of(const YAML::Node& node)
+    {
+        if (!node.IsMap()) { return scalar_of(where_, node, "a model"); }
+        const auto path_of = [&](const YAML::Node& part) {
+            if (!part.IsMap()) { return scalar_of(where_, part, "a model"); }
+            const mapping parts(where_, part, "a model", {"path", "revision"});
+            const auto place = parts.find("path");
+            if (!place) { where_.fail(part, "a model without a 'path'"); }
+            auto text = scalar_of(where_, place->value, "a path");
+            if (const auto revision = parts.find("revision")) {
+                text += "@" + scalar_of(where_, revision->value, "a revision");
+            }
+            return text;
+        };
+        const mapping parts(where_, node, "a model", {"model", "lora", "override_architecture", "path", "revision"});
+        if (const auto one = parts.find("override_architecture")) {
+            where_.fail(one->key, "'override_architecture' is not supported: names tell what tensors are");
+        }
+        if (parts.find("path")) { return path_of(node); }
+        const auto model = parts.find("model");
+        if (!model) { where_.fail(node, "a model without a 'path'"); }
+        const auto lora = parts.find("lora");
+        return path_of(model->value) + (lora ? "+" + path_of(lora->value) : "");
+    }
+
     input named(const YAML::Node& node)
     {
         input made;
         made.at = node;
-        made.name = scalar_of(where_, node, "a model");
+        made.name = reference_of(node);
         if (const auto stage = stages_.find(made.name); stage != stages_.end()) {
             made.path = stage->second.string();
             return made;
@@ -629,7 +718,8 @@ private:
         for (const auto* key : {"dtype", "out_dtype"}) {
             const auto one = top.find(key);
             if (!one) { continue; }
-            const auto word = scalar_of(where_, one->value, key);
+            auto word = scalar_of(where_, one->value, key);
+            if (word.starts_with("torch.")) { word.erase(0, std::string_view("torch.").size()); }
             const auto dtype = word == "float32" ? "f32" : word == "bfloat16" ? "bf16" : word == "float16" ? "f16" : "";
             if (*dtype == '\0') {
                 where_.fail(one->value,
@@ -705,6 +795,11 @@ private:
         if (part.value.IsScalar()) { made.numbers = {number_of(where_, part.value, one.name)}; }
         for (const auto& number : part.value.IsSequence() ? part.value : YAML::Node()) {
             made.numbers.push_back(number_of(where_, number, one.name));
+        }
+        if (one.row
+            == "density") { // there 0 keeps nothing, and what is above 1 all; a share that is no entry does so here
+            constexpr double no_entry = 1e-30;
+            for (double& number : made.numbers) { number = number == 0 ? no_entry : std::min(number, 1.0); }
         }
         for (const double number : made.numbers) {
             made.text += (made.text.empty() ? "" : ",") + taskvec::csv_number(number);

@@ -591,6 +591,52 @@ TEST_CASE("adapters on any model, and on the base, are what fuse stores in F32")
     has(m.refusal("merge_method: linear\nmodels: [{model: a+nowhere}, {model: b}]\n"), "there is no model 'nowhere'");
 }
 
+TEST_CASE("numbers, truths, mappings and merge keys are those of YAML 1.1 and of old configurations")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto weights = [&](const std::string& first, const std::string& second) {
+        return m.result("merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: " + first
+            + "}}\n  - {model: b, parameters: {weight: " + second + "}}\n");
+    };
+    const auto expected = weights("8", "16");
+    CHECK(same(weights("010", "0x10"), expected));
+    CHECK(same(weights("0b1000", "1_6"), expected));
+    CHECK(same(weights("+8.0", "'16'"), expected));
+    CHECK(same(weights("'010'", "20"), weights("10", "20"))); // a text there, which is read in tens
+    CHECK(same(weights("089", "-1"), weights("89", "-1")));
+    for (const auto* wrong : {"0x", "0xg", "1__0", "_1", "--1", "1:30", ".inf"}) {
+        has(m.refusal(std::string("merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: ") + wrong
+                + "}}\n  - {model: b, parameters: {weight: 1}}\n"),
+            "expected a number");
+    }
+    const std::string head = "merge_method: task_arithmetic\nbase_model: base\n" + tasks;
+    CHECK(same(m.result(head + "parameters: {normalize: 1.0, int8_mask: 0.0}\n"),
+        m.result(head + "parameters: {normalize: true}\n")));
+    CHECK(same(m.result(head + "parameters: {normalize: 0.0}\n"), m.result(head + "parameters: {normalize: false}\n")));
+    CHECK(same(m.result(head + "dtype: torch.bfloat16\n"), m.result(head + "dtype: bfloat16\n")));
+    CHECK(same(m.result("merge_method: task_arithmetic\nbase_model: {model: {path: base}}\nmodels:\n  - model:\n"
+                        "      model: {path: a}\n    parameters: {weight: 0.75}\n  - model: {path: b}\n"
+                        "    parameters: {weight: 0.5}\n"),
+        m.result(head)));
+    has(m.refusal("merge_method: linear\nmodels: [{model: {model: {revision: x}}}]\n"), "without a 'path'");
+    CHECK(same(m.result("merge_method: task_arithmetic\nbase_model: base\nmodels:\n  - model: a\n    parameters: &p\n"
+                        "      weight: 0.75\n  - model: b\n    parameters:\n      <<: *p\n      weight: 0.5\n"),
+        m.result(head)));
+    CHECK(same(m.result("merge_method: linear\nmodels:\n  - model: a\n    parameters: &p {weight: 3}\n  - model: b\n"
+                        "    parameters: {<<: [*p, {weight: 5}]}\n"),
+        weights("3", "3")));
+    has(m.refusal("merge_method: linear\nmodels: [{model: a, parameters: {<<: 3}}]\n"), "expected a mapping");
+    const auto ties = [&](const std::string& density, const std::string& weight) {
+        return m.result("merge_method: ties\nbase_model: base\nmodels:\n  - {model: a, parameters: {density: " + density
+            + ", weight: " + weight + "}}\n  - {model: b, parameters: {density: 1, weight: 0.5}}\n");
+    };
+    CHECK(same(ties("0", "0.5"), ties("1", "0")));
+    CHECK(same(ties("2", "0.5"), ties("1", "0.5")));
+    CHECK_FALSE(same(ties("[0, 1]", "0.5"), ties("1", "0.5")));
+    has(m.refusal(head + "dtype: float64\n"), "dtype is 'float64'");
+}
+
 TEST_CASE("the chat template is that of most models, a known one, or the text that is given")
 {
     const configured m;
