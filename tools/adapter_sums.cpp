@@ -149,7 +149,7 @@ adapter_sum::adapter_sum(const std::vector<task_argument>& arguments, const task
         }
         std::visit([&](auto& read) { add(read, argument, how, run); }, adapters_.back());
     }
-    if (changes_.empty()) {
+    if (changes_.empty() && !grown_) {
         std::vector<std::string> names;
         for (const auto& [name, tensor] : base_) { names.push_back(name); }
         check_patterns(how.included, "--include", names, "tensor of '" + how.base_path.string() + "'");
@@ -266,8 +266,96 @@ void adapter_sum::add(
     }
     facts_.push_back(about);
     const std::string base_label = in_quotes(how.base_path);
+    check_saved_modules(read, run);
+    const auto config = config_beside(how.base_path);
+    const bool linear = config.contains("model_type") && !has_conv1d(config) && !how.fan_in_fan_out;
+    if (read.fan_in_fan_out && (linear || taskvec::denies_fan_in_fan_out(base_, read, match))) {
+        note(run,
+            read.label + " says fan_in_fan_out, and linear layers of " + base_label
+                + " lie out×in: the flag is taken for false, as PEFT does");
+        read.fan_in_fan_out = false;
+    }
+    if (how.may_untie) { take_grown_vocabulary(read, match, argument, base_label, run); }
     taskvec::add_adapter(changes_, base_, read, match, how.subtract ? -argument.weight : argument.weight,
-        {.conv1d = how.fan_in_fan_out || has_conv1d(config_beside(how.base_path)), .label = base_label});
+        {.conv1d = how.fan_in_fan_out || has_conv1d(config), .label = base_label});
+}
+
+/// Modules that were trained whole by the configuration, and are not in the file.
+template <class T>
+void adapter_sum::check_saved_modules(const taskvec::adapter_contents<T>& read, const run_options& run) const
+{
+    const auto within = [](std::string_view name, const std::string& module) {
+        return ("." + std::string(name)).find("." + module + ".") != std::string::npos;
+    };
+    const auto saved = read.config.find("modules_to_save");
+    for (const auto& one : saved != read.config.end() && saved->is_array() ? *saved : nlohmann::json::array()) {
+        if (!one.is_string()) { continue; }
+        const auto& module = one.template get_ref<const std::string&>();
+        const bool there = std::any_of(
+            read.wholes.begin(), read.wholes.end(), [&](const auto& whole) { return within(whole.first, module); });
+        const bool known =
+            std::any_of(base_.begin(), base_.end(), [&](const auto& entry) { return within(entry.name, module); });
+        if (there || !known) { continue; }
+        taskvec::raise<taskvec::format_error>(taskvec::error_code::adapter_tensors,
+            "modules_to_save of adapter_config.json names '" + printable(module)
+                + "', which was trained whole, and the file holds nothing of it: fetch or save it anew, or take the "
+                  "name out of modules_to_save if it was not trained",
+            read.file.string());
+    }
+    const auto bias = read.config.find("bias");
+    if (bias != read.config.end() && (*bias == "all" || *bias == "lora_only")
+        && std::none_of(
+            read.wholes.begin(), read.wholes.end(), [](const auto& whole) { return whole.first.ends_with("bias"); })) {
+        note(run,
+            read.label + " says bias " + bias->template get<std::string>()
+                + ", and holds no bias: those of the base stay");
+    }
+}
+
+/// Embeddings and heads that an adapter holds whole with more rows than the base has, for tokens that were added: they
+/// take the base's place, as they are.
+template <class T>
+void adapter_sum::take_grown_vocabulary(taskvec::adapter_contents<T>& read, const taskvec::module_match& match,
+    const task_argument& argument, const std::string& base_label, const run_options& run)
+{
+    std::map<std::string, const taskvec::peft_tensor*> grown;
+    for (const auto& [name, whole] : read.wholes) {
+        const auto tensor = match.renamed(name, base_);
+        const auto* const there = base_.find(tensor);
+        if (there && there->shape.size() == 2 && whole.shape.size() == 2 && there->shape[1] == whole.shape[1]
+            && whole.shape[0] > there->shape[0] && (is_head(tensor) || is_embedding(tensor))
+            && there->dtype == whole.dtype && argument.weight == 1) {
+            grown[tensor] = &whole;
+        }
+    }
+    if (grown.empty()) { return; }
+    const auto rows = grown.begin()->second->shape[0];
+    for (const auto& [name, tensor] : base_) {
+        const bool of_vocabulary =
+            (is_head(name) || is_embedding(name)) && tensor.shape == base_.find(grown.begin()->first)->shape;
+        if (of_vocabulary && !grown.contains(name)) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_shape,
+                "'" + grown.begin()->first + "' has " + std::to_string(rows) + " rows in " + read.label + ", and '"
+                    + name + "' of " + base_label + " " + std::to_string(tensor.shape[0])
+                    + ", and is not in the adapter: one of the two would lack rows");
+        }
+    }
+    taskvec::const_model_ref model;
+    for (const auto& [name, tensor] : base_) {
+        const auto place = grown.find(name);
+        model.insert(name,
+            place == grown.end()
+                ? tensor
+                : taskvec::const_tensor_ref{place->second->bytes.data(), place->second->dtype, place->second->shape});
+    }
+    base_ = std::move(model);
+    for (const auto& [name, whole] : grown) {
+        grown_ = true;
+        note(run,
+            "'" + name + "' of " + read.label + " has " + std::to_string(rows) + " rows, more than " + base_label
+                + ": it takes the place of that; --copy-from takes the adapter's tokenizer along");
+    }
+    std::erase_if(read.wholes, [&](const auto& one) { return grown.contains(match.renamed(one.first, base_)); });
 }
 
 } // namespace tool

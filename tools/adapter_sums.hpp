@@ -87,6 +87,11 @@ private:
     void add(
         taskvec::adapter_contents<T>& read, const task_argument& argument, const settings& how, const run_options& run);
     template <class T>
+    void check_saved_modules(const taskvec::adapter_contents<T>& read, const run_options& run) const;
+    template <class T>
+    void take_grown_vocabulary(taskvec::adapter_contents<T>& read, const taskvec::module_match& match,
+        const task_argument& argument, const std::string& base_label, const run_options& run);
+    template <class T>
     std::string untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run);
 
     taskvec::const_model_ref base_;
@@ -94,7 +99,7 @@ private:
     std::deque<adapter> adapters_;
     std::vector<facts> facts_;
     taskvec::adapted_model changes_;
-    bool untied_ = false;
+    bool untied_ = false, grown_ = false;
 };
 
 } // namespace tool

@@ -148,8 +148,8 @@ bool is_adapter(const fs::path& path)
     for (const char* model : {"model.safetensors", "model.safetensors.index.json"}) {
         if (fs::exists(path / model, ignored)) { return false; }
     }
-    for (const char* adapter :
-        {"adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapters.safetensors"}) {
+    for (const char* adapter : {"adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapters.safetensors",
+             "adapter_model.bin"}) {
         if (fs::exists(path / adapter, ignored)) { return true; }
     }
     return false;

@@ -9081,6 +9081,2579 @@ template <storage_element T, arithmetic_element A, class Refuse>
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_OVERFLOW_HPP
 
+// ---- taskvec/formats/checkpoint.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP)
+#define TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP
+// Checkpoints: one safetensors file, or a directory of shards with its index, read and written as one model.
+// SPDX-License-Identifier: Apache-2.0
+
+
+// ---- taskvec/formats/pytorch.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_PYTORCH_HPP)
+#define TASKVEC_SINGLE_FORMATS_PYTORCH_HPP
+// PyTorch files (pytorch_model.bin, .pt, .pth), read without Python: a zip archive with a pickle that builds tensors,
+// and nothing else. No code runs. SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The largest pickle that is read; tensors' bytes lie beside it.
+inline constexpr std::size_t pickle_size_limit = 100'000'000;
+/// The most values that a pickle may build: room for 200,000 tensors.
+inline constexpr std::size_t pickle_value_limit = 5'000'000;
+/// The most bytes, laid out, of a file's tensors that have more elements than their storage (expanded views).
+inline constexpr std::uint64_t expanded_bytes_limit = std::uint64_t{1} << 30;
+
+/// What a PyTorch file holds, in the terms of a safetensors header: tensors are ranges of the file's bytes (ranges may
+/// be equal: tied weights).
+struct pytorch_contents {
+    safetensors_header header; ///< names, dtypes, shapes and places of the tensors
+    std::vector<std::string> notes{}; ///< what whoever opens it should know
+    /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, parts of others, or
+    /// expanded, whose elements share bytes): lay_out_rows() gives them rows. Every element lies in the file, from the
+    /// entry's offset on; the entry's size is that of the rows.
+    std::map<std::string, extents> strides{};
+};
+
+namespace detail {
+
+/// A zip archive's directory, each entry checked: where its bytes lie, stored as they are.
+class zip_directory {
+public:
+    struct entry {
+        std::string_view name;
+        std::uint64_t offset = 0, size = 0;
+        bool stored = true; ///< neither compressed nor encrypted
+    };
+
+    zip_directory(std::string_view bytes, std::string_view file)
+        : bytes_(bytes)
+        , file_(file)
+    {
+        read();
+    }
+    [[nodiscard]] const std::vector<entry>& entries() const noexcept { return entries_; }
+    /// The entry of that name, or nullptr.
+    [[nodiscard]] const entry* find(std::string_view name) const
+    {
+        const auto place = std::lower_bound(entries_.begin(), entries_.end(), name,
+            [](const entry& one, std::string_view wanted) { return one.name < wanted; });
+        return place != entries_.end() && place->name == name ? &*place : nullptr;
+    }
+    [[nodiscard]] std::string_view content(const entry& one) const
+    {
+        return bytes_.substr(static_cast<std::size_t>(one.offset), static_cast<std::size_t>(one.size));
+    }
+
+private:
+    [[noreturn]] void fail(const std::string& what, std::uint64_t at) const
+    {
+        raise<format_error>(error_code::archive_damaged,
+            message("is a damaged PyTorch file (a zip archive): ", what, ": ", fetch_again), std::string(file_), at);
+    }
+    /// A little-endian number; the place must lie inside the file.
+    template <class T>
+    [[nodiscard]] T number(std::uint64_t at) const
+    {
+        if (at > bytes_.size() || bytes_.size() - at < sizeof(T)) { fail("a record runs past its end", at); }
+        T value;
+        std::memcpy(&value, bytes_.data() + at, sizeof value);
+        return value;
+    }
+    [[nodiscard]] std::string_view text(std::uint64_t at, std::uint64_t size) const
+    {
+        if (at > bytes_.size() || bytes_.size() - at < size) { fail("a record runs past its end", at); }
+        return bytes_.substr(static_cast<std::size_t>(at), static_cast<std::size_t>(size));
+    }
+
+    void read()
+    {
+        constexpr std::uint32_t end_mark = 0x06054b50, end64_mark = 0x06064b50, locator_mark = 0x07064b50,
+                                entry_mark = 0x02014b50;
+        constexpr std::uint64_t end_size = 22, locator_size = 20;
+        std::uint64_t end = bytes_.size();
+        for (std::uint64_t comment = 0; comment <= 65535 && comment + end_size <= bytes_.size(); ++comment) {
+            const std::uint64_t at = bytes_.size() - end_size - comment;
+            if (number<std::uint32_t>(at) == end_mark && number<std::uint16_t>(at + 20) == comment) {
+                end = at;
+                break;
+            }
+        }
+        if (end == bytes_.size()) { fail("its directory, at its end, is missing", end); }
+        std::uint64_t count = number<std::uint16_t>(end + 10), size = number<std::uint32_t>(end + 12),
+                      begin = number<std::uint32_t>(end + 16), limit = end;
+        if (end >= locator_size && number<std::uint32_t>(end - locator_size) == locator_mark) {
+            const auto at = number<std::uint64_t>(end - locator_size + 8);
+            if (number<std::uint32_t>(at) != end64_mark) { fail("its 64-bit directory is not where it should be", at); }
+            count = number<std::uint64_t>(at + 32);
+            size = number<std::uint64_t>(at + 40);
+            begin = number<std::uint64_t>(at + 48);
+            limit = at;
+        }
+        if (begin > limit || size > limit - begin) { fail("its directory runs past its end", begin); }
+        std::uint64_t at = begin;
+        for (std::uint64_t i = 0; i < count; ++i) {
+            if (begin + size - at < 46 || number<std::uint32_t>(at) != entry_mark) {
+                fail(message("its directory promises ", count, " entries and has ", i), at);
+            }
+            at = read_entry(at, begin);
+            if (at > begin + size) { fail("its directory runs past its end", at); }
+        }
+        std::sort(entries_.begin(), entries_.end(), [](const entry& a, const entry& b) { return a.name < b.name; });
+        for (std::size_t i = 1; i < entries_.size(); ++i) {
+            if (entries_[i].name == entries_[i - 1].name) {
+                fail(message("'", entries_[i].name, "' occurs twice"), entries_[i].offset);
+            }
+        }
+        auto places = entries_;
+        std::sort(places.begin(), places.end(), [](const entry& a, const entry& b) { return a.offset < b.offset; });
+        for (std::size_t i = 1; i < places.size(); ++i) {
+            if (places[i - 1].size > places[i].offset - places[i - 1].offset) {
+                fail(message("'", places[i - 1].name, "' and '", places[i].name, "' share bytes"), places[i].offset);
+            }
+        }
+    }
+    /// Reads the entry of the directory at `at`; returns where the next one begins. Entries lie before `begin`.
+    [[nodiscard]] std::uint64_t read_entry(std::uint64_t at, std::uint64_t begin)
+    {
+        constexpr std::uint32_t local_mark = 0x04034b50, wide = 0xffffffff;
+        const auto flags = number<std::uint16_t>(at + 8), method = number<std::uint16_t>(at + 10);
+        const std::uint64_t name_size = number<std::uint16_t>(at + 28), extra_size = number<std::uint16_t>(at + 30),
+                            comment_size = number<std::uint16_t>(at + 32);
+        std::uint64_t packed = number<std::uint32_t>(at + 20), size = number<std::uint32_t>(at + 24),
+                      local = number<std::uint32_t>(at + 42);
+        entry one;
+        one.name = text(at + 46, name_size);
+        const std::uint64_t extra_end = at + 46 + name_size + extra_size;
+        (void)text(at + 46 + name_size, extra_size);
+        for (std::uint64_t field = at + 46 + name_size; extra_end - field >= 4;) {
+            const auto id = number<std::uint16_t>(field), length = number<std::uint16_t>(field + 2);
+            if (length > extra_end - field - 4) { break; }
+            std::uint64_t place = field + 4;
+            const std::uint64_t field_end = place + length;
+            for (auto* value : {&size, &packed, &local}) {
+                if (id == 1 && *value == wide && field_end - place >= 8) {
+                    *value = number<std::uint64_t>(place);
+                    place += 8;
+                }
+            }
+            field = field_end;
+        }
+        if (local > begin || begin - local < 30 || number<std::uint32_t>(local) != local_mark) {
+            fail(message("'", one.name, "' is not where the directory says"), local);
+        }
+        const std::uint64_t here = number<std::uint16_t>(local + 26);
+        one.offset = local + 30 + here + number<std::uint16_t>(local + 28);
+        if (here != name_size || text(local + 30, here) != one.name) {
+            fail(message("'", one.name, "' has another name where it lies"), local);
+        }
+        one.stored = method == 0 && (flags & 1u) == 0;
+        one.size = one.stored ? size : packed;
+        if (one.stored && packed != size) { fail(message("'", one.name, "' has two sizes"), at); }
+        if (one.offset > begin || one.size > begin - one.offset) {
+            fail(message("'", one.name, "' runs past the end"), one.offset);
+        }
+        entries_.push_back(one);
+        return extra_end + comment_size;
+    }
+
+    std::string_view bytes_, file_;
+    std::vector<entry> entries_;
+};
+
+/// The machine of a pickle, with the instructions that build numbers, strings, lists, tuples, dictionaries and tensors.
+/// Whatever else is named, called or built stays a name (`opaque`): nothing of it is known but what it was given.
+/// Values lie in one list and refer to each other by place: nothing recurses, whatever is nested.
+class pickle_reader {
+public:
+    using index = std::uint32_t;
+    enum class kind : std::uint8_t {
+        none,
+        number,
+        text,
+        list,
+        tuple,
+        dictionary,
+        global,
+        storage,
+        tensor,
+        other,
+        opaque
+    };
+    struct value {
+        kind what = kind::none;
+        bool truth = false; ///< of numbers: True or False
+        taskvec::dtype type = taskvec::dtype::f32; ///< of storages and tensors
+        std::int64_t number = 0; ///< a number; of storages how many elements, of tensors the first one's place
+        std::string_view text{}; ///< a text; a global's name; of storages the entry's key; of the opaque what named it
+        /// Of dictionaries keys and values in turn; of tensors the storage, sizes, strides, and what else was said of
+        /// it.
+        std::vector<index> items{};
+    };
+
+    pickle_reader(std::string_view code, std::string_view file)
+        : code_(code)
+        , file_(file)
+    { }
+    /// Runs it; the value that it leaves.
+    [[nodiscard]] const value& run()
+    {
+        for (;;) {
+            const auto operation = static_cast<unsigned char>(take(1)[0]);
+            if (operation == '.') {
+                if (!marks_.empty() || stack_.size() != 1) { damaged("leaves no single value"); }
+                find_given();
+                return values_[stack_.back()];
+            }
+            step(operation);
+        }
+    }
+    [[nodiscard]] const value& at(index place) const { return values_[place]; }
+    /// Whether something opaque was given this value, itself or in others: what it is in the end is not known.
+    [[nodiscard]] bool was_given(const value& one) const
+    {
+        return !reached_.empty() && reached_[static_cast<std::size_t>(&one - values_.data())];
+    }
+    /// The first name that is none of tensors, in quotes; empty where all are.
+    [[nodiscard]] const std::string& first_opaque() const { return first_opaque_; }
+    [[noreturn]] void refuse_opaque(std::string_view what) const
+    {
+        refuse(message(what.starts_with('\'') ? "names " : "builds ", what));
+    }
+
+    [[noreturn]] void refuse(const std::string& what) const
+    {
+        raise<format_error>(error_code::pickle_unsupported,
+            message("is a PyTorch file whose pickle ", what,
+                ", and builds more than tensors; nothing of it was run: convert it once by transformers' "
+                "save_pretrained(), or save the state_dict alone where it was made; torch.load(FILE, "
+                "weights_only=True) may refuse it too, and weights_only=False runs what it names: for files that you "
+                "trust"),
+            std::string(file_), place_);
+    }
+    [[noreturn]] void damaged(const std::string& what) const
+    {
+        raise<format_error>(error_code::archive_damaged,
+            message("is a damaged PyTorch file: its pickle ", what, ": ", fetch_again), std::string(file_), place_);
+    }
+
+private:
+    [[nodiscard]] std::string_view take(std::uint64_t size)
+    {
+        if (size > code_.size() - place_) { damaged("is cut short"); }
+        const auto part = code_.substr(place_, static_cast<std::size_t>(size));
+        place_ += static_cast<std::size_t>(size);
+        return part;
+    }
+    template <class T>
+    [[nodiscard]] T take_number()
+    {
+        T number;
+        std::memcpy(&number, take(sizeof(T)).data(), sizeof(T));
+        return number;
+    }
+    [[nodiscard]] std::string_view take_line()
+    {
+        const auto end = code_.find('\n', place_);
+        if (end == code_.npos) { damaged("is cut short"); }
+        const auto line = code_.substr(place_, end - place_);
+        place_ = end + 1;
+        return line;
+    }
+    void push(value one)
+    {
+        if (values_.size() >= pickle_value_limit) {
+            refuse(message("builds more than ", pickle_value_limit, " values"));
+        }
+        values_.push_back(std::move(one));
+        stack_.push_back(static_cast<index>(values_.size() - 1));
+    }
+    void push_number(std::int64_t number, bool truth = false) { push({kind::number, truth, {}, number, {}, {}}); }
+    [[nodiscard]] index pop()
+    {
+        if (stack_.size() <= (marks_.empty() ? 0 : marks_.back())) { damaged("takes more values than it has"); }
+        const index top = stack_.back();
+        stack_.pop_back();
+        return top;
+    }
+    [[nodiscard]] std::vector<index> pop_to_mark()
+    {
+        if (marks_.empty()) { damaged("has no mark where it takes one"); }
+        const auto first = stack_.begin() + static_cast<std::ptrdiff_t>(marks_.back());
+        std::vector<index> items(first, stack_.end());
+        stack_.erase(first, stack_.end());
+        marks_.pop_back();
+        return items;
+    }
+    [[nodiscard]] value& top()
+    {
+        if (stack_.size() <= (marks_.empty() ? 0 : marks_.back())) { damaged("takes more values than it has"); }
+        return values_[stack_.back()];
+    }
+    void put(std::uint64_t slot)
+    {
+        (void)top();
+        memo_[slot] = stack_.back();
+    }
+    void get(std::uint64_t slot)
+    {
+        const auto place = memo_.find(slot);
+        if (place == memo_.end()) { damaged("asks for a value that it never kept"); }
+        stack_.push_back(place->second);
+        if (stack_.size() > pickle_value_limit) { refuse("holds too many values at once"); }
+    }
+    void push_tuple(std::size_t size)
+    {
+        value tuple{kind::tuple, false, {}, 0, {}, std::vector<index>(size)};
+        while (size > 0) { tuple.items[--size] = pop(); }
+        push(std::move(tuple));
+    }
+    void push_opaque(std::string_view name) { push({kind::opaque, false, {}, 0, name, {}}); }
+    /// Marks what opaque values were given, and all that this holds.
+    void find_given()
+    {
+        if (given_.empty()) { return; }
+        reached_.assign(values_.size(), false);
+        while (!given_.empty()) {
+            const index one = given_.back();
+            given_.pop_back();
+            if (reached_[one]) { continue; }
+            reached_[one] = true;
+            given_.insert(given_.end(), values_[one].items.begin(), values_[one].items.end());
+        }
+    }
+    /// NEWOBJ and NEWOBJ_EX: objects of a class, which only opaque ones are.
+    void make_object(std::size_t arguments, unsigned operation)
+    {
+        for (std::size_t i = 0; i < arguments; ++i) { given_.push_back(pop()); }
+        const auto& type = values_[pop()];
+        if (type.what != kind::opaque) { refuse(message("has the instruction ", operation)); }
+        push_opaque(type.text);
+    }
+    void append(const std::vector<index>& items, kind to)
+    {
+        value& collection = top();
+        if (collection.what == kind::opaque) {
+            given_.insert(given_.end(), items.begin(), items.end());
+            return;
+        }
+        if (collection.what != to || (to == kind::dictionary && items.size() % 2 != 0)) {
+            damaged("adds to something that is no collection");
+        }
+        collection.items.insert(collection.items.end(), items.begin(), items.end());
+    }
+
+    void step(unsigned operation)
+    {
+        switch (operation) {
+        case 0x80: // PROTO
+            if (const auto version = take_number<std::uint8_t>(); version < 2 || version > 5) {
+                refuse(message("is of protocol ", unsigned{version}));
+            }
+            break;
+        case 0x95: (void)take(8); break; // FRAME
+        case '(': marks_.push_back(stack_.size()); break;
+        case '0': (void)pop(); break;
+        case '}': push({kind::dictionary, false, {}, 0, {}, {}}); break;
+        case ']': push({kind::list, false, {}, 0, {}, {}}); break;
+        case ')': push({kind::tuple, false, {}, 0, {}, {}}); break;
+        case 'q': put(take_number<std::uint8_t>()); break;
+        case 'r': put(take_number<std::uint32_t>()); break;
+        case 0x94: put(memo_.size()); break; // MEMOIZE
+        case 'h': get(take_number<std::uint8_t>()); break;
+        case 'j': get(take_number<std::uint32_t>()); break;
+        case 'X': push_text(take_number<std::uint32_t>()); break;
+        case 0x8c: push_text(take_number<std::uint8_t>()); break; // SHORT_BINUNICODE
+        case 0x8d: push_text(take_number<std::uint64_t>()); break; // BINUNICODE8
+        case 'T': push_text(take_number<std::uint32_t>()); break; // BINSTRING
+        case 'U': push_text(take_number<std::uint8_t>()); break; // SHORT_BINSTRING
+        case 'J': push_number(take_number<std::int32_t>()); break;
+        case 'K': push_number(take_number<std::uint8_t>()); break;
+        case 'M': push_number(take_number<std::uint16_t>()); break;
+        case 0x8a: push_long(take_number<std::uint8_t>()); break; // LONG1
+        case 'G': // BINFLOAT
+            (void)take(8);
+            push({kind::other, false, {}, 0, {}, {}});
+            break;
+        case 'C': push_bytes(take_number<std::uint8_t>()); break; // SHORT_BINBYTES
+        case 'B': push_bytes(take_number<std::uint32_t>()); break; // BINBYTES
+        case 0x8e: // BINBYTES8
+        case 0x96: push_bytes(take_number<std::uint64_t>()); break; // BYTEARRAY8
+        case 0x81: make_object(1, operation); break;
+        case 0x92: make_object(2, operation); break;
+        case 0x8f: push_opaque("a set"); break;
+        case 0x90: // ADDITEMS
+            append(pop_to_mark(), kind::opaque);
+            break;
+        case 0x91: { // FROZENSET
+            const auto items = pop_to_mark();
+            given_.insert(given_.end(), items.begin(), items.end());
+            push_opaque("a set");
+            break;
+        }
+        case 'N': push({}); break;
+        case 0x88: push_number(1, true); break;
+        case 0x89: push_number(0, true); break;
+        case 't': push({kind::tuple, false, {}, 0, {}, pop_to_mark()}); break;
+        case 0x85: push_tuple(1); break;
+        case 0x86: push_tuple(2); break;
+        case 0x87: push_tuple(3); break;
+        case 'a': {
+            const index item = pop();
+            append({item}, kind::list);
+            break;
+        }
+        case 'e': append(pop_to_mark(), kind::list); break;
+        case 's': {
+            const index item = pop(), key = pop();
+            append({key, item}, kind::dictionary);
+            break;
+        }
+        case 'u': append(pop_to_mark(), kind::dictionary); break;
+        case 'c': {
+            const auto module = take_line();
+            const auto name = take_line();
+            push_global(module, name);
+            break;
+        }
+        case 0x93: { // STACK_GLOBAL
+            const auto& name = values_[pop()];
+            const auto& module = values_[pop()];
+            if (name.what != kind::text || module.what != kind::text) { damaged("names something by no text"); }
+            push_global(module.text, name.text);
+            break;
+        }
+        case 'Q': push_storage(); break;
+        case 'R': call(); break;
+        case 'b': { // BUILD: attributes of a dictionary (state_dict's _metadata) say nothing about tensors
+            const index given = pop();
+            const auto& state = values_[given];
+            if (top().what == kind::opaque) {
+                given_.push_back(given);
+                break;
+            }
+            if (top().what != kind::dictionary || state.what != kind::dictionary) {
+                refuse("sets the state of an object");
+            }
+            break;
+        }
+        default:
+            refuse(operation >= 0x20 && operation < 0x7f
+                    ? message("has the instruction '", std::string(1, static_cast<char>(operation)), "'")
+                    : message("has the instruction ", operation));
+        }
+    }
+    void push_text(std::uint64_t size)
+    {
+        const auto text = take(size);
+        push({kind::text, false, {}, 0, text, {}});
+    }
+    void push_bytes(std::uint64_t size)
+    {
+        (void)take(size);
+        push({kind::other, false, {}, 0, {}, {}});
+    }
+    void push_long(std::uint64_t size)
+    {
+        const auto bytes = take(size);
+        if (size > 8) { // of a generator of random numbers
+            push_opaque("a number above 2^63");
+            return;
+        }
+        std::uint64_t number = 0;
+        for (std::size_t i = 0; i < bytes.size(); ++i) {
+            number |= static_cast<std::uint64_t>(static_cast<unsigned char>(bytes[i])) << (8 * i);
+        }
+        if (!bytes.empty() && bytes.size() < 8 && (static_cast<unsigned char>(bytes.back()) & 0x80u)) {
+            number |= ~std::uint64_t{0} << (8 * bytes.size());
+        }
+        push_number(static_cast<std::int64_t>(number));
+    }
+
+    struct named_type {
+        std::string_view module, name;
+        taskvec::dtype type;
+    };
+    [[nodiscard]] static const named_type* type_of(std::string_view module, std::string_view name)
+    {
+        using enum taskvec::dtype;
+        static constexpr named_type types[] = {{"torch", "DoubleStorage", f64}, {"torch", "FloatStorage", f32},
+            {"torch", "HalfStorage", f16}, {"torch", "BFloat16Storage", bf16}, {"torch", "LongStorage", i64},
+            {"torch", "IntStorage", i32}, {"torch", "ShortStorage", i16}, {"torch", "CharStorage", i8},
+            {"torch", "ByteStorage", u8}, {"torch", "BoolStorage", boolean}, {"torch", "ComplexFloatStorage", c64},
+            {"torch.storage", "UntypedStorage", u8}, {"torch", "float64", f64}, {"torch", "float32", f32},
+            {"torch", "float16", f16}, {"torch", "bfloat16", bf16}, {"torch", "int64", i64}, {"torch", "int32", i32},
+            {"torch", "int16", i16}, {"torch", "int8", i8}, {"torch", "uint64", u64}, {"torch", "uint32", u32},
+            {"torch", "uint16", u16}, {"torch", "uint8", u8}, {"torch", "bool", boolean}, {"torch", "complex64", c64},
+            {"torch", "float8_e4m3fn", f8_e4m3}, {"torch", "float8_e5m2", f8_e5m2},
+            {"torch", "float8_e8m0fnu", f8_e8m0}, {"torch", "float8_e4m3fnuz", f8_e4m3fnuz},
+            {"torch", "float8_e5m2fnuz", f8_e5m2fnuz}};
+        for (const auto& one : types) {
+            if (one.module == module && one.name == name) { return &one; }
+        }
+        return nullptr;
+    }
+    /// What a global is to call(): of a few names that are known.
+    enum callable : std::int64_t { data_type, ordered_dictionary, tensor_v2, tensor_v3, parameter, torch_size };
+
+    void push_global(std::string_view module, std::string_view name)
+    {
+        value global{kind::global, false, {}, data_type, name, {}};
+        if (const auto* const type = type_of(module, name)) { global.type = type->type; }
+        else if (module == "collections" && name == "OrderedDict") {
+            global.number = ordered_dictionary;
+        }
+        else if (module == "torch._utils" && (name == "_rebuild_tensor_v2" || name == "_rebuild_tensor")) {
+            global.number = tensor_v2;
+        }
+        else if (module == "torch._utils" && name == "_rebuild_tensor_v3") {
+            global.number = tensor_v3;
+        }
+        else if (module == "torch._utils" && name == "_rebuild_parameter") {
+            global.number = parameter;
+        }
+        else if (module == "torch" && name == "Size") {
+            global.number = torch_size;
+        }
+        else {
+            const auto words = message("'", first_words(module, 80), ".", first_words(name, 80), "'");
+            if (first_opaque_.empty()) { first_opaque_ = words; }
+            push_opaque(*names_.insert(words).first);
+            return;
+        }
+        push(std::move(global));
+    }
+    void push_storage()
+    {
+        const auto& id = values_[pop()];
+        if (id.what != kind::tuple || id.items.size() != 5) { damaged("has a storage that is none"); }
+        const auto& word = values_[id.items[0]];
+        const auto& type = values_[id.items[1]];
+        const auto& key = values_[id.items[2]];
+        const auto& count = values_[id.items[4]];
+        if (type.what == kind::opaque) {
+            push_opaque(type.text);
+            return;
+        }
+        if (word.what != kind::text || word.text != "storage" || type.what != kind::global || type.number != data_type
+            || key.what != kind::text || count.what != kind::number || count.truth || count.number < 0) {
+            damaged("has a storage that is none");
+        }
+        push({kind::storage, false, type.type, count.number, key.text, {}});
+    }
+    void call()
+    {
+        const index given = pop(), callee = pop();
+        if (values_[callee].what == kind::opaque) {
+            given_.push_back(given);
+            push_opaque(values_[callee].text);
+            return;
+        }
+        const auto arguments = values_[given].items;
+        const value function = values_[callee];
+        if (function.what != kind::global || function.number == data_type || values_[given].what != kind::tuple) {
+            refuse("calls what is no function of tensors");
+        }
+        switch (function.number) {
+        case ordered_dictionary:
+            if (!arguments.empty()) { refuse("fills an OrderedDict by a call"); }
+            push({kind::dictionary, false, {}, 0, {}, {}});
+            break;
+        case torch_size:
+            if (arguments.size() != 1 || values_[arguments[0]].what != kind::tuple) {
+                damaged("has a size that is none");
+            }
+            stack_.push_back(arguments[0]);
+            break;
+        case parameter:
+            if (!arguments.empty() && values_[arguments[0]].what == kind::opaque) {
+                stack_.push_back(arguments[0]);
+                break;
+            }
+            if (arguments.empty() || values_[arguments[0]].what != kind::tensor) {
+                damaged("has a parameter that is no tensor");
+            }
+            stack_.push_back(arguments[0]);
+            break;
+        default: push_tensor(arguments, function.number == tensor_v3);
+        }
+    }
+    void push_tensor(const std::vector<index>& arguments, bool typed)
+    {
+        if (arguments.size() < (typed ? 7u : 4u)) { damaged("has a tensor that is none"); }
+        const auto& storage = values_[arguments[0]];
+        const auto& offset = values_[arguments[1]];
+        const auto& shape = values_[arguments[2]];
+        const auto& strides = values_[arguments[3]];
+        if (storage.what == kind::opaque || (typed && values_[arguments[6]].what == kind::opaque)) {
+            push_opaque(storage.what == kind::opaque ? storage.text : values_[arguments[6]].text);
+            return;
+        }
+        const auto numbers = [&](const value& tuple) {
+            return tuple.what == kind::tuple && std::all_of(tuple.items.begin(), tuple.items.end(), [&](index item) {
+                return values_[item].what == kind::number && !values_[item].truth && values_[item].number >= 0;
+            });
+        };
+        if (storage.what != kind::storage || offset.what != kind::number || offset.truth || offset.number < 0
+            || !numbers(shape) || !numbers(strides) || shape.items.size() != strides.items.size()) {
+            damaged("has a tensor that is none");
+        }
+        value tensor{kind::tensor, false, storage.type, offset.number, {}, {arguments[0], arguments[2], arguments[3]}};
+        const std::size_t described = typed ? 7 : 6; // bits that torch keeps beside the bytes
+        if (arguments.size() > described) { tensor.items.push_back(arguments[described]); }
+        if (typed) {
+            const auto& type = values_[arguments[6]];
+            if (type.what != kind::global || type.number != data_type) { damaged("has a tensor of no type"); }
+            tensor.type = type.type;
+        }
+        push(std::move(tensor));
+    }
+
+    std::string_view code_, file_;
+    std::size_t place_ = 0;
+    std::vector<value> values_;
+    std::vector<index> stack_;
+    std::vector<std::size_t> marks_;
+    std::map<std::uint64_t, index> memo_;
+    std::set<std::string> names_; ///< of opaque values
+    std::string first_opaque_;
+    std::vector<index> given_; ///< what opaque values were given
+    std::vector<bool> reached_; ///< of values_, in the end
+};
+
+/// Tensors of a PyTorch file by name, each checked against the archive.
+class pytorch_tensors {
+public:
+    pytorch_tensors(std::string_view bytes, std::string_view file)
+        : file_(file)
+        , archive_(bytes, file)
+    {
+        const zip_directory::entry* code = nullptr;
+        for (const auto& entry : archive_.entries()) {
+            const auto slash = entry.name.find('/');
+            if (slash == entry.name.npos || entry.name.substr(slash) != "/data.pkl") { continue; }
+            if (code) { fail("holds two pickles"); }
+            code = &entry;
+            folder_ = std::string(entry.name.substr(0, slash + 1));
+        }
+        if (!code || archive_.find(folder_ + "constants.pkl")) {
+            const auto kind = kind_of_zip(bytes);
+            raise<format_error>(error_code::not_safetensors, kind.sentence(), std::string(file));
+        }
+        if (!code->stored || code->size > pickle_size_limit) {
+            fail(code->stored ? "has a pickle of more than 100 MB" : "is compressed, which PyTorch never does");
+        }
+        if (const auto* const order = archive_.find(folder_ + "byteorder");
+            order && archive_.content(*order) != "little") {
+            fail("was written by a big-endian machine");
+        }
+        pickle_reader pickle(archive_.content(*code), file);
+        const auto& result = pickle.run();
+        read(pickle, result);
+    }
+    [[nodiscard]] pytorch_contents take() { return std::move(contents_); }
+
+private:
+    [[noreturn]] void fail(const std::string& what) const
+    {
+        raise<format_error>(error_code::pickle_unsupported,
+            message("is a PyTorch file that ", what, ": ", convert_to_safetensors), std::string(file_));
+    }
+    [[noreturn]] void wrong(const std::string& name, const std::string& what) const
+    {
+        raise<format_error>(error_code::archive_damaged,
+            message("tensor '", name, "' ", what, ": the file is damaged; ", fetch_again), std::string(file_));
+    }
+
+    void read(const pickle_reader& pickle, const pickle_reader::value& result)
+    {
+        using kind = pickle_reader::kind;
+        const auto* model = &result;
+        if (model->what != kind::dictionary) { fail("holds no dictionary of tensors (a state_dict)"); }
+        // A training checkpoint has the model under one of these names.
+        const auto tensors_in = [&](const pickle_reader::value& dictionary) {
+            std::size_t count = 0;
+            for (std::size_t i = 1; i < dictionary.items.size(); i += 2) {
+                count += pickle.at(dictionary.items[i]).what == kind::tensor ? 1u : 0u;
+            }
+            return count;
+        };
+        if (tensors_in(*model) == 0) {
+            for (const std::string_view word :
+                {"state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema"}) {
+                bool found = false;
+                for (std::size_t i = 0; i < model->items.size() && !found; i += 2) {
+                    const auto& key = pickle.at(model->items[i]);
+                    const auto& inner = pickle.at(model->items[i + 1]);
+                    if (key.what != kind::text || key.text != word) { continue; }
+                    if (const auto* const one = opaque_in(pickle, inner)) { pickle.refuse_opaque(one->text); }
+                    if (inner.what != kind::dictionary || tensors_in(inner) == 0) { continue; }
+                    const auto& beside = pickle.first_opaque();
+                    contents_.notes.push_back(message("'", std::string(file_), "': its '", word, "' is taken",
+                        beside.empty() ? std::string()
+                                       : "; what lies beside it names " + beside + ", and was not built"));
+                    model = &inner;
+                    found = true;
+                }
+                if (found) { break; }
+            }
+        }
+        check_known(pickle, *model);
+        std::size_t others = 0;
+        std::string first_other;
+        std::set<std::string_view> seen;
+        for (std::size_t i = 0; i < model->items.size(); i += 2) {
+            const auto& key = pickle.at(model->items[i]);
+            const auto& tensor = pickle.at(model->items[i + 1]);
+            if (key.what != kind::text || tensor.what != kind::tensor) {
+                if (tensor.what == kind::dictionary && tensors_in(tensor) > 0) {
+                    fail(message("holds tensors and, under '",
+                        key.what == kind::text ? first_words(key.text) : std::string("a number"), "', more of them"));
+                }
+                ++others;
+                if (first_other.empty()) { first_other = key.what == kind::text ? first_words(key.text) : "a number"; }
+                continue;
+            }
+            if (!seen.insert(key.text).second) { // as in Python the last one would win: nothing that is saved has two
+                fail(message("names tensor '", first_words(key.text), "' twice"));
+            }
+            add(std::string(key.text), pickle, tensor);
+        }
+        if (contents_.header.entries.empty() && others > 0) { fail("holds no tensors by name"); }
+        if (others > 0) {
+            contents_.notes.push_back(message("'", std::string(file_), "': ", others,
+                others == 1 ? " value that is no tensor ('" : " values that are no tensors ('", first_other,
+                others == 1 ? "') is left out" : "' …) are left out"));
+        }
+        auto& entries = contents_.header.entries;
+        std::stable_sort(
+            entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.offset < b.offset; });
+        contents_.header.metadata.emplace("format", "pt");
+    }
+
+    /// The value itself where it is opaque, or the first key or value of a dictionary that is.
+    [[nodiscard]] static const pickle_reader::value* opaque_in(
+        const pickle_reader& pickle, const pickle_reader::value& one)
+    {
+        using kind = pickle_reader::kind;
+        if (one.what == kind::opaque) { return &one; }
+        if (one.what != kind::dictionary) { return nullptr; }
+        for (const auto item : one.items) {
+            if (pickle.at(item).what == kind::opaque) { return &pickle.at(item); }
+        }
+        return nullptr;
+    }
+    /// Refuses a model with values, or dictionaries of values, that nothing is known of, and one that was given to
+    /// such.
+    static void check_known(const pickle_reader& pickle, const pickle_reader::value& model)
+    {
+        using kind = pickle_reader::kind;
+        if (const auto* const one = opaque_in(pickle, model)) { pickle.refuse_opaque(one->text); }
+        bool given = pickle.was_given(model);
+        for (const auto item : model.items) {
+            const auto& value = pickle.at(item);
+            if (const auto* const one = opaque_in(pickle, value)) { pickle.refuse_opaque(one->text); }
+            given = given || (value.what == kind::tensor && pickle.was_given(value));
+        }
+        if (given) {
+            const auto& first = pickle.first_opaque();
+            pickle.refuse("gives the model's tensors to " + (first.empty() ? std::string("a set") : first));
+        }
+    }
+    void add(std::string name, const pickle_reader& pickle, const pickle_reader::value& tensor)
+    {
+        if (name.empty() || !is_text(name)) { fail("has a tensor whose name is empty or no UTF-8"); }
+        if (tensor.items.size() > 3) { check_metadata(name, pickle, pickle.at(tensor.items[3])); }
+        const auto& storage = pickle.at(tensor.items[0]);
+        const auto* const entry = archive_.find(folder_ + "data/" + std::string(storage.text));
+        if (!entry) { wrong(name, message("lies in 'data/", first_words(storage.text), "', which is not there")); }
+        if (!entry->stored) { fail(message("has tensor '", name, "' compressed, which PyTorch never does")); }
+        const std::uint64_t width = bits_per_element(tensor.type) / 8;
+        const std::uint64_t storage_width = bits_per_element(storage.type) / 8;
+        if (static_cast<std::uint64_t>(storage.number) > entry->size / storage_width
+            || static_cast<std::uint64_t>(storage.number) * storage_width != entry->size) {
+            wrong(name,
+                message(
+                    "lies in a storage of ", storage.number, " × ", storage_width, " bytes, which has ", entry->size));
+        }
+        extents shape, strides;
+        std::uint64_t count = 1;
+        bool empty = false;
+        for (const auto item : pickle.at(tensor.items[1]).items) {
+            shape.push_back(pickle.at(item).number);
+            empty = empty || shape.back() == 0;
+        }
+        for (const auto item : pickle.at(tensor.items[2]).items) { strides.push_back(pickle.at(item).number); }
+        for (const auto extent : shape) {
+            if (!empty && detail::product_wraps(count, static_cast<std::uint64_t>(extent), count)) {
+                wrong(name, "has a shape whose product is above 2^64-1");
+            }
+        }
+        if (empty) { count = 0; }
+        const auto first = static_cast<std::uint64_t>(tensor.number), room = entry->size / width;
+        const bool spread = first <= room && count > room - first; // more elements than bytes: expanded, or overlapping
+        if (first > room) {
+            wrong(name,
+                message("of ", to_string(tensor.type), " ", to_string(shape), " runs past the end of its storage"));
+        }
+        if (const const_tensor_ref view{nullptr, tensor.type, shape, strides};
+            !empty && (spread || !view.contiguous())) {
+            std::uint64_t last = first, way = 0;
+            for (std::size_t d = 0; d < shape.size(); ++d) {
+                if (detail::product_wraps(
+                        static_cast<std::uint64_t>(shape[d]) - 1, static_cast<std::uint64_t>(strides[d]), way)
+                    || detail::sum_wraps(last, way, last) || last >= room) {
+                    wrong(name,
+                        message("of ", to_string(tensor.type), " ", to_string(shape), " with strides ",
+                            to_string(strides), " runs past the end of its storage"));
+                }
+            }
+            if (spread) { // a file of a few bytes must not fill the disk
+                if (last >= room || count > (expanded_bytes_limit - expanded_) / width) {
+                    fail(message("has tensor '", name, "' of ", to_string(tensor.type), " ", to_string(shape),
+                        " expanded from ", room - first, " elements, and more than ", expanded_bytes_limit,
+                        " bytes of such tensors"));
+                }
+                expanded_ += count * width;
+            }
+            contents_.strides.emplace(name, std::move(strides));
+        }
+        contents_.header.entries.push_back(
+            {std::move(name), tensor.type, std::move(shape), entry->offset + first * width, count * width});
+    }
+    /// Refuses a tensor whose numbers are others than its bytes: lazily conjugated or negated views have a bit for it.
+    void check_metadata(
+        const std::string& name, const pickle_reader& pickle, const pickle_reader::value& metadata) const
+    {
+        using kind = pickle_reader::kind;
+        if (metadata.what == kind::none || (metadata.what == kind::number && metadata.number == 0)) { return; }
+        if (metadata.what != kind::dictionary) {
+            fail(message("says more of tensor '", name, "' than its type, shape and bytes"));
+        }
+        for (std::size_t i = 0; i < metadata.items.size(); i += 2) {
+            const auto& key = pickle.at(metadata.items[i]);
+            const auto& said = pickle.at(metadata.items[i + 1]);
+            const auto word = key.what == kind::text ? key.text : std::string_view();
+            if ((word == "neg" || word == "conj") && said.what == kind::number && said.number == 0) { continue; }
+            if (word == "neg" || word == "conj") {
+                raise<format_error>(error_code::pickle_unsupported,
+                    message("is a PyTorch file whose tensor '", name, "' is a view that is ",
+                        word == "neg" ? "negated" : "conjugated", " as it is read (its metadata has '", word,
+                        "'), which its bytes do not show: save it with .resolve_conj().resolve_neg()"),
+                    std::string(file_));
+            }
+            fail(message("says '", first_words(word), "' of tensor '", name,
+                "', which is neither its type, its shape nor its bytes"));
+        }
+    }
+    /// Whether a name can be a safetensors name: UTF-8.
+    [[nodiscard]] static bool is_text(std::string_view text)
+    {
+        for (std::size_t i = 0; i < text.size();) {
+            const auto first = static_cast<unsigned char>(text[i]);
+            const std::size_t more = first < 0x80 ? 0
+                : first < 0xc2                    ? 4
+                : first < 0xe0                    ? 1
+                : first < 0xf0                    ? 2
+                : first < 0xf5                    ? 3
+                                                  : 4;
+            if (more == 4 || text.size() - i <= more) { return false; }
+            for (std::size_t k = 1; k <= more; ++k) {
+                if ((static_cast<unsigned char>(text[i + k]) & 0xc0u) != 0x80u) { return false; }
+            }
+            const auto second = more > 0 ? static_cast<unsigned char>(text[i + 1]) : 0u;
+            if ((first == 0xe0 && second < 0xa0) || (first == 0xed && second > 0x9f) || (first == 0xf0 && second < 0x90)
+                || (first == 0xf4 && second > 0x8f)) {
+                return false;
+            }
+            i += more + 1;
+        }
+        return true;
+    }
+
+    std::string_view file_;
+    zip_directory archive_;
+    std::string folder_;
+    std::uint64_t expanded_ = 0; ///< bytes of tensors that have more elements than their storage
+    pytorch_contents contents_;
+};
+
+} // namespace detail
+
+/// Reads what a PyTorch file (torch.save() since 1.6) holds: a dictionary from names to tensors, or a training
+/// checkpoint with one under `state_dict`, `model` or the like. The pickle is interpreted by a machine that knows
+/// numbers, texts, collections and the functions that rebuild tensors and parameters; nothing runs. Anything else that
+/// it names is refused by that name where the model holds it or was given to it, and otherwise (the arguments of a
+/// training, beside its state_dict) not built, with a note; what else it does is refused. Checked: every record of the
+/// archive (64-bit ones too), that entries share no bytes and are neither compressed nor encrypted, storages against
+/// their sizes, tensors against their storages. Values that are no tensors are noted. Throws format_error naming `file`
+/// and the tensor. Cost: O(pickle); no tensor byte is read.
+[[nodiscard]] inline pytorch_contents parse_pytorch(std::span<const std::byte> bytes, std::string_view file)
+{
+    return detail::pytorch_tensors({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file).take();
+}
+
+namespace detail {
+
+/// Copies a tensor of elements of `Word` to row-major memory, in tiles of its last two dimensions: the columns of a
+/// transposed matrix share lines of the cache.
+template <class Word>
+void copy_rows(const std::byte* from, const extents& shape, const extents& strides, std::byte* to)
+{
+    constexpr std::int64_t tile = 32;
+    const std::size_t rank = shape.size();
+    const std::int64_t columns = shape[rank - 1], rows = rank > 1 ? shape[rank - 2] : 1;
+    const std::int64_t by_column = strides[rank - 1], by_row = rank > 1 ? strides[rank - 2] : 0;
+    std::int64_t outer = 1;
+    for (std::size_t d = 0; d + 2 < rank; ++d) { outer *= shape[d]; }
+    for (std::int64_t block = 0; block < outer; ++block) {
+        std::int64_t begin = 0, rest = block;
+        for (std::size_t d = rank; d-- > 2;) {
+            begin += rest % shape[d - 2] * strides[d - 2];
+            rest /= shape[d - 2];
+        }
+        std::byte* const out = to + static_cast<std::size_t>(block * rows * columns) * sizeof(Word);
+        for (std::int64_t i0 = 0; i0 < rows; i0 += tile) {
+            for (std::int64_t j0 = 0; j0 < columns; j0 += tile) {
+                for (std::int64_t i = i0; i < std::min(rows, i0 + tile); ++i) {
+                    for (std::int64_t j = j0; j < std::min(columns, j0 + tile); ++j) {
+                        Word word;
+                        std::memcpy(&word,
+                            from + static_cast<std::size_t>(begin + i * by_row + j * by_column) * sizeof(Word),
+                            sizeof word);
+                        std::memcpy(out + static_cast<std::size_t>(i * columns + j) * sizeof(Word), &word, sizeof word);
+                    }
+                }
+            }
+        }
+    }
+}
+
+} // namespace detail
+
+/// Lays the tensors of contents.strides out row-major, one after another, in a file without a name in `folder`, and
+/// gives their entries offsets behind the end of `bytes`, as safetensors_file takes them; a note says so. Null where
+/// all lie so already. Memory: none but the page cache's. Throws io_error. Cost: one read of these tensors.
+[[nodiscard]] inline std::shared_ptr<const std::byte> lay_out_rows(pytorch_contents& contents,
+    std::span<const std::byte> bytes, std::string_view file, const std::filesystem::path& folder)
+{
+    if (contents.strides.empty()) { return nullptr; }
+    std::uint64_t total = 0;
+    const auto padded = [](std::uint64_t size) { return (size + 63) / 64 * 64; };
+    for (const auto& entry : contents.header.entries) {
+        if (contents.strides.contains(entry.name)) { total += padded(entry.bytes); }
+    }
+    auto* const memory =
+        static_cast<std::byte*>(detail::map_unnamed_file(folder, total, "tensors that are stored transposed"));
+    const auto size = static_cast<std::size_t>(total);
+    std::shared_ptr<const std::byte> result(
+        memory, [size](const std::byte* data) { detail::system::unmap(data, size); });
+    std::uint64_t at = 0;
+    for (auto& entry : contents.header.entries) {
+        const auto place = contents.strides.find(entry.name);
+        if (place == contents.strides.end()) { continue; }
+        const auto* const from = bytes.data() + entry.offset;
+        switch (bits_per_element(entry.dtype)) {
+        case 8: detail::copy_rows<std::uint8_t>(from, entry.shape, place->second, memory + at); break;
+        case 16: detail::copy_rows<std::uint16_t>(from, entry.shape, place->second, memory + at); break;
+        case 32: detail::copy_rows<std::uint32_t>(from, entry.shape, place->second, memory + at); break;
+        default: detail::copy_rows<std::uint64_t>(from, entry.shape, place->second, memory + at);
+        }
+        entry.offset = bytes.size() + at;
+        at += padded(entry.bytes);
+    }
+    const auto count = contents.strides.size();
+    contents.notes.push_back(message("'", std::string(file), "': ", count, count == 1 ? " tensor ('" : " tensors ('",
+        contents.strides.begin()->first, count == 1 ? "') does" : "' …) do",
+        " not lie row by row there (transposed or expanded, say): laid out in a temporary file of ", total, " bytes"));
+    contents.strides.clear();
+    return result;
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_PYTORCH_HPP
+
+// ---- taskvec/formats/quantised.hpp
+#if !defined(TASKVEC_SINGLE_FORMATS_QUANTISED_HPP)
+#define TASKVEC_SINGLE_FORMATS_QUANTISED_HPP
+// Quantised layers: codes and their scales, recognised by their names, read as one tensor of numbers, and written
+// again. SPDX-License-Identifier: Apache-2.0
+//
+// What is read: FP8 with scales (per tensor, per channel, in blocks; under the names of vLLM and compressed-tensors,
+// DeepSeek and ComfyUI), MXFP4 (gpt-oss, compressed-tensors) and NVFP4 (ModelOpt, compressed-tensors). What is only
+// recognised: GPTQ, AWQ, bitsandbytes, compressed-tensors' integers, HQQ, Quanto.
+
+
+// ---- taskvec/models/operand_source.hpp
+#if !defined(TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP)
+#define TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
+// Tensors that are stored nowhere as numbers: their elements are worked out when they are read.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstddef>
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// What stands for the stored elements of one tensor: of a task (aligned_models::compute()), as a base weight with
+/// adapters added (adapters/adapted_weight.hpp); or of any model whose tensor_ref names it (`source`), as a quantised
+/// layer (formats/quantised.hpp). Everything that walks over aligned models reads it as it would a tensor of
+/// dtype type() with these elements. Reads come from several threads at once, in any order, the same one more than
+/// once; the same elements must come out each time.
+class operand_source {
+public:
+    virtual ~operand_source() = default;
+    /// f32 or f64.
+    [[nodiscard]] virtual taskvec::dtype type() const noexcept = 0;
+    /// Elements [offset, offset + count) of the tensor, row-major, as type(), to `out`, which is aligned to them.
+    virtual void read(std::uint64_t offset, std::size_t count, void* out) const = 0;
+    /// Does beforehand, on the policy's threads, what the first read would do by itself.
+    virtual void prepare(const cpu& /*policy*/) const { }
+    /// Gives back what prepare() and reads keep, until the next one. Nobody reads meanwhile.
+    virtual void release() const { }
+    /// Bits that are read for an element: for progress and reports.
+    [[nodiscard]] virtual unsigned stored_bits() const noexcept { return bits_per_element(type()); }
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <initializer_list>
+#include <set>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The schemes that are read.
+enum class quantisation : std::uint8_t {
+    fp8, ///< one code of 8 bits (E4M3 or E5M2) for each number, one scale for a tensor, a channel or a block
+    mxfp4, ///< two codes of 4 bits (E2M1) in a byte, a power of two for each 32 numbers
+    nvfp4 ///< two codes of 4 bits in a byte, an E4M3 scale for each 16 numbers, one factor for all
+};
+/// The name of a scheme, as messages say it.
+[[nodiscard]] constexpr std::string_view to_string(quantisation scheme) noexcept
+{
+    return scheme == quantisation::fp8 ? "scaled FP8" : scheme == quantisation::mxfp4 ? "MXFP4" : "NVFP4";
+}
+
+/// A tensor of a file that belongs to a layer: what its name has after the layer's stem ("weight_scale"), and its view.
+struct layer_part {
+    std::string leaf; ///< its name without the layer's stem
+    const_tensor_ref tensor{}; ///< of the file
+};
+
+/// How a layer is quantised. A number is its code times its scale (times `factor`), each product rounded to f32.
+struct quantised_layer {
+    std::string name; ///< of the tensor that it stands for, such as "model.layers.0.mlp.down_proj.weight"
+    quantisation scheme = quantisation::fp8; ///< of its codes
+    extents shape{}; ///< of the numbers
+    extents block{}; ///< for each extent, how many elements share a scale
+    extents grid{}; ///< for each extent, how many scales there are
+    const_tensor_ref codes{}, scales{}; ///< as they are stored
+    float factor = 1; ///< NVFP4: of all scales
+    bool powers_of_two = false; ///< scales are powers of two, whatever they are stored as
+    bool transposed = false; ///< MXFP4 experts: the last two extents are stored the other way round
+    std::vector<layer_part> parts{}; ///< codes, scales, and what belongs to the layer beside them (input scales)
+
+    /// "per tensor", "per channel", "blocks of 128 × 128", …
+    [[nodiscard]] std::string granularity() const
+    {
+        if (element_count(grid) <= 1) { return "per tensor"; }
+        std::size_t split = 0;
+        for (std::size_t i = 1; i < grid.size(); ++i) { split += grid[i] > 1 ? 1u : 0u; }
+        if (block[0] == 1 && split == 0) { return "per channel"; }
+        std::string text = "blocks of ";
+        for (std::size_t i = 0; i < block.size(); ++i) { text += (i ? " × " : "") + std::to_string(block[i]); }
+        return text;
+    }
+};
+
+/// What stands before a layer's last word: part names are this and their leaves. "a.b.weight" has "a.b.".
+[[nodiscard]] inline std::string_view layer_stem(std::string_view name)
+{
+    const auto dot = name.rfind('.');
+    return dot == name.npos ? std::string_view() : name.substr(0, dot + 1);
+}
+
+/// A layer that nothing here reads, or that is damaged.
+struct unread_layer {
+    std::string name; ///< of the layer
+    std::string what; ///< "is quantised by GPTQ", "has a scale of shape …"
+    std::string mend; ///< "dequantise it first …"
+    std::vector<std::string> parts{}; ///< names of its tensors
+};
+
+/// What a configuration says about scales beyond their shapes.
+struct quantisation_hints {
+    extents block{}; ///< quantization_config.weight_block_size; empty: deduced from shapes
+    bool powers_of_two = false; ///< scale_fmt "ue8m0"
+    std::string file{}; ///< which says so, for messages
+};
+
+/// The hints of a config.json; none where it is not there, or says nothing. Throws format_error for block sizes that
+/// are none.
+[[nodiscard]] inline quantisation_hints read_quantisation_hints(const std::filesystem::path& config)
+{
+    quantisation_hints hints;
+    std::error_code ignored;
+    if (!std::filesystem::is_regular_file(config, ignored)) { return hints; }
+    const auto json = parse_configuration(read_text_file(config), config.string());
+    const nlohmann::json* how = nullptr;
+    for (const auto* part : {&json, json.contains("text_config") ? &json["text_config"] : &json}) {
+        if (!how && part->is_object() && part->contains("quantization_config")
+            && (*part)["quantization_config"].is_object()) {
+            how = &(*part)["quantization_config"];
+        }
+    }
+    if (!how) { return hints; }
+    hints.file = config.string();
+    const auto take = [&](const nlohmann::json& sizes, std::string_view key) {
+        bool fits = sizes.is_array() && !sizes.empty();
+        for (const auto& size : sizes) {
+            fits = fits && size.is_number_unsigned() && size.get<std::uint64_t>() > 0
+                && size.get<std::uint64_t>() < (std::uint64_t{1} << 32);
+        }
+        if (!fits) {
+            raise<format_error>(error_code::quantised_layer,
+                message("quantization_config has a '", key, "' that is no list of sizes, such as [128, 128]"),
+                hints.file);
+        }
+        hints.block.clear();
+        for (const auto& size : sizes) { hints.block.push_back(size.get<std::int64_t>()); }
+    };
+    if (how->contains("weight_block_size") && !(*how)["weight_block_size"].is_null()) {
+        take((*how)["weight_block_size"], "weight_block_size");
+    }
+    if (how->contains("config_groups") && (*how)["config_groups"].is_object()) {
+        for (const auto& group : (*how)["config_groups"]) {
+            if (!group.is_object() || !group.contains("weights") || !group["weights"].is_object()) { continue; }
+            const auto& weights = group["weights"];
+            if (weights.contains("block_structure") && weights["block_structure"].is_array()) {
+                take(weights["block_structure"], "block_structure");
+            }
+        }
+    }
+    hints.powers_of_two = how->contains("scale_fmt") && (*how)["scale_fmt"] == "ue8m0";
+    return hints;
+}
+
+namespace detail {
+
+/// The numbers of all codes.
+template <class Widen>
+[[nodiscard]] constexpr std::array<float, 256> code_table(Widen widen)
+{
+    std::array<float, 256> table{};
+    for (unsigned code = 0; code < 256; ++code) { table[code] = widen(static_cast<std::uint8_t>(code)); }
+    return table;
+}
+inline constexpr auto e4m3_numbers = code_table([](std::uint8_t code) { return e4m3_to_f32(code); });
+inline constexpr auto e5m2_numbers = code_table([](std::uint8_t code) { return e5m2_to_f32(code); });
+/// Powers of two: 2^(code − 127), 255 is NaN.
+inline constexpr auto e8m0_numbers = code_table([](std::uint8_t code) {
+    return code == 255 ? reinterpret_bits<float>(std::uint32_t{0x7fc00000u})
+        : code == 0    ? 0x1p-127f
+                       : reinterpret_bits<float>(static_cast<std::uint32_t>(code) << 23);
+});
+inline constexpr std::array<float, 16> e2m1_numbers{
+    0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+[[nodiscard]] constexpr bool is_scale_dtype(dtype type) noexcept
+{
+    return type == dtype::f32 || type == dtype::f16 || type == dtype::bf16 || type == dtype::f64
+        || type == dtype::f8_e8m0;
+}
+
+/// A scale by its place. `type`: that of is_scale_dtype(), f8_e4m3, or u8 for powers of two.
+[[nodiscard]] inline float scale_at(const const_tensor_ref& scales, std::uint64_t index) noexcept
+{
+    const auto* const data = static_cast<const unsigned char*>(scales.data);
+    const auto load = [&]<class T>(T value) {
+        std::memcpy(&value, data + index * sizeof value, sizeof value);
+        return value;
+    };
+    switch (scales.dtype) {
+    case dtype::f32: return load(float{});
+    case dtype::f64: return static_cast<float>(load(double{}));
+    case dtype::f16: return f16_to_f32(load(std::uint16_t{}));
+    case dtype::bf16: return bf16_to_f32(load(std::uint16_t{}));
+    case dtype::f8_e4m3: return e4m3_numbers[data[index]];
+    default: return e8m0_numbers[data[index]];
+    }
+}
+
+/// The first scale of a row, a row being all numbers that share the other indices.
+[[nodiscard]] inline std::uint64_t first_scale(const quantised_layer& layer, std::uint64_t row) noexcept
+{
+    std::uint64_t index = 0, stride = layer.grid.empty() ? 1 : static_cast<std::uint64_t>(layer.grid.back());
+    for (std::size_t d = layer.shape.size(); d-- > 1;) {
+        const auto extent = static_cast<std::uint64_t>(layer.shape[d - 1]);
+        index += row % extent / static_cast<std::uint64_t>(layer.block[d - 1]) * stride;
+        stride *= static_cast<std::uint64_t>(layer.grid[d - 1]);
+        row /= extent;
+    }
+    return index;
+}
+
+} // namespace detail
+
+/// A quantised layer as a tensor: decodes any run of its numbers.
+class quantised_tensor final : public operand_source {
+public:
+    /// A layer that quantised_layers found.
+    explicit quantised_tensor(quantised_layer layer)
+        : layer_(std::move(layer))
+    { }
+    /// How the layer is stored.
+    [[nodiscard]] const quantised_layer& layer() const noexcept { return layer_; }
+    /// The tensor that walks over models are given.
+    [[nodiscard]] const_tensor_ref tensor() const
+    {
+        return {nullptr, dtype::f32, layer_.shape, {}, memory_space::host, 0, this};
+    }
+    [[nodiscard]] dtype type() const noexcept override { return dtype::f32; }
+    [[nodiscard]] unsigned stored_bits() const noexcept override { return layer_.scheme == quantisation::fp8 ? 8 : 4; }
+
+    void read(std::uint64_t offset, std::size_t count, void* numbers) const override
+    {
+        auto* out = static_cast<float*>(numbers);
+        const std::uint64_t columns = layer_.shape.empty() ? 1 : static_cast<std::uint64_t>(layer_.shape.back());
+        while (count > 0) {
+            const std::uint64_t row = offset / columns, column = offset % columns;
+            const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(count, columns - column));
+            layer_.transposed ? decode_column(row, column, n, out) : decode_row(row, column, n, out);
+            offset += n;
+            count -= n;
+            out += n;
+        }
+    }
+
+private:
+    [[nodiscard]] float scale(std::uint64_t index) const
+    {
+        const float value = detail::scale_at(layer_.scales, index);
+        return layer_.scheme == quantisation::nvfp4 ? value * layer_.factor : value;
+    }
+    [[nodiscard]] float nibble(std::uint64_t index) const
+    {
+        const unsigned byte = static_cast<const unsigned char*>(layer_.codes.data)[index / 2];
+        return detail::e2m1_numbers[index % 2 ? byte >> 4 : byte & 15u];
+    }
+    void decode_row(std::uint64_t row, std::uint64_t column, std::size_t n, float* out) const
+    {
+        const std::uint64_t columns = layer_.shape.empty() ? 1 : static_cast<std::uint64_t>(layer_.shape.back());
+        const std::uint64_t width = layer_.shape.empty() ? 1 : static_cast<std::uint64_t>(layer_.block.back());
+        const std::uint64_t scales = detail::first_scale(layer_, row), first = row * columns;
+        const auto* const codes = static_cast<const unsigned char*>(layer_.codes.data);
+        const float* const numbers =
+            layer_.codes.dtype == dtype::f8_e5m2 ? detail::e5m2_numbers.data() : detail::e4m3_numbers.data();
+        for (std::size_t i = 0; i < n;) {
+            const std::uint64_t at = column + i;
+            const auto end = static_cast<std::size_t>(std::min<std::uint64_t>(n, i + width - at % width));
+            const float factor = scale(scales + at / width);
+            if (layer_.scheme == quantisation::fp8) {
+                for (; i < end; ++i) { out[i] = numbers[codes[first + column + i]] * factor; }
+            }
+            else {
+                for (; i < end; ++i) { out[i] = nibble(first + column + i) * factor; }
+            }
+        }
+    }
+    /// Row and column of the numbers, stored as column and row: shape […, in, out] of codes […, out, in].
+    void decode_column(std::uint64_t row, std::uint64_t column, std::size_t n, float* out) const
+    {
+        const std::size_t rank = layer_.shape.size();
+        const auto ins = static_cast<std::uint64_t>(layer_.shape[rank - 2]);
+        const auto outs = static_cast<std::uint64_t>(layer_.shape[rank - 1]);
+        const auto width = static_cast<std::uint64_t>(layer_.block[rank - 2]);
+        const auto groups = static_cast<std::uint64_t>(layer_.grid[rank - 2]);
+        const std::uint64_t matrix = row / ins, in = row % ins;
+        for (std::size_t i = 0; i < n; ++i) {
+            const std::uint64_t stored = matrix * outs + column + i;
+            out[i] = nibble(stored * ins + in) * scale(stored * groups + in / width);
+        }
+    }
+
+    quantised_layer layer_;
+};
+
+/// The layers of a model that are quantised, and the model with each of them as one tensor.
+///
+///     const quantised_layers layers(file.model(), hints);
+///     for (const auto& [name, tensor] : layers.model()) { … } // "l.weight", F32; no "l.weight_scale"
+///
+/// A layer whose scheme is not read, or whose tensors contradict each other (a scale of the wrong shape, NaN, negative
+/// or infinite scales, a scale without its weight, FP8 without a scale beside layers with one), is in unread(), and its
+/// tensors stay in the model as they are: whoever computes with them asks refuse_unread() first. Views only.
+/// Cost: O(names), and one read of all scales.
+class quantised_layers {
+public:
+    /// Where hints come from, asked once and only if they are needed.
+    using hint_source = std::function<quantisation_hints()>;
+
+    quantised_layers() = default;
+    /// `hints` is asked at most once, and only where scales of blocks have to be understood.
+    explicit quantised_layers(const const_model_ref& stored, hint_source hints = {})
+        : stored_(&stored)
+        , ask_(std::move(hints))
+    {
+        find_layers();
+        stored_ = nullptr;
+        ask_ = {};
+    }
+    quantised_layers(const quantised_layers&) = delete;
+    quantised_layers& operator=(const quantised_layers&) = delete;
+
+    /// Whether any layer is quantised, by a scheme that is read or not.
+    [[nodiscard]] bool any() const noexcept { return !layers_.empty() || !unread_.empty(); }
+    /// The model: every quantised layer is one tensor of numbers, all others are as they are.
+    [[nodiscard]] const const_model_ref& model() const noexcept { return model_; }
+    /// The layers that are read.
+    [[nodiscard]] const std::vector<quantised_tensor>& layers() const noexcept { return layers_; }
+    /// The layers that are not.
+    [[nodiscard]] const std::vector<unread_layer>& unread() const noexcept { return unread_; }
+    /// Tensors that are about the quantisation and belong to no one layer (`scaled_fp8`, scales of a KV cache).
+    [[nodiscard]] const const_model_ref& beside() const noexcept { return beside_; }
+    /// What the configuration said, where it was asked.
+    [[nodiscard]] const quantisation_hints& hints() const noexcept { return hints_; }
+
+private:
+    using tensor = const const_tensor_ref*;
+
+    [[nodiscard]] tensor find(const std::string& name) const { return stored_->find(name); }
+    [[nodiscard]] static bool ends(std::string_view name, std::string_view leaf)
+    {
+        return name.ends_with(leaf) && (name.size() == leaf.size() || name[name.size() - leaf.size() - 1] == '.');
+    }
+    void need_hints()
+    {
+        if (ask_) { hints_ = std::exchange(ask_, {})(); }
+    }
+    [[nodiscard]] static std::string dequantise_first()
+    {
+        return "dequantise the model first (transformers' model.dequantize() and save_pretrained(), or take the "
+               "weights "
+               "that it was made of), or exclude the whole layer";
+    }
+    [[nodiscard]] static std::string repair() { return "fetch the file again, or exclude the whole layer"; }
+
+    void give_up(const std::string& name, const std::string& what, std::vector<std::string> parts,
+        const std::string& mend = dequantise_first())
+    {
+        for (const auto& part : parts) { taken_.insert(part); }
+        unread_.push_back({name, what, mend, std::move(parts)});
+    }
+    /// Those of some names that the model has, after a stem.
+    [[nodiscard]] std::vector<std::string> present(
+        const std::string& stem, std::initializer_list<std::string_view> leaves) const
+    {
+        std::vector<std::string> names;
+        for (const auto leaf : leaves) {
+            if (auto name = stem + std::string(leaf); find(name)) { names.push_back(std::move(name)); }
+        }
+        return names;
+    }
+
+    void find_layers()
+    {
+        for (const auto& [name, value] : *stored_) {
+            if (!taken_.contains(name)) { find_unread(name, value); }
+        }
+        for (const auto& [name, value] : *stored_) {
+            if (!taken_.contains(name)) { find_fp4(name, value); }
+        }
+        for (const auto& [name, value] : *stored_) {
+            if (!taken_.contains(name) && is_fp8(value.dtype)) { find_fp8(name, value); }
+        }
+        find_leftovers();
+        std::vector<const_model_ref::entry> entries;
+        for (const auto& entry : *stored_) {
+            if (!read_.contains(entry.name)) { entries.push_back(entry); }
+        }
+        for (const auto& layer : layers_) { entries.push_back({layer.layer().name, layer.tensor()}); }
+        std::stable_sort(entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
+        for (std::size_t i = 0; i < entries.size(); ++i) {
+            if (i > 0 && entries[i].name == entries[i - 1].name) { continue; } // refused by add()
+            model_.insert(entries[i].name, entries[i].tensor);
+        }
+    }
+
+    void find_unread(const std::string& name, const const_tensor_ref& value)
+    {
+        const std::string stem(layer_stem(name));
+        const auto leaf = std::string_view(name).substr(stem.size());
+        const auto module = [&] { return stem.empty() ? name : stem.substr(0, stem.size() - 1); };
+        if (leaf == "qweight") {
+            auto parts = present(stem, {"qweight", "qzeros", "scales", "g_idx"});
+            const auto scales = find(stem + "scales");
+            const bool wide =
+                scales && scales->shape.size() == 2 && value.shape.size() == 2 && scales->shape[1] != value.shape[1];
+            const bool awq = !find(stem + "g_idx") && wide;
+            give_up(module(), awq ? "is quantised by AWQ" : "is quantised by GPTQ", std::move(parts));
+        }
+        else if (leaf == "weight_packed" && value.dtype != dtype::u8) {
+            give_up(module(), "is quantised to integers (compressed-tensors)",
+                present(stem,
+                    {"weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx",
+                        "input_scale", "input_zero_point"}));
+        }
+        else if (leaf == "W_q") {
+            give_up(module(), "is quantised by HQQ",
+                present(stem, {"W_q", "scale", "zero", "meta", "nbits", "group_size", "shape", "axis", "packing"}));
+        }
+        else if (name.ends_with("._data") && find(name.substr(0, name.size() - 5) + "_scale")) {
+            const auto whole = name.substr(0, name.size() - 6);
+            give_up(whole, "is quantised by Quanto", present(whole, {"._data", "._scale", "._shift"}));
+        }
+        else if (leaf == "SCB" && find(stem + "weight")) {
+            give_up(stem + "weight", "is quantised to 8 bits by bitsandbytes",
+                present(stem, {"weight", "SCB", "weight_format"}));
+        }
+        else if (name.ends_with(".absmax") && !name.ends_with(".nested_absmax")) {
+            const auto whole = name.substr(0, name.size() - 7);
+            auto parts = present(whole, {"", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"});
+            std::string kind = "4 bits";
+            for (const std::string_view type : {"nf4", "fp4"}) {
+                const auto state = whole + ".quant_state.bitsandbytes__" + std::string(type);
+                if (find(state)) {
+                    parts.push_back(state);
+                    kind = type == "nf4" ? "NF4" : "FP4";
+                }
+            }
+            give_up(whole, "is quantised to " + kind + " by bitsandbytes", std::move(parts));
+        }
+        else if (leaf == "weight" && (value.dtype == dtype::i8 || value.dtype == dtype::i32)
+            && (find(name + "_scale") || find(name + "_scales"))) {
+            give_up(name, "is quantised to integers",
+                present(stem,
+                    {"weight", "weight_scale", "weight_scales", "weight_zero_point", "input_scale",
+                        "input_zero_point"}));
+        }
+        else if (value.dtype == dtype::f8_e4m3fnuz || value.dtype == dtype::f8_e5m2fnuz) {
+            if (find(name + "_scale") || find(name + "_scale_inv")) {
+                give_up(name, message("is quantised to ", to_string(value.dtype)),
+                    present(name, {"", "_scale", "_scale_inv"}));
+            }
+        }
+    }
+
+    void find_fp4(const std::string& name, const const_tensor_ref& value)
+    {
+        const std::string stem(layer_stem(name));
+        const auto leaf = std::string_view(name).substr(stem.size());
+        if (value.dtype != dtype::u8) { return; }
+        constexpr std::string_view blocks = "_blocks";
+        if (name.ends_with(blocks)) {
+            const auto whole = name.substr(0, name.size() - blocks.size());
+            const auto scales = find(whole + "_scales");
+            if (scales && scales->dtype == dtype::u8) { add_mxfp4_blocks(whole, name, value, *scales); }
+            else if (value.shape.size() > 2 && value.shape.back() == 16) {
+                give_up(whole, "has MXFP4 codes ('" + name + "') without scales ('" + whole + "_scales', U8)", {name},
+                    repair());
+            }
+            return;
+        }
+        if (leaf != "weight_packed" && leaf != "weight") { return; }
+        const auto scales = find(stem + "weight_scale");
+        if (!scales) {
+            if (leaf == "weight_packed") {
+                give_up(stem + "weight", "has packed codes without 'weight_scale'", {name}, repair());
+            }
+            return;
+        }
+        auto parts = present(stem,
+            {leaf, "weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale",
+                "weight_shape"});
+        quantised_layer layer;
+        layer.name = stem + "weight";
+        layer.codes = value;
+        layer.scales = *scales;
+        const bool powers = scales->dtype == dtype::u8 || scales->dtype == dtype::f8_e8m0;
+        const auto factor = find(stem + "weight_scale_2"), divisor = find(stem + "weight_global_scale");
+        const auto wrong = [&](const std::string& what, const std::string& mend) {
+            give_up(layer.name, what, parts, mend);
+        };
+        if (!powers && scales->dtype != dtype::f8_e4m3) {
+            return wrong("is packed in bytes with scales of " + std::string(to_string(scales->dtype))
+                    + ": neither MXFP4 nor NVFP4",
+                dequantise_first());
+        }
+        layer.scheme = powers ? quantisation::mxfp4 : quantisation::nvfp4;
+        const std::int64_t group = powers ? 32 : 16;
+        if (!powers) {
+            const auto global = factor ? factor : divisor;
+            if (!global) {
+                return wrong("has NVFP4 codes without 'weight_scale_2' or 'weight_global_scale'", repair());
+            }
+            if (global->dtype != dtype::f32 || global->size() != 1) {
+                return wrong("has a global scale of " + std::string(to_string(global->dtype)) + " "
+                        + to_string(global->shape) + "; expected one F32",
+                    repair());
+            }
+            layer.factor = detail::scale_at(*global, 0);
+            if (!(layer.factor > 0) || !std::isfinite(layer.factor)) {
+                return wrong(message("has the global scale ", layer.factor, "; expected a positive number"), repair());
+            }
+            if (!factor) { layer.factor = 1.0f / layer.factor; }
+        }
+        if (value.shape.size() < 2) {
+            return wrong("has packed codes of shape " + to_string(value.shape) + "; expected [out, in / 2]", repair());
+        }
+        layer.shape = value.shape;
+        layer.shape.back() *= 2;
+        auto expected = layer.shape;
+        expected.back() = (expected.back() + group - 1) / group;
+        if (scales->shape != expected || layer.shape.back() % group != 0) {
+            return wrong("has scales of shape " + to_string(scales->shape) + " for numbers of shape "
+                    + to_string(layer.shape) + "; expected " + to_string(expected),
+                repair());
+        }
+        layer.block = extents(layer.shape.size(), 1);
+        layer.block.back() = group;
+        layer.grid = expected;
+        add(std::move(layer), parts, stem);
+    }
+
+    void add_mxfp4_blocks(const std::string& whole, const std::string& name, const const_tensor_ref& value,
+        const const_tensor_ref& scales)
+    {
+        const std::vector<std::string> parts{name, whole + "_scales"};
+        const std::size_t rank = value.shape.size();
+        auto expected = value.shape;
+        if (rank > 0) { expected.pop_back(); }
+        if (rank < 3 || rank > 4 || value.shape.back() != 16 || scales.shape != expected) {
+            give_up(whole,
+                "has MXFP4 codes of shape " + to_string(value.shape) + " and scales of shape " + to_string(scales.shape)
+                    + "; expected [experts, out, in / 32, 16] and [experts, out, in / 32]",
+                parts, repair());
+            return;
+        }
+        quantised_layer layer;
+        layer.name = whole;
+        layer.scheme = quantisation::mxfp4;
+        layer.codes = value;
+        layer.scales = scales;
+        const std::int64_t groups = value.shape[rank - 2], out = value.shape[rank - 3];
+        layer.transposed = rank == 4; // experts are multiplied from the right: [experts, in, out]
+        if (layer.transposed) {
+            layer.shape = {value.shape[0], groups * 32, out};
+            layer.block = {1, 32, 1};
+            layer.grid = {value.shape[0], groups, out};
+        }
+        else {
+            layer.shape = {out, groups * 32};
+            layer.block = {1, 32};
+            layer.grid = {out, groups};
+        }
+        add(std::move(layer), parts, std::string(layer_stem(whole)));
+    }
+
+    void find_fp8(const std::string& name, const const_tensor_ref& value)
+    {
+        const std::string stem(layer_stem(name));
+        const auto leaf = std::string_view(name).substr(stem.size());
+        if (leaf == "scaled_fp8") { return; }
+        std::vector<std::string> scales = present(name, {"_scale", "_scale_inv"});
+        if (leaf == "weight" && find(stem + "scale_weight")) { scales.push_back(stem + "scale_weight"); }
+        if (scales.empty()) {
+            bare_.push_back(name);
+            return;
+        }
+        std::vector<std::string> parts{name, scales[0]};
+        for (auto& more : present(stem, {"input_scale", "scale_input", "input_scale_ub"})) {
+            if (leaf == "weight") { parts.push_back(std::move(more)); }
+        }
+        for (auto& more : present(name, {"_input_scale"})) { parts.push_back(std::move(more)); }
+        if (scales.size() > 1) {
+            parts.insert(parts.end(), scales.begin() + 1, scales.end());
+            give_up(name, "has two scales, '" + scales[0] + "' and '" + scales[1] + "'", parts, repair());
+            return;
+        }
+        quantised_layer layer;
+        layer.name = name;
+        layer.codes = value;
+        layer.scales = *find(scales[0]);
+        layer.shape = value.shape;
+        if (!detail::is_scale_dtype(layer.scales.dtype)) {
+            give_up(name,
+                "has a scale ('" + scales[0] + "') of dtype " + std::string(to_string(layer.scales.dtype))
+                    + "; expected F32, BF16, F16 or F8_E8M0",
+                parts, repair());
+            return;
+        }
+        if (const auto wrong = lay_out(layer, scales[0]); !wrong.empty()) {
+            give_up(name, wrong, parts, repair());
+            return;
+        }
+        if (element_count(layer.grid) > 1) { need_hints(); }
+        layer.powers_of_two = layer.scales.dtype == dtype::f8_e8m0 || hints_.powers_of_two;
+        add(std::move(layer), parts, stem);
+    }
+
+    /// Blocks and grid from the shapes of codes and scales; what is wrong with them, or nothing.
+    [[nodiscard]] std::string lay_out(quantised_layer& layer, const std::string& scale_name)
+    {
+        const auto& shape = layer.shape;
+        const auto& given = layer.scales.shape;
+        const std::size_t rank = shape.size();
+        layer.block.assign(rank, 1);
+        layer.grid.assign(rank, 1);
+        for (std::size_t i = 0; i < rank; ++i) { layer.block[i] = std::max<std::int64_t>(1, shape[i]); }
+        if (layer.scales.size() == 1) { return {}; }
+        const auto wrong = [&](const std::string& expected) {
+            return "has a scale ('" + scale_name + "') of shape " + to_string(given) + " for a weight of shape "
+                + to_string(shape) + "; expected " + expected;
+        };
+        const auto ceiling = [](std::int64_t n, std::int64_t by) { return (n + by - 1) / by; };
+        std::string choices = "[] for all of it";
+        if (rank > 0) { choices += message(", [", shape[0], "] for each channel"); }
+        if (rank > 1) {
+            need_hints();
+            auto sizes = extents(rank, 1);
+            const std::int64_t usual = 128;
+            const bool told = hints_.block.size() == 2;
+            sizes[rank - 2] = told ? hints_.block[0] : usual;
+            sizes[rank - 1] = told ? hints_.block[1] : usual;
+            auto blocks = shape;
+            for (std::size_t i = 0; i < rank; ++i) { blocks[i] = ceiling(shape[i], sizes[i]); }
+            choices += message(" or ", to_string(blocks), " for blocks of ", sizes[rank - 2], " × ", sizes[rank - 1],
+                told ? " (" + hints_.file + ")" : std::string());
+            if (given == blocks) {
+                for (std::size_t i = 0; i < rank; ++i) {
+                    layer.block[i] = std::min(sizes[i], std::max<std::int64_t>(1, shape[i]));
+                }
+                layer.grid = given;
+                return {};
+            }
+        }
+        if (rank == 0 || layer.scales.size() == 0 || element_count(shape) == 0) { return wrong(choices); }
+        auto channel = extents(rank, 1);
+        channel[0] = shape[0];
+        if (given == extents{shape[0]} || given == channel) {
+            layer.block[0] = 1;
+            layer.grid = channel;
+            return {};
+        }
+        const bool told = rank == 2 && hints_.block.size() == 2;
+        if (given.size() != rank || told || (rank == 2 && given[0] == 1) || given == shape) { return wrong(choices); }
+        for (std::size_t i = 0; i < rank; ++i) {
+            if (given[i] <= 0 || shape[i] % given[i] != 0) { return wrong(choices); }
+            layer.block[i] = shape[i] / given[i];
+        }
+        layer.grid = given;
+        return {};
+    }
+
+    void add(quantised_layer layer, const std::vector<std::string>& parts, const std::string& stem)
+    {
+        const bool signless = layer.scales.dtype == dtype::u8 || layer.scales.dtype == dtype::f8_e8m0;
+        const std::uint64_t count = layer.scales.size();
+        for (std::uint64_t i = 0; i < count; ++i) {
+            const float scale = detail::scale_at(layer.scales, i);
+            if (signless ? scale == scale : scale >= 0 && std::isfinite(scale)) { continue; }
+            give_up(layer.name,
+                message("has the scale ", scale, " (at ", i, " of ", count, "); expected a positive number"), parts,
+                repair());
+            return;
+        }
+        if (layer.name != parts[0] && find(layer.name)) {
+            give_up(layer.name, "is there twice, as it is and quantised ('" + parts[0] + "')", parts, repair());
+            return;
+        }
+        for (const auto& part : parts) {
+            taken_.insert(part);
+            read_.insert(part);
+            layer.parts.push_back({part.substr(stem.size()), *find(part)});
+        }
+        layers_.emplace_back(std::move(layer));
+    }
+
+    /// Scales without weights, FP8 without scales, and what belongs to no one layer.
+    void find_leftovers()
+    {
+        const bool scaled = !layers_.empty() || find("scaled_fp8");
+        for (const auto& name : bare_) {
+            if (!scaled) { continue; } // numbers as they are
+            give_up(name, "is FP8 without a scale ('" + name + "_scale'), which other layers of the model have", {name},
+                repair());
+        }
+        for (const auto& [name, value] : *stored_) {
+            if (taken_.contains(name)) { continue; }
+            const std::string stem(layer_stem(name));
+            const auto leaf = std::string_view(name).substr(stem.size());
+            if (leaf == "weight_scale" || leaf == "weight_scale_inv" || leaf == "scale_weight") {
+                const auto weight = find(stem + "weight");
+                if (weight && !scaled && is_storage(weight->dtype)) { continue; } // a parameter of that name
+                if (weight && is_storage(weight->dtype)) {
+                    give_up(stem + "weight",
+                        "is " + std::string(to_string(weight->dtype)) + " and has a scale ('" + name
+                            + "') all the same",
+                        {stem + "weight", name}, repair());
+                    continue;
+                }
+                give_up(
+                    stem + "weight", "has a scale ('" + name + "') and no codes that it belongs to", {name}, repair());
+                continue;
+            }
+            if (!scaled) { continue; }
+            for (const std::string_view word : {"scaled_fp8", "k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale",
+                     "output_scale", "input_scale", "scale_input"}) {
+                if (leaf == word) {
+                    beside_.insert(name, value);
+                    read_.insert(name);
+                    break;
+                }
+            }
+        }
+    }
+
+    const const_model_ref* stored_ = nullptr;
+    hint_source ask_;
+    quantisation_hints hints_;
+    std::vector<quantised_tensor> layers_;
+    std::vector<unread_layer> unread_;
+    std::vector<std::string> bare_;
+    std::set<std::string> taken_, read_; // names that are settled, and those that the model has no more
+    const_model_ref model_, beside_;
+};
+
+/// Throws for layers that are not read and take part: format_error by the layer's name, saying what to do; for one of
+/// which `include` leaves some tensors and not others, invalid_argument (a layer is excluded whole). `include`: empty
+/// where all do. `file`: for messages.
+inline void refuse_unread(
+    const quantised_layers& layers, const callback<bool(std::string_view)>& include, const std::string& file)
+{
+    for (const auto& layer : layers.unread()) {
+        std::size_t in = 0;
+        const std::string* excluded = nullptr;
+        for (const auto& part : layer.parts) {
+            if (!include || include(part)) { ++in; }
+            else {
+                excluded = &part;
+            }
+        }
+        if (in == 0) { continue; }
+        if (excluded) {
+            raise<invalid_argument>(error_code::layer_split,
+                message("'", file, "': tensor '", *excluded, "' is excluded, and it is part of layer '", layer.name,
+                    "', which ", layer.what, ": exclude the whole layer, or nothing of it"));
+        }
+        raise<format_error>(
+            error_code::quantised_layer, message("layer '", layer.name, "' ", layer.what, ": ", layer.mend), file);
+    }
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_QUANTISED_HPP
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// The file names of a checkpoint directory.
+inline constexpr std::string_view single_file_name = "model.safetensors";
+/// Of the index of a sharded checkpoint.
+inline constexpr std::string_view index_file_name = "model.safetensors.index.json";
+
+/// What the names of a checkpoint's files begin with: transformers', and diffusers'. Where a directory holds both, the
+/// first is the model.
+inline constexpr std::string_view model_stems[] = {"model", "diffusion_pytorch_model"};
+
+/// Whether the tensors of shards have to be those that their index gives them.
+enum class index_check : std::uint8_t {
+    strict, ///< each of them, and no other
+    lenient ///< what is there counts, as for transformers: a note says what differs
+};
+
+/// A model on disk: the maps of its files, and the tensors in them by name. Move-only; views stay valid when it moves.
+class checkpoint {
+public:
+    /// `take`: which tensors of which file (by its place in `files`) the model has; all, where it is empty.
+    checkpoint(std::filesystem::path path, std::vector<safetensors_file> files,
+        const callback<bool(std::size_t, const safetensors_entry&)>& take = {}, std::vector<std::string> notes = {})
+        : path_(std::move(path))
+        , files_(std::move(files))
+        , notes_(std::move(notes))
+    {
+        struct item {
+            const safetensors_file* file;
+            const safetensors_entry* entry;
+        };
+        std::vector<item> sorted;
+        for (std::size_t f = 0; f < files_.size(); ++f) {
+            const auto& file = files_[f];
+            for (const auto& entry : file.entries()) {
+                if (take && !take(f, entry)) { continue; }
+                sorted.push_back({&file, &entry});
+                data_bytes_ += entry.bytes;
+            }
+            metadata_.insert(file.metadata().begin(), file.metadata().end());
+        }
+        std::sort(
+            sorted.begin(), sorted.end(), [](const item& a, const item& b) { return a.entry->name < b.entry->name; });
+        for (std::size_t i = 0; i < sorted.size(); ++i) {
+            if (i && sorted[i].entry->name == sorted[i - 1].entry->name) {
+                raise<format_error>(error_code::file_tensors,
+                    message("tensor '", sorted[i].entry->name, "' is in this file and in '",
+                        sorted[i - 1].file->path().string(), "'"),
+                    sorted[i].file->path().string());
+            }
+            model_.insert(sorted[i].entry->name, sorted[i].file->tensor(*sorted[i].entry));
+        }
+    }
+
+    /// What open_model() was given.
+    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return path_; }
+    [[nodiscard]] std::filesystem::path path() && { return path_; }
+    /// The mapped files, in the order of their names.
+    [[nodiscard]] const std::vector<safetensors_file>& files() const& noexcept { return files_; }
+    void files() const&& = delete; // name the owner first: its views would dangle
+    /// All tensors as they are stored, views into the files.
+    [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
+    void model() const&& = delete; // name the owner first: its views would dangle
+    /// The files' metadata; of a key in several shards, the first shard's value.
+    [[nodiscard]] const metadata_map& metadata() const& noexcept { return metadata_; }
+    [[nodiscard]] metadata_map metadata() && { return std::move(metadata_); }
+    /// Bytes of all tensors.
+    [[nodiscard]] std::uint64_t data_bytes() const noexcept { return data_bytes_; }
+    /// What whoever opened it should know: sentences without a full stop.
+    [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
+    /// The same files under other names, or with other views into them: what `model` holds must outlive the checkpoint
+    /// (views of its own files do).
+    void set_model(const_model_ref model) { model_ = std::move(model); }
+    /// Makes model() have quantised layers as tensors of numbers (formats/quantised.hpp). stored() keeps what the files
+    /// hold. open_model() has done so.
+    void read_layers(quantised_layers::hint_source hints)
+    {
+        auto layers = std::make_shared<const quantised_layers>(model_, std::move(hints));
+        if (!layers->any()) { return; }
+        stored_ = std::exchange(model_, layers->model());
+        layers_ = std::move(layers);
+    }
+    /// The tensors of the files: model(), but for quantised layers and names that were changed.
+    [[nodiscard]] const const_model_ref& stored() const& noexcept { return layers_ ? stored_ : model_; }
+    void stored() const&& = delete; // name the owner first: its views would dangle
+    /// The quantised layers; null where no layer is.
+    [[nodiscard]] const quantised_layers* layers() const& noexcept { return layers_.get(); }
+    void layers() const&& = delete; // name the owner first: its views would dangle
+
+private:
+    std::filesystem::path path_;
+    std::vector<safetensors_file> files_;
+    std::vector<std::string> notes_;
+    const_model_ref model_, stored_;
+    std::shared_ptr<const quantised_layers> layers_;
+    metadata_map metadata_;
+    std::uint64_t data_bytes_ = 0;
+};
+
+/// Refuses a shard name that could lead out of the checkpoint's directory.
+inline void check_shard_name(std::string_view shard, std::string_view index)
+{
+    if (shard.empty() || shard == "." || shard.find('/') != shard.npos || shard.find('\\') != shard.npos
+        || shard.find("..") != shard.npos || shard.find('\0') != shard.npos) {
+        raise<format_error>(error_code::index_field,
+            message("names the shard '", shard,
+                "'; a shard is a file beside its index, with no '/', '\\' or '..' in its name"),
+            std::string(index));
+    }
+}
+
+/// What an index file says: the shard of each tensor. Keys other than `weight_map` are ignored, as transformers does.
+/// Throws format_error for JSON that is not an index, or names a shard outside the directory.
+[[nodiscard]] inline std::map<std::string, std::string> read_index(const std::filesystem::path& path)
+{
+    const auto file = path.string();
+    const auto json = parse_json(read_text_file(path), file);
+    if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) {
+        raise<format_error>(
+            error_code::index_field, "has no object 'weight_map'; an index maps each tensor's name to its shard", file);
+    }
+    std::map<std::string, std::string> result;
+    for (const auto& [name, shard] : json["weight_map"].items()) {
+        if (!shard.is_string()) {
+            raise<format_error>(
+                error_code::index_field, message("maps tensor '", name, "' to something that is not a string"), file);
+        }
+        const auto& text = shard.get_ref<const std::string&>();
+        check_shard_name(text, file);
+        result.emplace(name, text);
+    }
+    return result;
+}
+
+/// Whether a file's name is that of an index of shards: `model.safetensors.index.json`, another stem, as diffusers has
+/// it, or a variant (`….safetensors.index.fp16.json`).
+[[nodiscard]] inline bool is_index_name(std::string_view name)
+{
+    const auto at = name.find(".safetensors.index.");
+    return at != name.npos && at > 0 && name.ends_with(".json");
+}
+
+/// The same for PyTorch's shards: `pytorch_model.bin.index.json`.
+[[nodiscard]] inline bool is_pytorch_index_name(std::string_view name)
+{
+    const auto at = name.find(".bin.index.");
+    return at != name.npos && at > 0 && name.ends_with(".json");
+}
+
+/// The parts of a shard's name, such as `model-00001-of-00003.safetensors`.
+struct shard_name_parts {
+    std::string stem, rest; ///< before the numbers, and what stands after them
+    std::size_t number = 0, count = 0; ///< the two numbers
+};
+/// The parts of a shard's name, which ends as `ending` says; empty for a name that is none.
+[[nodiscard]] inline std::optional<shard_name_parts> parse_shard_name(
+    std::string_view name, std::string_view ending = ".safetensors")
+{
+    constexpr std::size_t digits = 5;
+    constexpr std::string_view between = "-of-";
+    if (!name.ends_with(ending)) { return std::nullopt; }
+    for (std::size_t at = name.find('-'); at != name.npos; at = name.find('-', at + 1)) {
+        const auto field = name.substr(at + 1);
+        if (field.size() < 2 * digits + between.size() + ending.size()
+            || field.substr(digits, between.size()) != between) {
+            continue;
+        }
+        std::size_t values[2] = {0, 0};
+        bool numbers = true;
+        for (std::size_t i = 0; i < 2; ++i) {
+            for (const char c : field.substr(i * (digits + between.size()), digits)) {
+                numbers = numbers && c >= '0' && c <= '9';
+                values[i] = 10 * values[i] + static_cast<std::size_t>(c - '0');
+            }
+        }
+        if (!numbers || values[0] == 0 || values[0] > values[1]) { continue; }
+        return shard_name_parts{std::string(name.substr(0, at)), std::string(field.substr(2 * digits + between.size())),
+            values[0], values[1]};
+    }
+    return std::nullopt;
+}
+
+namespace detail {
+
+/// What a directory holds that could be a model, by name.
+struct model_directory {
+    std::vector<std::string> indexes, weights, others, folders;
+    std::error_code unreadable; ///< why it could not be looked into
+
+    explicit model_directory(const std::filesystem::path& path)
+    {
+        std::error_code ignored;
+        std::filesystem::directory_iterator it(path, ignored);
+        unreadable = ignored;
+        for (const std::filesystem::directory_iterator end; !ignored && it != end; it.increment(ignored)) {
+            const auto name = it->path().filename().string();
+            std::error_code unknown;
+            if (it->is_directory(unknown)) { folders.push_back(name); }
+            else if (is_index_name(name)) {
+                indexes.push_back(name);
+            }
+            else if (name.ends_with(".safetensors")) {
+                weights.push_back(name);
+            }
+            else {
+                others.push_back(name);
+            }
+        }
+        for (auto* list : {&indexes, &weights, &others, &folders}) { std::sort(list->begin(), list->end()); }
+    }
+};
+
+[[nodiscard]] inline std::string quoted_list(const std::vector<std::string>& names, std::size_t most = 4)
+{
+    std::string text;
+    for (std::size_t i = 0; i < names.size() && i < most; ++i) { text += (i ? ", '" : "'") + names[i] + "'"; }
+    return names.size() > most ? text + " and " + std::to_string(names.size() - most) + " more" : text;
+}
+
+/// Says of a directory without a model what it holds instead, and what to name.
+[[noreturn]] TASKVEC_COLD inline void refuse_directory(const std::filesystem::path& path, const model_directory& found)
+{
+    const auto fail = [&](const std::string& what) {
+        raise<io_error>(error_code::model_not_found, what, path.string());
+    };
+    if (found.unreadable) { raise_io(path, "cannot be read as a directory", found.unreadable.value()); }
+    std::error_code ignored;
+    std::vector<std::string> inner;
+    for (const auto& folder : found.folders) {
+        const model_directory inside(path / folder);
+        if (!inside.weights.empty() || !inside.indexes.empty()) { inner.push_back(folder); }
+    }
+    for (const auto& name : found.weights) {
+        if (name == "adapter_model.safetensors") {
+            fail("holds an adapter ('adapter_model.safetensors'), not a model: name the model that it was trained on, "
+                 "or read it as an adapter");
+        }
+    }
+    if (found.weights.size() > 1) {
+        fail(message("holds no '", single_file_name, "', no index, and several files (", quoted_list(found.weights),
+            "): name the file that is meant"));
+    }
+    for (const auto& name : found.others) {
+        for (const std::string_view ending :
+            {".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl"}) {
+            if (!name.ends_with(ending) || name == "training_args.bin" || name == "optimizer.bin"
+                || name == "optimizer.pt" || name == "scheduler.pt" || name == "scheduler.bin") {
+                continue;
+            }
+            std::string what = "the weights lie in files of another format";
+            std::string mend = std::string(convert_to_safetensors);
+            if (std::filesystem::file_size(path / name, ignored) > 0 && !ignored && !name.ends_with(".json")) {
+                const mapped_file file(path / name);
+                if (const auto kind = what_is_this_file(file.bytes())) {
+                    what = "that is " + kind->what;
+                    mend = kind->mend;
+                }
+            }
+            fail(message("holds no safetensors file, but '", name, "': ", what, "; ", mend));
+        }
+    }
+    if (!inner.empty()) {
+        fail(message("holds no model itself, but its folders do (", quoted_list(inner), "): name one of them"));
+    }
+    raise<io_error>(error_code::model_not_found,
+        message("holds neither '", single_file_name, "' nor '", index_file_name,
+            "'; name a checkpoint directory or a .safetensors file"),
+        path.string());
+}
+
+/// A file of tensors: safetensors, or PyTorch's, as its first bytes say.
+[[nodiscard]] inline safetensors_file open_weights(const std::filesystem::path& path, std::vector<std::string>& notes)
+{
+    mapped_file map(path);
+    const auto bytes = map.bytes();
+    constexpr std::string_view zip = "PK\x03\x04";
+    if (bytes.size() < zip.size() || std::memcmp(bytes.data(), zip.data(), zip.size()) != 0) {
+        auto header = parse_safetensors(bytes, path.string());
+        return {std::move(map), std::move(header)};
+    }
+    auto contents = parse_pytorch(bytes, path.string());
+    std::error_code unknown;
+    auto rows = lay_out_rows(contents, bytes, path.string(), std::filesystem::temp_directory_path(unknown));
+    notes.insert(notes.end(), contents.notes.begin(), contents.notes.end());
+    return {std::move(map), std::move(contents.header), std::move(rows)};
+}
+
+/// The shards that an index names, beside it.
+[[nodiscard]] inline checkpoint open_indexed(
+    const std::filesystem::path& path, const std::filesystem::path& index_path, index_check how)
+{
+    const auto directory = directory_of(index_path);
+    const auto index_name = index_path.filename().string();
+    const auto index = read_index(index_path);
+    const bool strict = how == index_check::strict;
+    std::vector<safetensors_file> files;
+    std::vector<std::string> names, notes;
+    std::map<std::string_view, std::size_t> expected;
+    for (const auto& [name, shard] : index) { ++expected[shard]; }
+    std::error_code ignored;
+    for (const auto& [shard, count] : expected) {
+        if (!std::filesystem::exists(directory / shard, ignored)) {
+            const auto what = message("the shard '", shard, "' of '", index_name, "', with ", count,
+                count == 1 ? " tensor" : " tensors", ", is not there");
+            if (strict) {
+                raise<io_error>(error_code::file_not_found,
+                    message(what, ": fetch it, or go on without it (index_check::lenient; the tool: --index lenient)"),
+                    path.string());
+            }
+            notes.push_back(message("'", path.string(), "': ", what));
+            continue;
+        }
+        auto& file = files.emplace_back(open_weights(directory / shard, notes));
+        names.emplace_back(shard);
+        std::map<std::string_view, bool> present;
+        for (const auto& entry : file.entries()) {
+            const auto place = index.find(entry.name);
+            present[entry.name] = true;
+            if (place != index.end() && place->second == shard) { continue; }
+            const auto what = message("holds tensor '", entry.name, "', which '", index_name, "' ",
+                place == index.end() ? std::string("does not list") : "places in '" + place->second + "'");
+            if (strict) {
+                raise<format_error>(error_code::file_tensors,
+                    what + " (index_check::lenient goes on; in the tool, --index lenient)", file.path().string());
+            }
+            notes.push_back(message("'", file.path().string(), "' ", what,
+                place == index.end() ? ": it is taken" : ": the one there is taken"));
+        }
+        for (const auto& [name, where] : index) {
+            if (where != shard || present.contains(name)) { continue; }
+            const auto what = message("lacks tensor '", name, "', which '", index_name, "' places there");
+            if (strict) {
+                raise<format_error>(error_code::file_tensors,
+                    what + " (index_check::lenient goes on; in the tool, --index lenient)", file.path().string());
+            }
+            notes.push_back(message("'", file.path().string(), "' ", what));
+        }
+    }
+    const auto take = [&](std::size_t f, const safetensors_entry& entry) {
+        const auto place = index.find(entry.name);
+        return place == index.end() || place->second == names[f];
+    };
+    return {path, std::move(files), take, std::move(notes)};
+}
+
+} // namespace detail
+
+/// The hints of the configuration beside a model.
+[[nodiscard]] inline quantised_layers::hint_source hints_beside(const std::filesystem::path& model)
+{
+    return [model] {
+        std::error_code unknown;
+        const auto folder = std::filesystem::is_directory(model, unknown) ? model : detail::directory_of(model);
+        return read_quantisation_hints(folder / "config.json");
+    };
+}
+
+/// Opens a model: a safetensors file; an index of shards (any `*.safetensors.index.json`); or a directory. Of what a
+/// directory holds, the first of these is the model: `model.safetensors`; `model.safetensors.index.json`; diffusers'
+/// `diffusion_pytorch_model` in the same two ways; the only index; a whole set of shards without one (with a note); the
+/// only .safetensors file that is neither a delta nor an adapter; where there are none, `pytorch_model.bin` or its
+/// index, diffusers', and a whole set of such shards. PyTorch's files are read as formats/pytorch.hpp says, whatever
+/// they are called. An index is an allowlist: shards hold exactly the tensors that it gives them, unless `how` is
+/// lenient. Quantised layers are tensors of numbers in model() where their scheme is read, and are found in
+/// layers()->unread() where it is not. Throws io_error, format_error. Cost: O(headers), and the scales of quantised
+/// layers.
+///
+///     const auto base = taskvec::open_model("base");
+///     for (const auto& [name, tensor] : base.model()) { … }
+[[nodiscard]] checkpoint open_model(const std::filesystem::path& path, index_check how = index_check::strict);
+
+namespace detail {
+[[nodiscard]] inline checkpoint open_stored(const std::filesystem::path& path, index_check how)
+{
+    std::error_code ignored;
+    std::vector<safetensors_file> files;
+    const auto single = [&](const std::filesystem::path& file, std::vector<std::string> notes = {}) -> checkpoint {
+        files.push_back(detail::open_weights(file, notes));
+        return {path, std::move(files), {}, std::move(notes)};
+    };
+    if (!std::filesystem::is_directory(path, ignored)) {
+        const auto name = path.filename().string();
+        if (is_index_name(name) || is_pytorch_index_name(name)) { return detail::open_indexed(path, path, how); }
+        std::vector<std::string> notes;
+        if (const auto parts = parse_shard_name(name); parts && parts->count > 1) {
+            notes.push_back(message("'", path.string(), "' is shard ", parts->number, " of ", parts->count,
+                ": its directory or its index names the whole model"));
+        }
+        return single(path, std::move(notes));
+    }
+    const auto has = [&](std::string_view name) { return std::filesystem::exists(path / name, ignored); };
+    for (const std::string_view stem : model_stems) {
+        const std::string file = std::string(stem) + ".safetensors", index = file + ".index.json";
+        if (has(file)) { return single(path / file); }
+        if (has(index)) { return detail::open_indexed(path, path / index, how); }
+    }
+    const detail::model_directory found(path);
+    if (found.indexes.size() == 1) { return detail::open_indexed(path, path / found.indexes.front(), how); }
+    if (found.indexes.size() > 1) {
+        raise<io_error>(error_code::model_not_found,
+            message("holds several indexes (", detail::quoted_list(found.indexes),
+                "): name the one that is meant, by its path"),
+            path.string());
+    }
+    using shard_sets = std::map<std::pair<std::string, std::size_t>, std::vector<std::string>>;
+    const auto whole_set = [&](const shard_sets& sets) -> checkpoint {
+        const auto& [key, names] = *sets.begin();
+        if (names.size() != key.second) {
+            raise<io_error>(error_code::file_not_found,
+                message("holds ", names.size(), " of ", key.second, " shards (", detail::quoted_list(names),
+                    ") and no index: fetch the others"),
+                path.string());
+        }
+        std::vector<std::string> notes{
+            message("'", path.string(), "' holds no index: all ", names.size(), " shards are taken")};
+        for (const auto& name : names) { files.push_back(detail::open_weights(path / name, notes)); }
+        return {path, std::move(files), {}, std::move(notes)};
+    };
+    shard_sets sets; // shards by stem, rest and count
+    std::vector<std::string> whole;
+    for (const auto& name : found.weights) {
+        if (const auto parts = parse_shard_name(name)) {
+            sets[{parts->stem + " " + parts->rest, parts->count}].push_back(name);
+        }
+        else if (!name.ends_with(".delta.safetensors") && name != "adapter_model.safetensors") {
+            whole.push_back(name);
+        }
+    }
+    if (sets.size() == 1 && whole.empty()) { return whole_set(sets); }
+    if (whole.size() == 1 && sets.empty()) { return single(path / whole.front()); }
+    if (whole.empty() && sets.empty()) {
+        for (const std::string_view stem : {"pytorch_model", "diffusion_pytorch_model"}) {
+            const std::string file = std::string(stem) + ".bin", index = file + ".index.json";
+            if (has(file)) { return single(path / file); }
+            if (has(index)) { return detail::open_indexed(path, path / index, how); }
+        }
+        for (const auto& name : found.others) {
+            if (const auto parts = parse_shard_name(name, ".bin")) {
+                sets[{parts->stem + " " + parts->rest, parts->count}].push_back(name);
+            }
+        }
+        if (sets.size() == 1) { return whole_set(sets); }
+    }
+    detail::refuse_directory(path, found);
+}
+} // namespace detail
+
+inline checkpoint open_model(const std::filesystem::path& path, index_check how)
+{
+    auto model = detail::open_stored(path, how);
+    model.read_layers(hints_beside(path));
+    return model;
+}
+
+/// How a model is split into shards: for each tensor its shard, tensors taken in name order, a new shard begun when the
+/// next tensor would take the current one above `shard_size` bytes of data (a larger tensor has a shard of its own).
+struct shard_plan {
+    std::vector<std::size_t> shard_of; ///< for each spec
+    std::size_t shards = 0; ///< how many there are
+    std::uint64_t total_bytes = 0; ///< of all tensors
+};
+/// Splits tensors into shards of at most `shard_size` bytes, as shard_plan says.
+[[nodiscard]] inline shard_plan plan_shards(const std::vector<tensor_spec>& specs, std::uint64_t shard_size)
+{
+    if (shard_size == 0) {
+        raise<invalid_argument>(error_code::parameter_out_of_range, "a shard size of 0 bytes; expected at least 1");
+    }
+    std::vector<std::size_t> order(specs.size());
+    for (std::size_t i = 0; i < order.size(); ++i) { order[i] = i; }
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return specs[a].name < specs[b].name; });
+    shard_plan plan;
+    plan.shard_of.resize(specs.size());
+    plan.shards = 1;
+    std::uint64_t held = 0;
+    for (const auto index : order) {
+        const std::uint64_t bytes = specs[index].bytes();
+        if (held && bytes > shard_size - std::min(held, shard_size)) {
+            ++plan.shards;
+            held = 0;
+        }
+        plan.shard_of[index] = plan.shards - 1;
+        held += bytes;
+        plan.total_bytes += bytes;
+    }
+    return plan;
+}
+
+namespace detail {
+/// The files of the model that a directory holds, as far as its index can be read.
+[[nodiscard]] inline std::vector<std::string> model_files_in(const std::filesystem::path& directory)
+{
+    std::vector<std::string> result;
+    std::error_code ignored;
+    for (const std::string_view stem : model_stems) {
+        const std::string single = std::string(stem) + ".safetensors", index = single + ".index.json";
+        if (std::filesystem::exists(directory / single, ignored)) { result.push_back(single); }
+        if (!std::filesystem::exists(directory / index, ignored)) { continue; }
+        for (const auto& [name, shard] : read_index(directory / index)) {
+            if (std::find(result.begin(), result.end(), shard) == result.end()) { result.push_back(shard); }
+        }
+        result.push_back(index);
+    }
+    return result;
+}
+[[nodiscard]] inline std::string lines_of(const std::vector<std::string>& names)
+{
+    std::string text;
+    for (const auto& name : names) { text += name + '\n'; }
+    return text;
+}
+} // namespace detail
+
+/// The shards that a killed writer gave their names in a directory before their index had its own: what it noted in the
+/// lock, less what an index of the directory names by now. Throws format_error for an index that cannot be read.
+[[nodiscard]] inline std::vector<std::string> orphan_shards(
+    const std::filesystem::path& directory, const directory_lock& lock)
+{
+    std::vector<std::string> result;
+    const std::string text = lock.noted();
+    if (text.empty()) { return result; }
+    const auto present = detail::model_files_in(directory);
+    for (std::size_t at = 0, end = 0; (end = text.find('\n', at)) != text.npos; at = end + 1) {
+        auto name = text.substr(at, end - at);
+        const bool of_a_model = std::any_of(std::begin(model_stems), std::end(model_stems),
+                                    [&](std::string_view stem) { return name.starts_with(std::string(stem) + "-"); })
+            && name.ends_with(".safetensors") && name.find('/') == name.npos;
+        if (of_a_model && std::find(present.begin(), present.end(), name) == present.end()) {
+            result.push_back(std::move(name));
+        }
+    }
+    return result;
+}
+
+/// Writes a checkpoint directory: `model-00001-of-000NN.safetensors` … and their index, or `model.safetensors` when one
+/// shard is enough. A directory that does not exist appears whole or not at all; in one that does, other files are left
+/// alone.
+///
+/// All shards are complete and on disk under temporary names before the first takes its own; the index (or the single
+/// file) takes its name last, and is what decides which model the directory holds. Where a shard's name is taken, by
+/// an earlier model in the same directory, the new one is called `model-00001-of-000NN-2.safetensors` and so on, so a
+/// crash at any moment leaves the earlier model whole or the new one. Once the new one stands, the earlier one's files
+/// are removed, and where a writer is killed before, its own are by the next. As many files are open as are written to
+/// at once. One writer at a time has an existing directory: a second one throws io_error (see directory_lock).
+///
+///     taskvec::sharded_writer out("merged", specs, 5'000'000'000);
+///     out.write(index, offset, data, size);
+///     out.commit();
+class sharded_writer final : public tensor_sink {
+public:
+    /// `existing`: whether a directory that is there is exchanged for one with the new files and all others, so that
+    /// what else is written to folder() changes with them. `finished`: where all shards lie already, in order, for
+    /// instance by resumable_shards; then nothing is to be written. `stem`: one of model_stems, for the names.
+    sharded_writer(std::filesystem::path directory, const std::vector<tensor_spec>& specs, std::uint64_t shard_size,
+        const metadata_map& metadata = {}, durability mode = durability::synchronised,
+        existing_directory existing = existing_directory::fill, const std::vector<std::filesystem::path>& finished = {},
+        std::string_view stem = model_stems[0])
+        : directory_(std::move(directory))
+        , stem_(stem)
+        , mode_(mode)
+        , plan_(plan_shards(specs, shard_size))
+        , place_(specs.size())
+    {
+        std::vector<std::vector<tensor_spec>> parts(plan_.shards);
+        for (std::size_t i = 0; i < specs.size(); ++i) {
+            auto& part = parts[plan_.shard_of[i]];
+            place_[i] = part.size();
+            part.push_back(specs[i]);
+        }
+        for (const auto& part : parts) {
+            (void)layout_safetensors(part, metadata);
+        } // whatever is wrong with the specs is wrong before a directory appears
+        (void)present_files(); // an index that cannot be read is refused before anything is written
+        folder_.emplace(directory_, mode, existing); // from here on nobody else takes names in the directory
+        old_ = present_files();
+        if (const auto* const lock = folder_->lock()) {
+            for (const auto& name : orphan_shards(directory_, *lock)) {
+                detail::system::remove_file(directory_ / name);
+            }
+        }
+        const std::size_t generation = plan_.shards == 1 ? 1 : free_generation();
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+            names_.push_back(plan_.shards == 1 ? single_name() : shard_name(i, generation));
+        }
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+            auto path = folder_->path() / names_[i];
+            writers_.push_back(finished.empty()
+                    ? std::make_unique<safetensors_writer>(std::move(path), parts[i], metadata, mode)
+                    : std::make_unique<safetensors_writer>(std::move(path), parts[i], metadata, mode, finished.at(i)));
+            if (parts.size() > 1) { writers_.back()->open_on_demand(); }
+        }
+        if (plan_.shards > 1) {
+            std::string json = "{\n  \"metadata\": {\n    \"total_size\": " + std::to_string(plan_.total_bytes)
+                + "\n  },\n  \"weight_map\": {";
+            std::map<std::string_view, std::size_t> by_name;
+            for (std::size_t i = 0; i < specs.size(); ++i) { by_name[specs[i].name] = plan_.shard_of[i]; }
+            if (by_name.size() != specs.size()) {
+                raise<invalid_argument>(
+                    error_code::tensor_repeated, "a tensor's name occurs twice in the model to be written");
+            }
+            for (const auto& [name, shard] : by_name) {
+                json +=
+                    (json.back() == '{' ? "\n    " : ",\n    ") + json_string(name) + ": " + json_string(names_[shard]);
+            }
+            json += "\n  }\n}\n";
+            index_ = std::make_unique<atomic_file>(folder_->path() / index_name(), json.size(), mode);
+            index_->write(0, json.data(), json.size());
+        }
+    }
+    sharded_writer(const sharded_writer&) = delete;
+    sharded_writer& operator=(const sharded_writer&) = delete;
+    ~sharded_writer() override
+    {
+        // Shards that took their names before a failure belong to no index.
+        for (const auto& path : unlisted_) {
+            detail::system::remove_file(path);
+            detail::temporaries::drop(path);
+        }
+    }
+
+    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
+    {
+        if (index >= place_.size()) {
+            raise<invalid_argument>(
+                error_code::index_out_of_range, message("a write to tensor ", index, " of ", place_.size()));
+        }
+        writers_[plan_.shard_of[index]]->write(place_[index], offset, data, size);
+    }
+
+    /// Forces all files to disk, so that commit() only renames.
+    void finish()
+    {
+        for (auto& writer : writers_) { writer->finish(); }
+        if (index_) { index_->finish(); }
+    }
+    /// Gives the files their names; see above for the order.
+    void commit()
+    {
+        finish();
+        // Once the index, or the single file, has its name nothing may fail, memory included.
+        const bool in_place = folder_->made().empty();
+        std::vector<std::string> obsolete;
+        for (const auto& name : old_) {
+            // An index that somebody else wrote may name any file: only what is called a model's is removed.
+            const bool of_a_model = is_index_name(name) || name.ends_with(".safetensors");
+            if (of_a_model && std::find(names_.begin(), names_.end(), name) == names_.end()
+                && !(index_ && name == index_name())) {
+                obsolete.push_back(name);
+            }
+        }
+        std::vector<std::filesystem::path> superseded;
+        for (const auto& name : obsolete) { superseded.push_back(directory_ / name); }
+        if (index_ && in_place) {
+            for (const auto& writer : writers_) { unlisted_.push_back(writer->target()); }
+            if (auto* const lock = folder_->lock()) {
+                lock->note(detail::lines_of(names_));
+                // Also after a power cut the lock is there before the first of the names.
+                if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
+            }
+            for (const auto& path : unlisted_) { detail::temporaries::add(path); }
+        }
+        for (auto& writer : writers_) { writer->commit(false); }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
+        if (index_) { index_->commit(); }
+        for (const auto& path : unlisted_) { detail::temporaries::drop(path); }
+        unlisted_.clear();
+        folder_->commit(obsolete);
+        if (!in_place) { return; }
+        for (const auto& path : superseded) { detail::system::remove_file(path); }
+        // `model.safetensors` comes before an index when a directory is opened, and both before diffusers' files: with
+        // them gone, the new model takes effect.
+        for (const auto& name : opened_before()) {
+            if (detail::system::status status; detail::system::look_at_link(directory_ / name, status)) {
+                raise<io_error>(error_code::system_refused,
+                    "is an earlier model's and cannot be removed: the new model lies beside it, whole, and takes "
+                    "effect once this file is gone",
+                    (directory_ / name).string());
+            }
+        }
+        if (mode_ == durability::synchronised) { detail::synchronise_directory(directory_); }
+    }
+
+    /// Where the files are written until commit(): for what is to lie beside them.
+    [[nodiscard]] const std::filesystem::path& folder() const noexcept { return folder_->path(); }
+    /// The files' names, in shard order.
+    [[nodiscard]] const std::vector<std::string>& names() const noexcept { return names_; }
+    /// The shards' temporary names, for whoever reads them back between finish() and commit().
+    [[nodiscard]] std::vector<std::filesystem::path> shard_temporaries() const
+    {
+        std::vector<std::filesystem::path> result;
+        for (const auto& writer : writers_) { result.push_back(writer->temporary()); }
+        return result;
+    }
+    /// All temporary files, and before them the directories that were made for them, for whoever must remove them when
+    /// no destructor can run.
+    [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
+    {
+        auto result = folder_->made();
+        if (auto lock = folder_->lock_file(); !lock.empty()) { result.push_back(std::move(lock)); }
+        const auto shards = shard_temporaries();
+        result.insert(result.end(), shards.begin(), shards.end());
+        if (index_) { result.push_back(index_->temporary()); }
+        return result;
+    }
+    /// Bytes of all shards together.
+    [[nodiscard]] std::uint64_t file_size() const noexcept
+    {
+        std::uint64_t total = 0;
+        for (const auto& writer : writers_) { total += writer->file_size(); }
+        return total;
+    }
+
+private:
+    [[nodiscard]] std::string shard_name(std::size_t index, std::size_t generation) const
+    {
+        const auto padded = [](std::size_t number) {
+            const auto digits = std::to_string(number);
+            return std::string(digits.size() < 5 ? 5 - digits.size() : 0, '0') + digits;
+        };
+        return stem_ + "-" + padded(index + 1) + "-of-" + padded(plan_.shards)
+            + (generation > 1 ? "-" + std::to_string(generation) : "") + ".safetensors";
+    }
+    /// The first generation none of whose shard names is taken.
+    [[nodiscard]] std::size_t free_generation() const
+    {
+        std::error_code ignored;
+        for (std::size_t generation = 1;; ++generation) {
+            bool taken = false;
+            for (std::size_t i = 0; i < plan_.shards && !taken; ++i) {
+                taken = std::filesystem::exists(directory_ / shard_name(i, generation), ignored);
+            }
+            if (!taken) { return generation; }
+        }
+    }
+    [[nodiscard]] std::vector<std::string> present_files() const { return detail::model_files_in(directory_); }
+    [[nodiscard]] std::string single_name() const { return stem_ + ".safetensors"; }
+    [[nodiscard]] std::string index_name() const { return single_name() + ".index.json"; }
+    /// What open_model() would take in place of what is written here.
+    [[nodiscard]] std::vector<std::string> opened_before() const
+    {
+        std::vector<std::string> names;
+        for (const std::string_view stem : model_stems) {
+            const std::string single = std::string(stem) + ".safetensors";
+            if (stem == stem_) {
+                if (index_) { names.push_back(single); }
+                break;
+            }
+            names.push_back(single);
+            names.push_back(single + ".index.json");
+        }
+        return names;
+    }
+
+    std::filesystem::path directory_;
+    std::string stem_;
+    std::optional<output_directory> folder_; // before the files in it, so that it outlives them
+    durability mode_;
+    shard_plan plan_;
+    std::vector<std::size_t> place_; // of each tensor within its shard
+    std::vector<std::string> names_, old_; // the new files, and those of the model that they replace
+    std::vector<std::filesystem::path> unlisted_; // shards with their names whose index has not taken its own
+    std::vector<std::unique_ptr<safetensors_writer>> writers_;
+    std::unique_ptr<atomic_file> index_;
+};
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP
+
 // ---- taskvec/formats/name_pattern.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP)
 #define TASKVEC_SINGLE_FORMATS_NAME_PATTERN_HPP
@@ -9297,6 +11870,8 @@ namespace taskvec::inline TASKVEC_ABI {
 inline constexpr std::string_view peft_config_name = "adapter_config.json";
 /// Of the file that has the factors.
 inline constexpr std::string_view peft_model_name = "adapter_model.safetensors";
+/// What PEFT wrote before 2024: read as PyTorch files are (formats/pytorch.hpp).
+inline constexpr std::string_view peft_pickle_name = "adapter_model.bin";
 /// Stands before the name of every module.
 inline constexpr std::string_view peft_prefix = "base_model.model.";
 
@@ -9581,7 +12156,9 @@ template <class T>
     if (entry.shape.size() != 2) {
         raise<format_error>(error_code::adapter_unsupported,
             message("tensor '", entry.name, "' has shape ", to_string(entry.shape),
-                entry.shape.size() == 4 ? ": a convolution's factors are not supported" : "; expected a matrix"),
+                entry.shape.size() > 2 ? ": a convolution's factors are not merged with others; fold each adapter into "
+                                         "its base (taskvec fuse, or PEFT's merge_and_unload) and merge the models"
+                                       : "; expected a matrix"),
             file.path().string(), entry.offset);
     }
     if (!is_storage(entry.dtype)) {
@@ -9653,13 +12230,13 @@ template <arithmetic_element T = float>
         raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
     }
     detail::check_plain_lora(adapter.config, config_file, options);
-    if (!std::filesystem::exists(model_path, ignored)
-        && std::filesystem::exists(directory / "adapter_model.bin", ignored)) {
-        raise<io_error>(error_code::model_not_found,
-            "holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", directory.string());
-    }
-    const safetensors_file file(model_path);
-    const std::string model_file = model_path.string();
+    std::vector<std::string> reading;
+    const auto stored =
+        !std::filesystem::exists(model_path, ignored) && std::filesystem::exists(directory / peft_pickle_name, ignored)
+        ? directory / peft_pickle_name
+        : model_path;
+    const safetensors_file file = detail::open_weights(stored, reading);
+    const std::string model_file = stored.string();
 
     // Pairs of factors, by module; everything else by name.
     struct halves {
@@ -10294,12 +12871,8 @@ namespace taskvec::inline TASKVEC_ABI {
     std::error_code ignored;
     if (!std::filesystem::is_directory(path, ignored)) { return path; }
     for (const std::string_view name : {peft_model_name, std::string_view("pytorch_lora_weights.safetensors"),
-             std::string_view("adapters.safetensors")}) {
+             std::string_view("adapters.safetensors"), peft_pickle_name}) {
         if (std::filesystem::exists(path / name, ignored)) { return path / name; }
-    }
-    if (std::filesystem::exists(path / "adapter_model.bin", ignored)) {
-        raise<io_error>(error_code::model_not_found,
-            "holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", path.string());
     }
     raise<io_error>(error_code::model_not_found,
         message("holds no adapter: expected ", peft_model_name,
@@ -10619,11 +13192,19 @@ template <class T>
         made.magnitude.assign(values.data(), values.data() + values.size());
         const bool by_output = dialect != adapter_dialect::kohya
             || (!vector->shape.empty() && static_cast<std::size_t>(vector->shape[0]) == made.update.out());
-        if (made.magnitude.size() != made.update.out() || is_embedding || !by_output) {
+        if (is_embedding) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("module '", module, "' is an embedding under DoRA ('", vector->name,
+                    "'), which is not folded: fold it into its base with PEFT (merge_and_unload) and go on with the "
+                    "model"),
+                where);
+        }
+        if (made.magnitude.size() != made.update.out() || !by_output) {
             raise<format_error>(error_code::adapter_unsupported,
                 message("tensor '", vector->name, "' has shape ", to_string(vector->shape), ", and module '", module,
-                    "' has ", made.update.out(), " outputs: DoRA is folded where it has a magnitude for each output",
-                    is_embedding ? " of a linear layer or a convolution" : ""),
+                    "' has ", made.update.out(),
+                    " outputs: DoRA is folded where it has a magnitude for each output; "
+                    "fold it into its base with what wrote it"),
                 where);
         }
     }
@@ -10664,7 +13245,7 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
 
 /// Refuses a module whose factors are of another kind than the configuration says: the update would be another one.
 inline void check_kind(
-    const peft_fields& fields, const std::string& module, std::string_view kind, const std::string& where)
+    const peft_fields& fields, const std::string& module, std::string_view kind, const std::string& where, bool biased)
 {
     const auto wrong = [&](const std::string& what) {
         raise<format_error>(error_code::adapter_tensors, message("module '", module, "' ", what), where);
@@ -10679,6 +13260,9 @@ inline void check_kind(
             ": correct peft_type, or fetch the file that belongs to it"));
     }
     if (is_loha || is_lokr) { return; }
+    if (biased && fields.find("lora_bias") && !fields.says_something("lora_bias")) {
+        wrong(message("has a lora_B.bias, but ", peft_config_name, " says lora_bias false: correct one of them"));
+    }
     const bool promised = fields.says_something("use_dora");
     if (promised && kind != "DoRA") {
         wrong(message("has no lora_magnitude_vector, but ", peft_config_name,
@@ -10712,14 +13296,14 @@ template <arithmetic_element T = float>
     adapter.label = "'" + path.string() + "'";
     adapter.file = adapter_tensor_file(path);
     if (is_gguf_file(adapter.file)) { return read_gguf_adapter<T>(adapter.file); }
-    const safetensors_file file(adapter.file);
+    const safetensors_file file = detail::open_weights(adapter.file, adapter.notes);
     const std::string where = adapter.file.string();
 
     std::error_code ignored;
     const auto config_path = adapter.file.parent_path() / peft_config_name;
     const std::string config_file = config_path.string();
-    const bool may_have_config =
-        std::filesystem::is_directory(path, ignored) || adapter.file.filename() == peft_model_name;
+    const bool may_have_config = std::filesystem::is_directory(path, ignored)
+        || adapter.file.filename() == peft_model_name || adapter.file.filename() == peft_pickle_name;
     std::string text;
     std::optional<mapped_file> configuration;
     if (may_have_config && std::filesystem::exists(config_path, ignored)) {
@@ -10805,11 +13389,28 @@ template <arithmetic_element T = float>
     });
     if (!dialect) { dialect = underscored ? adapter_dialect::kohya : adapter_dialect::peft; } // LoHa and LoKr
     adapter.dialect = *dialect;
+    if (*dialect == adapter_dialect::mlx) { // its DoRA keeps the magnitudes of a module as MODULE.m
+        std::erase_if(wholes, [&](const auto& one) {
+            const auto& name = one.first;
+            if (!name.ends_with(".m")) { return false; }
+            const auto module = parts.find(name.substr(0, name.size() - 2));
+            return module != parts.end() && module->second.tensors.emplace(role::magnitude, one.second).second;
+        });
+        const auto type = adapter.config.find("fine_tune_type");
+        for (const auto& [module, found] : parts) {
+            if (type == adapter.config.end() || *type != "dora" || found.get(role::magnitude)) { continue; }
+            raise<format_error>(error_code::adapter_tensors,
+                message("module '", module, "' has no magnitudes ('", module, ".m'), but ", peft_config_name,
+                    " says fine_tune_type dora, which rescales every module by them: save the adapter anew"),
+                where);
+        }
+    }
+    const bool peft_config = !text.empty() && (*dialect == adapter_dialect::peft);
     if (parts.empty() && adapter.copies.empty()) {
+        if (peft_config) { detail::check_foldable(adapter.config, config_file); } // another kind is said by its name
         raise<format_error>(error_code::adapter_tensors, "holds no factors of an adapter", where);
     }
 
-    const bool peft_config = !text.empty() && (*dialect == adapter_dialect::peft);
     detail::peft_patterns ranks, alphas;
     if (peft_config) {
         detail::check_foldable(adapter.config, config_file);
@@ -10869,7 +13470,7 @@ template <arithmetic_element T = float>
                 message("module '", module, "' has no lora_E, which every module of AdaLoRA has"), where);
         }
         auto made = detail::read_module<T>(file, module, found, *dialect, rank);
-        if (peft_config) { detail::check_kind(fields, module, made.kind, where); }
+        if (peft_config) { detail::check_kind(fields, module, made.kind, where, made.bias.rank() > 0); }
         std::optional<double> alpha;
         if (const auto* const entry = found.get(role::alpha)) {
             const auto value = detail::read_flat_factor<double>(file, *entry);
@@ -11135,6 +13736,13 @@ template <arithmetic_element T>
             a_shape[1] /= cells;
             a_shape.insert(a_shape.end(), made.kernel.begin(), made.kernel.end());
             b_shape.insert(b_shape.end(), made.kernel.size(), 1);
+        }
+        if (adapter.fan_in_fan_out && dialect != adapter_dialect::peft && dialect != adapter_dialect::gguf
+            && !made.embedding && update.out() == update.in()) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("module '", module, "' is square, and lies in×out in its base (fan_in_fan_out), which ",
+                    to_string(dialect), "'s dialect has no word for: keep PEFT's, or fold it into its base"),
+                adapter.file.string());
         }
         double left = 1; // of the scaling, in the up factor
         if (dialect == adapter_dialect::diffusers) { left = update.scaling; }
@@ -12735,41 +15343,6 @@ inline void stream_fence() noexcept
 // SPDX-License-Identifier: Apache-2.0
 
 
-// ---- taskvec/models/operand_source.hpp
-#if !defined(TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP)
-#define TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
-// Tensors that are stored nowhere as numbers: their elements are worked out when they are read.
-// SPDX-License-Identifier: Apache-2.0
-
-
-#include <cstddef>
-#include <cstdint>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// What stands for the stored elements of one tensor: of a task (aligned_models::compute()), as a base weight with
-/// adapters added (adapters/adapted_weight.hpp); or of any model whose tensor_ref names it (`source`), as a quantised
-/// layer (formats/quantised.hpp). Everything that walks over aligned models reads it as it would a tensor of
-/// dtype type() with these elements. Reads come from several threads at once, in any order, the same one more than
-/// once; the same elements must come out each time.
-class operand_source {
-public:
-    virtual ~operand_source() = default;
-    /// f32 or f64.
-    [[nodiscard]] virtual taskvec::dtype type() const noexcept = 0;
-    /// Elements [offset, offset + count) of the tensor, row-major, as type(), to `out`, which is aligned to them.
-    virtual void read(std::uint64_t offset, std::size_t count, void* out) const = 0;
-    /// Does beforehand, on the policy's threads, what the first read would do by itself.
-    virtual void prepare(const cpu& /*policy*/) const { }
-    /// Gives back what prepare() and reads keep, until the next one. Nobody reads meanwhile.
-    virtual void release() const { }
-    /// Bits that are read for an element: for progress and reports.
-    [[nodiscard]] virtual unsigned stored_bits() const noexcept { return bits_per_element(type()); }
-};
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_MODELS_OPERAND_SOURCE_HPP
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -14272,7 +16845,7 @@ private:
             raise<nonfinite_error>(error_code::not_finite,
                 message("tensor '", tensor, "': ", what, " in ", label, " holds ",
                     std::isnan(values[i]) ? "NaN" : "infinity", " at entry ", i,
-                    "; repair the adapter or leave it out"));
+                    "; repair the adapter or leave it out (nonfinite::propagate is for numbers of models)"));
         }
     }
 
@@ -14471,8 +17044,28 @@ struct adapter_base_traits {
     std::string_view label = "the base"; ///< names it in messages
 };
 
+/// Whether an adapter that says fan_in_fan_out is of a base whose linear layers lie out×in, as its modules that are not
+/// square tell: PEFT takes the flag for false then.
+template <arithmetic_element T>
+[[nodiscard]] bool denies_fan_in_fan_out(
+    const const_model_ref& base, const adapter_contents<T>& adapter, const module_match& match)
+{
+    bool plain = false, turned = false;
+    for (const auto& [module, made] : adapter.modules) {
+        const auto place = match.tensors.find(module);
+        if (place == match.tensors.end() || made.embedding || made.update.out() == made.update.in()) { continue; }
+        const const_tensor_ref& to = *base.find(place->second);
+        if (to.shape.size() != 2) { continue; }
+        const auto [rows, columns] = adapted_model::sides(to.shape, to.size(place->second));
+        plain = plain || (rows == made.update.out() && columns == made.update.in());
+        turned = turned || (rows == made.update.in() && columns == made.update.out());
+    }
+    return adapter.fan_in_fan_out && plain && !turned;
+}
+
 /// Adds weight·(what an adapter does) to `sum`, which refers to the adapter from then on. Where a weight is not square
-/// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so.
+/// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so, and
+/// others do not deny it.
 /// Throws invalid_argument for modules that `match` has no tensor for, or a copy of a base weight that is another
 /// base's; shape_mismatch, nonfinite_error.
 template <arithmetic_element T>
@@ -14488,8 +17081,12 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                     ? message(" may mean '", doubt->second[0], "' or '", doubt->second[1], "' of ", traits.label)
                     : message(" is no module of ", traits.label),
                 match.unmatched.size() > 1 ? message(", nor are ", match.unmatched.size() - 1, " others clear") : "",
-                ": use the base that it was trained on, or leave such modules out"));
+                base.find(module + ".in_proj_weight")
+                    ? ", but one of PyTorch's MultiheadAttention, whose three projections are one tensor: fold it into "
+                      "its base with PEFT (merge_and_unload) and go on with the model"
+                    : ": use the base that it was trained on, or leave such modules out"));
     }
+    const bool in_by_out = adapter.fan_in_fan_out && !denies_fan_in_fan_out(base, adapter, match);
     for (const auto& [module, made] : adapter.modules) {
         if (made.paired_rows) {
             raise<invalid_argument>(error_code::call_order,
@@ -14505,8 +17102,7 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                    turned = to.shape.size() == 2 && rows == made.update.in() && columns == made.update.out();
         const bool head =
             tensor.ends_with("head.weight") || tensor.ends_with("wte.weight") || tensor.ends_with("wpe.weight");
-        place.transposed =
-            made.embedding || (turned && (!fits || ((adapter.fan_in_fan_out || traits.conv1d) && !head)));
+        place.transposed = made.embedding || (turned && (!fits || ((in_by_out || traits.conv1d) && !head)));
         sum.add(base, tensor, made.update, weight, std::move(place), adapter.label);
         if (made.bias.rank() > 0) {
             const std::string bias = tensor.substr(0, tensor.size() - 6) + "bias";
@@ -14540,2544 +17136,6 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_ADAPTER_NAMES_HPP
-
-// ---- taskvec/formats/checkpoint.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP)
-#define TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP
-// Checkpoints: one safetensors file, or a directory of shards with its index, read and written as one model.
-// SPDX-License-Identifier: Apache-2.0
-
-
-// ---- taskvec/formats/pytorch.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_PYTORCH_HPP)
-#define TASKVEC_SINGLE_FORMATS_PYTORCH_HPP
-// PyTorch files (pytorch_model.bin, .pt, .pth), read without Python: a zip archive with a pickle that builds tensors,
-// and nothing else. No code runs. SPDX-License-Identifier: Apache-2.0
-
-
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <filesystem>
-#include <map>
-#include <memory>
-#include <set>
-#include <span>
-#include <string>
-#include <string_view>
-#include <utility>
-#include <vector>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// The largest pickle that is read; tensors' bytes lie beside it.
-inline constexpr std::size_t pickle_size_limit = 100'000'000;
-/// The most values that a pickle may build: room for 200,000 tensors.
-inline constexpr std::size_t pickle_value_limit = 5'000'000;
-/// The most bytes, laid out, of a file's tensors that have more elements than their storage (expanded views).
-inline constexpr std::uint64_t expanded_bytes_limit = std::uint64_t{1} << 30;
-
-/// What a PyTorch file holds, in the terms of a safetensors header: tensors are ranges of the file's bytes (ranges may
-/// be equal: tied weights).
-struct pytorch_contents {
-    safetensors_header header; ///< names, dtypes, shapes and places of the tensors
-    std::vector<std::string> notes{}; ///< what whoever opens it should know
-    /// Strides, in elements, of tensors that do not lie row-major in their bytes (transposed, parts of others, or
-    /// expanded, whose elements share bytes): lay_out_rows() gives them rows. Every element lies in the file, from the
-    /// entry's offset on; the entry's size is that of the rows.
-    std::map<std::string, extents> strides{};
-};
-
-namespace detail {
-
-/// A zip archive's directory, each entry checked: where its bytes lie, stored as they are.
-class zip_directory {
-public:
-    struct entry {
-        std::string_view name;
-        std::uint64_t offset = 0, size = 0;
-        bool stored = true; ///< neither compressed nor encrypted
-    };
-
-    zip_directory(std::string_view bytes, std::string_view file)
-        : bytes_(bytes)
-        , file_(file)
-    {
-        read();
-    }
-    [[nodiscard]] const std::vector<entry>& entries() const noexcept { return entries_; }
-    /// The entry of that name, or nullptr.
-    [[nodiscard]] const entry* find(std::string_view name) const
-    {
-        const auto place = std::lower_bound(entries_.begin(), entries_.end(), name,
-            [](const entry& one, std::string_view wanted) { return one.name < wanted; });
-        return place != entries_.end() && place->name == name ? &*place : nullptr;
-    }
-    [[nodiscard]] std::string_view content(const entry& one) const
-    {
-        return bytes_.substr(static_cast<std::size_t>(one.offset), static_cast<std::size_t>(one.size));
-    }
-
-private:
-    [[noreturn]] void fail(const std::string& what, std::uint64_t at) const
-    {
-        raise<format_error>(error_code::archive_damaged,
-            message("is a damaged PyTorch file (a zip archive): ", what, ": ", fetch_again), std::string(file_), at);
-    }
-    /// A little-endian number; the place must lie inside the file.
-    template <class T>
-    [[nodiscard]] T number(std::uint64_t at) const
-    {
-        if (at > bytes_.size() || bytes_.size() - at < sizeof(T)) { fail("a record runs past its end", at); }
-        T value;
-        std::memcpy(&value, bytes_.data() + at, sizeof value);
-        return value;
-    }
-    [[nodiscard]] std::string_view text(std::uint64_t at, std::uint64_t size) const
-    {
-        if (at > bytes_.size() || bytes_.size() - at < size) { fail("a record runs past its end", at); }
-        return bytes_.substr(static_cast<std::size_t>(at), static_cast<std::size_t>(size));
-    }
-
-    void read()
-    {
-        constexpr std::uint32_t end_mark = 0x06054b50, end64_mark = 0x06064b50, locator_mark = 0x07064b50,
-                                entry_mark = 0x02014b50;
-        constexpr std::uint64_t end_size = 22, locator_size = 20;
-        std::uint64_t end = bytes_.size();
-        for (std::uint64_t comment = 0; comment <= 65535 && comment + end_size <= bytes_.size(); ++comment) {
-            const std::uint64_t at = bytes_.size() - end_size - comment;
-            if (number<std::uint32_t>(at) == end_mark && number<std::uint16_t>(at + 20) == comment) {
-                end = at;
-                break;
-            }
-        }
-        if (end == bytes_.size()) { fail("its directory, at its end, is missing", end); }
-        std::uint64_t count = number<std::uint16_t>(end + 10), size = number<std::uint32_t>(end + 12),
-                      begin = number<std::uint32_t>(end + 16), limit = end;
-        if (end >= locator_size && number<std::uint32_t>(end - locator_size) == locator_mark) {
-            const auto at = number<std::uint64_t>(end - locator_size + 8);
-            if (number<std::uint32_t>(at) != end64_mark) { fail("its 64-bit directory is not where it should be", at); }
-            count = number<std::uint64_t>(at + 32);
-            size = number<std::uint64_t>(at + 40);
-            begin = number<std::uint64_t>(at + 48);
-            limit = at;
-        }
-        if (begin > limit || size > limit - begin) { fail("its directory runs past its end", begin); }
-        std::uint64_t at = begin;
-        for (std::uint64_t i = 0; i < count; ++i) {
-            if (begin + size - at < 46 || number<std::uint32_t>(at) != entry_mark) {
-                fail(message("its directory promises ", count, " entries and has ", i), at);
-            }
-            at = read_entry(at, begin);
-            if (at > begin + size) { fail("its directory runs past its end", at); }
-        }
-        std::sort(entries_.begin(), entries_.end(), [](const entry& a, const entry& b) { return a.name < b.name; });
-        for (std::size_t i = 1; i < entries_.size(); ++i) {
-            if (entries_[i].name == entries_[i - 1].name) {
-                fail(message("'", entries_[i].name, "' occurs twice"), entries_[i].offset);
-            }
-        }
-        auto places = entries_;
-        std::sort(places.begin(), places.end(), [](const entry& a, const entry& b) { return a.offset < b.offset; });
-        for (std::size_t i = 1; i < places.size(); ++i) {
-            if (places[i - 1].size > places[i].offset - places[i - 1].offset) {
-                fail(message("'", places[i - 1].name, "' and '", places[i].name, "' share bytes"), places[i].offset);
-            }
-        }
-    }
-    /// Reads the entry of the directory at `at`; returns where the next one begins. Entries lie before `begin`.
-    [[nodiscard]] std::uint64_t read_entry(std::uint64_t at, std::uint64_t begin)
-    {
-        constexpr std::uint32_t local_mark = 0x04034b50, wide = 0xffffffff;
-        const auto flags = number<std::uint16_t>(at + 8), method = number<std::uint16_t>(at + 10);
-        const std::uint64_t name_size = number<std::uint16_t>(at + 28), extra_size = number<std::uint16_t>(at + 30),
-                            comment_size = number<std::uint16_t>(at + 32);
-        std::uint64_t packed = number<std::uint32_t>(at + 20), size = number<std::uint32_t>(at + 24),
-                      local = number<std::uint32_t>(at + 42);
-        entry one;
-        one.name = text(at + 46, name_size);
-        const std::uint64_t extra_end = at + 46 + name_size + extra_size;
-        (void)text(at + 46 + name_size, extra_size);
-        for (std::uint64_t field = at + 46 + name_size; extra_end - field >= 4;) {
-            const auto id = number<std::uint16_t>(field), length = number<std::uint16_t>(field + 2);
-            if (length > extra_end - field - 4) { break; }
-            std::uint64_t place = field + 4;
-            const std::uint64_t field_end = place + length;
-            for (auto* value : {&size, &packed, &local}) {
-                if (id == 1 && *value == wide && field_end - place >= 8) {
-                    *value = number<std::uint64_t>(place);
-                    place += 8;
-                }
-            }
-            field = field_end;
-        }
-        if (local > begin || begin - local < 30 || number<std::uint32_t>(local) != local_mark) {
-            fail(message("'", one.name, "' is not where the directory says"), local);
-        }
-        const std::uint64_t here = number<std::uint16_t>(local + 26);
-        one.offset = local + 30 + here + number<std::uint16_t>(local + 28);
-        if (here != name_size || text(local + 30, here) != one.name) {
-            fail(message("'", one.name, "' has another name where it lies"), local);
-        }
-        one.stored = method == 0 && (flags & 1u) == 0;
-        one.size = one.stored ? size : packed;
-        if (one.stored && packed != size) { fail(message("'", one.name, "' has two sizes"), at); }
-        if (one.offset > begin || one.size > begin - one.offset) {
-            fail(message("'", one.name, "' runs past the end"), one.offset);
-        }
-        entries_.push_back(one);
-        return extra_end + comment_size;
-    }
-
-    std::string_view bytes_, file_;
-    std::vector<entry> entries_;
-};
-
-/// The machine of a pickle, with the instructions that build numbers, strings, lists, tuples, dictionaries and tensors.
-/// Whatever else is named, called or built stays a name (`opaque`): nothing of it is known but what it was given.
-/// Values lie in one list and refer to each other by place: nothing recurses, whatever is nested.
-class pickle_reader {
-public:
-    using index = std::uint32_t;
-    enum class kind : std::uint8_t {
-        none,
-        number,
-        text,
-        list,
-        tuple,
-        dictionary,
-        global,
-        storage,
-        tensor,
-        other,
-        opaque
-    };
-    struct value {
-        kind what = kind::none;
-        bool truth = false; ///< of numbers: True or False
-        taskvec::dtype type = taskvec::dtype::f32; ///< of storages and tensors
-        std::int64_t number = 0; ///< a number; of storages how many elements, of tensors the first one's place
-        std::string_view text{}; ///< a text; a global's name; of storages the entry's key; of the opaque what named it
-        /// Of dictionaries keys and values in turn; of tensors the storage, sizes, strides, and what else was said of
-        /// it.
-        std::vector<index> items{};
-    };
-
-    pickle_reader(std::string_view code, std::string_view file)
-        : code_(code)
-        , file_(file)
-    { }
-    /// Runs it; the value that it leaves.
-    [[nodiscard]] const value& run()
-    {
-        for (;;) {
-            const auto operation = static_cast<unsigned char>(take(1)[0]);
-            if (operation == '.') {
-                if (!marks_.empty() || stack_.size() != 1) { damaged("leaves no single value"); }
-                find_given();
-                return values_[stack_.back()];
-            }
-            step(operation);
-        }
-    }
-    [[nodiscard]] const value& at(index place) const { return values_[place]; }
-    /// Whether something opaque was given this value, itself or in others: what it is in the end is not known.
-    [[nodiscard]] bool was_given(const value& one) const
-    {
-        return !reached_.empty() && reached_[static_cast<std::size_t>(&one - values_.data())];
-    }
-    /// The first name that is none of tensors, in quotes; empty where all are.
-    [[nodiscard]] const std::string& first_opaque() const { return first_opaque_; }
-    [[noreturn]] void refuse_opaque(std::string_view what) const
-    {
-        refuse(message(what.starts_with('\'') ? "names " : "builds ", what));
-    }
-
-    [[noreturn]] void refuse(const std::string& what) const
-    {
-        raise<format_error>(error_code::pickle_unsupported,
-            message("is a PyTorch file whose pickle ", what,
-                ", and builds more than tensors; nothing of it was run: convert it once by transformers' "
-                "save_pretrained(), or save the state_dict alone where it was made; torch.load(FILE, "
-                "weights_only=True) may refuse it too, and weights_only=False runs what it names: for files that you "
-                "trust"),
-            std::string(file_), place_);
-    }
-    [[noreturn]] void damaged(const std::string& what) const
-    {
-        raise<format_error>(error_code::archive_damaged,
-            message("is a damaged PyTorch file: its pickle ", what, ": ", fetch_again), std::string(file_), place_);
-    }
-
-private:
-    [[nodiscard]] std::string_view take(std::uint64_t size)
-    {
-        if (size > code_.size() - place_) { damaged("is cut short"); }
-        const auto part = code_.substr(place_, static_cast<std::size_t>(size));
-        place_ += static_cast<std::size_t>(size);
-        return part;
-    }
-    template <class T>
-    [[nodiscard]] T take_number()
-    {
-        T number;
-        std::memcpy(&number, take(sizeof(T)).data(), sizeof(T));
-        return number;
-    }
-    [[nodiscard]] std::string_view take_line()
-    {
-        const auto end = code_.find('\n', place_);
-        if (end == code_.npos) { damaged("is cut short"); }
-        const auto line = code_.substr(place_, end - place_);
-        place_ = end + 1;
-        return line;
-    }
-    void push(value one)
-    {
-        if (values_.size() >= pickle_value_limit) {
-            refuse(message("builds more than ", pickle_value_limit, " values"));
-        }
-        values_.push_back(std::move(one));
-        stack_.push_back(static_cast<index>(values_.size() - 1));
-    }
-    void push_number(std::int64_t number, bool truth = false) { push({kind::number, truth, {}, number, {}, {}}); }
-    [[nodiscard]] index pop()
-    {
-        if (stack_.size() <= (marks_.empty() ? 0 : marks_.back())) { damaged("takes more values than it has"); }
-        const index top = stack_.back();
-        stack_.pop_back();
-        return top;
-    }
-    [[nodiscard]] std::vector<index> pop_to_mark()
-    {
-        if (marks_.empty()) { damaged("has no mark where it takes one"); }
-        const auto first = stack_.begin() + static_cast<std::ptrdiff_t>(marks_.back());
-        std::vector<index> items(first, stack_.end());
-        stack_.erase(first, stack_.end());
-        marks_.pop_back();
-        return items;
-    }
-    [[nodiscard]] value& top()
-    {
-        if (stack_.size() <= (marks_.empty() ? 0 : marks_.back())) { damaged("takes more values than it has"); }
-        return values_[stack_.back()];
-    }
-    void put(std::uint64_t slot)
-    {
-        (void)top();
-        memo_[slot] = stack_.back();
-    }
-    void get(std::uint64_t slot)
-    {
-        const auto place = memo_.find(slot);
-        if (place == memo_.end()) { damaged("asks for a value that it never kept"); }
-        stack_.push_back(place->second);
-        if (stack_.size() > pickle_value_limit) { refuse("holds too many values at once"); }
-    }
-    void push_tuple(std::size_t size)
-    {
-        value tuple{kind::tuple, false, {}, 0, {}, std::vector<index>(size)};
-        while (size > 0) { tuple.items[--size] = pop(); }
-        push(std::move(tuple));
-    }
-    void push_opaque(std::string_view name) { push({kind::opaque, false, {}, 0, name, {}}); }
-    /// Marks what opaque values were given, and all that this holds.
-    void find_given()
-    {
-        if (given_.empty()) { return; }
-        reached_.assign(values_.size(), false);
-        while (!given_.empty()) {
-            const index one = given_.back();
-            given_.pop_back();
-            if (reached_[one]) { continue; }
-            reached_[one] = true;
-            given_.insert(given_.end(), values_[one].items.begin(), values_[one].items.end());
-        }
-    }
-    /// NEWOBJ and NEWOBJ_EX: objects of a class, which only opaque ones are.
-    void make_object(std::size_t arguments, unsigned operation)
-    {
-        for (std::size_t i = 0; i < arguments; ++i) { given_.push_back(pop()); }
-        const auto& type = values_[pop()];
-        if (type.what != kind::opaque) { refuse(message("has the instruction ", operation)); }
-        push_opaque(type.text);
-    }
-    void append(const std::vector<index>& items, kind to)
-    {
-        value& collection = top();
-        if (collection.what == kind::opaque) {
-            given_.insert(given_.end(), items.begin(), items.end());
-            return;
-        }
-        if (collection.what != to || (to == kind::dictionary && items.size() % 2 != 0)) {
-            damaged("adds to something that is no collection");
-        }
-        collection.items.insert(collection.items.end(), items.begin(), items.end());
-    }
-
-    void step(unsigned operation)
-    {
-        switch (operation) {
-        case 0x80: // PROTO
-            if (const auto version = take_number<std::uint8_t>(); version < 2 || version > 5) {
-                refuse(message("is of protocol ", unsigned{version}));
-            }
-            break;
-        case 0x95: (void)take(8); break; // FRAME
-        case '(': marks_.push_back(stack_.size()); break;
-        case '0': (void)pop(); break;
-        case '}': push({kind::dictionary, false, {}, 0, {}, {}}); break;
-        case ']': push({kind::list, false, {}, 0, {}, {}}); break;
-        case ')': push({kind::tuple, false, {}, 0, {}, {}}); break;
-        case 'q': put(take_number<std::uint8_t>()); break;
-        case 'r': put(take_number<std::uint32_t>()); break;
-        case 0x94: put(memo_.size()); break; // MEMOIZE
-        case 'h': get(take_number<std::uint8_t>()); break;
-        case 'j': get(take_number<std::uint32_t>()); break;
-        case 'X': push_text(take_number<std::uint32_t>()); break;
-        case 0x8c: push_text(take_number<std::uint8_t>()); break; // SHORT_BINUNICODE
-        case 0x8d: push_text(take_number<std::uint64_t>()); break; // BINUNICODE8
-        case 'T': push_text(take_number<std::uint32_t>()); break; // BINSTRING
-        case 'U': push_text(take_number<std::uint8_t>()); break; // SHORT_BINSTRING
-        case 'J': push_number(take_number<std::int32_t>()); break;
-        case 'K': push_number(take_number<std::uint8_t>()); break;
-        case 'M': push_number(take_number<std::uint16_t>()); break;
-        case 0x8a: push_long(take_number<std::uint8_t>()); break; // LONG1
-        case 'G': // BINFLOAT
-            (void)take(8);
-            push({kind::other, false, {}, 0, {}, {}});
-            break;
-        case 'C': push_bytes(take_number<std::uint8_t>()); break; // SHORT_BINBYTES
-        case 'B': push_bytes(take_number<std::uint32_t>()); break; // BINBYTES
-        case 0x8e: // BINBYTES8
-        case 0x96: push_bytes(take_number<std::uint64_t>()); break; // BYTEARRAY8
-        case 0x81: make_object(1, operation); break;
-        case 0x92: make_object(2, operation); break;
-        case 0x8f: push_opaque("a set"); break;
-        case 0x90: // ADDITEMS
-            append(pop_to_mark(), kind::opaque);
-            break;
-        case 0x91: { // FROZENSET
-            const auto items = pop_to_mark();
-            given_.insert(given_.end(), items.begin(), items.end());
-            push_opaque("a set");
-            break;
-        }
-        case 'N': push({}); break;
-        case 0x88: push_number(1, true); break;
-        case 0x89: push_number(0, true); break;
-        case 't': push({kind::tuple, false, {}, 0, {}, pop_to_mark()}); break;
-        case 0x85: push_tuple(1); break;
-        case 0x86: push_tuple(2); break;
-        case 0x87: push_tuple(3); break;
-        case 'a': {
-            const index item = pop();
-            append({item}, kind::list);
-            break;
-        }
-        case 'e': append(pop_to_mark(), kind::list); break;
-        case 's': {
-            const index item = pop(), key = pop();
-            append({key, item}, kind::dictionary);
-            break;
-        }
-        case 'u': append(pop_to_mark(), kind::dictionary); break;
-        case 'c': {
-            const auto module = take_line();
-            const auto name = take_line();
-            push_global(module, name);
-            break;
-        }
-        case 0x93: { // STACK_GLOBAL
-            const auto& name = values_[pop()];
-            const auto& module = values_[pop()];
-            if (name.what != kind::text || module.what != kind::text) { damaged("names something by no text"); }
-            push_global(module.text, name.text);
-            break;
-        }
-        case 'Q': push_storage(); break;
-        case 'R': call(); break;
-        case 'b': { // BUILD: attributes of a dictionary (state_dict's _metadata) say nothing about tensors
-            const index given = pop();
-            const auto& state = values_[given];
-            if (top().what == kind::opaque) {
-                given_.push_back(given);
-                break;
-            }
-            if (top().what != kind::dictionary || state.what != kind::dictionary) {
-                refuse("sets the state of an object");
-            }
-            break;
-        }
-        default:
-            refuse(operation >= 0x20 && operation < 0x7f
-                    ? message("has the instruction '", std::string(1, static_cast<char>(operation)), "'")
-                    : message("has the instruction ", operation));
-        }
-    }
-    void push_text(std::uint64_t size)
-    {
-        const auto text = take(size);
-        push({kind::text, false, {}, 0, text, {}});
-    }
-    void push_bytes(std::uint64_t size)
-    {
-        (void)take(size);
-        push({kind::other, false, {}, 0, {}, {}});
-    }
-    void push_long(std::uint64_t size)
-    {
-        const auto bytes = take(size);
-        if (size > 8) { // of a generator of random numbers
-            push_opaque("a number above 2^63");
-            return;
-        }
-        std::uint64_t number = 0;
-        for (std::size_t i = 0; i < bytes.size(); ++i) {
-            number |= static_cast<std::uint64_t>(static_cast<unsigned char>(bytes[i])) << (8 * i);
-        }
-        if (!bytes.empty() && bytes.size() < 8 && (static_cast<unsigned char>(bytes.back()) & 0x80u)) {
-            number |= ~std::uint64_t{0} << (8 * bytes.size());
-        }
-        push_number(static_cast<std::int64_t>(number));
-    }
-
-    struct named_type {
-        std::string_view module, name;
-        taskvec::dtype type;
-    };
-    [[nodiscard]] static const named_type* type_of(std::string_view module, std::string_view name)
-    {
-        using enum taskvec::dtype;
-        static constexpr named_type types[] = {{"torch", "DoubleStorage", f64}, {"torch", "FloatStorage", f32},
-            {"torch", "HalfStorage", f16}, {"torch", "BFloat16Storage", bf16}, {"torch", "LongStorage", i64},
-            {"torch", "IntStorage", i32}, {"torch", "ShortStorage", i16}, {"torch", "CharStorage", i8},
-            {"torch", "ByteStorage", u8}, {"torch", "BoolStorage", boolean}, {"torch", "ComplexFloatStorage", c64},
-            {"torch.storage", "UntypedStorage", u8}, {"torch", "float64", f64}, {"torch", "float32", f32},
-            {"torch", "float16", f16}, {"torch", "bfloat16", bf16}, {"torch", "int64", i64}, {"torch", "int32", i32},
-            {"torch", "int16", i16}, {"torch", "int8", i8}, {"torch", "uint64", u64}, {"torch", "uint32", u32},
-            {"torch", "uint16", u16}, {"torch", "uint8", u8}, {"torch", "bool", boolean}, {"torch", "complex64", c64},
-            {"torch", "float8_e4m3fn", f8_e4m3}, {"torch", "float8_e5m2", f8_e5m2},
-            {"torch", "float8_e8m0fnu", f8_e8m0}, {"torch", "float8_e4m3fnuz", f8_e4m3fnuz},
-            {"torch", "float8_e5m2fnuz", f8_e5m2fnuz}};
-        for (const auto& one : types) {
-            if (one.module == module && one.name == name) { return &one; }
-        }
-        return nullptr;
-    }
-    /// What a global is to call(): of a few names that are known.
-    enum callable : std::int64_t { data_type, ordered_dictionary, tensor_v2, tensor_v3, parameter, torch_size };
-
-    void push_global(std::string_view module, std::string_view name)
-    {
-        value global{kind::global, false, {}, data_type, name, {}};
-        if (const auto* const type = type_of(module, name)) { global.type = type->type; }
-        else if (module == "collections" && name == "OrderedDict") {
-            global.number = ordered_dictionary;
-        }
-        else if (module == "torch._utils" && (name == "_rebuild_tensor_v2" || name == "_rebuild_tensor")) {
-            global.number = tensor_v2;
-        }
-        else if (module == "torch._utils" && name == "_rebuild_tensor_v3") {
-            global.number = tensor_v3;
-        }
-        else if (module == "torch._utils" && name == "_rebuild_parameter") {
-            global.number = parameter;
-        }
-        else if (module == "torch" && name == "Size") {
-            global.number = torch_size;
-        }
-        else {
-            const auto words = message("'", first_words(module, 80), ".", first_words(name, 80), "'");
-            if (first_opaque_.empty()) { first_opaque_ = words; }
-            push_opaque(*names_.insert(words).first);
-            return;
-        }
-        push(std::move(global));
-    }
-    void push_storage()
-    {
-        const auto& id = values_[pop()];
-        if (id.what != kind::tuple || id.items.size() != 5) { damaged("has a storage that is none"); }
-        const auto& word = values_[id.items[0]];
-        const auto& type = values_[id.items[1]];
-        const auto& key = values_[id.items[2]];
-        const auto& count = values_[id.items[4]];
-        if (type.what == kind::opaque) {
-            push_opaque(type.text);
-            return;
-        }
-        if (word.what != kind::text || word.text != "storage" || type.what != kind::global || type.number != data_type
-            || key.what != kind::text || count.what != kind::number || count.truth || count.number < 0) {
-            damaged("has a storage that is none");
-        }
-        push({kind::storage, false, type.type, count.number, key.text, {}});
-    }
-    void call()
-    {
-        const index given = pop(), callee = pop();
-        if (values_[callee].what == kind::opaque) {
-            given_.push_back(given);
-            push_opaque(values_[callee].text);
-            return;
-        }
-        const auto arguments = values_[given].items;
-        const value function = values_[callee];
-        if (function.what != kind::global || function.number == data_type || values_[given].what != kind::tuple) {
-            refuse("calls what is no function of tensors");
-        }
-        switch (function.number) {
-        case ordered_dictionary:
-            if (!arguments.empty()) { refuse("fills an OrderedDict by a call"); }
-            push({kind::dictionary, false, {}, 0, {}, {}});
-            break;
-        case torch_size:
-            if (arguments.size() != 1 || values_[arguments[0]].what != kind::tuple) {
-                damaged("has a size that is none");
-            }
-            stack_.push_back(arguments[0]);
-            break;
-        case parameter:
-            if (!arguments.empty() && values_[arguments[0]].what == kind::opaque) {
-                stack_.push_back(arguments[0]);
-                break;
-            }
-            if (arguments.empty() || values_[arguments[0]].what != kind::tensor) {
-                damaged("has a parameter that is no tensor");
-            }
-            stack_.push_back(arguments[0]);
-            break;
-        default: push_tensor(arguments, function.number == tensor_v3);
-        }
-    }
-    void push_tensor(const std::vector<index>& arguments, bool typed)
-    {
-        if (arguments.size() < (typed ? 7u : 4u)) { damaged("has a tensor that is none"); }
-        const auto& storage = values_[arguments[0]];
-        const auto& offset = values_[arguments[1]];
-        const auto& shape = values_[arguments[2]];
-        const auto& strides = values_[arguments[3]];
-        if (storage.what == kind::opaque || (typed && values_[arguments[6]].what == kind::opaque)) {
-            push_opaque(storage.what == kind::opaque ? storage.text : values_[arguments[6]].text);
-            return;
-        }
-        const auto numbers = [&](const value& tuple) {
-            return tuple.what == kind::tuple && std::all_of(tuple.items.begin(), tuple.items.end(), [&](index item) {
-                return values_[item].what == kind::number && !values_[item].truth && values_[item].number >= 0;
-            });
-        };
-        if (storage.what != kind::storage || offset.what != kind::number || offset.truth || offset.number < 0
-            || !numbers(shape) || !numbers(strides) || shape.items.size() != strides.items.size()) {
-            damaged("has a tensor that is none");
-        }
-        value tensor{kind::tensor, false, storage.type, offset.number, {}, {arguments[0], arguments[2], arguments[3]}};
-        const std::size_t described = typed ? 7 : 6; // bits that torch keeps beside the bytes
-        if (arguments.size() > described) { tensor.items.push_back(arguments[described]); }
-        if (typed) {
-            const auto& type = values_[arguments[6]];
-            if (type.what != kind::global || type.number != data_type) { damaged("has a tensor of no type"); }
-            tensor.type = type.type;
-        }
-        push(std::move(tensor));
-    }
-
-    std::string_view code_, file_;
-    std::size_t place_ = 0;
-    std::vector<value> values_;
-    std::vector<index> stack_;
-    std::vector<std::size_t> marks_;
-    std::map<std::uint64_t, index> memo_;
-    std::set<std::string> names_; ///< of opaque values
-    std::string first_opaque_;
-    std::vector<index> given_; ///< what opaque values were given
-    std::vector<bool> reached_; ///< of values_, in the end
-};
-
-/// Tensors of a PyTorch file by name, each checked against the archive.
-class pytorch_tensors {
-public:
-    pytorch_tensors(std::string_view bytes, std::string_view file)
-        : file_(file)
-        , archive_(bytes, file)
-    {
-        const zip_directory::entry* code = nullptr;
-        for (const auto& entry : archive_.entries()) {
-            const auto slash = entry.name.find('/');
-            if (slash == entry.name.npos || entry.name.substr(slash) != "/data.pkl") { continue; }
-            if (code) { fail("holds two pickles"); }
-            code = &entry;
-            folder_ = std::string(entry.name.substr(0, slash + 1));
-        }
-        if (!code || archive_.find(folder_ + "constants.pkl")) {
-            const auto kind = kind_of_zip(bytes);
-            raise<format_error>(error_code::not_safetensors, kind.sentence(), std::string(file));
-        }
-        if (!code->stored || code->size > pickle_size_limit) {
-            fail(code->stored ? "has a pickle of more than 100 MB" : "is compressed, which PyTorch never does");
-        }
-        if (const auto* const order = archive_.find(folder_ + "byteorder");
-            order && archive_.content(*order) != "little") {
-            fail("was written by a big-endian machine");
-        }
-        pickle_reader pickle(archive_.content(*code), file);
-        const auto& result = pickle.run();
-        read(pickle, result);
-    }
-    [[nodiscard]] pytorch_contents take() { return std::move(contents_); }
-
-private:
-    [[noreturn]] void fail(const std::string& what) const
-    {
-        raise<format_error>(error_code::pickle_unsupported,
-            message("is a PyTorch file that ", what, ": ", convert_to_safetensors), std::string(file_));
-    }
-    [[noreturn]] void wrong(const std::string& name, const std::string& what) const
-    {
-        raise<format_error>(error_code::archive_damaged,
-            message("tensor '", name, "' ", what, ": the file is damaged; ", fetch_again), std::string(file_));
-    }
-
-    void read(const pickle_reader& pickle, const pickle_reader::value& result)
-    {
-        using kind = pickle_reader::kind;
-        const auto* model = &result;
-        if (model->what != kind::dictionary) { fail("holds no dictionary of tensors (a state_dict)"); }
-        // A training checkpoint has the model under one of these names.
-        const auto tensors_in = [&](const pickle_reader::value& dictionary) {
-            std::size_t count = 0;
-            for (std::size_t i = 1; i < dictionary.items.size(); i += 2) {
-                count += pickle.at(dictionary.items[i]).what == kind::tensor ? 1u : 0u;
-            }
-            return count;
-        };
-        if (tensors_in(*model) == 0) {
-            for (const std::string_view word :
-                {"state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema"}) {
-                bool found = false;
-                for (std::size_t i = 0; i < model->items.size() && !found; i += 2) {
-                    const auto& key = pickle.at(model->items[i]);
-                    const auto& inner = pickle.at(model->items[i + 1]);
-                    if (key.what != kind::text || key.text != word) { continue; }
-                    if (const auto* const one = opaque_in(pickle, inner)) { pickle.refuse_opaque(one->text); }
-                    if (inner.what != kind::dictionary || tensors_in(inner) == 0) { continue; }
-                    const auto& beside = pickle.first_opaque();
-                    contents_.notes.push_back(message("'", std::string(file_), "': its '", word, "' is taken",
-                        beside.empty() ? std::string()
-                                       : "; what lies beside it names " + beside + ", and was not built"));
-                    model = &inner;
-                    found = true;
-                }
-                if (found) { break; }
-            }
-        }
-        check_known(pickle, *model);
-        std::size_t others = 0;
-        std::string first_other;
-        std::set<std::string_view> seen;
-        for (std::size_t i = 0; i < model->items.size(); i += 2) {
-            const auto& key = pickle.at(model->items[i]);
-            const auto& tensor = pickle.at(model->items[i + 1]);
-            if (key.what != kind::text || tensor.what != kind::tensor) {
-                if (tensor.what == kind::dictionary && tensors_in(tensor) > 0) {
-                    fail(message("holds tensors and, under '",
-                        key.what == kind::text ? first_words(key.text) : std::string("a number"), "', more of them"));
-                }
-                ++others;
-                if (first_other.empty()) { first_other = key.what == kind::text ? first_words(key.text) : "a number"; }
-                continue;
-            }
-            if (!seen.insert(key.text).second) { // as in Python the last one would win: nothing that is saved has two
-                fail(message("names tensor '", first_words(key.text), "' twice"));
-            }
-            add(std::string(key.text), pickle, tensor);
-        }
-        if (contents_.header.entries.empty() && others > 0) { fail("holds no tensors by name"); }
-        if (others > 0) {
-            contents_.notes.push_back(message("'", std::string(file_), "': ", others,
-                others == 1 ? " value that is no tensor ('" : " values that are no tensors ('", first_other,
-                others == 1 ? "') is left out" : "' …) are left out"));
-        }
-        auto& entries = contents_.header.entries;
-        std::stable_sort(
-            entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.offset < b.offset; });
-        contents_.header.metadata.emplace("format", "pt");
-    }
-
-    /// The value itself where it is opaque, or the first key or value of a dictionary that is.
-    [[nodiscard]] static const pickle_reader::value* opaque_in(
-        const pickle_reader& pickle, const pickle_reader::value& one)
-    {
-        using kind = pickle_reader::kind;
-        if (one.what == kind::opaque) { return &one; }
-        if (one.what != kind::dictionary) { return nullptr; }
-        for (const auto item : one.items) {
-            if (pickle.at(item).what == kind::opaque) { return &pickle.at(item); }
-        }
-        return nullptr;
-    }
-    /// Refuses a model with values, or dictionaries of values, that nothing is known of, and one that was given to
-    /// such.
-    static void check_known(const pickle_reader& pickle, const pickle_reader::value& model)
-    {
-        using kind = pickle_reader::kind;
-        if (const auto* const one = opaque_in(pickle, model)) { pickle.refuse_opaque(one->text); }
-        bool given = pickle.was_given(model);
-        for (const auto item : model.items) {
-            const auto& value = pickle.at(item);
-            if (const auto* const one = opaque_in(pickle, value)) { pickle.refuse_opaque(one->text); }
-            given = given || (value.what == kind::tensor && pickle.was_given(value));
-        }
-        if (given) {
-            const auto& first = pickle.first_opaque();
-            pickle.refuse("gives the model's tensors to " + (first.empty() ? std::string("a set") : first));
-        }
-    }
-    void add(std::string name, const pickle_reader& pickle, const pickle_reader::value& tensor)
-    {
-        if (name.empty() || !is_text(name)) { fail("has a tensor whose name is empty or no UTF-8"); }
-        if (tensor.items.size() > 3) { check_metadata(name, pickle, pickle.at(tensor.items[3])); }
-        const auto& storage = pickle.at(tensor.items[0]);
-        const auto* const entry = archive_.find(folder_ + "data/" + std::string(storage.text));
-        if (!entry) { wrong(name, message("lies in 'data/", first_words(storage.text), "', which is not there")); }
-        if (!entry->stored) { fail(message("has tensor '", name, "' compressed, which PyTorch never does")); }
-        const std::uint64_t width = bits_per_element(tensor.type) / 8;
-        const std::uint64_t storage_width = bits_per_element(storage.type) / 8;
-        if (static_cast<std::uint64_t>(storage.number) > entry->size / storage_width
-            || static_cast<std::uint64_t>(storage.number) * storage_width != entry->size) {
-            wrong(name,
-                message(
-                    "lies in a storage of ", storage.number, " × ", storage_width, " bytes, which has ", entry->size));
-        }
-        extents shape, strides;
-        std::uint64_t count = 1;
-        bool empty = false;
-        for (const auto item : pickle.at(tensor.items[1]).items) {
-            shape.push_back(pickle.at(item).number);
-            empty = empty || shape.back() == 0;
-        }
-        for (const auto item : pickle.at(tensor.items[2]).items) { strides.push_back(pickle.at(item).number); }
-        for (const auto extent : shape) {
-            if (!empty && detail::product_wraps(count, static_cast<std::uint64_t>(extent), count)) {
-                wrong(name, "has a shape whose product is above 2^64-1");
-            }
-        }
-        if (empty) { count = 0; }
-        const auto first = static_cast<std::uint64_t>(tensor.number), room = entry->size / width;
-        const bool spread = first <= room && count > room - first; // more elements than bytes: expanded, or overlapping
-        if (first > room) {
-            wrong(name,
-                message("of ", to_string(tensor.type), " ", to_string(shape), " runs past the end of its storage"));
-        }
-        if (const const_tensor_ref view{nullptr, tensor.type, shape, strides};
-            !empty && (spread || !view.contiguous())) {
-            std::uint64_t last = first, way = 0;
-            for (std::size_t d = 0; d < shape.size(); ++d) {
-                if (detail::product_wraps(
-                        static_cast<std::uint64_t>(shape[d]) - 1, static_cast<std::uint64_t>(strides[d]), way)
-                    || detail::sum_wraps(last, way, last) || last >= room) {
-                    wrong(name,
-                        message("of ", to_string(tensor.type), " ", to_string(shape), " with strides ",
-                            to_string(strides), " runs past the end of its storage"));
-                }
-            }
-            if (spread) { // a file of a few bytes must not fill the disk
-                if (last >= room || count > (expanded_bytes_limit - expanded_) / width) {
-                    fail(message("has tensor '", name, "' of ", to_string(tensor.type), " ", to_string(shape),
-                        " expanded from ", room - first, " elements, and more than ", expanded_bytes_limit,
-                        " bytes of such tensors"));
-                }
-                expanded_ += count * width;
-            }
-            contents_.strides.emplace(name, std::move(strides));
-        }
-        contents_.header.entries.push_back(
-            {std::move(name), tensor.type, std::move(shape), entry->offset + first * width, count * width});
-    }
-    /// Refuses a tensor whose numbers are others than its bytes: lazily conjugated or negated views have a bit for it.
-    void check_metadata(
-        const std::string& name, const pickle_reader& pickle, const pickle_reader::value& metadata) const
-    {
-        using kind = pickle_reader::kind;
-        if (metadata.what == kind::none || (metadata.what == kind::number && metadata.number == 0)) { return; }
-        if (metadata.what != kind::dictionary) {
-            fail(message("says more of tensor '", name, "' than its type, shape and bytes"));
-        }
-        for (std::size_t i = 0; i < metadata.items.size(); i += 2) {
-            const auto& key = pickle.at(metadata.items[i]);
-            const auto& said = pickle.at(metadata.items[i + 1]);
-            const auto word = key.what == kind::text ? key.text : std::string_view();
-            if ((word == "neg" || word == "conj") && said.what == kind::number && said.number == 0) { continue; }
-            if (word == "neg" || word == "conj") {
-                raise<format_error>(error_code::pickle_unsupported,
-                    message("is a PyTorch file whose tensor '", name, "' is a view that is ",
-                        word == "neg" ? "negated" : "conjugated", " as it is read (its metadata has '", word,
-                        "'), which its bytes do not show: save it with .resolve_conj().resolve_neg()"),
-                    std::string(file_));
-            }
-            fail(message("says '", first_words(word), "' of tensor '", name,
-                "', which is neither its type, its shape nor its bytes"));
-        }
-    }
-    /// Whether a name can be a safetensors name: UTF-8.
-    [[nodiscard]] static bool is_text(std::string_view text)
-    {
-        for (std::size_t i = 0; i < text.size();) {
-            const auto first = static_cast<unsigned char>(text[i]);
-            const std::size_t more = first < 0x80 ? 0
-                : first < 0xc2                    ? 4
-                : first < 0xe0                    ? 1
-                : first < 0xf0                    ? 2
-                : first < 0xf5                    ? 3
-                                                  : 4;
-            if (more == 4 || text.size() - i <= more) { return false; }
-            for (std::size_t k = 1; k <= more; ++k) {
-                if ((static_cast<unsigned char>(text[i + k]) & 0xc0u) != 0x80u) { return false; }
-            }
-            const auto second = more > 0 ? static_cast<unsigned char>(text[i + 1]) : 0u;
-            if ((first == 0xe0 && second < 0xa0) || (first == 0xed && second > 0x9f) || (first == 0xf0 && second < 0x90)
-                || (first == 0xf4 && second > 0x8f)) {
-                return false;
-            }
-            i += more + 1;
-        }
-        return true;
-    }
-
-    std::string_view file_;
-    zip_directory archive_;
-    std::string folder_;
-    std::uint64_t expanded_ = 0; ///< bytes of tensors that have more elements than their storage
-    pytorch_contents contents_;
-};
-
-} // namespace detail
-
-/// Reads what a PyTorch file (torch.save() since 1.6) holds: a dictionary from names to tensors, or a training
-/// checkpoint with one under `state_dict`, `model` or the like. The pickle is interpreted by a machine that knows
-/// numbers, texts, collections and the functions that rebuild tensors and parameters; nothing runs. Anything else that
-/// it names is refused by that name where the model holds it or was given to it, and otherwise (the arguments of a
-/// training, beside its state_dict) not built, with a note; what else it does is refused. Checked: every record of the
-/// archive (64-bit ones too), that entries share no bytes and are neither compressed nor encrypted, storages against
-/// their sizes, tensors against their storages. Values that are no tensors are noted. Throws format_error naming `file`
-/// and the tensor. Cost: O(pickle); no tensor byte is read.
-[[nodiscard]] inline pytorch_contents parse_pytorch(std::span<const std::byte> bytes, std::string_view file)
-{
-    return detail::pytorch_tensors({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, file).take();
-}
-
-namespace detail {
-
-/// Copies a tensor of elements of `Word` to row-major memory, in tiles of its last two dimensions: the columns of a
-/// transposed matrix share lines of the cache.
-template <class Word>
-void copy_rows(const std::byte* from, const extents& shape, const extents& strides, std::byte* to)
-{
-    constexpr std::int64_t tile = 32;
-    const std::size_t rank = shape.size();
-    const std::int64_t columns = shape[rank - 1], rows = rank > 1 ? shape[rank - 2] : 1;
-    const std::int64_t by_column = strides[rank - 1], by_row = rank > 1 ? strides[rank - 2] : 0;
-    std::int64_t outer = 1;
-    for (std::size_t d = 0; d + 2 < rank; ++d) { outer *= shape[d]; }
-    for (std::int64_t block = 0; block < outer; ++block) {
-        std::int64_t begin = 0, rest = block;
-        for (std::size_t d = rank; d-- > 2;) {
-            begin += rest % shape[d - 2] * strides[d - 2];
-            rest /= shape[d - 2];
-        }
-        std::byte* const out = to + static_cast<std::size_t>(block * rows * columns) * sizeof(Word);
-        for (std::int64_t i0 = 0; i0 < rows; i0 += tile) {
-            for (std::int64_t j0 = 0; j0 < columns; j0 += tile) {
-                for (std::int64_t i = i0; i < std::min(rows, i0 + tile); ++i) {
-                    for (std::int64_t j = j0; j < std::min(columns, j0 + tile); ++j) {
-                        Word word;
-                        std::memcpy(&word,
-                            from + static_cast<std::size_t>(begin + i * by_row + j * by_column) * sizeof(Word),
-                            sizeof word);
-                        std::memcpy(out + static_cast<std::size_t>(i * columns + j) * sizeof(Word), &word, sizeof word);
-                    }
-                }
-            }
-        }
-    }
-}
-
-} // namespace detail
-
-/// Lays the tensors of contents.strides out row-major, one after another, in a file without a name in `folder`, and
-/// gives their entries offsets behind the end of `bytes`, as safetensors_file takes them; a note says so. Null where
-/// all lie so already. Memory: none but the page cache's. Throws io_error. Cost: one read of these tensors.
-[[nodiscard]] inline std::shared_ptr<const std::byte> lay_out_rows(pytorch_contents& contents,
-    std::span<const std::byte> bytes, std::string_view file, const std::filesystem::path& folder)
-{
-    if (contents.strides.empty()) { return nullptr; }
-    std::uint64_t total = 0;
-    const auto padded = [](std::uint64_t size) { return (size + 63) / 64 * 64; };
-    for (const auto& entry : contents.header.entries) {
-        if (contents.strides.contains(entry.name)) { total += padded(entry.bytes); }
-    }
-    auto* const memory =
-        static_cast<std::byte*>(detail::map_unnamed_file(folder, total, "tensors that are stored transposed"));
-    const auto size = static_cast<std::size_t>(total);
-    std::shared_ptr<const std::byte> result(
-        memory, [size](const std::byte* data) { detail::system::unmap(data, size); });
-    std::uint64_t at = 0;
-    for (auto& entry : contents.header.entries) {
-        const auto place = contents.strides.find(entry.name);
-        if (place == contents.strides.end()) { continue; }
-        const auto* const from = bytes.data() + entry.offset;
-        switch (bits_per_element(entry.dtype)) {
-        case 8: detail::copy_rows<std::uint8_t>(from, entry.shape, place->second, memory + at); break;
-        case 16: detail::copy_rows<std::uint16_t>(from, entry.shape, place->second, memory + at); break;
-        case 32: detail::copy_rows<std::uint32_t>(from, entry.shape, place->second, memory + at); break;
-        default: detail::copy_rows<std::uint64_t>(from, entry.shape, place->second, memory + at);
-        }
-        entry.offset = bytes.size() + at;
-        at += padded(entry.bytes);
-    }
-    const auto count = contents.strides.size();
-    contents.notes.push_back(message("'", std::string(file), "': ", count, count == 1 ? " tensor ('" : " tensors ('",
-        contents.strides.begin()->first, count == 1 ? "') does" : "' …) do",
-        " not lie row by row there (transposed or expanded, say): laid out in a temporary file of ", total, " bytes"));
-    contents.strides.clear();
-    return result;
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_FORMATS_PYTORCH_HPP
-
-// ---- taskvec/formats/quantised.hpp
-#if !defined(TASKVEC_SINGLE_FORMATS_QUANTISED_HPP)
-#define TASKVEC_SINGLE_FORMATS_QUANTISED_HPP
-// Quantised layers: codes and their scales, recognised by their names, read as one tensor of numbers, and written
-// again. SPDX-License-Identifier: Apache-2.0
-//
-// What is read: FP8 with scales (per tensor, per channel, in blocks; under the names of vLLM and compressed-tensors,
-// DeepSeek and ComfyUI), MXFP4 (gpt-oss, compressed-tensors) and NVFP4 (ModelOpt, compressed-tensors). What is only
-// recognised: GPTQ, AWQ, bitsandbytes, compressed-tensors' integers, HQQ, Quanto.
-
-
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <filesystem>
-#include <functional>
-#include <initializer_list>
-#include <set>
-#include <string>
-#include <string_view>
-#include <system_error>
-#include <utility>
-#include <vector>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// The schemes that are read.
-enum class quantisation : std::uint8_t {
-    fp8, ///< one code of 8 bits (E4M3 or E5M2) for each number, one scale for a tensor, a channel or a block
-    mxfp4, ///< two codes of 4 bits (E2M1) in a byte, a power of two for each 32 numbers
-    nvfp4 ///< two codes of 4 bits in a byte, an E4M3 scale for each 16 numbers, one factor for all
-};
-/// The name of a scheme, as messages say it.
-[[nodiscard]] constexpr std::string_view to_string(quantisation scheme) noexcept
-{
-    return scheme == quantisation::fp8 ? "scaled FP8" : scheme == quantisation::mxfp4 ? "MXFP4" : "NVFP4";
-}
-
-/// A tensor of a file that belongs to a layer: what its name has after the layer's stem ("weight_scale"), and its view.
-struct layer_part {
-    std::string leaf; ///< its name without the layer's stem
-    const_tensor_ref tensor{}; ///< of the file
-};
-
-/// How a layer is quantised. A number is its code times its scale (times `factor`), each product rounded to f32.
-struct quantised_layer {
-    std::string name; ///< of the tensor that it stands for, such as "model.layers.0.mlp.down_proj.weight"
-    quantisation scheme = quantisation::fp8; ///< of its codes
-    extents shape{}; ///< of the numbers
-    extents block{}; ///< for each extent, how many elements share a scale
-    extents grid{}; ///< for each extent, how many scales there are
-    const_tensor_ref codes{}, scales{}; ///< as they are stored
-    float factor = 1; ///< NVFP4: of all scales
-    bool powers_of_two = false; ///< scales are powers of two, whatever they are stored as
-    bool transposed = false; ///< MXFP4 experts: the last two extents are stored the other way round
-    std::vector<layer_part> parts{}; ///< codes, scales, and what belongs to the layer beside them (input scales)
-
-    /// "per tensor", "per channel", "blocks of 128 × 128", …
-    [[nodiscard]] std::string granularity() const
-    {
-        if (element_count(grid) <= 1) { return "per tensor"; }
-        std::size_t split = 0;
-        for (std::size_t i = 1; i < grid.size(); ++i) { split += grid[i] > 1 ? 1u : 0u; }
-        if (block[0] == 1 && split == 0) { return "per channel"; }
-        std::string text = "blocks of ";
-        for (std::size_t i = 0; i < block.size(); ++i) { text += (i ? " × " : "") + std::to_string(block[i]); }
-        return text;
-    }
-};
-
-/// What stands before a layer's last word: part names are this and their leaves. "a.b.weight" has "a.b.".
-[[nodiscard]] inline std::string_view layer_stem(std::string_view name)
-{
-    const auto dot = name.rfind('.');
-    return dot == name.npos ? std::string_view() : name.substr(0, dot + 1);
-}
-
-/// A layer that nothing here reads, or that is damaged.
-struct unread_layer {
-    std::string name; ///< of the layer
-    std::string what; ///< "is quantised by GPTQ", "has a scale of shape …"
-    std::string mend; ///< "dequantise it first …"
-    std::vector<std::string> parts{}; ///< names of its tensors
-};
-
-/// What a configuration says about scales beyond their shapes.
-struct quantisation_hints {
-    extents block{}; ///< quantization_config.weight_block_size; empty: deduced from shapes
-    bool powers_of_two = false; ///< scale_fmt "ue8m0"
-    std::string file{}; ///< which says so, for messages
-};
-
-/// The hints of a config.json; none where it is not there, or says nothing. Throws format_error for block sizes that
-/// are none.
-[[nodiscard]] inline quantisation_hints read_quantisation_hints(const std::filesystem::path& config)
-{
-    quantisation_hints hints;
-    std::error_code ignored;
-    if (!std::filesystem::is_regular_file(config, ignored)) { return hints; }
-    const auto json = parse_configuration(read_text_file(config), config.string());
-    const nlohmann::json* how = nullptr;
-    for (const auto* part : {&json, json.contains("text_config") ? &json["text_config"] : &json}) {
-        if (!how && part->is_object() && part->contains("quantization_config")
-            && (*part)["quantization_config"].is_object()) {
-            how = &(*part)["quantization_config"];
-        }
-    }
-    if (!how) { return hints; }
-    hints.file = config.string();
-    const auto take = [&](const nlohmann::json& sizes, std::string_view key) {
-        bool fits = sizes.is_array() && !sizes.empty();
-        for (const auto& size : sizes) {
-            fits = fits && size.is_number_unsigned() && size.get<std::uint64_t>() > 0
-                && size.get<std::uint64_t>() < (std::uint64_t{1} << 32);
-        }
-        if (!fits) {
-            raise<format_error>(error_code::quantised_layer,
-                message("quantization_config has a '", key, "' that is no list of sizes, such as [128, 128]"),
-                hints.file);
-        }
-        hints.block.clear();
-        for (const auto& size : sizes) { hints.block.push_back(size.get<std::int64_t>()); }
-    };
-    if (how->contains("weight_block_size") && !(*how)["weight_block_size"].is_null()) {
-        take((*how)["weight_block_size"], "weight_block_size");
-    }
-    if (how->contains("config_groups") && (*how)["config_groups"].is_object()) {
-        for (const auto& group : (*how)["config_groups"]) {
-            if (!group.is_object() || !group.contains("weights") || !group["weights"].is_object()) { continue; }
-            const auto& weights = group["weights"];
-            if (weights.contains("block_structure") && weights["block_structure"].is_array()) {
-                take(weights["block_structure"], "block_structure");
-            }
-        }
-    }
-    hints.powers_of_two = how->contains("scale_fmt") && (*how)["scale_fmt"] == "ue8m0";
-    return hints;
-}
-
-namespace detail {
-
-/// The numbers of all codes.
-template <class Widen>
-[[nodiscard]] constexpr std::array<float, 256> code_table(Widen widen)
-{
-    std::array<float, 256> table{};
-    for (unsigned code = 0; code < 256; ++code) { table[code] = widen(static_cast<std::uint8_t>(code)); }
-    return table;
-}
-inline constexpr auto e4m3_numbers = code_table([](std::uint8_t code) { return e4m3_to_f32(code); });
-inline constexpr auto e5m2_numbers = code_table([](std::uint8_t code) { return e5m2_to_f32(code); });
-/// Powers of two: 2^(code − 127), 255 is NaN.
-inline constexpr auto e8m0_numbers = code_table([](std::uint8_t code) {
-    return code == 255 ? reinterpret_bits<float>(std::uint32_t{0x7fc00000u})
-        : code == 0    ? 0x1p-127f
-                       : reinterpret_bits<float>(static_cast<std::uint32_t>(code) << 23);
-});
-inline constexpr std::array<float, 16> e2m1_numbers{
-    0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
-
-[[nodiscard]] constexpr bool is_scale_dtype(dtype type) noexcept
-{
-    return type == dtype::f32 || type == dtype::f16 || type == dtype::bf16 || type == dtype::f64
-        || type == dtype::f8_e8m0;
-}
-
-/// A scale by its place. `type`: that of is_scale_dtype(), f8_e4m3, or u8 for powers of two.
-[[nodiscard]] inline float scale_at(const const_tensor_ref& scales, std::uint64_t index) noexcept
-{
-    const auto* const data = static_cast<const unsigned char*>(scales.data);
-    const auto load = [&]<class T>(T value) {
-        std::memcpy(&value, data + index * sizeof value, sizeof value);
-        return value;
-    };
-    switch (scales.dtype) {
-    case dtype::f32: return load(float{});
-    case dtype::f64: return static_cast<float>(load(double{}));
-    case dtype::f16: return f16_to_f32(load(std::uint16_t{}));
-    case dtype::bf16: return bf16_to_f32(load(std::uint16_t{}));
-    case dtype::f8_e4m3: return e4m3_numbers[data[index]];
-    default: return e8m0_numbers[data[index]];
-    }
-}
-
-/// The first scale of a row, a row being all numbers that share the other indices.
-[[nodiscard]] inline std::uint64_t first_scale(const quantised_layer& layer, std::uint64_t row) noexcept
-{
-    std::uint64_t index = 0, stride = layer.grid.empty() ? 1 : static_cast<std::uint64_t>(layer.grid.back());
-    for (std::size_t d = layer.shape.size(); d-- > 1;) {
-        const auto extent = static_cast<std::uint64_t>(layer.shape[d - 1]);
-        index += row % extent / static_cast<std::uint64_t>(layer.block[d - 1]) * stride;
-        stride *= static_cast<std::uint64_t>(layer.grid[d - 1]);
-        row /= extent;
-    }
-    return index;
-}
-
-} // namespace detail
-
-/// A quantised layer as a tensor: decodes any run of its numbers.
-class quantised_tensor final : public operand_source {
-public:
-    /// A layer that quantised_layers found.
-    explicit quantised_tensor(quantised_layer layer)
-        : layer_(std::move(layer))
-    { }
-    /// How the layer is stored.
-    [[nodiscard]] const quantised_layer& layer() const noexcept { return layer_; }
-    /// The tensor that walks over models are given.
-    [[nodiscard]] const_tensor_ref tensor() const
-    {
-        return {nullptr, dtype::f32, layer_.shape, {}, memory_space::host, 0, this};
-    }
-    [[nodiscard]] dtype type() const noexcept override { return dtype::f32; }
-    [[nodiscard]] unsigned stored_bits() const noexcept override { return layer_.scheme == quantisation::fp8 ? 8 : 4; }
-
-    void read(std::uint64_t offset, std::size_t count, void* numbers) const override
-    {
-        auto* out = static_cast<float*>(numbers);
-        const std::uint64_t columns = layer_.shape.empty() ? 1 : static_cast<std::uint64_t>(layer_.shape.back());
-        while (count > 0) {
-            const std::uint64_t row = offset / columns, column = offset % columns;
-            const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(count, columns - column));
-            layer_.transposed ? decode_column(row, column, n, out) : decode_row(row, column, n, out);
-            offset += n;
-            count -= n;
-            out += n;
-        }
-    }
-
-private:
-    [[nodiscard]] float scale(std::uint64_t index) const
-    {
-        const float value = detail::scale_at(layer_.scales, index);
-        return layer_.scheme == quantisation::nvfp4 ? value * layer_.factor : value;
-    }
-    [[nodiscard]] float nibble(std::uint64_t index) const
-    {
-        const unsigned byte = static_cast<const unsigned char*>(layer_.codes.data)[index / 2];
-        return detail::e2m1_numbers[index % 2 ? byte >> 4 : byte & 15u];
-    }
-    void decode_row(std::uint64_t row, std::uint64_t column, std::size_t n, float* out) const
-    {
-        const std::uint64_t columns = layer_.shape.empty() ? 1 : static_cast<std::uint64_t>(layer_.shape.back());
-        const std::uint64_t width = layer_.shape.empty() ? 1 : static_cast<std::uint64_t>(layer_.block.back());
-        const std::uint64_t scales = detail::first_scale(layer_, row), first = row * columns;
-        const auto* const codes = static_cast<const unsigned char*>(layer_.codes.data);
-        const float* const numbers =
-            layer_.codes.dtype == dtype::f8_e5m2 ? detail::e5m2_numbers.data() : detail::e4m3_numbers.data();
-        for (std::size_t i = 0; i < n;) {
-            const std::uint64_t at = column + i;
-            const auto end = static_cast<std::size_t>(std::min<std::uint64_t>(n, i + width - at % width));
-            const float factor = scale(scales + at / width);
-            if (layer_.scheme == quantisation::fp8) {
-                for (; i < end; ++i) { out[i] = numbers[codes[first + column + i]] * factor; }
-            }
-            else {
-                for (; i < end; ++i) { out[i] = nibble(first + column + i) * factor; }
-            }
-        }
-    }
-    /// Row and column of the numbers, stored as column and row: shape […, in, out] of codes […, out, in].
-    void decode_column(std::uint64_t row, std::uint64_t column, std::size_t n, float* out) const
-    {
-        const std::size_t rank = layer_.shape.size();
-        const auto ins = static_cast<std::uint64_t>(layer_.shape[rank - 2]);
-        const auto outs = static_cast<std::uint64_t>(layer_.shape[rank - 1]);
-        const auto width = static_cast<std::uint64_t>(layer_.block[rank - 2]);
-        const auto groups = static_cast<std::uint64_t>(layer_.grid[rank - 2]);
-        const std::uint64_t matrix = row / ins, in = row % ins;
-        for (std::size_t i = 0; i < n; ++i) {
-            const std::uint64_t stored = matrix * outs + column + i;
-            out[i] = nibble(stored * ins + in) * scale(stored * groups + in / width);
-        }
-    }
-
-    quantised_layer layer_;
-};
-
-/// The layers of a model that are quantised, and the model with each of them as one tensor.
-///
-///     const quantised_layers layers(file.model(), hints);
-///     for (const auto& [name, tensor] : layers.model()) { … } // "l.weight", F32; no "l.weight_scale"
-///
-/// A layer whose scheme is not read, or whose tensors contradict each other (a scale of the wrong shape, NaN, negative
-/// or infinite scales, a scale without its weight, FP8 without a scale beside layers with one), is in unread(), and its
-/// tensors stay in the model as they are: whoever computes with them asks refuse_unread() first. Views only.
-/// Cost: O(names), and one read of all scales.
-class quantised_layers {
-public:
-    /// Where hints come from, asked once and only if they are needed.
-    using hint_source = std::function<quantisation_hints()>;
-
-    quantised_layers() = default;
-    /// `hints` is asked at most once, and only where scales of blocks have to be understood.
-    explicit quantised_layers(const const_model_ref& stored, hint_source hints = {})
-        : stored_(&stored)
-        , ask_(std::move(hints))
-    {
-        find_layers();
-        stored_ = nullptr;
-        ask_ = {};
-    }
-    quantised_layers(const quantised_layers&) = delete;
-    quantised_layers& operator=(const quantised_layers&) = delete;
-
-    /// Whether any layer is quantised, by a scheme that is read or not.
-    [[nodiscard]] bool any() const noexcept { return !layers_.empty() || !unread_.empty(); }
-    /// The model: every quantised layer is one tensor of numbers, all others are as they are.
-    [[nodiscard]] const const_model_ref& model() const noexcept { return model_; }
-    /// The layers that are read.
-    [[nodiscard]] const std::vector<quantised_tensor>& layers() const noexcept { return layers_; }
-    /// The layers that are not.
-    [[nodiscard]] const std::vector<unread_layer>& unread() const noexcept { return unread_; }
-    /// Tensors that are about the quantisation and belong to no one layer (`scaled_fp8`, scales of a KV cache).
-    [[nodiscard]] const const_model_ref& beside() const noexcept { return beside_; }
-    /// What the configuration said, where it was asked.
-    [[nodiscard]] const quantisation_hints& hints() const noexcept { return hints_; }
-
-private:
-    using tensor = const const_tensor_ref*;
-
-    [[nodiscard]] tensor find(const std::string& name) const { return stored_->find(name); }
-    [[nodiscard]] static bool ends(std::string_view name, std::string_view leaf)
-    {
-        return name.ends_with(leaf) && (name.size() == leaf.size() || name[name.size() - leaf.size() - 1] == '.');
-    }
-    void need_hints()
-    {
-        if (ask_) { hints_ = std::exchange(ask_, {})(); }
-    }
-    [[nodiscard]] static std::string dequantise_first()
-    {
-        return "dequantise the model first (transformers' model.dequantize() and save_pretrained(), or take the "
-               "weights "
-               "that it was made of), or exclude the whole layer";
-    }
-    [[nodiscard]] static std::string repair() { return "fetch the file again, or exclude the whole layer"; }
-
-    void give_up(const std::string& name, const std::string& what, std::vector<std::string> parts,
-        const std::string& mend = dequantise_first())
-    {
-        for (const auto& part : parts) { taken_.insert(part); }
-        unread_.push_back({name, what, mend, std::move(parts)});
-    }
-    /// Those of some names that the model has, after a stem.
-    [[nodiscard]] std::vector<std::string> present(
-        const std::string& stem, std::initializer_list<std::string_view> leaves) const
-    {
-        std::vector<std::string> names;
-        for (const auto leaf : leaves) {
-            if (auto name = stem + std::string(leaf); find(name)) { names.push_back(std::move(name)); }
-        }
-        return names;
-    }
-
-    void find_layers()
-    {
-        for (const auto& [name, value] : *stored_) {
-            if (!taken_.contains(name)) { find_unread(name, value); }
-        }
-        for (const auto& [name, value] : *stored_) {
-            if (!taken_.contains(name)) { find_fp4(name, value); }
-        }
-        for (const auto& [name, value] : *stored_) {
-            if (!taken_.contains(name) && is_fp8(value.dtype)) { find_fp8(name, value); }
-        }
-        find_leftovers();
-        std::vector<const_model_ref::entry> entries;
-        for (const auto& entry : *stored_) {
-            if (!read_.contains(entry.name)) { entries.push_back(entry); }
-        }
-        for (const auto& layer : layers_) { entries.push_back({layer.layer().name, layer.tensor()}); }
-        std::stable_sort(entries.begin(), entries.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
-        for (std::size_t i = 0; i < entries.size(); ++i) {
-            if (i > 0 && entries[i].name == entries[i - 1].name) { continue; } // refused by add()
-            model_.insert(entries[i].name, entries[i].tensor);
-        }
-    }
-
-    void find_unread(const std::string& name, const const_tensor_ref& value)
-    {
-        const std::string stem(layer_stem(name));
-        const auto leaf = std::string_view(name).substr(stem.size());
-        const auto module = [&] { return stem.empty() ? name : stem.substr(0, stem.size() - 1); };
-        if (leaf == "qweight") {
-            auto parts = present(stem, {"qweight", "qzeros", "scales", "g_idx"});
-            const auto scales = find(stem + "scales");
-            const bool wide =
-                scales && scales->shape.size() == 2 && value.shape.size() == 2 && scales->shape[1] != value.shape[1];
-            const bool awq = !find(stem + "g_idx") && wide;
-            give_up(module(), awq ? "is quantised by AWQ" : "is quantised by GPTQ", std::move(parts));
-        }
-        else if (leaf == "weight_packed" && value.dtype != dtype::u8) {
-            give_up(module(), "is quantised to integers (compressed-tensors)",
-                present(stem,
-                    {"weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx",
-                        "input_scale", "input_zero_point"}));
-        }
-        else if (leaf == "W_q") {
-            give_up(module(), "is quantised by HQQ",
-                present(stem, {"W_q", "scale", "zero", "meta", "nbits", "group_size", "shape", "axis", "packing"}));
-        }
-        else if (name.ends_with("._data") && find(name.substr(0, name.size() - 5) + "_scale")) {
-            const auto whole = name.substr(0, name.size() - 6);
-            give_up(whole, "is quantised by Quanto", present(whole, {"._data", "._scale", "._shift"}));
-        }
-        else if (leaf == "SCB" && find(stem + "weight")) {
-            give_up(stem + "weight", "is quantised to 8 bits by bitsandbytes",
-                present(stem, {"weight", "SCB", "weight_format"}));
-        }
-        else if (name.ends_with(".absmax") && !name.ends_with(".nested_absmax")) {
-            const auto whole = name.substr(0, name.size() - 7);
-            auto parts = present(whole, {"", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"});
-            std::string kind = "4 bits";
-            for (const std::string_view type : {"nf4", "fp4"}) {
-                const auto state = whole + ".quant_state.bitsandbytes__" + std::string(type);
-                if (find(state)) {
-                    parts.push_back(state);
-                    kind = type == "nf4" ? "NF4" : "FP4";
-                }
-            }
-            give_up(whole, "is quantised to " + kind + " by bitsandbytes", std::move(parts));
-        }
-        else if (leaf == "weight" && (value.dtype == dtype::i8 || value.dtype == dtype::i32)
-            && (find(name + "_scale") || find(name + "_scales"))) {
-            give_up(name, "is quantised to integers",
-                present(stem,
-                    {"weight", "weight_scale", "weight_scales", "weight_zero_point", "input_scale",
-                        "input_zero_point"}));
-        }
-        else if (value.dtype == dtype::f8_e4m3fnuz || value.dtype == dtype::f8_e5m2fnuz) {
-            if (find(name + "_scale") || find(name + "_scale_inv")) {
-                give_up(name, message("is quantised to ", to_string(value.dtype)),
-                    present(name, {"", "_scale", "_scale_inv"}));
-            }
-        }
-    }
-
-    void find_fp4(const std::string& name, const const_tensor_ref& value)
-    {
-        const std::string stem(layer_stem(name));
-        const auto leaf = std::string_view(name).substr(stem.size());
-        if (value.dtype != dtype::u8) { return; }
-        constexpr std::string_view blocks = "_blocks";
-        if (name.ends_with(blocks)) {
-            const auto whole = name.substr(0, name.size() - blocks.size());
-            const auto scales = find(whole + "_scales");
-            if (scales && scales->dtype == dtype::u8) { add_mxfp4_blocks(whole, name, value, *scales); }
-            else if (value.shape.size() > 2 && value.shape.back() == 16) {
-                give_up(whole, "has MXFP4 codes ('" + name + "') without scales ('" + whole + "_scales', U8)", {name},
-                    repair());
-            }
-            return;
-        }
-        if (leaf != "weight_packed" && leaf != "weight") { return; }
-        const auto scales = find(stem + "weight_scale");
-        if (!scales) {
-            if (leaf == "weight_packed") {
-                give_up(stem + "weight", "has packed codes without 'weight_scale'", {name}, repair());
-            }
-            return;
-        }
-        auto parts = present(stem,
-            {leaf, "weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale",
-                "weight_shape"});
-        quantised_layer layer;
-        layer.name = stem + "weight";
-        layer.codes = value;
-        layer.scales = *scales;
-        const bool powers = scales->dtype == dtype::u8 || scales->dtype == dtype::f8_e8m0;
-        const auto factor = find(stem + "weight_scale_2"), divisor = find(stem + "weight_global_scale");
-        const auto wrong = [&](const std::string& what, const std::string& mend) {
-            give_up(layer.name, what, parts, mend);
-        };
-        if (!powers && scales->dtype != dtype::f8_e4m3) {
-            return wrong("is packed in bytes with scales of " + std::string(to_string(scales->dtype))
-                    + ": neither MXFP4 nor NVFP4",
-                dequantise_first());
-        }
-        layer.scheme = powers ? quantisation::mxfp4 : quantisation::nvfp4;
-        const std::int64_t group = powers ? 32 : 16;
-        if (!powers) {
-            const auto global = factor ? factor : divisor;
-            if (!global) {
-                return wrong("has NVFP4 codes without 'weight_scale_2' or 'weight_global_scale'", repair());
-            }
-            if (global->dtype != dtype::f32 || global->size() != 1) {
-                return wrong("has a global scale of " + std::string(to_string(global->dtype)) + " "
-                        + to_string(global->shape) + "; expected one F32",
-                    repair());
-            }
-            layer.factor = detail::scale_at(*global, 0);
-            if (!(layer.factor > 0) || !std::isfinite(layer.factor)) {
-                return wrong(message("has the global scale ", layer.factor, "; expected a positive number"), repair());
-            }
-            if (!factor) { layer.factor = 1.0f / layer.factor; }
-        }
-        if (value.shape.size() < 2) {
-            return wrong("has packed codes of shape " + to_string(value.shape) + "; expected [out, in / 2]", repair());
-        }
-        layer.shape = value.shape;
-        layer.shape.back() *= 2;
-        auto expected = layer.shape;
-        expected.back() = (expected.back() + group - 1) / group;
-        if (scales->shape != expected || layer.shape.back() % group != 0) {
-            return wrong("has scales of shape " + to_string(scales->shape) + " for numbers of shape "
-                    + to_string(layer.shape) + "; expected " + to_string(expected),
-                repair());
-        }
-        layer.block = extents(layer.shape.size(), 1);
-        layer.block.back() = group;
-        layer.grid = expected;
-        add(std::move(layer), parts, stem);
-    }
-
-    void add_mxfp4_blocks(const std::string& whole, const std::string& name, const const_tensor_ref& value,
-        const const_tensor_ref& scales)
-    {
-        const std::vector<std::string> parts{name, whole + "_scales"};
-        const std::size_t rank = value.shape.size();
-        auto expected = value.shape;
-        if (rank > 0) { expected.pop_back(); }
-        if (rank < 3 || rank > 4 || value.shape.back() != 16 || scales.shape != expected) {
-            give_up(whole,
-                "has MXFP4 codes of shape " + to_string(value.shape) + " and scales of shape " + to_string(scales.shape)
-                    + "; expected [experts, out, in / 32, 16] and [experts, out, in / 32]",
-                parts, repair());
-            return;
-        }
-        quantised_layer layer;
-        layer.name = whole;
-        layer.scheme = quantisation::mxfp4;
-        layer.codes = value;
-        layer.scales = scales;
-        const std::int64_t groups = value.shape[rank - 2], out = value.shape[rank - 3];
-        layer.transposed = rank == 4; // experts are multiplied from the right: [experts, in, out]
-        if (layer.transposed) {
-            layer.shape = {value.shape[0], groups * 32, out};
-            layer.block = {1, 32, 1};
-            layer.grid = {value.shape[0], groups, out};
-        }
-        else {
-            layer.shape = {out, groups * 32};
-            layer.block = {1, 32};
-            layer.grid = {out, groups};
-        }
-        add(std::move(layer), parts, std::string(layer_stem(whole)));
-    }
-
-    void find_fp8(const std::string& name, const const_tensor_ref& value)
-    {
-        const std::string stem(layer_stem(name));
-        const auto leaf = std::string_view(name).substr(stem.size());
-        if (leaf == "scaled_fp8") { return; }
-        std::vector<std::string> scales = present(name, {"_scale", "_scale_inv"});
-        if (leaf == "weight" && find(stem + "scale_weight")) { scales.push_back(stem + "scale_weight"); }
-        if (scales.empty()) {
-            bare_.push_back(name);
-            return;
-        }
-        std::vector<std::string> parts{name, scales[0]};
-        for (auto& more : present(stem, {"input_scale", "scale_input", "input_scale_ub"})) {
-            if (leaf == "weight") { parts.push_back(std::move(more)); }
-        }
-        for (auto& more : present(name, {"_input_scale"})) { parts.push_back(std::move(more)); }
-        if (scales.size() > 1) {
-            parts.insert(parts.end(), scales.begin() + 1, scales.end());
-            give_up(name, "has two scales, '" + scales[0] + "' and '" + scales[1] + "'", parts, repair());
-            return;
-        }
-        quantised_layer layer;
-        layer.name = name;
-        layer.codes = value;
-        layer.scales = *find(scales[0]);
-        layer.shape = value.shape;
-        if (!detail::is_scale_dtype(layer.scales.dtype)) {
-            give_up(name,
-                "has a scale ('" + scales[0] + "') of dtype " + std::string(to_string(layer.scales.dtype))
-                    + "; expected F32, BF16, F16 or F8_E8M0",
-                parts, repair());
-            return;
-        }
-        if (const auto wrong = lay_out(layer, scales[0]); !wrong.empty()) {
-            give_up(name, wrong, parts, repair());
-            return;
-        }
-        if (element_count(layer.grid) > 1) { need_hints(); }
-        layer.powers_of_two = layer.scales.dtype == dtype::f8_e8m0 || hints_.powers_of_two;
-        add(std::move(layer), parts, stem);
-    }
-
-    /// Blocks and grid from the shapes of codes and scales; what is wrong with them, or nothing.
-    [[nodiscard]] std::string lay_out(quantised_layer& layer, const std::string& scale_name)
-    {
-        const auto& shape = layer.shape;
-        const auto& given = layer.scales.shape;
-        const std::size_t rank = shape.size();
-        layer.block.assign(rank, 1);
-        layer.grid.assign(rank, 1);
-        for (std::size_t i = 0; i < rank; ++i) { layer.block[i] = std::max<std::int64_t>(1, shape[i]); }
-        if (layer.scales.size() == 1) { return {}; }
-        const auto wrong = [&](const std::string& expected) {
-            return "has a scale ('" + scale_name + "') of shape " + to_string(given) + " for a weight of shape "
-                + to_string(shape) + "; expected " + expected;
-        };
-        const auto ceiling = [](std::int64_t n, std::int64_t by) { return (n + by - 1) / by; };
-        std::string choices = "[] for all of it";
-        if (rank > 0) { choices += message(", [", shape[0], "] for each channel"); }
-        if (rank > 1) {
-            need_hints();
-            auto sizes = extents(rank, 1);
-            const std::int64_t usual = 128;
-            const bool told = hints_.block.size() == 2;
-            sizes[rank - 2] = told ? hints_.block[0] : usual;
-            sizes[rank - 1] = told ? hints_.block[1] : usual;
-            auto blocks = shape;
-            for (std::size_t i = 0; i < rank; ++i) { blocks[i] = ceiling(shape[i], sizes[i]); }
-            choices += message(" or ", to_string(blocks), " for blocks of ", sizes[rank - 2], " × ", sizes[rank - 1],
-                told ? " (" + hints_.file + ")" : std::string());
-            if (given == blocks) {
-                for (std::size_t i = 0; i < rank; ++i) {
-                    layer.block[i] = std::min(sizes[i], std::max<std::int64_t>(1, shape[i]));
-                }
-                layer.grid = given;
-                return {};
-            }
-        }
-        if (rank == 0 || layer.scales.size() == 0 || element_count(shape) == 0) { return wrong(choices); }
-        auto channel = extents(rank, 1);
-        channel[0] = shape[0];
-        if (given == extents{shape[0]} || given == channel) {
-            layer.block[0] = 1;
-            layer.grid = channel;
-            return {};
-        }
-        const bool told = rank == 2 && hints_.block.size() == 2;
-        if (given.size() != rank || told || (rank == 2 && given[0] == 1) || given == shape) { return wrong(choices); }
-        for (std::size_t i = 0; i < rank; ++i) {
-            if (given[i] <= 0 || shape[i] % given[i] != 0) { return wrong(choices); }
-            layer.block[i] = shape[i] / given[i];
-        }
-        layer.grid = given;
-        return {};
-    }
-
-    void add(quantised_layer layer, const std::vector<std::string>& parts, const std::string& stem)
-    {
-        const bool signless = layer.scales.dtype == dtype::u8 || layer.scales.dtype == dtype::f8_e8m0;
-        const std::uint64_t count = layer.scales.size();
-        for (std::uint64_t i = 0; i < count; ++i) {
-            const float scale = detail::scale_at(layer.scales, i);
-            if (signless ? scale == scale : scale >= 0 && std::isfinite(scale)) { continue; }
-            give_up(layer.name,
-                message("has the scale ", scale, " (at ", i, " of ", count, "); expected a positive number"), parts,
-                repair());
-            return;
-        }
-        if (layer.name != parts[0] && find(layer.name)) {
-            give_up(layer.name, "is there twice, as it is and quantised ('" + parts[0] + "')", parts, repair());
-            return;
-        }
-        for (const auto& part : parts) {
-            taken_.insert(part);
-            read_.insert(part);
-            layer.parts.push_back({part.substr(stem.size()), *find(part)});
-        }
-        layers_.emplace_back(std::move(layer));
-    }
-
-    /// Scales without weights, FP8 without scales, and what belongs to no one layer.
-    void find_leftovers()
-    {
-        const bool scaled = !layers_.empty() || find("scaled_fp8");
-        for (const auto& name : bare_) {
-            if (!scaled) { continue; } // numbers as they are
-            give_up(name, "is FP8 without a scale ('" + name + "_scale'), which other layers of the model have", {name},
-                repair());
-        }
-        for (const auto& [name, value] : *stored_) {
-            if (taken_.contains(name)) { continue; }
-            const std::string stem(layer_stem(name));
-            const auto leaf = std::string_view(name).substr(stem.size());
-            if (leaf == "weight_scale" || leaf == "weight_scale_inv" || leaf == "scale_weight") {
-                const auto weight = find(stem + "weight");
-                if (weight && !scaled && is_storage(weight->dtype)) { continue; } // a parameter of that name
-                if (weight && is_storage(weight->dtype)) {
-                    give_up(stem + "weight",
-                        "is " + std::string(to_string(weight->dtype)) + " and has a scale ('" + name
-                            + "') all the same",
-                        {stem + "weight", name}, repair());
-                    continue;
-                }
-                give_up(
-                    stem + "weight", "has a scale ('" + name + "') and no codes that it belongs to", {name}, repair());
-                continue;
-            }
-            if (!scaled) { continue; }
-            for (const std::string_view word : {"scaled_fp8", "k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale",
-                     "output_scale", "input_scale", "scale_input"}) {
-                if (leaf == word) {
-                    beside_.insert(name, value);
-                    read_.insert(name);
-                    break;
-                }
-            }
-        }
-    }
-
-    const const_model_ref* stored_ = nullptr;
-    hint_source ask_;
-    quantisation_hints hints_;
-    std::vector<quantised_tensor> layers_;
-    std::vector<unread_layer> unread_;
-    std::vector<std::string> bare_;
-    std::set<std::string> taken_, read_; // names that are settled, and those that the model has no more
-    const_model_ref model_, beside_;
-};
-
-/// Throws for layers that are not read and take part: format_error by the layer's name, saying what to do; for one of
-/// which `include` leaves some tensors and not others, invalid_argument (a layer is excluded whole). `include`: empty
-/// where all do. `file`: for messages.
-inline void refuse_unread(
-    const quantised_layers& layers, const callback<bool(std::string_view)>& include, const std::string& file)
-{
-    for (const auto& layer : layers.unread()) {
-        std::size_t in = 0;
-        const std::string* excluded = nullptr;
-        for (const auto& part : layer.parts) {
-            if (!include || include(part)) { ++in; }
-            else {
-                excluded = &part;
-            }
-        }
-        if (in == 0) { continue; }
-        if (excluded) {
-            raise<invalid_argument>(error_code::layer_split,
-                message("'", file, "': tensor '", *excluded, "' is excluded, and it is part of layer '", layer.name,
-                    "', which ", layer.what, ": exclude the whole layer, or nothing of it"));
-        }
-        raise<format_error>(
-            error_code::quantised_layer, message("layer '", layer.name, "' ", layer.what, ": ", layer.mend), file);
-    }
-}
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_FORMATS_QUANTISED_HPP
-
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <filesystem>
-#include <map>
-#include <memory>
-#include <optional>
-#include <string>
-#include <string_view>
-#include <system_error>
-#include <utility>
-#include <vector>
-
-namespace taskvec::inline TASKVEC_ABI {
-
-/// The file names of a checkpoint directory.
-inline constexpr std::string_view single_file_name = "model.safetensors";
-/// Of the index of a sharded checkpoint.
-inline constexpr std::string_view index_file_name = "model.safetensors.index.json";
-
-/// What the names of a checkpoint's files begin with: transformers', and diffusers'. Where a directory holds both, the
-/// first is the model.
-inline constexpr std::string_view model_stems[] = {"model", "diffusion_pytorch_model"};
-
-/// Whether the tensors of shards have to be those that their index gives them.
-enum class index_check : std::uint8_t {
-    strict, ///< each of them, and no other
-    lenient ///< what is there counts, as for transformers: a note says what differs
-};
-
-/// A model on disk: the maps of its files, and the tensors in them by name. Move-only; views stay valid when it moves.
-class checkpoint {
-public:
-    /// `take`: which tensors of which file (by its place in `files`) the model has; all, where it is empty.
-    checkpoint(std::filesystem::path path, std::vector<safetensors_file> files,
-        const callback<bool(std::size_t, const safetensors_entry&)>& take = {}, std::vector<std::string> notes = {})
-        : path_(std::move(path))
-        , files_(std::move(files))
-        , notes_(std::move(notes))
-    {
-        struct item {
-            const safetensors_file* file;
-            const safetensors_entry* entry;
-        };
-        std::vector<item> sorted;
-        for (std::size_t f = 0; f < files_.size(); ++f) {
-            const auto& file = files_[f];
-            for (const auto& entry : file.entries()) {
-                if (take && !take(f, entry)) { continue; }
-                sorted.push_back({&file, &entry});
-                data_bytes_ += entry.bytes;
-            }
-            metadata_.insert(file.metadata().begin(), file.metadata().end());
-        }
-        std::sort(
-            sorted.begin(), sorted.end(), [](const item& a, const item& b) { return a.entry->name < b.entry->name; });
-        for (std::size_t i = 0; i < sorted.size(); ++i) {
-            if (i && sorted[i].entry->name == sorted[i - 1].entry->name) {
-                raise<format_error>(error_code::file_tensors,
-                    message("tensor '", sorted[i].entry->name, "' is in this file and in '",
-                        sorted[i - 1].file->path().string(), "'"),
-                    sorted[i].file->path().string());
-            }
-            model_.insert(sorted[i].entry->name, sorted[i].file->tensor(*sorted[i].entry));
-        }
-    }
-
-    /// What open_model() was given.
-    [[nodiscard]] const std::filesystem::path& path() const& noexcept { return path_; }
-    [[nodiscard]] std::filesystem::path path() && { return path_; }
-    /// The mapped files, in the order of their names.
-    [[nodiscard]] const std::vector<safetensors_file>& files() const& noexcept { return files_; }
-    void files() const&& = delete; // name the owner first: its views would dangle
-    /// All tensors as they are stored, views into the files.
-    [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
-    void model() const&& = delete; // name the owner first: its views would dangle
-    /// The files' metadata; of a key in several shards, the first shard's value.
-    [[nodiscard]] const metadata_map& metadata() const& noexcept { return metadata_; }
-    [[nodiscard]] metadata_map metadata() && { return std::move(metadata_); }
-    /// Bytes of all tensors.
-    [[nodiscard]] std::uint64_t data_bytes() const noexcept { return data_bytes_; }
-    /// What whoever opened it should know: sentences without a full stop.
-    [[nodiscard]] const std::vector<std::string>& notes() const noexcept { return notes_; }
-    /// The same files under other names, or with other views into them: what `model` holds must outlive the checkpoint
-    /// (views of its own files do).
-    void set_model(const_model_ref model) { model_ = std::move(model); }
-    /// Makes model() have quantised layers as tensors of numbers (formats/quantised.hpp). stored() keeps what the files
-    /// hold. open_model() has done so.
-    void read_layers(quantised_layers::hint_source hints)
-    {
-        auto layers = std::make_shared<const quantised_layers>(model_, std::move(hints));
-        if (!layers->any()) { return; }
-        stored_ = std::exchange(model_, layers->model());
-        layers_ = std::move(layers);
-    }
-    /// The tensors of the files: model(), but for quantised layers and names that were changed.
-    [[nodiscard]] const const_model_ref& stored() const& noexcept { return layers_ ? stored_ : model_; }
-    void stored() const&& = delete; // name the owner first: its views would dangle
-    /// The quantised layers; null where no layer is.
-    [[nodiscard]] const quantised_layers* layers() const& noexcept { return layers_.get(); }
-    void layers() const&& = delete; // name the owner first: its views would dangle
-
-private:
-    std::filesystem::path path_;
-    std::vector<safetensors_file> files_;
-    std::vector<std::string> notes_;
-    const_model_ref model_, stored_;
-    std::shared_ptr<const quantised_layers> layers_;
-    metadata_map metadata_;
-    std::uint64_t data_bytes_ = 0;
-};
-
-/// Refuses a shard name that could lead out of the checkpoint's directory.
-inline void check_shard_name(std::string_view shard, std::string_view index)
-{
-    if (shard.empty() || shard == "." || shard.find('/') != shard.npos || shard.find('\\') != shard.npos
-        || shard.find("..") != shard.npos || shard.find('\0') != shard.npos) {
-        raise<format_error>(error_code::index_field,
-            message("names the shard '", shard,
-                "'; a shard is a file beside its index, with no '/', '\\' or '..' in its name"),
-            std::string(index));
-    }
-}
-
-/// What an index file says: the shard of each tensor. Keys other than `weight_map` are ignored, as transformers does.
-/// Throws format_error for JSON that is not an index, or names a shard outside the directory.
-[[nodiscard]] inline std::map<std::string, std::string> read_index(const std::filesystem::path& path)
-{
-    const auto file = path.string();
-    const auto json = parse_json(read_text_file(path), file);
-    if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) {
-        raise<format_error>(
-            error_code::index_field, "has no object 'weight_map'; an index maps each tensor's name to its shard", file);
-    }
-    std::map<std::string, std::string> result;
-    for (const auto& [name, shard] : json["weight_map"].items()) {
-        if (!shard.is_string()) {
-            raise<format_error>(
-                error_code::index_field, message("maps tensor '", name, "' to something that is not a string"), file);
-        }
-        const auto& text = shard.get_ref<const std::string&>();
-        check_shard_name(text, file);
-        result.emplace(name, text);
-    }
-    return result;
-}
-
-/// Whether a file's name is that of an index of shards: `model.safetensors.index.json`, another stem, as diffusers has
-/// it, or a variant (`….safetensors.index.fp16.json`).
-[[nodiscard]] inline bool is_index_name(std::string_view name)
-{
-    const auto at = name.find(".safetensors.index.");
-    return at != name.npos && at > 0 && name.ends_with(".json");
-}
-
-/// The same for PyTorch's shards: `pytorch_model.bin.index.json`.
-[[nodiscard]] inline bool is_pytorch_index_name(std::string_view name)
-{
-    const auto at = name.find(".bin.index.");
-    return at != name.npos && at > 0 && name.ends_with(".json");
-}
-
-/// The parts of a shard's name, such as `model-00001-of-00003.safetensors`.
-struct shard_name_parts {
-    std::string stem, rest; ///< before the numbers, and what stands after them
-    std::size_t number = 0, count = 0; ///< the two numbers
-};
-/// The parts of a shard's name, which ends as `ending` says; empty for a name that is none.
-[[nodiscard]] inline std::optional<shard_name_parts> parse_shard_name(
-    std::string_view name, std::string_view ending = ".safetensors")
-{
-    constexpr std::size_t digits = 5;
-    constexpr std::string_view between = "-of-";
-    if (!name.ends_with(ending)) { return std::nullopt; }
-    for (std::size_t at = name.find('-'); at != name.npos; at = name.find('-', at + 1)) {
-        const auto field = name.substr(at + 1);
-        if (field.size() < 2 * digits + between.size() + ending.size()
-            || field.substr(digits, between.size()) != between) {
-            continue;
-        }
-        std::size_t values[2] = {0, 0};
-        bool numbers = true;
-        for (std::size_t i = 0; i < 2; ++i) {
-            for (const char c : field.substr(i * (digits + between.size()), digits)) {
-                numbers = numbers && c >= '0' && c <= '9';
-                values[i] = 10 * values[i] + static_cast<std::size_t>(c - '0');
-            }
-        }
-        if (!numbers || values[0] == 0 || values[0] > values[1]) { continue; }
-        return shard_name_parts{std::string(name.substr(0, at)), std::string(field.substr(2 * digits + between.size())),
-            values[0], values[1]};
-    }
-    return std::nullopt;
-}
-
-namespace detail {
-
-/// What a directory holds that could be a model, by name.
-struct model_directory {
-    std::vector<std::string> indexes, weights, others, folders;
-    std::error_code unreadable; ///< why it could not be looked into
-
-    explicit model_directory(const std::filesystem::path& path)
-    {
-        std::error_code ignored;
-        std::filesystem::directory_iterator it(path, ignored);
-        unreadable = ignored;
-        for (const std::filesystem::directory_iterator end; !ignored && it != end; it.increment(ignored)) {
-            const auto name = it->path().filename().string();
-            std::error_code unknown;
-            if (it->is_directory(unknown)) { folders.push_back(name); }
-            else if (is_index_name(name)) {
-                indexes.push_back(name);
-            }
-            else if (name.ends_with(".safetensors")) {
-                weights.push_back(name);
-            }
-            else {
-                others.push_back(name);
-            }
-        }
-        for (auto* list : {&indexes, &weights, &others, &folders}) { std::sort(list->begin(), list->end()); }
-    }
-};
-
-[[nodiscard]] inline std::string quoted_list(const std::vector<std::string>& names, std::size_t most = 4)
-{
-    std::string text;
-    for (std::size_t i = 0; i < names.size() && i < most; ++i) { text += (i ? ", '" : "'") + names[i] + "'"; }
-    return names.size() > most ? text + " and " + std::to_string(names.size() - most) + " more" : text;
-}
-
-/// Says of a directory without a model what it holds instead, and what to name.
-[[noreturn]] TASKVEC_COLD inline void refuse_directory(const std::filesystem::path& path, const model_directory& found)
-{
-    const auto fail = [&](const std::string& what) {
-        raise<io_error>(error_code::model_not_found, what, path.string());
-    };
-    if (found.unreadable) { raise_io(path, "cannot be read as a directory", found.unreadable.value()); }
-    std::error_code ignored;
-    std::vector<std::string> inner;
-    for (const auto& folder : found.folders) {
-        const model_directory inside(path / folder);
-        if (!inside.weights.empty() || !inside.indexes.empty()) { inner.push_back(folder); }
-    }
-    for (const auto& name : found.weights) {
-        if (name == "adapter_model.safetensors") {
-            fail("holds an adapter ('adapter_model.safetensors'), not a model: name the model that it was trained on, "
-                 "or read it as an adapter");
-        }
-    }
-    if (found.weights.size() > 1) {
-        fail(message("holds no '", single_file_name, "', no index, and several files (", quoted_list(found.weights),
-            "): name the file that is meant"));
-    }
-    for (const auto& name : found.others) {
-        for (const std::string_view ending :
-            {".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl"}) {
-            if (!name.ends_with(ending) || name == "training_args.bin" || name == "optimizer.bin"
-                || name == "optimizer.pt" || name == "scheduler.pt" || name == "scheduler.bin") {
-                continue;
-            }
-            std::string what = "the weights lie in files of another format";
-            std::string mend = std::string(convert_to_safetensors);
-            if (std::filesystem::file_size(path / name, ignored) > 0 && !ignored && !name.ends_with(".json")) {
-                const mapped_file file(path / name);
-                if (const auto kind = what_is_this_file(file.bytes())) {
-                    what = "that is " + kind->what;
-                    mend = kind->mend;
-                }
-            }
-            fail(message("holds no safetensors file, but '", name, "': ", what, "; ", mend));
-        }
-    }
-    if (!inner.empty()) {
-        fail(message("holds no model itself, but its folders do (", quoted_list(inner), "): name one of them"));
-    }
-    raise<io_error>(error_code::model_not_found,
-        message("holds neither '", single_file_name, "' nor '", index_file_name,
-            "'; name a checkpoint directory or a .safetensors file"),
-        path.string());
-}
-
-/// A file of tensors: safetensors, or PyTorch's, as its first bytes say.
-[[nodiscard]] inline safetensors_file open_weights(const std::filesystem::path& path, std::vector<std::string>& notes)
-{
-    mapped_file map(path);
-    const auto bytes = map.bytes();
-    constexpr std::string_view zip = "PK\x03\x04";
-    if (bytes.size() < zip.size() || std::memcmp(bytes.data(), zip.data(), zip.size()) != 0) {
-        auto header = parse_safetensors(bytes, path.string());
-        return {std::move(map), std::move(header)};
-    }
-    auto contents = parse_pytorch(bytes, path.string());
-    std::error_code unknown;
-    auto rows = lay_out_rows(contents, bytes, path.string(), std::filesystem::temp_directory_path(unknown));
-    notes.insert(notes.end(), contents.notes.begin(), contents.notes.end());
-    return {std::move(map), std::move(contents.header), std::move(rows)};
-}
-
-/// The shards that an index names, beside it.
-[[nodiscard]] inline checkpoint open_indexed(
-    const std::filesystem::path& path, const std::filesystem::path& index_path, index_check how)
-{
-    const auto directory = directory_of(index_path);
-    const auto index_name = index_path.filename().string();
-    const auto index = read_index(index_path);
-    const bool strict = how == index_check::strict;
-    std::vector<safetensors_file> files;
-    std::vector<std::string> names, notes;
-    std::map<std::string_view, std::size_t> expected;
-    for (const auto& [name, shard] : index) { ++expected[shard]; }
-    std::error_code ignored;
-    for (const auto& [shard, count] : expected) {
-        if (!std::filesystem::exists(directory / shard, ignored)) {
-            const auto what = message("the shard '", shard, "' of '", index_name, "', with ", count,
-                count == 1 ? " tensor" : " tensors", ", is not there");
-            if (strict) {
-                raise<io_error>(error_code::file_not_found,
-                    message(what, ": fetch it, or go on without it (index_check::lenient; the tool: --index lenient)"),
-                    path.string());
-            }
-            notes.push_back(message("'", path.string(), "': ", what));
-            continue;
-        }
-        auto& file = files.emplace_back(open_weights(directory / shard, notes));
-        names.emplace_back(shard);
-        std::map<std::string_view, bool> present;
-        for (const auto& entry : file.entries()) {
-            const auto place = index.find(entry.name);
-            present[entry.name] = true;
-            if (place != index.end() && place->second == shard) { continue; }
-            const auto what = message("holds tensor '", entry.name, "', which '", index_name, "' ",
-                place == index.end() ? std::string("does not list") : "places in '" + place->second + "'");
-            if (strict) {
-                raise<format_error>(error_code::file_tensors,
-                    what + " (index_check::lenient goes on; in the tool, --index lenient)", file.path().string());
-            }
-            notes.push_back(message("'", file.path().string(), "' ", what,
-                place == index.end() ? ": it is taken" : ": the one there is taken"));
-        }
-        for (const auto& [name, where] : index) {
-            if (where != shard || present.contains(name)) { continue; }
-            const auto what = message("lacks tensor '", name, "', which '", index_name, "' places there");
-            if (strict) {
-                raise<format_error>(error_code::file_tensors,
-                    what + " (index_check::lenient goes on; in the tool, --index lenient)", file.path().string());
-            }
-            notes.push_back(message("'", file.path().string(), "' ", what));
-        }
-    }
-    const auto take = [&](std::size_t f, const safetensors_entry& entry) {
-        const auto place = index.find(entry.name);
-        return place == index.end() || place->second == names[f];
-    };
-    return {path, std::move(files), take, std::move(notes)};
-}
-
-} // namespace detail
-
-/// The hints of the configuration beside a model.
-[[nodiscard]] inline quantised_layers::hint_source hints_beside(const std::filesystem::path& model)
-{
-    return [model] {
-        std::error_code unknown;
-        const auto folder = std::filesystem::is_directory(model, unknown) ? model : detail::directory_of(model);
-        return read_quantisation_hints(folder / "config.json");
-    };
-}
-
-/// Opens a model: a safetensors file; an index of shards (any `*.safetensors.index.json`); or a directory. Of what a
-/// directory holds, the first of these is the model: `model.safetensors`; `model.safetensors.index.json`; diffusers'
-/// `diffusion_pytorch_model` in the same two ways; the only index; a whole set of shards without one (with a note); the
-/// only .safetensors file that is neither a delta nor an adapter; where there are none, `pytorch_model.bin` or its
-/// index, diffusers', and a whole set of such shards. PyTorch's files are read as formats/pytorch.hpp says, whatever
-/// they are called. An index is an allowlist: shards hold exactly the tensors that it gives them, unless `how` is
-/// lenient. Quantised layers are tensors of numbers in model() where their scheme is read, and are found in
-/// layers()->unread() where it is not. Throws io_error, format_error. Cost: O(headers), and the scales of quantised
-/// layers.
-///
-///     const auto base = taskvec::open_model("base");
-///     for (const auto& [name, tensor] : base.model()) { … }
-[[nodiscard]] checkpoint open_model(const std::filesystem::path& path, index_check how = index_check::strict);
-
-namespace detail {
-[[nodiscard]] inline checkpoint open_stored(const std::filesystem::path& path, index_check how)
-{
-    std::error_code ignored;
-    std::vector<safetensors_file> files;
-    const auto single = [&](const std::filesystem::path& file, std::vector<std::string> notes = {}) -> checkpoint {
-        files.push_back(detail::open_weights(file, notes));
-        return {path, std::move(files), {}, std::move(notes)};
-    };
-    if (!std::filesystem::is_directory(path, ignored)) {
-        const auto name = path.filename().string();
-        if (is_index_name(name) || is_pytorch_index_name(name)) { return detail::open_indexed(path, path, how); }
-        std::vector<std::string> notes;
-        if (const auto parts = parse_shard_name(name); parts && parts->count > 1) {
-            notes.push_back(message("'", path.string(), "' is shard ", parts->number, " of ", parts->count,
-                ": its directory or its index names the whole model"));
-        }
-        return single(path, std::move(notes));
-    }
-    const auto has = [&](std::string_view name) { return std::filesystem::exists(path / name, ignored); };
-    for (const std::string_view stem : model_stems) {
-        const std::string file = std::string(stem) + ".safetensors", index = file + ".index.json";
-        if (has(file)) { return single(path / file); }
-        if (has(index)) { return detail::open_indexed(path, path / index, how); }
-    }
-    const detail::model_directory found(path);
-    if (found.indexes.size() == 1) { return detail::open_indexed(path, path / found.indexes.front(), how); }
-    if (found.indexes.size() > 1) {
-        raise<io_error>(error_code::model_not_found,
-            message("holds several indexes (", detail::quoted_list(found.indexes),
-                "): name the one that is meant, by its path"),
-            path.string());
-    }
-    using shard_sets = std::map<std::pair<std::string, std::size_t>, std::vector<std::string>>;
-    const auto whole_set = [&](const shard_sets& sets) -> checkpoint {
-        const auto& [key, names] = *sets.begin();
-        if (names.size() != key.second) {
-            raise<io_error>(error_code::file_not_found,
-                message("holds ", names.size(), " of ", key.second, " shards (", detail::quoted_list(names),
-                    ") and no index: fetch the others"),
-                path.string());
-        }
-        std::vector<std::string> notes{
-            message("'", path.string(), "' holds no index: all ", names.size(), " shards are taken")};
-        for (const auto& name : names) { files.push_back(detail::open_weights(path / name, notes)); }
-        return {path, std::move(files), {}, std::move(notes)};
-    };
-    shard_sets sets; // shards by stem, rest and count
-    std::vector<std::string> whole;
-    for (const auto& name : found.weights) {
-        if (const auto parts = parse_shard_name(name)) {
-            sets[{parts->stem + " " + parts->rest, parts->count}].push_back(name);
-        }
-        else if (!name.ends_with(".delta.safetensors") && name != "adapter_model.safetensors") {
-            whole.push_back(name);
-        }
-    }
-    if (sets.size() == 1 && whole.empty()) { return whole_set(sets); }
-    if (whole.size() == 1 && sets.empty()) { return single(path / whole.front()); }
-    if (whole.empty() && sets.empty()) {
-        for (const std::string_view stem : {"pytorch_model", "diffusion_pytorch_model"}) {
-            const std::string file = std::string(stem) + ".bin", index = file + ".index.json";
-            if (has(file)) { return single(path / file); }
-            if (has(index)) { return detail::open_indexed(path, path / index, how); }
-        }
-        for (const auto& name : found.others) {
-            if (const auto parts = parse_shard_name(name, ".bin")) {
-                sets[{parts->stem + " " + parts->rest, parts->count}].push_back(name);
-            }
-        }
-        if (sets.size() == 1) { return whole_set(sets); }
-    }
-    detail::refuse_directory(path, found);
-}
-} // namespace detail
-
-inline checkpoint open_model(const std::filesystem::path& path, index_check how)
-{
-    auto model = detail::open_stored(path, how);
-    model.read_layers(hints_beside(path));
-    return model;
-}
-
-/// How a model is split into shards: for each tensor its shard, tensors taken in name order, a new shard begun when the
-/// next tensor would take the current one above `shard_size` bytes of data (a larger tensor has a shard of its own).
-struct shard_plan {
-    std::vector<std::size_t> shard_of; ///< for each spec
-    std::size_t shards = 0; ///< how many there are
-    std::uint64_t total_bytes = 0; ///< of all tensors
-};
-/// Splits tensors into shards of at most `shard_size` bytes, as shard_plan says.
-[[nodiscard]] inline shard_plan plan_shards(const std::vector<tensor_spec>& specs, std::uint64_t shard_size)
-{
-    if (shard_size == 0) {
-        raise<invalid_argument>(error_code::parameter_out_of_range, "a shard size of 0 bytes; expected at least 1");
-    }
-    std::vector<std::size_t> order(specs.size());
-    for (std::size_t i = 0; i < order.size(); ++i) { order[i] = i; }
-    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return specs[a].name < specs[b].name; });
-    shard_plan plan;
-    plan.shard_of.resize(specs.size());
-    plan.shards = 1;
-    std::uint64_t held = 0;
-    for (const auto index : order) {
-        const std::uint64_t bytes = specs[index].bytes();
-        if (held && bytes > shard_size - std::min(held, shard_size)) {
-            ++plan.shards;
-            held = 0;
-        }
-        plan.shard_of[index] = plan.shards - 1;
-        held += bytes;
-        plan.total_bytes += bytes;
-    }
-    return plan;
-}
-
-namespace detail {
-/// The files of the model that a directory holds, as far as its index can be read.
-[[nodiscard]] inline std::vector<std::string> model_files_in(const std::filesystem::path& directory)
-{
-    std::vector<std::string> result;
-    std::error_code ignored;
-    for (const std::string_view stem : model_stems) {
-        const std::string single = std::string(stem) + ".safetensors", index = single + ".index.json";
-        if (std::filesystem::exists(directory / single, ignored)) { result.push_back(single); }
-        if (!std::filesystem::exists(directory / index, ignored)) { continue; }
-        for (const auto& [name, shard] : read_index(directory / index)) {
-            if (std::find(result.begin(), result.end(), shard) == result.end()) { result.push_back(shard); }
-        }
-        result.push_back(index);
-    }
-    return result;
-}
-[[nodiscard]] inline std::string lines_of(const std::vector<std::string>& names)
-{
-    std::string text;
-    for (const auto& name : names) { text += name + '\n'; }
-    return text;
-}
-} // namespace detail
-
-/// The shards that a killed writer gave their names in a directory before their index had its own: what it noted in the
-/// lock, less what an index of the directory names by now. Throws format_error for an index that cannot be read.
-[[nodiscard]] inline std::vector<std::string> orphan_shards(
-    const std::filesystem::path& directory, const directory_lock& lock)
-{
-    std::vector<std::string> result;
-    const std::string text = lock.noted();
-    if (text.empty()) { return result; }
-    const auto present = detail::model_files_in(directory);
-    for (std::size_t at = 0, end = 0; (end = text.find('\n', at)) != text.npos; at = end + 1) {
-        auto name = text.substr(at, end - at);
-        const bool of_a_model = std::any_of(std::begin(model_stems), std::end(model_stems),
-                                    [&](std::string_view stem) { return name.starts_with(std::string(stem) + "-"); })
-            && name.ends_with(".safetensors") && name.find('/') == name.npos;
-        if (of_a_model && std::find(present.begin(), present.end(), name) == present.end()) {
-            result.push_back(std::move(name));
-        }
-    }
-    return result;
-}
-
-/// Writes a checkpoint directory: `model-00001-of-000NN.safetensors` … and their index, or `model.safetensors` when one
-/// shard is enough. A directory that does not exist appears whole or not at all; in one that does, other files are left
-/// alone.
-///
-/// All shards are complete and on disk under temporary names before the first takes its own; the index (or the single
-/// file) takes its name last, and is what decides which model the directory holds. Where a shard's name is taken, by
-/// an earlier model in the same directory, the new one is called `model-00001-of-000NN-2.safetensors` and so on, so a
-/// crash at any moment leaves the earlier model whole or the new one. Once the new one stands, the earlier one's files
-/// are removed, and where a writer is killed before, its own are by the next. As many files are open as are written to
-/// at once. One writer at a time has an existing directory: a second one throws io_error (see directory_lock).
-///
-///     taskvec::sharded_writer out("merged", specs, 5'000'000'000);
-///     out.write(index, offset, data, size);
-///     out.commit();
-class sharded_writer final : public tensor_sink {
-public:
-    /// `existing`: whether a directory that is there is exchanged for one with the new files and all others, so that
-    /// what else is written to folder() changes with them. `finished`: where all shards lie already, in order, for
-    /// instance by resumable_shards; then nothing is to be written. `stem`: one of model_stems, for the names.
-    sharded_writer(std::filesystem::path directory, const std::vector<tensor_spec>& specs, std::uint64_t shard_size,
-        const metadata_map& metadata = {}, durability mode = durability::synchronised,
-        existing_directory existing = existing_directory::fill, const std::vector<std::filesystem::path>& finished = {},
-        std::string_view stem = model_stems[0])
-        : directory_(std::move(directory))
-        , stem_(stem)
-        , mode_(mode)
-        , plan_(plan_shards(specs, shard_size))
-        , place_(specs.size())
-    {
-        std::vector<std::vector<tensor_spec>> parts(plan_.shards);
-        for (std::size_t i = 0; i < specs.size(); ++i) {
-            auto& part = parts[plan_.shard_of[i]];
-            place_[i] = part.size();
-            part.push_back(specs[i]);
-        }
-        for (const auto& part : parts) {
-            (void)layout_safetensors(part, metadata);
-        } // whatever is wrong with the specs is wrong before a directory appears
-        (void)present_files(); // an index that cannot be read is refused before anything is written
-        folder_.emplace(directory_, mode, existing); // from here on nobody else takes names in the directory
-        old_ = present_files();
-        if (const auto* const lock = folder_->lock()) {
-            for (const auto& name : orphan_shards(directory_, *lock)) {
-                detail::system::remove_file(directory_ / name);
-            }
-        }
-        const std::size_t generation = plan_.shards == 1 ? 1 : free_generation();
-        for (std::size_t i = 0; i < parts.size(); ++i) {
-            names_.push_back(plan_.shards == 1 ? single_name() : shard_name(i, generation));
-        }
-        for (std::size_t i = 0; i < parts.size(); ++i) {
-            auto path = folder_->path() / names_[i];
-            writers_.push_back(finished.empty()
-                    ? std::make_unique<safetensors_writer>(std::move(path), parts[i], metadata, mode)
-                    : std::make_unique<safetensors_writer>(std::move(path), parts[i], metadata, mode, finished.at(i)));
-            if (parts.size() > 1) { writers_.back()->open_on_demand(); }
-        }
-        if (plan_.shards > 1) {
-            std::string json = "{\n  \"metadata\": {\n    \"total_size\": " + std::to_string(plan_.total_bytes)
-                + "\n  },\n  \"weight_map\": {";
-            std::map<std::string_view, std::size_t> by_name;
-            for (std::size_t i = 0; i < specs.size(); ++i) { by_name[specs[i].name] = plan_.shard_of[i]; }
-            if (by_name.size() != specs.size()) {
-                raise<invalid_argument>(
-                    error_code::tensor_repeated, "a tensor's name occurs twice in the model to be written");
-            }
-            for (const auto& [name, shard] : by_name) {
-                json +=
-                    (json.back() == '{' ? "\n    " : ",\n    ") + json_string(name) + ": " + json_string(names_[shard]);
-            }
-            json += "\n  }\n}\n";
-            index_ = std::make_unique<atomic_file>(folder_->path() / index_name(), json.size(), mode);
-            index_->write(0, json.data(), json.size());
-        }
-    }
-    sharded_writer(const sharded_writer&) = delete;
-    sharded_writer& operator=(const sharded_writer&) = delete;
-    ~sharded_writer() override
-    {
-        // Shards that took their names before a failure belong to no index.
-        for (const auto& path : unlisted_) {
-            detail::system::remove_file(path);
-            detail::temporaries::drop(path);
-        }
-    }
-
-    void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
-    {
-        if (index >= place_.size()) {
-            raise<invalid_argument>(
-                error_code::index_out_of_range, message("a write to tensor ", index, " of ", place_.size()));
-        }
-        writers_[plan_.shard_of[index]]->write(place_[index], offset, data, size);
-    }
-
-    /// Forces all files to disk, so that commit() only renames.
-    void finish()
-    {
-        for (auto& writer : writers_) { writer->finish(); }
-        if (index_) { index_->finish(); }
-    }
-    /// Gives the files their names; see above for the order.
-    void commit()
-    {
-        finish();
-        // Once the index, or the single file, has its name nothing may fail, memory included.
-        const bool in_place = folder_->made().empty();
-        std::vector<std::string> obsolete;
-        for (const auto& name : old_) {
-            // An index that somebody else wrote may name any file: only what is called a model's is removed.
-            const bool of_a_model = is_index_name(name) || name.ends_with(".safetensors");
-            if (of_a_model && std::find(names_.begin(), names_.end(), name) == names_.end()
-                && !(index_ && name == index_name())) {
-                obsolete.push_back(name);
-            }
-        }
-        std::vector<std::filesystem::path> superseded;
-        for (const auto& name : obsolete) { superseded.push_back(directory_ / name); }
-        if (index_ && in_place) {
-            for (const auto& writer : writers_) { unlisted_.push_back(writer->target()); }
-            if (auto* const lock = folder_->lock()) {
-                lock->note(detail::lines_of(names_));
-                // Also after a power cut the lock is there before the first of the names.
-                if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
-            }
-            for (const auto& path : unlisted_) { detail::temporaries::add(path); }
-        }
-        for (auto& writer : writers_) { writer->commit(false); }
-        if (mode_ == durability::synchronised) { detail::synchronise_directory(folder_->path()); }
-        if (index_) { index_->commit(); }
-        for (const auto& path : unlisted_) { detail::temporaries::drop(path); }
-        unlisted_.clear();
-        folder_->commit(obsolete);
-        if (!in_place) { return; }
-        for (const auto& path : superseded) { detail::system::remove_file(path); }
-        // `model.safetensors` comes before an index when a directory is opened, and both before diffusers' files: with
-        // them gone, the new model takes effect.
-        for (const auto& name : opened_before()) {
-            if (detail::system::status status; detail::system::look_at_link(directory_ / name, status)) {
-                raise<io_error>(error_code::system_refused,
-                    "is an earlier model's and cannot be removed: the new model lies beside it, whole, and takes "
-                    "effect once this file is gone",
-                    (directory_ / name).string());
-            }
-        }
-        if (mode_ == durability::synchronised) { detail::synchronise_directory(directory_); }
-    }
-
-    /// Where the files are written until commit(): for what is to lie beside them.
-    [[nodiscard]] const std::filesystem::path& folder() const noexcept { return folder_->path(); }
-    /// The files' names, in shard order.
-    [[nodiscard]] const std::vector<std::string>& names() const noexcept { return names_; }
-    /// The shards' temporary names, for whoever reads them back between finish() and commit().
-    [[nodiscard]] std::vector<std::filesystem::path> shard_temporaries() const
-    {
-        std::vector<std::filesystem::path> result;
-        for (const auto& writer : writers_) { result.push_back(writer->temporary()); }
-        return result;
-    }
-    /// All temporary files, and before them the directories that were made for them, for whoever must remove them when
-    /// no destructor can run.
-    [[nodiscard]] std::vector<std::filesystem::path> temporaries() const
-    {
-        auto result = folder_->made();
-        if (auto lock = folder_->lock_file(); !lock.empty()) { result.push_back(std::move(lock)); }
-        const auto shards = shard_temporaries();
-        result.insert(result.end(), shards.begin(), shards.end());
-        if (index_) { result.push_back(index_->temporary()); }
-        return result;
-    }
-    /// Bytes of all shards together.
-    [[nodiscard]] std::uint64_t file_size() const noexcept
-    {
-        std::uint64_t total = 0;
-        for (const auto& writer : writers_) { total += writer->file_size(); }
-        return total;
-    }
-
-private:
-    [[nodiscard]] std::string shard_name(std::size_t index, std::size_t generation) const
-    {
-        const auto padded = [](std::size_t number) {
-            const auto digits = std::to_string(number);
-            return std::string(digits.size() < 5 ? 5 - digits.size() : 0, '0') + digits;
-        };
-        return stem_ + "-" + padded(index + 1) + "-of-" + padded(plan_.shards)
-            + (generation > 1 ? "-" + std::to_string(generation) : "") + ".safetensors";
-    }
-    /// The first generation none of whose shard names is taken.
-    [[nodiscard]] std::size_t free_generation() const
-    {
-        std::error_code ignored;
-        for (std::size_t generation = 1;; ++generation) {
-            bool taken = false;
-            for (std::size_t i = 0; i < plan_.shards && !taken; ++i) {
-                taken = std::filesystem::exists(directory_ / shard_name(i, generation), ignored);
-            }
-            if (!taken) { return generation; }
-        }
-    }
-    [[nodiscard]] std::vector<std::string> present_files() const { return detail::model_files_in(directory_); }
-    [[nodiscard]] std::string single_name() const { return stem_ + ".safetensors"; }
-    [[nodiscard]] std::string index_name() const { return single_name() + ".index.json"; }
-    /// What open_model() would take in place of what is written here.
-    [[nodiscard]] std::vector<std::string> opened_before() const
-    {
-        std::vector<std::string> names;
-        for (const std::string_view stem : model_stems) {
-            const std::string single = std::string(stem) + ".safetensors";
-            if (stem == stem_) {
-                if (index_) { names.push_back(single); }
-                break;
-            }
-            names.push_back(single);
-            names.push_back(single + ".index.json");
-        }
-        return names;
-    }
-
-    std::filesystem::path directory_;
-    std::string stem_;
-    std::optional<output_directory> folder_; // before the files in it, so that it outlives them
-    durability mode_;
-    shard_plan plan_;
-    std::vector<std::size_t> place_; // of each tensor within its shard
-    std::vector<std::string> names_, old_; // the new files, and those of the model that they replace
-    std::vector<std::filesystem::path> unlisted_; // shards with their names whose index has not taken its own
-    std::vector<std::unique_ptr<safetensors_writer>> writers_;
-    std::unique_ptr<atomic_file> index_;
-};
-
-} // namespace taskvec::inline TASKVEC_ABI
-#endif // TASKVEC_SINGLE_FORMATS_CHECKPOINT_HPP
 
 // ---- taskvec/formats/delta.hpp
 #if !defined(TASKVEC_SINGLE_FORMATS_DELTA_HPP)

@@ -315,7 +315,7 @@ TEST_CASE("damaged adapters are named errors")
     says(refusal(scratch.path() / "nowhere"), "is not a directory");
     const auto folder = changed(scratch, "plain", [](auto&) { });
     fs::rename(folder / peft_model_name, folder / "adapter_model.bin");
-    says(refusal(folder), "adapter_model.bin");
+    says(refusal(folder), "adapter_model.bin"); // which is no pickle
     fs::remove(folder / peft_config_name);
     says(refusal(folder), "adapter_config.json");
 }

@@ -512,6 +512,105 @@ TEST_CASE("fuse names what is wrong with an adapter, and writes nothing")
     CHECK(result.out.find("1 tensor of 3 changed") != std::string::npos);
 }
 
+TEST_CASE("what an adapter's configuration says and its file denies is an error, or what PEFT takes it for")
+{
+    const scratch folder;
+    write_values(folder / "base.safetensors", two_layers());
+    const auto fused = [&](const nlohmann::json& config, const values_model& more = {}) {
+        std::filesystem::remove_all(folder / "a");
+        auto tensors = factors("layers.0", 9, 20, 10);
+        tensors.merge(factors("layers.1", 20, 20, 20));
+        for (const auto& [name, tensor] : more) { tensors[name] = tensor; }
+        write_adapter_as(folder / "a", tensors, config);
+        return run(folder, fuse_one);
+    };
+    REQUIRE(fused(nlohmann::json::object()).code == 0);
+    const auto plain = slurp(folder / "out.safetensors");
+    // layers.0 is not square, and lies out×in.
+    const auto turned = fused({{"fan_in_fan_out", true}});
+    CHECK(turned.code == 0);
+    CHECK(turned.err.find("says fan_in_fan_out, and linear layers of 'base.safetensors' lie out×in")
+        != std::string::npos);
+    CHECK(slurp(folder / "out.safetensors") == plain);
+    const auto denied = [&](const nlohmann::json& config, const values_model& more, const std::string& part) {
+        const auto result = fused(config, more);
+        CAPTURE(result.err);
+        CHECK(result.code == 1);
+        CHECK(is_error_line(result.err));
+        CHECK(result.err.find(part) != std::string::npos);
+    };
+    const auto list = [](const char* name) { return nlohmann::json::array({name}); };
+    denied({{"modules_to_save", list("layers.1")}}, {}, "modules_to_save of adapter_config.json names 'layers.1'");
+    CHECK(fused({{"modules_to_save", list("score")}}).code == 0); // no module of this base
+    denied({{"lora_bias", false}}, {{"layers.0.lora_B.bias", random_tensor({9}, 3)}}, "says lora_bias false");
+    CHECK(fused({{"bias", "all"}}).err.find("says bias all, and holds no bias") != std::string::npos);
+    denied({{"peft_type", "IA3"}}, {}, "merge_and_unload");
+    // A square module that lies in×out has no word in other dialects.
+    write_adapter_as(folder / "g", factors("layers.1", 20, 20, 20), {{"fan_in_fan_out", true}});
+    for (const std::string dialect : {"diffusers", "mlx"}) {
+        const auto result = run(folder, {"convert", "g", "--as", dialect, "--out", "converted"});
+        CHECK(result.code == 1);
+        CHECK(result.err.find("fan_in_fan_out") != std::string::npos);
+    }
+    // MLX's DoRA.
+    std::filesystem::create_directories(folder / "m");
+    const auto a = random_tensor({20, 2}, 1), b = random_tensor({2, 9}, 2), m = random_tensor({9}, 4);
+    const auto fused_mlx = [&](bool whole) {
+        values_model tensors{{"layers.0.lora_a", a}, {"layers.0.lora_b", b}};
+        if (whole) { tensors["layers.0.m"] = m; }
+        write_values(folder / "m/adapters.safetensors", tensors);
+        write_text(folder / "m/adapter_config.json",
+            R"({"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 3.0}})");
+        return run(folder, {"fuse", "--base", "base.safetensors", "--adapter", "m", "--out", "m.safetensors"});
+    };
+    CHECK(fused_mlx(false).err.find("has no magnitudes") != std::string::npos);
+    REQUIRE(fused_mlx(true).code == 0);
+    const auto base = two_layers().at("layers.0.weight");
+    const auto found = read_values(folder / "m.safetensors").at("layers.0.weight");
+    for (std::size_t o = 0; o < 9; ++o) {
+        std::vector<double> row(20);
+        double squares = 0;
+        for (std::size_t i = 0; i < 20; ++i) {
+            row[i] = double{base.values[o * 20 + i]};
+            for (std::size_t k = 0; k < 2; ++k) {
+                row[i] += 3.0 * double{a.values[i * 2 + k]} * double{b.values[k * 9 + o]};
+            }
+            squares += row[i] * row[i];
+        }
+        for (std::size_t i = 0; i < 20; ++i) {
+            CHECK(double{found.values[o * 20 + i]}
+                == doctest::Approx(row[i] * double{m.values[o]} / std::sqrt(squares)).epsilon(1e-5).scale(1e-3));
+        }
+    }
+}
+
+TEST_CASE("embeddings and heads of an adapter with more rows than the base take its place")
+{
+    const scratch folder;
+    std::filesystem::create_directory(folder / "base");
+    write_values(folder / "base/model.safetensors",
+        {{"lm_head.weight", random_tensor({6, 4}, 1)}, {"model.embed_tokens.weight", random_tensor({6, 4}, 2)},
+            {"model.layers.0.q.weight", random_tensor({4, 4}, 3)}});
+    write_text(folder / "base/config.json", R"({"model_type": "llama", "vocab_size": 6})");
+    auto tensors = factors("model.layers.0.q", 4, 4, 10);
+    const auto head = random_tensor({8, 4}, 5), embedding = random_tensor({8, 4}, 6);
+    tensors["model.embed_tokens.weight"] = embedding;
+    const std::vector<std::string> line{"fuse", "--base", "base", "--adapter", "a", "--out", "out"};
+    write_adapter_as(folder / "a", tensors);
+    const auto half = run(folder, line);
+    CHECK(half.code == 1);
+    CHECK(half.err.find("one of the two would lack rows") != std::string::npos);
+    tensors["lm_head.weight"] = head;
+    write_adapter_as(folder / "a", tensors);
+    const auto done = run(folder, line);
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    CHECK(done.err.find("has 8 rows, more than 'base': it takes the place of that") != std::string::npos);
+    const auto found = read_values(folder / "out/model.safetensors");
+    CHECK(found.at("lm_head.weight").values == head.values);
+    CHECK(found.at("model.embed_tokens.weight").values == embedding.values);
+    CHECK(nlohmann::json::parse(slurp(folder / "out/config.json"))["vocab_size"] == 8);
+}
+
 TEST_CASE("an adapter on the base is a task of every verb, with the bits of the fused model stored as F32")
 {
     const scratch folder;

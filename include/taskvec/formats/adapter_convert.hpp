@@ -205,6 +205,13 @@ template <arithmetic_element T>
             a_shape.insert(a_shape.end(), made.kernel.begin(), made.kernel.end());
             b_shape.insert(b_shape.end(), made.kernel.size(), 1);
         }
+        if (adapter.fan_in_fan_out && dialect != adapter_dialect::peft && dialect != adapter_dialect::gguf
+            && !made.embedding && update.out() == update.in()) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("module '", module, "' is square, and lies in×out in its base (fan_in_fan_out), which ",
+                    to_string(dialect), "'s dialect has no word for: keep PEFT's, or fold it into its base"),
+                adapter.file.string());
+        }
         double left = 1; // of the scaling, in the up factor
         if (dialect == adapter_dialect::diffusers) { left = update.scaling; }
         if (dialect == adapter_dialect::mlx) {

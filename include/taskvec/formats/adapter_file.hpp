@@ -28,12 +28,8 @@ namespace taskvec::inline TASKVEC_ABI {
     std::error_code ignored;
     if (!std::filesystem::is_directory(path, ignored)) { return path; }
     for (const std::string_view name : {peft_model_name, std::string_view("pytorch_lora_weights.safetensors"),
-             std::string_view("adapters.safetensors")}) {
+             std::string_view("adapters.safetensors"), peft_pickle_name}) {
         if (std::filesystem::exists(path / name, ignored)) { return path / name; }
-    }
-    if (std::filesystem::exists(path / "adapter_model.bin", ignored)) {
-        raise<io_error>(error_code::model_not_found,
-            "holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", path.string());
     }
     raise<io_error>(error_code::model_not_found,
         message("holds no adapter: expected ", peft_model_name,
@@ -353,11 +349,19 @@ template <class T>
         made.magnitude.assign(values.data(), values.data() + values.size());
         const bool by_output = dialect != adapter_dialect::kohya
             || (!vector->shape.empty() && static_cast<std::size_t>(vector->shape[0]) == made.update.out());
-        if (made.magnitude.size() != made.update.out() || is_embedding || !by_output) {
+        if (is_embedding) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("module '", module, "' is an embedding under DoRA ('", vector->name,
+                    "'), which is not folded: fold it into its base with PEFT (merge_and_unload) and go on with the "
+                    "model"),
+                where);
+        }
+        if (made.magnitude.size() != made.update.out() || !by_output) {
             raise<format_error>(error_code::adapter_unsupported,
                 message("tensor '", vector->name, "' has shape ", to_string(vector->shape), ", and module '", module,
-                    "' has ", made.update.out(), " outputs: DoRA is folded where it has a magnitude for each output",
-                    is_embedding ? " of a linear layer or a convolution" : ""),
+                    "' has ", made.update.out(),
+                    " outputs: DoRA is folded where it has a magnitude for each output; "
+                    "fold it into its base with what wrote it"),
                 where);
         }
     }
@@ -398,7 +402,7 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
 
 /// Refuses a module whose factors are of another kind than the configuration says: the update would be another one.
 inline void check_kind(
-    const peft_fields& fields, const std::string& module, std::string_view kind, const std::string& where)
+    const peft_fields& fields, const std::string& module, std::string_view kind, const std::string& where, bool biased)
 {
     const auto wrong = [&](const std::string& what) {
         raise<format_error>(error_code::adapter_tensors, message("module '", module, "' ", what), where);
@@ -413,6 +417,9 @@ inline void check_kind(
             ": correct peft_type, or fetch the file that belongs to it"));
     }
     if (is_loha || is_lokr) { return; }
+    if (biased && fields.find("lora_bias") && !fields.says_something("lora_bias")) {
+        wrong(message("has a lora_B.bias, but ", peft_config_name, " says lora_bias false: correct one of them"));
+    }
     const bool promised = fields.says_something("use_dora");
     if (promised && kind != "DoRA") {
         wrong(message("has no lora_magnitude_vector, but ", peft_config_name,
@@ -446,14 +453,14 @@ template <arithmetic_element T = float>
     adapter.label = "'" + path.string() + "'";
     adapter.file = adapter_tensor_file(path);
     if (is_gguf_file(adapter.file)) { return read_gguf_adapter<T>(adapter.file); }
-    const safetensors_file file(adapter.file);
+    const safetensors_file file = detail::open_weights(adapter.file, adapter.notes);
     const std::string where = adapter.file.string();
 
     std::error_code ignored;
     const auto config_path = adapter.file.parent_path() / peft_config_name;
     const std::string config_file = config_path.string();
-    const bool may_have_config =
-        std::filesystem::is_directory(path, ignored) || adapter.file.filename() == peft_model_name;
+    const bool may_have_config = std::filesystem::is_directory(path, ignored)
+        || adapter.file.filename() == peft_model_name || adapter.file.filename() == peft_pickle_name;
     std::string text;
     std::optional<mapped_file> configuration;
     if (may_have_config && std::filesystem::exists(config_path, ignored)) {
@@ -539,11 +546,28 @@ template <arithmetic_element T = float>
     });
     if (!dialect) { dialect = underscored ? adapter_dialect::kohya : adapter_dialect::peft; } // LoHa and LoKr
     adapter.dialect = *dialect;
+    if (*dialect == adapter_dialect::mlx) { // its DoRA keeps the magnitudes of a module as MODULE.m
+        std::erase_if(wholes, [&](const auto& one) {
+            const auto& name = one.first;
+            if (!name.ends_with(".m")) { return false; }
+            const auto module = parts.find(name.substr(0, name.size() - 2));
+            return module != parts.end() && module->second.tensors.emplace(role::magnitude, one.second).second;
+        });
+        const auto type = adapter.config.find("fine_tune_type");
+        for (const auto& [module, found] : parts) {
+            if (type == adapter.config.end() || *type != "dora" || found.get(role::magnitude)) { continue; }
+            raise<format_error>(error_code::adapter_tensors,
+                message("module '", module, "' has no magnitudes ('", module, ".m'), but ", peft_config_name,
+                    " says fine_tune_type dora, which rescales every module by them: save the adapter anew"),
+                where);
+        }
+    }
+    const bool peft_config = !text.empty() && (*dialect == adapter_dialect::peft);
     if (parts.empty() && adapter.copies.empty()) {
+        if (peft_config) { detail::check_foldable(adapter.config, config_file); } // another kind is said by its name
         raise<format_error>(error_code::adapter_tensors, "holds no factors of an adapter", where);
     }
 
-    const bool peft_config = !text.empty() && (*dialect == adapter_dialect::peft);
     detail::peft_patterns ranks, alphas;
     if (peft_config) {
         detail::check_foldable(adapter.config, config_file);
@@ -603,7 +627,7 @@ template <arithmetic_element T = float>
                 message("module '", module, "' has no lora_E, which every module of AdaLoRA has"), where);
         }
         auto made = detail::read_module<T>(file, module, found, *dialect, rank);
-        if (peft_config) { detail::check_kind(fields, module, made.kind, where); }
+        if (peft_config) { detail::check_kind(fields, module, made.kind, where, made.bias.rank() > 0); }
         std::optional<double> alpha;
         if (const auto* const entry = found.get(role::alpha)) {
             const auto value = detail::read_flat_factor<double>(file, *entry);

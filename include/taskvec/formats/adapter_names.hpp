@@ -194,8 +194,28 @@ struct adapter_base_traits {
     std::string_view label = "the base"; ///< names it in messages
 };
 
+/// Whether an adapter that says fan_in_fan_out is of a base whose linear layers lie out×in, as its modules that are not
+/// square tell: PEFT takes the flag for false then.
+template <arithmetic_element T>
+[[nodiscard]] bool denies_fan_in_fan_out(
+    const const_model_ref& base, const adapter_contents<T>& adapter, const module_match& match)
+{
+    bool plain = false, turned = false;
+    for (const auto& [module, made] : adapter.modules) {
+        const auto place = match.tensors.find(module);
+        if (place == match.tensors.end() || made.embedding || made.update.out() == made.update.in()) { continue; }
+        const const_tensor_ref& to = *base.find(place->second);
+        if (to.shape.size() != 2) { continue; }
+        const auto [rows, columns] = adapted_model::sides(to.shape, to.size(place->second));
+        plain = plain || (rows == made.update.out() && columns == made.update.in());
+        turned = turned || (rows == made.update.in() && columns == made.update.out());
+    }
+    return adapter.fan_in_fan_out && plain && !turned;
+}
+
 /// Adds weight·(what an adapter does) to `sum`, which refers to the adapter from then on. Where a weight is not square
-/// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so.
+/// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so, and
+/// others do not deny it.
 /// Throws invalid_argument for modules that `match` has no tensor for, or a copy of a base weight that is another
 /// base's; shape_mismatch, nonfinite_error.
 template <arithmetic_element T>
@@ -211,8 +231,12 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                     ? message(" may mean '", doubt->second[0], "' or '", doubt->second[1], "' of ", traits.label)
                     : message(" is no module of ", traits.label),
                 match.unmatched.size() > 1 ? message(", nor are ", match.unmatched.size() - 1, " others clear") : "",
-                ": use the base that it was trained on, or leave such modules out"));
+                base.find(module + ".in_proj_weight")
+                    ? ", but one of PyTorch's MultiheadAttention, whose three projections are one tensor: fold it into "
+                      "its base with PEFT (merge_and_unload) and go on with the model"
+                    : ": use the base that it was trained on, or leave such modules out"));
     }
+    const bool in_by_out = adapter.fan_in_fan_out && !denies_fan_in_fan_out(base, adapter, match);
     for (const auto& [module, made] : adapter.modules) {
         if (made.paired_rows) {
             raise<invalid_argument>(error_code::call_order,
@@ -228,8 +252,7 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                    turned = to.shape.size() == 2 && rows == made.update.in() && columns == made.update.out();
         const bool head =
             tensor.ends_with("head.weight") || tensor.ends_with("wte.weight") || tensor.ends_with("wpe.weight");
-        place.transposed =
-            made.embedding || (turned && (!fits || ((adapter.fan_in_fan_out || traits.conv1d) && !head)));
+        place.transposed = made.embedding || (turned && (!fits || ((in_by_out || traits.conv1d) && !head)));
         sum.add(base, tensor, made.update, weight, std::move(place), adapter.label);
         if (made.bias.rank() > 0) {
             const std::string bias = tensor.substr(0, tensor.size() - 6) + "bias";

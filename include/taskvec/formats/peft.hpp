@@ -5,6 +5,7 @@
 
 #include <taskvec/adapters/adapter.hpp>
 #include <taskvec/core/overflow.hpp>
+#include <taskvec/formats/checkpoint.hpp>
 #include <taskvec/formats/name_pattern.hpp>
 #include <taskvec/formats/safetensors.hpp>
 
@@ -32,6 +33,8 @@ namespace taskvec::inline TASKVEC_ABI {
 inline constexpr std::string_view peft_config_name = "adapter_config.json";
 /// Of the file that has the factors.
 inline constexpr std::string_view peft_model_name = "adapter_model.safetensors";
+/// What PEFT wrote before 2024: read as PyTorch files are (formats/pytorch.hpp).
+inline constexpr std::string_view peft_pickle_name = "adapter_model.bin";
 /// Stands before the name of every module.
 inline constexpr std::string_view peft_prefix = "base_model.model.";
 
@@ -316,7 +319,9 @@ template <class T>
     if (entry.shape.size() != 2) {
         raise<format_error>(error_code::adapter_unsupported,
             message("tensor '", entry.name, "' has shape ", to_string(entry.shape),
-                entry.shape.size() == 4 ? ": a convolution's factors are not supported" : "; expected a matrix"),
+                entry.shape.size() > 2 ? ": a convolution's factors are not merged with others; fold each adapter into "
+                                         "its base (taskvec fuse, or PEFT's merge_and_unload) and merge the models"
+                                       : "; expected a matrix"),
             file.path().string(), entry.offset);
     }
     if (!is_storage(entry.dtype)) {
@@ -388,13 +393,13 @@ template <arithmetic_element T = float>
         raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
     }
     detail::check_plain_lora(adapter.config, config_file, options);
-    if (!std::filesystem::exists(model_path, ignored)
-        && std::filesystem::exists(directory / "adapter_model.bin", ignored)) {
-        raise<io_error>(error_code::model_not_found,
-            "holds adapter_model.bin only, a pickle; save it with PEFT as safetensors first", directory.string());
-    }
-    const safetensors_file file(model_path);
-    const std::string model_file = model_path.string();
+    std::vector<std::string> reading;
+    const auto stored =
+        !std::filesystem::exists(model_path, ignored) && std::filesystem::exists(directory / peft_pickle_name, ignored)
+        ? directory / peft_pickle_name
+        : model_path;
+    const safetensors_file file = detail::open_weights(stored, reading);
+    const std::string model_file = stored.string();
 
     // Pairs of factors, by module; everything else by name.
     struct halves {
