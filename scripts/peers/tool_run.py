@@ -85,6 +85,28 @@ models:
   - {model: task0, parameters: {weight: 1, density: 0.6, gamma: [0, 0.2]}}
   - {model: task1, parameters: {weight: 0.4, density: [0.3, 0.8], gamma: 0.1}}
 """, 1e-7),
+    "YAML 1.1, and models as mappings": ("""
+base_model: {model: {path: base}}
+merge_method: task_arithmetic
+dtype: torch.float32
+models:
+  - model: {model: {path: task0}}
+    parameters: &p
+      weight: 010
+  - model: task1
+    parameters:
+      <<: *p
+      weight: 04
+parameters: {normalize: 1.0, lambda: 0.5}
+""", 1e-6),
+    "a density of 0": ("""
+base_model: base
+merge_method: ties
+dtype: float32
+models:
+  - {model: task0, parameters: {weight: 1, density: [0, 0.7]}}
+  - {model: task1, parameters: {weight: 0.4, density: 0.5}}
+""", 1e-7),
     "layers of two models": ("""
 slices:
   - sources: [{model: task0, layer_range: [0, 3]}]
