@@ -19037,7 +19037,6 @@ private:
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <string>
 #include <system_error>
 #include <utility>
 #include <vector>

@@ -12898,14 +12898,15 @@ struct top_k_threshold {
     friend bool operator==(const top_k_threshold&, const top_k_threshold&) = default;
 };
 
-/// k(n) = floor(density · n) in double, at least 1 when n > 0. Errors: invalid_argument unless 0 < density ≤ 1.
+/// k(n) = floor(density · n) in double, at least 1 when n > 0, and 0 for a density below 2^-64, of which no model has
+/// an entry. Errors: invalid_argument unless 0 < density ≤ 1.
 [[nodiscard]] inline std::uint64_t top_k_count(double density, std::uint64_t n)
 {
     if (!(density > 0.0 && density <= 1.0)) {
         raise<invalid_argument>(error_code::density_out_of_range,
             message("density is ", density, "; expected a share in (0, 1], such as 0.2 for 20%"));
     }
-    if (n == 0) { return 0; }
+    if (n == 0 || density < 0x1p-64) { return 0; }
     return std::max<std::uint64_t>(1, static_cast<std::uint64_t>(std::floor(density * static_cast<double>(n))));
 }
 

@@ -246,6 +246,8 @@ TEST_CASE("bad arguments are named")
     const std::vector<float> x{1, 2, 3}, poisoned{1, std::numeric_limits<float>::infinity(), 2};
     CHECK_THROWS_AS((void)top_k(cpu{}, x, 0), invalid_argument);
     CHECK_THROWS_AS((void)top_k(cpu{}, x, 4), invalid_argument);
+    CHECK(top_k_count(1e-15, 5) == 1);
+    CHECK(top_k_count(1e-30, 5) == 0); // a share of which nothing is an entry
     CHECK_THROWS_AS((void)top_k_count(0.0, 5), invalid_argument);
     CHECK_THROWS_AS((void)top_k_count(1.5, 5), invalid_argument);
     CHECK_THROWS_AS((void)top_k_count(std::nan(""), 5), invalid_argument);
