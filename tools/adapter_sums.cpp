@@ -149,7 +149,7 @@ adapter_sum::adapter_sum(const std::vector<task_argument>& arguments, const task
         }
         std::visit([&](auto& read) { add(read, argument, how, run); }, adapters_.back());
     }
-    if (changes_.empty() && !grown_) {
+    if (changes_.empty() && taken_.empty()) {
         std::vector<std::string> names;
         for (const auto& [name, tensor] : base_) { names.push_back(name); }
         check_patterns(how.included, "--include", names, "tensor of '" + how.base_path.string() + "'");
@@ -350,12 +350,15 @@ void adapter_sum::take_grown_vocabulary(taskvec::adapter_contents<T>& read, cons
     }
     base_ = std::move(model);
     for (const auto& [name, whole] : grown) {
-        grown_ = true;
         note(run,
             "'" + name + "' of " + read.label + " has " + std::to_string(rows) + " rows, more than " + base_label
                 + ": it takes the place of that; --copy-from takes the adapter's tokenizer along");
     }
-    std::erase_if(read.wholes, [&](const auto& one) { return grown.contains(match.renamed(one.first, base_)); });
+    std::erase_if(read.wholes, [&](auto& one) {
+        if (!grown.contains(match.renamed(one.first, base_))) { return false; }
+        taken_.push_back(std::move(one.second)); // base_ points to its bytes
+        return true;
+    });
 }
 
 } // namespace tool

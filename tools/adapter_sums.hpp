@@ -99,7 +99,8 @@ private:
     std::deque<adapter> adapters_;
     std::vector<facts> facts_;
     taskvec::adapted_model changes_;
-    bool untied_ = false, grown_ = false;
+    std::deque<taskvec::peft_tensor> taken_; ///< what took the place of tensors of the base
+    bool untied_ = false;
 };
 
 } // namespace tool
