@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 
 import torch
+import transformers
 
 from common import tool_arguments
 
@@ -38,6 +39,7 @@ def models():
 def main():
     arguments = tool_arguments(__doc__)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     failures = []
     torch.manual_seed(3)
     with tempfile.TemporaryDirectory() as scratch:

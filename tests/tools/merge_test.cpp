@@ -273,6 +273,7 @@ TEST_CASE("sums of 0 that a negative majority decides come out the same in shard
     merge({"--out", "one.safetensors"});
     CHECK(read_values(folder / "one.safetensors").at("b").values[1] == -2.0F);
     for (const auto* threads : {"1", "3"}) {
+        std::filesystem::remove_all(folder / "shards");
         merge({"--out", "shards", "--shard-size", "1kB", "--threads", threads});
         CHECK(std::filesystem::exists(folder / "shards/model-00003-of-00003.safetensors"));
         merge({"--out", "again.safetensors"});

@@ -64,6 +64,7 @@ TEST_CASE("a merge that ended too early goes on from the shards that it had fini
     const resumable m;
     for (const std::string method : {"ties", "dare-ties", "task-arithmetic", "karcher"}) {
         CAPTURE(method);
+        for (const auto* place : {"plain", "resumed"}) { std::filesystem::remove_all(m.folder / place); }
         REQUIRE(run(m.folder, with(m.merge(method), {"--out", "plain"})).code == 0);
         const auto stopped = run(m.folder, with(m.merge(method), {"--out", "bad", "--resume", "work"}));
         CHECK(stopped.code == 1);
@@ -82,6 +83,7 @@ TEST_CASE("a merge that ended too early goes on from the shards that it had fini
         CHECK(files_of(m.folder / "resumed") == files_of(m.folder / "plain"));
         CHECK_FALSE(std::filesystem::exists(m.folder / "work"));
         // From the beginning, too.
+        std::filesystem::remove_all(m.folder / "resumed");
         REQUIRE(run(m.folder, with(m.merge(method), {"--out", "resumed", "--resume", "work"})).code == 0);
         CHECK(files_of(m.folder / "resumed") == files_of(m.folder / "plain"));
         CHECK_FALSE(std::filesystem::exists(m.folder / "work"));

@@ -389,7 +389,7 @@ TEST_CASE("what is wrong with a configuration is said with its place")
         "config.yml:9:3: 'densty' is no key of parameters; did you mean 'density'?");
     has(m.refusal(head + tasks + "parameters:\n  density: much\n"),
         "config.yml:9:12: density is 'much'; expected a number");
-    has(m.refusal(head + tasks + "parameters:\n  density: 2\n"), "config.yml:9:12: density");
+    has(m.refusal(head + tasks + "parameters:\n  density: -1\n"), "config.yml:9:12: density");
     has(m.refusal(head + tasks + "parameters:\n  lambda: {filter: attn}\n"),
         "config.yml:9:11: 'lambda': a filter without a 'value'");
     has(m.refusal(head + tasks + "parameters: 3\n"), "config.yml:8:13: parameters is '3'; expected a mapping");
@@ -671,8 +671,8 @@ TEST_CASE("the chat template is that of most models, a known one, or the text th
     (void)m.result(config + "chat_template: chatml\n");
     has(slurp(m.folder / "out/chat_template.jinja"), "im_start");
     // One module is the model.
-    CHECK(same(m.result("merge_method: linear\nmodules:\n  text:\n    models: [{model: a}, {model: b}]\n"),
-        m.result("merge_method: linear\nmodels: [{model: a}, {model: b}]\n")));
+    CHECK(same(m.result("merge_method: karcher\nmodules:\n  text:\n    models: [{model: a}, {model: b}]\n"),
+        m.result("merge_method: karcher\nmodels: [{model: a}, {model: b}]\n")));
     has(m.refusal("merge_method: linear\nmodules: {x: {models: []}, y: {models: []}}\n"), "'modules' has several");
 }
 
