@@ -334,7 +334,7 @@ void adapter_sum::take_grown_vocabulary(taskvec::adapter_contents<T>& read, cons
         const bool of_vocabulary =
             (is_head(name) || is_embedding(name)) && tensor.shape == base_.find(grown.begin()->first)->shape;
         if (of_vocabulary && !grown.contains(name)) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_shape,
+            taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::tensor_shape,
                 "'" + grown.begin()->first + "' has " + std::to_string(rows) + " rows in " + read.label + ", and '"
                     + name + "' of " + base_label + " " + std::to_string(tensor.shape[0])
                     + ", and is not in the adapter: one of the two would lack rows");
@@ -354,11 +354,14 @@ void adapter_sum::take_grown_vocabulary(taskvec::adapter_contents<T>& read, cons
             "'" + name + "' of " + read.label + " has " + std::to_string(rows) + " rows, more than " + base_label
                 + ": it takes the place of that; --copy-from takes the adapter's tokenizer along");
     }
-    std::erase_if(read.wholes, [&](auto& one) {
-        if (!grown.contains(match.renamed(one.first, base_))) { return false; }
-        taken_.push_back(std::move(one.second)); // base_ points to its bytes
-        return true;
-    });
+    for (auto one = read.wholes.begin(); one != read.wholes.end();) {
+        if (!grown.contains(match.renamed(one->first, base_))) {
+            ++one;
+            continue;
+        }
+        taken_.push_back(std::move(one->second)); // base_ points to its bytes
+        one = read.wholes.erase(one);
+    }
 }
 
 } // namespace tool
