@@ -510,6 +510,19 @@ struct shard_plan {
 }
 
 namespace detail {
+/// The tensors of each shard. `place` receives the place of each tensor in its shard.
+[[nodiscard]] inline std::vector<std::vector<tensor_spec>> tensors_of_shards(
+    const shard_plan& plan, const std::vector<tensor_spec>& specs, std::vector<std::size_t>& place)
+{
+    std::vector<std::vector<tensor_spec>> parts(plan.shards);
+    place.resize(specs.size());
+    for (std::size_t i = 0; i < specs.size(); ++i) {
+        auto& part = parts[plan.shard_of[i]];
+        place[i] = part.size();
+        part.push_back(specs[i]);
+    }
+    return parts;
+}
 /// The files of the model that a directory holds, as far as its index can be read.
 [[nodiscard]] inline std::vector<std::string> model_files_in(const std::filesystem::path& directory)
 {
@@ -582,14 +595,8 @@ public:
         , stem_(stem)
         , mode_(mode)
         , plan_(plan_shards(specs, shard_size))
-        , place_(specs.size())
     {
-        std::vector<std::vector<tensor_spec>> parts(plan_.shards);
-        for (std::size_t i = 0; i < specs.size(); ++i) {
-            auto& part = parts[plan_.shard_of[i]];
-            place_[i] = part.size();
-            part.push_back(specs[i]);
-        }
+        const auto parts = detail::tensors_of_shards(plan_, specs, place_);
         for (const auto& part : parts) {
             (void)layout_safetensors(part, metadata);
         } // whatever is wrong with the specs is wrong before a directory appears

@@ -32,14 +32,8 @@ public:
         const metadata_map& metadata = {}, durability mode = durability::synchronised)
         : directory_(std::move(directory))
         , plan_(plan_shards(specs, shard_size))
-        , place_(specs.size())
     {
-        std::vector<std::vector<tensor_spec>> parts(plan_.shards);
-        for (std::size_t i = 0; i < specs.size(); ++i) {
-            auto& part = parts[plan_.shard_of[i]];
-            place_[i] = part.size();
-            part.push_back(specs[i]);
-        }
+        const auto parts = detail::tensors_of_shards(plan_, specs, place_);
         std::error_code ignored;
         for (std::size_t s = 0; s < parts.size(); ++s) {
             auto& made = *shards_.emplace_back(std::make_unique<shard>());
