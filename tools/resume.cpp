@@ -60,8 +60,8 @@ void add_resume_option(command& verb, resume_request& request, const std::string
     verb.text("--resume", request.directory, "DIR",
         kept + " stay in this directory when the run is killed, and the same command line goes on from them");
     verb.after_parse([&request](const std::vector<std::pair<std::string, std::string>>& given) {
-        static constexpr std::array free{"--resume", "--out", "--threads", "--memory", "--quiet", "--progress",
-            "--no-progress", "--report", "--no-card"}; // the same bytes with any of them
+        static constexpr std::array free{"--resume", "--out", "--threads", "--memory", "--quiet", "--report",
+            "--no-card"}; // the same bytes with any
         for (const auto& word : given) {
             if (std::find(free.begin(), free.end(), word.first) == free.end()) { request.words.push_back(word); }
         }
