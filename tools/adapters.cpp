@@ -60,9 +60,9 @@ void add_rank_options(command& verb, rank_settings& settings)
 std::uint64_t adapter_bytes(const fs::path& directory)
 {
     std::uint64_t total = 0;
-    for (const auto name : {taskvec::peft_config_name, taskvec::peft_model_name}) {
+    for (const auto& file : {directory / taskvec::peft_config_name, taskvec::peft_tensor_file(directory)}) {
         std::error_code missing;
-        const auto size = fs::file_size(directory / name, missing);
+        const auto size = fs::file_size(file, missing);
         total += missing ? 0 : size;
     }
     return total;
@@ -71,7 +71,7 @@ std::uint64_t adapter_bytes(const fs::path& directory)
 bool adapter_is_wide(const fs::path& directory)
 {
     std::error_code missing;
-    return fs::exists(directory / taskvec::peft_model_name, missing) && taskvec::peft_is_wide(directory);
+    return fs::exists(taskvec::peft_tensor_file(directory), missing) && taskvec::peft_is_wide(directory);
 }
 
 nlohmann::ordered_json layers_of(const std::vector<taskvec::layer_report>& layers)

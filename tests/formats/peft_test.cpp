@@ -315,7 +315,12 @@ TEST_CASE("damaged adapters are named errors")
     says(refusal(scratch.path() / "nowhere"), "is not a directory");
     const auto folder = changed(scratch, "plain", [](auto&) { });
     fs::rename(folder / peft_model_name, folder / "adapter_model.bin");
-    CHECK_FALSE(read_peft<float>(folder).updates.empty()); // what it holds decides
+    const auto renamed = read_peft<double>(folder); // what it holds decides
+    CHECK_FALSE(renamed.updates.empty());
+    CHECK_FALSE(peft_is_wide(folder));
+    write_peft(folder, renamed, {.output = dtype::f64});
+    fs::rename(folder / peft_model_name, folder / "adapter_model.bin");
+    CHECK(peft_is_wide(folder));
     spill(folder / "adapter_model.bin", "neither");
     says(refusal(folder), "adapter_model.bin");
     fs::remove(folder / peft_config_name);

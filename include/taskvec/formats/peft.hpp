@@ -356,10 +356,21 @@ template <class T>
 
 } // namespace detail
 
+/// The file of an adapter's directory that has the factors: PEFT's old one where that is all there is.
+[[nodiscard]] inline std::filesystem::path peft_tensor_file(const std::filesystem::path& directory)
+{
+    std::error_code ignored;
+    auto file = directory / peft_model_name;
+    const bool old =
+        !std::filesystem::exists(file, ignored) && std::filesystem::exists(directory / peft_pickle_name, ignored);
+    return old ? directory / peft_pickle_name : file;
+}
+
 /// True when some factor of an adapter is stored as F64: it then wants read_peft<double>().
 [[nodiscard]] inline bool peft_is_wide(const std::filesystem::path& directory)
 {
-    const safetensors_file file(directory / peft_model_name);
+    std::vector<std::string> notes;
+    const safetensors_file file = detail::open_weights(peft_tensor_file(directory), notes);
     return std::any_of(
         file.entries().begin(), file.entries().end(), [](const auto& entry) { return entry.dtype == dtype::f64; });
 }
@@ -382,7 +393,7 @@ template <arithmetic_element T = float>
         raise<io_error>(error_code::file_kind, "is not a directory; expected a PEFT adapter directory",
             directory.string(), ENOTDIR);
     }
-    const auto config_path = directory / peft_config_name, model_path = directory / peft_model_name;
+    const auto config_path = directory / peft_config_name;
     const std::string config_file = config_path.string();
     const mapped_file configuration(config_path);
     const std::string text = read_text_file(config_path);
@@ -394,10 +405,7 @@ template <arithmetic_element T = float>
     }
     detail::check_plain_lora(adapter.config, config_file, options);
     std::vector<std::string> reading;
-    const auto stored =
-        !std::filesystem::exists(model_path, ignored) && std::filesystem::exists(directory / peft_pickle_name, ignored)
-        ? directory / peft_pickle_name
-        : model_path;
+    const auto stored = peft_tensor_file(directory);
     const safetensors_file file = detail::open_weights(stored, reading);
     const std::string model_file = stored.string();
 
