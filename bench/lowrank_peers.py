@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank work of bench_lowrank as NumPy, scikit-learn and PyTorch do it: f32, one thread, medians.
+"""Low-rank work of bench_lowrank as NumPy, scikit-learn and PyTorch do it: f32, medians, one thread; two in `exact`.
 
 Each peer is measured before and after bench_lowrank, which runs in between; the ratios printed are a peer's time over taskvec's.
 Errors are Frobenius errors beside ||A||. Needs the packages of requirements.txt and a built bench_lowrank:
 
     python bench/lowrank_peers.py factored build/release/bin/bench/bench_lowrank
     python bench/lowrank_peers.py randomized build/release/bin/bench/bench_lowrank
+    python bench/lowrank_peers.py exact build/release/bin/bench/bench_lowrank
 
 Where OPENBLAS_CORETYPE is set, unset it together with OPENBLAS_L2_SIZE: it slows a current NumPy. The kernels that run are printed.
 """
@@ -75,25 +76,44 @@ def randomized_peers():
     }
 
 
+def exact_peers():
+    a = randomized_peers()[0][:3072, :3072].copy()
+    ta = torch.from_numpy(a)
+
+    def by_torch():
+        left, s, right = torch.linalg.svd(ta, full_matrices=False)
+        return left[:, :RANK].numpy(), s[:RANK].numpy(), right[:RANK].T.numpy()
+
+    return a, {"torch.linalg.svd": by_torch}
+
+
+WORKS = {  # who else does it, which row of bench_lowrank, threads, at most how many runs
+    "factored": (factored_peers, "factored/1/", 1, 100),
+    "randomized": (randomized_peers, "randomized/1/1/", 1, 100),
+    "exact": (exact_peers, "leading/1/2/", 2, 2),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["factored", "randomized"])
+    parser.add_argument("work", choices=list(WORKS))
     parser.add_argument("bench", help="the program bench_lowrank")
     parser.add_argument("--runs", type=int, default=7, help="of each peer, before and after")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    limits = threadpoolctl.threadpool_limits(1)
+    find, row, threads, most = WORKS[arguments.work]
+    runs = min(arguments.runs, most)
+    torch.set_num_threads(threads)
+    limits = threadpoolctl.threadpool_limits(threads)
     kernels = {(pool["internal_api"], pool.get("architecture")) for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
     print(f"numpy {np.__version__}, torch {torch.__version__}; BLAS {sorted(kernels, key=str)}")
 
-    a, peers = factored_peers() if arguments.work == "factored" else randomized_peers()
+    a, peers = find()
     norm = float(np.linalg.norm(a))
-    taken = {name: times(work, arguments.runs) for name, work in peers.items()}
-    row = "factored/1/" if arguments.work == "factored" else "randomized/1/1/"
+    taken = {name: times(work, runs) for name, work in peers.items()}
     answer = subprocess.run([arguments.bench, f"--benchmark_filter={row}", "--benchmark_format=json"], check=True, capture_output=True, text=True)
     ours = json.loads(answer.stdout)["benchmarks"][0]
     for name, work in peers.items():
-        taken[name] += times(work, arguments.runs)
+        taken[name] += times(work, runs)
 
     print(f"taskvec {ours['ms']:.1f} ms, error {ours['error']:.4f} of the least possible; naive way {ours['naive_s']:.1f} s, {ours['times']:.0f} times")
     for name, work in peers.items():

@@ -311,7 +311,7 @@ const tool::register_verb extract_lora_verb(70, "extract-lora",
         verb.text("--out", given->out, "DIR", "Where the adapter goes, a PEFT directory", tool::presence::required);
         tool::add_rank_options(verb, given->rank);
         verb.flag("--randomized", given->randomized,
-            "Randomized SVD: nearly the best, a hundred times faster for large layers");
+            "Randomized SVD: nearly the best; with --energy a hundred times faster for large layers");
         verb.count("--seed", given->seed, "N", "Of --randomized (default: 0)");
         verb.texts("--include", given->include, "REGEX", "Only tensors that match");
         verb.texts("--exclude", given->exclude, "REGEX", "All but tensors that match");

@@ -574,8 +574,8 @@ const tool::register_verb merge_lora_verb(80, "merge-lora",
             "total or frequency: PEFT's ties and dare-ties elect the sign of the sum, or of most entries (default: "
             "total)");
         verb.flag("--randomized", given->randomized,
-            "ties, and PEFT's types with svd: randomized SVD of the merged layers, a hundred times faster for large "
-            "ones");
+            "ties, and PEFT's types with svd: randomized SVD of the merged layers, nearly the best; with --energy a "
+            "hundred times faster for large ones");
         verb.count("--seed", given->seed, "N", "Of --randomized, and of PEFT's DARE (default: 0)");
         verb.flag("--any-base", given->any_base, "Merge although the adapters name different base models");
         verb.flag("--match-prefixes", given->match_prefixes,

@@ -6691,7 +6691,9 @@ constexpr void for_each_preset_list(Options& options, Visit&& visit)
 // does, they declare these instances to be elsewhere; the files of src/compiled define them. Both hold each other to
 // one list, this one. Other types than float and double compile in the caller's file as ever.
 
+#include <cstddef>
 #include <memory_resource>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -6738,6 +6740,14 @@ constexpr void for_each_preset_list(Options& options, Visit&& visit)
         matrix_view<const T>, matrix<T>&, std::vector<double>&, matrix<T>&, std::pmr::memory_resource*);               \
     EXTERN template truncated_svd_result<T> detail::exact_svd<T>(                                                      \
         const cpu&, matrix_view<const T>, const rank_choice&, std::string_view, detail::factor_place);
+
+#define TASKVEC_COMPILED_LEADING_SVD(EXTERN)                                                                           \
+    EXTERN template bool detail::leading_eigenvectors<0>(                                                              \
+        matrix_view<const double>, std::size_t, std::vector<double>&, matrix<double>&, std::pmr::memory_resource*);    \
+    EXTERN template std::optional<svd_result<float>> detail::lanczos_svd<0>(                                           \
+        const cpu&, matrix_view<const float>, std::size_t, double, std::string_view, detail::factor_place);            \
+    EXTERN template svd_result<float> detail::few_triples<float>(                                                      \
+        const cpu&, matrix_view<const float>, const rank_choice&, std::string_view, detail::factor_place);
 #endif // TASKVEC_SINGLE_COMPILED_LINALG_HPP
 
 // ---- taskvec/linalg/svd.hpp

@@ -6,8 +6,11 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
 using namespace taskvec;
 using reference::normal_matrix;
@@ -61,6 +64,65 @@ TEST_CASE("the spaces of truncated SVD's vectors are the reference's within the 
             CHECK(allowed < 0.1);
         }
     }
+}
+
+TEST_CASE("leading SVD has the triples of known spectra, found without the rest of them")
+{
+    std::vector<double> falling(60), copies(60, 1.0), few{4, 2, 1};
+    for (std::size_t i = 0; i < falling.size(); ++i) { falling[i] = std::pow(0.8, static_cast<double>(i)); }
+    std::fill_n(
+        copies.begin(), 6, 3.0); // the multiplicity of a group is above the rank that is asked for, or reaches it
+    for (const auto& sigma : {falling, copies, few}) {
+        for (const auto& [m, n] : {std::pair<std::size_t, std::size_t>{240, 200}, {200, 260}, {230, 230}}) {
+            for (const auto order : {matrix_order::row_major, matrix_order::column_major}) {
+                const auto a = reference::matrix_with_spectrum<float>(m, n, sigma, 3 * m + n, order);
+                const auto plain = reference::plain<float>(a.view());
+                for (const std::size_t q : {1u, 4u, 6u, 8u}) {
+                    INFO(m, "×", n, ", q = ", q, ", sigma ends with ", sigma.back());
+                    const auto found = detail::lanczos_svd<>(
+                        cpu{}, a.view(), q, squared_norm<float>(cpu{}, a.view()), "w", detail::factor_place::kept);
+                    REQUIRE(found.has_value());
+                    const auto s = leading_svd<float>(cpu{.threads = 2}, a, {.rank = q}, "w");
+                    REQUIRE(s.rank() == q);
+                    CHECK(std::equal(s.u.data(), s.u.data() + s.u.size(), found->u.data()));
+                    CHECK(s.sigma == found->sigma);
+                    for (std::size_t i = 0; i < q; ++i) {
+                        const double right = i < sigma.size() ? sigma[i] : 0;
+                        CHECK(std::abs(s.sigma[i] - right) <= 2e-6 * sigma[0]);
+                    }
+                    CHECK(reference::departure_from_orthonormal<float>(s.u.view()) <= 5e-6);
+                    CHECK(reference::departure_from_orthonormal<float>(s.v.view()) <= 5e-6);
+                    const double tail = std::sqrt(energy_beyond(sigma, std::min(q, sigma.size())));
+                    CHECK(std::abs(reference::distance(plain, reference::composed(s)) - tail) <= 8e-6 * sigma[0]);
+                    CHECK(std::abs(std::sqrt(s.squared_error) - tail) <= 8e-6 * sigma[0]);
+                }
+            }
+        }
+    }
+}
+
+TEST_CASE("leading SVD of noise, of small matrices, of f64 and of shares of the energy is truncated SVD's")
+{
+    const auto noise = normal_matrix<float>(250, 240, 5);
+    const auto sigma = reference::singular_values(reference::plain<float>(noise.view()));
+    const auto s = leading_svd<float>(cpu{}, noise, {.rank = 8});
+    for (std::size_t i = 0; i < 8; ++i) { CHECK(std::abs(s.sigma[i] - sigma[i]) <= 2e-6 * sigma[0]); }
+    CHECK(s.relative_error() == doctest::Approx(std::sqrt(energy_beyond(sigma, 8) / energy_beyond(sigma, 0))));
+
+    CHECK(leading_svd<float>(cpu{}, noise, {.energy = 0.5}).sigma
+        == truncated_svd<float>(cpu{}, noise, {.energy = 0.5}).sigma);
+    const auto small = normal_matrix<float>(40, 30, 6);
+    CHECK(leading_svd<float>(cpu{}, small, {.rank = 3}).sigma == truncated_svd<float>(cpu{}, small, {.rank = 3}).sigma);
+    const auto brief = reference::matrix_with_spectrum<bf16>(220, 210, {8, 4}, 2);
+    CHECK(leading_svd<bf16>(cpu{}, brief, {.rank = 1}).sigma[0] == doctest::Approx(8).epsilon(1e-2));
+    const matrix<float> zero(220, 210);
+    CHECK(leading_svd<float>(cpu{}, zero, {.rank = 2}).sigma == std::vector<double>{0, 0});
+
+    CHECK_THROWS_WITH_AS((void)leading_svd<float>(cpu{}, noise, {.rank = 241}, "w"),
+        "'w': rank 241 asked for, but its rank is at most 240; ask for less, or for clamping", invalid_argument);
+    auto broken = normal_matrix<float>(220, 210, 1);
+    broken(7, 3) = std::numeric_limits<float>::infinity();
+    CHECK_THROWS_AS((void)leading_svd<float>(cpu{}, broken, {.rank = 1}), nonfinite_error);
 }
 
 TEST_CASE("truncated SVD of deficient, zero, 16-bit and empty matrices")

@@ -6,7 +6,9 @@
 // one list, this one. Other types than float and double compile in the caller's file as ever.
 #pragma once
 
+#include <cstddef>
 #include <memory_resource>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -53,3 +55,11 @@
         matrix_view<const T>, matrix<T>&, std::vector<double>&, matrix<T>&, std::pmr::memory_resource*);               \
     EXTERN template truncated_svd_result<T> detail::exact_svd<T>(                                                      \
         const cpu&, matrix_view<const T>, const rank_choice&, std::string_view, detail::factor_place);
+
+#define TASKVEC_COMPILED_LEADING_SVD(EXTERN)                                                                           \
+    EXTERN template bool detail::leading_eigenvectors<0>(                                                              \
+        matrix_view<const double>, std::size_t, std::vector<double>&, matrix<double>&, std::pmr::memory_resource*);    \
+    EXTERN template std::optional<svd_result<float>> detail::lanczos_svd<0>(                                           \
+        const cpu&, matrix_view<const float>, std::size_t, double, std::string_view, detail::factor_place);            \
+    EXTERN template svd_result<float> detail::few_triples<float>(                                                      \
+        const cpu&, matrix_view<const float>, const rank_choice&, std::string_view, detail::factor_place);
