@@ -11689,7 +11689,7 @@ private:
 namespace taskvec::inline TASKVEC_ABI {
 
 /// An ECMAScript regular expression that is matched against names of tensors and modules. Where the standard library
-/// can, without backtracking: no pattern takes exponential time, no name exhausts the stack, and back-references are
+/// can, without backtracking: no pattern takes exponential time and no name exhausts the stack; back-references are
 /// refused. Patterns have at most 1,000 bytes, names at most 4,096. The time of a match is bounded by the product of
 /// the two, times the name's length again where there is a look-ahead such as `(?!lm_head)`: counted repeats such as
 /// `x{3}` are written out, and a pattern may have at most 2,000 characters and groups that way; a count has at most
@@ -11773,7 +11773,7 @@ private:
         constexpr std::size_t too_large = largest_expansion + 1;
         std::vector<group> open{{}}; // outermost first
         std::size_t last = 0; // the size of what a repeat would repeat
-        bool fits = true, nested = false;
+        bool fits = true, nested = false, refers_back = false;
         const auto grow = [&](std::size_t size) { open.back().size = std::min(open.back().size + size, too_large); };
         const auto add = [&](std::size_t size) {
             last = size;
@@ -11782,7 +11782,9 @@ private:
         for (std::size_t at = 0; at < text.size(); ++at) {
             const char c = text[at];
             if (c == '\\') {
+                // Parsers compute the number of a back-reference without looking whether it fits their integers.
                 ++at;
+                refers_back = refers_back || (at < text.size() && text[at] >= '1' && text[at] <= '9');
                 add(1);
             }
             else if (c == '[') {
@@ -11819,6 +11821,10 @@ private:
             else {
                 add(1);
             }
+        }
+        if (refers_back) {
+            raise<invalid_argument>(error_code::pattern_invalid,
+                message("'", text, "' has a back-reference such as '\\1': write out what it refers to"));
         }
         std::size_t total = 0;
         for (const auto& part : open) { total += part.size; }

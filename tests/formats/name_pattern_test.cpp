@@ -31,6 +31,15 @@ TEST_CASE("what is no pattern is refused with the reason")
     CHECK_THROWS_AS(name_pattern("(a{0,1000}){0,1000}"), invalid_argument); // too many states
 }
 
+TEST_CASE("back-references are refused, however long")
+{
+    for (const char* wrong : {"(a)\\1", "\\4444444444444444444444", "[a\\]]\\9"}) {
+        CAPTURE(wrong);
+        CHECK_THROWS_WITH_AS(name_pattern{wrong}, doctest::Contains("has a back-reference"), invalid_argument);
+    }
+    CHECK(name_pattern("a\\\\1").matches("a\\1")); // a backslash, and a one
+}
+
 TEST_CASE("hostile patterns and names cost neither the stack nor for ever")
 {
     CHECK_FALSE(name_pattern("(a*)*b").occurs_in(std::string(60, 'a')));
