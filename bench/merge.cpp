@@ -96,7 +96,7 @@ void ties_merge_sweep(benchmark::State& state)
     const double read = static_cast<double>(count + 1) * m.bytes();
     bench::interleave(
         state, "share of the ceiling",
-        [&] { merge(policy, ties_options{.density = 1.0, .zero_sign = zero_sign::none}, m.base, m.tasks, m.out); },
+        [&] { merge(policy, ties_options{.density = 1.0, .zero_sign = zero_sign::positive}, m.base, m.tasks, m.out); },
         [&] { return the_ceiling()(read, m.bytes(), count + 1); });
 }
 
