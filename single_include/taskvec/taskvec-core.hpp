@@ -4164,6 +4164,7 @@ inline void for_each_index(
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string_view>
 #include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -4187,6 +4188,21 @@ template <storage_element T>
     std::memcpy(&word, &bits, sizeof word);
     return word;
 }
+
+namespace detail {
+/// The largest finite number of T, in f64.
+template <storage_element T>
+[[nodiscard]] double largest_number() noexcept
+{
+    return static_cast<double>(widen_word<arithmetic_type<T>, T>(largest_word<T>(false)));
+}
+/// `text` where T holds less than the dtypes that results can have instead: F32 and BF16 go up to the same 3e38.
+template <storage_element T>
+[[nodiscard]] std::string_view if_narrow(std::string_view text) noexcept
+{
+    return largest_number<T>() < 1e38 ? text : std::string_view();
+}
+} // namespace detail
 
 /// A number as T. One that T cannot hold is an error, for which `refuse()` throws, T's largest number, which
 /// `saturated` counts, or infinity. What is not finite to begin with is refused unless it propagates.
@@ -7023,6 +7039,8 @@ struct merge_tally {
 ///   - `bool settle(std::span<const merge_tally> of_tensors)`, called once everything is merged: whether something has
 ///     to be merged again, and then `bool again(std::size_t tensor, const merge_tally& part)`: whether that part has;
 ///   - `void examine(const Passes&, std::size_t tensor, …)`: see fisher.hpp;
+///   - `bool nonfinite_beside(std::size_t tensor, std::uint64_t index) const`: whether what it reads beside the models
+///     has NaN or infinity there, which is then no overflow; see sparse_addition.hpp;
 ///   - where an entry's fate depends on its row: `const row_pieces& pieces()`, what the walk goes over; and for each of
 ///     them `weigh(row_block<A>&, const tensor_chunk& piece, A* numbers, detail::piece_memory&)`, which makes
 ///     `row_numbers()` rows of numbers as long as the piece. A body with `reads_beside` sees row b as in.beside(b). CPU
@@ -8866,7 +8884,10 @@ concept no_policy =
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -8916,8 +8937,8 @@ TASKVEC_KERNELS_END
 
 /// A sink that looks at what is written for infinity (or NaN) that no input holds at that place: a finite result that
 /// the dtype of the output cannot hold. It is an error that names tensor and index, or becomes the dtype's largest
-/// number. What an input has of NaN and infinity passes, for model_options::on_nonfinite to judge. Everything goes
-/// through write(): direct() has no memory. Host memory only.
+/// number. What an input has of NaN and infinity passes, for model_options::on_nonfinite to judge; so does what a
+/// method adds of its own (excuse()). Everything goes through write(): direct() has no memory. Host memory only.
 ///
 /// Cost: one look at each written byte while it is in the cache. None for outputs with the exponents of f32 or f64
 /// where what a merge reads stays below 2^64, as weights do: a walk says so by write_bounded(), which is not looked at
@@ -8938,15 +8959,20 @@ public:
         for (const auto& tensor : models.tensors()) { tensors_[tensor.output] = &tensor; }
     }
 
+    /// Another input than the models: whether it has NaN or infinity at an index of models.tensors()[tensor].
+    void excuse(callback<bool(std::size_t tensor, std::uint64_t index)> nonfinite) { beside_ = std::move(nonfinite); }
+
     [[nodiscard]] bool rewritable() const override { return out_->rewritable(); }
     [[nodiscard]] bool wants(std::size_t index) const override { return out_->wants(index); }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         const auto* const tensor = tensors_[index];
         if (!tensor || how_ == overflow::propagate || !holds_nonfinite(tensor->output_dtype, data, size)) {
+            if (lost_.load(std::memory_order_acquire)) { count(index, offset, 0); }
             out_->write(index, offset, data, size);
             return;
         }
+        std::uint64_t saturated = 0;
         std::vector<std::byte> words(static_cast<const std::byte*>(data), static_cast<const std::byte*>(data) + size);
         visit_storage(tensor->output_dtype, tensor->name, [&]<class T>(std::type_identity<T>) {
             for (std::size_t i = 0; i < size / sizeof(T); ++i) {
@@ -8961,9 +8987,10 @@ public:
                 if (how_ == overflow::error || lost) { refuse<T>(*tensor, place, lost); }
                 word = static_cast<storage_word<T>>(largest_word<T>(value < 0));
                 std::memcpy(words.data() + i * sizeof(T), &word, sizeof(T));
-                saturated_.fetch_add(1, std::memory_order_relaxed);
+                ++saturated;
             }
         });
+        count(index, offset, saturated);
         out_->write(index, offset, words.data(), size);
     }
 
@@ -8972,8 +8999,14 @@ public:
         bounded_ ? out_->write(index, offset, data, size) : write(index, offset, data, size);
     }
 
-    /// Results that became the largest number of their dtype.
-    [[nodiscard]] std::uint64_t saturated() const noexcept { return saturated_.load(std::memory_order_relaxed); }
+    /// Results that became the largest number of their dtype: of what was written twice, the last.
+    [[nodiscard]] std::uint64_t saturated() const
+    {
+        const std::lock_guard lock(counting_);
+        std::uint64_t total = 0;
+        for (const auto& [piece, found] : of_pieces_) { total += found; }
+        return total;
+    }
 
 private:
     template <std::size_t bytes>
@@ -8991,8 +9024,19 @@ private:
             return detail::largest_stored<word>(data, size / sizeof(T), magnitude) >= infinity;
         });
     }
-    [[nodiscard]] static bool any_input_nonfinite(const aligned_tensor& tensor, std::uint64_t place)
+    /// What is written again comes in the same pieces.
+    void count(std::size_t index, std::uint64_t offset, std::uint64_t saturated)
     {
+        const std::lock_guard lock(counting_);
+        if (saturated == 0) { of_pieces_.erase({index, offset}); }
+        else {
+            of_pieces_[{index, offset}] = saturated;
+            lost_.store(true, std::memory_order_release);
+        }
+    }
+    [[nodiscard]] bool any_input_nonfinite(const aligned_tensor& tensor, std::uint64_t place) const
+    {
+        if (beside_ && beside_(static_cast<std::size_t>(&tensor - models_->tensors().data()), place)) { return true; }
         const auto wrong = [&](const aligned_tensor::operand& from) {
             alignas(8) std::byte raw[64];
             return from.data && !std::isfinite(detail::with_elements(from, place, 1, raw, [](const auto* value) {
@@ -9004,12 +9048,11 @@ private:
     template <storage_element T>
     [[noreturn]] TASKVEC_COLD void refuse(const aligned_tensor& tensor, std::uint64_t place, bool lost) const
     {
-        const auto word = largest_word<T>(false);
         raise<nonfinite_error>(error_code::result_overflow,
             message("tensor '", tensor.name, "' would hold ", lost ? "NaN" : "infinity", " at index ", place,
                 " though every model is finite there: ", to_string(dtype_of<T>), " holds numbers up to ",
-                static_cast<double>(widen_word<arithmetic_type<T>, T>(word)),
-                "; choose a wider dtype or smaller factors, or let it saturate or propagate (overflow)"));
+                detail::largest_number<T>(), "; choose ", detail::if_narrow<T>("a wider dtype or "),
+                "smaller factors, or let it saturate or propagate (overflow)"));
     }
 
     tensor_sink* out_;
@@ -9017,7 +9060,10 @@ private:
     overflow how_;
     bool bounded_; // write_bounded() need not look
     std::vector<const aligned_tensor*> tensors_; // of each output; null for what is copied
-    std::atomic<std::uint64_t> saturated_{0};
+    callback<bool(std::size_t, std::uint64_t)> beside_;
+    mutable std::mutex counting_;
+    std::map<std::pair<std::size_t, std::uint64_t>, std::uint64_t> of_pieces_; // saturated: of output and offset
+    std::atomic<bool> lost_{false}; // something of that was ever there
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
@@ -9093,6 +9139,11 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
     std::optional<overflow_guard> guard;
     if (models.options().on_overflow != overflow::propagate) {
         guard.emplace(out, models, models.options().on_overflow, largest_gain(options));
+        if constexpr (requires { prepared.nonfinite_beside(std::size_t{0}, std::uint64_t{0}); }) {
+            guard->excuse([&prepared](std::size_t tensor, std::uint64_t index) {
+                return prepared.nonfinite_beside(tensor, index);
+            });
+        }
     }
     tensor_sink& guarded = guard ? *guard : out;
     if constexpr (whole_method<Options>) { prepared.write(policy, models, guarded); }
@@ -9858,6 +9909,7 @@ struct summary {
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <ranges>
 #include <span>
 #include <type_traits>
@@ -10070,12 +10122,72 @@ template <input_of<cpu> X>
     return std::sqrt(dot(policy, x, x));
 }
 
-/// x·y / (‖x‖·‖y‖), in [−1, 1] up to rounding; 0 when a norm is 0.
+namespace detail {
+/// Whether a sum of squares lost nothing to the range of f64: 0 may be the square of 1e-200, infinity that of 1e200.
+[[nodiscard]] inline bool squares_fit(double sum) noexcept
+{
+    return sum >= 0x1p-900 && sum <= 0x1p1000;
+}
+/// Cosine from a dot and two sums of squares, each of a vector of its own scale; NaN where one is not finite.
+[[nodiscard]] inline double cosine_of(double dot, double square_x, double square_y) noexcept
+{
+    if (!std::isfinite(square_x) || !std::isfinite(square_y)) { return std::numeric_limits<double>::quiet_NaN(); }
+    const double norms = std::sqrt(square_x) * std::sqrt(square_y);
+    return norms == 0 ? 0.0 : std::clamp(dot / norms, -1.0, 1.0);
+}
+
+/// y − x of finite numbers in f64, as a number below 2 in magnitude and a power of two; what is not finite stays so.
+struct scaled_difference {
+    double value = 0;
+    int exponent = std::numeric_limits<int>::min(); ///< of 0: as small as can be
+    scaled_difference(double x, double y) noexcept
+    {
+        value = y - x;
+        int halved = 0;
+        if (std::isinf(value) && std::isfinite(x) && std::isfinite(y)) {
+            value = y / 2 - x / 2;
+            halved = 1;
+        }
+        if (value == 0 || !std::isfinite(value)) { return; }
+        const int power = std::ilogb(value);
+        value = std::scalbn(value, -power);
+        exponent = power + halved;
+    }
+    /// The number in units of 2^power, where power is at least its own.
+    [[nodiscard]] double in_units(int power) const noexcept
+    {
+        return value == 0 || !std::isfinite(value) ? value : std::scalbn(value, std::max(exponent - power, -1100));
+    }
+};
+} // namespace detail
+
+/// x·y / (‖x‖·‖y‖), in [−1, 1]; 0 when a vector is 0, NaN when one has NaN or infinity. Vectors whose squares are
+/// beyond f64 are scaled first.
 template <input_of<cpu> X, input_of<cpu> Y>
 [[nodiscard]] double cosine(const cpu& policy, const X& x, const Y& y)
 {
-    const double norms = norm(policy, x) * norm(policy, y);
-    return norms == 0 ? 0.0 : dot(policy, x, y) / norms;
+    const double square_x = dot(policy, x, x), square_y = dot(policy, y, y);
+    if (detail::squares_fit(square_x) && detail::squares_fit(square_y)) {
+        return detail::cosine_of(dot(policy, x, y), square_x, square_y);
+    }
+    const auto a = detail::const_view(as_view(x));
+    const auto b = detail::const_view(as_view(y));
+    detail::check_lengths(a, b);
+    std::array<int, 2> powers;
+    powers.fill(std::numeric_limits<int>::min());
+    for (std::size_t i = 0; i < a.size(); ++i) {
+        powers[0] = std::max(powers[0], detail::scaled_difference(0, widen<double>(a[i])).exponent);
+        powers[1] = std::max(powers[1], detail::scaled_difference(0, widen<double>(b[i])).exponent);
+    }
+    std::array<detail::pairwise_sum, 3> sums;
+    for (std::size_t i = 0; i < a.size(); ++i) {
+        const double first = detail::scaled_difference(0, widen<double>(a[i])).in_units(powers[0]);
+        const double second = detail::scaled_difference(0, widen<double>(b[i])).in_units(powers[1]);
+        sums[0].add(first * second);
+        sums[1].add(first * first);
+        sums[2].add(second * second);
+    }
+    return detail::cosine_of(sums[0].total(), sums[1].total(), sums[2].total());
 }
 
 namespace detail {
@@ -10094,14 +10206,26 @@ namespace detail {
     return matrix;
 }
 
+/// Whether no sum of squares of a matrix of dots lost anything. A task vector of 0 has no square at all: whether it is
+/// one the sums cannot say.
+[[nodiscard]] inline bool all_squares_fit(const std::vector<double>& dots, std::size_t tasks)
+{
+    for (std::size_t t = 0; t < tasks; ++t) {
+        if (!squares_fit(dots[t * tasks + t])) { return false; }
+    }
+    return true;
+}
+
 /// Cosines from a matrix of dots.
 [[nodiscard]] inline std::vector<double> cosines_of(const std::vector<double>& dots, std::size_t tasks)
 {
     std::vector<double> cosines(tasks * tasks);
     for (std::size_t s = 0; s < tasks; ++s) {
         for (std::size_t t = 0; t < tasks; ++t) {
-            const double norms = std::sqrt(dots[s * tasks + s]) * std::sqrt(dots[t * tasks + t]);
-            cosines[s * tasks + t] = norms == 0 ? 0.0 : s == t ? 1.0 : dots[s * tasks + t] / norms;
+            const double square = dots[s * tasks + s];
+            cosines[s * tasks + t] = s == t && std::isfinite(square)
+                ? (square == 0 ? 0.0 : 1.0)
+                : cosine_of(dots[s * tasks + t], square, dots[t * tasks + t]);
         }
     }
     return cosines;
@@ -10109,7 +10233,8 @@ namespace detail {
 } // namespace detail
 
 /// Dots of all pairs of task vectors τs·τt over all included tensors: a T×T symmetric matrix, row-major. One walk over
-/// the models; f64; fixed shape. Errors: nonfinite_error, cancelled.
+/// the models; f64; fixed shape. Entries of τ in f32 (f64 for f64); what is beyond their range becomes infinity.
+/// Errors: nonfinite_error, cancelled.
 [[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
 {
     const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
@@ -10124,13 +10249,61 @@ namespace detail {
     return detail::symmetric_dots(sums, tasks);
 }
 
-/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0).
+namespace detail {
+/// The dots, of task vectors whose squares, or whose entries in f32, are beyond their types, again: in f64, each task
+/// vector in units of the power of two of its largest entry. Nothing changes where none is. One walk, or two.
+inline void rescale_dots(const cpu& policy, const aligned_models& models, std::vector<double>& dots)
+{
+    constexpr int none = std::numeric_limits<int>::min();
+    const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
+    const auto each_row = [tasks]<class A>(row_block<A>& rows, const auto& use) {
+        const A* const base = rows.models().has_base() ? rows.base() : nullptr;
+        for (std::size_t t = 0; t < tasks; ++t) {
+            const A* const task = rows.task(t);
+            for (std::size_t i = 0; i < rows.size(); ++i) {
+                use(t, i, scaled_difference(base ? static_cast<double>(base[i]) : 0.0, static_cast<double>(task[i])));
+            }
+        }
+    };
+    std::vector<int> of_chunks(models.chunks().size() * tasks, none), powers(tasks, none);
+    for_each_block(policy, models, all_chunks(models), 0, "ranges", [&](std::size_t chunk, std::size_t, auto& rows) {
+        each_row(rows, [&](std::size_t t, std::size_t, const scaled_difference& entry) {
+            auto& power = of_chunks[chunk * tasks + t];
+            power = std::max(power, entry.exponent);
+        });
+    });
+    bool changed = false;
+    for (std::size_t t = 0; t < tasks; ++t) {
+        for (std::size_t c = t; c < of_chunks.size(); c += tasks) { powers[t] = std::max(powers[t], of_chunks[c]); }
+        changed = changed || (powers[t] != none && !squares_fit(dots[t * tasks + t]));
+    }
+    if (!changed) { return; } // a task vector that is 0, or not finite
+    const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [&](auto& rows, double* out) {
+        std::vector<double> scaled(tasks * rows.size());
+        each_row(rows, [&](std::size_t t, std::size_t i, const scaled_difference& entry) {
+            scaled[t * rows.size() + i] = entry.in_units(powers[t]);
+        });
+        for (std::size_t s = 0; s < tasks; ++s) {
+            for (std::size_t t = s; t < tasks; ++t) {
+                *out++ = kernels::dot(&scaled[s * rows.size()], &scaled[t * rows.size()], rows.size());
+            }
+        }
+    });
+    dots = symmetric_dots(sums, tasks);
+}
+} // namespace detail
+
+/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0), all in
+/// [−1, 1]; NaN for a task vector with NaN or infinity, where these propagate. Task vectors whose squares are beyond
+/// f64, or whose entries are beyond f32, are computed in f64 and scaled first: one or two more walks.
 ///
 ///     const aligned_models models(&base, tasks);
 ///     std::vector<double> cosines = cosine_matrix(cpu{}, models);
 [[nodiscard]] inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models)
 {
-    return detail::cosines_of(dot_matrix(policy, models), models.task_count());
+    auto dots = dot_matrix(policy, models);
+    if (!detail::all_squares_fit(dots, models.task_count())) { detail::rescale_dots(policy, models, dots); }
+    return detail::cosines_of(dots, models.task_count());
 }
 
 // On taskvec::gpu these live in <taskvec/device/arithmetic.hpp>; without it a call says so.
@@ -17546,6 +17719,17 @@ public:
             }
             kernels::add_at<A, A>(merged, &place, &value, static_cast<A>(scale_), 1);
         });
+    }
+    [[nodiscard]] bool nonfinite_beside(std::size_t tensor, std::uint64_t index) const
+    {
+        const auto* const entries = tensors_[tensor];
+        bool found = false;
+        if (entries) {
+            entries->for_each(index, index + 1, [&](std::uint64_t, std::uint64_t entry) {
+                found = found || !std::isfinite(entries->template value<double>(entry));
+            });
+        }
+        return found;
     }
 
 private:

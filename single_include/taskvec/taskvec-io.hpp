@@ -9050,6 +9050,7 @@ private:
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string_view>
 #include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -9073,6 +9074,21 @@ template <storage_element T>
     std::memcpy(&word, &bits, sizeof word);
     return word;
 }
+
+namespace detail {
+/// The largest finite number of T, in f64.
+template <storage_element T>
+[[nodiscard]] double largest_number() noexcept
+{
+    return static_cast<double>(widen_word<arithmetic_type<T>, T>(largest_word<T>(false)));
+}
+/// `text` where T holds less than the dtypes that results can have instead: F32 and BF16 go up to the same 3e38.
+template <storage_element T>
+[[nodiscard]] std::string_view if_narrow(std::string_view text) noexcept
+{
+    return largest_number<T>() < 1e38 ? text : std::string_view();
+}
+} // namespace detail
 
 /// A number as T. One that T cannot hold is an error, for which `refuse()` throws, T's largest number, which
 /// `saturated` counts, or infinity. What is not finite to begin with is refused unless it propagates.
@@ -12545,9 +12561,9 @@ peft_writer::peft_writer(
                     const S value = narrow_within<S>(x(i, j), options.on_overflow, saturated_, [&] {
                         raise<nonfinite_error>(error_code::result_overflow,
                             message("factor '", name, "' holds ", static_cast<double>(x(i, j)), " at index ",
-                                i * x.cols() + j, ", which ", to_string(type),
-                                " cannot; choose a wider dtype for the adapter, or let it saturate or propagate "
-                                "(overflow)"));
+                                i * x.cols() + j, ", which ", to_string(type), " cannot; ",
+                                detail::if_narrow<S>("choose a wider dtype for the adapter, or "),
+                                "let it saturate or propagate (overflow)"));
                     });
                     std::memcpy(bytes.data() + (i * x.cols() + j) * sizeof(S), &value, sizeof(S));
                 }
@@ -13628,9 +13644,8 @@ public:
                     const auto refuse = [&] {
                         raise<nonfinite_error>(error_code::result_overflow,
                             message("factor '", name, "' would hold ", exact, " at index ", i * cols + j, ", which ",
-                                to_string(type),
-                                " cannot; choose a wider dtype for the adapter, or let it saturate or propagate "
-                                "(overflow)"));
+                                to_string(type), " cannot; ", if_narrow<S>("choose a wider dtype for the adapter, or "),
+                                "let it saturate or propagate (overflow)"));
                     };
                     auto rounded = static_cast<arithmetic_type<S>>(exact);
                     if (how_ == overflow::saturate && std::isfinite(exact) && !std::isfinite(rounded)) {
@@ -13654,6 +13669,41 @@ private:
     written_adapter& out_;
     overflow how_;
 };
+
+/// Throws nonfinite_error, by the names that the adapter's own file has where it is PEFT's, for a factor with NaN or
+/// infinity.
+template <arithmetic_element T>
+void check_finite_factors(const adapter_contents<T>& adapter)
+{
+    for (const auto& one : adapter.modules) {
+        const auto& module = one.first;
+        const auto& made = one.second;
+        const auto check = [&](std::size_t rows, std::size_t cols, std::string_view what, std::string_view in_peft,
+                               const auto& value) {
+            for (std::size_t i = 0; i < rows * cols; ++i) {
+                const auto found = static_cast<double>(value(i / cols, i % cols));
+                if (std::isfinite(found)) { continue; }
+                const bool own = adapter.dialect == adapter_dialect::peft && made.kind != "LoHa" && made.kind != "LoKr";
+                raise<nonfinite_error>(error_code::not_finite,
+                    message(own ? message("tensor '", peft_prefix, module, in_peft, "'")
+                                : message("module '", module, "': ", what),
+                        " of ", adapter.label, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", i,
+                        ": repair the adapter, or let it propagate (overflow)"));
+            }
+        };
+        const auto entry_of = [](const auto& factor) {
+            return [&factor](std::size_t i, std::size_t j) { return factor(i, j); };
+        };
+        const auto &a = made.update.a, &b = made.update.b;
+        check(a.rows(), a.cols(), "its factor A", made.embedding ? ".lora_embedding_A" : ".lora_A.weight", entry_of(a));
+        check(b.rows(), b.cols(), "its factor B", made.embedding ? ".lora_embedding_B" : ".lora_B.weight", entry_of(b));
+        check(1, made.magnitude.size(), "its magnitude", ".lora_magnitude_vector",
+            [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
+        if (made.bias.rank() > 0) {
+            check(made.bias.a.rows(), made.bias.a.cols(), "its bias", ".lora_B.bias", entry_of(made.bias.a));
+        }
+    }
+}
 
 /// Whether a module is called as kohya calls them, dots being underscores.
 [[nodiscard]] inline bool is_kohya_name(std::string_view module) noexcept
@@ -13689,13 +13739,14 @@ private:
 /// llama.cpp's names and order of rows (options.target). Throws format_error for what the dialect cannot say, by name:
 /// tensors that were trained whole, biases and embeddings outside PEFT (GGUF has embeddings), DoRA in diffusers, MLX
 /// and GGUF, convolutions in MLX and GGUF, modules that llama.cpp has no name for; nonfinite_error where a factor
-/// overflows its dtype.
+/// overflows its dtype, or holds NaN or infinity, unless these propagate (overflow::propagate).
 ///
 ///     const auto file = converted_adapter(read_adapter("style.safetensors"), adapter_dialect::diffusers);
 template <arithmetic_element T>
 [[nodiscard]] written_adapter converted_adapter(
     const adapter_contents<T>& adapter, adapter_dialect dialect, const adapter_write_options& options = {})
 {
+    if (options.on_overflow != overflow::propagate) { detail::check_finite_factors(adapter); }
     written_adapter out;
     detail::adapter_writer writer(out, options.on_overflow);
     const auto lose = [&](const std::string& what, std::string_view why) {
@@ -19715,6 +19766,7 @@ private:
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -19926,11 +19978,15 @@ public:
                 "has kind '", kind ? *kind : std::string(), "'; expected empirical_fisher, expected_fisher or gram"));
         }
         const auto* const examples = value("examples");
-        if (!examples
-            || std::from_chars(examples->data(), examples->data() + examples->size(), info_.examples).ptr
-                != examples->data() + examples->size()
-            || examples->empty()) {
-            fail(message("has examples '", examples ? *examples : std::string(), "'; expected a count"));
+        bool counted = false;
+        if (examples) {
+            const char* const end = examples->data() + examples->size();
+            const auto [stopped, wrong] = std::from_chars(examples->data(), end, info_.examples);
+            counted = stopped == end && wrong == std::errc();
+        }
+        if (!counted) {
+            fail(message(
+                "has examples '", examples ? *examples : std::string(), "'; expected a count of at most 2^64-1"));
         }
         if (const auto* const stamp = value("fingerprint")) {
             info_.fingerprint = parse_fingerprint(*stamp);
@@ -20036,14 +20092,29 @@ inline void check_grams(const statistics_file& file)
     }
 }
 
+/// Throws nonfinite_error if a total of finite parts is beyond what it will be stored as.
+inline void check_total(std::span<const double> total, const tensor_spec& spec, std::size_t first)
+{
+    visit_storage(spec.dtype, spec.name, [&]<class T>(std::type_identity<T>) {
+        for (std::size_t i = 0; i < total.size(); ++i) {
+            const auto value = static_cast<arithmetic_type<T>>(total[i]);
+            if (std::isfinite(static_cast<double>(widen<arithmetic_type<T>>(narrow<T>(value))))) { continue; }
+            raise<nonfinite_error>(error_code::result_overflow,
+                message("'", spec.name, "' of all parts together is beyond ", to_string(spec.dtype), " at index ",
+                    first + i, ": scale the inputs that these statistics are collected from down"));
+        }
+    });
+}
+
 } // namespace detail
 
 /// Joins statistics of one model over parts of its data into one file, as if they had been collected in one go: Grams
 /// add up, Fishers are means weighted by their examples. dtypes are those of the first part. Sums run in f64 in the
 /// order of the parts. Throws invalid_argument for parts of different kinds, models or tensors, or without metadata,
-/// for a negative Fisher, and for what is no Gram matrix; shape_mismatch; nonfinite_error; io_error, also where a part
-/// changed meanwhile. Calls `before_commit(info, tensors)` once the file is complete, before it takes its name: what
-/// that throws leaves the output as it was.
+/// for a negative Fisher, for more than 2^64-1 examples, and for what is no Gram matrix; shape_mismatch;
+/// nonfinite_error, also where a total is beyond its dtype; io_error, also where a part changed meanwhile. Calls
+/// `before_commit(info, tensors)` once the file is complete, before it takes its name: what that throws leaves the
+/// output as it was.
 template <std::invocable<const statistics_info&, std::size_t> Call>
 void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out,
     durability mode, Call&& before_commit)
@@ -20081,7 +20152,11 @@ void combine_statistics(const std::vector<std::filesystem::path>& parts, const s
                         "' and ", to_string(partner->shape), " in '", first.path().string(), "'"));
             }
         }
-        info.examples += file.info().examples;
+        if (detail::sum_wraps(info.examples, file.info().examples, info.examples)) {
+            raise<invalid_argument>(error_code::statistics_invalid,
+                message("the parts come from more than 2^64-1 examples together, '", file.path().string(), "' from ",
+                    file.info().examples, ": their counts cannot be right"));
+        }
         weights.push_back(info.kind == statistics_kind::gram ? 1.0 : static_cast<double>(file.info().examples));
     }
     if (info.kind != statistics_kind::gram) {
@@ -20117,6 +20192,7 @@ void combine_statistics(const std::vector<std::filesystem::path>& parts, const s
                 }
                 kernels::accumulate(total.data(), values.data(), weights[f], n);
             }
+            detail::check_total(total, specs[index], at);
             detail::write_narrowed(writer, index, at, specs[index].dtype, total);
         }
     }

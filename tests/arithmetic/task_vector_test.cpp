@@ -96,3 +96,45 @@ TEST_CASE("bad inputs are named")
     CHECK_THROWS_AS(combine(cpu{}, std::vector<std::vector<float>>{}, std::vector<double>{}, two), invalid_argument);
     CHECK_THROWS_AS((void)dot(cpu{}, two, three), shape_mismatch);
 }
+
+TEST_CASE("cosines of task vectors whose squares, or whose entries, are beyond their types are those of the vectors")
+{
+    const auto matrix_of = [](auto base, auto x, auto y, nonfinite how = nonfinite::error) {
+        const const_model_ref first = detail::flat_model(as_view(base));
+        const std::array tasks{detail::flat_model(as_view(x)), detail::flat_model(as_view(y))};
+        model_options options;
+        options.on_nonfinite = how;
+        return cosine_matrix(cpu{}, aligned_models(&first, tasks, options));
+    };
+    using wide = std::vector<double>;
+    using narrow = std::vector<float>;
+    const auto near = [](const std::vector<double>& found, double expected) {
+        CHECK(found[0] == 1);
+        CHECK(found[3] == 1);
+        CHECK(found[1] == doctest::Approx(expected).epsilon(1e-12));
+        CHECK(found[1] == found[2]);
+        CHECK(std::abs(found[1]) <= 1);
+    };
+    // (1, 2)·(2, 1) / 5, whatever the scale of each is
+    for (const double x : {1e160, 1.0, 1e-170, 4e-320}) {
+        for (const double y : {3e200, 1e-250, -1e-170}) {
+            near(matrix_of(wide{0, 0}, wide{x, 2 * x}, wide{2 * y, y}), y < 0 ? -0.8 : 0.8);
+            const wide a{x, 2 * x}, b{2 * y, y};
+            CHECK(cosine(cpu{}, a, b) == doctest::Approx(y < 0 ? -0.8 : 0.8).epsilon(1e-12));
+        }
+    }
+    near(matrix_of(wide{-1e308, 0}, wide{1e308, 1e308}, wide{1e308, -1e308}), 0.6); // (2, 1)·(2, −1) / 5
+    near(matrix_of(narrow{-3e38F, 3e38F}, narrow{3e38F, 3e38F}, narrow{3e38F, 0}), 2 / std::sqrt(5.0));
+    // A task vector of 0 beside them, and equal ones: never above 1.
+    CHECK(matrix_of(wide{1, 1}, wide{1, 1}, wide{1e200, 1}) == std::vector<double>{0, 0, 0, 1});
+    const wide third{1.0 / 3, 0.1, 1e-3 / 7, 0.7, 1.9};
+    for (const double value : matrix_of(wide(5), third, third)) { CHECK(value <= 1); }
+    // What is not finite has no cosine, not even with itself.
+    const double infinity = std::numeric_limits<double>::infinity();
+    for (const double poison : {infinity, std::numeric_limits<double>::quiet_NaN()}) {
+        const auto found = matrix_of(wide{0, 0}, wide{poison, 1}, wide{1e-170, 0}, nonfinite::propagate);
+        CHECK(std::isnan(found[0]));
+        CHECK(std::isnan(found[1]));
+        CHECK(found[3] == 1);
+    }
+}

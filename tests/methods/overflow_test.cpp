@@ -5,6 +5,7 @@
 #include <taskvec/methods/slerp.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/methods/ties.hpp>
+#include <taskvec/reuse/sparse_addition.hpp>
 
 #include <doctest/doctest.h>
 
@@ -129,4 +130,47 @@ TEST_CASE("a large factor overflows in the widest dtypes too")
     how.on_overflow = overflow::saturate;
     merge(cpu{}, task_arithmetic_options{.lambda = 1e34}, base, std::array{task}, out, how);
     CHECK(out == std::vector<float>{std::numeric_limits<float>::max(), 1, 2});
+}
+
+TEST_CASE("a result that is written again, once the majority of signs is known, is counted once")
+{
+    // Entry 0: a conflict of equal sums, which the majority (negative) decides. Entry 1: beyond F16, in the same block.
+    const std::vector<f16> base(8);
+    std::vector<f16> x(8), y(8);
+    for (std::size_t i = 0; i < 8; ++i) { x[i] = y[i] = narrow<f16>(i == 1 ? 60000.0F : -1.0F); }
+    x[0] = narrow<f16>(2.0F);
+    y[0] = narrow<f16>(-2.0F);
+    const const_model_ref first = detail::flat_model(as_view(base));
+    const std::array tasks{detail::flat_model(as_view(x)), detail::flat_model(as_view(y))};
+    const aligned_models models(&first, tasks, {.on_overflow = overflow::saturate});
+    std::vector<f16> out(8);
+    memory_sink sink({out.data()});
+    const ties_options how{.density = 1, .lambda = 2, .zero_sign = zero_sign::majority};
+    CHECK(merge(cpu{}, how, models, sink).saturated == 1);
+    CHECK(widen<float>(out[0]) == -4); // it was written again
+    CHECK(widen<float>(out[1]) == 65504);
+}
+
+TEST_CASE("what a delta holds of infinity is no overflow, and what it makes of finite numbers is")
+{
+    const float infinity = std::numeric_limits<float>::infinity();
+    const std::vector<float> base{1, 2, 3e38F};
+    const auto added = [&](const std::vector<float>& values, nonfinite on_nonfinite) {
+        sparse_vector<float> entries{.shape = {3}, .indices = {0, 2}, .values = {values.begin(), values.end()}};
+        const const_model_ref model = detail::flat_model(as_view(base));
+        sparse_model delta;
+        delta.insert_or_assign(model.begin()->name, std::move(entries));
+        const aligned_models models(
+            &model, {&model, 1}, {.on_nonfinite = on_nonfinite, .on_overflow = overflow::error});
+        std::vector<float> out(3);
+        memory_sink sink({out.data()});
+        const auto parts = views(delta);
+        add_delta(cpu{}, models, parts, 1.0, sink);
+        return out;
+    };
+    CHECK(added({infinity, -1e38F}, nonfinite::propagate) == std::vector<float>{infinity, 2, 3e38F - 1e38F});
+    CHECK_THROWS_WITH_AS(
+        (void)added({infinity, -1e38F}, nonfinite::error), doctest::Contains("holds infinity"), nonfinite_error);
+    CHECK_THROWS_WITH_AS(
+        (void)added({infinity, 1e38F}, nonfinite::propagate), doctest::Contains("index 2"), nonfinite_error);
 }

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <ranges>
 #include <span>
 #include <type_traits>
@@ -224,12 +225,72 @@ template <input_of<cpu> X>
     return std::sqrt(dot(policy, x, x));
 }
 
-/// x·y / (‖x‖·‖y‖), in [−1, 1] up to rounding; 0 when a norm is 0.
+namespace detail {
+/// Whether a sum of squares lost nothing to the range of f64: 0 may be the square of 1e-200, infinity that of 1e200.
+[[nodiscard]] inline bool squares_fit(double sum) noexcept
+{
+    return sum >= 0x1p-900 && sum <= 0x1p1000;
+}
+/// Cosine from a dot and two sums of squares, each of a vector of its own scale; NaN where one is not finite.
+[[nodiscard]] inline double cosine_of(double dot, double square_x, double square_y) noexcept
+{
+    if (!std::isfinite(square_x) || !std::isfinite(square_y)) { return std::numeric_limits<double>::quiet_NaN(); }
+    const double norms = std::sqrt(square_x) * std::sqrt(square_y);
+    return norms == 0 ? 0.0 : std::clamp(dot / norms, -1.0, 1.0);
+}
+
+/// y − x of finite numbers in f64, as a number below 2 in magnitude and a power of two; what is not finite stays so.
+struct scaled_difference {
+    double value = 0;
+    int exponent = std::numeric_limits<int>::min(); ///< of 0: as small as can be
+    scaled_difference(double x, double y) noexcept
+    {
+        value = y - x;
+        int halved = 0;
+        if (std::isinf(value) && std::isfinite(x) && std::isfinite(y)) {
+            value = y / 2 - x / 2;
+            halved = 1;
+        }
+        if (value == 0 || !std::isfinite(value)) { return; }
+        const int power = std::ilogb(value);
+        value = std::scalbn(value, -power);
+        exponent = power + halved;
+    }
+    /// The number in units of 2^power, where power is at least its own.
+    [[nodiscard]] double in_units(int power) const noexcept
+    {
+        return value == 0 || !std::isfinite(value) ? value : std::scalbn(value, std::max(exponent - power, -1100));
+    }
+};
+} // namespace detail
+
+/// x·y / (‖x‖·‖y‖), in [−1, 1]; 0 when a vector is 0, NaN when one has NaN or infinity. Vectors whose squares are
+/// beyond f64 are scaled first.
 template <input_of<cpu> X, input_of<cpu> Y>
 [[nodiscard]] double cosine(const cpu& policy, const X& x, const Y& y)
 {
-    const double norms = norm(policy, x) * norm(policy, y);
-    return norms == 0 ? 0.0 : dot(policy, x, y) / norms;
+    const double square_x = dot(policy, x, x), square_y = dot(policy, y, y);
+    if (detail::squares_fit(square_x) && detail::squares_fit(square_y)) {
+        return detail::cosine_of(dot(policy, x, y), square_x, square_y);
+    }
+    const auto a = detail::const_view(as_view(x));
+    const auto b = detail::const_view(as_view(y));
+    detail::check_lengths(a, b);
+    std::array<int, 2> powers;
+    powers.fill(std::numeric_limits<int>::min());
+    for (std::size_t i = 0; i < a.size(); ++i) {
+        powers[0] = std::max(powers[0], detail::scaled_difference(0, widen<double>(a[i])).exponent);
+        powers[1] = std::max(powers[1], detail::scaled_difference(0, widen<double>(b[i])).exponent);
+    }
+    std::array<detail::pairwise_sum, 3> sums;
+    for (std::size_t i = 0; i < a.size(); ++i) {
+        const double first = detail::scaled_difference(0, widen<double>(a[i])).in_units(powers[0]);
+        const double second = detail::scaled_difference(0, widen<double>(b[i])).in_units(powers[1]);
+        sums[0].add(first * second);
+        sums[1].add(first * first);
+        sums[2].add(second * second);
+    }
+    return detail::cosine_of(sums[0].total(), sums[1].total(), sums[2].total());
 }
 
 namespace detail {
@@ -248,14 +309,26 @@ namespace detail {
     return matrix;
 }
 
+/// Whether no sum of squares of a matrix of dots lost anything. A task vector of 0 has no square at all: whether it is
+/// one the sums cannot say.
+[[nodiscard]] inline bool all_squares_fit(const std::vector<double>& dots, std::size_t tasks)
+{
+    for (std::size_t t = 0; t < tasks; ++t) {
+        if (!squares_fit(dots[t * tasks + t])) { return false; }
+    }
+    return true;
+}
+
 /// Cosines from a matrix of dots.
 [[nodiscard]] inline std::vector<double> cosines_of(const std::vector<double>& dots, std::size_t tasks)
 {
     std::vector<double> cosines(tasks * tasks);
     for (std::size_t s = 0; s < tasks; ++s) {
         for (std::size_t t = 0; t < tasks; ++t) {
-            const double norms = std::sqrt(dots[s * tasks + s]) * std::sqrt(dots[t * tasks + t]);
-            cosines[s * tasks + t] = norms == 0 ? 0.0 : s == t ? 1.0 : dots[s * tasks + t] / norms;
+            const double square = dots[s * tasks + s];
+            cosines[s * tasks + t] = s == t && std::isfinite(square)
+                ? (square == 0 ? 0.0 : 1.0)
+                : cosine_of(dots[s * tasks + t], square, dots[t * tasks + t]);
         }
     }
     return cosines;
@@ -263,7 +336,8 @@ namespace detail {
 } // namespace detail
 
 /// Dots of all pairs of task vectors τs·τt over all included tensors: a T×T symmetric matrix, row-major. One walk over
-/// the models; f64; fixed shape. Errors: nonfinite_error, cancelled.
+/// the models; f64; fixed shape. Entries of τ in f32 (f64 for f64); what is beyond their range becomes infinity.
+/// Errors: nonfinite_error, cancelled.
 [[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
 {
     const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
@@ -278,13 +352,61 @@ namespace detail {
     return detail::symmetric_dots(sums, tasks);
 }
 
-/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0).
+namespace detail {
+/// The dots, of task vectors whose squares, or whose entries in f32, are beyond their types, again: in f64, each task
+/// vector in units of the power of two of its largest entry. Nothing changes where none is. One walk, or two.
+inline void rescale_dots(const cpu& policy, const aligned_models& models, std::vector<double>& dots)
+{
+    constexpr int none = std::numeric_limits<int>::min();
+    const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
+    const auto each_row = [tasks]<class A>(row_block<A>& rows, const auto& use) {
+        const A* const base = rows.models().has_base() ? rows.base() : nullptr;
+        for (std::size_t t = 0; t < tasks; ++t) {
+            const A* const task = rows.task(t);
+            for (std::size_t i = 0; i < rows.size(); ++i) {
+                use(t, i, scaled_difference(base ? static_cast<double>(base[i]) : 0.0, static_cast<double>(task[i])));
+            }
+        }
+    };
+    std::vector<int> of_chunks(models.chunks().size() * tasks, none), powers(tasks, none);
+    for_each_block(policy, models, all_chunks(models), 0, "ranges", [&](std::size_t chunk, std::size_t, auto& rows) {
+        each_row(rows, [&](std::size_t t, std::size_t, const scaled_difference& entry) {
+            auto& power = of_chunks[chunk * tasks + t];
+            power = std::max(power, entry.exponent);
+        });
+    });
+    bool changed = false;
+    for (std::size_t t = 0; t < tasks; ++t) {
+        for (std::size_t c = t; c < of_chunks.size(); c += tasks) { powers[t] = std::max(powers[t], of_chunks[c]); }
+        changed = changed || (powers[t] != none && !squares_fit(dots[t * tasks + t]));
+    }
+    if (!changed) { return; } // a task vector that is 0, or not finite
+    const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [&](auto& rows, double* out) {
+        std::vector<double> scaled(tasks * rows.size());
+        each_row(rows, [&](std::size_t t, std::size_t i, const scaled_difference& entry) {
+            scaled[t * rows.size() + i] = entry.in_units(powers[t]);
+        });
+        for (std::size_t s = 0; s < tasks; ++s) {
+            for (std::size_t t = s; t < tasks; ++t) {
+                *out++ = kernels::dot(&scaled[s * rows.size()], &scaled[t * rows.size()], rows.size());
+            }
+        }
+    });
+    dots = symmetric_dots(sums, tasks);
+}
+} // namespace detail
+
+/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0), all in
+/// [−1, 1]; NaN for a task vector with NaN or infinity, where these propagate. Task vectors whose squares are beyond
+/// f64, or whose entries are beyond f32, are computed in f64 and scaled first: one or two more walks.
 ///
 ///     const aligned_models models(&base, tasks);
 ///     std::vector<double> cosines = cosine_matrix(cpu{}, models);
 [[nodiscard]] inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models)
 {
-    return detail::cosines_of(dot_matrix(policy, models), models.task_count());
+    auto dots = dot_matrix(policy, models);
+    if (!detail::all_squares_fit(dots, models.task_count())) { detail::rescale_dots(policy, models, dots); }
+    return detail::cosines_of(dots, models.task_count());
 }
 
 // On taskvec::gpu these live in <taskvec/device/arithmetic.hpp>; without it a call says so.

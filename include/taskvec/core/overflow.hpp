@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string_view>
 #include <type_traits>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -30,6 +31,21 @@ template <storage_element T>
     std::memcpy(&word, &bits, sizeof word);
     return word;
 }
+
+namespace detail {
+/// The largest finite number of T, in f64.
+template <storage_element T>
+[[nodiscard]] double largest_number() noexcept
+{
+    return static_cast<double>(widen_word<arithmetic_type<T>, T>(largest_word<T>(false)));
+}
+/// `text` where T holds less than the dtypes that results can have instead: F32 and BF16 go up to the same 3e38.
+template <storage_element T>
+[[nodiscard]] std::string_view if_narrow(std::string_view text) noexcept
+{
+    return largest_number<T>() < 1e38 ? text : std::string_view();
+}
+} // namespace detail
 
 /// A number as T. One that T cannot hold is an error, for which `refuse()` throws, T's largest number, which
 /// `saturated` counts, or infinity. What is not finite to begin with is refused unless it propagates.

@@ -175,12 +175,12 @@ template <input_of<gpu> X>
     return std::sqrt(dot(policy, x, x));
 }
 
-/// x·y / (‖x‖·‖y‖), as on the CPU.
+/// x·y / (‖x‖·‖y‖), as on the CPU, but for vectors whose squares are beyond f64: these are not scaled, and give 0 or
+/// NaN.
 template <input_of<gpu> X, input_of<gpu> Y>
 [[nodiscard]] double cosine(const gpu& policy, const X& x, const Y& y)
 {
-    const double norms = norm(policy, x) * norm(policy, y);
-    return norms == 0 ? 0.0 : dot(policy, x, y) / norms;
+    return detail::cosine_of(dot(policy, x, y), dot(policy, x, x), dot(policy, y, y));
 }
 
 /// Dots of all pairs of task vectors, as on the CPU: the same bits. Waits. Errors: nonfinite_error.
@@ -200,7 +200,8 @@ template <input_of<gpu> X, input_of<gpu> Y>
     return detail::symmetric_dots(sums, tasks);
 }
 
-/// Cosines of all pairs of task vectors, as on the CPU: the same bits. Waits.
+/// Cosines of all pairs of task vectors, as on the CPU: the same bits, but for task vectors whose entries or squares
+/// are beyond f32 and f64: these are not scaled, and give 0 or NaN. Waits.
 [[nodiscard]] inline std::vector<double> cosine_matrix(const gpu& policy, const aligned_models& models)
 {
     return detail::cosines_of(dot_matrix(policy, models), models.task_count());

@@ -65,9 +65,8 @@ public:
                     const auto refuse = [&] {
                         raise<nonfinite_error>(error_code::result_overflow,
                             message("factor '", name, "' would hold ", exact, " at index ", i * cols + j, ", which ",
-                                to_string(type),
-                                " cannot; choose a wider dtype for the adapter, or let it saturate or propagate "
-                                "(overflow)"));
+                                to_string(type), " cannot; ", if_narrow<S>("choose a wider dtype for the adapter, or "),
+                                "let it saturate or propagate (overflow)"));
                     };
                     auto rounded = static_cast<arithmetic_type<S>>(exact);
                     if (how_ == overflow::saturate && std::isfinite(exact) && !std::isfinite(rounded)) {
@@ -91,6 +90,41 @@ private:
     written_adapter& out_;
     overflow how_;
 };
+
+/// Throws nonfinite_error, by the names that the adapter's own file has where it is PEFT's, for a factor with NaN or
+/// infinity.
+template <arithmetic_element T>
+void check_finite_factors(const adapter_contents<T>& adapter)
+{
+    for (const auto& one : adapter.modules) {
+        const auto& module = one.first;
+        const auto& made = one.second;
+        const auto check = [&](std::size_t rows, std::size_t cols, std::string_view what, std::string_view in_peft,
+                               const auto& value) {
+            for (std::size_t i = 0; i < rows * cols; ++i) {
+                const auto found = static_cast<double>(value(i / cols, i % cols));
+                if (std::isfinite(found)) { continue; }
+                const bool own = adapter.dialect == adapter_dialect::peft && made.kind != "LoHa" && made.kind != "LoKr";
+                raise<nonfinite_error>(error_code::not_finite,
+                    message(own ? message("tensor '", peft_prefix, module, in_peft, "'")
+                                : message("module '", module, "': ", what),
+                        " of ", adapter.label, " holds ", std::isnan(found) ? "NaN" : "infinity", " at index ", i,
+                        ": repair the adapter, or let it propagate (overflow)"));
+            }
+        };
+        const auto entry_of = [](const auto& factor) {
+            return [&factor](std::size_t i, std::size_t j) { return factor(i, j); };
+        };
+        const auto &a = made.update.a, &b = made.update.b;
+        check(a.rows(), a.cols(), "its factor A", made.embedding ? ".lora_embedding_A" : ".lora_A.weight", entry_of(a));
+        check(b.rows(), b.cols(), "its factor B", made.embedding ? ".lora_embedding_B" : ".lora_B.weight", entry_of(b));
+        check(1, made.magnitude.size(), "its magnitude", ".lora_magnitude_vector",
+            [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
+        if (made.bias.rank() > 0) {
+            check(made.bias.a.rows(), made.bias.a.cols(), "its bias", ".lora_B.bias", entry_of(made.bias.a));
+        }
+    }
+}
 
 /// Whether a module is called as kohya calls them, dots being underscores.
 [[nodiscard]] inline bool is_kohya_name(std::string_view module) noexcept
@@ -126,13 +160,14 @@ private:
 /// llama.cpp's names and order of rows (options.target). Throws format_error for what the dialect cannot say, by name:
 /// tensors that were trained whole, biases and embeddings outside PEFT (GGUF has embeddings), DoRA in diffusers, MLX
 /// and GGUF, convolutions in MLX and GGUF, modules that llama.cpp has no name for; nonfinite_error where a factor
-/// overflows its dtype.
+/// overflows its dtype, or holds NaN or infinity, unless these propagate (overflow::propagate).
 ///
 ///     const auto file = converted_adapter(read_adapter("style.safetensors"), adapter_dialect::diffusers);
 template <arithmetic_element T>
 [[nodiscard]] written_adapter converted_adapter(
     const adapter_contents<T>& adapter, adapter_dialect dialect, const adapter_write_options& options = {})
 {
+    if (options.on_overflow != overflow::propagate) { detail::check_finite_factors(adapter); }
     written_adapter out;
     detail::adapter_writer writer(out, options.on_overflow);
     const auto lose = [&](const std::string& what, std::string_view why) {

@@ -685,9 +685,9 @@ peft_writer::peft_writer(
                     const S value = narrow_within<S>(x(i, j), options.on_overflow, saturated_, [&] {
                         raise<nonfinite_error>(error_code::result_overflow,
                             message("factor '", name, "' holds ", static_cast<double>(x(i, j)), " at index ",
-                                i * x.cols() + j, ", which ", to_string(type),
-                                " cannot; choose a wider dtype for the adapter, or let it saturate or propagate "
-                                "(overflow)"));
+                                i * x.cols() + j, ", which ", to_string(type), " cannot; ",
+                                detail::if_narrow<S>("choose a wider dtype for the adapter, or "),
+                                "let it saturate or propagate (overflow)"));
                     });
                     std::memcpy(bytes.data() + (i * x.cols() + j) * sizeof(S), &value, sizeof(S));
                 }

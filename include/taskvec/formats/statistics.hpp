@@ -21,6 +21,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -232,11 +233,15 @@ public:
                 "has kind '", kind ? *kind : std::string(), "'; expected empirical_fisher, expected_fisher or gram"));
         }
         const auto* const examples = value("examples");
-        if (!examples
-            || std::from_chars(examples->data(), examples->data() + examples->size(), info_.examples).ptr
-                != examples->data() + examples->size()
-            || examples->empty()) {
-            fail(message("has examples '", examples ? *examples : std::string(), "'; expected a count"));
+        bool counted = false;
+        if (examples) {
+            const char* const end = examples->data() + examples->size();
+            const auto [stopped, wrong] = std::from_chars(examples->data(), end, info_.examples);
+            counted = stopped == end && wrong == std::errc();
+        }
+        if (!counted) {
+            fail(message(
+                "has examples '", examples ? *examples : std::string(), "'; expected a count of at most 2^64-1"));
         }
         if (const auto* const stamp = value("fingerprint")) {
             info_.fingerprint = parse_fingerprint(*stamp);
@@ -342,14 +347,29 @@ inline void check_grams(const statistics_file& file)
     }
 }
 
+/// Throws nonfinite_error if a total of finite parts is beyond what it will be stored as.
+inline void check_total(std::span<const double> total, const tensor_spec& spec, std::size_t first)
+{
+    visit_storage(spec.dtype, spec.name, [&]<class T>(std::type_identity<T>) {
+        for (std::size_t i = 0; i < total.size(); ++i) {
+            const auto value = static_cast<arithmetic_type<T>>(total[i]);
+            if (std::isfinite(static_cast<double>(widen<arithmetic_type<T>>(narrow<T>(value))))) { continue; }
+            raise<nonfinite_error>(error_code::result_overflow,
+                message("'", spec.name, "' of all parts together is beyond ", to_string(spec.dtype), " at index ",
+                    first + i, ": scale the inputs that these statistics are collected from down"));
+        }
+    });
+}
+
 } // namespace detail
 
 /// Joins statistics of one model over parts of its data into one file, as if they had been collected in one go: Grams
 /// add up, Fishers are means weighted by their examples. dtypes are those of the first part. Sums run in f64 in the
 /// order of the parts. Throws invalid_argument for parts of different kinds, models or tensors, or without metadata,
-/// for a negative Fisher, and for what is no Gram matrix; shape_mismatch; nonfinite_error; io_error, also where a part
-/// changed meanwhile. Calls `before_commit(info, tensors)` once the file is complete, before it takes its name: what
-/// that throws leaves the output as it was.
+/// for a negative Fisher, for more than 2^64-1 examples, and for what is no Gram matrix; shape_mismatch;
+/// nonfinite_error, also where a total is beyond its dtype; io_error, also where a part changed meanwhile. Calls
+/// `before_commit(info, tensors)` once the file is complete, before it takes its name: what that throws leaves the
+/// output as it was.
 template <std::invocable<const statistics_info&, std::size_t> Call>
 void combine_statistics(const std::vector<std::filesystem::path>& parts, const std::filesystem::path& out,
     durability mode, Call&& before_commit)
@@ -387,7 +407,11 @@ void combine_statistics(const std::vector<std::filesystem::path>& parts, const s
                         "' and ", to_string(partner->shape), " in '", first.path().string(), "'"));
             }
         }
-        info.examples += file.info().examples;
+        if (detail::sum_wraps(info.examples, file.info().examples, info.examples)) {
+            raise<invalid_argument>(error_code::statistics_invalid,
+                message("the parts come from more than 2^64-1 examples together, '", file.path().string(), "' from ",
+                    file.info().examples, ": their counts cannot be right"));
+        }
         weights.push_back(info.kind == statistics_kind::gram ? 1.0 : static_cast<double>(file.info().examples));
     }
     if (info.kind != statistics_kind::gram) {
@@ -423,6 +447,7 @@ void combine_statistics(const std::vector<std::filesystem::path>& parts, const s
                 }
                 kernels::accumulate(total.data(), values.data(), weights[f], n);
             }
+            detail::check_total(total, specs[index], at);
             detail::write_narrowed(writer, index, at, specs[index].dtype, total);
         }
     }

@@ -78,6 +78,11 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
     std::optional<overflow_guard> guard;
     if (models.options().on_overflow != overflow::propagate) {
         guard.emplace(out, models, models.options().on_overflow, largest_gain(options));
+        if constexpr (requires { prepared.nonfinite_beside(std::size_t{0}, std::uint64_t{0}); }) {
+            guard->excuse([&prepared](std::size_t tensor, std::uint64_t index) {
+                return prepared.nonfinite_beside(tensor, index);
+            });
+        }
     }
     tensor_sink& guarded = guard ? *guard : out;
     if constexpr (whole_method<Options>) { prepared.write(policy, models, guarded); }

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/callback.hpp>
 #include <taskvec/models/block.hpp>
 
 #include <algorithm>
@@ -10,7 +11,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -60,8 +64,8 @@ TASKVEC_KERNELS_END
 
 /// A sink that looks at what is written for infinity (or NaN) that no input holds at that place: a finite result that
 /// the dtype of the output cannot hold. It is an error that names tensor and index, or becomes the dtype's largest
-/// number. What an input has of NaN and infinity passes, for model_options::on_nonfinite to judge. Everything goes
-/// through write(): direct() has no memory. Host memory only.
+/// number. What an input has of NaN and infinity passes, for model_options::on_nonfinite to judge; so does what a
+/// method adds of its own (excuse()). Everything goes through write(): direct() has no memory. Host memory only.
 ///
 /// Cost: one look at each written byte while it is in the cache. None for outputs with the exponents of f32 or f64
 /// where what a merge reads stays below 2^64, as weights do: a walk says so by write_bounded(), which is not looked at
@@ -82,15 +86,20 @@ public:
         for (const auto& tensor : models.tensors()) { tensors_[tensor.output] = &tensor; }
     }
 
+    /// Another input than the models: whether it has NaN or infinity at an index of models.tensors()[tensor].
+    void excuse(callback<bool(std::size_t tensor, std::uint64_t index)> nonfinite) { beside_ = std::move(nonfinite); }
+
     [[nodiscard]] bool rewritable() const override { return out_->rewritable(); }
     [[nodiscard]] bool wants(std::size_t index) const override { return out_->wants(index); }
     void write(std::size_t index, std::uint64_t offset, const void* data, std::size_t size) override
     {
         const auto* const tensor = tensors_[index];
         if (!tensor || how_ == overflow::propagate || !holds_nonfinite(tensor->output_dtype, data, size)) {
+            if (lost_.load(std::memory_order_acquire)) { count(index, offset, 0); }
             out_->write(index, offset, data, size);
             return;
         }
+        std::uint64_t saturated = 0;
         std::vector<std::byte> words(static_cast<const std::byte*>(data), static_cast<const std::byte*>(data) + size);
         visit_storage(tensor->output_dtype, tensor->name, [&]<class T>(std::type_identity<T>) {
             for (std::size_t i = 0; i < size / sizeof(T); ++i) {
@@ -105,9 +114,10 @@ public:
                 if (how_ == overflow::error || lost) { refuse<T>(*tensor, place, lost); }
                 word = static_cast<storage_word<T>>(largest_word<T>(value < 0));
                 std::memcpy(words.data() + i * sizeof(T), &word, sizeof(T));
-                saturated_.fetch_add(1, std::memory_order_relaxed);
+                ++saturated;
             }
         });
+        count(index, offset, saturated);
         out_->write(index, offset, words.data(), size);
     }
 
@@ -116,8 +126,14 @@ public:
         bounded_ ? out_->write(index, offset, data, size) : write(index, offset, data, size);
     }
 
-    /// Results that became the largest number of their dtype.
-    [[nodiscard]] std::uint64_t saturated() const noexcept { return saturated_.load(std::memory_order_relaxed); }
+    /// Results that became the largest number of their dtype: of what was written twice, the last.
+    [[nodiscard]] std::uint64_t saturated() const
+    {
+        const std::lock_guard lock(counting_);
+        std::uint64_t total = 0;
+        for (const auto& [piece, found] : of_pieces_) { total += found; }
+        return total;
+    }
 
 private:
     template <std::size_t bytes>
@@ -135,8 +151,19 @@ private:
             return detail::largest_stored<word>(data, size / sizeof(T), magnitude) >= infinity;
         });
     }
-    [[nodiscard]] static bool any_input_nonfinite(const aligned_tensor& tensor, std::uint64_t place)
+    /// What is written again comes in the same pieces.
+    void count(std::size_t index, std::uint64_t offset, std::uint64_t saturated)
     {
+        const std::lock_guard lock(counting_);
+        if (saturated == 0) { of_pieces_.erase({index, offset}); }
+        else {
+            of_pieces_[{index, offset}] = saturated;
+            lost_.store(true, std::memory_order_release);
+        }
+    }
+    [[nodiscard]] bool any_input_nonfinite(const aligned_tensor& tensor, std::uint64_t place) const
+    {
+        if (beside_ && beside_(static_cast<std::size_t>(&tensor - models_->tensors().data()), place)) { return true; }
         const auto wrong = [&](const aligned_tensor::operand& from) {
             alignas(8) std::byte raw[64];
             return from.data && !std::isfinite(detail::with_elements(from, place, 1, raw, [](const auto* value) {
@@ -148,12 +175,11 @@ private:
     template <storage_element T>
     [[noreturn]] TASKVEC_COLD void refuse(const aligned_tensor& tensor, std::uint64_t place, bool lost) const
     {
-        const auto word = largest_word<T>(false);
         raise<nonfinite_error>(error_code::result_overflow,
             message("tensor '", tensor.name, "' would hold ", lost ? "NaN" : "infinity", " at index ", place,
                 " though every model is finite there: ", to_string(dtype_of<T>), " holds numbers up to ",
-                static_cast<double>(widen_word<arithmetic_type<T>, T>(word)),
-                "; choose a wider dtype or smaller factors, or let it saturate or propagate (overflow)"));
+                detail::largest_number<T>(), "; choose ", detail::if_narrow<T>("a wider dtype or "),
+                "smaller factors, or let it saturate or propagate (overflow)"));
     }
 
     tensor_sink* out_;
@@ -161,7 +187,10 @@ private:
     overflow how_;
     bool bounded_; // write_bounded() need not look
     std::vector<const aligned_tensor*> tensors_; // of each output; null for what is copied
-    std::atomic<std::uint64_t> saturated_{0};
+    callback<bool(std::size_t, std::uint64_t)> beside_;
+    mutable std::mutex counting_;
+    std::map<std::pair<std::size_t, std::uint64_t>, std::uint64_t> of_pieces_; // saturated: of output and offset
+    std::atomic<bool> lost_{false}; // something of that was ever there
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -80,6 +80,17 @@ public:
             kernels::add_at<A, A>(merged, &place, &value, static_cast<A>(scale_), 1);
         });
     }
+    [[nodiscard]] bool nonfinite_beside(std::size_t tensor, std::uint64_t index) const
+    {
+        const auto* const entries = tensors_[tensor];
+        bool found = false;
+        if (entries) {
+            entries->for_each(index, index + 1, [&](std::uint64_t, std::uint64_t entry) {
+                found = found || !std::isfinite(entries->template value<double>(entry));
+            });
+        }
+        return found;
+    }
 
 private:
     double scale_;
