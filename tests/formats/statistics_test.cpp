@@ -169,12 +169,18 @@ TEST_CASE("what a file says must be true; a plain file is taken as it is")
     }
     refused(good()); // a Gram that is not square
     refused(good(), {2, 3});
-    refused(good("schema", "taskvec.statistics.9"));
-    refused(good("kind", "hessian"));
-    refused(good("examples", "many"));
-    refused(good("examples", ""));
-    refused(good("examples", "-3"));
-    refused(good("fingerprint", "7"));
+    const auto refused_for = [&](const std::string& key, const std::string& value, const std::string& what) {
+        CAPTURE(value);
+        write_safetensors(
+            folder / "s", const_model_ref{{"w", tensor(square, {2, 2})}}, good(key, value), durability::process);
+        CHECK_THROWS_WITH_AS(statistics_file(folder / "s"), doctest::Contains(what.c_str()), format_error);
+    };
+    refused_for("schema", "taskvec.statistics.9", "has schema 'taskvec.statistics.9'");
+    refused_for("kind", "hessian", "has kind 'hessian'");
+    for (const char* count : {"many", "", "-3", "3 ", "18446744073709551616"}) {
+        refused_for("examples", count, "has examples '");
+    }
+    refused_for("fingerprint", "7", "has the fingerprint '7'");
     write_safetensors(
         folder / "s", const_model_ref{{"w", tensor(square, {2, 2})}}, good("in_out", "[\"w\"]"), durability::process);
     CHECK(statistics_file(folder / "s").layout("w") == weight_layout::in_out);
