@@ -709,3 +709,23 @@ TEST_CASE("several documents are stages, whose results later ones take by name")
     m.write(first + "---\n" + second);
     CHECK(m.run_it({"--explain"}).code == 2);
 }
+
+TEST_CASE("the configurations that the fuzzer of run begins with are merged or refused")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    std::size_t merged = 0, inputs = 0;
+    for (const auto& entry : std::filesystem::directory_iterator(TASKVEC_TEST_DIR "/fuzz/corpus/run_config")) {
+        CAPTURE(entry.path());
+        std::filesystem::remove_all(m.folder / "out");
+        m.write(slurp(entry.path()));
+        const auto done = m.run_it({"--quiet"});
+        CAPTURE(done.err);
+        CHECK((done.code == 0 || (done.code == 1 && is_error_line(done.err))));
+        CHECK(std::filesystem::exists(m.folder / "out") == (done.code == 0));
+        merged += done.code == 0;
+        ++inputs;
+    }
+    CHECK(merged >= 4);
+    CHECK(inputs >= 10);
+}

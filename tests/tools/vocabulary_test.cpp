@@ -332,4 +332,33 @@ TEST_CASE("selected_rows reads any run of any rows, and means")
     CHECK_THROWS_AS(selected_rows({first, {halves.data(), dtype::bf16, {3, 4000}}}, {}), shape_mismatch);
 }
 
+TEST_CASE("the tokenizers that the fuzzer of vocabularies begins with are lined up or refused")
+{
+    const scratch folder;
+    write_directory(folder / "a", {.own = {"a", "b", "c", "d"}});
+    write_directory(folder / "b", {.own = {"a", "b", "c", "d", "e", "f"}});
+    std::size_t merged = 0, tried = 0;
+    for (const auto& entry : std::filesystem::directory_iterator(TASKVEC_TEST_DIR "/fuzz/corpus/vocabulary")) {
+        CAPTURE(entry.path());
+        const auto text = slurp(entry.path());
+        const auto end = std::min(text.find('\0'), text.size());
+        spill(folder / "a/tokenizer.json", text.substr(0, end));
+        spill(folder / "b/tokenizer.json", text.substr(std::min(end + 1, text.size())));
+        for (const char* policy : {"base", "union", "truncate"}) {
+            CAPTURE(policy);
+            std::filesystem::remove_all(folder / "out");
+            const auto done = run(folder,
+                {"merge", "--method", "average", "--task", "a", "--task", "b", "--vocabulary", policy, "--quiet",
+                    "--out", "out"});
+            CAPTURE(done.err);
+            CHECK((done.code == 0 || (done.code == 1 && is_error_line(done.err))));
+            CHECK(std::filesystem::exists(folder / "out") == (done.code == 0));
+            merged += done.code == 0;
+            ++tried;
+        }
+    }
+    CHECK(merged >= 6);
+    CHECK(tried >= 24);
+}
+
 } // namespace vocabulary_test
