@@ -778,7 +778,7 @@ std::map<std::string, std::optional<std::string>> lined_up_vocabulary::tokenizer
             auto& decoder = (*content)["added_tokens_decoder"];
             for (const auto& [text, id] : added) {
                 const auto& table = members_[std::find_if(new_tokens_.begin(), new_tokens_.end(),
-                                                 [&](const auto& one) { return one.text == text; })
+                                                 [&text = text](const auto& one) { return one.text == text; })
                                                  ->from]
                                         .tokens;
                 decoder[std::to_string(id)] = token_entry<json>(table.added.find(text)->second, false, id);
