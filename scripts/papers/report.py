@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and pictures of results.json: docs/reproduction.md between its markers, and the SVG files beside it. Needs gnuplot."""
 import argparse
+import itertools
 import math
 import pathlib
 import re
@@ -9,7 +10,9 @@ import subprocess
 
 import common
 
-WAYS = {"full": "full fine-tuning", "lora16": "LoRA, r = 16", "llora16": "L-LoRA, r = 16", "lora128": "LoRA, r = 128"}
+WAYS = {"full": "full fine-tuning", "lora16": "LoRA, r = 16", "llora16": "L-LoRA, r = 16", "linearized": "full linearization", "lora128": "LoRA, r = 128"}
+MERGED = ("full", "lora16", "llora16", "linearized")  # the second paper's
+WHOLE = ("full", "linearized")
 MERGES = {"average": "Average", "task-arithmetic": "Task Arithmetic", "fisher": "Fisher merging", "regmean": "RegMean", "ties": "TIES", "dare": "DARE",
           "breadcrumbs": "Model Breadcrumbs", "model-stock": "Model Stock", "sce": "SCE", "karcher": "Karcher mean", "lorahub": "LoraHub"}
 
@@ -114,8 +117,11 @@ class Report:
             lines += self.row(f"PERU-LoRA, q = {rank}", f"lora128/peru-lora/{rank}", total + n * rank * (of_rank + layers))
         return lines
 
+    def ways(self):
+        return [way for way in MERGED if self.seeds(f"{way}/single")]
+
     def second_paper(self):
-        ways = [way for way in ("full", "lora16", "llora16") if self.seeds(f"{way}/single")]
+        ways = self.ways()
         lines = ["| all eight tasks merged | " + " | ".join(f"{WAYS[way]}: absolute | normalized" for way in ways) + " |", "|---" * (1 + 2 * len(ways)) + "|"]
 
         def cells(key):
@@ -133,51 +139,111 @@ class Report:
         for words, phi in (("here, of what is trained (L's)", True), ("here, of the weights' changes", False)):
             found = [self.cosine(way, phi) for way in ways]
             lines.append(f"| {words} | " + " | ".join(f"{value:.3f}" if value is not None else "–" for value in found) + " |")
-        lines.append("| the paper's authors (CLIP) | " + " | ".join({"full": "0.202", "lora16": "0.233", "llora16": "0.102"}[way] for way in ways) + " |")
+        lines.append("| the paper's authors (CLIP) | " + " | ".join({"full": "0.202", "lora16": "0.233", "llora16": "0.102"}.get(way, "–") for way in ways) + " |")
+        lines += ["", *self.of_each_task(ways)]
+        return lines
+
+    def of_each_task(self, ways):
+        """The second paper's Table 5."""
+        lines = ["| normalized, all eight tasks merged | " + " | ".join(self.names) + " |", "|---" * (1 + len(self.names)) + "|"]
+        for way in ways:
+            for method in ("average", "task-arithmetic", "ties", "lorahub"):
+                both = [pair for pair in zip(self.seeds(f"{way}/merge/{method}"), self.seeds(f"{way}/single"))]
+                if both:
+                    cells = [f"{100 * statistics.fmean(one[name] / own[name] for one, own in both):.1f}" for name in self.names]
+                    lines.append(f"| {WAYS[way]}, {MERGES[method]} | " + " | ".join(cells) + " |")
         return lines
 
     def cosine(self, way, phi=True):
         """Mean over pairs of tasks, of what is trained: for adapters their own parameters, or the updates that they make."""
         found = []
         for seed in self.settings["seeds"]:
-            rows = self.results.get(f"seed{seed}/{way}/cosines" + (" of phi" if phi and way != "full" else ""))
+            rows = self.results.get(f"seed{seed}/{way}/cosines" + (" of phi" if phi and way not in WHOLE else ""))
             if rows:
                 found += [rows[r][c] for r in range(len(rows)) for c in range(r)]
         return statistics.fmean(found) if found else None
 
-    def subset_scores(self, way, method, normalized):
-        """{size: [mean over all tasks]} of the subsets that were measured."""
-        seed = self.settings["seeds"][0]
-        single, found = self.results.get(f"seed{seed}/{way}/single"), {}
+    def subset_results(self, way, method):
+        """[(names, accuracies)] of the subsets that were measured, in rounds that are complete for every way."""
+        seed, found = self.settings["seeds"][0], []
+        head = f"seed{seed}/{way}/subset/{method}/"
         for key, value in self.results.items():
-            head = f"seed{seed}/{way}/subset/{method}/"
             if key.startswith(head):
-                found.setdefault(key[len(head):].count("+") + 1, []).append(value["test"])
-        every = self.results.get(f"seed{seed}/{way}/merge/{method}")
-        if every and found:
-            found[len(self.names)] = [every["test"]]
-        return {size: [statistics.fmean(one[name] / (single[name] if normalized else 1) for name in self.names) for one in list_] for size, list_ in sorted(found.items())}
+                found.append((key[len(head):].split("+"), value["test"]))
+        return found
+
+    def subset_scores(self, way, method, normalized, over="all"):
+        """{size: [mean over all tasks, those merged, or those held out]}."""
+        single, found = self.results.get(f"seed{self.settings['seeds'][0]}/{way}/subset single"), {}
+        for names, one in self.subset_results(way, method) if single else []:
+            tasks = [name for name in self.names if over == "all" or (name in names) == (over == "merged")]
+            if tasks:
+                found.setdefault(len(names), []).append(statistics.fmean(one[name] / (single[name] if normalized else 1) for name in tasks))
+        return dict(sorted(found.items()))
 
     def subsets(self):
-        lines = []
-        for normalized in (True, False):
-            sizes = range(2, len(self.names) + 1)
-            rows = []
-            for way in ("full", "lora16", "llora16"):
-                for method in self.settings["subset_methods"]:
-                    found = self.subset_scores(way, method, normalized)
-                    if found:
-                        rows.append(f"| {WAYS[way]}, {MERGES[method]} | " + " | ".join(f"{statistics.fmean(found[size]):.3f}" if size in found else "–" for size in sizes) + " |")
-            if rows:
-                lines += [f"| {'normalized' if normalized else 'absolute'}, over all eight tasks; tasks merged: | " + " | ".join(map(str, sizes)) + " |",
-                          "|---" * (1 + len(sizes)) + "|", *rows, ""]
+        lines, sizes = [], range(2, len(self.names) + 1)
+        for over, words in (("all", "over all eight tasks"), ("merged", "over the merged tasks"), ("held out", "over the tasks held out")):
+            for normalized in (True, False):
+                rows = []
+                for way in MERGED:
+                    for method in self.settings["subset_methods"]:
+                        found = self.subset_scores(way, method, normalized, over)
+                        if found:
+                            cells = (f"{statistics.fmean(found[size]):.3f}" if size in found else "–" for size in sizes)
+                            rows.append(f"| {WAYS[way]}, {MERGES[method]} | " + " | ".join(cells) + " |")
+                if rows:
+                    lines += [f"| {'normalized' if normalized else 'absolute'}, {words}; tasks merged: | " + " | ".join(map(str, sizes)) + " |",
+                              "|---" * (1 + len(sizes)) + "|", *rows, ""]
         if lines:
-            counts = {size: len(found) for size, found in self.subset_scores("full", self.settings["subset_methods"][0], True).items()}
-            lines.append("Subsets measured of each size, drawn at random, the same for all rows: " + ", ".join(f"{size}: {count}" for size, count in counts.items())
-                         + f". Seed {self.settings['seeds'][0]} alone.")
+            limits, counts = self.settings["subset_limits"], {}
+            for way in MERGED:
+                for method in self.settings["subset_methods"]:
+                    found = self.subset_scores(way, method, True)
+                    if found:
+                        counts.setdefault(", ".join(f"{size}: {len(values)}" for size, values in found.items()), []).append(f"{WAYS[way]}, {MERGES[method]}")
+            listed = "; ".join((f"{' and '.join(rows)}: " if len(counts) > 1 else "") + count for count, rows in counts.items())
+            lines.append(f"Subsets measured of each size, drawn at random, in the same order for all rows: {listed}. Seed {self.settings['seeds'][0]} alone; of each task the first "
+                         f"{limits['validation']} texts to choose by and the first {limits['test']} to test.")
+            far = self.results.get(f"seed{self.settings['seeds'][0]}/linearized/combined against merged")
+            if far is not None:
+                lines.append(f"Scores of the average of all eight fully linearized models that follow from derivatives, and those of the model that the tool merged, differ by at most {100 * far:.1f} percent points on a task.")
         else:
             lines.append("No subsets were measured in this run.")
         return lines
+
+    def truncation(self):
+        """{rank: mean error over seeds}, and the fits."""
+        found = [self.results[key] for key in (f"seed{seed}/lora128/truncation" for seed in self.settings["seeds"]) if key in self.results]
+        return {int(rank): statistics.fmean(one["errors"][rank] for one in found) for rank in (found[0]["errors"] if found else {})}, found
+
+    def errors(self):
+        errors, found = self.truncation()
+        if not found:
+            return ["Not measured in this run."]
+        ranks = sorted(errors)
+        line = "By least squares on the logarithm the error falls by a factor e every {:.1f} ranks and {:.0f} % of its variance is explained (the mean over {} seed{}).".format(
+            1 / statistics.fmean(one["decay"] for one in found), 100 * statistics.fmean(one["explained"] for one in found), len(found), "" if len(found) == 1 else "s")
+        return ["| rank kept, q | " + " | ".join(map(str, ranks)) + " |", "|---" * (1 + len(ranks)) + "|",
+                "| relative error of the update | " + " | ".join(f"{errors[rank]:.3f}" for rank in ranks) + " |", "", line]
+
+    def disentanglement(self, way):
+        """Mean ξ over the paper's box, its axes left out, of the pairs that were measured: {pair: ξ}."""
+        found = {}
+        for pair in self.settings["planes"]:
+            one = self.results.get(f"seed{self.settings['seeds'][0]}/{way}/plane/{'+'.join(pair)}")
+            if one:
+                inside = [place for place, value in enumerate(one["grid"]) if value > 0]
+                found["+".join(pair)] = statistics.fmean(one["xi"][row][column] for row in inside for column in inside)
+        return found
+
+    def maps(self):
+        ways = [way for way in MERGED if self.disentanglement(way)]
+        if not ways:
+            return ["Not measured in this run."]
+        pairs = self.disentanglement(ways[0])
+        return ["| mean ξ over λ1, λ2 in (0, 1] | " + " | ".join(" and ".join(pair.split("+")) for pair in pairs) + " |", "|---" * (1 + len(pairs)) + "|",
+                *(f"| {WAYS[way]} | " + " | ".join(f"{self.disentanglement(way)[pair]:.3f}" if pair in self.disentanglement(way) else "–" for pair in pairs) + " |" for way in ways)]
 
     # What the papers say
 
@@ -244,7 +310,15 @@ class Report:
             if cosines[way] is not None and cosines["llora16"] is not None:
                 word = "holds" if cosines["llora16"] < cosines[way] else "does not hold"
                 lines.append(f"| L Figures 2, 8 | L-LoRA's task vectors are closer to orthogonal than those of {WAYS[way]} | {word} | mean cosine {cosines['llora16']:.3f} against {cosines[way]:.3f} |")
-        for way in ("full", "llora16"):
+        values = [self.disentanglement(way) for way in ("llora16", "lora16")]
+        if all(values):
+            a, b = (statistics.fmean(one.values()) for one in values)
+            lines.append(f"| L Figure 6 | L-LoRA's tasks are more disentangled than LoRA's: ξ over the box, mean over pairs | {'holds' if a < b else 'does not hold'} | {a:.3f} against {b:.3f} |")
+        _, found = self.truncation()
+        if found:
+            explained = statistics.fmean(one["explained"] for one in found)
+            lines.append(f"| P §1, Figure 6 | the error of truncation falls exponentially with q: a line explains 95 % of its logarithm | {'holds' if explained >= 0.95 else 'does not hold'} | {100 * explained:.0f} % |")
+        for way in MERGED:
             found = self.subset_scores(way, "task-arithmetic", True)
             if found:
                 sizes = sorted(found)
@@ -257,7 +331,7 @@ class Report:
 
     def chart(self, path, title, x_label, y_label, curves, extra=""):
         """`curves`: [(label, [(x, y)], dashed)]."""
-        blocks, plots, greys = [], [], iter(("#333333", "#888888", "#bbbbbb"))
+        blocks, plots, greys = [], [], itertools.cycle(("#333333", "#777777", "#aaaaaa", "#cccccc"))
         for place, (label, points, dashed) in enumerate(curves):
             blocks.append(f"$data{place} << EOD\n" + "".join(f"{x} {y}\n" for x, y in points) + "EOD\n")
             style = "lines dashtype 2 linewidth 1.5" if dashed else "linespoints linewidth 1.8 pointtype 7 pointsize 0.6"
@@ -269,6 +343,76 @@ class Report:
         done = subprocess.run(["gnuplot"], input=program, text=True, capture_output=True)
         if done.returncode != 0:
             common.fail(f"gnuplot: {done.stderr.strip()}")
+
+    def gnuplot(self, path, width, height, program):
+        text = f"set terminal svg size {width},{height} dynamic background 'white' font 'Helvetica,12'\nset output '{path}'\n{program}"
+        done = subprocess.run(["gnuplot"], input=text, text=True, capture_output=True)
+        if done.returncode != 0:
+            common.fail(f"gnuplot: {done.stderr.strip()}")
+
+    def heats(self, path, panels, columns, settings):
+        """`panels`: [(title, matrix, gnuplot's words for its axes)], `columns` of them in a row."""
+        rows, side, gap, left, top, bottom = -(-len(panels) // columns), 200, 125, 115, 40, 115
+        width, height = left + columns * (side + gap), top + bottom + rows * side + (rows - 1) * gap
+        program = (f"set multiplot layout {rows},{columns} margins {left / width},{(width - gap) / width},{bottom / height},{1 - top / height} spacing {gap / width},{gap / height}\n"
+                   f"set palette defined (0 '#ffffff', 0.5 '#6baed6', 1 '#08306b')\nset palette maxcolors 40\nunset key\n{settings}\n")
+        for place, (title, matrix, words) in enumerate(panels):
+            program += f"$m{place} << EOD\n" + "".join(" ".join(f"{value:.5g}" for value in row) + "\n" for row in matrix) + f"EOD\nset title '{title}'\n{words.format(f'$m{place}')}\n"
+        self.gnuplot(path, width, height, program + "unset multiplot\n")
+
+    def of_pairs(self, folder, made):
+        """The second paper's Figure 4: Task Arithmetic on pairs, one task's normalized score against the other's."""
+        blocks, plots, seed = [], [], self.settings["seeds"][0]
+        for place, way in enumerate(MERGED):
+            single = self.results.get(f"seed{seed}/{way}/subset single")
+            pairs = [(names, one) for names, one in self.subset_results(way, "task-arithmetic") if len(names) == 2 and single]
+            if pairs:
+                blocks.append(f"$data{place} << EOD\n" + "".join(f"{one[a] / single[a]} {one[b] / single[b]}\n" for (a, b), one in pairs) + "EOD\n")
+                plots.append(f"$data{place} using 1:2 with points pointtype {place + 5} pointsize 0.9 linecolor {place + 1} title '{WAYS[way]}'")
+        if plots:
+            words = "Task Arithmetic on pairs of tasks: the normalized accuracy of one against that of the other."
+            self.gnuplot(folder / "pairs-of-tasks.svg", 520, 520, "set grid linecolor '#dddddd'\nset key outside bottom center horizontal\nset xlabel 'first task'\nset ylabel 'second task'\n"
+                         + "".join(blocks) + "plot " + ", ".join(plots) + "\n")
+            made["pairs-of-tasks"] = words
+
+    def of_cosines(self, folder, made):
+        panels, tics = [], ", ".join(f"'{name}' {place}" for place, name in enumerate(self.names))
+        for way in MERGED:
+            rows = self.results.get(f"seed{self.settings['seeds'][0]}/{way}/cosines" + (" of phi" if way not in WHOLE else ""))
+            if rows:
+                panels.append((WAYS[way], rows, "set xrange [-0.5:7.5]\nset yrange [7.5:-0.5]\nplot {} matrix with image pixels"))
+        if panels:
+            self.heats(folder / "cosines.svg", panels, 2, f"set cbrange [0:0.3]\nset xtics ({tics}) rotate by 90 right\nset ytics ({tics})")
+            made["cosines"] = f"Cosines of task vectors, of what is trained (0.3 and more in the darkest colour; the diagonal is 1). Seed {self.settings['seeds'][0]}."
+
+    def of_planes(self, folder, made):
+        box = "set object 1 rectangle from 0,0 to 1,1 fillstyle empty border linecolor rgb '#cc0000' linewidth 2 front"
+        for kind, name, words in (("xi", "disentanglement", "ξ(λ1, λ2): predictions on two tasks that change when the other task's vector is added, both tasks' shares added; the paper's box in red."),
+                                  ("loss", "loss-planes", "Cross-entropy of two tasks over the plane of their task vectors, mean of both; the box from the base to both vectors in red.")):
+            panels, values = [], []
+            for pair in self.settings["planes"]:
+                for way in MERGED:
+                    one = self.results.get(f"seed{self.settings['seeds'][0]}/{way}/plane/{'+'.join(pair)}")
+                    if one:
+                        first, step = one["grid"][0], one["grid"][1] - one["grid"][0]
+                        values += [value for row in one[kind] for value in row]
+                        panels.append((f"{WAYS[way]}: {pair[0]}, {pair[1]}", one[kind], f"plot {{}} matrix using ({first} + {step} * $1):({first} + {step} * $2):3 with image pixels"))
+            if panels:
+                top = 1 if kind == "xi" else sorted(values)[int(0.95 * len(values))]
+                self.heats(folder / f"{name}.svg", panels, len([way for way in MERGED if self.disentanglement(way)]),
+                           f"set cbrange [{0 if kind == 'xi' else min(values):.3f}:{top:.3f}]\n{box}\nset xlabel 'λ1'\nset ylabel 'λ2'\nset autoscale fix")
+                made[name] = words
+
+    def of_embeddings(self, folder, made):
+        found = self.results.get(f"seed{self.settings['seeds'][0]}/full/embeddings")
+        if found:
+            classes = max(found["labels"]) + 1
+            program = "set multiplot layout 1,4 margins 0.01,0.99,0.03,0.88 spacing 0.02,0.02\nunset key\nunset tics\nunset colorbox\n"
+            for place, (words, points) in enumerate(found["points"].items()):
+                program += f"$e{place} << EOD\n" + "".join(f"{a} {b} {label}\n" for (a, b), label in zip(points, found["labels"])) + "EOD\n"
+                program += f"set title '{words}'\nset palette model HSV functions gray,0.9,0.8\nset cbrange [0:{classes}]\nplot $e{place} using 1:2:3 with points pointtype 7 pointsize 0.5 linecolor palette\n"
+            self.gnuplot(folder / "embeddings.svg", 1100, 300, program + "unset multiplot\n")
+            made["embeddings"] = f"Embeddings of the {len(found['labels'])} test texts of '{found['task']}' in the plane (t-SNE by scikit-learn), a colour for each class."
 
     def pictures(self, folder):
         folder.mkdir(exist_ok=True)
@@ -296,17 +440,26 @@ class Report:
                     curves.append((label, [(ends[0], value), (ends[1], value)], True))
             self.chart(folder / "accuracy-against-q.svg", "Eight tasks, LoRA of rank 128 cut to rank q", "rank kept, q", "mean accuracy (%)", curves, "set logscale x 2")
             made["accuracy-against-q"] = "Accuracy against the rank that PERU-LoRA keeps."
+        errors, _ = self.truncation()
+        if errors:
+            self.chart(folder / "error-against-q.svg", "LoRA of rank 128 cut to rank q", "rank kept, q", "relative error of the update",
+                       [("mean over layers, tasks and seeds", sorted(errors.items()), False)], "set logscale y")
+            made["error-against-q"] = "What the cut to rank q loses of the updates, on a logarithmic scale: an exponential is a line."
         for normalized in (True, False):
             curves = []
-            for way in ("full", "lora16", "llora16"):
-                for method in self.settings["subset_methods"]:
+            for way in MERGED:
+                for method in ("task-arithmetic", "average"):
                     found = self.subset_scores(way, method, normalized)
-                    if found:
+                    if len(found) > 1:
                         curves.append((f"{WAYS[way]}, {MERGES[method]}", [(size, statistics.fmean(values)) for size, values in found.items()], method == "average"))
             if curves:
                 word = "normalized" if normalized else "absolute"
                 self.chart(folder / f"{word}-against-tasks.svg", "Mean over all eight tasks, merged or not", "tasks merged", f"{word} accuracy", curves)
                 made[f"{word}-against-tasks"] = f"{word.capitalize()} accuracy over all eight tasks against the number of tasks merged."
+        self.of_pairs(folder, made)
+        self.of_cosines(folder, made)
+        self.of_planes(folder, made)
+        self.of_embeddings(folder, made)
         return made
 
 
@@ -318,15 +471,9 @@ def main():
     given = parser.parse_args()
     report = Report(given.work, common.read_json(given.settings))
     made = report.pictures(given.page.with_suffix(""))
-    blocks = {"setting": report.setting(), "first": report.first_paper(), "second": report.second_paper(), "subsets": report.subsets(), "claims": report.claims(),
+    blocks = {"setting": report.setting(), "first": report.first_paper(), "second": report.second_paper(), "subsets": report.subsets(), "truncation": report.errors(), "maps": report.maps(), "claims": report.claims(),
               "pictures": [line for name, words in made.items() for line in (f"![{words}]({given.page.stem}/{name}.svg)", "", words, "")]}
-    text = given.page.read_text()
-    for name, lines in blocks.items():
-        pattern = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)", re.S)
-        if not pattern.search(text):
-            common.fail(f"{given.page} has no markers '<!-- measured: {name} -->' and '<!-- end -->'")
-        text = pattern.sub(lambda found: found[1] + "\n".join(lines).rstrip() + "\n" + found[2], text)
-    given.page.write_text(text)
+    common.replace_blocks(given.page, blocks)
     print("\n".join(report.claims()))
 
 

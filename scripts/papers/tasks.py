@@ -82,6 +82,9 @@ def make():
                 task["test" if share < 0.25 else "validation" if share < 0.35 else "train"].append([text, label])
         for split in ("train", "validation", "test"):
             task[split].sort(key=lambda pair: order("order of " + pair[0]))
+        if len(classes) < 2 or not all(task[split] for split in ("train", "validation", "test")):
+            sys.exit(f"scripts/reproduce: error: apt's lists have too few packages with {'a section' if name == 'section' else f'the debtags facet {name}'} "
+                     f"({len(classes)} classes of {LEAST_OF_CLASS} and more): 'apt-get update' with Debian's main archive in sources.list")
         tasks[name] = task
     return tasks
 

