@@ -372,18 +372,18 @@ std::vector<YAML::Node> load(const std::string& config)
     return documents;
 }
 
-/// Results of documents that stand before in a file, by their names: where they lie, or will lie.
+/// Results of the other documents of a file, by their names: where they lie, or will lie.
 using stages = std::map<std::string, path>;
 
 /// One document of a file.
 class reader {
 public:
     /// `there`: whether the results of stages are.
-    reader(run_settings& given, const YAML::Node& document, const stages& before, bool there)
+    reader(run_settings& given, const YAML::Node& document, const stages& others, bool there)
         : given_(given)
         , where_(given.config)
         , document_(document)
-        , stages_(before)
+        , stages_(others)
         , stages_are_there_(there)
     { }
 
@@ -403,6 +403,9 @@ public:
         check_tokenizers(top);
         read_chat_template(top);
     }
+
+    /// The other documents whose results this one takes, once it is read: where each is named first.
+    [[nodiscard]] const std::map<std::string, YAML::Node>& needs() const { return needs_; }
 
 private:
     using scopes = std::vector<YAML::Node>;
@@ -474,12 +477,16 @@ private:
         input made;
         made.at = node;
         made.name = reference_of(node);
-        if (const auto stage = stages_.find(made.name); stage != stages_.end()) {
+        const auto plus = made.name.find('+');
+        for (const auto end : {made.name.npos, plus}) { // by itself, or with an adapter
+            const auto stage = stages_.find(made.name.substr(0, end));
+            if (stage == stages_.end()) { continue; }
+            needs_.emplace(stage->first, node);
             made.path = stage->second.string();
+            if (end != made.name.npos) { made.adapter = find_model(where_, node, made.name.substr(end + 1)).string(); }
             return made;
         }
         std::error_code ignored;
-        const auto plus = made.name.find('+');
         if (plus != made.name.npos && !tool::fs::exists(made.name, ignored)) {
             made.path = find_model(where_, node, made.name.substr(0, plus)).string();
             made.adapter = find_model(where_, node, made.name.substr(plus + 1)).string();
@@ -1138,6 +1145,7 @@ private:
     YAML::Node document_;
     const stages& stages_;
     bool stages_are_there_;
+    std::map<std::string, YAML::Node> needs_;
     const tool::mergekit_method* method_ = nullptr;
     YAML::Node at_method_;
     std::vector<slice> slices_; ///< one where there are none: the whole
@@ -1145,11 +1153,14 @@ private:
 };
 
 /// Reads a document into a request. Errors of wrong values in the file are no wrong usage.
-void read_document(run_settings& given, const YAML::Node& document, const stages& before, bool there)
+std::map<std::string, YAML::Node> read_document(
+    run_settings& given, const YAML::Node& document, const stages& others, bool there)
 {
     try {
-        reader(given, document, before, there).read();
+        reader one(given, document, others, there);
+        one.read();
         (void)tool::find_method(given.request);
+        return one.needs();
     }
     catch (const YAML::Exception& wrong) {
         taskvec::raise<taskvec::invalid_argument>(
@@ -1160,21 +1171,27 @@ void read_document(run_settings& given, const YAML::Node& document, const stages
     }
 }
 
-/// Names of the results of all documents but the last, which has none.
+/// Names of the results of documents; the one whose result goes to --out has none.
 std::vector<std::string> names_of_stages(const run_settings& given, const std::vector<YAML::Node>& documents)
 {
     const place where(given.config);
     std::vector<std::string> names;
-    for (std::size_t d = 0; d < documents.size(); ++d) {
-        const mapping top(where, documents[d], "a configuration");
+    if (documents.size() == 1) { return {""}; } // a configuration by itself may have a name
+    std::optional<YAML::Node> unnamed, last_key;
+    for (const auto& document : documents) {
+        const mapping top(where, document, "a configuration");
         const auto name = top.find("name");
-        const bool last = d + 1 == documents.size();
-        if (last && !name) { break; }
-        if (last && documents.size() > 1) {
-            where.fail(name->key, "the last of several documents has no 'name': its result goes to --out");
+        if (!name) {
+            if (unnamed) {
+                where.fail(*unnamed,
+                    "'name' is missing, by which another document takes this one's result; the one of "
+                        + where.of(document) + " has none either, and one alone goes to --out");
+            }
+            unnamed.emplace(document);
+            names.emplace_back();
+            continue;
         }
-        if (last) { break; } // a configuration by itself may have a name
-        if (!name) { where.fail(documents[d], "'name' is missing, by which a later document takes this one's result"); }
+        last_key.emplace(name->key);
         const auto word = scalar_of(where, name->value, "name");
         if (word.empty() || word.size() > 100 || word.starts_with('.')
             || word.find_first_of(std::string_view("/\\\0", 3)) != word.npos) {
@@ -1185,10 +1202,54 @@ std::vector<std::string> names_of_stages(const run_settings& given, const std::v
         }
         names.push_back(word);
     }
+    if (!unnamed) {
+        where.fail(*last_key, "every document has a 'name'; expected one without, whose result goes to --out");
+    }
     return names;
 }
 
-/// Merges in stages: results of all but the last document lie beside the output until it is made.
+/// Which document is merged when: each after those whose results it takes, else as they stand, the one for --out last.
+std::vector<std::size_t> order_of(const place& where, const std::vector<std::string>& names,
+    const std::vector<std::map<std::string, YAML::Node>>& needs)
+{
+    std::vector<std::size_t> order;
+    std::set<std::string> made;
+    const auto ready = [&](std::size_t d) {
+        return std::all_of(needs[d].begin(), needs[d].end(), [&](const auto& one) { return made.contains(one.first); });
+    };
+    while (order.size() + 1 < names.size()) {
+        std::size_t next = 0;
+        while (next < names.size() && (names[next].empty() || made.contains(names[next]) || !ready(next))) { ++next; }
+        if (next < names.size()) {
+            order.push_back(next);
+            made.insert(names[next]);
+            continue;
+        }
+        // Whichever is left needs another that is left: following them comes back to one.
+        std::vector<std::size_t> path;
+        std::size_t at = 0;
+        while (names[at].empty() || made.contains(names[at])) { ++at; }
+        const auto needed = [&](std::size_t d) {
+            return std::find_if(
+                needs[d].begin(), needs[d].end(), [&](const auto& one) { return !made.contains(one.first); });
+        };
+        while (!std::count(path.begin(), path.end(), at)) {
+            path.push_back(at);
+            const auto& name = needed(at)->first;
+            at = static_cast<std::size_t>(std::find(names.begin(), names.end(), name) - names.begin());
+        }
+        std::string circle = "'" + names[at] + "'";
+        for (auto d = std::find(path.begin(), path.end(), at); d != path.end(); ++d) {
+            circle += " takes '" + needed(*d)->first + "'";
+            if (d + 1 != path.end()) { circle += ", which"; }
+        }
+        where.fail(needed(at)->second, "documents wait for each other: " + circle);
+    }
+    order.push_back(static_cast<std::size_t>(std::find(names.begin(), names.end(), "") - names.begin()));
+    return order;
+}
+
+/// Merges in stages: results of all documents but one lie beside the output until it is made.
 void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, const std::vector<std::string>& names)
 {
     if (!given.request.resume.directory.empty()) {
@@ -1203,20 +1264,22 @@ void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, c
         tool::fs::path(given.request.out.ends_with('/') ? given.request.out.substr(0, given.request.out.size() - 1)
                                                         : given.request.out);
     const tool::scratch_directory scratch(last.has_parent_path() ? last.parent_path() : tool::fs::path("."));
-    stages before;
-    for (std::size_t d = 0; d < documents.size(); ++d) { // what is wrong anywhere is said before any work
+    stages all, made;
+    for (const auto& name : names) {
+        if (!name.empty()) { all[name] = scratch.path() / name; }
+    }
+    std::vector<std::map<std::string, YAML::Node>> needs;
+    for (const auto& document : documents) { // what is wrong anywhere is said before any work
         auto trial = given;
         trial.request.run.quiet = true;
-        read_document(trial, documents[d], before, false);
-        if (d < names.size()) { before[names[d]] = scratch.path() / names[d]; }
+        needs.push_back(read_document(trial, document, all, false));
     }
-    before.clear();
-    for (std::size_t d = 0; d < documents.size(); ++d) {
+    for (const auto d : order_of(place(given.config), names, needs)) {
         auto stage = given;
-        read_document(stage, documents[d], before, true);
-        if (d < names.size()) {
-            before[names[d]] = scratch.path() / names[d];
-            stage.request.out = before[names[d]].string();
+        (void)read_document(stage, documents[d], made, true);
+        if (!names[d].empty()) {
+            made[names[d]] = all[names[d]];
+            stage.request.out = all[names[d]].string();
             stage.request.called = names[d];
             stage.request.run.report.clear();
         }
@@ -1229,11 +1292,11 @@ void run_config(run_settings& given)
 {
     const auto documents = load(given.config);
     const auto names = names_of_stages(given, documents);
-    if (!names.empty()) {
+    if (names.size() > 1) {
         run_stages(given, documents, names);
         return;
     }
-    read_document(given, documents.front(), {}, true);
+    (void)read_document(given, documents.front(), {}, true);
     auto& out = given.request.out;
     if (!out.ends_with('/')) { out += '/'; }
     if (given.explain) { tool::explain_merge(given.request); }

@@ -702,7 +702,18 @@ TEST_CASE("several documents are stages, whose results later ones take by name")
     // What is wrong with any of them is said before the first is made.
     has(m.refusal(first + "---\nmerge_method: tie\n"), "config.yml:9:15: merge_method 'tie' is unknown");
     has(m.refusal("merge_method: linear\n" + tasks + "---\n" + second), "'name' is missing");
-    has(m.refusal(first + "---\nname: last\n" + second), "config.yml:9:1: the last of several documents has no 'name'");
+    has(m.refusal(first + "---\nname: last\n" + second), "config.yml:9:1: every document has a 'name'");
+    // They may stand in any order; a name is the document's even where a model beside has it.
+    CHECK(same(m.result(second + "---\n" + first), found));
+    const auto taking = [](const std::string& name, const std::string& model) {
+        return "---\nname: " + name + "\nmerge_method: linear\nmodels: [{model: " + model
+            + ", parameters: {weight: 1}}]\n";
+    };
+    const auto three = "merge_method: passthrough\nmodels: [{model: z}]\n" + taking("z", "y") + taking("y", "a");
+    CHECK(same(m.result(three), m.result("merge_method: passthrough\nmodels: [{model: a}]\n")));
+    has(m.refusal(second + taking("mixed", "x") + taking("x", "y") + taking("y", "x")),
+        "config.yml:13:18: documents wait for each other: 'x' takes 'y', which takes 'x'");
+    has(m.refusal(second + taking("mixed", "mixed")), "documents wait for each other: 'mixed' takes 'mixed'");
     has(m.refusal(first + "---\n" + first + "---\n" + second), "the name of two documents");
     has(m.refusal("name: a/b\n" + first.substr(first.find('\n') + 1) + "---\n" + second), "'a/b'");
     for (const auto& name : names()) { CHECK_FALSE(name.starts_with(".taskvec")); }
