@@ -1,6 +1,6 @@
 // All roads give the same bits: packs of every width, any number of threads, any budget of memory, any chunk, models at
-// any address, in memory and from a file to a file, typed and by name.
-// SPDX-License-Identifier: Apache-2.0
+// any address, in memory and from a file to a file, typed and by name; with TASKVEC_ROADS_OMP (scripts/fuzz, where
+// Thrust is) also the gpu policy on host threads. SPDX-License-Identifier: Apache-2.0
 #include "fuzz.hpp"
 
 #include <taskvec/formats/safetensors.hpp>
@@ -11,9 +11,12 @@
 #include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/methods/ties.hpp>
 
+#if defined(TASKVEC_ROADS_OMP)
+#include <taskvec/device/methods.hpp>
+#endif
+
 #include <cmath>
 #include <filesystem>
-#include <map>
 #include <vector>
 
 namespace {
@@ -34,7 +37,9 @@ struct drawn_models {
         const std::size_t tensors = 1 + from.below(3);
         for (std::size_t i = 0; i < tensors; ++i) {
             const auto elements = static_cast<std::int64_t>(1 + from.below(from.byte() % 4 == 0 ? 700 : 40));
-            specs.push_back({"t" + std::to_string(i), types[from.below(4)], {elements}});
+            // One alone is called as the typed road calls it: what is drawn depends on the name.
+            auto name = tensors == 1 ? std::string("values") : "t" + std::to_string(i);
+            specs.push_back({std::move(name), types[from.below(4)], {elements}});
         }
         for (auto& model : bytes) {
             for (const auto& spec : specs) {
@@ -137,6 +142,19 @@ void all_roads(fuzz::numbers& from, const Options& options, const drawn_models& 
     if (from.byte() % 8 == 0) {
         fuzz::expect(by_file(policy, options, drawn, how) == expected, "the road by files gave other bits");
     }
+#if defined(TASKVEC_ROADS_OMP)
+    if (from.byte() % 4 == 0) {
+        result bytes;
+        model_ref out;
+        for (const auto& spec : drawn.specs) {
+            auto& tensor = bytes.emplace_back(spec.bytes());
+            out.insert(spec.name, {tensor.data(), spec.dtype, spec.shape, {}, memory_space::host, 0});
+        }
+        merge_streamed(
+            gpu{}, options, base, tasks, out, {}, {.memory = std::size_t{1} << (from.byte() % 24), .host = policy});
+        fuzz::expect(bytes == expected, "the gpu policy on host threads gave other bits");
+    }
+#endif
     // Typed: one tensor of floats, in spans.
     if (drawn.specs.size() == 1 && drawn.specs[0].dtype == dtype::f32) {
         const std::size_t n = drawn.specs[0].size();
