@@ -1,0 +1,111 @@
+// Any text is a configuration that becomes a request, or refused. scripts/fuzz compiles it together with
+// tools/run_config.cpp; what does the work stands here as functions that do nothing. In the suite the tool itself goes
+// through the corpus. SPDX-License-Identifier: Apache-2.0
+#include "../../../tools/run_config.cpp" // what it has is in no header
+
+#include "../fuzz.hpp"
+#include "stand_ins.hpp"
+
+#include <taskvec/formats/safetensors.hpp>
+
+namespace tool {
+
+register_verb::register_verb(int, const char*, const char*, void (*)(command&)) { }
+void add_run_options(command&, run_options&) { }
+void add_copy_options(command&, copy_request&) { }
+void add_index_option(command&, std::string&) { }
+void add_resume_option(command&, resume_request&, const std::string&) { }
+void add_overflow_option(command&, std::string&) { }
+void add_nonfinite_option(command&, std::string&) { }
+void add_shard_size_option(command&, std::string&) { }
+
+/// Every method, with a few rows.
+const std::vector<method_entry>& all_methods()
+{
+    static const std::vector<method_entry> entries = [] {
+        std::vector<method_entry> result;
+        for (const auto& method : mergekit_methods()) {
+            method_entry entry;
+            entry.name = method.ours;
+            for (const auto* row : {"lambda", "density", "seed"}) { entry.options.emplace_back().name = row; }
+            result.push_back(std::move(entry));
+        }
+        return result;
+    }();
+    return entries;
+}
+const method_entry* method_named(std::string_view name)
+{
+    for (const auto& entry : all_methods()) {
+        if (entry.name == name) { return &entry; }
+    }
+    return nullptr;
+}
+const method_entry& find_method(const merge_request& request)
+{
+    const auto* const found = method_named(request.method);
+    fuzz::expect(found, "a request for a method that is not there");
+    return *found;
+}
+void run_merge(const merge_request& request)
+{
+    (void)find_method(request);
+    fuzz::expect(!request.tasks.empty() && !request.out.empty(), "a request without tasks or output");
+}
+void explain_merge(const merge_request& request)
+{
+    run_merge(request);
+}
+
+scratch_directory::scratch_directory(const fs::path& parent)
+    : path_(parent / "scratch")
+{ }
+scratch_directory::~scratch_directory() = default;
+
+} // namespace tool
+
+namespace {
+
+/// A directory with the models `base`, `a` and `b`, of two layers, as the working directory.
+struct models_of_configurations {
+    std::filesystem::path path;
+    models_of_configurations()
+        : path(std::filesystem::temp_directory_path() / ("taskvec-configurations-" + std::to_string(::getpid())))
+    {
+        const std::vector<float> values(6, 1.0F);
+        taskvec::const_model_ref model;
+        for (const auto* name : {"embed.weight", "layers.0.weight", "layers.1.weight"}) {
+            model.insert(name, {values.data(), taskvec::dtype::f32, {2, 3}, {}, taskvec::memory_space::host, 0});
+        }
+        for (const auto* name : {"base", "a", "b"}) {
+            std::filesystem::create_directories(path / name);
+            taskvec::write_safetensors(path / name / "model.safetensors", model, {}, taskvec::durability::process);
+        }
+        std::filesystem::current_path(path);
+        ::setenv("HF_HUB_CACHE", path.c_str(), 1);
+    }
+    ~models_of_configurations()
+    {
+        std::error_code ignored;
+        std::filesystem::remove_all(path, ignored);
+    }
+};
+
+} // namespace
+
+TASKVEC_FUZZ_TARGET(run_config)
+{
+    static const models_of_configurations models;
+    const fuzz::memory_file file(std::string_view(reinterpret_cast<const char*>(data), size));
+    fuzz::read([&] {
+        run_settings given;
+        given.config = file.path();
+        given.request.out = "out";
+        try {
+            run_config(given);
+        }
+        catch (const tool::usage_error& refused) {
+            fuzz::expect(*refused.what() != 0, "wrong usage without words");
+        }
+    });
+}
