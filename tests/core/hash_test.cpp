@@ -13,6 +13,9 @@ TEST_CASE("published XXH64 values")
     CHECK(hash64("") == 0xEF46DB3751D8E999ull);
     CHECK(hash64("abc") == 0x44BC2CF5AD770999ull);
     CHECK(hash64("Nobody inspects the spammish repetition") == 0xFBCEA83C8A378BF1ull);
+    // Whole stripes and none, words of eight and of four bytes, and single ones behind them.
+    CHECK(hash64("The quick brown fox jumps") == 0x1EB61388311E1536ull);
+    CHECK(hash64("The quick brown fox jumps over the lazy dog") == 0x0B242D361FDA71BCull);
     CHECK(hash64("xxhash", 20141025) == 0xB559B98D844E0635ull);
 }
 

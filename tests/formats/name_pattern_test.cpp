@@ -31,6 +31,12 @@ TEST_CASE("what is no pattern is refused with the reason")
     CHECK_THROWS_AS(name_pattern("(a{0,1000}){0,1000}"), invalid_argument); // too many states
 }
 
+TEST_CASE("counted repeats are written out up to a limit")
+{
+    CHECK(name_pattern("a{2000}").matches(std::string(2000, 'a')));
+    CHECK_THROWS_WITH_AS(name_pattern("a{2001}"), doctest::Contains("more than 2000 characters"), invalid_argument);
+}
+
 TEST_CASE("back-references are refused, however long")
 {
     for (const char* wrong : {"(a)\\1", "\\4444444444444444444444", "[a\\]]\\9"}) {

@@ -33,6 +33,14 @@ TEST_CASE("an index takes four bytes until one needs eight")
     CHECK(index_list(5, 0x1'0000'0001).wide());
     CHECK(index_list(2, 9) == index_list(2, std::uint64_t{1} << 40));
     CHECK_FALSE(index_list(2, 9) == index_list(3, 9));
+    const std::uint64_t stored[] = {7, 8};
+    for (const std::uint64_t elements : {std::uint64_t{9}, std::uint64_t{1} << 40}) { // of either width
+        index_list filled(4, elements);
+        filled.store(2, stored, 2);
+        filled.store(0, stored, 1);
+        CHECK(filled == index_list{7, 0, 7, 8});
+        CHECK_FALSE(filled == index_list{7, 0, 7, 9});
+    }
 }
 
 TEST_CASE_TEMPLATE(
