@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapters.hpp"
 
+#include <algorithm>
 #include <cstdio>
 
 namespace tool {
@@ -35,6 +36,7 @@ void drop_whole_modules(std::map<std::string, taskvec::peft_tensor>& others, nlo
 taskvec::rank_choice rank_settings::choice() const
 {
     if (!given()) { throw usage_error("give --rank Q or --energy E"); }
+    if (rank && *rank == 0) { throw usage_error("--rank is 0; expected at least 1"); }
     if (energy && !(*energy > 0 && *energy <= 1)) {
         throw usage_error(
             taskvec::message("--energy is ", *energy, "; expected a share above 0 and at most 1, such as 0.99"));
@@ -42,9 +44,13 @@ taskvec::rank_choice rank_settings::choice() const
     return {.rank = rank.value_or(0), .energy = energy.value_or(0), .clamp = clamp};
 }
 
-std::string rank_settings::words() const
+std::string rank_settings::words(const std::vector<taskvec::layer_report>& layers) const
 {
-    return rank ? "rank " + std::to_string(*rank) : percent(energy.value_or(1)) + " of the energy";
+    if (!rank) { return percent(energy.value_or(1)) + " of the energy"; }
+    std::size_t highest = 0;
+    for (const auto& layer : layers) { highest = std::max(highest, layer.rank); }
+    if (highest == 0 || highest >= *rank) { return "rank " + std::to_string(*rank); }
+    return "rank " + std::to_string(highest) + ", the highest there is";
 }
 
 void add_rank_options(command& verb, rank_settings& settings)

@@ -50,8 +50,8 @@ struct rank_settings {
     [[nodiscard]] bool given() const { return rank || energy; }
     /// Throws usage_error where neither was given, or an energy that is not a share.
     [[nodiscard]] taskvec::rank_choice choice() const;
-    /// "rank 8" or "99% of the energy".
-    [[nodiscard]] std::string words() const;
+    /// "rank 8" or "99% of the energy", of what came out: a rank that was lowered is the one that the layers have.
+    [[nodiscard]] std::string words(const std::vector<taskvec::layer_report>& layers) const;
 };
 void add_rank_options(command& verb, rank_settings& settings);
 
@@ -126,11 +126,18 @@ void add_result(nlohmann::ordered_json& content, const taskvec::adapter_result<T
     content["relative_error"] = error;
 }
 
-/// The report of a verb, opened before the work so that a path that cannot be written is known early; none in a dry
-/// run.
-[[nodiscard]] inline report_file open_report(const adapter_settings& settings)
+/// Claims --out and --report of a verb, and opens the report, before the work, so that a path that cannot be written is
+/// known early; in a dry run nothing is opened. `inputs`: adapters, of which no report may replace a file.
+[[nodiscard]] inline report_file open_report(
+    const adapter_settings& settings, const std::vector<std::string>& inputs = {})
 {
-    note_left_overs(settings.run, settings.out);
+    for (const auto& input : inputs) {
+        for (const auto& file : {fs::path(input) / taskvec::peft_config_name, taskvec::peft_tensor_file(input)}) {
+            opened_places().push_back(place_of(file));
+        }
+    }
+    claim_output(settings.out, "--out", output_kind::directory);
+    claim_report(settings.run);
     return report_file(settings.run.dry_run ? std::string() : settings.run.report);
 }
 
@@ -167,6 +174,7 @@ void write_adapter(const adapter_settings& settings, const runner& run, report_f
     if (rest) { content["rest"] = {{"file", rest_file}, {"entries", rest->kept()}}; }
     if (settings.overflow == "saturate") { content["saturated"] = out.saturated(); }
     content["peak_memory"] = peak_memory();
+    content["peak_anonymous_memory"] = run.anonymous_peak();
     report.finish(content);
     conclude(summary + ", in " + seconds_text(run.seconds()) + "\n", report, files);
 }

@@ -21,12 +21,13 @@ struct apply_settings {
 void run_apply(const apply_settings& given)
 {
     tool::check_finite(given.scale, "--scale");
+    tool::check_cpu(given.run);
     const auto base = tool::open_noted(given.base, given.run, given.index);
     tool::check_readable(base, {});
     const taskvec::delta_file delta(given.delta);
     tool::guard_map(delta.file().map());
     const bool directory = tool::out_is_directory(given.out, given.base, !given.shard_size.empty());
-    tool::claim_output(given.out, "--out", directory ? tool::output_kind::directory : tool::output_kind::model);
+    tool::claim_model(given.run, given.out, directory);
     tool::claim_report(given.run);
     taskvec::model_options options;
     options.base_label = "'" + given.base + "'";

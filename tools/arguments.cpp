@@ -60,6 +60,27 @@ std::string parts_of_name(const fs::path& path, std::size_t parts)
     return name;
 }
 
+/// Models that lie beside one another under one name but for its ending (y.safetensors, y.pt, a directory y) are called
+/// by all of it: no folder above tells them apart. The endings that names have to keep.
+std::vector<std::string> tell_kinds_apart(std::vector<task_argument>& tasks)
+{
+    const auto stem_place = [](const fs::path& path) {
+        std::error_code ignored;
+        auto whole = fs::path(place_text(path.has_filename() ? path : path.parent_path()));
+        return fs::is_directory(path, ignored) ? whole : whole.parent_path() / whole.stem();
+    };
+    std::map<std::string, std::set<std::string>> places; // by where they would be without an ending
+    for (const auto& task : tasks) { places[stem_place(task.path).string()].insert(place_text(task.path)); }
+    std::vector<std::string> endings;
+    for (auto& task : tasks) {
+        std::error_code ignored;
+        const bool alone = places[stem_place(task.path).string()].size() == 1;
+        endings.push_back(alone || fs::is_directory(task.path, ignored) ? "" : task.path.extension().string());
+        task.name += endings.back();
+    }
+    return endings;
+}
+
 } // namespace
 
 task_argument parse_task(const std::string& text, const std::string& option)
@@ -91,26 +112,29 @@ std::vector<task_argument> parse_tasks(const std::vector<std::string>& texts)
 {
     std::vector<task_argument> tasks;
     for (const auto& text : texts) { tasks.push_back(parse_task(text)); }
+    const auto endings = tell_kinds_apart(tasks);
     // Equal names are told apart by the folders above, as many as it takes.
     for (std::size_t parts = 2; parts <= 64; ++parts) {
         std::map<std::string, std::set<std::string>> places;
         for (const auto& task : tasks) { places[task.name].insert(place_text(task.path)); }
         bool again = false;
-        for (auto& task : tasks) {
+        for (std::size_t t = 0; t < tasks.size(); ++t) {
+            auto& task = tasks[t];
             if (places[task.name].size() == 1) { continue; }
-            const auto longer = parts_of_name(task.path, parts);
+            const auto longer = parts_of_name(task.path, parts) + endings[t];
             again = again || longer != task.name;
             task.name = longer;
         }
         if (!again) { break; }
     }
     // What is left is one model several times, or cannot be told apart: by numbers.
-    std::map<std::string, std::size_t> seen;
+    std::map<std::string, std::size_t> seen, times;
     std::set<std::string> names;
     for (auto& task : tasks) {
         const auto name = task.name;
-        task.time = ++seen[name];
-        for (auto number = task.time; !names.insert(task.name).second; ++number) {
+        const auto number_of_name = ++seen[name];
+        task.time = ++times[place_text(task.path)];
+        for (auto number = number_of_name; !names.insert(task.name).second; ++number) {
             task.name = name + "-" + std::to_string(std::max<std::size_t>(2, number));
         }
     }
@@ -148,7 +172,7 @@ void add_run_options(command& verb, run_options& options)
     verb.count(
         "--threads", options.threads, "N", "Threads; results do not depend on it (default: one for each processor)");
     verb.word("--device", options.device, {"cpu", "cuda"}, "DEVICE",
-        "cpu or cuda: where merges and pruning run (default: cpu)");
+        "cpu or cuda: where merge, prune and peru-fft run; all else runs on the cpu (default: cpu)");
     verb.text("--memory", options.memory, "SIZE", "Budget of anonymous memory (default: 256MiB)");
     verb.text("--report", options.report, "FILE", "Write what was done as JSON: seconds, bytes, memory, counts, norms");
     verb.flag(

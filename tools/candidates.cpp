@@ -7,9 +7,13 @@
 
 #include <taskvec/core/csv.hpp>
 
+#include <cerrno>
 #include <cmath>
+#include <cstring>
 #include <sstream>
 #include <utility>
+
+#include <unistd.h>
 
 namespace tool {
 
@@ -21,6 +25,12 @@ merge_request quiet(const merge_request& request)
     auto result = request;
     result.run.quiet = true;
     return result;
+}
+
+/// As merge reports it.
+std::uint64_t bytes_read(const method_call& call, const taskvec::merge_report& merged)
+{
+    return merged.walks * call.inputs.models().bytes() + merged.beside + call.inputs.copied_bytes();
 }
 
 } // namespace
@@ -80,29 +90,54 @@ void write_scores(const score_settings& score, const taskvec::sweep_table& table
     taskvec::write_text_file(score.csv, text.str());
 }
 
+fs::path first_model_of(const merge_request& request, const merge_inputs& inputs)
+{
+    return inputs.base() ? fs::path(request.base) : inputs.arguments().front().path;
+}
+
+void claim_outputs(
+    const merge_request& request, const score_settings& score, const std::string& svg, const fs::path& first_model)
+{
+    if (!request.out.empty()) {
+        const bool directory = out_is_directory(request.out, first_model, !request.shard_size.empty());
+        claim_model(request.run, request.out, directory);
+    }
+    if (!score.csv.empty()) { claim_output(score.csv, "--csv"); }
+    if (!svg.empty()) { claim_output(svg, "--svg"); }
+    claim_report(request.run);
+    const auto scratch = scratch_parent(score);
+    if (::access(scratch.c_str(), W_OK | X_OK) != 0) {
+        const int code = errno;
+        taskvec::raise<taskvec::io_error>(taskvec::system_error_code(code),
+            taskvec::message("cannot make a temporary directory in it: ", std::strerror(code)), scratch.string(), code);
+    }
+}
+
 fs::path scratch_parent(const score_settings& score)
 {
     return score.scratch.empty() ? fs::temp_directory_path() : fs::path(score.scratch);
 }
 
-void write_candidate(const fs::path& file, const method_entry& method, const method_call& call, const fs::path& scratch)
+traffic write_candidate(
+    const fs::path& file, const method_entry& method, const method_call& call, const fs::path& scratch)
 {
     const auto plan = outputs_of(quiet(call.request), call.inputs);
     taskvec::safetensors_writer out(file, plan.specs, call.inputs.metadata(), taskvec::durability::process);
     taskvec::quantising_sink sink(plan, out, scratch);
-    (void)run_method(method, call, sink);
+    const auto merged = run_method(method, call, sink);
     sink.finish();
     std::error_code ignored;
     if (!fs::exists(file, ignored)) { guard_temporary(file); } // the next candidate takes the same name
     out.commit();
+    return {bytes_read(call, merged), fs::file_size(file, ignored)};
 }
 
 best_merge::best_merge(const method_entry& method, const method_call& call, const std::string& done)
 {
     const auto request = quiet(call.request);
     const auto& inputs = call.inputs;
-    const bool directory = out_is_directory(request.out,
-        inputs.base() ? fs::path(request.base) : inputs.arguments().front().path, !request.shard_size.empty());
+    const bool directory =
+        out_is_directory(request.out, first_model_of(call.request, inputs), !request.shard_size.empty());
     plan_ = std::make_unique<taskvec::quantised_outputs>(outputs_of(request, inputs));
     out_ = std::make_unique<model_output>(request.out, *plan_, inputs.reference(), request.shard_size, directory);
     auto models = recipe_models(request, inputs);
@@ -114,8 +149,9 @@ best_merge::best_merge(const method_entry& method, const method_call& call, cons
         {done, request.method, std::move(models), json_of(method.values(request.options)).dump(2), {}, false,
             &inputs.vocabulary()},
         plan_->specs);
-    (void)run_method(method, call, out_->sink());
+    const auto merged = run_method(method, call, out_->sink());
     out_->finish();
+    bytes_ = {bytes_read(call, merged), out_->file_size()};
 }
 
 } // namespace tool

@@ -38,9 +38,26 @@ void check_score_settings(const score_settings& score);
 void write_scores(const score_settings& score, const taskvec::sweep_table& table);
 /// Where candidates lie while they are scored.
 [[nodiscard]] fs::path scratch_parent(const score_settings& score);
+/// The first model of a request: the base, or the first task.
+[[nodiscard]] fs::path first_model_of(const merge_request& request, const merge_inputs& inputs);
+/// Checks, before any work, the places that a search writes to: the best model's, the table's, the picture's, the
+/// report's, and that of the candidates. `first_model`: by whose kind `--out` is a file or a directory.
+void claim_outputs(
+    const merge_request& request, const score_settings& score, const std::string& svg, const fs::path& first_model);
+
+/// What was read and written, in bytes.
+struct traffic {
+    std::uint64_t read = 0, written = 0;
+    traffic& operator+=(const traffic& other)
+    {
+        read += other.read;
+        written += other.written;
+        return *this;
+    }
+};
 
 /// Merges into a file that is only there to be scored; `scratch` has room for what is on its way.
-void write_candidate(
+[[nodiscard]] traffic write_candidate(
     const fs::path& file, const method_entry& method, const method_call& call, const fs::path& scratch);
 
 /// The merge that was best, on its way to --out.
@@ -49,10 +66,12 @@ public:
     /// `done` is what the model's card says of it.
     best_merge(const method_entry& method, const method_call& call, const std::string& done);
     void commit() { out_->commit(); }
+    [[nodiscard]] const traffic& bytes() const { return bytes_; }
 
 private:
     std::unique_ptr<taskvec::quantised_outputs> plan_;
     std::unique_ptr<model_output> out_;
+    traffic bytes_;
 };
 
 } // namespace tool

@@ -25,7 +25,8 @@ void clean(const clean_settings& given)
         taskvec::raise<taskvec::io_error>(taskvec::system_error_code(failure.value()),
             taskvec::message("cannot be read as a directory: ", failure.message()), given.directory, failure.value());
     }
-    const bool locked = tool::fs::exists(directory / ".taskvec-lock", failure);
+    const auto lock_file = directory / ".taskvec-lock";
+    const bool locked = tool::fs::exists(lock_file, failure);
     taskvec::directory_lock lock(directory);
     if (given.dry_run && locked) { lock.keep(); }
     std::string text;
@@ -49,6 +50,9 @@ void clean(const clean_settings& given)
         const auto path = directory / name;
         text += (given.dry_run ? "would remove '" : "removed '") + tool::printable(path.string()) + "'\n";
         if (!given.dry_run) { tool::fs::remove(path, failure); }
+    }
+    if (locked) { // by nobody: this one was had
+        text += (given.dry_run ? "would remove '" : "removed '") + tool::printable(lock_file.string()) + "'\n";
     }
     tool::print(text.empty() ? "nothing of a dead run lies in '" + tool::printable(given.directory) + "'\n" : text);
 }

@@ -63,8 +63,27 @@ CLI::Validator decimal_number()
         "");
 }
 
+/// A path that is given is one: an empty word is a variable of a script that was never set.
+bool is_path(const std::string& unit)
+{
+    for (const std::string_view one : {"MODEL", "FILE", "DIR", "PATH", "ADAPTER", "CONFIG", "WHAT"}) {
+        if (unit == one) { return true; }
+    }
+    return false;
+}
+void refuse_empty(CLI::Option* option, const std::string& name)
+{
+    option->check(CLI::Validator(
+        [name](std::string& text) {
+            if (text.empty()) { throw usage_error(name + " is empty; expected a path"); }
+            return std::string();
+        },
+        ""));
+}
+
 CLI::Option* finished(CLI::Option* option, const std::string& unit, presence how = presence::optional)
 {
+    if (is_path(unit)) { refuse_empty(option, option->get_name()); }
     return option->type_name(unit)->required(how == presence::required);
 }
 
@@ -74,10 +93,23 @@ int fail(const std::string& what)
     return 1;
 }
 
+/// CLI11 says "--base: At Most 1 required but received 2" of what is given twice.
+std::string plain(const std::string& what)
+{
+    constexpr std::string_view once = ": At Most 1 required but received ";
+    const auto at = what.find(once);
+    if (at == what.npos) { return what; }
+    const auto times = what.substr(at + once.size());
+    return what.substr(0, at) + " is given " + (times == "2" ? "twice" : times + " times") + "; expected once";
+}
+
 /// What the library says, with its code last in the line: the word to look up in docs/errors.md.
 int fail(const std::string& what, taskvec::error_code code)
 {
-    return fail(taskvec::message(what, " [", taskvec::to_string(code), ']'));
+    auto text = what;
+    constexpr std::string_view mend = "or for clamping"; // what does that is a flag here
+    if (code == taskvec::error_code::rank_out_of_range && text.ends_with(mend)) { text += " (--clamp)"; }
+    return fail(taskvec::message(text, " [", taskvec::to_string(code), ']'));
 }
 
 /// Help in one style for all verbs: the usage line names the verb, examples keep their line breaks.
@@ -85,6 +117,19 @@ class formatter final : public CLI::Formatter {
 public:
     formatter() { column_width(30); }
     std::string make_usage(const CLI::App* app, std::string) const override { return "Usage: " + usage_of(app) + "\n"; }
+    /// What excludes an option is said in its text: beside the unit it would run into that.
+    std::string make_option_opts(const CLI::Option* option) const override
+    {
+        auto text = CLI::Formatter::make_option_opts(option);
+        if (const auto at = text.find(" Excludes:"); at != text.npos) { text.resize(at); }
+        return text;
+    }
+    std::string make_option_desc(const CLI::Option* option) const override
+    {
+        std::string others;
+        for (const auto* other : option->get_excludes()) { others += (others.empty() ? "" : ", ") + other->get_name(); }
+        return CLI::Formatter::make_option_desc(option) + (others.empty() ? "" : " (not with " + others + ")");
+    }
     static std::string usage_of(const CLI::App* app)
     {
         if (app->get_parent() == nullptr) { return "taskvec VERB [OPTIONS]"; }
@@ -141,7 +186,8 @@ void command::texts(const std::string& flag, std::vector<std::string>& values, c
 
 void command::positional(const std::string& name, std::string& value, const std::string& help, presence how)
 {
-    app_->add_option(name, value, help)->required(how == presence::required);
+    auto* const option = app_->add_option(name, value, help)->required(how == presence::required);
+    if (is_path(name)) { refuse_empty(option, name); }
 }
 
 void command::word(const std::string& flag, std::string& value, const std::vector<std::string>& words,
@@ -356,7 +402,7 @@ int run_command_line(int count, const char* const* words)
         return app.exit(done);
     }
     catch (const CLI::ParseError& wrong) {
-        if (!app.get_subcommands().empty()) { return misused(wrong.what()); }
+        if (!app.get_subcommands().empty()) { return misused(plain(wrong.what())); }
         const bool word = !first.empty() && first[0] != '-';
         return misused(word ? "'" + first + "' is none of the verbs" : "a verb is required");
     }

@@ -83,7 +83,7 @@ taskvec::gguf_target target_of(const taskvec::adapter_contents<T>& adapter, cons
 }
 
 template <class T>
-void convert(const convert_settings& given)
+void convert(const convert_settings& given, const tool::runner& run, std::uint64_t bytes_read)
 {
     auto adapter = taskvec::read_adapter<T>(given.in);
     for (const auto& text : adapter.notes) { tool::note(given.run, text); }
@@ -120,7 +120,9 @@ void convert(const convert_settings& given)
     }
     tool::report_file report(given.run.report);
     nlohmann::ordered_json content{{"output", given.out}, {"from", from}, {"as", given.as},
-        {"modules", adapter.modules.size()}, {"bytes_written", bytes}};
+        {"modules", adapter.modules.size()}, {"seconds", run.seconds()}, {"bytes_read", bytes_read},
+        {"bytes_written", bytes}, {"peak_memory", tool::peak_memory()},
+        {"peak_anonymous_memory", run.anonymous_peak()}};
     if (given.overflow == "saturate") { content["saturated"] = made.saturated; }
     report.finish(content);
     try {
@@ -139,15 +141,17 @@ void convert(const convert_settings& given)
 
 void run_convert(const convert_settings& given)
 {
-    if (given.run.device != "cpu") { throw tool::usage_error("convert runs on the cpu; leave --device out"); }
+    tool::check_cpu(given.run);
     const auto file = tool::open_adapter(given.in);
     const bool as_file = given.as == "kohya" || given.as == "gguf"
         || (given.as == "diffusers" && tool::fs::path(given.out).extension() == ".safetensors");
     tool::claim_output(given.out, "--out", as_file ? tool::output_kind::file : tool::output_kind::directory);
+    if (as_file && given.as != "gguf") { tool::note_ending(given.run, given.out); }
     tool::claim_report(given.run);
-    if (tool::holds_f64(file)) { convert<double>(given); }
+    const tool::runner run(given.run);
+    if (tool::holds_f64(file)) { convert<double>(given, run, file.data_bytes()); }
     else {
-        convert<float>(given);
+        convert<float>(given, run, file.data_bytes());
     }
 }
 

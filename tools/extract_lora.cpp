@@ -120,16 +120,33 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
                 given.include.empty() && given.exclude.empty() ? "" : " that is looked at",
                 ": there is nothing to extract an adapter from"));
     }
+    // --sparse-rest keeps what of it can be computed with.
+    std::function<std::unique_ptr<taskvec::delta_writer>(const tool::fs::path&)> write_rest;
+    const std::set<std::string_view> others(found.left_out.begin(), found.left_out.end());
+    taskvec::model_options left_out;
+    left_out.include = [&](std::string_view name) { return others.contains(name); };
+    left_out.base_label = tool::in_quotes(given.base);
+    left_out.labels = {label_of_task(given)};
+    std::optional<taskvec::aligned_models> rest;
+    std::set<std::string_view> kept;
+    if (given.sparse_rest) {
+        rest.emplace(&base.model(), std::span(&tuned, 1), left_out);
+        for (const auto& tensor : rest->tensors()) { kept.insert(tensor.name); }
+    }
     const auto list_left_out = [&] {
         for (const auto& name : found.left_out) {
-            std::cerr << "taskvec: left out: '" << tool::printable(name) << "' changed, and a LoRA cannot hold it\n";
+            std::cerr << "taskvec: "
+                      << (kept.contains(name) ? "in " + std::string(tool::rest_file) + ": '" : "left out: '")
+                      << tool::printable(name) << "' changed, and a LoRA cannot hold it\n";
         }
     };
+    const auto lost = found.left_out.size() - kept.size();
     const std::string also =
-        found.left_out.empty() ? "" : ", " + tool::counted(found.left_out.size(), "other changed tensor") + " left out";
+        (kept.empty() ? "" : ", " + tool::counted(kept.size(), "other changed tensor") + " as a delta beside it")
+        + (lost == 0 ? "" : ", " + tool::counted(lost, "other changed tensor") + " left out");
     if (given.run.dry_run) {
         tool::print("would write '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer")
-            + " at " + given.rank.words() + also + "\n");
+            + " at " + given.rank.words(found.layers) + also + "\n");
         list_left_out();
         return;
     }
@@ -170,16 +187,8 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     std::error_code ignored;
     if (tool::fs::is_directory(given.base, ignored)) { adapter.config["base_model_name_or_path"] = given.base; }
 
-    std::function<std::unique_ptr<taskvec::delta_writer>(const tool::fs::path&)> write_rest;
-    const std::set<std::string_view> others(found.left_out.begin(), found.left_out.end());
-    taskvec::model_options left_out;
-    left_out.include = [&](std::string_view name) { return others.contains(name); };
-    left_out.base_label = tool::in_quotes(given.base);
-    left_out.labels = {label_of_task(given)};
-    std::optional<taskvec::aligned_models> rest;
     if (given.sparse_rest) {
-        rest.emplace(&base.model(), std::span(&tuned, 1), left_out);
-        if (rest->tensors().empty()) {
+        if (kept.empty()) {
             tool::note(given.run, "--sparse-rest: nothing else changed, so there is no delta beside the adapter");
         }
         else {
@@ -203,7 +212,7 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     content["embeddings"] = adapter.embeddings;
     tool::write_adapter(given, run, report, adapter, std::move(content), base.data_bytes() + task_bytes,
         "extracted '" + tool::printable(given.out) + "': " + tool::counted(found.layers.size(), "layer") + " at "
-            + given.rank.words() + ", " + tool::grouped(found.parameters()) + " parameters, relative error "
+            + given.rank.words(found.layers) + ", " + tool::grouped(found.parameters()) + " parameters, relative error "
             + tool::percent(found.relative_error()) + also,
         write_rest);
     list_left_out();
@@ -244,7 +253,7 @@ void run_extract_lora(extract_lora_settings given)
             "weights of '" + given.base
                 + "' are taken to lie in×out, as its config.json names a model of Conv1D layers");
     }
-    if (given.run.device != "cpu") { throw tool::usage_error("extract-lora runs on the cpu; leave --device out"); }
+    tool::check_cpu(given.run);
     (void)given.rank.choice();
     if (given.task.empty() == given.adapter.empty()) {
         throw tool::usage_error(given.task.empty() ? "--task or --task-adapter is required: what was fine-tuned"

@@ -35,7 +35,7 @@ template <class T>
 void fold_as(const fold_llora_settings& given)
 {
     const tool::runner run(given.run);
-    auto report = tool::open_report(given);
+    auto report = tool::open_report(given, {given.init, given.adapter});
     const auto initial = tool::read_adapter<T>(given.init, given);
     auto adapter = tool::read_adapter<T>(given.adapter, given);
     if (initial.embeddings != adapter.embeddings) {
@@ -77,7 +77,7 @@ void fold_as(const fold_llora_settings& given)
 
 void run_fold_llora(const fold_llora_settings& given)
 {
-    if (given.run.device != "cpu") { throw tool::usage_error("fold-llora runs on the cpu; leave --device out"); }
+    tool::check_cpu(given.run);
     tool::in_precision(tool::adapter_is_wide(given.init) || tool::adapter_is_wide(given.adapter),
         [&]<class T>(std::type_identity<T>) { fold_as<T>(given); });
 }

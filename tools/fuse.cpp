@@ -23,6 +23,7 @@ void run_fuse(const fuse_settings& given)
     const auto& request = given.model;
     if (given.adapters.empty()) { throw tool::usage_error("--adapter is required: what is folded into the base"); }
     if (!request.shard_size.empty()) { (void)tool::parse_size(request.shard_size, "--shard-size"); }
+    tool::check_cpu(request.run);
     std::vector<tool::task_argument> arguments;
     for (const auto& text : given.adapters) { arguments.push_back(tool::parse_task(text, "--adapter")); }
     const auto base_rules = request.names.find("");
@@ -48,7 +49,7 @@ void run_fuse(const fuse_settings& given)
     options.base_label = "'" + request.base + "'";
     options.labels = {arguments.size() == 1 ? tool::in_quotes(arguments[0].path) : std::string("the adapters")};
     const bool directory = tool::out_is_directory(request.out, request.base, !request.shard_size.empty());
-    tool::claim_output(request.out, "--out", directory ? tool::output_kind::directory : tool::output_kind::model);
+    tool::claim_model(request.run, request.out, directory);
     tool::claim_report(request.run);
     taskvec::aligned_models models(&sum.base(), {&sum.base(), 1}, options);
     const auto sources = sum.changes().attach(models, 0);

@@ -131,6 +131,20 @@ std::vector<std::uint64_t> fingerprints_in(const std::string& what)
     return found;
 }
 
+/// What matched, as people or programs read it.
+void print_match(const inspect_settings& given, const char* what, std::uint64_t value)
+{
+    const auto text = taskvec::fingerprint_text(value);
+    if (given.json) {
+        const nlohmann::ordered_json found{{"matches", what}, {what, text}, {"named_by", given.verify}};
+        tool::print(found.dump(2) + "\n");
+        return;
+    }
+    tool::print(tool::printable(tool::in_quotes(given.model) + " has the " + what + " that "
+                    + tool::in_quotes(given.verify) + " names: " + text)
+        + "\n");
+}
+
 void verify(const taskvec::checkpoint& model, const inspect_settings& given)
 {
     const auto wanted = fingerprints_in(given.verify);
@@ -138,17 +152,13 @@ void verify(const taskvec::checkpoint& model, const inspect_settings& given)
     const auto name = tool::in_quotes(given.model), file = tool::in_quotes(given.verify);
     const auto sketch = taskvec::fingerprint_sketch(model.model());
     if (has(sketch)) {
-        tool::print(
-            tool::printable(name + " has the sketch that " + file + " names: " + taskvec::fingerprint_text(sketch))
-            + "\n");
+        print_match(given, "sketch", sketch);
         return;
     }
     const tool::runner run(given.run);
     const auto found = taskvec::fingerprint(run.policy(), model.model());
     if (has(found)) {
-        tool::print(
-            tool::printable(name + " has the fingerprint that " + file + " names: " + taskvec::fingerprint_text(found))
-            + "\n");
+        print_match(given, "fingerprint", found);
         return;
     }
     taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::fingerprint_differs,
@@ -156,6 +166,22 @@ void verify(const taskvec::checkpoint& model, const inspect_settings& given)
             + " and its sketch " + taskvec::fingerprint_text(sketch) + "; expected "
             + (wanted.size() == 1 ? "" : "one of " + std::to_string(wanted.size()) + ", such as ")
             + taskvec::fingerprint_text(wanted.front()));
+}
+
+/// --diff, --sketch, --verify and --adapter each ask something else.
+void check_one_question(const inspect_settings& given)
+{
+    std::string first;
+    const auto ask = [&](const char* flag, bool asked) {
+        if (!asked) { return; }
+        if (!first.empty()) { throw tool::usage_error(first + " and " + flag + " exclude each other"); }
+        first = flag;
+    };
+    ask("--diff", !given.diff.empty());
+    ask("--sketch", given.sketch);
+    ask("--verify", !given.verify.empty());
+    ask("--adapter", given.adapter);
+    ask("--singular-values", given.table.singular_values && !given.adapter);
 }
 
 void print_table(const taskvec::checkpoint& model, const tool::fs::path& path)
@@ -231,6 +257,7 @@ const tool::register_verb inspect_verb(10, "inspect",
         verb.footer("Example:\n  taskvec inspect model.safetensors\n  taskvec inspect model.safetensors --json | jq "
                     "'.tensors | length'");
         verb.action([given] {
+            check_one_question(*given);
             if (given->adapter
                 || (given->diff.empty() && !given->sketch && given->verify.empty() && tool::is_adapter(given->model))) {
                 auto how = given->table;
@@ -244,7 +271,8 @@ const tool::register_verb inspect_verb(10, "inspect",
             }
             const auto model = tool::open_noted(given->model, given->run, given->index);
             if (given->sketch) {
-                tool::print(taskvec::fingerprint_text(taskvec::fingerprint_sketch(model.model())) + "\n");
+                const auto text = taskvec::fingerprint_text(taskvec::fingerprint_sketch(model.model()));
+                tool::print(given->json ? nlohmann::ordered_json{{"sketch", text}}.dump(2) + "\n" : text + "\n");
                 return;
             }
             if (!given->verify.empty()) {

@@ -92,8 +92,14 @@ public:
         , bounds_(parse_bounds(given.bounds))
     {
         tool::check_score_settings(given.score);
+        tool::check_cpu(given.merge.run);
         tool::check_no_weights(given.merge, "lorahub", "the weights are what it seeks");
         given_.search.bound = std::max(std::abs(bounds_.lower), std::abs(bounds_.upper));
+        if (given_.search.evaluations == 0) { throw tool::usage_error("--evaluations is 0; expected at least 1"); }
+        if (!(given_.search.alpha >= 0) || !std::isfinite(given_.search.alpha)) {
+            throw tool::usage_error(
+                taskvec::message("--l1 is ", given_.search.alpha, "; expected a finite number of at least 0"));
+        }
         tool::check_usage([&] { taskvec::check_options(given_.search); });
         if (given_.search.evaluations > static_cast<std::size_t>(std::numeric_limits<int>::max())) {
             throw tool::usage_error(
@@ -111,6 +117,7 @@ public:
         const auto& method = tool::find_method(request);
         auto table = tool::read_scores(given_.score, names_);
         const tool::merge_inputs inputs(request, method.needs_base);
+        tool::claim_outputs(request, given_.score, "", tool::first_model_of(request, inputs));
         tool::runner run(request.run);
         const std::vector<double> start(given_.search.start);
         const auto first = tool::call_of(run.policy(), request, inputs, &start);
@@ -138,6 +145,7 @@ public:
         tool::best_merge out(method, call, "Merged by LoraHub, the best of " + tried);
         if (report.wanted()) {
             nlohmann::ordered_json content{{"method", "lorahub"}, {"output", request.out}, {"seconds", run.seconds()},
+                {"bytes_read", bytes_.read + out.bytes().read}, {"bytes_written", bytes_.written + out.bytes().written},
                 {"evaluations", found.history.size()}, {"scored", scored}, {"l1", given_.search.alpha},
                 {"bounds", {bounds_.lower, bounds_.upper}}, {"peak_memory", tool::peak_memory()},
                 {"peak_anonymous_memory", run.anonymous_peak()}};
@@ -169,7 +177,7 @@ private:
             }
             if (!table.contains(point)) {
                 const auto file = scratch.path() / "candidate.safetensors";
-                tool::write_candidate(
+                bytes_ += tool::write_candidate(
                     file, method, tool::call_of(run.policy(), given_.merge, inputs, &weights), scratch.path());
                 const double score = tool::run_score_command(given_.score.command,
                     {file, table.describe(point), {"TASKVEC_TASKS=" + tasks, "TASKVEC_WEIGHTS=" + joined}});
@@ -206,6 +214,7 @@ private:
     lorahub_settings given_;
     interval bounds_;
     std::vector<std::string> names_;
+    tool::traffic bytes_; ///< of the candidates
 };
 
 void run_lorahub(const lorahub_settings& given)

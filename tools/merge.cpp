@@ -74,7 +74,7 @@ void run_merge(const merge_request& request)
     const merge_inputs inputs(request, method.needs_base);
     const bool directory = out_is_directory(request.out,
         inputs.base() ? fs::path(request.base) : inputs.arguments().front().path, !request.shard_size.empty());
-    claim_output(request.out, "--out", directory ? output_kind::directory : output_kind::model);
+    claim_model(request.run, request.out, directory);
     claim_report(request.run);
     std::string configuration;
     if (!request.as_config.empty()) {

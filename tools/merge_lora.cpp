@@ -374,7 +374,10 @@ void merge_as(const merge_lora_settings& given, const std::vector<tool::task_arg
 {
     const inputs<T> from(given, arguments);
     const tool::runner run(given.run);
-    auto report = tool::open_report(given);
+    std::vector<std::string> read;
+    if (given.in_phi()) { read.push_back(given.init); }
+    for (const auto& argument : arguments) { read.push_back(argument.path.string()); }
+    auto report = tool::open_report(given, read);
     auto adapter = from.joined();
     nlohmann::ordered_json content{{"method", given.method}, {"space", given.space}};
     for (const auto& argument : arguments) {
@@ -404,7 +407,7 @@ void merge_as(const merge_lora_settings& given, const std::vector<tool::task_arg
         summary += " as PEFT, " + tool::counted(adapter.updates.size(), "layer");
         if (taskvec::merges_updates(*combination) && arguments.size() > 1) {
             tool::add_result(content, result);
-            summary += given.rank.given() ? " at " + given.rank.words() : " at the highest rank";
+            summary += given.rank.given() ? " at " + given.rank.words(result.layers) : " at the highest rank";
             if (!given.run.dry_run) { summary += ", relative error " + tool::percent(result.relative_error()); }
         }
         else {
@@ -436,7 +439,7 @@ void merge_as(const merge_lora_settings& given, const std::vector<tool::task_arg
         adapter.updates = std::move(result.adapter);
         tool::add_result(content, result);
         summary += ", " + tool::counted(adapter.updates.size(), "layer")
-            + (given.rank.given() ? " at " + given.rank.words() : " at the sum of the ranks, exact");
+            + (given.rank.given() ? " at " + given.rank.words(result.layers) : " at the sum of the ranks, exact");
         if (given.rank.given() && !(given.run.dry_run && given.method == "ties")) {
             summary += ", relative error " + tool::percent(result.relative_error());
         }
@@ -497,7 +500,7 @@ void check_combination(const merge_lora_settings& given)
 
 void run_merge_lora(const merge_lora_settings& given)
 {
-    if (given.run.device != "cpu") { throw tool::usage_error("merge-lora runs on the cpu; leave --device out"); }
+    tool::check_cpu(given.run);
     if (given.in_phi() == given.init.empty()) {
         throw tool::usage_error(given.in_phi()
                 ? "--space phi needs --init DIR, the initialisation that the adapters share"

@@ -255,7 +255,7 @@ const std::vector<std::string>& merge_request::list(const std::string& name) con
 }
 
 void add_described_options(command& verb, const std::vector<described>& own, const std::vector<described>& others,
-    option_values& values, const std::map<std::string, std::string>& renamed, bool by_tensor)
+    option_values& values, const std::map<std::string, std::string>& renamed, values_by_tensor by_tensor)
 {
     const std::string by_tensor_help = "; REGEX=X for tensors that match";
     const auto add = [&](const shared_option& one) {
@@ -275,9 +275,11 @@ void add_described_options(command& verb, const std::vector<described>& own, con
             values.push_back(std::move(value));
         };
         const std::string flag = "--" + word;
-        if (one.option.kind == taskvec::option_kind::number && by_tensor) {
+        if (one.option.kind == taskvec::option_kind::number && by_tensor != values_by_tensor::never) {
+            // A verb's own (the density of deltas) is one number, and says so where it is given.
+            const bool taken = by_tensor == values_by_tensor::taken && !one.own;
             verb.take(
-                flag, one.option.unit, help_of(one, false, other) + by_tensor_help,
+                flag, one.option.unit, help_of(one, false, other) + (taken ? by_tensor_help : ""),
                 [give_number, flag](const std::string& text) { give_number(flag, text); }, true);
         }
         else if (one.option.kind != taskvec::option_kind::truth) {
@@ -305,9 +307,9 @@ void add_described_options(command& verb, const std::vector<described>& own, con
 }
 
 void add_merge_options(command& verb, merge_request& request, const std::vector<described>& own,
-    const std::map<std::string, std::string>& renamed)
+    const std::map<std::string, std::string>& renamed, values_by_tensor by_tensor)
 {
-    add_described_options(verb, own, method_tables(), request.options, renamed, true);
+    add_described_options(verb, own, method_tables(), request.options, renamed, by_tensor);
     verb.take(
         "--weight", "REGEX=W",
         "A weight for tensors that match, of the --task before it; several (W,W,…) are spread over the layers",

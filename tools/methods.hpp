@@ -46,15 +46,19 @@ struct described {
 /// Their tables.
 [[nodiscard]] std::vector<described> method_tables();
 
+/// Numbers that depend on the tensor (REGEX=X): the verb knows none such, says by itself that it takes none, or takes
+/// them, but for options of its own.
+enum class values_by_tensor { never, refused, taken };
 /// Adds a flag for each row of `own`, and for each other name that some of `others` have. Rows of the same name are one
 /// flag, whose help says where defaults differ. `renamed`: flags that differ from their rows' names. Presets and what
-/// is given with the tasks included and left out, respectively. `by_tensor`: numbers may depend on the tensor.
+/// is given with the tasks included and left out, respectively.
 void add_described_options(command& verb, const std::vector<described>& own, const std::vector<described>& others,
-    option_values& values, const std::map<std::string, std::string>& renamed = {}, bool by_tensor = false);
+    option_values& values, const std::map<std::string, std::string>& renamed = {},
+    values_by_tensor by_tensor = values_by_tensor::never);
 /// Adds the options of all methods (after those of `own`), and those about tensors and runs: what merge, prune,
 /// peru-fft and sweep share.
 void add_merge_options(command& verb, merge_request& request, const std::vector<described>& own = {},
-    const std::map<std::string, std::string>& renamed = {});
+    const std::map<std::string, std::string>& renamed = {}, values_by_tensor by_tensor = values_by_tensor::taken);
 /// Adds --method.
 void add_method_option(command& verb, merge_request& request, presence how, const std::string& help);
 /// The help lines of all methods.

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cerrno>
+#include <iterator>
 #include <map>
 #include <optional>
 #include <set>
@@ -374,6 +375,25 @@ bool out_is_directory(const fs::path& out, const fs::path& first_model, bool sha
     if (sharded || !out.has_filename() || fs::is_directory(out, ignored)) { return true; }
     const bool names_file = out.extension() == ".safetensors" || out.extension() == ".st";
     return holds_files(first_model) && !names_file && !fs::exists(out, ignored);
+}
+
+void claim_model(const run_options& run, const fs::path& out, bool directory)
+{
+    claim_output(out, "--out", directory ? output_kind::directory : output_kind::model);
+    if (!directory) { note_ending(run, out); }
+    const bool model_of_folder = directory
+        || std::any_of(std::begin(taskvec::model_stems), std::end(taskvec::model_stems),
+            [&](std::string_view stem) { return out.filename() == std::string(stem) + ".safetensors"; });
+    const auto folder = directory ? out : place_of(out).parent_path();
+    std::error_code ignored;
+    if (!model_of_folder || !fs::exists(folder / "merged.safetensors", ignored)) { return; }
+    for (fs::directory_iterator it(folder, ignored), end; !ignored && it != end; it.increment(ignored)) {
+        const auto name = it->path().filename().string();
+        if (!name.ends_with(".delta.safetensors")) { continue; }
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::output_path,
+            in_quotes(folder) + " holds merged.safetensors and deltas for it (" + in_quotes(name)
+                + "), and a model there would be opened in place of that one: name another directory, or a file");
+    }
 }
 
 std::vector<recipe::model> recipe_models(const model_request& request, const merge_inputs& inputs)

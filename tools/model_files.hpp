@@ -20,6 +20,10 @@ void add_copy_options(command& verb, copy_request& copies);
 /// `.safetensors` where the models are directories.
 [[nodiscard]] bool out_is_directory(const fs::path& out, const fs::path& first_model, bool sharded);
 
+/// claim_output() of --out for a model, which goes to a directory or a file. A directory in which peru-fft has left a
+/// merged model and deltas for it is refused: a second model there would be opened in place of that one.
+void claim_model(const run_options& run, const fs::path& out, bool directory);
+
 /// How a model was made, for its card.
 struct recipe {
     struct model {

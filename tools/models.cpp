@@ -189,6 +189,13 @@ const std::vector<name_rule>& rules_of(const model_request& request, const std::
     return place == request.names.end() ? none : place->second;
 }
 
+/// The stored model of a task: of an adapter on one, that one.
+fs::path model_of_task(const model_request& request, const task_argument& task)
+{
+    const auto place = request.adapters.find(task.text);
+    return place == request.adapters.end() || place->second.empty() ? task.path : fs::path(place->second);
+}
+
 bool computes(taskvec::dtype type)
 {
     return taskvec::is_storage(type) || taskvec::is_fp8(type);
@@ -448,14 +455,14 @@ void merge_inputs::line_up(const model_request& request)
             if (added.empty()) { continue; }
             first.set_model(std::move(model));
             note(request.run,
-                in_quotes(arguments_[t].path) + " has a head of its own, '" + added + "'; that of "
+                in_quotes(model_of_task(request, arguments_[t])) + " has a head of its own, '" + added + "'; that of "
                     + in_quotes(reference_path) + " is its embedding (config.json: tie_word_embeddings)");
         }
     }
     for (std::size_t t = base_ ? 0 : 1; t < tasks_.size(); ++t) {
         if (adapter(t)) { continue; }
         auto& task = tasks_[t];
-        const auto label = in_quotes(arguments_[t].path);
+        const auto label = in_quotes(model_of_task(request, arguments_[t]));
         std::size_t extra = 0, lacking = 0, present = 0;
         for (const auto& [name, tensor] : task.model()) {
             extra += !first.model().find(name) && (!options.include || options.include(name)) ? 1u : 0u;
@@ -489,8 +496,8 @@ void merge_inputs::line_up(const model_request& request)
             }
         }
         auto model = task.model();
-        const auto notes =
-            resolve_ties(model, first.model(), says_tied(arguments_[t].path), label, in_quotes(reference_path));
+        const auto notes = resolve_ties(
+            model, first.model(), says_tied(model_of_task(request, arguments_[t])), label, in_quotes(reference_path));
         if (!notes.empty()) { task.set_model(std::move(model)); }
         for (const auto& text : notes) { note(request.run, text); }
     }
@@ -502,7 +509,7 @@ void merge_inputs::line_up_vocabulary(const model_request& request)
     std::vector<vocabulary_input> inputs;
     if (base_) { inputs.push_back({request.base, in_quotes(request.base), &base_->model()}); }
     for (std::size_t t = 0; t < tasks_.size(); ++t) {
-        const auto& path = arguments_[t].path;
+        const auto path = model_of_task(request, arguments_[t]);
         inputs.push_back({adapter(t) ? fs::path(request.base) : path, in_quotes(path), &tasks_[t].model()});
     }
     vocabulary_ = std::make_unique<lined_up_vocabulary>(
@@ -715,7 +722,7 @@ taskvec::aligned_models beside_base(
     return {inputs.base() ? &inputs.base_model() : nullptr, {&merged.model(), 1}, options};
 }
 
-std::string describe(const merge_inputs& inputs)
+std::string describe(const merge_inputs& inputs, others rest)
 {
     std::string text;
     const auto line = [&](const char* role, const taskvec::checkpoint& model, const std::string& more) {
@@ -732,10 +739,16 @@ std::string describe(const merge_inputs& inputs)
         line("task", inputs.tasks()[t],
             inputs.arguments()[t].weight == 1 ? "" : taskvec::message("  weight ", inputs.arguments()[t].weight));
     }
+    const auto copied = inputs.models().copied().size();
     text += "  " + counted(inputs.models().tensors().size(), "tensor") + " of "
-        + counted(inputs.models().elements(), "element") + " take part, "
-        + counted(inputs.models().copied().size(), "tensor") + (inputs.models().copied().size() == 1 ? " is" : " are")
-        + " copied\n";
+        + counted(inputs.models().elements(), "element") + " take part";
+    if (rest == others::copied) {
+        text += ", " + counted(copied, "tensor") + (copied == 1 ? " is" : " are") + " copied";
+    }
+    else if (copied > 0) {
+        text += ", " + counted(copied, "tensor") + (copied == 1 ? " does" : " do") + " not";
+    }
+    text += "\n";
     return text;
 }
 

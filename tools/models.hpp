@@ -195,8 +195,10 @@ void check_readable(const taskvec::checkpoint& model, const std::function<bool(s
 /// A merged model beside the base, lined up for norms.
 [[nodiscard]] taskvec::aligned_models beside_base(
     const model_request& request, const merge_inputs& inputs, const taskvec::checkpoint& merged);
+/// What becomes of tensors that take no part: the result has them too, or there is no such result.
+enum class others { copied, left_alone };
 /// What a dry run says about the inputs.
-[[nodiscard]] std::string describe(const merge_inputs& inputs);
+[[nodiscard]] std::string describe(const merge_inputs& inputs, others rest = others::copied);
 
 /// Throws usage_error for --task PATH=WEIGHT where `who` (a verb or method) has no meaning for weights; `mend` says
 /// what to do. That of an adapter is no weight in the merge.

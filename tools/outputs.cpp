@@ -134,6 +134,16 @@ void claim_output(const fs::path& path, const std::string& option, output_kind k
     }
 }
 
+void note_ending(const run_options& options, const fs::path& path)
+{
+    const auto ending = path.extension();
+    for (const std::string_view other : {".pt", ".pth", ".bin", ".ckpt", ".gguf", ".h5", ".npz", ".onnx", ".msgpack"}) {
+        if (ending == other) {
+            note(options, in_quotes(path) + " is written as safetensors, whatever its name ends in");
+        }
+    }
+}
+
 void claim_report(const run_options& options)
 {
     const auto outputs = claimed(); // a report is small

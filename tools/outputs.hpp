@@ -34,6 +34,8 @@ struct special_place {
 /// replaced, that no other option asks for it, and that only a model replaces one of the files that are read. Throws
 /// usage_error, io_error, invalid_argument.
 void claim_output(const fs::path& path, const std::string& option, output_kind kind = output_kind::file);
+/// Notes a file of tensors that is called as if it were of another format.
+void note_ending(const run_options& options, const fs::path& path);
 /// claim_output() for --report, where it was given; then notes what dead runs left beside what was claimed.
 void claim_report(const run_options& options);
 /// What killed runs left in a directory: temporary files and directories whose process this machine no longer has.

@@ -8,6 +8,7 @@
 #include <taskvec/formats/delta.hpp>
 #include <taskvec/formats/fingerprint.hpp>
 
+#include <algorithm>
 #include <memory>
 
 namespace {
@@ -19,6 +20,16 @@ tool::merge_request merge_part(const tool::merge_request& request)
     std::erase_if(part.options, [](const tool::option_value& value) { return value.name == "density"; });
     for (auto& value : part.options) {
         if (value.name == "merge-density") { value.name = "density"; }
+    }
+    // What the deltas alone have (--scope of a merge that trims nothing) is no option without effect.
+    const auto has = [](const std::vector<taskvec::option_description>& options, const std::string& name) {
+        return std::any_of(options.begin(), options.end(), [&](const auto& option) { return option.name == name; });
+    };
+    if (const auto* const method = tool::method_named(request.method)) {
+        const auto deltas = tool::pruning_table().options;
+        std::erase_if(part.options, [&](const tool::option_value& value) {
+            return value.name != "density" && has(deltas, value.name) && !has(method->options, value.name);
+        });
     }
     return part;
 }
@@ -123,7 +134,7 @@ void run_peru_fft(const tool::merge_request& request)
     } all{deltas};
     const auto name = tool::fs::path(request.out) / out.path().filename();
     tool::conclude("merged " + tool::counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-            + tool::printable(name.string()) + "', kept " + tool::grouped(kept) + " entries of what they lose, "
+            + tool::printable(name.string()) + "', kept " + tool::counted(kept, "entry") + " of what they lose, "
             + tool::size_text(written) + " in " + tool::seconds_text(run.seconds()) + "\n",
         report, all, out, folder);
 }

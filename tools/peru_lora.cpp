@@ -18,14 +18,14 @@ template <class T>
 void truncate_as(const peru_lora_settings& given)
 {
     const tool::runner run(given.run);
-    auto report = tool::open_report(given);
+    auto report = tool::open_report(given, {given.adapter});
     auto adapter = tool::read_adapter<T>(given.adapter, given);
     auto result = taskvec::peru_lora(
         run.policy(), adapter.updates, {.rank = given.rank.choice(), .label = "'" + given.adapter + "'"});
     adapter.updates = std::move(result.adapter);
     const auto whole = static_cast<std::uint64_t>(
         std::count_if(result.layers.begin(), result.layers.end(), [](const auto& layer) { return layer.whole; }));
-    const std::string summary = tool::counted(result.layers.size(), "layer") + " at " + given.rank.words()
+    const std::string summary = tool::counted(result.layers.size(), "layer") + " at " + given.rank.words(result.layers)
         + (whole == 0 ? "" : " (" + tool::grouped(whole) + " of smaller rank kept whole)") + ", "
         + tool::grouped(result.parameters()) + " parameters, relative error " + tool::percent(result.relative_error());
     if (given.run.dry_run) {
@@ -41,7 +41,7 @@ void truncate_as(const peru_lora_settings& given)
 
 void run_peru_lora(const peru_lora_settings& given)
 {
-    if (given.run.device != "cpu") { throw tool::usage_error("peru-lora runs on the cpu; leave --device out"); }
+    tool::check_cpu(given.run);
     (void)given.rank.choice();
     tool::in_precision(
         tool::adapter_is_wide(given.adapter), [&]<class T>(std::type_identity<T>) { truncate_as<T>(given); });

@@ -39,12 +39,13 @@ void run_prune(const tool::merge_request& request)
     const tool::merge_inputs inputs(request, true);
     const auto& models = inputs.models();
     tool::claim_output(request.out, "--out");
+    tool::note_ending(request.run, request.out);
     tool::claim_report(request.run);
     tool::runner run(request.run, tool::runs_on::any_device);
     if (request.run.dry_run) {
         tool::print("would prune '" + tool::printable(inputs.arguments().front().path.string()) + "' to "
             + taskvec::message(100 * options.density) + "% of its task vector, into '" + tool::printable(request.out)
-            + "'\n" + tool::describe(inputs));
+            + "'\n" + tool::describe(inputs, tool::others::left_alone));
         return;
     }
     tool::report_file report(request.run.report);
@@ -78,7 +79,7 @@ const tool::register_verb prune_verb(
             "What the delta will be added to: the pre-trained model, or a merged one", tool::presence::required);
         tool::add_tasks_options(verb, *request, "PATH", "The fine-tuned model");
         verb.text("--out", request->out, "FILE", "Where the delta goes", tool::presence::required);
-        tool::add_merge_options(verb, *request, {tool::pruning_table()});
+        tool::add_merge_options(verb, *request, {tool::pruning_table()}, {}, tool::values_by_tensor::refused);
         verb.footer("Example:\n  taskvec prune --base base.safetensors --task math.safetensors --density 0.1 --out "
                     "math.delta.safetensors\n"
                     "  taskvec apply --base base.safetensors --delta math.delta.safetensors --out pruned.safetensors");

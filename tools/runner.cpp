@@ -293,6 +293,12 @@ void release_temporary(const fs::path& path) noexcept
     on_temporary(path, false);
 }
 
+void check_cpu(const run_options& options)
+{
+    if (options.device == "cpu") { return; }
+    throw usage_error("--device " + options.device + ": only merge, prune and peru-fft run there; leave --device out");
+}
+
 runner::runner(const run_options& options, runs_on where)
     : terminal_(!options.quiet && ::isatty(STDERR_FILENO) == 1)
     , start_(clock::now())
@@ -300,10 +306,7 @@ runner::runner(const run_options& options, runs_on where)
     , drawn_(start_ - std::chrono::hours(1))
 {
     if (options.device != "cpu") {
-        if (where != runs_on::any_device) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::device_unavailable,
-                "--device cuda: only merge, prune and peru-fft run there; leave --device out");
-        }
+        if (where != runs_on::any_device) { check_cpu(options); }
         require_cuda();
     }
     (void)options.memory_bytes(); // a size that is none is wrong usage for every verb

@@ -53,6 +53,9 @@ void release_temporary(const fs::path& path) noexcept;
 /// Where a verb can run.
 enum class runs_on : std::uint8_t { cpu, any_device };
 
+/// Throws usage_error for --device cuda, of a verb that does not run there.
+void check_cpu(const run_options& options);
+
 /// The policy that the options ask for, with a progress line on a terminal. Interrupts stop the work as an error.
 /// Throws for --device cuda unless the verb runs there, the build has CUDA, and a device answers.
 class runner {

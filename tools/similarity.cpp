@@ -11,6 +11,7 @@
 #include <plot.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <sstream>
@@ -21,6 +22,7 @@ std::string fixed_text(double value)
 {
     char text[32];
     std::snprintf(text, sizeof text, "%.4f", value);
+    if (std::isnan(value)) { return "nan"; } // not -nan
     return std::string_view(text) == "-0.0000" ? "0.0000" : text;
 }
 
@@ -51,14 +53,15 @@ struct similarity_settings {
 void run_similarity(const similarity_settings& given)
 {
     tool::check_no_weights(given.models, "similarity", "a cosine does not depend on lengths; leave it out");
+    tool::check_cpu(given.models.run);
     const tool::merge_inputs inputs(given.models, true);
     if (!given.csv.empty()) { tool::claim_output(given.csv, "--csv"); }
     if (!given.svg.empty()) { tool::claim_output(given.svg, "--svg"); }
     tool::claim_report(given.models.run);
     tool::runner run(given.models.run);
     if (given.models.run.dry_run) {
-        tool::print(
-            "would compare " + tool::counted(inputs.tasks().size(), "task vector") + "\n" + tool::describe(inputs));
+        tool::print("would compare " + tool::counted(inputs.tasks().size(), "task vector") + "\n"
+            + tool::describe(inputs, tool::others::left_alone));
         return;
     }
     // All files are opened before the work, and named after everything that can fail: none is left where one of them
@@ -73,24 +76,27 @@ void run_similarity(const similarity_settings& given)
         const auto row = cosines.begin() + static_cast<std::ptrdiff_t>(r * names.size());
         rows.emplace_back(row, row + static_cast<std::ptrdiff_t>(names.size()));
     }
+    std::string csv_text, svg_text;
+    if (csv.wanted()) {
+        std::ostringstream text;
+        taskvec::write_csv(text, cosines, names, "task");
+        csv_text = text.str();
+        csv.finish_text(csv_text);
+    }
+    if (svg.wanted()) {
+        svg_text = plot::svg_of(
+            plot::heat_map{.title = "Cosine of task vectors", .columns = names, .rows = names, .values = rows},
+            given.svg);
+        svg.finish_text(svg_text);
+    }
     if (report.wanted()) {
         const taskvec::merge_report done{.kept = {}, .conflicting = {}, .norms = {}, .walks = 1};
         tool::merge_request request; // without a method
         static_cast<tool::model_request&>(request) = given.models;
-        auto content = tool::report_of(run, request, inputs, done, 0);
+        auto content = tool::report_of(run, request, inputs, done, csv_text.size() + svg_text.size());
         content.erase("output");
         content["cosines"] = rows;
         report.finish(content);
-    }
-    if (csv.wanted()) {
-        std::ostringstream text;
-        taskvec::write_csv(text, cosines, names, "task");
-        csv.finish_text(text.str());
-    }
-    if (svg.wanted()) {
-        svg.finish_text(plot::svg_of(
-            plot::heat_map{.title = "Cosine of task vectors", .columns = names, .rows = names, .values = rows},
-            given.svg));
     }
     tool::conclude(table_of(names, cosines), report, csv, svg);
 }

@@ -30,7 +30,8 @@ struct sweep_settings {
     std::vector<std::string> over; ///< OPTION=GRID
     std::string per_task; ///< the grid of each task's own lambda
     bool subsets = false;
-    std::size_t smallest = 2, jobs = 1;
+    std::optional<std::size_t> smallest;
+    std::size_t jobs = 1;
 };
 
 /// "0.1,0.3,0.5", "0:1:0.05" (first, last, step) or a mix of both.
@@ -60,7 +61,11 @@ std::vector<double> parse_grid(const std::string& text, const std::string& optio
         const double from = number(item.substr(0, first)), to = number(item.substr(first + 1, second - first - 1)),
                      step = number(item.substr(second + 1));
         const double count = std::floor((to - from) / step + 1e-9);
-        if (!(count >= 0) || count > 100000) { fail(); }
+        if (!(count >= 0)) { fail(); }
+        if (count > 100000) {
+            throw tool::usage_error(option + " is '" + text + "': '" + item
+                + "' has more than 100000 values, the most of a grid; give a larger step");
+        }
         for (double i = 0; i <= count; ++i) {
             grid.push_back(std::round((from + i * step) * 1e12) / 1e12);
         } // 0.15, not 0.15000000000000002
@@ -92,9 +97,21 @@ struct grid {
 const tool::option_value* given_value(const sweep_settings& given, const std::string& option)
 {
     const auto& list = given.merge.options;
-    const auto place =
-        std::find_if(list.rbegin(), list.rend(), [&](const tool::option_value& value) { return value.name == option; });
+    const auto place = std::find_if(list.rbegin(), list.rend(),
+        [&](const tool::option_value& value) { return value.name == option && !value.by_tensor; });
     return place == list.rend() ? nullptr : &*place;
+}
+
+/// What is spread over the layers is no point of a grid, and no grid either.
+void check_one_number(const sweep_settings& given, const taskvec::option_description& option)
+{
+    for (const auto& value : given.merge.options) {
+        if (value.name != option.name || !value.by_tensor || !value.pattern.empty()) { continue; }
+        throw tool::usage_error(value.flag + " '" + value.text
+            + "' would be spread over the layers, and a sweep takes one number for all of them: "
+            + (option.axis.name.empty() ? "--over " + option.name + "=" : "--" + std::string(option.axis.name) + " ")
+            + value.text + " sweeps over these");
+    }
 }
 
 /// The grids that were asked for: those of --lambdas and its like, and --over OPTION=GRID.
@@ -133,6 +150,7 @@ std::vector<axis> axes_of(const sweep_settings& given, const tool::method_entry&
             continue; // 1: the weights are the tasks' own
         }
         if (!number || (asked == grids.end() && option.axis.name.empty())) { continue; }
+        check_one_number(given, option);
         used.insert(option.name);
         std::string flag = "--" + (option.axis.name.empty() ? option.name : std::string(option.axis.name)), text;
         if (asked != grids.end()) {
@@ -141,6 +159,7 @@ std::vector<axis> axes_of(const sweep_settings& given, const tool::method_entry&
             if (one) { throw tool::usage_error(one->flag + " and " + flag + " exclude each other"); }
         }
         else if (one) {
+            flag = one->flag;
             text = one->text;
         }
         else {
@@ -191,13 +210,14 @@ grid grid_of(const sweep_settings& given, const tool::method_entry& method)
     }
     std::vector<std::vector<std::size_t>> sets;
     if (given.subsets) {
+        const auto smallest = given.smallest.value_or(2);
         if (tasks.size() > 20) {
             throw tool::usage_error(
                 taskvec::message("--subsets of ", tasks.size(), " tasks are too many to score; give at most 20"));
         }
-        sets = taskvec::task_subsets(tasks.size(), std::max<std::size_t>(1, given.smallest));
+        sets = taskvec::task_subsets(tasks.size(), std::max<std::size_t>(1, smallest));
         if (sets.empty()) {
-            throw tool::usage_error(taskvec::message("--subsets: there is none of ", given.smallest, " tasks or more"));
+            throw tool::usage_error(taskvec::message("--subsets: there is none of ", smallest, " tasks or more"));
         }
     }
     else {
@@ -254,7 +274,8 @@ tool::merge_request request_of(
     chosen(result.tasks);
     for (std::size_t i = 0; i < points.axes.size(); ++i) {
         const auto& option = points.axes[i].option;
-        std::erase_if(result.options, [&](const tool::option_value& value) { return value.name == option; });
+        std::erase_if(
+            result.options, [&](const tool::option_value& value) { return value.name == option && !value.by_tensor; });
         result.options.push_back({option, taskvec::csv_number(one.values[i]), "--" + option});
     }
     if (!one.weights.empty()) { result.options.push_back({"lambda", "1", "--lambda-per-task"}); }
@@ -359,7 +380,9 @@ void run_sweep(const sweep_settings& given)
 {
     tool::check_score_settings(given.score);
     if (given.jobs == 0) { throw tool::usage_error("--jobs is 0; expected at least 1"); }
+    tool::check_cpu(given.merge.run);
     const auto& method = tool::find_method(given.merge);
+    if (given.smallest && !given.subsets) { tool::note(given.merge.run, "--smallest has no effect without --subsets"); }
     const auto points = grid_of(given, method);
     auto table = tool::read_scores(given.score, points.columns);
     std::vector<const candidate*> left;
@@ -368,6 +391,7 @@ void run_sweep(const sweep_settings& given)
     }
     const tool::merge_inputs all(
         given.merge, method.needs_base); // everything that can be checked is, before the first candidate
+    tool::claim_outputs(given.merge, given.score, given.svg, tool::first_model_of(given.merge, all));
     tool::runner run(given.merge.run);
     method.examine(tool::call_of(run.policy(), given.merge, all));
     (void)tool::outputs_of(given.merge, all);
@@ -378,6 +402,7 @@ void run_sweep(const sweep_settings& given)
         return;
     }
     tool::report_file report(given.merge.run.report);
+    tool::traffic bytes;
     tool::write_scores(given.score, table); // a path that cannot be written is known early
     if (!table.rows().empty()) {
         tool::note(given.merge.run,
@@ -395,7 +420,7 @@ void run_sweep(const sweep_settings& given)
                 const auto request = request_of(given, method, points, *left[first + i]);
                 const auto& models = inputs.of(request);
                 files.push_back(scratch.path() / ("candidate" + std::to_string(i) + ".safetensors"));
-                tool::write_candidate(
+                bytes += tool::write_candidate(
                     files.back(), method, call_of(run.policy(), request, models, *left[first + i]), scratch.path());
             }
             std::vector<std::optional<double>> scores(count);
@@ -440,10 +465,12 @@ void run_sweep(const sweep_settings& given)
         out.emplace(method, call_of(run.policy(), request, inputs, winner),
             "Merged by " + request.method + ", the best of " + tool::counted(points.candidates.size(), "point"));
     }
+    if (out) { bytes += out->bytes(); }
     if (!given.svg.empty()) { draw(given, points, here); }
     if (report.wanted()) {
         nlohmann::ordered_json content{{"method", given.merge.method}, {"seconds", run.seconds()},
-            {"points", points.candidates.size()}, {"scored", left.size()}, {"peak_memory", tool::peak_memory()},
+            {"bytes_read", bytes.read}, {"bytes_written", bytes.written}, {"points", points.candidates.size()},
+            {"scored", left.size()}, {"peak_memory", tool::peak_memory()},
             {"peak_anonymous_memory", run.anonymous_peak()}};
         for (std::size_t c = 0; c < points.columns.size(); ++c) { content["best"][points.columns[c]] = best.point[c]; }
         content["best"]["score"] = best.score;

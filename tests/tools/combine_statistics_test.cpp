@@ -74,3 +74,18 @@ TEST_CASE("parts that do not belong together: one line, and no file")
     }
     CHECK(run(folder, {"combine-statistics", "--out", "out"}).code == 2);
 }
+
+TEST_CASE("sums and counts beyond their types are errors, and no file")
+{
+    using kind = taskvec::statistics_kind;
+    const scratch folder;
+    constexpr std::uint64_t half = std::uint64_t{1} << 63;
+    write_part(folder / "large", kind::gram, 2, {3e38F, 0, 0, 1});
+    write_part(folder / "many", kind::empirical_fisher, half, {1, 2, 3, 4});
+    refused(folder, {"combine-statistics", "--part", "large", "--part", "large", "--out", "out"}, 1,
+        "'w' of all parts together is beyond F32 at index 0");
+    refused(folder, {"combine-statistics", "--part", "many", "--part", "many", "--out", "out"}, 1, "2^64-1 examples");
+    write_values(folder / "beyond", {{"w", {taskvec::dtype::f32, {2, 2}, {1, 2, 3, 4}}}},
+        {{"schema", "taskvec.statistics.1"}, {"kind", "empirical_fisher"}, {"examples", "18446744073709551616"}});
+    refused(folder, {"combine-statistics", "--part", "beyond", "--out", "out"}, 1, "18446744073709551616");
+}

@@ -330,3 +330,71 @@ TEST_CASE("a difference that overflows is no delta, and prune has no weights")
     CHECK(weighted.code == 2);
     CHECK(weighted.err.find("--weight has no meaning for prune") != std::string::npos);
 }
+
+TEST_CASE("apply propagates an infinity that the delta holds, as merge does one of a task")
+{
+    const scratch folder;
+    const float infinity = std::numeric_limits<float>::infinity();
+    write_values(folder / "base.safetensors", {{"w", {taskvec::dtype::f32, {3}, {1, 2, 3}}}});
+    write_values(folder / "task.safetensors", {{"w", {taskvec::dtype::f32, {3}, {infinity, 2, 3}}}});
+    REQUIRE(run(folder,
+                {"prune", "--base", "base.safetensors", "--task", "task.safetensors", "--nonfinite", "propagate",
+                    "--density", "0.4", "--out", "d.safetensors"})
+                .code
+        == 0);
+    const std::vector<std::string> apply{
+        "apply", "--base", "base.safetensors", "--delta", "d.safetensors", "--out", "o.safetensors"};
+    refused(folder, apply, 1, "infinity");
+    for (const std::string overflow : {"error", "saturate"}) {
+        auto words = apply;
+        words.insert(words.end(), {"--nonfinite", "propagate", "--overflow", overflow});
+        const auto result = run(folder, words);
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        CHECK(read_values(folder / "o.safetensors").at("w").values == std::vector<float>{infinity, 2, 3});
+    }
+}
+
+TEST_CASE("a model is not put where peru-fft's would be opened no more; --scope of the deltas is an option with effect")
+{
+    const delta_models m;
+    const std::vector<std::string> tasks{
+        "--base", "base.safetensors", "--task", "first.safetensors", "--task", "second.safetensors"};
+    auto words = tasks;
+    words.insert(words.begin(), {"peru-fft", "--method", "average", "--scope", "tensor", "--out", "set"});
+    const auto made = run(m.folder, words);
+    REQUIRE(made.code == 0);
+    CHECK(made.err.find("--scope") == std::string::npos);
+    refused(m.folder, {"apply", "--base", "set", "--delta", "set/first.delta.safetensors", "--out", "set"}, 1,
+        "merged.safetensors");
+    refused(m.folder,
+        {"apply", "--base", "set", "--delta", "set/first.delta.safetensors", "--out", "set/model.safetensors"}, 1,
+        "merged.safetensors");
+    auto merge = tasks;
+    merge.insert(merge.begin(), {"merge", "--method", "average", "--out", "set"});
+    refused(m.folder, merge, 1, "merged.safetensors");
+    for (const std::string task : {"first", "second"}) {
+        const auto applied = run(m.folder,
+            {"apply", "--base", "set/merged.safetensors", "--delta", "set/" + task + ".delta.safetensors", "--out",
+                task + ".pt"});
+        CHECK(applied.code == 0);
+        CHECK(applied.err.find("is written as safetensors") != std::string::npos);
+    }
+}
+
+TEST_CASE("models of one stem are called by their endings, and are not one model given twice")
+{
+    const delta_models m;
+    std::filesystem::create_directories(m.folder / "y");
+    std::filesystem::rename(m.folder / "first.safetensors", m.folder / "y/model.safetensors");
+    std::filesystem::rename(m.folder / "second.safetensors", m.folder / "y.safetensors");
+    const std::vector<std::string> merge{"peru-fft", "--method", "average", "--base", "base.safetensors", "--task",
+        "y.safetensors", "--task", "y", "--out", "set"};
+    const auto result = run(m.folder, merge);
+    REQUIRE(result.code == 0);
+    CHECK(result.err.find("given twice") == std::string::npos);
+    CHECK(std::filesystem::exists(m.folder / "set/y.delta.safetensors"));
+    CHECK(std::filesystem::exists(m.folder / "set/y.safetensors.delta.safetensors"));
+    const auto twice = run(m.folder, {"merge", "--method", "average", "--task", "y", "--task", "y", "--out", "o"});
+    CHECK(twice.err.find("'y' is given twice") != std::string::npos);
+}

@@ -268,3 +268,115 @@ TEST_CASE("inspect --verify tells the model that a file names from others")
     CHECK(verify("base.safetensors", "base.safetensors").second.find("holds no fingerprint") != std::string::npos);
     CHECK(verify("base.safetensors", "missing.md").second.find("missing.md") != std::string::npos);
 }
+
+namespace {
+
+/// A safetensors file of one tensor "w" of any dtype.
+template <class T>
+void write_w(const std::filesystem::path& path, taskvec::dtype type, const std::vector<T>& values)
+{
+    const taskvec::tensor_spec spec{"w", type, {static_cast<std::int64_t>(values.size())}};
+    taskvec::safetensors_writer writer(path, std::vector{spec}, taskvec::metadata_map(), taskvec::durability::process);
+    writer.write(0, 0, values.data(), values.size() * sizeof(T));
+    writer.commit();
+}
+
+/// The one row of inspect --diff.
+nlohmann::json row_of_diff(const scratch& folder)
+{
+    const auto result = run(folder, {"inspect", "a.safetensors", "--diff", "b.safetensors", "--json"});
+    REQUIRE(result.code == 0);
+    const auto diff = nlohmann::json::parse(result.out);
+    CHECK(diff["equal"] == 0);
+    CHECK(diff["not_comparable"].empty());
+    REQUIRE(diff["differ"].size() == 1);
+    return diff["differ"][0];
+}
+
+} // namespace
+
+TEST_CASE("inspect --diff computes in f64 and in range, whatever the numbers are")
+{
+    const scratch folder;
+    using taskvec::dtype;
+    const auto compared = [&](dtype type, const auto& a, const auto& b) {
+        write_w(folder / "a.safetensors", type, a);
+        write_w(folder / "b.safetensors", type, b);
+        return row_of_diff(folder);
+    };
+    using wide = std::vector<double>;
+    // (3, 4) against (3, 0), by any factor: their squares are beyond f64 at both ends.
+    for (const double unit : {1e-320, 1e-200, 1.0, 1e200, 4e307}) {
+        const auto row = compared(dtype::f64, wide{3 * unit, 4 * unit}, wide{3 * unit, 0});
+        CHECK(row["max"] == 4 * unit);
+        CHECK(std::abs(row["norm"].get<double>() - 4 * unit) <= 1e-12 * 4 * unit);
+        CHECK(row["relative"] == doctest::Approx(0.8).epsilon(1e-3));
+        CHECK(row["cosine"] == doctest::Approx(0.6).epsilon(1e-3));
+    }
+    const auto large = compared(dtype::f32, std::vector<float>{-3e38F, 2}, std::vector<float>{3e38F, 2});
+    CHECK(large["max"] == doctest::Approx(6e38).epsilon(1e-6));
+    CHECK(large["norm"] == doctest::Approx(6e38).epsilon(1e-6));
+    CHECK(large["cosine"] == doctest::Approx(-1));
+    // NaN in the place of a number is a difference; NaN in both is none.
+    const float nan = std::nanf(""), infinity = std::numeric_limits<float>::infinity();
+    const auto lost = compared(dtype::f32, std::vector<float>{1, 2, nan}, std::vector<float>{1, nan, nan});
+    CHECK(lost["max"].is_null());
+    const auto text = run(folder, {"inspect", "a.safetensors", "--diff", "b.safetensors"}).out;
+    CHECK(text.find("w     nan") != std::string::npos);
+    CHECK(text.find("-nan") == std::string::npos);
+    CHECK(compared(dtype::f32, std::vector<float>{1, infinity}, std::vector<float>{3, infinity})["max"] == 2);
+}
+
+TEST_CASE("inspect --diff counts integers and truths that differ, and what nothing computes with")
+{
+    const scratch folder;
+    using taskvec::dtype;
+    const auto compared = [&](dtype type, const auto& a, const auto& b) {
+        write_w(folder / "a.safetensors", type, a);
+        write_w(folder / "b.safetensors", type, b);
+        return row_of_diff(folder);
+    };
+    const auto numbers = compared(dtype::i64, std::vector<std::int64_t>{1, 2}, std::vector<std::int64_t>{1, 3});
+    CHECK(numbers["max"] == 1);
+    CHECK(numbers["norm"] == 1);
+    CHECK(numbers["cosine"] == doctest::Approx(7 / std::sqrt(50.0)));
+    constexpr auto least = std::numeric_limits<std::int64_t>::min();
+    CHECK(compared(dtype::i64, std::vector<std::int64_t>{least}, std::vector<std::int64_t>{least + 1})["max"] == 1);
+    CHECK(compared(dtype::boolean, std::vector<std::uint8_t>{0, 1}, std::vector<std::uint8_t>{1, 1})["max"] == 1);
+    CHECK(compared(dtype::c64, std::vector<std::uint64_t>{0}, std::vector<std::uint64_t>{1})["max"].is_null());
+    write_w(folder / "a.safetensors", dtype::i32, std::vector<std::int32_t>{-1, 7});
+    write_w(folder / "b.safetensors", dtype::i64, std::vector<std::int64_t>{-1, 7});
+    CHECK(run(folder, {"inspect", "a.safetensors", "--diff", "b.safetensors"}).out.find("1 tensor equal, 0 differ")
+        != std::string::npos);
+}
+
+TEST_CASE("inspect answers one question, as JSON too, and none about an empty name")
+{
+    const scratch folder;
+    write_w(folder / "a.safetensors", taskvec::dtype::f32, std::vector<float>{1, 2});
+    const auto sketch = run(folder, {"inspect", "a.safetensors", "--sketch"}).out;
+    const auto word = sketch.substr(0, sketch.size() - 1);
+    const auto json = [&](const std::vector<std::string>& words) {
+        const auto result = run(folder, words);
+        REQUIRE(result.code == 0);
+        return nlohmann::json::parse(result.out);
+    };
+    CHECK(json({"inspect", "a.safetensors", "--sketch", "--json"})["sketch"] == word);
+    CHECK(json({"inspect", "a.safetensors", "--verify", word, "--json"})["matches"] == "sketch");
+    const std::vector<std::vector<std::string>> questions{
+        {"--diff", "a.safetensors"}, {"--sketch"}, {"--verify", word}, {"--adapter"}};
+    for (const auto& one : questions) {
+        for (const auto& other : questions) {
+            if (one == other) { continue; }
+            std::vector<std::string> words{"inspect", "a.safetensors"};
+            words.insert(words.end(), one.begin(), one.end());
+            words.insert(words.end(), other.begin(), other.end());
+            refused(folder, words, 2, "exclude each other");
+        }
+    }
+    refused(folder, {"inspect", ""}, 2, "MODEL is empty");
+    refused(folder, {"clean", ""}, 2, "DIR is empty");
+    refused(folder, {"apply", "--base", "", "--delta", "d", "--out", "o"}, 2, "--base is empty");
+    refused(folder, {"inspect", "a.safetensors", "--diff", ""}, 2, "--diff is empty");
+    refused(folder, {"apply", "--base", "a", "--base", "b", "--delta", "d", "--out", "o"}, 2, "--base is given twice");
+}

@@ -242,7 +242,7 @@ TEST_CASE("peru-lora refuses ranks that no layer has, and says the highest; --cl
     taskvec::write_peft(folder / "task", three_layers());
     refused(
         folder, with(peru, {"--rank", "5"}), 1, "'task': rank 5 asked for, but the ranks of its layers are at most 4");
-    refused(folder, with(peru, {"--rank", "0"}), 1, "rank 0");
+    refused(folder, with(peru, {"--rank", "0"}), 2, "--rank is 0");
     refused(folder, with(peru, {"--energy", "0"}), 2, "--energy is 0");
     refused(folder, with(peru, {"--energy", "1.5"}), 2, "--energy is 1.5");
     refused(folder, with(peru, {"--rank", "2", "--memory", "much"}), 2, "--memory");
@@ -489,7 +489,7 @@ TEST_CASE("extract-lora refuses models that do not fit, ranks that no layer has,
     refused(folder, with(extract, {"--rank", "21"}), 1,
         "'task.safetensors': rank 21 asked for, but the ranks of its layers are at most 20");
     refused(folder, with(extract, {"--rank", "2", "--embedding", "("}), 2, "--embedding: '('");
-    refused(folder, with(extract, {"--rank", "0"}), 1, "rank 0");
+    refused(folder, with(extract, {"--rank", "0"}), 2, "--rank is 0");
     refused(folder, extract, 2, "--rank");
     refused(folder, with(extract, {"--rank", "2", "--device", "cuda"}), 2, "--device");
     refused(folder, {"extract-lora", "--base", "base.safetensors", "--rank", "1", "--out", "out"}, 2, "--task");
@@ -543,7 +543,7 @@ TEST_CASE(
         CHECK(layer["rank"] == std::min<std::size_t>(3, layer["rank_before"]));
     }
     refused(folder, with(merge, {"--rank", "9"}), 1, "at most 5");
-    refused(folder, with(merge, {"--rank", "0"}), 1, "rank 0");
+    refused(folder, with(merge, {"--rank", "0"}), 2, "--rank is 0");
 }
 
 TEST_CASE("merge-lora ties merges the dense updates as TIES is defined, and decomposes the result")
@@ -990,4 +990,67 @@ TEST_CASE("extract-lora refuses factors of adapters as models")
     CHECK(is_error_line(done.err));
     CHECK(done.err.find("holds factors of an adapter") != std::string::npos);
     CHECK_FALSE(std::filesystem::exists(folder / "o"));
+}
+
+TEST_CASE("ranks: 0 is wrong usage, one too high names the flag that lowers it, and what was made is what is said")
+{
+    const scratch folder;
+    taskvec::write_peft(folder / "in", three_layers());
+    const std::vector<std::string> peru{"peru-lora", "--adapter", "in", "--out", "out"};
+    const auto with_rank = [&](std::vector<std::string> more) {
+        auto words = peru;
+        words.insert(words.end(), more.begin(), more.end());
+        return words;
+    };
+    refused(folder, with_rank({"--rank", "0"}), 2, "--rank is 0");
+    refused(folder, with_rank({"--rank", "99"}), 1, "(--clamp)");
+    const auto clamped = run(folder, with_rank({"--rank", "1000", "--clamp"}));
+    REQUIRE(clamped.code == 0);
+    CHECK(clamped.out.find("at rank 4, the highest there is") != std::string::npos);
+    CHECK(run(folder, {"extract-lora", "--help"}).out.find("Excludes:") == std::string::npos);
+}
+
+TEST_CASE("adapters: outputs are checked in a dry run as in a run, and before any work")
+{
+    const scratch folder;
+    taskvec::write_peft(folder / "in", three_layers());
+    spill(folder / "file", "x");
+    const std::vector<std::vector<std::string>> verbs{{"peru-lora", "--adapter", "in", "--rank", "2"},
+        {"merge-lora", "--adapter", "in"}, {"fold-llora", "--init", "in", "--adapter", "in"}};
+    for (const auto& verb : verbs) {
+        for (const auto& [outputs, code] :
+            std::vector<std::pair<std::vector<std::string>, int>>{{{"--out", "file/x"}, 1}, {{"--out", "file"}, 1},
+                {{"--out", "o", "--report", "absent/r.json"}, 1}, {{"--out", "o", "--report", "in"}, 1},
+                {{"--out", "o", "--report", "in/adapter_config.json"}, 1}, {{"--out", ""}, 2}}) {
+            auto words = verb;
+            words.insert(words.end(), outputs.begin(), outputs.end());
+            refused(folder, words, code, code == 2 ? "--out is empty" : "");
+            words.emplace_back("--dry-run");
+            refused(folder, words, code, "");
+        }
+        auto words = verb;
+        words.insert(words.end(), {"--out", "o", "--device", "cuda"});
+        refused(folder, words, 2, "--device cuda");
+    }
+}
+
+TEST_CASE("convert names the adapter and the tensor that is not finite, and reports what it took")
+{
+    const scratch folder;
+    auto made = three_layers();
+    taskvec::write_peft(folder / "good", made);
+    made.updates.at("layers.0.v").a.data()[3] = std::nanf("");
+    taskvec::write_peft(folder / "bad", made, {.on_overflow = taskvec::overflow::propagate});
+    for (const std::string overflow : {"error", "saturate"}) {
+        refused(folder, {"convert", "bad", "--as", "peft", "--out", "o", "--overflow", overflow}, 1,
+            "tensor 'base_model.model.layers.0.v.lora_A.weight' of 'bad' holds NaN at index 3");
+    }
+    CHECK(run(folder, {"convert", "bad", "--as", "peft", "--out", "nan", "--overflow", "propagate"}).code == 0);
+    REQUIRE(run(folder, {"convert", "good", "--as", "peft", "--out", "o", "--report", "r.json"}).code == 0);
+    const auto report = json_of(folder / "r.json");
+    for (const char* key : {"seconds", "bytes_read", "bytes_written", "peak_memory", "peak_anonymous_memory"}) {
+        CAPTURE(key);
+        CHECK(report[key] > 0);
+    }
+    refused(folder, {"convert", "good", "--as", "peft", "--out", "p", "--device", "cuda"}, 2, "--device cuda");
 }

@@ -3,6 +3,8 @@
 #include "../skip.hpp"
 #include "run_tool.hpp"
 
+#include <nlohmann/json.hpp>
+
 #include <sstream>
 
 using namespace tools_test;
@@ -103,4 +105,26 @@ TEST_CASE("similarity refuses bad input")
     CHECK(result.code == 1);
     CHECK(is_error_line(result.err));
     CHECK_FALSE(std::filesystem::exists(m.folder / "c.csv"));
+}
+
+TEST_CASE("cosines of numbers near the ends of their types, and of tasks that are not finite")
+{
+    const scratch folder;
+    write_values(folder / "base.safetensors", {{"w", {taskvec::dtype::f32, {2}, {-3e38F, 2}}}});
+    write_values(folder / "x.safetensors", {{"w", {taskvec::dtype::f32, {2}, {3e38F, 3}}}});
+    write_values(folder / "y.safetensors", {{"w", {taskvec::dtype::f32, {2}, {3e38F, 5}}}});
+    write_values(folder / "nan.safetensors", {{"w", {taskvec::dtype::f32, {2}, {std::nanf(""), 5}}}});
+    const std::vector<std::string> words{"similarity", "--base", "base.safetensors", "--task", "x.safetensors",
+        "--task", "y.safetensors", "--csv", "c.csv", "--report", "r.json"};
+    REQUIRE(run(folder, words).code == 0);
+    CHECK(slurp(folder / "c.csv") == "task,x,y\nx,1,1\ny,1,1\n");
+    const auto report = nlohmann::json::parse(slurp(folder / "r.json"));
+    CHECK(report["bytes_written"] == slurp(folder / "c.csv").size());
+
+    const auto with_nan = run(folder,
+        {"similarity", "--base", "base.safetensors", "--task", "x.safetensors", "--task", "nan.safetensors",
+            "--nonfinite", "propagate", "--csv", "n.csv"});
+    REQUIRE(with_nan.code == 0);
+    CHECK(slurp(folder / "n.csv") == "task,x,nan\nx,1,nan\nnan,nan,nan\n");
+    CHECK(with_nan.out.find("-nan") == std::string::npos);
 }

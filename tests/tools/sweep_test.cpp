@@ -531,3 +531,41 @@ TEST_CASE("a sweep that is killed keeps what it had, and the next one goes on fr
     CHECK(m.table() == std::vector<std::string>{"lambda,score", "0.1,1", "0.2,2", "0.3,4", "0.4,5"});
     CHECK(slurp(m.folder / "calls") == "x\nx\nx\nx\nx\n");
 }
+
+TEST_CASE("a sweep takes values by tensor beside its grid, and says what has no effect and what is no grid")
+{
+    const sweep_models m;
+    const auto mixed = m.sweep(digest, {"--lambda", "0.5", "--lambda", "layers.0=1", "--csv", "s.csv"}, "ab");
+    CAPTURE(mixed.err);
+    REQUIRE(mixed.code == 0);
+    CHECK(m.table()[1]
+        == "0.5," + m.score_of({"--method", "task-arithmetic", "--lambda", "0.5", "--lambda", "layers.0=1"}, "ab"));
+    const auto refuses = [&](const std::vector<std::string>& more, const std::string& because) {
+        refused(m.folder, m.command("test -f {} && echo 1", more, "ab"), 2, because);
+    };
+    refuses({"--lambda", "0,1"}, "--lambda '0,1' would be spread over the layers");
+    refuses({"--lambdas", "0:1:1e-9"}, "more than 100000 values");
+    refuses({"--lambdas", "0.5", "--device", "cuda"}, "--device cuda");
+    const auto noted =
+        m.sweep("test -f {} && echo 1", {"--lambdas", "0.5", "--smallest", "1", "--report", "r.json"}, "ab");
+    CHECK(noted.err.find("--smallest has no effect without --subsets") != std::string::npos);
+    const auto report = nlohmann::json::parse(slurp(m.folder / "r.json"));
+    CHECK(report["bytes_read"] > 0);
+    CHECK(report["bytes_written"] > 0);
+}
+
+TEST_CASE("a sweep's outputs are checked before the first candidate, and in a dry run")
+{
+    const sweep_models m;
+    for (const auto& outputs :
+        std::vector<std::vector<std::string>>{{"--out", "absent/o.safetensors"}, {"--csv", "absent/c.csv"},
+            {"--report", "absent/r.json"}, {"--svg", "absent/s.svg"}, {"--scratch", "absent"}}) {
+        auto more = outputs;
+        more.insert(more.end(), {"--lambdas", "0.5"});
+        auto words = m.command("touch scored; test -f {} && echo 1", more, "ab");
+        CAPTURE(outputs[0]);
+        refused(m.folder, words, 1, "absent");
+        words.emplace_back("--dry-run");
+        refused(m.folder, words, 1, "absent");
+    }
+}
