@@ -67,6 +67,7 @@
 #include <taskvec/linalg/eigen.hpp>
 #include <taskvec/linalg/factor_pair.hpp>
 #include <taskvec/linalg/factored_svd.hpp>
+#include <taskvec/linalg/leading_svd.hpp>
 #include <taskvec/linalg/linalg.hpp>
 #include <taskvec/linalg/randomized_svd.hpp>
 #include <taskvec/linalg/svd.hpp>

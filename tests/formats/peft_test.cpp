@@ -231,7 +231,8 @@ TEST_CASE("patterns follow PEFT: file order, whole names or dotted ends, regular
     says(refused("alpha_pattern", {{"([a-z.0-9_]+[a-z.0-9_]+)+!", 3}}), "matches no module");
     says(refused("alpha_pattern", {{std::string(50000, '(') + "q" + std::string(50000, ')'), 3}}),
         "a regular expression of 1000");
-    says(refused("alpha_pattern", {{"(q)\\1", 3}}), "not a regular expression that is understood here");
+    says(refused("alpha_pattern", {{"(q)\\1", 3}}),
+        "alpha_pattern has the key '(q)\\1': '(.*\\.)?((q)\\1)' has a back-reference");
 }
 
 TEST_CASE("configurations that are not plain LoRA are refused by name")
