@@ -727,10 +727,21 @@ private:
             if (!one) { continue; }
             auto word = scalar_of(where_, one->value, key);
             if (word.starts_with("torch.")) { word.erase(0, std::string_view("torch.").size()); }
-            const auto dtype = word == "float32" ? "f32" : word == "bfloat16" ? "bf16" : word == "float16" ? "f16" : "";
-            if (*dtype == '\0') {
+            const bool of_result = std::string_view(key) == "out_dtype";
+            if (word == "float64" && !of_result) {
                 where_.fail(one->value,
-                    std::string(key) + " is '" + shown(word) + "'" + meant(word, {"float32", "bfloat16", "float16"}));
+                    "dtype is 'float64', and sums are f64 only where a model is; expected float32, with out_dtype: "
+                    "float64 for a result in it");
+            }
+            const auto dtype = word == "float32" ? "f32"
+                : word == "bfloat16"             ? "bf16"
+                : word == "float16"              ? "f16"
+                : word == "float64"              ? "f64"
+                                                 : "";
+            if (*dtype == '\0') {
+                auto known = std::vector<std::string>{"float32", "bfloat16", "float16"};
+                if (of_result) { known.emplace_back("float64"); }
+                where_.fail(one->value, std::string(key) + " is '" + shown(word) + "'" + meant(word, known));
             }
             request().dtype = dtype;
         }

@@ -30,6 +30,7 @@ models:
 # differ by more: those that are chosen otherwise, as docs/migrate.md says.
 CONFIGURATIONS = {
     "task_arithmetic": (WEIGHTED + "merge_method: task_arithmetic\nparameters: {lambda: 0.6}", 0.0),
+    "task_arithmetic, written in float64": (WEIGHTED + "merge_method: task_arithmetic\nout_dtype: float64", 0.0),
     "ties": (WEIGHTED + "merge_method: ties\nparameters: {density: 0.3}", 0.0),
     "ties, summed": (WEIGHTED + "merge_method: ties\nparameters: {density: 0.3, normalize: false, rescale: true}", 1e-6),
     "breadcrumbs": (WEIGHTED + "merge_method: breadcrumbs\nparameters: {density: 0.7, gamma: 0.1}", 0.0),

@@ -634,7 +634,10 @@ TEST_CASE("numbers, truths, mappings and merge keys are those of YAML 1.1 and of
     CHECK(same(ties("0", "0.5"), ties("1", "0")));
     CHECK(same(ties("2", "0.5"), ties("1", "0.5")));
     CHECK_FALSE(same(ties("[0, 1]", "0.5"), ties("1", "0.5")));
-    has(m.refusal(head + "dtype: float64\n"), "dtype is 'float64'");
+    has(m.refusal(head + "dtype: float64\n"), "dtype is 'float64', and sums are f64 only where a model is");
+    has(m.refusal(head + "out_dtype: f64\n"), "out_dtype is 'f64'");
+    (void)m.result(head + "dtype: float32\nout_dtype: float64\n");
+    has(slurp(m.folder / "out/model.safetensors").substr(0, 1000), "\"F64\"");
 }
 
 TEST_CASE("the chat template is that of most models, a known one, or the text that is given")
