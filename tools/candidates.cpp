@@ -86,6 +86,7 @@ void write_scores(const score_settings& score, const taskvec::sweep_table& table
 {
     if (score.csv.empty()) { return; }
     std::ostringstream text;
+    text.exceptions(std::ios::badbit); // memory that runs out is no shorter table
     taskvec::write_csv(text, table);
     taskvec::write_text_file(score.csv, text.str());
 }

@@ -6,6 +6,7 @@
 #include "words.hpp"
 
 #include <taskvec/core/error.hpp>
+#include <taskvec/formats/file.hpp>
 
 #include <algorithm>
 #include <cerrno>
@@ -294,11 +295,11 @@ double run_score_command(const score_command& command, const scored_candidate& c
 
 scratch_directory::scratch_directory(const fs::path& parent)
 {
-    for (int number = 0; path_.empty(); ++number) {
-        const auto name =
-            parent / taskvec::message(".taskvec-", ::getpid(), "-scratch", number, ".tmp"); // as other temporary names
-        if (::mkdir(name.c_str(), 0700) == 0) { path_ = name; }
-        else if (errno != EEXIST) {
+    for (int number = 0;; ++number) {
+        // As other temporary names. Nothing after mkdir() takes memory: the directory would stay.
+        path_ = parent / taskvec::message(".taskvec-", ::getpid(), "-scratch", number, ".tmp");
+        if (::mkdir(path_.c_str(), 0700) == 0) { break; }
+        if (errno != EEXIST) {
             taskvec::raise<taskvec::io_error>(taskvec::system_error_code(errno),
                 taskvec::message("cannot make a temporary directory in it: ", std::strerror(errno)), parent.string(),
                 errno);
@@ -309,8 +310,7 @@ scratch_directory::scratch_directory(const fs::path& parent)
 
 scratch_directory::~scratch_directory()
 {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
+    taskvec::remove_temporary(path_.c_str()); // with its contents, and without memory
     release_temporary(path_);
 }
 

@@ -79,6 +79,7 @@ void run_similarity(const similarity_settings& given)
     std::string csv_text, svg_text;
     if (csv.wanted()) {
         std::ostringstream text;
+        text.exceptions(std::ios::badbit); // memory that runs out is no shorter table
         taskvec::write_csv(text, cosines, names, "task");
         csv_text = text.str();
         csv.finish_text(csv_text);
