@@ -11,9 +11,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <utility>
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -23,7 +26,6 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <vector>
@@ -68,6 +70,34 @@ public:
 private:
     int file_;
     std::string path_;
+};
+
+/// A directory whose files are written over, for readers that take directories.
+class directory {
+public:
+    explicit directory(std::filesystem::path place)
+        : path_(std::move(place))
+    {
+        std::filesystem::create_directories(path_);
+    }
+    directory(const directory&) = delete;
+    directory& operator=(const directory&) = delete;
+    ~directory()
+    {
+        std::error_code ignored;
+        std::filesystem::remove_all(path_, ignored);
+    }
+    void put(const char* name, std::string_view content) const
+    {
+        const int file = ::open((path_ / name).c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+        expect(file >= 0 && ::write(file, content.data(), content.size()) == static_cast<ssize_t>(content.size()),
+            "no file");
+        ::close(file);
+    }
+    [[nodiscard]] const std::filesystem::path& path() const { return path_; }
+
+private:
+    std::filesystem::path path_;
 };
 
 /// Numbers from an input, 0 once it has ended.

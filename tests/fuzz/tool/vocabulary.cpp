@@ -9,25 +9,12 @@
 
 namespace {
 
-/// Two models' directories.
-struct tokenizers {
-    std::filesystem::path path;
+/// Two models' directories, and one for the result.
+struct tokenizers : fuzz::directory {
     tokenizers()
-        : path("/dev/shm/taskvec-tokenizers-" + std::to_string(::getpid()))
+        : directory("/dev/shm/taskvec-tokenizers-" + std::to_string(::getpid()))
     {
-        for (const auto* name : {"a", "b", "c"}) { std::filesystem::create_directories(path / name); }
-    }
-    ~tokenizers()
-    {
-        std::error_code ignored;
-        std::filesystem::remove_all(path, ignored);
-    }
-    void put(const char* name, std::string_view content) const
-    {
-        const int file = ::open((path / name).c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-        fuzz::expect(file >= 0 && ::write(file, content.data(), content.size()) == static_cast<ssize_t>(content.size()),
-            "no file");
-        ::close(file);
+        for (const auto* name : {"a", "b", "c"}) { std::filesystem::create_directories(path() / name); }
     }
 };
 
@@ -55,14 +42,15 @@ TASKVEC_FUZZ_TARGET(vocabulary)
              tool::vocabulary_policy::all, tool::vocabulary_policy::truncate}) {
         fuzz::read([&] {
             const tool::lined_up_vocabulary lined(
-                {{folder.path / "a", "'a'", &models[0]}, {folder.path / "b", "'b'", &models[1]}}, policy, {}, quiet);
+                {{folder.path() / "a", "'a'", &models[0]}, {folder.path() / "b", "'b'", &models[1]}}, policy, {},
+                quiet);
             if (!lined.changed()) { return; }
             const auto& rows = lined.models()[0].find("embed_tokens.weight")->shape[0];
             fuzz::expect(rows == lined.models()[1].find("embed_tokens.weight")->shape[0], "rows that are not lined up");
             for (const auto& [name, content] : lined.tokenizer_files(quiet)) {
                 if (name != "tokenizer.json" || !content) { continue; }
                 folder.put("c/tokenizer.json", *content);
-                const auto tokens = tool::read_tokens(folder.path / "c/tokenizer.json");
+                const auto tokens = tool::read_tokens(folder.path() / "c/tokenizer.json");
                 fuzz::expect(tokens.size() <= static_cast<std::uint64_t>(rows), "tokens without rows");
             }
         });
