@@ -63,25 +63,16 @@ template <int = 0>
     auto next = scratch_matrix<float>(policy, n, b), product = scratch_matrix<float>(policy, m, b);
     auto along = scratch_matrix<float>(policy, most, b);
 
-    // What is left of `next` beside the first k columns of the basis, orthonormalised; R of the QR.
-    const auto make_orthonormal = [&](std::size_t k) {
-        if (k != 0) {
-            const auto v = basis.view().left_columns(k);
-            const auto c = along.view().block(0, 0, k, b);
-            gemm<float>(policy, 1.0F, std::as_const(v).transposed(), next.view(), 0.0F, c);
-            gemm<float>(policy, -1.0F, v, c, 1.0F, next.view());
-        }
-        auto f = factor_qr<float>(policy, next.view(), what);
-        auto unit = scratch_matrix<double>(policy, b, b);
-        for (std::size_t j = 0; j < b; ++j) { unit(j, j) = 1; }
-        auto q_of = scratch_matrix<float>(policy, n, b);
-        multiply_q<float>(policy, f, unit.view(), q_of.view());
-        next = std::move(q_of);
-        return std::move(f.r);
+    // What is left of `next` beside the first k columns of the basis.
+    const auto make_orthogonal = [&](std::size_t k) {
+        const auto v = basis.view().left_columns(k);
+        const auto c = along.view().block(0, 0, k, b);
+        gemm<float>(policy, 1.0F, std::as_const(v).transposed(), next.view(), 0.0F, c);
+        gemm<float>(policy, -1.0F, v, c, 1.0F, next.view());
     };
 
     fill_normal<float>(policy, random_stream(0, 0, what), next.view());
-    (void)make_orthonormal(0);
+    next = orthonormal_basis<float>(policy, next.view(), what);
     constexpr double tolerance =
         16 * std::numeric_limits<float>::epsilon(); // what rounding in A·V leaves is half of it
     std::vector<double> values;
@@ -101,9 +92,14 @@ template <int = 0>
             for (std::size_t i = 0; i < j; ++i) { square(j, i) = square(i, j); }
         }
         gemm<float>(policy, 1.0F, a.transposed(), product.view(), 0.0F, next.view());
-        const matrix<double> coupling = make_orthonormal(k);
-        (void)make_orthonormal(k); // what rounding left along the basis, which a small remainder magnifies
-        if (k < check_at && k + b <= most) { continue; }
+        make_orthogonal(k);
+        const bool check = k >= check_at || k + b > most;
+        matrix<double> coupling; // of the basis to the next block
+        if (check) { coupling = factor_qr<float>(policy, next.view(), what).r; }
+        next = orthonormal_basis<float>(policy, next.view(), what);
+        make_orthogonal(k); // what rounding left along the basis, which a small remainder magnifies
+        next = orthonormal_basis<float>(policy, next.view(), what);
+        if (!check) { continue; }
 
         if (!leading_eigenvectors<>(square.view().block(0, 0, k, k), q, values, vectors, memory)) {
             return std::nullopt;
