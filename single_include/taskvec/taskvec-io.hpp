@@ -14686,14 +14686,19 @@ TASKVEC_WORDS_COMPARISON(==)
 TASKVEC_WORDS_COMPARISON(!=)
 #undef TASKVEC_WORDS_COMPARISON
 
-/// A mask that loops after it use: a body says so where it makes one before `in.each` or `in.sum_of`. (g++ 12 may carry
-/// the comparison instead of its result from block to block; in 64-byte packs there is no such value, and it ends in an
-/// internal error. A value that is hidden is no comparison.)
+/// A mask whose comparison stays where it stands: a body says so where it makes one before loops that use it, and where
+/// it compares after a loop what was known before it. (g++ 12 may carry the comparison instead of its result from block
+/// to block; 64-byte packs have no such value, and it ends in an internal error, or lane by lane in scalar code. A
+/// value that is hidden is no comparison.)
 template <arithmetic_element A, int bytes>
-[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> materialised(pack_mask<A, bytes> mask) noexcept
+[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> materialised(const pack_mask<A, bytes>& mask) noexcept
 {
 #if TASKVEC_VECTORS() && !defined(__clang__) && defined(__x86_64__)
-    if constexpr (bytes == 64) { asm("" : "+v"(mask.lanes)); }
+    if constexpr (bytes == 64) {
+        auto lanes = mask.lanes;
+        asm("" : "+v"(lanes));
+        return {lanes};
+    }
 #endif
     return mask;
 }

@@ -2971,14 +2971,19 @@ TASKVEC_WORDS_COMPARISON(==)
 TASKVEC_WORDS_COMPARISON(!=)
 #undef TASKVEC_WORDS_COMPARISON
 
-/// A mask that loops after it use: a body says so where it makes one before `in.each` or `in.sum_of`. (g++ 12 may carry
-/// the comparison instead of its result from block to block; in 64-byte packs there is no such value, and it ends in an
-/// internal error. A value that is hidden is no comparison.)
+/// A mask whose comparison stays where it stands: a body says so where it makes one before loops that use it, and where
+/// it compares after a loop what was known before it. (g++ 12 may carry the comparison instead of its result from block
+/// to block; 64-byte packs have no such value, and it ends in an internal error, or lane by lane in scalar code. A
+/// value that is hidden is no comparison.)
 template <arithmetic_element A, int bytes>
-[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> materialised(pack_mask<A, bytes> mask) noexcept
+[[nodiscard]] TASKVEC_INLINE pack_mask<A, bytes> materialised(const pack_mask<A, bytes>& mask) noexcept
 {
 #if TASKVEC_VECTORS() && !defined(__clang__) && defined(__x86_64__)
-    if constexpr (bytes == 64) { asm("" : "+v"(mask.lanes)); }
+    if constexpr (bytes == 64) {
+        auto lanes = mask.lanes;
+        asm("" : "+v"(lanes));
+        return {lanes};
+    }
 #endif
     return mask;
 }
@@ -9759,7 +9764,8 @@ public:
             for (std::size_t t = 0; t < run_->task_count; ++t) { f(t); }
         }
     }
-    /// f as a list that may be asked for each task several times: kept in registers, or computed again.
+    /// f as a list that may be asked for each task several times: the first of them kept, in registers where their
+    /// number is known, what comes after them computed again.
     template <class F>
     class list {
     public:
@@ -9770,19 +9776,23 @@ public:
                 TASKVEC_UNROLL(8)
                 for (std::size_t t = 0; t < held; ++t) { kept_[t] = f(t); }
             }
-            static_cast<void>(in);
+            else {
+                const std::size_t count = in.tasks() < room ? in.tasks() : room;
+                for (std::size_t t = 0; t < count; ++t) { kept_[t] = f(t); }
+            }
         }
         [[nodiscard]] TASKVEC_INLINE pack operator()(std::size_t t) const
         {
             if constexpr (held > 0) { return kept_[t]; }
             else {
-                return f_(t);
+                return t < room ? kept_[t] : f_(t);
             }
         }
 
     private:
+        static constexpr std::size_t room = held > 0 ? held : 16;
         const F& f_;
-        pack kept_[held > 0 ? held : 1];
+        pack kept_[room];
     };
     template <class F>
     [[nodiscard]] TASKVEC_INLINE list<F> list_of(const F& f) const
@@ -12801,7 +12811,7 @@ struct unit_election_body : Rule {
         // Nothing agrees with a sum of no entries, and nothing is +0.
         if (zero != 0) { elected = sign | (of_zeros & (words{} - agreeing)); }
         const pack mean = turned(total / to_numbers(larger(agreeing, filled_words<words>(1))), elected);
-        return in.base() + lambda * select(sum == sum, mean, sum);
+        return in.base() + lambda * select(materialised(sum == sum), mean, sum);
     }
 };
 
@@ -13897,7 +13907,18 @@ struct keep_top_of_tensor {
     /// NaN and infinity are never dropped: their magnitudes are the largest.
     static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = true;
-    const top_k_threshold<A>* thresholds; ///< of each task
+    /// A task's threshold as a pack compares with it: what is kept is above one of two words.
+    struct bounds {
+        signed_word<A> before = 0, after = 0; ///< for entries placed before equal_end, and for the others
+        std::uint64_t equal_end = 0;
+        bounds() = default;
+        explicit bounds(const top_k_threshold<A>& threshold) noexcept
+            : before(static_cast<signed_word<A>>(threshold.magnitude > 0 ? threshold.magnitude - 1 : 0))
+            , after(static_cast<signed_word<A>>(threshold.magnitude))
+            , equal_end(threshold.equal_end)
+        { }
+    };
+    const bounds* of_tasks;
     std::size_t tasks; ///< how many
 
     /// x where it is kept, 0 where not.
@@ -13905,16 +13926,15 @@ struct keep_top_of_tensor {
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
     {
-        const top_k_threshold<A>& threshold = thresholds[t];
-        const auto magnitude = static_cast<signed_word<A>>(threshold.magnitude);
-        const signed_word<A> below = in.before(threshold.equal_end) && magnitude > 0 ? magnitude - 1 : magnitude;
+        const bounds& bound = of_tasks[t];
+        const signed_word<A> below = in.before(bound.equal_end) ? bound.before : bound.after;
         return where(magnitude_of(x) > filled_words<typename In::words>(below), x);
     }
     /// The first place after `place` and up to `end` from which on another rule holds.
     [[nodiscard]] std::uint64_t constant_until(std::uint64_t place, std::uint64_t end) const noexcept
     {
         for (std::size_t t = 0; t < tasks; ++t) {
-            if (thresholds[t].equal_end > place) { end = std::min(end, thresholds[t].equal_end); }
+            if (of_tasks[t].equal_end > place) { end = std::min(end, of_tasks[t].equal_end); }
         }
         return end;
     }
@@ -13946,6 +13966,9 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return walks_; }
 
 private:
+    template <arithmetic_element A>
+    using bounds = typename keep_top_of_tensor<A>::bounds;
+
     template <class Passes>
     keep_top(Passes& passes, scope over, const trim_thresholds& found)
         : per_tensor_(over == scope::tensor)
@@ -13953,12 +13976,12 @@ private:
     {
         walks_ = found.walks();
         const std::size_t rows = per_tensor_ ? passes.models().tensors().size() : 1;
-        std::vector<top_k_threshold<float>> single;
-        std::vector<top_k_threshold<double>> wide;
+        std::vector<bounds<float>> single;
+        std::vector<bounds<double>> wide;
         for (std::size_t row = 0; row < rows; ++row) {
             for (std::size_t t = 0; t < tasks_; ++t) {
-                single.push_back(found.get<float>(row, t));
-                if (passes.models().any_wide()) { wide.push_back(found.get<double>(row, t)); }
+                single.emplace_back(found.get<float>(row, t));
+                if (passes.models().any_wide()) { wide.emplace_back(found.get<double>(row, t)); }
             }
         }
         single_ = passes.keep(std::move(single));
@@ -13968,8 +13991,8 @@ private:
     bool per_tensor_;
     std::size_t tasks_;
     unsigned walks_ = 0;
-    const top_k_threshold<float>* single_ = nullptr;
-    const top_k_threshold<double>* wide_ = nullptr;
+    const bounds<float>* single_ = nullptr;
+    const bounds<double>* wide_ = nullptr;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

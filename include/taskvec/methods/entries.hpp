@@ -133,7 +133,8 @@ public:
             for (std::size_t t = 0; t < run_->task_count; ++t) { f(t); }
         }
     }
-    /// f as a list that may be asked for each task several times: kept in registers, or computed again.
+    /// f as a list that may be asked for each task several times: the first of them kept, in registers where their
+    /// number is known, what comes after them computed again.
     template <class F>
     class list {
     public:
@@ -144,19 +145,23 @@ public:
                 TASKVEC_UNROLL(8)
                 for (std::size_t t = 0; t < held; ++t) { kept_[t] = f(t); }
             }
-            static_cast<void>(in);
+            else {
+                const std::size_t count = in.tasks() < room ? in.tasks() : room;
+                for (std::size_t t = 0; t < count; ++t) { kept_[t] = f(t); }
+            }
         }
         [[nodiscard]] TASKVEC_INLINE pack operator()(std::size_t t) const
         {
             if constexpr (held > 0) { return kept_[t]; }
             else {
-                return f_(t);
+                return t < room ? kept_[t] : f_(t);
             }
         }
 
     private:
+        static constexpr std::size_t room = held > 0 ? held : 16;
         const F& f_;
-        pack kept_[held > 0 ? held : 1];
+        pack kept_[room];
     };
     template <class F>
     [[nodiscard]] TASKVEC_INLINE list<F> list_of(const F& f) const

@@ -150,7 +150,7 @@ struct unit_election_body : Rule {
         // Nothing agrees with a sum of no entries, and nothing is +0.
         if (zero != 0) { elected = sign | (of_zeros & (words{} - agreeing)); }
         const pack mean = turned(total / to_numbers(larger(agreeing, filled_words<words>(1))), elected);
-        return in.base() + lambda * select(sum == sum, mean, sum);
+        return in.base() + lambda * select(materialised(sum == sum), mean, sum);
     }
 };
 

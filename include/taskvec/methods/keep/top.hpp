@@ -21,7 +21,18 @@ struct keep_top_of_tensor {
     /// NaN and infinity are never dropped: their magnitudes are the largest.
     static constexpr bool sees_all = true;
     static constexpr bool clears_zeros = true;
-    const top_k_threshold<A>* thresholds; ///< of each task
+    /// A task's threshold as a pack compares with it: what is kept is above one of two words.
+    struct bounds {
+        signed_word<A> before = 0, after = 0; ///< for entries placed before equal_end, and for the others
+        std::uint64_t equal_end = 0;
+        bounds() = default;
+        explicit bounds(const top_k_threshold<A>& threshold) noexcept
+            : before(static_cast<signed_word<A>>(threshold.magnitude > 0 ? threshold.magnitude - 1 : 0))
+            , after(static_cast<signed_word<A>>(threshold.magnitude))
+            , equal_end(threshold.equal_end)
+        { }
+    };
+    const bounds* of_tasks;
     std::size_t tasks; ///< how many
 
     /// x where it is kept, 0 where not.
@@ -29,16 +40,15 @@ struct keep_top_of_tensor {
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(
         const In& in, std::size_t t, const typename In::pack& x) const noexcept
     {
-        const top_k_threshold<A>& threshold = thresholds[t];
-        const auto magnitude = static_cast<signed_word<A>>(threshold.magnitude);
-        const signed_word<A> below = in.before(threshold.equal_end) && magnitude > 0 ? magnitude - 1 : magnitude;
+        const bounds& bound = of_tasks[t];
+        const signed_word<A> below = in.before(bound.equal_end) ? bound.before : bound.after;
         return where(magnitude_of(x) > filled_words<typename In::words>(below), x);
     }
     /// The first place after `place` and up to `end` from which on another rule holds.
     [[nodiscard]] std::uint64_t constant_until(std::uint64_t place, std::uint64_t end) const noexcept
     {
         for (std::size_t t = 0; t < tasks; ++t) {
-            if (thresholds[t].equal_end > place) { end = std::min(end, thresholds[t].equal_end); }
+            if (of_tasks[t].equal_end > place) { end = std::min(end, of_tasks[t].equal_end); }
         }
         return end;
     }
@@ -70,6 +80,9 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return walks_; }
 
 private:
+    template <arithmetic_element A>
+    using bounds = typename keep_top_of_tensor<A>::bounds;
+
     template <class Passes>
     keep_top(Passes& passes, scope over, const trim_thresholds& found)
         : per_tensor_(over == scope::tensor)
@@ -77,12 +90,12 @@ private:
     {
         walks_ = found.walks();
         const std::size_t rows = per_tensor_ ? passes.models().tensors().size() : 1;
-        std::vector<top_k_threshold<float>> single;
-        std::vector<top_k_threshold<double>> wide;
+        std::vector<bounds<float>> single;
+        std::vector<bounds<double>> wide;
         for (std::size_t row = 0; row < rows; ++row) {
             for (std::size_t t = 0; t < tasks_; ++t) {
-                single.push_back(found.get<float>(row, t));
-                if (passes.models().any_wide()) { wide.push_back(found.get<double>(row, t)); }
+                single.emplace_back(found.get<float>(row, t));
+                if (passes.models().any_wide()) { wide.emplace_back(found.get<double>(row, t)); }
             }
         }
         single_ = passes.keep(std::move(single));
@@ -92,8 +105,8 @@ private:
     bool per_tensor_;
     std::size_t tasks_;
     unsigned walks_ = 0;
-    const top_k_threshold<float>* single_ = nullptr;
-    const top_k_threshold<double>* wide_ = nullptr;
+    const bounds<float>* single_ = nullptr;
+    const bounds<double>* wide_ = nullptr;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
