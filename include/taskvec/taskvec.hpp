@@ -37,6 +37,7 @@
 #include <taskvec/core/parallel.hpp>
 #include <taskvec/core/policy.hpp>
 #include <taskvec/core/random.hpp>
+#include <taskvec/core/random_words.hpp>
 #include <taskvec/core/rounding.hpp>
 #include <taskvec/core/sink.hpp>
 #include <taskvec/core/storage.hpp>

@@ -6693,6 +6693,13 @@ template <class Options>
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/core/random_words.hpp
+#if !defined(TASKVEC_SINGLE_CORE_RANDOM_WORDS_HPP)
+#define TASKVEC_SINGLE_CORE_RANDOM_WORDS_HPP
+// Random words of many elements at once: what random_stream gives one by one, in vectors.
+// SPDX-License-Identifier: Apache-2.0
+
+
 // ---- taskvec/core/random.hpp
 #if !defined(TASKVEC_SINGLE_CORE_RANDOM_HPP)
 #define TASKVEC_SINGLE_CORE_RANDOM_HPP
@@ -6825,16 +6832,25 @@ private:
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// What Philox4x32-10 consists of.
+inline constexpr int philox_rounds = 10;
+inline constexpr std::array<std::uint32_t, 2> philox_multipliers{0xD2511F53u, 0xCD9E8D57u};
+/// The key of the next round.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> next_philox_key(
+    std::array<std::uint32_t, 2> key) noexcept
+{
+    return {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};
+}
 /// One block of Philox4x32-10: four random words for a 128-bit counter and a 64-bit key.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32(
     std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) noexcept
 {
-    for (int round = 0; round < 10; ++round) {
-        const std::uint64_t a = std::uint64_t{0xD2511F53u} * counter[0];
-        const std::uint64_t b = std::uint64_t{0xCD9E8D57u} * counter[2];
+    for (int round = 0; round < philox_rounds; ++round) {
+        const std::uint64_t a = std::uint64_t{philox_multipliers[0]} * counter[0];
+        const std::uint64_t b = std::uint64_t{philox_multipliers[1]} * counter[2];
         counter = {static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key[0], static_cast<std::uint32_t>(b),
             static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key[1], static_cast<std::uint32_t>(a)};
-        key = {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};
+        key = next_philox_key(key);
     }
     return counter;
 }
@@ -6857,6 +6873,9 @@ public:
         , task_(task)
     { }
 
+    /// The key of the first round, and the task.
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> key() const noexcept { return key_; }
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t task() const noexcept { return task_; }
     /// The four words of elements 4·block … 4·block + 3.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> words(std::uint64_t block) const noexcept
     {
@@ -6898,6 +6917,147 @@ private:
 
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_CORE_RANDOM_HPP
+
+#include <cstddef>
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Where the words of consecutive elements go.
+enum class word_order : std::uint8_t {
+    in_sequence, ///< one behind the other
+    halves ///< those of even elements, and after `half` words those of odd ones: as stored_pack takes 16-bit types
+           ///< apart
+};
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// The words of 4·blocks elements from 4·first on, less 2³¹. Philox is computed on one lane of 64 bits for each block,
+/// whose lower half holds a word of the counter.
+template <word_order order>
+struct random_words_kernel {
+    random_stream stream;
+    std::uint64_t first;
+    std::size_t blocks;
+    std::int32_t* words;
+    std::size_t half; ///< words before those of odd elements
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        std::size_t block = 0;
+#if TASKVEC_VECTORS() && defined(__x86_64__)
+        if constexpr (bytes > 0) { block = vectors<bytes>(); }
+#endif
+        for (; block < blocks; ++block) {
+            const auto four = stream.words(first + block);
+            for (std::size_t j = 0; j < 4; ++j) {
+                const auto word = static_cast<std::int32_t>(four[j] ^ 0x80000000u);
+                if constexpr (order == word_order::in_sequence) { words[4 * block + j] = word; }
+                else {
+                    words[j % 2 * half + 2 * block + j / 2] = word;
+                }
+            }
+        }
+    }
+
+private:
+#if TASKVEC_VECTORS() && defined(__x86_64__)
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE std::size_t vectors() const
+    {
+        using lanes = typename taskvec::detail::vector_of<std::uint64_t, bytes>::type;
+        constexpr std::size_t width = sizeof(lanes) / sizeof(std::uint64_t);
+        constexpr std::uint64_t lower = 0xffffffffu, signs = 0x8000000080000000u;
+        lanes keys[2][philox_rounds], place{};
+        auto key = stream.key();
+        for (int round = 0; round < philox_rounds; ++round) {
+            keys[0][round] = lanes{} + key[0];
+            keys[1][round] = lanes{} + key[1];
+            key = next_philox_key(key);
+        }
+        for (std::size_t lane = 0; lane < width; ++lane) { place[lane] = first + lane; }
+        const lanes by_first = lanes{} + std::uint64_t{philox_multipliers[0]},
+                    by_second = lanes{} + std::uint64_t{philox_multipliers[1]};
+        std::size_t block = 0;
+        for (; block + width <= blocks; block += width) {
+            lanes c0 = place, c1 = place >> 32, c2 = lanes{} + std::uint64_t{stream.task()}, c3{};
+            TASKVEC_UNROLL(10)
+            for (int round = 0; round < philox_rounds; ++round) {
+                lanes a = c0, b = c2;
+                multiply_lower(a, by_first);
+                multiply_lower(b, by_second);
+                c0 = (b >> 32) ^ c1 ^ keys[0][round];
+                c1 = b;
+                c2 = (a >> 32) ^ c3 ^ keys[1][round];
+                c3 = a;
+            }
+            if constexpr (order == word_order::in_sequence) {
+                const lanes front = (((c0 & lower) | (c1 << 32)) ^ signs), back = (((c2 & lower) | (c3 << 32)) ^ signs);
+                std::int32_t* const out = words + 4 * block;
+                if constexpr (bytes == 64) {
+                    put(__builtin_shufflevector(front, back, 0, 8, 1, 9, 2, 10, 3, 11), out);
+                    put(__builtin_shufflevector(front, back, 4, 12, 5, 13, 6, 14, 7, 15), out + 16);
+                }
+                else if constexpr (bytes == 32) {
+                    put(__builtin_shufflevector(front, back, 0, 4, 1, 5), out);
+                    put(__builtin_shufflevector(front, back, 2, 6, 3, 7), out + 8);
+                }
+                else {
+                    put(__builtin_shufflevector(front, back, 0, 2), out);
+                    put(__builtin_shufflevector(front, back, 1, 3), out + 4);
+                }
+            }
+            else {
+                put(((c0 & lower) | (c2 << 32)) ^ signs, words + 2 * block);
+                put(((c1 & lower) | (c3 << 32)) ^ signs, words + half + 2 * block);
+            }
+            place = place + width;
+        }
+        return block;
+    }
+    template <class Lanes>
+    static TASKVEC_INLINE void put(const Lanes& x, std::int32_t* out) noexcept
+    {
+        using anywhere = typename taskvec::detail::vector_of<std::uint64_t, sizeof(Lanes)>::anywhere;
+        *reinterpret_cast<anywhere*>(out) = x;
+    }
+    /// x becomes the product of its lanes' lower halves with those of y. (g++ 12 would multiply whole lanes.)
+    template <class Lanes>
+    static TASKVEC_INLINE void multiply_lower(Lanes& x, const Lanes& y) noexcept
+    {
+#if defined(__clang__)
+        x = (x & 0xffffffffu) * (y & 0xffffffffu);
+#else
+        if constexpr (sizeof(Lanes) == 16) { asm("pmuludq %1, %0" : "+x"(x) : "x"(y)); }
+        else {
+            asm("vpmuludq %1, %0, %0" : "+v"(x) : "v"(y));
+        }
+#endif
+    }
+#endif
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
+/// out[i] = stream.word(4·first + i) − 2³¹ for i < 4·blocks: the same words on every processor. In halves, `half` words
+/// lie before those of odd elements. Cost: about a seventh of word() of each.
+///
+///     std::int32_t words[64];
+///     random_words<word_order::in_sequence>(random_stream(7, 0, "layer.weight"), 0, 16, words);
+template <word_order order>
+void random_words(
+    const random_stream& stream, std::uint64_t first, std::size_t blocks, std::int32_t* out, std::size_t half = 0)
+{
+    kernels::run_widest(kernels::random_words_kernel<order>{stream, first, blocks, out, half});
+}
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_RANDOM_WORDS_HPP
 
 // ---- taskvec/methods/entries.hpp
 #if !defined(TASKVEC_SINGLE_METHODS_ENTRIES_HPP)
@@ -7201,7 +7361,10 @@ struct entry_run {
     const void* const* tasks = nullptr; ///< stored words of each
     std::size_t task_count = 0;
     const void* const* beside = nullptr; ///< numbers that lie beside the models; null for those that are not there
-    const void* const* draws = nullptr; ///< random words for each task, less 2³¹, as signed words of the number's width
+    /// Random words for each task, less 2³¹, as signed words of the number's width; of 16-bit types first those of even
+    /// entries, and `half_of_draws` words later those of odd ones.
+    const void* const* draws = nullptr;
+    std::size_t half_of_draws = 0;
     storage_word<T>* out = nullptr; ///< of the first entry of the run
     std::size_t first = 0, size = 0; ///< the run among the entries that the pointers point to
     std::uint64_t place = 0; ///< of the first entry, in the concatenation of all tensors
@@ -7273,8 +7436,12 @@ public:
     [[nodiscard]] TASKVEC_INLINE words draws(std::size_t t) const noexcept
     {
         using lanes = typename taskvec::detail::vector_of<signed_word<number>, bytes>::anywhere;
-        const auto* const words_of_task = static_cast<const signed_word<number>*>(run_->draws[t]);
-        return {*reinterpret_cast<const lanes*>(words_of_task + at_)};
+        const auto* words_of_task = static_cast<const signed_word<number>*>(run_->draws[t]);
+        if constexpr (sizeof(T) == sizeof(number)) { words_of_task += at_; }
+        else {
+            words_of_task += (bytes == 0 ? at_ % 2 : part_of_pack) * run_->half_of_draws + at_ / 2;
+        }
+        return {*reinterpret_cast<const lanes*>(words_of_task)};
     }
     /// Whether entries come before a place of the concatenation of all tensors: all of a pack, or none.
     [[nodiscard]] TASKVEC_INLINE bool before(std::uint64_t place) const noexcept { return run_->place < place; }
@@ -8217,15 +8384,21 @@ decltype(auto) visit_body(const Method& prepared, std::size_t tensor, Use&& use)
     }
 }
 
-/// The words of a stream for entries [offset, offset + n) of a tensor, less 2³¹. Blocks start at multiples of 64.
-template <class Word>
-void fill_draws(const random_stream& stream, std::uint64_t offset, Word* words, std::size_t n)
+/// The words of a stream for entries [offset, offset + n) of a tensor, less 2³¹, in the order in which kernels of T
+/// take them (entry_run::draws). Blocks start at multiples of 64, and there is room for a whole one.
+template <storage_element T>
+void fill_draws(
+    const random_stream& stream, std::uint64_t offset, signed_word<arithmetic_type<T>>* words, std::size_t n)
 {
-    for (std::size_t i = 0; i < n; i += 4) {
-        const auto four = stream.words((offset + i) / 4);
-        for (std::size_t j = 0; j < 4 && i + j < n; ++j) {
-            words[i + j] = static_cast<Word>(static_cast<std::int64_t>(four[j]) - (std::int64_t{1} << 31));
+    if constexpr (std::same_as<arithmetic_type<T>, double>) {
+        for (std::size_t i = 0; i < n; i += 4) {
+            const auto four = stream.words((offset + i) / 4);
+            for (std::size_t j = 0; j < 4; ++j) { words[i + j] = std::int64_t{four[j]} - (std::int64_t{1} << 31); }
         }
+    }
+    else {
+        constexpr auto order = sizeof(T) == sizeof(float) ? word_order::in_sequence : word_order::halves;
+        random_words<order>(stream, offset / 4, (n + 3) / 4, words, block_size / 2);
     }
 }
 
@@ -8361,14 +8534,13 @@ public:
         , findings_{&tally, 0}
     {
         if constexpr (with_beside) { read_beside(prepared, passes); }
-        if constexpr (with_draws) { draw(); }
     }
 
     void run()
     {
         bool done = false;
         // Rows of numbers do not come apart as the halves of 16-bit types do.
-        if constexpr (!with_beside && !with_draws) { done = any_stored(storage_of<Passes>{}); }
+        if constexpr (!with_beside) { done = any_stored(storage_of<Passes>{}); }
         if (!done && !stored<A>()) { through_rows(); }
         rows_.note(findings_.largest);
         writer_.template came_of<A>(rows_.largest(), rows_.size());
@@ -8400,6 +8572,7 @@ private:
             }
         }
     }
+    template <storage_element T>
     void draw()
     {
         const std::size_t tasks = rows_.task_count();
@@ -8408,18 +8581,20 @@ private:
         for (std::size_t t = 0; t < tasks; ++t) {
             auto* const words = reinterpret_cast<signed_word<A>*>(scratch_.words.data() + t * block_size);
             scratch_.draws[t] = words;
-            if (body_.drawing()) { fill_draws(body_.stream(t), rows_.offset(), words, rows_.size()); }
+            if (body_.drawing()) { fill_draws<T>(body_.stream(t), rows_.offset(), words, rows_.size()); }
         }
     }
     template <storage_element T>
-    [[nodiscard]] kernels::entry_run<T> run_of(const storage_word<T>* base) const
+    [[nodiscard]] kernels::entry_run<T> run_of(const storage_word<T>* base)
     {
+        if constexpr (with_draws) { draw<T>(); }
         kernels::entry_run<T> run;
         run.base = base;
         run.tasks = scratch_.tasks.data();
         run.task_count = rows_.task_count();
         run.beside = scratch_.beside.data();
         run.draws = scratch_.draws.data();
+        run.half_of_draws = block_size / 2;
         run.size = rows_.size();
         run.place = rows_.position();
         return run;
@@ -14634,10 +14809,10 @@ private:
         return {length, tensor.size / rows / length};
     }
 
-    /// What an entry's word must be below to be kept, and what it is divided by.
+    /// What an entry's word, less 2³¹, must be below to be kept, and what it is divided by.
     template <arithmetic_element A>
     struct chance {
-        std::uint64_t below = 0;
+        std::int64_t below = 0;
         A divisor = 0;
     };
 
@@ -14647,7 +14822,7 @@ private:
         const std::size_t size = piece.size;
         const group rows = group_of(models_->tensors()[piece.tensor], axis_);
         detail::magnitude_ranks<A> ranks(memory);
-        std::pmr::vector<std::uint32_t> words(memory);
+        std::pmr::vector<std::int32_t> drawn(memory);
         std::pmr::vector<chance<A>> chances(rows.length, memory); // of every rank
         for (std::size_t t = 0; t < densities_.size(); ++t) {
             const A* const x = deltas + t * size;
@@ -14658,9 +14833,11 @@ private:
             }
             for (std::size_t rank = 0; rank < rows.length; ++rank) {
                 const double p = probability(t, rank, rows.length);
-                chances[rank] = {keep_below(p), divided_ ? static_cast<A>(p) : A{1}};
+                chances[rank] = {static_cast<std::int64_t>(keep_below(p)) - (std::int64_t{1} << 31),
+                    divided_ ? static_cast<A>(p) : A{1}};
             }
-            draw(random_stream(keys_[piece.tensor], static_cast<std::uint32_t>(t)), piece, words);
+            const std::int32_t* const words =
+                draw(random_stream(keys_[piece.tensor], static_cast<std::uint32_t>(t)), piece, drawn);
             for (std::size_t begin = 0; begin < size; begin += rows.block()) {
                 for (std::size_t lane = 0; lane < rows.stride; ++lane) {
                     const std::size_t at = begin + lane;
@@ -14673,14 +14850,14 @@ private:
             }
         }
     }
-    /// The random words of a piece's entries.
-    static void draw(const random_stream& stream, const tensor_chunk& piece, std::pmr::vector<std::uint32_t>& words)
+    /// The random words of a piece's entries, less 2³¹; they lie in `room`.
+    [[nodiscard]] static const std::int32_t* draw(
+        const random_stream& stream, const tensor_chunk& piece, std::pmr::vector<std::int32_t>& room)
     {
-        words.resize(piece.size);
-        for (std::size_t i = 0; i < piece.size;) {
-            const auto four = stream.words((piece.offset + i) / 4);
-            for (std::size_t j = (piece.offset + i) % 4; j < 4 && i < piece.size; ++j) { words[i++] = four[j]; }
-        }
+        const std::uint64_t first = piece.offset / 4, last = (piece.offset + piece.size + 3) / 4;
+        room.resize(4 * (last - first));
+        random_words<word_order::in_sequence>(stream, first, last - first, room.data());
+        return room.data() + piece.offset % 4;
     }
     [[nodiscard]] double probability(std::size_t t, std::size_t rank, std::size_t n) const noexcept
     {

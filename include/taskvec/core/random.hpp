@@ -15,16 +15,25 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// What Philox4x32-10 consists of.
+inline constexpr int philox_rounds = 10;
+inline constexpr std::array<std::uint32_t, 2> philox_multipliers{0xD2511F53u, 0xCD9E8D57u};
+/// The key of the next round.
+[[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> next_philox_key(
+    std::array<std::uint32_t, 2> key) noexcept
+{
+    return {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};
+}
 /// One block of Philox4x32-10: four random words for a 128-bit counter and a 64-bit key.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32(
     std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) noexcept
 {
-    for (int round = 0; round < 10; ++round) {
-        const std::uint64_t a = std::uint64_t{0xD2511F53u} * counter[0];
-        const std::uint64_t b = std::uint64_t{0xCD9E8D57u} * counter[2];
+    for (int round = 0; round < philox_rounds; ++round) {
+        const std::uint64_t a = std::uint64_t{philox_multipliers[0]} * counter[0];
+        const std::uint64_t b = std::uint64_t{philox_multipliers[1]} * counter[2];
         counter = {static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key[0], static_cast<std::uint32_t>(b),
             static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key[1], static_cast<std::uint32_t>(a)};
-        key = {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};
+        key = next_philox_key(key);
     }
     return counter;
 }
@@ -47,6 +56,9 @@ public:
         , task_(task)
     { }
 
+    /// The key of the first round, and the task.
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> key() const noexcept { return key_; }
+    [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t task() const noexcept { return task_; }
     /// The four words of elements 4·block … 4·block + 3.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> words(std::uint64_t block) const noexcept
     {

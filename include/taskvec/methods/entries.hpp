@@ -21,7 +21,10 @@ struct entry_run {
     const void* const* tasks = nullptr; ///< stored words of each
     std::size_t task_count = 0;
     const void* const* beside = nullptr; ///< numbers that lie beside the models; null for those that are not there
-    const void* const* draws = nullptr; ///< random words for each task, less 2³¹, as signed words of the number's width
+    /// Random words for each task, less 2³¹, as signed words of the number's width; of 16-bit types first those of even
+    /// entries, and `half_of_draws` words later those of odd ones.
+    const void* const* draws = nullptr;
+    std::size_t half_of_draws = 0;
     storage_word<T>* out = nullptr; ///< of the first entry of the run
     std::size_t first = 0, size = 0; ///< the run among the entries that the pointers point to
     std::uint64_t place = 0; ///< of the first entry, in the concatenation of all tensors
@@ -93,8 +96,12 @@ public:
     [[nodiscard]] TASKVEC_INLINE words draws(std::size_t t) const noexcept
     {
         using lanes = typename taskvec::detail::vector_of<signed_word<number>, bytes>::anywhere;
-        const auto* const words_of_task = static_cast<const signed_word<number>*>(run_->draws[t]);
-        return {*reinterpret_cast<const lanes*>(words_of_task + at_)};
+        const auto* words_of_task = static_cast<const signed_word<number>*>(run_->draws[t]);
+        if constexpr (sizeof(T) == sizeof(number)) { words_of_task += at_; }
+        else {
+            words_of_task += (bytes == 0 ? at_ % 2 : part_of_pack) * run_->half_of_draws + at_ / 2;
+        }
+        return {*reinterpret_cast<const lanes*>(words_of_task)};
     }
     /// Whether entries come before a place of the concatenation of all tensors: all of a pack, or none.
     [[nodiscard]] TASKVEC_INLINE bool before(std::uint64_t place) const noexcept { return run_->place < place; }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <taskvec/core/instruction_set.hpp>
-#include <taskvec/core/random.hpp>
+#include <taskvec/core/random_words.hpp>
 #include <taskvec/methods/entries.hpp>
 #include <taskvec/methods/passes.hpp>
 #include <taskvec/methods/row_pieces.hpp>
@@ -256,15 +256,21 @@ decltype(auto) visit_body(const Method& prepared, std::size_t tensor, Use&& use)
     }
 }
 
-/// The words of a stream for entries [offset, offset + n) of a tensor, less 2³¹. Blocks start at multiples of 64.
-template <class Word>
-void fill_draws(const random_stream& stream, std::uint64_t offset, Word* words, std::size_t n)
+/// The words of a stream for entries [offset, offset + n) of a tensor, less 2³¹, in the order in which kernels of T
+/// take them (entry_run::draws). Blocks start at multiples of 64, and there is room for a whole one.
+template <storage_element T>
+void fill_draws(
+    const random_stream& stream, std::uint64_t offset, signed_word<arithmetic_type<T>>* words, std::size_t n)
 {
-    for (std::size_t i = 0; i < n; i += 4) {
-        const auto four = stream.words((offset + i) / 4);
-        for (std::size_t j = 0; j < 4 && i + j < n; ++j) {
-            words[i + j] = static_cast<Word>(static_cast<std::int64_t>(four[j]) - (std::int64_t{1} << 31));
+    if constexpr (std::same_as<arithmetic_type<T>, double>) {
+        for (std::size_t i = 0; i < n; i += 4) {
+            const auto four = stream.words((offset + i) / 4);
+            for (std::size_t j = 0; j < 4; ++j) { words[i + j] = std::int64_t{four[j]} - (std::int64_t{1} << 31); }
         }
+    }
+    else {
+        constexpr auto order = sizeof(T) == sizeof(float) ? word_order::in_sequence : word_order::halves;
+        random_words<order>(stream, offset / 4, (n + 3) / 4, words, block_size / 2);
     }
 }
 
@@ -400,14 +406,13 @@ public:
         , findings_{&tally, 0}
     {
         if constexpr (with_beside) { read_beside(prepared, passes); }
-        if constexpr (with_draws) { draw(); }
     }
 
     void run()
     {
         bool done = false;
         // Rows of numbers do not come apart as the halves of 16-bit types do.
-        if constexpr (!with_beside && !with_draws) { done = any_stored(storage_of<Passes>{}); }
+        if constexpr (!with_beside) { done = any_stored(storage_of<Passes>{}); }
         if (!done && !stored<A>()) { through_rows(); }
         rows_.note(findings_.largest);
         writer_.template came_of<A>(rows_.largest(), rows_.size());
@@ -439,6 +444,7 @@ private:
             }
         }
     }
+    template <storage_element T>
     void draw()
     {
         const std::size_t tasks = rows_.task_count();
@@ -447,18 +453,20 @@ private:
         for (std::size_t t = 0; t < tasks; ++t) {
             auto* const words = reinterpret_cast<signed_word<A>*>(scratch_.words.data() + t * block_size);
             scratch_.draws[t] = words;
-            if (body_.drawing()) { fill_draws(body_.stream(t), rows_.offset(), words, rows_.size()); }
+            if (body_.drawing()) { fill_draws<T>(body_.stream(t), rows_.offset(), words, rows_.size()); }
         }
     }
     template <storage_element T>
-    [[nodiscard]] kernels::entry_run<T> run_of(const storage_word<T>* base) const
+    [[nodiscard]] kernels::entry_run<T> run_of(const storage_word<T>* base)
     {
+        if constexpr (with_draws) { draw<T>(); }
         kernels::entry_run<T> run;
         run.base = base;
         run.tasks = scratch_.tasks.data();
         run.task_count = rows_.task_count();
         run.beside = scratch_.beside.data();
         run.draws = scratch_.draws.data();
+        run.half_of_draws = block_size / 2;
         run.size = rows_.size();
         run.place = rows_.position();
         return run;

@@ -5,7 +5,7 @@
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/core/pack.hpp>
-#include <taskvec/core/random.hpp>
+#include <taskvec/core/random_words.hpp>
 #include <taskvec/methods/passes.hpp>
 #include <taskvec/methods/row_pieces.hpp>
 #include <taskvec/models/tensor_sums.hpp>
@@ -232,10 +232,10 @@ private:
         return {length, tensor.size / rows / length};
     }
 
-    /// What an entry's word must be below to be kept, and what it is divided by.
+    /// What an entry's word, less 2³¹, must be below to be kept, and what it is divided by.
     template <arithmetic_element A>
     struct chance {
-        std::uint64_t below = 0;
+        std::int64_t below = 0;
         A divisor = 0;
     };
 
@@ -245,7 +245,7 @@ private:
         const std::size_t size = piece.size;
         const group rows = group_of(models_->tensors()[piece.tensor], axis_);
         detail::magnitude_ranks<A> ranks(memory);
-        std::pmr::vector<std::uint32_t> words(memory);
+        std::pmr::vector<std::int32_t> drawn(memory);
         std::pmr::vector<chance<A>> chances(rows.length, memory); // of every rank
         for (std::size_t t = 0; t < densities_.size(); ++t) {
             const A* const x = deltas + t * size;
@@ -256,9 +256,11 @@ private:
             }
             for (std::size_t rank = 0; rank < rows.length; ++rank) {
                 const double p = probability(t, rank, rows.length);
-                chances[rank] = {keep_below(p), divided_ ? static_cast<A>(p) : A{1}};
+                chances[rank] = {static_cast<std::int64_t>(keep_below(p)) - (std::int64_t{1} << 31),
+                    divided_ ? static_cast<A>(p) : A{1}};
             }
-            draw(random_stream(keys_[piece.tensor], static_cast<std::uint32_t>(t)), piece, words);
+            const std::int32_t* const words =
+                draw(random_stream(keys_[piece.tensor], static_cast<std::uint32_t>(t)), piece, drawn);
             for (std::size_t begin = 0; begin < size; begin += rows.block()) {
                 for (std::size_t lane = 0; lane < rows.stride; ++lane) {
                     const std::size_t at = begin + lane;
@@ -271,14 +273,14 @@ private:
             }
         }
     }
-    /// The random words of a piece's entries.
-    static void draw(const random_stream& stream, const tensor_chunk& piece, std::pmr::vector<std::uint32_t>& words)
+    /// The random words of a piece's entries, less 2³¹; they lie in `room`.
+    [[nodiscard]] static const std::int32_t* draw(
+        const random_stream& stream, const tensor_chunk& piece, std::pmr::vector<std::int32_t>& room)
     {
-        words.resize(piece.size);
-        for (std::size_t i = 0; i < piece.size;) {
-            const auto four = stream.words((piece.offset + i) / 4);
-            for (std::size_t j = (piece.offset + i) % 4; j < 4 && i < piece.size; ++j) { words[i++] = four[j]; }
-        }
+        const std::uint64_t first = piece.offset / 4, last = (piece.offset + piece.size + 3) / 4;
+        room.resize(4 * (last - first));
+        random_words<word_order::in_sequence>(stream, first, last - first, room.data());
+        return room.data() + piece.offset % 4;
     }
     [[nodiscard]] double probability(std::size_t t, std::size_t rank, std::size_t n) const noexcept
     {
