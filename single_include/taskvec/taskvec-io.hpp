@@ -2296,10 +2296,11 @@ struct lora_update {
     /// r, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
-    [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
+    [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const&
     {
         return {.left = b.view(), .right = a.view().transposed(), .weight = weight * scaling, .name = name};
     }
+    void factors(double weight = 1, std::string_view name = {}) const&& = delete; // its views would dangle
 };
 
 /// An adapter: updates by the name of the module that they belong to, in the order of the names' bytes.
@@ -10371,11 +10372,12 @@ public:
     { }
     /// How the layer is stored.
     [[nodiscard]] const quantised_layer& layer() const noexcept { return layer_; }
-    /// The tensor that walks over models are given.
-    [[nodiscard]] const_tensor_ref tensor() const
+    /// The tensor that walks over models are given. Refers to this.
+    [[nodiscard]] const_tensor_ref tensor() const&
     {
         return {nullptr, dtype::f32, layer_.shape, {}, memory_space::host, 0, this};
     }
+    void tensor() const&& = delete; // name the owner first: its views would dangle
     [[nodiscard]] dtype type() const noexcept override { return dtype::f32; }
     [[nodiscard]] unsigned stored_bits() const noexcept override { return layer_.scheme == quantisation::fp8 ? 8 : 4; }
 
@@ -10471,10 +10473,12 @@ public:
 
     /// Whether any layer is quantised, by a scheme that is read or not.
     [[nodiscard]] bool any() const noexcept { return !layers_.empty() || !unread_.empty(); }
-    /// The model: every quantised layer is one tensor of numbers, all others are as they are.
-    [[nodiscard]] const const_model_ref& model() const noexcept { return model_; }
+    /// The model: every quantised layer is one tensor of numbers, all others are as they are. Refers to this.
+    [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
+    void model() const&& = delete; // name the owner first: its views would dangle
     /// The layers that are read.
-    [[nodiscard]] const std::vector<quantised_tensor>& layers() const noexcept { return layers_; }
+    [[nodiscard]] const std::vector<quantised_tensor>& layers() const& noexcept { return layers_; }
+    void layers() const&& = delete; // name the owner first: its views would dangle
     /// The layers that are not.
     [[nodiscard]] const std::vector<unread_layer>& unread() const noexcept { return unread_; }
     /// Tensors that are about the quantisation and belong to no one layer (`scaled_fp8`, scales of a KV cache).

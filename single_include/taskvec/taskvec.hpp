@@ -2310,10 +2310,11 @@ struct lora_update {
     /// r, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
-    [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
+    [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const&
     {
         return {.left = b.view(), .right = a.view().transposed(), .weight = weight * scaling, .name = name};
     }
+    void factors(double weight = 1, std::string_view name = {}) const&& = delete; // its views would dangle
 };
 
 /// An adapter: updates by the name of the module that they belong to, in the order of the names' bytes.
@@ -16526,9 +16527,10 @@ public:
         }
     }
     /// The tensor, to be read.
-    [[nodiscard]] const_tensor_ref tensor() const { return tensor_; }
+    [[nodiscard]] const_tensor_ref tensor() const& { return tensor_; }
+    void tensor() const&& = delete; // name the owner first: its views would dangle
     /// The tensor, to be written; invalid_argument if its producer made it read-only.
-    [[nodiscard]] tensor_ref writable_tensor()
+    [[nodiscard]] tensor_ref writable_tensor() &
     {
         if (read_only()) {
             raise<invalid_argument>(
@@ -16539,7 +16541,7 @@ public:
     /// The flat elements, const T to read, T to write; refuses what flat_view refuses.
     template <class T, memory_space S = memory_space::host>
         requires storage_element<std::remove_const_t<T>>
-    [[nodiscard]] taskvec::view<T, S> flat()
+    [[nodiscard]] taskvec::view<T, S> flat() &
     {
         const auto elements = flat_view<std::remove_const_t<T>, S>(tensor_, what_);
         if constexpr (std::is_const_v<T>) { return elements; }
@@ -25065,10 +25067,12 @@ public:
     }
 
     /// The tensor that walks over models are given. `stored`: what a result is stored as where nothing else is asked.
-    [[nodiscard]] const_tensor_ref tensor(taskvec::dtype stored) const
+    /// Refers to this.
+    [[nodiscard]] const_tensor_ref tensor(taskvec::dtype stored) const&
     {
         return {nullptr, stored, shape_, {}, memory_space::host, 0, this};
     }
+    void tensor(taskvec::dtype) const&& = delete; // name the owner first: its views would dangle
     /// As they were given.
     [[nodiscard]] const std::vector<row_run>& runs() const noexcept { return runs_; }
     [[nodiscard]] taskvec::dtype type() const noexcept override { return wide_ ? dtype::f64 : dtype::f32; }

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if __has_include(<dlpack/dlpack.h>)
@@ -114,6 +115,7 @@ TEST_CASE_TEMPLATE(
     {
         dlpack_handle<M> handle(produce<M>(source), "fc.weight");
         CHECK(handle);
+        static_assert(!requires { std::move(handle).tensor(); } && !requires { std::move(handle).writable_tensor(); });
         CHECK(handle.tensor().data == source.numbers.data());
         CHECK(handle.tensor().shape == extents{3, 4});
         CHECK(handle.tensor().dtype == dtype::f32);

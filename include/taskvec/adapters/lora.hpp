@@ -37,10 +37,11 @@ struct lora_update {
     /// r, the rank that the factors have room for.
     [[nodiscard]] std::size_t rank() const noexcept { return a.rows(); }
     /// weight·ΔW as factors, left = b and right = aᵀ. Refers to this update.
-    [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const
+    [[nodiscard]] factor_pair<T, S> factors(double weight = 1, std::string_view name = {}) const&
     {
         return {.left = b.view(), .right = a.view().transposed(), .weight = weight * scaling, .name = name};
     }
+    void factors(double weight = 1, std::string_view name = {}) const&& = delete; // its views would dangle
 };
 
 /// An adapter: updates by the name of the module that they belong to, in the order of the names' bytes.

@@ -215,11 +215,12 @@ public:
     { }
     /// How the layer is stored.
     [[nodiscard]] const quantised_layer& layer() const noexcept { return layer_; }
-    /// The tensor that walks over models are given.
-    [[nodiscard]] const_tensor_ref tensor() const
+    /// The tensor that walks over models are given. Refers to this.
+    [[nodiscard]] const_tensor_ref tensor() const&
     {
         return {nullptr, dtype::f32, layer_.shape, {}, memory_space::host, 0, this};
     }
+    void tensor() const&& = delete; // name the owner first: its views would dangle
     [[nodiscard]] dtype type() const noexcept override { return dtype::f32; }
     [[nodiscard]] unsigned stored_bits() const noexcept override { return layer_.scheme == quantisation::fp8 ? 8 : 4; }
 
@@ -315,10 +316,12 @@ public:
 
     /// Whether any layer is quantised, by a scheme that is read or not.
     [[nodiscard]] bool any() const noexcept { return !layers_.empty() || !unread_.empty(); }
-    /// The model: every quantised layer is one tensor of numbers, all others are as they are.
-    [[nodiscard]] const const_model_ref& model() const noexcept { return model_; }
+    /// The model: every quantised layer is one tensor of numbers, all others are as they are. Refers to this.
+    [[nodiscard]] const const_model_ref& model() const& noexcept { return model_; }
+    void model() const&& = delete; // name the owner first: its views would dangle
     /// The layers that are read.
-    [[nodiscard]] const std::vector<quantised_tensor>& layers() const noexcept { return layers_; }
+    [[nodiscard]] const std::vector<quantised_tensor>& layers() const& noexcept { return layers_; }
+    void layers() const&& = delete; // name the owner first: its views would dangle
     /// The layers that are not.
     [[nodiscard]] const std::vector<unread_layer>& unread() const noexcept { return unread_; }
     /// Tensors that are about the quantisation and belong to no one layer (`scaled_fp8`, scales of a KV cache).

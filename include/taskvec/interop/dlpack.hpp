@@ -202,9 +202,10 @@ public:
         }
     }
     /// The tensor, to be read.
-    [[nodiscard]] const_tensor_ref tensor() const { return tensor_; }
+    [[nodiscard]] const_tensor_ref tensor() const& { return tensor_; }
+    void tensor() const&& = delete; // name the owner first: its views would dangle
     /// The tensor, to be written; invalid_argument if its producer made it read-only.
-    [[nodiscard]] tensor_ref writable_tensor()
+    [[nodiscard]] tensor_ref writable_tensor() &
     {
         if (read_only()) {
             raise<invalid_argument>(
@@ -215,7 +216,7 @@ public:
     /// The flat elements, const T to read, T to write; refuses what flat_view refuses.
     template <class T, memory_space S = memory_space::host>
         requires storage_element<std::remove_const_t<T>>
-    [[nodiscard]] taskvec::view<T, S> flat()
+    [[nodiscard]] taskvec::view<T, S> flat() &
     {
         const auto elements = flat_view<std::remove_const_t<T>, S>(tensor_, what_);
         if constexpr (std::is_const_v<T>) { return elements; }

@@ -73,10 +73,12 @@ public:
     }
 
     /// The tensor that walks over models are given. `stored`: what a result is stored as where nothing else is asked.
-    [[nodiscard]] const_tensor_ref tensor(taskvec::dtype stored) const
+    /// Refers to this.
+    [[nodiscard]] const_tensor_ref tensor(taskvec::dtype stored) const&
     {
         return {nullptr, stored, shape_, {}, memory_space::host, 0, this};
     }
+    void tensor(taskvec::dtype) const&& = delete; // name the owner first: its views would dangle
     /// As they were given.
     [[nodiscard]] const std::vector<row_run>& runs() const noexcept { return runs_; }
     [[nodiscard]] taskvec::dtype type() const noexcept override { return wide_ ? dtype::f64 : dtype::f32; }
