@@ -16,13 +16,8 @@
 #include <taskvec/linalg/randomized_svd.hpp>
 #include <taskvec/linalg/svd.hpp>
 
+#include <taskvec/device/linalg/backend.hpp>
 #include <taskvec/device/linalg/matrix.hpp>
-
-#if TASKVEC_ON_CUDA
-#include <taskvec/device/cusolver/linalg.hpp>
-#else
-#include <taskvec/device/linalg/host.hpp>
-#endif
 
 #include <algorithm>
 #include <cmath>

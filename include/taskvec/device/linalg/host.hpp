@@ -9,9 +9,9 @@
 #include <taskvec/device/linalg/matrix.hpp>
 #include <taskvec/linalg/eigen.hpp>
 
-#if TASKVEC_ON_CUDA
+#if TASKVEC_ON_DEVICE
 #error                                                                                                                 \
-    "this header is for Thrust host systems (THRUST_DEVICE_SYSTEM); on CUDA include <taskvec/device/cusolver/linalg.hpp>"
+    "this header is for Thrust host systems (THRUST_DEVICE_SYSTEM); on a device include <taskvec/device/linalg/backend.hpp>"
 #endif
 
 #include <concepts>

@@ -7,16 +7,11 @@
 // number of their system before they are rounded, all other tensors bit for bit.
 #pragma once
 
+#include <taskvec/device/linalg/backend.hpp>
 #include <taskvec/device/linalg/matrix.hpp>
 #include <taskvec/device/methods/gram_functors.hpp>
 #include <taskvec/device/methods/merge.hpp>
 #include <taskvec/methods/regmean.hpp>
-
-#if TASKVEC_ON_CUDA
-#include <taskvec/device/cusolver/linalg.hpp>
-#else
-#include <taskvec/device/linalg/host.hpp>
-#endif
 
 #include <algorithm>
 #include <cmath>

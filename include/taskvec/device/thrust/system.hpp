@@ -9,6 +9,11 @@
 
 #include <taskvec/device/memory.hpp>
 
+#if TASKVEC_ON_DEVICE && !TASKVEC_ON_CUDA
+#error                                                                                                                 \
+    "taskvec on HIP: there is no walk over elements yet; expected rocThrust's execution policies, on the stream of taskvec::gpu, in taskvec/device/thrust"
+#endif
+
 #include <thrust/detail/config.h>
 
 #if THRUST_DEVICE_SYSTEM == THRUST_DEVICE_SYSTEM_CUDA

@@ -2,8 +2,8 @@
 // device memory is host memory. SPDX-License-Identifier: Apache-2.0
 //
 // TASKVEC_ON_DEVICE is 1 where there is a vendor, whose names are then in device::vendor; TASKVEC_ON_CUDA and
-// TASKVEC_ON_HIP say which. A new vendor is a header beside cuda.hpp with the same names, two lines here, and a folder
-// of linear algebra.
+// TASKVEC_ON_HIP say which. A new vendor is a header beside cuda.hpp with the same names, two lines here, a folder of
+// linear algebra with its line in device/linalg/backend.hpp, and Thrust's execution policies for it in device/thrust.
 #pragma once
 
 #if defined(__HIPCC__) || defined(__HIP_PLATFORM_AMD__)
