@@ -16,6 +16,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -148,7 +149,8 @@ inline std::string run_gnuplot(const std::string& script, const std::filesystem:
     }
     if (failure != 0) {
         taskvec::raise<taskvec::io_error>(taskvec::error_code::program_failed,
-            taskvec::message("cannot start gnuplot: ", taskvec::detail::errno_text(failure)), target.string(), failure);
+            taskvec::message("cannot start gnuplot: ", std::generic_category().message(failure)), target.string(),
+            failure);
     }
     int status = 0;
     while (::waitpid(child, &status, 0) < 0 && errno == EINTR) { }

@@ -14,8 +14,10 @@
 
 #include <algorithm>
 #include <clocale>
+#include <cstddef>
 #include <cstdlib>
 #include <fstream>
+#include <limits>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
@@ -102,7 +104,7 @@ void look_at_processor(findings& found)
         found.problems.emplace_back(
             "kernels give other bits with other instruction sets: the compiler or the processor is at fault");
     }
-    const auto threads = taskvec::detail::hardware_threads();
+    const auto threads = taskvec::worker_count(taskvec::cpu{}, std::numeric_limits<std::size_t>::max());
     std::string text = std::to_string(threads) + " by default";
     std::istringstream quota(control_group("cpu.max"));
     double of = 0, period = 0;

@@ -5,6 +5,7 @@
 #include "table.hpp"
 #include "words.hpp"
 
+#include <taskvec/arithmetic/task_vector.hpp>
 #include <taskvec/models/aligned_models.hpp>
 #include <taskvec/models/tensor_sums.hpp>
 
@@ -174,9 +175,11 @@ comparison compare_block(const A* x, const A* y, std::size_t size)
             for (std::size_t lane = 0; lane < lanes; ++lane) { step(i + lane, lane); }
         }
         for (; i < size; ++i) { step(i, 0); }
-        result.squares[0] = taskvec::kernels::dot(x, x, size);
-        result.squares[1] = taskvec::kernels::dot(y, y, size);
-        result.dot = taskvec::kernels::dot(x, y, size);
+        const taskvec::cpu here{.threads = 1}; // blocks are shared among threads already
+        const taskvec::host_view<const A> first(x, size), second(y, size);
+        result.squares[0] = taskvec::dot(here, first, first);
+        result.squares[1] = taskvec::dot(here, second, second);
+        result.dot = taskvec::dot(here, first, second);
         for (std::size_t lane = 0; lane < lanes; ++lane) {
             result.squares[2] += sums[lane];
             result.largest[2] = std::max(result.largest[2], most[lane]);
