@@ -304,7 +304,8 @@ public:
         for (std::size_t i = 0; i < found.size(); ++i) {
             merge_tally& tally = tallies[i / per_tensor_];
             const std::size_t slot = i % size;
-            (slot < merge_tally::slot_count ? tally.counts[slot] : tally.of_tasks[slot - merge_tally::slot_count]) += found[i];
+            (slot < merge_tally::slot_count ? tally.counts[slot] : tally.of_tasks[slot - merge_tally::slot_count]) +=
+                found[i];
         }
         return tallies;
     }
