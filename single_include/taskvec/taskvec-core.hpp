@@ -7231,17 +7231,33 @@ struct general_method : elementwise_method {
     static constexpr std::size_t scratch_rows = 0; ///< rows of a block that a row method needs besides its result
 };
 
+class cpu_passes; // passes.hpp
+
 namespace detail {
 
 template <class Options>
 concept has_method = requires { sizeof(method<Options>); };
 
+template <class Options>
+concept has_contract = has_method<Options> && std::derived_from<method<Options>, elementwise_method>;
+
+template <class Options>
+concept has_constructor = has_method<Options> && std::constructible_from<method<Options>, cpu_passes&, const Options&>;
+
+template <class Options>
+concept has_body =
+    has_method<Options> && requires(const method<Options>& m, std::size_t tensor) { m.template body<float>(tensor); };
+
+template <class Options>
+concept watching_body = has_body<Options> && requires(const method<Options>& m, std::size_t tensor) {
+    { std::remove_cvref_t<decltype(m.template body<float>(tensor))>::watches } -> std::convertible_to<bool>;
+};
+
 } // namespace detail
 
 /// An elementwise method: body<A>(tensor) is a value whose call operator merges a pack of entries.
 template <class Options>
-concept packed_method = detail::has_method<Options>
-    && requires(const method<Options>& m, std::size_t tensor) { m.template body<float>(tensor); };
+concept packed_method = detail::watching_body<Options>;
 
 /// A method on rows: method(block, merged, tally) merges an opened block of A into the row `merged`. For what is no
 /// body of a few entries, such as scattered additions. CPU only.
@@ -7260,7 +7276,8 @@ concept whole_method = detail::has_method<Options>
 
 /// The options of a merge method.
 template <class Options>
-concept merge_method = packed_method<Options> || row_method<Options> || whole_method<Options>;
+concept merge_method = detail::has_contract<Options> && detail::has_constructor<Options>
+    && (packed_method<Options> || row_method<Options> || whole_method<Options>);
 
 namespace detail {
 
@@ -7272,12 +7289,16 @@ consteval bool check_method()
         "these are not the options of a merge method: include the method's header, or specialise taskvec::method for "
         "them (see taskvec/methods/method.hpp)");
     if constexpr (has_method<Options>) {
-        static_assert(std::derived_from<method<Options>, elementwise_method>,
+        static_assert(has_contract<Options>,
             "a merge method derives from taskvec::elementwise_method, or general_method, and hides what is otherwise");
-        static_assert(merge_method<Options>,
+        static_assert(has_constructor<Options>,
+            "a merge method has a constructor: template <class Passes> method(Passes& passes, const Options& options)");
+        static_assert(has_body<Options> || row_method<Options> || whole_method<Options>,
             "a merge method has a body: template <arithmetic_element A> auto body(std::size_t tensor) const; or, where "
-            "it "
-            "is not elementwise, a call operator for a block of rows, or write(policy, models, out)");
+            "it is not elementwise, a call operator for a block of rows, or write(policy, models, out)");
+        static_assert(!has_body<Options> || watching_body<Options>,
+            "the body of a merge method says whether it hands NaN and infinity to in.watch(): static constexpr bool "
+            "watches = false, where each input is to be looked at for them");
     }
     return true;
 }

@@ -10,6 +10,7 @@
 #include <taskvec/methods/merge.hpp>
 
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <span>
 #include <vector>
@@ -171,8 +172,15 @@ auto merge(const gpu&, const Options&, Arguments&&...)
 {
     static_assert(device_merge_method<Options>,
         "this method does not merge on taskvec::gpu: it has no body, or says so by on_device = false; RegMean does "
-        "with "
-        "<taskvec/device/methods/regmean.hpp>");
+        "with <taskvec/device/methods/regmean.hpp>");
+}
+
+/// Options that are those of no method, or of one that lacks something: a sentence says what.
+template <std::same_as<gpu> P, class Options, class... Arguments>
+    requires(!merge_method<Options> && sizeof...(Arguments) >= 2)
+auto merge(const P&, const Options&, Arguments&&...)
+{
+    static_assert(detail::check_method<Options>());
 }
 
 /// Arguments that are no device views: a sentence says so.
