@@ -23,6 +23,7 @@
 #include <taskvec/core/csv.hpp>
 #include <taskvec/core/dtype.hpp>
 #include <taskvec/core/error.hpp>
+#include <taskvec/core/exponential.hpp>
 #include <taskvec/core/float_bits.hpp>
 #include <taskvec/core/half.hpp>
 #include <taskvec/core/hash.hpp>

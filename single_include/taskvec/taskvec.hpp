@@ -3528,11 +3528,28 @@ private:
     }
 };
 
-/// Σ x·y over a row in f64: sixteen interleaved partial sums, added pairwise at the end.
-template <arithmetic_element A>
-struct dot_kernel {
+/// `bytes` of f64, from as many consecutive numbers (one for 0 bytes).
+template <int bytes, arithmetic_element A>
+[[nodiscard]] TASKVEC_INLINE pack<double, bytes> load_wide(const A* from) noexcept
+{
+    if constexpr (bytes == 0) { return {static_cast<double>(*from)}; }
+    else if constexpr (std::same_as<A, double>) {
+        return load_row<double, bytes, double>(from);
+    }
+#if TASKVEC_VECTORS()
+    else {
+        using numbers = typename taskvec::detail::vector_of<float, bytes / 2>::anywhere;
+        return {__builtin_convertvector(*reinterpret_cast<const numbers*>(from), decltype(pack<double, bytes>::lanes))};
+    }
+#endif
+}
+
+/// Σ terms(i) for i < size in f64: sixteen interleaved partial sums, added pairwise at the end. `terms.at<bytes>(i)` is
+/// the pack of them from i on.
+template <class Terms>
+struct sum_kernel {
     static constexpr int lanes = 16;
-    const A *x, *y;
+    Terms terms;
     std::size_t size;
     double& total;
 
@@ -3547,8 +3564,7 @@ struct dot_kernel {
             for (; at + lanes <= size; at += lanes) {
                 TASKVEC_UNROLL(8)
                 for (int k = 0; k < count; ++k) {
-                    const std::size_t i = at + static_cast<std::size_t>(k * width);
-                    sums[k] = sums[k] + wide<bytes>(x + i) * wide<bytes>(y + i);
+                    sums[k] = sums[k] + terms.template at<bytes>(at + static_cast<std::size_t>(k * width));
                 }
             }
             std::memcpy(sum, sums, sizeof sum);
@@ -3569,20 +3585,19 @@ private:
     TASKVEC_INLINE void add(double& sum, std::size_t i) const noexcept
     {
         TASKVEC_STRICT_FP
-        const double product = static_cast<double>(x[i]) * static_cast<double>(y[i]);
-        sum = sum + product;
+        sum = sum + terms.template at<0>(i).lanes;
     }
+};
+
+/// Products of two rows.
+template <arithmetic_element A>
+struct product_terms {
+    const A *x, *y;
+
     template <int bytes>
-    [[nodiscard]] static TASKVEC_INLINE pack<double, bytes> wide(const A* from) noexcept
+    [[nodiscard]] TASKVEC_INLINE pack<double, bytes> at(std::size_t i) const noexcept
     {
-        if constexpr (std::same_as<A, double>) { return load_row<double, bytes, double>(from); }
-#if TASKVEC_VECTORS()
-        else {
-            using numbers = typename taskvec::detail::vector_of<float, bytes / 2>::anywhere;
-            return {
-                __builtin_convertvector(*reinterpret_cast<const numbers*>(from), decltype(pack<double, bytes>::lanes))};
-        }
-#endif
+        return load_wide<bytes>(x + i) * load_wide<bytes>(y + i);
     }
 };
 
@@ -3655,13 +3670,20 @@ void negate(const A* x, A* out, std::size_t n)
     map_row<A, false>(out, x, x, n, negated{});
 }
 
-/// Σ x·y over a row in f64, in a fixed shape: sixteen interleaved partial sums, added pairwise at the end.
+/// Σ terms(i) for i < n in f64, in a fixed shape (see sum_kernel).
+template <class Terms>
+[[nodiscard]] double sum(const Terms& terms, std::size_t n)
+{
+    double total = 0;
+    run_widest(sum_kernel<Terms>{terms, n, total});
+    return total;
+}
+
+/// Σ x·y over a row in f64, in a fixed shape.
 template <arithmetic_element A>
 [[nodiscard]] double dot(const A* x, const A* y, std::size_t n)
 {
-    double total = 0;
-    run_widest(dot_kernel<A>{x, y, n, total});
-    return total;
+    return sum(product_terms<A>{x, y}, n);
 }
 
 /// Copies to memory that will not be read again soon: non-temporal stores where the processor has them.
@@ -16050,6 +16072,67 @@ struct summary {
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_ANALYSIS_SCORES_HPP
 
+// ---- taskvec/core/exponential.hpp
+#if !defined(TASKVEC_SINGLE_CORE_EXPONENTIAL_HPP)
+#define TASKVEC_SINGLE_CORE_EXPONENTIAL_HPP
+// e^x and ln x of packs, by additions, products and quotients that round as IEEE's do: the same bits on every processor
+// and with every C library. SPDX-License-Identifier: Apache-2.0
+
+
+#include <cstdint>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+TASKVEC_KERNELS_BEGIN
+
+namespace detail {
+
+/// ln 2 in two parts: products of the first with whole numbers up to 2^20 are exact.
+inline constexpr double ln2_upper = 0x1.62e42feep-1, ln2_lower = 0x1.a39ef35793c76p-33;
+/// Where 1/2 and its neighbours are the lowest bits of a f64's sum with it: what is added is rounded to a whole number.
+inline constexpr double to_whole = 0x1.8p52;
+
+} // namespace detail
+
+/// e^x for x ≤ 709: within 2 units in the last place, 0 below −708, NaN of NaN. x = k·ln 2 + r with |r| ≤ ½·ln 2, and
+/// e^r by its series up to r¹³/13!.
+template <int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<double, bytes> exponential(const pack<double, bytes>& x) noexcept
+{
+    constexpr double of_series[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
+        1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
+    const auto shifted = x * 0x1.71547652b82fep0 + detail::to_whole; // k in the lowest bits
+    const auto k = shifted - detail::to_whole;
+    const auto r = (x - k * detail::ln2_upper) - k * detail::ln2_lower;
+    auto series = filled<pack<double, bytes>>(of_series[0]);
+    TASKVEC_UNROLL(13)
+    for (int n = 1; n < 14; ++n) { series = series * r + of_series[n]; }
+    const auto scaled = from_bits(bits_of(series) + (bits_of(shifted) << 52));
+    return select(x == x, where(x >= -708.0, scaled), x);
+}
+
+/// ln x of normal positive numbers: within 2 units in the last place, or 2^−53 beside 1. x = 2^k·m with √½ ≤ m < √2,
+/// and ln m = 2·artanh s with s = (m − 1)/(m + 1), by its series up to s²¹/21.
+template <int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<double, bytes> logarithm(const pack<double, bytes>& x) noexcept
+{
+    constexpr std::int64_t root_of_half = 0x3fe6a09e667f3bcd, bias = std::int64_t{1024} << 52;
+    const auto k = (bits_of(x) + (bias - root_of_half)) >> 52; // and 1024
+    const auto m = from_bits(bits_of(x) - ((k + std::int64_t{-1024}) << 52));
+    const auto exponent = from_bits(k | std::int64_t{0x4330000000000000}) - (0x1p52 + 1024);
+    const auto s = (m - 1.0) / (m + 1.0), z = s * s;
+    auto series = filled<pack<double, bytes>>(1.0 / 21);
+    TASKVEC_UNROLL(10)
+    for (int n = 19; n > 0; n -= 2) { series = series * z + 1.0 / n; }
+    const auto doubled = s + s;
+    return exponent * detail::ln2_upper + (doubled * series + exponent * detail::ln2_lower);
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_CORE_EXPONENTIAL_HPP
+
 // ---- taskvec/core/option_text.hpp
 #if !defined(TASKVEC_SINGLE_CORE_OPTION_TEXT_HPP)
 #define TASKVEC_SINGLE_CORE_OPTION_TEXT_HPP
@@ -21068,7 +21151,6 @@ TASKVEC_NOINLINE bool leading_eigenvectors(matrix_view<const double> g, std::siz
 // SPDX-License-Identifier: Apache-2.0
 
 
-#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -21083,9 +21165,9 @@ namespace taskvec::inline TASKVEC_ABI {
 /// θ* = θ0 + τ where an entry's importance reaches the threshold of its tensor, θ0 elsewhere. The importance is
 /// |τ|·KL(softmax(θ1) ‖ softmax(θ0)) of its row, with 1e-8 added to both distributions; rows lie along the last axis.
 /// The threshold is the median plus `spread` interquartile ranges, over the tensor; the quantile q of n numbers is the
-/// one at place floor(q·(n − 1)) in ascending order. One task. The same bits for any threads and blocks: quartiles are
-/// exact, and divergences are sums in f64 that are rounded to the arithmetic type; but their exp and log are the C
-/// library's, so that another one, or another compiler, may decide an entry at the threshold otherwise. Cost: five
+/// one at place floor(q·(n − 1)) in ascending order. One task. Bit-exact for any threads, blocks, processors and C
+/// libraries: quartiles are exact, divergences are sums in f64 of a fixed shape, of exponentials and logarithms of the
+/// library's own (core/exponential.hpp), rounded to the arithmetic type. Cost: five
 /// reads of the models in f32 (one for divergences, three for quartiles, one to merge; eight in f64), two exponentials
 /// and a logarithm an entry, and a number for each row. On the CPU.
 ///
@@ -21115,6 +21197,69 @@ struct chosen_body {
     }
 };
 
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// The largest of some numbers, of which there is one.
+template <arithmetic_element A>
+struct largest_kernel {
+    const A* x;
+    std::size_t size;
+    A& largest;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        constexpr std::size_t width = pack_lanes<A, bytes>;
+        A most = x[0];
+        std::size_t i = 0;
+        if (size >= width) {
+            auto most_of_lanes = load_row<A, bytes, A>(x);
+            for (; i + width <= size; i += width) {
+                const auto next = load_row<A, bytes, A>(x + i);
+                most_of_lanes = select(next > most_of_lanes, next, most_of_lanes);
+            }
+            A lanes[width];
+            std::memcpy(lanes, &most_of_lanes, sizeof lanes);
+            for (const A lane : lanes) { most = lane > most ? lane : most; }
+        }
+        for (; i < size; ++i) { most = x[i] > most ? x[i] : most; }
+        largest = most;
+    }
+};
+/// e^(x − most), which go to `out` too.
+template <arithmetic_element A>
+struct shifted_exponentials {
+    const A* x;
+    double most;
+    double* out;
+
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE pack<double, bytes> at(std::size_t i) const noexcept
+    {
+        const auto made = exponential(load_wide<bytes>(x + i) - most);
+        store_row<double>(made, out + i);
+        return made;
+    }
+};
+/// p·ln(p/q) of the shares that numbers have of their sums, 1e-8 added to both.
+struct divergence_terms {
+    const double *x, *y;
+    double of_x, of_y; ///< the sums
+
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE pack<double, bytes> at(std::size_t i) const noexcept
+    {
+        const auto p = load_wide<bytes>(x + i) / of_x + 1e-8, q = load_wide<bytes>(y + i) / of_y + 1e-8;
+        return p * logarithm(p / q);
+    }
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
 namespace detail {
 
 /// KL(softmax(x) ‖ softmax(y)) of a row, 1e-8 added to both, in f64; not below 0. `p`, `q`: room for n numbers each.
@@ -21122,17 +21267,12 @@ template <arithmetic_element A>
 [[nodiscard]] double softmax_divergence(const A* x, const A* y, std::size_t n, double* p, double* q)
 {
     const auto exponentials = [n](const A* from, double* to) {
-        const double most = static_cast<double>(*std::max_element(from, from + n));
-        double sum = 0;
-        for (std::size_t i = 0; i < n; ++i) { sum += to[i] = std::exp(static_cast<double>(from[i]) - most); }
-        return sum;
+        A most{};
+        kernels::run_widest(kernels::largest_kernel<A>{from, n, most});
+        return kernels::sum(kernels::shifted_exponentials<A>{from, static_cast<double>(most), to}, n);
     };
     const double of_x = exponentials(x, p), of_y = exponentials(y, q);
-    double sum = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        const double share = p[i] / of_x + 1e-8;
-        sum += share * std::log(share / (q[i] / of_y + 1e-8));
-    }
+    const double sum = kernels::sum(kernels::divergence_terms{p, q, of_x, of_y}, n);
     return sum > 0 ? sum : 0.0;
 }
 

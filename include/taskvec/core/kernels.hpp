@@ -231,11 +231,28 @@ private:
     }
 };
 
-/// Σ x·y over a row in f64: sixteen interleaved partial sums, added pairwise at the end.
-template <arithmetic_element A>
-struct dot_kernel {
+/// `bytes` of f64, from as many consecutive numbers (one for 0 bytes).
+template <int bytes, arithmetic_element A>
+[[nodiscard]] TASKVEC_INLINE pack<double, bytes> load_wide(const A* from) noexcept
+{
+    if constexpr (bytes == 0) { return {static_cast<double>(*from)}; }
+    else if constexpr (std::same_as<A, double>) {
+        return load_row<double, bytes, double>(from);
+    }
+#if TASKVEC_VECTORS()
+    else {
+        using numbers = typename taskvec::detail::vector_of<float, bytes / 2>::anywhere;
+        return {__builtin_convertvector(*reinterpret_cast<const numbers*>(from), decltype(pack<double, bytes>::lanes))};
+    }
+#endif
+}
+
+/// Σ terms(i) for i < size in f64: sixteen interleaved partial sums, added pairwise at the end. `terms.at<bytes>(i)` is
+/// the pack of them from i on.
+template <class Terms>
+struct sum_kernel {
     static constexpr int lanes = 16;
-    const A *x, *y;
+    Terms terms;
     std::size_t size;
     double& total;
 
@@ -250,8 +267,7 @@ struct dot_kernel {
             for (; at + lanes <= size; at += lanes) {
                 TASKVEC_UNROLL(8)
                 for (int k = 0; k < count; ++k) {
-                    const std::size_t i = at + static_cast<std::size_t>(k * width);
-                    sums[k] = sums[k] + wide<bytes>(x + i) * wide<bytes>(y + i);
+                    sums[k] = sums[k] + terms.template at<bytes>(at + static_cast<std::size_t>(k * width));
                 }
             }
             std::memcpy(sum, sums, sizeof sum);
@@ -272,20 +288,19 @@ private:
     TASKVEC_INLINE void add(double& sum, std::size_t i) const noexcept
     {
         TASKVEC_STRICT_FP
-        const double product = static_cast<double>(x[i]) * static_cast<double>(y[i]);
-        sum = sum + product;
+        sum = sum + terms.template at<0>(i).lanes;
     }
+};
+
+/// Products of two rows.
+template <arithmetic_element A>
+struct product_terms {
+    const A *x, *y;
+
     template <int bytes>
-    [[nodiscard]] static TASKVEC_INLINE pack<double, bytes> wide(const A* from) noexcept
+    [[nodiscard]] TASKVEC_INLINE pack<double, bytes> at(std::size_t i) const noexcept
     {
-        if constexpr (std::same_as<A, double>) { return load_row<double, bytes, double>(from); }
-#if TASKVEC_VECTORS()
-        else {
-            using numbers = typename taskvec::detail::vector_of<float, bytes / 2>::anywhere;
-            return {
-                __builtin_convertvector(*reinterpret_cast<const numbers*>(from), decltype(pack<double, bytes>::lanes))};
-        }
-#endif
+        return load_wide<bytes>(x + i) * load_wide<bytes>(y + i);
     }
 };
 
@@ -358,13 +373,20 @@ void negate(const A* x, A* out, std::size_t n)
     map_row<A, false>(out, x, x, n, negated{});
 }
 
-/// Σ x·y over a row in f64, in a fixed shape: sixteen interleaved partial sums, added pairwise at the end.
+/// Σ terms(i) for i < n in f64, in a fixed shape (see sum_kernel).
+template <class Terms>
+[[nodiscard]] double sum(const Terms& terms, std::size_t n)
+{
+    double total = 0;
+    run_widest(sum_kernel<Terms>{terms, n, total});
+    return total;
+}
+
+/// Σ x·y over a row in f64, in a fixed shape.
 template <arithmetic_element A>
 [[nodiscard]] double dot(const A* x, const A* y, std::size_t n)
 {
-    double total = 0;
-    run_widest(dot_kernel<A>{x, y, n, total});
-    return total;
+    return sum(product_terms<A>{x, y}, n);
 }
 
 /// Copies to memory that will not be read again soon: non-temporal stores where the processor has them.

@@ -3,11 +3,12 @@
 #pragma once
 
 #include <taskvec/compiled/methods.hpp>
+#include <taskvec/core/exponential.hpp>
+#include <taskvec/core/kernels.hpp>
 #include <taskvec/core/option_table.hpp>
 #include <taskvec/methods/merge.hpp>
 #include <taskvec/methods/row_pieces.hpp>
 
-#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -22,9 +23,9 @@ namespace taskvec::inline TASKVEC_ABI {
 /// θ* = θ0 + τ where an entry's importance reaches the threshold of its tensor, θ0 elsewhere. The importance is
 /// |τ|·KL(softmax(θ1) ‖ softmax(θ0)) of its row, with 1e-8 added to both distributions; rows lie along the last axis.
 /// The threshold is the median plus `spread` interquartile ranges, over the tensor; the quantile q of n numbers is the
-/// one at place floor(q·(n − 1)) in ascending order. One task. The same bits for any threads and blocks: quartiles are
-/// exact, and divergences are sums in f64 that are rounded to the arithmetic type; but their exp and log are the C
-/// library's, so that another one, or another compiler, may decide an entry at the threshold otherwise. Cost: five
+/// one at place floor(q·(n − 1)) in ascending order. One task. Bit-exact for any threads, blocks, processors and C
+/// libraries: quartiles are exact, divergences are sums in f64 of a fixed shape, of exponentials and logarithms of the
+/// library's own (core/exponential.hpp), rounded to the arithmetic type. Cost: five
 /// reads of the models in f32 (one for divergences, three for quartiles, one to merge; eight in f64), two exponentials
 /// and a logarithm an entry, and a number for each row. On the CPU.
 ///
@@ -54,6 +55,69 @@ struct chosen_body {
     }
 };
 
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// The largest of some numbers, of which there is one.
+template <arithmetic_element A>
+struct largest_kernel {
+    const A* x;
+    std::size_t size;
+    A& largest;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        constexpr std::size_t width = pack_lanes<A, bytes>;
+        A most = x[0];
+        std::size_t i = 0;
+        if (size >= width) {
+            auto most_of_lanes = load_row<A, bytes, A>(x);
+            for (; i + width <= size; i += width) {
+                const auto next = load_row<A, bytes, A>(x + i);
+                most_of_lanes = select(next > most_of_lanes, next, most_of_lanes);
+            }
+            A lanes[width];
+            std::memcpy(lanes, &most_of_lanes, sizeof lanes);
+            for (const A lane : lanes) { most = lane > most ? lane : most; }
+        }
+        for (; i < size; ++i) { most = x[i] > most ? x[i] : most; }
+        largest = most;
+    }
+};
+/// e^(x − most), which go to `out` too.
+template <arithmetic_element A>
+struct shifted_exponentials {
+    const A* x;
+    double most;
+    double* out;
+
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE pack<double, bytes> at(std::size_t i) const noexcept
+    {
+        const auto made = exponential(load_wide<bytes>(x + i) - most);
+        store_row<double>(made, out + i);
+        return made;
+    }
+};
+/// p·ln(p/q) of the shares that numbers have of their sums, 1e-8 added to both.
+struct divergence_terms {
+    const double *x, *y;
+    double of_x, of_y; ///< the sums
+
+    template <int bytes>
+    [[nodiscard]] TASKVEC_INLINE pack<double, bytes> at(std::size_t i) const noexcept
+    {
+        const auto p = load_wide<bytes>(x + i) / of_x + 1e-8, q = load_wide<bytes>(y + i) / of_y + 1e-8;
+        return p * logarithm(p / q);
+    }
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
 namespace detail {
 
 /// KL(softmax(x) ‖ softmax(y)) of a row, 1e-8 added to both, in f64; not below 0. `p`, `q`: room for n numbers each.
@@ -61,17 +125,12 @@ template <arithmetic_element A>
 [[nodiscard]] double softmax_divergence(const A* x, const A* y, std::size_t n, double* p, double* q)
 {
     const auto exponentials = [n](const A* from, double* to) {
-        const double most = static_cast<double>(*std::max_element(from, from + n));
-        double sum = 0;
-        for (std::size_t i = 0; i < n; ++i) { sum += to[i] = std::exp(static_cast<double>(from[i]) - most); }
-        return sum;
+        A most{};
+        kernels::run_widest(kernels::largest_kernel<A>{from, n, most});
+        return kernels::sum(kernels::shifted_exponentials<A>{from, static_cast<double>(most), to}, n);
     };
     const double of_x = exponentials(x, p), of_y = exponentials(y, q);
-    double sum = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        const double share = p[i] / of_x + 1e-8;
-        sum += share * std::log(share / (q[i] / of_y + 1e-8));
-    }
+    const double sum = kernels::sum(kernels::divergence_terms{p, q, of_x, of_y}, n);
     return sum > 0 ? sum : 0.0;
 }
 
