@@ -61,7 +61,7 @@ void run_apply(const apply_settings& given)
             {"bytes_read", 2 * base.data_bytes()}, {"bytes_written", out.file_size()},
             {"peak_memory", tool::peak_memory()}, {"peak_anonymous_memory", run.anonymous_peak()},
             {"scale", given.scale}, {"kept", kept}};
-        if (given.overflow == "saturate") { content["saturated"] = done.saturated; }
+        if (given.overflow == "saturate") { content["saturated"] = done.saturated + out.saturated(); }
         report.finish(content);
     }
     const auto size = out.file_size();

@@ -83,7 +83,7 @@ void run_fuse(const fuse_settings& given)
             {"bytes_read", base.data_bytes() + sum.bytes()}, {"bytes_written", out.file_size()},
             {"peak_memory", tool::peak_memory()}, {"peak_anonymous_memory", run.anonymous_peak()},
             {"changed", sources.size()}};
-        if (request.overflow == "saturate") { content["saturated"] = done.saturated; }
+        if (request.overflow == "saturate") { content["saturated"] = done.saturated + out.saturated(); }
         content["untied"] = sum.untied();
         content["adapters"] = nlohmann::ordered_json::array();
         for (std::size_t i = 0; i < arguments.size(); ++i) {

@@ -120,8 +120,9 @@ void run_merge(const merge_request& request)
         {"Merged by " + request.method, request.method, recipe_models(request, inputs), options.dump(2), layers, untied,
             &inputs.vocabulary()},
         plan.specs);
-    const auto merged = kept ? kept->merged : run_method(method, call, out.sink());
+    auto merged = kept ? kept->merged : run_method(method, call, out.sink());
     out.finish();
+    merged.saturated += out.saturated();
     if (report.wanted()) {
         auto content = report_of(run, request, inputs, merged, out.file_size());
         content["options"] = options;

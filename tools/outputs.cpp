@@ -275,7 +275,10 @@ taskvec::tensor_sink& model_output::sink()
 
 void model_output::finish()
 {
-    if (quantising_) { std::exchange(quantising_, nullptr)->finish(); }
+    if (const auto quantising = std::exchange(quantising_, nullptr)) {
+        quantising->finish();
+        saturated_ = quantising->saturated();
+    }
     file_ ? file_->finish() : shards_->finish();
 }
 

@@ -95,9 +95,12 @@ public:
     void commit();
     [[nodiscard]] std::uint64_t file_size() const;
     [[nodiscard]] const fs::path& path() const { return path_; }
+    /// Numbers that became the largest of their fp8, once finish() is done.
+    [[nodiscard]] std::uint64_t saturated() const { return saturated_; }
 
 private:
     fs::path path_, folder_, place_;
+    std::uint64_t saturated_ = 0;
     std::vector<std::unique_ptr<revocable_file>> beside_;
     std::unique_ptr<taskvec::safetensors_writer> file_;
     std::unique_ptr<taskvec::sharded_writer> shards_;

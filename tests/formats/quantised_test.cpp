@@ -690,6 +690,67 @@ TEST_CASE("layers that take no part stay as they are stored, and are numbers whe
     for (std::size_t i = 0; i < 16; ++i) { CHECK(weight[i] == f32_to_bf16(made.expected[i])); }
 }
 
+TEST_CASE("fp8 without scales is rounded to it again, each number by itself")
+{
+    // Sums of two: exact in f32; what E4M3 has around them by its definition, ties to even.
+    const std::vector<float> twice{1, 17, 19, 21, -0.001953125f, 0.0009765625f, 448, 464},
+        result{1, 16, 20, 20, -0.001953125f, 0, 448, 448};
+    for (const auto type : {dtype::f8_e4m3, dtype::f8_e5m2}) {
+        CAPTURE(to_string(type));
+        owned_model base, task;
+        const std::string codes(8, '\0'); // zeros
+        base.add("w", type, {8}, codes);
+        base.add("b", {8}, std::vector<float>(8, 1.0f));
+        task.add("w", {8}, twice);
+        task.add("b", {8}, std::vector<float>(8, 3.0f));
+        const auto write = [&](float largest, overflow how, std::uint64_t& saturated) {
+            auto values = twice;
+            values[0] = largest;
+            owned_model given;
+            given.add("w", {8}, values);
+            given.add("b", {8}, std::vector<float>(8, 3.0f));
+            model_options options;
+            options.on_overflow = how;
+            const std::vector<const_model_ref> tasks{given.model()};
+            const aligned_models models(&base.model(), tasks, options);
+            const auto plan = plan_outputs(models, base.model(), nullptr, true);
+            REQUIRE(plan.specs.size() == 2);
+            CHECK(plan.specs[0].dtype == dtype::f32);
+            CHECK(plan.specs[1].dtype == type);
+            CHECK_FALSE(plan.plain());
+            std::vector<std::uint8_t> written(8);
+            std::vector<float> others(8);
+            memory_sink file({others.data(), written.data()});
+            quantising_sink out(plan, file, {});
+            merge(cpu{}, average_options{}, models, out);
+            out.finish();
+            saturated = out.saturated();
+            CHECK(others == std::vector<float>(8, 3.0f));
+            return written;
+        };
+        const auto meaning_of = [&](std::uint8_t code) {
+            return type == dtype::f8_e4m3 ? meaning(code, 4, 3) : meaning(code, 5, 2);
+        };
+        std::uint64_t saturated = 9;
+        const auto written = write(1, overflow::error, saturated);
+        CHECK(saturated == 0);
+        for (std::size_t i = 0; i < 8 && type == dtype::f8_e4m3; ++i) { CHECK(meaning_of(written[i]) == result[i]); }
+        const bool wide = type == dtype::f8_e5m2;
+        const float largest = wide ? 57344.0f : 448.0f, beyond = wide ? 61440.0f : std::nextafter(464.0f, 500.0f);
+        CHECK(meaning_of(write(std::nextafter(beyond, 0.0f), overflow::error, saturated)[0]) == largest);
+        CHECK_THROWS_WITH_AS(
+            (void)write(beyond, overflow::error, saturated), doctest::Contains("'w' would hold"), nonfinite_error);
+        CHECK(meaning_of(write(-beyond, overflow::saturate, saturated)[0]) == -largest);
+        CHECK(saturated == 1);
+        CHECK(int{write(-beyond, overflow::propagate, saturated)[0]} == (wide ? 0xfc : 0xff));
+    }
+    // Without being asked to keep it, it becomes numbers.
+    owned_model base;
+    base.add("w", dtype::f8_e4m3, {8}, std::string(8, '\0'));
+    const aligned_models models(&base.model(), {&base.model(), 1});
+    CHECK(plan_outputs(models, base.model(), nullptr, false).specs[0].dtype == dtype::f32);
+}
+
 TEST_CASE("what takes tensors as memory refuses layers that are decoded")
 {
     random_words random("memory");

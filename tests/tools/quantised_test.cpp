@@ -460,6 +460,38 @@ TEST_CASE("quantization_config is that of what the result holds, where models ar
     CHECK(mixed["quantization_config"]["modules_to_not_convert"] == nlohmann::json::array({"b"}));
 }
 
+TEST_CASE("fp8 without scales stays fp8 with --dtype keep, and becomes numbers without")
+{
+    const scratch folder;
+    // E4M3: 1, 1.125, 448, −2 and their like.
+    write_stored(folder / "base.safetensors",
+        {{"a", {taskvec::dtype::f8_e4m3, {4}, "\x38\x39\x7e\xc0"}}, {"b", floats({2}, {1, 2})}});
+    write_stored(folder / "task.safetensors",
+        {{"a", {taskvec::dtype::f8_e4m3, {4}, "\x3a\x39\x7e\xc1"}}, {"b", floats({2}, {3, 4})}});
+    const words line{"merge", "--method", "task-arithmetic", "--base", "base.safetensors", "--task", "task.safetensors",
+        "--out", "o.safetensors"};
+    const auto merged = [&](const words& more) {
+        const auto done = run(folder, with(line, more));
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        return read_stored(folder / "o.safetensors");
+    };
+    const auto kept = merged({"--lambda", "1", "--dtype", "keep"});
+    CHECK(kept.at("a").dtype == taskvec::dtype::f8_e4m3);
+    CHECK(kept.at("a").bytes == "\x3a\x39\x7e\xc1");
+    CHECK(kept.at("b") == floats({2}, {3, 4}));
+    CHECK(merged({"--lambda", "1"}).at("a") == floats({4}, {1.25f, 1.125f, 448, -2.25f}));
+    // −2 − 1000·0.25 is −252: between −240 and −256, to the nearer; 1 + 1000·0.25 = 251 is 256.
+    CHECK(merged({"--lambda", "1000", "--dtype", "keep"}).at("a").bytes == "\x78\x39\x7e\xf8");
+    const auto far = with(line, {"--lambda", "4000", "--dtype", "keep"}); // 1001
+    CHECK(refuses(run(folder, far), {"tensor 'a' would hold 1001 at index 0", "F8_E4M3"}));
+    const auto saturated =
+        merged({"--lambda", "4000", "--dtype", "keep", "--overflow", "saturate", "--report", "r.json"});
+    CHECK(saturated.at("a").bytes == "\x7e\x39\x7e\xfe");
+    CHECK(nlohmann::json::parse(slurp(folder / "r.json"))["saturated"] == 2);
+    CHECK(
+        merged({"--lambda", "4000", "--dtype", "keep", "--overflow", "propagate"}).at("a").bytes == "\x7f\x39\x7e\xff");
+}
+
 TEST_CASE("a layer is excluded whole, and then copied as it is stored")
 {
     const quantised_models m;

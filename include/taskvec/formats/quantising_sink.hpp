@@ -5,6 +5,7 @@
 #include <taskvec/core/error.hpp>
 #include <taskvec/core/float_bits.hpp>
 #include <taskvec/core/half.hpp>
+#include <taskvec/core/overflow.hpp>
 #include <taskvec/core/sink.hpp>
 #include <taskvec/core/tensor_ref.hpp>
 #include <taskvec/formats/file.hpp>
@@ -14,6 +15,7 @@
 #include <taskvec/models/operand_source.hpp>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstddef>
@@ -68,6 +70,19 @@ struct stored_scale {
         return {reinterpret_bits<std::uint32_t>(value), value};
     }
     }
+}
+
+/// Whether a finite number rounds to none that fp8 holds: beyond the middle between the largest one and what would
+/// come next.
+[[nodiscard]] inline bool overflows_fp8(float value, bool wide) noexcept
+{
+    const float magnitude = std::abs(value);
+    return wide ? magnitude >= 61440.0f : magnitude > 464.0f;
+}
+/// What an overflow becomes where it propagates: infinity, or NaN in E4M3, which has none.
+[[nodiscard]] inline std::uint8_t fp8_infinity(bool negative, bool wide) noexcept
+{
+    return static_cast<std::uint8_t>((negative ? 0x80u : 0u) | (wide ? 0x7cu : 0x7fu));
 }
 
 } // namespace detail
@@ -138,6 +153,7 @@ struct quantised_outputs {
     /// What becomes of an output.
     enum class way : std::uint8_t {
         numbers, ///< as the algorithm writes them
+        rounded, ///< its numbers, each rounded to fp8 that has no scale
         quantised, ///< quantised again, by the layer's own scheme
         as_stored ///< a layer that takes no part: its tensors as they are
     };
@@ -158,24 +174,28 @@ struct quantised_outputs {
     std::vector<std::string> left_out; ///< tensors about the quantisation that the file has no more
     std::size_t dequantised = 0; ///< layers that become numbers
     std::size_t requantised = 0; ///< layers that are quantised again
+    std::size_t rounded = 0; ///< tensors in fp8 without scales that stay it
+    overflow on_overflow = overflow::error; ///< what becomes of a number that these cannot hold
 
     /// Whether the file holds what the algorithm writes, and nothing else.
     [[nodiscard]] bool plain() const noexcept
     {
-        return copies.empty() && requantised == 0
+        return copies.empty() && requantised == 0 && rounded == 0
             && std::all_of(outputs.begin(), outputs.end(), [](const output& one) { return one.how == way::numbers; });
     }
 };
 
 /// Plans the outputs of models whose reference (the base, or the first task) has quantised layers, `layers`; null where
-/// it has none. `quantise`: whether merged layers are quantised again; otherwise they become numbers of the output's
-/// dtype. Layers that take no part stay as they are stored, unless the models ask for one dtype throughout. Throws
-/// dtype_mismatch for a layer to be quantised again by a scheme that is only read.
+/// it has none. `quantise`: whether merged layers are quantised again, and tensors in fp8 without scales are rounded to
+/// it again; otherwise they become numbers of the output's dtype. Layers that take no part stay as they are stored,
+/// unless the models ask for one dtype throughout. Throws dtype_mismatch for a layer to be quantised again by a scheme
+/// that is only read.
 [[nodiscard]] inline quantised_outputs plan_outputs(
     const aligned_models& models, const const_model_ref& reference, const quantised_layers* layers, bool quantise)
 {
     using way = quantised_outputs::way;
     quantised_outputs plan;
+    plan.on_overflow = models.options().on_overflow;
     std::vector<bool> copied(models.outputs().size());
     for (const auto& tensor : models.copied()) { copied[tensor.output] = true; }
     std::map<const operand_source*, const quantised_layer*> by_source;
@@ -196,7 +216,12 @@ struct quantised_outputs {
                 message("layer '", spec.name, "' is ", to_string(layer->scheme),
                     ", which is read and not written: choose a dtype for the result, f32 or bf16"));
         }
-        if (one.how == way::numbers) {
+        if (!layer && !copied[i] && quantise && tensor && is_dequantised(tensor->dtype) && spec.dtype == dtype::f32) {
+            one.how = way::rounded;
+            ++plan.rounded;
+            plan.specs.push_back({spec.name, tensor->dtype, spec.shape});
+        }
+        else if (one.how == way::numbers) {
             plan.specs.push_back(spec);
             plan.dequantised += layer ? 1 : 0;
             if (layer) {
@@ -231,8 +256,9 @@ struct quantised_outputs {
 /// The sink between a walk over models and the file that a plan describes. The numbers of a layer that is quantised
 /// again are gathered until all are there (in memory up to a MiB, otherwise in a file without a name in `folder`,
 /// mapped) and then become codes and scales: a walk that takes tensors in order has few of them open at once, whatever
-/// the model's size. Each byte has to be written once. finish() writes what is copied. Throws what the file's sink
-/// throws, io_error.
+/// the model's size. What stays fp8 without a scale is rounded as it comes, to nearest even. Each byte has to be
+/// written once. finish() writes what is copied. Throws what the file's sink throws, io_error; nonfinite_error for a
+/// number that fp8 cannot hold, unless that saturates or propagates.
 ///
 ///     const auto plan = plan_outputs(models, base.model(), base.layers(), true);
 ///     safetensors_writer file(path, plan.specs);
@@ -264,7 +290,7 @@ public:
     /// Not where layers are quantised again: their numbers are gone once all are there.
     [[nodiscard]] bool rewritable() const override
     {
-        return out_->rewritable()
+        return out_->rewritable() && plan_->rounded == 0
             && std::all_of(gathered_.begin(), gathered_.end(), [](const auto& layer) { return !layer; });
     }
     [[nodiscard]] bool wants(std::size_t index) const override
@@ -277,6 +303,7 @@ public:
         const auto& output = plan_->outputs[index];
         switch (output.how) {
         case quantised_outputs::way::numbers: out_->write(output.first, offset, data, size); break;
+        case quantised_outputs::way::rounded: round(output, offset, data, size); break;
         case quantised_outputs::way::as_stored: break;
         case quantised_outputs::way::quantised: gather(index, offset, data, size); break;
         }
@@ -289,6 +316,9 @@ public:
             write(index, offset, data, size);
         }
     }
+
+    /// Numbers that became the largest one of their fp8 (overflow::saturate).
+    [[nodiscard]] std::uint64_t saturated() const noexcept { return saturated_.load(); }
 
     /// Writes what is copied. Throws invalid_argument where a layer was not written whole.
     void finish()
@@ -331,6 +361,38 @@ private:
         }
     };
 
+    void round(const quantised_outputs::output& output, std::uint64_t offset, const void* data, std::size_t size)
+    {
+        const tensor_spec& spec = plan_->specs[output.first];
+        const bool wide = spec.dtype == dtype::f8_e5m2;
+        constexpr std::size_t step = 4096;
+        std::array<std::uint8_t, step> codes;
+        const auto* const words = static_cast<const std::byte*>(data);
+        const std::size_t count = size / sizeof(float);
+        const std::uint64_t first = offset / sizeof(float);
+        std::uint64_t saturated = 0;
+        for (std::size_t at = 0; at < count; at += step) {
+            const std::size_t n = std::min(step, count - at);
+            for (std::size_t i = 0; i < n; ++i) {
+                float value;
+                std::memcpy(&value, words + (at + i) * sizeof(float), sizeof(float));
+                codes[i] = wide ? f32_to_e5m2(value) : f32_to_e4m3(value);
+                if (!std::isfinite(value) || !detail::overflows_fp8(value, wide)) { continue; }
+                if (plan_->on_overflow == overflow::error) {
+                    raise<nonfinite_error>(error_code::result_overflow,
+                        message("tensor '", spec.name, "' would hold ", value, " at index ", first + at + i, ", which ",
+                            to_string(spec.dtype),
+                            " cannot; choose a wider dtype, or let it saturate or propagate (overflow)"));
+                }
+                if (plan_->on_overflow == overflow::propagate) { codes[i] = detail::fp8_infinity(value < 0, wide); }
+                else {
+                    ++saturated;
+                }
+            }
+            out_->write(output.first, first + at, codes.data(), n);
+        }
+        saturated_.fetch_add(saturated, std::memory_order_relaxed);
+    }
     void gather(std::size_t index, std::uint64_t offset, const void* data, std::size_t size)
     {
         auto& mine = *gathered_[index];
@@ -368,6 +430,7 @@ private:
     tensor_sink* out_;
     std::filesystem::path folder_;
     std::vector<std::unique_ptr<gathering>> gathered_;
+    std::atomic<std::uint64_t> saturated_{0};
 };
 
 } // namespace taskvec::inline TASKVEC_ABI
