@@ -978,3 +978,46 @@ TEST_CASE("extract-lora reads a configuration: Conv1D layers, and heads that are
         }
     }
 }
+
+TEST_CASE("fuse rescales an embedding under DoRA by the norms of its dimensions")
+{
+    const scratch folder;
+    const auto w = random_tensor({7, 3}, 1); // entries×dimensions
+    write_values(folder / "base.safetensors", {{"words.weight", w}});
+    const values_model tensors{{"words.lora_embedding_A", random_tensor({2, 7}, 2)},
+        {"words.lora_embedding_B", random_tensor({3, 2}, 3)}, {"words.lora_magnitude_vector", random_tensor({3}, 4)}};
+    write_adapter_as(folder / "a", tensors, {{"use_dora", true}});
+    const auto result = run(folder, fuse_one);
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    const auto fused = read_values(folder / "out.safetensors").at("words.weight");
+    const auto &a = tensors.at("words.lora_embedding_A").values, &b = tensors.at("words.lora_embedding_B").values;
+    for (std::size_t d = 0; d < 3; ++d) {
+        std::vector<double> column;
+        double squares = 0;
+        for (std::size_t e = 0; e < 7; ++e) {
+            column.push_back(double{w.values[e * 3 + d]}
+                + 0.5 * (double{b[d * 2]} * double{a[e]} + double{b[d * 2 + 1]} * double{a[7 + e]}));
+            squares += column.back() * column.back();
+        }
+        const double gain = double{tensors.at("words.lora_magnitude_vector").values[d]} / std::sqrt(squares);
+        for (std::size_t e = 0; e < 7; ++e) {
+            CHECK(std::abs(double{fused.values[e * 3 + d]} - gain * column[e]) < 2e-6);
+        }
+    }
+    // PEFT, where it saves the embedding whole, has the magnitudes twice.
+    auto twice = tensors;
+    twice["words.lora_magnitude_vector.weight"] = tensors.at("words.lora_magnitude_vector");
+    write_adapter_as(folder / "a", twice, {{"use_dora", true}});
+    REQUIRE(run(folder, fuse_one).code == 0);
+    CHECK(read_values(folder / "out.safetensors").at("words.weight").values == fused.values);
+    twice["words.lora_magnitude_vector.weight"].values[0] += 1;
+    write_adapter_as(folder / "b", twice, {{"use_dora", true}});
+    refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "b", "--out", "no.safetensors"}, 1,
+        "is the second such factor");
+    const values_model other{{"words.lora_embedding_A", random_tensor({2, 7}, 2)},
+        {"words.lora_embedding_B", random_tensor({3, 2}, 3)}, {"words.lora_magnitude_vector", random_tensor({7}, 4)}};
+    write_adapter_as(folder / "a", other, {{"use_dora", true}});
+    std::filesystem::remove(folder / "out.safetensors");
+    refused(folder, fuse_one, 1, "3 outputs");
+}

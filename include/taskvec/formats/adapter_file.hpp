@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -349,13 +350,6 @@ template <class T>
         made.magnitude.assign(values.data(), values.data() + values.size());
         const bool by_output = dialect != adapter_dialect::kohya
             || (!vector->shape.empty() && static_cast<std::size_t>(vector->shape[0]) == made.update.out());
-        if (is_embedding) {
-            raise<format_error>(error_code::adapter_unsupported,
-                message("module '", module, "' is an embedding under DoRA ('", vector->name,
-                    "'), which is not folded: fold it into its base with PEFT (merge_and_unload) and go on with the "
-                    "model"),
-                where);
-        }
         if (made.magnitude.size() != made.update.out() || !by_output) {
             raise<format_error>(error_code::adapter_unsupported,
                 message("tensor '", vector->name, "' has shape ", to_string(vector->shape), ", and module '", module,
@@ -535,7 +529,12 @@ template <arithmetic_element T = float>
                 peft_tensor{entry.dtype, entry.shape, std::vector<std::byte>(data, data + entry.bytes)});
             continue;
         }
-        if (!parts[found.module].tensors.emplace(found.role, &entry).second) {
+        // Embeddings that PEFT saves whole bring their magnitudes once more, under another name.
+        const auto [place, is_first] = parts[found.module].tensors.emplace(found.role, &entry);
+        const auto& first = *place->second;
+        const bool once_more = !is_first && first.dtype == entry.dtype && first.shape == entry.shape
+            && std::memcmp(file.tensor(first).data, file.tensor(entry).data, entry.bytes) == 0;
+        if (!is_first && !once_more) {
             raise<format_error>(error_code::adapter_tensors,
                 message("tensor '", entry.name, "' is the second such factor of its module"), where);
         }
