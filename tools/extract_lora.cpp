@@ -116,9 +116,13 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     if (found.adapter.empty()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::nothing_selected,
             taskvec::message("'", given.base, "' and ", label_of_task(given),
-                " do not differ in any 2-D '*.weight' tensor",
+                " do not differ in any matrix or convolution '*.weight'",
                 given.include.empty() && given.exclude.empty() ? "" : " that is looked at",
-                ": there is nothing to extract an adapter from"));
+                found.left_out.empty() ? std::string(": there is nothing to extract an adapter from")
+                                       : taskvec::message(", but in ", tool::counted(found.left_out.size(), "tensor"),
+                                             " that no LoRA can hold ('", found.left_out.front(), "'",
+                                             found.left_out.size() > 1 ? " …" : "",
+                                             "): 'taskvec prune --density 1' keeps the whole change as a delta")));
     }
     // --sparse-rest keeps what of it can be computed with.
     std::function<std::unique_ptr<taskvec::delta_writer>(const tool::fs::path&)> write_rest;
@@ -165,13 +169,15 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
         });
     }
     for (auto& [name, update] : found.adapter) {
-        const bool embedding = is_embedding(name);
+        const auto kernel = found.kernels.find(name);
+        const bool is_convolution = kernel != found.kernels.end();
+        const bool embedding = is_embedding(name) && !is_convolution;
         embedding_changed = embedding_changed || (embedding && is_input_embedding(name));
         if (embedding) { adapter.embeddings.insert(name); }
         adapter.stored.emplace(name, base.model().find(name + ".weight")->dtype);
-        adapter.updates.emplace(name,
-            embedding || (given.fan_in_fan_out && !tool::is_head_module(name)) ? transposed(update)
-                                                                               : std::move(update));
+        if (is_convolution) { adapter.kernels.emplace(name, kernel->second); }
+        const bool turned = given.fan_in_fan_out && !tool::is_head_module(name) && !is_convolution;
+        adapter.updates.emplace(name, embedding || turned ? transposed(update) : std::move(update));
     }
     if (given.fan_in_fan_out) { adapter.config["fan_in_fan_out"] = true; }
     if (tied && embedding_changed) {
@@ -311,7 +317,7 @@ void run_extract_lora(extract_lora_settings given)
 }
 
 const tool::register_verb extract_lora_verb(70, "extract-lora",
-    "Make a LoRA adapter of what fine-tuning changed in a model's 2-D weights", [](tool::command& verb) {
+    "Make a LoRA adapter of what fine-tuning changed in a model's matrices and convolutions", [](tool::command& verb) {
         const auto given = std::make_shared<extract_lora_settings>();
         verb.text("--base", given->base, "MODEL", "The pre-trained model", tool::presence::required);
         verb.text("--task", given->task, "MODEL", "The fine-tuned model");
@@ -331,7 +337,7 @@ const tool::register_verb extract_lora_verb(70, "extract-lora",
         verb.flag("--fan-in-fan-out", given->fan_in_fan_out, "Weights are stored in×out, as in GPT-2");
         tool::add_adapter_options(verb, *given, "the base's, per tensor");
         verb.flag("--sparse-rest", given->sparse_rest,
-            "Keep what changed and no LoRA can hold (biases, norms) as a delta beside the adapter, "
+            "Keep what changed and no LoRA can hold (biases, norms, …) as a delta beside the adapter, "
             "rest.delta.safetensors, which apply adds to the base");
         tool::add_resume_option(verb, given->resume, "Layers that are decomposed");
         verb.footer("Other tensors that changed (biases, norms) are listed on standard error and in the report: an "

@@ -8835,6 +8835,7 @@ private:
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <map>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -8849,7 +8850,10 @@ struct extract_options {
     sigma_side side = sigma_side::both;
     callback<bool(std::string_view)> include{}; ///< which tensors to look at, by name; empty: all
     std::string suffix =
-        ".weight"; ///< the 2-D tensors whose name ends so are layers; the rest of the name is the module's
+        ".weight"; ///< the matrices and convolutions whose name ends so are layers; the rest of it is the module's
+    /// Which of these are layers, by name; empty: all. Others are listed where they changed, as what no adapter holds:
+    /// weights that a model reads past its modules, say, which would not see an update of the module.
+    callback<bool(std::string_view)> layers{};
     std::string base_label = "the base", tuned_label = "the fine-tuned model"; ///< what messages call the two
 };
 
@@ -8864,14 +8868,17 @@ template <arithmetic_element T>
 struct extract_result : adapter_result<T> {
     std::vector<std::string> unchanged; ///< layers without any change: no update is made for them
     std::vector<std::string> left_out; ///< other tensors that changed: an adapter cannot hold them
+    std::map<std::string, extents> kernels; ///< of the modules that are convolutions: their sides, slowest first
     double left_out_squared_norm = 0; ///< ‖·‖²_F of their changes (floating ones)
 };
 
-/// For each 2-D tensor "MODULE.weight" (out×in) that differs between two checkpoints, ΔW = θt − θ0 in T and its
-/// approximation by the asked rank or energy, decomposed by `decompose`. Layers go one at a time: the memory is three
-/// to four times the largest layer. A layer whose smaller side is below the rank is kept whole. Other tensors that
-/// differ are listed. Throws invalid_argument (tensors missing on either side; a rank of 0, or above every layer's,
-/// unless clamped; nothing to extract), shape_mismatch, dtype_mismatch, nonfinite_error.
+/// For each tensor "MODULE.weight" (out×in, or out×in×kernel… of a convolution, whose kernel counts among the inputs)
+/// that differs between two checkpoints, ΔW = θt − θ0 in T and its approximation by the asked rank or energy,
+/// decomposed by `decompose`. A convolution of one input channel may be one of as many groups as it has outputs, whose
+/// update has no factors: it is none of the layers. Layers go one at a time: the memory is three to four times the
+/// largest layer. A layer whose smaller side is below the rank is kept whole. Other tensors that differ are listed.
+/// Throws invalid_argument (tensors missing on either side; a rank of 0, or above every layer's, unless clamped;
+/// nothing to extract), shape_mismatch, dtype_mismatch, nonfinite_error.
 ///
 ///     auto lora = extract_lora<float>(cpu{}, base, tuned, {.rank = {.rank = 16}}, decompose_randomized{});
 template <arithmetic_element T, decomposition<T> Decompose>
@@ -8945,6 +8952,13 @@ void subtract_tensors(const cpu& policy, const const_tensor_ref& base, const con
     });
 }
 
+/// Whether weights of this shape are a layer that low-rank factors can change: a matrix, or a convolution in one to
+/// three dimensions of more than one input channel.
+[[nodiscard]] inline bool is_layer_shape(const extents& shape) noexcept
+{
+    return shape.size() == 2 || (shape.size() >= 3 && shape.size() <= 5 && shape[1] > 1);
+}
+
 /// Raises nonfinite_error for the first NaN or infinity of a tensor; returns if there is none.
 inline void blame_nonfinite_tensor(const const_tensor_ref& tensor, std::string_view name, std::string_view label)
 {
@@ -8969,6 +8983,7 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
     struct layer {
         std::string tensor;
         std::size_t out = 0, in = 0;
+        extents kernel;
     };
     extract_result<T> result;
     std::vector<layer> layers;
@@ -9002,10 +9017,11 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
             }
         }
         const bool floating = is_storage(tensor.dtype) && is_storage(other->dtype);
-        if (tensor.shape.size() == 2 && name.size() > options.suffix.size() && name.ends_with(options.suffix)
-            && floating) {
-            const auto out = static_cast<std::size_t>(tensor.shape[0]), in = static_cast<std::size_t>(tensor.shape[1]);
-            layers.push_back({name, out, in});
+        if (detail::is_layer_shape(tensor.shape) && name.size() > options.suffix.size()
+            && name.ends_with(options.suffix) && floating && (!options.layers || options.layers(name))) {
+            const auto out = static_cast<std::size_t>(tensor.shape[0]),
+                       in = out == 0 ? static_cast<std::size_t>(tensor.shape[1]) : tensor.size(name) / out;
+            layers.push_back({name, out, in, extents(tensor.shape.begin() + 2, tensor.shape.end())});
             largest_rank = std::max(largest_rank, std::min(out, in));
             largest_size = std::max(largest_size, out * in);
         }
@@ -9015,7 +9031,7 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
     }
     if (layers.empty()) {
         raise<invalid_argument>(error_code::nothing_selected,
-            message("there is no 2-D floating tensor '*", options.suffix, "' to extract an adapter from"));
+            message("there is no floating matrix or convolution '*", options.suffix, "' to extract an adapter from"));
     }
     detail::check_layer_ranks(options.rank, largest_rank, options.tuned_label);
 
@@ -9028,7 +9044,7 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
     };
     matrix<T> delta(1, largest_size, matrix_order::row_major, memory_of(policy));
     detail::progress_meter meter(policy, "extract", layers.size(), progress_unit::layers);
-    for (const auto& [tensor, out, in] : layers) {
+    for (const auto& [tensor, out, in, kernel] : layers) {
         const std::string name = tensor.substr(0, tensor.size() - options.suffix.size());
         const auto *const before = base.find(tensor), *const after = tuned.find(tensor);
         detail::subtract_tensors<T>(policy, *before, *after, tensor, delta.data(), out * in);
@@ -9043,6 +9059,7 @@ extract_result<T> extract_lora(const cpu& policy, const const_model_ref& base, c
             const bool whole = options.rank.energy == 0 && options.rank.rank > std::min(out, in);
             result.layers.push_back({name, out, in, 0, s.rank(), whole, s.squared_norm, s.squared_error});
             result.adapter.emplace(name, to_update<T>(s, options.side));
+            if (!kernel.empty()) { result.kernels.emplace(name, kernel); }
         }
         if (!meter.advance(1)) { raise<cancelled>(error_code::cancelled); }
     }

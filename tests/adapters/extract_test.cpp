@@ -116,3 +116,29 @@ TEST_CASE("models that do not belong together are refused")
     CHECK_THROWS_AS((void)extract_lora<float>(cpu{}, models.base(), models.tuned(), {.rank = {.rank = 1}}, thorough),
         nonfinite_error);
 }
+
+TEST_CASE("a convolution's update counts its kernel among the inputs; one of a single channel, and what is no layer, "
+          "is listed")
+{
+    auto before = normal_matrix<float>(6, 3 * 2 * 2, 7, matrix_order::row_major), after = before;
+    const auto change = reference::normal_update<float>(6, 12, 2, 9, 0.5);
+    fold_update(cpu{}, change, after.view());
+    auto deep0 = normal_matrix<float>(5, 9, 8, matrix_order::row_major), deep1 = deep0;
+    deep1(0, 0) += 1;
+    auto table0 = normal_matrix<float>(4, 4, 10, matrix_order::row_major), table1 = table0;
+    table1(1, 1) += 2;
+    const auto tensor = [](const auto& x, extents shape) { return pair_of_models::tensor(x, std::move(shape)); };
+    const const_model_ref base{{"conv.weight", tensor(before, {6, 3, 2, 2})},
+        {"deep.weight", tensor(deep0, {5, 1, 3, 3})}, {"table.weight", tensor(table0, {4, 4})}},
+        tuned{{"conv.weight", tensor(after, {6, 3, 2, 2})}, {"deep.weight", tensor(deep1, {5, 1, 3, 3})},
+            {"table.weight", tensor(table1, {4, 4})}};
+    const auto found = extract_lora<float>(cpu{}, base, tuned,
+        {.rank = {.rank = 2}, .layers = [](std::string_view name) { return name != "table.weight"; }}, thorough);
+    REQUIRE(found.adapter.size() == 1);
+    CHECK(found.kernels == std::map<std::string, extents>{{"conv", {2, 2}}});
+    const auto expected = reference::dense(change);
+    CHECK(
+        reference::distance(reference::dense(found.adapter.at("conv")), expected) <= 1e-4 * reference::norm(expected));
+    CHECK(found.left_out == std::vector<std::string>{"deep.weight", "table.weight"});
+    CHECK(found.left_out_squared_norm == doctest::Approx(5));
+}

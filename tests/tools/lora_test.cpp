@@ -1054,3 +1054,51 @@ TEST_CASE("convert names the adapter and the tensor that is not finite, and repo
     }
     refused(folder, {"convert", "good", "--as", "peft", "--out", "p", "--device", "cuda"}, 2, "--device cuda");
 }
+
+TEST_CASE("extract-lora makes of convolutions what PEFT does, and fuse puts it back")
+{
+    const scratch folder;
+    const auto shaped = [](taskvec::extents shape, std::uint64_t seed) {
+        auto x = tensor(static_cast<std::int64_t>(taskvec::element_count(shape)), 1, seed);
+        x.shape = std::move(shape);
+        return x;
+    };
+    values_model base{{"conv.weight", shaped({6, 3, 2, 2}, 1)}, {"line.weight", shaped({4, 2, 3}, 2)},
+        {"deep.weight", shaped({5, 1, 3, 3}, 3)}, {"norm.weight", shaped({5}, 4)}},
+        task = base;
+    std::uint64_t seed = 10;
+    for (auto& [name, x] : task) {
+        const auto change = tensor(static_cast<std::int64_t>(x.values.size()), 1, ++seed, taskvec::dtype::f32, 0.25f);
+        for (std::size_t i = 0; i < x.values.size(); ++i) { x.values[i] += change.values[i]; }
+    }
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "task.safetensors", task);
+    const auto made = run(folder, with(extract, {"--energy", "1", "--sparse-rest"}));
+    CAPTURE(made.err);
+    REQUIRE(made.code == 0);
+    const auto factors = read_values(folder / "out" / weights_file);
+    REQUIRE(factors.size() == 4);
+    const std::string prefix = "base_model.model.";
+    CHECK(factors.at(prefix + "conv.lora_A.weight").shape == taskvec::extents{6, 3, 2, 2});
+    CHECK(factors.at(prefix + "conv.lora_B.weight").shape == taskvec::extents{6, 6, 1, 1});
+    CHECK(factors.at(prefix + "line.lora_A.weight").shape == taskvec::extents{4, 2, 3});
+    CHECK(factors.at(prefix + "line.lora_B.weight").shape == taskvec::extents{4, 4, 1});
+    REQUIRE(run(folder,
+                {"apply", "--base", "base.safetensors", "--delta", "out/rest.delta.safetensors", "--out",
+                    "rested.safetensors"})
+                .code
+        == 0);
+    REQUIRE(
+        run(folder, {"fuse", "--base", "rested.safetensors", "--adapter", "out", "--out", "o.safetensors"}).code == 0);
+    const auto fused = read_values(folder / "o.safetensors");
+    for (const auto& [name, x] : task) {
+        CAPTURE(name);
+        for (std::size_t i = 0; i < x.values.size(); ++i) {
+            CHECK(std::abs(fused.at(name).values[i] - x.values[i]) < 1e-5);
+        }
+    }
+    // Nothing that a LoRA could hold: the way on is named.
+    for (const char* name : {"conv.weight", "line.weight"}) { task.at(name) = base.at(name); }
+    write_values(folder / "task.safetensors", task);
+    refused(folder, with(extract, {"--rank", "1", "--sparse-rest"}), 1, "taskvec prune --density 1");
+}

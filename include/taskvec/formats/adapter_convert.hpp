@@ -232,14 +232,8 @@ template <arithmetic_element T>
         if ((dialect == adapter_dialect::mlx || to_gguf) && !made.kernel.empty()) {
             lose("module '" + module + "'", "it is a convolution");
         }
-        extents a_shape{rank, static_cast<std::int64_t>(update.in())}, b_shape{out_size, rank};
-        if (!made.kernel.empty()) {
-            std::int64_t cells = 1;
-            for (const auto side : made.kernel) { cells *= side; }
-            a_shape[1] /= cells;
-            a_shape.insert(a_shape.end(), made.kernel.begin(), made.kernel.end());
-            b_shape.insert(b_shape.end(), made.kernel.size(), 1);
-        }
+        const auto shapes = factor_shapes(update, made.kernel, module);
+        const extents &a_shape = shapes.first, &b_shape = shapes.second;
         if (adapter.fan_in_fan_out && dialect != adapter_dialect::peft && dialect != adapter_dialect::gguf
             && !made.embedding && update.out() == update.in()) {
             raise<format_error>(error_code::adapter_unsupported,

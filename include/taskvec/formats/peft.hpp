@@ -57,6 +57,8 @@ struct peft_adapter {
     lora_adapter<T> updates{}; ///< factors in T, scaling from the configuration
     std::set<std::string> embeddings{}; ///< which of the modules are embeddings
     std::map<std::string, dtype> stored{}; ///< the dtype of each module's factors in the file; absent: T
+    /// Of the modules that are convolutions: their sides, slowest first. The update's `in` counts the kernel.
+    std::map<std::string, extents> kernels{};
     std::map<std::string, peft_tensor>
         others{}; ///< biases, copies of base weights, whole modules: by name in the file without PEFT's prefix
     nlohmann::json config = nlohmann::json::object(); ///< the configuration as it was read
@@ -611,6 +613,26 @@ template <arithmetic_element T>
     return config;
 }
 
+/// The shapes of stored factors: r×in and out×r; of a convolution r×in×kernel and out×r×1…, its `in` without the kernel
+/// that the update's counts. Throws invalid_argument for a kernel that is no divisor of the update's inputs.
+template <arithmetic_element T>
+[[nodiscard]] std::pair<extents, extents> factor_shapes(
+    const lora_update<T>& update, const extents& kernel, std::string_view module)
+{
+    std::int64_t cells = 1;
+    for (const auto side : kernel) { cells *= side; }
+    const auto in = static_cast<std::int64_t>(update.in()), rank = static_cast<std::int64_t>(update.rank());
+    if (cells < 1 || in % cells != 0) {
+        raise<invalid_argument>(error_code::adapter_shape,
+            message("module '", module, "' has ", in, " inputs, which its kernel of ", to_string(kernel),
+                " does not divide"));
+    }
+    extents a{rank, in / cells}, b{static_cast<std::int64_t>(update.out()), rank};
+    a.insert(a.end(), kernel.begin(), kernel.end());
+    b.insert(b.end(), kernel.size(), 1);
+    return {std::move(a), std::move(b)};
+}
+
 /// How write_peft() stores factors and writes files.
 struct peft_write_options {
     std::optional<dtype> output{}; ///< dtype of all factors; empty: as `stored` says
@@ -676,7 +698,7 @@ peft_writer::peft_writer(
     }
     std::vector<tensor_spec> specs;
     std::vector<std::vector<std::byte>> buffers;
-    const auto add = [&](std::string name, const matrix<T>& x, dtype type) {
+    const auto add = [&](std::string name, const matrix<T>& x, dtype type, extents shape) {
         auto& bytes = buffers.emplace_back();
         visit_storage(type, name, [&]<class S>(std::type_identity<S>) {
             bytes.resize(x.size() * sizeof(S));
@@ -693,8 +715,7 @@ peft_writer::peft_writer(
                 }
             }
         });
-        specs.push_back(
-            {std::move(name), type, {static_cast<std::int64_t>(x.rows()), static_cast<std::int64_t>(x.cols())}});
+        specs.push_back({std::move(name), type, std::move(shape)});
     };
     for (const auto& [module, update] : adapter.updates) {
         check_update(update, module);
@@ -706,8 +727,11 @@ peft_writer::peft_writer(
         const dtype type = options.output.value_or(place == adapter.stored.end() ? dtype_of<T> : place->second);
         const bool embedding = adapter.embeddings.contains(module);
         const std::string stem = std::string(peft_prefix) + module;
-        add(stem + (embedding ? ".lora_embedding_A" : ".lora_A.weight"), update.a, type);
-        add(stem + (embedding ? ".lora_embedding_B" : ".lora_B.weight"), update.b, type);
+        const auto kernel = adapter.kernels.find(module);
+        auto [a_shape, b_shape] =
+            factor_shapes(update, kernel == adapter.kernels.end() ? extents() : kernel->second, module);
+        add(stem + (embedding ? ".lora_embedding_A" : ".lora_A.weight"), update.a, type, std::move(a_shape));
+        add(stem + (embedding ? ".lora_embedding_B" : ".lora_B.weight"), update.b, type, std::move(b_shape));
     }
     const std::string config = peft_config(adapter).dump(2) + "\n";
 
