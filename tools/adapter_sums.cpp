@@ -29,46 +29,6 @@ taskvec::checkpoint open_adapter(const fs::path& path)
 
 namespace {
 
-/// Models whose linear layers are transformers' Conv1D: their weights lie in×out.
-bool has_conv1d(const nlohmann::json& config)
-{
-    static constexpr std::array<std::string_view, 6> types{
-        "gpt2", "openai-gpt", "imagegpt", "ctrl", "decision_transformer", "gpt-sw3"};
-    const auto type = config.find("model_type");
-    return type != config.end() && type->is_string()
-        && std::find(types.begin(), types.end(), type->get_ref<const std::string&>()) != types.end();
-}
-
-/// Whether the head of a model is its embedding: as its configuration says, or as transformers takes it where that says
-/// nothing and the head is in no file.
-bool heads_are_tied(const nlohmann::json& config, bool head_missing)
-{
-    for (const auto* part : {&config, config.contains("text_config") ? &config["text_config"] : nullptr}) {
-        if (!part || !part->is_object() || !part->contains("tie_word_embeddings")) { continue; }
-        return (*part)["tie_word_embeddings"] == true;
-    }
-    const auto architectures = config.find("architectures");
-    if (!head_missing || architectures == config.end() || !architectures->is_array() || architectures->empty()) {
-        return false;
-    }
-    const auto& first = (*architectures)[0];
-    if (!first.is_string()) { return false; }
-    const auto& name = first.get_ref<const std::string&>();
-    return name.ends_with("LMHeadModel") || name.ends_with("ForCausalLM") || name.ends_with("ForConditionalGeneration");
-}
-
-/// The input embedding of a language model by the name of its weight; nullptr: it has none.
-const taskvec::const_model_ref::entry* input_embedding(const taskvec::const_model_ref& model)
-{
-    for (const std::string_view ending :
-        {"embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight"}) {
-        for (const auto& entry : model) {
-            if (entry.name.ends_with(ending) && entry.tensor.shape.size() == 2) { return &entry; }
-        }
-    }
-    return nullptr;
-}
-
 /// Modules and whole tensors under the names that --rename and --map give them.
 template <class T>
 void rename_modules(taskvec::adapter_contents<T>& adapter, const std::vector<name_rule>& rules)
@@ -111,25 +71,6 @@ std::vector<std::string> module_names(const taskvec::adapter_contents<T>& adapte
 
 } // namespace
 
-bool is_head_module(std::string_view module)
-{
-    return module == "lm_head" || module.ends_with(".lm_head") || module == "embed_out"
-        || module.ends_with(".embed_out");
-}
-
-bool has_conv1d_layers(const fs::path& model)
-{
-    return has_conv1d(config_beside(model));
-}
-
-bool ties_head(const fs::path& model, const taskvec::const_model_ref& tensors)
-{
-    const bool stored = std::any_of(tensors.begin(), tensors.end(), [](const auto& entry) {
-        return entry.name.ends_with(".weight") && is_head_module(entry.name.substr(0, entry.name.size() - 7));
-    });
-    return heads_are_tied(config_beside(model), !stored);
-}
-
 std::uint64_t adapter_sum::bytes() const
 {
     std::uint64_t total = 0;
@@ -158,11 +99,122 @@ adapter_sum::adapter_sum(const std::vector<task_argument>& arguments, const task
     }
 }
 
-/// An adapter of a head that is tied to the embedding, or of the embedding, changes one of the two: unless it says that
-/// they stay one, the head becomes a tensor of its own. Returns the name of the head's tensor then.
+/// Modules under the names that the base's files have, where the adapter has those of transformers 5.
 template <class T>
-std::string adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run)
+void adapter_sum::call_as_files_do(
+    taskvec::adapter_contents<T>& read, const nlohmann::json& config, const run_options& run) const
 {
+    taskvec::const_model_ref loaded;
+    std::map<std::string, std::string> stored; // by the names of transformers 5
+    constexpr std::string_view ending = ".weight";
+    for (const auto& [name, tensor] : base_) {
+        if (!name.ends_with(ending)) { continue; }
+        const auto module = name.substr(0, name.size() - ending.size());
+        stored.emplace(name_in_transformers_5(config, module), module);
+    }
+    if (std::all_of(stored.begin(), stored.end(), [](const auto& one) { return one.first == one.second; })) { return; }
+    const auto call_whole = [&](std::map<std::string, taskvec::peft_tensor>& tensors) {
+        std::map<std::string, taskvec::peft_tensor> called;
+        for (auto& [name, tensor] : tensors) {
+            const auto dot = std::min(name.rfind('.'), name.size());
+            const auto place = base_.find(name) ? stored.end() : stored.find(name.substr(0, dot));
+            called.emplace(place == stored.end() ? name : place->second + name.substr(dot), std::move(tensor));
+        }
+        tensors = std::move(called);
+    };
+    call_whole(read.wholes);
+    call_whole(read.copies);
+    const auto left = taskvec::match_modules(module_names(read), base_, read.dialect).unmatched;
+    if (left.empty()) { return; }
+    for (const auto& [name, module] : stored) {
+        loaded.insert(name + std::string(ending), *base_.find(module + std::string(ending)));
+    }
+    std::string example;
+    for (const auto& [module, tensor] : taskvec::match_modules(left, loaded, read.dialect).tensors) {
+        const auto& to = stored.at(tensor.substr(0, tensor.size() - ending.size()));
+        if (read.modules.contains(to)) { continue; } // the adapter has both
+        auto node = read.modules.extract(module);
+        node.key() = to;
+        read.modules.insert(std::move(node));
+        if (example.empty()) { example = "'" + module + "' is '" + to + "'"; }
+    }
+    if (!example.empty()) {
+        note(
+            run, "modules of " + read.label + " have the names of transformers 5: " + example + " in the base's files");
+    }
+}
+
+/// The name of a module of an adapter that is `name` in the base, with what either has before it left out.
+template <class T>
+std::string module_called(const taskvec::adapter_contents<T>& read, const std::string& name)
+{
+    if (read.modules.contains(name)) { return name; }
+    for (const auto& [module, made] : read.modules) {
+        if (module.ends_with("." + name) || name.ends_with("." + module)) { return module; }
+    }
+    return "";
+}
+
+template <class T>
+bool same_entries(const taskvec::matrix<T>& x, const taskvec::matrix<T>& y, bool turned = false)
+{
+    if (x.rows() != (turned ? y.cols() : y.rows()) || x.cols() != (turned ? y.rows() : y.cols())) { return false; }
+    for (std::size_t i = 0; i < x.rows(); ++i) {
+        for (std::size_t j = 0; j < x.cols(); ++j) {
+            if (x(i, j) != (turned ? y(j, i) : y(i, j))) { return false; }
+        }
+    }
+    return true;
+}
+/// Whether two modules change one matrix alike. `turned`: the first is factored as an embedding, the second is not.
+template <class T>
+bool same_change(const taskvec::adapted_module<T>& x, const taskvec::adapted_module<T>& y)
+{
+    const bool turned = x.embedding != y.embedding;
+    return x.update.scaling == y.update.scaling
+        && (turned ? x.magnitude.empty() && y.magnitude.empty() : x.magnitude == y.magnitude)
+        && same_entries(x.update.a, turned ? y.update.b : y.update.a, turned)
+        && same_entries(x.update.b, turned ? y.update.a : y.update.b, turned);
+}
+
+/// Modules that are one matrix of the base under several names, made one.
+template <class T>
+void adapter_sum::join_copies(
+    taskvec::adapter_contents<T>& read, const tied_matrix& tie, const std::string& base_label) const
+{
+    std::vector<std::string> there;
+    std::string lacking;
+    for (const auto& copy : tie.copies) {
+        const auto module = module_called(read, copy);
+        if (module.empty()) { lacking = copy; }
+        else {
+            there.push_back(module);
+        }
+    }
+    if (there.empty()) { return; }
+    const auto own = module_called(read, tie.embedding);
+    if (!own.empty()) { there.push_back(own); }
+    const auto other = std::find_if(there.begin(), there.end(),
+        [&](const auto& module) { return !same_change(read.modules.at(there.front()), read.modules.at(module)); });
+    if (other != there.end() || (own.empty() && !lacking.empty())) {
+        taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
+            taskvec::message(read.label, " changes '", there.front(), "' and not '",
+                other != there.end() ? *other : lacking, "' alike, and both are '", tie.embedding, ".weight' of ",
+                base_label, ", which holds one matrix for them: leave the module out by --exclude"));
+    }
+    auto node = read.modules.extract(there.front());
+    for (const auto& module : there) { read.modules.erase(module); }
+    node.key() = tie.embedding;
+    read.modules.insert(std::move(node));
+}
+
+/// An adapter of a head that is tied to the embedding, or of the embedding, changes one of the two: unless it says that
+/// they stay one, or changes both alike, the head becomes a tensor of its own.
+template <class T>
+void adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run)
+{
+    const auto tie = tied_matrix_of(config_beside(how.base_path), base_);
+    const std::string base_label = in_quotes(how.base_path);
     const auto names_of = [&](const auto& matches) {
         std::string found;
         for (const auto& [module, made] : read.modules) {
@@ -175,38 +227,57 @@ std::string adapter_sum::untie(taskvec::adapter_contents<T>& read, const setting
         }
         return found;
     };
-    const std::string head = names_of([](const std::string& module) { return is_head_module(module); });
-    const auto* const embedding = input_embedding(base_);
-    if (!embedding) { return ""; }
     const auto last = [](std::string_view name) { return name.substr(name.rfind('.') + 1); };
-    const std::string module = embedding->name.substr(0, embedding->name.size() - 7);
-    const std::string adapted =
-        names_of([&](const std::string& name) { return last(name) == last(module) || name == module; });
-    if (head.empty() && adapted.empty()) { return ""; }
-    std::string stored_head;
-    for (const auto& [name, tensor] : base_) {
-        if (name.ends_with(".weight") && is_head_module(name.substr(0, name.size() - 7))) { stored_head = name; }
+    std::string head = names_of([](const std::string& module) { return is_head_module(module); });
+    if (tie.head_stored && !head.empty() && last(head) != last(tie.head) && !base_.find(head + ".weight")
+        && read.modules.contains(head)) {
+        note(run, "module '" + head + "' of " + read.label + " is the head, '" + tie.head + "' of " + base_label);
+        auto node = read.modules.extract(head);
+        node.key() = tie.head;
+        read.modules.insert(std::move(node));
+        head = tie.head;
     }
-    const auto config = config_beside(how.base_path);
-    const bool tied = heads_are_tied(config, stored_head.empty()) || (stored_head.empty() && !head.empty());
-    if (!tied) { return ""; }
-    if (read.tied) {
+    if (tie.embedding.empty()) { return; }
+    join_copies(read, tie, base_label);
+    const std::string adapted =
+        names_of([&](const std::string& name) { return last(name) == last(tie.embedding) || name == tie.embedding; });
+    if (head.empty() && adapted.empty()) { return; }
+    if (!tie.tied && (tie.head_stored || head.empty())) { return; }
+    // T5 and BART read the matrix under other names than its own: it changes under all of them.
+    if (head.empty() && !tie.copies.empty()) { return; }
+    const auto one = read.modules.find(head), other = read.modules.find(adapted);
+    const bool alike =
+        one != read.modules.end() && other != read.modules.end() && same_change(other->second, one->second);
+    if (read.tied || alike) {
         // One matrix, changed once: by the embedding's factors, or the head's where these are all there are.
-        if (!head.empty() && !adapted.empty() && stored_head.empty()) {
+        if (!head.empty() && !adapted.empty() && !tie.head_stored) {
             read.modules.erase(head);
             read.wholes.erase(head + ".weight");
         }
-        return "";
+        return;
     }
-    const std::string name =
-        stored_head.empty() ? (head.empty() ? std::string("lm_head") : head) + ".weight" : stored_head;
+    const std::string module = tie.head_stored || head.empty() ? tie.head : head;
+    const std::string name = module + ".weight";
     if (!how.may_untie) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
             taskvec::message(read.label, " changes '", head.empty() ? adapted : head,
                 "' alone, and the base ties its head to its embedding: as a task it cannot; fold it first (taskvec "
                 "fuse)"));
     }
-    if (stored_head.empty()) { base_.insert(name, taskvec::const_tensor_ref(embedding->tensor)); }
+    if (!tie.head_stored) {
+        base_.insert(name, taskvec::const_tensor_ref(*base_.find(tie.embedding + ".weight")));
+        // A model that ties nothing looks for every name of the embedding.
+        for (const auto& copy : tie.copies) {
+            base_.insert(copy + ".weight", taskvec::const_tensor_ref(*base_.find(tie.embedding + ".weight")));
+        }
+        // The bias of such a head is tied too, to one that lies beside it.
+        const auto dot = module.rfind('.');
+        const auto* const bias = base_.find(module.substr(0, dot == module.npos ? 0 : dot + 1) + "bias");
+        if (last(module) == "decoder" && bias && !base_.find(module + ".bias")) {
+            const auto tied = *bias;
+            base_.insert(module + ".bias", tied);
+        }
+    }
     untied_ = true;
     note(run,
         taskvec::message(read.label, " changes ",
@@ -214,7 +285,6 @@ std::string adapter_sum::untie(taskvec::adapter_contents<T>& read, const setting
                 : adapted.empty() ? "the head, and not the embedding that it is tied to"
                                   : "the head and the embedding that it is tied to each by itself",
             ": the result holds '", name, "' for itself, and must be loaded with tie_word_embeddings: false"));
-    return name;
 }
 
 template <class T>
@@ -239,7 +309,10 @@ void adapter_sum::add(
     if (const auto rules = how.names.find(argument.text); rules != how.names.end()) {
         rename_modules(read, rules->second);
     }
-    const std::string head = untie(read, how, run);
+    const auto config = config_beside(how.base_path);
+    call_as_files_do(read, config, run);
+    check_saved_modules(read, run);
+    untie(read, how, run);
     auto match = taskvec::match_modules(module_names(read), base_, read.dialect);
     if (how.include) { // what is left out on purpose may be unknown to the base
         std::erase_if(match.unmatched, [&](const std::string& module) {
@@ -266,9 +339,7 @@ void adapter_sum::add(
     }
     facts_.push_back(about);
     const std::string base_label = in_quotes(how.base_path);
-    check_saved_modules(read, run);
-    const auto config = config_beside(how.base_path);
-    const bool linear = config.contains("model_type") && !has_conv1d(config) && !how.fan_in_fan_out;
+    const bool linear = config.contains("model_type") && !has_conv1d_layers(config) && !how.fan_in_fan_out;
     if (read.fan_in_fan_out && (linear || taskvec::denies_fan_in_fan_out(base_, read, match))) {
         note(run,
             read.label + " says fan_in_fan_out, and linear layers of " + base_label
@@ -277,7 +348,7 @@ void adapter_sum::add(
     }
     if (how.may_untie) { take_grown_vocabulary(read, match, argument, base_label, run); }
     taskvec::add_adapter(changes_, base_, read, match, how.subtract ? -argument.weight : argument.weight,
-        {.conv1d = how.fan_in_fan_out || has_conv1d(config), .label = base_label});
+        {.conv1d = how.fan_in_fan_out || has_conv1d_layers(config), .label = base_label});
 }
 
 /// Modules that were trained whole by the configuration, and are not in the file.

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "architectures.hpp"
 #include "arguments.hpp"
 #include "names.hpp"
 #include "words.hpp"
@@ -40,13 +41,6 @@ void restore_rows(taskvec::adapter_contents<T>& adapter, const fs::path& base)
     }
     taskvec::unpair_rows(adapter, target.heads, target.kv_heads);
 }
-/// Whether a model's linear layers are transformers' Conv1D, whose weights lie in×out, by the config.json beside it.
-[[nodiscard]] bool has_conv1d_layers(const fs::path& model);
-/// Whether a model's head is its embedding, by the config.json beside it, or since the head of a language model is in
-/// no file.
-[[nodiscard]] bool ties_head(const fs::path& model, const taskvec::const_model_ref& tensors);
-/// lm_head or embed_out.
-[[nodiscard]] bool is_head_module(std::string_view module);
 
 /// Σ weight·(what each adapter does), for a base. Never moves: changes() points into it.
 class adapter_sum {
@@ -87,12 +81,17 @@ private:
     void add(
         taskvec::adapter_contents<T>& read, const task_argument& argument, const settings& how, const run_options& run);
     template <class T>
+    void call_as_files_do(
+        taskvec::adapter_contents<T>& read, const nlohmann::json& config, const run_options& run) const;
+    template <class T>
+    void join_copies(taskvec::adapter_contents<T>& read, const tied_matrix& tie, const std::string& base_label) const;
+    template <class T>
     void check_saved_modules(const taskvec::adapter_contents<T>& read, const run_options& run) const;
     template <class T>
     void take_grown_vocabulary(taskvec::adapter_contents<T>& read, const taskvec::module_match& match,
         const task_argument& argument, const std::string& base_label, const run_options& run);
     template <class T>
-    std::string untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run);
+    void untie(taskvec::adapter_contents<T>& read, const settings& how, const run_options& run);
 
     taskvec::const_model_ref base_;
     std::deque<taskvec::checkpoint> files_;

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapter_sums.hpp"
 #include "adapters.hpp"
+#include "architectures.hpp"
 #include "decompose.hpp"
 
 #include <taskvec/adapters/extract.hpp>
@@ -43,16 +44,6 @@ constexpr const char* known_embeddings =
     "relative_position|distance|time_position)s?_emb(ed(ding)?)?s?|embed_(tokens|tokens_per_layer|positions|in)|"
     "embeddings?|emb|shared|wte|wpe|relative_attention_bias)$";
 
-/// The embedding of words that a language model's head may be tied to.
-bool is_input_embedding(std::string_view module)
-{
-    for (const std::string_view name :
-        {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared"}) {
-        if (module == name || module.ends_with("." + std::string(name))) { return true; }
-    }
-    return false;
-}
-
 /// ΔWᵀ for ΔW.
 template <class T>
 taskvec::lora_update<T> transposed(const taskvec::lora_update<T>& update)
@@ -82,6 +73,43 @@ std::string label_of_task(const extract_lora_settings& given)
                                  : tool::in_quotes(given.adapter) + " on " + tool::in_quotes(given.base);
 }
 
+/// What PEFT finds the modules of a base by.
+struct module_names {
+    tool::tied_matrix tie;
+    std::vector<std::string> copies; ///< what is the embedding in a model that is loaded, in place of its own name
+    nlohmann::json config;
+    bool renamed = false; ///< modules are called as transformers 5 calls them
+    [[nodiscard]] std::string of(const std::string& module) const
+    {
+        return renamed ? tool::name_in_transformers_5(config, module) : module;
+    }
+};
+
+module_names names_of_modules(const extract_lora_settings& given, const taskvec::checkpoint& base)
+{
+    module_names names;
+    names.config = tool::config_beside(given.base);
+    names.tie = tool::tied_matrix_of(names.config, base.model());
+    // The installation that the adapter is for is the one that wrote the fine-tuned model.
+    auto version = tool::transformers_version(given.task.empty() ? names.config : tool::config_beside(given.task));
+    if (!version) { version = tool::transformers_version(names.config); }
+    if (version.value_or(5) >= 5) { names.copies = names.tie.copies; }
+    std::string example;
+    for (const auto& [name, tensor] : base.model()) {
+        if (!name.ends_with(".weight")) { continue; }
+        const auto module = name.substr(0, name.size() - std::string_view(".weight").size());
+        const auto other = tool::name_in_transformers_5(names.config, module);
+        if (other != module && example.empty()) { example = "'" + other + "' for '" + module + "'"; }
+    }
+    if (example.empty()) { return names; }
+    names.renamed = version.value_or(4) >= 5;
+    tool::note(given.run,
+        names.renamed ? "modules have the names of transformers 5, which wrote the configuration: " + example
+                      : "modules have the names of the files of '" + given.base + "'; transformers 5 has others, "
+                + example + ", in which PEFT finds them by --rename after --base and --task");
+    return names;
+}
+
 template <class T>
 void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& base,
     const taskvec::const_model_ref& tuned, std::uint64_t task_bytes)
@@ -102,9 +130,19 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
             : given.randomized                  ? way::randomized
                                                 : way::exactly,
         given.seed, layers ? &*layers : nullptr};
+    const auto config = tool::config_beside(given.base);
+    auto patterns = given.embedding;
+    const auto is_own_embedding = tool::name_matcher(patterns, "--embedding");
+    patterns.emplace_back(known_embeddings);
+    const auto is_embedding = tool::name_matcher(patterns, "--embedding");
     auto found = taskvec::extract_lora<T>(run.policy(), base.model(), tuned,
         {.rank = given.rank.choice(),
             .include = tool::name_filter(given.include, given.exclude),
+            .layers =
+                [&](std::string_view name) {
+                    const auto module = name.substr(0, name.size() - std::string_view(".weight").size());
+                    return !tool::is_read_past_its_module(config, module) || is_own_embedding(module);
+                },
             .base_label = "'" + given.base + "'",
             .tuned_label = label_of_task(given)},
         how);
@@ -156,31 +194,34 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     }
 
     taskvec::peft_adapter<T> adapter;
-    auto patterns = given.embedding;
-    patterns.emplace_back(known_embeddings);
-    const auto is_embedding = tool::name_matcher(patterns, "--embedding");
-    const bool tied = tool::ties_head(given.base, base.model());
-    bool embedding_changed = false;
-    if (tied) { // one matrix under two names is one module
-        std::erase_if(found.adapter, [&](const auto& one) {
-            return tool::is_head_module(one.first)
-                && std::any_of(found.adapter.begin(), found.adapter.end(),
-                    [&](const auto& other) { return is_input_embedding(other.first); });
-        });
+    const auto names = names_of_modules(given, base);
+    const auto& tie = names.tie;
+    const auto embedded = found.adapter.find(tie.embedding);
+    const bool tie_changed = embedded != found.adapter.end();
+    if (tie.tied && tie_changed) { found.adapter.erase(tie.head); } // one matrix under two names is one module
+    const auto add = [&](const std::string& module, const std::string& stored, bool embedding,
+                         taskvec::lora_update<T> update) {
+        if (embedding) { adapter.embeddings.insert(module); }
+        adapter.stored.emplace(module, base.model().find(stored + ".weight")->dtype);
+        if (const auto kernel = found.kernels.find(stored); kernel != found.kernels.end()) {
+            adapter.kernels.emplace(module, kernel->second);
+        }
+        adapter.updates.emplace(module, std::move(update));
+    };
+    const bool by_peft = tie.tied && tie.head == "lm_head" && names.copies.empty();
+    if (tie_changed && !by_peft) {
+        // PEFT knows of heads called lm_head alone that they are an embedding: others have the update once more.
+        for (const auto& copy : names.copies) { add(copy, tie.embedding, true, transposed(embedded->second)); }
+        if (tie.tied) { add(tie.head, tie.embedding, false, embedded->second); }
     }
     for (auto& [name, update] : found.adapter) {
-        const auto kernel = found.kernels.find(name);
-        const bool is_convolution = kernel != found.kernels.end();
-        const bool embedding = is_embedding(name) && !is_convolution;
-        embedding_changed = embedding_changed || (embedding && is_input_embedding(name));
-        if (embedding) { adapter.embeddings.insert(name); }
-        adapter.stored.emplace(name, base.model().find(name + ".weight")->dtype);
-        if (is_convolution) { adapter.kernels.emplace(name, kernel->second); }
-        const bool turned = given.fan_in_fan_out && !tool::is_head_module(name) && !is_convolution;
-        adapter.updates.emplace(name, embedding || turned ? transposed(update) : std::move(update));
+        if (name == tie.embedding && !names.copies.empty()) { continue; }
+        const bool embedding = is_embedding(name) && !found.kernels.contains(name);
+        const bool turned = given.fan_in_fan_out && !tool::is_head_module(name) && !found.kernels.contains(name);
+        add(names.of(name), name, embedding, embedding || turned ? transposed(update) : std::move(update));
     }
     if (given.fan_in_fan_out) { adapter.config["fan_in_fan_out"] = true; }
-    if (tied && embedding_changed) {
+    if (tie_changed && by_peft) {
         // What the embedding changes by the head changes by: PEFT adapts both when it is told so.
         auto modules = list_of(adapter.updates);
         modules.emplace_back("lm_head");
@@ -189,6 +230,14 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
         tool::note(given.run,
             "the head of '" + given.base
                 + "' is tied to its embedding: the adapter says ensure_weight_tying, so that PEFT adapts both");
+    }
+    else if (tie_changed && (tie.tied || !names.copies.empty())) {
+        std::string text;
+        for (const auto& copy : names.copies) { text += (text.empty() ? "'" : ", '") + copy + "'"; }
+        if (tie.tied) { text += (text.empty() ? "'" : ", '") + tie.head + "'"; }
+        tool::note(given.run,
+            "'" + tie.embedding + "' of '" + given.base + "' is one matrix with " + text
+                + ": the adapter has its update under each name; fold it by 'taskvec fuse', which adds it once");
     }
     std::error_code ignored;
     if (tool::fs::is_directory(given.base, ignored)) { adapter.config["base_model_name_or_path"] = given.base; }
@@ -253,7 +302,7 @@ void line_up(const extract_lora_settings& given, const taskvec::checkpoint& base
 
 void run_extract_lora(extract_lora_settings given)
 {
-    if (!given.fan_in_fan_out && tool::has_conv1d_layers(given.base)) {
+    if (!given.fan_in_fan_out && tool::has_conv1d_layers(tool::fs::path(given.base))) {
         given.fan_in_fan_out = true;
         tool::note(given.run,
             "weights of '" + given.base

@@ -162,7 +162,8 @@ bool is_embedding(std::string_view name)
 bool is_head(std::string_view name)
 {
     for (const std::string_view ending :
-        {"lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight"}) {
+        {"lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight", "lm_head.decoder.weight",
+            "generator_lm_head.weight", "vocab_projector.weight"}) {
         if (name == ending || (name.ends_with(ending) && name[name.size() - ending.size() - 1] == '.')) { return true; }
     }
     return false;

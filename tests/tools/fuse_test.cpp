@@ -1021,3 +1021,75 @@ TEST_CASE("fuse rescales an embedding under DoRA by the norms of its dimensions"
     std::filesystem::remove(folder / "out.safetensors");
     refused(folder, fuse_one, 1, "3 outputs");
 }
+
+TEST_CASE("fuse gives a head that comes apart from its embedding the name that its architecture has")
+{
+    struct example {
+        std::string type, architecture, embedding, beside, head, bias;
+    };
+    for (const auto& one : {example{"bert", "BertForMaskedLM", "bert.embeddings.word_embeddings",
+                                "cls.predictions.transform.dense", "cls.predictions.decoder", "cls.predictions.bias"},
+             example{"roberta", "RobertaForMaskedLM", "roberta.embeddings.word_embeddings", "lm_head.dense",
+                 "lm_head.decoder", "lm_head.bias"},
+             example{"modernbert", "ModernBertForMaskedLM", "model.embeddings.tok_embeddings", "head.dense", "decoder",
+                 "decoder.bias"},
+             example{"distilbert", "DistilBertForMaskedLM", "distilbert.embeddings.word_embeddings", "vocab_transform",
+                 "vocab_projector", "vocab_projector.bias"},
+             example{"gpt2", "GPT2LMHeadModel", "transformer.wte", "transformer.h.0.mlp.c_fc", "lm_head", ""}}) {
+        CAPTURE(one.type);
+        const scratch folder;
+        values_model base{
+            {one.embedding + ".weight", random_tensor({9, 4}, 1)}, {one.beside + ".weight", random_tensor({4, 4}, 2)}};
+        if (!one.bias.empty()) { base[one.bias] = random_tensor({9}, 3); }
+        write_text(folder / "base/config.json",
+            nlohmann::json{{"model_type", one.type}, {"architectures", {one.architecture}}}.dump());
+        write_values(folder / "base/model.safetensors", base);
+        const auto fuse = [&](const values_model& tensors) {
+            write_adapter_as(folder / "a", tensors);
+            const auto result = run(folder, {"fuse", "--base", "base", "--adapter", "a", "--out", "out"});
+            CAPTURE(result.err);
+            REQUIRE(result.code == 0);
+            CHECK(nlohmann::json::parse(slurp(folder / "out/config.json"))["tie_word_embeddings"] == false);
+            return read_values(folder / "out/model.safetensors");
+        };
+        const auto tensors = factors(one.head, 9, 4, 5);
+        const auto of_head = fuse(tensors);
+        const auto& embedding = base.at(one.embedding + ".weight");
+        CHECK(of_head.at(one.embedding + ".weight").values == embedding.values);
+        CHECK(of_head.at(one.head + ".weight").values
+            == added(embedding, tensors.at(one.head + ".lora_A.weight"), tensors.at(one.head + ".lora_B.weight"), 0.5)
+                .values);
+        // A bias that is tied as the head is, to one beside it.
+        const bool tied_bias = one.bias == "cls.predictions.bias" || one.bias == "lm_head.bias";
+        CHECK(of_head.size() == base.size() + (tied_bias ? 2 : 1));
+        if (tied_bias) { CHECK(of_head.at(one.head + ".bias").values == base.at(one.bias).values); }
+        const auto of_embedding = fuse({{one.embedding + ".lora_embedding_A", random_tensor({2, 9}, 7)},
+            {one.embedding + ".lora_embedding_B", random_tensor({4, 2}, 8)}});
+        CHECK(of_embedding.at(one.head + ".weight").values == embedding.values);
+        CHECK(of_embedding.at(one.embedding + ".weight").values != embedding.values);
+    }
+    // GPT-NeoX's head is embed_out in files, and lm_head to transformers 5.
+    const scratch folder;
+    const values_model base{
+        {"embed_out.weight", random_tensor({9, 4}, 1)}, {"gpt_neox.embed_in.weight", random_tensor({9, 4}, 2)}};
+    write_text(folder / "base/config.json",
+        R"({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "tie_word_embeddings": false})");
+    write_values(folder / "base/model.safetensors", base);
+    const auto tensors = factors("lm_head", 9, 4, 5);
+    write_adapter_as(folder / "a", tensors);
+    const auto result = run(folder, {"fuse", "--base", "base", "--adapter", "a", "--out", "out"});
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    const auto found = read_values(folder / "out/model.safetensors");
+    CHECK(found.size() == 2);
+    CHECK(found.at("embed_out.weight").values
+        == added(
+            base.at("embed_out.weight"), tensors.at("lm_head.lora_A.weight"), tensors.at("lm_head.lora_B.weight"), 0.5)
+            .values);
+    auto whole = factors("gpt_neox.embed_in", 9, 4, 7);
+    whole["lm_head.weight"] = random_tensor({9, 4}, 8);
+    write_adapter_as(folder / "a", whole, {{"modules_to_save", {"lm_head"}}});
+    REQUIRE(run(folder, {"fuse", "--base", "base", "--adapter", "a", "--out", "out"}).code == 0);
+    CHECK(read_values(folder / "out/model.safetensors").at("embed_out.weight").values
+        == whole.at("lm_head.weight").values);
+}

@@ -1102,3 +1102,145 @@ TEST_CASE("extract-lora makes of convolutions what PEFT does, and fuse puts it b
     write_values(folder / "task.safetensors", task);
     refused(folder, with(extract, {"--rank", "1", "--sparse-rest"}), 1, "taskvec prune --density 1");
 }
+
+TEST_CASE("extract-lora leaves out what models read past its module, unless it is called an embedding")
+{
+    const scratch folder;
+    values_model base{{"a.weight", tensor(5, 4, 1)}, {"embed_positions.weight", tensor(7, 4, 2)}}, task = base;
+    for (auto& [name, x] : task) { x.values[3] += 1; }
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "task.safetensors", task);
+    const auto made = run(folder, with(extract, {"--rank", "1"}));
+    REQUIRE(made.code == 0);
+    CHECK(made.err.find("left out: 'embed_positions.weight'") != std::string::npos);
+    CHECK(taskvec::read_peft((folder / "out").string()).updates.size() == 1);
+    REQUIRE(run(folder, with(extract, {"--rank", "1", "--embedding", "embed_positions"})).code == 0);
+    CHECK(taskvec::read_peft((folder / "out").string()).embeddings == std::set<std::string>{"embed_positions"});
+}
+
+namespace {
+
+/// A directory of a model and its configuration, and one of it with every tensor changed by a matrix of rank 1.
+void write_directories(const scratch& folder, const values_model& base, const std::string& config)
+{
+    auto tuned = base;
+    for (auto& [name, x] : tuned) {
+        const auto columns = static_cast<std::size_t>(x.shape.back());
+        for (std::size_t i = 0; i < x.values.size(); ++i) {
+            x.values[i] += 0.25f * static_cast<float>(i / columns + 1) * static_cast<float>(i % columns + 1);
+        }
+    }
+    for (const std::string name : {"base", "tuned"}) {
+        std::filesystem::create_directories(folder / name);
+        write_values(folder / name / "model.safetensors", name == "base" ? base : tuned);
+        spill(folder / name / "config.json", config);
+    }
+}
+const std::vector<std::string> extract_directory{
+    "extract-lora", "--base", "base", "--task", "tuned", "--rank", "1", "--out", "out"};
+
+/// fuse of base and out gives tuned, with the tensors of the base alone.
+void check_put_back(const scratch& folder)
+{
+    const auto fused = run(folder, {"fuse", "--base", "base", "--adapter", "out", "--out", "fused"});
+    CAPTURE(fused.err);
+    REQUIRE(fused.code == 0);
+    const auto found = read_values(folder / "fused/model.safetensors"),
+               tuned = read_values(folder / "tuned/model.safetensors");
+    REQUIRE(found.size() == tuned.size());
+    for (const auto& [name, x] : tuned) {
+        CAPTURE(name);
+        for (std::size_t i = 0; i < x.values.size(); ++i) {
+            CHECK(found.at(name).values[i] == doctest::Approx(x.values[i]).epsilon(1e-5));
+        }
+    }
+    CHECK(slurp(folder / "fused/config.json") == slurp(folder / "base/config.json"));
+}
+
+std::map<std::string, taskvec::extents> shapes_in(const std::filesystem::path& adapter)
+{
+    std::map<std::string, taskvec::extents> shapes;
+    for (const auto& [name, x] : read_values(adapter / weights_file)) { shapes[name.substr(17)] = x.shape; }
+    return shapes;
+}
+
+} // namespace
+
+TEST_CASE(
+    "extract-lora gives an embedding's update to every module that is it in the model, and fuse takes them for one")
+{
+    using shapes = std::map<std::string, taskvec::extents>;
+    {
+        const scratch folder; // T5: the file has `shared` alone
+        write_directories(folder,
+            {{"shared.weight", tensor(9, 4, 1)}, {"encoder.block.0.q.weight", tensor(4, 4, 2)},
+                {"decoder.block.0.q.weight", tensor(4, 4, 3)}},
+            R"({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": true, "torch_dtype": "float32"})");
+        const auto made = run(folder, extract_directory);
+        REQUIRE(made.code == 0);
+        CHECK(made.err.find(
+                  "'shared' of 'base' is one matrix with 'encoder.embed_tokens', 'decoder.embed_tokens', 'lm_head'")
+            != std::string::npos);
+        CHECK(shapes_in(folder / "out")
+            == shapes{{"encoder.embed_tokens.lora_embedding_A", {1, 9}},
+                {"encoder.embed_tokens.lora_embedding_B", {4, 1}}, {"decoder.embed_tokens.lora_embedding_A", {1, 9}},
+                {"decoder.embed_tokens.lora_embedding_B", {4, 1}}, {"lm_head.lora_A.weight", {1, 4}},
+                {"lm_head.lora_B.weight", {9, 1}}, {"encoder.block.0.q.lora_A.weight", {1, 4}},
+                {"encoder.block.0.q.lora_B.weight", {4, 1}}, {"decoder.block.0.q.lora_A.weight", {1, 4}},
+                {"decoder.block.0.q.lora_B.weight", {4, 1}}});
+        CHECK_FALSE(config_of(folder / "out").contains("ensure_weight_tying"));
+        check_put_back(folder);
+        // One of the names alone is another model than the file can hold.
+        auto adapter = taskvec::read_peft((folder / "out").string());
+        adapter.updates.erase("decoder.embed_tokens");
+        adapter.embeddings.erase("decoder.embed_tokens");
+        adapter.config.erase("target_modules");
+        taskvec::write_peft(folder / "half", adapter);
+        refused(folder, {"fuse", "--base", "base", "--adapter", "half", "--out", "no"}, 1,
+            "changes 'encoder.embed_tokens' and not 'decoder.embed_tokens' alike");
+    }
+    {
+        const scratch folder; // RoBERTa: the head's own name
+        write_directories(folder,
+            {{"roberta.embeddings.word_embeddings.weight", tensor(9, 4, 1)}, {"lm_head.dense.weight", tensor(4, 4, 2)}},
+            R"({"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "torch_dtype": "float32"})");
+        REQUIRE(run(folder, extract_directory).code == 0);
+        CHECK(shapes_in(folder / "out").at("lm_head.decoder.lora_B.weight") == taskvec::extents{9, 1});
+        check_put_back(folder);
+    }
+    {
+        const scratch folder; // a classifier has no head over words, whatever its configuration says
+        write_directories(folder,
+            {{"bert.embeddings.word_embeddings.weight", tensor(9, 4, 1)}, {"classifier.weight", tensor(3, 4, 2)}},
+            R"({"model_type": "bert", "architectures": ["BertForSequenceClassification"], "tie_word_embeddings": true, "torch_dtype": "float32"})");
+        REQUIRE(run(folder, extract_directory).code == 0);
+        CHECK(shapes_in(folder / "out").size() == 4);
+        check_put_back(folder);
+    }
+}
+
+TEST_CASE(
+    "extract-lora calls modules as the library does that wrote the configuration, and fuse finds them in the files")
+{
+    const std::string config =
+        R"({"model_type": "vit", "architectures": ["ViTForImageClassification"], "torch_dtype": "float32"VERSION})";
+    const auto with_version = [&](const std::string& version) {
+        auto text = config;
+        return text.replace(
+            text.find("VERSION"), 7, version.empty() ? "" : ", \"transformers_version\": \"" + version + "\"");
+    };
+    const std::string stored = "vit.encoder.layer.0.attention.attention.query",
+                      loaded = "vit.layers.0.attention.q_proj";
+    for (const auto& version : {std::string("5.1.0"), std::string("4.57.1"), std::string()}) {
+        CAPTURE(version);
+        const scratch folder;
+        write_directories(folder, {{stored + ".weight", tensor(4, 4, 1)}, {"classifier.weight", tensor(3, 4, 2)}},
+            with_version(version));
+        const auto made = run(folder, extract_directory);
+        REQUIRE(made.code == 0);
+        const auto& expected = version.starts_with("5") ? loaded : stored;
+        CHECK(shapes_in(folder / "out").contains(expected + ".lora_A.weight"));
+        CHECK((made.err.find("--rename") != std::string::npos) == !version.starts_with("5"));
+        check_put_back(folder);
+    }
+}

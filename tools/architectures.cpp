@@ -1,0 +1,218 @@
+// What the architectures of common models say of names.
+// SPDX-License-Identifier: Apache-2.0
+#include "architectures.hpp"
+
+#include "names.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+namespace tool {
+
+namespace {
+
+std::string model_type(const nlohmann::json& config)
+{
+    const auto type = config.find("model_type");
+    return type != config.end() && type->is_string() ? type->get<std::string>() : std::string();
+}
+
+/// The first of `architectures`; empty where none is named.
+std::string architecture(const nlohmann::json& config)
+{
+    const auto list = config.find("architectures");
+    if (list == config.end() || !list->is_array() || list->empty() || !(*list)[0].is_string()) { return ""; }
+    return (*list)[0].get<std::string>();
+}
+
+/// Whether an architecture has a head over its vocabulary.
+bool has_language_head(std::string_view architecture)
+{
+    for (const std::string_view ending : {"LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "ForMaskedLM",
+             "ForPreTraining", "DoubleHeadsModel"}) {
+        if (architecture.ends_with(ending)) { return true; }
+    }
+    return false;
+}
+
+/// Whether `ending` is a name, or its last parts.
+bool ends_in(std::string_view name, std::string_view ending)
+{
+    return name == ending
+        || (name.size() > ending.size() && name.ends_with(ending) && name[name.size() - ending.size() - 1] == '.');
+}
+
+std::string without_ending(std::string_view name, std::string_view ending)
+{
+    return std::string(name.substr(0, name.size() - ending.size()));
+}
+
+constexpr std::string_view weight = ".weight";
+
+/// The head that goes with tensors of the file: heads with a transformation of their own store that, and a bias.
+std::string head_by_tensors(const taskvec::const_model_ref& model)
+{
+    static constexpr std::array<std::pair<std::string_view, std::string_view>, 6> marks{
+        {{"lm_head.dense.weight", "lm_head.decoder"},
+            {"cls.predictions.transform.dense.weight", "cls.predictions.decoder"},
+            {"generator_predictions.dense.weight", "generator_lm_head"}, {"vocab_transform.weight", "vocab_projector"},
+            {"mlm_score.transform.dense.weight", "mlm_score.decoder"},
+            {"predictions.dense.weight", "predictions.decoder"}}};
+    for (const auto& [name, tensor] : model) {
+        for (const auto& [mark, head] : marks) {
+            if (ends_in(name, mark)) { return without_ending(name, mark) + std::string(head); }
+        }
+        if (name == "decoder.bias") { return "decoder"; } // ModernBERT
+    }
+    return "";
+}
+
+std::string head_by_configuration(const nlohmann::json& config)
+{
+    const auto type = model_type(config), name = architecture(config);
+    if (!name.empty() && !has_language_head(name)) { return ""; }
+    static constexpr std::array<std::pair<std::string_view, std::string_view>, 9> heads{
+        {{"whisper", "proj_out"}, {"moonshine", "proj_out"}, {"xlnet", "lm_loss"}, {"xlm", "pred_layer.proj"},
+            {"flaubert", "pred_layer.proj"}, {"gpt_neox_japanese", "embed_out"}, {"trocr", "output_projection"},
+            {"biogpt", "output_projection"}, {"git", "output"}}};
+    for (const auto& [known, head] : heads) {
+        if (type == known) { return std::string(head); }
+    }
+    if (type == "gpt_neox") { return transformers_version(config).value_or(5) < 5 ? "embed_out" : "lm_head"; }
+    if (type == "modernbert" || type == "modernbert-decoder") { return "decoder"; }
+    return "lm_head";
+}
+
+/// Whether the head of a model is its embedding.
+bool heads_are_tied(const nlohmann::json& config, bool head_stored)
+{
+    for (const auto* part : {&config, config.contains("text_config") ? &config["text_config"] : nullptr}) {
+        if (!part || !part->is_object() || !part->contains("tie_word_embeddings")) { continue; }
+        return (*part)["tie_word_embeddings"] == true;
+    }
+    return !head_stored && has_language_head(architecture(config));
+}
+
+/// What transformers 5 puts in place of parts of names, one after the other.
+using replacements = std::vector<std::pair<std::string_view, std::string_view>>;
+const replacements* replacements_of(const nlohmann::json& config)
+{
+    static const replacements vit{{"encoder.layer.", "layers."}, {"attention.query", "q_proj"},
+        {"attention.key", "k_proj"}, {"attention.value", "v_proj"}, {"attention.output.dense", "attention.o_proj"},
+        {"intermediate.dense", "mlp.fc1"}, {"output.dense", "mlp.fc2"}};
+    static const replacements dinov2{{"attention.attention.query", "attention.q_proj"},
+        {"attention.attention.key", "attention.k_proj"}, {"attention.attention.value", "attention.v_proj"},
+        {"attention.output.dense", "attention.o_proj"}};
+    static const replacements swin{{"attention.self.query", "attention.q_proj"},
+        {"attention.self.key", "attention.k_proj"}, {"attention.self.value", "attention.v_proj"},
+        {"attention.output.dense", "attention.o_proj"}, {"intermediate.dense", "mlp.fc1"}, {"output.dense", "mlp.fc2"}};
+    static const std::vector<std::pair<std::string_view, const replacements*>> of_types{{"vit", &vit}, {"deit", &vit},
+        {"beit", &vit}, {"vit_mae", &vit}, {"vit_msn", &vit}, {"ijepa", &vit}, {"vivit", &vit},
+        {"audio-spectrogram-transformer", &vit}, {"dinov2", &dinov2}, {"dinov2_with_registers", &dinov2},
+        {"swin", &swin}};
+    const auto type = model_type(config);
+    for (const auto& [known, list] : of_types) {
+        if (type == known) { return list; }
+    }
+    return nullptr;
+}
+
+} // namespace
+
+bool has_conv1d_layers(const nlohmann::json& config)
+{
+    static constexpr std::array<std::string_view, 6> types{
+        "gpt2", "openai-gpt", "imagegpt", "ctrl", "decision_transformer", "gpt-sw3"};
+    return std::find(types.begin(), types.end(), model_type(config)) != types.end();
+}
+bool has_conv1d_layers(const std::filesystem::path& model)
+{
+    return has_conv1d_layers(config_beside(model));
+}
+
+bool is_head_module(std::string_view module)
+{
+    for (const std::string_view name :
+        {"lm_head", "embed_out", "lm_head.decoder", "predictions.decoder", "generator_lm_head", "vocab_projector"}) {
+        if (ends_in(module, name)) { return true; }
+    }
+    return module == "decoder" || module == "proj_out"; // others have modules of these names within
+}
+
+tied_matrix tied_matrix_of(const nlohmann::json& config, const taskvec::const_model_ref& model)
+{
+    tied_matrix found;
+    const auto stored = [&](const std::string& module) { return model.find(module + std::string(weight)) != nullptr; };
+    for (const std::string_view ending :
+        {"shared", "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}) {
+        for (const auto& [name, tensor] : model) {
+            if (!name.ends_with(weight) || tensor.shape.size() != 2) { continue; }
+            const auto module = without_ending(name, weight);
+            if (found.embedding.empty() && ends_in(module, ending)) { found.embedding = module; }
+        }
+        if (!found.embedding.empty()) { break; }
+    }
+    if (ends_in(found.embedding, "shared")) {
+        const auto before = without_ending(found.embedding, "shared");
+        for (const std::string_view part : {"encoder.", "decoder."}) {
+            const auto copy = before + std::string(part) + "embed_tokens";
+            const bool has_part = std::any_of(model.begin(), model.end(),
+                [&](const auto& entry) { return entry.name.starts_with(before + std::string(part)); });
+            if (has_part && !stored(copy)) { found.copies.push_back(copy); }
+        }
+    }
+    for (const auto& [name, tensor] : model) {
+        if (!name.ends_with(weight) || tensor.shape.size() != 2 || !is_head_module(without_ending(name, weight))) {
+            continue;
+        }
+        found.head = without_ending(name, weight);
+        found.head_stored = true;
+    }
+    if (found.head.empty()) { found.head = head_by_tensors(model); }
+    if (found.head.empty()) { found.head = head_by_configuration(config); }
+    found.tied = !found.embedding.empty() && !found.head.empty() && heads_are_tied(config, found.head_stored);
+    return found;
+}
+
+bool is_read_past_its_module(const nlohmann::json& config, std::string_view module)
+{
+    if (model_type(config) == "whisper" && (ends_in(module, "encoder.conv1") || ends_in(module, "encoder.conv2"))) {
+        return true; // their strides are asked for
+    }
+    for (const std::string_view name : {"embed_positions", "rel_embeddings", "query_position_embeddings", "iou_token",
+             "mask_tokens", "no_mask_embed", "not_a_point_embed"}) {
+        if (ends_in(module, name)) { return true; }
+    }
+    return false;
+}
+
+std::optional<int> transformers_version(const nlohmann::json& config)
+{
+    const auto version = config.find("transformers_version");
+    if (version == config.end() || !version->is_string()) { return std::nullopt; }
+    const auto& text = version->get_ref<const std::string&>();
+    if (text.empty() || text[0] < '0' || text[0] > '9') { return std::nullopt; }
+    int major = 0;
+    for (const char c : text) {
+        if (c < '0' || c > '9' || major > 1000) { break; }
+        major = 10 * major + (c - '0');
+    }
+    return major;
+}
+
+std::string name_in_transformers_5(const nlohmann::json& config, const std::string& module)
+{
+    if (model_type(config) == "gpt_neox" && module == "embed_out") { return "lm_head"; }
+    const auto* const list = replacements_of(config);
+    if (!list) { return module; }
+    auto name = module;
+    for (const auto& [from, to] : *list) {
+        if (const auto at = name.find(from); at != name.npos) { name.replace(at, from.size(), to); }
+    }
+    return name;
+}
+
+} // namespace tool
