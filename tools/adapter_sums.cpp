@@ -348,7 +348,9 @@ void adapter_sum::add(
     }
     if (how.may_untie) { take_grown_vocabulary(read, match, argument, base_label, run); }
     taskvec::add_adapter(changes_, base_, read, match, how.subtract ? -argument.weight : argument.weight,
-        {.conv1d = how.fan_in_fan_out || has_conv1d_layers(config), .label = base_label});
+        {.conv1d = how.fan_in_fan_out || has_conv1d_layers(config),
+            .label = base_label,
+            .renaming = "--rename, --map"});
 }
 
 /// Modules that were trained whole by the configuration, and are not in the file.

@@ -285,8 +285,8 @@ void line_up(const extract_lora_settings& given, const taskvec::checkpoint& base
     if (!match.names.empty() && !given.match_prefixes) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
             taskvec::message(label, " and ", reference, " call tensors differently: ", match.same, " of ",
-                tuned.model().size(), " have one name, ", match.names.size(), " more have with ", match.words(),
-                ": add --match-prefixes, or after --task ", given.task, " ", match.renames()));
+                tuned.model().size(), " have one name, ", match.names.size(), " more have with ", match.words(), ": ",
+                match.ways("--task " + given.task)));
     }
     if (!match.names.empty()) {
         tool::note(given.run,

@@ -482,10 +482,9 @@ void merge_inputs::line_up(const model_request& request)
             }
             else if (!match.names.empty() && (extra > 0 || request.missing == "error" || present == 0)) {
                 taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
-                    taskvec::message(label, " and ", in_quotes(reference_path),
-                        " call tensors differently: ", match.same, " of ", task.model().size(), " have one name, ",
-                        match.names.size(), " more have with ", match.words(),
-                        ": add --match-prefixes, or after --task ", arguments_[t].path.string(), " ", match.renames()));
+                    taskvec::message(label, " and ", in_quotes(reference_path), " call tensors differently: ",
+                        match.same, " of ", task.model().size(), " have one name, ", match.names.size(),
+                        " more have with ", match.words(), ": ", match.ways("--task " + arguments_[t].path.string())));
             }
             else if (!match.doubtful.empty() && match.same == 0) {
                 taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,

@@ -7,6 +7,7 @@
 #include "words.hpp"
 
 #include <taskvec/core/error.hpp>
+#include <taskvec/formats/adapter_names.hpp>
 #include <taskvec/formats/file.hpp>
 #include <taskvec/formats/json.hpp>
 #include <taskvec/formats/name_pattern.hpp>
@@ -254,8 +255,8 @@ taskvec::const_model_ref renamed(
 
 std::string prefix_match::change::words() const
 {
-    if (off.empty()) { return "'" + on + "' put before"; }
-    if (on.empty()) { return "'" + off + "' taken off"; }
+    if (off.empty()) { return "'" + on + (within ? "' put within names" : "' put before"); }
+    if (on.empty()) { return "'" + off + (within ? "' within names taken out" : "' taken off"); }
     return "'" + on + "' in place of '" + off + "'";
 }
 
@@ -266,6 +267,7 @@ std::string prefix_match::change::rename() const
         for (const char c : text) { result += c == '.' ? std::string("\\.") : std::string(1, c); }
         return result;
     };
+    if (within) { return "--rename '\\." + escaped(off) + "=.'"; }
     std::string text = "--rename '^" + escaped(off);
     if (!some_stay) { return text + "=" + on + "'"; }
     std::string list;
@@ -277,16 +279,19 @@ std::string prefix_match::words() const
 {
     return list_of(changes, &change::words, ", ");
 }
-std::string prefix_match::renames() const
+std::string prefix_match::ways(const std::string& model) const
 {
-    return list_of(changes, &change::rename, " ");
+    const std::string way = "add --match-prefixes";
+    const bool put_within =
+        std::any_of(changes.begin(), changes.end(), [](const change& one) { return one.within && one.off.empty(); });
+    return put_within ? way : way + ", or after " + model + " " + list_of(changes, &change::rename, " ");
 }
 
 bool prefix_match::wrappers_only() const
 {
     static const std::set<std::string_view> wrappers{"", "model", "base_model", "_orig_mod", "module",
-        "_fsdp_wrapped_module", "language_model", "text_model", "transformer", "backbone", "base", "net", "llm", "lm",
-        "bert", "roberta", "gpt_neox"};
+        "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "language_model", "text_model", "transformer", "backbone",
+        "base", "net", "llm", "lm", "bert", "roberta", "gpt_neox"};
     const auto known = [](std::string_view text) {
         while (!text.empty()) {
             const auto dot = text.find('.');
@@ -299,7 +304,33 @@ bool prefix_match::wrappers_only() const
         changes.begin(), changes.end(), [&](const change& one) { return known(one.off) && known(one.on); });
 }
 
-prefix_match match_prefixes(const taskvec::const_model_ref& model, const taskvec::const_model_ref& reference)
+namespace {
+
+/// A model under names without the segments that wrappers put within them, and those that were found; nothing where
+/// there are none, or two tensors would have one name. What stands at the beginning is a prefix like others.
+struct unwrapped_model {
+    taskvec::const_model_ref model;
+    std::map<std::string, std::string> names; ///< as they were, by those that they have
+    std::set<std::string> segments;
+};
+std::optional<unwrapped_model> unwrapped(const taskvec::const_model_ref& model)
+{
+    unwrapped_model made;
+    for (const auto& [name, tensor] : model) {
+        const auto dot = std::min(name.find('.'), name.size());
+        auto plain = name.substr(0, dot);
+        if (dot < name.size()) { plain += "." + taskvec::without_wrappers(std::string_view(name).substr(dot + 1)); }
+        if (!made.names.emplace(plain, name).second) { return std::nullopt; }
+        for (const auto segment : taskvec::wrapper_segments) {
+            if (name.find("." + std::string(segment) + ".") != name.npos) { made.segments.emplace(segment); }
+        }
+    }
+    if (made.segments.empty()) { return std::nullopt; }
+    for (const auto& [plain, name] : made.names) { made.model.insert(plain, *model.find(name)); }
+    return made;
+}
+
+prefix_match match_whole_names(const taskvec::const_model_ref& model, const taskvec::const_model_ref& reference)
 {
     prefix_match result;
     std::vector<std::string> left;
@@ -390,6 +421,41 @@ prefix_match match_prefixes(const taskvec::const_model_ref& model, const taskvec
                 && (place == result.names.end() || place->second != change.on + entry.name.substr(change.off.size()));
         });
     }
+    return result;
+}
+
+} // namespace
+
+prefix_match match_prefixes(const taskvec::const_model_ref& model, const taskvec::const_model_ref& reference)
+{
+    auto result = match_whole_names(model, reference);
+    const auto mine = unwrapped(model), theirs = unwrapped(reference);
+    if ((!mine && !theirs) || result.same + result.names.size() == model.size()) { return result; }
+    const auto& plain_model = mine ? mine->model : model;
+    const auto& plain_reference = theirs ? theirs->model : reference;
+    auto plain = match_whole_names(plain_model, plain_reference);
+    if (plain.same + plain.names.size() <= result.same + result.names.size()) { return result; }
+    result.names.clear();
+    result.changes.clear();
+    result.doubtful = std::move(plain.doubtful);
+    for (const auto& [name, tensor] : plain_model) {
+        const auto place = plain.names.find(name);
+        const auto& to = place == plain.names.end() ? name : place->second;
+        if (!plain_reference.find(to)) { continue; }
+        const auto& from = mine ? mine->names.at(name) : name;
+        const auto& there = theirs ? theirs->names.at(to) : to;
+        if (from != there) { result.names.emplace(from, there); }
+    }
+    for (const bool off : {true, false}) {
+        const auto& side = off ? mine : theirs;
+        for (const auto& segment : side ? side->segments : std::set<std::string>()) {
+            prefix_match::change change;
+            (off ? change.off : change.on) = segment + ".";
+            change.within = true;
+            result.changes.push_back(std::move(change));
+        }
+    }
+    result.changes.insert(result.changes.end(), plain.changes.begin(), plain.changes.end());
     return result;
 }
 

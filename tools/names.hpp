@@ -42,13 +42,15 @@ void add_rename_options(command& verb, name_rules& rules, const std::vector<std:
 [[nodiscard]] taskvec::const_model_ref renamed(
     const taskvec::const_model_ref& model, const std::vector<name_rule>& rules, const std::string& label);
 
-/// How names of `model` become names of `reference`: by prefixes that are taken off and put before.
+/// How names of `model` become names of `reference`: by prefixes that are taken off and put before, and by segments
+/// that wrappers put within names (_fsdp_wrapped_module, …).
 struct prefix_match {
     struct change {
         std::string off, on;
         std::size_t tensors = 0;
         std::set<std::string> next; ///< what comes after the prefix, up to a dot
         bool some_stay = false; ///< other names begin so too, and stay as they are
+        bool within = false; ///< segments of wrappers between others, which one of the two has
         /// "'model.' put before", "'_orig_mod.' taken off", "'a.' in place of 'b.'".
         [[nodiscard]] std::string words() const;
         /// As a --rename.
@@ -60,7 +62,8 @@ struct prefix_match {
     std::size_t same = 0; ///< tensors that have a name of the reference as they are
 
     [[nodiscard]] std::string words() const;
-    [[nodiscard]] std::string renames() const;
+    /// How they become so: --match-prefixes, or --rename where that can say it; `model`: the argument that it follows.
+    [[nodiscard]] std::string ways(const std::string& model) const;
     /// Whether all that differs are words that wrappers put before names (model., module., _orig_mod., …), so that they
     /// are names of the same things.
     [[nodiscard]] bool wrappers_only() const;

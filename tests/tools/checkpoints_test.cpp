@@ -389,6 +389,59 @@ TEST_CASE("names that differ by prefixes are found, proposed, and lined up")
     }
 }
 
+TEST_CASE("segments that wrappers put within names are found, proposed, and left out")
+{
+    const auto base = language_model(1), tuned = language_model(3);
+    const auto wrapped = [](const values_model& model, const std::string& before, const std::string& segment) {
+        values_model result;
+        for (const auto& [name, tensor] : model) {
+            auto inner = name;
+            if (const auto at = name.find("layers."); at != name.npos) { inner.insert(at + 8, "." + segment); }
+            result[before + inner] = tensor;
+        }
+        return result;
+    };
+    REQUIRE_FALSE(same(wrapped(base, "", "x"), base));
+    for (const std::string segment : {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}) {
+        for (const std::string before : {"", "_fsdp_wrapped_module."}) {
+            CAPTURE(segment);
+            CAPTURE(before);
+            const scratch folder;
+            write_values(folder / "base.safetensors", base);
+            write_values(folder / "task.safetensors", wrapped(tuned, before, segment));
+            const words plain{"--base", "base.safetensors", "--task", "task.safetensors", "--out", "o.safetensors"};
+            const auto refusal = merge(folder, plain);
+            CHECK(refused(
+                refusal, {"call tensors differently", "'" + segment + ".' within names taken out", "--rename"}));
+            auto matched = plain;
+            matched.emplace_back("--match-prefixes");
+            REQUIRE(merge(folder, matched).code == 0);
+            CHECK(same(read_values(folder / "o.safetensors"), tuned));
+            // The proposed --renames do the same.
+            auto renamed = plain;
+            const std::string flag = "--rename '";
+            for (auto at = refusal.err.find(flag); at != refusal.err.npos; at = refusal.err.find(flag, at + 1)) {
+                const auto from = at + flag.size();
+                renamed.insert(
+                    renamed.end(), {"--rename", refusal.err.substr(from, refusal.err.find('\'', from) - from)});
+            }
+            REQUIRE(renamed.size() > plain.size());
+            REQUIRE(merge(folder, renamed).code == 0);
+            CHECK(same(read_values(folder / "o.safetensors"), tuned));
+        }
+    }
+    // The base's own: the result has its names.
+    const scratch folder;
+    write_values(folder / "base.safetensors", wrapped(base, "", "_orig_mod"));
+    write_values(folder / "task.safetensors", tuned);
+    const words plain{"--base", "base.safetensors", "--task", "task.safetensors", "--out", "o.safetensors"};
+    CHECK(refused(merge(folder, plain), {"'_orig_mod.' put within names", "--match-prefixes"}));
+    auto matched = plain;
+    matched.emplace_back("--match-prefixes");
+    REQUIRE(merge(folder, matched).code == 0);
+    CHECK(same(read_values(folder / "o.safetensors"), wrapped(tuned, "", "_orig_mod")));
+}
+
 TEST_CASE("--rename and --map belong to the model before them, or to the first")
 {
     const scratch folder;

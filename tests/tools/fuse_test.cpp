@@ -1093,3 +1093,39 @@ TEST_CASE("fuse gives a head that comes apart from its embedding the name that i
     CHECK(read_values(folder / "out/model.safetensors").at("embed_out.weight").values
         == whole.at("lm_head.weight").values);
 }
+
+TEST_CASE("segments that wrappers put within names are left out of an adapter's, and of the base's")
+{
+    const scratch folder;
+    const auto base = two_layers();
+    write_values(folder / "base.safetensors", base);
+    const auto plain = factors("layers.0", 9, 20, 10);
+    write_adapter_as(folder / "a", plain);
+    REQUIRE(run(folder, fuse_one).code == 0);
+    const auto expected = read_values(folder / "out.safetensors");
+    values_model inner, outer;
+    for (const auto& [name, x] : plain) {
+        inner["layers._checkpoint_wrapped_module." + name.substr(7)] = x;
+        outer["_orig_mod.layers.0._fsdp_wrapped_module" + name.substr(8)] = x;
+    }
+    for (const auto& names : {inner, outer}) {
+        write_adapter_as(folder / "a", names);
+        const auto result = run(folder, fuse_one);
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        CHECK(result.err.find("segments of wrappers") != std::string::npos);
+        CHECK(read_values(folder / "out.safetensors").at("layers.0.weight").values
+            == expected.at("layers.0.weight").values);
+    }
+    values_model wrapped;
+    for (const auto& [name, x] : base) { wrapped[name.substr(0, 8) + "._fsdp_wrapped_module" + name.substr(8)] = x; }
+    write_values(folder / "base.safetensors", wrapped);
+    write_adapter_as(folder / "a", plain);
+    REQUIRE(run(folder, fuse_one).code == 0);
+    CHECK(read_values(folder / "out.safetensors").at("layers.0._fsdp_wrapped_module.weight").values
+        == expected.at("layers.0.weight").values);
+    // What nothing matches is said with the flags that name it.
+    write_adapter_as(folder / "a", factors("blocks.7", 9, 20, 10));
+    std::filesystem::remove(folder / "out.safetensors");
+    refused(folder, fuse_one, 1, "say what it is called there (--rename, --map)");
+}

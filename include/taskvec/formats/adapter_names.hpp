@@ -6,6 +6,7 @@
 #include <taskvec/formats/adapter_file.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstring>
 #include <map>
@@ -15,6 +16,28 @@
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
+
+/// The segments that PyTorch's wrappers put into names, anywhere between dots: those of FSDP, torch.compile and
+/// activation checkpointing.
+inline constexpr std::array<std::string_view, 3> wrapper_segments{
+    "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"};
+
+/// A name without the segments of wrappers, wherever they stand in it; itself where it has none.
+///
+///     without_wrappers("layers.0._checkpoint_wrapped_module.mlp.weight") // "layers.0.mlp.weight"
+[[nodiscard]] inline std::string without_wrappers(std::string_view name)
+{
+    std::string rest;
+    for (std::size_t at = 0; at <= name.size();) {
+        const auto end = std::min(name.find('.', at), name.size());
+        const auto segment = name.substr(at, end - at);
+        if (std::find(wrapper_segments.begin(), wrapper_segments.end(), segment) == wrapper_segments.end()) {
+            rest += (rest.empty() ? "" : ".") + std::string(segment);
+        }
+        at = end + 1;
+    }
+    return rest;
+}
 
 /// Modules of an adapter, and the base's tensors that they mean.
 struct module_match {
@@ -36,6 +59,11 @@ struct module_match {
             if (name.starts_with(off) && base.find(on + name.substr(off.size()))) {
                 return on + name.substr(off.size());
             }
+        }
+        const auto plain = without_wrappers(name);
+        if (plain != name) { return renamed(plain, base); }
+        for (const auto& entry : base) {
+            if (entry.name.size() > plain.size() && without_wrappers(entry.name) == plain) { return entry.name; }
         }
         return name;
     }
@@ -59,13 +87,8 @@ namespace detail {
     return module;
 }
 
-} // namespace detail
-
-/// Finds, for every module of an adapter, the tensor "….weight" of the base that it means: by its own name; where dots
-/// are underscores by the one name that has them there; where a file names components (unet., text_encoder.) or
-/// diffusers' processors without these; and by prefixes that one of the two puts before its names, where they are the
-/// same for all. Nothing is matched where two tensors would do.
-[[nodiscard]] inline module_match match_modules(
+/// match_modules() of names that no wrapper has changed.
+[[nodiscard]] inline module_match match_plain_modules(
     const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
 {
     constexpr std::string_view suffix = ".weight";
@@ -188,10 +211,56 @@ namespace detail {
     return match;
 }
 
+} // namespace detail
+
+/// Finds, for every module of an adapter, the tensor "….weight" of the base that it means: by its own name; without the
+/// segments that wrappers put into the names of either (without_wrappers()); where dots are underscores by the one name
+/// that has them there; where a file names components (unet., text_encoder.) or diffusers' processors without these;
+/// and by prefixes that one of the two puts before its names, where they are the same for all. Nothing is matched where
+/// two tensors would do.
+[[nodiscard]] inline module_match match_modules(
+    const std::vector<std::string>& modules, const const_model_ref& base, adapter_dialect dialect)
+{
+    std::map<std::string, std::string> module_of, tensor_of; // by the names without wrappers
+    bool wrapped = false;
+    for (const auto& module : modules) {
+        const auto plain = without_wrappers(module);
+        wrapped = wrapped || plain != module;
+        if (!module_of.emplace(plain, module).second) { return detail::match_plain_modules(modules, base, dialect); }
+    }
+    for (const auto& [name, tensor] : base) {
+        const auto plain = without_wrappers(name);
+        wrapped = wrapped || plain != name;
+        if (!tensor_of.emplace(plain, name).second) { return detail::match_plain_modules(modules, base, dialect); }
+    }
+    if (!wrapped) { return detail::match_plain_modules(modules, base, dialect); }
+    std::vector<std::string> plain_modules;
+    for (const auto& [plain, module] : module_of) { plain_modules.push_back(plain); }
+    const_model_ref plain_base;
+    for (const auto& [plain, name] : tensor_of) { plain_base.insert(plain, *base.find(name)); }
+    const auto found = detail::match_plain_modules(plain_modules, plain_base, dialect);
+    module_match match;
+    bool differ = false;
+    for (const auto& [plain, tensor] : found.tensors) {
+        const auto &module = module_of.at(plain), &there = tensor_of.at(tensor);
+        differ = differ || (module == plain) != (there == tensor);
+        match.tensors.emplace(module, there);
+    }
+    for (const auto& plain : found.unmatched) { match.unmatched.push_back(module_of.at(plain)); }
+    for (const auto& [plain, tensors] : found.doubtful) {
+        for (const auto& tensor : tensors) { match.doubtful[module_of.at(plain)].push_back(tensor_of.at(tensor)); }
+    }
+    match.changes = found.changes;
+    if (differ) { match.changes.emplace_back("segments of wrappers (_fsdp_wrapped_module, _orig_mod, …) left out"); }
+    match.prefixes = found.prefixes;
+    return match;
+}
+
 /// What add_adapter() is told of a base.
 struct adapter_base_traits {
     bool conv1d = false; ///< square weights lie in×out (GPT-2's Conv1D), but for heads and embeddings
     std::string_view label = "the base"; ///< names it in messages
+    std::string_view renaming{}; ///< a caller's word for what gives modules other names, for messages: such as a flag
 };
 
 /// Whether an adapter that says fan_in_fan_out is of a base whose linear layers lie out×in, as its modules that are not
@@ -234,7 +303,10 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                 base.find(module + ".in_proj_weight")
                     ? ", but one of PyTorch's MultiheadAttention, whose three projections are one tensor: fold it into "
                       "its base with PEFT (merge_and_unload) and go on with the model"
-                    : ": use the base that it was trained on, or leave such modules out"));
+                    : message(": use the base that it was trained on, ",
+                          traits.renaming.empty() ? ""
+                                                  : message("say what it is called there (", traits.renaming, "), "),
+                          "or leave such modules out")));
     }
     const bool in_by_out = adapter.fan_in_fan_out && !denies_fan_in_fan_out(base, adapter, match);
     for (const auto& [module, made] : adapter.modules) {
