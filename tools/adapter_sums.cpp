@@ -82,6 +82,7 @@ adapter_sum::adapter_sum(const std::vector<task_argument>& arguments, const task
     const settings& how, const run_options& run)
     : base_(base.model())
 {
+    check_no_factors(base, how.include);
     for (const auto& argument : arguments) {
         files_.push_back(open_adapter(argument.path));
         if (holds_f64(files_.back())) { adapters_.emplace_back(taskvec::read_adapter<double>(argument.path)); }
@@ -292,19 +293,6 @@ void adapter_sum::add(
     taskvec::adapter_contents<T>& read, const task_argument& argument, const settings& how, const run_options& run)
 {
     for (const auto& text : read.notes) { note(run, text); }
-    if (how.subtract) {
-        for (const auto& [module, made] : read.modules) {
-            if (made.magnitude.empty()) { continue; }
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
-                taskvec::message("--subtract: module '", module, "' of ", read.label,
-                    " is DoRA's, whose norms are those of the base: it cannot be taken out of a model that holds it"));
-        }
-        if (!read.wholes.empty()) {
-            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
-                taskvec::message("--subtract: ", read.label, " replaces '", read.wholes.begin()->first,
-                    "' whole, and nothing tells what was there before: leave it out by --exclude"));
-        }
-    }
     restore_rows(read, how.base_path);
     if (const auto rules = how.names.find(argument.text); rules != how.names.end()) {
         rename_modules(read, rules->second);
@@ -325,6 +313,19 @@ void adapter_sum::add(
             return place != match.tensors.end() && !how.include(place->second);
         });
         std::erase_if(read.wholes, [&](const auto& one) { return !how.include(match.renamed(one.first, base_)); });
+    }
+    if (how.subtract) {
+        for (const auto& [module, made] : read.modules) {
+            if (made.magnitude.empty()) { continue; }
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
+                taskvec::message("--subtract: module '", module, "' of ", read.label,
+                    " is DoRA's, whose norms are those of the base: it cannot be taken out of a model that holds it"));
+        }
+        if (!read.wholes.empty()) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapter_factors,
+                taskvec::message("--subtract: ", read.label, " replaces '", read.wholes.begin()->first,
+                    "' whole, and nothing tells what was there before: leave it out by --exclude"));
+        }
     }
     if (!match.changes.empty()) {
         std::string text;
@@ -349,6 +350,7 @@ void adapter_sum::add(
     if (how.may_untie) { take_grown_vocabulary(read, match, argument, base_label, run); }
     taskvec::add_adapter(changes_, base_, read, match, how.subtract ? -argument.weight : argument.weight,
         {.conv1d = how.fan_in_fan_out || has_conv1d_layers(config),
+            .holds_adapter = how.subtract,
             .label = base_label,
             .renaming = "--rename, --map"});
 }

@@ -17251,6 +17251,7 @@ namespace detail {
 /// What add_adapter() is told of a base.
 struct adapter_base_traits {
     bool conv1d = false; ///< square weights lie in×out (GPT-2's Conv1D), but for heads and embeddings
+    bool holds_adapter = false; ///< the adapter is in it: copies of weights that come with that are those of before
     std::string_view label = "the base"; ///< names it in messages
     std::string_view renaming{}; ///< a caller's word for what gives modules other names, for messages: such as a flag
 };
@@ -17332,7 +17333,7 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
     for (const auto& [name, stored] : adapter.copies) {
         const auto tensor = match.renamed(name, base);
         const const_tensor_ref* const there = base.find(tensor);
-        if (there && there->dtype == stored.dtype
+        if (there && !traits.holds_adapter && there->dtype == stored.dtype
             && (there->shape != stored.shape
                 || std::memcmp(there->data, stored.bytes.data(), stored.bytes.size()) != 0)) {
             raise<invalid_argument>(error_code::tensor_unexpected,

@@ -1094,6 +1094,46 @@ TEST_CASE("fuse gives a head that comes apart from its embedding the name that i
         == whole.at("lm_head.weight").values);
 }
 
+TEST_CASE("fuse --subtract takes an adapter out that carries the weights from before it")
+{
+    const scratch folder;
+    const auto base = two_layers();
+    write_values(folder / "base.safetensors", base);
+    auto tensors = factors("layers.0", 9, 20, 10);
+    tensors["layers.0.base_layer.weight"] = base.at("layers.0.weight");
+    write_adapter_as(folder / "a", tensors);
+    REQUIRE(run(folder, fuse_one).code == 0);
+    const auto result = run(
+        folder, {"fuse", "--base", "out.safetensors", "--adapter", "a", "--subtract", "--out", "before.safetensors"});
+    CAPTURE(result.err);
+    REQUIRE(result.code == 0);
+    const auto before = read_values(folder / "before.safetensors");
+    for (const auto& [name, x] : base) {
+        for (std::size_t i = 0; i < x.values.size(); ++i) {
+            CHECK(std::abs(before.at(name).values[i] - x.values[i]) < 2e-6);
+        }
+    }
+    // What it holds whole cannot be taken out; --exclude leaves it where it is.
+    auto more = tensors;
+    more["layers.1.weight"] = random_tensor({20, 20}, 12);
+    write_adapter_as(folder / "b", more, {{"modules_to_save", {"layers.1"}}});
+    std::vector<std::string> subtract{
+        "fuse", "--base", "out.safetensors", "--adapter", "b", "--subtract", "--out", "again.safetensors"};
+    refused(folder, subtract, 1, "leave it out by --exclude");
+    subtract.insert(subtract.end(), {"--exclude", "layers.1"});
+    REQUIRE(run(folder, subtract).code == 0);
+    CHECK(
+        read_values(folder / "again.safetensors").at("layers.0.weight").values == before.at("layers.0.weight").values);
+    // Without it, a base that holds the adapter is another one; and factors beside weights are no base.
+    refused(folder, {"fuse", "--base", "out.safetensors", "--adapter", "a", "--out", "no.safetensors"}, 1,
+        "carries a copy of the weight 'layers.0.weight'");
+    auto wrapped = base;
+    wrapped["layers.0.lora_A.default.weight"] = tensors.at("layers.0.lora_A.weight");
+    write_values(folder / "wrapped.safetensors", wrapped);
+    refused(folder, {"fuse", "--base", "wrapped.safetensors", "--adapter", "a", "--out", "no.safetensors"}, 1,
+        "holds factors of an adapter");
+}
+
 TEST_CASE("segments that wrappers put within names are left out of an adapter's, and of the base's")
 {
     const scratch folder;
