@@ -128,8 +128,8 @@ void convert(const convert_settings& given, const tool::runner& run, std::uint64
     try {
         taskvec::write_adapter(given.out, made, options, [&] {
             tool::check_before_commit();
-            tool::print("wrote " + what + " (" + tool::size_text(bytes) + ")\n");
             report.commit();
+            tool::print("wrote " + what + " (" + tool::size_text(bytes) + ")\n");
         });
     }
     catch (...) {

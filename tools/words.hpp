@@ -42,16 +42,27 @@ void check_before_commit();
 /// Says that all outputs have their names: memory that runs out from here on is no failure.
 void outputs_are_there() noexcept;
 [[nodiscard]] bool are_outputs_there() noexcept;
-/// Says what was done, then gives the finished outputs their names: where an input has changed or standard output
-/// fails, nothing is changed. Where one of them fails, those before it are given back: what cannot be comes last.
+/// Gives the finished outputs their names, and says what was done once those have theirs that can be given back
+/// (reports and the like): where an input has changed, or one of these or standard output fails, nothing is changed.
+/// Where one of them fails, those before it are given back: what cannot be comes last.
 template <class... Outputs>
 void conclude(const std::string& text, Outputs&... outputs)
 {
     check_before_commit();
-    print(text);
     std::size_t done = 0;
+    bool said = false;
+    const auto say = [&] {
+        if (!said) { print(text); }
+        said = true;
+    };
+    const auto commit = [&](auto& output) {
+        if constexpr (!requires { output.revert(); }) { say(); }
+        output.commit();
+        ++done;
+    };
     try {
-        ((outputs.commit(), ++done), ...);
+        (commit(outputs), ...);
+        say();
     }
     catch (...) {
         std::size_t i = 0;

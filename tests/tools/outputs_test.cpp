@@ -3,6 +3,7 @@
 #include "../skip.hpp"
 #include "run_tool.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 
 using namespace tools_test;
@@ -74,6 +75,27 @@ TEST_CASE("what cannot be said was not done: a full standard output changes no f
         CHECK(everything_in(m.folder.path()) == before);
         CHECK(run_redirected(m.folder, arguments, "> /dev/null") == 0); // the same command is good otherwise
         CHECK(everything_in(m.folder.path()) != before);
+    }
+}
+
+TEST_CASE("nothing is said to be done before the report that goes with it is written")
+{
+    if (!std::filesystem::exists("/dev/full")) {
+        testing::skip("no report failed: there is no /dev/full here");
+        return;
+    }
+    for (auto arguments : verbs) {
+        const auto report = std::find(arguments.begin(), arguments.end(), "--report");
+        if (report == arguments.end()) { continue; }
+        *(report + 1) = "/dev/full";
+        const output_models m;
+        const auto before = everything_in(m.folder.path());
+        const auto result = run(m.folder, arguments);
+        CAPTURE(arguments[0]);
+        CAPTURE(result.err);
+        CHECK(result.code == 1);
+        CHECK(result.out.empty());
+        CHECK(everything_in(m.folder.path()) == before);
     }
 }
 
