@@ -242,7 +242,7 @@ const tool::register_verb inspect_verb(10, "inspect",
         verb.flag("--json", given->json, "Print JSON instead of a table");
         verb.text("--diff", given->diff, "MODEL", "What differs between the two: which tensors, and how much");
         verb.flag("--sketch", given->sketch,
-            "Print the sketch that model cards hold: a number over names, dtypes, shapes and the ends of each tensor");
+            "Print a sketch: a number over names, dtypes, shapes and the ends of each tensor");
         verb.flag("--adapter", given->adapter,
             "As an adapter: ranks, scalings and norms of its modules (a directory of one, and a GGUF file, are seen to "
             "be it)");

@@ -330,7 +330,20 @@ std::string library_of(const fs::path& source)
     return config.find("\"model_type\"") != config.npos ? "transformers" : "";
 }
 
-std::string card_of(const recipe& how, const fs::path& out, const fs::path& source)
+/// A model as whoever opens it anew sees it: without other names, and tensors that were added to line it up.
+taskvec::const_model_ref as_opened(const taskvec::checkpoint& model)
+{
+    if (model.layers()) { return model.layers()->model(); }
+    taskvec::const_model_ref found;
+    for (const auto& file : model.files()) {
+        for (const auto& entry : file.entries()) {
+            if (!found.find(entry.name)) { found.insert(entry.name, file.tensor(entry)); }
+        }
+    }
+    return found;
+}
+
+std::string card_of(const recipe& how, const fs::path& out, const fs::path& source, const taskvec::cpu& policy)
 {
     std::string text = "---\nbase_model:\n";
     std::set<std::string> named;
@@ -345,15 +358,15 @@ std::string card_of(const recipe& how, const fs::path& out, const fs::path& sour
     text += "---\n" + std::string(card_mark) + "\n\n# " + table_cell(whole.filename().string()) + "\n\n" + how.done
         + " with taskvec " + tool_version() + ":\n\n```\ntaskvec";
     for (const auto& word : command_words()) { text += " " + shell_word(word); }
-    text += "\n```\n\n| model | role | weight | sketch of its tensors |\n|---|---|---|---|\n";
+    text += "\n```\n\n| model | role | weight | fingerprint |\n|---|---|---|---|\n";
     for (const auto& model : how.models) {
         text += "| " + table_cell(hub_name(model)) + " | " + model.role + " | "
             + (model.role == "base" ? std::string("") : taskvec::message(model.weight)) + " | `"
-            + taskvec::fingerprint_text(taskvec::fingerprint_sketch(model.opened->model())) + "` |\n";
+            + taskvec::fingerprint_text(taskvec::fingerprint(policy, as_opened(*model.opened))) + "` |\n";
     }
-    text += "\nA sketch is a 64-bit number over names, dtypes, shapes and the first and last 4 KiB of every tensor; "
-            "`taskvec "
-            "inspect MODEL --sketch` prints it.\n";
+    text +=
+        "\nA fingerprint is a 64-bit number over names, dtypes, shapes and all bytes; `taskvec inspect MODEL --verify "
+        "README.md` checks that a model is one of these.\n";
     if (!how.options.empty()) { text += "\nOptions in force:\n\n```json\n" + how.options + "\n```\n"; }
     return text;
 }
@@ -543,7 +556,10 @@ void add_model_files(model_output& out, const copy_request& copies, const run_op
             return;
         }
     }
-    out.add_file("README.md", card_of(how, out.place(), has_source ? source : fs::path()));
+    const taskvec::cpu policy{.threads = run.threads};
+    out.add_file("README.md", [how, policy, place = out.place(), from = has_source ? source : fs::path()] {
+        return card_of(how, place, from, policy);
+    });
 }
 
 void check_space(const fs::path& out, std::uint64_t bytes)

@@ -44,7 +44,8 @@ struct recipe {
 [[nodiscard]] std::vector<recipe::model> recipe_models(const model_request& request, const merge_inputs& inputs);
 
 /// Puts what loads the result beside its weights, where these go to a directory: files of the first model's directory
-/// (or --copy-from), brought up to date, and the card. `weights`: the file that holds the tensors, where it is not
+/// (or --copy-from), brought up to date, and the card, which is made while the output finishes: what `how` refers to
+/// stays until then. `weights`: the file that holds the tensors, where it is not
 /// called as a model's is, so that an index leads to it.
 void add_model_files(model_output& out, const copy_request& copies, const run_options& run, const recipe& how,
     const std::vector<taskvec::tensor_spec>& specs, const std::string& weights = "");

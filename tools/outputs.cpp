@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <future>
 #include <limits>
 #include <utility>
 
@@ -266,6 +267,11 @@ void model_output::add_file(const std::string& name, std::string_view content)
     beside_.push_back(std::move(file));
 }
 
+void model_output::add_file(const std::string& name, std::function<std::string()> make)
+{
+    made_late_.emplace_back(name, std::move(make));
+}
+
 taskvec::tensor_sink& model_output::sink()
 {
     if (quantising_) { return *quantising_; }
@@ -279,7 +285,12 @@ void model_output::finish()
         quantising->finish();
         saturated_ = quantising->saturated();
     }
+    std::vector<std::pair<std::string, std::future<std::string>>> late;
+    for (auto& [name, make] : std::exchange(made_late_, {})) {
+        late.emplace_back(name, std::async(std::launch::async, std::move(make)));
+    }
     file_ ? file_->finish() : shards_->finish();
+    for (auto& [name, content] : late) { add_file(name, std::string_view(content.get())); }
 }
 
 taskvec::checkpoint model_output::reopen(const taskvec::checkpoint& like) const

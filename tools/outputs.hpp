@@ -8,10 +8,12 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 namespace tool {
@@ -86,6 +88,8 @@ public:
     [[nodiscard]] const fs::path& place() const { return place_.empty() ? path_ : place_; }
     /// A file beside the weights, by its name below the directory; it takes its name with them.
     void add_file(const std::string& name, std::string_view content);
+    /// The same of content that is made while finish() waits for the disk: `make` runs beside it, on another thread.
+    void add_file(const std::string& name, std::function<std::string()> make);
     [[nodiscard]] taskvec::tensor_sink& sink();
     /// Forces the bytes to disk; the files still have temporary names.
     void finish();
@@ -102,6 +106,7 @@ private:
     fs::path path_, folder_, place_;
     std::uint64_t saturated_ = 0;
     std::vector<std::unique_ptr<revocable_file>> beside_;
+    std::vector<std::pair<std::string, std::function<std::string()>>> made_late_;
     std::unique_ptr<taskvec::safetensors_writer> file_;
     std::unique_ptr<taskvec::sharded_writer> shards_;
     std::unique_ptr<taskvec::quantising_sink> quantising_;

@@ -2,6 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "run_tool.hpp"
 
+#include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/fingerprint.hpp>
+
 #include <nlohmann/json.hpp>
 
 using namespace tools_test;
@@ -65,9 +68,11 @@ TEST_CASE("what loads a model is copied beside its weights, and says what is so"
         "---\nbase_model:\n- base\n- math\nlibrary_name: transformers\ntags:\n- merge\n- taskvec\n- average\n---\n"));
     CHECK(has(card, "taskvec merge --method average --task base --task math=0.5 --out out --dtype bf16"));
     CHECK(has(card, "| math | task | 0.5 | `xxh64:"));
-    const auto sketch = run(m.folder, {"inspect", "math", "--sketch"});
-    CHECK(sketch.out.starts_with("xxh64:"));
-    CHECK(has(card, "`" + sketch.out.substr(0, sketch.out.size() - 1) + "`"));
+    for (const std::string model : {"base", "math"}) {
+        const auto opened = taskvec::open_model(m.folder / model);
+        CHECK(has(card, "`" + taskvec::fingerprint_text(taskvec::fingerprint(taskvec::cpu{}, opened.model())) + "`"));
+        CHECK(has(run(m.folder, {"inspect", model, "--verify", "out"}).out, "has the fingerprint"));
+    }
     // The same dtype: bytes as they were.
     REQUIRE(m.merge({"--out", "same"}).code == 0);
     CHECK(slurp(m.folder / "same/config.json") == slurp(m.folder / "base/config.json"));
