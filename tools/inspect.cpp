@@ -29,20 +29,6 @@ struct inspect_settings {
     tool::run_options run;
 };
 
-void print_json(const taskvec::checkpoint& model)
-{
-    // One tensor a line, so that people and line tools can read it too.
-    std::string text = "{\"tensors\": [";
-    for (const auto& [name, tensor] : model.stored()) {
-        const nlohmann::ordered_json entry{{"name", name}, {"dtype", taskvec::to_string(tensor.dtype)},
-            {"shape", tensor.shape}, {"bytes", tensor.bytes(name)}};
-        text += (text.back() == '[' ? "\n  " : ",\n  ") + entry.dump();
-    }
-    auto metadata = nlohmann::ordered_json::object();
-    for (const auto& [key, value] : model.metadata()) { metadata[key] = value; }
-    tool::print(text + (text.back() == '[' ? "" : "\n") + "],\n\"metadata\": " + metadata.dump() + "}\n");
-}
-
 /// What the configuration beside the weights calls the model; empty where there is none.
 std::string architecture_text(const nlohmann::json& config)
 {
@@ -64,30 +50,54 @@ std::string range_text(std::uint64_t least, std::uint64_t most, const std::strin
     return (least == most ? "" : tool::grouped(least) + " to ") + tool::counted(most, unit);
 }
 
+/// Tensors and their elements, counted together.
+struct totals {
+    std::uint64_t tensors = 0, elements = 0;
+    void add(std::uint64_t size)
+    {
+        ++tensors;
+        elements += size;
+    }
+};
+/// What a model's lists of layers hold, by what stands before their numbers, and what stands outside of them.
+struct layer_lists {
+    std::map<std::string, std::map<std::size_t, totals>> lists;
+    totals outside;
+};
+layer_lists layer_lists_of(const taskvec::checkpoint& model)
+{
+    layer_lists found;
+    for (const auto& [name, tensor] : model.stored()) {
+        const auto layer = tool::layer_of(name);
+        (layer ? found.lists[layer->first][layer->second] : found.outside).add(tensor.size(name));
+    }
+    return found;
+}
+/// The least and the most that a layer of a list holds.
+std::pair<totals, totals> range_of(const std::map<std::size_t, totals>& layers)
+{
+    auto least = layers.begin()->second, most = least;
+    for (const auto& [number, one] : layers) {
+        least = {std::min(least.tensors, one.tensors), std::min(least.elements, one.elements)};
+        most = {std::max(most.tensors, one.tensors), std::max(most.elements, one.elements)};
+    }
+    return {least, most};
+}
+/// What stands before the numbers of a list of layers, without its dot.
+std::string list_name(const std::string& prefix)
+{
+    return prefix.empty() ? "(numbers)" : prefix.substr(0, prefix.size() - 1);
+}
+
 /// How many layers there are, what each holds, and what stands outside of them.
 std::string layer_totals(const taskvec::checkpoint& model)
 {
-    struct totals {
-        std::uint64_t tensors = 0, elements = 0;
-    };
-    std::map<std::string, std::map<std::size_t, totals>> lists;
-    totals outside;
-    for (const auto& [name, tensor] : model.stored()) {
-        const auto layer = tool::layer_of(name);
-        auto& place = layer ? lists[layer->first][layer->second] : outside;
-        ++place.tensors;
-        place.elements += tensor.size(name);
-    }
+    const auto [lists, outside] = layer_lists_of(model);
     std::string text;
     for (const auto& [prefix, layers] : lists) {
-        auto least = layers.begin()->second, most = least;
-        for (const auto& [number, one] : layers) {
-            least = {std::min(least.tensors, one.tensors), std::min(least.elements, one.elements)};
-            most = {std::max(most.tensors, one.tensors), std::max(most.elements, one.elements)};
-        }
-        text += "  " + tool::printable(prefix.empty() ? "(numbers)" : prefix.substr(0, prefix.size() - 1)) + ": "
-            + tool::counted(layers.size(), "layer") + (layers.size() == 1 ? " of " : ", each of ")
-            + range_text(least.tensors, most.tensors, "tensor") + " and "
+        const auto [least, most] = range_of(layers);
+        text += "  " + tool::printable(list_name(prefix)) + ": " + tool::counted(layers.size(), "layer")
+            + (layers.size() == 1 ? " of " : ", each of ") + range_text(least.tensors, most.tensors, "tensor") + " and "
             + range_text(least.elements, most.elements, "element") + "\n";
     }
     if (!lists.empty() && outside.tensors > 0) {
@@ -95,6 +105,58 @@ std::string layer_totals(const taskvec::checkpoint& model)
             + tool::counted(outside.elements, "element") + "\n";
     }
     return text;
+}
+
+std::map<taskvec::dtype, totals> totals_by_dtype(const taskvec::checkpoint& model)
+{
+    std::map<taskvec::dtype, totals> found;
+    for (const auto& [name, tensor] : model.stored()) { found[tensor.dtype].add(tensor.size(name)); }
+    return found;
+}
+
+/// All that the table and what stands behind it say.
+void print_json(const taskvec::checkpoint& model, const tool::fs::path& path)
+{
+    using json = nlohmann::ordered_json;
+    // One tensor a line, so that people and line tools can read it too.
+    std::string text = "{\"tensors\": [";
+    std::uint64_t elements = 0;
+    for (const auto& [name, tensor] : model.stored()) {
+        const json entry{{"name", name}, {"dtype", taskvec::to_string(tensor.dtype)}, {"shape", tensor.shape},
+            {"bytes", tensor.bytes(name)}};
+        text += (text.back() == '[' ? "\n  " : ",\n  ") + entry.dump();
+        elements += tensor.size(name);
+    }
+    text += (text.back() == '[' ? "" : "\n") + std::string("],\n");
+    const auto add = [&](const char* key, const json& value) {
+        text += "\"" + std::string(key) + "\": " + value.dump(-1, ' ', false, json::error_handler_t::replace) + ",\n";
+    };
+    const auto json_of = [](const totals& one) { return json{{"tensors", one.tensors}, {"elements", one.elements}}; };
+    auto by_dtype = json::object();
+    for (const auto& [type, counts] : totals_by_dtype(model)) {
+        by_dtype[std::string(taskvec::to_string(type))] = json_of(counts);
+    }
+    add("totals",
+        {{"tensors", model.stored().size()}, {"elements", elements}, {"bytes", model.data_bytes()},
+            {"files", model.files().size()}, {"by_dtype", by_dtype}});
+    const auto found = layer_lists_of(model);
+    auto lists = json::array();
+    for (const auto& [prefix, layers] : found.lists) {
+        const auto range = range_of(layers);
+        lists.push_back({{"name", list_name(prefix)}, {"layers", layers.size()}, {"least", json_of(range.first)},
+            {"most", json_of(range.second)}});
+    }
+    add("layers", {{"lists", lists}, {"outside", json_of(found.outside)}});
+    const auto config = tool::config_beside(path);
+    const auto or_null = [](const std::string& words) { return words.empty() ? json() : json(words); };
+    add("architecture",
+        {{"architectures", config.contains("architectures") ? json(config["architectures"]) : json()},
+            {"model_type", config.contains("model_type") ? json(config["model_type"]) : json()}});
+    add("tied", or_null(tool::tie_text(model.model(), tool::config_says_tied(config))));
+    add("quantised", or_null(tool::layers_text(model)));
+    auto metadata = json::object();
+    for (const auto& [key, value] : model.metadata()) { metadata[key] = value; }
+    tool::print(text + "\"metadata\": " + metadata.dump(-1, ' ', false, json::error_handler_t::replace) + "}\n");
 }
 
 /// Fingerprints and sketches that a word or a file names: metadata of a delta or of statistics, or a text such as a
@@ -187,14 +249,10 @@ void check_one_question(const inspect_settings& given)
 void print_table(const taskvec::checkpoint& model, const tool::fs::path& path)
 {
     std::vector<std::vector<std::string>> rows{{"name", "dtype", "shape", "bytes"}};
-    std::map<taskvec::dtype, std::pair<std::uint64_t, std::uint64_t>> by_dtype; // tensors, elements
     std::uint64_t elements = 0;
     for (const auto& [name, tensor] : model.stored()) {
         rows.push_back({tool::printable(name), std::string(taskvec::to_string(tensor.dtype)),
             taskvec::to_string(tensor.shape), tool::grouped(tensor.bytes(name))});
-        auto& [tensors, count] = by_dtype[tensor.dtype];
-        ++tensors;
-        count += tensor.size(name);
         elements += tensor.size(name);
     }
     std::string text = tool::table_text(std::move(rows), {false, false, false, true});
@@ -202,10 +260,10 @@ void print_table(const taskvec::checkpoint& model, const tool::fs::path& path)
         + tool::counted(model.data_bytes(), "byte");
     if (model.data_bytes() >= 1000) { text += " (" + tool::size_text(model.data_bytes()) + ")"; }
     text += " in " + tool::counted(model.files().size(), "file") + "\n";
-    if (by_dtype.size() > 1) {
+    if (const auto by_dtype = totals_by_dtype(model); by_dtype.size() > 1) {
         for (const auto& [type, counts] : by_dtype) {
-            text += "  " + std::string(taskvec::to_string(type)) + ": " + tool::counted(counts.first, "tensor") + ", "
-                + tool::counted(counts.second, "element") + "\n";
+            text += "  " + std::string(taskvec::to_string(type)) + ": " + tool::counted(counts.tensors, "tensor") + ", "
+                + tool::counted(counts.elements, "element") + "\n";
         }
     }
     text += layer_totals(model);
@@ -286,7 +344,7 @@ const tool::register_verb inspect_verb(10, "inspect",
                 tool::print(given->json ? diff.dump(2) + "\n" : tool::diff_text(diff, model, other));
                 return;
             }
-            given->json ? print_json(model) : print_table(model, given->model);
+            given->json ? print_json(model, given->model) : print_table(model, given->model);
         });
     });
 

@@ -35,8 +35,42 @@ TEST_CASE("inspect --json is what scripts rely on")
     CHECK(json["tensors"][3]["shape"].size() == 0);
     CHECK(json["metadata"] == nlohmann::json{{"format", "pt"}, {"note", "line\nbreak"}});
     spill(folder / "e.safetensors", safetensors_bytes("{}"));
-    CHECK(nlohmann::json::parse(run(folder, {"inspect", "e.safetensors", "--json"}).out)
-        == nlohmann::json{{"tensors", nlohmann::json::array()}, {"metadata", nlohmann::json::object()}});
+    const auto empty = nlohmann::json::parse(run(folder, {"inspect", "e.safetensors", "--json"}).out);
+    CHECK(empty["tensors"] == nlohmann::json::array());
+    CHECK(empty["metadata"] == nlohmann::json::object());
+    CHECK(empty["totals"]["tensors"] == 0);
+}
+
+TEST_CASE("inspect --json says what the table says: totals, layers, architecture, ties and quantised layers")
+{
+    const scratch folder;
+    const auto zeros = [](taskvec::extents shape, taskvec::dtype type) {
+        const auto size = static_cast<std::size_t>(taskvec::element_count(shape));
+        return values_tensor{type, std::move(shape), std::vector<float>(size, 1)};
+    };
+    using taskvec::dtype;
+    std::filesystem::create_directories(folder / "m");
+    write_values(folder / "m/model.safetensors",
+        {{"model.embed_tokens.weight", zeros({4, 2}, dtype::bf16)},
+            {"model.layers.0.q.weight", zeros({2, 2}, dtype::f32)}, {"model.layers.1.b.weight", zeros({2}, dtype::f32)},
+            {"model.layers.1.q.weight", zeros({2, 2}, dtype::bf16)}});
+    spill(folder / "m/config.json",
+        R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": true})");
+    const auto json = nlohmann::json::parse(run(folder, {"inspect", "m", "--json"}).out);
+    CHECK(json["tensors"].size() == 4);
+    const auto counts = [](int tensors, int elements) {
+        return nlohmann::json{{"tensors", tensors}, {"elements", elements}};
+    };
+    CHECK(json["totals"]
+        == nlohmann::json{{"tensors", 4}, {"elements", 18}, {"bytes", 48}, {"files", 1},
+            {"by_dtype", {{"F32", counts(2, 6)}, {"BF16", counts(2, 12)}}}});
+    CHECK(json["layers"]["lists"]
+        == nlohmann::json::array(
+            {{{"name", "model.layers"}, {"layers", 2}, {"least", counts(1, 4)}, {"most", counts(2, 6)}}}));
+    CHECK(json["layers"]["outside"] == counts(1, 8));
+    CHECK(json["architecture"] == nlohmann::json{{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}});
+    CHECK(json["tied"] == "the head is 'model.embed_tokens.weight' (config.json: tie_word_embeddings)");
+    CHECK(json["quantised"].is_null());
 }
 
 TEST_CASE("inspect refuses what is malformed with one line and exit code 1")
