@@ -15,11 +15,12 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// Whether a file begins as GGUF does. Throws io_error.
+/// Whether a file is for parse_gguf(): it begins as GGUF does, or is called .gguf, so that one with another magic is
+/// refused for that. Throws io_error.
 [[nodiscard]] inline bool is_gguf_file(const std::filesystem::path& path)
 {
     const mapped_file map(path);
-    return is_gguf(map.bytes());
+    return is_gguf(map.bytes()) || path.extension() == ".gguf";
 }
 
 /// A GGUF file as one of tensors, for what reads those.

@@ -111,7 +111,14 @@ inline constexpr std::string_view fetch_again = "fetch it again, and compare its
     if (bytes.size() > 2 && bytes[0] == '\x80' && bytes[1] >= 2 && bytes[1] <= 5) {
         return file_kind{"a Python pickle, as PyTorch and others write them", convert};
     }
-    if (begins("GGUF") || begins("FUGG")) {
+    if (begins("algg")) {
+        return file_kind{"an adapter of llama.cpp before GGUF (ggla)",
+            "take the adapter that it was converted from, and convert that again with a current llama.cpp"};
+    }
+    if (begins("FUGG")) {
+        return file_kind{"a GGUF file in another order of bytes", "convert it on a machine like this one"};
+    }
+    if (begins("GGUF")) {
         return file_kind{"a GGUF file (llama.cpp)", "take the model's safetensors files, from which it was converted"};
     }
     if (begins("lmgg") || begins("tjgg") || begins("fmgg")) {

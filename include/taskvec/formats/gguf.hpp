@@ -2,6 +2,7 @@
 // memory; and what the tensors of its language models are called. SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/formats/file_kind.hpp>
 #include <taskvec/formats/json.hpp>
 #include <taskvec/formats/safetensors.hpp>
 
@@ -139,6 +140,20 @@ private:
     std::uint64_t at_ = 0;
 };
 
+/// Bytes as a text in quotes where they are printable, otherwise in hexadecimal.
+[[nodiscard]] inline std::string shown_bytes(std::span<const std::byte> bytes)
+{
+    constexpr std::string_view digits = "0123456789abcdef";
+    std::string text, numbers;
+    for (const auto one : bytes) {
+        const auto code = std::to_integer<unsigned>(one);
+        text += static_cast<char>(code);
+        numbers += std::string(numbers.empty() ? "" : " ") + digits[code / 16] + digits[code % 16];
+    }
+    const bool printable = std::all_of(text.begin(), text.end(), [](char c) { return c >= ' ' && c <= '~'; });
+    return printable ? "'" + text + "'" : "the bytes " + numbers;
+}
+
 /// One value of a key's type, or one that is passed over.
 [[nodiscard]] inline gguf_value read_gguf_value(
     gguf_cursor& in, std::uint32_t type, const std::string& key, bool within = false)
@@ -196,7 +211,12 @@ private:
 {
     detail::gguf_cursor in(bytes, label);
     gguf_header header;
-    if (!is_gguf(bytes)) { in.refuse(error_code::header_field, 0, "does not begin with 'GGUF': it is no GGUF file"); }
+    if (!is_gguf(bytes)) {
+        const auto kind = what_is_this_file(bytes);
+        in.refuse(error_code::header_field, 0, "does not begin with 'GGUF', the magic of GGUF files",
+            bytes.size() < 4 ? std::string() : message(", but with ", detail::shown_bytes(bytes.first(4))), ": it is ",
+            kind ? kind->what + "; " + kind->mend : std::string("damaged, or no GGUF file; fetch it again"));
+    }
     in.skip(4, "the magic");
     header.version = in.number<std::uint32_t>("the version");
     if ((header.version & 0xffffu) == 0 && header.version != 0) {
