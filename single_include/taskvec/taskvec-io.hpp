@@ -13017,12 +13017,15 @@ struct adapter_role {
         hada_w1_b,
         hada_w2_a,
         hada_w2_b,
+        hada_t1,
+        hada_t2,
         lokr_w1,
         lokr_w1_a,
         lokr_w1_b,
         lokr_w2,
         lokr_w2_a,
         lokr_w2_b,
+        lokr_t2,
         singular,
         unknown
     } role = whole;
@@ -13039,7 +13042,7 @@ struct adapter_role {
         role::what what;
         std::optional<dialect> of;
     };
-    static const std::array<ending, 37> endings{{{".lora_E", role::singular, dialect::peft},
+    static const std::array<ending, 40> endings{{{".lora_E", role::singular, dialect::peft},
         {".lora_A.weight", role::a, dialect::peft}, {".lora_B.weight", role::b, dialect::peft},
         {".lora_embedding_A", role::embedding_a, dialect::peft},
         {".lora_embedding_B", role::embedding_b, dialect::peft}, {".lora_B.bias", role::bias, dialect::peft},
@@ -13054,7 +13057,8 @@ struct adapter_role {
         {".lora_b", role::b, dialect::mlx}, {".hada_w1_a", role::hada_w1_a, {}}, {".hada_w1_b", role::hada_w1_b, {}},
         {".hada_w2_a", role::hada_w2_a, {}}, {".hada_w2_b", role::hada_w2_b, {}}, {".lokr_w1", role::lokr_w1, {}},
         {".lokr_w1_a", role::lokr_w1_a, {}}, {".lokr_w1_b", role::lokr_w1_b, {}}, {".lokr_w2", role::lokr_w2, {}},
-        {".lokr_w2_a", role::lokr_w2_a, {}}, {".lokr_w2_b", role::lokr_w2_b, {}},
+        {".lokr_w2_a", role::lokr_w2_a, {}}, {".lokr_w2_b", role::lokr_w2_b, {}}, {".hada_t1", role::hada_t1, {}},
+        {".hada_t2", role::hada_t2, {}}, {".lokr_t2", role::lokr_t2, {}},
         {".base_layer.weight", role::base_copy, dialect::peft}, {".base_layer.bias", role::trained_bias, dialect::peft},
         {".lora_A", role::a, dialect::peft}, {".lora_B", role::b, dialect::peft},
         {".lora_up.bias", role::bias, dialect::kohya}, {".lora_linear_layer.alpha", role::alpha, dialect::diffusers}}};
@@ -13081,9 +13085,10 @@ struct adapter_role {
     }
     if (auto found = plain(name)) { return *found; }
     // With the adapter's name in it: MODULE.lora_A.default.weight, MODULE.lora_embedding_A.default, …
-    for (const std::string_view part : {".lora_A.", ".lora_B.", ".lora_E.", ".lora_embedding_A.", ".lora_embedding_B.",
-             ".lora_magnitude_vector.", ".hada_w1_a.", ".hada_w1_b.", ".hada_w2_a.", ".hada_w2_b.", ".lokr_w1.",
-             ".lokr_w1_a.", ".lokr_w1_b.", ".lokr_w2.", ".lokr_w2_a.", ".lokr_w2_b."}) {
+    for (const std::string_view part :
+        {".lora_A.", ".lora_B.", ".lora_E.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.",
+            ".hada_w1_a.", ".hada_w1_b.", ".hada_w2_a.", ".hada_w2_b.", ".lokr_w1.", ".lokr_w1_a.", ".lokr_w1_b.",
+            ".lokr_w2.", ".lokr_w2_a.", ".lokr_w2_b.", ".hada_t1.", ".hada_t2.", ".lokr_t2."}) {
         const auto at = name.rfind(part);
         if (at == name.npos) { continue; }
         const auto rest = name.substr(at + part.size());
@@ -13124,6 +13129,25 @@ template <class T>
     return x;
 }
 
+/// A Tucker core p×q×kernel… times a factor q×n at its second side: p rows of n·kernel entries, the kernel running
+/// fastest.
+template <class T>
+[[nodiscard]] matrix<T> along_core(const matrix<T>& core, const matrix<T>& right)
+{
+    const std::size_t inner = right.rows(), cells = core.cols() / inner;
+    matrix<T> joined(core.rows(), right.cols() * cells, matrix_order::row_major);
+    for (std::size_t p = 0; p < core.rows(); ++p) {
+        for (std::size_t i = 0; i < right.cols(); ++i) {
+            for (std::size_t cell = 0; cell < cells; ++cell) {
+                T sum = 0;
+                for (std::size_t q = 0; q < inner; ++q) { sum += core(p, q * cells + cell) * right(q, i); }
+                joined(p, i * cells + cell) = sum;
+            }
+        }
+    }
+    return joined;
+}
+
 /// The tensors of one module.
 struct adapter_parts {
     std::map<adapter_role::what, const safetensors_entry*> tensors{};
@@ -13151,8 +13175,10 @@ template <class T>
         }
         return *found;
     };
+    bool any = false;
     const auto factor = [&](const safetensors_entry& entry) {
-        made.stored = made.update.b.empty() && made.update.a.empty() ? entry.dtype : wider(made.stored, entry.dtype);
+        made.stored = any ? wider(made.stored, entry.dtype) : entry.dtype;
+        any = true;
         return read_flat_factor<T>(file, entry);
     };
     const auto fits = [&](const matrix<T>& b, const matrix<T>& a, std::string_view left, std::string_view right) {
@@ -13165,10 +13191,32 @@ template <class T>
             raise<format_error>(error_code::adapter_tensors, message("module '", module, "' has rank 0"), where);
         }
     };
+    const auto core_of = [&](role::what which, std::size_t left, std::size_t right) { // of a Tucker decomposition
+        const auto& entry = *parts.get(which);
+        if (left == 0 || right == 0) {
+            raise<format_error>(error_code::adapter_tensors, message("module '", module, "' has rank 0"), where);
+        }
+        if (entry.shape.size() < 3 || static_cast<std::size_t>(entry.shape[0]) != left
+            || static_cast<std::size_t>(entry.shape[1]) != right) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", where, "': tensor '", entry.name, "' has shape ", to_string(entry.shape),
+                    ", which does not fit between its factors of ranks ", left, " and ", right));
+        }
+        const extents kernel(entry.shape.begin() + 2, entry.shape.end());
+        if (!made.kernel.empty() && made.kernel != kernel) {
+            raise<shape_mismatch>(error_code::factor_rank,
+                message("'", where, "': tensor '", entry.name, "' has shape ", to_string(entry.shape),
+                    ", which is of another kernel than the other core of module '", module, "'"));
+        }
+        made.kernel = kernel;
+        made.stored = wider(made.stored, entry.dtype);
+        return read_flat_factor<T>(file, entry);
+    };
     const bool is_hada = parts.get(role::hada_w1_a) || parts.get(role::hada_w1_b) || parts.get(role::hada_w2_a)
-        || parts.get(role::hada_w2_b);
+        || parts.get(role::hada_w2_b) || parts.get(role::hada_t1) || parts.get(role::hada_t2);
     const bool is_lokr = parts.get(role::lokr_w1) || parts.get(role::lokr_w1_a) || parts.get(role::lokr_w1_b)
-        || parts.get(role::lokr_w2) || parts.get(role::lokr_w2_a) || parts.get(role::lokr_w2_b);
+        || parts.get(role::lokr_w2) || parts.get(role::lokr_w2_a) || parts.get(role::lokr_w2_b)
+        || parts.get(role::lokr_t2);
     const bool is_embedding = parts.get(role::embedding_a) || parts.get(role::embedding_b);
     const bool is_lora = parts.get(role::a) || parts.get(role::b);
     if (int{is_hada} + int{is_lokr} + int{is_embedding} + int{is_lora} != 1) {
@@ -13178,12 +13226,29 @@ template <class T>
                                                               : "an alpha, a magnitude or a bias but no factors"),
             where);
     }
+    for (const auto which : {role::magnitude, role::bias, role::mid, role::singular}) {
+        const auto* const beside = is_hada || is_lokr ? parts.get(which) : nullptr;
+        if (!beside) { continue; }
+        raise<format_error>(error_code::adapter_unsupported,
+            message("tensor '", beside->name, "' stands beside the factors of ", is_hada ? "LoHa" : "LoKr",
+                " in module '", module,
+                "', whose update is another one with it: fold it into its base with what wrote it"),
+            where);
+    }
     if (is_hada) { // (w1a·w1b)∘(w2a·w2b): an update of rank r1·r2, exactly
         made.kind = "LoHa";
-        const auto w1a = factor(need(role::hada_w1_a, "hada_w1_a", "other LoHa factors")),
-                   w1b = factor(need(role::hada_w1_b, "hada_w1_b", "other LoHa factors")),
-                   w2a = factor(need(role::hada_w2_a, "hada_w2_a", "other LoHa factors")),
-                   w2b = factor(need(role::hada_w2_b, "hada_w2_b", "other LoHa factors"));
+        auto w1a = factor(need(role::hada_w1_a, "hada_w1_a", "other LoHa factors")),
+             w1b = factor(need(role::hada_w1_b, "hada_w1_b", "other LoHa factors")),
+             w2a = factor(need(role::hada_w2_a, "hada_w2_a", "other LoHa factors")),
+             w2b = factor(need(role::hada_w2_b, "hada_w2_b", "other LoHa factors"));
+        if (parts.get(role::hada_t1) || parts.get(role::hada_t2)) { // each is t×1 wₐ×2 w_b, and wₐ lies r×out
+            (void)need(role::hada_t1, "hada_t1", "hada_t2");
+            (void)need(role::hada_t2, "hada_t2", "hada_t1");
+            w1b = along_core(core_of(role::hada_t1, w1a.rows(), w1b.rows()), w1b);
+            w2b = along_core(core_of(role::hada_t2, w2a.rows(), w2b.rows()), w2b);
+            w1a = turned_over(w1a);
+            w2a = turned_over(w2a);
+        }
         fits(w1a, w1b, "hada_w1_a", "hada_w1_b");
         fits(w2a, w2b, "hada_w2_a", "hada_w2_b");
         if (w1a.rows() != w2a.rows() || w1b.cols() != w2b.cols()) {
@@ -13205,12 +13270,35 @@ template <class T>
         made.kind = "LoKr";
         const auto half = [&](role::what whole, role::what left, role::what right, std::string_view name) {
             std::pair<matrix<T>, matrix<T>> found; // left and right; right empty: whole
-            if (parts.get(whole)) {
-                found.first = factor(*parts.get(whole));
+            if (const auto* const entry = parts.get(whole)) {
+                if (whole == role::lokr_w2 && parts.get(role::lokr_t2)) {
+                    raise<format_error>(error_code::adapter_tensors,
+                        message("module '", module,
+                            "' has lokr_w2 whole, and a core lokr_t2 of it: one of the two is "
+                            "another module's"),
+                        where);
+                }
+                if (whole == role::lokr_w2 && entry->shape.size() == 3 && dialect == adapter_dialect::peft) {
+                    raise<format_error>(error_code::adapter_unsupported,
+                        message("tensor '", entry->name, "' has shape ", to_string(entry->shape),
+                            ": of a convolution over one side PEFT lays LoKr's product out in another order than the "
+                            "weight's, which no update of low rank equals; fold it into its base with PEFT "
+                            "(merge_and_unload) and go on with the model"),
+                        where);
+                }
+                found.first = factor(*entry);
+                if (whole == role::lokr_w2 && entry->shape.size() > 2) {
+                    made.kernel.assign(entry->shape.begin() + 2, entry->shape.end());
+                }
                 return found;
             }
             found.first = factor(need(left, message(name, " or ", name, "_a"), "other LoKr factors"));
             found.second = factor(need(right, message(name, "_b"), message(name, "_a")));
+            if (whole == role::lokr_w2 && parts.get(role::lokr_t2)) { // w2 = t×1 wₐ×2 w_b, and wₐ lies r×out
+                found.second =
+                    along_core(core_of(role::lokr_t2, found.first.rows(), found.second.rows()), found.second);
+                found.first = turned_over(found.first);
+            }
             fits(found.first, found.second, message(name, "_a"), message(name, "_b"));
             return found;
         };
@@ -13266,25 +13354,14 @@ template <class T>
         }
     }
     if (const auto* const mid = parts.get(role::mid)) { // up·mid·down, mid with the kernel
-        const auto core = read_flat_factor<T>(file, *mid);
-        if (mid->shape.size() < 3 || static_cast<std::size_t>(mid->shape[1]) != made.update.a.rows()) {
-            raise<shape_mismatch>(error_code::factor_rank,
-                message("'", where, "': tensor '", mid->name, "' has shape ", to_string(mid->shape),
-                    ", which does not fit between its up and down factors"));
+        if (std::any_of(made.kernel.begin(), made.kernel.end(), [](auto side) { return side != 1; })) {
+            raise<format_error>(error_code::adapter_unsupported,
+                message("tensor '", a.name, "' has shape ", to_string(a.shape), "; beside a '", mid->name,
+                    "' only that has a kernel"),
+                where);
         }
-        made.kernel.assign(mid->shape.begin() + 2, mid->shape.end());
-        const std::size_t inner = made.update.a.rows(), in = made.update.a.cols(), cells = core.cols() / inner;
-        matrix<T> joined(core.rows(), in * cells, matrix_order::row_major);
-        for (std::size_t p = 0; p < core.rows(); ++p) {
-            for (std::size_t i = 0; i < in; ++i) {
-                for (std::size_t cell = 0; cell < cells; ++cell) {
-                    T sum = 0;
-                    for (std::size_t q = 0; q < inner; ++q) { sum += core(p, q * cells + cell) * made.update.a(q, i); }
-                    joined(p, i * cells + cell) = sum;
-                }
-            }
-        }
-        made.update.a = std::move(joined);
+        made.kernel.clear();
+        made.update.a = along_core(core_of(role::mid, made.update.b.cols(), made.update.a.rows()), made.update.a);
     }
     fits(made.update.b, made.update.a, dialect == adapter_dialect::peft ? "lora_B" : "the up factor",
         dialect == adapter_dialect::peft ? "lora_A" : "the down factor");
