@@ -52,6 +52,37 @@ double tucker(const values_tensor& core, const values_tensor& left, const values
 
 } // namespace
 
+TEST_CASE("factors of a convolution are refused on another kernel with as many entries")
+{
+    const scratch folder;
+    write_adapter_as(folder / "a",
+        {{"conv.lora_A.weight", random_tensor({2, 3, 3, 1}, 1)},
+            {"conv.lora_B.weight", random_tensor({4, 2, 1, 1}, 2)}});
+    write_adapter_as(folder / "one",
+        {{"conv.lora_A.weight", random_tensor({2, 9, 1, 1}, 1)},
+            {"conv.lora_B.weight", random_tensor({4, 2, 1, 1}, 2)}});
+    write_adapter_as(folder / "linear", factors("conv", 4, 9, 1));
+    const auto fuse = [](const std::string& adapter) {
+        return std::vector<std::string>{
+            "fuse", "--base", "base.safetensors", "--adapter", adapter, "--out", "out.safetensors"};
+    };
+    for (const taskvec::extents& shape :
+        std::vector<taskvec::extents>{{4, 3, 1, 3}, {4, 9, 1, 1}, {4, 9}, {4, 1, 3, 3}}) {
+        write_values(folder / "base.safetensors", {{"conv.weight", random_tensor(shape, 3)}});
+        refused(folder, fuse("a"), 1, "is of shape [4, 3, 3, 1]");
+    }
+    write_values(folder / "base.safetensors", {{"conv.weight", random_tensor({4, 3, 3, 1}, 3)}});
+    must_run(folder, fuse("a"));
+    refused(folder, fuse("one"), 1, "is of shape [4, 9, 1, 1]");
+    refused(folder, fuse("linear"), 1, "is of shape [4, 9], a linear layer's");
+    // A kernel of 1×1 and a linear layer are one matrix.
+    for (const taskvec::extents& shape : std::vector<taskvec::extents>{{4, 9, 1, 1}, {4, 9}}) {
+        write_values(folder / "base.safetensors", {{"conv.weight", random_tensor(shape, 3)}});
+        must_run(folder, fuse("one"));
+        must_run(folder, fuse("linear"));
+    }
+}
+
 TEST_CASE("Tucker's forms of LoHa, LoKr and LoCon are folded as the products that they are")
 {
     const scratch folder;

@@ -256,6 +256,37 @@ namespace detail {
     return match;
 }
 
+namespace detail {
+
+/// The sides of a kernel without those of 1 at its end, which layers of fewer dimensions do not have.
+[[nodiscard]] inline extents kernel_of(extents sides)
+{
+    while (!sides.empty() && sides.back() == 1) { sides.pop_back(); }
+    return sides;
+}
+/// Refuses factors of a convolution on a weight with another kernel, though it has as many entries. LoHa and LoKr may
+/// be stored flat, and then say nothing of a kernel.
+template <arithmetic_element T>
+void check_kernel(const adapted_module<T>& made, const const_tensor_ref& to, const std::string& tensor,
+    const std::string& module, const std::string& label)
+{
+    const bool flat = made.kernel.empty() && (made.kind == "LoHa" || made.kind == "LoKr");
+    const extents there = to.shape.size() > 2 ? kernel_of(extents(to.shape.begin() + 2, to.shape.end())) : extents{},
+                  mine = kernel_of(made.kernel);
+    if (flat || made.embedding || mine == there) { return; }
+    std::int64_t cells = 1;
+    for (const auto side : made.kernel) { cells *= side; }
+    extents shape{static_cast<std::int64_t>(made.update.out()),
+        cells == 0 ? 0 : static_cast<std::int64_t>(made.update.in()) / cells};
+    shape.insert(shape.end(), made.kernel.begin(), made.kernel.end());
+    raise<shape_mismatch>(error_code::adapter_shape,
+        message("tensor '", tensor, "' has shape ", to_string(to.shape), ", but the update of module '", module,
+            "' in ", label, " is of shape ", to_string(shape), made.kernel.empty() ? ", a linear layer's" : "",
+            ": this adapter belongs to another base"));
+}
+
+} // namespace detail
+
 /// What add_adapter() is told of a base.
 struct adapter_base_traits {
     bool conv1d = false; ///< square weights lie in×out (GPT-2's Conv1D), but for heads and embeddings
@@ -286,8 +317,8 @@ template <arithmetic_element T>
 /// Adds weight·(what an adapter does) to `sum`, which refers to the adapter from then on. Where a weight is not square
 /// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so, and
 /// others do not deny it.
-/// Throws invalid_argument for modules that `match` has no tensor for, or a copy of a base weight that is another
-/// base's; shape_mismatch, nonfinite_error.
+/// Throws invalid_argument for modules that `match` has no tensor for, two that have the same, or a copy of a base
+/// weight that is another base's; shape_mismatch, for convolutions of another kernel too; nonfinite_error.
 template <arithmetic_element T>
 void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_contents<T>& adapter,
     const module_match& match, double weight = 1, const adapter_base_traits& traits = {})
@@ -310,6 +341,7 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                           "or leave such modules out")));
     }
     const bool in_by_out = adapter.fan_in_fan_out && !denies_fan_in_fan_out(base, adapter, match);
+    std::map<std::string, std::string> taken; // modules, by the tensors that they mean
     for (const auto& [module, made] : adapter.modules) {
         if (made.paired_rows) {
             raise<invalid_argument>(error_code::call_order,
@@ -317,7 +349,14 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                     " has its rows in the order of llama.cpp: unpair_rows() first"));
         }
         const std::string& tensor = match.tensors.at(module);
+        if (const auto [other, fresh] = taken.emplace(tensor, module); !fresh) {
+            raise<invalid_argument>(error_code::tensor_unexpected,
+                message("modules '", other->second, "' and '", module, "' of ", adapter.label, " may both mean '",
+                    tensor, "' of ", traits.label,
+                    ": leave out the one that is another model's (of another component)"));
+        }
         const const_tensor_ref& to = *base.find(tensor);
+        detail::check_kernel(made, to, tensor, module, adapter.label);
         update_place place;
         place.magnitude = made.magnitude;
         const auto [rows, columns] = adapted_model::sides(to.shape, to.size(tensor));
