@@ -48,7 +48,14 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
     std::map<std::string, taskvec::adapted_module<T>> renamed;
     for (auto& [module, made] : adapter.modules) {
         const auto& tensor = match.tensors.at(module);
-        renamed.emplace(tensor.substr(0, tensor.size() - 7), std::move(made));
+        taskvec::take_shape(made, *base.model().find(tensor), adapter.dialect);
+        auto name = tensor.substr(0, tensor.size() - 7);
+        if (given.as == "diffusers") { name = taskvec::with_component_of(module, name); }
+        if (!renamed.emplace(name, std::move(made)).second) {
+            taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
+                taskvec::message("module '", module, "' of ", adapter.label, " and another of it may both mean '",
+                    tensor, "' of '", given.base, "': they are of different components, and this is one of these"));
+        }
     }
     adapter.modules = std::move(renamed);
 }
@@ -173,8 +180,8 @@ const tool::register_verb convert_verb(
         tool::add_index_option(verb, given->index);
         tool::add_run_options(verb, given->run);
         verb.footer("Factors keep their bits, scalings become alphas. What a dialect cannot say (whole modules, "
-                    "embeddings, DoRA "
-                    "…) is an error that names it.\n\n"
+                    "embeddings, convolutions …) is an error that names it; 'taskvec inspect ADAPTER' says it of "
+                    "each.\n\n"
                     "Example:\n  taskvec convert style-lora --as kohya --out style.safetensors\n  taskvec convert "
                     "math-lora --as gguf --base llama-3 --out math.gguf");
         verb.action([given] { run_convert(*given); });

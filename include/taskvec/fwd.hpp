@@ -408,6 +408,7 @@ template <arithmetic_element T>
 struct adapter_contents;
 struct module_match;
 struct adapter_write_options;
+struct adapter_loss;
 struct written_adapter;
 struct adapter_base_traits;
 struct gguf_header;

@@ -1630,6 +1630,7 @@ template <arithmetic_element T>
 struct adapter_contents;
 struct module_match;
 struct adapter_write_options;
+struct adapter_loss;
 struct written_adapter;
 struct adapter_base_traits;
 struct gguf_header;
@@ -12674,12 +12675,17 @@ peft_writer::peft_writer(
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_FORMATS_PEFT_HPP
 
+#include <algorithm>
+#include <array>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -12688,7 +12694,8 @@ namespace taskvec::inline TASKVEC_ABI {
 enum class adapter_dialect : std::uint8_t {
     peft, ///< `MODULE.lora_A.weight`, at times with an adapter's name in it, and PEFT's prefix before it
     kohya, ///< kohya's scripts, A1111, LyCORIS: `lora_unet_MODULE.lora_down.weight`, `.alpha`; dots are underscores
-    diffusers, ///< `unet.MODULE.lora.down.weight`, `MODULE_lora.down.weight`, `MODULE.lora_linear_layer.down.weight`
+    diffusers, ///< `unet.MODULE.lora.down.weight`, `MODULE_lora.down.weight`, `MODULE.lora_linear_layer.down.weight`,
+               ///< and PEFT's names under those of its components
     mlx, ///< `MODULE.lora_a` (in×r) and `MODULE.lora_b` (r×out)
     gguf ///< llama.cpp's: a GGUF file with `blk.N.attn_q.weight.lora_a`, `.lora_b`
 };
@@ -12737,6 +12744,68 @@ struct adapter_contents {
 };
 
 namespace detail {
+
+/// What diffusers calls the parts of a pipeline that adapters change: "unet.down_blocks.0.…" is a module of "unet".
+inline constexpr std::array<std::string_view, 8> diffusers_components{"unet", "text_encoder", "text_encoder_2",
+    "text_encoder_3", "transformer", "transformer_2", "prior", "image_encoder"};
+/// The component that a module's name begins with; empty: none.
+[[nodiscard]] inline std::string_view component_of(std::string_view module) noexcept
+{
+    const auto first = module.substr(0, module.find('.'));
+    const bool known =
+        std::find(diffusers_components.begin(), diffusers_components.end(), first) != diffusers_components.end();
+    return known && first.size() < module.size() ? first : std::string_view();
+}
+/// What kohya's names begin with, and the component of diffusers' that is meant; empty: any.
+struct kohya_component {
+    std::string_view prefix{}, diffusers{};
+};
+inline constexpr std::array<kohya_component, 8> kohya_components{{{"lora_unet_", "unet"}, {"lora_te1_", "text_encoder"},
+    {"lora_te2_", "text_encoder_2"}, {"lora_te3_", "text_encoder_3"}, {"lora_te_", "text_encoder"},
+    {"lora_transformer_", "transformer"}, {"lycoris_", ""}, {"lora_prior_unet_", "prior"}}};
+/// The one of a module's name; empty: it has none.
+[[nodiscard]] constexpr kohya_component kohya_component_of(std::string_view module) noexcept
+{
+    for (const auto& one : kohya_components) {
+        if (module.starts_with(one.prefix)) { return one; }
+    }
+    return {};
+}
+/// Where a module lies in a model's list of layers: "model.layers.3.self_attn.q_proj" in layer 3, as
+/// "self_attn.q_proj".
+struct layer_place {
+    std::optional<std::int64_t> number{}; ///< nothing: it is in no layer
+    std::string_view within{}; ///< its name there
+};
+[[nodiscard]] inline layer_place place_in_layers(std::string_view module)
+{
+    constexpr std::string_view list = "layers.";
+    const auto dotted = module.find(".layers.");
+    const auto at = module.starts_with(list) ? list.size()
+        : dotted != module.npos              ? dotted + list.size() + 1
+                                             : module.npos;
+    const auto dot = at == module.npos ? module.npos : module.find('.', at);
+    if (dot == module.npos) { return {std::nullopt, module}; }
+    std::int64_t number = 0;
+    const auto digits = module.substr(at, dot - at);
+    const auto [end, problem] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
+    if (problem != std::errc() || end != digits.data() + digits.size() || number < 0) { return {std::nullopt, module}; }
+    return {number, module.substr(dot + 1)};
+}
+/// Whether MLX has an embedding under a module's name, whose factors lie entries×r and r×dimensions. No linear layer is
+/// called so.
+[[nodiscard]] inline bool is_mlx_embedding(std::string_view module) noexcept
+{
+    const auto last = module.substr(module.rfind('.') == module.npos ? 0 : module.rfind('.') + 1);
+    for (const std::string_view name : {"embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings",
+             "token_type_embeddings", "tok_embeddings", "embed_in", "embeddings", "embedding", "shared"}) {
+        if (last == name) { return true; }
+    }
+    return false;
+}
+/// The key in the header of a safetensors file under which diffusers keeps the configurations of what is in it: JSON,
+/// each field under its component's name ("unet.lora_alpha").
+inline constexpr const char* diffusers_metadata_key = "lora_adapter_metadata";
 
 /// All entries of a stored factor in T, as rows of its first extent.
 template <class T>
@@ -13033,6 +13102,25 @@ struct adapter_role {
     std::optional<adapter_dialect> dialect{}; ///< nothing: it may be any
 };
 
+/// A module as diffusers calls it today: without ".processor", the list that to_out is by its first, and the attention
+/// of text encoders as transformers has it.
+[[nodiscard]] inline std::string current_module(std::string module)
+{
+    if (const auto at = module.find(".processor."); at != module.npos) { module.erase(at, 10); }
+    const bool encoder = module.starts_with("text_encoder");
+    struct projection {
+        std::string_view old, unet, text;
+    };
+    constexpr std::array<projection, 4> projections{{{".to_q", ".to_q", ".q_proj"}, {".to_k", ".to_k", ".k_proj"},
+        {".to_v", ".to_v", ".v_proj"}, {".to_out", ".to_out.0", ".out_proj"}}};
+    for (const auto& one : projections) {
+        if (!module.ends_with(one.old)) { continue; }
+        module.replace(module.size() - one.old.size(), one.old.size(), encoder ? one.text : one.unet);
+        break;
+    }
+    return module;
+}
+
 [[nodiscard]] inline adapter_role role_of(std::string_view name)
 {
     using role = adapter_role;
@@ -13083,7 +13171,10 @@ struct adapter_role {
             std::string(name.substr(0, at + 1)) + std::string(rest.substr(dot == rest.npos ? 0 : dot + 1)),
             std::string(dot == rest.npos ? "" : rest.substr(0, dot)), dialect::peft};
     }
-    if (auto found = plain(name)) { return *found; }
+    if (auto found = plain(name)) {
+        if (found->dialect == dialect::diffusers) { found->module = current_module(std::move(found->module)); }
+        return *found;
+    }
     // With the adapter's name in it: MODULE.lora_A.default.weight, MODULE.lora_embedding_A.default, …
     for (const std::string_view part :
         {".lora_A.", ".lora_B.", ".lora_E.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.",
@@ -13336,8 +13427,17 @@ template <class T>
     const auto& b = is_embedding ? need(role::embedding_b, "lora_B", "lora_A")
                                  : need(role::b, dialect == adapter_dialect::peft ? "lora_B" : "its up factor",
                                        dialect == adapter_dialect::peft ? "lora_A" : "a down factor");
-    made.embedding = is_embedding;
+    made.embedding = is_embedding || (dialect == adapter_dialect::mlx && is_mlx_embedding(module));
     made.stored = wider(a.dtype, b.dtype);
+    for (const auto* entry : {&a, &b}) {
+        if (dialect != adapter_dialect::mlx || entry->shape.size() == 2) { continue; }
+        raise<format_error>(error_code::adapter_unsupported,
+            message("tensor '", entry->name, "' has shape ", to_string(entry->shape),
+                "; expected a matrix: updates of experts (MLX's LoRASwitchLinear) are not read, fuse them with "
+                "mlx_lm.fuse "
+                "and go on with the model"),
+            where);
+    }
     made.update.a = read_flat_factor<T>(file, a);
     made.update.b = read_flat_factor<T>(file, b);
     if (dialect == adapter_dialect::mlx) {
@@ -13429,8 +13529,8 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
 }
 
 /// Refuses a module whose factors are of another kind than the configuration says: the update would be another one.
-inline void check_kind(
-    const peft_fields& fields, const std::string& module, std::string_view kind, const std::string& where, bool biased)
+inline void check_kind(const peft_fields& fields, std::string_view name, const std::string& module,
+    std::string_view kind, const std::string& where, bool biased)
 {
     const auto wrong = [&](const std::string& what) {
         raise<format_error>(error_code::adapter_tensors, message("module '", module, "' ", what), where);
@@ -13439,38 +13539,164 @@ inline void check_kind(
     const bool loha = type && *type == "LOHA", lokr = type && *type == "LOKR";
     const bool is_loha = kind == "LoHa", is_lokr = kind == "LoKr";
     if (type && (loha != is_loha || lokr != is_lokr)) {
-        wrong(message("has the factors of ", kind, ", but ", peft_config_name, " says peft_type ",
+        wrong(message("has the factors of ", kind, ", but ", name, " says peft_type ",
             type->template get<std::string>(), loha ? ", and its hada_w1_a, hada_w1_b, hada_w2_a and hada_w2_b" : "",
             lokr ? ", and its lokr_w1 and lokr_w2" : "", loha || lokr ? " are missing" : "",
             ": correct peft_type, or fetch the file that belongs to it"));
     }
     if (is_loha || is_lokr) { return; }
     if (biased && fields.find("lora_bias") && !fields.says_something("lora_bias")) {
-        wrong(message("has a lora_B.bias, but ", peft_config_name, " says lora_bias false: correct one of them"));
+        wrong(message("has a lora_B.bias, but ", name, " says lora_bias false: correct one of them"));
     }
     const bool promised = fields.says_something("use_dora");
     if (promised && kind != "DoRA") {
-        wrong(message("has no lora_magnitude_vector, but ", peft_config_name,
+        wrong(message("has no lora_magnitude_vector, but ", name,
             " says use_dora, which rescales every module by one: save the adapter anew, or set use_dora to false if "
             "it was trained without"));
     }
     if (!promised && fields.find("use_dora") && kind == "DoRA") {
-        wrong(message(
-            "has a lora_magnitude_vector, but ", peft_config_name, " says use_dora false: correct one of them"));
+        wrong(message("has a lora_magnitude_vector, but ", name, " says use_dora false: correct one of them"));
     }
+}
+
+/// What a configuration of PEFT says of the modules of an adapter: adapter_config.json, or what diffusers keeps of one
+/// in the header of its file.
+class peft_settings {
+public:
+    /// `ordered` is the same configuration in file order, which decides between patterns. Messages call it `name`, and
+    /// the file that it is in `file`. Throws what check_foldable() throws; format_error for fields of other types.
+    peft_settings(
+        nlohmann::json config, const nlohmann::ordered_json& ordered, std::string_view name, const std::string& file)
+        : config_(std::move(config))
+        , name_(name)
+        , file_(file)
+    {
+        check_foldable(config_, file_);
+        type_ = peft_type_of(config_);
+        const peft_fields fields(config_, file_);
+        const auto pattern = [&](const char* field) {
+            return peft_patterns(ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, file_);
+        };
+        if (type_ != "ADALORA") { // whose rank_pattern has masks
+            ranks_ = pattern("rank_pattern");
+            alphas_ = pattern("alpha_pattern");
+        }
+        const bool loha_or_lokr = type_ == "LOHA" || type_ == "LOKR";
+        rank_ = fields.number("r", 8);
+        alpha_ = fields.number(loha_or_lokr ? "alpha" : "lora_alpha", 8);
+        if (type_ == "ADALORA") { // it divides by the rank that it began with, whatever was cut, and a little more
+            initial_rank_ = fields.number("init_r", 12) + 1e-5;
+            if (!(initial_rank_ >= 1)) {
+                raise<format_error>(error_code::adapter_config,
+                    message("init_r is ", peft_fields::shown(*fields.find("init_r")), "; expected a rank above 0"),
+                    file_);
+            }
+        }
+        root_ = !loha_or_lokr && fields.flag("use_rslora");
+    }
+    [[nodiscard]] const std::string& type() const noexcept { return type_; }
+    [[nodiscard]] bool flag(const char* field) const { return peft_fields(config_, file_).flag(field); }
+    /// Refuses factors of another kind than it says, of a file of tensors `where`.
+    void check(const std::string& module, std::string_view kind, bool biased, const std::string& where) const
+    {
+        check_kind(peft_fields(config_, file_), name_, module, kind, where, biased);
+    }
+    /// The scaling of a module with factors of this rank (0: of none), and an alpha in the file, where it has one.
+    [[nodiscard]] double scaling(
+        const std::string& module, std::size_t rank, const std::optional<double>& alpha, const std::string& where)
+    {
+        if (type_ == "ADALORA") { return (alpha_ > 0 ? alpha_ : static_cast<double>(rank)) / initial_rank_; }
+        const double expected = ranks_.find(module, rank_), strength = alphas_.find(module, alpha_);
+        if (rank > 0 && static_cast<double>(rank) != expected) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("module '", module, "' has rank ", rank, " but ", name_, " says ", expected), where);
+        }
+        if (alpha && *alpha != strength) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("module '", module, "' has the alpha ", *alpha, " but ", name_, " says ", strength,
+                    ": correct one of them"),
+                where);
+        }
+        return root_ ? strength / std::sqrt(expected) : strength / expected;
+    }
+    /// Throws format_error for a pattern that no module had.
+    void check_used() const
+    {
+        ranks_.check_used("rank_pattern", file_);
+        alphas_.check_used("alpha_pattern", file_);
+    }
+
+private:
+    nlohmann::json config_;
+    std::string name_, file_, type_;
+    peft_patterns ranks_, alphas_;
+    double rank_ = 8, alpha_ = 8, initial_rank_ = 0;
+    bool root_ = false;
+};
+
+/// The configurations that diffusers keeps in the header of a file, by component; "" for one of a single model. `text`
+/// is what stands under diffusers_metadata_key. Throws format_error.
+[[nodiscard]] inline std::map<std::string, peft_settings> diffusers_settings(
+    const std::string& text, const std::string& file)
+{
+    const std::string place = message(file, ": ", diffusers_metadata_key);
+    const auto whole = parse_json(text, place);
+    if (!whole.is_object()) { raise<format_error>(error_code::adapter_config, "is not a JSON object", place); }
+    const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
+    std::map<std::string, nlohmann::ordered_json> parts;
+    for (const auto& [key, value] : ordered.items()) {
+        const auto dot = key.find('.');
+        parts[key.substr(0, dot == key.npos ? 0 : dot)][dot == key.npos ? key : key.substr(dot + 1)] = value;
+    }
+    std::map<std::string, peft_settings> settings;
+    for (const auto& [component, fields] : parts) {
+        settings.emplace(
+            component, peft_settings(nlohmann::json::parse(fields.dump()), fields, diffusers_metadata_key, place));
+    }
+    return settings;
+}
+
+/// What MLX's configuration says, against what an adapter of it holds. Throws format_error for a number of layers that
+/// would leave some of the adapter's out, as MLX does without a word.
+inline void check_mlx_layers(
+    const nlohmann::json& config, const std::vector<std::string>& modules, const std::string& file)
+{
+    const peft_fields fields(config, file);
+    const char* const field = config.contains("num_layers") ? "num_layers" : "lora_layers"; // of old
+    const auto* const given = fields.find(field);
+    if (!given) { return; }
+    if (!given->is_number_integer()) {
+        raise<format_error>(error_code::adapter_config,
+            message(field, " is ", peft_fields::shown(*given), "; expected a whole number, -1 for all layers"), file);
+    }
+    const auto most = given->get<std::int64_t>();
+    if (most < 0) { return; }
+    std::optional<std::int64_t> first, last;
+    for (const auto& module : modules) {
+        const auto number = place_in_layers(module).number;
+        if (!number) { continue; }
+        first = std::min(first.value_or(*number), *number);
+        last = std::max(last.value_or(*number), *number);
+    }
+    if (!first || *last - *first < most) { return; }
+    raise<format_error>(error_code::adapter_config,
+        message(field, " is ", most, ", and the adapter has modules of layers ", *first, " to ", *last,
+            ": MLX applies those of the last ", most, " layers alone; correct ", field,
+            ", or take the modules of the others out of the file"),
+        file);
 }
 
 } // namespace detail
 
 /// Reads an adapter of any dialect: a PEFT directory, a directory of diffusers or MLX, or a file (a GGUF file by
 /// read_gguf_adapter()). Told apart by the names of its tensors; a file that mixes dialects, or holds several adapters,
-/// is refused. Scalings are α/r (α/√r with use_rslora), with α and r from the configuration and its patterns, or from
-/// `.alpha` tensors; MLX gives its scale; where nothing gives one α is r, which `notes` says. LoHa and LoKr become
-/// updates of higher rank, exactly but for the rounding of products of two factors to T. Factors of convolutions are
-/// flattened, with the kernel among the inputs. Throws io_error; format_error for halves without partners, a rank of 0,
-/// alphas that contradict each other, factors of another kind than the configuration says (peft_type, use_dora),
-/// tensors with no place in an adapter, configurations that no update can say;
-/// shape_mismatch; dtype_mismatch.
+/// is refused. Scalings are α/r (α/√r with use_rslora), with α and r from the configuration and its patterns, from
+/// those that diffusers keeps in the header of its file (`lora_adapter_metadata`), or from `.alpha` tensors; MLX gives
+/// its scale; where nothing gives one α is r, which `notes` says. LoHa, LoKr and Tucker's forms of them become updates
+/// of higher rank, exactly but for the rounding of products of factors to T. Factors of convolutions are flattened,
+/// with the kernel among the inputs. Throws io_error; format_error for halves without partners, a rank of 0, alphas
+/// that contradict each other, factors of another kind than the configuration says (peft_type, use_dora), tensors with
+/// no place in an adapter, configurations that no update can say; shape_mismatch; dtype_mismatch.
 ///
 ///     const auto adapter = read_adapter("style.safetensors");
 template <arithmetic_element T = float>
@@ -13499,7 +13725,6 @@ template <arithmetic_element T = float>
             raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
         }
     }
-    const detail::peft_fields fields(adapter.config, config_file);
 
     std::map<std::string, detail::adapter_parts> parts;
     std::optional<adapter_dialect> dialect;
@@ -13530,7 +13755,13 @@ template <arithmetic_element T = float>
         if (found.dialect && found.role != role::whole && found.role != role::base_copy
             && found.role != role::trained_bias) {
             // diffusers writes PEFT's names too, under the names of its components
-            if (dialect && *dialect != *found.dialect) {
+            const auto of_diffusers = [](adapter_dialect one) {
+                return one == adapter_dialect::peft || one == adapter_dialect::diffusers;
+            };
+            const bool one_file = dialect && of_diffusers(*dialect) && of_diffusers(*found.dialect)
+                && !detail::component_of(first_name).empty() && !detail::component_of(entry.name).empty();
+            if (one_file) { found.dialect = *dialect == *found.dialect ? *dialect : adapter_dialect::diffusers; }
+            else if (dialect && *dialect != *found.dialect) {
                 raise<format_error>(error_code::adapter_tensors,
                     message("mixes dialects: '", first_name, "' is ", to_string(*dialect), "'s, and '", entry.name,
                         "' ", to_string(*found.dialect), "'s; split the file, or save it anew"),
@@ -13601,53 +13832,63 @@ template <arithmetic_element T = float>
         raise<format_error>(error_code::adapter_tensors, "holds no factors of an adapter", where);
     }
 
-    detail::peft_patterns ranks, alphas;
+    std::map<std::string, detail::peft_settings> settings; // by component; all are under "" outside diffusers
+    const auto kept = file.metadata().find(detail::diffusers_metadata_key);
     if (peft_config) {
-        detail::check_foldable(adapter.config, config_file);
-        const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
-        const auto pattern = [&](const char* field) {
-            return detail::peft_patterns(
-                ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
-        };
-        if (detail::peft_type_of(adapter.config) != "ADALORA") { // whose rank_pattern has masks
-            ranks = pattern("rank_pattern");
-            alphas = pattern("alpha_pattern");
+        const auto& all = settings
+                              .emplace("",
+                                  detail::peft_settings(adapter.config, nlohmann::ordered_json::parse(text),
+                                      peft_config_name, config_file))
+                              .first->second;
+        adapter.fan_in_fan_out = all.flag("fan_in_fan_out");
+        adapter.tied = all.flag("ensure_weight_tying");
+    }
+    else if (kept != file.metadata().end()
+        && (*dialect == adapter_dialect::peft || *dialect == adapter_dialect::diffusers)) {
+        settings = detail::diffusers_settings(kept->second, where);
+        adapter.dialect = adapter_dialect::diffusers;
+    }
+    /// What says the scaling of a module, and what the module is called there.
+    const auto settings_of = [&](const std::string& module) {
+        const auto component = peft_config ? std::string_view() : detail::component_of(module);
+        auto place = settings.find(std::string(component));
+        std::string name = component.empty() ? module : module.substr(component.size() + 1);
+        if (place == settings.end() && settings.size() == 1 && settings.begin()->first.empty()) {
+            place = settings.begin();
+            name = module;
         }
-        adapter.fan_in_fan_out = fields.flag("fan_in_fan_out");
-        adapter.tied = fields.flag("ensure_weight_tying");
-    }
-    const std::string peft_type = peft_config ? detail::peft_type_of(adapter.config) : std::string();
-    const bool loha_or_lokr = peft_type == "LOHA" || peft_type == "LOKR";
-    const double config_rank = peft_config ? fields.number("r", 8) : 0,
-                 config_alpha = peft_config ? fields.number(loha_or_lokr ? "alpha" : "lora_alpha", 8) : 0;
-    // AdaLoRA divides by the rank that it began with, whatever was cut since, and a little more.
-    const bool adalora = peft_type == "ADALORA";
-    const double adalora_rank = adalora ? fields.number("init_r", 12) + 1e-5 : 0;
-    if (adalora && !(adalora_rank >= 1)) {
-        raise<format_error>(error_code::adapter_config,
-            message("init_r is ", detail::peft_fields::shown(*fields.find("init_r")), "; expected a rank above 0"),
-            config_file);
-    }
-    const bool root = peft_config && !loha_or_lokr && fields.flag("use_rslora");
+        return std::pair(place == settings.end() ? nullptr : &place->second, std::move(name));
+    };
     std::optional<double> mlx_scale;
-    if (*dialect == adapter_dialect::mlx && adapter.config.contains("lora_parameters")
-        && adapter.config["lora_parameters"].is_object()) {
-        const auto& settings = adapter.config["lora_parameters"];
-        if (settings.contains("scale") && settings["scale"].is_number()) {
-            mlx_scale = settings["scale"].template get<double>();
-        }
+    std::optional<double> mlx_rank;
+    if (*dialect == adapter_dialect::mlx) {
+        std::vector<std::string> names;
+        for (const auto& one : parts) { names.push_back(one.first); }
+        detail::check_mlx_layers(adapter.config, names, config_file);
+        const auto given = adapter.config.find("lora_parameters");
+        const auto number = [&](const char* field) -> std::optional<double> {
+            if (given == adapter.config.end() || !given->is_object()) { return std::nullopt; }
+            const auto value = given->find(field);
+            return value != given->end() && value->is_number() ? std::optional(value->template get<double>())
+                                                               : std::nullopt;
+        };
+        mlx_scale = number("scale");
+        mlx_rank = number("rank");
     }
+    std::size_t other_ranks = 0;
     std::size_t without_alpha = 0;
     std::size_t cut_to_nothing = 0;
     for (const auto& [module, found] : parts) {
         std::size_t rank = 0;
+        const auto said = settings_of(module);
+        const bool adalora = said.first && said.first->type() == "ADALORA";
         if (const auto* const values = found.get(role::singular)) {
             if (!adalora) {
                 raise<format_error>(error_code::adapter_tensors,
                     message("tensor '", values->name, "' is AdaLoRA's, ",
-                        peft_config ? message("but ", peft_config_name, " says peft_type ", peft_type)
-                                    : message("whose scaling is in ", peft_config_name,
-                                          ": name the directory that holds both")),
+                        said.first ? message("but ", peft_config_name, " says peft_type ", said.first->type())
+                                   : message("whose scaling is in ", peft_config_name,
+                                         ": name the directory that holds both")),
                     where);
             }
             if (values->bytes == 0) { // a module of which AdaLoRA has left nothing
@@ -13660,7 +13901,7 @@ template <arithmetic_element T = float>
                 message("module '", module, "' has no lora_E, which every module of AdaLoRA has"), where);
         }
         auto made = detail::read_module<T>(file, module, found, *dialect, rank);
-        if (peft_config) { detail::check_kind(fields, module, made.kind, where, made.bias.rank() > 0); }
+        if (said.first) { said.first->check(module, made.kind, made.bias.rank() > 0, where); }
         std::optional<double> alpha;
         if (const auto* const entry = found.get(role::alpha)) {
             const auto value = detail::read_flat_factor<double>(file, *entry);
@@ -13672,22 +13913,7 @@ template <arithmetic_element T = float>
             alpha = value.data()[0];
         }
         double scaling = 1;
-        if (adalora) { scaling = (config_alpha > 0 ? config_alpha : static_cast<double>(rank)) / adalora_rank; }
-        else if (peft_config) {
-            const double expected = ranks.find(module, config_rank), strength = alphas.find(module, config_alpha);
-            if (rank > 0 && static_cast<double>(rank) != expected) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("module '", module, "' has rank ", rank, " but ", peft_config_name, " says ", expected),
-                    where);
-            }
-            if (alpha && *alpha != strength) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("module '", module, "' has the alpha ", *alpha, " but ", peft_config_name, " says ",
-                        strength, ": correct one of them"),
-                    where);
-            }
-            scaling = root ? strength / std::sqrt(expected) : strength / expected;
-        }
+        if (said.first) { scaling = said.first->scaling(said.second, rank, alpha, where); }
         else if (mlx_scale) {
             scaling = *mlx_scale;
         }
@@ -13697,14 +13923,17 @@ template <arithmetic_element T = float>
         else if (rank > 0) {
             ++without_alpha;
         }
+        if (mlx_rank && static_cast<double>(rank) != *mlx_rank) { ++other_ranks; }
         made.update.scaling = scaling;
         made.bias.scaling = scaling;
         check_update(made.update, module);
         adapter.modules.emplace(module, std::move(made));
     }
-    if (peft_config) {
-        ranks.check_used("rank_pattern", config_file);
-        alphas.check_used("alpha_pattern", config_file);
+    for (const auto& one : settings) { one.second.check_used(); }
+    if (other_ranks > 0) {
+        adapter.notes.push_back(message(adapter.label, " has ", other_ranks, " of ", parts.size(),
+            " modules of another rank than the ", *mlx_rank, " of ", peft_config_name,
+            ": each is taken with its own, as MLX does, whose scale is the same for any rank"));
     }
     if (cut_to_nothing > 0) {
         adapter.notes.push_back(message(adapter.label, " has ", cut_to_nothing, " of ", parts.size(),
@@ -13752,6 +13981,13 @@ struct adapter_write_options {
     durability mode = durability::synchronised; ///< how hard the file is forced to disk
     overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
     gguf_target target{}; ///< of GGUF: the model, as gguf_target_of() its config.json; empty: what the adapter says
+    std::string base_name{}; ///< of PEFT and MLX: base_model_name_or_path, model; empty: what the adapter says
+    std::string task_type{}; ///< of PEFT: "CAUSAL_LM", …; empty: what the adapter says
+};
+
+/// Something of an adapter that a dialect has no place for.
+struct adapter_loss {
+    std::string what{}, why{}; ///< "module 'x'" and "it is an embedding", say
 };
 
 /// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
@@ -13759,6 +13995,7 @@ struct adapter_write_options {
 struct written_adapter {
     std::vector<tensor_spec> specs{}; ///< of the file
     std::vector<std::vector<std::byte>> bytes{}; ///< of each tensor
+    metadata_map metadata{}; ///< of its header, beside the format
     std::string config{}; ///< text of adapter_config.json
     std::string file_name{}; ///< in a directory; empty: the dialect is a file
     std::vector<std::byte> whole{}; ///< the file, where it is no safetensors file (GGUF)
@@ -13854,6 +14091,20 @@ void check_finite_factors(const adapter_contents<T>& adapter)
     return module.starts_with("lora_unet_") || module.starts_with("lora_te") || module.starts_with("lycoris_")
         || module.starts_with("lora_transformer_");
 }
+/// A module's name with its component, for diffusers: that of a UNet where nothing says another.
+[[nodiscard]] inline std::string diffusers_name(const std::string& module)
+{
+    if (!component_of(module).empty()) { return module; }
+    return (module.starts_with("text_model.") ? "text_encoder." : "unet.") + module;
+}
+/// The module's name in its component's model, without what some versions of transformers put before it.
+[[nodiscard]] inline std::string name_in_component(const std::string& with_component)
+{
+    auto name = with_component.substr(component_of(with_component).size() + 1);
+    constexpr std::string_view encoder = "text_model.";
+    if (name.starts_with(encoder)) { name.erase(0, encoder.size()); }
+    return name;
+}
 /// A module's name for kohya: its component, and underscores.
 [[nodiscard]] inline std::string kohya_name(std::string module, bool several_encoders)
 {
@@ -13875,14 +14126,110 @@ void check_finite_factors(const adapter_contents<T>& adapter)
 
 } // namespace detail
 
+/// What of an adapter a dialect has no place for, in the order of its names; empty: it holds all. converted_adapter()
+/// refuses the first.
+///
+///     for (const auto& loss : not_held(adapter, adapter_dialect::mlx)) { std::cout << loss.what << ": " << loss.why; }
+template <arithmetic_element T>
+[[nodiscard]] std::vector<adapter_loss> not_held(
+    const adapter_contents<T>& adapter, adapter_dialect dialect, const adapter_write_options& options = {})
+{
+    std::vector<adapter_loss> losses;
+    const auto lose = [&](std::string what, std::string why) { losses.push_back({std::move(what), std::move(why)}); };
+    const bool is_peft = dialect == adapter_dialect::peft, to_gguf = dialect == adapter_dialect::gguf,
+               to_mlx = dialect == adapter_dialect::mlx, to_diffusers = dialect == adapter_dialect::diffusers;
+    if (adapter.modules.empty()) { lose("an adapter without a module", "there is nothing to write"); }
+    if (!is_peft) {
+        for (const auto& one : adapter.wholes) {
+            lose("'" + one.first + "'", "it was trained whole, and the dialect holds factors alone");
+        }
+    }
+    const gguf_target& target = options.target.architecture.empty() ? adapter.target : options.target;
+    const bool known = to_gguf && !target.architecture.empty();
+    if (to_gguf && !known) {
+        lose("an adapter",
+            "nothing says which architecture its model has, on which names there depend; the "
+            "config.json of its base does");
+    }
+    // use_dora holds for all modules of a configuration, and diffusers has one for each component.
+    const auto group_of = [&](const std::string& module) {
+        return to_diffusers ? std::string(detail::component_of(detail::diffusers_name(module))) : std::string();
+    };
+    std::set<std::string> rescaled, used;
+    for (const auto& one : adapter.modules) {
+        if (!one.second.magnitude.empty()) { rescaled.insert(group_of(one.first)); }
+    }
+    for (const auto& one : adapter.modules) {
+        const auto& module = one.first;
+        const auto& made = one.second;
+        const auto& update = made.update;
+        const std::string name = "module '" + module + "'";
+        const dtype type = options.output.value_or(made.stored);
+        if (detail::is_kohya_name(module) && dialect != adapter_dialect::kohya) {
+            lose(name, "its dots are underscores, and nothing says where they were; the base's names do (--base)");
+            continue;
+        }
+        if (made.paired_rows && !(to_gguf && adapter.target.architecture == target.architecture)) {
+            lose(name,
+                "its rows are in the order of llama.cpp, and nothing says how many heads there are; the config.json of "
+                "its base does");
+        }
+        if ((to_diffusers || dialect == adapter_dialect::kohya) && made.embedding) { lose(name, "it is an embedding"); }
+        if (!is_peft && made.bias.rank() > 0) { lose("the bias of " + name, "it has no place there"); }
+        if (to_gguf && !made.magnitude.empty()) { lose(name, "it is DoRA's"); }
+        if (dialect != adapter_dialect::kohya && !to_gguf && made.magnitude.empty()
+            && rescaled.contains(group_of(module))) {
+            lose(name,
+                message("it has no magnitudes, and ", to_mlx ? "fine_tune_type dora" : "use_dora",
+                    ", which others need, holds for all"));
+        }
+        if ((to_mlx || to_gguf) && !made.kernel.empty()) { lose(name, "it is a convolution"); }
+        if (adapter.fan_in_fan_out && !is_peft && !to_gguf && !made.embedding && update.out() == update.in()) {
+            lose(name,
+                "it is square, and lies in×out in its base (fan_in_fan_out), which the dialect has no word for: keep "
+                "PEFT's, or fold it into its base");
+        }
+        if (!known) { continue; }
+        const std::string tensor = gguf_tensor_name(module, target);
+        if (tensor.empty()) {
+            lose(name, message("llama.cpp's architecture ", target.architecture, " has no weight of that name"));
+            continue;
+        }
+        if (tensor == "output.weight" && target.tied) {
+            lose(name, "llama.cpp keeps one tensor for it and the embedding that it is tied to");
+        }
+        if (made.embedding != (tensor == "token_embd.weight")) {
+            lose(
+                name, made.embedding ? "it is factored as an embedding" : "it is an embedding and not factored as one");
+        }
+        if (type != dtype::f32 && type != dtype::f16 && type != dtype::bf16) {
+            lose(name,
+                message("its factors are ", to_string(type), ", and llama.cpp takes F32, F16 and BF16; choose one"));
+        }
+        if (!used.insert(tensor).second) { lose(name, message("another module is '", tensor, "' too")); }
+        const bool q = module.ends_with(".q_proj"), k = module.ends_with(".k_proj");
+        if (!target.pairs_rows() || made.paired_rows || !(q || k)) { continue; }
+        const std::size_t heads = q ? target.heads : target.kv_heads;
+        if (heads == 0 || update.out() % (2 * heads) != 0) {
+            lose(name,
+                heads == 0 ? std::string("llama.cpp keeps its rows in pairs within each head, and the configuration "
+                                         "does not say how many heads there are (num_attention_heads)")
+                           : message(update.out(), " rows are no ", heads,
+                                 " heads of an even size, in which llama.cpp pairs them"));
+        }
+    }
+    return losses;
+}
+
 /// An adapter as the tensors of a dialect. Factors keep their bits in the dtype that they were stored in, and scalings
-/// become α = scaling·r where the dialect has an α; diffusers has none, and MLX one scale for all modules: there what
-/// is left of it goes into the up factors, which is exact for powers of two. LoHa and LoKr are written as the LoRA that
-/// they equal. Names need dots: kohya's are resolved before (match_modules()). GGUF has one α, rounded to f32, and
-/// llama.cpp's names and order of rows (options.target). Throws format_error for what the dialect cannot say, by name:
-/// tensors that were trained whole, biases and embeddings outside PEFT (GGUF has embeddings), DoRA in diffusers, MLX
-/// and GGUF, convolutions in MLX and GGUF, modules that llama.cpp has no name for; nonfinite_error where a factor
-/// overflows its dtype, or holds NaN or infinity, unless these propagate (overflow::propagate).
+/// become α = scaling·r where the dialect has an α; MLX has one scale for all modules, and readers of diffusers' files
+/// do not all know of an α: there what is left of it goes into the up factors, which is exact for powers of two. LoHa
+/// and LoKr are written as the LoRA that they equal. Names need dots: kohya's are resolved before (match_modules()).
+/// GGUF has one α, rounded to f32, and llama.cpp's names and order of rows (options.target). MLX has one rank: smaller
+/// ones are filled up with zeros. Throws format_error for what the dialect cannot say, by name (not_held()): tensors
+/// that were trained whole and biases outside PEFT, embeddings in kohya's files and diffusers', DoRA in GGUF,
+/// convolutions in MLX and GGUF, modules that llama.cpp has no name for; nonfinite_error where a factor overflows its
+/// dtype, or holds NaN or infinity, unless these propagate (overflow::propagate).
 ///
 ///     const auto file = converted_adapter(read_adapter("style.safetensors"), adapter_dialect::diffusers);
 template <arithmetic_element T>
@@ -13890,79 +14237,40 @@ template <arithmetic_element T>
     const adapter_contents<T>& adapter, adapter_dialect dialect, const adapter_write_options& options = {})
 {
     if (options.on_overflow != overflow::propagate) { detail::check_finite_factors(adapter); }
+    if (const auto losses = not_held(adapter, dialect, options); !losses.empty()) {
+        raise<format_error>(error_code::adapter_unsupported,
+            message(losses[0].what, " cannot be written as ", to_string(dialect), ": ", losses[0].why,
+                losses.size() > 1 ? message(" (and ", losses.size() - 1, " more)") : std::string()),
+            adapter.label);
+    }
     written_adapter out;
     detail::adapter_writer writer(out, options.on_overflow);
-    const auto lose = [&](const std::string& what, std::string_view why) {
-        raise<format_error>(error_code::adapter_unsupported,
-            message(what, " cannot be written as ", to_string(dialect), ": ", why), adapter.label);
-    };
     const bool is_peft = dialect == adapter_dialect::peft;
-    if (adapter.modules.empty()) { lose("an adapter without a module", "there is nothing to write"); }
-    if (!is_peft && !adapter.wholes.empty()) {
-        lose("'" + adapter.wholes.begin()->first + "'", "it was trained whole, and the dialect holds factors alone");
-    }
     const bool several = std::any_of(adapter.modules.begin(), adapter.modules.end(),
         [](const auto& one) { return one.first.starts_with("text_encoder_2."); });
+    const auto& leading = adapter.modules.begin()->second.update;
     double mlx_scale = 1;
     std::size_t mlx_rank = 0;
     if (dialect == adapter_dialect::mlx) {
-        mlx_scale = adapter.modules.begin()->second.update.scaling;
+        mlx_scale = leading.scaling;
         for (const auto& [module, made] : adapter.modules) { mlx_rank = std::max(mlx_rank, made.update.rank()); }
         if (mlx_scale == 0) { mlx_scale = 1; }
     }
-    gguf_target target = options.target.architecture.empty() ? adapter.target : options.target;
-    double gguf_alpha = 0;
-    if (dialect == adapter_dialect::gguf) {
-        if (target.architecture.empty()) {
-            lose("an adapter",
-                "nothing says which architecture its model has, on which names there depend; the "
-                "config.json of its base does");
-        }
-        const auto& first = adapter.modules.begin()->second.update;
-        gguf_alpha = static_cast<float>(first.scaling * static_cast<double>(first.rank()));
-        if (gguf_alpha == 0 || !std::isfinite(gguf_alpha)) { gguf_alpha = 1; } // 0 is a scaling of 1 to llama.cpp
-    }
-    std::set<std::string> used;
+    const gguf_target& target = options.target.architecture.empty() ? adapter.target : options.target;
+    double gguf_alpha = static_cast<float>(leading.scaling * static_cast<double>(leading.rank()));
+    if (gguf_alpha == 0 || !std::isfinite(gguf_alpha)) { gguf_alpha = 1; } // 0 is a scaling of 1 to llama.cpp
     peft_adapter<T> for_config;
+    std::map<std::string, peft_adapter<T>> components; // of diffusers
+    std::set<std::string> mlx_keys;
     bool dora = false, biased = false;
-    const bool any_dora = std::any_of(
-        adapter.modules.begin(), adapter.modules.end(), [](const auto& one) { return !one.second.magnitude.empty(); });
-    for (const auto& [module, entry] : adapter.modules) {
-        const auto& made = entry;
+    for (const auto& one : adapter.modules) {
+        const auto& module = one.first;
+        const auto& made = one.second;
         const auto& update = made.update;
         const dtype type = options.output.value_or(made.stored);
         const auto rank = static_cast<std::int64_t>(update.rank()), out_size = static_cast<std::int64_t>(update.out());
-        if (detail::is_kohya_name(module) && dialect != adapter_dialect::kohya) {
-            lose("module '" + module + "'",
-                "its dots are underscores, and nothing says where they were; the base's names do (--base)");
-        }
-        const bool to_gguf = dialect == adapter_dialect::gguf;
-        if (made.paired_rows && !(to_gguf && adapter.target.architecture == target.architecture)) {
-            lose("module '" + module + "'",
-                "its rows are in the order of llama.cpp, and nothing says how many heads there are; the config.json of "
-                "its base does");
-        }
-        if (!is_peft && !to_gguf && made.embedding) { lose("module '" + module + "'", "it is an embedding"); }
-        if (!is_peft && made.bias.rank() > 0) { lose("the bias of module '" + module + "'", "it has no place there"); }
-        if ((dialect == adapter_dialect::diffusers || dialect == adapter_dialect::mlx || to_gguf)
-            && !made.magnitude.empty()) {
-            lose("module '" + module + "'", "it is DoRA's");
-        }
-        if (is_peft && any_dora && made.magnitude.empty()) {
-            lose("module '" + module + "'", "it has no magnitudes, and use_dora, which others need, holds for all");
-        }
-        if ((dialect == adapter_dialect::mlx || to_gguf) && !made.kernel.empty()) {
-            lose("module '" + module + "'", "it is a convolution");
-        }
         const auto shapes = factor_shapes(update, made.kernel, module);
         const extents &a_shape = shapes.first, &b_shape = shapes.second;
-        if (adapter.fan_in_fan_out && dialect != adapter_dialect::peft && dialect != adapter_dialect::gguf
-            && !made.embedding && update.out() == update.in()) {
-            raise<format_error>(error_code::adapter_unsupported,
-                message("module '", module, "' is square, and lies in×out in its base (fan_in_fan_out), which ",
-                    to_string(dialect), "'s dialect has no word for: keep PEFT's, or fold it into its base"),
-                adapter.file.string());
-        }
         double left = 1; // of the scaling, in the up factor
         if (dialect == adapter_dialect::diffusers) { left = update.scaling; }
         if (dialect == adapter_dialect::mlx) {
@@ -13974,6 +14282,17 @@ template <arithmetic_element T>
             writer.add(a_name, type, a_shape, update.rank(), update.in(), down);
             writer.add(b_name, type, b_shape, update.out(), update.rank(), up);
         };
+        const auto add_magnitude = [&](const std::string& name, extents shape) {
+            if (made.magnitude.empty()) { return; }
+            writer.add(name, type, std::move(shape), 1, update.out(),
+                [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
+            dora = true;
+        };
+        extents as_peft{out_size}; // the shape of its magnitudes: 1×out×1×1 for a convolution
+        if (!made.kernel.empty()) {
+            as_peft.assign(2 + made.kernel.size(), 1);
+            as_peft[1] = out_size;
+        }
         switch (dialect) {
         case adapter_dialect::peft: {
             const std::string stem = std::string(peft_prefix) + module;
@@ -13981,16 +14300,7 @@ template <arithmetic_element T>
             else {
                 add_pair(stem + ".lora_A.weight", stem + ".lora_B.weight");
             }
-            if (!made.magnitude.empty()) {
-                extents shape{out_size};
-                if (!made.kernel.empty()) { // as PEFT keeps it: 1×out×1×1
-                    shape.assign(2 + made.kernel.size(), 1);
-                    shape[1] = out_size;
-                }
-                writer.add(stem + ".lora_magnitude_vector", type, shape, 1, update.out(),
-                    [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
-                dora = true;
-            }
+            add_magnitude(stem + ".lora_magnitude_vector", as_peft);
             if (made.bias.rank() > 0) {
                 writer.add(stem + ".lora_B.bias", type, {out_size}, 1, update.out(),
                     [&](std::size_t, std::size_t o) { return static_cast<double>(made.bias.a(0, o)); });
@@ -14004,58 +14314,31 @@ template <arithmetic_element T>
             add_pair(stem + ".lora_down.weight", stem + ".lora_up.weight");
             writer.add(stem + ".alpha", dtype::f32, {}, 1, 1,
                 [&](std::size_t, std::size_t) { return update.scaling * static_cast<double>(update.rank()); });
-            if (!made.magnitude.empty()) {
-                extents shape(2 + made.kernel.size(), 1);
-                shape[0] = out_size;
-                writer.add(stem + ".dora_scale", type, shape, 1, update.out(),
-                    [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
-            }
+            extents shape(2 + made.kernel.size(), 1);
+            shape[0] = out_size;
+            add_magnitude(stem + ".dora_scale", shape);
             break;
         }
         case adapter_dialect::diffusers: {
-            const bool component =
-                module.starts_with("unet.") || module.starts_with("text_encoder") || module.starts_with("transformer.");
-            const std::string stem = (component ? "" : "unet.") + module;
-            add_pair(stem + ".lora.down.weight", stem + ".lora.up.weight");
+            const std::string stem = detail::diffusers_name(module);
+            const std::string component(detail::component_of(stem));
+            const std::string word = component.starts_with("text_encoder") ? ".lora_linear_layer" : ".lora";
+            add_pair(stem + word + ".down.weight", stem + word + ".up.weight");
+            add_magnitude(stem + ".lora_magnitude_vector", as_peft);
+            auto& part = components[component];
+            part.config["use_dora"] = !made.magnitude.empty();
+            auto plain = update;
+            plain.scaling = 1;
+            part.updates.emplace(detail::name_in_component(stem), std::move(plain));
             break;
         }
         case adapter_dialect::gguf: {
             const std::string tensor = gguf_tensor_name(module, target);
-            if (tensor.empty()) {
-                lose("module '" + module + "'",
-                    message("llama.cpp's architecture ", target.architecture, " has no weight of that name"));
-            }
-            if (tensor == "output.weight" && target.tied) {
-                lose("module '" + module + "'",
-                    "llama.cpp keeps one tensor for it and the embedding that it is tied to");
-            }
-            if (made.embedding != (tensor == "token_embd.weight")) {
-                lose("module '" + module + "'",
-                    made.embedding ? "it is factored as an embedding" : "it is an embedding and not factored as one");
-            }
-            if (type != dtype::f32 && type != dtype::f16 && type != dtype::bf16) {
-                lose("module '" + module + "'",
-                    message(
-                        "its factors are ", to_string(type), ", and llama.cpp takes F32, F16 and BF16; choose one"));
-            }
-            if (!used.insert(tensor).second) {
-                lose("module '" + module + "'", message("another module is '", tensor, "' too"));
-            }
             left = update.scaling * static_cast<double>(update.rank()) / gguf_alpha;
             if (std::abs(left - 1) <= 0x1p-23) { left = 1; } // α is an f32
             std::size_t heads = 0;
             if (target.pairs_rows() && !made.paired_rows) {
                 heads = module.ends_with(".q_proj") ? target.heads : module.ends_with(".k_proj") ? target.kv_heads : 0;
-                if (module.ends_with(".q_proj") || module.ends_with(".k_proj")) {
-                    if (heads == 0 || update.out() % (2 * heads) != 0) {
-                        lose("module '" + module + "'",
-                            heads == 0 ? std::string("llama.cpp keeps its rows in pairs within each head, and the "
-                                                     "configuration does not say how many heads there are "
-                                                     "(num_attention_heads)")
-                                       : message(update.out(), " rows are no ", heads,
-                                             " heads of an even size, in which llama.cpp pairs them"));
-                    }
-                }
             }
             if (made.embedding) { // entries×rank
                 writer.add(tensor + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
@@ -14070,18 +14353,36 @@ template <arithmetic_element T>
                 });
             break;
         }
-        default:
-            writer.add(module + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
-                [&](std::size_t i, std::size_t k) { return down(k, i); });
-            writer.add(module + ".lora_b", type, {rank, out_size}, update.rank(), update.out(),
-                [&](std::size_t k, std::size_t o) { return up(o, k); });
+        default: { // of an embedding `in` is its entries, and both lie as a linear layer's
+            const auto all = static_cast<std::int64_t>(mlx_rank);
+            writer.add(module + ".lora_a", type, {a_shape[1], all}, update.in(), mlx_rank,
+                [&](std::size_t i, std::size_t k) { return k < update.rank() ? down(k, i) : 0; });
+            writer.add(module + ".lora_b", type, {all, out_size}, mlx_rank, update.out(),
+                [&](std::size_t k, std::size_t o) { return k < update.rank() ? up(o, k) : 0; });
+            add_magnitude(module + ".m", {out_size});
+            mlx_keys.insert(std::string(detail::place_in_layers(module).within));
+        }
         }
     }
+    const auto given = [&](const char* field) {
+        const auto place = adapter.config.find(field);
+        return place != adapter.config.end() && place->is_string() ? place->template get<std::string>() : std::string();
+    };
+    const bool from_mlx = adapter.dialect == adapter_dialect::mlx;
+    const std::string base_name =
+        options.base_name.empty() ? given(from_mlx ? "model" : "base_model_name_or_path") : options.base_name;
     if (is_peft) {
         for (const auto& [name, tensor] : adapter.wholes) { writer.add(std::string(peft_prefix) + name, tensor); }
         if (adapter.dialect == adapter_dialect::peft && detail::peft_type_of(adapter.config) == "LORA") {
             for_config.config = adapter.config;
         }
+        else if (adapter.dialect == adapter_dialect::peft) { // of another kind: what both have
+            for (const char* field : {"auto_mapping", "modules_to_save", "revision", "task_type"}) {
+                if (adapter.config.contains(field)) { for_config.config[field] = adapter.config[field]; }
+            }
+        }
+        if (!base_name.empty()) { for_config.config["base_model_name_or_path"] = base_name; }
+        if (!options.task_type.empty()) { for_config.config["task_type"] = options.task_type; }
         auto config = peft_config(for_config);
         config["fan_in_fan_out"] = adapter.fan_in_fan_out;
         config["use_dora"] = dora;
@@ -14090,8 +14391,9 @@ template <arithmetic_element T>
         out.file_name = std::string(peft_model_name);
     }
     else if (dialect == adapter_dialect::mlx) {
-        const nlohmann::json config{{"fine_tune_type", "lora"},
-            {"lora_parameters", {{"rank", mlx_rank}, {"scale", mlx_scale}, {"dropout", 0.0}}}};
+        nlohmann::json config{{"fine_tune_type", dora ? "dora" : "lora"}, {"num_layers", -1},
+            {"lora_parameters", {{"rank", mlx_rank}, {"scale", mlx_scale}, {"dropout", 0.0}, {"keys", mlx_keys}}}};
+        if (!base_name.empty()) { config["model"] = base_name; }
         out.config = config.dump(2) + "\n";
         out.file_name = "adapters.safetensors";
     }
@@ -14115,6 +14417,12 @@ template <arithmetic_element T>
     }
     else if (dialect == adapter_dialect::diffusers) {
         out.file_name = "pytorch_lora_weights.safetensors";
+        nlohmann::json kept = nlohmann::json::object();
+        for (const auto& [component, part] : components) {
+            const auto config = peft_config(part);
+            for (const auto& [field, value] : config.items()) { kept[component + "." + field] = value; }
+        }
+        out.metadata[detail::diffusers_metadata_key] = kept.dump(2);
     }
     return out;
 }
@@ -14141,7 +14449,8 @@ void write_adapter(const std::filesystem::path& path, const written_adapter& ada
         file.commit();
         return;
     }
-    const metadata_map metadata{{"format", "pt"}};
+    metadata_map metadata{{"format", "pt"}};
+    metadata.insert(adapter.metadata.begin(), adapter.metadata.end());
     if (adapter.file_name.empty() || (adapter.config.empty() && path.extension() == ".safetensors")) {
         safetensors_writer file(path, adapter.specs, metadata, options.mode);
         fill(file);
@@ -17176,11 +17485,7 @@ namespace detail {
 /// A module's name without the name of its component: lora_unet_, lora_te1_, …
 [[nodiscard]] inline std::string_view without_component(std::string_view module)
 {
-    for (const std::string_view prefix : {"lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_",
-             "lora_transformer_", "lycoris_", "lora_prior_unet_"}) {
-        if (module.starts_with(prefix)) { return module.substr(prefix.size()); }
-    }
-    return module;
+    return module.substr(kohya_component_of(module).prefix.size());
 }
 
 /// match_modules() of names that no wrapper has changed.
@@ -17234,12 +17539,8 @@ namespace detail {
     std::vector<std::string> still;
     for (const auto& module : left) {
         std::string name = module;
-        for (const std::string_view component :
-            {"unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.", "prior."}) {
-            if (name.starts_with(component) && !has(name)) {
-                name = name.substr(component.size());
-                break;
-            }
+        if (const auto component = detail::component_of(name); !component.empty()) {
+            name.erase(0, component.size() + 1);
         }
         if (const auto at = name.find(".processor."); at != name.npos) { name.erase(at, 10); }
         if (!has(name) && name.ends_with(".to_out") && has(name + ".0")) { name += ".0"; }
@@ -17382,6 +17683,34 @@ void check_kernel(const adapted_module<T>& made, const const_tensor_ref& to, con
 }
 
 } // namespace detail
+
+/// Gives a module what its weight in a base says and the file does not: the kernel of factors that are stored flat
+/// (LoHa, LoKr), which have none or one with sides of 1 at its end; and that MLX's factors are an embedding's, where
+/// they fit the other way round.
+template <arithmetic_element T>
+void take_shape(adapted_module<T>& made, const const_tensor_ref& to, adapter_dialect dialect)
+{
+    const auto rank = to.shape.size();
+    if (rank > 2) {
+        const extents kernel(to.shape.begin() + 2, to.shape.end());
+        const bool flat = made.kernel.empty() && (made.kind == "LoHa" || made.kind == "LoKr");
+        if (flat || detail::kernel_of(made.kernel) == detail::kernel_of(kernel)) { made.kernel = kernel; }
+    }
+    if (dialect == adapter_dialect::mlx && rank == 2 && to.shape[0] != to.shape[1]) {
+        made.embedding = made.embedding
+            || (static_cast<std::size_t>(to.shape[0]) == made.update.in()
+                && static_cast<std::size_t>(to.shape[1]) == made.update.out());
+    }
+}
+
+/// A module's name in its model, with the component that `module` names, as diffusers calls it, before it; none where
+/// that names none.
+[[nodiscard]] inline std::string with_component_of(std::string_view module, const std::string& name)
+{
+    const auto own = detail::component_of(module),
+               component = own.empty() ? detail::kohya_component_of(module).diffusers : own;
+    return component.empty() ? name : std::string(component) + "." + name;
+}
 
 /// What add_adapter() is told of a base.
 struct adapter_base_traits {

@@ -50,7 +50,146 @@ double tucker(const values_tensor& core, const values_tensor& left, const values
     return sum;
 }
 
+values_tensor scaled(values_tensor x, float factor)
+{
+    for (auto& value : x.values) { value *= factor; }
+    return x;
+}
+
 } // namespace
+
+TEST_CASE("a file of diffusers has the alphas of the configurations in its header, and names of two kinds")
+{
+    const scratch folder;
+    const std::string q = "down.0.attn1.to_q", t = "text_model.encoder.layers.0.self_attn.q_proj";
+    const values_model base{{q + ".weight", random_tensor({8, 6}, 1)},
+        {"conv_in.weight", random_tensor({4, 3, 3, 3}, 2)}, {t + ".weight", random_tensor({6, 6}, 3)}};
+    write_values(folder / "base.safetensors", base);
+    const auto qa = random_tensor({2, 6}, 4), qb = random_tensor({8, 2}, 5), ca = random_tensor({1, 3, 3, 3}, 6),
+               cb = random_tensor({4, 1, 1, 1}, 7), ta = random_tensor({2, 6}, 8), tb = random_tensor({6, 2}, 9);
+    const values_model tensors{{"unet." + q + ".lora.down.weight", qa}, {"unet." + q + ".lora.up.weight", qb},
+        {"unet.conv_in.lora_A.weight", ca}, {"unet.conv_in.lora_B.weight", cb},
+        {"text_encoder." + t + ".lora_linear_layer.down.weight", ta},
+        {"text_encoder." + t + ".lora_linear_layer.up.weight", tb}};
+    const nlohmann::json said{{"unet.r", 2}, {"unet.lora_alpha", 5}, {"unet.rank_pattern", {{"conv_in", 1}}},
+        {"unet.alpha_pattern", {{"conv_in", 3}}}, {"text_encoder.r", 2}, {"text_encoder.lora_alpha", 8},
+        {"text_encoder.use_rslora", false}};
+    const auto write = [&](const nlohmann::json& header) {
+        write_values(folder / "a.safetensors", tensors, {{"lora_adapter_metadata", header.dump()}});
+    };
+    write(said);
+    auto expected = base;
+    expected[q + ".weight"] = added(base.at(q + ".weight"), qa, qb, 2.5);
+    expected["conv_in.weight"] = added(base.at("conv_in.weight"), ca, cb, 3);
+    expected[t + ".weight"] = added(base.at(t + ".weight"), ta, tb, 4);
+    CHECK(same(fused_model(folder, "a.safetensors"), expected));
+
+    // What is written has the scaling in its up factors, for readers that know nothing of the header.
+    must_run(folder, {"convert", "a.safetensors", "--as", "diffusers", "--out", "written"});
+    const auto written = read_values(folder / "written/pytorch_lora_weights.safetensors");
+    REQUIRE(written.size() == 6);
+    CHECK(written.at("unet." + q + ".lora.down.weight").values == qa.values);
+    CHECK(written.at("unet." + q + ".lora.up.weight").values == scaled(qb, 2.5f).values);
+    CHECK(written.at("text_encoder." + t + ".lora_linear_layer.up.weight").values == scaled(tb, 4).values);
+    CHECK(same(fused_model(folder, "written"), expected));
+    const auto file = taskvec::open_model(folder / "written/pytorch_lora_weights.safetensors");
+    const auto header = nlohmann::json::parse(file.metadata().at("lora_adapter_metadata"));
+    CHECK(header["unet.r"] == 2);
+    CHECK(header["unet.lora_alpha"] == 2);
+    CHECK(header["unet.rank_pattern"]["conv_in"] == 1);
+    CHECK(header["unet.alpha_pattern"]["conv_in"] == 1);
+    CHECK(header["unet.use_dora"] == false);
+    CHECK(header["unet.target_modules"] == nlohmann::json{"conv_in", q});
+    // Some versions of transformers have no "text_model." before a text encoder's names.
+    CHECK(header["text_encoder.target_modules"] == nlohmann::json{"encoder.layers.0.self_attn.q_proj"});
+
+    // From PEFT's names: a text encoder is no UNet.
+    write_adapter_as(folder / "encoder", {{t + ".lora_A.weight", ta}, {t + ".lora_B.weight", tb}}, {{"lora_alpha", 2}});
+    must_run(folder, {"convert", "encoder", "--as", "diffusers", "--out", "encoder.safetensors"});
+    CHECK(read_values(folder / "encoder.safetensors").contains("text_encoder." + t + ".lora_linear_layer.down.weight"));
+    // From kohya's, whose components go over.
+    const std::string underscored = "text_model_encoder_layers_0_self_attn_q_proj";
+    write_values(folder / "te2.safetensors",
+        {{"lora_te2_" + underscored + ".lora_down.weight", ta}, {"lora_te2_" + underscored + ".lora_up.weight", tb}});
+    must_run(folder,
+        {"convert", "te2.safetensors", "--as", "diffusers", "--base", "base.safetensors", "--out", "te2-diffusers"});
+    CHECK(read_values(folder / "te2-diffusers/pytorch_lora_weights.safetensors")
+            .contains("text_encoder_2." + t + ".lora_linear_layer.down.weight"));
+    // The names of old: processors, and a text encoder's attention as a UNet's.
+    write_values(folder / "old.safetensors",
+        {{"unet.down.0.attn1.processor.to_q_lora.down.weight", qa},
+            {"unet.down.0.attn1.processor.to_q_lora.up.weight", qb},
+            {"text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight", ta},
+            {"text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.up.weight", tb}});
+    auto plain = base;
+    plain[q + ".weight"] = added(base.at(q + ".weight"), qa, qb, 1);
+    plain[t + ".weight"] = added(base.at(t + ".weight"), ta, tb, 1);
+    CHECK(same(fused_model(folder, "old.safetensors"), plain));
+
+    const auto no = [&](const std::string& words) {
+        refused(folder,
+            {"fuse", "--base", "base.safetensors", "--adapter", "a.safetensors", "--out", "no.safetensors", "--quiet"},
+            1, words);
+    };
+    auto other = said;
+    other["unet.r"] = 3;
+    write(other);
+    no("has rank 2 but lora_adapter_metadata says 3");
+    other = said;
+    other["unet.alpha_pattern"] = {{"no_such", 3}};
+    write(other);
+    no("has the key 'no_such'");
+    other = said;
+    other["unet.use_dora"] = true;
+    write(other);
+    no("lora_adapter_metadata says use_dora");
+    write(nlohmann::json("text"));
+    no("lora_adapter_metadata: is not a JSON object");
+    // Two components of one base's name are not added up.
+    write_values(folder / "a.safetensors",
+        {{"text_encoder." + t + ".lora_A.weight", ta}, {"text_encoder." + t + ".lora_B.weight", tb},
+            {"text_encoder_2." + t + ".lora_A.weight", ta}, {"text_encoder_2." + t + ".lora_B.weight", tb}});
+    no("may both mean '" + t + ".weight'");
+}
+
+TEST_CASE("diffusers and MLX hold DoRA, by PEFT's name and as MODULE.m")
+{
+    const scratch folder;
+    const values_model base{
+        {"layers.0.q.weight", random_tensor({8, 6}, 1)}, {"layers.1.q.weight", random_tensor({5, 6}, 2)}};
+    write_values(folder / "base.safetensors", base);
+    auto tensors = factors("layers.0.q", 8, 6, 3);
+    tensors.merge(factors("layers.1.q", 5, 6, 5));
+    tensors["layers.0.q.lora_magnitude_vector"] = random_tensor({8}, 7);
+    tensors["layers.1.q.lora_magnitude_vector"] = random_tensor({5}, 8);
+    write_adapter_as(folder / "dora", tensors, {{"use_dora", true}});
+    const auto whole = fused_model(folder, "dora");
+    must_run(folder, {"convert", "dora", "--as", "mlx", "--out", "mlx"});
+    CHECK(read_values(folder / "mlx/adapters.safetensors").at("layers.0.q.m").values
+        == tensors.at("layers.0.q.lora_magnitude_vector").values);
+    const auto config = nlohmann::json::parse(slurp(folder / "mlx/adapter_config.json"));
+    CHECK(config["fine_tune_type"] == "dora");
+    CHECK(config["num_layers"] == -1);
+    CHECK(config["lora_parameters"]["keys"] == nlohmann::json{"q"});
+    CHECK(config["model"] == "base");
+    CHECK(same(fused_model(folder, "mlx"), whole));
+    must_run(folder, {"convert", "dora", "--as", "diffusers", "--out", "diffusers"});
+    CHECK(read_values(folder / "diffusers/pytorch_lora_weights.safetensors")
+            .contains("unet.layers.0.q.lora_magnitude_vector"));
+    CHECK(same(fused_model(folder, "diffusers"), whole));
+    must_run(folder, {"convert", "mlx", "--as", "peft", "--out", "back"});
+    const auto back = read_values(folder / "back/adapter_model.safetensors");
+    for (const auto& [name, tensor] : tensors) { CHECK(back.at("base_model.model." + name).values == tensor.values); }
+    // Of a kohya file some modules may lack one, which neither can say.
+    must_run(folder, {"convert", "dora", "--as", "kohya", "--out", "some.safetensors"});
+    auto some = read_values(folder / "some.safetensors");
+    some.erase("lora_unet_layers_1_q.dora_scale");
+    write_values(folder / "some.safetensors", some);
+    for (const std::string as : {"mlx", "diffusers"}) {
+        refused(folder, {"convert", "some.safetensors", "--as", as, "--base", "base.safetensors", "--out", "no"}, 1,
+            "it has no magnitudes");
+    }
+}
 
 TEST_CASE("factors of a convolution are refused on another kernel with as many entries")
 {
@@ -159,6 +298,74 @@ TEST_CASE("Tucker's forms of LoHa, LoKr and LoCon are folded as the products tha
         {{"w.lokr_w1", random_tensor({2, 2}, 2)}, {"w.lokr_w2", random_tensor({3, 2, 3}, 3)}},
         {{"peft_type", "LOKR"}, {"alpha", 2}});
     no("in another order");
+}
+
+TEST_CASE("MLX's embeddings are PEFT's, its layers and ranks are looked at, and experts are refused")
+{
+    const scratch folder;
+    for (const std::int64_t rows : {11, 6}) { // of as many rows as columns it could be a linear layer's
+        std::filesystem::remove_all(folder / "mlx");
+        std::filesystem::remove_all(folder / "peft");
+        std::filesystem::remove_all(folder / "back");
+        const values_model base{{"model.embed_tokens.weight", random_tensor({rows, 6}, 1)}};
+        write_values(folder / "base.safetensors", base);
+        const auto a = random_tensor({rows, 2}, 2), b = random_tensor({2, 6}, 3);
+        std::filesystem::create_directories(folder / "mlx");
+        write_values(
+            folder / "mlx/adapters.safetensors", {{"model.embed_tokens.lora_a", a}, {"model.embed_tokens.lora_b", b}});
+        write_text(folder / "mlx/adapter_config.json",
+            R"({"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": {"rank": 2, "scale": 3.0}})");
+        const auto fused = fused_model(folder, "mlx");
+        check_changed(
+            fused.at("model.embed_tokens.weight"), base.at("model.embed_tokens.weight"), [&](std::size_t index) {
+                return 3
+                    * (entry(a, index / 6, 0) * entry(b, 0, index % 6)
+                        + entry(a, index / 6, 1) * entry(b, 1, index % 6));
+            });
+        must_run(folder, {"convert", "mlx", "--as", "peft", "--out", "peft"});
+        const auto peft = read_values(folder / "peft/adapter_model.safetensors");
+        REQUIRE(peft.contains("base_model.model.model.embed_tokens.lora_embedding_A"));
+        CHECK(peft.at("base_model.model.model.embed_tokens.lora_embedding_A").shape == taskvec::extents{2, rows});
+        CHECK(peft.at("base_model.model.model.embed_tokens.lora_embedding_B").shape == taskvec::extents{6, 2});
+        CHECK(same(fused_model(folder, "peft"), fused));
+        must_run(folder, {"convert", "peft", "--as", "mlx", "--out", "back"});
+        const auto back = read_values(folder / "back/adapters.safetensors");
+        CHECK(back.at("model.embed_tokens.lora_a").values == a.values);
+        CHECK(back.at("model.embed_tokens.lora_b").values == b.values);
+        CHECK(nlohmann::json::parse(slurp(folder / "back/adapter_config.json"))["lora_parameters"]["keys"]
+            == nlohmann::json{"model.embed_tokens"});
+    }
+
+    const std::string first = "model.layers.0.q", last = "model.layers.3.q";
+    write_values(folder / "base.safetensors",
+        {{first + ".weight", random_tensor({5, 6}, 1)}, {last + ".weight", random_tensor({5, 6}, 2)}});
+    auto tensors = factors(first, 5, 6, 10, 3);
+    tensors.merge(factors(last, 5, 6, 20, 2));
+    write_adapter_as(folder / "ranks", tensors, {{"rank_pattern", {{first, 3}}}, {"alpha_pattern", {{first, 1.5}}}});
+    const auto whole = fused_model(folder, "ranks");
+    must_run(folder, {"convert", "ranks", "--as", "mlx", "--out", "mlx"});
+    const auto written = read_values(folder / "mlx/adapters.safetensors");
+    CHECK(written.at(last + ".lora_a").shape == taskvec::extents{6, 3}); // filled up with zeros
+    CHECK(written.at(last + ".lora_b").shape == taskvec::extents{3, 5});
+    CHECK(same(fused_model(folder, "mlx"), whole));
+    const auto configured = [&](const std::string& text) { write_text(folder / "mlx/adapter_config.json", text); };
+    configured(R"({"num_layers": 4, "lora_parameters": {"rank": 8, "scale": 0.5}})");
+    const auto noted =
+        must_run(folder, {"fuse", "--base", "base.safetensors", "--adapter", "mlx", "--out", "out.safetensors"});
+    CHECK(noted.err.find("2 of 2 modules of another rank than the 8") != std::string::npos);
+    CHECK(same(read_values(folder / "out.safetensors"), whole));
+    const auto no = [&](const std::string& words) {
+        refused(
+            folder, {"fuse", "--base", "base.safetensors", "--adapter", "mlx", "--out", "no.safetensors"}, 1, words);
+    };
+    configured(R"({"num_layers": 3, "lora_parameters": {"rank": 3, "scale": 0.5}})");
+    no("num_layers is 3, and the adapter has modules of layers 0 to 3");
+    configured(R"({"num_layers": "all", "lora_parameters": {"rank": 3, "scale": 0.5}})");
+    no("num_layers is \"all\"");
+    configured("{}");
+    write_values(folder / "mlx/adapters.safetensors",
+        {{first + ".lora_a", random_tensor({4, 2, 6}, 1)}, {first + ".lora_b", random_tensor({4, 5, 2}, 2)}});
+    no("updates of experts");
 }
 
 TEST_CASE("a GGUF adapter with another magic or version is refused for that, in every verb")

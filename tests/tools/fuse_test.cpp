@@ -733,7 +733,9 @@ TEST_CASE("convert writes the same update in every dialect, and inspect shows it
     refused(folder, {"convert", "mixed", "--as", "kohya", "--out", "no"}, 1, "'conv_in' has no lora_magnitude_vector");
     tensors["conv_in.lora_magnitude_vector"] = random_tensor({1, 4, 1, 1}, 31);
     write_adapter_as(folder / "dora", tensors, {{"use_dora", true}});
-    refused(folder, {"convert", "dora", "--as", "diffusers", "--out", "no"}, 1, "it is DoRA's");
+    must({"convert", "dora", "--as", "diffusers", "--out", "dora-diffusers"});
+    CHECK(same(fused("dora-diffusers"), fused("dora")));
+    refused(folder, {"convert", "dora", "--as", "mlx", "--out", "no"}, 1, "it is a convolution");
     must({"convert", "dora", "--as", "kohya", "--out", "dora.safetensors"});
     CHECK(same(fused("dora.safetensors"), fused("dora")));
     must({"convert", "dora.safetensors", "--as", "peft", "--base", "base.safetensors", "--out", "dora-back"});

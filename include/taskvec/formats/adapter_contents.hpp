@@ -6,12 +6,17 @@
 #include <taskvec/formats/gguf.hpp>
 #include <taskvec/formats/peft.hpp>
 
+#include <algorithm>
+#include <array>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
@@ -20,7 +25,8 @@ namespace taskvec::inline TASKVEC_ABI {
 enum class adapter_dialect : std::uint8_t {
     peft, ///< `MODULE.lora_A.weight`, at times with an adapter's name in it, and PEFT's prefix before it
     kohya, ///< kohya's scripts, A1111, LyCORIS: `lora_unet_MODULE.lora_down.weight`, `.alpha`; dots are underscores
-    diffusers, ///< `unet.MODULE.lora.down.weight`, `MODULE_lora.down.weight`, `MODULE.lora_linear_layer.down.weight`
+    diffusers, ///< `unet.MODULE.lora.down.weight`, `MODULE_lora.down.weight`, `MODULE.lora_linear_layer.down.weight`,
+               ///< and PEFT's names under those of its components
     mlx, ///< `MODULE.lora_a` (in×r) and `MODULE.lora_b` (r×out)
     gguf ///< llama.cpp's: a GGUF file with `blk.N.attn_q.weight.lora_a`, `.lora_b`
 };
@@ -69,6 +75,68 @@ struct adapter_contents {
 };
 
 namespace detail {
+
+/// What diffusers calls the parts of a pipeline that adapters change: "unet.down_blocks.0.…" is a module of "unet".
+inline constexpr std::array<std::string_view, 8> diffusers_components{"unet", "text_encoder", "text_encoder_2",
+    "text_encoder_3", "transformer", "transformer_2", "prior", "image_encoder"};
+/// The component that a module's name begins with; empty: none.
+[[nodiscard]] inline std::string_view component_of(std::string_view module) noexcept
+{
+    const auto first = module.substr(0, module.find('.'));
+    const bool known =
+        std::find(diffusers_components.begin(), diffusers_components.end(), first) != diffusers_components.end();
+    return known && first.size() < module.size() ? first : std::string_view();
+}
+/// What kohya's names begin with, and the component of diffusers' that is meant; empty: any.
+struct kohya_component {
+    std::string_view prefix{}, diffusers{};
+};
+inline constexpr std::array<kohya_component, 8> kohya_components{{{"lora_unet_", "unet"}, {"lora_te1_", "text_encoder"},
+    {"lora_te2_", "text_encoder_2"}, {"lora_te3_", "text_encoder_3"}, {"lora_te_", "text_encoder"},
+    {"lora_transformer_", "transformer"}, {"lycoris_", ""}, {"lora_prior_unet_", "prior"}}};
+/// The one of a module's name; empty: it has none.
+[[nodiscard]] constexpr kohya_component kohya_component_of(std::string_view module) noexcept
+{
+    for (const auto& one : kohya_components) {
+        if (module.starts_with(one.prefix)) { return one; }
+    }
+    return {};
+}
+/// Where a module lies in a model's list of layers: "model.layers.3.self_attn.q_proj" in layer 3, as
+/// "self_attn.q_proj".
+struct layer_place {
+    std::optional<std::int64_t> number{}; ///< nothing: it is in no layer
+    std::string_view within{}; ///< its name there
+};
+[[nodiscard]] inline layer_place place_in_layers(std::string_view module)
+{
+    constexpr std::string_view list = "layers.";
+    const auto dotted = module.find(".layers.");
+    const auto at = module.starts_with(list) ? list.size()
+        : dotted != module.npos              ? dotted + list.size() + 1
+                                             : module.npos;
+    const auto dot = at == module.npos ? module.npos : module.find('.', at);
+    if (dot == module.npos) { return {std::nullopt, module}; }
+    std::int64_t number = 0;
+    const auto digits = module.substr(at, dot - at);
+    const auto [end, problem] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
+    if (problem != std::errc() || end != digits.data() + digits.size() || number < 0) { return {std::nullopt, module}; }
+    return {number, module.substr(dot + 1)};
+}
+/// Whether MLX has an embedding under a module's name, whose factors lie entries×r and r×dimensions. No linear layer is
+/// called so.
+[[nodiscard]] inline bool is_mlx_embedding(std::string_view module) noexcept
+{
+    const auto last = module.substr(module.rfind('.') == module.npos ? 0 : module.rfind('.') + 1);
+    for (const std::string_view name : {"embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings",
+             "token_type_embeddings", "tok_embeddings", "embed_in", "embeddings", "embedding", "shared"}) {
+        if (last == name) { return true; }
+    }
+    return false;
+}
+/// The key in the header of a safetensors file under which diffusers keeps the configurations of what is in it: JSON,
+/// each field under its component's name ("unet.lora_alpha").
+inline constexpr const char* diffusers_metadata_key = "lora_adapter_metadata";
 
 /// All entries of a stored factor in T, as rows of its first extent.
 template <class T>

@@ -30,6 +30,13 @@ struct adapter_write_options {
     durability mode = durability::synchronised; ///< how hard the file is forced to disk
     overflow on_overflow = overflow::error; ///< a factor that its dtype cannot hold
     gguf_target target{}; ///< of GGUF: the model, as gguf_target_of() its config.json; empty: what the adapter says
+    std::string base_name{}; ///< of PEFT and MLX: base_model_name_or_path, model; empty: what the adapter says
+    std::string task_type{}; ///< of PEFT: "CAUSAL_LM", …; empty: what the adapter says
+};
+
+/// Something of an adapter that a dialect has no place for.
+struct adapter_loss {
+    std::string what{}, why{}; ///< "module 'x'" and "it is an embedding", say
 };
 
 /// An adapter in a dialect: the tensors of its file, and what stands in adapter_config.json (empty: the dialect has
@@ -37,6 +44,7 @@ struct adapter_write_options {
 struct written_adapter {
     std::vector<tensor_spec> specs{}; ///< of the file
     std::vector<std::vector<std::byte>> bytes{}; ///< of each tensor
+    metadata_map metadata{}; ///< of its header, beside the format
     std::string config{}; ///< text of adapter_config.json
     std::string file_name{}; ///< in a directory; empty: the dialect is a file
     std::vector<std::byte> whole{}; ///< the file, where it is no safetensors file (GGUF)
@@ -132,6 +140,20 @@ void check_finite_factors(const adapter_contents<T>& adapter)
     return module.starts_with("lora_unet_") || module.starts_with("lora_te") || module.starts_with("lycoris_")
         || module.starts_with("lora_transformer_");
 }
+/// A module's name with its component, for diffusers: that of a UNet where nothing says another.
+[[nodiscard]] inline std::string diffusers_name(const std::string& module)
+{
+    if (!component_of(module).empty()) { return module; }
+    return (module.starts_with("text_model.") ? "text_encoder." : "unet.") + module;
+}
+/// The module's name in its component's model, without what some versions of transformers put before it.
+[[nodiscard]] inline std::string name_in_component(const std::string& with_component)
+{
+    auto name = with_component.substr(component_of(with_component).size() + 1);
+    constexpr std::string_view encoder = "text_model.";
+    if (name.starts_with(encoder)) { name.erase(0, encoder.size()); }
+    return name;
+}
 /// A module's name for kohya: its component, and underscores.
 [[nodiscard]] inline std::string kohya_name(std::string module, bool several_encoders)
 {
@@ -153,14 +175,110 @@ void check_finite_factors(const adapter_contents<T>& adapter)
 
 } // namespace detail
 
+/// What of an adapter a dialect has no place for, in the order of its names; empty: it holds all. converted_adapter()
+/// refuses the first.
+///
+///     for (const auto& loss : not_held(adapter, adapter_dialect::mlx)) { std::cout << loss.what << ": " << loss.why; }
+template <arithmetic_element T>
+[[nodiscard]] std::vector<adapter_loss> not_held(
+    const adapter_contents<T>& adapter, adapter_dialect dialect, const adapter_write_options& options = {})
+{
+    std::vector<adapter_loss> losses;
+    const auto lose = [&](std::string what, std::string why) { losses.push_back({std::move(what), std::move(why)}); };
+    const bool is_peft = dialect == adapter_dialect::peft, to_gguf = dialect == adapter_dialect::gguf,
+               to_mlx = dialect == adapter_dialect::mlx, to_diffusers = dialect == adapter_dialect::diffusers;
+    if (adapter.modules.empty()) { lose("an adapter without a module", "there is nothing to write"); }
+    if (!is_peft) {
+        for (const auto& one : adapter.wholes) {
+            lose("'" + one.first + "'", "it was trained whole, and the dialect holds factors alone");
+        }
+    }
+    const gguf_target& target = options.target.architecture.empty() ? adapter.target : options.target;
+    const bool known = to_gguf && !target.architecture.empty();
+    if (to_gguf && !known) {
+        lose("an adapter",
+            "nothing says which architecture its model has, on which names there depend; the "
+            "config.json of its base does");
+    }
+    // use_dora holds for all modules of a configuration, and diffusers has one for each component.
+    const auto group_of = [&](const std::string& module) {
+        return to_diffusers ? std::string(detail::component_of(detail::diffusers_name(module))) : std::string();
+    };
+    std::set<std::string> rescaled, used;
+    for (const auto& one : adapter.modules) {
+        if (!one.second.magnitude.empty()) { rescaled.insert(group_of(one.first)); }
+    }
+    for (const auto& one : adapter.modules) {
+        const auto& module = one.first;
+        const auto& made = one.second;
+        const auto& update = made.update;
+        const std::string name = "module '" + module + "'";
+        const dtype type = options.output.value_or(made.stored);
+        if (detail::is_kohya_name(module) && dialect != adapter_dialect::kohya) {
+            lose(name, "its dots are underscores, and nothing says where they were; the base's names do (--base)");
+            continue;
+        }
+        if (made.paired_rows && !(to_gguf && adapter.target.architecture == target.architecture)) {
+            lose(name,
+                "its rows are in the order of llama.cpp, and nothing says how many heads there are; the config.json of "
+                "its base does");
+        }
+        if ((to_diffusers || dialect == adapter_dialect::kohya) && made.embedding) { lose(name, "it is an embedding"); }
+        if (!is_peft && made.bias.rank() > 0) { lose("the bias of " + name, "it has no place there"); }
+        if (to_gguf && !made.magnitude.empty()) { lose(name, "it is DoRA's"); }
+        if (dialect != adapter_dialect::kohya && !to_gguf && made.magnitude.empty()
+            && rescaled.contains(group_of(module))) {
+            lose(name,
+                message("it has no magnitudes, and ", to_mlx ? "fine_tune_type dora" : "use_dora",
+                    ", which others need, holds for all"));
+        }
+        if ((to_mlx || to_gguf) && !made.kernel.empty()) { lose(name, "it is a convolution"); }
+        if (adapter.fan_in_fan_out && !is_peft && !to_gguf && !made.embedding && update.out() == update.in()) {
+            lose(name,
+                "it is square, and lies in×out in its base (fan_in_fan_out), which the dialect has no word for: keep "
+                "PEFT's, or fold it into its base");
+        }
+        if (!known) { continue; }
+        const std::string tensor = gguf_tensor_name(module, target);
+        if (tensor.empty()) {
+            lose(name, message("llama.cpp's architecture ", target.architecture, " has no weight of that name"));
+            continue;
+        }
+        if (tensor == "output.weight" && target.tied) {
+            lose(name, "llama.cpp keeps one tensor for it and the embedding that it is tied to");
+        }
+        if (made.embedding != (tensor == "token_embd.weight")) {
+            lose(
+                name, made.embedding ? "it is factored as an embedding" : "it is an embedding and not factored as one");
+        }
+        if (type != dtype::f32 && type != dtype::f16 && type != dtype::bf16) {
+            lose(name,
+                message("its factors are ", to_string(type), ", and llama.cpp takes F32, F16 and BF16; choose one"));
+        }
+        if (!used.insert(tensor).second) { lose(name, message("another module is '", tensor, "' too")); }
+        const bool q = module.ends_with(".q_proj"), k = module.ends_with(".k_proj");
+        if (!target.pairs_rows() || made.paired_rows || !(q || k)) { continue; }
+        const std::size_t heads = q ? target.heads : target.kv_heads;
+        if (heads == 0 || update.out() % (2 * heads) != 0) {
+            lose(name,
+                heads == 0 ? std::string("llama.cpp keeps its rows in pairs within each head, and the configuration "
+                                         "does not say how many heads there are (num_attention_heads)")
+                           : message(update.out(), " rows are no ", heads,
+                                 " heads of an even size, in which llama.cpp pairs them"));
+        }
+    }
+    return losses;
+}
+
 /// An adapter as the tensors of a dialect. Factors keep their bits in the dtype that they were stored in, and scalings
-/// become α = scaling·r where the dialect has an α; diffusers has none, and MLX one scale for all modules: there what
-/// is left of it goes into the up factors, which is exact for powers of two. LoHa and LoKr are written as the LoRA that
-/// they equal. Names need dots: kohya's are resolved before (match_modules()). GGUF has one α, rounded to f32, and
-/// llama.cpp's names and order of rows (options.target). Throws format_error for what the dialect cannot say, by name:
-/// tensors that were trained whole, biases and embeddings outside PEFT (GGUF has embeddings), DoRA in diffusers, MLX
-/// and GGUF, convolutions in MLX and GGUF, modules that llama.cpp has no name for; nonfinite_error where a factor
-/// overflows its dtype, or holds NaN or infinity, unless these propagate (overflow::propagate).
+/// become α = scaling·r where the dialect has an α; MLX has one scale for all modules, and readers of diffusers' files
+/// do not all know of an α: there what is left of it goes into the up factors, which is exact for powers of two. LoHa
+/// and LoKr are written as the LoRA that they equal. Names need dots: kohya's are resolved before (match_modules()).
+/// GGUF has one α, rounded to f32, and llama.cpp's names and order of rows (options.target). MLX has one rank: smaller
+/// ones are filled up with zeros. Throws format_error for what the dialect cannot say, by name (not_held()): tensors
+/// that were trained whole and biases outside PEFT, embeddings in kohya's files and diffusers', DoRA in GGUF,
+/// convolutions in MLX and GGUF, modules that llama.cpp has no name for; nonfinite_error where a factor overflows its
+/// dtype, or holds NaN or infinity, unless these propagate (overflow::propagate).
 ///
 ///     const auto file = converted_adapter(read_adapter("style.safetensors"), adapter_dialect::diffusers);
 template <arithmetic_element T>
@@ -168,79 +286,40 @@ template <arithmetic_element T>
     const adapter_contents<T>& adapter, adapter_dialect dialect, const adapter_write_options& options = {})
 {
     if (options.on_overflow != overflow::propagate) { detail::check_finite_factors(adapter); }
+    if (const auto losses = not_held(adapter, dialect, options); !losses.empty()) {
+        raise<format_error>(error_code::adapter_unsupported,
+            message(losses[0].what, " cannot be written as ", to_string(dialect), ": ", losses[0].why,
+                losses.size() > 1 ? message(" (and ", losses.size() - 1, " more)") : std::string()),
+            adapter.label);
+    }
     written_adapter out;
     detail::adapter_writer writer(out, options.on_overflow);
-    const auto lose = [&](const std::string& what, std::string_view why) {
-        raise<format_error>(error_code::adapter_unsupported,
-            message(what, " cannot be written as ", to_string(dialect), ": ", why), adapter.label);
-    };
     const bool is_peft = dialect == adapter_dialect::peft;
-    if (adapter.modules.empty()) { lose("an adapter without a module", "there is nothing to write"); }
-    if (!is_peft && !adapter.wholes.empty()) {
-        lose("'" + adapter.wholes.begin()->first + "'", "it was trained whole, and the dialect holds factors alone");
-    }
     const bool several = std::any_of(adapter.modules.begin(), adapter.modules.end(),
         [](const auto& one) { return one.first.starts_with("text_encoder_2."); });
+    const auto& leading = adapter.modules.begin()->second.update;
     double mlx_scale = 1;
     std::size_t mlx_rank = 0;
     if (dialect == adapter_dialect::mlx) {
-        mlx_scale = adapter.modules.begin()->second.update.scaling;
+        mlx_scale = leading.scaling;
         for (const auto& [module, made] : adapter.modules) { mlx_rank = std::max(mlx_rank, made.update.rank()); }
         if (mlx_scale == 0) { mlx_scale = 1; }
     }
-    gguf_target target = options.target.architecture.empty() ? adapter.target : options.target;
-    double gguf_alpha = 0;
-    if (dialect == adapter_dialect::gguf) {
-        if (target.architecture.empty()) {
-            lose("an adapter",
-                "nothing says which architecture its model has, on which names there depend; the "
-                "config.json of its base does");
-        }
-        const auto& first = adapter.modules.begin()->second.update;
-        gguf_alpha = static_cast<float>(first.scaling * static_cast<double>(first.rank()));
-        if (gguf_alpha == 0 || !std::isfinite(gguf_alpha)) { gguf_alpha = 1; } // 0 is a scaling of 1 to llama.cpp
-    }
-    std::set<std::string> used;
+    const gguf_target& target = options.target.architecture.empty() ? adapter.target : options.target;
+    double gguf_alpha = static_cast<float>(leading.scaling * static_cast<double>(leading.rank()));
+    if (gguf_alpha == 0 || !std::isfinite(gguf_alpha)) { gguf_alpha = 1; } // 0 is a scaling of 1 to llama.cpp
     peft_adapter<T> for_config;
+    std::map<std::string, peft_adapter<T>> components; // of diffusers
+    std::set<std::string> mlx_keys;
     bool dora = false, biased = false;
-    const bool any_dora = std::any_of(
-        adapter.modules.begin(), adapter.modules.end(), [](const auto& one) { return !one.second.magnitude.empty(); });
-    for (const auto& [module, entry] : adapter.modules) {
-        const auto& made = entry;
+    for (const auto& one : adapter.modules) {
+        const auto& module = one.first;
+        const auto& made = one.second;
         const auto& update = made.update;
         const dtype type = options.output.value_or(made.stored);
         const auto rank = static_cast<std::int64_t>(update.rank()), out_size = static_cast<std::int64_t>(update.out());
-        if (detail::is_kohya_name(module) && dialect != adapter_dialect::kohya) {
-            lose("module '" + module + "'",
-                "its dots are underscores, and nothing says where they were; the base's names do (--base)");
-        }
-        const bool to_gguf = dialect == adapter_dialect::gguf;
-        if (made.paired_rows && !(to_gguf && adapter.target.architecture == target.architecture)) {
-            lose("module '" + module + "'",
-                "its rows are in the order of llama.cpp, and nothing says how many heads there are; the config.json of "
-                "its base does");
-        }
-        if (!is_peft && !to_gguf && made.embedding) { lose("module '" + module + "'", "it is an embedding"); }
-        if (!is_peft && made.bias.rank() > 0) { lose("the bias of module '" + module + "'", "it has no place there"); }
-        if ((dialect == adapter_dialect::diffusers || dialect == adapter_dialect::mlx || to_gguf)
-            && !made.magnitude.empty()) {
-            lose("module '" + module + "'", "it is DoRA's");
-        }
-        if (is_peft && any_dora && made.magnitude.empty()) {
-            lose("module '" + module + "'", "it has no magnitudes, and use_dora, which others need, holds for all");
-        }
-        if ((dialect == adapter_dialect::mlx || to_gguf) && !made.kernel.empty()) {
-            lose("module '" + module + "'", "it is a convolution");
-        }
         const auto shapes = factor_shapes(update, made.kernel, module);
         const extents &a_shape = shapes.first, &b_shape = shapes.second;
-        if (adapter.fan_in_fan_out && dialect != adapter_dialect::peft && dialect != adapter_dialect::gguf
-            && !made.embedding && update.out() == update.in()) {
-            raise<format_error>(error_code::adapter_unsupported,
-                message("module '", module, "' is square, and lies in×out in its base (fan_in_fan_out), which ",
-                    to_string(dialect), "'s dialect has no word for: keep PEFT's, or fold it into its base"),
-                adapter.file.string());
-        }
         double left = 1; // of the scaling, in the up factor
         if (dialect == adapter_dialect::diffusers) { left = update.scaling; }
         if (dialect == adapter_dialect::mlx) {
@@ -252,6 +331,17 @@ template <arithmetic_element T>
             writer.add(a_name, type, a_shape, update.rank(), update.in(), down);
             writer.add(b_name, type, b_shape, update.out(), update.rank(), up);
         };
+        const auto add_magnitude = [&](const std::string& name, extents shape) {
+            if (made.magnitude.empty()) { return; }
+            writer.add(name, type, std::move(shape), 1, update.out(),
+                [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
+            dora = true;
+        };
+        extents as_peft{out_size}; // the shape of its magnitudes: 1×out×1×1 for a convolution
+        if (!made.kernel.empty()) {
+            as_peft.assign(2 + made.kernel.size(), 1);
+            as_peft[1] = out_size;
+        }
         switch (dialect) {
         case adapter_dialect::peft: {
             const std::string stem = std::string(peft_prefix) + module;
@@ -259,16 +349,7 @@ template <arithmetic_element T>
             else {
                 add_pair(stem + ".lora_A.weight", stem + ".lora_B.weight");
             }
-            if (!made.magnitude.empty()) {
-                extents shape{out_size};
-                if (!made.kernel.empty()) { // as PEFT keeps it: 1×out×1×1
-                    shape.assign(2 + made.kernel.size(), 1);
-                    shape[1] = out_size;
-                }
-                writer.add(stem + ".lora_magnitude_vector", type, shape, 1, update.out(),
-                    [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
-                dora = true;
-            }
+            add_magnitude(stem + ".lora_magnitude_vector", as_peft);
             if (made.bias.rank() > 0) {
                 writer.add(stem + ".lora_B.bias", type, {out_size}, 1, update.out(),
                     [&](std::size_t, std::size_t o) { return static_cast<double>(made.bias.a(0, o)); });
@@ -282,58 +363,31 @@ template <arithmetic_element T>
             add_pair(stem + ".lora_down.weight", stem + ".lora_up.weight");
             writer.add(stem + ".alpha", dtype::f32, {}, 1, 1,
                 [&](std::size_t, std::size_t) { return update.scaling * static_cast<double>(update.rank()); });
-            if (!made.magnitude.empty()) {
-                extents shape(2 + made.kernel.size(), 1);
-                shape[0] = out_size;
-                writer.add(stem + ".dora_scale", type, shape, 1, update.out(),
-                    [&](std::size_t, std::size_t o) { return made.magnitude[o]; });
-            }
+            extents shape(2 + made.kernel.size(), 1);
+            shape[0] = out_size;
+            add_magnitude(stem + ".dora_scale", shape);
             break;
         }
         case adapter_dialect::diffusers: {
-            const bool component =
-                module.starts_with("unet.") || module.starts_with("text_encoder") || module.starts_with("transformer.");
-            const std::string stem = (component ? "" : "unet.") + module;
-            add_pair(stem + ".lora.down.weight", stem + ".lora.up.weight");
+            const std::string stem = detail::diffusers_name(module);
+            const std::string component(detail::component_of(stem));
+            const std::string word = component.starts_with("text_encoder") ? ".lora_linear_layer" : ".lora";
+            add_pair(stem + word + ".down.weight", stem + word + ".up.weight");
+            add_magnitude(stem + ".lora_magnitude_vector", as_peft);
+            auto& part = components[component];
+            part.config["use_dora"] = !made.magnitude.empty();
+            auto plain = update;
+            plain.scaling = 1;
+            part.updates.emplace(detail::name_in_component(stem), std::move(plain));
             break;
         }
         case adapter_dialect::gguf: {
             const std::string tensor = gguf_tensor_name(module, target);
-            if (tensor.empty()) {
-                lose("module '" + module + "'",
-                    message("llama.cpp's architecture ", target.architecture, " has no weight of that name"));
-            }
-            if (tensor == "output.weight" && target.tied) {
-                lose("module '" + module + "'",
-                    "llama.cpp keeps one tensor for it and the embedding that it is tied to");
-            }
-            if (made.embedding != (tensor == "token_embd.weight")) {
-                lose("module '" + module + "'",
-                    made.embedding ? "it is factored as an embedding" : "it is an embedding and not factored as one");
-            }
-            if (type != dtype::f32 && type != dtype::f16 && type != dtype::bf16) {
-                lose("module '" + module + "'",
-                    message(
-                        "its factors are ", to_string(type), ", and llama.cpp takes F32, F16 and BF16; choose one"));
-            }
-            if (!used.insert(tensor).second) {
-                lose("module '" + module + "'", message("another module is '", tensor, "' too"));
-            }
             left = update.scaling * static_cast<double>(update.rank()) / gguf_alpha;
             if (std::abs(left - 1) <= 0x1p-23) { left = 1; } // α is an f32
             std::size_t heads = 0;
             if (target.pairs_rows() && !made.paired_rows) {
                 heads = module.ends_with(".q_proj") ? target.heads : module.ends_with(".k_proj") ? target.kv_heads : 0;
-                if (module.ends_with(".q_proj") || module.ends_with(".k_proj")) {
-                    if (heads == 0 || update.out() % (2 * heads) != 0) {
-                        lose("module '" + module + "'",
-                            heads == 0 ? std::string("llama.cpp keeps its rows in pairs within each head, and the "
-                                                     "configuration does not say how many heads there are "
-                                                     "(num_attention_heads)")
-                                       : message(update.out(), " rows are no ", heads,
-                                             " heads of an even size, in which llama.cpp pairs them"));
-                    }
-                }
             }
             if (made.embedding) { // entries×rank
                 writer.add(tensor + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
@@ -348,18 +402,36 @@ template <arithmetic_element T>
                 });
             break;
         }
-        default:
-            writer.add(module + ".lora_a", type, {a_shape[1], rank}, update.in(), update.rank(),
-                [&](std::size_t i, std::size_t k) { return down(k, i); });
-            writer.add(module + ".lora_b", type, {rank, out_size}, update.rank(), update.out(),
-                [&](std::size_t k, std::size_t o) { return up(o, k); });
+        default: { // of an embedding `in` is its entries, and both lie as a linear layer's
+            const auto all = static_cast<std::int64_t>(mlx_rank);
+            writer.add(module + ".lora_a", type, {a_shape[1], all}, update.in(), mlx_rank,
+                [&](std::size_t i, std::size_t k) { return k < update.rank() ? down(k, i) : 0; });
+            writer.add(module + ".lora_b", type, {all, out_size}, mlx_rank, update.out(),
+                [&](std::size_t k, std::size_t o) { return k < update.rank() ? up(o, k) : 0; });
+            add_magnitude(module + ".m", {out_size});
+            mlx_keys.insert(std::string(detail::place_in_layers(module).within));
+        }
         }
     }
+    const auto given = [&](const char* field) {
+        const auto place = adapter.config.find(field);
+        return place != adapter.config.end() && place->is_string() ? place->template get<std::string>() : std::string();
+    };
+    const bool from_mlx = adapter.dialect == adapter_dialect::mlx;
+    const std::string base_name =
+        options.base_name.empty() ? given(from_mlx ? "model" : "base_model_name_or_path") : options.base_name;
     if (is_peft) {
         for (const auto& [name, tensor] : adapter.wholes) { writer.add(std::string(peft_prefix) + name, tensor); }
         if (adapter.dialect == adapter_dialect::peft && detail::peft_type_of(adapter.config) == "LORA") {
             for_config.config = adapter.config;
         }
+        else if (adapter.dialect == adapter_dialect::peft) { // of another kind: what both have
+            for (const char* field : {"auto_mapping", "modules_to_save", "revision", "task_type"}) {
+                if (adapter.config.contains(field)) { for_config.config[field] = adapter.config[field]; }
+            }
+        }
+        if (!base_name.empty()) { for_config.config["base_model_name_or_path"] = base_name; }
+        if (!options.task_type.empty()) { for_config.config["task_type"] = options.task_type; }
         auto config = peft_config(for_config);
         config["fan_in_fan_out"] = adapter.fan_in_fan_out;
         config["use_dora"] = dora;
@@ -368,8 +440,9 @@ template <arithmetic_element T>
         out.file_name = std::string(peft_model_name);
     }
     else if (dialect == adapter_dialect::mlx) {
-        const nlohmann::json config{{"fine_tune_type", "lora"},
-            {"lora_parameters", {{"rank", mlx_rank}, {"scale", mlx_scale}, {"dropout", 0.0}}}};
+        nlohmann::json config{{"fine_tune_type", dora ? "dora" : "lora"}, {"num_layers", -1},
+            {"lora_parameters", {{"rank", mlx_rank}, {"scale", mlx_scale}, {"dropout", 0.0}, {"keys", mlx_keys}}}};
+        if (!base_name.empty()) { config["model"] = base_name; }
         out.config = config.dump(2) + "\n";
         out.file_name = "adapters.safetensors";
     }
@@ -393,6 +466,12 @@ template <arithmetic_element T>
     }
     else if (dialect == adapter_dialect::diffusers) {
         out.file_name = "pytorch_lora_weights.safetensors";
+        nlohmann::json kept = nlohmann::json::object();
+        for (const auto& [component, part] : components) {
+            const auto config = peft_config(part);
+            for (const auto& [field, value] : config.items()) { kept[component + "." + field] = value; }
+        }
+        out.metadata[detail::diffusers_metadata_key] = kept.dump(2);
     }
     return out;
 }
@@ -419,7 +498,8 @@ void write_adapter(const std::filesystem::path& path, const written_adapter& ada
         file.commit();
         return;
     }
-    const metadata_map metadata{{"format", "pt"}};
+    metadata_map metadata{{"format", "pt"}};
+    metadata.insert(adapter.metadata.begin(), adapter.metadata.end());
     if (adapter.file_name.empty() || (adapter.config.empty() && path.extension() == ".safetensors")) {
         safetensors_writer file(path, adapter.specs, metadata, options.mode);
         fill(file);

@@ -76,6 +76,25 @@ struct adapter_role {
     std::optional<adapter_dialect> dialect{}; ///< nothing: it may be any
 };
 
+/// A module as diffusers calls it today: without ".processor", the list that to_out is by its first, and the attention
+/// of text encoders as transformers has it.
+[[nodiscard]] inline std::string current_module(std::string module)
+{
+    if (const auto at = module.find(".processor."); at != module.npos) { module.erase(at, 10); }
+    const bool encoder = module.starts_with("text_encoder");
+    struct projection {
+        std::string_view old, unet, text;
+    };
+    constexpr std::array<projection, 4> projections{{{".to_q", ".to_q", ".q_proj"}, {".to_k", ".to_k", ".k_proj"},
+        {".to_v", ".to_v", ".v_proj"}, {".to_out", ".to_out.0", ".out_proj"}}};
+    for (const auto& one : projections) {
+        if (!module.ends_with(one.old)) { continue; }
+        module.replace(module.size() - one.old.size(), one.old.size(), encoder ? one.text : one.unet);
+        break;
+    }
+    return module;
+}
+
 [[nodiscard]] inline adapter_role role_of(std::string_view name)
 {
     using role = adapter_role;
@@ -126,7 +145,10 @@ struct adapter_role {
             std::string(name.substr(0, at + 1)) + std::string(rest.substr(dot == rest.npos ? 0 : dot + 1)),
             std::string(dot == rest.npos ? "" : rest.substr(0, dot)), dialect::peft};
     }
-    if (auto found = plain(name)) { return *found; }
+    if (auto found = plain(name)) {
+        if (found->dialect == dialect::diffusers) { found->module = current_module(std::move(found->module)); }
+        return *found;
+    }
     // With the adapter's name in it: MODULE.lora_A.default.weight, MODULE.lora_embedding_A.default, …
     for (const std::string_view part :
         {".lora_A.", ".lora_B.", ".lora_E.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.",
@@ -379,8 +401,17 @@ template <class T>
     const auto& b = is_embedding ? need(role::embedding_b, "lora_B", "lora_A")
                                  : need(role::b, dialect == adapter_dialect::peft ? "lora_B" : "its up factor",
                                        dialect == adapter_dialect::peft ? "lora_A" : "a down factor");
-    made.embedding = is_embedding;
+    made.embedding = is_embedding || (dialect == adapter_dialect::mlx && is_mlx_embedding(module));
     made.stored = wider(a.dtype, b.dtype);
+    for (const auto* entry : {&a, &b}) {
+        if (dialect != adapter_dialect::mlx || entry->shape.size() == 2) { continue; }
+        raise<format_error>(error_code::adapter_unsupported,
+            message("tensor '", entry->name, "' has shape ", to_string(entry->shape),
+                "; expected a matrix: updates of experts (MLX's LoRASwitchLinear) are not read, fuse them with "
+                "mlx_lm.fuse "
+                "and go on with the model"),
+            where);
+    }
     made.update.a = read_flat_factor<T>(file, a);
     made.update.b = read_flat_factor<T>(file, b);
     if (dialect == adapter_dialect::mlx) {
@@ -472,8 +503,8 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
 }
 
 /// Refuses a module whose factors are of another kind than the configuration says: the update would be another one.
-inline void check_kind(
-    const peft_fields& fields, const std::string& module, std::string_view kind, const std::string& where, bool biased)
+inline void check_kind(const peft_fields& fields, std::string_view name, const std::string& module,
+    std::string_view kind, const std::string& where, bool biased)
 {
     const auto wrong = [&](const std::string& what) {
         raise<format_error>(error_code::adapter_tensors, message("module '", module, "' ", what), where);
@@ -482,38 +513,164 @@ inline void check_kind(
     const bool loha = type && *type == "LOHA", lokr = type && *type == "LOKR";
     const bool is_loha = kind == "LoHa", is_lokr = kind == "LoKr";
     if (type && (loha != is_loha || lokr != is_lokr)) {
-        wrong(message("has the factors of ", kind, ", but ", peft_config_name, " says peft_type ",
+        wrong(message("has the factors of ", kind, ", but ", name, " says peft_type ",
             type->template get<std::string>(), loha ? ", and its hada_w1_a, hada_w1_b, hada_w2_a and hada_w2_b" : "",
             lokr ? ", and its lokr_w1 and lokr_w2" : "", loha || lokr ? " are missing" : "",
             ": correct peft_type, or fetch the file that belongs to it"));
     }
     if (is_loha || is_lokr) { return; }
     if (biased && fields.find("lora_bias") && !fields.says_something("lora_bias")) {
-        wrong(message("has a lora_B.bias, but ", peft_config_name, " says lora_bias false: correct one of them"));
+        wrong(message("has a lora_B.bias, but ", name, " says lora_bias false: correct one of them"));
     }
     const bool promised = fields.says_something("use_dora");
     if (promised && kind != "DoRA") {
-        wrong(message("has no lora_magnitude_vector, but ", peft_config_name,
+        wrong(message("has no lora_magnitude_vector, but ", name,
             " says use_dora, which rescales every module by one: save the adapter anew, or set use_dora to false if "
             "it was trained without"));
     }
     if (!promised && fields.find("use_dora") && kind == "DoRA") {
-        wrong(message(
-            "has a lora_magnitude_vector, but ", peft_config_name, " says use_dora false: correct one of them"));
+        wrong(message("has a lora_magnitude_vector, but ", name, " says use_dora false: correct one of them"));
     }
+}
+
+/// What a configuration of PEFT says of the modules of an adapter: adapter_config.json, or what diffusers keeps of one
+/// in the header of its file.
+class peft_settings {
+public:
+    /// `ordered` is the same configuration in file order, which decides between patterns. Messages call it `name`, and
+    /// the file that it is in `file`. Throws what check_foldable() throws; format_error for fields of other types.
+    peft_settings(
+        nlohmann::json config, const nlohmann::ordered_json& ordered, std::string_view name, const std::string& file)
+        : config_(std::move(config))
+        , name_(name)
+        , file_(file)
+    {
+        check_foldable(config_, file_);
+        type_ = peft_type_of(config_);
+        const peft_fields fields(config_, file_);
+        const auto pattern = [&](const char* field) {
+            return peft_patterns(ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, file_);
+        };
+        if (type_ != "ADALORA") { // whose rank_pattern has masks
+            ranks_ = pattern("rank_pattern");
+            alphas_ = pattern("alpha_pattern");
+        }
+        const bool loha_or_lokr = type_ == "LOHA" || type_ == "LOKR";
+        rank_ = fields.number("r", 8);
+        alpha_ = fields.number(loha_or_lokr ? "alpha" : "lora_alpha", 8);
+        if (type_ == "ADALORA") { // it divides by the rank that it began with, whatever was cut, and a little more
+            initial_rank_ = fields.number("init_r", 12) + 1e-5;
+            if (!(initial_rank_ >= 1)) {
+                raise<format_error>(error_code::adapter_config,
+                    message("init_r is ", peft_fields::shown(*fields.find("init_r")), "; expected a rank above 0"),
+                    file_);
+            }
+        }
+        root_ = !loha_or_lokr && fields.flag("use_rslora");
+    }
+    [[nodiscard]] const std::string& type() const noexcept { return type_; }
+    [[nodiscard]] bool flag(const char* field) const { return peft_fields(config_, file_).flag(field); }
+    /// Refuses factors of another kind than it says, of a file of tensors `where`.
+    void check(const std::string& module, std::string_view kind, bool biased, const std::string& where) const
+    {
+        check_kind(peft_fields(config_, file_), name_, module, kind, where, biased);
+    }
+    /// The scaling of a module with factors of this rank (0: of none), and an alpha in the file, where it has one.
+    [[nodiscard]] double scaling(
+        const std::string& module, std::size_t rank, const std::optional<double>& alpha, const std::string& where)
+    {
+        if (type_ == "ADALORA") { return (alpha_ > 0 ? alpha_ : static_cast<double>(rank)) / initial_rank_; }
+        const double expected = ranks_.find(module, rank_), strength = alphas_.find(module, alpha_);
+        if (rank > 0 && static_cast<double>(rank) != expected) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("module '", module, "' has rank ", rank, " but ", name_, " says ", expected), where);
+        }
+        if (alpha && *alpha != strength) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("module '", module, "' has the alpha ", *alpha, " but ", name_, " says ", strength,
+                    ": correct one of them"),
+                where);
+        }
+        return root_ ? strength / std::sqrt(expected) : strength / expected;
+    }
+    /// Throws format_error for a pattern that no module had.
+    void check_used() const
+    {
+        ranks_.check_used("rank_pattern", file_);
+        alphas_.check_used("alpha_pattern", file_);
+    }
+
+private:
+    nlohmann::json config_;
+    std::string name_, file_, type_;
+    peft_patterns ranks_, alphas_;
+    double rank_ = 8, alpha_ = 8, initial_rank_ = 0;
+    bool root_ = false;
+};
+
+/// The configurations that diffusers keeps in the header of a file, by component; "" for one of a single model. `text`
+/// is what stands under diffusers_metadata_key. Throws format_error.
+[[nodiscard]] inline std::map<std::string, peft_settings> diffusers_settings(
+    const std::string& text, const std::string& file)
+{
+    const std::string place = message(file, ": ", diffusers_metadata_key);
+    const auto whole = parse_json(text, place);
+    if (!whole.is_object()) { raise<format_error>(error_code::adapter_config, "is not a JSON object", place); }
+    const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
+    std::map<std::string, nlohmann::ordered_json> parts;
+    for (const auto& [key, value] : ordered.items()) {
+        const auto dot = key.find('.');
+        parts[key.substr(0, dot == key.npos ? 0 : dot)][dot == key.npos ? key : key.substr(dot + 1)] = value;
+    }
+    std::map<std::string, peft_settings> settings;
+    for (const auto& [component, fields] : parts) {
+        settings.emplace(
+            component, peft_settings(nlohmann::json::parse(fields.dump()), fields, diffusers_metadata_key, place));
+    }
+    return settings;
+}
+
+/// What MLX's configuration says, against what an adapter of it holds. Throws format_error for a number of layers that
+/// would leave some of the adapter's out, as MLX does without a word.
+inline void check_mlx_layers(
+    const nlohmann::json& config, const std::vector<std::string>& modules, const std::string& file)
+{
+    const peft_fields fields(config, file);
+    const char* const field = config.contains("num_layers") ? "num_layers" : "lora_layers"; // of old
+    const auto* const given = fields.find(field);
+    if (!given) { return; }
+    if (!given->is_number_integer()) {
+        raise<format_error>(error_code::adapter_config,
+            message(field, " is ", peft_fields::shown(*given), "; expected a whole number, -1 for all layers"), file);
+    }
+    const auto most = given->get<std::int64_t>();
+    if (most < 0) { return; }
+    std::optional<std::int64_t> first, last;
+    for (const auto& module : modules) {
+        const auto number = place_in_layers(module).number;
+        if (!number) { continue; }
+        first = std::min(first.value_or(*number), *number);
+        last = std::max(last.value_or(*number), *number);
+    }
+    if (!first || *last - *first < most) { return; }
+    raise<format_error>(error_code::adapter_config,
+        message(field, " is ", most, ", and the adapter has modules of layers ", *first, " to ", *last,
+            ": MLX applies those of the last ", most, " layers alone; correct ", field,
+            ", or take the modules of the others out of the file"),
+        file);
 }
 
 } // namespace detail
 
 /// Reads an adapter of any dialect: a PEFT directory, a directory of diffusers or MLX, or a file (a GGUF file by
 /// read_gguf_adapter()). Told apart by the names of its tensors; a file that mixes dialects, or holds several adapters,
-/// is refused. Scalings are α/r (α/√r with use_rslora), with α and r from the configuration and its patterns, or from
-/// `.alpha` tensors; MLX gives its scale; where nothing gives one α is r, which `notes` says. LoHa and LoKr become
-/// updates of higher rank, exactly but for the rounding of products of two factors to T. Factors of convolutions are
-/// flattened, with the kernel among the inputs. Throws io_error; format_error for halves without partners, a rank of 0,
-/// alphas that contradict each other, factors of another kind than the configuration says (peft_type, use_dora),
-/// tensors with no place in an adapter, configurations that no update can say;
-/// shape_mismatch; dtype_mismatch.
+/// is refused. Scalings are α/r (α/√r with use_rslora), with α and r from the configuration and its patterns, from
+/// those that diffusers keeps in the header of its file (`lora_adapter_metadata`), or from `.alpha` tensors; MLX gives
+/// its scale; where nothing gives one α is r, which `notes` says. LoHa, LoKr and Tucker's forms of them become updates
+/// of higher rank, exactly but for the rounding of products of factors to T. Factors of convolutions are flattened,
+/// with the kernel among the inputs. Throws io_error; format_error for halves without partners, a rank of 0, alphas
+/// that contradict each other, factors of another kind than the configuration says (peft_type, use_dora), tensors with
+/// no place in an adapter, configurations that no update can say; shape_mismatch; dtype_mismatch.
 ///
 ///     const auto adapter = read_adapter("style.safetensors");
 template <arithmetic_element T = float>
@@ -542,7 +699,6 @@ template <arithmetic_element T = float>
             raise<format_error>(error_code::adapter_config, "is not a JSON object", config_file);
         }
     }
-    const detail::peft_fields fields(adapter.config, config_file);
 
     std::map<std::string, detail::adapter_parts> parts;
     std::optional<adapter_dialect> dialect;
@@ -573,7 +729,13 @@ template <arithmetic_element T = float>
         if (found.dialect && found.role != role::whole && found.role != role::base_copy
             && found.role != role::trained_bias) {
             // diffusers writes PEFT's names too, under the names of its components
-            if (dialect && *dialect != *found.dialect) {
+            const auto of_diffusers = [](adapter_dialect one) {
+                return one == adapter_dialect::peft || one == adapter_dialect::diffusers;
+            };
+            const bool one_file = dialect && of_diffusers(*dialect) && of_diffusers(*found.dialect)
+                && !detail::component_of(first_name).empty() && !detail::component_of(entry.name).empty();
+            if (one_file) { found.dialect = *dialect == *found.dialect ? *dialect : adapter_dialect::diffusers; }
+            else if (dialect && *dialect != *found.dialect) {
                 raise<format_error>(error_code::adapter_tensors,
                     message("mixes dialects: '", first_name, "' is ", to_string(*dialect), "'s, and '", entry.name,
                         "' ", to_string(*found.dialect), "'s; split the file, or save it anew"),
@@ -644,53 +806,63 @@ template <arithmetic_element T = float>
         raise<format_error>(error_code::adapter_tensors, "holds no factors of an adapter", where);
     }
 
-    detail::peft_patterns ranks, alphas;
+    std::map<std::string, detail::peft_settings> settings; // by component; all are under "" outside diffusers
+    const auto kept = file.metadata().find(detail::diffusers_metadata_key);
     if (peft_config) {
-        detail::check_foldable(adapter.config, config_file);
-        const auto ordered = nlohmann::ordered_json::parse(text); // in file order, which decides between patterns
-        const auto pattern = [&](const char* field) {
-            return detail::peft_patterns(
-                ordered.contains(field) ? ordered[field] : nlohmann::ordered_json(), field, config_file);
-        };
-        if (detail::peft_type_of(adapter.config) != "ADALORA") { // whose rank_pattern has masks
-            ranks = pattern("rank_pattern");
-            alphas = pattern("alpha_pattern");
+        const auto& all = settings
+                              .emplace("",
+                                  detail::peft_settings(adapter.config, nlohmann::ordered_json::parse(text),
+                                      peft_config_name, config_file))
+                              .first->second;
+        adapter.fan_in_fan_out = all.flag("fan_in_fan_out");
+        adapter.tied = all.flag("ensure_weight_tying");
+    }
+    else if (kept != file.metadata().end()
+        && (*dialect == adapter_dialect::peft || *dialect == adapter_dialect::diffusers)) {
+        settings = detail::diffusers_settings(kept->second, where);
+        adapter.dialect = adapter_dialect::diffusers;
+    }
+    /// What says the scaling of a module, and what the module is called there.
+    const auto settings_of = [&](const std::string& module) {
+        const auto component = peft_config ? std::string_view() : detail::component_of(module);
+        auto place = settings.find(std::string(component));
+        std::string name = component.empty() ? module : module.substr(component.size() + 1);
+        if (place == settings.end() && settings.size() == 1 && settings.begin()->first.empty()) {
+            place = settings.begin();
+            name = module;
         }
-        adapter.fan_in_fan_out = fields.flag("fan_in_fan_out");
-        adapter.tied = fields.flag("ensure_weight_tying");
-    }
-    const std::string peft_type = peft_config ? detail::peft_type_of(adapter.config) : std::string();
-    const bool loha_or_lokr = peft_type == "LOHA" || peft_type == "LOKR";
-    const double config_rank = peft_config ? fields.number("r", 8) : 0,
-                 config_alpha = peft_config ? fields.number(loha_or_lokr ? "alpha" : "lora_alpha", 8) : 0;
-    // AdaLoRA divides by the rank that it began with, whatever was cut since, and a little more.
-    const bool adalora = peft_type == "ADALORA";
-    const double adalora_rank = adalora ? fields.number("init_r", 12) + 1e-5 : 0;
-    if (adalora && !(adalora_rank >= 1)) {
-        raise<format_error>(error_code::adapter_config,
-            message("init_r is ", detail::peft_fields::shown(*fields.find("init_r")), "; expected a rank above 0"),
-            config_file);
-    }
-    const bool root = peft_config && !loha_or_lokr && fields.flag("use_rslora");
+        return std::pair(place == settings.end() ? nullptr : &place->second, std::move(name));
+    };
     std::optional<double> mlx_scale;
-    if (*dialect == adapter_dialect::mlx && adapter.config.contains("lora_parameters")
-        && adapter.config["lora_parameters"].is_object()) {
-        const auto& settings = adapter.config["lora_parameters"];
-        if (settings.contains("scale") && settings["scale"].is_number()) {
-            mlx_scale = settings["scale"].template get<double>();
-        }
+    std::optional<double> mlx_rank;
+    if (*dialect == adapter_dialect::mlx) {
+        std::vector<std::string> names;
+        for (const auto& one : parts) { names.push_back(one.first); }
+        detail::check_mlx_layers(adapter.config, names, config_file);
+        const auto given = adapter.config.find("lora_parameters");
+        const auto number = [&](const char* field) -> std::optional<double> {
+            if (given == adapter.config.end() || !given->is_object()) { return std::nullopt; }
+            const auto value = given->find(field);
+            return value != given->end() && value->is_number() ? std::optional(value->template get<double>())
+                                                               : std::nullopt;
+        };
+        mlx_scale = number("scale");
+        mlx_rank = number("rank");
     }
+    std::size_t other_ranks = 0;
     std::size_t without_alpha = 0;
     std::size_t cut_to_nothing = 0;
     for (const auto& [module, found] : parts) {
         std::size_t rank = 0;
+        const auto said = settings_of(module);
+        const bool adalora = said.first && said.first->type() == "ADALORA";
         if (const auto* const values = found.get(role::singular)) {
             if (!adalora) {
                 raise<format_error>(error_code::adapter_tensors,
                     message("tensor '", values->name, "' is AdaLoRA's, ",
-                        peft_config ? message("but ", peft_config_name, " says peft_type ", peft_type)
-                                    : message("whose scaling is in ", peft_config_name,
-                                          ": name the directory that holds both")),
+                        said.first ? message("but ", peft_config_name, " says peft_type ", said.first->type())
+                                   : message("whose scaling is in ", peft_config_name,
+                                         ": name the directory that holds both")),
                     where);
             }
             if (values->bytes == 0) { // a module of which AdaLoRA has left nothing
@@ -703,7 +875,7 @@ template <arithmetic_element T = float>
                 message("module '", module, "' has no lora_E, which every module of AdaLoRA has"), where);
         }
         auto made = detail::read_module<T>(file, module, found, *dialect, rank);
-        if (peft_config) { detail::check_kind(fields, module, made.kind, where, made.bias.rank() > 0); }
+        if (said.first) { said.first->check(module, made.kind, made.bias.rank() > 0, where); }
         std::optional<double> alpha;
         if (const auto* const entry = found.get(role::alpha)) {
             const auto value = detail::read_flat_factor<double>(file, *entry);
@@ -715,22 +887,7 @@ template <arithmetic_element T = float>
             alpha = value.data()[0];
         }
         double scaling = 1;
-        if (adalora) { scaling = (config_alpha > 0 ? config_alpha : static_cast<double>(rank)) / adalora_rank; }
-        else if (peft_config) {
-            const double expected = ranks.find(module, config_rank), strength = alphas.find(module, config_alpha);
-            if (rank > 0 && static_cast<double>(rank) != expected) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("module '", module, "' has rank ", rank, " but ", peft_config_name, " says ", expected),
-                    where);
-            }
-            if (alpha && *alpha != strength) {
-                raise<format_error>(error_code::adapter_tensors,
-                    message("module '", module, "' has the alpha ", *alpha, " but ", peft_config_name, " says ",
-                        strength, ": correct one of them"),
-                    where);
-            }
-            scaling = root ? strength / std::sqrt(expected) : strength / expected;
-        }
+        if (said.first) { scaling = said.first->scaling(said.second, rank, alpha, where); }
         else if (mlx_scale) {
             scaling = *mlx_scale;
         }
@@ -740,14 +897,17 @@ template <arithmetic_element T = float>
         else if (rank > 0) {
             ++without_alpha;
         }
+        if (mlx_rank && static_cast<double>(rank) != *mlx_rank) { ++other_ranks; }
         made.update.scaling = scaling;
         made.bias.scaling = scaling;
         check_update(made.update, module);
         adapter.modules.emplace(module, std::move(made));
     }
-    if (peft_config) {
-        ranks.check_used("rank_pattern", config_file);
-        alphas.check_used("alpha_pattern", config_file);
+    for (const auto& one : settings) { one.second.check_used(); }
+    if (other_ranks > 0) {
+        adapter.notes.push_back(message(adapter.label, " has ", other_ranks, " of ", parts.size(),
+            " modules of another rank than the ", *mlx_rank, " of ", peft_config_name,
+            ": each is taken with its own, as MLX does, whose scale is the same for any rank"));
     }
     if (cut_to_nothing > 0) {
         adapter.notes.push_back(message(adapter.label, " has ", cut_to_nothing, " of ", parts.size(),

@@ -80,11 +80,7 @@ namespace detail {
 /// A module's name without the name of its component: lora_unet_, lora_te1_, …
 [[nodiscard]] inline std::string_view without_component(std::string_view module)
 {
-    for (const std::string_view prefix : {"lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_",
-             "lora_transformer_", "lycoris_", "lora_prior_unet_"}) {
-        if (module.starts_with(prefix)) { return module.substr(prefix.size()); }
-    }
-    return module;
+    return module.substr(kohya_component_of(module).prefix.size());
 }
 
 /// match_modules() of names that no wrapper has changed.
@@ -138,12 +134,8 @@ namespace detail {
     std::vector<std::string> still;
     for (const auto& module : left) {
         std::string name = module;
-        for (const std::string_view component :
-            {"unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "transformer.", "prior."}) {
-            if (name.starts_with(component) && !has(name)) {
-                name = name.substr(component.size());
-                break;
-            }
+        if (const auto component = detail::component_of(name); !component.empty()) {
+            name.erase(0, component.size() + 1);
         }
         if (const auto at = name.find(".processor."); at != name.npos) { name.erase(at, 10); }
         if (!has(name) && name.ends_with(".to_out") && has(name + ".0")) { name += ".0"; }
@@ -286,6 +278,34 @@ void check_kernel(const adapted_module<T>& made, const const_tensor_ref& to, con
 }
 
 } // namespace detail
+
+/// Gives a module what its weight in a base says and the file does not: the kernel of factors that are stored flat
+/// (LoHa, LoKr), which have none or one with sides of 1 at its end; and that MLX's factors are an embedding's, where
+/// they fit the other way round.
+template <arithmetic_element T>
+void take_shape(adapted_module<T>& made, const const_tensor_ref& to, adapter_dialect dialect)
+{
+    const auto rank = to.shape.size();
+    if (rank > 2) {
+        const extents kernel(to.shape.begin() + 2, to.shape.end());
+        const bool flat = made.kernel.empty() && (made.kind == "LoHa" || made.kind == "LoKr");
+        if (flat || detail::kernel_of(made.kernel) == detail::kernel_of(kernel)) { made.kernel = kernel; }
+    }
+    if (dialect == adapter_dialect::mlx && rank == 2 && to.shape[0] != to.shape[1]) {
+        made.embedding = made.embedding
+            || (static_cast<std::size_t>(to.shape[0]) == made.update.in()
+                && static_cast<std::size_t>(to.shape[1]) == made.update.out());
+    }
+}
+
+/// A module's name in its model, with the component that `module` names, as diffusers calls it, before it; none where
+/// that names none.
+[[nodiscard]] inline std::string with_component_of(std::string_view module, const std::string& name)
+{
+    const auto own = detail::component_of(module),
+               component = own.empty() ? detail::kohya_component_of(module).diffusers : own;
+    return component.empty() ? name : std::string(component) + "." + name;
+}
 
 /// What add_adapter() is told of a base.
 struct adapter_base_traits {
