@@ -9,6 +9,7 @@
 #include "words.hpp"
 
 #include <taskvec/adapters/adapter.hpp>
+#include <taskvec/formats/adapter_convert.hpp>
 #include <taskvec/formats/adapter_file.hpp>
 #include <taskvec/formats/checkpoint.hpp>
 #include <taskvec/linalg/eigen.hpp>
@@ -76,6 +77,28 @@ std::string picture_of(std::vector<spectrum_of_module> spectra, const std::strin
     return plot::svg_of(chart, path);
 }
 
+/// What an adapter would lose in each other dialect, as text and, in `json`, whole.
+template <class T>
+std::string losses_of(const taskvec::adapter_contents<T>& adapter, nlohmann::ordered_json& json)
+{
+    using dialect = taskvec::adapter_dialect;
+    std::string text;
+    for (const auto one : {dialect::peft, dialect::kohya, dialect::diffusers, dialect::mlx, dialect::gguf}) {
+        if (one == adapter.dialect) { continue; }
+        const auto losses = taskvec::not_held(adapter, one);
+        auto list = nlohmann::ordered_json::array();
+        for (const auto& loss : losses) { list.push_back({{"what", loss.what}, {"why", loss.why}}); }
+        const std::string name(taskvec::to_string(one));
+        json[name] = std::move(list);
+        text += "  as " + name + ": "
+            + (losses.empty() ? std::string("nothing is lost")
+                              : std::to_string(losses.size()) + (losses.size() == 1 ? " loss: " : " losses, first ")
+                        + printable(losses[0].what) + ": " + losses[0].why + (losses.size() > 1 ? " …" : ""))
+            + "\n";
+    }
+    return text;
+}
+
 template <class T>
 std::string table_of(const fs::path& path, const adapter_table_settings& how, const run_options& run,
     std::vector<spectrum_of_module>& spectra)
@@ -119,6 +142,8 @@ std::string table_of(const fs::path& path, const adapter_table_settings& how, co
     for (const auto& [name, tensor] : adapter.wholes) { json["whole_tensors"].push_back(name); }
     json["norm"] = std::sqrt(total);
     json["parameters"] = parameters;
+    json["not_held"] = nlohmann::ordered_json::object();
+    const auto losses = losses_of(adapter, json["not_held"]);
     if (how.json) { return json.dump(2) + "\n"; }
     const std::vector<bool> right(rows[0].size(), false);
     std::string text = table_text(std::move(rows), right) + "\n" + std::string(taskvec::to_string(adapter.dialect))
@@ -127,7 +152,7 @@ std::string table_of(const fs::path& path, const adapter_table_settings& how, co
     for (const auto& [name, tensor] : adapter.wholes) {
         text += "  trained whole: " + printable(name) + "  " + taskvec::to_string(tensor.shape) + "\n";
     }
-    return text;
+    return text + losses;
 }
 
 } // namespace

@@ -3,6 +3,8 @@
 #include "adapters.hpp"
 
 #include <algorithm>
+#include <array>
+#include <cerrno>
 #include <cstdio>
 
 namespace tool {
@@ -11,7 +13,47 @@ void add_adapter_options(command& verb, adapter_settings& settings, const std::s
 {
     add_dtype_option(verb, settings.dtype, "dtype of the factors (default: keep, " + kept + ")");
     add_overflow_option(verb, settings.overflow);
+    add_peft_words(verb, settings.words);
     add_run_options(verb, settings.run);
+}
+
+void add_peft_words(command& verb, peft_words& words)
+{
+    verb.text("--base-name", words.base_name, "NAME",
+        "What adapter_config.json says of the base, from where AutoPeftModel loads it: a path, or a name on the Hub "
+        "(default: as the adapter says)");
+    verb.word("--task-type", words.task_type,
+        {"CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"}, "TYPE",
+        "The model's class for AutoPeftModel: CAUSAL_LM, SEQ_CLS, SEQ_2_SEQ_LM, TOKEN_CLS, QUESTION_ANS or "
+        "FEATURE_EXTRACTION (default: as the adapter says)");
+}
+
+void note_high_rank(const run_options& run, std::size_t rank)
+{
+    constexpr std::size_t highest = 512; // of its --max-lora-rank
+    if (rank <= highest) { return; }
+    note(run,
+        "the adapter's rank is " + std::to_string(rank) + ", and vLLM serves ranks up to " + std::to_string(highest)
+            + ": peru-lora --rank " + std::to_string(highest) + " lowers it");
+}
+
+void note_missing_words(const run_options& run, const nlohmann::json& config)
+{
+    std::string lacks, mend;
+    std::size_t count = 0;
+    for (const auto& [field, what, flag] :
+        {std::array<const char*, 3>{"base_model_name_or_path", "base", "--base-name"},
+            std::array<const char*, 3>{"task_type", "task type", "--task-type"}}) {
+        const auto place = config.find(field);
+        if (place != config.end() && place->is_string() && *place != "") { continue; }
+        lacks += (lacks.empty() ? "no " : " and no ") + std::string(what);
+        ++count;
+        mend += (mend.empty() ? "" : " and ") + std::string(flag);
+    }
+    if (lacks.empty()) { return; }
+    note(run,
+        "adapter_config.json names " + lacks + ", by which AutoPeftModel loads it: " + mend
+            + (count == 1 ? " gives it" : " give them"));
 }
 
 void add_modules_to_save(command& verb, adapter_settings& settings)
@@ -55,7 +97,9 @@ std::string rank_settings::words(const std::vector<taskvec::layer_report>& layer
 
 void add_rank_options(command& verb, rank_settings& settings)
 {
-    verb.count("--rank", settings.rank, "Q", "Rank of every layer; a layer of smaller rank is kept whole");
+    verb.count("--rank", settings.rank, "Q",
+        "Rank of every layer; a layer of smaller rank is kept whole. vLLM sets aside room for one of 1, 8, 16, 32, 64, "
+        "128, 256, 320 or 512 (its --max-lora-rank), and serves none above");
     verb.number("--energy", settings.energy, "E",
         "Or the smallest rank of each layer that keeps this share of its squared singular values");
     verb.exclude("--energy", "--rank");

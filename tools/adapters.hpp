@@ -12,7 +12,9 @@
 #include <taskvec/formats/delta.hpp>
 #include <taskvec/formats/peft.hpp>
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -26,11 +28,23 @@ namespace tool {
 
 // The command line.
 
+/// What PEFT's configuration says of the model, by which AutoPeftModel loads an adapter.
+struct peft_words {
+    std::string base_name, task_type; ///< empty: as the adapter says
+};
+/// Adds --base-name and --task-type.
+void add_peft_words(command& verb, peft_words& words);
+/// Notes a rank that vLLM does not serve.
+void note_high_rank(const run_options& run, std::size_t rank);
+/// Notes what AutoPeftModel needs and a configuration does not say.
+void note_missing_words(const run_options& run, const nlohmann::json& config);
+
 /// What every verb that writes an adapter is told.
 struct adapter_settings {
     std::string out, dtype = "keep";
     std::string overflow = "error";
     std::string modules_to_save = "error"; ///< what becomes of whole modules: error, equal, average, first or drop
+    peft_words words;
     run_options run;
 
     /// Nothing for `keep`.
@@ -155,14 +169,20 @@ struct adapter_output {
     }
 };
 
-/// Writes an adapter and the report beside it: `content` and what the run took. Says `summary` once both are complete,
+/// Writes an adapter, with the words that were given in its configuration, and the report beside it: `content` and what
+/// the run took. Says `summary` once both are complete,
 /// before they take their names. `write_rest` makes the delta of a path, where one is wanted.
 template <class T>
 void write_adapter(const adapter_settings& settings, const runner& run, report_file& report,
-    const taskvec::peft_adapter<T>& adapter, nlohmann::ordered_json content, std::uint64_t bytes_read,
+    taskvec::peft_adapter<T>& adapter, nlohmann::ordered_json content, std::uint64_t bytes_read,
     const std::string& summary,
     const std::function<std::unique_ptr<taskvec::delta_writer>(const fs::path&)>& write_rest = {})
 {
+    if (!settings.words.base_name.empty()) { adapter.config["base_model_name_or_path"] = settings.words.base_name; }
+    if (!settings.words.task_type.empty()) { adapter.config["task_type"] = settings.words.task_type; }
+    std::size_t highest = 0;
+    for (const auto& one : adapter.updates) { highest = std::max(highest, one.second.rank()); }
+    note_high_rank(settings.run, highest);
     taskvec::peft_writer out(
         settings.out, adapter, {.output = settings.output(), .on_overflow = overflow_of(settings.overflow)});
     const auto rest = write_rest ? write_rest(out.folder() / rest_file) : nullptr;

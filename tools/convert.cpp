@@ -1,6 +1,7 @@
 // taskvec convert: an adapter in another dialect.
 // SPDX-License-Identifier: Apache-2.0
 #include "adapter_sums.hpp"
+#include "adapters.hpp"
 #include "models.hpp"
 #include "outputs.hpp"
 #include "report.hpp"
@@ -20,6 +21,7 @@ namespace {
 
 struct convert_settings {
     std::string in, base, out, as, dtype = "keep", index = "strict", overflow = "error";
+    tool::peft_words words;
     tool::run_options run;
 };
 
@@ -114,8 +116,16 @@ void convert(const convert_settings& given, const tool::runner& run, std::uint64
     }
     const taskvec::adapter_write_options options{.output = tool::output_dtype(given.dtype),
         .on_overflow = tool::overflow_of(given.overflow),
-        .target = to_gguf ? target_of(adapter, given) : taskvec::gguf_target()};
+        .target = to_gguf ? target_of(adapter, given) : taskvec::gguf_target(),
+        .base_name = given.words.base_name,
+        .task_type = given.words.task_type};
     const auto made = taskvec::converted_adapter(adapter, dialect, options);
+    if (dialect == taskvec::adapter_dialect::peft) {
+        std::size_t highest = 0;
+        for (const auto& one : adapter.modules) { highest = std::max(highest, one.second.update.rank()); }
+        tool::note_high_rank(given.run, highest);
+        tool::note_missing_words(given.run, nlohmann::json::parse(made.config));
+    }
     std::uint64_t bytes = made.config.size();
     for (const auto& tensor : made.bytes) { bytes += tensor.size(); }
     const std::string what = "'" + tool::printable(given.in) + "' (" + from + ", "
@@ -148,6 +158,12 @@ void convert(const convert_settings& given, const tool::runner& run, std::uint64
 
 void run_convert(const convert_settings& given)
 {
+    if (given.as != "peft" && !given.words.task_type.empty()) {
+        throw tool::usage_error("--task-type is of PEFT's adapters: it has no meaning with --as " + given.as);
+    }
+    if (given.as != "peft" && given.as != "mlx" && !given.words.base_name.empty()) {
+        throw tool::usage_error("--base-name is of PEFT's and MLX's adapters: it has no meaning with --as " + given.as);
+    }
     tool::check_cpu(given.run);
     const auto file = tool::open_adapter(given.in);
     const bool as_file = given.as == "kohya" || given.as == "gguf"
@@ -175,6 +191,7 @@ const tool::register_verb convert_verb(
             "The model that it was trained on, which says what modules are called: for adapters of kohya. For gguf a "
             "directory "
             "with its config.json, which says what llama.cpp calls them and how many heads there are");
+        tool::add_peft_words(verb, given->words);
         tool::add_dtype_option(verb, given->dtype, "dtype of the factors (default: keep, the adapter's)");
         tool::add_overflow_option(verb, given->overflow);
         tool::add_index_option(verb, given->index);

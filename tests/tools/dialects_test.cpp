@@ -391,3 +391,53 @@ TEST_CASE("a GGUF adapter with another magic or version is refused for that, in 
     attempt(4, std::string(1, '\x63'), "is GGUF of version 99");
     attempt(4, std::string(1, '\1'), "is GGUF of version 1;");
 }
+
+TEST_CASE("convert names the base and the task for AutoPeftModel, and inspect says what each dialect would lose")
+{
+    const scratch folder;
+    auto tensors = factors("layers.0.q", 8, 6, 3);
+    write_adapter_as(folder / "a", tensors);
+    auto result = must_run(folder,
+        {"convert", "a", "--as", "peft", "--task-type", "CAUSAL_LM", "--base-name", "me/model", "--out", "named"});
+    CHECK(result.err.find("AutoPeftModel") == std::string::npos);
+    auto config = nlohmann::json::parse(slurp(folder / "named/adapter_config.json"));
+    CHECK(config["task_type"] == "CAUSAL_LM");
+    CHECK(config["base_model_name_or_path"] == "me/model");
+    must_run(folder, {"convert", "named", "--as", "peft", "--out", "kept"}); // and they stay
+    config = nlohmann::json::parse(slurp(folder / "kept/adapter_config.json"));
+    CHECK(config["task_type"] == "CAUSAL_LM");
+    CHECK(config["base_model_name_or_path"] == "me/model");
+    result = must_run(folder, {"convert", "a", "--as", "peft", "--out", "plain"});
+    CHECK(result.err.find("names no task type, by which AutoPeftModel loads it: --task-type gives it")
+        != std::string::npos);
+    refused(folder, {"convert", "a", "--as", "kohya", "--task-type", "CAUSAL_LM", "--out", "no"}, 2, "--task-type");
+    refused(folder, {"convert", "a", "--as", "gguf", "--base-name", "x", "--out", "no"}, 2, "--base-name");
+    refused(
+        folder, {"convert", "a", "--as", "peft", "--task-type", "POETRY", "--out", "no"}, 2, "'POETRY' is not one of");
+    CHECK(run(folder, {"convert", "--help"}).out.find("SEQ_2_SEQ_LM") != std::string::npos);
+    // LoKr is another kind of configuration, and what both say stays.
+    write_adapter_as(folder / "lokr",
+        {{"w.lokr_w1", random_tensor({2, 2}, 2)}, {"w.lokr_w2", random_tensor({3, 4}, 3)}},
+        {{"peft_type", "LOKR"}, {"alpha", 2}, {"task_type", "SEQ_CLS"}});
+    must_run(folder, {"convert", "lokr", "--as", "peft", "--out", "lokr-lora"});
+    config = nlohmann::json::parse(slurp(folder / "lokr-lora/adapter_config.json"));
+    CHECK(config["task_type"] == "SEQ_CLS");
+    CHECK(config["base_model_name_or_path"] == "base");
+    CHECK(config["peft_type"] == "LORA");
+
+    tensors["table.embed_tokens.lora_embedding_A"] = random_tensor({2, 7}, 8);
+    tensors["table.embed_tokens.lora_embedding_B"] = random_tensor({6, 2}, 9);
+    tensors["conv.lora_A.weight"] = random_tensor({2, 3, 3, 3}, 10);
+    tensors["conv.lora_B.weight"] = random_tensor({4, 2, 1, 1}, 11);
+    write_adapter_as(folder / "mixed", tensors);
+    const auto shown = must_run(folder, {"inspect", "mixed"}).out;
+    CHECK(shown.find("as kohya: 1 loss: module 'table.embed_tokens': it is an embedding") != std::string::npos);
+    CHECK(shown.find("as MLX: 1 loss: module 'conv': it is a convolution") != std::string::npos);
+    const auto json = nlohmann::json::parse(must_run(folder, {"inspect", "mixed", "--json"}).out);
+    CHECK(json["not_held"]["diffusers"][0]["what"] == "module 'table.embed_tokens'");
+    CHECK(json["not_held"]["MLX"].size() == 1);
+    CHECK(!json["not_held"].contains("PEFT"));
+    const auto held = nlohmann::json::parse(must_run(folder, {"inspect", "a", "--json"}).out)["not_held"];
+    CHECK(held["kohya"].empty());
+    CHECK(must_run(folder, {"inspect", "a"}).out.find("as kohya: nothing is lost") != std::string::npos);
+}
