@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adapters.hpp"
 
+#include "adapter_table.hpp"
+
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -105,6 +107,21 @@ void add_rank_options(command& verb, rank_settings& settings)
     verb.exclude("--energy", "--rank");
     verb.flag(
         "--clamp", settings.clamp, "Lower a rank above every layer's to the highest there is, instead of refusing it");
+}
+
+void check_peft_directory(const fs::path& path)
+{
+    std::error_code ignored;
+    const bool directory = fs::is_directory(path, ignored);
+    if (!directory && !fs::exists(path, ignored)) { return; } // which read_peft() says
+    if (directory && (fs::exists(taskvec::peft_tensor_file(path), ignored) || !is_adapter(path))) { return; }
+    taskvec::raise<taskvec::io_error>(taskvec::error_code::file_kind,
+        directory
+            ? "holds an adapter of diffusers or MLX, and PEFT's are read here: convert it first (taskvec convert "
+              "--as peft)"
+            : "is no directory, as PEFT's adapters are: convert an adapter of kohya, diffusers or llama.cpp first "
+              "(taskvec convert --as peft)",
+        path.string(), directory ? 0 : ENOTDIR);
 }
 
 std::uint64_t adapter_bytes(const fs::path& directory)

@@ -90,12 +90,20 @@ void in_precision(bool wide, F&& f)
 /// announces.
 void drop_whole_modules(std::map<std::string, taskvec::peft_tensor>& others, nlohmann::json& config);
 
+/// Throws, naming the verb that goes on, for an adapter of another dialect than PEFT's: a file, or a directory of
+/// another one's names.
+void check_peft_directory(const fs::path& path);
+
 /// read_peft(), which then looks for NaN and infinity, so that the message names the file.
 template <class T>
 [[nodiscard]] taskvec::peft_adapter<T> read_adapter(const fs::path& directory, const adapter_settings& settings)
 {
-    auto adapter = taskvec::read_peft<T>(
-        directory, {.whole_modules = settings.modules_to_save != "error", .whole_modules_word = "--modules-to-save"});
+    check_peft_directory(directory);
+    auto adapter = taskvec::read_peft<T>(directory,
+        {.whole_modules = settings.modules_to_save != "error",
+            .whole_modules_word = "--modules-to-save",
+            .fold_word = "fold it into its base (taskvec fuse), and take a LoRA of the result (taskvec extract-lora)",
+            .convert_word = "write it as the LoRA that it equals (taskvec convert --as peft)"});
     if (settings.modules_to_save == "drop") { drop_whole_modules(adapter.others, adapter.config); }
     const auto check = [&](auto&& value, std::size_t size, const auto&... where) {
         for (std::size_t i = 0; i < size; ++i) {

@@ -3,6 +3,7 @@
 #include "adapters.hpp"
 #include "decompose.hpp"
 #include "methods.hpp"
+#include "vocabulary.hpp"
 #include "words.hpp"
 
 #include <taskvec/adapters/merge_as_peft.hpp>
@@ -13,6 +14,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <optional>
@@ -28,7 +30,7 @@ struct merge_lora_settings : tool::adapter_settings {
     tool::rank_settings rank;
     tool::option_values options; ///< of the method: lambda, density and what else TIES is told
     std::string majority_sign = "total";
-    bool randomized = false, any_base = false, match_prefixes = false;
+    bool randomized = false, any_base = false, match_prefixes = false, disjoint = false;
     std::uint64_t seed = 0;
 
     [[nodiscard]] const tool::option_value* option(const std::string& name) const
@@ -162,6 +164,24 @@ private:
                     {static_cast<std::int64_t>(update.out()), static_cast<std::int64_t>(update.in())}, {}});
         }
     }
+    [[nodiscard]] static std::size_t modules_of(const taskvec::const_model_ref& model)
+    {
+        return static_cast<std::size_t>(std::distance(model.begin(), model.end()));
+    }
+    /// "'q', 'v' and 6 more"
+    [[nodiscard]] static std::string some_of(const taskvec::const_model_ref& model)
+    {
+        constexpr std::size_t most = 2;
+        const std::size_t all = modules_of(model);
+        std::string text;
+        std::size_t at = 0;
+        for (const auto& [name, tensor] : model) {
+            if (at == most) { break; }
+            const bool last = ++at == all;
+            text += (text.empty() ? "'" : last ? " and '" : ", '") + name + "'";
+        }
+        return all > most ? text + " and " + std::to_string(all - most) + " more" : text;
+    }
     template <class Map>
     static Map under_names(Map&& map, const std::map<std::string, std::string>& names)
     {
@@ -196,15 +216,23 @@ private:
                 }
                 adapter.embeddings = std::move(embeddings);
             }
-            else if (match.same == 0 || (!match.names.empty() && match.wrappers_only())) {
-                const auto what = taskvec::message(
-                    label, " shares ", match.same == 0 ? "no module" : "few modules", " with the adapters before it");
-                tool::note(given.run,
-                    what + ": the result has those of both"
-                        + (match.names.empty()
-                                ? std::string()
-                                : "; with " + match.words() + ", " + tool::counted(match.names.size(), "module")
-                                    + " would be the same: --match-prefixes"));
+            else {
+                const std::size_t all = adapter.updates.size(), fewest = std::min(all, modules_of(seen));
+                const std::string would = match.names.empty() ? std::string()
+                                                              : "; with " + match.words() + ", "
+                        + tool::counted(match.names.size(), "module") + " would be the same: --match-prefixes";
+                if (match.same == 0 && match.names.empty() && !given.disjoint) {
+                    taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::adapters_differ,
+                        taskvec::message(label, " shares no module with the adapters before it: it has ", some_of(mine),
+                            ", and they have ", some_of(seen),
+                            "; where they are of different parts of one model, --disjoint makes an adapter of all"));
+                }
+                if (2 * match.same < fewest || (!match.names.empty() && match.wrappers_only())) {
+                    tool::note(given.run,
+                        label + " shares " + (match.same == 0 ? "none" : tool::grouped(match.same)) + " of its "
+                            + tool::counted(all, "module")
+                            + " with the adapters before it: the result has those of both" + would);
+                }
             }
             add_modules(adapter, seen);
         }
@@ -266,6 +294,11 @@ private:
         std::vector<double> sum(taskvec::element_count(joined.shape));
         for (const auto i : owners) {
             const auto& tensor = adapters_[i].others.at(name);
+            if (tensor.shape != joined.shape && tool::has_rows_of_tokens(name)
+                && tool::same_but_tokens(name, tensor.shape, joined.shape)) {
+                refuse_vocabularies("tensor '" + name + "'", static_cast<std::uint64_t>(tensor.shape[0]),
+                    static_cast<std::uint64_t>(joined.shape[0]), adapters_[i].label, label);
+            }
             if (tensor.shape != joined.shape) {
                 taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::tensor_shape,
                     taskvec::message("tensor '", name, "' has shape ", taskvec::to_string(tensor.shape), " in '",
@@ -311,12 +344,27 @@ private:
             const bool copy = name.ends_with(taskvec::peft_base_weight);
             const auto place = other.others.find(name);
             if (place == other.others.end() ? copy : place->second == tensor) { continue; }
+            if (place != other.others.end() && place->second.shape != tensor.shape && tool::has_rows_of_tokens(name)
+                && tool::same_but_tokens(name, place->second.shape, tensor.shape)) {
+                refuse_vocabularies("tensor '" + name + "'", static_cast<std::uint64_t>(tensor.shape[0]),
+                    static_cast<std::uint64_t>(place->second.shape[0]), first.label, other.label);
+            }
             if (copy) { fail("carry different base weights '", name, "': they are adapters of different bases"); }
             fail("carry different tensors beside their factors ('", name,
                 "' among them), which no merge of low-rank updates joins: choose what becomes of them "
                 "(--modules-to-save "
                 "average, first or drop), or remove them");
         }
+    }
+    [[noreturn]] static void refuse_vocabularies(const std::string& what, std::uint64_t rows, std::uint64_t other_rows,
+        const std::string& label, const std::string& other_label)
+    {
+        taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::adapter_shape,
+            taskvec::message(what, " has ", rows, " rows of tokens in '", label, "' but ", other_rows, " in '",
+                other_label,
+                "': their vocabularies differ. Fold each into its base (taskvec fuse), and merge the models with a "
+                "rule "
+                "for such rows (taskvec merge --vocabulary)"));
     }
     void check_shapes() const
     {
@@ -325,6 +373,14 @@ private:
             for (const auto& [name, update] : adapter.updates) {
                 const auto [place, fresh] = seen.emplace(name, &adapter);
                 const auto& earlier = place->second->updates.at(name);
+                const bool embedding = adapter.embeddings.contains(name);
+                const auto rows_of = [&](const auto& one) { return embedding ? one.in() : one.out(); };
+                const auto width_of = [&](const auto& one) { return embedding ? one.out() : one.in(); };
+                if (!fresh && rows_of(earlier) != rows_of(update) && width_of(earlier) == width_of(update)
+                    && tool::has_rows_of_tokens(name + ".weight")) {
+                    refuse_vocabularies(taskvec::message("module '", name, "'"), rows_of(update), rows_of(earlier),
+                        adapter.label, place->second->label);
+                }
                 if (!fresh && (earlier.out() != update.out() || earlier.in() != update.in())) {
                     taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::adapter_shape,
                         taskvec::message("module '", name, "' is ", update.out(), "×", update.in(), " in '",
@@ -583,6 +639,9 @@ const tool::register_verb merge_lora_verb(80, "merge-lora",
         verb.flag("--any-base", given->any_base, "Merge although the adapters name different base models");
         verb.flag("--match-prefixes", given->match_prefixes,
             "Line modules up where their names differ by what stands before them (model., _orig_mod., …)");
+        verb.flag("--disjoint", given->disjoint,
+            "Merge adapters that share no module, being of different parts of a model: the result has the modules of "
+            "all");
         tool::add_modules_to_save(verb, *given);
         tool::add_adapter_options(verb, *given, "the adapters'");
         verb.footer("Methods:\n"

@@ -890,6 +890,100 @@ TEST_CASE("merge-lora refuses adapters that do not belong together")
         "'shared' is an embedding");
 }
 
+TEST_CASE("merge-lora refuses adapters that share no module, and counts the modules where they share few")
+{
+    const scratch folder;
+    const auto with_modules = [&](const std::string& name, const std::vector<std::string>& modules) {
+        adapter made;
+        unsigned seed = 1;
+        for (const auto& module : modules) { made.updates[module] = normal_update<float>(6, 5, 2, seed++); }
+        std::filesystem::remove_all(folder / name);
+        taskvec::write_peft(folder / name, made);
+    };
+    with_modules("a", {"layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v"});
+    with_modules("b", {"layers.0.up", "layers.1.up"});
+    refused(folder, merge_two, 1,
+        "'b' shares no module with the adapters before it: it has 'layers.0.up' and 'layers.1.up', and they have "
+        "'layers.0.q', 'layers.0.v' and 2 more");
+    const auto both = run(folder, with(merge_two, {"--disjoint"}));
+    CAPTURE(both.err);
+    REQUIRE(both.code == 0);
+    CHECK(both.err.find("'b' shares none of its 2 modules") != std::string::npos);
+    CHECK(dense_updates(folder / "out").size() == 6);
+    std::filesystem::remove_all(folder / "out");
+    with_modules("b", {"model.layers.0.q", "model.layers.0.v", "model.layers.1.q", "model.layers.1.v"});
+    const auto prefixed = run(folder, merge_two); // which may be meant, and the note says what is not
+    REQUIRE(prefixed.code == 0);
+    CHECK(prefixed.err.find("'b' shares none of its 4 modules") != std::string::npos);
+    CHECK(prefixed.err.find("--match-prefixes") != std::string::npos);
+    CHECK(dense_updates(folder / "out").size() == 8);
+    REQUIRE(run(folder, with(merge_two, {"--match-prefixes"})).code == 0);
+    CHECK(dense_updates(folder / "out").size() == 4);
+    with_modules("b", {"layers.0.q", "layers.1.up", "layers.2.up"});
+    const auto few = run(folder, merge_two);
+    REQUIRE(few.code == 0);
+    CHECK(few.err.find("'b' shares 1 of its 3 modules with the adapters before it") != std::string::npos);
+    with_modules("b", {"layers.0.q", "layers.1.q"});
+    CHECK(run(folder, merge_two).err.find("shares") == std::string::npos);
+}
+
+TEST_CASE("merge-lora names the rule for vocabularies that differ")
+{
+    const scratch folder;
+    const auto write = [&](const std::string& name, std::int64_t rows, bool factored) {
+        adapter made;
+        const auto size = static_cast<std::size_t>(rows);
+        made.updates["layers.0.q"] = normal_update<float>(6, 5, 2, 1);
+        if (factored) {
+            made.updates["model.embed_tokens"] = normal_update<float>(5, size, 2, 2);
+            made.embeddings.insert("model.embed_tokens");
+        }
+        else {
+            made.config["modules_to_save"] = {"lm_head"};
+            made.others["lm_head.weight"] = {taskvec::dtype::f32, {rows, 5}, std::vector<std::byte>(size * 5 * 4)};
+        }
+        std::filesystem::remove_all(folder / name);
+        taskvec::write_peft(folder / name, made);
+    };
+    write("a", 12, true);
+    write("b", 14, true);
+    refused(folder, merge_two, 1, "module 'model.embed_tokens' has 14 rows of tokens in 'b' but 12 in 'a'");
+    refused(folder, merge_two, 1, "--vocabulary");
+    write("a", 12, false);
+    write("b", 14, false);
+    for (const std::string how : {"equal", "average"}) {
+        refused(folder, with(merge_two, {"--modules-to-save", how}), 1, "--vocabulary");
+    }
+}
+
+TEST_CASE("the adapter verbs name what goes on for adapters that are no plain low-rank update of PEFT's")
+{
+    const scratch folder;
+    const auto attempt = [&](const std::string& words) {
+        refused(folder, {"merge-lora", "--adapter", "a", "--out", "out"}, 1, words);
+        refused(folder, {"peru-lora", "--adapter", "a", "--rank", "1", "--out", "out"}, 1, words);
+        refused(folder, {"fold-llora", "--init", "a", "--adapter", "a", "--out", "out"}, 1, words);
+    };
+    taskvec::write_peft(folder / "a", three_layers());
+    const auto sound = config_of(folder / "a");
+    auto config = sound;
+    config["use_dora"] = true;
+    spill(folder / "a" / config_file, config.dump());
+    attempt("taskvec extract-lora");
+    for (const std::string kind : {"LOHA", "LOKR", "ADALORA"}) {
+        config = sound;
+        config["peft_type"] = kind;
+        spill(folder / "a" / config_file, config.dump());
+        attempt("taskvec convert --as peft");
+    }
+    std::filesystem::rename(folder / "a" / weights_file, folder / "a" / "adapters.safetensors"); // as MLX calls it
+    attempt("taskvec convert --as peft");
+    std::filesystem::rename(folder / "a" / "adapters.safetensors", folder / "kohya.safetensors");
+    std::filesystem::remove_all(folder / "a");
+    std::filesystem::rename(folder / "kohya.safetensors", folder / "a");
+    attempt("taskvec convert --as peft");
+}
+
 TEST_CASE("the adapter verbs compute f64 adapters in f64, whatever the threads")
 {
     const scratch folder;

@@ -80,6 +80,10 @@ struct peft_read_options {
     bool whole_modules = false;
     /// What messages call the switch above: the caller's own word for it, such as a flag.
     std::string whole_modules_word = "peft_read_options::whole_modules";
+    /// What messages advise for DoRA and lora_bias: the caller's own way from there to a plain low-rank update.
+    std::string fold_word = "fold it into its base with PEFT and extract an adapter from the result";
+    /// What they advise for AdaLoRA, LoHa and LoKr.
+    std::string convert_word = "read_adapter() reads it, and converted_adapter() writes it as the LoRA that it equals";
 };
 
 namespace detail {
@@ -259,12 +263,12 @@ void check_lora_initialization(
 inline void check_plain_lora(const nlohmann::json& config, const std::string& file, const peft_read_options& options)
 {
     const peft_fields fields(config, file);
+    const auto refuse_to = [&](std::string_view mend, std::string_view what, std::string_view why) {
+        raise<format_error>(
+            error_code::adapter_unsupported, message(what, ": ", why, ", not a plain low-rank update; ", mend), file);
+    };
     const auto refuse = [&](std::string_view what, std::string_view why) {
-        raise<format_error>(error_code::adapter_unsupported,
-            message(what, ": ", why,
-                ", not a plain low-rank update; fold it into its base with PEFT and extract an adapter "
-                "from the result"),
-            file);
+        refuse_to("fold it into its base with PEFT and extract an adapter from the result", what, why);
     };
     const auto* type = fields.find("peft_type");
     if (!type) {
@@ -273,17 +277,18 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
     }
     if (*type != "LORA") {
         const bool convertible = *type == "ADALORA" || *type == "LOHA" || *type == "LOKR";
-        refuse("peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type)),
-            convertible
-                ? "another kind of adapter (one that read_adapter() reads, and converted_adapter() writes as the LoRA "
-                  "that it equals)"
-                : "another kind of adapter");
+        const auto what = "peft_type " + (type->is_string() ? type->get<std::string>() : fields.shown(*type));
+        if (convertible) { refuse_to(options.convert_word, what, "another kind of adapter"); }
+        refuse(what, "another kind of adapter");
     }
 
     check_lora_initialization(fields, {"gaussian", "eva", "orthogonal"}, refuse);
-    constexpr std::array<std::pair<const char*, std::string_view>, 6> refused{
-        {{"use_dora", "DoRA rescales the weights"}, {"lora_bias", "the update has a bias of its own"},
-            {"corda_config", "CorDA changes the base weights"}, {"lora_ga_config", "LoRA-GA changes the base weights"},
+    if (fields.says_something("use_dora")) { refuse_to(options.fold_word, "use_dora", "DoRA rescales the weights"); }
+    if (fields.says_something("lora_bias")) {
+        refuse_to(options.fold_word, "lora_bias", "the update has a bias of its own");
+    }
+    constexpr std::array<std::pair<const char*, std::string_view>, 4> refused{
+        {{"corda_config", "CorDA changes the base weights"}, {"lora_ga_config", "LoRA-GA changes the base weights"},
             {"loftq_config", "LoftQ changes the base weights"},
             {"velora_config", "a configuration that is not known here"}}};
     for (const auto& [field, why] : refused) {
