@@ -21,6 +21,7 @@ struct apply_settings {
 void run_apply(const apply_settings& given)
 {
     tool::check_finite(given.scale, "--scale");
+    if (given.scale == 0) { tool::note(given.run, "--scale is 0: the delta adds nothing"); }
     tool::check_cpu(given.run);
     const auto base = tool::open_noted(given.base, given.run, given.index);
     tool::check_readable(base, {});

@@ -3,6 +3,7 @@
 #include "arguments.hpp"
 
 #include "command.hpp"
+#include "words.hpp"
 
 #include <taskvec/core/error.hpp>
 
@@ -106,6 +107,21 @@ task_argument parse_task(const std::string& text, const std::string& option)
     task.text = text;
     task.name = parts_of_name(task.path, 1);
     return task;
+}
+
+void note_zero_weights(const run_options& run, const std::vector<task_argument>& models, const std::string& noun)
+{
+    std::string names;
+    std::size_t count = 0;
+    for (const auto& model : models) {
+        if (model.weight != 0) { continue; }
+        names += (names.empty() ? "" : ", ") + in_quotes(model.path);
+        ++count;
+    }
+    if (count == 0) { return; }
+    note(run,
+        std::to_string(count) + " of " + counted(models.size(), noun) + (count == 1 ? " has" : " have")
+            + " the weight 0 (" + names + "): " + (count == 1 ? "it adds" : "they add") + " nothing");
 }
 
 std::vector<task_argument> parse_tasks(const std::vector<std::string>& texts)

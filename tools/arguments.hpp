@@ -45,6 +45,9 @@ struct run_options {
 
     [[nodiscard]] std::uint64_t memory_bytes() const { return parse_size(memory, "--memory"); }
 };
+/// Notes how many models have the weight 0, and which: they add nothing. `noun`: what they are called.
+void note_zero_weights(
+    const run_options& run, const std::vector<task_argument>& models, const std::string& noun = "task");
 void add_quiet(command& verb, run_options& options);
 void add_run_options(command& verb, run_options& options);
 

@@ -139,6 +139,15 @@ method_call call_of(const taskvec::cpu& policy, const merge_request& request, co
     const std::vector<double>* weights_of_tasks)
 {
     const auto& all = weights_of_tasks ? *weights_of_tasks : inputs.weights();
+    if (!weights_of_tasks) {
+        auto weighted = inputs.arguments();
+        for (auto& task : weighted) { // whose number is not the whole of it
+            const auto host = request.adapters.find(task.text);
+            const bool other = host != request.adapters.end() && !host->second.empty();
+            if (other || request.weights.contains(task.text)) { task.weight = 1; }
+        }
+        note_zero_weights(request.run, weighted);
+    }
     method_call call{policy, inputs.models(), request.options, all, request, inputs, request.run.device == "cuda",
         static_cast<std::size_t>(request.run.memory_bytes())};
     auto values = std::make_shared<tensor_values>(request.options, inputs.models(), request.run);

@@ -26,6 +26,7 @@ void run_fuse(const fuse_settings& given)
     tool::check_cpu(request.run);
     std::vector<tool::task_argument> arguments;
     for (const auto& text : given.adapters) { arguments.push_back(tool::parse_task(text, "--adapter")); }
+    tool::note_zero_weights(request.run, arguments, "adapter");
     const auto base_rules = request.names.find("");
     const auto base = tool::open_noted(request.base, request.run, request.index,
         base_rules == request.names.end() ? std::vector<tool::name_rule>() : base_rules->second);

@@ -71,6 +71,7 @@ void run_merge(const merge_request& request)
                           "leave --report out");
     }
     const auto& method = find_method(request);
+    note_zero_lambda(request.run, request.options);
     const merge_inputs inputs(request, method.needs_base);
     const bool directory = out_is_directory(request.out,
         inputs.base() ? fs::path(request.base) : inputs.arguments().front().path, !request.shard_size.empty());
@@ -144,6 +145,7 @@ void run_merge(const merge_request& request)
 void explain_merge(const merge_request& request)
 {
     const auto& method = find_method(request);
+    note_zero_lambda(request.run, request.options);
     const merge_inputs inputs(request, method.needs_base);
     runner run(request.run, runs_on::any_device);
     const auto call = call_of(run.policy(), request, inputs);

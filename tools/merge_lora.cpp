@@ -609,6 +609,8 @@ void run_merge_lora(const merge_lora_settings& given)
         arguments.push_back(tool::parse_task(text, "--adapter"));
         wide = wide || tool::adapter_is_wide(arguments.back().path);
     }
+    tool::note_zero_weights(given.run, arguments, "adapter");
+    tool::note_zero_lambda(given.run, given.options);
     tool::in_precision(wide, [&]<class T>(std::type_identity<T>) { merge_as<T>(given, arguments); });
 }
 

@@ -381,6 +381,19 @@ std::string method_list()
     return text;
 }
 
+void note_zero_lambda(const run_options& run, const option_values& values)
+{
+    const option_value* last = nullptr;
+    for (const auto& value : values) {
+        if (value.name != "lambda") { continue; }
+        if (value.by_tensor) { return; }
+        last = &value;
+    }
+    if (last && std::strtod(last->text.c_str(), nullptr) == 0) {
+        note(run, last->flag + " is 0: no task adds anything");
+    }
+}
+
 void check_usage(const std::function<void()>& check)
 {
     try {

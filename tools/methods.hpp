@@ -69,6 +69,8 @@ void add_method_option(command& verb, merge_request& request, presence how, cons
 /// The same for what is no method: `who` in notes, `table` and `lists` what it uses.
 void check_options(const merge_request& request, const std::string& who, const described& table,
     const std::vector<std::string>& lists, const std::function<void(const option_values&)>& check_values);
+/// Notes a lambda of 0 for all tensors, with which no task adds anything.
+void note_zero_lambda(const run_options& run, const option_values& values);
 /// Runs `check`, and throws usage_error for what it refuses.
 void check_usage(const std::function<void()>& check);
 

@@ -62,6 +62,7 @@ void run_peru_fft(const tool::merge_request& request)
     tool::claim_output(request.out, "--out", tool::output_kind::directory);
     check_no_other_model(request.out);
     tool::claim_report(request.run);
+    tool::note_zero_lambda(request.run, merging.options);
     tool::runner run(request.run, tool::runs_on::any_device);
     const auto call = tool::call_of(run.policy(), merging, inputs);
     const auto plan = tool::outputs_of(merging, inputs);

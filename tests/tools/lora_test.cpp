@@ -984,6 +984,35 @@ TEST_CASE("the adapter verbs name what goes on for adapters that are no plain lo
     attempt("taskvec convert --as peft");
 }
 
+TEST_CASE("weights of 0 are counted and named, in the report too")
+{
+    const scratch folder;
+    const auto [base, task] = two_models();
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "x.safetensors", task);
+    write_values(folder / "y.safetensors", task);
+    write_pair(folder);
+    const auto check = [&](const std::vector<std::string>& arguments, const std::string& words) {
+        const auto result = run(folder, with(arguments, {"--report", "r.json"}));
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        CHECK(result.err.find(words) != std::string::npos);
+        CHECK(json_of(folder / "r.json")["notes"].dump().find(words) != std::string::npos);
+    };
+    check({"merge", "--method", "task-arithmetic", "--base", "base.safetensors", "--task", "x.safetensors=0", "--task",
+              "y.safetensors", "--out", "m.safetensors"},
+        "1 of 2 tasks has the weight 0 ('x.safetensors'): it adds nothing");
+    check({"merge", "--method", "task-arithmetic", "--base", "base.safetensors", "--task", "x.safetensors", "--lambda",
+              "0", "--out", "m.safetensors"},
+        "--lambda is 0: no task adds anything");
+    check({"merge-lora", "--adapter", "a=0", "--adapter", "b=0", "--out", "out"},
+        "2 of 2 adapters have the weight 0 ('a', 'b'): they add nothing");
+    const auto plain = run(folder,
+        {"merge", "--method", "task-arithmetic", "--base", "base.safetensors", "--task", "x.safetensors", "--out",
+            "m.safetensors"});
+    CHECK(plain.err.find("adds") == std::string::npos);
+}
+
 TEST_CASE("the adapter verbs compute f64 adapters in f64, whatever the threads")
 {
     const scratch folder;
