@@ -120,9 +120,9 @@ public:
         result.config = adapters_[0].config;
         for (const auto& adapter : adapters_) {
             result.others.insert(adapter.others.begin(), adapter.others.end());
-            if (const auto base = text_of(adapter.config, base_name);
-                !base.empty() && text_of(result.config, base_name).empty()) {
-                result.config[base_name] = base;
+            for (const char* field : {base_name, "task_type"}) {
+                const auto said = text_of(adapter.config, field);
+                if (!said.empty() && text_of(result.config, field).empty()) { result.config[field] = said; }
             }
             result.embeddings.insert(adapter.embeddings.begin(), adapter.embeddings.end());
             for (const auto& [name, type] : adapter.stored) {

@@ -842,6 +842,7 @@ TEST_CASE("merge-lora refuses adapters that do not belong together")
     };
     auto a = three_layers(1);
     a.config["base_model_name_or_path"] = "one/base";
+    a.config["task_type"] = "CAUSAL_LM";
     taskvec::write_peft(folder / "a", a);
     attempt([](adapter& x) { x.updates["layers.0.q"] = normal_update<float>(9, 8, 4, 3); }, {}, "layers.0.q");
     attempt([](adapter& x) { x.config["base_model_name_or_path"] = "other/base"; }, {}, "other/base");
@@ -877,6 +878,7 @@ TEST_CASE("merge-lora refuses adapters that do not belong together")
     taskvec::write_peft(folder / "b", three_layers(20));
     REQUIRE(run(folder, {"merge-lora", "--adapter", "b", "--adapter", "a", "--out", "out"}).code == 0);
     CHECK(config_of(folder / "out")["base_model_name_or_path"] == "one/base");
+    CHECK(config_of(folder / "out")["task_type"] == "CAUSAL_LM");
     CHECK(read_values(folder / "out" / weights_file).contains("base_model.model.layers.0.q.base_layer.weight"));
     // Every two must agree, not only each with the first.
     auto linear = three_layers(1), table = three_layers(20);
