@@ -3388,7 +3388,30 @@ concept output_of = viewable<X> && outlives_the_expression<X> && (view_of<X>::sp
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// Number of workers that a policy may use for `count` independent pieces of work.
+[[nodiscard]] inline std::size_t worker_count(const cpu& policy, std::size_t count);
+
+/// The policy's memory resource.
+[[nodiscard]] inline std::pmr::memory_resource* memory_of(const cpu& policy) noexcept
+{
+    return policy.memory ? policy.memory : std::pmr::get_default_resource();
+}
+
+/// The same policy on one thread, silent: for work that is already inside a parallel loop.
+[[nodiscard]] inline cpu sequential(const cpu& policy)
+{
+    return {.threads = 1, .executor = {}, .memory = policy.memory, .progress = {}};
+}
+
+/// Calls body(index, worker) once for each index in [0, count); `worker` < worker_count(policy, count) names a slot
+/// that no other call uses at the same time. Indices are handed out in ascending order. The error of the lowest index
+/// that failed is rethrown after all workers have stopped; indices above a failed one may be skipped, those below never
+/// are: which error is reported does not depend on threads.
+inline void for_each_index(
+    const cpu& policy, std::size_t count, function_ref<void(std::size_t index, std::size_t worker)> body);
+
 namespace detail {
+
 /// How many threads the machine runs at once; at least 1.
 [[nodiscard]] inline std::size_t hardware_threads() noexcept
 {
@@ -3463,28 +3486,6 @@ public:
 private:
     std::atomic_flag& flag_;
 };
-} // namespace detail
-
-/// Number of workers that a policy may use for `count` independent pieces of work.
-[[nodiscard]] inline std::size_t worker_count(const cpu& policy, std::size_t count)
-{
-    const std::size_t wanted = policy.threads ? policy.threads : detail::hardware_threads();
-    return std::max<std::size_t>(1, std::min(wanted, count));
-}
-
-/// The policy's memory resource.
-[[nodiscard]] inline std::pmr::memory_resource* memory_of(const cpu& policy) noexcept
-{
-    return policy.memory ? policy.memory : std::pmr::get_default_resource();
-}
-
-/// The same policy on one thread, silent: for work that is already inside a parallel loop.
-[[nodiscard]] inline cpu sequential(const cpu& policy)
-{
-    return {.threads = 1, .executor = {}, .memory = policy.memory, .progress = {}};
-}
-
-namespace detail {
 
 /// Counts finished work and asks the callback, one thread at a time, whether to go on.
 class progress_meter {
@@ -3525,10 +3526,12 @@ private:
 
 } // namespace detail
 
-/// Calls body(index, worker) once for each index in [0, count); `worker` < worker_count(policy, count) names a slot
-/// that no other call uses at the same time. Indices are handed out in ascending order. The error of the lowest index
-/// that failed is rethrown after all workers have stopped; indices above a failed one may be skipped, those below never
-/// are: which error is reported does not depend on threads.
+inline std::size_t worker_count(const cpu& policy, std::size_t count)
+{
+    const std::size_t wanted = policy.threads ? policy.threads : detail::hardware_threads();
+    return std::max<std::size_t>(1, std::min(wanted, count));
+}
+
 inline void for_each_index(
     const cpu& policy, std::size_t count, function_ref<void(std::size_t index, std::size_t worker)> body)
 {
@@ -4324,6 +4327,10 @@ namespace detail {
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// Called where a directory could not be forced to disk after the files in it had taken their names: they are in place,
+/// and only a power cut could still undo that. That is no error, since nothing can be taken back.
+using unsynchronised_handler = void (*)(const std::filesystem::path& directory, int code);
+
 namespace detail {
 
 [[noreturn]] inline void raise_io(const std::filesystem::path& path, std::string_view what, int code)
@@ -4336,14 +4343,6 @@ namespace detail {
 {
     return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
 }
-
-} // namespace detail
-
-/// Called where a directory could not be forced to disk after the files in it had taken their names: they are in place,
-/// and only a power cut could still undo that. That is no error, since nothing can be taken back.
-using unsynchronised_handler = void (*)(const std::filesystem::path& directory, int code);
-
-namespace detail {
 
 inline std::atomic<unsynchronised_handler>& unsynchronised_slot() noexcept
 {
@@ -16463,37 +16462,6 @@ struct storage_conversions {
 
 namespace taskvec::inline TASKVEC_ABI {
 
-namespace detail {
-
-/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements,
-/// fp8 and what is worked out go through `raw` (room for block_size doubles).
-template <class Use>
-decltype(auto) with_elements(
-    const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
-{
-    if (from.source) {
-        from.source->read(offset, size, raw);
-        if (from.dtype == dtype::f64) { return use(reinterpret_cast<const double*>(raw)); }
-        return use(reinterpret_cast<const float*>(raw));
-    }
-    if (is_dequantised(from.dtype)) {
-        const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
-        auto* const values = reinterpret_cast<float*>(raw);
-        for (std::size_t i = 0; i < size; ++i) { values[i] = fp8_value(from.dtype, codes[i]); }
-        return use(static_cast<const float*>(values));
-    }
-    return visit_storage(from.dtype, "operand", [&]<class T>(std::type_identity<T>) -> decltype(auto) {
-        const std::byte* place = from.data + offset * sizeof(T);
-        if (reinterpret_cast<std::uintptr_t>(place) % alignof(T) != 0) {
-            std::memcpy(raw, place, size * sizeof(T));
-            place = raw;
-        }
-        return use(reinterpret_cast<const T*>(place));
-    });
-}
-
-} // namespace detail
-
 /// Elements of a block: a row of f32 takes 16 KiB, so a dozen rows stay in the second-level cache.
 inline constexpr std::size_t block_size = 4096;
 
@@ -16674,12 +16642,7 @@ private:
         }
     }
 
-    void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
-    {
-        const double found = detail::with_elements(
-            from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
-        if (!std::isfinite(found)) { detail::refuse_nonfinite(tensor_->name, where, found, offset_ + i); }
-    }
+    void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where);
 
     const aligned_models* models_;
     const detail::row_conversions<A>* conversions_;
@@ -16691,6 +16654,45 @@ private:
     const A* base_ = nullptr;
     bits_type<A> largest_ = 0;
 };
+
+namespace detail {
+
+/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements,
+/// fp8 and what is worked out go through `raw` (room for block_size doubles).
+template <class Use>
+decltype(auto) with_elements(
+    const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
+{
+    if (from.source) {
+        from.source->read(offset, size, raw);
+        if (from.dtype == dtype::f64) { return use(reinterpret_cast<const double*>(raw)); }
+        return use(reinterpret_cast<const float*>(raw));
+    }
+    if (is_dequantised(from.dtype)) {
+        const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
+        auto* const values = reinterpret_cast<float*>(raw);
+        for (std::size_t i = 0; i < size; ++i) { values[i] = fp8_value(from.dtype, codes[i]); }
+        return use(static_cast<const float*>(values));
+    }
+    return visit_storage(from.dtype, "operand", [&]<class T>(std::type_identity<T>) -> decltype(auto) {
+        const std::byte* place = from.data + offset * sizeof(T);
+        if (reinterpret_cast<std::uintptr_t>(place) % alignof(T) != 0) {
+            std::memcpy(raw, place, size * sizeof(T));
+            place = raw;
+        }
+        return use(reinterpret_cast<const T*>(place));
+    });
+}
+
+} // namespace detail
+
+template <arithmetic_element A>
+void row_block<A>::check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
+{
+    const double found = detail::with_elements(
+        from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
+    if (!std::isfinite(found)) { detail::refuse_nonfinite(tensor_->name, where, found, offset_ + i); }
+}
 
 /// The blocks of one worker: in f32 and, where a tensor needs it, in f64.
 class block_workspace {
@@ -19375,6 +19377,15 @@ inline void check_base(const cpu& policy, std::uint64_t base_fingerprint, const 
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// Quantises numbers as a scaled FP8 layer is, with fresh scales: for each group that shares a scale, the largest
+/// finite magnitude over the largest number of the codes (448 for E4M3, 57344 for E5M2), rounded to the scale's dtype
+/// (up to a power of two where the layer has those); 1 for a group of zeros. A code is the number over the scale as
+/// stored, rounded to nearest even and saturated. NaN stays NaN, infinity becomes NaN in E4M3. `out` receives codes as
+/// tensor `codes` and scales as tensor `scales`. Throws nonfinite_error for a scale that its dtype cannot hold. Error:
+/// at most half a unit of the codes' last place times the scale. Cost: two reads of the numbers.
+inline void quantise_fp8(
+    const quantised_layer& like, const float* values, tensor_sink& out, std::size_t codes, std::size_t scales);
+
 namespace detail {
 
 /// A power of two that is at least `value`.
@@ -19430,12 +19441,6 @@ struct stored_scale {
 
 } // namespace detail
 
-/// Quantises numbers as a scaled FP8 layer is, with fresh scales: for each group that shares a scale, the largest
-/// finite magnitude over the largest number of the codes (448 for E4M3, 57344 for E5M2), rounded to the scale's dtype
-/// (up to a power of two where the layer has those); 1 for a group of zeros. A code is the number over the scale as
-/// stored, rounded to nearest even and saturated. NaN stays NaN, infinity becomes NaN in E4M3. `out` receives codes as
-/// tensor `codes` and scales as tensor `scales`. Throws nonfinite_error for a scale that its dtype cannot hold. Error:
-/// at most half a unit of the codes' last place times the scale. Cost: two reads of the numbers.
 inline void quantise_fp8(
     const quantised_layer& like, const float* values, tensor_sink& out, std::size_t codes, std::size_t scales)
 {

@@ -3989,7 +3989,30 @@ concept output_of = viewable<X> && outlives_the_expression<X> && (view_of<X>::sp
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// Number of workers that a policy may use for `count` independent pieces of work.
+[[nodiscard]] inline std::size_t worker_count(const cpu& policy, std::size_t count);
+
+/// The policy's memory resource.
+[[nodiscard]] inline std::pmr::memory_resource* memory_of(const cpu& policy) noexcept
+{
+    return policy.memory ? policy.memory : std::pmr::get_default_resource();
+}
+
+/// The same policy on one thread, silent: for work that is already inside a parallel loop.
+[[nodiscard]] inline cpu sequential(const cpu& policy)
+{
+    return {.threads = 1, .executor = {}, .memory = policy.memory, .progress = {}};
+}
+
+/// Calls body(index, worker) once for each index in [0, count); `worker` < worker_count(policy, count) names a slot
+/// that no other call uses at the same time. Indices are handed out in ascending order. The error of the lowest index
+/// that failed is rethrown after all workers have stopped; indices above a failed one may be skipped, those below never
+/// are: which error is reported does not depend on threads.
+inline void for_each_index(
+    const cpu& policy, std::size_t count, function_ref<void(std::size_t index, std::size_t worker)> body);
+
 namespace detail {
+
 /// How many threads the machine runs at once; at least 1.
 [[nodiscard]] inline std::size_t hardware_threads() noexcept
 {
@@ -4064,28 +4087,6 @@ public:
 private:
     std::atomic_flag& flag_;
 };
-} // namespace detail
-
-/// Number of workers that a policy may use for `count` independent pieces of work.
-[[nodiscard]] inline std::size_t worker_count(const cpu& policy, std::size_t count)
-{
-    const std::size_t wanted = policy.threads ? policy.threads : detail::hardware_threads();
-    return std::max<std::size_t>(1, std::min(wanted, count));
-}
-
-/// The policy's memory resource.
-[[nodiscard]] inline std::pmr::memory_resource* memory_of(const cpu& policy) noexcept
-{
-    return policy.memory ? policy.memory : std::pmr::get_default_resource();
-}
-
-/// The same policy on one thread, silent: for work that is already inside a parallel loop.
-[[nodiscard]] inline cpu sequential(const cpu& policy)
-{
-    return {.threads = 1, .executor = {}, .memory = policy.memory, .progress = {}};
-}
-
-namespace detail {
 
 /// Counts finished work and asks the callback, one thread at a time, whether to go on.
 class progress_meter {
@@ -4126,10 +4127,12 @@ private:
 
 } // namespace detail
 
-/// Calls body(index, worker) once for each index in [0, count); `worker` < worker_count(policy, count) names a slot
-/// that no other call uses at the same time. Indices are handed out in ascending order. The error of the lowest index
-/// that failed is rethrown after all workers have stopped; indices above a failed one may be skipped, those below never
-/// are: which error is reported does not depend on threads.
+inline std::size_t worker_count(const cpu& policy, std::size_t count)
+{
+    const std::size_t wanted = policy.threads ? policy.threads : detail::hardware_threads();
+    return std::max<std::size_t>(1, std::min(wanted, count));
+}
+
 inline void for_each_index(
     const cpu& policy, std::size_t count, function_ref<void(std::size_t index, std::size_t worker)> body)
 {
@@ -5182,37 +5185,6 @@ struct storage_conversions {
 
 namespace taskvec::inline TASKVEC_ABI {
 
-namespace detail {
-
-/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements,
-/// fp8 and what is worked out go through `raw` (room for block_size doubles).
-template <class Use>
-decltype(auto) with_elements(
-    const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
-{
-    if (from.source) {
-        from.source->read(offset, size, raw);
-        if (from.dtype == dtype::f64) { return use(reinterpret_cast<const double*>(raw)); }
-        return use(reinterpret_cast<const float*>(raw));
-    }
-    if (is_dequantised(from.dtype)) {
-        const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
-        auto* const values = reinterpret_cast<float*>(raw);
-        for (std::size_t i = 0; i < size; ++i) { values[i] = fp8_value(from.dtype, codes[i]); }
-        return use(static_cast<const float*>(values));
-    }
-    return visit_storage(from.dtype, "operand", [&]<class T>(std::type_identity<T>) -> decltype(auto) {
-        const std::byte* place = from.data + offset * sizeof(T);
-        if (reinterpret_cast<std::uintptr_t>(place) % alignof(T) != 0) {
-            std::memcpy(raw, place, size * sizeof(T));
-            place = raw;
-        }
-        return use(reinterpret_cast<const T*>(place));
-    });
-}
-
-} // namespace detail
-
 /// Elements of a block: a row of f32 takes 16 KiB, so a dozen rows stay in the second-level cache.
 inline constexpr std::size_t block_size = 4096;
 
@@ -5393,12 +5365,7 @@ private:
         }
     }
 
-    void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
-    {
-        const double found = detail::with_elements(
-            from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
-        if (!std::isfinite(found)) { detail::refuse_nonfinite(tensor_->name, where, found, offset_ + i); }
-    }
+    void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where);
 
     const aligned_models* models_;
     const detail::row_conversions<A>* conversions_;
@@ -5410,6 +5377,45 @@ private:
     const A* base_ = nullptr;
     bits_type<A> largest_ = 0;
 };
+
+namespace detail {
+
+/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements,
+/// fp8 and what is worked out go through `raw` (room for block_size doubles).
+template <class Use>
+decltype(auto) with_elements(
+    const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
+{
+    if (from.source) {
+        from.source->read(offset, size, raw);
+        if (from.dtype == dtype::f64) { return use(reinterpret_cast<const double*>(raw)); }
+        return use(reinterpret_cast<const float*>(raw));
+    }
+    if (is_dequantised(from.dtype)) {
+        const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
+        auto* const values = reinterpret_cast<float*>(raw);
+        for (std::size_t i = 0; i < size; ++i) { values[i] = fp8_value(from.dtype, codes[i]); }
+        return use(static_cast<const float*>(values));
+    }
+    return visit_storage(from.dtype, "operand", [&]<class T>(std::type_identity<T>) -> decltype(auto) {
+        const std::byte* place = from.data + offset * sizeof(T);
+        if (reinterpret_cast<std::uintptr_t>(place) % alignof(T) != 0) {
+            std::memcpy(raw, place, size * sizeof(T));
+            place = raw;
+        }
+        return use(reinterpret_cast<const T*>(place));
+    });
+}
+
+} // namespace detail
+
+template <arithmetic_element A>
+void row_block<A>::check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
+{
+    const double found = detail::with_elements(
+        from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
+    if (!std::isfinite(found)) { detail::refuse_nonfinite(tensor_->name, where, found, offset_ + i); }
+}
 
 /// The blocks of one worker: in f32 and, where a tensor needs it, in f64.
 class block_workspace {
@@ -10221,6 +10227,12 @@ struct operand_pair {
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// For every tensor a list of sums over its elements, each Σ over blocks of what `term` returns, in a fixed pairwise
+/// shape. `term(block, sums)` adds nothing: it stores `width` block sums. Result: [tensor][which]. Cost: one walk.
+template <class Types = storage_types, class Term>
+[[nodiscard]] std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models,
+    std::size_t width, std::size_t scratch_rows, std::string_view phase, Term&& term);
+
 namespace detail {
 
 /// Adds block sums as they come in order, by a binary counter: the shape of a pairwise sum, in O(log n) memory.
@@ -10253,11 +10265,9 @@ private:
 
 } // namespace detail
 
-/// For every tensor a list of sums over its elements, each Σ over blocks of what `term` returns, in a fixed pairwise
-/// shape. `term(block, sums)` adds nothing: it stores `width` block sums. Result: [tensor][which]. Cost: one walk.
-template <class Types = storage_types, class Term>
-[[nodiscard]] std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models,
-    std::size_t width, std::size_t scratch_rows, std::string_view phase, Term&& term)
+template <class Types, class Term>
+std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models, std::size_t width,
+    std::size_t scratch_rows, std::string_view phase, Term&& term)
 {
     // Blocks are the leaves, whatever the chunks are.
     std::vector<std::size_t> first_block{0};
@@ -11590,49 +11600,6 @@ concept no_policy =
 
 namespace taskvec::inline TASKVEC_ABI {
 
-namespace detail {
-
-TASKVEC_KERNELS_BEGIN
-
-/// The largest magnitude bits of stored words at any address, as a signed word. Whole numbers: any compiler's are the
-/// same, nvcc's too.
-template <class Word>
-TASKVEC_NOINLINE Word largest_stored(const void* data, std::size_t n, Word magnitude)
-{
-#if TASKVEC_GNU()
-    using word __attribute__((may_alias, aligned(1))) = Word;
-    const auto* x = static_cast<const word*>(data);
-#else
-    struct words {
-        const std::byte* at;
-        [[nodiscard]] Word operator[](std::size_t i) const noexcept
-        {
-            Word word;
-            std::memcpy(&word, at + i * sizeof word, sizeof word);
-            return word;
-        }
-        void operator+=(std::size_t count) noexcept { at += count * sizeof(Word); }
-    } x{static_cast<const std::byte*>(data)};
-#endif
-    constexpr std::size_t group = 256; // a number that the compiler knows, so that it vectorises at -O2
-    Word largest = 0;
-    for (; n >= group; n -= group, x += group) {
-        for (std::size_t i = 0; i < group; ++i) {
-            const Word found = static_cast<Word>(x[i] & magnitude);
-            largest = found > largest ? found : largest;
-        }
-    }
-    for (std::size_t i = 0; i < n; ++i) {
-        const Word found = static_cast<Word>(x[i] & magnitude);
-        largest = found > largest ? found : largest;
-    }
-    return largest;
-}
-
-TASKVEC_KERNELS_END
-
-} // namespace detail
-
 /// A sink that looks at what is written for infinity (or NaN) that no input holds at that place: a finite result that
 /// the dtype of the output cannot hold. It is an error that names tensor and index, or becomes the dtype's largest
 /// number. What an input has of NaN and infinity passes, for model_options::on_nonfinite to judge; so does what a
@@ -11711,17 +11678,7 @@ private:
     using signed_word_of = std::conditional_t<bytes == 2, std::int16_t,
         std::conditional_t<bytes == 4, std::int32_t, std::conditional_t<bytes == 8, std::int64_t, std::int8_t>>>;
 
-    [[nodiscard]] static bool holds_nonfinite(dtype type, const void* data, std::size_t size)
-    {
-        return visit_storage(type, "", [&]<class T>(std::type_identity<T>) {
-            using word = signed_word_of<sizeof(T)>;
-            word infinity;
-            const auto stored = narrow<T>(static_cast<arithmetic_type<T>>(HUGE_VAL));
-            std::memcpy(&infinity, &stored, sizeof infinity);
-            constexpr word magnitude = static_cast<word>(static_cast<std::make_unsigned_t<word>>(-1) >> 1);
-            return detail::largest_stored<word>(data, size / sizeof(T), magnitude) >= infinity;
-        });
-    }
+    [[nodiscard]] static bool holds_nonfinite(dtype type, const void* data, std::size_t size);
     /// What is written again comes in the same pieces.
     void count(std::size_t index, std::uint64_t offset, std::uint64_t saturated)
     {
@@ -11764,6 +11721,61 @@ private:
     std::atomic<bool> lost_{false}; // something of that was ever there
 };
 
+namespace detail {
+
+TASKVEC_KERNELS_BEGIN
+
+/// The largest magnitude bits of stored words at any address, as a signed word. Whole numbers: any compiler's are the
+/// same, nvcc's too.
+template <class Word>
+TASKVEC_NOINLINE Word largest_stored(const void* data, std::size_t n, Word magnitude)
+{
+#if TASKVEC_GNU()
+    using word __attribute__((may_alias, aligned(1))) = Word;
+    const auto* x = static_cast<const word*>(data);
+#else
+    struct words {
+        const std::byte* at;
+        [[nodiscard]] Word operator[](std::size_t i) const noexcept
+        {
+            Word word;
+            std::memcpy(&word, at + i * sizeof word, sizeof word);
+            return word;
+        }
+        void operator+=(std::size_t count) noexcept { at += count * sizeof(Word); }
+    } x{static_cast<const std::byte*>(data)};
+#endif
+    constexpr std::size_t group = 256; // a number that the compiler knows, so that it vectorises at -O2
+    Word largest = 0;
+    for (; n >= group; n -= group, x += group) {
+        for (std::size_t i = 0; i < group; ++i) {
+            const Word found = static_cast<Word>(x[i] & magnitude);
+            largest = found > largest ? found : largest;
+        }
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+        const Word found = static_cast<Word>(x[i] & magnitude);
+        largest = found > largest ? found : largest;
+    }
+    return largest;
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace detail
+
+inline bool overflow_guard::holds_nonfinite(dtype type, const void* data, std::size_t size)
+{
+    return visit_storage(type, "", [&]<class T>(std::type_identity<T>) {
+        using word = signed_word_of<sizeof(T)>;
+        word infinity;
+        const auto stored = narrow<T>(static_cast<arithmetic_type<T>>(HUGE_VAL));
+        std::memcpy(&infinity, &stored, sizeof infinity);
+        constexpr word magnitude = static_cast<word>(static_cast<std::make_unsigned_t<word>>(-1) >> 1);
+        return detail::largest_stored<word>(data, size / sizeof(T), magnitude) >= infinity;
+    });
+}
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_MODELS_OVERFLOW_GUARD_HPP
 
@@ -11780,6 +11792,30 @@ private:
 #include <vector>
 
 namespace taskvec::inline TASKVEC_ABI {
+
+/// θ* = method(θ0, θ1 … θT): merges aligned models into a sink, whose tensors are those of models.outputs() in that
+/// order. Elementwise, streaming: memory is a few rows for each thread, whatever the size of the models.
+/// Bit-exact for any threads, chunks and sinks. Errors: invalid_argument (options; aliased outputs), nonfinite_error,
+/// cancelled; what the sink throws. After an error an in-memory output is unspecified.
+///
+///     aligned_models models(&base, tasks);
+///     merge(cpu{}, ties_options{.density = 0.2}, models, sink);
+template <merge_method Options>
+merge_report merge(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out);
+
+/// Makes the checks that merge() makes before it writes, and the passes that come first; writes nothing. For a dry run.
+///
+///     check_merge(cpu{}, fisher_options{.fishers = fishers}, models);
+template <merge_method Options>
+void check_merge(const cpu& policy, const Options& options, const aligned_models& models)
+{
+    if (method<Options>::needs_base && !models.has_base()) {
+        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
+    }
+    const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
+    cpu_passes passes(policy, models, beside);
+    static_cast<void>(method<Options>(passes, options));
+}
 
 namespace detail {
 
@@ -11800,24 +11836,6 @@ void add_norms(const cpu& policy, const aligned_models& merged_and_base, merge_r
         report.norms.push_back({merged_and_base.tensors()[i].name, std::sqrt(sums[i][0]), std::sqrt(sums[i][1])});
     }
 }
-
-} // namespace detail
-
-/// Makes the checks that merge() makes before it writes, and the passes that come first; writes nothing. For a dry run.
-///
-///     check_merge(cpu{}, fisher_options{.fishers = fishers}, models);
-template <merge_method Options>
-void check_merge(const cpu& policy, const Options& options, const aligned_models& models)
-{
-    if (method<Options>::needs_base && !models.has_base()) {
-        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
-    }
-    const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
-    cpu_passes passes(policy, models, beside);
-    static_cast<void>(method<Options>(passes, options));
-}
-
-namespace detail {
 
 /// merge() of aligned models that store the types of a storage_list.
 template <class Types, merge_method Options>
@@ -11857,13 +11875,6 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
 
 } // namespace detail
 
-/// θ* = method(θ0, θ1 … θT): merges aligned models into a sink, whose tensors are those of models.outputs() in that
-/// order. Elementwise, streaming: memory is a few rows for each thread, whatever the size of the models.
-/// Bit-exact for any threads, chunks and sinks. Errors: invalid_argument (options; aliased outputs), nonfinite_error,
-/// cancelled; what the sink throws. After an error an in-memory output is unspecified.
-///
-///     aligned_models models(&base, tasks);
-///     merge(cpu{}, ties_options{.density = 0.2}, models, sink);
 template <merge_method Options>
 merge_report merge(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
 {
@@ -13069,6 +13080,11 @@ struct unit_election_body : Rule {
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// For every tensor and task Σ|τ| / Σ|kept τ|, [tensor][task]: in f64 with a fixed shape; 1 where either sum is below
+/// 1e-7, as in mergekit. Cost: one read of the models, entry by entry. On the CPU only: invalid_argument elsewhere.
+template <class Passes, class Keep>
+[[nodiscard]] std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep);
+
 namespace detail {
 
 /// One entry as a keep rule sees it, outside of a merge's kernel.
@@ -13101,10 +13117,8 @@ template <arithmetic_element A, class Rule>
 
 } // namespace detail
 
-/// For every tensor and task Σ|τ| / Σ|kept τ|, [tensor][task]: in f64 with a fixed shape; 1 where either sum is below
-/// 1e-7, as in mergekit. Cost: one read of the models, entry by entry. On the CPU only: invalid_argument elsewhere.
 template <class Passes, class Keep>
-[[nodiscard]] std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep)
+std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep)
 {
     if constexpr (Passes::space != memory_space::host) {
         static_cast<void>(keep);
@@ -15008,6 +15022,64 @@ template <arithmetic_element T, merge_method Options>
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// out = tuned − base, the task vector τ. Flat views of one length; storage types may differ. Subtracted in f32 (f64
+/// when an input is f64) and rounded once; bit-exact. May work in place. Errors: shape_mismatch, nonfinite_error.
+///
+///     std::vector<float> tau(n);
+///     difference(cpu{}, tuned, base, tau);
+template <input_of<cpu> Tuned, input_of<cpu> Base, output_of<cpu> Out>
+void difference(
+    const cpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error);
+
+/// out = base + λ·vector: a task vector applied. Product and sum round separately in f32 (f64 when an input is f64).
+/// Bit-exact. May work in place. Errors: shape_mismatch, nonfinite_error.
+///
+///     apply(cpu{}, base, tau, 0.3, merged);
+template <input_of<cpu> Base, input_of<cpu> Vector, output_of<cpu> Out>
+void apply(const cpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out,
+    nonfinite on_nonfinite = nonfinite::error);
+
+/// out = −x: forgetting instead of learning. Exact. May work in place.
+template <input_of<cpu> X, output_of<cpu> Out>
+void negate(const cpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = nonfinite::error);
+
+/// out = Σ wt·xt over flat views of one storage type, in f32 (f64 for f64), in the order of the list; every product and
+/// sum rounds; bit-exact. `out` may not share memory with an input. Errors: invalid_argument (no vector, wrong number
+/// of weights), shape_mismatch, nonfinite_error.
+///
+///     combine(cpu{}, vectors, std::vector{0.5, -0.5}, out);
+template <std::ranges::input_range Vectors, output_of<cpu> Out>
+    requires input_of<std::ranges::range_reference_t<const Vectors>, cpu>
+void combine(const cpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out,
+    nonfinite on_nonfinite = nonfinite::error);
+
+/// Σ xi·yi in f64, in a fixed pairwise shape: the same bits for any threads. Relative to Σ|xi·yi| the error is below
+/// (12 + log2 n)·2^-53 or so. Errors: shape_mismatch.
+template <input_of<cpu> X, input_of<cpu> Y>
+[[nodiscard]] double dot(const cpu& policy, const X& x, const Y& y);
+
+/// ‖x‖ = √(x·x).
+template <input_of<cpu> X>
+[[nodiscard]] double norm(const cpu& policy, const X& x);
+
+/// x·y / (‖x‖·‖y‖), in [−1, 1]; 0 when a vector is 0, NaN when one has NaN or infinity. Vectors whose squares are
+/// beyond f64 are scaled first.
+template <input_of<cpu> X, input_of<cpu> Y>
+[[nodiscard]] double cosine(const cpu& policy, const X& x, const Y& y);
+
+/// Dots of all pairs of task vectors τs·τt over all included tensors: a T×T symmetric matrix, row-major. One walk over
+/// the models; f64; fixed shape. Entries of τ in f32 (f64 for f64); what is beyond their range becomes infinity.
+/// Errors: nonfinite_error, cancelled.
+[[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models);
+
+/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0), all in
+/// [−1, 1]; NaN for a task vector with NaN or infinity, where these propagate. Task vectors whose squares are beyond
+/// f64, or whose entries are beyond f32, are computed in f64 and scaled first: one or two more walks.
+///
+///     const aligned_models models(&base, tasks);
+///     std::vector<double> cosines = cosine_matrix(cpu{}, models);
+[[nodiscard]] inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models);
+
 namespace detail {
 
 /// The arithmetic type of several views together: f64 if one is f64, otherwise f32.
@@ -15093,14 +15165,8 @@ void map_rows(
 
 } // namespace detail
 
-/// out = tuned − base, the task vector τ. Flat views of one length; storage types may differ. Subtracted in f32 (f64
-/// when an input is f64) and rounded once; bit-exact. May work in place. Errors: shape_mismatch, nonfinite_error.
-///
-///     std::vector<float> tau(n);
-///     difference(cpu{}, tuned, base, tau);
 template <input_of<cpu> Tuned, input_of<cpu> Base, output_of<cpu> Out>
-void difference(
-    const cpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void difference(const cpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite)
 {
     using A = detail::common_arithmetic<const Tuned, const Base>;
     detail::map_rows<A>(
@@ -15109,13 +15175,8 @@ void difference(
         detail::const_view(as_view(tuned)), detail::const_view(as_view(base)));
 }
 
-/// out = base + λ·vector: a task vector applied. Product and sum round separately in f32 (f64 when an input is f64).
-/// Bit-exact. May work in place. Errors: shape_mismatch, nonfinite_error.
-///
-///     apply(cpu{}, base, tau, 0.3, merged);
 template <input_of<cpu> Base, input_of<cpu> Vector, output_of<cpu> Out>
-void apply(const cpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out,
-    nonfinite on_nonfinite = nonfinite::error)
+void apply(const cpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out, nonfinite on_nonfinite)
 {
     using A = detail::common_arithmetic<const Base, const Vector>;
     detail::map_rows<A>(
@@ -15127,9 +15188,8 @@ void apply(const cpu& policy, const Base& base, const Vector& vector, double lam
         detail::const_view(as_view(base)), detail::const_view(as_view(vector)));
 }
 
-/// out = −x: forgetting instead of learning. Exact. May work in place.
 template <input_of<cpu> X, output_of<cpu> Out>
-void negate(const cpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void negate(const cpu& policy, const X& x, Out&& out, nonfinite on_nonfinite)
 {
     using A = detail::common_arithmetic<const X>;
     detail::map_rows<A>(
@@ -15138,15 +15198,10 @@ void negate(const cpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = n
         detail::const_view(as_view(x)));
 }
 
-/// out = Σ wt·xt over flat views of one storage type, in f32 (f64 for f64), in the order of the list; every product and
-/// sum rounds; bit-exact. `out` may not share memory with an input. Errors: invalid_argument (no vector, wrong number
-/// of weights), shape_mismatch, nonfinite_error.
-///
-///     combine(cpu{}, vectors, std::vector{0.5, -0.5}, out);
 template <std::ranges::input_range Vectors, output_of<cpu> Out>
     requires input_of<std::ranges::range_reference_t<const Vectors>, cpu>
-void combine(const cpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out,
-    nonfinite on_nonfinite = nonfinite::error)
+void combine(
+    const cpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out, nonfinite on_nonfinite)
 {
     using X = std::remove_reference_t<std::ranges::range_reference_t<const Vectors>>;
     using T = element_of<X>;
@@ -15182,10 +15237,8 @@ void combine(const cpu& policy, const Vectors& vectors, std::span<const double> 
     });
 }
 
-/// Σ xi·yi in f64, in a fixed pairwise shape: the same bits for any threads. Relative to Σ|xi·yi| the error is below
-/// (12 + log2 n)·2^-53 or so. Errors: shape_mismatch.
 template <input_of<cpu> X, input_of<cpu> Y>
-[[nodiscard]] double dot(const cpu& policy, const X& x, const Y& y)
+double dot(const cpu& policy, const X& x, const Y& y)
 {
     using A = detail::common_arithmetic<const X, const Y>;
     const auto a = detail::const_view(as_view(x));
@@ -15206,9 +15259,8 @@ template <input_of<cpu> X, input_of<cpu> Y>
     return sum.total();
 }
 
-/// ‖x‖ = √(x·x).
 template <input_of<cpu> X>
-[[nodiscard]] double norm(const cpu& policy, const X& x)
+double norm(const cpu& policy, const X& x)
 {
     return std::sqrt(dot(policy, x, x));
 }
@@ -15252,10 +15304,8 @@ struct scaled_difference {
 };
 } // namespace detail
 
-/// x·y / (‖x‖·‖y‖), in [−1, 1]; 0 when a vector is 0, NaN when one has NaN or infinity. Vectors whose squares are
-/// beyond f64 are scaled first.
 template <input_of<cpu> X, input_of<cpu> Y>
-[[nodiscard]] double cosine(const cpu& policy, const X& x, const Y& y)
+double cosine(const cpu& policy, const X& x, const Y& y)
 {
     const double square_x = dot(policy, x, x), square_y = dot(policy, y, y);
     if (detail::squares_fit(square_x) && detail::squares_fit(square_y)) {
@@ -15323,10 +15373,7 @@ namespace detail {
 }
 } // namespace detail
 
-/// Dots of all pairs of task vectors τs·τt over all included tensors: a T×T symmetric matrix, row-major. One walk over
-/// the models; f64; fixed shape. Entries of τ in f32 (f64 for f64); what is beyond their range becomes infinity.
-/// Errors: nonfinite_error, cancelled.
-[[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
+inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
 {
     const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
     const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [&]<class A>(row_block<A>& rows, double* out) {
@@ -15384,13 +15431,7 @@ inline void rescale_dots(const cpu& policy, const aligned_models& models, std::v
 }
 } // namespace detail
 
-/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0), all in
-/// [−1, 1]; NaN for a task vector with NaN or infinity, where these propagate. Task vectors whose squares are beyond
-/// f64, or whose entries are beyond f32, are computed in f64 and scaled first: one or two more walks.
-///
-///     const aligned_models models(&base, tasks);
-///     std::vector<double> cosines = cosine_matrix(cpu{}, models);
-[[nodiscard]] inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models)
+inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models)
 {
     auto dots = dot_matrix(policy, models);
     if (!detail::all_squares_fit(dots, models.task_count())) { detail::rescale_dots(policy, models, dots); }
@@ -16103,6 +16144,16 @@ namespace taskvec::inline TASKVEC_ABI {
 
 TASKVEC_KERNELS_BEGIN
 
+/// e^x for x ≤ 709: within 2 units in the last place, 0 below −708, NaN of NaN. x = k·ln 2 + r with |r| ≤ ½·ln 2, and
+/// e^r by its series up to r¹³/13!.
+template <int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<double, bytes> exponential(const pack<double, bytes>& x) noexcept;
+
+/// ln x of normal positive numbers: within 2 units in the last place, or 2^−53 beside 1. x = 2^k·m with √½ ≤ m < √2,
+/// and ln m = 2·artanh s with s = (m − 1)/(m + 1), by its series up to s²¹/21.
+template <int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<double, bytes> logarithm(const pack<double, bytes>& x) noexcept;
+
 namespace detail {
 
 /// ln 2 in two parts: products of the first with whole numbers up to 2^20 are exact.
@@ -16112,10 +16163,8 @@ inline constexpr double to_whole = 0x1.8p52;
 
 } // namespace detail
 
-/// e^x for x ≤ 709: within 2 units in the last place, 0 below −708, NaN of NaN. x = k·ln 2 + r with |r| ≤ ½·ln 2, and
-/// e^r by its series up to r¹³/13!.
 template <int bytes>
-[[nodiscard]] TASKVEC_INLINE pack<double, bytes> exponential(const pack<double, bytes>& x) noexcept
+TASKVEC_INLINE pack<double, bytes> exponential(const pack<double, bytes>& x) noexcept
 {
     constexpr double of_series[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
         1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
@@ -16129,10 +16178,8 @@ template <int bytes>
     return select(x == x, where(x >= -708.0, scaled), x);
 }
 
-/// ln x of normal positive numbers: within 2 units in the last place, or 2^−53 beside 1. x = 2^k·m with √½ ≤ m < √2,
-/// and ln m = 2·artanh s with s = (m − 1)/(m + 1), by its series up to s²¹/21.
 template <int bytes>
-[[nodiscard]] TASKVEC_INLINE pack<double, bytes> logarithm(const pack<double, bytes>& x) noexcept
+TASKVEC_INLINE pack<double, bytes> logarithm(const pack<double, bytes>& x) noexcept
 {
     constexpr std::int64_t root_of_half = 0x3fe6a09e667f3bcd, bias = std::int64_t{1024} << 52;
     const auto k = (bits_of(x) + (bias - root_of_half)) >> 52; // and 1024
@@ -21943,6 +21990,32 @@ TASKVEC_COMPILED_MERGES(extern, breadcrumbs_ties_options)
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// The tensors that take part, in groups of the same options: their places in models.tensors(), ascending. The options
+/// of a group are those of its first tensor. A group for each set of values, in the order of their first tensors.
+template <described_options Options>
+struct tensor_group {
+    Options options{}; ///< of all of them
+    std::vector<std::size_t> tensors{}; ///< places in models.tensors(), ascending
+};
+/// Groups the tensors that take part by what `options_of(name)` says of each.
+template <described_options Options>
+[[nodiscard]] std::vector<tensor_group<Options>> group_by_options(
+    const aligned_models& models, const callback<Options(std::string_view)>& options_of);
+
+/// merge() with options that depend on the tensor: λ by layer, another density for embeddings, weights of tasks by
+/// pattern. `options_of(name)` gives those of a tensor. Tensors with equal options are merged together, as merge()
+/// merges a model of just these: a share of entries in model scope is a share of theirs. Where all options are equal
+/// that is merge() itself, bit for bit; where a method knows no model-wide numbers, every tensor has the bits that
+/// merge() with its options gives it. Errors, threads and cost as merge(): each tensor is read as often.
+///
+///     merge_by_tensor<task_arithmetic_options>(cpu{}, [](std::string_view name) {
+///         return task_arithmetic_options{.lambda = name.starts_with("lm_head") ? 0.1 : 0.5};
+///     }, models, sink);
+template <merge_method Options>
+    requires described_options<Options>
+merge_report merge_by_tensor(const cpu& policy, const callback<Options(std::string_view)>& options_of,
+    const aligned_models& models, tensor_sink& out);
+
 namespace detail {
 
 template <described_options Options>
@@ -21970,16 +22043,8 @@ inline void add_counts(std::vector<std::uint64_t>& sum, const std::vector<std::u
 
 } // namespace detail
 
-/// The tensors that take part, in groups of the same options: their places in models.tensors(), ascending. The options
-/// of a group are those of its first tensor. A group for each set of values, in the order of their first tensors.
 template <described_options Options>
-struct tensor_group {
-    Options options{}; ///< of all of them
-    std::vector<std::size_t> tensors{}; ///< places in models.tensors(), ascending
-};
-/// Groups the tensors that take part by what `options_of(name)` says of each.
-template <described_options Options>
-[[nodiscard]] std::vector<tensor_group<Options>> group_by_options(
+std::vector<tensor_group<Options>> group_by_options(
     const aligned_models& models, const callback<Options(std::string_view)>& options_of)
 {
     std::vector<tensor_group<Options>> groups;
@@ -21993,15 +22058,6 @@ template <described_options Options>
     return groups;
 }
 
-/// merge() with options that depend on the tensor: λ by layer, another density for embeddings, weights of tasks by
-/// pattern. `options_of(name)` gives those of a tensor. Tensors with equal options are merged together, as merge()
-/// merges a model of just these: a share of entries in model scope is a share of theirs. Where all options are equal
-/// that is merge() itself, bit for bit; where a method knows no model-wide numbers, every tensor has the bits that
-/// merge() with its options gives it. Errors, threads and cost as merge(): each tensor is read as often.
-///
-///     merge_by_tensor<task_arithmetic_options>(cpu{}, [](std::string_view name) {
-///         return task_arithmetic_options{.lambda = name.starts_with("lm_head") ? 0.1 : 0.5};
-///     }, models, sink);
 template <merge_method Options>
     requires described_options<Options>
 merge_report merge_by_tensor(const cpu& policy, const callback<Options(std::string_view)>& options_of,
@@ -26376,6 +26432,28 @@ auto post_pruning(const P&, const Arguments&...)
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// θ* = merge(θ0, θ1 … θT) by any method, then ût = top-m% of ut = θt − θ* for each task, where θ* is the merged model
+/// as it was stored and rounded. Task t is served as θ* + ût: apply() switches it on in place, undo() off again.
+/// Parameters: |θ*| + Σ kept. `out` receives θ*. Errors and bits: as merge() and post_pruning().
+///
+///     auto deltas = peru_fft(cpu{}, task_arithmetic_options{.lambda = 0.3}, {.density = 0.1}, base, tasks, merged);
+template <merge_method Options>
+[[nodiscard]] std::vector<sparse_model> peru_fft(const cpu& policy, const Options& method,
+    const post_pruning_options& residual, const const_model_ref& base, std::span<const const_model_ref> tasks,
+    const model_ref& out, const model_options& how = {});
+
+/// PERU-FFT over flat views.
+template <merge_method Options, input_of<cpu> Base, tasks_of<cpu> Tasks, output_of<cpu> Out>
+[[nodiscard]] auto peru_fft(const cpu& policy, const Options& method, const post_pruning_options& residual,
+    const Base& base, const Tasks& tasks, Out&& out, const model_options& how = {})
+{
+    merge(policy, method, base, tasks, out, how);
+    using A = arithmetic_type<element_of<Out>>;
+    std::vector<sparse_vector<A>> deltas;
+    for (const auto& task : tasks) { deltas.push_back(post_pruning(policy, residual, std::as_const(out), task, how)); }
+    return deltas;
+}
+
 namespace detail {
 /// Task t as it is served: where tensors may be missing, completed by the base's.
 [[nodiscard]] inline const_model_ref task_served(
@@ -26394,15 +26472,9 @@ namespace detail {
 }
 } // namespace detail
 
-/// θ* = merge(θ0, θ1 … θT) by any method, then ût = top-m% of ut = θt − θ* for each task, where θ* is the merged model
-/// as it was stored and rounded. Task t is served as θ* + ût: apply() switches it on in place, undo() off again.
-/// Parameters: |θ*| + Σ kept. `out` receives θ*. Errors and bits: as merge() and post_pruning().
-///
-///     auto deltas = peru_fft(cpu{}, task_arithmetic_options{.lambda = 0.3}, {.density = 0.1}, base, tasks, merged);
 template <merge_method Options>
-[[nodiscard]] std::vector<sparse_model> peru_fft(const cpu& policy, const Options& method,
-    const post_pruning_options& residual, const const_model_ref& base, std::span<const const_model_ref> tasks,
-    const model_ref& out, const model_options& how = {})
+std::vector<sparse_model> peru_fft(const cpu& policy, const Options& method, const post_pruning_options& residual,
+    const const_model_ref& base, std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how)
 {
     merge(policy, method, base, tasks, out, how);
     std::vector<sparse_model> deltas;
@@ -26411,18 +26483,6 @@ template <merge_method Options>
         deltas.push_back(post_pruning(
             policy, residual, merged, detail::task_served(base, tasks[t], how), detail::residual_options(how, t)));
     }
-    return deltas;
-}
-
-/// PERU-FFT over flat views.
-template <merge_method Options, input_of<cpu> Base, tasks_of<cpu> Tasks, output_of<cpu> Out>
-[[nodiscard]] auto peru_fft(const cpu& policy, const Options& method, const post_pruning_options& residual,
-    const Base& base, const Tasks& tasks, Out&& out, const model_options& how = {})
-{
-    merge(policy, method, base, tasks, out, how);
-    using A = arithmetic_type<element_of<Out>>;
-    std::vector<sparse_vector<A>> deltas;
-    for (const auto& task : tasks) { deltas.push_back(post_pruning(policy, residual, std::as_const(out), task, how)); }
     return deltas;
 }
 

@@ -20,6 +20,64 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// out = tuned − base, the task vector τ. Flat views of one length; storage types may differ. Subtracted in f32 (f64
+/// when an input is f64) and rounded once; bit-exact. May work in place. Errors: shape_mismatch, nonfinite_error.
+///
+///     std::vector<float> tau(n);
+///     difference(cpu{}, tuned, base, tau);
+template <input_of<cpu> Tuned, input_of<cpu> Base, output_of<cpu> Out>
+void difference(
+    const cpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error);
+
+/// out = base + λ·vector: a task vector applied. Product and sum round separately in f32 (f64 when an input is f64).
+/// Bit-exact. May work in place. Errors: shape_mismatch, nonfinite_error.
+///
+///     apply(cpu{}, base, tau, 0.3, merged);
+template <input_of<cpu> Base, input_of<cpu> Vector, output_of<cpu> Out>
+void apply(const cpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out,
+    nonfinite on_nonfinite = nonfinite::error);
+
+/// out = −x: forgetting instead of learning. Exact. May work in place.
+template <input_of<cpu> X, output_of<cpu> Out>
+void negate(const cpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = nonfinite::error);
+
+/// out = Σ wt·xt over flat views of one storage type, in f32 (f64 for f64), in the order of the list; every product and
+/// sum rounds; bit-exact. `out` may not share memory with an input. Errors: invalid_argument (no vector, wrong number
+/// of weights), shape_mismatch, nonfinite_error.
+///
+///     combine(cpu{}, vectors, std::vector{0.5, -0.5}, out);
+template <std::ranges::input_range Vectors, output_of<cpu> Out>
+    requires input_of<std::ranges::range_reference_t<const Vectors>, cpu>
+void combine(const cpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out,
+    nonfinite on_nonfinite = nonfinite::error);
+
+/// Σ xi·yi in f64, in a fixed pairwise shape: the same bits for any threads. Relative to Σ|xi·yi| the error is below
+/// (12 + log2 n)·2^-53 or so. Errors: shape_mismatch.
+template <input_of<cpu> X, input_of<cpu> Y>
+[[nodiscard]] double dot(const cpu& policy, const X& x, const Y& y);
+
+/// ‖x‖ = √(x·x).
+template <input_of<cpu> X>
+[[nodiscard]] double norm(const cpu& policy, const X& x);
+
+/// x·y / (‖x‖·‖y‖), in [−1, 1]; 0 when a vector is 0, NaN when one has NaN or infinity. Vectors whose squares are
+/// beyond f64 are scaled first.
+template <input_of<cpu> X, input_of<cpu> Y>
+[[nodiscard]] double cosine(const cpu& policy, const X& x, const Y& y);
+
+/// Dots of all pairs of task vectors τs·τt over all included tensors: a T×T symmetric matrix, row-major. One walk over
+/// the models; f64; fixed shape. Entries of τ in f32 (f64 for f64); what is beyond their range becomes infinity.
+/// Errors: nonfinite_error, cancelled.
+[[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models);
+
+/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0), all in
+/// [−1, 1]; NaN for a task vector with NaN or infinity, where these propagate. Task vectors whose squares are beyond
+/// f64, or whose entries are beyond f32, are computed in f64 and scaled first: one or two more walks.
+///
+///     const aligned_models models(&base, tasks);
+///     std::vector<double> cosines = cosine_matrix(cpu{}, models);
+[[nodiscard]] inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models);
+
 namespace detail {
 
 /// The arithmetic type of several views together: f64 if one is f64, otherwise f32.
@@ -105,14 +163,8 @@ void map_rows(
 
 } // namespace detail
 
-/// out = tuned − base, the task vector τ. Flat views of one length; storage types may differ. Subtracted in f32 (f64
-/// when an input is f64) and rounded once; bit-exact. May work in place. Errors: shape_mismatch, nonfinite_error.
-///
-///     std::vector<float> tau(n);
-///     difference(cpu{}, tuned, base, tau);
 template <input_of<cpu> Tuned, input_of<cpu> Base, output_of<cpu> Out>
-void difference(
-    const cpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void difference(const cpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite)
 {
     using A = detail::common_arithmetic<const Tuned, const Base>;
     detail::map_rows<A>(
@@ -121,13 +173,8 @@ void difference(
         detail::const_view(as_view(tuned)), detail::const_view(as_view(base)));
 }
 
-/// out = base + λ·vector: a task vector applied. Product and sum round separately in f32 (f64 when an input is f64).
-/// Bit-exact. May work in place. Errors: shape_mismatch, nonfinite_error.
-///
-///     apply(cpu{}, base, tau, 0.3, merged);
 template <input_of<cpu> Base, input_of<cpu> Vector, output_of<cpu> Out>
-void apply(const cpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out,
-    nonfinite on_nonfinite = nonfinite::error)
+void apply(const cpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out, nonfinite on_nonfinite)
 {
     using A = detail::common_arithmetic<const Base, const Vector>;
     detail::map_rows<A>(
@@ -139,9 +186,8 @@ void apply(const cpu& policy, const Base& base, const Vector& vector, double lam
         detail::const_view(as_view(base)), detail::const_view(as_view(vector)));
 }
 
-/// out = −x: forgetting instead of learning. Exact. May work in place.
 template <input_of<cpu> X, output_of<cpu> Out>
-void negate(const cpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void negate(const cpu& policy, const X& x, Out&& out, nonfinite on_nonfinite)
 {
     using A = detail::common_arithmetic<const X>;
     detail::map_rows<A>(
@@ -150,15 +196,10 @@ void negate(const cpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = n
         detail::const_view(as_view(x)));
 }
 
-/// out = Σ wt·xt over flat views of one storage type, in f32 (f64 for f64), in the order of the list; every product and
-/// sum rounds; bit-exact. `out` may not share memory with an input. Errors: invalid_argument (no vector, wrong number
-/// of weights), shape_mismatch, nonfinite_error.
-///
-///     combine(cpu{}, vectors, std::vector{0.5, -0.5}, out);
 template <std::ranges::input_range Vectors, output_of<cpu> Out>
     requires input_of<std::ranges::range_reference_t<const Vectors>, cpu>
-void combine(const cpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out,
-    nonfinite on_nonfinite = nonfinite::error)
+void combine(
+    const cpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out, nonfinite on_nonfinite)
 {
     using X = std::remove_reference_t<std::ranges::range_reference_t<const Vectors>>;
     using T = element_of<X>;
@@ -194,10 +235,8 @@ void combine(const cpu& policy, const Vectors& vectors, std::span<const double> 
     });
 }
 
-/// Σ xi·yi in f64, in a fixed pairwise shape: the same bits for any threads. Relative to Σ|xi·yi| the error is below
-/// (12 + log2 n)·2^-53 or so. Errors: shape_mismatch.
 template <input_of<cpu> X, input_of<cpu> Y>
-[[nodiscard]] double dot(const cpu& policy, const X& x, const Y& y)
+double dot(const cpu& policy, const X& x, const Y& y)
 {
     using A = detail::common_arithmetic<const X, const Y>;
     const auto a = detail::const_view(as_view(x));
@@ -218,9 +257,8 @@ template <input_of<cpu> X, input_of<cpu> Y>
     return sum.total();
 }
 
-/// ‖x‖ = √(x·x).
 template <input_of<cpu> X>
-[[nodiscard]] double norm(const cpu& policy, const X& x)
+double norm(const cpu& policy, const X& x)
 {
     return std::sqrt(dot(policy, x, x));
 }
@@ -264,10 +302,8 @@ struct scaled_difference {
 };
 } // namespace detail
 
-/// x·y / (‖x‖·‖y‖), in [−1, 1]; 0 when a vector is 0, NaN when one has NaN or infinity. Vectors whose squares are
-/// beyond f64 are scaled first.
 template <input_of<cpu> X, input_of<cpu> Y>
-[[nodiscard]] double cosine(const cpu& policy, const X& x, const Y& y)
+double cosine(const cpu& policy, const X& x, const Y& y)
 {
     const double square_x = dot(policy, x, x), square_y = dot(policy, y, y);
     if (detail::squares_fit(square_x) && detail::squares_fit(square_y)) {
@@ -335,10 +371,7 @@ namespace detail {
 }
 } // namespace detail
 
-/// Dots of all pairs of task vectors τs·τt over all included tensors: a T×T symmetric matrix, row-major. One walk over
-/// the models; f64; fixed shape. Entries of τ in f32 (f64 for f64); what is beyond their range becomes infinity.
-/// Errors: nonfinite_error, cancelled.
-[[nodiscard]] inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
+inline std::vector<double> dot_matrix(const cpu& policy, const aligned_models& models)
 {
     const std::size_t tasks = models.task_count(), pairs = tasks * (tasks + 1) / 2;
     const auto sums = tensor_sums(policy, models, pairs, 0, "dots", [&]<class A>(row_block<A>& rows, double* out) {
@@ -396,13 +429,7 @@ inline void rescale_dots(const cpu& policy, const aligned_models& models, std::v
 }
 } // namespace detail
 
-/// Cosines of all pairs of task vectors: T×T, row-major, ones on the diagonal (0 for a task vector that is 0), all in
-/// [−1, 1]; NaN for a task vector with NaN or infinity, where these propagate. Task vectors whose squares are beyond
-/// f64, or whose entries are beyond f32, are computed in f64 and scaled first: one or two more walks.
-///
-///     const aligned_models models(&base, tasks);
-///     std::vector<double> cosines = cosine_matrix(cpu{}, models);
-[[nodiscard]] inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models)
+inline std::vector<double> cosine_matrix(const cpu& policy, const aligned_models& models)
 {
     auto dots = dot_matrix(policy, models);
     if (!detail::all_squares_fit(dots, models.task_count())) { detail::rescale_dots(policy, models, dots); }

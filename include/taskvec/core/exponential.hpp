@@ -10,6 +10,16 @@ namespace taskvec::inline TASKVEC_ABI {
 
 TASKVEC_KERNELS_BEGIN
 
+/// e^x for x ≤ 709: within 2 units in the last place, 0 below −708, NaN of NaN. x = k·ln 2 + r with |r| ≤ ½·ln 2, and
+/// e^r by its series up to r¹³/13!.
+template <int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<double, bytes> exponential(const pack<double, bytes>& x) noexcept;
+
+/// ln x of normal positive numbers: within 2 units in the last place, or 2^−53 beside 1. x = 2^k·m with √½ ≤ m < √2,
+/// and ln m = 2·artanh s with s = (m − 1)/(m + 1), by its series up to s²¹/21.
+template <int bytes>
+[[nodiscard]] TASKVEC_INLINE pack<double, bytes> logarithm(const pack<double, bytes>& x) noexcept;
+
 namespace detail {
 
 /// ln 2 in two parts: products of the first with whole numbers up to 2^20 are exact.
@@ -19,10 +29,8 @@ inline constexpr double to_whole = 0x1.8p52;
 
 } // namespace detail
 
-/// e^x for x ≤ 709: within 2 units in the last place, 0 below −708, NaN of NaN. x = k·ln 2 + r with |r| ≤ ½·ln 2, and
-/// e^r by its series up to r¹³/13!.
 template <int bytes>
-[[nodiscard]] TASKVEC_INLINE pack<double, bytes> exponential(const pack<double, bytes>& x) noexcept
+TASKVEC_INLINE pack<double, bytes> exponential(const pack<double, bytes>& x) noexcept
 {
     constexpr double of_series[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
         1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0};
@@ -36,10 +44,8 @@ template <int bytes>
     return select(x == x, where(x >= -708.0, scaled), x);
 }
 
-/// ln x of normal positive numbers: within 2 units in the last place, or 2^−53 beside 1. x = 2^k·m with √½ ≤ m < √2,
-/// and ln m = 2·artanh s with s = (m − 1)/(m + 1), by its series up to s²¹/21.
 template <int bytes>
-[[nodiscard]] TASKVEC_INLINE pack<double, bytes> logarithm(const pack<double, bytes>& x) noexcept
+TASKVEC_INLINE pack<double, bytes> logarithm(const pack<double, bytes>& x) noexcept
 {
     constexpr std::int64_t root_of_half = 0x3fe6a09e667f3bcd, bias = std::int64_t{1024} << 52;
     const auto k = (bits_of(x) + (bias - root_of_half)) >> 52; // and 1024

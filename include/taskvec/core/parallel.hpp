@@ -23,7 +23,30 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// Number of workers that a policy may use for `count` independent pieces of work.
+[[nodiscard]] inline std::size_t worker_count(const cpu& policy, std::size_t count);
+
+/// The policy's memory resource.
+[[nodiscard]] inline std::pmr::memory_resource* memory_of(const cpu& policy) noexcept
+{
+    return policy.memory ? policy.memory : std::pmr::get_default_resource();
+}
+
+/// The same policy on one thread, silent: for work that is already inside a parallel loop.
+[[nodiscard]] inline cpu sequential(const cpu& policy)
+{
+    return {.threads = 1, .executor = {}, .memory = policy.memory, .progress = {}};
+}
+
+/// Calls body(index, worker) once for each index in [0, count); `worker` < worker_count(policy, count) names a slot
+/// that no other call uses at the same time. Indices are handed out in ascending order. The error of the lowest index
+/// that failed is rethrown after all workers have stopped; indices above a failed one may be skipped, those below never
+/// are: which error is reported does not depend on threads.
+inline void for_each_index(
+    const cpu& policy, std::size_t count, function_ref<void(std::size_t index, std::size_t worker)> body);
+
 namespace detail {
+
 /// How many threads the machine runs at once; at least 1.
 [[nodiscard]] inline std::size_t hardware_threads() noexcept
 {
@@ -98,28 +121,6 @@ public:
 private:
     std::atomic_flag& flag_;
 };
-} // namespace detail
-
-/// Number of workers that a policy may use for `count` independent pieces of work.
-[[nodiscard]] inline std::size_t worker_count(const cpu& policy, std::size_t count)
-{
-    const std::size_t wanted = policy.threads ? policy.threads : detail::hardware_threads();
-    return std::max<std::size_t>(1, std::min(wanted, count));
-}
-
-/// The policy's memory resource.
-[[nodiscard]] inline std::pmr::memory_resource* memory_of(const cpu& policy) noexcept
-{
-    return policy.memory ? policy.memory : std::pmr::get_default_resource();
-}
-
-/// The same policy on one thread, silent: for work that is already inside a parallel loop.
-[[nodiscard]] inline cpu sequential(const cpu& policy)
-{
-    return {.threads = 1, .executor = {}, .memory = policy.memory, .progress = {}};
-}
-
-namespace detail {
 
 /// Counts finished work and asks the callback, one thread at a time, whether to go on.
 class progress_meter {
@@ -160,10 +161,12 @@ private:
 
 } // namespace detail
 
-/// Calls body(index, worker) once for each index in [0, count); `worker` < worker_count(policy, count) names a slot
-/// that no other call uses at the same time. Indices are handed out in ascending order. The error of the lowest index
-/// that failed is rethrown after all workers have stopped; indices above a failed one may be skipped, those below never
-/// are: which error is reported does not depend on threads.
+inline std::size_t worker_count(const cpu& policy, std::size_t count)
+{
+    const std::size_t wanted = policy.threads ? policy.threads : detail::hardware_threads();
+    return std::max<std::size_t>(1, std::min(wanted, count));
+}
+
 inline void for_each_index(
     const cpu& policy, std::size_t count, function_ref<void(std::size_t index, std::size_t worker)> body)
 {

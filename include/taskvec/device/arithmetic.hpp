@@ -27,6 +27,56 @@ namespace taskvec::inline TASKVEC_ABI {
 namespace detail {
 template <>
 inline constexpr bool gpu_header_included<gpu, gpu_room::arithmetic> = true;
+} // namespace detail
+
+/// out = tuned − base, as on the CPU. May work in place.
+///
+///     difference(policy, tuned.view(), base.view(), tau.view());
+template <input_of<gpu> Tuned, input_of<gpu> Base, output_of<gpu> Out>
+void difference(
+    const gpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error);
+
+/// out = base + λ·vector, as on the CPU. May work in place.
+template <input_of<gpu> Base, input_of<gpu> Vector, output_of<gpu> Out>
+void apply(const gpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out,
+    nonfinite on_nonfinite = nonfinite::error);
+
+/// out = −x, as on the CPU. May work in place.
+template <input_of<gpu> X, output_of<gpu> Out>
+void negate(const gpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = nonfinite::error);
+
+/// out = Σ wt·xt, as on the CPU, each vector read once.
+///
+///     combine(policy, std::vector{x.view(), y.view()}, std::vector{0.5, -0.5}, out.view());
+template <std::ranges::input_range Vectors, output_of<gpu> Out>
+    requires input_of<std::ranges::range_reference_t<const Vectors>, gpu>
+void combine(const gpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out,
+    nonfinite on_nonfinite = nonfinite::error);
+
+/// Σ xi·yi, as on the CPU: the same bits. Waits.
+template <input_of<gpu> X, input_of<gpu> Y>
+[[nodiscard]] double dot(const gpu& policy, const X& x, const Y& y);
+
+/// ‖x‖ = √(x·x).
+template <input_of<gpu> X>
+[[nodiscard]] double norm(const gpu& policy, const X& x);
+
+/// x·y / (‖x‖·‖y‖), as on the CPU, but for vectors whose squares are beyond f64: these are not scaled, and give 0 or
+/// NaN.
+template <input_of<gpu> X, input_of<gpu> Y>
+[[nodiscard]] double cosine(const gpu& policy, const X& x, const Y& y);
+
+/// Dots of all pairs of task vectors, as on the CPU: the same bits. Waits. Errors: nonfinite_error.
+///
+///     const aligned_models models = align_on_device(policy, &base, tasks);
+///     std::vector<double> dots = dot_matrix(policy, models);
+[[nodiscard]] inline std::vector<double> dot_matrix(const gpu& policy, const aligned_models& models);
+
+/// Cosines of all pairs of task vectors, as on the CPU: the same bits, but for task vectors whose entries or squares
+/// are beyond f32 and f64: these are not scaled, and give 0 or NaN. Waits.
+[[nodiscard]] inline std::vector<double> cosine_matrix(const gpu& policy, const aligned_models& models);
+
+namespace detail {
 
 /// Flat device views as the operands of one piece: inputs beside each other, one output.
 class device_inputs {
@@ -92,43 +142,33 @@ void map_on_device(const gpu& policy, nonfinite on_nonfinite, elementwise::point
 
 } // namespace detail
 
-/// out = tuned − base, as on the CPU. May work in place.
-///
-///     difference(policy, tuned.view(), base.view(), tau.view());
 template <input_of<gpu> Tuned, input_of<gpu> Base, output_of<gpu> Out>
-void difference(
-    const gpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void difference(const gpu& policy, const Tuned& tuned, const Base& base, Out&& out, nonfinite on_nonfinite)
 {
     detail::map_on_device<detail::common_arithmetic<const Tuned, const Base>>(policy, on_nonfinite,
         elementwise::pointwise_operation::difference, 0, as_view(out), detail::const_view(as_view(tuned)),
         detail::const_view(as_view(base)));
 }
 
-/// out = base + λ·vector, as on the CPU. May work in place.
 template <input_of<gpu> Base, input_of<gpu> Vector, output_of<gpu> Out>
-void apply(const gpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out,
-    nonfinite on_nonfinite = nonfinite::error)
+void apply(const gpu& policy, const Base& base, const Vector& vector, double lambda, Out&& out, nonfinite on_nonfinite)
 {
     detail::map_on_device<detail::common_arithmetic<const Base, const Vector>>(policy, on_nonfinite,
         elementwise::pointwise_operation::apply, lambda, as_view(out), detail::const_view(as_view(base)),
         detail::const_view(as_view(vector)));
 }
 
-/// out = −x, as on the CPU. May work in place.
 template <input_of<gpu> X, output_of<gpu> Out>
-void negate(const gpu& policy, const X& x, Out&& out, nonfinite on_nonfinite = nonfinite::error)
+void negate(const gpu& policy, const X& x, Out&& out, nonfinite on_nonfinite)
 {
     detail::map_on_device<detail::common_arithmetic<const X>>(policy, on_nonfinite,
         elementwise::pointwise_operation::negate, 0, as_view(out), detail::const_view(as_view(x)));
 }
 
-/// out = Σ wt·xt, as on the CPU, each vector read once.
-///
-///     combine(policy, std::vector{x.view(), y.view()}, std::vector{0.5, -0.5}, out.view());
 template <std::ranges::input_range Vectors, output_of<gpu> Out>
     requires input_of<std::ranges::range_reference_t<const Vectors>, gpu>
-void combine(const gpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out,
-    nonfinite on_nonfinite = nonfinite::error)
+void combine(
+    const gpu& policy, const Vectors& vectors, std::span<const double> weights, Out&& out, nonfinite on_nonfinite)
 {
     using A = arithmetic_type<element_of<std::remove_reference_t<std::ranges::range_reference_t<const Vectors>>>>;
     const auto result = as_view(out);
@@ -153,9 +193,8 @@ void combine(const gpu& policy, const Vectors& vectors, std::span<const double> 
     inputs.check_finite();
 }
 
-/// Σ xi·yi, as on the CPU: the same bits. Waits.
 template <input_of<gpu> X, input_of<gpu> Y>
-[[nodiscard]] double dot(const gpu& policy, const X& x, const Y& y)
+double dot(const gpu& policy, const X& x, const Y& y)
 {
     const auto a = detail::const_view(as_view(x));
     const auto b = detail::const_view(as_view(y));
@@ -168,26 +207,19 @@ template <input_of<gpu> X, input_of<gpu> Y>
     return tensor_dots(resident, {{1, 2}}, false)[0][0];
 }
 
-/// ‖x‖ = √(x·x).
 template <input_of<gpu> X>
-[[nodiscard]] double norm(const gpu& policy, const X& x)
+double norm(const gpu& policy, const X& x)
 {
     return std::sqrt(dot(policy, x, x));
 }
 
-/// x·y / (‖x‖·‖y‖), as on the CPU, but for vectors whose squares are beyond f64: these are not scaled, and give 0 or
-/// NaN.
 template <input_of<gpu> X, input_of<gpu> Y>
-[[nodiscard]] double cosine(const gpu& policy, const X& x, const Y& y)
+double cosine(const gpu& policy, const X& x, const Y& y)
 {
     return detail::cosine_of(dot(policy, x, y), dot(policy, x, x), dot(policy, y, y));
 }
 
-/// Dots of all pairs of task vectors, as on the CPU: the same bits. Waits. Errors: nonfinite_error.
-///
-///     const aligned_models models = align_on_device(policy, &base, tasks);
-///     std::vector<double> dots = dot_matrix(policy, models);
-[[nodiscard]] inline std::vector<double> dot_matrix(const gpu& policy, const aligned_models& models)
+inline std::vector<double> dot_matrix(const gpu& policy, const aligned_models& models)
 {
     const std::uint32_t tasks = static_cast<std::uint32_t>(models.task_count());
     std::vector<operand_pair> pairs;
@@ -200,9 +232,7 @@ template <input_of<gpu> X, input_of<gpu> Y>
     return detail::symmetric_dots(sums, tasks);
 }
 
-/// Cosines of all pairs of task vectors, as on the CPU: the same bits, but for task vectors whose entries or squares
-/// are beyond f32 and f64: these are not scaled, and give 0 or NaN. Waits.
-[[nodiscard]] inline std::vector<double> cosine_matrix(const gpu& policy, const aligned_models& models)
+inline std::vector<double> cosine_matrix(const gpu& policy, const aligned_models& models)
 {
     return detail::cosines_of(dot_matrix(policy, models), models.task_count());
 }

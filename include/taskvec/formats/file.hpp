@@ -26,6 +26,10 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// Called where a directory could not be forced to disk after the files in it had taken their names: they are in place,
+/// and only a power cut could still undo that. That is no error, since nothing can be taken back.
+using unsynchronised_handler = void (*)(const std::filesystem::path& directory, int code);
+
 namespace detail {
 
 [[noreturn]] inline void raise_io(const std::filesystem::path& path, std::string_view what, int code)
@@ -38,14 +42,6 @@ namespace detail {
 {
     return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
 }
-
-} // namespace detail
-
-/// Called where a directory could not be forced to disk after the files in it had taken their names: they are in place,
-/// and only a power cut could still undo that. That is no error, since nothing can be taken back.
-using unsynchronised_handler = void (*)(const std::filesystem::path& directory, int code);
-
-namespace detail {
 
 inline std::atomic<unsynchronised_handler>& unsynchronised_slot() noexcept
 {

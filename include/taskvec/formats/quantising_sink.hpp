@@ -32,6 +32,15 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// Quantises numbers as a scaled FP8 layer is, with fresh scales: for each group that shares a scale, the largest
+/// finite magnitude over the largest number of the codes (448 for E4M3, 57344 for E5M2), rounded to the scale's dtype
+/// (up to a power of two where the layer has those); 1 for a group of zeros. A code is the number over the scale as
+/// stored, rounded to nearest even and saturated. NaN stays NaN, infinity becomes NaN in E4M3. `out` receives codes as
+/// tensor `codes` and scales as tensor `scales`. Throws nonfinite_error for a scale that its dtype cannot hold. Error:
+/// at most half a unit of the codes' last place times the scale. Cost: two reads of the numbers.
+inline void quantise_fp8(
+    const quantised_layer& like, const float* values, tensor_sink& out, std::size_t codes, std::size_t scales);
+
 namespace detail {
 
 /// A power of two that is at least `value`.
@@ -87,12 +96,6 @@ struct stored_scale {
 
 } // namespace detail
 
-/// Quantises numbers as a scaled FP8 layer is, with fresh scales: for each group that shares a scale, the largest
-/// finite magnitude over the largest number of the codes (448 for E4M3, 57344 for E5M2), rounded to the scale's dtype
-/// (up to a power of two where the layer has those); 1 for a group of zeros. A code is the number over the scale as
-/// stored, rounded to nearest even and saturated. NaN stays NaN, infinity becomes NaN in E4M3. `out` receives codes as
-/// tensor `codes` and scales as tensor `scales`. Throws nonfinite_error for a scale that its dtype cannot hold. Error:
-/// at most half a unit of the codes' last place times the scale. Cost: two reads of the numbers.
 inline void quantise_fp8(
     const quantised_layer& like, const float* values, tensor_sink& out, std::size_t codes, std::size_t scales)
 {

@@ -19,6 +19,32 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// The tensors that take part, in groups of the same options: their places in models.tensors(), ascending. The options
+/// of a group are those of its first tensor. A group for each set of values, in the order of their first tensors.
+template <described_options Options>
+struct tensor_group {
+    Options options{}; ///< of all of them
+    std::vector<std::size_t> tensors{}; ///< places in models.tensors(), ascending
+};
+/// Groups the tensors that take part by what `options_of(name)` says of each.
+template <described_options Options>
+[[nodiscard]] std::vector<tensor_group<Options>> group_by_options(
+    const aligned_models& models, const callback<Options(std::string_view)>& options_of);
+
+/// merge() with options that depend on the tensor: λ by layer, another density for embeddings, weights of tasks by
+/// pattern. `options_of(name)` gives those of a tensor. Tensors with equal options are merged together, as merge()
+/// merges a model of just these: a share of entries in model scope is a share of theirs. Where all options are equal
+/// that is merge() itself, bit for bit; where a method knows no model-wide numbers, every tensor has the bits that
+/// merge() with its options gives it. Errors, threads and cost as merge(): each tensor is read as often.
+///
+///     merge_by_tensor<task_arithmetic_options>(cpu{}, [](std::string_view name) {
+///         return task_arithmetic_options{.lambda = name.starts_with("lm_head") ? 0.1 : 0.5};
+///     }, models, sink);
+template <merge_method Options>
+    requires described_options<Options>
+merge_report merge_by_tensor(const cpu& policy, const callback<Options(std::string_view)>& options_of,
+    const aligned_models& models, tensor_sink& out);
+
 namespace detail {
 
 template <described_options Options>
@@ -46,16 +72,8 @@ inline void add_counts(std::vector<std::uint64_t>& sum, const std::vector<std::u
 
 } // namespace detail
 
-/// The tensors that take part, in groups of the same options: their places in models.tensors(), ascending. The options
-/// of a group are those of its first tensor. A group for each set of values, in the order of their first tensors.
 template <described_options Options>
-struct tensor_group {
-    Options options{}; ///< of all of them
-    std::vector<std::size_t> tensors{}; ///< places in models.tensors(), ascending
-};
-/// Groups the tensors that take part by what `options_of(name)` says of each.
-template <described_options Options>
-[[nodiscard]] std::vector<tensor_group<Options>> group_by_options(
+std::vector<tensor_group<Options>> group_by_options(
     const aligned_models& models, const callback<Options(std::string_view)>& options_of)
 {
     std::vector<tensor_group<Options>> groups;
@@ -69,15 +87,6 @@ template <described_options Options>
     return groups;
 }
 
-/// merge() with options that depend on the tensor: λ by layer, another density for embeddings, weights of tasks by
-/// pattern. `options_of(name)` gives those of a tensor. Tensors with equal options are merged together, as merge()
-/// merges a model of just these: a share of entries in model scope is a share of theirs. Where all options are equal
-/// that is merge() itself, bit for bit; where a method knows no model-wide numbers, every tensor has the bits that
-/// merge() with its options gives it. Errors, threads and cost as merge(): each tensor is read as often.
-///
-///     merge_by_tensor<task_arithmetic_options>(cpu{}, [](std::string_view name) {
-///         return task_arithmetic_options{.lambda = name.starts_with("lm_head") ? 0.1 : 0.5};
-///     }, models, sink);
 template <merge_method Options>
     requires described_options<Options>
 merge_report merge_by_tensor(const cpu& policy, const callback<Options(std::string_view)>& options_of,

@@ -22,6 +22,30 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// θ* = method(θ0, θ1 … θT): merges aligned models into a sink, whose tensors are those of models.outputs() in that
+/// order. Elementwise, streaming: memory is a few rows for each thread, whatever the size of the models.
+/// Bit-exact for any threads, chunks and sinks. Errors: invalid_argument (options; aliased outputs), nonfinite_error,
+/// cancelled; what the sink throws. After an error an in-memory output is unspecified.
+///
+///     aligned_models models(&base, tasks);
+///     merge(cpu{}, ties_options{.density = 0.2}, models, sink);
+template <merge_method Options>
+merge_report merge(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out);
+
+/// Makes the checks that merge() makes before it writes, and the passes that come first; writes nothing. For a dry run.
+///
+///     check_merge(cpu{}, fisher_options{.fishers = fishers}, models);
+template <merge_method Options>
+void check_merge(const cpu& policy, const Options& options, const aligned_models& models)
+{
+    if (method<Options>::needs_base && !models.has_base()) {
+        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
+    }
+    const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
+    cpu_passes passes(policy, models, beside);
+    static_cast<void>(method<Options>(passes, options));
+}
+
 namespace detail {
 
 /// Norms of the merged model as it was stored, read back where the sink has memory.
@@ -41,24 +65,6 @@ void add_norms(const cpu& policy, const aligned_models& merged_and_base, merge_r
         report.norms.push_back({merged_and_base.tensors()[i].name, std::sqrt(sums[i][0]), std::sqrt(sums[i][1])});
     }
 }
-
-} // namespace detail
-
-/// Makes the checks that merge() makes before it writes, and the passes that come first; writes nothing. For a dry run.
-///
-///     check_merge(cpu{}, fisher_options{.fishers = fishers}, models);
-template <merge_method Options>
-void check_merge(const cpu& policy, const Options& options, const aligned_models& models)
-{
-    if (method<Options>::needs_base && !models.has_base()) {
-        raise<invalid_argument>(error_code::base_missing, "this merge method needs a base model");
-    }
-    const std::vector<aligned_tensor::operand> beside = detail::operands_beside(options, models, memory_space::host);
-    cpu_passes passes(policy, models, beside);
-    static_cast<void>(method<Options>(passes, options));
-}
-
-namespace detail {
 
 /// merge() of aligned models that store the types of a storage_list.
 template <class Types, merge_method Options>
@@ -98,13 +104,6 @@ merge_report merge_storing(const cpu& policy, const Options& options, const alig
 
 } // namespace detail
 
-/// θ* = method(θ0, θ1 … θT): merges aligned models into a sink, whose tensors are those of models.outputs() in that
-/// order. Elementwise, streaming: memory is a few rows for each thread, whatever the size of the models.
-/// Bit-exact for any threads, chunks and sinks. Errors: invalid_argument (options; aliased outputs), nonfinite_error,
-/// cancelled; what the sink throws. After an error an in-memory output is unspecified.
-///
-///     aligned_models models(&base, tasks);
-///     merge(cpu{}, ties_options{.density = 0.2}, models, sink);
 template <merge_method Options>
 merge_report merge(const cpu& policy, const Options& options, const aligned_models& models, tensor_sink& out)
 {

@@ -20,37 +20,6 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-namespace detail {
-
-/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements,
-/// fp8 and what is worked out go through `raw` (room for block_size doubles).
-template <class Use>
-decltype(auto) with_elements(
-    const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
-{
-    if (from.source) {
-        from.source->read(offset, size, raw);
-        if (from.dtype == dtype::f64) { return use(reinterpret_cast<const double*>(raw)); }
-        return use(reinterpret_cast<const float*>(raw));
-    }
-    if (is_dequantised(from.dtype)) {
-        const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
-        auto* const values = reinterpret_cast<float*>(raw);
-        for (std::size_t i = 0; i < size; ++i) { values[i] = fp8_value(from.dtype, codes[i]); }
-        return use(static_cast<const float*>(values));
-    }
-    return visit_storage(from.dtype, "operand", [&]<class T>(std::type_identity<T>) -> decltype(auto) {
-        const std::byte* place = from.data + offset * sizeof(T);
-        if (reinterpret_cast<std::uintptr_t>(place) % alignof(T) != 0) {
-            std::memcpy(raw, place, size * sizeof(T));
-            place = raw;
-        }
-        return use(reinterpret_cast<const T*>(place));
-    });
-}
-
-} // namespace detail
-
 /// Elements of a block: a row of f32 takes 16 KiB, so a dozen rows stay in the second-level cache.
 inline constexpr std::size_t block_size = 4096;
 
@@ -231,12 +200,7 @@ private:
         }
     }
 
-    void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
-    {
-        const double found = detail::with_elements(
-            from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
-        if (!std::isfinite(found)) { detail::refuse_nonfinite(tensor_->name, where, found, offset_ + i); }
-    }
+    void check(const aligned_tensor::operand& from, std::size_t i, const std::string& where);
 
     const aligned_models* models_;
     const detail::row_conversions<A>* conversions_;
@@ -248,6 +212,45 @@ private:
     const A* base_ = nullptr;
     bits_type<A> largest_ = 0;
 };
+
+namespace detail {
+
+/// Calls use(values) with the elements [offset, offset + size) of an operand as a typed pointer. Misaligned elements,
+/// fp8 and what is worked out go through `raw` (room for block_size doubles).
+template <class Use>
+decltype(auto) with_elements(
+    const aligned_tensor::operand& from, std::uint64_t offset, std::size_t size, std::byte* raw, Use&& use)
+{
+    if (from.source) {
+        from.source->read(offset, size, raw);
+        if (from.dtype == dtype::f64) { return use(reinterpret_cast<const double*>(raw)); }
+        return use(reinterpret_cast<const float*>(raw));
+    }
+    if (is_dequantised(from.dtype)) {
+        const auto* codes = reinterpret_cast<const unsigned char*>(from.data) + offset;
+        auto* const values = reinterpret_cast<float*>(raw);
+        for (std::size_t i = 0; i < size; ++i) { values[i] = fp8_value(from.dtype, codes[i]); }
+        return use(static_cast<const float*>(values));
+    }
+    return visit_storage(from.dtype, "operand", [&]<class T>(std::type_identity<T>) -> decltype(auto) {
+        const std::byte* place = from.data + offset * sizeof(T);
+        if (reinterpret_cast<std::uintptr_t>(place) % alignof(T) != 0) {
+            std::memcpy(raw, place, size * sizeof(T));
+            place = raw;
+        }
+        return use(reinterpret_cast<const T*>(place));
+    });
+}
+
+} // namespace detail
+
+template <arithmetic_element A>
+void row_block<A>::check(const aligned_tensor::operand& from, std::size_t i, const std::string& where)
+{
+    const double found = detail::with_elements(
+        from, offset_ + i, 1, raw(), [](const auto* value) { return static_cast<double>(widen<double>(*value)); });
+    if (!std::isfinite(found)) { detail::refuse_nonfinite(tensor_->name, where, found, offset_ + i); }
+}
 
 /// The blocks of one worker: in f32 and, where a tensor needs it, in f64.
 class block_workspace {

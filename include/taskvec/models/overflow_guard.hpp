@@ -19,49 +19,6 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-namespace detail {
-
-TASKVEC_KERNELS_BEGIN
-
-/// The largest magnitude bits of stored words at any address, as a signed word. Whole numbers: any compiler's are the
-/// same, nvcc's too.
-template <class Word>
-TASKVEC_NOINLINE Word largest_stored(const void* data, std::size_t n, Word magnitude)
-{
-#if TASKVEC_GNU()
-    using word __attribute__((may_alias, aligned(1))) = Word;
-    const auto* x = static_cast<const word*>(data);
-#else
-    struct words {
-        const std::byte* at;
-        [[nodiscard]] Word operator[](std::size_t i) const noexcept
-        {
-            Word word;
-            std::memcpy(&word, at + i * sizeof word, sizeof word);
-            return word;
-        }
-        void operator+=(std::size_t count) noexcept { at += count * sizeof(Word); }
-    } x{static_cast<const std::byte*>(data)};
-#endif
-    constexpr std::size_t group = 256; // a number that the compiler knows, so that it vectorises at -O2
-    Word largest = 0;
-    for (; n >= group; n -= group, x += group) {
-        for (std::size_t i = 0; i < group; ++i) {
-            const Word found = static_cast<Word>(x[i] & magnitude);
-            largest = found > largest ? found : largest;
-        }
-    }
-    for (std::size_t i = 0; i < n; ++i) {
-        const Word found = static_cast<Word>(x[i] & magnitude);
-        largest = found > largest ? found : largest;
-    }
-    return largest;
-}
-
-TASKVEC_KERNELS_END
-
-} // namespace detail
-
 /// A sink that looks at what is written for infinity (or NaN) that no input holds at that place: a finite result that
 /// the dtype of the output cannot hold. It is an error that names tensor and index, or becomes the dtype's largest
 /// number. What an input has of NaN and infinity passes, for model_options::on_nonfinite to judge; so does what a
@@ -140,17 +97,7 @@ private:
     using signed_word_of = std::conditional_t<bytes == 2, std::int16_t,
         std::conditional_t<bytes == 4, std::int32_t, std::conditional_t<bytes == 8, std::int64_t, std::int8_t>>>;
 
-    [[nodiscard]] static bool holds_nonfinite(dtype type, const void* data, std::size_t size)
-    {
-        return visit_storage(type, "", [&]<class T>(std::type_identity<T>) {
-            using word = signed_word_of<sizeof(T)>;
-            word infinity;
-            const auto stored = narrow<T>(static_cast<arithmetic_type<T>>(HUGE_VAL));
-            std::memcpy(&infinity, &stored, sizeof infinity);
-            constexpr word magnitude = static_cast<word>(static_cast<std::make_unsigned_t<word>>(-1) >> 1);
-            return detail::largest_stored<word>(data, size / sizeof(T), magnitude) >= infinity;
-        });
-    }
+    [[nodiscard]] static bool holds_nonfinite(dtype type, const void* data, std::size_t size);
     /// What is written again comes in the same pieces.
     void count(std::size_t index, std::uint64_t offset, std::uint64_t saturated)
     {
@@ -192,5 +139,60 @@ private:
     std::map<std::pair<std::size_t, std::uint64_t>, std::uint64_t> of_pieces_; // saturated: of output and offset
     std::atomic<bool> lost_{false}; // something of that was ever there
 };
+
+namespace detail {
+
+TASKVEC_KERNELS_BEGIN
+
+/// The largest magnitude bits of stored words at any address, as a signed word. Whole numbers: any compiler's are the
+/// same, nvcc's too.
+template <class Word>
+TASKVEC_NOINLINE Word largest_stored(const void* data, std::size_t n, Word magnitude)
+{
+#if TASKVEC_GNU()
+    using word __attribute__((may_alias, aligned(1))) = Word;
+    const auto* x = static_cast<const word*>(data);
+#else
+    struct words {
+        const std::byte* at;
+        [[nodiscard]] Word operator[](std::size_t i) const noexcept
+        {
+            Word word;
+            std::memcpy(&word, at + i * sizeof word, sizeof word);
+            return word;
+        }
+        void operator+=(std::size_t count) noexcept { at += count * sizeof(Word); }
+    } x{static_cast<const std::byte*>(data)};
+#endif
+    constexpr std::size_t group = 256; // a number that the compiler knows, so that it vectorises at -O2
+    Word largest = 0;
+    for (; n >= group; n -= group, x += group) {
+        for (std::size_t i = 0; i < group; ++i) {
+            const Word found = static_cast<Word>(x[i] & magnitude);
+            largest = found > largest ? found : largest;
+        }
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+        const Word found = static_cast<Word>(x[i] & magnitude);
+        largest = found > largest ? found : largest;
+    }
+    return largest;
+}
+
+TASKVEC_KERNELS_END
+
+} // namespace detail
+
+inline bool overflow_guard::holds_nonfinite(dtype type, const void* data, std::size_t size)
+{
+    return visit_storage(type, "", [&]<class T>(std::type_identity<T>) {
+        using word = signed_word_of<sizeof(T)>;
+        word infinity;
+        const auto stored = narrow<T>(static_cast<arithmetic_type<T>>(HUGE_VAL));
+        std::memcpy(&infinity, &stored, sizeof infinity);
+        constexpr word magnitude = static_cast<word>(static_cast<std::make_unsigned_t<word>>(-1) >> 1);
+        return detail::largest_stored<word>(data, size / sizeof(T), magnitude) >= infinity;
+    });
+}
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -13,6 +13,12 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// For every tensor a list of sums over its elements, each Σ over blocks of what `term` returns, in a fixed pairwise
+/// shape. `term(block, sums)` adds nothing: it stores `width` block sums. Result: [tensor][which]. Cost: one walk.
+template <class Types = storage_types, class Term>
+[[nodiscard]] std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models,
+    std::size_t width, std::size_t scratch_rows, std::string_view phase, Term&& term);
+
 namespace detail {
 
 /// Adds block sums as they come in order, by a binary counter: the shape of a pairwise sum, in O(log n) memory.
@@ -45,11 +51,9 @@ private:
 
 } // namespace detail
 
-/// For every tensor a list of sums over its elements, each Σ over blocks of what `term` returns, in a fixed pairwise
-/// shape. `term(block, sums)` adds nothing: it stores `width` block sums. Result: [tensor][which]. Cost: one walk.
-template <class Types = storage_types, class Term>
-[[nodiscard]] std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models,
-    std::size_t width, std::size_t scratch_rows, std::string_view phase, Term&& term)
+template <class Types, class Term>
+std::vector<std::vector<double>> tensor_sums(const cpu& policy, const aligned_models& models, std::size_t width,
+    std::size_t scratch_rows, std::string_view phase, Term&& term)
 {
     // Blocks are the leaves, whatever the chunks are.
     std::vector<std::size_t> first_block{0};

@@ -13,6 +13,28 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// θ* = merge(θ0, θ1 … θT) by any method, then ût = top-m% of ut = θt − θ* for each task, where θ* is the merged model
+/// as it was stored and rounded. Task t is served as θ* + ût: apply() switches it on in place, undo() off again.
+/// Parameters: |θ*| + Σ kept. `out` receives θ*. Errors and bits: as merge() and post_pruning().
+///
+///     auto deltas = peru_fft(cpu{}, task_arithmetic_options{.lambda = 0.3}, {.density = 0.1}, base, tasks, merged);
+template <merge_method Options>
+[[nodiscard]] std::vector<sparse_model> peru_fft(const cpu& policy, const Options& method,
+    const post_pruning_options& residual, const const_model_ref& base, std::span<const const_model_ref> tasks,
+    const model_ref& out, const model_options& how = {});
+
+/// PERU-FFT over flat views.
+template <merge_method Options, input_of<cpu> Base, tasks_of<cpu> Tasks, output_of<cpu> Out>
+[[nodiscard]] auto peru_fft(const cpu& policy, const Options& method, const post_pruning_options& residual,
+    const Base& base, const Tasks& tasks, Out&& out, const model_options& how = {})
+{
+    merge(policy, method, base, tasks, out, how);
+    using A = arithmetic_type<element_of<Out>>;
+    std::vector<sparse_vector<A>> deltas;
+    for (const auto& task : tasks) { deltas.push_back(post_pruning(policy, residual, std::as_const(out), task, how)); }
+    return deltas;
+}
+
 namespace detail {
 /// Task t as it is served: where tensors may be missing, completed by the base's.
 [[nodiscard]] inline const_model_ref task_served(
@@ -31,15 +53,9 @@ namespace detail {
 }
 } // namespace detail
 
-/// θ* = merge(θ0, θ1 … θT) by any method, then ût = top-m% of ut = θt − θ* for each task, where θ* is the merged model
-/// as it was stored and rounded. Task t is served as θ* + ût: apply() switches it on in place, undo() off again.
-/// Parameters: |θ*| + Σ kept. `out` receives θ*. Errors and bits: as merge() and post_pruning().
-///
-///     auto deltas = peru_fft(cpu{}, task_arithmetic_options{.lambda = 0.3}, {.density = 0.1}, base, tasks, merged);
 template <merge_method Options>
-[[nodiscard]] std::vector<sparse_model> peru_fft(const cpu& policy, const Options& method,
-    const post_pruning_options& residual, const const_model_ref& base, std::span<const const_model_ref> tasks,
-    const model_ref& out, const model_options& how = {})
+std::vector<sparse_model> peru_fft(const cpu& policy, const Options& method, const post_pruning_options& residual,
+    const const_model_ref& base, std::span<const const_model_ref> tasks, const model_ref& out, const model_options& how)
 {
     merge(policy, method, base, tasks, out, how);
     std::vector<sparse_model> deltas;
@@ -48,18 +64,6 @@ template <merge_method Options>
         deltas.push_back(post_pruning(
             policy, residual, merged, detail::task_served(base, tasks[t], how), detail::residual_options(how, t)));
     }
-    return deltas;
-}
-
-/// PERU-FFT over flat views.
-template <merge_method Options, input_of<cpu> Base, tasks_of<cpu> Tasks, output_of<cpu> Out>
-[[nodiscard]] auto peru_fft(const cpu& policy, const Options& method, const post_pruning_options& residual,
-    const Base& base, const Tasks& tasks, Out&& out, const model_options& how = {})
-{
-    merge(policy, method, base, tasks, out, how);
-    using A = arithmetic_type<element_of<Out>>;
-    std::vector<sparse_vector<A>> deltas;
-    for (const auto& task : tasks) { deltas.push_back(post_pruning(policy, residual, std::as_const(out), task, how)); }
     return deltas;
 }
 

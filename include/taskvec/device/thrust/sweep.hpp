@@ -38,6 +38,15 @@ namespace taskvec::inline TASKVEC_ABI::device {
 using elementwise::counter;
 using elementwise::indices;
 
+/// Calls functor(indices) so that every index in [0, count) is handed out exactly once. Queued on the policy's stream.
+template <class Functor>
+void sweep(const gpu& policy, std::uint64_t count, const Functor& functor);
+
+/// Writes those of the indices [0, count) that `keep` says yes to, in ascending order, to `out` (room for all of them);
+/// returns how many. Waits for the policy's stream.
+template <class Predicate>
+[[nodiscard]] std::size_t compact(const gpu& policy, std::uint64_t count, const Predicate& keep, std::uint64_t* out);
+
 namespace detail {
 
 /// What happens before a team of host threads starts is seen by each of its threads, and what they do is seen by
@@ -166,7 +175,6 @@ auto call(const char* name, const Call& algorithm)
 
 } // namespace detail
 
-/// Calls functor(indices) so that every index in [0, count) is handed out exactly once. Queued on the policy's stream.
 template <class Functor>
 void sweep(const gpu& policy, std::uint64_t count, const Functor& functor)
 {
@@ -187,10 +195,8 @@ void sweep(const gpu& policy, std::uint64_t count, const Functor& functor)
     team.joined();
 }
 
-/// Writes those of the indices [0, count) that `keep` says yes to, in ascending order, to `out` (room for all of them);
-/// returns how many. Waits for the policy's stream.
 template <class Predicate>
-[[nodiscard]] std::size_t compact(const gpu& policy, std::uint64_t count, const Predicate& keep, std::uint64_t* out)
+std::size_t compact(const gpu& policy, std::uint64_t count, const Predicate& keep, std::uint64_t* out)
 {
     if (count == 0) { return 0; }
     const thrust::counting_iterator<std::uint64_t> first(0), last = first + static_cast<std::ptrdiff_t>(count);

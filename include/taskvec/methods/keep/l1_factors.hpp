@@ -14,6 +14,11 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
+/// For every tensor and task Σ|τ| / Σ|kept τ|, [tensor][task]: in f64 with a fixed shape; 1 where either sum is below
+/// 1e-7, as in mergekit. Cost: one read of the models, entry by entry. On the CPU only: invalid_argument elsewhere.
+template <class Passes, class Keep>
+[[nodiscard]] std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep);
+
 namespace detail {
 
 /// One entry as a keep rule sees it, outside of a merge's kernel.
@@ -46,10 +51,8 @@ template <arithmetic_element A, class Rule>
 
 } // namespace detail
 
-/// For every tensor and task Σ|τ| / Σ|kept τ|, [tensor][task]: in f64 with a fixed shape; 1 where either sum is below
-/// 1e-7, as in mergekit. Cost: one read of the models, entry by entry. On the CPU only: invalid_argument elsewhere.
 template <class Passes, class Keep>
-[[nodiscard]] std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep)
+std::vector<std::vector<double>> l1_factors(Passes& passes, const Keep& keep)
 {
     if constexpr (Passes::space != memory_space::host) {
         static_cast<void>(keep);
