@@ -134,6 +134,7 @@ class device_memory_resource;
 class gpu_context;
 struct gpu;
 class random_stream;
+enum class word_order : std::uint8_t;
 struct tensor_spec;
 class tensor_sink;
 class memory_sink;

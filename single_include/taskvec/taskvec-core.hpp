@@ -1363,6 +1363,7 @@ class device_memory_resource;
 class gpu_context;
 struct gpu;
 class random_stream;
+enum class word_order : std::uint8_t;
 struct tensor_spec;
 class tensor_sink;
 class memory_sink;
@@ -6864,6 +6865,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What Philox4x32-10 consists of.
 inline constexpr int philox_rounds = 10;
+/// What the first and the third word of a counter are multiplied by in each round.
 inline constexpr std::array<std::uint32_t, 2> philox_multipliers{0xD2511F53u, 0xCD9E8D57u};
 /// The key of the next round.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> next_philox_key(
@@ -6903,8 +6905,9 @@ public:
         , task_(task)
     { }
 
-    /// The key of the first round, and the task.
+    /// The key of the first round.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> key() const noexcept { return key_; }
+    /// Which task's numbers they are.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t task() const noexcept { return task_; }
     /// The four words of elements 4·block … 4·block + 3.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> words(std::uint64_t block) const noexcept
@@ -13410,15 +13413,16 @@ struct keep_top_of_tensor {
     /// A task's threshold as a pack compares with it: what is kept is above one of two words.
     struct bounds {
         signed_word<A> before = 0, after = 0; ///< for entries placed before equal_end, and for the others
-        std::uint64_t equal_end = 0;
+        std::uint64_t equal_end = 0; ///< place in the scope
         bounds() = default;
+        /// From a threshold.
         explicit bounds(const top_k_threshold<A>& threshold) noexcept
             : before(static_cast<signed_word<A>>(threshold.magnitude > 0 ? threshold.magnitude - 1 : 0))
             , after(static_cast<signed_word<A>>(threshold.magnitude))
             , equal_end(threshold.equal_end)
         { }
     };
-    const bounds* of_tasks;
+    const bounds* of_tasks; ///< of each task
     std::size_t tasks; ///< how many
 
     /// x where it is kept, 0 where not.

@@ -1356,6 +1356,7 @@ class device_memory_resource;
 class gpu_context;
 struct gpu;
 class random_stream;
+enum class word_order : std::uint8_t;
 struct tensor_spec;
 class tensor_sink;
 class memory_sink;
@@ -6929,6 +6930,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What Philox4x32-10 consists of.
 inline constexpr int philox_rounds = 10;
+/// What the first and the third word of a counter are multiplied by in each round.
 inline constexpr std::array<std::uint32_t, 2> philox_multipliers{0xD2511F53u, 0xCD9E8D57u};
 /// The key of the next round.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> next_philox_key(
@@ -6968,8 +6970,9 @@ public:
         , task_(task)
     { }
 
-    /// The key of the first round, and the task.
+    /// The key of the first round.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> key() const noexcept { return key_; }
+    /// Which task's numbers they are.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t task() const noexcept { return task_; }
     /// The four words of elements 4·block … 4·block + 3.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> words(std::uint64_t block) const noexcept
@@ -17420,6 +17423,7 @@ private:
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <map>
 #include <string>

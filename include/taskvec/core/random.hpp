@@ -17,6 +17,7 @@ namespace taskvec::inline TASKVEC_ABI {
 
 /// What Philox4x32-10 consists of.
 inline constexpr int philox_rounds = 10;
+/// What the first and the third word of a counter are multiplied by in each round.
 inline constexpr std::array<std::uint32_t, 2> philox_multipliers{0xD2511F53u, 0xCD9E8D57u};
 /// The key of the next round.
 [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> next_philox_key(
@@ -56,8 +57,9 @@ public:
         , task_(task)
     { }
 
-    /// The key of the first round, and the task.
+    /// The key of the first round.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 2> key() const noexcept { return key_; }
+    /// Which task's numbers they are.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::uint32_t task() const noexcept { return task_; }
     /// The four words of elements 4·block … 4·block + 3.
     [[nodiscard]] TASKVEC_HOST_DEVICE constexpr std::array<std::uint32_t, 4> words(std::uint64_t block) const noexcept

@@ -24,15 +24,16 @@ struct keep_top_of_tensor {
     /// A task's threshold as a pack compares with it: what is kept is above one of two words.
     struct bounds {
         signed_word<A> before = 0, after = 0; ///< for entries placed before equal_end, and for the others
-        std::uint64_t equal_end = 0;
+        std::uint64_t equal_end = 0; ///< place in the scope
         bounds() = default;
+        /// From a threshold.
         explicit bounds(const top_k_threshold<A>& threshold) noexcept
             : before(static_cast<signed_word<A>>(threshold.magnitude > 0 ? threshold.magnitude - 1 : 0))
             , after(static_cast<signed_word<A>>(threshold.magnitude))
             , equal_end(threshold.equal_end)
         { }
     };
-    const bounds* of_tasks;
+    const bounds* of_tasks; ///< of each task
     std::size_t tasks; ///< how many
 
     /// x where it is kept, 0 where not.
