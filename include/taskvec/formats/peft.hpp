@@ -619,7 +619,7 @@ template <arithmetic_element T>
 }
 
 /// The shapes of stored factors: r×in and out×r; of a convolution r×in×kernel and out×r×1…, its `in` without the kernel
-/// that the update's counts. Throws invalid_argument for a kernel that is no divisor of the update's inputs.
+/// that the update's counts. Throws shape_mismatch for a kernel that is no divisor of the update's inputs.
 template <arithmetic_element T>
 [[nodiscard]] std::pair<extents, extents> factor_shapes(
     const lora_update<T>& update, const extents& kernel, std::string_view module)
@@ -628,7 +628,7 @@ template <arithmetic_element T>
     for (const auto side : kernel) { cells *= side; }
     const auto in = static_cast<std::int64_t>(update.in()), rank = static_cast<std::int64_t>(update.rank());
     if (cells < 1 || in % cells != 0) {
-        raise<invalid_argument>(error_code::adapter_shape,
+        raise<shape_mismatch>(error_code::adapter_shape,
             message("module '", module, "' has ", in, " inputs, which its kernel of ", to_string(kernel),
                 " does not divide"));
     }
