@@ -3,13 +3,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/core/instruction_set.hpp>
+
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -17,6 +21,17 @@
 #endif
 
 namespace bench {
+
+/// BENCH_INSTRUCTIONS=avx2 (baseline, scalar) in the environment: what a processor without wider vectors would do.
+inline const bool limited = [] {
+    using taskvec::instruction_set;
+    const char* const given = std::getenv("BENCH_INSTRUCTIONS");
+    const std::string_view most = given ? given : "";
+    if (most == "avx2") { taskvec::limit_instruction_set(instruction_set::avx2); }
+    if (most == "baseline") { taskvec::limit_instruction_set(instruction_set::baseline); }
+    if (most == "scalar") { taskvec::limit_instruction_set(instruction_set::scalar); }
+    return !most.empty();
+}();
 
 /// Reads every word once, as `streams` parts side by side, a line of each in turn; the answer keeps the compiler from
 /// leaving it out. One stream alone is bound by latency, so work over several may not be measured by it.
