@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "../reference/every_width.hpp"
+
 #include <taskvec/core/exponential.hpp>
 #include <taskvec/core/kernels.hpp>
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -52,23 +55,13 @@ struct map_kernel {
 template <class Map>
 std::vector<double> at_every_width(const std::vector<double>& x)
 {
-    std::vector<double> scalar(x.size()), wide(x.size());
-    kernels::run_scalar(map_kernel<Map>{x, scalar});
-    const auto same = [&] { CHECK(std::memcmp(scalar.data(), wide.data(), 8 * x.size()) == 0); };
-#if TASKVEC_VECTORS()
-    kernels::run_baseline(map_kernel<Map>{x, wide});
-    same();
-#if TASKVEC_WIDE_VECTORS()
-    if (current_instruction_set() >= instruction_set::avx2) {
-        kernels::run_avx2(map_kernel<Map>{x, wide});
-        same();
-    }
-    if (current_instruction_set() >= instruction_set::avx512) {
-        kernels::run_avx512(map_kernel<Map>{x, wide});
-        same();
-    }
-#endif
-#endif
+    std::vector<double> scalar, out(x.size());
+    testing::with_every_width(map_kernel<Map>{x, out}, [&](int bytes) {
+        if (bytes == 0) { scalar = out; }
+        CAPTURE(bytes);
+        CHECK(std::memcmp(scalar.data(), out.data(), x.size() * sizeof(double)) == 0);
+        out.assign(x.size(), -1.0);
+    });
     return scalar;
 }
 

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "../reference/every_width.hpp"
+
 #include <taskvec/core/random_words.hpp>
 
 #include <doctest/doctest.h>
@@ -8,32 +10,6 @@
 #include <vector>
 
 using namespace taskvec;
-
-namespace {
-
-/// Runs `kernel` with each width of packs that the processor has.
-template <class Kernel, class Check>
-void with_every_width(const Kernel& kernel, const Check& check)
-{
-    kernels::run_scalar(kernel);
-    check(0);
-#if TASKVEC_VECTORS()
-    kernels::run_baseline(kernel);
-    check(16);
-#if TASKVEC_WIDE_VECTORS()
-    if (current_instruction_set() >= instruction_set::avx2) {
-        kernels::run_avx2(kernel);
-        check(32);
-    }
-    if (current_instruction_set() >= instruction_set::avx512) {
-        kernels::run_avx512(kernel);
-        check(64);
-    }
-#endif
-#endif
-}
-
-} // namespace
 
 TEST_CASE("many random words are those of one at a time, at every width, across a counter's words, and no word more")
 {
@@ -45,7 +21,7 @@ TEST_CASE("many random words are those of one at a time, at every width, across 
             CAPTURE(blocks);
             const std::size_t half = 2 * blocks + 3;
             std::vector<std::int32_t> row(4 * blocks + 16, untouched), halves(2 * half + 16, untouched);
-            with_every_width(
+            testing::with_every_width(
                 kernels::random_words_kernel<word_order::in_sequence>{stream, first, blocks, row.data(), 0},
                 [&](int bytes) {
                     CAPTURE(bytes);
@@ -55,7 +31,7 @@ TEST_CASE("many random words are those of one at a time, at every width, across 
                     for (std::size_t i = 4 * blocks; i < row.size(); ++i) { REQUIRE(row[i] == untouched); }
                     row.assign(row.size(), untouched);
                 });
-            with_every_width(
+            testing::with_every_width(
                 kernels::random_words_kernel<word_order::halves>{stream, first, blocks, halves.data(), half},
                 [&](int bytes) {
                     CAPTURE(bytes);
