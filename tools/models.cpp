@@ -511,8 +511,8 @@ void merge_inputs::line_up_vocabulary(const model_request& request)
         const auto path = model_of_task(request, arguments_[t]);
         inputs.push_back({adapter(t) ? fs::path(request.base) : path, in_quotes(path), &tasks_[t].model()});
     }
-    vocabulary_ = std::make_unique<lined_up_vocabulary>(
-        inputs, vocabulary_policy_of(request.vocabulary), name_filter(request.include, request.exclude), request.run);
+    vocabulary_ = std::make_unique<lined_up_vocabulary>(inputs, vocabulary_policy_of(request.vocabulary),
+        name_filter(request.include, request.exclude), request.run, request.rows_of_tokens);
     const auto& models = vocabulary_->models();
     task_models_.assign(models.begin() + (base_ ? 1 : 0), models.end());
     if (!vocabulary_->changed()) { return; }

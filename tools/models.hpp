@@ -26,6 +26,7 @@ namespace tool {
 
 class adapter_sum;
 class lined_up_vocabulary;
+struct token_rules;
 
 /// What is copied beside the weights of an output directory.
 struct copy_request {
@@ -51,6 +52,7 @@ struct model_request {
     std::string base_adapter; ///< one that is on the base itself
     std::string dtype, nonfinite = "error", missing = "error", overflow = "error", index = "strict",
                        vocabulary = "error", shard_size;
+    std::shared_ptr<const token_rules> rows_of_tokens; ///< where a configuration says more than `vocabulary`
     std::vector<std::string> include, exclude;
     name_rules names;
     std::map<std::string, model_view> views; ///< what stands for a model, by the keys of `names`

@@ -5,6 +5,7 @@
 #include "methods.hpp"
 #include "model_files.hpp"
 #include "scoring.hpp"
+#include "vocabulary.hpp"
 #include "words.hpp"
 
 #include <memory>
@@ -1044,24 +1045,25 @@ private:
         }
     }
 
-    /// `tokenizer_source`, or the `source` of `tokenizer`: whose vocabulary the result has, where models differ in it.
+    /// `tokenizer_source`, or `tokenizer`: whose vocabulary the result has, where models differ in it, and what becomes
+    /// of rows of single tokens.
     void check_tokenizers(const mapping& top)
     {
         auto one = top.find("tokenizer_source");
+        std::shared_ptr<const tool::token_rules> rules;
         if (const auto block = top.find("tokenizer")) {
             if (one) { where_.fail(block->key, "'tokenizer' and 'tokenizer_source' are both given"); }
             const mapping parts(where_, block->value, "'tokenizer'", {"source", "tokens", "pad_to_multiple_of"});
-            for (const auto* name : {"tokens", "pad_to_multiple_of"}) {
-                if (const auto other = parts.find(name)) {
-                    where_.fail(
-                        other->key, std::string("'") + name + "' of a tokenizer is not supported: leave it out");
-                }
-            }
+            rules = rules_of_tokens(top, parts);
             one = parts.find("source");
-            if (!one) { where_.fail(block->value, "'tokenizer' without a 'source'"); }
+            if (!one) { one.emplace(mapping::entry{"source", block->key, YAML::Node("union")}); }
         }
         if (!one) { return; }
-        const auto word = scalar_of(where_, one->value, one->name);
+        std::optional<input> source;
+        if (!one->value.IsScalar() || (one->value.Scalar() != "base" && one->value.Scalar() != "union")) {
+            source.emplace(named(one->value));
+        }
+        const auto word = source ? source->name : one->value.Scalar();
         const auto content = [](const std::string& model) -> std::optional<std::string> {
             std::ifstream file(path(model) / "tokenizer.json", std::ios::binary);
             if (!file) { return std::nullopt; }
@@ -1080,22 +1082,144 @@ private:
             for (const auto& model : part.inputs) { look(model); }
             if (part.base) { look(*part.base); }
         }
-        if (same) { return; }
+        if (source) { look(*source); }
+        if (same && !rules) { return; }
         const std::string what = "'" + one->name + ": " + shown(word) + "'";
         if (!all_have) {
             where_.fail(one->key, what + ": tokens are told apart by tokenizer.json, and not every model has one");
+        }
+        if (sliced() && rules) {
+            where_.fail(
+                one->key, "'tokens' and 'pad_to_multiple_of' are supported for whole models, and here are slices");
         }
         if (sliced()) {
             where_.fail(one->key,
                 what + " is supported in slices where all models have the same tokenizer.json, and these differ");
         }
         std::error_code ignored;
-        const bool the_first = word == "base" || tool::fs::equivalent(word, reference, ignored);
-        if (!the_first && word != "union") {
+        const bool the_first = word == "base" || (source && tool::fs::equivalent(source->path, reference, ignored));
+        if (!same && source && !the_first) {
             where_.fail(one->value,
                 what + ": the models' vocabularies differ; expected base, which is '" + reference + "' here, or union");
         }
-        request().vocabulary = the_first ? "base" : "union";
+        if (!same && rules && rules->base.value_or(0) != 0) {
+            where_.fail(top.find("base_model")->value,
+                "the vocabulary begins with that of the first model, and the base is another: put it first among the "
+                "models");
+        }
+        request().vocabulary = the_first || same ? "base" : "union";
+        request().rows_of_tokens = std::move(rules);
+    }
+
+    /// The models in the order of vocabulary_input: the base of the merge first, where it has one.
+    [[nodiscard]] std::optional<std::size_t> place_among_models(const input& model) const
+    {
+        std::size_t before = 0;
+        if (const auto& base = given_.request.base; !base.empty()) {
+            if (model.path == base && model.adapter == given_.request.base_adapter) { return 0; }
+            ++before;
+        }
+        const auto& inputs = slices_.front().inputs;
+        const auto place = std::find_if(inputs.begin(), inputs.end(),
+            [&](const input& one) { return one.path == model.path && one.adapter == model.adapter; });
+        if (place == inputs.end()) { return std::nullopt; }
+        return before + static_cast<std::size_t>(place - inputs.begin());
+    }
+
+    /// `tokens` and `pad_to_multiple_of`; nullptr where neither says anything.
+    std::shared_ptr<const tool::token_rules> rules_of_tokens(const mapping& top, const mapping& parts)
+    {
+        auto rules = std::make_shared<tool::token_rules>();
+        if (const auto base = top.find("base_model")) { rules->base = place_among_models(named(base->value)); }
+        const auto whole = [&](const mapping::entry& one, double most) {
+            const auto number = number_of(where_, one.value, one.name);
+            if (!(number >= 0 && number <= most && std::floor(number) == number)) {
+                where_.fail(one.value,
+                    taskvec::message(one.name, " is ", shown(one.value.Scalar()), "; expected a whole number, at most ",
+                        static_cast<std::uint64_t>(most)));
+            }
+            return static_cast<std::uint64_t>(number);
+        };
+        if (const auto one = parts.find("pad_to_multiple_of")) {
+            constexpr double most = 1 << 20;
+            rules->multiple = std::max<std::uint64_t>(1, whole(*one, most)); // 0: none
+            rules->at = where_.of(one->key) + ": 'pad_to_multiple_of'";
+        }
+        if (const auto one = parts.find("tokens")) {
+            const mapping all(where_, one->value, "'tokens'");
+            for (const auto& token : all.entries()) {
+                const auto what = "token '" + shown(token.name) + "'";
+                if (token.name.empty()) { where_.fail(token.key, "'tokens' has a token without a text"); }
+                const mapping its(where_, token.value, what, {"source", "force"});
+                tool::token_rule rule;
+                rule.text = token.name;
+                rule.at = where_.of(token.key);
+                if (const auto force = its.find("force")) { rule.force = truth_of(where_, force->value, "force"); }
+                if (const auto source = its.find("source")) {
+                    rule.at = where_.of(source->value);
+                    read_source(source->value, what, rule, whole);
+                }
+                rules->tokens.push_back(std::move(rule));
+            }
+            rules->at = where_.of(one->key) + ": 'tokens'";
+        }
+        return rules->at.empty() || (rules->tokens.empty() && rules->multiple == 1) ? nullptr : rules;
+    }
+
+    /// The `source` of a token: a model, a token of one, or zeros.
+    template <class Whole>
+    void read_source(const YAML::Node& node, const std::string& what, tool::token_rule& rule, const Whole& whole)
+    {
+        using source = tool::token_rule::source;
+        const auto model = [&](const YAML::Node& at) {
+            if (at.IsScalar() && at.Scalar() == "zero" && !tool::fs::exists("zero")) {
+                where_.fail(
+                    at, "the source of " + what + " is 'zero', which would be a model; for zeros write {kind: zero}");
+            }
+            const auto found = named(at);
+            const auto place = place_among_models(found);
+            if (!place) {
+                where_.fail(at,
+                    "the source of " + what + " is '" + shown(found.name)
+                        + "', which is not merged here; "
+                          "expected one of the models, or the base");
+            }
+            return *place;
+        };
+        const bool kinds = node.IsMap() && mapping(where_, node, "a source").find("kind");
+        if (!kinds) {
+            rule.from = source::model;
+            rule.model = model(node);
+            return;
+        }
+        const mapping parts(where_, node, "a source", {"kind", "model", "token", "token_id"});
+        const auto kind = *parts.find("kind");
+        const auto word = scalar_of(where_, kind.value, "kind");
+        if (word != "zero" && word != "model_token") {
+            where_.fail(kind.value, "kind is '" + shown(word) + "'" + meant(word, {"zero", "model_token"}));
+        }
+        if (word == "zero") {
+            if (parts.entries().size() > 1) {
+                where_.fail(node, "the source of " + what + " is zeros, which have nothing but a kind");
+            }
+            rule.from = source::zero;
+            return;
+        }
+        const auto its = parts.find("model"), token = parts.find("token"), row = parts.find("token_id");
+        if (!its) { where_.fail(node, "the source of " + what + " has no 'model'"); }
+        if (token.has_value() == row.has_value()) {
+            where_.fail(node,
+                "the source of " + what + " has "
+                    + (row ? "both 'token' and 'token_id'" : "neither 'token' nor 'token_id'")
+                    + "; expected one of them");
+        }
+        rule.model = model(its->value);
+        rule.from = token ? source::token : source::row;
+        if (token) { rule.token = scalar_of(where_, token->value, "token"); }
+        else {
+            constexpr double most = (1 << 28) - 1;
+            rule.row = whole(*row, most);
+        }
     }
 
     /// `chat_template`: of the result's tokenizer.

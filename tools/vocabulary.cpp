@@ -13,7 +13,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <set>
+#include <type_traits>
 #include <utility>
 
 namespace tool {
@@ -223,12 +225,73 @@ std::uint64_t rows_of(const taskvec::const_tensor_ref& tensor)
     return tensor.shape.empty() ? 0 : static_cast<std::uint64_t>(tensor.shape[0]);
 }
 
+std::uint64_t row_length(const taskvec::extents& shape)
+{
+    return taskvec::element_count(taskvec::extents(shape.begin() + 1, shape.end()));
+}
+
 /// "3 tokens ('a', 'b', 'c')", with the first few.
 std::string token_list(const std::vector<std::string>& texts)
 {
     std::string list;
     for (std::size_t i = 0; i < texts.size() && i < 3; ++i) { list += (i ? ", '" : "'") + printable(texts[i]) + "'"; }
     return counted(texts.size(), "token") + " (" + list + (texts.size() > 3 ? " …)" : ")");
+}
+
+/// A tensor that has one row everywhere: zeros, or the mean of the rows of another, worked out when it is read first.
+class repeated_row final : public taskvec::operand_source {
+public:
+    /// Zeros.
+    explicit repeated_row(std::uint64_t columns)
+        : columns_(std::max<std::uint64_t>(columns, 1))
+    { }
+    /// The mean of `rows` rows of a tensor, which outlives this.
+    repeated_row(std::uint64_t columns, const taskvec::operand_source& of, std::uint64_t rows)
+        : columns_(std::max<std::uint64_t>(columns, 1))
+        , rows_(rows)
+        , of_(&of)
+    { }
+
+    [[nodiscard]] taskvec::dtype type() const noexcept override { return of_ ? of_->type() : taskvec::dtype::f32; }
+    void read(std::uint64_t offset, std::size_t count, void* out) const override
+    {
+        std::call_once(once_, [&] { wide() ? work_out<double>() : work_out<float>(); });
+        const auto copy = [&](auto* to) {
+            for (std::size_t i = 0; i < count; ++i) {
+                to[i] = static_cast<std::remove_reference_t<decltype(*to)>>(
+                    row_[static_cast<std::size_t>((offset + i) % columns_)]);
+            }
+        };
+        wide() ? copy(static_cast<double*>(out)) : copy(static_cast<float*>(out));
+    }
+
+private:
+    [[nodiscard]] bool wide() const { return type() == taskvec::dtype::f64; }
+    template <class A>
+    void work_out() const
+    {
+        row_.assign(static_cast<std::size_t>(columns_), 0.0);
+        if (!of_) { return; }
+        constexpr std::uint64_t at_once = 1 << 16; // elements
+        const auto step = std::max<std::uint64_t>(1, at_once / columns_);
+        std::vector<A> part;
+        for (std::uint64_t row = 0; row < rows_; row += step) {
+            part.resize(static_cast<std::size_t>(std::min(step, rows_ - row) * columns_));
+            of_->read(row * columns_, part.size(), part.data());
+            for (std::size_t i = 0; i < part.size(); ++i) { row_[i % row_.size()] += static_cast<double>(part[i]); }
+        }
+        for (double& value : row_) { value /= static_cast<double>(rows_); }
+    }
+
+    std::uint64_t columns_ = 1, rows_ = 1;
+    const taskvec::operand_source* of_ = nullptr;
+    mutable std::once_flag once_;
+    mutable std::vector<double> row_;
+};
+
+[[noreturn, gnu::cold]] void refuse_rule(const std::string& at, const std::string& what)
+{
+    taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value, at + ": " + what);
 }
 
 } // namespace
@@ -287,8 +350,10 @@ token_table read_tokens(const fs::path& tokenizer)
 }
 
 lined_up_vocabulary::lined_up_vocabulary(const std::vector<vocabulary_input>& inputs, vocabulary_policy policy,
-    const std::function<bool(std::string_view)>& include, const run_options& run)
+    const std::function<bool(std::string_view)>& include, const run_options& run,
+    std::shared_ptr<const token_rules> rules)
     : policy_(policy)
+    , rules_(std::move(rules))
 {
     for (const auto& input : inputs) { models_.push_back(*input.model); }
     const auto& first = models_.front();
@@ -327,7 +392,11 @@ lined_up_vocabulary::lined_up_vocabulary(const std::vector<vocabulary_input>& in
         rows_differ = rows_differ || differs;
         names.push_back(name);
     }
-    if (names.empty() || inputs.size() == 1) { return; }
+    if (rules_ && names.empty()) {
+        refuse_rule(
+            rules_->at, inputs.front().label + " has no tensor with a row for each token, such as embed_tokens.weight");
+    }
+    if (names.empty() || (inputs.size() == 1 && !rules_)) { return; }
     members_.resize(inputs.size());
     for (std::size_t m = 0; m < inputs.size(); ++m) { members_[m].tokenizer = tokenizer_of(inputs[m].path); }
     bool files_differ = false;
@@ -361,7 +430,7 @@ lined_up_vocabulary::lined_up_vocabulary(const std::vector<vocabulary_input>& in
         }
         return;
     }
-    if (!rows_differ && !files_differ) { return; }
+    if (!rows_differ && !files_differ && !rules_) { return; }
     read_tokenizers(inputs);
     plan(inputs, names);
     for (const auto& name : names) { line_up(inputs, name); }
@@ -405,9 +474,10 @@ void lined_up_vocabulary::plan(const std::vector<vocabulary_input>& inputs, cons
                 }
             }
         }
-        for (std::size_t i = 0; i < new_tokens_.size(); ++i) {
-            new_ids_[new_tokens_[i].text] = first.tokens.size() + i;
-        }
+    }
+    if (rules_) { add_tokens_of_rules(inputs); }
+    for (std::size_t i = 0; i < new_tokens_.size(); ++i) { new_ids_[new_tokens_[i].text] = first.tokens.size() + i; }
+    if (policy_ == vocabulary_policy::all && first.by_text) {
         for (std::size_t m = 1; m < members_.size(); ++m) {
             for (const auto& name : names) {
                 const auto* const mine = models_[m].find(name);
@@ -435,8 +505,67 @@ void lined_up_vocabulary::plan(const std::vector<vocabulary_input>& inputs, cons
     }
 }
 
+/// Tokens that rules name and the result would lack; sources of rules that are not there are refused.
+void lined_up_vocabulary::add_tokens_of_rules(const std::vector<vocabulary_input>& inputs)
+{
+    const auto& first = members_.front();
+    for (std::size_t m = 0; m < members_.size(); ++m) {
+        if (!members_[m].by_text) {
+            refuse_rule(rules_->at, inputs[m].label + " has no tokenizer.json, which says what its tokens are");
+        }
+    }
+    std::set<std::string, std::less<>> known;
+    for (const auto& one : new_tokens_) { known.insert(one.text); }
+    for (const auto& rule : rules_->tokens) {
+        rule_of_[rule.text] = &rule;
+        const bool own = rule.from == token_rule::source::model;
+        const auto& wanted = own ? rule.text : rule.token;
+        if ((own || rule.from == token_rule::source::token) && !members_[rule.model].tokens.ids.contains(wanted)) {
+            refuse_rule(rule.at, inputs[rule.model].label + " has no token '" + printable(wanted) + "'");
+        }
+        if (!first.tokens.ids.contains(rule.text) && known.insert(rule.text).second) {
+            new_tokens_.push_back({rule.text});
+        }
+    }
+}
+
+/// Where a rule takes its row from; behind the inputs are zeros.
+taskvec::row_run::part lined_up_vocabulary::row_of(const token_rule& rule, std::uint64_t row, const row_counts& rows,
+    const std::vector<vocabulary_input>& inputs, const std::string& name) const
+{
+    if (rule.from == token_rule::source::zero) { return {inputs.size(), row}; }
+    if (rule.from == token_rule::source::none) {
+        refuse_rule(rule.at,
+            "token '" + printable(rule.text) + "' has no 'source', and "
+                + (rule.force ? "'force' is true" : "not every model has it"));
+    }
+    if (!rows[rule.model]) {
+        refuse_rule(rule.at, inputs[rule.model].label + " has no '" + name + "', which the row would be taken from");
+    }
+    if (rule.from != token_rule::source::row) {
+        const auto& tokens = members_[rule.model].tokens.ids;
+        return {rule.model, tokens.find(rule.from == token_rule::source::model ? rule.text : rule.token)->second};
+    }
+    if (rule.row >= *rows[rule.model]) {
+        refuse_rule(rule.at,
+            taskvec::message("token_id is ", rule.row, ", and '", name, "' of ", inputs[rule.model].label, " has ",
+                counted(*rows[rule.model], "row")));
+    }
+    return {rule.model, rule.row};
+}
+
+/// The token of a row of the result; nullptr for padding.
+const std::string* lined_up_vocabulary::text_in_result(std::uint64_t row) const
+{
+    const auto& first = members_.front().tokens;
+    if (row < first.size()) { return first.text(row); }
+    const auto place = static_cast<std::size_t>(row - first.size());
+    return place < new_tokens_.size() ? &new_tokens_[place].text : nullptr;
+}
+
 std::uint64_t lined_up_vocabulary::rows_of_result(const row_counts& rows) const
 {
+    if (rules_) { return (tokens_of_result() + rules_->multiple - 1) / rules_->multiple * rules_->multiple; }
     std::uint64_t result = *rows.front();
     for (std::size_t m = 1; m < rows.size(); ++m) {
         if (!rows[m]) { continue; }
@@ -478,6 +607,54 @@ std::optional<std::uint64_t> lined_up_vocabulary::row_in(std::size_t m, std::uin
     return place == mine.tokens.ids.end() ? std::nullopt : std::optional<std::uint64_t>(place->second);
 }
 
+/// Which rows of which tensor those of the result are, for each model; not those that fill up to a multiple.
+std::vector<std::vector<taskvec::row_run>> lined_up_vocabulary::runs_of(
+    const std::vector<vocabulary_input>& inputs, const row_counts& rows, const std::string& name) const
+{
+    std::vector<std::vector<taskvec::row_run>> runs(inputs.size());
+    const auto total = rules_ ? tokens_of_result() : rows_of_result(rows);
+    const auto base = rules_ ? rules_->base : std::optional<std::size_t>(0);
+    std::vector<taskvec::row_run::part> lacking;
+    std::vector<std::optional<std::uint64_t>> own(inputs.size());
+    for (std::uint64_t row = 0; row < total; ++row) {
+        bool all = true;
+        for (std::size_t m = 0; m < inputs.size(); ++m) {
+            own[m] = row_in(m, row, rows);
+            all = all && (own[m] || !rows[m]);
+        }
+        lacking.clear();
+        const std::string* const text = rules_ ? text_in_result(row) : nullptr;
+        const auto rule = text ? rule_of_.find(*text) : rule_of_.end();
+        if (rule != rule_of_.end() && (rule->second->force || !all)) {
+            lacking.push_back(row_of(*rule->second, row, rows, inputs, name));
+            if (rule->second->force) { std::fill(own.begin(), own.end(), std::nullopt); }
+        }
+        else {
+            const bool of_base = base && own[*base];
+            for (std::size_t m = 0; m < own.size(); ++m) {
+                if (own[m] && (!of_base || m == *base)) { lacking.push_back({m, *own[m]}); }
+            }
+            if (rules_ && lacking.empty()) { lacking.push_back({inputs.size(), row}); } // of no model: zeros
+        }
+        for (std::size_t m = 0; m < own.size(); ++m) {
+            if (!rows[m]) { continue; }
+            const std::vector<taskvec::row_run::part> one{{m, own[m].value_or(0)}};
+            const auto& parts = own[m] ? one : lacking;
+            auto& mine = runs[m];
+            bool follows = !mine.empty() && mine.back().parts.size() == parts.size();
+            for (std::size_t p = 0; follows && p < parts.size(); ++p) {
+                const auto& before = mine.back().parts[p];
+                follows = before.tensor == parts[p].tensor && before.row + mine.back().count == parts[p].row;
+            }
+            if (follows) { ++mine.back().count; }
+            else {
+                mine.push_back({row, 1, parts});
+            }
+        }
+    }
+    return runs;
+}
+
 void lined_up_vocabulary::line_up(const std::vector<vocabulary_input>& inputs, const std::string& name)
 {
     row_counts rows;
@@ -486,53 +663,50 @@ void lined_up_vocabulary::line_up(const std::vector<vocabulary_input>& inputs, c
         rows.push_back(mine ? std::optional(rows_of(*mine)) : std::nullopt);
     }
     auto& runs = runs_[rows];
-    if (runs.empty()) {
-        runs.resize(inputs.size());
-        const auto total = rows_of_result(rows);
-        std::vector<taskvec::row_run::part> lacking;
-        for (std::uint64_t row = 0; row < total; ++row) {
-            std::vector<std::optional<std::uint64_t>> own;
-            for (std::size_t m = 0; m < inputs.size(); ++m) { own.push_back(row_in(m, row, rows)); }
-            lacking.clear();
-            for (std::size_t m = 0; m < own.size(); ++m) {
-                if (own[m] && (lacking.empty() || !own[0])) { lacking.push_back({m, *own[m]}); }
-            }
-            for (std::size_t m = 0; m < own.size(); ++m) {
-                if (!rows[m]) { continue; }
-                const std::vector<taskvec::row_run::part> one{{m, own[m].value_or(0)}};
-                const auto& parts = own[m] ? one : lacking;
-                auto& mine = runs[m];
-                bool follows = !mine.empty() && mine.back().parts.size() == parts.size();
-                for (std::size_t p = 0; follows && p < parts.size(); ++p) {
-                    const auto& before = mine.back().parts[p];
-                    follows = before.tensor == parts[p].tensor && before.row + mine.back().count == parts[p].row;
-                }
-                if (follows) { ++mine.back().count; }
-                else {
-                    mine.push_back({row, 1, parts});
-                }
-            }
-        }
-    }
+    if (runs.empty()) { runs = runs_of(inputs, rows, name); }
     std::vector<taskvec::const_tensor_ref> tensors;
     for (const auto& input : inputs) {
         const auto* const mine = input.model->find(name);
         tensors.push_back(mine ? *mine : *inputs.front().model->find(name));
     }
+    std::uint64_t filled = 0; // rows up to a multiple
+    if (rules_) {
+        filled = rows_of_result(rows) - tokens_of_result();
+        auto shape = tensors.front().shape;
+        shape[0] = static_cast<std::int64_t>(tokens_of_result());
+        sources_.push_back(std::make_unique<repeated_row>(row_length(shape)));
+        tensors.push_back(
+            {nullptr, taskvec::dtype::f32, shape, {}, taskvec::memory_space::host, 0, sources_.back().get()});
+    }
     bool any = false;
     for (std::size_t m = 0; m < inputs.size(); ++m) {
         if (!rows[m]) { continue; }
         const auto& mine = runs[m];
-        const bool whole =
-            mine.size() == 1 && mine[0].parts.size() == 1 && mine[0].parts[0].tensor == m && mine[0].parts[0].row == 0;
+        const bool whole = filled == 0 && mine.size() == 1 && mine[0].parts.size() == 1 && mine[0].parts[0].tensor == m
+            && mine[0].parts[0].row == 0;
         if (whole && mine[0].count == *rows[m]) { continue; }
         any = true;
         auto changed = tensors[m];
         if (whole && !changed.source) { changed.shape[0] = static_cast<std::int64_t>(mine[0].count); }
         else {
             const auto stored = taskvec::is_storage(changed.dtype) ? changed.dtype : taskvec::dtype::f32;
-            sources_.push_back(std::make_unique<taskvec::selected_rows>(tensors, mine));
-            changed = sources_.back()->tensor(stored);
+            const auto select = [&](std::vector<taskvec::const_tensor_ref> from, std::vector<taskvec::row_run> which) {
+                auto made = std::make_unique<taskvec::selected_rows>(std::move(from), std::move(which));
+                const auto tensor = made->tensor(stored);
+                sources_.push_back(std::move(made));
+                return tensor;
+            };
+            changed = select(tensors, mine);
+            if (filled > 0) {
+                auto shape = changed.shape;
+                shape[0] = static_cast<std::int64_t>(filled);
+                sources_.push_back(
+                    std::make_unique<repeated_row>(row_length(shape), *changed.source, tokens_of_result()));
+                const taskvec::const_tensor_ref mean{
+                    nullptr, sources_.back()->type(), shape, {}, taskvec::memory_space::host, 0, sources_.back().get()};
+                changed = select(
+                    {changed, mean}, {{0, tokens_of_result(), {{0, 0}}}, {tokens_of_result(), filled, {{1, 0}}}});
+            }
         }
         taskvec::const_model_ref others;
         for (const auto& [other, tensor] : models_[m]) { others.insert(other, other == name ? changed : tensor); }
@@ -560,10 +734,10 @@ void lined_up_vocabulary::say(const std::vector<vocabulary_input>& inputs, const
         if (!members_[m].by_text) { continue; }
         std::vector<std::string> more, less;
         for (const auto& [id, text] : members_[m].tokens.texts) {
-            if (!first.tokens.ids.contains(*text)) { more.push_back(*text); }
+            if (!first.tokens.ids.contains(*text) && !rule_of_.contains(*text)) { more.push_back(*text); }
         }
         for (const auto& [id, text] : first.tokens.texts) {
-            if (!members_[m].tokens.ids.contains(*text)) { less.push_back(*text); }
+            if (!members_[m].tokens.ids.contains(*text) && !rule_of_.contains(*text)) { less.push_back(*text); }
         }
         if (!more.empty()) {
             note(run,
@@ -659,6 +833,19 @@ double least_score(const large_json& pieces)
 
 } // namespace
 
+std::optional<added_token> lined_up_vocabulary::description(const new_token& token) const
+{
+    if (!token.from) {
+        added_token plain;
+        plain.content = token.text;
+        plain.normalized = true;
+        return plain;
+    }
+    const auto& added = members_[*token.from].tokens.added;
+    const auto place = added.find(token.text);
+    return place == added.end() ? std::nullopt : std::optional(place->second);
+}
+
 /// Puts new tokens into a tokenizer: those that a donor's added_tokens describe there (and into `added`), others into
 /// the model's vocabulary, with the merges that make them. True where the model has changed.
 bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string, std::uint64_t>& added) const
@@ -673,13 +860,12 @@ bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string
     for (std::size_t i = 0; i < new_tokens_.size(); ++i) {
         const auto& token = new_tokens_[i];
         const auto id = first.tokens.size() + i;
-        const auto& table = members_[token.from].tokens;
-        if (const auto place = table.added.find(token.text); place != table.added.end()) {
-            descriptions.push_back(token_entry<large_json>(place->second, true, id));
+        if (const auto its = description(token)) {
+            descriptions.push_back(token_entry<large_json>(*its, true, id));
             added[token.text] = id;
             continue;
         }
-        donors.insert(token.from);
+        donors.insert(*token.from);
         if (model["vocab"].is_object()) { model["vocab"][token.text] = id; }
         else if (model["vocab"].is_array() && model["vocab"].size() == id) {
             // A Unigram piece of the least score: texts keep their segmentations where they can.
@@ -689,7 +875,7 @@ bool lined_up_vocabulary::add_tokens(large_json& tokenizer, std::map<std::string
         else {
             taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::option_value,
                 taskvec::message("--vocabulary union: token '", printable(token.text), "' of ",
-                    in_quotes(members_[token.from].tokenizer), " cannot be added to the ", first.tokens.model,
+                    in_quotes(members_[*token.from].tokenizer), " cannot be added to the ", first.tokens.model,
                     " vocabulary of ", in_quotes(first.tokenizer),
                     ", whose ids are places in a list: use --vocabulary base, or --copy-from with a tokenizer of "
                     "your own"));
@@ -777,11 +963,8 @@ std::map<std::string, std::optional<std::string>> lined_up_vocabulary::tokenizer
         if (content->contains("added_tokens_decoder") && (*content)["added_tokens_decoder"].is_object()) {
             auto& decoder = (*content)["added_tokens_decoder"];
             for (const auto& [text, id] : added) {
-                const auto& table = members_[std::find_if(new_tokens_.begin(), new_tokens_.end(),
-                                                 [&text = text](const auto& one) { return one.text == text; })
-                                                 ->from]
-                                        .tokens;
-                decoder[std::to_string(id)] = token_entry<json>(table.added.find(text)->second, false, id);
+                const auto& token = new_tokens_[static_cast<std::size_t>(id - first.tokens.size())];
+                decoder[std::to_string(id)] = token_entry<json>(*description(token), false, id);
             }
             for (const auto& [text, id] : lost) { decoder.erase(std::to_string(id)); }
         }

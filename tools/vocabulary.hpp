@@ -59,6 +59,31 @@ struct token_table {
 /// what is no tokenizer, or gives one id or one token twice.
 [[nodiscard]] token_table read_tokens(const fs::path& tokenizer);
 
+/// Where the row of a token is from, for models that lack it, or for all.
+struct token_rule {
+    enum class source : std::uint8_t {
+        none, ///< all models have the token
+        zero,
+        model, ///< the token's own row in a model
+        token, ///< another token's row there
+        row ///< a row there by its index
+    };
+    std::string text; ///< the token; the result's tokenizer gets it where it lacks it
+    source from = source::none;
+    std::size_t model = 0; ///< among the inputs
+    std::string token{}; ///< of source::token
+    std::uint64_t row = 0; ///< of source::row
+    bool force = false; ///< for models that have the token too
+    std::string at{}; ///< where it is said, for errors
+};
+/// What a configuration says of the rows of tokens. The result has as many as its tokenizer has tokens.
+struct token_rules {
+    std::vector<token_rule> tokens{};
+    std::uint64_t multiple = 1; ///< of which the number of rows is one: what is added is the mean of the tokens' rows
+    std::optional<std::size_t> base{}; ///< the input whose row stands for that which another lacks; nothing: the mean
+    std::string at{}; ///< where it is said, for errors
+};
+
 /// A model whose rows are to be lined up.
 struct vocabulary_input {
     fs::path path; ///< beside whose weights a tokenizer may lie
@@ -76,9 +101,11 @@ struct vocabulary_input {
 /// format_error where a tokenizer has more tokens than an embedding has rows, invalid_argument where nothing is common.
 class lined_up_vocabulary {
 public:
-    /// `include`: which tensors count for the policy `error`; empty: all.
+    /// `include`: which tensors count for the policy `error`; empty: all. `rules`: for the policies `base` and `all`,
+    /// and all inputs have a tokenizer.json then; throws invalid_argument, with the place, for what no model has.
     lined_up_vocabulary(const std::vector<vocabulary_input>& inputs, vocabulary_policy policy,
-        const std::function<bool(std::string_view)>& include, const run_options& run);
+        const std::function<bool(std::string_view)>& include, const run_options& run,
+        std::shared_ptr<const token_rules> rules = {});
     lined_up_vocabulary(const lined_up_vocabulary&) = delete;
     lined_up_vocabulary& operator=(const lined_up_vocabulary&) = delete;
 
@@ -104,14 +131,23 @@ private:
     };
     struct new_token {
         std::string text;
-        std::size_t from = 0;
+        std::optional<std::size_t> from{}; ///< nothing: a rule's
     };
     using row_counts = std::vector<std::optional<std::uint64_t>>;
 
     void read_tokenizers(const std::vector<vocabulary_input>& inputs);
     void plan(const std::vector<vocabulary_input>& inputs, const std::vector<std::string>& names);
+    void add_tokens_of_rules(const std::vector<vocabulary_input>& inputs);
     [[nodiscard]] std::uint64_t rows_of_result(const row_counts& rows) const;
     [[nodiscard]] std::optional<std::uint64_t> row_in(std::size_t m, std::uint64_t row, const row_counts& rows) const;
+    [[nodiscard]] taskvec::row_run::part row_of(const token_rule& rule, std::uint64_t row, const row_counts& rows,
+        const std::vector<vocabulary_input>& inputs, const std::string& name) const;
+    [[nodiscard]] std::uint64_t tokens_of_result() const { return members_.front().tokens.size() + new_tokens_.size(); }
+    [[nodiscard]] const std::string* text_in_result(std::uint64_t row) const;
+    /// How a new token stands in a tokenizer, where it is an added token there; nothing for one of the vocabulary.
+    [[nodiscard]] std::optional<added_token> description(const new_token& token) const;
+    [[nodiscard]] std::vector<std::vector<taskvec::row_run>> runs_of(
+        const std::vector<vocabulary_input>& inputs, const row_counts& rows, const std::string& name) const;
     void line_up(const std::vector<vocabulary_input>& inputs, const std::string& name);
     bool add_tokens(nlohmann::json& tokenizer, std::map<std::string, std::uint64_t>& added) const;
     bool remove_tokens(nlohmann::json& tokenizer, std::map<std::string, std::uint64_t>& lost) const;
@@ -120,7 +156,9 @@ private:
     vocabulary_policy policy_;
     std::vector<member> members_;
     std::vector<taskvec::const_model_ref> models_;
-    std::vector<std::unique_ptr<taskvec::selected_rows>> sources_;
+    std::shared_ptr<const token_rules> rules_; ///< may be none
+    std::map<std::string_view, const token_rule*> rule_of_; ///< by the text of the token
+    std::vector<std::unique_ptr<taskvec::operand_source>> sources_;
     std::vector<std::string> tensors_;
     std::vector<new_token> new_tokens_; ///< `all`: behind the first one's, in this order
     std::map<std::string_view, std::uint64_t> new_ids_;

@@ -541,8 +541,109 @@ TEST_CASE("a configuration's tokenizer_source is --vocabulary")
     }
     CHECK(same(m.result(head + "tokenizer_source: first\n"), m.result(head + "tokenizer_source: base\n")));
     has(m.refusal(head + "tokenizer_source: second\n"), "config.yml:6:19: 'tokenizer_source: second'");
-    has(m.refusal(head + "tokenizer: {source: base, tokens: {}}\n"), "'tokens' of a tokenizer is not supported");
-    has(m.refusal(head + "tokenizer: {tokens: {}}\n"), "'tokens'");
+    CHECK(same(m.result(head + "tokenizer: {source: {model: {path: first}}, tokens: {}}\n"),
+        m.result(head + "tokenizer: {source: base, pad_to_multiple_of: 0}\n")));
+    CHECK(same(m.result(head + "tokenizer: {tokens: {}}\n"), m.result(head + "tokenizer_source: union\n")));
+}
+
+TEST_CASE("tokens of a configuration's tokenizer have the rows that it says, and rows go up to a multiple")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    const auto give = [&](const std::string& name, const std::vector<std::string>& tokens, float shift, int padding) {
+        std::filesystem::create_directories(m.folder / name);
+        std::vector<float> rows;
+        nlohmann::json vocabulary = nlohmann::json::object();
+        for (std::size_t i = 0; i < tokens.size(); ++i) {
+            vocabulary[tokens[i]] = i;
+            rows.insert(rows.end(), {static_cast<float>(tokens[i][0]) + shift, shift});
+        }
+        rows.insert(rows.end(), static_cast<std::size_t>(2 * padding), 7.0F);
+        const auto count = static_cast<std::int64_t>(rows.size() / 2);
+        write_values(m.folder / name / "model.safetensors",
+            {{"model.embed_tokens.weight", {taskvec::dtype::f32, {count, 2}, rows}}});
+        spill(m.folder / name / "config.json", nlohmann::json{{"vocab_size", count}}.dump());
+        spill(m.folder / name / "tokenizer_config.json", R"({"added_tokens_decoder": {}})");
+        spill(m.folder / name / "tokenizer.json",
+            nlohmann::json{{"version", "1.0"}, {"added_tokens", nlohmann::json::array()},
+                {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", tokens[0]}}}}
+                .dump());
+    };
+    give("first", {"a", "b", "c"}, 0, 1); // a is 97
+    give("second", {"c", "d", "a"}, 0.5F, 0);
+    give("third", {"b", "d"}, 2, 0);
+    const std::string head = "merge_method: task_arithmetic\nbase_model: first\nmodels:\n  - model: second\n"
+                             "    parameters: {weight: 0.5}\ntokenizer: ";
+    const auto check = [&](const std::string& text, const std::vector<float>& expected) {
+        const auto made = m.result(text + "\n").at("model.embed_tokens.weight");
+        CHECK(made.shape == std::vector<std::int64_t>{static_cast<std::int64_t>(expected.size() / 2), 2});
+        REQUIRE(made.values.size() == expected.size());
+        for (std::size_t i = 0; i < expected.size(); ++i) {
+            CAPTURE(i);
+            CHECK(made.values[i] == doctest::Approx(expected[i]).epsilon(1e-6));
+        }
+        CHECK(nlohmann::json::parse(slurp(m.folder / "out/config.json"))["vocab_size"] == expected.size() / 2);
+    };
+
+    // Behind the five tokens is the mean of their rows: 78.9 and 0.1 in the first model, 79.1 and 0.3 in the second.
+    check(head + "{source: union, tokens: {d: {source: second}, n: {source: {kind: zero}}}, pad_to_multiple_of: 4}",
+        {97.25F, 0.25F, 98, 0, 99.25F, 0.25F, 100.5F, 0.5F, 0, 0, 79, 0.2F, 79, 0.2F, 79, 0.2F});
+    const auto tokenizer = nlohmann::json::parse(slurp(m.folder / "out/tokenizer.json"));
+    CHECK(tokenizer["model"]["vocab"] == nlohmann::json{{"a", 0}, {"b", 1}, {"c", 2}, {"d", 3}});
+    const nlohmann::json plain{{"content", "n"}, {"lstrip", false}, {"rstrip", false}, {"normalized", true},
+        {"single_word", false}, {"special", false}};
+    auto entry = plain;
+    entry["id"] = 4;
+    CHECK(tokenizer["added_tokens"] == nlohmann::json::array({entry}));
+    CHECK(nlohmann::json::parse(slurp(m.folder / "out/tokenizer_config.json"))["added_tokens_decoder"]["4"] == plain);
+
+    // What a model has stays unless it is forced; a row by its index need not be a token's.
+    check(head
+            + "{source: base, tokens: {a: {source: {kind: model_token, model: second, token: d}, force: true},"
+              " b: {source: {kind: model_token, model: first, token_id: 3}}, c: {source: {kind: zero}}}}",
+        {100.5F, 0.5F, 102 - 49.5F, 3.5F, 99.25F, 0.25F});
+    // Without a base, a row that a model lacks is the mean of those that have it; of one model, there are rows to add.
+    check("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: first}, {model: second}, {model: third}]\n"
+          "tokenizer: {tokens: {c: {source: {kind: zero}}}}",
+        {97.25F, 0.25F, 99, 1, (99 + 99.5F) / 3, 0.5F / 3, (100.5F + 102 + 101.25F) / 3, (0.5F + 2 + 1.25F) / 3});
+    check("merge_method: passthrough\nmodels: [{model: first}]\ntokenizer: {source: base, pad_to_multiple_of: 5}",
+        {97, 0, 98, 0, 99, 0, 98, 0, 98, 0});
+
+    const auto refused = [&](const std::string& block, const std::string& expected) {
+        const auto said = m.refusal(head + block + "\n");
+        CAPTURE(said);
+        CHECK(said.find(expected) != std::string::npos);
+    };
+    refused("{source: base, token: {}}", "config.yml:6:27: 'token' is no key of 'tokenizer'; did you mean 'tokens'?");
+    refused("{source: base, tokens: {a: {sorce: first}}}",
+        "config.yml:6:40: 'sorce' is no key of token 'a'; did you mean 'source'?");
+    refused("{source: base, tokens: [a]}", "config.yml:6:35: 'tokens' is a list");
+    refused("{source: base, tokens: {a: first}}", "config.yml:6:39: token 'a' is 'first'; expected a mapping");
+    refused("{source: base, tokens: {a: {source: fourth}}}", "config.yml:6:48: there is no model 'fourth'");
+    refused("{source: base, tokens: {a: {source: third}}}",
+        "config.yml:6:48: the source of token 'a' is 'third', which is not merged");
+    refused("{source: base, tokens: {a: {source: zero}}}", "config.yml:6:48: the source of token 'a' is 'zero'");
+    refused("{source: base, tokens: {e: {source: second}}}", "config.yml:6:48: 'second' has no token 'e'");
+    refused("{source: base, tokens: {e: {force: true}}}", "config.yml:6:36: token 'e' has no 'source'");
+    refused(
+        "{source: base, tokens: {b: {}}}", "config.yml:6:36: token 'b' has no 'source', and not every model has it");
+    refused("{source: base, tokens: {b: {source: {kind: zeros}}}}",
+        "config.yml:6:55: kind is 'zeros'; did you mean 'zero'?");
+    refused(
+        "{source: base, tokens: {b: {source: {kind: model_token, model: first}}}}", "neither 'token' nor 'token_id'");
+    refused("{source: base, tokens: {b: {source: {kind: model_token, model: first, token: a, token_id: 1}}}}",
+        "both 'token' and 'token_id'");
+    refused("{source: base, tokens: {b: {source: {kind: model_token, model: second, token: b}}}}",
+        "'second' has no token 'b'");
+    refused("{source: base, tokens: {b: {source: {kind: model_token, model: second, token_id: 3}}}}", "token_id is 3");
+    refused("{source: base, tokens: {b: {source: {kind: model_token, model: second, token_id: -1}}}}",
+        "config.yml:6:93: token_id is -1");
+    refused("{source: base, pad_to_multiple_of: 1.5}",
+        "config.yml:6:47: pad_to_multiple_of is 1.5; expected a whole number");
+    refused(
+        "{source: base, pad_to_multiple_of: many}", "config.yml:6:47: pad_to_multiple_of is 'many'; expected a number");
+    refused("{source: fourth}", "config.yml:6:21: there is no model 'fourth'");
+    refused("{source: second, pad_to_multiple_of: 8}", "config.yml:6:21: 'source: second'");
 }
 
 TEST_CASE("adapters on any model, and on the base, are what fuse stores in F32")
