@@ -4,12 +4,17 @@
 #include "methods.hpp"
 #include "model_files.hpp"
 #include "report.hpp"
+#include "vocabulary.hpp"
 #include "words.hpp"
 
 #include <taskvec/formats/fingerprint.hpp>
 #include <taskvec/formats/resumable_shards.hpp>
 
+#include <nlohmann/json.hpp>
+
 #include <algorithm>
+#include <cstdint>
+#include <fstream>
 #include <optional>
 #include <vector>
 
@@ -151,7 +156,7 @@ void explain_merge(const merge_request& request)
     const auto call = call_of(run.policy(), request, inputs);
     method.examine(call);
     std::string text = "would merge " + counted(inputs.tasks().size(), "task") + " by " + request.method + " into '"
-        + printable(request.out) + "'\n" + describe(inputs) + "  options "
+        + printable(request.called.empty() ? request.out : request.called) + "'\n" + describe(inputs) + "  options "
         + json_of(method.values(request.options)).dump() + "\n";
     for (const auto& tensor : inputs.models().tensors()) {
         text += printable(tensor.name) + ": ";
@@ -179,6 +184,48 @@ void explain_merge(const merge_request& request)
     }
     for (const auto& tensor : inputs.models().copied()) { text += printable(tensor.name) + ": copied\n"; }
     print(text);
+}
+
+void outline_merge(const merge_request& request, const fs::path& folder, unsigned char mark)
+{
+    const auto& method = find_method(request);
+    const merge_inputs inputs(request, method.needs_base);
+    nlohmann::json header = nlohmann::json::object();
+    std::uint64_t bytes = 0;
+    for (const auto& spec : outputs_of(request, inputs).specs) {
+        const auto begin = bytes;
+        bytes += spec.bytes();
+        header[spec.name] = {{"dtype", std::string(taskvec::to_string(spec.dtype))}, {"shape", spec.shape},
+            {"data_offsets", {begin, bytes}}};
+    }
+    auto text = header.dump();
+    text.append((8 - text.size() % 8) % 8, ' ');
+    std::string start(8, '\0');
+    for (std::size_t i = 0; i < start.size(); ++i) { start[i] = static_cast<char>((text.size() >> (8 * i)) & 0xFF); }
+    fs::create_directories(folder);
+    const auto write = [&](const std::string& name, const std::string& content) {
+        std::ofstream file(folder / name, std::ios::binary);
+        file << content;
+        if (!file.flush()) {
+            taskvec::raise<taskvec::io_error>(
+                taskvec::error_code::file_access, "cannot be written", (folder / name).string());
+        }
+    };
+    write("model.safetensors", start + text + std::string(bytes > 0 ? 1 : 0, static_cast<char>(mark)));
+    fs::resize_file(folder / "model.safetensors", start.size() + text.size() + bytes);
+    const fs::path source = !request.copies.from.empty() ? fs::path(request.copies.from)
+        : !request.base.empty()                          ? fs::path(request.base)
+                                                         : inputs.arguments().front().path;
+    for (const auto* name : {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}) {
+        std::error_code ignored;
+        if (fs::is_regular_file(source / name, ignored)) { fs::copy_file(source / name, folder / name); }
+    }
+    if (request.copies.from.empty()) {
+        for (const auto& [name, content] : inputs.vocabulary().tokenizer_files(request.run)) {
+            if (content) { write(name, *content); }
+        }
+    }
+    if (request.copies.chat_template) { write("chat_template.jinja", *request.copies.chat_template); }
 }
 
 } // namespace tool

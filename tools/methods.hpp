@@ -78,6 +78,10 @@ void check_usage(const std::function<void()>& check);
 void run_merge(const merge_request& request);
 /// Says what it would do for each tensor.
 void explain_merge(const merge_request& request);
+/// Puts what a merge's result would look like into a new folder, so that merges that take it are explained: its
+/// tensors' names, dtypes and shapes, in a file of holes that takes no space, and the files that tell of ties,
+/// templates and tokens. `mark`: makes the bytes others than those of the next such file.
+void outline_merge(const merge_request& request, const fs::path& folder, unsigned char mark);
 
 /// What a method is run with. `weights`: of the tasks, where they are not those of the command line; they outlive the
 /// call.

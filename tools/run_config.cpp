@@ -1384,21 +1384,24 @@ std::vector<std::size_t> order_of(const place& where, const std::vector<std::str
     return order;
 }
 
-/// Merges in stages: results of all documents but one lie beside the output until it is made.
+/// Merges in stages: results of all documents but one lie beside the output until it is made. Explained, what they look
+/// like lies where temporary files do.
 void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, const std::vector<std::string>& names)
 {
     if (!given.request.resume.directory.empty()) {
         throw tool::usage_error("--resume is for one merge, and '" + given.config
             + "' has several documents, whose results between are new files each time");
     }
-    if (given.explain || given.request.run.dry_run) {
-        throw tool::usage_error("--explain and --dry-run look at one merge, and '" + given.config
-            + "' has several documents: give one of them in a file of its own");
+    if (given.request.run.dry_run && !given.explain) {
+        throw tool::usage_error("--dry-run looks at one merge, and '" + given.config
+            + "' has several documents: --explain looks at all of them, or give one of them in a file of its own");
     }
     const auto last =
         tool::fs::path(given.request.out.ends_with('/') ? given.request.out.substr(0, given.request.out.size() - 1)
                                                         : given.request.out);
-    const tool::scratch_directory scratch(last.has_parent_path() ? last.parent_path() : tool::fs::path("."));
+    const tool::scratch_directory scratch(given.explain ? tool::fs::temp_directory_path()
+            : last.has_parent_path()                    ? last.parent_path()
+                                                        : tool::fs::path("."));
     stages all, made;
     for (const auto& name : names) {
         if (!name.empty()) { all[name] = scratch.path() / name; }
@@ -1419,7 +1422,15 @@ void run_stages(run_settings& given, const std::vector<YAML::Node>& documents, c
             stage.request.run.report.clear();
         }
         stage.request.out += stage.request.out.ends_with('/') ? "" : "/";
-        tool::run_merge(stage.request);
+        if (!given.explain) {
+            tool::run_merge(stage.request);
+            continue;
+        }
+        tool::explain_merge(stage.request);
+        if (!names[d].empty()) {
+            stage.request.run.quiet = true; // all is said
+            tool::outline_merge(stage.request, all[names[d]], static_cast<unsigned char>(made.size()));
+        }
     }
 }
 

@@ -822,7 +822,39 @@ TEST_CASE("several documents are stages, whose results later ones take by name")
     has(m.refusal("name: a/b\n" + first.substr(first.find('\n') + 1) + "---\n" + second), "'a/b'");
     for (const auto& name : names()) { CHECK_FALSE(name.starts_with(".taskvec")); }
     m.write(first + "---\n" + second);
-    CHECK(m.run_it({"--explain"}).code == 2);
+    CHECK(m.run_it({"--dry-run"}).code == 2);
+}
+
+TEST_CASE("--explain of several documents says of each what would be done, in order, and leaves nothing")
+{
+    const configured m;
+    if (!reads_yaml(m)) { return; }
+    std::filesystem::create_directories(m.folder / "temporary");
+    // The last is the first to stand; 'mixed' has two layers, 0 and 2 of a, so that 0.25 is for the first of them and
+    // 0.75 for the second.
+    m.write("merge_method: task_arithmetic\nbase_model: short\nmodels:\n  - model: mixed\n"
+            "    parameters: {weight: [0.25, 0.75]}\n---\n"
+            "name: mixed\nmerge_method: passthrough\ndtype: bfloat16\nslices:\n"
+            "  - sources: [{model: a, layer_range: [0, 1]}]\n  - sources: [{model: a, layer_range: [2, 3]}]\n---\n"
+            "name: short\nmerge_method: linear\nparameters: {weight: 0.5}\nslices:\n"
+            "  - sources: [{model: base, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]\n");
+    const auto done = run(
+        m.folder, {"run", "config.yml", "--out", "out", "--explain"}, {"TMPDIR=" + (m.folder / "temporary").string()});
+    CAPTURE(done.err);
+    CHECK(done.code == 0);
+    const auto mixed = done.out.find("would merge 1 task by passthrough into 'mixed'"),
+               base = done.out.find("would merge 2 tasks by average into 'short'"),
+               last = done.out.find("would merge 1 task by task-arithmetic into 'out/'");
+    CHECK(mixed < base);
+    CHECK(base < last);
+    REQUIRE(last != done.out.npos);
+    const auto end = done.out.substr(last);
+    has(end, "layers.0.mlp.weight: weights 0.25\n");
+    has(end, "layers.1.mlp.weight: weights 0.75\n");
+    CHECK(end.find("layers.2.") == end.npos);
+    CHECK_FALSE(std::filesystem::exists(m.folder / "out"));
+    CHECK(std::filesystem::is_empty(m.folder / "temporary"));
+    CHECK(m.run_it({}).code == 0);
 }
 
 TEST_CASE("the configurations that the fuzzer of run begins with are merged or refused")

@@ -56,6 +56,7 @@ void explain_merge(const merge_request& request)
 {
     run_merge(request);
 }
+void outline_merge(const merge_request&, const fs::path&, unsigned char) { }
 
 scratch_directory::scratch_directory(const fs::path& parent)
     : path_(parent / "scratch")
