@@ -318,6 +318,9 @@ std::string table_cell(std::string text)
 }
 
 constexpr const char* card_mark = "<!-- made by taskvec -->";
+/// Models of up to so many bytes together have fingerprints of all of them in a card, larger ones sketches: reading
+/// them once more would take half as long as merging them does.
+constexpr std::uint64_t fingerprinted_bytes = std::uint64_t{1} << 28;
 
 std::string library_of(const fs::path& source)
 {
@@ -359,14 +362,19 @@ std::string card_of(const recipe& how, const fs::path& out, const fs::path& sour
         + " with taskvec " + tool_version() + ":\n\n```\ntaskvec";
     for (const auto& word : command_words()) { text += " " + shell_word(word); }
     text += "\n```\n\n| model | role | weight | fingerprint |\n|---|---|---|---|\n";
+    std::uint64_t bytes = 0;
+    for (const auto& model : how.models) { bytes += model.opened->data_bytes(); }
+    const bool all_bytes = bytes <= fingerprinted_bytes;
     for (const auto& model : how.models) {
+        const auto opened = as_opened(*model.opened);
+        const auto fingerprint = all_bytes ? taskvec::fingerprint(policy, opened) : taskvec::fingerprint_sketch(opened);
         text += "| " + table_cell(hub_name(model)) + " | " + model.role + " | "
             + (model.role == "base" ? std::string("") : taskvec::message(model.weight)) + " | `"
-            + taskvec::fingerprint_text(taskvec::fingerprint(policy, as_opened(*model.opened))) + "` |\n";
+            + taskvec::fingerprint_text(fingerprint) + "` |\n";
     }
-    text +=
-        "\nA fingerprint is a 64-bit number over names, dtypes, shapes and all bytes; `taskvec inspect MODEL --verify "
-        "README.md` checks that a model is one of these.\n";
+    text += std::string("\nA fingerprint is a 64-bit number over names, dtypes, shapes and ")
+        + (all_bytes ? "all bytes" : "the first and the last 4 KiB of each tensor (a sketch)")
+        + "; `taskvec inspect MODEL --verify README.md` checks that a model is one of these.\n";
     if (!how.options.empty()) { text += "\nOptions in force:\n\n```json\n" + how.options + "\n```\n"; }
     return text;
 }

@@ -78,6 +78,28 @@ TEST_CASE("what loads a model is copied beside its weights, and says what is so"
     CHECK(slurp(m.folder / "same/config.json") == slurp(m.folder / "base/config.json"));
 }
 
+TEST_CASE("the card of large models has sketches, which take no second read of them")
+{
+    const scratch folder;
+    constexpr std::uint64_t bytes = std::uint64_t{129} << 20; // two of them are above 256 MiB
+    for (const std::string name : {"one", "two"}) {
+        std::filesystem::create_directory(folder / name);
+        std::string header =
+            taskvec::message(R"({"w":{"dtype":"BF16","shape":[)", bytes / 2, R"(],"data_offsets":[0,)", bytes, "]}}");
+        header.resize(128, ' ');
+        spill(folder / name / "model.safetensors", std::string("\x80\0\0\0\0\0\0\0", 8) + header + name);
+        std::filesystem::resize_file(folder / name / "model.safetensors", 8 + 128 + bytes); // zeros that take no space
+    }
+    REQUIRE(run(folder, {"merge", "--method", "average", "--task", "one", "--task", "two", "--out", "out"}).code == 0);
+    const auto card = slurp(folder / "out/README.md");
+    CHECK(has(card, "(a sketch)"));
+    for (const std::string name : {"one", "two"}) {
+        const auto opened = taskvec::open_model(folder / name);
+        CHECK(has(card, "`" + taskvec::fingerprint_text(taskvec::fingerprint_sketch(opened.model())) + "`"));
+        CHECK(has(run(folder, {"inspect", name, "--verify", "out"}).out, "has the sketch"));
+    }
+}
+
 TEST_CASE("options choose what is copied; files stay files")
 {
     const model_directories m;
