@@ -3620,6 +3620,8 @@ inline void for_each_index(
 #include <sys/mman.h>
 #include <sys/stat.h>
 #if defined(__linux__)
+#include <linux/magic.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #endif
 #include <unistd.h>
@@ -3754,6 +3756,13 @@ inline int resize(int file, std::uint64_t size) noexcept
 inline int reserve(int file, std::uint64_t size) noexcept
 {
 #if defined(__linux__)
+    // In memory, reserving means clearing every page: as long as writing it once more. Its free space can be asked.
+    struct ::statfs system{};
+    if (::fstatfs(file, &system) == 0 && static_cast<std::uint64_t>(system.f_type) == TMPFS_MAGIC) {
+        const bool fits = system.f_blocks == 0 // no limit
+            || size / static_cast<std::uint64_t>(system.f_bsize) <= static_cast<std::uint64_t>(system.f_bavail);
+        return fits ? (resize(file, size) == 0 ? 0 : errno) : ENOSPC;
+    }
     if (retry([&] { return ::fallocate(file, 0, 0, static_cast<::off_t>(size)); }) == 0) { return 0; }
     if (errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL) { return errno; }
 #endif

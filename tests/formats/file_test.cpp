@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <taskvec/formats/file.hpp>
 
+#include "../skip.hpp"
 #include "scratch.hpp"
 
 #include <doctest/doctest.h>
@@ -174,6 +175,32 @@ TEST_CASE("a file too large for the disk or the process's limit is an error and 
     std::signal(SIGXFSZ, handler);
     CHECK(slurp(folder / "out") == "old");
     CHECK(folder.names() == std::set<std::string>{"out"});
+}
+#endif
+
+#if defined(__linux__)
+TEST_CASE("a file in memory takes its space as it is written; one that does not fit is an error before that")
+{
+    struct statfs system{};
+    if (::statfs("/dev/shm", &system) != 0 || static_cast<std::uint64_t>(system.f_type) != TMPFS_MAGIC
+        || system.f_blocks == 0 || ::access("/dev/shm", W_OK) != 0) {
+        testing::skip("no file was made in memory: /dev/shm is no file system of limited size in memory here");
+        return;
+    }
+    const auto target = std::filesystem::path("/dev/shm") / message("taskvec-test-", ::getpid());
+    const std::uint64_t all = std::uint64_t{system.f_blocks} * static_cast<std::uint64_t>(system.f_bsize);
+    CHECK_THROWS_AS(atomic_file(target, 2 * all), io_error);
+    {
+        atomic_file file(target, 1 << 23);
+        file.write(5, "word", 4);
+        file.commit();
+    }
+    struct stat status{};
+    REQUIRE(::stat(target.c_str(), &status) == 0);
+    CHECK(status.st_size == 1 << 23);
+    CHECK(status.st_blocks * 512 < 1 << 23); // what was written, not all
+    CHECK(slurp(target).substr(4, 6) == std::string("\0word\0", 6));
+    std::filesystem::remove(target);
 }
 #endif
 
