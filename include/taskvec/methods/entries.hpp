@@ -137,24 +137,27 @@ public:
             for (std::size_t t = 0; t < held; ++t) { f(t); }
         }
         else {
-            for (std::size_t t = 0; t < run_->task_count; ++t) { f(t); }
+            const std::size_t count = run_->task_count;
+            for (std::size_t t = 0; t < count; ++t) { f(t); }
         }
     }
     /// f as a list that may be asked for each task several times: the first of them kept, in registers where their
-    /// number is known, what comes after them computed again.
+    /// number is known, what comes after them computed again. see(t, f(t)) is called for every task, in order.
     template <class F>
     class list {
     public:
-        TASKVEC_INLINE list(const entries& in, const F& f)
+        template <class See>
+        TASKVEC_INLINE list(const entries& in, const F& f, const See& see)
             : f_(f)
         {
             if constexpr (held > 0) {
                 TASKVEC_UNROLL(8)
-                for (std::size_t t = 0; t < held; ++t) { kept_[t] = f(t); }
+                for (std::size_t t = 0; t < held; ++t) { see(t, kept_[t] = f(t)); }
             }
             else {
                 const std::size_t count = in.tasks() < room ? in.tasks() : room;
-                for (std::size_t t = 0; t < count; ++t) { kept_[t] = f(t); }
+                for (std::size_t t = 0; t < count; ++t) { see(t, kept_[t] = f(t)); }
+                for (std::size_t t = room; t < in.tasks(); ++t) { see(t, f(t)); }
             }
         }
         [[nodiscard]] TASKVEC_INLINE pack operator()(std::size_t t) const
@@ -170,10 +173,10 @@ public:
         const F& f_;
         pack kept_[room];
     };
-    template <class F>
-    [[nodiscard]] TASKVEC_INLINE list<F> list_of(const F& f) const
+    template <class F, class See>
+    [[nodiscard]] TASKVEC_INLINE list<F> list_of(const F& f, const See& see) const
     {
-        return list<F>(*this, f);
+        return list<F>(*this, f, see);
     }
 
     /// Adds the entries that a mask holds for to a count.

@@ -113,9 +113,10 @@ public:
         }
         for (std::size_t t = held; t < of_.piece.tasks; ++t) { f(t); }
     }
-    template <class F>
-    [[nodiscard]] TASKVEC_INLINE const F& list_of(const F& f) const
+    template <class F, class See>
+    [[nodiscard]] TASKVEC_INLINE const F& list_of(const F& f, const See& see) const
     {
+        each([&](std::size_t t) TASKVEC_BODY { see(t, f(t)); });
         return f;
     }
     TASKVEC_INLINE void count(std::size_t slot, const mask& entry) const noexcept
