@@ -110,6 +110,7 @@
 #include <taskvec/methods/slerp.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/methods/ties.hpp>
+#include <taskvec/methods/vector_factors.hpp>
 #include <taskvec/methods/walk.hpp>
 #include <taskvec/methods/wrong_call.hpp>
 #include <taskvec/models/aligned_models.hpp>

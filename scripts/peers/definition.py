@@ -186,6 +186,48 @@ def model_stock(base, tasks, clamp=True):
     return result
 
 
+def along(value, vectors):
+    """An array whose last axis has the vectors whose angles count."""
+    if vectors == "tensors" or value.ndim < 2:
+        return value.reshape(1, -1)
+    return value if vectors == "rows" else np.moveaxis(value, 0, -1)
+
+
+def back(value, shape, vectors):
+    return np.moveaxis(value, -1, 0).reshape(shape) if vectors == "columns" and len(shape) > 1 else value.reshape(shape)
+
+
+def nuslerp(base, tasks, weights, vectors):
+    """Between two task vectors, by the angle of whole tensors, of each row or of each column."""
+    t, result = weights[1] / sum(weights), {}
+    for name in base:
+        a, b = (along(wide(task[name]).astype(np.float64) - wide(base[name]), vectors) for task in tasks)
+        norms = np.maximum(np.linalg.norm(a, axis=-1), 1e-7) * np.maximum(np.linalg.norm(b, axis=-1), 1e-7)
+        cosine = np.clip((a * b).sum(-1) / norms, -1, 1)[..., None]
+        straight = 1 - cosine**2 <= 1e-14
+        angle = np.arccos(np.where(straight, 0.5, cosine))
+        first, second = (np.where(straight, s, np.sin(s * angle) / np.sin(angle)) for s in (1 - t, t))
+        value = wide(base[name]) + back(first * a + second * b, base[name].shape, vectors)
+        result[name] = narrow(value.astype(wide(base[name]).dtype), base[name].dtype)
+    return result
+
+
+def model_stock_of_rows(base, tasks):
+    """As model_stock, unclamped, with a ratio for each row: 0 where its task vectors cancel."""
+    result, count = {}, len(tasks)
+    for name in base:
+        rows = [along(wide(task[name]).astype(np.float64) - wide(base[name]), "rows") for task in tasks]
+        norms = [np.linalg.norm(row, axis=-1) for row in rows]
+        cosines = [np.where(norms[i] * norms[j] == 0, 0, (rows[i] * rows[j]).sum(-1) / np.maximum(norms[i] * norms[j], 1e-300))
+                   for i in range(count) for j in range(i + 1, count)]
+        cosine = np.mean(cosines, axis=0)[..., None]
+        below = 1 + (count - 1) * cosine
+        ratio = np.where(below < 1e-6, 0, count * cosine / np.where(below < 1e-6, 1, below))
+        value = wide(base[name]) + (ratio * sum(rows) / count).reshape(base[name].shape)
+        result[name] = narrow(value.astype(wide(base[name]).dtype), base[name].dtype)
+    return result
+
+
 def fisher(tasks, fishers, weights, normalize=False, floor=1e-12):
     """f64 throughout; the result is rounded once."""
     scales = []

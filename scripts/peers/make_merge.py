@@ -228,6 +228,23 @@ def mergekit_goldens(path):
         agreement(f"model_stock_{label}_clamped", clamped, merged, exact_wanted=False)
         goldens.case(f"model_stock_{label}_clamped", label, "model_stock", {"clamp": True}, prefixed(clamped, "expected"), "tolerance", 4e-6,
                      "the definition's clamp of t to [0, 1], which mergekit has not")
+
+    # Angles of rows and of columns: some rows are zeros, and none are nearly opposite, where an angle in f32 has no digits.
+    start, vectors = smooth(19, tasks=2)
+    vectors = [np.abs(vector) for vector in vectors]
+    vectors[0][18:27] = 0
+    acute = models((start, vectors), torch.float32)
+    goldens.group("acute", *acute)
+    flags = {"tensors": {}, "rows": {"nuslerp_flatten": False}, "columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True}}
+    for angles, shared in flags.items():
+        for label, weights in {"unit": [1.0, 1.0], "decimal": [0.3, 0.9]}.items():
+            merged = run("nuslerp", *acute, shared, {"weight": weights})
+            agreement(f"nuslerp_{angles}_{label}", merged, definition.nuslerp(*acute, weights, angles), exact_wanted=False, tolerance=4e-6)
+            goldens.case(f"nuslerp_{angles}_{label}", "acute", "nuslerp", {"angles": angles, "weights": weights}, prefixed(merged, "expected"), "tolerance", 4e-6)
+    for label, (base, tasks) in {"acute": acute, "aligned": aligned}.items():
+        merged = run("model_stock", base, tasks, {"filter_wise": True})
+        agreement(f"model_stock_rows_{label}", merged, definition.model_stock_of_rows(base, tasks), exact_wanted=False, tolerance=1e-5)
+        goldens.case(f"model_stock_rows_{label}", label, "model_stock_rows", {"clamp": False}, prefixed(merged, "expected"), "tolerance", 1e-5)
     goldens.write(path, f"mergekit {importlib.metadata.version('mergekit')}, torch {torch.__version__.split('+')[0]}")
 
 

@@ -1476,6 +1476,7 @@ enum class checkpoint_schedule : std::uint8_t;
 enum class decay_shape : std::uint8_t;
 struct breadcrumbs_options;
 struct breadcrumbs_ties_options;
+enum class angles_between : std::uint8_t;
 template <arithmetic_element A>
 struct combination_body;
 class combination_method;

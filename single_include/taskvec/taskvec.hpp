@@ -1490,6 +1490,7 @@ enum class checkpoint_schedule : std::uint8_t;
 enum class decay_shape : std::uint8_t;
 struct breadcrumbs_options;
 struct breadcrumbs_ties_options;
+enum class angles_between : std::uint8_t;
 template <arithmetic_element A>
 struct combination_body;
 class combination_method;
@@ -9710,7 +9711,7 @@ struct merge_tally {
 ///   - where an entry's fate depends on its row: `const row_pieces& pieces()`, what the walk goes over; and for each of
 ///     them `weigh(row_block<A>&, const tensor_chunk& piece, A* numbers, detail::piece_memory&)`, which makes
 ///     `row_numbers()` rows of numbers as long as the piece. A body with `reads_beside` sees row b as in.beside(b). CPU
-///     only: see della.hpp.
+///     only: see della.hpp; unless the body says by `number(b, entry)` what in.beside(b) is on devices: nuslerp.hpp.
 struct elementwise_method {
     static constexpr bool needs_base = true; ///< merges without a base do not compile
     static constexpr bool in_place = true; ///< an output may be the memory of an input of the same place: each entry is
@@ -22218,6 +22219,324 @@ TASKVEC_COMPILED_MODEL_MERGE(extern, checkpoint_average_options)
 // SPDX-License-Identifier: Apache-2.0
 
 
+// ---- taskvec/methods/vector_factors.hpp
+#if !defined(TASKVEC_SINGLE_METHODS_VECTOR_FACTORS_HPP)
+#define TASKVEC_SINGLE_METHODS_VECTOR_FACTORS_HPP
+// Numbers for each row or column of a tensor, from the dot products that the tasks have there: what NuSLERP and Model
+// Stock merge by.
+// SPDX-License-Identifier: Apache-2.0
+
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory_resource>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace taskvec::inline TASKVEC_ABI {
+
+/// Which vectors of two models have an angle: whole tensors, their rows (along the last axis), or their columns (along
+/// the first axis). A tensor with one axis is one vector, a scalar one of length 1.
+enum class angles_between : std::uint8_t { tensors, rows, columns };
+
+template <>
+struct enum_words<angles_between> {
+    static constexpr std::array words{enum_word<angles_between>{angles_between::tensors, "tensors"},
+        enum_word<angles_between>{angles_between::rows, "rows"},
+        enum_word<angles_between>{angles_between::columns, "columns"}};
+};
+
+namespace kernels {
+
+TASKVEC_KERNELS_BEGIN
+
+/// sums[i] += x[i]·y[i], in f64.
+template <arithmetic_element A>
+struct column_products {
+    const A *x, *y;
+    double* sums;
+    std::size_t size;
+
+    template <int bytes>
+    TASKVEC_INLINE void run() const
+    {
+        std::size_t i = 0;
+        if constexpr (bytes > 0) { add<bytes>(i); }
+        add<0>(i);
+    }
+
+private:
+    template <int bytes>
+    TASKVEC_INLINE void add(std::size_t& i) const
+    {
+        TASKVEC_STRICT_FP
+        constexpr std::size_t width = static_cast<std::size_t>(pack_lanes<double, bytes>);
+        for (; i + width <= size; i += width) {
+            const auto products = load_wide<bytes>(x + i) * load_wide<bytes>(y + i);
+            store_row<double>(load_row<double, bytes, double>(sums + i) + products, sums + i);
+        }
+    }
+};
+
+TASKVEC_KERNELS_END
+
+} // namespace kernels
+
+namespace detail {
+
+/// Which vector of its tensor an entry belongs to.
+struct vector_layout {
+    std::uint64_t width = 1; ///< entries of a row, or how many columns there are
+    bool columns = false;
+
+    [[nodiscard]] TASKVEC_HOST_DEVICE std::uint64_t vector_of(std::uint64_t entry) const noexcept
+    {
+        return columns ? entry % width : entry / width;
+    }
+    /// How many vectors a tensor of so many entries has.
+    [[nodiscard]] std::uint64_t count(std::uint64_t size) const noexcept
+    {
+        return size == 0 ? 0 : columns ? width : size / width;
+    }
+};
+
+[[nodiscard]] inline vector_layout layout_of(const aligned_tensor& tensor, angles_between which)
+{
+    if (which != angles_between::columns || tensor.shape.size() < 2 || tensor.size == 0) {
+        return {row_length(tensor), false};
+    }
+    return {tensor.size / static_cast<std::uint64_t>(tensor.shape.front()), true};
+}
+
+/// The dot product of two parts of rows that begin at entry `first` of their tensor: sums of what lies between
+/// multiples of block_size, added in order. So it has the same bits where a tensor comes in pieces.
+template <arithmetic_element A>
+[[nodiscard]] double row_dot(const A* x, const A* y, std::uint64_t first, std::size_t size)
+{
+    double total = 0;
+    for (std::size_t at = 0; at < size;) {
+        const std::size_t n = std::min(size - at, block_size - static_cast<std::size_t>((first + at) % block_size));
+        total += kernels::dot(x + at, y + at, n);
+        at += n;
+    }
+    return total;
+}
+
+/// What a body merges by: numbers that lie beside the models, and on devices in a table.
+template <arithmetic_element A>
+struct factors_of_vectors {
+    static constexpr bool reads_beside = true;
+    const A* table; ///< null on the CPU
+    vector_layout layout;
+    std::size_t factors; ///< of each vector
+
+    /// What in.beside(f) is on devices.
+    [[nodiscard]] TASKVEC_HOST_DEVICE A number(std::size_t f, std::uint64_t entry) const noexcept
+    {
+        return table[layout.vector_of(entry) * factors + f];
+    }
+};
+
+/// `factors` numbers for each vector: rule(dots, numbers) makes them from dots[i(i+1)/2 + j], the dot product of tasks
+/// i and j ≤ i (of task vectors, where there is a base). On the CPU those of rows are made when their piece is merged,
+/// and those of columns before, by a read of the models; on devices all are.
+template <class Rule>
+class vector_factors {
+public:
+    template <class Passes>
+    vector_factors(Passes& passes, angles_between which, std::size_t factors, const Rule& rule)
+        : models_(&passes.models())
+        , tasks_(passes.tasks())
+        , factors_(factors)
+        , rule_(rule)
+        , pieces_(passes.models(), [which](const aligned_tensor& tensor) { return together(tensor, which); })
+        , table_(memory_for(passes))
+    {
+        if (which == angles_between::tensors) { return; }
+        for (const auto& tensor : models_->tensors()) { layouts_.push_back(layout_of(tensor, which)); }
+        prepare(passes);
+    }
+    /// Whether there are factors of rows or columns.
+    [[nodiscard]] bool any() const noexcept { return !layouts_.empty(); }
+    [[nodiscard]] unsigned walks() const noexcept { return first_.empty() ? 0 : 1; }
+    [[nodiscard]] const row_pieces& pieces() const noexcept { return pieces_; }
+    /// How many there are for each vector.
+    [[nodiscard]] std::size_t factors() const noexcept { return factors_; }
+    /// Those of a piece's entries: out[f·size …] is factor f of each.
+    template <arithmetic_element A>
+    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* out, piece_memory& memory) const
+    {
+        const vector_layout& layout = layouts_[piece.tensor];
+        const std::size_t size = piece.size, width = static_cast<std::size_t>(layout.width);
+        if (layout.columns) {
+            const double* const table = table_.data() + first_[piece.tensor] * factors_;
+            for (std::size_t f = 0; f < factors_; ++f) {
+                auto column = static_cast<std::size_t>(layout.vector_of(piece.offset));
+                for (std::size_t i = 0; i < size; ++i) {
+                    out[f * size + i] = static_cast<A>(table[column * factors_ + f]);
+                    column = column + 1 == width ? 0 : column + 1;
+                }
+            }
+            return;
+        }
+        A* const deltas = memory.rows<A>(tasks_, size);
+        read_deltas(rows, piece, deltas);
+        std::vector<double> dots(pair_count()), factors(factors_);
+        for (std::size_t at = 0; at < size; at += width) {
+            std::size_t pair = 0;
+            for (std::size_t i = 0; i < tasks_; ++i) {
+                for (std::size_t j = 0; j <= i; ++j) {
+                    dots[pair++] = row_dot(deltas + i * size + at, deltas + j * size + at, piece.offset + at, width);
+                }
+            }
+            rule_(dots.data(), factors.data());
+            for (std::size_t f = 0; f < factors_; ++f) {
+                std::fill_n(out + f * size + at, width, static_cast<A>(factors[f]));
+            }
+        }
+    }
+    /// What a body of a tensor is made of.
+    template <arithmetic_element A>
+    [[nodiscard]] factors_of_vectors<A> get(std::size_t tensor) const noexcept
+    {
+        return {table_on_device<A>(tensor), layouts_[tensor], factors_};
+    }
+
+private:
+    template <arithmetic_element A>
+    [[nodiscard]] const A* table_on_device(std::size_t tensor) const noexcept
+    {
+        return kept_ ? kept_->get<A>() + first_[tensor] * factors_ : nullptr;
+    }
+    static constexpr std::size_t strip_width = 1024; ///< columns that are summed at a time
+
+    /// Some columns of a tensor.
+    struct strip {
+        std::size_t tensor, first, count;
+    };
+
+    template <class Passes>
+    [[nodiscard]] static std::pmr::memory_resource* memory_for(const Passes& passes)
+    {
+        if constexpr (Passes::space == memory_space::device) { return std::pmr::get_default_resource(); }
+        else {
+            return memory_of(passes.policy());
+        }
+    }
+    /// How many entries a piece may not part.
+    [[nodiscard]] static std::size_t together(const aligned_tensor& tensor, angles_between which)
+    {
+        const vector_layout layout = layout_of(tensor, which);
+        return which == angles_between::tensors || layout.columns ? 1 : static_cast<std::size_t>(layout.width);
+    }
+    [[nodiscard]] std::size_t pair_count() const noexcept { return tasks_ * (tasks_ + 1) / 2; }
+
+    /// Where the vectors of each tensor begin in the table, of those that `counts` says yes to.
+    template <class Counts>
+    std::size_t number_vectors(const Counts& counts)
+    {
+        std::uint64_t next = 0;
+        for (std::size_t i = 0; i < layouts_.size(); ++i) {
+            first_.push_back(next);
+            next += counts(layouts_[i]) ? layouts_[i].count(models_->tensors()[i].size) : 0;
+        }
+        return static_cast<std::size_t>(next);
+    }
+
+    template <class Passes>
+    void prepare(Passes& passes)
+    {
+        if constexpr (Passes::space == memory_space::device) {
+            const std::size_t vectors = number_vectors([](const vector_layout&) { return true; });
+            const std::vector<double> dots = vector_dots(passes.walked(), layouts_, first_, vectors);
+            std::vector<double> factors(vectors * factors_);
+            for (std::size_t v = 0; v < vectors; ++v) {
+                rule_(dots.data() + v * pair_count(), factors.data() + v * factors_);
+            }
+            kept_.emplace(passes, factors);
+        }
+        else {
+            const auto columns = [](const vector_layout& layout) { return layout.columns; };
+            if (std::none_of(layouts_.begin(), layouts_.end(), columns)) { return; }
+            table_.resize(number_vectors(columns) * factors_);
+            sum_columns<storage_of<Passes>>(passes.policy());
+        }
+    }
+
+    /// Fills the table: a column's dot products are sums in order.
+    template <class Types>
+    void sum_columns(const cpu& policy)
+    {
+        std::vector<strip> strips;
+        std::uint64_t bytes = 0;
+        for (std::size_t i = 0; i < layouts_.size(); ++i) {
+            if (!layouts_[i].columns) { continue; }
+            const auto width = static_cast<std::size_t>(layouts_[i].width);
+            for (std::size_t at = 0; at < width; at += strip_width) {
+                strips.push_back({i, at, std::min(strip_width, width - at)});
+            }
+            bytes += models_->tensors()[i].bytes(models_->tensors()[i].size);
+        }
+        auto workspaces = make_workspaces<Types>(policy, *models_, strips.size(), 0);
+        progress_meter meter(policy, "angles", bytes);
+        for_each_index(policy, strips.size(), [&](std::size_t index, std::size_t worker) {
+            const strip& part = strips[index];
+            const aligned_tensor& tensor = models_->tensors()[part.tensor];
+            with_block_of<Types>(
+                workspaces[worker], tensor, [&](auto& rows) { sum_strip(rows, part, memory_of(policy)); });
+            const std::size_t of_each = tensor.size / static_cast<std::size_t>(layouts_[part.tensor].width);
+            if (!meter.advance(tensor.bytes(part.count * of_each))) { raise<cancelled>(error_code::cancelled); }
+        });
+    }
+    template <arithmetic_element A>
+    void sum_strip(row_block<A>& rows, const strip& part, std::pmr::memory_resource* memory)
+    {
+        const aligned_tensor& tensor = models_->tensors()[part.tensor];
+        const auto width = static_cast<std::size_t>(layouts_[part.tensor].width);
+        const std::size_t height = tensor.size / width;
+        const std::size_t at_once = part.count == width ? std::max<std::size_t>(block_size / width, 1) : 1;
+        std::pmr::vector<double> sums(pair_count() * part.count, memory);
+        std::vector<const A*> deltas(tasks_);
+        for (std::size_t row = 0; row < height; row += at_once) {
+            const std::size_t n = std::min(at_once, height - row);
+            rows.open(tensor, row * width + part.first, n * part.count);
+            for (std::size_t t = 0; t < tasks_; ++t) { deltas[t] = rows.delta(t); }
+            double* to = sums.data();
+            for (std::size_t i = 0; i < tasks_; ++i) {
+                for (std::size_t j = 0; j <= i; ++j, to += part.count) {
+                    for (std::size_t k = 0; k < n; ++k) {
+                        kernels::run_widest(kernels::column_products<A>{
+                            deltas[i] + k * part.count, deltas[j] + k * part.count, to, part.count});
+                    }
+                }
+            }
+            rows.check_finite();
+        }
+        std::vector<double> dots(pair_count());
+        for (std::size_t c = 0; c < part.count; ++c) {
+            for (std::size_t pair = 0; pair < dots.size(); ++pair) { dots[pair] = sums[pair * part.count + c]; }
+            rule_(dots.data(), table_.data() + (first_[part.tensor] + part.first + c) * factors_);
+        }
+    }
+
+    const aligned_models* models_;
+    std::size_t tasks_, factors_;
+    Rule rule_;
+    row_pieces pieces_;
+    std::vector<vector_layout> layouts_; // of each tensor; empty where tensors are whole vectors
+    std::vector<std::uint64_t> first_; // vector of each tensor in the table
+    std::pmr::vector<double> table_; // [vector][factor] of columns, on the CPU
+    std::optional<kept_numbers> kept_; // of all vectors, on devices
+};
+
+} // namespace detail
+
+} // namespace taskvec::inline TASKVEC_ABI
+#endif // TASKVEC_SINGLE_METHODS_VECTOR_FACTORS_HPP
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -22227,7 +22546,25 @@ TASKVEC_COMPILED_MODEL_MERGE(extern, checkpoint_average_options)
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// Σ weights[t]·θt, or θ0 + Σ weights[t]·τt: +0 first, then in task order; every product and sum rounds.
+namespace kernels {
+
+/// Σ factor(t)·θt, or θ0 + Σ factor(t)·τt: +0 first, then in task order; every product and sum rounds.
+template <class In, class Factor>
+[[nodiscard]] TASKVEC_INLINE typename In::pack combined(In& in, bool on_base, const Factor& factor)
+{
+    if (on_base) {
+        const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return factor(t) * in.delta(t); });
+        in.watch(sum);
+        return in.base() + sum;
+    }
+    const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return factor(t) * in.task(t); });
+    in.watch(sum);
+    return sum;
+}
+
+} // namespace kernels
+
+/// Σ weights[t]·θt, or θ0 + Σ weights[t]·τt.
 template <arithmetic_element A>
 struct combination_body {
     static constexpr bool watches = true;
@@ -22237,14 +22574,20 @@ struct combination_body {
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
     {
-        if (on_base) {
-            const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return weights[t] * in.delta(t); });
-            in.watch(sum);
-            return in.base() + sum;
-        }
-        const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return weights[t] * in.task(t); });
-        in.watch(sum);
-        return sum;
+        return kernels::combined(in, on_base, [&](std::size_t t) TASKVEC_BODY { return weights[t]; });
+    }
+};
+
+/// The same with weights that rows or columns of a tensor have of their own.
+template <arithmetic_element A>
+struct vector_combination_body : detail::factors_of_vectors<A> {
+    static constexpr bool watches = true;
+    bool on_base; ///< of τt on θ0, and not of θt
+
+    template <class In>
+    [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
+    {
+        return kernels::combined(in, on_base, [&](std::size_t t) TASKVEC_BODY { return in.beside(t); });
     }
 };
 
@@ -22314,13 +22657,16 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return 1; }
 
 protected:
-    /// factors_of(dots, tensor) gives one factor for each task.
+    /// factors_of(dots, tensor) gives one factor for each task. Not `whole`: the models are not read, and there is no
+    /// body.
     template <class Passes, class Rule>
-    combination_method(Passes& passes, bool on_base, const Rule& factors_of)
-        : factors_(passes, all_factors(passes, on_base, factors_of))
+    combination_method(Passes& passes, bool on_base, const Rule& factors_of, bool whole = true)
+        : factors_(passes, whole ? all_factors(passes, on_base, factors_of) : std::vector<double>())
         , tasks_(passes.tasks())
         , on_base_(on_base)
     { }
+    /// Whether task vectors are combined on a base, and not tasks.
+    [[nodiscard]] bool on_base() const noexcept { return on_base_; }
 
 private:
     template <class Passes, class Rule>
@@ -23554,19 +23900,23 @@ namespace taskvec::inline TASKVEC_ABI {
 /// For each tensor: θ* = θ0 + t·mean(τ), t = N·c / (1 + (N−1)·c), with c the mean cosine over all pairs of the N task
 /// vectors of that tensor (0 for a pair with a zero vector). The less the fine-tuned models agree, the closer the
 /// result stays to the base. t is clamped to [0, 1] unless `clamp` is off (mergekit does not clamp). At least two
-/// tasks. Cosines are f64 sums of a fixed shape; t/N is rounded to f32 (f64 for f64) once; sums run in task order:
-/// bit-exact for any threads and blocks. Errors: invalid_argument, also where t has no value unclamped (task vectors
-/// that cancel). Cost: two reads of all models, and N(N+1)/2 products an element in the first.
+/// tasks. With `angles` each row or column has its own t, 0 where its task vectors cancel. Cosines are f64 sums of a
+/// fixed shape; t/N is rounded to f32 (f64 for f64) once; sums run in task order: bit-exact for any threads and blocks.
+/// Errors: invalid_argument, also where a tensor's t has no value unclamped (task vectors that cancel). Cost: two reads
+/// of all models, and N(N+1)/2 products an element in the first. For rows one, and memory for each thread: N + 1
+/// numbers for each of 65,536 entries or of one row; for columns a number for each.
 ///
 ///     merge(cpu{}, model_stock_options{}, base, tasks, out);
 struct model_stock_options {
     bool clamp = true;
+    angles_between angles = angles_between::tensors;
 };
 
 template <>
 struct options_of<model_stock_options> {
     static constexpr option_table table{
-        option_row("clamp", &model_stock_options::clamp, "hold the ratio inside 0 to 1", {.negated = "unclamped"})};
+        option_row("clamp", &model_stock_options::clamp, "hold the ratio inside 0 to 1", {.negated = "unclamped"}),
+        option_row("angles-between", &model_stock_options::angles, "whose angles count", {.unit = "WHICH"})};
 };
 
 namespace detail {
@@ -23579,9 +23929,8 @@ inline void check_model_stock(std::size_t tasks)
     }
 }
 
-/// t/N for a tensor from the dots of its task vectors: dots[i(i+1)/2 + j] = τi·τj for j ≤ i.
-[[nodiscard]] inline double model_stock_factor(
-    const model_stock_options& options, const std::string& tensor, std::size_t tasks, const std::vector<double>& dots)
+/// c, the mean cosine over all pairs of task vectors: dots[i(i+1)/2 + j] = τi·τj for j ≤ i.
+[[nodiscard]] inline double mean_cosine(std::size_t tasks, const double* dots)
 {
     const auto dot = [&](std::size_t i, std::size_t j) { return dots[i * (i + 1) / 2 + j]; };
     double cosines = 0;
@@ -23591,7 +23940,15 @@ inline void check_model_stock(std::size_t tasks)
             cosines += norms == 0 ? 0.0 : dot(i, j) / norms;
         }
     }
-    const double n = static_cast<double>(tasks), c = cosines / (n * (n - 1) / 2), below = 1 + (n - 1) * c;
+    const double n = static_cast<double>(tasks);
+    return cosines / (n * (n - 1) / 2);
+}
+
+/// t/N for a tensor from the dots of its task vectors.
+[[nodiscard]] inline double model_stock_factor(
+    const model_stock_options& options, const std::string& tensor, std::size_t tasks, const std::vector<double>& dots)
+{
+    const double n = static_cast<double>(tasks), c = mean_cosine(tasks, dots.data()), below = 1 + (n - 1) * c;
     double t = n * c / below;
     if (options.clamp && c == c) {
         t = below > 0 ? std::clamp(t, 0.0, 1.0) : 0.0;
@@ -23604,17 +23961,45 @@ inline void check_model_stock(std::size_t tasks)
     return t / n;
 }
 
+/// t/N for a row or column.
+struct model_stock_rule {
+    bool clamp;
+    std::size_t tasks;
+
+    void operator()(const double* dots, double* factor) const
+    {
+        const double n = static_cast<double>(tasks), c = mean_cosine(tasks, dots), below = 1 + (n - 1) * c;
+        const double t = below < 1e-6 ? 0.0 : n * c / below; // what few entries are cancels often, to rounding
+        *factor = (clamp ? std::clamp(t, 0.0, 1.0) : t) / n;
+    }
+};
+
 } // namespace detail
+
+/// θ0 + factor·Στt with a factor for each row or column.
+template <arithmetic_element A>
+struct scaled_vectors_body : detail::factors_of_vectors<A> {
+    static constexpr bool watches = true;
+
+    template <class In>
+    [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
+    {
+        const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return in.delta(t); });
+        in.watch(sum);
+        return in.base() + in.beside(0) * sum;
+    }
+};
 
 template <>
 class method<model_stock_options> : public elementwise_method {
 public:
     template <class Passes>
     method(Passes& passes, const model_stock_options& options)
-        : weights_(passes, std::vector<double>(passes.tasks(), 1.0))
+        : weights_(passes, std::vector<double>(checked(passes.tasks()), 1.0))
+        , by_vector_(passes, options.angles, 1, detail::model_stock_rule{options.clamp, passes.tasks()})
     {
+        if (by_vector_.any()) { return; }
         const auto tasks = static_cast<std::uint32_t>(passes.tasks());
-        detail::check_model_stock(tasks);
         std::vector<operand_pair> pairs;
         for (std::uint32_t i = 0; i < tasks; ++i) {
             for (std::uint32_t j = 0; j <= i; ++j) { pairs.push_back({1 + i, 1 + j}); }
@@ -23630,10 +24015,31 @@ public:
     {
         return {{}, weights_.get<A>(), static_cast<A>(factors_[tensor])};
     }
-    [[nodiscard]] unsigned walks() const noexcept { return 1; }
+    /// Calls use(body) with the body of a tensor.
+    template <arithmetic_element A, class Use>
+    decltype(auto) with_body(std::size_t tensor, Use&& use) const
+    {
+        if (!by_vector_.any()) { return use(body<A>(tensor)); }
+        return use(scaled_vectors_body<A>{by_vector_.template get<A>(tensor)});
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return by_vector_.any() ? by_vector_.walks() : 1; }
+    [[nodiscard]] const row_pieces& pieces() const noexcept { return by_vector_.pieces(); }
+    [[nodiscard]] std::size_t row_numbers() const noexcept { return by_vector_.any() ? by_vector_.factors() : 0; }
+    template <arithmetic_element A>
+    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, detail::piece_memory& memory) const
+    {
+        if (by_vector_.any()) { by_vector_.weigh(rows, piece, numbers, memory); }
+    }
 
 private:
+    [[nodiscard]] static std::size_t checked(std::size_t tasks)
+    {
+        detail::check_model_stock(tasks);
+        return tasks;
+    }
+
     kept_numbers weights_;
+    detail::vector_factors<detail::model_stock_rule> by_vector_;
     std::vector<double> factors_; // t/N for each tensor
 };
 
@@ -23827,6 +24233,7 @@ TASKVEC_COMPILED_MERGES(extern, nearswap_options)
 
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <vector>
@@ -23836,31 +24243,50 @@ namespace taskvec::inline TASKVEC_ABI {
 /// For each tensor, as one flat vector: θ* = sin((1−t)Ω)/sinΩ·a + sin(tΩ)/sinΩ·b with t = w2/(w1 + w2) (½ where the
 /// weights sum to 0) and Ω the angle between a and b; (1−t)·a + t·b where they are collinear (sin²Ω ≤ 1e-14). a and b
 /// are the two tasks; with a base they are the task vectors, and the result is added to it. The angle to a zero vector
-/// counts as a right one. Norms and the angle are f64 sums of a fixed shape, the factors are rounded to f32 (f64 for
-/// f64) once: bit-exact for any threads and blocks. Agrees with mergekit's `nuslerp` (flattened) to rounding. Errors:
-/// invalid_argument (weights; another number of tasks than two). Cost: two reads of the models.
+/// counts as a right one. With `angles` each row or column has its own Ω. Norms and the angle are f64 sums of a fixed
+/// shape, the factors are rounded to f32 (f64 for f64) once: bit-exact for any threads and blocks. Agrees with
+/// mergekit's `nuslerp` to rounding. Errors: invalid_argument (weights; another number of tasks than two). Cost: two
+/// reads of the models; for rows one, and memory for each thread: four numbers for each of 65,536 entries or of one
+/// row; for columns two, and two numbers for each column. On the CPU; on devices two numbers for each row too, and two
+/// reads.
 ///
 ///     merge(cpu{}, nuslerp_options{.weights = {1, 3}}, base, tasks, out);
 struct nuslerp_options {
     std::vector<double> weights{};
+    angles_between angles = angles_between::tensors;
 };
 
 template <>
 struct options_of<nuslerp_options> {
-    static constexpr option_table table{weights_row(&nuslerp_options::weights)};
+    static constexpr option_table table{weights_row(&nuslerp_options::weights),
+        option_row("angles-between", &nuslerp_options::angles, "whose angles count", {.unit = "WHICH"})};
 };
 
 namespace detail {
 
-/// The factors of the two vectors at t between them.
-[[nodiscard]] inline std::vector<double> nuslerp_factors(const gram_matrix& dots, double t)
-{
-    const double norms = std::max(dots.norm(std::size_t{0}), 1e-7) * std::max(dots.norm(std::size_t{1}), 1e-7);
-    const double cosine = std::clamp(dots(0, 1) / norms, -1.0, 1.0);
-    if (1 - cosine * cosine <= 1e-14) { return {1 - t, t}; }
-    const double angle = std::acos(cosine), sine = std::sin(angle);
-    return {std::sin((1 - t) * angle) / sine, std::sin(t * angle) / sine};
-}
+/// The factors of two vectors at t between them, from their dot products a·a, b·a, b·b.
+struct nuslerp_rule {
+    double t;
+
+    void operator()(const double* dots, double* factors) const
+    {
+        const double norms = std::max(std::sqrt(dots[0]), 1e-7) * std::max(std::sqrt(dots[2]), 1e-7);
+        const double cosine = std::clamp(dots[1] / norms, -1.0, 1.0);
+        factors[0] = 1 - t;
+        factors[1] = t;
+        if (1 - cosine * cosine <= 1e-14) { return; }
+        const double angle = std::acos(cosine), sine = std::sin(angle);
+        factors[0] = std::sin((1 - t) * angle) / sine;
+        factors[1] = std::sin(t * angle) / sine;
+    }
+    [[nodiscard]] std::vector<double> operator()(const gram_matrix& matrix, std::size_t) const
+    {
+        const std::array dots{matrix(0, 0), matrix(1, 0), matrix(1, 1)};
+        std::vector<double> factors(2);
+        (*this)(dots.data(), factors.data());
+        return factors;
+    }
+};
 
 } // namespace detail
 
@@ -23869,14 +24295,29 @@ class method<nuslerp_options> : public combination_method {
 public:
     template <class Passes>
     method(Passes& passes, const nuslerp_options& options)
-        : method(passes, place(options, passes.tasks()))
+        : method(passes, detail::nuslerp_rule{place(options, passes.tasks())}, options.angles)
     { }
+    /// Calls use(body) with the body of a tensor.
+    template <arithmetic_element A, class Use>
+    decltype(auto) with_body(std::size_t tensor, Use&& use) const
+    {
+        if (!by_vector_.any()) { return use(body<A>(tensor)); }
+        return use(vector_combination_body<A>{by_vector_.template get<A>(tensor), on_base()});
+    }
+    [[nodiscard]] unsigned walks() const noexcept { return by_vector_.any() ? by_vector_.walks() : 1; }
+    [[nodiscard]] const row_pieces& pieces() const noexcept { return by_vector_.pieces(); }
+    [[nodiscard]] std::size_t row_numbers() const noexcept { return by_vector_.any() ? by_vector_.factors() : 0; }
+    template <arithmetic_element A>
+    void weigh(row_block<A>& rows, const tensor_chunk& piece, A* numbers, detail::piece_memory& memory) const
+    {
+        if (by_vector_.any()) { by_vector_.weigh(rows, piece, numbers, memory); }
+    }
 
 private:
     template <class Passes>
-    method(Passes& passes, double t)
-        : combination_method(passes, passes.models().has_base(),
-              [t](const detail::gram_matrix& dots, std::size_t) { return detail::nuslerp_factors(dots, t); })
+    method(Passes& passes, const detail::nuslerp_rule& rule, angles_between angles)
+        : combination_method(passes, passes.models().has_base(), rule, angles == angles_between::tensors)
+        , by_vector_(passes, angles, 2, rule)
     { }
     /// t, between the two models.
     [[nodiscard]] static double place(const nuslerp_options& options, std::size_t tasks)
@@ -23889,6 +24330,8 @@ private:
         const double total = weights[0] + weights[1];
         return std::abs(total) < 1e-6 ? 0.5 : weights[1] / total;
     }
+
+    detail::vector_factors<detail::nuslerp_rule> by_vector_;
 };
 
 #if defined(TASKVEC_COMPILED)

@@ -4,6 +4,7 @@
 
 #include <taskvec/methods/average.hpp>
 #include <taskvec/methods/model_stock.hpp>
+#include <taskvec/methods/nuslerp.hpp>
 #include <taskvec/methods/slerp.hpp>
 #include <taskvec/methods/task_arithmetic.hpp>
 #include <taskvec/methods/ties.hpp>
@@ -104,7 +105,7 @@ bool merge_case(const golden::file& file, const test_case& which, const cpu& pol
 {
     const std::string method = which.method();
     static const std::set<std::string> known{
-        "ties", "task_arithmetic", "average", "magnitude_prune", "slerp", "model_stock"};
+        "ties", "task_arithmetic", "average", "magnitude_prune", "slerp", "model_stock", "model_stock_rows", "nuslerp"};
     if (!known.contains(method)) { return false; }
     const auto expected = file.part(which.name + "/expected");
     const auto& options = which.options();
@@ -126,6 +127,19 @@ bool merge_case(const golden::file& file, const test_case& which, const cpu& pol
     else if (method == "average") {
         merge(
             policy, average_options{options.at("weights")}, std::span<const const_model_ref>(tasks), out.model(), how);
+    }
+    else if (method == "nuslerp") {
+        const auto& angles = options.at("angles");
+        merge(policy,
+            nuslerp_options{.weights = options.at("weights"),
+                .angles = angles == "rows" ? angles_between::rows
+                    : angles == "columns"  ? angles_between::columns
+                                           : angles_between::tensors},
+            base, tasks, out.model(), how);
+    }
+    else if (method == "model_stock_rows") {
+        merge(policy, model_stock_options{.clamp = options.at("clamp"), .angles = angles_between::rows}, base, tasks,
+            out.model(), how);
     }
     else if (method == "slerp") {
         merge(policy, slerp_options{options.at("t")}, base, tasks, out.model(), how);
@@ -206,6 +220,8 @@ TEST_CASE("merges are what mergekit makes")
     CHECK(counts.at("average") == 6);
     CHECK(counts.at("slerp") == 11);
     CHECK(counts.at("model_stock") == 4);
+    CHECK(counts.at("model_stock_rows") == 2);
+    CHECK(counts.at("nuslerp") == 6);
 }
 
 TEST_CASE("merges are what PEFT makes")

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../reference/goldens.hpp"
 #include "../reference/random_models.hpp"
+#include "../reference/shaped_models.hpp"
 
 #include <taskvec/methods/model_stock.hpp>
 
@@ -75,6 +76,60 @@ TEST_CASE_TEMPLATE(
                       : std::same_as<T, f16>   ? 2e-3
                       : std::same_as<T, float> ? 2e-6
                                                : 1e-14));
+    }
+}
+
+TEST_CASE_TEMPLATE("a ratio for each row or column is that of a tensor of its own", T, float, double, bf16)
+{
+    constexpr std::size_t height = 60, width = 1500;
+    const testing::shaped_models<T> models({{height, width}}, 3, 6);
+    for (const bool rows : {true, false}) {
+        const std::size_t count = rows ? height : width, length = rows ? width : height;
+        const auto place = [&](std::size_t v, std::size_t i) { return rows ? v * width + i : i * width + v; };
+        testing::random_models<T> apart(std::vector<std::size_t>(count, length), 3, 1);
+        for (std::size_t v = 0; v < count; ++v) {
+            for (std::size_t i = 0; i < length; ++i) {
+                apart.base[v * length + i] = models.flat.base[place(v, i)];
+                for (std::size_t t = 0; t < 3; ++t) {
+                    apart.tasks[t][v * length + i] = models.flat.tasks[t][place(v, i)];
+                }
+            }
+        }
+        for (const bool clamp : {true, false}) {
+            std::vector<T> expected;
+            merge(cpu{}, model_stock_options{.clamp = clamp}, apart.model(apart.base), apart.task_models(),
+                apart.output(expected));
+            const model_stock_options options{
+                .clamp = clamp, .angles = rows ? angles_between::rows : angles_between::columns};
+            merge_report report;
+            const auto found = models.merged(options, 64, 3, &report);
+            CHECK(testing::same_words(found, models.merged(options)));
+            CHECK(report.walks == (rows ? 1 : 2));
+            double worst = 0;
+            for (std::size_t v = 0; v < count; ++v) {
+                for (std::size_t i = 0; i < length; ++i) {
+                    worst = std::max(
+                        worst, std::abs(widen<double>(found[place(v, i)]) - widen<double>(expected[v * length + i])));
+                }
+            }
+            CHECK(worst < (std::same_as<T, bf16> ? 2e-2 : std::same_as<T, float> ? 2e-6 : 1e-13));
+        }
+    }
+}
+
+TEST_CASE("Model Stock of rows by hand: equal, orthogonal, opposite, zero, of one entry")
+{
+    std::vector<float> base(10, 1), a{3, 5, 2, 1, 2, 3, 1, 1, 3, 3}, b{3, 5, 1, 2, 0, -1, 1, 1, 3, 0}, out(10);
+    const auto model = [](std::vector<float>& x) {
+        model_ref of;
+        of.insert("w", tensor_ref{.data = x.data(), .dtype = dtype::f32, .shape = {4, 2}});
+        of.insert("v", tensor_ref{.data = x.data() + 8, .dtype = dtype::f32, .shape = {2, 1}});
+        return of;
+    };
+    for (const bool clamp : {true, false}) {
+        merge(cpu{}, model_stock_options{.clamp = clamp, .angles = angles_between::rows}, const_model_ref(model(base)),
+            {const_model_ref(model(a)), const_model_ref(model(b))}, model(out));
+        CHECK(out == std::vector<float>{3, 5, 1, 1, 1, 1, 1, 1, 3, 1});
     }
 }
 

@@ -1,6 +1,7 @@
 // NuSLERP, Multi-SLERP, Karcher means: against loops over whole vectors, their degenerate cases, and what they refuse.
 // SPDX-License-Identifier: Apache-2.0
 #include "../reference/random_models.hpp"
+#include "../reference/shaped_models.hpp"
 #include "../reference/spherical.hpp"
 
 #include <taskvec/methods/karcher.hpp>
@@ -56,7 +57,125 @@ void check(const testing::random_models<T>& models, const Options& options, bool
     CHECK(worst < (std::same_as<T, bf16> ? 4e-2 : std::same_as<T, float> ? 3e-6 : 1e-12));
 }
 
+/// The rows or columns of tensors: places of their entries, in a concatenation of all tensors.
+std::vector<std::vector<std::size_t>> vectors_of(const testing::shape_list& shapes, bool columns)
+{
+    std::vector<std::vector<std::size_t>> vectors;
+    std::size_t begin = 0;
+    for (const auto& shape : shapes) {
+        std::size_t size = 1;
+        for (const auto extent : shape) { size *= extent; }
+        const bool one = shape.size() < 2;
+        const std::size_t length = one ? size : columns ? shape.front() : shape.back();
+        for (std::size_t v = 0; v * length < size; ++v) {
+            vectors.emplace_back();
+            for (std::size_t i = 0; i < length; ++i) {
+                vectors.back().push_back(begin + (columns && !one ? i * (size / length) + v : v * length + i));
+            }
+        }
+        begin += size;
+    }
+    return vectors;
+}
+
+template <class T>
+void check_vectors(const testing::shaped_models<T>& models, angles_between angles, bool with_base)
+{
+    const std::vector<double> weights{1, 3};
+    const nuslerp_options options{.weights = weights, .angles = angles};
+    std::vector<T> first, out;
+    std::vector<const_model_ref> tasks;
+    for (const auto& task : models.flat.tasks) { tasks.push_back(models.shaped(models.flat.model(task))); }
+    for (const auto& [threads, chunk] : {std::pair<unsigned, std::size_t>{1, 64}, {3, 65536}}) {
+        model_options how;
+        how.chunk = chunk;
+        const cpu policy{.threads = threads};
+        const auto to = models.shaped(models.flat.output(out));
+        const auto report = with_base
+            ? merge(policy, options, models.shaped(models.flat.model(models.flat.base)), tasks, to, how)
+            : merge(policy, options, tasks, to, how);
+        CHECK(report.walks == (angles == angles_between::rows ? 1 : 2));
+        if (first.empty()) { first = out; }
+        CHECK(testing::same_words(first, out));
+    }
+    const auto value = [](T x) { return widen<double>(x); };
+    double worst = 0;
+    for (const auto& places : vectors_of(models.shapes, angles == angles_between::columns)) {
+        reference::vectors x;
+        for (const auto& task : models.flat.tasks) {
+            x.emplace_back();
+            for (const auto i : places) {
+                x.back().push_back(value(task[i]) - (with_base ? value(models.flat.base[i]) : 0.0));
+            }
+        }
+        const auto wanted = reference::nuslerp(x, weights);
+        for (std::size_t i = 0; i < places.size(); ++i) {
+            const double base = with_base ? value(models.flat.base[places[i]]) : 0.0;
+            worst = std::max(worst, std::abs(value(first[places[i]]) - (base + wanted[i])));
+        }
+    }
+    CHECK(worst < (std::same_as<T, bf16> ? 4e-2 : std::same_as<T, float> ? 3e-6 : 1e-12));
+}
+
+const testing::shape_list vector_shapes{{7, 13}, {}, {3, 700}, {5, 1}, {1, 5}, {2, 3, 4}, {0, 4}, {4, 0}, {2, 5, 3, 2},
+    {1001}, {2, 9000}, {9000, 2}, {70, 1500}, {70000}};
+
 } // namespace
+
+TEST_CASE_TEMPLATE("NuSLERP of rows and columns equals loops over each of them", T, float, double, bf16)
+{
+    testing::shaped_models<T> acute(
+        vector_shapes, 2, 3); // where an angle is nearly straight the factors have no digits
+    for (std::size_t i = 0; i < acute.flat.base.size(); ++i) {
+        acute.flat.base[i] = narrow<T>(std::abs(widen<double>(acute.flat.base[i])));
+        for (auto& task : acute.flat.tasks) {
+            task[i] = narrow<T>(widen<double>(acute.flat.base[i]) + std::abs(widen<double>(task[i])));
+        }
+    }
+    const testing::shaped_models<T> any({{300, 700}, {1001}, {5, 40, 60}}, 2, 4);
+    for (const bool base : {false, true}) {
+        for (const auto angles : {angles_between::rows, angles_between::columns}) {
+            check_vectors(acute, angles, base);
+            check_vectors(any, angles, base);
+        }
+    }
+}
+
+TEST_CASE("NuSLERP of rows: worked examples, rows of zeros, tensors of one vector")
+{
+    const auto run = [](const std::vector<std::int64_t>& shape, angles_between angles,
+                         const std::vector<double>& weights, std::vector<float> a, std::vector<float> b) {
+        std::vector<float> out(a.size());
+        std::vector<const_model_ref> tasks(2);
+        model_ref to;
+        tasks[0].insert("w", tensor_ref{.data = a.data(), .dtype = dtype::f32, .shape = {shape.begin(), shape.end()}});
+        tasks[1].insert("w", tensor_ref{.data = b.data(), .dtype = dtype::f32, .shape = {shape.begin(), shape.end()}});
+        to.insert("w", tensor_ref{.data = out.data(), .dtype = dtype::f32, .shape = {shape.begin(), shape.end()}});
+        merge(cpu{}, nuslerp_options{.weights = weights, .angles = angles}, tasks, to);
+        return out;
+    };
+    const float half = static_cast<float>(std::sqrt(0.5));
+    // The rows are parallel and at a right angle; the columns (2, 2) and (4, 2), (0, 0) and (0, 2).
+    const auto rows = run({2, 2}, angles_between::rows, {}, {2, 0, 2, 0}, {4, 0, 0, 2});
+    CHECK(rows[0] == 3);
+    CHECK(rows[1] == 0);
+    CHECK(rows[2] == doctest::Approx(2 * half));
+    CHECK(rows[3] == doctest::Approx(2 * half));
+    const auto columns = run({2, 2}, angles_between::columns, {}, {2, 0, 2, 0}, {4, 0, 2, 2});
+    const double angle = std::acos(12 / std::sqrt(8.0 * 20)), factor = std::sin(angle / 2) / std::sin(angle);
+    CHECK(columns[0] == doctest::Approx(6 * factor));
+    CHECK(columns[2] == doctest::Approx(4 * factor));
+    CHECK(columns[1] == 0);
+    CHECK(columns[3] == doctest::Approx(2 * half)); // a column of zeros: a right angle
+    const auto zero = run({2, 2}, angles_between::rows, {1, 3}, {0, 0, 1, 2}, {0, 0, 1, 2});
+    CHECK(zero == std::vector<float>{0, 0, 1, 2});
+    for (const auto angles : {angles_between::tensors, angles_between::rows, angles_between::columns}) {
+        CHECK(run({}, angles, {1, 3}, {2}, {-4}) == std::vector<float>{-2.5f}); // a scalar: ¼·2 − ¾·4
+        CHECK(run({2}, angles, {}, {2, 0}, {0, 2})[0] == doctest::Approx(2 * half));
+        CHECK(run({3, 1}, angles_between::rows, {}, {1, 2, 0}, {3, -2, 4})[0] == 2); // rows of one entry are scalars
+        CHECK_THROWS_AS(run({1, 2}, angles, {}, {1, NAN}, {1, 2}), nonfinite_error);
+    }
+}
 
 TEST_CASE_TEMPLATE("spherical methods equal loops over whole vectors, with a base and without", T, float, double, bf16)
 {

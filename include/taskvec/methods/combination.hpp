@@ -4,6 +4,7 @@
 #pragma once
 
 #include <taskvec/methods/passes.hpp>
+#include <taskvec/methods/vector_factors.hpp>
 
 #include <cmath>
 #include <cstddef>
@@ -14,7 +15,25 @@
 
 namespace taskvec::inline TASKVEC_ABI {
 
-/// Σ weights[t]·θt, or θ0 + Σ weights[t]·τt: +0 first, then in task order; every product and sum rounds.
+namespace kernels {
+
+/// Σ factor(t)·θt, or θ0 + Σ factor(t)·τt: +0 first, then in task order; every product and sum rounds.
+template <class In, class Factor>
+[[nodiscard]] TASKVEC_INLINE typename In::pack combined(In& in, bool on_base, const Factor& factor)
+{
+    if (on_base) {
+        const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return factor(t) * in.delta(t); });
+        in.watch(sum);
+        return in.base() + sum;
+    }
+    const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return factor(t) * in.task(t); });
+    in.watch(sum);
+    return sum;
+}
+
+} // namespace kernels
+
+/// Σ weights[t]·θt, or θ0 + Σ weights[t]·τt.
 template <arithmetic_element A>
 struct combination_body {
     static constexpr bool watches = true;
@@ -24,14 +43,20 @@ struct combination_body {
     template <class In>
     [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
     {
-        if (on_base) {
-            const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return weights[t] * in.delta(t); });
-            in.watch(sum);
-            return in.base() + sum;
-        }
-        const auto sum = in.sum_of([&](std::size_t t) TASKVEC_BODY { return weights[t] * in.task(t); });
-        in.watch(sum);
-        return sum;
+        return kernels::combined(in, on_base, [&](std::size_t t) TASKVEC_BODY { return weights[t]; });
+    }
+};
+
+/// The same with weights that rows or columns of a tensor have of their own.
+template <arithmetic_element A>
+struct vector_combination_body : detail::factors_of_vectors<A> {
+    static constexpr bool watches = true;
+    bool on_base; ///< of τt on θ0, and not of θt
+
+    template <class In>
+    [[nodiscard]] TASKVEC_INLINE typename In::pack operator()(In& in) const
+    {
+        return kernels::combined(in, on_base, [&](std::size_t t) TASKVEC_BODY { return in.beside(t); });
     }
 };
 
@@ -101,13 +126,16 @@ public:
     [[nodiscard]] unsigned walks() const noexcept { return 1; }
 
 protected:
-    /// factors_of(dots, tensor) gives one factor for each task.
+    /// factors_of(dots, tensor) gives one factor for each task. Not `whole`: the models are not read, and there is no
+    /// body.
     template <class Passes, class Rule>
-    combination_method(Passes& passes, bool on_base, const Rule& factors_of)
-        : factors_(passes, all_factors(passes, on_base, factors_of))
+    combination_method(Passes& passes, bool on_base, const Rule& factors_of, bool whole = true)
+        : factors_(passes, whole ? all_factors(passes, on_base, factors_of) : std::vector<double>())
         , tasks_(passes.tasks())
         , on_base_(on_base)
     { }
+    /// Whether task vectors are combined on a base, and not tasks.
+    [[nodiscard]] bool on_base() const noexcept { return on_base_; }
 
 private:
     template <class Passes, class Rule>

@@ -122,7 +122,7 @@ struct merge_tally {
 ///   - where an entry's fate depends on its row: `const row_pieces& pieces()`, what the walk goes over; and for each of
 ///     them `weigh(row_block<A>&, const tensor_chunk& piece, A* numbers, detail::piece_memory&)`, which makes
 ///     `row_numbers()` rows of numbers as long as the piece. A body with `reads_beside` sees row b as in.beside(b). CPU
-///     only: see della.hpp.
+///     only: see della.hpp; unless the body says by `number(b, entry)` what in.beside(b) is on devices: nuslerp.hpp.
 struct elementwise_method {
     static constexpr bool needs_base = true; ///< merges without a base do not compile
     static constexpr bool in_place = true; ///< an output may be the memory of an input of the same place: each entry is

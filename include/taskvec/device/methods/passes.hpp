@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <taskvec/device/methods/vector_dots.hpp>
 #include <taskvec/device/models/device_models.hpp>
 #include <taskvec/device/models/tensor_dots.hpp>
 #include <taskvec/device/select/top_k.hpp>

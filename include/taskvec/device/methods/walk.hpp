@@ -76,10 +76,13 @@ public:
     [[nodiscard]] TASKVEC_INLINE bool has_beside(std::size_t b) const noexcept { return operand(b).data != nullptr; }
     [[nodiscard]] TASKVEC_INLINE pack beside(std::size_t b) const noexcept
     {
-        const std::uint64_t place = of_.piece.position + i_;
-        const A value = load<A>(operand(b), i_, place, of_.flag_beside);
-        if (of_.negative_beside && value < 0) { atomic_min(of_.negative_beside, place); }
-        return {value};
+        if constexpr (requires { of_.body.number(b, i_); }) { return {of_.body.number(b, of_.piece.offset + i_)}; }
+        else {
+            const std::uint64_t place = of_.piece.position + i_;
+            const A value = load<A>(operand(b), i_, place, of_.flag_beside);
+            if (of_.negative_beside && value < 0) { atomic_min(of_.negative_beside, place); }
+            return {value};
+        }
     }
     [[nodiscard]] TASKVEC_INLINE words draws(std::size_t t) const noexcept
     {
