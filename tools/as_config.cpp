@@ -104,7 +104,8 @@ option_values by_tensor(const option_values& values, const std::string& name)
 /// The truth that sets a row to a value; empty where none does.
 std::string truth_of(const mergekit_parameter& one, const std::string& value, const std::string& semantics)
 {
-    return value == one.word(true, semantics) ? "true" : value == one.word(false, semantics) ? "false" : "";
+    const auto off = one.word(false, semantics);
+    return value == one.word(true, semantics) ? "true" : value == off || off.empty() ? "false" : "";
 }
 
 class writer {

@@ -16,8 +16,8 @@ struct mergekit_parameter {
     kind type = kind::number;
     scope of = scope::shared;
     bool required = false;
-    std::string on = "true", off = "false"; ///< what a truth sets the row to
-    std::string unless{}; ///< mergekit's default, where the preset's is another
+    std::string on = "true", off = "false"; ///< what a truth sets the row to; empty: it leaves it as it is
+    std::string unless{}; ///< mergekit's default, where it is not that of the table or of the preset
 
     /// What a truth sets the row to: the papers rescale by the density where mergekit does by the L1 norm.
     [[nodiscard]] std::string word(bool truth, const std::string& semantics) const

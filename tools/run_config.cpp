@@ -789,7 +789,8 @@ private:
             if (!given) { continue; }
             for (const auto& part : settings_of(where_, given->value, one.name)) {
                 if (for_all) { break; } // what comes later never counts
-                result.push_back(value_of(one, part));
+                auto value = value_of(one, part);
+                if (!value.text.empty() || !one.off.empty()) { result.push_back(std::move(value)); }
                 for_all = part.filter.empty();
             }
         }
@@ -886,7 +887,7 @@ private:
                         "'" + one.name + "' of this slice is another than that of the first; one for all is supported");
                 }
             }
-            if (!all_for_all && mergekit && !one.unless.empty()) {
+            if (!all_for_all && (mergekit || !method_->semantics) && !one.unless.empty()) {
                 all.insert(all.begin(), {one.row, one.unless, one.name});
             }
             options.insert(options.end(), all.begin(), all.end());
@@ -967,7 +968,6 @@ private:
     {
         const std::set<std::string> silent{"int8_mask", "eps"};
         std::vector<std::string> known(silent.begin(), silent.end());
-        known.insert(known.end(), {"filter_wise", "nuslerp_row_wise", "nuslerp_flatten"});
         for (const auto& method : tool::mergekit_methods()) {
             for (const auto& one : method.parameters) {
                 if (!std::count(known.begin(), known.end(), one.name)) { known.push_back(one.name); }
@@ -981,20 +981,10 @@ private:
                 const bool used = has != method_->parameters.end()
                     && !(of_model && has->of == tool::mergekit_parameter::scope::shared);
                 if (used) { continue; }
-                const bool whole = one.name == "nuslerp_flatten" && method_->theirs == "nuslerp";
-                const bool rows = (one.name == "nuslerp_row_wise" && method_->theirs == "nuslerp")
-                    || (one.name == "filter_wise" && method_->theirs == "model_stock");
-                if ((whole || rows) && !one.value.IsNull() && truth_of(where_, one.value, one.name) == rows) {
-                    where_.fail(one.value,
-                        "'" + one.name + ": " + one.value.Scalar()
-                            + "' is not supported: angles are those of whole tensors");
-                }
-                if (!whole && !rows) {
-                    tool::note(request().run,
-                        where_.of(one.key) + ": '" + one.name + "' has no effect"
-                            + (silent.contains(one.name) ? "" : " on merge_method '" + method_->theirs + "'")
-                            + (has != method_->parameters.end() ? " for one model alone" : ""));
-                }
+                tool::note(request().run,
+                    where_.of(one.key) + ": '" + one.name + "' has no effect"
+                        + (silent.contains(one.name) ? "" : " on merge_method '" + method_->theirs + "'")
+                        + (has != method_->parameters.end() ? " for one model alone" : ""));
             }
         };
         const auto& top = slices_.front().parameters; // the last of them is that of all slices

@@ -40,8 +40,13 @@ CONFIGURATIONS = {
     "della, nothing dropped": (WEIGHTED + "merge_method: della\nparameters: {epsilon: 0.2}", 0.0),
     "della_linear, nothing dropped": (WEIGHTED + "merge_method: della_linear\nparameters: {density: 1, lambda: 0.7}", 0.0),
     "nuslerp": (WEIGHTED + "merge_method: nuslerp", 1e-6),
+    "nuslerp of rows": (WEIGHTED + "merge_method: nuslerp\nparameters: {nuslerp_flatten: false}", 1e-6),
+    "nuslerp of columns": (WEIGHTED + "merge_method: nuslerp\nparameters: {nuslerp_flatten: false, nuslerp_row_wise: true}", 1e-6),
+    "nuslerp of columns, no base": ("models: [{model: task0}, {model: task1}]\nmerge_method: nuslerp\n"
+                                    "parameters: {weight: [0.25, 1], nuslerp_flatten: false, nuslerp_row_wise: true}\ndtype: float32", 1e-6),
     "sce": (WEIGHTED + "merge_method: sce\nparameters: {select_topk: 0.5}", 1e-6),
     "model_stock": (WEIGHTED + "merge_method: model_stock", 1e-6),
+    "model_stock of rows": (WEIGHTED + "merge_method: model_stock\nparameters: {filter_wise: true}", 1e-6),
     "linear": ("models: [{model: task0}, {model: task1}]\nbase_model: base\nmerge_method: linear\nparameters: {weight: [0.25, 1], normalize: false}\n"
                "dtype: float32", 1e-6),
     "multislerp": ("models: [{model: task0}, {model: task1}]\nbase_model: base\nmerge_method: multislerp\nparameters: {weight: [0.25, 1]}\ndtype: float32", 1e-6),

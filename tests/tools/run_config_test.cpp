@@ -146,6 +146,19 @@ TEST_CASE("a configuration is the command line that says the same, bit for bit")
     CHECK(same(config("della_linear", "parameters: {density: 0.6, rescale: false}\n"),
         config("della_linear", "parameters: {density: 0.6, epsilon: 0.15, rescale: false}\n")));
     CHECK(same(config("nuslerp", ""), line("nuslerp", {})));
+    const auto rows = line("nuslerp", {"--angles-between", "rows"}),
+               columns = line("nuslerp", {"--angles-between", "columns"});
+    CHECK_FALSE(same(rows, columns));
+    CHECK_FALSE(same(rows, line("nuslerp", {})));
+    CHECK(same(config("nuslerp", "parameters: {nuslerp_flatten: false}\n"), rows));
+    CHECK(same(config("nuslerp", "parameters: {nuslerp_flatten: false, nuslerp_row_wise: false}\n"), rows));
+    CHECK(same(config("nuslerp", "parameters: {nuslerp_row_wise: true, nuslerp_flatten: false}\n"), columns));
+    CHECK(same(config("nuslerp", "parameters: {nuslerp_row_wise: true}\n"), line("nuslerp", {})));
+    CHECK(
+        same(config("nuslerp", "parameters: {nuslerp_row_wise: true, nuslerp_flatten: true}\n"), line("nuslerp", {})));
+    CHECK(same(m.result("merge_method: nuslerp\nbase_model: base\n" + tasks + "parameters: {nuslerp_flatten: false}\n",
+                   {"--semantics", "paper"}),
+        rows));
     CHECK(same(m.result("merge_method: multislerp\n" + tasks), line("multi-slerp", {}, false)));
     const std::vector<std::string> plain{"--base", "base", "--task", "a", "--task", "b"};
     const auto bare = [&](const std::string& method, std::vector<std::string> words) {
@@ -161,6 +174,10 @@ TEST_CASE("a configuration is the command line that says the same, bit for bit")
         bare("karcher", {"--task", "a", "--task", "b", "--steps", "3"})));
     CHECK(same(
         m.result("merge_method: model_stock\nbase_model: base" + names), bare("model-stock", with({"--unclamped"}))));
+    CHECK(same(m.result("merge_method: model_stock\nbase_model: base\nparameters: {filter_wise: true}" + names),
+        bare("model-stock", with({"--unclamped", "--angles-between", "rows"}))));
+    CHECK(same(m.result("merge_method: model_stock\nbase_model: base\nparameters: {filter_wise: false}" + names),
+        bare("model-stock", with({"--unclamped"}))));
     CHECK(same(m.result("merge_method: sce\nbase_model: base\nparameters: {select_topk: 0.3}" + names),
         bare("sce", with({"--semantics", "mergekit", "--density", "0.3"}))));
     CHECK(same(m.result("merge_method: ram\nbase_model: base\nparameters: {epsilon: 0.05}" + names),
@@ -405,6 +422,11 @@ TEST_CASE("what is wrong with a configuration is said with its place")
         "--method arcee-fusion takes --base and one task");
     has(m.refusal("merge_method: della\nbase_model: base\n" + tasks + "parameters: {density: 0.2, epsilon: 0.3}\n"),
         "epsilon is 0.3 and density 0.2; expected an epsilon from 0 to below 0.2");
+    const std::string slerps = "merge_method: nuslerp\nbase_model: base\n" + tasks;
+    has(m.refusal(slerps + "parameters: {nuslerp_flatten: maybe}\n"),
+        "config.yml:8:31: nuslerp_flatten is 'maybe'; expected true or false");
+    has(m.refusal(slerps + "parameters: {nuslerp_row_wise: [true, false]}\n"),
+        "config.yml:8:32: 'nuslerp_row_wise' has one value for all tensors");
     has(m.refusal("merge_method: tie\n" + tasks), "did you mean 'ties'?");
     has(m.refusal(head + tasks + "tokenizer_source: union\n"), "config.yml:8:1: 'tokenizer_source: union'");
     has(m.refusal(head + tasks + "---\n" + head), "config.yml:1:1: 'name' is missing");
@@ -458,7 +480,14 @@ TEST_CASE("a merge writes the configuration that makes it again, bit for bit")
              joined({{"--method", "dare", "--rescale-by", "l1"}, with_base, two}),
              joined({{"--method", "breadcrumbs", "--gamma", "0.02"}, with_base, two}),
              joined({{"--method", "slerp", "--t", "0.3"}, with_base, one}),
+             joined({{"--method", "nuslerp"}, with_base, two}),
+             joined({{"--method", "nuslerp", "--angles-between", "rows"}, with_base, two}),
+             joined({{"--method", "nuslerp", "--angles-between", "columns"}, two}),
              joined({{"--method", "model-stock"}, with_base, {"--task", "a", "--task", "b"}}),
+             joined(
+                 {{"--method", "model-stock", "--angles-between", "rows"}, with_base, {"--task", "a", "--task", "b"}}),
+             joined({{"--method", "model-stock", "--angles-between", "columns"}, with_base,
+                 {"--task", "a", "--task", "b"}}),
              joined({{"--method", "sce", "--density", "0.3"}, with_base, {"--task", "a", "--task", "b"}})}) {
         auto given = line;
         given.insert(given.end(), {"--as-config", "written.yml"});
