@@ -981,6 +981,7 @@ private:
                 const bool used = has != method_->parameters.end()
                     && !(of_model && has->of == tool::mergekit_parameter::scope::shared);
                 if (used) { continue; }
+                if (one.name == "eps" && method_->theirs == "multislerp") { check_eps(one.value); }
                 tool::note(request().run,
                     where_.of(one.key) + ": '" + one.name + "' has no effect"
                         + (silent.contains(one.name) ? "" : " on merge_method '" + method_->theirs + "'")
@@ -999,6 +1000,23 @@ private:
             for (const auto& one : part.inputs) {
                 if (one.parameters) { check(*one.parameters, true); }
             }
+        }
+    }
+
+    /// What multislerp adds to norms there, and is too small here to be seen.
+    void check_eps(const YAML::Node& node)
+    {
+        constexpr double unseen = 1e-6;
+        for (const auto& part : settings_of(where_, node, "eps")) {
+            const auto look = [&](const YAML::Node& number) {
+                if (!(std::abs(number_of(where_, number, "eps")) <= unseen)) {
+                    where_.fail(number,
+                        "eps is '" + shown(number.Scalar())
+                            + "', and no eps above 1e-6 is supported: norms are what they are; leave it out");
+                }
+            };
+            if (part.value.IsScalar()) { look(part.value); }
+            for (const auto& number : part.value.IsSequence() ? part.value : YAML::Node()) { look(number); }
         }
     }
 

@@ -427,6 +427,9 @@ TEST_CASE("what is wrong with a configuration is said with its place")
         "config.yml:8:31: nuslerp_flatten is 'maybe'; expected true or false");
     has(m.refusal(slerps + "parameters: {nuslerp_row_wise: [true, false]}\n"),
         "config.yml:8:32: 'nuslerp_row_wise' has one value for all tensors");
+    has(m.refusal("merge_method: multislerp\n" + tasks + "parameters: {eps: 0.25}\n"),
+        "config.yml:7:19: eps is '0.25', and no eps above 1e-6 is supported");
+    has(m.refusal("merge_method: multislerp\n" + tasks + "parameters: {eps: [1e-8, .inf]}\n"), "config.yml:7:26: eps");
     has(m.refusal("merge_method: tie\n" + tasks), "did you mean 'ties'?");
     has(m.refusal(head + tasks + "tokenizer_source: union\n"), "config.yml:8:1: 'tokenizer_source: union'");
     has(m.refusal(head + tasks + "---\n" + head), "config.yml:1:1: 'name' is missing");
