@@ -10,18 +10,34 @@ import definition
 from common import equal_values, load, tool_arguments
 
 
-def checkpoints(folder, count=3, layers=2):
-    """A tiny Llama of `layers` layers and `count` fine-tuned ones, in f32, without ties at the thresholds that are used below."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny(kind, layers):
+    """A tiny model of an architecture, with `layers` layers."""
+    import transformers as t
 
-    config = LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
-                         tie_word_embeddings=False)
+    common = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2)
+    grouped = dict(common, num_key_value_heads=2, tie_word_embeddings=False)
+    if kind == "GPT-2":
+        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=48, n_embd=16, n_layer=layers, n_head=2, n_positions=40))
+    if kind == "GPT-NeoX":
+        return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**common, max_position_embeddings=40))
+    model, config = {"Llama": (t.LlamaForCausalLM, t.LlamaConfig), "Mistral": (t.MistralForCausalLM, t.MistralConfig), "Qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config),
+                     "Gemma 2": (t.Gemma2ForCausalLM, t.Gemma2Config), "Phi-3": (t.Phi3ForCausalLM, t.Phi3Config)}[kind]
+    more = {"Gemma 2": dict(head_dim=8, tie_word_embeddings=True), "Phi-3": dict(pad_token_id=0)}.get(kind, {})
+    return model(config(**{**grouped, **more}))
+
+
+def checkpoints(folder, count=3, layers=2, kind="Llama"):
+    """A tiny model of `layers` layers and `count` fine-tuned ones, in f32, without ties at the thresholds that are used below."""
     torch.manual_seed(5)
-    base = LlamaForCausalLM(config).float()
+    base = tiny(kind, layers).float()
+    if kind != "Llama":  # no biases of zeros, to which slerp takes another way
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.02)
     base.save_pretrained(folder / "base")
     for index in range(count):
         with torch.no_grad():
-            task = LlamaForCausalLM(config).float()
+            task = tiny(kind, layers).float()
             for name, parameter in task.named_parameters():
                 parameter.copy_(base.get_parameter(name) + torch.randn(parameter.shape) * 0.02)
         task.save_pretrained(folder / f"task{index}")
