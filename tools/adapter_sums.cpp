@@ -240,8 +240,21 @@ void adapter_sum::untie(taskvec::adapter_contents<T>& read, const settings& how,
     }
     if (tie.embedding.empty()) { return; }
     join_copies(read, tie, base_label);
-    const std::string adapted =
-        names_of([&](const std::string& name) { return last(name) == last(tie.embedding) || name == tie.embedding; });
+    const auto is_embedding_module = [&](const std::string& name) {
+        return last(name) == last(tie.embedding) || name == tie.embedding;
+    };
+    std::string adapted = names_of(is_embedding_module);
+    // What is left out on purpose takes nothing apart.
+    const auto leave_out = [&](std::string& module, const std::string& tensor) {
+        if (module.empty() || !how.include || how.include(tensor)) { return; }
+        read.modules.erase(module);
+        read.wholes.erase(module + ".weight");
+        module.clear();
+    };
+    if (tie.tied || !tie.head_stored) {
+        leave_out(head, (tie.head_stored ? tie.head : head) + ".weight");
+        leave_out(adapted, tie.embedding + ".weight");
+    }
     if (head.empty() && adapted.empty()) { return; }
     if (!tie.tied && (tie.head_stored || head.empty())) { return; }
     // T5 and BART read the matrix under other names than its own: it changes under all of them.

@@ -1040,6 +1040,71 @@ TEST_CASE("fuse gives a head that comes apart from its embedding the name that i
         == whole.at("lm_head.weight").values);
 }
 
+TEST_CASE("what is left out of a tied head or embedding takes nothing apart")
+{
+    const scratch folder;
+    const auto words = random_tensor({11, 6}, 1), q = random_tensor({6, 6}, 2);
+    std::filesystem::create_directories(folder / "base");
+    write_values(
+        folder / "base/model.safetensors", {{"model.embed_tokens.weight", words}, {"model.layers.0.q_proj.weight", q}});
+    write_text(folder / "base/config.json", R"({"model_type": "llama", "tie_word_embeddings": true})");
+    const auto of_q = factors("model.layers.0.q_proj", 6, 6, 5), of_head = factors("lm_head", 11, 6, 7);
+    const values_model of_words{{"model.embed_tokens.lora_embedding_A", random_tensor({2, 11}, 9)},
+        {"model.embed_tokens.lora_embedding_B", random_tensor({6, 2}, 10)}};
+    const auto changed_q =
+        added(q, of_q.at("model.layers.0.q_proj.lora_A.weight"), of_q.at("model.layers.0.q_proj.lora_B.weight"), 0.5);
+    const auto changed_words = added(words, of_words.at("model.embed_tokens.lora_embedding_A"),
+        of_words.at("model.embed_tokens.lora_embedding_B"), 0.5, true);
+    const auto fuse = [&](const std::string& exclude) {
+        const auto result =
+            run(folder, {"fuse", "--base", "base", "--adapter", "a", "--out", "out", "--exclude", exclude});
+        CAPTURE(result.err);
+        REQUIRE(result.code == 0);
+        return read_values(folder / "out/model.safetensors");
+    };
+    const auto tied = [&] {
+        return nlohmann::json::parse(slurp(folder / "out/config.json"))["tie_word_embeddings"].get<bool>();
+    };
+    for (const bool whole : {false, true}) {
+        CAPTURE(whole);
+        auto tensors = of_q;
+        if (whole) { tensors["lm_head.weight"] = random_tensor({11, 6}, 12); }
+        else {
+            tensors.insert(of_head.begin(), of_head.end());
+        }
+        write_adapter_as(
+            folder / "a", tensors, whole ? nlohmann::json{{"modules_to_save", {"lm_head"}}} : nlohmann::json());
+        const auto without_head = fuse("lm_head");
+        CHECK(without_head.size() == 2);
+        CHECK(tied());
+        CHECK(without_head.at("model.embed_tokens.weight").values == words.values);
+        CHECK(without_head.at("model.layers.0.q_proj.weight").values == changed_q.values);
+    }
+    auto tensors = of_q;
+    tensors.insert(of_words.begin(), of_words.end());
+    write_adapter_as(folder / "a", tensors);
+    CHECK(fuse("embed_tokens").size() == 2);
+    CHECK(tied());
+    // Of both, the one that is left is changed, and the other stays what it was: a tensor of its own.
+    tensors.insert(of_head.begin(), of_head.end());
+    write_adapter_as(folder / "a", tensors);
+    const auto of_both = fuse("lm_head");
+    CHECK_FALSE(tied());
+    CHECK(of_both.at("model.embed_tokens.weight").values == changed_words.values);
+    CHECK(of_both.at("lm_head.weight").values == words.values);
+    const auto head_alone = fuse("embed_tokens");
+    CHECK(head_alone.at("model.embed_tokens.weight").values == words.values);
+    CHECK(head_alone.at("lm_head.weight").values
+        == added(words, of_head.at("lm_head.lora_A.weight"), of_head.at("lm_head.lora_B.weight"), 0.5).values);
+    CHECK(fuse("embed_tokens|lm_head").size() == 2);
+    CHECK(tied());
+    // As a task, which cannot come apart, it goes by the same rule.
+    const auto task = run(folder,
+        {"merge", "--method", "task-arithmetic", "--base", "base", "--task-adapter", "a", "--exclude",
+            "embed_tokens|lm_head", "--out", "merged"});
+    CHECK_MESSAGE(task.code == 0, task.err);
+}
+
 TEST_CASE("fuse --subtract takes an adapter out that carries the weights from before it")
 {
     const scratch folder;
