@@ -40,7 +40,13 @@ void rename_modules(taskvec::adapter_contents<T>& adapter, const std::vector<nam
         names.insert(name, {nullptr, taskvec::dtype::f32, {static_cast<std::int64_t>(before.size())}, {}});
         before.push_back(name);
     };
-    for (const auto& [module, made] : adapter.modules) { add(module); }
+    for (const auto& [module, made] : adapter.modules) {
+        const auto& parameter = made.slice.parameter;
+        if (parameter.empty()) { add(module); }
+        else if (!names.find(parameter)) {
+            add(parameter);
+        }
+    }
     for (const auto& [name, tensor] : adapter.wholes) {
         if (!names.find(name)) { add(name); }
     }
@@ -56,17 +62,14 @@ void rename_modules(taskvec::adapter_contents<T>& adapter, const std::vector<nam
         }
         map = std::move(result);
     };
+    for (auto& [module, made] : adapter.modules) {
+        if (const auto place = after.find(made.slice.parameter); place != after.end()) {
+            made.slice.parameter = place->second;
+        }
+    }
     under(adapter.modules);
     under(adapter.wholes);
     under(adapter.copies);
-}
-
-template <class T>
-std::vector<std::string> module_names(const taskvec::adapter_contents<T>& adapter)
-{
-    std::vector<std::string> names;
-    for (const auto& [module, made] : adapter.modules) { names.push_back(module); }
-    return names;
 }
 
 } // namespace
@@ -125,7 +128,8 @@ void adapter_sum::call_as_files_do(
     };
     call_whole(read.wholes);
     call_whole(read.copies);
-    const auto left = taskvec::match_modules(module_names(read), base_, read.dialect).unmatched;
+    auto left = taskvec::match_modules(read, base_).unmatched;
+    std::erase_if(left, [&](const auto& module) { return !read.modules.contains(module); }); // of several experts
     if (left.empty()) { return; }
     for (const auto& [name, module] : stored) {
         loaded.insert(name + std::string(ending), *base_.find(module + std::string(ending)));
@@ -307,6 +311,7 @@ void adapter_sum::add(
 {
     for (const auto& text : read.notes) { note(run, text); }
     restore_rows(read, how.base_path);
+    taskvec::split_experts(read, base_);
     if (const auto rules = how.names.find(argument.text); rules != how.names.end()) {
         rename_modules(read, rules->second);
     }
@@ -314,11 +319,13 @@ void adapter_sum::add(
     call_as_files_do(read, config, run);
     check_saved_modules(read, run);
     untie(read, how, run);
-    auto match = taskvec::match_modules(module_names(read), base_, read.dialect);
+    auto match = taskvec::match_modules(read, base_);
     if (how.include) { // what is left out on purpose may be unknown to the base
         std::erase_if(match.unmatched, [&](const std::string& module) {
-            if (how.include(module + ".weight")) { return false; }
-            read.modules.erase(module);
+            const auto own = read.modules.find(module);
+            if (how.include(own == read.modules.end() ? module : module + ".weight")) { return false; }
+            std::erase_if(read.modules,
+                [&](const auto& one) { return one.first == module || one.second.slice.parameter == module; });
             return true;
         });
         std::erase_if(read.modules, [&](const auto& one) {

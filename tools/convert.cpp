@@ -39,9 +39,8 @@ template <class T>
 void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings& given)
 {
     const auto base = tool::open_noted(given.base, given.run, given.index);
-    std::vector<std::string> names;
-    for (const auto& [module, made] : adapter.modules) { names.push_back(module); }
-    const auto match = taskvec::match_modules(names, base.model(), adapter.dialect);
+    taskvec::split_experts(adapter, base.model());
+    const auto match = taskvec::match_modules(adapter, base.model());
     if (!match.unmatched.empty()) {
         taskvec::raise<taskvec::invalid_argument>(taskvec::error_code::tensor_unexpected,
             taskvec::message("module '", match.unmatched.front(), "' of ", adapter.label, " is no module of '",
@@ -49,6 +48,10 @@ void name_as_base(taskvec::adapter_contents<T>& adapter, const convert_settings&
     }
     std::map<std::string, taskvec::adapted_module<T>> renamed;
     for (auto& [module, made] : adapter.modules) {
+        if (!made.slice.parameter.empty()) {
+            renamed.emplace(module, std::move(made));
+            continue;
+        }
         const auto& tensor = match.tensors.at(module);
         taskvec::take_shape(made, *base.model().find(tensor), adapter.dialect);
         auto name = tensor.substr(0, tensor.size() - 7);

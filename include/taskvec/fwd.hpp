@@ -370,6 +370,8 @@ struct update_place;
 struct weight_change;
 template <arithmetic_element A>
 class adapted_weight;
+template <arithmetic_element A>
+class adapted_stack;
 class adapted_model;
 struct fuse_options;
 template <arithmetic_element T>
@@ -404,6 +406,7 @@ struct peft_adapter;
 class peft_writer;
 struct peft_read_options;
 enum class adapter_dialect : std::uint8_t;
+struct parameter_slice;
 template <arithmetic_element T>
 struct adapted_module;
 template <arithmetic_element T>

@@ -1592,6 +1592,8 @@ struct update_place;
 struct weight_change;
 template <arithmetic_element A>
 class adapted_weight;
+template <arithmetic_element A>
+class adapted_stack;
 class adapted_model;
 struct fuse_options;
 template <arithmetic_element T>
@@ -1626,6 +1628,7 @@ struct peft_adapter;
 class peft_writer;
 struct peft_read_options;
 enum class adapter_dialect : std::uint8_t;
+struct parameter_slice;
 template <arithmetic_element T>
 struct adapted_module;
 template <arithmetic_element T>
@@ -12225,6 +12228,9 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
     for (const auto& [field, why] : refused) {
         if (fields.says_something(field)) { refuse(field, why); }
     }
+    if (fields.says_something("target_parameters")) {
+        refuse_to(options.fold_word, "target_parameters", "bare parameters are adapted");
+    }
     for (const auto& [field, why] : beyond_updates) {
         if (fields.says_something(field)) { refuse(field, why); }
     }
@@ -12729,6 +12735,14 @@ enum class adapter_dialect : std::uint8_t {
     }
 }
 
+/// Which of the matrices that a model keeps as one parameter an update is of: experts of a layer, as transformers 5 has
+/// them and PEFT adapts them (target_parameters).
+struct parameter_slice {
+    std::string parameter{}; ///< "layers.0.mlp.experts.down_proj"; empty: the module has a weight of its own
+    std::size_t index = 0; ///< of the matrix, along the parameter's first extent
+    std::size_t count = 1; ///< how many there are
+};
+
 /// What an adapter does to one module.
 template <arithmetic_element T>
 struct adapted_module {
@@ -12741,10 +12755,12 @@ struct adapted_module {
     lora_update<T> bias{}; ///< what lora_bias adds to the module's bias, as an update of 1×out; of rank 0: nothing
     dtype stored = dtype_of<T>; ///< of the factors in the file
     std::string kind = "LoRA"; ///< "LoRA", "DoRA", "AdaLoRA", "LoHa" or "LoKr": what the update was made of
+    parameter_slice slice{}; ///< of an expert: the parameter that it is part of, and the module's name counts it
 };
 
 /// An adapter read from any dialect. Module names are the file's, without prefixes that say nothing of the module;
-/// kohya's have underscores for dots: match_modules() finds the weights of a base that they mean.
+/// kohya's have underscores for dots: match_modules() finds the weights of a base that they mean. Experts that PEFT
+/// adapts as one parameter are a module each, "layers.0.mlp.experts.3.down_proj".
 template <arithmetic_element T>
 struct adapter_contents {
     std::map<std::string, adapted_module<T>> modules{}; ///< by module
@@ -12806,7 +12822,9 @@ struct layer_place {
     std::int64_t number = 0;
     const auto digits = module.substr(at, dot - at);
     const auto [end, problem] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
-    if (problem != std::errc() || end != digits.data() + digits.size() || number < 0) { return {std::nullopt, module}; }
+    if (problem != std::errc() || end != digits.data() + digits.size() || number < 0) {
+        return {std::nullopt, module};
+    }
     return {number, module.substr(dot + 1)};
 }
 /// Whether MLX has an embedding under a module's name, whose factors lie entries×r and r×dimensions. No linear layer is
@@ -13541,7 +13559,8 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
     }
     check_lora_initialization(fields, {"gaussian", "eva", "orthogonal", "mica", "velora"}, refuse);
     for (const auto& [field, why] : beyond_updates) {
-        if (fields.says_something(field)) { refuse(field, why); }
+        const bool parameters = std::string_view(field) == "target_parameters" && peft_type_of(config) == "LORA";
+        if (!parameters && fields.says_something(field)) { refuse(field, why); }
     }
 }
 
@@ -13618,6 +13637,8 @@ public:
     {
         check_kind(peft_fields(config_, file_), name_, module, kind, where, biased);
     }
+    /// The rank of a module.
+    [[nodiscard]] double rank(const std::string& module) { return ranks_.find(module, rank_); }
     /// The scaling of a module with factors of this rank (0: of none), and an alpha in the file, where it has one.
     [[nodiscard]] double scaling(
         const std::string& module, std::size_t rank, const std::optional<double>& alpha, const std::string& where)
@@ -13701,6 +13722,107 @@ inline void check_mlx_layers(
             ": MLX applies those of the last ", most, " layers alone; correct ", field,
             ", or take the modules of the others out of the file"),
         file);
+}
+
+/// The parameters that PEFT adapts whole modules' worth of (target_parameters), by the modules of a file's factors.
+/// Factors of several parameters of one module are nested: "experts" has those of the last one, "experts.base_layer"
+/// those of the one before it, in the order in which the model has them.
+class peft_parameters {
+public:
+    /// `modules`: all that the file has. Throws format_error for a field of another type.
+    peft_parameters(const nlohmann::json& config, const std::vector<std::string>& modules, const std::string& file)
+        : file_(file)
+        , modules_(modules)
+    {
+        const auto* const given = peft_fields(config, file).find("target_parameters");
+        if (!given) { return; }
+        if (!given->is_array()
+            || !std::all_of(given->begin(), given->end(), [](const auto& one) { return one.is_string(); })) {
+            raise<format_error>(error_code::adapter_config,
+                message("target_parameters is ", peft_fields::shown(*given), "; expected names of parameters"), file);
+        }
+        targets_ = given->template get<std::vector<std::string>>();
+    }
+    /// The name of the parameter that a module's factors are of; empty: the module's weight. Throws format_error where
+    /// nothing says which one of several it is, or factors of one are missing.
+    [[nodiscard]] std::string of(const std::string& module)
+    {
+        constexpr std::string_view nested = ".base_layer";
+        std::string_view owner = module;
+        std::size_t depth = 0;
+        for (; owner.ends_with(nested); ++depth) { owner.remove_suffix(nested.size()); }
+        std::vector<std::string> own; // the last segments
+        for (const auto& target : targets_) {
+            const auto dot = target.rfind('.');
+            const auto within = dot == target.npos ? std::string("experts") : target.substr(0, dot);
+            const auto last = target.substr(dot == target.npos ? 0 : dot + 1);
+            const bool meant = owner == within || owner.ends_with("." + within);
+            if (meant) { used_.push_back(target); }
+            if (meant && std::find(own.begin(), own.end(), last) == own.end()) { own.push_back(last); }
+        }
+        if (own.empty()) { return ""; }
+        if (own.size() > 1) {
+            const std::vector<std::string> known{"gate_up_proj", "down_proj"}; // as every model has them
+            if (own.size() != 2 || !std::is_permutation(own.begin(), own.end(), known.begin())) {
+                raise<format_error>(error_code::adapter_unsupported,
+                    message("target_parameters names '", own[0], "' and '", own[1], "' of module '", owner,
+                        "', and which factors are whose is not known here: fold it into its base with PEFT "
+                        "(merge_and_unload) and go on with the model"),
+                    file_);
+            }
+            own = known;
+        }
+        std::string layer(owner);
+        for (std::size_t i = 0; i < own.size(); ++i, layer += nested) {
+            if (std::find(modules_.begin(), modules_.end(), layer) != modules_.end()) { continue; }
+            raise<format_error>(error_code::adapter_tensors,
+                message("target_parameters names '", own[own.size() - 1 - i], "' of module '", owner,
+                    "', and the adapter has no factors '", layer, ".lora_A' of it: fetch or save it anew"),
+                file_);
+        }
+        if (depth >= own.size()) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("the adapter has factors of '", module, "', and target_parameters names ", own.size(),
+                    " of the parameters of '", owner, "': fetch or save it anew"),
+                file_);
+        }
+        return std::string(owner) + "." + own[own.size() - 1 - depth];
+    }
+    /// Throws format_error for a name of which the file has no factors.
+    void check_used() const
+    {
+        for (const auto& target : targets_) {
+            if (std::find(used_.begin(), used_.end(), target) != used_.end()) { continue; }
+            raise<format_error>(error_code::adapter_tensors,
+                message("target_parameters names '", target,
+                    "', and the adapter has no factors of it: fetch or save it anew, or take the name out"),
+                file_);
+        }
+    }
+
+private:
+    std::string file_;
+    const std::vector<std::string>& modules_;
+    std::vector<std::string> targets_, used_;
+};
+
+/// Splits the factors of a parameter of `count` matrices: those of lora_A stand one below the other, those of lora_B's
+/// columns alternate. `made` has them as they are stored.
+template <class T>
+[[nodiscard]] std::vector<lora_update<T>> split_factors(const lora_update<T>& made, std::size_t count)
+{
+    const std::size_t rank = made.rank() / count;
+    std::vector<lora_update<T>> parts;
+    for (std::size_t e = 0; e < count; ++e) {
+        lora_update<T> one{matrix<T>(made.out(), rank, matrix_order::row_major),
+            matrix<T>(rank, made.in(), matrix_order::row_major), made.scaling};
+        for (std::size_t k = 0; k < rank; ++k) {
+            for (std::size_t i = 0; i < made.out(); ++i) { one.b(i, k) = made.b(i, k * count + e); }
+            for (std::size_t j = 0; j < made.in(); ++j) { one.a(k, j) = made.a(e * rank + k, j); }
+        }
+        parts.push_back(std::move(one));
+    }
+    return parts;
 }
 
 } // namespace detail
@@ -13895,9 +14017,14 @@ template <arithmetic_element T = float>
     std::size_t other_ranks = 0;
     std::size_t without_alpha = 0;
     std::size_t cut_to_nothing = 0;
+    std::vector<std::string> stored_modules;
+    for (const auto& one : parts) { stored_modules.push_back(one.first); }
+    detail::peft_parameters parameters(
+        peft_config ? adapter.config : nlohmann::json::object(), stored_modules, config_file);
     for (const auto& [module, found] : parts) {
         std::size_t rank = 0;
-        const auto said = settings_of(module);
+        const auto parameter = parameters.of(module);
+        const auto said = settings_of(parameter.empty() ? module : parameter);
         const bool adalora = said.first && said.first->type() == "ADALORA";
         if (const auto* const values = found.get(role::singular)) {
             if (!adalora) {
@@ -13919,6 +14046,25 @@ template <arithmetic_element T = float>
         }
         auto made = detail::read_module<T>(file, module, found, *dialect, rank);
         if (said.first) { said.first->check(module, made.kind, made.bias.rank() > 0, where); }
+        std::size_t matrices = 1;
+        if (!parameter.empty()) {
+            if (made.kind != "LoRA" || made.bias.rank() > 0 || made.embedding || !made.kernel.empty()) {
+                raise<format_error>(error_code::adapter_unsupported,
+                    message("parameter '", parameter,
+                        "' has factors of another kind than those of plain LoRA: fold it into its base with PEFT "
+                        "(merge_and_unload) and go on with the model"),
+                    where);
+            }
+            const double expected = said.first->rank(said.second);
+            matrices = expected >= 1 ? static_cast<std::size_t>(static_cast<double>(rank) / expected) : 0;
+            if (matrices == 0 || static_cast<double>(matrices) * expected != static_cast<double>(rank)) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("the factors of parameter '", parameter, "' have rank ", rank, " in all, and ",
+                        peft_config_name, " says ", expected, " of each matrix: the one is no multiple of the other"),
+                    where);
+            }
+            rank /= matrices;
+        }
         std::optional<double> alpha;
         if (const auto* const entry = found.get(role::alpha)) {
             const auto value = detail::read_flat_factor<double>(file, *entry);
@@ -13944,9 +14090,28 @@ template <arithmetic_element T = float>
         made.update.scaling = scaling;
         made.bias.scaling = scaling;
         check_update(made.update, module);
-        adapter.modules.emplace(module, std::move(made));
+        if (parameter.empty()) {
+            adapter.modules.emplace(module, std::move(made));
+            continue;
+        }
+        const auto dot = parameter.rfind('.');
+        if (matrices == 1 && parameter.substr(dot) == ".weight") {
+            adapter.modules.emplace(parameter.substr(0, dot), std::move(made));
+            continue;
+        }
+        auto updates = detail::split_factors(made.update, matrices);
+        for (std::size_t e = 0; e < matrices; ++e) {
+            adapted_module<T> one;
+            one.update = std::move(updates[e]);
+            one.bias.scaling = scaling;
+            one.stored = made.stored;
+            one.slice = {parameter, e, matrices};
+            adapter.modules.emplace(
+                parameter.substr(0, dot + 1) + std::to_string(e) + parameter.substr(dot), std::move(one));
+        }
     }
     for (const auto& one : settings) { one.second.check_used(); }
+    parameters.check_used();
     if (other_ranks > 0) {
         adapter.notes.push_back(message(adapter.label, " has ", other_ranks, " of ", parts.size(),
             " modules of another rank than the ", *mlx_rank, " of ", peft_config_name,
@@ -14184,6 +14349,13 @@ template <arithmetic_element T>
         const dtype type = options.output.value_or(made.stored);
         if (detail::is_kohya_name(module) && dialect != adapter_dialect::kohya) {
             lose(name, "its dots are underscores, and nothing says where they were; the base's names do (--base)");
+            continue;
+        }
+        if (!made.slice.parameter.empty()) {
+            lose(name,
+                "it is one of the experts that are the parameter '" + made.slice.parameter
+                    + "', which only PEFT's target_parameters name; a base with a weight for each expert gives it a "
+                      "name (--base), and fuse folds it");
             continue;
         }
         if (made.paired_rows && !(to_gguf && adapter.target.architecture == target.architecture)) {
@@ -16848,6 +17020,7 @@ void for_each_block(const cpu& policy, const aligned_models& models, chunk_range
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -16861,6 +17034,9 @@ struct update_place {
     /// DoRA's magnitudes, one for each output: the weight becomes m·(θ0 + ΔW)/‖θ0 + ΔW‖, norms over each output's
     /// inputs. Empty: none.
     std::vector<double> magnitude{};
+    /// Of a tensor that is several matrices, one behind the other (experts): which one, and how many there are.
+    /// 0 of them: the tensor is one matrix.
+    std::size_t slice = 0, slices = 0;
 };
 
 /// One thing that is added to a tensor. It refers to the update, or the stored tensor, which outlive it.
@@ -17236,6 +17412,93 @@ private:
     mutable bool scale_by_column_ = false;
 };
 
+namespace detail {
+
+/// What another source gives from some element on.
+class source_from final : public operand_source {
+public:
+    source_from(const operand_source& whole, std::uint64_t first)
+        : whole_(&whole)
+        , first_(first)
+    { }
+    [[nodiscard]] taskvec::dtype type() const noexcept override { return whole_->type(); }
+    [[nodiscard]] unsigned stored_bits() const noexcept override { return whole_->stored_bits(); }
+    void prepare(const cpu& policy) const override { whole_->prepare(policy); }
+    void release() const override { whole_->release(); }
+    void read(std::uint64_t offset, std::size_t count, void* out) const override
+    {
+        whole_->read(first_ + offset, count, out);
+    }
+
+private:
+    const operand_source* whole_;
+    std::uint64_t first_;
+};
+
+} // namespace detail
+
+/// A tensor that is several matrices, one behind the other (experts), each with changes of its own: the entries of
+/// adapted_weight, matrix by matrix.
+template <arithmetic_element A>
+class adapted_stack final : public operand_source {
+public:
+    /// `rows`×`columns`: of each of `slices` matrices as they lie in memory. Updates say which one they are of; a
+    /// tensor that was saved whole is of all.
+    adapted_stack(const std::string& name, const aligned_tensor::operand& base, std::size_t slices, std::size_t rows,
+        std::size_t columns, const std::vector<weight_change>& changes)
+        : entries_(rows * columns)
+    {
+        for (std::size_t i = 0; i < slices; ++i) {
+            const std::size_t first = i * entries_;
+            aligned_tensor::operand from = base;
+            if (base.source) {
+                parts_.push_back(std::make_unique<detail::source_from>(*base.source, first));
+                from.source = parts_.back().get();
+            }
+            else {
+                from.data += byte_count(base.dtype, first);
+            }
+            std::vector<weight_change> own;
+            for (const auto& change : changes) {
+                if (change.is_update() && change.place.slice != i) { continue; }
+                own.push_back(change);
+                auto& saved = own.back().saved;
+                if (change.is_update()) { continue; }
+                saved.data = static_cast<const std::byte*>(saved.data) + byte_count(saved.dtype, first);
+                saved.shape = {static_cast<std::int64_t>(rows), static_cast<std::int64_t>(columns)};
+            }
+            matrices_.push_back(std::make_unique<adapted_weight<A>>(name, from, rows, columns, std::move(own)));
+        }
+    }
+
+    [[nodiscard]] taskvec::dtype type() const noexcept override { return dtype_of<A>; }
+    void prepare(const cpu& policy) const override
+    {
+        for (const auto& one : matrices_) { one->prepare(policy); }
+    }
+    void release() const override
+    {
+        for (const auto& one : matrices_) { one->release(); }
+    }
+    void read(std::uint64_t offset, std::size_t count, void* out) const override
+    {
+        A* to = static_cast<A*>(out);
+        while (count > 0) {
+            const std::uint64_t within = offset % entries_;
+            const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(count, entries_ - within));
+            matrices_[static_cast<std::size_t>(offset / entries_)]->read(within, n, to);
+            offset += n;
+            count -= n;
+            to += n;
+        }
+    }
+
+private:
+    std::size_t entries_;
+    std::vector<std::unique_ptr<detail::source_from>> parts_;
+    std::vector<std::unique_ptr<adapted_weight<A>>> matrices_;
+};
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP
 
@@ -17261,7 +17524,8 @@ namespace taskvec::inline TASKVEC_ABI {
 class adapted_model {
 public:
     /// Adds weight·ΔW to a tensor of the base: out×in, or in×out where `place` says so; of a convolution
-    /// (out×in×kernel…) the update's `in` counts the kernel. A vector takes an update of 1×n. Throws invalid_argument
+    /// (out×in×kernel…) the update's `in` counts the kernel. A vector takes an update of 1×n. Of a tensor of several
+    /// matrices (experts×out×in, or experts×in×out) `place` says which one changes. Throws invalid_argument
     /// for a tensor that the base lacks, dtype_mismatch for one that does not hold floating numbers, shape_mismatch,
     /// nonfinite_error for factors or weights that are not finite.
     template <arithmetic_element T>
@@ -17276,7 +17540,15 @@ public:
         check_update(update, tensor);
         check_weight(weight, label);
         const const_tensor_ref& to = find(base, tensor, label);
-        const auto [rows, columns] = sides(to);
+        if (place.slices > 0
+            && (to.shape.size() != 3 || static_cast<std::size_t>(to.shape[0]) != place.slices
+                || place.slice >= place.slices)) {
+            raise<shape_mismatch>(error_code::adapter_shape,
+                message("tensor '", tensor, "' has shape ", to_string(to.shape), ", and ", label, " changes ",
+                    place.slices, " matrices of it: this adapter belongs to another base"));
+        }
+        const auto [rows, columns] =
+            place.slices > 0 ? sides({to.shape[1], to.shape[2]}, to.size(tensor) / place.slices) : sides(to);
         const std::size_t out = place.transposed ? columns : rows, in = place.transposed ? rows : columns;
         if (out != update.out() || in != update.in()) {
             const bool turned = rows == update.in() && columns == update.out();
@@ -17299,6 +17571,12 @@ public:
         change.label = label;
         auto& list = changes_[tensor];
         for (const auto& other : list) {
+            if (other.is_update() && other.place.slices != change.place.slices) {
+                raise<shape_mismatch>(error_code::adapter_shape,
+                    message("tensor '", tensor, "' is one matrix for ", change.place.slices == 0 ? label : other.label,
+                        ", and several for ", change.place.slices == 0 ? other.label : std::string(label),
+                        ": the two were made for different layers"));
+            }
             if (other.is_update() && other.place.transposed != change.place.transposed) {
                 raise<shape_mismatch>(error_code::adapter_shape,
                     message("tensor '", tensor, "' is transposed for ", change.place.transposed ? label : other.label,
@@ -17389,6 +17667,16 @@ private:
         const bool wide = from.dtype == dtype::f64 || std::any_of(list.begin(), list.end(), [](const auto& change) {
             return change.wide || (!change.is_update() && change.saved.dtype == dtype::f64);
         });
+        const auto stack =
+            std::find_if(list.begin(), list.end(), [](const weight_change& change) { return change.place.slices > 0; });
+        if (stack != list.end()) { // each matrix is as large as its updates
+            const bool turned = stack->place.transposed;
+            const std::size_t rows = turned ? stack->in() : stack->out(), columns = turned ? stack->out() : stack->in();
+            if (wide) {
+                return std::make_unique<adapted_stack<double>>(name, from, stack->place.slices, rows, columns, list);
+            }
+            return std::make_unique<adapted_stack<float>>(name, from, stack->place.slices, rows, columns, list);
+        }
         if (wide) { return std::make_unique<adapted_weight<double>>(name, from, size.first, size.second, list); }
         return std::make_unique<adapted_weight<float>>(name, from, size.first, size.second, list);
     }
@@ -17436,6 +17724,7 @@ private:
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -17673,6 +17962,101 @@ namespace detail {
     match.prefixes = found.prefixes;
     return match;
 }
+/// The same for the modules of an adapter, among them experts that are part of one parameter, whose tensors are the
+/// parameters. In `unmatched` such a parameter stands for all its experts.
+template <arithmetic_element T>
+[[nodiscard]] module_match match_modules(const adapter_contents<T>& adapter, const const_model_ref& base)
+{
+    constexpr std::string_view suffix = ".weight";
+    std::vector<std::string> names;
+    std::map<std::string, std::vector<std::string>> experts; // by parameter
+    for (const auto& [module, made] : adapter.modules) {
+        if (made.slice.parameter.empty()) { names.push_back(module); }
+        else {
+            experts[made.slice.parameter].push_back(module);
+        }
+    }
+    if (experts.empty()) { return match_modules(names, base, adapter.dialect); }
+    const_model_ref with_parameters = base; // each also as the weight of a module of its name
+    for (const auto& [name, tensor] : base) {
+        auto called = name + std::string(suffix);
+        if (!name.ends_with(suffix) && !base.find(called)) { with_parameters.insert(std::move(called), tensor); }
+    }
+    for (const auto& one : experts) { names.push_back(one.first); }
+    auto match = match_modules(names, with_parameters, adapter.dialect);
+    for (const auto& [parameter, modules] : experts) {
+        const auto place = match.tensors.find(parameter);
+        if (place == match.tensors.end()) { continue; }
+        const auto tensor = place->second.substr(0, place->second.size() - suffix.size());
+        match.tensors.erase(place);
+        for (const auto& module : modules) { match.tensors.emplace(module, tensor); }
+    }
+    return match;
+}
+
+/// Makes the experts of an adapter that are parts of one parameter, as transformers 5 has them in memory, modules of
+/// their own where the base stores a weight for each, as files of most models do: rows of gate_up_proj are those of
+/// gate_proj and up_proj one behind the other (w1 and w3 of Mixtral, whose w2 is down_proj). Throws shape_mismatch for
+/// an odd number of rows, or another number of experts than the base has.
+template <arithmetic_element T>
+void split_experts(adapter_contents<T>& adapter, const const_model_ref& base)
+{
+    const auto any = [&](const std::string& ending) {
+        return std::any_of(base.begin(), base.end(), [&](const auto& entry) { return entry.name.ends_with(ending); });
+    };
+    const bool mixtral = any(".experts.0.w1.weight");
+    if (!mixtral && !any(".experts.0.down_proj.weight")) { return; }
+    const bool sparse = mixtral && any(".block_sparse_moe.experts.0.w1.weight");
+    std::map<std::string, adapted_module<T>> split;
+    for (auto& [module, made] : adapter.modules) {
+        const auto& parameter = made.slice.parameter;
+        const bool both = parameter.ends_with(".experts.gate_up_proj"),
+                   down = parameter.ends_with(".experts.down_proj");
+        if (!both && !down) {
+            split.emplace(module, std::move(made));
+            continue;
+        }
+        std::string owner = parameter.substr(0, parameter.rfind('.'));
+        if (const auto at = owner.rfind(".mlp.experts"); sparse && at != owner.npos) {
+            owner.replace(at + 1, 3, "block_sparse_moe");
+        }
+        const auto called = [&](std::size_t index, std::string_view word) {
+            return owner + "." + std::to_string(index) + "." + std::string(word);
+        };
+        auto last = called(made.slice.count, mixtral ? "w2.weight" : "down_proj.weight");
+        last.erase(0, std::min(last.find("layers."), last.size())); // whatever stands before the layers
+        if (!last.empty() && (any("." + last) || base.find(last))) {
+            raise<shape_mismatch>(error_code::adapter_shape,
+                message("parameter '", parameter, "' of ", adapter.label, " is of ", made.slice.count,
+                    " experts, and the base has more: this adapter belongs to another base"));
+        }
+        const auto index = made.slice.index;
+        made.slice = {};
+        if (down) {
+            split.emplace(called(index, mixtral ? "w2" : "down_proj"), std::move(made));
+            continue;
+        }
+        const std::size_t rows = made.update.out() / 2, rank = made.update.rank();
+        if (made.update.out() % 2 != 0) {
+            raise<shape_mismatch>(error_code::adapter_shape,
+                message("parameter '", parameter, "' of ", adapter.label, " has ", made.update.out(),
+                    " outputs, and those of gate_proj and up_proj are equally many"));
+        }
+        for (std::size_t half = 0; half < 2; ++half) {
+            adapted_module<T> one = made;
+            one.update.b = matrix<T>(rows, rank, matrix_order::row_major);
+            for (std::size_t i = 0; i < rows; ++i) {
+                for (std::size_t k = 0; k < rank; ++k) { one.update.b(i, k) = made.update.b(half * rows + i, k); }
+            }
+            split.emplace(called(index,
+                              half == 0       ? (mixtral ? "w1" : "gate_proj")
+                                  : (mixtral) ? "w3"
+                                              : "up_proj"),
+                std::move(one));
+        }
+    }
+    adapter.modules = std::move(split);
+}
 
 namespace detail {
 
@@ -17760,6 +18144,53 @@ template <arithmetic_element T>
     return adapter.fan_in_fan_out && plain && !turned;
 }
 
+namespace detail {
+
+/// Whether the matrices of a stack of experts lie in×out, as those of gpt-oss and Llama 4 do, by the shapes of
+/// gate_up_proj and down_proj beside one another; nothing where they do not tell.
+[[nodiscard]] inline std::optional<bool> experts_lie_in_by_out(const const_model_ref& base, const std::string& tensor)
+{
+    const auto owner = tensor.substr(0, tensor.rfind('.') + 1);
+    const auto *const both = base.find(owner + "gate_up_proj"), *const down = base.find(owner + "down_proj");
+    if (!both || !down || both->shape.size() != 3 || down->shape.size() != 3) { return std::nullopt; }
+    const bool plain = both->shape[2] == down->shape[1] && both->shape[1] == 2 * down->shape[2],
+               turned = both->shape[1] == down->shape[2] && both->shape[2] == 2 * down->shape[1];
+    return plain == turned ? std::nullopt : std::optional(turned);
+}
+/// How an expert's update belongs to the parameter that it is part of.
+template <arithmetic_element T>
+[[nodiscard]] update_place place_of_expert(
+    const adapted_module<T>& made, const const_model_ref& base, const std::string& tensor, const std::string& label)
+{
+    update_place place;
+    const const_tensor_ref& to = *base.find(tensor);
+    const bool stack = to.shape.size() == 3;
+    if (stack || made.slice.count > 1) {
+        place.slice = made.slice.index;
+        place.slices = made.slice.count;
+    }
+    if (to.shape.size() < 2) { return place; }
+    const auto rows = static_cast<std::size_t>(to.shape[to.shape.size() - 2]),
+               columns = static_cast<std::size_t>(to.shape[to.shape.size() - 1]);
+    const bool fits = rows == made.update.out() && columns == made.update.in(),
+               turned = rows == made.update.in() && columns == made.update.out();
+    if (!fits || !turned) {
+        place.transposed = turned;
+        return place;
+    }
+    const auto lies = experts_lie_in_by_out(base, tensor);
+    if (stack && !lies) {
+        raise<shape_mismatch>(error_code::adapter_shape,
+            message("tensor '", tensor, "' has shape ", to_string(to.shape), ", and nothing says whether ", label,
+                " changes its matrices as they lie or transposed: fold it into its base with PEFT (merge_and_unload) "
+                "and go on with the model"));
+    }
+    place.transposed = lies.value_or(false);
+    return place;
+}
+
+} // namespace detail
+
 /// Adds weight·(what an adapter does) to `sum`, which refers to the adapter from then on. Where a weight is not square
 /// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so, and
 /// others do not deny it.
@@ -17795,11 +18226,18 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                     " has its rows in the order of llama.cpp: unpair_rows() first"));
         }
         const std::string& tensor = match.tensors.at(module);
-        if (const auto [other, fresh] = taken.emplace(tensor, module); !fresh) {
+        const bool expert = !made.slice.parameter.empty();
+        const auto which = expert ? tensor + "[" + std::to_string(made.slice.index) + "]" : tensor;
+        if (const auto [other, fresh] = taken.emplace(which, module); !fresh) {
             raise<invalid_argument>(error_code::tensor_unexpected,
                 message("modules '", other->second, "' and '", module, "' of ", adapter.label, " may both mean '",
                     tensor, "' of ", traits.label,
                     ": leave out the one that is another model's (of another component)"));
+        }
+        if (expert) {
+            sum.add(base, tensor, made.update, weight, detail::place_of_expert(made, base, tensor, adapter.label),
+                adapter.label);
+            continue;
         }
         const const_tensor_ref& to = *base.find(tensor);
         detail::check_kernel(made, to, tensor, module, adapter.label);

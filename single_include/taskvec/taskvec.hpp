@@ -1606,6 +1606,8 @@ struct update_place;
 struct weight_change;
 template <arithmetic_element A>
 class adapted_weight;
+template <arithmetic_element A>
+class adapted_stack;
 class adapted_model;
 struct fuse_options;
 template <arithmetic_element T>
@@ -1640,6 +1642,7 @@ struct peft_adapter;
 class peft_writer;
 struct peft_read_options;
 enum class adapter_dialect : std::uint8_t;
+struct parameter_slice;
 template <arithmetic_element T>
 struct adapted_module;
 template <arithmetic_element T>
@@ -5560,6 +5563,7 @@ void for_each_block(const cpu& policy, const aligned_models& models, chunk_range
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -5573,6 +5577,9 @@ struct update_place {
     /// DoRA's magnitudes, one for each output: the weight becomes m·(θ0 + ΔW)/‖θ0 + ΔW‖, norms over each output's
     /// inputs. Empty: none.
     std::vector<double> magnitude{};
+    /// Of a tensor that is several matrices, one behind the other (experts): which one, and how many there are.
+    /// 0 of them: the tensor is one matrix.
+    std::size_t slice = 0, slices = 0;
 };
 
 /// One thing that is added to a tensor. It refers to the update, or the stored tensor, which outlive it.
@@ -5948,6 +5955,93 @@ private:
     mutable bool scale_by_column_ = false;
 };
 
+namespace detail {
+
+/// What another source gives from some element on.
+class source_from final : public operand_source {
+public:
+    source_from(const operand_source& whole, std::uint64_t first)
+        : whole_(&whole)
+        , first_(first)
+    { }
+    [[nodiscard]] taskvec::dtype type() const noexcept override { return whole_->type(); }
+    [[nodiscard]] unsigned stored_bits() const noexcept override { return whole_->stored_bits(); }
+    void prepare(const cpu& policy) const override { whole_->prepare(policy); }
+    void release() const override { whole_->release(); }
+    void read(std::uint64_t offset, std::size_t count, void* out) const override
+    {
+        whole_->read(first_ + offset, count, out);
+    }
+
+private:
+    const operand_source* whole_;
+    std::uint64_t first_;
+};
+
+} // namespace detail
+
+/// A tensor that is several matrices, one behind the other (experts), each with changes of its own: the entries of
+/// adapted_weight, matrix by matrix.
+template <arithmetic_element A>
+class adapted_stack final : public operand_source {
+public:
+    /// `rows`×`columns`: of each of `slices` matrices as they lie in memory. Updates say which one they are of; a
+    /// tensor that was saved whole is of all.
+    adapted_stack(const std::string& name, const aligned_tensor::operand& base, std::size_t slices, std::size_t rows,
+        std::size_t columns, const std::vector<weight_change>& changes)
+        : entries_(rows * columns)
+    {
+        for (std::size_t i = 0; i < slices; ++i) {
+            const std::size_t first = i * entries_;
+            aligned_tensor::operand from = base;
+            if (base.source) {
+                parts_.push_back(std::make_unique<detail::source_from>(*base.source, first));
+                from.source = parts_.back().get();
+            }
+            else {
+                from.data += byte_count(base.dtype, first);
+            }
+            std::vector<weight_change> own;
+            for (const auto& change : changes) {
+                if (change.is_update() && change.place.slice != i) { continue; }
+                own.push_back(change);
+                auto& saved = own.back().saved;
+                if (change.is_update()) { continue; }
+                saved.data = static_cast<const std::byte*>(saved.data) + byte_count(saved.dtype, first);
+                saved.shape = {static_cast<std::int64_t>(rows), static_cast<std::int64_t>(columns)};
+            }
+            matrices_.push_back(std::make_unique<adapted_weight<A>>(name, from, rows, columns, std::move(own)));
+        }
+    }
+
+    [[nodiscard]] taskvec::dtype type() const noexcept override { return dtype_of<A>; }
+    void prepare(const cpu& policy) const override
+    {
+        for (const auto& one : matrices_) { one->prepare(policy); }
+    }
+    void release() const override
+    {
+        for (const auto& one : matrices_) { one->release(); }
+    }
+    void read(std::uint64_t offset, std::size_t count, void* out) const override
+    {
+        A* to = static_cast<A*>(out);
+        while (count > 0) {
+            const std::uint64_t within = offset % entries_;
+            const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(count, entries_ - within));
+            matrices_[static_cast<std::size_t>(offset / entries_)]->read(within, n, to);
+            offset += n;
+            count -= n;
+            to += n;
+        }
+    }
+
+private:
+    std::size_t entries_;
+    std::vector<std::unique_ptr<detail::source_from>> parts_;
+    std::vector<std::unique_ptr<adapted_weight<A>>> matrices_;
+};
+
 } // namespace taskvec::inline TASKVEC_ABI
 #endif // TASKVEC_SINGLE_ADAPTERS_ADAPTED_WEIGHT_HPP
 
@@ -5973,7 +6067,8 @@ namespace taskvec::inline TASKVEC_ABI {
 class adapted_model {
 public:
     /// Adds weight·ΔW to a tensor of the base: out×in, or in×out where `place` says so; of a convolution
-    /// (out×in×kernel…) the update's `in` counts the kernel. A vector takes an update of 1×n. Throws invalid_argument
+    /// (out×in×kernel…) the update's `in` counts the kernel. A vector takes an update of 1×n. Of a tensor of several
+    /// matrices (experts×out×in, or experts×in×out) `place` says which one changes. Throws invalid_argument
     /// for a tensor that the base lacks, dtype_mismatch for one that does not hold floating numbers, shape_mismatch,
     /// nonfinite_error for factors or weights that are not finite.
     template <arithmetic_element T>
@@ -5988,7 +6083,15 @@ public:
         check_update(update, tensor);
         check_weight(weight, label);
         const const_tensor_ref& to = find(base, tensor, label);
-        const auto [rows, columns] = sides(to);
+        if (place.slices > 0
+            && (to.shape.size() != 3 || static_cast<std::size_t>(to.shape[0]) != place.slices
+                || place.slice >= place.slices)) {
+            raise<shape_mismatch>(error_code::adapter_shape,
+                message("tensor '", tensor, "' has shape ", to_string(to.shape), ", and ", label, " changes ",
+                    place.slices, " matrices of it: this adapter belongs to another base"));
+        }
+        const auto [rows, columns] =
+            place.slices > 0 ? sides({to.shape[1], to.shape[2]}, to.size(tensor) / place.slices) : sides(to);
         const std::size_t out = place.transposed ? columns : rows, in = place.transposed ? rows : columns;
         if (out != update.out() || in != update.in()) {
             const bool turned = rows == update.in() && columns == update.out();
@@ -6011,6 +6114,12 @@ public:
         change.label = label;
         auto& list = changes_[tensor];
         for (const auto& other : list) {
+            if (other.is_update() && other.place.slices != change.place.slices) {
+                raise<shape_mismatch>(error_code::adapter_shape,
+                    message("tensor '", tensor, "' is one matrix for ", change.place.slices == 0 ? label : other.label,
+                        ", and several for ", change.place.slices == 0 ? other.label : std::string(label),
+                        ": the two were made for different layers"));
+            }
             if (other.is_update() && other.place.transposed != change.place.transposed) {
                 raise<shape_mismatch>(error_code::adapter_shape,
                     message("tensor '", tensor, "' is transposed for ", change.place.transposed ? label : other.label,
@@ -6101,6 +6210,16 @@ private:
         const bool wide = from.dtype == dtype::f64 || std::any_of(list.begin(), list.end(), [](const auto& change) {
             return change.wide || (!change.is_update() && change.saved.dtype == dtype::f64);
         });
+        const auto stack =
+            std::find_if(list.begin(), list.end(), [](const weight_change& change) { return change.place.slices > 0; });
+        if (stack != list.end()) { // each matrix is as large as its updates
+            const bool turned = stack->place.transposed;
+            const std::size_t rows = turned ? stack->in() : stack->out(), columns = turned ? stack->out() : stack->in();
+            if (wide) {
+                return std::make_unique<adapted_stack<double>>(name, from, stack->place.slices, rows, columns, list);
+            }
+            return std::make_unique<adapted_stack<float>>(name, from, stack->place.slices, rows, columns, list);
+        }
         if (wide) { return std::make_unique<adapted_weight<double>>(name, from, size.first, size.second, list); }
         return std::make_unique<adapted_weight<float>>(name, from, size.first, size.second, list);
     }

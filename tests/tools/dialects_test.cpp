@@ -368,6 +368,140 @@ TEST_CASE("MLX's embeddings are PEFT's, its layers and ranks are looked at, and 
     no("updates of experts");
 }
 
+TEST_CASE("experts that PEFT adapts as one parameter are folded, however the base stores them")
+{
+    const scratch folder;
+    constexpr std::size_t experts = 3, rank = 2;
+    constexpr std::size_t hidden = 4;
+    for (const std::size_t inner : {3u, 4u, 2u}) { // down_proj is square in the second, gate_up_proj in the third
+        CAPTURE(inner);
+        const auto n = [](std::size_t x) { return static_cast<std::int64_t>(x); };
+        const std::string owner = "layers.0.mlp.experts";
+        const values_model tensors{
+            {"model." + owner + ".base_layer.lora_A.weight", random_tensor({n(experts * rank), n(hidden)}, 1)},
+            {"model." + owner + ".base_layer.lora_B.weight", random_tensor({n(2 * inner), n(experts * rank)}, 2)},
+            {"model." + owner + ".lora_A.weight", random_tensor({n(experts * 3), n(inner)}, 3)},
+            {"model." + owner + ".lora_B.weight", random_tensor({n(hidden), n(experts * 3)}, 4)}};
+        const nlohmann::json config{{"lora_alpha", 6},
+            {"target_parameters", {"mlp.experts.down_proj", "experts.gate_up_proj"}},
+            {"rank_pattern", {{"experts.down_proj", 3}}}, {"alpha_pattern", {{"down_proj", 1.5}}}};
+        write_adapter_as(folder / "a", tensors, config);
+        /// Entry (o, i) of expert e's update: lora_A has the experts one below the other, lora_B's columns alternate.
+        const auto update = [&](bool both, std::size_t e, std::size_t o, std::size_t i) {
+            const auto stem = "model." + owner + (both ? ".base_layer" : "");
+            const auto &a = tensors.at(stem + ".lora_A.weight"), &b = tensors.at(stem + ".lora_B.weight");
+            double sum = 0;
+            for (std::size_t k = 0; k < (both ? rank : 3); ++k) {
+                sum += entry(b, o, k * experts + e) * entry(a, e * (both ? rank : 3) + k, i);
+            }
+            return (both ? 3.0 : 0.5) * sum;
+        };
+        const auto both = random_tensor({n(experts), n(2 * inner), n(hidden)}, 5),
+                   down = random_tensor({n(experts), n(hidden), n(inner)}, 6);
+        const auto turned = [&](const values_tensor& x) {
+            values_tensor y{x.dtype, {x.shape[0], x.shape[2], x.shape[1]}, x.values};
+            const auto rows = static_cast<std::size_t>(x.shape[1]), columns = static_cast<std::size_t>(x.shape[2]);
+            for (std::size_t i = 0; i < x.values.size(); ++i) {
+                const auto e = i / (rows * columns), row = i / columns % rows, column = i % columns;
+                y.values[(e * columns + column) * rows + row] = x.values[i];
+            }
+            return y;
+        };
+        /// One matrix of a stack.
+        const auto slice = [&](const values_tensor& x, std::size_t e, std::size_t first, std::size_t rows) {
+            const auto columns = static_cast<std::size_t>(x.shape[2]);
+            const auto at = x.values.begin()
+                + static_cast<std::ptrdiff_t>((e * static_cast<std::size_t>(x.shape[1]) + first) * columns);
+            return values_tensor{
+                x.dtype, {n(rows), n(columns)}, {at, at + static_cast<std::ptrdiff_t>(rows * columns)}};
+        };
+        // As they are in memory, and lie out×in.
+        write_values(folder / "base.safetensors",
+            {{owner + ".gate_up_proj", both}, {owner + ".down_proj", down}, {"norm.weight", random_tensor({4}, 7)}});
+        const auto plain = fused_model(folder, "a");
+        const auto &fused_both = plain.at(owner + ".gate_up_proj"), &fused_down = plain.at(owner + ".down_proj");
+        check_changed(fused_both, both, [&](std::size_t i) {
+            return update(true, i / (2 * inner * hidden), i / hidden % (2 * inner), i % hidden);
+        });
+        check_changed(fused_down, down,
+            [&](std::size_t i) { return update(false, i / (hidden * inner), i / inner % hidden, i % inner); });
+        // As a task, read a piece at a time.
+        must_run(folder,
+            {"merge", "--method", "task-arithmetic", "--lambda", "1", "--base", "base.safetensors", "--task-adapter",
+                "a", "--out", "merged.safetensors"});
+        check_changed(read_values(folder / "merged.safetensors").at(owner + ".gate_up_proj"), fused_both,
+            [](std::size_t) { return 0.0; });
+        // in×out, as gpt-oss and Llama 4 have them: the same numbers.
+        write_values(folder / "base.safetensors",
+            {{owner + ".gate_up_proj", turned(both)}, {owner + ".down_proj", turned(down)}});
+        const auto other = fused_model(folder, "a");
+        check_changed(turned(other.at(owner + ".gate_up_proj")), fused_both, [](std::size_t) { return 0.0; });
+        check_changed(turned(other.at(owner + ".down_proj")), fused_down, [](std::size_t) { return 0.0; });
+        // A weight for each expert, as files of most models have it: the same bits.
+        for (const bool mixtral : {false, true}) {
+            const std::string stem = mixtral ? "layers.0.block_sparse_moe.experts." : owner + ".";
+            const auto name = [&](std::size_t e, const std::string& word) {
+                return stem + std::to_string(e) + "." + word + ".weight";
+            };
+            values_model base;
+            for (std::size_t e = 0; e < experts; ++e) {
+                base[name(e, mixtral ? "w1" : "gate_proj")] = slice(both, e, 0, inner);
+                base[name(e, mixtral ? "w3" : "up_proj")] = slice(both, e, inner, inner);
+                base[name(e, mixtral ? "w2" : "down_proj")] = slice(down, e, 0, hidden);
+            }
+            write_values(folder / "base.safetensors", base);
+            const auto split = fused_model(folder, "a");
+            for (std::size_t e = 0; e < experts; ++e) {
+                CHECK(split.at(name(e, mixtral ? "w1" : "gate_proj")).values == slice(fused_both, e, 0, inner).values);
+                CHECK(
+                    split.at(name(e, mixtral ? "w3" : "up_proj")).values == slice(fused_both, e, inner, inner).values);
+                CHECK(split.at(name(e, mixtral ? "w2" : "down_proj")).values == slice(fused_down, e, 0, hidden).values);
+            }
+            const auto no_base = [&](const std::string& words) {
+                refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors"}, 1,
+                    words);
+            };
+            base[name(experts, mixtral ? "w2" : "down_proj")] = slice(down, 0, 0, hidden);
+            write_values(folder / "base.safetensors", base);
+            no_base("is of 3 experts, and the base has more");
+        }
+        // Other dialects have no such parameters; a base that has a weight for each expert gives them names.
+        refused(folder, {"convert", "a", "--as", "mlx", "--out", "no"}, 1, "experts that are the parameter");
+        must_run(folder, {"inspect", "a"});
+    }
+    const auto no = [&](const std::string& words) {
+        refused(folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--out", "no.safetensors"}, 1, words);
+    };
+    const std::string module = "layers.0.mlp.experts";
+    write_values(folder / "base.safetensors",
+        {{module + ".gate_up_proj", random_tensor({3, 6, 4}, 1)},
+            {module + ".down_proj", random_tensor({3, 4, 3}, 2)}});
+    const auto of_down = factors(module, 4, 3, 5, 6);
+    write_adapter_as(folder / "a", of_down, {{"target_parameters", {"experts.down_proj"}}});
+    CHECK(fused_model(folder, "a").at(module + ".gate_up_proj").values
+        == read_values(folder / "base.safetensors").at(module + ".gate_up_proj").values);
+    must_run(
+        folder, {"fuse", "--base", "base.safetensors", "--adapter", "a", "--subtract", "--out", "less.safetensors"});
+    write_adapter_as(folder / "a", of_down, {{"r", 4}, {"target_parameters", {"experts.down_proj"}}});
+    no("have rank 6 in all, and adapter_config.json says 4 of each matrix");
+    write_adapter_as(folder / "a", of_down, {{"r", 3}, {"target_parameters", {"experts.down_proj"}}});
+    no("changes 2 matrices of it");
+    write_adapter_as(folder / "a", of_down, {{"target_parameters", {"experts.down_proj", "experts.gate_up_proj"}}});
+    no("has no factors 'layers.0.mlp.experts.base_layer.lora_A'");
+    write_adapter_as(folder / "a", of_down, {{"target_parameters", {"experts.down_proj", "experts.bias"}}});
+    no("which factors are whose is not known");
+    write_adapter_as(folder / "a", of_down, {{"target_parameters", {"experts.up_proj"}}});
+    no("module 'layers.0.mlp.experts.up_proj' of 'a' is no module of 'base.safetensors'");
+    write_adapter_as(folder / "a", of_down, {{"target_parameters", "experts.down_proj"}});
+    no("expected names of parameters");
+    auto rescaled = of_down;
+    rescaled[module + ".lora_magnitude_vector"] = random_tensor({4}, 9);
+    write_adapter_as(folder / "a", rescaled, {{"target_parameters", {"experts.down_proj"}}, {"use_dora", true}});
+    no("has factors of another kind than those of plain LoRA");
+    write_adapter_as(folder / "a", of_down, {{"target_parameters", {"experts.down_proj"}}});
+    refused(folder, {"merge-lora", "--adapter", "a", "--adapter", "a", "--out", "no"}, 1, "taskvec fuse");
+}
+
 TEST_CASE("a GGUF adapter with another magic or version is refused for that, in every verb")
 {
     const scratch folder;

@@ -27,7 +27,8 @@ namespace taskvec::inline TASKVEC_ABI {
 class adapted_model {
 public:
     /// Adds weight·ΔW to a tensor of the base: out×in, or in×out where `place` says so; of a convolution
-    /// (out×in×kernel…) the update's `in` counts the kernel. A vector takes an update of 1×n. Throws invalid_argument
+    /// (out×in×kernel…) the update's `in` counts the kernel. A vector takes an update of 1×n. Of a tensor of several
+    /// matrices (experts×out×in, or experts×in×out) `place` says which one changes. Throws invalid_argument
     /// for a tensor that the base lacks, dtype_mismatch for one that does not hold floating numbers, shape_mismatch,
     /// nonfinite_error for factors or weights that are not finite.
     template <arithmetic_element T>
@@ -42,7 +43,15 @@ public:
         check_update(update, tensor);
         check_weight(weight, label);
         const const_tensor_ref& to = find(base, tensor, label);
-        const auto [rows, columns] = sides(to);
+        if (place.slices > 0
+            && (to.shape.size() != 3 || static_cast<std::size_t>(to.shape[0]) != place.slices
+                || place.slice >= place.slices)) {
+            raise<shape_mismatch>(error_code::adapter_shape,
+                message("tensor '", tensor, "' has shape ", to_string(to.shape), ", and ", label, " changes ",
+                    place.slices, " matrices of it: this adapter belongs to another base"));
+        }
+        const auto [rows, columns] =
+            place.slices > 0 ? sides({to.shape[1], to.shape[2]}, to.size(tensor) / place.slices) : sides(to);
         const std::size_t out = place.transposed ? columns : rows, in = place.transposed ? rows : columns;
         if (out != update.out() || in != update.in()) {
             const bool turned = rows == update.in() && columns == update.out();
@@ -65,6 +74,12 @@ public:
         change.label = label;
         auto& list = changes_[tensor];
         for (const auto& other : list) {
+            if (other.is_update() && other.place.slices != change.place.slices) {
+                raise<shape_mismatch>(error_code::adapter_shape,
+                    message("tensor '", tensor, "' is one matrix for ", change.place.slices == 0 ? label : other.label,
+                        ", and several for ", change.place.slices == 0 ? other.label : std::string(label),
+                        ": the two were made for different layers"));
+            }
             if (other.is_update() && other.place.transposed != change.place.transposed) {
                 raise<shape_mismatch>(error_code::adapter_shape,
                     message("tensor '", tensor, "' is transposed for ", change.place.transposed ? label : other.label,
@@ -155,6 +170,16 @@ private:
         const bool wide = from.dtype == dtype::f64 || std::any_of(list.begin(), list.end(), [](const auto& change) {
             return change.wide || (!change.is_update() && change.saved.dtype == dtype::f64);
         });
+        const auto stack =
+            std::find_if(list.begin(), list.end(), [](const weight_change& change) { return change.place.slices > 0; });
+        if (stack != list.end()) { // each matrix is as large as its updates
+            const bool turned = stack->place.transposed;
+            const std::size_t rows = turned ? stack->in() : stack->out(), columns = turned ? stack->out() : stack->in();
+            if (wide) {
+                return std::make_unique<adapted_stack<double>>(name, from, stack->place.slices, rows, columns, list);
+            }
+            return std::make_unique<adapted_stack<float>>(name, from, stack->place.slices, rows, columns, list);
+        }
         if (wide) { return std::make_unique<adapted_weight<double>>(name, from, size.first, size.second, list); }
         return std::make_unique<adapted_weight<float>>(name, from, size.first, size.second, list);
     }

@@ -14,6 +14,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -27,6 +28,9 @@ struct update_place {
     /// DoRA's magnitudes, one for each output: the weight becomes m·(θ0 + ΔW)/‖θ0 + ΔW‖, norms over each output's
     /// inputs. Empty: none.
     std::vector<double> magnitude{};
+    /// Of a tensor that is several matrices, one behind the other (experts): which one, and how many there are.
+    /// 0 of them: the tensor is one matrix.
+    std::size_t slice = 0, slices = 0;
 };
 
 /// One thing that is added to a tensor. It refers to the update, or the stored tensor, which outlive it.
@@ -400,6 +404,93 @@ private:
     mutable std::size_t rank_ = 0, wholes_ = 0;
     mutable const weight_change* only_whole_ = nullptr;
     mutable bool scale_by_column_ = false;
+};
+
+namespace detail {
+
+/// What another source gives from some element on.
+class source_from final : public operand_source {
+public:
+    source_from(const operand_source& whole, std::uint64_t first)
+        : whole_(&whole)
+        , first_(first)
+    { }
+    [[nodiscard]] taskvec::dtype type() const noexcept override { return whole_->type(); }
+    [[nodiscard]] unsigned stored_bits() const noexcept override { return whole_->stored_bits(); }
+    void prepare(const cpu& policy) const override { whole_->prepare(policy); }
+    void release() const override { whole_->release(); }
+    void read(std::uint64_t offset, std::size_t count, void* out) const override
+    {
+        whole_->read(first_ + offset, count, out);
+    }
+
+private:
+    const operand_source* whole_;
+    std::uint64_t first_;
+};
+
+} // namespace detail
+
+/// A tensor that is several matrices, one behind the other (experts), each with changes of its own: the entries of
+/// adapted_weight, matrix by matrix.
+template <arithmetic_element A>
+class adapted_stack final : public operand_source {
+public:
+    /// `rows`×`columns`: of each of `slices` matrices as they lie in memory. Updates say which one they are of; a
+    /// tensor that was saved whole is of all.
+    adapted_stack(const std::string& name, const aligned_tensor::operand& base, std::size_t slices, std::size_t rows,
+        std::size_t columns, const std::vector<weight_change>& changes)
+        : entries_(rows * columns)
+    {
+        for (std::size_t i = 0; i < slices; ++i) {
+            const std::size_t first = i * entries_;
+            aligned_tensor::operand from = base;
+            if (base.source) {
+                parts_.push_back(std::make_unique<detail::source_from>(*base.source, first));
+                from.source = parts_.back().get();
+            }
+            else {
+                from.data += byte_count(base.dtype, first);
+            }
+            std::vector<weight_change> own;
+            for (const auto& change : changes) {
+                if (change.is_update() && change.place.slice != i) { continue; }
+                own.push_back(change);
+                auto& saved = own.back().saved;
+                if (change.is_update()) { continue; }
+                saved.data = static_cast<const std::byte*>(saved.data) + byte_count(saved.dtype, first);
+                saved.shape = {static_cast<std::int64_t>(rows), static_cast<std::int64_t>(columns)};
+            }
+            matrices_.push_back(std::make_unique<adapted_weight<A>>(name, from, rows, columns, std::move(own)));
+        }
+    }
+
+    [[nodiscard]] taskvec::dtype type() const noexcept override { return dtype_of<A>; }
+    void prepare(const cpu& policy) const override
+    {
+        for (const auto& one : matrices_) { one->prepare(policy); }
+    }
+    void release() const override
+    {
+        for (const auto& one : matrices_) { one->release(); }
+    }
+    void read(std::uint64_t offset, std::size_t count, void* out) const override
+    {
+        A* to = static_cast<A*>(out);
+        while (count > 0) {
+            const std::uint64_t within = offset % entries_;
+            const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(count, entries_ - within));
+            matrices_[static_cast<std::size_t>(offset / entries_)]->read(within, n, to);
+            offset += n;
+            count -= n;
+            to += n;
+        }
+    }
+
+private:
+    std::size_t entries_;
+    std::vector<std::unique_ptr<detail::source_from>> parts_;
+    std::vector<std::unique_ptr<adapted_weight<A>>> matrices_;
 };
 
 } // namespace taskvec::inline TASKVEC_ABI

@@ -43,6 +43,14 @@ enum class adapter_dialect : std::uint8_t {
     }
 }
 
+/// Which of the matrices that a model keeps as one parameter an update is of: experts of a layer, as transformers 5 has
+/// them and PEFT adapts them (target_parameters).
+struct parameter_slice {
+    std::string parameter{}; ///< "layers.0.mlp.experts.down_proj"; empty: the module has a weight of its own
+    std::size_t index = 0; ///< of the matrix, along the parameter's first extent
+    std::size_t count = 1; ///< how many there are
+};
+
 /// What an adapter does to one module.
 template <arithmetic_element T>
 struct adapted_module {
@@ -55,10 +63,12 @@ struct adapted_module {
     lora_update<T> bias{}; ///< what lora_bias adds to the module's bias, as an update of 1×out; of rank 0: nothing
     dtype stored = dtype_of<T>; ///< of the factors in the file
     std::string kind = "LoRA"; ///< "LoRA", "DoRA", "AdaLoRA", "LoHa" or "LoKr": what the update was made of
+    parameter_slice slice{}; ///< of an expert: the parameter that it is part of, and the module's name counts it
 };
 
 /// An adapter read from any dialect. Module names are the file's, without prefixes that say nothing of the module;
-/// kohya's have underscores for dots: match_modules() finds the weights of a base that they mean.
+/// kohya's have underscores for dots: match_modules() finds the weights of a base that they mean. Experts that PEFT
+/// adapts as one parameter are a module each, "layers.0.mlp.experts.3.down_proj".
 template <arithmetic_element T>
 struct adapter_contents {
     std::map<std::string, adapted_module<T>> modules{}; ///< by module
@@ -120,7 +130,9 @@ struct layer_place {
     std::int64_t number = 0;
     const auto digits = module.substr(at, dot - at);
     const auto [end, problem] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
-    if (problem != std::errc() || end != digits.data() + digits.size() || number < 0) { return {std::nullopt, module}; }
+    if (problem != std::errc() || end != digits.data() + digits.size() || number < 0) {
+        return {std::nullopt, module};
+    }
     return {number, module.substr(dot + 1)};
 }
 /// Whether MLX has an embedding under a module's name, whose factors lie entries×r and r×dimensions. No linear layer is

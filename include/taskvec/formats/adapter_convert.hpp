@@ -218,6 +218,13 @@ template <arithmetic_element T>
             lose(name, "its dots are underscores, and nothing says where they were; the base's names do (--base)");
             continue;
         }
+        if (!made.slice.parameter.empty()) {
+            lose(name,
+                "it is one of the experts that are the parameter '" + made.slice.parameter
+                    + "', which only PEFT's target_parameters name; a base with a weight for each expert gives it a "
+                      "name (--base), and fuse folds it");
+            continue;
+        }
         if (made.paired_rows && !(to_gguf && adapter.target.architecture == target.architecture)) {
             lose(name,
                 "its rows are in the order of llama.cpp, and nothing says how many heads there are; the config.json of "

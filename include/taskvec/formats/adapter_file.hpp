@@ -498,7 +498,8 @@ inline void check_foldable(const nlohmann::json& config, const std::string& file
     }
     check_lora_initialization(fields, {"gaussian", "eva", "orthogonal", "mica", "velora"}, refuse);
     for (const auto& [field, why] : beyond_updates) {
-        if (fields.says_something(field)) { refuse(field, why); }
+        const bool parameters = std::string_view(field) == "target_parameters" && peft_type_of(config) == "LORA";
+        if (!parameters && fields.says_something(field)) { refuse(field, why); }
     }
 }
 
@@ -575,6 +576,8 @@ public:
     {
         check_kind(peft_fields(config_, file_), name_, module, kind, where, biased);
     }
+    /// The rank of a module.
+    [[nodiscard]] double rank(const std::string& module) { return ranks_.find(module, rank_); }
     /// The scaling of a module with factors of this rank (0: of none), and an alpha in the file, where it has one.
     [[nodiscard]] double scaling(
         const std::string& module, std::size_t rank, const std::optional<double>& alpha, const std::string& where)
@@ -658,6 +661,107 @@ inline void check_mlx_layers(
             ": MLX applies those of the last ", most, " layers alone; correct ", field,
             ", or take the modules of the others out of the file"),
         file);
+}
+
+/// The parameters that PEFT adapts whole modules' worth of (target_parameters), by the modules of a file's factors.
+/// Factors of several parameters of one module are nested: "experts" has those of the last one, "experts.base_layer"
+/// those of the one before it, in the order in which the model has them.
+class peft_parameters {
+public:
+    /// `modules`: all that the file has. Throws format_error for a field of another type.
+    peft_parameters(const nlohmann::json& config, const std::vector<std::string>& modules, const std::string& file)
+        : file_(file)
+        , modules_(modules)
+    {
+        const auto* const given = peft_fields(config, file).find("target_parameters");
+        if (!given) { return; }
+        if (!given->is_array()
+            || !std::all_of(given->begin(), given->end(), [](const auto& one) { return one.is_string(); })) {
+            raise<format_error>(error_code::adapter_config,
+                message("target_parameters is ", peft_fields::shown(*given), "; expected names of parameters"), file);
+        }
+        targets_ = given->template get<std::vector<std::string>>();
+    }
+    /// The name of the parameter that a module's factors are of; empty: the module's weight. Throws format_error where
+    /// nothing says which one of several it is, or factors of one are missing.
+    [[nodiscard]] std::string of(const std::string& module)
+    {
+        constexpr std::string_view nested = ".base_layer";
+        std::string_view owner = module;
+        std::size_t depth = 0;
+        for (; owner.ends_with(nested); ++depth) { owner.remove_suffix(nested.size()); }
+        std::vector<std::string> own; // the last segments
+        for (const auto& target : targets_) {
+            const auto dot = target.rfind('.');
+            const auto within = dot == target.npos ? std::string("experts") : target.substr(0, dot);
+            const auto last = target.substr(dot == target.npos ? 0 : dot + 1);
+            const bool meant = owner == within || owner.ends_with("." + within);
+            if (meant) { used_.push_back(target); }
+            if (meant && std::find(own.begin(), own.end(), last) == own.end()) { own.push_back(last); }
+        }
+        if (own.empty()) { return ""; }
+        if (own.size() > 1) {
+            const std::vector<std::string> known{"gate_up_proj", "down_proj"}; // as every model has them
+            if (own.size() != 2 || !std::is_permutation(own.begin(), own.end(), known.begin())) {
+                raise<format_error>(error_code::adapter_unsupported,
+                    message("target_parameters names '", own[0], "' and '", own[1], "' of module '", owner,
+                        "', and which factors are whose is not known here: fold it into its base with PEFT "
+                        "(merge_and_unload) and go on with the model"),
+                    file_);
+            }
+            own = known;
+        }
+        std::string layer(owner);
+        for (std::size_t i = 0; i < own.size(); ++i, layer += nested) {
+            if (std::find(modules_.begin(), modules_.end(), layer) != modules_.end()) { continue; }
+            raise<format_error>(error_code::adapter_tensors,
+                message("target_parameters names '", own[own.size() - 1 - i], "' of module '", owner,
+                    "', and the adapter has no factors '", layer, ".lora_A' of it: fetch or save it anew"),
+                file_);
+        }
+        if (depth >= own.size()) {
+            raise<format_error>(error_code::adapter_tensors,
+                message("the adapter has factors of '", module, "', and target_parameters names ", own.size(),
+                    " of the parameters of '", owner, "': fetch or save it anew"),
+                file_);
+        }
+        return std::string(owner) + "." + own[own.size() - 1 - depth];
+    }
+    /// Throws format_error for a name of which the file has no factors.
+    void check_used() const
+    {
+        for (const auto& target : targets_) {
+            if (std::find(used_.begin(), used_.end(), target) != used_.end()) { continue; }
+            raise<format_error>(error_code::adapter_tensors,
+                message("target_parameters names '", target,
+                    "', and the adapter has no factors of it: fetch or save it anew, or take the name out"),
+                file_);
+        }
+    }
+
+private:
+    std::string file_;
+    const std::vector<std::string>& modules_;
+    std::vector<std::string> targets_, used_;
+};
+
+/// Splits the factors of a parameter of `count` matrices: those of lora_A stand one below the other, those of lora_B's
+/// columns alternate. `made` has them as they are stored.
+template <class T>
+[[nodiscard]] std::vector<lora_update<T>> split_factors(const lora_update<T>& made, std::size_t count)
+{
+    const std::size_t rank = made.rank() / count;
+    std::vector<lora_update<T>> parts;
+    for (std::size_t e = 0; e < count; ++e) {
+        lora_update<T> one{matrix<T>(made.out(), rank, matrix_order::row_major),
+            matrix<T>(rank, made.in(), matrix_order::row_major), made.scaling};
+        for (std::size_t k = 0; k < rank; ++k) {
+            for (std::size_t i = 0; i < made.out(); ++i) { one.b(i, k) = made.b(i, k * count + e); }
+            for (std::size_t j = 0; j < made.in(); ++j) { one.a(k, j) = made.a(e * rank + k, j); }
+        }
+        parts.push_back(std::move(one));
+    }
+    return parts;
 }
 
 } // namespace detail
@@ -852,9 +956,14 @@ template <arithmetic_element T = float>
     std::size_t other_ranks = 0;
     std::size_t without_alpha = 0;
     std::size_t cut_to_nothing = 0;
+    std::vector<std::string> stored_modules;
+    for (const auto& one : parts) { stored_modules.push_back(one.first); }
+    detail::peft_parameters parameters(
+        peft_config ? adapter.config : nlohmann::json::object(), stored_modules, config_file);
     for (const auto& [module, found] : parts) {
         std::size_t rank = 0;
-        const auto said = settings_of(module);
+        const auto parameter = parameters.of(module);
+        const auto said = settings_of(parameter.empty() ? module : parameter);
         const bool adalora = said.first && said.first->type() == "ADALORA";
         if (const auto* const values = found.get(role::singular)) {
             if (!adalora) {
@@ -876,6 +985,25 @@ template <arithmetic_element T = float>
         }
         auto made = detail::read_module<T>(file, module, found, *dialect, rank);
         if (said.first) { said.first->check(module, made.kind, made.bias.rank() > 0, where); }
+        std::size_t matrices = 1;
+        if (!parameter.empty()) {
+            if (made.kind != "LoRA" || made.bias.rank() > 0 || made.embedding || !made.kernel.empty()) {
+                raise<format_error>(error_code::adapter_unsupported,
+                    message("parameter '", parameter,
+                        "' has factors of another kind than those of plain LoRA: fold it into its base with PEFT "
+                        "(merge_and_unload) and go on with the model"),
+                    where);
+            }
+            const double expected = said.first->rank(said.second);
+            matrices = expected >= 1 ? static_cast<std::size_t>(static_cast<double>(rank) / expected) : 0;
+            if (matrices == 0 || static_cast<double>(matrices) * expected != static_cast<double>(rank)) {
+                raise<format_error>(error_code::adapter_tensors,
+                    message("the factors of parameter '", parameter, "' have rank ", rank, " in all, and ",
+                        peft_config_name, " says ", expected, " of each matrix: the one is no multiple of the other"),
+                    where);
+            }
+            rank /= matrices;
+        }
         std::optional<double> alpha;
         if (const auto* const entry = found.get(role::alpha)) {
             const auto value = detail::read_flat_factor<double>(file, *entry);
@@ -901,9 +1029,28 @@ template <arithmetic_element T = float>
         made.update.scaling = scaling;
         made.bias.scaling = scaling;
         check_update(made.update, module);
-        adapter.modules.emplace(module, std::move(made));
+        if (parameter.empty()) {
+            adapter.modules.emplace(module, std::move(made));
+            continue;
+        }
+        const auto dot = parameter.rfind('.');
+        if (matrices == 1 && parameter.substr(dot) == ".weight") {
+            adapter.modules.emplace(parameter.substr(0, dot), std::move(made));
+            continue;
+        }
+        auto updates = detail::split_factors(made.update, matrices);
+        for (std::size_t e = 0; e < matrices; ++e) {
+            adapted_module<T> one;
+            one.update = std::move(updates[e]);
+            one.bias.scaling = scaling;
+            one.stored = made.stored;
+            one.slice = {parameter, e, matrices};
+            adapter.modules.emplace(
+                parameter.substr(0, dot + 1) + std::to_string(e) + parameter.substr(dot), std::move(one));
+        }
     }
     for (const auto& one : settings) { one.second.check_used(); }
+    parameters.check_used();
     if (other_ranks > 0) {
         adapter.notes.push_back(message(adapter.label, " has ", other_ranks, " of ", parts.size(),
             " modules of another rank than the ", *mlx_rank, " of ", peft_config_name,

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -248,6 +249,101 @@ namespace detail {
     match.prefixes = found.prefixes;
     return match;
 }
+/// The same for the modules of an adapter, among them experts that are part of one parameter, whose tensors are the
+/// parameters. In `unmatched` such a parameter stands for all its experts.
+template <arithmetic_element T>
+[[nodiscard]] module_match match_modules(const adapter_contents<T>& adapter, const const_model_ref& base)
+{
+    constexpr std::string_view suffix = ".weight";
+    std::vector<std::string> names;
+    std::map<std::string, std::vector<std::string>> experts; // by parameter
+    for (const auto& [module, made] : adapter.modules) {
+        if (made.slice.parameter.empty()) { names.push_back(module); }
+        else {
+            experts[made.slice.parameter].push_back(module);
+        }
+    }
+    if (experts.empty()) { return match_modules(names, base, adapter.dialect); }
+    const_model_ref with_parameters = base; // each also as the weight of a module of its name
+    for (const auto& [name, tensor] : base) {
+        auto called = name + std::string(suffix);
+        if (!name.ends_with(suffix) && !base.find(called)) { with_parameters.insert(std::move(called), tensor); }
+    }
+    for (const auto& one : experts) { names.push_back(one.first); }
+    auto match = match_modules(names, with_parameters, adapter.dialect);
+    for (const auto& [parameter, modules] : experts) {
+        const auto place = match.tensors.find(parameter);
+        if (place == match.tensors.end()) { continue; }
+        const auto tensor = place->second.substr(0, place->second.size() - suffix.size());
+        match.tensors.erase(place);
+        for (const auto& module : modules) { match.tensors.emplace(module, tensor); }
+    }
+    return match;
+}
+
+/// Makes the experts of an adapter that are parts of one parameter, as transformers 5 has them in memory, modules of
+/// their own where the base stores a weight for each, as files of most models do: rows of gate_up_proj are those of
+/// gate_proj and up_proj one behind the other (w1 and w3 of Mixtral, whose w2 is down_proj). Throws shape_mismatch for
+/// an odd number of rows, or another number of experts than the base has.
+template <arithmetic_element T>
+void split_experts(adapter_contents<T>& adapter, const const_model_ref& base)
+{
+    const auto any = [&](const std::string& ending) {
+        return std::any_of(base.begin(), base.end(), [&](const auto& entry) { return entry.name.ends_with(ending); });
+    };
+    const bool mixtral = any(".experts.0.w1.weight");
+    if (!mixtral && !any(".experts.0.down_proj.weight")) { return; }
+    const bool sparse = mixtral && any(".block_sparse_moe.experts.0.w1.weight");
+    std::map<std::string, adapted_module<T>> split;
+    for (auto& [module, made] : adapter.modules) {
+        const auto& parameter = made.slice.parameter;
+        const bool both = parameter.ends_with(".experts.gate_up_proj"),
+                   down = parameter.ends_with(".experts.down_proj");
+        if (!both && !down) {
+            split.emplace(module, std::move(made));
+            continue;
+        }
+        std::string owner = parameter.substr(0, parameter.rfind('.'));
+        if (const auto at = owner.rfind(".mlp.experts"); sparse && at != owner.npos) {
+            owner.replace(at + 1, 3, "block_sparse_moe");
+        }
+        const auto called = [&](std::size_t index, std::string_view word) {
+            return owner + "." + std::to_string(index) + "." + std::string(word);
+        };
+        auto last = called(made.slice.count, mixtral ? "w2.weight" : "down_proj.weight");
+        last.erase(0, std::min(last.find("layers."), last.size())); // whatever stands before the layers
+        if (!last.empty() && (any("." + last) || base.find(last))) {
+            raise<shape_mismatch>(error_code::adapter_shape,
+                message("parameter '", parameter, "' of ", adapter.label, " is of ", made.slice.count,
+                    " experts, and the base has more: this adapter belongs to another base"));
+        }
+        const auto index = made.slice.index;
+        made.slice = {};
+        if (down) {
+            split.emplace(called(index, mixtral ? "w2" : "down_proj"), std::move(made));
+            continue;
+        }
+        const std::size_t rows = made.update.out() / 2, rank = made.update.rank();
+        if (made.update.out() % 2 != 0) {
+            raise<shape_mismatch>(error_code::adapter_shape,
+                message("parameter '", parameter, "' of ", adapter.label, " has ", made.update.out(),
+                    " outputs, and those of gate_proj and up_proj are equally many"));
+        }
+        for (std::size_t half = 0; half < 2; ++half) {
+            adapted_module<T> one = made;
+            one.update.b = matrix<T>(rows, rank, matrix_order::row_major);
+            for (std::size_t i = 0; i < rows; ++i) {
+                for (std::size_t k = 0; k < rank; ++k) { one.update.b(i, k) = made.update.b(half * rows + i, k); }
+            }
+            split.emplace(called(index,
+                              half == 0       ? (mixtral ? "w1" : "gate_proj")
+                                  : (mixtral) ? "w3"
+                                              : "up_proj"),
+                std::move(one));
+        }
+    }
+    adapter.modules = std::move(split);
+}
 
 namespace detail {
 
@@ -335,6 +431,53 @@ template <arithmetic_element T>
     return adapter.fan_in_fan_out && plain && !turned;
 }
 
+namespace detail {
+
+/// Whether the matrices of a stack of experts lie in×out, as those of gpt-oss and Llama 4 do, by the shapes of
+/// gate_up_proj and down_proj beside one another; nothing where they do not tell.
+[[nodiscard]] inline std::optional<bool> experts_lie_in_by_out(const const_model_ref& base, const std::string& tensor)
+{
+    const auto owner = tensor.substr(0, tensor.rfind('.') + 1);
+    const auto *const both = base.find(owner + "gate_up_proj"), *const down = base.find(owner + "down_proj");
+    if (!both || !down || both->shape.size() != 3 || down->shape.size() != 3) { return std::nullopt; }
+    const bool plain = both->shape[2] == down->shape[1] && both->shape[1] == 2 * down->shape[2],
+               turned = both->shape[1] == down->shape[2] && both->shape[2] == 2 * down->shape[1];
+    return plain == turned ? std::nullopt : std::optional(turned);
+}
+/// How an expert's update belongs to the parameter that it is part of.
+template <arithmetic_element T>
+[[nodiscard]] update_place place_of_expert(
+    const adapted_module<T>& made, const const_model_ref& base, const std::string& tensor, const std::string& label)
+{
+    update_place place;
+    const const_tensor_ref& to = *base.find(tensor);
+    const bool stack = to.shape.size() == 3;
+    if (stack || made.slice.count > 1) {
+        place.slice = made.slice.index;
+        place.slices = made.slice.count;
+    }
+    if (to.shape.size() < 2) { return place; }
+    const auto rows = static_cast<std::size_t>(to.shape[to.shape.size() - 2]),
+               columns = static_cast<std::size_t>(to.shape[to.shape.size() - 1]);
+    const bool fits = rows == made.update.out() && columns == made.update.in(),
+               turned = rows == made.update.in() && columns == made.update.out();
+    if (!fits || !turned) {
+        place.transposed = turned;
+        return place;
+    }
+    const auto lies = experts_lie_in_by_out(base, tensor);
+    if (stack && !lies) {
+        raise<shape_mismatch>(error_code::adapter_shape,
+            message("tensor '", tensor, "' has shape ", to_string(to.shape), ", and nothing says whether ", label,
+                " changes its matrices as they lie or transposed: fold it into its base with PEFT (merge_and_unload) "
+                "and go on with the model"));
+    }
+    place.transposed = lies.value_or(false);
+    return place;
+}
+
+} // namespace detail
+
 /// Adds weight·(what an adapter does) to `sum`, which refers to the adapter from then on. Where a weight is not square
 /// its shape says whether it lies in×out; a square one does where the adapter (fan_in_fan_out) or `traits` say so, and
 /// others do not deny it.
@@ -370,11 +513,18 @@ void add_adapter(adapted_model& sum, const const_model_ref& base, const adapter_
                     " has its rows in the order of llama.cpp: unpair_rows() first"));
         }
         const std::string& tensor = match.tensors.at(module);
-        if (const auto [other, fresh] = taken.emplace(tensor, module); !fresh) {
+        const bool expert = !made.slice.parameter.empty();
+        const auto which = expert ? tensor + "[" + std::to_string(made.slice.index) + "]" : tensor;
+        if (const auto [other, fresh] = taken.emplace(which, module); !fresh) {
             raise<invalid_argument>(error_code::tensor_unexpected,
                 message("modules '", other->second, "' and '", module, "' of ", adapter.label, " may both mean '",
                     tensor, "' of ", traits.label,
                     ": leave out the one that is another model's (of another component)"));
+        }
+        if (expert) {
+            sum.add(base, tensor, made.update, weight, detail::place_of_expert(made, base, tensor, adapter.label),
+                adapter.label);
+            continue;
         }
         const const_tensor_ref& to = *base.find(tensor);
         detail::check_kernel(made, to, tensor, module, adapter.label);

@@ -294,6 +294,9 @@ inline void check_plain_lora(const nlohmann::json& config, const std::string& fi
     for (const auto& [field, why] : refused) {
         if (fields.says_something(field)) { refuse(field, why); }
     }
+    if (fields.says_something("target_parameters")) {
+        refuse_to(options.fold_word, "target_parameters", "bare parameters are adapted");
+    }
     for (const auto& [field, why] : beyond_updates) {
         if (fields.says_something(field)) { refuse(field, why); }
     }
