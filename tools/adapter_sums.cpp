@@ -10,6 +10,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <type_traits>
 #include <utility>
 
@@ -318,6 +319,12 @@ void adapter_sum::add(
     const auto config = config_beside(how.base_path);
     call_as_files_do(read, config, run);
     check_saved_modules(read, run);
+    if (read.dialect == taskvec::adapter_dialect::mlx) {
+        const auto layers = config.find("num_hidden_layers");
+        taskvec::check_mlx_base(read, base_, taskvec::match_modules(read, base_), in_quotes(how.base_path),
+            layers != config.end() && layers->is_number_integer() ? std::optional(layers->get<std::int64_t>())
+                                                                  : std::nullopt);
+    }
     untie(read, how, run);
     auto match = taskvec::match_modules(read, base_);
     if (how.include) { // what is left out on purpose may be unknown to the base

@@ -12809,6 +12809,7 @@ inline constexpr std::array<kohya_component, 8> kohya_components{{{"lora_unet_",
 struct layer_place {
     std::optional<std::int64_t> number{}; ///< nothing: it is in no layer
     std::string_view within{}; ///< its name there
+    std::string_view list{}; ///< what the list is called: "model.layers"; empty: it is in no layer
 };
 [[nodiscard]] inline layer_place place_in_layers(std::string_view module)
 {
@@ -12818,14 +12819,14 @@ struct layer_place {
         : dotted != module.npos              ? dotted + list.size() + 1
                                              : module.npos;
     const auto dot = at == module.npos ? module.npos : module.find('.', at);
-    if (dot == module.npos) { return {std::nullopt, module}; }
+    if (dot == module.npos) { return {std::nullopt, module, {}}; }
     std::int64_t number = 0;
     const auto digits = module.substr(at, dot - at);
     const auto [end, problem] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
     if (problem != std::errc() || end != digits.data() + digits.size() || number < 0) {
-        return {std::nullopt, module};
+        return {std::nullopt, module, {}};
     }
-    return {number, module.substr(dot + 1)};
+    return {number, module.substr(dot + 1), module.substr(0, at - 1)};
 }
 /// Whether MLX has an embedding under a module's name, whose factors lie entries×r and r×dimensions. No linear layer is
 /// called so.
@@ -13694,21 +13695,73 @@ private:
     return settings;
 }
 
-/// What MLX's configuration says, against what an adapter of it holds. Throws format_error for a number of layers that
-/// would leave some of the adapter's out, as MLX does without a word.
-inline void check_mlx_layers(
+/// Which modules MLX's configuration has adapted: those of the last layers, by their names within a layer or the model.
+struct mlx_targets {
+    std::string_view layers_field = "num_layers"; ///< "lora_layers" of old
+    std::optional<std::int64_t> layers{}; ///< how many of the last ones; nothing: all
+    std::optional<std::vector<std::string>> keys{}; ///< names; nothing: every module that can be
+
+    /// Throws format_error for fields of other types.
+    mlx_targets(const nlohmann::json& config, const std::string& file)
+    {
+        const peft_fields fields(config, file);
+        if (!config.contains("num_layers")) { layers_field = "lora_layers"; }
+        if (const auto* const given = fields.find(std::string(layers_field).c_str())) {
+            if (!given->is_number_integer()) {
+                raise<format_error>(error_code::adapter_config,
+                    message(layers_field, " is ", peft_fields::shown(*given),
+                        "; expected a whole number, -1 for all layers"),
+                    file);
+            }
+            if (const auto most = given->get<std::int64_t>(); most >= 0) { layers = most; }
+        }
+        const auto* const parameters = fields.find("lora_parameters");
+        if (!parameters || !parameters->is_object()) { return; }
+        const auto given = parameters->find("keys");
+        if (given == parameters->end() || given->is_null()) { return; }
+        if (!given->is_array()
+            || !std::all_of(given->begin(), given->end(), [](const auto& one) { return one.is_string(); })) {
+            raise<format_error>(error_code::adapter_config,
+                message("lora_parameters.keys is ", peft_fields::shown(*given), "; expected a list of names"), file);
+        }
+        keys = given->template get<std::vector<std::string>>();
+    }
+    /// Whether a key names a module.
+    [[nodiscard]] static bool names(const std::string& key, std::string_view module)
+    {
+        return key == module || key == place_in_layers(module).within;
+    }
+};
+
+/// What MLX's configuration says, against what an adapter of it holds. Throws format_error for a number of layers, or
+/// keys, that would leave some of the adapter's modules out, as MLX does without a word. Returns the keys that name
+/// none of them.
+[[nodiscard]] inline std::vector<std::string> check_mlx_targets(
     const nlohmann::json& config, const std::vector<std::string>& modules, const std::string& file)
 {
-    const peft_fields fields(config, file);
-    const char* const field = config.contains("num_layers") ? "num_layers" : "lora_layers"; // of old
-    const auto* const given = fields.find(field);
-    if (!given) { return; }
-    if (!given->is_number_integer()) {
-        raise<format_error>(error_code::adapter_config,
-            message(field, " is ", peft_fields::shown(*given), "; expected a whole number, -1 for all layers"), file);
+    const mlx_targets targets(config, file);
+    std::vector<std::string> idle;
+    if (targets.keys) {
+        for (const auto& module : modules) {
+            if (std::any_of(targets.keys->begin(), targets.keys->end(),
+                    [&](const auto& key) { return mlx_targets::names(key, module); })) {
+                continue;
+            }
+            raise<format_error>(error_code::adapter_config,
+                message("lora_parameters.keys does not name '", place_in_layers(module).within,
+                    "', and the adapter has factors of '", module,
+                    "', which MLX would leave out: add the name to keys, or take the module out of the file"),
+                file);
+        }
+        for (const auto& key : *targets.keys) {
+            if (std::none_of(modules.begin(), modules.end(),
+                    [&](const auto& module) { return mlx_targets::names(key, module); })) {
+                idle.push_back(key);
+            }
+        }
     }
-    const auto most = given->get<std::int64_t>();
-    if (most < 0) { return; }
+    if (!targets.layers) { return idle; }
+    const auto most = *targets.layers;
     std::optional<std::int64_t> first, last;
     for (const auto& module : modules) {
         const auto number = place_in_layers(module).number;
@@ -13716,10 +13769,10 @@ inline void check_mlx_layers(
         first = std::min(first.value_or(*number), *number);
         last = std::max(last.value_or(*number), *number);
     }
-    if (!first || *last - *first < most) { return; }
+    if (!first || *last - *first < most) { return idle; }
     raise<format_error>(error_code::adapter_config,
-        message(field, " is ", most, ", and the adapter has modules of layers ", *first, " to ", *last,
-            ": MLX applies those of the last ", most, " layers alone; correct ", field,
+        message(targets.layers_field, " is ", most, ", and the adapter has modules of layers ", *first, " to ", *last,
+            ": MLX applies those of the last ", most, " layers alone; correct ", targets.layers_field,
             ", or take the modules of the others out of the file"),
         file);
 }
@@ -14003,7 +14056,10 @@ template <arithmetic_element T = float>
     if (*dialect == adapter_dialect::mlx) {
         std::vector<std::string> names;
         for (const auto& one : parts) { names.push_back(one.first); }
-        detail::check_mlx_layers(adapter.config, names, config_file);
+        for (const auto& key : detail::check_mlx_targets(adapter.config, names, config_file)) {
+            adapter.notes.push_back(message(adapter.label, " has no factors of '", key,
+                "', which lora_parameters.keys of its ", peft_config_name, " names: it does not change that"));
+        }
         const auto given = adapter.config.find("lora_parameters");
         const auto number = [&](const char* field) -> std::optional<double> {
             if (given == adapter.config.end() || !given->is_object()) { return std::nullopt; }
@@ -17723,8 +17779,10 @@ private:
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -18056,6 +18114,80 @@ void split_experts(adapter_contents<T>& adapter, const const_model_ref& base)
         }
     }
     adapter.modules = std::move(split);
+}
+
+/// What MLX's configuration says (num_layers, lora_parameters.keys), against the base of an adapter of it, as matched.
+/// Does nothing for other dialects. Throws format_error for more layers than the base has, modules of layers that MLX
+/// would leave out, and names of modules that the base has there and the adapter nothing of. `label` names the base in
+/// messages; `counted` are the layers that its configuration counts, where it does: files may hold more behind them,
+/// which predict further tokens.
+template <arithmetic_element T>
+void check_mlx_base(const adapter_contents<T>& adapter, const const_model_ref& base, const module_match& match,
+    std::string_view label = "the base", std::optional<std::int64_t> counted = std::nullopt)
+{
+    if (adapter.dialect != adapter_dialect::mlx) { return; }
+    constexpr std::string_view suffix = ".weight";
+    const std::string file = (adapter.file.parent_path() / peft_config_name).string();
+    const detail::mlx_targets targets(adapter.config, file);
+    std::map<std::string, std::int64_t, std::less<>> layers; // by list
+    std::int64_t most = 0;
+    for (const auto& [name, tensor] : base) {
+        const auto place = detail::place_in_layers(name);
+        if (!place.number) { continue; }
+        auto& count = layers[std::string(place.list)];
+        count = std::max(count, *place.number + 1);
+    }
+    for (auto& one : layers) {
+        if (counted && *counted > 0) { one.second = std::min(one.second, *counted); }
+        most = std::max(most, one.second);
+    }
+    std::set<std::string, std::less<>> used; // lists
+    std::vector<std::string> modules; // as the base calls them
+    for (const auto& [module, tensor] : match.tensors) {
+        modules.push_back(tensor.substr(0, tensor.size() - suffix.size()));
+        const auto place = detail::place_in_layers(modules.back());
+        if (!place.number) { continue; }
+        used.emplace(place.list);
+        const auto count = layers.find(place.list)->second;
+        if (!targets.layers || *targets.layers > count || *place.number >= count - *targets.layers) { continue; }
+        raise<format_error>(error_code::adapter_config,
+            message(targets.layers_field, " is ", *targets.layers, ", and the adapter has factors of '", module,
+                "': MLX applies those of the last ", *targets.layers, " of the ", count, " layers of ", label,
+                " alone; correct ", targets.layers_field, ", or use the base that it was trained on"),
+            file);
+    }
+    if (!used.empty()) {
+        most = 0;
+        for (const auto& list : used) { most = std::max(most, layers.find(list)->second); }
+    }
+    if (targets.layers && most > 0 && *targets.layers > most) {
+        raise<format_error>(error_code::adapter_config,
+            message(targets.layers_field, " is ", *targets.layers, ", and ", label, " has ", most,
+                " layers: use the base that it was trained on, or correct ", targets.layers_field, " (-1 is all)"),
+            file);
+    }
+    if (!targets.keys) { return; }
+    for (const auto& key : *targets.keys) {
+        const auto named = [&](const std::string& module) { return detail::mlx_targets::names(key, module); };
+        if (std::any_of(modules.begin(), modules.end(), named)) { continue; }
+        if (std::any_of(
+                match.tensors.begin(), match.tensors.end(), [&](const auto& one) { return named(one.first); })) {
+            continue;
+        }
+        for (const auto& [name, tensor] : base) {
+            if (!name.ends_with(suffix)) { continue; }
+            const auto module = name.substr(0, name.size() - suffix.size());
+            const auto place = detail::place_in_layers(module);
+            const bool other_list = place.number && !used.empty() && !used.contains(place.list);
+            const bool early =
+                place.number && targets.layers && *place.number < layers.find(place.list)->second - *targets.layers;
+            if (!named(module) || ((other_list || early) && key != module)) { continue; }
+            raise<format_error>(error_code::adapter_config,
+                message("lora_parameters.keys names '", key, "', which ", label, " has as '", module,
+                    "', and the adapter has no factors of any: fetch or save it anew, or take the name out of keys"),
+                file);
+        }
+    }
 }
 
 namespace detail {

@@ -368,6 +368,87 @@ TEST_CASE("MLX's embeddings are PEFT's, its layers and ranks are looked at, and 
     no("updates of experts");
 }
 
+TEST_CASE("what MLX's configuration says of layers and keys is held against the file and the base")
+{
+    const scratch folder;
+    values_model base, tensors;
+    for (unsigned layer = 0; layer < 4; ++layer) {
+        const auto name = "model.layers." + std::to_string(layer) + ".";
+        base[name + "q.weight"] = random_tensor({5, 6}, layer);
+        base[name + "v.weight"] = random_tensor({5, 6}, 10 + layer);
+        if (layer < 2) { continue; }
+        tensors[name + "q.lora_a"] = random_tensor({6, 2}, 20 + layer);
+        tensors[name + "q.lora_b"] = random_tensor({2, 5}, 30 + layer);
+    }
+    write_values(folder / "base.safetensors", base);
+    std::filesystem::create_directories(folder / "mlx");
+    write_values(folder / "mlx/adapters.safetensors", tensors);
+    const auto configured = [&](const std::string& layers, const std::string& keys) {
+        write_text(folder / "mlx/adapter_config.json",
+            "{\"num_layers\": " + layers + ", \"lora_parameters\": {\"rank\": 2, \"scale\": 3.0" + keys + "}}");
+    };
+    const auto no = [&](const std::string& words) {
+        refused(
+            folder, {"fuse", "--base", "base.safetensors", "--adapter", "mlx", "--out", "no.safetensors"}, 1, words);
+        refused(folder,
+            {"merge", "--method", "task-arithmetic", "--base", "base.safetensors", "--task-adapter", "mlx", "--out",
+                "no.safetensors"},
+            1, words);
+    };
+    for (const std::string layers : {"2", "3", "4", "-1"}) {
+        for (const std::string keys : {"", R"(, "keys": null)", R"(, "keys": ["q"])"}) {
+            configured(layers, keys);
+            const auto fused = fused_model(folder, "mlx");
+            CHECK(fused.at("model.layers.1.q.weight").values == base.at("model.layers.1.q.weight").values);
+            const auto &a = tensors.at("model.layers.3.q.lora_a"), &b = tensors.at("model.layers.3.q.lora_b");
+            check_changed(
+                fused.at("model.layers.3.q.weight"), base.at("model.layers.3.q.weight"), [&](std::size_t index) {
+                    return 3
+                        * (entry(a, index % 6, 0) * entry(b, 0, index / 6)
+                            + entry(a, index % 6, 1) * entry(b, 1, index / 6));
+                });
+        }
+    }
+    configured("5", "");
+    no("num_layers is 5, and 'base.safetensors' has 4 layers");
+    configured("2", R"(, "keys": ["v"])");
+    no("lora_parameters.keys does not name 'q', and the adapter has factors of 'model.layers.2.q'");
+    configured("2", R"(, "keys": "q")");
+    no("lora_parameters.keys is \"q\"; expected a list of names");
+    configured("2", R"(, "keys": ["q", "v"])");
+    const auto lacking =
+        run(folder, {"fuse", "--base", "base.safetensors", "--adapter", "mlx", "--out", "no.safetensors"});
+    CHECK(lacking.code == 1);
+    CHECK(lacking.err.find("lora_parameters.keys names 'v', which 'base.safetensors' has as 'model.layers.2.v'")
+        != std::string::npos);
+    // A name that the base does not have where MLX looks says nothing; without a base it is noted.
+    configured("2", R"(, "keys": ["q", "mlp.experts"])");
+    CHECK(fused_model(folder, "mlx").size() == 8);
+    const auto noted = must_run(folder, {"convert", "mlx", "--as", "peft", "--out", "peft"});
+    CHECK(noted.err.find("has no factors of 'mlp.experts'") != std::string::npos);
+    // The file alone cannot tell that its layers are not the last ones; the base can.
+    values_model early;
+    for (const auto& [name, tensor] : tensors) {
+        auto other = name;
+        other[13] = name[13] == '2' ? '0' : '1';
+        early[other] = tensor;
+    }
+    write_values(folder / "mlx/adapters.safetensors", early);
+    configured("2", "");
+    must_run(folder, {"convert", "mlx", "--as", "peft", "--out", "peft"});
+    no("num_layers is 2, and the adapter has factors of 'model.layers.0.q': MLX applies those of the last 2 of the 4 "
+       "layers");
+    // Of the layers in a file the configuration counts those that are the model's.
+    std::filesystem::create_directories(folder / "base");
+    write_values(folder / "base/model.safetensors", base);
+    const auto fuse = [&](const std::string& counted) {
+        write_text(folder / "base/config.json", "{\"model_type\": \"llama\", \"num_hidden_layers\": " + counted + "}");
+        return run(folder, {"fuse", "--base", "base", "--adapter", "mlx", "--out", "fused"}).code;
+    };
+    CHECK(fuse("2") == 0);
+    CHECK(fuse("3") == 1);
+}
+
 TEST_CASE("experts that PEFT adapts as one parameter are folded, however the base stores them")
 {
     const scratch folder;

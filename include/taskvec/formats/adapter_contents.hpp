@@ -117,6 +117,7 @@ inline constexpr std::array<kohya_component, 8> kohya_components{{{"lora_unet_",
 struct layer_place {
     std::optional<std::int64_t> number{}; ///< nothing: it is in no layer
     std::string_view within{}; ///< its name there
+    std::string_view list{}; ///< what the list is called: "model.layers"; empty: it is in no layer
 };
 [[nodiscard]] inline layer_place place_in_layers(std::string_view module)
 {
@@ -126,14 +127,14 @@ struct layer_place {
         : dotted != module.npos              ? dotted + list.size() + 1
                                              : module.npos;
     const auto dot = at == module.npos ? module.npos : module.find('.', at);
-    if (dot == module.npos) { return {std::nullopt, module}; }
+    if (dot == module.npos) { return {std::nullopt, module, {}}; }
     std::int64_t number = 0;
     const auto digits = module.substr(at, dot - at);
     const auto [end, problem] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
     if (problem != std::errc() || end != digits.data() + digits.size() || number < 0) {
-        return {std::nullopt, module};
+        return {std::nullopt, module, {}};
     }
-    return {number, module.substr(dot + 1)};
+    return {number, module.substr(dot + 1), module.substr(0, at - 1)};
 }
 /// Whether MLX has an embedding under a module's name, whose factors lie entries×r and r×dimensions. No linear layer is
 /// called so.

@@ -10,8 +10,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -343,6 +345,80 @@ void split_experts(adapter_contents<T>& adapter, const const_model_ref& base)
         }
     }
     adapter.modules = std::move(split);
+}
+
+/// What MLX's configuration says (num_layers, lora_parameters.keys), against the base of an adapter of it, as matched.
+/// Does nothing for other dialects. Throws format_error for more layers than the base has, modules of layers that MLX
+/// would leave out, and names of modules that the base has there and the adapter nothing of. `label` names the base in
+/// messages; `counted` are the layers that its configuration counts, where it does: files may hold more behind them,
+/// which predict further tokens.
+template <arithmetic_element T>
+void check_mlx_base(const adapter_contents<T>& adapter, const const_model_ref& base, const module_match& match,
+    std::string_view label = "the base", std::optional<std::int64_t> counted = std::nullopt)
+{
+    if (adapter.dialect != adapter_dialect::mlx) { return; }
+    constexpr std::string_view suffix = ".weight";
+    const std::string file = (adapter.file.parent_path() / peft_config_name).string();
+    const detail::mlx_targets targets(adapter.config, file);
+    std::map<std::string, std::int64_t, std::less<>> layers; // by list
+    std::int64_t most = 0;
+    for (const auto& [name, tensor] : base) {
+        const auto place = detail::place_in_layers(name);
+        if (!place.number) { continue; }
+        auto& count = layers[std::string(place.list)];
+        count = std::max(count, *place.number + 1);
+    }
+    for (auto& one : layers) {
+        if (counted && *counted > 0) { one.second = std::min(one.second, *counted); }
+        most = std::max(most, one.second);
+    }
+    std::set<std::string, std::less<>> used; // lists
+    std::vector<std::string> modules; // as the base calls them
+    for (const auto& [module, tensor] : match.tensors) {
+        modules.push_back(tensor.substr(0, tensor.size() - suffix.size()));
+        const auto place = detail::place_in_layers(modules.back());
+        if (!place.number) { continue; }
+        used.emplace(place.list);
+        const auto count = layers.find(place.list)->second;
+        if (!targets.layers || *targets.layers > count || *place.number >= count - *targets.layers) { continue; }
+        raise<format_error>(error_code::adapter_config,
+            message(targets.layers_field, " is ", *targets.layers, ", and the adapter has factors of '", module,
+                "': MLX applies those of the last ", *targets.layers, " of the ", count, " layers of ", label,
+                " alone; correct ", targets.layers_field, ", or use the base that it was trained on"),
+            file);
+    }
+    if (!used.empty()) {
+        most = 0;
+        for (const auto& list : used) { most = std::max(most, layers.find(list)->second); }
+    }
+    if (targets.layers && most > 0 && *targets.layers > most) {
+        raise<format_error>(error_code::adapter_config,
+            message(targets.layers_field, " is ", *targets.layers, ", and ", label, " has ", most,
+                " layers: use the base that it was trained on, or correct ", targets.layers_field, " (-1 is all)"),
+            file);
+    }
+    if (!targets.keys) { return; }
+    for (const auto& key : *targets.keys) {
+        const auto named = [&](const std::string& module) { return detail::mlx_targets::names(key, module); };
+        if (std::any_of(modules.begin(), modules.end(), named)) { continue; }
+        if (std::any_of(
+                match.tensors.begin(), match.tensors.end(), [&](const auto& one) { return named(one.first); })) {
+            continue;
+        }
+        for (const auto& [name, tensor] : base) {
+            if (!name.ends_with(suffix)) { continue; }
+            const auto module = name.substr(0, name.size() - suffix.size());
+            const auto place = detail::place_in_layers(module);
+            const bool other_list = place.number && !used.empty() && !used.contains(place.list);
+            const bool early =
+                place.number && targets.layers && *place.number < layers.find(place.list)->second - *targets.layers;
+            if (!named(module) || ((other_list || early) && key != module)) { continue; }
+            raise<format_error>(error_code::adapter_config,
+                message("lora_parameters.keys names '", key, "', which ", label, " has as '", module,
+                    "', and the adapter has no factors of any: fetch or save it anew, or take the name out of keys"),
+                file);
+        }
+    }
 }
 
 namespace detail {
