@@ -170,21 +170,25 @@ inline constexpr const char* rest_file = "rest.delta.safetensors";
 struct adapter_output {
     taskvec::peft_writer& files;
     taskvec::delta_writer* rest;
+    std::vector<std::string> obsolete; ///< names of files of an earlier adapter that do not fit this one
     void commit() const
     {
         if (rest) { rest->commit(); }
-        files.commit(rest ? std::vector<std::string>() : std::vector<std::string>{rest_file});
+        files.commit(obsolete);
     }
 };
 
 /// Writes an adapter, with the words that were given in its configuration, and the report beside it: `content` and what
 /// the run took. Says `summary` once both are complete,
-/// before they take their names. `write_rest` makes the delta of a path, where one is wanted.
+/// before they take their names. `write_rest` makes the delta of a path, where one is wanted; `beside` are texts of
+/// files that go with the adapter, by name; `without` are names of files of an earlier one that go, unless they are
+/// among these.
 template <class T>
 void write_adapter(const adapter_settings& settings, const runner& run, report_file& report,
     taskvec::peft_adapter<T>& adapter, nlohmann::ordered_json content, std::uint64_t bytes_read,
     const std::string& summary,
-    const std::function<std::unique_ptr<taskvec::delta_writer>(const fs::path&)>& write_rest = {})
+    const std::function<std::unique_ptr<taskvec::delta_writer>(const fs::path&)>& write_rest = {},
+    const std::map<std::string, std::string>& beside = {}, const std::vector<std::string>& without = {})
 {
     if (!settings.words.base_name.empty()) { adapter.config["base_model_name_or_path"] = settings.words.base_name; }
     if (!settings.words.task_type.empty()) { adapter.config["task_type"] = settings.words.task_type; }
@@ -194,11 +198,23 @@ void write_adapter(const adapter_settings& settings, const runner& run, report_f
     taskvec::peft_writer out(
         settings.out, adapter, {.output = settings.output(), .on_overflow = overflow_of(settings.overflow)});
     const auto rest = write_rest ? write_rest(out.folder() / rest_file) : nullptr;
-    adapter_output files{out, rest.get()};
+    std::uint64_t bytes_beside = 0;
+    for (const auto& [name, text] : beside) {
+        taskvec::atomic_file file(out.folder() / name, text.size());
+        file.write(0, text.data(), text.size());
+        file.finish();
+        file.commit();
+        bytes_beside += text.size();
+    }
+    adapter_output files{out, rest.get(), {}};
+    if (!rest) { files.obsolete.emplace_back(rest_file); }
+    for (const auto& name : without) {
+        if (!beside.contains(name)) { files.obsolete.push_back(name); }
+    }
     content["output"] = settings.out;
     content["seconds"] = run.seconds();
     content["bytes_read"] = bytes_read;
-    content["bytes_written"] = out.file_size() + (rest ? rest->file_size() : 0);
+    content["bytes_written"] = out.file_size() + (rest ? rest->file_size() : 0) + bytes_beside;
     if (rest) { content["rest"] = {{"file", rest_file}, {"entries", rest->kept()}}; }
     if (settings.overflow == "saturate") { content["saturated"] = out.saturated(); }
     content["peak_memory"] = peak_memory();

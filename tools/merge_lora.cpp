@@ -29,7 +29,7 @@ struct merge_lora_settings : tool::adapter_settings {
     std::vector<std::string> adapters;
     tool::rank_settings rank;
     tool::option_values options; ///< of the method: lambda, density and what else TIES is told
-    std::string majority_sign = "total";
+    std::string majority_sign = "total", vocabulary = "error";
     bool randomized = false, any_base = false, match_prefixes = false, disjoint = false;
     std::uint64_t seed = 0;
 
@@ -90,6 +90,7 @@ public:
             bytes_ += tool::adapter_bytes(given.init);
         }
         line_up(given);
+        line_up_vocabularies(given);
         if (given.modules_to_save == "average" || given.modules_to_save == "first") {
             join_whole_modules(given.modules_to_save == "average", given);
         }
@@ -106,6 +107,10 @@ public:
     [[nodiscard]] const taskvec::lora_adapter<T>& initial() const { return initial_.updates; }
     [[nodiscard]] const std::vector<double>& weights() const { return weights_; }
     [[nodiscard]] std::uint64_t bytes() const { return bytes_; }
+    /// The tokenizer's files that go beside the result, by name: where rows of tokens were lined up by text.
+    [[nodiscard]] const std::map<std::string, std::string>& tokenizer() const { return tokenizer_; }
+    /// Whether rows of tokens were lined up.
+    [[nodiscard]] bool lined_up() const { return lined_up_; }
     [[nodiscard]] std::vector<std::string> labels() const
     {
         std::vector<std::string> labels;
@@ -192,6 +197,19 @@ private:
         }
         return result;
     }
+    /// What comes beside factors ("MODULE.base_layer.weight", "MODULE.weight", "MODULE.bias") as its module is called.
+    static std::map<std::string, taskvec::peft_tensor> with_modules_under_names(
+        std::map<std::string, taskvec::peft_tensor> tensors, const std::map<std::string, std::string>& names)
+    {
+        std::map<std::string, taskvec::peft_tensor> result;
+        for (auto& [name, tensor] : tensors) {
+            const auto at = name.ends_with(taskvec::peft_base_weight) ? name.size() - taskvec::peft_base_weight.size()
+                                                                      : std::min(name.rfind('.'), name.size());
+            const auto place = names.find(name.substr(0, at));
+            result.emplace(place == names.end() ? name : place->second + name.substr(at), std::move(tensor));
+        }
+        return result;
+    }
     /// Adapters that share no module are of different parts of a model, or call the same modules differently.
     void line_up(const merge_lora_settings& given)
     {
@@ -208,6 +226,7 @@ private:
                     taskvec::message(
                         "modules of ", label, ": ", match.words(), ", ", tool::counted(match.names.size(), "module")));
                 adapter.updates = under_names(std::move(adapter.updates), match.names);
+                adapter.others = with_modules_under_names(std::move(adapter.others), match.names);
                 adapter.stored = under_names(std::move(adapter.stored), match.names);
                 std::remove_cvref_t<decltype(adapter.embeddings)> embeddings;
                 for (const auto& name : adapter.embeddings) {
@@ -236,6 +255,230 @@ private:
             }
             add_modules(adapter, seen);
         }
+    }
+    /// An adapter whose factors, or whole tensors, have rows of tokens.
+    struct token_rows {
+        adapter_type* adapter;
+        tool::vocabulary_input input;
+        taskvec::const_model_ref shapes; ///< of its weights, without data
+        std::optional<std::int64_t> count; ///< of rows; nothing: its tensors do not agree
+    };
+    /// The weight that a tensor beside factors is, or is a copy of.
+    static std::string weight_of(const std::string& name)
+    {
+        if (!name.ends_with(taskvec::peft_base_weight)) { return name; }
+        return name.substr(0, name.size() - taskvec::peft_base_weight.size()) + ".weight";
+    }
+    /// Adapters that have something with a row for each token; each has then all that some have.
+    std::vector<token_rows> adapters_with_tokens(const merge_lora_settings& given)
+    {
+        std::vector<token_rows> members;
+        std::map<std::string, taskvec::extents> all; // what has rows of tokens
+        const auto add = [&](adapter_type& adapter, const tool::fs::path& path) {
+            token_rows member{&adapter, {path, tool::in_quotes(path), nullptr}, {}, {}};
+            bool any = false, same = true;
+            const auto insert = [&](const std::string& name, const taskvec::extents& shape) {
+                if (member.shapes.find(name)) { return; }
+                member.shapes.insert(name, {nullptr, taskvec::dtype::f32, shape, {}});
+                if (!tool::has_rows_of_tokens(name) || shape.empty()) { return; }
+                all.emplace(name, shape);
+                same = same && (!any || *member.count == shape[0]);
+                any = true;
+                member.count = shape[0];
+            };
+            for (const auto& [module, update] : adapter.updates) {
+                const bool embedding = adapter.embeddings.contains(module);
+                insert(module + ".weight",
+                    {static_cast<std::int64_t>(embedding ? update.in() : update.out()),
+                        static_cast<std::int64_t>(embedding ? update.out() : update.in())});
+            }
+            // The first one's are taken as they are, unless rows are asked to be lined up.
+            const bool as_they_are = given.modules_to_save == "first" && given.vocabulary == "error";
+            for (const auto& [name, tensor] : adapter.others) {
+                if (!as_they_are && tool::has_rows_of_tokens(weight_of(name))) {
+                    insert(weight_of(name), tensor.shape);
+                }
+            }
+            if (!any) { return; }
+            if (!same) { member.count.reset(); }
+            members.push_back(std::move(member));
+        };
+        if (given.in_phi()) { add(initial_, given.init); }
+        for (std::size_t i = 0; i < adapters_.size(); ++i) { add(adapters_[i], arguments_[i].path); }
+        for (auto& member : members) {
+            for (const auto& [name, shape] : all) {
+                if (member.shapes.find(name) || !member.count) { continue; }
+                auto own = shape;
+                own[0] = *member.count;
+                member.shapes.insert(name, {nullptr, taskvec::dtype::f32, own, {}});
+            }
+        }
+        for (auto& member : members) { member.input.model = &member.shapes; }
+        return members;
+    }
+    /// Lines the rows of tokens up as `merge` does those of models: of the factors of embeddings and heads, and of what
+    /// comes with them whole. An adapter changes nothing of tokens that it lacks.
+    void line_up_vocabularies(const merge_lora_settings& given)
+    {
+        auto members = adapters_with_tokens(given);
+        if (members.size() < 2) { return; }
+        std::vector<tool::vocabulary_input> inputs;
+        for (const auto& member : members) { inputs.push_back(member.input); }
+        const tool::lined_up_vocabulary lined(inputs, tool::vocabulary_policy_of(given.vocabulary), {}, given.run);
+        for (const auto& name : lined.tensors()) {
+            std::vector<rows_of_tokens> rows;
+            for (std::size_t m = 0; m < members.size(); ++m) {
+                rows.push_back(members[m].shapes.find(name) ? lined.rows_in(name, m) : rows_of_tokens());
+            }
+            line_up_factors(members, rows, name, given.in_phi());
+            std::set<std::string> whole; // the weight itself, or copies of it
+            for (const auto& member : members) {
+                for (const auto& other : member.adapter->others) {
+                    if (weight_of(other.first) == name) { whole.insert(other.first); }
+                }
+            }
+            for (const auto& tensor : whole) { line_up_whole(members, rows, tensor); }
+        }
+        lined_up_ = lined.changed();
+        if (!lined_up_) { return; }
+        const auto changed = lined.tokenizer_files(given.run);
+        for (const auto& file : tool::tokenizer_files_in(inputs.front().path)) {
+            const auto name = file.filename().string();
+            const auto place = changed.find(name);
+            if (place == changed.end()) { tokenizer_[name] = taskvec::read_text_file(file, std::size_t{4} << 30); }
+            else if (place->second) {
+                tokenizer_[name] = *place->second;
+            }
+        }
+    }
+    /// Which row of an adapter each row of the result is.
+    using rows_of_tokens = std::vector<std::optional<std::uint64_t>>;
+
+    static taskvec::matrix<T> turned_over(const taskvec::matrix<T>& x)
+    {
+        taskvec::matrix<T> y(x.cols(), x.rows(), taskvec::matrix_order::row_major);
+        for (std::size_t i = 0; i < x.rows(); ++i) {
+            for (std::size_t j = 0; j < x.cols(); ++j) { y(j, i) = x(i, j); }
+        }
+        return y;
+    }
+    /// The factor that has a row, or a column, for each token.
+    static void line_up_factors(
+        std::vector<token_rows>& members, const std::vector<rows_of_tokens>& rows, const std::string& name, bool in_phi)
+    {
+        const auto module = name.substr(0, name.rfind('.'));
+        std::vector<taskvec::matrix<T>> before(members.size()); // tokens×rank
+        for (std::size_t m = 0; m < members.size(); ++m) {
+            const auto place = members[m].adapter->updates.find(module);
+            if (place == members[m].adapter->updates.end() || name != module + ".weight") { continue; }
+            const bool embedding = members[m].adapter->embeddings.contains(module);
+            before[m] = embedding ? turned_over(place->second.a) : place->second.b;
+        }
+        for (std::size_t m = 0; m < members.size(); ++m) {
+            if (before[m].empty()) { continue; }
+            const std::size_t rank = before[m].cols();
+            taskvec::matrix<T> after(rows[m].size(), rank, taskvec::matrix_order::row_major); // zeros
+            for (std::size_t i = 0; i < rows[m].size(); ++i) {
+                // In phi space a row that is lacking is the initialisation's.
+                const auto sources = sources_of(rows, m, i,
+                    [&](std::size_t other) { return other == m || (in_phi && before[other].cols() == rank); });
+                for (const auto& one : sources) {
+                    const T* const row = &before[one.adapter](static_cast<std::size_t>(one.row), 0);
+                    for (std::size_t k = 0; k < rank; ++k) {
+                        after(i, k) = sources.size() == 1 ? row[k] : after(i, k) + static_cast<T>(one.share) * row[k];
+                    }
+                }
+            }
+            auto& update = members[m].adapter->updates.at(module);
+            if (members[m].adapter->embeddings.contains(module)) { update.a = turned_over(after); }
+            else {
+                update.b = std::move(after);
+            }
+        }
+    }
+    struct row_source {
+        std::size_t adapter;
+        std::uint64_t row;
+        double share;
+    };
+    /// What stands for row i of the result in adapter m: its own row; where it has none the first one's, or, where that
+    /// has none, the mean of those that have it.
+    template <class May>
+    static std::vector<row_source> sources_of(
+        const std::vector<rows_of_tokens>& rows, std::size_t m, std::size_t i, const May& may)
+    {
+        const auto has = [&](std::size_t other) { return may(other) && i < rows[other].size() && rows[other][i]; };
+        for (const auto one : {m, std::size_t{0}}) {
+            if (has(one)) { return {{one, *rows[one][i], 1}}; }
+        }
+        std::vector<row_source> sources;
+        for (std::size_t other = 1; other < rows.size(); ++other) {
+            if (has(other)) { sources.push_back({other, *rows[other][i], 1}); }
+        }
+        for (auto& one : sources) { one.share /= static_cast<double>(sources.size()); }
+        return sources;
+    }
+    /// A tensor that some adapters carry whole.
+    static void line_up_whole(
+        std::vector<token_rows>& members, const std::vector<rows_of_tokens>& rows, const std::string& name)
+    {
+        std::vector<const taskvec::peft_tensor*> before(members.size(), nullptr);
+        std::vector<taskvec::peft_tensor> after(members.size());
+        for (std::size_t m = 0; m < members.size(); ++m) {
+            const auto place = members[m].adapter->others.find(name);
+            if (place != members[m].adapter->others.end()) { before[m] = &place->second; }
+        }
+        for (std::size_t m = 0; m < members.size(); ++m) {
+            if (!before[m]) { continue; }
+            after[m] = {before[m]->dtype, before[m]->shape, {}};
+            after[m].shape[0] = static_cast<std::int64_t>(rows[m].size());
+            const std::size_t columns = taskvec::element_count(before[m]->shape)
+                / static_cast<std::size_t>(std::max<std::int64_t>(before[m]->shape[0], 1));
+            taskvec::visit_storage(before[m]->dtype, name, [&]<class S>(std::type_identity<S>) {
+                after[m].bytes.resize(rows[m].size() * columns * sizeof(S));
+                for (std::size_t i = 0; i < rows[m].size(); ++i) {
+                    const auto sources =
+                        sources_of(rows, m, i, [&](std::size_t other) { return before[other] != nullptr; });
+                    if (sources.empty()) { refuse_lacking_rows(name, i, members[m].adapter->label); }
+                    const auto& from = *before[sources[0].adapter];
+                    if (sources.size() == 1 && from.dtype == before[m]->dtype) {
+                        std::memcpy(after[m].bytes.data() + i * columns * sizeof(S),
+                            from.bytes.data() + static_cast<std::size_t>(sources[0].row) * columns * sizeof(S),
+                            columns * sizeof(S));
+                        continue;
+                    }
+                    std::vector<double> sum(columns);
+                    for (const auto& one : sources) {
+                        add_row(*before[one.adapter], name, one.row * columns, one.share, sum);
+                    }
+                    for (std::size_t k = 0; k < columns; ++k) {
+                        const S value = taskvec::narrow<S>(static_cast<taskvec::arithmetic_type<S>>(sum[k]));
+                        std::memcpy(after[m].bytes.data() + (i * columns + k) * sizeof(S), &value, sizeof(S));
+                    }
+                }
+            });
+        }
+        for (std::size_t m = 0; m < members.size(); ++m) {
+            if (before[m]) { members[m].adapter->others.at(name) = std::move(after[m]); }
+        }
+    }
+    static void add_row(const taskvec::peft_tensor& from, const std::string& name, std::uint64_t first, double share,
+        std::vector<double>& sum)
+    {
+        taskvec::visit_storage(from.dtype, name, [&]<class S>(std::type_identity<S>) {
+            for (std::size_t k = 0; k < sum.size(); ++k) {
+                S value;
+                std::memcpy(&value, from.bytes.data() + (static_cast<std::size_t>(first) + k) * sizeof(S), sizeof(S));
+                sum[k] += share * static_cast<double>(taskvec::widen<taskvec::arithmetic_type<S>>(value));
+            }
+        });
+    }
+    [[noreturn]] static void refuse_lacking_rows(const std::string& name, std::size_t row, const std::string& label)
+    {
+        taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::adapter_shape,
+            taskvec::message("tensor '", name, "' of '", label, "' has no row for token ", row,
+                " of the result, nor has another adapter's: use another rule (--vocabulary base or truncate), or leave "
+                "whole tensors out (--modules-to-save drop)"));
     }
     static void check_together(const adapter_type& first, const adapter_type& other, bool any_base)
     {
@@ -294,11 +537,6 @@ private:
         std::vector<double> sum(taskvec::element_count(joined.shape));
         for (const auto i : owners) {
             const auto& tensor = adapters_[i].others.at(name);
-            if (tensor.shape != joined.shape && tool::has_rows_of_tokens(name)
-                && tool::same_but_tokens(name, tensor.shape, joined.shape)) {
-                refuse_vocabularies("tensor '" + name + "'", static_cast<std::uint64_t>(tensor.shape[0]),
-                    static_cast<std::uint64_t>(joined.shape[0]), adapters_[i].label, label);
-            }
             if (tensor.shape != joined.shape) {
                 taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::tensor_shape,
                     taskvec::message("tensor '", name, "' has shape ", taskvec::to_string(tensor.shape), " in '",
@@ -344,27 +582,12 @@ private:
             const bool copy = name.ends_with(taskvec::peft_base_weight);
             const auto place = other.others.find(name);
             if (place == other.others.end() ? copy : place->second == tensor) { continue; }
-            if (place != other.others.end() && place->second.shape != tensor.shape && tool::has_rows_of_tokens(name)
-                && tool::same_but_tokens(name, place->second.shape, tensor.shape)) {
-                refuse_vocabularies("tensor '" + name + "'", static_cast<std::uint64_t>(tensor.shape[0]),
-                    static_cast<std::uint64_t>(place->second.shape[0]), first.label, other.label);
-            }
             if (copy) { fail("carry different base weights '", name, "': they are adapters of different bases"); }
             fail("carry different tensors beside their factors ('", name,
                 "' among them), which no merge of low-rank updates joins: choose what becomes of them "
                 "(--modules-to-save "
                 "average, first or drop), or remove them");
         }
-    }
-    [[noreturn]] static void refuse_vocabularies(const std::string& what, std::uint64_t rows, std::uint64_t other_rows,
-        const std::string& label, const std::string& other_label)
-    {
-        taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::adapter_shape,
-            taskvec::message(what, " has ", rows, " rows of tokens in '", label, "' but ", other_rows, " in '",
-                other_label,
-                "': their vocabularies differ. Fold each into its base (taskvec fuse), and merge the models with a "
-                "rule "
-                "for such rows (taskvec merge --vocabulary)"));
     }
     void check_shapes() const
     {
@@ -373,14 +596,6 @@ private:
             for (const auto& [name, update] : adapter.updates) {
                 const auto [place, fresh] = seen.emplace(name, &adapter);
                 const auto& earlier = place->second->updates.at(name);
-                const bool embedding = adapter.embeddings.contains(name);
-                const auto rows_of = [&](const auto& one) { return embedding ? one.in() : one.out(); };
-                const auto width_of = [&](const auto& one) { return embedding ? one.out() : one.in(); };
-                if (!fresh && rows_of(earlier) != rows_of(update) && width_of(earlier) == width_of(update)
-                    && tool::has_rows_of_tokens(name + ".weight")) {
-                    refuse_vocabularies(taskvec::message("module '", name, "'"), rows_of(update), rows_of(earlier),
-                        adapter.label, place->second->label);
-                }
                 if (!fresh && (earlier.out() != update.out() || earlier.in() != update.in())) {
                     taskvec::raise<taskvec::shape_mismatch>(taskvec::error_code::adapter_shape,
                         taskvec::message("module '", name, "' is ", update.out(), "×", update.in(), " in '",
@@ -396,6 +611,8 @@ private:
     std::vector<taskvec::lora_adapter<T>> updates_;
     std::vector<double> weights_;
     adapter_type initial_;
+    std::map<std::string, std::string> tokenizer_;
+    bool lined_up_ = false;
     std::uint64_t bytes_ = 0;
 };
 
@@ -442,6 +659,7 @@ void merge_as(const merge_lora_settings& given, const std::vector<tool::task_arg
     std::string summary =
         tool::counted(arguments.size(), "adapter") + " by " + given.method + (given.in_phi() ? " in phi space" : "");
 
+    if (given.vocabulary != "error") { content["vocabulary"] = given.vocabulary; }
     const auto combination = given.combination();
     using way = tool::decompose::way;
     const tool::decompose decompose{given.run.dry_run ? way::not_at_all
@@ -504,8 +722,12 @@ void merge_as(const merge_lora_settings& given, const std::vector<tool::task_arg
         tool::print("would merge " + summary + " into '" + tool::printable(given.out) + "'\n");
         return;
     }
+    std::vector<std::string> without; // a tokenizer of other rows
+    for (const auto& file : from.lined_up() ? tool::tokenizer_files_in(given.out) : std::vector<tool::fs::path>()) {
+        without.push_back(file.filename().string());
+    }
     tool::write_adapter(given, run, report, adapter, std::move(content), from.bytes(),
-        "merged " + summary + " into '" + tool::printable(given.out) + "'");
+        "merged " + summary + " into '" + tool::printable(given.out) + "'", {}, from.tokenizer(), without);
 }
 
 /// The methods that have options of their own. Ranks are the verb's, weights come with the adapters.
@@ -645,6 +867,7 @@ const tool::register_verb merge_lora_verb(80, "merge-lora",
             "Merge adapters that share no module, being of different parts of a model: the result has the modules of "
             "all");
         tool::add_modules_to_save(verb, *given);
+        tool::add_vocabulary_option(verb, given->vocabulary);
         tool::add_adapter_options(verb, *given, "the adapters'");
         verb.footer("Methods:\n"
                     "  linear           sum of weight times update; exact, of the sum of the ranks, unless --rank "

@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <mutex>
 #include <set>
@@ -27,6 +28,9 @@ using json = nlohmann::ordered_json;
 using large_json = nlohmann::json;
 
 constexpr const char* tokenizer_name = "tokenizer.json";
+/// What transformers' tokenizers without tokenizer.json read.
+constexpr std::array slow_tokenizer_names{"vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "tokenizer.tiktoken"};
 
 [[noreturn, gnu::cold]] void refuse_tokenizer(const fs::path& file, const std::string& what)
 {
@@ -329,6 +333,21 @@ bool same_but_tokens(std::string_view name, const taskvec::extents& a, const tas
     if (a == b) { return true; }
     return !a.empty() && a.size() == b.size() && std::equal(a.begin() + 1, a.end(), b.begin() + 1)
         && has_rows_of_tokens(name);
+}
+
+std::vector<fs::path> tokenizer_files_in(const fs::path& directory)
+{
+    std::vector<fs::path> files;
+    const auto add = [&](const char* name) {
+        std::error_code ignored;
+        if (fs::is_regular_file(directory / name, ignored)) { files.push_back(directory / name); }
+    };
+    for (const char* name : {tokenizer_name, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+             "chat_template.jinja"}) {
+        add(name);
+    }
+    for (const char* name : slow_tokenizer_names) { add(name); }
+    return files;
 }
 
 const std::string* token_table::text(std::uint64_t id) const
@@ -712,8 +731,20 @@ void lined_up_vocabulary::line_up(const std::vector<vocabulary_input>& inputs, c
         for (const auto& [other, tensor] : models_[m]) { others.insert(other, other == name ? changed : tensor); }
         models_[m] = std::move(others);
     }
-    if (any) { tensors_.push_back(name); }
+    if (any) {
+        tensors_.push_back(name);
+        counts_[name] = rows;
+    }
     changed_ = changed_ || any;
+}
+
+std::vector<std::optional<std::uint64_t>> lined_up_vocabulary::rows_in(const std::string& name, std::size_t m) const
+{
+    const auto& counts = counts_.at(name);
+    std::vector<std::optional<std::uint64_t>> rows;
+    const auto total = rows_of_result(counts);
+    for (std::uint64_t row = 0; row < total; ++row) { rows.push_back(row_in(m, row, counts)); }
+    return rows;
 }
 
 void lined_up_vocabulary::say(const std::vector<vocabulary_input>& inputs, const run_options& run) const
@@ -992,8 +1023,7 @@ std::map<std::string, std::optional<std::string>> lined_up_vocabulary::tokenizer
     for (const auto& key : dropped) { note(run, "the tokenizer's " + key + " is left out: its token is no more"); }
     if (model_changes) {
         std::string gone;
-        for (const char* name : {"vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-                 "sentencepiece.bpe.model", "tokenizer.tiktoken"}) {
+        for (const char* name : slow_tokenizer_names) {
             std::error_code ignored;
             if (!fs::exists(folder / name, ignored)) { continue; }
             files[name] = std::nullopt;

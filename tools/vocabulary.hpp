@@ -45,6 +45,9 @@ struct added_token {
     std::uint32_t id = 0;
     bool single_word = false, lstrip = false, rstrip = false, normalized = false, special = false;
 };
+/// The files of a tokenizer that are in a model's or an adapter's directory.
+[[nodiscard]] std::vector<fs::path> tokenizer_files_in(const fs::path& directory);
+
 /// What tokenizer.json says of ids.
 struct token_table {
     std::map<std::string, std::uint32_t, std::less<>> ids; ///< of the model's vocabulary and of added tokens
@@ -116,6 +119,10 @@ public:
     /// Names of tensors whose rows were lined up.
     [[nodiscard]] const std::vector<std::string>& tensors() const { return tensors_; }
 
+    /// For each row of the result's tensor of this name, which row of input m it is; nothing where that has none.
+    /// `name` is one of tensors(), and input m has it.
+    [[nodiscard]] std::vector<std::optional<std::uint64_t>> rows_in(const std::string& name, std::size_t m) const;
+
     /// The tokenizer files of the first model's directory that differ for the result, by name: new contents, or nothing
     /// where a file cannot be kept. Empty where the tokenizer stays.
     [[nodiscard]] std::map<std::string, std::optional<std::string>> tokenizer_files(const run_options& run) const;
@@ -165,6 +172,7 @@ private:
     std::uint64_t cut_ = 0; ///< `truncate`: tokens from here on are left out; 0: none
     bool changed_ = false, tokens_differ_ = false;
     std::map<row_counts, std::vector<std::vector<taskvec::row_run>>> runs_; ///< by rows, for each model
+    std::map<std::string, row_counts> counts_; ///< of tensors_, before
 };
 
 } // namespace tool

@@ -949,12 +949,195 @@ TEST_CASE("merge-lora names the rule for vocabularies that differ")
     };
     write("a", 12, true);
     write("b", 14, true);
-    refused(folder, merge_two, 1, "module 'model.embed_tokens' has 14 rows of tokens in 'b' but 12 in 'a'");
-    refused(folder, merge_two, 1, "--vocabulary");
+    refused(folder, merge_two, 1, "tensor 'model.embed_tokens.weight' has 14 rows in 'b' and 12 in 'a'");
+    refused(folder, merge_two, 1, "--vocabulary base, union or truncate lines the rows up");
     write("a", 12, false);
     write("b", 14, false);
     for (const std::string how : {"equal", "average"}) {
         refused(folder, with(merge_two, {"--modules-to-save", how}), 1, "--vocabulary");
+    }
+}
+
+TEST_CASE("merge-lora lines up the rows of tokens of factors and of what comes with them whole")
+{
+    const scratch folder;
+    using words = std::vector<std::string>;
+    constexpr std::size_t width = 3;
+    // Every number tells the token that it is of, the adapter and the column: a row of factors is known anywhere.
+    const auto value = [](const std::string& token, double adapter, std::size_t column) {
+        double sum = 0;
+        for (const char c : token) { sum = 2 * sum + c; }
+        return static_cast<float>(sum / 64 + 10 * adapter + static_cast<double>(column) / 4);
+    };
+    const auto directory = [&](const std::string& name, double number, std::size_t rank, const words& tokens,
+                               bool tokenizer, bool whole = false) {
+        adapter made;
+        made.config["task_type"] = "CAUSAL_LM";
+        made.updates["model.layers.0.q"] = normal_update<float>(5, 4, rank, static_cast<std::uint64_t>(number));
+        auto embedding = normal_update<float>(width, tokens.size(), rank, 10 + static_cast<std::uint64_t>(number)),
+             head = normal_update<float>(tokens.size(), width, rank, 20 + static_cast<std::uint64_t>(number));
+        taskvec::peft_tensor saved{taskvec::dtype::f32, {static_cast<std::int64_t>(tokens.size()), 2}, {}},
+            copy = saved;
+        std::vector<float> own, base;
+        for (std::size_t i = 0; i < tokens.size(); ++i) {
+            for (std::size_t k = 0; k < rank; ++k) {
+                embedding.a(k, i) = value(tokens[i], number, k);
+                head.b(i, k) = value(tokens[i], number + 0.5, k);
+            }
+            for (std::size_t k = 0; k < 2; ++k) {
+                own.push_back(value(tokens[i], number + 0.25, k));
+                base.push_back(value(tokens[i], 0, k)); // of one base
+            }
+        }
+        saved.bytes.resize(4 * own.size());
+        std::memcpy(saved.bytes.data(), own.data(), saved.bytes.size());
+        copy.bytes.resize(4 * base.size());
+        std::memcpy(copy.bytes.data(), base.data(), copy.bytes.size());
+        made.updates["model.embed_tokens"] = std::move(embedding);
+        made.embeddings.insert("model.embed_tokens");
+        if (whole) {
+            made.config["modules_to_save"] = {"lm_head"};
+            made.others["lm_head.weight"] = saved;
+        }
+        else {
+            made.updates["lm_head"] = std::move(head);
+        }
+        std::filesystem::remove_all(folder / name);
+        taskvec::write_peft(folder / name, made);
+        if (!tokenizer) { return; }
+        nlohmann::json vocabulary = nlohmann::json::object();
+        for (std::size_t i = 0; i < tokens.size(); ++i) { vocabulary[tokens[i]] = i; }
+        spill(folder / name / "tokenizer.json",
+            nlohmann::json{{"added_tokens", nlohmann::json::array()},
+                {"model", {{"type", "WordLevel"}, {"vocab", vocabulary}, {"unk_token", "a"}}}}
+                .dump());
+        spill(folder / name / "tokenizer_config.json", R"({"model_max_length": 7})");
+    };
+    struct result {
+        std::map<std::string, plain_matrix> updates; ///< of the embedding as tokens×dimensions
+        values_model tensors;
+    };
+    const auto merged = [&](const words& more) {
+        const auto done =
+            run(folder, with({"merge-lora", "--adapter", "a=2", "--adapter", "b=-1", "--out", "out"}, more));
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        result made{dense_updates(folder / "out"), read_values(folder / "out" / weights_file)};
+        const auto &a = made.tensors.at("base_model.model.model.embed_tokens.lora_embedding_A"),
+                   &b = made.tensors.at("base_model.model.model.embed_tokens.lora_embedding_B");
+        const auto tokens = static_cast<std::size_t>(a.shape[1]), rank = static_cast<std::size_t>(a.shape[0]);
+        const auto config = config_of(folder / "out");
+        const double scaling = config["alpha_pattern"].value("model.embed_tokens", config["lora_alpha"].get<double>())
+            / static_cast<double>(rank);
+        auto& x = made.updates["model.embed_tokens"] = reference::zeros(tokens, width);
+        for (std::size_t i = 0; i < tokens; ++i) {
+            for (std::size_t j = 0; j < width; ++j) {
+                for (std::size_t k = 0; k < rank; ++k) {
+                    x[i][j] += scaling * a.values[k * tokens + i] * b.values[j * rank + k];
+                }
+            }
+        }
+        return made;
+    };
+    /// Σ weight·ΔW over the tokens of the result, each adapter's row where it has the token.
+    const auto expected = [&](const std::string& module, const words& result_tokens, const words& of_a,
+                              const words& of_b) {
+        auto sum = reference::zeros(result_tokens.size(), width);
+        for (const bool second : {false, true}) {
+            const auto& tokens = second ? of_b : of_a;
+            const std::size_t rank = second ? 3 : 2;
+            const auto made = read_values(folder / (second ? "b" : "a") / weights_file);
+            const bool head = module == "lm_head";
+            const auto& other =
+                made.at("base_model.model." + module + (head ? ".lora_A.weight" : ".lora_embedding_B")); // r×in, out×r
+            for (std::size_t i = 0; i < result_tokens.size(); ++i) {
+                if (std::find(tokens.begin(), tokens.end(), result_tokens[i]) == tokens.end()) { continue; }
+                for (std::size_t j = 0; j < width; ++j) {
+                    for (std::size_t k = 0; k < rank; ++k) {
+                        sum[i][j] += (second ? -1.0 : 2.0)
+                            * double{value(result_tokens[i], (second ? 2 : 1) + (head ? 0.5 : 0), k)}
+                            * double{other.values[head ? k * width + j : j * rank + k]};
+                    }
+                }
+            }
+        }
+        return sum;
+    };
+    const auto agree = [&](const result& made, const words& tokens, const words& of_a, const words& of_b) {
+        for (const std::string module : {"model.embed_tokens", "lm_head"}) {
+            CAPTURE(module);
+            const auto sum = expected(module, tokens, of_a, of_b);
+            REQUIRE(made.updates.at(module).size() == tokens.size());
+            CHECK(reference::distance(made.updates.at(module), sum) <= 1e-5 * reference::norm(sum));
+        }
+    };
+    const words of_a{"a", "b", "c", "d"}, of_b{"d", "x", "a", "b", "y"};
+    directory("a", 1, 2, of_a, true);
+    directory("b", 2, 3, of_b, true);
+    refused(folder, merge_two, 1, "--vocabulary base, union or truncate");
+    agree(merged({"--vocabulary", "base"}), of_a, of_a, of_b);
+    CHECK(slurp(folder / "out/tokenizer.json") == slurp(folder / "a/tokenizer.json"));
+    CHECK(slurp(folder / "out/tokenizer_config.json") == slurp(folder / "a/tokenizer_config.json"));
+    agree(merged({"--vocabulary", "union"}), {"a", "b", "c", "d", "x", "y"}, of_a, of_b);
+    CHECK(json_of(folder / "out/tokenizer.json")["model"]["vocab"]
+        == nlohmann::json{{"a", 0}, {"b", 1}, {"c", 2}, {"d", 3}, {"x", 4}, {"y", 5}});
+    CHECK(json_of(folder / "out/tokenizer_config.json")["model_max_length"] == 7);
+    directory("a", 1, 2, {"a", "b", "d", "c"}, true);
+    agree(merged({"--vocabulary", "truncate"}), {"a", "b", "d"}, {"a", "b", "d", "c"}, of_b);
+    CHECK(json_of(folder / "out/tokenizer.json")["model"]["vocab"] == nlohmann::json{{"a", 0}, {"b", 1}, {"d", 2}});
+
+    // By index where one has no tokenizer, which is said.
+    directory("b", 2, 3, {"a", "b", "d", "c", "z"}, false);
+    const words by_index{"a", "b", "d", "c"}, longer{"a", "b", "d", "c", "z"};
+    agree(merged({"--vocabulary", "base"}), by_index, by_index, longer);
+    directory("a", 1, 2, by_index, false);
+    agree(merged({"--vocabulary", "union"}), longer, by_index, longer);
+    CHECK_FALSE(std::filesystem::exists(folder / "out/tokenizer.json"));
+    agree(merged({"--vocabulary", "truncate"}), by_index, by_index, longer);
+    const auto said = run(folder, with(merge_two, {"--vocabulary", "base"}));
+    CHECK(said.err.find("no tokenizer.json beside 'a', 'b': rows of the vocabulary are lined up by index")
+        != std::string::npos);
+
+    // What is saved whole has every row: that of another adapter stands for one that is lacking.
+    directory("a", 1, 2, of_a, true, true);
+    directory("b", 2, 3, of_b, true, true);
+    const auto rows = [&](const std::string& how, const std::string& vocabulary) {
+        const auto done = run(folder,
+            with({"merge-lora", "--adapter", "a=3", "--adapter", "b=1", "--out", "out"},
+                {"--modules-to-save", how, "--vocabulary", vocabulary}));
+        REQUIRE_MESSAGE(done.code == 0, done.err);
+        return read_values(folder / "out" / weights_file).at("base_model.model.lm_head.weight");
+    };
+    const words all{"a", "b", "c", "d", "x", "y"};
+    for (const bool mean : {false, true}) {
+        const auto found = rows(mean ? "average" : "first", "union");
+        REQUIRE(found.shape == taskvec::extents{6, 2});
+        for (std::size_t i = 0; i < all.size(); ++i) {
+            const bool in_a = i < 4, in_b = all[i] != "c";
+            for (std::size_t k = 0; k < 2; ++k) {
+                const double first = value(all[i], in_a ? 1.25 : 2.25, k),
+                             second = value(all[i], in_b ? 2.25 : 1.25, k);
+                CHECK(std::abs(found.values[2 * i + k] - (mean ? (3 * first + second) / 4 : first)) < 1e-5);
+            }
+        }
+    }
+    CHECK(rows("first", "base").shape == taskvec::extents{4, 2});
+
+    // Around an initialisation its vocabulary is the first, and a row that an adapter lacks is its own.
+    directory("init", 4, 2, of_a, true);
+    directory("a", 1, 2, of_a, true);
+    directory("b", 2, 2, of_b, true);
+    const auto phi = run(folder,
+        {"merge-lora", "--space", "phi", "--init", "init", "--method", "average", "--adapter", "a=1", "--adapter",
+            "b=1", "--out", "out", "--vocabulary", "union"});
+    REQUIRE_MESSAGE(phi.code == 0, phi.err);
+    const auto factors = read_values(folder / "out" / weights_file).at("base_model.model.lm_head.lora_B.weight");
+    REQUIRE(factors.shape == taskvec::extents{6, 2});
+    for (std::size_t i = 0; i < all.size(); ++i) {
+        const double first = i < 4 ? 1.5 : 2.5, second = all[i] == "c" ? 4.5 : 2.5;
+        for (std::size_t k = 0; k < 2; ++k) {
+            CHECK(
+                std::abs(factors.values[2 * i + k] - (value(all[i], first, k) + value(all[i], second, k)) / 2) < 1e-4);
+        }
     }
 }
 
