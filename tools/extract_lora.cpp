@@ -194,6 +194,18 @@ void extract_as(const extract_lora_settings& given, const taskvec::checkpoint& b
     }
 
     taskvec::peft_adapter<T> adapter;
+    const auto expert = std::find_if(found.adapter.begin(), found.adapter.end(), [](const auto& one) {
+        const auto at = one.first.find(".experts.");
+        return at != std::string::npos && at + 9 < one.first.size() && one.first[at + 9] >= '0'
+            && one.first[at + 9] <= '9';
+    });
+    if (expert != found.adapter.end()) {
+        tool::note(given.run,
+            "'" + expert->first
+                + "' is one of the experts that transformers 5 keeps as one parameter, where PEFT does not find it: "
+                  "fold "
+                  "the adapter by 'taskvec fuse', or leave experts out by --exclude '\\.experts\\.'");
+    }
     const auto names = names_of_modules(given, base);
     const auto& tie = names.tie;
     const auto embedded = found.adapter.find(tie.embedding);

@@ -466,6 +466,26 @@ TEST_CASE("extract-lora turns embeddings, and with --fan-in-fan-out all weights,
     }
 }
 
+TEST_CASE(
+    "extract-lora says where PEFT does not find the experts of a model, and that parameters of several are left out")
+{
+    const scratch folder;
+    const std::string name = "layers.0.mlp.experts.1.up_proj.weight", stack = "layers.1.mlp.experts.down_proj";
+    values_model base{{name, tensor(4, 5, 1)}, {stack, tensor(6, 4, 2)}},
+        task{{name, tensor(4, 5, 3)}, {stack, tensor(6, 4, 4)}};
+    base[stack].shape = task[stack].shape = {2, 3, 4};
+    write_values(folder / "base.safetensors", base);
+    write_values(folder / "task.safetensors", task);
+    const auto done = run(folder, with(extract, {"--rank", "2"}));
+    REQUIRE_MESSAGE(done.code == 0, done.err);
+    CHECK(done.err.find(
+              "'layers.0.mlp.experts.1.up_proj' is one of the experts that transformers 5 keeps as one parameter")
+        != std::string::npos);
+    CHECK(done.err.find("left out: '" + stack + "'") != std::string::npos);
+    CHECK(run(folder, {"fuse", "--base", "base.safetensors", "--adapter", "out", "--out", "fused.safetensors"}).code
+        == 0);
+}
+
 TEST_CASE("extract-lora refuses models that do not fit, ranks that no layer has, and models that do not differ")
 {
     const scratch folder;
