@@ -11258,6 +11258,31 @@ struct model_directory {
     return {std::move(map), std::move(contents.header), std::move(rows)};
 }
 
+/// Shards of the set that an index's shards belong to (by stem, count, and what stands after the numbers) that it does
+/// not name: `listed` has those that it does.
+[[nodiscard]] inline std::vector<std::string> shards_beside(
+    const std::filesystem::path& directory, const std::map<std::string_view, std::size_t>& listed)
+{
+    std::vector<std::string> found;
+    const std::string_view first = listed.empty() ? std::string_view() : listed.begin()->first;
+    for (const std::string_view ending : {".safetensors", ".bin"}) {
+        const auto set = parse_shard_name(first, ending);
+        if (!set) { continue; }
+        std::error_code ignored;
+        std::filesystem::directory_iterator it(directory, ignored);
+        for (const std::filesystem::directory_iterator end; !ignored && it != end; it.increment(ignored)) {
+            auto name = it->path().filename().string();
+            const auto parts = parse_shard_name(name, ending);
+            if (parts && parts->stem == set->stem && parts->rest == set->rest && parts->count == set->count
+                && !listed.contains(name)) {
+                found.push_back(std::move(name));
+            }
+        }
+    }
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
 /// The shards that an index names, beside it.
 [[nodiscard]] inline checkpoint open_indexed(
     const std::filesystem::path& path, const std::filesystem::path& index_path, index_check how)
@@ -11308,6 +11333,19 @@ struct model_directory {
             }
             notes.push_back(message("'", file.path().string(), "' ", what));
         }
+    }
+    for (const auto& shard : shards_beside(directory, expected)) {
+        const auto what = message("does not list the shard '", shard, "' of the same set, which lies beside it");
+        if (strict) {
+            raise<format_error>(error_code::file_tensors,
+                message(what,
+                    ": fetch the index again, or take its tensors too (index_check::lenient; the tool: "
+                    "--index lenient)"),
+                index_path.string());
+        }
+        notes.push_back(message("'", index_path.string(), "' ", what, ": its tensors are taken"));
+        files.push_back(open_weights(directory / shard, notes));
+        names.push_back(shard);
     }
     const auto take = [&](std::size_t f, const safetensors_entry& entry) {
         const auto place = index.find(entry.name);

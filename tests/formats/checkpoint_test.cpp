@@ -539,6 +539,28 @@ TEST_CASE("an index is strict, unless it is read leniently: then notes say what 
     CHECK(model.notes().size() == 4); // extra, b's second place, c, and the shard of d
 }
 
+TEST_CASE("a shard of the set that its index does not list")
+{
+    const scratch folder;
+    write_one(folder / "model-00001-of-00002.safetensors", {"a"});
+    write_one(folder / "model-00002-of-00002.safetensors", {"b", "c"});
+    spill(folder / "model.safetensors.index.json", R"({"weight_map": {"a": "model-00001-of-00002.safetensors"}})");
+    CHECK_THROWS_WITH_AS((void)open_model(folder.path()),
+        doctest::Contains("does not list the shard 'model-00002-of-00002.safetensors' of the same set"), format_error);
+    const auto model = open_model(folder.path(), index_check::lenient);
+    CHECK(model.model().size() == 3);
+    REQUIRE(model.notes().size() == 1);
+    CHECK(model.notes()[0].find("'model-00002-of-00002.safetensors'") != std::string::npos);
+    // Shards of other sets: another count, another variant, another generation, another name.
+    std::filesystem::rename(folder / "model-00002-of-00002.safetensors", folder / "model-00002-of-00003.safetensors");
+    CHECK(tensors(folder.path()) == 1);
+    for (const std::string other : {"model-00002-of-00002.fp16.safetensors", "model-00002-of-00002-2.safetensors",
+             "other-00002-of-00002.safetensors"}) {
+        write_one(folder / other, {"b"});
+        CHECK(tensors(folder.path()) == 1);
+    }
+}
+
 TEST_CASE("the only file of a directory is its model; deltas and adapters are none")
 {
     const scratch folder;
