@@ -9,6 +9,7 @@
 #include "words.hpp"
 
 #include <taskvec/formats/checkpoint.hpp>
+#include <taskvec/formats/file_kind.hpp>
 #include <taskvec/formats/fingerprint.hpp>
 
 #include <nlohmann/json.hpp>
@@ -20,6 +21,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <span>
 #include <string_view>
 
 namespace tool {
@@ -40,6 +42,16 @@ bool holds_files(const fs::path& path)
 {
     std::error_code ignored;
     return fs::is_directory(path, ignored);
+}
+
+/// Refuses to copy what stands for a file that was not fetched.
+void refuse_pointer(const fs::path& file, const std::string& text)
+{
+    if (!text.starts_with("version https://git-lfs")) { return; }
+    if (const auto kind = taskvec::what_is_this_file(std::as_bytes(std::span(text)))) {
+        taskvec::raise<taskvec::format_error>(taskvec::error_code::not_safetensors,
+            kind->sentence() + "; --no-copy writes the weights alone", file.string());
+    }
 }
 
 /// Whether a file of a model's directory is needed to load and use the model.
@@ -532,6 +544,7 @@ void add_model_files(model_output& out, const copy_request& copies, const run_op
                 continue;
             }
             const auto text = taskvec::read_text_file(file, std::size_t{4} << 30);
+            refuse_pointer(file, text);
             std::string updated;
             if (auto changed = with_template(name, file, text); changed != text) { updated = std::move(changed); }
             if (name == "config.json") {

@@ -209,6 +209,7 @@ void hear(const fs::path& file, token_events& events)
     const taskvec::mapped_file map(file);
     const auto bytes = map.bytes();
     const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    taskvec::refuse_other_kinds(text, file.string());
     (void)nlohmann::json::sax_parse(text.begin(), text.end(), &events);
 }
 

@@ -5,6 +5,7 @@
 #include <doctest/doctest.h>
 
 #include <string>
+#include <utility>
 
 using namespace taskvec;
 
@@ -33,6 +34,20 @@ TEST_CASE("what is not strict JSON is a format_error that says where")
         CHECK(failure.code() == error_code::json_syntax);
         CHECK(std::string(failure.what()).find_first_of("[]") == std::string::npos);
     }
+}
+
+TEST_CASE("what stands in place of JSON is called what it is")
+{
+    const std::string pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123456\n";
+    for (const auto& [text, words] : {std::pair<std::string, std::string>{pointer,
+                                          "is a Git LFS pointer, not the file that it stands for: fetch a "
+                                          "file of 123456 bytes, the real one"},
+             {"<!DOCTYPE html><html></html>", "is a page of HTML"}, {"  <html>", "is a page of HTML"},
+             {std::string("PK\x03\x04\0\0", 6), "zip archive"}, {"version 2", "invalid JSON at byte 0"}}) {
+        CHECK_THROWS_WITH_AS((void)parse_json(text, "config.json"), doctest::Contains(words.c_str()), format_error);
+    }
+    CHECK_THROWS_WITH_AS((void)parse_json(pointer, "model.safetensors", 8), // within another file
+        doctest::Contains("invalid JSON at byte 8"), format_error);
 }
 
 TEST_CASE("a key that occurs twice is refused at any depth")

@@ -100,6 +100,25 @@ TEST_CASE("the card of large models has sketches, which take no second read of t
     }
 }
 
+TEST_CASE("a Git LFS pointer beside the weights is called so, and is never copied")
+{
+    const std::string pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123456\n";
+    for (const std::string name : {"config.json", "tokenizer.json", "tokenizer.model"}) {
+        const model_directories m;
+        spill(m.folder / "base" / name, pointer);
+        const auto refused = m.merge({"--out", "out"});
+        CHECK(refused.code == 1);
+        CHECK_MESSAGE(has(refused.err, name + ": is a Git LFS pointer"), refused.err);
+        CHECK_FALSE(std::filesystem::exists(m.folder / "out"));
+        if (name != "config.json") { CHECK(m.merge({"--out", "out", "--no-copy"}).code == 0); }
+    }
+    const model_directories m;
+    spill(m.folder / "base/tokenizer.json", pointer);
+    const auto refused = m.merge({"--out", "out", "--vocabulary", "union"});
+    CHECK(refused.code == 1);
+    CHECK_MESSAGE(has(refused.err, "is a Git LFS pointer"), refused.err);
+}
+
 TEST_CASE("options choose what is copied; files stay files")
 {
     const model_directories m;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <taskvec/core/error.hpp>
+#include <taskvec/formats/file_kind.hpp>
 
 #if !__has_include(<nlohmann/json.hpp>)
 #error "this header of taskvec needs nlohmann_json 3.10 or later (Debian: nlohmann-json3-dev)"
@@ -12,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -132,10 +134,24 @@ private:
 
 } // namespace detail
 
-/// The JSON value that `text` holds, read strictly; anything else is a format_error that names `file` and the byte.
-/// `offset` is where the text begins in the file.
+/// Refuses a whole file that stands where JSON should and is something else that is known: a Git LFS pointer, a page of
+/// HTML, an archive. Throws format_error with its name and the way on.
+inline void refuse_other_kinds(std::string_view text, std::string_view file)
+{
+    const auto first = text.find_first_not_of(" \t\r\n");
+    if (text.starts_with("version https://git-lfs.") || text.starts_with("PK\x03\x04")
+        || (first != text.npos && text[first] == '<')) {
+        if (const auto kind = what_is_this_file(std::as_bytes(std::span(text)))) {
+            raise<format_error>(error_code::json_syntax, kind->sentence(), std::string(file));
+        }
+    }
+}
+
+/// The JSON value that `text` holds, read strictly; anything else is a format_error that names `file` and the byte, or
+/// what the file is instead. `offset` is where the text begins in the file.
 [[nodiscard]] inline nlohmann::json parse_json(std::string_view text, std::string_view file, std::uint64_t offset = 0)
 {
+    if (offset == 0) { refuse_other_kinds(text, file); }
     detail::json_builder builder(file, offset);
     detail::sax_parse_strictly(text, builder);
     return builder.take();
