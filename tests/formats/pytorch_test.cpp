@@ -279,6 +279,17 @@ TEST_CASE("directories and indexes of PyTorch files")
     CHECK(whole.notes()[0].find("holds no index: all 2 shards are taken") != std::string::npos);
     std::filesystem::rename(folder / "pytorch_model-00002-of-00002.bin", folder / "other");
     CHECK_THROWS_WITH_AS((void)open_model(folder.path()), doctest::Contains("holds 1 of 2 shards"), io_error);
+    // The only file of weights is the model, whatever it is called.
+    for (const std::string name : {"model.pt", "consolidated.00.pth", "pytorch_model.fp16.bin", "last.ckpt"}) {
+        const scratch other;
+        std::filesystem::copy_file(data / "pytorch_model.bin", other / name);
+        spill(other / "training_args.bin", "x");
+        const auto one = open_model(other.path());
+        CHECK(one.model().size() == 15);
+        CHECK(one.notes().at(0).find("'" + name + "' is taken, its only weights") != std::string::npos);
+        std::filesystem::copy_file(data / "pytorch_model.bin", other / "second.pt");
+        CHECK_THROWS_WITH_AS((void)open_model(other.path()), doctest::Contains("several of PyTorch's ('"), io_error);
+    }
     // safetensors come first.
     std::filesystem::copy_file(data / "training.safetensors", folder / "model.safetensors");
     check_same(open_model(folder.path()), data / "training.safetensors");
@@ -295,7 +306,7 @@ TEST_CASE("what is no plain state_dict is refused by name, and nothing runs")
             found = failure.what();
         }
         CHECK_MESSAGE(found.find(words) != std::string::npos, found);
-        CHECK(found.find("save_pretrained()") != std::string::npos);
+        CHECK(found.find(name == "command.bin" ? "do not load this file" : "save_pretrained()") != std::string::npos);
     };
     says("old.bin", "a PyTorch file of the old kind");
     says("command.bin", "whose pickle names 'posix.system'");
@@ -366,6 +377,70 @@ TEST_CASE("objects beside a state_dict are not built, and keep their hands off i
     says(dictionary({{"state_dict", dictionary({{"w", w + "q\5"}})}, {"x", "(h\5\x91"}}), gives);
     // The collection is given first and filled later.
     says(dictionary({{"x", global("a", "B") + "(]q\6tR"}, {"state_dict", kept}, {"y", "h\6h\5a"}}), gives + "'a.B'");
+}
+
+TEST_CASE("names by which pickles run code are refused wherever they stand")
+{
+    const auto state = dictionary({{"w", tensor(storage("0", 4), 0, {4}, {1})}});
+    for (const auto& [module, name] :
+        std::vector<std::pair<std::string, std::string>>{{"os", "system"}, {"posix", "system"}, {"nt", "system"},
+            {"builtins", "eval"}, {"__builtin__", "exec"}, {"builtins", "__import__"}, {"builtins", "getattr"},
+            {"subprocess", "Popen"}, {"importlib", "import_module"}, {"runpy", "_run_code"}, {"shutil", "rmtree"},
+            {"urllib.request", "urlopen"}, {"torch.hub", "load"}}) {
+        CAPTURE(module);
+        const auto call = global(module, name) + "(" + text("touch x") + "tR";
+        for (const auto& code :
+            {dictionary({{"state_dict", state}, {"x", call}}), dictionary({{"x", call}, {"state_dict", state}}),
+                dictionary({{"model", state}, {"optimizer", dictionary({{"y", global(module, name)}})}})}) {
+            const auto found = refusal(file_of(pickle(code)).bytes());
+            CHECK_MESSAGE(
+                found.find("names '" + module + "." + name + "', which no model needs") != std::string::npos, found);
+        }
+    }
+    // Names of data that begin like those.
+    for (const auto& beside : {global("oslo", "Thing"), global("builtins", "set"), global("pathlib", "PosixPath")}) {
+        CHECK(read(file_of(pickle(dictionary({{"state_dict", state}, {"x", beside}}))).bytes()).header.entries.size()
+            == 1);
+    }
+}
+
+TEST_CASE("the model of a training checkpoint is found where it lies")
+{
+    const auto one = tensor(storage("0", 4), 0, {4}, {1});
+    const auto state = dictionary({{"w", one}, {"b", one}});
+    const auto moments = "}" + number(0) + dictionary({{"exp_avg", one}}) + "s";
+    const auto optimizer = dictionary({{"state", moments}, {"param_groups", "]"}});
+    const auto found = [](const std::vector<std::pair<std::string, std::string>>& items) {
+        const auto contents = read(file_of(pickle(dictionary(items))).bytes());
+        std::string all;
+        for (const auto& entry : contents.header.entries) { all += entry.name + " "; }
+        REQUIRE(contents.notes.size() == 1);
+        return all + contents.notes[0];
+    };
+    CHECK(found({{"state_dict", state}, {"best_acc1", one}})
+        == "w b 'm.bin': its 'state_dict' is taken; beside it 1 tensor is left out");
+    CHECK(found({{"rng_state", one}, {"epoch", number(3)}, {"model", state}, {"optimizer", optimizer}})
+        == "w b 'm.bin': its 'model' is taken; beside it 1 tensor is left out");
+    for (const std::string name : {"net", "network", "generator", "model_ema", "anything"}) {
+        CHECK(found({{name, state}, {"optimizer", optimizer}, {"epoch", number(3)}})
+            == "w b 'm.bin': its '" + name + "' is taken");
+    }
+    CHECK(found({{"model", dictionary({{"state_dict", state}})}}) == "w b 'm.bin': its 'model.state_dict' is taken");
+    CHECK(found({{"module", dictionary({{"inner", state}, {"step", number(1)}})}})
+        == "w b 'm.bin': its 'module.inner' is taken");
+    // Not where two may be meant, or more tensors lie outside: with a way on that works.
+    const auto says = [](const std::vector<std::pair<std::string, std::string>>& items, const std::string& words) {
+        const auto text = refusal(file_of(pickle(dictionary(items))).bytes());
+        CHECK_MESSAGE(text.find(words) != std::string::npos, text);
+        CHECK(text.find("torch.load(FILE, weights_only=True)['") != std::string::npos);
+    };
+    says({{"generator", state}, {"discriminator", state}},
+        "holds several dictionaries of tensors ('generator', 'discriminator')");
+    says({{"a", one}, {"b", one}, {"c", one}, {"model", state}}, "holds tensors and, under 'model', more of them");
+    // A dictionary that holds itself, many times.
+    std::string knot = "}q\x09(";
+    for (int i = 0; i < 300; ++i) { knot += text("k" + std::to_string(i)) + "h\x09"; }
+    CHECK(refusal(file_of(pickle(knot + "u")).bytes()).find("holds no tensors") != std::string::npos);
 }
 
 TEST_CASE("archives that are sound in other ways")

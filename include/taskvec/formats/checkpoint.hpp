@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <optional>
@@ -241,6 +242,35 @@ struct model_directory {
     return names.size() > most ? text + " and " + std::to_string(names.size() - most) + " more" : text;
 }
 
+/// Whether a file's name is one that PyTorch's weights have; not what training keeps beside them.
+[[nodiscard]] inline bool may_be_pytorch_weights(std::string_view name)
+{
+    for (const std::string_view beside : {"training_args.", "optimizer", "scheduler", "scaler", "rng_state",
+             "random_states", "trainer_state", "global_step"}) {
+        if (name.starts_with(beside)) { return false; }
+    }
+    for (const std::string_view ending : {".bin", ".pt", ".pth", ".ckpt"}) {
+        if (name.ends_with(ending)) { return true; }
+    }
+    return false;
+}
+
+/// The one file of a directory that PyTorch's weights may lie in, by its name and content. Nothing where there are
+/// several.
+[[nodiscard]] inline std::optional<std::string> only_pytorch_file(
+    const std::filesystem::path& directory, const std::vector<std::string>& names)
+{
+    const auto first = std::find_if(names.begin(), names.end(), may_be_pytorch_weights);
+    if (first == names.end() || std::find_if(first + 1, names.end(), may_be_pytorch_weights) != names.end()) {
+        return std::nullopt;
+    }
+    std::error_code ignored;
+    if (std::filesystem::file_size(directory / *first, ignored) == 0 || ignored) { return std::nullopt; }
+    const mapped_file map(directory / *first);
+    const auto kind = what_is_this_file(map.bytes());
+    return kind && kind->what == pytorch_archive ? std::optional(*first) : std::nullopt;
+}
+
 /// Says of a directory without a model what it holds instead, and what to name.
 [[noreturn]] TASKVEC_COLD inline void refuse_directory(const std::filesystem::path& path, const model_directory& found)
 {
@@ -262,6 +292,12 @@ struct model_directory {
     }
     if (found.weights.size() > 1) {
         fail(message("holds no '", single_file_name, "', no index, and several files (", quoted_list(found.weights),
+            "): name the file that is meant"));
+    }
+    std::vector<std::string> pytorch;
+    std::copy_if(found.others.begin(), found.others.end(), std::back_inserter(pytorch), may_be_pytorch_weights);
+    if (pytorch.size() > 1) {
+        fail(message("holds no safetensors file, and several of PyTorch's (", quoted_list(pytorch),
             "): name the file that is meant"));
     }
     for (const auto& name : found.others) {
@@ -502,6 +538,10 @@ namespace detail {
             }
         }
         if (sets.size() == 1) { return whole_set(sets); }
+        if (const auto file = detail::only_pytorch_file(path, found.others); sets.empty() && file) {
+            return single(path / *file,
+                {message("'", path.string(), "' holds no safetensors file: '", *file, "' is taken, its only weights")});
+        }
     }
     detail::refuse_directory(path, found);
 }

@@ -29,6 +29,8 @@ inline constexpr std::string_view convert_to_safetensors =
     "weights_only=True), 'model.safetensors')";
 inline constexpr std::string_view fetch_again = "fetch it again, and compare its size with that at its source";
 
+inline constexpr std::string_view pytorch_archive = "a PyTorch file (a zip archive with a pickle)";
+
 [[nodiscard]] inline bool begins_like(std::string_view text, std::string_view lower_case)
 {
     return text.size() >= lower_case.size()
@@ -69,9 +71,7 @@ inline constexpr std::string_view fetch_again = "fetch it again, and compare its
     if (names("constants.pkl") || names("/code/")) {
         return {"a TorchScript archive (PyTorch, zip)", lost + "save the model's state_dict() as safetensors"};
     }
-    if (names("data.pkl")) {
-        return {"a PyTorch file (a zip archive with a pickle)", lost + std::string(convert_to_safetensors)};
-    }
+    if (names("data.pkl")) { return {std::string(pytorch_archive), lost + std::string(convert_to_safetensors)}; }
     if (names(".npy")) {
         return {"a NumPy archive (.npz, zip)", lost + "save its arrays by safetensors.numpy.save_file()"};
     }

@@ -522,6 +522,26 @@ private:
         }
         return nullptr;
     }
+    /// Whether a name is one of those by which pickles run code or reach the system: no data has them.
+    [[nodiscard]] static bool runs_commands(std::string_view module, std::string_view name)
+    {
+        if (module == "builtins" || module == "__builtin__") {
+            for (const std::string_view one : {"eval", "exec", "execfile", "compile", "__import__", "open", "getattr",
+                     "setattr", "delattr", "globals", "locals", "vars", "input", "breakpoint", "apply", "file"}) {
+                if (name == one) { return true; }
+            }
+            return false;
+        }
+        const auto package = module.substr(0, module.find('.'));
+        for (const std::string_view one : {"os", "posix", "nt", "subprocess", "commands", "sys", "pty", "platform",
+                 "shutil", "socket", "ctypes", "_ctypes", "importlib", "imp", "runpy", "pickle", "_pickle", "cPickle",
+                 "marshal", "code", "codeop", "pdb", "bdb", "cProfile", "profile", "timeit", "trace", "webbrowser",
+                 "urllib", "http", "ftplib", "smtplib", "requests", "multiprocessing", "asyncio", "signal", "tempfile",
+                 "pip", "venv", "ensurepip", "pydoc", "distutils", "setuptools"}) {
+            if (package == one) { return true; }
+        }
+        return module == "torch.hub" || (module == "torch" && name == "load") || name == "runstring";
+    }
     /// What a global is to call(): of a few names that are known.
     enum callable : std::int64_t { data_type, ordered_dictionary, tensor_v2, tensor_v3, parameter, torch_size };
 
@@ -546,6 +566,13 @@ private:
         }
         else {
             const auto words = message("'", first_words(module, 80), ".", first_words(name, 80), "'");
+            if (runs_commands(module, name)) {
+                raise<format_error>(error_code::pickle_unsupported,
+                    message("is a PyTorch file whose pickle names ", words,
+                        ", which no model needs and which would run as the file is loaded; nothing of it was run: do "
+                        "not load this file, fetch the model from where you trust it"),
+                    std::string(file_), place_);
+            }
             if (first_opaque_.empty()) { first_opaque_ = words; }
             push_opaque(*names_.insert(words).first);
             return;
@@ -694,39 +721,128 @@ private:
             message("tensor '", name, "' ", what, ": the file is damaged; ", fetch_again), std::string(file_));
     }
 
-    void read(const pickle_reader& pickle, const pickle_reader::value& result)
+    using value = pickle_reader::value;
+
+    /// The same for tensors that lie in dictionaries of dictionaries, which safetensors has no names for.
+    [[noreturn]] void fail_nested(const std::string& what, const value& key) const
+    {
+        const auto place =
+            key.what == pickle_reader::kind::text ? "'" + first_words(key.text) + "'" : std::string("KEY");
+        raise<format_error>(error_code::pickle_unsupported,
+            message("is a PyTorch file that ", what,
+                ": save the dictionary that is meant by itself, such as by "
+                "safetensors.torch.save_file(torch.load(FILE, weights_only=True)[",
+                place, "], 'model.safetensors')"),
+            std::string(file_));
+    }
+    /// How many values of a dictionary are tensors.
+    [[nodiscard]] std::size_t tensors_in(const pickle_reader& pickle, const value& dictionary)
+    {
+        const auto [place, is_new] = tensors_.try_emplace(&dictionary, 0); // one dictionary may stand in many places
+        for (std::size_t i = 1; is_new && i < dictionary.items.size(); i += 2) {
+            place->second += pickle.at(dictionary.items[i]).what == pickle_reader::kind::tensor ? 1u : 0u;
+        }
+        return place->second;
+    }
+    /// Whether a key of a training checkpoint names what training needs, and no model.
+    [[nodiscard]] static bool belongs_to_training(std::string_view key)
+    {
+        for (const std::string_view word :
+            {"optim", "sched", "scaler", "rng", "random", "callback", "hyper", "loops"}) {
+            if (key.find(word) != key.npos) { return true; }
+        }
+        return false;
+    }
+    /// A dictionary within another, by name.
+    struct part {
+        std::string_view key;
+        const value* content = nullptr;
+    };
+    /// Whether a dictionary holds tensors, itself or in those within it that belong to a model.
+    [[nodiscard]] bool holds_tensors(const pickle_reader& pickle, const value& dictionary, unsigned depth = 0)
+    {
+        if (tensors_in(pickle, dictionary) > 0) { return true; }
+        const auto [known, is_new] = holding_.try_emplace(&dictionary, false); // dictionaries may hold themselves
+        if (is_new && depth < 8) {
+            const bool holds = !parts_with_tensors(pickle, dictionary, depth + 1).empty();
+            holding_[&dictionary] = holds;
+            return holds;
+        }
+        return known->second;
+    }
+    /// The dictionaries within another that hold tensors.
+    [[nodiscard]] std::vector<part> parts_with_tensors(
+        const pickle_reader& pickle, const value& dictionary, unsigned depth = 0)
+    {
+        using kind = pickle_reader::kind;
+        std::vector<part> found;
+        for (std::size_t i = 0; i < dictionary.items.size(); i += 2) {
+            const auto& key = pickle.at(dictionary.items[i]);
+            const auto& inner = pickle.at(dictionary.items[i + 1]);
+            if (key.what != kind::text || inner.what != kind::dictionary || belongs_to_training(key.text)) { continue; }
+            if (holds_tensors(pickle, inner, depth)) { found.push_back({key.text, &inner}); }
+        }
+        return found;
+    }
+    /// The model of a training checkpoint: under one of the usual names, or the only dictionary with tensors, down to
+    /// the one that has them. What lies beside it is left out, with a note; tensors too, where they are fewer.
+    [[nodiscard]] const value* state_dict_in(const pickle_reader& pickle, const value& result)
     {
         using kind = pickle_reader::kind;
         const auto* model = &result;
-        if (model->what != kind::dictionary) { fail("holds no dictionary of tensors (a state_dict)"); }
-        // A training checkpoint has the model under one of these names.
-        const auto tensors_in = [&](const pickle_reader::value& dictionary) {
-            std::size_t count = 0;
-            for (std::size_t i = 1; i < dictionary.items.size(); i += 2) {
-                count += pickle.at(dictionary.items[i]).what == kind::tensor ? 1u : 0u;
-            }
-            return count;
-        };
-        if (tensors_in(*model) == 0) {
-            for (const std::string_view word :
-                {"state_dict", "model_state_dict", "model", "module", "params_ema", "params", "ema"}) {
-                bool found = false;
-                for (std::size_t i = 0; i < model->items.size() && !found; i += 2) {
+        std::string way, left;
+        for (unsigned depth = 0; depth < 4; ++depth) {
+            const std::size_t own = tensors_in(pickle, *model);
+            const value* inner = nullptr;
+            std::string_view word;
+            for (const std::string_view usual : {"state_dict", "model_state_dict", "model", "module", "params_ema",
+                     "params", "ema", "net", "network", "weights"}) {
+                for (std::size_t i = 0; i < model->items.size() && !inner; i += 2) {
                     const auto& key = pickle.at(model->items[i]);
-                    const auto& inner = pickle.at(model->items[i + 1]);
-                    if (key.what != kind::text || key.text != word) { continue; }
-                    if (const auto* const one = opaque_in(pickle, inner)) { pickle.refuse_opaque(one->text); }
-                    if (inner.what != kind::dictionary || tensors_in(inner) == 0) { continue; }
-                    const auto& beside = pickle.first_opaque();
-                    contents_.notes.push_back(message("'", std::string(file_), "': its '", word, "' is taken",
-                        beside.empty() ? std::string()
-                                       : "; what lies beside it names " + beside + ", and was not built"));
-                    model = &inner;
-                    found = true;
+                    const auto& one = pickle.at(model->items[i + 1]);
+                    if (key.what != kind::text || key.text != usual) { continue; }
+                    if (own == 0) {
+                        if (const auto* const unknown = opaque_in(pickle, one)) { pickle.refuse_opaque(unknown->text); }
+                    }
+                    const bool holds = one.what == kind::dictionary && holds_tensors(pickle, one);
+                    if (!holds || (own > 0 && tensors_in(pickle, one) < own)) { continue; }
+                    inner = &one;
+                    word = usual;
                 }
-                if (found) { break; }
+                if (inner) { break; }
             }
+            if (!inner && own == 0) {
+                const auto parts = parts_with_tensors(pickle, *model);
+                if (parts.size() > 1) {
+                    std::string names;
+                    for (const auto& one : parts) {
+                        names += (names.empty() ? "'" : ", '") + first_words(one.key) + "'";
+                    }
+                    value key{kind::text, false, {}, 0, parts.front().key, {}};
+                    fail_nested("holds several dictionaries of tensors (" + names + ")", key);
+                }
+                if (parts.size() == 1) {
+                    inner = parts.front().content;
+                    word = parts.front().key;
+                }
+            }
+            if (!inner) { break; }
+            if (own > 0) { left = message("; beside it ", own, own == 1 ? " tensor is" : " tensors are", " left out"); }
+            way += (way.empty() ? "" : ".") + first_words(word);
+            model = inner;
         }
+        if (way.empty()) { return model; }
+        const auto& beside = pickle.first_opaque();
+        contents_.notes.push_back(message("'", std::string(file_), "': its '", way, "' is taken", left,
+            beside.empty() ? std::string() : "; what lies beside it names " + beside + ", and was not built"));
+        return model;
+    }
+
+    void read(const pickle_reader& pickle, const pickle_reader::value& result)
+    {
+        using kind = pickle_reader::kind;
+        if (result.what != kind::dictionary) { fail("holds no dictionary of tensors (a state_dict)"); }
+        const auto* const model = state_dict_in(pickle, result);
         check_known(pickle, *model);
         std::size_t others = 0;
         std::string first_other;
@@ -735,9 +851,11 @@ private:
             const auto& key = pickle.at(model->items[i]);
             const auto& tensor = pickle.at(model->items[i + 1]);
             if (key.what != kind::text || tensor.what != kind::tensor) {
-                if (tensor.what == kind::dictionary && tensors_in(tensor) > 0) {
-                    fail(message("holds tensors and, under '",
-                        key.what == kind::text ? first_words(key.text) : std::string("a number"), "', more of them"));
+                if (tensor.what == kind::dictionary && tensors_in(pickle, tensor) > 0) {
+                    fail_nested("holds tensors and, under "
+                            + (key.what == kind::text ? "'" + first_words(key.text) + "'" : std::string("a number"))
+                            + ", more of them",
+                        key);
                 }
                 ++others;
                 if (first_other.empty()) { first_other = key.what == kind::text ? first_words(key.text) : "a number"; }
@@ -904,6 +1022,8 @@ private:
     zip_directory archive_;
     std::string folder_;
     std::uint64_t expanded_ = 0; ///< bytes of tensors that have more elements than their storage
+    std::map<const value*, std::size_t> tensors_; // in dictionaries
+    std::map<const value*, bool> holding_; // of dictionaries: see holds_tensors()
     pytorch_contents contents_;
 };
 
